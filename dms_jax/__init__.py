@@ -1,0 +1,1 @@
+"""Dynamic Memory Sparsification (arXiv 2506.05345) in JAX."""

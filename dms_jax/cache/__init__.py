@@ -1,0 +1,26 @@
+"""KV caches: fixed-shape pytrees, passed in and returned, donated, carried through the layer scan."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from dms_jax.cache.base import Cache as Cache
+from dms_jax.cache.base import Plan as Plan
+from dms_jax.cache.masked import MaskedCache as MaskedCache
+from dms_jax.cache.slots import SlotCache as SlotCache
+
+KINDS = {"masked": MaskedCache, "slots": SlotCache}
+
+
+def create(kind: str, config, *, batch: int, capacity: int, window: int, shift: int, dtype=jnp.float32) -> Cache:
+  """An empty cache of `kind` for a model: `capacity` tokens a row (masked) or a head (slots, its ring included).
+
+  Raises:
+    ValueError: unknown kind.
+  """
+  if kind not in KINDS:
+    raise ValueError(f"unknown cache {kind!r}; there are {sorted(KINDS)}")
+  return KINDS[kind].create(
+    config.num_layers, batch, config.num_kv_heads, config.head_dim,
+    capacity=capacity, window=window, shift=shift, dtype=dtype,
+  )  # fmt: skip

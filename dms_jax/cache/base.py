@@ -1,0 +1,79 @@
+"""What the model asks of a KV cache: three calls a step, the middle one in each layer.
+
+    plan = cache.plan(policy, lengths, num_tokens)             # before the layers: where everything goes, who has room
+    out, kv, state, seen = cache.attend(plan, policy, layer, kv, state, q, k, v, evict)      # in layer `layer`
+    cache = cache.commit(plan, kv, states)                     # after the layers
+
+`kv` is the big array; it is carried through the layers and updated in place. `state` is the layer's part of
+`cache.layer_state()`, small arrays with a leading L. A row without room sits a step out, untouched: `plan.stalled`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from dms_jax.attention import NEVER
+from dms_jax.policies import Policy
+
+
+@struct.dataclass
+class Plan:
+  """Settled before the layers. `seen` [B]: tokens before this step; `lengths` [B]: real tokens of it (0: sits out)."""
+
+  seen: Int[Array, "B"]
+  lengths: Int[Array, "B"]
+  stalled: Bool[Array, "B"]
+  placement: Any = None  # what the kind of cache adds
+
+
+@struct.dataclass
+class Seen:
+  """Of one layer and step: `live` slots after it, and `reads`, visible keys summed over its queries; int32 [B, K]."""
+
+  live: Int[Array, "B K"]
+  reads: Int[Array, "B K"]
+
+
+class Cache(Protocol):
+  """A fixed-shape pytree. `seen` [B] counts the tokens of each row; `shift` is the gates' (DESIGN: decisions)."""
+
+  kv: Float[Array, "L B K S 2H"]
+  seen: Int[Array, "B"]
+  window: int
+  shift: int
+
+  def layer_state(self) -> Any: ...
+  def plan(self, policy: Policy, lengths: Int[Array, "B"], num_tokens: int) -> Plan: ...
+  def attend(
+    self, plan: Plan, policy: Policy, layer: Int[Array, ""], kv: Array, state: Any,
+    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], evict: Bool[Array, "B K T"],
+  ) -> tuple[Float[Array, "B T N H"], Array, Any, Seen]: ...  # fmt: skip
+  def commit(self, plan: Plan, kv: Array, states: Any) -> Cache: ...
+
+
+def rows_of(k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], dtype) -> Float[Array, "B K T 2H"]:
+  """Keys and values side by side, one row of 2H a token, heads first."""
+  return jnp.swapaxes(jnp.concatenate([k, v], axis=-1), 1, 2).astype(dtype)
+
+
+def last_visible(keep: Bool[Array, "B K S"], position: Int[Array, "B #K S"], window: int) -> Int[Array, "B K S"]:
+  """The last query position that sees a key: never evicted, or its position + W."""
+  return jnp.where(keep, NEVER, position + window)
+
+
+def count_reads(first: Array, last: Array, start: Int[Array, "B"], stop: Int[Array, "B"]) -> Int[Array, "B K"]:
+  """Visible (query, key) pairs for queries at positions start .. stop-1, keys [B, K, S] seen from first to last."""
+  low = jnp.maximum(first, start[:, None, None])
+  high = jnp.minimum(last, stop[:, None, None] - 1)
+  return jnp.sum(jnp.maximum(high - low + 1, 0), axis=-1, dtype=jnp.int32)
+
+
+def decided(evict: Bool[Array, "B K T"], lengths: Int[Array, "B"], shift: int) -> Bool[Array, "B K T"]:
+  """A chunk's decisions re-indexed by the chunk's token they are about; the newest token is undecided (False)."""
+  tokens = evict.shape[-1]
+  about = jnp.concatenate([evict[..., shift:], jnp.zeros_like(evict[..., :shift])], axis=-1)
+  return about & (jnp.arange(tokens) + shift < lengths[:, None])[:, None]

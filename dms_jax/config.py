@@ -1,0 +1,198 @@
+"""Configurations: the shape of a model, the gates of its retrofit, and presets of public sizes.
+
+Letters, the same in every einsum, annotation and docstring of this project: B batch, T query tokens, S cache slots,
+N query heads, K KV heads, G = N/K, H head size, D model width, F feed-forward width, V vocabulary, L layers,
+W window, R low-rank width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """Llama 3.1's frequency scaling (`rope_type` "llama3"); lengths are in tokens."""
+
+  factor: float = 8.0
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+  original_max_position_embeddings: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Architecture of a Llama-style decoder.
+
+  `family` is the Hugging Face `model_type`; `qkv_bias` is Qwen2's, `qk_norm` is Qwen3's RMSNorm of each query and key
+  head. `eos_token_ids` end a generated row.
+  """
+
+  family: Literal["llama", "qwen2", "qwen3"] = "llama"
+  num_layers: int = 2
+  d_model: int = 64
+  d_ff: int = 128
+  num_heads: int = 4
+  num_kv_heads: int = 2
+  head_dim: int = 16
+  vocab_size: int = 256
+  max_position_embeddings: int = 2048
+  rope_theta: float = 10000.0
+  rope_scaling: RopeScaling | None = None
+  rms_norm_eps: float = 1e-5
+  tie_embeddings: bool = True
+  qkv_bias: bool = False
+  qk_norm: bool = False
+  eos_token_ids: tuple[int, ...] = ()
+
+  def __post_init__(self):
+    if self.family not in FAMILIES:
+      raise ValueError(f"model.family={self.family!r} is not one of {FAMILIES}")
+    if self.num_heads % self.num_kv_heads:
+      raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
+    if self.head_dim % 2:
+      raise ValueError(f"head_dim={self.head_dim} is odd; rotary embeddings need pairs of channels")
+
+  @property
+  def group_size(self) -> int:
+    """G, query heads that share one KV head."""
+    return self.num_heads // self.num_kv_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class DMSConfig:
+  """How a model's eviction gates read and what their decisions mean (arXiv 2506.05345, section 3 and appendix C).
+
+  `gate`: "neuron" borrows the last channel of each group's first query head, "adapter" projects the residual stream.
+  A logit is `scale * raw - offset`. The decision computed at token t is about token t - `shift`. `window` is W: an
+  evicted token stays visible to the W tokens after it. Granularity "layer" lets KV head 0 decide for the layer.
+  """
+
+  gate: Literal["adapter", "neuron"] = "adapter"
+  window: int = 256
+  scale: float = 100.0
+  offset: float = 5.0
+  shift: int = 1
+  granularity: Literal["head", "layer"] = "head"
+
+  def __post_init__(self):
+    if self.gate not in ("adapter", "neuron"):
+      raise ValueError(f"dms.gate={self.gate!r} must be 'adapter' or 'neuron'")
+    if self.granularity not in ("head", "layer"):
+      raise ValueError(f"dms.granularity={self.granularity!r} must be 'head' or 'layer'")
+    if self.shift not in (0, 1):
+      raise ValueError(f"dms.shift={self.shift} must be 1 (NVIDIA's checkpoints and ours) or 0 (shisa-ai's)")
+    if self.window < 0:
+      raise ValueError(f"dms.window={self.window} must be 0 or more tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+  """Low-rank updates W + scale * B A of the named projections; rank 0 means none."""
+
+  rank: int = 0
+  scale: float = 2.0
+  targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+  def __post_init__(self):
+    if self.rank < 0:
+      raise ValueError(f"lora.rank={self.rank} must be 0 or more")
+
+
+def to_json(config: Any) -> dict:
+  """A config dataclass as plain JSON values."""
+  return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_json(cls: type, values: dict, source: str = "config") -> Any:
+  """Builds config `cls` from JSON values; an unknown or missing key is an error that names `source`.
+
+  Raises:
+    ValueError: a key is unknown, or a value is refused by the config's own checks.
+  """
+  fields = {f.name: f for f in dataclasses.fields(cls)}
+  unknown = sorted(set(values) - set(fields))
+  if unknown:
+    raise ValueError(f"{source}: unknown field(s) {unknown} for {cls.__name__}; it has {sorted(fields)}")
+  values = dict(values)
+  for name, value in values.items():
+    if isinstance(value, list):
+      values[name] = tuple(value)
+    if name == "rope_scaling" and value is not None:
+      values[name] = from_json(RopeScaling, value, f"{source}: rope_scaling")
+  try:
+    return cls(**values)
+  except (TypeError, ValueError) as error:
+    raise ValueError(f"{source}: {error}") from None
+
+
+def read_json(path: str | Path) -> dict:
+  """Reads one JSON object; a missing or garbled file is a ValueError naming it."""
+  try:
+    values = json.loads(Path(path).read_text())
+  except FileNotFoundError:
+    raise ValueError(f"{path}: no such file") from None
+  except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    raise ValueError(f"{path}: not valid JSON ({error}); the file is damaged or was cut short") from None
+  if not isinstance(values, dict):
+    raise ValueError(f"{path}: expected a JSON object, found {type(values).__name__}")
+  return values
+
+
+_LLAMA31 = RopeScaling(8.0, 1.0, 4.0, 8192)
+_LLAMA32 = RopeScaling(32.0, 1.0, 4.0, 8192)
+
+
+def _llama3(layers, d, f, n, k, h, scaling, **kwargs) -> ModelConfig:
+  return ModelConfig(
+    "llama", layers, d, f, n, k, h, 128256, 131072, 500000.0, scaling, 1e-5,
+    eos_token_ids=(128001, 128008, 128009), **kwargs,
+  )  # fmt: skip
+
+
+def _qwen2(layers, d, f, n, k, h=128, *, vocab=152064, tied=False, context=32768, theta=1e6, eos=(151645, 151643)):
+  return ModelConfig(
+    "qwen2", layers, d, f, n, k, h, vocab, context, theta, None, 1e-6, tied, qkv_bias=True, eos_token_ids=eos,
+  )  # fmt: skip
+
+
+def _qwen3(layers, d, f, n, k=8, *, tied=False) -> ModelConfig:
+  return ModelConfig(
+    "qwen3", layers, d, f, n, k, 128, 151936, 40960, 1e6, None, 1e-6, tied, qk_norm=True, eos_token_ids=(151645, 151643),
+  )  # fmt: skip
+
+
+# Public sizes, as their config.json files state them. R1 distillations of Qwen2.5 share its shapes.
+PRESETS: dict[str, ModelConfig] = {
+  "smollm2-135m": ModelConfig(
+    "llama", 30, 576, 1536, 9, 3, 64, 49152, 8192, 100000.0, None, 1e-5, True, eos_token_ids=(2,)
+  ),
+  "llama-2-7b": ModelConfig(
+    "llama", 32, 4096, 11008, 32, 32, 128, 32000, 4096, 10000.0, None, 1e-5, False, eos_token_ids=(2,)
+  ),
+  "llama-3-8b": ModelConfig(
+    "llama", 32, 4096, 14336, 32, 8, 128, 128256, 8192, 500000.0, None, 1e-5, False, eos_token_ids=(128001, 128009)
+  ),
+  "llama-3.1-8b": _llama3(32, 4096, 14336, 32, 8, 128, _LLAMA31, tie_embeddings=False),
+  "llama-3.1-70b": _llama3(80, 8192, 28672, 64, 8, 128, _LLAMA31, tie_embeddings=False),
+  "llama-3.2-1b": _llama3(16, 2048, 8192, 32, 8, 64, _LLAMA32),
+  "llama-3.2-3b": _llama3(28, 3072, 8192, 24, 8, 128, _LLAMA32),
+  "qwen2.5-0.5b": _qwen2(24, 896, 4864, 14, 2, 64, vocab=151936, tied=True),
+  "qwen2.5-1.5b": _qwen2(28, 1536, 8960, 12, 2, vocab=151936, tied=True),
+  "qwen2.5-7b": _qwen2(28, 3584, 18944, 28, 4),
+  "qwen2.5-32b": _qwen2(64, 5120, 27648, 40, 8),
+  "qwen-r1-1.5b": _qwen2(28, 1536, 8960, 12, 2, vocab=151936, context=131072, theta=1e4, eos=(151643,)),
+  "qwen-r1-7b": _qwen2(28, 3584, 18944, 28, 4, context=131072, theta=1e4, eos=(151643,)),
+  "qwen-r1-32b": _qwen2(64, 5120, 27648, 40, 8, context=131072, eos=(151643,)),
+  "qwen3-0.6b": _qwen3(28, 1024, 3072, 16, tied=True),
+  "qwen3-1.7b": _qwen3(28, 2048, 6144, 16, tied=True),
+  "qwen3-4b": _qwen3(36, 2560, 9728, 32, tied=True),
+  "qwen3-8b": _qwen3(36, 4096, 12288, 32),
+  "qwen3-14b": _qwen3(40, 5120, 17408, 40),
+  "qwen3-32b": _qwen3(64, 5120, 25600, 64),
+}

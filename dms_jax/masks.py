@@ -1,0 +1,49 @@
+"""Which key is visible to which query, and the bias that says so softly: pure functions of positions and decisions.
+
+With W = 1 and token 1 evicted (x = visible, rows are queries):
+
+    x . . . .
+    x x . . .
+    x x x . .      token 1 is still in the window of token 2
+    x . x x .      and gone for token 3
+    x . x x x
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+def about_key(computed: Array, shift: int, fill) -> Array:
+  """Re-indexes the last axis from the token that computed a decision to the token it is about.
+
+  The last `shift` tokens are not decided yet and get `fill`; what the first `shift` tokens computed is about nothing.
+  """
+  if shift == 0:
+    return computed
+  return jnp.concatenate([computed[..., shift:], jnp.full_like(computed[..., :shift], fill)], axis=-1)
+
+
+def visible(evicted: Bool[Array, "*batch T"], window: int) -> Bool[Array, "*batch T T"]:
+  """[..., i, j]: `j <= i and (i - j <= W or not evicted[j])`; `evicted` is indexed by the key it is about."""
+  i, j = jnp.arange(evicted.shape[-1])[:, None], jnp.arange(evicted.shape[-1])
+  return (j <= i) & ((i - j <= window) | ~evicted[..., None, :])
+
+
+def hard_bias(evicted: Bool[Array, "B K T"]) -> Float[Array, "B K T"]:
+  """Bias of keys beyond the window: -inf where evicted, else 0."""
+  return jnp.where(evicted, -jnp.inf, 0.0)
+
+
+def soft_bias(z: Float[Array, "B K T"], shift: int) -> Float[Array, "B K T"]:
+  """log(1 - sigmoid(z[j + shift])), 0 for keys not decided yet (arXiv 2506.05345, figure 2b)."""
+  return about_key(jax.nn.log_sigmoid(-z), shift, 0.0)
+
+
+def held_tokens(evicted: Bool[Array, "*batch T"], window: int) -> Array:
+  """Tokens held after T tokens, int32 [...]: the last W + 1, and of the earlier ones those not evicted."""
+  length = evicted.shape[-1]
+  outside = jnp.arange(length) < length - (window + 1)
+  return jnp.sum(~(outside & evicted), axis=-1, dtype=jnp.int32)

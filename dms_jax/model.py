@@ -1,0 +1,263 @@
+"""The decoder: one layer written once, run over a whole text (`forward`) or against a cache (`cached_forward`).
+
+Pure functions over a frozen `Model`. Layers are scanned when parameters are stacked [L, ...], and looped over in Python
+when `unstack_layers` has made them a list: on a CPU indexing stacked weights copies them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from dms_jax import masks
+from dms_jax.attention import retrofit_attention
+from dms_jax.cache import Cache
+from dms_jax.cache.base import Seen
+from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig
+from dms_jax.gates import clear_neuron, gate_logits
+from dms_jax.layers import apply_rope, linear, mlp, project, rms_norm, rope_tables
+from dms_jax.params import Params, merge_lora
+from dms_jax.policies import Policy
+
+
+@struct.dataclass
+class Model:
+  """Weights and what they mean. `dms` None: no gates. `lora` describes low-rank updates still apart in `params`."""
+
+  params: Params
+  config: ModelConfig = struct.field(pytree_node=False)
+  dms: DMSConfig | None = struct.field(pytree_node=False, default=None)
+  lora: LoRAConfig | None = struct.field(pytree_node=False, default=None)
+
+  @property
+  def dtype(self) -> jnp.dtype:
+    return self.params["embed"].dtype
+
+  def merged(self) -> Model:
+    """The same model with its low-rank updates folded into the weights."""
+    return self.replace(params=merge_lora(self.params, self.lora), lora=None)
+
+  def unstacked(self) -> Model:
+    """The same model with a list of layers, which decodes faster on a CPU; a copy of the layers' weights."""
+    layers = self.params["layers"]
+    if isinstance(layers, list):
+      return self
+    count = self.config.num_layers
+    split = [{name: w[i] for name, w in layers.items()} for i in range(count)]
+    return self.replace(params={**self.params, "layers": split})
+
+
+# attend(carry, index, xs, q, k, v, gate logits) -> (attended, carry, ys), all of one layer
+Attend = Callable[..., tuple[Array, Any, Any]]
+
+
+def _attention_inputs(model: Model, layer: dict, x: Array, rope: tuple[Array, Array]):
+  """Queries, keys, values after RoPE [B, T, heads, H], and gate logits float32 [B, K, T] (None without gates)."""
+  c, dms = model.config, model.dms
+  neuron = dms is not None and dms.gate == "neuron"
+  scale = model.lora.scale if model.lora else 0.0
+  h = rms_norm(x, layer["attn_norm"], c.rms_norm_eps)
+  # The borrowed channel is read before anything is rounded.
+  q = project(h, layer, "q_proj", lora_scale=scale, out_dtype=jnp.float32 if neuron else None)
+  k, v = (project(h, layer, name, lora_scale=scale) for name in ("k_proj", "v_proj"))
+  if c.qkv_bias:
+    q, k, v = (y + layer[name].astype(y.dtype) for y, name in ((q, "q_bias"), (k, "k_bias"), (v, "v_bias")))
+  if c.qk_norm:
+    q, k = rms_norm(q, layer["q_norm"], c.rms_norm_eps), rms_norm(k, layer["k_norm"], c.rms_norm_eps)
+  logits = None if dms is None else gate_logits(c, dms, layer, x, q)
+  q = q.astype(x.dtype)
+  if neuron:
+    q = clear_neuron(c, q)
+  q, k = apply_rope(q, rope), apply_rope(k, rope)
+  return (clear_neuron(c, q) if neuron else q), k, v, logits
+
+
+def _run_layers(model: Model, x: Array, positions: Array, attend: Attend, carry=None, xs=None, remat: bool = False):
+  """Runs all layers; returns (x, carry, ys) with ys stacked [L, ...]."""
+  rope = rope_tables(model.config, positions)
+  scale = model.lora.scale if model.lora else 0.0
+
+  def body(state, inputs):
+    x, carry = state
+    index, layer, x_l = inputs
+    q, k, v, logits = _attention_inputs(model, layer, x, rope)
+    attended, carry, ys = attend(carry, index, x_l, q, k, v, logits)
+    x = x + project(attended, layer, "o_proj", 2, lora_scale=scale)
+    x = x + mlp(layer, rms_norm(x, layer["mlp_norm"], model.config.rms_norm_eps), scale)
+    return (x, carry), ys
+
+  layers = model.params["layers"]
+  if isinstance(layers, list):
+    state, outs = (x, carry), []
+    for index, layer in enumerate(layers):
+      state, ys = body(state, (index, layer, jax.tree.map(lambda leaf: leaf[index], xs)))
+      outs.append(ys)
+    return *state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
+  if remat:
+    body = jax.checkpoint(body)
+  (x, carry), ys = lax.scan(body, (x, carry), (jnp.arange(model.config.num_layers), layers, xs))
+  return x, carry, ys
+
+
+def embed(model: Model, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+  """Token embeddings."""
+  return model.params["embed"][tokens]
+
+
+def unembed(model: Model, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
+  """Final norm and output head: logits in float32."""
+  x = rms_norm(x, model.params["final_norm"], model.config.rms_norm_eps)
+  return linear(x, output_head(model), out_dtype=jnp.float32)
+
+
+def output_head(model: Model) -> Float[Array, "V D"]:
+  """The output projection: the embedding itself where they are tied."""
+  return model.params["embed" if model.config.tie_embeddings else "lm_head"]
+
+
+@struct.dataclass
+class Eviction:
+  """How `forward` lets gates act. `threshold` set: hard decisions. `noise` set: the soft training mask at `tau`.
+
+  `noise` is float32 [L, B, K, T], indexed like the logits it is added to; `window` overrides the model's.
+  """
+
+  threshold: float | None = None
+  noise: Float[Array, "L B K T"] | None = None
+  tau: float = 0.1
+  window: int | None = struct.field(pytree_node=False, default=None)
+
+
+def forward(
+  model: Model,
+  tokens: Int[Array, "B T"],
+  *,
+  positions: Int[Array, "B T"] | None = None,
+  segment_ids: Int[Array, "B T"] | None = None,
+  eviction: Eviction | None = None,
+  remat: bool = False,
+) -> tuple[Float[Array, "B T D"], Float[Array, "L B K T"] | None]:
+  """The whole text at once, without a cache: training, evaluation and the oracle of everything cached.
+
+  Args:
+    positions: RoPE positions; default counts each segment from 0.
+    segment_ids: documents (or padding, as a segment of its own) that never see each other, in contiguous runs.
+    eviction: None leaves everything visible (the neuron gate's channel is cleared all the same).
+    remat: recompute layers in the backward pass.
+
+  Returns:
+    Hidden states before the final norm (see `unembed`), and z: what decides, float32, indexed by the token that
+    computed it: logits, or (logits + noise) / tau under training noise. None without gates.
+
+  Raises:
+    ValueError: eviction asked of a model without gates.
+  """
+  if eviction is not None and model.dms is None:
+    raise ValueError("this model has no eviction gates; load a retrofit, or pass eviction=None")
+  if positions is None:
+    positions = segment_positions(segment_ids) if segment_ids is not None else jnp.arange(tokens.shape[1])[None]
+    positions = jnp.broadcast_to(positions, tokens.shape)
+  dms = model.dms
+  noise = None if eviction is None else eviction.noise
+  if noise is not None and dms.granularity == "layer":
+    noise = jnp.broadcast_to(noise[:, :, :1], noise.shape)
+
+  def attend(carry, index, noise_l, q, k, v, logits):
+    if eviction is None:
+      return retrofit_attention(q, k, v, None, 0, segment_ids), carry, logits
+    if noise_l is not None:
+      z = (logits + noise_l) / eviction.tau
+      bias = masks.soft_bias(z, dms.shift)
+    else:
+      z = logits
+      bias = masks.hard_bias(masks.about_key(z > eviction.threshold, dms.shift, False))
+    window = dms.window if eviction.window is None else eviction.window
+    return retrofit_attention(q, k, v, bias, window, segment_ids), carry, z
+
+  x, _, z = _run_layers(model, embed(model, tokens), positions, attend, xs=noise, remat=remat)
+  return x, z
+
+
+def segment_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+  """Positions that count from 0 at the start of each run of equal ids."""
+  index = jnp.arange(segment_ids.shape[1])
+  starts = jnp.concatenate([jnp.ones_like(segment_ids[:, :1]), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
+  return index - lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+@struct.dataclass
+class StepOutput:
+  """`hidden` [B, T, D] before the final norm; `seen` tokens held and read, int32 [L, B, K] each; `logits` gate logits
+  [L, B, K, T] (None without gates); `lengths` [B] tokens taken in; `stalled` [B] rows that had no room."""
+
+  hidden: Float[Array, "B T D"]
+  seen: Seen
+  logits: Float[Array, "L B K T"] | None
+  lengths: Int[Array, "B"]
+  stalled: Bool[Array, "B"]
+
+
+def cached_forward(
+  model: Model,
+  policy: Policy,
+  cache: Cache,
+  tokens: Int[Array, "B T"],
+  lengths: Int[Array, "B"],
+  imposed: Bool[Array, "L B K T"] | None = None,
+) -> tuple[StepOutput, Cache]:
+  """Takes up to T tokens a row into the cache: T = 1 is a decode step, more a chunk of a prompt.
+
+  Args:
+    tokens: right-padded; row b's first `lengths[b]` are real, 0 leaves the row untouched.
+    imposed: decisions to use instead of the gates', by the token that computes them; to compare precisions.
+
+  Returns:
+    The output, and the cache with these tokens in it. A row without room is left untouched and reported.
+  """
+  plan = cache.plan(policy, lengths, tokens.shape[1])
+  shape = (tokens.shape[0], model.config.num_kv_heads, tokens.shape[1])
+  positions = plan.seen[:, None] + jnp.arange(tokens.shape[1])
+
+  def attend(kv, index, xs, q, k, v, logits):
+    state, forced = xs
+    evict = policy.decide(logits, shape) if forced is None else forced
+    out, kv, state, seen = cache.attend(plan, policy, index, kv, state, q, k, v, evict)
+    return out, kv, (state, seen, logits)
+
+  x = embed(model, tokens)
+  x, kv, (states, seen, logits) = _run_layers(model, x, positions, attend, cache.kv, (cache.layer_state(), imposed))
+  return StepOutput(x, seen, logits, plan.lengths, plan.stalled), cache.commit(plan, kv, states)
+
+
+def last_logits(model: Model, output: StepOutput) -> Float[Array, "B V"]:
+  """Logits after each row's last real token of the step; of its first where it had none."""
+  last = jnp.maximum(output.lengths - 1, 0)
+  return unembed(model, jnp.take_along_axis(output.hidden, last[:, None, None], axis=1)[:, 0])
+
+
+def check_policy(model: Model, policy: Policy) -> Policy:
+  """`policy` with its window filled in from the model where it was left open.
+
+  Raises:
+    ValueError: the policy needs gates that the model does not have.
+  """
+  if policy.uses_gates and model.dms is None:
+    raise ValueError(
+      f"{type(policy).__name__} needs eviction gates and this model has none: load a retrofit, or use dms_jax.Vanilla()"
+    )
+  if policy.window is None:
+    policy = policy.replace(window=model.dms.window)
+  if policy.window < 0:
+    raise ValueError(f"policy window={policy.window} must be 0 or more tokens")
+  return policy
+
+
+def model_shift(model: Model) -> int:
+  """The gates' shift; 1 for a model without gates, where nothing depends on it."""
+  return model.dms.shift if model.dms is not None else 1

@@ -1,0 +1,177 @@
+"""The parameter table: one description of every tensor, from which everything else about weights follows.
+
+Initialisation, abstract shapes, shardings, conversion from and to Hugging Face names, the parameter count and what a
+retrofit trains are all read from `param_table`. Projections are stored as Hugging Face stores them, outputs first
+([out..., in]): conversion only reshapes, and on a CPU a row-major dot product per output is also the faster layout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Callable, Literal
+
+import jax
+import jax.numpy as jnp
+
+from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig
+
+Params = dict[str, Any]  # {"embed": [V, D], "layers": {name: [L, ...]}, "final_norm": [D], ("lm_head": [V, D])}
+Group = Literal["base", "gate", "lora"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+  """One tensor: shape (with the leading L if `layered`), logical axes, initialiser, group and Hugging Face name.
+
+  The last `num_inputs` axes are contracted with activations, the ones before are outputs; vectors have outputs only.
+  `hf_name` holds `{layer}` for layered tensors; None means the tensor has no place in a Hugging Face checkpoint
+  (low-rank updates are merged on the way out). `hf_shape` is one layer's shape there: outputs and inputs flattened.
+  """
+
+  shape: tuple[int, ...]
+  axes: tuple[str, ...]
+  num_inputs: int
+  init: Literal["normal", "ones", "zeros", "fan_in"]
+  group: Group
+  hf_name: str | None
+  hf_shape: tuple[int, ...]
+
+  @property
+  def layered(self) -> bool:
+    return self.axes[0] == "layers"
+
+
+def param_table(
+  config: ModelConfig, dms: DMSConfig | None = None, lora: LoRAConfig | None = None
+) -> dict[str, ParamSpec]:
+  """Every tensor of a model, by path ("embed", "layers/q_proj", ...), in a fixed order."""
+  c = config
+  sizes = {
+    "vocab": c.vocab_size, "embed": c.d_model, "ff": c.d_ff, "heads": c.num_heads, "kv_heads": c.num_kv_heads,
+    "head_dim": c.head_dim, "rank": lora.rank if lora else 0,
+  }  # fmt: skip
+  table: dict[str, ParamSpec] = {}
+
+  def add(path, outputs, inputs, init, hf_name, group: Group = "base"):
+    axes, layered = (*outputs, *inputs), path.startswith("layers/")
+    sides = [math.prod(sizes[a] for a in side) for side in (outputs, inputs) if side]
+    table[path] = ParamSpec(
+      shape=(c.num_layers,) * layered + tuple(sizes[a] for a in axes),
+      axes=("layers",) * layered + axes,
+      num_inputs=len(inputs), init=init, group=group, hf_name=hf_name, hf_shape=tuple(sides),
+    )  # fmt: skip
+
+  layer, attn = "model.layers.{layer}.", "model.layers.{layer}.self_attn."
+  vector, no_inputs = ("embed",), ()
+  add("embed", ("vocab",), ("embed",), "normal", "model.embed_tokens.weight")
+  add("layers/attn_norm", vector, no_inputs, "ones", layer + "input_layernorm.weight")
+  for name, heads in (("q", "heads"), ("k", "kv_heads"), ("v", "kv_heads")):
+    add(f"layers/{name}_proj", (heads, "head_dim"), ("embed",), "normal", f"{attn}{name}_proj.weight")
+    if c.qkv_bias:
+      add(f"layers/{name}_bias", (heads, "head_dim"), no_inputs, "zeros", f"{attn}{name}_proj.bias")
+    if c.qk_norm and name != "v":
+      add(f"layers/{name}_norm", ("head_dim",), no_inputs, "ones", f"{attn}{name}_norm.weight")
+  add("layers/o_proj", ("embed",), ("heads", "head_dim"), "normal", attn + "o_proj.weight")
+  add("layers/mlp_norm", vector, no_inputs, "ones", layer + "post_attention_layernorm.weight")
+  add("layers/gate_proj", ("ff",), ("embed",), "normal", layer + "mlp.gate_proj.weight")
+  add("layers/up_proj", ("ff",), ("embed",), "normal", layer + "mlp.up_proj.weight")
+  add("layers/down_proj", ("embed",), ("ff",), "normal", layer + "mlp.down_proj.weight")
+  add("final_norm", vector, no_inputs, "ones", "model.norm.weight")
+  if not c.tie_embeddings:
+    add("lm_head", ("vocab",), ("embed",), "normal", "lm_head.weight")
+  if dms is not None and dms.gate == "adapter":  # names as in NVIDIA's Model-Optimizer student
+    add("layers/dms_norm", vector, no_inputs, "ones", attn + "dms_proj_alpha_norm.weight", "gate")
+    add("layers/dms_proj", ("kv_heads",), ("embed",), "zeros", attn + "dms_proj_alpha.weight", "gate")
+  if lora is not None and lora.rank:
+    for target in lora.targets:
+      base = table.get(f"layers/{target}")
+      if base is None or not base.num_inputs:
+        raise ValueError(f"lora.targets: {target!r} is not a projection of this model")
+      axes = base.axes[1:]
+      outputs, inputs = axes[: -base.num_inputs], axes[-base.num_inputs :]
+      add(f"layers/{target}_lora_a", ("rank",), inputs, "fan_in", None, "lora")
+      add(f"layers/{target}_lora_b", outputs, ("rank",), "zeros", None, "lora")
+  return table
+
+
+def unflatten(flat: dict[str, Any]) -> Params:
+  """{"layers/q_proj": x} -> {"layers": {"q_proj": x}}."""
+  tree: Params = {}
+  for path, value in flat.items():
+    *parents, name = path.split("/")
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[name] = value
+  return tree
+
+
+def flatten(params: Params, prefix: str = "") -> dict[str, Any]:
+  """The inverse of `unflatten`."""
+  flat = {}
+  for name, value in params.items():
+    flat.update(flatten(value, f"{prefix}{name}/") if isinstance(value, dict) else {prefix + name: value})
+  return flat
+
+
+def map_table(fn: Callable[[str, ParamSpec], Any], table: dict[str, ParamSpec]) -> Params:
+  """A parameter tree with `fn(path, spec)` at each leaf."""
+  return unflatten({path: fn(path, spec) for path, spec in table.items()})
+
+
+def abstract_params(table: dict[str, ParamSpec], dtype=jnp.float32) -> Params:
+  """The tree as `jax.ShapeDtypeStruct`s: for loading, compiling and counting without allocating."""
+  return map_table(lambda _, spec: jax.ShapeDtypeStruct(spec.shape, dtype), table)
+
+
+def init_params(table: dict[str, ParamSpec], key: jax.Array, dtype=jnp.float32, stddev: float = 0.02) -> Params:
+  """Random parameters; each tensor's key depends on its path only, so adding a tensor changes no other."""
+
+  def leaf(path: str, spec: ParamSpec):
+    if spec.init == "ones":
+      return jnp.ones(spec.shape, dtype)
+    if spec.init == "zeros":
+      return jnp.zeros(spec.shape, dtype)
+    # A stable hash: Python's own changes with every process.
+    name_key = jax.random.fold_in(key, sum(ord(ch) * 31**i for i, ch in enumerate(path)) % (2**31))
+    # fan_in: the low-rank A, [.., R, in...], whose inputs are what follows R.
+    scale = stddev if spec.init == "normal" else math.prod(spec.shape[2:]) ** -0.5
+    return (scale * jax.random.normal(name_key, spec.shape, jnp.float32)).astype(dtype)
+
+  return map_table(leaf, table)
+
+
+def count_params(table: dict[str, ParamSpec], group: Group | None = None) -> int:
+  """Number of parameters, of one group or of all."""
+  return sum(math.prod(s.shape) for s in table.values() if group in (None, s.group))
+
+
+def split_params(params: Params, predicate: Callable[[str], bool]) -> tuple[Params, Params]:
+  """(leaves whose path satisfies `predicate`, the others)."""
+  flat = flatten(params)
+  chosen = {p: v for p, v in flat.items() if predicate(p)}
+  return unflatten(chosen), unflatten({p: v for p, v in flat.items() if p not in chosen})
+
+
+def join_params(*trees: Params) -> Params:
+  """Unites parameter trees; where two hold the same path the later wins."""
+  flat: dict[str, Any] = {}
+  for tree in trees:
+    flat.update(flatten(tree))
+  return unflatten(flat)
+
+
+def merge_lora(params: Params, lora: LoRAConfig | None) -> Params:
+  """Folds low-rank updates into their projections, in float32, rounding once; returns a tree without them."""
+  flat = flatten(params)
+  for path in [p for p in flat if p.endswith("_lora_a")]:
+    a, b = flat.pop(path), flat.pop(path[: -len("a")] + "b")
+    target = path[: -len("_lora_a")]
+    w = flat[target]
+    update = jnp.einsum(
+      "lor,lri->loi", b.reshape(b.shape[0], -1, b.shape[-1]).astype(jnp.float32),
+      a.reshape(a.shape[0], a.shape[1], -1).astype(jnp.float32), precision=jax.lax.Precision.HIGHEST,
+    )  # fmt: skip
+    flat[target] = (w.astype(jnp.float32) + lora.scale * update.reshape(w.shape)).astype(w.dtype)
+  return unflatten(flat)

@@ -1,0 +1,17 @@
+"""The dense cache: nothing is ever evicted."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import struct
+
+from dms_jax.policies.base import Policy, register
+
+
+@register
+@struct.dataclass
+class Vanilla(Policy):
+  """Keeps every token; `window` only places tokens and changes no result."""
+
+  def decide(self, logits, shape):
+    return jnp.zeros(shape, bool)

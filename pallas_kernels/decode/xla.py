@@ -1,0 +1,41 @@
+"""Decode attention in plain XLA: blocks of slots, only up to the longest live prefix."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# Slots read at a time. The block is the only copy made of the cache, so it bounds the operation's temporaries.
+BLOCK = 128
+
+
+def decode_attention(q, kv, layer, lengths):
+  """See `api.decode_attention`. A block past a row's prefix changes nothing, not even a bit, in that row."""
+  b, n, h = q.shape
+  _, _, k, s, _ = kv.shape
+  block = min(BLOCK, s)
+  qg = (q * jnp.asarray(h**-0.5, q.dtype)).reshape(b, k, n // k, h)
+
+  def body(i, state):
+    top, total, acc = state
+    # The last block starts early enough to lie inside the cache; slots it shares with the one before are masked.
+    start = jnp.minimum(i * block, s - block)
+    slots = lax.dynamic_slice(kv, (layer, 0, 0, start, 0), (1, b, k, block, 2 * h))[0]
+    index = start + jnp.arange(block)
+    live = (index >= i * block) & (index < lengths[..., None])
+    slots = jnp.where(live[..., None], slots, jnp.zeros((), slots.dtype))  # dead slots may hold anything, NaN too
+    scores = jnp.einsum("bkgh,bksh->bkgs", qg, slots[..., :h], preferred_element_type=jnp.float32)
+    scores = jnp.where(live[:, :, None], scores, -jnp.inf)
+    new_top = jnp.maximum(top, scores.max(axis=-1))
+    safe = jnp.where(new_top == -jnp.inf, 0.0, new_top)
+    weights = jnp.exp(scores - safe[..., None])
+    scale = jnp.exp(top - safe)
+    part = jnp.einsum("bkgs,bksh->bkgh", weights.astype(kv.dtype), slots[..., h:], preferred_element_type=jnp.float32)
+    return new_top, total * scale + weights.sum(axis=-1), acc * scale[..., None] + part
+
+  init = (jnp.full((b, k, n // k), -jnp.inf), jnp.zeros((b, k, n // k)), jnp.zeros((b, k, n // k, h)))
+  blocks = (lengths.max() + block - 1) // block
+  _, total, acc = lax.fori_loop(0, blocks, body, init)
+  out = acc / jnp.where(total == 0, 1.0, total)[..., None]
+  return jax.lax.reshape(out, (b, n, h)).astype(q.dtype)

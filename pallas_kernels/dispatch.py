@@ -1,0 +1,42 @@
+"""Choosing an implementation: the first that can do the case, or the one that is named."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+_logged: set[str] = set()
+
+
+def call(
+  operation: str, implementations: Mapping[str, Callable], choice: None | str | Sequence[str], *args, **kwargs
+) -> Any:
+  """Calls the first of `implementations` (in order, or those named by `choice`) that accepts the case.
+
+  An implementation refuses a case with NotImplementedError and its reason; each reason is logged once.
+
+  Raises:
+    ValueError: `choice` names an unknown implementation.
+    NotImplementedError: every candidate refused; the message holds all reasons.
+  """
+  names = tuple(implementations) if choice is None else (choice,) if isinstance(choice, str) else tuple(choice)
+  unknown = [n for n in names if n not in implementations]
+  if unknown:
+    raise ValueError(f"{operation}: unknown implementation {unknown}; there are {list(implementations)}")
+  reasons = []
+  for name in names:
+    try:
+      return implementations[name](*args, **kwargs)
+    except NotImplementedError as error:
+      reasons.append(f"{operation}/{name}: {error}")
+      if reasons[-1] not in _logged:
+        _logged.add(reasons[-1])
+        logging.getLogger("pallas_kernels").info("%s", reasons[-1])
+  raise NotImplementedError("; ".join(reasons))
+
+
+def check(condition: bool, message: str) -> None:
+  """Raises ValueError(message) unless `condition`; for static shape checks."""
+  if not condition:
+    raise ValueError(message)

@@ -1,0 +1,3 @@
+"""Retrofit: causal attention with a learned bias on keys that have left the window; differentiable."""
+
+from pallas_kernels.retrofit.api import retrofit_attention as retrofit_attention
