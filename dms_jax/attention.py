@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pallas_kernels import decode, prefill, retrofit
 from pallas_kernels.prefill import NEVER as NEVER
 
-_choice: contextvars.ContextVar[None | str | Sequence[str]] = contextvars.ContextVar("attention", default=None)
+_choice: contextvars.ContextVar[str | Sequence[str] | None] = contextvars.ContextVar("attention", default=None)
 
 
 @contextlib.contextmanager
-def use(implementation: None | str | Sequence[str]):
+def use(implementation: str | Sequence[str] | None):
   """Forces the implementation ("xla", ...) of every attention traced inside."""
   token = _choice.set(implementation)
   try:

@@ -163,7 +163,8 @@ def _qwen2(layers, d, f, n, k, h=128, *, vocab=152064, tied=False, context=32768
 
 def _qwen3(layers, d, f, n, k=8, *, tied=False) -> ModelConfig:
   return ModelConfig(
-    "qwen3", layers, d, f, n, k, 128, 151936, 40960, 1e6, None, 1e-6, tied, qk_norm=True, eos_token_ids=(151645, 151643),
+    "qwen3", layers, d, f, n, k, 128, 151936, 40960, 1e6, None, 1e-6, tied, qk_norm=True,
+    eos_token_ids=(151645, 151643),
   )  # fmt: skip
 
 

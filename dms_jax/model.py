@@ -96,7 +96,7 @@ def _run_layers(model: Model, x: Array, positions: Array, attend: Attend, carry=
   if isinstance(layers, list):
     state, outs = (x, carry), []
     for index, layer in enumerate(layers):
-      state, ys = body(state, (index, layer, jax.tree.map(lambda leaf: leaf[index], xs)))
+      state, ys = body(state, (index, layer, jax.tree.map(lambda leaf, index=index: leaf[index], xs)))
       outs.append(ys)
     return *state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
   if remat:

@@ -10,7 +10,7 @@ _logged: set[str] = set()
 
 
 def call(
-  operation: str, implementations: Mapping[str, Callable], choice: None | str | Sequence[str], *args, **kwargs
+  operation: str, implementations: Mapping[str, Callable], choice: str | Sequence[str] | None, *args, **kwargs
 ) -> Any:
   """Calls the first of `implementations` (in order, or those named by `choice`) that accepts the case.
 

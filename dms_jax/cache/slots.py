@@ -19,7 +19,7 @@ from dms_jax.cache.base import Plan, Seen, count_reads, decided, last_visible, r
 
 @struct.dataclass
 class Step:
-  """Placement of one decode step: `displaced` [B] a token leaves the ring, `archive` [L, B, K] the slot it would take."""
+  """Placement of a decode step: `displaced` [B] a token leaves the ring, `archive` [L, B, K] the slot it would take."""
 
   displaced: jax.Array
   archive: jax.Array

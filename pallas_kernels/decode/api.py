@@ -18,7 +18,7 @@ def decode_attention(
   layer: int | Int[Array, ""],
   lengths: Int[Array, "B K"],
   *,
-  implementation: None | str | Sequence[str] = None,
+  implementation: str | Sequence[str] | None = None,
 ) -> Float[Array, "B N H"]:
   """Attention of one query per row over the first `lengths[b, k]` slots of each KV head of one layer.
 

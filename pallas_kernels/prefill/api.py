@@ -22,7 +22,7 @@ def prefill_attention(
   k_first: Int[Array, "B K S"],
   k_last: Int[Array, "B K S"],
   *,
-  implementation: None | str | Sequence[str] = None,
+  implementation: str | Sequence[str] | None = None,
 ) -> Float[Array, "B T N H"]:
   """Attention in which key j is visible to query i iff `k_first[j] <= q_pos[i] <= k_last[j]`.
 

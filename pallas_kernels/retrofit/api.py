@@ -20,7 +20,7 @@ def retrofit_attention(
   window: int,
   segment_ids: Int[Array, "B T"] | None = None,
   *,
-  implementation: None | str | Sequence[str] = None,
+  implementation: str | Sequence[str] | None = None,
 ) -> Float[Array, "B T N H"]:
   """Causal attention; `bias[b, k, j]` is added to the scores of key j for queries i with i - j > window.
 
