@@ -1,6 +1,7 @@
 """Eviction gates: one logit per KV head and token, about the token `shift` places before.
 
-Source: arXiv 2506.05345, section 3.1 and appendix C; the scale of 100 is the released code's. The logits are computed in float32 always: at scale 100 a bfloat16 rounding would flip decisions.
+Source: arXiv 2506.05345, section 3.1 and appendix C; the scale of 100 is the released code's. The logits are computed
+in float32 always: at scale 100 a bfloat16 rounding would flip decisions.
 """
 
 from __future__ import annotations
