@@ -1,0 +1,30 @@
+"""The schedule of the target compression and of the learning rate."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import optax
+
+from dms_jax.retrofit.config import RetrofitConfig
+
+
+def target_cr(config: RetrofitConfig, step):
+  """CR asked for at `step`, float32: linear in CR, `steps_per_cr` steps a unit (arXiv 2506.05345, section 4)."""
+  return jnp.minimum(config.initial_cr + jnp.asarray(step, jnp.float32) / config.steps_per_cr, config.final_cr)
+
+
+def step_of_cr(config: RetrofitConfig, cr: float) -> int:
+  """The first step whose target is at least `cr`."""
+  return round((cr - config.initial_cr) * config.steps_per_cr)
+
+
+def learning_rate(config: RetrofitConfig) -> optax.Schedule:
+  """Linear warm-up, constant, linear fall to 0 over the last `decay_steps`."""
+  warmup, decay = config.warmup_steps, config.decay_steps
+  peak = config.learning_rate
+  parts, ends = [optax.constant_schedule(peak)], []
+  if warmup:
+    parts, ends = [optax.linear_schedule(peak / warmup, peak, warmup - 1), *parts], [warmup - 1]
+  if decay:
+    parts, ends = [*parts, optax.linear_schedule(peak, 0.0, decay)], [*ends, config.steps - decay]
+  return optax.join_schedules(parts, ends)
