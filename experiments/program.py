@@ -9,7 +9,7 @@ A program is importable without side effects and looks like this:
     def main():
       config, dms = program.read_flags("", Config), program.read_flags("dms", DMSConfig)
       ...
-      program.finish({"perplexity": 23.2})          # last line: {"config": {...}, "environment": {...}, "perplexity": 23.2}
+      program.finish({"perplexity": 23.2})     # last line: {"config": {...}, "environment": {...}, "perplexity": 23.2}
 
     if __name__ == "__main__":
       program.define_flags("", Config)              # --text=...
@@ -129,8 +129,8 @@ def define_flags(prefix: str, cls: type, **overrides: Any) -> None:
   for name, field in fields.items():
     flag, annotation = _flag_name(prefix, name), hints[name]
     if dataclasses.is_dataclass(annotation):
-      given = overrides.get(name)
-      define_flags(flag, annotation, **(vars(given) if given is not None else {}))
+      given = overrides.get(name, _default(field))
+      define_flags(flag, annotation, **({} if given is dataclasses.MISSING else vars(given)))
       continue
     default = overrides.get(name, _default(field))
     required = default is dataclasses.MISSING

