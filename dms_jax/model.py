@@ -28,12 +28,16 @@ from dms_jax.policies import Policy
 
 @struct.dataclass
 class Model:
-  """Weights and what they mean. `dms` None: no gates. `lora` describes low-rank updates still apart in `params`."""
+  """Weights and what they mean. `dms` None: no gates. `lora` describes low-rank updates still apart in `params`.
+
+  `tokenizer` rides along so that prompts can be strings; compiled functions never see it.
+  """
 
   params: Params
   config: ModelConfig = struct.field(pytree_node=False)
   dms: DMSConfig | None = struct.field(pytree_node=False, default=None)
   lora: LoRAConfig | None = struct.field(pytree_node=False, default=None)
+  tokenizer: Any = struct.field(pytree_node=False, default=None)
 
   @property
   def dtype(self) -> jnp.dtype:
@@ -187,7 +191,7 @@ def forward(
 def segment_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
   """Positions that count from 0 at the start of each run of equal ids."""
   index = jnp.arange(segment_ids.shape[1])
-  starts = jnp.concatenate([jnp.ones_like(segment_ids[:, :1]), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
+  starts = jnp.concatenate([jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
   return index - lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from flax import struct
@@ -38,14 +38,17 @@ class Seen:
   reads: Int[Array, "B K"]
 
 
+@runtime_checkable
 class Cache(Protocol):
   """A fixed-shape pytree. `seen` [B] counts the tokens of each row; `shift` is the gates' (DESIGN: decisions)."""
 
-  kv: Float[Array, "L B K S 2H"]
+  kv: Float[Array, "L B K S 2*H"]
   seen: Int[Array, "B"]
   window: int
   shift: int
 
+  def room(self) -> Int[Array, "B"]: ...
+  def grown(self, slots: int) -> Cache: ...
   def layer_state(self) -> Any: ...
   def plan(self, policy: Policy, lengths: Int[Array, "B"], num_tokens: int) -> Plan: ...
   def attend(
@@ -55,7 +58,7 @@ class Cache(Protocol):
   def commit(self, plan: Plan, kv: Array, states: Any) -> Cache: ...
 
 
-def rows_of(k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], dtype) -> Float[Array, "B K T 2H"]:
+def rows_of(k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], dtype) -> Float[Array, "B K T 2*H"]:
   """Keys and values side by side, one row of 2H a token, heads first."""
   return jnp.swapaxes(jnp.concatenate([k, v], axis=-1), 1, 2).astype(dtype)
 

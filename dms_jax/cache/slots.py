@@ -58,6 +58,11 @@ class SlotCache:
     """Live slots, int32 [L, B, K]."""
     return jnp.minimum(self.seen, self.ring)[:, None] + self.archived
 
+  def room(self):
+    """Tokens each row can take even if none of them and none of its ring is evicted, int32 [B]."""
+    free = self.kv.shape[3] - self.ring - jnp.max(self.archived, axis=(0, 2))
+    return free + jnp.maximum(self.ring - self.seen, 0)
+
   def grown(self, slots: int) -> SlotCache:
     """The same cache with `slots` slots a head, for a row that has no room left."""
     extra = slots - self.kv.shape[3]
@@ -94,7 +99,7 @@ class SlotCache:
     keep = step.keep[layer]
     if self.window < self.shift:  # the incoming decision is about the very token that leaves
       keep = keep & policy.retire(evict[..., 0], plan.seen[:, None] - ring)
-    archived = archived + keep
+    archived = archived + keep.astype(jnp.int32)
 
     # Decisions first: about token t - shift, which may already be gone; then the new token starts undecided.
     own = evict[..., 0] if self.shift == 0 else jnp.zeros_like(evict[..., 0])

@@ -14,7 +14,7 @@ IMPLEMENTATIONS = {"xla": xla.decode_attention}
 
 def decode_attention(
   q: Float[Array, "B N H"],
-  kv: Float[Array, "L B K S 2H"],
+  kv: Float[Array, "L B K S 2*H"],
   layer: int | Int[Array, ""],
   lengths: Int[Array, "B K"],
   *,

@@ -1,0 +1,46 @@
+"""Set-up of every test: CPU, compiled programs kept between runs, shapes and types checked, strict numpy semantics."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax: the suite means the same on every machine
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "dms_jax" / "xla"))
+
+import hypothesis
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+import tests.typecheck  # noqa: F401  (the hook looks it up by name)
+
+# Before the packages: each annotated function then checks the shapes and types of its arguments and result.
+install_import_hook(["dms_jax", "pallas_kernels"], "tests.typecheck.check")
+
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# Derandomised, so that a failure is a fact about the commit; HYPOTHESIS_PROFILE=explore draws afresh and more.
+hypothesis.settings.register_profile(
+  "default", derandomize=True, deadline=None, database=None, print_blob=True,
+  suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+)  # fmt: skip
+hypothesis.settings.register_profile("explore", parent=hypothesis.settings.get_profile("default"), derandomize=False)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion(request):
+  """Mixing dtypes is an error; `@pytest.mark.standard_promotion` lifts it, for code of other packages."""
+  if request.node.get_closest_marker("standard_promotion"):
+    yield
+    return
+  with jax.numpy_dtype_promotion("strict"):
+    yield
+
+
+def pytest_configure(config):
+  config.addinivalue_line("markers", "standard_promotion: runs other packages' code that mixes dtypes")
+  for package in ("dms_jax", "pallas_kernels"):
+    config.addinivalue_line("filterwarnings", rf"error:::{package}(\..*)?")
