@@ -13,7 +13,7 @@ def target_cr(config: RetrofitConfig, step):
   return jnp.minimum(config.initial_cr + jnp.asarray(step, jnp.float32) / config.steps_per_cr, config.final_cr)
 
 
-def step_of_cr(config: RetrofitConfig, cr: float) -> int:
+def step_of_cr(config: RetrofitConfig, cr: float | int) -> int:
   """The first step whose target is at least `cr`."""
   return round((cr - config.initial_cr) * config.steps_per_cr)
 

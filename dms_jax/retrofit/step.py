@@ -151,7 +151,8 @@ def train_step(
   ema = state.ema
   if ema is not None:
     # Short runs first: a plain average of what there is, until the decay takes over.
-    decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+    taken = state.step.astype(jnp.float32)
+    decay = jnp.minimum(config.ema_decay, (1.0 + taken) / (10.0 + taken))
     ema = optax.incremental_update(trained, ema, 1.0 - decay)
   metrics |= {
     "target_cr": cr, "grad_norm": optax.global_norm(grads), "learning_rate": schedule.learning_rate(config)(state.step),
