@@ -1,1 +1,57 @@
-"""Dynamic Memory Sparsification (arXiv 2506.05345) in JAX."""
+"""Dynamic Memory Sparsification (arXiv 2506.05345) in JAX: language models that forget most of their KV cache.
+
+    import jax, dms_jax
+
+    model, tokenizer = dms_jax.load("checkpoints/smollm2", retrofit="retrofits/smollm2-cr4")
+    out = dms_jax.generate(model, ["The capital of France is"], policy=dms_jax.DMS(window=64), max_new_tokens=256)
+    out.text, out.tokens, out.logprobs, out.finish_reason    # lists, one entry a row
+    out.metrics.achieved_cr, out.metrics.kv_reads            # see `dms_jax.metrics`
+    more = dms_jax.generate(model, ["And of Spain?"], continue_from=out)                      # the next turn
+    dense = dms_jax.generate(model, ["The capital of France is"], policy=dms_jax.Vanilla())   # nothing evicted
+
+Prompts are strings, lists of ids or a padded id matrix with its `mask`; sampling takes `key`, `temperature`, `top_k`,
+`top_p`; `stream` is called as `stream(row, tokens, text)` while tokens are made. `generate`'s docstring says the rest.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dms_jax.config import PRESETS as PRESETS
+from dms_jax.config import DMSConfig as DMSConfig
+from dms_jax.config import LoRAConfig as LoRAConfig
+from dms_jax.config import ModelConfig as ModelConfig
+from dms_jax.generation import Conversation as Conversation
+from dms_jax.generation import Output as Output
+from dms_jax.generation import generate as generate
+from dms_jax.metrics import Metrics as Metrics
+from dms_jax.model import Model as Model
+from dms_jax.model import cached_forward as cached_forward
+from dms_jax.model import forward as forward
+from dms_jax.policies import DMS as DMS
+from dms_jax.policies import Policy as Policy
+from dms_jax.policies import Vanilla as Vanilla
+
+
+def load(path: str | Path, retrofit: str | Path | None = None, dtype: Any = None, merge: bool = True):
+  """Loads a converted checkpoint, ready to generate: (model, tokenizer).
+
+  The model carries the tokenizer, so that `generate` takes strings, and its layers are in the form that decodes fastest
+  on this machine (`generation.decode_form`).
+
+  Args:
+    path: folder written by `experiments.convert_weights`.
+    retrofit: folder of eviction gates and low-rank updates to put on top; without it the model may have no gates.
+    dtype: of the weights, and so of the cache; default as stored.
+    merge: fold low-rank updates into the weights, which decodes faster.
+
+  Raises:
+    ValueError: a folder that is missing, damaged or does not fit.
+  """
+  from dms_jax import checkpoint, generation  # Orbax and tokenizers take a second to import
+  from dms_jax.tokenizer import Tokenizer
+
+  tokenizer = Tokenizer.load(path)
+  model = checkpoint.load(path, retrofit=retrofit, merge=merge, dtype=dtype)
+  return generation.decode_form(model.replace(tokenizer=tokenizer)), tokenizer

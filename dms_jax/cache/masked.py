@@ -31,6 +31,15 @@ class MaskedCache:
   def layer_state(self):
     return self.evicted
 
+  def room(self):
+    """Tokens each row can surely take, int32 [B]."""
+    return self.kv.shape[3] - self.seen
+
+  def grown(self, slots: int) -> MaskedCache:
+    """The same cache with room for `slots` tokens a row."""
+    pad = ((0, 0), (0, 0), (0, 0), (0, slots - self.kv.shape[3]))
+    return self.replace(kv=jnp.pad(self.kv, (*pad, (0, 0))), evicted=jnp.pad(self.evicted, pad))
+
   def live(self, policy):
     """Tokens visible to the newest query, int32 [L, B, K]."""
     position = jnp.arange(self.kv.shape[3])

@@ -35,6 +35,7 @@ class Policy(abc.ABC):
   window: int = struct.field(pytree_node=False, default=0)
 
   uses_gates = False  # whether the model must have gates
+  evicts = True  # False: every token is kept, so how much room a text needs is known from its length
 
   @abc.abstractmethod
   def decide(self, logits: Float[Array, "B K T"] | None, shape: tuple[int, int, int]) -> Bool[Array, "B K T"]:

@@ -13,5 +13,7 @@ from dms_jax.policies.base import Policy, register
 class Vanilla(Policy):
   """Keeps every token; `window` only places tokens and changes no result."""
 
+  evicts = False
+
   def decide(self, logits, shape):
     return jnp.zeros(shape, bool)

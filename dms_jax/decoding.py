@@ -1,0 +1,134 @@
+"""The compiled part of generation: a prompt's chunk, the first token, and a stretch of decode steps.
+
+Nothing here calls back to the host. A stretch has a static trip count; rows that are done sit its steps out, and a step
+for which no row is left costs nothing. A token is fed only by the step after the one that chose it: the last token of a
+row is never fed, it stays *pending*, and a later turn puts it before its own prompt.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from dms_jax.cache import Cache
+from dms_jax.metrics import Counts, count
+from dms_jax.model import Model, cached_forward, last_logits
+from dms_jax.policies import Policy
+from dms_jax.sampling import Sampling, sample
+
+RUNNING, STOP, EOS, LENGTH, CAPACITY = range(5)
+REASONS = ("running", "stop", "eos", "length", "capacity")
+
+
+@struct.dataclass
+class Ends:
+  """What ends a row: token ids, and stop strings as `stops.token_table` (None: none)."""
+
+  eos: Int[Array, "ids"]
+  table: Int[Array, "states V"] | None = None
+
+
+@struct.dataclass
+class Rows:
+  """Where each row of a batch stands.
+
+  `token` int32 [B] is pending: chosen and not yet fed. `keys` [B] or None (greedy). `count` int32 [B] tokens generated,
+  `limit` [B] when to end. `state` int32 [B] of the stop strings' automaton. `reason` int32 [B], why the row ended.
+  """
+
+  token: Int[Array, "B"]
+  keys: Key[Array, "B"] | None
+  count: Int[Array, "B"]
+  limit: Int[Array, "B"]
+  state: Int[Array, "B"]
+  reason: Int[Array, "B"]
+
+
+@struct.dataclass
+class Emitted:
+  """Tokens of a stretch [steps, B], their log-probabilities, and which of them are there."""
+
+  tokens: Int[Array, "steps B"]
+  logprobs: Float[Array, "steps B"]
+  valid: Bool[Array, "steps B"]
+
+
+def choose(
+  rows: Rows, logits: Float[Array, "B V"], active: Bool[Array, "B"], sampling: Sampling, ends: Ends
+) -> tuple[Rows, Emitted]:
+  """Draws the next token of the active rows, and ends those whose token, stop string or limit says so."""
+  token, logprob = sample(logits, rows.keys, rows.count, sampling)
+  token = jnp.where(active, token, rows.token)
+  total = rows.count + active
+  reason = jnp.where(total >= rows.limit, LENGTH, RUNNING)
+  reason = jnp.where(jnp.any(token[:, None] == ends.eos, axis=-1), EOS, reason)
+  state = rows.state
+  if ends.table is not None:
+    following = ends.table[state, token].astype(jnp.int32)
+    reason = jnp.where(following < 0, STOP, reason)
+    state = jnp.where(active, jnp.maximum(following, 0), state)
+  rows = rows.replace(token=token, count=total, state=state, reason=jnp.where(active, reason, rows.reason))
+  return rows, Emitted(token[None], logprob[None], active[None])
+
+
+@partial(jax.jit, donate_argnames=("cache", "logits"))
+def prefill_chunk(
+  model: Model,
+  policy: Policy,
+  cache: Cache,
+  tokens: Int[Array, "B T"],
+  lengths: Int[Array, "B"],
+  last: Bool[Array, "B"],
+  logits: Float[Array, "B V"],
+) -> tuple[Cache, Float[Array, "B V"], Bool[Array, "B"], Counts]:
+  """Takes up to T prompt tokens a row; where `last`, the row's prompt ends here and its logits are written.
+
+  Returns the cache, the logits, which rows had no room, and counts.
+  """
+  out, cache = cached_forward(model, policy, cache, tokens, lengths)
+  logits = jnp.where(last[:, None], last_logits(model, out), logits)
+  return cache, logits, out.stalled, count(out.seen)
+
+
+@jax.jit
+def first_token(rows: Rows, logits: Float[Array, "B V"], sampling: Sampling, ends: Ends) -> tuple[Rows, Emitted]:
+  """The token after the prompt, of the rows still running."""
+  return choose(rows, logits, rows.reason == RUNNING, sampling, ends)
+
+
+@partial(jax.jit, static_argnames=("steps", "history"), donate_argnames=("cache", "rows"))
+def decode_stretch(
+  model: Model, policy: Policy, cache: Cache, rows: Rows, sampling: Sampling, ends: Ends, *, steps: int, history: bool
+) -> tuple[Cache, Rows, Emitted, Counts]:
+  """`steps` decode steps. A row without room ends with reason CAPACITY, its token still pending, nothing lost."""
+  batch = rows.token.shape[0]
+  heads = (model.config.num_layers, batch, model.config.num_kv_heads)
+
+  def step(state):
+    cache, rows, counts = state
+    running = rows.reason == RUNNING
+    out, cache = cached_forward(model, policy, cache, rows.token[:, None], running.astype(jnp.int32))
+    fed = running & ~out.stalled
+    rows = rows.replace(reason=jnp.where(running & out.stalled, CAPACITY, rows.reason))
+    rows, emitted = choose(rows, last_logits(model, out), fed, sampling, ends)
+    now = count(out.seen)
+    return (cache, rows, Counts(now.live, counts.reads + now.reads, now.held)), emitted
+
+  def rest(state):
+    nothing = Emitted(state[1].token[None], jnp.zeros((1, batch), jnp.float32), jnp.zeros((1, batch), bool))
+    return state, nothing
+
+  def body(state, _):
+    state, emitted = lax.cond(jnp.any(state[1].reason == RUNNING), step, rest, state)
+    counts = state[2]
+    return state, (jax.tree.map(lambda x: x[0], emitted), counts.held[0], counts.live if history else None)
+
+  zeros = jnp.zeros(heads, jnp.int32)
+  state = (cache, rows, Counts(zeros, zeros, jnp.zeros((1, batch), jnp.int32)))
+  (cache, rows, counts), (emitted, held, live) = lax.scan(body, state, length=steps)
+  return cache, rows, emitted, counts.replace(held=held, history=live)

@@ -1,0 +1,376 @@
+"""`generate`: prompts in, text out, against a cache that DMS keeps small. The host's part of generation.
+
+    model, tokenizer = dms_jax.load(path)
+    out = dms_jax.generate(model, ["What is a cache?"], policy=dms_jax.DMS(window=64), max_new_tokens=256)
+    out.text[0], out.metrics.achieved_cr
+    more = dms_jax.generate(model, ["And a page?"], continue_from=out, max_new_tokens=256)
+
+Prompts are read in chunks, tokens are decoded in compiled stretches (`decoding`); between them the host grows the cache
+where it must, and streams what has been generated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Int
+
+from dms_jax import cache as caches
+from dms_jax import decoding, stops
+from dms_jax.cache import Cache
+from dms_jax.decoding import LENGTH, REASONS, RUNNING, Ends, Rows
+from dms_jax.metrics import Metrics
+from dms_jax.model import Model, check_policy, model_shift
+from dms_jax.policies import DMS, Policy, Vanilla
+from dms_jax.sampling import Sampling, row_keys
+
+# A growing cache is rounded up to a multiple of SLOTS and grows by GROWTH at least: each new shape is a compilation.
+SLOTS, GROWTH = 256, 1.5
+
+Stream = Callable[[int, list[int], str], None]
+
+
+@struct.dataclass
+class Conversation:
+  """What a later turn needs. `pending` int32 [B]: the last token chosen, not in `cache` yet, -1 for none;
+  `generated` int32 [B]: tokens chosen so far, which number the random draws of a row."""
+
+  cache: Cache
+  pending: Int[Array, "B"]
+  generated: Int[Array, "B"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+  """What `generate` returns; lists have one entry a row.
+
+  `text`: cut before a stop string, None without a tokenizer. `tokens`: all that were generated, an ending EOS or stop
+  string included. `logprobs`: log_softmax of the raw logits at them. `finish_reason`: "eos", "stop", "length", or
+  "capacity" where a fixed `capacity` was full (`continue_from` with a larger one goes on). `cache` holds everything but
+  the last token and continues the conversation.
+  """
+
+  tokens: list[list[int]]
+  logprobs: list[list[float]]
+  finish_reason: list[str]
+  metrics: Metrics
+  cache: Conversation
+  text: list[str] | None = None
+
+
+def decode_form(model: Model) -> Model:
+  """The model in the form that decodes fastest here: stacked layers are scanned, a list of layers is looped over.
+
+  On a CPU a scan copies each layer's weights out of the stack at every step (SmolLM2-135M, 2 cores: 15 against 30
+  tokens/s); on an accelerator the scan compiles faster and costs nothing. The list is a copy of the weights: convert
+  once, as `load` does, rather than at every call of `generate`.
+  """
+  return model.unstacked() if jax.default_backend() == "cpu" else model
+
+
+def generate(
+  model: Model,
+  prompts: str | Sequence[str] | Sequence[Sequence[int]] | np.ndarray | None = None,
+  *,
+  policy: Policy | None = None,
+  max_new_tokens: int = 256,
+  key: jax.Array | None = None,
+  temperature: float = 0.0,
+  top_k: int | None = None,
+  top_p: float | None = None,
+  stop: str | Sequence[str] = (),
+  eos: bool | Sequence[int] = True,
+  cache: str = "slots",
+  capacity: int | None = None,
+  continue_from: Output | Conversation | None = None,
+  mask: np.ndarray | None = None,
+  tokenizer: Any = None,
+  stream: Stream | None = None,
+  prefill_chunk: int = 256,
+  stretch: int = 32,
+  history: bool = False,
+) -> Output:
+  """Continues each prompt by up to `max_new_tokens` tokens.
+
+  Args:
+    prompts: a string, strings, lists of ids, or an id matrix [B, T], whose padding (on the left, say) `mask` excludes.
+    policy: what becomes of tokens; default `DMS()` if the model has gates, else `Vanilla()`.
+    max_new_tokens: 0 only reads the prompts.
+    key: one key, or one a row: row b's n-th token depends on its own key and n alone. Needed if temperature > 0.
+    temperature: 0 is greedy; `top_k` and `top_p` then change nothing.
+    stop: strings that end a row; looked for in what this call generates.
+    eos: end rows at the tokenizer's and the model's EOS; or the ids that do.
+    cache: "slots" (DMS frees memory) or "masked" (keeps and masks; for ablations). `continue_from` brings its own.
+    capacity: fixed slots a head (tokens a row of a masked cache); default: starts small and grows as needed.
+    continue_from: an earlier output or its `.cache`; prompts are the next turn, one a row, and may be empty (None: all
+      empty) to simply go on. It is copied, not consumed.
+    mask: bool [B, T], true where `prompts` holds a token.
+    tokenizer: default `model.tokenizer`; needed for strings and `stop`.
+    stream: called as `stream(row, tokens, text)` after each stretch with what is new; texts add up to `Output.text`.
+    prefill_chunk, stretch: tokens a prompt is read by, and decode steps a compiled call makes.
+    history: keep `metrics.history`, tokens held by every head after every decode step.
+
+  Raises:
+    ValueError: bad arguments, prompts that are empty or do not fit the context or `capacity`; before any work, except
+      where a fixed capacity proves too small for a prompt under a policy whose evictions cannot be foreseen.
+  """
+  tokenizer = model.tokenizer if tokenizer is None else tokenizer
+  model = decode_form(model.replace(tokenizer=None))
+  policy = check_policy(model, policy or (DMS() if model.dms is not None else Vanilla()))
+  sampling = Sampling.create(temperature, top_k, top_p)
+  if sampling.temperature is not None and key is None:
+    raise ValueError("sampling at temperature > 0 needs key=jax.random.key(seed)")
+  for name, value, least in (("max_new_tokens", max_new_tokens, 0), ("prefill_chunk", prefill_chunk, 1),
+                             ("stretch", stretch, 1)):  # fmt: skip
+    if value < least:
+      raise ValueError(f"{name}={value} must be {least} or more")
+  automaton, ends = _ends(model, tokenizer, (stop,) if isinstance(stop, str) else tuple(stop), eos)
+  past = continue_from.cache if isinstance(continue_from, Output) else continue_from
+  ids = _prompt_ids(model, prompts, mask, tokenizer, past)
+  batch = len(ids)
+  if past is None:
+    generated, seen = np.zeros(batch, np.int32), np.zeros(batch, np.int64)
+  else:
+    generated, seen = np.asarray(past.generated), np.asarray(past.cache.seen).astype(np.int64)
+  lengths = seen + [len(row) for row in ids]
+  _check_lengths(model, policy, cache, capacity, past, lengths, max_new_tokens)
+  most = int(lengths.max()) + max(max_new_tokens - 1, 0)  # slots that suffice whatever is kept
+  store = _start(model, policy, cache, capacity, past, batch, most, prefill_chunk)
+
+  metrics = Metrics.zero(model.config.num_layers, batch, model.config.num_kv_heads)
+  rows = Rows(
+    token=jnp.asarray(np.array([row[-1] for row in ids], np.int32)),
+    keys=None if sampling.temperature is None else row_keys(key, batch),
+    count=jnp.asarray(generated),
+    limit=jnp.asarray(generated + max_new_tokens, jnp.int32),
+    state=jnp.zeros(batch, jnp.int32),
+    reason=jnp.full(batch, RUNNING if max_new_tokens else LENGTH, jnp.int32),
+  )
+  written = _Written([[] for _ in ids], [[] for _ in ids], [""] * batch)
+  reason = np.asarray(rows.reason)
+  if past is None or prompts is not None:  # else the pending tokens are all there is to read: decoding simply goes on
+    store, logits, metrics = _prefill(model, policy, store, ids, metrics, prefill_chunk, capacity, most)
+    if max_new_tokens:
+      rows, emitted = decoding.first_token(rows, logits, sampling, ends)
+      reason = _write(written, emitted, rows, tokenizer, automaton, stream)
+  steps = 0
+  while (reason == RUNNING).any():
+    store = _with_room(store, np.where(reason == RUNNING, stretch, 0), capacity, most)
+    store, rows, emitted, counts = decoding.decode_stretch(
+      model, policy, store, rows, sampling, ends, steps=stretch, history=history
+    )
+    metrics = metrics.add(counts, decode=True)
+    steps += int(emitted.valid.any(axis=1).sum())
+    reason = _write(written, emitted, rows, tokenizer, automaton, stream)
+  read_only = not max_new_tokens and prompts is not None
+  pending = jnp.full(batch, -1, jnp.int32) if read_only else rows.token
+  metrics = metrics.replace(
+    seen=np.asarray(store.seen).astype(np.int64), new_tokens=np.array([len(t) for t in written.tokens]),
+    slot_bytes=store.kv.shape[-1] * store.kv.dtype.itemsize,
+    bytes_allocated=sum(leaf.nbytes for leaf in jax.tree.leaves(store)),
+    history=None if metrics.history is None else metrics.history[:steps],
+  )  # fmt: skip
+  reasons = [REASONS[r] for r in np.asarray(rows.reason)]
+  text = None
+  if tokenizer is not None:
+    text = [visible_text(tokenizer, automaton, t, r) for t, r in zip(written.tokens, reasons, strict=True)]
+  return Output(written.tokens, written.logprobs, reasons, metrics, Conversation(store, pending, rows.count), text)
+
+
+# Before any work ------------------------------------------------------------------------------------------------------
+
+
+def _ends(model: Model, tokenizer, stop: tuple[str, ...], eos: bool | Sequence[int]):
+  """The automaton of the stop strings (None without), and what ends a row, for the graph."""
+  if isinstance(eos, bool):
+    ids = set(model.config.eos_token_ids) | set(getattr(tokenizer, "eos_token_ids", ())) if eos else set()
+  else:
+    ids = set(eos)
+  ends = Ends(jnp.asarray(np.array(sorted(ids), np.int32)))
+  if not stop:
+    return None, ends
+  if tokenizer is None:
+    raise ValueError("stop: stop strings need a tokenizer; pass tokenizer=")
+  automaton = stops.build(stop)
+  table = stops.token_table(automaton, tokenizer.token_bytes(), model.config.vocab_size)
+  return automaton, ends.replace(table=jnp.asarray(table))
+
+
+def _prompt_ids(model: Model, prompts, mask, tokenizer, past: Conversation | None) -> list[np.ndarray]:
+  """Each row's ids int32, a pending token before them."""
+  if prompts is None:
+    if past is None:
+      raise ValueError("prompts: nothing to generate from")
+    prompts = [[]] * past.pending.shape[0]
+  if isinstance(prompts, str):
+    prompts = [prompts]
+  if mask is not None or (hasattr(prompts, "ndim") and prompts.ndim == 2):
+    matrix = np.asarray(prompts)
+    mask = np.ones(matrix.shape, bool) if mask is None else np.asarray(mask).astype(bool)
+    if matrix.ndim != 2 or mask.shape != matrix.shape:
+      raise ValueError(f"mask {mask.shape} does not fit prompts {matrix.shape}; both must be [B, T]")
+    prompts = [row[keep] for row, keep in zip(matrix, mask, strict=True)]
+  elif len(prompts) and all(isinstance(p, int | np.integer) for p in prompts):
+    prompts = [prompts]
+  if not len(prompts):
+    raise ValueError("prompts: there are none")
+  if any(isinstance(p, str) for p in prompts):
+    if tokenizer is None:
+      raise ValueError("prompts: strings need a tokenizer, and this model brings none; pass tokenizer=")
+    prompts = [tokenizer.encode(p) if isinstance(p, str) else p for p in prompts]
+  if past is not None:
+    pending = np.asarray(past.pending)
+    if len(pending) != len(prompts):
+      raise ValueError(f"prompts: {len(prompts)}, but the conversation to continue has {len(pending)} rows")
+    prompts = [[*([p] if p >= 0 else []), *ids] for p, ids in zip(pending, prompts, strict=True)]
+  ids = [np.asarray(p, np.int32).reshape(-1) for p in prompts]
+  for row, values in enumerate(ids):
+    if not values.size:
+      raise ValueError(f"prompts[{row}] is empty; give it at least one token")
+    if values.min() < 0 or values.max() >= model.config.vocab_size:
+      raise ValueError(f"prompts[{row}] has token ids outside 0..{model.config.vocab_size - 1}")
+  return ids
+
+
+def _check_lengths(model, policy, kind, capacity, past, lengths, max_new_tokens) -> None:
+  """Refuses what is known not to fit."""
+  row = int(lengths.argmax())
+  what = f"prompts[{row}]: {lengths[row]} tokens with earlier turns, and max_new_tokens={max_new_tokens},"
+  total = int(lengths[row]) + max_new_tokens
+  if total > model.config.max_position_embeddings:
+    raise ValueError(
+      f"{what} need {total} positions; the model has max_position_embeddings={model.config.max_position_embeddings}"
+    )
+  keeps = kind == "masked" or not policy.evicts
+  if past is not None:
+    keeps = isinstance(past.cache, caches.MaskedCache) or not policy.evicts
+    if past.cache.window != policy.window:
+      raise ValueError(f"policy window={policy.window}, but the conversation has window={past.cache.window}")
+    if capacity is not None and capacity < past.cache.kv.shape[3]:
+      raise ValueError(f"capacity={capacity} is below the {past.cache.kv.shape[3]} slots the conversation has")
+  if capacity is not None and capacity < 1:
+    raise ValueError(f"capacity={capacity} must be 1 or more")
+  if capacity is not None and keeps and total > capacity:
+    raise ValueError(f"{what} need {total} slots; capacity={capacity} and nothing of this cache is freed")
+
+
+# The cache ------------------------------------------------------------------------------------------------------------
+
+
+def _start(model, policy, kind, capacity, past, batch, most, chunk) -> Cache:
+  """An empty cache, or a copy of the conversation's: compiled calls donate theirs."""
+  if past is not None:
+    slots = past.cache.kv.shape[3]
+    return past.cache.grown(capacity) if (capacity or 0) > slots else jax.tree.map(jnp.copy, past.cache)
+  if capacity is None:
+    small = policy.evicts and kind != "masked"
+    capacity = _rounded(min(policy.window + 1 + chunk, most) if small else most)
+  return caches.create(
+    kind, model.config, batch=batch, capacity=capacity, window=policy.window, shift=model_shift(model),
+    dtype=model.dtype,
+  )  # fmt: skip
+
+
+def _rounded(slots: int) -> int:
+  return -(-slots // SLOTS) * SLOTS
+
+
+def _with_room(store: Cache, coming: np.ndarray, capacity: int | None, most: int) -> Cache:
+  """`store`, grown if it is not fixed and `coming` [B] more tokens a row might not fit; never beyond what `most` needs.
+
+  Asking for the worst case costs at most a chunk or a stretch of slots, and no row ever has to stop halfway.
+  """
+  lack = int((coming - np.asarray(store.room())).max())
+  slots = store.kv.shape[3]
+  if capacity is not None or lack <= 0 or slots >= most:
+    return store
+  return store.grown(max(min(_rounded(max(slots + lack, int(slots * GROWTH))), _rounded(most)), slots))
+
+
+def _prefill(model, policy, store, ids, metrics, chunk, capacity, most):
+  """Reads all prompts, each row from its own start in chunks of its own; returns (cache, logits [B, V], metrics)."""
+  batch, done = len(ids), np.zeros(len(ids), np.int64)
+  total = np.array([len(row) for row in ids])
+  logits = jnp.zeros((batch, model.config.vocab_size), jnp.float32)
+  while (done < total).any():
+    take = np.minimum(total - done, chunk)
+    store = _with_room(store, take, capacity, most)
+    width, take = chunk, np.minimum(take, np.asarray(store.room()).clip(0))
+    if not take.any():  # A fixed cache is nearly full: single tokens know what they displace, chunks must assume.
+      width, take = 1, np.minimum(total - done, 1)
+    tokens = np.zeros((batch, width), np.int32)
+    for b, n in enumerate(take):
+      tokens[b, :n] = ids[b][done[b] : done[b] + n]
+    store, logits, stalled, counts = decoding.prefill_chunk(
+      model, policy, store, tokens, take.astype(np.int32), (take > 0) & (done + take == total), logits
+    )
+    metrics = metrics.add(counts, decode=False)
+    took = np.where(np.asarray(stalled), 0, take)
+    if not took.any():
+      row = int((done < total).argmax())
+      raise ValueError(
+        f"prompts[{row}]: {done[row]} of {total[row]} tokens fill capacity={store.kv.shape[3]}; give a larger one, or "
+        "none to let the cache grow"
+      )
+    done += took
+  return store, logits, metrics
+
+
+# What has been generated ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Written:
+  """The rows' tokens and log-probabilities so far, and the text already streamed."""
+
+  tokens: list[list[int]]
+  logprobs: list[list[float]]
+  streamed: list[str]
+
+
+def _write(written: _Written, emitted, rows: Rows, tokenizer, automaton, stream: Stream | None) -> np.ndarray:
+  """Appends a stretch's tokens, streams them, and returns each row's reason [B]."""
+  emitted, reason = jax.device_get((emitted, rows.reason))
+  for b, valid in enumerate(emitted.valid.T):
+    new = emitted.tokens[valid, b].tolist()
+    written.tokens[b] += new
+    written.logprobs[b] += emitted.logprobs[valid, b].tolist()
+    if stream is None or not new:
+      continue
+    text = ""
+    if tokenizer is not None:
+      whole = visible_text(tokenizer, automaton, written.tokens[b], REASONS[reason[b]])
+      text = whole[len(written.streamed[b]) :]
+      written.streamed[b] = whole
+    stream(b, new, text)
+  return reason
+
+
+def visible_text(tokenizer, automaton: stops.Automaton | None, tokens: Sequence[int], reason: str) -> str:
+  """The text of generated tokens as far as it is settled.
+
+  A row that ended at a stop string is cut before it. Of a row still running, what may become a stop string and a
+  character that is not whole yet are held back.
+  """
+  text = tokenizer.decode(list(tokens))
+  if automaton is None and reason != "running":
+    return text
+  if reason == "running":
+    text = text.rstrip("\ufffd")
+  if automaton is None:
+    return text
+  pieces = tokenizer.token_bytes()
+  data = b"".join(pieces[t] for t in tokens if t < len(pieces))
+  if reason == "stop":
+    tail = data[stops.find(automaton, data) :].decode("utf-8", "replace")
+  elif reason == "running":
+    tail = data[len(data) - stops.unsettled(automaton, data) :].decode("utf-8", "ignore")
+  else:
+    return text
+  return text[: len(text) - len(tail)] if tail and text.endswith(tail) else text

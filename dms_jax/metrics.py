@@ -1,0 +1,118 @@
+"""What a run cost and held, one definition each, counted in the graph.
+
+A *token held* is one slot of one layer and KV head; unless said otherwise figures are averaged over layers and heads,
+so that a dense cache of T tokens holds T. *Achieved CR* is tokens seen over tokens held, always given with its T. *KV
+reads* of a decode step are the live tokens attended, the newest included. *Peak tokens* is the largest number held at
+once after any step or prefill chunk.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Int
+
+from dms_jax.cache.base import Seen
+
+
+@struct.dataclass
+class Counts:
+  """Raw counts of one compiled call, int32. `live` and `reads` [L, B, K]: held after it, read by all of it; `held`
+  [steps, B]: live summed over layers and heads after each step; `history` [steps, L, B, K]: live, if asked for."""
+
+  live: Int[Array, "L B K"]
+  reads: Int[Array, "L B K"]
+  held: Int[Array, "steps B"]
+  history: Int[Array, "steps L B K"] | None = None
+
+
+def count(seen: Seen) -> Counts:
+  """Counts of one `cached_forward`."""
+  return Counts(seen.live, seen.reads, jnp.sum(seen.live, axis=(0, 2))[None])
+
+
+@struct.dataclass
+class Metrics:
+  """Counts of a whole call of `generate`, numpy, exact.
+
+  `seen` int64 [B]: T, tokens each row has in its cache, earlier turns included. `live` int64 [L, B, K]: tokens held of
+  them. `decode_reads`, `prompt_reads` int64 [L, B, K]: keys read by this call. `peak` float64 [B]: a row's peak tokens;
+  `peak_total`: the largest sum over rows. `new_tokens` [B]: tokens generated. `slot_bytes`: of one key and value.
+  `bytes_allocated`: of the whole cache. `history` int32 [steps, L, B, K]: live after each decode step, if asked for.
+  """
+
+  seen: np.ndarray
+  live: np.ndarray
+  decode_reads: np.ndarray
+  prompt_reads: np.ndarray
+  peak: np.ndarray
+  peak_total: float = 0.0
+  new_tokens: np.ndarray | None = None
+  slot_bytes: int = 0
+  bytes_allocated: int = 0
+  history: np.ndarray | None = None
+
+  @classmethod
+  def zero(cls, layers: int, batch: int, heads: int) -> Metrics:
+    """Nothing seen yet."""
+    zeros = np.zeros((layers, batch, heads), np.int64)
+    return cls(np.zeros(batch, np.int64), zeros, zeros, zeros, np.zeros(batch), new_tokens=np.zeros(batch, np.int64))
+
+  def add(self, counts: Counts, *, decode: bool) -> Metrics:
+    """With the counts of a decode stretch, or of a prompt's chunk, added."""
+    counts = jax.device_get(counts)
+    reads = "decode_reads" if decode else "prompt_reads"
+    mean = counts.held.astype(np.float64) / (counts.live.shape[0] * counts.live.shape[2])
+    history = self.history
+    if counts.history is not None:
+      history = counts.history if history is None else np.concatenate([history, counts.history])
+    return self.replace(
+      live=counts.live.astype(np.int64), peak=np.maximum(self.peak, mean.max(axis=0, initial=0.0)),
+      peak_total=float(max(self.peak_total, mean.sum(axis=1).max(initial=0.0))), history=history,
+      **{reads: getattr(self, reads) + counts.reads},
+    )  # fmt: skip
+
+  @property
+  def held_tokens(self) -> np.ndarray:
+    """Tokens each row holds, float64 [B]."""
+    return self.live.mean(axis=(0, 2))
+
+  @property
+  def achieved_cr(self) -> float:
+    """1 / mean over rows, layers and heads of held / seen, at T = `seen`; nan before the first token."""
+    started = self.seen > 0
+    held = self.live[:, started] / self.seen[started][:, None]
+    return float(1 / held.mean()) if held.size else math.nan
+
+  @property
+  def kv_reads(self) -> float:
+    """KV reads of decoding, summed over steps and rows."""
+    return float(self.decode_reads.mean(axis=(0, 2)).sum())
+
+  @property
+  def prefill_reads(self) -> float:
+    """KV reads of the prompts, summed over tokens and rows."""
+    return float(self.prompt_reads.mean(axis=(0, 2)).sum())
+
+  @property
+  def peak_tokens(self) -> float:
+    """The largest peak of a row; `peak_total` is that of all rows together."""
+    return float(self.peak.max(initial=0.0))
+
+  @property
+  def bytes_live(self) -> int:
+    """Bytes of the keys and values held."""
+    return int(self.live.sum()) * self.slot_bytes
+
+  def to_json(self) -> dict:
+    """The summary as plain numbers."""
+    return {
+      "rows": int(self.seen.size), "seen_tokens": self.seen.tolist(), "new_tokens": self.new_tokens.tolist(),
+      "achieved_cr": self.achieved_cr, "kv_reads": self.kv_reads, "prefill_reads": self.prefill_reads,
+      "held_tokens": self.held_tokens.tolist(), "peak_tokens": self.peak_tokens, "peak_tokens_total": self.peak_total,
+      "bytes_allocated": self.bytes_allocated, "bytes_live": self.bytes_live,
+    }  # fmt: skip
