@@ -16,7 +16,7 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1	/'
 
 demo: $(VENV)/.demo $(MODEL)  ## fetch SmolLM2, answer and read 4,096 tokens, dense and with DMS side by side
-	$(BIN)/python -m experiments.report --model=$(MODEL) $(DEMO_FLAGS)
+	$(BIN)/python -m experiments.report --checkpoint=$(MODEL) $(DEMO_FLAGS)
 
 test: $(VENV)/.test  ## the test suite; no torch needed
 	$(BIN)/python -m pytest -m "not tpu" $(PYTEST_FLAGS)

@@ -1,0 +1,245 @@
+"""The demo: a question answered and a long text read and continued, dense and with DMS side by side.
+
+    python -m experiments.report --checkpoint=checkpoints/smollm2-135m-instruct
+
+Reads the first `--tokens` tokens of `--text` (default: this project's own documents and source) in chunks, with the
+untouched model and a dense cache, and with the retrofit and a cache that forgets; then continues both greedily. Writes
+OUTPUT/{report.json, live_tokens.png} and ends with one JSON line. Two minutes on two CPU cores with SmolLM2-135M.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+import dms_jax
+from dms_jax import cache as caches
+from dms_jax.metrics import Counts, Metrics, count
+from dms_jax.model import Model, cached_forward, check_policy, last_logits, model_shift, unembed
+from dms_jax.policies import DMS, Policy, Vanilla
+from dms_jax.retrofit.losses import kl_divergence
+from experiments import plots, program
+
+ROOT = Path(__file__).parent.parent
+QUESTION = "What is the capital of France?"
+GROWTH = 1024  # slots a head that a full cache grows by
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """`tokens` are read in chunks of `chunk`, then `new_tokens` are written."""
+
+  checkpoint: str = "checkpoints/smollm2-135m-instruct"
+  retrofit: str = str(ROOT / "experiments/results/retrofit/smollm2-135m-cr4")
+  text: str = ""
+  tokens: int = 4096
+  new_tokens: int = 128
+  chunk: int = 128
+  threshold: float = 0.0
+  dtype: Literal["float32", "bfloat16"] = "float32"
+  output: str = "runs/report"
+
+  def __post_init__(self):
+    for name, least in (("tokens", 2), ("new_tokens", 1), ("chunk", 2)):
+      if getattr(self, name) < least:
+        raise ValueError(f"--{name}={getattr(self, name)} must be {least} or more")
+
+
+def own_text() -> str:
+  """The project's own documents, then its source, in a fixed order."""
+  documents = [ROOT / "README.md", ROOT / "WORKSPACE.md"]
+  sources = [
+    p for package in ("dms_jax", "pallas_kernels", "experiments") for p in sorted((ROOT / package).rglob("*.py"))
+  ]
+  return "\n\n".join(path.read_text(encoding="utf-8") for path in documents + sources if path.exists())
+
+
+# -------------------------------------------------------------------------------------------- reading and writing
+
+
+@partial(jax.jit, donate_argnames="cache")
+def _take(model: Model, policy: Policy, cache, tokens, lengths):
+  """One chunk into the cache: hidden states, logits after it, its counts, and the cache."""
+  out, cache = cached_forward(model, policy, cache, tokens, lengths)
+  return out.hidden, last_logits(model, out), count(out.seen), cache
+
+
+@partial(jax.jit, donate_argnames="cache", static_argnames="steps")
+def _continue(model: Model, policy: Policy, cache, logits, steps: int):
+  """Greedy decoding: tokens [steps], counts with the history of each step, and the cache."""
+
+  def step(carry, _):
+    cache, logits = carry
+    token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    out, cache = cached_forward(model, policy, cache, token[:, None], jnp.ones((1,), jnp.int32))
+    return (cache, last_logits(model, out)), (token[0], out.seen)
+
+  (cache, _), (tokens, seen) = lax.scan(step, (cache, logits), length=steps)
+  counts = Counts(seen.live[-1], jnp.sum(seen.reads, axis=0), jnp.sum(seen.live, axis=(1, 3)), seen.live)
+  return tokens, counts, cache
+
+
+@jax.jit
+def _score(models: tuple[Model, Model], hidden, target, scored):
+  """Sums over the `scored` targets [1, C]: negative log-likelihood by each model, and KL(first || second)."""
+  logits = [unembed(model, states) for model, states in zip(models, hidden, strict=True)]
+  nll = [-jnp.take_along_axis(jax.nn.log_softmax(x), target[..., None], axis=-1)[..., 0] for x in logits]
+  kl = kl_divergence(logits[1], logits[0], "forward")
+  return [jnp.sum(jnp.where(scored, x, 0.0)) for x in (*nll, kl)]
+
+
+def _with_room(cache, tokens: int):
+  """`cache`, grown in strides of GROWTH until `tokens` more fit every head even if none is evicted."""
+  slots = cache.kv.shape[3]
+  missing = cache.ring + int(cache.archived.max()) + tokens - slots
+  return cache if missing <= 0 else cache.grown(slots + -(-missing // GROWTH) * GROWTH)
+
+
+def compare(
+  original: Model, model: Model, tokens: np.ndarray, *, new_tokens: int, chunk: int, threshold: float = 0.0
+) -> dict[str, dict[str, Any]]:
+  """Reads `tokens` [T] and writes `new_tokens` more with both models, in step.
+
+  Args:
+    original: the untouched model, run with a dense cache.
+    model: the retrofit, run with DMS.
+
+  Returns:
+    {"dense": ..., "dms": ...}, each with perplexity and kl of what was read (every position but the first; KL(original
+    || model) in nats per token), the new tokens `written`, `metrics` of all of it, and `live` [P, L, K]: tokens live
+    after `position` [P].
+  """
+  total = len(tokens)
+  models = (original, model)
+  policies = (Vanilla(), check_policy(model, DMS(threshold=threshold)))
+  capacity = (total + new_tokens, min(total + new_tokens, GROWTH))  # DMS starts small and grows as it must
+  state = [
+    caches.create("slots", m.config, batch=1, capacity=c, window=p.window, shift=model_shift(m), dtype=m.dtype)
+    for m, p, c in zip(models, policies, capacity, strict=True)
+  ]
+  metrics = [Metrics.zero(m.config.num_layers, 1, m.config.num_kv_heads) for m in models]
+  sums, positions, live, logits = np.zeros(3), [], ([], []), [None, None]
+  for start in program.progress(range(0, total, chunk), desc=f"reading, chunks of {chunk} tokens"):
+    length, scored = min(chunk, total - start), min(chunk, total - start - 1)
+    part, target = np.zeros((2, 1, chunk), np.int32)
+    part[0, :length] = tokens[start : start + length]
+    target[0, :scored] = tokens[start + 1 : start + 1 + scored]
+    hidden = [None, None]
+    for i, (m, p) in enumerate(zip(models, policies, strict=True)):
+      roomy = _with_room(state[i], chunk)
+      hidden[i], logits[i], counts, state[i] = _take(m, p, roomy, part, np.full((1,), length, np.int32))
+      metrics[i] = metrics[i].add(counts, decode=False)
+      live[i].append(np.asarray(counts.live[:, 0]))
+    positions.append(start + length)
+    sums += np.array(_score(models, hidden, target, np.arange(chunk)[None] < scored), np.float64)
+
+  program.log(f"writing {new_tokens} tokens")
+  results = {}
+  for i, (name, m, p) in enumerate(zip(("dense", "dms"), models, policies, strict=True)):
+    written, counts, cache = _continue(m, p, _with_room(state[i], new_tokens), logits[i], new_tokens)
+    row = 2 * m.config.head_dim * cache.kv.dtype.itemsize
+    results[name] = {
+      "perplexity": float(np.exp(sums[i] / (total - 1))),
+      "kl": float(sums[2] / (total - 1)) if i else 0.0,
+      "written": np.asarray(written),
+      "metrics": metrics[i].add(counts, decode=True).replace(
+        seen=np.array([total + new_tokens]), new_tokens=np.array([new_tokens]), slot_bytes=row,
+        bytes_allocated=cache.kv.nbytes,
+      ),
+      "position": np.array([*positions, *range(total + 1, total + new_tokens + 1)]),
+      "live": np.concatenate([np.stack(live[i]), np.asarray(counts.history)[:, :, 0]]),
+    }  # fmt: skip
+    state[i] = cache = None
+  return results
+
+
+# --------------------------------------------------------------------------------------------------- what is shown
+
+
+def side_by_side(left: str, right: str, width: int = 57) -> str:
+  """Two texts in two columns under "dense" and "DMS"."""
+  wrap = lambda text: [part for line in text.splitlines() for part in (textwrap.wrap(line, width) or [""])]
+  columns = [["dense", "-" * width, *wrap(left)], ["DMS", "-" * width, *wrap(right)]]
+  rows = max(map(len, columns))
+  columns = [column + [""] * (rows - len(column)) for column in columns]
+  return "\n".join(f"{a:<{width}} | {b}".rstrip() for a, b in zip(*columns, strict=True))
+
+
+def table(dense: dict, dms: dict) -> str:
+  """The figures of both runs, a line each."""
+  mib = lambda n: f"{n / 2**20:.1f} MiB"
+  change = dms["perplexity"] / dense["perplexity"] - 1
+  lines = [
+    ("", "dense", "DMS", ""),
+    ("perplexity of what was read", f"{dense['perplexity']:.3f}", f"{dms['perplexity']:.3f}", f"{change:+.1%}"),
+    ("KL to the original, nats a token", "0", f"{dms['kl']:.4f}", ""),
+    (f"achieved CR at T = {dms['seen_tokens'][0]:,}", f"{dense['achieved_cr']:.2f}", f"{dms['achieved_cr']:.2f}", ""),
+  ]
+  for title, key, show in (
+    ("KV reads of the continuation", "kv_reads", lambda n: f"{n:,.0f}"),
+    ("peak tokens, mean over heads", "peak_tokens", lambda n: f"{n:,.0f}"),
+    ("cache, live", "bytes_live", mib),
+    ("cache, allocated", "bytes_allocated", mib),
+  ):
+    lines.append((title, show(dense[key]), show(dms[key]), f"{dense[key] / dms[key]:.2f}x less"))
+  return "\n".join(f"{a:<34} {b:>12} {c:>12}  {d}".rstrip() for a, b, c, d in lines)
+
+
+def main() -> None:
+  config, start = program.read_flags("", Config), time.perf_counter()
+  program.log(f"loading {config.checkpoint} and {config.retrofit}")
+  original, tokenizer = dms_jax.load(config.checkpoint, dtype=config.dtype)
+  model, _ = dms_jax.load(config.checkpoint, retrofit=config.retrofit, dtype=config.dtype)
+  original = original.replace(dms=None)
+  text = Path(config.text).read_text(encoding="utf-8") if config.text else own_text()
+  tokens = np.asarray(tokenizer.encode(text), np.int32)[: config.tokens]
+  if len(tokens) < config.tokens:
+    raise ValueError(f"--text={config.text}: {len(tokens)} tokens, fewer than --tokens={config.tokens}")
+
+  chat = tokenizer.chat([{"role": "user", "content": QUESTION}])
+  answers = {}
+  for name, m, policy in (
+    ("dense", original, Vanilla()),
+    ("dms", model, DMS(threshold=config.threshold)),
+  ):
+    answers[name] = dms_jax.generate(m, chat, tokenizer, policy=policy, max_new_tokens=32).text[0].strip()
+  print(f"\n{QUESTION}\n" + side_by_side(answers["dense"], answers["dms"]), flush=True)
+
+  results = compare(
+    original, model, tokens, new_tokens=config.new_tokens, chunk=config.chunk, threshold=config.threshold
+  )
+  dense, dms = results["dense"], results["dms"]
+  for run in (dense, dms):
+    run["text"] = tokenizer.decode(run.pop("written").tolist())
+    run.update(run.pop("metrics").to_json())
+  print(f"\n{len(tokens):,} tokens of {config.text or 'the project itself'}, continued by {config.new_tokens}:")
+  print(side_by_side(dense["text"], dms["text"]) + "\n\n" + table(dense, dms), flush=True)
+
+  picture = plots.live_tokens(
+    Path(config.output) / "live_tokens.png", dense, dms, read=len(tokens),
+    title=f"{Path(config.checkpoint).name}, window {model.dms.window}: achieved CR {dms['achieved_cr']:.2f}",
+  )  # fmt: skip
+  for run in (dense, dms):
+    run["live_mean"] = run.pop("live").mean(axis=(1, 2)).round(1)
+  seconds = round(time.perf_counter() - start, 1)
+  line = {"dense": dense, "dms": dms, "answers": answers, "picture": picture, "seconds": seconds}
+  saved = {"config": program.flag_values(), "environment": program.environment(), **line}
+  path = program.save_json(Path(config.output) / "report.json", saved)
+  program.log(f"{seconds:.0f} s; wrote {path}" + (f" and {picture}" if picture else ""))
+  for run in (dense, dms):  # the curves stay in report.json
+    del run["live_mean"], run["position"]
+  program.finish(line)
+
+
+if __name__ == "__main__":
+  program.define_flags("", Config)
+  program.run(main)
