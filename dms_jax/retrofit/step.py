@@ -155,7 +155,7 @@ def train_step(
     decay = jnp.minimum(config.ema_decay, (1.0 + taken) / (10.0 + taken))
     ema = optax.incremental_update(trained, ema, 1.0 - decay)
   metrics |= {
-    "target_cr": cr, "grad_norm": optax.global_norm(grads), "learning_rate": schedule.learning_rate(config)(state.step),
+    "target_cr": cr, "grad_norm": optax.tree.norm(grads), "learning_rate": schedule.learning_rate(config)(state.step),
   }  # fmt: skip
   return TrainState(state.step + 1, trained, opt_state, ema), metrics
 
