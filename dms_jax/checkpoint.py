@@ -1,0 +1,283 @@
+"""Checkpoints on disk: DIR/{config.json, params/ (Orbax), tokenizer.json, tokenizer_config.json}.
+
+A checkpoint holds some of three groups of parameters: "base", "gate" (eviction gates) and "lora" (low-rank updates).
+One without the base is a *retrofit*: small, and loaded on top of its base model. config.json also lists every
+parameter file with its size and checksum, so that damage is found before anything is read.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from orbax.checkpoint import v1 as ocp
+
+from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig, from_json, read_json, to_json
+from dms_jax.model import Model
+from dms_jax.params import Params, ParamSpec, flatten, join_params, param_table, unflatten
+from dms_jax.tokenizer import Tokenizer
+
+CONFIG = "config.json"
+PARAMS = "params"
+FORMAT = 1
+GROUPS = ("base", "gate", "lora")
+
+
+def save(
+  path: str | Path,
+  model: Model,
+  tokenizer: Tokenizer | None = None,
+  *,
+  groups: Sequence[str] = GROUPS,
+  metadata: dict[str, Any] | None = None,
+) -> None:
+  """Writes a checkpoint, whole or not at all; an older checkpoint at `path` is replaced.
+
+  Args:
+    groups: what to write; ("gate", "lora") is a retrofit. Groups that the model does not have are left out.
+    metadata: anything worth keeping beside it, as JSON.
+
+  Raises:
+    ValueError: unknown groups, unstacked layers, or something at `path` that is no checkpoint.
+  """
+  if unknown := sorted(set(groups) - set(GROUPS)):
+    raise ValueError(f"groups={unknown} unknown; there are {GROUPS}")
+  if isinstance(model.params["layers"], list):
+    raise ValueError("this model's layers are a list (Model.unstacked); save the stacked model it was made from")
+  table = param_table(model.config, model.dms, model.lora)
+  held = flatten(model.params)
+  if set(held) != set(table):
+    raise ValueError(f"the parameters do not fit the configs: {_difference(set(held), set(table))}")
+  present = {"base": True, "gate": model.dms is not None, "lora": model.lora is not None and model.lora.rank > 0}
+  groups = [g for g in GROUPS if g in groups and present[g]]
+  flat = {name: held[name] for name, spec in table.items() if spec.group in groups}
+  dtypes = sorted({str(value.dtype) for value in flat.values()})
+  with atomic_directory(path) as directory:
+    if flat:
+      ocp.save(directory / PARAMS, unflatten(flat))
+    if tokenizer is not None:
+      tokenizer.save(directory)
+    values = {
+      "format": FORMAT,
+      "model": to_json(model.config),
+      "dms": to_json(model.dms) if "gate" in groups else None,
+      "lora": to_json(model.lora) if "lora" in groups else None,
+      "groups": groups,
+      "dtype": dtypes[0] if len(dtypes) == 1 else dtypes,
+      "metadata": metadata or {},
+      "files": {name: list(entry) for name, entry in _fingerprints(directory / PARAMS).items()},
+    }
+    (directory / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
+
+
+def load(path: str | Path, *, retrofit: str | Path | None = None, merge: bool = True, dtype: Any = None) -> Model:
+  """Loads a model, and optionally a retrofit on top of it.
+
+  Args:
+    path: a checkpoint with a base.
+    retrofit: a checkpoint of gates and low-rank updates made for this model; its gates replace the model's own.
+    merge: fold low-rank updates into the weights (in float32, rounded once); else they stay apart.
+    dtype: of the weights; default as stored. Gates, and updates kept apart, stay as stored.
+
+  Raises:
+    ValueError: a file is missing, cut short or damaged, or the retrofit belongs to another model.
+  """
+  values, base, dms, lora = read_config(path)
+  if "base" not in values["groups"]:
+    raise ValueError(f"{path}: a retrofit (it holds {values['groups']}); load its base model with retrofit={path}")
+  apart = lora is None or not (merge or retrofit is not None)
+  # What is merged is read as stored, so that it is rounded only once.
+  early = dtype if apart and retrofit is None else None
+  params = _read_params(Path(path), values, param_table(base, dms, lora), early)
+  model = Model(params, base, dms, lora)
+  if not apart:
+    model = model.merged()
+  if retrofit is not None:
+    model = _apply_retrofit(model, path, retrofit)
+    if merge and model.lora is not None:
+      model = model.merged()
+  return model if dtype is None else _cast_base(model, jnp.dtype(dtype))
+
+
+def _apply_retrofit(model: Model, path: str | Path, retrofit: str | Path) -> Model:
+  values, config, dms, lora = read_config(retrofit)
+  if "base" in values["groups"]:
+    raise ValueError(f"{retrofit}: a whole model, not a retrofit; load it by itself, without {path}")
+  # What a fine-tuned sibling may well have changed does not matter here.
+  ours, theirs = (to_json(c) for c in (model.config, config))
+  differ = [k for k in ours if ours[k] != theirs[k] and k not in ("eos_token_ids", "max_position_embeddings")]
+  if differ:
+    raise ValueError(
+      f"{retrofit}: a retrofit of another model than {path}: "
+      + ", ".join(f"{k} is {theirs[k]} there and {ours[k]} here" for k in differ)
+    )
+  table = {n: s for n, s in param_table(config, dms, lora).items() if s.group in ("gate", "lora")}
+  added = _read_params(Path(retrofit), values, table) if table else {}
+  own = param_table(model.config)
+  kept = unflatten({name: value for name, value in flatten(model.params).items() if name in own})
+  return Model(join_params(kept, added), model.config, dms, lora)
+
+
+def _cast_base(model: Model, dtype: jnp.dtype) -> Model:
+  table = param_table(model.config, model.dms, model.lora)
+  cast = lambda name, value: value.astype(dtype) if table[name].group == "base" else value
+  return model.replace(params=unflatten({name: cast(name, value) for name, value in flatten(model.params).items()}))
+
+
+def read_config(path: str | Path) -> tuple[dict, ModelConfig, DMSConfig | None, LoRAConfig | None]:
+  """config.json of a checkpoint: all its values, and the configs in it.
+
+  Raises:
+    ValueError: no checkpoint, a newer format, or a damaged file.
+  """
+  file = Path(path) / CONFIG
+  if not Path(path).is_dir():
+    raise ValueError(f"{path}: no such checkpoint directory")
+  values = read_json(file)
+  if "format" not in values:
+    hint = (
+      "a Hugging Face directory; run experiments.convert_weights on it" if "model_type" in values else "something else"
+    )
+    raise ValueError(f"{file}: not a dms_jax checkpoint but {hint}")
+  if values["format"] != FORMAT:
+    raise ValueError(f"{file}: format {values['format']}; this version reads {FORMAT}")
+  if missing := [k for k in ("model", "dms", "lora", "groups", "files") if k not in values]:
+    raise ValueError(f"{file}: field(s) {missing} missing; the file is damaged")
+  configs = []
+  for name, cls in (("model", ModelConfig), ("dms", DMSConfig), ("lora", LoRAConfig)):
+    given = values[name]
+    if not isinstance(given, dict) and not (given is None and name != "model"):
+      raise ValueError(f"{file}: field {name!r} should be an object, found {given!r}")
+    configs.append(None if given is None else from_json(cls, given, f"{file}: {name}"))
+  return values, *configs
+
+
+def is_checkpoint(path: str | Path) -> bool:
+  """Whether a directory holds something that this module wrote."""
+  try:
+    return "format" in read_json(Path(path) / CONFIG)
+  except ValueError:
+    return False
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str | Path, replaces=is_checkpoint) -> Iterator[Path]:
+  """A new directory beside `path` that takes its place when the block ends well, and vanishes when it does not.
+
+  Args:
+    replaces: tells of an existing directory whether it may be replaced; an empty one always may.
+
+  Raises:
+    ValueError: something is at `path` that must not be replaced.
+  """
+  path = Path(path).absolute()
+  path.parent.mkdir(parents=True, exist_ok=True)
+  for leftover in sorted(path.parent.glob(f".{path.name}.partial-*")):  # of a process that was killed
+    if _is_running(leftover.name.rpartition("-")[2]):
+      continue
+    if "-old-" in leftover.name and not path.exists():  # killed between the two renames below
+      leftover.rename(path)
+    else:
+      shutil.rmtree(leftover, ignore_errors=True)
+  if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or replaces(path))):
+    raise ValueError(f"{path}: exists and is not something this program wrote; choose another place or remove it")
+  partial = path.parent / f".{path.name}.partial-{os.getpid()}"
+  partial.mkdir()
+  try:
+    yield partial
+    if path.exists():
+      old = partial.with_name(f".{path.name}.partial-old-{os.getpid()}")
+      path.rename(old)
+      partial.rename(path)
+      shutil.rmtree(old)
+    else:
+      partial.rename(path)
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_running(pid: str) -> bool:
+  try:
+    os.kill(int(pid), 0)
+  except (ValueError, ProcessLookupError):
+    return False
+  except PermissionError:
+    return True
+  return True
+
+
+def _read_params(path: Path, values: dict, table: dict[str, ParamSpec], dtype: Any = None) -> Params:
+  """Reads and checks the tensors of `table`; `dtype` is for the base, the rest stays as stored."""
+  directory = path / PARAMS
+  _check_files(path, values["files"])
+  try:
+    stored = flatten(ocp.metadata(directory).metadata)
+  except Exception as error:
+    raise ValueError(f"{directory}: Orbax cannot read it ({_first_line(error)}); save or convert it again") from None
+  problems = [_difference(set(stored), set(table))] if set(stored) != set(table) else []
+  problems += [
+    f"{name} has shape {tuple(stored[name].shape)}, the config means {spec.shape}"
+    for name, spec in table.items()
+    if name in stored and tuple(stored[name].shape) != spec.shape
+  ]
+  if problems:
+    raise ValueError(f"{path}: parameters and config.json do not fit: {'; '.join(problems)}")
+  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+  def abstract(name: str, spec: ParamSpec) -> jax.ShapeDtypeStruct:
+    kind = stored[name].dtype if dtype is None or spec.group != "base" else jnp.dtype(dtype)
+    return jax.ShapeDtypeStruct(spec.shape, kind, sharding=sharding)
+
+  try:
+    return ocp.load(directory, unflatten({name: abstract(name, spec) for name, spec in table.items()}))
+  except Exception as error:
+    raise ValueError(f"{directory}: Orbax cannot read it ({_first_line(error)}); save or convert it again") from None
+
+
+def _difference(found: set[str], wanted: set[str]) -> str:
+  parts = [
+    (word, sorted(names)) for word, names in (("missing", wanted - found), ("unexpected", found - wanted)) if names
+  ]
+  return ", ".join(f"{word} {names}" for word, names in parts)
+
+
+def _fingerprints(directory: Path) -> dict[str, tuple[int, int]]:
+  """{relative path: (bytes, CRC-32)} of every file below; read in parallel, about 1 GB/s a core."""
+  files = sorted(p for p in directory.rglob("*") if p.is_file())
+
+  def fingerprint(file: Path) -> tuple[int, int]:
+    crc = 0
+    with file.open("rb") as stream:
+      while block := stream.read(1 << 22):
+        crc = zlib.crc32(block, crc)
+    return file.stat().st_size, crc
+
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    return {
+      p.relative_to(directory).as_posix(): entry for p, entry in zip(files, pool.map(fingerprint, files), strict=True)
+    }
+
+
+def _check_files(path: Path, expected: dict[str, list[int]]) -> None:
+  found = _fingerprints(path / PARAMS)
+  problems = [f"{name} is missing" for name in expected if name not in found]
+  for name, (size, crc) in expected.items():
+    if name in found and found[name][0] != size:
+      problems.append(f"{name} has {found[name][0]} bytes of {size}")
+    elif name in found and found[name][1] != crc:
+      problems.append(f"{name} is not what was written (checksum)")
+  if problems:
+    raise ValueError(f"{path / PARAMS}: damaged: {'; '.join(problems)}; save, convert or fetch it again")
+
+
+def _first_line(error: Exception) -> str:
+  return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

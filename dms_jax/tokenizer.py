@@ -1,0 +1,209 @@
+"""Text to token ids and back, and chat templates, on Hugging Face's `tokenizers` library and its file formats."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from dms_jax.config import read_json
+
+TOKENIZER_FILE = "tokenizer.json"
+SETTINGS_FILE = "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"  # where newer checkpoints keep the template that older ones have in the settings
+_TEMPLATE_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # identity: a model carries it as a static field
+class Tokenizer:
+  """A `tokenizers.Tokenizer` and the settings beside it (tokenizer_config.json: special tokens, chat template)."""
+
+  backend: tokenizers.Tokenizer
+  settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+  @classmethod
+  def load(cls, path: str | Path) -> Tokenizer:
+    """Reads the tokenizer of a checkpoint or Hugging Face directory.
+
+    Raises:
+      ValueError: there is none, or a file is damaged.
+    """
+    path = Path(path)
+    file = path / TOKENIZER_FILE
+    if not file.is_file():
+      raise ValueError(
+        f"{path}: no {TOKENIZER_FILE} there, so text cannot be tokenized; convert the model with its own"
+      )
+    try:
+      backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises plain Exception
+      raise ValueError(f"{file}: not a tokenizer ({error}); the file is damaged or was cut short") from None
+    settings = read_json(path / SETTINGS_FILE) if (path / SETTINGS_FILE).exists() else {}
+    if (path / TEMPLATE_FILE).exists():
+      settings["chat_template"] = (path / TEMPLATE_FILE).read_text(encoding="utf-8")
+    return cls(backend, settings)
+
+  def save(self, path: str | Path) -> None:
+    """Writes tokenizer.json and tokenizer_config.json (template included) into directory `path`."""
+    path = Path(path)
+    self.backend.save(str(path / TOKENIZER_FILE))
+    text = json.dumps(self.settings, indent=2, ensure_ascii=False)
+    (path / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
+
+  def encode(self, text: str) -> list[int]:
+    """Token ids; begins with BOS where the model's own tokenizer adds one and the text does not already hold it.
+
+    Special tokens written in the text become themselves. No end token is added.
+    """
+    ids = self.backend.encode(text, add_special_tokens=False).ids
+    if self.adds_bos and ids[:1] != [self.bos_token_id]:
+      ids = [self.bos_token_id, *ids]
+    return ids
+
+  def decode(self, ids: list[int], skip_special: bool = True) -> str:
+    """The text of `ids`, without special tokens unless asked for; bytes that are no text become U+FFFD."""
+    return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+  def chat(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
+    """The text of a conversation, messages being {"role": ..., "content": ...}, by the model's chat template.
+
+    Raises:
+      ValueError: the tokenizer has no template, or the template refuses the messages.
+    """
+    if (template := self._template) is None:
+      raise ValueError("this tokenizer has no chat template: it belongs to a base model; pass plain text instead")
+    import jinja2
+
+    tokens = {name: text for name in _TEMPLATE_TOKENS if (text := self._special(name)) is not None}
+    try:
+      return _compile_template(template).render(
+        messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **tokens
+      )
+    except jinja2.TemplateError as error:
+      raise ValueError(f"the chat template refuses these messages: {error}") from None
+
+  def token_bytes(self) -> list[bytes]:
+    """The bytes that each id adds to a text; a special token's are its own name, an unused id's are empty.
+
+    A SentencePiece model also drops the first space of a whole text: that is not any token's own.
+    """
+    pieces = [b""] * self.vocab_size
+    added = self.backend.get_added_tokens_decoder()
+    byte_level = _uses_byte_level(self.backend)
+    for piece, index in self.backend.get_vocab(with_added_tokens=True).items():
+      if index in added:
+        pieces[index] = added[index].content.encode()
+      elif byte_level:
+        pieces[index] = b"".join(_byte_of_char().get(ch) or ch.encode() for ch in piece)
+      elif len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+        pieces[index] = bytes([int(piece[3:5], 16)])
+      else:
+        pieces[index] = piece.replace("▁", " ").encode()
+    return pieces
+
+  @functools.cached_property
+  def vocab_size(self) -> int:
+    """Ids in use, 0 to the largest; a model's embedding may have more rows, as padding."""
+    return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+  @functools.cached_property
+  def eos_token_ids(self) -> tuple[int, ...]:
+    """The tokenizer's own end token, if any; the model's config may name more that end a generated row."""
+    token = self._special("eos_token")
+    index = None if token is None else self.backend.token_to_id(token)
+    return () if index is None else (index,)
+
+  @functools.cached_property
+  def bos_token_id(self) -> int | None:
+    """The beginning-of-text token, whether or not `encode` adds it."""
+    token = self._special("bos_token")
+    return None if token is None else self.backend.token_to_id(token)
+
+  @functools.cached_property
+  def adds_bos(self) -> bool:
+    """Whether texts begin with BOS: as the settings say, else as the tokenizer's post-processor does."""
+    if self.bos_token_id is None:
+      return False
+    if (wanted := self.settings.get("add_bos_token")) is not None:
+      return bool(wanted)
+    return self.backend.encode("", add_special_tokens=True).ids[:1] == [self.bos_token_id]
+
+  @property
+  def _template(self) -> str | None:
+    template = self.settings.get("chat_template")
+    if isinstance(template, list):  # named templates; the default one is what plain chats use
+      named = {t["name"]: t["template"] for t in template}
+      template = named.get("default", next(iter(named.values()), None))
+    return template
+
+  def _special(self, name: str) -> str | None:
+    """A special token's text; the settings hold it plain or as {"content": text, ...}."""
+    value = self.settings.get(name)
+    return value.get("content") if isinstance(value, dict) else value
+
+
+@functools.lru_cache(maxsize=8)
+def _compile_template(template: str):
+  """The chat template in the sandbox and with the extras that Hugging Face gives it."""
+  try:
+    import jinja2.ext
+    import jinja2.sandbox
+  except ImportError:
+    raise ValueError("chat templates need jinja2: pip install jinja2") from None
+
+  def raise_exception(message):
+    raise jinja2.TemplateError(message)
+
+  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+  )
+  environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+  environment.globals["raise_exception"] = raise_exception
+  environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+  return environment.from_string(template)
+
+
+@functools.lru_cache(maxsize=1)
+def _char_of_byte() -> tuple[str, ...]:
+  """GPT-2's printable stand-in for each byte: itself where printable, else the next unused character from U+0100."""
+  printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+  hidden = [b for b in range(256) if b not in printable]
+  return tuple(chr(b) if b in printable else chr(256 + hidden.index(b)) for b in range(256))
+
+
+@functools.lru_cache(maxsize=1)
+def _byte_of_char() -> dict[str, bytes]:
+  return {ch: bytes([b]) for b, ch in enumerate(_char_of_byte())}
+
+
+def _uses_byte_level(backend: tokenizers.Tokenizer) -> bool:
+  """Whether the vocabulary is written in GPT-2's byte alphabet."""
+  decoder = json.loads(backend.to_str()).get("decoder") or {}
+  kinds = {decoder.get("type"), *(d.get("type") for d in decoder.get("decoders", ()))}
+  return "ByteLevel" in kinds
+
+
+def bpe_tokenizer(
+  vocab: dict[str, int], merges: list[tuple[str, str]], pre_tokenizer, *, normalizer=None, ignore_merges: bool = False
+) -> tokenizers.Tokenizer:
+  """A byte-level BPE tokenizer from its parts; added tokens and settings are the caller's."""
+  backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=ignore_merges))
+  backend.pre_tokenizer = pre_tokenizer
+  backend.decoder = decoders.ByteLevel()
+  if normalizer is not None:
+    backend.normalizer = normalizer
+  return backend
+
+
+def byte_tokenizer() -> Tokenizer:
+  """One token a byte, ids 0-255, and 256 to end a text: for tests and models without a vocabulary of their own."""
+  vocab = {ch: b for b, ch in enumerate(_char_of_byte())}
+  backend = bpe_tokenizer(vocab, [], pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+  backend.add_special_tokens(["<eos>"])
+  return Tokenizer(backend, {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"})
