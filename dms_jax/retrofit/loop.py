@@ -83,6 +83,11 @@ def _trim_log(path: Path, step: int) -> None:
   os.replace(part, path)
 
 
+def _last_line(path: Path) -> dict:
+  lines = path.read_text().splitlines() if path.exists() else []
+  return json.loads(lines[-1]) if lines else {}
+
+
 def export(student: Model, state: TrainState, config: RetrofitConfig, path: Path, tokenizer=None, **metadata) -> None:
   """Writes what was trained, in the compute dtype, as a checkpoint; without the base unless that was trained too."""
   if (path / "config.json").exists():  # a resumed run comes by again, with the same numbers
@@ -143,7 +148,7 @@ def train(
     first = int(state.step)
     _trim_log(directory / LOG, first)
     last = config.steps if stop_after is None else min(stop_after, config.steps)
-    line, pending, clock = {}, [], time.perf_counter()
+    line, pending, clock = _last_line(directory / LOG), [], time.perf_counter()
     with open(directory / LOG, "a") as log:
       for step in range(first, last):
         state, metrics = train_step(state, student, teacher, packer.batch(step), key, config)

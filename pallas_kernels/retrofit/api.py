@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.retrofit import xla
+from pallas_kernels.retrofit import cudnn, xla
 
-IMPLEMENTATIONS = {"xla": xla.retrofit_attention}
+IMPLEMENTATIONS = {"cudnn": cudnn.retrofit_attention, "xla": xla.retrofit_attention}
 
 
 def retrofit_attention(

@@ -1,0 +1,109 @@
+"""The training program as a user runs it: a killed run goes on with the same numbers; its checkpoints load."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dms_jax import checkpoint
+from dms_jax.tokenizer import byte_tokenizer
+from tests import tiny
+
+ROOT = Path(__file__).parent.parent
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("retrofit")
+  tokenizer = byte_tokenizer()
+  checkpoint.save(folder / "model", tiny.model(tiny.config(vocab_size=tokenizer.vocab_size)), tokenizer)
+  text = " ".join(f"{i} and {i * i % 97} make {i + i * i % 97}." for i in range(400))
+  (folder / "text.txt").write_text(text)
+  return folder
+
+
+def command(inputs: Path, output: Path, *flags: str) -> list[str]:
+  return [
+    sys.executable, "-m", "experiments.retrofit", f"--checkpoint={inputs / 'model'}", f"--output={output}",
+    f"--data.paths={inputs / 'text.txt'}", f"--retrofit.steps={STEPS}", "--retrofit.seq_len=32", "--dms.window=3",
+    "--retrofit.steps_per_cr=8", "--retrofit.final_cr=3", "--retrofit.save_every=5", "--lora.rank=2",
+    "--retrofit.ema_decay=0.9", "--retrofit.learning_rate=0.01", *flags,
+  ]  # fmt: skip
+
+
+def run(*args) -> subprocess.CompletedProcess:
+  return subprocess.run(command(*args), cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def log(output: Path) -> list[dict]:
+  lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+  return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def weights(path: Path, base: Path):
+  return checkpoint.load(base, retrofit=path, merge=False).params["layers"]
+
+
+@pytest.fixture(scope="module")
+def whole(inputs):
+  """An uninterrupted run."""
+  done = run(inputs, inputs / "whole")
+  assert done.returncode == 0, done.stderr
+  result = json.loads(done.stdout.splitlines()[-1])
+  assert result["last"]["step"] == STEPS - 1
+  return inputs / "whole"
+
+
+def test_a_killed_run_goes_on_with_the_same_numbers(inputs, whole):
+  """SIGKILL at two moments, among them while checkpoints are being written: log and weights end bit-equal."""
+  output = inputs / "killed"
+  for lines in (7, 15):
+    process = subprocess.Popen(
+      command(inputs, output), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 200
+    path = output / "log.jsonl"
+    while process.poll() is None and time.monotonic() < deadline:
+      if path.exists() and len(path.read_text().splitlines()) >= lines:
+        os.killpg(process.pid, signal.SIGKILL)
+        break
+      time.sleep(0.01)
+    process.wait()
+  done = run(inputs, output)
+  assert done.returncode == 0, done.stderr
+  assert log(output) == log(whole)
+  for name in ("cr2", "cr3", "final"):
+    want, got = weights(whole / name, inputs / "model"), weights(output / name, inputs / "model")
+    for key in want:
+      np.testing.assert_array_equal(np.asarray(got[key], np.float32), np.asarray(want[key], np.float32))
+
+
+def test_what_a_run_leaves_behind(inputs, whole):
+  assert [line["step"] for line in log(whole)] == list(range(STEPS))
+  assert {p.name for p in whole.iterdir()} >= {"run.json", "log.jsonl", "state", "cr2", "cr3", "final"}
+  model = checkpoint.load(inputs / "model", retrofit=whole / "final")
+  assert model.dms.window == 3 and model.lora is None
+  assert checkpoint.load(inputs / "model", retrofit=whole / "cr2", merge=False).lora.rank == 2
+
+
+def test_finished_run_is_left_alone_and_other_settings_are_refused(inputs, whole):
+  before = (whole / "log.jsonl").read_text()
+  assert run(inputs, whole).returncode == 0
+  assert (whole / "log.jsonl").read_text() == before
+  other = run(inputs, whole, "--retrofit.seed=5")
+  assert other.returncode == 1 and "retrofit.seed: 0 there, 5 now" in other.stderr and "Traceback" not in other.stderr
+
+
+def test_an_unknown_flag_is_an_error(inputs):
+  done = run(inputs, inputs / "unknown", "--retrofit.stepps=3")
+  assert done.returncode != 0 and "retrofit.stepps" in done.stderr + done.stdout
+  assert not (inputs / "unknown").exists()
