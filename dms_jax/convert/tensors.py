@@ -1,0 +1,103 @@
+"""Named tensors of a Hugging Face checkpoint <-> the parameter tree, driven by the parameter table."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+
+from dms_jax.params import Params, ParamSpec, flatten, unflatten
+
+Progress = Callable[[int, int, str], None]  # (done, of how many, what)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensors:
+  """Named tensors on disk: their shapes, known at once, and `read(name)`, which gives one as a numpy array."""
+
+  source: str
+  shapes: dict[str, tuple[int, ...]]
+  read: Callable[[str], np.ndarray]
+  dtype: str  # that most of them are stored in, or become once dequantised
+
+
+def hf_names(path: str, spec: ParamSpec) -> Iterator[tuple[str, int | None]]:
+  """The tensors that one parameter is stored as: (name, layer), layer None where it is not layered."""
+  if spec.hf_name is not None:
+    layers = range(spec.shape[0]) if spec.layered else [None]
+    yield from ((spec.hf_name if layer is None else spec.hf_name.format(layer=layer), layer) for layer in layers)
+
+
+def to_params(
+  table: dict[str, ParamSpec],
+  tensors: Tensors,
+  dtype,
+  *,
+  ignore: Callable[[str], bool] = lambda name: False,
+  progress: Progress | None = None,
+) -> Params:
+  """Parameters of `table` as numpy arrays of `dtype`, layers stacked.
+
+  Args:
+    ignore: names that may be present without a meaning here.
+
+  Raises:
+    ValueError: all missing, unexpected and wrongly shaped tensors together; a tensor with NaN or infinity.
+  """
+  wanted = {name: spec for path, spec in table.items() for name, _ in hf_names(path, spec)}
+  problems = [f"missing {name} {spec.hf_shape}" for name, spec in wanted.items() if name not in tensors.shapes]
+  problems += [
+    f"unexpected {name} {s}" for name, s in tensors.shapes.items() if name not in wanted and not ignore(name)
+  ]
+  problems += [
+    f"{name} has shape {tensors.shapes[name]}, the config means {spec.hf_shape}"
+    for name, spec in wanted.items()
+    if name in tensors.shapes and tensors.shapes[name] != spec.hf_shape
+  ]
+  if problems:
+    shown = "; ".join(problems[:40]) + (f"; and {len(problems) - 40} more" if len(problems) > 40 else "")
+    raise ValueError(f"{tensors.source}: {len(problems)} tensor(s) do not fit config.json: {shown}")
+  flat, done = {}, 0
+  for path, spec in table.items():
+    value = np.empty(spec.shape, dtype)
+    for name, layer in hf_names(path, spec):
+      value[... if layer is None else layer] = _finite(tensors, name, dtype).reshape(spec.shape[spec.layered :])
+      done += 1
+      if progress is not None:
+        progress(done, len(wanted), name)
+    flat[path] = value
+  return unflatten(flat)
+
+
+def _finite(tensors: Tensors, name: str, dtype) -> np.ndarray:
+  value = tensors.read(name)
+  if not np.isfinite(value.astype(np.float32, copy=False)).all():
+    raise ValueError(f"{tensors.source}: tensor {name} holds NaN or infinity; the file is damaged")
+  with np.errstate(over="ignore"):
+    cast = value.astype(dtype, copy=False)
+  if not np.isfinite(cast.astype(np.float32, copy=False)).all():
+    raise ValueError(f"{tensors.source}: tensor {name} overflows {np.dtype(dtype).name}; choose float32 or bfloat16")
+  return cast
+
+
+def from_params(
+  table: dict[str, ParamSpec], params: Params, dtype=None
+) -> Iterator[tuple[str, tuple[int, ...], Callable]]:
+  """(name, shape, read) of every Hugging Face tensor; `read()` gives a contiguous numpy array of `dtype`."""
+  flat = flatten(params)
+  for path, spec in table.items():
+    for name, layer in hf_names(path, spec):
+      yield name, spec.hf_shape, lambda path=path, layer=layer, spec=spec: _one(flat[path], layer, spec, dtype)
+
+
+def _one(value, layer: int | None, spec: ParamSpec, dtype) -> np.ndarray:
+  one = np.asarray(jax.device_get(value if layer is None else value[layer]))
+  return np.ascontiguousarray(one.reshape(spec.hf_shape).astype(dtype or one.dtype, copy=False))
+
+
+def tensor_bytes(shape: tuple[int, ...], dtype) -> int:
+  """Size of one tensor in bytes."""
+  return math.prod(shape) * np.dtype(dtype).itemsize
