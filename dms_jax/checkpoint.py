@@ -63,7 +63,10 @@ def save(
   dtypes = sorted({str(value.dtype) for value in flat.values()})
   with atomic_directory(path) as directory:
     if flat:
-      ocp.save(directory / PARAMS, unflatten(flat))
+      context = ocp.Context()
+      context.array.saving.use_compression = "base" not in groups  # a whole model: half the size, but ten times slower
+      with context:
+        ocp.save(directory / PARAMS, unflatten(flat))
     if tokenizer is not None:
       tokenizer.save(directory)
     values = {

@@ -38,6 +38,7 @@ from typing import Any, Literal
 
 import jax
 from absl import app, flags
+from absl import logging as absl_logging
 
 FLAGS = flags.FLAGS
 flags.disclaim_key_flags()  # flags belong to the program that asks for them, so that --help lists them
@@ -185,6 +186,8 @@ def run(main: Callable[[], None]) -> None:
   flags.DEFINE_boolean("debug", False, "show the traceback of an error")
 
   def guarded(argv: list[str]) -> None:
+    if not FLAGS["verbosity"].present:
+      absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells every step of a save
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # which accelerators are not there is no news
     enable_compilation_cache()
     trace = jax.profiler.trace(FLAGS.profile) if FLAGS.profile else contextlib.nullcontext()
@@ -212,6 +215,8 @@ def enable_compilation_cache() -> None:
   """Keeps compiled programs on disk between runs; JAX_COMPILATION_CACHE_DIR chooses where, and empty turns it off."""
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "dms_jax" / "xla"))
+  if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small ones add up
 
 
 def environment() -> dict[str, Any]:

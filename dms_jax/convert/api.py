@@ -52,14 +52,14 @@ def convert(
   else:
     dms, (config, tensors, tokenizer) = None, gguf.read(path)
   ignore = lambda name: huggingface.is_ignored(config, name)
-  dtype = dtype or tensors.dtype
+  asked, dtype = dtype, dtype or tensors.dtype
   params = to_params(param_table(config, dms), tensors, jnp.dtype(dtype), ignore=ignore, progress=progress)
   if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
     raise ValueError(
       f"{source}: the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}: not its own"
     )
   model = Model(params, config, dms)
-  checkpoint.save(output, model, tokenizer, metadata={"source": source, "dtype": dtype})
+  checkpoint.save(output, model, tokenizer, metadata={"source": source, "asked_dtype": asked})
   return output
 
 
@@ -67,5 +67,6 @@ def is_finished(source: str, output: str | Path, dtype: str | None = None) -> bo
   """Whether `output` already holds this conversion."""
   if not checkpoint.is_checkpoint(output):
     return False
-  metadata = checkpoint.read_config(output)[0].get("metadata", {})
-  return metadata.get("source") == source and dtype in (None, metadata.get("dtype"))
+  values = checkpoint.read_config(output)[0]
+  metadata = values.get("metadata", {})
+  return metadata.get("source") == source and dtype in (metadata.get("asked_dtype"), values.get("dtype"))
