@@ -19,14 +19,15 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 import dms_jax
 from dms_jax import cache as caches
-from dms_jax.metrics import Counts, Metrics, count
-from dms_jax.model import Model, cached_forward, check_policy, last_logits, model_shift, unembed
+from dms_jax import checkpoint
+from dms_jax.metrics import Metrics, count
+from dms_jax.model import Model, cached_forward, check_policy, model_shift, unembed
 from dms_jax.policies import DMS, Policy, Vanilla
 from dms_jax.retrofit.losses import kl_divergence
+from dms_jax.tokenizer import Tokenizer
 from experiments import plots, program
 
 ROOT = Path(__file__).parent.parent
@@ -49,7 +50,7 @@ class Config:
   output: str = "runs/report"
 
   def __post_init__(self):
-    for name, least in (("tokens", 2), ("new_tokens", 1), ("chunk", 2)):
+    for name, least in (("tokens", 2), ("new_tokens", 1), ("chunk", 1)):
       if getattr(self, name) < least:
         raise ValueError(f"--{name}={getattr(self, name)} must be {least} or more")
 
@@ -68,24 +69,9 @@ def own_text() -> str:
 
 @partial(jax.jit, donate_argnames="cache")
 def _take(model: Model, policy: Policy, cache, tokens, lengths):
-  """One chunk into the cache: hidden states, logits after it, its counts, and the cache."""
+  """One chunk into the cache: hidden states, counts, and the cache."""
   out, cache = cached_forward(model, policy, cache, tokens, lengths)
-  return out.hidden, last_logits(model, out), count(out.seen), cache
-
-
-@partial(jax.jit, donate_argnames="cache", static_argnames="steps")
-def _continue(model: Model, policy: Policy, cache, logits, steps: int):
-  """Greedy decoding: tokens [steps], counts with the history of each step, and the cache."""
-
-  def step(carry, _):
-    cache, logits = carry
-    token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    out, cache = cached_forward(model, policy, cache, token[:, None], jnp.ones((1,), jnp.int32))
-    return (cache, last_logits(model, out)), (token[0], out.seen)
-
-  (cache, _), (tokens, seen) = lax.scan(step, (cache, logits), length=steps)
-  counts = Counts(seen.live[-1], jnp.sum(seen.reads, axis=0), jnp.sum(seen.live, axis=(1, 3)), seen.live)
-  return tokens, counts, cache
+  return out.hidden, count(out.seen), cache
 
 
 @jax.jit
@@ -98,16 +84,15 @@ def _score(models: tuple[Model, Model], hidden, target, scored):
 
 
 def _with_room(cache, tokens: int):
-  """`cache`, grown in strides of GROWTH until `tokens` more fit every head even if none is evicted."""
-  slots = cache.kv.shape[3]
-  missing = cache.ring + int(cache.archived.max()) + tokens - slots
-  return cache if missing <= 0 else cache.grown(slots + -(-missing // GROWTH) * GROWTH)
+  """`cache`, grown in strides of GROWTH slots a head if `tokens` more might not fit."""
+  lack = tokens - int(cache.room().min())
+  return cache if lack <= 0 else cache.grown(cache.kv.shape[3] + -(-lack // GROWTH) * GROWTH)
 
 
 def compare(
   original: Model, model: Model, tokens: np.ndarray, *, new_tokens: int, chunk: int, threshold: float = 0.0
 ) -> dict[str, dict[str, Any]]:
-  """Reads `tokens` [T] and writes `new_tokens` more with both models, in step.
+  """Reads `tokens` [T] and writes `new_tokens` more with both models.
 
   Args:
     original: the untouched model, run with a dense cache.
@@ -115,50 +100,49 @@ def compare(
 
   Returns:
     {"dense": ..., "dms": ...}, each with perplexity and kl of what was read (every position but the first; KL(original
-    || model) in nats per token), the new tokens `written`, `metrics` of all of it, and `live` [P, L, K]: tokens live
-    after `position` [P].
+    || model) in nats per token), the new tokens `written`, `metrics` of reading and writing, and `live` [P, L, K]:
+    tokens live after `position` [P].
   """
-  total = len(tokens)
   models = (original, model)
   policies = (Vanilla(), check_policy(model, DMS(threshold=threshold)))
-  capacity = (total + new_tokens, min(total + new_tokens, GROWTH))  # DMS starts small and grows as it must
+  capacity = (len(tokens) + new_tokens, min(len(tokens) + new_tokens, GROWTH))  # DMS starts small and grows as it must
   state = [
     caches.create("slots", m.config, batch=1, capacity=c, window=p.window, shift=model_shift(m), dtype=m.dtype)
     for m, p, c in zip(models, policies, capacity, strict=True)
   ]
-  metrics = [Metrics.zero(m.config.num_layers, 1, m.config.num_kv_heads) for m in models]
-  sums, positions, live, logits = np.zeros(3), [], ([], []), [None, None]
+  reading = [Metrics.zero(m.config.num_layers, 1, m.config.num_kv_heads) for m in models]
+  sums, positions, live = np.zeros(3), [], ([], [])
+  total = len(tokens) - 1  # the last token is the first that writing feeds
   for start in program.progress(range(0, total, chunk), desc=f"reading, chunks of {chunk} tokens"):
-    length, scored = min(chunk, total - start), min(chunk, total - start - 1)
+    length = min(chunk, total - start)
     part, target = np.zeros((2, 1, chunk), np.int32)
-    part[0, :length] = tokens[start : start + length]
-    target[0, :scored] = tokens[start + 1 : start + 1 + scored]
+    part[0, :length], target[0, :length] = tokens[start : start + length], tokens[start + 1 : start + 1 + length]
     hidden = [None, None]
     for i, (m, p) in enumerate(zip(models, policies, strict=True)):
-      roomy = _with_room(state[i], chunk)
-      hidden[i], logits[i], counts, state[i] = _take(m, p, roomy, part, np.full((1,), length, np.int32))
-      metrics[i] = metrics[i].add(counts, decode=False)
+      hidden[i], counts, state[i] = _take(m, p, _with_room(state[i], chunk), part, np.full((1,), length, np.int32))
+      reading[i] = reading[i].add(counts, decode=False)
       live[i].append(np.asarray(counts.live[:, 0]))
     positions.append(start + length)
-    sums += np.array(_score(models, hidden, target, np.arange(chunk)[None] < scored), np.float64)
+    sums += np.array(_score(models, hidden, target, np.arange(chunk)[None] < length), np.float64)
 
-  program.log(f"writing {new_tokens} tokens")
   results = {}
   for i, (name, m, p) in enumerate(zip(("dense", "dms"), models, policies, strict=True)):
-    written, counts, cache = _continue(m, p, _with_room(state[i], new_tokens), logits[i], new_tokens)
-    row = 2 * m.config.head_dim * cache.kv.dtype.itemsize
+    program.log(f"writing {new_tokens} tokens, {name}")
+    past = dms_jax.Conversation(state[i], jnp.asarray(tokens[-1:], jnp.int32), jnp.zeros((1,), jnp.int32))
+    state[i] = None
+    out = dms_jax.generate(m, continue_from=past, policy=p, max_new_tokens=new_tokens, eos=False, history=True)
+    metrics = out.metrics
     results[name] = {
-      "perplexity": float(np.exp(sums[i] / (total - 1))),
-      "kl": float(sums[2] / (total - 1)) if i else 0.0,
-      "written": np.asarray(written),
-      "metrics": metrics[i].add(counts, decode=True).replace(
-        seen=np.array([total + new_tokens]), new_tokens=np.array([new_tokens]), slot_bytes=row,
-        bytes_allocated=cache.kv.nbytes,
+      "perplexity": float(np.exp(sums[i] / total)),
+      "kl": float(sums[2] / total) if i else 0.0,
+      "written": out.tokens[0],
+      "metrics": metrics.replace(
+        prompt_reads=reading[i].prompt_reads, peak=np.maximum(metrics.peak, reading[i].peak),
+        peak_total=max(metrics.peak_total, reading[i].peak_total), history=None,
       ),
       "position": np.array([*positions, *range(total + 1, total + new_tokens + 1)]),
-      "live": np.concatenate([np.stack(live[i]), np.asarray(counts.history)[:, :, 0]]),
+      "live": np.concatenate([np.stack(live[i]), metrics.history[:, :, 0]]),
     }  # fmt: skip
-    state[i] = cache = None
   return results
 
 
@@ -197,9 +181,9 @@ def table(dense: dict, dms: dict) -> str:
 def main() -> None:
   config, start = program.read_flags("", Config), time.perf_counter()
   program.log(f"loading {config.checkpoint} and {config.retrofit}")
-  original, tokenizer = dms_jax.load(config.checkpoint, dtype=config.dtype)
-  model, _ = dms_jax.load(config.checkpoint, retrofit=config.retrofit, dtype=config.dtype)
-  original = original.replace(dms=None)
+  tokenizer = Tokenizer.load(config.checkpoint)
+  original = checkpoint.load(config.checkpoint, dtype=config.dtype).replace(dms=None)
+  model = checkpoint.load(config.checkpoint, retrofit=config.retrofit, dtype=config.dtype)
   text = Path(config.text).read_text(encoding="utf-8") if config.text else own_text()
   tokens = np.asarray(tokenizer.encode(text), np.int32)[: config.tokens]
   if len(tokens) < config.tokens:
@@ -207,11 +191,9 @@ def main() -> None:
 
   chat = tokenizer.chat([{"role": "user", "content": QUESTION}])
   answers = {}
-  for name, m, policy in (
-    ("dense", original, Vanilla()),
-    ("dms", model, DMS(threshold=config.threshold)),
-  ):
-    answers[name] = dms_jax.generate(m, chat, tokenizer, policy=policy, max_new_tokens=32).text[0].strip()
+  for name, m in (("dense", original), ("dms", model)):
+    policy = DMS(threshold=config.threshold) if m.dms else Vanilla()
+    answers[name] = dms_jax.generate(m, chat, tokenizer=tokenizer, policy=policy, max_new_tokens=32).text[0].strip()
   print(f"\n{QUESTION}\n" + side_by_side(answers["dense"], answers["dms"]), flush=True)
 
   results = compare(
@@ -219,7 +201,7 @@ def main() -> None:
   )
   dense, dms = results["dense"], results["dms"]
   for run in (dense, dms):
-    run["text"] = tokenizer.decode(run.pop("written").tolist())
+    run["text"] = tokenizer.decode(run.pop("written"))
     run.update(run.pop("metrics").to_json())
   print(f"\n{len(tokens):,} tokens of {config.text or 'the project itself'}, continued by {config.new_tokens}:")
   print(side_by_side(dense["text"], dms["text"]) + "\n\n" + table(dense, dms), flush=True)

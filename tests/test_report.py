@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dms_jax import masks
+from dms_jax import checkpoint, masks
+from dms_jax.config import LoRAConfig
 from dms_jax.evaluation import text_quality
 from dms_jax.model import Eviction, forward, unembed
+from dms_jax.tokenizer import byte_tokenizer
 from experiments import plots, report
 from tests import tiny
 
 T, NEW = 61, 9
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
+def save_checkpoints(folder: Path) -> tuple[Path, Path]:
+  """A tiny model with a byte tokenizer and a chat template, and a retrofit of it."""
+  tokenizer = dataclasses.replace(byte_tokenizer(), settings={**byte_tokenizer().settings, "chat_template": TEMPLATE})
+  cfg = tiny.config(vocab_size=257, max_position_embeddings=8192)
+  checkpoint.save(folder / "base", tiny.model(cfg), tokenizer)
+  gated = tiny.model(cfg, tiny.dms(scale=1.0, offset=0.0), LoRAConfig(rank=2, scale=0.1))
+  checkpoint.save(folder / "retrofit", gated, groups=("gate", "lora"))
+  return folder / "base", folder / "retrofit"
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +74,7 @@ def test_written_tokens_and_live_curve_follow_the_masked_formula(models, tokens,
     hidden, z = forward(model, text, eviction=Eviction(threshold=0.0) if model.dms else None)
     greedy = jnp.argmax(unembed(model, hidden), axis=-1)[0]
     np.testing.assert_array_equal(greedy[T - 1 : -1], run["written"])
+    text = text[:, :-1]
     for position, live in zip(run["position"], run["live"], strict=True):
       if model.dms is None:
         assert (live == position).all()
@@ -65,10 +86,10 @@ def test_written_tokens_and_live_curve_follow_the_masked_formula(models, tokens,
 def test_metrics(models, compared):
   dense, dms = compared["dense"]["metrics"], compared["dms"]["metrics"]
   assert dense.achieved_cr == pytest.approx(1.0) and dms.achieved_cr > 1.2
-  assert dense.kv_reads == sum(range(T + 1, T + NEW + 1)) > dms.kv_reads
-  assert dense.peak_tokens == T + NEW == dense.seen[0]
-  assert dms.achieved_cr == pytest.approx((T + NEW) / compared["dms"]["live"][-1].mean())
-  assert dense.bytes_live == (T + NEW) * 3 * 2 * 2 * 16 * 4 <= dense.bytes_allocated
+  assert dense.kv_reads == sum(range(T, T + NEW)) > dms.kv_reads
+  assert dense.peak_tokens == T + NEW - 1 == dense.seen[0]
+  assert dms.achieved_cr == pytest.approx((T + NEW - 1) / compared["dms"]["live"][-1].mean())
+  assert dense.bytes_live == (T + NEW - 1) * 3 * 2 * 2 * 16 * 4 <= dense.bytes_allocated
 
 
 def test_a_cache_that_starts_small_grows(models, tokens, compared, monkeypatch):
@@ -88,7 +109,7 @@ def test_columns_and_table(compared):
   for words in (
     "perplexity of what was read",
     "KL to the original",
-    f"achieved CR at T = {T + NEW}",
+    f"achieved CR at T = {T + NEW - 1}",
     "cache, live",
     "x less",
   ):
@@ -108,5 +129,27 @@ def test_own_text_is_the_documents_first_and_enough():
 
 
 def test_settings_are_checked():
-  with pytest.raises(ValueError, match="--chunk=1 must be 2 or more"):
-    report.Config(chunk=1)
+  with pytest.raises(ValueError, match="--chunk=0 must be 1 or more"):
+    report.Config(chunk=0)
+
+
+def test_the_program_from_checkpoints_to_its_last_line(tmp_path):
+  base, retrofit = save_checkpoints(tmp_path)
+  command = [
+    sys.executable, "-m", "experiments.report", f"--checkpoint={base}", f"--retrofit={retrofit}", "--tokens=400",
+    "--new_tokens=12", "--chunk=64", f"--output={tmp_path / 'out'}",
+  ]  # fmt: skip
+  env = {**os.environ, "PYTHONPATH": str(report.ROOT)}
+  done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+  assert done.returncode == 0, done.stderr
+  line = json.loads(done.stdout.splitlines()[-1])
+  assert line["dense"]["achieved_cr"] == 1.0 and line["dms"]["achieved_cr"] > 1 and line["dms"]["kl"] > 0
+  assert line["dense"]["seen_tokens"] == line["dms"]["seen_tokens"] == [411]
+  assert line["config"]["tokens"] == 400 and set(line["answers"]) == {"dense", "dms"}
+  assert Path(line["picture"]).read_bytes().startswith(b"\x89PNG")
+  saved = json.loads((tmp_path / "out" / "report.json").read_text())
+  assert len(saved["dms"]["live_mean"]) == len(saved["dms"]["position"]) == 7 + 12
+  assert "perplexity of what was read" in done.stdout
+
+  short = subprocess.run([*command, "--text=/dev/null"], env=env, capture_output=True, text=True, timeout=300)
+  assert short.returncode == 1 and "error: --text=/dev/null: 0 tokens, fewer than --tokens=400" in short.stderr
