@@ -220,7 +220,7 @@ def _is_running(pid: str) -> bool:
 
 def _read_params(path: Path, values: dict, table: dict[str, ParamSpec], dtype: Any = None) -> Params:
   """Reads and checks the tensors of `table`; `dtype` is for the base, the rest stays as stored."""
-  directory = path / PARAMS
+  directory = (path / PARAMS).absolute()  # Orbax refuses relative paths
   _check_files(path, values["files"])
   try:
     stored = flatten(ocp.metadata(directory).metadata)
