@@ -24,6 +24,7 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # Derandomised, so that a failure is a fact about the commit; HYPOTHESIS_PROFILE=explore draws afresh and more.
 hypothesis.settings.register_profile(
   "default", derandomize=True, deadline=None, database=None, print_blob=True,
+  phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),  # shrinking would compile a hundred more shapes
   suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
 )  # fmt: skip
 hypothesis.settings.register_profile("explore", parent=hypothesis.settings.get_profile("default"), derandomize=False)

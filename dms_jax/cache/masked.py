@@ -37,7 +37,10 @@ class MaskedCache:
 
   def grown(self, slots: int) -> MaskedCache:
     """The same cache with room for `slots` tokens a row."""
-    pad = ((0, 0), (0, 0), (0, 0), (0, slots - self.kv.shape[3]))
+    extra = slots - self.kv.shape[3]
+    if extra < 0:
+      raise ValueError(f"cannot shrink a cache of {self.kv.shape[3]} tokens a row to {slots}")
+    pad = ((0, 0), (0, 0), (0, 0), (0, extra))
     return self.replace(kv=jnp.pad(self.kv, (*pad, (0, 0))), evicted=jnp.pad(self.evicted, pad))
 
   def live(self, policy):

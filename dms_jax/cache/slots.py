@@ -81,7 +81,7 @@ class SlotCache:
     evicted = jnp.take_along_axis(self.evicted, slot, axis=-1)[..., 0]
     displaced = self.seen >= self.ring
     keep = displaced[:, None] & policy.retire(evicted, (self.seen - self.ring)[:, None])
-    room = jnp.all(~keep | (self.ring + self.archived < slots), axis=(0, 2))
+    room = (lengths == 0) | jnp.all(~keep | (self.ring + self.archived < slots), axis=(0, 2))
     lengths = jnp.where(room, lengths, 0)
     keep = keep & (lengths > 0)[:, None]
     archive = jnp.where(keep, self.ring + self.archived, slots)  # an index past the end writes nothing
