@@ -16,6 +16,7 @@ from dms_jax.config import read_json
 
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"
+SPECIAL_FILE = "special_tokens_map.json"
 TEMPLATE_FILE = "chat_template.jinja"  # where newer checkpoints keep the template that older ones have in the settings
 _TEMPLATE_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -45,6 +46,8 @@ class Tokenizer:
     except Exception as error:  # the library raises plain Exception
       raise ValueError(f"{file}: not a tokenizer ({error}); the file is damaged or was cut short") from None
     settings = read_json(path / SETTINGS_FILE) if (path / SETTINGS_FILE).exists() else {}
+    if (path / SPECIAL_FILE).exists():  # older directories name special tokens only here
+      settings = {**read_json(path / SPECIAL_FILE), **settings}
     if (path / TEMPLATE_FILE).exists():
       settings["chat_template"] = (path / TEMPLATE_FILE).read_text(encoding="utf-8")
     return cls(backend, settings)
@@ -78,15 +81,9 @@ class Tokenizer:
     """
     if (template := self._template) is None:
       raise ValueError("this tokenizer has no chat template: it belongs to a base model; pass plain text instead")
-    import jinja2
-
     tokens = {name: text for name in _TEMPLATE_TOKENS if (text := self._special(name)) is not None}
-    try:
-      return _compile_template(template).render(
-        messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **tokens
-      )
-    except jinja2.TemplateError as error:
-      raise ValueError(f"the chat template refuses these messages: {error}") from None
+    given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+    return _render(template, {**given, **tokens})
 
   def token_bytes(self) -> list[bytes]:
     """The bytes that each id adds to a text; a special token's are its own name, an unused id's are empty.
@@ -148,14 +145,26 @@ class Tokenizer:
     return value.get("content") if isinstance(value, dict) else value
 
 
-@functools.lru_cache(maxsize=8)
-def _compile_template(template: str):
-  """The chat template in the sandbox and with the extras that Hugging Face gives it."""
+def _render(template: str, values: dict) -> str:
   try:
-    import jinja2.ext
-    import jinja2.sandbox
+    import jinja2
   except ImportError:
     raise ValueError("chat templates need jinja2: pip install jinja2") from None
+  try:
+    compiled = _compile(template)
+  except jinja2.TemplateError as error:
+    raise ValueError(f"the chat template is not valid: {error}") from None
+  try:
+    return compiled.render(values)
+  except (jinja2.TemplateError, TypeError) as error:
+    raise ValueError(f"the chat template refuses these messages: {error}") from None
+
+
+@functools.lru_cache(maxsize=8)
+def _compile(template: str):
+  """A chat template in the sandbox and with the extras that Hugging Face gives it."""
+  import jinja2.ext
+  import jinja2.sandbox
 
   def raise_exception(message):
     raise jinja2.TemplateError(message)
