@@ -9,7 +9,7 @@ DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-parity test-tpu lint format clean
+.PHONY: help demo test test-parity test-tpu lint format tree clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -32,6 +32,9 @@ lint: $(VENV)/.dev  ## ruff, check only
 
 format: $(VENV)/.dev  ## ruff, in place
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+tree:  ## renew the file trees of README.md and WORKSPACE.md
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) .ci/tree.py
 
 clean:  ## remove environments, caches and runs; converted checkpoints stay
 	rm -rf .venv .venv312 .pytest_cache .hypothesis .ruff_cache build dist runs *.egg-info
