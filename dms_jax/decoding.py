@@ -1,8 +1,9 @@
 """The compiled part of generation: a prompt's chunk, the first token, and a stretch of decode steps.
 
-Nothing here calls back to the host. A stretch has a static trip count; rows that are done sit its steps out, and a step
-for which no row is left costs nothing. A token is fed only by the step after the one that chose it: the last token of a
-row is never fed, it stays *pending*, and a later turn puts it before its own prompt.
+Nothing here calls back to the host. A stretch has a static trip count and rows that are done sit its steps out; to skip
+a step for which no row is left, by `lax.cond`, would copy the cache twice a step on a CPU. A token is fed only by the
+step after the one that chose it: the last token of a row is never fed, it stays *pending*, and a later turn puts it
+before its own prompt.
 """
 
 from __future__ import annotations
@@ -106,29 +107,19 @@ def decode_stretch(
   model: Model, policy: Policy, cache: Cache, rows: Rows, sampling: Sampling, ends: Ends, *, steps: int, history: bool
 ) -> tuple[Cache, Rows, Emitted, Counts]:
   """`steps` decode steps. A row without room ends with reason CAPACITY, its token still pending, nothing lost."""
-  batch = rows.token.shape[0]
-  heads = (model.config.num_layers, batch, model.config.num_kv_heads)
 
-  def step(state):
-    cache, rows, counts = state
+  def step(state, _):
+    cache, rows, reads, _ = state
     running = rows.reason == RUNNING
     out, cache = cached_forward(model, policy, cache, rows.token[:, None], running.astype(jnp.int32))
     fed = running & ~out.stalled
     rows = rows.replace(reason=jnp.where(running & out.stalled, CAPACITY, rows.reason))
     rows, emitted = choose(rows, last_logits(model, out), fed, sampling, ends)
     now = count(out.seen)
-    return (cache, rows, Counts(now.live, counts.reads + now.reads, now.held)), emitted
+    emitted = jax.tree.map(lambda x: x[0], emitted)
+    return (cache, rows, reads + now.reads, now.live), (emitted, now.held[0], now.live if history else None)
 
-  def rest(state):
-    nothing = Emitted(state[1].token[None], jnp.zeros((1, batch), jnp.float32), jnp.zeros((1, batch), bool))
-    return state, nothing
-
-  def body(state, _):
-    state, emitted = lax.cond(jnp.any(state[1].reason == RUNNING), step, rest, state)
-    counts = state[2]
-    return state, (jax.tree.map(lambda x: x[0], emitted), counts.held[0], counts.live if history else None)
-
-  zeros = jnp.zeros(heads, jnp.int32)
-  state = (cache, rows, Counts(zeros, zeros, jnp.zeros((1, batch), jnp.int32)))
-  (cache, rows, counts), (emitted, held, live) = lax.scan(body, state, length=steps)
-  return cache, rows, emitted, counts.replace(held=held, history=live)
+  zeros = jnp.zeros((model.config.num_layers, rows.token.shape[0], model.config.num_kv_heads), jnp.int32)
+  state = (cache, rows, zeros, zeros)
+  (cache, rows, reads, live), (emitted, held, history) = lax.scan(step, state, length=steps)
+  return cache, rows, emitted, Counts(live, reads, held, history)

@@ -130,7 +130,7 @@ def generate(
                              ("stretch", stretch, 1)):  # fmt: skip
     if value < least:
       raise ValueError(f"{name}={value} must be {least} or more")
-  automaton, ends = _ends(model, tokenizer, (stop,) if isinstance(stop, str) else tuple(stop), eos)
+  reader, ends = _ends(model, tokenizer, (stop,) if isinstance(stop, str) else tuple(stop), eos)
   past = continue_from.cache if isinstance(continue_from, Output) else continue_from
   ids = _prompt_ids(model, prompts, mask, tokenizer, past)
   batch = len(ids)
@@ -152,13 +152,13 @@ def generate(
     state=jnp.zeros(batch, jnp.int32),
     reason=jnp.full(batch, RUNNING if max_new_tokens else LENGTH, jnp.int32),
   )
-  written = _Written([[] for _ in ids], [[] for _ in ids], [""] * batch)
+  written = _Written([[] for _ in ids], [[] for _ in ids], [0] * batch)
   reason = np.asarray(rows.reason)
   if past is None or prompts is not None:  # else the pending tokens are all there is to read: decoding simply goes on
     store, logits, metrics = _prefill(model, policy, store, ids, metrics, prefill_chunk, capacity, most)
     if max_new_tokens:
       rows, emitted = decoding.first_token(rows, logits, sampling, ends)
-      reason = _write(written, emitted, rows, tokenizer, automaton, stream)
+      reason = _write(written, emitted, rows, reader, stream)
   steps = 0
   while (reason == RUNNING).any():
     store = _with_room(store, np.where(reason == RUNNING, stretch, 0), capacity, most)
@@ -167,7 +167,7 @@ def generate(
     )
     metrics = metrics.add(counts, decode=True)
     steps += int(emitted.valid.any(axis=1).sum())
-    reason = _write(written, emitted, rows, tokenizer, automaton, stream)
+    reason = _write(written, emitted, rows, reader, stream)
   read_only = not max_new_tokens and prompts is not None
   pending = jnp.full(batch, -1, jnp.int32) if read_only else rows.token
   metrics = metrics.replace(
@@ -178,8 +178,8 @@ def generate(
   )  # fmt: skip
   reasons = [REASONS[r] for r in np.asarray(rows.reason)]
   text = None
-  if tokenizer is not None:
-    text = [visible_text(tokenizer, automaton, t, r) for t, r in zip(written.tokens, reasons, strict=True)]
+  if reader is not None:
+    text = [reader.text(t, r) for t, r in zip(written.tokens, reasons, strict=True)]
   return Output(written.tokens, written.logprobs, reasons, metrics, Conversation(store, pending, rows.count), text)
 
 
@@ -187,19 +187,19 @@ def generate(
 
 
 def _ends(model: Model, tokenizer, stop: tuple[str, ...], eos: bool | Sequence[int]):
-  """The automaton of the stop strings (None without), and what ends a row, for the graph."""
+  """What turns tokens into text (None without a tokenizer), and what ends a row, for the graph."""
   if isinstance(eos, bool):
     ids = set(model.config.eos_token_ids) | set(getattr(tokenizer, "eos_token_ids", ())) if eos else set()
   else:
     ids = set(eos)
   ends = Ends(jnp.asarray(np.array(sorted(ids), np.int32)))
   if not stop:
-    return None, ends
+    return None if tokenizer is None else Reader(tokenizer), ends
   if tokenizer is None:
     raise ValueError("stop: stop strings need a tokenizer; pass tokenizer=")
-  automaton = stops.build(stop)
-  table = stops.token_table(automaton, tokenizer.token_bytes(), model.config.vocab_size)
-  return automaton, ends.replace(table=jnp.asarray(table))
+  reader = Reader(tokenizer, stops.build(stop), tokenizer.token_bytes())
+  table = stops.token_table(reader.automaton, reader.pieces, model.config.vocab_size)
+  return reader, ends.replace(table=jnp.asarray(table))
 
 
 def _prompt_ids(model: Model, prompts, mask, tokenizer, past: Conversation | None) -> list[np.ndarray]:
@@ -224,6 +224,8 @@ def _prompt_ids(model: Model, prompts, mask, tokenizer, past: Conversation | Non
     if tokenizer is None:
       raise ValueError("prompts: strings need a tokenizer, and this model brings none; pass tokenizer=")
     prompts = [tokenizer.encode(p) if isinstance(p, str) else p for p in prompts]
+    if past is not None and tokenizer.adds_bos:  # a later turn does not begin a text
+      prompts = [p[1:] if p[:1] == [tokenizer.bos_token_id] else p for p in prompts]
   if past is not None:
     pending = np.asarray(past.pending)
     if len(pending) != len(prompts):
@@ -325,52 +327,53 @@ def _prefill(model, policy, store, ids, metrics, chunk, capacity, most):
 # What has been generated ----------------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
+class Reader:
+  """Turns generated tokens into text. `automaton` (of the stop strings) and `pieces` (bytes of each id) or neither."""
+
+  tokenizer: Any
+  automaton: stops.Automaton | None = None
+  pieces: Sequence[bytes] = ()
+
+  def text(self, tokens: Sequence[int], reason: str) -> str:
+    """The text of a row's generated tokens as far as it is settled.
+
+    A row that ended at a stop string is cut before it. Of a row still "running", what may become a stop string, or is
+    not a whole character yet, is held back.
+    """
+    text = self.tokenizer.decode(list(tokens))
+    if reason == "running":
+      text = text.rstrip("\ufffd")
+    if self.automaton is None or reason not in ("running", "stop"):
+      return text
+    data = b"".join(self.pieces[t] for t in tokens if t < len(self.pieces))
+    if reason == "stop":
+      tail = data[stops.find(self.automaton, data) :].decode("utf-8", "replace")
+    else:
+      tail = data[len(data) - stops.unsettled(self.automaton, data) :].decode("utf-8", "ignore")
+    return text[: len(text) - len(tail)] if tail and text.endswith(tail) else text
+
+
 @dataclasses.dataclass
 class _Written:
-  """The rows' tokens and log-probabilities so far, and the text already streamed."""
+  """The rows' tokens and log-probabilities so far, and how many characters have been streamed."""
 
   tokens: list[list[int]]
   logprobs: list[list[float]]
-  streamed: list[str]
+  streamed: list[int]
 
 
-def _write(written: _Written, emitted, rows: Rows, tokenizer, automaton, stream: Stream | None) -> np.ndarray:
+def _write(written: _Written, emitted, rows: Rows, reader: Reader | None, stream: Stream | None) -> np.ndarray:
   """Appends a stretch's tokens, streams them, and returns each row's reason [B]."""
   emitted, reason = jax.device_get((emitted, rows.reason))
   for b, valid in enumerate(emitted.valid.T):
     new = emitted.tokens[valid, b].tolist()
     written.tokens[b] += new
     written.logprobs[b] += emitted.logprobs[valid, b].tolist()
-    if stream is None or not new:
-      continue
     text = ""
-    if tokenizer is not None:
-      whole = visible_text(tokenizer, automaton, written.tokens[b], REASONS[reason[b]])
-      text = whole[len(written.streamed[b]) :]
-      written.streamed[b] = whole
-    stream(b, new, text)
+    if stream is not None and reader is not None:
+      whole = reader.text(written.tokens[b], REASONS[reason[b]])
+      text, written.streamed[b] = whole[written.streamed[b] :], len(whole)
+    if stream is not None and (new or text):
+      stream(b, new, text)
   return reason
-
-
-def visible_text(tokenizer, automaton: stops.Automaton | None, tokens: Sequence[int], reason: str) -> str:
-  """The text of generated tokens as far as it is settled.
-
-  A row that ended at a stop string is cut before it. Of a row still running, what may become a stop string and a
-  character that is not whole yet are held back.
-  """
-  text = tokenizer.decode(list(tokens))
-  if automaton is None and reason != "running":
-    return text
-  if reason == "running":
-    text = text.rstrip("\ufffd")
-  if automaton is None:
-    return text
-  pieces = tokenizer.token_bytes()
-  data = b"".join(pieces[t] for t in tokens if t < len(pieces))
-  if reason == "stop":
-    tail = data[stops.find(automaton, data) :].decode("utf-8", "replace")
-  elif reason == "running":
-    tail = data[len(data) - stops.unsettled(automaton, data) :].decode("utf-8", "ignore")
-  else:
-    return text
-  return text[: len(text) - len(tail)] if tail and text.endswith(tail) else text

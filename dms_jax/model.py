@@ -111,7 +111,12 @@ def _run_layers(model: Model, x: Array, positions: Array, attend: Attend, carry=
 
 def embed(model: Model, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
   """Token embeddings."""
-  return model.params["embed"][tokens]
+  table = model.params["embed"]
+  if table.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+    # There a bfloat16 gather goes through float32, and in a loop of decode steps XLA would hoist the conversion, of the
+    # whole table, out of the fused gather: tying it to the tokens keeps it inside.
+    table, tokens = lax.optimization_barrier((table, tokens))
+  return table[tokens]
 
 
 def unembed(model: Model, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from dms_jax.attention import NEVER, prefill_attention
-from dms_jax.cache.base import Plan, Seen, count_reads, decided, last_visible, rows_of
+from dms_jax.cache.base import Plan, Seen, count_reads, decided, last_visible, rows_of, storage_dtype, unpacked
 
 
 @struct.dataclass
@@ -25,8 +25,9 @@ class MaskedCache:
     """An empty cache for `capacity` tokens a row."""
     shape = (layers, batch, heads, capacity)
     return cls(
-      jnp.zeros((*shape, 2 * head_dim), dtype), jnp.zeros(shape, bool), jnp.zeros((batch,), jnp.int32), window, shift
-    )
+      jnp.zeros((*shape, 2 * head_dim), storage_dtype(dtype)), jnp.zeros(shape, bool), jnp.zeros((batch,), jnp.int32),
+      window, shift,
+    )  # fmt: skip
 
   def layer_state(self):
     return self.evicted
@@ -71,7 +72,8 @@ class MaskedCache:
     held = index < stop[:, None, None]
     first = jnp.where(held, index, NEVER)
     last = jnp.where(held, last_visible(policy.retire(state, index), index, self.window), -1)
-    out = prefill_attention(q, kv[layer, ..., :h], kv[layer, ..., h:], jnp.where(real, position, -2), first, last)
+    keys = unpacked(kv[layer])
+    out = prefill_attention(q, keys[..., :h], keys[..., h:], jnp.where(real, position, -2), first, last)
     live = count_reads(first, last, stop - 1, stop)
     return out, kv, state, Seen(live, count_reads(first, last, plan.seen, stop))
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from dms_jax.attention import NEVER, decode_attention, prefill_attention
-from dms_jax.cache.base import Plan, Seen, count_reads, decided, last_visible, rows_of
+from dms_jax.cache.base import Plan, Seen, count_reads, decided, last_visible, rows_of, storage_dtype, unpacked
 
 
 @struct.dataclass
@@ -43,8 +43,8 @@ class SlotCache:
     ring, shape = window + 1, (layers, batch, heads)
     slots = ring + max(capacity - ring, 0)
     return cls(
-      jnp.zeros((*shape, slots, 2 * head_dim), dtype), jnp.zeros((*shape, ring), bool), jnp.zeros(shape, jnp.int32),
-      jnp.zeros((batch,), jnp.int32), window, shift,
+      jnp.zeros((*shape, slots, 2 * head_dim), storage_dtype(dtype)), jnp.zeros((*shape, ring), bool),
+      jnp.zeros(shape, jnp.int32), jnp.zeros((batch,), jnp.int32), window, shift,
     )  # fmt: skip
 
   @property
@@ -147,7 +147,7 @@ class SlotCache:
       jnp.where(real, position, NEVER)[:, None], keep.shape)], axis=-1)  # fmt: skip
     last = jnp.where(real[:, None], last_visible(keep, position[:, None], self.window), -1)
     last = jnp.concatenate([jnp.where(in_archive, NEVER, -1), last], axis=-1)
-    keys = jnp.concatenate([archive, candidates], axis=2)
+    keys = unpacked(jnp.concatenate([archive, candidates], axis=2))
     q_pos = jnp.where(real[:, ring:], position[:, ring:], -2)
     out = prefill_attention(q, keys[..., :h], keys[..., h:], q_pos, first, last)
     reads = count_reads(first, last, plan.seen, plan.seen + plan.lengths)

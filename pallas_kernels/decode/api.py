@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt16
 
 from pallas_kernels import dispatch
 from pallas_kernels.decode import xla
@@ -14,7 +14,7 @@ IMPLEMENTATIONS = {"xla": xla.decode_attention}
 
 def decode_attention(
   q: Float[Array, "B N H"],
-  kv: Float[Array, "L B K S 2*H"],
+  kv: Float[Array, "L B K S 2*H"] | UInt16[Array, "L B K S 2*H"],
   layer: int | Int[Array, ""],
   lengths: Int[Array, "B K"],
   *,
@@ -25,6 +25,7 @@ def decode_attention(
   Args:
     q: queries after RoPE.
     kv: the whole cache, a slot's key and value side by side; `layer` picks its first axis, nothing else is copied.
+      uint16 holds the bits of bfloat16.
       Slots past the length are never used and may hold NaN.
     lengths: live slots; a head with none gives zeros.
     implementation: None for the first able one, else a name or names in order.

@@ -22,6 +22,8 @@ def decode_attention(q, kv, layer, lengths):
     # The last block starts early enough to lie inside the cache; slots it shares with the one before are masked.
     start = jnp.minimum(i * block, s - block)
     slots = lax.dynamic_slice(kv, (layer, 0, 0, start, 0), (1, b, k, block, 2 * h))[0]
+    if slots.dtype == jnp.uint16:
+      slots = lax.bitcast_convert_type(slots, jnp.bfloat16)
     index = start + jnp.arange(block)
     live = (index >= i * block) & (index < lengths[..., None])
     slots = jnp.where(live[..., None], slots, jnp.zeros((), slots.dtype))  # dead slots may hold anything, NaN too
@@ -31,7 +33,9 @@ def decode_attention(q, kv, layer, lengths):
     safe = jnp.where(new_top == -jnp.inf, 0.0, new_top)
     weights = jnp.exp(scores - safe[..., None])
     scale = jnp.exp(top - safe)
-    part = jnp.einsum("bkgs,bksh->bkgh", weights.astype(kv.dtype), slots[..., h:], preferred_element_type=jnp.float32)
+    part = jnp.einsum(
+      "bkgs,bksh->bkgh", weights.astype(slots.dtype), slots[..., h:], preferred_element_type=jnp.float32
+    )
     return new_top, total * scale + weights.sum(axis=-1), acc * scale[..., None] + part
 
   init = (jnp.full((b, k, n // k), -jnp.inf), jnp.zeros((b, k, n // k)), jnp.zeros((b, k, n // k, h)))
