@@ -171,10 +171,28 @@ def train(
           log.flush()
           pending = []
           if done in usable:  # before the state: a run that resumes past this step would never write it
-            export(student, state, config, directory / f"cr{usable[done]}", tokenizer, step=done, **settings)
+            export(
+              student,
+              state,
+              config,
+              directory / f"cr{usable[done]}",
+              tokenizer,
+              step=done,
+              retrofit=settings["retrofit"],
+              data=settings["data"],
+            )
           if saves:
             checkpointer.save(done, state, overwrite=True)
           clock = time.perf_counter()
     if last == config.steps:
-      export(student, state, config, directory / "final", tokenizer, step=last, **settings)
+      export(
+        student,
+        state,
+        config,
+        directory / "final",
+        tokenizer,
+        step=last,
+        retrofit=settings["retrofit"],
+        data=settings["data"],
+      )
   return line
