@@ -7,9 +7,13 @@ from collections.abc import Sequence
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.retrofit import cudnn, xla
+from pallas_kernels.retrofit import cudnn, gpu, xla
 
-IMPLEMENTATIONS = {"cudnn": cudnn.retrofit_attention, "xla": xla.retrofit_attention}
+IMPLEMENTATIONS = {
+  "cudnn": cudnn.retrofit_attention,
+  "gpu": gpu.retrofit_attention,
+  "xla": xla.retrofit_attention,
+}
 
 
 def retrofit_attention(
