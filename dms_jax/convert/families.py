@@ -135,7 +135,7 @@ def dms_from_hf(values: dict, metadata: dict | None, source: str) -> DMSConfig |
   else:
     return None
 
-  def first(default: float, *names: str):
+  def first(default, *names: str):
     value = next((given[n] for n in names if given.get(n) is not None), default)
     if isinstance(value, bool) or not isinstance(value, int | float):
       raise ValueError(f"{source}: {names[0]} should be a number, found {value!r}")
