@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -15,6 +17,11 @@ def decode_attention(q, kv, layer, lengths):
   b, n, h = q.shape
   _, _, k, s, _ = kv.shape
   block = min(BLOCK, s)
+  # At a TPU's default precision XLA would first convert the whole float32 cache to bfloat16, every step.
+  dot = functools.partial(
+    jnp.einsum, preferred_element_type=jnp.float32,
+    precision=lax.Precision.HIGHEST if kv.dtype == jnp.float32 else None,
+  )  # fmt: skip
   qg = (q * jnp.asarray(h**-0.5, q.dtype)).reshape(b, k, n // k, h)
 
   def body(i, state):
@@ -27,15 +34,13 @@ def decode_attention(q, kv, layer, lengths):
     index = start + jnp.arange(block)
     live = (index >= i * block) & (index < lengths[..., None])
     slots = jnp.where(live[..., None], slots, jnp.zeros((), slots.dtype))  # dead slots may hold anything, NaN too
-    scores = jnp.einsum("bkgh,bksh->bkgs", qg, slots[..., :h], preferred_element_type=jnp.float32)
+    scores = dot("bkgh,bksh->bkgs", qg, slots[..., :h])
     scores = jnp.where(live[:, :, None], scores, -jnp.inf)
     new_top = jnp.maximum(top, scores.max(axis=-1))
     safe = jnp.where(new_top == -jnp.inf, 0.0, new_top)
     weights = jnp.exp(scores - safe[..., None])
     scale = jnp.exp(top - safe)
-    part = jnp.einsum(
-      "bkgs,bksh->bkgh", weights.astype(slots.dtype), slots[..., h:], preferred_element_type=jnp.float32
-    )
+    part = dot("bkgs,bksh->bkgh", weights.astype(slots.dtype), slots[..., h:])
     return new_top, total * scale + weights.sum(axis=-1), acc * scale[..., None] + part
 
   init = (jnp.full((b, k, n // k), -jnp.inf), jnp.zeros((b, k, n // k)), jnp.zeros((b, k, n // k, h)))
