@@ -65,7 +65,7 @@ def choose(
   """Draws the next token of the active rows, and ends those whose token, stop string or limit says so."""
   token, logprob = sample(logits, rows.keys, rows.count, sampling)
   token = jnp.where(active, token, rows.token)
-  total = rows.count + active
+  total = rows.count + active.astype(jnp.int32)
   reason = jnp.where(total >= rows.limit, LENGTH, RUNNING)
   reason = jnp.where(jnp.any(token[:, None] == ends.eos, axis=-1), EOS, reason)
   state = rows.state

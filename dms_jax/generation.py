@@ -30,7 +30,8 @@ from dms_jax.model import Model, check_policy, model_shift
 from dms_jax.policies import DMS, Policy, Vanilla
 from dms_jax.sampling import Sampling, row_keys
 
-# A growing cache is rounded up to a multiple of SLOTS and grows by GROWTH at least: each new shape is a compilation.
+# A cache that may grow starts with half of what its text could need at most, is rounded up to a multiple of SLOTS and
+# grows by GROWTH at least: each new shape is a compilation.
 SLOTS, GROWTH = 256, 1.5
 
 Stream = Callable[[int, list[int], str], None]
@@ -76,7 +77,7 @@ def decode_form(model: Model) -> Model:
 
 def generate(
   model: Model,
-  prompts: str | Sequence[str] | Sequence[Sequence[int]] | np.ndarray | None = None,
+  prompts: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | np.ndarray | None = None,
   *,
   policy: Policy | None = None,
   max_new_tokens: int = 256,
@@ -99,7 +100,7 @@ def generate(
   """Continues each prompt by up to `max_new_tokens` tokens.
 
   Args:
-    prompts: a string, strings, lists of ids, or an id matrix [B, T], whose padding (on the left, say) `mask` excludes.
+    prompts: a string, strings, a list of ids, lists of ids, or an id matrix [B, T], whose padding (on the left, say) `mask` excludes.
     policy: what becomes of tokens; default `DMS()` if the model has gates, else `Vanilla()`.
     max_new_tokens: 0 only reads the prompts.
     key: one key, or one a row: row b's n-th token depends on its own key and n alone. Needed if temperature > 0.
@@ -272,7 +273,7 @@ def _start(model, policy, kind, capacity, past, batch, most, chunk) -> Cache:
     return past.cache.grown(capacity) if (capacity or 0) > slots else jax.tree.map(jnp.copy, past.cache)
   if capacity is None:
     small = policy.evicts and kind != "masked"
-    capacity = _rounded(min(policy.window + 1 + chunk, most) if small else most)
+    capacity = _rounded(min(max(policy.window + 1 + chunk, most // 2), most) if small else most)
   return caches.create(
     kind, model.config, batch=batch, capacity=capacity, window=policy.window, shift=model_shift(model),
     dtype=model.dtype,
