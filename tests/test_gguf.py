@@ -199,6 +199,7 @@ def test_special_tokens(tmp_path):
     (dict(pre="gpt-4o"), "tokenizer 'gpt2' with pre-tokenizer 'gpt-4o' is not supported from GGUF"),
     (dict(tokenizer__ggml__model="llama"), "tokenizer 'llama' with pre-tokenizer"),
     (dict(drop=("block_count",)), r"metadata key llama\.block_count is missing"),
+    (dict(arch__block_count=10**9), "1000000000 layers, but only 21 tensors"),
     (dict(arch__block_count="two"), r"metadata key llama\.block_count is str and should be int"),
     (dict(arch__attention__head_count_kv=3), "num_heads=4 is not a multiple of num_kv_heads=3"),
     (dict(arch__feed_forward_length=100), r"blk|mlp\.gate_proj\.weight has shape \(96, 64\), .* \(100, 64\)"),

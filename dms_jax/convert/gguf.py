@@ -15,7 +15,7 @@ import tokenizers
 from tokenizers import Regex, normalizers, pre_tokenizers, processors
 
 from dms_jax.config import FAMILIES, ModelConfig, RopeScaling
-from dms_jax.convert.tensors import Tensors, hf_names
+from dms_jax.convert.tensors import Tensors, check_layers, hf_names
 from dms_jax.layers import rope_frequencies
 from dms_jax.params import param_table
 from dms_jax.tokenizer import Tokenizer, bpe_tokenizer
@@ -173,6 +173,7 @@ def _scaling(config: ModelConfig, tensor) -> RopeScaling:
 def _tensors(reader, config: ModelConfig, path: str) -> Tensors:
   from gguf import dequantize
 
+  check_layers(config.num_layers, len(reader.tensors), path)
   of_name = {}  # GGUF name -> (Hugging Face name, heads to un-permute or 0)
   heads = {"layers/q_proj": config.num_heads, "layers/k_proj": config.num_kv_heads}
   for param, spec in param_table(config).items():

@@ -24,6 +24,12 @@ class Tensors:
   dtype: str  # that most of them are stored in, or become once dequantised
 
 
+def check_layers(num_layers: int, tensors: int, source: str) -> None:
+  """Refuses a number of layers beyond what the file could hold: damage, and endless work if it were believed."""
+  if num_layers > tensors:
+    raise ValueError(f"{source}: {num_layers} layers, but only {tensors} tensors: damaged, or not all of the model")
+
+
 def hf_names(path: str, spec: ParamSpec) -> Iterator[tuple[str, int | None]]:
   """The tensors that one parameter is stored as: (name, layer), layer None where it is not layered."""
   if spec.hf_name is not None:
@@ -47,6 +53,7 @@ def to_params(
   Raises:
     ValueError: all missing, unexpected and wrongly shaped tensors together; a tensor with NaN or infinity.
   """
+  check_layers(max(spec.shape[0] for spec in table.values() if spec.layered), len(tensors.shapes), tensors.source)
   wanted = {name: spec for path, spec in table.items() for name, _ in hf_names(path, spec)}
   problems = [f"missing {name} {spec.hf_shape}" for name, spec in wanted.items() if name not in tensors.shapes]
   problems += [

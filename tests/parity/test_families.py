@@ -127,8 +127,9 @@ def test_greedy_tokens(pair, torch):
   for length in (1, 37):
     prompt = np.asarray(tokens)[:1, :length]
     with torch.no_grad():
-      theirs = hf.generate(
-        to_torch(prompt).long(), max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0,
+      ids = to_torch(prompt).long()
+      theirs = hf.generate(  # without a mask, it would guess one from the padding token
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0,
       )[0, length:].tolist()  # fmt: skip
     out = dms_jax.generate(
       model, prompt.tolist(), policy=dms_jax.Vanilla(window=6), max_new_tokens=40, eos=False, prefill_chunk=16,
