@@ -41,7 +41,7 @@ class Seen:
 
 @runtime_checkable
 class Cache(Protocol):
-  """A fixed-shape pytree. `seen` [B] counts the tokens of each row; `shift` is the gates' (DESIGN: decisions)."""
+  """A fixed-shape pytree. `seen` [B] counts the tokens of each row; `shift` is the gates'."""
 
   kv: Shaped[Array, "L B K S 2*H"]
   seen: Int[Array, "B"]
