@@ -100,7 +100,7 @@ def generate(
   """Continues each prompt by up to `max_new_tokens` tokens.
 
   Args:
-    prompts: a string, strings, a list of ids, lists of ids, or an id matrix [B, T], whose padding (on the left, say) `mask` excludes.
+    prompts: a string, strings, ids, lists of ids, or an id matrix [B, T], whose padding (on any side) `mask` excludes.
     policy: what becomes of tokens; default `DMS()` if the model has gates, else `Vanilla()`.
     max_new_tokens: 0 only reads the prompts.
     key: one key, or one a row: row b's n-th token depends on its own key and n alone. Needed if temperature > 0.
