@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.xla_dot import einsum
+
 # Slots read at a time. The block is the only copy made of the cache, so it bounds the operation's temporaries.
 BLOCK = 128
 
@@ -17,11 +19,8 @@ def decode_attention(q, kv, layer, lengths):
   b, n, h = q.shape
   _, _, k, s, _ = kv.shape
   block = min(BLOCK, s)
-  # At a TPU's default precision XLA would first convert the whole float32 cache to bfloat16, every step.
-  dot = functools.partial(
-    jnp.einsum, preferred_element_type=jnp.float32,
-    precision=lax.Precision.HIGHEST if kv.dtype == jnp.float32 else None,
-  )  # fmt: skip
+  # Exact: at a TPU's default precision XLA would convert the whole float32 cache to bfloat16 first, every step.
+  dot = functools.partial(einsum, exact=True)
   qg = (q * jnp.asarray(h**-0.5, q.dtype)).reshape(b, k, n // k, h)
 
   def body(i, state):

@@ -7,6 +7,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.xla_dot import einsum
+
 # Queries whose scores stand in memory at once, and the number of unrolled stages. Within a stage every block reads the
 # same prefix of keys (shapes are static), so `STAGES` stages waste at most 1/STAGES of the causal half.
 BLOCK = 512
@@ -31,7 +33,7 @@ def retrofit_attention(q, k, v, bias, window, segment_ids):
   @functools.partial(jax.checkpoint, static_argnums=2)
   def one(qb, number, end):
     """Queries of block `number` against keys 0 .. end-1."""
-    scores = jnp.einsum("btkgh,bskh->bkgts", qb, k[:, :end], preferred_element_type=jnp.float32)
+    scores = einsum("btkgh,bskh->bkgts", qb, k[:, :end])
     i = number * block + jnp.arange(block)[:, None]
     j = jnp.arange(end)[None]
     visible = (j <= i)[None]
@@ -42,7 +44,7 @@ def retrofit_attention(q, k, v, bias, window, segment_ids):
       scores = scores + jnp.where(i - j > window, bias[:, :, None, None, :end], 0.0)
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1)  # every query sees itself: no empty row
-    return jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v[:, :end], preferred_element_type=jnp.float32)
+    return einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v[:, :end])
 
   stage = -(-blocks // STAGES)
   outs = []
