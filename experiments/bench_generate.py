@@ -1,0 +1,213 @@
+"""Prefill and decode speed of a checkpoint, dense and with DMS, against transformers on the same weights and threads.
+
+    python -m experiments.bench_generate --checkpoint=checkpoints/smollm2-135m-instruct \\
+      --retrofit=experiments/results/retrofit/smollm2-135m-cr4 --against_transformers
+
+Each engine reads `--prompt_tokens` tokens and writes `--new_tokens` greedily, one row, after a warm-up that compiles;
+engines take turns for `--repeats` rounds, and medians are reported. Prefill is the time to the first token, decode the
+time of the others. Writes OUTPUT/{bench.json, bench.png}; the last line is one JSON object. Five minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import dms_jax
+from dms_jax import checkpoint
+from dms_jax.convert import export
+from dms_jax.generation import decode_form
+from dms_jax.model import Model
+from dms_jax.tokenizer import Tokenizer
+from experiments import plots, program
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """`text` is read for its first `prompt_tokens` tokens; default the library's own source."""
+
+  checkpoint: str
+  retrofit: str | None = None
+  dtypes: tuple[str, ...] = ("float32", "bfloat16")
+  text: str | None = None
+  prompt_tokens: int = 512
+  new_tokens: int = 128
+  prefill_chunk: int = 256
+  stretch: int = 32
+  repeats: int = 5
+  against_transformers: bool = False
+  output: str = "runs/bench_generate"
+
+  def __post_init__(self):
+    if unknown := set(self.dtypes) - {"float32", "bfloat16"}:
+      raise ValueError(f"--dtypes={','.join(self.dtypes)}: {sorted(unknown)} must be float32 or bfloat16")
+    for name, least in (("prompt_tokens", 1), ("new_tokens", 2), ("repeats", 1)):
+      if getattr(self, name) < least:
+        raise ValueError(f"--{name}={getattr(self, name)} must be {least} or more")
+
+
+# run(new tokens) generates that many; `about` describes what it did
+Engine = tuple[str, Callable[[int], dict]]
+
+
+def jax_engine(name: str, model: Model, policy: dms_jax.Policy, prompt: list[int], config: Config) -> Engine:
+  """Our own `generate`, in a cache of a fixed size so that both kinds of run share their compiled programs."""
+  capacity = -(-(len(prompt) + config.new_tokens) // 128) * 128
+
+  def run(new_tokens: int) -> dict:
+    out = dms_jax.generate(
+      model, [prompt], policy=policy, max_new_tokens=new_tokens, eos=False, capacity=capacity,
+      prefill_chunk=config.prefill_chunk, stretch=config.stretch,
+    )  # fmt: skip
+    assert len(out.tokens[0]) == new_tokens
+    return {"achieved_cr": out.metrics.achieved_cr, "tokens": out.tokens[0]}
+
+  return name, run
+
+
+def transformers_engine(folder: Path, dtype: str, prompt: list[int]) -> Engine:
+  """transformers' `generate` on an exported checkpoint, on as many threads as there are cores.
+
+  Raises:
+    ValueError: torch or transformers is not installed.
+  """
+  try:
+    import torch
+    from transformers import AutoModelForCausalLM
+  except ImportError as error:
+    raise ValueError(f"--against_transformers needs torch and transformers ({error}): pip install them") from None
+  torch.set_num_threads(os.cpu_count())
+  device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
+  model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).eval()
+  ids = torch.tensor([prompt], device=device)
+
+  def run(new_tokens: int) -> dict:
+    with torch.inference_mode():
+      out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, min_new_tokens=new_tokens,
+        do_sample=False, use_cache=True, pad_token_id=0,
+      )  # fmt: skip
+    return {"tokens": out[0, len(prompt) :].tolist()}
+
+  return "transformers", run
+
+
+def measure(engines: list[Engine], config: Config) -> list[dict]:
+  """Prefill and decode tokens/s of each engine; they take turns, so that a slow moment of the machine hits all."""
+  seconds = {name: ([], []) for name, _ in engines}
+  about = {}
+  for _, run in engines:
+    run(config.new_tokens)
+    run(1)
+  for _ in program.progress(config.repeats, desc="rounds"):
+    for name, run in engines:
+      for times, new_tokens in zip(seconds[name], (1, config.new_tokens), strict=True):
+        start = time.perf_counter()
+        about[name] = run(new_tokens)
+        times.append(time.perf_counter() - start)
+  results = []
+  for name, _ in engines:
+    first = statistics.median(seconds[name][0])
+    rest = statistics.median(whole - first for whole in seconds[name][1])
+    results.append(
+      {
+        "engine": name, "prefill_tokens_per_s": config.prompt_tokens / first,
+        "decode_tokens_per_s": (config.new_tokens - 1) / rest, "first_token_s": first, **about[name],
+      }
+    )  # fmt: skip
+  return results
+
+
+def prompt_ids(config: Config, tokenizer) -> list[int]:
+  """The prompt, repeated if the text is short."""
+  if config.text is not None and not Path(config.text).is_file():
+    raise ValueError(f"--text={config.text}: no such file")
+  source = Path(config.text) if config.text else Path(dms_jax.__file__).parent / "model.py"
+  ids = tokenizer.encode(source.read_text())
+  return (ids * -(-config.prompt_tokens // len(ids)))[: config.prompt_tokens]
+
+
+def table(results: list[dict]) -> str:
+  """Results as text, with each engine's decode speed over transformers' where that ran."""
+  lines = [f"{'dtype':10}{'engine':14}{'prefill tok/s':>14}{'decode tok/s':>14}{'CR':>7}{'decode / transformers':>23}"]
+  for r in results:
+    cr = f"{r['achieved_cr']:.2f}" if "achieved_cr" in r else ""
+    ratio = f"{r['decode_ratio']:.2f}" if "decode_ratio" in r else ""
+    lines.append(
+      f"{r['dtype']:10}{r['engine']:14}{r['prefill_tokens_per_s']:14.0f}{r['decode_tokens_per_s']:14.1f}{cr:>7}{ratio:>23}"
+    )
+  return "\n".join(lines)
+
+
+def picture(path: Path, results: list[dict], title: str) -> str | None:
+  """Bars: prefill and decode speed by engine and dtype; None without matplotlib."""
+  if (plt := plots.pyplot()) is None:
+    return None
+  figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+  names = [f"{r['engine']}\n{r['dtype']}" for r in results]
+  colors = [{"dense": plots.DENSE, "DMS": plots.DMS}.get(r["engine"], "#b8b8b8") for r in results]
+  for axis, what in zip(axes, ("prefill", "decode"), strict=True):
+    bars = axis.bar(names, [r[f"{what}_tokens_per_s"] for r in results], color=colors)
+    axis.bar_label(bars, fmt="%.0f" if what == "prefill" else "%.1f")
+    axis.set_title(f"{what}, tokens/s")
+    axis.tick_params(axis="x", labelsize=7)
+    axis.spines[["top", "right"]].set_visible(False)
+  figure.suptitle(title)
+  figure.savefig(path, dpi=120)
+  plt.close(figure)
+  return str(path)
+
+
+def bench_dtype(config: Config, dtype: str, tokenizer, prompt: list[int]) -> list[dict]:
+  """All engines on weights of one dtype."""
+  dense = checkpoint.load(config.checkpoint, dtype=dtype)
+  with tempfile.TemporaryDirectory() as folder:
+    rival = []
+    if config.against_transformers:
+      export(Path(folder) / "model", dense, tokenizer, dtype=dtype)
+      rival = [transformers_engine(Path(folder) / "model", dtype, prompt)]
+  engines = [jax_engine("dense", decode_form(dense), dms_jax.Vanilla(), prompt, config)]
+  del dense
+  if config.retrofit:
+    model = decode_form(checkpoint.load(config.checkpoint, retrofit=config.retrofit, dtype=dtype))
+    engines.append(jax_engine("DMS", model, dms_jax.DMS(), prompt, config))
+  results = [{"dtype": dtype, **r} for r in measure(engines + rival, config)]
+  tokens = {r["engine"]: r.pop("tokens") for r in results}
+  if rival:
+    base = results[-1]
+    for r in results[:-1]:
+      r["decode_ratio"] = r["decode_tokens_per_s"] / base["decode_tokens_per_s"]
+      r["prefill_ratio"] = r["prefill_tokens_per_s"] / base["prefill_tokens_per_s"]
+    same = np.array(tokens["dense"][: len(tokens["transformers"])]) == np.array(tokens["transformers"])
+    results[0]["same_tokens_as_transformers"] = float(same.mean())
+  return results
+
+
+def main() -> None:
+  config = program.read_flags("", Config)
+  tokenizer = Tokenizer.load(config.checkpoint)
+  prompt = prompt_ids(config, tokenizer)
+  results = []
+  for dtype in config.dtypes:
+    program.log(f"{dtype}: compiling and measuring")
+    results += bench_dtype(config, dtype, tokenizer, prompt)
+  print(table(results))
+  folder = Path(config.output)
+  title = f"{Path(config.checkpoint).name}, one row, prompt {config.prompt_tokens}, {jax.devices()[0].device_kind}"
+  folder.mkdir(parents=True, exist_ok=True)
+  image = picture(folder / "bench.png", results, title)
+  program.save_json(folder / "bench.json", {"environment": program.environment(), "results": results})
+  program.finish({"results": results, "picture": image})
+
+
+if __name__ == "__main__":
+  program.define_flags("", Config)
+  program.run(main)

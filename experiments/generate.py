@@ -1,0 +1,180 @@
+"""Generates text from a checkpoint, streaming it to the terminal.
+
+    python -m experiments.generate --checkpoint=checkpoints/smollm2-135m-instruct \\
+      --retrofit=experiments/results/retrofit/smollm2-135m-cr4 --chat --prompt="Why is the sky blue?"
+
+The prompt is `--prompt`, or the text of `--file`, or one prompt a line of `--prompts_file`; with `--chat` it is a
+user's message, and without any prompt the turns of a conversation are read from standard input. `--policy=vanilla`
+keeps the whole cache; a policy's own numbers are flags too (`--dms.threshold=2`). The last line is one JSON object with
+all rows and what they cost.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import jax
+
+import dms_jax
+from dms_jax import policies
+from dms_jax.generation import Output
+from experiments import program
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """`samples` continuations of each prompt; `policy` empty is dms for a model with gates, else vanilla."""
+
+  checkpoint: str
+  retrofit: str | None = None
+  dtype: Literal["float32", "bfloat16"] | None = None
+  prompt: str | None = None
+  file: str | None = None
+  prompts_file: str | None = None
+  chat: bool = False
+  system: str | None = None
+  policy: str | None = None
+  samples: int = 1
+  max_new_tokens: int = 256
+  temperature: float = 0.0
+  top_k: int | None = None
+  top_p: float | None = None
+  seed: int = 0
+  stop: tuple[str, ...] = ()
+  eos: bool = True
+  cache: Literal["slots", "masked"] = "slots"
+  capacity: int | None = None
+  prefill_chunk: int = 256
+  stretch: int = 8
+  stream: bool = True
+
+  def __post_init__(self):
+    given = [name for name in ("prompt", "file", "prompts_file") if getattr(self, name) is not None]
+    if len(given) > 1:
+      raise ValueError(f"give one of --prompt, --file and --prompts_file, not {' and '.join('--' + g for g in given)}")
+    if not given and not self.chat:
+      raise ValueError(
+        "nothing to continue: give --prompt, --file or --prompts_file, or --chat to read turns from stdin"
+      )
+    if self.system is not None and not self.chat:
+      raise ValueError("--system is a message of a chat: add --chat")
+    if self.samples < 1:
+      raise ValueError(f"--samples={self.samples} must be 1 or more")
+
+  def prompts(self) -> list[str]:
+    """The texts asked for; none when turns come from standard input."""
+    if self.prompt is not None:
+      return [self.prompt]
+    for name in (self.file, self.prompts_file):
+      if name is not None and not Path(name).is_file():
+        raise ValueError(f"{name}: no such file")
+    if self.file is not None:
+      return [Path(self.file).read_text()]
+    if self.prompts_file is not None:
+      return [line for line in Path(self.prompts_file).read_text().splitlines() if line.strip()]
+    return []
+
+
+def user_turns() -> Iterator[str]:
+  """Lines of standard input, with a prompt on a terminal."""
+  while True:
+    if sys.stdin.isatty():
+      print("> ", end="", file=sys.stderr, flush=True)
+    if not (line := sys.stdin.readline()):
+      return
+    if line.strip():
+      yield line.strip()
+
+
+def next_turn(tokenizer, messages: list[dict], ended: bool) -> str:
+  """What to feed after an answer for the last of `messages`: the chat template's text past that answer.
+
+  Args:
+    ended: the answer closed with its end token, which is pending in the cache already.
+  """
+  before = tokenizer.chat(messages[:-1], add_generation_prompt=False)
+  after = tokenizer.chat(messages)
+  if not after.startswith(before):
+    raise ValueError("the chat template rewrites earlier turns, so a conversation cannot go on from its cache")
+  answer = before.rindex(messages[-2]["content"]) + len(messages[-2]["content"])
+  rest = after[answer:]
+  if ended:  # the template closes an answer with the token that ended it
+    names = [tokenizer.token_bytes()[i].decode() for i in tokenizer.eos_token_ids]
+    rest = next((rest[len(name) :] for name in names if rest.startswith(name)), rest)
+  return rest
+
+
+class Printer:
+  """Prints rows as they stream: one row as it comes, several each on its own when its line is complete."""
+
+  def __init__(self, rows: int):
+    self.rows, self.waiting = rows, [""] * rows
+
+  def __call__(self, row: int, tokens: list[int], text: str) -> None:
+    if self.rows == 1:
+      print(text, end="", flush=True)
+      return
+    *lines, self.waiting[row] = (self.waiting[row] + text).split("\n")
+    for line in lines:
+      print(f"[{row}] {line}", flush=True)
+
+  def close(self) -> None:
+    for row, text in enumerate(self.waiting):
+      if text:
+        print(f"[{row}] {text}")
+    print(flush=True)
+
+
+def main() -> None:
+  config = program.read_flags("", Config)
+  prompts = config.prompts()
+  model, tokenizer = dms_jax.load(config.checkpoint, retrofit=config.retrofit, dtype=config.dtype)
+  name = config.policy or ("dms" if model.dms is not None else "vanilla")
+  policy = program.read_flags(name, policies.get(name))
+  system = [] if config.system is None else [{"role": "system", "content": config.system}]
+
+  def ask(texts: list[str], past: Output | None = None) -> tuple[Output, dict]:
+    key = jax.random.fold_in(jax.random.key(config.seed), len(rows))
+    printer = Printer(len(texts)) if config.stream else None
+    start = time.monotonic()
+    out = dms_jax.generate(
+      model, texts, policy=policy, max_new_tokens=config.max_new_tokens, key=key, temperature=config.temperature,
+      top_k=config.top_k, top_p=config.top_p, stop=tuple(s.replace("\\n", "\n") for s in config.stop), eos=config.eos,
+      cache=config.cache, capacity=config.capacity, prefill_chunk=config.prefill_chunk, stretch=config.stretch,
+      stream=printer, continue_from=past,
+    )  # fmt: skip
+    if printer:
+      printer.close()
+    for row, text in enumerate(out.text):
+      logprob = sum(out.logprobs[row]) / max(len(out.logprobs[row]), 1)
+      rows.append({"text": text, "finish_reason": out.finish_reason[row], "mean_logprob": logprob})
+    return out, {"seconds": round(time.monotonic() - start, 2), **out.metrics.to_json()}
+
+  rows, turns = [], []
+  if prompts:
+    if config.chat:
+      prompts = [tokenizer.chat([*system, {"role": "user", "content": p}]) for p in prompts]
+    turns.append(ask([p for p in prompts for _ in range(config.samples)])[1])
+  else:
+    messages, past = system, None
+    for line in user_turns():
+      messages = [*messages, {"role": "user", "content": line}]
+      ended = past is not None and past.finish_reason[0] == "eos"
+      text = tokenizer.chat(messages) if past is None else next_turn(tokenizer, messages, ended)
+      past, metrics = ask([text], past)
+      answer = tokenizer.decode(past.tokens[0])
+      messages = [*messages, {"role": "assistant", "content": answer}]
+      turns.append(metrics)
+  program.finish({"rows": rows, "turns": turns})
+
+
+if __name__ == "__main__":
+  program.define_flags("", Config)
+  for policy_name, policy_class in policies.REGISTRY.items():
+    program.define_flags(policy_name, policy_class)
+  program.run(main)
