@@ -145,13 +145,16 @@ def generate(
   store = _start(model, policy, cache, capacity, past, batch, most, prefill_chunk)
 
   metrics = Metrics.zero(model.config.num_layers, batch, model.config.num_kv_heads)
-  rows = Rows(
-    token=jnp.asarray(np.array([row[-1] for row in ids], np.int32)),
-    keys=None if sampling.temperature is None else row_keys(key, batch),
-    count=jnp.asarray(generated),
-    limit=jnp.asarray(generated + max_new_tokens, jnp.int32),
-    state=jnp.zeros(batch, jnp.int32),
-    reason=jnp.full(batch, RUNNING if max_new_tokens else LENGTH, jnp.int32),
+  rows = _beside(
+    model,
+    Rows(
+      token=jnp.asarray(np.array([row[-1] for row in ids], np.int32)),
+      keys=None if sampling.temperature is None else row_keys(key, batch),
+      count=jnp.asarray(generated),
+      limit=jnp.asarray(generated + max_new_tokens, jnp.int32),
+      state=jnp.zeros(batch, jnp.int32),
+      reason=jnp.full(batch, RUNNING if max_new_tokens else LENGTH, jnp.int32),
+    ),
   )
   written = _Written([[] for _ in ids], [[] for _ in ids], [0] * batch)
   reason = np.asarray(rows.reason)
@@ -274,10 +277,19 @@ def _start(model, policy, kind, capacity, past, batch, most, chunk) -> Cache:
   if capacity is None:
     small = policy.evicts and kind != "masked"
     capacity = _rounded(min(max(policy.window + 1 + chunk, most // 2), most) if small else most)
-  return caches.create(
+  store = caches.create(
     kind, model.config, batch=batch, capacity=capacity, window=policy.window, shift=model_shift(model),
     dtype=model.dtype,
   )  # fmt: skip
+  return _beside(model, store)
+
+
+def _beside(model: Model, tree):
+  """`tree` placed where the model is: an argument placed in one call and not in the next would compile it twice."""
+  sharding = model.params["embed"].sharding
+  if isinstance(sharding, jax.sharding.NamedSharding):
+    sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+  return jax.device_put(tree, sharding)
 
 
 def _rounded(slots: int) -> int:
@@ -300,7 +312,7 @@ def _prefill(model, policy, store, ids, metrics, chunk, capacity, most):
   """Reads all prompts, each row from its own start in chunks of its own; returns (cache, logits [B, V], metrics)."""
   batch, done = len(ids), np.zeros(len(ids), np.int64)
   total = np.array([len(row) for row in ids])
-  logits = jnp.zeros((batch, model.config.vocab_size), jnp.float32)
+  logits = _beside(model, jnp.zeros((batch, model.config.vocab_size), jnp.float32))
   while (done < total).any():
     take = np.minimum(total - done, chunk)
     store = _with_room(store, take, capacity, most)

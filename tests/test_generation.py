@@ -302,6 +302,17 @@ def test_decode_is_traced_once_a_shape(model, monkeypatch):
   assert traces == [(2, 7), (2, 1), (2, 1)]
 
 
+def test_nothing_is_compiled_twice(model, caplog):
+  placed = jax.device_put(model, jax.devices()[0])  # as a checkpoint's weights are
+  settings = dict(max_new_tokens=11, eos=False, capacity=48, prefill_chunk=7, stretch=3)  # shapes of this test alone
+  with jax.log_compiles():
+    out = dms_jax.generate(placed, [prompt(19)], **settings)
+    dms_jax.generate(placed, [prompt(3)], continue_from=out, **settings)
+  compiled = [r.getMessage().split(" with ")[0] for r in caplog.records if r.getMessage().startswith("Compiling")]
+  for name in ("prefill_chunk", "first_token", "decode_stretch"):
+    assert compiled.count(f"Compiling jit({name})") == 1, compiled
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_stretch_needs_no_second_cache(dtype):
   from dms_jax import cache as caches
