@@ -14,7 +14,7 @@ from pallas_kernels.xla_dot import einsum
 BLOCK = 128
 
 
-def decode_attention(q, kv, layer, lengths):
+def decode_attention(q, kv, layer, lengths, *, lse: bool = False):
   """See `api.decode_attention`. A block past a row's prefix changes nothing, not even a bit, in that row."""
   b, n, h = q.shape
   _, _, k, s, _ = kv.shape
@@ -44,6 +44,7 @@ def decode_attention(q, kv, layer, lengths):
 
   init = (jnp.full((b, k, n // k), -jnp.inf), jnp.zeros((b, k, n // k)), jnp.zeros((b, k, n // k, h)))
   blocks = (lengths.max() + block - 1) // block
-  _, total, acc = lax.fori_loop(0, blocks, body, init)
+  top, total, acc = lax.fori_loop(0, blocks, body, init)
   out = acc / jnp.where(total == 0, 1.0, total)[..., None]
-  return jax.lax.reshape(out, (b, n, h)).astype(q.dtype)
+  out = jax.lax.reshape(out, (b, n, h)).astype(q.dtype)
+  return (out, (top + jnp.log(total)).reshape(b, n)) if lse else out

@@ -1,0 +1,150 @@
+"""The Hopper kernel of decode attention, in JAX's interpreter with race detection, and lowered for CUDA."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dms_jax import cache as caches
+from dms_jax import policies
+from dms_jax.config import PRESETS, DMSConfig
+from dms_jax.model import Model, cached_forward
+from dms_jax.params import map_table, param_table
+from pallas_kernels import compat
+from pallas_kernels.decode import decode_attention, gpu, ref, xla
+
+interpreted = pytest.mark.skipif(
+  not compat.HAS_MOSAIC_GPU, reason=f"jax {jax.__version__} cannot interpret or lower Mosaic GPU kernels: needs >= 0.11"
+)
+# Of the largest value: the weights of the second product and the output are rounded to half a unit in the last place
+# (2^-9, 2^-12), all sums are float32.
+TOLERANCE = {jnp.bfloat16: 6e-3, jnp.float16: 8e-4}
+LAYERS, LAYER = 2, 1
+
+
+def inputs(batch, heads, group, h, slots, lengths, dtype=jnp.bfloat16):
+  """Queries, a cache whose dead slots are NaN in every layer, and lengths [B, K]."""
+  rng = np.random.default_rng(0)
+  q = jnp.asarray(rng.normal(size=(batch, heads * group, h)), dtype)
+  kv = rng.normal(size=(LAYERS, batch, heads, slots, 2 * h)).astype(np.float32)
+  lengths = np.asarray(lengths, np.int32).reshape(batch, heads)
+  dead = np.arange(slots) >= lengths[..., None]
+  kv = np.where(dead[None, ..., None], np.nan, kv)
+  return q, jnp.asarray(kv, dtype), jnp.asarray(lengths)
+
+
+def run(q, kv, lengths, block=64, stages=2, split=128, workers=3, lse=False):
+  """The kernel in the interpreter, with as many workers as there are processors in a dream."""
+  sizes = gpu.Blocks(block, stages, split, workers, fused=False)
+  with compat.gpu_interpret_mode(detect_races=True):
+    return jax.block_until_ready(gpu.decode_attention(q, kv, jnp.int32(LAYER), lengths, blocks=sizes, lse=lse))
+
+
+def check(q, kv, lengths, **sizes):
+  out = run(q, kv, lengths, **sizes)
+  want = ref.decode_attention(q, kv, LAYER, lengths)
+  assert out.dtype == q.dtype
+  bound = TOLERANCE[q.dtype.type] * np.abs(want).max()
+  np.testing.assert_allclose(np.asarray(out, np.float64), want, rtol=0, atol=bound)
+  return np.asarray(out)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_ragged_lengths_with_empty_heads(dtype):
+  """Lengths 0, 1, odd, the edges of blocks and chunks, and full, among more workers than some have heads."""
+  lengths = [0, 1, 256, 37, 130, 128, 129, 0, 64]
+  out = check(*inputs(3, 3, 1, 64, 256, lengths, dtype), stages=3, workers=5)
+  assert (out[0, 0] == 0).all() and (out[2, 1] == 0).all()
+
+
+@interpreted
+def test_head_size_128_and_groups_of_three():
+  check(*inputs(2, 2, 3, 128, 192, [5, 191, 192, 0]), split=64, workers=4)
+
+
+@interpreted
+def test_more_workers_than_chunks_and_groups_of_eight():
+  check(*inputs(1, 2, 8, 64, 128, [3, 128]), block=128, workers=7)
+
+
+@interpreted
+def test_result_depends_on_its_own_slots_alone():
+  """Bit for bit, whatever else is in the batch and however many workers there are."""
+  q, kv, lengths = inputs(2, 2, 4, 64, 256, [200, 77, 256, 0])
+  both = run(q, kv, lengths)
+  alone = run(q[:1], kv[:, :1], lengths[:1], workers=5)
+  np.testing.assert_array_equal(np.asarray(both[:1], np.float32), np.asarray(alone, np.float32))
+
+
+@interpreted
+def test_log_sum_exp():
+  q, kv, lengths = inputs(1, 3, 2, 64, 256, [200, 0, 64])
+  _, logs = run(q, kv, lengths, lse=True)
+  _, want = xla.decode_attention(q.astype(jnp.float32), kv.astype(jnp.float32), LAYER, lengths, lse=True)
+  assert logs.dtype == jnp.float32 and (np.asarray(logs[0, 2:4]) == -np.inf).all()
+  np.testing.assert_allclose(logs, want, atol=1e-5)
+
+
+def lower(batch, heads, group, h, slots, **options):
+  struct = jax.ShapeDtypeStruct
+  with compat.assume_hopper():
+    call = jax.jit(partial(decode_attention, implementation="gpu", **options))
+    arguments = (
+      struct((batch, heads * group, h), jnp.bfloat16), struct((LAYERS, batch, heads, slots, 2 * h), jnp.bfloat16),
+      struct((), jnp.int32), struct((batch, heads), jnp.int32),
+    )  # fmt: skip
+    return call.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@interpreted
+@pytest.mark.parametrize("group, h", [(1, 64), (3, 64), (4, 128), (8, 128)])
+def test_lowers_for_cuda(group, h):
+  assert "decode_" in lower(2, 3, group, h, 8192, lse=group == 3)
+
+
+@interpreted
+def test_decode_step_of_a_model_lowers_for_cuda():
+  """SmolLM2's, from a cache of slots: every layer through the kernel."""
+  config, dms = PRESETS["smollm2-135m"], DMSConfig(window=64)
+  struct = jax.ShapeDtypeStruct
+  params = map_table(lambda _, spec: struct(spec.shape, jnp.bfloat16), param_table(config, dms))
+  make = partial(caches.create, "slots", config, batch=4, capacity=1024, window=64, shift=1, dtype=jnp.bfloat16)
+  cache = jax.eval_shape(make)
+  cache = cache.replace(kv=struct(cache.kv.shape, jnp.bfloat16))
+  policy = policies.DMS(window=64, threshold=struct((), jnp.float32))
+  tokens, lengths = struct((4, 1), jnp.int32), struct((4,), jnp.int32)
+  with compat.assume_hopper():
+    step = jax.jit(cached_forward, donate_argnums=2)
+    lowered = step.trace(Model(params, config, dms), policy, cache, tokens, lengths).lower(lowering_platforms=("cuda",))
+  assert "decode_" in lowered.as_text()
+
+
+def test_refuses_with_the_reason():
+  q, kv, lengths = inputs(1, 1, 2, 64, 64, [10])
+  reason = "needs a Hopper GPU, the default device is a cpu" if compat.HAS_MOSAIC_GPU else "older than 0.11"
+  call = partial(decode_attention, implementation="gpu")
+  with pytest.raises(NotImplementedError, match=reason):
+    call(q, kv, 0, lengths)
+  if not compat.HAS_MOSAIC_GPU:
+    return
+  with compat.assume_hopper():
+    with pytest.raises(NotImplementedError, match="must both be bfloat16 or both float16"):
+      call(q.astype(jnp.float32), kv.astype(jnp.float32), 0, lengths)
+    with pytest.raises(NotImplementedError, match="must be a multiple of 8"):
+      call(q, kv[..., :63, :], 0, lengths)
+    with pytest.raises(NotImplementedError, match="9 query heads a KV head"):
+      call(jnp.zeros((1, 9, 64), q.dtype), kv, 0, lengths)
+
+
+def test_sizes_by_shape():
+  """Two workers a processor; chunks of 512 slots in large caches, fewer where that would leave workers idle."""
+  assert gpu.default_blocks(32, 8, 8192, 128, 132).split == 512
+  assert gpu.default_blocks(1, 8, 32768, 128, 132).split == 128
+  assert gpu.default_blocks(1, 3, 512, 64, 132) == gpu.Blocks(128, 3, 128, 264)
+  with pytest.raises(ValueError, match="not a multiple of block"):
+    gpu.Blocks(64, 2, 96, 4)
