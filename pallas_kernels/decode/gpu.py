@@ -43,8 +43,8 @@ class Blocks:
   fused: bool = True  # merge in the same kernel, once a semaphore tells that all partial results are there
 
   def __post_init__(self):
-    if self.split % self.block:
-      raise ValueError(f"split {self.split} is not a multiple of block {self.block}")
+    if self.split % self.block or self.block % compat.ROWS:
+      raise ValueError(f"split {self.split} must be a multiple of block {self.block}, and that of {compat.ROWS}")
 
 
 def default_blocks(batch: int, kv_heads: int, slots: int, head_dim: int, processors: int) -> Blocks:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -19,9 +17,7 @@ def decode_attention(q, kv, layer, lengths, *, lse: bool = False):
   b, n, h = q.shape
   _, _, k, s, _ = kv.shape
   block = min(BLOCK, s)
-  # Exact: at a TPU's default precision XLA would convert the whole float32 cache to bfloat16 first, every step.
-  dot = functools.partial(einsum, exact=True)
-  qg = (q * jnp.asarray(h**-0.5, q.dtype)).reshape(b, k, n // k, h)
+  qg = q.reshape(b, k, n // k, h)
 
   def body(i, state):
     top, total, acc = state
@@ -33,13 +29,13 @@ def decode_attention(q, kv, layer, lengths, *, lse: bool = False):
     index = start + jnp.arange(block)
     live = (index >= i * block) & (index < lengths[..., None])
     slots = jnp.where(live[..., None], slots, jnp.zeros((), slots.dtype))  # dead slots may hold anything, NaN too
-    scores = dot("bkgh,bksh->bkgs", qg, slots[..., :h])
+    scores = einsum("bkgh,bksh->bkgs", qg, slots[..., :h]) * h**-0.5
     scores = jnp.where(live[:, :, None], scores, -jnp.inf)
     new_top = jnp.maximum(top, scores.max(axis=-1))
     safe = jnp.where(new_top == -jnp.inf, 0.0, new_top)
     weights = jnp.exp(scores - safe[..., None])
     scale = jnp.exp(top - safe)
-    part = dot("bkgs,bksh->bkgh", weights.astype(slots.dtype), slots[..., h:])
+    part = einsum("bkgs,bksh->bkgh", weights.astype(slots.dtype), slots[..., h:])
     return new_top, total * scale + weights.sum(axis=-1), acc * scale[..., None] + part
 
   init = (jnp.full((b, k, n // k), -jnp.inf), jnp.zeros((b, k, n // k)), jnp.zeros((b, k, n // k, h)))

@@ -38,7 +38,7 @@ def inputs(batch, heads, group, h, slots, lengths, dtype=jnp.bfloat16):
 
 
 def run(q, kv, lengths, block=64, stages=2, split=128, workers=3, lse=False):
-  """The kernel in the interpreter, with as many workers as there are processors in a dream."""
+  """The kernel in the interpreter, with few workers, and the merge as a kernel of its own."""
   sizes = gpu.Blocks(block, stages, split, workers, fused=False)
   with compat.gpu_interpret_mode(detect_races=True):
     return jax.block_until_ready(gpu.decode_attention(q, kv, jnp.int32(LAYER), lengths, blocks=sizes, lse=lse))
@@ -146,5 +146,5 @@ def test_sizes_by_shape():
   assert gpu.default_blocks(32, 8, 8192, 128, 132).split == 512
   assert gpu.default_blocks(1, 8, 32768, 128, 132).split == 128
   assert gpu.default_blocks(1, 3, 512, 64, 132) == gpu.Blocks(128, 3, 128, 264)
-  with pytest.raises(ValueError, match="not a multiple of block"):
+  with pytest.raises(ValueError, match="must be a multiple of block"):
     gpu.Blocks(64, 2, 96, 4)
