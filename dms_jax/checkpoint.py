@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import zlib
 from collections.abc import Iterator, Sequence
@@ -67,6 +68,9 @@ def save(
       context.array.saving.use_compression = "base" not in groups  # a whole model: half the size, but ten times slower
       with context:
         ocp.save(directory / PARAMS, unflatten(flat))
+      # Orbax notes where it saved to, which is not where the checkpoint will be, and no reader's business.
+      for note in (directory / PARAMS).glob("commit_success*.txt"):
+        note.write_text("saved\n")
     if tokenizer is not None:
       tokenizer.save(directory)
     values = {
@@ -193,14 +197,19 @@ def atomic_directory(path: str | Path, replaces=is_checkpoint) -> Iterator[Path]
       shutil.rmtree(leftover, ignore_errors=True)
   if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or replaces(path))):
     raise ValueError(f"{path}: exists and is not something this program wrote; choose another place or remove it")
-  partial = path.parent / f".{path.name}.partial-{os.getpid()}"
+  mark = f"{secrets.token_hex(4)}-{os.getpid()}"
+  partial = path.parent / f".{path.name}.partial-{mark}"
   partial.mkdir()
   try:
     yield partial
     if path.exists():
-      old = partial.with_name(f".{path.name}.partial-old-{os.getpid()}")
+      old = partial.with_name(f".{path.name}.partial-old-{mark}")
       path.rename(old)
-      partial.rename(path)
+      try:
+        partial.rename(path)
+      except OSError:
+        old.rename(path)
+        raise
       shutil.rmtree(old)
     else:
       partial.rename(path)
@@ -209,7 +218,10 @@ def atomic_directory(path: str | Path, replaces=is_checkpoint) -> Iterator[Path]
 
 
 def _is_running(pid: str) -> bool:
+  """Whether another process has this number; our own leaves nothing behind, so it is a former namesake's."""
   try:
+    if int(pid) == os.getpid():
+      return False
     os.kill(int(pid), 0)
   except (ValueError, ProcessLookupError):
     return False

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dms_jax.config import ModelConfig
+from pallas_kernels.platform import platform
 
 
 def rms_norm(x: Float[Array, "*batch C"], weight: Float[Array, "C"], eps: float) -> Float[Array, "*batch C"]:
@@ -50,18 +51,20 @@ def apply_rope(x: Float[Array, "B T heads H"], tables: tuple[Array, Array]) -> F
 def linear(x: Array, weight: Array, num_inputs: int = 1, *, out_dtype=None) -> Array:
   """Contracts the last `num_inputs` axes of x [rows..., in...] with those of weight [out..., in...].
 
-  Sums in float32; the result [rows..., out...] is rounded once, to `out_dtype` or x's dtype.
+  Float32 is not rounded first, whatever the device. Sums are in float32; the result [rows..., out...] is rounded once,
+  to `out_dtype` or x's dtype.
   """
   rows, outs = x.shape[: x.ndim - num_inputs], weight.shape[: weight.ndim - num_inputs]
   x2 = x.reshape(math.prod(rows), -1)
-  single = x2.shape[0] == 1 and x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
+  single = x2.shape[0] == 1 and x.dtype == jnp.bfloat16 and platform() == "cpu"
   if single:
     # XLA's CPU backend has no bfloat16 matrix-vector product (it converts the whole matrix, 10x slower than reading
     # it); two equal rows take its matrix-matrix path.
     x2 = jnp.concatenate([x2, x2])
   y = jax.lax.dot_general(
-    x2, weight.reshape(math.prod(outs), -1), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-  )
+    x2, weight.reshape(math.prod(outs), -1), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32,
+    precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+  )  # fmt: skip
   return (y[:1] if single else y).reshape(*rows, *outs).astype(out_dtype or x.dtype)
 
 

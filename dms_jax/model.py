@@ -24,13 +24,14 @@ from dms_jax.gates import clear_neuron, gate_logits
 from dms_jax.layers import apply_rope, linear, mlp, project, rms_norm, rope_tables
 from dms_jax.params import Params, merge_lora
 from dms_jax.policies import Policy
+from pallas_kernels.platform import platform
 
 
 @struct.dataclass
 class Model:
   """Weights and what they mean. `dms` None: no gates. `lora` describes low-rank updates still apart in `params`.
 
-  `tokenizer` rides along so that prompts can be strings; compiled functions never see it.
+  `tokenizer` rides along so that prompts can be strings; it compares by identity and changes nothing computed.
   """
 
   params: Params
@@ -44,8 +45,15 @@ class Model:
     return self.params["embed"].dtype
 
   def merged(self) -> Model:
-    """The same model with its low-rank updates folded into the weights."""
-    return self.replace(params=merge_lora(self.params, self.lora), lora=None)
+    """The same model with its low-rank updates folded into the weights; its layers are stacked."""
+    return self.replace(params=merge_lora(self.stacked().params, self.lora), lora=None)
+
+  def stacked(self) -> Model:
+    """The same model with its layers' parameters stacked [L, ...]; the inverse of `unstacked`."""
+    layers = self.params["layers"]
+    if not isinstance(layers, list):
+      return self
+    return self.replace(params={**self.params, "layers": {n: jnp.stack([p[n] for p in layers]) for n in layers[0]}})
 
   def unstacked(self) -> Model:
     """The same model with a list of layers, which decodes faster on a CPU; a copy of the layers' weights."""
@@ -112,7 +120,7 @@ def _run_layers(model: Model, x: Array, positions: Array, attend: Attend, carry=
 def embed(model: Model, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
   """Token embeddings."""
   table = model.params["embed"]
-  if table.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+  if table.dtype == jnp.bfloat16 and platform() == "cpu":
     # There a bfloat16 gather goes through float32, and in a loop of decode steps XLA would hoist the conversion, of the
     # whole table, out of the fused gather: tying it to the tokens keeps it inside.
     table, tokens = lax.optimization_barrier((table, tokens))
@@ -132,12 +140,12 @@ def output_head(model: Model) -> Float[Array, "V D"]:
 
 @struct.dataclass
 class Eviction:
-  """How `forward` lets gates act. `threshold` set: hard decisions. `noise` set: the soft training mask at `tau`.
+  """How `forward` lets gates act: hard decisions at `threshold`, or with `noise` the soft training mask at `tau`.
 
   `noise` is float32 [L, B, K, T], indexed like the logits it is added to; `window` overrides the model's.
   """
 
-  threshold: float | None = None
+  threshold: float = 0.0
   noise: Float[Array, "L B K T"] | None = None
   tau: float = 0.1
   window: int | None = struct.field(pytree_node=False, default=None)

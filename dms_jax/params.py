@@ -1,8 +1,9 @@
 """The parameter table: one description of every tensor, from which everything else about weights follows.
 
-Initialisation, abstract shapes, shardings, conversion from and to Hugging Face names, the parameter count and what a
-retrofit trains are all read from `param_table`. Projections are stored as Hugging Face stores them, outputs first
-([out..., in]): conversion only reshapes, and on a CPU a row-major dot product per output is also the faster layout.
+Initialisation, abstract shapes, shardings (`dms_jax.sharding`), conversion from and to Hugging Face names, the count
+and what a retrofit trains are all read from `param_table`. Projections are stored as Hugging Face stores them,
+outputs first ([out..., in]): conversion only reshapes, and on a CPU a row-major dot product per output is also the
+faster layout.
 """
 
 from __future__ import annotations

@@ -196,7 +196,7 @@ def run(main: Callable[[], None]) -> None:
         raise ValueError(f"unexpected argument(s) {argv[1:]}: every option is a flag, --name=value")
       with trace:
         main()
-    except (ValueError, OSError, NotImplementedError) as error:
+    except (ValueError, OSError, NotImplementedError, FloatingPointError) as error:
       if FLAGS.debug:
         raise
       message = " ".join(str(error).split()) or type(error).__name__

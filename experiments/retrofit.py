@@ -66,7 +66,7 @@ def main() -> None:
   config = program.read_flags("", Config)
   dms, lora = program.read_flags("dms", DMSConfig), program.read_flags("lora", LoRAConfig)
   settings, data = program.read_flags("retrofit", RetrofitConfig), program.read_flags("data", DataConfig)
-  base = checkpoint.load(config.checkpoint, dtype=settings.compute_dtype)
+  base = checkpoint.load(config.checkpoint)
   tokenizer = Tokenizer.load(config.checkpoint)
   program.log("reading and tokenizing text")
   sources = load_sources(data, tokenizer)
@@ -84,10 +84,8 @@ def main() -> None:
         f"{line['target_cr']:.2f}), {line['seconds'] * 1e3:.0f} ms a step, {left / 60:.1f} min left"
       )
 
-  run = Run(base, settings, data, output)
-  last = train(
-    run, dms, lora, Packer(sources, data, settings), tokenizer, report=report, stop_after=config.stop_after or None
-  )
+  run, packer = Run(base, dms, lora, settings, data, output), Packer(sources, data, settings)
+  last = train(run, packer, tokenizer, report=report, stop_after=config.stop_after or None)
   try:
     plot(output / LOG, output / "log.png")
   except ImportError:

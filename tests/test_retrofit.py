@@ -249,7 +249,7 @@ def test_sources_of_every_kind(tmp_path):
   assert sources[0].document.tolist() == [1, 1, 1, 1] and sources[0].tokens[-1] == 0
   assert sources[1].document.tolist() == [1] * 4 + [2] * 3 + [3] * 2  # list.json sorts before records.jsonl
   for name, content, culprit in (
-    ("bad.jsonl", '{"text": "a"}\n{"te', "bad.jsonl: not valid JSON"),
+    ("bad.jsonl", '{"text": "a"}\n{"te', "bad.jsonl:2: not valid JSON"),
     ("keys.jsonl", '{"title": "a"}', r"keys.jsonl:1.*title"),
     ("latin.txt", b"\xff\xfe\xfa", "latin.txt: not UTF-8"),
   ):

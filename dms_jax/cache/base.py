@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dms_jax.attention import NEVER
 from dms_jax.policies import Policy
+from pallas_kernels.platform import platform
 
 
 @struct.dataclass
@@ -65,7 +66,7 @@ def storage_dtype(dtype) -> jnp.dtype:
   There XLA writes one row of a bfloat16 array by converting all of it to float32 and back: measured on a cache of 5 MB,
   700 us against 2 for its bits.
   """
-  bits = dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
+  bits = dtype == jnp.bfloat16 and platform() == "cpu"
   return jnp.dtype(jnp.uint16) if bits else jnp.dtype(dtype)
 
 

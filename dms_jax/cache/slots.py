@@ -19,11 +19,10 @@ from dms_jax.cache.base import Plan, Seen, count_reads, decided, last_visible, r
 
 @struct.dataclass
 class Step:
-  """Placement of a decode step: `displaced` [B] a token leaves the ring, `archive` [L, B, K] the slot it would take."""
+  """What becomes of the token that leaves the ring, [L, B, K] each: the slot it would take, and whether it is kept."""
 
-  displaced: jax.Array
   archive: jax.Array
-  keep: jax.Array  # [L, B, K]; with W < shift not yet final: this step's own decision is about the displaced token
+  keep: jax.Array  # with W < shift not yet final: this step's own decision is about the displaced token
 
 
 @struct.dataclass
@@ -85,7 +84,7 @@ class SlotCache:
     lengths = jnp.where(room, lengths, 0)
     keep = keep & (lengths > 0)[:, None]
     archive = jnp.where(keep, self.ring + self.archived, slots)  # an index past the end writes nothing
-    return Plan(self.seen, lengths, ~room, Step(displaced & (lengths > 0), archive, keep))
+    return Plan(self.seen, lengths, ~room, Step(archive, keep))
 
   def attend(self, plan, policy, layer, kv, state, q, k, v, evict):
     attend = self._decode if q.shape[1] == 1 else self._prefill

@@ -58,9 +58,13 @@ def documents(path: Path, tokenizer, fields: tuple[str, ...]) -> Iterator[str]:
   try:
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".jsonl":
-      for number, line in enumerate(text.splitlines(), 1):
+      for number, line in enumerate(text.split("\n"), 1):  # records may hold other line separators
         if line.strip():
-          yield _record_text(json.loads(line), tokenizer, fields, f"{path}:{number}")
+          try:
+            record = json.loads(line)
+          except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not valid JSON ({error})") from None
+          yield _record_text(record, tokenizer, fields, f"{path}:{number}")
     elif path.suffix == ".json":
       records = json.loads(text)
       for number, record in enumerate(records if isinstance(records, list) else [records]):

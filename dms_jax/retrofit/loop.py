@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from dms_jax import checkpoint
-from dms_jax.config import to_json
+from dms_jax.config import DMSConfig, LoRAConfig, read_json, to_json
 from dms_jax.model import Model
-from dms_jax.params import join_params
+from dms_jax.params import Params, join_params, param_table, split_params
 from dms_jax.retrofit import schedule
 from dms_jax.retrofit.config import DataConfig, RetrofitConfig
 from dms_jax.retrofit.data import Packer
@@ -30,21 +30,33 @@ RUN = "run.json"
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A retrofit to carry out: `base` is the untouched model; `dms` and `lora` are set on `base` by `prepare`."""
+  """A retrofit to carry out on the untouched model `base`, in `directory`: the gates, the updates and how to train."""
 
   base: Model
+  dms: DMSConfig
+  lora: LoRAConfig
   config: RetrofitConfig
   data: DataConfig
   directory: Path
 
 
-def prepare(base: Model, dms, lora, config: RetrofitConfig) -> tuple[Model, Model]:
-  """(student with fresh gates and low-rank updates, teacher), both in the compute dtype."""
+def prepare(base: Model, dms: DMSConfig, lora: LoRAConfig, config: RetrofitConfig) -> tuple[Model, Model, Params]:
+  """(student without what is trained, teacher, what is trained).
+
+  Frozen weights are in the compute dtype; what is trained starts as stored, or fresh where the base has none.
+  """
   dtype = jnp.dtype(config.compute_dtype)
-  base = base.replace(params=jax.tree.map(lambda x: x.astype(dtype), base.params))
+  cast = lambda params: jax.tree.map(lambda x: x.astype(dtype), params)
+  table = param_table(base.config)
+  base = base.replace(params=split_params(base.params, lambda path: path in table)[0], dms=None, lora=None)
   student = base.replace(dms=dms, lora=lora if lora.rank and config.trainable == "lora" else None)
   fresh = init_retrofit(student, jax.random.key(config.seed), jnp.float32)
-  return student.replace(params=join_params(student.params, fresh)), base.replace(dms=None, lora=None)
+  student = student.replace(params=join_params(student.params, fresh))
+  trained, frozen = split_trained(student, config.trainable)
+  teacher = base.replace(params=cast(base.params))
+  if config.trainable == "all":
+    return student.replace(params=cast(frozen)), teacher, trained
+  return student.replace(params=join_params(cast(frozen), teacher.params)), teacher, trained  # one copy serves both
 
 
 def _claim_directory(directory: Path, settings: dict) -> None:
@@ -56,7 +68,7 @@ def _claim_directory(directory: Path, settings: dict) -> None:
     part.write_text(json.dumps(settings, indent=1))
     os.replace(part, path)
     return
-  found = json.loads(path.read_text())
+  found = read_json(path)
   differ = [
     f"{section}.{name}: {found.get(section, {}).get(name)!r} there, {value!r} now"
     for section, values in settings.items()
@@ -101,8 +113,6 @@ def export(student: Model, state: TrainState, config: RetrofitConfig, path: Path
 
 def train(
   run: Run,
-  dms,
-  lora,
   packer: Packer,
   tokenizer=None,
   *,
@@ -125,17 +135,15 @@ def train(
 
   Raises:
     ValueError: the directory holds a run with other settings.
-    FloatingPointError: the loss is not finite; the last checkpoint is kept.
+    FloatingPointError: the loss or its gradient is not finite; the last checkpoint is kept.
   """
   config, directory = run.config, Path(run.directory)
   settings = {
-    "model": to_json(run.base.config), "dms": to_json(dms), "lora": to_json(lora), "retrofit": to_json(config),
+    "model": to_json(run.base.config), "dms": to_json(run.dms), "lora": to_json(run.lora), "retrofit": to_json(config),
     "data": to_json(run.data),
   }  # fmt: skip
   _claim_directory(directory, settings)
-  student, teacher = prepare(run.base, dms, lora, config)
-  trained, frozen = split_trained(student, config.trainable)
-  student = student.replace(params=frozen)
+  student, teacher, trained = prepare(run.base, run.dms, run.lora, config)
   state = init_state(config, trained)
   key = jax.random.fold_in(jax.random.key(config.seed), 1)
   usable = {schedule.step_of_cr(config, cr): cr for cr in range(2, math.floor(config.final_cr) + 1)}
@@ -161,10 +169,10 @@ def train(
           for (at, _), value in zip(pending, values, strict=True):
             line = {"step": at, "tokens": (at + 1) * config.batch_size * config.seq_len, "seconds": round(seconds, 4)}
             line |= {name: float(x) for name, x in value.items()}
-            if not math.isfinite(line["loss"]):
+            if not math.isfinite(line["loss"] + line["grad_norm"]):
               raise FloatingPointError(
-                f"the loss of step {at} is {line['loss']}; the last checkpoint before it is kept in "
-                f"{directory / 'state'}: lower retrofit.learning_rate and start again in another --output"
+                f"step {at}: loss {line['loss']}, gradient norm {line['grad_norm']}; the last checkpoint before it is "
+                f"kept in {directory / 'state'}: lower retrofit.learning_rate and start again in another --output"
               )
             log.write(json.dumps(line) + "\n")
             report(line)

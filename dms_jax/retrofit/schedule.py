@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
 import optax
 
@@ -15,7 +17,7 @@ def target_cr(config: RetrofitConfig, step):
 
 def step_of_cr(config: RetrofitConfig, cr: float | int) -> int:
   """The first step whose target is at least `cr`."""
-  return round((cr - config.initial_cr) * config.steps_per_cr)
+  return math.ceil((cr - config.initial_cr) * config.steps_per_cr)
 
 
 def learning_rate(config: RetrofitConfig) -> optax.Schedule:

@@ -150,7 +150,7 @@ def train_step(
   trained = optax.apply_updates(state.trained, updates)
   ema = state.ema
   if ema is not None:
-    # Short runs first: a plain average of what there is, until the decay takes over.
+    # A shorter memory at first, so that the start does not weigh on it.
     taken = state.step.astype(jnp.float32)
     decay = jnp.minimum(config.ema_decay, (1.0 + taken) / (10.0 + taken))
     ema = optax.incremental_update(trained, ema, 1.0 - decay)

@@ -21,14 +21,14 @@ def prefill_attention(q, keys, values, q_pos, k_first, k_last):
   block = min(BLOCK, t)
   pad = -t % block
   # A KV head's queries are rows of one matrix, so that both products are plain batched ones in every layout.
-  qg = jnp.moveaxis((q * jnp.asarray(h**-0.5, q.dtype)).reshape(b, t, k, g, h), 1, 3)
+  qg = jnp.moveaxis(q.reshape(b, t, k, g, h), 1, 3)
   qg = jnp.pad(qg, ((0, 0), (0, 0), (0, 0), (0, pad), (0, 0)))
   pos = jnp.pad(q_pos, ((0, 0), (0, pad)), constant_values=-2)
 
   def one(args):
     qb, pb = args  # [B, K, G, block, H], [B, block]
     rows = qb.shape[3]
-    scores = einsum("bkmh,bksh->bkms", qb.reshape(b, k, g * rows, h), keys)
+    scores = einsum("bkmh,bksh->bkms", qb.reshape(b, k, g * rows, h), keys) * h**-0.5
     pb = pb[:, None, :, None]
     visible = ((k_first[:, :, None] <= pb) & (pb <= k_last[:, :, None]))[:, :, None]
     scores = jnp.where(visible, scores.reshape(b, k, g, rows, -1), -jnp.inf)

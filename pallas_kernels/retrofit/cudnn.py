@@ -5,11 +5,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.platform import platform
+
 
 def retrofit_attention(q, k, v, bias, window, segment_ids):
   """See `api.retrofit_attention`; refuses what cuDNN's fused attention cannot express."""
-  if jax.default_backend() != "gpu":
-    raise NotImplementedError(f"cuDNN needs an NVIDIA GPU, this is {jax.default_backend()}")
+  if platform() != "gpu":
+    raise NotImplementedError(f"cuDNN needs an NVIDIA GPU, this is a {platform()}")
   if bias is not None or segment_ids is not None:
     raise NotImplementedError("cuDNN's attention takes neither a bias on far keys alone nor segments")
   if q.dtype not in (jnp.bfloat16, jnp.float16) or q.shape[-1] % 8 or q.shape[-1] > 128:

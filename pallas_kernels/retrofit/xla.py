@@ -27,13 +27,13 @@ def retrofit_attention(q, k, v, bias, window, segment_ids):
     bias = None if bias is None else jnp.pad(bias, widths(bias, 2))
     segment_ids = None if segment_ids is None else jnp.pad(segment_ids, widths(segment_ids, 1))
   blocks = (t + pad) // block
-  qg = (q * jnp.asarray(h**-0.5, q.dtype)).reshape(b, blocks, block, heads, n // heads, h)
+  qg = q.reshape(b, blocks, block, heads, n // heads, h)
   qg = jnp.moveaxis(qg, 1, 0)
 
   @functools.partial(jax.checkpoint, static_argnums=2)
   def one(qb, number, end):
     """Queries of block `number` against keys 0 .. end-1."""
-    scores = einsum("btkgh,bskh->bkgts", qb, k[:, :end])
+    scores = einsum("btkgh,bskh->bkgts", qb, k[:, :end]) * h**-0.5
     i = number * block + jnp.arange(block)[:, None]
     j = jnp.arange(end)[None]
     visible = (j <= i)[None]
