@@ -309,8 +309,9 @@ def test_nothing_is_compiled_twice(model, caplog):
     out = dms_jax.generate(placed, [prompt(19)], **settings)
     dms_jax.generate(placed, [prompt(3)], continue_from=out, **settings)
   compiled = [r.getMessage().split(" with ")[0] for r in caplog.records if r.getMessage().startswith("Compiling")]
-  for name in ("prefill_chunk", "first_token", "decode_stretch"):
+  for name in ("prefill_chunk", "decode_stretch"):
     assert compiled.count(f"Compiling jit({name})") == 1, compiled
+  assert compiled.count("Compiling jit(first_token)") <= 1  # its shapes are those of other tests too
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
