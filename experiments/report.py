@@ -3,8 +3,9 @@
     python -m experiments.report --checkpoint=checkpoints/smollm2-135m-instruct
 
 Reads the first `--tokens` tokens of `--text` (default: this project's own documents and source) in chunks, with the
-untouched model and a dense cache, and with the retrofit and a cache that forgets; then continues both greedily. Writes
-OUTPUT/{report.json, live_tokens.png} and ends with one JSON line. Two minutes on two CPU cores with SmolLM2-135M.
+untouched model and a dense cache, and with the retrofit and a cache that forgets; then continues both, drawing with the
+same key. Writes OUTPUT/{report.json, live_tokens.png} and ends with one JSON line. Some four minutes on two CPU cores
+with SmolLM2-135M, half of it compilation, which a second run finds done.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ class Config:
   new_tokens: int = 128
   chunk: int = 256
   threshold: float = 0.0
+  temperature: float = 0.7
+  seed: int = 0
   dtype: Literal["float32", "bfloat16"] = "float32"
   output: str = "runs/report"
 
@@ -93,13 +96,22 @@ def _with_room(cache, tokens: int, most: int):
 
 
 def compare(
-  original: Model, model: Model, tokens: np.ndarray, *, new_tokens: int, chunk: int, threshold: float = 0.0
+  original: Model,
+  model: Model,
+  tokens: np.ndarray,
+  *,
+  new_tokens: int,
+  chunk: int,
+  threshold: float = 0.0,
+  temperature: float = 0.0,
+  seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
   """Reads `tokens` [T] and writes `new_tokens` more with both models.
 
   Args:
     original: the untouched model, run with a dense cache.
     model: the retrofit, run with DMS.
+    temperature, seed: of what is written, the same for both; 0 is greedy, which small models repeat themselves under.
 
   Returns:
     {"dense": ..., "dms": ...}, each with perplexity and kl of what was read (every position but the first; KL(original
@@ -136,7 +148,10 @@ def compare(
     program.log(f"writing {new_tokens} tokens, {name}")
     past = dms_jax.Conversation(state[i], jnp.asarray(tokens[-1:], jnp.int32), jnp.zeros((1,), jnp.int32))
     state[i] = None
-    out = dms_jax.generate(m, continue_from=past, policy=p, max_new_tokens=new_tokens, eos=False, history=True)
+    out = dms_jax.generate(
+      m, continue_from=past, policy=p, max_new_tokens=new_tokens, temperature=temperature, key=jax.random.key(seed),
+      eos=False, history=True,
+    )  # fmt: skip
     metrics = out.metrics
     results[name] = {
       "perplexity": float(np.exp(sums[i] / total)),
@@ -155,12 +170,16 @@ def compare(
 # --------------------------------------------------------------------------------------------------- what is shown
 
 
-def side_by_side(left: str, right: str, width: int = 57) -> str:
-  """Two texts in two columns under "dense" and "DMS"."""
-  wrap = lambda text: [part for line in text.splitlines() for part in (textwrap.wrap(line, width) or [""])]
+def side_by_side(left: str, right: str, width: int = 57, rows: int = 24) -> str:
+  """Two texts in two columns under "dense" and "DMS", of at most `rows` lines."""
+
+  def wrap(text: str) -> list[str]:
+    lines = [part for line in text.splitlines() for part in (textwrap.wrap(line, width) or [""])]
+    return lines if len(lines) <= rows else [*lines[: rows - 1], "..."]
+
   columns = [["dense", "-" * width, *wrap(left)], ["DMS", "-" * width, *wrap(right)]]
-  rows = max(map(len, columns))
-  columns = [column + [""] * (rows - len(column)) for column in columns]
+  longest = max(map(len, columns))
+  columns = [column + [""] * (longest - len(column)) for column in columns]
   return "\n".join(f"{a:<{width}} | {b}".rstrip() for a, b in zip(*columns, strict=True))
 
 
@@ -199,15 +218,20 @@ def main() -> None:
     raise ValueError(f"--text={config.text}: {len(tokens)} tokens, fewer than --tokens={config.tokens}")
 
   chat = tokenizer.chat([{"role": "user", "content": QUESTION}])
+  # Nearly greedy, in a cache of the size that the long text will need: so that both share their compiled decoding.
+  alike = {"capacity": config.tokens + config.new_tokens, "history": True, "key": jax.random.key(config.seed)}
+  alike["temperature"] = min(config.temperature, 0.01)
   answers = {}
   for name, m in (("dense", original), ("dms", model)):
     policy = DMS(threshold=config.threshold) if m.dms else Vanilla()
-    answers[name] = dms_jax.generate(m, chat, tokenizer=tokenizer, policy=policy, max_new_tokens=32).text[0].strip()
+    answer = dms_jax.generate(m, chat, tokenizer=tokenizer, policy=policy, max_new_tokens=32, **alike)
+    answers[name] = answer.text[0].strip()
   print(f"\n{QUESTION}\n" + side_by_side(answers["dense"], answers["dms"]), flush=True)
 
   results = compare(
-    original, model, tokens, new_tokens=config.new_tokens, chunk=config.chunk, threshold=config.threshold
-  )
+    original, model, tokens, new_tokens=config.new_tokens, chunk=config.chunk, threshold=config.threshold,
+    temperature=config.temperature, seed=config.seed,
+  )  # fmt: skip
   dense, dms = results["dense"], results["dms"]
   for run in (dense, dms):
     run["text"] = tokenizer.decode(run.pop("written"))

@@ -104,6 +104,7 @@ def test_how_a_cache_grows_changes_nothing(models, tokens, compared, monkeypatch
 def test_columns_and_table(compared):
   shown = report.side_by_side("one two three", "four\n\nfive", width=8).splitlines()
   assert shown == ["dense    | DMS", "-------- | --------", "one two  | four", "three    |", "         | five"]
+  assert report.side_by_side("a\n" * 9, "b", rows=3).splitlines()[-1].startswith("... ")
   runs = [{**run, **run["metrics"].to_json()} for run in (compared["dense"], compared["dms"])]
   text = report.table(*runs)
   for words in (
