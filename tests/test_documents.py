@@ -37,3 +37,16 @@ def test_every_program_is_in_the_readme():
   for path in (ROOT / "experiments").glob("*.py"):
     if "\nif __name__ == " in path.read_text():
       assert f"| `{path.stem}` |" in text, f"README's table of programs lacks {path.stem}"
+
+
+@pytest.mark.parametrize(
+  ("package", "others"),
+  [
+    ("pallas_kernels", ("dms_jax", "experiments", "tests")),
+    ("dms_jax", ("experiments", "tests", "matplotlib", "tqdm", "torch")),
+  ],
+)
+def test_packages_import_only_what_lies_below_them(package, others):
+  for path in (ROOT / package).rglob("*.py"):
+    found = re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.MULTILINE)
+    assert not set(found) & set(others), f"{path.relative_to(ROOT)} imports {set(found) & set(others)}"
