@@ -214,6 +214,8 @@ def _prompt_ids(model: Model, prompts, mask, tokenizer, past: Conversation | Non
     prompts = [[]] * past.pending.shape[0]
   if isinstance(prompts, str):
     prompts = [prompts]
+  elif hasattr(prompts, "ndim"):
+    prompts = np.atleast_2d(np.asarray(prompts))
   if mask is not None or (hasattr(prompts, "ndim") and prompts.ndim == 2):
     matrix = np.asarray(prompts)
     mask = np.ones(matrix.shape, bool) if mask is None else np.asarray(mask).astype(bool)
@@ -272,8 +274,8 @@ def _check_lengths(model, policy, kind, capacity, past, lengths, max_new_tokens)
 def _start(model, policy, kind, capacity, past, batch, most, chunk) -> Cache:
   """An empty cache, or a copy of the conversation's: compiled calls donate theirs."""
   if past is not None:
-    slots = past.cache.kv.shape[3]
-    return past.cache.grown(capacity) if (capacity or 0) > slots else jax.tree.map(jnp.copy, past.cache)
+    copy = jax.tree.map(jnp.copy, past.cache)
+    return copy.grown(capacity) if (capacity or 0) > copy.kv.shape[3] else copy
   if capacity is None:
     small = policy.evicts and kind != "masked"
     capacity = _rounded(min(max(policy.window + 1 + chunk, most // 2), most) if small else most)

@@ -182,6 +182,10 @@ def test_a_full_fixed_cache_loses_nothing(model):
   row = 40 - len(out.tokens[0])
   more = dms_jax.generate(model, continue_from=out, max_new_tokens=row, eos=False, **SMALL)
   assert out.tokens[0] + more.tokens[0] == whole.tokens[0]
+  # A conversation is copied, not consumed, also where its copy grows: it can be continued again.
+  larger = dms_jax.generate(model, continue_from=out, max_new_tokens=row, eos=False, **{**SMALL, "capacity": most + 8})
+  again = dms_jax.generate(model, continue_from=out, max_new_tokens=row, eos=False, **SMALL)
+  assert larger.tokens[0] == again.tokens[0] == more.tokens[0]
 
 
 def test_a_prompt_that_is_compressed_fits_a_small_cache_by_single_tokens(model):
