@@ -7,6 +7,7 @@ the same through the layers. Values carry their token's position, so that what a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import hypothesis
@@ -19,7 +20,7 @@ import pytest
 from dms_jax import cache as caches
 from dms_jax import policies
 from dms_jax.config import ModelConfig
-from tests import oracle
+from tests import oracle, tiny
 
 LAYERS, ROWS, HEAD = 2, 3, 4
 KINDS = ["masked", "slots"]
@@ -87,7 +88,7 @@ class Text:
     return out, seen
 
 
-@jax.jit
+@functools.partial(jax.jit, compiler_options=tiny.QUICK)
 def step(cache, policy, q, k, v, evict, lengths):
   """One step of all layers: (attended [L, B, T, N, H], seen, stalled, cache)."""
   plan = cache.plan(policy, lengths, q.shape[2])
@@ -110,7 +111,7 @@ def inputs(text: Text, start, lengths, width):
   return tuple(jnp.asarray(x) for x in (q, k, v, np.where(real[:, None], evict, True), lengths.astype(np.int32)))
 
 
-@jax.jit
+@functools.partial(jax.jit, compiler_options=tiny.QUICK)
 def poison(cache):
   """NaN in every slot that holds nothing."""
   slot = jnp.arange(cache.kv.shape[3])
@@ -120,7 +121,7 @@ def poison(cache):
 
 
 def held(cache):
-  """Positions that each head of a SlotCache holds, read from the values: {(layer, row, head): [position of slot 0, ..]}."""
+  """{(layer, row, head): positions that a SlotCache holds, slot by slot}, read from the values."""
   live, values = np.asarray(cache.live()), np.asarray(cache.kv[..., HEAD])
   return {index: [round(x * 64) for x in values[index][: live[index]].tolist()] for index in np.ndindex(live.shape)}
 

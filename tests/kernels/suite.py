@@ -1,0 +1,61 @@
+"""Cases and checks shared by every implementation of the three operations.
+
+A suite is parametrised by the implementation's name: a backend joins by adding its name (and, off its hardware, the
+context that interprets it) to `IMPLEMENTATIONS` of its operation. A refusal (NotImplementedError with a reason) skips.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+# Error allowed against float64, of unit-sized values: float32 sums; 16-bit types round the weights and the output.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+  """An implementation and the context that it runs in here."""
+
+  name: str
+  context: type = contextlib.nullcontext
+
+  def __str__(self):
+    return self.name
+
+
+@contextlib.contextmanager
+def running(backend: Backend):
+  """Runs the body in the backend's context; a refused case is a skip with the backend's reason."""
+  try:
+    with backend.context():
+      yield
+  except NotImplementedError as refusal:
+    pytest.skip(f"{backend.name} refuses: {refusal}")
+
+
+def normal(rng, *shape, dtype="float32", scale=1.0):
+  return jnp.asarray(scale * rng.standard_normal(shape), jnp.dtype(dtype))
+
+
+def assert_close(actual, expected, dtype):
+  actual = np.asarray(actual.astype(jnp.float32) if hasattr(actual, "astype") else actual, np.float64)
+  assert np.isfinite(actual).all()
+  scale = max(1.0, np.abs(expected).max())
+  np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE[dtype] * scale)
+
+
+def float64(*arrays):
+  """The very numbers the implementation saw, as float64."""
+  return tuple(np.asarray(x.astype(jnp.float32), np.float64) if x.dtype == jnp.bfloat16 else np.asarray(x, np.float64)
+               for x in arrays)  # fmt: skip
+
+
+def unchecked(function):
+  """`function` without the tests' shape checker, to see its own messages."""
+  return inspect.unwrap(function)

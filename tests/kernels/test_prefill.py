@@ -1,0 +1,130 @@
+"""Prefill attention: every implementation against the float64 oracle."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.prefill import NEVER, prefill_attention, ref
+from tests import oracle
+from tests.kernels.suite import Backend, assert_close, float64, normal, running, unchecked
+
+IMPLEMENTATIONS = [Backend("xla")]
+pytestmark = pytest.mark.parametrize("backend", IMPLEMENTATIONS, ids=str)
+
+
+def make(rng, batch, tokens, heads, group, size, slots, dtype="float32"):
+  q = normal(rng, batch, tokens, heads * group, size, dtype=dtype, scale=2.0)
+  return q, *(normal(rng, batch, heads, slots, size, dtype=dtype) for _ in range(2))
+
+
+def ranges(rng, batch, heads, slots, span):
+  """Random first and last positions: kept, evicted, readable by all, and dead keys."""
+  position = rng.integers(0, span, (batch, heads, slots))
+  kind = rng.integers(0, 4, position.shape)
+  first = np.select([kind == 2, kind == 3], [-1, NEVER], position)
+  last = np.select([kind == 1, kind == 3], [position + rng.integers(0, 9), -1], NEVER)
+  return jnp.asarray(first, jnp.int32), jnp.asarray(last, jnp.int32)
+
+
+def kill(x, first, last):
+  """NaN in every slot that no query sees."""
+  return jnp.where((first > last)[..., None], jnp.asarray(np.nan, x.dtype), x)
+
+
+def check(backend, q, keys, values, q_pos, first, last, dtype="float32"):
+  with running(backend):
+    out = prefill_attention(
+      q, kill(keys, first, last), kill(values, first, last), q_pos, first, last, implementation=backend.name
+    )
+  assert out.dtype == q.dtype
+  assert_close(out, ref.prefill_attention(*float64(q, keys, values), q_pos, first, last), dtype)
+  return out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("size", [64, 128])
+def test_head_sizes_and_dtypes(backend, size, dtype):
+  rng = np.random.default_rng(0)
+  q, keys, values = make(rng, 2, 9, 2, 3, size, 70, dtype)
+  q_pos = jnp.asarray(np.stack([np.arange(60, 69), np.arange(9)]), jnp.int32)
+  check(backend, q, keys, values, q_pos, *ranges(rng, 2, 2, 70, 69), dtype)
+
+
+@pytest.mark.parametrize("group", range(1, 9))
+def test_groups(backend, group):
+  rng = np.random.default_rng(group)
+  q, keys, values = make(rng, 1, 5, 2, group, 64, 33)
+  q_pos = jnp.arange(20, 25, dtype=jnp.int32)[None]
+  check(backend, q, keys, values, q_pos, *ranges(rng, 1, 2, 33, 25))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 255, 256, 257])
+def test_chunk_lengths(backend, tokens):
+  """One query, odd chunks, and both sides of the block's edge."""
+  rng = np.random.default_rng(tokens)
+  q, keys, values = make(rng, 1, tokens, 1, 2, 64, 40)
+  q_pos = jnp.arange(tokens, dtype=jnp.int32)[None]
+  check(backend, q, keys, values, q_pos, *ranges(rng, 1, 1, 40, max(tokens, 2)))
+
+
+def test_the_formula_of_eviction(backend):
+  """first = position, last = position + W if evicted: exactly `i - j <= W or not evicted[j]`."""
+  rng = np.random.default_rng(1)
+  for window in (0, 1, 6, 30):
+    evicted = rng.random((1, 2, 24)) < 0.5
+    q, keys, values = make(rng, 1, 24, 2, 2, 64, 24)
+    position = np.broadcast_to(np.arange(24), evicted.shape)
+    last = np.where(evicted, position + window, NEVER)
+    with running(backend):
+      out = prefill_attention(
+        q, keys, values, jnp.arange(24, dtype=jnp.int32)[None], jnp.asarray(position, jnp.int32),
+        jnp.asarray(last, jnp.int32), implementation=backend.name,
+      )  # fmt: skip
+    for head in range(4):
+      mask = oracle.visible(evicted[0, head // 2], window)
+      scores = np.asarray(q[0, :, head], float) @ np.asarray(keys[0, head // 2], float).T / 8
+      weights = np.where(mask, np.exp(scores - scores.max()), 0)
+      expected = weights / weights.sum(-1, keepdims=True) @ np.asarray(values[0, head // 2], float)
+      assert_close(out[0, :, head], expected, "float32")
+
+
+def test_nothing_visible_gives_zeros(backend):
+  """Padding queries (position -2), queries before every key, and a cache with nothing but NaN."""
+  rng = np.random.default_rng(2)
+  q, keys, values = make(rng, 2, 6, 2, 2, 64, 12)
+  q_pos = jnp.array([[-2, -2, 0, 1, 2, 3], [5, 6, 7, 8, -2, -2]], jnp.int32)
+  first = jnp.full((2, 2, 12), 2, jnp.int32)
+  out = check(backend, q, keys, values, q_pos, first, jnp.full_like(first, NEVER))
+  assert (np.asarray(out[0, :4]) == 0).all() and (np.asarray(out[1, 4:]) == 0).all()
+  dead = jnp.full_like(first, NEVER)
+  assert (np.asarray(check(backend, q, keys, values, q_pos, dead, jnp.full_like(first, -1))) == 0).all()
+
+
+def test_two_runs_are_bit_equal_and_jit_agrees(backend):
+  rng = np.random.default_rng(3)
+  q, keys, values = make(rng, 2, 20, 2, 2, 64, 50)
+  q_pos = jnp.asarray(np.stack([np.arange(20), np.arange(20) + 9]), jnp.int32)
+  first, last = ranges(rng, 2, 2, 50, 29)
+  with running(backend):
+    run = jax.jit(lambda *args: prefill_attention(*args, implementation=backend.name))
+    one, two = (np.asarray(run(q, keys, values, q_pos, first, last)) for _ in range(2))
+  np.testing.assert_array_equal(one, two)
+  assert_close(one, ref.prefill_attention(q, keys, values, q_pos, first, last), "float32")
+
+
+def test_bad_shapes_are_named(backend):
+  q, keys, values = make(np.random.default_rng(4), 1, 3, 2, 2, 64, 8)
+  pos, first = jnp.zeros((1, 3), jnp.int32), jnp.zeros((1, 2, 8), jnp.int32)
+  for args, message in (
+    ((q, keys, values[:, :, :7], pos, first, first), "keys"),
+    ((q[:, :, :3], keys, values, pos, first, first), "N=3"),
+    ((q, keys, values, pos[:, :2], first, first), "q_pos"),
+    ((q, keys, values, pos, first[..., :7], first), "k_first"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      unchecked(prefill_attention)(*args)
+  with pytest.raises(ValueError, match="unknown implementation"):
+    prefill_attention(q, keys, values, pos, first, first, implementation="cuda")
