@@ -104,6 +104,14 @@ def test_a_row_is_bit_equal_whatever_its_neighbours_place_or_pauses(model):
   assert pieces[0] == first.tokens[0] and pieces[1] == first.logprobs[0]
 
 
+def test_a_row_does_not_feel_how_large_its_neighbours_make_the_cache(model):
+  settings = dict(max_new_tokens=9, eos=False, prefill_chunk=64, stretch=8)
+  alone = dms_jax.generate(model, [prompt(70), prompt(1)], **settings)
+  beside = dms_jax.generate(model, [prompt(70), prompt(400, seed=4)], **settings)
+  assert beside.cache.cache.kv.shape[3] > alone.cache.cache.kv.shape[3]
+  assert beside.tokens[0] == alone.tokens[0] and beside.logprobs[0] == alone.logprobs[0]
+
+
 def test_one_key_gives_each_row_its_own(model):
   out = dms_jax.generate(model, [prompt(5)] * 3, key=jax.random.key(0), temperature=2.0, max_new_tokens=9, **SMALL)
   assert len({tuple(t) for t in out.tokens}) == 3

@@ -140,13 +140,15 @@ class SlotCache:
     old = kv[layer, rows, head, from_ring]
     candidates = jnp.concatenate([old, rows_of(k, v, kv.dtype)], axis=2)  # [B, K, W+1+T, 2H]
 
-    archive = kv[layer, :, :, ring:]
+    # Candidates before the archive: then every key has the same place whatever the size of the cache, and sums the same
+    # order, and the free slots come last.
+    keys = unpacked(jnp.concatenate([candidates, kv[layer, :, :, ring:]], axis=2))
     in_archive = jnp.arange(slots - ring) < archived[..., None]
-    first = jnp.concatenate([jnp.where(in_archive, -1, NEVER), jnp.broadcast_to(
-      jnp.where(real, position, NEVER)[:, None], keep.shape)], axis=-1)  # fmt: skip
-    last = jnp.where(real[:, None], last_visible(keep, position[:, None], self.window), -1)
-    last = jnp.concatenate([jnp.where(in_archive, NEVER, -1), last], axis=-1)
-    keys = unpacked(jnp.concatenate([archive, candidates], axis=2))
+    real_keys = jnp.broadcast_to(real[:, None], keep.shape)
+    first = jnp.where(real_keys, position[:, None], NEVER)
+    first = jnp.concatenate([first, jnp.where(in_archive, -1, NEVER)], axis=-1)
+    last = jnp.where(real_keys, last_visible(keep, position[:, None], self.window), -1)
+    last = jnp.concatenate([last, jnp.where(in_archive, NEVER, -1)], axis=-1)
     q_pos = jnp.where(real[:, ring:], position[:, ring:], -2)
     out = prefill_attention(q, keys[..., :h], keys[..., h:], q_pos, first, last)
     reads = count_reads(first, last, plan.seen, plan.seen + plan.lengths)
