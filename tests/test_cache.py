@@ -141,14 +141,14 @@ def schedule(rng, shape):
   return steps
 
 
-def run(kind, shape, text, steps, capacity=None):
+def run(kind, shape, text, steps, policy=None):
   """Checks every step of a run against the formula; returns the cache."""
   expected, seen = text.expected(shape.window, shape.shift)
   history = {
     (l, b, k): oracle.slot_reuse(text.evict[l, b, k], shape.window, shape.shift)
     for l, b, k in np.ndindex(LAYERS, ROWS, shape.heads)
   }
-  policy, cache = policies.DMS(window=shape.window), shape.create(kind, capacity)
+  policy, cache = policy or policies.DMS(window=shape.window), shape.create(kind)
   start = np.zeros(ROWS, int)
   for width, lengths in steps:
     out, count, stalled, cache = step(poison(cache), policy, *inputs(text, start, lengths, width))
@@ -295,6 +295,20 @@ def test_reruns_are_bit_equal(kind):
   steps = schedule(np.random.default_rng(5), shape)
   first, second = (run(kind, shape, text, steps) for _ in range(2))
   assert all((np.nan_to_num(a) == np.nan_to_num(b)).all() for a, b in zip(rows(first, 0), rows(second, 0), strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", policies.REGISTRY)
+def test_every_policy(kind, name):
+  """What a policy decides of some logits is what the cache forgets; one that keeps everything holds everything."""
+  shape = Shape(5, 1, heads=2, group=2, chunk=8, length=30)
+  text, rng = Text.draw(shape, np.random.default_rng(6)), np.random.default_rng(7)
+  policy = policies.get(name)(window=5)
+  logits = jnp.asarray(rng.standard_normal(text.evict.shape), jnp.float32)
+  text.evict = np.stack([np.asarray(policy.decide(layer, layer.shape)) for layer in logits])
+  cache = run(kind, shape, text, schedule(rng, shape), policy=policy)
+  if not policy.evicts:
+    np.testing.assert_array_equal(cache.live(policy), np.broadcast_to(cache.seen[:, None], (LAYERS, ROWS, 2)))
 
 
 def test_unknown_kind_is_named():

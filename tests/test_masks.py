@@ -55,6 +55,7 @@ def evicted(*keys: int, length: int) -> jnp.ndarray:
       x x x x .
       x x x x x"""),
   ],
+  ids=["one", "no window", "all", "all in the window", "none"],
 )  # fmt: skip
 def test_visible(window, keys, expected):
   np.testing.assert_array_equal(masks.visible(evicted(*keys, length=5), window), picture(expected))

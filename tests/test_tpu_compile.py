@@ -14,8 +14,10 @@ from dms_jax import policies
 from dms_jax.config import PRESETS, DMSConfig
 from dms_jax.decoding import Ends, Rows, decode_stretch, prefill_chunk
 from dms_jax.model import Model, cached_forward, last_logits
-from dms_jax.params import map_table, param_table
+from dms_jax.params import abstract_params, param_table
 from dms_jax.sampling import Sampling
+from pallas_kernels.platform import tracing_for
+from tests import tiny
 
 pytestmark = pytest.mark.tpu
 pytest.importorskip("libtpu", reason="libtpu is not installed (make test-tpu installs it)")
@@ -29,6 +31,12 @@ def no_compilation_cache():
   jax.config.update("jax_enable_compilation_cache", False)
   yield
   jax.config.update("jax_enable_compilation_cache", True)
+
+
+@pytest.fixture(autouse=True)
+def traced_for_a_tpu():
+  with tracing_for("tpu"):
+    yield
 
 
 @pytest.fixture(scope="module", params=["v5e:2x2", "v6e:2x2"])
@@ -45,12 +53,15 @@ def abstract(tree, device):
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
-def parts(device, capacity=CAPACITY):
-  """SmolLM2's shape in bfloat16, with gates; the policy; and a cache of 8 rows and `capacity` slots a head."""
-  config, dms = PRESETS["smollm2-135m"], DMSConfig(window=WINDOW)
-  shapes = map_table(lambda _, spec: jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16), param_table(config, dms))
+def parts(device, capacity=CAPACITY, config=PRESETS["smollm2-135m"], dtype=jnp.bfloat16, listed=False):
+  """A model with gates, its policy, and a cache of 8 rows and `capacity` slots a head, as shapes."""
+  dms = DMSConfig(window=WINDOW)
+  shapes = abstract_params(param_table(config, dms), dtype)
+  if listed:
+    layer = {name: jax.ShapeDtypeStruct(w.shape[1:], w.dtype) for name, w in shapes["layers"].items()}
+    shapes["layers"] = [layer] * config.num_layers
   make = partial(caches.create, "slots", config, batch=BATCH, capacity=capacity, window=WINDOW, shift=1)
-  cache = abstract(jax.eval_shape(partial(make, dtype=jnp.bfloat16)), device)
+  cache = abstract(jax.eval_shape(partial(make, dtype=dtype)), device)
   policy = policies.DMS(window=WINDOW, threshold=abstract(jnp.float32(0), device))
   return Model(abstract(shapes, device), config, dms), policy, cache
 
@@ -79,6 +90,21 @@ def test_decode_step_copies_no_cache(device):
     sizes.append(int(np.prod(cache.kv.shape)) * 2)
     assert memory.alias_size_in_bytes >= sizes[-1]
   assert temporaries[1] - temporaries[0] < 0.01 * (sizes[1] - sizes[0]), f"{temporaries} bytes beside {sizes}"
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("listed", [False, True], ids=["scan", "loop"])
+def test_decode_step_has_small_temporaries(device, dtype, listed):
+  """Below 1 % of the cache, in both precisions and both forms of the layers; a thin model, so that it is the cache."""
+  config = tiny.config(num_layers=8, d_model=64, d_ff=64, num_heads=8, num_kv_heads=4, head_dim=64)
+  model, policy, cache = parts(device, config=config, dtype=dtype, listed=listed)
+  arguments = (array((BATCH, 1), jnp.int32, device), array((BATCH,), jnp.int32, device))
+  step = jax.jit(cached_forward, donate_argnums=2)
+  memory = step.lower(model, policy, cache, *arguments).compile().memory_analysis()
+  size = cache.kv.size * cache.kv.dtype.itemsize
+  assert cache.kv.dtype == dtype and memory.alias_size_in_bytes >= size
+  print(f"{memory.temp_size_in_bytes:,} bytes of temporaries beside a cache of {size:,}")
+  assert memory.temp_size_in_bytes < 0.01 * size, f"{memory.temp_size_in_bytes:,} bytes beside {size:,}"
 
 
 def test_generation_compiles(device):
