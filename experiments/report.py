@@ -41,7 +41,7 @@ class Config:
   """`tokens` are read in chunks of `chunk`, then `new_tokens` are written."""
 
   checkpoint: str = "checkpoints/smollm2-135m-instruct"
-  retrofit: str = str(ROOT / "experiments/results/retrofit/smollm2-135m-cr4")
+  retrofit: str = "experiments/results/retrofit/smollm2-135m-cr4"
   text: str = ""
   tokens: int = 4096
   new_tokens: int = 128
@@ -246,13 +246,13 @@ def main() -> None:
   for run in (dense, dms):
     run["live_mean"] = run.pop("live").mean(axis=(1, 2)).round(1)
   seconds = round(time.perf_counter() - start, 1)
-  line = {"dense": dense, "dms": dms, "answers": answers, "picture": picture, "seconds": seconds}
+  line = {"dense": dense, "dms": dms, "answers": answers, "picture": picture}
   saved = {"config": program.flag_values(), "environment": program.environment(), **line}
   path = program.save_json(Path(config.output) / "report.json", saved)
   program.log(f"{seconds:.0f} s; wrote {path}" + (f" and {picture}" if picture else ""))
   for run in (dense, dms):  # the curves stay in report.json
     del run["live_mean"], run["position"]
-  program.finish(line)
+  program.finish({**line, "seconds": seconds})
 
 
 if __name__ == "__main__":
