@@ -20,13 +20,13 @@ from dms_jax import policies
 from dms_jax.config import DMSConfig, ModelConfig
 from dms_jax.model import Eviction, Model, cached_forward, forward, last_logits, unembed
 from dms_jax.params import map_table, param_table
-from tests import oracle
+from tests import oracle, tiny
 
 GOLDENS = Path(__file__).parent / "goldens"
 PROMPT, STEPS, TOTAL, WINDOW = 61, 49, 110, 16
 ATOL = 1e-4
 GATES = {"separate_head": "adapter", "neuron_head": "neuron"}
-step = jax.jit(cached_forward)
+step = jax.jit(cached_forward, compiler_options=tiny.QUICK)
 
 
 @functools.cache
