@@ -43,5 +43,3 @@ def strict_promotion(request):
 
 def pytest_configure(config):
   config.addinivalue_line("markers", "standard_promotion: runs other packages' code that mixes dtypes")
-  for package in ("dms_jax", "pallas_kernels"):
-    config.addinivalue_line("filterwarnings", rf"error:::{package}(\..*)?")
