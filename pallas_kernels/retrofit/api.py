@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.retrofit import cudnn, gpu, xla
+from pallas_kernels.retrofit import cudnn, gpu, tpu, xla
 
 IMPLEMENTATIONS = {
   "cudnn": cudnn.retrofit_attention,
   "gpu": gpu.retrofit_attention,
+  "tpu": tpu.retrofit_attention,
   "xla": xla.retrofit_attention,
 }
 
