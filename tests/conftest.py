@@ -31,6 +31,13 @@ hypothesis.settings.register_profile("explore", parent=hypothesis.settings.get_p
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_forgotten():
+  """Each keeps memory mapped, and a process may have 65,530 mappings: the whole suite would need more."""
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture(autouse=True)
 def strict_promotion(request):
   """Mixing dtypes is an error; `@pytest.mark.standard_promotion` lifts it, for code of other packages."""

@@ -5,22 +5,49 @@ from __future__ import annotations
 import numpy as np
 
 
-def decode_attention(q, kv, layer, lengths) -> np.ndarray:
-  """softmax(q k^T / sqrt(H)) v over slots 0 .. lengths-1 of each (row, KV head); zeros where the length is 0.
+def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, mass: bool = False):
+  """softmax(q k^T / sqrt(H)) v over the live slots of each (row, KV head): a prefix of kv, then the archive in pages.
 
-  Args: q [B, N, H], kv [L, B, K, S, 2H], layer int, lengths [B, K]. Returns float64 [B, N, H].
+  Args: q [B, N, H], kv [L, B, K, S, 2H] or None, layer int, lengths [B, K] or None, pages an `api.Pages` or None. All in
+  float64; zeros where nothing is live. Returns what `api.decode_attention` does.
   """
-  q, kv, lengths = np.asarray(q, np.float64), np.asarray(kv), np.asarray(lengths)
+  q = np.asarray(q, np.float64)
   b, n, h = q.shape
-  group = n // kv.shape[2]
-  out = np.zeros((b, n, h))
+  k = (np.shape(kv) if kv is not None else np.shape(pages.table))[2]
+  group = n // k
+  out, logs = np.zeros((b, n, h)), np.full((b, n), -np.inf)
+  of_kv = None if kv is None else np.zeros((b, k, np.shape(kv)[3]))
+  of_pages = None if pages is None else np.zeros((b, k, np.shape(pages.table)[3] * np.shape(pages.pool)[1]))
   for row in range(b):
     for head in range(n):
-      live = int(lengths[row, head // group])
-      if live == 0:
+      kv_head = head // group
+      slots, first = np.zeros((0, 2 * h)), 0
+      if kv is not None:
+        first = int(lengths[row, kv_head])
+        slots = np.asarray(kv[layer, row, kv_head, :first], np.float64)
+      if pages is not None:
+        archive = [slot_of(pages, pages.table[layer, row, kv_head], i) for i in range(int(pages.lengths[row, kv_head]))]
+        slots = np.concatenate([slots, np.reshape(archive, (-1, 2 * h))])
+      if not len(slots):
         continue
-      slots = np.asarray(kv[layer, row, head // group, :live], np.float64)
       scores = slots[:, :h] @ q[row, head] / np.sqrt(h)
       weights = np.exp(scores - scores.max())
       out[row, head] = weights @ slots[:, h:] / weights.sum()
-  return out
+      logs[row, head] = scores.max() + np.log(weights.sum())
+      weights = weights / weights.sum()
+      if kv is not None:
+        of_kv[row, kv_head, :first] += weights[:first]
+      if pages is not None:
+        of_pages[row, kv_head, : len(slots) - first] += weights[first:]
+  results = (out, *([logs] if lse else []), *([(of_kv, of_pages)] if mass else []))
+  return results if len(results) > 1 else out
+
+
+def slot_of(pages, table, index: int) -> np.ndarray:
+  """Key and value of the archive's slot `index`, float64 [2H]; `table` [M]."""
+  page = pages.pool.shape[1]
+  at = int(table[index // page]), index % page
+  row = np.asarray(pages.pool[at], np.float64)
+  if pages.scales is not None:
+    row = row * np.repeat(np.asarray(pages.scales[at], np.float64), len(row) // 2)
+  return row

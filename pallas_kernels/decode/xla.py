@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -12,35 +16,127 @@ from pallas_kernels.xla_dot import einsum
 BLOCK = 128
 
 
-def decode_attention(q, kv, layer, lengths, *, lse: bool = False):
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Slots read by blocks. `lengths` [B, K]; `blocks`: up to the longest live prefix.
+
+  read(i) gives block i: (slots [B, K, block, 2H], scales [B, K, block, 2] or None, live bool [B, K, block]).
+  empty() and add(mass, i, of_block) collect what each slot of it weighs.
+  """
+
+  blocks: Any
+  read: Callable
+  empty: Callable
+  add: Callable
+
+
+def contiguous(kv, layer, lengths) -> Source:
+  """The slots of one layer of `kv` [L, B, K, S, 2H]."""
+  _, b, k, s, width = kv.shape
+  block = min(BLOCK, s)
+  # The last block starts early enough to lie inside the cache; slots it shares with the one before are masked.
+  start = lambda i: jnp.minimum(i * block, s - block)
+
+  def read(i):
+    slots = lax.dynamic_slice(kv, (layer, 0, 0, start(i), 0), (1, b, k, block, width))[0]
+    index = start(i) + jnp.arange(block)
+    return slots, None, (index >= i * block) & (index < lengths[..., None])
+
+  def add(mass, i, part):
+    before = lax.dynamic_slice_in_dim(mass, start(i), block, 2)
+    return lax.dynamic_update_slice_in_dim(mass, before + part, start(i), 2)
+
+  blocks = (lengths.max() + block - 1) // block
+  return Source(blocks, read, lambda: jnp.zeros((b, k, s)), add)
+
+
+def paged(pages, layer) -> Source:
+  """The archives of one layer; as many pages a block as make BLOCK slots, however many the table has."""
+  _, page, _ = pages.pool.shape
+  _, b, k, most = pages.table.shape
+  several = max(1, BLOCK // page)
+  block = several * page
+  table = lax.dynamic_index_in_dim(pages.table, layer, 0, keepdims=False)
+
+  def read(i):
+    index = i * block + jnp.arange(block)
+    live = index < pages.lengths[..., None]
+    numbers = jnp.take(table, i * several + jnp.arange(several), axis=2, mode="clip")
+    numbers = jnp.where(live[..., ::page], numbers, 0)  # those of pages with nothing live may be anything
+    rows = lambda x: jnp.take(x, numbers, axis=0, mode="clip").reshape(b, k, block, x.shape[-1])
+    return rows(pages.pool), None if pages.scales is None else rows(pages.scales), live
+
+  def add(mass, i, part):
+    index = i * several + jnp.arange(several)
+    return mass.at[:, :, index].add(part.reshape(b, k, several, page), mode="drop")
+
+  blocks = (pages.lengths.max() + block - 1) // block
+  return Source(blocks, read, lambda: jnp.zeros((b, k, most, page)), add)
+
+
+def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, mass: bool = False):
   """See `api.decode_attention`. A block past a row's prefix changes nothing, not even a bit, in that row."""
   b, n, h = q.shape
-  _, _, k, s, _ = kv.shape
-  block = min(BLOCK, s)
+  of_kv = None if kv is None else contiguous(kv, layer, lengths)
+  of_pages = None if pages is None else paged(pages, layer)
+  sources = [source for source in (of_kv, of_pages) if source is not None]
+  k = (kv if kv is not None else pages.table).shape[2]
   qg = q.reshape(b, k, n // k, h)
 
-  def body(i, state):
-    top, total, acc = state
-    # The last block starts early enough to lie inside the cache; slots it shares with the one before are masked.
-    start = jnp.minimum(i * block, s - block)
-    slots = lax.dynamic_slice(kv, (layer, 0, 0, start, 0), (1, b, k, block, 2 * h))[0]
+  def scores_of(source, i):
+    """Block i: (scores [B, K, G, block], -inf where dead; values [B, K, block, H]; their scales [B, K, 1, block])."""
+    slots, scales, live = source.read(i)
     if slots.dtype == jnp.uint16:
       slots = lax.bitcast_convert_type(slots, jnp.bfloat16)
-    index = start + jnp.arange(block)
-    live = (index >= i * block) & (index < lengths[..., None])
     slots = jnp.where(live[..., None], slots, jnp.zeros((), slots.dtype))  # dead slots may hold anything, NaN too
-    scores = einsum("bkgh,bksh->bkgs", qg, slots[..., :h]) * h**-0.5
+    queries = qg
+    if scales is not None:  # 8 bits are exact in any other type; a slot's scale is a factor of its score
+      slots = slots.astype(q.dtype)
+      scales = jnp.where(live[..., None], scales, 0.0)
+    elif slots.dtype != q.dtype:
+      wider = jnp.promote_types(slots.dtype, q.dtype)
+      slots, queries = slots.astype(wider), qg.astype(wider)
+    scores = einsum("bkgh,bksh->bkgs", queries, slots[..., :h]) * h**-0.5
+    if scales is not None:
+      scores = scores * scales[:, :, None, :, 0]
     scores = jnp.where(live[:, :, None], scores, -jnp.inf)
-    new_top = jnp.maximum(top, scores.max(axis=-1))
-    safe = jnp.where(new_top == -jnp.inf, 0.0, new_top)
-    weights = jnp.exp(scores - safe[..., None])
-    scale = jnp.exp(top - safe)
-    part = einsum("bkgs,bksh->bkgh", weights.astype(slots.dtype), slots[..., h:])
-    return new_top, total * scale + weights.sum(axis=-1), acc * scale[..., None] + part
+    return scores, slots[..., h:], None if scales is None else scales[:, :, None, :, 1]
 
-  init = (jnp.full((b, k, n // k), -jnp.inf), jnp.zeros((b, k, n // k)), jnp.zeros((b, k, n // k, h)))
-  blocks = (lengths.max() + block - 1) // block
-  top, total, acc = lax.fori_loop(0, blocks, body, init)
+  def attend(source, state):
+    def body(i, state):
+      top, total, acc = state
+      scores, values, scales = scores_of(source, i)
+      new_top = jnp.maximum(top, scores.max(axis=-1))
+      safe = jnp.where(new_top == -jnp.inf, 0.0, new_top)
+      weights = jnp.exp(scores - safe[..., None])
+      scale = jnp.exp(top - safe)
+      scaled = weights if scales is None else weights * scales
+      part = einsum("bkgs,bksh->bkgh", scaled.astype(values.dtype), values)
+      return new_top, total * scale + weights.sum(axis=-1), acc * scale[..., None] + part
+
+    return lax.fori_loop(0, source.blocks, body, state)
+
+  def mass_of(source, logs):
+    def body(i, mass):
+      scores, _, _ = scores_of(source, i)
+      return source.add(mass, i, jnp.exp(scores - logs[..., None]).sum(axis=2))
+
+    return lax.fori_loop(0, source.blocks, body, source.empty())
+
+  state = jnp.full((b, k, n // k), -jnp.inf), jnp.zeros((b, k, n // k)), jnp.zeros((b, k, n // k, h))
+  for source in sources:
+    state = attend(source, state)
+  top, total, acc = state
   out = acc / jnp.where(total == 0, 1.0, total)[..., None]
   out = jax.lax.reshape(out, (b, n, h)).astype(q.dtype)
-  return (out, (top + jnp.log(total)).reshape(b, n)) if lse else out
+  logs = top + jnp.log(total)
+  if not lse and not mass:
+    return out
+  results = [out]
+  if lse:
+    results.append(logs.reshape(b, n))
+  if mass:
+    finite = jnp.where(total == 0, 0.0, logs)
+    masses = [None if source is None else mass_of(source, finite) for source in (of_kv, of_pages)]
+    results.append(tuple(None if x is None else x.reshape(b, k, -1) for x in masses))
+  return tuple(results)
