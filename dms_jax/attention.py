@@ -25,9 +25,9 @@ def use(implementation: str | Sequence[str] | None):
     _choice.reset(token)
 
 
-def decode_attention(*args):
-  """`pallas_kernels.decode.decode_attention`: one query a row over the live prefix of a cache's slots."""
-  return decode.decode_attention(*args, implementation=_choice.get())
+def decode_attention(*args, **kwargs):
+  """`pallas_kernels.decode.decode_attention`: one query a row over the live slots of a cache, its pages, or both."""
+  return decode.decode_attention(*args, implementation=_choice.get(), **kwargs)
 
 
 def prefill_attention(*args):

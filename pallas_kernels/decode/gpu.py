@@ -64,13 +64,15 @@ def processors() -> int:
   return int(getattr(jax.devices()[0], "core_count", 132))
 
 
-def decode_attention(q, kv, layer, lengths, *, lse: bool = False, blocks: Blocks | None = None):
+def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, mass: bool = False, blocks=None):
   """See `api.decode_attention`; bfloat16 or float16, head size 64 or 128, groups up to 8, slots a multiple of 8.
 
   Raises:
-    NotImplementedError: another device, dtype or shape.
+    NotImplementedError: another device, dtype or shape; pages; mass.
   """
   compat.require_hopper()
+  if pages is not None or mass:
+    raise NotImplementedError("reads a contiguous cache only, and returns no mass of slots")
   b, n, h = q.shape
   layers, _, k, slots, _ = kv.shape
   group, pairs = n // k, b * k

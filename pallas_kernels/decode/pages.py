@@ -1,0 +1,25 @@
+"""Archives in pages of one pool."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pages:
+  """The archive of each (layer, row, KV head): slot s lies in page `table[l, b, k, s // page]`, at s % page.
+
+  Fields:
+    pool: [P, page, 2H], a slot's key and value side by side; floats, uint16 (bits of bfloat16), int8 or float8_e4m3fn.
+    table: int32 [L, B, K, M]; numbers of pages with nothing live in them are never used and may be anything.
+    lengths: int32 [B, K], live slots of the layer asked for.
+    scales: float32 [P, page, 2], what the key and the value of a slot are multiplied by; None: by 1.
+  """
+
+  pool: jax.Array
+  table: jax.Array
+  lengths: jax.Array
+  scales: jax.Array | None = None

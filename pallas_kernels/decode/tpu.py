@@ -1,0 +1,359 @@
+"""Decode attention on TPUs with Pallas Mosaic, split by live slots.
+
+A (row, KV head) pair's live slots are one stream of blocks: those of the contiguous cache, then those of its pages. The
+stream is cut into chunks of `Blocks.split` blocks, a constant; the chunks that hold anything, of all pairs in order, form
+a list made in the graph, which the cores divide by blocks. The cache stays in HBM: a core copies the blocks of its part
+of the list to its memory itself, several ahead and across the ends of chunks, and no more of the last one than its live
+tiles (or pages). So what was evicted is not loaded, and ragged heads leave no core waiting. Chunks are merged in their
+order by XLA; where one core does everything there is nothing to merge, a chunk is a whole pair.
+
+Keys and values are used as they lie, side by side in rows of 2H = 128 or 256 lanes. With H = 64 both products take the
+whole row of 128: the query is 0 beside the value, and the sum beside the key is not used. A matrix unit is 128 wide
+anyway, and nothing moves across lanes. All scores are in units of log 2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import compat_tpu
+
+LOG2E = math.log2(math.e)
+# A finite stand-in for -inf as the maximum of no scores: exp2(-inf - NEVER) is 0, not NaN.
+NEVER = -1e30
+LANES = 128
+# Rows of a float32 tile: the queries of a group are padded to them.
+GROUP = 8
+# Bytes of scalar memory for lengths, the list of chunks and page numbers, of the 1 MiB that a core has.
+SCALARS = 768 * 2**10
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+  """Sizes. `block` slots, a power of 2, are computed with at a time, `stages` blocks are in memory or on their way;
+  `split` blocks make a chunk, 0: a whole pair does; `workers` divide the chunks."""
+
+  block: int
+  stages: int
+  split: int
+  workers: int
+
+  def __post_init__(self):
+    if self.block & (self.block - 1) or self.stages < 2:
+      raise ValueError(f"block {self.block} must be a power of 2, and there must be two stages or more")
+
+
+def tile(dtype) -> int:
+  """Rows of `dtype` that memory keeps together: where a copy may begin and end."""
+  return 8 * (4 // jnp.dtype(dtype).itemsize)
+
+
+def cores() -> int:
+  """Cores that share the default device's kernels: two on v4 and v5p; 1 where there is no TPU."""
+  device = jax.devices()[0]
+  return int(getattr(device, "num_cores", 1)) if device.platform == "tpu" else 1
+
+
+def default_blocks(head_dim: int, dtype, workers: int) -> Blocks:
+  """Blocks of 256 KiB, eight of them: 2 MiB on their way cover a microsecond's latency at 2 TB/s. Their size never
+  depends on the capacity of the cache, so neither does a result."""
+  if compat_tpu.interpreting():  # every part of the kernel at work on small inputs
+    return Blocks(64, 3, 2, 2)
+  block = 2**18 // (2 * head_dim * jnp.dtype(dtype).itemsize)
+  return Blocks(block, 8, 0 if workers == 1 else 2048 // block, workers)
+
+
+def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, mass: bool = False, blocks=None):
+  """See `api.decode_attention`; bfloat16 or float32, head size 64 or 128, groups up to 8.
+
+  The slots of `kv` must be a multiple of the rows of a tile, 16 in bfloat16 and 8 in float32; pages a power of 2 no
+  smaller than that, in q's dtype.
+
+  Args:
+    blocks: `Blocks`, by default `default_blocks`.
+
+  Raises:
+    NotImplementedError: another device, dtype or shape; mass.
+  """
+  compat_tpu.require_tpu()
+  if mass:
+    raise NotImplementedError("returns no mass of slots")
+  b, n, h = q.shape
+  k = (kv if kv is not None else pages.table).shape[2]
+  group, pairs, rows = n // k, b * k, tile(q.dtype)
+  blocks = blocks or default_blocks(h, q.dtype, cores())
+  if q.dtype not in (jnp.bfloat16, jnp.float32):
+    raise NotImplementedError(f"q is {q.dtype}: only bfloat16 and float32")
+  if h not in (64, 128) or group > GROUP:
+    raise NotImplementedError(f"head size {h} and {group} query heads a KV head: only 64 and 128, up to {GROUP}")
+  if kv is not None:
+    if kv.dtype != q.dtype:
+      raise NotImplementedError(f"kv is {kv.dtype} and q {q.dtype}: must be the same")
+    if kv.shape[3] % rows:
+      raise NotImplementedError(f"{kv.shape[3]} slots a head in {q.dtype}: must be a multiple of {rows}, a tile")
+  if pages is not None:
+    page = pages.pool.shape[1]
+    if pages.scales is not None:
+      raise NotImplementedError(
+        f"pages of {pages.pool.dtype}: scales [P, page, 2] take 128 lanes a slot in a TPU's memory, more than the slot"
+      )
+    if pages.pool.dtype != q.dtype:
+      raise NotImplementedError(f"pages.pool is {pages.pool.dtype} and q {q.dtype}: must be the same")
+    if page % rows or page & (page - 1):
+      raise NotImplementedError(f"pages of {page} slots in {q.dtype}: must be a power of 2, at least {rows}")
+
+  counts = [jnp.zeros((pairs,), jnp.int32)] * 2
+  sizes = [0, 0]
+  if kv is not None:
+    counts[0], sizes[0] = jnp.clip(lengths.astype(jnp.int32).reshape(pairs), 0, kv.shape[3]), kv.shape[3]
+  table = jnp.zeros((1,), jnp.int32)
+  if pages is not None:
+    sizes[1] = pages.table.shape[3] * page
+    counts[1] = jnp.clip(pages.lengths.astype(jnp.int32).reshape(pairs), 0, sizes[1])
+    table = lax.dynamic_index_in_dim(pages.table, layer, 0, keepdims=False).astype(jnp.int32).reshape(-1)
+  items, bounds, held = work_list(counts, sizes, blocks)
+  scalars = 4 * (table.size + items.size + 2 * pairs)
+  if scalars > SCALARS:
+    raise NotImplementedError(f"{table.size} page numbers and {items.size} chunks of {pairs} pairs of row and KV head: "
+                              f"{scalars:,} bytes of scalar memory, there are {SCALARS:,}")  # fmt: skip
+
+  queries = q.reshape(pairs, group, h).astype(jnp.float32)
+  queries = jnp.pad(queries, ((0, 0), (0, GROUP - group), (0, LANES - h)))
+  number = jnp.asarray(layer, jnp.int32).reshape(1)
+  scalars = number, items, bounds, *counts, table
+  parts = _attend(blocks, q.dtype, h, held.shape[1], scalars, queries, kv, None if pages is None else pages.pool)
+  return merge(parts, held, q, group, lse)
+
+
+def work_list(counts, sizes, blocks: Blocks):
+  """The chunks with anything live, and who does them.
+
+  Args: counts, live slots of each pair in the contiguous cache and in pages, int32 [pairs] each; sizes, slots at most.
+
+  Returns:
+    (items, bounds, held): chunk `c` of pair `p` as `p * chunks + c` int32 [pairs * chunks], those with anything live
+    first, in order; worker w does items bounds[w] .. bounds[w + 1] - 1; held [pairs, chunks], whether anything is live.
+  """
+  upper = lambda x: (x + blocks.block - 1) // blocks.block
+  most = max(sum(upper(size) for size in sizes), 1)
+  split = blocks.split or most
+  chunks = -(-most // split)
+  total = upper(counts[0]) + upper(counts[1])
+  each = jnp.clip(total[:, None] - jnp.arange(chunks, dtype=jnp.int32) * split, 0, split)
+  held = each > 0
+  flat = held.reshape(-1)
+  index = jnp.arange(1, flat.size + 1, dtype=jnp.int32)
+  items = jnp.searchsorted(jnp.cumsum(flat.astype(jnp.int32)), index, method="compare_all").astype(jnp.int32)
+  before = jnp.cumsum(each.reshape(-1)) - each.reshape(-1)
+  share = (jnp.sum(each) + blocks.workers - 1) // blocks.workers
+  begins = share * jnp.arange(blocks.workers + 1, dtype=jnp.int32)[:, None]
+  bounds = jnp.sum(flat & (before < begins), axis=1, dtype=jnp.int32)
+  return items, bounds, held
+
+
+def merge(parts, held, q, group: int, lse: bool):
+  """Chunks in their order: one after the other, so that dead ones at the end change no bit."""
+  b, n, h = q.shape
+  values = parts[:, :, :group, LANES - h : LANES] if h == 64 else parts[:, :, :group]
+  logs = parts[:, :, :group, :1] if h == 64 else parts[:, :, GROUP : GROUP + group, :1]
+  live = held[:, :, None, None]
+  logs, values = jnp.where(live, logs, -jnp.inf), jnp.where(live, values, 0.0)
+  top = logs.max(axis=1)
+  top = jnp.where(top == -jnp.inf, 0.0, top)
+  acc, total = jnp.zeros_like(values[:, 0]), jnp.zeros_like(top)
+  for chunk in range(held.shape[1]):
+    weight = jnp.exp2(logs[:, chunk] - top)
+    acc, total = acc + weight * values[:, chunk], total + weight
+  out = (acc / jnp.where(total == 0, 1.0, total)).reshape(b, n, h).astype(q.dtype)
+  return (out, ((top + jnp.log2(total)) / LOG2E).reshape(b, n)) if lse else out
+
+
+def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, pool):
+  """Of each chunk with anything live, float32 [pairs, chunks, rows, 128]: output and log2 of the sum of exponentials.
+
+  With H = 128 these are rows 0-7 and 8-15, the logarithm in every lane; with H = 64 the logarithm is in lanes 0-63 and
+  the output in the others. What belongs to a chunk with nothing live is whatever was there.
+  """
+  pairs, _, lanes = queries.shape
+  block, stages, width = sizes.block, sizes.stages, 2 * h
+  slots = 0 if kv is None else kv.shape[3]
+  most = 0 if pool is None else scalars[-1].shape[0] // pairs
+  page = block if pool is None else pool.shape[1]
+  unit, smallest = min(page, block), tile(dtype)
+  heads = 1 if kv is None else kv.shape[2]
+  split = sizes.split or max(-(-slots // block) + -(-most * page // block), 1)
+  tile_rows = GROUP * (h // 64)
+  precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
+  i32 = jnp.int32
+
+  def body(layer_ref, items_ref, bounds_ref, first_ref, held_ref, table_ref, q_ref, *refs):
+    refs = list(refs)
+    kv_ref = None if kv is None else refs.pop(0)
+    pool_ref = None if pool is None else refs.pop(0)
+    parts_ref, rows, q_rows, tiles, ready, asked, done = refs
+    begin, end = bounds_ref[pl.program_id(0)], bounds_ref[pl.program_id(0) + 1]
+
+    upper = lambda x: lax.div(x + i32(block - 1), i32(block))
+
+    def pair_of(item):
+      """(pair, chunk, blocks of the pair in the contiguous cache, and in all)."""
+      code = items_ref[jnp.minimum(item, items_ref.shape[0] - 1)]
+      pair, chunk = lax.div(code, i32(chunks)), lax.rem(code, i32(chunks))
+      pair = jnp.minimum(pair, pairs - 1)  # past the list's end there may be anything
+      first = upper(first_ref[pair])
+      return pair, chunk, first, first + upper(held_ref[pair])
+
+    def blocks_of(item):
+      """Blocks of a chunk."""
+      _, chunk, _, count = pair_of(item)
+      return jnp.minimum(count - chunk * split, split)
+
+    def live_in(item, i):
+      """(whether block i of a chunk is in pages, its number there or in the cache, its live slots)."""
+      pair, chunk, first, _ = pair_of(item)
+      number = chunk * split + i
+      paged = number >= first
+      number = jnp.where(paged, number - first, number)
+      length = jnp.where(paged, held_ref[pair], first_ref[pair])
+      return paged, number, jnp.minimum(length - number * block, block)
+
+    def move(item, i, slot, act):
+      """Starts or awaits the copies of block i of a chunk to `rows[slot]`."""
+      pair, chunk, _, _ = pair_of(item)
+      paged, number, live = live_in(item, i)
+
+      def copy(source, at, size):
+        act(pltpu.make_async_copy(source, rows.at[slot, pl.ds(pl.multiple_of(at, size), size)], ready.at[slot]))
+
+      if kv is not None:
+
+        @pl.when(~paged)
+        def _():
+          # Live tiles and no more: a copy for each power of 2 in their number, the large ones first.
+          wanted = lax.div(live + i32(smallest - 1), i32(smallest)) * smallest
+          size = block
+          while size >= smallest:
+            if size <= slots:
+
+              @pl.when((wanted & size) != 0)
+              def _(size=size):
+                at = wanted & i32(-2 * size)
+                start = pl.multiple_of(number * block + at, size)
+                row, head = lax.div(pair, i32(heads)), lax.rem(pair, i32(heads))
+                copy(kv_ref.at[layer_ref[0], row, head, pl.ds(start, size)], at, size)
+
+            size //= 2
+
+      if pool is not None:
+
+        @pl.when(paged)
+        def _():
+          def one(j, _):
+            position = number * block + j * unit
+            source = pool_ref.at[table_ref[pair * most + lax.div(position, i32(page))]]
+            if unit < page:
+              source = source.at[pl.ds(pl.multiple_of(lax.rem(position, i32(page)), unit), unit)]
+            copy(source, j * unit, unit)
+            return 0
+
+          lax.fori_loop(0, lax.div(live + i32(unit - 1), i32(unit)), one, 0)
+
+    def queries_to(item, slot):
+      return pltpu.make_async_copy(q_ref.at[pair_of(item)[0]], q_rows.at[slot], asked.at[slot])
+
+    def fetch(ahead, number):
+      """Starts the copies of the next block, the worker's `number`-th; returns what comes after it."""
+      item, i = ahead
+      slot = lax.rem(number, i32(stages))
+
+      @pl.when(item < end)
+      def _():
+        pl.when(i == 0)(lambda: queries_to(item, slot).start())
+        move(item, i, slot, lambda copy: copy.start())
+
+      last = i + 1 >= blocks_of(item)
+      return jnp.where(last, item + 1, item), jnp.where(last, 0, i + 1)
+
+    ahead = lax.fori_loop(0, stages - 1, lambda number, ahead: fetch(ahead, number), (begin, i32(0)))
+
+    def one_chunk(state):
+      item, ahead, number = state
+      pair, chunk, _, _ = pair_of(item)
+      count = blocks_of(item)
+      place = lax.rem(number, i32(stages))
+      queries_to(item, place).wait()
+      query = q_rows[place].astype(dtype)
+
+      def step(i, carry):
+        acc, top, total, ahead = carry
+        slot = lax.rem(number + i, i32(stages))
+        ahead = fetch(ahead, number + i + stages - 1)  # to where the block before this one was
+        move(item, i, slot, lambda copy: copy.wait())
+        _, _, live = live_in(item, i)
+
+        @pl.when(live < block)
+        def _():  # what lies past the end may be NaN, and 0 * NaN is NaN
+          tail = rows[slot].astype(jnp.float32)
+          index = lax.broadcasted_iota(i32, tail.shape, 0)
+          rows[slot] = jnp.where(index < live, tail, 0.0).astype(dtype)
+
+        keys, values = rows[slot, :, :LANES], rows[slot, :, width - LANES :]
+        dot = functools.partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
+        s = dot(query, keys, (((1,), (1,)), ((), ()))) * (h**-0.5 * LOG2E)
+        s = jnp.where(lax.broadcasted_iota(i32, s.shape, 1) < live, s, -jnp.inf)
+        new_top = jnp.maximum(top, s.max(axis=1, keepdims=True))
+        p = jnp.exp2(s - new_top)
+        shrink = jnp.exp2(top - new_top)
+        total = total * shrink + p.sum(axis=1, keepdims=True)
+        acc = acc * shrink + dot(p.astype(dtype), values, (((1,), (0,)), ((), ())))
+        return acc, new_top, total, ahead
+
+      column = lambda x: jnp.full((GROUP, 1), x, jnp.float32)
+      init = jnp.zeros((GROUP, LANES), jnp.float32), column(NEVER), column(0.0), ahead
+      acc, top, total, ahead = lax.fori_loop(0, count, step, init)
+
+      turn = lax.rem(item - begin, i32(2))
+      write = pltpu.make_async_copy(tiles.at[turn], parts_ref.at[pair, chunk], done.at[turn])
+      pl.when(item - begin >= 2)(write.wait)  # for the chunk before the last, whose place this is
+      out, logs = acc / total, jnp.broadcast_to(top + jnp.log2(total), acc.shape)
+      if h == 64:
+        tiles[turn] = jnp.where(lax.broadcasted_iota(i32, acc.shape, 1) < h, logs, out)
+      else:
+        tiles[turn, :GROUP], tiles[turn, GROUP:] = out, logs
+      write.start()
+      return item + 1, ahead, number + count
+
+    lax.while_loop(lambda state: state[0] < end, one_chunk, (begin, ahead, i32(0)))
+    for turn in range(2):
+      last = pltpu.make_async_copy(tiles.at[turn], parts_ref.at[0, 0], done.at[turn])
+      pl.when(end - begin > turn)(last.wait)
+
+  arrays = [x for x in (kv, pool) if x is not None]
+  return pl.pallas_call(
+    body,
+    out_shape=jax.ShapeDtypeStruct((pairs, chunks, tile_rows, LANES), jnp.float32),
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=len(scalars),
+      grid=(sizes.workers,),
+      in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * (1 + len(arrays)),
+      out_specs=pl.BlockSpec(memory_space=pl.ANY),
+      scratch_shapes=[
+        pltpu.VMEM((stages, block, width), dtype),
+        pltpu.VMEM((stages, GROUP, lanes), jnp.float32),
+        pltpu.VMEM((2, tile_rows, LANES), jnp.float32),
+        pltpu.SemaphoreType.DMA((stages,)),
+        pltpu.SemaphoreType.DMA((stages,)),
+        pltpu.SemaphoreType.DMA((2,)),
+      ],
+    ),
+    compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+    name=f"decode_{block}x{stages}_{sizes.split}",
+  )(*scalars, queries, *arrays)
