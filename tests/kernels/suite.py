@@ -10,9 +10,12 @@ import contextlib
 import dataclasses
 import inspect
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from pallas_kernels import compat_tpu
 
 # Error allowed against float64, of unit-sized values: float32 sums; 16-bit types round the weights and the output.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}
@@ -27,6 +30,22 @@ class Backend:
 
   def __str__(self):
     return self.name
+
+  @property
+  def interpreted(self) -> bool:
+    """Slow: suites try fewer combinations."""
+    return self.context is not contextlib.nullcontext
+
+
+@contextlib.contextmanager
+def interpreted_tpu():
+  """JAX's interpreter of TPU kernels, compiled quickly: each case compiles anew, and runs once or twice."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  try:
+    with compat_tpu.interpret_mode():
+      yield
+  finally:
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @contextlib.contextmanager
