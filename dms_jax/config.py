@@ -71,6 +71,8 @@ class DMSConfig:
   `gate`: "neuron" borrows the last channel of each group's first query head, "adapter" projects the residual stream.
   A logit is `scale * raw - offset`. The decision computed at token t is about token t - `shift`. `window` is W: an
   evicted token stays visible to the W tokens after it. Granularity "layer" lets KV head 0 decide for the layer.
+  `eviction` "delayed" decides about a token when it comes in and acts W tokens later; "immediate", the paper's ablation
+  (section 5.3), decides as it leaves the window and acts at once: token t decides about t - shift - W.
   """
 
   gate: Literal["adapter", "neuron"] = "adapter"
@@ -79,6 +81,7 @@ class DMSConfig:
   offset: float = 5.0
   shift: int = 1
   granularity: Literal["head", "layer"] = "head"
+  eviction: Literal["delayed", "immediate"] = "delayed"
 
   def __post_init__(self):
     if self.gate not in ("adapter", "neuron"):
@@ -89,6 +92,15 @@ class DMSConfig:
       raise ValueError(f"dms.shift={self.shift} must be 1 (NVIDIA's checkpoints and ours) or 0 (shisa-ai's)")
     if self.window < 0:
       raise ValueError(f"dms.window={self.window} must be 0 or more tokens")
+    if self.eviction not in ("delayed", "immediate"):
+      raise ValueError(f"dms.eviction={self.eviction!r} must be 'delayed' or 'immediate'")
+
+  def lag(self, window: int | None = None) -> int:
+    """How many tokens before the one that computes a decision is the one it is about; 0 to W + 1.
+
+    `window` is the one in force where it is not the config's own.
+    """
+    return self.shift + ((self.window if window is None else window) if self.eviction == "immediate" else 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,7 @@ def _score(original: Model, model: Model | None, tokens: Int[Array, "B T"], thre
     states, logits = forward(model, tokens, eviction=eviction)
     hidden.append(states)
     if logits is not None:
-      evicted = masks.about_key(logits > threshold, model.dms.shift, False)
+      evicted = masks.about_key(logits > threshold, model.dms.lag(window), False)
       held = masks.held_tokens(evicted, model.dms.window if window is None else window)
   models = [original, model][: len(hidden)]
   chunk = min(POSITIONS, tokens.shape[1] - 1)

@@ -280,8 +280,8 @@ def _start(model, policy, kind, capacity, past, batch, most, chunk) -> Cache:
     small = policy.evicts and kind != "masked"
     capacity = _rounded(min(max(policy.window + 1 + chunk, most // 2), most) if small else most)
   store = caches.create(
-    kind, model.config, batch=batch, capacity=capacity, window=policy.window, shift=model_shift(model),
-    dtype=model.dtype,
+    kind, model.config, batch=batch, capacity=capacity, window=policy.window,
+    shift=model_shift(model, policy.window), dtype=model.dtype,
   )  # fmt: skip
   return _beside(model, store)
 

@@ -16,14 +16,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 
-def about_key(computed: Array, shift: int, fill) -> Array:
-  """Re-indexes the last axis from the token that computed a decision to the token it is about.
+def about_key(computed: Array, lag: int, fill) -> Array:
+  """Re-indexes the last axis from the token that computed a decision to the token it is about, `lag` places before.
 
-  The last `shift` tokens are not decided yet and get `fill`; what the first `shift` tokens computed is about nothing.
+  The last `lag` tokens are not decided yet and get `fill`; what the first `lag` tokens computed is about nothing. The
+  lag is the gates' shift, and W more under immediate eviction (`DMSConfig.lag`).
   """
-  if shift == 0:
+  if lag == 0:
     return computed
-  return jnp.concatenate([computed[..., shift:], jnp.full_like(computed[..., :shift], fill)], axis=-1)
+  return jnp.concatenate([computed[..., lag:], jnp.full_like(computed[..., :lag], fill)], axis=-1)
 
 
 def visible(evicted: Bool[Array, "*batch T"], window: int) -> Bool[Array, "*batch T T"]:
@@ -37,9 +38,9 @@ def hard_bias(evicted: Bool[Array, "B K T"]) -> Float[Array, "B K T"]:
   return jnp.where(evicted, -jnp.inf, 0.0)
 
 
-def soft_bias(z: Float[Array, "B K T"], shift: int) -> Float[Array, "B K T"]:
-  """log(1 - sigmoid(z[j + shift])), 0 for keys not decided yet (arXiv 2506.05345, figure 2b)."""
-  return about_key(jax.nn.log_sigmoid(-z), shift, 0.0)
+def soft_bias(z: Float[Array, "B K T"], lag: int) -> Float[Array, "B K T"]:
+  """log(1 - sigmoid(z[j + lag])), 0 for keys not decided yet (arXiv 2506.05345, figure 2b)."""
+  return about_key(jax.nn.log_sigmoid(-z), lag, 0.0)
 
 
 def held_tokens(evicted: Bool[Array, "*batch T"], window: int) -> Array:

@@ -188,13 +188,13 @@ def forward(
   def attend(carry, index, noise_l, q, k, v, logits):
     if eviction is None:
       return retrofit_attention(q, k, v, None, 0, segment_ids), carry, logits
+    window = dms.window if eviction.window is None else eviction.window
     if noise_l is not None:
       z = (logits + noise_l) / eviction.tau
-      bias = masks.soft_bias(z, dms.shift)
+      bias = masks.soft_bias(z, dms.lag(window))
     else:
       z = logits
-      bias = masks.hard_bias(masks.about_key(z > eviction.threshold, dms.shift, False))
-    window = dms.window if eviction.window is None else eviction.window
+      bias = masks.hard_bias(masks.about_key(z > eviction.threshold, dms.lag(window), False))
     return retrofit_attention(q, k, v, bias, window, segment_ids), carry, z
 
   x, _, z = _run_layers(model, embed(model, tokens), positions, attend, xs=noise, remat=remat)
@@ -275,6 +275,6 @@ def check_policy(model: Model, policy: Policy) -> Policy:
   return policy
 
 
-def model_shift(model: Model) -> int:
-  """The gates' shift; 1 for a model without gates, where nothing depends on it."""
-  return model.dms.shift if model.dms is not None else 1
+def model_shift(model: Model, window: int | None = None) -> int:
+  """The lag of the gates' decisions under the window in force; 1 for a model without gates: nothing depends on it."""
+  return model.dms.lag(window) if model.dms is not None else 1

@@ -123,7 +123,13 @@ def compare(
   most = max(len(tokens) + new_tokens, policies[1].window + 1)  # slots that suffice whatever is kept
   state = [
     caches.create(
-      "slots", m.config, batch=1, capacity=-(-most // STRIDES), window=p.window, shift=model_shift(m), dtype=m.dtype
+      "slots",
+      m.config,
+      batch=1,
+      capacity=-(-most // STRIDES),
+      window=p.window,
+      shift=model_shift(m, p.window),
+      dtype=m.dtype,
     )
     for m, p in zip(models, policies, strict=True)
   ]

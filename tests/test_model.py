@@ -383,7 +383,7 @@ CHANGES = {
   "rope_theta": 500.0, "rope_scaling": RopeScaling(2.0, 1.0, 4.0, 16), "rms_norm_eps": 1e-2, "tie_embeddings": False,
   "qkv_bias": True, "qk_norm": True, "factor": 8.0, "low_freq_factor": 1.7, "high_freq_factor": 5.0,
   "original_max_position_embeddings": 64, "gate": "neuron", "window": 2, "scale": 20.0, "offset": 60.0, "shift": 0,
-  "granularity": "layer", "rank": 3, "targets": ("q_proj",), "lora.scale": 0.5,
+  "granularity": "layer", "eviction": "immediate", "rank": 3, "targets": ("q_proj",), "lora.scale": 0.5,
 }  # fmt: skip
 
 

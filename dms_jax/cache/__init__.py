@@ -10,16 +10,22 @@ from dms_jax.cache.masked import MaskedCache as MaskedCache
 from dms_jax.cache.slots import SlotCache as SlotCache
 
 KINDS = {"masked": MaskedCache, "slots": SlotCache}
+ANY_LAG = ("masked", "slots")  # the kinds that know decisions of more than one token back
 
 
 def create(kind: str, config, *, batch: int, capacity: int, window: int, shift: int, dtype=jnp.float32) -> Cache:
   """An empty cache of `kind` for a model: `capacity` tokens a row (masked) or a head (slots, its ring included).
 
+  `shift` is the lag of the gates' decisions (`DMSConfig.lag`).
+
   Raises:
     ValueError: unknown kind.
+    NotImplementedError: immediate eviction in a kind that does not know it.
   """
   if kind not in KINDS:
     raise ValueError(f"unknown cache {kind!r}; there are {sorted(KINDS)}")
+  if shift > 1 and kind not in ANY_LAG:
+    raise NotImplementedError(f"dms.eviction='immediate' with cache={kind!r}: use one of {ANY_LAG}")
   return KINDS[kind].create(
     config.num_layers, batch, config.num_kv_heads, config.head_dim,
     capacity=capacity, window=window, shift=shift, dtype=dtype,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from dms_jax.attention import NEVER, prefill_attention
-from dms_jax.cache.base import Plan, Seen, count_reads, decided, last_visible, rows_of, storage_dtype, unpacked
+from dms_jax.cache.base import Plan, Seen, count_reads, last_visible, rows_of, storage_dtype, unpacked
 
 
 @struct.dataclass
@@ -63,10 +63,9 @@ class MaskedCache:
     real = token < plan.lengths[:, None]
     slot = jnp.where(real, position, slots)[:, None]
     kv = kv.at[layer, rows, head, slot].set(rows_of(k, v, kv.dtype), mode="drop")
-    if self.shift:  # the first decision of the chunk is about the token before it
-      before = jnp.where((plan.lengths > 0) & (plan.seen > 0), plan.seen - 1, slots)
-      state = state.at[rows[..., 0], head[:, 0], before[:, None]].set(evict[..., 0], mode="drop")
-    state = state.at[rows, head, slot].set(decided(evict, plan.lengths, self.shift), mode="drop")
+    state = state.at[rows, head, slot].set(jnp.zeros_like(evict), mode="drop")  # what comes in is not decided yet
+    about = jnp.where(real & (position >= self.shift), position - self.shift, slots)[:, None]
+    state = state.at[rows, head, about].set(evict, mode="drop")
     index = jnp.broadcast_to(jnp.arange(slots), state.shape)
     stop = plan.seen + plan.lengths
     held = index < stop[:, None, None]

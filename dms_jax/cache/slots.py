@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from dms_jax.attention import NEVER, decode_attention, prefill_attention
-from dms_jax.cache.base import Plan, Seen, count_reads, decided, last_visible, rows_of, storage_dtype, unpacked
+from dms_jax.cache.base import Plan, Seen, count_reads, last_visible, rows_of, storage_dtype, unpacked
 
 
 @struct.dataclass
@@ -103,7 +103,7 @@ class SlotCache:
     # Decisions first: about token t - shift, which may already be gone; then the new token starts undecided.
     own = evict[..., 0] if self.shift == 0 else jnp.zeros_like(evict[..., 0])
     if self.shift:
-      before = jnp.where(active & (plan.seen > 0), (plan.seen - 1) % ring, ring)
+      before = jnp.where(active & (plan.seen >= self.shift), (plan.seen - self.shift) % ring, ring)
       flags = flags.at[rows, head, before[:, None]].set(evict[..., 0], mode="drop")
     flags = flags.at[rows, head, jnp.where(active[:, None], slot, ring)].set(own, mode="drop")
 
@@ -131,11 +131,11 @@ class SlotCache:
     real = (position >= 0) & (position < stop)
     slot = position % ring
     from_ring = slot[:, None, :ring]
-    ring_flags = flags[rows, head, from_ring]
-    if self.shift:
-      newest = jnp.where(plan.lengths > 0, ring - 1, ring)
-      ring_flags = ring_flags.at[rows[..., 0], head[:, 0], newest[:, None]].set(evict[..., 0], mode="drop")
-    evicted = jnp.concatenate([ring_flags, decided(evict, plan.lengths, self.shift)], axis=-1)
+    # What the chunk's tokens decide, by the candidate it is about: the chunk's token c is candidate ring + c.
+    aligned = lambda x: jnp.pad(x, ((0, 0), (0, 0), (ring - self.shift, self.shift)))
+    now = aligned((jnp.arange(t) < plan.lengths[:, None])[:, None])
+    before = jnp.pad(flags[rows, head, from_ring], ((0, 0), (0, 0), (0, t)))
+    evicted = jnp.where(now, aligned(evict), before)
     keep = policy.retire(evicted, position[:, None])
     old = kv[layer, rows, head, from_ring]
     candidates = jnp.concatenate([old, rows_of(k, v, kv.dtype)], axis=2)  # [B, K, W+1+T, 2H]
