@@ -37,17 +37,17 @@ SCALAR_BYTES = 2**19  # of the scalar memory, a megabyte, that the list of pairs
 class Tile(NamedTuple):
   """Queries and keys of one grid step."""
 
-  q: int = 512
-  kv: int = 512
+  q: int
+  kv: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
   """Tiles of the three kernels; on a TPU multiples of 128."""
 
-  forward: Tile = Tile()
-  dq: Tile = Tile()
-  dkv: Tile = Tile()
+  forward: Tile
+  dq: Tile
+  dkv: Tile
 
   @property
   def multiple(self) -> int:

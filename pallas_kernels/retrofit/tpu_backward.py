@@ -78,7 +78,7 @@ def query_gradient(case: Case, q, k, v, bias, start, dout, lse, delta):
 
 def key_gradients(case: Case, q, k, v, bias, start, dout, lse, delta):
   """(dk, dv [B, K, H, T], dbias float32 [B, K, 1, T] or None), each summed over the group's query heads."""
-  b, heads, size, t = k.shape
+  b, _, size, t = k.shape
   group = q.shape[2] // size
   tile = case.blocks.dkv
   lanes = min(LANES, tile.q)  # a key's part of dbias is summed over lanes at the end only

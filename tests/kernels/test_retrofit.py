@@ -10,11 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.retrofit import ref, retrofit_attention, xla
-from tests.kernels.suite import Backend, assert_close, float64, normal, running, unchecked
+from pallas_kernels.retrofit import ref, retrofit_attention, tpu, xla
+from tests.kernels.suite import Backend, assert_close, float64, interpreted_tpu, normal, running, unchecked
 
-IMPLEMENTATIONS = [Backend("xla")]
+IMPLEMENTATIONS = [Backend("xla"), Backend("tpu", interpreted_tpu)]
 pytestmark = pytest.mark.parametrize("backend", IMPLEMENTATIONS, ids=str)
+
+
+@pytest.fixture(params=[8])
+def small_blocks(request, monkeypatch):
+  """Blocks so small that short texts are many of them."""
+  monkeypatch.setattr(xla, "BLOCK", request.param)
+  monkeypatch.setattr(xla, "STAGES", 3)
+  monkeypatch.setattr(
+    tpu, "default_blocks", lambda *_: tpu.Blocks(tpu.Tile(32, 16), tpu.Tile(16, 16), tpu.Tile(16, 32))
+  )
 
 
 def make(rng, batch, tokens, heads, group, size, dtype="float32"):
@@ -63,7 +73,10 @@ def test_biases_windows_and_segments(backend, kind, window):
   rng = np.random.default_rng(window)
   q, k, v = make(rng, 2, 30, 2, 2, 64)
   bias = biases(rng, 2, 2, 30)[kind]
-  for ids in (None, segments(rng, 2, 30), jnp.arange(60, dtype=jnp.int32).reshape(2, 30)):
+  documents = [None, segments(rng, 2, 30), jnp.arange(60, dtype=jnp.int32).reshape(2, 30)]
+  if backend.interpreted:
+    documents = [documents[(window + len(kind)) % 3]]
+  for ids in documents:
     check(backend, q, k, v, bias, window, ids)
   if window == 64 or kind == "none":
     with running(backend):
@@ -72,10 +85,8 @@ def test_biases_windows_and_segments(backend, kind, window):
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 16, 33, 131])
-def test_lengths_against_blocks(backend, tokens, monkeypatch):
+def test_lengths_against_blocks(backend, tokens, small_blocks):
   """Texts shorter than a block, of whole blocks, and neither; more blocks than stages."""
-  monkeypatch.setattr(xla, "BLOCK", 8)
-  monkeypatch.setattr(xla, "STAGES", 3)
   rng = np.random.default_rng(tokens)
   q, k, v = make(rng, 2, tokens, 1, 2, 64)
   for kind, bias in biases(rng, 2, 1, tokens).items():
@@ -104,10 +115,10 @@ np.savez(sys.argv[2], **dict(zip("qkvb", jax.grad(loss, (0, 1, 2, 3))(*args))))
 """
 
 
+@pytest.mark.parametrize("small_blocks", [16], indirect=True)
 @pytest.mark.parametrize("kind, with_ids, window", [("soft", False, 5), ("soft", True, 0), ("hard", True, 5)])
-def test_gradients(backend, kind, with_ids, window, monkeypatch, tmp_path):
+def test_gradients(backend, kind, with_ids, window, small_blocks, tmp_path):
   """Of q, k, v and the bias, in blocks, against float64; a bias of -inf has a zero gradient, never NaN."""
-  monkeypatch.setattr(xla, "BLOCK", 16)
   rng = np.random.default_rng(6)
   q, k, v = make(rng, 2, 41, 2, 3, 16)
   bias = biases(rng, 2, 2, 41)[kind]
@@ -139,6 +150,8 @@ def test_two_runs_are_bit_equal(backend):
 
 def test_memory_is_linear_in_length(backend):
   """Four times the tokens take about four times the temporaries, forward and backward; a score matrix takes sixteen."""
+  if backend.interpreted:
+    pytest.skip("of the kernel compiled for its device, see test_tpu_compile_retrofit")
 
   def temporaries(tokens):
     shape = lambda heads: jax.ShapeDtypeStruct((1, tokens, heads, 64), jnp.float32)
