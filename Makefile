@@ -19,7 +19,7 @@ demo: $(VENV)/.demo $(MODEL)  ## fetch SmolLM2, answer and read 4,096 tokens, de
 	$(BIN)/python -m experiments.report --checkpoint=$(MODEL) $(DEMO_FLAGS)
 
 test: $(VENV)/.test  ## the test suite; no torch needed
-	$(BIN)/python -m pytest -m "not tpu" $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m "not tpu" --numprocesses=auto --maxprocesses=8 --dist=loadfile $(PYTEST_FLAGS)
 
 test-parity: $(VENV)/.parity  ## compare with torch and transformers
 	$(BIN)/python -m pytest tests/parity $(PYTEST_FLAGS)
