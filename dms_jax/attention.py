@@ -1,15 +1,26 @@
 """The one place where dms_jax chooses attention: every model and cache calls through here, into `pallas_kernels`.
 
 `use` forces a choice for a block of code (traced functions keep the choice they were traced with).
+
+Under a mesh (`with jax.set_mesh(dms_jax.sharding.make_mesh(...))`) each device attends to its own rows and KV heads,
+by `jax.shard_map`: attention mixes neither, and kernels are not partitioned automatically. KV heads are split over the
+mesh axis "tensor" where it divides them, rows over "data", and over "tensor" too where heads are not.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import decode, prefill, retrofit
+from pallas_kernels.decode import Pages
 from pallas_kernels.prefill import NEVER as NEVER
 
 _choice: contextvars.ContextVar[str | Sequence[str] | None] = contextvars.ContextVar("attention", default=None)
@@ -25,16 +36,67 @@ def use(implementation: str | Sequence[str] | None):
     _choice.reset(token)
 
 
-def decode_attention(*args, **kwargs):
-  """`pallas_kernels.decode.decode_attention`: one query a row over the live slots of a cache, its pages, or both."""
-  return decode.decode_attention(*args, implementation=_choice.get(), **kwargs)
+def row_and_head_axes(rows: int, kv_heads: int) -> tuple[tuple[str, ...], str | None] | None:
+  """(mesh axes that split `rows`, the one that splits KV heads or None) under the current mesh; None without one.
+
+  What no axis divides is computed whole by each of its devices.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return None
+  kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+  sizes = {name: size for name, size in mesh.shape.items() if kinds[name] == AxisType.Auto}
+  if all(size == 1 for size in sizes.values()):
+    return None
+  heads = "tensor" if "tensor" in sizes and kv_heads % sizes["tensor"] == 0 else None
+  split: tuple[str, ...] = ()
+  for name in ("data", "tensor"):
+    if name in sizes and name != heads and rows % sizes[name] == 0:
+      split, rows = (*split, name), rows // sizes[name]
+  return split, heads
+
+
+def _on_shards(
+  call: Callable, rows: int, kv_heads: int, specs: Callable[[Any, Any], tuple], out_spec: Callable[[Any, Any], P], *args
+):
+  """`call(*args)`, by shards under a mesh; `specs` and `out_spec` get the names of the axes of rows and of KV heads."""
+  axes = row_and_head_axes(rows, kv_heads)
+  if axes is None:
+    return call(*args)
+  # Nothing is summed over the mesh, and kernels do not say over which axes their outputs vary.
+  return jax.shard_map(call, in_specs=specs(*axes), out_specs=out_spec(*axes), check_vma=False)(*args)
+
+
+def decode_attention(q, kv, layer, lengths, *, pages: Pages | None = None, **kwargs):
+  """`pallas_kernels.decode.decode_attention`: one query a row over the live slots of a cache, its pages, or both.
+
+  Under a mesh every device reads the whole pool of `pages`.
+  """
+
+  def call(q, kv, layer, lengths, pages):
+    return decode.decode_attention(q, kv, layer, lengths, pages=pages, implementation=_choice.get(), **kwargs)
+
+  def specs(b, k):
+    paged = None if pages is None else Pages(P(), P(None, b, k), P(b, k), None if pages.scales is None else P())
+    return P(b, k), P(None, b, k), P(), P(b, k), paged
+
+  kv_heads = (kv if pages is None else pages.table).shape[2]
+  return _on_shards(call, q.shape[0], kv_heads, specs, P, q, kv, layer, lengths, pages)
 
 
 def prefill_attention(*args):
   """`pallas_kernels.prefill.prefill_attention`: a chunk of queries over keys with first and last visible position."""
-  return prefill.prefill_attention(*args, implementation=_choice.get())
+  call = partial(prefill.prefill_attention, implementation=_choice.get())
+  specs = lambda b, k: (P(b, None, k), P(b, k), P(b, k), P(b), P(b, k), P(b, k))
+  return _on_shards(call, args[0].shape[0], args[1].shape[1], specs, lambda b, k: P(b, None, k), *args)
 
 
-def retrofit_attention(*args):
+def retrofit_attention(q, k, v, bias, window, segment_ids=None):
   """`pallas_kernels.retrofit.retrofit_attention`: causal attention with a bias on keys beyond the window."""
-  return retrofit.retrofit_attention(*args, implementation=_choice.get())
+
+  def call(q, k, v, bias, segment_ids):
+    return retrofit.retrofit_attention(q, k, v, bias, window, segment_ids, implementation=_choice.get())
+
+  tokens = lambda rows, heads: P(rows, None, heads)
+  specs = lambda rows, heads: (*(tokens(rows, heads),) * 3, P(rows, heads), P(rows))
+  return _on_shards(call, q.shape[0], k.shape[2], specs, tokens, q, k, v, bias, segment_ids)

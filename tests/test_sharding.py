@@ -1,4 +1,4 @@
-"""Shardings of every parameter, and a sharded forward pass equal to one device's, in a process with 8 devices."""
+"""Shardings of every parameter; a sharded model and attention equal to one device's, in a process with 8 devices."""
 
 from __future__ import annotations
 
@@ -56,8 +56,47 @@ for name, least in (("smollm2-135m", 0.5), ("llama-3.1-8b", 0.99), ("qwen3-8b", 
 print("equal")
 """
 
+ATTENTION = """
+import jax, jax.numpy as jnp, numpy as np
+from dms_jax.attention import NEVER, decode_attention, prefill_attention, retrofit_attention, row_and_head_axes
+from dms_jax.sharding import make_mesh
+from pallas_kernels.decode import Pages
+rng = np.random.default_rng(0)
+normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+whole = lambda high, *shape: jnp.asarray(rng.integers(0, high, shape), jnp.int32)
+for heads, rows, data, tensor, expected in (
+  (4, 4, 2, 4, (("data",), "tensor")), (3, 8, 2, 4, (("data", "tensor"), None)), (3, 2, 2, 4, (("data",), None)),
+  (2, 3, 2, 2, ((), "tensor")), (3, 5, 2, 2, ((), None)), (4, 4, 1, 1, None),
+):
+  q, k, v = (normal(rows, 9, n, 16) for n in (2 * heads, heads, heads))
+  bias, lengths = normal(rows, heads, 9), whole(8, rows, heads)
+  ids, kv = jnp.sort(whole(3, rows, 9)), normal(2, rows, heads, 7, 32)
+  pages = Pages(normal(11, 4, 32), whole(11, 2, rows, heads, 3), whole(12, rows, heads))
+  first, last = whole(9, rows, heads, 9), jnp.full((rows, heads, 9), NEVER)
+  def run():
+    loss = lambda *a, ids=None: jnp.sum(jnp.sin(retrofit_attention(*a, 3, ids)))
+    return (
+      jax.value_and_grad(loss, (0, 1, 2, 3))(q, k, v, bias),
+      jax.value_and_grad(lambda *a: loss(*a, bias, ids=ids), (0, 1, 2))(q, k, v),
+      retrofit_attention(q, k, v, None, 0, None),
+      decode_attention(q[:, 0], kv, jnp.int32(1), lengths),
+      decode_attention(q[:, 0], kv, 1, lengths, pages=pages, lse=True, mass=True),
+      decode_attention(q[:, 0], None, 1, None, pages=pages, lse=True),
+      prefill_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.broadcast_to(jnp.arange(9), (rows, 9)), first, last),
+    )
+  assert row_and_head_axes(rows, heads) is None
+  want = jax.jit(lambda: run())()
+  with jax.set_mesh(make_mesh(data=data, tensor=tensor)):
+    assert row_and_head_axes(rows, heads) == expected, (rows, heads, row_and_head_axes(rows, heads))
+    got = jax.jit(lambda: run())()
+    assert (str(jax.make_jaxpr(lambda: run())()).count("shard_map") > 0) == (expected is not None)
+  for one, two in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(one, two, rtol=1e-5, atol=2e-5)
+print("equal")
+"""
 
-@pytest.mark.parametrize("program", [FORWARD, TABLES], ids=["forward", "tables"])
+
+@pytest.mark.parametrize("program", [FORWARD, TABLES, ATTENTION], ids=["forward", "tables", "attention"])
 def test_on_eight_devices(program):
   done = subprocess.run(
     [sys.executable, "-c", program], cwd=ROOT, env=EIGHT, capture_output=True, text=True, timeout=300
