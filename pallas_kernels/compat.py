@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
+from pallas_kernels.platform import platform
+
 try:
   from jax.experimental.pallas import mosaic_gpu as plgpu
 except ImportError:  # a jaxlib built without Mosaic GPU
@@ -60,8 +62,8 @@ def require_hopper() -> None:
     raise NotImplementedError(f"jax {jax.__version__} is older than 0.11, the first whose Mosaic GPU is supported")
   if _interpreting.get() or _assumed.get():
     return
-  if jax.default_backend() != "gpu":
-    raise NotImplementedError(f"needs a Hopper GPU, the default device is a {jax.default_backend()}")
+  if platform() != "gpu":
+    raise NotImplementedError(f"needs a Hopper GPU, the default device is a {platform()}")
   capability = str(getattr(jax.devices()[0], "compute_capability", "unknown"))
   if capability.split(".")[0] != "9":
     raise NotImplementedError(f"needs a Hopper GPU (compute capability 9.0), this one has {capability}")

@@ -8,9 +8,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.prefill import xla
+from pallas_kernels.prefill import gpu, tpu, xla
 
-IMPLEMENTATIONS = {"xla": xla.prefill_attention}
+IMPLEMENTATIONS = {"gpu": gpu.prefill_attention, "tpu": tpu.prefill_attention, "xla": xla.prefill_attention}
 NEVER = np.int32(2**30)  # as `k_first`: a slot no query sees; as `k_last`: a key that is never evicted
 
 
@@ -27,7 +27,8 @@ def prefill_attention(
   """Attention in which key j is visible to query i iff `k_first[j] <= q_pos[i] <= k_last[j]`.
 
   A kept key at position p has (p, NEVER), an evicted one (p, p + W), a cached key that all may read (-1, NEVER), a
-  dead slot (NEVER, -1). Queries at negative positions below -1 see nothing and give zeros.
+  dead slot (NEVER, -1). Queries at negative positions below -1 see nothing and give zeros. Keys may stand in any order;
+  the kernels' cost follows what is visible where those that not all queries see are in the order of their positions.
 
   Raises:
     ValueError: shapes that do not fit, or an unknown implementation.

@@ -1,0 +1,115 @@
+"""Which keys each tile of queries visits: what the prefill kernels share, settled in the graph before they start.
+
+Per row and KV head, the keys that any query sees are moved together, in the order they came in:
+
+    [ kept: visible from some query on to the last one | zeros up to a block | band: those that expire before | zeros ]
+
+first among the kept those that every query sees (a cached prefix, wherever it stood). A tile of queries then visits one
+stretch of each part: the kept keys up to its last query, and the band around its own position. Both are found from the
+smallest and largest bounds of `grain` keys at a time, so they hold for keys in any order; keys in the order of their
+positions, as caches have them, make the stretches as short as what is visible.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+NEVER = 2**30  # as the first position: a row that no query sees
+WIDTH = 128  # flags counted by one product
+
+
+class Plan(NamedTuple):
+  """For R rows of gathered keys and `tiles` tiles of queries.
+
+  `source` [B, K, R]: the key that a row holds, S if none. `bounds` [B, K, 2, R]: first and last position that sees it.
+  `ranges` [B, K, tiles, 4]: blocks of kept keys that need no mask; blocks of kept keys; first row of the band; all
+  blocks. Block i >= kept begins at row `start + (i - kept) * block`, an earlier one at `i * block`.
+  """
+
+  source: jax.Array
+  bounds: jax.Array
+  ranges: jax.Array
+
+
+def running_count(flags: Bool[Array, "*batch S"]) -> Int[Array, "*batch S"]:
+  """Flags up to each one, inclusive; S <= 2^24.
+
+  Two products with triangles of ones, which every device does faster than a scan. They are exact in whatever precision
+  it multiplies: the factors are 0, 1 and counts up to 128, the sums float32.
+  """
+  *batch, s = flags.shape
+  blocks = -(-s // WIDTH)
+  x = jnp.pad(flags, [(0, 0)] * len(batch) + [(0, blocks * WIDTH - s)]).reshape(*batch, blocks, WIDTH)
+  inside = jnp.einsum("...bw,wv->...bv", x.astype(jnp.float32), jnp.triu(jnp.ones((WIDTH, WIDTH))))
+  before = jnp.einsum("...b,bc->...c", inside[..., -1], jnp.triu(jnp.ones((blocks, blocks)), 1))
+  counts = inside + before[..., None]
+  return counts.astype(jnp.int32).reshape(*batch, blocks * WIDTH)[..., :s]
+
+
+def make(
+  positions: Int[Array, "B tiles M"],
+  k_first: Int[Array, "B K S"],
+  k_last: Int[Array, "B K S"],
+  *,
+  block: int,
+  grain: int,
+) -> Plan:
+  """Plans visits of `block` keys at a time, beginning at multiples of `grain`, which divides `block`.
+
+  Args:
+    positions: of the queries of each tile; below -1 for padding, which sees nothing.
+    k_first, k_last: as in `api.prefill_attention`.
+  """
+  b, k, s = k_first.shape
+  rows = -(-s // block) * block + 2 * block  # the gap between the parts, and a last block that begins before the end
+  real = positions >= -1
+  low = jnp.min(jnp.where(real, positions, NEVER), axis=-1)  # [B, tiles]
+  high = jnp.max(jnp.where(real, positions, -2), axis=-1)
+  lowest, highest = (x[:, None, None] for x in (low.min(axis=-1), high.max(axis=-1)))
+
+  live = (k_first <= k_last) & (k_first <= highest) & (k_last >= lowest)
+  lasting = live & (k_last >= highest)
+  early = lasting & (k_first <= lowest)
+  counts = running_count(jnp.stack([early, lasting & ~early, live & ~lasting], axis=2))  # [B, K, 3, S]
+  num_early, num_late = counts[:, :, 0, -1:], counts[:, :, 1, -1:]
+  num_kept = num_early + num_late
+  band = (num_kept + (block - 1)) // block * block  # its first row
+  row = jnp.where(early, 0, jnp.where(lasting, num_early, band))
+  row = row + jnp.where(early, counts[:, :, 0], jnp.where(lasting, counts[:, :, 1], counts[:, :, 2])) - 1
+  # Rows past the end are dropped; each key its own, so that the promise of unique ones holds.
+  index = jnp.arange(s, dtype=jnp.int32)
+  row = jnp.where(live, row, rows + index)
+  pair = jnp.arange(b)[:, None, None], jnp.arange(k)[:, None]
+  source = jnp.full((b, k, rows), s, jnp.int32).at[*pair, row].set(index, mode="drop", unique_indices=True)
+  first, last = _take(k_first, source, NEVER), _take(k_last, source, -1)
+
+  grains = rows // grain
+  split = lambda x: x.reshape(b, k, 1, grains, grain)
+  first_low, first_high, last_high = split(first).min(-1), split(first).max(-1), split(last).max(-1)
+  number = jnp.arange(grains, dtype=jnp.int32)
+  low, high = low[:, None, :, None], high[:, None, :, None]
+  kept = number * grain < num_kept[:, :, None]  # [B, K, 1, grains]
+  begun = first_low <= high  # [B, K, tiles, grains]
+  kept_stop = jnp.max(jnp.where(kept & begun, number + 1, 0), axis=-1) * grain
+  whole = jnp.min(jnp.where(kept & (first_high <= low), grains, number), axis=-1) * grain
+  in_band = ~kept & begun & (last_high >= low)
+  start = jnp.min(jnp.where(in_band, number, grains), axis=-1) * grain
+  stop = jnp.max(jnp.where(in_band, number + 1, 0), axis=-1) * grain
+  kept_blocks = (kept_stop + (block - 1)) // block
+  whole_blocks = jnp.minimum(whole // block, kept_blocks)
+  band_blocks = (jnp.maximum(stop - start, 0) + (block - 1)) // block
+  ranges = jnp.stack([whole_blocks, kept_blocks, jnp.where(band_blocks > 0, start, 0), kept_blocks + band_blocks], -1)
+  return Plan(source, jnp.stack([first, last], axis=2), ranges.astype(jnp.int32))
+
+
+def _take(x, source, fill):
+  return jax.vmap(jax.vmap(lambda x, i: x.at[i].get(mode="fill", fill_value=fill)))(x, source)
+
+
+def gather(x: Float[Array, "B K S H"], source: Int[Array, "B K R"]) -> Float[Array, "B K R H"]:
+  """Rows of keys or values in the order of the plan, zeros where it holds none: dead keys may be NaN."""
+  return _take(x, source, 0)

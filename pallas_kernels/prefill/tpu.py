@@ -1,0 +1,191 @@
+"""Prefill attention on TPUs with Pallas Mosaic.
+
+The keys that any query sees are gathered first (`plan`), keys and values side by side in rows of 2H, so that far blocks
+are dense. A KV head's queries, those of all its query heads, are rows of one matrix; the grid steps over its tiles. The
+gathered rows stay in HBM: a step copies the blocks that its tile visits to its memory itself, the next one while it
+computes with one, and the next tile's first while it computes with its last. Blocks that all queries of a tile see come
+first and are not masked; in the others, at the diagonal and in the band, each pair is tested.
+
+With H = 64 both products take the whole row of 128: the query is 0 beside the value, and the sum beside the key is not
+used. A matrix unit is 128 wide anyway, and nothing moves across lanes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import compat_tpu
+from pallas_kernels.prefill import plan as planning
+
+LOG2E = math.log2(math.e)
+# A finite stand-in for -inf as the running maximum of a row that has seen no key: exp2(-inf - NEVER) is 0, not NaN.
+NEVER = -1e30
+LANES = 128
+WHOLE, KEPT, START, STOP = range(4)  # of a plan's ranges
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+  """`q` rows of queries a tile, `kv` keys a block; both multiples of 128."""
+
+  q: int
+  kv: int
+
+  def __post_init__(self):
+    if self.q % LANES or self.kv % LANES:
+      raise ValueError(f"q {self.q} and kv {self.kv} must be multiples of {LANES}")
+
+
+def default_blocks(rows: int, slots: int) -> Blocks:
+  """512 of each, fewer where there are not so many: large enough that the scores' sums, one a row and block, and the
+  loop do not count, and small beside a core's 16 MiB."""
+  upper = lambda x: -(-x // LANES) * LANES
+  return Blocks(min(512, upper(rows)), min(512, upper(slots)))
+
+
+def prefill_attention(q, keys, values, q_pos, k_first, k_last, *, blocks: Blocks | None = None):
+  """See `api.prefill_attention`; bfloat16 or float32, head size 64 or 128.
+
+  Raises:
+    NotImplementedError: another device, dtype or head size.
+  """
+  compat_tpu.require_tpu()
+  _, t, n, h = q.shape
+  k, s = keys.shape[1:3]
+  if not (q.dtype == keys.dtype == values.dtype and q.dtype in (jnp.bfloat16, jnp.float32)):
+    raise NotImplementedError(
+      f"q, keys, values must all be bfloat16 or all float32, not {q.dtype}, {keys.dtype}, {values.dtype}"
+    )
+  if h not in (64, 128):
+    raise NotImplementedError(f"head size {h}: only 64 and 128")
+  blocks = blocks or default_blocks(t * (n // k), s)
+  return _attend(blocks, q, keys, values, q_pos, k_first, k_last)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _attend(blocks: Blocks, q, keys, values, q_pos, k_first, k_last):
+  b, t, n, h = q.shape
+  k = keys.shape[1]
+  group = n // k
+  pad = -(t * group) % blocks.q
+  # Rows of a KV head: its query heads' queries at one position, then those at the next.
+  rows = jnp.moveaxis(q.reshape(b, t, k, group, h), 1, 2).reshape(b, k, t * group, h)
+  rows = jnp.pad(rows, ((0, 0), (0, 0), (0, pad), (0, LANES - h)))
+  positions = jnp.pad(jnp.repeat(q_pos.astype(jnp.int32), group, axis=1), ((0, 0), (0, pad)), constant_values=-2)
+  positions = positions.reshape(b, -1, blocks.q)
+  plan = planning.make(positions, k_first, k_last, block=blocks.kv, grain=LANES)
+  kv = planning.gather(jnp.concatenate([keys, values], axis=-1), plan.source)
+  out = _call(blocks, h, rows, kv, positions[:, :, None], plan.bounds, jnp.swapaxes(plan.ranges, 2, 3))
+  out = out[:, :, : t * group, LANES - h :].reshape(b, k, t, group, h)
+  return jnp.moveaxis(out, 2, 1).reshape(b, t, n, h)
+
+
+def _call(blocks: Blocks, h: int, q, kv, positions, bounds, ranges):
+  """q [B, K, tiles * M, 128], kv [B, K, R, 2H], positions [B, tiles, 1, M]; bounds and ranges: see `Plan`, the ranges
+  with the tiles last. Returns [B, K, tiles * M, 128], the output in the last H lanes."""
+  b, k, _, _ = q.shape
+  tiles, _, size = positions.shape[1:]
+  block, width = blocks.kv, kv.shape[3]
+  dtype = q.dtype
+  scale = h**-0.5 * LOG2E  # scores in units of log 2
+  precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
+  dot = functools.partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
+  i32 = jnp.int32
+
+  def body(ranges_ref, positions_ref, q_ref, kv_ref, bounds_ref, out_ref, *scratch):
+    kv_buffer, bounds_buffer, ready, column, acc, top, total, ahead = scratch
+    batch, head, tile = (pl.program_id(i) for i in range(3))
+    following = jnp.minimum(tile + 1, tiles - 1)
+    whole, stop = ranges_ref[WHOLE, tile], ranges_ref[STOP, tile]
+    more = (tile + 1 < tiles) & (ranges_ref[STOP, following] > 0)
+
+    def copies(tile, i, slot):
+      """Of a tile's i-th block and of its keys' bounds."""
+      kept, start = ranges_ref[KEPT, tile], ranges_ref[START, tile]
+      first = jnp.where(i < kept, i * block, start + (i - kept) * block)
+      here = pl.ds(pl.multiple_of(first, LANES), block)
+      return (
+        pltpu.make_async_copy(kv_ref.at[batch, head, here], kv_buffer.at[slot], ready.at[slot, 0]),
+        pltpu.make_async_copy(bounds_ref.at[batch, head, :, here], bounds_buffer.at[slot], ready.at[slot, 1]),
+      )
+
+    def load(tile, i, slot):
+      for copy in copies(tile, i, slot):
+        copy.start()
+
+    @pl.when(tile == 0)
+    def _():
+      ahead[0], ahead[1] = i32(0), i32(0)
+
+    offset = ahead[0]  # the slot of this tile's first block
+    pl.when((stop > 0) & (ahead[1] == 0))(lambda: load(tile, i32(0), offset))
+
+    column[...] = jnp.broadcast_to(positions_ref[...], (LANES, size)).T[:, :1]
+    acc[...] = jnp.zeros_like(acc)
+    top[...] = jnp.full_like(top, NEVER)
+    total[...] = jnp.zeros_like(total)
+
+    def step(i, _, masked):
+      slot = lax.rem(offset + i, i32(2))
+      last = i + 1 == stop
+      pl.when(~last | more)(
+        lambda: load(jnp.where(last, following, tile), jnp.where(last, 0, i + 1), lax.rem(slot + 1, i32(2)))
+      )
+      for copy in copies(tile, i, slot):
+        copy.wait()
+      keys, values = kv_buffer[slot, :, :LANES], kv_buffer[slot, :, width - LANES :]
+      s = dot(q_ref[...], keys, (((1,), (1,)), ((), ()))) * scale
+      if masked:
+        first, end = bounds_buffer[slot, :1], bounds_buffer[slot, 1:]
+        s = jnp.where((first <= column[...]) & (column[...] <= end), s, -jnp.inf)
+      new_top = jnp.maximum(top[...], s.max(axis=1, keepdims=True))
+      p = jnp.exp2(s - new_top)
+      shrink = jnp.exp2(top[...] - new_top)
+      total[...] = total[...] * shrink + p.sum(axis=1, keepdims=True)
+      acc[...] = acc[...] * shrink + dot(p.astype(dtype), values, (((1,), (0,)), ((), ())))
+      top[...] = new_top
+      return 0
+
+    lax.fori_loop(0, whole, functools.partial(step, masked=False), 0)
+    lax.fori_loop(whole, stop, functools.partial(step, masked=True), 0)
+    ahead[0] = lax.rem(offset + stop, i32(2))
+    ahead[1] = ((stop > 0) & more).astype(i32)
+
+    # Padding, which took part in the blocks without a mask, and rows that saw nothing give zeros.
+    real = (column[...] >= -1) & (total[...] > 0.0)
+    out_ref[...] = jnp.where(real, acc[...] / jnp.where(real, total[...], 1.0), 0.0).astype(dtype)
+
+  tile_of = lambda rows, width: pl.BlockSpec((None, None, rows, width), lambda b, k, i: (b, k, i, 0))
+  return pl.pallas_call(
+    body,
+    out_shape=jax.ShapeDtypeStruct(q.shape, dtype),
+    grid=(b, k, tiles),
+    in_specs=[
+      pl.BlockSpec((None, None, 4, tiles), lambda b, k, i: (b, k, 0, 0), memory_space=pltpu.SMEM),
+      pl.BlockSpec((None, None, 1, size), lambda b, k, i: (b, i, 0, 0)),
+      tile_of(size, LANES),
+      pl.BlockSpec(memory_space=pl.ANY),
+      pl.BlockSpec(memory_space=pl.ANY),
+    ],
+    out_specs=tile_of(size, LANES),
+    scratch_shapes=[
+      pltpu.VMEM((2, block, width), dtype),
+      pltpu.VMEM((2, 2, block), i32),
+      pltpu.SemaphoreType.DMA((2, 2)),
+      pltpu.VMEM((size, 1), i32),
+      pltpu.VMEM((size, LANES), jnp.float32),
+      pltpu.VMEM((size, 1), jnp.float32),
+      pltpu.VMEM((size, 1), jnp.float32),
+      pltpu.SMEM((2,), i32),
+    ],
+    compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+    name=f"prefill_{size}x{block}",
+  )(ranges, positions, q, kv, bounds)
