@@ -24,13 +24,12 @@ from orbax.checkpoint import v1 as ocp
 
 from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig, from_json, read_json, to_json
 from dms_jax.model import Model
-from dms_jax.params import Params, ParamSpec, flatten, join_params, param_table, unflatten
+from dms_jax.params import GROUPS, Params, ParamSpec, flatten, join_params, param_table, unflatten
 from dms_jax.tokenizer import Tokenizer
 
 CONFIG = "config.json"
 PARAMS = "params"
 FORMAT = 1
-GROUPS = ("base", "gate", "lora")
 
 
 def save(

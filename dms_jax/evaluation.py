@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from dms_jax import masks
+from dms_jax.metrics import achieved_cr
 from dms_jax.model import Eviction, Model, forward, unembed
 from dms_jax.retrofit.losses import kl_divergence
 
@@ -100,6 +101,6 @@ def text_quality(
     result["kl"] = totals["kl"] / scored
   if held:
     all_held = np.concatenate(held, axis=1)  # [L, chunks, K]
-    result["achieved_cr"] = float(length / all_held.mean())
+    result["achieved_cr"] = float(achieved_cr(all_held, np.full(chunks, length)))
     result["held_per_head"] = all_held.mean(axis=1)
   return result

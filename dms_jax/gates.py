@@ -35,8 +35,15 @@ def gate_logits(
   return dms.scale * raw - dms.offset
 
 
-def clear_neuron(config: ModelConfig, q: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
-  """Sets the borrowed channel (last of each group's first query head) to 0; done before and again after RoPE."""
+def clear_neuron(
+  config: ModelConfig, q: Float[Array, "B T N H"], kept: Float[Array, ""] | None = None
+) -> Float[Array, "B T N H"]:
+  """Sets the borrowed channel (last of each group's first query head) to 0; done before and again after RoPE.
+
+  Args:
+    kept: while a retrofit fades it out, the factor it is multiplied by instead.
+  """
   heads = jnp.arange(config.num_heads) % config.group_size == 0
   channel = jnp.arange(config.head_dim) == config.head_dim - 1
-  return jnp.where(heads[:, None] & channel, jnp.zeros((), q.dtype), q)
+  rest = jnp.zeros((), q.dtype) if kept is None else q * kept.astype(q.dtype)
+  return jnp.where(heads[:, None] & channel, rest, q)

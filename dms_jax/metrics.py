@@ -19,6 +19,20 @@ from jaxtyping import Array, Int
 from dms_jax.cache.base import Seen
 
 
+def held_share(held, seen):
+  """Mean over rows, layers and heads of tokens held / tokens seen.
+
+  Args:
+    held: [L, B, K] tokens held, numpy or JAX. seen: [B], tokens each row has seen, at least 1.
+  """
+  return (held / seen[:, None]).mean()
+
+
+def achieved_cr(held, seen):
+  """Tokens seen over tokens held: 1 / `held_share`."""
+  return 1 / held_share(held, seen)
+
+
 @struct.dataclass
 class Counts:
   """Raw counts of one compiled call, int32. `live` and `reads` [L, B, K]: held after it, read by all of it; `held`
@@ -83,10 +97,9 @@ class Metrics:
 
   @property
   def achieved_cr(self) -> float:
-    """1 / mean over rows, layers and heads of held / seen, at T = `seen`; nan before the first token."""
+    """`achieved_cr` of the rows that have begun, at T = `seen`; nan before the first token."""
     started = self.seen > 0
-    held = self.live[:, started] / self.seen[started][:, None]
-    return float(1 / held.mean()) if held.size else math.nan
+    return float(achieved_cr(self.live[:, started], self.seen[started])) if started.any() else math.nan
 
   @property
   def kv_reads(self) -> float:

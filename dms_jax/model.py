@@ -69,7 +69,7 @@ class Model:
 Attend = Callable[..., tuple[Array, Any, Any]]
 
 
-def _attention_inputs(model: Model, layer: dict, x: Array, rope: tuple[Array, Array]):
+def _attention_inputs(model: Model, layer: dict, x: Array, rope: tuple[Array, Array], neuron_kept: Array | None):
   """Queries, keys, values after RoPE [B, T, heads, H], and gate logits float32 [B, K, T] (None without gates)."""
   c, dms = model.config, model.dms
   neuron = dms is not None and dms.gate == "neuron"
@@ -85,12 +85,14 @@ def _attention_inputs(model: Model, layer: dict, x: Array, rope: tuple[Array, Ar
   logits = None if dms is None else gate_logits(c, dms, layer, x, q)
   q = q.astype(x.dtype)
   if neuron:
-    q = clear_neuron(c, q)
+    q = clear_neuron(c, q, neuron_kept)
   q, k = apply_rope(q, rope), apply_rope(k, rope)
-  return (clear_neuron(c, q) if neuron else q), k, v, logits
+  return (clear_neuron(c, q, neuron_kept) if neuron else q), k, v, logits
 
 
-def _run_layers(model: Model, x: Array, positions: Array, attend: Attend, carry=None, xs=None, remat: bool = False):
+def _run_layers(
+  model: Model, x: Array, positions: Array, attend: Attend, carry=None, xs=None, remat: bool = False, neuron_kept=None
+):
   """Runs all layers; returns (x, carry, ys) with ys stacked [L, ...]."""
   rope = rope_tables(model.config, positions)
   scale = model.lora.scale if model.lora else 0.0
@@ -98,7 +100,7 @@ def _run_layers(model: Model, x: Array, positions: Array, attend: Attend, carry=
   def body(state, inputs):
     x, carry = state
     index, layer, x_l = inputs
-    q, k, v, logits = _attention_inputs(model, layer, x, rope)
+    q, k, v, logits = _attention_inputs(model, layer, x, rope, neuron_kept)
     attended, carry, ys = attend(carry, index, x_l, q, k, v, logits)
     x = x + project(attended, layer, "o_proj", 2, lora_scale=scale)
     x = x + mlp(layer, rms_norm(x, layer["mlp_norm"], model.config.rms_norm_eps), scale)
@@ -159,6 +161,7 @@ def forward(
   segment_ids: Int[Array, "B T"] | None = None,
   eviction: Eviction | None = None,
   remat: bool = False,
+  neuron_kept: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "L B K T"] | None]:
   """The whole text at once, without a cache: training, evaluation and the oracle of everything cached.
 
@@ -167,6 +170,7 @@ def forward(
     segment_ids: documents (or padding, as a segment of its own) that never see each other, in contiguous runs.
     eviction: None leaves everything visible (the neuron gate's channel is cleared all the same).
     remat: recompute layers in the backward pass.
+    neuron_kept: what is left of the neuron gate's channel while a retrofit fades it out, 1 to 0; None: nothing.
 
   Returns:
     Hidden states before the final norm (see `unembed`), and z: what decides, float32, indexed by the token that
@@ -197,7 +201,7 @@ def forward(
       bias = masks.hard_bias(masks.about_key(z > eviction.threshold, dms.lag(window), False))
     return retrofit_attention(q, k, v, bias, window, segment_ids), carry, z
 
-  x, _, z = _run_layers(model, embed(model, tokens), positions, attend, xs=noise, remat=remat)
+  x, _, z = _run_layers(model, embed(model, tokens), positions, attend, None, noise, remat, neuron_kept)
   return x, z
 
 
@@ -232,24 +236,48 @@ def cached_forward(
 
   Args:
     tokens: right-padded; row b's first `lengths[b]` are real, 0 leaves the row untouched.
-    imposed: decisions to use instead of the gates', by the token that computes them; to compare precisions.
+    imposed: decisions to use instead of the policy's, by the token that computes them; to compare precisions.
 
   Returns:
     The output, and the cache with these tokens in it. A row without room is left untouched and reported.
+
+  Raises:
+    ValueError: the cache was made for another policy.
   """
+  if policy.scored and tokens.shape[1] > 1:
+    return _one_by_one(model, policy, cache, tokens, lengths, imposed)
   plan = cache.plan(policy, lengths, tokens.shape[1])
-  shape = (tokens.shape[0], model.config.num_kv_heads, tokens.shape[1])
   positions = plan.seen[:, None] + jnp.arange(tokens.shape[1])
+  heads = (tokens.shape[0], model.config.num_kv_heads, tokens.shape[1])
+  about = jnp.broadcast_to((positions - cache.shift)[:, None], heads)
 
-  def attend(kv, index, xs, q, k, v, logits):
+  def attend(big, index, xs, q, k, v, logits):
     state, forced = xs
-    evict = policy.decide(logits, shape) if forced is None else forced
-    out, kv, state, seen = cache.attend(plan, policy, index, kv, state, q, k, v, evict)
-    return out, kv, (state, seen, logits)
+    evict = policy.decide(logits, index, about) if forced is None else forced
+    out, big, state, seen = cache.attend(plan, policy, index, big, state, q, k, v, evict)
+    return out, big, (state, seen, logits)
 
-  x = embed(model, tokens)
-  x, kv, (states, seen, logits) = _run_layers(model, x, positions, attend, cache.kv, (cache.layer_state(), imposed))
-  return StepOutput(x, seen, logits, plan.lengths, plan.stalled), cache.commit(plan, kv, states)
+  xs = cache.layer_state(), imposed
+  x, big, (states, seen, logits) = _run_layers(model, embed(model, tokens), positions, attend, cache.carried(), xs)
+  return StepOutput(x, seen, logits, plan.lengths, plan.stalled), cache.commit(plan, big, states)
+
+
+def _one_by_one(model: Model, policy: Policy, cache: Cache, tokens: Array, lengths: Array, imposed: Array | None):
+  """`cached_forward` of a chunk for a policy whose decisions depend on every step before: a loop in the graph."""
+  stalled = lengths > cache.room(policy)
+  lengths = jnp.where(stalled, 0, lengths)
+
+  def step(cache, inputs):
+    index, token, forced = inputs
+    forced = None if forced is None else forced[..., None]
+    out, cache = cached_forward(model, policy, cache, token[:, None], (index < lengths).astype(jnp.int32), forced)
+    return cache, out
+
+  forced = None if imposed is None else jnp.moveaxis(imposed, -1, 0)
+  cache, out = lax.scan(step, cache, (jnp.arange(tokens.shape[1]), tokens.T, forced))
+  logits = None if out.logits is None else jnp.moveaxis(out.logits[..., 0], 0, -1)
+  seen = Seen(out.seen.live[-1], jnp.sum(out.seen.reads, axis=0))
+  return StepOutput(jnp.moveaxis(out.hidden[:, :, 0], 0, 1), seen, logits, lengths, stalled), cache
 
 
 def last_logits(model: Model, output: StepOutput) -> Float[Array, "B V"]:
@@ -259,20 +287,16 @@ def last_logits(model: Model, output: StepOutput) -> Float[Array, "B V"]:
 
 
 def check_policy(model: Model, policy: Policy) -> Policy:
-  """`policy` with its window filled in from the model where it was left open.
+  """`policy` with its window filled in where it was left open.
 
   Raises:
-    ValueError: the policy needs gates that the model does not have.
+    ValueError: the policy needs gates that the model does not have, or its numbers make no sense.
   """
   if policy.uses_gates and model.dms is None:
     raise ValueError(
       f"{type(policy).__name__} needs eviction gates and this model has none: load a retrofit, or use dms_jax.Vanilla()"
     )
-  if policy.window is None:
-    policy = policy.replace(window=model.dms.window)
-  if policy.window < 0:
-    raise ValueError(f"policy window={policy.window} must be 0 or more tokens")
-  return policy
+  return policy.settled(model.dms.window if model.dms is not None else None)
 
 
 def model_shift(model: Model, window: int | None = None) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig
 
 Params = dict[str, Any]  # {"embed": [V, D], "layers": {name: [L, ...]}, "final_norm": [D], ("lm_head": [V, D])}
 Group = Literal["base", "gate", "lora"]
+GROUPS: tuple[Group, ...] = get_args(Group)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 
 import jax
@@ -22,6 +24,10 @@ from tests.test_goldens import load as load_golden
 FLOAT32 = RetrofitConfig(compute_dtype="float32", teacher="same", seq_len=24, batch_size=2)
 
 
+quick_loss = jax.jit(loss_fn, static_argnames=("config",), compiler_options=tiny.QUICK)
+quick_forward = jax.jit(forward, compiler_options=tiny.QUICK)
+
+
 def log_softmax(x):
   x = np.asarray(x, np.float64)
   x = x - x.max(axis=-1, keepdims=True)
@@ -40,7 +46,8 @@ def test_golden_step(kind):
     teacher = model.replace(params=jax.lax.stop_gradient(params))
     return loss_fn(student, teacher, batch, jnp.asarray(g["train_noise"]), cr, FLOAT32)
 
-  (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(model.params)
+  run = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=tiny.QUICK)
+  (_, metrics), grads = run(model.params)
   assert abs(metrics["kl"] - g["train_distil_loss"]) < 1e-7
   assert abs(metrics["compression_loss"] - g["train_dms_loss"]) < 1e-7
   assert abs(metrics["evicted_fraction"] - g["train_frac_closed"]) < 1e-7
@@ -65,23 +72,54 @@ def test_kl_direction(direction):
   np.testing.assert_allclose(losses.kl_divergence(s, t, direction), want, atol=1e-6)
 
 
-def test_distillation_loss_is_chunked_exactly():
-  """Any chunk size, and a mask, give the mean of the whole; so do the gradients."""
-  keys = jax.random.split(jax.random.key(0), 4)
-  student, teacher = (jax.random.normal(k, (2, 7, 5)) for k in keys[:2])
-  heads = [jax.random.normal(k, (13, 5)) for k in keys[2:]]
-  mask = jnp.asarray(np.random.default_rng(0).random((2, 7)) < 0.7)
+@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "lm"])
+def test_vocabulary_loss_is_chunked_exactly(kind):
+  """Any chunks of positions and words, and a mask, give the mean of whole logits; so do both gradients.
 
-  def whole(student):
-    kl = losses.kl_divergence(student @ heads[0].T, teacher @ heads[1].T, "reverse")
-    return jnp.sum(jnp.where(mask, kl, 0.0)) / mask.sum().astype(jnp.float32)
+  Logits up to +-60, so that a sum without a running maximum would overflow. Tolerance: float32 sums in another order.
+  """
+  rng = np.random.default_rng(0)
+  normal = lambda *shape, scale=1.0: jnp.asarray(scale * rng.normal(size=shape), jnp.float32)
+  student, teacher, heads = normal(2, 7, 5, scale=5.0), normal(2, 7, 5, scale=5.0), [normal(300, 5), normal(300, 5)]
+  mask, targets = jnp.asarray(rng.random((2, 7)) < 0.7), jnp.asarray(rng.integers(0, 300, (2, 7)), jnp.int32)
 
-  want, want_grad = jax.value_and_grad(whole)(student)
-  for chunk in (1, 4, 14, 100):
-    fn = lambda s, chunk=chunk: losses.distillation_loss(s, teacher, *heads, mask, chunk=chunk)
-    got, grad = jax.value_and_grad(fn)(student)
-    np.testing.assert_allclose(got, want, rtol=1e-5)
-    np.testing.assert_allclose(grad, want_grad, atol=1e-6)
+  def whole(student, head):
+    logits = jnp.einsum("btd,vd->btv", student, head, precision="highest")
+    original = jnp.einsum("btd,vd->btv", teacher, heads[1], precision="highest")
+    if kind == "lm":
+      each = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+    else:
+      each = losses.kl_divergence(logits, original, kind.removesuffix("_kl"))
+    return jnp.sum(jnp.where(mask, each, 0.0)) / mask.sum().astype(jnp.float32)
+
+  against = {"targets": targets} if kind == "lm" else {"teacher": teacher, "teacher_head": heads[1]}
+  want, (want_x, want_head) = jax.value_and_grad(whole, argnums=(0, 1))(student, heads[0])
+  for chunk, words in ((4, 128), (14, 100), (100, 10_000)):
+    fn = functools.partial(losses.vocabulary_loss, kind, mask=mask, **against, chunk=chunk, vocab_chunk=words)
+    fn = jax.jit(jax.value_and_grad(fn, argnums=(0, 1)), compiler_options=tiny.QUICK)
+    got, (x, head) = fn(student, heads[0])
+    np.testing.assert_allclose(got, want, rtol=2e-6)
+    np.testing.assert_allclose(x, want_x, atol=3e-6 * np.abs(want_x).max())
+    np.testing.assert_allclose(head, want_head, atol=3e-6 * np.abs(want_head).max())
+  frozen = lambda head: losses.vocabulary_loss(kind, student, head, mask, **against, train_head=False)
+  assert not np.any(jax.grad(frozen)(heads[0]))
+
+
+def test_logits_of_a_large_vocabulary_never_stand_whole():
+  """128K words: loss and gradients need less than a tenth of what the logits of one chunk of positions take."""
+  words, positions, chunk, width = 128256, 256, 64, 8
+  shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
+
+  def loss(x, head, teacher, teacher_head, mask):
+    return losses.vocabulary_loss(
+      "reverse_kl", x, head, mask, teacher=teacher, teacher_head=teacher_head, chunk=chunk, vocab_chunk=2048
+    )
+
+  x, head = shape(1, positions, width), shape(words, width)
+  args = (x, head, x, head, jax.ShapeDtypeStruct((1, positions), jnp.bool_))
+  compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*args).compile()
+  gradient = 4 * words * width  # of the head, accumulated
+  assert compiled.memory_analysis().temp_size_in_bytes < 2 * gradient + 4 * words * chunk / 10
 
 
 def test_compression_loss_is_one_sided_per_row():
@@ -101,10 +139,10 @@ def test_hard_decisions_carry_the_sigmoid_gradient():
 
 def numpy_losses(model, batch, noise, cr, config):
   """Both losses in plain numpy from the model's states and z."""
-  hidden, z = forward(
+  hidden, z = quick_forward(
     model, batch.tokens, segment_ids=batch.segment_ids, eviction=Eviction(noise=noise, tau=config.tau)
   )
-  teacher, _ = forward(model, batch.tokens, segment_ids=batch.segment_ids)
+  teacher, _ = quick_forward(model, batch.tokens, segment_ids=batch.segment_ids)
   head = np.asarray(model.params["embed" if model.config.tie_embeddings else "lm_head"], np.float64)
   s, t = (
     log_softmax(np.asarray(rms_norm(h, model.params["final_norm"], model.config.rms_norm_eps), np.float64) @ head.T)
@@ -131,7 +169,7 @@ def test_losses_with_eos_padding_and_packing(gate, granularity):
   batch = Batch(tokens, jnp.asarray(ids))
   noise = logistic_noise(jax.random.key(1), (cfg.num_layers, 3, cfg.num_kv_heads, 24))
   for cr in (1.2, 8.0):  # below and above what the random gates evict
-    _, metrics = loss_fn(model, model, batch, noise, jnp.float32(cr), FLOAT32)
+    _, metrics = quick_loss(model, model, batch, noise, jnp.float32(cr), FLOAT32)
     kl, compression = numpy_losses(model, batch, noise, cr, FLOAT32)
     np.testing.assert_allclose(metrics["kl"], kl, rtol=1e-4)
     np.testing.assert_allclose(metrics["compression_loss"], compression, atol=1e-6)
@@ -143,7 +181,7 @@ def test_packed_documents_train_as_if_alone():
   tokens = tiny.tokens(model.config, 1, 20)
   ids = jnp.asarray([[1] * 8 + [2] * 12], jnp.int32)
   noise = logistic_noise(jax.random.key(0), (2, 1, 2, 20))
-  run = lambda t, n, ids=None: forward(model, t, segment_ids=ids, eviction=Eviction(noise=n))[0]
+  run = lambda t, n, ids=None: quick_forward(model, t, segment_ids=ids, eviction=Eviction(noise=n))[0]
   packed = run(tokens, noise, ids)
   np.testing.assert_allclose(packed[:, :8], run(tokens[:, :8], noise[..., :8]), atol=1e-5)
   np.testing.assert_allclose(packed[:, 8:], run(tokens[:, 8:], noise[..., 8:]), atol=1e-5)
@@ -208,6 +246,10 @@ def test_microbatches_accumulate_the_mean_gradient():
 
 def test_schedules():
   config = RetrofitConfig(steps=1000, steps_per_cr=100, final_cr=8.0, warmup_steps=10, decay_steps=100)
+  faded = dataclasses.replace(config, fade_steps=40)
+  assert [float(schedule.target_cr(faded, s)) for s in (0, 40, 90, 340)] == [1.0, 1.0, 1.5, 4.0]
+  np.testing.assert_allclose([schedule.neuron_kept(faded, s) for s in (0, 10, 40)], [1.0, 0.75, 0.0])
+  assert schedule.step_of_cr(faded, 4) == 340
   assert [float(schedule.target_cr(config, s)) for s in (0, 50, 300, 700, 999)] == [1.0, 1.5, 4.0, 8.0, 8.0]
   assert schedule.step_of_cr(config, 4) == 300
   rate = schedule.learning_rate(config)

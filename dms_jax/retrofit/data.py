@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,6 +113,10 @@ class Packer:
     self.sources, self.config, self.weights = sources, config, weights / weights.sum()
     # Where no row can hold two documents, attention need not compare segments.
     self.separate = data.separate_documents and any(s.document[-1] > 1 for s in sources)
+
+  def fingerprints(self) -> dict[str, str]:
+    """What each source holds, by its name: a resumed run must find the same."""
+    return {s.name: f"{len(s.tokens)} tokens, CRC-32 {zlib.crc32(s.tokens.tobytes()):08x}" for s in self.sources}
 
   def row(self, number: int) -> tuple[np.ndarray, np.ndarray]:
     """(tokens, segment ids from 1) of row `number`, int32 [T] each."""

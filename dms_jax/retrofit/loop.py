@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,25 @@ from dms_jax.config import DMSConfig, LoRAConfig, read_json, to_json
 from dms_jax.model import Model
 from dms_jax.params import Params, join_params, param_table, split_params
 from dms_jax.retrofit import schedule
-from dms_jax.retrofit.config import DataConfig, RetrofitConfig
+from dms_jax.retrofit.config import DataConfig, RetrofitConfig, check
 from dms_jax.retrofit.data import Packer
-from dms_jax.retrofit.step import TrainState, init_retrofit, init_state, split_trained, train_step
+from dms_jax.retrofit.step import (
+  TrainState,
+  cast_trained,
+  init_retrofit,
+  init_state,
+  split_trained,
+  train_step,
+  zero_neuron,
+)
 
 LOG = "log.jsonl"
 RUN = "run.json"
+STATE = "state"
+
+
+class Preempted(Exception):
+  """The run was asked to stop and has saved its state; the same command goes on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,17 +54,28 @@ class Run:
   data: DataConfig
   directory: Path
 
+  def settings(self, packer: Packer) -> dict[str, dict]:
+    """What makes this run the run it is, as run.json holds it."""
+    return {
+      "model": to_json(self.base.config), "dms": to_json(self.dms), "lora": to_json(self.lora),
+      "retrofit": to_json(self.config), "data": to_json(self.data), "text": packer.fingerprints(),
+    }  # fmt: skip
+
 
 def prepare(base: Model, dms: DMSConfig, lora: LoRAConfig, config: RetrofitConfig) -> tuple[Model, Model, Params]:
   """(student without what is trained, teacher, what is trained).
 
   Frozen weights are in the compute dtype; what is trained starts as stored, or fresh where the base has none.
+
+  Raises:
+    ValueError: settings that do not go together (`config.check`).
   """
+  check(dms, lora, config)
   dtype = jnp.dtype(config.compute_dtype)
   cast = lambda params: jax.tree.map(lambda x: x.astype(dtype), params)
   table = param_table(base.config)
   base = base.replace(params=split_params(base.params, lambda path: path in table)[0], dms=None, lora=None)
-  student = base.replace(dms=dms, lora=lora if lora.rank and config.trainable == "lora" else None)
+  student = base.replace(dms=dms, lora=lora if config.trainable == "lora" else None)
   fresh = init_retrofit(student, jax.random.key(config.seed), jnp.float32)
   student = student.replace(params=join_params(student.params, fresh))
   trained, frozen = split_trained(student, config.trainable)
@@ -59,14 +85,12 @@ def prepare(base: Model, dms: DMSConfig, lora: LoRAConfig, config: RetrofitConfi
   return student.replace(params=join_params(cast(frozen), teacher.params)), teacher, trained  # one copy serves both
 
 
-def _claim_directory(directory: Path, settings: dict) -> None:
+def _claim_directory(directory: Path, settings: dict[str, dict]) -> None:
   """Writes run.json, or checks that the run found there has the same settings."""
   path = directory / RUN
   if not path.exists():
     directory.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(settings, indent=1))
-    os.replace(part, path)
+    _replace(path, json.dumps(settings, indent=1))
     return
   found = read_json(path)
   differ = [
@@ -77,6 +101,16 @@ def _claim_directory(directory: Path, settings: dict) -> None:
   ]
   if differ:
     raise ValueError(f"{directory} holds a run with other settings ({'; '.join(differ)}); choose another --output")
+
+
+def _replace(path: Path, text: str) -> None:
+  """Writes a small file whole or not at all."""
+  part = path.with_suffix(".part")
+  try:
+    part.write_text(text)
+    os.replace(part, path)
+  finally:
+    part.unlink(missing_ok=True)
 
 
 def _trim_log(path: Path, step: int) -> None:
@@ -90,9 +124,7 @@ def _trim_log(path: Path, step: int) -> None:
         kept.append(line + "\n")
     except (json.JSONDecodeError, KeyError):
       continue
-  part = path.with_suffix(".part")
-  part.write_text("".join(kept))
-  os.replace(part, path)
+  _replace(path, "".join(kept))
 
 
 def _last_line(path: Path) -> dict:
@@ -100,15 +132,50 @@ def _last_line(path: Path) -> dict:
   return json.loads(lines[-1]) if lines else {}
 
 
-def export(student: Model, state: TrainState, config: RetrofitConfig, path: Path, tokenizer=None, **metadata) -> None:
-  """Writes what was trained, in the compute dtype, as a checkpoint; without the base unless that was trained too."""
+@contextlib.contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+  """Says clearly that the disk is full, however deep that was noticed."""
+  try:
+    yield
+  except Exception as error:
+    if not _disk_is_full(error):
+      raise
+    raise OSError(
+      errno.ENOSPC,
+      f"{directory}: the disk is full; the last whole checkpoint is kept: make room and run the same command again",
+    ) from error
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+  """Whether `error` or what caused it is a full disk or quota; Orbax's own errors tell it in words only."""
+  while error is not None:
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+      return True
+    if any(words in str(error) for words in ("No space left on device", "Disk quota exceeded")):
+      return True
+    if isinstance(error, BaseExceptionGroup) and any(map(_disk_is_full, error.exceptions)):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
+
+
+def export(run: Run, student: Model, state: TrainState, path: Path, tokenizer=None, **metadata) -> None:
+  """Writes what was trained as a checkpoint: a retrofit, or the whole model (`RetrofitConfig.export`).
+
+  Gates are in float32, low-rank updates and trained weights in the compute dtype. Merged updates are folded in float32
+  into weights as they were stored.
+  """
   if (path / "config.json").exists():  # a resumed run comes by again, with the same numbers
     return
+  config = run.config
   trained = state.trained if state.ema is None else state.ema
-  dtype = jnp.dtype(config.compute_dtype)
-  model = student.replace(params=join_params(student.params, jax.tree.map(lambda x: x.astype(dtype), trained)))
-  groups = ("base", "gate", "lora") if config.trainable == "all" else ("gate", "lora")
-  checkpoint.save(path, model, tokenizer if config.trainable == "all" else None, groups=groups, metadata=metadata)
+  if config.whole_model and config.trainable != "all":
+    model = student.replace(params=join_params(student.params, run.base.params, trained)).merged()
+  else:
+    trained = cast_trained(student, trained, jnp.dtype(config.compute_dtype))
+    model = student.replace(params=join_params(student.params, trained))
+  groups = ("base", "gate", "lora") if config.whole_model else ("gate", "lora")
+  checkpoint.save(path, model, tokenizer if config.whole_model else None, groups=groups, metadata=metadata)
 
 
 def train(
@@ -117,6 +184,8 @@ def train(
   tokenizer=None,
   *,
   report: Callable[[dict], Any] = lambda line: None,
+  saved: Callable[[int], Any] = lambda step: None,
+  stop: Callable[[], bool] = lambda: False,
   log_every: int = 10,
   stop_after: int | None = None,
 ) -> dict:
@@ -127,6 +196,8 @@ def train(
 
   Args:
     report: called with every line logged; for progress bars.
+    saved: called after each checkpoint with the steps done; for pictures.
+    stop: asked after every step; true saves and raises `Preempted`.
     log_every: steps between fetches of metrics from the device.
     stop_after: leave after this many steps in all, with a checkpoint, as if interrupted.
 
@@ -134,22 +205,30 @@ def train(
     The last line of the log.
 
   Raises:
-    ValueError: the directory holds a run with other settings.
-    FloatingPointError: the loss or its gradient is not finite; the last checkpoint is kept.
+    ValueError: the directory holds a run with other settings, or they do not go together.
+    FloatingPointError: the loss or its gradient is not finite, or the loss above its bound; checkpoints before it are
+      kept, and the log ends with the step.
+    OSError: the disk is full; the last whole checkpoint is kept.
+    Preempted: `stop` said so.
   """
   config, directory = run.config, Path(run.directory)
-  settings = {
-    "model": to_json(run.base.config), "dms": to_json(run.dms), "lora": to_json(run.lora), "retrofit": to_json(config),
-    "data": to_json(run.data),
-  }  # fmt: skip
-  _claim_directory(directory, settings)
   student, teacher, trained = prepare(run.base, run.dms, run.lora, config)
+  settings = run.settings(packer)
+  with _writing(directory):
+    _claim_directory(directory, settings)
   state = init_state(config, trained)
   key = jax.random.fold_in(jax.random.key(config.seed), 1)
   usable = {schedule.step_of_cr(config, cr): cr for cr in range(2, math.floor(config.final_cr) + 1)}
 
+  def write(name: str, done: int) -> None:
+    about = {"step": done, "retrofit": settings["retrofit"], "data": settings["data"]}
+    export(run, student, state, directory / name, tokenizer, **about)
+
   keep = ocp.training.preservation_policies.LatestN(config.keep_states)
-  with ocp.training.Checkpointer(directory.absolute() / "state", preservation_policy=keep) as checkpointer:
+  with (
+    _writing(directory),
+    ocp.training.Checkpointer(directory.absolute() / STATE, preservation_policy=keep) as checkpointer,
+  ):
     if checkpointer.latest is not None:
       abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
       state = jax.tree.map(jnp.asarray, checkpointer.load(checkpointer.latest.step, abstract))
@@ -157,50 +236,56 @@ def train(
     _trim_log(directory / LOG, first)
     last = config.steps if stop_after is None else min(stop_after, config.steps)
     line, pending, clock = _last_line(directory / LOG), [], time.perf_counter()
+    if first < last and stop():
+      raise Preempted(f"stopped before step {first}; nothing is lost")
     with open(directory / LOG, "a") as log:
       for step in range(first, last):
-        state, metrics = train_step(state, student, teacher, packer.batch(step), key, config)
+        if config.zero_neuron and step == config.fade_steps:
+          state = zero_neuron(student, state)
+        fading = step < config.fade_steps
+        state, metrics = train_step(state, student, teacher, packer.batch(step), key, config, fading)
         pending.append((step, metrics))
         done = step + 1
-        saves = done % config.save_every == 0 or done == last
-        if saves or done in usable or len(pending) >= log_every:
+        kept = done % config.save_every == 0 or done in usable or done == config.steps
+        stopping = stop() and done < last
+        saves = done % config.save_every == 0 or done == last or stopping
+        if saves or kept or len(pending) >= log_every:
           values = jax.device_get([m for _, m in pending])
           seconds = (time.perf_counter() - clock) / len(pending)
           for (at, _), value in zip(pending, values, strict=True):
-            line = {"step": at, "tokens": (at + 1) * config.batch_size * config.seq_len, "seconds": round(seconds, 4)}
-            line |= {name: float(x) for name, x in value.items()}
-            if not math.isfinite(line["loss"] + line["grad_norm"]):
-              raise FloatingPointError(
-                f"step {at}: loss {line['loss']}, gradient norm {line['grad_norm']}; the last checkpoint before it is "
-                f"kept in {directory / 'state'}: lower retrofit.learning_rate and start again in another --output"
-              )
+            line = _line(config, at, seconds, value, heads=kept and at == step)
             log.write(json.dumps(line) + "\n")
+            _check_finite(config, line, directory)
             report(line)
           log.flush()
           pending = []
           if done in usable:  # before the state: a run that resumes past this step would never write it
-            export(
-              student,
-              state,
-              config,
-              directory / f"cr{usable[done]}",
-              tokenizer,
-              step=done,
-              retrofit=settings["retrofit"],
-              data=settings["data"],
-            )
+            write(f"cr{usable[done]}", done)
           if saves:
             checkpointer.save(done, state, overwrite=True)
+            saved(done)
           clock = time.perf_counter()
+        if stopping:
+          raise Preempted(f"stopped after step {step} and saved; the same command goes on")
     if last == config.steps:
-      export(
-        student,
-        state,
-        config,
-        directory / "final",
-        tokenizer,
-        step=last,
-        retrofit=settings["retrofit"],
-        data=settings["data"],
-      )
+      write("final", last)
   return line
+
+
+def _line(config: RetrofitConfig, step: int, seconds: float, values: dict, heads: bool) -> dict:
+  """A line of the log; `heads` adds each head's gate rate, [L][K]. Numbers that are not finite are null."""
+  line = {"step": step, "tokens": (step + 1) * config.batch_size * config.seq_len, "seconds": round(seconds, 4)}
+  rates = values["gate_rates"]
+  line |= {n: float(x) if math.isfinite(x) else None for n, x in values.items() if n != "gate_rates"}
+  return line | ({"gate_rates": [[round(float(x), 4) for x in row] for row in rates]} if heads else {})
+
+
+def _check_finite(config: RetrofitConfig, line: dict, directory: Path) -> None:
+  loss, norm = line["loss"], line["grad_norm"]
+  if loss is not None and norm is not None and loss <= config.loss_bound:
+    return
+  show = lambda x: "not finite" if x is None else f"{x:.4g}"
+  raise FloatingPointError(
+    f"step {line['step']}: loss {show(loss)}, gradient norm {show(norm)}; retrofit.loss_bound={config.loss_bound:g}. "
+    f"The last checkpoint before it is kept in {directory / STATE}; lower retrofit.learning_rate in another --output"
+  )

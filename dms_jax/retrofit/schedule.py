@@ -11,13 +11,22 @@ from dms_jax.retrofit.config import RetrofitConfig
 
 
 def target_cr(config: RetrofitConfig, step):
-  """CR asked for at `step`, float32: linear in CR, `steps_per_cr` steps a unit (arXiv 2506.05345, section 4)."""
-  return jnp.minimum(config.initial_cr + jnp.asarray(step, jnp.float32) / config.steps_per_cr, config.final_cr)
+  """CR asked for at `step`, float32: linear in CR, `steps_per_cr` steps a unit (arXiv 2506.05345, section 4).
+
+  It begins to rise when the neuron has faded.
+  """
+  taken = jnp.maximum(jnp.asarray(step, jnp.float32) - config.fade_steps, 0.0)
+  return jnp.minimum(config.initial_cr + taken / config.steps_per_cr, config.final_cr)
 
 
 def step_of_cr(config: RetrofitConfig, cr: float | int) -> int:
   """The first step whose target is at least `cr`."""
-  return math.ceil((cr - config.initial_cr) * config.steps_per_cr)
+  return config.fade_steps + math.ceil((cr - config.initial_cr) * config.steps_per_cr)
+
+
+def neuron_kept(config: RetrofitConfig, step):
+  """Share of the borrowed channel left at `step` of phase 1, float32: 1 - t/n (arXiv 2506.05345, appendix C)."""
+  return 1.0 - jnp.asarray(step, jnp.float32) / config.fade_steps
 
 
 def learning_rate(config: RetrofitConfig) -> optax.Schedule:

@@ -13,12 +13,13 @@ from jaxtyping import Array, Bool, Float, Int
 from dms_jax import masks
 from dms_jax.config import DMSConfig
 from dms_jax.layers import rms_norm
+from dms_jax.metrics import held_share
 from dms_jax.model import Eviction, Model, forward, output_head
-from dms_jax.params import Params, init_params, join_params, param_table, split_params
+from dms_jax.params import Group, Params, flatten, init_params, join_params, param_table, split_params, unflatten
 from dms_jax.retrofit import losses, schedule
 from dms_jax.retrofit.config import RetrofitConfig
 
-GROUPS = {"gates": ("gate",), "lora": ("gate", "lora"), "all": ("base", "gate")}
+TRAINED: dict[str, tuple[Group, ...]] = {"gates": ("gate",), "lora": ("gate", "lora"), "all": ("base", "gate")}
 
 
 @struct.dataclass
@@ -43,10 +44,10 @@ def split_trained(model: Model, trainable: str) -> tuple[Params, Params]:
   """(parameters that `trainable` trains, the frozen others).
 
   Raises:
-    ValueError: "lora" of a model without low-rank updates.
+    ValueError: "lora" of a model without low-rank updates, "gates" of one whose gates have no parameters.
   """
   table = param_table(model.config, model.dms, model.lora)
-  groups = GROUPS[trainable]
+  groups = TRAINED[trainable]
   chosen, frozen = split_params(model.params, lambda path: table[path].group in groups)
   if not chosen or (trainable == "lora" and not (model.lora and model.lora.rank)):
     raise ValueError(f"retrofit.trainable={trainable!r}: the model has nothing of {groups}; set dms.gate, lora.rank")
@@ -68,6 +69,26 @@ def init_state(config: RetrofitConfig, trained: Params) -> TrainState:
   return TrainState(jnp.int32(0), trained, optimizer(config).init(trained), ema)
 
 
+def cast_trained(model: Model, trained: Params, dtype) -> Params:
+  """`trained` in the compute dtype; gates stay float32: they are small, and a rounding at scale 100 flips decisions."""
+  table = param_table(model.config, model.dms, model.lora)
+  cast = lambda path, x: x if table[path].group == "gate" else x.astype(dtype)
+  return unflatten({path: cast(path, x) for path, x in flatten(trained).items()})
+
+
+def zero_neuron(model: Model, state: TrainState) -> TrainState:
+  """With the weights of every borrowed channel set to 0 (equation 1's w = 0): all gates at -offset, none open."""
+
+  def zeroed(trained: Params) -> Params:
+    flat = flatten(trained)
+    for path in ("layers/q_proj", "layers/q_bias"):
+      if path in flat:
+        flat[path] = flat[path].at[:, :: model.config.group_size, -1].set(0.0)
+    return unflatten(flat)
+
+  return state.replace(trained=zeroed(state.trained), ema=None if state.ema is None else zeroed(state.ema))
+
+
 def logistic_noise(key: jax.Array, shape: tuple[int, ...]) -> Float[Array, "L B K T"]:
   """Difference of two standard Gumbels, float32."""
   return jax.random.logistic(key, shape, jnp.float32)
@@ -80,59 +101,85 @@ def loss_fn(
   noise: Float[Array, "L B K T"],
   cr: Float[Array, ""],
   config: RetrofitConfig,
+  neuron_kept: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-  """Distillation plus compression loss, and what the log shows."""
-  c = student.config
-  ids = batch.segment_ids
+  """Distillation (or language-model) plus compression loss, and what the log shows.
+
+  Args:
+    neuron_kept: in phase 1, what is left of the borrowed channel; then nothing is evicted or pressed to.
+  """
+  c, ids = student.config, batch.segment_ids
   real = jnp.ones(batch.tokens.shape, bool) if ids is None else ids > 0
-  eviction = Eviction(noise=noise, tau=config.tau)
-  hidden, z = forward(student, batch.tokens, segment_ids=ids, eviction=eviction, remat=config.remat)
-  target, _ = forward(teacher, batch.tokens, segment_ids=ids, remat=config.remat)
-  normed = [rms_norm(h, m.params["final_norm"], c.rms_norm_eps) for h, m in ((hidden, student), (target, teacher))]
+  fading = neuron_kept is not None
+  eviction = None if fading else Eviction(noise=noise, tau=config.tau)
+  normed = lambda model, hidden: rms_norm(hidden, model.params["final_norm"], c.rms_norm_eps)
+  run = partial(forward, tokens=batch.tokens, segment_ids=ids, remat=config.remat)
+  hidden, z = run(student, eviction=eviction, neuron_kept=neuron_kept)
   # What follows an end of text is no continuation of it: such positions teach nothing.
   counted = real & ~jnp.isin(batch.tokens, jnp.asarray(c.eos_token_ids, jnp.int32))
-  kl = losses.distillation_loss(
-    *normed, output_head(student), output_head(teacher), counted, direction=config.kl, chunk=config.loss_chunk
-  )
+  if config.loss == "lm":
+    goes_on = jnp.arange(real.shape[1]) < real.shape[1] - 1
+    counted = counted & (goes_on if ids is None else goes_on & (jnp.roll(ids, -1, axis=1) == ids))
+    against = {"targets": jnp.roll(batch.tokens, -1, axis=1)}
+  else:
+    against = {"teacher": normed(teacher, run(teacher)[0]), "teacher_head": output_head(teacher)}
+  distance = losses.vocabulary_loss(
+    config.loss, normed(student, hidden), output_head(student), counted, **against,
+    chunk=config.loss_chunk, vocab_chunk=config.vocab_chunk, train_head=config.trainable == "all",
+  )  # fmt: skip
   fraction = losses.evicted_fraction(z, real)
-  compression = losses.compression_loss(fraction, cr)
-  return kl + config.compression_weight * compression, {
-    "kl": kl, "compression_loss": compression, "evicted_fraction": fraction.mean(),
-    **_compression_metrics(student.dms, z * config.tau - noise, real),
+  compression = jnp.float32(0.0) if fading else losses.compression_loss(fraction, cr)
+  return distance + config.compression_weight * compression, {
+    "nll" if config.loss == "lm" else "kl": distance,
+    "compression_loss": compression, "evicted_fraction": fraction.mean(),
+    **_compression_metrics(student.dms, z if fading else z * config.tau - noise, real),
   }  # fmt: skip
 
 
 def _compression_metrics(dms: DMSConfig, logits: Float[Array, "L B K T"], real: Bool[Array, "B T"]) -> dict[str, Array]:
-  """What hard, noiseless decisions would do: share of evictions, and achieved CR at the row length."""
+  """What hard, noiseless decisions would do: share of evictions, by head too, and of tokens held at a row's end."""
   if dms.granularity == "layer":
     logits = jnp.broadcast_to(logits[:, :, :1], logits.shape)
-  evicted = masks.about_key(logits > 0, dms.shift, False) & real[None, :, None]
-  held = masks.held_tokens(evicted, dms.window).mean()
-  return {"gate_rate": jnp.mean(evicted.astype(jnp.float32)), "achieved_cr": real.shape[1] / held}
+  evicted = masks.about_key(logits > 0, dms.lag(), False) & real[None, :, None]
+  tokens = real.sum(axis=1, dtype=jnp.int32)
+  held = masks.held_tokens(evicted, dms.window) - (real.shape[1] - tokens)[:, None]
+  rates = jnp.mean(evicted.astype(jnp.float32), axis=(1, 3))
+  return {
+    "gate_rate": rates.mean(), "gate_rates": rates,
+    "held_share": held_share(held, jnp.maximum(tokens, 1)),
+  }  # fmt: skip
 
 
-@partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
+@partial(jax.jit, static_argnames=("config", "fading"), donate_argnames=("state",))
 def train_step(
-  state: TrainState, student: Model, teacher: Model, batch: Batch, key: jax.Array, config: RetrofitConfig
+  state: TrainState,
+  student: Model,
+  teacher: Model,
+  batch: Batch,
+  key: jax.Array,
+  config: RetrofitConfig,
+  fading: bool = False,
 ) -> tuple[TrainState, dict[str, Array]]:
   """One update.
 
   Args:
     student: holds the frozen parameters only; the trained ones come from `state`.
     key: of the run; the step's noise depends on it and on `state.step` alone.
+    fading: whether the step belongs to phase 1 (`RetrofitConfig.fade_steps`).
   """
   dtype = jnp.dtype(config.compute_dtype)
   cr = schedule.target_cr(config, state.step)
+  kept = schedule.neuron_kept(config, state.step) if fading else None
 
   def loss_of(trained, part: Batch, index):
-    cast = jax.tree.map(lambda x: x.astype(dtype), trained)
+    cast = cast_trained(student, trained, dtype)
     whole = student.replace(params=join_params(student.params, cast))
     original = teacher
     if config.teacher == "same":
       original = whole.replace(params=jax.lax.stop_gradient(whole.params))
     shape = (whole.config.num_layers, part.tokens.shape[0], whole.config.num_kv_heads, part.tokens.shape[1])
     noise = logistic_noise(jax.random.fold_in(jax.random.fold_in(key, state.step), index), shape)
-    return loss_fn(whole, original, part, noise, cr, config)
+    return loss_fn(whole, original, part, noise, cr, config, kept)
 
   count = config.microbatches
   parts = jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), batch)
@@ -145,7 +192,8 @@ def train_step(
   zeros = jax.tree.map(jnp.zeros_like, state.trained)
   grads, metrics = jax.lax.scan(accumulate, zeros, (parts, jnp.arange(count)))
   grads = jax.tree.map(lambda g: g / count, grads)
-  metrics = jax.tree.map(jnp.mean, metrics)
+  metrics = jax.tree.map(lambda x: x.mean(axis=0), metrics)
+  metrics["achieved_cr"] = 1.0 / metrics.pop("held_share")
   updates, opt_state = optimizer(config).update(grads, state.opt_state, state.trained)
   trained = optax.apply_updates(state.trained, updates)
   ema = state.ema
