@@ -8,7 +8,7 @@ import numpy as np
 def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, mass: bool = False):
   """softmax(q k^T / sqrt(H)) v over the live slots of each (row, KV head): a prefix of kv, then the archive in pages.
 
-  Args: q [B, N, H], kv [L, B, K, S, 2H] or None, layer int, lengths [B, K] or None, pages an `api.Pages` or None. All in
+  Args: q [B, N, H], kv [L, B, K, S, 2H] or None, layer int, lengths [B, K] or None, pages a `Pages` or None. All in
   float64; zeros where nothing is live. Returns what `api.decode_attention` does.
   """
   q = np.asarray(q, np.float64)

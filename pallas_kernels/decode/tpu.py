@@ -1,7 +1,7 @@
 """Decode attention on TPUs with Pallas Mosaic, split by live slots.
 
 A (row, KV head) pair's live slots are one stream of blocks: those of the contiguous cache, then those of its pages. The
-stream is cut into chunks of `Blocks.split` blocks, a constant; the chunks that hold anything, of all pairs in order, form
+stream is cut into chunks of `Blocks.split` blocks, a constant. The chunks that hold anything, of all pairs in order, are
 a list made in the graph, which the cores divide by blocks. The cache stays in HBM: a core copies the blocks of its part
 of the list to its memory itself, several ahead and across the ends of chunks, and no more of the last one than its live
 tiles (or pages). So what was evicted is not loaded, and ragged heads leave no core waiting. Chunks are merged in their
@@ -176,6 +176,7 @@ def merge(parts, held, q, group: int, lse: bool):
   return (out, ((top + jnp.log2(total)) / LOG2E).reshape(b, n)) if lse else out
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, pool):
   """Of each chunk with anything live, float32 [pairs, chunks, rows, 128]: output and log2 of the sum of exponentials.
 
@@ -227,7 +228,7 @@ def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, poo
 
     def move(item, i, slot, act):
       """Starts or awaits the copies of block i of a chunk to `rows[slot]`."""
-      pair, chunk, _, _ = pair_of(item)
+      pair, _, _, _ = pair_of(item)
       paged, number, live = live_in(item, i)
 
       def copy(source, at, size):

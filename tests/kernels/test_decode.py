@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from jax import lax
 
+from pallas_kernels import compat_tpu
 from pallas_kernels.decode import decode_attention, ref
 from tests.kernels.suite import Backend, assert_close, float64, normal, running, unchecked
 
-IMPLEMENTATIONS = [Backend("xla")]
+IMPLEMENTATIONS = [Backend("xla"), Backend("tpu", compat_tpu.interpret_mode)]
 pytestmark = pytest.mark.parametrize("backend", IMPLEMENTATIONS, ids=str)
 LAYERS, LAYER = 3, 1
+SLOTS = 136  # where nothing else matters: tests of one shape share a compiled program
 
 
 def make(rng, batch, heads, group, size, slots, dtype="float32"):
@@ -40,18 +42,18 @@ def check(backend, q, kv, lengths, dtype="float32"):
 @pytest.mark.parametrize("size", [64, 128])
 def test_head_sizes_and_dtypes(backend, size, dtype):
   rng = np.random.default_rng(0)
-  q, kv = make(rng, 2, 2, 4, size, 200, dtype)
-  check(backend, q, kv, jnp.array([[200, 1], [77, 128]], jnp.int32), dtype)
+  q, kv = make(rng, 2, 2, 4, size, 208, dtype)
+  check(backend, q, kv, jnp.array([[208, 1], [77, 128]], jnp.int32), dtype)
 
 
 @pytest.mark.parametrize("group", range(1, 9))
 def test_groups(backend, group):
   rng = np.random.default_rng(group)
-  q, kv = make(rng, 2, 2, group, 64, 130)
-  check(backend, q, kv, jnp.asarray(rng.integers(0, 131, (2, 2)), jnp.int32))
+  q, kv = make(rng, 2, 2, group, 64, SLOTS)
+  check(backend, q, kv, jnp.asarray(rng.integers(0, SLOTS + 1, (2, 2)), jnp.int32))
 
 
-@pytest.mark.parametrize("slots", [1, 7, 128, 129, 300])
+@pytest.mark.parametrize("slots", [1, 7, 8, 128, 129, 304])
 def test_lengths(backend, slots):
   """Empty, one, odd, the block's edges, full and ragged, for caches shorter and longer than a block."""
   rng = np.random.default_rng(slots)
@@ -62,7 +64,7 @@ def test_lengths(backend, slots):
 
 
 def test_nothing_live_gives_zeros(backend):
-  q, kv = make(np.random.default_rng(1), 2, 2, 3, 64, 40)
+  q, kv = make(np.random.default_rng(1), 2, 2, 3, 64, SLOTS)
   out = check(backend, q, kv, jnp.zeros((2, 2), jnp.int32))
   assert (np.asarray(out) == 0).all()
 
@@ -70,8 +72,8 @@ def test_nothing_live_gives_zeros(backend):
 def test_other_layers_and_dead_slots_are_never_used(backend):
   """NaN everywhere but in the live prefix of the layer asked for."""
   rng = np.random.default_rng(2)
-  q, kv = make(rng, 2, 2, 2, 64, 150)
-  lengths = jnp.array([[150, 3], [0, 131]], jnp.int32)
+  q, kv = make(rng, 2, 2, 2, 64, SLOTS)
+  lengths = jnp.array([[136, 3], [0, 131]], jnp.int32)
   alone = jnp.full_like(kv, np.nan).at[LAYER].set(kv[LAYER])
   check(backend, q, alone, lengths)
   with running(backend):
@@ -83,25 +85,54 @@ def test_other_layers_and_dead_slots_are_never_used(backend):
 def test_large_scores(backend):
   """Scores in the hundreds, negative ones too, neither overflow nor vanish."""
   rng = np.random.default_rng(3)
-  q, kv = make(rng, 1, 2, 2, 64, 140)
+  q, kv = make(rng, 2, 2, 2, 64, SLOTS)
   for sign in (1, -1):
-    check(backend, q * 60, jnp.abs(kv) * sign, jnp.array([[140, 9]], jnp.int32))
+    check(backend, q * 60, jnp.abs(kv) * sign, jnp.array([[136, 9], [0, 64]], jnp.int32))
 
 
 def test_two_runs_and_any_company_are_bit_equal(backend):
   """A row's result does not depend on how long its neighbours are, and a rerun repeats it."""
   rng = np.random.default_rng(4)
-  q, kv = make(rng, 3, 2, 3, 64, 300)
-  lengths = np.array([[140, 17], [3, 300], [0, 1]])
+  q, kv = make(rng, 3, 2, 3, 64, 304)
+  lengths = np.array([[140, 17], [3, 304], [0, 1]])
   with running(backend):
     run = lambda lengths: np.asarray(
       decode_attention(q, kv, LAYER, jnp.asarray(lengths, jnp.int32), implementation=backend.name)
     )
     first = run(lengths)
     np.testing.assert_array_equal(first, run(lengths))
-    for company in (0, 1, 300):
+    for company in (0, 1, 304):
       other = np.where(np.arange(3)[:, None] == 0, lengths, company)
       np.testing.assert_array_equal(first[0], run(other)[0])
+
+
+def test_log_sum_exp(backend):
+  rng = np.random.default_rng(9)
+  q, kv = make(rng, 2, 2, 2, 64, SLOTS)
+  lengths = jnp.array([[136, 3], [0, 131]], jnp.int32)
+  with running(backend):
+    out, logs = decode_attention(q, kill(kv, lengths), LAYER, lengths, lse=True, implementation=backend.name)
+  want, want_logs = ref.decode_attention(*float64(q, kv), LAYER, lengths, lse=True)
+  assert_close(out, want, "float32")
+  assert logs.dtype == jnp.float32
+  np.testing.assert_allclose(logs, want_logs, rtol=0, atol=1e-5)
+
+
+def test_mass(backend):
+  """What each slot weighs adds up to the query heads of its group, and is 0 where nothing is live."""
+  rng = np.random.default_rng(10)
+  for slots in (7, SLOTS, 300):
+    q, kv = make(rng, 2, 2, 3, 64, slots)
+    lengths = jnp.array([[slots, 3], [0, slots - 5]], jnp.int32)
+    with running(backend):
+      out, (mass, of_pages) = decode_attention(
+        q, kill(kv, lengths), LAYER, lengths, mass=True, implementation=backend.name
+      )  # fmt: skip
+    want, (want_mass, _) = ref.decode_attention(*float64(q, kv), LAYER, lengths, mass=True)
+    assert_close(out, want, "float32")
+    assert of_pages is None and mass.dtype == jnp.float32
+    np.testing.assert_allclose(mass, want_mass, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(mass.sum(-1), np.where(lengths > 0, 3.0, 0.0), rtol=0, atol=1e-5)
 
 
 def test_bits_of_bfloat16(backend):
@@ -119,7 +150,7 @@ def test_bits_of_bfloat16(backend):
 
 def test_jitted_with_a_traced_layer(backend):
   rng = np.random.default_rng(6)
-  q, kv = make(rng, 2, 2, 2, 64, 50)
+  q, kv = make(rng, 2, 2, 2, 64, SLOTS)
   lengths = jnp.array([[50, 3], [0, 31]], jnp.int32)
   with running(backend):
     run = jax.jit(lambda layer: decode_attention(q, kv, layer, lengths, implementation=backend.name))
@@ -135,6 +166,8 @@ def test_bad_shapes_are_named(backend):
     ((q[:, :3], kv, 0, lengths), "N=3"),
     ((q, kv, 0, lengths[:, :1]), "lengths"),
     ((q[:1], kv, 0, lengths[:1]), "B=1"),
+    ((q, None, 0, None), "nothing to attend to"),
+    ((q, kv, 0, None), "kv and lengths go together"),
   ):
     with pytest.raises(ValueError, match=message):
       unchecked(decode_attention)(*args)

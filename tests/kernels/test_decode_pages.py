@@ -1,0 +1,174 @@
+"""Decode attention over archives in pages, alone and beside a window ring: every implementation against the oracle."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from pallas_kernels import compat_tpu
+from pallas_kernels.decode import Pages, decode_attention, ref
+from tests.kernels.suite import Backend, assert_close, float64, normal, running, unchecked
+
+IMPLEMENTATIONS = [Backend("xla"), Backend("tpu", compat_tpu.interpret_mode)]
+pytestmark = pytest.mark.parametrize("backend", IMPLEMENTATIONS, ids=str)
+LAYERS, LAYER, PAGE, MOST, RING = 2, 1, 16, 9, 24
+RAGGED = np.array([[0, 1, 144], [37, 16, 130]])  # slots in pages of two rows and three KV heads; 144 are all
+LIVE = np.array([[5, 0, 24], [1, 24, 17]])  # slots in the ring
+
+
+def make(rng, group=2, size=64, dtype="float32", page=PAGE, most=MOST, lengths=RAGGED):
+  """Queries, a ring, and pages: the table points out of range where nothing is live, and what it skips is NaN."""
+  batch, heads = lengths.shape
+  q = normal(rng, batch, heads * group, size, dtype=dtype, scale=2.0)
+  kv = normal(rng, LAYERS, batch, heads, RING, 2 * size, dtype=dtype)
+  kv = jnp.where((np.arange(RING) < LIVE[..., None])[None, ..., None], kv, jnp.asarray(np.nan, kv.dtype))
+  index = np.arange(most * page)
+  live = np.broadcast_to(index < lengths[..., None], (LAYERS, batch, heads, most * page)).reshape(-1, page)
+  number = LAYERS * batch * heads * most + 5
+  table = rng.permutation(number)[: number - 5]
+  pool = np.full((number, page, 2 * size), np.nan)
+  pool[table] = np.where(live[..., None], rng.standard_normal((number - 5, page, 2 * size)), np.nan)
+  pages = np.where(live[:, 0], table, rng.choice([-7, 2**30, number], number - 5)).reshape(LAYERS, batch, heads, most)
+  pages = Pages(jnp.asarray(pool, jnp.dtype(dtype)), jnp.asarray(pages, jnp.int32), jnp.asarray(lengths, jnp.int32))
+  return q, kv, jnp.asarray(LIVE, jnp.int32), pages
+
+
+def run(backend, q, kv, lengths, pages, **options):
+  with running(backend):
+    return decode_attention(q, kv, jnp.int32(LAYER), lengths, pages=pages, implementation=backend.name, **options)
+
+
+def expect(q, kv, lengths, pages, **options):
+  """The oracle's answer, to the numbers as they are."""
+  pages = dataclasses.replace(pages, pool=np.asarray(pages.pool, np.float64))
+  kv = None if kv is None else float64(kv)[0]
+  return ref.decode_attention(float64(q)[0], kv, LAYER, lengths, pages=pages, **options)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("size", [64, 128])
+def test_ring_and_pages(backend, size, dtype):
+  """One softmax over both, and its log-sum-exp; a ring of 24 slots is no whole number of bfloat16 tiles."""
+  q, kv, lengths, pages = make(np.random.default_rng(0), 2, size, dtype)
+  if dtype == "bfloat16":
+    kv = jnp.pad(kv, ((0, 0),) * 3 + ((0, 8), (0, 0)), constant_values=np.nan)
+  out, logs = run(backend, q, kv, lengths, pages, lse=True)
+  want, want_logs = expect(q, kv, lengths, pages, lse=True)
+  assert_close(out, want, dtype)
+  np.testing.assert_allclose(logs, want_logs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("group", [1, 3, 8])
+def test_pages_alone(backend, group):
+  q, _, _, pages = make(np.random.default_rng(group), group)
+  out, logs = run(backend, q, None, None, pages, lse=True)
+  want, want_logs = expect(q, None, None, pages, lse=True)
+  assert_close(out, want, "float32")
+  np.testing.assert_allclose(logs, want_logs, rtol=0, atol=1e-5)
+  nothing = dataclasses.replace(pages, lengths=jnp.zeros_like(pages.lengths))
+  assert (np.asarray(run(backend, q, None, None, nothing)) == 0).all()
+
+
+@pytest.mark.parametrize("page, most", [(8, 17), (32, 5), (128, 2), (256, 1), (24, 6)])
+def test_sizes_of_pages(backend, page, most):
+  """Smaller and larger than a block."""
+  q, kv, lengths, pages = make(np.random.default_rng(page), page=page, most=most, lengths=np.minimum(RAGGED, 130))
+  assert_close(run(backend, q, kv, lengths, pages), expect(q, kv, lengths, pages), "float32")
+
+
+def test_numbering_and_room_change_no_bit(backend):
+  """Bit-equal: a rerun, pages elsewhere in the pool, a longer table."""
+  rng = np.random.default_rng(1)
+  q, kv, lengths, pages = make(rng)
+  first = run(backend, q, kv, lengths, pages)
+  number = pages.pool.shape[0]
+  order = rng.permutation(number)
+  inside = (pages.table >= 0) & (pages.table < number)
+  moved = jnp.where(inside, jnp.argsort(order)[jnp.clip(pages.table, 0, number - 1)], pages.table)
+  moved = dataclasses.replace(pages, pool=pages.pool[order], table=moved.astype(jnp.int32))
+  longer = dataclasses.replace(pages, table=jnp.pad(pages.table, ((0, 0),) * 3 + ((0, 11),), constant_values=-1))
+  for other in (pages, moved, longer):
+    np.testing.assert_array_equal(first, run(backend, q, kv, lengths, other))
+
+
+def test_neighbours_change_no_bit(backend):
+  q, kv, lengths, pages = make(np.random.default_rng(2))
+  first = run(backend, q, kv, lengths, pages)
+  for length in (0, 144):
+    table = jnp.where((np.arange(2) == 0)[:, None, None], 0, pages.table)
+    company = jnp.asarray(np.where(np.arange(2)[:, None] == 0, length, RAGGED), jnp.int32)
+    other = run(backend, q, kv, lengths.at[0].set(length // 6), Pages(pages.pool, table, company))
+    np.testing.assert_array_equal(first[1], other[1])
+
+
+def test_scaled_pages(backend):
+  """8-bit pages with a scale for each key and value, beside a ring in full precision."""
+  rng = np.random.default_rng(3)
+  q, kv, lengths, pages = make(rng)
+  number = pages.pool.shape[0]
+  scales = jnp.asarray(rng.uniform(0.5, 2, (number, PAGE, 2)), jnp.float32) * 0.02
+  dead = jnp.isnan(pages.pool[..., :1])
+  scales = jnp.where(dead, jnp.nan, scales)
+  for dtype in (jnp.int8, jnp.float8_e4m3fn):
+    pool = jnp.asarray(rng.integers(-120, 121, pages.pool.shape), jnp.float32).astype(dtype)
+    scaled = Pages(pool, pages.table, pages.lengths, scales)
+    out, logs = run(backend, q, kv, lengths, scaled, lse=True)
+    want, want_logs = expect(q, kv, lengths, scaled, lse=True)
+    assert_close(out, want, "float32")
+    np.testing.assert_allclose(logs, want_logs, rtol=0, atol=1e-5)
+
+
+def test_mass(backend):
+  q, kv, lengths, pages = make(np.random.default_rng(4), 3)
+  out, logs, masses = run(backend, q, kv, lengths, pages, lse=True, mass=True)
+  want, want_logs, want_masses = expect(q, kv, lengths, pages, lse=True, mass=True)
+  assert_close(out, want, "float32")
+  np.testing.assert_allclose(logs, want_logs, rtol=0, atol=1e-5)
+  for mass, expected in zip(masses, want_masses, strict=True):
+    assert mass.dtype == jnp.float32
+    np.testing.assert_allclose(mass, expected, rtol=0, atol=1e-5)
+
+
+def test_bits_of_bfloat16(backend):
+  q, kv, lengths, pages = make(np.random.default_rng(5), dtype="bfloat16")
+  bits = lambda x: lax.bitcast_convert_type(x, jnp.uint16)
+  plain = run(backend, q, kv, lengths, pages)
+  stored = run(backend, q, bits(kv), lengths, dataclasses.replace(pages, pool=bits(pages.pool)))
+  np.testing.assert_array_equal(plain, stored)
+
+
+def test_temporaries_stay_below_a_hundredth(backend):
+  """Nothing is copied but blocks: a pool of 30 layers with room for 8,192 slots a head."""
+  if backend.name != "xla":
+    pytest.skip("compiled for its own device in test_tpu_compile_decode.py")
+  shape = jax.ShapeDtypeStruct
+  pages = Pages(
+    shape((30 * 2 * 2 * 64, 128, 128), jnp.float32), shape((30, 2, 2, 64), jnp.int32), shape((2, 2), jnp.int32)
+  )
+  kv = shape((30, 2, 2, 80, 128), jnp.float32)
+  call = jax.jit(lambda *args, pages: decode_attention(*args, pages=pages, lse=True, implementation="xla"))
+  memory = call.lower(shape((2, 6, 64), jnp.float32), kv, jnp.int32(1), shape((2, 2), jnp.int32), pages=pages).compile()
+  temporaries = memory.memory_analysis().temp_size_in_bytes
+  size = int(np.prod(pages.pool.shape)) * 4
+  assert temporaries < 0.01 * size, f"{temporaries:,} bytes beside a pool of {size:,}"
+
+
+def test_bad_shapes_are_named(backend):
+  q, kv, lengths, pages = make(np.random.default_rng(6))
+  change = lambda **fields: dataclasses.replace(pages, **fields)
+  for wrong, message in (
+    (change(pool=pages.pool[..., :100]), "2H = 128"),
+    (change(table=pages.table[:, :1]), "B=2"),
+    (change(table=pages.table[:, :, :2], lengths=pages.lengths[:, :2]), "same L and K"),
+    (change(lengths=pages.lengths[:1]), "pages.lengths"),
+    (change(scales=jnp.ones(pages.pool.shape[:2])), "takes no pages.scales"),
+    (change(pool=pages.pool.astype(jnp.int8)), "needs pages.scales"),
+    (change(pool=pages.pool.astype(jnp.int8), scales=jnp.ones(pages.pool.shape[:2])), "must be .P, page, 2."),
+  ):
+    with pytest.raises(ValueError, match=message):
+      unchecked(decode_attention)(q, kv, 0, lengths, pages=wrong)

@@ -1,0 +1,89 @@
+"""Decode attention compiled for TPUs that are not there: the kernel is in the program, and no cache is copied."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.decode import Pages, decode_attention, tpu
+from pallas_kernels.platform import tracing_for
+
+pytestmark = pytest.mark.tpu
+pytest.importorskip("libtpu", reason="libtpu is not installed (make test-tpu installs it)")
+
+TOPOLOGIES = ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]
+# layers, batch, KV heads, group, head size, slots of the cache, slots a page, slots in pages (of which a quarter exist)
+SHAPES = {
+  "llama-8b": (2, 32, 8, 4, 128, 8192, 0, 0),
+  "smollm2": (30, 8, 3, 3, 64, 8192, 0, 0),
+  "llama-8b, pages": (2, 32, 8, 4, 128, 0, 16, 8192),
+  "llama-8b, ring and pages": (2, 32, 8, 4, 128, 272, 64, 8192),
+  "smollm2, ring and pages": (30, 8, 3, 3, 64, 80, 128, 8192),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_compilation_cache():
+  """Programs compiled for an absent device cannot be read back from disk."""
+  jax.config.update("jax_enable_compilation_cache", False)
+  yield
+  jax.config.update("jax_enable_compilation_cache", True)
+
+
+@pytest.fixture(scope="module", params=TOPOLOGIES)
+def device(request):
+  from jax.experimental import topologies
+
+  return topologies.get_topology_desc(platform="tpu", topology_name=request.param).devices[0]
+
+
+def compiled(device, name, dtype, attend):
+  """(the compiled program, bytes of cache and pool)."""
+  layers, batch, heads, group, h, slots, page, archive = SHAPES[name]
+  sharding = jax.sharding.SingleDeviceSharding(device)
+  array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+  numbers = array((batch, heads), jnp.int32)
+  kv = array((layers, batch, heads, slots, 2 * h), dtype) if slots else None
+  pages = None
+  if page:
+    most = archive // page
+    pool = array((layers * batch * heads * most // 4, page, 2 * h), dtype)
+    pages = Pages(pool, array((layers, batch, heads, most), jnp.int32), numbers)
+  q = array((batch, heads * group, h), dtype)
+  with tracing_for("tpu"):
+    lowered = jax.jit(attend).lower(q, kv, array((), jnp.int32), numbers if slots else None, pages)
+  size = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in (kv, pages and pages.pool) if x is not None)
+  return lowered.compile(), size
+
+
+def check(device, name, dtype, attend):
+  program, size = compiled(device, name, dtype, attend)
+  memory = program.memory_analysis()
+  print(f"{device.device_kind}, {name}: {memory.temp_size_in_bytes:,} bytes of temporaries beside {size:,}")
+  text = program.as_text()
+  assert "tpu_custom_call" in text and "decode_" in text
+  assert memory.temp_size_in_bytes < 0.01 * size, f"{memory.temp_size_in_bytes:,} bytes beside {size:,}"
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_decode_attention_compiles(device, name):
+  """As dispatch chooses it, with its log-sum-exp."""
+  attend = lambda q, kv, layer, lengths, pages: decode_attention(q, kv, layer, lengths, pages=pages, lse=True)
+  check(device, name, jnp.bfloat16, attend)
+
+
+@pytest.mark.parametrize("name", ["llama-8b", "smollm2, ring and pages"])
+def test_decode_attention_of_two_cores_compiles(device, name):
+  """Chunks and their merge, as where two cores share a kernel."""
+  blocks = tpu.default_blocks(SHAPES[name][4], jnp.bfloat16, workers=2)
+  attend = lambda q, kv, layer, lengths, pages: tpu.decode_attention(q, kv, layer, lengths, pages=pages, blocks=blocks)
+  check(device, name, jnp.bfloat16, attend)
+
+
+def test_decode_attention_in_float32_compiles(device):
+  attend = partial(decode_attention, implementation="tpu")
+  check(device, "smollm2", jnp.float32, lambda q, kv, layer, lengths, pages: attend(q, kv, layer, lengths))
