@@ -40,11 +40,12 @@ Stream = Callable[[int, list[int], str], None]
 @struct.dataclass
 class Conversation:
   """What a later turn needs. `pending` int32 [B]: the last token chosen, not in `cache` yet, -1 for none;
-  `generated` int32 [B]: tokens chosen so far, which number the random draws of a row."""
+  `generated` int32 [B]: tokens chosen so far, which number the random draws of a row; `policy`: it filled `cache`."""
 
   cache: Cache
   pending: Int[Array, "B"]
   generated: Int[Array, "B"]
+  policy: Policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +102,8 @@ def generate(
 
   Args:
     prompts: a string, strings, ids, lists of ids, or an id matrix [B, T], whose padding (on any side) `mask` excludes.
-    policy: what becomes of tokens; default `DMS()` if the model has gates, else `Vanilla()`.
+    policy: what becomes of tokens; default that of `continue_from`, else `DMS()` if the model has gates, `Vanilla()` if
+      not.
     max_new_tokens: 0 only reads the prompts.
     key: one key, or one a row: row b's n-th token depends on its own key and n alone. Needed if temperature > 0.
     temperature: 0 is greedy; `top_k` and `top_p` then change nothing.
@@ -123,7 +125,6 @@ def generate(
   """
   tokenizer = model.tokenizer if tokenizer is None else tokenizer
   model = decode_form(model.replace(tokenizer=None))
-  policy = check_policy(model, policy or (DMS() if model.dms is not None else Vanilla()))
   sampling = Sampling.create(temperature, top_k, top_p)
   if sampling.temperature is not None and key is None:
     raise ValueError("sampling at temperature > 0 needs key=jax.random.key(seed)")
@@ -133,6 +134,9 @@ def generate(
       raise ValueError(f"{name}={value} must be {least} or more")
   reader, ends = _ends(model, tokenizer, (stop,) if isinstance(stop, str) else tuple(stop), eos)
   past = continue_from.cache if isinstance(continue_from, Output) else continue_from
+  if policy is None:
+    policy = past.policy if past is not None else DMS() if model.dms is not None else Vanilla()
+  policy = check_policy(model, policy)
   ids = _prompt_ids(model, prompts, mask, tokenizer, past)
   batch = len(ids)
   if past is None:
@@ -141,7 +145,9 @@ def generate(
     generated, seen = np.asarray(past.generated), np.asarray(past.cache.seen).astype(np.int64)
   lengths = seen + [len(row) for row in ids]
   _check_lengths(model, policy, cache, capacity, past, lengths, max_new_tokens)
-  most = int(lengths.max()) + max(max_new_tokens - 1, 0)  # slots that suffice whatever is kept
+  most = int(lengths.max()) + max(max_new_tokens - 1, 0)
+  if cache != "masked" and (past is None or not isinstance(past.cache, caches.MaskedCache)):
+    most = int(policy.capacity(most))  # slots that suffice whatever is kept
   store = _start(model, policy, cache, capacity, past, batch, most, prefill_chunk)
 
   metrics = Metrics.zero(model.config.num_layers, batch, model.config.num_kv_heads)
@@ -165,7 +171,7 @@ def generate(
       reason = _write(written, emitted, rows, reader, stream)
   steps = 0
   while (reason == RUNNING).any():
-    store = _with_room(store, np.where(reason == RUNNING, stretch, 0), capacity, most)
+    store = _with_room(store, policy, np.where(reason == RUNNING, stretch, 0), capacity, most)
     store, rows, emitted, counts = decoding.decode_stretch(
       model, policy, store, rows, sampling, ends, steps=stretch, history=history
     )
@@ -176,15 +182,15 @@ def generate(
   pending = jnp.full(batch, -1, jnp.int32) if read_only else rows.token
   metrics = metrics.replace(
     seen=np.asarray(store.seen).astype(np.int64), new_tokens=np.array([len(t) for t in written.tokens]),
-    slot_bytes=store.kv.shape[-1] * store.kv.dtype.itemsize,
-    bytes_allocated=sum(leaf.nbytes for leaf in jax.tree.leaves(store)),
+    slot_bytes=store.slot_bytes, bytes_allocated=store.nbytes,
     history=None if metrics.history is None else metrics.history[:steps],
   )  # fmt: skip
   reasons = [REASONS[r] for r in np.asarray(rows.reason)]
   text = None
   if reader is not None:
     text = [reader.text(t, r) for t, r in zip(written.tokens, reasons, strict=True)]
-  return Output(written.tokens, written.logprobs, reasons, metrics, Conversation(store, pending, rows.count), text)
+  conversation = Conversation(store, pending, rows.count, policy)
+  return Output(written.tokens, written.logprobs, reasons, metrics, conversation, text)
 
 
 # Before any work ------------------------------------------------------------------------------------------------------
@@ -255,17 +261,23 @@ def _check_lengths(model, policy, kind, capacity, past, lengths, max_new_tokens)
     raise ValueError(
       f"{what} need {total} positions; the model has max_position_embeddings={model.config.max_position_embeddings}"
     )
-  keeps = kind == "masked" or not policy.evicts
+  masked = kind == "masked"
   if past is not None:
-    keeps = isinstance(past.cache, caches.MaskedCache) or not policy.evicts
+    masked = isinstance(past.cache, caches.MaskedCache)
     if past.cache.window != policy.window:
       raise ValueError(f"policy window={policy.window}, but the conversation has window={past.cache.window}")
-    if capacity is not None and capacity < past.cache.kv.shape[3]:
-      raise ValueError(f"capacity={capacity} is below the {past.cache.kv.shape[3]} slots the conversation has")
+    if capacity is not None and capacity < past.cache.slots:
+      raise ValueError(f"capacity={capacity} is below the {past.cache.slots} slots the conversation has")
+    if type(policy) is not type(past.policy) and (policy.bounded or past.policy.bounded):
+      names = " cannot go on under ".join(type(p).__name__ for p in (past.policy, policy))
+      raise ValueError(f"policy: a conversation held under {names}, as their caches hold different tokens")
+    past.cache.check(policy)
   if capacity is not None and capacity < 1:
     raise ValueError(f"capacity={capacity} must be 1 or more")
-  if capacity is not None and keeps and total > capacity:
-    raise ValueError(f"{what} need {total} slots; capacity={capacity} and nothing of this cache is freed")
+  if masked or policy.bounded or not policy.evicts:  # else what is freed cannot be foreseen
+    needed = total if masked else int(policy.capacity(total))
+    if capacity is not None and needed > capacity:
+      raise ValueError(f"{what} need {needed} slots; capacity={capacity} is too small")
 
 
 # The cache ------------------------------------------------------------------------------------------------------------
@@ -275,12 +287,12 @@ def _start(model, policy, kind, capacity, past, batch, most, chunk) -> Cache:
   """An empty cache, or a copy of the conversation's: compiled calls donate theirs."""
   if past is not None:
     copy = jax.tree.map(jnp.copy, past.cache)
-    return copy.grown(capacity) if (capacity or 0) > copy.kv.shape[3] else copy
+    return copy.grown(capacity) if (capacity or 0) > copy.slots else copy
   if capacity is None:
-    small = policy.evicts and kind != "masked"
+    small = policy.evicts and not policy.bounded and kind != "masked"
     capacity = _rounded(min(max(policy.window + 1 + chunk, most // 2), most) if small else most)
   store = caches.create(
-    kind, model.config, batch=batch, capacity=capacity, window=policy.window,
+    kind, model.config, batch=batch, capacity=capacity, policy=policy,
     shift=model_shift(model, policy.window), dtype=model.dtype,
   )  # fmt: skip
   return _beside(model, store)
@@ -298,13 +310,13 @@ def _rounded(slots: int) -> int:
   return -(-slots // SLOTS) * SLOTS
 
 
-def _with_room(store: Cache, coming: np.ndarray, capacity: int | None, most: int) -> Cache:
+def _with_room(store: Cache, policy: Policy, coming: np.ndarray, capacity: int | None, most: int) -> Cache:
   """`store`, grown if it is not fixed and `coming` [B] more tokens a row might not fit; never beyond what `most` needs.
 
   Asking for the worst case costs at most a chunk or a stretch of slots, and no row ever has to stop halfway.
   """
-  lack = int((coming - np.asarray(store.room())).max())
-  slots = store.kv.shape[3]
+  lack = int((coming - np.asarray(store.room(policy))).max())
+  slots = store.slots
   if capacity is not None or lack <= 0 or slots >= most:
     return store
   return store.grown(max(min(_rounded(max(slots + lack, int(slots * GROWTH))), _rounded(most)), slots))
@@ -317,8 +329,8 @@ def _prefill(model, policy, store, ids, metrics, chunk, capacity, most):
   logits = _beside(model, jnp.zeros((batch, model.config.vocab_size), jnp.float32))
   while (done < total).any():
     take = np.minimum(total - done, chunk)
-    store = _with_room(store, take, capacity, most)
-    width, take = chunk, np.minimum(take, np.asarray(store.room()).clip(0))
+    store = _with_room(store, policy, take, capacity, most)
+    width, take = chunk, np.minimum(take, np.asarray(store.room(policy)).clip(0))
     if not take.any():  # A fixed cache is nearly full: single tokens know what they displace, chunks must assume.
       width, take = 1, np.minimum(total - done, 1)
     tokens = np.zeros((batch, width), np.int32)
@@ -332,7 +344,7 @@ def _prefill(model, policy, store, ids, metrics, chunk, capacity, most):
     if not took.any():
       row = int((done < total).argmax())
       raise ValueError(
-        f"prompts[{row}]: {done[row]} of {total[row]} tokens fill capacity={store.kv.shape[3]}; give a larger one, or "
+        f"prompts[{row}]: {done[row]} of {total[row]} tokens fill capacity={store.slots}; give a larger one, or "
         "none to let the cache grow"
       )
     done += took

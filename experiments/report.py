@@ -4,7 +4,7 @@
 
 Reads the first `--tokens` tokens of `--text` (default: this project's own documents and source) in chunks, with the
 untouched model and a dense cache, and with the retrofit and a cache that forgets; then continues both, drawing with the
-same key. Writes OUTPUT/{report.json, live_tokens.png} and ends with one JSON line. Some four minutes on two CPU cores
+same key. Writes OUTPUT/{report.json, live_tokens.png} and ends with one JSON line. Three minutes on two CPU cores
 with SmolLM2-135M, half of it compilation, which a second run finds done.
 """
 
@@ -86,9 +86,9 @@ def _score(models: tuple[Model, Model], hidden, target, scored):
   return [jnp.sum(jnp.where(scored, x, 0.0)) for x in (*nll, kl)]
 
 
-def _with_room(cache, tokens: int, most: int):
+def _with_room(cache, policy: Policy, tokens: int, most: int):
   """`cache`, grown by whole strides of `most` / STRIDES slots a head if `tokens` more might not fit."""
-  lack, slots = tokens - int(cache.room().min()), cache.kv.shape[3]
+  lack, slots = tokens - int(cache.room(policy).min()), cache.slots
   if lack <= 0 or slots >= most:
     return cache
   stride = -(-most // STRIDES)
@@ -142,7 +142,7 @@ def compare(
     part[0, :length], target[0, :length] = tokens[start : start + length], tokens[start + 1 : start + 1 + length]
     hidden = [None, None]
     for i, (m, p) in enumerate(zip(models, policies, strict=True)):
-      roomy = _with_room(state[i], length, most)
+      roomy = _with_room(state[i], policies[i], length, most)
       hidden[i], counts, state[i] = _take(m, p, roomy, part, np.full((1,), length, np.int32))
       reading[i] = reading[i].add(counts, decode=False)
       live[i].append(np.asarray(counts.live[:, 0]))

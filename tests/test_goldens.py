@@ -89,8 +89,8 @@ def test_prefill_and_decode(kind, kind_of_cache, chunk):
   np.testing.assert_array_equal(np.concatenate([gates, more], -1) > 0, golden["decisions"] > 0)
   lengths = np.concatenate([np.stack(lengths), live])
   np.testing.assert_array_equal(lengths.reshape(STEPS + 1, model.config.num_layers, -1), golden["cache_lengths"])
-  np.testing.assert_array_equal(cache.live(policy), lengths[-1])
-  held = np.mean(np.asarray(cache.live(policy)) / TOTAL)
+  np.testing.assert_array_equal(cache.live(), lengths[-1])
+  held = np.mean(np.asarray(cache.live()) / TOTAL)
   np.testing.assert_allclose(1 / held, golden["cr"], rtol=1e-6)
 
 

@@ -1,11 +1,13 @@
 """What the model asks of a KV cache: three calls a step, the middle one in each layer.
 
     plan = cache.plan(policy, lengths, num_tokens)             # before the layers: where everything goes, who has room
-    out, kv, state, seen = cache.attend(plan, policy, layer, kv, state, q, k, v, evict)      # in layer `layer`
-    cache = cache.commit(plan, kv, states)                     # after the layers
+    out, big, state, seen = cache.attend(plan, policy, layer, big, state, q, k, v, evict)    # in layer `layer`
+    cache = cache.commit(plan, big, states)                    # after the layers
 
-`kv` is the big array; it is carried through the layers and updated in place. `state` is the layer's part of
-`cache.layer_state()`, small arrays with a leading L. A row without room sits a step out, untouched: `plan.stalled`.
+`big` starts as `cache.carried()`: the arrays too large to copy, with all layers, carried through the layers and updated
+in place. `state` is the layer's part of `cache.layer_state()`, small arrays with a leading L. A row without room sits a
+step out, untouched: `plan.stalled`. Steps of `num_tokens` > 1 are refused to policies that are `scored`: what they keep
+depends on every step before, and `model.cached_forward` feeds them one token at a time.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ class Plan:
 
 @struct.dataclass
 class Seen:
-  """Of one layer and step: `live` slots after it, and `reads`, visible keys summed over its queries; int32 [B, K]."""
+  """Of one layer and step: `live` slots after it, and `reads`, keys read summed over its queries; int32 [B, K]."""
 
   live: Int[Array, "B K"]
   reads: Int[Array, "B K"]
@@ -42,22 +44,66 @@ class Seen:
 
 @runtime_checkable
 class Cache(Protocol):
-  """A fixed-shape pytree. `seen` [B] counts the tokens of each row; `shift` is the gates'."""
+  """A fixed-shape pytree. `seen` [B] counts the tokens of each row; `shift` is the lag of decisions.
 
-  kv: Shaped[Array, "L B K S 2*H"]
+  `slots`: slots of a head. `slot_bytes`: of one key and value. `nbytes`: all that is allocated. `room(policy)`: tokens
+  that each row can surely take. `live()` [L, B, K]: tokens held.
+  """
+
   seen: Int[Array, "B"]
   window: int
   shift: int
 
-  def room(self) -> Int[Array, "B"]: ...
+  @property
+  def slots(self) -> int: ...
+  @property
+  def slot_bytes(self) -> int: ...
+  @property
+  def nbytes(self) -> int: ...
+  def live(self) -> Int[Array, "L B K"]: ...
+  def room(self, policy: Policy) -> Int[Array, "B"]: ...
   def grown(self, slots: int) -> Cache: ...
+  def check(self, policy: Policy) -> None: ...
+  def carried(self) -> Any: ...
   def layer_state(self) -> Any: ...
   def plan(self, policy: Policy, lengths: Int[Array, "B"], num_tokens: int) -> Plan: ...
   def attend(
-    self, plan: Plan, policy: Policy, layer: Int[Array, ""], kv: Array, state: Any,
+    self, plan: Plan, policy: Policy, layer: Int[Array, ""], big: Any, state: Any,
     q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], evict: Bool[Array, "B K T"],
-  ) -> tuple[Float[Array, "B T N H"], Array, Any, Seen]: ...  # fmt: skip
-  def commit(self, plan: Plan, kv: Array, states: Any) -> Cache: ...
+  ) -> tuple[Float[Array, "B T N H"], Any, Any, Seen]: ...  # fmt: skip
+  def commit(self, plan: Plan, big: Any, states: Any) -> Cache: ...
+
+
+@struct.dataclass
+class Common:
+  """What caches of one array `kv` [L, B, K, S, 2H] share. `scores` float32 [L, B, K, S] where the policy is scored."""
+
+  kv: jax.Array
+  evicted: jax.Array
+  seen: jax.Array
+  scores: jax.Array | None
+  window: int = struct.field(pytree_node=False)
+  shift: int = struct.field(pytree_node=False)
+
+  @property
+  def slots(self) -> int:
+    return self.kv.shape[3]
+
+  @property
+  def slot_bytes(self) -> int:
+    return self.kv.shape[4] * self.kv.dtype.itemsize
+
+  @property
+  def nbytes(self) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+  def check(self, policy: Policy) -> None:
+    """Raises ValueError where `policy` has another window, or needs of a cache what this one was not made with."""
+    name = type(policy).__name__
+    if policy.window != self.window:
+      raise ValueError(f"policy window={policy.window}, but the cache has window={self.window}")
+    if policy.scored != (self.scores is not None):
+      raise ValueError(f"a cache made {'without' if policy.scored else 'with'} scores cannot be used by {name}")
 
 
 def storage_dtype(dtype) -> jnp.dtype:
@@ -70,6 +116,13 @@ def storage_dtype(dtype) -> jnp.dtype:
   return jnp.dtype(jnp.uint16) if bits else jnp.dtype(dtype)
 
 
+def packed(rows: Float[Array, "*shape"], dtype) -> Shaped[Array, "*shape"]:
+  """Numbers as they are stored in `dtype`; with `unpacked` the one place that knows."""
+  if dtype == jnp.uint16:
+    return jax.lax.bitcast_convert_type(rows.astype(jnp.bfloat16), jnp.uint16)
+  return rows.astype(dtype)
+
+
 def unpacked(rows: Shaped[Array, "*shape"]) -> Float[Array, "*shape"]:
   """Rows as numbers again, where they are stored as bits."""
   return jax.lax.bitcast_convert_type(rows, jnp.bfloat16) if rows.dtype == jnp.uint16 else rows
@@ -77,15 +130,17 @@ def unpacked(rows: Shaped[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 def rows_of(k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], dtype) -> Shaped[Array, "B K T 2*H"]:
   """Keys and values side by side, one row of 2H a token, heads first, in a cache's storage `dtype`."""
-  rows = jnp.swapaxes(jnp.concatenate([k, v], axis=-1), 1, 2)
-  if dtype == jnp.uint16:
-    return jax.lax.bitcast_convert_type(rows.astype(jnp.bfloat16), jnp.uint16)
-  return rows.astype(dtype)
+  return packed(jnp.swapaxes(jnp.concatenate([k, v], axis=-1), 1, 2), dtype)
 
 
-def last_visible(keep: Bool[Array, "B K S"], position: Int[Array, "B #K S"], window: int) -> Int[Array, "B K S"]:
+def group_mean(mass: Float[Array, "B K S"], q: Float[Array, "B T N H"]) -> Float[Array, "B K S"]:
+  """Attention summed over the query heads of each group, as their mean."""
+  return mass * (mass.shape[1] / q.shape[2])
+
+
+def last_visible(evicted: Bool[Array, "B K S"], position: Int[Array, "B #K S"], window: int) -> Int[Array, "B K S"]:
   """The last query position that sees a key: never evicted, or its position + W."""
-  return jnp.where(keep, NEVER, position + window)
+  return jnp.where(evicted, position + window, NEVER)
 
 
 def count_reads(first: Array, last: Array, start: Int[Array, "B"], stop: Int[Array, "B"]) -> Int[Array, "B K"]:
@@ -93,10 +148,3 @@ def count_reads(first: Array, last: Array, start: Int[Array, "B"], stop: Int[Arr
   low = jnp.maximum(first, start[:, None, None])
   high = jnp.minimum(last, stop[:, None, None] - 1)
   return jnp.sum(jnp.maximum(high - low + 1, 0), axis=-1, dtype=jnp.int32)
-
-
-def decided(evict: Bool[Array, "B K T"], lengths: Int[Array, "B"], shift: int) -> Bool[Array, "B K T"]:
-  """A chunk's decisions re-indexed by the chunk's token they are about; the newest token is undecided (False)."""
-  tokens = evict.shape[-1]
-  about = jnp.concatenate([evict[..., shift:], jnp.zeros_like(evict[..., :shift])], axis=-1)
-  return about & (jnp.arange(tokens) + shift < lengths[:, None])[:, None]

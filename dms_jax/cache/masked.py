@@ -7,56 +7,86 @@ import jax.numpy as jnp
 from flax import struct
 
 from dms_jax.attention import NEVER, prefill_attention
-from dms_jax.cache.base import Plan, Seen, count_reads, last_visible, rows_of, storage_dtype, unpacked
+from dms_jax.cache.base import Common, Plan, Seen, count_reads, last_visible, rows_of, storage_dtype, unpacked
+from dms_jax.policies import Leaving
+from pallas_kernels.xla_dot import einsum
 
 
 @struct.dataclass
-class MaskedCache:
-  """Slot = position. `kv` [L, B, K, S, 2H], `evicted` bool [L, B, K, S], `seen` int32 [B]."""
+class MaskedCache(Common):
+  """Slot = position. `kv` [L, B, K, S, 2H], `evicted` bool [L, B, K, S], `seen` int32 [B].
 
-  kv: jax.Array
-  evicted: jax.Array
-  seen: jax.Array
-  window: int = struct.field(pytree_node=False)
-  shift: int = struct.field(pytree_node=False)
+  The archive of a policy is whatever left the window and is not evicted; a token that another takes the place of is
+  evicted. Pages to select from are pages of the text, so a policy that selects must keep everything.
+  """
 
   @classmethod
-  def create(cls, layers, batch, heads, head_dim, *, capacity, window, shift, dtype):
+  def create(cls, layers, batch, heads, head_dim, *, capacity, policy, shift, dtype):
     """An empty cache for `capacity` tokens a row."""
     shape = (layers, batch, heads, capacity)
     return cls(
-      jnp.zeros((*shape, 2 * head_dim), storage_dtype(dtype)), jnp.zeros(shape, bool), jnp.zeros((batch,), jnp.int32),
-      window, shift,
+      kv=jnp.zeros((*shape, 2 * head_dim), storage_dtype(dtype)), evicted=jnp.zeros(shape, bool),
+      seen=jnp.zeros((batch,), jnp.int32), scores=jnp.zeros(shape, jnp.float32) if policy.scored else None,
+      window=policy.window, shift=shift,
     )  # fmt: skip
+
+  def carried(self):
+    return self.kv, self.scores
 
   def layer_state(self):
     return self.evicted
 
-  def room(self):
-    """Tokens each row can surely take, int32 [B]."""
-    return self.kv.shape[3] - self.seen
+  def room(self, policy):
+    """Tokens each row can take, int32 [B]."""
+    return self.slots - self.seen
 
   def grown(self, slots: int) -> MaskedCache:
     """The same cache with room for `slots` tokens a row."""
-    extra = slots - self.kv.shape[3]
+    extra = slots - self.slots
     if extra < 0:
-      raise ValueError(f"cannot shrink a cache of {self.kv.shape[3]} tokens a row to {slots}")
-    pad = ((0, 0), (0, 0), (0, 0), (0, extra))
-    return self.replace(kv=jnp.pad(self.kv, (*pad, (0, 0))), evicted=jnp.pad(self.evicted, pad))
+      raise ValueError(f"cannot shrink a cache of {self.slots} tokens a row to {slots}")
+    pad = lambda x: None if x is None else jnp.pad(x, ((0, 0),) * 3 + ((0, extra),) + ((0, 0),) * (x.ndim - 4))
+    return self.replace(kv=pad(self.kv), evicted=pad(self.evicted), scores=pad(self.scores))
 
-  def live(self, policy):
+  def live(self):
     """Tokens visible to the newest query, int32 [L, B, K]."""
-    position = jnp.arange(self.kv.shape[3])
+    position = jnp.arange(self.slots)
     newest = (self.seen - 1)[:, None, None]
-    visible = (newest - position <= self.window) | policy.retire(self.evicted, position)
+    visible = (newest - position <= self.window) | ~self.evicted
     return jnp.sum(visible & (position <= newest), axis=-1, dtype=jnp.int32)
 
   def plan(self, policy, lengths, num_tokens):
-    room = self.seen + lengths <= self.kv.shape[3]
-    return Plan(self.seen, jnp.where(room, lengths, 0), ~room)
+    self.check(policy)
+    room = self.seen + lengths <= self.slots
+    plan = Plan(self.seen, jnp.where(room, lengths, 0), ~room)
+    if not policy.scored:
+      return plan
+    if num_tokens > 1:
+      raise ValueError(f"{type(policy).__name__} reads one token at a time, and here are {num_tokens}")
+    return plan.replace(placement=self._dropped(policy, plan))
 
-  def attend(self, plan, policy, layer, kv, state, q, k, v, evict):
-    b, t, _, h = q.shape
+  def _dropped(self, policy, plan):
+    """The tokens that end at this step, int32 [L, B, K, 2]: the one leaving the window, an archived one; S is none."""
+    left = (self.seen - self.window - 1)[:, None]
+    at = jnp.broadcast_to(left[..., None], (*self.evicted.shape[:3], 1))
+    of_left = lambda x: jnp.take_along_axis(x, at, axis=-1, mode="clip")[..., 0]
+    live = (jnp.arange(self.slots) < left[..., None]) & ~self.evicted
+    retired = policy.retire(
+      Leaving(
+        evicted=of_left(self.evicted), tokens=(self.seen + 1)[:, None], archived=jnp.sum(live, -1, dtype=jnp.int32),
+        live=live, score=of_left(self.scores), scores=self.scores,
+      )
+    )  # fmt: skip
+    there = (left >= 0) & (plan.lengths > 0)[:, None]
+    forgotten = jnp.where(there & ~retired.keep, at[..., 0], self.slots)
+    replaced = self.slots
+    if retired.slot is not None:
+      replaced = jnp.where(there & retired.keep & (retired.slot >= 0), retired.slot, self.slots)
+    return jnp.stack(jnp.broadcast_arrays(forgotten, replaced), axis=-1)
+
+  def attend(self, plan, policy, layer, big, state, q, k, v, evict):
+    kv, scores = big
+    b, t, n, h = q.shape
     heads, slots = kv.shape[2:4]
     rows, head, token = jnp.arange(b)[:, None, None], jnp.arange(heads)[:, None], jnp.arange(t)
     position = plan.seen[:, None] + token
@@ -66,15 +96,43 @@ class MaskedCache:
     state = state.at[rows, head, slot].set(jnp.zeros_like(evict), mode="drop")  # what comes in is not decided yet
     about = jnp.where(real & (position >= self.shift), position - self.shift, slots)[:, None]
     state = state.at[rows, head, about].set(evict, mode="drop")
+    if plan.placement is not None:
+      state = state.at[rows, head, plan.placement[layer]].set(True, mode="drop")
     index = jnp.broadcast_to(jnp.arange(slots), state.shape)
     stop = plan.seen + plan.lengths
     held = index < stop[:, None, None]
     first = jnp.where(held, index, NEVER)
-    last = jnp.where(held, last_visible(policy.retire(state, index), index, self.window), -1)
-    keys = unpacked(kv[layer])
-    out = prefill_attention(q, keys[..., :h], keys[..., h:], jnp.where(real, position, -2), first, last)
+    last = jnp.where(held, last_visible(state, index, self.window), -1)
     live = count_reads(first, last, stop - 1, stop)
-    return out, kv, state, Seen(live, count_reads(first, last, plan.seen, stop))
+    keys, values = jnp.split(unpacked(kv[layer]), 2, axis=-1)
+    if policy.page and t == 1:
+      last = jnp.where(self._selected(policy, layer, keys, stop, q), last, -1)
+    q_pos = jnp.where(real, position, -2)
+    out = prefill_attention(q, keys, values, q_pos, first, last)
+    if policy.scored:
+      new = policy.first_score(layer, jnp.broadcast_to(position, (b, heads)))
+      scores = scores.at[layer, rows, head, slot].set(new[..., None], mode="drop")
+    if policy.observes:
+      visible = (first <= q_pos[:, None]) & (q_pos[:, None] <= last)
+      dots = einsum("bkgh,bksh->bkgs", q.reshape(b, heads, n // heads, h), keys) * h**-0.5
+      mass = jnp.mean(jax.nn.softmax(dots, axis=-1, where=visible[:, :, None]), axis=2)
+      after = jnp.where((plan.lengths > 0)[:, None, None], policy.observe(scores[layer], mass), scores[layer])
+      scores = scores.at[layer].set(after)
+    return out, (kv, scores), state, Seen(live, count_reads(first, last, plan.seen, stop))
 
-  def commit(self, plan, kv, states):
-    return self.replace(kv=kv, evicted=states, seen=plan.seen + plan.lengths)
+  def _selected(self, policy, layer, keys, stop, q):
+    """Which tokens are in the window, or in a page of older ones that the policy selects: bool [B, K, S]."""
+    b, heads, slots, h = keys.shape
+    left = (stop - self.window - 1)[:, None, None]  # tokens before this one have left the window
+    pages = -(-slots // policy.page)
+    keys = jnp.pad(keys, ((0, 0), (0, 0), (0, pages * policy.page - slots), (0, 0)))
+    live = jnp.broadcast_to(jnp.arange(pages * policy.page) < left, keys.shape[:3])
+    live = live.reshape(b, heads, pages, policy.page)
+    summaries = policy.summarise(keys.reshape(b, heads, pages, policy.page, h), live)
+    q = q.reshape(b, heads, -1, h)
+    chosen = policy.select(layer, q, summaries, jnp.any(live, axis=-1), stop)
+    return jnp.repeat(chosen, policy.page, axis=-1)[..., :slots] | (jnp.arange(slots) >= left)
+
+  def commit(self, plan, big, states):
+    kv, scores = big
+    return self.replace(kv=kv, scores=scores, evicted=states, seen=plan.seen + plan.lengths)

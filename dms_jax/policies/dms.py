@@ -21,5 +21,5 @@ class DMS(Policy):
 
   uses_gates = True
 
-  def decide(self, logits, shape):
+  def decide(self, logits, layer, position):
     return logits > jnp.asarray(self.threshold, logits.dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 from flax import struct
 
 from dms_jax.policies.base import Policy, register
@@ -14,6 +13,3 @@ class Vanilla(Policy):
   """Keeps every token; `window` only places tokens and changes no result."""
 
   evicts = False
-
-  def decide(self, logits, shape):
-    return jnp.zeros(shape, bool)

@@ -1,0 +1,38 @@
+"""A baseline: a random sample of the text is kept, and the window."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import struct
+
+from dms_jax.policies.base import register
+from dms_jax.policies.budget import Budgeted
+
+
+@register
+@struct.dataclass
+class Random(Budgeted):
+  """Keeps the tokens with the largest random numbers: at any time a uniform sample of those outside the window.
+
+  The number is a hash of (`seed`, layer, KV head, position), so that a text is treated alike wherever and whenever it
+  is read. The first `sinks` tokens are kept for sure.
+  """
+
+  seed: int = 0
+  sinks: int = 0
+
+  def first_score(self, layer, position):
+    head = jnp.broadcast_to(jnp.arange(position.shape[-1]), position.shape)
+    score = uniform(self.seed, layer, head, position)
+    return jnp.where(position < jnp.asarray(self.sinks, position.dtype), jnp.inf, score)
+
+
+def uniform(*counters):
+  """Numbers in [0, 1), float32, by a hash of integers that broadcast; every bit of each counter matters."""
+  bits = jnp.uint32(0)
+  for counter in counters:
+    bits = bits + jnp.asarray(counter).astype(jnp.uint32) + jnp.uint32(0x9E3779B9)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+      bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+    bits = bits ^ (bits >> 16)
+  return (bits >> 8).astype(jnp.float32) * jnp.float32(2**-24)

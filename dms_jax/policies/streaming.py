@@ -1,0 +1,45 @@
+"""StreamingLLM: the first tokens of the text, which attention rests on, and the latest (arXiv 2309.17453)."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import struct
+
+from dms_jax.policies.base import Policy, register
+
+
+@register
+@struct.dataclass
+class StreamingLLM(Policy):
+  """Keeps `sinks` first tokens and a window: the newest token and `window` before it (section 3.2).
+
+  `budget` instead of `window` makes the window what `budget` tokens leave beside the sinks; it is a shape then, too.
+  The paper counts positions inside the cache, so that texts may outgrow the context. Here keys are stored after RoPE,
+  and tokens keep their positions in the text, which ends where the context does.
+  """
+
+  window: int | None = struct.field(pytree_node=False, default=None)
+  sinks: int = 4
+  budget: int | None = struct.field(pytree_node=False, default=None)
+
+  bounded = True
+
+  def settled(self, window):
+    if (self.window is None) == (self.budget is None):
+      raise ValueError("StreamingLLM: give either window= or budget= (tokens, sinks included)")
+    if self.sinks < 0:
+      raise ValueError(f"StreamingLLM: sinks={self.sinks} must be 0 or more tokens")
+    if self.window is not None:
+      return super().settled(window)
+    if self.budget <= self.sinks:
+      raise ValueError(f"StreamingLLM: budget={self.budget} tokens must be more than its sinks={self.sinks}")
+    return self.replace(window=int(self.budget - self.sinks - 1), budget=None)
+
+  def decide(self, logits, layer, position):
+    return position >= jnp.asarray(self.sinks, position.dtype)
+
+  def capacity(self, tokens):
+    return jnp.minimum(jnp.asarray(tokens, jnp.int32), jnp.asarray(self.sinks, jnp.int32) + self.window + 1)
+
+  def reach(self, slots):
+    return jnp.where(jnp.asarray(self.sinks, jnp.int32) + self.window + 1 <= slots, jnp.int32(2**30), slots)
