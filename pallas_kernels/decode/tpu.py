@@ -1,11 +1,11 @@
 """Decode attention on TPUs with Pallas Mosaic, split by live slots.
 
 A (row, KV head) pair's live slots are one stream of blocks: those of the contiguous cache, then those of its pages. The
-stream is cut into chunks of `Blocks.split` blocks, a constant. The chunks that hold anything, of all pairs in order, are
-a list made in the graph, which the cores divide by blocks. The cache stays in HBM: a core copies the blocks of its part
-of the list to its memory itself, several ahead and across the ends of chunks, and no more of the last one than its live
-tiles (or pages). So what was evicted is not loaded, and ragged heads leave no core waiting. Chunks are merged in their
-order by XLA; where one core does everything there is nothing to merge, a chunk is a whole pair.
+stream is cut into chunks of `Blocks.split` blocks, a constant. The chunks that hold anything, of all pairs in order,
+are a list made in the graph, which the cores divide by blocks. The cache stays in HBM: a core copies the blocks of its
+part of the list to its memory itself, several ahead and across the ends of chunks, and no more of the last one than its
+live tiles (or pages). So what was evicted is not loaded, and ragged heads leave no core waiting. Chunks are merged in
+their order by XLA; where one core does everything there is nothing to merge, a chunk is a whole pair.
 
 Keys and values are used as they lie, side by side in rows of 2H = 128 or 256 lanes. With H = 64 both products take the
 whole row of 128: the query is 0 beside the value, and the sum beside the key is not used. A matrix unit is 128 wide
