@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import jax
@@ -21,6 +22,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import compat
 from pallas_kernels.compat import ROWS, plgpu
 from pallas_kernels.prefill import plan as planning
+from pallas_kernels.prefill.plan import KEPT, START, STOP, WHOLE
 
 LOG2E = math.log2(math.e)
 # A finite stand-in for -inf as the running maximum of a row that has seen no key: exp2(-inf - M) is 0, not NaN.
@@ -79,10 +81,7 @@ class Tile:
   def pieces(self) -> list[Piece]:
     """The tile cut where a head or a warpgroup ends."""
     cuts = sorted({*range(0, self.heads * self.queries + 1, self.queries), ROWS})
-    return [
-      Piece(a // ROWS, a % ROWS, a // self.queries, a % self.queries, b - a)
-      for a, b in zip(cuts, cuts[1:], strict=False)
-    ]
+    return [Piece(a // ROWS, a % ROWS, a // self.queries, a % self.queries, b - a) for a, b in itertools.pairwise(cuts)]
 
 
 def prefill_attention(q, keys, values, q_pos, k_first, k_last, *, blocks: Blocks | None = None):
@@ -92,7 +91,7 @@ def prefill_attention(q, keys, values, q_pos, k_first, k_last, *, blocks: Blocks
     NotImplementedError: another device, dtype or head size.
   """
   compat.require_hopper()
-  b, t, n, h = q.shape
+  _, t, n, h = q.shape
   if not (q.dtype == keys.dtype == values.dtype and q.dtype in (jnp.bfloat16, jnp.float16)):
     raise NotImplementedError(
       f"q, keys, values must all be bfloat16 or all float16, not {q.dtype}, {keys.dtype}, {values.dtype}"
@@ -135,7 +134,7 @@ def _attend(tile: Tile, blocks: Blocks, q, keys, values, rows, bounds, ranges):
     kv_head = lax.div(part, i32(parts))
     # The last tiles have the most keys: they start first.
     number = (tiles - 1) - lax.axis_index("tile")
-    whole, kept, band_start, stop = (ranges_ref[batch, kv_head, number, i] for i in range(4))
+    whole, kept, band_start, stop = (ranges_ref[batch, kv_head, number, i] for i in (WHOLE, KEPT, START, STOP))
 
     def here(ref, piece):
       """The part of q or of the output that a piece holds."""

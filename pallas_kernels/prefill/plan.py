@@ -20,14 +20,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 NEVER = 2**30  # as the first position: a row that no query sees
 WIDTH = 128  # flags counted by one product
+WHOLE, KEPT, START, STOP = range(4)  # of a plan's ranges
 
 
 class Plan(NamedTuple):
   """For R rows of gathered keys and `tiles` tiles of queries.
 
   `source` [B, K, R]: the key that a row holds, S if none. `bounds` [B, K, 2, R]: first and last position that sees it.
-  `ranges` [B, K, tiles, 4]: blocks of kept keys that need no mask; blocks of kept keys; first row of the band; all
-  blocks. Block i >= kept begins at row `start + (i - kept) * block`, an earlier one at `i * block`.
+  `ranges` [B, K, tiles, 4]: WHOLE, blocks of kept keys that need no mask; KEPT, all blocks of kept keys; START, first
+  row of the band; STOP, all blocks. Block i >= KEPT begins at row START + (i - KEPT) * block, an earlier one at
+  i * block.
   """
 
   source: jax.Array

@@ -24,12 +24,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import compat_tpu
 from pallas_kernels.prefill import plan as planning
+from pallas_kernels.prefill.plan import KEPT, START, STOP, WHOLE
 
 LOG2E = math.log2(math.e)
 # A finite stand-in for -inf as the running maximum of a row that has seen no key: exp2(-inf - NEVER) is 0, not NaN.
 NEVER = -1e30
 LANES = 128
-WHOLE, KEPT, START, STOP = range(4)  # of a plan's ranges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,28 +67,36 @@ def prefill_attention(q, keys, values, q_pos, k_first, k_last, *, blocks: Blocks
   if h not in (64, 128):
     raise NotImplementedError(f"head size {h}: only 64 and 128")
   blocks = blocks or default_blocks(t * (n // k), s)
-  return _attend(blocks, q, keys, values, q_pos, k_first, k_last)
+  rows, kv, positions, bounds, ranges = _prepare(blocks, q, keys, values, q_pos, k_first, k_last)
+  return _finish(q.shape, k, _attend(blocks, h, rows, kv, positions, bounds, ranges))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _attend(blocks: Blocks, q, keys, values, q_pos, k_first, k_last):
+def _prepare(blocks: Blocks, q, keys, values, q_pos, k_first, k_last):
+  """The arguments of `_attend`. Rows of a KV head: its query heads' queries at one position, then those at the next."""
   b, t, n, h = q.shape
   k = keys.shape[1]
   group = n // k
   pad = -(t * group) % blocks.q
-  # Rows of a KV head: its query heads' queries at one position, then those at the next.
   rows = jnp.moveaxis(q.reshape(b, t, k, group, h), 1, 2).reshape(b, k, t * group, h)
   rows = jnp.pad(rows, ((0, 0), (0, 0), (0, pad), (0, LANES - h)))
   positions = jnp.pad(jnp.repeat(q_pos.astype(jnp.int32), group, axis=1), ((0, 0), (0, pad)), constant_values=-2)
   positions = positions.reshape(b, -1, blocks.q)
   plan = planning.make(positions, k_first, k_last, block=blocks.kv, grain=LANES)
   kv = planning.gather(jnp.concatenate([keys, values], axis=-1), plan.source)
-  out = _call(blocks, h, rows, kv, positions[:, :, None], plan.bounds, jnp.swapaxes(plan.ranges, 2, 3))
-  out = out[:, :, : t * group, LANES - h :].reshape(b, k, t, group, h)
-  return jnp.moveaxis(out, 2, 1).reshape(b, t, n, h)
+  return rows, kv, positions[:, :, None], plan.bounds, jnp.swapaxes(plan.ranges, 2, 3)
 
 
-def _call(blocks: Blocks, h: int, q, kv, positions, bounds, ranges):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _finish(shape: tuple[int, ...], k: int, out):
+  """The kernel's rows as [B, T, N, H]."""
+  b, t, n, h = shape
+  out = out[:, :, : t * (n // k), LANES - h :].reshape(b, k, t, n // k, h)
+  return jnp.moveaxis(out, 2, 1).reshape(shape)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _attend(blocks: Blocks, h: int, q, kv, positions, bounds, ranges):
   """q [B, K, tiles * M, 128], kv [B, K, R, 2H], positions [B, tiles, 1, M]; bounds and ranges: see `Plan`, the ranges
   with the tiles last. Returns [B, K, tiles * M, 128], the output in the last H lanes."""
   b, k, _, _ = q.shape

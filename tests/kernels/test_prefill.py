@@ -7,12 +7,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.prefill import NEVER, prefill_attention, ref
+from pallas_kernels import compat
+from pallas_kernels.prefill import NEVER, gpu, prefill_attention, ref, tpu, xla
 from tests import oracle
-from tests.kernels.suite import Backend, assert_close, float64, normal, running, unchecked
+from tests.kernels.suite import Backend, assert_close, float64, interpreted_tpu, normal, running, unchecked
 
-IMPLEMENTATIONS = [Backend("xla")]
+IMPLEMENTATIONS = [Backend("xla"), Backend("gpu", compat.gpu_interpret_mode), Backend("tpu", interpreted_tpu)]
 pytestmark = pytest.mark.parametrize("backend", IMPLEMENTATIONS, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+  """Blocks so small that short texts are several of them."""
+  monkeypatch.setattr(xla, "BLOCK", 64)
+  monkeypatch.setattr(xla, "KEYS", 32)
+  monkeypatch.setattr(gpu, "default_blocks", lambda *_: gpu.Blocks(kv=64))
+  monkeypatch.setattr(tpu, "default_blocks", lambda *_: tpu.Blocks(128, 128))
+
+
+def dtype_of(backend):
+  """The dtype of cases that are not about dtypes."""
+  return "bfloat16" if backend.name == "gpu" else "float32"
 
 
 def make(rng, batch, tokens, heads, group, size, slots, dtype="float32"):
@@ -55,64 +70,89 @@ def test_head_sizes_and_dtypes(backend, size, dtype):
 
 @pytest.mark.parametrize("group", range(1, 9))
 def test_groups(backend, group):
-  rng = np.random.default_rng(group)
-  q, keys, values = make(rng, 1, 5, 2, group, 64, 33)
+  rng, dtype = np.random.default_rng(group), dtype_of(backend)
+  q, keys, values = make(rng, 1, 5, 2, group, 64, 33, dtype)
   q_pos = jnp.arange(20, 25, dtype=jnp.int32)[None]
-  check(backend, q, keys, values, q_pos, *ranges(rng, 1, 2, 33, 25))
+  check(backend, q, keys, values, q_pos, *ranges(rng, 1, 2, 33, 25), dtype)
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 255, 256, 257])
+@pytest.mark.parametrize("tokens", [1, 3, 63, 64, 65])
 def test_chunk_lengths(backend, tokens):
-  """One query, odd chunks, and both sides of the block's edge."""
-  rng = np.random.default_rng(tokens)
-  q, keys, values = make(rng, 1, tokens, 1, 2, 64, 40)
+  """One query, odd chunks, and both sides of the edge of a tile of 64 queries, which all backends have here."""
+  rng, dtype = np.random.default_rng(tokens), dtype_of(backend)
+  q, keys, values = make(rng, 1, tokens, 1, 2, 64, 40, dtype)
   q_pos = jnp.arange(tokens, dtype=jnp.int32)[None]
-  check(backend, q, keys, values, q_pos, *ranges(rng, 1, 1, 40, max(tokens, 2)))
+  check(backend, q, keys, values, q_pos, *ranges(rng, 1, 1, 40, max(tokens, 2)), dtype)
 
 
-def test_the_formula_of_eviction(backend):
+def test_chunk_after_a_cached_prefix(backend):
+  """As a cache hands it over: the window's tokens, the chunk, then an archive with free slots; one row is shorter."""
+  rng, dtype = np.random.default_rng(5), dtype_of(backend)
+  window, seen, tokens, archive = 9, 80, 21, 50
+  position = np.concatenate([np.arange(seen - window - 1, seen), seen + np.arange(tokens)])
+  length = np.array([tokens, 13])
+  real = (position < seen + length[:, None])[:, None]
+  evicted = rng.random((2, 2, position.size)) < 0.6
+  archived = np.arange(archive) < rng.integers(1, archive, (2, 2, 1))
+  first = np.concatenate(
+    [np.where(np.broadcast_to(real, evicted.shape), position, NEVER), np.where(archived, -1, NEVER)], axis=2
+  )
+  last = np.concatenate(
+    [np.where(real, np.where(evicted, position + window, NEVER), -1), np.where(archived, NEVER, -1)], axis=2
+  )
+  q, keys, values = make(rng, 2, tokens, 2, 2, 64, first.shape[2], dtype)
+  q_pos = np.where(np.arange(tokens) < length[:, None], seen + np.arange(tokens), -2)
+  out = check(backend, q, keys, values, *(jnp.asarray(x, jnp.int32) for x in (q_pos, first, last)), dtype)
+  assert (np.asarray(out[1, 13:], float) == 0).all()
+
+
+@pytest.mark.parametrize("window, rate", [(0, 0.5), (0, 1.0), (1, 0.5), (6, 0.5), (6, 1.0), (30, 0.5), (6, 0.0)])
+def test_the_formula_of_eviction(backend, window, rate):
   """first = position, last = position + W if evicted: exactly `i - j <= W or not evicted[j]`."""
-  rng = np.random.default_rng(1)
-  for window in (0, 1, 6, 30):
-    evicted = rng.random((1, 2, 24)) < 0.5
-    q, keys, values = make(rng, 1, 24, 2, 2, 64, 24)
-    position = np.broadcast_to(np.arange(24), evicted.shape)
-    last = np.where(evicted, position + window, NEVER)
-    with running(backend):
-      out = prefill_attention(
-        q, keys, values, jnp.arange(24, dtype=jnp.int32)[None], jnp.asarray(position, jnp.int32),
-        jnp.asarray(last, jnp.int32), implementation=backend.name,
-      )  # fmt: skip
-    for head in range(4):
-      mask = oracle.visible(evicted[0, head // 2], window)
-      scores = np.asarray(q[0, :, head], float) @ np.asarray(keys[0, head // 2], float).T / 8
-      weights = np.where(mask, np.exp(scores - scores.max()), 0)
-      expected = weights / weights.sum(-1, keepdims=True) @ np.asarray(values[0, head // 2], float)
-      assert_close(out[0, :, head], expected, "float32")
+  rng, dtype = np.random.default_rng(1), dtype_of(backend)
+  evicted = rng.random((1, 2, 24)) < rate
+  q, keys, values = make(rng, 1, 24, 2, 2, 64, 24, dtype)
+  position = np.broadcast_to(np.arange(24), evicted.shape)
+  last = np.where(evicted, position + window, NEVER)
+  with running(backend):
+    out = prefill_attention(
+      q, keys, values, jnp.arange(24, dtype=jnp.int32)[None], jnp.asarray(position, jnp.int32),
+      jnp.asarray(last, jnp.int32), implementation=backend.name,
+    )  # fmt: skip
+  q, keys, values = float64(q, keys, values)
+  for head in range(4):
+    mask = oracle.visible(evicted[0, head // 2], window)
+    scores = q[0, :, head] @ keys[0, head // 2].T / 8
+    weights = np.where(mask, np.exp(scores - scores.max()), 0)
+    expected = weights / weights.sum(-1, keepdims=True) @ values[0, head // 2]
+    assert_close(out[0, :, head], expected, dtype)
 
 
 def test_nothing_visible_gives_zeros(backend):
   """Padding queries (position -2), queries before every key, and a cache with nothing but NaN."""
-  rng = np.random.default_rng(2)
-  q, keys, values = make(rng, 2, 6, 2, 2, 64, 12)
+  rng, dtype = np.random.default_rng(2), dtype_of(backend)
+  q, keys, values = make(rng, 2, 6, 2, 2, 64, 12, dtype)
   q_pos = jnp.array([[-2, -2, 0, 1, 2, 3], [5, 6, 7, 8, -2, -2]], jnp.int32)
   first = jnp.full((2, 2, 12), 2, jnp.int32)
-  out = check(backend, q, keys, values, q_pos, first, jnp.full_like(first, NEVER))
-  assert (np.asarray(out[0, :4]) == 0).all() and (np.asarray(out[1, 4:]) == 0).all()
+  out = check(backend, q, keys, values, q_pos, first, jnp.full_like(first, NEVER), dtype)
+  assert (np.asarray(out[0, :4], float) == 0).all() and (np.asarray(out[1, 4:], float) == 0).all()
   dead = jnp.full_like(first, NEVER)
-  assert (np.asarray(check(backend, q, keys, values, q_pos, dead, jnp.full_like(first, -1))) == 0).all()
+  out = check(backend, q, keys, values, q_pos, dead, jnp.full_like(first, -1), dtype)
+  assert (np.asarray(out, float) == 0).all()
 
 
 def test_two_runs_are_bit_equal_and_jit_agrees(backend):
-  rng = np.random.default_rng(3)
-  q, keys, values = make(rng, 2, 20, 2, 2, 64, 50)
+  rng, dtype = np.random.default_rng(3), dtype_of(backend)
+  q, keys, values = make(rng, 2, 20, 2, 2, 64, 50, dtype)
   q_pos = jnp.asarray(np.stack([np.arange(20), np.arange(20) + 9]), jnp.int32)
   first, last = ranges(rng, 2, 2, 50, 29)
+  run = lambda *args: prefill_attention(*args, implementation=backend.name)
+  # The GPU interpreter's threads wait for each other, and a compiled program lends it no more than there are cores.
+  run = run if backend.name == "gpu" else jax.jit(run)
   with running(backend):
-    run = jax.jit(lambda *args: prefill_attention(*args, implementation=backend.name))
     one, two = (np.asarray(run(q, keys, values, q_pos, first, last)) for _ in range(2))
-  np.testing.assert_array_equal(one, two)
-  assert_close(one, ref.prefill_attention(q, keys, values, q_pos, first, last), "float32")
+  np.testing.assert_array_equal(one.view(np.uint8), two.view(np.uint8))
+  assert_close(one, ref.prefill_attention(*float64(q, keys, values), q_pos, first, last), dtype)
 
 
 def test_bad_shapes_are_named(backend):
