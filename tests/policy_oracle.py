@@ -1,0 +1,137 @@
+"""Eviction policies in plain float64 numpy, each written from its paper's own algorithm, one layer and row at a time.
+
+Papers decide between steps: token t attends to what is held and itself, then something is dropped. Every function takes
+q [T, K, G, H] and k [T, K, H] of a text and returns a `Run`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+
+@dataclasses.dataclass
+class Run:
+  """`held[head][t]`: positions held while token t attends; `read[head][t]`: those it attends to.
+
+  `margin`: by how much, relative to them, the closest two alternatives of any choice differed: what rounding may tip.
+  """
+
+  held: list[list[set[int]]]
+  read: list[list[set[int]]]
+  margin: float = math.inf
+
+
+def softmax(x):
+  weights = np.exp(x - x.max(axis=-1, keepdims=True))
+  return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def attend(q, k, v, run: Run):
+  """Attended values [T, K, G, H] when each token attends to what it reads."""
+  out = np.zeros(q.shape)
+  for head, reads in enumerate(run.read):
+    for t, tokens in enumerate(reads):
+      at = sorted(tokens)
+      out[t, head] = softmax(q[t, head] @ k[at, head].T / math.sqrt(q.shape[-1])) @ v[at, head]
+  return out
+
+
+def streaming(q, k, *, sinks, window):
+  """Attention sinks and a rolling cache (2309.17453, figure 4), with positions in the text."""
+  held = [[{j for j in range(t + 1) if j < sinks or t - j <= window} for t in range(len(q))] for _ in range(k.shape[1])]
+  return Run(held, held)
+
+
+def _drop_least(q, k, size, recent, score):
+  """Keeps size(t) tokens after step t; drops the least by `score(heads' weights so far)` of all but `recent` latest.
+
+  score(scores, weights) -> scores: dicts by position a head; weights are the mean over a KV head's query heads.
+  """
+  heads = k.shape[1]
+  kept, scores, held, margin = (
+    [[] for _ in range(heads)],
+    [{} for _ in range(heads)],
+    [[] for _ in range(heads)],
+    math.inf,
+  )
+  for t in range(len(q)):
+    weights = []
+    for head in range(heads):
+      kept[head].append(t)
+      held[head].append(set(kept[head]))
+      mean = softmax(q[t, head] @ k[kept[head], head].T / math.sqrt(q.shape[-1])).mean(axis=0)
+      weights.append(dict(zip(kept[head], mean, strict=True)))
+    scores = score(scores, weights)
+    for head in range(heads):
+      if len(kept[head]) > size(t):
+        candidates = sorted(kept[head][: len(kept[head]) - recent], key=lambda j: (scores[head][j], -j))
+        if len(candidates) > 1:
+          least, next_ = (scores[head][j] for j in candidates[:2])
+          margin = min(margin, (next_ - least) / abs(next_))
+        kept[head].remove(candidates[0])
+  return Run(held, held, margin)
+
+
+def tova(q, k, *, size, per_layer=False):
+  """Token omission via attention (2401.06104, section 3.2): by the latest query's weights, itself a candidate."""
+
+  def latest(scores, weights):
+    if per_layer:  # all heads hold the same tokens, as they go by the same scores
+      mean = {j: float(np.mean([w[j] for w in weights])) for j in weights[0]}
+      return [mean for _ in weights]
+    return weights
+
+  return _drop_least(q, k, size, 0, latest)
+
+
+def h2o(q, k, *, size, recent):
+  """Heavy hitters (2306.14048, algorithm 1): the sum of all weights so far, of all but the `recent` latest tokens."""
+  add = lambda scores, weights: [{j: s.get(j, 0.0) + w[j] for j in w} for s, w in zip(scores, weights, strict=True)]
+  return _drop_least(q, k, size, recent, add)
+
+
+def hashed(*counters) -> float:
+  """32 bits a counter, mixed by the finaliser `lowbias32`; the upper 24 as a number in [0, 1)."""
+  bits = 0
+  for counter in counters:
+    bits = (bits + counter + 0x9E3779B9) % 2**32
+    bits = (bits ^ bits >> 16) * 0x7FEB352D % 2**32
+    bits = (bits ^ bits >> 15) * 0x846CA68B % 2**32
+    bits ^= bits >> 16
+  return (bits >> 8) / 2**24
+
+
+def random(q, k, *, seed, layer, sinks, budget, window):
+  """The `budget` - W - 1 tokens outside the window with the largest hashes, and the window."""
+  held = []
+  for head in range(k.shape[1]):
+    value = [math.inf if j < sinks else hashed(seed, layer, head, j) for j in range(len(q))]
+    order = sorted(range(len(q)), key=lambda j, value=value: (-value[j], j))
+    best = lambda t, order=order: [j for j in order if j < t - window][: budget - window - 1]
+    held.append([set(best(t)) | set(range(max(t - window, 0), t + 1)) for t in range(len(q))])
+  return Run(held, held)
+
+
+def quest(q, k, *, page, pages, window, dense):
+  """Page bounds sum_h max(q min, q max) (2406.10774, algorithm 1), for the pages older than the window."""
+  held = [[set(range(t + 1)) for t in range(len(q))] for _ in range(k.shape[1])]
+  read, margin = [], math.inf
+  for head in range(k.shape[1]):
+    read.append([])
+    for t in range(len(q)):
+      older = max(t - window, 0)
+      parts = [range(p, min(p + page, older)) for p in range(0, older, page)]
+      bounds = []
+      for part in parts:
+        low, high = k[part, head].min(axis=0), k[part, head].max(axis=0)
+        bounds.append(max(np.maximum(query * low, query * high).sum() for query in q[t, head]))
+      order = sorted(range(len(parts)), key=lambda p: (-bounds[p], p))
+      many = len(parts) if dense else pages(t)
+      if many < len(parts):
+        last, next_ = bounds[order[many - 1]], bounds[order[many]]
+        margin = min(margin, (last - next_) / abs(last))
+      read[-1].append({j for p in order[:many] for j in parts[p]} | set(range(older, t + 1)))
+  return Run(held, read, margin)
