@@ -5,8 +5,8 @@
 
 The prompt is `--prompt`, or the text of `--file`, or one prompt a line of `--prompts_file`; with `--chat` it is a
 user's message, and without any prompt the turns of a conversation are read from standard input. `--policy=vanilla`
-keeps the whole cache; a policy's own numbers are flags too (`--dms.threshold=2`). The last line is one JSON object with
-all rows and what they cost.
+keeps the whole cache; a policy's own numbers are flags too (`--dms.threshold=2`, `--policy=h2o --h2o.budget=512`). The
+last line is one JSON object with all rows and what they cost.
 """
 
 from __future__ import annotations
