@@ -24,15 +24,12 @@ from jaxtyping import Array, Int
 from dms_jax import cache as caches
 from dms_jax import decoding, stops
 from dms_jax.cache import Cache
+from dms_jax.cache.base import rounded
 from dms_jax.decoding import LENGTH, REASONS, RUNNING, Ends, Rows
 from dms_jax.metrics import Metrics
 from dms_jax.model import Model, check_policy, model_shift
 from dms_jax.policies import DMS, Policy, Vanilla
 from dms_jax.sampling import Sampling, row_keys
-
-# A cache that may grow starts with half of what its text could need at most, is rounded up to a multiple of SLOTS and
-# grows by GROWTH at least: each new shape is a compilation.
-SLOTS, GROWTH = 256, 1.5
 
 Stream = Callable[[int, list[int], str], None]
 
@@ -109,8 +106,10 @@ def generate(
     temperature: 0 is greedy; `top_k` and `top_p` then change nothing.
     stop: strings that end a row; looked for in what this call generates.
     eos: end rows at the tokenizer's and the model's EOS; or the ids that do.
-    cache: "slots" (DMS frees memory) or "masked" (keeps and masks; for ablations). `continue_from` brings its own.
-    capacity: fixed slots a head (tokens a row of a masked cache); default: starts small and grows as needed.
+    cache: "paged" (what is evicted is freed, head by head), "slots" (every head has the slots that the fullest needs) or
+      "masked" (keeps and masks; for ablations). `continue_from` brings its own.
+    capacity: fixed slots a head, of pages on the average (tokens a row of a masked cache); default: starts small and
+      grows as needed.
     continue_from: an earlier output or its `.cache`; prompts are the next turn, one a row, and may be empty (None: all
       empty) to simply go on. It is copied, not consumed.
     mask: bool [B, T], true where `prompts` holds a token.
@@ -171,7 +170,7 @@ def generate(
       reason = _write(written, emitted, rows, reader, stream)
   steps = 0
   while (reason == RUNNING).any():
-    store = _with_room(store, policy, np.where(reason == RUNNING, stretch, 0), capacity, most)
+    store = store if capacity else store.made_room(policy, np.where(reason == RUNNING, stretch, 0), most)
     store, rows, emitted, counts = decoding.decode_stretch(
       model, policy, store, rows, sampling, ends, steps=stretch, history=history
     )
@@ -182,7 +181,7 @@ def generate(
   pending = jnp.full(batch, -1, jnp.int32) if read_only else rows.token
   metrics = metrics.replace(
     seen=np.asarray(store.seen).astype(np.int64), new_tokens=np.array([len(t) for t in written.tokens]),
-    slot_bytes=store.slot_bytes, bytes_allocated=store.nbytes,
+    bytes_live=store.bytes_live(), bytes_allocated=store.nbytes,
     history=None if metrics.history is None else metrics.history[:steps],
   )  # fmt: skip
   reasons = [REASONS[r] for r in np.asarray(rows.reason)]
@@ -266,8 +265,6 @@ def _check_lengths(model, policy, kind, capacity, past, lengths, max_new_tokens)
     masked = isinstance(past.cache, caches.MaskedCache)
     if past.cache.window != policy.window:
       raise ValueError(f"policy window={policy.window}, but the conversation has window={past.cache.window}")
-    if capacity is not None and capacity < past.cache.slots:
-      raise ValueError(f"capacity={capacity} is below the {past.cache.slots} slots the conversation has")
     if type(policy) is not type(past.policy) and (policy.bounded or past.policy.bounded):
       names = " cannot go on under ".join(type(p).__name__ for p in (past.policy, policy))
       raise ValueError(f"policy: a conversation held under {names}, as their caches hold different tokens")
@@ -287,12 +284,12 @@ def _start(model, policy, kind, capacity, past, batch, most, chunk) -> Cache:
   """An empty cache, or a copy of the conversation's: compiled calls donate theirs."""
   if past is not None:
     copy = jax.tree.map(jnp.copy, past.cache)
-    return copy.grown(capacity) if (capacity or 0) > copy.slots else copy
-  if capacity is None:
+    return copy if capacity is None else copy.resized(capacity, most)
+  if capacity is None:  # half of what the text could need at most
     small = policy.evicts and not policy.bounded and kind != "masked"
-    capacity = _rounded(min(max(policy.window + 1 + chunk, most // 2), most) if small else most)
+    capacity = rounded(min(max(policy.window + 1 + chunk, most // 2), most) if small else most)
   store = caches.create(
-    kind, model.config, batch=batch, capacity=capacity, policy=policy,
+    kind, model.config, batch=batch, capacity=capacity, longest=most, policy=policy,
     shift=model_shift(model, policy.window), dtype=model.dtype,
   )  # fmt: skip
   return _beside(model, store)
@@ -306,22 +303,6 @@ def _beside(model: Model, tree):
   return jax.device_put(tree, sharding)
 
 
-def _rounded(slots: int) -> int:
-  return -(-slots // SLOTS) * SLOTS
-
-
-def _with_room(store: Cache, policy: Policy, coming: np.ndarray, capacity: int | None, most: int) -> Cache:
-  """`store`, grown if it is not fixed and `coming` [B] more tokens a row might not fit; never beyond what `most` needs.
-
-  Asking for the worst case costs at most a chunk or a stretch of slots, and no row ever has to stop halfway.
-  """
-  lack = int((coming - np.asarray(store.room(policy))).max())
-  slots = store.slots
-  if capacity is not None or lack <= 0 or slots >= most:
-    return store
-  return store.grown(max(min(_rounded(max(slots + lack, int(slots * GROWTH))), _rounded(most)), slots))
-
-
 def _prefill(model, policy, store, ids, metrics, chunk, capacity, most):
   """Reads all prompts, each row from its own start in chunks of its own; returns (cache, logits [B, V], metrics)."""
   batch, done = len(ids), np.zeros(len(ids), np.int64)
@@ -329,7 +310,7 @@ def _prefill(model, policy, store, ids, metrics, chunk, capacity, most):
   logits = _beside(model, jnp.zeros((batch, model.config.vocab_size), jnp.float32))
   while (done < total).any():
     take = np.minimum(total - done, chunk)
-    store = _with_room(store, policy, take, capacity, most)
+    store = store if capacity else store.made_room(policy, take, most)
     width, take = chunk, np.minimum(take, np.asarray(store.room(policy)).clip(0))
     if not take.any():  # A fixed cache is nearly full: single tokens know what they displace, chunks must assume.
       width, take = 1, np.minimum(total - done, 1)

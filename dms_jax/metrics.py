@@ -55,7 +55,7 @@ class Metrics:
 
   `seen` int64 [B]: T, tokens each row has in its cache, earlier turns included. `live` int64 [L, B, K]: tokens held of
   them. `decode_reads`, `prompt_reads` int64 [L, B, K]: keys read by this call. `peak` float64 [B]: a row's peak tokens;
-  `peak_total`: the largest sum over rows. `new_tokens` [B]: tokens generated. `slot_bytes`: of one key and value.
+  `peak_total`: the largest sum over rows. `new_tokens` [B]: tokens generated. `bytes_live`: of the keys and values
   `bytes_allocated`: of the whole cache. `history` int32 [steps, L, B, K]: live after each decode step, if asked for.
   """
 
@@ -66,7 +66,7 @@ class Metrics:
   peak: np.ndarray
   peak_total: float = 0.0
   new_tokens: np.ndarray | None = None
-  slot_bytes: int = 0
+  bytes_live: int = 0
   bytes_allocated: int = 0
   history: np.ndarray | None = None
 
@@ -115,11 +115,6 @@ class Metrics:
   def peak_tokens(self) -> float:
     """The largest peak of a row; `peak_total` is that of all rows together."""
     return float(self.peak.max(initial=0.0))
-
-  @property
-  def bytes_live(self) -> int:
-    """Bytes of the keys and values held."""
-    return int(self.live.sum()) * self.slot_bytes
 
   def to_json(self) -> dict:
     """The summary as plain numbers."""

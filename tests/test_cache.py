@@ -23,7 +23,7 @@ from dms_jax.config import ModelConfig
 from tests import oracle, tiny
 
 LAYERS, ROWS, HEAD = 2, 3, 4
-KINDS = ["masked", "slots"]
+KINDS = ["masked", "slots", "paged"]
 ATOL = 2e-6  # float32 sums of at most 60 unit-sized terms
 
 
@@ -43,8 +43,9 @@ class Shape:
 
   def create(self, kind, capacity=None):
     return caches.create(
-      kind, self.config(), batch=ROWS, capacity=capacity or self.length, window=self.window, shift=self.shift
-    )
+      kind, self.config(), batch=ROWS, capacity=capacity or self.length, window=self.window, shift=self.shift,
+      **({"page": 4} if kind == "paged" else {}),
+    )  # fmt: skip
 
 
 SHAPES = st.builds(
@@ -115,16 +116,33 @@ def inputs(text: Text, start, lengths, width):
 
 @functools.partial(jax.jit, compiler_options=tiny.QUICK)
 def poison(cache):
-  """NaN in every slot that holds nothing."""
-  slot = jnp.arange(cache.slots)
-  live = cache.live() if isinstance(cache, caches.SlotCache) else cache.seen[:, None]
-  dead = slot >= jnp.broadcast_to(live, cache.kv.shape[:3])[..., None]
-  return cache.replace(kv=jnp.where(dead[..., None], jnp.nan, cache.kv))
+  """NaN in every slot that holds nothing, and of pages in those that nobody owns."""
+  live = cache.seen[:, None] if isinstance(cache, caches.MaskedCache) else cache.live()
+  dead = jnp.arange(cache.kv.shape[3]) >= jnp.broadcast_to(live, cache.kv.shape[:3])[..., None]
+  cache = cache.replace(kv=jnp.where(dead[..., None], jnp.nan, cache.kv))
+  if not isinstance(cache, caches.PagedCache):
+    return cache
+  index = jnp.arange(cache.slots - cache.ring)
+  page = jnp.repeat(cache.table.pages, cache.page_size, axis=-1)
+  page = jnp.where(index < cache.archived[..., None], page, cache.pages)
+  alive = jnp.zeros((cache.pages, cache.page_size), bool).at[page, index % cache.page_size].set(True, mode="drop")
+  pages = jnp.where(alive[..., None], cache.store.pages, jnp.nan)
+  beyond = jnp.arange(cache.table.pages.shape[3]) >= cache.table.owned[..., None]  # no page, or another's: 2^30
+  table = cache.table.replace(pages=jnp.where(beyond, 2**30, cache.table.pages))
+  return cache.replace(store=cache.store.replace(pages=pages), table=table)
+
+
+def slots_of(cache):
+  """All slots of a cache as one array [L, B, K, S, 2H]."""
+  if not isinstance(cache, caches.PagedCache):
+    return np.asarray(cache.kv)
+  archive = np.asarray(cache.store.pages)[np.minimum(cache.table.pages, cache.pages - 1)]
+  return np.concatenate([cache.kv, archive.reshape(*cache.archived.shape, -1, 2 * HEAD)], axis=3)
 
 
 def held(cache):
-  """{(layer, row, head): positions that a SlotCache holds, slot by slot}, read from the values."""
-  live, values = np.asarray(cache.live()), np.asarray(cache.kv[..., HEAD])
+  """{(layer, row, head): positions that a cache holds, slot by slot}, read from the values."""
+  live, values = np.asarray(cache.live()), slots_of(cache)[..., HEAD]
   return {index: [round(x * 64) for x in values[index][: live[index]].tolist()] for index in np.ndindex(live.shape)}
 
 
@@ -163,8 +181,8 @@ def run(kind, shape, text, steps, policy=None):
       if end:
         np.testing.assert_array_equal(count.live[:, b], seen[:, b, :, end - 1].sum(-1))
         np.testing.assert_array_equal(live[:, b], seen[:, b, :, end - 1].sum(-1))
-    slots_of = held(cache) if kind == "slots" else {}
-    for (l, b, k), slots in slots_of.items():
+    positions = held(cache) if kind != "masked" else {}
+    for (l, b, k), slots in positions.items():
       if end := start[b] + lengths[b]:
         assert sorted(slots) == sorted(history[l, b, k][end - 1])
         assert sorted(slots) == list(np.flatnonzero(seen[l, b, k, end - 1]))
@@ -226,7 +244,7 @@ def rows(cache, row):
   return [np.asarray(x) for x in parts + ([cache.archived[:, row]] if isinstance(cache, caches.SlotCache) else [])]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["masked", "slots"])  # for pages: test_paged.py
 @pytest.mark.parametrize("width", [1, 6])
 def test_row_without_room_sits_out_and_resumes(kind, width):
   """Row 1 keeps everything and fills its slots; it is left bitwise alone until the cache is grown, then goes on."""
@@ -283,8 +301,9 @@ def test_room_is_what_a_chunk_may_take(kind):
     *_, stalled, cache = step(cache, policy, *inputs(text, start, np.array(lengths), 8))
     assert not stalled.any()
     start = start + lengths
-  np.testing.assert_array_equal(cache.room(policy), 20 - start)
-  for extra in (0, 1):
+  if kind != "paged":  # which shares its free pages out
+    np.testing.assert_array_equal(cache.room(policy), 20 - start)
+  for extra in (0,) if kind == "paged" else (0, 1):
     lengths = np.asarray(cache.room(policy)) + extra
     *_, stalled, _ = step(cache, policy, *inputs(text, start, lengths, 20))
     assert (np.asarray(stalled) == bool(extra)).all()

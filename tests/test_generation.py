@@ -11,7 +11,7 @@ import pytest
 
 import dms_jax
 from dms_jax import decoding, generation
-from dms_jax.cache import SlotCache
+from dms_jax.cache import SlotCache, base
 from dms_jax.model import Eviction, forward, unembed
 from dms_jax.policies import DMS, Vanilla
 from tests import tiny
@@ -60,7 +60,7 @@ def log_softmax(x):
   return x - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True)) - x.max(-1, keepdims=True)
 
 
-@pytest.mark.parametrize("kind", ["slots", "masked"])
+@pytest.mark.parametrize("kind", ["slots", "masked", "paged"])
 @pytest.mark.parametrize("policy", [DMS(), DMS(threshold=-3.0), Vanilla(window=WINDOW)], ids=["dms", "lower", "dense"])
 def test_equals_the_mask(model, kind, policy):
   prompts = [prompt(n, seed=n) for n in (1, 19, 8)]
@@ -79,7 +79,7 @@ def test_bfloat16_follows_the_mask(model):
   model = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model)
   ids = prompt(19, seed=19)
   prompts = [ids, prompt(3), prompt(4)]
-  for kind in ("slots", "masked"):
+  for kind in ("slots", "masked", "paged"):
     out = dms_jax.generate(model, prompts, policy=Vanilla(), max_new_tokens=NEW, eos=False, cache=kind, **SMALL)
     want = log_softmax(oracle(model.replace(dms=None), ids + out.tokens[0][:-1], NEW, None))
     np.testing.assert_allclose(out.logprobs[0], want[np.arange(NEW), out.tokens[0]], atol=0.1)  # 8 bits of mantissa
@@ -131,7 +131,7 @@ def test_padded_matrix_equals_lists(model):
   assert full.tokens == dms_jax.generate(model, rows[1], max_new_tokens=6, eos=False, **SMALL).tokens  # one row of ids
 
 
-@pytest.mark.parametrize("kind", ["slots", "masked"])
+@pytest.mark.parametrize("kind", ["slots", "masked", "paged"])
 def test_turns_equal_one_long_text(model, kind):
   turns = [[prompt(n, seed=n) for n in lengths] for lengths in ((9, 2, 1), (4, 12, 1), (1, 1, 9))]
   past, texts = None, [[], [], []]
@@ -168,8 +168,8 @@ def test_growing_changes_nothing(model, monkeypatch):
   fixed = dms_jax.generate(model, prompts, max_new_tokens=NEW, eos=False, **SMALL)
   grown = []
   original = SlotCache.grown
-  monkeypatch.setattr(generation, "SLOTS", 4)
-  monkeypatch.setattr(generation, "GROWTH", 1.1)
+  monkeypatch.setattr(base, "SLOTS", 4)
+  monkeypatch.setattr(base, "GROWTH", 1.1)
   monkeypatch.setattr(SlotCache, "grown", lambda self, slots: grown.append(slots) or original(self, slots))
   out = dms_jax.generate(model, prompts, max_new_tokens=NEW, eos=False, **GROWING)
   assert len(grown) >= 2 and grown == sorted(grown) and grown[-1] <= 52  # 30 + 20 - 1 tokens, a multiple of 4

@@ -21,7 +21,7 @@ def held_and_read(evicted: np.ndarray, position: int) -> np.ndarray:
   return ((j <= position) & ((position - j <= WINDOW) | ~evicted)).sum(axis=-1)
 
 
-@pytest.mark.parametrize("kind", ["slots", "masked"])
+@pytest.mark.parametrize("kind", ["slots", "masked", "paged"])
 def test_definitions(kind):
   model = tiny.model(gates=tiny.dms(window=WINDOW))
   cfg, chunk, new = model.config, 4, 18

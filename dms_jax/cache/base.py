@@ -24,6 +24,10 @@ from dms_jax.policies import Policy
 from pallas_kernels.platform import platform
 
 
+# A cache that may grow does so by GROWTH at least, to a multiple of SLOTS: each new shape is a compilation.
+SLOTS, GROWTH = 256, 1.5
+
+
 @struct.dataclass
 class Plan:
   """Settled before the layers. `seen` [B]: tokens before this step; `lengths` [B]: real tokens of it (0: sits out)."""
@@ -46,8 +50,9 @@ class Seen:
 class Cache(Protocol):
   """A fixed-shape pytree. `seen` [B] counts the tokens of each row; `shift` is the lag of decisions.
 
-  `slots`: slots of a head. `slot_bytes`: of one key and value. `nbytes`: all that is allocated. `room(policy)`: tokens
-  that each row can surely take. `live()` [L, B, K]: tokens held.
+  `slots`: slots of a head. `nbytes`: all that is allocated. `bytes_live()`: of the keys and values held. `room(policy)`: tokens
+  that each row can surely take. `made_room(policy, coming, most)`: the cache, larger if `coming` more tokens of a row,
+  numpy [B], might not fit, never beyond what a text of `most` tokens needs. `live()` [L, B, K]: tokens held.
   """
 
   seen: Int[Array, "B"]
@@ -57,12 +62,13 @@ class Cache(Protocol):
   @property
   def slots(self) -> int: ...
   @property
-  def slot_bytes(self) -> int: ...
-  @property
   def nbytes(self) -> int: ...
+  def bytes_live(self) -> int: ...
   def live(self) -> Int[Array, "L B K"]: ...
   def room(self, policy: Policy) -> Int[Array, "B"]: ...
   def grown(self, slots: int) -> Cache: ...
+  def resized(self, capacity: int, longest: int) -> Cache: ...
+  def made_room(self, policy: Policy, coming: Any, most: int) -> Cache: ...
   def check(self, policy: Policy) -> None: ...
   def carried(self) -> Any: ...
   def layer_state(self) -> Any: ...
@@ -91,11 +97,27 @@ class Common:
 
   @property
   def slot_bytes(self) -> int:
+    """Of one key and value, in `kv`."""
     return self.kv.shape[4] * self.kv.dtype.itemsize
+
+  def bytes_live(self) -> int:
+    return int(jnp.sum(self.live())) * self.slot_bytes
 
   @property
   def nbytes(self) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+  def resized(self, capacity, longest):
+    """The same cache with a fixed capacity; ValueError if that is below what it has."""
+    if capacity < self.slots:
+      raise ValueError(f"capacity={capacity} is below the {self.slots} slots the conversation has")
+    return self.grown(capacity)
+
+  def made_room(self, policy, coming, most):
+    lack = int((coming - jax.device_get(self.room(policy))).max())
+    if lack <= 0 or self.slots >= most:
+      return self
+    return self.grown(max(min(rounded(max(self.slots + lack, int(self.slots * GROWTH))), rounded(most)), self.slots))
 
   def check(self, policy: Policy) -> None:
     """Raises ValueError where `policy` has another window, or needs of a cache what this one was not made with."""
@@ -104,6 +126,11 @@ class Common:
       raise ValueError(f"policy window={policy.window}, but the cache has window={self.window}")
     if policy.scored != (self.scores is not None):
       raise ValueError(f"a cache made {'without' if policy.scored else 'with'} scores cannot be used by {name}")
+
+
+def rounded(slots: int) -> int:
+  """Up to a multiple of SLOTS."""
+  return -(-slots // SLOTS) * SLOTS
 
 
 def storage_dtype(dtype) -> jnp.dtype:

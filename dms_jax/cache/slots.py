@@ -1,64 +1,19 @@
-"""SlotCache: a window ring and an archive, so that what was evicted really leaves.
-
-Per layer, row and KV head, S = W + 1 + A slots:
-
-    [ ring: W + 1 slots, token t in slot t mod (W + 1) | archive: what was kept as it left the ring ]
-
-An archive that is only appended to is in the order of positions; a policy may also put tokens in each other's places.
-Keys are stored after RoPE, so the order of slots does not matter and live slots are always one prefix. Where a policy
-selects what is read, the ring and the archive are whole pages.
-"""
+"""SlotCache: ring and archive in one array. Every head has as many slots as the fullest needs; the simplest that frees."""
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from flax import struct
 
-from dms_jax.attention import NEVER, decode_attention, prefill_attention
-from dms_jax.cache.base import (
-  Common,
-  Plan,
-  Seen,
-  count_reads,
-  group_mean,
-  last_visible,
-  packed,
-  rows_of,
-  storage_dtype,
-  unpacked,
-)
-from dms_jax.policies import Leaving
+from dms_jax.attention import decode_attention
+from dms_jax.cache.base import storage_dtype, unpacked
+from dms_jax.cache.ring import RingCache
 from pallas_kernels.decode.pages import Pages
 
 
 @struct.dataclass
-class Step:
-  """What becomes of the token that leaves the ring, [L, B, K] each; before this step's own decisions are known."""
-
-  target: jax.Array  # the slot it is moved to; past the end: it is forgotten
-  grows: jax.Array  # whether that is a new one
-
-
-@struct.dataclass
-class Big:
-  """The arrays that are carried: `kv` [L, B, K, S, 2H], `scores` [L, B, K, S], `summaries` [L, B, K, P, 2H]."""
-
-  kv: jax.Array
-  scores: jax.Array | None
-  summaries: jax.Array | None
-
-
-@struct.dataclass
-class SlotCache(Common):
-  """`kv` [L, B, K, S, 2H]; `evicted` bool [L, B, K, W+1], decisions about ring tokens; `archived` int32 [L, B, K].
-
-  `summaries` [L, B, K, P, 2H]: of the archive's pages of `page` slots, where the policy selects.
-  """
-
-  archived: jax.Array
-  summaries: jax.Array | None
-  page: int = struct.field(pytree_node=False)
+class SlotCache(RingCache):
+  """`kv` [L, B, K, S, 2H]: ring, then archive."""
 
   @classmethod
   def create(cls, layers, batch, heads, head_dim, *, capacity, policy, shift, dtype):
@@ -73,30 +28,6 @@ class SlotCache(Common):
     )  # fmt: skip
     return cache.grown(max(capacity, ring))
 
-  @property
-  def ring(self) -> int:
-    return self.window + 1
-
-  def check(self, policy):
-    super().check(policy)
-    if policy.page != self.page:
-      raise ValueError(f"{type(policy).__name__} selects pages of {policy.page} slots, the cache has {self.page}")
-
-  def carried(self):
-    return Big(self.kv, self.scores, self.summaries)
-
-  def layer_state(self):
-    return self.archived, self.evicted
-
-  def live(self):
-    """Live slots, int32 [L, B, K]."""
-    return jnp.minimum(self.seen, self.ring)[:, None] + self.archived
-
-  def room(self, policy):
-    """Tokens each row can surely take, int32 [B]: all of them kept, or as the policy bounds what it keeps."""
-    free = self.slots - self.ring - jnp.max(self.archived, axis=(0, 2))
-    return jnp.maximum(free + jnp.maximum(self.ring - self.seen, 0), policy.reach(self.slots) - self.seen)
-
   def grown(self, slots: int) -> SlotCache:
     """The same cache with `slots` slots a head (rounded up to whole pages), for a row that has no room left."""
     if slots < self.slots:
@@ -109,189 +40,31 @@ class SlotCache(Common):
       kv=pad(self.kv, extra), scores=pad(self.scores, extra), summaries=pad(self.summaries, extra // max(self.page, 1))
     )
 
-  # Before the layers --------------------------------------------------------------------------------------------------
+  def _reserved(self, new, most):
+    return jnp.all((new == 0) | (self.ring + self.archived + new <= self.slots), axis=(0, 2)), None
 
-  def plan(self, policy, lengths, num_tokens):
-    self.check(policy)
-    if num_tokens == 1:
-      return self._plan_step(policy, lengths)
-    if policy.scored:
-      raise ValueError(f"{type(policy).__name__} reads one token at a time, and here are {num_tokens}")
-    position = self.seen[:, None] - self.ring + jnp.arange(self.ring + num_tokens)
-    leaves = (position >= 0) & (position < (self.seen + lengths)[:, None] - self.ring)
-    kept = jnp.sum(leaves[:, None] & ~self._foreseen(policy, position), axis=-1, dtype=jnp.int32)
-    room = jnp.all(self.ring + self.archived + kept <= self.slots, axis=(0, 2))
-    return Plan(self.seen, jnp.where(room, lengths, 0), ~room)
+  def _written(self, big, reserved, layer, target, rows):
+    b, k, _ = target.shape
+    at = layer, jnp.arange(b)[:, None, None], jnp.arange(k)[:, None], target
+    return big.replace(kv=big.kv.at[at].set(rows, mode="drop"))
 
-  def _foreseen(self, policy, position):
-    """What is known before the layers of the decisions about tokens at `position` [B, X], as `evicted` [L, B, K, X].
+  def _archive(self, big, reserved, layer):
+    return unpacked(big.kv[layer, :, :, self.ring :])
 
-    Gates decide inside the layers: what they have not decided yet counts as kept.
-    """
-    layers, *_ = lead = self.archived.shape
-    shape = (*lead, position.shape[1])
-    at = jnp.broadcast_to(position[:, None], shape)
-    stored = jnp.take_along_axis(self.evicted, at % self.ring, axis=-1)
-    coming = False if policy.uses_gates else policy.decide(None, jnp.arange(layers)[:, None, None, None], at)
-    return jnp.where(at < (self.seen - self.shift)[:, None, None], stored, coming)
+  def _archive_at(self, big, reserved, layer, index):
+    b, k, _ = index.shape
+    return unpacked(big.kv[layer, jnp.arange(b)[:, None, None], jnp.arange(k)[:, None], self.ring + index])
 
-  def _plan_step(self, policy, lengths):
-    ring, slots = self.ring, self.slots
-    displaced = ((self.seen >= ring) & (lengths > 0))[:, None]
-    score = scores = None
-    if self.scores is not None:
-      at = jnp.broadcast_to((self.seen % ring)[:, None, None], (*self.archived.shape, 1))
-      score, scores = jnp.take_along_axis(self.scores, at, axis=-1)[..., 0], self.scores[..., ring:]
-    retired = policy.retire(
-      Leaving(
-        evicted=self._foreseen(policy, (self.seen - ring)[:, None])[..., 0], tokens=(self.seen + 1)[:, None],
-        archived=self.archived, live=jnp.arange(slots - ring) < self.archived[..., None], score=score, scores=scores,
-      )
-    )  # fmt: skip
-    keep = displaced & retired.keep
-    place = jnp.full_like(self.archived, -1) if retired.slot is None else retired.slot
-    grows = keep & (place < 0)
-    room = jnp.all(~grows | (ring + self.archived < slots), axis=(0, 2))
-    target = jnp.where(keep & room[:, None], ring + jnp.where(grows, self.archived, place), slots)
-    return Plan(self.seen, jnp.where(room, lengths, 0), ~room, Step(target, grows & room[:, None]))
+  def _attended(self, big, reserved, layer, q, in_ring, archived, mass=False):
+    out = decode_attention(q, big.kv, layer, in_ring + archived, mass=mass)
+    return (out[0], out[1][0]) if mass else out
 
-  # In a layer ---------------------------------------------------------------------------------------------------------
-
-  def attend(self, plan, policy, layer, big, state, q, k, v, evict):
-    attend = self._decode if q.shape[1] == 1 else self._prefill
-    return attend(plan, policy, layer, big, state, q, k, v, evict)
-
-  def _decode(self, plan, policy, layer, big, state, q, k, v, evict):
-    archived, flags = state
-    active, ring, slots = plan.lengths > 0, self.ring, self.slots
-    rows, head = jnp.arange(q.shape[0])[:, None], jnp.arange(archived.shape[1])
-    slot = (plan.seen % ring)[:, None]
-    target, grows = plan.placement.target[layer], plan.placement.grows[layer]
-    if self.window < self.shift:  # the incoming decision is about the very token that leaves
-      target, grows = jnp.where(evict[..., 0], slots, target), grows & ~evict[..., 0]
-    archived = archived + grows.astype(jnp.int32)
-
-    # Decisions first: about token t - shift, which may already be gone; then the new token starts undecided.
-    own = evict[..., 0] if self.shift == 0 else jnp.zeros_like(evict[..., 0])
-    if self.shift:
-      before = jnp.where(active & (plan.seen >= self.shift), (plan.seen - self.shift) % ring, ring)
-      flags = flags.at[rows, head, before[:, None]].set(evict[..., 0], mode="drop")
-    flags = flags.at[rows, head, jnp.where(active[:, None], slot, ring)].set(own, mode="drop")
-
-    newest = jnp.broadcast_to(jnp.where(active[:, None], slot, slots), target.shape)
-    at = (layer, rows[..., None], head[:, None], jnp.stack([target, newest], -1))
-    displaced, new = big.kv[layer, rows, head, slot], rows_of(k, v, big.kv.dtype)[:, :, 0]
-    big = big.replace(kv=big.kv.at[at].set(jnp.stack([displaced, new], 2), mode="drop"))
-    if policy.scored:
-      first = policy.first_score(layer, jnp.broadcast_to(plan.seen[:, None], target.shape))
-      moved = jnp.stack([big.scores[layer, rows, head, slot], first], -1)
-      big = big.replace(scores=big.scores.at[at].set(moved, mode="drop"))
-
-    live = jnp.minimum(plan.seen + plan.lengths, ring)[:, None] + archived
-    read = live
-    if policy.page:
-      big = self._summarised(policy, layer, big, archived, (target - ring) // self.page)
-      out, read = self._selected(plan, policy, layer, big, archived, q)
-    elif policy.observes:
-      out, (mass, _) = decode_attention(q[:, 0], big.kv, layer, live, mass=True)
-      before = big.scores[layer]
-      after = jnp.where(active[:, None, None], policy.observe(before, group_mean(mass, q)), before)
-      big = big.replace(scores=big.scores.at[layer].set(after))
-    else:
-      out = decode_attention(q[:, 0], big.kv, layer, live)
-    return out[:, None], big, (archived, flags), Seen(live, jnp.where(active[:, None], read, 0))
-
-  def _summarised(self, policy, layer, big, archived, page):
-    """`big` with the summary of archive page `page` [B, K] renewed; past the end: of none."""
-    rows, head = jnp.arange(page.shape[0])[:, None], jnp.arange(page.shape[1])
-    index = page[..., None] * self.page + jnp.arange(self.page)
-    keys = big.kv[layer, rows[..., None], head[:, None], self.ring + index]
-    keys = unpacked(keys)[..., : keys.shape[-1] // 2]
-    summary = packed(policy.summarise(keys, index < archived[..., None]), big.summaries.dtype)
-    return big.replace(summaries=big.summaries.at[layer, rows, head, page].set(summary, mode="drop"))
-
-  def _selected(self, plan, policy, layer, big, archived, q):
-    """Attention to the ring and the selected pages of the archive: (attended [B, N, H], slots read [B, K])."""
-    b, _, n, h = q.shape
-    heads, pages = big.summaries.shape[2:4]
-    page, ring = self.page, self.ring
-    stop = plan.seen + plan.lengths
-    used = -(-archived // page)
-    chosen = policy.select(
-      layer, q.reshape(b, heads, n // heads, h), unpacked(big.summaries[layer]),
-      jnp.arange(pages) < used[..., None], stop,
-    )  # fmt: skip
-    # The cache's own slots as a pool of pages. The ring's come first; the archive's last, the only one that may be
-    # partly filled, comes last if it is chosen at all.
-    first = jnp.ones((b, heads, ring // page), bool)
-    order = jnp.argsort(~jnp.concatenate([first, chosen], axis=-1), axis=-1).astype(jnp.int32)
-    pairs = (layer * b + jnp.arange(b)[:, None]) * heads + jnp.arange(heads)
-    table = pairs[..., None].astype(jnp.int32) * (self.slots // page) + order
-    partial = jnp.any(chosen & (jnp.arange(pages) == used[..., None] - 1), axis=-1)
-    free = jnp.where(partial, used * page - archived, 0)
-    length = jnp.minimum(stop, ring)[:, None] + jnp.sum(chosen, axis=-1, dtype=jnp.int32) * page - free
-    pool = big.kv.reshape(-1, page, 2 * h)
-    return decode_attention(q[:, 0], None, 0, None, pages=Pages(pool, table[None], length)), length
-
-  def _prefill(self, plan, policy, layer, big, state, q, k, v, evict):
-    archived, flags = state
-    b, t, _, h = q.shape
-    ring, slots, heads, kv = self.ring, self.slots, archived.shape[1], big.kv
-    rows, head = jnp.arange(b)[:, None, None], jnp.arange(heads)[:, None]
-    seen, stop = plan.seen[:, None], (plan.seen + plan.lengths)[:, None]
-
-    # Candidates: the ring's tokens in the order of their positions, then the chunk's.
-    position = jnp.concatenate([seen - ring + jnp.arange(ring), seen + jnp.arange(t)], axis=1)  # [B, W+1+T]
-    real = (position >= 0) & (position < stop)
-    slot = position % ring
-    from_ring = slot[:, None, :ring]
-    # What the chunk's tokens decide, by the candidate it is about: the chunk's token c is candidate ring + c.
-    aligned = lambda x: jnp.pad(x, ((0, 0), (0, 0), (ring - self.shift, self.shift)))
-    now = aligned((jnp.arange(t) < plan.lengths[:, None])[:, None])
-    before = jnp.pad(flags[rows, head, from_ring], ((0, 0), (0, 0), (0, t)))
-    evicted = jnp.where(now, aligned(evict), before)
-    old = kv[layer, rows, head, from_ring]
-    candidates = jnp.concatenate([old, rows_of(k, v, kv.dtype)], axis=2)  # [B, K, W+1+T, 2H]
-
-    # Candidates before the archive: then every key has the same place whatever the size of the cache, and sums the same
-    # order, and the free slots come last.
-    keys = unpacked(jnp.concatenate([candidates, kv[layer, :, :, ring:]], axis=2))
-    in_archive = jnp.arange(slots - ring) < archived[..., None]
-    real_keys = jnp.broadcast_to(real[:, None], evicted.shape)
-    first = jnp.where(real_keys, position[:, None], NEVER)
-    first = jnp.concatenate([first, jnp.where(in_archive, -1, NEVER)], axis=-1)
-    last = jnp.where(real_keys, last_visible(evicted, position[:, None], self.window), -1)
-    last = jnp.concatenate([last, jnp.where(in_archive, NEVER, -1)], axis=-1)
-    q_pos = jnp.where(real[:, ring:], position[:, ring:], -2)
-    out = prefill_attention(q, keys[..., :h], keys[..., h:], q_pos, first, last)
-    reads = count_reads(first, last, plan.seen, plan.seen + plan.lengths)
-
-    kept = (real & (position < stop - ring))[:, None] & ~evicted
-    stays = real & (position >= stop - ring)
-    to_archive = ring + archived[..., None] + jnp.cumsum(kept, axis=-1) - 1
-    target = jnp.where(kept, to_archive, jnp.where(stays, slot, slots)[:, None])
-    big = big.replace(kv=kv.at[layer, rows, head, target].set(candidates, mode="drop"))
-    flags = flags.at[rows, head, jnp.where(stays, slot, ring)[:, None]].set(evicted, mode="drop")
-    archived = archived + jnp.sum(kept, axis=-1, dtype=jnp.int32)
-    if policy.page:
-      big = self._all_summarised(policy, layer, big, archived)
-    live = jnp.minimum(stop, ring) + archived
-    return out, big, (archived, flags), Seen(live, reads)
-
-  def _all_summarised(self, policy, layer, big, archived):
-    """`big` with the summaries of all pages of a layer renewed, as after a chunk."""
-    b, heads = archived.shape
-    keys = unpacked(big.kv[layer, :, :, self.ring :])
-    keys = keys[..., : keys.shape[-1] // 2].reshape(b, heads, -1, self.page, keys.shape[-1] // 2)
-    live = jnp.arange(self.slots - self.ring).reshape(-1, self.page) < archived[..., None, None]
-    summaries = packed(policy.summarise(keys, live), big.summaries.dtype)
-    return big.replace(summaries=big.summaries.at[layer].set(summaries))
-
-  # After the layers ---------------------------------------------------------------------------------------------------
-
-  def commit(self, plan, big, states):
-    archived, evicted = states
-    return self.replace(
-      kv=big.kv, scores=big.scores, summaries=big.summaries, archived=archived, evicted=evicted,
-      seen=plan.seen + plan.lengths,
-    )  # fmt: skip
+  def _attended_pages(self, big, reserved, layer, q, in_ring, order, length):
+    # The cache's own slots are a pool of pages: a head's ring first, then its archive.
+    _, b, k, slots, width = big.kv.shape
+    page, first = self.page, self.ring // self.page
+    pairs = ((layer * b + jnp.arange(b)[:, None]) * k + jnp.arange(k)).astype(jnp.int32)
+    ring = jnp.broadcast_to(jnp.arange(first, dtype=jnp.int32), (b, k, first))
+    table = pairs[..., None] * (slots // page) + jnp.concatenate([ring, first + order], axis=-1)
+    pool = big.kv.reshape(-1, page, width)
+    return decode_attention(q, None, 0, None, pages=Pages(pool, table[None], in_ring + length))

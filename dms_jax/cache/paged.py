@@ -1,0 +1,248 @@
+"""PagedCache: rings in one array, archives in pages of one pool that all layers, heads and rows share.
+
+Heads keep very different amounts, and so do rows: a head takes a page when its last one is full, and only then. Which
+page holds what is a table [L, B, K, M] of numbers into the pool [P, page, 2H]; the pages that a step needs are handed out
+before its layers, for all heads at once, and what a chunk of a prompt did not need it gives back at its end. Rows come
+and go between compiled calls: see `cache.rows`.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from dms_jax.attention import decode_attention
+from dms_jax.cache import pool as pools
+from dms_jax.cache.base import GROWTH, packed, storage_dtype, unpacked
+from dms_jax.cache.pool import Pool
+from dms_jax.cache.ring import RingCache
+from pallas_kernels.decode.pages import Pages
+
+PAGE = 32  # slots a page: half of one is lost a head, 1.5 % of a thousand tokens
+# What an archive may be stored as beside the model's own type: (dtype, its largest number).
+QUANTISED = {"int8": (jnp.int8, 127.0), "float8": (jnp.float8_e4m3fn, 448.0)}
+
+
+@struct.dataclass
+class Store:
+  """The pool's contents: `pages` [P, page, 2H] and, where they are quantised, `scales` float32 [P, page, 2]."""
+
+  pages: jax.Array
+  scales: jax.Array | None
+
+
+@struct.dataclass
+class Table:
+  """Who owns what: `pages` int32 [L, B, K, M], of which the first `owned` [L, B, K] are; `pool` has the others."""
+
+  pages: jax.Array
+  owned: jax.Array
+  pool: Pool
+
+
+@struct.dataclass
+class PagedCache(RingCache):
+  """`kv` [L, B, K, W+1, 2H] is the rings alone; archives are in `store`, at the pages of `table`."""
+
+  store: Store
+  table: Table
+  page_size: int = struct.field(pytree_node=False)
+
+  @classmethod
+  def create(
+    cls, layers, batch, heads, head_dim, *, capacity, policy, shift, dtype, longest=None, page=None, archive=None
+  ):
+    """An empty cache.
+
+    Args:
+      capacity: tokens a head, ring included, that the pool has pages for on the average of all heads and rows.
+      longest: the most that one head may hold; default `capacity`.
+      page: slots a page; default the policy's, or PAGE.
+      archive: "int8" or "float8" stores the archive in 8 bits, with a scale for each key and value; rings never.
+
+    Raises:
+      ValueError: an unknown `archive`, or a page that is not the policy's.
+    """
+    ring, lead, stored = policy.window + 1, (layers, batch, heads), storage_dtype(dtype)
+    size = page or policy.page or PAGE
+    if policy.page and size != policy.page:
+      raise ValueError(f"page={size}, but {type(policy).__name__} selects pages of {policy.page} slots")
+    if archive is not None and archive not in QUANTISED:
+      raise ValueError(f"archive={archive!r} is not one of {sorted(QUANTISED)}")
+    table = Table(jnp.zeros((*lead, 0), jnp.int32), jnp.zeros(lead, jnp.int32), Pool.create(0))
+    cell = stored if archive is None else QUANTISED[archive][0]
+    store = Store(
+      jnp.zeros((0, size, 2 * head_dim), cell), None if archive is None else jnp.zeros((0, size, 2), jnp.float32)
+    )
+    cache = cls(
+      kv=jnp.zeros((*lead, ring, 2 * head_dim), stored), evicted=jnp.zeros((*lead, ring), bool),
+      archived=jnp.zeros(lead, jnp.int32), seen=jnp.zeros((batch,), jnp.int32),
+      scores=jnp.zeros((*lead, ring), jnp.float32) if policy.scored else None,
+      summaries=jnp.zeros((*lead, 0, 2 * head_dim), stored) if policy.page else None,
+      window=policy.window, shift=shift, page=policy.page, store=store, table=table, page_size=size,
+    )  # fmt: skip
+    return cache.resized(capacity, longest or 0)
+
+  @property
+  def slots(self) -> int:
+    return self.ring + self.table.pages.shape[3] * self.page_size
+
+  @property
+  def pages(self) -> int:
+    """Pages of the pool, P."""
+    return self.table.pool.pages
+
+  def bytes_live(self) -> int:
+    cell = sum(leaf.nbytes for leaf in jax.tree.leaves(self.store)) // (self.pages * self.page_size)
+    in_ring = int(jnp.sum(jnp.minimum(self.seen, self.ring))) * self.archived.size // self.seen.size
+    return in_ring * self.slot_bytes + int(jnp.sum(self.archived)) * cell
+
+  @property
+  def page_bytes(self) -> int:
+    """Bytes that a page adds to the cache: its slots, their scales, and its places in the pool's lists."""
+    leaves = jax.tree.leaves((self.store, self.table.pool.free, self.table.pool.owners))
+    return sum(leaf.nbytes // self.pages for leaf in leaves)
+
+  @property
+  def fixed_bytes(self) -> int:
+    """Bytes of everything but the pages."""
+    return self.nbytes - self.pages * self.page_bytes
+
+  def grown(self, slots: int) -> PagedCache:
+    """The same cache whose heads may hold `slots` slots each; the pool is as it was."""
+    if slots < self.slots:
+      raise ValueError(f"cannot shrink a cache of {self.slots} slots a head to {slots}")
+    more = -(-(slots - self.slots) // self.page_size)
+    pad = lambda x, n: None if x is None else jnp.pad(x, ((0, 0),) * 3 + ((0, n),) + ((0, 0),) * (x.ndim - 4))
+    return self.replace(
+      table=self.table.replace(pages=pad(self.table.pages, more)), scores=pad(self.scores, more * self.page_size),
+      summaries=pad(self.summaries, more),
+    )  # fmt: skip
+
+  def resized(self, capacity, longest):
+    pages = self.archived.size * max(-(-(capacity - self.ring) // self.page_size), 1)
+    if pages < self.pages:
+      raise ValueError(f"capacity={capacity} is below the {self.pages} pages of {self.page_size} slots there are")
+    return self.grown(max(capacity, longest, self.ring + 1, self.slots)).with_pages(pages)
+
+  def with_pages(self, pages: int) -> PagedCache:
+    """The same cache with a pool of `pages` pages, no fewer than now."""
+    pool = self.table.pool.grown(pages)
+    pad = lambda x: jnp.pad(x, ((0, pages - x.shape[0]), (0, 0), (0, 0)))
+    return self.replace(store=jax.tree.map(pad, self.store), table=self.table.replace(pool=pool))
+
+  def room(self, policy):
+    """Tokens each row can surely take, int32 [B], whatever the other rows take: free pages are shared out evenly."""
+    layers, batch, heads = self.archived.shape
+    free = self.slots - self.ring - jnp.max(self.archived, axis=(0, 2))
+    started = jnp.min(self.table.owned * self.page_size - self.archived, axis=(0, 2))
+    share = self.table.pool.count // (layers * batch * heads) * self.page_size
+    return jnp.minimum(free, started + share) + jnp.maximum(self.ring - self.seen, 0)
+
+  def made_room(self, policy, coming, most):
+    layers, batch, heads = self.archived.shape
+    cache = self.grown(max(most, self.slots))
+    if (coming <= jax.device_get(self.room(policy))).all():
+      return cache
+    lack = int(layers * heads * (-(-coming // self.page_size)).sum()) - int(self.table.pool.count)
+    enough = layers * batch * heads * self.table.pages.shape[3]
+    return cache.with_pages(max(min(max(self.pages + lack, int(self.pages * GROWTH)), enough), self.pages))
+
+  # Where the archive lies ---------------------------------------------------------------------------------------------
+
+  def _store(self):
+    return self.store
+
+  def _reserved(self, new, most):
+    table, size = self.table, self.page_size
+    lacking = jnp.where(new > 0, jnp.maximum(-(-(self.archived + new) // size) - table.owned, 0), 0)
+    fits = jnp.all(table.owned + lacking <= table.pages.shape[3], axis=(0, 2))
+    room = fits & _granted(jnp.where(fits, jnp.sum(lacking, axis=(0, 2)), 0), table.pool.count)
+    lacking = jnp.where(room[:, None], lacking, 0)
+    place = jnp.arange(-(-most // size))
+    pool, pages = pools.take(table.pool, place < lacking[..., None])
+    place = jnp.where(place < lacking[..., None], table.owned[..., None] + place, table.pages.shape[3])
+    lead = jnp.ix_(*(jnp.arange(n) for n in place.shape[:3]))
+    at = tuple(x[..., None] for x in lead) + (place,)
+    return room, Table(table.pages.at[at].set(pages, mode="drop"), table.owned + lacking, pool)
+
+  def commit(self, plan, big, states):
+    cache = super().commit(plan, big, states)
+    table, store = plan.placement.reserved, big.archive
+    if plan.placement.step is None:  # a chunk takes pages as if it evicted nothing
+      used = -(-cache.archived // self.page_size)
+      place = jnp.arange(table.pages.shape[3])
+      idle = (place >= used[..., None]) & (place < table.owned[..., None])
+      pool = pools.give_back(table.pool, jnp.where(idle, table.pages, self.pages))
+      table = Table(table.pages, jnp.minimum(table.owned, used), pool)
+    return cache.replace(store=store, table=table)
+
+  def _written(self, big, reserved, layer, target, rows):
+    b, k, _ = target.shape
+    row, head = jnp.arange(b)[:, None, None], jnp.arange(k)[:, None]
+    kv = big.kv.at[layer, row, head, target].set(rows, mode="drop")  # what is not in the ring is past its end
+    index = target - self.ring
+    inside = (index >= 0) & (target < self.slots)
+    page = jnp.where(inside, _pages_at(reserved.pages[layer], index // self.page_size), self.pages)
+    at = page, index % self.page_size
+    cells, scales = _quantised(rows, big.archive.pages.dtype)
+    store = big.archive.replace(pages=big.archive.pages.at[at].set(cells, mode="drop"))
+    if scales is not None:
+      store = store.replace(scales=store.scales.at[at].set(scales, mode="drop"))
+    return big.replace(kv=kv, archive=store)
+
+  def _archive(self, big, reserved, layer):
+    b, k, most = reserved.pages.shape[1:]
+    index = jnp.broadcast_to(jnp.arange(most * self.page_size), (b, k, most * self.page_size))
+    return self._archive_at(big, reserved, layer, index)
+
+  def _archive_at(self, big, reserved, layer, index):
+    page, store = _pages_at(reserved.pages[layer], index // self.page_size), big.archive
+    at = jnp.clip(page, 0, self.pages - 1), index % self.page_size
+    return _numbers(store.pages[at], None if store.scales is None else store.scales[at], big.kv.dtype)
+
+  def _attended(self, big, reserved, layer, q, in_ring, archived, mass=False):
+    in_ring = jnp.broadcast_to(in_ring, archived.shape)
+    pages = Pages(big.archive.pages, reserved.pages, archived, big.archive.scales)
+    out = decode_attention(q, big.kv, layer, in_ring, pages=pages, mass=mass)
+    return (out[0], jnp.concatenate(out[1], axis=-1)) if mass else out
+
+  def _attended_pages(self, big, reserved, layer, q, in_ring, order, length):
+    table = jnp.take_along_axis(reserved.pages[layer], order, axis=-1)
+    kv = jax.lax.dynamic_index_in_dim(big.kv, layer, 0)
+    return decode_attention(q, kv, 0, in_ring, pages=Pages(big.archive.pages, table[None], length, big.archive.scales))
+
+
+def _granted(asked: Int[Array, "B"], free: Int[Array, ""]) -> Bool[Array, "B"]:
+  """Rows that get the pages they ask for: the first ones, as long as they last, then those that what is left still fits."""
+  granted = jnp.cumsum(asked) <= free
+  left = free - jnp.sum(jnp.where(granted, asked, 0))
+  fitting = jnp.where(granted | (asked > left), 0, asked)
+  return granted | ((asked <= left) & (jnp.cumsum(fitting) <= left))
+
+
+def _pages_at(table: Int[Array, "B K M"], place: Int[Array, "B K X"]) -> Int[Array, "B K X"]:
+  """The numbers at `place` of a layer's table, the last where that is past its end."""
+  return jnp.take_along_axis(table, jnp.clip(place, 0, table.shape[-1] - 1), axis=-1)
+
+
+def _quantised(rows: Shaped[Array, "*n rows"], dtype) -> tuple[Shaped[Array, "*n rows"], Float[Array, "*n 2"] | None]:
+  """Rows as the archive stores them, and the scales of key and value, None where it stores them as they are."""
+  largest = next((largest for cell, largest in QUANTISED.values() if cell == dtype), None)
+  if largest is None:
+    return rows, None
+  pairs = unpacked(rows).astype(jnp.float32).reshape(*rows.shape[:-1], 2, rows.shape[-1] // 2)
+  scales = jnp.max(jnp.abs(pairs), axis=-1) / largest
+  cells = pairs / jnp.where(scales == 0, 1.0, scales)[..., None]
+  cells = jnp.round(cells) if dtype == jnp.int8 else cells
+  return cells.astype(dtype).reshape(rows.shape), scales
+
+
+def _numbers(cells: Shaped[Array, "*n rows"], scales: Float[Array, "*n 2"] | None, stored) -> Float[Array, "*n rows"]:
+  """The inverse of `_quantised`, in the numbers that `stored` holds."""
+  if scales is None:
+    return unpacked(cells)
+  pairs = cells.astype(jnp.float32).reshape(*cells.shape[:-1], 2, cells.shape[-1] // 2) * scales[..., None]
+  return unpacked(packed(pairs.reshape(cells.shape), stored))
