@@ -45,8 +45,8 @@ def row_and_head_axes(rows: int, kv_heads: int) -> tuple[tuple[str, ...], str | 
   if mesh.empty:
     return None
   kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-  sizes = {name: size for name, size in mesh.shape.items() if kinds[name] == AxisType.Auto}
-  if all(size == 1 for size in sizes.values()):
+  sizes = {name: size for name, size in mesh.shape.items() if size > 1 and kinds[name] == AxisType.Auto}
+  if not sizes:
     return None
   heads = "tensor" if "tensor" in sizes and kv_heads % sizes["tensor"] == 0 else None
   split: tuple[str, ...] = ()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from dms_jax.attention import row_and_head_axes
 from dms_jax.params import Params, ParamSpec, map_table
 
 
@@ -71,3 +73,20 @@ def param_shardings(mesh: Mesh, table: dict[str, ParamSpec], rules: ShardingRule
 def shard_params(params: Params, mesh: Mesh, table: dict[str, ParamSpec], rules: ShardingRules | None = None) -> Params:
   """Places parameters on the mesh."""
   return jax.device_put(params, param_shardings(mesh, table, rules))
+
+
+def cache_shardings(mesh: Mesh, cache: Any, heads: int) -> Any:
+  """A `NamedSharding` for every array of a cache of `heads` KV heads, split as attention splits rows and heads.
+
+  Arrays [L, B, K, ...] and [B] are split; a pool of pages, which any row may use, stands whole on every device.
+  """
+  batch = cache.seen.shape[0]
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    rows, split = row_and_head_axes(batch, heads) or ((), None)
+
+  def leaf(x):
+    if x.shape[1:3] == (batch, heads):
+      return NamedSharding(mesh, PartitionSpec(None, rows, split))
+    return NamedSharding(mesh, PartitionSpec(rows) if x.shape == (batch,) else PartitionSpec())
+
+  return jax.tree.map(leaf, cache)
