@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +66,61 @@ def live_tokens(path: Path, dense: dict, dms: dict, *, read: int, title: str) ->
   figure.savefig(path, dpi=140)
   plt.close(figure)
   return str(path)
+
+
+def training(log: Path, picture: Path) -> str | None:
+  """A retrofit's log: loss, target and achieved compression, gates, and the gate rate of every layer and head.
+
+  Args:
+    log: log.jsonl, a JSON object a step; lines with `gate_rates` [L][K] feed the lower row.
+
+  Returns:
+    The path written, or None without matplotlib or before the first step.
+  """
+  if (plt := pyplot()) is None:
+    return None
+  lines = [json.loads(line) for line in log.read_text().splitlines()]
+  if not lines:
+    return None
+  steps, heads = [line["step"] for line in lines], [line for line in lines if "gate_rates" in line]
+  column = lambda name: [math.nan if line.get(name) is None else line[name] for line in lines]
+  top = ["loss", "cr", "gates"]
+  layout = [top, ["heads", "heads", "layers"]] if heads else [top]
+  figure, axes = plt.subplot_mosaic(layout, figsize=(15, 4.2 * len(layout)), layout="constrained")
+  name, label = ("kl", "KL, nats per token") if "kl" in lines[-1] else ("nll", "next token, nats")
+  axes["loss"].plot(steps, column(name), lw=0.6, color=DMS)
+  axes["loss"].set(title="distillation loss" if name == "kl" else "language-model loss", ylabel=label)
+  if max(column(name), default=0) > 0:
+    axes["loss"].set_yscale("log")
+  axes["cr"].plot(steps, column("target_cr"), "k--", label="target (share of decisions)")
+  axes["cr"].plot(steps, column("achieved_cr"), lw=0.6, color=DMS, label="achieved at the row length")
+  axes["cr"].set(title="compression", ylabel="CR")
+  axes["gates"].plot(steps, column("gate_rate"), lw=0.6, color=DMS, label="decisions that evict")
+  axes["gates"].plot(steps, column("compression_loss"), lw=0.6, color=DENSE, label="compression loss")
+  axes["gates"].set(title="gates", ylim=(0, 1))
+  for axis in (axes[part] for part in top):
+    axis.set_xlabel("step")
+    axis.grid(alpha=0.3)
+    if axis.get_legend_handles_labels()[0]:
+      axis.legend()
+  if heads:
+    shade = dict(vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto", interpolation="nearest", origin="lower")
+    last = list(zip(*heads[-1]["gate_rates"], strict=True))  # [K][L]
+    image = axes["heads"].imshow(last, **shade)
+    axes["heads"].set(
+      title=f"decisions that evict, step {heads[-1]['step']}", xlabel="layer", ylabel="KV head", yticks=range(len(last))
+    )
+    means = [[sum(layer) / len(layer) for layer in line["gate_rates"]] for line in heads]  # [checkpoints][L]
+    axes["layers"].imshow(list(zip(*means, strict=True)), **shade)
+    shown = range(0, len(heads), max(1, len(heads) // 6))
+    axes["layers"].set_xticks(shown, [str(heads[i]["step"] + 1) for i in shown])
+    axes["layers"].set(title="the same over training, mean over heads", xlabel="steps", ylabel="layer")
+    figure.colorbar(image, ax=[axes["heads"], axes["layers"]], label="share of tokens")
+  part = picture.with_name(f".{picture.name}")
+  try:
+    figure.savefig(part, dpi=110, format="png")
+    os.replace(part, picture)
+  finally:
+    part.unlink(missing_ok=True)
+    plt.close(figure)
+  return str(picture)

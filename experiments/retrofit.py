@@ -3,93 +3,162 @@
     python -m experiments.retrofit --checkpoint=checkpoints/smollm2-135m-instruct --output=runs/retrofit/mine \\
       --data.paths=text.txt,chats.jsonl --retrofit.steps=400 --retrofit.final_cr=4
 
-Run the same command again after an interruption: it goes on from the last checkpoint with the same numbers. Writes
-OUTPUT/{run.json, log.jsonl, state/, cr2/, cr3/, ..., final/, log.png}; each crN and final is a retrofit for
-`dms_jax.load(checkpoint, retrofit=...)`.
+Without a data set the model writes its own: --data.self_text.rows=256. The paper's neuron recipe:
+--dms.gate=neuron --retrofit.trainable=all --retrofit.fade_steps=2000. Low-rank updates of other projections:
+--lora.rank=16 --lora.targets=q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj.
+
+Run the same command again after an interruption: it goes on from the last checkpoint with the same numbers. SIGTERM
+saves first and exits with 143. Writes OUTPUT/{run.json, log.jsonl, state/, cr2/, cr3/, ..., final/, log.png}; each crN
+and final is a retrofit for `dms_jax.load(checkpoint, retrofit=...)`, or a whole model (--retrofit.export). With
+--benchmark it times steps instead: see experiments/retrofit_benchmark.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
+import importlib.util
+import os
+import signal
+import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from dms_jax import checkpoint
 from dms_jax.config import DMSConfig, LoRAConfig
-from dms_jax.retrofit import DataConfig, RetrofitConfig
+from dms_jax.model import Model
+from dms_jax.retrofit import DataConfig, RetrofitConfig, self_text
+from dms_jax.retrofit.config import check
 from dms_jax.retrofit.data import Packer, load_sources
-from dms_jax.retrofit.loop import LOG, Run, train
+from dms_jax.retrofit.loop import LOG, Preempted, Run, train
 from dms_jax.tokenizer import Tokenizer
-from experiments import program
+from experiments import plots, program, retrofit_benchmark
+
+DETERMINISTIC = ("--xla_gpu_deterministic_ops=true", "--xla_gpu_exclude_nondeterministic_ops=true")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Where from and where to. `stop_after` leaves after so many steps in all, as if interrupted; 0 runs to the end."""
+  """Where from and where to. `stop_after` leaves after so many steps in all, as if interrupted; 0 runs to the end.
 
-  checkpoint: str
-  output: str
+  `tensorboard` also writes OUTPUT/tensorboard (needs tensorboardX). `deterministic` has XLA use only GPU operations
+  whose sums have a fixed order, so that a resumed run is bit-equal there too; slower, and nothing new on a CPU or TPU,
+  where they have. `benchmark` times `benchmark_steps` steps of the shape `preset` with random weights, and needs
+  neither checkpoint nor output nor data.
+  """
+
+  checkpoint: str = ""
+  output: str = ""
   stop_after: int = 0
+  tensorboard: bool = False
+  deterministic: bool = False
+  benchmark: bool = False
+  preset: str = "llama-3.2-1b"
+  benchmark_steps: int = 10
 
 
-def plot(log: Path, picture: Path) -> None:
-  """Draws log.jsonl: losses, target and achieved compression, gate rate, learning rate."""
-  import matplotlib
+@contextlib.contextmanager
+def asked_to_stop() -> Iterator[Callable[[], bool]]:
+  """Inside, a SIGTERM only makes the yielded function true; a second one ends the program at once."""
+  asked = threading.Event()
 
-  matplotlib.use("Agg")
-  import matplotlib.pyplot as plt
+  def handle(number, frame):
+    asked.set()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    program.log("SIGTERM: saving after this step")
 
-  lines = [json.loads(line) for line in log.read_text().splitlines()]
-  steps = [line["step"] for line in lines]
-  figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
-  axes[0].plot(steps, [line["kl"] for line in lines], lw=0.6)
-  axes[0].set(title="distillation loss", ylabel="KL, nats per token", yscale="log")
-  axes[1].plot(steps, [line["target_cr"] for line in lines], "k--", label="target (share of decisions)")
-  axes[1].plot(steps, [line["achieved_cr"] for line in lines], lw=0.6, label="achieved at the row length")
-  axes[1].set(title="compression", ylabel="CR")
-  axes[1].legend()
-  axes[2].plot(steps, [line["gate_rate"] for line in lines], lw=0.6, label="decisions that evict")
-  axes[2].plot(steps, [line["compression_loss"] for line in lines], lw=0.6, label="compression loss")
-  axes[2].set(title="gates", ylim=(0, 1))
-  axes[2].legend()
-  for axis in axes:
-    axis.set_xlabel("step")
-    axis.grid(alpha=0.3)
-  figure.savefig(picture, dpi=110)
-  plt.close(figure)
+  before = signal.signal(signal.SIGTERM, handle)
+  try:
+    yield asked.is_set
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
+def scalars(folder: Path) -> Callable[[dict], None]:
+  """Writes the numbers of log lines for TensorBoard."""
+  from tensorboardX import SummaryWriter
+
+  writers: list[SummaryWriter] = []
+
+  def write(line: dict) -> None:
+    if not writers:
+      writers.append(SummaryWriter(str(folder), purge_step=line["step"]))  # what an interrupted run wrote beyond it
+    for name, value in line.items():
+      if name != "step" and isinstance(value, int | float):
+        writers[0].add_scalar(name, value, line["step"])
+    writers[0].flush()
+
+  return write
+
+
+def own_text(base: Model, tokenizer: Tokenizer, data: DataConfig, dtype: str, output: Path) -> Path | None:
+  """OUTPUT/self_text.jsonl, written where it is asked for and not there yet."""
+  path = output / "self_text.jsonl"
+  if not data.self_text.rows:
+    return None
+  if not path.exists():
+    model = base.replace(params=jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), base.params))
+    progress = lambda items: program.progress(items, desc="the model writes")
+    self_text.write(model, tokenizer, data.self_text, path, progress=progress)
+  return path
 
 
 def main() -> None:
   config = program.read_flags("", Config)
   dms, lora = program.read_flags("dms", DMSConfig), program.read_flags("lora", LoRAConfig)
   settings, data = program.read_flags("retrofit", RetrofitConfig), program.read_flags("data", DataConfig)
+  if config.deterministic:  # before anything asks for a device
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *DETERMINISTIC]).strip()
+  if settings.trainable != "lora" and (given := [f"--lora.{f.name}" for f in dataclasses.fields(LoRAConfig)
+                                                 if program.FLAGS[f"lora.{f.name}"].present]):  # fmt: skip
+    raise ValueError(f"{', '.join(given)}: retrofit.trainable={settings.trainable!r} has no low-rank updates")
+  check(dms, lora, settings)
+  if config.benchmark:
+    shape = retrofit_benchmark.preset(config.preset)
+    result = retrofit_benchmark.benchmark(shape, dms, lora, settings, config.benchmark_steps)
+    print(retrofit_benchmark.table(config.preset, settings, result))
+    program.finish(result)
+    return
+  if not config.checkpoint or not config.output:
+    raise ValueError("give --checkpoint=FOLDER of a model and --output=FOLDER of the run, or --benchmark")
+  if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+    raise ValueError("--tensorboard needs tensorboardX: pip install 'dms_jax[tensorboard]'")
   base = checkpoint.load(config.checkpoint)
   tokenizer = Tokenizer.load(config.checkpoint)
+  output, start = Path(config.output), time.perf_counter()
+  written = own_text(base, tokenizer, data, settings.compute_dtype, output)
   program.log("reading and tokenizing text")
-  sources = load_sources(data, tokenizer)
+  sources = load_sources(data, tokenizer, written)
   for source in sources:
     program.log(f"  {source.name}: {len(source.tokens):,} tokens in {source.document[-1]:,} documents")
-  output, start = Path(config.output), time.perf_counter()
   shown = [start]
+  board = scalars(output / "tensorboard") if config.tensorboard else lambda line: None
 
   def report(line: dict) -> None:
+    board(line)
     if time.perf_counter() - shown[0] > 5:
       shown[0] = time.perf_counter()
       left = (settings.steps - line["step"] - 1) * line["seconds"]
       program.log(
-        f"step {line['step']}/{settings.steps}: KL {line['kl']:.4f}, CR {line['achieved_cr']:.2f} (target "
+        f"step {line['step']}/{settings.steps}: loss {line['loss']:.4f}, CR {line['achieved_cr']:.2f} (target "
         f"{line['target_cr']:.2f}), {line['seconds'] * 1e3:.0f} ms a step, {left / 60:.1f} min left"
       )
 
+  drawing = plots.pyplot() is not None
+  draw = lambda step: plots.training(output / LOG, output / "log.png") if drawing else None
   run, packer = Run(base, dms, lora, settings, data, output), Packer(sources, data, settings)
-  last = train(run, packer, tokenizer, report=report, stop_after=config.stop_after or None)
   try:
-    plot(output / LOG, output / "log.png")
-  except ImportError:
-    program.log("no picture of the log: matplotlib is not installed (pip install 'dms_jax[plot]')")
+    with asked_to_stop() as stop:
+      last = train(run, packer, tokenizer, report=report, saved=draw, stop=stop, stop_after=config.stop_after or None)
+  except Preempted as reason:
+    program.log(str(reason))
+    sys.exit(128 + signal.SIGTERM)
+  draw(settings.steps)
   minutes = (time.perf_counter() - start) / 60
   program.finish({"output": str(output), "minutes": minutes, "device": jax.devices()[0].device_kind, "last": last})
 

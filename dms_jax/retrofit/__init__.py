@@ -2,3 +2,4 @@
 
 from dms_jax.retrofit.config import DataConfig as DataConfig
 from dms_jax.retrofit.config import RetrofitConfig as RetrofitConfig
+from dms_jax.retrofit.config import SelfTextConfig as SelfTextConfig

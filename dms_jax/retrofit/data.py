@@ -78,13 +78,25 @@ def documents(path: Path, tokenizer, fields: tuple[str, ...]) -> Iterator[str]:
     raise ValueError(f"{path}: not valid JSON ({error})") from None
 
 
-def load_sources(config: DataConfig, tokenizer) -> list[Source]:
-  """Reads and tokenizes every path; documents end with the tokenizer's end-of-text token."""
-  if not config.paths:
-    raise ValueError("data.paths is empty: name text, .jsonl files or folders to distil on")
+def load_sources(config: DataConfig, tokenizer, self_text: Path | None = None) -> list[Source]:
+  """Reads and tokenizes every path; documents end with the tokenizer's end-of-text token.
+
+  Args:
+    self_text: the file that `config.self_text` made, which becomes the last source.
+
+  Raises:
+    ValueError: nothing to read, or text that cannot be.
+  """
+  named = [(pattern, pattern) for pattern in config.paths] + (
+    [] if self_text is None else [("self_text", str(self_text))]
+  )
+  if not named:
+    raise ValueError(
+      "data.paths is empty: name text, .jsonl files or folders, or let the model write: --data.self_text.rows=256"
+    )
   end = list(tokenizer.eos_token_ids[:1])
   sources = []
-  for pattern in config.paths:
+  for name, pattern in named:
     pieces, numbers, number = [], [], 0
     for path in _files(pattern):
       for text in documents(path, tokenizer, config.fields):
@@ -95,7 +107,7 @@ def load_sources(config: DataConfig, tokenizer) -> list[Source]:
           numbers.append(np.full(len(pieces[-1]), number, np.int32))
     if not pieces:
       raise ValueError(f"data.paths: {pattern!r} holds no text")
-    sources.append(Source(pattern, np.concatenate(pieces), np.concatenate(numbers)))
+    sources.append(Source(name, np.concatenate(pieces), np.concatenate(numbers)))
   return sources
 
 

@@ -230,7 +230,7 @@ def train(
     ocp.training.Checkpointer(directory.absolute() / STATE, preservation_policy=keep) as checkpointer,
   ):
     if checkpointer.latest is not None:
-      abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+      abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
       state = jax.tree.map(jnp.asarray, checkpointer.load(checkpointer.latest.step, abstract))
     first = int(state.step)
     _trim_log(directory / LOG, first)

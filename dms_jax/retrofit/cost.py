@@ -1,0 +1,74 @@
+"""What a training step costs: model FLOPs, counted from the shapes, and the peak rates of known devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig
+from dms_jax.params import param_table
+from dms_jax.retrofit.config import RetrofitConfig
+
+# Dense bfloat16 FLOP/s by the vendors' data sheets, by `jax.Device.device_kind`.
+PEAK_FLOPS = {
+  "NVIDIA H100 80GB HBM3": 989.4e12,
+  "NVIDIA H100 PCIe": 756e12,
+  "NVIDIA H100 NVL": 835e12,
+  "NVIDIA H200": 989.4e12,
+  "NVIDIA B200": 2250e12,
+  "NVIDIA A100-SXM4-40GB": 312e12,
+  "NVIDIA A100-SXM4-80GB": 312e12,
+  "NVIDIA A100 80GB PCIe": 312e12,
+  "NVIDIA L4": 121e12,
+  "NVIDIA L40S": 362e12,
+  "TPU v4": 275e12,
+  "TPU v5 lite": 197e12,
+  "TPU v5": 459e12,
+  "TPU v5p": 459e12,
+  "TPU v6 lite": 918e12,
+  "TPU7x": 2307e12,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class StepFlops:
+  """Model FLOPs of one step: what the formulas need, not what recomputation adds."""
+
+  student: float  # forward and backward
+  teacher: float  # forward
+  tokens: int
+
+  @property
+  def total(self) -> float:
+    return self.student + self.teacher
+
+
+def step_flops(config: ModelConfig, dms: DMSConfig, lora: LoRAConfig | None, retrofit: RetrofitConfig) -> StepFlops:
+  """FLOPs of one training step of `batch_size` rows of `seq_len` tokens.
+
+  With N the weights of all projections and of the output head (the embedding's look-up costs none), per token:
+
+      forward    2 N + A        A = 2 T N_heads H L: q k^T and its product with v, over the causal half of T x T
+      backward   4 N + 2 A      where all weights are trained: a gradient of activations and one of weights
+                 2 N + 2 A      where they are frozen: of activations alone
+      gates, low-rank updates   6 for each of their weights
+
+  Thus 6 N + 3 A for a step that trains all weights; the teacher's forward, 2 N + A, is counted apart. What the loss
+  computes again in its backward pass, and remat, count for nothing.
+  """
+  table = param_table(config, dms, lora)
+  sizes = {path: math.prod(spec.shape) for path, spec in table.items() if spec.num_inputs}
+  base = sum(size for path, size in sizes.items() if table[path].group == "base" and path not in ("embed", "lm_head"))
+  base += config.vocab_size * config.d_model
+  added = sum(size for path, size in sizes.items() if table[path].group != "base")
+  attention = 2 * retrofit.seq_len * config.num_heads * config.head_dim * config.num_layers
+  tokens = retrofit.batch_size * retrofit.seq_len
+  backward = 4 if retrofit.trainable == "all" else 2
+  student = (2 + backward) * base + 6 * added + 3 * attention
+  teacher = 0 if retrofit.loss == "lm" else 2 * base + attention
+  return StepFlops(float(student * tokens), float(teacher * tokens), tokens)
+
+
+def peak_flops(device_kind: str, compute_dtype: str) -> float | None:
+  """FLOP/s that utilisation is measured against; None where they are not known."""
+  return PEAK_FLOPS.get(device_kind) if compute_dtype == "bfloat16" else None

@@ -1,0 +1,162 @@
+"""Text that the model itself writes, to train on: a retrofit then needs no data set.
+
+Written batch by batch, so that an interrupted run goes on where it was; the file appears when all of it is there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from dms_jax import generation
+from dms_jax.config import read_json, to_json
+from dms_jax.model import Model
+from dms_jax.policies import Vanilla
+from dms_jax.retrofit.config import SelfTextConfig
+from dms_jax.tokenizer import Tokenizer
+
+QUESTION_TOKENS = 128  # the most that a question of the model's own may have
+MARK = "QUESTION-GOES-HERE"
+FREE, ASK = "free", "ask"  # rows without a prompt: from an end of text, or after the template's opening of a question
+
+
+def prompts(config: SelfTextConfig, tokenizer: Tokenizer) -> list[list[int] | str]:
+  """Each row's prompt as token ids, or FREE or ASK; continued prefixes come before answered questions.
+
+  Raises:
+    ValueError: a source is too small, or a record has no question.
+  """
+  rng = np.random.default_rng(config.seed)
+  if not config.prefixes and not config.questions:
+    free = (FREE, ASK) if user_opening(tokenizer) is not None else (FREE,)
+    return [free[i % len(free)] for i in range(config.rows)]
+  asked = (config.rows // 2 if config.prefixes else config.rows) if config.questions else 0
+  rows: list[list[int] | str] = []
+  if config.prefixes:
+    ids = np.asarray(tokenizer.encode(_read(config.prefixes, "prefixes")), np.int32)
+    if len(ids) <= config.prefix_tokens:
+      raise ValueError(f"prefixes={config.prefixes} has {len(ids)} tokens, no more than one prefix")
+    starts = rng.integers(0, len(ids) - config.prefix_tokens, config.rows - asked)
+    rows += [ids[s : s + config.prefix_tokens].tolist() for s in starts]
+  if asked:
+    lines = [line for line in _read(config.questions, "questions").split("\n") if line.strip()]
+    if not lines:
+      raise ValueError(f"questions={config.questions} is empty")
+    for index in rng.choice(len(lines), asked, replace=asked > len(lines)):
+      where = f"questions={config.questions}, record {index + 1}"
+      try:
+        record = json.loads(lines[index])
+      except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not valid JSON ({error})") from None
+      if not isinstance(record, dict) or not (record.get("messages") or record.get(config.question_field)):
+        raise ValueError(f"{where}: neither `messages` nor `{config.question_field}` (question_field)")
+      messages = record.get("messages") or [{"role": "user", "content": record[config.question_field]}]
+      if messages[-1].get("role") == "assistant":  # the model gives its own answer
+        messages = messages[:-1]
+      rows.append(tokenizer.encode(tokenizer.chat(messages)))
+  return rows
+
+
+def _read(path: str, name: str) -> str:
+  try:
+    return Path(path).read_text(encoding="utf-8")
+  except (FileNotFoundError, IsADirectoryError):
+    raise ValueError(f"{name}={path}: no such file") from None
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{name}={path}: not UTF-8 text ({error})") from None
+
+
+def user_opening(tokenizer: Tokenizer) -> str | None:
+  """What the chat template puts before a user's first words; None without a template that shows them as they are."""
+  try:
+    text = tokenizer.chat([{"role": "user", "content": MARK}], add_generation_prompt=False)
+  except ValueError:
+    return None
+  return text[: text.index(MARK)] if MARK in text else None
+
+
+def write(
+  model: Model,
+  tokenizer: Tokenizer,
+  config: SelfTextConfig,
+  path: str | Path,
+  *,
+  progress: Callable[[Iterable], Iterable] = lambda items: items,
+) -> int:
+  """Writes `config.rows` records {"text": ...} to the .jsonl file `path`; returns how many tokens were sampled.
+
+  Finished batches wait in a folder PATH.rows, from where the same call goes on after an interruption; nothing else is
+  left behind. A row's text depends on the seed and its number alone (and, by rounding, on the batch).
+
+  Raises:
+    ValueError: no rows, a bad source, or PATH.rows holds text of other settings.
+  """
+  path = Path(path)
+  if not config.rows:
+    raise ValueError("self_text.rows=0: say how many rows to write")
+  rows = prompts(config, tokenizer)
+  model = generation.decode_form(model.replace(tokenizer=tokenizer))
+  keys = jax.random.split(jax.random.key(config.seed), config.rows)
+  folder = path.with_name(path.name + ".rows")
+  settings = {"self_text": to_json(config), "model": to_json(model.config), "dtype": str(model.dtype)}
+  if (folder / "settings.json").exists() and read_json(folder / "settings.json") != settings:
+    raise ValueError(f"{folder} holds rows of other settings; remove it to start over, or choose another path")
+  folder.mkdir(parents=True, exist_ok=True)
+  _replace(folder / "settings.json", json.dumps(settings))
+  parts = []
+  for first in progress(range(0, config.rows, config.batch)):
+    part = folder / f"{first:08d}.jsonl"
+    parts.append(part)
+    if not part.exists():
+      cut = slice(first, first + config.batch)
+      records = _sample(model, tokenizer, config, rows[cut], keys[cut])
+      _replace(part, "".join(json.dumps(r) + "\n" for r in records))
+  records = [json.loads(line) for part in parts for line in part.read_text().splitlines()]
+  _replace(path, "".join(json.dumps({"text": r["text"]}) + "\n" for r in records))
+  shutil.rmtree(folder)
+  return sum(r["sampled"] for r in records)
+
+
+def _sample(model: Model, tokenizer: Tokenizer, config: SelfTextConfig, rows: list, keys: jax.Array) -> list[dict]:
+  def generate(batch: list[list[int]], keys: jax.Array, limit: int) -> list[list[int]]:
+    out = generation.generate(
+      model, batch, policy=Vanilla(), max_new_tokens=limit, temperature=config.temperature, top_p=config.top_p,
+      key=keys, capacity=max(map(len, batch)) + limit,
+    )  # fmt: skip
+    return out.tokens
+
+  start = tokenizer.bos_token_id if tokenizer.adds_bos or not tokenizer.eos_token_ids else tokenizer.eos_token_ids[0]
+  nothing = [0 if start is None else start]
+  sampled = [0] * len(rows)
+  asks = [i for i, row in enumerate(rows) if row == ASK]
+  prompt = [nothing if isinstance(row, str) else row for row in rows]
+  if asks:
+    opening = tokenizer.encode(user_opening(tokenizer))
+    questions = generate([opening] * len(asks), jax.vmap(jax.random.fold_in, (0, None))(keys[np.asarray(asks)], 1),
+                         min(QUESTION_TOKENS, config.max_new_tokens))  # fmt: skip
+    for i, ids in zip(asks, questions, strict=True):
+      sampled[i] = len(ids)
+      if question := tokenizer.decode(ids).strip():
+        prompt[i] = tokenizer.encode(tokenizer.chat([{"role": "user", "content": question}]))
+  records = []
+  for i, answer in enumerate(generate(prompt, keys, config.max_new_tokens)):
+    ids = answer if prompt[i] is nothing else [*prompt[i], *answer]
+    if answer and answer[-1] in tokenizer.eos_token_ids[:1]:
+      ids = ids[:-1]  # readers end each document with it
+    records.append({"text": tokenizer.decode(ids, skip_special=False), "sampled": sampled[i] + len(answer)})
+  return records
+
+
+def _replace(path: Path, text: str) -> None:
+  part = path.with_name(f".{path.name}.part")
+  try:
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+  finally:
+    part.unlink(missing_ok=True)

@@ -1,0 +1,92 @@
+"""`experiments.retrofit --benchmark`: how fast a training step is, on a model's shape with random weights.
+
+    python -m experiments.retrofit --benchmark --preset=llama-3.2-1b --retrofit.trainable=all --retrofit.seq_len=4096
+
+Prints tokens/s and model FLOPs utilisation (`dms_jax.retrofit.cost` has the formula), of the student alone and with the
+teacher's forward pass; null where the device's peak is not known. Cost: about a minute on an H100.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dms_jax.config import PRESETS, DMSConfig, LoRAConfig, ModelConfig
+from dms_jax.model import Model
+from dms_jax.params import init_params, param_table
+from dms_jax.retrofit import RetrofitConfig
+from dms_jax.retrofit.cost import peak_flops, step_flops
+from dms_jax.retrofit.loop import prepare
+from dms_jax.retrofit.step import Batch, init_state, train_step
+from experiments import program
+
+WARMUP = 2
+
+
+def preset(name: str) -> ModelConfig:
+  """A model's shape by name; an unknown one is a ValueError that lists them."""
+  if name not in PRESETS:
+    raise ValueError(f"--preset={name!r} is not one of {sorted(PRESETS)}")
+  return PRESETS[name]
+
+
+def benchmark(
+  config: ModelConfig, dms: DMSConfig, lora: LoRAConfig, retrofit: RetrofitConfig, steps: int
+) -> dict[str, Any]:
+  """Times `steps` training steps after the first two, each to its end.
+
+  Returns:
+    `step_seconds` (median), `tokens_per_second`, `flops` of a step by part, `utilisation` and `utilisation_student`
+    (None where the peak is unknown), `peak_bytes` of device memory (None where the device does not tell).
+  """
+  if steps < 1:
+    raise ValueError(f"--benchmark_steps={steps} must be at least 1")
+  dtype = jnp.dtype(retrofit.compute_dtype)
+  params = jax.jit(lambda key: init_params(param_table(config), key, dtype))(jax.random.key(0))
+  student, teacher, trained = prepare(Model(params, config), dms, lora, retrofit)
+  state = init_state(retrofit, trained)
+  del params, trained
+  rng, seconds, key = np.random.default_rng(0), [], jax.random.key(0)
+  for step in program.progress(range(WARMUP + steps), desc="steps"):
+    tokens = rng.integers(0, config.vocab_size, (retrofit.batch_size, retrofit.seq_len)).astype(np.int32)
+    start = time.perf_counter()
+    state, metrics = train_step(state, student, teacher, Batch(jnp.asarray(tokens)), key, retrofit)
+    jax.block_until_ready((state, metrics))
+    seconds.append(time.perf_counter() - start)
+    if step == 0:
+      program.log(f"compiled in {seconds[0]:.1f} s")
+  device = jax.devices()[0]
+  flops, peak = step_flops(config, dms, student.lora, retrofit), peak_flops(device.device_kind, retrofit.compute_dtype)
+  median = statistics.median(seconds[WARMUP:])
+  share = lambda work: None if peak is None else work / median / peak
+  memory = device.memory_stats() or {}
+  return {
+    "step_seconds": median, "step_seconds_all": seconds[WARMUP:], "compile_seconds": seconds[0],
+    "tokens_per_second": flops.tokens / median,
+    "flops": {"student": flops.student, "teacher": flops.teacher}, "peak_flops": peak,
+    "utilisation": share(flops.total), "utilisation_student": share(flops.student),
+    "peak_bytes": memory.get("peak_bytes_in_use"), "loss": float(metrics["loss"]),
+  }  # fmt: skip
+
+
+def table(name: str, retrofit: RetrofitConfig, result: dict[str, Any]) -> str:
+  """The result as a small table."""
+  share = lambda x: "not known" if x is None else f"{100 * x:.1f} %"
+  memory = "not known" if result["peak_bytes"] is None else f"{result['peak_bytes'] / 2**30:.1f} GiB"
+  rows = [
+    ("model", f"{name}, {retrofit.trainable} trained"),
+    ("rows x tokens", f"{retrofit.batch_size} x {retrofit.seq_len}"),
+    ("step", f"{result['step_seconds'] * 1e3:.1f} ms"),
+    ("tokens/s", f"{result['tokens_per_second']:,.0f}"),
+    ("FLOPs a step, student", f"{result['flops']['student']:.3e}"),
+    ("FLOPs a step, teacher", f"{result['flops']['teacher']:.3e}"),
+    ("utilisation", share(result["utilisation"])),
+    ("of the student alone", share(result["utilisation_student"])),
+    ("peak memory", memory),
+  ]
+  return "\n".join(f"{label:<24}{value}" for label, value in rows)
