@@ -78,7 +78,7 @@ def test_biases_windows_and_segments(backend, kind, window):
     documents = [documents[(window + len(kind)) % 3]]
   for ids in documents:
     check(backend, q, k, v, bias, window, ids)
-  if window == 64 or kind == "none":
+  if (window == 64 or kind == "none") and not backend.interpreted:
     with running(backend):
       free, biased = (retrofit_attention(q, k, v, b, window, implementation=backend.name) for b in (None, bias))
     assert_close(free, np.asarray(biased, float), "float32")
@@ -89,7 +89,9 @@ def test_lengths_against_blocks(backend, tokens, small_blocks):
   """Texts shorter than a block, of whole blocks, and neither; more blocks than stages."""
   rng = np.random.default_rng(tokens)
   q, k, v = make(rng, 2, tokens, 1, 2, 64)
-  for kind, bias in biases(rng, 2, 1, tokens).items():
+  for number, (kind, bias) in enumerate(biases(rng, 2, 1, tokens).items()):
+    if backend.interpreted and number != tokens % 3:
+      continue
     check(backend, q, k, v, bias, 3, segments(rng, 2, tokens) if kind != "none" else None)
 
 
