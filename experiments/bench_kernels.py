@@ -5,9 +5,11 @@
 
 Decode: a chain of calls over the layers of a cache in one compiled program, large enough that the L2 cache serves none
 of it; "CR 8" means ragged live lengths, exp(0.8 N(0, 1)) times a mean of S / 8. The floor is the bytes of live keys and
-values over the measured read bandwidth. Retrofit: causal attention with the training bias, forward alone and with the
-backward pass, against dense causal attention. Prints a table, writes OUTPUT/{bench.json, decode.png}; the last line is
-one JSON object. A case that fails is reported as such and the others go on.
+values over the measured read bandwidth. Prefill: a text of which each head keeps a random T / CR tokens, the window
+included, and all of it at CR 1; the floor is dense attention's time times the share of its pairs that are visible.
+Retrofit: causal attention with the training bias, forward alone and with the backward pass. Both against dense causal
+attention. Prints a table, writes OUTPUT/{bench.json, decode.png}; the last line is one JSON object. A case that fails
+is reported as such and the others go on.
 """
 
 from __future__ import annotations
@@ -20,24 +22,27 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments import plots, program
-from pallas_kernels import bench, decode, retrofit
+from pallas_kernels import bench, decode, prefill, retrofit
+
+OPERATIONS = "decode", "prefill", "retrofit", "growth"
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
   """`implementation` is that of the kernels, on a GPU "gpu" by default; after `seconds` no further case starts."""
 
-  operations: tuple[str, ...] = ("decode", "retrofit", "growth")
+  operations: tuple[str, ...] = OPERATIONS
   quick: bool = False
   implementation: str | None = None
   seconds: float = 170.0
   output: str = "runs/bench_kernels"
 
   def __post_init__(self):
-    if unknown := set(self.operations) - {"decode", "retrofit", "growth"}:
-      raise ValueError(f"--operations: {sorted(unknown)} must be decode, retrofit or growth")
+    if unknown := set(self.operations) - set(OPERATIONS):
+      raise ValueError(f"--operations: {sorted(unknown)} must be among {', '.join(OPERATIONS)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +61,8 @@ class Decode:
 
 
 @dataclasses.dataclass(frozen=True)
-class Retrofit:
-  """A training case: T tokens, N query and K KV heads of size H, window W."""
+class Text:
+  """A prefill or training case: T tokens, N query and K KV heads of size H, window W."""
 
   batch: int
   tokens: int
@@ -74,8 +79,9 @@ DECODE = (
   Decode(32, 8, 4, 128, 8192), Decode(8, 8, 4, 64, 8192, 16), Decode(1, 8, 4, 128, 32768, 16),
   Decode(8, 8, 4, 128, 32768),
 )  # fmt: skip
-RETROFIT = Retrofit(2, 4096, 32, 8, 64, 64), Retrofit(1, 8192, 32, 8, 128, 256), Retrofit(1, 32768, 32, 8, 128, 256)
-QUICK_DECODE, QUICK_RETROFIT = (Decode(2, 2, 4, 64, 256),), (Retrofit(1, 256, 4, 2, 64, 16),)
+RETROFIT = Text(2, 4096, 32, 8, 64, 64), Text(1, 8192, 32, 8, 128, 256), Text(1, 32768, 32, 8, 128, 256)
+PREFILL = (Text(1, 32768, 32, 8, 128, 256),)
+QUICK_DECODE, QUICK_TEXT = (Decode(2, 2, 4, 64, 256),), (Text(1, 256, 4, 2, 64, 16),)
 CALLS = 16  # of a decode chain
 
 
@@ -120,13 +126,46 @@ def our_decode(case: Decode, cr: float, bandwidth: float, implementation: str | 
   return {"us": us, "floor_us": floor, "of_floor": floor / us}
 
 
-def retrofit_case(case: Retrofit, ours: bool, implementation: str | None) -> dict:
+def inputs(case: Text) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Random q [B, T, N, H], k and v [B, T, K, H]."""
+  keys = jax.random.split(jax.random.key(0), 3)
+  shape = lambda heads: (case.batch, case.tokens, heads, case.size)
+  heads = case.queries, case.heads, case.heads
+  q, k, v = (jax.random.normal(key, shape(n), jnp.bfloat16) for key, n in zip(keys, heads, strict=True))
+  return q, k, v
+
+
+def dense_prefill(case: Text) -> dict:
+  """Microseconds of dense causal attention, keys and values apart as cuDNN wants them."""
+  return {"us": bench.clock(jax.jit(lambda q, k, v: dense_attention(q, k, v, True)), *inputs(case)) * 1e6}
+
+
+def evictions(case: Text, cr: float) -> tuple[np.ndarray, np.ndarray]:
+  """First and last positions [B, K, T] at an achieved CR; at CR 1 nothing is evicted."""
+  position = np.broadcast_to(np.arange(case.tokens, dtype=np.int32), (case.batch, case.heads, case.tokens))
+  outside = case.tokens - case.window - 1
+  keep = 1.0 if cr == 1 else max(case.tokens / cr - case.window - 1, 0) / max(outside, 1)
+  kept = np.random.default_rng(0).random(position.shape) < keep
+  return position, np.where(kept, prefill.NEVER, position + np.int32(case.window))
+
+
+def our_prefill(case: Text, cr: float, implementation: str | None) -> dict:
+  """Microseconds of the kernel with all that prepares it; visible pairs over those of dense causal attention."""
+  q, k, v = inputs(case)
+  first, last = evictions(case, cr)
+  q_pos = np.broadcast_to(np.arange(case.tokens, dtype=np.int32), (case.batch, case.tokens))
+  keys, values = (jnp.swapaxes(x, 1, 2) for x in (k, v))
+  attend = jax.jit(lambda *args: prefill.prefill_attention(*args, implementation=implementation))
+  us = bench.clock(attend, q, keys, values, *(jnp.asarray(x) for x in (q_pos, first, last))) * 1e6
+  visible = np.minimum(last, case.tokens - 1).astype(np.int64) - first + 1
+  return {"us": us, "visible": float(visible.mean() * 2 / (case.tokens + 1))}
+
+
+def retrofit_case(case: Text, ours: bool, implementation: str | None) -> dict:
   """Microseconds of the forward pass and of forward and backward, with the bias (ours) or dense."""
-  keys = jax.random.split(jax.random.key(0), 5)
-  wide, narrow = (case.batch, case.tokens, case.queries, case.size), (case.batch, case.tokens, case.heads, case.size)
-  q, dout = (jax.random.normal(key, wide, jnp.bfloat16) for key in keys[:2])
-  k, v = (jax.random.normal(key, narrow, jnp.bfloat16) for key in keys[2:4])
-  bias = jax.nn.log_sigmoid(4 * jax.random.normal(keys[4], (case.batch, case.heads, case.tokens)))
+  q, k, v = inputs(case)
+  dout = jax.random.normal(jax.random.key(1), q.shape, q.dtype)
+  bias = jax.nn.log_sigmoid(4 * jax.random.normal(jax.random.key(2), (case.batch, case.heads, case.tokens)))
 
   def attend(q, k, v, bias):
     if ours:
@@ -177,6 +216,14 @@ def ratio(a: dict, b: dict, key: str = "us") -> dict:
   return {"dense_ratio": a[key] / b[key]} if key in a and key in b else {}
 
 
+def prefill_floor(dense: dict, ours: dict) -> dict:
+  """Dense attention's time, had it computed visible pairs alone."""
+  if "us" not in dense or "us" not in ours:
+    return {}
+  floor = dense["us"] * ours["visible"]
+  return {"floor_us": floor, "of_floor": floor / ours["us"]}
+
+
 def table(rows: list[dict]) -> str:
   """The rows as Markdown."""
   columns = ("operation", "case", "CR", "kernel", "us", "backward_us", "floor_us", "of_floor", "dense_ratio")
@@ -200,7 +247,8 @@ def picture(path: Path, rows: list[dict], device: str) -> str | None:
       axis.loglog(x, floor, "--", color=plots.DENSE, label="floor: live bytes / read bandwidth")
     axis.set(xlabel={"CR": "compression ratio", "length": "slots a head"}.get(name, name), ylabel="microseconds")
     axis.grid(alpha=0.25, which="both")
-  axes[0].legend(frameon=False)
+  if axes[0].lines:
+    axes[0].legend(frameon=False)
   figure.suptitle(f"Decode attention of one layer, bfloat16, {device}")
   figure.savefig(path, dpi=120)
   plt.close(figure)
@@ -224,8 +272,15 @@ def main() -> None:
         )
         ours |= ratio(dense, ours)
         run.rows[-1] = ours
+  if "prefill" in config.operations:
+    for case in QUICK_TEXT if config.quick else PREFILL:
+      about = {"operation": "prefill", "case": str(case)}
+      dense = run(about | {"CR": 1, "kernel": "dense"}, lambda case=case: dense_prefill(case))
+      for cr in (8, 1):
+        ours = run(about | {"CR": cr, "kernel": "ours"}, lambda case=case, cr=cr: our_prefill(case, cr, forced))
+        run.rows[-1] = ours | ratio(dense, ours) | prefill_floor(dense, ours)
   if "retrofit" in config.operations:
-    for case in QUICK_RETROFIT if config.quick else RETROFIT:
+    for case in QUICK_TEXT if config.quick else RETROFIT:
       about = {"operation": "retrofit", "case": str(case)}
       dense = run(about | {"kernel": "dense"}, lambda case=case: retrofit_case(case, False, None))
       ours = run(about | {"kernel": "ours"}, lambda case=case: retrofit_case(case, True, forced))

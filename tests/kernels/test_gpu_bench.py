@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pytest
 
 from experiments import bench_kernels
-from pallas_kernels import bench
+from pallas_kernels import bench, prefill
 
 
 def test_ragged_lengths_have_the_mean_asked_for():
@@ -36,3 +37,20 @@ def test_a_decode_case_measures_time_and_floor(tmp_path):
   path = bench_kernels.picture(tmp_path / "decode.png", rows, "cpu")
   assert path is None or (tmp_path / "decode.png").stat().st_size > 0
   json.dumps(rows)
+
+
+@pytest.mark.standard_promotion  # JAX's own dense attention mixes dtypes
+def test_a_prefill_case_has_the_compression_asked_for():
+  case = bench_kernels.QUICK_TEXT[0]
+  dense = bench_kernels.dense_prefill(case)
+  rows = [bench_kernels.our_prefill(case, cr, "xla") for cr in (8, 1)]
+  assert rows[1]["visible"] == 1 and 0 < rows[0]["visible"] < 0.5
+  for row in rows:
+    floor = bench_kernels.prefill_floor(dense, row)
+    assert floor["of_floor"] == dense["us"] * row["visible"] / row["us"] > 0
+  assert bench_kernels.prefill_floor({"error": "no"}, rows[0]) == {}
+  text = bench_kernels.PREFILL[0]
+  _, last = bench_kernels.evictions(text, 8)
+  outside = last[..., : -text.window - 1]
+  held = text.window + 1 + (outside == prefill.NEVER).sum(axis=-1).mean()
+  assert abs(text.tokens / held - 8) < 0.1
