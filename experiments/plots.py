@@ -115,6 +115,8 @@ def training(log: Path, picture: Path) -> str | None:
     shown = range(0, len(heads), max(1, len(heads) // 6))
     axes["layers"].set_xticks(shown, [str(heads[i]["step"] + 1) for i in shown])
     axes["layers"].set(title="the same over training, mean over heads", xlabel="steps", ylabel="layer")
+    for axis in (axes["heads"].xaxis, axes["layers"].yaxis):
+      axis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=[axes["heads"], axes["layers"]], label="share of tokens")
   part = picture.with_name(f".{picture.name}")
   try:

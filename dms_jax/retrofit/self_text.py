@@ -22,6 +22,7 @@ from dms_jax.retrofit.config import SelfTextConfig
 from dms_jax.tokenizer import Tokenizer
 
 QUESTION_TOKENS = 128  # the most that a question of the model's own may have
+CAPACITY = 256  # slots of a cache are a multiple of
 MARK = "QUESTION-GOES-HERE"
 FREE, ASK = "free", "ask"  # rows without a prompt: from an end of text, or after the template's opening of a question
 
@@ -124,28 +125,33 @@ def write(
 
 
 def _sample(model: Model, tokenizer: Tokenizer, config: SelfTextConfig, rows: list, keys: jax.Array) -> list[dict]:
-  def generate(batch: list[list[int]], keys: jax.Array, limit: int) -> list[list[int]]:
+  def generate(batch: list[list[int]], keys: jax.Array, limit: int, size: int) -> list[list[int]]:
+    # Few shapes, because each is a compilation: the last row again up to `size` rows, and a rounded capacity.
+    missing = max(size - len(batch), 0)
+    keys = keys[np.minimum(np.arange(len(batch) + missing), len(batch) - 1)]
+    batch_size, batch = len(batch), batch + batch[-1:] * missing
+    capacity = -(-(max(map(len, batch)) + limit) // CAPACITY) * CAPACITY
     out = generation.generate(
       model, batch, policy=Vanilla(), max_new_tokens=limit, temperature=config.temperature, top_p=config.top_p,
-      key=keys, capacity=max(map(len, batch)) + limit,
+      key=keys, capacity=capacity,
     )  # fmt: skip
-    return out.tokens
+    return out.tokens[:batch_size]
 
   start = tokenizer.bos_token_id if tokenizer.adds_bos or not tokenizer.eos_token_ids else tokenizer.eos_token_ids[0]
   nothing = [0 if start is None else start]
-  sampled = [0] * len(rows)
+  sampled, size = [0] * len(rows), min(config.batch, config.rows)
   asks = [i for i, row in enumerate(rows) if row == ASK]
   prompt = [nothing if isinstance(row, str) else row for row in rows]
   if asks:
     opening = tokenizer.encode(user_opening(tokenizer))
-    questions = generate([opening] * len(asks), jax.vmap(jax.random.fold_in, (0, None))(keys[np.asarray(asks)], 1),
-                         min(QUESTION_TOKENS, config.max_new_tokens))  # fmt: skip
+    own = jax.vmap(jax.random.fold_in, (0, None))(keys[np.asarray(asks)], 1)
+    questions = generate([opening] * len(asks), own, min(QUESTION_TOKENS, config.max_new_tokens), -(-size // 2))
     for i, ids in zip(asks, questions, strict=True):
       sampled[i] = len(ids)
       if question := tokenizer.decode(ids).strip():
         prompt[i] = tokenizer.encode(tokenizer.chat([{"role": "user", "content": question}]))
   records = []
-  for i, answer in enumerate(generate(prompt, keys, config.max_new_tokens)):
+  for i, answer in enumerate(generate(prompt, keys, config.max_new_tokens, size)):
     ids = answer if prompt[i] is nothing else [*prompt[i], *answer]
     if answer and answer[-1] in tokenizer.eos_token_ids[:1]:
       ids = ids[:-1]  # readers end each document with it
