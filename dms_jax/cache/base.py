@@ -23,7 +23,6 @@ from dms_jax.attention import NEVER
 from dms_jax.policies import Policy
 from pallas_kernels.platform import platform
 
-
 # A cache that may grow does so by GROWTH at least, to a multiple of SLOTS: each new shape is a compilation.
 SLOTS, GROWTH = 256, 1.5
 
@@ -50,9 +49,9 @@ class Seen:
 class Cache(Protocol):
   """A fixed-shape pytree. `seen` [B] counts the tokens of each row; `shift` is the lag of decisions.
 
-  `slots`: slots of a head. `nbytes`: all that is allocated. `bytes_live()`: of the keys and values held. `room(policy)`: tokens
-  that each row can surely take. `made_room(policy, coming, most)`: the cache, larger if `coming` more tokens of a row,
-  numpy [B], might not fit, never beyond what a text of `most` tokens needs. `live()` [L, B, K]: tokens held.
+  `slots`: slots of a head. `nbytes`: all that is allocated. `bytes_live()`: of the keys and values held. `live()`: tokens
+  held, [L, B, K]. `room(policy)`: tokens that each row can surely take. `made_room(policy, coming, most)`: the cache,
+  larger if `coming` more tokens of a row, numpy [B], might not fit, never beyond what a text of `most` tokens needs.
   """
 
   seen: Int[Array, "B"]

@@ -1,9 +1,9 @@
 """PagedCache: rings in one array, archives in pages of one pool that all layers, heads and rows share.
 
 Heads keep very different amounts, and so do rows: a head takes a page when its last one is full, and only then. Which
-page holds what is a table [L, B, K, M] of numbers into the pool [P, page, 2H]; the pages that a step needs are handed out
-before its layers, for all heads at once, and what a chunk of a prompt did not need it gives back at its end. Rows come
-and go between compiled calls: see `cache.rows`.
+page holds what is a table [L, B, K, M] of numbers into the pool [P, page, 2H]; the pages that a step needs are handed
+out before its layers, for all heads at once, and what a chunk of a prompt did not need it gives back at its end. Rows
+come and go between compiled calls: see `cache.rows`.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ class PagedCache(RingCache):
 
 
 def _granted(asked: Int[Array, "B"], free: Int[Array, ""]) -> Bool[Array, "B"]:
-  """Rows that get the pages they ask for: the first ones, as long as they last, then those that what is left still fits."""
+  """Rows that get the pages they ask for: the first ones as long as pages last, then those that what is left fits."""
   granted = jnp.cumsum(asked) <= free
   left = free - jnp.sum(jnp.where(granted, asked, 0))
   fitting = jnp.where(granted | (asked > left), 0, asked)

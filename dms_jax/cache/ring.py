@@ -8,8 +8,8 @@ An archive that is only appended to is in the order of positions; a policy may a
 Keys are stored after RoPE, so the order of slots does not matter and live slots are always one prefix. Where a policy
 selects what is read, the ring and the archive are whole pages.
 
-Slots are numbered as above whatever they lie in: `slots.SlotCache` has ring and archive in one array, `paged.PagedCache`
-the archive in pages. Six short methods, the last of the class, are all that differs.
+Slots are numbered as above whatever they lie in: `slots.SlotCache` has ring and archive in one array, the archive of
+`paged.PagedCache` is in pages. A few short methods, the last of the class, are all that differs.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Step:
 
 @struct.dataclass
 class Placement:
-  """Of a plan: `step` for single tokens, None for a chunk; `reserved`: what the kind of cache set aside for new slots."""
+  """Of a plan. `step`: of single tokens, None for a chunk; `reserved`: what a kind of cache sets aside for new slots."""
 
   step: Step | None
   reserved: Any

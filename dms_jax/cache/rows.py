@@ -20,10 +20,10 @@ from dms_jax.cache.paged import PagedCache, Store, Table
 
 @struct.dataclass
 class StoredRow:
-  """One row, numpy. `kv` [L, K, W+1, 2H], `evicted` [L, K, W+1], `archived` [L, K], `seen` []; `scores` [L, K, S] or None.
+  """One row, numpy. `kv` [L, K, W+1, 2H], `evicted` [L, K, W+1], `archived` [L, K], `seen` [].
 
-  `pages` [n, page, 2H] and `scales` [n, page, 2] or None: the archives' pages, of layer 0 head 0 first. `page`,
-  `shift`: of the cache it is from.
+  `pages` [n, page, 2H] and `scales` [n, page, 2] or None: the archives' pages, of layer 0 head 0 first. `scores` [L, K,
+  S] and `summaries` [L, K, M, 2H], where the policy has them, for as many slots and pages as are used.
   """
 
   kv: np.ndarray
@@ -82,7 +82,7 @@ def released(cache: PagedCache, rows: Bool[Array, "B"]) -> PagedCache:
 def forked(
   cache: PagedCache, source: Int[Array, ""], rows: Bool[Array, "B"], whole: bool = False
 ) -> tuple[PagedCache, Bool[Array, ""]]:
-  """`rows`, empty before, continue the text of row `source`: its full pages are shared, the ring and the last page copied.
+  """`rows`, empty before, continue the text of row `source`: full pages are shared, the ring and the last page copied.
 
   Args:
     whole: copy all pages, for a policy that writes into old ones.
@@ -147,8 +147,9 @@ def restored(cache: PagedCache, row: int, stored: StoredRow) -> tuple[PagedCache
   """
   size = stored.pages.shape[1]
   for name, theirs, ours in (
-    ("window", stored.kv.shape[2] - 1, cache.window), ("page", size, cache.page_size), ("shift", stored.shift, cache.shift),
-    ("layers, KV heads", stored.archived.shape, cache.archived[:, 0].shape), ("2H", stored.kv.shape[3], cache.kv.shape[4]),
+    ("layers, KV heads", stored.archived.shape, cache.archived[:, 0].shape),
+    ("2H", stored.kv.shape[3], cache.kv.shape[4]), ("window", stored.kv.shape[2] - 1, cache.window),
+    ("page", size, cache.page_size), ("shift", stored.shift, cache.shift),
     ("dtype", stored.kv.dtype, cache.kv.dtype), ("archive", stored.pages.dtype, cache.store.pages.dtype),
     ("scores", stored.scores is not None, cache.scores is not None),
     ("summaries", stored.summaries is not None, cache.summaries is not None),

@@ -1,4 +1,4 @@
-"""SlotCache: ring and archive in one array. Every head has as many slots as the fullest needs; the simplest that frees."""
+"""SlotCache: ring and archive in one array, in which every head has as many slots as the fullest needs."""
 
 from __future__ import annotations
 
