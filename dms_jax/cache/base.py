@@ -49,9 +49,9 @@ class Seen:
 class Cache(Protocol):
   """A fixed-shape pytree. `seen` [B] counts the tokens of each row; `shift` is the lag of decisions.
 
-  `slots`: slots of a head. `nbytes`: all that is allocated. `bytes_live()`: of the keys and values held. `live()`: tokens
-  held, [L, B, K]. `room(policy)`: tokens that each row can surely take. `made_room(policy, coming, most)`: the cache,
-  larger if `coming` more tokens of a row, numpy [B], might not fit, never beyond what a text of `most` tokens needs.
+  `slots`: slots of a head. `nbytes`: all that is allocated. `bytes_live()`: of the keys and values held. `live()`:
+  tokens held, [L, B, K]. `room(policy)`: tokens that each row can surely take. `made_room(policy, coming, most)`: the
+  cache, larger if `coming` more tokens of a row, numpy [B], might not fit, never beyond what `most` tokens need.
   """
 
   seen: Int[Array, "B"]

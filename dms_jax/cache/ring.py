@@ -46,7 +46,7 @@ class Step:
 
 @struct.dataclass
 class Placement:
-  """Of a plan. `step`: of single tokens, None for a chunk; `reserved`: what a kind of cache sets aside for new slots."""
+  """Of a plan. `step`: of single tokens, None for a chunk; `reserved`: what a cache sets aside for new slots."""
 
   step: Step | None
   reserved: Any
