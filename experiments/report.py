@@ -152,10 +152,10 @@ def compare(
   results = {}
   for i, (name, m, p) in enumerate(zip(("dense", "dms"), models, policies, strict=True)):
     program.log(f"writing {new_tokens} tokens, {name}")
-    past = dms_jax.Conversation(state[i], jnp.asarray(tokens[-1:], jnp.int32), jnp.zeros((1,), jnp.int32))
+    past = dms_jax.Conversation(state[i], jnp.asarray(tokens[-1:], jnp.int32), jnp.zeros((1,), jnp.int32), p)
     state[i] = None
     out = dms_jax.generate(
-      m, continue_from=past, policy=p, max_new_tokens=new_tokens, temperature=temperature, key=jax.random.key(seed),
+      m, continue_from=past, max_new_tokens=new_tokens, temperature=temperature, key=jax.random.key(seed),
       eos=False, history=True,
     )  # fmt: skip
     metrics = out.metrics
