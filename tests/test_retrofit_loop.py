@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -40,6 +39,23 @@ def command(inputs: Path, output: Path, *flags: str) -> list[str]:
   ]  # fmt: skip
 
 
+# Ends itself with SIGKILL at the n-th time it opens, makes or renames something whose path holds a word.
+KILLED_WHILE_WRITING = """
+import os, runpy, signal, sys
+count, word = int(sys.argv[1]), sys.argv[2]
+def hook(event, args):
+  global count
+  writes = event in ("os.rename", "os.mkdir") or event == "open" and args[1] and set(str(args[1])) & set("wax")
+  if writes and word in str(args[0]):
+    count -= 1
+    if count == 0:
+      os.kill(os.getpid(), signal.SIGKILL)
+sys.argv = sys.argv[3:]
+sys.addaudithook(hook)
+runpy.run_module("experiments.retrofit", run_name="__main__")
+"""
+
+
 def run(*args) -> subprocess.CompletedProcess:
   return subprocess.run(command(*args), cwd=ROOT, capture_output=True, text=True, timeout=300)
 
@@ -64,20 +80,16 @@ def whole(inputs):
 
 
 def test_a_killed_run_goes_on_with_the_same_numbers(inputs, whole):
-  """SIGKILL at two moments, among them while checkpoints are being written: log and weights end bit-equal."""
+  """SIGKILL while the state and while a retrofit is being written: log and weights end bit-equal."""
   output = inputs / "killed"
-  for lines in (7, 15):
-    process = subprocess.Popen(
-      command(inputs, output), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    deadline = time.monotonic() + 200
-    path = output / "log.jsonl"
-    while process.poll() is None and time.monotonic() < deadline:
-      if path.exists() and len(path.read_text().splitlines()) >= lines:
-        os.killpg(process.pid, signal.SIGKILL)
-        break
-      time.sleep(0.01)
-    process.wait()
+  for count, word, steps in ((2, "state/10", 10), (3, ".cr3", 16)):
+    killed = [sys.executable, "-c", KILLED_WHILE_WRITING, str(count), f"{output}/{word}", "retrofit"]
+    done = subprocess.run(
+      [*killed, *command(inputs, output)[3:]], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(log(output)) == steps and not (output / "cr3").exists()
+    assert [p for p in (output / word).parent.iterdir() if p.name.startswith(Path(word).name)]  # half-written
   done = run(inputs, output)
   assert done.returncode == 0, done.stderr
   assert log(output) == log(whole)
@@ -107,3 +119,20 @@ def test_an_unknown_flag_is_an_error(inputs):
   done = run(inputs, inputs / "unknown", "--retrofit.stepps=3")
   assert done.returncode != 0 and "retrofit.stepps" in done.stderr + done.stdout
   assert not (inputs / "unknown").exists()
+
+
+def test_sigterm_saves_first_and_says_so(inputs):
+  """One long run, ended from outside: exit code 143, a line that says what happened, and a state to go on from."""
+  output = inputs / "terminated"
+  process = subprocess.Popen(
+    command(inputs, output, "--retrofit.steps=100000", "--retrofit.save_every=100000"),
+    cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+  )  # fmt: skip
+  path = output / "log.jsonl"
+  while process.poll() is None and not (path.exists() and path.stat().st_size):
+    time.sleep(0.05)
+  process.send_signal(signal.SIGTERM)
+  _, errors = process.communicate(timeout=300)
+  steps = len(log(output))
+  assert process.returncode == 143 and f"stopped after step {steps - 1} and saved" in errors, errors
+  assert [p.name for p in (output / "state").iterdir() if p.name.isdigit()] == [str(steps)]
