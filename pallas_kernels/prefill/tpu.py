@@ -44,11 +44,11 @@ class Blocks:
       raise ValueError(f"q {self.q} and kv {self.kv} must be multiples of {LANES}")
 
 
-def default_blocks(rows: int, slots: int) -> Blocks:
-  """512 of each, fewer where there are not so many: large enough that the scores' sums, one a row and block, and the
-  loop do not count, and small beside a core's 16 MiB."""
-  upper = lambda x: -(-x // LANES) * LANES
-  return Blocks(min(512, upper(rows)), min(512, upper(slots)))
+def default_blocks(rows: int) -> Blocks:
+  """512 of each, fewer queries where there are not so many: large enough that the scores' sums, one a row and block,
+  and the loop do not count, and small beside a core's 16 MiB. The number of slots plays no part, so that a result does
+  not depend on the capacity of a cache."""
+  return Blocks(min(512, -(-rows // LANES) * LANES), 512)
 
 
 def prefill_attention(q, keys, values, q_pos, k_first, k_last, *, blocks: Blocks | None = None):
@@ -59,14 +59,14 @@ def prefill_attention(q, keys, values, q_pos, k_first, k_last, *, blocks: Blocks
   """
   compat_tpu.require_tpu()
   _, t, n, h = q.shape
-  k, s = keys.shape[1:3]
+  k = keys.shape[1]
   if not (q.dtype == keys.dtype == values.dtype and q.dtype in (jnp.bfloat16, jnp.float32)):
     raise NotImplementedError(
       f"q, keys, values must all be bfloat16 or all float32, not {q.dtype}, {keys.dtype}, {values.dtype}"
     )
   if h not in (64, 128):
     raise NotImplementedError(f"head size {h}: only 64 and 128")
-  blocks = blocks or default_blocks(t * (n // k), s)
+  blocks = blocks or default_blocks(t * (n // k))
   rows, kv, positions, bounds, ranges = _prepare(blocks, q, keys, values, q_pos, k_first, k_last)
   return _finish(q.shape, k, _attend(blocks, h, rows, kv, positions, bounds, ranges))
 

@@ -155,6 +155,20 @@ def test_two_runs_are_bit_equal_and_jit_agrees(backend):
   assert_close(one, ref.prefill_attention(*float64(q, keys, values), q_pos, first, last), dtype)
 
 
+def test_free_slots_change_no_bit(backend):
+  """Nor do neighbours: a row alone, in a cache just large enough, gives the row of the batch."""
+  rng, dtype = np.random.default_rng(6), dtype_of(backend)
+  q, keys, values = make(rng, 2, 20, 1, 2, 64, 150, dtype)
+  q_pos = jnp.asarray(np.stack([np.arange(20), np.arange(20) + 30]), jnp.int32)
+  first, last = ranges(rng, 2, 1, 150, 50)
+  first, last = first.at[..., 50:].set(NEVER), last.at[..., 50:].set(-1)
+  with running(backend):
+    both = prefill_attention(q, keys, values, q_pos, first, last, implementation=backend.name)
+    args = q[1:], keys[1:, :, :50], values[1:, :, :50], q_pos[1:], first[1:, :, :50], last[1:, :, :50]
+    alone = prefill_attention(*args, implementation=backend.name)
+  np.testing.assert_array_equal(np.asarray(both[1:], np.float32), np.asarray(alone, np.float32))
+
+
 def test_bad_shapes_are_named(backend):
   q, keys, values = make(np.random.default_rng(4), 1, 3, 2, 2, 64, 8)
   pos, first = jnp.zeros((1, 3), jnp.int32), jnp.zeros((1, 2, 8), jnp.int32)

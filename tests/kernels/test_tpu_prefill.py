@@ -53,8 +53,8 @@ def test_blocks_larger_than_the_text():
 
 
 def test_sizes_by_shape():
-  assert tpu.default_blocks(131072, 32768) == tpu.Blocks(512, 512)
-  assert tpu.default_blocks(9, 200) == tpu.Blocks(128, 256)
+  assert tpu.default_blocks(131072) == tpu.Blocks(512, 512)
+  assert tpu.default_blocks(130) == tpu.Blocks(256, 512)
   with pytest.raises(ValueError, match="must be multiples of 128"):
     tpu.Blocks(64, 128)
 
