@@ -36,6 +36,8 @@ from dms_jax.policies import Policy as Policy
 from dms_jax.policies import Quest as Quest
 from dms_jax.policies import StreamingLLM as StreamingLLM
 from dms_jax.policies import Vanilla as Vanilla
+from dms_jax.serving import BudgetError as BudgetError
+from dms_jax.serving import Generator as Generator
 
 
 def load(path: str | Path, retrofit: str | Path | None = None, dtype: Any = None, merge: bool = True):

@@ -131,12 +131,12 @@ def generate(
                              ("stretch", stretch, 1)):  # fmt: skip
     if value < least:
       raise ValueError(f"{name}={value} must be {least} or more")
-  reader, ends = _ends(model, tokenizer, (stop,) if isinstance(stop, str) else tuple(stop), eos)
+  reader, ends = what_ends(model, tokenizer, (stop,) if isinstance(stop, str) else tuple(stop), eos)
   past = continue_from.cache if isinstance(continue_from, Output) else continue_from
   if policy is None:
     policy = past.policy if past is not None else DMS() if model.dms is not None else Vanilla()
   policy = check_policy(model, policy)
-  ids = _prompt_ids(model, prompts, mask, tokenizer, past)
+  ids = read_prompts(model, prompts, mask, tokenizer, None if past is None else past.pending)
   batch = len(ids)
   if past is None:
     generated, seen = np.zeros(batch, np.int32), np.zeros(batch, np.int64)
@@ -195,7 +195,7 @@ def generate(
 # Before any work ------------------------------------------------------------------------------------------------------
 
 
-def _ends(model: Model, tokenizer, stop: tuple[str, ...], eos: bool | Sequence[int]):
+def what_ends(model: Model, tokenizer, stop: tuple[str, ...], eos: bool | Sequence[int]):
   """What turns tokens into text (None without a tokenizer), and what ends a row, for the graph."""
   if isinstance(eos, bool):
     ids = set(model.config.eos_token_ids) | set(getattr(tokenizer, "eos_token_ids", ())) if eos else set()
@@ -211,12 +211,12 @@ def _ends(model: Model, tokenizer, stop: tuple[str, ...], eos: bool | Sequence[i
   return reader, ends.replace(table=jnp.asarray(table))
 
 
-def _prompt_ids(model: Model, prompts, mask, tokenizer, past: Conversation | None) -> list[np.ndarray]:
-  """Each row's ids int32, a pending token before them."""
+def read_prompts(model: Model, prompts, mask, tokenizer, pending) -> list[np.ndarray]:
+  """Each row's ids int32; in a conversation its `pending` token [B] comes before them, -1 for none."""
   if prompts is None:
-    if past is None:
+    if pending is None:
       raise ValueError("prompts: nothing to generate from")
-    prompts = [[]] * past.pending.shape[0]
+    prompts = [[]] * len(pending)
   if isinstance(prompts, str):
     prompts = [prompts]
   elif hasattr(prompts, "ndim"):
@@ -235,10 +235,10 @@ def _prompt_ids(model: Model, prompts, mask, tokenizer, past: Conversation | Non
     if tokenizer is None:
       raise ValueError("prompts: strings need a tokenizer, and this model brings none; pass tokenizer=")
     prompts = [tokenizer.encode(p) if isinstance(p, str) else p for p in prompts]
-    if past is not None and tokenizer.adds_bos:  # a later turn does not begin a text
+    if pending is not None and tokenizer.adds_bos:  # a later turn does not begin a text
       prompts = [p[1:] if p[:1] == [tokenizer.bos_token_id] else p for p in prompts]
-  if past is not None:
-    pending = np.asarray(past.pending)
+  if pending is not None:
+    pending = np.asarray(pending)
     if len(pending) != len(prompts):
       raise ValueError(f"prompts: {len(prompts)}, but the conversation to continue has {len(pending)} rows")
     prompts = [[*([p] if p >= 0 else []), *ids] for p, ids in zip(pending, prompts, strict=True)]

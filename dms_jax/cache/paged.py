@@ -20,6 +20,7 @@ from dms_jax.cache.pool import Pool
 from dms_jax.cache.ring import RingCache
 from pallas_kernels.decode.pages import Pages
 
+ENDLESS = 2**24  # tokens: more than any text has
 PAGE = 32  # slots a page: half of one is lost a head, 1.5 % of a thousand tokens
 # What an archive may be stored as beside the model's own type: (dtype, its largest number).
 QUANTISED = {"int8": (jnp.int8, 127.0), "float8": (jnp.float8_e4m3fn, 448.0)}
@@ -136,10 +137,13 @@ class PagedCache(RingCache):
   def room(self, policy):
     """Tokens each row can surely take, int32 [B], whatever the other rows take: free pages are shared out evenly."""
     layers, batch, heads = self.archived.shape
-    free = self.slots - self.ring - jnp.max(self.archived, axis=(0, 2))
-    started = jnp.min(self.table.owned * self.page_size - self.archived, axis=(0, 2))
-    share = self.table.pool.count // (layers * batch * heads) * self.page_size
-    return jnp.minimum(free, started + share) + jnp.maximum(self.ring - self.seen, 0)
+    places = jnp.minimum(
+      self.table.owned + self.table.pool.count // (layers * batch * heads), self.table.pages.shape[3]
+    )
+    slots = places * self.page_size
+    room = jnp.min(slots - self.archived, axis=(0, 2)) + jnp.maximum(self.ring - self.seen, 0)
+    bounded = policy.capacity(self.seen + ENDLESS) <= self.ring + jnp.min(slots, axis=(0, 2))
+    return jnp.where(bounded, ENDLESS, room)
 
   def made_room(self, policy, coming, most):
     layers, batch, heads = self.archived.shape
