@@ -74,8 +74,9 @@ def default_blocks(head_dim: int, dtype, workers: int) -> Blocks:
 def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, mass: bool = False, blocks=None):
   """See `api.decode_attention`; bfloat16 or float32, head size 64 or 128, groups up to 8.
 
-  The slots of `kv` must be a multiple of the rows of a tile, 16 in bfloat16 and 8 in float32; pages a power of 2 no
-  smaller than that, in q's dtype.
+  The slots of `kv` should be a multiple of the rows of a tile (bfloat16 16, float32 8), and must be above one block; a
+  window ring may have any number, but XLA may then lay that array out with other axes inmost, and copy it. Pages are in
+  q's dtype and a power of 2 of slots, a tile at least.
 
   Args:
     blocks: `Blocks`, by default `default_blocks`.
@@ -97,8 +98,10 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
   if kv is not None:
     if kv.dtype != q.dtype:
       raise NotImplementedError(f"kv is {kv.dtype} and q {q.dtype}: must be the same")
-    if kv.shape[3] % rows:
-      raise NotImplementedError(f"{kv.shape[3]} slots a head in {q.dtype}: must be a multiple of {rows}, a tile")
+    if kv.shape[3] % rows and kv.shape[3] > blocks.block:
+      raise NotImplementedError(
+        f"{kv.shape[3]} slots a head in {q.dtype}: above {blocks.block} they must be a multiple of {rows}, a tile"
+      )
   if pages is not None:
     page = pages.pool.shape[1]
     if pages.scales is not None:
@@ -192,6 +195,7 @@ def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, poo
   heads = 1 if kv is None else kv.shape[2]
   split = sizes.split or max(-(-slots // block) + -(-most * page // block), 1)
   tile_rows = GROUP * (h // 64)
+  ragged = slots % smallest != 0  # copies may not end inside a tile, but they may take all there is
   precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
   i32 = jnp.int32
 
@@ -199,7 +203,7 @@ def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, poo
     refs = list(refs)
     kv_ref = None if kv is None else refs.pop(0)
     pool_ref = None if pool is None else refs.pop(0)
-    parts_ref, rows, q_rows, tiles, ready, asked, done = refs
+    parts_ref, rows, q_rows, tiles, ready, asked, done, *ring = refs
     begin, end = bounds_ref[pl.program_id(0)], bounds_ref[pl.program_id(0) + 1]
 
     upper = lambda x: lax.div(x + i32(block - 1), i32(block))
@@ -238,6 +242,11 @@ def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, poo
 
         @pl.when(~paged)
         def _():
+          row, head = lax.div(pair, i32(heads)), lax.rem(pair, i32(heads))
+          source = kv_ref.at[layer_ref[0], row, head]
+          if ragged:
+            act(pltpu.make_async_copy(source, ring[0].at[slot], ready.at[slot]))
+            return
           # Live tiles and no more: a copy for each power of 2 in their number, the large ones first.
           wanted = lax.div(live + i32(smallest - 1), i32(smallest)) * smallest
           size = block
@@ -248,8 +257,7 @@ def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, poo
               def _(size=size):
                 at = wanted & i32(-2 * size)
                 start = pl.multiple_of(number * block + at, size)
-                row, head = lax.div(pair, i32(heads)), lax.rem(pair, i32(heads))
-                copy(kv_ref.at[layer_ref[0], row, head, pl.ds(start, size)], at, size)
+                copy(source.at[pl.ds(start, size)], at, size)
 
             size //= 2
 
@@ -298,7 +306,12 @@ def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, poo
         slot = lax.rem(number + i, i32(stages))
         ahead = fetch(ahead, number + i + stages - 1)  # to where the block before this one was
         move(item, i, slot, lambda copy: copy.wait())
-        _, _, live = live_in(item, i)
+        paged, _, live = live_in(item, i)
+        if ragged:
+
+          @pl.when(~paged)
+          def _():
+            rows[slot, :slots] = ring[0][slot]
 
         @pl.when(live < block)
         def _():  # what lies past the end may be NaN, and 0 * NaN is NaN
@@ -353,6 +366,7 @@ def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, poo
         pltpu.SemaphoreType.DMA((stages,)),
         pltpu.SemaphoreType.DMA((stages,)),
         pltpu.SemaphoreType.DMA((2,)),
+        *([pltpu.VMEM((stages, slots, width), dtype)] if ragged else []),
       ],
     ),
     compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),

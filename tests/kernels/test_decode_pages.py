@@ -16,9 +16,9 @@ from tests.kernels.suite import Backend, assert_close, float64, normal, running,
 
 IMPLEMENTATIONS = [Backend("xla"), Backend("tpu", compat_tpu.interpret_mode)]
 pytestmark = pytest.mark.parametrize("backend", IMPLEMENTATIONS, ids=str)
-LAYERS, LAYER, PAGE, MOST, RING = 2, 1, 16, 9, 24
+LAYERS, LAYER, PAGE, MOST, RING = 2, 1, 16, 9, 21
 RAGGED = np.array([[0, 1, 144], [37, 16, 130]])  # slots in pages of two rows and three KV heads; 144 are all
-LIVE = np.array([[5, 0, 24], [1, 24, 17]])  # slots in the ring
+LIVE = np.array([[5, 0, 21], [1, 21, 17]])  # slots in the ring
 
 
 def make(rng, group=2, size=64, dtype="float32", page=PAGE, most=MOST, lengths=RAGGED):
@@ -53,10 +53,8 @@ def expect(q, kv, lengths, pages, **options):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("size", [64, 128])
 def test_ring_and_pages(backend, size, dtype):
-  """One softmax over both, and its log-sum-exp; a ring of 24 slots is no whole number of bfloat16 tiles."""
+  """One softmax over both, and its log-sum-exp; a ring of 21 slots is no whole number of tiles."""
   q, kv, lengths, pages = make(np.random.default_rng(0), 2, size, dtype)
-  if dtype == "bfloat16":
-    kv = jnp.pad(kv, ((0, 0),) * 3 + ((0, 8), (0, 0)), constant_values=np.nan)
   out, logs = run(backend, q, kv, lengths, pages, lse=True)
   want, want_logs = expect(q, kv, lengths, pages, lse=True)
   assert_close(out, want, dtype)
