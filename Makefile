@@ -7,9 +7,10 @@ BIN := $(VENV)/bin
 MODEL := checkpoints/smollm2-135m-instruct
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
+PYTEST = $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-parity test-tpu lint format tree clean
+.PHONY: help demo test test-all test-parity test-tpu lint format tree clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -19,7 +20,10 @@ demo: $(VENV)/.demo $(MODEL)  ## fetch SmolLM2, answer and read 4,096 tokens, de
 	$(BIN)/python -m experiments.report --checkpoint=$(MODEL) $(DEMO_FLAGS)
 
 test: $(VENV)/.test  ## the test suite; no torch needed
-	$(BIN)/python -m pytest -m "not tpu" --numprocesses=auto --maxprocesses=8 --dist=loadfile $(PYTEST_FLAGS)
+	$(PYTEST) -m "not tpu and not slow" $(PYTEST_FLAGS)
+
+test-all: $(VENV)/.test  ## the same, and kernels interpreted on the CPU with race detection
+	$(PYTEST) -m "not tpu" $(PYTEST_FLAGS)
 
 test-parity: $(VENV)/.parity  ## compare with torch and transformers
 	$(BIN)/python -m pytest tests/parity $(PYTEST_FLAGS)

@@ -48,5 +48,12 @@ def strict_promotion(request):
     yield
 
 
+def pytest_collection_modifyitems(items):
+  for item in items:
+    backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+    if getattr(backend, "interpreted", False):
+      item.add_marker(pytest.mark.slow)
+
+
 def pytest_configure(config):
   config.addinivalue_line("markers", "standard_promotion: runs other packages' code that mixes dtypes")

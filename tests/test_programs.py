@@ -17,7 +17,7 @@ import pytest
 from experiments import program
 
 ROOT = Path(__file__).parent.parent
-PROGRAMS = sorted(p.stem for p in (ROOT / "experiments").glob("*.py") if '\nif __name__ == ' in p.read_text())
+PROGRAMS = sorted(p.stem for p in (ROOT / "experiments").glob("*.py") if "\nif __name__ == " in p.read_text())
 
 TOY = """
   import dataclasses

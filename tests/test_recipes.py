@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dms_jax import cache as caches
 from dms_jax import masks
-from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig
+from dms_jax.config import DMSConfig, LoRAConfig
 from dms_jax.model import Eviction, forward, unembed
 from dms_jax.params import flatten, unflatten
 from dms_jax.retrofit import DataConfig, RetrofitConfig
@@ -48,14 +47,6 @@ def test_immediate_eviction_is_the_mask_of_the_formula():
     np.testing.assert_array_equal(seen, oracle.visible(oracle.about(decided, lag), window))
   assert DMSConfig(window=0, eviction="immediate").lag() == DMSConfig(window=0).lag()
   assert DMSConfig(window=9, eviction="immediate").lag(4) == 5  # of the window in force
-
-
-def test_a_cache_that_does_not_know_immediate_eviction_says_so(monkeypatch):
-  monkeypatch.setitem(caches.KINDS, "other", caches.SlotCache)
-  sizes = dict(batch=1, capacity=8, window=3)
-  with pytest.raises(NotImplementedError, match=r"dms\.eviction='immediate' with cache='other'"):
-    caches.create("other", ModelConfig(), shift=4, **sizes)
-  assert caches.create("other", ModelConfig(), shift=1, **sizes).shift == 1
 
 
 # ------------------------------------------------------------------------------------------------- the training step

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -76,7 +78,10 @@ def requests_of(model):
   ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", ["dms", "h2o", "int8"])
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("case", ["dms", slow("h2o"), slow("int8")])
 def test_a_row_is_bit_equal_whatever_the_pool_its_neighbours_and_pauses(model, case):
   """Random arrivals under a budget in which not all rows fit: rows are swapped out and come back, none feels it."""
   settings = dict(temperature=0.8)
@@ -115,6 +120,7 @@ def test_streams_what_it_results_in(model):
   assert len(streamed) == 3 and all(result.finished for result in generator.results.values())
 
 
+@pytest.mark.slow
 def test_a_growing_pool_changes_nothing(model):
   """Without a budget it starts at a page a head and grows; with one, only while old and new pool fit together."""
   requests = [(prompt(model, 20, s), dict(max_new_tokens=20)) for s in range(4)]

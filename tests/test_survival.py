@@ -137,6 +137,7 @@ def test_a_full_disk_is_a_clear_error_and_the_last_checkpoint_stays(tmp_path, wh
 
       def save_or_fail(self, step, *args, **kwargs):
         if step > 3:
+          (tmp_path / loop.STATE / f"{step}.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
           raise RuntimeError("worker failed") from ValueError("writing chunk: No space left on device")
         return save(self, step, *args, **kwargs)
 

@@ -18,6 +18,8 @@ from pallas_kernels import compat
 from pallas_kernels.prefill import gpu, prefill_attention
 from tests.kernels.prefill_cases import assert_near, text
 
+pytestmark = pytest.mark.slow  # kernels are interpreted
+
 interpreted = pytest.mark.skipif(
   not compat.HAS_MOSAIC_GPU, reason=f"jax {jax.__version__} cannot interpret or lower Mosaic GPU kernels: needs >= 0.11"
 )

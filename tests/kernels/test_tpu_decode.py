@@ -16,6 +16,8 @@ from pallas_kernels import compat_tpu
 from pallas_kernels.decode import Pages, decode_attention, ref, tpu
 from tests.kernels.suite import assert_close, float64, normal
 
+pytestmark = pytest.mark.slow  # kernels are interpreted
+
 LENGTHS = np.array([[96, 1, 33], [0, 64, 7]])
 ARCHIVED = np.array([[0, 48, 5], [33, 64, 0]])
 PAGE, MOST = 16, 4

@@ -13,6 +13,8 @@ from pallas_kernels.prefill import NEVER, prefill_attention, tpu
 from tests.kernels.prefill_cases import assert_near, text
 from tests.kernels.suite import interpreted_tpu
 
+pytestmark = pytest.mark.slow  # kernels are interpreted
+
 # Of the largest value: see test_gpu_prefill; float32 rounds sums alone.
 TOLERANCE = {"bfloat16": 6e-3, "float32": 1e-6}
 SMALL = tpu.Blocks(128, 128)

@@ -13,6 +13,8 @@ from pallas_kernels.retrofit.gpu import segment_bounds
 from tests.kernels import suite
 from tests.kernels.test_gpu_retrofit import close, gradients, inputs
 
+pytestmark = pytest.mark.slow  # kernels are interpreted
+
 
 def visibility(ids, tokens, window):
   """(visible, far) [B, T, T] from the definitions."""
