@@ -47,7 +47,7 @@ class Config:
   seed: int = 0
   stop: tuple[str, ...] = ()
   eos: bool = True
-  cache: Literal["slots", "masked"] = "slots"
+  cache: Literal["slots", "paged", "masked"] = "slots"
   capacity: int | None = None
   prefill_chunk: int = 256
   stretch: int = 8
