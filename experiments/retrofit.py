@@ -28,6 +28,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from absl import logging as absl_logging
 
 from dms_jax import checkpoint
 from dms_jax.config import DMSConfig, LoRAConfig
@@ -112,6 +113,10 @@ def main() -> None:
   config = program.read_flags("", Config)
   dms, lora = program.read_flags("dms", DMSConfig), program.read_flags("lora", LoRAConfig)
   settings, data = program.read_flags("retrofit", RetrofitConfig), program.read_flags("data", DataConfig)
+  if not program.FLAGS.debug and not program.FLAGS["verbosity"].present:
+    absl_logging.set_verbosity(
+      absl_logging.FATAL
+    )  # Orbax shows the traceback of each of its threads; we say what it is
   if config.deterministic:  # before anything asks for a device
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *DETERMINISTIC]).strip()
   if settings.trainable != "lora" and (given := [f"--lora.{f.name}" for f in dataclasses.fields(LoRAConfig)

@@ -8,6 +8,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -134,12 +135,17 @@ def _last_line(path: Path) -> dict:
 
 @contextlib.contextmanager
 def _writing(directory: Path) -> Iterator[None]:
-  """Says clearly that the disk is full, however deep that was noticed."""
+  """Says clearly that the disk is full, however deep that was noticed, and gives back what the write had taken."""
   try:
     yield
   except Exception as error:
     if not _disk_is_full(error):
       raise
+    for _ in range(20):  # Orbax's threads may still be at it
+      half_written = list((directory / STATE).glob("*.orbax-checkpoint-tmp*"))
+      for half in half_written:
+        shutil.rmtree(half, ignore_errors=True)
+      time.sleep(0.1 if half_written else 0.0)
     raise OSError(
       errno.ENOSPC,
       f"{directory}: the disk is full; the last whole checkpoint is kept: make room and run the same command again",
