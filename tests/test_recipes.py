@@ -21,7 +21,7 @@ from tests import oracle, tiny
 from tests.test_cache import Shape, Text, run, schedule
 
 
-@pytest.mark.parametrize("kind", ["masked", "slots"])
+@pytest.mark.parametrize("kind", ["masked", "slots", "paged"])
 @pytest.mark.parametrize("window, shift", [(0, 0), (3, 0), (4, 1)])
 def test_immediate_eviction_in_every_cache(kind, window, shift):
   """Decided W tokens later about the same token: caches equal the formula in chunks, steps and pauses."""
