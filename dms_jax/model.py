@@ -69,7 +69,7 @@ class Model:
 Attend = Callable[..., tuple[Array, Any, Any]]
 
 
-def _attention_inputs(model: Model, layer: dict, x: Array, rope: tuple[Array, Array], neuron_kept: Array | None):
+def _attention_inputs(model: Model, layer: dict, x: Array, rope: tuple[Array, Array], neuron_kept: Array | None = None):
   """Queries, keys, values after RoPE [B, T, heads, H], and gate logits float32 [B, K, T] (None without gates)."""
   c, dms = model.config, model.dms
   neuron = dms is not None and dms.gate == "neuron"
