@@ -48,6 +48,20 @@ def strict_promotion(request):
     yield
 
 
+@pytest.fixture(autouse=True)
+def compiled_for_an_absent_tpu(request):
+  """Tests marked `tpu` trace for one; what they compile cannot be read back from disk, so it is not kept there."""
+  if not request.node.get_closest_marker("tpu"):
+    yield
+    return
+  from pallas_kernels.platform import tracing_for
+
+  jax.config.update("jax_enable_compilation_cache", False)
+  with tracing_for("tpu"):
+    yield
+  jax.config.update("jax_enable_compilation_cache", True)
+
+
 def pytest_collection_modifyitems(items):
   for item in items:
     backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None

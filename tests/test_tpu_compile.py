@@ -16,8 +16,7 @@ from dms_jax.decoding import Ends, Rows, decode_stretch, prefill_chunk
 from dms_jax.model import Model, cached_forward, last_logits
 from dms_jax.params import abstract_params, param_table
 from dms_jax.sampling import Sampling
-from pallas_kernels.platform import tracing_for
-from tests import tiny
+from tests import tiny, tpu
 
 pytestmark = pytest.mark.tpu
 pytest.importorskip("libtpu", reason="libtpu is not installed (make test-tpu installs it)")
@@ -25,26 +24,10 @@ pytest.importorskip("libtpu", reason="libtpu is not installed (make test-tpu ins
 BATCH, CAPACITY, WINDOW = 8, 8192, 64
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_compilation_cache():
-  """Programs compiled for an absent device cannot be read back from disk."""
-  jax.config.update("jax_enable_compilation_cache", False)
-  yield
-  jax.config.update("jax_enable_compilation_cache", True)
-
-
-@pytest.fixture(autouse=True)
-def traced_for_a_tpu():
-  with tracing_for("tpu"):
-    yield
-
-
 @pytest.fixture(scope="module", params=["v5e:2x2", "v6e:2x2"])
 def device(request):
   """One device of a topology that is described, not attached."""
-  from jax.experimental import topologies
-
-  return topologies.get_topology_desc(platform="tpu", topology_name=request.param).devices[0]
+  return tpu.devices(request.param)[0]
 
 
 def abstract(tree, device):

@@ -21,7 +21,7 @@ from dms_jax.retrofit.config import RetrofitConfig
 from dms_jax.retrofit.loop import prepare
 from dms_jax.retrofit.step import Batch, init_state, train_step
 from dms_jax.sharding import ShardingRules, cache_shardings, make_mesh, param_shardings, partition_spec
-from pallas_kernels.platform import tracing_for
+from tests import tpu
 
 pytestmark = pytest.mark.tpu
 pytest.importorskip("libtpu", reason="libtpu is not installed (make test-tpu installs it)")
@@ -31,25 +31,9 @@ WINDOW = 256
 KERNELS = {"train": ("retrofit_forward", "retrofit_dq", "retrofit_dkv"), "decode": ("decode_",)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_compilation_cache():
-  """Programs compiled for an absent device cannot be read back from disk."""
-  jax.config.update("jax_enable_compilation_cache", False)
-  yield
-  jax.config.update("jax_enable_compilation_cache", True)
-
-
-@pytest.fixture(autouse=True)
-def traced_for_a_tpu():
-  with tracing_for("tpu"):
-    yield
-
-
 @pytest.fixture(scope="module")
 def devices():
-  from jax.experimental import topologies
-
-  return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY).devices
+  return tpu.devices(TOPOLOGY)
 
 
 def placed(tree, shardings):

@@ -9,13 +9,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import compat_tpu
+from dms_jax import cache as caches
+from dms_jax import policies
+from dms_jax.config import PRESETS, DMSConfig
+from dms_jax.model import Model, cached_forward
+from dms_jax.params import map_table, param_table
+from pallas_kernels import compat, compat_tpu
 
 # Error allowed against float64, of unit-sized values: float32 sums; 16-bit types round the weights and the output.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}
@@ -35,6 +41,25 @@ class Backend:
   def interpreted(self) -> bool:
     """Slow: suites try fewer combinations."""
     return self.context is not contextlib.nullcontext
+
+
+# For tests of the Hopper kernels, which interpret or lower them.
+needs_mosaic_gpu = pytest.mark.skipif(
+  not compat.HAS_MOSAIC_GPU, reason=f"jax {jax.__version__} cannot interpret or lower Mosaic GPU kernels: needs >= 0.11"
+)
+
+
+def lowered_for_cuda(tokens: int) -> str:
+  """SmolLM2's step of `tokens` tokens a row into a cache of slots, lowered for a Hopper GPU that is not there."""
+  config, dms, struct = PRESETS["smollm2-135m"], DMSConfig(window=64), jax.ShapeDtypeStruct
+  params = map_table(lambda _, spec: struct(spec.shape, jnp.bfloat16), param_table(config, dms))
+  make = partial(caches.create, "slots", config, batch=4, capacity=1024, window=64, shift=1, dtype=jnp.bfloat16)
+  cache = jax.eval_shape(make)
+  cache = cache.replace(kv=struct(cache.kv.shape, jnp.bfloat16))
+  policy = policies.DMS(window=64, threshold=struct((), jnp.float32))
+  arguments = Model(params, config, dms), policy, cache, struct((4, tokens), jnp.int32), struct((4,), jnp.int32)
+  with compat.assume_hopper():
+    return jax.jit(cached_forward, donate_argnums=2).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @contextlib.contextmanager

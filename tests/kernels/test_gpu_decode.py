@@ -9,17 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dms_jax import cache as caches
-from dms_jax import policies
-from dms_jax.config import PRESETS, DMSConfig
-from dms_jax.model import Model, cached_forward
-from dms_jax.params import map_table, param_table
 from pallas_kernels import compat
 from pallas_kernels.decode import decode_attention, gpu, ref, xla
+from tests.kernels.suite import lowered_for_cuda, needs_mosaic_gpu
 
-interpreted = pytest.mark.skipif(
-  not compat.HAS_MOSAIC_GPU, reason=f"jax {jax.__version__} cannot interpret or lower Mosaic GPU kernels: needs >= 0.11"
-)
 # Of the largest value: the weights of the second product and the output are rounded to half a unit in the last place
 # (2^-9, 2^-12), all sums are float32.
 TOLERANCE = {jnp.bfloat16: 6e-3, jnp.float16: 8e-4}
@@ -53,7 +46,7 @@ def check(q, kv, lengths, **sizes):
   return np.asarray(out)
 
 
-@interpreted
+@needs_mosaic_gpu
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_ragged_lengths_with_empty_heads(dtype):
   """Lengths 0, 1, odd, the edges of blocks and chunks, and full, among more workers than some have heads."""
@@ -62,17 +55,17 @@ def test_ragged_lengths_with_empty_heads(dtype):
   assert (out[0, 0] == 0).all() and (out[2, 1] == 0).all()
 
 
-@interpreted
+@needs_mosaic_gpu
 def test_head_size_128_and_groups_of_three():
   check(*inputs(2, 2, 3, 128, 192, [5, 191, 192, 0]), split=64, workers=4)
 
 
-@interpreted
+@needs_mosaic_gpu
 def test_more_workers_than_chunks_and_groups_of_eight():
   check(*inputs(1, 2, 8, 64, 128, [3, 128]), block=128, workers=7)
 
 
-@interpreted
+@needs_mosaic_gpu
 def test_result_depends_on_its_own_slots_alone():
   """Bit for bit, whatever else is in the batch and however many workers there are."""
   q, kv, lengths = inputs(2, 2, 4, 64, 256, [200, 77, 256, 0])
@@ -81,7 +74,7 @@ def test_result_depends_on_its_own_slots_alone():
   np.testing.assert_array_equal(np.asarray(both[:1], np.float32), np.asarray(alone, np.float32))
 
 
-@interpreted
+@needs_mosaic_gpu
 def test_log_sum_exp():
   q, kv, lengths = inputs(1, 3, 2, 64, 256, [200, 0, 64])
   _, logs = run(q, kv, lengths, lse=True)
@@ -101,27 +94,16 @@ def lower(batch, heads, group, h, slots, **options):
     return call.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@interpreted
+@needs_mosaic_gpu
 @pytest.mark.parametrize("group, h", [(1, 64), (3, 64), (4, 128), (8, 128)])
 def test_lowers_for_cuda(group, h):
   assert "decode_" in lower(2, 3, group, h, 8192, lse=group == 3)
 
 
-@interpreted
+@needs_mosaic_gpu
 def test_decode_step_of_a_model_lowers_for_cuda():
   """SmolLM2's, from a cache of slots: every layer through the kernel."""
-  config, dms = PRESETS["smollm2-135m"], DMSConfig(window=64)
-  struct = jax.ShapeDtypeStruct
-  params = map_table(lambda _, spec: struct(spec.shape, jnp.bfloat16), param_table(config, dms))
-  make = partial(caches.create, "slots", config, batch=4, capacity=1024, window=64, shift=1, dtype=jnp.bfloat16)
-  cache = jax.eval_shape(make)
-  cache = cache.replace(kv=struct(cache.kv.shape, jnp.bfloat16))
-  policy = policies.DMS(window=64, threshold=struct((), jnp.float32))
-  tokens, lengths = struct((4, 1), jnp.int32), struct((4,), jnp.int32)
-  with compat.assume_hopper():
-    step = jax.jit(cached_forward, donate_argnums=2)
-    lowered = step.trace(Model(params, config, dms), policy, cache, tokens, lengths).lower(lowering_platforms=("cuda",))
-  assert "decode_" in lowered.as_text()
+  assert "decode_" in lowered_for_cuda(1)
 
 
 def test_refuses_with_the_reason():

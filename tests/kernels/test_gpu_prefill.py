@@ -9,20 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dms_jax import cache as caches
-from dms_jax import policies
-from dms_jax.config import PRESETS, DMSConfig
-from dms_jax.model import Model, cached_forward
-from dms_jax.params import map_table, param_table
 from pallas_kernels import compat
 from pallas_kernels.prefill import gpu, prefill_attention
 from tests.kernels.prefill_cases import assert_near, text
+from tests.kernels.suite import lowered_for_cuda, needs_mosaic_gpu
 
 pytestmark = pytest.mark.slow  # kernels are interpreted
 
-interpreted = pytest.mark.skipif(
-  not compat.HAS_MOSAIC_GPU, reason=f"jax {jax.__version__} cannot interpret or lower Mosaic GPU kernels: needs >= 0.11"
-)
 # Of the largest value: the weights of the second product and the output are rounded to half a unit in the last place
 # (2^-9, 2^-12), all sums are float32.
 TOLERANCE = {"bfloat16": 6e-3, "float16": 8e-4}
@@ -36,29 +29,29 @@ def check(tokens, prefix, heads, group, size, window, rate, dtype="bfloat16", bl
   return out
 
 
-@interpreted
+@needs_mosaic_gpu
 def test_tiles_of_three_heads_after_a_prefix():
   """Two tiles of 40 queries, the last one short; kept keys and the band in several blocks each."""
   check(70, 130, 1, 3, 64, 30, 0.6)
 
 
-@interpreted
+@needs_mosaic_gpu
 def test_head_size_128_in_float16_with_more_stages_than_blocks():
   check(32, 40, 1, 4, 128, 20, 0.5, "float16", gpu.Blocks(kv=96, stages=4))
 
 
-@interpreted
+@needs_mosaic_gpu
 def test_a_group_of_six_in_two_parts_and_two_rows():
   check(20, 60, 1, 6, 64, 12, 0.5, batch=2)
 
 
-@interpreted
+@needs_mosaic_gpu
 def test_nothing_evicted():
   """Whole blocks alone, then the diagonal."""
   check(140, 64, 1, 1, 64, 8, 0.0)
 
 
-@interpreted
+@needs_mosaic_gpu
 def test_everything_evicted_at_once():
   """W = 0: each query sees itself."""
   args = text(48, 0, 1, 4, 64, 0, 1.0, "bfloat16")
@@ -67,7 +60,7 @@ def test_everything_evicted_at_once():
   np.testing.assert_array_equal(np.asarray(out, np.float32), np.repeat(args[2][:, 0, :, None], 4, axis=2))
 
 
-@interpreted
+@needs_mosaic_gpu
 def test_keys_in_any_order():
   check(24, 100, 1, 5, 64, 16, 0.5, shuffle=True)
 
@@ -87,7 +80,7 @@ def test_rows_of_a_tile(group, heads, queries):
   assert rows == {head * queries + i: (head, i) for head in range(heads) for i in range(queries)}
 
 
-@interpreted
+@needs_mosaic_gpu
 @pytest.mark.parametrize("group, h", [(1, 64), (3, 64), (4, 128), (6, 128), (8, 64)])
 def test_lowers_for_cuda(group, h):
   struct = jax.ShapeDtypeStruct
@@ -99,21 +92,10 @@ def test_lowers_for_cuda(group, h):
   assert "prefill_" in lowered.as_text()
 
 
-@interpreted
+@needs_mosaic_gpu
 def test_prefill_of_a_model_lowers_for_cuda():
   """SmolLM2's, into a cache of slots: every layer through the kernel."""
-  config, dms = PRESETS["smollm2-135m"], DMSConfig(window=64)
-  struct = jax.ShapeDtypeStruct
-  params = map_table(lambda _, spec: struct(spec.shape, jnp.bfloat16), param_table(config, dms))
-  make = partial(caches.create, "slots", config, batch=4, capacity=1024, window=64, shift=1, dtype=jnp.bfloat16)
-  cache = jax.eval_shape(make)
-  cache = cache.replace(kv=struct(cache.kv.shape, jnp.bfloat16))
-  policy = policies.DMS(window=64, threshold=struct((), jnp.float32))
-  tokens, lengths = struct((4, 256), jnp.int32), struct((4,), jnp.int32)
-  with compat.assume_hopper():
-    step = jax.jit(cached_forward, donate_argnums=2)
-    lowered = step.trace(Model(params, config, dms), policy, cache, tokens, lengths).lower(lowering_platforms=("cuda",))
-  assert "prefill_" in lowered.as_text()
+  assert "prefill_" in lowered_for_cuda(256)
 
 
 def test_refuses_with_the_reason():

@@ -11,10 +11,8 @@ import pytest
 
 from pallas_kernels import compat
 from pallas_kernels.retrofit import gpu, ref, retrofit_attention
+from tests.kernels.suite import needs_mosaic_gpu
 
-interpreted = pytest.mark.skipif(
-  not compat.HAS_MOSAIC_GPU, reason=f"jax {jax.__version__} cannot interpret or lower Mosaic GPU kernels: needs >= 0.11"
-)
 # Of the largest value. A 16-bit output is off by half a unit in the last place (2^-9, 2^-12) and so is each weight that
 # enters the second product; gradients pass through four such products.
 TOLERANCE = {jnp.bfloat16: (6e-3, 1.2e-2), jnp.float16: (1e-3, 2e-3)}
@@ -84,32 +82,32 @@ def check(b, t, n, k, h, window, dtype, bias=True, segments=False, **blocks):
     close(got, want, backward)
 
 
-@interpreted
+@needs_mosaic_gpu
 def test_bfloat16_over_two_tiles_with_segments():
   check(1, 256, 1, 1, 64, 16, jnp.bfloat16, segments=True)
 
 
-@interpreted
+@needs_mosaic_gpu
 def test_float16_with_groups_of_three_and_padding():
   check(1, 100, 3, 1, 64, 40, jnp.float16)
 
 
-@interpreted
+@needs_mosaic_gpu
 def test_window_zero_and_head_size_128():
   check(1, 128, 1, 1, 128, 0, jnp.bfloat16)
 
 
-@interpreted
+@needs_mosaic_gpu
 def test_segments_without_a_bias_in_two_rows():
   check(2, 90, 1, 1, 64, 16, jnp.bfloat16, bias=False, segments=True)
 
 
-@interpreted
+@needs_mosaic_gpu
 def test_gradients_of_each_query_head_apart():
   check(1, 128, 2, 1, 64, 16, jnp.bfloat16, split_group=True, dkv_overlap=False, dq_overlap=False)
 
 
-@interpreted
+@needs_mosaic_gpu
 @pytest.mark.parametrize(
   "h, bias, segments", [(64, True, False), (64, True, True), (128, True, True), (128, False, False)]
 )

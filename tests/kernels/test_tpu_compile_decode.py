@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 
 from pallas_kernels.decode import Pages, decode_attention, tpu
-from pallas_kernels.platform import tracing_for
+from tests.tpu import TOPOLOGIES, devices
 
 pytestmark = pytest.mark.tpu
 pytest.importorskip("libtpu", reason="libtpu is not installed (make test-tpu installs it)")
 
-TOPOLOGIES = ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]
 # layers, batch, KV heads, group, head size, slots of the cache, slots a page, slots in pages (of which a quarter exist)
 SHAPES = {
   "llama-8b": (2, 32, 8, 4, 128, 8192, 0, 0),
@@ -26,19 +25,9 @@ SHAPES = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_compilation_cache():
-  """Programs compiled for an absent device cannot be read back from disk."""
-  jax.config.update("jax_enable_compilation_cache", False)
-  yield
-  jax.config.update("jax_enable_compilation_cache", True)
-
-
 @pytest.fixture(scope="module", params=TOPOLOGIES)
 def device(request):
-  from jax.experimental import topologies
-
-  return topologies.get_topology_desc(platform="tpu", topology_name=request.param).devices[0]
+  return devices(request.param)[0]
 
 
 def compiled(device, shape, dtype, attend):
@@ -54,8 +43,7 @@ def compiled(device, shape, dtype, attend):
     pool = array((layers * batch * heads * most // 4, page, 2 * h), dtype)
     pages = Pages(pool, array((layers, batch, heads, most), jnp.int32), numbers)
   q = array((batch, heads * group, h), dtype)
-  with tracing_for("tpu"):
-    lowered = jax.jit(attend).lower(q, kv, array((), jnp.int32), numbers if slots else None, pages)
+  lowered = jax.jit(attend).lower(q, kv, array((), jnp.int32), numbers if slots else None, pages)
   size = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in (kv, pages and pages.pool) if x is not None)
   return lowered.compile(), size
 

@@ -9,13 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.platform import tracing_for
 from pallas_kernels.prefill import prefill_attention
+from tests.tpu import TOPOLOGIES, devices
 
 pytestmark = pytest.mark.tpu
 pytest.importorskip("libtpu", reason="libtpu is not installed (make test-tpu installs it)")
 
-TOPOLOGIES = ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]
 # batch, tokens, cached slots before them, query heads, KV heads, head size
 SHAPES = {
   "smollm2, after a prefix": (4, 4096, 4200, 9, 3, 64),
@@ -24,26 +23,10 @@ SHAPES = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_compilation_cache():
-  """Programs compiled for an absent device cannot be read back from disk."""
-  jax.config.update("jax_enable_compilation_cache", False)
-  yield
-  jax.config.update("jax_enable_compilation_cache", True)
-
-
-@pytest.fixture(autouse=True)
-def traced_for_a_tpu():
-  with tracing_for("tpu"):
-    yield
-
-
 def attention(topology, shape, dtype=jnp.bfloat16):
   """Compiles one call through the dispatch; bytes of arguments and temporaries, printed."""
-  from jax.experimental import topologies
-
   b, t, prefix, n, k, h = shape
-  device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+  device = devices(topology)[0]
   struct = partial(jax.ShapeDtypeStruct, sharding=jax.sharding.SingleDeviceSharding(device))
   kv, bounds = struct((b, k, prefix + t, h), dtype), struct((b, k, prefix + t), jnp.int32)
   arguments = struct((b, t, n, h), dtype), kv, kv, struct((b, t), jnp.int32), bounds, bounds

@@ -6,36 +6,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.platform import tracing_for
 from pallas_kernels.retrofit import retrofit_attention
+from tests.tpu import TOPOLOGIES, devices
 
 pytestmark = pytest.mark.tpu
 pytest.importorskip("libtpu", reason="libtpu is not installed (make test-tpu installs it)")
 
-TOPOLOGIES = ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]
 # batch, tokens, query heads, KV heads, head size
 SHAPES = {"smollm2": (2, 4096, 9, 3, 64), "llama-8b": (1, 4096, 32, 8, 128), "llama-8b, long": (1, 32768, 32, 8, 128)}
 WINDOW = 256
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_compilation_cache():
-  """Programs compiled for an absent device cannot be read back from disk."""
-  jax.config.update("jax_enable_compilation_cache", False)
-  yield
-  jax.config.update("jax_enable_compilation_cache", True)
-
-
-@pytest.fixture(autouse=True)
-def traced_for_a_tpu():
-  with tracing_for("tpu"):
-    yield
-
-
-def devices(topology):
-  from jax.experimental import topologies
-
-  return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
 
 
 def placed(tree, sharding):
