@@ -158,7 +158,7 @@ class Generator:
     self.waiting: collections.deque[list[_Chain]] = collections.deque()
     self.swapped: list[_Chain] = []
     self.results: dict[int, Result] = {}
-    self.swaps = self.steps = self.tickets = self._ages = 0
+    self.swaps = self.tickets = self._ages = 0
 
   # Requests -----------------------------------------------------------------------------------------------------------
 
@@ -237,7 +237,6 @@ class Generator:
       self.cache, self.rows, emitted, _ = decoding.decode_stretch(
         self.model, self.policy, self.cache, self.rows, self.sampling, self.ends, steps=self.stretch, history=False
       )
-      self.steps += self.stretch
       news += self._collect(emitted)
       self._make_room()
     return news

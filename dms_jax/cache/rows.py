@@ -6,6 +6,7 @@ others need its pages. It goes back into a cache of any size, bit by bit as it w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -45,13 +46,20 @@ class StoredRow:
 BY_ROW = ("kv", "evicted", "archived", "scores", "summaries")  # fields of [L, B, ...]
 
 
+def _fields(cache: PagedCache, take: Callable, places: int) -> dict:
+  """`take` of the fields BY_ROW, those with an axis of slots or pages for `places` pages of archive alone."""
+  fields = {name: None if getattr(cache, name) is None else take(getattr(cache, name)) for name in BY_ROW}
+  if fields["scores"] is not None:
+    fields["scores"] = fields["scores"][..., : cache.ring + places * cache.page_size]
+  if fields["summaries"] is not None:
+    fields["summaries"] = fields["summaries"][..., :places, :]
+  return fields
+
+
 def alone(cache: PagedCache, row: Int[Array, ""], places: int) -> PagedCache:
   """A cache of one row, which works on the same pool; its heads have `places` pages at most."""
-  take = lambda x: None if x is None else jax.lax.dynamic_slice_in_dim(x, row, 1, axis=1)
-  fields = {name: take(getattr(cache, name)) for name in BY_ROW}
-  slots = cache.ring + places * cache.page_size
-  fields["scores"] = None if cache.scores is None else fields["scores"][..., :slots]
-  fields["summaries"] = None if cache.summaries is None else fields["summaries"][:, :, :, :places]
+  take = lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1, axis=1)
+  fields = _fields(cache, take, places)
   table = cache.table.replace(pages=take(cache.table.pages)[..., :places], owned=take(cache.table.owned))
   return cache.replace(**fields, seen=jax.lax.dynamic_slice_in_dim(cache.seen, row, 1), table=table)
 
@@ -120,7 +128,7 @@ def forked(
 
 def store_row(cache: PagedCache, row: int) -> StoredRow:
   """What a row holds, on the host; the cache keeps it too."""
-  get = lambda x: None if x is None else np.asarray(jax.device_get(x[:, row]))
+  get = lambda x: np.asarray(jax.device_get(x[:, row]))
   used = -(-get(cache.archived) // cache.page_size)
   most = max(int(used.max()), 1)
   mine = np.arange(most) < used[..., None]
@@ -130,13 +138,9 @@ def store_row(cache: PagedCache, row: int) -> StoredRow:
   pages, scales = (
     None if x is None else np.asarray(x[padded])[: len(numbers)] for x in (cache.store.pages, cache.store.scales)
   )
-  slots = cache.ring + most * cache.page_size
-  fields = {name: get(getattr(cache, name)) for name in BY_ROW}
-  if fields["scores"] is not None:
-    fields["scores"] = fields["scores"][..., :slots]
-  if fields["summaries"] is not None:
-    fields["summaries"] = fields["summaries"][:, :, :most]
-  return StoredRow(**fields, seen=np.asarray(cache.seen[row]), pages=pages, scales=scales, shift=cache.shift)
+  return StoredRow(
+    **_fields(cache, get, most), seen=np.asarray(cache.seen[row]), pages=pages, scales=scales, shift=cache.shift
+  )
 
 
 def restored(cache: PagedCache, row: int, stored: StoredRow) -> tuple[PagedCache, bool]:
