@@ -11,6 +11,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / 
 import hypothesis
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
 
 import tests.typecheck  # noqa: F401  (the hook looks it up by name)
@@ -56,10 +57,14 @@ def compiled_for_an_absent_tpu(request):
     return
   from pallas_kernels.platform import tracing_for
 
-  jax.config.update("jax_enable_compilation_cache", False)
+  def keep_compiled_programs(kept: bool):
+    jax.config.update("jax_enable_compilation_cache", kept)
+    compilation_cache.reset_cache()  # else what JAX decided at the process's first compilation goes on to hold
+
+  keep_compiled_programs(False)
   with tracing_for("tpu"):
     yield
-  jax.config.update("jax_enable_compilation_cache", True)
+  keep_compiled_programs(True)
 
 
 def pytest_collection_modifyitems(items):
