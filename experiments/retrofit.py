@@ -35,7 +35,7 @@ from dms_jax.config import DMSConfig, LoRAConfig
 from dms_jax.model import Model
 from dms_jax.retrofit import DataConfig, RetrofitConfig, self_text
 from dms_jax.retrofit.config import check
-from dms_jax.retrofit.data import Packer, load_sources
+from dms_jax.retrofit.data import Packer, Source, load_sources
 from dms_jax.retrofit.loop import LOG, Preempted, Run, train
 from dms_jax.tokenizer import Tokenizer
 from experiments import plots, program, retrofit_benchmark
@@ -109,6 +109,50 @@ def own_text(base: Model, tokenizer: Tokenizer, data: DataConfig, dtype: str, ou
   return path
 
 
+def texts(base: Model, tokenizer: Tokenizer, data: DataConfig, dtype: str, folder: Path) -> list[Source]:
+  """All text of `data`, tokenized; what the model writes itself is kept in `folder`."""
+  written = own_text(base, tokenizer, data, dtype, folder)
+  program.log("reading and tokenizing text")
+  sources = load_sources(data, tokenizer, written)
+  for source in sources:
+    program.log(f"  {source.name}: {len(source.tokens):,} tokens in {source.document[-1]:,} documents")
+  return sources
+
+
+def carry_out(
+  run: Run,
+  sources: list[Source],
+  tokenizer: Tokenizer,
+  *,
+  board: Callable[[dict], None] = lambda line: None,
+  stop_after: int | None = None,
+) -> dict:
+  """Trains `run` or goes on with it, showing how far it is and drawing DIRECTORY/log.png; the last line of its log.
+
+  Raises:
+    Preempted: a SIGTERM came; the state is saved. Whatever `train` raises besides.
+  """
+  settings, shown = run.config, [time.perf_counter()]
+
+  def report(line: dict) -> None:
+    board(line)
+    if time.perf_counter() - shown[0] > 5:
+      shown[0] = time.perf_counter()
+      left = (settings.steps - line["step"] - 1) * line["seconds"]
+      program.log(
+        f"step {line['step']}/{settings.steps}: loss {line['loss']:.4f}, CR {line['achieved_cr']:.2f} (target "
+        f"{line['target_cr']:.2f}), {line['seconds'] * 1e3:.0f} ms a step, {left / 60:.1f} min left"
+      )
+
+  drawing = plots.pyplot() is not None
+  draw = lambda step: plots.training(run.directory / LOG, run.directory / "log.png") if drawing else None
+  packer = Packer(sources, run.data, settings)
+  with asked_to_stop() as stop:
+    last = train(run, packer, tokenizer, report=report, saved=draw, stop=stop, stop_after=stop_after)
+  draw(settings.steps)
+  return last
+
+
 def main() -> None:
   config = program.read_flags("", Config)
   dms, lora = program.read_flags("dms", DMSConfig), program.read_flags("lora", LoRAConfig)
@@ -136,34 +180,14 @@ def main() -> None:
   base = checkpoint.load(config.checkpoint)
   tokenizer = Tokenizer.load(config.checkpoint)
   output, start = Path(config.output), time.perf_counter()
-  written = own_text(base, tokenizer, data, settings.compute_dtype, output)
-  program.log("reading and tokenizing text")
-  sources = load_sources(data, tokenizer, written)
-  for source in sources:
-    program.log(f"  {source.name}: {len(source.tokens):,} tokens in {source.document[-1]:,} documents")
-  shown = [start]
+  sources = texts(base, tokenizer, data, settings.compute_dtype, output)
   board = scalars(output / "tensorboard") if config.tensorboard else lambda line: None
-
-  def report(line: dict) -> None:
-    board(line)
-    if time.perf_counter() - shown[0] > 5:
-      shown[0] = time.perf_counter()
-      left = (settings.steps - line["step"] - 1) * line["seconds"]
-      program.log(
-        f"step {line['step']}/{settings.steps}: loss {line['loss']:.4f}, CR {line['achieved_cr']:.2f} (target "
-        f"{line['target_cr']:.2f}), {line['seconds'] * 1e3:.0f} ms a step, {left / 60:.1f} min left"
-      )
-
-  drawing = plots.pyplot() is not None
-  draw = lambda step: plots.training(output / LOG, output / "log.png") if drawing else None
-  run, packer = Run(base, dms, lora, settings, data, output), Packer(sources, data, settings)
+  run = Run(base, dms, lora, settings, data, output)
   try:
-    with asked_to_stop() as stop:
-      last = train(run, packer, tokenizer, report=report, saved=draw, stop=stop, stop_after=config.stop_after or None)
+    last = carry_out(run, sources, tokenizer, board=board, stop_after=config.stop_after or None)
   except Preempted as reason:
     program.log(str(reason))
     sys.exit(128 + signal.SIGTERM)
-  draw(settings.steps)
   minutes = (time.perf_counter() - start) / 60
   program.finish({"output": str(output), "minutes": minutes, "device": jax.devices()[0].device_kind, "last": last})
 
