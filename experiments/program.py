@@ -32,7 +32,7 @@ import tempfile
 import time
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -145,18 +145,39 @@ def define_flags(prefix: str, cls: type, **overrides: Any) -> None:
       flags.mark_flag_as_required(flag)
 
 
-def read_flags(prefix: str, cls: type) -> Any:
+def read_flags(prefix: str, cls: type, values: Mapping[str, Any] | None = None) -> Any:
   """An instance of dataclass `cls` from the flags that `define_flags(prefix, cls)` made.
+
+  Args:
+    values: of all these flags, by name, in place of the command line's.
 
   Raises:
     ValueError: the dataclass's own checks refuse a value.
   """
-  hints, values = typing.get_type_hints(cls), {}
+  hints, fields = typing.get_type_hints(cls), {}
   for field in dataclasses.fields(cls):
     if field.init:
       flag, annotation = _flag_name(prefix, field.name), hints[field.name]
-      values[field.name] = read_flags(flag, annotation) if dataclasses.is_dataclass(annotation) else FLAGS[flag].value
-  return cls(**values)
+      if dataclasses.is_dataclass(annotation):
+        fields[field.name] = read_flags(flag, annotation, values)
+      else:
+        fields[field.name] = FLAGS[flag].value if values is None else values[flag]
+  return cls(**fields)
+
+
+def flag_types(prefix: str, cls: type) -> dict[str, Any]:
+  """The names of the flags that `define_flags(prefix, cls)` makes, and what each is annotated with."""
+  hints, found = typing.get_type_hints(cls), {}
+  for field in dataclasses.fields(cls):
+    if field.init:
+      flag, annotation = _flag_name(prefix, field.name), hints[field.name]
+      found |= flag_types(flag, annotation) if dataclasses.is_dataclass(annotation) else {flag: annotation}
+  return found
+
+
+def spell(value: Any) -> str:
+  """A flag's value as it is written on a command line."""
+  return _Serializer().serialize(value)
 
 
 def _flag_name(prefix: str, name: str) -> str:
@@ -283,13 +304,21 @@ def results_dir(name: str, config: Any = None, root: str | Path = "runs") -> Pat
     changed = {f.name: whole[f.name] for f in dataclasses.fields(config) if whole[f.name] != _default(f)}
   else:
     whole = changed = dict(config)
-  fingerprint = hashlib.sha256(json.dumps(to_plain(whole), sort_keys=True).encode()).hexdigest()[:8]
-  words = [f"{key}={Path(v).name if isinstance(v, str | Path) else _Serializer().serialize(v)}"
-           for key, v in changed.items() if not isinstance(v, dict)]  # fmt: skip
-  label = re.sub(r"[^A-Za-z0-9._=,+-]", "_", ",".join(words))[:80] or "default"
-  folder = Path(root) / name / f"{label}-{fingerprint}"
+  folder = Path(root) / name / f"{label(changed)}-{fingerprint(whole)}"
   folder.mkdir(parents=True, exist_ok=True)
   return folder
+
+
+def fingerprint(values: Any) -> str:
+  """Eight hexadecimal digits that stand for `values`."""
+  return hashlib.sha256(json.dumps(to_plain(values), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def label(values: Mapping[str, Any]) -> str:
+  """`values` as part of a file's name: name=value,name=value; "default" where there are none."""
+  words = [f"{key}={Path(v).name if isinstance(v, str | Path) else spell(v)}"
+           for key, v in values.items() if not isinstance(v, dict)]  # fmt: skip
+  return re.sub(r"[^A-Za-z0-9._=,+-]", "_", ",".join(words))[:80] or "default"
 
 
 # ------------------------------------------------------------------------------------------------------- progress

@@ -40,6 +40,11 @@ from dms_jax.retrofit.loop import LOG, Preempted, Run, train
 from dms_jax.tokenizer import Tokenizer
 from experiments import plots, program, retrofit_benchmark
 
+# What a retrofit is made of: a flag's prefix, its dataclass, and defaults that differ from the dataclass's.
+SECTIONS: dict[str, tuple[type, dict]] = {
+  "dms": (DMSConfig, {"window": 64}), "lora": (LoRAConfig, {"rank": 16}),
+  "retrofit": (RetrofitConfig, {}), "data": (DataConfig, {}),
+}  # fmt: skip
 DETERMINISTIC = ("--xla_gpu_deterministic_ops=true", "--xla_gpu_exclude_nondeterministic_ops=true")
 
 
@@ -194,8 +199,6 @@ def main() -> None:
 
 if __name__ == "__main__":
   program.define_flags("", Config)
-  program.define_flags("dms", DMSConfig, window=64)
-  program.define_flags("lora", LoRAConfig, rank=16)
-  program.define_flags("retrofit", RetrofitConfig)
-  program.define_flags("data", DataConfig)
+  for name, (cls, defaults) in SECTIONS.items():
+    program.define_flags(name, cls, **defaults)
   program.run(main)
