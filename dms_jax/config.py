@@ -12,7 +12,29 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-FAMILIES = ("llama", "qwen2", "qwen3")
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """What sets a family of models apart.
+
+  `architecture` is its class in transformers and `defaults` what that class assumes where config.json is silent;
+  `qkv_bias` and `qk_norm` are `ModelConfig`'s; `paired_rope`: GGUF files pair neighbouring channels of q and k.
+  """
+
+  architecture: str
+  defaults: dict[str, int]
+  qkv_bias: bool = False
+  qk_norm: bool = False
+  paired_rope: bool = False
+
+
+# By Hugging Face's `model_type`, which is GGUF's architecture too.
+_QWEN = {"max_position_embeddings": 32768, "vocab_size": 151936}
+FAMILIES = {
+  "llama": Family("LlamaForCausalLM", {"max_position_embeddings": 2048, "vocab_size": 32000}, paired_rope=True),
+  "qwen2": Family("Qwen2ForCausalLM", _QWEN, qkv_bias=True),
+  "qwen3": Family("Qwen3ForCausalLM", _QWEN | {"head_dim": 128}, qk_norm=True),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +55,7 @@ class ModelConfig:
   head. `eos_token_ids` end a generated row.
   """
 
-  family: Literal["llama", "qwen2", "qwen3"] = "llama"
+  family: str = "llama"
   num_layers: int = 2
   d_model: int = 64
   d_ff: int = 128
@@ -52,7 +74,7 @@ class ModelConfig:
 
   def __post_init__(self):
     if self.family not in FAMILIES:
-      raise ValueError(f"model.family={self.family!r} is not one of {FAMILIES}")
+      raise ValueError(f"model.family={self.family!r} is not one of {', '.join(FAMILIES)}")
     if self.num_heads % self.num_kv_heads:
       raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
     if self.head_dim % 2:

@@ -11,14 +11,7 @@ from typing import Any
 
 from dms_jax.config import FAMILIES, DMSConfig, ModelConfig, RopeScaling
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 DTYPES = ("float32", "bfloat16", "float16")
-# What each family's configuration class assumes where config.json is silent.
-_DEFAULTS = {
-  "llama": {"max_position_embeddings": 2048, "vocab_size": 32000},
-  "qwen2": {"max_position_embeddings": 32768, "vocab_size": 151936},
-  "qwen3": {"max_position_embeddings": 32768, "vocab_size": 151936, "head_dim": 128},
-}
 
 
 def config_from_hf(values: dict, source: str, generation: dict | None = None) -> ModelConfig:
@@ -35,7 +28,8 @@ def config_from_hf(values: dict, source: str, generation: dict | None = None) ->
   family = values.get("model_type")
   if problems := _unsupported(values):
     raise ValueError(f"{source}: not supported: {'; '.join(problems)}")
-  values = {**_DEFAULTS[family], **values}
+  spec = FAMILIES[family]
+  values = {**spec.defaults, **values}
   problems = []
 
   def number(name: str, kind: type, default: Any = None):
@@ -63,8 +57,8 @@ def config_from_hf(values: dict, source: str, generation: dict | None = None) ->
     rope_scaling=scaling,
     rms_norm_eps=number("rms_norm_eps", float, 1e-6),
     tie_embeddings=bool(values.get("tie_word_embeddings", False)),
-    qkv_bias=family == "qwen2",
-    qk_norm=family == "qwen3",
+    qkv_bias=spec.qkv_bias,
+    qk_norm=spec.qk_norm,
     eos_token_ids=_token_ids((generation or {}).get("eos_token_id")) or _token_ids(values.get("eos_token_id")),
   )
   if problems:
@@ -84,7 +78,7 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict:
   c = config
   eos = list(c.eos_token_ids)
   values = {
-    "architectures": [ARCHITECTURES[c.family]],
+    "architectures": [FAMILIES[c.family].architecture],
     "model_type": c.family,
     "hidden_size": c.d_model,
     "intermediate_size": c.d_ff,

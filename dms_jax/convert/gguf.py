@@ -146,8 +146,8 @@ def _config(fields: _Fields, tensors: dict) -> ModelConfig:
     rope_theta=fields.get("{arch}.rope.freq_base", float, 10000.0),
     rms_norm_eps=fields.get("{arch}.attention.layer_norm_rms_epsilon", float),
     tie_embeddings="output.weight" not in tensors,
-    qkv_bias=fields.arch == "qwen2",
-    qk_norm=fields.arch == "qwen3",
+    qkv_bias=FAMILIES[fields.arch].qkv_bias,
+    qk_norm=FAMILIES[fields.arch].qk_norm,
     eos_token_ids=tuple(dict.fromkeys(i for i in eos if i is not None)),
   )
   try:
@@ -179,7 +179,7 @@ def _tensors(reader, config: ModelConfig, path: str) -> Tensors:
   for param, spec in param_table(config).items():
     for name, layer in hf_names(param, spec):
       own = _NAMES[param] if layer is None else f"blk.{layer}.{_NAMES[param]}"
-      of_name[own] = (name, heads.get(param, 0) if config.family == "llama" else 0)
+      of_name[own] = (name, heads.get(param, 0) if FAMILIES[config.family].paired_rope else 0)
   entries, shapes = {}, {}
   for tensor in reader.tensors:
     if tensor.name == _ROPE_FREQS:
