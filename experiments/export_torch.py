@@ -42,7 +42,7 @@ def main() -> None:
   gates = None if model.dms is None else model.dms.gate
   if gates == "neuron":
     program.log(
-      "note: plain transformers uses the query channel that the neuron gate borrows and that is 0 here; its answers differ"
+      "note: plain transformers uses the query channel the neuron gate borrows, which is 0 here; its answers differ"
       " from dms_jax's, even with nothing evicted, until its attention clears that channel too"
     )
   program.finish({"output": str(path), "family": model.config.family, "gates": gates, "files": files})
