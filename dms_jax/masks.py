@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 
 def about_key(computed: Array, lag: int, fill) -> Array:
@@ -43,8 +43,12 @@ def soft_bias(z: Float[Array, "B K T"], lag: int) -> Float[Array, "B K T"]:
   return about_key(jax.nn.log_sigmoid(-z), lag, 0.0)
 
 
-def held_tokens(evicted: Bool[Array, "*batch T"], window: int) -> Array:
-  """Tokens held after T tokens, int32 [...]: the last W + 1, and of the earlier ones those not evicted."""
-  length = evicted.shape[-1]
-  outside = jnp.arange(length) < length - (window + 1)
-  return jnp.sum(~(outside & evicted), axis=-1, dtype=jnp.int32)
+def held_tokens(evicted: Bool[Array, "*batch T"], window: int, lengths: Int[Array, "..."] | None = None) -> Array:
+  """Tokens held after T tokens, int32 [...]: the last W + 1, and of the earlier ones those not evicted.
+
+  `lengths` [...], broadcast against the batch: how many of each row are real, from the first on; default all T.
+  """
+  index = jnp.arange(evicted.shape[-1])
+  end = evicted.shape[-1] if lengths is None else lengths[..., None]
+  outside = index < end - (window + 1)
+  return jnp.sum((index < end) & ~(outside & evicted), axis=-1, dtype=jnp.int32)

@@ -1,4 +1,4 @@
-"""Quality of a checkpoint or retrofit on a text: perplexity, KL from the original, achieved compression.
+"""Quality of a checkpoint or retrofit: perplexity and KL from the original on a text, scores on tasks, achieved CR.
 
     python -m experiments.evaluate --checkpoint=checkpoints/smollm2-135m-instruct --text=wiki.test.raw \\
       --retrofit=experiments/results/retrofit/smollm2-135m-cr4 --lengths=1024,4096
@@ -6,28 +6,47 @@
 Procedure of every quality figure of this project: the whole text in chunks of T tokens, every position but a chunk's
 first, hard decisions, KL(original || retrofit) in nats per token. `--max_tokens=20480 --lengths=1024 --dtype=float32`
 without a retrofit is the perplexity check of the converted weights. `--retrofit` takes several, comma-separated.
+
+    python -m experiments.evaluate --checkpoint=checkpoints/smollm2-135m-instruct \\
+      --retrofit=experiments/results/retrofit/smollm2-135m-cr4 --tasks=needle,tracking,hellaswag,mmlu,gsm8k \\
+      --lengths=1024,2048 --data.hellaswag=hellaswag_val.jsonl --data.mmlu=mmlu --data.gsm8k=test.jsonl --limit=100
+
+Tasks put the same samples, drawn by `--seed`, to the original and to each retrofit: means with standard errors, and
+those of the paired difference original - retrofit. RULER's needle and variable tracking at each length, 10-shot
+HellaSwag, 5-shot MMLU, and the likelihood of GSM8K's solutions after 5 worked ones. The achieved CR is that of the
+cache at the end of what was read and written. Results, every sample and a picture go to `--output`, by default a folder
+under runs/evaluate named from the flags.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dms_jax import checkpoint
 from dms_jax.evaluation import text_quality
+from dms_jax.model import Model
 from dms_jax.tokenizer import Tokenizer
 from experiments import program
+from experiments.tasks import report
+from experiments.tasks import run as tasks_run
+from experiments.tasks.base import TasksConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """`max_tokens` 0 reads the whole text; `thresholds` sweeps the eviction threshold without retraining."""
+  """`max_tokens` 0 reads the whole text; `thresholds` sweeps the eviction threshold without retraining.
+
+  `output` is a JSON file; the tasks' picture and samples go beside it.
+  """
 
   checkpoint: str
-  text: str
+  text: str = ""
   retrofit: tuple[str, ...] = ()
   lengths: tuple[int, ...] = (4096,)
   thresholds: tuple[float, ...] = (0.0,)
@@ -37,18 +56,20 @@ class Config:
   output: str = ""
 
 
-def main() -> None:
-  config = program.read_flags("", Config)
-  text = Path(config.text).read_text(encoding="utf-8")
-  tokens = np.asarray(Tokenizer.load(config.checkpoint).encode(text), np.int32)
-  tokens = tokens[: config.max_tokens or None]
-  original = checkpoint.load(config.checkpoint, dtype=config.dtype)
-  original = original.replace(dms=None) if config.retrofit else original
+def load_retrofit(config: Config, name: str) -> Model:
+  """A retrofit on top of the checkpoint, or a whole model whose weights a retrofit trained."""
+  if "base" in checkpoint.read_config(name)[0]["groups"]:
+    return checkpoint.load(name, dtype=config.dtype)
+  return checkpoint.load(config.checkpoint, retrofit=name, dtype=config.dtype)
+
+
+def text_rows(config: Config, original: Model, tokens: np.ndarray) -> list[dict[str, Any]]:
+  """The quality of every retrofit at every length and threshold, printed as a table."""
   rows = []
   header = f"{'T':>6} {'retrofit':<28} {'threshold':>9} {'ppl':>8} {'change':>8} {'KL':>8} {'CR at T':>8}"
   print(header)
   for name in config.retrofit or ("",):
-    model = checkpoint.load(config.checkpoint, retrofit=name, dtype=config.dtype) if name else None
+    model = load_retrofit(config, name) if name else None
     for length in config.lengths:
       for threshold in config.thresholds:
         progress = partial(program.progress, desc=f"T {length}")
@@ -62,12 +83,59 @@ def main() -> None:
           f"{row.get('kl', 0):>8.4f} {row.get('achieved_cr', 1):>8.2f}",
           flush=True,
         )
-  result = {"tokens": len(tokens), "quality": rows}
-  if config.output:
-    program.save_json(config.output, {"config": program.flag_values(), "environment": program.environment(), **result})
+  return rows
+
+
+def task_rows(
+  config: Config, original: Model, jobs: list[tasks_run.Job], tokenizer: Tokenizer
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+  """(a row for each task, length, metric and retrofit, printed as a table; a record for each sample)."""
+  contenders = [tasks_run.Contender("original", original, math.inf)]
+  models = {name: load_retrofit(config, name) for name in config.retrofit}
+  if not models and original.dms is not None:  # the checkpoint brings its own gates
+    models = {config.checkpoint: original}
+  for name, model in models.items():
+    contenders += [tasks_run.Contender(name, model, threshold) for threshold in config.thresholds]
+  rows, samples = [], []
+  print(report.HEADER)
+  for found, each in tasks_run.run(jobs, contenders, tokenizer, batch=config.batch, progress=program.progress):
+    rows += found
+    samples += each
+    print("\n".join(report.line(row) for row in found), flush=True)
+  return rows, samples
+
+
+def main() -> None:
+  config, tasks = program.read_flags("", Config), program.read_flags("", TasksConfig)
+  if not config.text and not tasks.tasks:
+    raise ValueError("nothing to evaluate on: give --text=PATH, --tasks=needle,hellaswag,... or both")
+  tokenizer = Tokenizer.load(config.checkpoint)
+  tokens = np.zeros(0, np.int32)
+  if config.text:
+    text = Path(config.text).read_text(encoding="utf-8")
+    tokens = np.asarray(tokenizer.encode(text), np.int32)[: config.max_tokens or None]
+  max_positions = checkpoint.read_config(config.checkpoint)[1].max_position_embeddings
+  jobs = tasks_run.prepare(tasks, config.lengths, tokenizer, max_positions)
+  original = checkpoint.load(config.checkpoint, dtype=config.dtype)
+  original = original.replace(dms=None) if config.retrofit else original
+
+  result: dict[str, Any] = {}
+  output = Path(config.output) if config.output else None
+  if config.text:
+    result |= {"tokens": len(tokens), "quality": text_rows(config, original, tokens)}
+  if jobs:
+    output = output or program.results_dir("evaluate") / "evaluate.json"
+    result["tasks"], samples = task_rows(config, original, jobs, tokenizer)
+    title = f"{Path(config.checkpoint).name}, {tasks.limit or 'all'} samples a task and length, bars: standard errors"
+    result["samples"] = report.save_samples(output.with_suffix(".jsonl"), samples)
+    result["picture"] = report.picture(output.with_suffix(".png"), result["tasks"], title)
+  if output is not None:
+    program.save_json(output, {"config": program.flag_values(), "environment": program.environment(), **result})
+    result["saved"] = str(output)
   program.finish(result)
 
 
 if __name__ == "__main__":
   program.define_flags("", Config)
+  program.define_flags("", TasksConfig)
   program.run(main)

@@ -1,0 +1,211 @@
+"""What a task is, its settings, and what its files share: reading them line by line, shots drawn by a seed."""
+
+from __future__ import annotations
+
+import bz2
+import dataclasses
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Where the public data sets lie: HellaSwag's and GSM8K's file, MMLU's folder (with dev/ and test/)."""
+
+  hellaswag: str = ""
+  mmlu: str = ""
+  gsm8k: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class ShotsConfig:
+  """Worked examples before each question."""
+
+  hellaswag: int = 10
+  mmlu: int = 5
+  gsm8k: int = 5
+
+  def __post_init__(self):
+    for name, shots in vars(self).items():
+      if shots < 0:
+        raise ValueError(f"--shots.{name}={shots} must be 0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class NeedleConfig:
+  """Keys hidden in the text, values of each, and keys asked for (RULER's single, multi-key, -value and -query)."""
+
+  keys: int = 1
+  values: int = 1
+  queries: int = 1
+
+  def __post_init__(self):
+    for name, value in vars(self).items():
+      if value < 1:
+        raise ValueError(f"--needle.{name}={value} must be 1 or more")
+    if self.queries > self.keys:
+      raise ValueError(f"--needle.queries={self.queries} asks for more keys than --needle.keys={self.keys}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrackingConfig:
+  """Chains of assignments hidden in the text, and assignments that follow the first of each."""
+
+  chains: int = 1
+  hops: int = 4
+
+  def __post_init__(self):
+    for name, value in vars(self).items():
+      if value < 1:
+        raise ValueError(f"--tracking.{name}={value} must be 1 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class TasksConfig:
+  """Which tasks, on how much of them; every choice is fixed by `seed`.
+
+  `limit` samples of each task and length are drawn; 0 takes the whole data set, and 500 of the made-up ones. `template`
+  decides how retrieval prompts are put: "chat" as a user's message with the answer's first words already written (as
+  RULER does for instruct models), "raw" as plain text (as it does for base models), "auto" by whether the tokenizer has
+  a chat template. Likelihood tasks are always plain text, as in lm-evaluation-harness.
+  """
+
+  tasks: tuple[str, ...] = ()
+  limit: int = 0
+  seed: int = 42
+  template: Literal["auto", "chat", "raw"] = "auto"
+  data: DataConfig = DataConfig()
+  shots: ShotsConfig = ShotsConfig()
+  needle: NeedleConfig = NeedleConfig()
+  tracking: TrackingConfig = TrackingConfig()
+
+  def __post_init__(self):
+    if self.limit < 0:
+      raise ValueError(f"--limit={self.limit} must be 0 (everything) or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+  """A text and the continuations to be scored, of which `choices[answer]` is right.
+
+  `choices` are written after `context` and one space; a question with one choice asks for its likelihood alone.
+  """
+
+  context: str
+  choices: tuple[str, ...]
+  answer: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class LikelihoodTask:
+  """`questions(config)` reads and lays out what is asked; `metrics` are those reported (see `likelihood.scores`)."""
+
+  name: str
+  metrics: tuple[str, ...]
+  questions: Callable[[TasksConfig], list[Question]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Haystack:
+  """A prompt of any length: `prompt(n)` hides the same things among n units of noise, from `smallest` units on.
+
+  The answer begins with `prefix`; right is what names every one of `references`.
+  """
+
+  prompt: Callable[[int], str]
+  prefix: str
+  references: tuple[str, ...]
+  smallest: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RetrievalTask:
+  """`sample(config, rng, fit)` makes one; `fit(build, limit, smallest)` finds how much noise `limit` tokens hold.
+
+  `sample` also gets `length`, the tokens its prompt is meant for.
+  """
+
+  name: str
+  new_tokens: int
+  sample: Callable[..., Haystack]
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def required(flag: str, value: str, what: str) -> Path:
+  """The path given by a flag.
+
+  Raises:
+    ValueError: none is given, or nothing is there.
+  """
+  if not value:
+    raise ValueError(f"--{flag}=PATH is needed: {what}")
+  path = Path(value)
+  if not path.exists():
+    raise ValueError(f"--{flag}={value}: nothing there; it should be {what}")
+  return path
+
+
+def read_text(flag: str, path: Path) -> str:
+  """A UTF-8 file's text, a .bz2 file's unpacked.
+
+  Raises:
+    ValueError: it is a folder, damaged, or not UTF-8; names the flag.
+  """
+  if path.is_dir():
+    raise ValueError(f"--{flag}={path}: a folder, where a file is expected")
+  try:
+    data = path.read_bytes()
+    return (bz2.decompress(data) if path.suffix == ".bz2" else data).decode("utf-8")
+  except UnicodeDecodeError as error:
+    raise ValueError(f"--{flag}={path}: not UTF-8 text ({error})") from None
+  except (OSError, ValueError) as error:
+    raise ValueError(f"--{flag}={path}: cannot be read ({error}); the file is damaged or was cut short") from None
+
+
+def json_records(flag: str, path: Path, fields: dict[str, type]) -> Iterator[tuple[str, dict]]:
+  """(where, record) of each line of a JSON-lines file.
+
+  Raises:
+    ValueError: not JSON, or a field is missing or of another type; names the flag and line.
+  """
+  for number, line in enumerate(read_text(flag, path).split("\n"), 1):
+    if not line.strip():
+      continue
+    where = f"--{flag}={path}, line {number}"
+    try:
+      record = json.loads(line)
+    except json.JSONDecodeError as error:
+      raise ValueError(f"{where}: not valid JSON ({error})") from None
+    for name, kind in fields.items():
+      if not isinstance(record, dict) or not isinstance(record.get(name), kind):
+        raise ValueError(f"{where}: a record needs {name!r} ({kind.__name__})")
+    yield where, record
+
+
+# Choices by seed ------------------------------------------------------------------------------------------------------
+
+
+def drawn(count: int, config: TasksConfig) -> list[int]:
+  """Which of `count` records are asked: all in their order, or `limit` of them at random, by the seed."""
+  if not config.limit or config.limit >= count:
+    return list(range(count))
+  return sorted(random.Random(f"{config.seed} questions").sample(range(count), config.limit))
+
+
+def shots_of(records: Sequence[T], question: int, shots: int, flag: str, seed: int) -> list[T]:
+  """Worked examples for record number `question`: others at random, by the seed and the record's number alone.
+
+  Raises:
+    ValueError: there are too few; names the flag.
+  """
+  if shots >= len(records):
+    raise ValueError(f"--shots.{flag}={shots} needs more records than the {len(records)} of --data.{flag}")
+  picked = random.Random(f"{seed} shots {question}").sample(range(len(records) - 1), shots)
+  return [records[i + (i >= question)] for i in picked]

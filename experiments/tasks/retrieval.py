@@ -1,0 +1,106 @@
+"""Retrieval: prompts of a given length whose answer is hidden in them, and what a model writes after reading them."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+import dms_jax
+from dms_jax.generation import decode_form
+from dms_jax.model import Model
+from dms_jax.tokenizer import Tokenizer
+from experiments.tasks.base import RetrievalTask, TasksConfig
+
+SAMPLES = 500  # of each length, where no limit is given; RULER's number
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+  """A prompt's text and ids, and the strings that its answer should hold."""
+
+  text: str
+  tokens: list[int]
+  references: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+  """What a model wrote after each prompt, and its cache then: `held` int [L, n, K] of `seen` int [n] tokens."""
+
+  texts: list[str]
+  held: np.ndarray
+  seen: np.ndarray
+
+
+def framed(tokenizer: Tokenizer, template: str, prompt: str, prefix: str) -> str:
+  """The text a model reads: `prompt` as a user's message or as it is, and the first words of the answer."""
+  if template == "chat" or (template == "auto" and tokenizer.settings.get("chat_template")):
+    prompt = tokenizer.chat([{"role": "user", "content": prompt}])
+  return prompt + prefix
+
+
+def most_units(count: Callable[[int], int], limit: int, smallest: int) -> int:
+  """The largest n with `count(n) <= limit`; `smallest - 1` where not even `smallest` fits."""
+  low, high = smallest - 1, smallest
+  while count(high) <= limit:
+    low, high = high, 2 * high
+  while high - low > 1:
+    middle = (low + high) // 2
+    low, high = (middle, high) if count(middle) <= limit else (low, middle)
+  return low
+
+
+def prompts(
+  task: RetrievalTask, config: TasksConfig, tokenizer: Tokenizer, length: int, max_positions: int
+) -> list[Prompt]:
+  """The prompts of one length: as much noise as `length` tokens hold, less where the answer would not fit the context.
+
+  Number i hides the same things at every length; RULER counts the answer as part of the length, which is not done here.
+
+  Raises:
+    ValueError: `length` is too short for the task, or exceeds the model's context.
+  """
+  if length > max_positions:
+    raise ValueError(f"--lengths={length}: the model's context is {max_positions} tokens")
+
+  def fit(build: Callable[[int], str], limit: int, smallest: int) -> int:
+    units = most_units(lambda n: len(tokenizer.encode(build(n))), limit, smallest)
+    if units < smallest:
+      raise ValueError(f"--lengths={length} is too short for {task.name}: even its shortest prompt is longer")
+    return units
+
+  made = []
+  for number in range(config.limit or SAMPLES):
+    hidden = task.sample(config, random.Random(f"{config.seed} {task.name} {number}"), length, fit)
+    build = lambda n, hidden=hidden: framed(tokenizer, config.template, hidden.prompt(n), hidden.prefix)
+    text = build(fit(build, min(length, max_positions - task.new_tokens), hidden.smallest))
+    made.append(Prompt(text, tokenizer.encode(text), hidden.references))
+  return made
+
+
+def share_found(text: str, references: tuple[str, ...]) -> float:
+  """Share of `references` that `text` holds, case ignored."""
+  return sum(reference.lower() in text.lower() for reference in references) / len(references)
+
+
+def write(
+  model: Model, tokenizer: Tokenizer, asked: list[Prompt], new_tokens: int, *, threshold: float = 0.0, batch: int = 1,
+  progress: Callable[[Any], Any] = lambda items: items,
+) -> Written:  # fmt: skip
+  """Continues every prompt greedily, a model without gates with a dense cache, else by its gates at `threshold`."""
+  policy = dms_jax.Vanilla() if model.dms is None else dms_jax.DMS(threshold=threshold)
+  model = decode_form(model)
+  texts, held, seen = [], [], []
+  for start in progress(range(0, len(asked), batch)):
+    ids = [prompt.tokens for prompt in asked[start : start + batch]]
+    ids += ids[-1:] * (batch - len(ids))  # the last batch has the others' shape; what is repeated is left out again
+    out = dms_jax.generate(model, ids, policy=policy, max_new_tokens=new_tokens, tokenizer=tokenizer)
+    real = min(batch, len(asked) - start)
+    texts += out.text[:real]
+    held.append(out.metrics.live[:, :real])
+    seen.append(out.metrics.seen[:real])
+  return Written(texts, np.concatenate(held, axis=1), np.concatenate(seen))

@@ -1,0 +1,67 @@
+"""Variable tracking as in RULER (Hsieh et al. 2024, arXiv 2404.06654): which variables hold a value, copy by copy.
+
+A worked example with three-letter names comes first: RULER's 500 tokens of it, less where that would be more than half.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import string
+from collections.abc import Callable
+
+from experiments.tasks.base import Haystack, RetrievalTask, TasksConfig
+from experiments.tasks.needle import NOISE
+
+QUESTION = (
+  "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\n"
+  "Question: Find all variables that are assigned the value {query} in the text above."
+)
+PREFIX = (
+  " Answer: According to the chain(s) of variable assignment in the text above, {n} variables are assigned the value "
+  "{query}, they are: "
+)
+EXAMPLE_TOKENS = 500
+NEW_TOKENS = 30
+
+
+def chains(rng: random.Random, count: int, hops: int, letters: int) -> tuple[list[list[str]], list[list[str]]]:
+  """(names, assignments) of each chain; the first assignment gives a number of 5 digits, each other copies a name."""
+  names: dict[str, None] = {}
+  while len(names) < count * (hops + 1):
+    names["".join(rng.choices(string.ascii_uppercase, k=letters))] = None
+  each = [list(names)[i : i + hops + 1] for i in range(0, len(names), hops + 1)]
+  values = rng.sample(range(10000, 99999), count)
+  return each, [
+    [f"VAR {chain[0]} = {value}", *(f"VAR {new} = VAR {old} " for old, new in itertools.pairwise(chain))]
+    for chain, value in zip(each, values, strict=True)
+  ]
+
+
+def haystack(rng: random.Random, count: int, hops: int, letters: int) -> Haystack:
+  """Chains among lines of noise, at random places in their order; the first chain is asked for."""
+  names, assignments = chains(rng, count, hops, letters)
+  value = assignments[0][0].split(" = ")[1]
+  places = rng.getrandbits(64)
+
+  def prompt(units: int) -> str:
+    text, draw = [NOISE + "\n"] * units, random.Random(places)
+    for chain in assignments:
+      for number, place in enumerate(sorted(draw.sample(range(len(text)), len(chain)))):
+        text.insert(place + number, chain[number])
+    return QUESTION.format(context=" ".join(text), query=value)
+
+  return Haystack(prompt, PREFIX.format(n=hops + 1, query=value), tuple(names[0]), smallest=hops + 1)
+
+
+def sample(config: TasksConfig, rng: random.Random, length: int, fit: Callable) -> Haystack:
+  """One text with its question, the worked example before it."""
+  count, hops = config.tracking.chains, config.tracking.hops
+  shown = haystack(rng, count, min(10, hops), letters=3)
+  asked = haystack(rng, count, hops, letters=5)
+  worked = lambda units: f"{shown.prompt(units)}{shown.prefix} {' '.join(shown.references)}\n\n\n\n"
+  example = worked(fit(worked, min(EXAMPLE_TOKENS, length // 2) - NEW_TOKENS, shown.smallest))
+  return Haystack(lambda units: example + asked.prompt(units), asked.prefix, asked.references, asked.smallest)
+
+
+TRACKING = RetrievalTask("tracking", new_tokens=NEW_TOKENS, sample=sample)
