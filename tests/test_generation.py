@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -340,6 +341,26 @@ def test_a_stretch_needs_no_second_cache(dtype):
   memory = compiled.memory_analysis()
   assert memory.temp_size_in_bytes < 0.01 * cache.kv.nbytes
   assert memory.alias_size_in_bytes >= cache.kv.nbytes
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("kind", ["slots", "paged"])
+def test_a_chunk_needs_no_second_cache(kind, dtype):
+  """XLA reads a layer's archive out for the chunk's queries, three times over in bfloat16; never that of 32 layers."""
+  from dms_jax import cache as caches
+
+  config = tiny.config(num_layers=32)
+  model = jax.eval_shape(lambda: tiny.model(config, tiny.dms(), dtype=dtype))
+  make = functools.partial(caches.create, kind, config, batch=4, capacity=4096, window=5, shift=1, dtype=dtype)
+  cache, row = jax.eval_shape(make), jax.ShapeDtypeStruct((4,), jnp.int32)
+  size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+  compiled = decoding.prefill_chunk.lower(
+    model, DMS(window=5), cache, jax.ShapeDtypeStruct((4, 16), jnp.int32), row, jax.ShapeDtypeStruct((4,), bool),
+    jax.ShapeDtypeStruct((4, config.vocab_size), jnp.float32),
+  ).compile()  # fmt: skip
+  memory = compiled.memory_analysis()
+  assert memory.alias_size_in_bytes >= size
+  assert memory.temp_size_in_bytes < 0.2 * size, f"{memory.temp_size_in_bytes:,} bytes beside {size:,}"
 
 
 @pytest.mark.parametrize(

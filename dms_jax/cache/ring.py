@@ -240,9 +240,18 @@ class RingCache(Common):
     old = kv[layer, rows, head, from_ring]
     candidates = jnp.concatenate([old, rows_of(k, v, kv.dtype)], axis=2)  # [B, K, W+1+T, 2H]
 
+    # The cache is written before its archive is read: read before, XLA copies the whole cache twice in every layer. What
+    # the chunk appends lies behind the slots that count as archived here.
+    kept = (real & (position < stop - ring))[:, None] & ~evicted
+    stays = real & (position >= stop - ring)
+    to_archive = ring + archived[..., None] + jnp.cumsum(kept, axis=-1) - 1
+    target = jnp.where(kept, to_archive, jnp.where(stays, slot, slots)[:, None])
+    reserved = plan.placement.reserved
+    big = self._written(big, reserved, layer, target, candidates)
+    flags = flags.at[rows, head, jnp.where(stays, slot, ring)[:, None]].set(evicted, mode="drop")
+
     # Candidates before the archive: then every key has the same place whatever the size of the cache, and sums the same
     # order, and the free slots come last.
-    reserved = plan.placement.reserved
     keys = jnp.concatenate([unpacked(candidates), self._archive(big, reserved, layer)], axis=2)
     in_archive = jnp.arange(slots - ring) < archived[..., None]
     real_keys = jnp.broadcast_to(real[:, None], evicted.shape)
@@ -254,12 +263,6 @@ class RingCache(Common):
     out = prefill_attention(q, keys[..., :h], keys[..., h:], q_pos, first, last)
     reads = count_reads(first, last, plan.seen, plan.seen + plan.lengths)
 
-    kept = (real & (position < stop - ring))[:, None] & ~evicted
-    stays = real & (position >= stop - ring)
-    to_archive = ring + archived[..., None] + jnp.cumsum(kept, axis=-1) - 1
-    target = jnp.where(kept, to_archive, jnp.where(stays, slot, slots)[:, None])
-    big = self._written(big, reserved, layer, target, candidates)
-    flags = flags.at[rows, head, jnp.where(stays, slot, ring)[:, None]].set(evicted, mode="drop")
     archived = archived + jnp.sum(kept, axis=-1, dtype=jnp.int32)
     if policy.page:
       big = self._all_summarised(policy, layer, big, reserved, archived)
