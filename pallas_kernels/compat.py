@@ -91,9 +91,12 @@ def strided_layout(shape: tuple[int, ...], vector: int):
   return plgpu.Layout.WG_STRIDED(shape, vec_size=vector)
 
 
-def operand_transforms() -> tuple:
-  """How a 16-bit matrix lies in shared memory so that the tensor cores can read it."""
-  return plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
+def operand_transforms(dtype: Any = jnp.bfloat16, columns: int = 64) -> tuple:
+  """How a matrix lies in shared memory, read `columns` at a time: rows of up to 128 bytes, swizzled. The tensor cores
+  read 16-bit ones like that."""
+  size = jnp.dtype(dtype).itemsize
+  width = min(128, columns * size)
+  return plgpu.TilingTransform((8, width // size)), plgpu.SwizzleTransform(width)
 
 
 def dot(a, b, then: Callable[[], None] | None = None) -> jax.Array:
@@ -266,6 +269,35 @@ def load_columns(ref, shape: tuple[int, int], vector_size: int) -> jax.Array:
     for register, index in zip(np.ndindex(registers.shape), lowered.thread_idxs(shape), strict=True):
       registers[register] = vector.broadcast(kind, memref.load(source, [index[0]]))
     return mgpu.FragmentedArray(_registers=registers, _layout=lowered, _is_signed=None)
+
+  return load(ref)
+
+
+def load_pairs(ref) -> tuple[jax.Array, jax.Array]:
+  """(x[0::2], x[1::2]) of a [2N] float32 ref in shared memory, in `column_layout`."""
+  if interpreting():
+    pairs = ref[...].reshape(-1, 2)
+    return pairs[:, 0], pairs[:, 1]
+  from jax._src.lib.mlir import ir
+  from jax._src.lib.mlir.dialects import arith, vector
+  from jax.experimental.mosaic import gpu as mgpu
+
+  count = ref.shape[0] // 2
+  result = plgpu.ShapeDtypeStruct((count,), ref.dtype, layout=column_layout())
+
+  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=(result, result))
+  def load(_, source):
+    layout, index = column_layout().to_mgpu(), ir.IndexType.get()
+    element = ir.MemRefType(source.type).element_type
+    # A register holds two neighbouring columns: four numbers in memory.
+    four, two = ir.VectorType.get((4,), element), layout.registers_element_type(element)
+    parts = tuple(np.empty(layout.registers_shape((count,)), dtype=object) for _ in range(2))
+    for register, (column,) in zip(np.ndindex(parts[0].shape), layout.thread_idxs((count,)), strict=True):
+      numbers = vector.load(four, source, [arith.muli(column, arith.constant(index, 2))])
+      for part, places in zip(parts, ((0, 2), (1, 3)), strict=True):
+        part[register] = vector.shuffle(numbers, numbers, list(places))
+        assert part[register].type == two
+    return tuple(mgpu.FragmentedArray(_registers=x, _layout=layout, _is_signed=None) for x in parts)
 
   return load(ref)
 

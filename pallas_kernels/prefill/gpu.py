@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import compat
+from pallas_kernels import compat, tuned
 from pallas_kernels.compat import ROWS, plgpu
 from pallas_kernels.prefill import plan as planning
 from pallas_kernels.prefill.plan import KEPT, START, STOP, WHOLE
@@ -98,7 +98,7 @@ def prefill_attention(q, keys, values, q_pos, k_first, k_last, *, blocks: Blocks
     )
   if h not in (64, 128):
     raise NotImplementedError(f"head size {h}: only 64 and 128")
-  blocks = blocks or default_blocks(h)
+  blocks = blocks or tuned.blocks("prefill", tuned.shape_class(H=h), default_blocks(h))
   tile = Tile.of(n // keys.shape[1])
   return _attend(tile, blocks, *_prepare(tile, blocks, q, keys, values, q_pos, k_first, k_last))[:, :t]
 

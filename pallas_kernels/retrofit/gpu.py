@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import compat
+from pallas_kernels import compat, tuned
 from pallas_kernels.compat import plgpu
 
 LOG2E = math.log2(math.e)
@@ -80,7 +80,7 @@ def retrofit_attention(q, k, v, bias, window, segment_ids, blocks: Blocks | None
     raise NotImplementedError(f"q, k, v must all be bfloat16 or all float16, not {q.dtype}, {k.dtype}, {v.dtype}")
   if h not in (64, 128):
     raise NotImplementedError(f"head size {h}: only 64 and 128")
-  blocks = blocks or default_blocks(h)
+  blocks = blocks or tuned.blocks("retrofit", tuned.shape_class(H=h), default_blocks(h))
   pad = -t % blocks.multiple
   if pad:  # zeros behind the last token: no real query sees them, and no gradient reaches them
     q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))

@@ -33,6 +33,7 @@ class Backend:
 
   name: str
   context: type = contextlib.nullcontext
+  dtype: str = "float32"  # what a test that needs no particular one gives it
 
   def __str__(self):
     return self.name

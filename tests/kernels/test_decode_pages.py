@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,23 +11,32 @@ import numpy as np
 import pytest
 from jax import lax
 
-from pallas_kernels import compat_tpu
+from pallas_kernels import compat, compat_tpu
 from pallas_kernels.decode import Pages, decode_attention, ref
 from tests.kernels.suite import Backend, assert_close, float64, normal, running, unchecked
 
-IMPLEMENTATIONS = [Backend("xla"), Backend("tpu", compat_tpu.interpret_mode)]
+IMPLEMENTATIONS = [
+  Backend("xla"),
+  Backend("tpu", compat_tpu.interpret_mode),
+  Backend("gpu", partial(compat.gpu_interpret_mode, detect_races=True), "bfloat16"),
+]
 pytestmark = pytest.mark.parametrize("backend", IMPLEMENTATIONS, ids=str)
 LAYERS, LAYER, PAGE, MOST, RING = 2, 1, 16, 9, 21
 RAGGED = np.array([[0, 1, 144], [37, 16, 130]])  # slots in pages of two rows and three KV heads; 144 are all
 LIVE = np.array([[5, 0, 21], [1, 21, 17]])  # slots in the ring
 
 
-def make(rng, group=2, size=64, dtype="float32", page=PAGE, most=MOST, lengths=RAGGED):
+def native(backend):
+  """The dtype and the slots of a ring that a backend takes: on Hopper GPUs a ring is whole tiles of 8."""
+  return {"dtype": backend.dtype, "ring": 24 if backend.name == "gpu" else RING}
+
+
+def make(rng, group=2, size=64, *, dtype="float32", ring=RING, page=PAGE, most=MOST, lengths=RAGGED):
   """Queries, a ring, and pages: the table points out of range where nothing is live, and what it skips is NaN."""
   batch, heads = lengths.shape
   q = normal(rng, batch, heads * group, size, dtype=dtype, scale=2.0)
-  kv = normal(rng, LAYERS, batch, heads, RING, 2 * size, dtype=dtype)
-  kv = jnp.where((np.arange(RING) < LIVE[..., None])[None, ..., None], kv, jnp.asarray(np.nan, kv.dtype))
+  kv = normal(rng, LAYERS, batch, heads, ring, 2 * size, dtype=dtype)
+  kv = jnp.where((np.arange(ring) < LIVE[..., None])[None, ..., None], kv, jnp.asarray(np.nan, kv.dtype))
   index = np.arange(most * page)
   live = np.broadcast_to(index < lengths[..., None], (LAYERS, batch, heads, most * page)).reshape(-1, page)
   number = LAYERS * batch * heads * most + 5
@@ -54,7 +64,7 @@ def expect(q, kv, lengths, pages, **options):
 @pytest.mark.parametrize("size", [64, 128])
 def test_ring_and_pages(backend, size, dtype):
   """One softmax over both, and its log-sum-exp; a ring of 21 slots is no whole number of tiles."""
-  q, kv, lengths, pages = make(np.random.default_rng(0), 2, size, dtype)
+  q, kv, lengths, pages = make(np.random.default_rng(0), 2, size, **{**native(backend), "dtype": dtype})
   out, logs = run(backend, q, kv, lengths, pages, lse=True)
   want, want_logs = expect(q, kv, lengths, pages, lse=True)
   assert_close(out, want, dtype)
@@ -63,10 +73,10 @@ def test_ring_and_pages(backend, size, dtype):
 
 @pytest.mark.parametrize("group", [1, 3, 8])
 def test_pages_alone(backend, group):
-  q, _, _, pages = make(np.random.default_rng(group), group)
+  q, _, _, pages = make(np.random.default_rng(group), group, **native(backend))
   out, logs = run(backend, q, None, None, pages, lse=True)
   want, want_logs = expect(q, None, None, pages, lse=True)
-  assert_close(out, want, "float32")
+  assert_close(out, want, backend.dtype)
   np.testing.assert_allclose(logs, want_logs, rtol=0, atol=1e-5)
   nothing = dataclasses.replace(pages, lengths=jnp.zeros_like(pages.lengths))
   assert (np.asarray(run(backend, q, None, None, nothing)) == 0).all()
@@ -75,14 +85,15 @@ def test_pages_alone(backend, group):
 @pytest.mark.parametrize("page, most", [(8, 17), (256, 1), (24, 6)])
 def test_sizes_of_pages(backend, page, most):
   """Smaller and larger than a block."""
-  q, kv, lengths, pages = make(np.random.default_rng(page), page=page, most=most, lengths=np.minimum(RAGGED, 130))
-  assert_close(run(backend, q, kv, lengths, pages), expect(q, kv, lengths, pages), "float32")
+  sizes = dict(page=page, most=most, lengths=np.minimum(RAGGED, 130))
+  q, kv, lengths, pages = make(np.random.default_rng(page), **sizes, **native(backend))
+  assert_close(run(backend, q, kv, lengths, pages), expect(q, kv, lengths, pages), backend.dtype)
 
 
 def test_numbering_and_room_change_no_bit(backend):
   """Bit-equal: a rerun, pages elsewhere in the pool, a longer table."""
   rng = np.random.default_rng(1)
-  q, kv, lengths, pages = make(rng)
+  q, kv, lengths, pages = make(rng, **native(backend))
   first = run(backend, q, kv, lengths, pages)
   number = pages.pool.shape[0]
   order = rng.permutation(number)
@@ -95,7 +106,7 @@ def test_numbering_and_room_change_no_bit(backend):
 
 
 def test_neighbours_change_no_bit(backend):
-  q, kv, lengths, pages = make(np.random.default_rng(2))
+  q, kv, lengths, pages = make(np.random.default_rng(2), **native(backend))
   first = run(backend, q, kv, lengths, pages)
   for length in (0, 144):
     table = jnp.where((np.arange(2) == 0)[:, None, None], 0, pages.table)
@@ -107,7 +118,7 @@ def test_neighbours_change_no_bit(backend):
 def test_scaled_pages(backend):
   """8-bit pages with a scale for each key and value, beside a ring in full precision."""
   rng = np.random.default_rng(3)
-  q, kv, lengths, pages = make(rng)
+  q, kv, lengths, pages = make(rng, **native(backend))
   number = pages.pool.shape[0]
   scales = jnp.asarray(rng.uniform(0.5, 2, (number, PAGE, 2)), jnp.float32) * 0.02
   dead = jnp.isnan(pages.pool[..., :1])
@@ -115,17 +126,18 @@ def test_scaled_pages(backend):
   for dtype in (jnp.int8, jnp.float8_e4m3fn):
     pool = jnp.asarray(rng.integers(-120, 121, pages.pool.shape), jnp.float32).astype(dtype)
     scaled = Pages(pool, pages.table, pages.lengths, scales)
-    out, logs = run(backend, q, kv, lengths, scaled, lse=True)
-    want, want_logs = expect(q, kv, lengths, scaled, lse=True)
-    assert_close(out, want, "float32")
-    np.testing.assert_allclose(logs, want_logs, rtol=0, atol=1e-5)
+    for ring, in_ring in ((kv, lengths), (None, None)):
+      out, logs = run(backend, q, ring, in_ring, scaled, lse=True)
+      want, want_logs = expect(q, ring, in_ring, scaled, lse=True)
+      assert_close(out, want, backend.dtype)
+      np.testing.assert_allclose(logs, want_logs, rtol=0, atol=1e-5)
 
 
 def test_mass(backend):
-  q, kv, lengths, pages = make(np.random.default_rng(4), 3)
+  q, kv, lengths, pages = make(np.random.default_rng(4), 3, **native(backend))
   out, logs, masses = run(backend, q, kv, lengths, pages, lse=True, mass=True)
   want, want_logs, want_masses = expect(q, kv, lengths, pages, lse=True, mass=True)
-  assert_close(out, want, "float32")
+  assert_close(out, want, backend.dtype)
   np.testing.assert_allclose(logs, want_logs, rtol=0, atol=1e-5)
   for mass, expected in zip(masses, want_masses, strict=True):
     assert mass.dtype == jnp.float32

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compat
-from pallas_kernels.decode import decode_attention, gpu, ref, xla
+from pallas_kernels.decode import Pages, decode_attention, gpu, ref, xla
 from tests.kernels.suite import lowered_for_cuda, needs_mosaic_gpu
 
 # Of the largest value: the weights of the second product and the output are rounded to half a unit in the last place
@@ -83,10 +83,10 @@ def test_log_sum_exp():
   np.testing.assert_allclose(logs, want, atol=1e-5)
 
 
-def lower(batch, heads, group, h, slots, **options):
+def lower(batch, heads, group, h, slots, call=partial(decode_attention, implementation="gpu"), **options):
   struct = jax.ShapeDtypeStruct
   with compat.assume_hopper():
-    call = jax.jit(partial(decode_attention, implementation="gpu", **options))
+    call = jax.jit(partial(call, **options))
     arguments = (
       struct((batch, heads * group, h), jnp.bfloat16), struct((LAYERS, batch, heads, slots, 2 * h), jnp.bfloat16),
       struct((), jnp.int32), struct((batch, heads), jnp.int32),
@@ -98,6 +98,33 @@ def lower(batch, heads, group, h, slots, **options):
 @pytest.mark.parametrize("group, h", [(1, 64), (3, 64), (4, 128), (8, 128)])
 def test_lowers_for_cuda(group, h):
   assert "decode_" in lower(2, 3, group, h, 8192, lse=group == 3)
+
+
+@needs_mosaic_gpu
+def test_merging_in_the_workers_lowers_for_cuda():
+  text = lower(
+    2, 3, 4, 128, 8192, lse=True, call=partial(gpu.decode_attention, blocks=gpu.Blocks(64, 3, 512, 264, True))
+  )
+  assert "decode_64x3_512" in text and "decode_merge" not in text
+
+
+@needs_mosaic_gpu
+@pytest.mark.parametrize("h, ring, page, stored", [
+  (64, 80, 32, "bfloat16"), (128, 0, 256, "bfloat16"), (128, 272, 32, "int8"), (64, 0, 16, "float8_e4m3fn"),
+])  # fmt: skip
+def test_pages_lower_for_cuda(h, ring, page, stored):
+  """Beside a ring and alone, smaller and larger than a block, in 8 bits and in q's own dtype."""
+  struct, (batch, heads, most) = jax.ShapeDtypeStruct, (2, 3, 64)
+  lengths = struct((batch, heads), jnp.int32)
+  pool = struct((500, page, 2 * h), jnp.dtype(stored))
+  scales = None if stored == "bfloat16" else struct((500, page, 2), jnp.float32)
+  pages = Pages(pool, struct((LAYERS, batch, heads, most), jnp.int32), lengths, scales)
+  kv = struct((LAYERS, batch, heads, ring, 2 * h), jnp.bfloat16) if ring else None
+  with compat.assume_hopper():
+    call = jax.jit(partial(decode_attention, implementation="gpu"))
+    arguments = struct((batch, heads * 4, h), jnp.bfloat16), kv, struct((), jnp.int32), lengths if ring else None
+    text = call.trace(*arguments, pages=pages).lower(lowering_platforms=("cuda",)).as_text()
+  assert f"decode_pages{page}_" in text
 
 
 @needs_mosaic_gpu
@@ -121,6 +148,18 @@ def test_refuses_with_the_reason():
       call(q, kv[..., :63, :], 0, lengths)
     with pytest.raises(NotImplementedError, match="9 query heads a KV head"):
       call(jnp.zeros((1, 9, 64), q.dtype), kv, 0, lengths)
+    table, pool = jnp.zeros((LAYERS, 1, 1, 2), jnp.int32), jnp.zeros((4, 24, 128), q.dtype)
+    scales = jnp.ones((4, 8, 2))
+    for pages, reason in (
+      (Pages(pool, table, lengths), "pages of 24 slots: must be a multiple of 8, and divide 128"),
+      (Pages(pool[:, :8].astype(jnp.int8), table, lengths, scales), "pages of 8 slots: must be a multiple of 16"),
+      (Pages(pool[:, :8].astype(jnp.float32), table, lengths), "must be the same, or 8 bits with scales"),
+      (Pages(pool[:0, :8], table, lengths), "a pool of 0 pages"),
+    ):
+      with pytest.raises(NotImplementedError, match=reason):
+        call(q, None, 0, None, pages=pages)
+    with pytest.raises(NotImplementedError, match="returns no mass"):
+      call(q, kv, 0, lengths, mass=True)
 
 
 def test_sizes_by_shape():
@@ -128,5 +167,7 @@ def test_sizes_by_shape():
   assert gpu.default_blocks(32, 8, 8192, 128, 132).split == 512
   assert gpu.default_blocks(1, 8, 32768, 128, 132).split == 128
   assert gpu.default_blocks(1, 3, 512, 64, 132) == gpu.Blocks(128, 3, 128, 264)
+  assert gpu.default_blocks(32, 8, 272, 128, 132, paged=True) == gpu.Blocks(64, 3, 512, 264)
+  assert gpu.default_blocks(1, 8, 0, 128, 132, paged=True, scaled=True) == gpu.Blocks(64, 4, 128, 264)
   with pytest.raises(ValueError, match="must be a multiple of block"):
     gpu.Blocks(64, 2, 96, 4)
