@@ -50,6 +50,10 @@ class NeedleConfig:
         raise ValueError(f"--needle.{name}={value} must be 1 or more")
     if self.queries > self.keys:
       raise ValueError(f"--needle.queries={self.queries} asks for more keys than --needle.keys={self.keys}")
+    if self.keys * self.values > 40:
+      raise ValueError(
+        f"--needle.keys={self.keys} x --needle.values={self.values}: there are 40 depths to hide them at"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,9 +129,9 @@ class Haystack:
 
 @dataclasses.dataclass(frozen=True)
 class RetrievalTask:
-  """`sample(config, rng, fit)` makes one; `fit(build, limit, smallest)` finds how much noise `limit` tokens hold.
+  """`sample(config, rng, length, fit)` makes one, meant for a prompt of `length` tokens.
 
-  `sample` also gets `length`, the tokens its prompt is meant for.
+  `fit(build, limit, smallest)` is the most units of noise, at least `smallest`, of a text `build(n)` of `limit` tokens.
   """
 
   name: str

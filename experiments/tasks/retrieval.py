@@ -68,17 +68,18 @@ def prompts(
     raise ValueError(f"--lengths={length}: the model's context is {max_positions} tokens")
 
   def fit(build: Callable[[int], str], limit: int, smallest: int) -> int:
-    units = most_units(lambda n: len(tokenizer.encode(build(n))), limit, smallest)
-    if units < smallest:
-      raise ValueError(f"--lengths={length} is too short for {task.name}: even its shortest prompt is longer")
-    return units
+    return max(smallest, most_units(lambda n: len(tokenizer.encode(build(n))), limit, smallest))
 
+  limit = min(length, max_positions - task.new_tokens)
   made = []
   for number in range(config.limit or SAMPLES):
     hidden = task.sample(config, random.Random(f"{config.seed} {task.name} {number}"), length, fit)
     build = lambda n, hidden=hidden: framed(tokenizer, config.template, hidden.prompt(n), hidden.prefix)
-    text = build(fit(build, min(length, max_positions - task.new_tokens), hidden.smallest))
-    made.append(Prompt(text, tokenizer.encode(text), hidden.references))
+    text = build(fit(build, limit, hidden.smallest))
+    tokens = tokenizer.encode(text)
+    if len(tokens) > limit:
+      raise ValueError(f"--lengths={length} is too short for {task.name}: its shortest prompt has {len(tokens)} tokens")
+    made.append(Prompt(text, tokens, hidden.references))
   return made
 
 
