@@ -126,3 +126,101 @@ def training(log: Path, picture: Path) -> str | None:
     part.unlink(missing_ok=True)
     plt.close(figure)
   return str(picture)
+
+
+def ablation(path: Path, rows: list[dict], x: str, title: str) -> str | None:
+  """Quality of many runs: KL, perplexity and compression along one setting, and KL against compression.
+
+  Args:
+    rows: in the order of the axis, each with its place `x` there, the `line` it belongs to, and the figures
+      `kl`, `perplexity_change` and `achieved_cr`.
+    x: what the axis is: "tokens" is logarithmic, any other has its places evenly spaced.
+
+  Returns:
+    The path written, or None without matplotlib.
+  """
+  if (plt := pyplot()) is None:
+    return None
+  lines: dict[str, list[dict]] = {}
+  for row in rows:
+    lines.setdefault(row["line"], []).append(row)
+  ticks = list(dict.fromkeys(row["x"] for row in rows))
+  place = lambda row: row["x"] / 1e6 if x == "tokens" else ticks.index(row["x"])
+  figure, axes = plt.subplots(2, 2, figsize=(12, 8.6), layout="constrained")
+  kl, change, cr, both = axes.flat
+  for index, (name, group) in enumerate(lines.items()):
+    at, achieved = [place(row) for row in group], [row["achieved_cr"] for row in group]
+    style = dict(color=f"C{index % 10}", marker="osD^vP*X"[index // 10 % 8], lw=0 if x == "run" else 1.4, ms=6)
+    kl.plot(at, [row["kl"] for row in group], **style)
+    change.plot(at, [100 * row["perplexity_change"] for row in group], **style)
+    cr.plot(at, achieved, **style)
+    both.plot(achieved, [row["kl"] for row in group], label=name or None, **style)
+    for row in group if len(rows) <= 24 else []:
+      text = f"{row['x'] / 1e6:.3g} M" if x == "tokens" else row["x"].replace("\n", " ")
+      both.annotate(
+        text, (row["achieved_cr"], row["kl"]), xytext=(-5, 5), textcoords="offset points", ha="right", fontsize=8
+      )
+  divergence = "KL(original || retrofit), nats per token"
+  for axis, label in ((kl, divergence), (change, "perplexity change, %"), (cr, "achieved CR")):
+    axis.set_ylabel(label)
+    if x == "tokens":
+      axis.set(xscale="log", xlabel="millions of tokens trained on")
+      continue
+    long = sum(max(map(len, tick.split("\n"))) for tick in ticks) > 60
+    axis.set_xticks(range(len(ticks)), ticks, rotation=25 if long else 0, ha="right" if long else "center")
+    axis.set_xlabel("" if x == "run" else x)
+  for axis, name in ((kl, "divergence"), (change, "perplexity"), (cr, "achieved compression"), (both, "trade-off")):
+    axis.set_title(name)
+    axis.grid(alpha=0.3)
+  both.set(xlabel="achieved CR", ylabel="KL, nats per token")
+  both.margins(0.12)
+  figure.suptitle(title)
+  if len(lines) > 1:
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  figure.savefig(path, dpi=110)
+  plt.close(figure)
+  return str(path)
+
+
+def compression(path: Path, runs: list[dict], title: str) -> str | None:
+  """Where a retrofit compresses: a row a run; left each layer and head at the end of a chunk, right along the text.
+
+  Args:
+    runs: each with `name`, `positions` [P] and `held` [P, L, K], the share of tokens held.
+
+  Returns:
+    The path written, or None without matplotlib.
+  """
+  if (plt := pyplot()) is None:
+    return None
+  figure, axes = plt.subplots(len(runs), 2, figsize=(14, 4.8 * len(runs)), layout="constrained", squeeze=False)
+  for (heads, along), run in zip(axes, runs, strict=True):
+    positions, held = run["positions"], run["held"]
+    layers = held.shape[1]
+    image = heads.imshow(
+      held[-1].T, vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto", interpolation="nearest", origin="lower"
+    )  # fmt: skip
+    heads.set(title=f"tokens held at T {positions[-1]:,}{run['name']}", xlabel="layer", ylabel="KV head")
+    heads.set_yticks(range(held.shape[2]))
+    heads.xaxis.get_major_locator().set_params(integer=True)
+    figure.colorbar(image, ax=heads, label="share of tokens held")
+    shades = plt.get_cmap("viridis")
+    for layer in range(layers):
+      color = shades(layer / max(layers - 1, 1))
+      label = {0: "layer 0", layers - 1: f"layer {layers - 1}"}.get(layer)
+      along.plot(positions, 1 / held[:, layer].mean(axis=1), color=color, lw=0.8, alpha=0.8, label=label)
+    mean = 1 / held.mean(axis=(1, 2))
+    along.plot(positions, mean, color="k", lw=2.4, label=f"all layers: {mean[-1]:.2f} at the end")
+    along.set(
+      title=f"achieved CR along the text{run['name']}", xlabel="tokens read", ylabel="achieved CR", yscale="log"
+    )
+    along.yaxis.set_major_formatter("{x:g}")
+    along.yaxis.set_minor_formatter("{x:g}")
+    along.grid(alpha=0.3, which="both")
+    along.legend(frameon=False)
+  figure.suptitle(title)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  figure.savefig(path, dpi=110)
+  plt.close(figure)
+  return str(path)

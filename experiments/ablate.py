@@ -1,0 +1,498 @@
+"""Ablations: a retrofit and its score for every combination of settings, ending in one table and one picture.
+
+    python -m experiments.ablate --checkpoint=checkpoints/smollm2-135m-instruct --data.paths=text.txt \\
+      --eval.text=held_out.txt --sweep='dms.window=0,16,64,256 dms.gate=neuron,adapter'
+
+Any flag of `experiments.retrofit` and any `eval.` flag can be swept; several --sweep are a union, and
+experiments/sweeps.py says how they are spelled. --sweep_file=experiments/configs/window.txt reads a sweep with its
+comments; flags given on the command line come before the file's. What is swept under `eval.` alone reuses one retrofit:
+--sweep='eval.threshold=-10,-2,0,2,10'.
+
+Every combination is checked before the first run. Each retrofit has a folder, OUTPUT/NAME/what was swept-fingerprint,
+and in it quality/, a file a score. The same command again skips what is finished and goes on with what was interrupted.
+A run that fails is reported at the end, with exit code 1, and the others go on. Writes OUTPUT/NAME/{ablation.json,
+table.md, ablation.png}, and with --eval.positions compression.png.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import shlex
+import shutil
+import signal
+import sys
+import time
+import traceback
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from absl import flags
+from absl import logging as absl_logging
+
+from dms_jax import checkpoint, policies
+from dms_jax.config import DMSConfig, LoRAConfig, read_json
+from dms_jax.evaluation import held_by_position, text_quality
+from dms_jax.model import Model
+from dms_jax.retrofit import DataConfig, RetrofitConfig, schedule
+from dms_jax.retrofit.config import check
+from dms_jax.retrofit.data import Packer, Source
+from dms_jax.retrofit.loop import LOG, STATE, Preempted, Run
+from dms_jax.tokenizer import Tokenizer
+from experiments import plots, program, retrofit, sweeps
+
+TRAINED = "trained.json"  # written when a retrofit is finished, with what it cost
+ERROR = "error.txt"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """`name` of the ablation; default the sweep file's, else the fields swept.
+
+  `x` is the picture's axis: a field that is swept, "tokens", those trained on, or "run", every run by its name; default
+  the field with most values if there is one group of them, else "run".
+  """
+
+  checkpoint: str = ""
+  sweep_file: str = ""
+  name: str = ""
+  output: str = "runs/ablate"
+  x: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  """What a retrofit is scored on; nothing here trains anew.
+
+  The first `max_tokens` (0: all) of `text` are read in chunks of `length`, every position but a chunk's first scored.
+  `retrofit` is one there is already: then nothing is trained. `checkpoint` is "final" or "cr2", "cr3", ...: what was
+  saved when the target passed that compression. `threshold` and `window` (none: the retrofit's) are the eviction's. At
+  `positions` of a chunk, evenly spread, compression is also reported by layer and head.
+
+  `policy` other than "dms" is a rival: the original decodes the text under it, nothing is trained or retrofitted.
+  `budget`, in tokens a head, is its (window and sinks included).
+  """
+
+  text: str = ""
+  retrofit: str = ""
+  checkpoint: str = "final"
+  length: int = 4096
+  threshold: float = 0.0
+  window: int | None = None
+  max_tokens: int = 0
+  batch: int = 1
+  dtype: Literal["bfloat16", "float32"] = "bfloat16"
+  positions: int = 0
+  policy: Literal["dms", "vanilla", "streamingllm", "h2o", "tova", "random", "quest"] = "dms"
+  budget: int | None = None
+
+  def __post_init__(self):
+    for name, least in (("length", 2), ("max_tokens", 0), ("batch", 1), ("positions", 0), ("window", 0), ("budget", 1)):
+      value = getattr(self, name)
+      if value is not None and value < least:
+        raise ValueError(f"eval.{name}={value} must be {least} or more")
+    if self.positions > self.length:
+      raise ValueError(f"eval.positions={self.positions} must be at most eval.length={self.length}")
+    if (self.budget is None) != (self.policy in ("dms", "vanilla")):
+      raise ValueError(
+        f"eval.policy={self.policy!r} with eval.budget={self.budget}: rivals need one, dms and vanilla none"
+      )
+    if self.policy != "dms" and (self.threshold or self.window is not None or self.positions):
+      raise ValueError(f"eval.policy={self.policy!r} has no gates: eval.threshold, window and positions are theirs")
+    self.rival()
+
+  @property
+  def trained(self) -> bool:
+    """Whether a retrofit of the run's own is scored."""
+    return self.policy == "dms" and not self.retrofit
+
+  def rival(self) -> policies.Policy | None:
+    """The policy to decode under; None for the gates' own.
+
+    Raises:
+      ValueError: its budget is too small.
+    """
+    if self.policy == "dms":
+      return None
+    policy = policies.get(self.policy)(**({} if self.budget is None else {"budget": self.budget}))
+    return policy.settled(None)
+
+
+SECTIONS = {**retrofit.SECTIONS, "eval": (EvalConfig, {})}
+TYPES = {flag: kind for name, (cls, _) in SECTIONS.items() for flag, kind in program.flag_types(name, cls).items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+  """One combination: what the sweep said, all settings by flag, the same as configs, and where the results go."""
+
+  said: dict[str, Any]
+  whole: dict[str, Any]
+  dms: DMSConfig
+  lora: LoRAConfig
+  retrofit: RetrofitConfig
+  data: DataConfig
+  eval: EvalConfig
+  folder: Path
+  result: Path
+
+  @property
+  def name(self) -> str:
+    return " ".join(f"{flag}={program.spell(value)}" for flag, value in self.said.items()) or "as the flags say"
+
+  @property
+  def retrofit_path(self) -> Path:
+    """The checkpoint to score."""
+    return Path(self.eval.retrofit) if self.eval.retrofit else self.folder / self.eval.checkpoint
+
+
+# ------------------------------------------------------------------------------------------------ what is to be run
+
+
+def trial(said: dict[str, Any], whole: dict[str, Any], base: str, root: Path) -> Trial:
+  """A combination, checked.
+
+  Raises:
+    ValueError: a value is refused, or they do not go together; names the combination.
+  """
+  where = "--sweep: " + (" ".join(f"{flag}={program.spell(value)}" for flag, value in said.items()) or "no field")
+  try:
+    configs = {name: program.read_flags(name, cls, whole) for name, (cls, _) in SECTIONS.items()}
+    evaluation, settings = configs["eval"], configs["retrofit"]
+    trained = {flag: value for flag, value in said.items() if not flag.startswith("eval.")}
+    if not evaluation.trained and trained:
+      ready = (
+        f"eval.retrofit={evaluation.retrofit}" if evaluation.policy == "dms" else f"eval.policy={evaluation.policy}"
+      )
+      raise ValueError(f"{ready} trains nothing, so {sorted(trained)} change nothing")
+    if not evaluation.trained and evaluation.checkpoint != "final":
+      raise ValueError("eval.checkpoint is one of a run's: here nothing is trained")
+    if evaluation.trained:
+      check(configs["dms"], configs["lora"], settings)
+      if settings.trainable != "lora" and (given := [flag for flag in said if flag.startswith("lora.")]):
+        raise ValueError(f"retrofit.trainable={settings.trainable!r} has no low-rank updates for {given} to change")
+      crs = [cr for cr in range(2, int(settings.final_cr) + 1) if schedule.step_of_cr(settings, cr) <= settings.steps]
+      saved = ["final", *(f"cr{cr}" for cr in crs)]
+      if evaluation.checkpoint not in saved:
+        raise ValueError(f"eval.checkpoint={evaluation.checkpoint!r} is none of {saved}, which a run saves")
+  except ValueError as error:
+    raise ValueError(f"{where}: {error}") from None
+  scored = {flag: value for flag, value in whole.items() if flag.startswith("eval.")}
+  if not evaluation.trained:
+    about = {"retrofit": evaluation.retrofit} if evaluation.policy == "dms" else {"policy": evaluation.policy}
+    folder = root / f"{program.label(about)}-{program.fingerprint([base, about])}"
+  else:
+    settled = {"checkpoint": base, **{flag: value for flag, value in whole.items() if flag not in scored}}
+    folder = root / f"{program.label(trained)}-{program.fingerprint(settled)}"
+    # Another sweep may have come to the same settings by other fields.
+    folder = next(iter(sorted(root.glob(f"*-{folder.name.rpartition('-')[2]}"))), folder)
+  label = program.label(
+    {flag: value for flag, value in said.items() if flag in scored and flag[5:] not in ("retrofit", "policy")}
+  )
+  return Trial(said, whole, **configs, folder=folder,
+               result=folder / "quality" / f"{label}-{program.fingerprint(scored)}.json")  # fmt: skip
+
+
+def trials(config: Config, groups: list[str], root: Path) -> list[Trial]:
+  """Every combination of `groups`, each once, in order.
+
+  Raises:
+    ValueError: nothing to sweep, a value is refused, or the command line sets what is swept.
+  """
+  given = {flag: value for flag, value in program.flag_values().items() if flag in TYPES}
+  said = [each for group in groups for each in sweeps.product(group, TYPES)]
+  if twice := sorted({flag for each in said for flag in each if program.FLAGS[flag].present}):
+    raise ValueError(f"{', '.join('--' + flag for flag in twice)}: given as a flag and swept; leave one of them out")
+  runs = sweeps.unique((each, given | each) for each in said or [{}])
+  return [trial(each, whole, config.checkpoint, root) for each, whole in runs]
+
+
+def check_texts(wanted: list[Trial], tokens: Callable[[Trial], np.ndarray]) -> None:
+  """Raises ValueError unless every trial has a text that holds a chunk, and the retrofit that it names."""
+  for one in wanted:
+    if not one.eval.text:
+      raise ValueError("--eval.text is empty: name a held-out text file to score on")
+    if not Path(one.eval.text).is_file():
+      raise ValueError(f"eval.text={one.eval.text}: no such file")
+    if one.eval.retrofit and one.eval.policy == "dms":
+      checkpoint.read_config(one.eval.retrofit)
+    if len(tokens(one)) < one.eval.length:
+      raise ValueError(f"eval.text={one.eval.text}: {len(tokens(one))} tokens, less than eval.length={one.eval.length}")
+
+
+# -------------------------------------------------------------------------------------------------------- one trial
+
+
+def train(one: Trial, base: Model, sources: list[Source], tokenizer: Tokenizer) -> None:
+  """Trains the trial's retrofit, or goes on with it; what only a resumption needs is then removed."""
+  run = Run(base, one.dms, one.lora, one.retrofit, one.data, one.folder)
+  last = retrofit.carry_out(run, sources, tokenizer)
+  seconds = sum(json.loads(line)["seconds"] for line in (one.folder / LOG).read_text().splitlines())
+  about = {"tokens": last["tokens"], "minutes": seconds / 60, "last": last, "environment": program.environment()}
+  program.save_json(one.folder / TRAINED, about)
+  shutil.rmtree(one.folder / STATE, ignore_errors=True)
+
+
+def load(one: Trial, base: str, original: Model) -> Model:
+  """What to score: a retrofit, low-rank updates merged, or the original, to be read under a rival's policy."""
+  path, dtype = one.retrofit_path, one.eval.dtype
+  if one.eval.policy != "dms":
+    return original
+  if one.eval.trained and one.retrofit.whole_model:
+    return checkpoint.load(path, dtype=dtype)
+  return checkpoint.load(base, retrofit=path, dtype=dtype)
+
+
+def score(one: Trial, original: Model, model: Model, tokens: np.ndarray) -> dict[str, Any]:
+  """The figures of one trial; its numbers, thresholds above all, are traced, so that they share a compilation."""
+  evaluation = one.eval
+  eviction = {"threshold": evaluation.threshold, "window": evaluation.window}
+  progress = functools.partial(program.progress, desc=f"scoring T {evaluation.length}")
+  result = text_quality(
+    original, model, tokens, evaluation.length, batch=evaluation.batch, policy=evaluation.rival(), progress=progress,
+    **eviction,
+  )  # fmt: skip
+  result |= {"tokens_scored": result["chunks"] * (evaluation.length - 1), "text_crc32": crc(tokens)}
+  if evaluation.positions:
+    progress = functools.partial(program.progress, desc="compression by position")
+    where, held = held_by_position(
+      model, tokens, evaluation.length, evaluation.positions, progress=progress, **eviction
+    )  # fmt: skip
+    result |= {"positions": where, "held_by_position": held}
+  return result | {"environment": program.environment()}
+
+
+def crc(tokens: np.ndarray) -> str:
+  """What tells one text from another."""
+  return f"{zlib.crc32(np.ascontiguousarray(tokens).tobytes()):08x}"
+
+
+def finished(one: Trial, tokens: np.ndarray) -> dict[str, Any] | None:
+  """The trial's result if it is there and of this text."""
+  result = read_json(one.result) if one.result.exists() else {}
+  return result if result.get("text_crc32") == crc(tokens) else None
+
+
+@contextlib.contextmanager
+def noted(failed: dict[str, str], names: list[str], folder: Path) -> Iterator[None]:
+  """An error inside becomes that of the trials `names` and goes no further, so that the other runs go on."""
+  try:
+    yield
+  except Preempted:
+    raise
+  except Exception as error:
+    failed |= dict.fromkeys(names, f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+    program.log(f"  failed: {failed[names[0]]}")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ERROR).write_text(traceback.format_exc())
+
+
+def run_all(wanted: list[Trial], config: Config, root: Path) -> tuple[dict[str, dict], dict[str, str]]:
+  """(results, errors) of trials by name.
+
+  Raises:
+    ValueError: something that a run cannot do without is missing; before the first run.
+    Preempted: a SIGTERM came; the run's state is saved.
+  """
+  tokenizer = Tokenizer.load(config.checkpoint)
+  base = functools.cache(lambda: checkpoint.load(config.checkpoint))
+  original = functools.cache(lambda dtype: checkpoint.load(config.checkpoint, dtype=dtype).replace(dms=None))
+
+  @functools.cache
+  def read(text: str, most: int) -> np.ndarray:
+    return np.asarray(tokenizer.encode(Path(text).read_text(encoding="utf-8")), np.int32)[: most or None]
+
+  @functools.cache
+  def sources(data: DataConfig, dtype: str) -> list[Source]:
+    return retrofit.texts(base(), tokenizer, data, dtype, root / f"self_text-{program.fingerprint([data, dtype])}")
+
+  tokens = lambda one: read(one.eval.text, one.eval.max_tokens)
+  check_texts(wanted, tokens)
+  results = {one.name: found for one in wanted if (found := finished(one, tokens(one))) is not None}
+  todo = [one for one in wanted if one.name not in results]
+  to_train = {one.folder: one for one in todo if one.eval.trained and not (one.folder / TRAINED).exists()}
+  for one in to_train.values():
+    Packer(sources(one.data, one.retrofit.compute_dtype), one.data, one.retrofit)
+  program.log(f"{root}: {len(wanted)} runs, {len(results)} of them finished; {len(to_train)} retrofits to train")
+
+  failed: dict[str, str] = {}
+  start, before = time.perf_counter(), len(results)
+
+  def announce(one: Trial, what: str) -> None:
+    done = len(results) + len(failed)
+    each = (time.perf_counter() - start) / max(done - before, 1) / 60
+    left = f", about {each * (len(wanted) - done):.1f} min left" if done > before else ""
+    program.log(f"[{done + 1}/{len(wanted)}{left}] {what} {one.name}")
+
+  for folder in dict.fromkeys(one.folder for one in todo):
+    members = [one for one in todo if one.folder == folder]
+    (folder / ERROR).unlink(missing_ok=True)
+    if folder in to_train:
+      announce(one := to_train[folder], "training")
+      with noted(failed, [each.name for each in members], folder):
+        train(one, base(), sources(one.data, one.retrofit.compute_dtype), tokenizer)
+    model, loaded = None, None
+    for one in members:
+      if one.name in failed:
+        continue
+      announce(one, "scoring")
+      with noted(failed, [one.name], folder):
+        if loaded != (wants := (one.retrofit_path, one.eval.dtype)):
+          model, loaded = load(one, config.checkpoint, original(one.eval.dtype)), wants
+        found = score(one, original(one.eval.dtype), model, tokens(one))
+        program.save_json(one.result, {"settings": one.whole, **found})
+        results[one.name] = read_json(one.result)
+  return results, failed
+
+
+# ---------------------------------------------------------------------------------------------------- what came out
+
+
+def rows(wanted: list[Trial], results: dict[str, dict]) -> list[dict[str, Any]]:
+  """One object a finished trial: what distinguishes it, where it is, what it cost and how good it is."""
+  names = sweeps.varying([one.whole for one in wanted]) or list(wanted[0].said)
+  found = []
+  for one in wanted:
+    if one.name not in results:
+      continue
+    about = {"run": one.name, "settings": {flag: program.spell(one.whole[flag]) for flag in names}}
+    about |= {"folder": str(one.folder)}
+    if one.eval.trained:
+      cost = read_json(one.folder / TRAINED)
+      about |= {"tokens": cost["tokens"], "minutes": cost["minutes"], "trained_on": cost["environment"]["device"]}
+    found.append(about | {key: value for key, value in results[one.name].items() if key != "settings"})
+  return found
+
+
+def as_table(found: list[dict[str, Any]]) -> str:
+  """The rows as a table."""
+  trained = any("tokens" in row for row in found)
+  read = any("reads_cr" in row for row in found)
+  names = [*found[0]["settings"], "T", "achieved CR", *(["reads"] if read else []), "perplexity", "change", "KL"]
+  cells = []
+  for row in found:
+    text = [*row["settings"].values(), f"{row['length']:,}", f"{row['achieved_cr']:.2f}"]
+    if read:
+      text.append(f"{row['reads_cr']:.2f}x less" if "reads_cr" in row else "-")
+    text += [f"{row['perplexity']:.3f}", f"{row['perplexity_change']:+.2%}", f"{row['kl']:.4f}"]
+    if trained:
+      text += [f"{row['tokens'] / 1e6:,.2f} M", f"{row['minutes']:.1f}"] if "tokens" in row else ["-", "-"]
+    cells.append(text)
+  return sweeps.table([*names, *(["tokens trained", "minutes"] if trained else [])], cells)
+
+
+def points(found: list[dict[str, Any]], x: str) -> list[dict[str, Any]]:
+  """The rows in the order of the axis `x`, with their place on it as `x`, and as `line` what else tells them apart."""
+  if x == "run":
+    short = lambda word: word.rpartition("=")[0].rpartition(".")[2] + "=" + word.rpartition("=")[2]
+    return [row | {"x": "\n".join(map(short, row["run"].split())), "line": ""} for row in found]
+  place = lambda row: row["tokens"] if x == "tokens" else row["settings"][x]
+  if x == "tokens" or TYPES[x] in (int, float):
+    found = sorted(found, key=lambda row: float(place(row)))
+  at: dict[Any, list[dict]] = {}
+  for row in found:
+    at.setdefault(place(row), []).append(row["settings"])
+  follows = lambda name: all(len({each[name] for each in same}) == 1 for same in at.values())  # from the place alone
+  others = [name for name in found[0]["settings"] if name != x and not follows(name)]
+  return [row | {"x": place(row), "line": ", ".join(f"{n}={row['settings'][n]}" for n in others)} for row in found]
+
+
+def axis(found: list[dict[str, Any]]) -> str:
+  """The setting with most values, of numbers if there are any."""
+  values = {name: {row["settings"][name] for row in found} for name in found[0]["settings"]}
+  numeric = lambda name: TYPES[name] in (int, float) and len(values[name]) > 1
+  return max(values, key=lambda name: (numeric(name), len(values[name])))
+
+
+def draw(found: list[dict[str, Any]], x: str, title: str, root: Path) -> list[str]:
+  """The pictures written."""
+  pictures = []
+  if len(found) > 1:
+    pictures.append(plots.ablation(root / "ablation.png", points(found, x), x, title))
+  if by_position := [row for row in found if "held_by_position" in row]:
+    name = lambda row: "".join(f", {key}={value}" for key, value in row["settings"].items()) if len(found) > 1 else ""
+    runs = [
+      {"name": name(row), "positions": np.asarray(row["positions"]), "held": np.asarray(row["held_by_position"])}
+      for row in by_position
+    ]
+    pictures.append(plots.compression(root / "compression.png", runs, title))
+  return [picture for picture in pictures if picture]
+
+
+def settle(path: str) -> list[str]:
+  """The groups of a sweep file, whose other lines set the flags that the command line leaves open.
+
+  Raises:
+    ValueError: no such file, or a line that makes no sense; names it.
+  """
+  own = [flag for flag in program.flag_values() if flag not in ("sweep", "sweep_file")]
+  settled, groups = sweeps.read_file(path, own)
+  for flag, text in settled.items():
+    if not program.FLAGS[flag].present:
+      try:
+        program.FLAGS[flag].value = program.FLAGS[flag].parser.parse(text)
+      except ValueError as error:
+        raise ValueError(f"{path}: --{flag}={text}: {error}") from None
+  return groups
+
+
+def main() -> None:
+  start = time.perf_counter()
+  file = program.FLAGS.sweep_file
+  groups = (settle(file) if file else []) + program.FLAGS.sweep
+  config = program.read_flags("", Config)
+  if not program.FLAGS.debug and not program.FLAGS["verbosity"].present:
+    absl_logging.set_verbosity(absl_logging.FATAL)  # what Orbax's threads say of an error, the error says too
+  if not config.checkpoint:
+    raise ValueError("give --checkpoint=FOLDER of a model")
+  swept = list(dict.fromkeys(flag for group in groups for each in sweeps.product(group, TYPES) for flag in each))
+  if not swept and not file:
+    raise ValueError("nothing to sweep: give --sweep='field=value,value ...' or --sweep_file=FILE")
+  root = Path(config.output) / (config.name or (Path(file).stem if file else ",".join(swept)[:80]))
+  wanted = trials(config, groups, root)
+  if config.x not in ("", "tokens", "run", *(varying := sweeps.varying([one.whole for one in wanted]))):
+    raise ValueError(f"--x={config.x} is neither what varies, {varying}, nor 'tokens' or 'run'")
+  if config.x == "tokens" and not all(one.eval.trained for one in wanted):
+    raise ValueError("--x=tokens: nothing is trained under eval.retrofit or another eval.policy")
+  try:
+    results, failed = run_all(wanted, config, root)
+  except Preempted as reason:
+    program.log(str(reason))
+    sys.exit(128 + signal.SIGTERM)
+  found, shown, pictures = rows(wanted, results), "", []
+  command = f"python -m experiments.ablate {shlex.join(sys.argv[1:])}"
+  if found:
+    lengths = ", ".join(f"{length:,}" for length in sorted({row["length"] for row in found}))
+    title = f"{root.name}: {Path(config.checkpoint).name}, T {lengths}"
+    x = config.x or (axis(found) if len(groups) == 1 else "run")
+    shown, pictures = as_table(found), draw(found, x, title, root)
+    print(f"\n{shown}\n", flush=True)
+    (root / "table.md").write_text(f"{shown}\n\n    {command}\n")
+  if failed:
+    lines = "\n".join(f"  {name}: {error}" for name, error in failed.items())
+    program.log(f"{len(failed)} of {len(wanted)} runs failed (traceback in each folder's error.txt):\n{lines}")
+  line = {
+    "command": command, "runs": found, "failed": failed, "pictures": pictures,
+    "seconds": round(time.perf_counter() - start, 1),
+  }  # fmt: skip
+  saved = {"config": program.flag_values(), "environment": program.environment(), **line}
+  program.log(f"wrote {program.save_json(root / 'ablation.json', saved)}")
+  for row in found:  # what is drawn stays in ablation.json
+    for key in ("held_per_head", "positions", "held_by_position", "environment"):
+      row.pop(key, None)
+  program.finish(line)
+  if failed:
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+  flags.DEFINE_multi_string("sweep", [], "a group of combinations, 'field=value,value ...'; several are a union")
+  program.define_flags("", Config)
+  for section, (kind, defaults) in SECTIONS.items():
+    program.define_flags(section, kind, **defaults)
+  program.run(main)
