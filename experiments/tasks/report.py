@@ -18,9 +18,9 @@ HEADER = (
 COLORS = (plots.DMS, "#d1752b", "#3a923a", "#8b5fb0", "#b04a4a")
 
 
-def with_error(mean: float, error: float) -> str:
-  """ "12.3 +- 0.4"; points of a hundred have one decimal, nats three."""
-  digits = 1 if abs(mean) >= 10 or abs(error) >= 0.5 else 3
+def with_error(metric: str, mean: float, error: float) -> str:
+  """ "12.3 +- 0.4": per cent with one decimal, nats with three."""
+  digits = 3 if metric == "answer_loglik" else 1
   return f"{mean:.{digits}f} +- {error:.{digits}f}"
 
 
@@ -33,16 +33,13 @@ def label(row: dict[str, Any]) -> str:
 def line(row: dict[str, Any]) -> str:
   """One line of the table; the column `asked` says whether the original scores enough to ask about a retrofit."""
   asked = {True: "yes", False: "no", None: ""}[row.get("original_at_least_60")]
+  shown = lambda name: f"{with_error(row['metric'], row[name], row[f'{name}_se']):>15}"
   text = (
-    f"{row['task']:<10} {row['length'] or '':>6} {row['metric']:<13} {row['samples']:>5} "
-    f"{with_error(row['original'], row['original_se']):>15} {asked:>5}"
+    f"{row['task']:<10} {row['length'] or '':>6} {row['metric']:<13} {row['samples']:>5} {shown('original')} {asked:>5}"
   )
   if "retrofit" not in row:
     return text
-  return (
-    f"{text} {label(row):<24} {with_error(row['score'], row['score_se']):>15} "
-    f"{with_error(row['difference'], row['difference_se']):>15} {row['achieved_cr']:>5.2f}"
-  )
+  return f"{text} {label(row):<24} {shown('score')} {shown('difference')} {row['achieved_cr']:>5.2f}"
 
 
 def save_samples(path: Path, samples: Sequence[dict[str, Any]]) -> str:
@@ -72,8 +69,12 @@ def picture(path: Path, rows: Sequence[dict[str, Any]], title: str) -> str | Non
   panels = [(_curves, [row for row in rows if row["task"] == task], task) for task in curves]
   panels += [(_bars, points, "right answers, per cent")] if points else []
   panels += [(_bars, nats, "log-likelihood of the right answer, nats per token")] if nats else []
-  figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.6), layout="constrained", squeeze=False)
-  for axis, (draw, chosen, name) in zip(axes[0], panels, strict=True):
+  columns = min(2, len(panels))
+  lines = -(-len(panels) // columns)
+  figure, axes = plt.subplots(lines, columns, figsize=(6 * columns, 4.4 * lines), layout="constrained", squeeze=False)
+  for axis in axes.flat[len(panels) :]:
+    axis.remove()
+  for axis, (draw, chosen, name) in zip(axes.flat, panels, strict=False):
     draw(axis, chosen)
     axis.set_title(name)
     axis.grid(alpha=0.25)
@@ -104,23 +105,29 @@ def _curves(axis, rows: Sequence[dict[str, Any]]) -> None:
     [row["length"] for row in first], [row["original"] for row in first], [_error(row["original_se"]) for row in first],
     color=plots.DENSE, label="original, dense", **style,
   )  # fmt: skip
-  for name, color in zip(_retrofits(rows), COLORS, strict=False):
+  for place, name in enumerate(_retrofits(rows), 1):
+    color = COLORS[(place - 1) % len(COLORS)]
     own = [row for row in ordered if "retrofit" in row and label(row) == name]
+    beside = 1.04**place  # equal scores would hide each other
     axis.errorbar(
-      [row["length"] for row in own], [row["score"] for row in own], [_error(row["score_se"]) for row in own],
+      [beside * row["length"] for row in own], [row["score"] for row in own], [_error(row["score_se"]) for row in own],
       color=color, label=name, **style,
     )  # fmt: skip
     for row in own:
       axis.annotate(
-        f"CR {row['achieved_cr']:.1f}", (row["length"], row["score"]), xytext=(8, 6), textcoords="offset points",
-        color=color, fontsize=9,
+        f"CR {row['achieved_cr']:.1f}", (beside * row["length"], row["score"]), xytext=(8, 6),
+        textcoords="offset points", color=color, fontsize=9,
       )  # fmt: skip
-  axis.axhline(ASKED, color="k", lw=0.8, ls=":", zorder=0)
   lengths = [row["length"] for row in first]
+  axis.axhline(ASKED, color="k", lw=0.8, ls=":", zorder=0)
+  axis.annotate(
+    "asked of a retrofit where the original is above", (0.01, ASKED), xycoords=("axes fraction", "data"), va="bottom",
+    fontsize=8,
+  )  # fmt: skip
   axis.set_xscale("log", base=2)
   axis.set_xticks(lengths, [f"{n:,}" for n in lengths])
   axis.minorticks_off()
-  axis.set(xlim=(min(lengths) / 1.3, max(lengths) * 1.3), ylim=(-4, 104))
+  axis.set(xlim=(min(lengths) / 1.3, max(lengths) * 1.3), ylim=(-4, 112), yticks=range(0, 101, 20))
   axis.set(xlabel="prompt tokens", ylabel="references found, per cent")
 
 
