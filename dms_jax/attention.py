@@ -39,7 +39,7 @@ def use(implementation: str | Sequence[str] | None):
 def row_and_head_axes(rows: int, kv_heads: int) -> tuple[tuple[str, ...], str | None] | None:
   """(mesh axes that split `rows`, the one that splits KV heads or None) under the current mesh; None without one.
 
-  What no axis divides is computed whole by each of its devices.
+  The words of a vocabulary are split like heads. What no axis divides is computed whole by each of its devices.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:

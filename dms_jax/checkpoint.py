@@ -20,11 +20,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig, from_json, read_json, to_json
 from dms_jax.model import Model
 from dms_jax.params import GROUPS, Params, ParamSpec, flatten, join_params, param_table, unflatten
+from dms_jax.sharding import param_shardings
 from dms_jax.tokenizer import Tokenizer
 
 CONFIG = "config.json"
@@ -41,6 +43,8 @@ def save(
   metadata: dict[str, Any] | None = None,
 ) -> None:
   """Writes a checkpoint, whole or not at all; an older checkpoint at `path` is replaced.
+
+  Of several processes one calls it, with parameters that it can read.
 
   Args:
     groups: what to write; ("gate", "lora") is a retrofit. Groups that the model does not have are left out.
@@ -63,7 +67,7 @@ def save(
   dtypes = sorted({str(value.dtype) for value in flat.values()})
   with atomic_directory(path) as directory:
     if flat:
-      context = ocp.Context()
+      context = _alone()
       context.array.saving.use_compression = "base" not in groups  # a whole model: half the size, but ten times slower
       with context:
         ocp.save(directory / PARAMS, unflatten(flat))
@@ -85,7 +89,19 @@ def save(
     (directory / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
 
 
-def load(path: str | Path, *, retrofit: str | Path | None = None, merge: bool = True, dtype: Any = None) -> Model:
+def _alone() -> ocp.Context:
+  """Has Orbax wait for no other process."""
+  context = ocp.Context()
+  if jax.process_count() > 1:
+    context.multiprocessing.primary_host = jax.process_index()
+    context.multiprocessing.active_processes = {jax.process_index()}
+  return context
+
+
+def load(
+  path: str | Path, *, retrofit: str | Path | None = None, merge: bool = True, dtype: Any = None,
+  mesh: Mesh | None = None,
+) -> Model:  # fmt: skip
   """Loads a model, and optionally a retrofit on top of it.
 
   Args:
@@ -93,6 +109,8 @@ def load(path: str | Path, *, retrofit: str | Path | None = None, merge: bool = 
     retrofit: a checkpoint of gates and low-rank updates made for this model; its gates replace the model's own.
     merge: fold low-rank updates into the weights (in float32, rounded once); else they stay apart.
     dtype: of the weights; default as stored. Gates, and updates kept apart, stay as stored.
+    mesh: each of its devices reads only its part, as `sharding.param_shardings` splits them; every process of the mesh
+      must call. Without, all is read to this process's first device.
 
   Raises:
     ValueError: a file is missing, cut short or damaged, or the retrofit belongs to another model.
@@ -103,18 +121,18 @@ def load(path: str | Path, *, retrofit: str | Path | None = None, merge: bool = 
   apart = lora is None or not (merge or retrofit is not None)
   # What is merged is read as stored, so that it is rounded only once.
   early = dtype if apart and retrofit is None else None
-  params = _read_params(Path(path), values, param_table(base, dms, lora), early)
+  params = _read_params(Path(path), values, param_table(base, dms, lora), early, mesh)
   model = Model(params, base, dms, lora)
   if not apart:
     model = model.merged()
   if retrofit is not None:
-    model = _apply_retrofit(model, path, retrofit)
+    model = _apply_retrofit(model, path, retrofit, mesh)
     if merge and model.lora is not None:
       model = model.merged()
   return model if dtype is None else _cast_base(model, jnp.dtype(dtype))
 
 
-def _apply_retrofit(model: Model, path: str | Path, retrofit: str | Path) -> Model:
+def _apply_retrofit(model: Model, path: str | Path, retrofit: str | Path, mesh: Mesh | None) -> Model:
   values, config, dms, lora = read_config(retrofit)
   if "base" in values["groups"]:
     raise ValueError(f"{retrofit}: a whole model, not a retrofit; load it by itself, without {path}")
@@ -127,7 +145,7 @@ def _apply_retrofit(model: Model, path: str | Path, retrofit: str | Path) -> Mod
       + ", ".join(f"{k} is {theirs[k]} there and {ours[k]} here" for k in differ)
     )
   table = {n: s for n, s in param_table(config, dms, lora).items() if s.group in ("gate", "lora")}
-  added = _read_params(Path(retrofit), values, table) if table else {}
+  added = _read_params(Path(retrofit), values, table, mesh=mesh) if table else {}
   own = param_table(model.config)
   kept = unflatten({name: value for name, value in flatten(model.params).items() if name in own})
   return Model(join_params(kept, added), model.config, dms, lora)
@@ -229,12 +247,15 @@ def _is_running(pid: str) -> bool:
   return True
 
 
-def _read_params(path: Path, values: dict, table: dict[str, ParamSpec], dtype: Any = None) -> Params:
+def _read_params(
+  path: Path, values: dict, table: dict[str, ParamSpec], dtype: Any = None, mesh: Mesh | None = None
+) -> Params:
   """Reads and checks the tensors of `table`; `dtype` is for the base, the rest stays as stored."""
   directory = (path / PARAMS).absolute()  # Orbax refuses relative paths
   _check_files(path, values["files"])
   try:
-    stored = flatten(ocp.metadata(directory).metadata)
+    with _alone():
+      stored = flatten(ocp.metadata(directory).metadata)
   except Exception as error:
     raise ValueError(f"{directory}: Orbax cannot read it ({_first_line(error)}); save or convert it again") from None
   problems = [_difference(set(stored), set(table))] if set(stored) != set(table) else []
@@ -245,14 +266,19 @@ def _read_params(path: Path, values: dict, table: dict[str, ParamSpec], dtype: A
   ]
   if problems:
     raise ValueError(f"{path}: parameters and config.json do not fit: {'; '.join(problems)}")
-  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  if mesh is None:
+    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shardings = dict.fromkeys(table, one)
+  else:
+    shardings = flatten(param_shardings(mesh, table))
 
   def abstract(name: str, spec: ParamSpec) -> jax.ShapeDtypeStruct:
     kind = stored[name].dtype if dtype is None or spec.group != "base" else jnp.dtype(dtype)
-    return jax.ShapeDtypeStruct(spec.shape, kind, sharding=sharding)
+    return jax.ShapeDtypeStruct(spec.shape, kind, sharding=shardings[name])
 
   try:
-    return ocp.load(directory, unflatten({name: abstract(name, spec) for name, spec in table.items()}))
+    with _alone() if mesh is None else contextlib.nullcontext():
+      return ocp.load(directory, unflatten({name: abstract(name, spec) for name, spec in table.items()}))
   except Exception as error:
     raise ValueError(f"{directory}: Orbax cannot read it ({_first_line(error)}); save or convert it again") from None
 

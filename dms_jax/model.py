@@ -22,8 +22,9 @@ from dms_jax.cache.base import Seen
 from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig
 from dms_jax.gates import clear_neuron, gate_logits
 from dms_jax.layers import apply_rope, linear, mlp, project, rms_norm, rope_tables
-from dms_jax.params import Params, merge_lora
+from dms_jax.params import Params, merge_lora, param_table
 from dms_jax.policies import Policy
+from dms_jax.sharding import constrain_rows, gather_layer
 from pallas_kernels.platform import platform
 
 
@@ -91,22 +92,25 @@ def _attention_inputs(model: Model, layer: dict, x: Array, rope: tuple[Array, Ar
 
 
 def _run_layers(
-  model: Model, x: Array, positions: Array, attend: Attend, carry=None, xs=None, remat: bool = False, neuron_kept=None
-):
-  """Runs all layers; returns (x, carry, ys) with ys stacked [L, ...]."""
+  model: Model, x: Array, positions: Array, attend: Attend, carry=None, xs=None, remat: bool = False, neuron_kept=None,
+  gather: bool = False,
+):  # fmt: skip
+  """Runs all layers; returns (x, carry, ys) with ys stacked [L, ...]. `gather`: on a mesh weights move to the rows."""
+  table = param_table(model.config, model.dms, model.lora) if gather else {}
   rope = rope_tables(model.config, positions)
   scale = model.lora.scale if model.lora else 0.0
 
   def body(state, inputs):
     x, carry = state
     index, layer, x_l = inputs
+    layer = gather_layer(layer, table) if gather else layer
     q, k, v, logits = _attention_inputs(model, layer, x, rope, neuron_kept)
     attended, carry, ys = attend(carry, index, x_l, q, k, v, logits)
     x = x + project(attended, layer, "o_proj", 2, lora_scale=scale)
     x = x + mlp(layer, rms_norm(x, layer["mlp_norm"], model.config.rms_norm_eps), scale)
-    return (x, carry), ys
+    return (constrain_rows(x), carry), ys
 
-  layers = model.params["layers"]
+  x, layers = constrain_rows(x), model.params["layers"]
   if isinstance(layers, list):
     state, outs = (x, carry), []
     for index, layer in enumerate(layers):
@@ -201,7 +205,7 @@ def forward(
       bias = masks.hard_bias(masks.about_key(z > eviction.threshold, dms.lag(window), False))
     return retrofit_attention(q, k, v, bias, window, segment_ids), carry, z
 
-  x, _, z = _run_layers(model, embed(model, tokens), positions, attend, None, noise, remat, neuron_kept)
+  x, _, z = _run_layers(model, embed(model, tokens), positions, attend, None, noise, remat, neuron_kept, gather=True)
   return x, z
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dms_jax.attention import row_and_head_axes
 from dms_jax.params import Params, ParamSpec, map_table
@@ -41,33 +43,123 @@ def make_mesh(data: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | No
   """
   devices = jax.devices() if devices is None else list(devices)
   if data * tensor > len(devices):
-    raise ValueError(f"a mesh of data={data} x tensor={tensor} needs {data * tensor} devices; there are {len(devices)}")
+    raise ValueError(
+      f"a mesh of mesh.data={data} x mesh.tensor={tensor} needs {data * tensor} devices; there are {len(devices)}"
+    )
   grid = np.asarray(devices[: data * tensor]).reshape(data, tensor)
   # Auto on purpose: with Explicit axes a per-row scatter into a sharded cache raises.
   return Mesh(grid, ("data", "tensor"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
-def partition_spec(path: str, spec: ParamSpec, mesh: Mesh, rules: ShardingRules) -> PartitionSpec:
-  """The partition of one tensor; an axis that the mesh does not divide is replicated, and the reason logged."""
-  parts: list[str | None] = []
+def _by_rules(spec: ParamSpec, mesh: Mesh | AbstractMesh, rules: ShardingRules) -> list[tuple[str, ...]]:
+  """The mesh axes of each axis of a tensor, by the rules alone and where the sizes divide."""
+  parts: list[tuple[str, ...]] = []
   for axis, size in zip(spec.axes, spec.shape, strict=True):
     name = getattr(rules, axis)
-    if name is None or name in parts or mesh.shape[name] == 1:
-      parts.append(None)
-    elif size % mesh.shape[name]:
-      logging.getLogger(__name__).info(
-        "%s: %s = %d is not a multiple of mesh axis %s = %d: replicated", path, axis, size, name, mesh.shape[name]
-      )
-      parts.append(None)
+    fits = name is not None and (name,) not in parts and mesh.shape[name] > 1 and size % mesh.shape[name] == 0
+    parts.append((name,) if fits else ())
+  return parts
+
+
+def partition_spec(path: str, spec: ParamSpec, mesh: Mesh | AbstractMesh, rules: ShardingRules) -> PartitionSpec:
+  """The partition of one tensor.
+
+  A mesh axis that the rules give nothing to split here, because the size is not its multiple or no logical axis goes
+  to it, splits a matrix where it can; where it cannot, the tensor is replicated over it, and the reason logged.
+  """
+  parts = _by_rules(spec, mesh, rules)
+  wanted = {name for name in vars(rules).values() if name is not None and mesh.shape[name] > 1}
+  for name in sorted(wanted) if spec.num_inputs else ():  # vectors are small
+    if any(name in part for part in parts):
+      continue
+    shards = [size // math.prod(mesh.shape[n] for n in part) for size, part in zip(spec.shape, parts, strict=True)]
+    free = [i for i, n in enumerate(shards) if n % mesh.shape[name] == 0 and spec.axes[i] != "layers"]
+    if free:
+      widest = max(free, key=lambda i: shards[i])
+      parts[widest] = (*parts[widest], name)
     else:
-      parts.append(name)
-  return PartitionSpec(*parts)
+      sizes = ", ".join(f"{axis} = {size}" for axis, size in zip(spec.axes, spec.shape, strict=True))
+      logging.getLogger(__name__).info(
+        "%s: mesh axis %s = %d divides none of %s: replicated", path, name, mesh.shape[name], sizes
+      )
+  return _as_partition(parts)
+
+
+def _as_partition(parts: Sequence[tuple[str, ...]]) -> PartitionSpec:
+  return PartitionSpec(*(part[0] if len(part) == 1 else part or None for part in parts))
 
 
 def param_shardings(mesh: Mesh, table: dict[str, ParamSpec], rules: ShardingRules | None = None) -> Params:
   """A `NamedSharding` for every parameter of `table`, as a parameter tree."""
   rules = rules or ShardingRules()
   return map_table(lambda path, spec: NamedSharding(mesh, partition_spec(path, spec, mesh, rules)), table)
+
+
+def tree_shardings(
+  tree: Any, mesh: Mesh | AbstractMesh, table: dict[str, ParamSpec], rules: ShardingRules | None = None
+) -> Any:
+  """A `NamedSharding` for every array of `tree`: of a parameter, or of what an optimizer keeps of one, as the table
+  says, which its path ends with; a batch's tokens by rows; anything else, scalars and keys, stands on every device."""
+  rules = rules or ShardingRules()
+
+  def leaf(path, x):
+    names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
+    name = "/".join(names[-2:]) if "/".join(names[-2:]) in table else names[-1] if names else ""
+    if name in table and table[name].shape == x.shape:
+      return NamedSharding(mesh, partition_spec(name, table[name], mesh, rules))
+    return NamedSharding(mesh, PartitionSpec("data") if name in ("tokens", "segment_ids") else PartitionSpec())
+
+  return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def constrain(tree: Any, table: dict[str, ParamSpec]) -> Any:
+  """`tree` with its arrays kept where `tree_shardings` puts them; inside `jit`, under a mesh of several devices."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return tree
+  return jax.lax.with_sharding_constraint(tree, tree_shardings(tree, mesh, table))
+
+
+def constrain_rows(x: jax.Array) -> jax.Array:
+  """`x` [B, ...] with its rows split over "data" and the rest whole, where the mesh divides them.
+
+  For activations: without it the partitioner may split them as a weight is split, and compute every row everywhere.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.shape.get("data", 1) == 1 or x.shape[0] % mesh.shape["data"]:
+    return x
+  return jax.lax.with_sharding_constraint(x, PartitionSpec("data"))
+
+
+def gather_layer(layer: dict[str, jax.Array], table: dict[str, ParamSpec]) -> dict[str, jax.Array]:
+  """One layer's parameters, without L, as they are multiplied: whole but for tensor parallelism.
+
+  Fully sharded weights are gathered layer by layer, and again where the backward pass computes the layer anew; their
+  gradients go straight back to the stored parts. Left to itself the partitioner may move activations instead.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return layer
+  rules = ShardingRules()
+
+  def gather(name: str, x: jax.Array) -> jax.Array:
+    spec = table[f"layers/{name}"]
+    stored = PartitionSpec(*partition_spec(name, spec, mesh, rules)[1:])
+    used = _as_partition(_by_rules(spec, mesh, dataclasses.replace(rules, embed=None))[1:])
+    return x if stored == used else _gather(stored, used, x)
+
+  return {name: gather(name, x) for name, x in layer.items()}
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gather(stored: PartitionSpec, used: PartitionSpec, x: jax.Array) -> jax.Array:
+  return jax.lax.with_sharding_constraint(x, used)
+
+
+_gather.defvjp(
+  lambda stored, used, x: (_gather(stored, used, x), None),
+  lambda stored, used, _, gradient: (jax.lax.with_sharding_constraint(gradient, stored),),
+)
 
 
 def shard_params(params: Params, mesh: Mesh, table: dict[str, ParamSpec], rules: ShardingRules | None = None) -> Params:

@@ -11,6 +11,10 @@ Run the same command again after an interruption: it goes on from the last check
 saves first and exits with 143. Writes OUTPUT/{run.json, log.jsonl, state/, cr2/, cr3/, ..., final/, log.png}; each crN
 and final is a retrofit for `dms_jax.load(checkpoint, retrofit=...)`, or a whole model (--retrofit.export). With
 --benchmark it times steps instead: see experiments/retrofit_benchmark.py.
+
+Several devices: --mesh.data=4 --mesh.tensor=2 (fully sharded data parallelism, tensor parallelism). Several hosts that
+see the same OUTPUT: the same command on each, with --mesh.coordinator=HOST:PORT --mesh.processes=2 --mesh.process=0 (1,
+...), or --mesh.coordinator=auto on Cloud TPU, Slurm and Open MPI. A run may go on with other mesh flags.
 """
 
 from __future__ import annotations
@@ -29,13 +33,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from absl import logging as absl_logging
+from jax.sharding import Mesh
 
 from dms_jax import checkpoint
 from dms_jax.config import DMSConfig, LoRAConfig
 from dms_jax.model import Model
-from dms_jax.retrofit import DataConfig, RetrofitConfig, self_text
+from dms_jax.retrofit import DataConfig, RetrofitConfig, distributed, self_text
 from dms_jax.retrofit.config import check
 from dms_jax.retrofit.data import Packer, Source, load_sources
+from dms_jax.retrofit.distributed import MeshConfig
 from dms_jax.retrofit.loop import LOG, Preempted, Run, train
 from dms_jax.tokenizer import Tokenizer
 from experiments import plots, program, retrofit_benchmark
@@ -70,7 +76,13 @@ class Config:
 
 @contextlib.contextmanager
 def asked_to_stop() -> Iterator[Callable[[], bool]]:
-  """Inside, a SIGTERM only makes the yielded function true; a second one ends the program at once."""
+  """Inside, a SIGTERM only makes the yielded function true; a second one ends the program at once.
+
+  Of several processes JAX takes the signal, and has all stop after the same step.
+  """
+  if jax.process_count() > 1:
+    yield lambda: False
+    return
   asked = threading.Event()
 
   def handle(number, frame):
@@ -102,25 +114,36 @@ def scalars(folder: Path) -> Callable[[dict], None]:
   return write
 
 
+def say(message: str) -> None:
+  """A line for whoever watches, once for all processes."""
+  if distributed.leads():
+    program.log(message)
+
+
 def own_text(base: Model, tokenizer: Tokenizer, data: DataConfig, dtype: str, output: Path) -> Path | None:
-  """OUTPUT/self_text.jsonl, written where it is asked for and not there yet."""
+  """OUTPUT/self_text.jsonl, written where it is asked for and not there yet; on one device, wherever `base` lies."""
   path = output / "self_text.jsonl"
   if not data.self_text.rows:
     return None
-  if not path.exists():
-    model = base.replace(params=jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), base.params))
-    progress = lambda items: program.progress(items, desc="the model writes")
-    self_text.write(model, tokenizer, data.self_text, path, progress=progress)
+  with distributed.together():
+    if not path.exists():
+      params = distributed.gathered(base.params)
+      if distributed.leads():
+        params = jax.device_put(params, jax.local_devices()[0])
+        model = base.replace(params=jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params))
+        progress = lambda items: program.progress(items, desc="the model writes")
+        self_text.write(model, tokenizer, data.self_text, path, progress=progress)
   return path
 
 
 def texts(base: Model, tokenizer: Tokenizer, data: DataConfig, dtype: str, folder: Path) -> list[Source]:
   """All text of `data`, tokenized; what the model writes itself is kept in `folder`."""
   written = own_text(base, tokenizer, data, dtype, folder)
-  program.log("reading and tokenizing text")
-  sources = load_sources(data, tokenizer, written)
+  say("reading and tokenizing text")
+  with distributed.together():
+    sources = load_sources(data, tokenizer, written)
   for source in sources:
-    program.log(f"  {source.name}: {len(source.tokens):,} tokens in {source.document[-1]:,} documents")
+    say(f"  {source.name}: {len(source.tokens):,} tokens in {source.document[-1]:,} documents")
   return sources
 
 
@@ -129,6 +152,7 @@ def carry_out(
   sources: list[Source],
   tokenizer: Tokenizer,
   *,
+  mesh: Mesh | None = None,
   board: Callable[[dict], None] = lambda line: None,
   stop_after: int | None = None,
 ) -> dict:
@@ -153,8 +177,9 @@ def carry_out(
   draw = lambda step: plots.training(run.directory / LOG, run.directory / "log.png") if drawing else None
   packer = Packer(sources, run.data, settings)
   with asked_to_stop() as stop:
-    last = train(run, packer, tokenizer, report=report, saved=draw, stop=stop, stop_after=stop_after)
-  draw(settings.steps)
+    last = train(run, packer, tokenizer, mesh=mesh, report=report, saved=draw, stop=stop, stop_after=stop_after)
+  if distributed.leads():
+    draw(settings.steps)
   return last
 
 
@@ -162,6 +187,7 @@ def main() -> None:
   config = program.read_flags("", Config)
   dms, lora = program.read_flags("dms", DMSConfig), program.read_flags("lora", LoRAConfig)
   settings, data = program.read_flags("retrofit", RetrofitConfig), program.read_flags("data", DataConfig)
+  devices = program.read_flags("mesh", MeshConfig)
   if not program.FLAGS.debug and not program.FLAGS["verbosity"].present:
     absl_logging.set_verbosity(
       absl_logging.FATAL
@@ -172,27 +198,32 @@ def main() -> None:
                                                  if program.FLAGS[f"lora.{f.name}"].present]):  # fmt: skip
     raise ValueError(f"{', '.join(given)}: retrofit.trainable={settings.trainable!r} has no low-rank updates")
   check(dms, lora, settings)
+  distributed.initialize(devices)
+  mesh = distributed.create_mesh(devices, settings)
   if config.benchmark:
     shape = retrofit_benchmark.preset(config.preset)
-    result = retrofit_benchmark.benchmark(shape, dms, lora, settings, config.benchmark_steps)
-    print(retrofit_benchmark.table(config.preset, settings, result))
-    program.finish(result)
+    result = retrofit_benchmark.benchmark(shape, dms, lora, settings, config.benchmark_steps, mesh)
+    if distributed.leads():
+      print(retrofit_benchmark.table(config.preset, settings, result))
+      program.finish(result)
     return
   if not config.checkpoint or not config.output:
     raise ValueError("give --checkpoint=FOLDER of a model and --output=FOLDER of the run, or --benchmark")
   if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
     raise ValueError("--tensorboard needs tensorboardX: pip install 'dms_jax[tensorboard]'")
-  base = checkpoint.load(config.checkpoint)
+  base = checkpoint.load(config.checkpoint, mesh=mesh)
   tokenizer = Tokenizer.load(config.checkpoint)
   output, start = Path(config.output), time.perf_counter()
   sources = texts(base, tokenizer, data, settings.compute_dtype, output)
-  board = scalars(output / "tensorboard") if config.tensorboard else lambda line: None
+  board = scalars(output / "tensorboard") if config.tensorboard and distributed.leads() else lambda line: None
   run = Run(base, dms, lora, settings, data, output)
   try:
-    last = carry_out(run, sources, tokenizer, board=board, stop_after=config.stop_after or None)
+    last = carry_out(run, sources, tokenizer, mesh=mesh, board=board, stop_after=config.stop_after or None)
   except Preempted as reason:
-    program.log(str(reason))
+    say(str(reason))
     sys.exit(128 + signal.SIGTERM)
+  if not distributed.leads():
+    return
   minutes = (time.perf_counter() - start) / 60
   program.finish({"output": str(output), "minutes": minutes, "device": jax.devices()[0].device_kind, "last": last})
 
@@ -201,4 +232,5 @@ if __name__ == "__main__":
   program.define_flags("", Config)
   for name, (cls, defaults) in SECTIONS.items():
     program.define_flags(name, cls, **defaults)
+  program.define_flags("mesh", MeshConfig)
   program.run(main)

@@ -4,25 +4,34 @@
 
 Prints tokens/s and model FLOPs utilisation (`dms_jax.retrofit.cost` has the formula), of the student alone and with the
 teacher's forward pass; null where the device's peak is not known. Cost: about a minute on an H100.
+
+On a mesh (--mesh.data=2, --mesh.tensor=2) it also times one device alone, at the rows that each of `data` has, and
+prints the scaling efficiency: tokens/s a device on the mesh over tokens/s on the one.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from dms_jax.config import PRESETS, DMSConfig, LoRAConfig, ModelConfig
 from dms_jax.model import Model
 from dms_jax.params import init_params, param_table
 from dms_jax.retrofit import RetrofitConfig
 from dms_jax.retrofit.cost import peak_flops, step_flops
+from dms_jax.retrofit.distributed import place_state
 from dms_jax.retrofit.loop import prepare
-from dms_jax.retrofit.step import Batch, init_state, train_step
+from dms_jax.retrofit.step import Batch, train_step
+from dms_jax.sharding import make_mesh, param_shardings
 from experiments import program
 
 WARMUP = 2
@@ -36,41 +45,61 @@ def preset(name: str) -> ModelConfig:
 
 
 def benchmark(
-  config: ModelConfig, dms: DMSConfig, lora: LoRAConfig, retrofit: RetrofitConfig, steps: int
+  config: ModelConfig, dms: DMSConfig, lora: LoRAConfig, retrofit: RetrofitConfig, steps: int, mesh: Mesh | None = None
 ) -> dict[str, Any]:
-  """Times `steps` training steps after the first two, each to its end.
+  """Times `steps` training steps after the first two, each to its end, on a mesh or on one device.
 
   Returns:
     `step_seconds` (median), `tokens_per_second`, `flops` of a step by part, `utilisation` and `utilisation_student`
-    (None where the peak is unknown), `peak_bytes` of device memory (None where the device does not tell).
+    (None where the peak is unknown), `peak_bytes` of memory of the fullest device (None where devices do not tell). Of
+    several devices also `one_device`, the same of one, and `scaling_efficiency`.
   """
   if steps < 1:
     raise ValueError(f"--benchmark_steps={steps} must be at least 1")
-  dtype = jnp.dtype(retrofit.compute_dtype)
-  params = jax.jit(lambda key: init_params(param_table(config), key, dtype))(jax.random.key(0))
+  alone = make_mesh(devices=jax.local_devices())
+  mesh = mesh or alone
+  result = _timed(config, dms, lora, retrofit, steps, mesh)
+  if mesh.size == 1:
+    return result
+  rows = retrofit.batch_size // mesh.shape["data"]
+  program.log(f"one device, {rows} rows")
+  one = _timed(config, dms, lora, dataclasses.replace(retrofit, batch_size=rows), steps, alone)
+  efficiency = result["tokens_per_second"] / mesh.size / one["tokens_per_second"]
+  return result | {"one_device": one, "scaling_efficiency": efficiency}
+
+
+def _timed(
+  config: ModelConfig, dms: DMSConfig, lora: LoRAConfig, retrofit: RetrofitConfig, steps: int, mesh: Mesh
+) -> dict[str, Any]:
+  dtype, parameters = jnp.dtype(retrofit.compute_dtype), param_table(config)
+  init = partial(init_params, parameters, dtype=dtype)
+  params = jax.jit(init, out_shardings=param_shardings(mesh, parameters))(jax.random.key(0))
   student, teacher, trained = prepare(Model(params, config), dms, lora, retrofit)
-  state = init_state(retrofit, trained)
+  state = place_state(retrofit, student, trained, mesh)
   del params, trained
   rng, seconds, key = np.random.default_rng(0), [], jax.random.key(0)
   for step in program.progress(range(WARMUP + steps), desc="steps"):
     tokens = rng.integers(0, config.vocab_size, (retrofit.batch_size, retrofit.seq_len)).astype(np.int32)
     start = time.perf_counter()
-    state, metrics = train_step(state, student, teacher, Batch(jnp.asarray(tokens)), key, retrofit)
+    batch = Batch(jax.make_array_from_callback(tokens.shape, NamedSharding(mesh, P("data")), tokens.__getitem__))
+    with jax.set_mesh(mesh):
+      state, metrics = train_step(state, student, teacher, batch, key, retrofit)
     jax.block_until_ready((state, metrics))
     seconds.append(time.perf_counter() - start)
     if step == 0:
       program.log(f"compiled in {seconds[0]:.1f} s")
-  device = jax.devices()[0]
-  flops, peak = step_flops(config, dms, student.lora, retrofit), peak_flops(device.device_kind, retrofit.compute_dtype)
+  kind, devices = mesh.devices.flat[0].device_kind, mesh.local_devices
+  flops, peak = step_flops(config, dms, student.lora, retrofit), peak_flops(kind, retrofit.compute_dtype)
   median = statistics.median(seconds[WARMUP:])
-  share = lambda work: None if peak is None else work / median / peak
-  memory = device.memory_stats() or {}
+  share = lambda work: None if peak is None else work / median / (peak * mesh.size)
+  peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices]
   return {
+    "devices": mesh.size, "mesh": dict(mesh.shape),
     "step_seconds": median, "step_seconds_all": seconds[WARMUP:], "compile_seconds": seconds[0],
     "tokens_per_second": flops.tokens / median,
     "flops": {"student": flops.student, "teacher": flops.teacher}, "peak_flops": peak,
     "utilisation": share(flops.total), "utilisation_student": share(flops.student),
-    "peak_bytes": memory.get("peak_bytes_in_use"), "loss": float(metrics["loss"]),
+    "peak_bytes": None if None in peaks else max(peaks), "loss": float(metrics["loss"]),
   }  # fmt: skip
 
 
@@ -87,6 +116,12 @@ def table(name: str, retrofit: RetrofitConfig, result: dict[str, Any]) -> str:
     ("FLOPs a step, teacher", f"{result['flops']['teacher']:.3e}"),
     ("utilisation", share(result["utilisation"])),
     ("of the student alone", share(result["utilisation_student"])),
-    ("peak memory", memory),
+    ("peak memory a device", memory),
   ]
+  if "one_device" in result:
+    rows += [
+      ("devices", f"{result['devices']} ({', '.join(f'{n} {size}' for n, size in result['mesh'].items())})"),
+      ("tokens/s, one device", f"{result['one_device']['tokens_per_second']:,.0f}"),
+      ("scaling efficiency", share(result["scaling_efficiency"])),
+    ]
   return "\n".join(f"{label:<24}{value}" for label, value in rows)

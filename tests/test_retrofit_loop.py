@@ -82,13 +82,14 @@ def whole(inputs):
 def test_a_killed_run_goes_on_with_the_same_numbers(inputs, whole):
   """SIGKILL while the state and while a retrofit is being written: log and weights end bit-equal."""
   output = inputs / "killed"
-  for count, word, steps in ((2, "state/10", 10), (3, ".cr3", 16)):
+  # The state is written while training goes on, until the next is due.
+  for count, word, steps in ((2, "state/10", range(10, 16)), (3, ".cr3", (16,))):
     killed = [sys.executable, "-c", KILLED_WHILE_WRITING, str(count), f"{output}/{word}", "retrofit"]
     done = subprocess.run(
       [*killed, *command(inputs, output)[3:]], cwd=ROOT, capture_output=True, text=True, timeout=300
     )  # fmt: skip
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert len(log(output)) == steps and not (output / "cr3").exists()
+    assert len(log(output)) in steps and not (output / "cr3").exists()
     assert [p for p in (output / word).parent.iterdir() if p.name.startswith(Path(word).name)]  # half-written
   done = run(inputs, output)
   assert done.returncode == 0, done.stderr

@@ -20,7 +20,7 @@ from dms_jax.params import abstract_params, count_params, param_table
 from dms_jax.retrofit.config import RetrofitConfig
 from dms_jax.retrofit.loop import prepare
 from dms_jax.retrofit.step import Batch, init_state, train_step
-from dms_jax.sharding import ShardingRules, cache_shardings, make_mesh, param_shardings, partition_spec
+from dms_jax.sharding import cache_shardings, make_mesh, param_shardings, tree_shardings
 from tests import tpu
 
 pytestmark = pytest.mark.tpu
@@ -77,19 +77,6 @@ def test_retrofit_step_compiles_for_one_device(devices):
   assert sizes["arguments"] + sizes["temporaries"] < HBM
 
 
-def sharded(trees, mesh, table, rows):
-  """Parameters, and what the optimizer keeps of each, as `param_shardings` says; tokens by rows; the rest whole."""
-
-  def leaf(path, x):
-    names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
-    name = "/".join(names[-2:]) if "/".join(names[-2:]) in table else names[-1]
-    if name in table and table[name].shape == x.shape:
-      return NamedSharding(mesh, partition_spec(name, table[name], mesh, ShardingRules()))
-    return NamedSharding(mesh, P(rows) if name in ("tokens", "segment_ids") else P())
-
-  return placed(trees, jax.tree_util.tree_map_with_path(leaf, trees))
-
-
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize("preset, rows", [("smollm2-135m", 4), ("llama-3.1-8b", 1)])
 def test_retrofit_step_compiles_for_four_devices(devices, preset, rows):
@@ -100,7 +87,8 @@ def test_retrofit_step_compiles_for_four_devices(devices, preset, rows):
   with jax.set_mesh(mesh):
     axes = row_and_head_axes(rows, PRESETS[preset].num_kv_heads)
     assert axes == ((("tensor",), None) if preset == "smollm2-135m" else ((), "tensor"))
-    args = sharded(retrofit_step(preset, config), mesh, table, axes[0])
+    args = retrofit_step(preset, config)
+    args = placed(args, tree_shardings(args, mesh, table))
     program = train_step.lower(*args, config=config).compile()
   sizes = memory_of(program, "train", f"retrofit step of {preset} on four devices, batch {rows} x 4096")
   assert sizes["arguments"] + sizes["temporaries"] < HBM

@@ -9,7 +9,7 @@ import dataclasses
 import glob
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -138,9 +138,9 @@ class Packer:
     cut = slice(start, start + self.config.seq_len)
     return source.tokens[cut], source.document[cut] - source.document[start] + 1
 
-  def batch(self, step: int) -> Batch:
-    """The rows of training step `step`."""
+  def batch(self, step: int, only: Sequence[int] | None = None) -> Batch:
+    """The rows of training step `step`: all of them, or `only` these, counted from 0."""
     size = self.config.batch_size
-    rows = [self.row(step * size + i) for i in range(size)]
+    rows = [self.row(step * size + i) for i in (range(size) if only is None else only)]
     tokens, segments = (np.stack(column) for column in zip(*rows, strict=True))
     return Batch(tokens, segments if self.separate else None)

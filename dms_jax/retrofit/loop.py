@@ -1,4 +1,7 @@
-"""The training loop: checkpoints, resume, log. A run killed at any moment goes on from its last whole checkpoint."""
+"""The training loop: checkpoints, resume, log. A run killed at any moment goes on from its last whole checkpoint.
+
+The training state is written while training goes on, by each process its shards, and is read back on any mesh.
+"""
 
 from __future__ import annotations
 
@@ -16,24 +19,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from dms_jax import checkpoint
 from dms_jax.config import DMSConfig, LoRAConfig, read_json, to_json
 from dms_jax.model import Model
 from dms_jax.params import Params, join_params, param_table, split_params
-from dms_jax.retrofit import schedule
+from dms_jax.retrofit import distributed, schedule
 from dms_jax.retrofit.config import DataConfig, RetrofitConfig, check
 from dms_jax.retrofit.data import Packer
 from dms_jax.retrofit.step import (
   TrainState,
   cast_trained,
   init_retrofit,
-  init_state,
   split_trained,
   train_step,
   zero_neuron,
 )
+from dms_jax.sharding import make_mesh, tree_shardings
 
 LOG = "log.jsonl"
 RUN = "run.json"
@@ -181,7 +185,12 @@ def export(run: Run, student: Model, state: TrainState, path: Path, tokenizer=No
     trained = cast_trained(student, trained, jnp.dtype(config.compute_dtype))
     model = student.replace(params=join_params(student.params, trained))
   groups = ("base", "gate", "lora") if config.whole_model else ("gate", "lora")
-  checkpoint.save(path, model, tokenizer if config.whole_model else None, groups=groups, metadata=metadata)
+  table = param_table(model.config, model.dms, model.lora)
+  kept, rest = split_params(model.params, lambda name: table[name].group in groups)
+  model = model.replace(params=join_params(rest, distributed.gathered(kept)))
+  with distributed.together():
+    if distributed.leads():
+      checkpoint.save(path, model, tokenizer if config.whole_model else None, groups=groups, metadata=metadata)
 
 
 def train(
@@ -189,6 +198,7 @@ def train(
   packer: Packer,
   tokenizer=None,
   *,
+  mesh: Mesh | None = None,
   report: Callable[[dict], Any] = lambda line: None,
   saved: Callable[[int], Any] = lambda step: None,
   stop: Callable[[], bool] = lambda: False,
@@ -201,9 +211,11 @@ def train(
   cr2/, cr3/, ... and final/: a usable retrofit when the target reaches each whole CR, and at the end.
 
   Args:
+    mesh: the devices to train on (`distributed.create_mesh`), by default one. With several processes each calls, and
+      only process 0 calls `report` and `saved`.
     report: called with every line logged; for progress bars.
-    saved: called after each checkpoint with the steps done; for pictures.
-    stop: asked after every step; true saves and raises `Preempted`.
+    saved: called with the steps done after each checkpoint was begun; for pictures.
+    stop: asked after every step; true saves and raises `Preempted`. Several processes stop by `distributed.preempted`.
     log_every: steps between fetches of metrics from the device.
     stop_after: leave after this many steps in all, with a checkpoint, as if interrupted.
 
@@ -217,12 +229,16 @@ def train(
     OSError: the disk is full; the last whole checkpoint is kept.
     Preempted: `stop` said so.
   """
-  config, directory = run.config, Path(run.directory)
+  config, directory, leads = run.config, Path(run.directory), distributed.leads()
+  mesh = mesh or make_mesh(devices=jax.local_devices())
+  places = tree_shardings(run.base.params, mesh, param_table(run.base.config))
+  run = dataclasses.replace(run, base=run.base.replace(params=jax.device_put(run.base.params, places)))
   student, teacher, trained = prepare(run.base, run.dms, run.lora, config)
   settings = run.settings(packer)
-  with _writing(directory):
-    _claim_directory(directory, settings)
-  state = init_state(config, trained)
+  with _writing(directory), distributed.together():
+    if leads:
+      _claim_directory(directory, settings)
+  state = distributed.place_state(config, student, trained, mesh)
   key = jax.random.fold_in(jax.random.key(config.seed), 1)
   usable = {schedule.step_of_cr(config, cr): cr for cr in range(2, math.floor(config.final_cr) + 1)}
 
@@ -230,52 +246,67 @@ def train(
     about = {"step": done, "retrofit": settings["retrofit"], "data": settings["data"]}
     export(run, student, state, directory / name, tokenizer, **about)
 
-  keep = ocp.training.preservation_policies.LatestN(config.keep_states)
-  with (
-    _writing(directory),
-    ocp.training.Checkpointer(directory.absolute() / STATE, preservation_policy=keep) as checkpointer,
-  ):
+  with _writing(directory), _states(directory, config) as checkpointer:
     if checkpointer.latest is not None:
       abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-      state = jax.tree.map(jnp.asarray, checkpointer.load(checkpointer.latest.step, abstract))
+      state = checkpointer.load(checkpointer.latest.step, abstract)
     first = int(state.step)
-    _trim_log(directory / LOG, first)
+    with distributed.together():
+      if leads:
+        _trim_log(directory / LOG, first)
     last = config.steps if stop_after is None else min(stop_after, config.steps)
     line, pending, clock = _last_line(directory / LOG), [], time.perf_counter()
     if first < last and stop():
       raise Preempted(f"stopped before step {first}; nothing is lost")
-    with open(directory / LOG, "a") as log:
+    with open(directory / LOG if leads else os.devnull, "a") as log:
       for step in range(first, last):
         if config.zero_neuron and step == config.fade_steps:
           state = zero_neuron(student, state)
         fading = step < config.fade_steps
-        state, metrics = train_step(state, student, teacher, packer.batch(step), key, config, fading)
+        batch = distributed.feed(packer, step, mesh)
+        with jax.set_mesh(mesh):
+          state, metrics = train_step(state, student, teacher, batch, key, config, fading)
         pending.append((step, metrics))
         done = step + 1
         kept = done % config.save_every == 0 or done in usable or done == config.steps
-        stopping = stop() and done < last
+        stopping = (stop() or distributed.preempted(done)) and done < last
         saves = done % config.save_every == 0 or done == last or stopping
         if saves or kept or len(pending) >= log_every:
           values = jax.device_get([m for _, m in pending])
           seconds = (time.perf_counter() - clock) / len(pending)
-          for (at, _), value in zip(pending, values, strict=True):
-            line = _line(config, at, seconds, value, heads=kept and at == step)
-            log.write(json.dumps(line) + "\n")
-            _check_finite(config, line, directory)
-            report(line)
-          log.flush()
+          with distributed.together():
+            for (at, _), value in zip(pending, values, strict=True):
+              line = _line(config, at, seconds, value, heads=kept and at == step)
+              log.write(json.dumps(line) + "\n")
+              _check_finite(config, line, directory)
+              if leads:
+                report(line)
+            log.flush()
           pending = []
           if done in usable:  # before the state: a run that resumes past this step would never write it
             write(f"cr{usable[done]}", done)
           if saves:
-            checkpointer.save(done, state, overwrite=True)
-            saved(done)
+            checkpointer.wait()  # for the one before, and for what went wrong with it
+            checkpointer.save_async(done, state, force=True, overwrite=True)
+            if leads:
+              saved(done)
           clock = time.perf_counter()
         if stopping:
+          checkpointer.wait()
           raise Preempted(f"stopped after step {step} and saved; the same command goes on")
     if last == config.steps:
       write("final", last)
   return line
+
+
+@contextlib.contextmanager
+def _states(directory: Path, config: RetrofitConfig) -> Iterator[ocp.training.Checkpointer]:
+  """The checkpoints of the training state; leaving it waits for the last to be written."""
+  keep = ocp.training.preservation_policies.LatestN(config.keep_states)
+  with ocp.training.Checkpointer(
+    directory.absolute() / STATE, preservation_policy=keep, cleanup_tmp_directories=True
+  ) as checkpointer:
+    yield checkpointer
 
 
 def _line(config: RetrofitConfig, step: int, seconds: float, values: dict, heads: bool) -> dict:

@@ -18,6 +18,7 @@ from dms_jax.model import Eviction, Model, forward, output_head
 from dms_jax.params import Group, Params, flatten, init_params, join_params, param_table, split_params, unflatten
 from dms_jax.retrofit import losses, schedule
 from dms_jax.retrofit.config import RetrofitConfig
+from dms_jax.sharding import constrain
 
 TRAINED: dict[str, tuple[Group, ...]] = {"gates": ("gate",), "lora": ("gate", "lora"), "all": ("base", "gate")}
 
@@ -160,7 +161,7 @@ def train_step(
   config: RetrofitConfig,
   fading: bool = False,
 ) -> tuple[TrainState, dict[str, Array]]:
-  """One update.
+  """One update. Under a mesh the state stays where `sharding.tree_shardings` puts it, and metrics are everywhere.
 
   Args:
     student: holds the frozen parameters only; the trained ones come from `state`.
@@ -168,6 +169,7 @@ def train_step(
     fading: whether the step belongs to phase 1 (`RetrofitConfig.fade_steps`).
   """
   dtype = jnp.dtype(config.compute_dtype)
+  placed = partial(constrain, table=param_table(student.config, student.dms, student.lora))
   cr = schedule.target_cr(config, state.step)
   kept = schedule.neuron_kept(config, state.step) if fading else None
 
@@ -187,9 +189,9 @@ def train_step(
   def accumulate(total, xs):
     part, index = xs
     (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(state.trained, part, index)
-    return jax.tree.map(jnp.add, total, grads), {"loss": loss, **metrics}
+    return placed(jax.tree.map(jnp.add, total, grads)), {"loss": loss, **metrics}
 
-  zeros = jax.tree.map(jnp.zeros_like, state.trained)
+  zeros = placed(jax.tree.map(jnp.zeros_like, state.trained))
   grads, metrics = jax.lax.scan(accumulate, zeros, (parts, jnp.arange(count)))
   grads = jax.tree.map(lambda g: g / count, grads)
   metrics = jax.tree.map(lambda x: x.mean(axis=0), metrics)
@@ -205,7 +207,7 @@ def train_step(
   metrics |= {
     "target_cr": cr, "grad_norm": optax.tree.norm(grads), "learning_rate": schedule.learning_rate(config)(state.step),
   }  # fmt: skip
-  return TrainState(state.step + 1, trained, opt_state, ema), metrics
+  return placed((TrainState(state.step + 1, trained, opt_state, ema), metrics))
 
 
 def init_retrofit(model: Model, key: jax.Array, dtype) -> Params:
