@@ -7,6 +7,8 @@
     out.text, out.tokens, out.logprobs, out.finish_reason    # lists, one entry a row
     out.metrics.achieved_cr, out.metrics.kv_reads            # see `dms_jax.metrics`
     more = dms_jax.generate(model, ["And of Spain?"], continue_from=out)                      # the next turn
+    dms_jax.save_cache("chat", more.cache)                   # on disk; another day:
+    past = dms_jax.load_cache("chat", model)                 # `continue_from=past`
     dense = dms_jax.generate(model, ["The capital of France is"], policy=dms_jax.Vanilla())   # nothing evicted
 
 Prompts are strings, lists of ids or a padded id matrix with its `mask`; sampling takes `key`, `temperature`, `top_k`,
@@ -22,7 +24,9 @@ from dms_jax.config import PRESETS as PRESETS
 from dms_jax.config import DMSConfig as DMSConfig
 from dms_jax.config import LoRAConfig as LoRAConfig
 from dms_jax.config import ModelConfig as ModelConfig
-from dms_jax.generation import Conversation as Conversation
+from dms_jax.conversation import Conversation as Conversation
+from dms_jax.conversation import load_cache as load_cache
+from dms_jax.conversation import save_cache as save_cache
 from dms_jax.generation import Output as Output
 from dms_jax.generation import generate as generate
 from dms_jax.metrics import Metrics as Metrics

@@ -18,13 +18,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
-from jaxtyping import Array, Int
 
 from dms_jax import cache as caches
 from dms_jax import decoding, stops
 from dms_jax.cache import Cache
 from dms_jax.cache.base import rounded
+from dms_jax.conversation import Conversation, beside
 from dms_jax.decoding import LENGTH, REASONS, RUNNING, Ends, Rows
 from dms_jax.metrics import Metrics
 from dms_jax.model import Model, check_policy, model_shift
@@ -32,17 +31,6 @@ from dms_jax.policies import DMS, Policy, Vanilla
 from dms_jax.sampling import Sampling, row_keys
 
 Stream = Callable[[int, list[int], str], None]
-
-
-@struct.dataclass
-class Conversation:
-  """What a later turn needs. `pending` int32 [B]: the last token chosen, not in `cache` yet, -1 for none;
-  `generated` int32 [B]: tokens chosen so far, which number the random draws of a row; `policy`: it filled `cache`."""
-
-  cache: Cache
-  pending: Int[Array, "B"]
-  generated: Int[Array, "B"]
-  policy: Policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +138,7 @@ def generate(
   store = _start(model, policy, cache, capacity, past, batch, most, prefill_chunk)
 
   metrics = Metrics.zero(model.config.num_layers, batch, model.config.num_kv_heads)
-  rows = _beside(
+  rows = beside(
     model,
     Rows(
       token=jnp.asarray(np.array([row[-1] for row in ids], np.int32)),
@@ -285,33 +273,28 @@ def _start(model, policy, kind, capacity, past, batch, most, chunk) -> Cache:
   if past is not None:
     copy = jax.tree.map(jnp.copy, past.cache)
     return copy if capacity is None else copy.resized(capacity, most)
-  if capacity is None:  # half of what the text could need at most
+  if capacity is None:  # half of what the text could need at most; of pages, which grow with less waste, an eighth
     small = policy.evicts and not policy.bounded and kind != "masked"
-    capacity = rounded(min(max(policy.window + 1 + chunk, most // 2), most) if small else most)
+    start = chunk + most // 8 if kind == "paged" else max(chunk, most // 2)
+    capacity = rounded(min(policy.window + 1 + start, most) if small else most)
   store = caches.create(
     kind, model.config, batch=batch, capacity=capacity, longest=most, policy=policy,
     shift=model_shift(model, policy.window), dtype=model.dtype,
   )  # fmt: skip
-  return _beside(model, store)
-
-
-def _beside(model: Model, tree):
-  """`tree` placed where the model is: an argument placed in one call and not in the next would compile it twice."""
-  sharding = model.params["embed"].sharding
-  if isinstance(sharding, jax.sharding.NamedSharding):
-    sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-  return jax.device_put(tree, sharding)
+  return beside(model, store)
 
 
 def _prefill(model, policy, store, ids, metrics, chunk, capacity, most):
   """Reads all prompts, each row from its own start in chunks of its own; returns (cache, logits [B, V], metrics)."""
   batch, done = len(ids), np.zeros(len(ids), np.int64)
   total = np.array([len(row) for row in ids])
-  logits = _beside(model, jnp.zeros((batch, model.config.vocab_size), jnp.float32))
+  logits = beside(model, jnp.zeros((batch, model.config.vocab_size), jnp.float32))
   while (done < total).any():
     take = np.minimum(total - done, chunk)
     store = store if capacity else store.made_room(policy, take, most)
-    width, take = chunk, np.minimum(take, np.asarray(store.room(policy)).clip(0))
+    width = chunk
+    if capacity:
+      take = np.minimum(take, np.asarray(store.room(policy)).clip(0))
     if not take.any():  # A fixed cache is nearly full: single tokens know what they displace, chunks must assume.
       width, take = 1, np.minimum(total - done, 1)
     tokens = np.zeros((batch, width), np.int32)

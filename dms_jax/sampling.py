@@ -17,12 +17,14 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 @struct.dataclass
 class Sampling:
-  """How to draw. `temperature` None is greedy. The numbers are traced: changing one does not recompile, None does.
+  """How to draw. `temperature` None is greedy; it may be float32 [B], one a row, where 0 is greedy.
+
+  The numbers are traced: changing one does not recompile, None does.
 
   Filters act in the order temperature, top-k, top-p, as in transformers. Tokens tied with the last one kept are kept.
   """
 
-  temperature: float | None = None
+  temperature: float | Float[Array, "B"] | None = None
   top_k: int | None = None
   top_p: float | None = None
 
@@ -79,7 +81,10 @@ def largest_threshold(values: Float[Array, "B V"], weights: Float[Array, "B V"],
 
 def filtered(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
   """Logits of the distribution that is drawn from: scaled by temperature, -inf where top-k or top-p excludes."""
-  logits = logits / jnp.asarray(sampling.temperature, logits.dtype)
+  temperature = jnp.asarray(sampling.temperature, logits.dtype)
+  if temperature.ndim:
+    temperature = jnp.where(temperature > 0, temperature, 1.0)[:, None]
+  logits = logits / temperature
   if sampling.top_k is not None:
     keep = largest_threshold(logits, jnp.ones_like(logits), jnp.asarray(sampling.top_k, logits.dtype))
     logits = jnp.where(keep, logits, -jnp.inf)
@@ -107,5 +112,7 @@ def sample(
   else:
     noise = jax.vmap(lambda key, n: jax.random.gumbel(jax.random.fold_in(key, n), logits.shape[1:]))(keys, count)
     token = jnp.argmax(filtered(logits, sampling) + noise, axis=-1)
+    if jnp.ndim(sampling.temperature):
+      token = jnp.where(sampling.temperature > 0, token, jnp.argmax(logits, axis=-1))
   chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
   return token.astype(jnp.int32), chosen - jax.nn.logsumexp(logits, axis=-1)

@@ -29,9 +29,10 @@ from dms_jax import decoding
 from dms_jax.cache import PagedCache
 from dms_jax.cache import rows as cache_rows
 from dms_jax.cache.base import GROWTH
-from dms_jax.cache.rows import StoredRow
+from dms_jax.cache.stored import StoredRow, check_fits, restored, store_row
+from dms_jax.conversation import Continuation, Conversation, continuation
 from dms_jax.decoding import CAPACITY, LENGTH, REASONS, RUNNING, Rows
-from dms_jax.generation import decode_form, read_prompts, what_ends
+from dms_jax.generation import Output, decode_form, read_prompts, what_ends
 from dms_jax.model import Model, cached_forward, check_policy, last_logits, model_shift
 from dms_jax.policies import DMS, Policy, Vanilla
 from dms_jax.sampling import Sampling, row_keys
@@ -59,15 +60,6 @@ class Result:
     return all(reason != "running" for reason in self.finish_reason)
 
 
-@dataclasses.dataclass(frozen=True)
-class Continuation:
-  """A row on the host: its cache, the token chosen last, which is not in it yet, and how many were chosen so far."""
-
-  cache: StoredRow
-  pending: int
-  generated: int
-
-
 @dataclasses.dataclass
 class _Chain:
   """One chain of a request: in a row, on the host, or waiting. `age` orders chains by admission."""
@@ -79,6 +71,7 @@ class _Chain:
   limit: int
   start: int  # tokens chosen in earlier turns
   prompt: np.ndarray
+  temperature: float
   keep: bool = False
   row: int | None = None
   stored: tuple[StoredRow, Any] | None = None  # (cache, its row of `Rows`) while it waits for pages
@@ -95,6 +88,12 @@ def _read_chunk(
   return cache_rows.put_back(cache, row, one), last_logits(model, out), out.stalled[0]
 
 
+@jax.jit
+def _usage(cache: PagedCache) -> tuple[Array, Array]:
+  """(tokens held by all rows, the mean over layers and heads; pages in use, shared ones once)."""
+  return jnp.sum(jnp.mean(cache.live().astype(jnp.float32), axis=(0, 2))), cache.pages - cache.table.pool.count
+
+
 @partial(jax.jit, donate_argnames="rows")
 def _with_row(rows: Rows, at, one) -> Rows:
   return jax.tree.map(lambda x, new: x.at[at].set(new), rows, one)
@@ -108,9 +107,11 @@ class Generator:
     policy: as for `generate`.
     width: rows decoded together.
     budget: bytes that the cache may take in all; None: as much as is needed.
+    budget_tokens: the same, as tokens that a head may hold on the average beside the windows of all rows.
     pages: of the pool at first; default all that the budget pays for, or one a head of each row without a budget.
     max_length: the longest text, prompt and answer; default the model's context.
-    temperature, top_k, top_p, stop, eos: of all requests, as for `generate`.
+    temperature, top_k, top_p, stop, eos: of all requests, as for `generate`; where the temperature is not 0, a request
+      may have its own.
     page, archive: of the cache, see `PagedCache.create`.
     prefill_chunk, stretch: tokens a prompt is read by, and decode steps between two looks at the rows.
 
@@ -121,9 +122,10 @@ class Generator:
 
   def __init__(
     self, model: Model, *, policy: Policy | None = None, width: int = 8, budget: int | None = None,
-    max_length: int | None = None, temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
-    stop: str | Sequence[str] = (), eos: bool | Sequence[int] = True, page: int | None = None, pages: int | None = None,
-    archive: str | None = None, prefill_chunk: int = 256, stretch: int = 32, tokenizer: Any = None,
+    budget_tokens: int | None = None, max_length: int | None = None, temperature: float = 0.0, top_k: int | None = None,
+    top_p: float | None = None, stop: str | Sequence[str] = (), eos: bool | Sequence[int] = True,
+    page: int | None = None, pages: int | None = None, archive: str | None = None, prefill_chunk: int = 256,
+    stretch: int = 32, tokenizer: Any = None,
   ):  # fmt: skip
     for name, value in (("width", width), ("prefill_chunk", prefill_chunk), ("stretch", stretch)):
       if value < 1:
@@ -143,6 +145,11 @@ class Generator:
       "paged", model.config, batch=width, capacity=self.policy.window + 2, longest=self.max_length, policy=self.policy,
       shift=model_shift(model, self.policy.window), dtype=model.dtype, page=page, archive=archive,
     )  # fmt: skip
+    if budget is not None and budget_tokens is not None:
+      raise ValueError("give either budget= (bytes) or budget_tokens=")
+    if budget_tokens is not None:
+      pages_paid = budget_tokens * self._heads_of(cache) // cache.page_size
+      self.budget = budget = cache.fixed_bytes + pages_paid * cache.page_bytes
     # Pages that the budget pays for beside everything else; None: any number.
     self._most = None if budget is None else max((budget - cache.fixed_bytes) // cache.page_bytes, 0)
     if self._most is not None and self._most < max(cache.pages, pages or 0):
@@ -151,20 +158,26 @@ class Generator:
         f"{cache.with_pages(max(cache.pages, pages or 0)).nbytes}; give a larger budget or a smaller width"
       )
     self.cache: PagedCache = cache.with_pages(max(pages or self._most or 0, cache.pages))
-    keys = None if self.sampling.temperature is None else jax.random.split(jax.random.key(0), width)
+    keys = None
+    if self.sampling.temperature is not None:
+      keys = jax.random.split(jax.random.key(0), width)
+      self.sampling = self.sampling.replace(temperature=jnp.full(width, self.sampling.temperature, jnp.float32))
+    self.temperature = temperature
     column = lambda value: jnp.full(width, value, jnp.int32)
     self.rows = Rows(column(0), keys, column(0), column(0), column(0), column(LENGTH))
     self.chains: list[_Chain | None] = [None] * width
     self.waiting: collections.deque[list[_Chain]] = collections.deque()
     self.swapped: list[_Chain] = []
     self.results: dict[int, Result] = {}
-    self.swaps = self.tickets = self._ages = 0
+    self.swaps = self.tickets = self._ages = self.peak_pages = 0
+    self.peak_tokens = 0.0  # held at once by all rows, the mean over layers and heads
 
   # Requests -----------------------------------------------------------------------------------------------------------
 
   def submit(
     self, prompt: str | Sequence[int] | None = None, *, chains: int = 1, max_new_tokens: int = 256,
-    key: jax.Array | None = None, keep: bool = False, continue_from: Continuation | None = None,
+    key: jax.Array | None = None, temperature: float | None = None, keep: bool = False,
+    continue_from: Continuation | Conversation | Output | None = None,
   ) -> int:  # fmt: skip
     """Queues a request; returns its ticket, the key of `results`.
 
@@ -172,19 +185,25 @@ class Generator:
       prompt: text or ids; read once, whatever the number of chains.
       chains: continuations of it, which share the pages of what they have in common.
       key: needed if temperature > 0; chain i draws from `fold_in(key, i)`, or from `key` itself if it is alone.
+      temperature: of this request alone, where the generator's own is not 0; 0 is greedy.
       keep: leave each finished chain's cache in `Result.stored`, to continue from.
-      continue_from: an earlier chain's; the prompt is the next turn.
+      continue_from: an earlier chain's, or a conversation of one row, as `load_cache` gives it; the prompt is the next
+        turn.
 
     Raises:
-      ValueError: bad arguments, or a text longer than `max_length`.
+      ValueError: bad arguments, a text longer than `max_length`, or one held by another model or policy.
     """
     if not 1 <= chains <= self.width:
       raise ValueError(f"chains={chains} must lie between 1 and the width {self.width}")
     if max_new_tokens < 1:
       raise ValueError(f"max_new_tokens={max_new_tokens} must be 1 or more")
-    if self.sampling.temperature is not None and key is None:
+    temperature = self.temperature if temperature is None else temperature
+    Sampling.create(temperature)
+    if temperature and self.sampling.temperature is None:
+      raise ValueError(f"temperature={temperature}: this generator is greedy; give it a temperature, then requests too")
+    if temperature and key is None:
       raise ValueError("sampling at temperature > 0 needs key=jax.random.key(seed)")
-    past = continue_from
+    past = None if continue_from is None else self._fitting(continuation(continue_from))
     ids = read_prompts(
       self.model, [[] if prompt is None else prompt], None, self.tokenizer, None if past is None else [past.pending]
     )[0]
@@ -197,7 +216,7 @@ class Generator:
     group = []
     for index in range(chains):
       own = None if key is None else (key if chains == 1 else jax.random.fold_in(key, index))
-      chain = _Chain(self.tickets, index, 0, own, start + max_new_tokens, start, ids, keep=keep)
+      chain = _Chain(self.tickets, index, 0, own, start + max_new_tokens, start, ids, temperature, keep)
       group.append(chain)
     if past is not None:
       group[0].stored = (past.cache, None)
@@ -209,6 +228,19 @@ class Generator:
     self.waiting.append(group)
     self.tickets += 1
     return self.tickets - 1
+
+  def _fitting(self, past: Continuation) -> Continuation:
+    """`past` with pages of this pool's size; ValueError where it cannot go on here."""
+    names = [type(p).__name__ for p in (past.policy, self.policy)]
+    if names[0] != names[1] and (past.policy.bounded or self.policy.bounded):
+      raise ValueError(
+        f"continue_from: held under {names[0]}, cannot go on under {names[1]}: they hold different tokens"
+      )
+    try:
+      check_fits(self.cache, past.cache)
+    except ValueError as error:
+      raise ValueError(f"continue_from: {error}") from None
+    return dataclasses.replace(past, cache=past.cache.repaged(self.cache.page_size))
 
   def cancel(self, ticket: int) -> None:
     """Ends all chains of a ticket with reason "cancelled"; what they have generated stays in its result."""
@@ -237,6 +269,8 @@ class Generator:
       self.cache, self.rows, emitted, _ = decoding.decode_stretch(
         self.model, self.policy, self.cache, self.rows, self.sampling, self.ends, steps=self.stretch, history=False
       )
+      tokens, pages = jax.device_get(_usage(self.cache))
+      self.peak_tokens, self.peak_pages = max(self.peak_tokens, float(tokens)), max(self.peak_pages, int(pages))
       news += self._collect(emitted)
       self._make_room()
     return news
@@ -294,13 +328,22 @@ class Generator:
     for chain, place in zip(group, [row, *others], strict=True):
       self._ages += 1
       chain.row, chain.age, chain.stored = place, self._ages, None
-      self.chains[place] = chain
+      key = None
+      if self.sampling.temperature is not None:
+        key = jax.random.key(0) if chain.key is None else row_keys(chain.key, 1)[0]
       one = Rows(
-        jnp.int32(0), None if chain.key is None else row_keys(chain.key, 1)[0], jnp.int32(chain.start),
+        jnp.int32(0), key, jnp.int32(chain.start),
         jnp.int32(chain.limit), jnp.int32(0), jnp.int32(RUNNING),
       )  # fmt: skip
-      self.rows = _with_row(self.rows, place, one)
+      self._place(chain, one)
     return logits
+
+  def _place(self, chain: _Chain, one: Rows) -> None:
+    """Puts a chain's state into its row."""
+    self.chains[chain.row], self.rows = chain, _with_row(self.rows, chain.row, one)
+    if self.sampling.temperature is not None:
+      temperatures = self.sampling.temperature.at[chain.row].set(chain.temperature)
+      self.sampling = self.sampling.replace(temperature=temperatures)
 
   def _give_up(self, chain: _Chain) -> None:
     """Empties the row that a request could not begin in; an error if it had the whole pool to itself."""
@@ -344,7 +387,7 @@ class Generator:
         result.held[chain.index] = float(np.asarray(self.cache.live()[:, row]).mean())
         if chain.keep:
           pending, count = int(self.rows.token[row]), int(self.rows.count[row])
-          result.stored[chain.index] = Continuation(cache_rows.store_row(self.cache, row), pending, count)
+          result.stored[chain.index] = Continuation(store_row(self.cache, row), pending, count, self.policy)
         ended.append(chain)
     self._release(ended)
     return news
@@ -362,7 +405,11 @@ class Generator:
 
   @property
   def _heads(self) -> int:
-    layers, _, heads = self.cache.archived.shape
+    return self._heads_of(self.cache)
+
+  @staticmethod
+  def _heads_of(cache: PagedCache) -> int:
+    layers, _, heads = cache.archived.shape
     return layers * heads
 
   def _places(self, tokens: int) -> int:
@@ -404,7 +451,7 @@ class Generator:
   def _swap_out(self, chain: _Chain) -> None:
     row = chain.row
     one = jax.tree.map(lambda x: x[row], self.rows)
-    chain.stored = (cache_rows.store_row(self.cache, row), one.replace(reason=jnp.int32(RUNNING)))
+    chain.stored = (store_row(self.cache, row), one.replace(reason=jnp.int32(RUNNING)))
     self._release([chain])
     self.swapped.append(chain)
     self.swaps += 1
@@ -417,13 +464,13 @@ class Generator:
     spare = 0 if alone else self._heads
     if int(self.cache.table.pool.count) < len(stored.pages) + spare or not self._fill(row, stored):
       return False
-    self.rows = _with_row(self.rows, row, one)
-    chain.row, chain.stored, self.chains[row] = row, None, chain
+    chain.row, chain.stored = row, None
+    self._place(chain, one)
     return True
 
   def _fill(self, row: int, stored: StoredRow) -> bool:
     """`stored` into an empty row; False where pages are lacking."""
     while True:
-      self.cache, enough = cache_rows.restored(self.cache, row, stored)
+      self.cache, enough = restored(self.cache, row, stored)
       if enough or not self._grown(len(stored.pages)):
         return enough

@@ -12,6 +12,7 @@ import pytest
 from dms_jax import cache as caches
 from dms_jax import policies
 from dms_jax.cache import rows as cache_rows
+from dms_jax.cache.stored import restored, store_row
 from dms_jax.config import DMSConfig
 from dms_jax.model import cached_forward, last_logits
 from tests import tiny
@@ -47,7 +48,7 @@ def check(cache):
   np.testing.assert_array_equal(owners, pool.owners)
   free = pool.free[: int(pool.count)]
   assert sorted([*free, *numbers]) == list(range(cache.pages))
-  assert (-(-np.asarray(cache.archived) // PAGE) <= table.owned).all()
+  assert (-(-np.asarray(cache.archived) // cache.page_size) <= table.owned).all()
   return owners
 
 
@@ -183,11 +184,11 @@ def test_a_stored_row_goes_on_as_if_it_had_stayed(model, case):
   policy = policy.settled(WINDOW)
   options = {"archive": "int8"} if case == "int8" else {}
   cache, text = prompted(model, policy, **options)
-  stored = cache_rows.store_row(cache, 1)
+  stored = store_row(cache, 1)
   expected, cache = decode(model, cache, text, 30, 12, [0, 1, 0], policy)
   other = create(model, 30, policy, longest=60, **options)
   _, _, other = feed(model, policy, other, text[:, ::-1][:, :20], np.array([20, 0, 0], np.int32))  # someone else
-  other, enough = cache_rows.restored(other, 2, stored)
+  other, enough = restored(other, 2, stored)
   assert enough
   check(other)
   np.testing.assert_array_equal(other.live()[:, 2], stored.archived + WINDOW + 1)
@@ -197,14 +198,14 @@ def test_a_stored_row_goes_on_as_if_it_had_stayed(model, case):
 
 
 def test_a_stored_row_that_does_not_fit_is_refused(model):
-  stored = cache_rows.store_row(prompted(model)[0], 1)
+  stored = store_row(prompted(model)[0], 1)
   small = create(model, WINDOW + 2)  # a page a head
   assert (stored.archived > PAGE).sum() > small.pages // 2 or len(stored.pages) > small.pages
-  assert not cache_rows.restored(small, 0, stored)[1]
+  assert not restored(small, 0, stored)[1]
   with pytest.raises(ValueError, match=r"archive slots does not fit a table of 4"):
-    cache_rows.restored(create(model, WINDOW + 2, longest=WINDOW + 2), 0, stored)
+    restored(create(model, WINDOW + 2, longest=WINDOW + 2), 0, stored)
   with pytest.raises(ValueError, match="stored row with archive"):
-    cache_rows.restored(create(model, 60, archive="int8"), 0, stored)
+    restored(create(model, 60, archive="int8"), 0, stored)
 
 
 @pytest.mark.parametrize("archive, error", [("int8", 0.02), ("float8", 0.06)])

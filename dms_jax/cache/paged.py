@@ -10,17 +10,22 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dms_jax.attention import decode_attention
 from dms_jax.cache import pool as pools
-from dms_jax.cache.base import GROWTH, packed, storage_dtype, unpacked
+from dms_jax.cache.base import packed, storage_dtype, unpacked
 from dms_jax.cache.pool import Pool
 from dms_jax.cache.ring import RingCache
 from pallas_kernels.decode.pages import Pages
 
 ENDLESS = 2**24  # tokens: more than any text has
+# Slots that a ring is allocated in: of another number, XLA lays the array out with other axes inmost on v4, v5p and
+# tpu7x, and copies all rings each step.
+TILE = 16
+SHAPES = 2  # a pool grows to a multiple of so many pages a head: each new shape is a compilation
 PAGE = 32  # slots a page: half of one is lost a head, 1.5 % of a thousand tokens
 # What an archive may be stored as beside the model's own type: (dtype, its largest number).
 QUANTISED = {"int8": (jnp.int8, 127.0), "float8": (jnp.float8_e4m3fn, 448.0)}
@@ -45,7 +50,7 @@ class Table:
 
 @struct.dataclass
 class PagedCache(RingCache):
-  """`kv` [L, B, K, W+1, 2H] is the rings alone; archives are in `store`, at the pages of `table`."""
+  """`kv` [L, B, K, R, 2H] is the rings alone, R = W+1 up to whole tiles; archives lie in `store`, as `table` says."""
 
   store: Store
   table: Table
@@ -78,7 +83,7 @@ class PagedCache(RingCache):
       jnp.zeros((0, size, 2 * head_dim), cell), None if archive is None else jnp.zeros((0, size, 2), jnp.float32)
     )
     cache = cls(
-      kv=jnp.zeros((*lead, ring, 2 * head_dim), stored), evicted=jnp.zeros((*lead, ring), bool),
+      kv=jnp.zeros((*lead, -(-ring // TILE) * TILE, 2 * head_dim), stored), evicted=jnp.zeros((*lead, ring), bool),
       archived=jnp.zeros(lead, jnp.int32), seen=jnp.zeros((batch,), jnp.int32),
       scores=jnp.zeros((*lead, ring), jnp.float32) if policy.scored else None,
       summaries=jnp.zeros((*lead, 0, 2 * head_dim), stored) if policy.page else None,
@@ -146,13 +151,22 @@ class PagedCache(RingCache):
     return jnp.where(bounded, ENDLESS, room)
 
   def made_room(self, policy, coming, most):
-    layers, batch, heads = self.archived.shape
-    cache = self.grown(max(most, self.slots))
-    if (coming <= jax.device_get(self.room(policy))).all():
+    """A pool that lacks pages doubles, but takes no more than the whole text will need at the rate kept so far."""
+    cache, size, ring = self.grown(max(most, self.slots)), self.page_size, self.ring
+    archived, owned, seen, free = jax.device_get((self.archived, self.table.owned, self.seen, self.table.pool.count))
+    bound = (
+      np.asarray(policy.capacity(jnp.asarray(seen + coming, jnp.int32))) - ring
+    )  # slots of a head, whatever is kept
+    entering = np.maximum(seen + coming - ring, 0) - np.maximum(seen - ring, 0)
+    after = np.minimum(archived + entering[:, None], np.maximum(bound[:, None], archived))
+    lack = int(np.maximum(-(-after // size) - owned, 0).sum()) - int(free)
+    if lack <= 0:
       return cache
-    lack = int(layers * heads * (-(-coming // self.page_size)).sum()) - int(self.table.pool.count)
-    enough = layers * batch * heads * self.table.pages.shape[3]
-    return cache.with_pages(max(min(max(self.pages + lack, int(self.pages * GROWTH)), enough), self.pages))
+    rate = archived / np.maximum(seen - ring, 1)[:, None]
+    whole = np.minimum(np.maximum(rate * (most - ring), archived), most - ring)
+    foreseen = int((-(-whole // size)).sum() + (-(-after // size) - archived // size).sum())
+    pages, few = self.pages + max(lack, min(self.pages, foreseen - self.pages)), SHAPES * archived.size
+    return cache.with_pages(-(-pages // few) * few)
 
   # Where the archive lies ---------------------------------------------------------------------------------------------
 
@@ -186,7 +200,8 @@ class PagedCache(RingCache):
   def _written(self, big, reserved, layer, target, rows):
     b, k, _ = target.shape
     row, head = jnp.arange(b)[:, None, None], jnp.arange(k)[:, None]
-    kv = big.kv.at[layer, row, head, target].set(rows, mode="drop")  # what is not in the ring is past its end
+    in_ring = jnp.where(target < self.ring, target, big.kv.shape[3])  # what is not is past its end
+    kv = big.kv.at[layer, row, head, in_ring].set(rows, mode="drop")
     index = target - self.ring
     inside = (index >= 0) & (target < self.slots)
     page = jnp.where(inside, _pages_at(reserved.pages[layer], index // self.page_size), self.pages)
@@ -211,7 +226,10 @@ class PagedCache(RingCache):
     in_ring = jnp.broadcast_to(in_ring, archived.shape)
     pages = Pages(big.archive.pages, reserved.pages, archived, big.archive.scales)
     out = decode_attention(q, big.kv, layer, in_ring, pages=pages, mass=mass)
-    return (out[0], jnp.concatenate(out[1], axis=-1)) if mass else out
+    if not mass:
+      return out
+    out, (of_ring, of_archive) = out
+    return out, jnp.concatenate([of_ring[..., : self.ring], of_archive], axis=-1)
 
   def _attended_pages(self, big, reserved, layer, q, in_ring, order, length):
     table = jnp.take_along_axis(reserved.pages[layer], order, axis=-1)
