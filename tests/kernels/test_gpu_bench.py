@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import time
 
 import numpy as np
 import pytest
 
-from experiments import bench_kernels
-from pallas_kernels import bench, prefill
+from experiments import bench_kernels, flex_attention, kernel_cases, kernel_tuning
+from pallas_kernels import bench, prefill, tuned
+from pallas_kernels.decode import gpu
+
+SMALL = {name: case.shrunk() for name, case in kernel_cases.CASES.items()}
 
 
 def test_ragged_lengths_have_the_mean_asked_for():
@@ -19,38 +24,143 @@ def test_ragged_lengths_have_the_mean_asked_for():
 
 
 def test_cases_are_guarded():
-  run = bench_kernels.Runner(seconds=60)
-  run({"case": "bad"}, lambda: 1 / 0)
-  run({"case": "good"}, lambda: {"us": 1.0})
+  run = bench_kernels.Runner(seconds=60, about={"jax": "0"})
+  run("bad", {"case": "a"}, lambda: 1 / 0)
+  run("good", {"case": "b"}, lambda: {"us": 1.0})
   run.end = 0.0
-  run({"case": "late"}, lambda: {"us": 1.0})
-  assert [set(row) - {"case"} for row in run.rows] == [{"error"}, {"us"}, {"skipped"}]
-  text = bench_kernels.table(run.rows)
+  run("late", {"case": "c"}, lambda: {"us": 1.0})
+  rows = list(run.rows.values())
+  assert [set(row) - {"name", "case", "jax"} for row in rows] == [{"error"}, {"us"}, {"skipped"}]
+  text = bench_kernels.table(rows)
   assert "ZeroDivisionError" in text and "out of time" in text
 
 
-def test_a_decode_case_measures_time_and_floor(tmp_path):
-  case = bench_kernels.QUICK_DECODE[0]
-  row = bench_kernels.our_decode(case, 4, 1e10, "xla")
-  assert row["us"] > 0 and row["of_floor"] == row["floor_us"] / row["us"]
-  rows = [row | {"axis": "CR", "value": 4}, row | {"axis": "CR", "value": 8}]
-  path = bench_kernels.picture(tmp_path / "decode.png", rows, "cpu")
-  assert path is None or (tmp_path / "decode.png").stat().st_size > 0
-  json.dumps(rows)
+def test_cases_are_chosen_by_name_or_beginning():
+  config = bench_kernels.Config
+  assert set(bench_kernels.selected(config())) == set(kernel_cases.CASES)
+  assert set(bench_kernels.selected(config(cases=("prefill", "decode_b32_cr1")))) == {
+    "prefill_cr8", "prefill_cr1", "decode_b32_cr1",
+  }  # fmt: skip
+  growth = bench_kernels.selected(config(cases=("growth",)))
+  assert growth["growth_cr_16"][0] == "CR" and growth["growth_length_131072"][2].slots == 131072
+  assert set(growth) < set(bench_kernels.selected(config(growth=True)))
+  with pytest.raises(ValueError, match="--cases: no case is called dekode"):
+    bench_kernels.selected(config(cases=("dekode",)))
+
+
+def test_bars_are_judged_where_measured():
+  judged = bench_kernels.judged
+  assert judged({"of_floor": 0.96}, (("of_floor", 0.95),))["reached"]
+  row = judged({"dense_slowdown": 1.9, "flex_ratio": 20.0}, (("dense_slowdown", 1.8), ("flex_ratio", 15)))
+  assert row["bar"] == "dense_slowdown <= 1.8, flex_ratio >= 15" and not row["reached"]
+  assert judged({"us": 1.0}, (("flex_ratio", 13),)) == {"us": 1.0}
 
 
 @pytest.mark.standard_promotion  # JAX's own dense attention mixes dtypes
+@pytest.mark.parametrize("name", ["decode_b32_cr8", "pages_int8_b32_cr8"])
+def test_a_decode_case_measures_time_and_floor(name):
+  case = SMALL[name]
+  row = kernel_cases.measure_decode(case, 1e10, "xla")
+  assert row["us"] > 0 and row["of_floor"] == row["floor_us"] / row["us"]
+  assert row["dense_ratio"] == row["dense_us"] / row["us"]
+  slots = bench.ragged_lengths(case.batch, case.heads, case.slots, case.cr).sum()
+  size = 4 * case.size if case.stored == "bfloat16" else 2 * case.size + 2 * 4
+  assert row["floor_us"] == pytest.approx(slots * size / 1e10 * 1e6)
+  assert ("contiguous_ratio" in row) == (case.pages > 0)
+
+
+def test_pages_hold_what_is_live_and_no_more():
+  case = SMALL["pages_b32_cr8"]
+  lengths = np.array([[1, 128], [16, 17]], np.int32)
+  pages = kernel_cases.paged(case, lengths)
+  assert pages.pool.shape == (case.layers * (1 + 8 + 1 + 2), 16, 256)
+  used = np.asarray(pages.table) >= 0
+  np.testing.assert_array_equal(used.sum(-1), np.broadcast_to([[1, 8], [1, 2]], (case.layers, 2, 2)))
+  assert len(set(np.asarray(pages.table)[used].tolist())) == pages.pool.shape[0]
+
+
 def test_a_prefill_case_has_the_compression_asked_for():
-  case = bench_kernels.QUICK_TEXT[0]
-  dense = bench_kernels.dense_prefill(case)
-  rows = [bench_kernels.our_prefill(case, cr, "xla") for cr in (8, 1)]
-  assert rows[1]["visible"] == 1 and 0 < rows[0]["visible"] < 0.5
-  for row in rows:
-    floor = bench_kernels.prefill_floor(dense, row)
-    assert floor["of_floor"] == dense["us"] * row["visible"] / row["us"] > 0
-  assert bench_kernels.prefill_floor({"error": "no"}, rows[0]) == {}
-  text = bench_kernels.PREFILL[0]
-  _, last = bench_kernels.evictions(text, 8)
-  outside = last[..., : -text.window - 1]
-  held = text.window + 1 + (outside == prefill.NEVER).sum(axis=-1).mean()
-  assert abs(text.tokens / held - 8) < 0.1
+  for name, visible in (("prefill_cr8", 0.14), ("prefill_cr1", 1.0)):
+    text = kernel_cases.CASES[name]
+    _, last = kernel_cases.evictions(text)
+    outside = last[..., : -text.window - 1]
+    held = text.window + 1 + (outside == prefill.NEVER).sum(axis=-1).mean()
+    assert abs(text.tokens / held / text.cr - 1) < 0.02
+    seen = np.minimum(last, text.tokens - 1).astype(np.int64) - np.arange(text.tokens) + 1
+    assert seen.mean() * 2 / (text.tokens + 1) == pytest.approx(visible, abs=0.01)
+
+
+@pytest.mark.standard_promotion
+@pytest.mark.parametrize("name", ["prefill_cr8", "retrofit_t8192"])
+def test_a_text_case_is_measured_beside_dense_attention(name):
+  case = SMALL[name]
+  row = bench_kernels.measure(case, 1e10, bench_kernels.Config(flex=False), "xla")
+  assert row["dense_ratio"] == row["dense_us"] / row["us"] > 0 and "reached" not in row
+
+
+def test_flex_attention_says_why_it_was_not_measured():
+  shape = {"batch": 1, "tokens": 256, "queries": 4, "heads": 2, "size": 64, "window": 16}
+  assert "PyTorch" in flex_attention.measure(**shape)["flex_skipped"]
+
+
+def test_later_runs_add_to_earlier_ones(tmp_path):
+  path = tmp_path / "bench.json"
+  old = [{"name": "prefill_cr8", "us": 1.0}, {"name": "decode_b32_cr8", "us": 2.0}]
+  path.write_text(json.dumps({"rows": old}))
+  new = {"prefill_cr8": {"name": "prefill_cr8", "error": "no"}, "decode_h64_cr8": {"name": "decode_h64_cr8", "us": 3.0},
+         "decode_b32_cr8": {"name": "decode_b32_cr8", "us": 4.0}}  # fmt: skip
+  rows = bench_kernels.merged(path, new)
+  assert [(row["name"], row["us"]) for row in rows] == [
+    ("decode_b32_cr8", 4.0), ("decode_h64_cr8", 3.0), ("prefill_cr8", 1.0),
+  ]  # fmt: skip
+
+
+def test_pictures_show_what_was_measured(tmp_path):
+  pytest.importorskip("matplotlib")
+  row = {"name": "decode_b32_cr8", "us": 60.0, "dense_us": 350.0, "floor_us": 43.0}
+  growth = [{"name": f"growth_cr_{cr}", "axis": "CR", "value": cr, "us": 9.0, "floor_us": 5.0} for cr in (1, 4)]
+  failed = {"name": "prefill_cr8", "error": "no"}
+  assert bench_kernels.picture(tmp_path / "bench.png", [row, failed, *growth], "cpu")
+  assert bench_kernels.growth_picture(tmp_path / "growth.png", [row, failed, *growth], "cpu")
+  assert bench_kernels.picture(tmp_path / "none.png", growth, "cpu") is None
+  assert bench_kernels.growth_picture(tmp_path / "none.png", [row], "cpu") is None
+  assert all((tmp_path / name).stat().st_size > 0 for name in ("bench.png", "growth.png"))
+
+
+def test_the_search_keeps_the_fastest_and_passes_over_failures():
+  default = gpu.Blocks(64, 3, 512, 264)
+
+  def clock(sizes):
+    if sizes.block == 128:
+      raise RuntimeError("does not fit")
+    return abs(sizes.split - 192) + abs(sizes.stages - 4) + (5 if sizes.fused else 0) + sizes.workers / 264
+
+  groups = kernel_tuning.decode_candidates(default, 132)
+  best, us = kernel_tuning.search(default, groups, clock, time.monotonic() + 60)
+  assert best == gpu.Blocks(64, 4, 192, 132) and us == 0.5
+  best, us = kernel_tuning.search(default, kernel_tuning.decode_candidates(default, 132), clock, 0.0)
+  assert best == default
+
+
+@pytest.mark.parametrize("name", sorted(kernel_cases.CASES))
+def test_tuned_cases_have_sizes_and_a_class(name):
+  case = kernel_cases.CASES[name]
+  operation, shapes, default, groups, _ = kernel_tuning.subject(case)
+  assert operation == name.split("_")[0].replace("pages", "decode") and "H" in shapes
+  candidates = [sizes for group in groups for sizes in group(default)]
+  assert len(candidates) > 5 and all(isinstance(sizes, type(default)) for sizes in candidates)
+
+
+def test_measured_winners_fit_their_kernels():
+  """Every entry of the shipped table names fields that there are, and says where it was measured."""
+  kinds = {"decode": gpu.Blocks, "prefill": kernel_tuning.prefill_gpu.Blocks}
+  kinds["retrofit"] = kernel_tuning.retrofit_gpu.Blocks
+  for operations in tuned.table().values():
+    for operation, entries in operations.items():
+      for entry in entries.values():
+        assert set(entry["blocks"]) <= {field.name for field in dataclasses.fields(kinds[operation])}
+        assert entry["us"] > 0 and entry["measured"]
+  assert tuned.shape_class(pairs=200, H=128, of=" int8") == "pairs256 H128 of int8"
+  default = gpu.Blocks(64, 3, 512, 264)
+  assert tuned.blocks("decode", "pairs256 H128 S8192", default) is default  # no such device here
+  assert tuned.merged({"a": {"x": {"s": 1}}}, "a", "x", "t", {"us": 2}) == {"a": {"x": {"s": 1, "t": {"us": 2}}}}
