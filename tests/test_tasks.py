@@ -19,7 +19,7 @@ import pytest
 from dms_jax import masks
 from dms_jax.model import Eviction, forward, unembed
 from dms_jax.tokenizer import byte_tokenizer
-from experiments import plots
+from experiments import evaluate, plots
 from experiments.tasks import TASKS, get, gsm8k, hellaswag, likelihood, mmlu, needle, report, retrieval, run, tracking
 from experiments.tasks.base import (
   DataConfig,
@@ -474,8 +474,20 @@ def test_too_many_shots_for_the_context(models, tmp_path):
     list(run.run(jobs, [run.Contender("original", models[0])], byte_tokenizer()))
 
 
-def test_the_program(tmp_path):
-  base, retrofit = save_checkpoints(tmp_path)
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+  return save_checkpoints(tmp_path_factory.mktemp("checkpoints"))
+
+
+def test_a_retrofit_may_be_a_whole_model(checkpoints):
+  base, retrofit = map(str, checkpoints)
+  config = evaluate.Config(checkpoint=base)
+  assert evaluate.load_retrofit(config, retrofit).dms is not None
+  assert evaluate.load_retrofit(config, base).dms is None
+
+
+def test_the_program(tmp_path, checkpoints):
+  base, retrofit = checkpoints
   (tmp_path / "h.txt").write_text(SIX_LINES)
   command = [
     sys.executable, "-m", "experiments.evaluate", f"--checkpoint={base}", f"--retrofit={retrofit}", "--batch=2",

@@ -1,7 +1,7 @@
 """The likelihood of continuations under a model: one scorer for every task that asks for one.
 
-Texts are cut into tokens as lm-evaluation-harness cuts them. Rows of about one length are padded to the same multiple
-of `BUCKET` and scored together, so that few shapes are compiled; every model gets exactly the same batches.
+Texts are cut into tokens as lm-evaluation-harness cuts them. Rows of about one length are scored together, padded
+to a multiple of `BUCKET`, so that few shapes are compiled; every model gets exactly the same batches.
 """
 
 from __future__ import annotations
@@ -118,16 +118,11 @@ def score(
     batch: rows at a time; the longest come first.
   """
   width = -(-max(len(row.targets) for row in rows) // TARGETS) * TARGETS
-  buckets: dict[int, list[int]] = {}
-  for number, row in enumerate(rows):
-    buckets.setdefault(-(-len(row.tokens) // BUCKET) * BUCKET, []).append(number)
-  batches = [
-    (length, numbers[i : i + batch])
-    for length, numbers in sorted(buckets.items(), reverse=True)
-    for i in range(0, len(numbers), batch)
-  ]
+  order = sorted(range(len(rows)), key=lambda number: -len(rows[number].tokens))
+  batches = [order[i : i + batch] for i in range(0, len(rows), batch)]
   out: list[list[Any]] = [[None] * len(rows) for _ in models]
-  for length, numbers in progress(batches):
+  for numbers in progress(batches):
+    length = -(-len(rows[numbers[0]].tokens) // BUCKET) * BUCKET
     tokens = np.zeros((batch, length), np.int32)
     lengths = np.ones(batch, np.int32)
     positions, targets = np.zeros((2, batch, width), np.int32)
