@@ -7,6 +7,11 @@ The prompt is `--prompt`, or the text of `--file`, or one prompt a line of `--pr
 user's message, and without any prompt the turns of a conversation are read from standard input. `--policy=vanilla`
 keeps the whole cache; a policy's own numbers are flags too (`--dms.threshold=2`, `--policy=h2o --h2o.budget=512`). The
 last line is one JSON object with all rows and what they cost.
+
+    python -m experiments.generate --checkpoint=... --requests=requests.jsonl --width=16 --kv_budget_gib=2
+
+answers a file of requests (`experiments/requests.py` has its fields) in one pool of pages: rows are written to
+`--output` as they end, and a run that was cut short goes on where it was.
 """
 
 from __future__ import annotations
@@ -23,12 +28,16 @@ import jax
 import dms_jax
 from dms_jax import policies
 from dms_jax.generation import Output
-from experiments import program
+from experiments import program, requests
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """`samples` continuations of each prompt; `policy` empty is dms for a model with gates, else vanilla."""
+  """`samples` continuations of each prompt; `policy` empty is dms for a model with gates, else vanilla.
+
+  Of requests: `width` rows at once, `chains` of each that does not say; a budget in GiB, or in tokens a head that all
+  rows hold together beside their windows; `output` is by default REQUESTS with .results.jsonl for its ending.
+  """
 
   checkpoint: str
   retrofit: str | None = None
@@ -36,6 +45,13 @@ class Config:
   prompt: str | None = None
   file: str | None = None
   prompts_file: str | None = None
+  requests: str | None = None
+  output: str | None = None
+  width: int = 8
+  chains: int = 1
+  kv_budget_gib: float | None = None
+  kv_budget_tokens: int | None = None
+  archive: Literal["int8", "float8"] | None = None
   chat: bool = False
   system: str | None = None
   policy: str | None = None
@@ -54,9 +70,9 @@ class Config:
   stream: bool = True
 
   def __post_init__(self):
-    given = [name for name in ("prompt", "file", "prompts_file") if getattr(self, name) is not None]
+    given = [name for name in ("prompt", "file", "prompts_file", "requests") if getattr(self, name) is not None]
     if len(given) > 1:
-      raise ValueError(f"give one of --prompt, --file and --prompts_file, not {' and '.join('--' + g for g in given)}")
+      raise ValueError(f"give one prompt, file or list, not {' and '.join('--' + g for g in given)}")
     if not given and not self.chat:
       raise ValueError(
         "nothing to continue: give --prompt, --file or --prompts_file, or --chat to read turns from stdin"
@@ -65,6 +81,16 @@ class Config:
       raise ValueError("--system is a message of a chat: add --chat")
     if self.samples < 1:
       raise ValueError(f"--samples={self.samples} must be 1 or more")
+    if self.requests is not None:
+      refused = [name for name in ("chat", "samples", "capacity") if getattr(self, name) not in (False, 1, None)]
+      if refused:
+        raise ValueError(f"--{refused[0]} does not go with --requests, whose lines say what each is to be")
+    else:
+      for name, default in (("output", None), ("chains", 1), ("kv_budget_gib", None), ("kv_budget_tokens", None)):
+        if getattr(self, name) != default:
+          raise ValueError(f"--{name} is for --requests")
+    if self.kv_budget_gib is not None and self.kv_budget_tokens is not None:
+      raise ValueError("give either --kv_budget_gib or --kv_budget_tokens")
 
   def prompts(self) -> list[str]:
     """The texts asked for; none when turns come from standard input."""
@@ -130,12 +156,33 @@ class Printer:
     print(flush=True)
 
 
+def answer_requests(config: Config, model, tokenizer, policy) -> dict:
+  """What `--requests` asks for."""
+  asked = requests.read_requests(
+    config.requests, tokenizer, max_new_tokens=config.max_new_tokens, chains=config.chains,
+    temperature=config.temperature, seed=config.seed, width=config.width,
+  )  # fmt: skip
+  warmest = max(request.temperature for request in asked)
+  generator = dms_jax.Generator(
+    model, policy=policy, width=config.width, temperature=warmest, top_k=config.top_k, top_p=config.top_p,
+    budget=None if config.kv_budget_gib is None else int(config.kv_budget_gib * 2**30),
+    budget_tokens=config.kv_budget_tokens, stop=tuple(s.replace("\\n", "\n") for s in config.stop), eos=config.eos,
+    archive=config.archive, prefill_chunk=config.prefill_chunk, stretch=config.stretch,
+  )  # fmt: skip
+  output = Path(config.output or Path(config.requests).with_suffix(".results.jsonl"))
+  summary = requests.answer(generator, asked, output)
+  return {"output": str(output), **summary}
+
+
 def main() -> None:
   config = program.read_flags("", Config)
   prompts = config.prompts()
   model, tokenizer = dms_jax.load(config.checkpoint, retrofit=config.retrofit, dtype=config.dtype)
   name = config.policy or ("dms" if model.dms is not None else "vanilla")
   policy = program.read_flags(name, policies.get(name))
+  if config.requests is not None:
+    program.finish(answer_requests(config, model, tokenizer, policy))
+    return
   system = [] if config.system is None else [{"role": "system", "content": config.system}]
 
   def ask(texts: list[str], past: Output | None = None) -> tuple[Output, dict]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import bench_generate, generate
+from experiments import bench_generate, generate, requests
 from tests.test_report import save_checkpoints
 
 ROOT = Path(__file__).parent.parent
@@ -51,6 +51,62 @@ def test_a_conversation(base):
   assert result["turns"][1]["achieved_cr"] == 1.0
 
 
+def test_requests_are_answered_and_taken_up_again(base, tmp_path):
+  """Rows as they end; a second run asks only for what a cut-short results file lacks, and gives the same."""
+  lines = [
+    {"prompt": "one", "id": "a"}, {"messages": [{"role": "user", "content": "hello"}], "max_new_tokens": 3},
+    {"prompt": "another", "chains": 2, "seed": 7, "temperature": 0.9},
+  ]  # fmt: skip
+  (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+  flags = (f"--requests={tmp_path / 'r.jsonl'}", "--width=2", "--kv_budget_tokens=200")
+  done = run(base, *flags)
+  assert done.returncode == 0, done.stderr
+  summary = json.loads(done.stdout.splitlines()[-1])
+  assert (summary["requests"], summary["rows"], summary["new_tokens"]) == (3, 4, 6 + 3 + 2 * 6)
+  assert summary["tokens_per_s"] > 0 and 0 < summary["peak_tokens"] and summary["peak_bytes"] <= summary["cache_bytes"]
+  output = tmp_path / "r.results.jsonl"
+  first = output.read_text()
+  rows = {(r["id"], r["chain"]): r for r in map(json.loads, first.splitlines())}
+  assert set(rows) == {("a", 0), (1, 0), (2, 0), (2, 1)} and rows[2, 0]["tokens"] != rows[2, 1]["tokens"]
+  assert [rows[key]["finish_reason"] for key in rows] == ["length"] * 4
+  kept = [line for line in first.splitlines() if json.loads(line)["id"] != 2]
+  output.write_text("\n".join(kept) + '\n{"id": 2, "cha')
+  again = json.loads(run(base, *flags).stdout.splitlines()[-1])
+  assert (again["requests_now"], again["rows_now"]) == (1, 2)
+  assert {(r["id"], r["chain"]): r["tokens"] for r in map(json.loads, output.read_text().splitlines())} == {
+    key: row["tokens"] for key, row in rows.items()
+  }
+
+
+@pytest.mark.parametrize("line, message", [
+  ("{", "r.jsonl:2: not valid JSON"),
+  ("[]", "r.jsonl:2: expected a JSON object, found list"),
+  ('{"promt": "x"}', "r.jsonl:2: unknown field 'promt'"),
+  ('{"id": 3}', "r.jsonl:2: give either prompt or messages"),
+  ('{"prompt": "x", "chains": 9}', "r.jsonl:2: chains=9 must lie between 1 and --width=2"),
+  ('{"prompt": "x", "chains": "9"}', "r.jsonl:2: chains='9' has the wrong type"),
+  ('{"prompt": "x", "temperature": -1}', "r.jsonl:2: temperature=-1 must be 0 or more"),
+  ('{"prompt": "x", "id": 0}', "r.jsonl:2: id 0 is that of line 1 too"),
+  ('{"messages": [{"role": "user"}]}', "r.jsonl:2: messages must be objects with role and content"),
+])  # fmt: skip
+def test_bad_requests_are_named_by_their_line(tmp_path, line, message):
+  (tmp_path / "r.jsonl").write_text('{"prompt": "fine"}\n' + line + "\n")
+  settings = dict(max_new_tokens=4, chains=1, temperature=0.0, seed=0, width=2)
+  with pytest.raises(ValueError, match=message):
+    requests.read_requests(tmp_path / "r.jsonl", None, **settings)
+
+
+def test_results_of_something_else_are_left_alone(tmp_path):
+  (tmp_path / "letter").write_text("dear\n")
+  with pytest.raises(ValueError, match="letter:1: no result of this program"):
+    requests.finished_chains(tmp_path / "letter")
+  assert (tmp_path / "letter").read_text() == "dear\n"
+  with pytest.raises(ValueError, match="no such file"):
+    requests.read_requests(
+      tmp_path / "none", None, max_new_tokens=4, chains=1, temperature=0.0, seed=0, width=2
+    )  # fmt: skip
+
+
 def test_bad_input_is_one_line(base):
   done = run(base, "--prompt=x", "--policy=nonsense")
   assert done.returncode == 1 and "unknown policy 'nonsense'" in done.stderr and "Traceback" not in done.stderr
@@ -63,6 +119,9 @@ def test_bad_input_is_one_line(base):
     (dict(prompt="a", file="b"), "not --prompt and --file"),
     (dict(prompt="a", system="b"), "add --chat"),
     (dict(prompt="a", samples=0), "--samples=0"),
+    (dict(prompt="a", kv_budget_gib=1.0), "--kv_budget_gib is for --requests"),
+    (dict(requests="a", samples=2), "--samples does not go with --requests"),
+    (dict(requests="a", kv_budget_gib=1.0, kv_budget_tokens=5), "give either --kv_budget_gib or --kv_budget_tokens"),
   ],
 )
 def test_flags_are_checked(flags, message):
