@@ -5,7 +5,10 @@
 
 Each engine reads `--prompt_tokens` tokens and writes `--new_tokens` greedily, one row, after a warm-up that compiles;
 engines take turns for `--repeats` rounds, and medians are reported. Prefill is the time to the first token, decode the
-time of the others. Writes OUTPUT/{bench.json, bench.png}; the last line is one JSON object. Five minutes on two cores.
+time of the others. With `--divergence_width=8`, as many different prompts are also continued one at a time and all at
+once, and the place of the first token that differs is reported of each: at other widths sums run in another order, so
+that a near tie may fall the other way. Writes OUTPUT/{bench.json, bench.png}; the last line is one JSON object. Five
+minutes on two cores.
 """
 
 from __future__ import annotations
@@ -15,8 +18,9 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -44,13 +48,14 @@ class Config:
   stretch: int = 32
   repeats: int = 5
   against_transformers: bool = False
+  divergence_width: int | None = None
   output: str = "runs/bench_generate"
 
   def __post_init__(self):
     if unknown := set(self.dtypes) - {"float32", "bfloat16"}:
       raise ValueError(f"--dtypes={','.join(self.dtypes)}: {sorted(unknown)} must be float32 or bfloat16")
-    for name, least in (("prompt_tokens", 1), ("new_tokens", 2), ("repeats", 1)):
-      if getattr(self, name) < least:
+    for name, least in (("prompt_tokens", 1), ("new_tokens", 2), ("repeats", 1), ("divergence_width", 2)):
+      if (getattr(self, name) or least) < least:
         raise ValueError(f"--{name}={getattr(self, name)} must be {least} or more")
 
 
@@ -126,13 +131,50 @@ def measure(engines: list[Engine], config: Config) -> list[dict]:
   return results
 
 
-def prompt_ids(config: Config, tokenizer) -> list[int]:
-  """The prompt, repeated if the text is short."""
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
+  """The place of the first token in which two rows differ, the end of the shorter one included; None if none does."""
+  place = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+  return None if place == len(a) == len(b) else place
+
+
+def width_divergence(
+  model: Model, prompts: Sequence[Sequence[int]], width: int, *, new_tokens: int, **settings
+) -> dict[str, Any]:
+  """Continues prompts greedily in a `Generator` of width 1 and in one of `width`.
+
+  Args:
+    settings: of the generators.
+
+  Returns:
+    widths, new_tokens, first_difference of each row (None: equal), rows_equal, and the largest difference of the
+    log-probabilities of tokens before it.
+  """
+  rows = []
+  for size in (1, width):
+    generator = dms_jax.Generator(model, width=size, eos=False, **settings)
+    tickets = [generator.submit(prompt, max_new_tokens=new_tokens) for prompt in prompts]
+    for _ in generator.run():
+      pass
+    rows.append([(generator.results[t].tokens[0], generator.results[t].logprobs[0]) for t in tickets])
+  places, largest = [], 0.0
+  for (a, of_a), (b, of_b) in zip(*rows, strict=True):
+    places.append(first_difference(a, b))
+    largest = max([largest, *(abs(x - y) for x, y in zip(of_a[: places[-1]], of_b[: places[-1]], strict=True))])
+  equal = sum(place is None for place in places)
+  return {
+    "widths": [1, width], "new_tokens": new_tokens, "first_difference": places, "rows_equal": equal,
+    "largest_logprob_difference": largest,
+  }  # fmt: skip
+
+
+def prompt_ids(config: Config, tokenizer, count: int = 1) -> list[int]:
+  """The first `count` prompts' tokens, from a text that is repeated if it is short."""
   if config.text is not None and not Path(config.text).is_file():
     raise ValueError(f"--text={config.text}: no such file")
   source = Path(config.text) if config.text else Path(dms_jax.__file__).parent / "model.py"
   ids = tokenizer.encode(source.read_text())
-  return (ids * -(-config.prompt_tokens // len(ids)))[: config.prompt_tokens]
+  wanted = count * config.prompt_tokens
+  return (ids * -(-wanted // len(ids)))[:wanted]
 
 
 def table(results: list[dict]) -> str:
@@ -200,12 +242,24 @@ def main() -> None:
     program.log(f"{dtype}: compiling and measuring")
     results += bench_dtype(config, dtype, tokenizer, prompt)
   print(table(results))
+  divergence = None
+  if config.divergence_width:
+    program.log(f"widths 1 and {config.divergence_width}")
+    model = decode_form(checkpoint.load(config.checkpoint, retrofit=config.retrofit, dtype=config.dtypes[0]))
+    ids, size = prompt_ids(config, tokenizer, config.divergence_width), config.prompt_tokens
+    divergence = width_divergence(
+      model, [ids[i : i + size] for i in range(0, len(ids), size)], config.divergence_width,
+      new_tokens=config.new_tokens, prefill_chunk=config.prefill_chunk, stretch=config.stretch,
+      max_length=size + config.new_tokens,
+    )  # fmt: skip
+    divergence = {"dtype": config.dtypes[0], **divergence}
   folder = Path(config.output)
   title = f"{Path(config.checkpoint).name}, one row, prompt {config.prompt_tokens}, {jax.devices()[0].device_kind}"
   folder.mkdir(parents=True, exist_ok=True)
   image = picture(folder / "bench.png", results, title)
-  program.save_json(folder / "bench.json", {"environment": program.environment(), "results": results})
-  program.finish({"results": results, "picture": image})
+  found = {"results": results} if divergence is None else {"results": results, "width_divergence": divergence}
+  program.save_json(folder / "bench.json", {"environment": program.environment(), **found})
+  program.finish({**found, "picture": image})
 
 
 if __name__ == "__main__":
