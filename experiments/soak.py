@@ -1,0 +1,285 @@
+"""Hours of a server in minutes: random requests under a tight budget, and then whether anything was lost.
+
+    python -m experiments.soak --checkpoint=checkpoints/smollm2-135m-instruct \\
+      --retrofit=experiments/results/retrofit/smollm2-135m-cr4 --minutes=10
+
+Requests of random lengths arrive at random times, some with several chains, some sampled; some conversations go on with
+another turn, some requests are cancelled. The pool is too small for all rows, so that rows are swapped to the host and
+back. Without `--checkpoint` a tiny random model serves. At the end every page must be free, memory no larger than after
+the warm-up, and a sample of finished conversations must be bit-equal to the same run again alone at that width.
+
+Writes OUTPUT/{soak.json, soak.png}; the last line is one JSON object, and the exit status says whether all held.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import os
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import dms_jax
+from dms_jax.config import DMSConfig, ModelConfig
+from dms_jax.model import Model
+from dms_jax.params import init_params, param_table
+from dms_jax.serving import Generator
+from experiments import plots, program
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """`budget_tokens`: that a head may hold of all rows' tokens, default one longest text's; `check`: conversations to
+  run again alone; `warm_up`: the share of the time after which memory must not grow by more than `growth` of itself."""
+
+  checkpoint: str | None = None
+  retrofit: str | None = None
+  minutes: float = 10.0
+  width: int = 8
+  budget_tokens: int | None = None
+  longest_prompt: int = 96
+  longest_answer: int = 96
+  turns: int = 3
+  page: int = 8
+  prefill_chunk: int = 32
+  stretch: int = 8
+  check: int = 12
+  warm_up: float = 0.3
+  growth: float = 0.05
+  seed: int = 0
+  output: str = "runs/soak"
+
+  def __post_init__(self):
+    for name in ("minutes", "width", "longest_prompt", "longest_answer", "turns", "check"):
+      if getattr(self, name) <= 0:
+        raise ValueError(f"--{name}={getattr(self, name)} must be above 0")
+    if not 0 < self.warm_up < 1:
+      raise ValueError(f"--warm_up={self.warm_up} must lie between 0 and 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+  """A request as it was made, and what came of it: of each chain, (tokens, log-probabilities)."""
+
+  prompt: list[int]
+  options: dict[str, Any]
+  answers: list[tuple[list[int], list[float]]]
+
+
+@dataclasses.dataclass
+class Talk:
+  """A conversation: turns that have ended, and the chain and cache that the next one goes on from."""
+
+  turns: list[Turn]
+  past: Any = None
+
+
+class Traffic:
+  """Draws requests; the same seed and the same times of finishing give the same."""
+
+  def __init__(self, config: Config, vocab: int):
+    self.config, self.vocab, self.random = config, vocab, random.Random(config.seed)
+
+  def request(self) -> tuple[list[int], dict[str, Any]]:
+    """A prompt and the arguments of `submit`, the key as `seed`."""
+    draw, config = self.random, self.config
+    prompt = [draw.randrange(self.vocab) for _ in range(draw.randint(1, config.longest_prompt))]
+    chains = min(draw.choice((1, 1, 1, 2, 3)), config.width)
+    return prompt, dict(
+      chains=chains, max_new_tokens=draw.randint(1, config.longest_answer), temperature=draw.choice((0.0, 0.9)),
+      seed=draw.randrange(2**31),
+    )  # fmt: skip
+
+
+def submit(generator: Generator, prompt: list[int], options: dict[str, Any], past) -> int:
+  """The request, keeping its cache."""
+  options = dict(options)
+  key = jax.random.key(options.pop("seed"))
+  return generator.submit(prompt, key=key, keep=True, continue_from=past, **options)
+
+
+def memory() -> int | None:
+  """Bytes of this process in memory; None where the system does not say."""
+  try:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+  except OSError:
+    return None
+
+
+def soak(generator: Generator, config: Config, traffic: Traffic, seconds: float) -> dict[str, Any]:
+  """Serves `seconds` of traffic and what is open then: {samples of every step, counts, conversations that ended}."""
+  draw, talks = traffic.random, {}
+  counts: collections.Counter[str] = collections.Counter()
+  kept: list[Talk] = []
+  columns = ("seconds", "pages", "running", "waiting", "memory", "arrays")
+  samples: dict[str, list] = {name: [] for name in columns}
+  start = shown = time.monotonic()
+  while (now := time.monotonic() - start) < seconds or generator.busy:
+    arriving = now < seconds and len(generator.waiting) < config.width
+    while arriving and draw.random() < 0.5:
+      prompt, options = traffic.request()
+      talks[submit(generator, prompt, options, None)] = (Talk([]), prompt, options)
+      counts["requests"] += 1
+      arriving = len(generator.waiting) < config.width
+    if talks and draw.random() < 0.03:
+      ticket = draw.choice(sorted(talks))
+      generator.cancel(ticket)
+      del talks[ticket], generator.results[ticket]
+      counts["cancelled"] += 1
+    for _, _, tokens, _ in generator.step():
+      counts["tokens"] += len(tokens)
+    for ticket in [ticket for ticket in talks if generator.results[ticket].finished]:
+      talk, prompt, options = talks.pop(ticket)
+      result = generator.results.pop(ticket)
+      counts["rows"] += options["chains"]
+      counts["turns"] += talk.past is not None
+      talk.turns.append(Turn(prompt, options, list(zip(result.tokens, result.logprobs, strict=True))))
+      if now < seconds and len(talk.turns) < config.turns and draw.random() < 0.4:
+        talk.past = result.stored[0]
+        prompt, options = traffic.request()
+        talks[submit(generator, prompt, options, talk.past)] = (talk, prompt, options)
+        continue
+      talk.past = None
+      counts["conversations"] += 1  # a uniform sample of those that have ended
+      if len(kept) < config.check:
+        kept.append(talk)
+      elif (place := draw.randrange(counts["conversations"])) < config.check:
+        kept[place] = talk
+    row = (
+      now, generator.cache.pages - int(generator.cache.table.pool.count), sum(c is not None for c in generator.chains),
+      sum(map(len, generator.waiting)) + len(generator.swapped), memory(), len(jax.live_arrays()),
+    )  # fmt: skip
+    for name, value in zip(columns, row, strict=True):
+      samples[name].append(value)
+    if time.monotonic() - shown > 10:
+      shown = time.monotonic()
+      program.log(
+        f"{now:.0f}/{seconds:.0f} s: {counts['rows']} rows ended, {row[2]} running, {row[3]} waiting, "
+        f"{row[1]}/{generator.cache.pages} pages, {generator.swaps} swaps, {(row[4] or 0) / 2**20:.0f} MiB"
+      )
+  return {"samples": samples, "counts": {**counts, "swaps": generator.swaps}, "kept": kept}
+
+
+def alone(generator: Generator, talk: Talk) -> bool:
+  """Whether a conversation gives the same tokens and log-probabilities, to the bit, with all other rows empty."""
+  past = None
+  for turn in talk.turns:
+    ticket = submit(generator, turn.prompt, turn.options, past)
+    for _ in generator.run():
+      pass
+    result = generator.results.pop(ticket)
+    if list(zip(result.tokens, result.logprobs, strict=True)) != turn.answers:
+      return False
+    past = result.stored[0]
+  return True
+
+
+def lost_pages(generator: Generator) -> int:
+  """Pages that are not free, or owned by none, though no row is left."""
+  pool = jax.device_get(generator.cache.table.pool)
+  free = np.unique(pool.free[: int(pool.count)])
+  return int(max(generator.cache.pages - free.size, (pool.owners != 0).sum()))
+
+
+def verdict(generator: Generator, config: Config, outcome: dict[str, Any]) -> dict[str, Any]:
+  """What was checked and whether it held."""
+  samples, kept = outcome["samples"], outcome["kept"]
+  lost = lost_pages(generator)
+  steps = len(samples["seconds"])
+  whole = samples["seconds"][-1]
+  warm = next(i for i, at in enumerate(samples["seconds"]) if at >= config.warm_up * whole)
+  grown, arrays = None, (samples["arrays"][warm:], samples["arrays"][-1])
+  if samples["memory"][0] is not None:
+    few = max((steps - warm) // 10, 1)
+    before, after = (float(np.median(samples["memory"][i : i + few])) for i in (warm, steps - few))
+    grown = after / before - 1
+  same = [alone(generator, talk) for talk in program.progress(kept, desc="alone")]
+  checks = {
+    "no_page_lost": lost == 0 and lost_pages(generator) == 0,
+    "memory_flat": grown is None or grown <= config.growth,
+    "arrays_flat": arrays[1] <= max(arrays[0]),
+    "bit_equal_alone": all(same),
+    "something_was_swapped": outcome["counts"]["swaps"] > 0,
+  }
+  return {
+    "passed": all(checks.values()), "checks": checks, "lost_pages": lost, "memory_growth": grown,
+    "live_arrays": {"most_after_warm_up": max(arrays[0]), "at_the_end": arrays[1]},
+    "conversations_checked": len(same), "turns_checked": sum(len(talk.turns) for talk in kept),
+    "rows_checked": sum(len(turn.answers) for talk in kept for turn in talk.turns), **outcome["counts"],
+    "steps": steps, "pages": generator.cache.pages, "cache_bytes": generator.cache.nbytes,
+  }  # fmt: skip
+
+
+def picture(path: Path, samples: dict[str, list], pages: int, title: str) -> str | None:
+  """Pages in use, rows, and memory over time; None without matplotlib."""
+  if (plt := plots.pyplot()) is None:
+    return None
+  figure, axes = plt.subplots(3, 1, figsize=(9, 7.5), sharex=True, layout="constrained")
+  at = samples["seconds"]
+  axes[0].plot(at, samples["pages"], lw=0.7, color=plots.DMS)
+  axes[0].axhline(pages, color=plots.DENSE, lw=0.8, ls="--", label="the pool")
+  axes[0].set(ylabel="pages in use", ylim=(0, None), title=title)
+  axes[1].plot(at, samples["running"], lw=0.7, color=plots.DMS, label="in the batch")
+  axes[1].plot(at, samples["waiting"], lw=0.7, color=plots.DENSE, label="waiting, or on the host")
+  axes[1].set(ylabel="rows", ylim=(0, None))
+  axes[2].plot(at, [(x or 0) / 2**20 for x in samples["memory"]], lw=1.2, color=plots.DMS)
+  axes[2].set(ylabel="process memory, MiB", xlabel="seconds", ylim=(0, None), xlim=(0, None))
+  for axis in axes:
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+  for axis in axes[:2]:
+    axis.legend(loc="lower right", frameon=False)
+  figure.savefig(path, dpi=110)
+  plt.close(figure)
+  return str(path)
+
+
+def served_model(config: Config):
+  """The checkpoint's model, or a tiny one with random weights whose gates evict about half."""
+  if config.checkpoint is not None:
+    return dms_jax.load(config.checkpoint, retrofit=config.retrofit)[0]
+  shape = ModelConfig(num_layers=2, d_model=64, d_ff=96, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=128)
+  dms = DMSConfig(window=8)
+  params = init_params(param_table(shape, dms), jax.random.key(config.seed), stddev=0.1)
+  gates = jax.random.normal(jax.random.key(1), params["layers"]["dms_proj"].shape)
+  return Model({**params, "layers": {**params["layers"], "dms_proj": 0.3 * gates}}, shape, dms)
+
+
+def run(config: Config) -> tuple[dict[str, Any], dict[str, list]]:
+  """(verdict, samples) of a soak."""
+  model = served_model(config)
+  longest = config.turns * (config.longest_prompt + config.longest_answer)
+  generator = Generator(
+    model, width=config.width, max_length=longest, temperature=1.0, eos=False, page=config.page,
+    budget_tokens=config.budget_tokens or longest, prefill_chunk=config.prefill_chunk, stretch=config.stretch,
+  )  # fmt: skip
+  outcome = soak(generator, config, Traffic(config, model.config.vocab_size), 60 * config.minutes)
+  return verdict(generator, config, outcome), outcome["samples"]
+
+
+def main() -> None:
+  config = program.read_flags("", Config)
+  result, samples = run(config)
+  folder = Path(config.output)
+  folder.mkdir(parents=True, exist_ok=True)
+  name = Path(config.checkpoint).name if config.checkpoint else "a tiny random model"
+  title = (
+    f"{config.minutes:g} minutes of random traffic on {name}, width {config.width}, {jax.devices()[0].device_kind}"
+  )
+  image = picture(folder / "soak.png", samples, result["pages"], title)
+  report = {"config": program.flag_values(), "environment": program.environment(), **result}
+  program.save_json(folder / "soak.json", report)
+  program.finish({**result, "picture": image})
+  if not result["passed"]:
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+  program.define_flags("", Config)
+  program.run(main)
