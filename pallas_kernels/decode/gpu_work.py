@@ -16,8 +16,8 @@ from pallas_kernels.compat import plgpu
 LOG2E = math.log2(math.e)
 # A finite stand-in for -inf as the maximum of no scores: exp2(-inf - NEVER) is 0, not NaN.
 NEVER = -1e30
-# Pairs whose lengths are summed at a time in the scan.
-SCAN = 8
+# Pairs whose lengths are summed at a time in the scan, all of them read together; then so many fewer.
+SCAN, FEWER = 32, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +80,10 @@ def share(lens, pairs: int, sizes: Blocks, worker):
     count = blocks_of(lens, pair, sizes.block)
     return jnp.where(pair < pairs, count, 0) if pairs % SCAN else count
 
-  def several(number):
-    return sum(blocks(number * SCAN + i) for i in range(SCAN))
+  def several(first, count):
+    return sum(blocks(first + i) for i in range(count))
 
-  total = lax.fori_loop(0, groups, lambda i, total: total + several(i), i32(0))
+  total = lax.fori_loop(0, groups, lambda i, total: total + several(i * SCAN, SCAN), i32(0))
   each, rest = lax.div(total, i32(sizes.workers)), lax.rem(total, i32(sizes.workers))
   begin = worker * each + jnp.minimum(worker, rest)
   end = begin + each + (worker < rest).astype(i32)
@@ -94,15 +94,17 @@ def share(lens, pairs: int, sizes: Blocks, worker):
 
   def skip(state):
     number, before, count = state
-    return number + 1, before + count, several(number + 1)
+    return number + 1, before + count, several((number + 1) * SCAN, SCAN)
 
-  number, before, _ = lax.while_loop(further, skip, (i32(0), i32(0), several(i32(0))))
-  pair, passing = number * SCAN, jnp.bool_(True)
-  for i in range(SCAN):
-    count = blocks(number * SCAN + i)
-    passing = passing & (before + count <= begin)
-    pair = pair + passing.astype(i32)
-    before = before + jnp.where(passing, count, 0)
+  number, before, _ = lax.while_loop(further, skip, (i32(0), i32(0), several(i32(0), SCAN)))
+  pair = number * SCAN
+  for size, times in ((FEWER, SCAN // FEWER - 1), (1, FEWER)):
+    first, passing = pair, jnp.bool_(True)
+    for i in range(times):
+      count = several(first + i * size, size)
+      passing = passing & (before + count <= begin)
+      pair = pair + jnp.where(passing, size, 0)
+      before = before + jnp.where(passing, count, 0)
   per_chunk = sizes.split // sizes.block
   chunk = lax.div(begin - before + i32(per_chunk - 1), i32(per_chunk))
   pair = jnp.minimum(pair, pairs - 1)

@@ -50,13 +50,14 @@ needs_mosaic_gpu = pytest.mark.skipif(
 )
 
 
-def lowered_for_cuda(tokens: int) -> str:
-  """SmolLM2's step of `tokens` tokens a row into a cache of slots, lowered for a Hopper GPU that is not there."""
+def lowered_for_cuda(tokens: int, kind: str = "slots", **options) -> str:
+  """SmolLM2's step of `tokens` tokens a row into a cache of a kind, lowered for a Hopper GPU that is not there."""
   config, dms, struct = PRESETS["smollm2-135m"], DMSConfig(window=64), jax.ShapeDtypeStruct
   params = map_table(lambda _, spec: struct(spec.shape, jnp.bfloat16), param_table(config, dms))
-  make = partial(caches.create, "slots", config, batch=4, capacity=1024, window=64, shift=1, dtype=jnp.bfloat16)
-  cache = jax.eval_shape(make)
-  cache = cache.replace(kv=struct(cache.kv.shape, jnp.bfloat16))
+  sizes = dict(batch=4, capacity=1024, window=64, shift=1, dtype=jnp.bfloat16)
+  cache = jax.eval_shape(partial(caches.create, kind, config, **sizes, **options))
+  as_on_a_gpu = lambda x: struct(x.shape, jnp.bfloat16) if x.dtype == jnp.uint16 else x  # not as bits, as on a CPU
+  cache = jax.tree.map(as_on_a_gpu, cache)
   policy = policies.DMS(window=64, threshold=struct((), jnp.float32))
   arguments = Model(params, config, dms), policy, cache, struct((4, tokens), jnp.int32), struct((4,), jnp.int32)
   with compat.assume_hopper():

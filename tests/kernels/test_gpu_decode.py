@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compat
-from pallas_kernels.decode import Pages, decode_attention, gpu, ref, xla
+from pallas_kernels.decode import Pages, decode_attention, gpu, gpu_work, ref, xla
 from tests.kernels.suite import lowered_for_cuda, needs_mosaic_gpu
 
 # Of the largest value: the weights of the second product and the output are rounded to half a unit in the last place
@@ -133,6 +133,13 @@ def test_decode_step_of_a_model_lowers_for_cuda():
   assert "decode_" in lowered_for_cuda(1)
 
 
+@needs_mosaic_gpu
+@pytest.mark.parametrize("archive", [None, "int8"])
+def test_decode_step_of_a_model_with_pages_lowers_for_cuda(archive):
+  """The same from a pool of pages, beside rings."""
+  assert "decode_pages32_" in lowered_for_cuda(1, "paged", archive=archive)
+
+
 def test_refuses_with_the_reason():
   q, kv, lengths = inputs(1, 1, 2, 64, 64, [10])
   reason = "needs a Hopper GPU, the default device is a cpu" if compat.HAS_MOSAIC_GPU else "older than 0.11"
@@ -160,6 +167,27 @@ def test_refuses_with_the_reason():
         call(q, None, 0, None, pages=pages)
     with pytest.raises(NotImplementedError, match="returns no mass"):
       call(q, kv, 0, lengths, mass=True)
+
+
+@pytest.mark.parametrize("pairs, workers, split", [(3, 7, 64), (70, 300, 128)])
+def test_work_is_divided_evenly_and_completely(pairs, workers, split):
+  """Each chunk has one worker, in order; none has a chunk's blocks more than its part of the list."""
+  rng = np.random.default_rng(pairs)
+  sizes, lengths = gpu.Blocks(64, 2, split, workers), rng.integers(0, 900, (2, pairs))
+  lengths[:, rng.random(pairs) < 0.3] = 0
+  padded = [jnp.asarray(np.pad(x, (0, -pairs % gpu_work.SCAN)), jnp.int32) for x in lengths]
+  share = jax.jit(jax.vmap(lambda worker: gpu_work.share(padded, pairs, sizes, worker)))
+  (pair, chunk, before), end = (np.asarray(x).tolist() if not isinstance(x, tuple) else [y.tolist() for y in x]
+                                for x in share(jnp.arange(workers, dtype=jnp.int32)))  # fmt: skip
+  count, done = np.maximum((-(-lengths // 64)).sum(axis=0), 1), []
+  for worker in range(workers):
+    at, begin = (pair[worker], chunk[worker], before[worker]), before[worker] + chunk[worker] * (split // 64)
+    while at[2] + at[1] * (split // 64) < end[worker]:
+      done.append(at[:2])
+      last = (at[1] + 1) * (split // 64) >= count[at[0]]
+      at = (at[0] + 1, 0, at[2] + count[at[0]]) if last else (at[0], at[1] + 1, at[2])
+    assert end[worker] - begin <= count.sum() // workers + 1
+  assert done == [(p, c) for p in range(pairs) for c in range(-(-count[p] // (split // 64)))]
 
 
 def test_sizes_by_shape():
