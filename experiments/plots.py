@@ -155,11 +155,16 @@ def ablation(path: Path, rows: list[dict], x: str, title: str) -> str | None:
     change.plot(at, [100 * row["perplexity_change"] for row in group], **style)
     cr.plot(at, achieved, **style)
     both.plot(achieved, [row["kl"] for row in group], label=name or None, **style)
-    for row in group if len(rows) <= 24 else []:
-      text = f"{row['x'] / 1e6:.3g} M" if x == "tokens" else row["x"].replace("\n", " ")
-      both.annotate(
-        text, (row["achieved_cr"], row["kl"]), xytext=(-5, 5), textcoords="offset points", ha="right", fontsize=8
-      )
+  place_of = lambda row: (row["achieved_cr"], row["kl"])
+  spans = [max(values) - min(values) for values in zip(*map(place_of, rows), strict=True)]
+  named: list[tuple[float, float]] = []
+  for row in rows:
+    here = place_of(row)
+    if any(abs(here[0] - x0) < 0.06 * spans[0] and abs(here[1] - y0) < 0.03 * spans[1] for x0, y0 in named):
+      continue  # its name would lie on another's
+    named.append(here)
+    text = f"{row['x'] / 1e6:.3g} M" if x == "tokens" else row["x"].replace("\n", " ")
+    both.annotate(text, here, xytext=(-5, 5), textcoords="offset points", ha="right", fontsize=8)
   divergence = "KL(original || retrofit), nats per token"
   for axis, label in ((kl, divergence), (change, "perplexity change, %"), (cr, "achieved CR")):
     axis.set_ylabel(label)

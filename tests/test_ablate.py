@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -245,14 +246,16 @@ def test_picture_of_compression(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------- a whole one
 
-# Ends itself with SIGKILL when it begins to write a path that holds a word.
-KILLED = """
+# Without matplotlib, whose pictures take longer than these runs; and ends itself with SIGKILL when it begins to write a
+# path that holds a word.
+PROGRAM = """
 import os, runpy, signal, sys
 word = sys.argv[1]
 def hook(event, args):
-  if event in ("os.rename", "os.mkdir") and word in str(args[0]) and "window=4" in str(args[0]):
+  if event in ("os.rename", "os.mkdir") and word and word in str(args[0]) and "window=4" in str(args[0]):
     os.kill(os.getpid(), signal.SIGKILL)
 sys.argv = sys.argv[1:]
+sys.modules["matplotlib"] = None
 sys.addaudithook(hook)
 runpy.run_module("experiments.ablate", run_name="__main__", alter_sys=True)
 """
@@ -268,7 +271,8 @@ def inputs(tmp_path_factory):
   (folder / "held_out.txt").write_text("seven and nine make sixteen. " * 8)
   (folder / "sweep.txt").write_text(
     "--retrofit.steps=6 --retrofit.seq_len=16 --retrofit.save_every=3 --retrofit.final_cr=1.5\n"
-    "--retrofit.steps_per_cr=8 --retrofit.compute_dtype=float32 --lora.rank=2 --eval.length=32 --eval.dtype=float32\n"
+    "--retrofit.steps_per_cr=8 --retrofit.learning_rate=0.1 --retrofit.compute_dtype=float32 --lora.rank=2\n"
+    "--eval.length=32 --eval.dtype=float32\n"
     "dms.window=2,4 eval.threshold=0,1e4\n"
     f"eval.retrofit={folder / 'broken'}  # noticed when it is loaded\n"
   )
@@ -278,19 +282,20 @@ def inputs(tmp_path_factory):
   return folder
 
 
-def command(folder: Path, *flags: str) -> list[str]:
-  return [
+def run(folder: Path, *flags: str, killed_at: str = "") -> subprocess.CompletedProcess:
+  flags = (
     f"--checkpoint={folder / 'model'}", f"--sweep_file={folder / 'sweep.txt'}", f"--data.paths={folder / 'text.txt'}",
     f"--eval.text={folder / 'held_out.txt'}", f"--output={folder / 'runs'}", *flags,
-  ]  # fmt: skip
+  )  # fmt: skip
+  quick = " ".join(f"--{name}={value}".lower() for name, value in tiny.QUICK.items())
+  return subprocess.run(
+    [sys.executable, "-c", PROGRAM, killed_at, *flags], cwd=ROOT, env={**os.environ, "XLA_FLAGS": quick},
+    capture_output=True, text=True, timeout=300,
+  )  # fmt: skip
 
 
-def run(arguments: list[str]) -> subprocess.CompletedProcess:
-  return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
-
-
-def test_killed_resumed_and_one_fails(inputs):
-  killed = run(["-c", KILLED, "state/6", *command(inputs)])
+def test_killed_resumed_and_one_fails(inputs, tmp_path):
+  killed = run(inputs, killed_at="state/6")
   assert killed.returncode == -signal.SIGKILL, killed.stderr
   root = inputs / "runs" / "sweep"
   scores = {path: path.stat().st_mtime_ns for path in root.rglob("quality/*.json")}
@@ -298,7 +303,7 @@ def test_killed_resumed_and_one_fails(inputs):
   before = log.read_text().splitlines()
   assert len(scores) == 2 and before and not (log.parent / "final").exists()
 
-  done = run(["-m", "experiments.ablate", *command(inputs)])
+  done = run(inputs)
   assert done.returncode == 1, done.stderr
   assert "sweep: 5 runs, 2 of them finished; 1 retrofits to train" in done.stderr
   assert "1 of 5 runs failed" in done.stderr and "Traceback" not in done.stderr
@@ -323,18 +328,20 @@ def test_killed_resumed_and_one_fails(inputs):
   tokens = byte_tokenizer().encode((inputs / "held_out.txt").read_text())
   again = text_quality(original, retrofit, np.asarray(tokens, np.int32), 32)
   for name in ("kl", "perplexity", "achieved_cr"):
-    assert first[name] == pytest.approx(again[name], rel=1e-5), name  # the same in another process, float32
+    assert first[name] == pytest.approx(again[name], rel=1e-3, abs=1e-7), name  # float32, compiled otherwise
 
   table = (root / "table.md").read_text().splitlines()
   assert table[0].split("|")[1:4] == [f" {n} " for n in ("dms.window", "eval.retrofit", "eval.threshold")]
   assert len([row for row in table if row.startswith("|")]) == 2 + 4 and table[0] in done.stdout
   saved = json.loads((root / "ablation.json").read_text())
   assert len(saved["runs"]) == 4 and "held_per_head" in saved["runs"][0] and "python -m" in saved["command"]
-  assert [Path(picture).name for picture in line["pictures"]] in ([], ["ablation.png"])  # matplotlib is optional
+  assert line["pictures"] == []  # matplotlib is optional
+  pytest.importorskip("matplotlib")
+  assert ablate.draw(saved["runs"], "run", "title", tmp_path) == [str(tmp_path / "ablation.png")]
 
 
 def test_a_wrong_value_fails_before_the_first_run(inputs):
-  refused = run(["-m", "experiments.ablate", *command(inputs, "--name=wrong", "--sweep=dms.shift=1,2")])
+  refused = run(inputs, "--name=wrong", "--sweep=dms.shift=1,2")
   assert refused.returncode == 1 and "Traceback" not in refused.stderr
   assert "error: --sweep: dms.shift=2: dms.shift=2 must be 1" in refused.stderr
   assert not (inputs / "runs" / "wrong").exists()
