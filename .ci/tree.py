@@ -28,6 +28,7 @@ DESCRIBED = {
   "experiments/LOG.md": "dated results, disappointing ones too",
 }
 FOLDERS = {  # one line for all that is in them
+  "experiments/configs": "sweeps for experiments.ablate; each opens with its command, cost and expected result",
   "experiments/results": "what README quotes: figures, pictures and retrofits, each with its command",
   "tests/goldens": "reference outputs of NVIDIA's PyTorch DMS, both gates",
 }
