@@ -20,6 +20,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
@@ -44,7 +46,7 @@ def save(
 ) -> None:
   """Writes a checkpoint, whole or not at all; an older checkpoint at `path` is replaced.
 
-  Of several processes one calls it, with parameters that it can read.
+  Of several processes each calls it and writes its shards, to a file system that all of them see.
 
   Args:
     groups: what to write; ("gate", "lora") is a retrofit. Groups that the model does not have are left out.
@@ -65,12 +67,15 @@ def save(
   groups = [g for g in GROUPS if g in groups and present[g]]
   flat = {name: held[name] for name, spec in table.items() if spec.group in groups}
   dtypes = sorted({str(value.dtype) for value in flat.values()})
-  with atomic_directory(path) as directory:
+  with _directory_of_all(path) as directory:
     if flat:
-      context = _alone()
+      context = ocp.Context()
       context.array.saving.use_compression = "base" not in groups  # a whole model: half the size, but ten times slower
       with context:
         ocp.save(directory / PARAMS, unflatten(flat))
+    if jax.process_index():  # the first one does the rest
+      return
+    if flat:
       # Orbax notes where it saved to, which is not where the checkpoint will be, and no reader's business.
       for note in (directory / PARAMS).glob("commit_success*.txt"):
         note.write_text("saved\n")
@@ -89,15 +94,6 @@ def save(
     (directory / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
 
 
-def _alone() -> ocp.Context:
-  """Has Orbax wait for no other process."""
-  context = ocp.Context()
-  if jax.process_count() > 1:
-    context.multiprocessing.primary_host = jax.process_index()
-    context.multiprocessing.active_processes = {jax.process_index()}
-  return context
-
-
 def load(
   path: str | Path, *, retrofit: str | Path | None = None, merge: bool = True, dtype: Any = None,
   mesh: Mesh | None = None,
@@ -109,8 +105,8 @@ def load(
     retrofit: a checkpoint of gates and low-rank updates made for this model; its gates replace the model's own.
     merge: fold low-rank updates into the weights (in float32, rounded once); else they stay apart.
     dtype: of the weights; default as stored. Gates, and updates kept apart, stay as stored.
-    mesh: each of its devices reads only its part, as `sharding.param_shardings` splits them; every process of the mesh
-      must call. Without, all is read to this process's first device.
+    mesh: each of its devices reads only its part, as `sharding.param_shardings` splits them. Without, all is read to
+      this process's first device. Of several processes each calls.
 
   Raises:
     ValueError: a file is missing, cut short or damaged, or the retrofit belongs to another model.
@@ -234,6 +230,28 @@ def atomic_directory(path: str | Path, replaces=is_checkpoint) -> Iterator[Path]
     shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def _directory_of_all(path: str | Path) -> Iterator[Path]:
+  """The `atomic_directory` of process 0, on every process."""
+  if jax.process_count() == 1:
+    with atomic_directory(path) as directory:
+      yield directory
+    return
+  with contextlib.ExitStack() as stack:
+    name, failure = b"", None
+    try:
+      if jax.process_index() == 0:
+        name = os.fsencode(stack.enter_context(atomic_directory(path)))
+    except Exception as error:  # the others must hear of it before it is raised
+      failure = error
+    told = multihost_utils.broadcast_one_to_all(np.frombuffer(name.ljust(4096, b"\0"), np.uint8))
+    if failure is not None:
+      raise failure
+    if not (name := bytes(np.asarray(told, np.uint8)).rstrip(b"\0")):
+      raise OSError(f"{path}: process 0 could not make the folder; its own message says why")
+    yield Path(os.fsdecode(name))
+
+
 def _is_running(pid: str) -> bool:
   """Whether another process has this number; our own leaves nothing behind, so it is a former namesake's."""
   try:
@@ -254,8 +272,7 @@ def _read_params(
   directory = (path / PARAMS).absolute()  # Orbax refuses relative paths
   _check_files(path, values["files"])
   try:
-    with _alone():
-      stored = flatten(ocp.metadata(directory).metadata)
+    stored = flatten(ocp.metadata(directory).metadata)
   except Exception as error:
     raise ValueError(f"{directory}: Orbax cannot read it ({_first_line(error)}); save or convert it again") from None
   problems = [_difference(set(stored), set(table))] if set(stored) != set(table) else []
@@ -277,8 +294,7 @@ def _read_params(
     return jax.ShapeDtypeStruct(spec.shape, kind, sharding=shardings[name])
 
   try:
-    with _alone() if mesh is None else contextlib.nullcontext():
-      return ocp.load(directory, unflatten({name: abstract(name, spec) for name, spec in table.items()}))
+    return ocp.load(directory, unflatten({name: abstract(name, spec) for name, spec in table.items()}))
   except Exception as error:
     raise ValueError(f"{directory}: Orbax cannot read it ({_first_line(error)}); save or convert it again") from None
 

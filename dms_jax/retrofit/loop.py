@@ -185,12 +185,8 @@ def export(run: Run, student: Model, state: TrainState, path: Path, tokenizer=No
     trained = cast_trained(student, trained, jnp.dtype(config.compute_dtype))
     model = student.replace(params=join_params(student.params, trained))
   groups = ("base", "gate", "lora") if config.whole_model else ("gate", "lora")
-  table = param_table(model.config, model.dms, model.lora)
-  kept, rest = split_params(model.params, lambda name: table[name].group in groups)
-  model = model.replace(params=join_params(rest, distributed.gathered(kept)))
   with distributed.together():
-    if distributed.leads():
-      checkpoint.save(path, model, tokenizer if config.whole_model else None, groups=groups, metadata=metadata)
+    checkpoint.save(path, model, tokenizer if config.whole_model else None, groups=groups, metadata=metadata)
 
 
 def train(
