@@ -37,7 +37,8 @@ class Config:
     implementation: of the kernels; none: "gpu" on a GPU, so that a refusal is seen, else what dispatch chooses.
     seconds: after so many no further case starts.
     flex: measure PyTorch's FlexAttention beside the retrofit, where PyTorch is installed.
-    tune: measure candidates for the sizes of each case's kernel first, and write the fastest to `table`.
+    tune: measure candidates for the sizes of each case's kernel first, and write the fastest to `table`; the first
+      case of a class of shapes decides for all.
   """
 
   cases: tuple[str, ...] = ()
@@ -224,9 +225,10 @@ def main() -> None:
     "jax": environment["jax"],
   }  # fmt: skip
   run = Runner(config.seconds, about)
-  if config.tune:
-    kernel_tuning.tune(cases, config.table, run.end, about)
+  tuned_classes: set[tuple[str, str]] = set()
   for name, case in cases.items():
+    if config.tune and not isinstance(case, tuple):
+      kernel_tuning.tune(name, case, config.table, run.end, about, tuned_classes)
     run(name, described(case), lambda case=case: measure(case, bandwidth, config, forced))
     saved = program.save_json(path, {"environment": environment, "rows": merged(path, run.rows)})
   rows = merged(path, run.rows)

@@ -35,7 +35,7 @@ def measure(batch: int, tokens: int, queries: int, heads: int, size: int, window
 
   def attend():
     def score(s, b, h, i, j):
-      return torch.where(i - j > window, s + bias[b, h // group, j], s)
+      return s + torch.where(i - j > window, bias[b, h // group, j], 0.0)
 
     return compiled(q, k, v, score_mod=score, block_mask=mask, enable_gqa=True)
 

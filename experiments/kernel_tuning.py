@@ -97,20 +97,21 @@ def subject(case: Decode | Text) -> tuple[str, str, Any, Iterator[Callable], Cal
   return "retrofit", tuned.shape_class(H=case.size), default, retrofit_candidates(default), clock
 
 
-def tune(cases: dict[str, Any], path: Path, end: float, about: dict) -> None:
-  """Measures candidates for each case and writes the winners into the table at `path`, one after another."""
-  for name, case in cases.items():
-    if isinstance(case, tuple) or time.monotonic() > end:
-      continue
-    operation, shapes, default, groups, clock = subject(case)
-    program.log(f"tuning {name}: {operation}, {shapes}")
-    best, us = search(default, groups, clock, end)
-    if us == float("inf"):
-      continue
-    entry = {
-      "blocks": dataclasses.asdict(best), "us": us,
-      "measured": f"{about['date']}, jax {about['jax']}, {name}: {case}",
-    }  # fmt: skip
-    table = json.loads(path.read_text()) if path.exists() else {}
-    program.save_json(path, tuned.merged(table, about["device"], operation, shapes, entry))
-    tuned.table.cache_clear()
+def tune(name: str, case: Decode | Text, path: Path, end: float, about: dict, done: set[tuple[str, str]]) -> None:
+  """Measures candidates for a case and writes the winner into the table at `path`.
+
+  Nothing is done for a class of shapes in `done`, to which the case's is added, nor past `end`.
+  """
+  operation, shapes, default, groups, clock = subject(case)
+  if (operation, shapes) in done or time.monotonic() > end:
+    return
+  done.add((operation, shapes))
+  program.log(f"tuning {name}: {operation}, {shapes}")
+  best, us = search(default, groups, clock, end)
+  if us == float("inf"):
+    return
+  measured = f"{about['date']}, jax {about['jax']}, {name}: {case}"
+  entry = {"blocks": dataclasses.asdict(best), "us": us, "measured": measured}
+  table = json.loads(path.read_text()) if path.exists() else {}
+  program.save_json(path, tuned.merged(table, about["device"], operation, shapes, entry))
+  tuned.table.cache_clear()

@@ -142,6 +142,23 @@ def test_the_search_keeps_the_fastest_and_passes_over_failures():
   assert best == default
 
 
+def test_tuning_writes_a_winner_once_a_class(tmp_path, monkeypatch):
+  """In a table that other entries stay in; the first case of a class of shapes decides."""
+  path, done = tmp_path / "tuned.json", set()
+  path.write_text(json.dumps({"other": {"decode": {}}}))
+  monkeypatch.setattr(
+    kernel_cases, "decode_us", lambda case, forced, attend: (float(attend.keywords["blocks"].split), 0)
+  )
+  about = {"device": "here", "jax": "0", "date": "today"}
+  for name in ("decode_b32_cr8", "decode_b32_cr1", "pages_b32_cr8"):
+    kernel_tuning.tune(name, kernel_cases.CASES[name], path, time.monotonic() + 60, about, done)
+  entries = json.loads(path.read_text())["here"]["decode"]
+  assert set(entries) == {"pairs256 H128 S8192", "pairs256 H128 S0 page32 of bfloat16"}
+  entry = entries["pairs256 H128 S8192"]
+  assert entry["us"] == entry["blocks"]["split"] == 64 and entry["measured"].startswith("today, jax 0, decode_b32_cr8")
+  assert "other" in json.loads(path.read_text())
+
+
 @pytest.mark.parametrize("name", sorted(kernel_cases.CASES))
 def test_tuned_cases_have_sizes_and_a_class(name):
   case = kernel_cases.CASES[name]
