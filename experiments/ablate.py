@@ -243,7 +243,7 @@ def load(one: Trial, base: str, original: Model) -> Model:
   path, dtype = one.retrofit_path, one.eval.dtype
   if one.eval.policy != "dms":
     return original
-  if one.eval.trained and one.retrofit.whole_model:
+  if "base" in checkpoint.read_config(path)[0]["groups"]:  # all weights were trained
     return checkpoint.load(path, dtype=dtype)
   return checkpoint.load(base, retrofit=path, dtype=dtype)
 
