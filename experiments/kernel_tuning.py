@@ -38,7 +38,7 @@ def decode_candidates(best: Any, processors: int) -> Iterator[Callable[[Any], li
 
 
 def prefill_candidates(best: Any) -> Iterator[Callable[[Any], list]]:
-  yield lambda best: [REPLACE(best, kv=kv, stages=stages) for kv in (64, 96, 128, 160, 192) for stages in (2, 3, 4)]
+  yield lambda best: [REPLACE(best, kv=kv, stages=stages) for kv in (64, 128, 192) for stages in (2, 3, 4)]
 
 
 def retrofit_candidates(best: Any) -> Iterator[Callable[[Any], list]]:

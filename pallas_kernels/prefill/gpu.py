@@ -41,8 +41,8 @@ class Blocks:
   memory_registers: int = 24
 
   def __post_init__(self):
-    if self.kv % GRAIN or self.kv < ROWS:
-      raise ValueError(f"kv {self.kv} must be a multiple of {GRAIN}, at least {ROWS}")
+    if self.kv % ROWS:  # a swizzled row of the second product's operand
+      raise ValueError(f"kv {self.kv} must be a multiple of {ROWS}")
 
 
 def default_blocks(head_dim: int) -> Blocks:
