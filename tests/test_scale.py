@@ -32,8 +32,8 @@ from tests import tiny
 
 ROOT = Path(__file__).parent.parent
 # Sums over rows, words and widths are taken in another order: float32 rounding, 1e-7 of a loss and up to 2e-5 of a
-# gradient's norm after four steps, because AdamW divides small gradients by as small a size.
-TOLERANCE = dict(rtol=1e-4, atol=1e-6)
+# gradient's norm after four steps, because AdamW divides small gradients by as small a size; and on over eight.
+TOLERANCE = dict(rtol=1e-3, atol=1e-6)
 
 RETROFIT = """
 import dataclasses, json, sys
@@ -191,7 +191,7 @@ def start(inputs: Path, output: Path, *flags: str, devices: int = 1) -> subproce
   command = [
     sys.executable, "-m", "experiments.retrofit", f"--checkpoint={inputs / 'model'}", f"--output={output}",
     f"--data.paths={inputs / 'text.txt'}", "--retrofit.seq_len=32", "--dms.window=3", "--retrofit.final_cr=2",
-    "--retrofit.steps_per_cr=4", "--retrofit.learning_rate=0.01", "--retrofit.save_every=3", "--lora.rank=2",
+    "--retrofit.steps_per_cr=4", "--retrofit.learning_rate=0.001", "--retrofit.save_every=3", "--lora.rank=2",
     "--retrofit.batch_size=4", "--retrofit.compute_dtype=float32", *flags,
   ]  # fmt: skip
   return subprocess.Popen(
@@ -234,8 +234,8 @@ def test_two_processes_train_as_one_which_goes_on_alone(inputs):
       np.testing.assert_allclose(b[name], a[name], **TOLERANCE, err_msg=f"{name}, step {a['step']}")
   for name in ("cr2", "final"):
     a, b = (checkpoint.load(inputs / "model", retrofit=run / name, merge=False).params["layers"] for run in (one, two))
-    # A first step of AdamW is nearly the sign of the gradient: where that is rounding alone, it may point elsewhere.
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), a, b)
+    # Where a gradient is hardly more than rounding, AdamW's step may point elsewhere: one step apart at most.
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3), a, b)
 
 
 @pytest.mark.slow
