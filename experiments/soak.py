@@ -216,25 +216,43 @@ def verdict(generator: Generator, config: Config, outcome: dict[str, Any]) -> di
   }  # fmt: skip
 
 
-def picture(path: Path, samples: dict[str, list], pages: int, title: str) -> str | None:
-  """Pages in use, rows, and memory over time; None without matplotlib."""
+def over_time(samples: dict[str, list], bins: int = 120) -> dict[str, list]:
+  """Samples in `bins` equal parts of the time: [least, mean, greatest] of each, and `seconds`, where each part ends."""
+  at = np.asarray(samples["seconds"])
+  ends = np.linspace(0, at[-1], bins + 1)[1:]
+  part = np.minimum(np.searchsorted(ends, at), bins - 1)
+  found = [i for i in range(bins) if (part == i).any()]
+  result = {"seconds": [round(float(ends[i]), 1) for i in found]}
+  for name in ("pages", "running", "waiting", "memory"):
+    values = np.array([x or 0 for x in samples[name]], float)
+    groups = [values[part == i] for i in found]
+    result[name] = [[float(g.min()), round(float(g.mean()), 2), float(g.max())] for g in groups]
+  return result
+
+
+def picture(path: Path, series: dict[str, list], pages: int, title: str) -> str | None:
+  """Pages in use, rows, and memory over time, each as mean and range; None without matplotlib."""
   if (plt := plots.pyplot()) is None:
     return None
   figure, axes = plt.subplots(3, 1, figsize=(9, 7.5), sharex=True, layout="constrained")
-  at = samples["seconds"]
-  axes[0].plot(at, samples["pages"], lw=0.7, color=plots.DMS)
+
+  def draw(axis, name: str, color: str, label: str, scale: float = 1.0):
+    least, mean, most = np.array(series[name]).T / scale
+    axis.fill_between(series["seconds"], least, most, color=color, alpha=0.2, lw=0)
+    axis.plot(series["seconds"], mean, color=color, lw=1.6, label=label)
+
+  draw(axes[0], "pages", plots.DMS, "in use: mean and range")
   axes[0].axhline(pages, color=plots.DENSE, lw=0.8, ls="--", label="the pool")
-  axes[0].set(ylabel="pages in use", ylim=(0, None), title=title)
-  axes[1].plot(at, samples["running"], lw=0.7, color=plots.DMS, label="in the batch")
-  axes[1].plot(at, samples["waiting"], lw=0.7, color=plots.DENSE, label="waiting, or on the host")
-  axes[1].set(ylabel="rows", ylim=(0, None))
-  axes[2].plot(at, [(x or 0) / 2**20 for x in samples["memory"]], lw=1.2, color=plots.DMS)
-  axes[2].set(ylabel="process memory, MiB", xlabel="seconds", ylim=(0, None), xlim=(0, None))
-  for axis in axes:
+  draw(axes[1], "waiting", plots.DENSE, "waiting, or on the host")
+  draw(axes[1], "running", plots.DMS, "in the batch")
+  draw(axes[2], "memory", plots.DMS, "of the process", 2**20)
+  for axis, label in zip(axes, ("pages", "rows", "memory, MiB"), strict=True):
+    axis.set(ylabel=label, ylim=(0, None), xlim=(0, series["seconds"][-1]))
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
-  for axis in axes[:2]:
-    axis.legend(loc="lower right", frameon=False)
+    axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderaxespad=0)
+  axes[2].set_xlabel("seconds")
+  figure.suptitle(title)
   figure.savefig(path, dpi=110)
   plt.close(figure)
   return str(path)
@@ -272,8 +290,9 @@ def main() -> None:
   title = (
     f"{config.minutes:g} minutes of random traffic on {name}, width {config.width}, {jax.devices()[0].device_kind}"
   )
-  image = picture(folder / "soak.png", samples, result["pages"], title)
-  report = {"config": program.flag_values(), "environment": program.environment(), **result}
+  series = over_time(samples)
+  image = picture(folder / "soak.png", series, result["pages"], title)
+  report = {"config": program.flag_values(), "environment": program.environment(), **result, "over_time": series}
   program.save_json(folder / "soak.json", report)
   program.finish({**result, "picture": image})
   if not result["passed"]:

@@ -35,7 +35,9 @@ def test_what_was_served_is_sound(ran, tmp_path):
   assert result["requests"] >= 3 and result["tokens"] > 0
   lengths = {len(values) for values in outcome["samples"].values()}
   assert lengths == {result["steps"]} and outcome["samples"]["pages"][-1] == 0
-  image = soak.picture(tmp_path / "soak.png", outcome["samples"], result["pages"], "a test")
+  series = soak.over_time(outcome["samples"], 5)
+  assert series["pages"][-1][0] == 0 and all(least <= mean <= most for least, mean, most in series["running"])
+  image = soak.picture(tmp_path / "soak.png", series, result["pages"], "a test")
   assert image is None or (tmp_path / "soak.png").stat().st_size > 1000
 
 
