@@ -263,7 +263,7 @@ def score(one: Trial, original: Model, model: Model, tokens: np.ndarray) -> dict
     where, held = held_by_position(
       model, tokens, evaluation.length, evaluation.positions, progress=progress, **eviction
     )  # fmt: skip
-    result |= {"positions": where, "held_by_position": held}
+    result |= {"positions": where, "held_by_position": held.round(5)}
   return result | {"environment": program.environment()}
 
 
@@ -399,7 +399,9 @@ def points(found: list[dict[str, Any]], x: str) -> list[dict[str, Any]]:
     at.setdefault(place(row), []).append(row["settings"])
   follows = lambda name: all(len({each[name] for each in same}) == 1 for same in at.values())  # from the place alone
   others = [name for name in found[0]["settings"] if name != x and not follows(name)]
-  return [row | {"x": place(row), "line": ", ".join(f"{n}={row['settings'][n]}" for n in others)} for row in found]
+  short = {} if x == "tokens" else sweeps.brief(at)
+  show = lambda row: short.get(place(row), place(row))
+  return [row | {"x": show(row), "line": ", ".join(f"{n}={row['settings'][n]}" for n in others)} for row in found]
 
 
 def axis(found: list[dict[str, Any]]) -> str:
@@ -415,7 +417,9 @@ def draw(found: list[dict[str, Any]], x: str, title: str, root: Path) -> list[st
   if len(found) > 1:
     pictures.append(plots.ablation(root / "ablation.png", points(found, x), x, title))
   if by_position := [row for row in found if "held_by_position" in row]:
-    name = lambda row: "".join(f", {key}={value}" for key, value in row["settings"].items()) if len(found) > 1 else ""
+    words = {id(row): " ".join(row["settings"].values()) for row in by_position}
+    short = sweeps.brief(words.values())
+    name = lambda row: f", {short[words[id(row)]]}" if len(found) > 1 else ""
     runs = [
       {"name": name(row), "positions": np.asarray(row["positions"]), "held": np.asarray(row["held_by_position"])}
       for row in by_position

@@ -52,6 +52,8 @@ def test_a_group_is_a_product_and_groups_are_a_union():
   assert sweeps.product("data.self_text.prefixes='a b.txt',c", ablate.TYPES)[0] == {
     "data.self_text.prefixes": "a b.txt"
   }
+  assert sweeps.brief(["a/b,c/d", "e"]) == {"a/b,c/d": "b,d", "e": "e"}
+  assert sweeps.brief(["a/b", "c/b"]) == {"a/b": "a/b", "c/b": "c/b"}
   whole = defaults()
   said = [{"dms.window": 64}, {"dms.window": 16}, {"dms.gate": "adapter"}]  # the first and last change nothing
   runs = sweeps.unique((each, whole | each) for each in said)
