@@ -31,7 +31,8 @@ CALLS = 16  # of a decode chain
 class Decode:
   """B rows, K KV heads, G queries each of size H, S slots a head; `layers` in the cache.
 
-  `pages` is the slots of a page, 0 for a contiguous cache; pages hold q's dtype, or `stored`.
+  `pages` is the slots of a page, 0 for a contiguous cache; pages hold q's dtype, or `stored`. The first `ring` slots
+  are contiguous beside them, in q's dtype.
   """
 
   batch: int
@@ -43,16 +44,20 @@ class Decode:
   cr: float = 8
   pages: int = 0
   stored: str = "bfloat16"
+  ring: int = 0
   bars: tuple[tuple[str, float], ...] = ()
 
   def __str__(self) -> str:
     pages = f" pages{self.pages} {self.stored}" if self.pages else ""
-    return f"B{self.batch} K{self.heads} G{self.group} H{self.size} S{self.slots}{pages}"
+    ring = f" ring{self.ring}" if self.ring else ""
+    return f"B{self.batch} K{self.heads} G{self.group} H{self.size} S{self.slots}{pages}{ring}"
 
   def shrunk(self) -> Decode:
     """The same, small enough for anything that runs Python, and without bars."""
     slots = 128 if self.slots < 32768 else 256
-    return dataclasses.replace(self, batch=2, heads=2, slots=slots, layers=2, pages=min(self.pages, 16), bars=())
+    return dataclasses.replace(
+      self, batch=2, heads=2, slots=slots, layers=2, pages=min(self.pages, 16), ring=min(self.ring, 9), bars=()
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +92,8 @@ CASES: dict[str, Decode | Text] = {
   "pages_h64_cr8": Decode(8, 8, 4, 64, 8192, 16, pages=32, bars=(("contiguous_ratio", 0.9),)),
   "pages_int8_b32_cr8": Decode(32, 8, 4, 128, 8192, pages=32, stored="int8"),
   "pages_float8_b32_cr8": Decode(32, 8, 4, 128, 8192, pages=32, stored="float8_e4m3fn"),
+  "pages_ring_b32_cr8": Decode(32, 8, 4, 128, 8192, pages=32, ring=257, bars=(("contiguous_ratio", 0.9),)),
+  "pages_ring_int8_b32_cr8": Decode(32, 8, 4, 128, 8192, pages=32, stored="int8", ring=257),
   "prefill_cr8": Text("prefill", 1, 32768, 32, 8, 128, 256, bars=(("dense_ratio", 5),)),
   "prefill_cr1": Text("prefill", 1, 32768, 32, 8, 128, 256, cr=1, bars=(("dense_ratio", 0.9),)),
   "retrofit_t8192": Text("retrofit", 1, 8192, 32, 8, 128, 256, bars=(("dense_slowdown", 1.8), ("flex_ratio", 15))),
@@ -181,8 +188,11 @@ def decode_us(case: Decode, implementation: str | None, attend: Callable | None 
   lengths = bench.ragged_lengths(case.batch, case.heads, case.slots, case.cr)
   ours = functools.partial(decode.decode_attention, implementation=implementation)
   if case.pages:
-    run = lambda q, i, pages: (attend or ours)(q, None, i, None, pages=pages)
-    args = (paged(case, lengths),)
+    in_ring = np.minimum(lengths, case.ring)
+    args = paged(case, lengths - in_ring), None, None
+    if case.ring:  # whole tiles of memory
+      args = args[0], contiguous(dataclasses.replace(case, slots=-(-case.ring // 16) * 16)), jnp.asarray(in_ring)
+    run = lambda q, i, pages, kv, in_ring: (attend or ours)(q, kv, i, in_ring, pages=pages)
   else:
     run = lambda q, i, kv, lengths: (attend or ours)(q, kv, i, lengths)
     args = contiguous(case), jnp.asarray(lengths)
@@ -193,10 +203,11 @@ def our_decode(case: Decode, bandwidth: float, implementation: str | None) -> di
   """Microseconds of the kernel, and of the floor; of a contiguous cache too where the case is about pages."""
   us, lengths = decode_us(case, implementation)
   slot = 4 * case.size if case.stored == "bfloat16" else 2 * case.size + 8
-  floor = float(lengths.sum()) * slot / bandwidth * 1e6
+  in_ring = float(np.minimum(lengths, case.ring).sum())
+  floor = (in_ring * 4 * case.size + (float(lengths.sum()) - in_ring) * slot) / bandwidth * 1e6
   row = {"us": us, "floor_us": floor, "of_floor": floor / us}
   if case.pages:
-    other, _ = decode_us(dataclasses.replace(case, pages=0), implementation)
+    other, _ = decode_us(dataclasses.replace(case, pages=0, ring=0), implementation)
     row |= {"contiguous_us": other, "contiguous_ratio": other / us}
   return row
 

@@ -76,7 +76,7 @@ def subject(case: Decode | Text) -> tuple[str, str, Any, Iterator[Callable], Cal
   """(operation, class of shapes, default sizes, candidates, clock of sizes in microseconds) of a case."""
   if isinstance(case, Decode):
     pairs, count = case.batch * case.heads, decode_gpu.processors()
-    contiguous = 0 if case.pages else case.slots
+    contiguous = -(-case.ring // 16) * 16 if case.pages else case.slots
     default = decode_gpu.default_blocks(
       case.batch, case.heads, contiguous, case.size, count, case.pages > 0, case.stored != "bfloat16"
     )

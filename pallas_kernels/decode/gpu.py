@@ -39,7 +39,8 @@ def default_blocks(
   A contiguous cache of `slots` a head gets two or more chunks a worker at an eighth of the slots live. Larger chunks
   mean fewer partial results, up to 512 slots, where these are 1 % of the traffic. With pages `slots` is what the
   contiguous cache beside them holds; their table may grow, and no result may change with it: chunks go by the number of
-  pairs alone. Merging in a second kernel was measured faster than in the workers (62.0 us against 65.9, H100,
+  pairs alone, and are shorter, since what is evicted makes shares small (predicted from how evenly work divides, not
+  measured). Merging in a second kernel was measured faster than in the workers (62.0 us against 65.9, H100,
   B32 K8 G4 H128 S8192 at CR 8).
   """
   if compat.interpreting():  # every part of the kernel at work on small inputs
@@ -48,7 +49,7 @@ def default_blocks(
   pairs, workers = batch * kv_heads, 2 * processors
   if paged:
     stages = (2 if slots else 4) if scaled else 3
-    return Blocks(block, stages, 512 if 2 * pairs >= workers else 128, workers)
+    return Blocks(block, stages, 256 if 2 * pairs >= workers else 128, workers)
   share = max(pairs * slots // 8 // workers, 1)
   split = max(block, slots // 256, min(512, 2 ** (share.bit_length() - 1)))
   return Blocks(block, 3, -(-split // block) * block, workers)

@@ -195,7 +195,7 @@ def test_sizes_by_shape():
   assert gpu.default_blocks(32, 8, 8192, 128, 132).split == 512
   assert gpu.default_blocks(1, 8, 32768, 128, 132).split == 128
   assert gpu.default_blocks(1, 3, 512, 64, 132) == gpu.Blocks(128, 3, 128, 264)
-  assert gpu.default_blocks(32, 8, 272, 128, 132, paged=True) == gpu.Blocks(64, 3, 512, 264)
+  assert gpu.default_blocks(32, 8, 272, 128, 132, paged=True) == gpu.Blocks(64, 3, 256, 264)
   assert gpu.default_blocks(1, 8, 0, 128, 132, paged=True, scaled=True) == gpu.Blocks(64, 4, 128, 264)
   with pytest.raises(ValueError, match="must be a multiple of block"):
     gpu.Blocks(64, 2, 96, 4)
