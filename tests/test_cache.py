@@ -137,7 +137,7 @@ def slots_of(cache):
   if not isinstance(cache, caches.PagedCache):
     return np.asarray(cache.kv)
   archive = np.asarray(cache.store.pages)[np.minimum(cache.table.pages, cache.pages - 1)]
-  return np.concatenate([cache.kv, archive.reshape(*cache.archived.shape, -1, 2 * HEAD)], axis=3)
+  return np.concatenate([cache.kv[:, :, :, : cache.ring], archive.reshape(*cache.archived.shape, -1, 2 * HEAD)], axis=3)
 
 
 def held(cache):
