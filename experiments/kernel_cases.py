@@ -183,20 +183,41 @@ def paged(case: Decode, lengths: np.ndarray) -> Pages:
   return Pages(pool, jnp.asarray(table), jnp.asarray(lengths), scales)
 
 
-def decode_us(case: Decode, implementation: str | None, attend: Callable | None = None) -> tuple[float, np.ndarray]:
-  """(microseconds of the kernel over live slots, the lengths)."""
+def decode_arguments(case: Decode) -> tuple[tuple, np.ndarray]:
+  """((cache or None, live slots in it or None, pages or None), lengths in all)."""
   lengths = bench.ragged_lengths(case.batch, case.heads, case.slots, case.cr)
+  if not case.pages:
+    return (contiguous(case), jnp.asarray(lengths), None), lengths
+  in_ring = np.minimum(lengths, case.ring)
+  pages = paged(case, lengths - in_ring)
+  if not case.ring:
+    return (None, None, pages), lengths
+  rings = contiguous(dataclasses.replace(case, slots=-(-case.ring // 16) * 16))  # whole tiles of memory
+  return (rings, jnp.asarray(in_ring), pages), lengths
+
+
+def attend_with(implementation: str | None) -> Callable:
+  """`decode_attention` of that implementation; its arguments as `decode_arguments` gives them."""
   ours = functools.partial(decode.decode_attention, implementation=implementation)
-  if case.pages:
-    in_ring = np.minimum(lengths, case.ring)
-    args = paged(case, lengths - in_ring), None, None
-    if case.ring:  # whole tiles of memory
-      args = args[0], contiguous(dataclasses.replace(case, slots=-(-case.ring // 16) * 16)), jnp.asarray(in_ring)
-    run = lambda q, i, pages, kv, in_ring: (attend or ours)(q, kv, i, in_ring, pages=pages)
+  return lambda q, layer, kv, lengths, pages: ours(q, kv, layer, lengths, pages=pages)
+
+
+def decode_us(case: Decode, implementation: str | None, attend: Callable | None = None) -> tuple[float, np.ndarray]:
+  """(microseconds of the kernel over live slots, the lengths); `attend` instead of an implementation."""
+  args, lengths = decode_arguments(case)
+  if attend is None:
+    run = attend_with(implementation)
   else:
-    run = lambda q, i, kv, lengths: (attend or ours)(q, kv, i, lengths)
-    args = contiguous(case), jnp.asarray(lengths)
+    run = lambda q, layer, kv, lengths, pages: attend(q, kv, layer, lengths, pages=pages)
   return bench.clock(chain(run, case.layers), queries(case), *args) / CALLS * 1e6, lengths
+
+
+def decode_difference(case: Decode, implementation: str | None) -> float:
+  """The largest difference from the XLA implementation, in units of the largest value."""
+  args, _ = decode_arguments(case)
+  outs = (jax.jit(attend_with(x))(queries(case), jnp.int32(1), *args) for x in (implementation, "xla"))
+  ours, other = (x.astype(jnp.float32) for x in outs)
+  return float(jnp.abs(ours - other).max() / jnp.abs(other).max())
 
 
 def our_decode(case: Decode, bandwidth: float, implementation: str | None) -> dict[str, float]:
@@ -213,10 +234,12 @@ def our_decode(case: Decode, bandwidth: float, implementation: str | None) -> di
 
 
 def measure_decode(case: Decode, bandwidth: float, implementation: str | None) -> dict[str, float]:
-  """`our_decode` beside dense attention."""
+  """`our_decode` beside dense attention, and how far the result is from XLA's."""
   row = our_decode(case, bandwidth, implementation)
   dense = dense_decode(case.batch, case.heads, case.group, case.size, case.slots, case.layers)
-  return row | {"dense_us": dense, "dense_ratio": dense / row["us"]}
+  return row | {
+    "dense_us": dense, "dense_ratio": dense / row["us"], "difference": decode_difference(case, implementation),
+  }  # fmt: skip
 
 
 @functools.cache

@@ -62,7 +62,7 @@ def test_a_decode_case_measures_time_and_floor(name):
   case = SMALL[name]
   row = kernel_cases.measure_decode(case, 1e10, "xla")
   assert row["us"] > 0 and row["of_floor"] == row["floor_us"] / row["us"]
-  assert row["dense_ratio"] == row["dense_us"] / row["us"]
+  assert row["dense_ratio"] == row["dense_us"] / row["us"] and row["difference"] == 0
   lengths = bench.ragged_lengths(case.batch, case.heads, case.slots, case.cr)
   size = 4 * case.size if case.stored == "bfloat16" else 2 * case.size + 2 * 4
   slots = np.where(np.arange(case.slots) < case.ring, 4 * case.size, size)
