@@ -94,6 +94,21 @@ def test_decode_step_has_small_temporaries(device, dtype, listed):
   assert memory.temp_size_in_bytes < 0.01 * size, f"{memory.temp_size_in_bytes:,} bytes beside {size:,}"
 
 
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5p:2x2x1", "tpu7x:2x2x1"])
+def test_rings_of_a_paged_cache_are_not_copied(topology):
+  """65 slots of a window of 64 lie in whole tiles: in 65, XLA lays the rings out with other axes inmost, and copies."""
+  device = tpu.devices(topology)[0]
+  config = tiny.config(num_layers=4, d_model=64, d_ff=64, num_heads=8, num_kv_heads=4, head_dim=64)
+  model, policy, _ = parts(device, config=config)
+  make = partial(caches.create, "paged", config, batch=64, capacity=256, longest=1024, window=WINDOW, shift=1)
+  cache = abstract(jax.eval_shape(partial(make, dtype=jnp.bfloat16)), device)
+  arguments = (array((64, 1), jnp.int32, device), array((64,), jnp.int32, device))
+  memory = jax.jit(cached_forward, donate_argnums=2).lower(model, policy, cache, *arguments).compile().memory_analysis()
+  rings = cache.kv.size * cache.kv.dtype.itemsize
+  print(f"{topology}: {memory.temp_size_in_bytes:,} bytes of temporaries beside rings of {rings:,}")
+  assert cache.kv.shape[3] == 80 and memory.temp_size_in_bytes < rings / 4
+
+
 def test_generation_compiles(device):
   """A prompt's chunk and a stretch of sampled steps."""
   model, policy, cache = parts(device)
