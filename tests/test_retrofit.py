@@ -17,7 +17,15 @@ from dms_jax.model import Eviction, forward
 from dms_jax.params import flatten, param_table
 from dms_jax.retrofit import DataConfig, RetrofitConfig, losses, schedule
 from dms_jax.retrofit.data import Packer, Source, load_sources
-from dms_jax.retrofit.step import Batch, init_state, logistic_noise, loss_fn, split_trained, train_step
+from dms_jax.retrofit.step import (
+  Batch,
+  _compression_metrics,
+  init_state,
+  logistic_noise,
+  loss_fn,
+  split_trained,
+  train_step,
+)
 from tests import tiny
 from tests.test_goldens import load as load_golden
 
@@ -320,3 +328,13 @@ def test_packer_is_a_function_of_seed_and_step():
   assert Packer([one], DataConfig(paths=("one",)), config).batch(0).segment_ids is None
   with pytest.raises(ValueError, match="less than a row"):
     Packer([one], DataConfig(paths=("one",)), RetrofitConfig(seq_len=400))
+
+
+def test_padding_counts_as_no_compression():
+  """Tokens held are those of the real ones, whose window ends at the last of them."""
+  logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 1, 2, 12)), jnp.float32)
+  padded = jnp.pad(logits, ((0, 0), (0, 0), (0, 0), (0, 5)), constant_values=9.0)
+  real = jnp.arange(17)[None] < 12
+  dms = tiny.dms(window=3)
+  alone, beside = _compression_metrics(dms, logits, jnp.ones((1, 12), bool)), _compression_metrics(dms, padded, real)
+  assert float(alone["held_share"]) == float(beside["held_share"]) < 1

@@ -143,7 +143,7 @@ def _compression_metrics(dms: DMSConfig, logits: Float[Array, "L B K T"], real: 
     logits = jnp.broadcast_to(logits[:, :, :1], logits.shape)
   evicted = masks.about_key(logits > 0, dms.lag(), False) & real[None, :, None]
   tokens = real.sum(axis=1, dtype=jnp.int32)
-  held = masks.held_tokens(evicted, dms.window) - (real.shape[1] - tokens)[:, None]
+  held = masks.held_tokens(evicted, dms.window, tokens[:, None])
   rates = jnp.mean(evicted.astype(jnp.float32), axis=(1, 3))
   return {
     "gate_rate": rates.mean(), "gate_rates": rates,
