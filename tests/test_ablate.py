@@ -296,6 +296,7 @@ def run(folder: Path, *flags: str, killed_at: str = "") -> subprocess.CompletedP
   )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_killed_resumed_and_one_fails(inputs, tmp_path):
   killed = run(inputs, killed_at="state/6")
   assert killed.returncode == -signal.SIGKILL, killed.stderr
