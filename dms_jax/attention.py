@@ -16,9 +16,9 @@ from functools import partial
 from typing import Any
 
 import jax
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from dms_jax.sharding import row_and_head_axes
 from pallas_kernels import decode, prefill, retrofit
 from pallas_kernels.decode import Pages
 from pallas_kernels.prefill import NEVER as NEVER
@@ -34,26 +34,6 @@ def use(implementation: str | Sequence[str] | None):
     yield
   finally:
     _choice.reset(token)
-
-
-def row_and_head_axes(rows: int, kv_heads: int) -> tuple[tuple[str, ...], str | None] | None:
-  """(mesh axes that split `rows`, the one that splits KV heads or None) under the current mesh; None without one.
-
-  The words of a vocabulary are split like heads. What no axis divides is computed whole by each of its devices.
-  """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
-    return None
-  kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-  sizes = {name: size for name, size in mesh.shape.items() if size > 1 and kinds[name] == AxisType.Auto}
-  if not sizes:
-    return None
-  heads = "tensor" if "tensor" in sizes and kv_heads % sizes["tensor"] == 0 else None
-  split: tuple[str, ...] = ()
-  for name in ("data", "tensor"):
-    if name in sizes and name != heads and rows % sizes[name] == 0:
-      split, rows = (*split, name), rows // sizes[name]
-  return split, heads
 
 
 def _on_shards(

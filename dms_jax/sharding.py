@@ -13,7 +13,6 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from dms_jax.attention import row_and_head_axes
 from dms_jax.params import Params, ParamSpec, map_table
 
 
@@ -165,6 +164,26 @@ _gather.defvjp(
 def shard_params(params: Params, mesh: Mesh, table: dict[str, ParamSpec], rules: ShardingRules | None = None) -> Params:
   """Places parameters on the mesh."""
   return jax.device_put(params, param_shardings(mesh, table, rules))
+
+
+def row_and_head_axes(rows: int, kv_heads: int) -> tuple[tuple[str, ...], str | None] | None:
+  """(mesh axes that split `rows`, the one that splits KV heads or None) under the current mesh; None without one.
+
+  The words of a vocabulary are split like heads. What no axis divides is computed whole by each of its devices.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return None
+  kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+  sizes = {name: size for name, size in mesh.shape.items() if size > 1 and kinds[name] == AxisType.Auto}
+  if not sizes:
+    return None
+  heads = "tensor" if "tensor" in sizes and kv_heads % sizes["tensor"] == 0 else None
+  split: tuple[str, ...] = ()
+  for name in ("data", "tensor"):
+    if name in sizes and name != heads and rows % sizes[name] == 0:
+      split, rows = (*split, name), rows // sizes[name]
+  return split, heads
 
 
 def cache_shardings(mesh: Mesh, cache: Any, heads: int) -> Any:

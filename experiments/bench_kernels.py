@@ -38,7 +38,7 @@ class Config:
     seconds: after so many no further case starts.
     flex: measure PyTorch's FlexAttention beside the retrofit, where PyTorch is installed.
     tune: measure candidates for the sizes of each case's kernel first, and write the fastest to `table`; the first
-      case of a class of shapes decides for all.
+      case of a class of shapes decides for all. What is measured after that has the sizes of the default table.
   """
 
   cases: tuple[str, ...] = ()
@@ -212,6 +212,17 @@ def merged(path: Path, rows: dict[str, dict]) -> list[dict]:
   return sorted(old.values(), key=lambda row: place.get(row["name"], len(order)))
 
 
+def check_same(path: Path, about: dict) -> None:
+  """Raises ValueError where the file at `path` holds rows of another device or scale: they would be taken for these."""
+  for row in json.loads(path.read_text())["rows"] if path.exists() else ():
+    for name in ("device", "scale"):
+      if row.get(name) != about[name]:
+        raise ValueError(
+          f"--output={path.parent}: row {row['name']} there is of {name} {row.get(name)!r}, this run of "
+          f"{about[name]!r}; choose another folder"
+        )
+
+
 def main() -> None:
   config = program.read_flags("", Config)
   cases = selected(config)
@@ -222,8 +233,9 @@ def main() -> None:
   forced = config.implementation or ("gpu" if jax.default_backend() == "gpu" else None)
   about = {
     "date": datetime.date.today().isoformat(), "read_bandwidth": bandwidth, "device": environment["device"],
-    "jax": environment["jax"],
+    "jax": environment["jax"], "scale": config.scale,
   }  # fmt: skip
+  check_same(path, about)
   run = Runner(config.seconds, about)
   tuned_classes: set[tuple[str, str]] = set()
   for name, case in cases.items():

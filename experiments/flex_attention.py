@@ -1,11 +1,6 @@
 """PyTorch's FlexAttention with the retrofit's bias, timed: the way the method's first implementation trains.
 
-    python -m experiments.flex_attention '{"batch": 1, "tokens": 8192, "queries": 32, "heads": 8, "size": 128,
-      "window": 256}'
-
-`experiments.bench_kernels` runs it in a process of its own, so that two frameworks do not share their memory. The last
-line is one JSON object: microseconds forward ("flex_forward_us") and with the backward pass, the bias's gradient
-included ("flex_us"), or why there are none ("flex_skipped").
+`experiments.bench_kernels` runs `main` in a process of its own, so that two frameworks do not share their memory.
 """
 
 from __future__ import annotations
@@ -16,7 +11,8 @@ import time
 
 
 def measure(batch: int, tokens: int, queries: int, heads: int, size: int, window: int) -> dict:
-  """The result as above; bfloat16, causal, the bias added where a key is further back than the window."""
+  """Microseconds forward ("flex_forward_us") and with the backward pass, the bias's gradient included ("flex_us"), or
+  why there are none ("flex_skipped"); bfloat16, causal, the bias added where a key is further back than the window."""
   try:
     import torch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -62,5 +58,6 @@ def measure(batch: int, tokens: int, queries: int, heads: int, size: int, window
   return {"flex_forward_us": forward, "flex_us": clock(both), "torch": torch.__version__}
 
 
-if __name__ == "__main__":
+def main() -> None:
+  """Measures what the first argument says, as a JSON object of `measure`'s arguments; prints another of the result."""
   print(json.dumps(measure(**json.loads(sys.argv[1]))))

@@ -318,7 +318,8 @@ def measure_retrofit(case: Text, implementation: str | None, flex: bool) -> dict
 def measure_flex(case: Text, timeout: float = 300.0) -> dict:
   """PyTorch's FlexAttention with the same bias, in a process of its own: {"flex_us", ...} or {"flex_skipped": why}."""
   shape = {name: getattr(case, name) for name in ("batch", "tokens", "queries", "heads", "size", "window")}
-  command = [sys.executable, "-m", "experiments.flex_attention", json.dumps(shape)]
+  program = "from experiments import flex_attention; flex_attention.main()"
+  command = [sys.executable, "-c", program, json.dumps(shape)]
   try:
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
   except subprocess.TimeoutExpired:

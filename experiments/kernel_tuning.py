@@ -24,7 +24,7 @@ from pallas_kernels.retrofit import gpu as retrofit_gpu
 REPLACE = dataclasses.replace
 
 
-def decode_candidates(best: Any, processors: int) -> Iterator[Callable[[Any], list]]:
+def decode_candidates(processors: int) -> Iterator[Callable[[Any], list]]:
   """Groups of candidates around the best so far, for decode."""
   yield lambda best: [REPLACE(best, split=n) for n in (64, 128, 192, 256, 512, 1024) if n % best.block == 0]
   yield lambda best: [
@@ -37,11 +37,11 @@ def decode_candidates(best: Any, processors: int) -> Iterator[Callable[[Any], li
   yield lambda best: [REPLACE(best, fused=not best.fused)]
 
 
-def prefill_candidates(best: Any) -> Iterator[Callable[[Any], list]]:
+def prefill_candidates() -> Iterator[Callable[[Any], list]]:
   yield lambda best: [REPLACE(best, kv=kv, stages=stages) for kv in (64, 128, 192) for stages in (2, 3, 4)]
 
 
-def retrofit_candidates(best: Any) -> Iterator[Callable[[Any], list]]:
+def retrofit_candidates() -> Iterator[Callable[[Any], list]]:
   yield lambda best: [REPLACE(best, kv=kv, stages=stages) for kv in (64, 128) for stages in (2, 3, 4)]
   yield lambda best: [REPLACE(best, dq_kv=kv, dq_stages=n) for kv in (64, 128) for n in (2, 3)]
   yield lambda best: [REPLACE(best, dkv_stages=n, dkv_overlap=x) for n in (2, 3) for x in (False, True)]
@@ -83,18 +83,18 @@ def subject(case: Decode | Text) -> tuple[str, str, Any, Iterator[Callable], Cal
     shapes = decode_gpu.shape_class(pairs, case.size, contiguous, case.pages, case.stored)
     attend = lambda sizes: functools.partial(decode_gpu.decode_attention, blocks=sizes)
     clock = lambda sizes: kernel_cases.decode_us(case, None, attend(sizes))[0]
-    return "decode", shapes, default, decode_candidates(default, count), clock
+    return "decode", shapes, default, decode_candidates(count), clock
   if case.kind == "prefill":
     default = prefill_gpu.default_blocks(case.size)
     attend = lambda sizes: functools.partial(prefill_gpu.prefill_attention, blocks=sizes)
     clock = lambda sizes: kernel_cases.prefill_us(case, attend(sizes))[0]
-    return "prefill", tuned.shape_class(H=case.size), default, prefill_candidates(default), clock
+    return "prefill", tuned.shape_class(H=case.size), default, prefill_candidates(), clock
   default = retrofit_gpu.default_blocks(case.size)
   attend = lambda sizes: (
     lambda q, k, v, bias: retrofit_gpu.retrofit_attention(q, k, v, bias, case.window, None, blocks=sizes)
   )
   clock = lambda sizes: kernel_cases.retrofit_us(case, attend(sizes))[1]
-  return "retrofit", tuned.shape_class(H=case.size), default, retrofit_candidates(default), clock
+  return "retrofit", tuned.shape_class(H=case.size), default, retrofit_candidates(), clock
 
 
 def tune(name: str, case: Decode | Text, path: Path, end: float, about: dict, done: set[tuple[str, str]]) -> None:

@@ -209,7 +209,11 @@ def start_two(inputs: Path, output: Path, *flags: str) -> list[subprocess.Popen]
 
 
 def finished(*processes: subprocess.Popen) -> list[tuple[int, str, str]]:
-  outputs = [process.communicate(timeout=500) for process in processes]
+  try:
+    outputs = [process.communicate(timeout=500) for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
   return [(process.returncode, *texts) for process, texts in zip(processes, outputs, strict=True)]
 
 
@@ -243,7 +247,10 @@ def test_sigterm_to_one_process_stops_both_after_the_same_step(inputs):
   output = inputs / "terminated"
   processes = start_two(inputs, output, "--retrofit.steps=100000", "--retrofit.save_every=100000")
   path = output / "log.jsonl"
+  end = time.monotonic() + 300
   while all(p.poll() is None for p in processes) and not (path.exists() and path.stat().st_size):
+    if time.monotonic() > end:
+      break
     time.sleep(0.05)
   processes[1].send_signal(signal.SIGTERM)
   outcomes = finished(*processes)

@@ -58,8 +58,8 @@ print("equal")
 
 ATTENTION = """
 import jax, jax.numpy as jnp, numpy as np
-from dms_jax.attention import NEVER, decode_attention, prefill_attention, retrofit_attention, row_and_head_axes
-from dms_jax.sharding import make_mesh
+from dms_jax.attention import NEVER, decode_attention, prefill_attention, retrofit_attention
+from dms_jax.sharding import make_mesh, row_and_head_axes
 from pallas_kernels.decode import Pages
 rng = np.random.default_rng(0)
 normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)

@@ -13,14 +13,13 @@ from jax.sharding import PartitionSpec as P
 
 from dms_jax import cache as caches
 from dms_jax import policies
-from dms_jax.attention import row_and_head_axes
 from dms_jax.config import PRESETS, DMSConfig, LoRAConfig
 from dms_jax.model import Model, cached_forward, last_logits
 from dms_jax.params import abstract_params, count_params, param_table
 from dms_jax.retrofit.config import RetrofitConfig
 from dms_jax.retrofit.loop import prepare
 from dms_jax.retrofit.step import Batch, init_state, train_step
-from dms_jax.sharding import cache_shardings, make_mesh, param_shardings, tree_shardings
+from dms_jax.sharding import cache_shardings, make_mesh, param_shardings, row_and_head_axes, tree_shardings
 from tests import tpu
 
 pytestmark = pytest.mark.tpu

@@ -19,8 +19,8 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from dms_jax.attention import row_and_head_axes
 from dms_jax.layers import linear
+from dms_jax.sharding import row_and_head_axes
 
 Loss = Literal["reverse_kl", "forward_kl", "lm"]
 LOWEST = -1e30  # a running maximum before the first chunk; finite, so that differences are

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import time
 
 import numpy as np
@@ -100,15 +101,21 @@ def test_a_text_case_is_measured_beside_dense_attention(name):
   assert row["dense_ratio"] == row["dense_us"] / row["us"] > 0 and "reached" not in row
 
 
-def test_flex_attention_says_why_it_was_not_measured():
+def test_flex_attention_says_why_it_was_not_measured(monkeypatch):
+  monkeypatch.setitem(sys.modules, "torch", None)
   shape = {"batch": 1, "tokens": 256, "queries": 4, "heads": 2, "size": 64, "window": 16}
   assert "PyTorch" in flex_attention.measure(**shape)["flex_skipped"]
 
 
 def test_later_runs_add_to_earlier_ones(tmp_path):
   path = tmp_path / "bench.json"
-  old = [{"name": "prefill_cr8", "us": 1.0}, {"name": "decode_b32_cr8", "us": 2.0}]
+  old = [{"name": name, "us": us, "device": "A", "scale": "full"} for name, us in
+         (("prefill_cr8", 1.0), ("decode_b32_cr8", 2.0))]  # fmt: skip
   path.write_text(json.dumps({"rows": old}))
+  bench_kernels.check_same(path, {"device": "A", "scale": "full"})
+  for other in ({"device": "B", "scale": "full"}, {"device": "A", "scale": "small"}):
+    with pytest.raises(ValueError, match="--output="):
+      bench_kernels.check_same(path, other)
   new = {"prefill_cr8": {"name": "prefill_cr8", "error": "no"}, "decode_h64_cr8": {"name": "decode_h64_cr8", "us": 3.0},
          "decode_b32_cr8": {"name": "decode_b32_cr8", "us": 4.0}}  # fmt: skip
   rows = bench_kernels.merged(path, new)
@@ -137,10 +144,10 @@ def test_the_search_keeps_the_fastest_and_passes_over_failures():
       raise RuntimeError("does not fit")
     return abs(sizes.split - 192) + abs(sizes.stages - 4) + (5 if sizes.fused else 0) + sizes.workers / 264
 
-  groups = kernel_tuning.decode_candidates(default, 132)
+  groups = kernel_tuning.decode_candidates(132)
   best, us = kernel_tuning.search(default, groups, clock, time.monotonic() + 60)
   assert best == gpu.Blocks(64, 4, 192, 132) and us == 0.5
-  best, us = kernel_tuning.search(default, kernel_tuning.decode_candidates(default, 132), clock, 0.0)
+  best, us = kernel_tuning.search(default, kernel_tuning.decode_candidates(132), clock, 0.0)
   assert best == default
 
 
