@@ -128,6 +128,17 @@ def load(
   return model if dtype is None else _cast_base(model, jnp.dtype(dtype))
 
 
+def load_retrofitted(path: str | Path, retrofit: str | Path, *, dtype: Any = None) -> Model:
+  """What a retrofit made of the base at `path`: the two together, or a whole model (`RetrofitConfig.export`) by itself.
+
+  Raises:
+    ValueError: as `load`.
+  """
+  if "base" in read_config(retrofit)[0]["groups"]:
+    return load(retrofit, dtype=dtype)
+  return load(path, retrofit=retrofit, dtype=dtype)
+
+
 def _apply_retrofit(model: Model, path: str | Path, retrofit: str | Path, mesh: Mesh | None) -> Model:
   values, config, dms, lora = read_config(retrofit)
   if "base" in values["groups"]:
@@ -179,6 +190,16 @@ def read_config(path: str | Path) -> tuple[dict, ModelConfig, DMSConfig | None, 
       raise ValueError(f"{file}: field {name!r} should be an object, found {given!r}")
     configs.append(None if given is None else from_json(cls, given, f"{file}: {name}"))
   return values, *configs
+
+
+def fingerprint(path: str | Path) -> str:
+  """CRC-32 of a checkpoint's config.json, which lists every parameter file's own: another content has another one.
+
+  Raises:
+    ValueError: as `read_config`.
+  """
+  read_config(path)
+  return f"{zlib.crc32((Path(path) / CONFIG).read_bytes()):08x}"
 
 
 def is_checkpoint(path: str | Path) -> bool:

@@ -3,7 +3,7 @@
     python -m experiments.ablate --checkpoint=checkpoints/smollm2-135m-instruct --data.paths=text.txt \\
       --eval.text=held_out.txt --sweep='dms.window=0,16,64,256 dms.gate=neuron,adapter'
 
-Any flag of `experiments.retrofit` and any `eval.` flag can be swept; several --sweep are a union, and
+The flags dms., lora., retrofit., data. and eval. can be swept; several --sweep are a union, and
 experiments/sweeps.py says how they are spelled. --sweep_file=experiments/configs/window.txt reads a sweep with its
 comments; flags given on the command line come before the file's. What is swept under `eval.` alone reuses one retrofit:
 --sweep='eval.threshold=-10,-2,0,2,10'.
@@ -42,9 +42,9 @@ from dms_jax.model import Model
 from dms_jax.retrofit import DataConfig, RetrofitConfig, schedule
 from dms_jax.retrofit.config import check
 from dms_jax.retrofit.data import Packer, Source
-from dms_jax.retrofit.loop import LOG, STATE, Preempted, Run
+from dms_jax.retrofit.loop import LOG, RUN, STATE, Preempted, Run
 from dms_jax.tokenizer import Tokenizer
-from experiments import plots, program, retrofit, sweeps
+from experiments import files, plots, program, retrofit, sweeps
 
 TRAINED = "trained.json"  # written when a retrofit is finished, with what it cost
 ERROR = "error.txt"
@@ -225,6 +225,16 @@ def check_texts(wanted: list[Trial], tokens: Callable[[Trial], np.ndarray]) -> N
       raise ValueError(f"eval.text={one.eval.text}: {len(tokens(one))} tokens, less than eval.length={one.eval.length}")
 
 
+def check_trained(folder: Path, text: dict[str, str]) -> None:
+  """Raises ValueError if the retrofit in `folder`, finished or begun, read other text than `text` tells of."""
+  before = read_json(folder / RUN).get("text") if (folder / RUN).exists() else text
+  if before != text:
+    raise ValueError(
+      f"{folder}: trained on other text, {before}, than its paths hold now, {text}; choose another --name or --output, "
+      "or remove the folder to train anew"
+    )
+
+
 # -------------------------------------------------------------------------------------------------------- one trial
 
 
@@ -240,12 +250,9 @@ def train(one: Trial, base: Model, sources: list[Source], tokenizer: Tokenizer) 
 
 def load(one: Trial, base: str, original: Model) -> Model:
   """What to score: a retrofit, low-rank updates merged, or the original, to be read under a rival's policy."""
-  path, dtype = one.retrofit_path, one.eval.dtype
   if one.eval.policy != "dms":
     return original
-  if "base" in checkpoint.read_config(path)[0]["groups"]:  # all weights were trained
-    return checkpoint.load(path, dtype=dtype)
-  return checkpoint.load(base, retrofit=path, dtype=dtype)
+  return checkpoint.load_retrofitted(base, one.retrofit_path, dtype=one.eval.dtype)
 
 
 def score(one: Trial, original: Model, model: Model, tokens: np.ndarray) -> dict[str, Any]:
@@ -272,10 +279,17 @@ def crc(tokens: np.ndarray) -> str:
   return f"{zlib.crc32(np.ascontiguousarray(tokens).tobytes()):08x}"
 
 
+def fingerprint(one: Trial) -> str | None:
+  """That of the retrofit to be scored; None before it is trained, and where none is."""
+  there = one.eval.policy == "dms" and one.retrofit_path.is_dir()
+  return checkpoint.fingerprint(one.retrofit_path) if there else None
+
+
 def finished(one: Trial, tokens: np.ndarray) -> dict[str, Any] | None:
-  """The trial's result if it is there and of this text."""
+  """The trial's result if it is there, of this text and of the retrofit as it is now."""
   result = read_json(one.result) if one.result.exists() else {}
-  return result if result.get("text_crc32") == crc(tokens) else None
+  found = result.get("text_crc32"), result.get("retrofit_crc32")
+  return result if found == (crc(tokens), fingerprint(one)) else None
 
 
 @contextlib.contextmanager
@@ -305,19 +319,20 @@ def run_all(wanted: list[Trial], config: Config, root: Path) -> tuple[dict[str, 
 
   @functools.cache
   def read(text: str, most: int) -> np.ndarray:
-    return np.asarray(tokenizer.encode(Path(text).read_text(encoding="utf-8")), np.int32)[: most or None]
+    return np.asarray(tokenizer.encode(files.read_text("eval.text", text)), np.int32)[: most or None]
 
   @functools.cache
   def sources(data: DataConfig, dtype: str) -> list[Source]:
-    return retrofit.texts(base(), tokenizer, data, dtype, root / f"self_text-{program.fingerprint([data, dtype])}")
+    return retrofit.texts(base, tokenizer, data, dtype, root / f"self_text-{program.fingerprint([data, dtype])}")
 
   tokens = lambda one: read(one.eval.text, one.eval.max_tokens)
   check_texts(wanted, tokens)
+  for one in {one.folder: one for one in wanted if one.eval.trained}.values():
+    packer = Packer(sources(one.data, one.retrofit.compute_dtype), one.data, one.retrofit)
+    check_trained(one.folder, packer.fingerprints())
   results = {one.name: found for one in wanted if (found := finished(one, tokens(one))) is not None}
   todo = [one for one in wanted if one.name not in results]
   to_train = {one.folder: one for one in todo if one.eval.trained and not (one.folder / TRAINED).exists()}
-  for one in to_train.values():
-    Packer(sources(one.data, one.retrofit.compute_dtype), one.data, one.retrofit)
   program.log(f"{root}: {len(wanted)} runs, {len(results)} of them finished; {len(to_train)} retrofits to train")
 
   failed: dict[str, str] = {}
@@ -342,10 +357,10 @@ def run_all(wanted: list[Trial], config: Config, root: Path) -> tuple[dict[str, 
         continue
       announce(one, "scoring")
       with noted(failed, [one.name], folder):
-        if loaded != (wants := (one.retrofit_path, one.eval.dtype)):
+        if loaded != (wants := (one.retrofit_path, one.eval.dtype, fingerprint(one))):
           model, loaded = load(one, config.checkpoint, original(one.eval.dtype)), wants
         found = score(one, original(one.eval.dtype), model, tokens(one))
-        program.save_json(one.result, {"settings": one.whole, **found})
+        program.save_json(one.result, {"settings": one.whole, "retrofit_crc32": wants[-1], **found})
         results[one.name] = read_json(one.result)
   return results, failed
 

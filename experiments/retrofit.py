@@ -120,24 +120,29 @@ def say(message: str) -> None:
     program.log(message)
 
 
-def own_text(base: Model, tokenizer: Tokenizer, data: DataConfig, dtype: str, output: Path) -> Path | None:
+def own_text(
+  base: Callable[[], Model], tokenizer: Tokenizer, data: DataConfig, dtype: str, output: Path
+) -> Path | None:
   """OUTPUT/self_text.jsonl, written where it is asked for and not there yet; on one device, wherever `base` lies."""
   path = output / "self_text.jsonl"
   if not data.self_text.rows:
     return None
   with distributed.together():
     if not path.exists():
-      params = distributed.gathered(base.params)
+      model = base()
+      params = distributed.gathered(model.params)
       if distributed.leads():
         params = jax.device_put(params, jax.local_devices()[0])
-        model = base.replace(params=jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params))
+        model = model.replace(params=jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params))
         progress = lambda items: program.progress(items, desc="the model writes")
         self_text.write(model, tokenizer, data.self_text, path, progress=progress)
   return path
 
 
-def texts(base: Model, tokenizer: Tokenizer, data: DataConfig, dtype: str, folder: Path) -> list[Source]:
-  """All text of `data`, tokenized; what the model writes itself is kept in `folder`."""
+def texts(
+  base: Callable[[], Model], tokenizer: Tokenizer, data: DataConfig, dtype: str, folder: Path
+) -> list[Source]:  # fmt: skip
+  """All text of `data`, tokenized; what the model `base()` writes itself is kept in `folder`."""
   written = own_text(base, tokenizer, data, dtype, folder)
   say("reading and tokenizing text")
   with distributed.together():
@@ -214,7 +219,7 @@ def main() -> None:
   base = checkpoint.load(config.checkpoint, mesh=mesh)
   tokenizer = Tokenizer.load(config.checkpoint)
   output, start = Path(config.output), time.perf_counter()
-  sources = texts(base, tokenizer, data, settings.compute_dtype, output)
+  sources = texts(lambda: base, tokenizer, data, settings.compute_dtype, output)
   board = scalars(output / "tensorboard") if config.tensorboard and distributed.leads() else lambda line: None
   run = Run(base, dms, lora, settings, data, output)
   try:

@@ -163,6 +163,35 @@ def test_folders_are_named_from_what_varies(tmp_path):
   assert ready.folder.name.startswith("retrofit=mine-") and ready.retrofit_path == Path("results/mine")
 
 
+def test_what_was_trained_on_other_text_is_refused(tmp_path):
+  text = {"a.txt": "9 tokens, CRC-32 00000001"}
+  ablate.check_trained(tmp_path / "not_begun", text)
+  (tmp_path / "run.json").write_text(json.dumps({"text": text}))
+  ablate.check_trained(tmp_path, dict(text))
+  with pytest.raises(
+    ValueError, match=f"{tmp_path}: trained on other text, .*00000001.* now, .*00000002.*choose anoth"
+  ):
+    ablate.check_trained(tmp_path, {"a.txt": "9 tokens, CRC-32 00000002"})
+
+
+def test_a_score_is_of_one_text_and_one_retrofit(tmp_path):
+  tokens = np.arange(9, dtype=np.int32)
+  said = {"eval.retrofit": str(tmp_path / "mine")}
+  one = ablate.trial(said, defaults() | said, "model", tmp_path)
+  retrofit = tiny.model(gates=tiny.dms())
+  checkpoint.save(tmp_path / "mine", retrofit, groups=("gate", "lora"))
+  assert ablate.finished(one, tokens) is None
+  score = {"text_crc32": ablate.crc(tokens), "retrofit_crc32": ablate.fingerprint(one), "kl": 0.5}
+  program.save_json(one.result, score)
+  assert ablate.finished(one, tokens) == score
+  assert ablate.finished(one, tokens + 1) is None
+  again = tiny.model(gates=tiny.dms(), seed=5)
+  checkpoint.save(tmp_path / "mine", again, groups=("gate", "lora"))
+  assert ablate.finished(one, tokens) is None
+  rival = ablate.trial({}, defaults(eval__policy="vanilla"), "model", tmp_path)
+  assert ablate.fingerprint(rival) is None
+
+
 # ------------------------------------------------------------------------------------------------------ the figures
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,24 @@ def test_retrofit(tmp_path, gated):
   np.testing.assert_array_equal(  # rounded once, after merging in float32
     half.params["layers"]["q_proj"], gated.merged().params["layers"]["q_proj"].astype(jnp.bfloat16)
   )
+
+
+def test_a_retrofit_or_a_whole_model(tmp_path, gated, saved):
+  base = gated.replace(params=tiny.model().params, dms=None, lora=None)
+  checkpoint.save(tmp_path / "base", base)
+  checkpoint.save(tmp_path / "retrofit", gated, groups=("gate", "lora"))
+  for path in (tmp_path / "retrofit", saved):
+    same(checkpoint.load_retrofitted(tmp_path / "base", path).params, gated.merged().params)
+
+
+def test_the_fingerprint_is_of_the_content(tmp_path, gated):
+  checkpoint.save(tmp_path / "a", gated, groups=("gate", "lora"))
+  before = checkpoint.fingerprint(tmp_path / "a")
+  shutil.copytree(tmp_path / "a", tmp_path / "b")
+  assert checkpoint.fingerprint(tmp_path / "b") == before
+  other = gated.replace(params=jax.tree.map(lambda x: x + 1, gated.params))
+  checkpoint.save(tmp_path / "a", other, groups=("gate", "lora"))
+  assert checkpoint.fingerprint(tmp_path / "a") != before
 
 
 def test_retrofit_replaces_gates(tmp_path, gated, saved):
