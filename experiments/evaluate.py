@@ -14,17 +14,18 @@ without a retrofit is the perplexity check of the converted weights. `--retrofit
 Tasks put the same samples, drawn by `--seed`, to the original and to each retrofit: means with standard errors, and
 those of the paired difference original - retrofit. RULER's needle and variable tracking at each length, 10-shot
 HellaSwag, 5-shot MMLU, and the likelihood of GSM8K's solutions after 5 worked ones. The achieved CR is that of the
-cache at the end of what was read and written. Results, every sample and a picture go to `--output`, by default a folder
-under runs/evaluate named from the flags.
+cache at the end of what was read and written. After each task, results, every sample and a picture so far go to
+`--output`, by default a folder under runs/evaluate named from the flags.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -32,7 +33,7 @@ from dms_jax import checkpoint
 from dms_jax.evaluation import text_quality
 from dms_jax.model import Model
 from dms_jax.tokenizer import Tokenizer
-from experiments import program
+from experiments import files, program
 from experiments.tasks import report
 from experiments.tasks import run as tasks_run
 from experiments.tasks.base import TasksConfig
@@ -52,15 +53,25 @@ class Config:
   thresholds: tuple[float, ...] = (0.0,)
   max_tokens: int = 0
   batch: int = 1
-  dtype: str = "bfloat16"
+  dtype: Literal["bfloat16", "float32"] = "bfloat16"
   output: str = ""
 
+  def __post_init__(self):
+    for name, least in (("batch", 1), ("max_tokens", 0)):
+      if (value := getattr(self, name)) < least:
+        raise ValueError(f"--{name}={value} must be {least} or more")
+    if short := [length for length in self.lengths if length < 2]:
+      raise ValueError(f"--lengths={short[0]} must be 2 or more tokens")
+    tasks_run.check_names(["original", *(self.name(path, at) for path in self.retrofit for at in self.thresholds)])
 
-def load_retrofit(config: Config, name: str) -> Model:
-  """A retrofit on top of the checkpoint, or a whole model whose weights a retrofit trained."""
-  if "base" in checkpoint.read_config(name)[0]["groups"]:
-    return checkpoint.load(name, dtype=config.dtype)
-  return checkpoint.load(config.checkpoint, retrofit=name, dtype=config.dtype)
+  def name(self, retrofit: str, threshold: float) -> str:
+    """A retrofit's in the tasks' results: its path, with the threshold where that is not 0 or there are several."""
+    plain = not threshold and len(self.thresholds) == 1
+    return str(Path(retrofit)) if plain else f"{Path(retrofit)} at {threshold:.12g}"
+
+  def load(self, retrofit: str) -> Model:
+    """A retrofit of the checkpoint."""
+    return checkpoint.load_retrofitted(self.checkpoint, retrofit, dtype=self.dtype)
 
 
 def text_rows(config: Config, original: Model, tokens: np.ndarray) -> list[dict[str, Any]]:
@@ -69,7 +80,7 @@ def text_rows(config: Config, original: Model, tokens: np.ndarray) -> list[dict[
   header = f"{'T':>6} {'retrofit':<28} {'threshold':>9} {'ppl':>8} {'change':>8} {'KL':>8} {'CR at T':>8}"
   print(header)
   for name in config.retrofit or ("",):
-    model = load_retrofit(config, name) if name else None
+    model = config.load(name) if name else None
     for length in config.lengths:
       for threshold in config.thresholds:
         progress = partial(program.progress, desc=f"T {length}")
@@ -87,22 +98,28 @@ def text_rows(config: Config, original: Model, tokens: np.ndarray) -> list[dict[
 
 
 def task_rows(
-  config: Config, original: Model, jobs: list[tasks_run.Job], tokenizer: Tokenizer
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-  """(a row for each task, length, metric and retrofit, printed as a table; a record for each sample)."""
+  config: Config, original: Model, jobs: list[tasks_run.Job], tokenizer: Tokenizer,
+  save: Callable[[list[dict[str, Any]], list[dict[str, Any]]], None],
+) -> None:  # fmt: skip
+  """Carries out every job, printed as a table.
+
+  Args:
+    save: called after each job with (a row for each task, length, metric and retrofit, a record for each sample) of all
+      jobs so far.
+  """
   contenders = [tasks_run.Contender("original", original, math.inf)]
-  models = {name: load_retrofit(config, name) for name in config.retrofit}
+  models = {path: config.load(path) for path in config.retrofit}
   if not models and original.dms is not None:  # the checkpoint brings its own gates
     models = {config.checkpoint: original}
-  for name, model in models.items():
-    contenders += [tasks_run.Contender(name, model, threshold) for threshold in config.thresholds]
+  for path, model in models.items():
+    contenders += [tasks_run.Contender(config.name(path, at), model, at) for at in config.thresholds]
   rows, samples = [], []
   print(report.HEADER)
   for found, each in tasks_run.run(jobs, contenders, tokenizer, batch=config.batch, progress=program.progress):
     rows += found
     samples += each
     print("\n".join(report.line(row) for row in found), flush=True)
-  return rows, samples
+    save(rows, samples)
 
 
 def main() -> None:
@@ -112,26 +129,30 @@ def main() -> None:
   tokenizer = Tokenizer.load(config.checkpoint)
   tokens = np.zeros(0, np.int32)
   if config.text:
-    text = Path(config.text).read_text(encoding="utf-8")
-    tokens = np.asarray(tokenizer.encode(text), np.int32)[: config.max_tokens or None]
+    tokens = np.asarray(tokenizer.encode(files.read_text("text", config.text)), np.int32)[: config.max_tokens or None]
   max_positions = checkpoint.read_config(config.checkpoint)[1].max_position_embeddings
   jobs = tasks_run.prepare(tasks, config.lengths, tokenizer, max_positions)
   original = checkpoint.load(config.checkpoint, dtype=config.dtype)
   original = original.replace(dms=None) if config.retrofit else original
 
   result: dict[str, Any] = {}
-  output = Path(config.output) if config.output else None
+  output = Path(config.output) if config.output else program.results_dir("evaluate") / "evaluate.json" if jobs else None
+  title = f"{Path(config.checkpoint).name}, {tasks.limit or 'all'} samples a task and length, bars: standard errors"
+
+  def save(**more) -> None:
+    result.update(more)
+    if output is not None:
+      about = {"config": program.flag_values(), "environment": program.environment()}
+      result["saved"] = str(program.save_json(output, {**about, **result}))
+
+  def save_tasks(rows: list[dict[str, Any]], samples: list[dict[str, Any]]) -> None:
+    kept = report.save_samples(output.with_suffix(".jsonl"), samples)
+    save(tasks=rows, samples=kept, picture=report.picture(output.with_suffix(".png"), rows, title))
+
   if config.text:
-    result |= {"tokens": len(tokens), "quality": text_rows(config, original, tokens)}
+    save(tokens=len(tokens), quality=text_rows(config, original, tokens))
   if jobs:
-    output = output or program.results_dir("evaluate") / "evaluate.json"
-    result["tasks"], samples = task_rows(config, original, jobs, tokenizer)
-    title = f"{Path(config.checkpoint).name}, {tasks.limit or 'all'} samples a task and length, bars: standard errors"
-    result["samples"] = report.save_samples(output.with_suffix(".jsonl"), samples)
-    result["picture"] = report.picture(output.with_suffix(".png"), result["tasks"], title)
-  if output is not None:
-    program.save_json(output, {"config": program.flag_values(), "environment": program.environment(), **result})
-    result["saved"] = str(output)
+    task_rows(config, original, jobs, tokenizer, save_tasks)
   program.finish(result)
 
 

@@ -19,7 +19,7 @@ import pytest
 from dms_jax import masks
 from dms_jax.model import Eviction, forward, unembed
 from dms_jax.tokenizer import byte_tokenizer
-from experiments import evaluate, plots
+from experiments import evaluate, plots, program
 from experiments.tasks import TASKS, get, gsm8k, hellaswag, likelihood, mmlu, needle, report, retrieval, run, tracking
 from experiments.tasks.base import (
   DataConfig,
@@ -432,7 +432,7 @@ def test_pairs_and_their_standard_errors():
     run.Outcome({"score": before}, None, np.full(4, 20), [{}] * 4),
     run.Outcome({"score": after}, held, np.full(4, 20), [{}] * 4),
   ]
-  contenders = [run.Contender("original", None), run.Contender("folder/r", None, 0.5)]
+  contenders = [run.Contender("original", None), run.Contender("folder/r at 0.5", None, 0.5)]
   (row,) = run.compare(run.Job(TASKS["needle"], 128, []), contenders, outcomes)
   assert row["original"] == 75 and row["score"] == 50 and row["difference"] == 25 and row["achieved_cr"] == 4
   assert row["original_se"] == pytest.approx(25) and row["score_se"] == pytest.approx(28.8675, abs=1e-4)
@@ -466,12 +466,11 @@ def test_every_contender_gets_the_same_samples_and_gates_act(models, tmp_path):
   assert gates["score"] == pytest.approx(np.mean([s["gates"]["answer_loglik"] for s in samples]))
 
 
-def test_too_many_shots_for_the_context(models, tmp_path):
+def test_too_many_shots_for_the_context(tmp_path):
   path = write_gsm8k(tmp_path / "g.jsonl", 120)
   config = TasksConfig(tasks=("gsm8k",), limit=1, data=DataConfig(gsm8k=str(path)), shots=ShotsConfig(gsm8k=110))
-  jobs = run.prepare(config, (), byte_tokenizer(), 4096)
   with pytest.raises(ValueError, match=r"--shots.gsm8k: a question with its shots has \d+ tokens; the model's context"):
-    list(run.run(jobs, [run.Contender("original", models[0])], byte_tokenizer()))
+    run.prepare(config, (), byte_tokenizer(), 4096)
 
 
 @pytest.fixture(scope="module")
@@ -482,8 +481,70 @@ def checkpoints(tmp_path_factory):
 def test_a_retrofit_may_be_a_whole_model(checkpoints):
   base, retrofit = map(str, checkpoints)
   config = evaluate.Config(checkpoint=base)
-  assert evaluate.load_retrofit(config, retrofit).dms is not None
-  assert evaluate.load_retrofit(config, base).dms is None
+  assert config.load(retrofit).dms is not None and config.load(base).dms is None
+
+
+def test_every_model_has_a_name_of_its_own(models, tmp_path):
+  config = evaluate.Config(checkpoint="base", retrofit=("folder/r/",), thresholds=(0.0, 0.5))
+  names = [config.name("folder/r/", at) for at in config.thresholds]
+  assert names == ["folder/r at 0", "folder/r at 0.5"]
+  assert evaluate.Config(checkpoint="base", retrofit=("r",)).name("r", 0.0) == "r"
+  for wrong in ({"retrofit": ("r", "./r")}, {"retrofit": ("original",)}, {"retrofit": ("task",)},
+                {"retrofit": ("r",), "thresholds": (1.0, 1.0)}):  # fmt: skip
+    with pytest.raises(ValueError, match=r"--retrofit, --thresholds: .* would be the name of several things"):
+      evaluate.Config(checkpoint="base", **wrong)
+
+  data = DataConfig(gsm8k=str(write_gsm8k(tmp_path / "g.jsonl", 2)))
+  jobs = run.prepare(TasksConfig(tasks=("gsm8k",), data=data, shots=ShotsConfig(gsm8k=0)), (), byte_tokenizer(), 4096)
+  contenders = [run.Contender("original", models[0]), *(run.Contender(n, models[1], at)
+                                                        for n, at in zip(names, (0.0, 1e4), strict=True))]  # fmt: skip
+  ((rows, samples),) = run.run(jobs, contenders, byte_tokenizer(), batch=2)
+  assert [row["retrofit"] for row in rows] == names and report.label(rows[1]) == "r at 0.5"
+  for row in rows:  # each keeps its own samples
+    assert row["score"] == pytest.approx(np.mean([s[row["retrofit"]]["answer_loglik"] for s in samples]))
+  assert rows[0]["score"] != rows[1]["score"]
+  with pytest.raises(ValueError, match=r"\['original'\] would be the name"):
+    next(run.run(jobs, contenders[:1] * 2, byte_tokenizer()))
+
+
+def test_settings_of_the_program_that_cannot_be():
+  for wrong, message in (
+    ({"batch": 0}, "--batch=0 must be 1 or more"),
+    ({"max_tokens": -1}, "--max_tokens=-1 must be 0 or more"),
+    ({"lengths": (64, 1)}, "--lengths=1 must be 2 or more"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      evaluate.Config(checkpoint="base", **wrong)
+  assert program.describe(program.flag_types("", evaluate.Config)["dtype"]) == "bfloat16 | float32"
+
+
+def test_a_killed_run_keeps_its_finished_tasks(checkpoints, tmp_path, monkeypatch):
+  data = DataConfig(gsm8k=str(write_gsm8k(tmp_path / "g.jsonl", 2)))
+  base, output = str(checkpoints[0]), tmp_path / "o" / "e.json"
+  settings = {
+    evaluate.Config: evaluate.Config(checkpoint=base, lengths=(600,), output=str(output)),
+    TasksConfig: TasksConfig(tasks=("gsm8k", "needle"), limit=1, data=data, shots=ShotsConfig(gsm8k=0)),
+  }  # fmt: skip
+
+  def killed(jobs, contenders, *_, **__):
+    outcome = run.Outcome({"answer_loglik": np.array([-1.0])}, None, np.array([9]), [{}])
+    yield run.compare(jobs[0], contenders, [outcome]), [{"task": "gsm8k", "number": 0}]
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(program, "read_flags", lambda prefix, cls: settings[cls])
+  monkeypatch.setattr(run, "run", killed)
+  with pytest.raises(KeyboardInterrupt):
+    evaluate.main()
+  saved = json.loads(output.read_text())
+  assert [row["original"] for row in saved["tasks"]] == [-1.0]
+  assert json.loads(output.with_suffix(".jsonl").read_text()) == {"task": "gsm8k", "number": 0}
+  assert all(not path.name.startswith(".") for path in output.parent.iterdir())
+  assert output.with_suffix(".png").exists() == (plots.pyplot() is not None)
+
+  (tmp_path / "latin").write_bytes(b"caf\xe9")
+  settings[evaluate.Config] = evaluate.Config(checkpoint=base, text=str(tmp_path / "latin"))
+  with pytest.raises(ValueError, match=r"--text=\S+latin: not UTF-8"):
+    evaluate.main()
 
 
 def test_the_program(tmp_path, checkpoints):

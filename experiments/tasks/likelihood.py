@@ -24,6 +24,9 @@ BUCKET = 256  # tokens that row lengths are rounded up to a multiple of
 TARGETS = 64  # scored tokens a row whose vocabulary-wide logits stand in memory at once
 
 
+Span = tuple[int, slice]  # a row's number and which of its targets
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
   """What the model reads, int32 [n], and what is asked of it: the log-probability of `targets` [c] after the tokens at
@@ -56,7 +59,7 @@ def cut(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int
   return before, whole[len(before) :]
 
 
-def rows_of(question: Question, tokenizer: Tokenizer) -> tuple[list[Row], list[tuple[int, slice]]]:
+def rows_of(question: Question, tokenizer: Tokenizer) -> tuple[list[Row], list[Span]]:
   """The rows that a question needs, and for each choice the row and the targets that are its tokens.
 
   Choices of one token each, such as letters, share one row, which ends with the context.
@@ -72,6 +75,17 @@ def rows_of(question: Question, tokenizer: Tokenizer) -> tuple[list[Row], list[t
     for before, after in pairs
   ]
   return rows, [(i, slice(None)) for i in range(len(pairs))]
+
+
+def lay_out(questions: Sequence[Question], tokenizer: Tokenizer) -> tuple[list[Row], list[list[Span]]]:
+  """The rows of all questions end to end, and each question's spans (`rows_of`) in them."""
+  rows: list[Row] = []
+  spans: list[list[Span]] = []
+  for question in questions:
+    own, parts = rows_of(question, tokenizer)
+    spans.append([(len(rows) + row, part) for row, part in parts])
+    rows += own
+  return rows, spans
 
 
 @jax.jit

@@ -25,9 +25,8 @@ def with_error(metric: str, mean: float, error: float) -> str:
 
 
 def label(row: dict[str, Any]) -> str:
-  """A retrofit's name, with its threshold where that is not 0."""
-  name = Path(row["retrofit"]).name
-  return name if not row["threshold"] else f"{name} at {row['threshold']:g}"
+  """A retrofit's name, without the folders that it lies in."""
+  return Path(row["retrofit"]).name
 
 
 def line(row: dict[str, Any]) -> str:
@@ -55,7 +54,8 @@ def save_samples(path: Path, samples: Sequence[dict[str, Any]]) -> str:
 
 
 def picture(path: Path, rows: Sequence[dict[str, Any]], title: str) -> str | None:
-  """Retrieval scores against length, a panel a task, and every other metric as original beside retrofits.
+  """Retrieval scores against length, a panel a task, and every other metric as original beside retrofits; whole or not
+  at all.
 
   Returns:
     The path written, or None without matplotlib.
@@ -83,8 +83,13 @@ def picture(path: Path, rows: Sequence[dict[str, Any]], title: str) -> str | Non
   handles, labels = axes[0][0].get_legend_handles_labels()
   figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
   path.parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path, dpi=140)
-  plt.close(figure)
+  part = path.with_name(f".{path.name}")
+  try:
+    figure.savefig(part, dpi=140)
+    part.replace(path)
+  finally:
+    part.unlink(missing_ok=True)
+    plt.close(figure)
   return str(path)
 
 

@@ -15,6 +15,15 @@ from dms_jax.tokenizer import Tokenizer
 from experiments.tasks import get, likelihood, retrieval
 from experiments.tasks.base import LikelihoodTask, Question, RetrievalTask, TasksConfig
 
+FIELDS = (
+  "task",
+  "length",
+  "number",
+  "references",
+  "tokens",
+  "question",
+  "answer",
+)  # of a sample's record, beside names
 ASKED = 60.0  # a retrieval task says something of a retrofit where the original finds at least this share, per cent
 
 Progress = Callable[..., Iterable]
@@ -22,7 +31,7 @@ Progress = Callable[..., Iterable]
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-  """A model under comparison; dense without gates, or with `threshold` infinite."""
+  """A model under comparison, by a name of its own; dense without gates, or with `threshold` infinite."""
 
   name: str
   model: Model
@@ -31,11 +40,14 @@ class Contender:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """One task, at one length where it has lengths, with everything that is asked."""
+  """One task, at one length where it has lengths, with everything that is asked, of questions as `likelihood.lay_out`
+  has it."""
 
   task: LikelihoodTask | RetrievalTask
   length: int | None
   asked: list[Question] | list[retrieval.Prompt]
+  rows: list[likelihood.Row] = dataclasses.field(default_factory=list)
+  spans: list[list[likelihood.Span]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +67,16 @@ class Outcome:
     return 1.0 if self.held is None else float(achieved_cr(self.held, self.seen))
 
 
+def check_names(names: Sequence[str]) -> None:
+  """Raises ValueError unless every model can be told from the others, and from the fields of a sample's record."""
+  taken = [*FIELDS, *names]
+  if twice := sorted({name for name in names if taken.count(name) > 1}):
+    raise ValueError(
+      f"--retrofit, --thresholds: {twice} would be the name of several things in the results; list each once, and a "
+      "folder of such a name by its full path"
+    )
+
+
 def prepare(config: TasksConfig, lengths: Sequence[int], tokenizer: Tokenizer, max_positions: int) -> list[Job]:
   """Reads and lays out everything that will be asked, so that bad input ends the run before any model is loaded.
 
@@ -70,7 +92,12 @@ def prepare(config: TasksConfig, lengths: Sequence[int], tokenizer: Tokenizer, m
     questions = task.questions(config)
     if not questions:
       raise ValueError(f"--data.{task.name} holds no question")
-    jobs.append(Job(task, None, questions))
+    rows, spans = likelihood.lay_out(questions, tokenizer)
+    if (longest := max(len(row.tokens) for row in rows)) > max_positions:
+      raise ValueError(
+        f"--shots.{task.name}: a question with its shots has {longest} tokens; the model's context is {max_positions}"
+      )
+    jobs.append(Job(task, None, questions, rows, spans))
   return jobs
 
 
@@ -79,31 +106,18 @@ def standard_error(values: np.ndarray) -> float:
   return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
-def _likelihoods(
-  job: Job, contenders: Sequence[Contender], tokenizer: Tokenizer, batch: int, progress
-) -> list[Outcome]:
-  rows: list[likelihood.Row] = []
-  spans: list[list[tuple[int, slice]]] = []
-  limit = contenders[0].model.config.max_position_embeddings
-  for question in job.asked:
-    own, span = likelihood.rows_of(question, tokenizer)
-    if (longest := max(len(row.tokens) for row in own)) > limit:
-      raise ValueError(
-        f"--shots.{job.task.name}: a question with its shots has {longest} tokens; the model's context is {limit}"
-      )
-    spans.append([(len(rows) + row, part) for row, part in span])
-    rows += own
+def _likelihoods(job: Job, contenders: Sequence[Contender], batch: int, progress) -> list[Outcome]:
   models = [(c.model, None if c.model.dms is None else c.threshold) for c in contenders]
   outcomes = []
-  for scored in likelihood.score(models, rows, batch=batch, progress=progress):
+  for scored in likelihood.score(models, job.rows, batch=batch, progress=progress):
     each = [
       likelihood.scores(question, [scored[row].logprobs[part] for row, part in span])
-      for question, span in zip(job.asked, spans, strict=True)
+      for question, span in zip(job.asked, job.spans, strict=True)
     ]
     each = [{name: values[name] for name in job.task.metrics} for values in each]
     held = None if scored[0].held is None else np.stack([s.held for s in scored], axis=1)
     values = {name: np.array([e[name] for e in each]) for name in job.task.metrics}
-    outcomes.append(Outcome(values, held, np.array([len(row.tokens) for row in rows]), each))
+    outcomes.append(Outcome(values, held, np.array([len(row.tokens) for row in job.rows]), each))
   return outcomes
 
 
@@ -156,11 +170,18 @@ def run(
     contenders: the original first.
     batch: rows at a time.
     progress: wraps the iteration over batches, `desc` saying of what.
+
+  Raises:
+    ValueError: two contenders have one name.
   """
+  check_names([contender.name for contender in contenders])
   for job in jobs:
     where = job.task.name if job.length is None else f"{job.task.name} {job.length}"
-    work = _retrievals if isinstance(job.task, RetrievalTask) else _likelihoods
-    outcomes = work(job, contenders, tokenizer, batch, lambda items, where=where: progress(items, desc=where))
+    shown = lambda items, where=where: progress(items, desc=where)
+    if isinstance(job.task, RetrievalTask):
+      outcomes = _retrievals(job, contenders, tokenizer, batch, shown)
+    else:
+      outcomes = _likelihoods(job, contenders, batch, shown)
     samples = []
     for number, asked in enumerate(job.asked):
       record: dict[str, Any] = {"task": job.task.name, "length": job.length, "number": number}
