@@ -30,7 +30,7 @@ from dms_jax import policies
 from dms_jax.cache import Cache, PagedCache
 from dms_jax.cache.base import storage_dtype
 from dms_jax.cache.paged import QUANTISED
-from dms_jax.cache.stored import StoredRow, restored, store_row
+from dms_jax.cache.stored import StoredRow, check_fits, restored, store_row
 from dms_jax.config import read_json
 from dms_jax.model import Model, check_policy, model_shift
 from dms_jax.policies import Policy
@@ -167,10 +167,14 @@ def load_cache(
     used = sum(int((-(-row.archived // store.page_size)).sum()) for row in rows)
     store = store.with_pages(max(store.pages, header.get("pages", 0), used))
   for index, row in enumerate(rows):
+    advice = ""
     try:
+      check_fits(store, row)
+      if capacity is not None:  # what can still be refused is the row's size
+        advice = f"; give a larger capacity than {capacity}"
       store, enough = restored(store, index, row)
     except ValueError as error:
-      raise ValueError(f"{path}: row {index}: {error}; give a larger capacity than {capacity}") from None
+      raise ValueError(f"{path}: row {index}: {error}{advice}") from None
     if not enough:
       raise ValueError(f"{path}: row {index}: capacity={capacity} slots a head are too few pages; give a larger one")
   column = lambda name: jnp.asarray(np.array([about[name] for about in abouts], np.int32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import zipfile
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 import dms_jax
-from dms_jax import policies
+from dms_jax import conversation, policies
 from dms_jax.cache import PagedCache, SlotCache
 from dms_jax.config import DMSConfig
 from dms_jax.conversation import HEADER, ROWS
@@ -226,6 +227,15 @@ def test_a_damaged_header_is_one_line(model, saved, tmp_path, field, value, mess
   with pytest.raises(ValueError, match=message) as error:
     dms_jax.load_cache(path, model)
   assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_row_of_another_kind_gets_no_advice_on_its_size(model, saved, monkeypatch):
+  read = conversation._read_rows
+  shifted = lambda *args, **options: [dataclasses.replace(row, shift=7) for row in read(*args, **options)]
+  monkeypatch.setattr(conversation, "_read_rows", shifted)
+  for capacity in (None, 100):
+    with pytest.raises(ValueError, match=r"row 0: a stored row with shift 7 does not fit a cache with 1$"):
+      dms_jax.load_cache(saved, model, capacity=capacity)
 
 
 def test_damaged_arrays_are_one_line(model, saved, tmp_path):
