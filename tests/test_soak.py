@@ -62,7 +62,30 @@ def test_lost_pages_are_seen(ran):
   generator.cache = cache
 
 
+def made_up(**columns) -> dict:
+  """What a soak of 100 steps leaves: all flat, but for `columns`."""
+  flat = {"memory": [2**20] * 100, "arrays": [50] * 100}
+  return {"samples": {"seconds": list(range(100)), **flat, **columns}, "counts": {"swaps": 1}, "kept": []}
+
+
+@pytest.mark.parametrize(("columns", "failed"), [
+  (dict(), set()),
+  (dict(memory=[None] * 100), set()),
+  (dict(arrays=list(range(1, 31)) + [50] * 70), set()),  # it may grow while it warms up
+  (dict(arrays=[50] * 60 + [90] + [50] * 39), set()),  # and one step may have more
+  (dict(arrays=list(range(50, 150))), {"arrays_flat"}),
+  (dict(memory=[2**20 + 2**12 * i for i in range(100)]), {"memory_flat"}),
+])  # fmt: skip
+def test_growth_is_seen(ran, columns, failed):
+  result = soak.verdict(ran[0], soak.Config(), made_up(**columns))
+  assert {name for name, held in result["checks"].items() if not held} == failed
+  assert result["passed"] == (not failed)
+  assert result["arrays_growth"] == pytest.approx(146 / 83 - 1 if "arrays_flat" in failed else 0)
+
+
 def test_flags_are_checked():
+  with pytest.raises(ValueError, match=r"--retrofit=x .*--checkpoint"):
+    soak.Config(retrofit="x")
   for flag, value in (("minutes", 0), ("warm_up", 1.0), ("width", 0)):
     with pytest.raises(ValueError, match=f"--{flag}={value}"):
       soak.Config(**{flag: value})
