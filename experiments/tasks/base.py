@@ -1,13 +1,10 @@
-"""What a task is, its settings, and what its files share: reading them line by line, shots drawn by a seed."""
+"""What a task is, its settings, and what tasks share: questions and shots drawn by a seed."""
 
 from __future__ import annotations
 
-import bz2
 import dataclasses
-import json
 import random
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar
 
 T = TypeVar("T")
@@ -137,60 +134,6 @@ class RetrievalTask:
   name: str
   new_tokens: int
   sample: Callable[..., Haystack]
-
-
-# Files ----------------------------------------------------------------------------------------------------------------
-
-
-def required(flag: str, value: str, what: str) -> Path:
-  """The path given by a flag.
-
-  Raises:
-    ValueError: none is given, or nothing is there.
-  """
-  if not value:
-    raise ValueError(f"--{flag}=PATH is needed: {what}")
-  path = Path(value)
-  if not path.exists():
-    raise ValueError(f"--{flag}={value}: nothing there; it should be {what}")
-  return path
-
-
-def read_text(flag: str, path: Path) -> str:
-  """A UTF-8 file's text, a .bz2 file's unpacked.
-
-  Raises:
-    ValueError: it is a folder, damaged, or not UTF-8; names the flag.
-  """
-  if path.is_dir():
-    raise ValueError(f"--{flag}={path}: a folder, where a file is expected")
-  try:
-    data = path.read_bytes()
-    return (bz2.decompress(data) if path.suffix == ".bz2" else data).decode("utf-8")
-  except UnicodeDecodeError as error:
-    raise ValueError(f"--{flag}={path}: not UTF-8 text ({error})") from None
-  except (OSError, ValueError) as error:
-    raise ValueError(f"--{flag}={path}: cannot be read ({error}); the file is damaged or was cut short") from None
-
-
-def json_records(flag: str, path: Path, fields: dict[str, type]) -> Iterator[tuple[str, dict]]:
-  """(where, record) of each line of a JSON-lines file.
-
-  Raises:
-    ValueError: not JSON, or a field is missing or of another type; names the flag and line.
-  """
-  for number, line in enumerate(read_text(flag, path).split("\n"), 1):
-    if not line.strip():
-      continue
-    where = f"--{flag}={path}, line {number}"
-    try:
-      record = json.loads(line)
-    except json.JSONDecodeError as error:
-      raise ValueError(f"{where}: not valid JSON ({error})") from None
-    for name, kind in fields.items():
-      if not isinstance(record, dict) or not isinstance(record.get(name), kind):
-        raise ValueError(f"{where}: a record needs {name!r} ({kind.__name__})")
-    yield where, record
 
 
 # Choices by seed ------------------------------------------------------------------------------------------------------

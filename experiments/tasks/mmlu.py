@@ -10,7 +10,8 @@ import csv
 import io
 from pathlib import Path
 
-from experiments.tasks.base import LikelihoodTask, Question, TasksConfig, drawn, read_text, required
+from experiments.files import read_text, required
+from experiments.tasks.base import LikelihoodTask, Question, TasksConfig, drawn
 
 FLAG = "data.mmlu"
 LETTERS = ("A", "B", "C", "D")

@@ -1,0 +1,76 @@
+"""Files that a flag names, read whole or line by line; what is wrong with one is said with its flag and line."""
+
+from __future__ import annotations
+
+import bz2
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def required(flag: str, value: str, what: str) -> Path:
+  """The path given by a flag.
+
+  Raises:
+    ValueError: none is given, or nothing is there.
+  """
+  if not value:
+    raise ValueError(f"--{flag}=PATH is needed: {what}")
+  path = Path(value)
+  if not path.exists():
+    raise ValueError(f"--{flag}={value}: nothing there; it should be {what}")
+  return path
+
+
+def read_text(flag: str, path: str | Path) -> str:
+  """A UTF-8 file's text, a .bz2 file's unpacked.
+
+  Raises:
+    ValueError: it is not there, a folder, damaged, or not UTF-8; names the flag.
+  """
+  path = Path(path)
+  if path.is_dir():
+    raise ValueError(f"--{flag}={path}: a folder, where a file is expected")
+  try:
+    data = path.read_bytes()
+    return (bz2.decompress(data) if path.suffix == ".bz2" else data).decode("utf-8")
+  except FileNotFoundError:
+    raise ValueError(f"--{flag}={path}: no such file") from None
+  except UnicodeDecodeError as error:
+    raise ValueError(f"--{flag}={path}: not UTF-8 text ({error})") from None
+  except (OSError, ValueError) as error:
+    raise ValueError(f"--{flag}={path}: cannot be read ({error}); the file is damaged or was cut short") from None
+
+
+def text_lines(flag: str, path: str | Path) -> Iterator[tuple[str, str]]:
+  """(where, line) of each line that is not blank; a line ends with LF or CRLF, and with nothing else.
+
+  Raises:
+    ValueError: as `read_text`.
+  """
+  for number, line in enumerate(read_text(flag, path).split("\n"), 1):
+    if line.strip():
+      yield f"--{flag}={path}, line {number}", line.removesuffix("\r")
+
+
+def json_records(flag: str, path: str | Path, fields: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+  """(where, record) of each line of a JSON-lines file that is not blank.
+
+  Args:
+    fields: what every record must hold, and of which type.
+
+  Raises:
+    ValueError: no JSON object, or a field is missing or of another type; names the flag and line.
+  """
+  for where, line in text_lines(flag, path):
+    try:
+      record = json.loads(line)
+    except json.JSONDecodeError as error:
+      raise ValueError(f"{where}: not valid JSON ({error})") from None
+    for name, kind in fields.items():
+      if not isinstance(record, dict) or not isinstance(record.get(name), kind):
+        raise ValueError(f"{where}: a record needs {name!r} ({getattr(kind, '__name__', kind)})")
+    if not isinstance(record, dict):
+      raise ValueError(f"{where}: expected a JSON object, found {type(record).__name__}")
+    yield where, record
