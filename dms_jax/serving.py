@@ -39,7 +39,11 @@ from dms_jax.sampling import Sampling, row_keys
 
 
 class BudgetError(ValueError):
-  """A row needs more memory than the whole budget."""
+  """A row needs more memory than the whole budget. `ticket`: whose it is; None for the empty rows of a generator."""
+
+  def __init__(self, message: str, ticket: int | None = None):
+    super().__init__(message if ticket is None else f"ticket {ticket}: {message}")
+    self.ticket = ticket
 
 
 @dataclasses.dataclass
@@ -351,8 +355,9 @@ class Generator:
     self.cache = cache_rows.released(self.cache, jnp.arange(self.width) == row)
     if not any(other is not None for other in self.chains) and not self.swapped:
       raise BudgetError(
-        f"ticket {chain.ticket}: {len(chain.prompt)} tokens of prompt and its chains do not fit budget={self.budget} "
-        f"bytes ({self.cache.pages} pages of {self.cache.page_size} slots for {self._heads} heads), even alone"
+        f"{len(chain.prompt)} tokens of prompt and its chains do not fit budget={self.budget} bytes "
+        f"({self.cache.pages} pages of {self.cache.page_size} slots for {self._heads} heads), even alone",
+        chain.ticket,
       )
 
   def _first_tokens(self, group: list[_Chain], logits: Float[Array, "1 V"]) -> list:
@@ -439,9 +444,10 @@ class Generator:
       if len(running) == 1:
         chain = running[0]
         raise BudgetError(
-          f"ticket {chain.ticket}: a text of {int(self.cache.seen[chain.row])} tokens fills budget={self.budget} bytes "
-          f"({self.cache.pages} pages of {self.cache.page_size} slots for {self._heads} heads), even alone; its tokens "
-          "so far are in `results`, and cancel(ticket) lets the others go on"
+          f"a text of {int(self.cache.seen[chain.row])} tokens fills budget={self.budget} bytes ({self.cache.pages} "
+          f"pages of {self.cache.page_size} slots for {self._heads} heads), even alone; its tokens so far are in "
+          "`results`, and cancel(ticket) lets the others go on",
+          chain.ticket,
         )
       self._swap_out(max(running, key=lambda chain: chain.age))
     self.rows = self.rows.replace(
