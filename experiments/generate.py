@@ -10,7 +10,7 @@ last line is one JSON object with all rows and what they cost.
 
     python -m experiments.generate --checkpoint=... --requests=requests.jsonl --width=16 --kv_budget_gib=2
 
-answers a file of requests (`experiments/requests.py` has its fields) in one pool of pages: rows are written to
+answers a file of requests (`experiments/request_file.py` has its fields) in one pool of pages: rows are written to
 `--output` as they end, and a run that was cut short goes on where it was.
 """
 
@@ -28,7 +28,7 @@ import jax
 import dms_jax
 from dms_jax import policies
 from dms_jax.generation import Output
-from experiments import program, requests
+from experiments import files, program, request_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Config:
 
   Of requests: `width` rows at once, `chains` of each that does not say; a budget in GiB, or in tokens a head that all
   rows hold together beside their windows; `output` is by default REQUESTS with .results.jsonl for its ending.
+  `cache` is slots for prompts, and always paged for requests.
   """
 
   checkpoint: str
@@ -63,7 +64,7 @@ class Config:
   seed: int = 0
   stop: tuple[str, ...] = ()
   eos: bool = True
-  cache: Literal["slots", "paged", "masked"] = "slots"
+  cache: Literal["slots", "paged", "masked"] | None = None
   capacity: int | None = None
   prefill_chunk: int = 256
   stretch: int = 8
@@ -79,15 +80,19 @@ class Config:
       )
     if self.system is not None and not self.chat:
       raise ValueError("--system is a message of a chat: add --chat")
+    if not 0 <= self.seed < request_file.SEEDS:
+      raise ValueError(f"--seed={self.seed} must lie between 0 and 2**32 - 1")
     if self.samples < 1:
       raise ValueError(f"--samples={self.samples} must be 1 or more")
     if self.requests is not None:
       refused = [name for name in ("chat", "samples", "capacity") if getattr(self, name) not in (False, 1, None)]
       if refused:
         raise ValueError(f"--{refused[0]} does not go with --requests, whose lines say what each is to be")
+      if self.cache not in (None, "paged"):
+        raise ValueError(f"--cache={self.cache} does not go with --requests, which share one pool of pages")
     else:
-      for name, default in (("output", None), ("chains", 1), ("kv_budget_gib", None), ("kv_budget_tokens", None)):
-        if getattr(self, name) != default:
+      for name in ("output", "width", "chains", "kv_budget_gib", "kv_budget_tokens", "archive"):
+        if getattr(self, name) != getattr(type(self), name):
           raise ValueError(f"--{name} is for --requests")
     if self.kv_budget_gib is not None and self.kv_budget_tokens is not None:
       raise ValueError("give either --kv_budget_gib or --kv_budget_tokens")
@@ -96,13 +101,10 @@ class Config:
     """The texts asked for; none when turns come from standard input."""
     if self.prompt is not None:
       return [self.prompt]
-    for name in (self.file, self.prompts_file):
-      if name is not None and not Path(name).is_file():
-        raise ValueError(f"{name}: no such file")
     if self.file is not None:
-      return [Path(self.file).read_text()]
+      return [files.read_text("file", self.file)]
     if self.prompts_file is not None:
-      return [line for line in Path(self.prompts_file).read_text().splitlines() if line.strip()]
+      return [line for _, line in files.text_lines("prompts_file", self.prompts_file)]
     return []
 
 
@@ -158,19 +160,25 @@ class Printer:
 
 def answer_requests(config: Config, model, tokenizer, policy) -> dict:
   """What `--requests` asks for."""
-  asked = requests.read_requests(
+  asked = request_file.read_requests(
     config.requests, tokenizer, max_new_tokens=config.max_new_tokens, chains=config.chains,
     temperature=config.temperature, seed=config.seed, width=config.width,
   )  # fmt: skip
   warmest = max(request.temperature for request in asked)
-  generator = dms_jax.Generator(
-    model, policy=policy, width=config.width, temperature=warmest, top_k=config.top_k, top_p=config.top_p,
-    budget=None if config.kv_budget_gib is None else int(config.kv_budget_gib * 2**30),
-    budget_tokens=config.kv_budget_tokens, stop=tuple(s.replace("\\n", "\n") for s in config.stop), eos=config.eos,
-    archive=config.archive, prefill_chunk=config.prefill_chunk, stretch=config.stretch,
-  )  # fmt: skip
+  try:
+    generator = dms_jax.Generator(
+      model, policy=policy, width=config.width, temperature=warmest, top_k=config.top_k, top_p=config.top_p,
+      budget=None if config.kv_budget_gib is None else int(config.kv_budget_gib * 2**30),
+      budget_tokens=config.kv_budget_tokens, stop=tuple(s.replace("\\n", "\n") for s in config.stop), eos=config.eos,
+      archive=config.archive, prefill_chunk=config.prefill_chunk, stretch=config.stretch,
+    )  # fmt: skip
+  except dms_jax.BudgetError as error:
+    raise ValueError(f"--kv_budget_gib or --kv_budget_tokens, with --width={config.width}: {error}") from None
   output = Path(config.output or Path(config.requests).with_suffix(".results.jsonl"))
-  summary = requests.answer(generator, asked, output)
+  deciding = ("checkpoint", "retrofit", "dtype", "top_k", "top_p", "stop", "eos", "archive")
+  settings = {name: getattr(config, name) for name in deciding}
+  settings["policy"] = (type(policy).__name__, policy)
+  summary = request_file.answer(generator, asked, output, settings)
   return {"output": str(output), **summary}
 
 
@@ -192,8 +200,8 @@ def main() -> None:
     out = dms_jax.generate(
       model, texts, policy=policy, max_new_tokens=config.max_new_tokens, key=key, temperature=config.temperature,
       top_k=config.top_k, top_p=config.top_p, stop=tuple(s.replace("\\n", "\n") for s in config.stop), eos=config.eos,
-      cache=config.cache, capacity=config.capacity, prefill_chunk=config.prefill_chunk, stretch=config.stretch,
-      stream=printer, continue_from=past,
+      cache=config.cache or "slots", capacity=config.capacity, prefill_chunk=config.prefill_chunk,
+      stretch=config.stretch, stream=printer, continue_from=past,
     )  # fmt: skip
     if printer:
       printer.close()

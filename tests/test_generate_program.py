@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import bench_generate, generate, requests
+import dms_jax
+from experiments import bench_generate, files, generate, request_file
 from tests.test_report import save_checkpoints
 
 ROOT = Path(__file__).parent.parent
@@ -69,6 +70,9 @@ def test_requests_are_answered_and_taken_up_again(base, tmp_path):
   rows = {(r["id"], r["chain"]): r for r in map(json.loads, first.splitlines())}
   assert set(rows) == {("a", 0), (1, 0), (2, 0), (2, 1)} and rows[2, 0]["tokens"] != rows[2, 1]["tokens"]
   assert [rows[key]["finish_reason"] for key in rows] == ["length"] * 4
+  refused = run(base, *flags, "--dms.threshold=1")  # which is not what the rows were made with
+  assert refused.returncode == 1 and f"--output={output}, line 1: answers request" in refused.stderr, refused.stderr
+  assert output.read_text() == first
   kept = [line for line in first.splitlines() if json.loads(line)["id"] != 2]
   output.write_text("\n".join(kept) + '\n{"id": 2, "cha')
   again = json.loads(run(base, *flags).stdout.splitlines()[-1])
@@ -79,32 +83,98 @@ def test_requests_are_answered_and_taken_up_again(base, tmp_path):
 
 
 @pytest.mark.parametrize("line, message", [
-  ("{", "r.jsonl:2: not valid JSON"),
-  ("[]", "r.jsonl:2: expected a JSON object, found list"),
-  ('{"promt": "x"}', "r.jsonl:2: unknown field 'promt'"),
-  ('{"id": 3}', "r.jsonl:2: give either prompt or messages"),
-  ('{"prompt": "x", "chains": 9}', "r.jsonl:2: chains=9 must lie between 1 and --width=2"),
-  ('{"prompt": "x", "chains": "9"}', "r.jsonl:2: chains='9' has the wrong type"),
-  ('{"prompt": "x", "temperature": -1}', "r.jsonl:2: temperature=-1 must be 0 or more"),
-  ('{"prompt": "x", "id": 0}', "r.jsonl:2: id 0 is that of line 1 too"),
-  ('{"messages": [{"role": "user"}]}', "r.jsonl:2: messages must be objects with role and content"),
+  ("{", "r.jsonl, line 2: not valid JSON"),
+  ("[]", "r.jsonl, line 2: expected a JSON object, found list"),
+  ('{"promt": "x"}', "r.jsonl, line 2: unknown field 'promt'"),
+  ('{"id": 3}', "r.jsonl, line 2: give either prompt or messages"),
+  ('{"prompt": "x", "chains": 9}', "r.jsonl, line 2: chains=9 must lie between 1 and --width=2"),
+  ('{"prompt": "x", "chains": "9"}', "r.jsonl, line 2: chains='9' has the wrong type"),
+  ('{"prompt": "x", "temperature": -1}', "r.jsonl, line 2: temperature=-1 must be 0 or more"),
+  ('{"prompt": "x", "seed": 4294967296}', "r.jsonl, line 2: seed=4294967296 must lie below"),
+  ('{"prompt": "x", "id": 0}', "r.jsonl, line 2: id 0 is that of line 1 too"),
+  ('{"messages": [{"role": "user"}]}', "r.jsonl, line 2: messages must be objects with role and content"),
 ])  # fmt: skip
 def test_bad_requests_are_named_by_their_line(tmp_path, line, message):
   (tmp_path / "r.jsonl").write_text('{"prompt": "fine"}\n' + line + "\n")
   settings = dict(max_new_tokens=4, chains=1, temperature=0.0, seed=0, width=2)
   with pytest.raises(ValueError, match=message):
-    requests.read_requests(tmp_path / "r.jsonl", None, **settings)
+    request_file.read_requests(tmp_path / "r.jsonl", None, **settings)
 
 
-def test_results_of_something_else_are_left_alone(tmp_path):
-  (tmp_path / "letter").write_text("dear\n")
-  with pytest.raises(ValueError, match="letter:1: no result of this program"):
-    requests.finished_chains(tmp_path / "letter")
-  assert (tmp_path / "letter").read_text() == "dear\n"
-  with pytest.raises(ValueError, match="no such file"):
-    requests.read_requests(
+@pytest.mark.parametrize("text", ["dear\n", "dear", '{"id": 1, "chain": 0}\n', "[]\n"])
+def test_results_of_something_else_are_left_alone(tmp_path, text):
+  (tmp_path / "letter").write_text(text)
+  with pytest.raises(ValueError, match=r"--output=.*letter, line 1: .*; give another --output"):
+    request_file.finished_chains(tmp_path / "letter", {1: "x"})
+  assert (tmp_path / "letter").read_text() == text
+  with pytest.raises(ValueError, match=r"--requests=.*none: no such file"):
+    request_file.read_requests(
       tmp_path / "none", None, max_new_tokens=4, chains=1, temperature=0.0, seed=0, width=2
     )  # fmt: skip
+
+
+def test_a_fingerprint_is_of_all_that_decides_the_answer(tmp_path):
+  def prints(line: dict, settings=(("policy", "dms"),), **defaults) -> str:
+    (tmp_path / "r.jsonl").write_text(json.dumps(line))
+    defaults = {"max_new_tokens": 4, "chains": 1, "temperature": 0.5, "seed": 0, "width": 2, **defaults}
+    return request_file.read_requests(tmp_path / "r.jsonl", None, **defaults)[0].fingerprint(dict(settings))
+
+  first = prints({"prompt": "x"})
+  assert first == prints({"prompt": "x", "temperature": 0.5}, width=3, temperature=0.9)
+  others = [
+    prints({"prompt": "y"}), prints({"prompt": "x"}, seed=1), prints({"prompt": "x", "seed": 0}),
+    prints({"prompt": "x"}, max_new_tokens=5), prints({"prompt": "x"}, chains=2),
+    prints({"prompt": "x"}, temperature=1), prints({"prompt": "x"}, settings=[("policy", "tova")]),
+    prints({"prompt": "x"}, temperature=0),
+  ]  # fmt: skip
+  assert len({first, *others}) == len(others) + 1
+  assert others[-1] == prints({"prompt": "x"}, temperature=0, seed=1)  # greedy chains draw nothing
+
+
+def test_a_line_ends_with_a_line_feed_alone(tmp_path):
+  """Not where a text holds one of Unicode's other separators, and in UTF-8 whatever the locale is."""
+  texts = ["one\u2028two\u0085three", "four \N{SNOWMAN}"]
+  lines = [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts]
+  (tmp_path / "r.jsonl").write_bytes("\r\n".join(lines).encode())
+  settings = dict(max_new_tokens=4, chains=1, temperature=0.0, seed=0, width=2)
+  assert [r.text for r in request_file.read_requests(tmp_path / "r.jsonl", None, **settings)] == texts
+  (tmp_path / "p.txt").write_bytes("\r\n\n".join(texts).encode())
+  config = generate.Config(checkpoint="x", prompts_file=str(tmp_path / "p.txt"))
+  assert config.prompts() == texts
+  (tmp_path / "p.txt").write_bytes("caf\xe9".encode("latin-1"))
+  with pytest.raises(ValueError, match=r"--prompts_file=.*p.txt: not UTF-8"):
+    config.prompts()
+  assert list(files.text_lines("x", tmp_path / "r.jsonl"))[1][0] == f"--x={tmp_path / 'r.jsonl'}, line 2"
+
+
+class Scripted:
+  """A generator of two tickets: in its first stretch ticket 0 ends, and ticket 1 does not fit."""
+
+  budget, busy, chains, waiting, swapped = 1000, True, [], [], []
+
+  def __init__(self):
+    self.results = {}
+
+  def submit(self, prompt, **options):
+    ticket = len(self.results)
+    self.results[ticket] = dms_jax.serving.Result([[]], [[]], ["running"], [""], [0.0], [None])
+    return ticket
+
+  def step(self):
+    self.results[0] = dms_jax.serving.Result([[1, 2]], [[-1.0, -2.0]], ["length"], ["ab"], [2.0], [None])
+    raise dms_jax.BudgetError("too much", 1)
+
+
+def test_what_ended_is_written_before_a_request_fails(tmp_path):
+  (tmp_path / "r.jsonl").write_text('{"prompt": "x", "id": "small"}\n{"prompt": "y", "id": "large"}\n')
+  asked = request_file.read_requests(
+    tmp_path / "r.jsonl", None, max_new_tokens=4, chains=1, temperature=0.0, seed=0, width=2
+  )  # fmt: skip
+  output = tmp_path / "out.jsonl"
+  with pytest.raises(ValueError, match=r"'large' does not fit .* 1000 bytes.*--kv_budget_gib or --kv_budget_tokens"):
+    request_file.answer(Scripted(), asked, output, {})
+  row = json.loads(output.read_text())
+  assert (row["id"], row["tokens"], row["finish_reason"]) == ("small", [1, 2], "length")
 
 
 def test_bad_input_is_one_line(base):
@@ -120,6 +190,11 @@ def test_bad_input_is_one_line(base):
     (dict(prompt="a", system="b"), "add --chat"),
     (dict(prompt="a", samples=0), "--samples=0"),
     (dict(prompt="a", kv_budget_gib=1.0), "--kv_budget_gib is for --requests"),
+    (dict(prompt="a", archive="int8"), "--archive is for --requests"),
+    (dict(prompt="a", width=2), "--width is for --requests"),
+    (dict(prompt="a", seed=2**32), "--seed=4294967296 must lie between 0 and"),
+    (dict(requests="a", cache="masked"), "--cache=masked does not go with --requests"),
+    (dict(requests="a", cache="slots"), "--cache=slots does not go with --requests"),
     (dict(requests="a", samples=2), "--samples does not go with --requests"),
     (dict(requests="a", kv_budget_gib=1.0, kv_budget_tokens=5), "give either --kv_budget_gib or --kv_budget_tokens"),
   ],
