@@ -142,8 +142,9 @@ def main() -> None:
   def save(**more) -> None:
     result.update(more)
     if output is not None:
+      result["saved"] = str(output)
       about = {"config": program.flag_values(), "environment": program.environment()}
-      result["saved"] = str(program.save_json(output, {**about, **result}))
+      program.save_json(output, {**about, **result})
 
   def save_tasks(rows: list[dict[str, Any]], samples: list[dict[str, Any]]) -> None:
     kept = report.save_samples(output.with_suffix(".jsonl"), samples)

@@ -368,6 +368,12 @@ def test_killed_resumed_and_one_fails(inputs, tmp_path):
   saved = json.loads((root / "ablation.json").read_text())
   assert len(saved["runs"]) == 4 and "held_per_head" in saved["runs"][0] and "python -m" in saved["command"]
   assert line["pictures"] == []  # matplotlib is optional
+
+  with (inputs / "text.txt").open("a") as text:
+    text.write(" And so on.")
+  stale = run(inputs)
+  assert stale.returncode == 1 and "Traceback" not in stale.stderr
+  assert "dms.window=2" in stale.stderr and ": trained on other text, " in stale.stderr
   pytest.importorskip("matplotlib")
   assert ablate.draw(saved["runs"], "run", "title", tmp_path) == [str(tmp_path / "ablation.png")]
 
