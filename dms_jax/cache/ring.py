@@ -240,8 +240,8 @@ class RingCache(Common):
     old = kv[layer, rows, head, from_ring]
     candidates = jnp.concatenate([old, rows_of(k, v, kv.dtype)], axis=2)  # [B, K, W+1+T, 2H]
 
-    # The cache is written before its archive is read: read before, XLA copies the whole cache twice in every layer. What
-    # the chunk appends lies behind the slots that count as archived here.
+    # The cache is written before its archive is read: read before, XLA may copy the whole cache twice in every layer.
+    # What the chunk appends lies behind the slots that count as archived here.
     kept = (real & (position < stop - ring))[:, None] & ~evicted
     stays = real & (position >= stop - ring)
     to_archive = ring + archived[..., None] + jnp.cumsum(kept, axis=-1) - 1
