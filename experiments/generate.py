@@ -97,6 +97,10 @@ class Config:
     if self.kv_budget_gib is not None and self.kv_budget_tokens is not None:
       raise ValueError("give either --kv_budget_gib or --kv_budget_tokens")
 
+  def stops(self) -> tuple[str, ...]:
+    """`stop` as texts: a backslash and an n stand for the end of a line."""
+    return tuple(text.replace("\\n", "\n") for text in self.stop)
+
   def prompts(self) -> list[str]:
     """The texts asked for; none when turns come from standard input."""
     if self.prompt is not None:
@@ -169,7 +173,7 @@ def answer_requests(config: Config, model, tokenizer, policy) -> dict:
     generator = dms_jax.Generator(
       model, policy=policy, width=config.width, temperature=warmest, top_k=config.top_k, top_p=config.top_p,
       budget=None if config.kv_budget_gib is None else int(config.kv_budget_gib * 2**30),
-      budget_tokens=config.kv_budget_tokens, stop=tuple(s.replace("\\n", "\n") for s in config.stop), eos=config.eos,
+      budget_tokens=config.kv_budget_tokens, stop=config.stops(), eos=config.eos,
       archive=config.archive, prefill_chunk=config.prefill_chunk, stretch=config.stretch,
     )  # fmt: skip
   except dms_jax.BudgetError as error:
@@ -199,7 +203,7 @@ def main() -> None:
     start = time.monotonic()
     out = dms_jax.generate(
       model, texts, policy=policy, max_new_tokens=config.max_new_tokens, key=key, temperature=config.temperature,
-      top_k=config.top_k, top_p=config.top_p, stop=tuple(s.replace("\\n", "\n") for s in config.stop), eos=config.eos,
+      top_k=config.top_k, top_p=config.top_p, stop=config.stops(), eos=config.eos,
       cache=config.cache or "slots", capacity=config.capacity, prefill_chunk=config.prefill_chunk,
       stretch=config.stretch, stream=printer, continue_from=past,
     )  # fmt: skip
