@@ -278,8 +278,7 @@ def _policy(path, header, model: Model, given: Policy | None) -> Policy:
     raise ValueError(f"{path}: policy: {error}") from None
   if settled.window != header["window"]:
     raise ValueError(f"{path}: policy window is {header['window']} there and {settled.window} here")
-  bounded = settled.bounded or getattr(policies.REGISTRY.get(name.lower()), "bounded", True)
-  if type(settled).__name__ != name and bounded:
+  if type(settled).__name__ != name and not settled.continues(policies.REGISTRY.get(name.lower())):
     raise ValueError(
       f"{path}: policy is {name} there and {type(settled).__name__} here; their caches hold other tokens"
     )

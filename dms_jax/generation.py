@@ -254,7 +254,7 @@ def _check_lengths(model, policy, kind, capacity, past, lengths, max_new_tokens)
     masked = isinstance(past.cache, caches.MaskedCache)
     if past.cache.window != policy.window:
       raise ValueError(f"policy window={policy.window}, but the conversation has window={past.cache.window}")
-    if type(policy) is not type(past.policy) and (policy.bounded or past.policy.bounded):
+    if not policy.continues(type(past.policy)):
       names = " cannot go on under ".join(type(p).__name__ for p in (past.policy, policy))
       raise ValueError(f"policy: a conversation held under {names}, as their caches hold different tokens")
     past.cache.check(policy)

@@ -235,8 +235,8 @@ class Generator:
 
   def _fitting(self, past: Continuation) -> Continuation:
     """`past` with pages of this pool's size; ValueError where it cannot go on here."""
-    names = [type(p).__name__ for p in (past.policy, self.policy)]
-    if names[0] != names[1] and (past.policy.bounded or self.policy.bounded):
+    if not self.policy.continues(type(past.policy)):
+      names = [type(p).__name__ for p in (past.policy, self.policy)]
       raise ValueError(
         f"continue_from: held under {names[0]}, cannot go on under {names[1]}: they hold different tokens"
       )

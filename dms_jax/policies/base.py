@@ -87,6 +87,10 @@ class Policy:
       raise ValueError(f"policy window={policy.window} must be 0 or more tokens")
     return policy
 
+  def continues(self, held: type[Policy] | None) -> bool:
+    """Whether it can go on with what a policy of kind `held` (None: unknown) holds: its own, or neither bounds it."""
+    return held is type(self) or not (self.bounded or held is None or held.bounded)
+
   def decide(
     self, logits: Float[Array, "B K T"] | None, layer: int | Int[Array, "..."], position: Int[Array, "*L B K T"]
   ) -> Bool[Array, "*L B K T"]:
