@@ -202,15 +202,23 @@ class PagedCache(RingCache):
     row, head = jnp.arange(b)[:, None, None], jnp.arange(k)[:, None]
     in_ring = jnp.where(target < self.ring, target, big.kv.shape[3])  # what is not is past its end
     kv = big.kv.at[layer, row, head, in_ring].set(rows, mode="drop")
+    return big.replace(kv=kv, archive=self._stored(big.archive, reserved.pages[layer], target, rows))
+
+  def _moved(self, big, reserved, slot, target):
+    lead = jnp.ix_(*(jnp.arange(n) for n in target.shape))
+    rows = big.kv[(*lead, slot[:, None])][..., None, :]
+    return big.replace(archive=self._stored(big.archive, reserved.pages, target[..., None], rows))
+
+  def _stored(
+    self, store: Store, table: Int[Array, "*n M"], target: Int[Array, "*n X"], rows: Shaped[Array, "*n X width"]
+  ) -> Store:
+    """`store` with rows in the archive's slots `target`; what is in the ring, or past the last slot: nowhere."""
     index = target - self.ring
     inside = (index >= 0) & (target < self.slots)
-    page = jnp.where(inside, _pages_at(reserved.pages[layer], index // self.page_size), self.pages)
-    at = page, index % self.page_size
-    cells, scales = _quantised(rows, big.archive.pages.dtype)
-    store = big.archive.replace(pages=big.archive.pages.at[at].set(cells, mode="drop"))
-    if scales is not None:
-      store = store.replace(scales=store.scales.at[at].set(scales, mode="drop"))
-    return big.replace(kv=kv, archive=store)
+    at = jnp.where(inside, _pages_at(table, index // self.page_size), self.pages), index % self.page_size
+    cells, scales = _quantised(rows, store.pages.dtype)
+    store = store.replace(pages=store.pages.at[at].set(cells, mode="drop"))
+    return store if scales is None else store.replace(scales=store.scales.at[at].set(scales, mode="drop"))
 
   def _archive(self, big, reserved, layer):
     b, k, most = reserved.pages.shape[1:]
@@ -245,8 +253,8 @@ def _granted(asked: Int[Array, "B"], free: Int[Array, ""]) -> Bool[Array, "B"]:
   return granted | ((asked <= left) & (jnp.cumsum(fitting) <= left))
 
 
-def _pages_at(table: Int[Array, "B K M"], place: Int[Array, "B K X"]) -> Int[Array, "B K X"]:
-  """The numbers at `place` of a layer's table, the last where that is past its end."""
+def _pages_at(table: Int[Array, "*n M"], place: Int[Array, "*n X"]) -> Int[Array, "*n X"]:
+  """The numbers at `place` of a table, the last where that is past its end."""
   return jnp.take_along_axis(table, jnp.clip(place, 0, table.shape[-1] - 1), axis=-1)
 
 

@@ -152,27 +152,28 @@ class RingCache(Common):
     return attend(plan, policy, layer, big, state, q, k, v, evict)
 
   def _decode(self, plan, policy, layer, big, state, q, k, v, evict):
-    archived, flags = state
+    archived, _ = state
     active, ring, slots = plan.lengths > 0, self.ring, self.slots
     rows, head = jnp.arange(q.shape[0])[:, None], jnp.arange(archived.shape[1])
     slot = (plan.seen % ring)[:, None]
     step, reserved = plan.placement.step, plan.placement.reserved
     target, grows = step.target[layer], step.grows[layer]
-    if self.window < self.shift:  # the incoming decision is about the very token that leaves
+    known = self.window >= self.shift
+    if not known:  # the incoming decision is about the very token that leaves
       target, grows = jnp.where(evict[..., 0], slots, target), grows & ~evict[..., 0]
     archived = archived + grows.astype(jnp.int32)
 
-    # Decisions first: about token t - shift, which may already be gone; then the new token starts undecided.
-    own = evict[..., 0] if self.shift == 0 else jnp.zeros_like(evict[..., 0])
-    if self.shift:
-      before = jnp.where(active & (plan.seen >= self.shift), (plan.seen - self.shift) % ring, ring)
-      flags = flags.at[rows, head, before[:, None]].set(evict[..., 0], mode="drop")
-    flags = flags.at[rows, head, jnp.where(active[:, None], slot, ring)].set(own, mode="drop")
-
     newest = jnp.broadcast_to(jnp.where(active[:, None], slot, slots), target.shape)
-    targets = jnp.stack([target, newest], -1)
-    displaced, new = big.kv[layer, rows, head, slot], rows_of(k, v, big.kv.dtype)[:, :, 0]
-    big = self._written(big, reserved, layer, targets, jnp.stack([displaced, new], 2))
+    targets, new = jnp.stack([target, newest], -1), rows_of(k, v, big.kv.dtype)
+    if known and isinstance(layer, int):
+      # Layers in a list: what leaves all of them moves at once, before the first. A step on a GPU is many small kernels.
+      if layer == 0:
+        big = self._moved(big, reserved, plan.seen % ring, step.target)
+      at = jnp.where(active[:, None], slot, big.kv.shape[3])
+      big = big.replace(kv=big.kv.at[layer, rows, head, at].set(new[:, :, 0], mode="drop"))
+    else:
+      displaced = big.kv[layer, rows, head, slot]
+      big = self._written(big, reserved, layer, targets, jnp.stack([displaced, new[:, :, 0]], 2))
     if policy.scored:
       first = policy.first_score(layer, jnp.broadcast_to(plan.seen[:, None], target.shape))
       moved = jnp.stack([big.scores[layer, rows, head, slot], first], -1)
@@ -191,7 +192,7 @@ class RingCache(Common):
       big = big.replace(scores=big.scores.at[layer].set(after))
     else:
       out = self._attended(big, reserved, layer, q[:, 0], in_ring, archived)
-    return out[:, None], big, (archived, flags), Seen(live, jnp.where(active[:, None], read, 0))
+    return out[:, None], big, (archived, evict[..., 0]), Seen(live, jnp.where(active[:, None], read, 0))
 
   def _summarised(self, policy, layer, big, reserved, archived, page):
     """`big` with the summary of archive page `page` [B, K] renewed; past the end: of none."""
@@ -282,10 +283,24 @@ class RingCache(Common):
 
   def commit(self, plan, big, states):
     archived, evicted = states
+    if plan.placement.step is not None:
+      evicted = self._decided(plan, evicted)
     return self.replace(
       kv=big.kv, scores=big.scores, summaries=big.summaries, archived=archived, evicted=evicted,
       seen=plan.seen + plan.lengths,
     )  # fmt: skip
+
+  def _decided(self, plan, decided: Bool[Array, "L B K"]) -> Bool[Array, "L B K ring"]:
+    """`evicted` after a step: of token t - shift what has been decided, which may already be gone; then the new token,
+    undecided."""
+
+    def is_of(ago):
+      there = (plan.lengths > 0) & (plan.seen >= ago)
+      return jnp.arange(self.ring) == jnp.where(there, (plan.seen - ago) % self.ring, -1)[:, None, None]
+
+    own = decided[..., None] if self.shift == 0 else False
+    evicted = jnp.where(is_of(self.shift), decided[..., None], self.evicted) if self.shift else self.evicted
+    return jnp.where(is_of(0), own, evicted)
 
   # Where the archive lies ---------------------------------------------------------------------------------------------
 
@@ -299,6 +314,10 @@ class RingCache(Common):
 
   def _written(self, big: Big, reserved, layer, target: Int[Array, "B K X"], rows: Shaped[Array, "B K X 2*H"]) -> Big:
     """`big` with rows, as stored, in slots `target`; past the last slot: nowhere."""
+    raise NotImplementedError
+
+  def _moved(self, big: Big, reserved, slot: Int[Array, "B"], target: Int[Array, "L B K"]) -> Big:
+    """`big` with what is in ring slot `slot` of each row moved to archive slot `target`; past the last: nowhere."""
     raise NotImplementedError
 
   def _archive(self, big: Big, reserved, layer) -> Float[Array, "B K A 2*H"]:
