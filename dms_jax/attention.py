@@ -16,11 +16,13 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from dms_jax.sharding import row_and_head_axes
-from pallas_kernels import decode, prefill, retrofit
+from pallas_kernels import compat, decode, prefill, retrofit
 from pallas_kernels.decode import Pages
+from pallas_kernels.platform import platform
 from pallas_kernels.prefill import NEVER as NEVER
 
 _choice: contextvars.ContextVar[str | Sequence[str] | None] = contextvars.ContextVar("attention", default=None)
@@ -54,7 +56,10 @@ def decode_attention(q, kv, layer, lengths, *, pages: Pages | None = None, **kwa
   """
 
   def call(q, kv, layer, lengths, pages):
-    return decode.decode_attention(q, kv, layer, lengths, pages=pages, implementation=_choice.get(), **kwargs)
+    if platform() != "gpu":
+      return decode.decode_attention(q, kv, layer, lengths, pages=pages, implementation=_choice.get(), **kwargs)
+    chosen = _choice.get() if isinstance(_choice.get(), str | None) else tuple(_choice.get())
+    return _lowered_once(q, kv, jnp.int32(layer), lengths, pages, chosen=chosen, hopper=_hopper(), **kwargs)
 
   def specs(b, k):
     paged = None if pages is None else Pages(P(), P(None, b, k), P(b, k), None if pages.scales is None else P())
@@ -62,6 +67,22 @@ def decode_attention(q, kv, layer, lengths, *, pages: Pages | None = None, **kwa
 
   kv_heads = (kv if pages is None else pages.table).shape[2]
   return _on_shards(call, q.shape[0], kv_heads, specs, P, q, kv, layer, lengths, pages)
+
+
+@partial(jax.jit, static_argnames=("chosen", "hopper", "mass"))
+def _lowered_once(q, kv, layer, lengths, pages, *, chosen, hopper, **kwargs):
+  """`decode_attention` as a function of its own in the program: the kernel, whose lowering takes seconds, is lowered
+  once for all layers of a list. `hopper` is there to tell traces apart."""
+  return decode.decode_attention(q, kv, layer, lengths, pages=pages, implementation=chosen, **kwargs)
+
+
+def _hopper() -> bool:
+  """Whether kernels for Hopper GPUs are chosen from in what is traced here."""
+  try:
+    compat.require_hopper()
+  except NotImplementedError:
+    return False
+  return True
 
 
 def prefill_attention(*args):

@@ -204,10 +204,9 @@ class PagedCache(RingCache):
     kv = big.kv.at[layer, row, head, in_ring].set(rows, mode="drop")
     return big.replace(kv=kv, archive=self._stored(big.archive, reserved.pages[layer], target, rows))
 
-  def _moved(self, big, reserved, slot, target):
-    lead = jnp.ix_(*(jnp.arange(n) for n in target.shape))
-    rows = big.kv[(*lead, slot[:, None])][..., None, :]
-    return big.replace(archive=self._stored(big.archive, reserved.pages, target[..., None], rows))
+  def _moved(self, big, reserved, target, rows):
+    store = self._stored(big.archive, reserved.pages, target[..., None], rows[..., None, :])
+    return big.replace(archive=store)
 
   def _stored(
     self, store: Store, table: Int[Array, "*n M"], target: Int[Array, "*n X"], rows: Shaped[Array, "*n X width"]

@@ -55,12 +55,14 @@ class Placement:
 @struct.dataclass
 class Big:
   """The arrays that are carried: `kv` [L, B, K, S or W+1, 2H] begins with the ring, `scores` [L, B, K, S], `summaries`
-  [L, B, K, A / page, 2H]; `archive`: where that is not in `kv`."""
+  [L, B, K, A / page, 2H]; `archive`: where that is not in `kv`. `leaving` [L, B, K, 2H]: what leaves the ring, where
+  layers are in a list."""
 
   kv: jax.Array
   scores: jax.Array | None
   summaries: jax.Array | None
   archive: Any = None
+  leaving: jax.Array | None = None
 
 
 @struct.dataclass
@@ -158,7 +160,7 @@ class RingCache(Common):
     slot = (plan.seen % ring)[:, None]
     step, reserved = plan.placement.step, plan.placement.reserved
     target, grows = step.target[layer], step.grows[layer]
-    known = self.window >= self.shift
+    known = self.window >= self.shift or not policy.evicts
     if not known:  # the incoming decision is about the very token that leaves
       target, grows = jnp.where(evict[..., 0], slots, target), grows & ~evict[..., 0]
     archived = archived + grows.astype(jnp.int32)
@@ -168,9 +170,12 @@ class RingCache(Common):
     if known and isinstance(layer, int):
       # Layers in a list: what leaves all of them moves at once, before the first. A step on a GPU is many small kernels.
       if layer == 0:
-        big = self._moved(big, reserved, plan.seen % ring, step.target)
-      at = jnp.where(active[:, None], slot, big.kv.shape[3])
-      big = big.replace(kv=big.kv.at[layer, rows, head, at].set(new[:, :, 0], mode="drop"))
+        lead = jnp.ix_(*(jnp.arange(n) for n in step.target.shape))
+        leaving = jax.lax.optimization_barrier(big.kv[(*lead, slot)])
+        big = self._moved(big.replace(leaving=leaving), reserved, step.target, leaving)
+      # Written by rows that sit out, too: so that it comes after what leaves has been read, and needs no copy of all.
+      stays = jnp.where(active[:, None, None], new[:, :, 0], big.leaving[layer])
+      big = big.replace(kv=big.kv.at[layer, rows, head, slot].set(stays))
     else:
       displaced = big.kv[layer, rows, head, slot]
       big = self._written(big, reserved, layer, targets, jnp.stack([displaced, new[:, :, 0]], 2))
@@ -316,8 +321,8 @@ class RingCache(Common):
     """`big` with rows, as stored, in slots `target`; past the last slot: nowhere."""
     raise NotImplementedError
 
-  def _moved(self, big: Big, reserved, slot: Int[Array, "B"], target: Int[Array, "L B K"]) -> Big:
-    """`big` with what is in ring slot `slot` of each row moved to archive slot `target`; past the last: nowhere."""
+  def _moved(self, big: Big, reserved, target: Int[Array, "L B K"], rows: Shaped[Array, "L B K 2*H"]) -> Big:
+    """`big` with rows of all layers, as stored, in archive slots `target`; past the last slot: nowhere."""
     raise NotImplementedError
 
   def _archive(self, big: Big, reserved, layer) -> Float[Array, "B K A 2*H"]:

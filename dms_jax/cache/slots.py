@@ -48,9 +48,9 @@ class SlotCache(RingCache):
     at = layer, jnp.arange(b)[:, None, None], jnp.arange(k)[:, None], target
     return big.replace(kv=big.kv.at[at].set(rows, mode="drop"))
 
-  def _moved(self, big, reserved, slot, target):
+  def _moved(self, big, reserved, target, rows):
     lead = jnp.ix_(*(jnp.arange(n) for n in target.shape))
-    return big.replace(kv=big.kv.at[(*lead, target)].set(big.kv[(*lead, slot[:, None])], mode="drop"))
+    return big.replace(kv=big.kv.at[(*lead, target)].set(rows, mode="drop"))
 
   def _archive(self, big, reserved, layer):
     return unpacked(big.kv[layer, :, :, self.ring :])
