@@ -9,18 +9,28 @@ time of the others. With `--divergence_width=8`, as many different prompts are a
 once, and the place of the first token that differs is reported of each: at other widths sums run in another order, so
 that a near tie may fall the other way. Writes OUTPUT/{bench.json, bench.png}; the last line is one JSON object. Five
 minutes on two cores.
+
+    python -m experiments.bench_generate --cases=all                    # one GPU, five to six minutes
+    python -m experiments.bench_generate --cases=step_b32,concurrency   # those that are named, or begin so
+    python -m experiments.bench_generate --cases=all --scale=small      # tiny shapes, anywhere: that everything runs
+
+measures named cases of decoding on one accelerator instead, against the memory's speed, the dense cache and
+transformers: `experiments/generate_cases.py` says which. No checkpoint is needed. Writes OUTPUT/{cases.json, cases.png,
+scaling.png}; a later run of other cases adds to them, each row with its date, versions and measured read bandwidth. A
+case that fails is reported as such and the others go on.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -31,14 +41,20 @@ from dms_jax.convert import export
 from dms_jax.generation import decode_form
 from dms_jax.model import Model
 from dms_jax.tokenizer import Tokenizer
-from experiments import plots, program
+from experiments import cases as rows_of
+from experiments import generate_cases, generate_pictures, plots, program
+from pallas_kernels import bench
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """`text` is read for its first `prompt_tokens` tokens; default the library's own source."""
+  """`text` is read for its first `prompt_tokens` tokens; default the library's own source.
 
-  checkpoint: str
+  With `cases`, names or beginnings of names, or "all": those alone, at `scale`; after `seconds` no further one starts,
+  and `workers` programs are compiled side by side.
+  """
+
+  checkpoint: str | None = None
   retrofit: str | None = None
   dtypes: tuple[str, ...] = ("float32", "bfloat16")
   text: str | None = None
@@ -49,12 +65,24 @@ class Config:
   repeats: int = 5
   against_transformers: bool = False
   divergence_width: int | None = None
+  cases: tuple[str, ...] = ()
+  scale: Literal["full", "small"] = "full"
+  seconds: float = 330.0
+  workers: int = 4
   output: str = "runs/bench_generate"
 
   def __post_init__(self):
+    if bool(self.cases) == (self.checkpoint is not None):
+      raise ValueError("give either --checkpoint, whose speed is measured, or --cases")
     if unknown := set(self.dtypes) - {"float32", "bfloat16"}:
       raise ValueError(f"--dtypes={','.join(self.dtypes)}: {sorted(unknown)} must be float32 or bfloat16")
-    for name, least in (("prompt_tokens", 1), ("new_tokens", 2), ("repeats", 1), ("divergence_width", 2)):
+    for name, least in (
+      ("prompt_tokens", 1),
+      ("new_tokens", 2),
+      ("repeats", 1),
+      ("divergence_width", 2),
+      ("workers", 1),
+    ):
       if (getattr(self, name) or least) < least:
         raise ValueError(f"--{name}={getattr(self, name)} must be {least} or more")
 
@@ -233,8 +261,57 @@ def bench_dtype(config: Config, dtype: str, tokenizer, prompt: list[int]) -> lis
   return results
 
 
+COLUMNS = (
+  "name", "case", "ms", "roofline_ms", "of_roofline", "CR", "dense_ms", "dense_ratio", "tokens_per_s", "bar", "reached",
+)  # fmt: skip
+
+
+def run_cases(config: Config) -> None:
+  """Measures the cases asked for."""
+  begin = time.monotonic()
+  setup = generate_cases.SMALL if config.scale == "small" else generate_cases.FULL
+  order = generate_cases.names(setup)
+  wanted = rows_of.chosen(order, () if config.cases == ("all",) else config.cases)
+  # Before JAX takes the GPU's memory.
+  rival = generate_cases.run_transformers(setup) if "transformers" in wanted else None
+  environment = program.environment()
+  bandwidth = bench.read_bandwidth(2**22 if config.scale == "small" else 2**30)
+  program.log(f"read bandwidth {bandwidth / 1e12:.3f} TB/s; transformers: {rival}")
+  about = {
+    "date": datetime.date.today().isoformat(), "read_bandwidth": bandwidth, "device": environment["device"],
+    "jax": environment["jax"], "scale": config.scale,
+  }  # fmt: skip
+  folder = Path(config.output)
+  path = folder / "cases.json"
+  rows_of.check_same(path, about)
+  seconds = 0.02 if config.scale == "small" else 0.5
+  suite = generate_cases.Suite(setup, bandwidth, seconds=seconds, workers=config.workers, rival=rival)
+  cases = {name: case for name, case in suite.cases().items() if name in wanted}
+  for case in cases.values():
+    case.start()
+  suite.programs.wait()
+  program.log(f"{time.monotonic() - begin:.0f} s until everything is compiled")
+  run = rows_of.Runner(config.seconds - (time.monotonic() - begin), about)
+  for name, case in cases.items():
+    bars = case.bars if config.scale == "full" else ()
+    run(name, case.about, lambda case=case, bars=bars: rows_of.judged(case.run(), bars))
+    rows = rows_of.merged(path, run.rows, order)
+    program.save_json(path, {"environment": environment, "rows": rows})
+  title = f"{'Llama-3.2-1B' if config.scale == 'full' else 'a tiny model'}, {environment['device']}"
+  drawn = [
+    generate_pictures.bars(folder / "cases.png", rows, title),
+    generate_pictures.scaling(folder / "scaling.png", rows, title),
+  ]
+  print(rows_of.table(rows, COLUMNS))
+  measured = [{name: x for name, x in row.items() if name not in about} for row in run.rows.values()]
+  program.finish({**about, "rows": measured, "json": str(path), "png": [x for x in drawn if x]})
+
+
 def main() -> None:
   config = program.read_flags("", Config)
+  if config.cases:
+    run_cases(config)
+    return
   tokenizer = Tokenizer.load(config.checkpoint)
   prompt = prompt_ids(config, tokenizer)
   results = []

@@ -30,6 +30,7 @@ from dms_jax.policies.random import uniform
 
 SPREAD = 0.8  # of the logarithm of what heads hold
 TILE = 1024  # slots of random numbers that a cache repeats
+EIGHT_BITS = 30  # what they are multiplied by to be stored in 8 bits
 
 
 @struct.dataclass
@@ -116,15 +117,16 @@ def slots_shape(model: Model, policy: Policy, *, batch: int, longest: int) -> Sl
 
 
 def pages_shape(
-  model: Model, policy: Policy, *, batch: int, longest: int, pages: int, page: int | None = None
-) -> PagedCache:
-  """The shapes of a cache with a pool of `pages` pages, one a head of each row at least."""
+  model: Model, policy: Policy, *, batch: int, longest: int, pages: int, page: int | None = None,
+  archive: str | None = None,
+) -> PagedCache:  # fmt: skip
+  """The shapes of a cache with a pool of `pages` pages, or one a head of each row; `archive` as of the cache."""
   shift = model_shift(model, policy.window)
   make = lambda: caches.create(
     "paged", model.config, batch=batch, capacity=policy.window + 2, longest=longest, policy=policy, shift=shift,
-    dtype=model.dtype, page=page,
-  ).with_pages(pages)  # fmt: skip
-  return jax.eval_shape(make)
+    dtype=model.dtype, page=page, archive=archive,
+  )  # fmt: skip
+  return jax.eval_shape(lambda: (cache := make()).with_pages(max(pages, cache.pages)))
 
 
 def nbytes(shape: Cache) -> int:
@@ -136,7 +138,8 @@ def nbytes(shape: Cache) -> int:
 def _noise(*, shape: tuple[int, ...], dtype, seed: int) -> Array:
   """Random numbers of `shape` as a cache of storage `dtype` has them, the same TILE rows again and again."""
   count = math.prod(shape[:-1])
-  tile = packed(jax.random.normal(jax.random.key(seed), (TILE, shape[-1]), jnp.bfloat16), dtype)
+  tile = jax.random.normal(jax.random.key(seed), (TILE, shape[-1]), jnp.bfloat16)
+  tile = (tile * EIGHT_BITS).astype(dtype) if jnp.dtype(dtype).itemsize == 1 else packed(tile, dtype)
   return tile[jnp.arange(count) % TILE].reshape(shape)
 
 
@@ -168,16 +171,17 @@ def filled(shape: Cache, model: Model, policy: Policy, *, tokens: int, shared: b
     raise ValueError(f"{batch} rows of {tokens} tokens need {needed} pages, and there are {number}")
   free = np.random.default_rng(seed).permutation(number).astype(np.int32)
   taken = free[number - needed :]
-  pages, owners = np.full((layers, batch, heads, place.size), number, np.int32), np.zeros(number, np.int32)
+  pages = np.full((layers, batch, heads, place.size), number, np.int32)
   of_all = np.full(common.shape, number, np.int32)
   of_all[common] = taken[: common.sum()]
   pages[every(own)] = taken[common.sum() :]
   pages = np.where(every(common), of_all[:, None], pages)
-  np.add.at(owners, pages[pages < number], 1)
+  owners = np.bincount(pages[pages < number], minlength=number).astype(np.int32)
   pool = Pool(jnp.asarray(free), jnp.int32(number - needed), jnp.asarray(owners))
   table = shape.table.replace(pages=jnp.asarray(pages), owned=jnp.asarray(every(owned).astype(np.int32)), pool=pool)
-  return cache.replace(table=table, store=Store(_noise(shape=store.pages.shape, dtype=store.pages.dtype, seed=seed + 1),
-                                                None))  # fmt: skip
+  cells = _noise(shape=store.pages.shape, dtype=store.pages.dtype, seed=seed + 1)
+  scales = None if store.scales is None else jnp.full(store.scales.shape, 1 / EIGHT_BITS, jnp.float32)
+  return cache.replace(table=table, store=Store(cells, scales))
 
 
 def running_rows(batch: int) -> Rows:
