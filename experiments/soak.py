@@ -5,8 +5,11 @@
 
 Requests of random lengths arrive at random times, some with several chains, some sampled; some conversations go on with
 another turn, some requests are cancelled. The pool is too small for all rows, so that rows are swapped to the host and
-back. Without `--checkpoint` a tiny random model serves. At the end every page must be free, memory no larger than after
-the warm-up, and a sample of finished conversations must be bit-equal to the same run again alone at that width.
+back. Without `--checkpoint` a tiny random model serves, with `--kernels` one whose sizes the GPU kernels take. At the
+end every page must be free, memory, the device's too, no larger than after the warm-up, and a sample of finished
+conversations must be bit-equal to the same run again alone at that width.
+
+    python -m experiments.soak --kernels --page=32 --minutes=1.5        # on a GPU
 
 Writes OUTPUT/{soak.json, soak.png}; the last line is one JSON object, and the exit status says whether all held.
 """
@@ -23,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import dms_jax
@@ -41,6 +45,7 @@ class Config:
 
   checkpoint: str | None = None
   retrofit: str | None = None
+  kernels: bool = False
   minutes: float = 10.0
   width: int = 8
   budget_tokens: int | None = None
@@ -62,6 +67,8 @@ class Config:
         raise ValueError(f"--{name}={getattr(self, name)} must be above 0")
     if self.retrofit is not None and self.checkpoint is None:
       raise ValueError(f"--retrofit={self.retrofit} is an adapter of a checkpoint: give --checkpoint too")
+    if self.kernels and self.checkpoint is not None:
+      raise ValueError("--kernels shapes the random model, and --checkpoint brings its own: give one of them")
     if not 0 < self.warm_up < 1:
       raise ValueError(f"--warm_up={self.warm_up} must lie between 0 and 1")
 
@@ -115,12 +122,18 @@ def memory() -> int | None:
     return None
 
 
+def device_memory() -> int | None:
+  """Bytes in use on the device; None where the runtime does not say."""
+  stats = jax.devices()[0].memory_stats()
+  return stats["bytes_in_use"] if stats else None
+
+
 def soak(generator: Generator, config: Config, traffic: Traffic, seconds: float) -> dict[str, Any]:
   """Serves `seconds` of traffic and what is open then: {samples of every step, counts, conversations that ended}."""
   draw, talks = traffic.random, {}
   counts: collections.Counter[str] = collections.Counter()
   kept: list[Talk] = []
-  columns = ("seconds", "pages", "running", "waiting", "memory", "arrays")
+  columns = ("seconds", "pages", "running", "waiting", "memory", "device", "arrays")
   samples: dict[str, list] = {name: [] for name in columns}
   start = shown = time.monotonic()
   while (now := time.monotonic() - start) < seconds or generator.busy:
@@ -156,7 +169,7 @@ def soak(generator: Generator, config: Config, traffic: Traffic, seconds: float)
         kept[place] = talk
     row = (
       now, generator.cache.pages - int(generator.cache.table.pool.count), sum(c is not None for c in generator.chains),
-      sum(map(len, generator.waiting)) + len(generator.swapped), memory(), len(jax.live_arrays()),
+      sum(map(len, generator.waiting)) + len(generator.swapped), memory(), device_memory(), len(jax.live_arrays()),
     )  # fmt: skip
     for name, value in zip(columns, row, strict=True):
       samples[name].append(value)
@@ -209,20 +222,21 @@ def verdict(generator: Generator, config: Config, outcome: dict[str, Any]) -> di
   """What was checked and whether it held."""
   samples, kept = outcome["samples"], outcome["kept"]
   lost = lost_pages(generator)
-  memory_growth, arrays_growth = (
-    grown(samples[name], samples["seconds"], config.warm_up) for name in ("memory", "arrays")
+  memory_growth, device_growth, arrays_growth = (
+    grown(samples[name], samples["seconds"], config.warm_up) for name in ("memory", "device", "arrays")
   )
   same = [alone(generator, talk) for talk in program.progress(kept, desc="alone")]
   checks = {
     "no_page_lost": lost == 0 and lost_pages(generator) == 0,
     "memory_flat": memory_growth is None or memory_growth <= config.growth,
+    "device_flat": device_growth is None or device_growth <= config.growth,
     "arrays_flat": arrays_growth <= config.growth,
     "bit_equal_alone": all(same),
     "something_was_swapped": outcome["counts"]["swaps"] > 0,
   }
   return {
     "passed": all(checks.values()), "checks": checks, "lost_pages": lost, "memory_growth": memory_growth,
-    "arrays_growth": arrays_growth,
+    "device_growth": device_growth, "arrays_growth": arrays_growth,
     "conversations_checked": len(same), "turns_checked": sum(len(talk.turns) for talk in kept),
     "rows_checked": sum(len(turn.answers) for talk in kept for turn in talk.turns), **outcome["counts"],
     "steps": len(samples["seconds"]), "pages": generator.cache.pages, "cache_bytes": generator.cache.nbytes,
@@ -272,13 +286,15 @@ def picture(path: Path, series: dict[str, list], pages: int, title: str) -> str 
 
 
 def served_model(config: Config):
-  """The checkpoint's model, or a tiny one with random weights whose gates evict about half."""
+  """The checkpoint's model, or a tiny one with random weights whose gates evict about half; for `kernels` in bfloat16,
+  with heads of 64."""
   if config.checkpoint is not None:
     return dms_jax.load(config.checkpoint, retrofit=config.retrofit)[0]
-  shape = ModelConfig(num_layers=2, d_model=64, d_ff=96, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=128)
+  size, dtype = (64, jnp.bfloat16) if config.kernels else (16, jnp.float32)
+  shape = ModelConfig(num_layers=2, d_model=64, d_ff=96, num_heads=4, num_kv_heads=2, head_dim=size, vocab_size=128)
   dms = DMSConfig(window=8)
-  params = init_params(param_table(shape, dms), jax.random.key(config.seed), stddev=0.1)
-  gates = jax.random.normal(jax.random.key(1), params["layers"]["dms_proj"].shape)
+  params = init_params(param_table(shape, dms), jax.random.key(config.seed), dtype, stddev=0.1)
+  gates = jax.random.normal(jax.random.key(1), params["layers"]["dms_proj"].shape, dtype)
   return Model({**params, "layers": {**params["layers"], "dms_proj": 0.3 * gates}}, shape, dms)
 
 
