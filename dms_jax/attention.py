@@ -56,10 +56,8 @@ def decode_attention(q, kv, layer, lengths, *, pages: Pages | None = None, **kwa
   """
 
   def call(q, kv, layer, lengths, pages):
-    if platform() != "gpu":
-      return decode.decode_attention(q, kv, layer, lengths, pages=pages, implementation=_choice.get(), **kwargs)
-    chosen = _choice.get() if isinstance(_choice.get(), str | None) else tuple(_choice.get())
-    return _lowered_once(q, kv, jnp.int32(layer), lengths, pages, chosen=chosen, hopper=_hopper(), **kwargs)
+    layer = jnp.asarray(layer, jnp.int32) if platform() == "gpu" else layer
+    return _chosen(decode.decode_attention, q, kv, layer, lengths, pages=pages, **kwargs)
 
   def specs(b, k):
     paged = None if pages is None else Pages(P(), P(None, b, k), P(b, k), None if pages.scales is None else P())
@@ -69,11 +67,24 @@ def decode_attention(q, kv, layer, lengths, *, pages: Pages | None = None, **kwa
   return _on_shards(call, q.shape[0], kv_heads, specs, P, q, kv, layer, lengths, pages)
 
 
-@partial(jax.jit, static_argnames=("chosen", "hopper", "mass"))
-def _lowered_once(q, kv, layer, lengths, pages, *, chosen, hopper, **kwargs):
-  """`decode_attention` as a function of its own in the program: the kernel, whose lowering takes seconds, is lowered
-  once for all layers of a list. `hopper` is there to tell traces apart."""
-  return decode.decode_attention(q, kv, layer, lengths, pages=pages, implementation=chosen, **kwargs)
+def _chosen(attend: Callable, *args, pages: Pages | None = None, **kwargs):
+  """`attend` by the implementation in force.
+
+  For a GPU as a function of its own in the program: a kernel, which takes seconds to lower and to compile, then does so
+  once for all layers of a list.
+  """
+  choice = _choice.get()
+  if platform() != "gpu":
+    return attend(*args, **({} if pages is None else {"pages": pages}), implementation=choice, **kwargs)
+  choice = choice if choice is None or isinstance(choice, str) else tuple(choice)
+  return _function(*args, pages, attend=attend, choice=choice, hopper=_hopper(), options=tuple(kwargs.items()))
+
+
+@partial(jax.jit, static_argnames=("attend", "choice", "hopper", "options"))
+def _function(*args, attend, choice, hopper, options):
+  """See `_chosen`. `hopper` is there to tell apart what is traced for different devices."""
+  *args, pages = args
+  return attend(*args, **({} if pages is None else {"pages": pages}), implementation=choice, **dict(options))
 
 
 def _hopper() -> bool:
@@ -87,7 +98,7 @@ def _hopper() -> bool:
 
 def prefill_attention(*args):
   """`pallas_kernels.prefill.prefill_attention`: a chunk of queries over keys with first and last visible position."""
-  call = partial(prefill.prefill_attention, implementation=_choice.get())
+  call = partial(_chosen, prefill.prefill_attention)
   specs = lambda b, k: (P(b, None, k), P(b, k), P(b, k), P(b), P(b, k), P(b, k))
   return _on_shards(call, args[0].shape[0], args[1].shape[1], specs, lambda b, k: P(b, None, k), *args)
 

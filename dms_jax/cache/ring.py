@@ -168,7 +168,7 @@ class RingCache(Common):
     newest = jnp.broadcast_to(jnp.where(active[:, None], slot, slots), target.shape)
     targets, new = jnp.stack([target, newest], -1), rows_of(k, v, big.kv.dtype)
     if known and isinstance(layer, int):
-      # Layers in a list: what leaves all of them moves at once, before the first. A step on a GPU is many small kernels.
+      # Layers in a list: what leaves them all moves at once, before the first. A step on a GPU is many small kernels.
       if layer == 0:
         lead = jnp.ix_(*(jnp.arange(n) for n in step.target.shape))
         leaving = jax.lax.optimization_barrier(big.kv[(*lead, slot)])
