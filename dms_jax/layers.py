@@ -12,6 +12,9 @@ from jaxtyping import Array, Float, Int
 from dms_jax.config import ModelConfig
 from pallas_kernels.platform import platform
 
+# Rows up to which a product in bfloat16 is faster on a CPU with the weights as its left operand (`_few_rows`).
+FEW_ROWS = 16
+
 
 def rms_norm(x: Float[Array, "*batch C"], weight: Float[Array, "C"], eps: float) -> Float[Array, "*batch C"]:
   """x / rms(x) * weight over the last axis; statistics in float32, result in x's dtype."""
@@ -55,17 +58,30 @@ def linear(x: Array, weight: Array, num_inputs: int = 1, *, out_dtype=None) -> A
   to `out_dtype` or x's dtype.
   """
   rows, outs = x.shape[: x.ndim - num_inputs], weight.shape[: weight.ndim - num_inputs]
-  x2 = x.reshape(math.prod(rows), -1)
-  single = x2.shape[0] == 1 and x.dtype == jnp.bfloat16 and platform() == "cpu"
-  if single:
-    # XLA's CPU backend has no bfloat16 matrix-vector product (it converts the whole matrix, 10x slower than reading
-    # it); two equal rows take its matrix-matrix path.
-    x2 = jnp.concatenate([x2, x2])
-  y = jax.lax.dot_general(
-    x2, weight.reshape(math.prod(outs), -1), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32,
-    precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
-  )  # fmt: skip
-  return (y[:1] if single else y).reshape(*rows, *outs).astype(out_dtype or x.dtype)
+  x2, weight2 = x.reshape(math.prod(rows), -1), weight.reshape(math.prod(outs), -1)
+  if x.dtype == jnp.bfloat16 and len(x2) <= FEW_ROWS and platform() == "cpu":
+    y = _few_rows(x2, weight2)
+  else:
+    y = _dot(x2, weight2)
+  return y.reshape(*rows, *outs).astype(out_dtype or x.dtype)
+
+
+def _dot(a: Float[Array, "M in"], b: Float[Array, "N in"]) -> Float[Array, "M N"]:
+  """a b^T, summed and returned in float32; float32 is not rounded first."""
+  precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+  return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision, preferred_element_type=jnp.float32)
+
+
+def _few_rows(x: Float[Array, "rows in"], weight: Float[Array, "out in"]) -> Float[Array, "rows out"]:
+  """x weight^T of few bfloat16 rows on a CPU, in float32.
+
+  The library that XLA calls there packs its right operand anew at every call, which for few rows takes several times as
+  long as the product, and reads its left one as it lies: the weights go left. The barrier keeps XLA from turning the
+  product round again. One row is doubled: XLA has no matrix-vector product in bfloat16 and converts the whole matrix.
+  """
+  count = len(x)
+  y = _dot(weight, jnp.concatenate([x, x]) if count == 1 else x)
+  return jax.lax.optimization_barrier(y).T[:count]
 
 
 def project(x: Array, layer: dict, name: str, num_inputs: int = 1, *, lora_scale: float = 0.0, out_dtype=None) -> Array:

@@ -15,6 +15,7 @@ import pytest
 from dms_jax import cache as caches
 from dms_jax import policies
 from dms_jax.config import PRESETS, DMSConfig, LoRAConfig, RopeScaling
+from dms_jax.layers import FEW_ROWS, linear
 from dms_jax.model import (
   Eviction,
   Model,
@@ -236,6 +237,18 @@ def test_scan_is_loop_and_reruns_are_bit_equal(dtype):
   np.testing.assert_array_equal(results[1][2].archived, results[0][2].archived)
   if dtype == jnp.float32:
     close(*(np.asarray(unembed(m, whole(m, tokens)[0])) for m in (loop, model)))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, FEW_ROWS, FEW_ROWS + 1])
+def test_a_bfloat16_product_of_few_rows(rows):
+  """To float32's rounding what the formula gives, and bit-equal at every place and beside any neighbours."""
+  rng = np.random.default_rng(0)
+  x, weight = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((rows, 96), (80, 96)))
+  product = jax.jit(lambda x: linear(x, weight, out_dtype=jnp.float32))
+  y = np.asarray(product(x))
+  close(y, np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T, 1e-6)
+  np.testing.assert_array_equal(product(x[::-1]), y[::-1])
+  np.testing.assert_array_equal(product(x.at[1:].set(jnp.nan))[0], y[0])
 
 
 def test_bfloat16_under_imposed_decisions(record_property):
