@@ -304,7 +304,7 @@ def run_cases(config: Config) -> None:
   ]
   print(rows_of.table(rows, COLUMNS))
   measured = [{name: x for name, x in row.items() if name not in about} for row in run.rows.values()]
-  program.finish({**about, "rows": measured, "json": str(path), "png": [x for x in drawn if x]})
+  program.finish({**about, "rows": measured, "json": str(path), "png": [x for x in drawn if x]}, config)
 
 
 def main() -> None:

@@ -31,7 +31,8 @@ def bars(path: Path, rows: list[dict], title: str) -> str | None:
   left.set_xticks(range(len(steps)), [row["case"].replace(" ", "\n") for row in steps], fontsize=7)
   left.set(ylabel="ms a decode step", title="decode step", yscale="log" if steps else "linear")
   if steps:
-    left.legend(frameon=False, fontsize=8)
+    left.legend(frameon=False, fontsize=8, loc="upper left")
+    left.margins(y=0.2)
   for i, (row, name, sign, least) in enumerate(judged):
     value, least = row[name], float(least)
     reached = value <= least if sign == "<=" else value >= least
