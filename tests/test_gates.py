@@ -11,6 +11,7 @@ import pytest
 from dms_jax.config import DMSConfig
 from dms_jax.gates import clear_neuron, gate_logits
 from dms_jax.model import Eviction, forward
+from pallas_kernels.platform import tracing_for
 from tests import tiny
 
 CONFIG = tiny.config(num_heads=6, num_kv_heads=2)
@@ -34,6 +35,17 @@ def test_adapter_is_a_projection_of_the_normed_residual():
   normed = x / np.sqrt((x**2).mean(-1, keepdims=True) + CONFIG.rms_norm_eps) * np.asarray(LAYER["dms_norm"])
   expected = 7 * np.einsum("btd,kd->bkt", normed, np.asarray(LAYER["dms_proj"])) - 2
   np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_adapter_in_one_pass_is_the_same(dtype):
+  """As a decode step on a GPU computes it."""
+  x, q = jnp.asarray(X[:, :1], dtype), jnp.asarray(Q[:, :1])
+  expected = gate_logits(CONFIG, DMSConfig("adapter"), LAYER, x, q)
+  with tracing_for("gpu"):
+    logits = gate_logits(CONFIG, DMSConfig("adapter"), LAYER, x, q)
+  assert logits.dtype == jnp.float32
+  np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("gate", ["adapter", "neuron"])
