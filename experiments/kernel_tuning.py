@@ -1,7 +1,7 @@
 """`experiments.bench_kernels --tune`: which sizes of a kernel are the fastest here, written to a table of winners.
 
-Sizes are tried one group after another, each group around the best so far: splits, then blocks and stages, then workers
-and where parts are merged. A candidate that does not compile, or does not fit, is passed over.
+Sizes are tried one group after another, each group around the best so far: splits, then blocks and stages, then
+workers. A candidate that does not compile, or does not fit, is passed over.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ REPLACE = dataclasses.replace
 
 def decode_candidates(processors: int) -> Iterator[Callable[[Any], list]]:
   """Groups of candidates around the best so far, for decode."""
-  yield lambda best: [REPLACE(best, split=n) for n in (64, 128, 192, 256, 512, 1024) if n % best.block == 0]
   yield lambda best: [
-    REPLACE(best, block=block, stages=stages, split=max(best.split, block))
+    REPLACE(best, split=n) for n in (128, 192, 256, 512, 1024) if n % best.block == 0 and n > best.block
+  ]
+  yield lambda best: [
+    REPLACE(best, block=block, stages=stages, split=max(best.split, 2 * block))
     for block in (64, 128)
     for stages in (2, 3, 4, 6)
-    if max(best.split, block) % block == 0
+    if max(best.split, 2 * block) % block == 0
   ]
   yield lambda best: [REPLACE(best, workers=n * processors) for n in (1, 2, 3, 4)]
-  yield lambda best: [REPLACE(best, fused=not best.fused)]
 
 
 def prefill_candidates() -> Iterator[Callable[[Any], list]]:

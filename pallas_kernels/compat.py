@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 
 from pallas_kernels.platform import platform
@@ -155,10 +153,10 @@ def accumulate_pair(x: jax.Array, a: jax.Array, b, y: jax.Array, d, extra: jax.A
   return pl.run_state(issue)((plgpu.ACC.init(x), plgpu.ACC.init(y), extra))
 
 
-def accumulate(total: jax.Array, a: jax.Array, b) -> jax.Array:
-  """total + a @ b; total and a in registers, b a shared-memory ref."""
+def accumulate(total: jax.Array, a, b) -> jax.Array:
+  """total + a @ b; total in registers, a there or a shared-memory ref, b such a ref."""
   if interpreting():
-    return total + jnp.dot(a, b[...], preferred_element_type=jnp.float32)
+    return total + jnp.dot(a[...], b[...], preferred_element_type=jnp.float32)
   return pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, a, b))(plgpu.ACC.init(total))
 
 
@@ -175,131 +173,6 @@ def drain(used, *barriers) -> None:
   for barrier in barriers:
     for slot in range(barrier.shape[0]):
       pl.when(used > slot)(lambda barrier=barrier, slot=slot: plgpu.barrier_wait(barrier.at[slot]))
-
-
-# What follows reaches below Pallas: rows 0-7 of a warpgroup's matrix belong to its first warp, 8-15 too, and so on, and
-# Pallas has no operation on fewer than 64 rows.
-ROWS = 64  # of a warpgroup's matrix
-GROUP = 8  # rows that repeat in it
-
-
-def _first_rows(layout, shape: tuple[int, ...]):
-  """(register index, thread's element index) of the registers that hold rows 0-7 (of the first 16) of a matrix."""
-  strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-  tile_strides = layout.tiling.tile_strides(tuple(strides))
-  for register, index in zip(np.ndindex(layout.registers_shape(shape)), layout.thread_idxs(shape), strict=True):
-    if sum(i * s for i, s in zip(register, tile_strides, strict=True)) < GROUP * strides[0]:
-      yield register, index
-
-
-def load_repeated(ref) -> jax.Array:
-  """[64, H] in a warpgroup's registers from a [G, H] ref in global memory; row r is ref[min(r % 8, G - 1)], G <= 8."""
-  group, h = ref.shape
-  if interpreting():
-    return ref[...][jnp.minimum(jnp.arange(ROWS) % GROUP, group - 1)]
-  from jax._src.lib.mlir import ir
-  from jax._src.lib.mlir.dialects import arith, vector
-  from jax.experimental.mosaic import gpu as mgpu
-
-  @plgpu.inline_mgpu(
-    arg_types=(plgpu.RefType(),),
-    return_type=plgpu.ShapeDtypeStruct((ROWS, h), ref.dtype, layout=plgpu.Layout.WGMMA),
-  )
-  def load(_, source):
-    layout = plgpu.Layout.WGMMA.to_mgpu()
-    element = ir.MemRefType(source.type).element_type
-    kind = layout.registers_element_type(element)
-    registers = np.empty(layout.registers_shape((ROWS, h)), dtype=object)
-    index = ir.IndexType.get()
-    constant = lambda x: arith.constant(index, x)
-    seen = {}
-    strides = layout.tiling.tile_strides((h, 1))
-    for register, (row, column) in zip(np.ndindex(registers.shape), layout.thread_idxs((ROWS, h)), strict=True):
-      at = sum(i * s for i, s in zip(register, strides, strict=True)) % (GROUP * h)
-      if at not in seen:
-        row = arith.minui(arith.remui(row, constant(GROUP)), constant(group - 1))
-        seen[at] = vector.load(kind, source, [row, column])
-      registers[register] = seen[at]
-    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
-
-  return load(ref)
-
-
-def store_first(x: jax.Array, ref) -> None:
-  """Stores the first G <= 8 rows of x ([64, H] or [64], in a warpgroup's registers) to a ref in global memory."""
-  group = ref.shape[0]
-  if interpreting():
-    ref[...] = x[:group]
-    return
-  from jax._src.lib.mlir import ir
-  from jax._src.lib.mlir.dialects import arith, memref, vector
-  from jax.experimental.mosaic import gpu as mgpu
-
-  @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA if x.ndim == 2 else row_layout(), plgpu.RefType()))
-  def store(_, value, target):
-    index = ir.IndexType.get()
-    first = list(_first_rows(value.layout, value.shape))
-    row = first[0][1][0]  # the same for all of them
-    with mgpu.when(arith.cmpi(arith.CmpIPredicate.ult, row, arith.constant(index, group))):
-      for register, position in first:
-        part = value.registers[register]
-        if isinstance(part.type, ir.VectorType):
-          vector.store(part, target, list(position))
-        else:
-          memref.store(part, target, list(position))
-
-  store(x, ref)
-
-
-def load_columns(ref, shape: tuple[int, int], vector_size: int) -> jax.Array:
-  """A [R] ref in global memory, each value repeated along a row of `shape` [R, H], in `strided_layout`."""
-  if interpreting():
-    return jnp.broadcast_to(ref[...][:, None], shape)
-  from jax._src.lib.mlir import ir
-  from jax._src.lib.mlir.dialects import memref, vector
-  from jax.experimental.mosaic import gpu as mgpu
-
-  layout = strided_layout(shape, vector_size)
-
-  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct(shape, ref.dtype, layout=layout))
-  def load(_, source):
-    lowered = layout.to_mgpu()
-    kind = lowered.registers_element_type(ir.MemRefType(source.type).element_type)
-    registers = np.empty(lowered.registers_shape(shape), dtype=object)
-    for register, index in zip(np.ndindex(registers.shape), lowered.thread_idxs(shape), strict=True):
-      registers[register] = vector.broadcast(kind, memref.load(source, [index[0]]))
-    return mgpu.FragmentedArray(_registers=registers, _layout=lowered, _is_signed=None)
-
-  return load(ref)
-
-
-def load_pairs(ref) -> tuple[jax.Array, jax.Array]:
-  """(x[0::2], x[1::2]) of a [2N] float32 ref in shared memory, in `column_layout`."""
-  if interpreting():
-    pairs = ref[...].reshape(-1, 2)
-    return pairs[:, 0], pairs[:, 1]
-  from jax._src.lib.mlir import ir
-  from jax._src.lib.mlir.dialects import arith, vector
-  from jax.experimental.mosaic import gpu as mgpu
-
-  count = ref.shape[0] // 2
-  result = plgpu.ShapeDtypeStruct((count,), ref.dtype, layout=column_layout())
-
-  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=(result, result))
-  def load(_, source):
-    layout, index = column_layout().to_mgpu(), ir.IndexType.get()
-    element = ir.MemRefType(source.type).element_type
-    # A register holds two neighbouring columns: four numbers in memory.
-    four, two = ir.VectorType.get((4,), element), layout.registers_element_type(element)
-    parts = tuple(np.empty(layout.registers_shape((count,)), dtype=object) for _ in range(2))
-    for register, (column,) in zip(np.ndindex(parts[0].shape), layout.thread_idxs((count,)), strict=True):
-      numbers = vector.load(four, source, [arith.muli(column, arith.constant(index, 2))])
-      for part, places in zip(parts, ((0, 2), (1, 3)), strict=True):
-        part[register] = vector.shuffle(numbers, numbers, list(places))
-        assert part[register].type == two
-    return tuple(mgpu.FragmentedArray(_registers=x, _layout=layout, _is_signed=None) for x in parts)
-
-  return load(ref)
 
 
 def settle() -> None:

@@ -1,19 +1,19 @@
 """Decode attention on Hopper GPUs with Pallas Mosaic GPU, split by live slots.
 
 The live slots of a (row, KV head) pair are one stream of blocks: those of the contiguous cache, then those of its
-pages. It is cut into chunks of `Blocks.split` slots, a constant of the shape. All chunks of all pairs, in order, form
-one list, which the workers (one warpgroup each, two per processor) divide evenly by blocks of slots: worker w finds its
-share by a scan over the lengths inside the kernel, so ragged heads leave no processor idle and nothing is planned
-beforehand. A worker streams its blocks by TMA, several in flight across the ends of chunks, the numbers of pages one
-block further ahead, and writes one partial result a chunk: sum of values, maximum and sum of weights. A second kernel,
-or the worker that holds a pair's last chunk, merges them in their order; so a pair's result depends on nothing but its
-own slots.
+pages. It is cut into chunks of `Blocks.split` slots, a constant of the shape. All chunks form one list, full ones first
+so that the last to be begun are short, which is never written down: each worker (one warpgroup, two a processor) sums
+the pairs' chunks as it starts and finds a chunk by its number. It takes the number that is its own, then draws more
+from a counter, so that ragged heads and processors that read slower than others leave none idle. A worker streams its
+blocks by TMA, several in flight across the ends of chunks, the numbers of pages one block further ahead, and writes one
+partial result a chunk: sum of values, maximum and sum of weights. A second kernel merges a pair's in their order; so a
+result depends on nothing but its own slots, whoever computed the parts.
+
+The tensor cores need 64 rows and eight columns at least: slots, then values' channels, are the rows, and the queries of
+a group the columns. So the scores of a block are four numbers a thread, and its time is that of reading it.
 
 Pages of 8 bits are turned into q's dtype, exactly, in shared memory, from where the tensor cores read all operands; a
-slot's two scales are factors of its score and of its weight.
-
-The queries of a group are repeated to the 64 rows of a matrix instruction: 64 FLOP per byte, well below what the tensor
-cores do at full bandwidth. All scores are in units of log 2.
+slot's two scales are factors of its score and of its weight. All scores are in units of log 2.
 """
 
 from __future__ import annotations
@@ -26,33 +26,33 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import compat, tuned
+from pallas_kernels import compat, tuned, warpgroup
 from pallas_kernels.compat import plgpu
-from pallas_kernels.decode.gpu_work import LOG2E, NEVER, SCAN, Blocks, Tile, blocks_of, merge, share
+from pallas_kernels.decode.gpu_work import LOG2E, NEVER, Blocks, Tile, chunks_of, find, merge
+
+QUARTERS = 4  # of a block, the least that is loaded of a cache
+MOST_PAIRS = 4096
 
 
 def default_blocks(
   batch: int, kv_heads: int, slots: int, head_dim: int, processors: int, paged: bool = False, scaled: bool = False
 ) -> Blocks:
-  """Block sizes by shape: blocks of 32 KiB in q's dtype, two workers a processor.
+  """Block sizes by shape: two workers a processor, three blocks in flight each.
 
-  A contiguous cache of `slots` a head gets two or more chunks a worker at an eighth of the slots live. Larger chunks
-  mean fewer partial results, up to 512 slots, where these are 1 % of the traffic. With pages `slots` is what the
-  contiguous cache beside them holds; their table may grow, and no result may change with it: chunks go by the number of
-  pairs alone, and are shorter, since what is evicted makes shares small (predicted from how evenly work divides, not
-  measured). Merging in a second kernel was measured faster than in the workers (62.0 us against 65.9, H100,
-  B32 K8 G4 H128 S8192 at CR 8).
+  A contiguous cache of `slots` a head gets two or more chunks a worker at an eighth of the slots live; larger chunks,
+  up to 512 slots, mean fewer partial results. With pages `slots` is what the contiguous cache beside them holds; their
+  table may grow, and no result may change with it: chunks go by the number of pairs alone.
   """
+  block = 64
   if compat.interpreting():  # every part of the kernel at work on small inputs
-    return Blocks(64, 2, 128, 3)
-  block = 128 if head_dim == 64 else 64
-  pairs, workers = batch * kv_heads, 2 * processors
+    return Blocks(block, 2, 2 * block, 3)
+  pairs, workers, stages = batch * kv_heads, 2 * processors, 3
   if paged:
-    stages = (2 if slots else 4) if scaled else 3
+    stages = (2 if slots else 4) * 128 // head_dim if scaled else stages
     return Blocks(block, stages, 256 if 2 * pairs >= workers else 128, workers)
   share = max(pairs * slots // 8 // workers, 1)
-  split = max(block, slots // 256, min(512, 2 ** (share.bit_length() - 1)))
-  return Blocks(block, 3, -(-split // block) * block, workers)
+  split = max(2 * block, slots // 256, min(512, 2 ** (share.bit_length() - 1)))
+  return Blocks(block, stages, -(-split // block) * block, workers)
 
 
 def shape_class(pairs: int, head_dim: int, slots: int, page: int, stored: str) -> str:
@@ -106,14 +106,15 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
   if q.dtype not in (jnp.bfloat16, jnp.float16) or (kv is not None and kv.dtype != q.dtype):
     stored = "" if kv is None else f" and {kv.dtype}"
     raise NotImplementedError(f"q and kv must both be bfloat16 or both float16, not {q.dtype}{stored}")
-  if h not in (64, 128) or group > compat.GROUP:
+  if h not in (64, 128) or group > warpgroup.GROUP:
     raise NotImplementedError(f"head size {h} and {group} query heads a KV head: only 64 and 128, up to 8")
   slots = 0 if kv is None else kv.shape[3]
   if slots % 8:
     raise NotImplementedError(f"{slots} slots a head: must be a multiple of 8")
-  if layers * pairs * slots >= 2**31 or pairs > 4096:
+  if layers * pairs * slots >= 2**31 or pairs > MOST_PAIRS:
     raise NotImplementedError(
-      f"{layers} layers of {pairs} pairs of row and KV head, {slots} slots each: up to 4096 pairs and 2^31 slots"
+      f"{layers} layers of {pairs} pairs of row and KV head, {slots} slots each: "
+      f"up to {MOST_PAIRS} pairs and 2^31 slots"
     )
   scaled = pages is not None and pages.scales is not None
   page, stored = (0, "") if pages is None else (pages.pool.shape[1], pages.pool.dtype.name)
@@ -134,7 +135,7 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
     arrays += [pages.pool.reshape(-1, 2 * h), table]
     arrays += [pages.scales.reshape(-1)] if scaled else []
     counts.append(pages.lengths)
-  counts = [jnp.pad(x.astype(jnp.int32).reshape(pairs), (0, -pairs % SCAN)) for x in counts]
+  counts = [x.astype(jnp.int32).reshape(pairs) for x in counts]
   case = Case(slots, page, most, scaled, lse)
   out, logs = _attend(blocks, case, *arrays, *counts)
   out = out[:, :group].reshape(b, n, h)
@@ -162,15 +163,18 @@ def _attend(sizes: Blocks, case: Case, q, layer, *arrays):
   [L * P * M] and, if scaled, scales [pages * page * 2] if there are pages; lengths of each, padded.
   """
   pairs, group, h = q.shape
-  tile = Tile.of(group, h)
+  tile = Tile.of(group, h, apart=pairs < processors())
   block, stages, split = sizes.block, sizes.stages, sizes.split
   per_chunk = split // block
   slots, page = case.slots, case.page
-  unit = min(page, block) if page else block  # slots that one copy moves
+  unit = min(page, block) if page else block  # slots that one copy of pages moves
   pieces = block // unit
   scale = h**-0.5 * LOG2E
   i32 = jnp.int32
   lengths = arrays[-case.sources :]
+  listed = max(warpgroup.THREADS, 1 << (pairs - 1).bit_length())  # pairs, and as many more as make it a power of two
+  board_size = stages + 2  # numbers of chunks from the one computed with to the one drawn
+  counting = not compat.interpreting()
 
   def body(*refs):
     refs = list(refs)
@@ -180,45 +184,79 @@ def _attend(sizes: Blocks, case: Case, q, layer, *arrays):
     scales_ref = refs.pop(0) if case.scaled else None
     lengths_refs = [refs.pop(0) for _ in lengths]
     part_ref, stat_ref = refs.pop(0), refs.pop(0)
-    out_ref = refs.pop(0) if sizes.fused else None
-    lse_ref = refs.pop(0) if sizes.fused and case.lse else None
     lens = [refs.pop(0) for _ in lengths]
-    kv_smem, ready, lens_ready, *refs = refs
+    starts, sums, board, reduced, q_smem, p_smem, kv_smem, ready, *refs = refs
     bytes_smem, scales_smem, bytes_ready = refs if case.scaled else (None, None, None)
-    arrived = pl.get_global(plgpu.SemaphoreType.REGULAR((pairs,))) if sizes.fused else None
+    # The first counts the chunks that have been given out. A single zero would be a constant to XLA, which copies it
+    # before each call.
+    counters = pl.get_global(plgpu.SemaphoreType.REGULAR((warpgroup.THREADS,))) if counting else None
+    worker, workers = lax.axis_index("worker"), i32(sizes.workers)
 
-    for source, target in zip(lengths_refs, lens, strict=True):
-      for first in range(0, source.shape[0], 256):
-        here = pl.ds(first, min(256, source.shape[0] - first))
-        plgpu.copy_gmem_to_smem(source.at[here], target.at[here], lens_ready)
+    live = [warpgroup.load_padded(ref, listed, -1) for ref in lengths_refs]
+    count, _ = chunks_of([jnp.maximum(x, 0) for x in live], sizes)
+    count = jnp.where(live[0] < 0, 0, count)
+    full = lax.div(count, i32(per_chunk))
+    rest = (count > full * per_chunk).astype(jnp.int32)
+    before_full, all_full = warpgroup.running_sum(full, sums.at[0])
+    before_rest, all_rest = warpgroup.running_sum(rest, sums.at[1])
+    for target, x in zip(lens, live, strict=True):
+      target[...] = x
+    starts[pl.ds(0, listed)], starts[pl.ds(listed, listed)] = before_full, before_rest
+    plgpu.commit_smem()
+    total = all_full + all_rest
     first_slot, first_page = layer_ref[0] * (pairs * slots), layer_ref[0] * (pairs * case.pages)
-    plgpu.barrier_wait(lens_ready)
-    start, end = share(lens, pairs, sizes, lax.axis_index("worker"))
+
+    # A worker's first chunk, or its first two where there are few, have numbers that are known beforehand. The others
+    # are drawn as they are needed: one ahead, so that the answer is there by then. The interpreter has no counters:
+    # there all chunks are dealt out in turn.
+    rounds = jnp.where(2 * total < 5 * workers, i32(2), i32(1))
+    dealt = rounds * workers
+
+    def draw(turn, here):
+      """Asks for the number of the chunk after a worker's `turn`-th, if that is to be drawn."""
+      if not counting:
+        return i32(0)
+      wanted = here & (turn + 1 >= rounds) & (total > dealt)
+      return lax.cond(
+        wanted, lambda: warpgroup.draw(counters.at[pl.ds(0, 1)], total - dealt + workers - 1), lambda: i32(0)
+      )
+
+    def drawn(turn, answer):
+      """Number of a worker's `turn`-th chunk, once it is needed."""
+      if not counting:
+        return worker + turn * workers
+      place = board.at[pl.ds(lax.rem(turn, i32(board_size)), 1)]
+      return lax.cond(turn < rounds, lambda: worker + turn * workers, lambda: dealt + warpgroup.announce(answer, place))
+
+    def number_of(turn):
+      """The same, later."""
+      if not counting:
+        return worker + turn * workers
+      return jnp.where(turn < rounds, worker + turn * workers, dealt + board[lax.rem(turn, i32(board_size))])
 
     def blocks(pair):
-      return blocks_of(lens, jnp.minimum(pair, pairs - 1), block)
+      return chunks_of([x[pair] for x in lens], sizes)[0]
+
+    def item(number):
+      """(pair, chunk, its blocks) of a chunk of the list: full ones of all pairs, then what is left of each."""
+      is_rest = number >= all_full
+      number = jnp.where(is_rest, number - all_full, number)
+      first = jnp.where(is_rest, i32(listed), 0)
+      pair = jnp.minimum(find(starts, first, listed, number), pairs - 1)
+      count = blocks(pair)
+      full = lax.div(count, i32(per_chunk))
+      chunk = jnp.where(is_rest, full, number - starts[first + pair])
+      return pair, chunk, jnp.where(is_rest, count - full * per_chunk, per_chunk)
 
     def in_cache(pair):
       """Blocks of a pair in the contiguous cache."""
-      return lax.div(lens[0][jnp.minimum(pair, pairs - 1)] + i32(block - 1), i32(block)) if slots else i32(0)
+      return lax.div(lens[0][pair] + i32(block - 1), i32(block)) if slots else i32(0)
 
-    def inside(item):
-      _, chunk, before = item
-      return before + chunk * per_chunk < end
-
-    def following(item, count):
-      """The item after `item`, whose pair has `count` blocks."""
-      pair, chunk, before = item
-      last = (chunk + 1) * per_chunk >= count
-      return jnp.where(last, pair + 1, pair), jnp.where(last, 0, chunk + 1), jnp.where(last, before + count, before)
-
-    def numbers_of(item, i):
-      """Numbers of the pages in block i of a chunk; anything where nothing is live."""
+    def numbers_of(pair, at):
+      """Numbers of the pages in block `at` of a pair's stream; anything where nothing is live."""
       if not case.pages:
         return (i32(0),) * pieces if page else ()
-      pair, chunk, _ = item
-      at = (chunk * per_chunk + i - in_cache(pair)) * block
-      pair = jnp.minimum(pair, pairs - 1)
+      at = (at - in_cache(pair)) * block
       place = lambda j: jnp.clip(lax.div(at + i32(j * unit), i32(page)), 0, case.pages - 1)
       return tuple(table_ref[first_page + pair * case.pages + place(j)] for j in range(pieces))
 
@@ -235,24 +273,30 @@ def _attend(sizes: Blocks, case: Case, q, layer, *arrays):
         for _ in copies:
           plgpu.barrier_arrive(barrier)
 
+    def copy_block(row, live, slot):
+      """Starts the load of a block of the cache, of no more than a quarter above its live slots."""
+      sizes = [block * n // QUARTERS for n in range(1, QUARTERS + 1)]
+      for low, size in zip([0, *sizes], sizes, strict=False):
+        fits = (live > low if low else True) & (live <= size if size < block else True)
+        copy = functools.partial(plgpu.copy_gmem_to_smem, kv_ref.at[pl.ds(row, size)], kv_smem.at[slot, pl.ds(0, size)])
+        pl.when(fits)(functools.partial(copy, ready.at[slot]))
+
     def fetch(ahead, number):
       """Starts the load of the next block, the worker's `number`-th; returns what comes after it."""
-      item, i, numbers = ahead
-      pair, chunk, _ = item
+      turn, left, pair, at, numbers, answer = ahead
       slot = lax.rem(number, i32(stages))
-      at = chunk * per_chunk + i  # the block's number in its stream
-      first = in_cache(pair)
-      here = inside(item)
+      here = left > 0
+      first = in_cache(pair) if page else None
 
       if slots:
 
         @pl.when(here & (at < first) if page else here)
         def _():
           row = first_slot + pair * slots + at * block
-          if not page:
-            plgpu.copy_gmem_to_smem(kv_ref.at[pl.ds(row, block)], kv_smem.at[slot], ready.at[slot])
-            return
           live = lens[0][pair] - at * block
+          if not page:
+            copy_block(row, live, slot)
+            return
           for j in range(pieces):
             piece = kv_smem.at[slot, pl.ds(j * unit, unit)]
             copy_live(live, j, [(kv_ref.at[pl.ds(row + j * unit, unit)], piece)], ready.at[slot])
@@ -272,19 +316,30 @@ def _attend(sizes: Blocks, case: Case, q, layer, *arrays):
               copies.append((scales_ref.at[pl.ds(2 * row, 2 * unit)], piece))
             copy_live(live, j, copies, barrier)
 
-      count = blocks(pair)
-      ends = i + 1 >= jnp.minimum(count - chunk * per_chunk, per_chunk)
-      after = following(item, count)
-      item = tuple(jnp.where(ends, x, y) for x, y in zip(after, item, strict=True))
-      i = jnp.where(ends, 0, i + 1)
-      return item, i, numbers_of(item, i)
+      def next_chunk():
+        number = drawn(turn + 1, answer)
+        pair, chunk, size = item(number)
+        here = number < total
+        at = chunk * per_chunk
+        return turn + 1, jnp.where(here, size, 0), pair, at, numbers_of(pair, at), draw(turn + 1, here)
 
-    ahead = start, i32(0), numbers_of(start, i32(0))
-    for number in range(stages):
-      ahead = fetch(ahead, i32(number))
+      def next_block():
+        return turn, left - 1, pair, at + 1, numbers_of(pair, at + 1), answer
+
+      return lax.cond(left > 1, next_block, lambda: lax.cond(here, next_chunk, lambda: ahead))
+
+    pair, chunk, size = item(worker)
+    here = worker < total
+    at = chunk * per_chunk
+    ahead = i32(0), jnp.where(here, size, 0), pair, at, numbers_of(pair, at), draw(i32(0), here)
+    ahead = lax.fori_loop(0, stages, lambda number, ahead: fetch(ahead, number), ahead)
+
+    def index(shape):
+      """Each element's slot in its block."""
+      return plgpu.broadcasted_iota(i32, shape, 0, layout=plgpu.Layout.WGMMA)
 
     def widened(slot, live):
-      """Brings a block of 8 bits into q's dtype, in place of a block of the cache; zeros from `live` on, if given."""
+      """Brings a block of 8 bits into q's dtype, in place of a block of the cache; zeros from `live` on."""
       own = kv_smem.at[slot] if slots else kv_smem
       for half in range(2):
         columns = pl.ds(half * h, h)
@@ -293,117 +348,97 @@ def _attend(sizes: Blocks, case: Case, q, layer, *arrays):
           x = x.astype(jnp.float16)  # the one conversion that the hardware has
         x = x.astype(q.dtype) if x.dtype == jnp.int8 and q.dtype == jnp.bfloat16 else x.astype(jnp.float32)
         x = plgpu.layout_cast(x.astype(q.dtype), plgpu.Layout.WGMMA)
-        if live is not None:
-          index = plgpu.broadcasted_iota(i32, x.shape, 0, layout=plgpu.Layout.WGMMA)
-          x = jnp.where(index < live, x, jnp.zeros((), x.dtype))
+        x = jnp.where(index(x.shape) < live, x, jnp.zeros((), x.dtype))
         own[:, columns] = x
       plgpu.commit_smem()
       return own.at[:, pl.ds(0, h)], own.at[:, pl.ds(h, h)]
 
     def one_chunk(state):
-      item, ahead, number = state
-      pair, chunk, _ = item
-      pair_lens = [live[jnp.minimum(pair, pairs - 1)] for live in lens]
-      count, first, begin = blocks(pair), in_cache(pair), chunk * per_chunk
-      size = jnp.minimum(count - begin, per_chunk)
-      queries = compat.load_repeated(q_ref.at[pair])
-      row = lambda x: plgpu.layout_cast(jnp.full((compat.ROWS,), x, jnp.float32), compat.row_layout())
-      acc = plgpu.layout_cast(jnp.zeros((compat.ROWS, h), jnp.float32), plgpu.Layout.WGMMA)
+      turn, chunk_number, ahead, number = state
+      pair, chunk, size = item(chunk_number)
+      warpgroup.load_queries(q_ref.at[pair], q_smem)
+      plgpu.commit_smem()
+      first, begin = in_cache(pair), chunk * per_chunk
+      column = lambda x: plgpu.layout_cast(jnp.full((warpgroup.GROUP,), x, jnp.float32), compat.column_layout())
+      zeros = lambda n: plgpu.layout_cast(jnp.zeros((n, warpgroup.GROUP), jnp.float32), plgpu.Layout.WGMMA)
 
       def step(i, carry, live, scaled):
-        """Block i of the chunk; `live` slots from the chunk's first on, None: all of the block is."""
-        acc, top, total, ahead = carry
+        """Block i of the chunk, `live` slots from the chunk's first on."""
+        acc, top, weights, ahead = carry
         slot = lax.rem(number + i, i32(stages))
-        index = lambda shape, axis: plgpu.broadcasted_iota(i32, shape, axis, layout=plgpu.Layout.WGMMA)
-        rest = None if live is None else live - i * block
+        live = live - i * block
         if scaled:
           plgpu.barrier_wait(bytes_ready.at[slot])
-          keys, values = widened(slot, rest)
-          of_keys, of_values = compat.load_pairs(scales_smem.at[slot])
+          keys, values = widened(slot, live)
+          of_keys, of_values = warpgroup.load_pairs(scales_smem.at[slot])
         else:
           plgpu.barrier_wait(ready.at[slot])
           keys, values = kv_smem.at[slot, :, pl.ds(0, h)], kv_smem.at[slot, :, pl.ds(h, h)]
-        s = compat.dot(queries, keys.transpose((1, 0))) * scale
-        if scaled:
-          s = s * lax.broadcast_in_dim(of_keys, s.shape, [1])
-        if live is not None:
-          s = jnp.where(index(s.shape, 1) < rest, s, -jnp.inf)
-          # What lies past the end may be NaN, and 0 * NaN is NaN.
-          if not scaled:
+
+          @pl.when(live < block)
+          def _():  # What lies past the end may be NaN, and 0 * NaN is NaN.
             tail = plgpu.load(values, layout=plgpu.Layout.WGMMA)
-            values[...] = jnp.where(index(tail.shape, 0) < rest, tail, jnp.zeros((), tail.dtype))
+            values[...] = jnp.where(index(tail.shape) < live, tail, jnp.zeros((), tail.dtype))
             plgpu.commit_smem()
-        new_top = jnp.maximum(top, s.max(axis=1))
-        shrink = jnp.exp2(top - new_top)
-        p = jnp.exp2(s - lax.broadcast_in_dim(new_top, s.shape, [0]))
-        total = total * shrink + p.sum(axis=1)
+
+        s = compat.dot(keys, q_smem.transpose((1, 0))) * scale
         if scaled:
-          p = p * lax.broadcast_in_dim(of_values, p.shape, [1])
-          p = p if live is None else jnp.where(index(p.shape, 1) < rest, p, 0.0)
-        acc = acc * lax.broadcast_in_dim(shrink, acc.shape, [0])
-        acc = compat.accumulate(acc, p.astype(q.dtype), values)
+          s = s * lax.broadcast_in_dim(of_keys, s.shape, [0])
+        s = jnp.where(index(s.shape) < live, s, -jnp.inf)
+        new_top = jnp.maximum(top, warpgroup.reduce_columns(s, "max", reduced.at[lax.rem(number + i, i32(2))]))
+        shrink = jnp.exp2(top - new_top)
+        p = jnp.exp2(s - lax.broadcast_in_dim(new_top, s.shape, [1]))
+        weights = weights * lax.broadcast_in_dim(shrink, p.shape, [1]) + p
+        if scaled:
+          p = jnp.where(index(p.shape) < live, p * lax.broadcast_in_dim(of_values, p.shape, [0]), 0.0)
+        warpgroup.store_weights(p.astype(q.dtype), p_smem)
+        plgpu.commit_smem()
+        acc = acc * lax.broadcast_in_dim(shrink, acc.shape, [1])
+        acc = compat.accumulate(acc, values.transpose((1, 0)), p_smem.transpose((1, 0)))
         compat.settle()
-        return acc, new_top, total, fetch(ahead, number + i + stages)
+        return acc, new_top, weights, fetch(ahead, number + i + stages)
 
-      carry, done = (acc, row(NEVER), row(0.0), ahead), i32(0)
-      for source, length in enumerate(pair_lens):
-        last = source + 1 == len(pair_lens)
+      carry, done = (zeros(h), column(NEVER), zeros(block), ahead), i32(0)
+      for source, length in enumerate(lens):
+        last = source + 1 == len(lens)
         stop = size if last else jnp.clip(first - begin, 0, size)
-        live = length - (begin if source == 0 and slots else begin - first) * block
-        whole = jnp.clip(lax.div(live, i32(block)), done, stop)
-        scaled = case.scaled and last
-        carry = lax.fori_loop(done, whole, functools.partial(step, live=None, scaled=scaled), carry)
-        carry = lax.fori_loop(whole, stop, functools.partial(step, live=live, scaled=scaled), carry)
+        live = length[pair] - (begin if source == 0 and slots else begin - first) * block
+        carry = lax.fori_loop(done, stop, functools.partial(step, live=live, scaled=case.scaled and last), carry)
         done = stop
-      acc, top, total, ahead = carry
-      compat.store_first(acc, part_ref.at[pair, chunk, pl.ds(0, group)])
-      compat.store_first(top, stat_ref.at[pair, chunk, 0, pl.ds(0, group)])
-      compat.store_first(total, stat_ref.at[pair, chunk, 1, pl.ds(0, group)])
-      if sizes.fused:
-        plgpu.semaphore_signal(arrived.at[pair], memory_scope="gpu")
-      return following(item, count), ahead, number + size
+      acc, top, weights, ahead = carry
+      weights = warpgroup.reduce_columns(weights, "sum", reduced.at[lax.rem(number + size, i32(2))])
+      warpgroup.store_transposed(acc, part_ref.at[pair, chunk, pl.ds(0, group)])
+      warpgroup.store_columns(top, stat_ref.at[pair, chunk, 0, pl.ds(0, group)])
+      warpgroup.store_columns(weights, stat_ref.at[pair, chunk, 1, pl.ds(0, group)])
+      return turn + 1, number_of(turn + 1), ahead, number + size
 
-    lax.while_loop(lambda state: inside(state[0]), one_chunk, (start, ahead, i32(0)))
-
-    if sizes.fused:
-      # Workers start in the order of their numbers, and the one with a pair's last chunk waits for lower ones alone,
-      # which run already: the wait ends even where the grid does not fit the GPU.
-      def finish(item):
-        pair, chunk, _ = item
-        count = blocks(pair)
-        chunks = lax.div(count + i32(per_chunk - 1), i32(per_chunk))
-
-        @pl.when(chunk == chunks - 1)
-        def _():
-          plgpu.semaphore_wait(arrived.at[pair], chunks, memory_scope="gpu")
-          merge(pair, chunks, tile, part_ref, stat_ref, out_ref, lse_ref)
-
-        return following(item, count)
-
-      lax.while_loop(inside, finish, start)
+    lax.while_loop(lambda state: state[1] < total, one_chunk, (i32(0), worker, ahead, i32(0)))
 
   parts = [jax.ShapeDtypeStruct((pairs, case.chunks(sizes), *tile.shape), jnp.float32)]
-  parts.append(jax.ShapeDtypeStruct((pairs, case.chunks(sizes), 2, compat.GROUP), jnp.float32))
+  parts.append(jax.ShapeDtypeStruct((pairs, case.chunks(sizes), 2, warpgroup.GROUP), jnp.float32))
   outs = [jax.ShapeDtypeStruct((pairs, *tile.shape), q.dtype)]
   outs += [jax.ShapeDtypeStruct((pairs, *tile.shape), jnp.float32)] if case.lse else []
   params = plgpu.CompilerParams(approx_math=True)
-  copies = len(lengths) * -(-lengths[0].shape[0] // 256)
-  scratch = [plgpu.SMEM(x.shape, jnp.int32) for x in lengths]
+  scratch = [plgpu.SMEM((listed,), jnp.int32) for _ in lengths]
+  scratch += [plgpu.SMEM(shape, jnp.int32) for shape in ((2 * listed,), (2, warpgroup.THREADS // 32), (board_size,))]
+  scratch.append(plgpu.SMEM((2, warpgroup.THREADS // 32, warpgroup.GROUP), jnp.float32))
   laid = lambda dtype: compat.operand_transforms(dtype, h)
   matrix = lambda dtype, *lead: plgpu.SMEM((*lead, block, 2 * h), dtype, transforms=laid(dtype))
   # Where blocks of 8 bits alone are loaded, one place is enough to widen them to.
   scratch += [
+    plgpu.SMEM((warpgroup.GROUP, n), q.dtype, transforms=compat.operand_transforms(q.dtype, 64)) for n in (h, block)
+  ]
+  scratch += [
     matrix(q.dtype, *((stages,) if slots or not case.scaled else ())),
     plgpu.Barrier(num_barriers=stages, num_arrivals=pieces),
   ]
-  scratch.append(plgpu.Barrier(num_arrivals=copies))
   if case.scaled:
     scratch += [matrix(arrays[1 if slots else 0].dtype, stages), plgpu.SMEM((stages, 2 * block), jnp.float32)]
     scratch.append(plgpu.Barrier(num_barriers=stages, num_arrivals=2 * pieces))
   kinds = f"pages{page}_" if page else ""
-  part, stat, *done = compat.kernel(
+  part, stat = compat.kernel(
     body,
-    out_type=parts + (outs if sizes.fused else []),
+    out_type=parts,
     scratch_types=scratch,
     grid=(sizes.workers,),
     grid_names=("worker",),
@@ -411,15 +446,19 @@ def _attend(sizes: Blocks, case: Case, q, layer, *arrays):
     compiler_params=params,
   )(q, layer, *arrays)
 
-  if not sizes.fused:
+  def merge_body(*refs):
+    lengths_refs, (part_ref, stat_ref, out_ref, *logs) = refs[: len(lengths)], refs[len(lengths) :]
+    pair = lax.axis_index("pair")
+    chunks = lambda: chunks_of([live[pair] for live in lengths_refs], sizes)[1]
+    rows = pl.ds(lax.axis_index("rows") * tile.together, tile.together)
+    merge(pair, rows, chunks, case.chunks(sizes), part_ref, stat_ref, out_ref, logs[0] if logs else None)
 
-    def merge_body(*refs):
-      lengths_refs, (part_ref, stat_ref, out_ref, *logs) = refs[: len(lengths)], refs[len(lengths) :]
-      pair = lax.axis_index("pair")
-      chunks = lax.div(blocks_of(lengths_refs, pair, block) + i32(per_chunk - 1), i32(per_chunk))
-      merge(pair, chunks, tile, part_ref, stat_ref, out_ref, logs[0] if logs else None)
-
-    done = compat.kernel(
-      merge_body, out_type=outs, grid=(pairs,), grid_names=("pair",), kernel_name="decode_merge", compiler_params=params
-    )(*lengths, part, stat)
+  done = compat.kernel(
+    merge_body,
+    out_type=outs,
+    grid=(pairs, tile.rows // tile.together),
+    grid_names=("pair", "rows"),
+    kernel_name="decode_merge",
+    compiler_params=params,
+  )(*lengths, part, stat)
   return done[0], done[1] if case.lse else None

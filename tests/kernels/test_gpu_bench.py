@@ -142,7 +142,7 @@ def test_the_search_keeps_the_fastest_and_passes_over_failures():
   def clock(sizes):
     if sizes.block == 128:
       raise RuntimeError("does not fit")
-    return abs(sizes.split - 192) + abs(sizes.stages - 4) + (5 if sizes.fused else 0) + sizes.workers / 264
+    return abs(sizes.split - 192) + abs(sizes.stages - 4) + sizes.workers / 264
 
   groups = kernel_tuning.decode_candidates(132)
   best, us = kernel_tuning.search(default, groups, clock, time.monotonic() + 60)

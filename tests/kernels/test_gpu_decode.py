@@ -31,8 +31,8 @@ def inputs(batch, heads, group, h, slots, lengths, dtype=jnp.bfloat16):
 
 
 def run(q, kv, lengths, block=64, stages=2, split=128, workers=3, lse=False):
-  """The kernel in the interpreter, with few workers, and the merge as a kernel of its own."""
-  sizes = gpu.Blocks(block, stages, split, workers, fused=False)
+  """The kernel in the interpreter, with few workers."""
+  sizes = gpu.Blocks(block, stages, split, workers)
   with compat.gpu_interpret_mode(detect_races=True):
     return jax.block_until_ready(gpu.decode_attention(q, kv, jnp.int32(LAYER), lengths, blocks=sizes, lse=lse))
 
@@ -57,12 +57,12 @@ def test_ragged_lengths_with_empty_heads(dtype):
 
 @needs_mosaic_gpu
 def test_head_size_128_and_groups_of_three():
-  check(*inputs(2, 2, 3, 128, 192, [5, 191, 192, 0]), split=64, workers=4)
+  check(*inputs(2, 2, 3, 128, 320, [5, 191, 320, 0]), workers=4)
 
 
 @needs_mosaic_gpu
 def test_more_workers_than_chunks_and_groups_of_eight():
-  check(*inputs(1, 2, 8, 64, 128, [3, 128]), block=128, workers=7)
+  check(*inputs(1, 2, 8, 64, 384, [3, 384]), block=128, split=256, workers=7)
 
 
 @needs_mosaic_gpu
@@ -98,14 +98,6 @@ def lower(batch, heads, group, h, slots, call=partial(decode_attention, implemen
 @pytest.mark.parametrize("group, h", [(1, 64), (3, 64), (4, 128), (8, 128)])
 def test_lowers_for_cuda(group, h):
   assert "decode_" in lower(2, 3, group, h, 8192, lse=group == 3)
-
-
-@needs_mosaic_gpu
-def test_merging_in_the_workers_lowers_for_cuda():
-  text = lower(
-    2, 3, 4, 128, 8192, lse=True, call=partial(gpu.decode_attention, blocks=gpu.Blocks(64, 3, 512, 264, True))
-  )
-  assert "decode_64x3_512" in text and "decode_merge" not in text
 
 
 @needs_mosaic_gpu
@@ -158,7 +150,7 @@ def test_refuses_with_the_reason():
     table, pool = jnp.zeros((LAYERS, 1, 1, 2), jnp.int32), jnp.zeros((4, 24, 128), q.dtype)
     scales = jnp.ones((4, 8, 2))
     for pages, reason in (
-      (Pages(pool, table, lengths), "pages of 24 slots: must be a multiple of 8, and divide 128"),
+      (Pages(pool, table, lengths), "pages of 24 slots: must be a multiple of 8, and divide 64"),
       (Pages(pool[:, :8].astype(jnp.int8), table, lengths, scales), "pages of 8 slots: must be a multiple of 16"),
       (Pages(pool[:, :8].astype(jnp.float32), table, lengths), "must be the same, or 8 bits with scales"),
       (Pages(pool[:0, :8], table, lengths), "a pool of 0 pages"),
@@ -169,33 +161,28 @@ def test_refuses_with_the_reason():
       call(q, kv, 0, lengths, mass=True)
 
 
-@pytest.mark.parametrize("pairs, workers, split", [(3, 7, 64), (70, 300, 128)])
-def test_work_is_divided_evenly_and_completely(pairs, workers, split):
-  """Each chunk has one worker, in order; none has a chunk's blocks more than its part of the list."""
+@pytest.mark.parametrize("pairs, split", [(3, 128), (70, 128), (128, 192)])
+def test_each_chunk_has_a_number(pairs, split):
+  """Chunks of all pairs in order; a pair without live slots has one, and each is found by its number."""
   rng = np.random.default_rng(pairs)
-  sizes, lengths = gpu.Blocks(64, 2, split, workers), rng.integers(0, 900, (2, pairs))
+  sizes, lengths = gpu.Blocks(64, 2, split, 4), rng.integers(0, 900, (2, pairs)).astype(np.int32)
   lengths[:, rng.random(pairs) < 0.3] = 0
-  padded = [jnp.asarray(np.pad(x, (0, -pairs % gpu_work.SCAN)), jnp.int32) for x in lengths]
-  share = jax.jit(jax.vmap(lambda worker: gpu_work.share(padded, pairs, sizes, worker)))
-  (pair, chunk, before), end = (np.asarray(x).tolist() if not isinstance(x, tuple) else [y.tolist() for y in x]
-                                for x in share(jnp.arange(workers, dtype=jnp.int32)))  # fmt: skip
-  count, done = np.maximum((-(-lengths // 64)).sum(axis=0), 1), []
-  for worker in range(workers):
-    at, begin = (pair[worker], chunk[worker], before[worker]), before[worker] + chunk[worker] * (split // 64)
-    while at[2] + at[1] * (split // 64) < end[worker]:
-      done.append(at[:2])
-      last = (at[1] + 1) * (split // 64) >= count[at[0]]
-      at = (at[0] + 1, 0, at[2] + count[at[0]]) if last else (at[0], at[1] + 1, at[2])
-    assert end[worker] - begin <= count.sum() // workers + 1
-  assert done == [(p, c) for p in range(pairs) for c in range(-(-count[p] // (split // 64)))]
+  blocks, chunks = (np.asarray(x) for x in gpu_work.chunks_of(jnp.asarray(lengths), sizes))
+  np.testing.assert_array_equal(blocks, np.maximum((-(-lengths // 64)).sum(axis=0), 1))
+  np.testing.assert_array_equal(chunks, -(-blocks // (split // 64)))
+  starts = jnp.asarray(np.concatenate([np.cumsum(chunks) - chunks, np.full(128 - pairs, chunks.sum())]), jnp.int32)
+  found = jax.jit(jax.vmap(partial(gpu_work.find, starts, 0, 128)))(jnp.arange(chunks.sum(), dtype=jnp.int32))
+  np.testing.assert_array_equal(found, np.repeat(np.arange(pairs), chunks))
 
 
 def test_sizes_by_shape():
   """Two workers a processor; chunks of 512 slots in large caches, fewer where that would leave workers idle."""
   assert gpu.default_blocks(32, 8, 8192, 128, 132).split == 512
   assert gpu.default_blocks(1, 8, 32768, 128, 132).split == 128
-  assert gpu.default_blocks(1, 3, 512, 64, 132) == gpu.Blocks(128, 3, 128, 264)
+  assert gpu.default_blocks(1, 3, 512, 64, 132) == gpu.Blocks(64, 3, 128, 264)
   assert gpu.default_blocks(32, 8, 272, 128, 132, paged=True) == gpu.Blocks(64, 3, 256, 264)
   assert gpu.default_blocks(1, 8, 0, 128, 132, paged=True, scaled=True) == gpu.Blocks(64, 4, 128, 264)
   with pytest.raises(ValueError, match="must be a multiple of block"):
     gpu.Blocks(64, 2, 96, 4)
+  with pytest.raises(ValueError, match="two or more"):
+    gpu.Blocks(64, 2, 64, 4)

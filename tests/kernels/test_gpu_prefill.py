@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import compat
+from pallas_kernels import compat, warpgroup
 from pallas_kernels.prefill import gpu, prefill_attention
 from tests.kernels.prefill_cases import assert_near, text
 from tests.kernels.suite import lowered_for_cuda, needs_mosaic_gpu
@@ -74,9 +74,9 @@ def test_rows_of_a_tile(group, heads, queries):
   assert tile == gpu.Tile(heads, queries)
   rows = {}
   for piece in tile.pieces():
-    assert piece.row % 8 == piece.count % 8 == 0 and piece.row + piece.count <= compat.ROWS
+    assert piece.row % 8 == piece.count % 8 == 0 and piece.row + piece.count <= warpgroup.ROWS
     for i in range(piece.count):
-      rows[piece.warpgroup * compat.ROWS + piece.row + i] = piece.head, piece.first + i
+      rows[piece.warpgroup * warpgroup.ROWS + piece.row + i] = piece.head, piece.first + i
   assert rows == {head * queries + i: (head, i) for head in range(heads) for i in range(queries)}
 
 
