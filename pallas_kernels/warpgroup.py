@@ -91,6 +91,39 @@ def store_weights(x: jax.Array, target) -> None:
   store(x, target)
 
 
+def clear_rows(ref, first: jax.Array) -> None:
+  """Zeros the rows of a [S, H] ref in shared memory, laid out as the tensor cores read it, from `first` on. Other warps
+  see it after a `commit_smem`."""
+  rows, h = ref.shape
+  if compat.interpreting():
+    ref[...] = jnp.where(jnp.arange(rows)[:, None] < first, ref[...], jnp.zeros((), ref.dtype))
+    return
+  from jax._src.lib.mlir import ir
+  from jax._src.lib.mlir.dialects import arith, vector
+  from jax.experimental.mosaic import gpu as mgpu
+  from jax.experimental.mosaic.gpu import utils
+
+  together = 8  # as in `load_queries`; their order in a row plays no part
+
+  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(_transforms(ref.dtype)), plgpu.Layout.WG_SPLAT(())))
+  def clear(_, target, first):
+    index, element = ir.IndexType.get(), ir.MemRefType(target.type).element_type
+    constant = lambda x: arith.constant(index, x)
+    first = arith.index_cast(index, first.registers.item())
+    thread = arith.remui(arith.index_cast(index, utils.thread_idx()), constant(THREADS))
+    kind = ir.VectorType.get((together,), element)
+    zeros = arith.constant(kind, ir.DenseElementsAttr.get_splat(kind, ir.FloatAttr.get(element, 0.0)))
+    row, piece = arith.divui(thread, constant(h // together)), arith.remui(thread, constant(h // together))
+    step = THREADS * together // h  # rows that all threads clear at once
+    for i in range(rows // step):
+      at = arith.addi(row, constant(i * step))
+      with mgpu.when(arith.cmpi(arith.CmpIPredicate.sge, at, first)):
+        tile_row, inner = arith.divui(at, constant(8)), arith.remui(at, constant(8))
+        vector.store(zeros, target, _swizzled(tile_row, inner, arith.muli(piece, constant(together))))
+
+  clear(ref, jnp.asarray(first, jnp.int32))
+
+
 def store_transposed(x: jax.Array, ref) -> None:
   """Stores the first G columns of x [H, 8], in a warpgroup's registers, as rows of a [G, H] ref in global memory."""
   group = ref.shape[0]

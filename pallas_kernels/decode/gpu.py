@@ -1,13 +1,14 @@
 """Decode attention on Hopper GPUs with Pallas Mosaic GPU, split by live slots.
 
 The live slots of a (row, KV head) pair are one stream of blocks: those of the contiguous cache, then those of its
-pages. It is cut into chunks of `Blocks.split` slots, a constant of the shape. All chunks form one list, full ones first
-so that the last to be begun are short, which is never written down: each worker (one warpgroup, two a processor) sums
-the pairs' chunks as it starts and finds a chunk by its number. It takes the number that is its own, then draws more
-from a counter, so that ragged heads and processors that read slower than others leave none idle. A worker streams its
-blocks by TMA, several in flight across the ends of chunks, the numbers of pages one block further ahead, and writes one
-partial result a chunk: sum of values, maximum and sum of weights. A second kernel merges a pair's in their order; so a
-result depends on nothing but its own slots, whoever computed the parts.
+pages. It is cut into chunks of `Blocks.split` slots, a constant of the shape, and what is left into shorter ones. All
+form one list, long ones first so that none is begun when the others are nearly done, which is never written down: each
+worker (one warpgroup, two a processor) sums the pairs' chunks as it starts and finds a chunk by its number. It takes
+the number that is its own, then draws more from a counter, so that ragged heads and processors that read slower than
+others leave none idle. A worker streams its blocks by TMA, several in flight across the ends of chunks, the numbers of
+pages one block further ahead, and writes one partial result a chunk: sum of values, maximum and sum of weights. A
+second kernel merges a pair's in their order; so a result depends on nothing but its own slots, whoever computed the
+parts.
 
 The tensor cores need 64 rows and eight columns at least: slots, then values' channels, are the rows, and the queries of
 a group the columns. So the scores of a block are four numbers a thread, and its time is that of reading it.
@@ -40,8 +41,8 @@ def default_blocks(
   """Block sizes by shape: two workers a processor, three blocks in flight each.
 
   A contiguous cache of `slots` a head gets two or more chunks a worker at an eighth of the slots live; larger chunks,
-  up to 512 slots, mean fewer partial results. With pages `slots` is what the contiguous cache beside them holds; their
-  table may grow, and no result may change with it: chunks go by the number of pairs alone.
+  up to 1,024 slots, mean fewer partial results. With pages `slots` is what the contiguous cache beside them holds;
+  their table may grow, and no result may change with it: chunks go by the number of pairs alone.
   """
   block = 64
   if compat.interpreting():  # every part of the kernel at work on small inputs
@@ -51,8 +52,9 @@ def default_blocks(
     stages = (2 if slots else 4) * 128 // head_dim if scaled else stages
     return Blocks(block, stages, 256 if 2 * pairs >= workers else 128, workers)
   share = max(pairs * slots // 8 // workers, 1)
-  split = max(2 * block, slots // 256, min(512, 2 ** (share.bit_length() - 1)))
-  return Blocks(block, stages, -(-split // block) * block, workers)
+  split = max(2 * block, slots // 256, min(1024, 2 ** (share.bit_length() - 1)))
+  split = -(-split // block) * block
+  return Blocks(block, stages, split, workers, max(2 * block, split // 4 // block * block))
 
 
 def shape_class(pairs: int, head_dim: int, slots: int, page: int, stored: str) -> str:
@@ -84,8 +86,7 @@ class Case:
 
   def chunks(self, sizes: Blocks) -> int:
     """Partial results of a pair, at most."""
-    blocks = -(-self.slots // sizes.block) + -(-self.page * self.pages // sizes.block)
-    return max(-(-blocks // (sizes.split // sizes.block)), 1)
+    return sizes.most_chunks(-(-self.slots // sizes.block) + -(-self.page * self.pages // sizes.block))
 
 
 def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, mass: bool = False, blocks=None):
@@ -164,8 +165,7 @@ def _attend(sizes: Blocks, case: Case, q, layer, *arrays):
   """
   pairs, group, h = q.shape
   tile = Tile.of(group, h, apart=pairs < processors())
-  block, stages, split = sizes.block, sizes.stages, sizes.split
-  per_chunk = split // block
+  block, stages = sizes.block, sizes.stages
   slots, page = case.slots, case.page
   unit = min(page, block) if page else block  # slots that one copy of pages moves
   pieces = block // unit
@@ -193,17 +193,17 @@ def _attend(sizes: Blocks, case: Case, q, layer, *arrays):
     worker, workers = lax.axis_index("worker"), i32(sizes.workers)
 
     live = [warpgroup.load_padded(ref, listed, -1) for ref in lengths_refs]
-    count, _ = chunks_of([jnp.maximum(x, 0) for x in live], sizes)
-    count = jnp.where(live[0] < 0, 0, count)
-    full = lax.div(count, i32(per_chunk))
-    rest = (count > full * per_chunk).astype(jnp.int32)
-    before_full, all_full = warpgroup.running_sum(full, sums.at[0])
-    before_rest, all_rest = warpgroup.running_sum(rest, sums.at[1])
+    _, *counts = chunks_of([jnp.maximum(x, 0) for x in live], sizes)
+    before, every = zip(
+      *(warpgroup.running_sum(jnp.where(live[0] < 0, 0, count), sums.at[i]) for i, count in enumerate(counts)),
+      strict=True,
+    )
     for target, x in zip(lens, live, strict=True):
       target[...] = x
-    starts[pl.ds(0, listed)], starts[pl.ds(listed, listed)] = before_full, before_rest
+    for i in range(2):
+      starts[pl.ds(i * listed, listed)] = before[i]
     plgpu.commit_smem()
-    total = all_full + all_rest
+    total = sum(every)
     first_slot, first_page = layer_ref[0] * (pairs * slots), layer_ref[0] * (pairs * case.pages)
 
     # A worker's first chunk, or its first two where there are few, have numbers that are known beforehand. The others
@@ -234,19 +234,21 @@ def _attend(sizes: Blocks, case: Case, q, layer, *arrays):
         return worker + turn * workers
       return jnp.where(turn < rounds, worker + turn * workers, dealt + board[lax.rem(turn, i32(board_size))])
 
-    def blocks(pair):
-      return chunks_of([x[pair] for x in lens], sizes)[0]
-
     def item(number):
-      """(pair, chunk, its blocks) of a chunk of the list: full ones of all pairs, then what is left of each."""
-      is_rest = number >= all_full
-      number = jnp.where(is_rest, number - all_full, number)
-      first = jnp.where(is_rest, i32(listed), 0)
+      """(pair, chunk, its first block, its blocks) of a chunk of the list: whole ones of all pairs, then the pieces."""
+      is_piece = number >= every[0]
+      number = jnp.where(is_piece, number - every[0], number)
+      first = jnp.where(is_piece, i32(listed), 0)
       pair = jnp.minimum(find(starts, first, listed, number), pairs - 1)
-      count = blocks(pair)
-      full = lax.div(count, i32(per_chunk))
-      chunk = jnp.where(is_rest, full, number - starts[first + pair])
-      return pair, chunk, jnp.where(is_rest, count - full * per_chunk, per_chunk)
+      number = number - starts[first + pair]
+      count, whole, _ = chunks_of([x[pair] for x in lens], sizes)
+      left = whole * sizes.whole + number * sizes.piece  # where a piece begins
+      return (
+        pair,
+        jnp.where(is_piece, whole + number, number),
+        jnp.where(is_piece, left, number * sizes.whole),
+        jnp.where(is_piece, jnp.minimum(count - left, sizes.piece), sizes.whole),
+      )
 
     def in_cache(pair):
       """Blocks of a pair in the contiguous cache."""
@@ -318,9 +320,8 @@ def _attend(sizes: Blocks, case: Case, q, layer, *arrays):
 
       def next_chunk():
         number = drawn(turn + 1, answer)
-        pair, chunk, size = item(number)
+        pair, _, at, size = item(number)
         here = number < total
-        at = chunk * per_chunk
         return turn + 1, jnp.where(here, size, 0), pair, at, numbers_of(pair, at), draw(turn + 1, here)
 
       def next_block():
@@ -328,9 +329,8 @@ def _attend(sizes: Blocks, case: Case, q, layer, *arrays):
 
       return lax.cond(left > 1, next_block, lambda: lax.cond(here, next_chunk, lambda: ahead))
 
-    pair, chunk, size = item(worker)
+    pair, _, at, size = item(worker)
     here = worker < total
-    at = chunk * per_chunk
     ahead = i32(0), jnp.where(here, size, 0), pair, at, numbers_of(pair, at), draw(i32(0), here)
     ahead = lax.fori_loop(0, stages, lambda number, ahead: fetch(ahead, number), ahead)
 
@@ -355,10 +355,10 @@ def _attend(sizes: Blocks, case: Case, q, layer, *arrays):
 
     def one_chunk(state):
       turn, chunk_number, ahead, number = state
-      pair, chunk, size = item(chunk_number)
+      pair, chunk, begin, size = item(chunk_number)
       warpgroup.load_queries(q_ref.at[pair], q_smem)
       plgpu.commit_smem()
-      first, begin = in_cache(pair), chunk * per_chunk
+      first = in_cache(pair)
       column = lambda x: plgpu.layout_cast(jnp.full((warpgroup.GROUP,), x, jnp.float32), compat.column_layout())
       zeros = lambda n: plgpu.layout_cast(jnp.zeros((n, warpgroup.GROUP), jnp.float32), plgpu.Layout.WGMMA)
 
@@ -377,8 +377,7 @@ def _attend(sizes: Blocks, case: Case, q, layer, *arrays):
 
           @pl.when(live < block)
           def _():  # What lies past the end may be NaN, and 0 * NaN is NaN.
-            tail = plgpu.load(values, layout=plgpu.Layout.WGMMA)
-            values[...] = jnp.where(index(tail.shape) < live, tail, jnp.zeros((), tail.dtype))
+            warpgroup.clear_rows(values, jnp.maximum(live, 0))
             plgpu.commit_smem()
 
         s = compat.dot(keys, q_smem.transpose((1, 0))) * scale
@@ -442,14 +441,14 @@ def _attend(sizes: Blocks, case: Case, q, layer, *arrays):
     scratch_types=scratch,
     grid=(sizes.workers,),
     grid_names=("worker",),
-    kernel_name=f"decode_{kinds}{block}x{stages}_{split}",
+    kernel_name=f"decode_{kinds}{block}x{stages}_{sizes.split}",
     compiler_params=params,
   )(q, layer, *arrays)
 
   def merge_body(*refs):
     lengths_refs, (part_ref, stat_ref, out_ref, *logs) = refs[: len(lengths)], refs[len(lengths) :]
     pair = lax.axis_index("pair")
-    chunks = lambda: chunks_of([live[pair] for live in lengths_refs], sizes)[1]
+    chunks = lambda: sum(chunks_of([live[pair] for live in lengths_refs], sizes)[1:])
     rows = pl.ds(lax.axis_index("rows") * tile.together, tile.together)
     merge(pair, rows, chunks, case.chunks(sizes), part_ref, stat_ref, out_ref, logs[0] if logs else None)
 

@@ -21,19 +21,36 @@ BATCH = 8  # partial results of a pair loaded together, as many more while they 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-  """Sizes. `block` slots are computed with at a time, `stages` blocks of them in flight a worker; `split` slots make a
-  partial result."""
+  """Sizes. `block` slots are computed with at a time, `stages` blocks of them in flight a worker. `split` slots make a
+  partial result; what is left of a pair is cut into pieces of `rest` slots, which are begun last."""
 
   block: int
   stages: int
   split: int
   workers: int
+  rest: int = 128
 
   def __post_init__(self):
     if self.split % self.block or self.split == self.block or self.block % warpgroup.ROWS:
       raise ValueError(
         f"split {self.split} must be a multiple of block {self.block}, two or more, and that of {warpgroup.ROWS}"
       )
+    if self.rest % self.block or self.rest > self.split:
+      raise ValueError(f"rest {self.rest} must be a multiple of block {self.block}, up to split {self.split}")
+
+  @property
+  def whole(self) -> int:
+    """Blocks of a whole chunk."""
+    return self.split // self.block
+
+  @property
+  def piece(self) -> int:
+    """Blocks of a piece of what is left."""
+    return self.rest // self.block
+
+  def most_chunks(self, blocks: int) -> int:
+    """Chunks of a pair with up to so many blocks, at most."""
+    return max(blocks // self.whole + -(-min(self.whole - 1, blocks) // self.piece), 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,13 +73,15 @@ class Tile:
     return self.rows, self.h
 
 
-def chunks_of(lens, sizes: Blocks) -> tuple[jax.Array, jax.Array]:
-  """(blocks, chunks) of live slots, `lens` of each source; one, with nothing in it, where there are none."""
+def chunks_of(lens, sizes: Blocks) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """(blocks, whole chunks, pieces of what is left) of live slots, `lens` of each source; one block, with nothing in it,
+  where there are none."""
   i32 = jnp.int32
   blocks = sum(lax.div(live + i32(sizes.block - 1), i32(sizes.block)) for live in lens)
   blocks = jnp.maximum(blocks, 1)
-  per_chunk = sizes.split // sizes.block
-  return blocks, lax.div(blocks + i32(per_chunk - 1), i32(per_chunk))
+  whole = lax.div(blocks, i32(sizes.whole))
+  left = blocks - whole * sizes.whole
+  return blocks, whole, lax.div(left + i32(sizes.piece - 1), i32(sizes.piece))
 
 
 def find(starts, first, size: int, number):

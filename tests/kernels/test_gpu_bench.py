@@ -164,7 +164,7 @@ def test_tuning_writes_a_winner_once_a_class(tmp_path, monkeypatch):
   entries = json.loads(path.read_text())["here"]["decode"]
   assert set(entries) == {"pairs256 H128 S8192", "pairs256 H128 S0 page32 of bfloat16"}
   entry = entries["pairs256 H128 S8192"]
-  assert entry["us"] == entry["blocks"]["split"] == 64 and entry["measured"].startswith("today, jax 0, decode_b32_cr8")
+  assert entry["us"] == entry["blocks"]["split"] == 128 and entry["measured"].startswith("today, jax 0, decode_b32_cr8")
   assert "other" in json.loads(path.read_text())
 
 

@@ -161,18 +161,23 @@ def test_refuses_with_the_reason():
       call(q, kv, 0, lengths, mass=True)
 
 
-@pytest.mark.parametrize("pairs, split", [(3, 128), (70, 128), (128, 192)])
-def test_each_chunk_has_a_number(pairs, split):
-  """Chunks of all pairs in order; a pair without live slots has one, and each is found by its number."""
+@pytest.mark.parametrize("pairs, split, rest", [(3, 128, 128), (70, 256, 64), (128, 512, 192)])
+def test_each_chunk_has_a_number(pairs, split, rest):
+  """Whole chunks of all pairs in order, then pieces of what is left; a pair without live slots has one piece."""
   rng = np.random.default_rng(pairs)
-  sizes, lengths = gpu.Blocks(64, 2, split, 4), rng.integers(0, 900, (2, pairs)).astype(np.int32)
+  sizes, lengths = gpu.Blocks(64, 2, split, 4, rest), rng.integers(0, 900, (2, pairs)).astype(np.int32)
   lengths[:, rng.random(pairs) < 0.3] = 0
-  blocks, chunks = (np.asarray(x) for x in gpu_work.chunks_of(jnp.asarray(lengths), sizes))
+  blocks, *counts = (np.asarray(x) for x in gpu_work.chunks_of(jnp.asarray(lengths), sizes))
   np.testing.assert_array_equal(blocks, np.maximum((-(-lengths // 64)).sum(axis=0), 1))
-  np.testing.assert_array_equal(chunks, -(-blocks // (split // 64)))
-  starts = jnp.asarray(np.concatenate([np.cumsum(chunks) - chunks, np.full(128 - pairs, chunks.sum())]), jnp.int32)
-  found = jax.jit(jax.vmap(partial(gpu_work.find, starts, 0, 128)))(jnp.arange(chunks.sum(), dtype=jnp.int32))
-  np.testing.assert_array_equal(found, np.repeat(np.arange(pairs), chunks))
+  np.testing.assert_array_equal(counts[0], blocks // (split // 64))
+  np.testing.assert_array_equal(counts[1], -(-(blocks % (split // 64)) // (rest // 64)))
+  assert sum(counts).max() <= sizes.most_chunks(int(blocks.max())) <= blocks.max()
+  padded = [np.pad(np.cumsum(x) - x, (0, 128 - pairs), constant_values=x.sum()) for x in counts]
+  starts = jnp.asarray(np.concatenate(padded), jnp.int32)
+  for first, count in zip((0, 128), counts, strict=True):
+    numbers = jnp.arange(count.sum(), dtype=jnp.int32)
+    found = jax.jit(jax.vmap(partial(gpu_work.find, starts, first, 128)))(numbers)
+    np.testing.assert_array_equal(found, np.repeat(np.arange(pairs), count))
 
 
 def test_sizes_by_shape():
@@ -186,3 +191,5 @@ def test_sizes_by_shape():
     gpu.Blocks(64, 2, 96, 4)
   with pytest.raises(ValueError, match="two or more"):
     gpu.Blocks(64, 2, 64, 4)
+  with pytest.raises(ValueError, match="up to split"):
+    gpu.Blocks(64, 2, 128, 4, 192)
