@@ -289,8 +289,8 @@ def run_cases(config: Config) -> None:
   cases = {name: case for name, case in suite.cases().items() if name in wanted}
   for case in cases.values():
     case.start()
-  suite.programs.wait()
-  program.log(f"{time.monotonic() - begin:.0f} s until everything is compiled")
+  suite.programs.wait(config.seconds / 2)
+  program.log(f"compiled after {time.monotonic() - begin:.0f} s")
   run = rows_of.Runner(config.seconds - (time.monotonic() - begin), about)
   for name, case in cases.items():
     bars = case.bars if config.scale == "full" else ()

@@ -8,6 +8,7 @@ read bandwidth. Programs are compiled side by side, before anything is timed.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import os
 import time
@@ -119,10 +120,9 @@ class Programs:
       self._futures[key] = failed = Future()
       failed.set_exception(error)
 
-  def wait(self) -> None:
-    """Until nothing is being compiled: what is timed has the machine to itself."""
-    for future in self._futures.values():
-      future.exception()
+  def wait(self, seconds: float) -> None:
+    """Until nothing is being compiled, as what is timed should have the machine to itself; at most `seconds`."""
+    concurrent.futures.wait(self._futures.values(), timeout=seconds)
 
   def get(self, key: Any, lower: Callable[[], Any]) -> Any:
     self.start(key, lower)

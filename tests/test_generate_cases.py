@@ -110,7 +110,7 @@ def test_a_point_goes_on_from_the_same_state_every_time():
 def test_what_does_not_compile_says_so_where_it_is_used():
   programs = Programs(1)
   programs.start("bad", lambda: 1 / 0)
-  programs.wait()
+  programs.wait(60)
   with pytest.raises(ZeroDivisionError):
     programs.get("bad", None)
 
