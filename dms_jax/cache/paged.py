@@ -214,10 +214,13 @@ class PagedCache(RingCache):
     """`store` with rows in the archive's slots `target`; what is in the ring, or past the last slot: nowhere."""
     index = target - self.ring
     inside = (index >= 0) & (target < self.slots)
-    at = jnp.where(inside, _pages_at(table, index // self.page_size), self.pages), index % self.page_size
+    # What goes nowhere has places of its own past the end: what is known to be unique, a GPU writes without locks.
+    none = self.pages + jnp.arange(target.size, dtype=jnp.int32).reshape(target.shape)
+    at = jnp.where(inside, _pages_at(table, index // self.page_size), none), index % self.page_size
+    put = lambda x, new: x.at[at].set(new, mode="drop", unique_indices=True)
     cells, scales = _quantised(rows, store.pages.dtype)
-    store = store.replace(pages=store.pages.at[at].set(cells, mode="drop"))
-    return store if scales is None else store.replace(scales=store.scales.at[at].set(scales, mode="drop"))
+    store = store.replace(pages=put(store.pages, cells))
+    return store if scales is None else store.replace(scales=put(store.scales, scales))
 
   def _archive(self, big, reserved, layer):
     b, k, most = reserved.pages.shape[1:]

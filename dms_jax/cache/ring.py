@@ -175,7 +175,7 @@ class RingCache(Common):
         big = self._moved(big.replace(leaving=leaving), reserved, step.target, leaving)
       # Written by rows that sit out, too: so that it comes after what leaves has been read, and needs no copy of all.
       stays = jnp.where(active[:, None, None], new[:, :, 0], big.leaving[layer])
-      big = big.replace(kv=big.kv.at[layer, rows, head, slot].set(stays))
+      big = big.replace(kv=big.kv.at[layer, rows, head, slot].set(stays, unique_indices=True))
     else:
       displaced = big.kv[layer, rows, head, slot]
       big = self._written(big, reserved, layer, targets, jnp.stack([displaced, new[:, :, 0]], 2))

@@ -50,7 +50,7 @@ class SlotCache(RingCache):
 
   def _moved(self, big, reserved, target, rows):
     lead = jnp.ix_(*(jnp.arange(n) for n in target.shape))
-    return big.replace(kv=big.kv.at[(*lead, target)].set(rows, mode="drop"))
+    return big.replace(kv=big.kv.at[(*lead, target)].set(rows, mode="drop", unique_indices=True))
 
   def _archive(self, big, reserved, layer):
     return unpacked(big.kv[layer, :, :, self.ring :])
