@@ -64,7 +64,7 @@ def test_lost_pages_are_seen(ran):
 
 def made_up(**columns) -> dict:
   """What a soak of 100 steps leaves: all flat, but for `columns`."""
-  flat = {"memory": [2**20] * 100, "arrays": [50] * 100}
+  flat = {"memory": [2**20] * 100, "device": [None] * 100, "arrays": [50] * 100}
   return {"samples": {"seconds": list(range(100)), **flat, **columns}, "counts": {"swaps": 1}, "kept": []}
 
 
@@ -75,6 +75,8 @@ def made_up(**columns) -> dict:
   (dict(arrays=[50] * 60 + [90] + [50] * 39), set()),  # and one step may have more
   (dict(arrays=list(range(50, 150))), {"arrays_flat"}),
   (dict(memory=[2**20 + 2**12 * i for i in range(100)]), {"memory_flat"}),
+  (dict(device=[2**20] * 100), set()),
+  (dict(device=[2**20 + 2**12 * i for i in range(100)]), {"device_flat"}),
 ])  # fmt: skip
 def test_growth_is_seen(ran, columns, failed):
   result = soak.verdict(ran[0], soak.Config(), made_up(**columns))
@@ -86,9 +88,16 @@ def test_growth_is_seen(ran, columns, failed):
 def test_flags_are_checked():
   with pytest.raises(ValueError, match=r"--retrofit=x .*--checkpoint"):
     soak.Config(retrofit="x")
+  with pytest.raises(ValueError, match="--kernels"):
+    soak.Config(kernels=True, checkpoint="x")
   for flag, value in (("minutes", 0), ("warm_up", 1.0), ("width", 0)):
     with pytest.raises(ValueError, match=f"--{flag}={value}"):
       soak.Config(**{flag: value})
+
+
+def test_a_model_for_kernels():
+  model = soak.served_model(soak.Config(kernels=True))
+  assert model.dtype == jnp.bfloat16 and model.config.head_dim == 64
 
 
 def test_the_first_difference():
