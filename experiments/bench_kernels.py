@@ -15,15 +15,12 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 
-from experiments import kernel_cases, kernel_tuning, plots, program
+from experiments import cases, kernel_cases, kernel_tuning, plots, program
 from experiments.kernel_cases import CASES, Decode
 from pallas_kernels import bench, tuned
 
@@ -36,6 +33,7 @@ class Config:
     cases: names, or beginnings of names; none: all but growth.
     implementation: of the kernels; none: "gpu" on a GPU, so that a refusal is seen, else what dispatch chooses.
     seconds: after so many no further case starts.
+    check: compare decode with XLA's result too, which compiles both once more.
     flex: measure PyTorch's FlexAttention beside the retrofit, where PyTorch is installed.
     tune: measure candidates for the sizes of each case's kernel first, and write the fastest to `table`; the first
       case of a class of shapes decides for all. What is measured after that has the sizes of the default table.
@@ -46,6 +44,7 @@ class Config:
   scale: Literal["full", "small"] = "full"
   implementation: str | None = None
   seconds: float = 540.0
+  check: bool = True
   flex: bool = True
   tune: bool = False
   table: Path = tuned.FILE
@@ -58,46 +57,13 @@ def selected(config: Config) -> dict[str, Any]:
   Raises:
     ValueError: a name that no case has or begins with.
   """
-  growth = kernel_cases.growth(config.scale == "small")
-  both = CASES | growth
-  unknown = [name for name in config.cases if not any(key.startswith(name) for key in both)]
-  if unknown:
-    raise ValueError(f"--cases: no case is called {', '.join(unknown)}, or begins so; there are {', '.join(both)}")
+  both = CASES | kernel_cases.growth(config.scale == "small")
   wanted = config.cases or tuple(CASES)
   if config.growth:
     wanted += ("growth",)
-  chosen = {key: case for key, case in both.items() if any(key.startswith(name) for name in wanted)}
+  chosen = {name: both[name] for name in cases.chosen(both, wanted)}
   small = lambda case: case if isinstance(case, tuple) else case.shrunk()
-  return {key: small(case) for key, case in chosen.items()} if config.scale == "small" else chosen
-
-
-class Runner:
-  """Runs cases one by one, guarded: a failure or the end of time becomes a row that says so."""
-
-  def __init__(self, seconds: float, about: dict | None = None):
-    self.end = time.monotonic() + seconds
-    self.about = about or {}
-    self.rows: dict[str, dict] = {}
-
-  def __call__(self, name: str, about: dict, f: Callable[[], dict]) -> dict:
-    row = {"name": name} | about
-    try:
-      row |= f() if time.monotonic() < self.end else {"skipped": "out of time"}
-    except Exception as error:  # whatever a kernel or its compiler raises, the other cases stand
-      row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    self.rows[name] = row | self.about
-    program.log("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
-    return row
-
-
-def judged(row: dict, bars: tuple[tuple[str, float], ...]) -> dict:
-  """`row` with its bars and whether they are reached; a bar whose ratio was not measured is neither."""
-  bars = [(name, least) for name, least in bars if name in row]
-  if not bars:
-    return row
-  reached = all(row[name] <= x if name == "dense_slowdown" else row[name] >= x for name, x in bars)
-  sign = lambda name: "<=" if name == "dense_slowdown" else ">="
-  return row | {"bar": ", ".join(f"{name} {sign(name)} {x:g}" for name, x in bars), "reached": reached}
+  return {name: small(case) for name, case in chosen.items()} if config.scale == "small" else chosen
 
 
 def measure(case: Any, bandwidth: float, config: Config, forced: str | None) -> dict:
@@ -105,12 +71,12 @@ def measure(case: Any, bandwidth: float, config: Config, forced: str | None) -> 
   if isinstance(case, tuple):
     return kernel_cases.our_decode(case[2], bandwidth, forced)
   if isinstance(case, Decode):
-    row = kernel_cases.measure_decode(case, bandwidth, forced)
+    row = kernel_cases.measure_decode(case, bandwidth, forced, config.check)
   elif case.kind == "prefill":
     row = kernel_cases.measure_prefill(case, forced)
   else:
     row = kernel_cases.measure_retrofit(case, forced, config.flex)
-  return judged(row, case.bars)
+  return cases.judged(row, case.bars)
 
 
 def described(case: Any) -> dict:
@@ -122,26 +88,8 @@ def described(case: Any) -> dict:
   return {"operation": kind, "case": str(case)} | ({} if kind == "retrofit" else {"CR": case.cr})
 
 
-def table(rows: list[dict]) -> str:
-  """The rows as Markdown."""
-  columns = (
-    "name",
-    "case",
-    "CR",
-    "us",
-    "floor_us",
-    "of_floor",
-    "dense_us",
-    "dense_ratio",
-    "flex_ratio",
-    "bar",
-    "reached",
-  )
-  lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-  for row in rows:
-    cells = [row.get(c, row.get("error", row.get("skipped", "")) if c == "us" else "") for c in columns]
-    lines.append("| " + " | ".join(f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells) + " |")
-  return "\n".join(lines)
+COLUMNS = ("name", "case", "us", "CR", "floor_us", "of_floor", "dense_us", "dense_ratio", "flex_ratio",
+           "flex_blocks_ratio", "bar", "reached")  # fmt: skip
 
 
 def picture(path: Path, rows: list[dict], device: str) -> str | None:
@@ -151,11 +99,12 @@ def picture(path: Path, rows: list[dict], device: str) -> str | None:
     return None
   figure, axis = plt.subplots(figsize=(9, 1.2 + 0.55 * len(rows)), layout="constrained")
   kinds = (("us", "ours", plots.DMS), ("dense_us", "dense, cuDNN" if "NVIDIA" in device else "dense, XLA", plots.DENSE),
-           ("flex_us", "FlexAttention", "#c2571a"))  # fmt: skip
+           ("flex_us", "FlexAttention as the official trainer calls it", "#c2571a"),
+           ("flex_blocks_us", "FlexAttention with a block mask", "#e8a87c"))  # fmt: skip
   for place, (key, label, color) in enumerate(kinds):
-    points = [(i + 0.27 * (place - 1), row[key]) for i, row in enumerate(rows) if key in row]
+    points = [(i + 0.22 * (place - 1), row[key]) for i, row in enumerate(rows) if key in row]
     if points:
-      bars = axis.barh(*zip(*points, strict=True), height=0.25, color=color, label=label)
+      bars = axis.barh(*zip(*points, strict=True), height=0.2, color=color, label=label)
       axis.bar_label(bars, fmt=lambda us: f"{us:,.0f}" if us >= 100 else f"{us:.3g}", fontsize=7, padding=2)
   floors = [(i, row["floor_us"]) for i, row in enumerate(rows) if "floor_us" in row]
   for number, (i, floor) in enumerate(floors):
@@ -201,31 +150,9 @@ def growth_picture(path: Path, rows: list[dict], device: str) -> str | None:
   return str(path)
 
 
-def merged(path: Path, rows: dict[str, dict]) -> list[dict]:
-  """Rows of an earlier run of OUTPUT, then `rows`, which replace those of the same name unless they failed."""
-  old = {row["name"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
-  for name, row in rows.items():
-    if "us" in row or "us" not in old.get(name, {}):
-      old[name] = row
-  order = [*CASES, *kernel_cases.growth(False)]
-  place = {name: i for i, name in enumerate(order)}
-  return sorted(old.values(), key=lambda row: place.get(row["name"], len(order)))
-
-
-def check_same(path: Path, about: dict) -> None:
-  """Raises ValueError where the file at `path` holds rows of another device or scale: they would be taken for these."""
-  for row in json.loads(path.read_text())["rows"] if path.exists() else ():
-    for name in ("device", "scale"):
-      if row.get(name) != about[name]:
-        raise ValueError(
-          f"--output={path.parent}: row {row['name']} there is of {name} {row.get(name)!r}, this run of "
-          f"{about[name]!r}; choose another folder"
-        )
-
-
 def main() -> None:
   config = program.read_flags("", Config)
-  cases = selected(config)
+  chosen = selected(config)
   path = config.output / "bench.json"
   environment = program.environment()
   bandwidth = bench.read_bandwidth(2**22 if config.scale == "small" else 2**30)
@@ -235,20 +162,21 @@ def main() -> None:
     "date": datetime.date.today().isoformat(), "read_bandwidth": bandwidth, "device": environment["device"],
     "jax": environment["jax"], "scale": config.scale,
   }  # fmt: skip
-  check_same(path, about)
-  run = Runner(config.seconds, about)
+  cases.check_same(path, about)
+  run = cases.Runner(config.seconds, about)
+  merged = lambda: cases.merged(path, run.rows, [*CASES, *kernel_cases.growth(False)])
   tuned_classes: set[tuple[str, str]] = set()
-  for name, case in cases.items():
+  for name, case in chosen.items():
     if config.tune and not isinstance(case, tuple):
       kernel_tuning.tune(name, case, config.table, run.end, about, tuned_classes)
     run(name, described(case), lambda case=case: measure(case, bandwidth, config, forced))
-    saved = program.save_json(path, {"environment": environment, "rows": merged(path, run.rows)})
-  rows = merged(path, run.rows)
+    saved = program.save_json(path, {"environment": environment, "rows": merged()})
+  rows = merged()
   drawn = [
     picture(config.output / "bench.png", rows, environment["device"]),
     growth_picture(config.output / "growth.png", rows, environment["device"]),
   ]
-  print(table(rows))
+  print(cases.table(rows, COLUMNS))
   measured = list(run.rows.values())
   program.finish({"read_bandwidth": bandwidth, "rows": measured, "json": str(saved), "png": [x for x in drawn if x]})
 
