@@ -39,7 +39,8 @@ IN_ROOFLINE = (Bar("of_roofline", 0.75),)
 @dataclasses.dataclass(frozen=True)
 class Setup:
   """`dense_tokens`: the most that a dense cache is made for; `width`: rows beside transformers and of equal energy;
-  `prompts`: {tokens: most that DMS may take of dense's time}; `retrofitted`: (rows, tokens) of SmolLM2's shape."""
+  `prompts`: {tokens: most that DMS may take of dense's time}; `memory_rows`: so many that the up to 128 MiB an array by
+  which a runtime's allocator rounds up hardly count; `retrofitted`: (rows, tokens) of SmolLM2's shape."""
 
   shape: Shape
   contexts: tuple[int, ...] = (8192, 32768)
@@ -49,7 +50,7 @@ class Setup:
   width: int = 32
   prompts: tuple[tuple[int, float], ...] = ((4096, 1.05), (32768, 0.65))
   chunk: int = 4096
-  memory_rows: int = 8
+  memory_rows: int = 64
   new_tokens: int = 48
   retrofitted: tuple[int, int] = (32, 8192)
   energy_seconds: float = 2.0
