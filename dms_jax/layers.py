@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import jax
 import jax.numpy as jnp
@@ -59,8 +60,11 @@ def linear(x: Array, weight: Array, num_inputs: int = 1, *, out_dtype=None) -> A
   """
   rows, outs = x.shape[: x.ndim - num_inputs], weight.shape[: weight.ndim - num_inputs]
   x2, weight2 = x.reshape(math.prod(rows), -1), weight.reshape(math.prod(outs), -1)
-  if x.dtype == jnp.bfloat16 and len(x2) <= FEW_ROWS and platform() == "cpu":
+  on_cpu = platform() == "cpu"
+  if on_cpu and x.dtype == jnp.bfloat16 and len(x2) <= FEW_ROWS:
     y = _few_rows(x2, weight2)
+  elif on_cpu and x.dtype == jnp.float32 and len(x2) == 1:
+    y = _one_row(x2, weight2)
   else:
     y = _dot(x2, weight2)
   return y.reshape(*rows, *outs).astype(out_dtype or x.dtype)
@@ -82,6 +86,20 @@ def _few_rows(x: Float[Array, "rows in"], weight: Float[Array, "out in"]) -> Flo
   count = len(x)
   y = _dot(weight, jnp.concatenate([x, x]) if count == 1 else x)
   return jax.lax.optimization_barrier(y).T[:count]
+
+
+def _one_row(x: Float[Array, "1 in"], weight: Float[Array, "out in"]) -> Float[Array, "1 out"]:
+  """x weight^T of one float32 row on a CPU.
+
+  XLA computes a matrix-vector product there in one thread, and a batch of them in several: the weights are as many
+  matrices as there are cores.
+  """
+  parts = math.gcd(len(weight), os.cpu_count() or 1)
+  y = jax.lax.dot_general(
+    weight.reshape(parts, -1, weight.shape[1]), jnp.broadcast_to(x, (parts, x.shape[1])),
+    (((2,), (1,)), ((0,), (0,))), jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32,
+  )  # fmt: skip
+  return y.reshape(1, -1)
 
 
 def project(x: Array, layer: dict, name: str, num_inputs: int = 1, *, lora_scale: float = 0.0, out_dtype=None) -> Array:
