@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -58,6 +60,22 @@ class Runner:
     self.rows[name] = row | self.about
     program.log("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
     return row
+
+
+def apart(module: str, what: dict[str, Any], timeout: float) -> dict[str, Any]:
+  """What `module.main` prints of `what`, both as JSON objects, in a process of its own: so that two frameworks do not
+  share a device's memory. {"skipped": why} if it fails or takes longer than `timeout` seconds."""
+  program = f"import {module} as it; it.main()"
+  try:
+    done = subprocess.run(
+      [sys.executable, "-c", program, json.dumps(what)], capture_output=True, text=True, timeout=timeout
+    )
+  except subprocess.TimeoutExpired:
+    return {"skipped": f"not done within {timeout:g} s"}
+  lines = done.stdout.strip().splitlines()
+  if done.returncode or not lines:
+    return {"skipped": " ".join((done.stderr.strip().splitlines() or ["no output"])[-1].split())[:300]}
+  return json.loads(lines[-1])
 
 
 def measured(row: dict[str, Any]) -> bool:

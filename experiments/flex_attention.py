@@ -48,15 +48,15 @@ def forms(torch, q, k, v, bias, window: int) -> dict[str, Callable]:
 
 def measure(batch: int, tokens: int, queries: int, heads: int, size: int, window: int) -> dict:
   """Microseconds of each form, forward ("flex_forward_us") and with the backward pass, the bias's gradient included
-  ("flex_us"), or why there are none ("flex_skipped"); bfloat16, causal, the bias added where a key is further back than
+  ("flex_us"), or why there are none ("skipped"); bfloat16, causal, the bias added where a key is further back than
   the window."""
   try:
     import torch
     import torch.nn.attention.flex_attention
   except ImportError as error:
-    return {"flex_skipped": f"PyTorch with FlexAttention is not installed: {error}"}
+    return {"skipped": f"PyTorch with FlexAttention is not installed: {error}"}
   if not torch.cuda.is_available():
-    return {"flex_skipped": "PyTorch sees no GPU"}
+    return {"skipped": "PyTorch sees no GPU"}
   torch.manual_seed(0)
   device = torch.device("cuda")
   make = lambda n: torch.randn(batch, n, tokens, size, device=device, dtype=torch.bfloat16).requires_grad_()

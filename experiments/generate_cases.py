@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,7 @@ import jax
 from dms_jax.config import PRESETS, ModelConfig
 from dms_jax.convert.families import config_to_hf
 from experiments import synthetic
-from experiments.cases import Bar
+from experiments.cases import Bar, apart
 from experiments.generate_points import KINDS, Bench, Energy, Kind, Point, Programs, Shape, bytes_in_use, report
 
 GATES = Path(__file__).parent / "results/ablate/compression/ablation.json"  # what heads hold, for SmolLM2
@@ -308,13 +306,4 @@ def run_transformers(setup: Setup, timeout: float = 240.0) -> dict[str, Any]:
   }
   what = {"config": fields, "batch": setup.width, "tokens": setup.context - setup.new_tokens,
           "new_tokens": setup.new_tokens, "dtype": setup.shape.dtype}  # fmt: skip
-  program = "from experiments import static_transformers; static_transformers.main()"
-  command = [sys.executable, "-c", program, json.dumps(what)]
-  try:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-  except subprocess.TimeoutExpired:
-    return {"skipped": f"not done within {timeout:g} s"}
-  lines = done.stdout.strip().splitlines()
-  if done.returncode or not lines:
-    return {"skipped": " ".join((done.stderr.strip().splitlines() or ["no output"])[-1].split())[:300]}
-  return json.loads(lines[-1])
+  return apart("experiments.static_transformers", what, timeout)

@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import cases
 from experiments.cases import Bar
 from pallas_kernels import bench, decode, prefill, retrofit
 from pallas_kernels.decode import Pages
@@ -318,13 +316,5 @@ def measure_retrofit(case: Text, implementation: str | None, flex: bool) -> dict
 def measure_flex(case: Text, timeout: float = 300.0) -> dict:
   """PyTorch's FlexAttention with the same bias, in a process of its own: {"flex_us", ...} or {"flex_skipped": why}."""
   shape = {name: getattr(case, name) for name in ("batch", "tokens", "queries", "heads", "size", "window")}
-  program = "from experiments import flex_attention; flex_attention.main()"
-  command = [sys.executable, "-c", program, json.dumps(shape)]
-  try:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-  except subprocess.TimeoutExpired:
-    return {"flex_skipped": f"not done within {timeout:g} s"}
-  lines = done.stdout.strip().splitlines()
-  if done.returncode or not lines:
-    return {"flex_skipped": " ".join((done.stderr.strip().splitlines() or ["no output"])[-1].split())[:300]}
-  return json.loads(lines[-1])
+  row = cases.apart("experiments.flex_attention", shape, timeout)
+  return {"flex_skipped": row["skipped"]} if "skipped" in row else row

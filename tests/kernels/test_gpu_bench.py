@@ -92,7 +92,7 @@ def test_a_text_case_is_measured_beside_dense_attention(name):
 def test_flex_attention_says_why_it_was_not_measured(monkeypatch):
   monkeypatch.setitem(sys.modules, "torch", None)
   shape = {"batch": 1, "tokens": 256, "queries": 4, "heads": 2, "size": 64, "window": 16}
-  assert "PyTorch" in flex_attention.measure(**shape)["flex_skipped"]
+  assert "PyTorch" in flex_attention.measure(**shape)["skipped"]
 
 
 def test_pictures_show_what_was_measured(tmp_path):
