@@ -287,8 +287,11 @@ def run_cases(config: Config) -> None:
   seconds = 0.02 if config.scale == "small" else 0.5
   suite = generate_cases.Suite(setup, bandwidth, seconds=seconds, workers=config.workers, rival=rival)
   cases = {name: case for name, case in suite.cases().items() if name in wanted}
-  for case in cases.values():
-    case.start()
+  for name, case in cases.items():
+    try:
+      case.start()
+    except Exception as error:  # the case itself will say so, and the others go on
+      program.log(f"{name}: not compiled ahead: {type(error).__name__}")
   suite.programs.wait(config.seconds / 2)
   program.log(f"compiled after {time.monotonic() - begin:.0f} s")
   run = rows_of.Runner(config.seconds - (time.monotonic() - begin), about)

@@ -72,6 +72,7 @@ def measure(case: Any, bandwidth: float, config: Config, forced: str | None) -> 
     return kernel_cases.our_decode(case[2], bandwidth, forced)
   if isinstance(case, Decode):
     row = kernel_cases.measure_decode(case, bandwidth, forced, config.check)
+    return cases.judged(row, (*case.bars, kernel_cases.SAME))
   elif case.kind == "prefill":
     row = kernel_cases.measure_prefill(case, forced)
   else:
@@ -89,7 +90,7 @@ def described(case: Any) -> dict:
 
 
 COLUMNS = ("name", "case", "us", "CR", "floor_us", "of_floor", "dense_us", "dense_ratio", "flex_ratio",
-           "flex_blocks_ratio", "bar", "reached")  # fmt: skip
+           "flex_blocks_ratio", "difference", "bar", "reached")  # fmt: skip
 
 
 def picture(path: Path, rows: list[dict], device: str) -> str | None:

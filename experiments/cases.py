@@ -65,17 +65,20 @@ class Runner:
 def apart(module: str, what: dict[str, Any], timeout: float) -> dict[str, Any]:
   """What `module.main` prints of `what`, both as JSON objects, in a process of its own: so that two frameworks do not
   share a device's memory. {"skipped": why} if it fails or takes longer than `timeout` seconds."""
-  program = f"import {module} as it; it.main()"
+  source = f"import {module} as it; it.main()"
   try:
     done = subprocess.run(
-      [sys.executable, "-c", program, json.dumps(what)], capture_output=True, text=True, timeout=timeout
+      [sys.executable, "-c", source, json.dumps(what)], capture_output=True, text=True, timeout=timeout
     )
   except subprocess.TimeoutExpired:
     return {"skipped": f"not done within {timeout:g} s"}
   lines = done.stdout.strip().splitlines()
   if done.returncode or not lines:
     return {"skipped": " ".join((done.stderr.strip().splitlines() or ["no output"])[-1].split())[:300]}
-  return json.loads(lines[-1])
+  try:
+    return json.loads(lines[-1])
+  except json.JSONDecodeError:
+    return {"skipped": f"printed no result but: {lines[-1][:200]}"}
 
 
 def measured(row: dict[str, Any]) -> bool:
@@ -92,7 +95,7 @@ def judged(row: dict[str, Any], bars: tuple[Bar, ...]) -> dict[str, Any]:
 
 
 def merged(path: Path, rows: dict[str, dict], order: Iterable[str]) -> list[dict]:
-  """Rows of an earlier run of OUTPUT, then `rows`, which replace those of the same name unless they failed."""
+  """Rows of an earlier run's file at `path`, then `rows`, which replace those of the same name unless they failed."""
   old = {row["name"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
   for name, row in rows.items():
     if measured(row) or not measured(old.get(name, {"error": "none"})):

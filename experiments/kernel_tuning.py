@@ -1,7 +1,7 @@
 """`experiments.bench_kernels --tune`: which sizes of a kernel are the fastest here, written to a table of winners.
 
-Sizes are tried one group after another, each group around the best so far: splits, then blocks and stages, then
-workers. A candidate that does not compile, or does not fit, is passed over.
+Sizes are tried one group after another, each group around the best so far: splits, then pieces, then blocks
+and stages, then workers. A candidate that does not compile, or does not fit, is passed over.
 """
 
 from __future__ import annotations
@@ -27,13 +27,16 @@ REPLACE = dataclasses.replace
 def decode_candidates(processors: int) -> Iterator[Callable[[Any], list]]:
   """Groups of candidates around the best so far, for decode."""
   yield lambda best: [
-    REPLACE(best, split=n) for n in (128, 192, 256, 512, 1024) if n % best.block == 0 and n > best.block
+    REPLACE(best, split=n, rest=min(best.rest, n))
+    for n in (128, 192, 256, 512, 1024)
+    if n % best.block == 0 and n > best.block
   ]
+  yield lambda best: [REPLACE(best, rest=n) for n in (128, 256, 512) if n <= best.split and n % best.block == 0]
   yield lambda best: [
-    REPLACE(best, block=block, stages=stages, split=max(best.split, 2 * block))
+    REPLACE(best, block=block, stages=stages, split=max(best.split, 2 * block), rest=max(best.rest, block))
     for block in (64, 128)
     for stages in (2, 3, 4, 6)
-    if max(best.split, 2 * block) % block == 0
+    if max(best.split, 2 * block) % block == 0 and max(best.rest, block) % block == 0
   ]
   yield lambda best: [REPLACE(best, workers=n * processors) for n in (1, 2, 3, 4)]
 

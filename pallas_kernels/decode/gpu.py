@@ -13,6 +13,9 @@ parts.
 The tensor cores need 64 rows and eight columns at least: slots, then values' channels, are the rows, and the queries of
 a group the columns. So the scores of a block are four numbers a thread, and its time is that of reading it.
 
+What is written again, queries, weights and widened blocks, is guarded by the barriers between its readers and the next
+writer: those of `reduce_columns` and `commit_smem`, and the ones that Pallas puts before stores and copies by itself.
+
 Pages of 8 bits are turned into q's dtype, exactly, in shared memory, from where the tensor cores read all operands; a
 slot's two scales are factors of its score and of its weight. All scores are in units of log 2.
 """
@@ -40,8 +43,8 @@ def default_blocks(
 ) -> Blocks:
   """Block sizes by shape: two workers a processor, three blocks in flight each.
 
-  A contiguous cache of `slots` a head gets two or more chunks a worker at an eighth of the slots live; larger chunks,
-  up to 1,024 slots, mean fewer partial results. With pages `slots` is what the contiguous cache beside them holds;
+  A contiguous cache of `slots` a head gets one or two chunks a worker at an eighth of the slots live; larger chunks, up
+  to 1,024 slots, mean fewer partial results. With pages `slots` is what the contiguous cache beside them holds;
   their table may grow, and no result may change with it: chunks go by the number of pairs alone.
   """
   block = 64
@@ -187,8 +190,8 @@ def _attend(sizes: Blocks, case: Case, q, layer, *arrays):
     lens = [refs.pop(0) for _ in lengths]
     starts, sums, board, reduced, q_smem, p_smem, kv_smem, ready, *refs = refs
     bytes_smem, scales_smem, bytes_ready = refs if case.scaled else (None, None, None)
-    # The first counts the chunks that have been given out. A single zero would be a constant to XLA, which copies it
-    # before each call.
+    # The first counts the chunks that have been given out. The others are there because XLA fills them once for many
+    # calls, where it would copy a single zero, a constant to it, before each; so it has to be 0 again afterwards.
     counters = pl.get_global(plgpu.SemaphoreType.REGULAR((warpgroup.THREADS,))) if counting else None
     worker, workers = lax.axis_index("worker"), i32(sizes.workers)
 
@@ -277,14 +280,18 @@ def _attend(sizes: Blocks, case: Case, q, layer, *arrays):
 
     def copy_block(row, live, slot):
       """Starts the load of a block of the cache, of no more than a quarter above its live slots."""
-      sizes = [block * n // QUARTERS for n in range(1, QUARTERS + 1)]
-      for low, size in zip([0, *sizes], sizes, strict=False):
+      parts = [block * n // QUARTERS for n in range(1, QUARTERS + 1)]
+      for low, size in zip([0, *parts], parts, strict=False):
         fits = (live > low if low else True) & (live <= size if size < block else True)
         copy = functools.partial(plgpu.copy_gmem_to_smem, kv_ref.at[pl.ds(row, size)], kv_smem.at[slot, pl.ds(0, size)])
         pl.when(fits)(functools.partial(copy, ready.at[slot]))
 
     def fetch(ahead, number):
-      """Starts the load of the next block, the worker's `number`-th; returns what comes after it."""
+      """Starts the load of the next block, the worker's `number`-th; returns what comes after it.
+
+      `ahead`: how many chunks the worker had before this one; blocks left in it, this one included, 0 at the end; its
+      pair; the block's number in the pair's stream; the numbers of its pages; what `draw` returned for the next chunk.
+      """
       turn, left, pair, at, numbers, answer = ahead
       slot = lax.rem(number, i32(stages))
       here = left > 0
@@ -384,7 +391,7 @@ def _attend(sizes: Blocks, case: Case, q, layer, *arrays):
         if scaled:
           s = s * lax.broadcast_in_dim(of_keys, s.shape, [0])
         s = jnp.where(index(s.shape) < live, s, -jnp.inf)
-        new_top = jnp.maximum(top, warpgroup.reduce_columns(s, "max", reduced.at[lax.rem(number + i, i32(2))]))
+        new_top = jnp.maximum(top, warpgroup.reduce_columns(s, "max", reduced.at[lax.rem(number + turn + i, i32(2))]))
         shrink = jnp.exp2(top - new_top)
         p = jnp.exp2(s - lax.broadcast_in_dim(new_top, s.shape, [1]))
         weights = weights * lax.broadcast_in_dim(shrink, p.shape, [1]) + p
@@ -405,7 +412,7 @@ def _attend(sizes: Blocks, case: Case, q, layer, *arrays):
         carry = lax.fori_loop(done, stop, functools.partial(step, live=live, scaled=case.scaled and last), carry)
         done = stop
       acc, top, weights, ahead = carry
-      weights = warpgroup.reduce_columns(weights, "sum", reduced.at[lax.rem(number + size, i32(2))])
+      weights = warpgroup.reduce_columns(weights, "sum", reduced.at[lax.rem(number + turn + size, i32(2))])
       warpgroup.store_transposed(acc, part_ref.at[pair, chunk, pl.ds(0, group)])
       warpgroup.store_columns(top, stat_ref.at[pair, chunk, 0, pl.ds(0, group)])
       warpgroup.store_columns(weights, stat_ref.at[pair, chunk, 1, pl.ds(0, group)])
@@ -423,10 +430,10 @@ def _attend(sizes: Blocks, case: Case, q, layer, *arrays):
   scratch.append(plgpu.SMEM((2, warpgroup.THREADS // 32, warpgroup.GROUP), jnp.float32))
   laid = lambda dtype: compat.operand_transforms(dtype, h)
   matrix = lambda dtype, *lead: plgpu.SMEM((*lead, block, 2 * h), dtype, transforms=laid(dtype))
-  # Where blocks of 8 bits alone are loaded, one place is enough to widen them to.
   scratch += [
     plgpu.SMEM((warpgroup.GROUP, n), q.dtype, transforms=compat.operand_transforms(q.dtype, 64)) for n in (h, block)
   ]
+  # Where blocks of 8 bits alone are loaded, one place is enough to widen them to.
   scratch += [
     matrix(q.dtype, *((stages,) if slots or not case.scaled else ())),
     plgpu.Barrier(num_barriers=stages, num_arrivals=pieces),

@@ -16,7 +16,7 @@ from pallas_kernels.compat import plgpu
 LOG2E = math.log2(math.e)
 # A finite stand-in for -inf as the maximum of no scores: exp2(-inf - NEVER) is 0, not NaN.
 NEVER = -1e30
-BATCH = 8  # partial results of a pair loaded together, as many more while they are merged
+BATCH = 8  # partial results of a pair loaded together; the next ones while these are merged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Blocks:
   def __post_init__(self):
     if self.split % self.block or self.split == self.block or self.block % warpgroup.ROWS:
       raise ValueError(
-        f"split {self.split} must be a multiple of block {self.block}, two or more, and that of {warpgroup.ROWS}"
+        f"split {self.split} must be two or more times block {self.block}, and block a multiple of {warpgroup.ROWS}"
       )
     if self.rest % self.block or self.rest > self.split:
       raise ValueError(f"rest {self.rest} must be a multiple of block {self.block}, up to split {self.split}")

@@ -187,9 +187,9 @@ def test_sizes_by_shape():
   assert gpu.default_blocks(1, 3, 512, 64, 132) == gpu.Blocks(64, 3, 128, 264)
   assert gpu.default_blocks(32, 8, 272, 128, 132, paged=True) == gpu.Blocks(64, 3, 256, 264)
   assert gpu.default_blocks(1, 8, 0, 128, 132, paged=True, scaled=True) == gpu.Blocks(64, 4, 128, 264)
-  with pytest.raises(ValueError, match="must be a multiple of block"):
+  with pytest.raises(ValueError, match="two or more times block"):
     gpu.Blocks(64, 2, 96, 4)
-  with pytest.raises(ValueError, match="two or more"):
+  with pytest.raises(ValueError, match="two or more times"):
     gpu.Blocks(64, 2, 64, 4)
   with pytest.raises(ValueError, match="up to split"):
     gpu.Blocks(64, 2, 128, 4, 192)
