@@ -53,6 +53,8 @@ def default_blocks(
   pairs, workers, stages = batch * kv_heads, 2 * processors, 3
   if paged:
     stages = (2 if slots else 4) * 128 // head_dim if scaled else stages
+    if pairs >= 3 * workers:
+      return Blocks(block, stages, 1024, workers, 256)
     return Blocks(block, stages, 256 if 2 * pairs >= workers else 128, workers)
   share = max(pairs * slots // 8 // workers, 1)
   split = max(2 * block, slots // 256, min(1024, 2 ** (share.bit_length() - 1)))
