@@ -10,10 +10,27 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.platform import platform
 from pallas_kernels.xla_dot import einsum
 
 # Slots read at a time. The block is the only copy made of the cache, so it bounds the operation's temporaries.
 BLOCK = 128
+CPU_BLOCK = 320  # measured there, float32: 128 costs more steps of the loop, 640 no longer stays in a core's cache
+
+
+def block_slots() -> int:
+  return CPU_BLOCK if platform() == "cpu" else BLOCK
+
+
+def product(subscripts: str, a, b):
+  """`einsum` of a [B, K, G, ...] with the slots `b`; on a CPU one of every query head of the group.
+
+  XLA's CPU backend is several times faster at a batch of matrix-vector products than at one with this few rows.
+  """
+  if platform() != "cpu":
+    return einsum(subscripts, a, b)
+  one = subscripts.replace("g", "")
+  return jnp.stack([einsum(one, a[:, :, g], b) for g in range(a.shape[2])], axis=2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +50,7 @@ class Source:
 def contiguous(kv, layer, lengths) -> Source:
   """The slots of one layer of `kv` [L, B, K, S, 2H]."""
   _, b, k, s, width = kv.shape
-  block = min(BLOCK, s)
+  block = min(block_slots(), s)
   # The last block starts early enough to lie inside the cache; slots it shares with the one before are masked.
   start = lambda i: jnp.minimum(i * block, s - block)
 
@@ -51,10 +68,10 @@ def contiguous(kv, layer, lengths) -> Source:
 
 
 def paged(pages, layer) -> Source:
-  """The archives of one layer; as many pages a block as make BLOCK slots, however many the table has."""
+  """The archives of one layer; as many pages a block as make `block_slots`, however many the table has."""
   _, page, _ = pages.pool.shape
   _, b, k, most = pages.table.shape
-  several = max(1, BLOCK // page)
+  several = max(1, block_slots() // page)
   block = several * page
   table = lax.dynamic_index_in_dim(pages.table, layer, 0, keepdims=False)
 
@@ -82,25 +99,31 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
   sources = [source for source in (of_kv, of_pages) if source is not None]
   k = (kv if kv is not None else pages.table).shape[2]
   qg = q.reshape(b, k, n // k, h)
+  on_cpu = platform() == "cpu"
+  if on_cpu:  # keys and values stay side by side in both products: to take them apart costs more, a copy of each
+    qg = jnp.pad(qg, ((0, 0), (0, 0), (0, 0), (0, h)))
 
   def scores_of(source, i):
-    """Block i: (scores [B, K, G, block], -inf where dead; values [B, K, block, H]; their scales [B, K, 1, block])."""
+    """Block i: (scores [B, K, G, block], -inf where dead; values [B, K, block, H]; their scales [B, K, 1, block]).
+
+    On a CPU the values are whole slots [B, K, block, 2H], their last half the value.
+    """
     slots, scales, live = source.read(i)
     if slots.dtype == jnp.uint16:
       slots = lax.bitcast_convert_type(slots, jnp.bfloat16)
     slots = jnp.where(live[..., None], slots, jnp.zeros((), slots.dtype))  # dead slots may hold anything, NaN too
-    queries = qg
     if scales is not None:  # 8 bits are exact in any other type; a slot's scale is a factor of its score
       slots = slots.astype(q.dtype)
       scales = jnp.where(live[..., None], scales, 0.0)
-    elif slots.dtype != q.dtype:
-      wider = jnp.promote_types(slots.dtype, q.dtype)
-      slots, queries = slots.astype(wider), qg.astype(wider)
-    scores = einsum("bkgh,bksh->bkgs", queries, slots[..., :h]) * h**-0.5
+    # A CPU has no bfloat16 products: the block is converted once, not for each of them.
+    wider = jnp.float32 if on_cpu else jnp.promote_types(slots.dtype, q.dtype)
+    slots, queries = slots.astype(wider), qg.astype(wider)
+    keys, values = (slots, slots) if on_cpu else (slots[..., :h], slots[..., h:])
+    scores = product("bkgh,bksh->bkgs", queries, keys) * h**-0.5
     if scales is not None:
       scores = scores * scales[:, :, None, :, 0]
     scores = jnp.where(live[:, :, None], scores, -jnp.inf)
-    return scores, slots[..., h:], None if scales is None else scales[:, :, None, :, 1]
+    return scores, values, None if scales is None else scales[:, :, None, :, 1]
 
   def attend(source, state):
     def body(i, state):
@@ -111,7 +134,7 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
       weights = jnp.exp(scores - safe[..., None])
       scale = jnp.exp(top - safe)
       scaled = weights if scales is None else weights * scales
-      part = einsum("bkgs,bksh->bkgh", scaled.astype(values.dtype), values)
+      part = product("bkgs,bksh->bkgh", scaled.astype(values.dtype), values)[..., -h:]
       return new_top, total * scale + weights.sum(axis=-1), acc * scale[..., None] + part
 
     return lax.fori_loop(0, source.blocks, body, state)
