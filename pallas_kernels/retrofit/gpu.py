@@ -110,7 +110,9 @@ def _attention(case, q, k, v, bias, bounds):
 
 
 def _attention_fwd(case, q, k, v, bias, bounds):
-  out, lse = forward(case, q, k, v, bias, None if bounds is None else bounds[0])
+  # The barrier keeps XLA from running the kernel twice in a scan over layers: once for the next operation, and once
+  # fused into the update of the array that saves the results of all layers for the backward pass.
+  out, lse = lax.optimization_barrier(forward(case, q, k, v, bias, None if bounds is None else bounds[0]))
   return out, (q, k, v, bias, bounds, out, lse)
 
 
