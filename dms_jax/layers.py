@@ -74,8 +74,9 @@ def linear(x: Array, weight: Array, num_inputs: int = 1, *, out_dtype=None) -> A
 def _dot(a: Float[Array, "M in"], b: Float[Array, "N in"]) -> Float[Array, "M N"]:
   """a b^T, summed and returned in float32; float32 is not rounded first.
 
-  Its gradient is rounded to the operands' dtype before it meets them, as what follows rounded the result: left in
-  float32 it would turn both products of the backward pass into float32 ones, several times slower on an accelerator.
+  Its gradient is rounded to the operands' dtype before it meets them, which loses nothing where the result was rounded
+  to it: left in float32 it would turn both products of the backward pass into float32 ones, several times slower on an
+  accelerator.
   """
   return _contract(a, b, 1, 1)
 

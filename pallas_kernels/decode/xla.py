@@ -20,11 +20,11 @@ BLOCK = 128
 def block_slots(dtype) -> int:
   """BLOCK; more on a CPU, where a step of the loop is dear, but half as many narrow ones: float32 copies come on top.
 
-  Measured on two cores in float32: 128 and 256 slots take longer, and so do 640, which leave a core's cache.
+  In float32 on two cores a step of SmolLM2-135M took longer with 128, 256 and 640 slots (experiments/LOG.md).
   """
   if platform() != "cpu":
     return BLOCK
-  return 320 if jnp.dtype(dtype) == jnp.float32 else 160
+  return 320 if dtype == jnp.float32 else 160
 
 
 def product(subscripts: str, a, b):
@@ -120,7 +120,7 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
     if scales is not None:  # 8 bits are exact in any other type; a slot's scale is a factor of its score
       slots = slots.astype(q.dtype)
       scales = jnp.where(live[..., None], scales, 0.0)
-    # A CPU has no bfloat16 products: the block is converted once, not for each of them.
+    # On a CPU `einsum` would convert a block to float32 for each product: here once for all of them.
     wider = jnp.float32 if on_cpu else jnp.promote_types(slots.dtype, q.dtype)
     slots, queries = slots.astype(wider), qg.astype(wider)
     keys, values = (slots, slots) if on_cpu else (slots[..., :h], slots[..., h:])
