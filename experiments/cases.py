@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from dms_jax.config import ModelConfig
+from dms_jax.convert.families import config_to_hf
 from experiments import program
 
 
@@ -79,6 +81,12 @@ def apart(module: str, what: dict[str, Any], timeout: float) -> dict[str, Any]:
     return json.loads(lines[-1])
   except json.JSONDecodeError:
     return {"skipped": f"printed no result but: {lines[-1][:200]}"}
+
+
+def llama_config(config: ModelConfig) -> dict[str, Any]:
+  """Arguments of transformers' LlamaConfig for a model of this shape."""
+  fields = config_to_hf(config, "float32")
+  return {name: x for name, x in fields.items() if name not in ("architectures", "model_type", "torch_dtype", "dtype")}
 
 
 def measured(row: dict[str, Any]) -> bool:

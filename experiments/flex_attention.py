@@ -18,32 +18,46 @@ from collections.abc import Callable
 MASKED = -50000.0  # the score of a key that is not visible, without a block mask
 
 
+def as_trained(torch, compiled: Callable, q, k, v, bias, window: int):
+  """ "flex": `compiled` attends, q [B, N, T, H], k and v [B, K, T, H], bias float [B, K, T]; [B, N, T, H]."""
+  (b, _, t, h), heads = q.shape, k.shape[1]
+  rows = lambda x: x.reshape(b * heads, -1, t, h)
+  low = bias.to(q.dtype).reshape(b * heads, t)
+
+  def score(s, row, _, i, j):
+    seen, near = (i >= j).to(s.dtype), (i - j <= window).to(s.dtype)
+    return seen * (near * s + (1 - near) * (s + low[row, j])) + (1 - seen) * MASKED
+
+  return compiled(rows(q), rows(k), rows(v), score_mod=score, enable_gqa=True).reshape(q.shape)
+
+
+def causal_blocks(tokens: int, device):
+  """The block mask of `with_blocks`."""
+  from torch.nn.attention.flex_attention import create_block_mask
+
+  return create_block_mask(lambda b, n, i, j: i >= j, None, None, tokens, tokens, device=device)
+
+
+def with_blocks(torch, compiled: Callable, mask, q, k, v, bias, window: int):
+  """ "flex_blocks", under `causal_blocks`; shapes as in `as_trained`."""
+  group = q.shape[1] // k.shape[1]
+
+  def score(s, b, n, i, j):
+    return s + torch.where(i - j > window, bias[b, n // group, j], 0.0)
+
+  return compiled(q, k, v, score_mod=score, block_mask=mask, enable_gqa=True)
+
+
 def forms(torch, q, k, v, bias, window: int) -> dict[str, Callable]:
   """{name: a call that attends, q [B, N, T, H], k and v [B, K, T, H], bias float32 [B, K, T]}."""
-  from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+  from torch.nn.attention.flex_attention import flex_attention
 
   compiled = torch.compile(flex_attention, dynamic=False)
-  (b, n, t, h), heads = q.shape, k.shape[1]
-  group = n // heads
-  mask = create_block_mask(lambda b, n, i, j: i >= j, None, None, t, t, device=q.device)
-
-  def as_trained():
-    rows = lambda x: x.reshape(b * heads, -1, t, h)
-    low = bias.to(q.dtype).reshape(b * heads, t)
-
-    def score(s, row, _, i, j):
-      seen, near = (i >= j).to(s.dtype), (i - j <= window).to(s.dtype)
-      return seen * (near * s + (1 - near) * (s + low[row, j])) + (1 - seen) * MASKED
-
-    return compiled(rows(q), rows(k), rows(v), score_mod=score, enable_gqa=True).reshape(q.shape)
-
-  def with_blocks():
-    def score(s, b, n, i, j):
-      return s + torch.where(i - j > window, bias[b, n // group, j], 0.0)
-
-    return compiled(q, k, v, score_mod=score, block_mask=mask, enable_gqa=True)
-
-  return {"flex": as_trained, "flex_blocks": with_blocks}
+  mask = causal_blocks(q.shape[2], q.device)
+  return {
+    "flex": lambda: as_trained(torch, compiled, q, k, v, bias, window),
+    "flex_blocks": lambda: with_blocks(torch, compiled, mask, q, k, v, bias, window),
+  }
 
 
 def measure(batch: int, tokens: int, queries: int, heads: int, size: int, window: int) -> dict:

@@ -24,9 +24,8 @@ from typing import Any
 import jax
 
 from dms_jax.config import PRESETS, ModelConfig
-from dms_jax.convert.families import config_to_hf
 from experiments import synthetic
-from experiments.cases import Bar, apart
+from experiments.cases import Bar, apart, llama_config
 from experiments.generate_points import KINDS, Bench, Energy, Kind, Point, Programs, Shape, bytes_in_use, report
 
 GATES = Path(__file__).parent / "results/ablate/compression/ablation.json"  # what heads hold, for SmolLM2
@@ -300,10 +299,6 @@ def names(setup: Setup) -> list[str]:
 
 def run_transformers(setup: Setup, timeout: float = 240.0) -> dict[str, Any]:
   """What transformers takes, in a process of its own: `static_transformers.measure`'s result."""
-  fields = config_to_hf(setup.shape.config, setup.shape.dtype)
-  fields = {
-    name: x for name, x in fields.items() if name not in ("architectures", "model_type", "torch_dtype", "dtype")
-  }
-  what = {"config": fields, "batch": setup.width, "tokens": setup.context - setup.new_tokens,
+  what = {"config": llama_config(setup.shape.config), "batch": setup.width, "tokens": setup.context - setup.new_tokens,
           "new_tokens": setup.new_tokens, "dtype": setup.shape.dtype}  # fmt: skip
   return apart("experiments.static_transformers", what, timeout)

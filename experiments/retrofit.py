@@ -61,7 +61,7 @@ class Config:
   `tensorboard` also writes OUTPUT/tensorboard (needs tensorboardX). `deterministic` has XLA use only GPU operations
   whose sums have a fixed order, so that a resumed run is bit-equal there too; slower, and nothing new on a CPU or TPU,
   where they have. `benchmark` times `benchmark_steps` steps of the shape `preset` with random weights, and needs
-  neither checkpoint nor output nor data.
+  neither checkpoint nor output nor data; `against_flex` times such a step in PyTorch with FlexAttention beside it.
   """
 
   checkpoint: str = ""
@@ -72,6 +72,7 @@ class Config:
   benchmark: bool = False
   preset: str = "llama-3.2-1b"
   benchmark_steps: int = 10
+  against_flex: bool = False
 
 
 @contextlib.contextmanager
@@ -203,11 +204,17 @@ def main() -> None:
                                                  if program.FLAGS[f"lora.{f.name}"].present]):  # fmt: skip
     raise ValueError(f"{', '.join(given)}: retrofit.trainable={settings.trainable!r} has no low-rank updates")
   check(dms, lora, settings)
+  if config.against_flex and not config.benchmark:
+    raise ValueError("--against_flex is a part of --benchmark: give both")
+  flex = {}
+  if config.against_flex:  # before JAX takes the device's memory
+    shape = retrofit_benchmark.preset(config.preset)
+    flex = retrofit_benchmark.flex_steps(shape, dms, lora, settings, config.benchmark_steps)
   distributed.initialize(devices)
   mesh = distributed.create_mesh(devices, settings)
   if config.benchmark:
     shape = retrofit_benchmark.preset(config.preset)
-    result = retrofit_benchmark.benchmark(shape, dms, lora, settings, config.benchmark_steps, mesh)
+    result = retrofit_benchmark.benchmark(shape, dms, lora, settings, config.benchmark_steps, mesh) | flex
     if distributed.leads():
       print(retrofit_benchmark.table(config.preset, settings, result))
       program.finish(result)

@@ -7,6 +7,9 @@ teacher's forward pass; null where the device's peak is not known. Cost: about a
 
 On a mesh (--mesh.data=2, --mesh.tensor=2) it also times one device alone, at the rows that each of `data` has, and
 prints the scaling efficiency: tokens/s a device on the mesh over tokens/s on the one.
+
+With --against_flex it first times such a step in PyTorch with FlexAttention (experiments/flex_step.py), attending as the
+method's first trainer does and in the fastest way that we know of, and prints how many times more tokens/s ours takes.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from dms_jax.retrofit.loop import prepare
 from dms_jax.retrofit.step import Batch, train_step
 from dms_jax.sharding import make_mesh, param_shardings
 from experiments import program
+from experiments.cases import apart, llama_config
 
 WARMUP = 2
 
@@ -66,6 +70,29 @@ def benchmark(
   one = _timed(config, dms, lora, dataclasses.replace(retrofit, batch_size=rows), steps, alone)
   efficiency = result["tokens_per_second"] / mesh.size / one["tokens_per_second"]
   return result | {"one_device": one, "scaling_efficiency": efficiency}
+
+
+def flex_steps(
+  config: ModelConfig, dms: DMSConfig, lora: LoRAConfig, retrofit: RetrofitConfig, steps: int, timeout: float = 420.0
+) -> dict[str, Any]:
+  """{"flex": ..., "flex_blocks": ...}, each what `flex_step.measure` finds, in a process of its own.
+
+  Raises:
+    ValueError: settings that only ours has.
+  """
+  if (retrofit.loss, retrofit.teacher, dms.gate, dms.granularity) != ("reverse_kl", "original", "adapter", "head"):
+    raise ValueError(
+      "--against_flex: the step in PyTorch has adapter gates of each head, reverse_kl and teacher=original"
+    )
+  what = {
+    "shape": llama_config(config), "trainable": retrofit.trainable, "rank": lora.rank,
+    "batch": retrofit.batch_size, "tokens": retrofit.seq_len, "window": dms.window, "steps": steps,
+  }  # fmt: skip
+  found = {}
+  for name, blocks in (("flex", False), ("flex_blocks", True)):
+    program.log(f"PyTorch with FlexAttention, {name}")
+    found[name] = apart("experiments.flex_step", {**what, "blocks": blocks}, timeout)
+  return found
 
 
 def _timed(
@@ -124,4 +151,9 @@ def table(name: str, retrofit: RetrofitConfig, result: dict[str, Any]) -> str:
       ("tokens/s, one device", f"{result['one_device']['tokens_per_second']:,.0f}"),
       ("scaling efficiency", share(result["scaling_efficiency"])),
     ]
+  for name in ("flex", "flex_blocks"):
+    if row := result.get(name):
+      speed = row.get("tokens_per_second")
+      ratio = "" if speed is None else f"{speed:,.0f}; ours {result['tokens_per_second'] / speed:.1f}x"
+      rows.append((f"tokens/s, {name}", ratio or row["skipped"]))
   return "\n".join(f"{label:<24}{value}" for label, value in rows)

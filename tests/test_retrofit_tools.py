@@ -74,6 +74,11 @@ def test_benchmark(monkeypatch):
   assert known["utilisation"] == pytest.approx(
     sum(known["flops"].values()) / known["step_seconds"] / 1e9
   ) and known["utilisation"] > known["utilisation_student"]  # fmt: skip
+  found = {"flex": {"tokens_per_second": known["tokens_per_second"] / 4}, "flex_blocks": {"skipped": "no GPU"}}
+  table = retrofit_benchmark.table("tiny", config, known | found)
+  assert "ours 4.0x" in table and "tokens/s, flex_blocks   no GPU" in table
+  with pytest.raises(ValueError, match=r"against_flex.*adapter gates"):
+    retrofit_benchmark.flex_steps(cfg, DMSConfig("neuron"), LoRAConfig(2), config, 1)
   with pytest.raises(ValueError, match=r"benchmark_steps=0"):
     retrofit_benchmark.benchmark(cfg, DMSConfig(), LoRAConfig(2), config, 0)
   with pytest.raises(ValueError, match=r"--preset='gpt-5' is not one of \['llama"):
