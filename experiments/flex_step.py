@@ -1,4 +1,4 @@
-"""A retrofit step in PyTorch with FlexAttention, timed: the step that `experiments.retrofit --benchmark` is held against.
+"""A retrofit step in PyTorch with FlexAttention, timed: what `experiments.retrofit --benchmark` is held against.
 
 transformers' Llama in bfloat16 autocast over float32 weights (frozen ones in bfloat16), adapter gates with the training
 noise, a teacher of the same shape by PyTorch's own attention, reverse KL from whole logits, AdamW. Rows go through one
@@ -101,7 +101,7 @@ def measure(
 
 
 def _add_gate(torch, layer, heads: int, device: str) -> None:
-  """An adapter gate that reads what the layer reads, in float32; leaves the step's bias where its attention finds it."""
+  """An adapter gate, in float32, that reads what the layer reads and leaves the bias where its attention finds it."""
   layer.gate = torch.nn.Linear(layer.self_attn.q_proj.in_features, heads, bias=False, device=device)
 
   def before(module, args, kwargs):

@@ -8,8 +8,8 @@ teacher's forward pass; null where the device's peak is not known. Cost: about a
 On a mesh (--mesh.data=2, --mesh.tensor=2) it also times one device alone, at the rows that each of `data` has, and
 prints the scaling efficiency: tokens/s a device on the mesh over tokens/s on the one.
 
-With --against_flex it first times such a step in PyTorch with FlexAttention (experiments/flex_step.py), attending as the
-method's first trainer does and in the fastest way that we know of, and prints how many times more tokens/s ours takes.
+With --against_flex it first times such a step in PyTorch with FlexAttention (experiments/flex_step.py), attending as
+the method's first trainer does and in the fastest way that we know of, and prints how much faster ours is.
 """
 
 from __future__ import annotations
