@@ -8,6 +8,7 @@ import os
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dms_jax.config import ModelConfig
@@ -124,12 +125,15 @@ def _one_row(x: Float[Array, "1 in"], weight: Float[Array, "out in"]) -> Float[A
 
 
 def project(x: Array, layer: dict, name: str, num_inputs: int = 1, *, lora_scale: float = 0.0, out_dtype=None) -> Array:
-  """`linear` by the projection called `name`, with its low-rank update if the layer holds one unmerged."""
+  """`linear` by the projection called `name`, with its low-rank update if the layer holds one unmerged.
+
+  The result goes by that name to the `jax.checkpoint` policy of `model.SAVED`.
+  """
   y = linear(x, layer[name], num_inputs, out_dtype=out_dtype)
   if f"{name}_lora_a" in layer:
     down = linear(x, layer[f"{name}_lora_a"].astype(x.dtype), num_inputs)
     y = y + lora_scale * linear(down, layer[f"{name}_lora_b"].astype(x.dtype), out_dtype=y.dtype)
-  return y
+  return checkpoint_name(y, name)
 
 
 def mlp(layer: dict, x: Float[Array, "B T D"], lora_scale: float = 0.0) -> Float[Array, "B T D"]:

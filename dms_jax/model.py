@@ -25,7 +25,12 @@ from dms_jax.layers import apply_rope, linear, mlp, project, rms_norm, rope_tabl
 from dms_jax.params import Params, merge_lora, param_table
 from dms_jax.policies import Policy
 from dms_jax.sharding import constrain_rows, gather_layer
+from pallas_kernels import retrofit
 from pallas_kernels.platform import platform
+
+# What the backward pass keeps of each layer's forward pass: products and attention. What lies between them (norms,
+# rotations, SwiGLU) is cheaper to compute again than to write and read; the last product leads to the next layer.
+SAVED = (*(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up")), retrofit.SAVED_NAME)
 
 
 @struct.dataclass
@@ -92,10 +97,15 @@ def _attention_inputs(model: Model, layer: dict, x: Array, rope: tuple[Array, Ar
 
 
 def _run_layers(
-  model: Model, x: Array, positions: Array, attend: Attend, carry=None, xs=None, remat: bool = False, neuron_kept=None,
-  gather: bool = False,
+  model: Model, x: Array, positions: Array, attend: Attend, carry=None, xs=None, remat: bool | None = None,
+  neuron_kept=None, gather: bool = False,
 ):  # fmt: skip
-  """Runs all layers; returns (x, carry, ys) with ys stacked [L, ...]. `gather`: on a mesh weights move to the rows."""
+  """Runs all layers; returns (x, carry, ys) with ys stacked [L, ...].
+
+  Args:
+    remat: what a backward pass keeps of a layer: all, for None; `SAVED`, for False; nothing, for True.
+    gather: on a mesh weights move to the rows.
+  """
   table = param_table(model.config, model.dms, model.lora) if gather else {}
   rope = rope_tables(model.config, positions)
   scale = model.lora.scale if model.lora else 0.0
@@ -117,8 +127,9 @@ def _run_layers(
       state, ys = body(state, (index, layer, jax.tree.map(lambda leaf, index=index: leaf[index], xs)))
       outs.append(ys)
     return *state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
-  if remat:
-    body = jax.checkpoint(body)
+  if remat is not None:
+    policy = None if remat else jax.checkpoint_policies.save_only_these_names(*SAVED)
+    body = jax.checkpoint(body, policy=policy, prevent_cse=False)  # in a scan nothing is there to merge it with
   (x, carry), ys = lax.scan(body, (x, carry), (jnp.arange(model.config.num_layers), layers, xs))
   return x, carry, ys
 
@@ -173,7 +184,7 @@ def forward(
     positions: RoPE positions; default counts each segment from 0.
     segment_ids: documents (or padding, as a segment of its own) that never see each other, in contiguous runs.
     eviction: None leaves everything visible (the neuron gate's channel is cleared all the same).
-    remat: recompute layers in the backward pass.
+    remat: recompute whole layers in the backward pass, which keeps `SAVED` otherwise.
     neuron_kept: what is left of the neuron gate's channel while a retrofit fades it out, 1 to 0; None: nothing.
 
   Returns:

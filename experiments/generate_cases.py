@@ -37,7 +37,8 @@ IN_ROOFLINE = (Bar("of_roofline", 0.75),)
 class Setup:
   """`dense_tokens`: the most that a dense cache is made for; `width`: rows beside transformers and of equal energy;
   `prompts`: {tokens: most that DMS may take of dense's time}; `memory_rows`: so many that the up to 128 MiB an array by
-  which a runtime's allocator rounds up hardly count; `retrofitted`: (rows, tokens) of SmolLM2's shape."""
+  which a runtime's allocator rounds up hardly count; `quantised`: (shape, rows, tokens) whose archive in 8 bits is held
+  against dense 16; `retrofitted`: (rows, tokens) of SmolLM2's shape."""
 
   shape: Shape
   contexts: tuple[int, ...] = (8192, 32768)
@@ -48,6 +49,7 @@ class Setup:
   prompts: tuple[tuple[int, float], ...] = ((4096, 1.05), (32768, 0.65))
   chunk: int = 4096
   memory_rows: int = 64
+  quantised: tuple[Shape, int, int] = (Shape(PRESETS["llama-3.2-3b"], window=64), 4, 65536)
   new_tokens: int = 48
   retrofitted: tuple[int, int] = (32, 8192)
   energy_seconds: float = 2.0
@@ -62,7 +64,8 @@ FULL = Setup(Shape(PRESETS["llama-3.2-1b"], window=256))
 TINY = ModelConfig(num_layers=2, d_model=32, d_ff=48, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=97)
 SMALL = Setup(
   Shape(TINY, window=4, cr=4, dtype="float32", page=4, steps=2), contexts=(64, 96), batches=(1, 2), dense_tokens=128,
-  budget=2**17, width=2, prompts=((24, 1e3), (48, 1e3)), chunk=16, memory_rows=2, new_tokens=4, retrofitted=(2, 96),
+  budget=2**17, width=2, prompts=((24, 1e3), (48, 1e3)), chunk=16, memory_rows=2,
+  quantised=(Shape(TINY, window=1, cr=8, dtype="float32", page=4), 2, 96), new_tokens=4, retrofitted=(2, 96),
   energy_seconds=0.05,
 )  # fmt: skip
 
@@ -150,12 +153,12 @@ class Suite:
   # Cases ------------------------------------------------------------------------------------------------------------
 
   def _memory(self) -> dict[str, Case]:
-    rows, tokens = self.setup.memory_rows, self.setup.context
+    setup = self.setup
 
-    def run(archive: str | None) -> dict[str, Any]:
-      bench, taken = self.bench, {}
+    def run(bench: Bench, rows: int, tokens: int, archive: str | None) -> dict[str, Any]:
+      taken = {}
       for kind in KINDS:
-        model, policy = bench.model(kind), self.setup.shape.policy(kind, tokens)
+        model, policy = bench.model(kind), bench.shape.policy(kind, tokens)
         before = bytes_in_use()
         shape = bench.cache_shape(kind, rows, tokens, archive=archive if kind == "dms" else None)
         cache = jax.block_until_ready(synthetic.filled(shape, model, policy, tokens=tokens))
@@ -170,11 +173,21 @@ class Suite:
       }
       return row if archive else row | {"over_ideal": taken["dms"] / (taken["dense"] / cr)}
 
+    rows, tokens = setup.memory_rows, setup.context
+    shape, wide_rows, long = setup.quantised
     about = {"case": f"B{rows} T{tokens}"}
+    wide = {"case": f"H{shape.config.head_dim} W{shape.window} B{wide_rows} T{long}", "archive": "int8"}
     return {
-      f"memory_{label(tokens)}": Case(about, lambda: run(None), (Bar("over_ideal", 1.15, most=True),)),
-      f"memory_{label(tokens)}_int8": Case(about | {"archive": "int8"}, lambda: run("int8")),
-    }
+      f"memory_{label(tokens)}": Case(
+        about, lambda: run(self.bench, rows, tokens, None), (Bar("over_ideal", 1.15, most=True),)
+      ),
+      f"memory_{label(tokens)}_int8": Case(
+        about | {"archive": "int8"}, lambda: run(self.bench, rows, tokens, "int8")
+      ),
+      f"memory_{label(long)}_int8": Case(
+        wide, lambda: run(self._make(shape), wide_rows, long, "int8"), (Bar("bytes_ratio", 15),)
+      ),
+    }  # fmt: skip
 
   def _steps(self) -> dict[str, Case]:
     found = {}

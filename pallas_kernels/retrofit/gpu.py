@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import compat, tuned
 from pallas_kernels.compat import plgpu
+from pallas_kernels.retrofit.saved import saved
 
 LOG2E = math.log2(math.e)
 # A finite stand-in for -inf as the running maximum of a row that has seen no key: exp2(-inf - M) is 0, not NaN.
@@ -112,7 +113,7 @@ def _attention(case, q, k, v, bias, bounds):
 def _attention_fwd(case, q, k, v, bias, bounds):
   # The barrier keeps XLA from running the kernel twice in a scan over layers: once for the next operation, and once
   # fused into the update of the array that saves the results of all layers for the backward pass.
-  out, lse = lax.optimization_barrier(forward(case, q, k, v, bias, None if bounds is None else bounds[0]))
+  out, lse = saved(lax.optimization_barrier(forward(case, q, k, v, bias, None if bounds is None else bounds[0])))
   return out, (q, k, v, bias, bounds, out, lse)
 
 

@@ -28,6 +28,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import compat_tpu
 from pallas_kernels.retrofit.gpu import LOG2E, NEVER, segment_bounds
+from pallas_kernels.retrofit.saved import saved
 
 LANES = 128
 MIXED, FREE, FAR = range(3)  # kinds of pairs of blocks
@@ -111,7 +112,7 @@ def _attention(case, q, k, v, bias, start):
 
 
 def _attention_fwd(case, q, k, v, bias, start):
-  out, lse = forward(case, q, k, v, bias, start)
+  out, lse = saved(forward(case, q, k, v, bias, start))
   return out, (q, k, v, bias, start, out, lse)
 
 
