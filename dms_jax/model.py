@@ -30,7 +30,7 @@ from pallas_kernels.platform import platform
 
 # What the backward pass keeps of each layer's forward pass: products and attention. What lies between them (norms,
 # rotations, SwiGLU) is cheaper to compute again than to write and read; the last product leads to the next layer.
-SAVED = (*(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up")), retrofit.SAVED_NAME)
+SAVED = (*(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up")), retrofit.SAVED)
 
 
 @struct.dataclass

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from jax.ad_checkpoint import checkpoint_name
 
-NAME = "retrofit_attention"
+SAVED = "retrofit_attention"
 
 
 def saved(results):
-  """`results` of the forward kernel, under `NAME` for `jax.checkpoint_policies.save_only_these_names`."""
-  return checkpoint_name(results, NAME)
+  """`results` of the forward kernel, under `SAVED` for `jax.checkpoint_policies.save_only_these_names`."""
+  return checkpoint_name(results, SAVED)
