@@ -33,7 +33,7 @@ from dms_jax import checkpoint
 from dms_jax.evaluation import text_quality
 from dms_jax.model import Model
 from dms_jax.tokenizer import Tokenizer
-from experiments import files, program
+from experiments import files, plots, program
 from experiments.tasks import report
 from experiments.tasks import run as tasks_run
 from experiments.tasks.base import TasksConfig
@@ -43,7 +43,7 @@ from experiments.tasks.base import TasksConfig
 class Config:
   """`max_tokens` 0 reads the whole text; `thresholds` sweeps the eviction threshold without retraining.
 
-  `output` is a JSON file; the tasks' picture and samples go beside it.
+  `output` is a JSON file; pictures and the tasks' samples go beside it.
   """
 
   checkpoint: str
@@ -95,6 +95,14 @@ def text_rows(config: Config, original: Model, tokens: np.ndarray) -> list[dict[
           flush=True,
         )
   return rows
+
+
+def text_picture(path: Path, rows: list[dict[str, Any]], title: str) -> str | None:
+  """KL, perplexity and compression of retrofits by length; the path written, None where there is nothing to draw."""
+  name = lambda row: Path(row["retrofit"]).name + (f" at {row['threshold']:g}" if row["threshold"] else "")
+  scored = sorted((row for row in rows if "achieved_cr" in row), key=lambda row: row["length"])
+  shown = [{**row, "x": f"{row['length']:,}", "line": name(row)} for row in scored]
+  return plots.ablation(path, shown, "T", title) if len(shown) > 1 else None
 
 
 def task_rows(
@@ -151,7 +159,10 @@ def main() -> None:
     save(tasks=rows, samples=kept, picture=report.picture(output.with_suffix(".png"), rows, title))
 
   if config.text:
-    save(tokens=len(tokens), quality=text_rows(config, original, tokens))
+    found = text_rows(config, original, tokens)
+    save(tokens=len(tokens), quality=found)
+    if output is not None:
+      save(text_picture=text_picture(output.with_name(f"{output.stem}_text.png"), found, Path(config.text).name))
   if jobs:
     task_rows(config, original, jobs, tokenizer, save_tasks)
   program.finish(result)

@@ -160,11 +160,15 @@ def ablation(path: Path, rows: list[dict], x: str, title: str) -> str | None:
   named: list[tuple[float, float]] = []
   for row in rows:
     here = place_of(row)
-    if any(abs(here[0] - x0) < 0.06 * spans[0] and abs(here[1] - y0) < 0.03 * spans[1] for x0, y0 in named):
+    text = f"{row['x'] / 1e6:.3g} M" if x == "tokens" else row["x"].replace("\n", " ")
+    wide = max(0.06, 0.015 * len(text))
+    if any(abs(here[0] - x0) < wide * spans[0] and abs(here[1] - y0) < 0.05 * spans[1] for x0, y0 in named):
       continue  # its name would lie on another's
     named.append(here)
-    text = f"{row['x'] / 1e6:.3g} M" if x == "tokens" else row["x"].replace("\n", " ")
-    both.annotate(text, here, xytext=(-5, 5), textcoords="offset points", ha="right", fontsize=8)
+    inwards = 1 if here[0] - min(row["achieved_cr"] for row in rows) < spans[0] / 2 else -1
+    both.annotate(
+      text, here, xytext=(5 * inwards, 5), textcoords="offset points", ha="left" if inwards > 0 else "right", fontsize=8
+    )  # fmt: skip
   divergence = "KL(original || retrofit), nats per token"
   for axis, label in ((kl, divergence), (change, "perplexity change, %"), (cr, "achieved CR")):
     axis.set_ylabel(label)
@@ -181,7 +185,7 @@ def ablation(path: Path, rows: list[dict], x: str, title: str) -> str | None:
   both.margins(0.12)
   figure.suptitle(title)
   if len(lines) > 1:
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(loc="outside lower center", ncols=min(5, len(lines)), frameon=False)
   path.parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(path, dpi=110)
   plt.close(figure)

@@ -47,7 +47,7 @@ class RetrofitConfig:
   ema_decay: float = 0.0  # > 0: checkpoints hold this exponential moving average of the trained parameters
   compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations and frozen weights; gates stay float32
   remat: bool = False  # recompute layers in the backward pass
-  loss_chunk: int = 1024  # positions, and
+  loss_chunk: int = 4096  # positions, and
   vocab_chunk: int = 8192  # words, whose logits stand in memory at once
   loss_bound: float = 100.0  # a loss above it ends the run, as one that is not finite does
   seed: int = 0

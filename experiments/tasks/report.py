@@ -67,8 +67,8 @@ def picture(path: Path, rows: Sequence[dict[str, Any]], title: str) -> str | Non
   nats = [row for row in bars if row["metric"] == "answer_loglik"]
   points = [row for row in bars if row["metric"] != "answer_loglik"]
   panels = [(_curves, [row for row in rows if row["task"] == task], task) for task in curves]
-  panels += [(_bars, points, "right answers, per cent")] if points else []
-  panels += [(_bars, nats, "log-likelihood of the right answer, nats per token")] if nats else []
+  panels += [(_bars, points, "right answers, per cent; CR above")] if points else []
+  panels += [(_bars, nats, "log-likelihood of the right answer, nats a token; CR below")] if nats else []
   columns = min(2, len(panels))
   lines = -(-len(panels) // columns)
   figure, axes = plt.subplots(lines, columns, figsize=(6 * columns, 4.4 * lines), layout="constrained", squeeze=False)
@@ -79,7 +79,7 @@ def picture(path: Path, rows: Sequence[dict[str, Any]], title: str) -> str | Non
     axis.set_title(name)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
-  figure.suptitle(title)
+  figure.suptitle(title, fontsize=10)
   handles, labels = axes[0][0].get_legend_handles_labels()
   figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,8 +120,8 @@ def _curves(axis, rows: Sequence[dict[str, Any]]) -> None:
     )  # fmt: skip
     for row in own:
       axis.annotate(
-        f"CR {row['achieved_cr']:.1f}", (beside * row["length"], row["score"]), xytext=(8, 6),
-        textcoords="offset points", color=color, fontsize=9,
+        f"CR {row['achieved_cr']:.1f}", (beside * row["length"], row["score"]), xytext=(8, 6 - 11 * (place - 1)),
+        textcoords="offset points", color=color, fontsize=8,
       )  # fmt: skip
   lengths = [row["length"] for row in first]
   axis.axhline(ASKED, color="k", lw=0.8, ls=":", zorder=0)
@@ -154,8 +154,8 @@ def _bars(axis, rows: Sequence[dict[str, Any]]) -> None:
       if cr is not None:
         up = 1 if mean >= 0 else -1
         axis.annotate(
-          f"CR {cr:.1f}", (x, mean + up * _error(error)), xytext=(0, 4 * up), textcoords="offset points", ha="center",
-          va="bottom" if up > 0 else "top", color=color, fontsize=9,
+          f"{cr:.1f}", (x, mean + up * _error(error)), xytext=(0, 4 * up), textcoords="offset points", ha="center",
+          va="bottom" if up > 0 else "top", color=color, fontsize=8,
         )  # fmt: skip
   ticks = [task if metric == "answer_loglik" else f"{task}\n{metric}" for task, metric in groups]
   axis.set_xticks(range(len(groups)), ticks)
