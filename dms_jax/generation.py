@@ -75,7 +75,7 @@ def generate(
   top_p: float | None = None,
   stop: str | Sequence[str] = (),
   eos: bool | Sequence[int] = True,
-  cache: str = "slots",
+  cache: str | None = None,
   capacity: int | None = None,
   continue_from: Output | Conversation | None = None,
   mask: np.ndarray | None = None,
@@ -97,8 +97,9 @@ def generate(
     stop: strings that end a row; looked for in what this call generates.
     eos: end rows at the tokenizer's and the model's EOS; or the ids that do.
     cache: "paged" (frees what each head evicts), "slots" (every head has the slots that the fullest needs) or "masked"
-      (keeps and masks; for ablations). Pages take a half to a third of the memory of slots; on a CPU a step takes 15 %
-      longer, and each size to which a pool grows is compiled. `continue_from` brings its own.
+      (keeps and masks; for ablations). Default: pages where heads may hold different amounts, as with `DMS`, else
+      slots. Pages take a half to a third of the memory of slots there; on a CPU a step takes 15 % longer, and each size
+      to which a pool grows is compiled. `continue_from` brings its own.
     capacity: fixed slots a head, of pages on the average (tokens a row of a masked cache); default: starts small and
       grows as needed.
     continue_from: an earlier output or its `.cache`; prompts are the next turn, one a row, and may be empty (None: all
@@ -127,6 +128,8 @@ def generate(
   if policy is None:
     policy = past.policy if past is not None else DMS() if model.dms is not None else Vanilla()
   policy = check_policy(model, policy)
+  if cache is None:
+    cache = "paged" if policy.unforeseen else "slots"
   ids = read_prompts(model, prompts, mask, tokenizer, None if past is None else past.pending)
   batch = len(ids)
   if past is None:
@@ -262,7 +265,7 @@ def _check_lengths(model, policy, kind, capacity, past, lengths, max_new_tokens)
     past.cache.check(policy)
   if capacity is not None and capacity < 1:
     raise ValueError(f"capacity={capacity} must be 1 or more")
-  if masked or policy.bounded or not policy.evicts:  # else what is freed cannot be foreseen
+  if masked or not policy.unforeseen:
     needed = total if masked else int(policy.capacity(total))
     if capacity is not None and needed > capacity:
       raise ValueError(f"{what} need {needed} slots; capacity={capacity} is too small")
@@ -277,7 +280,7 @@ def _start(model, policy, kind, capacity, past, batch, most, chunk) -> Cache:
     copy = jax.tree.map(jnp.copy, past.cache)
     return copy if capacity is None else copy.resized(capacity, most)
   if capacity is None:  # half of what the text could need at most; of pages, which grow with less waste, an eighth
-    small = policy.evicts and not policy.bounded and kind != "masked"
+    small = policy.unforeseen and kind != "masked"
     start = chunk + most // 8 if kind == "paged" else max(chunk, most // 2)
     capacity = rounded(min(policy.window + 1 + start, most) if small else most)
   store = caches.create(

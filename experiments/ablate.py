@@ -29,24 +29,24 @@ import traceback
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from absl import flags
 from absl import logging as absl_logging
 
-from dms_jax import checkpoint, policies
-from dms_jax.config import DMSConfig, LoRAConfig, read_json
+from dms_jax import checkpoint
+from dms_jax.config import read_json
 from dms_jax.evaluation import held_by_position, text_quality
 from dms_jax.model import Model
-from dms_jax.retrofit import DataConfig, RetrofitConfig, schedule
-from dms_jax.retrofit.config import check
+from dms_jax.retrofit import DataConfig
 from dms_jax.retrofit.data import Packer, Source
 from dms_jax.retrofit.loop import LOG, RUN, STATE, Preempted, Run
 from dms_jax.tokenizer import Tokenizer
-from experiments import files, plots, program, retrofit, sweeps
+from experiments import files, program, retrofit, sweeps
+from experiments.ablation_report import as_table, axis, draw, rows
+from experiments.trials import SECTIONS, TRAINED, TYPES, Trial, trials
 
-TRAINED = "trained.json"  # written when a retrofit is finished, with what it cost
 ERROR = "error.txt"
 
 
@@ -63,153 +63,6 @@ class Config:
   name: str = ""
   output: str = "runs/ablate"
   x: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalConfig:
-  """What a retrofit is scored on; nothing here trains anew.
-
-  The first `max_tokens` (0: all) of `text` are read in chunks of `length`, every position but a chunk's first scored.
-  `retrofit` is one there is already: then nothing is trained. `checkpoint` is "final" or "cr2", "cr3", ...: what was
-  saved when the target passed that compression. `threshold` and `window` (none: the retrofit's) are the eviction's. At
-  `positions` of a chunk, evenly spread, compression is also reported by layer and head.
-
-  `policy` other than "dms" is a rival: the original decodes the text under it, nothing is trained or retrofitted.
-  `budget`, in tokens a head, is its (window and sinks included).
-  """
-
-  text: str = ""
-  retrofit: str = ""
-  checkpoint: str = "final"
-  length: int = 4096
-  threshold: float = 0.0
-  window: int | None = None
-  max_tokens: int = 0
-  batch: int = 1
-  dtype: Literal["bfloat16", "float32"] = "bfloat16"
-  positions: int = 0
-  policy: Literal["dms", "vanilla", "streamingllm", "h2o", "tova", "random", "quest"] = "dms"
-  budget: int | None = None
-
-  def __post_init__(self):
-    for name, least in (("length", 2), ("max_tokens", 0), ("batch", 1), ("positions", 0), ("window", 0), ("budget", 1)):
-      value = getattr(self, name)
-      if value is not None and value < least:
-        raise ValueError(f"eval.{name}={value} must be {least} or more")
-    if self.positions > self.length:
-      raise ValueError(f"eval.positions={self.positions} must be at most eval.length={self.length}")
-    if (self.budget is None) != (self.policy in ("dms", "vanilla")):
-      raise ValueError(
-        f"eval.policy={self.policy!r} with eval.budget={self.budget}: rivals need one, dms and vanilla none"
-      )
-    if self.policy != "dms" and (self.threshold or self.window is not None or self.positions):
-      raise ValueError(f"eval.policy={self.policy!r} has no gates: eval.threshold, window and positions are theirs")
-    self.rival()
-
-  @property
-  def trained(self) -> bool:
-    """Whether a retrofit of the run's own is scored."""
-    return self.policy == "dms" and not self.retrofit
-
-  def rival(self) -> policies.Policy | None:
-    """The policy to decode under; None for the gates' own.
-
-    Raises:
-      ValueError: its budget is too small.
-    """
-    if self.policy == "dms":
-      return None
-    policy = policies.get(self.policy)(**({} if self.budget is None else {"budget": self.budget}))
-    return policy.settled(None)
-
-
-SECTIONS = {**retrofit.SECTIONS, "eval": (EvalConfig, {})}
-TYPES = {flag: kind for name, (cls, _) in SECTIONS.items() for flag, kind in program.flag_types(name, cls).items()}
-
-
-@dataclasses.dataclass(frozen=True)
-class Trial:
-  """One combination: what the sweep said, all settings by flag, the same as configs, and where the results go."""
-
-  said: dict[str, Any]
-  whole: dict[str, Any]
-  dms: DMSConfig
-  lora: LoRAConfig
-  retrofit: RetrofitConfig
-  data: DataConfig
-  eval: EvalConfig
-  folder: Path
-  result: Path
-
-  @property
-  def name(self) -> str:
-    return " ".join(f"{flag}={program.spell(value)}" for flag, value in self.said.items()) or "as the flags say"
-
-  @property
-  def retrofit_path(self) -> Path:
-    """The checkpoint to score."""
-    return Path(self.eval.retrofit) if self.eval.retrofit else self.folder / self.eval.checkpoint
-
-
-# ------------------------------------------------------------------------------------------------ what is to be run
-
-
-def trial(said: dict[str, Any], whole: dict[str, Any], base: str, root: Path) -> Trial:
-  """A combination, checked.
-
-  Raises:
-    ValueError: a value is refused, or they do not go together; names the combination.
-  """
-  where = "--sweep: " + (" ".join(f"{flag}={program.spell(value)}" for flag, value in said.items()) or "no field")
-  try:
-    configs = {name: program.read_flags(name, cls, whole) for name, (cls, _) in SECTIONS.items()}
-    evaluation, settings = configs["eval"], configs["retrofit"]
-    trained = {flag: value for flag, value in said.items() if not flag.startswith("eval.")}
-    if not evaluation.trained and trained:
-      ready = (
-        f"eval.retrofit={evaluation.retrofit}" if evaluation.policy == "dms" else f"eval.policy={evaluation.policy}"
-      )
-      raise ValueError(f"{ready} trains nothing, so {sorted(trained)} change nothing")
-    if not evaluation.trained and evaluation.checkpoint != "final":
-      raise ValueError("eval.checkpoint is one of a run's: here nothing is trained")
-    if evaluation.trained:
-      check(configs["dms"], configs["lora"], settings)
-      if settings.trainable != "lora" and (given := [flag for flag in said if flag.startswith("lora.")]):
-        raise ValueError(f"retrofit.trainable={settings.trainable!r} has no low-rank updates for {given} to change")
-      crs = [cr for cr in range(2, int(settings.final_cr) + 1) if schedule.step_of_cr(settings, cr) <= settings.steps]
-      saved = ["final", *(f"cr{cr}" for cr in crs)]
-      if evaluation.checkpoint not in saved:
-        raise ValueError(f"eval.checkpoint={evaluation.checkpoint!r} is none of {saved}, which a run saves")
-  except ValueError as error:
-    raise ValueError(f"{where}: {error}") from None
-  scored = {flag: value for flag, value in whole.items() if flag.startswith("eval.")}
-  if not evaluation.trained:
-    about = {"retrofit": evaluation.retrofit} if evaluation.policy == "dms" else {"policy": evaluation.policy}
-    folder = root / f"{program.label(about)}-{program.fingerprint([base, about])}"
-  else:
-    settled = {"checkpoint": base, **{flag: value for flag, value in whole.items() if flag not in scored}}
-    folder = root / f"{program.label(trained)}-{program.fingerprint(settled)}"
-    # Another sweep may have come to the same settings by other fields.
-    folder = next(iter(sorted(root.glob(f"*-{folder.name.rpartition('-')[2]}"))), folder)
-  label = program.label(
-    {flag: value for flag, value in said.items() if flag in scored and flag[5:] not in ("retrofit", "policy")}
-  )
-  return Trial(said, whole, **configs, folder=folder,
-               result=folder / "quality" / f"{label}-{program.fingerprint(scored)}.json")  # fmt: skip
-
-
-def trials(config: Config, groups: list[str], root: Path) -> list[Trial]:
-  """Every combination of `groups`, each once, in order.
-
-  Raises:
-    ValueError: nothing to sweep, a value is refused, or the command line sets what is swept.
-  """
-  given = {flag: value for flag, value in program.flag_values().items() if flag in TYPES}
-  said = [each for group in groups for each in sweeps.product(group, TYPES)]
-  if twice := sorted({flag for each in said for flag in each if program.FLAGS[flag].present}):
-    raise ValueError(f"{', '.join('--' + flag for flag in twice)}: given as a flag and swept; leave one of them out")
-  runs = sweeps.unique((each, given | each) for each in said or [{}])
-  return [trial(each, whole, config.checkpoint, root) for each, whole in runs]
 
 
 def check_texts(wanted: list[Trial], tokens: Callable[[Trial], np.ndarray]) -> None:
@@ -233,9 +86,6 @@ def check_trained(folder: Path, text: dict[str, str]) -> None:
       f"{folder}: trained on other text, {before}, than its paths hold now, {text}; choose another --name or --output, "
       "or remove the folder to train anew"
     )
-
-
-# -------------------------------------------------------------------------------------------------------- one trial
 
 
 def train(one: Trial, base: Model, sources: list[Source], tokenizer: Tokenizer) -> None:
@@ -365,84 +215,6 @@ def run_all(wanted: list[Trial], config: Config, root: Path) -> tuple[dict[str, 
   return results, failed
 
 
-# ---------------------------------------------------------------------------------------------------- what came out
-
-
-def rows(wanted: list[Trial], results: dict[str, dict]) -> list[dict[str, Any]]:
-  """One object a finished trial: what distinguishes it, where it is, what it cost and how good it is."""
-  names = sweeps.varying([one.whole for one in wanted]) or list(wanted[0].said)
-  found = []
-  for one in wanted:
-    if one.name not in results:
-      continue
-    about = {"run": one.name, "settings": {flag: program.spell(one.whole[flag]) for flag in names}}
-    about |= {"folder": str(one.folder)}
-    if one.eval.trained:
-      cost = read_json(one.folder / TRAINED)
-      about |= {"tokens": cost["tokens"], "minutes": cost["minutes"], "trained_on": cost["environment"]["device"]}
-    found.append(about | {key: value for key, value in results[one.name].items() if key != "settings"})
-  return found
-
-
-def as_table(found: list[dict[str, Any]]) -> str:
-  """The rows as a table."""
-  trained = any("tokens" in row for row in found)
-  read = any("reads_cr" in row for row in found)
-  names = [*found[0]["settings"], "T", "achieved CR", *(["reads"] if read else []), "perplexity", "change", "KL"]
-  cells = []
-  for row in found:
-    text = [*row["settings"].values(), f"{row['length']:,}", f"{row['achieved_cr']:.2f}"]
-    if read:
-      text.append(f"{row['reads_cr']:.2f}x less" if "reads_cr" in row else "-")
-    text += [f"{row['perplexity']:.3f}", f"{row['perplexity_change']:+.2%}", f"{row['kl']:.4f}"]
-    if trained:
-      text += [f"{row['tokens'] / 1e6:,.2f} M", f"{row['minutes']:.1f}"] if "tokens" in row else ["-", "-"]
-    cells.append(text)
-  return sweeps.table([*names, *(["tokens trained", "minutes"] if trained else [])], cells)
-
-
-def points(found: list[dict[str, Any]], x: str) -> list[dict[str, Any]]:
-  """The rows in the order of the axis `x`, with their place on it as `x`, and as `line` what else tells them apart."""
-  if x == "run":
-    short = lambda word: word.rpartition("=")[0].rpartition(".")[2] + "=" + word.rpartition("=")[2]
-    return [row | {"x": "\n".join(map(short, row["run"].split())), "line": ""} for row in found]
-  place = lambda row: row["tokens"] if x == "tokens" else row["settings"][x]
-  if x == "tokens" or TYPES[x] in (int, float):
-    found = sorted(found, key=lambda row: float(place(row)))
-  at: dict[Any, list[dict]] = {}
-  for row in found:
-    at.setdefault(place(row), []).append(row["settings"])
-  follows = lambda name: all(len({each[name] for each in same}) == 1 for same in at.values())  # from the place alone
-  others = [name for name in found[0]["settings"] if name != x and not follows(name)]
-  short = {} if x == "tokens" else sweeps.brief(at)
-  show = lambda row: short.get(place(row), place(row))
-  return [row | {"x": show(row), "line": ", ".join(f"{n}={row['settings'][n]}" for n in others)} for row in found]
-
-
-def axis(found: list[dict[str, Any]]) -> str:
-  """The setting with most values, of numbers if there are any."""
-  values = {name: {row["settings"][name] for row in found} for name in found[0]["settings"]}
-  numeric = lambda name: TYPES[name] in (int, float) and len(values[name]) > 1
-  return max(values, key=lambda name: (numeric(name), len(values[name])))
-
-
-def draw(found: list[dict[str, Any]], x: str, title: str, root: Path) -> list[str]:
-  """The pictures written."""
-  pictures = []
-  if len(found) > 1:
-    pictures.append(plots.ablation(root / "ablation.png", points(found, x), x, title))
-  if by_position := [row for row in found if "held_by_position" in row]:
-    words = {id(row): " ".join(row["settings"].values()) for row in by_position}
-    short = sweeps.brief(words.values())
-    name = lambda row: f", {short[words[id(row)]]}" if len(found) > 1 else ""
-    runs = [
-      {"name": name(row), "positions": np.asarray(row["positions"]), "held": np.asarray(row["held_by_position"])}
-      for row in by_position
-    ]
-    pictures.append(plots.compression(root / "compression.png", runs, title))
-  return [picture for picture in pictures if picture]
-
-
 def settle(path: str) -> list[str]:
   """The groups of a sweep file, whose other lines set the flags that the command line leaves open.
 
@@ -473,7 +245,7 @@ def main() -> None:
   if not swept and not file:
     raise ValueError("nothing to sweep: give --sweep='field=value,value ...' or --sweep_file=FILE")
   root = Path(config.output) / (config.name or (Path(file).stem if file else ",".join(swept)[:80]))
-  wanted = trials(config, groups, root)
+  wanted = trials(config.checkpoint, groups, root)
   if config.x not in ("", "tokens", "run", *(varying := sweeps.varying([one.whole for one in wanted]))):
     raise ValueError(f"--x={config.x} is neither what varies, {varying}, nor 'tokens' or 'run'")
   if config.x == "tokens" and not all(one.eval.trained for one in wanted):

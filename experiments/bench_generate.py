@@ -92,12 +92,12 @@ Engine = tuple[str, Callable[[int], dict]]
 
 
 def jax_engine(name: str, model: Model, policy: dms_jax.Policy, prompt: list[int], config: Config) -> Engine:
-  """Our own `generate`, in a cache of a fixed size so that both kinds of run share their compiled programs."""
+  """Our own `generate`, in slots of a fixed number so that both kinds of run share their compiled programs."""
   capacity = -(-(len(prompt) + config.new_tokens) // 128) * 128
 
   def run(new_tokens: int) -> dict:
     out = dms_jax.generate(
-      model, [prompt], policy=policy, max_new_tokens=new_tokens, eos=False, capacity=capacity,
+      model, [prompt], policy=policy, max_new_tokens=new_tokens, eos=False, cache="slots", capacity=capacity,
       prefill_chunk=config.prefill_chunk, stretch=config.stretch,
     )  # fmt: skip
     assert len(out.tokens[0]) == new_tokens

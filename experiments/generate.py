@@ -37,7 +37,7 @@ class Config:
 
   Of requests: `width` rows at once, `chains` of each that does not say; a budget in GiB, or in tokens a head that all
   rows hold together beside their windows; `output` is by default REQUESTS with .results.jsonl for its ending.
-  `cache` is slots for prompts, and always paged for requests.
+  `cache` of prompts is by default what `dms_jax.generate` takes, and always paged for requests.
   """
 
   checkpoint: str
@@ -204,7 +204,7 @@ def main() -> None:
     out = dms_jax.generate(
       model, texts, policy=policy, max_new_tokens=config.max_new_tokens, key=key, temperature=config.temperature,
       top_k=config.top_k, top_p=config.top_p, stop=config.stops(), eos=config.eos,
-      cache=config.cache or "slots", capacity=config.capacity, prefill_chunk=config.prefill_chunk,
+      cache=config.cache, capacity=config.capacity, prefill_chunk=config.prefill_chunk,
       stretch=config.stretch, stream=printer, continue_from=past,
     )  # fmt: skip
     if printer:

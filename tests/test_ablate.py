@@ -18,7 +18,7 @@ import pytest
 from dms_jax import checkpoint, evaluation, policies
 from dms_jax.evaluation import held_by_position, text_quality
 from dms_jax.tokenizer import byte_tokenizer
-from experiments import ablate, plots, program, sweeps
+from experiments import ablate, ablation_report, plots, program, sweeps, trials
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -35,7 +35,7 @@ def defaults(**changed) -> dict:
       found |= flags(name, value) if dataclasses.is_dataclass(value) else {name: value}
     return found
 
-  whole = {k: v for name, (cls, given) in ablate.SECTIONS.items() for k, v in flags(name, cls(**given)).items()}
+  whole = {k: v for name, (cls, given) in trials.SECTIONS.items() for k, v in flags(name, cls(**given)).items()}
   return whole | {name.replace("__", "."): value for name, value in changed.items()}
 
 
@@ -43,13 +43,13 @@ def defaults(**changed) -> dict:
 
 
 def test_a_group_is_a_product_and_groups_are_a_union():
-  runs = sweeps.product("dms.window=0,16 dms.gate=neuron,adapter", ablate.TYPES)
+  runs = sweeps.product("dms.window=0,16 dms.gate=neuron,adapter", trials.TYPES)
   assert [tuple(run.values()) for run in runs] == [(0, "neuron"), (0, "adapter"), (16, "neuron"), (16, "adapter")]
   assert sweeps.product("lora.targets=q_proj,k_proj|v_proj eval.window=none,3 data.separate_documents=false",
-                        ablate.TYPES)[1] == {
+                        trials.TYPES)[1] == {
     "lora.targets": ("q_proj", "k_proj"), "eval.window": 3, "data.separate_documents": False,
   }  # fmt: skip
-  assert sweeps.product("data.self_text.prefixes='a b.txt',c", ablate.TYPES)[0] == {
+  assert sweeps.product("data.self_text.prefixes='a b.txt',c", trials.TYPES)[0] == {
     "data.self_text.prefixes": "a b.txt"
   }
   assert sweeps.brief(["a/b,c/d", "e"]) == {"a/b,c/d": "b,d", "e": "e"}
@@ -75,21 +75,21 @@ def test_a_group_is_a_product_and_groups_are_a_union():
 )
 def test_groups_that_make_no_sense(group, message):
   with pytest.raises(ValueError, match=message):
-    sweeps.product(group, ablate.TYPES)
+    sweeps.product(group, trials.TYPES)
 
 
 def test_sweep_files(tmp_path):
   path = tmp_path / "sweep.txt"
   path.write_text("# What it's for\n\n--dms.window=3 --x=run  # both\n  dms.gate=neuron,adapter\ndms.shift=0\n")
-  settled, groups = sweeps.read_file(path, [*ablate.TYPES, "x"])
+  settled, groups = sweeps.read_file(path, [*trials.TYPES, "x"])
   assert settled == {"dms.window": "3", "x": "run"}
-  assert [run for group in groups for run in sweeps.product(group, ablate.TYPES)] == [
+  assert [run for group in groups for run in sweeps.product(group, trials.TYPES)] == [
     {"dms.gate": "neuron"}, {"dms.gate": "adapter"}, {"dms.shift": 0},
   ]  # fmt: skip
   for text, message in (("--dms.windw=3", "sweep.txt:1: unknown field 'dms.windw'"), ("--x", "'--x' is no --flag=v")):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
-      sweeps.read_file(path, [*ablate.TYPES, "x"])
+      sweeps.read_file(path, [*trials.TYPES, "x"])
   with pytest.raises(ValueError, match=r"--sweep_file=.*none.txt"):
     sweeps.read_file(tmp_path / "none.txt", [])
 
@@ -104,12 +104,12 @@ def test_sweeps_of_the_repository(path):
     comments.index(word) for word in ("# Command:  python -m experiments.ablate", "# Cost:", "# Expected: paper")
   ]
   assert order == sorted(order) and f"--sweep_file=experiments/configs/{path.name}" in comments
-  settled, groups = sweeps.read_file(path, [*ablate.TYPES, "x"])
-  whole = defaults() | {f: program.parse_value(ablate.TYPES[f], t) for f, t in settled.items() if f != "x"}
-  runs = [each for group in groups for each in sweeps.product(group, ablate.TYPES)]
-  trials = [ablate.trial(each, whole | each, "model", Path("runs")) for each in runs]
-  assert len({one.result for one in trials}) == len(trials) > 1
-  for one in trials:
+  settled, groups = sweeps.read_file(path, [*trials.TYPES, "x"])
+  whole = defaults() | {f: program.parse_value(trials.TYPES[f], t) for f, t in settled.items() if f != "x"}
+  runs = [each for group in groups for each in sweeps.product(group, trials.TYPES)]
+  wanted = [trials.trial(each, whole | each, "model", Path("runs")) for each in runs]
+  assert len({one.result for one in wanted}) == len(wanted) > 1
+  for one in wanted:
     assert (ROOT / one.eval.retrofit).is_dir()
 
 
@@ -136,21 +136,20 @@ def test_sweeps_of_the_repository(path):
 )
 def test_combinations_that_make_no_sense(said, message):
   with pytest.raises(ValueError, match=message):
-    ablate.trial(said, defaults() | said, "model", Path("runs"))
+    trials.trial(said, defaults() | said, "model", Path("runs"))
 
 
 def test_what_is_swept_is_not_given_as_a_flag(monkeypatch):
-  flags = {flag: types.SimpleNamespace(present=flag == "dms.window") for flag in ablate.TYPES}
+  flags = {flag: types.SimpleNamespace(present=flag == "dms.window") for flag in trials.TYPES}
   monkeypatch.setattr(program, "FLAGS", flags)
   monkeypatch.setattr(program, "flag_values", defaults)
-  config = ablate.Config(checkpoint="model")
-  assert len(ablate.trials(config, ["dms.gate=adapter,neuron eval.length=8", "dms.shift=0"], Path("runs"))) == 3
+  assert len(trials.trials("model", ["dms.gate=adapter,neuron eval.length=8", "dms.shift=0"], Path("runs"))) == 3
   with pytest.raises(ValueError, match=r"--dms\.window: given as a flag and swept"):
-    ablate.trials(config, ["dms.window=1,2"], Path("runs"))
+    trials.trials("model", ["dms.window=1,2"], Path("runs"))
 
 
 def test_folders_are_named_from_what_varies(tmp_path):
-  one = lambda said, base="model": ablate.trial(said, defaults() | said, base, tmp_path)
+  one = lambda said, base="model": trials.trial(said, defaults() | said, base, tmp_path)
   first = one({"dms.window": 3, "eval.threshold": 2.0})
   assert first.folder.name.startswith("dms.window=3-") and first.result.name.startswith("eval.threshold=2.0-")
   other = one({"dms.window": 3, "eval.threshold": 5.0})
@@ -177,7 +176,7 @@ def test_what_was_trained_on_other_text_is_refused(tmp_path):
 def test_a_score_is_of_one_text_and_one_retrofit(tmp_path):
   tokens = np.arange(9, dtype=np.int32)
   said = {"eval.retrofit": str(tmp_path / "mine")}
-  one = ablate.trial(said, defaults() | said, "model", tmp_path)
+  one = trials.trial(said, defaults() | said, "model", tmp_path)
   retrofit = tiny.model(gates=tiny.dms())
   checkpoint.save(tmp_path / "mine", retrofit, groups=("gate", "lora"))
   assert ablate.finished(one, tokens) is None
@@ -188,7 +187,7 @@ def test_a_score_is_of_one_text_and_one_retrofit(tmp_path):
   again = tiny.model(gates=tiny.dms(), seed=5)
   checkpoint.save(tmp_path / "mine", again, groups=("gate", "lora"))
   assert ablate.finished(one, tokens) is None
-  rival = ablate.trial({}, defaults(eval__policy="vanilla"), "model", tmp_path)
+  rival = trials.trial({}, defaults(eval__policy="vanilla"), "model", tmp_path)
   assert ablate.fingerprint(rival) is None
 
 
@@ -219,7 +218,7 @@ def test_rivals_decode_the_text():
   for name in ("kl", "perplexity", "achieved_cr"):
     assert cached[name] == pytest.approx(masked[name], rel=1e-4), name  # sums in another order, float32
   said = {"eval.length": 40, "eval.policy": "h2o", "eval.budget": 8}
-  one = ablate.trial(said, defaults() | said, "model", Path("runs"))
+  one = trials.trial(said, defaults() | said, "model", Path("runs"))
   assert one.folder.name.startswith("policy=h2o-") and ablate.load(one, "model", original) is original
   rival = ablate.score(one, original, original, tokens)
   assert rival["achieved_cr"] == 5.0 and rival["kl"] > 0
@@ -232,7 +231,7 @@ def test_thresholds_share_a_compilation():
   figures, compiled = [], []
   for threshold in (-1e4, 0.0, 2.0, 1e4):
     said = {"eval.threshold": threshold, "eval.length": 40, "eval.retrofit": "mine"}
-    one = ablate.trial(said, defaults() | said, "model", Path("runs"))
+    one = trials.trial(said, defaults() | said, "model", Path("runs"))
     figures.append(ablate.score(one, original, model, tokens))
     compiled.append(evaluation._score._cache_size())
   assert len(set(compiled)) == 1, "a threshold compiled anew"
@@ -259,9 +258,9 @@ ROWS = [
   ],
 )
 def test_points_and_picture(tmp_path, x, places, lines):
-  points = ablate.points(ROWS, x)
+  points = ablation_report.points(ROWS, x)
   assert [point["x"] for point in points] == places and {point["line"] for point in points} == lines
-  assert ablate.axis(ROWS) in ("dms.window", "retrofit.steps")
+  assert ablation_report.axis(ROWS) in ("dms.window", "retrofit.steps")
   pytest.importorskip("matplotlib")
   assert plots.ablation(tmp_path / "a.png", points, x, "title") == str(tmp_path / "a.png")
   assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
@@ -375,7 +374,7 @@ def test_killed_resumed_and_one_fails(inputs, tmp_path):
   assert stale.returncode == 1 and "Traceback" not in stale.stderr
   assert "dms.window=2" in stale.stderr and ": trained on other text, " in stale.stderr
   pytest.importorskip("matplotlib")
-  assert ablate.draw(saved["runs"], "run", "title", tmp_path) == [str(tmp_path / "ablation.png")]
+  assert ablation_report.draw(saved["runs"], "run", "title", tmp_path) == [str(tmp_path / "ablation.png")]
 
 
 def test_a_wrong_value_fails_before_the_first_run(inputs):
