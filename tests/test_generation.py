@@ -12,14 +12,15 @@ import pytest
 
 import dms_jax
 from dms_jax import decoding, generation
-from dms_jax.cache import SlotCache, base
+from dms_jax.cache import PagedCache, SlotCache, base
 from dms_jax.model import Eviction, forward, unembed
 from dms_jax.policies import DMS, Vanilla
 from tests import tiny
 
 WINDOW, NEW = 5, 20
 SMALL = dict(prefill_chunk=8, stretch=8, capacity=64)  # one shape for most tests: compiling is what takes time
-GROWING = {**SMALL, "capacity": None}
+SLOTS = {**SMALL, "cache": "slots"}  # every head has the room that is asked about
+GROWING = {**SLOTS, "capacity": None}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -105,12 +106,21 @@ def test_a_row_is_bit_equal_whatever_its_neighbours_place_or_pauses(model):
   assert pieces[0] == first.tokens[0] and pieces[1] == first.logprobs[0]
 
 
-def test_a_row_does_not_feel_how_large_its_neighbours_make_the_cache(model):
-  settings = dict(max_new_tokens=9, eos=False, prefill_chunk=64, stretch=8)
+@pytest.mark.parametrize("kind", ["slots", "paged"])
+def test_a_row_does_not_feel_how_large_its_neighbours_make_the_cache(model, kind):
+  settings = dict(max_new_tokens=9, eos=False, prefill_chunk=64, stretch=8, cache=kind)
   alone = dms_jax.generate(model, [prompt(70), prompt(1)], **settings)
   beside = dms_jax.generate(model, [prompt(70), prompt(400, seed=4)], **settings)
-  assert beside.cache.cache.kv.shape[3] > alone.cache.cache.kv.shape[3]
+  assert beside.cache.cache.nbytes > alone.cache.cache.nbytes
   assert beside.tokens[0] == alone.tokens[0] and beside.logprobs[0] == alone.logprobs[0]
+
+
+def test_pages_are_the_default_where_heads_may_differ(model):
+  of = lambda policy: type(
+    dms_jax.generate(model, [prompt(9)], policy=policy, max_new_tokens=1, prefill_chunk=8).cache.cache
+  )
+  assert of(None) is of(dms_jax.DMS()) is PagedCache
+  assert of(dms_jax.Vanilla()) is of(dms_jax.StreamingLLM(budget=8)) is SlotCache
 
 
 def test_one_key_gives_each_row_its_own(model):
@@ -166,7 +176,7 @@ def test_reading_first_and_asking_later(model):
 
 def test_growing_changes_nothing(model, monkeypatch):
   prompts = [prompt(30), prompt(7, seed=1), prompt(1)]
-  fixed = dms_jax.generate(model, prompts, max_new_tokens=NEW, eos=False, **SMALL)
+  fixed = dms_jax.generate(model, prompts, max_new_tokens=NEW, eos=False, **SLOTS)
   grown = []
   original = SlotCache.grown
   monkeypatch.setattr(base, "SLOTS", 4)
@@ -182,31 +192,31 @@ def test_growing_changes_nothing(model, monkeypatch):
 
 def test_a_full_fixed_cache_loses_nothing(model):
   prompts = [prompt(12), prompt(4, seed=1)]
-  whole = dms_jax.generate(model, prompts, max_new_tokens=40, eos=False, **SMALL)
+  whole = dms_jax.generate(model, prompts, max_new_tokens=40, eos=False, **SLOTS)
   most = int(whole.metrics.live.max(axis=(0, 2))[0])
-  out = dms_jax.generate(model, prompts, max_new_tokens=40, eos=False, **{**SMALL, "capacity": most - 4})
+  out = dms_jax.generate(model, prompts, max_new_tokens=40, eos=False, **{**SLOTS, "capacity": most - 4})
   assert out.finish_reason[0] == "capacity" and 0 < len(out.tokens[0]) < 40
   np.testing.assert_array_equal(out.metrics.seen, np.array([12, 4]) + [len(t) - 1 for t in out.tokens])
   assert all(w[: len(t)] == t for w, t in zip(whole.tokens, out.tokens, strict=True))
   row = 40 - len(out.tokens[0])
-  more = dms_jax.generate(model, continue_from=out, max_new_tokens=row, eos=False, **SMALL)
+  more = dms_jax.generate(model, continue_from=out, max_new_tokens=row, eos=False, **SLOTS)
   assert out.tokens[0] + more.tokens[0] == whole.tokens[0]
   # A conversation is copied, not consumed, also where its copy grows: it can be continued again.
-  larger = dms_jax.generate(model, continue_from=out, max_new_tokens=row, eos=False, **{**SMALL, "capacity": most + 8})
-  again = dms_jax.generate(model, continue_from=out, max_new_tokens=row, eos=False, **SMALL)
+  larger = dms_jax.generate(model, continue_from=out, max_new_tokens=row, eos=False, **{**SLOTS, "capacity": most + 8})
+  again = dms_jax.generate(model, continue_from=out, max_new_tokens=row, eos=False, **SLOTS)
   assert larger.tokens[0] == again.tokens[0] == more.tokens[0]
 
 
 def test_a_prompt_that_is_compressed_fits_a_small_cache_by_single_tokens(model):
   ids = prompt(40)
-  whole = dms_jax.generate(model, [ids], max_new_tokens=1, **SMALL)
+  whole = dms_jax.generate(model, [ids], max_new_tokens=1, **SLOTS)
   slots = int(whole.metrics.live.max())
   assert slots < 40
-  tight = dms_jax.generate(model, [ids], max_new_tokens=1, **{**SMALL, "capacity": slots})
+  tight = dms_jax.generate(model, [ids], max_new_tokens=1, **{**SLOTS, "capacity": slots})
   assert tight.tokens == whole.tokens
   np.testing.assert_array_equal(tight.metrics.live, whole.metrics.live)
   with pytest.raises(ValueError, match=rf"prompts\[0\]: \d+ of 40 tokens fill capacity={slots - 1}"):
-    dms_jax.generate(model, [ids], max_new_tokens=1, **{**SMALL, "capacity": slots - 1})
+    dms_jax.generate(model, [ids], max_new_tokens=1, **{**SLOTS, "capacity": slots - 1})
 
 
 def with_letters():
