@@ -77,12 +77,13 @@ def _chosen(attend: Callable, *args, pages: Pages | None = None, **kwargs):
   if platform() != "gpu":
     return attend(*args, **({} if pages is None else {"pages": pages}), implementation=choice, **kwargs)
   choice = choice if choice is None or isinstance(choice, str) else tuple(choice)
-  return _function(*args, pages, attend=attend, choice=choice, hopper=_hopper(), options=tuple(kwargs.items()))
+  target = _hopper(), compat.interpreting()
+  return _function(*args, pages, attend=attend, choice=choice, target=target, options=tuple(kwargs.items()))
 
 
-@partial(jax.jit, static_argnames=("attend", "choice", "hopper", "options"))
-def _function(*args, attend, choice, hopper, options):
-  """See `_chosen`. `hopper` is there to tell apart what is traced for different devices."""
+@partial(jax.jit, static_argnames=("attend", "choice", "target", "options"))
+def _function(*args, attend, choice, target, options):
+  """See `_chosen`. `target` is there to tell apart what is traced for different devices, or for the interpreter."""
   *args, pages = args
   return attend(*args, **({} if pages is None else {"pages": pages}), implementation=choice, **dict(options))
 

@@ -94,8 +94,11 @@ class Energy:
     import pynvml
 
     pynvml.nvmlInit()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
-    device = pynvml.nvmlDeviceGetHandleByIndex(int(visible) if visible.isdigit() else 0)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
+    by_name = visible and not visible.isdigit()  # "GPU-..."
+    device = (
+      pynvml.nvmlDeviceGetHandleByUUID(visible) if by_name else pynvml.nvmlDeviceGetHandleByIndex(int(visible or 0))
+    )
     return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(device) / 1e3
 
 
