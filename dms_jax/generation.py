@@ -276,15 +276,16 @@ def _check_lengths(model, policy, kind, capacity, past, lengths, max_new_tokens)
 
 def _start(model, policy, kind, capacity, past, batch, most, chunk) -> Cache:
   """An empty cache, or a copy of the conversation's: compiled calls donate theirs."""
+  longest = rounded(most)  # few shapes: each is compiled
   if past is not None:
     copy = jax.tree.map(jnp.copy, past.cache)
-    return copy if capacity is None else copy.resized(capacity, most)
+    return copy if capacity is None else copy.resized(capacity, longest)
   if capacity is None:  # half of what the text could need at most; of pages, which grow with less waste, an eighth
     small = policy.unforeseen and kind != "masked"
     start = chunk + most // 8 if kind == "paged" else max(chunk, most // 2)
     capacity = rounded(min(policy.window + 1 + start, most) if small else most)
   store = caches.create(
-    kind, model.config, batch=batch, capacity=capacity, longest=most, policy=policy,
+    kind, model.config, batch=batch, capacity=capacity, longest=longest, policy=policy,
     shift=model_shift(model, policy.window), dtype=model.dtype,
   )  # fmt: skip
   return beside(model, store)

@@ -1,9 +1,10 @@
 """A retrofit step in PyTorch with FlexAttention, timed: what `experiments.retrofit --benchmark` is held against.
 
 transformers' Llama in bfloat16 autocast over float32 weights (frozen ones in bfloat16), adapter gates with the training
-noise, a teacher of the same shape by PyTorch's own attention, reverse KL from whole logits, AdamW. Rows go through one
-after the other and their gradients add up: whole logits of several rows with a vocabulary of 128K would not fit beside
-the optimizer's state. The forms of attention are those of `experiments.flex_attention`.
+noise, a teacher of the same shape by PyTorch's own attention, reverse KL from whole logits, AdamW. All but attention is
+eager. Rows that do not go through together add up their gradients: whole logits of several rows with a vocabulary of
+128K would not fit beside the optimizer's state. The forms of attention are those of
+`experiments.flex_attention`.
 
 `experiments.retrofit --benchmark --against_flex` runs `main` in a process of its own, so that two frameworks do not
 share their memory.
@@ -21,13 +22,14 @@ NAME = "dms_flex"  # of the attention among transformers' own
 
 
 def measure(
-  shape: dict, trainable: str, rank: int, batch: int, tokens: int, window: int, steps: int, blocks: bool,
+  shape: dict, trainable: str, rank: int, batch: int, together: int, tokens: int, window: int, steps: int, blocks: bool,
   device: str = "cuda",
 ) -> dict:  # fmt: skip
   """Seconds of a step of `batch` rows, `step_seconds` (median), or why there are none ("skipped").
 
   Args:
     shape: LlamaConfig's arguments.
+    together: rows at once, a divisor of `batch`.
     trainable: "gates", "lora" (of q, k, v and o, with `rank`) or "all".
     blocks: whether attention has a causal block mask and a float32 bias ("flex_blocks"), or is as trained ("flex").
   """
@@ -71,15 +73,15 @@ def measure(
   head = student.lm_head
 
   def step():
-    for row in torch.randint(0, shape["vocab_size"], (batch, 1, tokens), device=device):
+    for rows in torch.randint(0, shape["vocab_size"], (batch // together, together, tokens), device=device):
       with torch.no_grad():
-        wanted = teacher(row).logits
+        wanted = teacher(rows).logits
       with torch.autocast(device, torch.bfloat16):
-        logits = head(student.model(row).last_hidden_state)
+        logits = head(student.model(rows).last_hidden_state)
       log_p, log_q = (x.float().log_softmax(-1) for x in (logits, wanted))
       loss = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
       fraction = torch.stack([layer.fraction_of_step for layer in student.model.layers]).mean()
-      ((loss + torch.relu(0.875 - fraction)) / batch).backward()
+      ((loss + torch.relu(0.875 - fraction)) * together / batch).backward()
     torch.nn.utils.clip_grad_norm_(trained, 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -217,13 +217,14 @@ def main() -> None:
     raise ValueError(f"--text={config.text}: {len(tokens)} tokens, fewer than --tokens={config.tokens}")
 
   chat = tokenizer.chat([{"role": "user", "content": QUESTION}])
-  # Nearly greedy, in a cache of the size that the long text will need: so that both share their compiled decoding.
-  alike = {"capacity": config.tokens + config.new_tokens, "history": True, "key": jax.random.key(config.seed)}
-  alike["temperature"] = min(config.temperature, 0.01)
+  # Nearly greedy; the dense model in a cache as large as the long text will need: both share their compiled decoding.
+  alike = {"history": True, "key": jax.random.key(config.seed), "temperature": min(config.temperature, 0.01)}
   answers = {}
-  for name, m in (("dense", original), ("dms", model)):
+  for name, m, capacity in (("dense", original, config.tokens + config.new_tokens), ("dms", model, None)):
     policy = DMS(threshold=config.threshold) if m.dms else Vanilla()
-    answer = dms_jax.generate(m, chat, tokenizer=tokenizer, policy=policy, max_new_tokens=32, **alike)
+    answer = dms_jax.generate(
+      m, chat, tokenizer=tokenizer, policy=policy, max_new_tokens=32, capacity=capacity, **alike
+    )  # fmt: skip
     answers[name] = answer.text[0].strip()
   print(f"\n{QUESTION}\n" + side_by_side(answers["dense"], answers["dms"]), flush=True)
 

@@ -209,7 +209,8 @@ def main() -> None:
   flex = {}
   if config.against_flex:  # before JAX takes the device's memory
     shape = retrofit_benchmark.preset(config.preset)
-    flex = retrofit_benchmark.flex_steps(shape, dms, lora, settings, config.benchmark_steps)
+    size = devices.data * devices.tensor
+    flex = retrofit_benchmark.flex_steps(shape, dms, lora, settings, config.benchmark_steps, size)
   distributed.initialize(devices)
   mesh = distributed.create_mesh(devices, settings)
   if config.benchmark:

@@ -39,6 +39,7 @@ from experiments import program
 from experiments.cases import apart, llama_config
 
 WARMUP = 2
+WHOLE = 2**16  # words whose logits of all rows PyTorch has room for at once
 
 
 def preset(name: str) -> ModelConfig:
@@ -73,8 +74,9 @@ def benchmark(
 
 
 def flex_steps(
-  config: ModelConfig, dms: DMSConfig, lora: LoRAConfig, retrofit: RetrofitConfig, steps: int, timeout: float = 420.0
-) -> dict[str, Any]:
+  config: ModelConfig, dms: DMSConfig, lora: LoRAConfig, retrofit: RetrofitConfig, steps: int, devices: int = 1,
+  timeout: float = 420.0,
+) -> dict[str, Any]:  # fmt: skip
   """{"flex": ..., "flex_blocks": ...}, each what `flex_step.measure` finds, in a process of its own.
 
   Raises:
@@ -84,9 +86,16 @@ def flex_steps(
     raise ValueError(
       "--against_flex: the step in PyTorch has adapter gates of each head, reverse_kl and teacher=original"
     )
+  if retrofit.trainable == "lora" and lora.targets != LoRAConfig().targets:
+    raise ValueError(f"--against_flex: the step in PyTorch updates {LoRAConfig().targets}, not {lora.targets}")
+  if devices > 1:
+    raise ValueError("--against_flex: the step in PyTorch is one device's; leave the mesh out")
+  if steps < 1:
+    raise ValueError(f"--benchmark_steps={steps} must be at least 1")
   what = {
     "shape": llama_config(config), "trainable": retrofit.trainable, "rank": lora.rank,
-    "batch": retrofit.batch_size, "tokens": retrofit.seq_len, "window": dms.window, "steps": steps,
+    "batch": retrofit.batch_size, "together": retrofit.batch_size if config.vocab_size <= WHOLE else 1,
+    "tokens": retrofit.seq_len, "window": dms.window, "steps": steps,
   }  # fmt: skip
   found = {}
   for name, blocks in (("flex", False), ("flex_blocks", True)):

@@ -325,6 +325,17 @@ def test_decode_is_traced_once_a_shape(model, monkeypatch):
   assert traces == [(2, 7), (2, 1), (2, 1)]
 
 
+@pytest.mark.parametrize("kind", ["slots", "paged"])
+def test_texts_of_about_one_length_share_what_is_compiled(model, monkeypatch, kind):
+  traces, original = [], decoding.cached_forward
+  monkeypatch.setattr(decoding, "cached_forward", lambda *args: traces.append(args[3].shape) or original(*args))
+  settings = dict(eos=False, prefill_chunk=6, stretch=5, cache=kind)  # shapes of this test alone
+  dms_jax.generate(model, [prompt(100), prompt(5)], max_new_tokens=30, **settings)
+  first = list(traces)
+  dms_jax.generate(model, [prompt(70), prompt(33)], max_new_tokens=41, **settings)
+  assert first and traces == first
+
+
 def test_nothing_is_compiled_twice(model, caplog):
   placed = jax.device_put(model, jax.devices()[0])  # as a checkpoint's weights are
   settings = dict(max_new_tokens=11, eos=False, capacity=48, prefill_chunk=7, stretch=3)  # shapes of this test alone

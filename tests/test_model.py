@@ -372,7 +372,12 @@ def test_remat_changes_nothing():
     jax.jit(jax.grad(functools.partial(loss, remat=r)), compiler_options=tiny.QUICK)(model.params)
     for r in (False, True)
   )
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, remat)
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+  jax.tree.map(close, plain, remat)
+  listed = jax.jit(jax.grad(functools.partial(loss, remat=False)), compiler_options=tiny.QUICK)(
+    model.unstacked().params
+  )  # a list of layers keeps everything
+  jax.tree.map(close, plain, Model(listed, model.config, model.dms).stacked().params)
 
 
 def test_small_parts():

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dms_jax.attention import decode_attention
 from dms_jax.cache import pool as pools
-from dms_jax.cache.base import packed, storage_dtype, unpacked
+from dms_jax.cache.base import packed, rounded, storage_dtype, unpacked
 from dms_jax.cache.pool import Pool
 from dms_jax.cache.ring import RingCache
 from pallas_kernels.decode.pages import Pages
@@ -152,7 +152,7 @@ class PagedCache(RingCache):
 
   def made_room(self, policy, coming, most):
     """A pool that lacks pages doubles, but takes no more than the whole text will need at the rate kept so far."""
-    cache, size, ring = self.grown(max(most, self.slots)), self.page_size, self.ring
+    cache, size, ring = self.grown(max(rounded(most), self.slots)), self.page_size, self.ring
     archived, owned, seen, free = jax.device_get((self.archived, self.table.owned, self.seen, self.table.pool.count))
     bound = (
       np.asarray(policy.capacity(jnp.asarray(seen + coming, jnp.int32))) - ring

@@ -46,7 +46,7 @@ class RetrofitConfig:
   clip_norm: float = 1.0
   ema_decay: float = 0.0  # > 0: checkpoints hold this exponential moving average of the trained parameters
   compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations and frozen weights; gates stay float32
-  remat: bool = False  # recompute layers in the backward pass
+  remat: bool = False  # recompute whole layers in the backward pass, else only what lies between products
   loss_chunk: int = 4096  # positions, and
   vocab_chunk: int = 8192  # words, whose logits stand in memory at once
   loss_bound: float = 100.0  # a loss above it ends the run, as one that is not finite does

@@ -44,7 +44,7 @@ def vocabulary_loss(
   teacher: Float[Array, "B T D"] | None = None,
   teacher_head: Float[Array, "V D"] | None = None,
   targets: Int[Array, "B T"] | None = None,
-  chunk: int = 1024,
+  chunk: int = 4096,
   vocab_chunk: int = 8192,
   train_head: bool = True,
 ) -> Float[Array, ""]:
