@@ -76,6 +76,17 @@ def interpreted_tpu():
 
 
 @contextlib.contextmanager
+def on_hopper():
+  """The Hopper kernels as they are compiled, where this is such a GPU (JAX_PLATFORMS=cuda), else JAX's interpreter of
+  them, with race detection."""
+  if jax.default_backend() == "gpu":
+    yield
+    return
+  with compat.gpu_interpret_mode(detect_races=True):
+    yield
+
+
+@contextlib.contextmanager
 def running(backend: Backend):
   """Runs the body in the backend's context; a refused case is a skip with the backend's reason."""
   try:

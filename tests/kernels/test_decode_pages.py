@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +10,14 @@ import numpy as np
 import pytest
 from jax import lax
 
-from pallas_kernels import compat, compat_tpu
+from pallas_kernels import compat_tpu
 from pallas_kernels.decode import Pages, decode_attention, ref
-from tests.kernels.suite import Backend, assert_close, float64, normal, running, unchecked
+from tests.kernels.suite import Backend, assert_close, float64, normal, on_hopper, running, unchecked
 
 IMPLEMENTATIONS = [
   Backend("xla"),
   Backend("tpu", compat_tpu.interpret_mode),
-  Backend("gpu", partial(compat.gpu_interpret_mode, detect_races=True), "bfloat16"),
+  Backend("gpu", on_hopper, "bfloat16"),
 ]
 pytestmark = pytest.mark.parametrize("backend", IMPLEMENTATIONS, ids=str)
 LAYERS, LAYER, PAGE, MOST, RING = 2, 1, 16, 9, 21

@@ -11,7 +11,7 @@ import pytest
 
 from pallas_kernels import compat
 from pallas_kernels.decode import Pages, decode_attention, gpu, gpu_work, ref, xla
-from tests.kernels.suite import lowered_for_cuda, needs_mosaic_gpu
+from tests.kernels.suite import lowered_for_cuda, needs_mosaic_gpu, on_hopper
 
 # Of the largest value: the weights of the second product and the output are rounded to half a unit in the last place
 # (2^-9, 2^-12), all sums are float32.
@@ -33,7 +33,7 @@ def inputs(batch, heads, group, h, slots, lengths, dtype=jnp.bfloat16):
 def run(q, kv, lengths, block=64, stages=2, split=128, workers=3, lse=False):
   """The kernel in the interpreter, with few workers."""
   sizes = gpu.Blocks(block, stages, split, workers)
-  with compat.gpu_interpret_mode(detect_races=True):
+  with on_hopper():
     return jax.block_until_ready(gpu.decode_attention(q, kv, jnp.int32(LAYER), lengths, blocks=sizes, lse=lse))
 
 

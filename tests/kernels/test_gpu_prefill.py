@@ -12,7 +12,7 @@ import pytest
 from pallas_kernels import compat, warpgroup
 from pallas_kernels.prefill import gpu, prefill_attention
 from tests.kernels.prefill_cases import assert_near, text
-from tests.kernels.suite import lowered_for_cuda, needs_mosaic_gpu
+from tests.kernels.suite import lowered_for_cuda, needs_mosaic_gpu, on_hopper
 
 pytestmark = pytest.mark.slow  # kernels are interpreted
 
@@ -23,7 +23,7 @@ TOLERANCE = {"bfloat16": 6e-3, "float16": 8e-4}
 
 def check(tokens, prefix, heads, group, size, window, rate, dtype="bfloat16", blocks=None, **options):
   args = text(tokens, prefix, heads, group, size, window, rate, dtype, **options)
-  with compat.gpu_interpret_mode(detect_races=True):
+  with on_hopper():
     out = jax.block_until_ready(gpu.prefill_attention(*args, blocks=blocks or gpu.Blocks(kv=64)))
   assert_near(out, args, TOLERANCE[dtype])
   return out
@@ -55,7 +55,7 @@ def test_nothing_evicted():
 def test_everything_evicted_at_once():
   """W = 0: each query sees itself."""
   args = text(48, 0, 1, 4, 64, 0, 1.0, "bfloat16")
-  with compat.gpu_interpret_mode(detect_races=True):
+  with on_hopper():
     out = gpu.prefill_attention(*args, blocks=gpu.Blocks(kv=64))
   np.testing.assert_array_equal(np.asarray(out, np.float32), np.repeat(args[2][:, 0, :, None], 4, axis=2))
 

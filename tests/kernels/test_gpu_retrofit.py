@@ -11,7 +11,7 @@ import pytest
 
 from pallas_kernels import compat
 from pallas_kernels.retrofit import gpu, ref, retrofit_attention
-from tests.kernels.suite import needs_mosaic_gpu
+from tests.kernels.suite import needs_mosaic_gpu, on_hopper
 
 # Of the largest value. A 16-bit output is off by half a unit in the last place (2^-9, 2^-12) and so is each weight that
 # enters the second product; gradients pass through four such products.
@@ -73,7 +73,7 @@ def check(b, t, n, k, h, window, dtype, bias=True, segments=False, **blocks):
   def attend(q, k, v, bias=None):
     return gpu.retrofit_attention(q, k, v, bias, window, ids, blocks=sizes)
 
-  with compat.gpu_interpret_mode(detect_races=True):
+  with on_hopper():
     out, pull = jax.vjp(attend, *differentiated)
     grads = jax.block_until_ready(pull(dout))
   forward, backward = TOLERANCE[dtype]

@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import compat
 from pallas_kernels.prefill import NEVER, gpu, prefill_attention, ref, tpu, xla
 from tests import oracle
-from tests.kernels.suite import Backend, assert_close, float64, interpreted_tpu, normal, running, unchecked
+from tests.kernels.suite import Backend, assert_close, float64, interpreted_tpu, normal, on_hopper, running, unchecked
 
-IMPLEMENTATIONS = [Backend("xla"), Backend("gpu", compat.gpu_interpret_mode), Backend("tpu", interpreted_tpu)]
+IMPLEMENTATIONS = [Backend("xla"), Backend("gpu", on_hopper), Backend("tpu", interpreted_tpu)]
 pytestmark = pytest.mark.parametrize("backend", IMPLEMENTATIONS, ids=str)
 
 
