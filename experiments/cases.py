@@ -65,9 +65,9 @@ class Runner:
 
 
 def apart(module: str, what: dict[str, Any], timeout: float) -> dict[str, Any]:
-  """What `module.main` prints of `what`, both as JSON objects, in a process of its own: so that two frameworks do not
-  share a device's memory. {"skipped": why} if it fails or takes longer than `timeout` seconds."""
-  source = f"import {module} as it; it.main()"
+  """`module.measure(**what)`, both as JSON objects, in a process of its own: so that two frameworks do not share a
+  device's memory. {"skipped": why} if it fails or takes longer than `timeout` seconds."""
+  source = f"import json, sys, {module} as it; print(json.dumps(it.measure(**json.loads(sys.argv[1]))))"
   try:
     done = subprocess.run(
       [sys.executable, "-c", source, json.dumps(what)], capture_output=True, text=True, timeout=timeout

@@ -33,7 +33,7 @@ from dms_jax import checkpoint
 from dms_jax.evaluation import text_quality
 from dms_jax.model import Model
 from dms_jax.tokenizer import Tokenizer
-from experiments import files, plots, program
+from experiments import files, plots, program, sweeps
 from experiments.tasks import report
 from experiments.tasks import run as tasks_run
 from experiments.tasks.base import TasksConfig
@@ -97,11 +97,12 @@ def text_rows(config: Config, original: Model, tokens: np.ndarray) -> list[dict[
   return rows
 
 
-def text_picture(path: Path, rows: list[dict[str, Any]], title: str) -> str | None:
+def text_picture(config: Config, path: Path, rows: list[dict[str, Any]], title: str) -> str | None:
   """KL, perplexity and compression of retrofits by length; the path written, None where there is nothing to draw."""
-  name = lambda row: Path(row["retrofit"]).name + (f" at {row['threshold']:g}" if row["threshold"] else "")
+  name = lambda row: config.name(row["retrofit"], row["threshold"])
   scored = sorted((row for row in rows if "achieved_cr" in row), key=lambda row: row["length"])
-  shown = [{**row, "x": f"{row['length']:,}", "line": name(row)} for row in scored]
+  short = sweeps.brief(map(name, scored))
+  shown = [{**row, "x": f"{row['length']:,}", "line": short[name(row)]} for row in scored]
   return plots.ablation(path, shown, "T", title) if len(shown) > 1 else None
 
 
@@ -162,7 +163,8 @@ def main() -> None:
     found = text_rows(config, original, tokens)
     save(tokens=len(tokens), quality=found)
     if output is not None:
-      save(text_picture=text_picture(output.with_name(f"{output.stem}_text.png"), found, Path(config.text).name))
+      path = output.with_name(f"{output.stem}_text.png")
+      save(text_picture=text_picture(config, path, found, Path(config.text).name))
   if jobs:
     task_rows(config, original, jobs, tokenizer, save_tasks)
   program.finish(result)

@@ -5,59 +5,46 @@ and KV head as rows, causality and window as factors of the score in `score_mod`
 bfloat16, what automatic mixed precision makes of it. "flex_blocks" is the fastest that we know of: a causal block mask,
 so that blocks above the diagonal are skipped, and a float32 bias, whose gradient is summed by native atomics.
 
-`experiments.bench_kernels` runs `main` in a process of its own, so that two frameworks do not share their memory.
+`experiments.bench_kernels` runs `measure` in a process of its own, so that two frameworks do not share their memory.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 MASKED = -50000.0  # the score of a key that is not visible, without a block mask
 
 
-def as_trained(torch, compiled: Callable, q, k, v, bias, window: int):
-  """ "flex": `compiled` attends, q [B, N, T, H], k and v [B, K, T, H], bias float [B, K, T]; [B, N, T, H]."""
-  (b, _, t, h), heads = q.shape, k.shape[1]
-  rows = lambda x: x.reshape(b * heads, -1, t, h)
-  low = bias.to(q.dtype).reshape(b * heads, t)
-
-  def score(s, row, _, i, j):
-    seen, near = (i >= j).to(s.dtype), (i - j <= window).to(s.dtype)
-    return seen * (near * s + (1 - near) * (s + low[row, j])) + (1 - seen) * MASKED
-
-  return compiled(rows(q), rows(k), rows(v), score_mod=score, enable_gqa=True).reshape(q.shape)
-
-
-def causal_blocks(tokens: int, device):
-  """The block mask of `with_blocks`."""
-  from torch.nn.attention.flex_attention import create_block_mask
-
-  return create_block_mask(lambda b, n, i, j: i >= j, None, None, tokens, tokens, device=device)
-
-
-def with_blocks(torch, compiled: Callable, mask, q, k, v, bias, window: int):
-  """ "flex_blocks", under `causal_blocks`; shapes as in `as_trained`."""
-  group = q.shape[1] // k.shape[1]
-
-  def score(s, b, n, i, j):
-    return s + torch.where(i - j > window, bias[b, n // group, j], 0.0)
-
-  return compiled(q, k, v, score_mod=score, block_mask=mask, enable_gqa=True)
-
-
-def forms(torch, q, k, v, bias, window: int) -> dict[str, Callable]:
-  """{name: a call that attends, q [B, N, T, H], k and v [B, K, T, H], bias float32 [B, K, T]}."""
-  from torch.nn.attention.flex_attention import flex_attention
+def forms(tokens: int, device) -> dict[str, Callable]:
+  """{name: attend(q [B, N, T, H], k and v [B, K, T, H], bias float [B, K, T], window), giving [B, N, T, H]}."""
+  import torch
+  from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
   compiled = torch.compile(flex_attention, dynamic=False)
-  mask = causal_blocks(q.shape[2], q.device)
-  return {
-    "flex": lambda: as_trained(torch, compiled, q, k, v, bias, window),
-    "flex_blocks": lambda: with_blocks(torch, compiled, mask, q, k, v, bias, window),
-  }
+  mask = create_block_mask(lambda b, n, i, j: i >= j, None, None, tokens, tokens, device=device)
+
+  def as_trained(q, k, v, bias, window):
+    (b, _, t, h), heads = q.shape, k.shape[1]
+    rows = lambda x: x.reshape(b * heads, -1, t, h)
+    low = bias.to(q.dtype).reshape(b * heads, t)
+
+    def score(s, row, _, i, j):
+      seen, near = (i >= j).to(s.dtype), (i - j <= window).to(s.dtype)
+      return seen * (near * s + (1 - near) * (s + low[row, j])) + (1 - seen) * MASKED
+
+    return compiled(rows(q), rows(k), rows(v), score_mod=score, enable_gqa=True).reshape(q.shape)
+
+  def with_blocks(q, k, v, bias, window):
+    group = q.shape[1] // k.shape[1]
+
+    def score(s, b, n, i, j):
+      return s + torch.where(i - j > window, bias[b, n // group, j], 0.0)
+
+    return compiled(q, k, v, score_mod=score, block_mask=mask, enable_gqa=True)
+
+  return {"flex": as_trained, "flex_blocks": with_blocks}
 
 
 def measure(batch: int, tokens: int, queries: int, heads: int, size: int, window: int) -> dict:
@@ -94,7 +81,8 @@ def measure(batch: int, tokens: int, queries: int, heads: int, size: int, window
     return min(timed(3 if once < 0.1 else 1) for _ in range(3)) * 1e6
 
   found = {"torch": torch.__version__}
-  for name, attend in forms(torch, q, k, v, bias, window).items():
+  for name, form in forms(tokens, device).items():
+    attend = partial(form, q, k, v, bias, window)
 
     def both(attend=attend):
       for x in (q, k, v, bias):
@@ -105,8 +93,3 @@ def measure(batch: int, tokens: int, queries: int, heads: int, size: int, window
       found[f"{name}_forward_us"] = clock(attend)
     found[f"{name}_us"] = clock(both)
   return found
-
-
-def main() -> None:
-  """Measures what the first argument says, as a JSON object of `measure`'s arguments; prints another of the result."""
-  print(json.dumps(measure(**json.loads(sys.argv[1]))))

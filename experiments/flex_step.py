@@ -6,23 +6,23 @@ eager. Rows that do not go through together add up their gradients: whole logits
 128K would not fit beside the optimizer's state. The forms of attention are those of
 `experiments.flex_attention`.
 
-`experiments.retrofit --benchmark --against_flex` runs `main` in a process of its own, so that two frameworks do not
+`experiments.retrofit --benchmark --against_flex` runs `measure` in a process of its own, so that two frameworks do not
 share their memory.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
-import sys
 import time
+
+from experiments import flex_attention
 
 WARMUP = 2
 NAME = "dms_flex"  # of the attention among transformers' own
 
 
 def measure(
-  shape: dict, trainable: str, rank: int, batch: int, together: int, tokens: int, window: int, steps: int, blocks: bool,
+  shape: dict, trainable: str, rank: int, batch: int, together: int, tokens: int, window: int, steps: int, form: str,
   device: str = "cuda",
 ) -> dict:  # fmt: skip
   """Seconds of a step of `batch` rows, `step_seconds` (median), or why there are none ("skipped").
@@ -31,29 +31,21 @@ def measure(
     shape: LlamaConfig's arguments.
     together: rows at once, a divisor of `batch`.
     trainable: "gates", "lora" (of q, k, v and o, with `rank`) or "all".
-    blocks: whether attention has a causal block mask and a float32 bias ("flex_blocks"), or is as trained ("flex").
+    form: of attention, a name of `flex_attention.forms`.
   """
   try:
     import torch
+    import torch.nn.attention.flex_attention
     import transformers
-    from torch.nn.attention.flex_attention import flex_attention
   except ImportError as error:
     return {"skipped": f"PyTorch with FlexAttention and transformers are not installed: {error}"}
   if device == "cuda" and not torch.cuda.is_available():
     return {"skipped": "PyTorch sees no GPU"}
   torch.manual_seed(0)
-  from experiments import flex_attention as forms
-
-  attend = torch.compile(flex_attention, dynamic=False)
-  mask = forms.causal_blocks(tokens, device) if blocks else None
+  attend = flex_attention.forms(tokens, device)[form]
 
   def attention(module, q, k, v, attention_mask, **kwargs):
-    bias = module.bias_of_step  # set by the layer's hook
-    out = (
-      forms.with_blocks(torch, attend, mask, q, k, v, bias, window) if blocks
-      else forms.as_trained(torch, attend, q, k, v, bias, window)
-    )  # fmt: skip
-    return out.transpose(1, 2), None
+    return attend(q, k, v, module.bias_of_step, window).transpose(1, 2), None  # the layer's hook has set the bias
 
   transformers.AttentionInterface.register(NAME, attention)
   model_of = lambda name: transformers.LlamaForCausalLM(
@@ -126,8 +118,3 @@ def _add_update(torch, linear, rank: int, device: str) -> None:
   torch.nn.init.zeros_(up.weight)
   linear.update = torch.nn.Sequential(down, up)
   linear.register_forward_hook(lambda module, args, out: out + module.update(args[0]))
-
-
-def main() -> None:
-  """Measures what the first argument says, as a JSON object of `measure`'s arguments; prints another of the result."""
-  print(json.dumps(measure(**json.loads(sys.argv[1]))))

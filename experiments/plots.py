@@ -156,7 +156,8 @@ def ablation(path: Path, rows: list[dict], x: str, title: str) -> str | None:
     cr.plot(at, achieved, **style)
     both.plot(achieved, [row["kl"] for row in group], label=name or None, **style)
   place_of = lambda row: (row["achieved_cr"], row["kl"])
-  spans = [max(values) - min(values) for values in zip(*map(place_of, rows), strict=True)]
+  least, most = ([f(values) for values in zip(*map(place_of, rows), strict=True)] for f in (min, max))
+  spans = [b - a for a, b in zip(least, most, strict=True)]
   named: list[tuple[float, float]] = []
   for row in rows:
     here = place_of(row)
@@ -165,7 +166,7 @@ def ablation(path: Path, rows: list[dict], x: str, title: str) -> str | None:
     if any(abs(here[0] - x0) < wide * spans[0] and abs(here[1] - y0) < 0.05 * spans[1] for x0, y0 in named):
       continue  # its name would lie on another's
     named.append(here)
-    inwards = 1 if here[0] - min(row["achieved_cr"] for row in rows) < spans[0] / 2 else -1
+    inwards = 1 if here[0] - least[0] < spans[0] / 2 else -1
     both.annotate(
       text, here, xytext=(5 * inwards, 5), textcoords="offset points", ha="left" if inwards > 0 else "right", fontsize=8
     )  # fmt: skip

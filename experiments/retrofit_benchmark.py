@@ -39,6 +39,7 @@ from experiments import program
 from experiments.cases import apart, llama_config
 
 WARMUP = 2
+FORMS = ("flex", "flex_blocks")  # of PyTorch's attention, as `flex_attention.forms` has them
 WHOLE = 2**16  # words whose logits of all rows PyTorch has room for at once
 
 
@@ -47,6 +48,12 @@ def preset(name: str) -> ModelConfig:
   if name not in PRESETS:
     raise ValueError(f"--preset={name!r} is not one of {sorted(PRESETS)}")
   return PRESETS[name]
+
+
+def check_steps(steps: int) -> None:
+  """Raises ValueError unless there is a step to time."""
+  if steps < 1:
+    raise ValueError(f"--benchmark_steps={steps} must be at least 1")
 
 
 def benchmark(
@@ -59,8 +66,7 @@ def benchmark(
     (None where the peak is unknown), `peak_bytes` of memory of the fullest device (None where devices do not tell). Of
     several devices also `one_device`, the same of one, and `scaling_efficiency`.
   """
-  if steps < 1:
-    raise ValueError(f"--benchmark_steps={steps} must be at least 1")
+  check_steps(steps)
   alone = make_mesh(devices=jax.local_devices())
   mesh = mesh or alone
   result = _timed(config, dms, lora, retrofit, steps, mesh)
@@ -90,17 +96,16 @@ def flex_steps(
     raise ValueError(f"--against_flex: the step in PyTorch updates {LoRAConfig().targets}, not {lora.targets}")
   if devices > 1:
     raise ValueError("--against_flex: the step in PyTorch is one device's; leave the mesh out")
-  if steps < 1:
-    raise ValueError(f"--benchmark_steps={steps} must be at least 1")
+  check_steps(steps)
   what = {
     "shape": llama_config(config), "trainable": retrofit.trainable, "rank": lora.rank,
     "batch": retrofit.batch_size, "together": retrofit.batch_size if config.vocab_size <= WHOLE else 1,
     "tokens": retrofit.seq_len, "window": dms.window, "steps": steps,
   }  # fmt: skip
   found = {}
-  for name, blocks in (("flex", False), ("flex_blocks", True)):
-    program.log(f"PyTorch with FlexAttention, {name}")
-    found[name] = apart("experiments.flex_step", {**what, "blocks": blocks}, timeout)
+  for form in FORMS:
+    program.log(f"PyTorch with FlexAttention, {form}")
+    found[form] = apart("experiments.flex_step", {**what, "form": form}, timeout)
   return found
 
 
@@ -160,9 +165,9 @@ def table(name: str, retrofit: RetrofitConfig, result: dict[str, Any]) -> str:
       ("tokens/s, one device", f"{result['one_device']['tokens_per_second']:,.0f}"),
       ("scaling efficiency", share(result["scaling_efficiency"])),
     ]
-  for name in ("flex", "flex_blocks"):
-    if row := result.get(name):
+  for form in FORMS:
+    if row := result.get(form):
       speed = row.get("tokens_per_second")
       ratio = "" if speed is None else f"{speed:,.0f}; ours {result['tokens_per_second'] / speed:.1f}x"
-      rows.append((f"tokens/s, {name}", ratio or row["skipped"]))
+      rows.append((f"tokens/s, {form}", ratio or row["skipped"]))
   return "\n".join(f"{label:<24}{value}" for label, value in rows)

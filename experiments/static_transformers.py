@@ -1,14 +1,12 @@
 """transformers' `generate` with a static cache and torch.compile, timed step by step on a model of random weights.
 
-`experiments.bench_generate` runs `main` in a process of its own, so that two frameworks do not share their memory.
+`experiments.bench_generate` runs `measure` in a process of its own, so that two frameworks do not share their memory.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
-import sys
 import time
 
 
@@ -61,8 +59,3 @@ def measure(config: dict, batch: int, tokens: int, new_tokens: int, dtype: str) 
     "step_s": step, "tokens_per_s": batch / step, "first_token_s": moments[0] - begin,
     "torch": torch.__version__, "transformers": transformers.__version__, "on": device.type,
   }  # fmt: skip
-
-
-def main() -> None:
-  """Measures what the first argument says, as a JSON object of `measure`'s arguments; prints another of the result."""
-  print(json.dumps(measure(**json.loads(sys.argv[1]))))

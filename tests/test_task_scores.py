@@ -187,6 +187,17 @@ def test_every_model_has_a_name_of_its_own(models, tmp_path):
     next(run.run(jobs, contenders[:1] * 2, byte_tokenizer()))
 
 
+def test_the_picture_of_a_text_tells_retrofits_of_one_folder_name_apart(tmp_path, monkeypatch):
+  drawn = []
+  monkeypatch.setattr(plots, "ablation", lambda path, rows, x, title: drawn.extend(rows) or str(path))
+  row = {"threshold": 0.0, "length": 8, "achieved_cr": 2.0}
+  rows = [{**row, "retrofit": name} for name in ("a/final", "b/final")]
+  config = evaluate.Config("model", retrofit=("a/final", "b/final"))
+  assert evaluate.text_picture(config, tmp_path / "x.png", rows, "title") == str(tmp_path / "x.png")
+  assert [row["line"] for row in drawn] == ["a/final", "b/final"]
+  assert evaluate.text_picture(config, tmp_path / "x.png", rows[:1], "title") is None
+
+
 def test_settings_of_the_program_that_cannot_be():
   for wrong, message in (
     ({"batch": 0}, "--batch=0 must be 1 or more"),

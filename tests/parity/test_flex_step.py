@@ -15,7 +15,7 @@ SHAPE = dataclasses.replace(
 )
 
 
-def formula(torch, compiled, q, k, v, bias, window):
+def formula(q, k, v, bias, window):
   group, t = q.shape[1] // k.shape[1], q.shape[2]
   wide = lambda x: x.repeat_interleave(group, dim=1)
   back = torch.arange(t)[:, None] - torch.arange(t)
@@ -25,7 +25,7 @@ def formula(torch, compiled, q, k, v, bias, window):
 
 @pytest.mark.parametrize(("trainable", "together"), [("gates", 1), ("lora", 2), ("all", 1)])
 def test_a_step_trains_what_it_says(trainable, together, monkeypatch):
-  monkeypatch.setattr(flex_attention, "as_trained", formula)
+  monkeypatch.setattr(flex_attention, "forms", lambda tokens, device: {"flex": formula})
   stepped = []
   adamw = torch.optim.AdamW
 
@@ -34,7 +34,7 @@ def test_a_step_trains_what_it_says(trainable, together, monkeypatch):
     return adamw(params, **kwargs)
 
   monkeypatch.setattr(torch.optim, "AdamW", watched)
-  found = flex_step.measure(llama_config(SHAPE), trainable, 4, 2, together, 24, 5, 1, False, device="cpu")
+  found = flex_step.measure(llama_config(SHAPE), trainable, 4, 2, together, 24, 5, 1, "flex", device="cpu")
   assert found["tokens_per_second"] == pytest.approx(48 / found["step_seconds"]) and 0 <= found["loss"] < 10
   layers, targets = SHAPE.num_layers, 4
   base = 2 + 9 * layers + (not SHAPE.tie_embeddings)  # embedding, final norm; seven projections and two norms a layer
@@ -44,4 +44,4 @@ def test_a_step_trains_what_it_says(trainable, together, monkeypatch):
 
 def test_it_says_why_it_was_not_measured(monkeypatch):
   monkeypatch.setitem(sys.modules, "transformers", None)
-  assert "transformers" in flex_step.measure(llama_config(SHAPE), "all", 4, 2, 1, 24, 5, 1, False)["skipped"]
+  assert "transformers" in flex_step.measure(llama_config(SHAPE), "all", 4, 2, 1, 24, 5, 1, "flex")["skipped"]
