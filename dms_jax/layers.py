@@ -16,6 +16,9 @@ from pallas_kernels.platform import platform
 
 # Rows up to which a product in bfloat16 is faster on a CPU with the weights as its left operand (`_few_rows`).
 FEW_ROWS = 16
+# Rows of a decode step from which on a GPU's gate and up are better products of their own: XLA makes one of them, whose
+# result, of the sums in float32, is then written and read once more.
+MANY_ROWS = 192
 
 
 def rms_norm(x: Float[Array, "*batch C"], weight: Float[Array, "C"], eps: float) -> Float[Array, "*batch C"]:
@@ -138,5 +141,8 @@ def project(x: Array, layer: dict, name: str, num_inputs: int = 1, *, lora_scale
 
 def mlp(layer: dict, x: Float[Array, "B T D"], lora_scale: float = 0.0) -> Float[Array, "B T D"]:
   """SwiGLU feed-forward."""
-  gate, up = (project(x, layer, n, lora_scale=lora_scale) for n in ("gate_proj", "up_proj"))
+  gate = project(x, layer, "gate_proj", lora_scale=lora_scale)
+  if platform() == "gpu" and MANY_ROWS <= len(x) and x.shape[1] == 1:
+    x, gate = jax.lax.optimization_barrier((x, gate))
+  up = project(x, layer, "up_proj", lora_scale=lora_scale)
   return project(jax.nn.silu(gate) * up, layer, "down_proj", lora_scale=lora_scale)

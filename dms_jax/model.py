@@ -7,6 +7,7 @@ when `unstack_layers` has made them a list: on a CPU indexing stacked weights co
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -27,6 +28,10 @@ from dms_jax.policies import Policy
 from dms_jax.sharding import constrain_rows, gather_layer
 from pallas_kernels import retrofit
 from pallas_kernels.platform import platform
+
+# A decode step of fewer rows is computed with so many on a GPU, but for attention: for one row XLA reads weights at
+# half the speed, and takes more kernels for a norm.
+LEAST_ROWS = 8
 
 # What the backward pass keeps of each layer's forward pass: products and attention. What lies between them (norms,
 # rotations, SwiGLU) is cheaper to compute again than to write and read; the last product leads to the next layer.
@@ -265,16 +270,24 @@ def cached_forward(
   positions = plan.seen[:, None] + jnp.arange(tokens.shape[1])
   heads = (tokens.shape[0], model.config.num_kv_heads, tokens.shape[1])
   about = jnp.broadcast_to((positions - cache.shift)[:, None], heads)
+  rows = tokens.shape[0]
+  padded = partial(_more_rows, least=LEAST_ROWS if platform() == "gpu" and tokens.shape[1] == 1 else 0)
 
   def attend(big, index, xs, q, k, v, logits):
     state, forced = xs
+    q, k, v, logits = jax.tree.map(lambda y: y[:rows], (q, k, v, logits))
     evict = policy.decide(logits, index, about) if forced is None else forced
     out, big, state, seen = cache.attend(plan, policy, index, big, state, q, k, v, evict)
-    return out, big, (state, seen, logits)
+    return padded(out), big, (state, seen, logits)
 
-  xs = cache.layer_state(), imposed
-  x, big, (states, seen, logits) = _run_layers(model, embed(model, tokens), positions, attend, cache.carried(), xs)
-  return StepOutput(x, seen, logits, plan.lengths, plan.stalled), cache.commit(plan, big, states)
+  x, xs = embed(model, padded(tokens)), (cache.layer_state(), imposed)
+  x, big, (states, seen, logits) = _run_layers(model, x, padded(positions), attend, cache.carried(), xs)
+  return StepOutput(x[:rows], seen, logits, plan.lengths, plan.stalled), cache.commit(plan, big, states)
+
+
+def _more_rows(x: Array, least: int) -> Array:
+  """x [B, ...] with zeros behind it where it has less than `least` rows."""
+  return jnp.pad(x, [(0, max(least - len(x), 0))] + [(0, 0)] * (x.ndim - 1))
 
 
 def _one_by_one(model: Model, policy: Policy, cache: Cache, tokens: Array, lengths: Array, imposed: Array | None):

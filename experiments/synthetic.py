@@ -48,7 +48,8 @@ class Drawn(Policy):
 
   def decide(self, logits, layer, position):
     head = jnp.arange(self.rates.shape[1])[:, None]
-    evict = uniform(layer, head, position) >= self.rates[layer, head]
+    rates = self.rates[layer][:, None] if isinstance(layer, int) else self.rates[layer, head]  # a GPU's slice is free
+    evict = uniform(layer, head, position) >= rates
     return evict if logits is None else evict & (logits == logits)  # never NaN, which no compiler knows
 
 

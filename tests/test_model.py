@@ -30,6 +30,7 @@ from dms_jax.model import (
 )  # fmt: skip
 from dms_jax.model import unembed as model_unembed
 from dms_jax.params import flatten, param_table
+from pallas_kernels.platform import tracing_for
 from tests import oracle, tiny
 
 NEAR = 1e-3  # of the threshold: float32 may decide differently there (counted, and compared under imposed decisions)
@@ -260,6 +261,22 @@ def test_one_row_is_divided_among_cores(cores, monkeypatch):
   x, weight = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((1, 2, 24), (6, 5, 2, 24)))
   y = linear(x, weight, 2)
   close(y, np.einsum("rhd,abhd->rab", np.asarray(x, np.float64), np.asarray(weight, np.float64)), 1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_few_rows_of_a_step_are_padded_on_a_gpu(rows):
+  """Neither hidden states nor cache show it, whatever the padding is."""
+  cfg, window = tiny.config(), 5
+  model, tokens = tiny.model(cfg, tiny.dms()).unstacked(), tiny.tokens(tiny.config(), rows, 18)
+  steps, results = even_steps(rows, 18, 1), []
+  for name in ("cpu", "gpu"):
+    cache = caches.create("slots", cfg, batch=rows, capacity=24, window=window, shift=1, dtype=jnp.float32)
+    jax.clear_caches()
+    with tracing_for(name):
+      results.append(run_cached(model, policies.DMS(window=window), cache, tokens, steps))
+  jax.clear_caches()
+  for padded, as_it_is in zip(jax.tree.leaves(results[1]), jax.tree.leaves(results[0]), strict=True):
+    close(padded, as_it_is)
 
 
 def test_bfloat16_under_imposed_decisions(record_property):

@@ -41,25 +41,33 @@ MOST_PAIRS = 4096
 def default_blocks(
   batch: int, kv_heads: int, slots: int, head_dim: int, processors: int, paged: bool = False, scaled: bool = False
 ) -> Blocks:
-  """Block sizes by shape: two workers a processor, three blocks in flight each.
+  """Block sizes by shape, as measured on an H100.
 
-  A contiguous cache of `slots` a head gets one or two chunks a worker at an eighth of the slots live; larger chunks, up
-  to 1,024 slots, mean fewer partial results. With pages `slots` is what the contiguous cache beside them holds;
-  their table may grow, and no result may change with it: chunks go by the number of pairs alone.
+  Two workers a processor with three blocks in flight each; heads of 64, whose blocks are half as large, get four with
+  two, unless there are so few pairs that workers would be idle, or so many that all have enough to read anyway. A
+  contiguous cache of `slots` a head gets one or two chunks a worker at an eighth of the slots live; larger chunks, up
+  to 1,024 slots, mean fewer partial results, and with the largest few are merged at a time. With pages `slots` is what
+  the contiguous cache beside them holds; their table may grow, and no result may change with it: chunks go by the
+  number of pairs alone.
   """
   block = 64
   if compat.interpreting():  # every part of the kernel at work on small inputs
     return Blocks(block, 2, 2 * block, 3)
   pairs, workers, stages = batch * kv_heads, 2 * processors, 3
+  many = pairs >= 3 * workers
+  if scaled:
+    stages = (2 if slots else 4) * 128 // head_dim
+  elif head_dim == 64 and 4 * pairs >= processors and not many:
+    workers, stages = 4 * processors, 2
   if paged:
-    stages = (2 if slots else 4) * 128 // head_dim if scaled else stages
-    if pairs >= 3 * workers:
-      return Blocks(block, stages, 1024, workers, 256)
-    return Blocks(block, stages, 256 if 2 * pairs >= workers else 128, workers)
-  share = max(pairs * slots // 8 // workers, 1)
-  split = max(2 * block, slots // 256, min(1024, 2 ** (share.bit_length() - 1)))
+    if many:
+      return Blocks(block, stages, 1024, workers, 256, 4)
+    return Blocks(block, stages, 512 if pairs >= processors else 256 if 4 * pairs >= processors else 128, workers)
+  share = pairs * slots // 8 // (2 * processors)
+  split = max(2 * block, slots // 128, min(1024, 2 ** share.bit_length()))
   split = -(-split // block) * block
-  return Blocks(block, stages, split, workers, max(2 * block, split // 4 // block * block))
+  rest = max(2 * block, split // 4 // block * block)
+  return Blocks(block, stages, split, workers, rest, 4 if split >= 1024 and pairs >= processors else 8)
 
 
 def shape_class(pairs: int, head_dim: int, slots: int, page: int, stored: str) -> str:
@@ -459,7 +467,7 @@ def _attend(sizes: Blocks, case: Case, q, layer, *arrays):
     pair = lax.axis_index("pair")
     chunks = lambda: sum(chunks_of([live[pair] for live in lengths_refs], sizes)[1:])
     rows = pl.ds(lax.axis_index("rows") * tile.together, tile.together)
-    merge(pair, rows, chunks, case.chunks(sizes), part_ref, stat_ref, out_ref, logs[0] if logs else None)
+    merge(pair, rows, chunks, case.chunks(sizes), sizes.batch, part_ref, stat_ref, out_ref, logs[0] if logs else None)
 
   done = compat.kernel(
     merge_body,

@@ -16,19 +16,20 @@ from pallas_kernels.compat import plgpu
 LOG2E = math.log2(math.e)
 # A finite stand-in for -inf as the maximum of no scores: exp2(-inf - NEVER) is 0, not NaN.
 NEVER = -1e30
-BATCH = 8  # partial results of a pair loaded together; the next ones while these are merged
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
   """Sizes. `block` slots are computed with at a time, `stages` blocks of them in flight a worker. `split` slots make a
-  partial result; what is left of a pair is cut into pieces of `rest` slots, which are begun last."""
+  partial result; what is left of a pair is cut into pieces of `rest` slots, which are begun last. `batch` partial
+  results of a pair are loaded together, the next ones while these are merged."""
 
   block: int
   stages: int
   split: int
   workers: int
   rest: int = 128
+  batch: int = 8
 
   def __post_init__(self):
     if self.split % self.block or self.split == self.block or self.block % warpgroup.ROWS:
@@ -93,7 +94,7 @@ def find(starts, first, size: int, number):
   return place
 
 
-def merge(pair, rows, chunks, most: int, part_ref, stat_ref, out_ref, lse_ref):
+def merge(pair, rows, chunks, most: int, batch: int, part_ref, stat_ref, out_ref, lse_ref):
   """Merges some rows of a pair's partial results, `chunks()` of at most `most`, in their order, and writes them.
 
   The first results are asked for before their number is, which has to come from memory too.
@@ -106,8 +107,8 @@ def merge(pair, rows, chunks, most: int, part_ref, stat_ref, out_ref, lse_ref):
   def load(number, last):
     """Partial results of a batch: [(chunk, sum of values, maximum, sum of weights)]; the `last` again after it."""
     parts = []
-    for i in range(BATCH):
-      chunk = number * BATCH + i
+    for i in range(batch):
+      chunk = number * batch + i
       at = pair, jnp.minimum(chunk, last)
       top, total = (warpgroup.load_columns(stat_ref.at[*at, x, rows], shape, vector) for x in range(2))
       parts.append((chunk, plgpu.load(part_ref.at[*at, rows], layout=layout, optimized=False), top, total))
@@ -129,7 +130,7 @@ def merge(pair, rows, chunks, most: int, part_ref, stat_ref, out_ref, lse_ref):
       acc, total = acc + part * weight, total + part_total * weight
     return acc, new_top, total, ahead
 
-  batches = lax.div(count + jnp.int32(BATCH - 1), jnp.int32(BATCH))
+  batches = lax.div(count + jnp.int32(batch - 1), jnp.int32(batch))
   acc, top, total, _ = lax.fori_loop(0, batches, fold, (spread(0.0), spread(NEVER), spread(0.0), ahead))
   nothing = total == 0.0
   out_ref[pair, rows] = (acc / jnp.where(nothing, 1.0, total)).astype(out_ref.dtype)

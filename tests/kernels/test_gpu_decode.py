@@ -181,11 +181,14 @@ def test_each_chunk_has_a_number(pairs, split, rest):
 
 
 def test_sizes_by_shape():
-  """Two workers a processor; chunks of 512 slots in large caches, fewer where that would leave workers idle."""
-  assert gpu.default_blocks(32, 8, 8192, 128, 132).split == 512
-  assert gpu.default_blocks(1, 8, 32768, 128, 132).split == 128
+  """Two workers a processor, four for heads of 64; longer chunks in larger caches, as long as no worker is idle."""
+  assert gpu.default_blocks(32, 8, 8192, 128, 132) == gpu.Blocks(64, 3, 1024, 264, 256, 4)
+  assert gpu.default_blocks(1, 8, 32768, 128, 132).split == 256
   assert gpu.default_blocks(1, 3, 512, 64, 132) == gpu.Blocks(64, 3, 128, 264)
-  assert gpu.default_blocks(32, 8, 272, 128, 132, paged=True) == gpu.Blocks(64, 3, 256, 264)
+  assert gpu.default_blocks(8, 8, 8192, 64, 132) == gpu.Blocks(64, 2, 256, 528)
+  assert gpu.default_blocks(32, 8, 272, 128, 132, paged=True) == gpu.Blocks(64, 3, 512, 264)
+  assert gpu.default_blocks(8, 8, 272, 64, 132, paged=True) == gpu.Blocks(64, 2, 256, 528)
+  assert gpu.default_blocks(248, 8, 272, 64, 132, paged=True) == gpu.Blocks(64, 3, 1024, 264, 256, 4)
   assert gpu.default_blocks(1, 8, 0, 128, 132, paged=True, scaled=True) == gpu.Blocks(64, 4, 128, 264)
   with pytest.raises(ValueError, match="two or more times block"):
     gpu.Blocks(64, 2, 96, 4)
