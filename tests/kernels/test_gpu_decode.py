@@ -30,9 +30,9 @@ def inputs(batch, heads, group, h, slots, lengths, dtype=jnp.bfloat16):
   return q, jnp.asarray(kv, dtype), jnp.asarray(lengths)
 
 
-def run(q, kv, lengths, block=64, stages=2, split=128, workers=3, lse=False):
+def run(q, kv, lengths, block=64, stages=2, split=128, workers=3, batch=8, lse=False):
   """The kernel in the interpreter, with few workers."""
-  sizes = gpu.Blocks(block, stages, split, workers)
+  sizes = gpu.Blocks(block, stages, split, workers, batch=batch)
   with on_hopper():
     return jax.block_until_ready(gpu.decode_attention(q, kv, jnp.int32(LAYER), lengths, blocks=sizes, lse=lse))
 
@@ -72,6 +72,13 @@ def test_result_depends_on_its_own_slots_alone():
   both = run(q, kv, lengths)
   alone = run(q[:1], kv[:, :1], lengths[:1], workers=5)
   np.testing.assert_array_equal(np.asarray(both[:1], np.float32), np.asarray(alone, np.float32))
+
+
+@needs_mosaic_gpu
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_partial_results_merged_few_at_a_time(batch):
+  """As many as there are, one more and one less, and none."""
+  check(*inputs(1, 4, 4, 64, 512, [512, 385, 256, 0]), batch=batch)
 
 
 @needs_mosaic_gpu
