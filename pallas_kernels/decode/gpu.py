@@ -83,7 +83,7 @@ def processors() -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class Variant:
   """What a kernel is compiled for, besides the shapes of its arguments: `slots` a head in the contiguous cache and
   `pages` of `page` slots in the table, 0 where there is none; `scaled`, pages of 8 bits; `lse` is asked for."""
 
@@ -150,8 +150,8 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
     arrays += [pages.scales.reshape(-1)] if scaled else []
     counts.append(pages.lengths)
   counts = [x.astype(jnp.int32).reshape(pairs) for x in counts]
-  case = Case(slots, page, most, scaled, lse)
-  out, logs = _attend(blocks, case, *arrays, *counts)
+  variant = Variant(slots, page, most, scaled, lse)
+  out, logs = _attend(blocks, variant, *arrays, *counts)
   out = out[:, :group].reshape(b, n, h)
   return (out, logs[:, :group, 0].reshape(b, n)) if lse else out
 
@@ -170,7 +170,7 @@ def check_pages(pages, dtype, block: int) -> None:
     raise NotImplementedError(f"a pool of {number} pages, a table of {pages.table.size}: 1 or more, below 2^31 slots")
 
 
-def _attend(sizes: Blocks, case: Case, q, layer, *arrays):
+def _attend(sizes: Blocks, variant: Variant, q, layer, *arrays):
   """(out [P, R, H], log-sum-exp float32 [P, R, H] or None), for P pairs of row and KV head.
 
   q [P, G, H], layer [1]; then kv [L * P * S, 2H] if there are slots; the pool [pages * page, 2H], the table
@@ -179,12 +179,12 @@ def _attend(sizes: Blocks, case: Case, q, layer, *arrays):
   pairs, group, h = q.shape
   tile = Tile.of(group, h, apart=pairs < processors())
   block, stages = sizes.block, sizes.stages
-  slots, page = case.slots, case.page
+  slots, page = variant.slots, variant.page
   unit = min(page, block) if page else block  # slots that one copy of pages moves
   pieces = block // unit
   scale = h**-0.5 * LOG2E
   i32 = jnp.int32
-  lengths = arrays[-case.sources :]
+  lengths = arrays[-variant.sources :]
   listed = max(warpgroup.THREADS, 1 << (pairs - 1).bit_length())  # pairs, and as many more as make it a power of two
   board_size = stages + 2  # numbers of chunks from the one computed with to the one drawn
   counting = not compat.interpreting()
@@ -194,12 +194,12 @@ def _attend(sizes: Blocks, case: Case, q, layer, *arrays):
     q_ref, layer_ref = refs.pop(0), refs.pop(0)
     kv_ref = refs.pop(0) if slots else None
     pool_ref, table_ref = (refs.pop(0), refs.pop(0)) if page else (None, None)
-    scales_ref = refs.pop(0) if case.scaled else None
+    scales_ref = refs.pop(0) if variant.scaled else None
     lengths_refs = [refs.pop(0) for _ in lengths]
     part_ref, stat_ref = refs.pop(0), refs.pop(0)
     lens = [refs.pop(0) for _ in lengths]
     starts, sums, board, reduced, q_smem, p_smem, kv_smem, ready, *refs = refs
-    bytes_smem, scales_smem, bytes_ready = refs if case.scaled else (None, None, None)
+    bytes_smem, scales_smem, bytes_ready = refs if variant.scaled else (None, None, None)
     # The first counts the chunks that have been given out. The others are there because XLA fills them once for many
     # calls, where it would copy a single zero, a constant to it, before each; so it has to be 0 again afterwards.
     counters = pl.get_global(plgpu.SemaphoreType.REGULAR((warpgroup.THREADS,))) if counting else None
@@ -217,7 +217,7 @@ def _attend(sizes: Blocks, case: Case, q, layer, *arrays):
       starts[pl.ds(i * listed, listed)] = before[i]
     plgpu.commit_smem()
     total = sum(every)
-    first_slot, first_page = layer_ref[0] * (pairs * slots), layer_ref[0] * (pairs * case.pages)
+    first_slot, first_page = layer_ref[0] * (pairs * slots), layer_ref[0] * (pairs * variant.pages)
 
     # A worker's first chunk, or its first two where there are few, have numbers that are known beforehand. The others
     # are drawn as they are needed: one ahead, so that the answer is there by then. The interpreter has no counters:
@@ -269,11 +269,11 @@ def _attend(sizes: Blocks, case: Case, q, layer, *arrays):
 
     def numbers_of(pair, at):
       """Numbers of the pages in block `at` of a pair's stream; anything where nothing is live."""
-      if not case.pages:
+      if not variant.pages:
         return (i32(0),) * pieces if page else ()
       at = (at - in_cache(pair)) * block
-      place = lambda j: jnp.clip(lax.div(at + i32(j * unit), i32(page)), 0, case.pages - 1)
-      return tuple(table_ref[first_page + pair * case.pages + place(j)] for j in range(pieces))
+      place = lambda j: jnp.clip(lax.div(at + i32(j * unit), i32(page)), 0, variant.pages - 1)
+      return tuple(table_ref[first_page + pair * variant.pages + place(j)] for j in range(pieces))
 
     def copy_live(live, j, copies, barrier):
       """Starts `copies` for the j-th piece of a block, or does what they would have done to the barrier."""
@@ -326,11 +326,11 @@ def _attend(sizes: Blocks, case: Case, q, layer, *arrays):
         def _():
           start = (at - first) * block
           live = lens[-1][pair] - start
-          target, barrier = (bytes_smem, bytes_ready.at[slot]) if case.scaled else (kv_smem, ready.at[slot])
+          target, barrier = (bytes_smem, bytes_ready.at[slot]) if variant.scaled else (kv_smem, ready.at[slot])
           for j in range(pieces):
             row = numbers[j] * page + (lax.rem(start, i32(page)) if page > block else 0)
             copies = [(pool_ref.at[pl.ds(row, unit)], target.at[slot, pl.ds(j * unit, unit)])]
-            if case.scaled:
+            if variant.scaled:
               piece = scales_smem.at[slot, pl.ds(2 * j * unit, 2 * unit)]
               copies.append((scales_ref.at[pl.ds(2 * row, 2 * unit)], piece))
             copy_live(live, j, copies, barrier)
@@ -419,7 +419,7 @@ def _attend(sizes: Blocks, case: Case, q, layer, *arrays):
         last = source + 1 == len(lens)
         stop = size if last else jnp.clip(first - begin, 0, size)
         live = length[pair] - (begin if source == 0 and slots else begin - first) * block
-        carry = lax.fori_loop(done, stop, functools.partial(step, live=live, scaled=case.scaled and last), carry)
+        carry = lax.fori_loop(done, stop, functools.partial(step, live=live, scaled=variant.scaled and last), carry)
         done = stop
       acc, top, weights, ahead = carry
       weights = warpgroup.reduce_columns(weights, "sum", reduced.at[lax.rem(number + turn + size, i32(2))])
@@ -430,10 +430,10 @@ def _attend(sizes: Blocks, case: Case, q, layer, *arrays):
 
     lax.while_loop(lambda state: state[1] < total, one_chunk, (i32(0), worker, ahead, i32(0)))
 
-  parts = [jax.ShapeDtypeStruct((pairs, case.chunks(sizes), *tile.shape), jnp.float32)]
-  parts.append(jax.ShapeDtypeStruct((pairs, case.chunks(sizes), 2, warpgroup.GROUP), jnp.float32))
+  parts = [jax.ShapeDtypeStruct((pairs, variant.chunks(sizes), *tile.shape), jnp.float32)]
+  parts.append(jax.ShapeDtypeStruct((pairs, variant.chunks(sizes), 2, warpgroup.GROUP), jnp.float32))
   outs = [jax.ShapeDtypeStruct((pairs, *tile.shape), q.dtype)]
-  outs += [jax.ShapeDtypeStruct((pairs, *tile.shape), jnp.float32)] if case.lse else []
+  outs += [jax.ShapeDtypeStruct((pairs, *tile.shape), jnp.float32)] if variant.lse else []
   params = plgpu.CompilerParams(approx_math=True)
   scratch = [plgpu.SMEM((listed,), jnp.int32) for _ in lengths]
   scratch += [plgpu.SMEM(shape, jnp.int32) for shape in ((2 * listed,), (2, warpgroup.THREADS // 32), (board_size,))]
@@ -445,10 +445,10 @@ def _attend(sizes: Blocks, case: Case, q, layer, *arrays):
   ]
   # Where blocks of 8 bits alone are loaded, one place is enough to widen them to.
   scratch += [
-    matrix(q.dtype, *((stages,) if slots or not case.scaled else ())),
+    matrix(q.dtype, *((stages,) if slots or not variant.scaled else ())),
     plgpu.Barrier(num_barriers=stages, num_arrivals=pieces),
   ]
-  if case.scaled:
+  if variant.scaled:
     scratch += [matrix(arrays[1 if slots else 0].dtype, stages), plgpu.SMEM((stages, 2 * block), jnp.float32)]
     scratch.append(plgpu.Barrier(num_barriers=stages, num_arrivals=2 * pieces))
   kinds = f"pages{page}_" if page else ""
@@ -467,7 +467,9 @@ def _attend(sizes: Blocks, case: Case, q, layer, *arrays):
     pair = lax.axis_index("pair")
     chunks = lambda: sum(chunks_of([live[pair] for live in lengths_refs], sizes)[1:])
     rows = pl.ds(lax.axis_index("rows") * tile.together, tile.together)
-    merge(pair, rows, chunks, case.chunks(sizes), sizes.batch, part_ref, stat_ref, out_ref, logs[0] if logs else None)
+    merge(
+      pair, rows, chunks, variant.chunks(sizes), sizes.batch, part_ref, stat_ref, out_ref, logs[0] if logs else None
+    )
 
   done = compat.kernel(
     merge_body,
@@ -477,4 +479,4 @@ def _attend(sizes: Blocks, case: Case, q, layer, *arrays):
     kernel_name="decode_merge",
     compiler_params=params,
   )(*lengths, part, stat)
-  return done[0], done[1] if case.lse else None
+  return done[0], done[1] if variant.lse else None

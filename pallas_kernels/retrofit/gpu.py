@@ -60,7 +60,7 @@ def default_blocks(head_dim: int) -> Blocks:
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class Variant:
   """What a kernel is compiled for, besides shapes."""
 
   window: int
@@ -88,9 +88,9 @@ def retrofit_attention(q, k, v, bias, window, segment_ids, blocks: Blocks | None
     bias = None if bias is None else jnp.pad(bias, ((0, 0), (0, 0), (0, pad)))
     segment_ids = None if segment_ids is None else jnp.pad(segment_ids, ((0, 0), (0, pad)), mode="edge")
   bounds = None if segment_ids is None else segment_bounds(segment_ids)
-  case = Case(int(window), bias is not None, bounds is not None, blocks)
+  variant = Variant(int(window), bias is not None, bounds is not None, blocks)
   bias = None if bias is None else bias.astype(jnp.float32)
-  return _attention(case, q, k, v, bias, bounds)[:, :t]
+  return _attention(variant, q, k, v, bias, bounds)[:, :t]
 
 
 def segment_bounds(segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -106,38 +106,38 @@ def segment_bounds(segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(case, q, k, v, bias, bounds):
-  return _attention_fwd(case, q, k, v, bias, bounds)[0]
+def _attention(variant, q, k, v, bias, bounds):
+  return _attention_fwd(variant, q, k, v, bias, bounds)[0]
 
 
-def _attention_fwd(case, q, k, v, bias, bounds):
+def _attention_fwd(variant, q, k, v, bias, bounds):
   # The barrier keeps XLA from running the kernel twice in a scan over layers: once for the next operation, and once
   # fused into the update of the array that saves the results of all layers for the backward pass.
-  out, lse = saved(lax.optimization_barrier(forward(case, q, k, v, bias, None if bounds is None else bounds[0])))
+  out, lse = saved(lax.optimization_barrier(forward(variant, q, k, v, bias, None if bounds is None else bounds[0])))
   return out, (q, k, v, bias, bounds, out, lse)
 
 
-def _attention_bwd(case, saved, dout):
+def _attention_bwd(variant, saved, dout):
   from pallas_kernels.retrofit import gpu_backward
 
   q, k, v, bias, bounds, out, lse = saved
   delta = jnp.einsum("btnh,btnh->bnt", out.astype(jnp.float32), dout.astype(jnp.float32))
   start, end = (None, None) if bounds is None else bounds
-  dq = gpu_backward.query_gradient(case, q, k, v, bias, start, dout, lse, delta)
-  dk, dv, dbias = gpu_backward.key_gradients(case, q, k, v, bias, end, dout, lse, delta)
+  dq = gpu_backward.query_gradient(variant, q, k, v, bias, start, dout, lse, delta)
+  dk, dv, dbias = gpu_backward.key_gradients(variant, q, k, v, bias, end, dout, lse, delta)
   return dq, dk, dv, dbias, None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def scores_of(case: Case, raw, scale, q_base, kv_base, bias, start):
+def scores_of(variant: Variant, raw, scale, q_base, kv_base, bias, start):
   """Scores [queries, keys] in units of log 2 with the bias and every mask; `raw` is the bare product q k^T."""
   i = plgpu.broadcasted_iota(jnp.int32, raw.shape, 0, layout=plgpu.Layout.WGMMA) + q_base
   j = plgpu.broadcasted_iota(jnp.int32, raw.shape, 1, layout=plgpu.Layout.WGMMA) + kv_base
   s = raw * scale
   if bias is not None:
-    s = jnp.where(i - j > case.window, s + lax.broadcast_in_dim(bias, raw.shape, [1]), s)
+    s = jnp.where(i - j > variant.window, s + lax.broadcast_in_dim(bias, raw.shape, [1]), s)
   visible = j <= i
   if start is not None:
     visible = visible & (j >= lax.broadcast_in_dim(start, raw.shape, [0]))
@@ -150,7 +150,7 @@ def far_scores(raw, scale, bias):
   return s if bias is None else s + lax.broadcast_in_dim(bias, raw.shape, [1])
 
 
-def key_ranges(case: Case, start_ref, batch, tile_base, tile, q_base, rows, block):
+def key_ranges(variant: Variant, start_ref, batch, tile_base, tile, q_base, rows, block):
   """Blocks of keys that a tile of queries visits: (first, far_begin, far_end, end), in blocks.
 
   [first, far_begin) and [far_end, end) need masks, [far_begin, far_end) need none. `first` and `end` are the same for
@@ -158,10 +158,10 @@ def key_ranges(case: Case, start_ref, batch, tile_base, tile, q_base, rows, bloc
   """
   i32 = jnp.int32
   end = lax.div(tile_base + i32(tile + block - 1), i32(block))
-  reach = jnp.maximum(q_base - case.window, 0) if case.has_bias else q_base + 1
+  reach = jnp.maximum(q_base - variant.window, 0) if variant.has_bias else q_base + 1
   far_end = lax.div(reach, i32(block))
   first = far_begin = i32(0)
-  if case.has_segments:
+  if variant.has_segments:
     first = lax.div(start_ref[batch, tile_base], i32(block))
     far_begin = lax.div(start_ref[batch, q_base + (rows - 1)] + i32(block - 1), i32(block))
     far_begin = jnp.minimum(far_begin, end)
@@ -169,30 +169,30 @@ def key_ranges(case: Case, start_ref, batch, tile_base, tile, q_base, rows, bloc
   return first, far_begin, far_end, end
 
 
-def forward(case: Case, q, k, v, bias, start):
+def forward(variant: Variant, q, k, v, bias, start):
   """(out [B, T, N, H], log-sum-exp float32 [B, N, T] in units of log 2); T a multiple of `blocks.multiple`."""
   b, t, n, h = q.shape
   group = n // k.shape[2]
-  rows, block, stages = case.blocks.q, case.blocks.kv, case.blocks.stages
+  rows, block, stages = variant.blocks.q, variant.blocks.kv, variant.blocks.stages
   tile = WARPGROUPS * rows
   tiles = t // tile
   scale = h**-0.5 * LOG2E
   inputs = [q, k, v]
-  if case.has_bias:
+  if variant.has_bias:
     inputs.append(bias * LOG2E)
-  if case.has_segments:
+  if variant.has_segments:
     inputs.append(start)
 
   def body(*refs):
     refs = list(refs)
     q_ref, k_ref, v_ref = refs[:3]
     del refs[:3]
-    bias_ref = refs.pop(0) if case.has_bias else None
-    start_ref = refs.pop(0) if case.has_segments else None
+    bias_ref = refs.pop(0) if variant.has_bias else None
+    start_ref = refs.pop(0) if variant.has_segments else None
     out_ref, lse_ref, q_smem, k_smem, v_smem, lse_smem = refs[:6]
     del refs[:6]
-    bias_smem = refs.pop(0) if case.has_bias else None
-    start_smem = refs.pop(0) if case.has_segments else None
+    bias_smem = refs.pop(0) if variant.has_bias else None
+    start_smem = refs.pop(0) if variant.has_segments else None
     q_ready, k_ready, v_ready, k_free, v_free, turn = refs
 
     head, batch = lax.axis_index("head"), lax.axis_index("batch")
@@ -200,7 +200,7 @@ def forward(case: Case, q, k, v, bias, start):
     # The last tiles have the most keys: they start first.
     tile_base = (tiles - 1 - lax.axis_index("tile")) * tile
     q_base = tile_base + jnp.minimum(wg, WARPGROUPS - 1) * rows
-    first, far_begin, far_end, end = key_ranges(case, start_ref, batch, tile_base, tile, q_base, rows, block)
+    first, far_begin, far_end, end = key_ranges(variant, start_ref, batch, tile_base, tile, q_base, rows, block)
 
     def take_turn():
       plgpu.barrier_arrive(turn)
@@ -208,12 +208,12 @@ def forward(case: Case, q, k, v, bias, start):
 
     @pl.when(wg < WARPGROUPS)
     def _compute():
-      plgpu.set_max_registers(case.blocks.compute_registers, action="increase")
+      plgpu.set_max_registers(variant.blocks.compute_registers, action="increase")
       plgpu.copy_gmem_to_smem(q_ref.at[batch, pl.ds(q_base, rows), head], q_smem.at[wg], q_ready.at[wg])
-      if case.has_segments:
+      if variant.has_segments:
         plgpu.copy_gmem_to_smem(start_ref.at[batch, pl.ds(q_base, rows)], start_smem.at[wg], q_ready.at[wg])
       plgpu.barrier_wait(q_ready.at[wg])
-      starts = plgpu.load(start_smem.at[wg], layout=compat.row_layout()) if case.has_segments else None
+      starts = plgpu.load(start_smem.at[wg], layout=compat.row_layout()) if variant.has_segments else None
       row = lambda x: plgpu.layout_cast(jnp.full((rows,), x, jnp.float32), compat.row_layout())
       acc = plgpu.layout_cast(jnp.zeros((rows, h), jnp.float32), plgpu.Layout.WGMMA)
 
@@ -225,10 +225,10 @@ def forward(case: Case, q, k, v, bias, start):
         slot = lax.rem(number - first, jnp.int32(stages))
         plgpu.barrier_wait(k_ready.at[slot])
         raw = compat.dot(q_smem.at[wg], k_smem.at[slot].transpose((1, 0)), then=take_turn)
-        column = plgpu.load(bias_smem.at[slot], layout=compat.column_layout()) if case.has_bias else None
+        column = plgpu.load(bias_smem.at[slot], layout=compat.column_layout()) if variant.has_bias else None
         compat.release(k_free.at[slot])
         if masked:
-          s = scores_of(case, raw, scale, q_base, number * block, column, starts)
+          s = scores_of(variant, raw, scale, q_base, number * block, column, starts)
         else:
           s = far_scores(raw, scale, column)
         new_top = jnp.maximum(top, s.max(axis=1))
@@ -245,7 +245,7 @@ def forward(case: Case, q, k, v, bias, start):
         return acc * lax.broadcast_in_dim(shrink, acc.shape, [0]) + product, new_top, total
 
       carry = acc, row(NEVER), row(0.0)
-      if case.has_segments:
+      if variant.has_segments:
         carry = lax.fori_loop(first, far_begin, functools.partial(step, masked=True), carry)
       carry = lax.fori_loop(far_begin, far_end, functools.partial(step, masked=False), carry)
       acc, top, total = lax.fori_loop(far_end, end, functools.partial(step, masked=True), carry)
@@ -260,7 +260,7 @@ def forward(case: Case, q, k, v, bias, start):
 
     @pl.when(wg == WARPGROUPS)
     def _load():
-      plgpu.set_max_registers(case.blocks.memory_registers, action="decrease")
+      plgpu.set_max_registers(variant.blocks.memory_registers, action="decrease")
       kv_head = lax.div(head, jnp.int32(group))
 
       @pl.loop(0, end - first)
@@ -270,7 +270,7 @@ def forward(case: Case, q, k, v, bias, start):
         full = number >= stages
         pl.when(full)(lambda: plgpu.barrier_wait(k_free.at[slot]))
         plgpu.copy_gmem_to_smem(k_ref.at[batch, keys, kv_head], k_smem.at[slot], k_ready.at[slot])
-        if case.has_bias:
+        if variant.has_bias:
           plgpu.copy_gmem_to_smem(bias_ref.at[batch, kv_head, keys], bias_smem.at[slot], k_ready.at[slot])
         pl.when(full)(lambda: plgpu.barrier_wait(v_free.at[slot]))
         plgpu.copy_gmem_to_smem(v_ref.at[batch, keys, kv_head], v_smem.at[slot], v_ready.at[slot])
@@ -280,12 +280,12 @@ def forward(case: Case, q, k, v, bias, start):
   matrix = functools.partial(plgpu.SMEM, dtype=q.dtype, transforms=compat.operand_transforms())
   scratch = [matrix((WARPGROUPS, rows, h)), matrix((stages, block, h)), matrix((stages, block, h))]
   scratch.append(plgpu.SMEM((WARPGROUPS, rows), jnp.float32))
-  if case.has_bias:
+  if variant.has_bias:
     scratch.append(plgpu.SMEM((stages, block), jnp.float32))
-  if case.has_segments:
+  if variant.has_segments:
     scratch.append(plgpu.SMEM((WARPGROUPS, rows), jnp.int32))
   barrier = lambda count, arrivals: plgpu.Barrier(num_barriers=count, num_arrivals=arrivals)
-  scratch += [barrier(WARPGROUPS, 1 + case.has_segments), barrier(stages, 1 + case.has_bias), barrier(stages, 1)]
+  scratch += [barrier(WARPGROUPS, 1 + variant.has_segments), barrier(stages, 1 + variant.has_bias), barrier(stages, 1)]
   scratch += [barrier(stages, WARPGROUPS), barrier(stages, WARPGROUPS), barrier(1, WARPGROUPS)]
   return compat.kernel(
     body,

@@ -68,7 +68,7 @@ def default_blocks(tokens: int, group: int, head_dim: int, itemsize: int) -> Blo
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class Variant:
   """What a kernel is compiled for, besides shapes."""
 
   window: int
@@ -101,25 +101,25 @@ def retrofit_attention(q, k, v, bias, window, segment_ids, blocks: Blocks | None
   start = None if segment_ids is None else segment_bounds(segment_ids)[0][:, None, None]
   # Zeros behind the last token, in the last segment: no real query sees them, and no gradient reaches them.
   fill = lambda x, **how: None if x is None else jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, pad)), **how)
-  case = Case(int(window), bias is not None, blocks)
-  out = _attention(case, fill(q), fill(k), fill(v), fill(bias), fill(start, mode="edge"))
+  variant = Variant(int(window), bias is not None, blocks)
+  out = _attention(variant, fill(q), fill(k), fill(v), fill(bias), fill(start, mode="edge"))
   return jnp.moveaxis(out[..., :t].reshape(b, n, h, t), -1, 1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(case, q, k, v, bias, start):
-  return forward(case, q, k, v, bias, start)[0]
+def _attention(variant, q, k, v, bias, start):
+  return forward(variant, q, k, v, bias, start)[0]
 
 
-def _attention_fwd(case, q, k, v, bias, start):
-  out, lse = saved(forward(case, q, k, v, bias, start))
+def _attention_fwd(variant, q, k, v, bias, start):
+  out, lse = saved(forward(variant, q, k, v, bias, start))
   return out, (q, k, v, bias, start, out, lse)
 
 
-def _attention_bwd(case, saved, dout):
+def _attention_bwd(variant, saved, dout):
   from pallas_kernels.retrofit import tpu_backward
 
-  return *tpu_backward.gradients(case, *saved, dout), None
+  return *tpu_backward.gradients(variant, *saved, dout), None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
@@ -144,14 +144,14 @@ class Pairs(NamedTuple):
   rows: int
 
 
-def visible_pairs(case: Case, tile: Tile, batch: int, tokens: int, start, by_keys: bool) -> Pairs:
+def visible_pairs(variant: Variant, tile: Tile, batch: int, tokens: int, start, by_keys: bool) -> Pairs:
   """The pairs sorted by block of queries, or of keys; `start` int32 [B, 1, 1, T], each query's first visible key."""
   i = np.arange(0, tokens, tile.q)[None, :, None]
   j = np.arange(0, tokens, tile.kv)[None, None]
   i_last, j_last = i + (tile.q - 1), j + (tile.kv - 1)
   seen, whole = j <= i_last, j_last <= i
-  free = (i_last - j <= case.window) if case.has_bias else np.bool_(True)
-  far = (i - j_last > case.window) if case.has_bias else np.bool_(False)
+  free = (i_last - j <= variant.window) if variant.has_bias else np.bool_(True)
+  far = (i - j_last > variant.window) if variant.has_bias else np.bool_(False)
   if start is not None:
     seen = seen & (j_last >= start[:, 0, 0, :: tile.q, None])
     whole = whole & (j >= start[:, 0, 0, tile.q - 1 :: tile.q, None])
@@ -235,9 +235,9 @@ def launch(
   )(pairs.places, pairs.blocks, *(x for _, x in inputs))
 
 
-def for_kind(case: Case, step: Step, run: Callable[[int], None]) -> None:
+def for_kind(variant: Variant, step: Step, run: Callable[[int], None]) -> None:
   """Calls `run` with the step's kind as a Python number: its code is compiled once for each kind."""
-  for kind in (MIXED, FREE, FAR) if case.has_bias else (MIXED, FREE):
+  for kind in (MIXED, FREE, FAR) if variant.has_bias else (MIXED, FREE):
     pl.when(step.kind == kind)(functools.partial(run, kind))
 
 
@@ -256,12 +256,12 @@ def dot(a, b, contract: tuple[int, int] = (1, 0)) -> jax.Array:
   return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
-def added_to_scores(case: Case, tile: Tile, step: Step, kind: int, bias_ref, start_ref):
+def added_to_scores(variant: Variant, tile: Tile, step: Step, kind: int, bias_ref, start_ref):
   """(what is added to scores [keys, queries]: None, [keys, 1] or all; the far pairs where only some are, or None)."""
   if kind == FREE:
     return None, None
   column = None
-  if case.has_bias:  # from lanes to sublanes
+  if variant.has_bias:  # from lanes to sublanes
     column = jnp.broadcast_to(bias_ref[...], (LANES, tile.kv)).T[:, :1]
   if kind == FAR:
     return column, None
@@ -272,7 +272,7 @@ def added_to_scores(case: Case, tile: Tile, step: Step, kind: int, bias_ref, sta
     visible = visible & (j >= start_ref[...])
   if column is None:
     return jnp.where(visible, 0.0, -jnp.inf), None
-  far = i - j > case.window
+  far = i - j > variant.window
   return jnp.where(visible, jnp.where(far, column, 0.0), -jnp.inf), far
 
 
@@ -282,7 +282,7 @@ def scores(keys, queries, added) -> jax.Array:
   return s if added is None else s + added
 
 
-def forward(case: Case, q, k, v, bias, start):
+def forward(variant: Variant, q, k, v, bias, start):
   """(out [B, K, G * H, T], log-sum-exp float32 [B, K, G, T] in units of log 2).
 
   Args:
@@ -292,7 +292,7 @@ def forward(case: Case, q, k, v, bias, start):
   """
   b, heads, size, t = k.shape
   group = q.shape[2] // size
-  tile = case.blocks.forward
+  tile = variant.blocks.forward
 
   def body(step, q_ref, k_ref, v_ref, bias_ref, start_ref, out_ref, lse_ref, acc_ref, top_ref, total_ref):
     @pl.when(step.first)
@@ -303,7 +303,7 @@ def forward(case: Case, q, k, v, bias, start):
 
     def attend(kind):
       keys = k_ref[...].T
-      added, _ = added_to_scores(case, tile, step, kind, bias_ref, start_ref)
+      added, _ = added_to_scores(variant, tile, step, kind, bias_ref, start_ref)
 
       def head(one, rows):
         s = scores(keys, q_ref[rows, :], added)
@@ -316,7 +316,7 @@ def forward(case: Case, q, k, v, bias, start):
 
       for_heads(group, size, head)
 
-    for_kind(case, step, attend)
+    for_kind(variant, step, attend)
 
     @pl.when(step.last)
     def _end():
@@ -326,7 +326,7 @@ def forward(case: Case, q, k, v, bias, start):
       for_heads(group, size, head)
       lse_ref[...] = top_ref[...] + jnp.log(total_ref[...]) * LOG2E
 
-  pairs = visible_pairs(case, tile, b, t, start, by_keys=False)
+  pairs = visible_pairs(variant, tile, b, t, start, by_keys=False)
   row = ((group, tile.q), jnp.float32)
   return launch(
     body, tile, pairs, False,

@@ -15,7 +15,7 @@ from pallas_kernels.retrofit.tpu import (
   FREE,
   LANES,
   LOG2E,
-  Case,
+  Variant,
   added_to_scores,
   dot,
   for_heads,
@@ -26,22 +26,22 @@ from pallas_kernels.retrofit.tpu import (
 )
 
 
-def gradients(case: Case, q, k, v, bias, start, out, lse, dout):
+def gradients(variant: Variant, q, k, v, bias, start, out, lse, dout):
   """(dq, dk, dv, dbias or None), laid out and typed as `tpu.forward`'s arguments."""
   b, heads, size, t = k.shape
   products = (out.astype(jnp.float32) * dout.astype(jnp.float32)).reshape(b, heads, -1, size, t)
   delta = products.sum(axis=3)
   bias = None if bias is None else bias * LOG2E
-  dq = query_gradient(case, q, k, v, bias, start, dout, lse, delta)
-  dk, dv, dbias = key_gradients(case, q, k, v, bias, start, dout, lse, delta)
+  dq = query_gradient(variant, q, k, v, bias, start, dout, lse, delta)
+  dk, dv, dbias = key_gradients(variant, q, k, v, bias, start, dout, lse, delta)
   return dq, dk, dv, dbias
 
 
-def query_gradient(case: Case, q, k, v, bias, start, dout, lse, delta):
+def query_gradient(variant: Variant, q, k, v, bias, start, dout, lse, delta):
   """dq [B, K, G * H, T]; `bias` in units of log 2, lse and delta float32 [B, K, G, T]."""
   b, _, size, t = k.shape
   group = q.shape[2] // size
-  tile = case.blocks.dq
+  tile = variant.blocks.dq
 
   def body(step, q_ref, k_ref, v_ref, bias_ref, start_ref, dout_ref, lse_ref, delta_ref, dq_ref, acc_ref):
     @pl.when(step.first)
@@ -50,7 +50,7 @@ def query_gradient(case: Case, q, k, v, bias, start, dout, lse, delta):
 
     def attend(kind):
       keys, values = k_ref[...].T, v_ref[...].T
-      added, _ = added_to_scores(case, tile, step, kind, bias_ref, start_ref)
+      added, _ = added_to_scores(variant, tile, step, kind, bias_ref, start_ref)
 
       def head(one, rows):
         p = jnp.exp2(scores(keys, q_ref[rows, :], added) - lse_ref[one, :])
@@ -59,14 +59,14 @@ def query_gradient(case: Case, q, k, v, bias, start, dout, lse, delta):
 
       for_heads(group, size, head)
 
-    for_kind(case, step, attend)
+    for_kind(variant, step, attend)
 
     @pl.when(step.last)
     def _end():
       dq_ref[...] = (acc_ref[...] * size**-0.5).astype(dq_ref.dtype)
 
   return launch(
-    body, tile, visible_pairs(case, tile, b, t, start, by_keys=False), False,
+    body, tile, visible_pairs(variant, tile, b, t, start, by_keys=False), False,
     inputs=[
       ("q", q), ("kv", k), ("kv", v), ("kv", bias), ("q", start), ("q", dout), ("q", lse), ("q", delta),
     ],
@@ -76,52 +76,52 @@ def query_gradient(case: Case, q, k, v, bias, start, dout, lse, delta):
   )[0]  # fmt: skip
 
 
-def key_gradients(case: Case, q, k, v, bias, start, dout, lse, delta):
+def key_gradients(variant: Variant, q, k, v, bias, start, dout, lse, delta):
   """(dk, dv [B, K, H, T], dbias float32 [B, K, 1, T] or None), each summed over the group's query heads."""
   b, _, size, t = k.shape
   group = q.shape[2] // size
-  tile = case.blocks.dkv
+  tile = variant.blocks.dkv
   lanes = min(LANES, tile.q)  # a key's part of dbias is summed over lanes at the end only
 
   def body(step, q_ref, k_ref, v_ref, bias_ref, start_ref, dout_ref, lse_ref, delta_ref, dk_ref, dv_ref, *refs):
-    dbias_ref, dk_acc, dv_acc, dbias_acc = refs if case.has_bias else (None, *refs, None)
+    dbias_ref, dk_acc, dv_acc, dbias_acc = refs if variant.has_bias else (None, *refs, None)
 
     @pl.when(step.first)
     def _begin():
-      for acc_ref in (dk_acc, dv_acc, *([dbias_acc] if case.has_bias else [])):
+      for acc_ref in (dk_acc, dv_acc, *([dbias_acc] if variant.has_bias else [])):
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
     def attend(kind):
       keys, values = k_ref[...].T, v_ref[...].T
-      added, far = added_to_scores(case, tile, step, kind, bias_ref, start_ref)
+      added, far = added_to_scores(variant, tile, step, kind, bias_ref, start_ref)
 
       def head(one, rows):
         p = jnp.exp2(scores(keys, q_ref[rows, :], added) - lse_ref[one, :])
         dv_acc[...] += dot(p.astype(q.dtype), dout_ref[rows, :], (1, 1))
         ds = p * (dot(values, dout_ref[rows, :]) - delta_ref[one, :])
         dk_acc[...] += dot(ds.astype(q.dtype), q_ref[rows, :], (1, 1))
-        if case.has_bias and kind != FREE:
+        if variant.has_bias and kind != FREE:
           ds = ds if far is None else jnp.where(far, ds, 0.0)
           dbias_acc[...] += sum(ds[:, at : at + lanes] for at in range(0, tile.q, lanes))
 
       for_heads(group, size, head)
 
-    for_kind(case, step, attend)
+    for_kind(variant, step, attend)
 
     @pl.when(step.last)
     def _end():
       dk_ref[...] = (dk_acc[...].T * size**-0.5).astype(dk_ref.dtype)
       dv_ref[...] = dv_acc[...].T.astype(dv_ref.dtype)
-      if case.has_bias:
+      if variant.has_bias:
         dbias_ref[...] = dbias_acc[...].T.sum(axis=0, keepdims=True)
 
   outputs = [("kv", jax.ShapeDtypeStruct(x.shape, x.dtype)) for x in (k, v)]
   scratch = [((tile.kv, size), jnp.float32)] * 2
-  if case.has_bias:
+  if variant.has_bias:
     outputs.append(("kv", jax.ShapeDtypeStruct(bias.shape, jnp.float32)))
     scratch.append(((tile.kv, lanes), jnp.float32))
   got = launch(
-    body, tile, visible_pairs(case, tile, b, t, start, by_keys=True), True,
+    body, tile, visible_pairs(variant, tile, b, t, start, by_keys=True), True,
     inputs=[
       ("q", q), ("kv", k), ("kv", v), ("kv", bias), ("q", start), ("q", dout), ("q", lse), ("q", delta),
     ],
@@ -129,4 +129,4 @@ def key_gradients(case: Case, q, k, v, bias, start, dout, lse, delta):
     scratch=scratch,
     name="retrofit_dkv",
   )  # fmt: skip
-  return *got, *([] if case.has_bias else [None])
+  return *got, *([] if variant.has_bias else [None])

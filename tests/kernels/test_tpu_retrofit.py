@@ -32,8 +32,8 @@ def test_steps_are_the_visible_blocks(tile, window, documents, by_keys):
   rng = np.random.default_rng(0)
   ids = np.sort(rng.integers(0, 5, (batch, tokens)), axis=1).astype(np.int32) if documents else None
   start = segment_bounds(jnp.asarray(ids))[0][:, None, None] if documents else None
-  case = tpu.Case(window or 0, window is not None, tpu.Blocks(tile, tile, tile))
-  pairs = tpu.visible_pairs(case, tile, batch, tokens, start, by_keys)
+  variant = tpu.Variant(window or 0, window is not None, tpu.Blocks(tile, tile, tile))
+  pairs = tpu.visible_pairs(variant, tile, batch, tokens, start, by_keys)
   assert pairs.rows == (1 if documents else batch)
   visible, far = visibility(ids, tokens, window if window is not None else tokens)
   places, blocks = (np.asarray(x)[: int(pairs.count)] for x in (pairs.places, pairs.blocks))
