@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from dms_jax.sharding import row_and_head_axes
 from pallas_kernels import compat, decode, prefill, retrofit
-from pallas_kernels.decode import Pages
+from pallas_kernels.decode import Pages, tpu_append
 from pallas_kernels.platform import platform
 from pallas_kernels.prefill import NEVER as NEVER
 
@@ -65,6 +65,15 @@ def decode_attention(q, kv, layer, lengths, *, pages: Pages | None = None, **kwa
 
   kv_heads = (kv if pages is None else pages.table).shape[2]
   return _on_shards(call, q.shape[0], kv_heads, specs, P, q, kv, layer, lengths, pages)
+
+
+def append_slots(*args):
+  """`pallas_kernels.decode.tpu_append.append`: slots of 8 bits written into the pages of a pool, on a TPU.
+
+  Under a mesh every device writes the whole pool.
+  """
+  whole = lambda *_: (P(),) * len(args)
+  return _on_shards(tpu_append.append, 1, 1, whole, lambda *_: P(), *args)
 
 
 def _chosen(attend: Callable, *args, pages: Pages | None = None, **kwargs):

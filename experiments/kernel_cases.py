@@ -181,7 +181,7 @@ def paged(case: Decode, lengths: np.ndarray) -> Pages:
   pool, scales = jax.jit(make)(jax.random.key(1)), None
   if case.stored != "bfloat16":
     pool = jax.jit(lambda x: (x * 30).astype(jnp.dtype(case.stored)))(pool)
-    scales = jnp.full((*pool.shape[:2], 2), 1 / 30, jnp.float32)
+    scales = jnp.full((len(pool), 1, 2 * page), 1 / 30, jnp.float32)
   return Pages(pool, jnp.asarray(table), jnp.asarray(lengths), scales)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import jax
@@ -15,6 +16,8 @@ from dms_jax.cache import rows as cache_rows
 from dms_jax.cache.stored import restored, store_row
 from dms_jax.config import DMSConfig
 from dms_jax.model import cached_forward, last_logits
+from pallas_kernels import compat_tpu
+from pallas_kernels.platform import tracing_for
 from tests import tiny
 
 PAGE, WINDOW, ROWS = 4, 3, 3
@@ -228,6 +231,33 @@ def test_an_archive_in_eight_bits_stays_near(model, archive, error):
   logits, _ = decode(model, exact, text, 30, 8, policy=keeps)
   near, _ = decode(model, quantised, text, 30, 8, policy=keeps)
   assert 0 < np.abs(near - logits).max() < error * np.abs(logits).max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("archive", ["int8", "float8"])
+def test_an_archive_in_eight_bits_on_a_tpu(archive):
+  """A prompt in chunks and steps after it, its slots written and read by the kernels: as XLA does it, to rounding."""
+  config, window = tiny.config(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=64), 3
+  model, policy = tiny.model(config, DMSConfig(window=window)), policies.DMS(window=window, threshold=0.0)
+  text = np.array(tiny.tokens(config, 2, 90))
+  results = []
+  for name, interpreting in (("cpu", contextlib.nullcontext), ("tpu", compat_tpu.interpret_mode)):
+    with tracing_for(name), interpreting():
+      options = dict(batch=2, capacity=90, longest=96, policy=policy, shift=1, archive=archive)
+      cache, logits = caches.create("paged", config, page=64, **options), []
+      run = jax.jit(cached_forward)
+      for start, size in ((0, 40), (40, 44), *((i, 1) for i in range(84, 90))):
+        lengths = jnp.asarray([size, max(size - 3, 1)], jnp.int32)
+        out, cache = run(model, policy, cache, text[:, start : start + size], lengths)
+        logits.append(np.asarray(last_logits(model, out)))
+    results.append((np.stack(logits), cache))
+  (want, by_xla), (found, by_kernels) = results
+  np.testing.assert_array_equal(by_kernels.archived, by_xla.archived)
+  assert int(by_xla.archived.max()) > 64 > int(by_xla.archived.min())
+  # A number that rounds to the next of 8 bits moves a logit by half a step of them.
+  np.testing.assert_allclose(found, want, rtol=0, atol=0.02 * np.abs(want).max())
+  np.testing.assert_allclose(found[0], want[0], rtol=0, atol=1e-5 * np.abs(want).max())
+  check(by_kernels)
 
 
 def test_bytes(model):

@@ -11,6 +11,7 @@ import pytest
 
 from dms_jax import cache as caches
 from dms_jax import policies
+from dms_jax.cache.paged import PAGE_OF_SCALES
 from dms_jax.config import PRESETS, DMSConfig
 from dms_jax.decoding import Ends, Rows, decode_stretch, prefill_chunk
 from dms_jax.model import Model, cached_forward, last_logits
@@ -107,6 +108,24 @@ def test_rings_of_a_paged_cache_are_not_copied(topology):
   rings = cache.kv.size * cache.kv.dtype.itemsize
   print(f"{topology}: {memory.temp_size_in_bytes:,} bytes of temporaries beside rings of {rings:,}")
   assert cache.kv.shape[3] == 80 and memory.temp_size_in_bytes < rings / 4
+
+
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("archive", ["int8", "float8"])
+def test_pages_of_eight_bits_are_not_copied(topology, archive):
+  """A step writes its slots in place and reads them by the kernel; XLA alone copies the whole pool in each layer."""
+  device = tpu.devices(topology)[0]
+  config = tiny.config(num_layers=4, d_model=64, d_ff=64, num_heads=8, num_kv_heads=4, head_dim=128)
+  model, policy, _ = parts(device, config=config)
+  options = dict(batch=64, capacity=256, longest=8192, window=WINDOW, shift=1, dtype=jnp.bfloat16, archive=archive)
+  cache = jax.eval_shape(lambda: caches.create("paged", config, **options).with_pages(20000))
+  assert cache.page_size == PAGE_OF_SCALES
+  arguments = (array((64, 1), jnp.int32, device), array((64,), jnp.int32, device))
+  step = jax.jit(cached_forward, donate_argnums=2)
+  memory = step.lower(model, policy, abstract(cache, device), *arguments).compile().memory_analysis()
+  pool = cache.store.pages.size
+  print(f"{topology}: {memory.temp_size_in_bytes:,} bytes of temporaries beside pages of {pool:,}")
+  assert memory.temp_size_in_bytes < 0.05 * pool, f"{memory.temp_size_in_bytes:,} bytes beside {pool:,}"
 
 
 def test_generation_compiles(device):

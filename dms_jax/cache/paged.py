@@ -14,12 +14,14 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from dms_jax.attention import decode_attention
+from dms_jax.attention import append_slots, decode_attention
 from dms_jax.cache import pool as pools
 from dms_jax.cache.base import packed, rounded, storage_dtype, unpacked
 from dms_jax.cache.pool import Pool
 from dms_jax.cache.ring import RingCache
+from pallas_kernels.decode import tpu_append
 from pallas_kernels.decode.pages import Pages
+from pallas_kernels.platform import platform
 
 ENDLESS = 2**24  # tokens: more than any text has
 # Slots that a ring is allocated in: of another number, XLA lays the array out with other axes inmost on v4, v5p and
@@ -27,13 +29,17 @@ ENDLESS = 2**24  # tokens: more than any text has
 TILE = 16
 SHAPES = 2  # a pool grows to a multiple of so many pages a head: each new shape is a compilation
 PAGE = 32  # slots a page: half of one is lost a head, 1.5 % of a thousand tokens
+# Of a page of 8 bits on a TPU: its scales then fill a row of 128 lanes. Shorter ones XLA lays out otherwise on v5p and
+# v6e, and copies them in every layer.
+PAGE_OF_SCALES = 64
 # What an archive may be stored as beside the model's own type: (dtype, its largest number).
 QUANTISED = {"int8": (jnp.int8, 127.0), "float8": (jnp.float8_e4m3fn, 448.0)}
 
 
 @struct.dataclass
 class Store:
-  """The pool's contents: `pages` [P, page, 2H] and, where they are quantised, `scales` float32 [P, page, 2]."""
+  """The pool's contents: `pages` [P, page, 2H] and, where they are quantised, `scales` float32 [P, 1, 2 *
+  page], key and value of each slot in turn."""
 
   pages: jax.Array
   scales: jax.Array | None
@@ -65,23 +71,22 @@ class PagedCache(RingCache):
     Args:
       capacity: tokens a head, ring included, that the pool has pages for on the average of all heads and rows.
       longest: the most that one head may hold; default `capacity`.
-      page: slots a page; default the policy's, or PAGE.
+      page: slots a page; default the policy's, or PAGE, or PAGE_OF_SCALES.
       archive: "int8" or "float8" stores the archive in 8 bits, with a scale for each key and value; rings never.
 
     Raises:
       ValueError: an unknown `archive`, or a page that is not the policy's.
     """
     ring, lead, stored = policy.window + 1, (layers, batch, heads), storage_dtype(dtype)
-    size = page or policy.page or PAGE
+    size = page or policy.page or (PAGE_OF_SCALES if archive and platform() == "tpu" else PAGE)
     if policy.page and size != policy.page:
       raise ValueError(f"page={size}, but {type(policy).__name__} selects pages of {policy.page} slots")
     if archive is not None and archive not in QUANTISED:
       raise ValueError(f"archive={archive!r} is not one of {sorted(QUANTISED)}")
     table = Table(jnp.zeros((*lead, 0), jnp.int32), jnp.zeros(lead, jnp.int32), Pool.create(0))
     cell = stored if archive is None else QUANTISED[archive][0]
-    store = Store(
-      jnp.zeros((0, size, 2 * head_dim), cell), None if archive is None else jnp.zeros((0, size, 2), jnp.float32)
-    )
+    scales = None if archive is None else jnp.zeros((0, 1, 2 * size), jnp.float32)
+    store = Store(jnp.zeros((0, size, 2 * head_dim), cell), scales)
     cache = cls(
       kv=jnp.zeros((*lead, -(-ring // TILE) * TILE, 2 * head_dim), stored), evicted=jnp.zeros((*lead, ring), bool),
       archived=jnp.zeros(lead, jnp.int32), seen=jnp.zeros((batch,), jnp.int32),
@@ -216,11 +221,16 @@ class PagedCache(RingCache):
     inside = (index >= 0) & (target < self.slots)
     # What goes nowhere has places of its own past the end: what is known to be unique, a GPU writes without locks.
     none = self.pages + jnp.arange(target.size, dtype=jnp.int32).reshape(target.shape)
-    at = jnp.where(inside, _pages_at(table, index // self.page_size), none), index % self.page_size
-    put = lambda x, new: x.at[at].set(new, mode="drop", unique_indices=True)
+    page, slot = jnp.where(inside, _pages_at(table, index // self.page_size), none), index % self.page_size
+    put = lambda x, at, new: x.at[at].set(new, mode="drop", unique_indices=True)
     cells, scales = _quantised(rows, store.pages.dtype)
-    store = store.replace(pages=put(store.pages, cells))
-    return store if scales is None else store.replace(scales=put(store.scales, scales))
+    if scales is not None and platform() == "tpu" and self.page_size % tpu_append.TILE == 0:
+      store = store.replace(pages=_appended(store.pages, table, index, inside, cells))
+    else:
+      store = store.replace(pages=put(store.pages, (page, slot), cells))
+    if scales is None:
+      return store
+    return store.replace(scales=put(store.scales, (page[..., None], 0, _of_slots(slot)), scales))
 
   def _archive(self, big, reserved, layer):
     b, k, most = reserved.pages.shape[1:]
@@ -228,9 +238,10 @@ class PagedCache(RingCache):
     return self._archive_at(big, reserved, layer, index)
 
   def _archive_at(self, big, reserved, layer, index):
-    page, store = _pages_at(reserved.pages[layer], index // self.page_size), big.archive
-    at = jnp.clip(page, 0, self.pages - 1), index % self.page_size
-    return _numbers(store.pages[at], None if store.scales is None else store.scales[at], big.kv.dtype)
+    store, slot = big.archive, index % self.page_size
+    page = jnp.clip(_pages_at(reserved.pages[layer], index // self.page_size), 0, self.pages - 1)
+    scales = None if store.scales is None else store.scales[page[..., None], 0, _of_slots(slot)]
+    return _numbers(store.pages[page, slot], scales, big.kv.dtype)
 
   def _attended(self, big, reserved, layer, q, in_ring, archived, mass=False):
     in_ring = jnp.broadcast_to(in_ring, archived.shape)
@@ -258,6 +269,25 @@ def _granted(asked: Int[Array, "B"], free: Int[Array, ""]) -> Bool[Array, "B"]:
 def _pages_at(table: Int[Array, "*n M"], place: Int[Array, "*n X"]) -> Int[Array, "*n X"]:
   """The numbers at `place` of a table, the last where that is past its end."""
   return jnp.take_along_axis(table, jnp.clip(place, 0, table.shape[-1] - 1), axis=-1)
+
+
+def _appended(
+  pages: Shaped[Array, "P page width"], table: Int[Array, "*n M"], index: Int[Array, "*n X"],
+  inside: Bool[Array, "*n X"], cells: Shaped[Array, "*n X width"],
+) -> Shaped[Array, "P page width"]:  # fmt: skip
+  """`pages` with those cells that are `inside` in the archive's slots `index`, which follow one another."""
+  flat = lambda x, n: x.reshape(-1, *x.shape[x.ndim - n :])
+  table, index, inside, cells = flat(table, 1), flat(index, 1), flat(inside, 1), flat(cells, 2)
+  first = jnp.min(jnp.where(inside, index, ENDLESS), axis=1)
+  if cells.shape[1] > 1:
+    order = jnp.argsort(~inside, axis=1, stable=True)
+    cells = jnp.take_along_axis(cells, order[..., None], axis=1)
+  return append_slots(pages, table, first, cells, jnp.sum(inside, axis=1, dtype=jnp.int32))
+
+
+def _of_slots(slot: Int[Array, "*n"]) -> Int[Array, "*n 2"]:
+  """Where in a page's row of scales those of a slot's key and value are."""
+  return 2 * slot[..., None] + jnp.arange(2)
 
 
 def _quantised(rows: Shaped[Array, "*n rows"], dtype) -> tuple[Shaped[Array, "*n rows"], Float[Array, "*n 2"] | None]:

@@ -102,6 +102,7 @@ def store_row(cache: Cache, row: int) -> StoredRow:
     pages, scales = (
       None if x is None else np.asarray(x[padded])[: len(numbers)] for x in (cache.store.pages, cache.store.scales)
     )
+    scales = None if scales is None else scales.reshape(-1, size, 2)
   else:
     pages, scales = fields["kv"][:, :, cache.ring :][:, :, :most][mine][:, None], None
   fields["kv"] = fields["kv"][:, :, : cache.ring]
@@ -191,6 +192,7 @@ def _restored_pages(cache, row, fields, seen, used, pages, scales):
   target = jnp.full(pages.shape[0], cache.pages).at[jnp.where(mine, rank, pages.shape[0])].set(numbers, mode="drop")
   put = lambda x, new: None if x is None else x.at[target].set(new, mode="drop")
   at = lambda x, new: x.at[:, row].set(new)
+  scales = None if scales is None else scales.reshape(len(scales), *cache.store.scales.shape[1:])
   store = Store(put(cache.store.pages, pages), put(cache.store.scales, scales))
   table = Table(at(table.pages, numbers), at(table.owned, used), pool)
   return _restored(cache.replace(table=table, store=store), row, fields, seen)

@@ -80,5 +80,5 @@ def check_pages(pages: Pages, b: int, n: int, h: int, cache: tuple[int, ...] | N
     f"a pool of {pool.dtype} {'needs' if scales is None else 'takes no'} pages.scales",
   )
   if scales is not None:
-    expected = (*pool.shape[:2], 2)
-    check(scales.shape == expected, f"pages.scales {scales.shape} must be [P, page, 2] = {expected}")
+    expected = (len(pool), 1, 2 * pool.shape[1])
+    check(scales.shape == expected, f"pages.scales {scales.shape} must be [P, 1, 2 * page] = {expected}")

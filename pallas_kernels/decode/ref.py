@@ -46,8 +46,9 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
 def slot_of(pages, table, index: int) -> np.ndarray:
   """Key and value of the archive's slot `index`, float64 [2H]; `table` [M]."""
   page = pages.pool.shape[1]
-  at = int(table[index // page]), index % page
-  row = np.asarray(pages.pool[at], np.float64)
+  number, slot = int(table[index // page]), index % page
+  row = np.asarray(pages.pool[number, slot], np.float64)
   if pages.scales is not None:
-    row = row * np.repeat(np.asarray(pages.scales[at], np.float64), len(row) // 2)
+    scales = np.asarray(pages.scales[number, 0, 2 * slot : 2 * slot + 2], np.float64)
+    row = row * np.repeat(scales, len(row) // 2)
   return row

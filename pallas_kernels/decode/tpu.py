@@ -10,6 +10,10 @@ their order by XLA; where one core does everything there is nothing to merge, a 
 Keys and values are used as they lie, side by side in rows of 2H = 128 or 256 lanes. With H = 64 both products take the
 whole row of 128: the query is 0 beside the value, and the sum beside the key is not used. A matrix unit is 128 wide
 anyway, and nothing moves across lanes. All scores are in units of log 2.
+
+Pages of 8 bits are turned into q's dtype, exactly, as their block is begun; a slot's two scales are factors of its
+score and of its weight. They come as one row a page and are wanted as one row a block: a product with ones brings each
+to its slot's lane, exactly.
 """
 
 from __future__ import annotations
@@ -32,6 +36,8 @@ NEVER = -1e30
 LANES = 128
 # Rows of a float32 tile: the queries of a group are padded to them.
 GROUP = 8
+# Slots of a page with scales: their way to the lanes takes 16 bytes of memory for each pair of its slots.
+LARGEST = 256
 # Bytes of scalar memory for lengths, the list of chunks and page numbers, of the 1 MiB that a core has.
 SCALARS = 768 * 2**10
 
@@ -76,7 +82,7 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
 
   The slots of `kv` should be a multiple of the rows of a tile (bfloat16 16, float32 8), and must be above one block; a
   window ring may have any number, but XLA may then lay that array out with other axes inmost, and copy it. Pages are in
-  q's dtype and a power of 2 of slots, a tile at least.
+  q's dtype, or int8 or float8_e4m3fn, and a power of 2 of slots, a tile at least (of 8 bits 32).
 
   Args:
     blocks: `Blocks`, by default `default_blocks`.
@@ -104,14 +110,17 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
       )
   if pages is not None:
     page = pages.pool.shape[1]
-    if pages.scales is not None:
+    if pages.scales is None and pages.pool.dtype != q.dtype:
       raise NotImplementedError(
-        f"pages of {pages.pool.dtype}: scales [P, page, 2] take 128 lanes a slot in a TPU's memory, more than the slot"
+        f"pages.pool is {pages.pool.dtype} and q {q.dtype}: must be the same, or 8 bits with scales"
       )
-    if pages.pool.dtype != q.dtype:
-      raise NotImplementedError(f"pages.pool is {pages.pool.dtype} and q {q.dtype}: must be the same")
+    rows = tile(pages.pool.dtype)
     if page % rows or page & (page - 1):
-      raise NotImplementedError(f"pages of {page} slots in {q.dtype}: must be a power of 2, at least {rows}")
+      raise NotImplementedError(f"pages of {page} slots in {pages.pool.dtype}: must be a power of 2, at least {rows}")
+    if pages.scales is not None and (page > LARGEST or blocks.block < rows):
+      raise NotImplementedError(
+        f"pages of {page} slots with scales, blocks of {blocks.block}: up to {LARGEST}, from {rows} on"
+      )
 
   counts = [jnp.zeros((pairs,), jnp.int32)] * 2
   sizes = [0, 0]
@@ -132,7 +141,8 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
   queries = jnp.pad(queries, ((0, 0), (0, GROUP - group), (0, LANES - h)))
   number = jnp.asarray(layer, jnp.int32).reshape(1)
   scalars = number, items, bounds, *counts, table
-  parts = _attend(blocks, q.dtype, h, held.shape[1], scalars, queries, kv, None if pages is None else pages.pool)
+  archive = (None, None) if pages is None else (pages.pool, pages.scales)
+  parts = _attend(blocks, q.dtype, h, held.shape[1], scalars, queries, kv, *archive)
   return merge(parts, held, q, group, lse)
 
 
@@ -180,7 +190,7 @@ def merge(parts, held, q, group: int, lse: bool):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, pool):
+def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, pool, scales):
   """Of each chunk with anything live, float32 [pairs, chunks, rows, 128]: output and log2 of the sum of exponentials.
 
   With H = 128 these are rows 0-7 and 8-15, the logarithm in every lane; with H = 64 the logarithm is in lanes 0-63 and
@@ -192,6 +202,7 @@ def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, poo
   most = 0 if pool is None else scalars[-1].shape[0] // pairs
   page = block if pool is None else pool.shape[1]
   unit, smallest = min(page, block), tile(dtype)
+  pieces, scaled = block // unit, scales is not None
   heads = 1 if kv is None else kv.shape[2]
   split = sizes.split or max(-(-slots // block) + -(-most * page // block), 1)
   tile_rows = GROUP * (h // 64)
@@ -203,7 +214,10 @@ def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, poo
     refs = list(refs)
     kv_ref = None if kv is None else refs.pop(0)
     pool_ref = None if pool is None else refs.pop(0)
-    parts_ref, rows, q_rows, tiles, ready, asked, done, *ring = refs
+    scales_ref = refs.pop(0) if scaled else None
+    parts_ref, rows, q_rows, tiles, ready, asked, done, *refs = refs
+    cells, factors, to_lanes = (refs.pop(0) for _ in range(3)) if scaled else (None, None, None)
+    ring = refs
     begin, end = bounds_ref[pl.program_id(0)], bounds_ref[pl.program_id(0) + 1]
 
     upper = lambda x: lax.div(x + i32(block - 1), i32(block))
@@ -267,10 +281,14 @@ def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, poo
         def _():
           def one(j, _):
             position = number * block + j * unit
-            source = pool_ref.at[table_ref[pair * most + lax.div(position, i32(page))]]
+            place = table_ref[pair * most + lax.div(position, i32(page))]
+            source = pool_ref.at[place]
             if unit < page:
               source = source.at[pl.ds(pl.multiple_of(lax.rem(position, i32(page)), unit), unit)]
-            copy(source, j * unit, unit)
+            target = (cells if scaled else rows).at[slot, pl.ds(pl.multiple_of(j * unit, unit), unit)]
+            act(pltpu.make_async_copy(source, target, ready.at[slot]))
+            if scaled:
+              act(pltpu.make_async_copy(scales_ref.at[place], factors.at[slot, j], ready.at[slot]))
             return 0
 
           lax.fori_loop(0, lax.div(live + i32(unit - 1), i32(unit)), one, 0)
@@ -292,6 +310,29 @@ def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, poo
       return jnp.where(last, item + 1, item), jnp.where(last, 0, i + 1)
 
     ahead = lax.fori_loop(0, stages - 1, lambda number, ahead: fetch(ahead, number), (begin, i32(0)))
+    if scaled:
+      for of_value in range(2):  # 1 where a page's number is that of a slot at this place of a page
+        number, slot = (lax.broadcasted_iota(i32, to_lanes.shape[1:], axis) for axis in range(2))
+        to_lanes[of_value] = (number == 2 * lax.rem(slot, i32(page)) + of_value).astype(jnp.float32)
+
+    def factors_of(slot, live, begin):
+      """What scores and weights of a block in pages are multiplied by, [1, block] each; anything where nothing is live.
+
+      Args: begin, where in its page the block begins, if it is smaller than one.
+      """
+      numbers = factors[slot].reshape(pieces, 2 * page)
+      shape = numbers.shape
+      index = lax.broadcasted_iota(i32, shape, 0) * page + lax.div(lax.broadcasted_iota(i32, shape, 1), i32(2))
+      numbers = jnp.where(index < live + begin, numbers, 0.0)  # others may be NaN, and 0 * NaN is NaN
+      found = []
+      for of_value in range(2):
+        lanes = to_lanes[of_value, :, pl.ds(pl.multiple_of(begin, unit), block)] if unit < page else to_lanes[of_value]
+        spread = jnp.dot(numbers, lanes, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+        own = lax.broadcasted_iota(i32, spread.shape, 0) == lax.div(
+          lax.broadcasted_iota(i32, spread.shape, 1), i32(unit)
+        )
+        found.append(jnp.sum(jnp.where(own, spread, 0.0), axis=0, keepdims=True))
+      return found
 
     def one_chunk(state):
       item, ahead, number = state
@@ -306,7 +347,15 @@ def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, poo
         slot = lax.rem(number + i, i32(stages))
         ahead = fetch(ahead, number + i + stages - 1)  # to where the block before this one was
         move(item, i, slot, lambda copy: copy.wait())
-        paged, _, live = live_in(item, i)
+        paged, block_number, live = live_in(item, i)
+        if scaled:
+
+          @pl.when(paged)
+          def _():
+            x = cells[slot]
+            x = x.astype(jnp.int32) if x.dtype == jnp.int8 else x
+            rows[slot] = x.astype(jnp.float32).astype(dtype)
+
         if ragged:
 
           @pl.when(~paged)
@@ -322,11 +371,18 @@ def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, poo
         keys, values = rows[slot, :, :LANES], rows[slot, :, width - LANES :]
         dot = functools.partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
         s = dot(query, keys, (((1,), (1,)), ((), ()))) * (h**-0.5 * LOG2E)
+        if scaled:
+          of_keys, of_values = factors_of(
+            slot, live, lax.rem(block_number * block, i32(page)) if unit < page else i32(0)
+          )
+          s = jnp.where(paged, s * of_keys, s)
         s = jnp.where(lax.broadcasted_iota(i32, s.shape, 1) < live, s, -jnp.inf)
         new_top = jnp.maximum(top, s.max(axis=1, keepdims=True))
         p = jnp.exp2(s - new_top)
         shrink = jnp.exp2(top - new_top)
         total = total * shrink + p.sum(axis=1, keepdims=True)
+        if scaled:
+          p = jnp.where(paged, p * of_values, p)
         acc = acc * shrink + dot(p.astype(dtype), values, (((1,), (0,)), ((), ())))
         return acc, new_top, total, ahead
 
@@ -350,7 +406,12 @@ def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, poo
       last = pltpu.make_async_copy(tiles.at[turn], parts_ref.at[0, 0], done.at[turn])
       pl.when(end - begin > turn)(last.wait)
 
-  arrays = [x for x in (kv, pool) if x is not None]
+  arrays = [x for x in (kv, pool, scales) if x is not None]
+  eight_bits = [] if not scaled else [
+    pltpu.VMEM((stages, block, width), pool.dtype),
+    pltpu.VMEM((stages, pieces, 1, 2 * page), jnp.float32),
+    pltpu.VMEM((2, 2 * page, max(page, block)), jnp.float32),
+  ]  # fmt: skip
   return pl.pallas_call(
     body,
     out_shape=jax.ShapeDtypeStruct((pairs, chunks, tile_rows, LANES), jnp.float32),
@@ -366,6 +427,7 @@ def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, poo
         pltpu.SemaphoreType.DMA((stages,)),
         pltpu.SemaphoreType.DMA((stages,)),
         pltpu.SemaphoreType.DMA((2,)),
+        *eight_bits,
         *([pltpu.VMEM((stages, slots, width), dtype)] if ragged else []),
       ],
     ),

@@ -85,8 +85,9 @@ def paged(pages, layer) -> Source:
     live = index < pages.lengths[..., None]
     numbers = jnp.take(table, i * several + jnp.arange(several), axis=2, mode="clip")
     numbers = jnp.where(live[..., ::page], numbers, 0)  # those of pages with nothing live may be anything
-    rows = lambda x: jnp.take(x, numbers, axis=0, mode="clip").reshape(b, k, block, x.shape[-1])
-    return rows(pages.pool), None if pages.scales is None else rows(pages.scales), live
+    rows = lambda x, width: jnp.take(x, numbers, axis=0, mode="clip").reshape(b, k, block, width)
+    scales = None if pages.scales is None else rows(pages.scales, 2)
+    return rows(pages.pool, pages.pool.shape[2]), scales, live
 
   def add(mass, i, part):
     index = i * several + jnp.arange(several)

@@ -114,14 +114,15 @@ def test_neighbours_change_no_bit(backend):
     np.testing.assert_array_equal(first[1], other[1])
 
 
-def test_scaled_pages(backend):
-  """8-bit pages with a scale for each key and value, beside a ring in full precision."""
+@pytest.mark.parametrize("page", [PAGE, 32, 128])
+def test_scaled_pages(backend, page):
+  """8-bit pages, a scale for each key and value, beside a ring in full precision; smaller and larger than a block."""
   rng = np.random.default_rng(3)
-  q, kv, lengths, pages = make(rng, **native(backend))
+  q, kv, lengths, pages = make(rng, page=page, most=-(-RAGGED.max() // page), **native(backend))
   number = pages.pool.shape[0]
-  scales = jnp.asarray(rng.uniform(0.5, 2, (number, PAGE, 2)), jnp.float32) * 0.02
+  scales = jnp.asarray(rng.uniform(0.5, 2, (number, page, 2)), jnp.float32) * 0.02
   dead = jnp.isnan(pages.pool[..., :1])
-  scales = jnp.where(dead, jnp.nan, scales)
+  scales = jnp.where(dead, jnp.nan, scales).reshape(number, 1, 2 * page)
   for dtype in (jnp.int8, jnp.float8_e4m3fn):
     pool = jnp.asarray(rng.integers(-120, 121, pages.pool.shape), jnp.float32).astype(dtype)
     scaled = Pages(pool, pages.table, pages.lengths, scales)
@@ -177,7 +178,7 @@ def test_bad_shapes_are_named(backend):
     (change(lengths=pages.lengths[:1]), "pages.lengths"),
     (change(scales=jnp.ones(pages.pool.shape[:2])), "takes no pages.scales"),
     (change(pool=pages.pool.astype(jnp.int8)), "needs pages.scales"),
-    (change(pool=pages.pool.astype(jnp.int8), scales=jnp.ones(pages.pool.shape[:2])), "must be .P, page, 2."),
+    (change(pool=pages.pool.astype(jnp.int8), scales=jnp.ones(pages.pool.shape[:2])), "must be .P, 1, 2 . page."),
   ):
     with pytest.raises(ValueError, match=message):
       unchecked(decode_attention)(q, kv, 0, lengths, pages=wrong)

@@ -116,7 +116,7 @@ def test_pages_lower_for_cuda(h, ring, page, stored):
   struct, (batch, heads, most) = jax.ShapeDtypeStruct, (2, 3, 64)
   lengths = struct((batch, heads), jnp.int32)
   pool = struct((500, page, 2 * h), jnp.dtype(stored))
-  scales = None if stored == "bfloat16" else struct((500, page, 2), jnp.float32)
+  scales = None if stored == "bfloat16" else struct((500, 1, 2 * page), jnp.float32)
   pages = Pages(pool, struct((LAYERS, batch, heads, most), jnp.int32), lengths, scales)
   kv = struct((LAYERS, batch, heads, ring, 2 * h), jnp.bfloat16) if ring else None
   with compat.assume_hopper():
@@ -155,7 +155,7 @@ def test_refuses_with_the_reason():
     with pytest.raises(NotImplementedError, match="9 query heads a KV head"):
       call(jnp.zeros((1, 9, 64), q.dtype), kv, 0, lengths)
     table, pool = jnp.zeros((LAYERS, 1, 1, 2), jnp.int32), jnp.zeros((4, 24, 128), q.dtype)
-    scales = jnp.ones((4, 8, 2))
+    scales = jnp.ones((4, 1, 16))
     for pages, reason in (
       (Pages(pool, table, lengths), "pages of 24 slots: must be a multiple of 8, and divide 64"),
       (Pages(pool[:, :8].astype(jnp.int8), table, lengths, scales), "pages of 8 slots: must be a multiple of 16"),

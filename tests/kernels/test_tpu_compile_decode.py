@@ -9,19 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.decode import Pages, decode_attention, tpu
+from pallas_kernels.decode import Pages, decode_attention, tpu, tpu_append
 from tests.tpu import TOPOLOGIES, devices
 
 pytestmark = pytest.mark.tpu
 pytest.importorskip("libtpu", reason="libtpu is not installed (make test-tpu installs it)")
 
-# layers, batch, KV heads, group, head size, slots of the cache, slots a page, slots in pages (of which a quarter exist)
+# layers, batch, KV heads, group, head size, slots of the cache, slots a page, slots in pages (of which a quarter
+# exist), and what they are stored in, if not the queries' dtype
 SHAPES = {
   "llama-8b": (2, 32, 8, 4, 128, 8192, 0, 0),
   "smollm2": (30, 8, 3, 3, 64, 8192, 0, 0),
   "llama-8b, pages": (2, 32, 8, 4, 128, 0, 16, 8192),
   "llama-8b, ring and pages": (2, 32, 8, 4, 128, 272, 64, 8192),
   "smollm2, ring and pages": (30, 8, 3, 3, 64, 80, 128, 8192),
+  "llama-8b, ring and pages of int8": (2, 32, 8, 4, 128, 272, 64, 8192, "int8"),
+  "smollm2, pages of float8": (30, 8, 3, 3, 64, 0, 128, 8192, "float8_e4m3fn"),
 }
 
 
@@ -32,7 +35,7 @@ def device(request):
 
 def compiled(device, shape, dtype, attend):
   """(the compiled program, bytes of cache and pool)."""
-  layers, batch, heads, group, h, slots, page, archive = shape
+  layers, batch, heads, group, h, slots, page, archive, *stored = shape
   sharding = jax.sharding.SingleDeviceSharding(device)
   array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
   numbers = array((batch, heads), jnp.int32)
@@ -40,8 +43,10 @@ def compiled(device, shape, dtype, attend):
   pages = None
   if page:
     most = archive // page
-    pool = array((layers * batch * heads * most // 4, page, 2 * h), dtype)
-    pages = Pages(pool, array((layers, batch, heads, most), jnp.int32), numbers)
+    number = layers * batch * heads * most // 4
+    pool = array((number, page, 2 * h), jnp.dtype(stored[0]) if stored else dtype)
+    scales = array((number, 1, 2 * page), jnp.float32) if stored else None
+    pages = Pages(pool, array((layers, batch, heads, most), jnp.int32), numbers, scales)
   q = array((batch, heads * group, h), dtype)
   lowered = jax.jit(attend).lower(q, kv, array((), jnp.int32), numbers if slots else None, pages)
   size = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in (kv, pages and pages.pool) if x is not None)
@@ -71,6 +76,23 @@ def test_decode_attention_of_two_cores_compiles(device, name):
   blocks = tpu.default_blocks(SHAPES[name][4], jnp.bfloat16, workers=2)
   attend = lambda q, kv, layer, lengths, pages: tpu.decode_attention(q, kv, layer, lengths, pages=pages, blocks=blocks)
   check(device, name, jnp.bfloat16, attend)
+
+
+@pytest.mark.parametrize("most, stored", [(1, jnp.int8), (1, jnp.float8_e4m3fn), (321, jnp.int8)])
+def test_appending_slots_compiles(device, most, stored):
+  """A step's and a chunk's, in place: nothing of the pool's size is beside it, but the chunk in whole tiles."""
+  sharding = jax.sharding.SingleDeviceSharding(device)
+  array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+  archives, number, page, width = 64, 20000, 64, 256
+  numbers = array((archives,), jnp.int32)
+  arguments = array((number, page, width), stored), array((archives, 40), jnp.int32), numbers
+  lowered = jax.jit(tpu_append.append, donate_argnums=0).lower(
+    *arguments, array((archives, most, width), stored), numbers
+  )
+  memory, size = lowered.compile().memory_analysis(), number * page * width
+  print(f"{device.device_kind}, {most} slots: {memory.temp_size_in_bytes:,} bytes of temporaries beside {size:,}")
+  assert memory.alias_size_in_bytes >= size
+  assert memory.temp_size_in_bytes < 0.01 * size + (2 * archives * (most + 63) * width if most > 1 else 0)
 
 
 def test_decode_attention_in_float32_compiles(device):

@@ -89,7 +89,7 @@ def test_refuses_with_the_reason():
     call(q, kv, 0, lengths)
   shape = lambda *sizes: jnp.zeros(sizes, jnp.float32)
   wide = jnp.zeros((1, 64, 1, 4096), jnp.int32)
-  bits = Pages(pages.pool.astype(jnp.int8), pages.table, pages.lengths, jnp.ones((24, PAGE, 2)))
+  bits = Pages(pages.pool.astype(jnp.int8), pages.table, pages.lengths, jnp.ones((24, 1, 2 * PAGE)))
   for args, options, reason in (
     ((q.astype(jnp.float16), kv.astype(jnp.float16), 0, lengths), {}, "only bfloat16 and float32"),
     ((q, kv.astype(jnp.bfloat16), 0, lengths), {}, "must be the same"),
@@ -97,7 +97,7 @@ def test_refuses_with_the_reason():
     ((shape(2, 27, 64), kv, 0, lengths), {}, "9 query heads a KV head"),
     ((shape(2, 3, 32), shape(1, 2, 3, 8, 64), 0, lengths), {}, "head size 32"),
     ((q, kv, 0, lengths), {"mass": True}, "no mass"),
-    ((q, kv, 0, lengths), {"pages": bits}, "scales .* take 128 lanes a slot"),
+    ((q, kv, 0, lengths), {"pages": bits}, "pages of 16 slots in int8: must be a power of 2, at least 32"),
     ((q, None, 0, None), {"pages": Pages(pages.pool[:, :12], pages.table, pages.lengths)}, "must be a power of 2"),
     ((shape(64, 1, 64), None, 0, None), {"pages": Pages(pages.pool, wide, jnp.zeros((64, 1), jnp.int32))}, "scalar"),
   ):

@@ -1,0 +1,90 @@
+"""Slots written into pages of 8 bits on TPUs, in place.
+
+XLA scatters 8-bit numbers into an array laid out otherwise than it lies in memory, and so copies a whole pool twice.
+Here a grid of as many steps as there is anything to write reads a tile of 32 slots each, as small a piece as memory
+keeps together, puts the new ones between, and writes it back.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Int, Shaped
+
+from pallas_kernels import compat_tpu
+
+TILE = 32  # slots of 8 bits that memory keeps together
+ENTRIES = 2**15  # tiles of a call, of each of which four numbers are in scalar memory: half a MiB
+
+
+def append(
+  pool: Shaped[Array, "P page width"],
+  table: Int[Array, "N M"],
+  first: Int[Array, "N"],
+  rows: Shaped[Array, "N X width"],
+  count: Int[Array, "N"],
+) -> Shaped[Array, "P page width"]:
+  """`pool` with rows 0 .. count[n] - 1 of `rows[n]` in slots first[n], first[n] + 1, ... of archive n.
+
+  Args:
+    pool: pages of int8 or float8_e4m3fn, a multiple of 32 slots each; donated, it is written in place.
+    table: the archives' pages, as `pages.Pages.table` of one layer; no two archives share one that is written.
+
+  Raises:
+    NotImplementedError: another device; pages that are no whole tiles.
+  """
+  compat_tpu.require_tpu()
+  (_, page, _), (archives, most, _) = pool.shape, rows.shape
+  if page % TILE or pool.dtype.itemsize != 1:
+    raise NotImplementedError(f"pages of {page} slots in {pool.dtype}: must be 8 bits, a multiple of {TILE}")
+  tiles = 1 if most == 1 else (most + TILE - 2) // TILE + 1
+  together = max(ENTRIES // tiles, 1)
+  for begin in range(0, archives, together):
+    pool = _append(pool, tiles, *(x[begin : begin + together] for x in (table, first, rows, count)))
+  return pool
+
+
+def _append(pool, tiles: int, table, first, rows, count):
+  """The same, whose numbers fit scalar memory; an archive's new slots lie in up to so many tiles."""
+  (number, page, width), (archives, most, _) = pool.shape, rows.shape
+  # Tile t of an archive's new slots is its tile `at`, of which slots `low` to `high` are new.
+  at = (first // TILE)[:, None] + jnp.arange(tiles)
+  low, high = (jnp.clip(x[:, None] - at * TILE, 0, TILE) for x in (first, first + count))
+  each = page // TILE
+  place = jnp.take_along_axis(table, jnp.clip(at // each, 0, table.shape[1] - 1), axis=1) * each + at % each
+  wanted = ((low < high) & (place >= 0) & (place < number * each)).reshape(-1)
+  if most == 1:
+    new = jnp.broadcast_to(rows, (archives, TILE, width))
+  else:
+    source = at[..., None] * TILE + jnp.arange(TILE) - first[:, None, None]
+    source = jnp.clip(source, 0, most - 1).reshape(archives, tiles * TILE)
+    new = jnp.take_along_axis(rows, source[..., None], axis=1).reshape(archives * tiles, TILE, width)
+  # What is to be written comes first. With nothing to write there is one step, which writes a tile as it was.
+  order = jnp.argsort(~wanted).astype(jnp.int32)
+  scalars = order, jnp.where(wanted, place.reshape(-1), 0), *(jnp.where(wanted, x.reshape(-1), 0) for x in (low, high))
+
+  def body(order_ref, place_ref, low_ref, high_ref, new_ref, old_ref, out_ref):
+    entry = order_ref[pl.program_id(0)]
+    slot = lax.broadcasted_iota(jnp.int32, (TILE, width), 0)
+    inside = (slot >= low_ref[entry]) & (slot < high_ref[entry])
+    bits = lambda ref: pltpu.bitcast(ref[0], jnp.int8).astype(jnp.int32)
+    out_ref[0] = pltpu.bitcast(jnp.where(inside, bits(new_ref), bits(old_ref)).astype(jnp.int8), pool.dtype)
+
+  tile = lambda index: pl.BlockSpec((1, TILE, width), index)
+  of_pool = lambda i, order, place, low, high: (place[order[i]], 0, 0)
+  out = pl.pallas_call(
+    body,
+    out_shape=jax.ShapeDtypeStruct((number * each, TILE, width), pool.dtype),
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=4,
+      grid=(jnp.maximum(jnp.sum(wanted, dtype=jnp.int32), 1),),
+      in_specs=[tile(lambda i, order, *_: (order[i], 0, 0)), tile(of_pool)],
+      out_specs=tile(of_pool),
+    ),
+    input_output_aliases={5: 0},
+    name="append_slots",
+  )(*(x.astype(jnp.int32) for x in scalars), new, pool.reshape(number * each, TILE, width))
+  return out.reshape(pool.shape)
