@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from dms_jax.sharding import row_and_head_axes
 from pallas_kernels import compat, decode, prefill, retrofit
-from pallas_kernels.decode import Pages, tpu_append
+from pallas_kernels.decode import Pages, put
 from pallas_kernels.platform import platform
 from pallas_kernels.prefill import NEVER as NEVER
 
@@ -67,13 +67,18 @@ def decode_attention(q, kv, layer, lengths, *, pages: Pages | None = None, **kwa
   return _on_shards(call, q.shape[0], kv_heads, specs, P, q, kv, layer, lengths, pages)
 
 
-def append_slots(*args):
-  """`pallas_kernels.decode.tpu_append.append`: slots of 8 bits written into the pages of a pool, on a TPU.
+def put_slots(pool, table, slots, rows):
+  """`pallas_kernels.decode.put_slots`: rows of archives written into their pages.
 
-  Under a mesh every device writes the whole pool.
+  XLA scatters where the implementation in force is none of this operation's. Under a mesh a kernel writes the whole
+  pool on every device.
   """
-  whole = lambda *_: (P(),) * len(args)
-  return _on_shards(tpu_append.append, 1, 1, whole, lambda *_: P(), *args)
+  choice = _choice.get()
+  named = tuple(put.IMPLEMENTATIONS) if choice is None else (choice,) if isinstance(choice, str) else tuple(choice)
+  call = partial(put.put_slots, implementation=[name for name in put.IMPLEMENTATIONS if name in (*named, "xla")])
+  if platform() != "tpu":
+    return call(pool, table, slots, rows)
+  return _on_shards(call, 1, 1, lambda *_: (P(),) * 4, lambda *_: P(), pool, table, slots, rows)
 
 
 def _chosen(attend: Callable, *args, pages: Pages | None = None, **kwargs):

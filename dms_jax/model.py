@@ -25,12 +25,12 @@ from dms_jax.gates import clear_neuron, gate_logits
 from dms_jax.layers import apply_rope, linear, mlp, project, rms_norm, rope_tables
 from dms_jax.params import Params, merge_lora, param_table
 from dms_jax.policies import Policy
-from dms_jax.sharding import constrain_rows, gather_layer
+from dms_jax.sharding import constrain_rows, gather_layer, row_and_head_axes
 from pallas_kernels import retrofit
 from pallas_kernels.platform import platform
 
-# A decode step of fewer rows is computed with so many on a GPU, but for attention: for one row XLA reads weights at
-# half the speed, and takes more kernels for a norm.
+# A decode step of fewer rows runs the layers with so many on a GPU, but for their attention: for one row XLA reads
+# weights at half the speed, and takes more kernels for a norm. On a mesh, rows would move between devices for it.
 LEAST_ROWS = 8
 
 # What the backward pass keeps of each layer's forward pass: products and attention. What lies between them (norms,
@@ -271,7 +271,8 @@ def cached_forward(
   heads = (tokens.shape[0], model.config.num_kv_heads, tokens.shape[1])
   about = jnp.broadcast_to((positions - cache.shift)[:, None], heads)
   rows = tokens.shape[0]
-  padded = partial(_more_rows, least=LEAST_ROWS if platform() == "gpu" and tokens.shape[1] == 1 else 0)
+  alone = platform() == "gpu" and row_and_head_axes(rows, 1) is None
+  padded = partial(_more_rows, least=LEAST_ROWS if alone and tokens.shape[1] == 1 else 0)
 
   def attend(big, index, xs, q, k, v, logits):
     state, forced = xs

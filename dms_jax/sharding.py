@@ -195,9 +195,10 @@ def cache_shardings(mesh: Mesh, cache: Any, heads: int) -> Any:
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     rows, split = row_and_head_axes(batch, heads) or ((), None)
 
-  def leaf(x):
-    if x.shape[1:3] == (batch, heads):
+  def leaf(path, x):
+    pool = jax.tree_util.GetAttrKey("store") in path
+    if x.shape[1:3] == (batch, heads) and not pool:
       return NamedSharding(mesh, PartitionSpec(None, rows, split))
     return NamedSharding(mesh, PartitionSpec(rows) if x.shape == (batch,) else PartitionSpec())
 
-  return jax.tree.map(leaf, cache)
+  return jax.tree_util.tree_map_with_path(leaf, cache)

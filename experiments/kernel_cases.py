@@ -223,12 +223,13 @@ def decode_difference(case: Decode, implementation: str | None) -> float:
 
 
 def our_decode(case: Decode, bandwidth: float, implementation: str | None) -> dict[str, float]:
-  """Microseconds of the kernel, and of the floor; of a contiguous cache too where the case is about pages."""
+  """Microseconds of the kernel, and of the floor; of a contiguous cache too where the case is about pages. `calls` of a
+  chain."""
   us, lengths = decode_us(case, implementation)
   slot = 4 * case.size if case.stored == "bfloat16" else 2 * case.size + 8
   in_ring = float(np.minimum(lengths, case.ring).sum())
   floor = (in_ring * 4 * case.size + (float(lengths.sum()) - in_ring) * slot) / bandwidth * 1e6
-  row = {"us": us, "floor_us": floor, "of_floor": floor / us}
+  row = {"us": us, "floor_us": floor, "of_floor": floor / us, "calls": CALLS}
   if case.pages:
     other, _ = decode_us(dataclasses.replace(case, pages=0, ring=0), implementation)
     row |= {"contiguous_us": other, "contiguous_ratio": other / us}

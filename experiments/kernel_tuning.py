@@ -1,7 +1,8 @@
 """`experiments.bench_kernels --tune`: which sizes of a kernel are the fastest here, written to a table of winners.
 
-Sizes are tried one group after another, each group around the best so far: splits, then pieces, then blocks
-and stages, then workers. A candidate that does not compile, or does not fit, is passed over.
+Sizes are tried one group after another, each group around the best so far: splits, then pieces, then blocks and stages,
+then workers, then how many results are merged at a time. A candidate that does not compile, or does not fit, is passed
+over.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def decode_candidates(processors: int) -> Iterator[Callable[[Any], list]]:
     if max(best.split, 2 * block) % block == 0 and max(best.rest, block) % block == 0
   ]
   yield lambda best: [REPLACE(best, workers=n * processors) for n in (1, 2, 3, 4)]
+  yield lambda best: [REPLACE(best, merged=n) for n in (2, 4, 8)]
 
 
 def prefill_candidates() -> Iterator[Callable[[Any], list]]:

@@ -48,7 +48,7 @@ class Drawn(Policy):
 
   def decide(self, logits, layer, position):
     head = jnp.arange(self.rates.shape[1])[:, None]
-    rates = self.rates[layer][:, None] if isinstance(layer, int) else self.rates[layer, head]  # a GPU's slice is free
+    rates = self.rates[layer][:, None] if isinstance(layer, int) else self.rates[layer, head]  # no gather
     evict = uniform(layer, head, position) >= rates
     return evict if logits is None else evict & (logits == logits)  # never NaN, which no compiler knows
 

@@ -15,7 +15,7 @@ import pytest
 from dms_jax import cache as caches
 from dms_jax import policies
 from dms_jax.config import DMSConfig, LoRAConfig, RopeScaling
-from dms_jax.layers import FEW_ROWS, linear
+from dms_jax.layers import FEW_ROWS, linear, mlp
 from dms_jax.model import (
   Eviction,
   Model,
@@ -277,6 +277,20 @@ def test_few_rows_of_a_step_are_padded_on_a_gpu(rows):
   jax.clear_caches()
   for padded, as_it_is in zip(jax.tree.leaves(results[1]), jax.tree.leaves(results[0]), strict=True):
     close(padded, as_it_is)
+
+
+def test_gate_and_up_of_many_rows_are_kept_apart_on_a_gpu(monkeypatch):
+  """What is computed stays the same."""
+  monkeypatch.setattr("dms_jax.layers.MANY_ROWS", 2)
+  model = tiny.model(tiny.config(), None)
+  layer = {name: w[0] for name, w in model.params["layers"].items()}
+  x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 1, model.config.d_model)), jnp.float32)
+  want = mlp(layer, x)
+  program = lambda: str(jax.make_jaxpr(lambda layer, x: mlp(layer, x))(layer, x))
+  assert "optimization_barrier" not in program()
+  with tracing_for("gpu"):
+    assert "optimization_barrier" in program()
+    close(mlp(layer, x), want)
 
 
 def test_bfloat16_under_imposed_decisions(record_property):

@@ -110,22 +110,30 @@ def test_rings_of_a_paged_cache_are_not_copied(topology):
   assert cache.kv.shape[3] == 80 and memory.temp_size_in_bytes < rings / 4
 
 
-@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-@pytest.mark.parametrize("archive", ["int8", "float8"])
-def test_pages_of_eight_bits_are_not_copied(topology, archive):
-  """A step writes its slots in place and reads them by the kernel; XLA alone copies the whole pool in each layer."""
+@pytest.mark.parametrize("topology, archive, tokens", [
+  *((topology, "int8", 1) for topology in tpu.TOPOLOGIES), ("v5e:2x2", "float8", 1), ("v5e:2x2", "int8", 256),
+])  # fmt: skip
+def test_pages_of_eight_bits_are_not_copied(topology, archive, tokens):
+  """Their slots are written in place, and a step reads them by the kernel: XLA alone copies the pool in each layer.
+
+  What temporaries grow by with the pool is at most its scales, 3 % of it, laid out otherwise a few times.
+  """
   device = tpu.devices(topology)[0]
   config = tiny.config(num_layers=4, d_model=64, d_ff=64, num_heads=8, num_kv_heads=4, head_dim=128)
   model, policy, _ = parts(device, config=config)
-  options = dict(batch=64, capacity=256, longest=8192, window=WINDOW, shift=1, dtype=jnp.bfloat16, archive=archive)
-  cache = jax.eval_shape(lambda: caches.create("paged", config, **options).with_pages(20000))
-  assert cache.page_size == PAGE_OF_SCALES
-  arguments = (array((64, 1), jnp.int32, device), array((64,), jnp.int32, device))
-  step = jax.jit(cached_forward, donate_argnums=2)
-  memory = step.lower(model, policy, abstract(cache, device), *arguments).compile().memory_analysis()
-  pool = cache.store.pages.size
-  print(f"{topology}: {memory.temp_size_in_bytes:,} bytes of temporaries beside pages of {pool:,}")
-  assert memory.temp_size_in_bytes < 0.05 * pool, f"{memory.temp_size_in_bytes:,} bytes beside {pool:,}"
+  options = dict(batch=BATCH, capacity=256, longest=2048, window=WINDOW, shift=1, dtype=jnp.bfloat16, archive=archive)
+  arguments = (array((BATCH, tokens), jnp.int32, device), array((BATCH,), jnp.int32, device))
+  step, temporaries, sizes = jax.jit(cached_forward, donate_argnums=2), [], []
+  for pages in (10000, 20000):
+    make = lambda pages=pages: caches.create("paged", config, **options).with_pages(pages)
+    cache = abstract(jax.eval_shape(make), device)
+    assert cache.page_size == PAGE_OF_SCALES
+    memory = step.lower(model, policy, cache, *arguments).compile().memory_analysis()
+    temporaries.append(memory.temp_size_in_bytes)
+    sizes.append(cache.store.pages.size)
+    assert memory.alias_size_in_bytes >= sizes[-1]
+  print(f"{topology}: {temporaries} bytes of temporaries beside pages of {sizes}")
+  assert temporaries[1] - temporaries[0] < 0.15 * (sizes[1] - sizes[0]), f"{temporaries} bytes beside {sizes}"
 
 
 def test_generation_compiles(device):

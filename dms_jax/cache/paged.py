@@ -14,13 +14,13 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from dms_jax.attention import append_slots, decode_attention
+from dms_jax.attention import decode_attention, put_slots
 from dms_jax.cache import pool as pools
 from dms_jax.cache.base import packed, rounded, storage_dtype, unpacked
 from dms_jax.cache.pool import Pool
 from dms_jax.cache.ring import RingCache
-from pallas_kernels.decode import tpu_append
 from pallas_kernels.decode.pages import Pages
+from pallas_kernels.decode.put import places
 from pallas_kernels.platform import platform
 
 ENDLESS = 2**24  # tokens: more than any text has
@@ -71,7 +71,8 @@ class PagedCache(RingCache):
     Args:
       capacity: tokens a head, ring included, that the pool has pages for on the average of all heads and rows.
       longest: the most that one head may hold; default `capacity`.
-      page: slots a page; default the policy's, or PAGE, or PAGE_OF_SCALES.
+      page: slots a page; default the policy's, else PAGE, or PAGE_OF_SCALES where the cache is made for a TPU and its
+        archive is of 8 bits.
       archive: "int8" or "float8" stores the archive in 8 bits, with a scale for each key and value; rings never.
 
     Raises:
@@ -209,6 +210,13 @@ class PagedCache(RingCache):
     kv = big.kv.at[layer, row, head, in_ring].set(rows, mode="drop")
     return big.replace(kv=kv, archive=self._stored(big.archive, reserved.pages[layer], target, rows))
 
+  def _exchanged(self, big, reserved, layer, target, leaves, newest, enters):
+    b, k = target.shape
+    in_ring = jnp.where(newest < self.ring, newest, big.kv.shape[3])
+    at = layer, jnp.arange(b)[:, None], jnp.arange(k), in_ring
+    store = self._stored(big.archive, reserved.pages[layer], target[..., None], leaves[:, :, None])
+    return big.replace(kv=big.kv.at[at].set(enters, mode="drop"), archive=store)
+
   def _moved(self, big, reserved, target, rows):
     store = self._stored(big.archive, reserved.pages, target[..., None], rows[..., None, :])
     return big.replace(archive=store)
@@ -217,20 +225,14 @@ class PagedCache(RingCache):
     self, store: Store, table: Int[Array, "*n M"], target: Int[Array, "*n X"], rows: Shaped[Array, "*n X width"]
   ) -> Store:
     """`store` with rows in the archive's slots `target`; what is in the ring, or past the last slot: nowhere."""
-    index = target - self.ring
-    inside = (index >= 0) & (target < self.slots)
-    # What goes nowhere has places of its own past the end: what is known to be unique, a GPU writes without locks.
-    none = self.pages + jnp.arange(target.size, dtype=jnp.int32).reshape(target.shape)
-    page, slot = jnp.where(inside, _pages_at(table, index // self.page_size), none), index % self.page_size
-    put = lambda x, at, new: x.at[at].set(new, mode="drop", unique_indices=True)
+    slots = target - self.ring
     cells, scales = _quantised(rows, store.pages.dtype)
-    if scales is not None and platform() == "tpu" and self.page_size % tpu_append.TILE == 0:
-      store = store.replace(pages=_appended(store.pages, table, index, inside, cells))
-    else:
-      store = store.replace(pages=put(store.pages, (page, slot), cells))
+    store = store.replace(pages=put_slots(store.pages, table, slots, cells))
     if scales is None:
       return store
-    return store.replace(scales=put(store.scales, (page[..., None], 0, _of_slots(slot)), scales))
+    page, slot = places(self.pages, self.page_size, table, slots)
+    at = page[..., None], 0, _of_slots(slot)
+    return store.replace(scales=store.scales.at[at].set(scales, mode="drop", unique_indices=True))
 
   def _archive(self, big, reserved, layer):
     b, k, most = reserved.pages.shape[1:]
@@ -269,20 +271,6 @@ def _granted(asked: Int[Array, "B"], free: Int[Array, ""]) -> Bool[Array, "B"]:
 def _pages_at(table: Int[Array, "*n M"], place: Int[Array, "*n X"]) -> Int[Array, "*n X"]:
   """The numbers at `place` of a table, the last where that is past its end."""
   return jnp.take_along_axis(table, jnp.clip(place, 0, table.shape[-1] - 1), axis=-1)
-
-
-def _appended(
-  pages: Shaped[Array, "P page width"], table: Int[Array, "*n M"], index: Int[Array, "*n X"],
-  inside: Bool[Array, "*n X"], cells: Shaped[Array, "*n X width"],
-) -> Shaped[Array, "P page width"]:  # fmt: skip
-  """`pages` with those cells that are `inside` in the archive's slots `index`, which follow one another."""
-  flat = lambda x, n: x.reshape(-1, *x.shape[x.ndim - n :])
-  table, index, inside, cells = flat(table, 1), flat(index, 1), flat(inside, 1), flat(cells, 2)
-  first = jnp.min(jnp.where(inside, index, ENDLESS), axis=1)
-  if cells.shape[1] > 1:
-    order = jnp.argsort(~inside, axis=1, stable=True)
-    cells = jnp.take_along_axis(cells, order[..., None], axis=1)
-  return append_slots(pages, table, first, cells, jnp.sum(inside, axis=1, dtype=jnp.int32))
 
 
 def _of_slots(slot: Int[Array, "*n"]) -> Int[Array, "*n 2"]:

@@ -166,7 +166,7 @@ class RingCache(Common):
     archived = archived + grows.astype(jnp.int32)
 
     newest = jnp.broadcast_to(jnp.where(active[:, None], slot, slots), target.shape)
-    targets, new = jnp.stack([target, newest], -1), rows_of(k, v, big.kv.dtype)
+    new = rows_of(k, v, big.kv.dtype)
     if known and isinstance(layer, int):
       # Layers in a list: what leaves them all moves at once, before the first. A step on a GPU is many small kernels.
       if layer == 0:
@@ -178,11 +178,11 @@ class RingCache(Common):
       big = big.replace(kv=big.kv.at[layer, rows, head, slot].set(stays, unique_indices=True))
     else:
       displaced = big.kv[layer, rows, head, slot]
-      big = self._written(big, reserved, layer, targets, jnp.stack([displaced, new[:, :, 0]], 2))
+      big = self._exchanged(big, reserved, layer, target, displaced, newest, new[:, :, 0])
     if policy.scored:
       first = policy.first_score(layer, jnp.broadcast_to(plan.seen[:, None], target.shape))
       moved = jnp.stack([big.scores[layer, rows, head, slot], first], -1)
-      at = (layer, rows[..., None], head[:, None], targets)
+      at = (layer, rows[..., None], head[:, None], jnp.stack([target, newest], -1))
       big = big.replace(scores=big.scores.at[at].set(moved, mode="drop"))
 
     in_ring = jnp.minimum(plan.seen + plan.lengths, ring)[:, None]
@@ -320,6 +320,11 @@ class RingCache(Common):
   def _written(self, big: Big, reserved, layer, target: Int[Array, "B K X"], rows: Shaped[Array, "B K X 2*H"]) -> Big:
     """`big` with rows, as stored, in slots `target`; past the last slot: nowhere."""
     raise NotImplementedError
+
+  def _exchanged(self, big: Big, reserved, layer, target: Int[Array, "B K"], leaves, newest: Int[Array, "B K"], enters):
+    """`big` with what leaves the ring in archive slot `target` and what enters it in slot `newest`, rows [B, K, 2H] as
+    stored; past the last slot: nowhere."""
+    return self._written(big, reserved, layer, jnp.stack([target, newest], -1), jnp.stack([leaves, enters], 2))
 
   def _moved(self, big: Big, reserved, target: Int[Array, "L B K"], rows: Shaped[Array, "L B K 2*H"]) -> Big:
     """`big` with rows of all layers, as stored, in archive slots `target`; past the last slot: nowhere."""

@@ -3,12 +3,12 @@
 The live slots of a (row, KV head) pair are one stream of blocks: those of the contiguous cache, then those of its
 pages. It is cut into chunks of `Blocks.split` slots, a constant of the shape, and what is left into shorter ones. All
 form one list, long ones first so that none is begun when the others are nearly done, which is never written down: each
-worker (one warpgroup, two a processor) sums the pairs' chunks as it starts and finds a chunk by its number. It takes
-the number that is its own, then draws more from a counter, so that ragged heads and processors that read slower than
-others leave none idle. A worker streams its blocks by TMA, several in flight across the ends of chunks, the numbers of
-pages one block further ahead, and writes one partial result a chunk: sum of values, maximum and sum of weights. A
-second kernel merges a pair's in their order; so a result depends on nothing but its own slots, whoever computed the
-parts.
+worker (one warpgroup, two or more a processor) sums the pairs' chunks as it starts and finds a chunk by its number. It
+takes the number that is its own, then draws more from a counter, so that ragged heads and processors that read slower
+than others leave none idle. A worker streams its blocks by TMA, several in flight across the ends of chunks, the
+numbers of pages one block further ahead, and writes one partial result a chunk: sum of values, maximum and sum of
+weights. A second kernel merges a pair's in their order; so a result depends on nothing but its own slots, whoever
+computed the parts.
 
 The tensor cores need 64 rows and eight columns at least: slots, then values' channels, are the rows, and the queries of
 a group the columns. So the scores of a block are four numbers a thread, and its time is that of reading it.
@@ -44,11 +44,11 @@ def default_blocks(
   """Block sizes by shape, as measured on an H100.
 
   Two workers a processor with three blocks in flight each; heads of 64, whose blocks are half as large, get four with
-  two, unless there are so few pairs that workers would be idle, or so many that all have enough to read anyway. A
-  contiguous cache of `slots` a head gets one or two chunks a worker at an eighth of the slots live; larger chunks, up
-  to 1,024 slots, mean fewer partial results, and with the largest few are merged at a time. With pages `slots` is what
-  the contiguous cache beside them holds; their table may grow, and no result may change with it: chunks go by the
-  number of pairs alone.
+  two, unless there are so few pairs that workers would be idle, or so many that all have enough to read anyway. Chunks
+  of a contiguous cache of `slots` a head are up to twice what each of two workers a processor would get at an eighth
+  of the slots live, a 128th of `slots` at least and, but for that, 1,024 at most: longer ones mean fewer partial
+  results, and of the longest a pair has few to merge. With pages `slots` is what the contiguous cache beside them
+  holds; their table may grow, and no result may change with it: chunks go by the number of pairs alone.
   """
   block = 64
   if compat.interpreting():  # every part of the kernel at work on small inputs
@@ -61,13 +61,13 @@ def default_blocks(
     workers, stages = 4 * processors, 2
   if paged:
     if many:
-      return Blocks(block, stages, 1024, workers, 256, 4)
+      return Blocks(block, stages, 1024, workers, rest=256, merged=4)
     return Blocks(block, stages, 512 if pairs >= processors else 256 if 4 * pairs >= processors else 128, workers)
   share = pairs * slots // 8 // (2 * processors)
   split = max(2 * block, slots // 128, min(1024, 2 ** share.bit_length()))
   split = -(-split // block) * block
   rest = max(2 * block, split // 4 // block * block)
-  return Blocks(block, stages, split, workers, rest, 4 if split >= 1024 and pairs >= processors else 8)
+  return Blocks(block, stages, split, workers, rest=rest, merged=4 if split >= 1024 and pairs >= processors else 8)
 
 
 def shape_class(pairs: int, head_dim: int, slots: int, page: int, stored: str) -> str:
@@ -468,7 +468,7 @@ def _attend(sizes: Blocks, variant: Variant, q, layer, *arrays):
     chunks = lambda: sum(chunks_of([live[pair] for live in lengths_refs], sizes)[1:])
     rows = pl.ds(lax.axis_index("rows") * tile.together, tile.together)
     merge(
-      pair, rows, chunks, variant.chunks(sizes), sizes.batch, part_ref, stat_ref, out_ref, logs[0] if logs else None
+      pair, rows, chunks, variant.chunks(sizes), sizes.merged, part_ref, stat_ref, out_ref, logs[0] if logs else None
     )
 
   done = compat.kernel(
@@ -476,7 +476,7 @@ def _attend(sizes: Blocks, variant: Variant, q, layer, *arrays):
     out_type=outs,
     grid=(pairs, tile.rows // tile.together),
     grid_names=("pair", "rows"),
-    kernel_name="decode_merge",
+    kernel_name=f"decode_merge_{sizes.merged}",
     compiler_params=params,
   )(*lengths, part, stat)
   return done[0], done[1] if variant.lse else None

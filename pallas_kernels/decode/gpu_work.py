@@ -21,7 +21,7 @@ NEVER = -1e30
 @dataclasses.dataclass(frozen=True)
 class Blocks:
   """Sizes. `block` slots are computed with at a time, `stages` blocks of them in flight a worker. `split` slots make a
-  partial result; what is left of a pair is cut into pieces of `rest` slots, which are begun last. `batch` partial
+  partial result; what is left of a pair is cut into pieces of `rest` slots, which are begun last. `merged` partial
   results of a pair are loaded together, the next ones while these are merged."""
 
   block: int
@@ -29,13 +29,15 @@ class Blocks:
   split: int
   workers: int
   rest: int = 128
-  batch: int = 8
+  merged: int = 8
 
   def __post_init__(self):
     if self.split % self.block or self.split == self.block or self.block % warpgroup.ROWS:
       raise ValueError(
         f"split {self.split} must be two or more times block {self.block}, and block a multiple of {warpgroup.ROWS}"
       )
+    if self.merged < 1:
+      raise ValueError(f"merged {self.merged} must be 1 or more")
     if self.rest % self.block or self.rest > self.split:
       raise ValueError(f"rest {self.rest} must be a multiple of block {self.block}, up to split {self.split}")
 
@@ -94,8 +96,9 @@ def find(starts, first, size: int, number):
   return place
 
 
-def merge(pair, rows, chunks, most: int, batch: int, part_ref, stat_ref, out_ref, lse_ref):
-  """Merges some rows of a pair's partial results, `chunks()` of at most `most`, in their order, and writes them.
+def merge(pair, rows, chunks, most: int, together: int, part_ref, stat_ref, out_ref, lse_ref):
+  """Merges some rows of a pair's partial results, `chunks()` of at most `most`, in their order, `together` at
+  a time, and writes them.
 
   The first results are asked for before their number is, which has to come from memory too.
   """
@@ -107,8 +110,8 @@ def merge(pair, rows, chunks, most: int, batch: int, part_ref, stat_ref, out_ref
   def load(number, last):
     """Partial results of a batch: [(chunk, sum of values, maximum, sum of weights)]; the `last` again after it."""
     parts = []
-    for i in range(batch):
-      chunk = number * batch + i
+    for i in range(together):
+      chunk = number * together + i
       at = pair, jnp.minimum(chunk, last)
       top, total = (warpgroup.load_columns(stat_ref.at[*at, x, rows], shape, vector) for x in range(2))
       parts.append((chunk, plgpu.load(part_ref.at[*at, rows], layout=layout, optimized=False), top, total))
@@ -130,7 +133,7 @@ def merge(pair, rows, chunks, most: int, batch: int, part_ref, stat_ref, out_ref
       acc, total = acc + part * weight, total + part_total * weight
     return acc, new_top, total, ahead
 
-  batches = lax.div(count + jnp.int32(batch - 1), jnp.int32(batch))
+  batches = lax.div(count + jnp.int32(together - 1), jnp.int32(together))
   acc, top, total, _ = lax.fori_loop(0, batches, fold, (spread(0.0), spread(NEVER), spread(0.0), ahead))
   nothing = total == 0.0
   out_ref[pair, rows] = (acc / jnp.where(nothing, 1.0, total)).astype(out_ref.dtype)

@@ -36,7 +36,7 @@ NEVER = -1e30
 LANES = 128
 # Rows of a float32 tile: the queries of a group are padded to them.
 GROUP = 8
-# Slots of a page with scales: their way to the lanes takes 16 bytes of memory for each pair of its slots.
+# Slots of a page with scales: two matrices, of its numbers by the slots of a page or a block, bring them to the lanes.
 LARGEST = 256
 # Bytes of scalar memory for lengths, the list of chunks and page numbers, of the 1 MiB that a core has.
 SCALARS = 768 * 2**10
@@ -82,7 +82,8 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
 
   The slots of `kv` should be a multiple of the rows of a tile (bfloat16 16, float32 8), and must be above one block; a
   window ring may have any number, but XLA may then lay that array out with other axes inmost, and copy it. Pages are in
-  q's dtype, or int8 or float8_e4m3fn, and a power of 2 of slots, a tile at least (of 8 bits 32).
+  q's dtype, or int8 or float8_e4m3fn, and a power of 2 of slots, a tile at least (of 8 bits 32, and 256 at
+  most).
 
   Args:
     blocks: `Blocks`, by default `default_blocks`.

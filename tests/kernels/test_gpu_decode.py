@@ -30,9 +30,9 @@ def inputs(batch, heads, group, h, slots, lengths, dtype=jnp.bfloat16):
   return q, jnp.asarray(kv, dtype), jnp.asarray(lengths)
 
 
-def run(q, kv, lengths, block=64, stages=2, split=128, workers=3, batch=8, lse=False):
+def run(q, kv, lengths, block=64, stages=2, split=128, workers=3, merged=8, lse=False):
   """The kernel in the interpreter, with few workers."""
-  sizes = gpu.Blocks(block, stages, split, workers, batch=batch)
+  sizes = gpu.Blocks(block, stages, split, workers, merged=merged)
   with on_hopper():
     return jax.block_until_ready(gpu.decode_attention(q, kv, jnp.int32(LAYER), lengths, blocks=sizes, lse=lse))
 
@@ -75,10 +75,10 @@ def test_result_depends_on_its_own_slots_alone():
 
 
 @needs_mosaic_gpu
-@pytest.mark.parametrize("batch", [1, 2, 3])
-def test_partial_results_merged_few_at_a_time(batch):
+@pytest.mark.parametrize("merged", [1, 2, 3])
+def test_partial_results_merged_few_at_a_time(merged):
   """As many as there are, one more and one less, and none."""
-  check(*inputs(1, 4, 4, 64, 512, [512, 385, 256, 0]), batch=batch)
+  check(*inputs(1, 4, 4, 64, 512, [512, 385, 256, 0]), merged=merged)
 
 
 @needs_mosaic_gpu
@@ -189,13 +189,13 @@ def test_each_chunk_has_a_number(pairs, split, rest):
 
 def test_sizes_by_shape():
   """Two workers a processor, four for heads of 64; longer chunks in larger caches, as long as no worker is idle."""
-  assert gpu.default_blocks(32, 8, 8192, 128, 132) == gpu.Blocks(64, 3, 1024, 264, 256, 4)
+  assert gpu.default_blocks(32, 8, 8192, 128, 132) == gpu.Blocks(64, 3, 1024, 264, rest=256, merged=4)
   assert gpu.default_blocks(1, 8, 32768, 128, 132).split == 256
   assert gpu.default_blocks(1, 3, 512, 64, 132) == gpu.Blocks(64, 3, 128, 264)
   assert gpu.default_blocks(8, 8, 8192, 64, 132) == gpu.Blocks(64, 2, 256, 528)
   assert gpu.default_blocks(32, 8, 272, 128, 132, paged=True) == gpu.Blocks(64, 3, 512, 264)
   assert gpu.default_blocks(8, 8, 272, 64, 132, paged=True) == gpu.Blocks(64, 2, 256, 528)
-  assert gpu.default_blocks(248, 8, 272, 64, 132, paged=True) == gpu.Blocks(64, 3, 1024, 264, 256, 4)
+  assert gpu.default_blocks(248, 8, 272, 64, 132, paged=True) == gpu.Blocks(64, 3, 1024, 264, rest=256, merged=4)
   assert gpu.default_blocks(1, 8, 0, 128, 132, paged=True, scaled=True) == gpu.Blocks(64, 4, 128, 264)
   with pytest.raises(ValueError, match="two or more times block"):
     gpu.Blocks(64, 2, 96, 4)
@@ -203,3 +203,5 @@ def test_sizes_by_shape():
     gpu.Blocks(64, 2, 64, 4)
   with pytest.raises(ValueError, match="up to split"):
     gpu.Blocks(64, 2, 128, 4, 192)
+  with pytest.raises(ValueError, match="merged 0 must be 1 or more"):
+    gpu.Blocks(64, 2, 128, 4, merged=0)

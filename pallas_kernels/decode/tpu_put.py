@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Int, Shaped
 
 from pallas_kernels import compat_tpu
 
@@ -20,35 +19,37 @@ TILE = 32  # slots of 8 bits that memory keeps together
 ENTRIES = 2**15  # tiles of a call, of each of which four numbers are in scalar memory: half a MiB
 
 
-def append(
-  pool: Shaped[Array, "P page width"],
-  table: Int[Array, "N M"],
-  first: Int[Array, "N"],
-  rows: Shaped[Array, "N X width"],
-  count: Int[Array, "N"],
-) -> Shaped[Array, "P page width"]:
-  """`pool` with rows 0 .. count[n] - 1 of `rows[n]` in slots first[n], first[n] + 1, ... of archive n.
-
-  Args:
-    pool: pages of int8 or float8_e4m3fn, a multiple of 32 slots each; donated, it is written in place.
-    table: the archives' pages, as `pages.Pages.table` of one layer; no two archives share one that is written.
+def put_slots(pool, table, slots, rows):
+  """See `put.put_slots`; pages of int8 or float8_e4m3fn, a multiple of 32 slots. `pool`, donated, is written in place.
 
   Raises:
-    NotImplementedError: another device; pages that are no whole tiles.
+    NotImplementedError: another device; pages of more bits, which XLA scatters in place, or that are no whole tiles.
   """
   compat_tpu.require_tpu()
-  (_, page, _), (archives, most, _) = pool.shape, rows.shape
+  page = pool.shape[1]
   if page % TILE or pool.dtype.itemsize != 1:
     raise NotImplementedError(f"pages of {page} slots in {pool.dtype}: must be 8 bits, a multiple of {TILE}")
+  flat = lambda x, n: x.reshape(-1, *x.shape[x.ndim - n :])
+  table, slots, rows = flat(table, 1), flat(slots, 1), flat(rows, 2)
+  archives, most, _ = rows.shape
+  end = table.shape[1] * page
+  inside = (slots >= 0) & (slots < end)
+  first, count = jnp.min(jnp.where(inside, slots, end), axis=1), jnp.sum(inside, axis=1, dtype=jnp.int32)
+  if most > 1:  # those that go anywhere come first
+    order = jnp.argsort(~inside, axis=1, stable=True)
+    rows = jnp.take_along_axis(rows, order[..., None], axis=1)
   tiles = 1 if most == 1 else (most + TILE - 2) // TILE + 1
   together = max(ENTRIES // tiles, 1)
   for begin in range(0, archives, together):
-    pool = _append(pool, tiles, *(x[begin : begin + together] for x in (table, first, rows, count)))
+    pool = _put(pool, tiles, *(x[begin : begin + together] for x in (table, first, rows, count)))
   return pool
 
 
-def _append(pool, tiles: int, table, first, rows, count):
-  """The same, whose numbers fit scalar memory; an archive's new slots lie in up to so many tiles."""
+def _put(pool, tiles: int, table, first, rows, count):
+  """`pool` with the first `count` [N] of `rows` [N, X, width] in slots `first` [N], first + 1, ... of N archives.
+
+  N times `tiles`, in up to so many of which the new slots of an archive lie, is at most ENTRIES.
+  """
   (number, page, width), (archives, most, _) = pool.shape, rows.shape
   # Tile t of an archive's new slots is its tile `at`, of which slots `low` to `high` are new.
   at = (first // TILE)[:, None] + jnp.arange(tiles)
@@ -85,6 +86,6 @@ def _append(pool, tiles: int, table, first, rows, count):
       out_specs=tile(of_pool),
     ),
     input_output_aliases={5: 0},
-    name="append_slots",
+    name="put_slots",
   )(*(x.astype(jnp.int32) for x in scalars), new, pool.reshape(number * each, TILE, width))
   return out.reshape(pool.shape)
