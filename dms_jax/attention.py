@@ -1,4 +1,5 @@
-"""The one place where dms_jax chooses attention: every model and cache calls through here, into `pallas_kernels`.
+"""The one place where dms_jax chooses attention, and how slots of pages are written: every model and cache calls
+through here, into `pallas_kernels`.
 
 `use` forces a choice for a block of code (traced functions keep the choice they were traced with).
 
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from dms_jax.sharding import row_and_head_axes
-from pallas_kernels import compat, decode, prefill, retrofit
+from pallas_kernels import compat, decode, dispatch, prefill, retrofit
 from pallas_kernels.decode import Pages, put
 from pallas_kernels.platform import platform
 from pallas_kernels.prefill import NEVER as NEVER
@@ -73,9 +74,8 @@ def put_slots(pool, table, slots, rows):
   XLA scatters where the implementation in force is none of this operation's. Under a mesh a kernel writes the whole
   pool on every device.
   """
-  choice = _choice.get()
-  named = tuple(put.IMPLEMENTATIONS) if choice is None else (choice,) if isinstance(choice, str) else tuple(choice)
-  call = partial(put.put_slots, implementation=[name for name in put.IMPLEMENTATIONS if name in (*named, "xla")])
+  chosen = (*dispatch.named(put.IMPLEMENTATIONS, _choice.get()), "xla")
+  call = partial(put.put_slots, implementation=[name for name in put.IMPLEMENTATIONS if name in chosen])
   if platform() != "tpu":
     return call(pool, table, slots, rows)
   return _on_shards(call, 1, 1, lambda *_: (P(),) * 4, lambda *_: P(), pool, table, slots, rows)

@@ -20,7 +20,7 @@ def call(
     ValueError: `choice` names an unknown implementation.
     NotImplementedError: every candidate refused; the message holds all reasons.
   """
-  names = tuple(implementations) if choice is None else (choice,) if isinstance(choice, str) else tuple(choice)
+  names = named(implementations, choice)
   unknown = [n for n in names if n not in implementations]
   if unknown:
     raise ValueError(f"{operation}: unknown implementation {unknown}; there are {list(implementations)}")
@@ -34,6 +34,11 @@ def call(
         _logged.add(reasons[-1])
         logging.getLogger("pallas_kernels").info("%s", reasons[-1])
   raise NotImplementedError("; ".join(reasons))
+
+
+def named(implementations: Mapping[str, Callable], choice: str | Sequence[str] | None) -> tuple[str, ...]:
+  """The names that `choice` stands for, known or not; all for None."""
+  return tuple(implementations) if choice is None else (choice,) if isinstance(choice, str) else tuple(choice)
 
 
 def check(condition: bool, message: str) -> None:

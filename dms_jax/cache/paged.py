@@ -19,7 +19,7 @@ from dms_jax.cache import pool as pools
 from dms_jax.cache.base import packed, rounded, storage_dtype, unpacked
 from dms_jax.cache.pool import Pool
 from dms_jax.cache.ring import RingCache
-from pallas_kernels.decode.pages import Pages
+from pallas_kernels.decode.pages import Pages, pages_at
 from pallas_kernels.decode.put import places
 from pallas_kernels.platform import platform
 
@@ -204,18 +204,19 @@ class PagedCache(RingCache):
     return cache.replace(store=store, table=table)
 
   def _written(self, big, reserved, layer, target, rows):
+    big = big.replace(archive=self._stored(big.archive, reserved.pages[layer], target, rows))
+    return self._ringed(big, layer, target, rows)
+
+  def _exchanged(self, big, reserved, layer, target, leaves, newest, enters):
+    store = self._stored(big.archive, reserved.pages[layer], target[..., None], leaves[:, :, None])
+    return self._ringed(big.replace(archive=store), layer, newest[..., None], enters[:, :, None])
+
+  def _ringed(self, big, layer, target: Int[Array, "B K X"], rows: Shaped[Array, "B K X width"]):
+    """`big` with rows in the ring's slots `target`; what is past them: nowhere."""
     b, k, _ = target.shape
     row, head = jnp.arange(b)[:, None, None], jnp.arange(k)[:, None]
     in_ring = jnp.where(target < self.ring, target, big.kv.shape[3])  # what is not is past its end
-    kv = big.kv.at[layer, row, head, in_ring].set(rows, mode="drop")
-    return big.replace(kv=kv, archive=self._stored(big.archive, reserved.pages[layer], target, rows))
-
-  def _exchanged(self, big, reserved, layer, target, leaves, newest, enters):
-    b, k = target.shape
-    in_ring = jnp.where(newest < self.ring, newest, big.kv.shape[3])
-    at = layer, jnp.arange(b)[:, None], jnp.arange(k), in_ring
-    store = self._stored(big.archive, reserved.pages[layer], target[..., None], leaves[:, :, None])
-    return big.replace(kv=big.kv.at[at].set(enters, mode="drop"), archive=store)
+    return big.replace(kv=big.kv.at[layer, row, head, in_ring].set(rows, mode="drop"))
 
   def _moved(self, big, reserved, target, rows):
     store = self._stored(big.archive, reserved.pages, target[..., None], rows[..., None, :])
@@ -241,7 +242,7 @@ class PagedCache(RingCache):
 
   def _archive_at(self, big, reserved, layer, index):
     store, slot = big.archive, index % self.page_size
-    page = jnp.clip(_pages_at(reserved.pages[layer], index // self.page_size), 0, self.pages - 1)
+    page = jnp.clip(pages_at(reserved.pages[layer], index // self.page_size), 0, self.pages - 1)
     scales = None if store.scales is None else store.scales[page[..., None], 0, _of_slots(slot)]
     return _numbers(store.pages[page, slot], scales, big.kv.dtype)
 
@@ -266,11 +267,6 @@ def _granted(asked: Int[Array, "B"], free: Int[Array, ""]) -> Bool[Array, "B"]:
   left = free - jnp.sum(jnp.where(granted, asked, 0))
   fitting = jnp.where(granted | (asked > left), 0, asked)
   return granted | ((asked <= left) & (jnp.cumsum(fitting) <= left))
-
-
-def _pages_at(table: Int[Array, "*n M"], place: Int[Array, "*n X"]) -> Int[Array, "*n X"]:
-  """The numbers at `place` of a table, the last where that is past its end."""
-  return jnp.take_along_axis(table, jnp.clip(place, 0, table.shape[-1] - 1), axis=-1)
 
 
 def _of_slots(slot: Int[Array, "*n"]) -> Int[Array, "*n 2"]:

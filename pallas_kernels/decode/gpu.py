@@ -54,15 +54,15 @@ def default_blocks(
   if compat.interpreting():  # every part of the kernel at work on small inputs
     return Blocks(block, 2, 2 * block, 3)
   pairs, workers, stages = batch * kv_heads, 2 * processors, 3
-  many = pairs >= 3 * workers
+  few, many = 4 * pairs < processors, pairs >= 3 * workers
   if scaled:
     stages = (2 if slots else 4) * 128 // head_dim
-  elif head_dim == 64 and 4 * pairs >= processors and not many:
+  elif head_dim == 64 and not few and not many:
     workers, stages = 4 * processors, 2
   if paged:
     if many:
       return Blocks(block, stages, 1024, workers, rest=256, merged=4)
-    return Blocks(block, stages, 512 if pairs >= processors else 256 if 4 * pairs >= processors else 128, workers)
+    return Blocks(block, stages, 128 if few else 256 if pairs < processors else 512, workers)
   share = pairs * slots // 8 // (2 * processors)
   split = max(2 * block, slots // 128, min(1024, 2 ** share.bit_length()))
   split = -(-split // block) * block

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 
 @jax.tree_util.register_dataclass
@@ -24,3 +26,8 @@ class Pages:
   table: jax.Array
   lengths: jax.Array
   scales: jax.Array | None = None
+
+
+def pages_at(table: Int[Array, "*n M"], place: Int[Array, "*n X"]) -> Int[Array, "*n X"]:
+  """The numbers at `place` of archives' tables, the last where that is past the end."""
+  return jnp.take_along_axis(table, jnp.clip(place, 0, table.shape[-1] - 1), axis=-1)

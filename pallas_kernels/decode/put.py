@@ -9,6 +9,7 @@ from jaxtyping import Array, Int, Shaped
 
 from pallas_kernels import dispatch
 from pallas_kernels.decode import tpu_put
+from pallas_kernels.decode.pages import pages_at
 
 
 def put_slots(
@@ -47,8 +48,7 @@ def places(
   """
   inside = (slots >= 0) & (slots < table.shape[-1] * page)
   none = number + jnp.arange(slots.size, dtype=jnp.int32).reshape(slots.shape)
-  at = jnp.take_along_axis(table, jnp.clip(slots // page, 0, table.shape[-1] - 1), axis=-1)
-  return jnp.where(inside, at, none), slots % page
+  return jnp.where(inside, pages_at(table, slots // page), none), slots % page
 
 
 IMPLEMENTATIONS = {"tpu": tpu_put.put_slots, "xla": scatter}

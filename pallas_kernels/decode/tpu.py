@@ -373,9 +373,7 @@ def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, poo
         dot = functools.partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
         s = dot(query, keys, (((1,), (1,)), ((), ()))) * (h**-0.5 * LOG2E)
         if scaled:
-          of_keys, of_values = factors_of(
-            slot, live, lax.rem(block_number * block, i32(page)) if unit < page else i32(0)
-          )
+          of_keys, of_values = factors_of(slot, live, lax.rem(block_number * block, i32(page)))
           s = jnp.where(paged, s * of_keys, s)
         s = jnp.where(lax.broadcasted_iota(i32, s.shape, 1) < live, s, -jnp.inf)
         new_top = jnp.maximum(top, s.max(axis=1, keepdims=True))

@@ -14,8 +14,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import compat_tpu
+from pallas_kernels.decode.pages import pages_at
+from pallas_kernels.decode.tpu import tile
 
-TILE = 32  # slots of 8 bits that memory keeps together
+TILE = tile(jnp.int8)  # slots that memory keeps together
 ENTRIES = 2**15  # tiles of a call, of each of which four numbers are in scalar memory: half a MiB
 
 
@@ -55,7 +57,7 @@ def _put(pool, tiles: int, table, first, rows, count):
   at = (first // TILE)[:, None] + jnp.arange(tiles)
   low, high = (jnp.clip(x[:, None] - at * TILE, 0, TILE) for x in (first, first + count))
   each = page // TILE
-  place = jnp.take_along_axis(table, jnp.clip(at // each, 0, table.shape[1] - 1), axis=1) * each + at % each
+  place = pages_at(table, at // each) * each + at % each
   wanted = ((low < high) & (place >= 0) & (place < number * each)).reshape(-1)
   if most == 1:
     new = jnp.broadcast_to(rows, (archives, TILE, width))
@@ -74,7 +76,7 @@ def _put(pool, tiles: int, table, first, rows, count):
     bits = lambda ref: pltpu.bitcast(ref[0], jnp.int8).astype(jnp.int32)
     out_ref[0] = pltpu.bitcast(jnp.where(inside, bits(new_ref), bits(old_ref)).astype(jnp.int8), pool.dtype)
 
-  tile = lambda index: pl.BlockSpec((1, TILE, width), index)
+  spec = lambda index: pl.BlockSpec((1, TILE, width), index)
   of_pool = lambda i, order, place, low, high: (place[order[i]], 0, 0)
   out = pl.pallas_call(
     body,
@@ -82,8 +84,8 @@ def _put(pool, tiles: int, table, first, rows, count):
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=4,
       grid=(jnp.maximum(jnp.sum(wanted, dtype=jnp.int32), 1),),
-      in_specs=[tile(lambda i, order, *_: (order[i], 0, 0)), tile(of_pool)],
-      out_specs=tile(of_pool),
+      in_specs=[spec(lambda i, order, *_: (order[i], 0, 0)), spec(of_pool)],
+      out_specs=spec(of_pool),
     ),
     input_output_aliases={5: 0},
     name="put_slots",
