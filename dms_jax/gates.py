@@ -30,24 +30,39 @@ def gate_logits(
   else:
     norm, weight = (layer[name].astype(jnp.float32) for name in ("dms_norm", "dms_proj"))
     if x.shape[1] == 1 and platform() == "gpu":
-      raw = _adapter_in_one_pass(x.astype(jnp.float32), norm * weight, config.rms_norm_eps)
+      raw = _adapter_in_one_pass(x, norm * weight, config.rms_norm_eps)
     else:
       normed = rms_norm(x.astype(jnp.float32), norm, config.rms_norm_eps)
       raw = jnp.einsum("btd,kd->bkt", normed, weight, precision=jax.lax.Precision.HIGHEST)
+  return _logits(dms, raw)
+
+
+def step_gate_logits(
+  config: ModelConfig, dms: DMSConfig, layers: list[dict], x: Float[Array, "L B 1 D"]
+) -> Float[Array, "L B K 1"]:
+  """`gate_logits` of the adapters of all layers in a decode step; on a GPU one kernel instead of one a layer."""
+  norm, weight = (jnp.stack([layer[n] for layer in layers]).astype(jnp.float32) for n in ("dms_norm", "dms_proj"))
+  return _logits(dms, _adapter_in_one_pass(x, norm[:, None] * weight, config.rms_norm_eps))
+
+
+def _logits(dms: DMSConfig, raw: Float[Array, "*L B K T"]) -> Float[Array, "*L B K T"]:
   if dms.granularity == "layer":
-    raw = jnp.broadcast_to(raw[:, :1], raw.shape)
+    raw = jnp.broadcast_to(raw[..., :1, :], raw.shape)
   return dms.scale * raw - dms.offset
 
 
-def _adapter_in_one_pass(x: Float[Array, "B 1 D"], weight: Float[Array, "K D"], eps: float) -> Float[Array, "B K 1"]:
-  """RMSNorm and projection as one reduction, of the product and of the squares: on a GPU one small kernel instead of
-  three, in every layer of a decode step."""
-  wide = jnp.broadcast_to(x, (x.shape[0], *weight.shape))
+def _adapter_in_one_pass(
+  x: Float[Array, "*L B 1 D"], weight: Float[Array, "*L K D"], eps: float
+) -> Float[Array, "*L B K 1"]:
+  """RMSNorm and projection in float32 as one reduction, of the product and of the squares: one small kernel of a GPU
+  instead of three."""
+  x, weight = jnp.broadcast_arrays(x.astype(jnp.float32), weight[..., None, :, :])
+  last = (x.ndim - 1,)
   both = jax.lax.reduce(
-    (wide * weight, wide * wide), (jnp.float32(0), jnp.float32(0)), lambda a, b: (a[0] + b[0], a[1] + b[1]), (2,)
+    (x * weight, x * x), (jnp.float32(0), jnp.float32(0)), lambda a, b: (a[0] + b[0], a[1] + b[1]), last
   )
   product, square = both
-  return (product * jax.lax.rsqrt(square / x.shape[2] + eps))[..., None]
+  return (product * jax.lax.rsqrt(square / x.shape[-1] + eps))[..., None]
 
 
 def clear_neuron(

@@ -21,7 +21,7 @@ from dms_jax.attention import retrofit_attention
 from dms_jax.cache import Cache
 from dms_jax.cache.base import Seen
 from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig
-from dms_jax.gates import clear_neuron, gate_logits
+from dms_jax.gates import clear_neuron, gate_logits, step_gate_logits
 from dms_jax.layers import apply_rope, linear, mlp, project, rms_norm, rope_tables
 from dms_jax.params import Params, merge_lora, param_table
 from dms_jax.policies import Policy
@@ -32,6 +32,9 @@ from pallas_kernels.platform import platform
 # A decode step of fewer rows runs the layers with so many on a GPU, but for their attention: for one row XLA reads
 # weights at half the speed, and takes more kernels for a norm. On a mesh, rows would move between devices for it.
 LEAST_ROWS = 8
+# Up to so many rows, there, the gates of all layers are one kernel behind the layers, which reads each x once for every
+# KV head from as many arrays as there are layers: for more rows a small kernel in each layer is faster.
+LATE_ROWS = 32
 
 # What the backward pass keeps of each layer's forward pass: products and attention. What lies between them (norms,
 # rotations, SwiGLU) is cheaper to compute again than to write and read; the last product leads to the next layer.
@@ -80,8 +83,11 @@ class Model:
 Attend = Callable[..., tuple[Array, Any, Any]]
 
 
-def _attention_inputs(model: Model, layer: dict, x: Array, rope: tuple[Array, Array], neuron_kept: Array | None = None):
-  """Queries, keys, values after RoPE [B, T, heads, H], and gate logits float32 [B, K, T] (None without gates)."""
+def _attention_inputs(
+  model: Model, layer: dict, x: Array, rope: tuple[Array, Array], neuron_kept: Array | None = None, late: bool = False
+):
+  """Queries, keys, values after RoPE [B, T, heads, H], and gate logits float32 [B, K, T] (None without gates); `late`:
+  instead of them x, what `step_gate_logits` computes those of all layers from."""
   c, dms = model.config, model.dms
   neuron = dms is not None and dms.gate == "neuron"
   scale = model.lora.scale if model.lora else 0.0
@@ -93,7 +99,7 @@ def _attention_inputs(model: Model, layer: dict, x: Array, rope: tuple[Array, Ar
     q, k, v = (y + layer[name].astype(y.dtype) for y, name in ((q, "q_bias"), (k, "k_bias"), (v, "v_bias")))
   if c.qk_norm:
     q, k = rms_norm(q, layer["q_norm"], c.rms_norm_eps), rms_norm(k, layer["k_norm"], c.rms_norm_eps)
-  logits = None if dms is None else gate_logits(c, dms, layer, x, q)
+  logits = x if late else None if dms is None else gate_logits(c, dms, layer, x, q)
   q = q.astype(x.dtype)
   if neuron:
     q = clear_neuron(c, q, neuron_kept)
@@ -103,13 +109,14 @@ def _attention_inputs(model: Model, layer: dict, x: Array, rope: tuple[Array, Ar
 
 def _run_layers(
   model: Model, x: Array, positions: Array, attend: Attend, carry=None, xs=None, remat: bool | None = None,
-  neuron_kept=None, gather: bool = False,
+  neuron_kept=None, gather: bool = False, late: bool = False,
 ):  # fmt: skip
   """Runs all layers; returns (x, carry, ys) with ys stacked [L, ...].
 
   Args:
     remat: what a backward pass keeps of a layer: all, for None; `SAVED`, for False; nothing, for True.
     gather: on a mesh weights move to the rows.
+    late: see `_attention_inputs`.
   """
   table = param_table(model.config, model.dms, model.lora) if gather else {}
   rope = rope_tables(model.config, positions)
@@ -119,7 +126,7 @@ def _run_layers(
     x, carry = state
     index, layer, x_l = inputs
     layer = gather_layer(layer, table) if gather else layer
-    q, k, v, logits = _attention_inputs(model, layer, x, rope, neuron_kept)
+    q, k, v, logits = _attention_inputs(model, layer, x, rope, neuron_kept, late)
     attended, carry, ys = attend(carry, index, x_l, q, k, v, logits)
     x = x + project(attended, layer, "o_proj", 2, lora_scale=scale)
     x = x + mlp(layer, rms_norm(x, layer["mlp_norm"], model.config.rms_norm_eps), scale)
@@ -272,18 +279,31 @@ def cached_forward(
   about = jnp.broadcast_to((positions - cache.shift)[:, None], heads)
   rows = tokens.shape[0]
   alone = platform() == "gpu" and row_and_head_axes(rows, 1) is None
-  padded = partial(_more_rows, least=LEAST_ROWS if alone and tokens.shape[1] == 1 else 0)
+  small = alone and tokens.shape[1] == 1
+  padded = partial(_more_rows, least=LEAST_ROWS if small else 0)
+  layers = model.params["layers"]
+  late = small and rows <= LATE_ROWS and isinstance(layers, list) and _adapters(model) and cache.decided_late(policy)
 
   def attend(big, index, xs, q, k, v, logits):
     state, forced = xs
     q, k, v, logits = jax.tree.map(lambda y: y[:rows], (q, k, v, logits))
-    evict = policy.decide(logits, index, about) if forced is None else forced
+    evict = None if late else policy.decide(logits, index, about) if forced is None else forced
     out, big, state, seen = cache.attend(plan, policy, index, big, state, q, k, v, evict)
     return padded(out), big, (state, seen, logits)
 
   x, xs = embed(model, padded(tokens)), (cache.layer_state(), imposed)
-  x, big, (states, seen, logits) = _run_layers(model, x, padded(positions), attend, cache.carried(), xs)
-  return StepOutput(x[:rows], seen, logits, plan.lengths, plan.stalled), cache.commit(plan, big, states)
+  x, big, (states, seen, logits) = _run_layers(model, x, padded(positions), attend, cache.carried(), xs, late=late)
+  evict = None
+  if late:
+    logits = step_gate_logits(model.config, model.dms, layers, logits)
+    index, about = jnp.arange(len(layers))[:, None, None, None], jnp.broadcast_to(about, logits.shape)
+    evict = policy.decide(logits, index, about) if imposed is None else imposed
+  return StepOutput(x[:rows], seen, logits, plan.lengths, plan.stalled), cache.commit(plan, big, states, evict)
+
+
+def _adapters(model: Model) -> bool:
+  """Whether the gates are projections of their own."""
+  return model.dms is not None and model.dms.gate == "adapter"
 
 
 def _more_rows(x: Array, least: int) -> Array:

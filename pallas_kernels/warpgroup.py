@@ -13,6 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
 
 from pallas_kernels import compat
 from pallas_kernels.compat import plgpu
@@ -236,6 +237,36 @@ def load_columns(ref, shape: tuple[int, int], vector_size: int) -> jax.Array:
     return mgpu.FragmentedArray(_registers=registers, _layout=lowered, _is_signed=None)
 
   return load(ref)
+
+
+def store_rows(x: jax.Array, ref, first: jax.Array, vector_size: int) -> None:
+  """Stores x [R, H], in `strided_layout`, as rows `first` on of a [G, H] ref in global memory; what would be past its
+  end is left out."""
+  rows, group = len(x), ref.shape[0]
+  if group % rows == 0:
+    ref[pl.ds(first, rows)] = x
+    return
+  if compat.interpreting():
+    for i in range(rows):
+      pl.when(first + i < group)(functools.partial(ref.__setitem__, first + i, x[i]))
+    return
+  from jax._src.lib.mlir import ir
+  from jax._src.lib.mlir.dialects import arith, vector
+  from jax.experimental.mosaic import gpu as mgpu
+
+  layout = compat.strided_layout(x.shape, vector_size)
+
+  @plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType(), plgpu.Layout.WG_SPLAT(())))
+  def store(_, value, target, first):
+    index = ir.IndexType.get()
+    first = arith.index_cast(index, first.registers.item())
+    places = zip(np.ndindex(value.registers.shape), value.layout.thread_idxs(value.shape), strict=True)
+    for register, (row, column) in places:
+      row = arith.addi(row, first)
+      with mgpu.when(arith.cmpi(arith.CmpIPredicate.ult, row, arith.constant(index, group))):
+        vector.store(value.registers[register], target, [row, column])
+
+  store(x, ref, jnp.asarray(first, jnp.int32))
 
 
 def load_pairs(ref) -> tuple[jax.Array, jax.Array]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dms_jax.config import DMSConfig
-from dms_jax.gates import clear_neuron, gate_logits
+from dms_jax.gates import clear_neuron, gate_logits, step_gate_logits
 from dms_jax.model import Eviction, forward
 from pallas_kernels.platform import tracing_for
 from tests import tiny
@@ -46,6 +46,18 @@ def test_adapter_in_one_pass_is_the_same(dtype):
     logits = gate_logits(CONFIG, DMSConfig("adapter"), LAYER, x, q)
   assert logits.dtype == jnp.float32
   np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("granularity", ["head", "layer"])
+def test_adapters_of_all_layers_at_once(granularity):
+  """Each layer's own x with its own weights."""
+  dms, layers = DMSConfig("adapter", granularity=granularity), [LAYER, {n: w[..., ::-1] for n, w in LAYER.items()}]
+  x = jnp.asarray(RNG.standard_normal((2, 3, 1, CONFIG.d_model)), jnp.bfloat16)
+  logits = step_gate_logits(CONFIG, dms, layers, x)
+  q = jnp.zeros((3, 1, 6, 16))
+  expected = [gate_logits(CONFIG, dms, layer, of_layer, q) for layer, of_layer in zip(layers, x, strict=True)]
+  assert logits.dtype == jnp.float32
+  np.testing.assert_allclose(logits, jnp.stack(expected), rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("gate", ["adapter", "neuron"])

@@ -15,6 +15,7 @@ import pytest
 from dms_jax import cache as caches
 from dms_jax import policies
 from dms_jax.config import DMSConfig, LoRAConfig, RopeScaling
+from dms_jax.gates import step_gate_logits
 from dms_jax.layers import FEW_ROWS, linear, mlp
 from dms_jax.model import (
   Eviction,
@@ -263,18 +264,25 @@ def test_one_row_is_divided_among_cores(cores, monkeypatch):
   close(y, np.einsum("rhd,abhd->rab", np.asarray(x, np.float64), np.asarray(weight, np.float64)), 1e-6)
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-def test_few_rows_of_a_step_are_padded_on_a_gpu(rows):
-  """Neither hidden states nor cache show it, whatever the padding is."""
-  cfg, window = tiny.config(), 5
-  model, tokens = tiny.model(cfg, tiny.dms()).unstacked(), tiny.tokens(tiny.config(), rows, 18)
-  steps, results = even_steps(rows, 18, 1), []
+@pytest.mark.parametrize("kind, rows, gate, window, shift", [
+  ("slots", 1, "adapter", 5, 1), ("paged", 3, "adapter", 5, 5), ("paged", 1, "neuron", 5, 1),
+  ("slots", 3, "adapter", 0, 1), ("masked", 2, "adapter", 5, 1),
+])  # fmt: skip
+def test_small_steps_on_a_gpu(kind, rows, gate, window, shift, monkeypatch):
+  """Padded rows, and gates of all layers behind them where decisions can wait so long: neither hidden states nor cache
+  show it."""
+  cfg = tiny.config() if gate == "adapter" else tiny.neuron_config()
+  model, tokens = tiny.model(cfg, tiny.dms(gate=gate)).unstacked(), tiny.tokens(cfg, rows, 18)
+  steps, results, late = even_steps(rows, 18, 1), [], []
+  monkeypatch.setattr("dms_jax.model.step_gate_logits", lambda *args: late.append(1) or step_gate_logits(*args))
   for name in ("cpu", "gpu"):
-    cache = caches.create("slots", cfg, batch=rows, capacity=24, window=window, shift=1, dtype=jnp.float32)
+    assert not late
+    cache = caches.create(kind, cfg, batch=rows, capacity=24, window=window, shift=shift, dtype=jnp.float32)
     jax.clear_caches()
     with tracing_for(name):
       results.append(run_cached(model, policies.DMS(window=window), cache, tokens, steps))
   jax.clear_caches()
+  assert bool(late) == (kind != "masked" and gate == "adapter" and window >= shift)
   for padded, as_it_is in zip(jax.tree.leaves(results[1]), jax.tree.leaves(results[0]), strict=True):
     close(padded, as_it_is)
 

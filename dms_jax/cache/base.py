@@ -5,9 +5,11 @@
     cache = cache.commit(plan, big, states)                    # after the layers
 
 `big` starts as `cache.carried()`: the arrays too large to copy, with all layers, carried through the layers and updated
-in place. `state` is the layer's part of `cache.layer_state()`, small arrays with a leading L. A row without room sits a
-step out, untouched: `plan.stalled`. Steps of `num_tokens` > 1 are refused to policies that are `scored`: what they keep
-depends on every step before, and `model.cached_forward` feeds them one token at a time.
+in place. `state` is the layer's part of `cache.layer_state()`, small arrays with a leading L. `evict`, decisions by the
+token that computes them, goes to `attend`; those of a single token, of all layers, to `commit` instead (and None to
+`attend`) where `cache.decided_late` allows it. A row without room sits a step out, untouched: `plan.stalled`. Steps of
+`num_tokens` > 1 are refused to policies that are `scored`: what they keep depends on every step before, and
+`model.cached_forward` feeds them one token at a time.
 """
 
 from __future__ import annotations
@@ -72,11 +74,12 @@ class Cache(Protocol):
   def carried(self) -> Any: ...
   def layer_state(self) -> Any: ...
   def plan(self, policy: Policy, lengths: Int[Array, "B"], num_tokens: int) -> Plan: ...
+  def decided_late(self, policy: Policy) -> bool: ...
   def attend(
-    self, plan: Plan, policy: Policy, layer: Int[Array, ""], big: Any, state: Any,
-    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], evict: Bool[Array, "B K T"],
+    self, plan: Plan, policy: Policy, layer: Int[Array, ""], big: Any, state: Any, q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], evict: Bool[Array, "B K T"] | None,
   ) -> tuple[Float[Array, "B T N H"], Any, Any, Seen]: ...  # fmt: skip
-  def commit(self, plan: Plan, big: Any, states: Any) -> Cache: ...
+  def commit(self, plan: Plan, big: Any, states: Any, evict: Bool[Array, "L B K 1"] | None = None) -> Cache: ...
 
 
 @struct.dataclass
@@ -117,6 +120,10 @@ class Common:
     if lack <= 0 or self.slots >= most:
       return self
     return self.grown(max(min(rounded(max(self.slots + lack, int(self.slots * GROWTH))), rounded(most)), self.slots))
+
+  def decided_late(self, policy: Policy) -> bool:
+    """Whether a single token's decisions may come after its layers."""
+    return False
 
   def check(self, policy: Policy) -> None:
     """Raises ValueError where `policy` has another window, or needs of a cache what this one was not made with."""

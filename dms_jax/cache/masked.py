@@ -133,6 +133,6 @@ class MaskedCache(Common):
     chosen = policy.select(layer, q, summaries, jnp.any(live, axis=-1), stop)
     return jnp.repeat(chosen, policy.page, axis=-1)[..., :slots] | (jnp.arange(slots) >= left)
 
-  def commit(self, plan, big, states):
+  def commit(self, plan, big, states, evict=None):
     kv, scores = big
     return self.replace(kv=kv, scores=scores, evicted=states, seen=plan.seen + plan.lengths)

@@ -192,8 +192,8 @@ class PagedCache(RingCache):
     at = tuple(x[..., None] for x in lead) + (place,)
     return room, Table(table.pages.at[at].set(pages, mode="drop"), table.owned + lacking, pool)
 
-  def commit(self, plan, big, states):
-    cache = super().commit(plan, big, states)
+  def commit(self, plan, big, states, evict=None):
+    cache = super().commit(plan, big, states, evict)
     table, store = plan.placement.reserved, big.archive
     if plan.placement.step is None:  # a chunk takes pages as if it evicted nothing
       used = -(-cache.archived // self.page_size)

@@ -149,6 +149,10 @@ class RingCache(Common):
 
   # In a layer ---------------------------------------------------------------------------------------------------------
 
+  def decided_late(self, policy):
+    """Not where a decision is about the very token that leaves the ring for the one that computes it."""
+    return self.window >= self.shift or not policy.evicts
+
   def attend(self, plan, policy, layer, big, state, q, k, v, evict):
     attend = self._decode if q.shape[1] == 1 else self._prefill
     return attend(plan, policy, layer, big, state, q, k, v, evict)
@@ -160,8 +164,8 @@ class RingCache(Common):
     slot = (plan.seen % ring)[:, None]
     step, reserved = plan.placement.step, plan.placement.reserved
     target, grows = step.target[layer], step.grows[layer]
-    known = self.window >= self.shift or not policy.evicts
-    if not known:  # the incoming decision is about the very token that leaves
+    known = self.decided_late(policy)
+    if not known:
       target, grows = jnp.where(evict[..., 0], slots, target), grows & ~evict[..., 0]
     archived = archived + grows.astype(jnp.int32)
 
@@ -197,7 +201,8 @@ class RingCache(Common):
       big = big.replace(scores=big.scores.at[layer].set(after))
     else:
       out = self._attended(big, reserved, layer, q[:, 0], in_ring, archived)
-    return out[:, None], big, (archived, evict[..., 0]), Seen(live, jnp.where(active[:, None], read, 0))
+    decided = None if evict is None else evict[..., 0]
+    return out[:, None], big, (archived, decided), Seen(live, jnp.where(active[:, None], read, 0))
 
   def _summarised(self, policy, layer, big, reserved, archived, page):
     """`big` with the summary of archive page `page` [B, K] renewed; past the end: of none."""
@@ -286,8 +291,9 @@ class RingCache(Common):
 
   # After the layers ---------------------------------------------------------------------------------------------------
 
-  def commit(self, plan, big, states):
+  def commit(self, plan, big, states, evict=None):
     archived, evicted = states
+    evicted = evicted if evict is None else evict[..., 0]
     if plan.placement.step is not None:
       evicted = self._decided(plan, evicted)
     return self.replace(

@@ -97,14 +97,15 @@ class Policy:
     return held is type(self) or not (self.bounded or held is None or held.bounded)
 
   def decide(
-    self, logits: Float[Array, "B K T"] | None, layer: int | Int[Array, "..."], position: Int[Array, "*L B K T"]
+    self, logits: Float[Array, "*L B K T"] | None, layer: int | Int[Array, "..."], position: Int[Array, "*L B K T"]
   ) -> Bool[Array, "*L B K T"]:
     """Evict or not, once it has left the window, the token at each `position`; below 0 there is none.
 
     Args:
       logits: gate logits about these tokens; None on a model without gates, and where a policy without gates is asked
-        ahead of time, for all layers at once.
-      layer: broadcasts against `position`. The KV head is the index on the axis before the last.
+        ahead of time.
+      layer: broadcasts against `position`, which may be of all layers. The KV head is the index on the axis before the
+        last.
     """
     return jnp.zeros(position.shape, bool)
 

@@ -48,7 +48,8 @@ def default_blocks(
   of a contiguous cache of `slots` a head are up to twice what each of two workers a processor would get at an eighth
   of the slots live, a 128th of `slots` at least and, but for that, 1,024 at most: longer ones mean fewer partial
   results, and of the longest a pair has few to merge. With pages `slots` is what the contiguous cache beside them
-  holds; their table may grow, and no result may change with it: chunks go by the number of pairs alone.
+  holds; their table may grow, and no result may change with it: chunks go by the number of pairs alone. There, where
+  workers have one or two chunks each, a counter is not worth the microsecond that it takes XLA to clear it.
   """
   block = 64
   if compat.interpreting():  # every part of the kernel at work on small inputs
@@ -62,7 +63,7 @@ def default_blocks(
   if paged:
     if many:
       return Blocks(block, stages, 1024, workers, rest=256, merged=4)
-    return Blocks(block, stages, 128 if few else 256 if pairs < processors else 512, workers)
+    return Blocks(block, stages, 128 if few else 256 if pairs < processors else 512, workers, drawn=False)
   share = pairs * slots // 8 // (2 * processors)
   split = max(2 * block, slots // 128, min(1024, 2 ** share.bit_length()))
   split = -(-split // block) * block
@@ -152,7 +153,7 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
   counts = [x.astype(jnp.int32).reshape(pairs) for x in counts]
   variant = Variant(slots, page, most, scaled, lse)
   out, logs = _attend(blocks, variant, *arrays, *counts)
-  out = out[:, :group].reshape(b, n, h)
+  out = out.reshape(b, n, h)
   return (out, logs[:, :group, 0].reshape(b, n)) if lse else out
 
 
@@ -171,7 +172,7 @@ def check_pages(pages, dtype, block: int) -> None:
 
 
 def _attend(sizes: Blocks, variant: Variant, q, layer, *arrays):
-  """(out [P, R, H], log-sum-exp float32 [P, R, H] or None), for P pairs of row and KV head.
+  """(out [P, G, H], log-sum-exp float32 [P, R, H] or None), for P pairs of row and KV head.
 
   q [P, G, H], layer [1]; then kv [L * P * S, 2H] if there are slots; the pool [pages * page, 2H], the table
   [L * P * M] and, if scaled, scales [pages * page * 2] if there are pages; lengths of each, padded.
@@ -187,7 +188,7 @@ def _attend(sizes: Blocks, variant: Variant, q, layer, *arrays):
   lengths = arrays[-variant.sources :]
   listed = max(warpgroup.THREADS, 1 << (pairs - 1).bit_length())  # pairs, and as many more as make it a power of two
   board_size = stages + 2  # numbers of chunks from the one computed with to the one drawn
-  counting = not compat.interpreting()
+  counting = sizes.drawn and not compat.interpreting()
 
   def body(*refs):
     refs = list(refs)
@@ -220,8 +221,8 @@ def _attend(sizes: Blocks, variant: Variant, q, layer, *arrays):
     first_slot, first_page = layer_ref[0] * (pairs * slots), layer_ref[0] * (pairs * variant.pages)
 
     # A worker's first chunk, or its first two where there are few, have numbers that are known beforehand. The others
-    # are drawn as they are needed: one ahead, so that the answer is there by then. The interpreter has no counters:
-    # there all chunks are dealt out in turn.
+    # are drawn as they are needed: one ahead, so that the answer is there by then. Without a counter, as in the
+    # interpreter, which has none, all chunks are dealt out in turn.
     rounds = jnp.where(2 * total < 5 * workers, i32(2), i32(1))
     dealt = rounds * workers
 
@@ -432,7 +433,7 @@ def _attend(sizes: Blocks, variant: Variant, q, layer, *arrays):
 
   parts = [jax.ShapeDtypeStruct((pairs, variant.chunks(sizes), *tile.shape), jnp.float32)]
   parts.append(jax.ShapeDtypeStruct((pairs, variant.chunks(sizes), 2, warpgroup.GROUP), jnp.float32))
-  outs = [jax.ShapeDtypeStruct((pairs, *tile.shape), q.dtype)]
+  outs = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
   outs += [jax.ShapeDtypeStruct((pairs, *tile.shape), jnp.float32)] if variant.lse else []
   params = plgpu.CompilerParams(approx_math=True)
   scratch = [plgpu.SMEM((listed,), jnp.int32) for _ in lengths]

@@ -22,7 +22,8 @@ NEVER = -1e30
 class Blocks:
   """Sizes. `block` slots are computed with at a time, `stages` blocks of them in flight a worker. `split` slots make a
   partial result; what is left of a pair is cut into pieces of `rest` slots, which are begun last. `merged` partial
-  results of a pair are loaded together, the next ones while these are merged."""
+  results of a pair are loaded together, the next ones while these are merged. `drawn`: workers draw chunks from a
+  counter, instead of taking them in turn."""
 
   block: int
   stages: int
@@ -30,6 +31,7 @@ class Blocks:
   workers: int
   rest: int = 128
   merged: int = 8
+  drawn: bool = True
 
   def __post_init__(self):
     if self.split % self.block or self.split == self.block or self.block % warpgroup.ROWS:
@@ -136,7 +138,8 @@ def merge(pair, rows, chunks, most: int, together: int, part_ref, stat_ref, out_
   batches = lax.div(count + jnp.int32(together - 1), jnp.int32(together))
   acc, top, total, _ = lax.fori_loop(0, batches, fold, (spread(0.0), spread(NEVER), spread(0.0), ahead))
   nothing = total == 0.0
-  out_ref[pair, rows] = (acc / jnp.where(nothing, 1.0, total)).astype(out_ref.dtype)
+  out = (acc / jnp.where(nothing, 1.0, total)).astype(out_ref.dtype)
+  warpgroup.store_rows(out, out_ref.at[pair], rows.start, vector)
   if lse_ref is not None:
     logs = (top + jnp.log(jnp.where(nothing, 1.0, total)) * LOG2E) * (1 / LOG2E)
     lse_ref[pair, rows] = jnp.where(nothing, -jnp.inf, logs)

@@ -61,6 +61,14 @@ def test_head_size_128_and_groups_of_three():
 
 
 @needs_mosaic_gpu
+@pytest.mark.parametrize("processors", [132, 1])
+def test_groups_that_fill_no_tile(processors, monkeypatch):
+  """Rows of a pair's result are two or four a warpgroup, and three are wanted; in few pairs, and in many."""
+  monkeypatch.setattr(gpu, "processors", lambda: processors)
+  check(*inputs(2, 2, 3, 64, 320, [5, 191, 320, 0]), workers=4)
+
+
+@needs_mosaic_gpu
 def test_more_workers_than_chunks_and_groups_of_eight():
   check(*inputs(1, 2, 8, 64, 384, [3, 384]), block=128, split=256, workers=7)
 
@@ -193,10 +201,10 @@ def test_sizes_by_shape():
   assert gpu.default_blocks(1, 8, 32768, 128, 132).split == 256
   assert gpu.default_blocks(1, 3, 512, 64, 132) == gpu.Blocks(64, 3, 128, 264)
   assert gpu.default_blocks(8, 8, 8192, 64, 132) == gpu.Blocks(64, 2, 256, 528)
-  assert gpu.default_blocks(32, 8, 272, 128, 132, paged=True) == gpu.Blocks(64, 3, 512, 264)
-  assert gpu.default_blocks(8, 8, 272, 64, 132, paged=True) == gpu.Blocks(64, 2, 256, 528)
+  assert gpu.default_blocks(32, 8, 272, 128, 132, paged=True) == gpu.Blocks(64, 3, 512, 264, drawn=False)
+  assert gpu.default_blocks(8, 8, 272, 64, 132, paged=True) == gpu.Blocks(64, 2, 256, 528, drawn=False)
   assert gpu.default_blocks(248, 8, 272, 64, 132, paged=True) == gpu.Blocks(64, 3, 1024, 264, rest=256, merged=4)
-  assert gpu.default_blocks(1, 8, 0, 128, 132, paged=True, scaled=True) == gpu.Blocks(64, 4, 128, 264)
+  assert gpu.default_blocks(1, 8, 0, 128, 132, paged=True, scaled=True) == gpu.Blocks(64, 4, 128, 264, drawn=False)
   with pytest.raises(ValueError, match="two or more times block"):
     gpu.Blocks(64, 2, 96, 4)
   with pytest.raises(ValueError, match="two or more times"):
