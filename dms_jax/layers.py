@@ -12,12 +12,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dms_jax.config import ModelConfig
+from dms_jax.sharding import rows_per_device
 from pallas_kernels.platform import platform
 
 # Rows up to which a product in bfloat16 is faster on a CPU with the weights as its left operand (`_few_rows`).
 FEW_ROWS = 16
-# Rows of a decode step from which on a GPU's gate and up are better products of their own: XLA makes one of them, whose
-# result, of the sums in float32, is then written and read once more.
+# Rows of a decode step, on each device, from which on a GPU's gate and up are better products of their own: XLA makes
+# one of them, whose result, of the sums in float32, is then written and read once more.
 MANY_ROWS = 192
 
 
@@ -142,7 +143,7 @@ def project(x: Array, layer: dict, name: str, num_inputs: int = 1, *, lora_scale
 def mlp(layer: dict, x: Float[Array, "B T D"], lora_scale: float = 0.0) -> Float[Array, "B T D"]:
   """SwiGLU feed-forward."""
   gate = project(x, layer, "gate_proj", lora_scale=lora_scale)
-  if platform() == "gpu" and MANY_ROWS <= len(x) and x.shape[1] == 1:
+  if platform() == "gpu" and x.shape[1] == 1 and MANY_ROWS <= rows_per_device(len(x)):
     x, gate = jax.lax.optimization_barrier((x, gate))
   up = project(x, layer, "up_proj", lora_scale=lora_scale)
   return project(jax.nn.silu(gate) * up, layer, "down_proj", lora_scale=lora_scale)

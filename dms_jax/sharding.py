@@ -186,6 +186,12 @@ def row_and_head_axes(rows: int, kv_heads: int) -> tuple[tuple[str, ...], str | 
   return split, heads
 
 
+def rows_per_device(rows: int) -> int:
+  """How many of `rows` a device computes under the current mesh; all without one."""
+  axes = row_and_head_axes(rows, 1)
+  return rows if axes is None else rows // math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in axes[0])
+
+
 def cache_shardings(mesh: Mesh, cache: Any, heads: int) -> Any:
   """A `NamedSharding` for every array of a cache of `heads` KV heads, split as attention splits rows and heads.
 

@@ -57,10 +57,12 @@ print("equal")
 """
 
 ATTENTION = """
+import math
 import jax, jax.numpy as jnp, numpy as np
-from dms_jax.attention import NEVER, decode_attention, prefill_attention, retrofit_attention
-from dms_jax.sharding import make_mesh, row_and_head_axes
+from dms_jax.attention import NEVER, decode_attention, prefill_attention, put_slots, retrofit_attention, use
+from dms_jax.sharding import make_mesh, row_and_head_axes, rows_per_device
 from pallas_kernels.decode import Pages
+from pallas_kernels.platform import tracing_for
 rng = np.random.default_rng(0)
 normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
 whole = lambda high, *shape: jnp.asarray(rng.integers(0, high, shape), jnp.int32)
@@ -73,6 +75,12 @@ for heads, rows, data, tensor, expected in (
   ids, kv = jnp.sort(whole(3, rows, 9)), normal(2, rows, heads, 7, 32)
   pages = Pages(normal(11, 4, 32), whole(11, 2, rows, heads, 3), whole(12, rows, heads))
   first, last = whole(9, rows, heads, 9), jnp.full((rows, heads, 9), NEVER)
+  pages_of_all = rows * heads * 3  # three of each archive's own
+  pool = jnp.arange(pages_of_all * 4 * 32, dtype=jnp.float32).reshape(pages_of_all, 4, 32)
+  table, slots = jnp.arange(pages_of_all).reshape(rows, heads, 3), jnp.arange(rows * heads).reshape(rows, heads, 1) % 12
+  def put():
+    with tracing_for("tpu"), use("xla"):
+      return put_slots(pool, table, slots, -kv[0, :, :, :1])
   def run():
     loss = lambda *a, ids=None: jnp.sum(jnp.sin(retrofit_attention(*a, 3, ids)))
     return (
@@ -82,13 +90,15 @@ for heads, rows, data, tensor, expected in (
       decode_attention(q[:, 0], kv, jnp.int32(1), lengths),
       decode_attention(q[:, 0], kv, 1, lengths, pages=pages, lse=True, mass=True),
       decode_attention(q[:, 0], None, 1, None, pages=pages, lse=True),
+      put(),
       prefill_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.broadcast_to(jnp.arange(9), (rows, 9)), first, last),
     )
-  assert row_and_head_axes(rows, heads) is None
+  assert row_and_head_axes(rows, heads) is None and rows_per_device(rows) == rows
   want = jax.jit(lambda: run())()
   with jax.set_mesh(make_mesh(data=data, tensor=tensor)):
     assert row_and_head_axes(rows, heads) == expected, (rows, heads, row_and_head_axes(rows, heads))
     got = jax.jit(lambda: run())()
+    assert rows_per_device(rows) == rows // math.prod(dict(data=data, tensor=tensor)[n] for n in (expected or [()])[0])
     assert (str(jax.make_jaxpr(lambda: run())()).count("shard_map") > 0) == (expected is not None)
   for one, two in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     np.testing.assert_allclose(one, two, rtol=1e-5, atol=2e-5)
