@@ -32,8 +32,9 @@ from pallas_kernels.platform import platform
 # A decode step of fewer rows runs the layers with so many on a GPU, but for their attention: for one row XLA reads
 # weights at half the speed, and takes more kernels for a norm. On a mesh, rows would move between devices for it.
 LEAST_ROWS = 8
-# Up to so many rows, there, the gates of all layers are one kernel behind the layers, which reads each x once for every
-# KV head from as many arrays as there are layers: for more rows a small kernel in each layer is faster.
+# Up to so many rows on one GPU, one kernel behind a list of layers computes the adapter gates of all. It reads each
+# layer's x once a KV head, by a choice among as many arrays as there are layers: for more rows one in each layer is
+# faster.
 LATE_ROWS = 32
 
 # What the backward pass keeps of each layer's forward pass: products and attention. What lies between them (norms,
@@ -79,15 +80,15 @@ class Model:
     return self.replace(params={**self.params, "layers": split})
 
 
-# attend(carry, index, xs, q, k, v, gate logits) -> (attended, carry, ys), all of one layer
+# attend(carry, index, xs, q, k, v, gates) -> (attended, carry, ys), all of one layer; gates: see `_attention_inputs`
 Attend = Callable[..., tuple[Array, Any, Any]]
 
 
 def _attention_inputs(
   model: Model, layer: dict, x: Array, rope: tuple[Array, Array], neuron_kept: Array | None = None, late: bool = False
 ):
-  """Queries, keys, values after RoPE [B, T, heads, H], and gate logits float32 [B, K, T] (None without gates); `late`:
-  instead of them x, what `step_gate_logits` computes those of all layers from."""
+  """Queries, keys, values after RoPE [B, T, heads, H], and gates: their logits, float32 [B, K, T], None where there are
+  none, or, for `late`, x [B, T, D], from which `step_gate_logits` computes those of all layers."""
   c, dms = model.config, model.dms
   neuron = dms is not None and dms.gate == "neuron"
   scale = model.lora.scale if model.lora else 0.0
@@ -99,12 +100,12 @@ def _attention_inputs(
     q, k, v = (y + layer[name].astype(y.dtype) for y, name in ((q, "q_bias"), (k, "k_bias"), (v, "v_bias")))
   if c.qk_norm:
     q, k = rms_norm(q, layer["q_norm"], c.rms_norm_eps), rms_norm(k, layer["k_norm"], c.rms_norm_eps)
-  logits = x if late else None if dms is None else gate_logits(c, dms, layer, x, q)
+  gates = x if late else None if dms is None else gate_logits(c, dms, layer, x, q)
   q = q.astype(x.dtype)
   if neuron:
     q = clear_neuron(c, q, neuron_kept)
   q, k = apply_rope(q, rope), apply_rope(k, rope)
-  return (clear_neuron(c, q, neuron_kept) if neuron else q), k, v, logits
+  return (clear_neuron(c, q, neuron_kept) if neuron else q), k, v, gates
 
 
 def _run_layers(
@@ -126,8 +127,8 @@ def _run_layers(
     x, carry = state
     index, layer, x_l = inputs
     layer = gather_layer(layer, table) if gather else layer
-    q, k, v, logits = _attention_inputs(model, layer, x, rope, neuron_kept, late)
-    attended, carry, ys = attend(carry, index, x_l, q, k, v, logits)
+    q, k, v, gates = _attention_inputs(model, layer, x, rope, neuron_kept, late)
+    attended, carry, ys = attend(carry, index, x_l, q, k, v, gates)
     x = x + project(attended, layer, "o_proj", 2, lora_scale=scale)
     x = x + mlp(layer, rms_norm(x, layer["mlp_norm"], model.config.rms_norm_eps), scale)
     return (constrain_rows(x), carry), ys
@@ -282,14 +283,15 @@ def cached_forward(
   small = alone and tokens.shape[1] == 1
   padded = partial(_more_rows, least=LEAST_ROWS if small else 0)
   layers = model.params["layers"]
-  late = small and rows <= LATE_ROWS and isinstance(layers, list) and _adapters(model) and cache.decided_late(policy)
+  adapters = model.dms is not None and model.dms.gate == "adapter"
+  late = small and rows <= LATE_ROWS and isinstance(layers, list) and adapters and cache.can_decide_late(policy)
 
-  def attend(big, index, xs, q, k, v, logits):
+  def attend(big, index, xs, q, k, v, gates):
     state, forced = xs
-    q, k, v, logits = jax.tree.map(lambda y: y[:rows], (q, k, v, logits))
-    evict = None if late else policy.decide(logits, index, about) if forced is None else forced
+    q, k, v, gates = jax.tree.map(lambda y: y[:rows], (q, k, v, gates))
+    evict = None if late else policy.decide(gates, index, about) if forced is None else forced
     out, big, state, seen = cache.attend(plan, policy, index, big, state, q, k, v, evict)
-    return padded(out), big, (state, seen, logits)
+    return padded(out), big, (state, seen, gates)
 
   x, xs = embed(model, padded(tokens)), (cache.layer_state(), imposed)
   x, big, (states, seen, logits) = _run_layers(model, x, padded(positions), attend, cache.carried(), xs, late=late)
@@ -299,11 +301,6 @@ def cached_forward(
     index, about = jnp.arange(len(layers))[:, None, None, None], jnp.broadcast_to(about, logits.shape)
     evict = policy.decide(logits, index, about) if imposed is None else imposed
   return StepOutput(x[:rows], seen, logits, plan.lengths, plan.stalled), cache.commit(plan, big, states, evict)
-
-
-def _adapters(model: Model) -> bool:
-  """Whether the gates are projections of their own."""
-  return model.dms is not None and model.dms.gate == "adapter"
 
 
 def _more_rows(x: Array, least: int) -> Array:

@@ -124,10 +124,16 @@ def constrain_rows(x: jax.Array) -> jax.Array:
 
   For activations: without it the partitioner may split them as a weight is split, and compute every row everywhere.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.shape.get("data", 1) == 1 or x.shape[0] % mesh.shape["data"]:
+  if rows_per_device(len(x)) == len(x):
     return x
   return jax.lax.with_sharding_constraint(x, PartitionSpec("data"))
+
+
+def rows_per_device(rows: int) -> int:
+  """Rows of activations on each device, of `rows` in all: see `constrain_rows`."""
+  mesh = jax.sharding.get_abstract_mesh()
+  data = 1 if mesh.empty else mesh.shape.get("data", 1)
+  return rows if rows % data else rows // data
 
 
 def gather_layer(layer: dict[str, jax.Array], table: dict[str, ParamSpec]) -> dict[str, jax.Array]:
@@ -184,12 +190,6 @@ def row_and_head_axes(rows: int, kv_heads: int) -> tuple[tuple[str, ...], str | 
     if name in sizes and name != heads and rows % sizes[name] == 0:
       split, rows = (*split, name), rows // sizes[name]
   return split, heads
-
-
-def rows_per_device(rows: int) -> int:
-  """How many of `rows` a device computes under the current mesh; all without one."""
-  axes = row_and_head_axes(rows, 1)
-  return rows if axes is None else rows // math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in axes[0])
 
 
 def cache_shardings(mesh: Mesh, cache: Any, heads: int) -> Any:

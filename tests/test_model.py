@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 
 from dms_jax import cache as caches
 from dms_jax import policies
@@ -264,27 +265,42 @@ def test_one_row_is_divided_among_cores(cores, monkeypatch):
   close(y, np.einsum("rhd,abhd->rab", np.asarray(x, np.float64), np.asarray(weight, np.float64)), 1e-6)
 
 
-@pytest.mark.parametrize("kind, rows, gate, window, shift", [
-  ("slots", 1, "adapter", 5, 1), ("paged", 3, "adapter", 5, 5), ("paged", 1, "neuron", 5, 1),
-  ("slots", 3, "adapter", 0, 1), ("masked", 2, "adapter", 5, 1),
+@struct.dataclass
+class ByPlace(policies.DMS):
+  """Decides by everything that a policy is told."""
+
+  def decide(self, logits, layer, position):
+    return (logits > self.threshold) ^ ((position + layer + jnp.arange(logits.shape[-2])[:, None]) % 3 == 0)
+
+
+@pytest.mark.parametrize("late, kind, rows, window, changes", [
+  (True, "slots", 1, 5, {}), (True, "paged", 3, 5, {"shift": 5}), (True, "slots", 2, 5, {"granularity": "layer"}),
+  (True, "paged", 3, 5, {"imposed": True}), (True, "slots", 3, 0, {"shift": 0}),
+  (False, "slots", 3, 0, {}), (False, "masked", 2, 5, {}), (False, "paged", 1, 5, {"gate": "neuron"}),
+  (False, "slots", 3, 5, {"LATE_ROWS": 2}),
 ])  # fmt: skip
-def test_small_steps_on_a_gpu(kind, rows, gate, window, shift, monkeypatch):
+def test_small_steps_on_a_gpu(late, kind, rows, window, changes, monkeypatch):
   """Padded rows, and gates of all layers behind them where decisions can wait so long: neither hidden states nor cache
-  show it."""
+  show it, whoever sits out."""
+  gate, shift = changes.get("gate", "adapter"), changes.get("shift", 1)
   cfg = tiny.config() if gate == "adapter" else tiny.neuron_config()
-  model, tokens = tiny.model(cfg, tiny.dms(gate=gate)).unstacked(), tiny.tokens(cfg, rows, 18)
-  steps, results, late = even_steps(rows, 18, 1), [], []
-  monkeypatch.setattr("dms_jax.model.step_gate_logits", lambda *args: late.append(1) or step_gate_logits(*args))
+  dms = tiny.dms(gate=gate, granularity=changes.get("granularity", "head"))
+  model, tokens = tiny.model(cfg, dms).unstacked(), tiny.tokens(cfg, rows, 18)
+  imposed = np.random.default_rng(0).random((2, rows, 2, 18)) < 0.5 if "imposed" in changes else None
+  steps = [(1, np.asarray([1, i % 2, i % 3 > 0])[:rows].astype(int)) for i in range(18)]
+  results, found = [], []
+  monkeypatch.setattr("dms_jax.model.LATE_ROWS", changes.get("LATE_ROWS", rows))
+  monkeypatch.setattr("dms_jax.model.step_gate_logits", lambda *args: found.append(1) or step_gate_logits(*args))
   for name in ("cpu", "gpu"):
-    assert not late
+    assert not found
     cache = caches.create(kind, cfg, batch=rows, capacity=24, window=window, shift=shift, dtype=jnp.float32)
     jax.clear_caches()
     with tracing_for(name):
-      results.append(run_cached(model, policies.DMS(window=window), cache, tokens, steps))
+      results.append(run_cached(model, ByPlace(window=window), cache, tokens, steps, imposed))
   jax.clear_caches()
-  assert bool(late) == (kind != "masked" and gate == "adapter" and window >= shift)
+  assert bool(found) == late
   for padded, as_it_is in zip(jax.tree.leaves(results[1]), jax.tree.leaves(results[0]), strict=True):
-    close(padded, as_it_is)
+    close(np.nan_to_num(padded), np.nan_to_num(as_it_is))
 
 
 def test_gate_and_up_of_many_rows_are_kept_apart_on_a_gpu(monkeypatch):

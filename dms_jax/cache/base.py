@@ -2,13 +2,13 @@
 
     plan = cache.plan(policy, lengths, num_tokens)             # before the layers: where everything goes, who has room
     out, big, state, seen = cache.attend(plan, policy, layer, big, state, q, k, v, evict)    # in layer `layer`
-    cache = cache.commit(plan, big, states)                    # after the layers
+    cache = cache.commit(plan, big, states[, evict])           # after the layers
 
 `big` starts as `cache.carried()`: the arrays too large to copy, with all layers, carried through the layers and updated
 in place. `state` is the layer's part of `cache.layer_state()`, small arrays with a leading L. `evict`, decisions by the
 token that computes them, goes to `attend`; those of a single token, of all layers, to `commit` instead (and None to
-`attend`) where `cache.decided_late` allows it. A row without room sits a step out, untouched: `plan.stalled`. Steps of
-`num_tokens` > 1 are refused to policies that are `scored`: what they keep depends on every step before, and
+`attend`) where `cache.can_decide_late` allows it. A row without room sits a step out, untouched: `plan.stalled`. Steps
+of `num_tokens` > 1 are refused to policies that are `scored`: what they keep depends on every step before, and
 `model.cached_forward` feeds them one token at a time.
 """
 
@@ -74,7 +74,7 @@ class Cache(Protocol):
   def carried(self) -> Any: ...
   def layer_state(self) -> Any: ...
   def plan(self, policy: Policy, lengths: Int[Array, "B"], num_tokens: int) -> Plan: ...
-  def decided_late(self, policy: Policy) -> bool: ...
+  def can_decide_late(self, policy: Policy) -> bool: ...
   def attend(
     self, plan: Plan, policy: Policy, layer: Int[Array, ""], big: Any, state: Any, q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], evict: Bool[Array, "B K T"] | None,
@@ -121,7 +121,7 @@ class Common:
       return self
     return self.grown(max(min(rounded(max(self.slots + lack, int(self.slots * GROWTH))), rounded(most)), self.slots))
 
-  def decided_late(self, policy: Policy) -> bool:
+  def can_decide_late(self, policy: Policy) -> bool:
     """Whether a single token's decisions may come after its layers."""
     return False
 

@@ -134,5 +134,6 @@ class MaskedCache(Common):
     return jnp.repeat(chosen, policy.page, axis=-1)[..., :slots] | (jnp.arange(slots) >= left)
 
   def commit(self, plan, big, states, evict=None):
+    assert evict is None, "decisions go to attend: can_decide_late is False"
     kv, scores = big
     return self.replace(kv=kv, scores=scores, evicted=states, seen=plan.seen + plan.lengths)

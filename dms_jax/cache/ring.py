@@ -117,7 +117,7 @@ class RingCache(Common):
   def _foreseen(self, policy, position):
     """What is known before the layers of the decisions about tokens at `position` [B, X], as `evicted` [L, B, K, X].
 
-    Gates decide inside the layers: what they have not decided yet counts as kept.
+    Gates decide in the layers or behind them: what they have not decided yet counts as kept.
     """
     layers, *_ = lead = self.archived.shape
     shape = (*lead, position.shape[1])
@@ -149,8 +149,8 @@ class RingCache(Common):
 
   # In a layer ---------------------------------------------------------------------------------------------------------
 
-  def decided_late(self, policy):
-    """Not where a decision is about the very token that leaves the ring for the one that computes it."""
+  def can_decide_late(self, policy):
+    """Not where W < shift: what a step decides about leaves the ring in that very step."""
     return self.window >= self.shift or not policy.evicts
 
   def attend(self, plan, policy, layer, big, state, q, k, v, evict):
@@ -164,7 +164,7 @@ class RingCache(Common):
     slot = (plan.seen % ring)[:, None]
     step, reserved = plan.placement.step, plan.placement.reserved
     target, grows = step.target[layer], step.grows[layer]
-    known = self.decided_late(policy)
+    known = self.can_decide_late(policy)
     if not known:
       target, grows = jnp.where(evict[..., 0], slots, target), grows & ~evict[..., 0]
     archived = archived + grows.astype(jnp.int32)

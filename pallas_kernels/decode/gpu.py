@@ -5,10 +5,10 @@ pages. It is cut into chunks of `Blocks.split` slots, a constant of the shape, a
 form one list, long ones first so that none is begun when the others are nearly done, which is never written down: each
 worker (one warpgroup, two or more a processor) sums the pairs' chunks as it starts and finds a chunk by its number. It
 takes the number that is its own, then draws more from a counter, so that ragged heads and processors that read slower
-than others leave none idle. A worker streams its blocks by TMA, several in flight across the ends of chunks, the
-numbers of pages one block further ahead, and writes one partial result a chunk: sum of values, maximum and sum of
-weights. A second kernel merges a pair's in their order; so a result depends on nothing but its own slots, whoever
-computed the parts.
+than others leave none idle; where there are hardly more chunks than workers, it takes every so many. A worker streams
+its blocks by TMA, several in flight across the ends of chunks, the numbers of pages one block further ahead, and writes
+one partial result a chunk: sum of values, maximum and sum of weights. A second kernel merges a pair's in their order;
+so a result depends on nothing but its own slots, whoever computed the parts.
 
 The tensor cores need 64 rows and eight columns at least: slots, then values' channels, are the rows, and the queries of
 a group the columns. So the scores of a block are four numbers a thread, and its time is that of reading it.
@@ -48,8 +48,7 @@ def default_blocks(
   of a contiguous cache of `slots` a head are up to twice what each of two workers a processor would get at an eighth
   of the slots live, a 128th of `slots` at least and, but for that, 1,024 at most: longer ones mean fewer partial
   results, and of the longest a pair has few to merge. With pages `slots` is what the contiguous cache beside them
-  holds; their table may grow, and no result may change with it: chunks go by the number of pairs alone. There, where
-  workers have one or two chunks each, a counter is not worth the microsecond that it takes XLA to clear it.
+  holds; their table may grow, and no result may change with it: chunks go by the number of pairs alone.
   """
   block = 64
   if compat.interpreting():  # every part of the kernel at work on small inputs
@@ -63,7 +62,7 @@ def default_blocks(
   if paged:
     if many:
       return Blocks(block, stages, 1024, workers, rest=256, merged=4)
-    return Blocks(block, stages, 128 if few else 256 if pairs < processors else 512, workers, drawn=False)
+    return Blocks(block, stages, 128 if few else 256 if pairs < processors else 512, workers)
   share = pairs * slots // 8 // (2 * processors)
   split = max(2 * block, slots // 128, min(1024, 2 ** share.bit_length()))
   split = -(-split // block) * block
@@ -101,6 +100,11 @@ class Variant:
   def chunks(self, sizes: Blocks) -> int:
     """Partial results of a pair, at most."""
     return sizes.most_chunks(-(-self.slots // sizes.block) + -(-self.page * self.pages // sizes.block))
+
+  def draws(self, sizes: Blocks, pairs: int) -> bool:
+    """Whether there may be more than a chunk a worker with an eighth of all slots live. If not, a counter is hardly
+    ever asked, and not worth the microsecond in which XLA clears it before each call. No result depends on it."""
+    return pairs * (self.slots + self.page * self.pages) // 8 > sizes.workers * sizes.split
 
 
 def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, mass: bool = False, blocks=None):
@@ -188,7 +192,7 @@ def _attend(sizes: Blocks, variant: Variant, q, layer, *arrays):
   lengths = arrays[-variant.sources :]
   listed = max(warpgroup.THREADS, 1 << (pairs - 1).bit_length())  # pairs, and as many more as make it a power of two
   board_size = stages + 2  # numbers of chunks from the one computed with to the one drawn
-  counting = sizes.drawn and not compat.interpreting()
+  counting = variant.draws(sizes, pairs) and not compat.interpreting()
 
   def body(*refs):
     refs = list(refs)

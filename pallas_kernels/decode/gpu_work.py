@@ -22,8 +22,7 @@ NEVER = -1e30
 class Blocks:
   """Sizes. `block` slots are computed with at a time, `stages` blocks of them in flight a worker. `split` slots make a
   partial result; what is left of a pair is cut into pieces of `rest` slots, which are begun last. `merged` partial
-  results of a pair are loaded together, the next ones while these are merged. `drawn`: workers draw chunks from a
-  counter, instead of taking them in turn."""
+  results of a pair are loaded together, the next ones while these are merged."""
 
   block: int
   stages: int
@@ -31,7 +30,6 @@ class Blocks:
   workers: int
   rest: int = 128
   merged: int = 8
-  drawn: bool = True
 
   def __post_init__(self):
     if self.split % self.block or self.split == self.block or self.block % warpgroup.ROWS:
