@@ -102,9 +102,10 @@ class Variant:
     return sizes.most_chunks(-(-self.slots // sizes.block) + -(-self.page * self.pages // sizes.block))
 
   def draws(self, sizes: Blocks, pairs: int) -> bool:
-    """Whether there may be more than a chunk a worker with an eighth of all slots live. If not, a counter is hardly
-    ever asked, and not worth the microsecond in which XLA clears it before each call. No result depends on it."""
-    return pairs * (self.slots + self.page * self.pages) // 8 > sizes.workers * sizes.split
+    """Whether there is a counter. With pages, as generation has them, only if an eighth of all slots may be more than a
+    chunk a worker: else it is hardly ever asked, and XLA takes a microsecond to clear it before each call. A contiguous
+    cache may be full. No result depends on it."""
+    return not self.page or pairs * (self.slots + self.page * self.pages) // 8 > sizes.workers * sizes.split
 
 
 def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, mass: bool = False, blocks=None):
