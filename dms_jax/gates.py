@@ -57,11 +57,8 @@ def _adapter_in_one_pass(
   """RMSNorm and projection in float32 as one reduction, of the product and of the squares: one small kernel of a GPU
   instead of three."""
   x, weight = jnp.broadcast_arrays(x.astype(jnp.float32), weight[..., None, :, :])
-  last = (x.ndim - 1,)
-  both = jax.lax.reduce(
-    (x * weight, x * x), (jnp.float32(0), jnp.float32(0)), lambda a, b: (a[0] + b[0], a[1] + b[1]), last
-  )
-  product, square = both
+  zeros, add = (jnp.float32(0), jnp.float32(0)), lambda a, b: (a[0] + b[0], a[1] + b[1])
+  product, square = jax.lax.reduce((x * weight, x * x), zeros, add, (x.ndim - 1,))
   return (product * jax.lax.rsqrt(square / x.shape[-1] + eps))[..., None]
 
 

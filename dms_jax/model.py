@@ -279,8 +279,7 @@ def cached_forward(
   heads = (tokens.shape[0], model.config.num_kv_heads, tokens.shape[1])
   about = jnp.broadcast_to((positions - cache.shift)[:, None], heads)
   rows = tokens.shape[0]
-  alone = platform() == "gpu" and row_and_head_axes(rows, 1) is None
-  small = alone and tokens.shape[1] == 1
+  small = platform() == "gpu" and tokens.shape[1] == 1 and row_and_head_axes(rows, 1) is None
   padded = partial(_more_rows, least=LEAST_ROWS if small else 0)
   layers = model.params["layers"]
   adapters = model.dms is not None and model.dms.gate == "adapter"
