@@ -21,9 +21,12 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from dms_jax.sharding import row_and_head_axes
-from pallas_kernels import compat, decode, dispatch, prefill, retrofit
-from pallas_kernels.decode import Pages, put
-from pallas_kernels.platform import platform
+from pallas_kernels import decode, prefill
+from pallas_kernels import window_bias as retrofit
+from pallas_kernels.common import compat, dispatch
+from pallas_kernels.common.platform import platform
+from pallas_kernels.decode import Pages
+from pallas_kernels.paged import api as put
 from pallas_kernels.prefill import NEVER as NEVER
 
 _choice: contextvars.ContextVar[str | Sequence[str] | None] = contextvars.ContextVar("attention", default=None)
@@ -68,14 +71,14 @@ def decode_attention(q, kv, layer, lengths, *, pages: Pages | None = None, **kwa
   return _on_shards(call, q.shape[0], kv_heads, specs, P, q, kv, layer, lengths, pages)
 
 
-def put_slots(pool, table, slots, rows):
-  """`pallas_kernels.decode.put_slots`: rows of archives written into their pages.
+def write_pages(pool, table, slots, rows):
+  """`pallas_kernels.decode.write_pages`: rows of archives written into their pages.
 
   XLA scatters where the implementation in force is none of this operation's. Under a mesh a kernel writes the whole
   pool on every device.
   """
   chosen = (*dispatch.named(put.IMPLEMENTATIONS, _choice.get()), "xla")
-  call = partial(put.put_slots, implementation=[name for name in put.IMPLEMENTATIONS if name in chosen])
+  call = partial(put.write_pages, implementation=[name for name in put.IMPLEMENTATIONS if name in chosen])
   if platform() != "tpu":
     return call(pool, table, slots, rows)
   return _on_shards(call, 1, 1, lambda *_: (P(),) * 4, lambda *_: P(), pool, table, slots, rows)
@@ -118,11 +121,11 @@ def prefill_attention(*args):
   return _on_shards(call, args[0].shape[0], args[1].shape[1], specs, lambda b, k: P(b, None, k), *args)
 
 
-def retrofit_attention(q, k, v, bias, window, segment_ids=None):
-  """`pallas_kernels.retrofit.retrofit_attention`: causal attention with a bias on keys beyond the window."""
+def window_bias_attention(q, k, v, bias, window, segment_ids=None):
+  """`pallas_kernels.window_bias.window_bias_attention`: causal attention with a bias on keys beyond the window."""
 
   def call(q, k, v, bias, segment_ids):
-    return retrofit.retrofit_attention(q, k, v, bias, window, segment_ids, implementation=_choice.get())
+    return retrofit.window_bias_attention(q, k, v, bias, window, segment_ids, implementation=_choice.get())
 
   tokens = lambda rows, heads: P(rows, None, heads)
   specs = lambda rows, heads: (*(tokens(rows, heads),) * 3, P(rows, heads), P(rows))

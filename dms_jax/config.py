@@ -191,15 +191,14 @@ def _llama3(layers, d, f, n, k, h, scaling, **kwargs) -> ModelConfig:
 
 def _qwen2(layers, d, f, n, k, h=128, *, vocab=152064, tied=False, context=32768, theta=1e6, eos=(151645, 151643)):
   return ModelConfig(
-    "qwen2", layers, d, f, n, k, h, vocab, context, theta, None, 1e-6, tied, qkv_bias=True, eos_token_ids=eos,
-  )  # fmt: skip
+    "qwen2", layers, d, f, n, k, h, vocab, context, theta, None, 1e-6, tied, qkv_bias=True, eos_token_ids=eos
+  )
 
 
 def _qwen3(layers, d, f, n, k=8, *, tied=False) -> ModelConfig:
   return ModelConfig(
-    "qwen3", layers, d, f, n, k, 128, 151936, 40960, 1e6, None, 1e-6, tied, qk_norm=True,
-    eos_token_ids=(151645, 151643),
-  )  # fmt: skip
+    "qwen3", layers, d, f, n, k, 128, 151936, 40960, 1e6, None, 1e-6, tied, qk_norm=True, eos_token_ids=(151645, 151643)
+  )
 
 
 # Public sizes, as their config.json files state them. R1 distillations of Qwen2.5 share its shapes.

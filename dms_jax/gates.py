@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from dms_jax.config import DMSConfig, ModelConfig
 from dms_jax.layers import rms_norm
-from pallas_kernels.platform import platform
+from pallas_kernels.common.platform import platform
 
 
 def gate_logits(

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from dms_jax.config import ModelConfig
 from dms_jax.sharding import rows_per_device
-from pallas_kernels.platform import platform
+from pallas_kernels.common.platform import platform
 
 # Rows up to which a product in bfloat16 is faster on a CPU with the weights as its left operand (`_few_rows`).
 FEW_ROWS = 16
@@ -122,9 +122,12 @@ def _one_row(x: Float[Array, "1 in"], weight: Float[Array, "out in"]) -> Float[A
   """
   parts = math.gcd(len(weight), os.cpu_count() or 1)
   y = jax.lax.dot_general(
-    weight.reshape(parts, -1, weight.shape[1]), jnp.broadcast_to(x, (parts, x.shape[1])),
-    (((2,), (1,)), ((0,), (0,))), jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32,
-  )  # fmt: skip
+    weight.reshape(parts, -1, weight.shape[1]),
+    jnp.broadcast_to(x, (parts, x.shape[1])),
+    (((2,), (1,)), ((0,), (0,))),
+    jax.lax.Precision.HIGHEST,
+    preferred_element_type=jnp.float32,
+  )
   return y.reshape(1, -1)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Int
 
-from dms_jax.cache.base import Seen
+from dms_jax.cache.base import Usage
 
 
 def held_share(held, seen):
@@ -44,7 +44,7 @@ class Counts:
   history: Int[Array, "steps L B K"] | None = None
 
 
-def count(seen: Seen) -> Counts:
+def count(seen: Usage) -> Counts:
   """Counts of one `cached_forward`."""
   return Counts(seen.live, seen.reads, jnp.sum(seen.live, axis=(0, 2))[None])
 
@@ -77,7 +77,7 @@ class Metrics:
     return cls(np.zeros(batch, np.int64), zeros, zeros, zeros, np.zeros(batch), new_tokens=np.zeros(batch, np.int64))
 
   def add(self, counts: Counts, *, decode: bool) -> Metrics:
-    """With the counts of a decode stretch, or of a prompt's chunk, added."""
+    """With the counts of a decode block, or of a prompt's chunk, added."""
     counts = jax.device_get(counts)
     reads = "decode_reads" if decode else "prompt_reads"
     mean = counts.held.astype(np.float64) / (counts.live.shape[0] * counts.live.shape[2])
@@ -85,10 +85,12 @@ class Metrics:
     if counts.history is not None:
       history = counts.history if history is None else np.concatenate([history, counts.history])
     return self.replace(
-      live=counts.live.astype(np.int64), peak=np.maximum(self.peak, mean.max(axis=0, initial=0.0)),
-      peak_total=float(max(self.peak_total, mean.sum(axis=1).max(initial=0.0))), history=history,
+      live=counts.live.astype(np.int64),
+      peak=np.maximum(self.peak, mean.max(axis=0, initial=0.0)),
+      peak_total=float(max(self.peak_total, mean.sum(axis=1).max(initial=0.0))),
+      history=history,
       **{reads: getattr(self, reads) + counts.reads},
-    )  # fmt: skip
+    )
 
   @property
   def held_tokens(self) -> np.ndarray:

@@ -17,17 +17,17 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from dms_jax import masks
-from dms_jax.attention import retrofit_attention
+from dms_jax.attention import window_bias_attention
 from dms_jax.cache import Cache
-from dms_jax.cache.base import Seen
+from dms_jax.cache.base import Usage
 from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig
 from dms_jax.gates import clear_neuron, gate_logits, step_gate_logits
 from dms_jax.layers import apply_rope, linear, mlp, project, rms_norm, rope_tables
 from dms_jax.params import Params, merge_lora, param_table
 from dms_jax.policies import Policy
 from dms_jax.sharding import constrain_rows, gather_layer, row_and_head_axes
-from pallas_kernels import retrofit
-from pallas_kernels.platform import platform
+from pallas_kernels import window_bias as retrofit
+from pallas_kernels.common.platform import platform
 
 # A decode step of fewer rows runs the layers with so many on a GPU, but for their attention: for one row XLA reads
 # weights at half the speed, and takes more kernels for a norm. On a mesh, rows would move between devices for it.
@@ -219,7 +219,7 @@ def forward(
 
   def attend(carry, index, noise_l, q, k, v, logits):
     if eviction is None:
-      return retrofit_attention(q, k, v, None, 0, segment_ids), carry, logits
+      return window_bias_attention(q, k, v, None, 0, segment_ids), carry, logits
     window = dms.window if eviction.window is None else eviction.window
     if noise_l is not None:
       z = (logits + noise_l) / eviction.tau
@@ -227,7 +227,7 @@ def forward(
     else:
       z = logits
       bias = masks.hard_bias(masks.about_key(z > eviction.threshold, dms.lag(window), False))
-    return retrofit_attention(q, k, v, bias, window, segment_ids), carry, z
+    return window_bias_attention(q, k, v, bias, window, segment_ids), carry, z
 
   x, _, z = _run_layers(model, embed(model, tokens), positions, attend, None, noise, remat, neuron_kept, gather=True)
   return x, z
@@ -246,7 +246,7 @@ class StepOutput:
   [L, B, K, T] (None without gates); `lengths` [B] tokens taken in; `stalled` [B] rows that had no room."""
 
   hidden: Float[Array, "B T D"]
-  seen: Seen
+  seen: Usage
   logits: Float[Array, "L B K T"] | None
   lengths: Int[Array, "B"]
   stalled: Bool[Array, "B"]
@@ -258,13 +258,13 @@ def cached_forward(
   cache: Cache,
   tokens: Int[Array, "B T"],
   lengths: Int[Array, "B"],
-  imposed: Bool[Array, "L B K T"] | None = None,
+  override: Bool[Array, "L B K T"] | None = None,
 ) -> tuple[StepOutput, Cache]:
   """Takes up to T tokens a row into the cache: T = 1 is a decode step, more a chunk of a prompt.
 
   Args:
     tokens: right-padded; row b's first `lengths[b]` are real, 0 leaves the row untouched.
-    imposed: decisions to use instead of the policy's, by the token that computes them; to compare precisions.
+    override: decisions to use instead of the policy's, by the token that computes them; to compare precisions.
 
   Returns:
     The output, and the cache with these tokens in it. A row without room is left untouched and reported.
@@ -273,11 +273,11 @@ def cached_forward(
     ValueError: the cache was made for another policy.
   """
   if policy.scored and tokens.shape[1] > 1:
-    return _one_by_one(model, policy, cache, tokens, lengths, imposed)
+    return _one_by_one(model, policy, cache, tokens, lengths, override)
   plan = cache.plan(policy, lengths, tokens.shape[1])
   positions = plan.seen[:, None] + jnp.arange(tokens.shape[1])
   heads = (tokens.shape[0], model.config.num_kv_heads, tokens.shape[1])
-  about = jnp.broadcast_to((positions - cache.shift)[:, None], heads)
+  about = jnp.broadcast_to((positions - cache.lag)[:, None], heads)
   rows = tokens.shape[0]
   small = platform() == "gpu" and tokens.shape[1] == 1 and row_and_head_axes(rows, 1) is None
   padded = partial(_more_rows, least=LEAST_ROWS if small else 0)
@@ -285,21 +285,23 @@ def cached_forward(
   adapters = model.dms is not None and model.dms.gate == "adapter"
   late = small and rows <= LATE_ROWS and isinstance(layers, list) and adapters and cache.can_decide_late(policy)
 
-  def attend(big, index, xs, q, k, v, gates):
-    state, forced = xs
+  def attend(carry, index, xs, q, k, v, gates):
+    state, override = xs
     q, k, v, gates = jax.tree.map(lambda y: y[:rows], (q, k, v, gates))
-    evict = None if late else policy.decide(gates, index, about) if forced is None else forced
-    out, big, state, seen = cache.attend(plan, policy, index, big, state, q, k, v, evict)
-    return padded(out), big, (state, seen, gates)
+    evict = None if late else policy.decide(gates, index, about) if override is None else override
+    out, carry, state, seen = cache.attend(plan, policy, index, carry, state, q, k, v, evict)
+    return padded(out), carry, (state, seen, gates)
 
-  x, xs = embed(model, padded(tokens)), (cache.layer_state(), imposed)
-  x, big, (states, seen, logits) = _run_layers(model, x, padded(positions), attend, cache.carried(), xs, late=late)
+  x, xs = embed(model, padded(tokens)), (cache.layer_state(), override)
+  x, carry, (states, seen, logits) = _run_layers(
+    model, x, padded(positions), attend, cache.layer_carry(), xs, late=late
+  )
   evict = None
   if late:
     logits = step_gate_logits(model.config, model.dms, layers, logits)
     index, about = jnp.arange(len(layers))[:, None, None, None], jnp.broadcast_to(about, logits.shape)
-    evict = policy.decide(logits, index, about) if imposed is None else imposed
-  return StepOutput(x[:rows], seen, logits, plan.lengths, plan.stalled), cache.commit(plan, big, states, evict)
+    evict = policy.decide(logits, index, about) if override is None else override
+  return StepOutput(x[:rows], seen, logits, plan.lengths, plan.stalled), cache.commit(plan, carry, states, evict)
 
 
 def _more_rows(x: Array, least: int) -> Array:
@@ -307,21 +309,21 @@ def _more_rows(x: Array, least: int) -> Array:
   return jnp.pad(x, [(0, max(least - len(x), 0))] + [(0, 0)] * (x.ndim - 1))
 
 
-def _one_by_one(model: Model, policy: Policy, cache: Cache, tokens: Array, lengths: Array, imposed: Array | None):
+def _one_by_one(model: Model, policy: Policy, cache: Cache, tokens: Array, lengths: Array, override: Array | None):
   """`cached_forward` of a chunk for a policy whose decisions depend on every step before: a loop in the graph."""
-  stalled = lengths > cache.room(policy)
+  stalled = lengths > cache.free_tokens(policy)
   lengths = jnp.where(stalled, 0, lengths)
 
   def step(cache, inputs):
-    index, token, forced = inputs
-    forced = None if forced is None else forced[..., None]
-    out, cache = cached_forward(model, policy, cache, token[:, None], (index < lengths).astype(jnp.int32), forced)
+    index, token, override = inputs
+    override = None if override is None else override[..., None]
+    out, cache = cached_forward(model, policy, cache, token[:, None], (index < lengths).astype(jnp.int32), override)
     return cache, out
 
-  forced = None if imposed is None else jnp.moveaxis(imposed, -1, 0)
-  cache, out = lax.scan(step, cache, (jnp.arange(tokens.shape[1]), tokens.T, forced))
+  override = None if override is None else jnp.moveaxis(override, -1, 0)
+  cache, out = lax.scan(step, cache, (jnp.arange(tokens.shape[1]), tokens.T, override))
   logits = None if out.logits is None else jnp.moveaxis(out.logits[..., 0], 0, -1)
-  seen = Seen(out.seen.live[-1], jnp.sum(out.seen.reads, axis=0))
+  seen = Usage(out.seen.live[-1], jnp.sum(out.seen.reads, axis=0))
   return StepOutput(jnp.moveaxis(out.hidden[:, :, 0], 0, 1), seen, logits, lengths, stalled), cache
 
 
@@ -341,9 +343,9 @@ def check_policy(model: Model, policy: Policy) -> Policy:
     raise ValueError(
       f"{type(policy).__name__} needs eviction gates and this model has none: load a retrofit, or use dms_jax.Vanilla()"
     )
-  return policy.settled(model.dms.window if model.dms is not None else None)
+  return policy.resolved(model.dms.window if model.dms is not None else None)
 
 
-def model_shift(model: Model, window: int | None = None) -> int:
+def decision_lag(model: Model, window: int | None = None) -> int:
   """The lag of the gates' decisions under the window in force; 1 for a model without gates: nothing depends on it."""
   return model.dms.lag(window) if model.dms is not None else 1

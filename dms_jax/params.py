@@ -173,8 +173,10 @@ def merge_lora(params: Params, lora: LoRAConfig | None) -> Params:
     target = path[: -len("_lora_a")]
     w = flat[target]
     update = jnp.einsum(
-      "lor,lri->loi", b.reshape(b.shape[0], -1, b.shape[-1]).astype(jnp.float32),
-      a.reshape(a.shape[0], a.shape[1], -1).astype(jnp.float32), precision=jax.lax.Precision.HIGHEST,
-    )  # fmt: skip
+      "lor,lri->loi",
+      b.reshape(b.shape[0], -1, b.shape[-1]).astype(jnp.float32),
+      a.reshape(a.shape[0], a.shape[1], -1).astype(jnp.float32),
+      precision=jax.lax.Precision.HIGHEST,
+    )
     flat[target] = (w.astype(jnp.float32) + lora.scale * update.reshape(w.shape)).astype(w.dtype)
   return unflatten(flat)

@@ -1,1 +1,1 @@
-"""Programs: each is `python -m experiments.NAME --flag=...`; see `experiments.program` for what they share."""
+"""Programs: each is `python -m experiments.NAME --flag=...`; see `experiments.common.program` for what they share."""

@@ -37,15 +37,17 @@ from absl import logging as absl_logging
 
 from dms_jax import checkpoint
 from dms_jax.config import read_json
-from dms_jax.evaluation import held_by_position, text_quality
+from dms_jax.evaluation.text import held_by_position, text_quality
 from dms_jax.model import Model
 from dms_jax.retrofit import DataConfig
 from dms_jax.retrofit.data import Packer, Source
 from dms_jax.retrofit.loop import LOG, RUN, STATE, Preempted, Run
 from dms_jax.tokenizer import Tokenizer
-from experiments import files, program, retrofit, sweeps
-from experiments.ablation_report import as_table, axis, draw, rows
-from experiments.trials import SECTIONS, TRAINED, TYPES, Trial, trials
+from experiments import retrofit
+from experiments.ablation import sweeps
+from experiments.ablation.report import as_table, axis, draw, rows
+from experiments.ablation.trials import SECTIONS, TRAINED, TYPES, Trial, trials
+from experiments.common import files, program
 
 ERROR = "error.txt"
 
@@ -119,7 +121,7 @@ def score(one: Trial, original: Model, model: Model, tokens: np.ndarray) -> dict
     progress = functools.partial(program.progress, desc="compression by position")
     where, held = held_by_position(
       model, tokens, evaluation.length, evaluation.positions, progress=progress, **eviction
-    )  # fmt: skip
+    )
     result |= {"positions": where, "held_by_position": held.round(5)}
   return result | {"environment": program.environment()}
 
@@ -222,8 +224,8 @@ def settle(path: str) -> list[str]:
     ValueError: no such file, or a line that makes no sense; names it.
   """
   own = [flag for flag in program.flag_values() if flag not in ("sweep", "sweep_file")]
-  settled, groups = sweeps.read_file(path, own)
-  for flag, text in settled.items():
+  resolved, groups = sweeps.read_file(path, own)
+  for flag, text in resolved.items():
     if not program.FLAGS[flag].present:
       try:
         program.FLAGS[flag].value = program.FLAGS[flag].parser.parse(text)
@@ -268,9 +270,12 @@ def main() -> None:
     lines = "\n".join(f"  {name}: {error}" for name, error in failed.items())
     program.log(f"{len(failed)} of {len(wanted)} runs failed (traceback in each folder's error.txt):\n{lines}")
   line = {
-    "command": command, "runs": found, "failed": failed, "pictures": pictures,
+    "command": command,
+    "runs": found,
+    "failed": failed,
+    "pictures": pictures,
     "seconds": round(time.perf_counter() - start, 1),
-  }  # fmt: skip
+  }
   saved = {"config": program.flag_values(), "environment": program.environment(), **line}
   program.log(f"wrote {program.save_json(root / 'ablation.json', saved)}")
   for row in found:  # what is drawn stays in ablation.json

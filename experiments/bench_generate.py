@@ -38,12 +38,14 @@ import numpy as np
 import dms_jax
 from dms_jax import checkpoint
 from dms_jax.convert import export
-from dms_jax.generation import decode_form
+from dms_jax.generation.generate import fastest_form
 from dms_jax.model import Model
 from dms_jax.tokenizer import Tokenizer
-from experiments import cases as rows_of
-from experiments import generate_cases, generate_pictures, plots, program
-from pallas_kernels import bench
+from experiments.bench import cases as rows_of
+from experiments.bench import generate_cases, generate_pictures
+from experiments.common import program
+from experiments.reports import plots
+from pallas_kernels.common import bench
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Config:
   prompt_tokens: int = 512
   new_tokens: int = 128
   prefill_chunk: int = 256
-  stretch: int = 32
+  decode_block: int = 32
   repeats: int = 5
   against_transformers: bool = False
   divergence_width: int | None = None
@@ -97,8 +99,8 @@ def jax_engine(name: str, model: Model, policy: dms_jax.Policy, prompt: list[int
 
   def run(new_tokens: int) -> dict:
     out = dms_jax.generate(
-      model, [prompt], policy=policy, max_new_tokens=new_tokens, eos=False, cache="slots", capacity=capacity,
-      prefill_chunk=config.prefill_chunk, stretch=config.stretch,
+      model, [prompt], policy=policy, max_new_tokens=new_tokens, eos=False, cache="contiguous", capacity=capacity,
+      prefill_chunk=config.prefill_chunk, decode_block=config.decode_block,
     )  # fmt: skip
     assert len(out.tokens[0]) == new_tokens
     return {"achieved_cr": out.metrics.achieved_cr, "tokens": out.tokens[0]}
@@ -152,10 +154,13 @@ def measure(engines: list[Engine], config: Config) -> list[dict]:
     rest = statistics.median(whole - first for whole in seconds[name][1])
     results.append(
       {
-        "engine": name, "prefill_tokens_per_s": config.prompt_tokens / first,
-        "decode_tokens_per_s": (config.new_tokens - 1) / rest, "first_token_s": first, **about[name],
+        "engine": name,
+        "prefill_tokens_per_s": config.prompt_tokens / first,
+        "decode_tokens_per_s": (config.new_tokens - 1) / rest,
+        "first_token_s": first,
+        **about[name],
       }
-    )  # fmt: skip
+    )
   return results
 
 
@@ -190,9 +195,12 @@ def width_divergence(
     largest = max([largest, *(abs(x - y) for x, y in zip(of_a[: places[-1]], of_b[: places[-1]], strict=True))])
   equal = sum(place is None for place in places)
   return {
-    "widths": [1, width], "new_tokens": new_tokens, "first_difference": places, "rows_equal": equal,
+    "widths": [1, width],
+    "new_tokens": new_tokens,
+    "first_difference": places,
+    "rows_equal": equal,
     "largest_logprob_difference": largest,
-  }  # fmt: skip
+  }
 
 
 def prompt_ids(config: Config, tokenizer, count: int = 1) -> list[int]:
@@ -244,10 +252,10 @@ def bench_dtype(config: Config, dtype: str, tokenizer, prompt: list[int]) -> lis
     if config.against_transformers:
       export(Path(folder) / "model", dense, tokenizer, dtype=dtype)
       rival = [transformers_engine(Path(folder) / "model", dtype, prompt)]
-  engines = [jax_engine("dense", decode_form(dense), dms_jax.Vanilla(), prompt, config)]
+  engines = [jax_engine("dense", fastest_form(dense), dms_jax.Vanilla(), prompt, config)]
   del dense
   if config.retrofit:
-    model = decode_form(checkpoint.load(config.checkpoint, retrofit=config.retrofit, dtype=dtype))
+    model = fastest_form(checkpoint.load(config.checkpoint, retrofit=config.retrofit, dtype=dtype))
     engines.append(jax_engine("DMS", model, dms_jax.DMS(), prompt, config))
   results = [{"dtype": dtype, **r} for r in measure(engines + rival, config)]
   tokens = {r["engine"]: r.pop("tokens") for r in results}
@@ -278,9 +286,12 @@ def run_cases(config: Config) -> None:
   bandwidth = bench.read_bandwidth(2**22 if config.scale == "small" else 2**30)
   program.log(f"read bandwidth {bandwidth / 1e12:.3f} TB/s; transformers: {rival}")
   about = {
-    "date": datetime.date.today().isoformat(), "read_bandwidth": bandwidth, "device": environment["device"],
-    "jax": environment["jax"], "scale": config.scale,
-  }  # fmt: skip
+    "date": datetime.date.today().isoformat(),
+    "read_bandwidth": bandwidth,
+    "device": environment["device"],
+    "jax": environment["jax"],
+    "scale": config.scale,
+  }
   folder = Path(config.output)
   path = folder / "cases.json"
   rows_of.check_same(path, about)
@@ -325,11 +336,11 @@ def main() -> None:
   divergence = None
   if config.divergence_width:
     program.log(f"widths 1 and {config.divergence_width}")
-    model = decode_form(checkpoint.load(config.checkpoint, retrofit=config.retrofit, dtype=config.dtypes[0]))
+    model = fastest_form(checkpoint.load(config.checkpoint, retrofit=config.retrofit, dtype=config.dtypes[0]))
     ids, size = prompt_ids(config, tokenizer, config.divergence_width), config.prompt_tokens
     divergence = width_divergence(
       model, [ids[i : i + size] for i in range(0, len(ids), size)], config.divergence_width,
-      new_tokens=config.new_tokens, prefill_chunk=config.prefill_chunk, stretch=config.stretch,
+      new_tokens=config.new_tokens, prefill_chunk=config.prefill_chunk, decode_block=config.decode_block,
       max_length=size + config.new_tokens,
     )  # fmt: skip
     divergence = {"dtype": config.dtypes[0], **divergence}

@@ -20,9 +20,11 @@ from typing import Any, Literal
 
 import jax
 
-from experiments import cases, kernel_cases, kernel_tuning, plots, program
-from experiments.kernel_cases import CASES, Decode
-from pallas_kernels import bench, tuned
+from experiments.bench import cases, kernel_cases, kernel_tuning
+from experiments.bench.kernel_cases import CASES, Decode
+from experiments.common import program
+from experiments.reports import plots
+from pallas_kernels.common import bench, tuned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,17 +68,17 @@ def selected(config: Config) -> dict[str, Any]:
   return {name: small(case) for name, case in chosen.items()} if config.scale == "small" else chosen
 
 
-def measure(case: Any, bandwidth: float, config: Config, forced: str | None) -> dict:
+def measure(case: Any, bandwidth: float, config: Config, override: str | None) -> dict:
   """The figures of one case."""
   if isinstance(case, tuple):
-    return kernel_cases.our_decode(case[2], bandwidth, forced)
+    return kernel_cases.our_decode(case[2], bandwidth, override)
   if isinstance(case, Decode):
-    row = kernel_cases.measure_decode(case, bandwidth, forced, config.check)
+    row = kernel_cases.measure_decode(case, bandwidth, override, config.check)
     return cases.judged(row, (*case.bars, kernel_cases.SAME))
   elif case.kind == "prefill":
-    row = kernel_cases.measure_prefill(case, forced)
+    row = kernel_cases.measure_prefill(case, override)
   else:
-    row = kernel_cases.measure_retrofit(case, forced, config.flex)
+    row = kernel_cases.measure_retrofit(case, override, config.flex)
   return cases.judged(row, case.bars)
 
 
@@ -99,9 +101,12 @@ def picture(path: Path, rows: list[dict], device: str) -> str | None:
   if not rows or (plt := plots.pyplot()) is None:
     return None
   figure, axis = plt.subplots(figsize=(9, 1.2 + 0.55 * len(rows)), layout="constrained")
-  kinds = (("us", "ours", plots.DMS), ("dense_us", "dense, cuDNN" if "NVIDIA" in device else "dense, XLA", plots.DENSE),
-           ("flex_us", "FlexAttention as the official trainer calls it", "#c2571a"),
-           ("flex_blocks_us", "FlexAttention with a block mask", "#e8a87c"))  # fmt: skip
+  kinds = (
+    ("us", "ours", plots.DMS),
+    ("dense_us", "dense, cuDNN" if "NVIDIA" in device else "dense, XLA", plots.DENSE),
+    ("flex_us", "FlexAttention as the official trainer calls it", "#c2571a"),
+    ("flex_blocks_us", "FlexAttention with a block mask", "#e8a87c"),
+  )
   for place, (key, label, color) in enumerate(kinds):
     points = [(i + 0.22 * (place - 1), row[key]) for i, row in enumerate(rows) if key in row]
     if points:
@@ -158,11 +163,14 @@ def main() -> None:
   environment = program.environment()
   bandwidth = bench.read_bandwidth(2**22 if config.scale == "small" else 2**30)
   program.log(f"read bandwidth {bandwidth / 1e12:.3f} TB/s")
-  forced = config.implementation or ("gpu" if jax.default_backend() == "gpu" else None)
+  override = config.implementation or ("gpu" if jax.default_backend() == "gpu" else None)
   about = {
-    "date": datetime.date.today().isoformat(), "read_bandwidth": bandwidth, "device": environment["device"],
-    "jax": environment["jax"], "scale": config.scale,
-  }  # fmt: skip
+    "date": datetime.date.today().isoformat(),
+    "read_bandwidth": bandwidth,
+    "device": environment["device"],
+    "jax": environment["jax"],
+    "scale": config.scale,
+  }
   cases.check_same(path, about)
   run = cases.Runner(config.seconds, about)
   merged = lambda: cases.merged(path, run.rows, [*CASES, *kernel_cases.growth(False)])
@@ -170,7 +178,7 @@ def main() -> None:
   for name, case in chosen.items():
     if config.tune and not isinstance(case, tuple):
       kernel_tuning.tune(name, case, config.table, run.end, about, tuned_classes)
-    run(name, described(case), lambda case=case: measure(case, bandwidth, config, forced))
+    run(name, described(case), lambda case=case: measure(case, bandwidth, config, override))
     saved = program.save_json(path, {"environment": environment, "rows": merged()})
   rows = merged()
   drawn = [

@@ -16,7 +16,7 @@ from dms_jax import checkpoint
 from dms_jax.convert import convert
 from dms_jax.convert.api import is_finished
 from dms_jax.params import count_params, param_table
-from experiments import program
+from experiments.common import program
 
 
 @dataclasses.dataclass(frozen=True)

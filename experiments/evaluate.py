@@ -30,12 +30,14 @@ from typing import Any, Literal
 import numpy as np
 
 from dms_jax import checkpoint
-from dms_jax.evaluation import text_quality
+from dms_jax.evaluation.text import text_quality
 from dms_jax.model import Model
 from dms_jax.tokenizer import Tokenizer
-from experiments import files, plots, program, sweeps
-from experiments.tasks import report
-from experiments.tasks import run as tasks_run
+from experiments.ablation import sweeps
+from experiments.common import files, program
+from experiments.methods import run as tasks_run
+from experiments.reports import plots
+from experiments.reports import tasks as report
 from experiments.tasks.base import TasksConfig
 
 
@@ -84,9 +86,7 @@ def text_rows(config: Config, original: Model, tokens: np.ndarray) -> list[dict[
     for length in config.lengths:
       for threshold in config.thresholds:
         progress = partial(program.progress, desc=f"T {length}")
-        row = text_quality(
-          original, model, tokens, length, threshold=threshold, batch=config.batch, progress=progress
-        )  # fmt: skip
+        row = text_quality(original, model, tokens, length, threshold=threshold, batch=config.batch, progress=progress)
         rows.append({"retrofit": name, "threshold": threshold, **row})
         print(
           f"{length:>6} {Path(name).name or 'original':<28} {threshold:>9.2f} "
@@ -107,24 +107,27 @@ def text_picture(config: Config, path: Path, rows: list[dict[str, Any]], title: 
 
 
 def task_rows(
-  config: Config, original: Model, jobs: list[tasks_run.Job], tokenizer: Tokenizer,
+  config: Config,
+  original: Model,
+  jobs: list[tasks_run.Job],
+  tokenizer: Tokenizer,
   save: Callable[[list[dict[str, Any]], list[dict[str, Any]]], None],
-) -> None:  # fmt: skip
+) -> None:
   """Carries out every job, printed as a table.
 
   Args:
     save: called after each job with (a row for each task, length, metric and retrofit, a record for each sample) of all
       jobs so far.
   """
-  contenders = [tasks_run.Contender("original", original, math.inf)]
+  methods = [tasks_run.Method("original", original, math.inf)]
   models = {path: config.load(path) for path in config.retrofit}
   if not models and original.dms is not None:  # the checkpoint brings its own gates
     models = {config.checkpoint: original}
   for path, model in models.items():
-    contenders += [tasks_run.Contender(config.name(path, at), model, at) for at in config.thresholds]
+    methods += [tasks_run.Method(config.name(path, at), model, at) for at in config.thresholds]
   rows, samples = [], []
   print(report.HEADER)
-  for found, each in tasks_run.run(jobs, contenders, tokenizer, batch=config.batch, progress=program.progress):
+  for found, each in tasks_run.run(jobs, methods, tokenizer, batch=config.batch, progress=program.progress):
     rows += found
     samples += each
     print("\n".join(report.line(row) for row in found), flush=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from dms_jax import checkpoint
 from dms_jax.convert import export
 from dms_jax.tokenizer import TOKENIZER_FILE, Tokenizer
-from experiments import program
+from experiments.common import program
 
 
 @dataclasses.dataclass(frozen=True)

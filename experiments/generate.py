@@ -27,8 +27,9 @@ import jax
 
 import dms_jax
 from dms_jax import policies
-from dms_jax.generation import Output
-from experiments import files, program, request_file
+from dms_jax.generation.generate import Output
+from experiments.common import files, program
+from experiments.common import requests as request_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +65,10 @@ class Config:
   seed: int = 0
   stop: tuple[str, ...] = ()
   eos: bool = True
-  cache: Literal["slots", "paged", "masked"] | None = None
+  cache: Literal["contiguous", "paged", "masked"] | None = None
   capacity: int | None = None
   prefill_chunk: int = 256
-  stretch: int = 8
+  decode_block: int = 8
   stream: bool = True
 
   def __post_init__(self):
@@ -174,7 +175,7 @@ def answer_requests(config: Config, model, tokenizer, policy) -> dict:
       model, policy=policy, width=config.width, temperature=warmest, top_k=config.top_k, top_p=config.top_p,
       budget=None if config.kv_budget_gib is None else int(config.kv_budget_gib * 2**30),
       budget_tokens=config.kv_budget_tokens, stop=config.stops(), eos=config.eos,
-      archive=config.archive, prefill_chunk=config.prefill_chunk, stretch=config.stretch,
+      archive=config.archive, prefill_chunk=config.prefill_chunk, decode_block=config.decode_block,
     )  # fmt: skip
   except dms_jax.BudgetError as error:
     raise ValueError(f"--kv_budget_gib or --kv_budget_tokens, with --width={config.width}: {error}") from None
@@ -205,7 +206,7 @@ def main() -> None:
       model, texts, policy=policy, max_new_tokens=config.max_new_tokens, key=key, temperature=config.temperature,
       top_k=config.top_k, top_p=config.top_p, stop=config.stops(), eos=config.eos,
       cache=config.cache, capacity=config.capacity, prefill_chunk=config.prefill_chunk,
-      stretch=config.stretch, stream=printer, continue_from=past,
+      decode_block=config.decode_block, stream=printer, continue_from=past,
     )  # fmt: skip
     if printer:
       printer.close()

@@ -44,13 +44,17 @@ from dms_jax.retrofit.data import Packer, Source, load_sources
 from dms_jax.retrofit.distributed import MeshConfig
 from dms_jax.retrofit.loop import LOG, Preempted, Run, train
 from dms_jax.tokenizer import Tokenizer
-from experiments import plots, program, retrofit_benchmark
+from experiments.bench import retrofit_step as retrofit_benchmark
+from experiments.common import program
+from experiments.reports import plots
 
 # What a retrofit is made of: a flag's prefix, its dataclass, and defaults that differ from the dataclass's.
 SECTIONS: dict[str, tuple[type, dict]] = {
-  "dms": (DMSConfig, {"window": 64}), "lora": (LoRAConfig, {"rank": 16}),
-  "retrofit": (RetrofitConfig, {}), "data": (DataConfig, {}),
-}  # fmt: skip
+  "dms": (DMSConfig, {"window": 64}),
+  "lora": (LoRAConfig, {"rank": 16}),
+  "retrofit": (RetrofitConfig, {}),
+  "data": (DataConfig, {}),
+}
 DETERMINISTIC = ("--xla_gpu_deterministic_ops=true", "--xla_gpu_exclude_nondeterministic_ops=true")
 
 
@@ -140,9 +144,7 @@ def own_text(
   return path
 
 
-def texts(
-  base: Callable[[], Model], tokenizer: Tokenizer, data: DataConfig, dtype: str, folder: Path
-) -> list[Source]:  # fmt: skip
+def texts(base: Callable[[], Model], tokenizer: Tokenizer, data: DataConfig, dtype: str, folder: Path) -> list[Source]:
   """All text of `data`, tokenized; what the model `base()` writes itself is kept in `folder`."""
   written = own_text(base, tokenizer, data, dtype, folder)
   say("reading and tokenizing text")
@@ -200,8 +202,9 @@ def main() -> None:
     )  # Orbax shows the traceback of each of its threads; we say what it is
   if config.deterministic:  # before anything asks for a device
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *DETERMINISTIC]).strip()
-  if settings.trainable != "lora" and (given := [f"--lora.{f.name}" for f in dataclasses.fields(LoRAConfig)
-                                                 if program.FLAGS[f"lora.{f.name}"].present]):  # fmt: skip
+  if settings.trainable != "lora" and (
+    given := [f"--lora.{f.name}" for f in dataclasses.fields(LoRAConfig) if program.FLAGS[f"lora.{f.name}"].present]
+  ):
     raise ValueError(f"{', '.join(given)}: retrofit.trainable={settings.trainable!r} has no low-rank updates")
   check(dms, lora, settings)
   if config.against_flex and not config.benchmark:

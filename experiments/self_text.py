@@ -18,7 +18,7 @@ from pathlib import Path
 import dms_jax
 from dms_jax.retrofit import SelfTextConfig
 from dms_jax.retrofit.self_text import write
-from experiments import program
+from experiments.common import program
 
 
 @dataclasses.dataclass(frozen=True)

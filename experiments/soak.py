@@ -4,7 +4,7 @@
       --retrofit=experiments/results/retrofit/smollm2-135m-cr4 --minutes=10
 
 Requests of random lengths arrive at random times, some with several chains, some sampled; some conversations go on with
-another turn, some requests are cancelled. The pool is too small for all rows, so that rows are swapped to the host and
+another turn, some requests are cancelled. The pool is too small for all rows, so that rows are preempted to the host and
 back. Without `--checkpoint` a tiny random model serves, with `--kernels` one whose sizes the GPU kernels take. At the
 end every page must be free, memory, the device's too, no larger than after the warm-up, and a sample of finished
 conversations must be bit-equal to the same run again alone at that width.
@@ -31,10 +31,11 @@ import numpy as np
 
 import dms_jax
 from dms_jax.config import DMSConfig, ModelConfig
+from dms_jax.generation.batching import Generator
 from dms_jax.model import Model
 from dms_jax.params import init_params, param_table
-from dms_jax.serving import Generator
-from experiments import plots, program
+from experiments.common import program
+from experiments.reports import plots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Config:
   turns: int = 3
   page: int = 8
   prefill_chunk: int = 32
-  stretch: int = 8
+  decode_block: int = 8
   check: int = 12
   warm_up: float = 0.3
   growth: float = 0.05
@@ -102,9 +103,11 @@ class Traffic:
     prompt = [draw.randrange(self.vocab) for _ in range(draw.randint(1, config.longest_prompt))]
     chains = min(draw.choice((1, 1, 1, 2, 3)), config.width)
     return prompt, dict(
-      chains=chains, max_new_tokens=draw.randint(1, config.longest_answer), temperature=draw.choice((0.0, 0.9)),
+      chains=chains,
+      max_new_tokens=draw.randint(1, config.longest_answer),
+      temperature=draw.choice((0.0, 0.9)),
       seed=draw.randrange(2**31),
-    )  # fmt: skip
+    )
 
 
 def submit(generator: Generator, prompt: list[int], options: dict[str, Any], past) -> int:
@@ -169,7 +172,7 @@ def soak(generator: Generator, config: Config, traffic: Traffic, seconds: float)
         kept[place] = talk
     row = (
       now, generator.cache.pages - int(generator.cache.table.pool.count), sum(c is not None for c in generator.chains),
-      sum(map(len, generator.waiting)) + len(generator.swapped), memory(), device_memory(), len(jax.live_arrays()),
+      sum(map(len, generator.waiting)) + len(generator.preempted), memory(), device_memory(), len(jax.live_arrays()),
     )  # fmt: skip
     for name, value in zip(columns, row, strict=True):
       samples[name].append(value)
@@ -177,9 +180,9 @@ def soak(generator: Generator, config: Config, traffic: Traffic, seconds: float)
       shown = time.monotonic()
       program.log(
         f"{now:.0f}/{seconds:.0f} s: {counts['rows']} rows ended, {row[2]} running, {row[3]} waiting, "
-        f"{row[1]}/{generator.cache.pages} pages, {generator.swaps} swaps, {(row[4] or 0) / 2**20:.0f} MiB"
+        f"{row[1]}/{generator.cache.pages} pages, {generator.preemptions} preemptions, {(row[4] or 0) / 2**20:.0f} MiB"
       )
-  return {"samples": samples, "counts": {**counts, "swaps": generator.swaps}, "kept": kept}
+  return {"samples": samples, "counts": {**counts, "preemptions": generator.preemptions}, "kept": kept}
 
 
 def alone(generator: Generator, talk: Talk) -> bool:
@@ -203,7 +206,7 @@ def lost_pages(generator: Generator) -> int:
   return int(max(generator.cache.pages - free.size, (pool.owners != 0).sum()))
 
 
-def grown(values: list[float | None], seconds: list[float], warm_up: float) -> float | None:
+def growth(values: list[float | None], seconds: list[float], warm_up: float) -> float | None:
   """By what share of itself the median of the last tenth lies above that of the first tenth after the warm-up.
 
   Args:
@@ -223,7 +226,7 @@ def verdict(generator: Generator, config: Config, outcome: dict[str, Any]) -> di
   samples, kept = outcome["samples"], outcome["kept"]
   lost = lost_pages(generator)
   memory_growth, device_growth, arrays_growth = (
-    grown(samples[name], samples["seconds"], config.warm_up) for name in ("memory", "device", "arrays")
+    growth(samples[name], samples["seconds"], config.warm_up) for name in ("memory", "device", "arrays")
   )
   same = [alone(generator, talk) for talk in program.progress(kept, desc="alone")]
   checks = {
@@ -232,7 +235,7 @@ def verdict(generator: Generator, config: Config, outcome: dict[str, Any]) -> di
     "device_flat": device_growth is None or device_growth <= config.growth,
     "arrays_flat": arrays_growth <= config.growth,
     "bit_equal_alone": all(same),
-    "something_was_swapped": outcome["counts"]["swaps"] > 0,
+    "something_was_swapped": outcome["counts"]["preemptions"] > 0,
   }
   return {
     "passed": all(checks.values()), "checks": checks, "lost_pages": lost, "memory_growth": memory_growth,
@@ -304,7 +307,7 @@ def run(config: Config) -> tuple[dict[str, Any], dict[str, list]]:
   longest = config.turns * (config.longest_prompt + config.longest_answer)
   generator = Generator(
     model, width=config.width, max_length=longest, temperature=1.0, eos=False, page=config.page,
-    budget_tokens=config.budget_tokens or longest, prefill_chunk=config.prefill_chunk, stretch=config.stretch,
+    budget_tokens=config.budget_tokens or longest, prefill_chunk=config.prefill_chunk, decode_block=config.decode_block,
   )  # fmt: skip
   outcome = soak(generator, config, Traffic(config, model.config.vocab_size), 60 * config.minutes)
   return verdict(generator, config, outcome), outcome["samples"]

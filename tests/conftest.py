@@ -55,7 +55,7 @@ def compiled_for_an_absent_tpu(request):
   if not request.node.get_closest_marker("tpu"):
     yield
     return
-  from pallas_kernels.platform import tracing_for
+  from pallas_kernels.common.platform import tracing_for
 
   def keep_compiled_programs(kept: bool):
     jax.config.update("jax_enable_compilation_cache", kept)

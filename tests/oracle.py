@@ -68,14 +68,14 @@ def visible(evicted, window):
 
 
 def forward(
-  weights, config, dms, tokens, *, window=0, evict=True, threshold=0.0, imposed=None, noise=None, tau=0.1,
+  weights, config, dms, tokens, *, window=0, evict=True, threshold=0.0, override=None, noise=None, tau=0.1,
   segments=None, lora_scale=0.0,
 ):  # fmt: skip
   """One row.
 
   Args:
     tokens: [T]. segments: [T] ids of documents that never see each other; positions restart in each.
-    evict: False leaves everything visible. imposed: bool [L, K, T] decisions used instead of the gates'.
+    evict: False leaves everything visible. override: bool [L, K, T] decisions used instead of the gates'.
     noise: [L, K, T], the soft training mask: log(1 - sigmoid((logit + noise) / tau)) on keys beyond the window.
 
   Returns:
@@ -85,8 +85,9 @@ def forward(
   tokens = np.asarray(tokens)
   length, heads, group = len(tokens), config.num_kv_heads, config.num_heads // config.num_kv_heads
   segments = np.zeros(length, int) if segments is None else np.asarray(segments)
-  positions = np.array([t - min(j for j in range(t + 1) if (segments[j : t + 1] == segments[t]).all())
-                        for t in range(length)], np.float64)  # fmt: skip
+  positions = np.array(
+    [t - min(j for j in range(t + 1) if (segments[j : t + 1] == segments[t]).all()) for t in range(length)], np.float64
+  )
   causal = np.tril(np.ones((length, length), bool)) & (segments[:, None] == segments[None])
   far = np.arange(length)[:, None] - np.arange(length)[None] > window
   x = w["embed"][tokens]
@@ -133,7 +134,7 @@ def forward(
             soft[t] = -np.logaddexp(0, z[t + dms.shift])
           bias = np.where(far, soft[None], 0.0)
         else:
-          decisions = logit[kv] > threshold if imposed is None else np.asarray(imposed[layer, kv])
+          decisions = logit[kv] > threshold if override is None else np.asarray(override[layer, kv])
           mask = causal & visible(about(decisions, dms.shift), window)
       seen.append(mask)
       for head in range(kv * group, (kv + 1) * group):

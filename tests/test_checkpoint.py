@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 from dms_jax import checkpoint
+from dms_jax import testing as tiny
 from dms_jax.config import PRESETS, DMSConfig, LoRAConfig
 from dms_jax.model import Model
 from dms_jax.params import count_params, flatten, map_table, param_table, unflatten
 from dms_jax.tokenizer import Tokenizer, byte_tokenizer
-from tests import tiny
 
 LORA = LoRAConfig(rank=3, scale=1.5)
 
@@ -57,9 +57,12 @@ def saved(gated, tmp_path) -> Path:
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_there_and_back(tmp_path, family, dtype):
   config = tiny.config(
-    family=family, qkv_bias=family == "qwen2", qk_norm=family == "qwen3", tie_embeddings=family == "llama",
+    family=family,
+    qkv_bias=family == "qwen2",
+    qk_norm=family == "qwen3",
+    tie_embeddings=family == "llama",
     eos_token_ids=(3, 5),
-  )  # fmt: skip
+  )
   model = tiny.model(config, tiny.dms() if family == "qwen3" else None, dtype=dtype)
   checkpoint.save(tmp_path / "m", model)
   loaded = checkpoint.load(tmp_path / "m")

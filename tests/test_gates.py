@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dms_jax import testing as tiny
 from dms_jax.config import DMSConfig
 from dms_jax.gates import clear_neuron, gate_logits, step_gate_logits
 from dms_jax.model import Eviction, forward
-from pallas_kernels.platform import tracing_for
-from tests import tiny
+from pallas_kernels.common.platform import tracing_for
 
 CONFIG = tiny.config(num_heads=6, num_kv_heads=2)
 RNG = np.random.default_rng(0)

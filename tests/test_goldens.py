@@ -17,10 +17,11 @@ from safetensors.numpy import load_file
 
 from dms_jax import cache as caches
 from dms_jax import policies
+from dms_jax import testing as tiny
 from dms_jax.config import DMSConfig, ModelConfig
 from dms_jax.model import Eviction, Model, cached_forward, forward, last_logits, unembed
 from dms_jax.params import map_table, param_table
-from tests import oracle, tiny
+from tests import oracle
 
 GOLDENS = Path(__file__).parent / "goldens"
 PROMPT, STEPS, TOTAL, WINDOW = 61, 49, 110, 16
@@ -74,12 +75,12 @@ def test_whole_text(kind):
 
 
 @pytest.mark.parametrize("kind", GATES)
-@pytest.mark.parametrize("kind_of_cache", ["masked", "slots"])
+@pytest.mark.parametrize("kind_of_cache", ["masked", "contiguous"])
 @pytest.mark.parametrize("chunk", [PROMPT, 13, 1])
 def test_prefill_and_decode(kind, kind_of_cache, chunk):
   """Logits, decisions, lengths at all 50 steps and the compression ratio at T = 110, whatever the chunks."""
   model, golden = load(kind)
-  cache = caches.create(kind_of_cache, model.config, batch=2, capacity=TOTAL, window=WINDOW, shift=1)
+  cache = caches.create(kind_of_cache, model.config, batch=2, capacity=TOTAL, window=WINDOW, lag=1)
   policy = policies.DMS(window=WINDOW)
   logits, gates, live, cache = feed(model, policy, cache, golden["input_ids"], chunk)
   np.testing.assert_allclose(logits, golden["prefill_logits"], atol=ATOL, rtol=0)
@@ -95,12 +96,12 @@ def test_prefill_and_decode(kind, kind_of_cache, chunk):
 
 
 @pytest.mark.parametrize("kind", GATES)
-@pytest.mark.parametrize("kind_of_cache", ["masked", "slots"])
+@pytest.mark.parametrize("kind_of_cache", ["masked", "contiguous"])
 def test_eviction_off(kind, kind_of_cache):
   """A dense policy on a model with gates, which then follows its own (greedy) tokens."""
   model, golden = load(kind)
   policy = policies.Vanilla(window=WINDOW)
-  cache = caches.create(kind_of_cache, model.config, batch=2, capacity=TOTAL, window=WINDOW, shift=1)
+  cache = caches.create(kind_of_cache, model.config, batch=2, capacity=TOTAL, window=WINDOW, lag=1)
   logits, _, _, cache = feed(model, policy, cache, golden["input_ids"], PROMPT)
   np.testing.assert_allclose(logits, golden["noevict_prefill_logits"], atol=ATOL, rtol=0)
   token = jnp.argmax(logits[:, -1], -1).astype(jnp.int32)
@@ -119,15 +120,18 @@ def test_left_padding(kind):
   model, golden = load(kind)
   ids, mask = jnp.asarray(golden["leftpad_ids"], jnp.int32), golden["leftpad_mask"].astype(bool)
   hidden, _ = forward(
-    model, ids, positions=jnp.asarray(golden["leftpad_position_ids"], jnp.int32),
-    segment_ids=jnp.asarray(mask, jnp.int32), eviction=Eviction(threshold=0.0),
-  )  # fmt: skip
+    model,
+    ids,
+    positions=jnp.asarray(golden["leftpad_position_ids"], jnp.int32),
+    segment_ids=jnp.asarray(mask, jnp.int32),
+    eviction=Eviction(threshold=0.0),
+  )
   logits = np.asarray(unembed(model, hidden))
   np.testing.assert_allclose(logits[mask], golden["leftpad_prefill_logits"][mask], atol=ATOL, rtol=0)
   without_positions, _ = forward(model, ids, segment_ids=jnp.asarray(mask, jnp.int32), eviction=Eviction(threshold=0.0))
   np.testing.assert_array_equal(hidden[mask], without_positions[mask])
   pads = int((~mask[0]).sum())
-  cache = caches.create("slots", model.config, batch=1, capacity=TOTAL, window=WINDOW, shift=1)
+  cache = caches.create("contiguous", model.config, batch=1, capacity=TOTAL, window=WINDOW, lag=1)
   alone, *_ = feed(model, policies.DMS(window=WINDOW), cache, ids[:1, pads:], PROMPT - pads)
   np.testing.assert_allclose(alone[0], golden["leftpad_prefill_logits"][0, pads:], atol=ATOL, rtol=0)
 
@@ -136,8 +140,10 @@ def test_left_padding(kind):
 def test_oracle_agrees(kind):
   """The float64 oracle of the other tests, written from the formulas alone, reproduces the reference too."""
   model, golden = load(kind)
-  weights = {**{f"layers/{n}": w for n, w in model.params["layers"].items()},
-             **{n: w for n, w in model.params.items() if n != "layers"}}  # fmt: skip
+  weights = {
+    **{f"layers/{n}": w for n, w in model.params["layers"].items()},
+    **{n: w for n, w in model.params.items() if n != "layers"},
+  }
   tokens = np.concatenate([golden["input_ids"], golden["tokens"][:, :STEPS]], 1)
   for row in range(2):
     logits, gates, seen = oracle.forward(weights, model.config, model.dms, tokens[row], window=WINDOW)

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dms_jax import testing as tiny
 from dms_jax.layers import FEW_ROWS, linear, mlp
-from pallas_kernels.platform import tracing_for
-from tests import tiny
+from pallas_kernels.common.platform import tracing_for
 from tests.test_model import close
 
 

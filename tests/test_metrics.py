@@ -9,8 +9,8 @@ import pytest
 
 import dms_jax
 from dms_jax import masks, metrics
+from dms_jax import testing as tiny
 from dms_jax.model import Eviction, forward
-from tests import tiny
 
 WINDOW = 5
 
@@ -21,14 +21,14 @@ def held_and_read(evicted: np.ndarray, position: int) -> np.ndarray:
   return ((j <= position) & ((position - j <= WINDOW) | ~evicted)).sum(axis=-1)
 
 
-@pytest.mark.parametrize("kind", ["slots", "masked", "paged"])
+@pytest.mark.parametrize("kind", ["contiguous", "masked", "paged"])
 def test_definitions(kind):
   model = tiny.model(gates=tiny.dms(window=WINDOW))
   cfg, chunk, new = model.config, 4, 18
   lengths = [3, 11, 8]
   prompts = [tiny.tokens(cfg, 1, n, seed=n)[0].tolist() for n in lengths]
   out = dms_jax.generate(
-    model, prompts, max_new_tokens=new, eos=False, cache=kind, prefill_chunk=chunk, stretch=8, history=True
+    model, prompts, max_new_tokens=new, eos=False, cache=kind, prefill_chunk=chunk, decode_block=8, history=True
   )
   m = out.metrics
   evicted = []
@@ -53,10 +53,13 @@ def test_definitions(kind):
   assert m.prefill_reads == pytest.approx(sum(r.mean() for r in reads))
 
   # Held after every chunk (each row from its own start) and step, averaged over layers and heads.
-  curve = np.array([
-    [held_and_read(e, min(n, chunk * (c + 1)) - 1).mean() for e, n in zip(evicted, lengths, strict=True)]
-    for c in range(-(-max(lengths) // chunk))
-  ] + [[s[i].mean() for s in steps] for i in range(new - 1)])  # fmt: skip
+  curve = np.array(
+    [
+      [held_and_read(e, min(n, chunk * (c + 1)) - 1).mean() for e, n in zip(evicted, lengths, strict=True)]
+      for c in range(-(-max(lengths) // chunk))
+    ]
+    + [[s[i].mean() for s in steps] for i in range(new - 1)]
+  )
   np.testing.assert_allclose(m.peak, curve.max(axis=0))
   assert m.peak_tokens == pytest.approx(curve.max()) and m.peak_total == pytest.approx(curve.sum(axis=1).max())
 
@@ -70,7 +73,7 @@ def test_definitions(kind):
 
 def test_dense_holds_everything():
   model = tiny.model()
-  out = dms_jax.generate(model, [[1, 2, 3], [4, 5, 6]], max_new_tokens=5, eos=False, prefill_chunk=4, stretch=4)
+  out = dms_jax.generate(model, [[1, 2, 3], [4, 5, 6]], max_new_tokens=5, eos=False, prefill_chunk=4, decode_block=4)
   m = out.metrics
   assert m.achieved_cr == 1.0 and (m.live == 7).all() and m.peak_total == 14
   assert m.kv_reads == 2 * (4 + 5 + 6 + 7) and m.prefill_reads == 2 * (1 + 2 + 3)
@@ -78,7 +81,7 @@ def test_dense_holds_everything():
 
 def test_rows_that_are_done_hold_but_do_not_read():
   model = tiny.model()
-  settings = dict(max_new_tokens=9, temperature=2.0, key=jax.random.key(0), prefill_chunk=4, stretch=4)
+  settings = dict(max_new_tokens=9, temperature=2.0, key=jax.random.key(0), prefill_chunk=4, decode_block=4)
   free = dms_jax.generate(model, [[1, 2, 3], [4, 5, 6]], eos=False, **settings)
   last = free.tokens[0][2]
   assert last not in free.tokens[0][:2] and last not in free.tokens[1]

@@ -15,6 +15,7 @@ from flax import struct
 
 from dms_jax import cache as caches
 from dms_jax import policies
+from dms_jax import testing as tiny
 from dms_jax.config import DMSConfig, LoRAConfig, RopeScaling
 from dms_jax.gates import step_gate_logits
 from dms_jax.model import (
@@ -22,19 +23,19 @@ from dms_jax.model import (
   Model,
   cached_forward,
   check_policy,
+  decision_lag,
   embed,
   forward,
   last_logits,
-  model_shift,
   output_head,
   segment_positions,
-)  # fmt: skip
+)
 from dms_jax.model import unembed as model_unembed
 from dms_jax.params import flatten, param_table
-from pallas_kernels.platform import tracing_for
-from tests import oracle, tiny
+from pallas_kernels.common.platform import tracing_for
+from tests import oracle
 
-NEAR = 1e-3  # of the threshold: float32 may decide differently there (counted, and compared under imposed decisions)
+NEAR = 1e-3  # of the threshold: float32 may decide differently there (counted, and compared under overridden decisions)
 RTOL = 2e-5  # float32, two layers, of the logits' largest value
 
 FAMILIES = {
@@ -67,7 +68,7 @@ def check_decisions(gates, decisions, threshold=0.0) -> int:
   return int(flips.sum())
 
 
-def run_cached(model, policy, cache, tokens, steps, imposed=None):
+def run_cached(model, policy, cache, tokens, steps, override=None):
   """Feeds tokens [B, T] by `steps` [(width, lengths [B]), ..]; returns per row logits, gate logits, and the cache."""
   batch, length = tokens.shape
   start = np.zeros(batch, int)
@@ -76,8 +77,8 @@ def run_cached(model, policy, cache, tokens, steps, imposed=None):
   for width, lengths in steps:
     take = np.minimum(start[:, None] + np.arange(width), length - 1)
     part = jnp.asarray(np.take_along_axis(np.asarray(tokens), take, 1))
-    forced = None if imposed is None else jnp.asarray(np.take_along_axis(np.asarray(imposed), take[None, :, None], -1))
-    out, cache = step(model, policy, cache, part, jnp.asarray(lengths, jnp.int32), forced)
+    now = None if override is None else jnp.asarray(np.take_along_axis(np.asarray(override), take[None, :, None], -1))
+    out, cache = step(model, policy, cache, part, jnp.asarray(lengths, jnp.int32), now)
     assert not out.stalled.any()
     step_logits = np.asarray(unembed(model, out.hidden))
     for b in range(batch):
@@ -97,9 +98,11 @@ def even_steps(batch, length, width):
 def cases(draw):
   gate = draw(st.sampled_from(["adapter", "neuron"]))
   dms = DMSConfig(
-    gate, window=draw(st.integers(0, 40)), shift=draw(st.integers(0, 1)),
+    gate,
+    window=draw(st.integers(0, 40)),
+    shift=draw(st.integers(0, 1)),
     granularity=draw(st.sampled_from(["head", "layer"])),
-  )  # fmt: skip
+  )
   heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
   family = draw(st.sampled_from(sorted(FAMILIES)))
   cfg = tiny.config(**{**FAMILIES[family], "num_kv_heads": heads, "num_heads": heads * group})
@@ -109,7 +112,7 @@ def cases(draw):
 @hypothesis.settings(max_examples=4)
 @hypothesis.given(case=cases())
 def test_cache_is_mask_is_oracle(case):
-  """Whole text, MaskedCache and SlotCache by mixed chunks with pauses, and float64 numpy: one result."""
+  """Whole text, MaskedCache and ContiguousCache by mixed chunks with pauses, and float64 numpy: one result."""
   cfg, dms, chunk, length, seed = case
   model, policy, rng = (
     tiny.model(cfg, dms, seed=seed % 97),
@@ -120,7 +123,7 @@ def test_cache_is_mask_is_oracle(case):
   hidden, z = whole(model, tokens, eviction=Eviction(threshold=0.0))
   logits, decisions, flips = np.asarray(unembed(model, hidden)), np.asarray(z) > 0, 0
   for b in range(2):
-    expected, gates, _ = oracle_forward(model, tokens[b], window=dms.window, imposed=decisions[:, b])
+    expected, gates, _ = oracle_forward(model, tokens[b], window=dms.window, override=decisions[:, b])
     close(logits[b], expected)
     np.testing.assert_allclose(z[:, b], gates, atol=NEAR, rtol=0)
     flips += check_decisions(gates, decisions[:, b])
@@ -130,9 +133,9 @@ def test_cache_is_mask_is_oracle(case):
     steps.append((width, np.minimum(rng.integers(0, width + 1, 2), length - start)))
     start = start + steps[-1][1]
   live = []
-  for kind in ("masked", "slots"):
-    cache = caches.create(kind, cfg, batch=2, capacity=length, window=dms.window, shift=dms.shift)
-    cached, gates, cache = run_cached(model, policy, cache, tokens, steps, imposed=decisions)
+  for kind in ("masked", "contiguous"):
+    cache = caches.create(kind, cfg, batch=2, capacity=length, window=dms.window, lag=dms.shift)
+    cached, gates, cache = run_cached(model, policy, cache, tokens, steps, override=decisions)
     close(cached, logits)
     flips += check_decisions(gates, decisions)
     live.append(np.asarray(cache.live()))
@@ -176,7 +179,7 @@ def test_eviction_off_is_dense(gate):
   on, _ = whole(model, tokens, eviction=Eviction(threshold=0.0))
   assert np.abs(on - off).max() > 1e-3
   for policy in (policies.Vanilla(window=5), policies.DMS(window=5, threshold=1e9)):
-    cache = caches.create("slots", cfg, batch=2, capacity=30, window=5, shift=1)
+    cache = caches.create("contiguous", cfg, batch=2, capacity=30, window=5, lag=1)
     logits, _, cache = run_cached(model, policy, cache, tokens, even_steps(2, 30, 7))
     close(logits, np.asarray(unembed(model, off)))
     assert (cache.live() == 30).all()
@@ -193,7 +196,7 @@ def test_a_threshold_decides_and_does_not_recompile():
     return cached_forward(*args)
 
   for threshold in (-1e9, 0.0, 5.0, 1e9):
-    cache = caches.create("slots", model.config, batch=1, capacity=40, window=2, shift=1)
+    cache = caches.create("contiguous", model.config, batch=1, capacity=40, window=2, lag=1)
     out, cache = counted(model, policies.DMS(window=2, threshold=threshold), cache, tokens, jnp.full(1, 40, jnp.int32))
     hidden, _ = whole(model, tokens, eviction=Eviction(threshold=threshold))
     close(out.hidden, np.asarray(hidden))
@@ -210,7 +213,7 @@ def test_decode_is_traced_once():
     traces.append(args[3].shape)
     return cached_forward(*args)
 
-  cache = caches.create("slots", model.config, batch=2, capacity=64, window=5, shift=1)
+  cache = caches.create("contiguous", model.config, batch=2, capacity=64, window=5, lag=1)
   tokens = tiny.tokens(model.config, 2, 64)
   for t in range(0, 16, 8):
     _, cache = counted(model, policies.DMS(window=5), cache, tokens[:, t : t + 8], jnp.array([8, 5], jnp.int32))
@@ -224,13 +227,13 @@ def test_scan_is_loop_and_reruns_are_bit_equal(dtype):
   """Stacked and listed layers: the same to rounding; the same program twice: the same to the bit."""
   cfg = tiny.config()
   model, tokens = tiny.model(cfg, tiny.dms(), dtype=dtype), tiny.tokens(cfg, 2, 24)
-  loop, imposed = model.unstacked(), np.random.default_rng(0).random((2, 2, 2, 24)) < 0.5
+  loop, override = model.unstacked(), np.random.default_rng(0).random((2, 2, 2, 24)) < 0.5
   assert loop.unstacked() is loop and len(loop.params["layers"]) == 2
   steps = even_steps(2, 18, 9) + even_steps(2, 6, 1)
   results = []
   for m in (model, loop, model, loop):
-    cache = caches.create("slots", cfg, batch=2, capacity=24, window=5, shift=1, dtype=dtype)
-    results.append(run_cached(m, policies.DMS(window=5), cache, tokens, steps, imposed=imposed))
+    cache = caches.create("contiguous", cfg, batch=2, capacity=24, window=5, lag=1, dtype=dtype)
+    results.append(run_cached(m, policies.DMS(window=5), cache, tokens, steps, override=override))
   for first, second in ((0, 2), (1, 3)):
     for a, b in zip(jax.tree.leaves(results[first]), jax.tree.leaves(results[second]), strict=True):
       np.testing.assert_array_equal(a, b)
@@ -250,10 +253,10 @@ class ByPlace(policies.DMS):
 
 
 @pytest.mark.parametrize("late, kind, rows, window, changes", [
-  (True, "slots", 1, 5, {}), (True, "paged", 3, 5, {"shift": 5}), (True, "slots", 2, 5, {"granularity": "layer"}),
-  (True, "paged", 3, 5, {"imposed": True}), (True, "slots", 3, 0, {"shift": 0}),
-  (False, "slots", 3, 0, {}), (False, "masked", 2, 5, {}), (False, "paged", 1, 5, {"gate": "neuron"}),
-  (False, "slots", 3, 5, {"LATE_ROWS": 2}),
+  (True, "contiguous", 1, 5, {}), (True, "paged", 3, 5, {"shift": 5}), (True, "contiguous", 2, 5, {"granularity": "layer"}),
+  (True, "paged", 3, 5, {"override": True}), (True, "contiguous", 3, 0, {"shift": 0}),
+  (False, "contiguous", 3, 0, {}), (False, "masked", 2, 5, {}), (False, "paged", 1, 5, {"gate": "neuron"}),
+  (False, "contiguous", 3, 5, {"LATE_ROWS": 2}),
 ])  # fmt: skip
 def test_small_steps_on_a_gpu(late, kind, rows, window, changes, monkeypatch):
   """Padded rows, and gates of all layers behind them where decisions can wait so long: neither hidden states nor cache
@@ -262,17 +265,17 @@ def test_small_steps_on_a_gpu(late, kind, rows, window, changes, monkeypatch):
   cfg = tiny.config() if gate == "adapter" else tiny.neuron_config()
   dms = tiny.dms(gate=gate, granularity=changes.get("granularity", "head"))
   model, tokens = tiny.model(cfg, dms).unstacked(), tiny.tokens(cfg, rows, 18)
-  imposed = np.random.default_rng(0).random((2, rows, 2, 18)) < 0.5 if "imposed" in changes else None
+  override = np.random.default_rng(0).random((2, rows, 2, 18)) < 0.5 if "override" in changes else None
   steps = [(1, np.asarray([1, i % 2, i % 3 > 0])[:rows].astype(int)) for i in range(18)]
   results, found = [], []
   monkeypatch.setattr("dms_jax.model.LATE_ROWS", changes.get("LATE_ROWS", rows))
   monkeypatch.setattr("dms_jax.model.step_gate_logits", lambda *args: found.append(1) or step_gate_logits(*args))
   for name in ("cpu", "gpu"):
     assert not found
-    cache = caches.create(kind, cfg, batch=rows, capacity=24, window=window, shift=shift, dtype=jnp.float32)
+    cache = caches.create(kind, cfg, batch=rows, capacity=24, window=window, lag=shift, dtype=jnp.float32)
     jax.clear_caches()
     with tracing_for(name):
-      results.append(run_cached(model, ByPlace(window=window), cache, tokens, steps, imposed))
+      results.append(run_cached(model, ByPlace(window=window), cache, tokens, steps, override))
   jax.clear_caches()
   assert bool(found) == late
   for padded, as_it_is in zip(jax.tree.leaves(results[1]), jax.tree.leaves(results[0]), strict=True):
@@ -281,7 +284,7 @@ def test_small_steps_on_a_gpu(late, kind, rows, window, changes, monkeypatch):
 
 
 def test_bfloat16_under_imposed_decisions(record_property):
-  """bfloat16 cached against bfloat16 whole and float32 whole, decisions imposed; the flip rate is on record."""
+  """bfloat16 cached against bfloat16 whole and float32 whole, under the same decisions; the flip rate is on record."""
   cfg = tiny.config()
   model = tiny.model(cfg, tiny.dms())
   half = model.replace(params=jax.tree.map(lambda w: w.astype(jnp.bfloat16), model.params))
@@ -289,9 +292,9 @@ def test_bfloat16_under_imposed_decisions(record_property):
   tokens = tiny.tokens(cfg, 2, 48)
   hidden, z = whole(model, tokens, eviction=Eviction(threshold=0.0))
   decisions, exact = np.asarray(z) > 0, np.asarray(unembed(model, hidden))
-  cache = caches.create("slots", cfg, batch=2, capacity=48, window=5, shift=1, dtype=jnp.bfloat16)
+  cache = caches.create("contiguous", cfg, batch=2, capacity=48, window=5, lag=1, dtype=jnp.bfloat16)
   steps = even_steps(2, 32, 16) + even_steps(2, 16, 1)
-  logits, gates, _ = run_cached(half, policies.DMS(window=5), cache, tokens, steps, imposed=decisions)
+  logits, gates, _ = run_cached(half, policies.DMS(window=5), cache, tokens, steps, override=decisions)
   close(logits, exact, 0.04)  # 2^-8 a rounding, about ten in a row
   flips = float(np.mean((gates > 0) != decisions))
   record_property("bfloat16_flip_rate", flips)
@@ -299,7 +302,9 @@ def test_bfloat16_under_imposed_decisions(record_property):
   assert flips < 0.05
 
 
-@pytest.mark.parametrize("kind, dtype", [("masked", jnp.float32), ("slots", jnp.float32), ("slots", jnp.bfloat16)])
+@pytest.mark.parametrize(
+  "kind, dtype", [("masked", jnp.float32), ("contiguous", jnp.float32), ("contiguous", jnp.bfloat16)]
+)
 def test_a_row_does_not_depend_on_its_company(kind, dtype):
   """At one width a row's logits and cache are bit-equal whatever its neighbours, its place or its pauses."""
   cfg = tiny.config(num_heads=6, num_kv_heads=2, d_model=96, d_ff=160)
@@ -310,7 +315,7 @@ def test_a_row_does_not_depend_on_its_company(kind, dtype):
     """One decode step at a time after a chunk of 12; the row at `place` among three others that do as they like."""
     tokens = np.asarray(tiny.tokens(cfg, 4, 40, seed=company_seed))
     start, logits = np.zeros(4, int), []
-    cache = caches.create(kind, cfg, batch=4, capacity=200, window=5, shift=1, dtype=dtype)
+    cache = caches.create(kind, cfg, batch=4, capacity=200, window=5, lag=1, dtype=dtype)
     while start[place] < 30:
       width = 12 if start[place] < 12 else 1
       lengths = rng.integers(0, width + 1, 4)
@@ -357,7 +362,7 @@ def test_padding_side_does_not_matter():
   """Left-padded, right-padded and cached: the same logits; what the padding holds changes nothing."""
   model = tiny.model(gates=tiny.dms(window=3))
   cfg, lengths, width = model.config, np.array([9, 25, 17]), 25
-  texts = [np.asarray(tiny.tokens(cfg, 1, n, seed=n))[0] for n in lengths]
+  texts = [np.asarray(tiny.tokens(cfg, 1, n, seed=n))[0] for n in lengths.tolist()]
   results = []
   for side, filler in (("left", 0), ("left", 7), ("right", 0), ("right", 7)):
     tokens, real = np.full((3, width), filler), np.zeros((3, width), bool)
@@ -372,7 +377,7 @@ def test_padding_side_does_not_matter():
     for a, b in zip(results[0], other, strict=True):
       close(a, b)
   tokens = np.stack([np.pad(t, (0, width - len(t))) for t in texts])
-  cache = caches.create("slots", cfg, batch=3, capacity=width, window=3, shift=1)
+  cache = caches.create("contiguous", cfg, batch=3, capacity=width, window=3, lag=1)
   logits, *_ = run_cached(model, policies.DMS(window=3), cache, tokens, [(width, lengths)])
   for b, n in enumerate(lengths):
     close(logits[b, :n], results[0][b])
@@ -401,12 +406,12 @@ def test_remat_changes_nothing():
 def test_small_parts():
   """Embedding, output head, last logits, policy checks."""
   model = tiny.model(tiny.config(tie_embeddings=False), tiny.dms(window=9, shift=0))
-  assert output_head(model) is model.params["lm_head"] and model_shift(model) == 0 and model.dtype == jnp.float32
+  assert output_head(model) is model.params["lm_head"] and decision_lag(model) == 0 and model.dtype == jnp.float32
   tied = tiny.model()
-  assert output_head(tied) is tied.params["embed"] and model_shift(tied) == 1
+  assert output_head(tied) is tied.params["embed"] and decision_lag(tied) == 1
   tokens = tiny.tokens(model.config, 2, 6)
   np.testing.assert_array_equal(embed(model, tokens), np.asarray(model.params["embed"])[np.asarray(tokens)])
-  cache = caches.create("masked", model.config, batch=2, capacity=6, window=9, shift=0)
+  cache = caches.create("masked", model.config, batch=2, capacity=6, window=9, lag=0)
   out, _ = step(model, policies.DMS(window=9), cache, tokens, jnp.array([4, 0], jnp.int32))
   expected = np.asarray(unembed(model, out.hidden))
   np.testing.assert_allclose(last_logits(model, out), expected[[0, 1], [3, 0]], rtol=1e-5, atol=1e-6)
@@ -421,8 +426,8 @@ def test_small_parts():
 
 # Fields that act elsewhere than in `forward` and `cached_forward`, and the test that holds them to it.
 ELSEWHERE = {
-  "max_position_embeddings": "tests/test_generation.py",
-  "eos_token_ids": "tests/test_generation.py",
+  "max_position_embeddings": "tests/generation/test_generate.py",
+  "eos_token_ids": "tests/generation/test_generate.py",
 }
 CHANGES = {
   "family": None,  # a name: qkv_bias and qk_norm are what differ (tests/test_params.py: names)
@@ -447,9 +452,11 @@ def test_no_dead_field(kind, field):
     assert names["llama"] != names["qwen2"]
     return
   configs = {
-    "model": tiny.config(num_kv_heads=2), "rope": RopeScaling(4.0, 1.0, 4.0, 32), "dms": tiny.dms(shift=1),
+    "model": tiny.config(num_kv_heads=2),
+    "rope": RopeScaling(4.0, 1.0, 4.0, 32),
+    "dms": tiny.dms(shift=1),
     "lora": LoRAConfig(2),
-  }  # fmt: skip
+  }
   results = []
   for changed in (False, True):
     parts = dict(configs)

@@ -11,30 +11,28 @@ import pytest
 
 from dms_jax import cache as caches
 from dms_jax import policies
+from dms_jax import testing as tiny
 from dms_jax.config import PRESETS, DMSConfig
-from dms_jax.model import (
-  Eviction,
-  Model,
-  cached_forward,
-  forward,
-)  # fmt: skip
+from dms_jax.model import Eviction, Model, cached_forward, forward
 from dms_jax.params import abstract_params, param_table
-from tests import tiny
 
 
-def abstract_step(cfg, dtype, *, batch, capacity, window, listed, kind="slots"):
+def abstract_step(cfg, dtype, *, batch, capacity, window, listed, kind="contiguous"):
   """The decode step compiled for shapes alone: (memory analysis, bytes of the cache)."""
   dms = DMSConfig(window=window)
   params = abstract_params(param_table(cfg, dms), dtype)
   if listed:
     layer = {name: jax.ShapeDtypeStruct(w.shape[1:], w.dtype) for name, w in params["layers"].items()}
     params = {**params, "layers": [layer] * cfg.num_layers}
-  make = functools.partial(caches.create, kind, cfg, batch=batch, capacity=capacity, window=window, shift=1)
+  make = functools.partial(caches.create, kind, cfg, batch=batch, capacity=capacity, window=window, lag=1)
   cache = jax.eval_shape(lambda: make(dtype=dtype))
   lowered = jax.jit(cached_forward, donate_argnums=2).lower(
-    Model(params, cfg, dms), policies.DMS(window=window), cache, jax.ShapeDtypeStruct((batch, 1), jnp.int32),
+    Model(params, cfg, dms),
+    policies.DMS(window=window),
+    cache,
+    jax.ShapeDtypeStruct((batch, 1), jnp.int32),
     jax.ShapeDtypeStruct((batch,), jnp.int32),
-  )  # fmt: skip
+  )
   return lowered.compile().memory_analysis(), cache.kv.size * cache.kv.dtype.itemsize
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dms_jax import testing as tiny
 from dms_jax.config import PRESETS, DMSConfig, LoRAConfig
 from dms_jax.model import forward
 from dms_jax.params import (
@@ -22,8 +23,7 @@ from dms_jax.params import (
   param_table,
   split_params,
   unflatten,
-)  # fmt: skip
-from tests import tiny
+)
 
 LORA = LoRAConfig(rank=3, scale=0.5, targets=("q_proj", "o_proj", "down_proj"))
 

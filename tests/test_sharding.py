@@ -26,8 +26,8 @@ from dms_jax.model import Eviction, cached_forward, forward, unembed
 from dms_jax.params import flatten, param_table
 from dms_jax.policies import DMS
 from dms_jax.sharding import make_mesh, shard_params
-from pallas_kernels.platform import tracing_for
-from tests import tiny
+from pallas_kernels.common.platform import tracing_for
+from dms_jax import testing as tiny
 assert jax.device_count() == 8
 model = tiny.model(gates=tiny.dms())
 tokens = tiny.tokens(model.config, 4, 24)
@@ -43,7 +43,7 @@ np.testing.assert_allclose(run(sharded, tokens), want, atol=2e-5)
 def never(*_):
   raise AssertionError("gates of all layers at once on a mesh")
 dms_jax.model.step_gate_logits, dms_jax.model.LEAST_ROWS, model = never, 7, model.unstacked()
-cache = caches.create("slots", model.config, batch=2, capacity=24, window=5, shift=1, dtype=np.float32)
+cache = caches.create("contiguous", model.config, batch=2, capacity=24, window=5, lag=1, dtype=np.float32)
 step = lambda: cached_forward(model, DMS(window=5), cache, tokens[:2, :1], np.ones(2, np.int32))[0].hidden
 want = jax.jit(step)()
 with jax.set_mesh(make_mesh(data=2)), tracing_for("gpu"):
@@ -72,10 +72,10 @@ print("equal")
 
 ATTENTION = """
 import jax, jax.numpy as jnp, numpy as np
-from dms_jax.attention import NEVER, decode_attention, prefill_attention, put_slots, retrofit_attention, use
+from dms_jax.attention import NEVER, decode_attention, prefill_attention, write_pages, window_bias_attention, use
 from dms_jax.sharding import make_mesh, row_and_head_axes, rows_per_device
 from pallas_kernels.decode import Pages
-from pallas_kernels.platform import tracing_for
+from pallas_kernels.common.platform import tracing_for
 rng = np.random.default_rng(0)
 normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
 whole = lambda high, *shape: jnp.asarray(rng.integers(0, high, shape), jnp.int32)
@@ -93,13 +93,13 @@ for heads, rows, data, tensor, expected in (
   table, slots = jnp.arange(pages_of_all).reshape(rows, heads, 3), jnp.arange(rows * heads).reshape(rows, heads, 1) % 12
   def put():
     with tracing_for("tpu"), use("xla"):
-      return put_slots(pool, table, slots, -kv[0, :, :, :1])
+      return write_pages(pool, table, slots, -kv[0, :, :, :1])
   def run():
-    loss = lambda *a, ids=None: jnp.sum(jnp.sin(retrofit_attention(*a, 3, ids)))
+    loss = lambda *a, ids=None: jnp.sum(jnp.sin(window_bias_attention(*a, 3, ids)))
     return (
       jax.value_and_grad(loss, (0, 1, 2, 3))(q, k, v, bias),
       jax.value_and_grad(lambda *a: loss(*a, bias, ids=ids), (0, 1, 2))(q, k, v),
-      retrofit_attention(q, k, v, None, 0, None),
+      window_bias_attention(q, k, v, None, 0, None),
       decode_attention(q[:, 0], kv, jnp.int32(1), lengths),
       decode_attention(q[:, 0], kv, 1, lengths, pages=pages, lse=True, mass=True),
       decode_attention(q[:, 0], None, 1, None, pages=pages, lse=True),

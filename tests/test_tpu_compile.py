@@ -11,13 +11,14 @@ import pytest
 
 from dms_jax import cache as caches
 from dms_jax import policies
+from dms_jax import testing as tiny
 from dms_jax.cache.paged import PAGE_OF_SCALES
 from dms_jax.config import PRESETS, DMSConfig
-from dms_jax.decoding import Ends, Rows, decode_stretch, prefill_chunk
+from dms_jax.generation.decode import Rows, StopCriteria, decode_block, prefill_chunk
+from dms_jax.generation.sampling import Sampling
 from dms_jax.model import Model, cached_forward, last_logits
 from dms_jax.params import abstract_params, param_table
-from dms_jax.sampling import Sampling
-from tests import tiny, tpu
+from tests import tpu
 
 pytestmark = pytest.mark.tpu
 pytest.importorskip("libtpu", reason="libtpu is not installed (make test-tpu installs it)")
@@ -44,7 +45,7 @@ def parts(device, capacity=CAPACITY, config=PRESETS["smollm2-135m"], dtype=jnp.b
   if listed:
     layer = {name: jax.ShapeDtypeStruct(w.shape[1:], w.dtype) for name, w in shapes["layers"].items()}
     shapes["layers"] = [layer] * config.num_layers
-  make = partial(caches.create, "slots", config, batch=BATCH, capacity=capacity, window=WINDOW, shift=1)
+  make = partial(caches.create, "contiguous", config, batch=BATCH, capacity=capacity, window=WINDOW, lag=1)
   cache = abstract(jax.eval_shape(partial(make, dtype=dtype)), device)
   policy = policies.DMS(window=WINDOW, threshold=abstract(jnp.float32(0), device))
   return Model(abstract(shapes, device), config, dms), policy, cache
@@ -101,7 +102,7 @@ def test_rings_of_a_paged_cache_are_not_copied(topology):
   device = tpu.devices(topology)[0]
   config = tiny.config(num_layers=4, d_model=64, d_ff=64, num_heads=8, num_kv_heads=4, head_dim=64)
   model, policy, _ = parts(device, config=config)
-  make = partial(caches.create, "paged", config, batch=64, capacity=256, longest=1024, window=WINDOW, shift=1)
+  make = partial(caches.create, "paged", config, batch=64, capacity=256, longest=1024, window=WINDOW, lag=1)
   cache = abstract(jax.eval_shape(partial(make, dtype=jnp.bfloat16)), device)
   arguments = (array((64, 1), jnp.int32, device), array((64,), jnp.int32, device))
   memory = jax.jit(cached_forward, donate_argnums=2).lower(model, policy, cache, *arguments).compile().memory_analysis()
@@ -110,9 +111,10 @@ def test_rings_of_a_paged_cache_are_not_copied(topology):
   assert cache.kv.shape[3] == 80 and memory.temp_size_in_bytes < rings / 4
 
 
-@pytest.mark.parametrize("topology, archive, tokens", [
-  *((topology, "int8", 1) for topology in tpu.TOPOLOGIES), ("v5e:2x2", "float8", 1), ("v5e:2x2", "int8", 256),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "topology, archive, tokens",
+  [*((topology, "int8", 1) for topology in tpu.TOPOLOGIES), ("v5e:2x2", "float8", 1), ("v5e:2x2", "int8", 256)],
+)
 def test_pages_of_eight_bits_are_not_copied(topology, archive, tokens):
   """Their slots are written in place, and a step reads them by the kernel: XLA alone copies the pool in each layer.
 
@@ -121,7 +123,7 @@ def test_pages_of_eight_bits_are_not_copied(topology, archive, tokens):
   device = tpu.devices(topology)[0]
   config = tiny.config(num_layers=4, d_model=64, d_ff=64, num_heads=8, num_kv_heads=4, head_dim=128)
   model, policy, _ = parts(device, config=config)
-  options = dict(batch=BATCH, capacity=256, longest=2048, window=WINDOW, shift=1, dtype=jnp.bfloat16, archive=archive)
+  options = dict(batch=BATCH, capacity=256, longest=2048, window=WINDOW, lag=1, dtype=jnp.bfloat16, archive=archive)
   arguments = (array((BATCH, tokens), jnp.int32, device), array((BATCH,), jnp.int32, device))
   step, temporaries, sizes = jax.jit(cached_forward, donate_argnums=2), [], []
   for pages in (10000, 20000):
@@ -137,7 +139,7 @@ def test_pages_of_eight_bits_are_not_copied(topology, archive, tokens):
 
 
 def test_generation_compiles(device):
-  """A prompt's chunk and a stretch of sampled steps."""
+  """A prompt's chunk and a decode block of sampled steps."""
   model, policy, cache = parts(device)
   row = partial(array, (BATCH,), device=device)
   logits = array((BATCH, model.config.vocab_size), jnp.float32, device)
@@ -146,5 +148,5 @@ def test_generation_compiles(device):
   keys = abstract(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), BATCH)), device)
   rows = Rows(row(jnp.int32), keys, *(row(jnp.int32) for _ in range(4)))
   sampling = abstract(Sampling(jnp.float32(0.7), None, jnp.float32(0.95)), device)
-  ends = Ends(array((1,), jnp.int32, device))
-  decode_stretch.lower(model, policy, cache, rows, sampling, ends, steps=8, history=False).compile()
+  stop_criteria = StopCriteria(array((1,), jnp.int32, device))
+  decode_block.lower(model, policy, cache, rows, sampling, stop_criteria, steps=8, history=False).compile()

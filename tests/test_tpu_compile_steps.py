@@ -48,9 +48,11 @@ def memory_of(program, kind, what):
   assert "tpu_custom_call" in text and all(name in text for name in KERNELS[kind])
   memory = program.memory_analysis()
   sizes = {
-    "arguments": memory.argument_size_in_bytes, "outputs": memory.output_size_in_bytes,
-    "aliased": memory.alias_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
-  }  # fmt: skip
+    "arguments": memory.argument_size_in_bytes,
+    "outputs": memory.output_size_in_bytes,
+    "aliased": memory.alias_size_in_bytes,
+    "temporaries": memory.temp_size_in_bytes,
+  }
   print(f"{what}, {TOPOLOGY}: " + ", ".join(f"{n} {size / 2**20:,.1f} MiB" for n, size in sizes.items()) + " a device")
   return sizes
 
@@ -97,7 +99,7 @@ def decode_step(devices, preset, batch, capacity):
   """(program, bytes of the cache) of one token a row on a mesh of four, `capacity` slots a head."""
   config, dms = PRESETS[preset], DMSConfig(window=WINDOW)
   mesh, table = make_mesh(tensor=4, devices=devices), param_table(config, dms)
-  make = partial(caches.create, "slots", config, batch=batch, capacity=capacity, window=WINDOW, shift=1)
+  make = partial(caches.create, "contiguous", config, batch=batch, capacity=capacity, window=WINDOW, lag=1)
   cache = jax.eval_shape(partial(make, dtype=jnp.bfloat16))
   size = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(cache))
   whole = NamedSharding(mesh, P())

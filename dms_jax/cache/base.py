@@ -1,10 +1,10 @@
 """What the model asks of a KV cache: three calls a step, the middle one in each layer.
 
     plan = cache.plan(policy, lengths, num_tokens)             # before the layers: where everything goes, who has room
-    out, big, state, seen = cache.attend(plan, policy, layer, big, state, q, k, v, evict)    # in layer `layer`
-    cache = cache.commit(plan, big, states[, evict])           # after the layers
+    out, carry, state, seen = cache.attend(plan, policy, layer, carry, state, q, k, v, evict)    # in layer `layer`
+    cache = cache.commit(plan, carry, states[, evict])           # after the layers
 
-`big` starts as `cache.carried()`: the arrays too large to copy, with all layers, carried through the layers and updated
+`carry` starts as `cache.layer_carry()`: the arrays too large to copy, with all layers, carried through the layers and updated
 in place. `state` is the layer's part of `cache.layer_state()`, small arrays with a leading L. `evict`, decisions by the
 token that computes them, goes to `attend`; those of a single token, of all layers, to `commit` instead (and None to
 `attend`) where `cache.can_decide_late` allows it. A row without room sits a step out, untouched: `plan.stalled`. Steps
@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dms_jax.attention import NEVER
 from dms_jax.policies import Policy
-from pallas_kernels.platform import platform
+from pallas_kernels.common.platform import platform
 
 # A cache that may grow does so by GROWTH at least, to a multiple of SLOTS: each new shape is a compilation.
 SLOTS, GROWTH = 256, 1.5
@@ -40,7 +40,7 @@ class Plan:
 
 
 @struct.dataclass
-class Seen:
+class Usage:
   """Of one layer and step: `live` slots after it, and `reads`, keys read summed over its queries; int32 [B, K]."""
 
   live: Int[Array, "B K"]
@@ -49,16 +49,16 @@ class Seen:
 
 @runtime_checkable
 class Cache(Protocol):
-  """A fixed-shape pytree. `seen` [B] counts the tokens of each row; `shift` is the lag of decisions.
+  """A fixed-shape pytree. `seen` [B] counts the tokens of each row; `lag` is the lag of decisions.
 
   `slots`: slots of a head. `nbytes`: all that is allocated. `bytes_live()`: of the keys and values held. `live()`:
-  tokens held, [L, B, K]. `room(policy)`: tokens that each row can surely take. `made_room(policy, coming, most)`: the
+  tokens held, [L, B, K]. `room(policy)`: tokens that each row can surely take. `ensure_capacity(policy, coming, most)`: the
   cache, larger if `coming` more tokens of a row, numpy [B], might not fit, never beyond what `most` tokens need.
   """
 
   seen: Int[Array, "B"]
   window: int
-  shift: int
+  lag: int
 
   @property
   def slots(self) -> int: ...
@@ -66,20 +66,20 @@ class Cache(Protocol):
   def nbytes(self) -> int: ...
   def bytes_live(self) -> int: ...
   def live(self) -> Int[Array, "L B K"]: ...
-  def room(self, policy: Policy) -> Int[Array, "B"]: ...
-  def grown(self, slots: int) -> Cache: ...
-  def resized(self, capacity: int, longest: int) -> Cache: ...
-  def made_room(self, policy: Policy, coming: Any, most: int) -> Cache: ...
+  def free_tokens(self, policy: Policy) -> Int[Array, "B"]: ...
+  def grow(self, slots: int) -> Cache: ...
+  def with_capacity(self, capacity: int, longest: int) -> Cache: ...
+  def ensure_capacity(self, policy: Policy, coming: Any, most: int) -> Cache: ...
   def check(self, policy: Policy) -> None: ...
-  def carried(self) -> Any: ...
+  def layer_carry(self) -> Any: ...
   def layer_state(self) -> Any: ...
   def plan(self, policy: Policy, lengths: Int[Array, "B"], num_tokens: int) -> Plan: ...
   def can_decide_late(self, policy: Policy) -> bool: ...
   def attend(
-    self, plan: Plan, policy: Policy, layer: Int[Array, ""], big: Any, state: Any, q: Float[Array, "B T N H"],
+    self, plan: Plan, policy: Policy, layer: Int[Array, ""], carry: Any, state: Any, q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], evict: Bool[Array, "B K T"] | None,
-  ) -> tuple[Float[Array, "B T N H"], Any, Any, Seen]: ...  # fmt: skip
-  def commit(self, plan: Plan, big: Any, states: Any, evict: Bool[Array, "L B K 1"] | None = None) -> Cache: ...
+  ) -> tuple[Float[Array, "B T N H"], Any, Any, Usage]: ...  # fmt: skip
+  def commit(self, plan: Plan, carry: Any, states: Any, evict: Bool[Array, "L B K 1"] | None = None) -> Cache: ...
 
 
 @struct.dataclass
@@ -91,7 +91,7 @@ class Common:
   seen: jax.Array
   scores: jax.Array | None
   window: int = struct.field(pytree_node=False)
-  shift: int = struct.field(pytree_node=False)
+  lag: int = struct.field(pytree_node=False)
 
   @property
   def slots(self) -> int:
@@ -109,17 +109,17 @@ class Common:
   def nbytes(self) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
-  def resized(self, capacity, longest):
+  def with_capacity(self, capacity, longest):
     """The same cache with a fixed capacity; ValueError if that is below what it has."""
     if capacity < self.slots:
       raise ValueError(f"capacity={capacity} is below the {self.slots} slots the conversation has")
-    return self.grown(capacity)
+    return self.grow(capacity)
 
-  def made_room(self, policy, coming, most):
-    lack = int((coming - jax.device_get(self.room(policy))).max())
+  def ensure_capacity(self, policy, coming, most):
+    lack = int((coming - jax.device_get(self.free_tokens(policy))).max())
     if lack <= 0 or self.slots >= most:
       return self
-    return self.grown(max(min(rounded(max(self.slots + lack, int(self.slots * GROWTH))), rounded(most)), self.slots))
+    return self.grow(max(min(rounded(max(self.slots + lack, int(self.slots * GROWTH))), rounded(most)), self.slots))
 
   def can_decide_late(self, policy: Policy) -> bool:
     """Whether a single token's decisions may come after its layers."""

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from flax import struct
 
 from dms_jax.attention import NEVER, prefill_attention
-from dms_jax.cache.base import Common, Plan, Seen, count_reads, last_visible, rows_of, storage_dtype, unpacked
+from dms_jax.cache.base import Common, Plan, Usage, count_reads, last_visible, rows_of, storage_dtype, unpacked
 from dms_jax.policies import Leaving
-from pallas_kernels.xla_dot import einsum
+from pallas_kernels.common.xla_dot import einsum
 
 
 @struct.dataclass
@@ -21,26 +21,29 @@ class MaskedCache(Common):
   """
 
   @classmethod
-  def create(cls, layers, batch, heads, head_dim, *, capacity, policy, shift, dtype):
+  def create(cls, layers, batch, heads, head_dim, *, capacity, policy, lag, dtype):
     """An empty cache for `capacity` tokens a row."""
     shape = (layers, batch, heads, capacity)
     return cls(
-      kv=jnp.zeros((*shape, 2 * head_dim), storage_dtype(dtype)), evicted=jnp.zeros(shape, bool),
-      seen=jnp.zeros((batch,), jnp.int32), scores=jnp.zeros(shape, jnp.float32) if policy.scored else None,
-      window=policy.window, shift=shift,
-    )  # fmt: skip
+      kv=jnp.zeros((*shape, 2 * head_dim), storage_dtype(dtype)),
+      evicted=jnp.zeros(shape, bool),
+      seen=jnp.zeros((batch,), jnp.int32),
+      scores=jnp.zeros(shape, jnp.float32) if policy.scored else None,
+      window=policy.window,
+      lag=lag,
+    )
 
-  def carried(self):
+  def layer_carry(self):
     return self.kv, self.scores
 
   def layer_state(self):
     return self.evicted
 
-  def room(self, policy):
+  def free_tokens(self, policy):
     """Tokens each row can take, int32 [B]."""
     return self.slots - self.seen
 
-  def grown(self, slots: int) -> MaskedCache:
+  def grow(self, slots: int) -> MaskedCache:
     """The same cache with room for `slots` tokens a row."""
     extra = slots - self.slots
     if extra < 0:
@@ -84,8 +87,8 @@ class MaskedCache(Common):
       replaced = jnp.where(there & retired.keep & (retired.slot >= 0), retired.slot, self.slots)
     return jnp.stack(jnp.broadcast_arrays(forgotten, replaced), axis=-1)
 
-  def attend(self, plan, policy, layer, big, state, q, k, v, evict):
-    kv, scores = big
+  def attend(self, plan, policy, layer, carry, state, q, k, v, evict):
+    kv, scores = carry
     b, t, n, h = q.shape
     heads, slots = kv.shape[2:4]
     rows, head, token = jnp.arange(b)[:, None, None], jnp.arange(heads)[:, None], jnp.arange(t)
@@ -94,7 +97,7 @@ class MaskedCache(Common):
     slot = jnp.where(real, position, slots)[:, None]
     kv = kv.at[layer, rows, head, slot].set(rows_of(k, v, kv.dtype), mode="drop")
     state = state.at[rows, head, slot].set(jnp.zeros_like(evict), mode="drop")  # what comes in is not decided yet
-    about = jnp.where(real & (position >= self.shift), position - self.shift, slots)[:, None]
+    about = jnp.where(real & (position >= self.lag), position - self.lag, slots)[:, None]
     state = state.at[rows, head, about].set(evict, mode="drop")
     if plan.placement is not None:
       state = state.at[rows, head, plan.placement[layer]].set(True, mode="drop")
@@ -118,7 +121,7 @@ class MaskedCache(Common):
       mass = jnp.mean(jax.nn.softmax(dots, axis=-1, where=visible[:, :, None]), axis=2)
       after = jnp.where((plan.lengths > 0)[:, None, None], policy.observe(scores[layer], mass), scores[layer])
       scores = scores.at[layer].set(after)
-    return out, (kv, scores), state, Seen(live, count_reads(first, last, plan.seen, stop))
+    return out, (kv, scores), state, Usage(live, count_reads(first, last, plan.seen, stop))
 
   def _selected(self, policy, layer, keys, stop, q):
     """Which tokens are in the window, or in a page of older ones that the policy selects: bool [B, K, S]."""
@@ -133,7 +136,7 @@ class MaskedCache(Common):
     chosen = policy.select(layer, q, summaries, jnp.any(live, axis=-1), stop)
     return jnp.repeat(chosen, policy.page, axis=-1)[..., :slots] | (jnp.arange(slots) >= left)
 
-  def commit(self, plan, big, states, evict=None):
+  def commit(self, plan, carry, states, evict=None):
     assert evict is None, "decisions go to attend: can_decide_late is False"
-    kv, scores = big
+    kv, scores = carry
     return self.replace(kv=kv, scores=scores, evicted=states, seen=plan.seen + plan.lengths)

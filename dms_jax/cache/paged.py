@@ -14,14 +14,14 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from dms_jax.attention import decode_attention, put_slots
+from dms_jax.attention import decode_attention, write_pages
 from dms_jax.cache import pool as pools
 from dms_jax.cache.base import packed, rounded, storage_dtype, unpacked
 from dms_jax.cache.pool import Pool
 from dms_jax.cache.ring import RingCache
-from pallas_kernels.decode.pages import Pages, pages_at
-from pallas_kernels.decode.put import places
-from pallas_kernels.platform import platform
+from pallas_kernels.common.platform import platform
+from pallas_kernels.paged.api import places
+from pallas_kernels.paged.pages import Pages, pages_at
 
 ENDLESS = 2**24  # tokens: more than any text has
 # Slots that a ring is allocated in: of another number, XLA lays the array out with other axes inmost on v4, v5p and
@@ -64,7 +64,7 @@ class PagedCache(RingCache):
 
   @classmethod
   def create(
-    cls, layers, batch, heads, head_dim, *, capacity, policy, shift, dtype, longest=None, page=None, archive=None
+    cls, layers, batch, heads, head_dim, *, capacity, policy, lag, dtype, longest=None, page=None, archive=None
   ):
     """An empty cache.
 
@@ -93,9 +93,9 @@ class PagedCache(RingCache):
       archived=jnp.zeros(lead, jnp.int32), seen=jnp.zeros((batch,), jnp.int32),
       scores=jnp.zeros((*lead, ring), jnp.float32) if policy.scored else None,
       summaries=jnp.zeros((*lead, 0, 2 * head_dim), stored) if policy.page else None,
-      window=policy.window, shift=shift, page=policy.page, store=store, table=table, page_size=size,
+      window=policy.window, lag=lag, page=policy.page, store=store, table=table, page_size=size,
     )  # fmt: skip
-    return cache.resized(capacity, longest or 0)
+    return cache.with_capacity(capacity, longest or 0)
 
   @property
   def slots(self) -> int:
@@ -122,30 +122,31 @@ class PagedCache(RingCache):
     """Bytes of everything but the pages."""
     return self.nbytes - self.pages * self.page_bytes
 
-  def grown(self, slots: int) -> PagedCache:
+  def grow(self, slots: int) -> PagedCache:
     """The same cache whose heads may hold `slots` slots each; the pool is as it was."""
     if slots < self.slots:
       raise ValueError(f"cannot shrink a cache of {self.slots} slots a head to {slots}")
     more = -(-(slots - self.slots) // self.page_size)
     pad = lambda x, n: None if x is None else jnp.pad(x, ((0, 0),) * 3 + ((0, n),) + ((0, 0),) * (x.ndim - 4))
     return self.replace(
-      table=self.table.replace(pages=pad(self.table.pages, more)), scores=pad(self.scores, more * self.page_size),
+      table=self.table.replace(pages=pad(self.table.pages, more)),
+      scores=pad(self.scores, more * self.page_size),
       summaries=pad(self.summaries, more),
-    )  # fmt: skip
+    )
 
-  def resized(self, capacity, longest):
+  def with_capacity(self, capacity, longest):
     pages = self.archived.size * max(-(-(capacity - self.ring) // self.page_size), 1)
     if pages < self.pages:
       raise ValueError(f"capacity={capacity} is below the {self.pages} pages of {self.page_size} slots there are")
-    return self.grown(max(capacity, longest, self.ring + 1, self.slots)).with_pages(pages)
+    return self.grow(max(capacity, longest, self.ring + 1, self.slots)).with_pages(pages)
 
   def with_pages(self, pages: int) -> PagedCache:
     """The same cache with a pool of `pages` pages, no fewer than now."""
-    pool = self.table.pool.grown(pages)
+    pool = self.table.pool.grow(pages)
     pad = lambda x: jnp.pad(x, ((0, pages - x.shape[0]), (0, 0), (0, 0)))
     return self.replace(store=jax.tree.map(pad, self.store), table=self.table.replace(pool=pool))
 
-  def room(self, policy):
+  def free_tokens(self, policy):
     """Tokens each row can surely take, int32 [B], whatever the other rows take: free pages are shared out evenly."""
     layers, batch, heads = self.archived.shape
     places = jnp.minimum(
@@ -156,9 +157,9 @@ class PagedCache(RingCache):
     bounded = policy.capacity(self.seen + ENDLESS) <= self.ring + jnp.min(slots, axis=(0, 2))
     return jnp.where(bounded, ENDLESS, room)
 
-  def made_room(self, policy, coming, most):
+  def ensure_capacity(self, policy, coming, most):
     """A pool that lacks pages doubles, but takes no more than the whole text will need at the rate kept so far."""
-    cache, size, ring = self.grown(max(rounded(most), self.slots)), self.page_size, self.ring
+    cache, size, ring = self.grow(max(rounded(most), self.slots)), self.page_size, self.ring
     archived, owned, seen, free = jax.device_get((self.archived, self.table.owned, self.seen, self.table.pool.count))
     bound = (
       np.asarray(policy.capacity(jnp.asarray(seen + coming, jnp.int32))) - ring
@@ -192,9 +193,9 @@ class PagedCache(RingCache):
     at = tuple(x[..., None] for x in lead) + (place,)
     return room, Table(table.pages.at[at].set(pages, mode="drop"), table.owned + lacking, pool)
 
-  def commit(self, plan, big, states, evict=None):
-    cache = super().commit(plan, big, states, evict)
-    table, store = plan.placement.reserved, big.archive
+  def commit(self, plan, carry, states, evict=None):
+    cache = super().commit(plan, carry, states, evict)
+    table, store = plan.placement.reserved, carry.archive
     if plan.placement.step is None:  # a chunk takes pages as if it evicted nothing
       used = -(-cache.archived // self.page_size)
       place = jnp.arange(table.pages.shape[3])
@@ -203,24 +204,24 @@ class PagedCache(RingCache):
       table = Table(table.pages, jnp.minimum(table.owned, used), pool)
     return cache.replace(store=store, table=table)
 
-  def _written(self, big, reserved, layer, target, rows):
-    big = big.replace(archive=self._stored(big.archive, reserved.pages[layer], target, rows))
-    return self._ringed(big, layer, target, rows)
+  def _written(self, carry, reserved, layer, target, rows):
+    carry = carry.replace(archive=self._stored(carry.archive, reserved.pages[layer], target, rows))
+    return self._ringed(carry, layer, target, rows)
 
-  def _exchanged(self, big, reserved, layer, target, leaves, newest, enters):
-    store = self._stored(big.archive, reserved.pages[layer], target[..., None], leaves[:, :, None])
-    return self._ringed(big.replace(archive=store), layer, newest[..., None], enters[:, :, None])
+  def _exchanged(self, carry, reserved, layer, target, leaves, newest, enters):
+    store = self._stored(carry.archive, reserved.pages[layer], target[..., None], leaves[:, :, None])
+    return self._ringed(carry.replace(archive=store), layer, newest[..., None], enters[:, :, None])
 
-  def _ringed(self, big, layer, target: Int[Array, "B K X"], rows: Shaped[Array, "B K X width"]):
-    """`big` with rows in the ring's slots `target`; what is past them: nowhere."""
+  def _ringed(self, carry, layer, target: Int[Array, "B K X"], rows: Shaped[Array, "B K X width"]):
+    """`carry` with rows in the ring's slots `target`; what is past them: nowhere."""
     b, k, _ = target.shape
     row, head = jnp.arange(b)[:, None, None], jnp.arange(k)[:, None]
-    in_ring = jnp.where(target < self.ring, target, big.kv.shape[3])  # what is not is past its end
-    return big.replace(kv=big.kv.at[layer, row, head, in_ring].set(rows, mode="drop"))
+    in_ring = jnp.where(target < self.ring, target, carry.kv.shape[3])  # what is not is past its end
+    return carry.replace(kv=carry.kv.at[layer, row, head, in_ring].set(rows, mode="drop"))
 
-  def _moved(self, big, reserved, target, rows):
-    store = self._stored(big.archive, reserved.pages, target[..., None], rows[..., None, :])
-    return big.replace(archive=store)
+  def _moved(self, carry, reserved, target, rows):
+    store = self._stored(carry.archive, reserved.pages, target[..., None], rows[..., None, :])
+    return carry.replace(archive=store)
 
   def _stored(
     self, store: Store, table: Int[Array, "*n M"], target: Int[Array, "*n X"], rows: Shaped[Array, "*n X width"]
@@ -228,37 +229,39 @@ class PagedCache(RingCache):
     """`store` with rows in the archive's slots `target`; what is in the ring, or past the last slot: nowhere."""
     slots = target - self.ring
     cells, scales = _quantised(rows, store.pages.dtype)
-    store = store.replace(pages=put_slots(store.pages, table, slots, cells))
+    store = store.replace(pages=write_pages(store.pages, table, slots, cells))
     if scales is None:
       return store
     page, slot = places(self.pages, self.page_size, table, slots)
     at = page[..., None], 0, _of_slots(slot)
     return store.replace(scales=store.scales.at[at].set(scales, mode="drop", unique_indices=True))
 
-  def _archive(self, big, reserved, layer):
+  def _archive(self, carry, reserved, layer):
     b, k, most = reserved.pages.shape[1:]
     index = jnp.broadcast_to(jnp.arange(most * self.page_size), (b, k, most * self.page_size))
-    return self._archive_at(big, reserved, layer, index)
+    return self._archive_at(carry, reserved, layer, index)
 
-  def _archive_at(self, big, reserved, layer, index):
-    store, slot = big.archive, index % self.page_size
+  def _archive_at(self, carry, reserved, layer, index):
+    store, slot = carry.archive, index % self.page_size
     page = jnp.clip(pages_at(reserved.pages[layer], index // self.page_size), 0, self.pages - 1)
     scales = None if store.scales is None else store.scales[page[..., None], 0, _of_slots(slot)]
-    return _numbers(store.pages[page, slot], scales, big.kv.dtype)
+    return _numbers(store.pages[page, slot], scales, carry.kv.dtype)
 
-  def _attended(self, big, reserved, layer, q, in_ring, archived, mass=False):
+  def _attended(self, carry, reserved, layer, q, in_ring, archived, mass=False):
     in_ring = jnp.broadcast_to(in_ring, archived.shape)
-    pages = Pages(big.archive.pages, reserved.pages, archived, big.archive.scales)
-    out = decode_attention(q, big.kv, layer, in_ring, pages=pages, mass=mass)
+    pages = Pages(carry.archive.pages, reserved.pages, archived, carry.archive.scales)
+    out = decode_attention(q, carry.kv, layer, in_ring, pages=pages, mass=mass)
     if not mass:
       return out
     out, (of_ring, of_archive) = out
     return out, jnp.concatenate([of_ring[..., : self.ring], of_archive], axis=-1)
 
-  def _attended_pages(self, big, reserved, layer, q, in_ring, order, length):
+  def _attended_pages(self, carry, reserved, layer, q, in_ring, order, length):
     table = jnp.take_along_axis(reserved.pages[layer], order, axis=-1)
-    kv = jax.lax.dynamic_index_in_dim(big.kv, layer, 0)
-    return decode_attention(q, kv, 0, in_ring, pages=Pages(big.archive.pages, table[None], length, big.archive.scales))
+    kv = jax.lax.dynamic_index_in_dim(carry.kv, layer, 0)
+    return decode_attention(
+      q, kv, 0, in_ring, pages=Pages(carry.archive.pages, table[None], length, carry.archive.scales)
+    )
 
 
 def _granted(asked: Int[Array, "B"], free: Int[Array, ""]) -> Bool[Array, "B"]:

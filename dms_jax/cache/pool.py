@@ -30,7 +30,7 @@ class Pool:
     """P, also the number that stands for no page."""
     return self.free.shape[0]
 
-  def grown(self, pages: int) -> Pool:
+  def grow(self, pages: int) -> Pool:
     """The same pool with `pages` pages, the new ones free."""
     extra = pages - self.pages
     if extra < 0:

@@ -26,7 +26,7 @@ def cut_to(cache: RingCache, take: Callable, archive: int) -> dict:
   return fields
 
 
-def alone(cache: PagedCache, row: Int[Array, ""], places: int) -> PagedCache:
+def take_row(cache: PagedCache, row: Int[Array, ""], places: int) -> PagedCache:
   """A cache of one row, which works on the same pool; its heads have `places` pages at most."""
   take = lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1, axis=1)
   fields = cut_to(cache, take, places * cache.page_size)
@@ -34,7 +34,7 @@ def alone(cache: PagedCache, row: Int[Array, ""], places: int) -> PagedCache:
   return cache.replace(**fields, seen=jax.lax.dynamic_slice_in_dim(cache.seen, row, 1), table=table)
 
 
-def put_back(cache: PagedCache, row: Int[Array, ""], one: PagedCache) -> PagedCache:
+def put_row(cache: PagedCache, row: Int[Array, ""], one: PagedCache) -> PagedCache:
   """`cache` with what became of `one = alone(cache, row, ...)`."""
   put = lambda x, part: None if x is None else jax.lax.dynamic_update_slice(x, part, (0, row) + (0,) * (x.ndim - 2))
   fields = {name: put(getattr(cache, name), getattr(one, name)) for name in BY_ROW}
@@ -44,20 +44,22 @@ def put_back(cache: PagedCache, row: Int[Array, ""], one: PagedCache) -> PagedCa
 
 
 @partial(jax.jit, donate_argnames="cache")
-def released(cache: PagedCache, rows: Bool[Array, "B"]) -> PagedCache:
+def free_rows(cache: PagedCache, rows: Bool[Array, "B"]) -> PagedCache:
   """These rows empty again; pages that no other row shares are free."""
   table, none = cache.table, cache.pages
   mine = rows[:, None, None] & (jnp.arange(table.pages.shape[3]) < table.owned[..., None])
   pool = pools.give_back(table.pool, jnp.where(mine, table.pages, none))
   keep = ~rows[:, None]
   return cache.replace(
-    archived=jnp.where(keep, cache.archived, 0), evicted=cache.evicted & keep[..., None],
-    seen=jnp.where(rows, 0, cache.seen), table=table.replace(owned=jnp.where(keep, table.owned, 0), pool=pool),
-  )  # fmt: skip
+    archived=jnp.where(keep, cache.archived, 0),
+    evicted=cache.evicted & keep[..., None],
+    seen=jnp.where(rows, 0, cache.seen),
+    table=table.replace(owned=jnp.where(keep, table.owned, 0), pool=pool),
+  )
 
 
 @partial(jax.jit, static_argnames="whole", donate_argnames="cache")
-def forked(
+def fork_row(
   cache: PagedCache, source: Int[Array, ""], rows: Bool[Array, "B"], whole: bool = False
 ) -> tuple[PagedCache, Bool[Array, ""]]:
   """`rows`, empty before, continue the text of row `source`: full pages are shared, the ring and the last page copied.

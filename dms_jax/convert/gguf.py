@@ -217,9 +217,12 @@ def _tokenizer(fields: _Fields) -> Tokenizer:
     raise ValueError(f"{fields.path}: {len(types)} token types for {len(tokens)} tokens; the file is damaged")
   try:
     backend = bpe_tokenizer(
-      {token: index for index, token in enumerate(tokens)}, merges, rules.build(),
-      normalizer=normalizers.NFC() if rules.nfc else None, ignore_merges=rules.ignore_merges,
-    )  # fmt: skip
+      {token: index for index, token in enumerate(tokens)},
+      merges,
+      rules.build(),
+      normalizer=normalizers.NFC() if rules.nfc else None,
+      ignore_merges=rules.ignore_merges,
+    )
   except Exception as error:  # the library raises plain Exception
     raise ValueError(f"{fields.path}: vocabulary and merges do not fit ({error}); the file is damaged") from None
   for wanted, special in ((_CONTROL, True), (_USER_DEFINED, False)):

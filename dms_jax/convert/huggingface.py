@@ -37,8 +37,10 @@ def read(path: str | Path) -> tuple[ModelConfig, DMSConfig | None, Tensors, Toke
   values = read_json(path / "config.json")
   if "format" in values and "model_type" not in values:
     raise ValueError(f"{path}: already a dms_jax checkpoint; nothing to convert")
-  optional = {n: read_json(path / n) if (path / n).exists() else None
-              for n in ("generation_config.json", "dms_metadata.json", GATES_CONFIG)}  # fmt: skip
+  optional = {
+    n: read_json(path / n) if (path / n).exists() else None
+    for n in ("generation_config.json", "dms_metadata.json", GATES_CONFIG)
+  }
   config = config_from_hf(values, str(path / "config.json"), optional["generation_config.json"])
   if optional[GATES_CONFIG] is not None:  # what `export` wrote
     dms = from_json(DMSConfig, optional[GATES_CONFIG], str(path / GATES_CONFIG))

@@ -75,11 +75,11 @@ class Policy:
   page = 0  # slots of a page that is selected as a whole; 0: everything is read
 
   @property
-  def unforeseen(self) -> bool:
+  def data_dependent(self) -> bool:
     """Whether what a head holds depends on what it reads: heads then differ, and a text's length is no measure."""
     return self.evicts and not self.bounded
 
-  def settled(self, window: int | None) -> Policy:
+  def resolved(self, window: int | None) -> Policy:
     """This policy with its window filled in where it was left open; `window` is the model's gates', None without any.
 
     Raises:

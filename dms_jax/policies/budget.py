@@ -49,8 +49,8 @@ class Budgeted(Policy):
   bounded = True
   scored = True
 
-  def settled(self, window):
-    policy = super().settled(window)
+  def resolved(self, window):
+    policy = super().resolved(window)
     check_budget(policy, policy.window + 1)
     return policy
 

@@ -22,12 +22,12 @@ class H2O(Budgeted):
 
   observes = True
 
-  def settled(self, window):
+  def resolved(self, window):
     if self.window is not None:
-      return super().settled(window)
+      return super().resolved(window)
     if self.budget is None and self.cr is not None:
       raise ValueError("H2O: cr= needs window= too; only of a budget in tokens can half be the window")
-    return self.replace(window=max(int(self.budget or 0) - 1, 0) // 2).settled(window)
+    return self.replace(window=max(int(self.budget or 0) - 1, 0) // 2).resolved(window)
 
   def observe(self, scores, mass):
     return scores + mass

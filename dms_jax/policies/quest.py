@@ -7,7 +7,7 @@ from flax import struct
 
 from dms_jax.policies.base import Policy, register
 from dms_jax.policies.budget import allowance, check_budget
-from pallas_kernels.xla_dot import einsum
+from pallas_kernels.common.xla_dot import einsum
 
 
 @register
@@ -31,15 +31,15 @@ class Quest(Policy):
 
   evicts = False
 
-  def settled(self, window):
+  def resolved(self, window):
     if self.page < 1:
       raise ValueError(f"Quest: page={self.page} must be 1 or more slots")
     if self.window is None:
-      return self.replace(window=self.page - 1).settled(window)
+      return self.replace(window=self.page - 1).resolved(window)
     if (self.window + 1) % self.page:
       raise ValueError(f"Quest: window={self.window} and the newest token must make whole pages of {self.page}")
     check_budget(self, self.window + 1 + self.page)
-    return super().settled(window)
+    return super().resolved(window)
 
   def summarise(self, keys, live):
     live = live[..., None]

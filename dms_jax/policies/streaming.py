@@ -24,13 +24,13 @@ class StreamingLLM(Policy):
 
   bounded = True
 
-  def settled(self, window):
+  def resolved(self, window):
     if (self.window is None) == (self.budget is None):
       raise ValueError("StreamingLLM: give either window= or budget= (tokens, sinks included)")
     if self.sinks < 0:
       raise ValueError(f"StreamingLLM: sinks={self.sinks} must be 0 or more tokens")
     if self.window is not None:
-      return super().settled(window)
+      return super().resolved(window)
     if self.budget <= self.sinks:
       raise ValueError(f"StreamingLLM: budget={self.budget} tokens must be more than its sinks={self.sinks}")
     return self.replace(window=int(self.budget - self.sinks - 1), budget=None)

@@ -29,14 +29,7 @@ from dms_jax.params import Params, join_params, param_table, split_params
 from dms_jax.retrofit import distributed, schedule
 from dms_jax.retrofit.config import DataConfig, RetrofitConfig, check
 from dms_jax.retrofit.data import Packer
-from dms_jax.retrofit.step import (
-  TrainState,
-  cast_trained,
-  init_retrofit,
-  split_trained,
-  train_step,
-  zero_neuron,
-)
+from dms_jax.retrofit.step import TrainState, cast_trained, init_retrofit, split_trained, train_step, zero_neuron
 from dms_jax.sharding import make_mesh, tree_shardings
 
 LOG = "log.jsonl"

@@ -14,8 +14,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from dms_jax import generation
 from dms_jax.config import read_json, to_json
+from dms_jax.generation.generate import generate as generation
 from dms_jax.model import Model
 from dms_jax.policies import Vanilla
 from dms_jax.retrofit.config import SelfTextConfig
@@ -102,7 +102,7 @@ def write(
   if not config.rows:
     raise ValueError("self_text.rows=0: say how many rows to write")
   rows = prompts(config, tokenizer)
-  model = generation.decode_form(model.replace(tokenizer=tokenizer))
+  model = generation.fastest_form(model.replace(tokenizer=tokenizer))
   keys = jax.random.split(jax.random.key(config.seed), config.rows)
   folder = path.with_name(path.name + ".rows")
   settings = {"self_text": to_json(config), "model": to_json(model.config), "dtype": str(model.dtype)}

@@ -57,9 +57,7 @@ def split_trained(model: Model, trainable: str) -> tuple[Params, Params]:
 
 def optimizer(config: RetrofitConfig) -> optax.GradientTransformation:
   """AdamW with clipping by global norm."""
-  adamw = optax.adamw(
-    schedule.learning_rate(config), config.beta1, config.beta2, weight_decay=config.weight_decay
-  )  # fmt: skip
+  adamw = optax.adamw(schedule.learning_rate(config), config.beta1, config.beta2, weight_decay=config.weight_decay)
   return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
 
 
@@ -132,9 +130,10 @@ def loss_fn(
   compression = jnp.float32(0.0) if fading else losses.compression_loss(fraction, cr)
   return distance + config.compression_weight * compression, {
     "nll" if config.loss == "lm" else "kl": distance,
-    "compression_loss": compression, "evicted_fraction": fraction.mean(),
+    "compression_loss": compression,
+    "evicted_fraction": fraction.mean(),
     **_compression_metrics(student.dms, z if fading else z * config.tau - noise, real),
-  }  # fmt: skip
+  }
 
 
 def _compression_metrics(dms: DMSConfig, logits: Float[Array, "L B K T"], real: Bool[Array, "B T"]) -> dict[str, Array]:
@@ -145,10 +144,7 @@ def _compression_metrics(dms: DMSConfig, logits: Float[Array, "L B K T"], real: 
   tokens = real.sum(axis=1, dtype=jnp.int32)
   held = masks.held_tokens(evicted, dms.window, tokens[:, None])
   rates = jnp.mean(evicted.astype(jnp.float32), axis=(1, 3))
-  return {
-    "gate_rate": rates.mean(), "gate_rates": rates,
-    "held_share": held_share(held, jnp.maximum(tokens, 1)),
-  }  # fmt: skip
+  return {"gate_rate": rates.mean(), "gate_rates": rates, "held_share": held_share(held, jnp.maximum(tokens, 1))}
 
 
 @partial(jax.jit, static_argnames=("config", "fading"), donate_argnames=("state",))
@@ -205,8 +201,10 @@ def train_step(
     decay = jnp.minimum(config.ema_decay, (1.0 + taken) / (10.0 + taken))
     ema = optax.incremental_update(trained, ema, 1.0 - decay)
   metrics |= {
-    "target_cr": cr, "grad_norm": optax.tree.norm(grads), "learning_rate": schedule.learning_rate(config)(state.step),
-  }  # fmt: skip
+    "target_cr": cr,
+    "grad_norm": optax.tree.norm(grads),
+    "learning_rate": schedule.learning_rate(config)(state.step),
+  }
   return placed((TrainState(state.step + 1, trained, opt_state, ema), metrics))
 
 

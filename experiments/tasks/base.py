@@ -7,6 +7,8 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar
 
+from dms_jax.evaluation.likelihood import Question
+
 T = TypeVar("T")
 
 
@@ -88,18 +90,6 @@ class TasksConfig:
   def __post_init__(self):
     if self.limit < 0:
       raise ValueError(f"--limit={self.limit} must be 0 (everything) or more")
-
-
-@dataclasses.dataclass(frozen=True)
-class Question:
-  """A text and the continuations to be scored, of which `choices[answer]` is right.
-
-  `choices` are written after `context` and one space; a question with one choice asks for its likelihood alone.
-  """
-
-  context: str
-  choices: tuple[str, ...]
-  answer: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

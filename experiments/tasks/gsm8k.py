@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from experiments.files import json_records, required
+from experiments.common.files import json_records, required
 from experiments.tasks.base import LikelihoodTask, Question, TasksConfig, drawn, shots_of
 
 FLAG = "data.gsm8k"

@@ -10,7 +10,7 @@ import csv
 import io
 from pathlib import Path
 
-from experiments.files import read_text, required
+from experiments.common.files import read_text, required
 from experiments.tasks.base import LikelihoodTask, Question, TasksConfig, drawn
 
 FLAG = "data.mmlu"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 import dms_jax
-from dms_jax.generation import decode_form
+from dms_jax.generation.generate import fastest_form
 from dms_jax.model import Model
 from dms_jax.tokenizer import Tokenizer
 from experiments.tasks.base import RetrievalTask, TasksConfig
@@ -94,7 +94,7 @@ def write(
 ) -> Written:  # fmt: skip
   """Continues every prompt greedily, a model without gates with a dense cache, else by its gates at `threshold`."""
   policy = dms_jax.Vanilla() if model.dms is None else dms_jax.DMS(threshold=threshold)
-  model = decode_form(model)
+  model = fastest_form(model)
   texts, held, seen = [], [], []
   for start in progress(range(0, len(asked), batch)):
     ids = [prompt.tokens for prompt in asked[start : start + batch]]

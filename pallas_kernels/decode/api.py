@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt16
 
-from pallas_kernels import dispatch
+from pallas_kernels.common import dispatch
 from pallas_kernels.decode import gpu, tpu, xla
-from pallas_kernels.decode.pages import Pages
+from pallas_kernels.paged.pages import Pages
 
 IMPLEMENTATIONS = {"gpu": gpu.decode_attention, "tpu": tpu.decode_attention, "xla": xla.decode_attention}
 SCALED = (jnp.int8, jnp.float8_e4m3fn)  # what a pool with scales holds
@@ -61,7 +61,7 @@ def decode_attention(
     check_pages(pages, b, n, h, None if kv is None else kv.shape)
   return dispatch.call(
     "decode", IMPLEMENTATIONS, implementation, q, kv, layer, lengths, pages=pages, lse=lse, mass=mass
-  )  # fmt: skip
+  )
 
 
 def check_pages(pages: Pages, b: int, n: int, h: int, cache: tuple[int, ...] | None) -> None:

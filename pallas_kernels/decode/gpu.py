@@ -30,9 +30,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import compat, tuned, warpgroup
-from pallas_kernels.compat import plgpu
-from pallas_kernels.decode.gpu_work import LOG2E, NEVER, Blocks, Tile, chunks_of, find, merge
+from pallas_kernels.common import compat, tuned, warpgroup
+from pallas_kernels.common.compat import plgpu
+from pallas_kernels.decode.gpu_common import LOG2E, NEVER, Blocks, Tile, chunks_of, find, merge
 
 QUARTERS = 4  # of a block, the least that is loaded of a cache
 MOST_PAIRS = 4096

@@ -28,7 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import compat_tpu
+from pallas_kernels.common import compat_tpu
 
 LOG2E = math.log2(math.e)
 # A finite stand-in for -inf as the maximum of no scores: exp2(-inf - NEVER) is 0, not NaN.
@@ -135,8 +135,10 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
   items, bounds, held = work_list(counts, sizes, blocks)
   scalars = 4 * (table.size + items.size + 2 * pairs)
   if scalars > SCALARS:
-    raise NotImplementedError(f"{table.size} page numbers and {items.size} chunks of {pairs} pairs of row and KV head: "
-                              f"{scalars:,} bytes of scalar memory, there are {SCALARS:,}")  # fmt: skip
+    raise NotImplementedError(
+      f"{table.size} page numbers and {items.size} chunks of {pairs} pairs of row and KV head: "
+      f"{scalars:,} bytes of scalar memory, there are {SCALARS:,}"
+    )
 
   queries = q.reshape(pairs, group, h).astype(jnp.float32)
   queries = jnp.pad(queries, ((0, 0), (0, GROUP - group), (0, LANES - h)))

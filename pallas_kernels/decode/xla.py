@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.platform import platform
-from pallas_kernels.xla_dot import einsum
+from pallas_kernels.common.platform import platform
+from pallas_kernels.common.xla_dot import einsum
 
 # Slots read at a time. The block is the only copy made of the cache, so it bounds the operation's temporaries.
 BLOCK = 128

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import dispatch
+from pallas_kernels.common import dispatch
 from pallas_kernels.prefill import gpu, tpu, xla
 
 IMPLEMENTATIONS = {"gpu": gpu.prefill_attention, "tpu": tpu.prefill_attention, "xla": xla.prefill_attention}

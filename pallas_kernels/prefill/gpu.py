@@ -19,11 +19,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import compat, tuned
-from pallas_kernels.compat import plgpu
+from pallas_kernels.common import compat, tuned
+from pallas_kernels.common.compat import plgpu
+from pallas_kernels.common.warpgroup import ROWS
 from pallas_kernels.prefill import plan as planning
 from pallas_kernels.prefill.plan import KEPT, START, STOP, WHOLE
-from pallas_kernels.warpgroup import ROWS
 
 LOG2E = math.log2(math.e)
 # A finite stand-in for -inf as the running maximum of a row that has seen no key: exp2(-inf - M) is 0, not NaN.

@@ -5,9 +5,9 @@ Per row and KV head, the keys that any query sees are moved together, in the ord
     [ kept: visible from some query on to the last one | zeros up to a block | band: those that expire before | zeros ]
 
 first among the kept those that every query sees (a cached prefix, wherever it stood). A tile of queries then visits one
-stretch of each part: the kept keys up to its last query, and the band around its own position. Both are found from the
+range of each part: the kept keys up to its last query, and the band around its own position. Both are found from the
 smallest and largest bounds of `grain` keys at a time, so they hold for keys in any order; keys in the order of their
-positions, as caches have them, make the stretches as short as what is visible.
+positions, as caches have them, make the ranges as short as what is visible.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import compat_tpu
+from pallas_kernels.common import compat_tpu
 from pallas_kernels.prefill import plan as planning
 from pallas_kernels.prefill.plan import KEPT, START, STOP, WHOLE
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.xla_dot import einsum
+from pallas_kernels.common.xla_dot import einsum
 
 # Scores of at most this many queries and keys stand in memory at once.
 BLOCK, KEYS = 256, 256

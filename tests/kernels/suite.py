@@ -21,7 +21,7 @@ from dms_jax import policies
 from dms_jax.config import PRESETS, DMSConfig
 from dms_jax.model import Model, cached_forward
 from dms_jax.params import map_table, param_table
-from pallas_kernels import compat, compat_tpu
+from pallas_kernels.common import compat, compat_tpu
 
 # Error allowed against float64, of unit-sized values: float32 sums; 16-bit types round the weights and the output.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}
@@ -54,7 +54,7 @@ def lowered_for_cuda(tokens: int, kind: str = "slots", **options) -> str:
   """SmolLM2's step of `tokens` tokens a row into a cache of a kind, lowered for a Hopper GPU that is not there."""
   config, dms, struct = PRESETS["smollm2-135m"], DMSConfig(window=64), jax.ShapeDtypeStruct
   params = map_table(lambda _, spec: struct(spec.shape, jnp.bfloat16), param_table(config, dms))
-  sizes = dict(batch=4, capacity=1024, window=64, shift=1, dtype=jnp.bfloat16)
+  sizes = dict(batch=4, capacity=1024, window=64, lag=1, dtype=jnp.bfloat16)
   cache = jax.eval_shape(partial(caches.create, kind, config, **sizes, **options))
   as_on_a_gpu = lambda x: struct(x.shape, jnp.bfloat16) if x.dtype == jnp.uint16 else x  # not as bits, as on a CPU
   cache = jax.tree.map(as_on_a_gpu, cache)
@@ -109,8 +109,10 @@ def assert_close(actual, expected, dtype):
 
 def float64(*arrays):
   """The very numbers the implementation saw, as float64."""
-  return tuple(np.asarray(x.astype(jnp.float32), np.float64) if x.dtype == jnp.bfloat16 else np.asarray(x, np.float64)
-               for x in arrays)  # fmt: skip
+  return tuple(
+    np.asarray(x.astype(jnp.float32), np.float64) if x.dtype == jnp.bfloat16 else np.asarray(x, np.float64)
+    for x in arrays
+  )
 
 
 def unchecked(function):

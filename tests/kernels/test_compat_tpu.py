@@ -9,7 +9,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import compat_tpu
+from pallas_kernels.common import compat_tpu
 
 
 def copy(x, wait_first: bool):

@@ -8,15 +8,11 @@ import numpy as np
 import pytest
 from jax import lax
 
-from pallas_kernels import compat_tpu
+from pallas_kernels.common import compat_tpu
 from pallas_kernels.decode import decode_attention, ref
 from tests.kernels.suite import Backend, assert_close, float64, normal, on_hopper, running, unchecked
 
-IMPLEMENTATIONS = [
-  Backend("xla"),
-  Backend("tpu", compat_tpu.interpret_mode),
-  Backend("gpu", on_hopper, "bfloat16"),
-]
+IMPLEMENTATIONS = [Backend("xla"), Backend("tpu", compat_tpu.interpret_mode), Backend("gpu", on_hopper, "bfloat16")]
 pytestmark = pytest.mark.parametrize("backend", IMPLEMENTATIONS, ids=str)
 LAYERS, LAYER = 3, 1
 SLOTS = 136  # where nothing else matters: tests of one shape share a compiled program
@@ -81,9 +77,9 @@ def test_other_layers_and_dead_slots_are_never_used(backend):
   alone = jnp.full_like(kv, np.nan).at[LAYER].set(kv[LAYER])
   check(backend, q, alone, lengths)
   with running(backend):
-    big = decode_attention(q, kill(kv, lengths, 1e30), LAYER, lengths, implementation=backend.name)
+    huge = decode_attention(q, kill(kv, lengths, 1e30), LAYER, lengths, implementation=backend.name)
     nan = decode_attention(q, kill(kv, lengths), LAYER, lengths, implementation=backend.name)
-  np.testing.assert_array_equal(big, nan)
+  np.testing.assert_array_equal(huge, nan)
 
 
 def test_large_scores(backend):
@@ -131,7 +127,7 @@ def test_mass(backend):
     with running(backend):
       out, (mass, of_pages) = decode_attention(
         q, kill(kv, lengths), LAYER, lengths, mass=True, implementation=backend.name
-      )  # fmt: skip
+      )
     want, (want_mass, _) = ref.decode_attention(*float64(q, kv), LAYER, lengths, mass=True)
     assert_close(out, want, "float32")
     assert of_pages is None and mass.dtype == jnp.float32
@@ -146,9 +142,7 @@ def test_bits_of_bfloat16(backend):
   lengths = jnp.array([[90, 3], [0, 31]], jnp.int32)
   with running(backend):
     plain = decode_attention(q, kv, LAYER, lengths, implementation=backend.name)
-    bits = decode_attention(
-      q, lax.bitcast_convert_type(kv, jnp.uint16), LAYER, lengths, implementation=backend.name
-    )  # fmt: skip
+    bits = decode_attention(q, lax.bitcast_convert_type(kv, jnp.uint16), LAYER, lengths, implementation=backend.name)
   np.testing.assert_array_equal(plain, bits)
 
 

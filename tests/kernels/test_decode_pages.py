@@ -10,15 +10,11 @@ import numpy as np
 import pytest
 from jax import lax
 
-from pallas_kernels import compat_tpu
+from pallas_kernels.common import compat_tpu
 from pallas_kernels.decode import Pages, decode_attention, ref
 from tests.kernels.suite import Backend, assert_close, float64, normal, on_hopper, running, unchecked
 
-IMPLEMENTATIONS = [
-  Backend("xla"),
-  Backend("tpu", compat_tpu.interpret_mode),
-  Backend("gpu", on_hopper, "bfloat16"),
-]
+IMPLEMENTATIONS = [Backend("xla"), Backend("tpu", compat_tpu.interpret_mode), Backend("gpu", on_hopper, "bfloat16")]
 pytestmark = pytest.mark.parametrize("backend", IMPLEMENTATIONS, ids=str)
 LAYERS, LAYER, PAGE, MOST, RING = 2, 1, 16, 9, 21
 RAGGED = np.array([[0, 1, 144], [37, 16, 130]])  # slots in pages of two rows and three KV heads; 144 are all

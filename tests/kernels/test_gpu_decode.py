@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import compat
-from pallas_kernels.decode import Pages, decode_attention, gpu, gpu_work, ref, xla
+from pallas_kernels.common import compat
+from pallas_kernels.decode import Pages, decode_attention, gpu, ref, xla
+from pallas_kernels.decode import gpu_common as gpu_work
 from tests.kernels.suite import lowered_for_cuda, needs_mosaic_gpu, on_hopper
 
 # Of the largest value: the weights of the second product and the output are rounded to half a unit in the last place
@@ -110,9 +111,11 @@ def lower(batch, heads, group, h, slots, call=partial(decode_attention, implemen
   with compat.assume_hopper():
     call = jax.jit(partial(call, **options))
     arguments = (
-      struct((batch, heads * group, h), jnp.bfloat16), struct((LAYERS, batch, heads, slots, 2 * h), jnp.bfloat16),
-      struct((), jnp.int32), struct((batch, heads), jnp.int32),
-    )  # fmt: skip
+      struct((batch, heads * group, h), jnp.bfloat16),
+      struct((LAYERS, batch, heads, slots, 2 * h), jnp.bfloat16),
+      struct((), jnp.int32),
+      struct((batch, heads), jnp.int32),
+    )
     return call.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -123,9 +126,10 @@ def test_lowers_for_cuda(group, h):
 
 
 @needs_mosaic_gpu
-@pytest.mark.parametrize("h, ring, page, stored", [
-  (64, 80, 32, "bfloat16"), (128, 0, 256, "bfloat16"), (128, 272, 32, "int8"), (64, 0, 16, "float8_e4m3fn"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "h, ring, page, stored",
+  [(64, 80, 32, "bfloat16"), (128, 0, 256, "bfloat16"), (128, 272, 32, "int8"), (64, 0, 16, "float8_e4m3fn")],
+)
 def test_pages_lower_for_cuda(h, ring, page, stored):
   """Beside a ring and alone, smaller and larger than a block, in 8 bits and in q's own dtype."""
   struct, (batch, heads, most) = jax.ShapeDtypeStruct, (2, 3, 64)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import compat, warpgroup
+from pallas_kernels.common import compat, warpgroup
 from pallas_kernels.prefill import gpu, prefill_attention
 from tests.kernels.prefill_cases import assert_near, text
 from tests.kernels.suite import lowered_for_cuda, needs_mosaic_gpu, on_hopper
@@ -65,9 +65,10 @@ def test_keys_in_any_order():
   check(24, 100, 1, 5, 64, 16, 0.5, shuffle=True)
 
 
-@pytest.mark.parametrize("group, heads, queries", [
-  (1, 1, 128), (2, 2, 64), (3, 3, 40), (4, 4, 32), (5, 5, 24), (6, 3, 40), (7, 7, 16), (8, 8, 16), (16, 8, 16),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "group, heads, queries",
+  [(1, 1, 128), (2, 2, 64), (3, 3, 40), (4, 4, 32), (5, 5, 24), (6, 3, 40), (7, 7, 16), (8, 8, 16), (16, 8, 16)],
+)
 def test_rows_of_a_tile(group, heads, queries):
   """Every query of every head has a row, cut at the warpgroups' edge and at multiples of 8."""
   tile = gpu.Tile.of(group)

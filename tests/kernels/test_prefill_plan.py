@@ -70,7 +70,7 @@ def text(rng, tokens, window, kept, size):
 
 @pytest.mark.parametrize("window, kept", [(0, 0.1), (24, 0.0), (24, 0.2), (24, 1.0), (100, 0.5)])
 def test_only_what_is_visible_is_visited(window, kept):
-  """Exactly the blocks of kept keys that some query of the tile sees, and the stretch of the band that one sees."""
+  """Exactly the blocks of kept keys that some query of the tile sees, and the range of the band that one sees."""
   block, grain, size = 32, 8, 16
   positions, first, last = text(np.random.default_rng(0), 512, window, kept, size)
   made = plan.make(ints(positions), ints(first), ints(last), block=block, grain=grain)

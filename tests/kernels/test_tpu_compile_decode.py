@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.decode import Pages, decode_attention, tpu
-from pallas_kernels.decode.put import put_slots
+from pallas_kernels.paged.api import write_pages
 from tests.tpu import TOPOLOGIES, devices
 
 pytestmark = pytest.mark.tpu
@@ -86,10 +86,12 @@ def test_writing_slots_compiles(device, most, stored):
   array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
   archives, number, page, width = 64, 20000, 64, 256
   arguments = (
-    array((number, page, width), stored), array((archives, 40), jnp.int32), array((archives, most), jnp.int32),
+    array((number, page, width), stored),
+    array((archives, 40), jnp.int32),
+    array((archives, most), jnp.int32),
     array((archives, most, width), stored),
-  )  # fmt: skip
-  lowered = jax.jit(partial(put_slots, implementation="tpu"), donate_argnums=0).lower(*arguments)
+  )
+  lowered = jax.jit(partial(write_pages, implementation="tpu"), donate_argnums=0).lower(*arguments)
   memory, size = lowered.compile().memory_analysis(), number * page * width
   print(f"{device.device_kind}, {most} slots: {memory.temp_size_in_bytes:,} bytes of temporaries beside {size:,}")
   assert memory.alias_size_in_bytes >= size

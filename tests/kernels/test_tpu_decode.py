@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import compat_tpu
+from pallas_kernels.common import compat_tpu
 from pallas_kernels.decode import Pages, decode_attention, ref, tpu
 from tests.kernels.suite import assert_close, float64, normal
 

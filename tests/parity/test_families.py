@@ -12,13 +12,13 @@ import pytest
 
 import dms_jax
 from dms_jax import checkpoint
+from dms_jax import testing as tiny
 from dms_jax.config import LoRAConfig, RopeScaling
 from dms_jax.convert import convert, export
 from dms_jax.convert.tensors import from_params
 from dms_jax.layers import mlp, rms_norm, rope_tables
 from dms_jax.model import _attention_inputs, embed, forward, unembed
 from dms_jax.params import param_table
-from tests import tiny
 
 # Sums of at most 64 products of numbers of size 1, in float32 and in another order.
 MODULE, LOGITS = 2e-5, 1e-4
@@ -33,7 +33,7 @@ CONFIGS = {
   "qwen2-tied": tiny.config(family="qwen2", qkv_bias=True, num_kv_heads=1),
   "qwen3": tiny.config(family="qwen3", qk_norm=True, tie_embeddings=False, head_dim=32, rms_norm_eps=1e-6),
   "qwen3-tied": tiny.config(family="qwen3", qk_norm=True, num_kv_heads=4),
-}  # fmt: skip
+}
 LENGTH = 80  # beyond the llama3 scaling's 32 trained positions
 
 
@@ -129,11 +129,11 @@ def test_greedy_tokens(pair, torch):
     with torch.no_grad():
       ids = to_torch(prompt).long()
       theirs = hf.generate(  # without a mask, it would guess one from the padding token
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0,
-      )[0, length:].tolist()  # fmt: skip
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0
+      )[0, length:].tolist()
     out = dms_jax.generate(
       model, prompt.tolist(), policy=dms_jax.Vanilla(window=6), max_new_tokens=40, eos=False, prefill_chunk=16,
-      stretch=8,
+      decode_block=8,
     )  # fmt: skip
     assert out.tokens[0] == theirs
 

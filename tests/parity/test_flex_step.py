@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dms_jax.config import PRESETS
-from experiments import flex_attention, flex_step
-from experiments.cases import llama_config
+from experiments.bench import flex_attention, flex_step
+from experiments.bench.cases import llama_config
 
 SHAPE = dataclasses.replace(
   PRESETS["llama-3.2-1b"], num_layers=2, d_model=32, d_ff=48, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=61

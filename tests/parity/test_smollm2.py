@@ -18,7 +18,7 @@ from dms_jax import checkpoint
 from dms_jax.convert import convert, export
 from dms_jax.convert.sources import fetch_wheel
 from dms_jax.convert.tensors import from_params
-from dms_jax.evaluation import text_quality
+from dms_jax.evaluation.text import text_quality
 from dms_jax.model import forward, unembed
 from dms_jax.params import param_table
 from dms_jax.tokenizer import Tokenizer

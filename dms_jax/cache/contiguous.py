@@ -1,0 +1,74 @@
+"""ContiguousCache: ring and archive in one array, in which every head has as many slots as the fullest needs."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import struct
+
+from dms_jax.attention import decode_attention
+from dms_jax.cache.base import storage_dtype, unpacked
+from dms_jax.cache.ring import RingCache
+from pallas_kernels.paged.pages import Pages
+
+
+@struct.dataclass
+class ContiguousCache(RingCache):
+  """`kv` [L, B, K, S, 2H]: ring, then archive."""
+
+  @classmethod
+  def create(cls, layers, batch, heads, head_dim, *, capacity, policy, lag, dtype):
+    """An empty cache whose heads hold at most `capacity` tokens each, the ring's W + 1 included."""
+    ring, page, lead, dtype = policy.window + 1, policy.page, (layers, batch, heads), storage_dtype(dtype)
+    cache = cls(
+      kv=jnp.zeros((*lead, ring, 2 * head_dim), dtype), evicted=jnp.zeros((*lead, ring), bool),
+      archived=jnp.zeros(lead, jnp.int32), seen=jnp.zeros((batch,), jnp.int32),
+      scores=jnp.zeros((*lead, ring), jnp.float32) if policy.scored else None,
+      summaries=jnp.zeros((*lead, 0, 2 * head_dim), dtype) if page else None,
+      window=policy.window, lag=lag, page=page,
+    )  # fmt: skip
+    return cache.grow(max(capacity, ring))
+
+  def grow(self, slots: int) -> ContiguousCache:
+    """The same cache with `slots` slots a head (rounded up to whole pages), for a row that has no room left."""
+    if slots < self.slots:
+      raise ValueError(f"cannot shrink a cache of {self.slots} slots a head to {slots}")
+    extra = slots - self.slots
+    pad = lambda x, n: None if x is None else jnp.pad(x, ((0, 0),) * 3 + ((0, n),) + ((0, 0),) * (x.ndim - 4))
+    if self.page:
+      extra += -slots % self.page
+    return self.replace(
+      kv=pad(self.kv, extra), scores=pad(self.scores, extra), summaries=pad(self.summaries, extra // max(self.page, 1))
+    )
+
+  def _reserved(self, new, most):
+    return jnp.all((new == 0) | (self.ring + self.archived + new <= self.slots), axis=(0, 2)), None
+
+  def _written(self, carry, reserved, layer, target, rows):
+    b, k, _ = target.shape
+    at = layer, jnp.arange(b)[:, None, None], jnp.arange(k)[:, None], target
+    return carry.replace(kv=carry.kv.at[at].set(rows, mode="drop"))
+
+  def _moved(self, carry, reserved, target, rows):
+    lead = jnp.ix_(*(jnp.arange(n) for n in target.shape))
+    return carry.replace(kv=carry.kv.at[(*lead, target)].set(rows, mode="drop", unique_indices=True))
+
+  def _archive(self, carry, reserved, layer):
+    return unpacked(carry.kv[layer, :, :, self.ring :])
+
+  def _archive_at(self, carry, reserved, layer, index):
+    b, k, _ = index.shape
+    return unpacked(carry.kv[layer, jnp.arange(b)[:, None, None], jnp.arange(k)[:, None], self.ring + index])
+
+  def _attended(self, carry, reserved, layer, q, in_ring, archived, mass=False):
+    out = decode_attention(q, carry.kv, layer, in_ring + archived, mass=mass)
+    return (out[0], out[1][0]) if mass else out
+
+  def _attended_pages(self, carry, reserved, layer, q, in_ring, order, length):
+    # The cache's own slots are a pool of pages: a head's ring first, then its archive.
+    _, b, k, slots, width = carry.kv.shape
+    page, first = self.page, self.ring // self.page
+    pairs = ((layer * b + jnp.arange(b)[:, None]) * k + jnp.arange(k)).astype(jnp.int32)
+    ring = jnp.broadcast_to(jnp.arange(first, dtype=jnp.int32), (b, k, first))
+    table = pairs[..., None] * (slots // page) + jnp.concatenate([ring, first + order], axis=-1)
+    pool = carry.kv.reshape(-1, page, width)
+    return decode_attention(q, None, 0, None, pages=Pages(pool, table[None], in_ring + length))

@@ -1,0 +1,200 @@
+"""Rows apart from any cache: what one row holds, on the host.
+
+A *stored row* is a conversation on disk, or one that waits while others need its pages. It goes back, bit by bit as it
+was, into any cache that has room: of another size, in another place, with pages of another size, and from slots into
+pages and back. Only a masked cache, which keeps what was evicted, exchanges rows with its like alone.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Bool, Shaped
+
+from dms_jax.cache import pool as pools
+from dms_jax.cache.base import Cache
+from dms_jax.cache.contiguous import ContiguousCache
+from dms_jax.cache.masked import MaskedCache
+from dms_jax.cache.paged import PagedCache, Store, Table
+from dms_jax.cache.rows import BY_ROW, cut_to
+
+
+@struct.dataclass
+class HostRow:
+  """One row, numpy. `kv` [L, K, W+1, 2H], `evicted` [L, K, W+1], `archived` [L, K], `seen` [].
+
+  `pages` [n, page, 2H] and `scales` [n, page, 2] or None: the archives' pages, of layer 0 head 0 first. `scores` [L, K,
+  S] and `summaries` [L, K, M, 2H], where the policy has them, for as many slots and pages as are used. `page` is
+  that of a policy that selects pages, else 0. Of a masked cache: `kv` and `evicted` of all tokens seen, and no archive.
+  """
+
+  kv: np.ndarray
+  evicted: np.ndarray
+  archived: np.ndarray
+  seen: np.ndarray
+  pages: np.ndarray
+  scales: np.ndarray | None
+  scores: np.ndarray | None
+  summaries: np.ndarray | None
+  window: int = struct.field(pytree_node=False)
+  lag: int = struct.field(pytree_node=False)
+  page: int = struct.field(pytree_node=False)
+  masked: bool = struct.field(pytree_node=False)
+
+  @property
+  def nbytes(self) -> int:
+    """Bytes on the host."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+  @property
+  def page_size(self) -> int:
+    """Slots of each of `pages`."""
+    return self.pages.shape[1]
+
+  def repaged(self, size: int) -> HostRow:
+    """The same row in pages of `size` slots; 1: live slots and nothing else."""
+    if size == self.page_size:
+      return self
+    counts = self.archived.ravel()
+    before, after = live_slots(counts, self.page_size), live_slots(counts, size)
+
+    def moved(x):
+      slots = np.zeros((after.size, x.shape[-1]), x.dtype)
+      slots[after] = x.reshape(-1, x.shape[-1])[before]
+      return slots.reshape(-1, size, x.shape[-1])
+
+    return self.replace(pages=moved(self.pages), scales=None if self.scales is None else moved(self.scales))
+
+
+def live_slots(counts: Shaped[np.ndarray, "heads"], page: int) -> Bool[np.ndarray, "slots"]:
+  """Which slots of the pages of all heads, one head after another, hold one of its `counts` tokens."""
+  slots = -(-counts // page) * page
+  place = np.arange(slots.sum()) - np.repeat(np.cumsum(slots) - slots, slots)
+  return place < np.repeat(counts, slots)
+
+
+def offload_row(cache: Cache, row: int) -> HostRow:
+  """What a row holds, on the host; the cache keeps it too."""
+  get = lambda x: np.asarray(jax.device_get(x[:, row]))
+  same = dict(seen=np.asarray(cache.seen[row]), window=cache.window, lag=cache.lag)
+  if isinstance(cache, MaskedCache):
+    length = int(cache.seen[row])
+    held = lambda x: None if x is None else np.asarray(jax.device_get(x[:, row, :, :length]))
+    kv = held(cache.kv)
+    return HostRow(
+      kv=kv, evicted=held(cache.evicted), archived=np.zeros(kv.shape[:2], np.int32), scores=held(cache.scores),
+      pages=np.zeros((0, 1, kv.shape[-1]), kv.dtype), scales=None, summaries=None, page=0, masked=True, **same,
+    )  # fmt: skip
+  archived = get(cache.archived)
+  size = cache.page_size if isinstance(cache, PagedCache) else 1
+  used = -(-archived // size)
+  most = min(max(int(used.max()), 1), (cache.slots - cache.ring) // size)
+  mine = np.arange(most) < used[..., None]
+  fields = cut_to(cache, get, most * size)
+  if isinstance(cache, PagedCache):
+    numbers = get(cache.table.pages)[..., :most][mine]
+    padded = np.zeros(_power_of_two(len(numbers)), np.int32)  # few shapes, so few compilations
+    padded[: len(numbers)] = numbers
+    pages, scales = (
+      None if x is None else np.asarray(x[padded])[: len(numbers)] for x in (cache.store.pages, cache.store.scales)
+    )
+    scales = None if scales is None else scales.reshape(-1, size, 2)
+  else:
+    pages, scales = fields["kv"][:, :, cache.ring :][:, :, :most][mine][:, None], None
+  fields["kv"] = fields["kv"][:, :, : cache.ring]
+  return HostRow(**fields, pages=pages, scales=scales, page=cache.page, masked=False, **same)
+
+
+def check_fits(cache: Cache, stored: HostRow) -> None:
+  """Raises ValueError where a row is of another model, window or kind than the cache; its size is another matter."""
+  heads = cache.kv.shape[0], cache.kv.shape[2]
+  cells = cache.store.pages.dtype if isinstance(cache, PagedCache) else cache.kv.dtype
+  masked = isinstance(cache, MaskedCache)
+  for name, theirs, ours in (
+    ("layers, KV heads", stored.kv.shape[:2], heads), ("2H", stored.kv.shape[3], cache.kv.shape[4]),
+    ("window", stored.window, cache.window), ("lag", stored.lag, cache.lag),
+    ("dtype", stored.kv.dtype, cache.kv.dtype), ("archive", stored.pages.dtype, cells),
+    ("masked", stored.masked, masked), ("page of the policy", stored.page, 0 if masked else cache.page),
+    ("scores", stored.scores is not None, cache.scores is not None),
+  ):  # fmt: skip
+    if theirs != ours:
+      raise ValueError(f"a stored row with {name} {theirs} does not fit a cache with {ours}")
+
+
+def restore_row(cache: Cache, row: int, stored: HostRow) -> tuple[Cache, bool]:
+  """`stored` in an empty row of `cache`; False where a pool has too few free pages, and the cache is as it was.
+
+  Raises:
+    ValueError: a row of another model, window, archive or policy; or too long for a head of the cache.
+  """
+  check_fits(cache, stored)
+  if isinstance(cache, MaskedCache):
+    return _restored_masked(cache, row, stored), True
+  size = cache.page_size if isinstance(cache, PagedCache) else 1
+  most, places = int(stored.archived.max(initial=0)), (cache.slots - cache.ring) // size
+  if most > places * size:
+    kind = f"table of {places * size}" if isinstance(cache, PagedCache) else f"cache of {places}"
+    raise ValueError(f"a stored row of {most} archive slots does not fit a {kind}")
+  stored = stored.repaged(size)
+  used = (-(-stored.archived // size)).astype(np.int32)
+  fields = {name: getattr(stored, name) for name in BY_ROW}
+  pages = places * size // max(cache.page, 1)
+  for name, axis, full in (("scores", 2, cache.slots), ("summaries", 2, pages)):
+    if fields[name] is not None:
+      fields[name] = _fitted(fields[name], axis, full)
+  if isinstance(cache, ContiguousCache):
+    slots = np.zeros(cache.kv[:, row].shape, stored.kv.dtype)
+    slots[:, :, : cache.ring] = stored.kv
+    slots[:, :, cache.ring :][np.arange(places) < stored.archived[..., None]] = stored.pages[:, 0]
+    return _restored(cache, jnp.int32(row), {**fields, "kv": slots}, stored.seen), True
+  if int(cache.table.pool.count) < used.sum():
+    return cache, False
+  # Pages come in the order of heads, as `offload_row` left them; padded, so that few shapes are compiled.
+  pad = lambda x: None if x is None else _fitted(x, 0, _power_of_two(len(x)))
+  fields["kv"] = _fitted(stored.kv, 2, cache.kv.shape[3])
+  return _restored_pages(cache, jnp.int32(row), fields, stored.seen, used, pad(stored.pages), pad(stored.scales)), True
+
+
+def _fitted(x: np.ndarray, axis: int, size: int) -> np.ndarray:
+  """`x` with zeros added to `axis`, or its end cut off, so that it is `size` long."""
+  widths = [(0, 0)] * x.ndim
+  widths[axis] = (0, max(size - x.shape[axis], 0))
+  return np.take(np.pad(x, widths), np.arange(size), axis=axis) if x.shape[axis] > size else np.pad(x, widths)
+
+
+def _restored_masked(cache: MaskedCache, row: int, stored: HostRow) -> MaskedCache:
+  if int(stored.seen) > cache.slots:
+    raise ValueError(f"a stored row of {int(stored.seen)} tokens does not fit a cache of {cache.slots}")
+  fields = {name: getattr(stored, name) for name in ("kv", "evicted", "scores")}
+  fields = {name: None if x is None else _fitted(x, 2, cache.slots) for name, x in fields.items()}
+  return _restored(cache, jnp.int32(row), fields, stored.seen)
+
+
+@partial(jax.jit, donate_argnames="cache")
+def _restored(cache, row, fields, seen):
+  at = lambda x, new: None if x is None else x.at[:, row].set(new)
+  fields = {name: at(getattr(cache, name), new) for name, new in fields.items()}
+  return cache.replace(**fields, seen=cache.seen.at[row].set(seen))
+
+
+@partial(jax.jit, donate_argnames="cache")
+def _restored_pages(cache, row, fields, seen, used, pages, scales):
+  table, place = cache.table, jnp.arange(cache.table.pages.shape[3])
+  mine = place < used[..., None]
+  pool, numbers = pools.take(table.pool, mine)
+  rank = jnp.cumsum(mine.ravel()).reshape(mine.shape) - 1
+  target = jnp.full(pages.shape[0], cache.pages).at[jnp.where(mine, rank, pages.shape[0])].set(numbers, mode="drop")
+  put = lambda x, new: None if x is None else x.at[target].set(new, mode="drop")
+  at = lambda x, new: x.at[:, row].set(new)
+  scales = None if scales is None else scales.reshape(len(scales), *cache.store.scales.shape[1:])
+  store = Store(put(cache.store.pages, pages), put(cache.store.scales, scales))
+  table = Table(at(table.pages, numbers), at(table.owned, used), pool)
+  return _restored(cache.replace(table=table, store=store), row, fields, seen)
+
+
+def _power_of_two(n: int) -> int:
+  return 1 << max(n - 1, 0).bit_length()

@@ -1,0 +1,181 @@
+"""The likelihood of continuations under a model: one scorer for every task that asks for one.
+
+Texts are cut into tokens as lm-evaluation-harness cuts them. Rows of about one length are scored together, padded
+to a multiple of `BUCKET`, so that few shapes are compiled; every model gets exactly the same batches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from dms_jax import masks
+from dms_jax.model import Eviction, Model, forward, unembed
+from dms_jax.tokenizer import Tokenizer
+
+BUCKET = 256  # tokens that row lengths are rounded up to a multiple of
+TARGETS = 64  # scored tokens a row whose vocabulary-wide logits stand in memory at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+  """A text and the continuations to be scored, of which `choices[answer]` is right.
+
+  `choices` are written after `context` and one space; a question with one choice asks for its likelihood alone.
+  """
+
+  context: str
+  choices: tuple[str, ...]
+  answer: int = 0
+
+
+Span = tuple[int, slice]  # a row's number and which of its targets
+
+
+@dataclasses.dataclass(frozen=True)
+class Passage:
+  """What the model reads, int32 [n], and what is asked of it: the log-probability of `targets` [c] after the tokens at
+  `positions` [c]."""
+
+  tokens: np.ndarray
+  positions: np.ndarray
+  targets: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+  """Log-probabilities of a row's targets, float64 [c], and its cache at the end: `held` int [L, K] (None: dense)."""
+
+  logprobs: np.ndarray
+  held: np.ndarray | None
+
+
+def cut(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
+  """(context, continuation) as ids: the whole text is cut, and what comes after the context's own tokens is scored.
+
+  Raises:
+    ValueError: one of them is left without tokens.
+  """
+  bare = context.rstrip()
+  whole = tokenizer.encode(context + continuation)
+  before = tokenizer.encode(bare)
+  if not before or len(whole) <= len(before):
+    raise ValueError(f"nothing to score: {continuation!r} after {context[-40:]!r}")
+  return before, whole[len(before) :]
+
+
+def rows_of(question: Question, tokenizer: Tokenizer) -> tuple[list[Passage], list[Span]]:
+  """The rows that a question needs, and for each choice the row and the targets that are its tokens.
+
+  Choices of one token each, such as letters, share one row, which ends with the context.
+  """
+  pairs = [cut(tokenizer, question.context, f" {choice}") for choice in question.choices]
+  array = lambda ids: np.asarray(ids, np.int32)
+  if all(len(after) == 1 for _, after in pairs):
+    before = pairs[0][0]
+    row = Passage(array(before), array([len(before) - 1] * len(pairs)), array([after[0] for _, after in pairs]))
+    return [row], [(0, slice(i, i + 1)) for i in range(len(pairs))]
+  rows = [
+    Passage(
+      array(before + after), np.arange(len(before) - 1, len(before) + len(after) - 1, dtype=np.int32), array(after)
+    )
+    for before, after in pairs
+  ]
+  return rows, [(i, slice(None)) for i in range(len(pairs))]
+
+
+def lay_out(questions: Sequence[Question], tokenizer: Tokenizer) -> tuple[list[Passage], list[list[Span]]]:
+  """The rows of all questions end to end, and each question's spans (`rows_of`) in them."""
+  rows: list[Passage] = []
+  spans: list[list[Span]] = []
+  for question in questions:
+    own, parts = rows_of(question, tokenizer)
+    spans.append([(len(rows) + row, part) for row, part in parts])
+    rows += own
+  return rows, spans
+
+
+@jax.jit
+def token_logprobs(
+  model: Model, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], positions: Int[Array, "B C"],
+  targets: Int[Array, "B C"], threshold: Float[Array, ""] | None = None,
+) -> tuple[Float[Array, "B C"], Int[Array, "L B K"] | None]:  # fmt: skip
+  """log p(targets | tokens up to positions), and tokens held at the end of each row (None: dense).
+
+  Args:
+    tokens: right-padded; row b's first `lengths[b]` are real.
+    positions: C is a multiple of `TARGETS`.
+    threshold: evict where a gate's logit exceeds it; None leaves everything visible.
+  """
+  eviction = None if threshold is None else Eviction(threshold=threshold)
+  hidden, z = forward(model, tokens, eviction=eviction)
+  hidden = jnp.take_along_axis(hidden, positions[..., None], axis=1)
+  split = lambda x: jnp.moveaxis(x.reshape(x.shape[0], -1, TARGETS, *x.shape[2:]), 1, 0)
+
+  def part(args):
+    states, wanted = args
+    logits = unembed(model, states)
+    chosen = jnp.take_along_axis(logits, wanted[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+  scored = jnp.moveaxis(jax.lax.map(part, (split(hidden), split(targets))), 0, 1).reshape(targets.shape)
+  if eviction is None:
+    return scored, None
+  evicted = masks.about_key(z > threshold, model.dms.lag(), False)
+  return scored, masks.held_tokens(evicted, model.dms.window, lengths[:, None])
+
+
+def score(
+  models: Sequence[tuple[Model, float | None]],
+  rows: Sequence[Passage],
+  *,
+  batch: int = 1,
+  progress: Callable[[Any], Any] = lambda items: items,
+) -> list[list[Scored]]:
+  """What every model makes of every row, [models][rows].
+
+  Args:
+    models: each with its eviction threshold, None to leave everything visible.
+    batch: rows at a time; the longest come first.
+  """
+  width = -(-max(len(row.targets) for row in rows) // TARGETS) * TARGETS
+  order = sorted(range(len(rows)), key=lambda number: -len(rows[number].tokens))
+  batches = [order[i : i + batch] for i in range(0, len(rows), batch)]
+  out: list[list[Any]] = [[None] * len(rows) for _ in models]
+  for numbers in progress(batches):
+    length = -(-len(rows[numbers[0]].tokens) // BUCKET) * BUCKET
+    tokens = np.zeros((batch, length), np.int32)
+    lengths = np.ones(batch, np.int32)
+    positions, targets = np.zeros((2, batch, width), np.int32)
+    for b, number in enumerate(numbers):
+      row = rows[number]
+      tokens[b, : len(row.tokens)], lengths[b] = row.tokens, len(row.tokens)
+      positions[b, : len(row.positions)], targets[b, : len(row.targets)] = row.positions, row.targets
+    for scored, (model, threshold) in zip(out, models, strict=True):
+      limit = None if threshold is None else jnp.float32(threshold)
+      logprobs, held = jax.device_get(token_logprobs(model, tokens, lengths, positions, targets, limit))
+      for b, number in enumerate(numbers):
+        count = len(rows[number].targets)
+        scored[number] = Scored(logprobs[b, :count].astype(np.float64), None if held is None else held[:, b])
+  return out
+
+
+def scores(question: Question, logprobs: Sequence[np.ndarray]) -> dict[str, float]:
+  """Every metric of one question, from the log-probabilities of each choice's tokens.
+
+  `acc`: the likeliest choice is right, 0 or 100. `acc_norm`: the likeliest by character. `answer_loglik`: of the right
+  choice, nats per token.
+  """
+  total = np.array([values.sum() for values in logprobs])
+  characters = np.array([len(choice) for choice in question.choices])
+  return {
+    "acc": 100.0 * (total.argmax() == question.answer),
+    "acc_norm": 100.0 * ((total / characters).argmax() == question.answer),
+    "answer_loglik": float(logprobs[question.answer].mean()),
+  }

@@ -1,0 +1,186 @@
+"""Quality of a retrofit on a text: perplexity, divergence from the original, and what the cache would hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from dms_jax import cache as caches
+from dms_jax import masks
+from dms_jax.metrics import achieved_cr
+from dms_jax.model import Eviction, Model, cached_forward, check_policy, decision_lag, forward, unembed
+from dms_jax.policies import Policy
+from dms_jax.retrofit.losses import kl_divergence
+
+POSITIONS = 1024  # positions whose vocabulary-wide logits stand in memory at once
+
+
+@partial(jax.jit, static_argnames=("window",))
+def _score(original: Model, model: Model | None, tokens: Int[Array, "B T"], threshold, window: int | None) -> dict:
+  """Sums over the rows' scored positions, and tokens held at the end of each row."""
+  hidden = [forward(original, tokens)[0]]
+  held = None
+  if model is not None:
+    eviction = Eviction(threshold=threshold, window=window) if model.dms else None
+    states, logits = forward(model, tokens, eviction=eviction)
+    hidden.append(states)
+    if logits is not None:
+      evicted = masks.about_key(logits > threshold, model.dms.lag(window), False)
+      held = masks.held_tokens(evicted, model.dms.window if window is None else window)
+  return {**_sums([original, model][: len(hidden)], hidden, tokens), "held": held}
+
+
+@jax.jit
+def _score_policy(
+  original: Model, model: Model, policy: Policy, cache: caches.Cache, tokens: Int[Array, "B T"]
+) -> dict:
+  """The same when `model` decodes every token into the empty `cache` under `policy`, and keys read [L, B, K]."""
+
+  def step(cache, token):
+    out, cache = cached_forward(model, policy, cache, token[:, None], jnp.ones(token.shape, jnp.int32))
+    return cache, (out.hidden[:, 0], out.seen)
+
+  _, (states, seen) = jax.lax.scan(step, cache, tokens.T)
+  hidden = [forward(original, tokens)[0], jnp.moveaxis(states, 0, 1)]
+  sums = _sums([original, model], hidden, tokens)
+  return {**sums, "held": seen.live[-1], "reads": jnp.sum(seen.reads, axis=0)}
+
+
+def _sums(models: list[Model], hidden: list[Float[Array, "B T D"]], tokens: Int[Array, "B T"]) -> dict[str, Array]:
+  """Negative log-likelihoods of one or two models, and the divergence from the first, summed over scored positions."""
+  chunk = min(POSITIONS, tokens.shape[1] - 1)
+  pad = -(tokens.shape[1] - 1) % chunk
+  split = lambda x: jnp.moveaxis(
+    jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2)).reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0
+  )
+  real = jnp.pad(jnp.ones((tokens.shape[1] - 1,), jnp.float32), (0, pad)).reshape(-1, 1, chunk)
+
+  def part(args):
+    states, target, weight = args
+    logits = [unembed(m, h) for m, h in zip(models, states, strict=True)]
+    log_p = [jax.nn.log_softmax(x, axis=-1) for x in logits]
+    nll = [-jnp.take_along_axis(x, target[..., None], axis=-1)[..., 0] * weight for x in log_p]
+    sums = {"nll_original": nll[0].sum()}
+    if len(models) > 1:
+      sums |= {"nll": nll[1].sum(), "kl": (kl_divergence(logits[1], logits[0], "forward") * weight).sum()}
+    return sums
+
+  sums = jax.lax.map(part, ([split(h[:, :-1]) for h in hidden], split(tokens[:, 1:]), real))
+  return jax.tree.map(jnp.sum, sums)
+
+
+def text_quality(
+  original: Model,
+  model: Model | None,
+  tokens: Int[np.ndarray, "n"],
+  length: int,
+  *,
+  threshold: float = 0.0,
+  window: int | None = None,
+  policy: Policy | None = None,
+  batch: int = 1,
+  progress: Callable[[Iterable], Iterable] = lambda items: items,
+) -> dict[str, Any]:
+  """Scores a text in chunks of `length` tokens, every position but a chunk's first; a shorter rest is left out.
+
+  Args:
+    model: the retrofit, under hard decisions; without gates it is scored dense; None scores the original alone.
+    threshold, window: of the eviction; None takes the model's window.
+    policy: the model (the original where that is None) decodes every token, through a cache under this policy, instead.
+    batch: chunks at a time.
+    progress: wraps the iteration over batches.
+
+  Returns:
+    `perplexity_original`, `perplexity`, `perplexity_change` (a share), `kl` = KL(original || model) in nats per token,
+    `achieved_cr` at T = `length`, `held_per_head` float [L, K] (mean tokens held), `chunks`; under a policy also
+    `reads_cr`, the keys that dense attention reads over those read.
+
+  Raises:
+    ValueError: the text is shorter than one chunk.
+  """
+  chunks = len(tokens) // length
+  if not chunks or length < 2:
+    raise ValueError(f"the text has {len(tokens)} tokens: too short for a chunk of {length} (at least 2)")
+  if policy is not None:
+    model = original if model is None else model
+    policy = check_policy(model, policy)
+  rows = np.asarray(tokens[: chunks * length], np.int32).reshape(chunks, length)
+  totals: dict[str, float] = {}
+  held = []
+  for start in progress(range(0, chunks, batch)):
+    part = rows[start : start + batch]
+    if policy is None:
+      out = jax.device_get(_score(original, model, part, threshold, window))
+    else:
+      # A slot a token, whatever the budget, so that budgets share a compilation.
+      cache = caches.create(
+        "contiguous", model.config, batch=len(part), capacity=max(length, policy.window + 1), policy=policy,
+        lag=decision_lag(model, policy.window), dtype=model.dtype,
+      )  # fmt: skip
+      out = jax.device_get(_score_policy(original, model, policy, cache, part))
+    if out["held"] is not None:
+      held.append(out["held"])
+    for name in set(out) - {"held"}:
+      totals[name] = totals.get(name, 0.0) + float(np.sum(out[name], dtype=np.float64))
+  scored = chunks * (length - 1)
+  result: dict[str, Any] = {
+    "length": length,
+    "chunks": chunks,
+    "perplexity_original": float(np.exp(totals["nll_original"] / scored)),
+  }
+  if "kl" in totals:
+    result["perplexity"] = float(np.exp(totals["nll"] / scored))
+    result["perplexity_change"] = result["perplexity"] / result["perplexity_original"] - 1
+    result["kl"] = totals["kl"] / scored
+  if held:
+    all_held = np.concatenate(held, axis=1)  # [L, chunks, K]
+    result["achieved_cr"] = float(achieved_cr(all_held, np.full(chunks, length)))
+    result["held_per_head"] = all_held.mean(axis=1)
+  if policy is not None:
+    heads = model.config.num_layers * model.config.num_kv_heads
+    result["reads_cr"] = chunks * length * (length + 1) / 2 * heads / totals["reads"]
+  return result
+
+
+@partial(jax.jit, static_argnames=("window",))
+def _held_at(model: Model, tokens: Int[Array, "B T"], ends: Int[Array, "P"], threshold, window: int | None) -> Array:
+  """Tokens held by each head after `ends` tokens of each row, int32 [P, L, B, K]."""
+  _, logits = forward(model, tokens, eviction=Eviction(threshold=threshold, window=window))
+  evicted = masks.about_key(logits > threshold, model.dms.lag(window), False)
+  before = jnp.cumsum(evicted, axis=-1, dtype=jnp.int32) - evicted.astype(jnp.int32)  # of the tokens before each
+  outside = jnp.maximum(ends - 1 - (model.dms.window if window is None else window), 0)
+  return ends[:, None, None, None] - jnp.moveaxis(before[..., outside], -1, 0)
+
+
+def held_by_position(
+  model: Model,
+  tokens: Int[np.ndarray, "n"],
+  length: int,
+  points: int,
+  *,
+  threshold: float = 0.0,
+  window: int | None = None,
+  progress: Callable[[Iterable], Iterable] = lambda items: items,
+) -> tuple[Int[np.ndarray, "P"], np.ndarray]:
+  """How a text's chunks of `length` tokens fill each head's cache (arXiv 2506.05345, figure 6).
+
+  Returns:
+    `points` positions spread evenly up to `length`, int [P], and the share of the tokens seen until then that each head
+    holds, mean over chunks, float64 [P, L, K]: 1 / its mean over layers and heads is the achieved CR at that position.
+
+  Raises:
+    ValueError: the model has no gates, the text is shorter than one chunk, or there are more points than tokens.
+  """
+  chunks = len(tokens) // length
+  if not chunks or not 0 < points <= length:
+    raise ValueError(f"{points} positions of chunks of {length} tokens, in a text of {len(tokens)}: too few tokens")
+  ends = np.linspace(length / points, length, points).round().astype(np.int32)
+  rows = np.asarray(tokens[: chunks * length], np.int32).reshape(chunks, 1, length)
+  held = sum(np.asarray(_held_at(model, rows[i], ends, threshold, window), np.float64) for i in progress(range(chunks)))
+  return ends, held[:, :, 0] / chunks / ends[:, None, None]

@@ -1,0 +1,1 @@
+"""Ablations: sweeps, trials, and their report."""

@@ -1,0 +1,162 @@
+"""What an ablation is to run: every combination of a sweep with all its settings, checked before the first run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+from dms_jax import policies
+from dms_jax.config import DMSConfig, LoRAConfig
+from dms_jax.retrofit import DataConfig, RetrofitConfig, schedule
+from dms_jax.retrofit.config import check
+from experiments import retrofit
+from experiments.ablation import sweeps
+from experiments.common import program
+
+TRAINED = "trained.json"  # in a trial's folder, written when its retrofit is finished, with what it cost
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  """What a retrofit is scored on; nothing here trains anew.
+
+  The first `max_tokens` (0: all) of `text` are read in chunks of `length`, every position but a chunk's first scored.
+  `retrofit` is one there is already: then nothing is trained. `checkpoint` is "final" or "cr2", "cr3", ...: what was
+  saved when the target passed that compression. `threshold` and `window` (none: the retrofit's) are the eviction's. At
+  `positions` of a chunk, evenly spread, compression is also reported by layer and head.
+
+  `policy` other than "dms" is a rival: the original decodes the text under it, nothing is trained or retrofitted.
+  `budget`, in tokens a head, is its (window and sinks included).
+  """
+
+  text: str = ""
+  retrofit: str = ""
+  checkpoint: str = "final"
+  length: int = 4096
+  threshold: float = 0.0
+  window: int | None = None
+  max_tokens: int = 0
+  batch: int = 1
+  dtype: Literal["bfloat16", "float32"] = "bfloat16"
+  positions: int = 0
+  policy: Literal["dms", "vanilla", "streamingllm", "h2o", "tova", "random", "quest"] = "dms"
+  budget: int | None = None
+
+  def __post_init__(self):
+    for name, least in (("length", 2), ("max_tokens", 0), ("batch", 1), ("positions", 0), ("window", 0), ("budget", 1)):
+      value = getattr(self, name)
+      if value is not None and value < least:
+        raise ValueError(f"eval.{name}={value} must be {least} or more")
+    if self.positions > self.length:
+      raise ValueError(f"eval.positions={self.positions} must be at most eval.length={self.length}")
+    if (self.budget is None) != (self.policy in ("dms", "vanilla")):
+      raise ValueError(
+        f"eval.policy={self.policy!r} with eval.budget={self.budget}: rivals need one, dms and vanilla none"
+      )
+    if self.policy != "dms" and (self.threshold or self.window is not None or self.positions):
+      raise ValueError(f"eval.policy={self.policy!r} has no gates: eval.threshold, window and positions are theirs")
+    self.rival()
+
+  @property
+  def trained(self) -> bool:
+    """Whether a retrofit of the run's own is scored."""
+    return self.policy == "dms" and not self.retrofit
+
+  def rival(self) -> policies.Policy | None:
+    """The policy to decode under; None for the gates' own.
+
+    Raises:
+      ValueError: its budget is too small.
+    """
+    if self.policy == "dms":
+      return None
+    policy = policies.get(self.policy)(**({} if self.budget is None else {"budget": self.budget}))
+    return policy.resolved(None)
+
+
+SECTIONS = {**retrofit.SECTIONS, "eval": (EvalConfig, {})}
+TYPES = {flag: kind for name, (cls, _) in SECTIONS.items() for flag, kind in program.flag_types(name, cls).items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+  """One combination: what the sweep said, all settings by flag, the same as configs, and where the results go."""
+
+  said: dict[str, Any]
+  whole: dict[str, Any]
+  dms: DMSConfig
+  lora: LoRAConfig
+  retrofit: RetrofitConfig
+  data: DataConfig
+  eval: EvalConfig
+  folder: Path
+  result: Path
+
+  @property
+  def name(self) -> str:
+    return " ".join(f"{flag}={program.spell(value)}" for flag, value in self.said.items()) or "as the flags say"
+
+  @property
+  def retrofit_path(self) -> Path:
+    """The checkpoint to score."""
+    return Path(self.eval.retrofit) if self.eval.retrofit else self.folder / self.eval.checkpoint
+
+
+def trial(said: dict[str, Any], whole: dict[str, Any], base: str, root: Path) -> Trial:
+  """A combination, checked.
+
+  Raises:
+    ValueError: a value is refused, or they do not go together; names the combination.
+  """
+  where = "--sweep: " + (" ".join(f"{flag}={program.spell(value)}" for flag, value in said.items()) or "no field")
+  try:
+    configs = {name: program.read_flags(name, cls, whole) for name, (cls, _) in SECTIONS.items()}
+    evaluation, settings = configs["eval"], configs["retrofit"]
+    trained = {flag: value for flag, value in said.items() if not flag.startswith("eval.")}
+    if not evaluation.trained and trained:
+      ready = (
+        f"eval.retrofit={evaluation.retrofit}" if evaluation.policy == "dms" else f"eval.policy={evaluation.policy}"
+      )
+      raise ValueError(f"{ready} trains nothing, so {sorted(trained)} change nothing")
+    if not evaluation.trained and evaluation.checkpoint != "final":
+      raise ValueError("eval.checkpoint is one of a run's: here nothing is trained")
+    if evaluation.trained:
+      check(configs["dms"], configs["lora"], settings)
+      if settings.trainable != "lora" and (given := [flag for flag in said if flag.startswith("lora.")]):
+        raise ValueError(f"retrofit.trainable={settings.trainable!r} has no low-rank updates for {given} to change")
+      crs = [cr for cr in range(2, int(settings.final_cr) + 1) if schedule.step_of_cr(settings, cr) <= settings.steps]
+      saved = ["final", *(f"cr{cr}" for cr in crs)]
+      if evaluation.checkpoint not in saved:
+        raise ValueError(f"eval.checkpoint={evaluation.checkpoint!r} is none of {saved}, which a run saves")
+  except ValueError as error:
+    raise ValueError(f"{where}: {error}") from None
+  scored = {flag: value for flag, value in whole.items() if flag.startswith("eval.")}
+  if not evaluation.trained:
+    about = {"retrofit": evaluation.retrofit} if evaluation.policy == "dms" else {"policy": evaluation.policy}
+    folder = root / f"{program.label(about)}-{program.fingerprint([base, about])}"
+  else:
+    resolved = {"checkpoint": base, **{flag: value for flag, value in whole.items() if flag not in scored}}
+    folder = root / f"{program.label(trained)}-{program.fingerprint(resolved)}"
+    # Another sweep may have come to the same settings by other fields.
+    folder = next(iter(sorted(root.glob(f"*-{folder.name.rpartition('-')[2]}"))), folder)
+  label = program.label(
+    {flag: value for flag, value in said.items() if flag in scored and flag[5:] not in ("retrofit", "policy")}
+  )
+  return Trial(
+    said, whole, **configs, folder=folder, result=folder / "quality" / f"{label}-{program.fingerprint(scored)}.json"
+  )
+
+
+def trials(base: str, groups: list[str], root: Path) -> list[Trial]:
+  """Every combination of `groups`, each once, in order, for the checkpoint at `base`.
+
+  Raises:
+    ValueError: nothing to sweep, a value is refused, or the command line sets what is swept.
+  """
+  given = {flag: value for flag, value in program.flag_values().items() if flag in TYPES}
+  said = [each for group in groups for each in sweeps.product(group, TYPES)]
+  if twice := sorted({flag for each in said for flag in each if program.FLAGS[flag].present}):
+    raise ValueError(f"{', '.join('--' + flag for flag in twice)}: given as a flag and swept; leave one of them out")
+  runs = sweeps.unique((each, given | each) for each in said or [{}])
+  return [trial(each, whole, base, root) for each, whole in runs]

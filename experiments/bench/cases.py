@@ -1,0 +1,133 @@
+"""What benchmarks that run case by case share: names, guarding, bars, and results that later runs add to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from dms_jax.config import ModelConfig
+from dms_jax.convert.families import config_to_hf
+from experiments.common import program
+
+
+@dataclasses.dataclass(frozen=True)
+class Bar:
+  """What a figure called `name` should reach: `value` at least, or at most."""
+
+  name: str
+  value: float
+  most: bool = False
+
+  def __str__(self) -> str:
+    return f"{self.name} {'<=' if self.most else '>='} {self.value:g}"
+
+  def reached(self, row: dict[str, Any]) -> bool:
+    return row[self.name] <= self.value if self.most else row[self.name] >= self.value
+
+
+def chosen(names: Iterable[str], wanted: tuple[str, ...]) -> list[str]:
+  """The names that are wanted, or begin so, in their order; all if none is wanted.
+
+  Raises:
+    ValueError: a wanted one that none is or begins with.
+  """
+  names = list(names)
+  unknown = [name for name in wanted if not any(key.startswith(name) for key in names)]
+  if unknown:
+    raise ValueError(f"--cases: no case is called {', '.join(unknown)}, or begins so; there are {', '.join(names)}")
+  return [key for key in names if not wanted or any(key.startswith(name) for name in wanted)]
+
+
+class Runner:
+  """Runs cases one by one, guarded: a failure or the end of time becomes a row that says so."""
+
+  def __init__(self, seconds: float, about: dict | None = None):
+    self.end = time.monotonic() + seconds
+    self.about = about or {}
+    self.rows: dict[str, dict] = {}
+
+  def __call__(self, name: str, about: dict, f: Callable[[], dict]) -> dict:
+    row, start = {"name": name} | about, time.monotonic()
+    try:
+      row |= f() if start < self.end else {"skipped": "out of time"}
+    except Exception as error:  # whatever a kernel or its compiler raises, the other cases stand
+      row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    row["took_s"] = round(time.monotonic() - start, 2)
+    self.rows[name] = row | self.about
+    program.log("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
+    return row
+
+
+def apart(module: str, what: dict[str, Any], timeout: float) -> dict[str, Any]:
+  """`module.measure(**what)`, both as JSON objects, in a process of its own: so that two frameworks do not share a
+  device's memory. {"skipped": why} if it fails or takes longer than `timeout` seconds."""
+  source = f"import json, sys, {module} as it; print(json.dumps(it.measure(**json.loads(sys.argv[1]))))"
+  try:
+    done = subprocess.run(
+      [sys.executable, "-c", source, json.dumps(what)], capture_output=True, text=True, timeout=timeout
+    )
+  except subprocess.TimeoutExpired:
+    return {"skipped": f"not done within {timeout:g} s"}
+  lines = done.stdout.strip().splitlines()
+  if done.returncode or not lines:
+    return {"skipped": " ".join((done.stderr.strip().splitlines() or ["no output"])[-1].split())[:300]}
+  try:
+    return json.loads(lines[-1])
+  except json.JSONDecodeError:
+    return {"skipped": f"printed no result but: {lines[-1][:200]}"}
+
+
+def llama_config(config: ModelConfig) -> dict[str, Any]:
+  """Arguments of transformers' LlamaConfig for a model of this shape."""
+  fields = config_to_hf(config, "float32")
+  return {name: x for name, x in fields.items() if name not in ("architectures", "model_type", "torch_dtype", "dtype")}
+
+
+def measured(row: dict[str, Any]) -> bool:
+  """Whether a row holds a result."""
+  return not {"error", "skipped"} & row.keys()
+
+
+def judged(row: dict[str, Any], bars: tuple[Bar, ...]) -> dict[str, Any]:
+  """`row` with its bars and whether they are reached; a bar whose figure was not measured is neither."""
+  bars = tuple(bar for bar in bars if row.get(bar.name) is not None)
+  if not bars:
+    return row
+  return row | {"bar": ", ".join(map(str, bars)), "reached": all(bar.reached(row) for bar in bars)}
+
+
+def merged(path: Path, rows: dict[str, dict], order: Iterable[str]) -> list[dict]:
+  """Rows of an earlier run's file at `path`, then `rows`, which replace those of the same name unless they failed."""
+  old = {row["name"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
+  for name, row in rows.items():
+    if measured(row) or not measured(old.get(name, {"error": "none"})):
+      old[name] = row
+  place = {name: i for i, name in enumerate(order)}
+  return sorted(old.values(), key=lambda row: place.get(row["name"], len(place)))
+
+
+def check_same(path: Path, about: dict) -> None:
+  """Raises ValueError where the file at `path` holds rows of another device or scale: they would be taken for these."""
+  for row in json.loads(path.read_text())["rows"] if path.exists() else ():
+    for name in ("device", "scale"):
+      if row.get(name) != about[name]:
+        raise ValueError(
+          f"--output={path.parent}: row {row['name']} there is of {name} {row.get(name)!r}, this run of "
+          f"{about[name]!r}; choose another folder"
+        )
+
+
+def table(rows: list[dict], columns: tuple[str, ...]) -> str:
+  """The rows as Markdown; what failed says why in its third column."""
+  lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+  for row in rows:
+    why = row.get("error", row.get("skipped", ""))
+    cells = [row.get(c, why if c == columns[2] else "") for c in columns]
+    lines.append("| " + " | ".join(f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells) + " |")
+  return "\n".join(lines)

@@ -1,0 +1,324 @@
+"""The cases of `experiments.bench_generate --cases`: what is measured of each, and the bars they are held to.
+
+Llama-3.2-1B's shape with random weights, its evictions drawn: a head holds exp(0.8 N(0, 1)) times the mean, the window
+at least, and the mean is such that the achieved CR is 8 at each length (`experiments.bench.synthetic`). SmolLM2's shape, its
+heads holding what its retrofit to CR 8 made them hold of a text. How a point is measured: `generate_points`.
+
+    memory        device memory of a cache against the dense one's, as the runtime reports it
+    step          a decode step at each batch and length: its roofline, and the dense cache where that fits
+    concurrency   rows and tokens/s under one budget of bytes
+    energy        joules a token by NVML: equal rows, and as many as the budget holds
+    first_token   reading a prompt in chunks, until its first token is on the host
+    scaling       tokens/s against the bytes of a cache, and of chains that share a prompt
+    transformers  its `generate` with a static cache and torch.compile, in a process of its own
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from dms_jax.config import PRESETS, ModelConfig
+from experiments.bench import synthetic
+from experiments.bench.cases import Bar, apart, llama_config
+from experiments.bench.generate_points import KINDS, Bench, Energy, Kind, Point, Programs, Shape, bytes_in_use, report
+
+GATES = Path(__file__).parent / "results/ablate/compression/ablation.json"  # what heads hold, for SmolLM2
+RETROFIT = "smollm2-135m-cr8"
+IN_ROOFLINE = (Bar("of_roofline", 0.75),)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """`dense_tokens`: the most that a dense cache is made for; `width`: rows beside transformers and of equal energy;
+  `prompts`: {tokens: most that DMS may take of dense's time}; `memory_rows`: so many that the up to 128 MiB an array by
+  which a runtime's allocator rounds up hardly count; `quantised`: (shape, rows, tokens) whose archive in 8 bits is held
+  against dense 16; `retrofitted`: (rows, tokens) of SmolLM2's shape."""
+
+  shape: Shape
+  contexts: tuple[int, ...] = (8192, 32768)
+  batches: tuple[int, ...] = (1, 8, 32, 128)
+  dense_tokens: int = 2**20
+  budget: int = 2**33
+  width: int = 32
+  prompts: tuple[tuple[int, float], ...] = ((4096, 1.05), (32768, 0.65))
+  chunk: int = 4096
+  memory_rows: int = 64
+  quantised: tuple[Shape, int, int] = (Shape(PRESETS["llama-3.2-3b"], window=64), 4, 65536)
+  new_tokens: int = 48
+  retrofitted: tuple[int, int] = (32, 8192)
+  energy_seconds: float = 2.0
+
+  @property
+  def context(self) -> int:
+    """The length of all cases that have one."""
+    return self.contexts[0]
+
+
+FULL = Setup(Shape(PRESETS["llama-3.2-1b"], window=256))
+TINY = ModelConfig(num_layers=2, d_model=32, d_ff=48, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=97)
+SMALL = Setup(
+  Shape(TINY, window=4, cr=4, dtype="float32", page=4, steps=2), contexts=(64, 96), batches=(1, 2), dense_tokens=128,
+  budget=2**17, width=2, prompts=((24, 1e3), (48, 1e3)), chunk=16, memory_rows=2,
+  quantised=(Shape(TINY, window=1, cr=8, dtype="float32", page=4), 2, 96), new_tokens=4, retrofitted=(2, 96),
+  energy_seconds=0.05,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """`about`: what a row says of it. `run()`: its figures. `start()` begins to compile what they need."""
+
+  about: dict[str, Any]
+  run: Callable[[], dict[str, Any]]
+  bars: tuple[Bar, ...] = ()
+  start: Callable[[], None] = lambda: None
+
+
+class Suite:
+  """The cases of a setup.
+
+  Args:
+    bandwidth: bytes a second that the device reads.
+    seconds: of each timing.
+    workers: programs compiled side by side.
+    rival: what transformers took, as `static_transformers.measure` gives it.
+  """
+
+  def __init__(self, setup: Setup, bandwidth: float, *, seconds: float, workers: int, rival: dict | None = None):
+    self.setup, self.rival, self.energy = setup, rival or {"skipped": "was not run"}, Energy()
+    self._make = lambda shape: Bench(shape, bandwidth, self.programs, self.energy, seconds)
+    self.programs = Programs(workers)
+    self.bench = self._make(setup.shape)
+    self._retrofitted: Bench | None = None
+
+  def retrofitted(self) -> Bench:
+    """SmolLM2's shape with the shares that its gates keep; the setup's own where that is tiny."""
+    if self._retrofitted is None:
+      shape = self.setup.shape
+      if shape.config is not TINY:
+        runs = json.loads(GATES.read_text())["runs"]
+        found = next(run for run in runs if run["run"].endswith(RETROFIT))
+        held = tuple(map(tuple, found["held_per_head"]))
+        shape = Shape(PRESETS["smollm2-135m"], window=64, held=held, held_at=found["length"])
+      self._retrofitted = self._make(shape)
+    return self._retrofitted
+
+  def _start(self, points: Callable[[], Iterable[Point]] | Iterable[Point]) -> Callable[[], None]:
+    """Of a case that needs these points of the setup's shape."""
+
+    def start() -> None:
+      for point in points() if callable(points) else points:
+        self.bench.start(point)
+
+    return start
+
+  def cases(self) -> dict[str, Case]:
+    """All cases by name, in the order in which they run."""
+    return {
+      **self._memory(), **self._steps(), **self._concurrency(), **self._energy(), **self._first_tokens(),
+      **self._scaling(), **self._transformers(),
+    }  # fmt: skip
+
+  # Points ---------------------------------------------------------------------------------------------------------
+
+  def _point(self, kind: Kind, batch: int, tokens: int, chains: bool = False) -> Point:
+    """A point in a cache for the longest text, so that one program serves all lengths."""
+    longest = max(self.setup.contexts)
+    if kind == "dense":
+      longest = max((c for c in self.setup.contexts if c * batch <= self.setup.dense_tokens), default=tokens)
+    return Point(kind, batch, tokens, longest, chains)
+
+  def _pair(self, batch: int, tokens: int) -> dict[Kind, Point]:
+    """A point of DMS, and one of the dense cache where that fits."""
+    kinds = KINDS if batch * tokens <= self.setup.dense_tokens else ("dms",)
+    return {kind: self._point(kind, batch, tokens) for kind in kinds}
+
+  def _budgeted(self) -> dict[Kind, Point]:
+    """As many rows as the budget holds; of the dense cache, of its keys and values alone."""
+    context, config = self.setup.context, self.setup.shape.config
+    size = 2 if self.setup.shape.dtype == "bfloat16" else 4
+    row = config.num_layers * config.num_kv_heads * context * 2 * config.head_dim * size
+    rows = self.bench.rows_in(self.setup.budget, context)
+    return {
+      "dms": Point("dms", rows, context, context),
+      "dense": self._point("dense", max(self.setup.budget // row, 1), context),
+    }
+
+  # Cases ------------------------------------------------------------------------------------------------------------
+
+  def _memory(self) -> dict[str, Case]:
+    setup = self.setup
+
+    def run(bench: Bench, rows: int, tokens: int, archive: str | None) -> dict[str, Any]:
+      taken = {}
+      for kind in KINDS:
+        model, policy = bench.model(kind), bench.shape.policy(kind, tokens)
+        before = bytes_in_use()
+        shape = bench.cache_shape(kind, rows, tokens, archive=archive if kind == "dms" else None)
+        cache = jax.block_until_ready(synthetic.filled(shape, model, policy, tokens=tokens))
+        taken[kind] = bytes_in_use() - before
+        cr = tokens / float(cache.live().mean())
+        del cache
+      row = {
+        "CR": cr,
+        "bytes": taken["dms"],
+        "dense_bytes": taken["dense"],
+        "bytes_ratio": taken["dense"] / taken["dms"],
+      }
+      return row if archive else row | {"over_ideal": taken["dms"] / (taken["dense"] / cr)}
+
+    rows, tokens = setup.memory_rows, setup.context
+    shape, wide_rows, long = setup.quantised
+    about = {"case": f"B{rows} T{tokens}"}
+    wide = {"case": f"H{shape.config.head_dim} W{shape.window} B{wide_rows} T{long}", "archive": "int8"}
+    return {
+      f"memory_{label(tokens)}": Case(
+        about, lambda: run(self.bench, rows, tokens, None), (Bar("over_ideal", 1.15, most=True),)
+      ),
+      f"memory_{label(tokens)}_int8": Case(about | {"archive": "int8"}, lambda: run(self.bench, rows, tokens, "int8")),
+      f"memory_{label(long)}_int8": Case(
+        wide, lambda: run(self._make(shape), wide_rows, long, "int8"), (Bar("bytes_ratio", 15),)
+      ),
+    }
+
+  def _steps(self) -> dict[str, Case]:
+    found = {}
+    for tokens in self.setup.contexts:
+      for batch in self.setup.batches:
+        pair = self._pair(batch, tokens)
+        found[f"step_b{batch}_{label(tokens)}"] = Case(
+          {"case": f"B{batch} T{tokens}"},
+          lambda pair=pair: report({k: self.bench.point(p) for k, p in pair.items()}),
+          IN_ROOFLINE,
+          self._start(pair.values()),
+        )
+    batch, tokens = self.setup.retrofitted
+    pair = {kind: Point(kind, batch, tokens, tokens) for kind in KINDS}
+    found[f"step_smollm2_b{batch}_{label(tokens)}"] = Case(
+      {"case": f"SmolLM2 B{batch} T{tokens}"},
+      lambda: report({kind: self.retrofitted().point(point) for kind, point in pair.items()}),
+      IN_ROOFLINE,
+      lambda: [self.retrofitted().start(point) for point in pair.values()] and None,
+    )
+    return found
+
+  def _concurrency(self) -> dict[str, Case]:
+    def run() -> dict[str, Any]:
+      points = self._budgeted()
+      ours, dense = (self.bench.point(points[kind]) for kind in ("dms", "dense"))
+      rows, dense_rows = points["dms"].batch, points["dense"].batch
+      return {
+        **ours, "rows": rows, "dense_rows": dense_rows, "rows_ratio": rows / dense_rows, "dense_ms": dense["ms"],
+        "dense_tokens_per_s": dense["tokens_per_s"],
+        "throughput_ratio": ours["tokens_per_s"] / dense["tokens_per_s"],
+      }  # fmt: skip
+
+    bars = Bar("rows_ratio", 7.5), Bar("throughput_ratio", 6)
+    about = {"case": f"{self.setup.budget / 2**30:.3g} GiB T{self.setup.context}"}
+    return {"concurrency": Case(about, run, bars, self._start(lambda: self._budgeted().values()))}
+
+  def _energy(self) -> dict[str, Case]:
+    def run(points: dict[Kind, Point]) -> dict[str, Any]:
+      if self.energy() is None:
+        return {"skipped": f"no energy is counted: {self.energy.why}"}
+      joules = {k: self.bench.point(p, self.setup.energy_seconds)["joules_per_token"] for k, p in points.items()}
+      return {
+        "joules_per_token": joules["dms"],
+        "dense_joules_per_token": joules["dense"],
+        "energy_ratio": joules["dense"] / joules["dms"],
+        "rows": points["dms"].batch,
+        "dense_rows": points["dense"].batch,
+      }
+
+    equal = self._pair(self.setup.width, self.setup.context)
+    return {
+      "energy_equal": Case({"case": f"B{self.setup.width} T{self.setup.context}"}, lambda: run(equal), (),
+                           self._start(equal.values())),
+      "energy_budget": Case({"case": f"{self.setup.budget / 2**30:.3g} GiB T{self.setup.context}"},
+                            lambda: run(self._budgeted()), (Bar("energy_ratio", 3),),
+                            self._start(lambda: self._budgeted().values())),
+    }  # fmt: skip
+
+  def _first_tokens(self) -> dict[str, Case]:
+    def run(tokens: int) -> dict[str, Any]:
+      ours, dense = (self.bench.first_token(kind, tokens, chunk) for kind in ("dms", "dense"))
+      return {"ms": ours["s"] * 1e3, "dense_ms": dense["s"] * 1e3, "CR": ours["CR"], "slowdown": ours["s"] / dense["s"]}
+
+    chunk = self.setup.chunk
+    return {
+      f"first_token_{label(tokens)}": Case(
+        {"case": f"B1 T{tokens} chunks of {chunk}"},
+        lambda tokens=tokens: run(tokens),
+        (Bar("slowdown", most, True),),
+        lambda tokens=tokens: [self.bench.start_prompt(kind, tokens, chunk) for kind in KINDS] and None,
+      )
+      for tokens, most in self.setup.prompts
+    }
+
+  def _scaling(self) -> dict[str, Case]:
+    context = self.setup.context
+    points = {
+      kind: [self._point(kind, b, context) for b in self.setup.batches if b * context <= self.setup.dense_tokens]
+      for kind in KINDS
+    }
+    chains = [self._point("dms", batch, context, chains=True) for batch in self.setup.batches]
+
+    def line(points: list[Point], value: Callable[[Point, dict], float]) -> list[list[float]]:
+      found = [(point, self.bench.point(point)) for point in points]
+      return [[value(point, at), at["tokens_per_s"], point.batch, at["used_bytes"] / 2**30] for point, at in found]
+
+    def by_budget() -> dict[str, Any]:
+      taken = lambda point, at: point.batch * synthetic.nbytes(self.bench.cache_shape(point.kind, 1, context)) / 2**30
+      more = {"dms": [self._budgeted()["dms"]], "dense": []}
+      return {"series": {kind: line(points[kind] + more[kind], taken) for kind in KINDS}}
+
+    every = lambda: [*points["dms"], *points["dense"], self._budgeted()["dms"]]
+    columns = ["tokens/s", "rows", "GiB used"]
+    of_budget = {"case": f"T{context}", "columns": ["GiB", *columns]}
+    of_chains = {"case": f"T{context}, chains of one prompt", "columns": ["chains", *columns]}
+    by_chains = lambda: {"series": {"dms": line(chains, lambda point, _: point.batch)}}
+    return {
+      "scaling_budget": Case(of_budget, by_budget, (), self._start(every)),
+      "scaling_chains": Case(of_chains, by_chains, (), self._start(chains)),
+    }
+
+  def _transformers(self) -> dict[str, Case]:
+    width, context = self.setup.width, self.setup.context
+    pair = self._pair(width, context)
+
+    def run() -> dict[str, Any]:
+      if "skipped" in self.rival:
+        return self.rival
+      rival = {
+        f"transformers_{name}" if name in ("step_s", "tokens_per_s", "first_token_s") else name: value
+        for name, value in self.rival.items()
+      }
+      points = {kind: self.bench.point(point) for kind, point in pair.items()}
+      ratio = lambda kind: points[kind]["tokens_per_s"] / self.rival["tokens_per_s"]
+      return report(points) | rival | {"transformers_ratio": ratio("dms"), "dense_transformers_ratio": ratio("dense")}
+
+    about = {"case": f"B{width} T{context}"}
+    return {"transformers": Case(about, run, (Bar("transformers_ratio", 3),), self._start(pair.values()))}
+
+
+def label(tokens: int) -> str:
+  """A length as part of a case's name: "8k"."""
+  return f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)
+
+
+def names(setup: Setup) -> list[str]:
+  """Of all cases, without a device being touched."""
+  return list(Suite(setup, 1.0, seconds=1.0, workers=1).cases())
+
+
+def run_transformers(setup: Setup, timeout: float = 240.0) -> dict[str, Any]:
+  """What transformers takes, in a process of its own: `static_transformers.measure`'s result."""
+  what = {"config": llama_config(setup.shape.config), "batch": setup.width, "tokens": setup.context - setup.new_tokens,
+          "new_tokens": setup.new_tokens, "dtype": setup.shape.dtype}  # fmt: skip
+  return apart("experiments.bench.static_transformers", what, timeout)

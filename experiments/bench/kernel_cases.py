@@ -1,0 +1,325 @@
+"""The cases of `experiments.bench_kernels`: shapes, what is measured of each, and the bars they are held to.
+
+Decode: a chain of calls over the layers of a cache in one compiled program, the layer by index; the layers are large
+enough together that the L2 cache serves none of them. "CR 8" means ragged live lengths, exp(0.8 N(0, 1)) times a mean
+of S / 8. The floor is the bytes of live keys and values (and scales) over the measured read bandwidth. Prefill: a text
+of which each head keeps a random T / CR tokens, the window included, and all of it at CR 1; the floor is dense
+attention's time times the share of its pairs that are visible. Retrofit: causal attention with the training bias,
+forward alone and with the backward pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.bench import cases
+from experiments.bench.cases import Bar
+from pallas_kernels import decode, prefill
+from pallas_kernels import window_bias as retrofit
+from pallas_kernels.common import bench
+from pallas_kernels.decode import Pages
+
+CALLS = 64  # of a decode chain; with 16 the smallest cases were sometimes bound by the host
+# Of two implementations in bfloat16: each rounds weights and results to half a unit in the last place, 2^-9.
+SAME = Bar("difference", 8e-3, most=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode:
+  """B rows, K KV heads, G queries each of size H, S slots a head; `layers` in the cache.
+
+  `pages` is the slots of a page, 0 for a contiguous cache; pages hold q's dtype, or `stored`. The first `ring` slots
+  are contiguous beside them, in q's dtype.
+  """
+
+  batch: int
+  heads: int
+  group: int
+  size: int
+  slots: int
+  layers: int = 2
+  cr: float = 8
+  pages: int = 0
+  stored: str = "bfloat16"
+  ring: int = 0
+  bars: tuple[Bar, ...] = ()
+
+  def __str__(self) -> str:
+    pages = f" pages{self.pages} {self.stored}" if self.pages else ""
+    ring = f" ring{self.ring}" if self.ring else ""
+    return f"B{self.batch} K{self.heads} G{self.group} H{self.size} S{self.slots}{pages}{ring}"
+
+  def shrunk(self) -> Decode:
+    """The same, small enough for anything that runs Python, and without bars."""
+    slots = 128 if self.slots < 32768 else 256
+    return dataclasses.replace(
+      self, batch=2, heads=2, slots=slots, layers=2, pages=min(self.pages, 16), ring=min(self.ring, 9), bars=()
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+  """T tokens, N query and K KV heads of size H, window W; `kind` "prefill" (at `cr`) or "retrofit"."""
+
+  kind: str
+  batch: int
+  tokens: int
+  queries: int
+  heads: int
+  size: int
+  window: int
+  cr: float = 8
+  bars: tuple[Bar, ...] = ()
+
+  def __str__(self) -> str:
+    return f"B{self.batch} T{self.tokens} N{self.queries} K{self.heads} H{self.size} W{self.window}"
+
+  def shrunk(self) -> Text:
+    return dataclasses.replace(self, batch=1, tokens=256, queries=4, heads=2, size=64, window=16, bars=())
+
+
+CASES: dict[str, Decode | Text] = {
+  "decode_b32_cr8": Decode(32, 8, 4, 128, 8192, bars=(Bar("dense_ratio", 6.5), Bar("of_floor", 0.8))),
+  "decode_b32_cr1": Decode(32, 8, 4, 128, 8192, cr=1, bars=(Bar("of_floor", 0.95),)),
+  "decode_b8_s32k_cr8": Decode(8, 8, 4, 128, 32768, bars=(Bar("dense_ratio", 6.5),)),
+  "decode_h64_cr8": Decode(8, 8, 4, 64, 8192, 16, bars=(Bar("dense_ratio", 5),)),
+  "decode_b1_s32k_cr8": Decode(1, 8, 4, 128, 32768, 16, bars=(Bar("dense_ratio", 5),)),
+  "pages_b32_cr8": Decode(32, 8, 4, 128, 8192, pages=32, bars=(Bar("contiguous_ratio", 0.9),)),
+  "pages_h64_cr8": Decode(8, 8, 4, 64, 8192, 16, pages=32, bars=(Bar("contiguous_ratio", 0.9),)),
+  "pages_int8_b32_cr8": Decode(32, 8, 4, 128, 8192, pages=32, stored="int8"),
+  "pages_float8_b32_cr8": Decode(32, 8, 4, 128, 8192, pages=32, stored="float8_e4m3fn"),
+  "pages_ring_b32_cr8": Decode(32, 8, 4, 128, 8192, pages=32, ring=257, bars=(Bar("contiguous_ratio", 0.9),)),
+  "pages_ring_int8_b32_cr8": Decode(32, 8, 4, 128, 8192, pages=32, stored="int8", ring=257),
+  "prefill_cr8": Text("prefill", 1, 32768, 32, 8, 128, 256, bars=(Bar("dense_ratio", 5),)),
+  "prefill_cr1": Text("prefill", 1, 32768, 32, 8, 128, 256, cr=1, bars=(Bar("dense_ratio", 0.9),)),
+  "retrofit_t8192": Text(
+    "retrofit", 1, 8192, 32, 8, 128, 256, bars=(Bar("dense_slowdown", 1.8, most=True), Bar("flex_ratio", 15))
+  ),
+  "retrofit_t32768": Text("retrofit", 1, 32768, 32, 8, 128, 256, bars=(Bar("flex_ratio", 13),)),
+  "retrofit_h64": Text("retrofit", 2, 4096, 32, 8, 64, 64),
+}
+
+
+def growth(small: bool) -> dict[str, tuple[str, float, Decode]]:
+  """{name: (axis, value, case)}: decode against compression, length and batch."""
+  base = Decode(8, 8, 4, 128, 8192, 16)
+  if small:
+    base = base.shrunk()
+  change = dataclasses.replace
+  ratios = (1, 4) if small else (1, 2, 4, 8, 16)
+  lengths = (128, 256) if small else tuple(2**n for n in range(10, 18))
+  batches = (1, 2) if small else (1, 2, 4, 8, 16, 32, 64)
+  # Where fewer would do, 2 GiB in up to 16 layers: more is live then than L2 holds.
+  layers = lambda slots, batch: base.layers if small else int(np.clip(2**19 // (slots * batch), 1, 16))
+  points = [("CR", cr, change(base, cr=cr)) for cr in ratios]
+  points += [("length", s, change(base, slots=s, layers=layers(s, base.batch))) for s in lengths]
+  points += [("batch", b, change(base, batch=b, layers=layers(base.slots, b))) for b in batches]
+  return {f"growth_{axis.lower()}_{value:g}": (axis, value, case) for axis, value, case in points}
+
+
+def dense_attention(q, k, v, causal: bool):
+  """JAX's own: cuDNN on a GPU."""
+  implementation = "cudnn" if jax.default_backend() == "gpu" else "xla"
+  return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=implementation)
+
+
+def chain(attend: Callable, layers: int) -> Callable:
+  """One program of `CALLS` calls `attend(q, layer, ...)`, the queries of each the output of the one before.
+
+  The call is a jitted function, which is lowered once: of a kernel, that takes seconds.
+  """
+  attend = jax.jit(attend)
+
+  def run(q, *args):
+    for number in range(CALLS):
+      q = attend(q, jnp.int32(number % layers), *args)
+    return q
+
+  return jax.jit(run)
+
+
+def queries(case: Decode) -> jax.Array:
+  return jax.random.normal(jax.random.key(0), (case.batch, case.heads * case.group, case.size), jnp.bfloat16)
+
+
+@functools.cache
+def dense_decode(batch: int, heads: int, group: int, size: int, slots: int, layers: int) -> float:
+  """Microseconds of dense attention over all slots, keys and values apart as cuDNN wants them."""
+  shape = batch, slots, heads, size
+  keys = [jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in range(layers)]
+  values = [k + 1 for k in keys]
+
+  @jax.jit
+  def run(q, keys, values):
+    for number in range(CALLS):
+      q = dense_attention(q[:, None], keys[number % layers], values[number % layers], False)[:, 0]
+    return q
+
+  return bench.clock(run, queries(Decode(batch, heads, group, size, slots)), keys, values) / CALLS * 1e6
+
+
+def contiguous(case: Decode) -> jax.Array:
+  """A cache [L, B, K, S, 2H], its layers alike."""
+  shape = case.layers, case.batch, case.heads, case.slots, 2 * case.size
+  return jax.jit(lambda: jnp.broadcast_to(jax.random.normal(jax.random.key(1), shape[1:], jnp.bfloat16), shape))()
+
+
+def paged(case: Decode, lengths: np.ndarray) -> Pages:
+  """An archive whose pages stand in the pool at random, those that hold something and no more."""
+  page, most = case.pages, case.slots // case.pages
+  used = -(-lengths // page)
+  held = np.arange(most) < used[..., None]
+  number = int(used.sum())
+  order = np.random.default_rng(1).permutation(case.layers * number).reshape(case.layers, number)
+  table = np.full((case.layers, *held.shape), -1, np.int32)
+  table[:, held] = order
+  make = lambda key: jax.random.normal(key, (case.layers * number, page, 2 * case.size), jnp.bfloat16)
+  pool, scales = jax.jit(make)(jax.random.key(1)), None
+  if case.stored != "bfloat16":
+    pool = jax.jit(lambda x: (x * 30).astype(jnp.dtype(case.stored)))(pool)
+    scales = jnp.full((len(pool), 1, 2 * page), 1 / 30, jnp.float32)
+  return Pages(pool, jnp.asarray(table), jnp.asarray(lengths), scales)
+
+
+def decode_arguments(case: Decode) -> tuple[tuple, np.ndarray]:
+  """((cache or None, live slots in it or None, pages or None), lengths in all)."""
+  lengths = bench.ragged_lengths(case.batch, case.heads, case.slots, case.cr)
+  if not case.pages:
+    return (contiguous(case), jnp.asarray(lengths), None), lengths
+  in_ring = np.minimum(lengths, case.ring)
+  pages = paged(case, lengths - in_ring)
+  if not case.ring:
+    return (None, None, pages), lengths
+  rings = contiguous(dataclasses.replace(case, slots=-(-case.ring // 16) * 16))  # whole tiles of memory
+  return (rings, jnp.asarray(in_ring), pages), lengths
+
+
+def attend_with(implementation: str | None) -> Callable:
+  """`decode_attention` of that implementation; its arguments as `decode_arguments` gives them."""
+  ours = functools.partial(decode.decode_attention, implementation=implementation)
+  return lambda q, layer, kv, lengths, pages: ours(q, kv, layer, lengths, pages=pages)
+
+
+def decode_us(case: Decode, implementation: str | None, attend: Callable | None = None) -> tuple[float, np.ndarray]:
+  """(microseconds of the kernel over live slots, the lengths); `attend` instead of an implementation."""
+  args, lengths = decode_arguments(case)
+  if attend is None:
+    run = attend_with(implementation)
+  else:
+    run = lambda q, layer, kv, lengths, pages: attend(q, kv, layer, lengths, pages=pages)
+  return bench.clock(chain(run, case.layers), queries(case), *args) / CALLS * 1e6, lengths
+
+
+def decode_difference(case: Decode, implementation: str | None) -> float:
+  """The largest difference from the XLA implementation, in units of the largest value."""
+  args, _ = decode_arguments(case)
+  outs = (jax.jit(attend_with(x))(queries(case), jnp.int32(1), *args) for x in (implementation, "xla"))
+  ours, other = (x.astype(jnp.float32) for x in outs)
+  return float(jnp.abs(ours - other).max() / jnp.abs(other).max())
+
+
+def our_decode(case: Decode, bandwidth: float, implementation: str | None) -> dict[str, float]:
+  """Microseconds of the kernel, and of the floor; of a contiguous cache too where the case is about pages. `calls` of a
+  chain."""
+  us, lengths = decode_us(case, implementation)
+  slot = 4 * case.size if case.stored == "bfloat16" else 2 * case.size + 8
+  in_ring = float(np.minimum(lengths, case.ring).sum())
+  floor = (in_ring * 4 * case.size + (float(lengths.sum()) - in_ring) * slot) / bandwidth * 1e6
+  row = {"us": us, "floor_us": floor, "of_floor": floor / us, "calls": CALLS}
+  if case.pages:
+    other, _ = decode_us(dataclasses.replace(case, pages=0, ring=0), implementation)
+    row |= {"contiguous_us": other, "contiguous_ratio": other / us}
+  return row
+
+
+def measure_decode(case: Decode, bandwidth: float, implementation: str | None, check: bool = True) -> dict[str, float]:
+  """`our_decode` beside dense attention, and on request how far the result is from XLA's."""
+  row = our_decode(case, bandwidth, implementation)
+  dense = dense_decode(case.batch, case.heads, case.group, case.size, case.slots, case.layers)
+  row |= {"dense_us": dense, "dense_ratio": dense / row["us"]}
+  return row | ({"difference": decode_difference(case, implementation)} if check else {})
+
+
+@functools.cache
+def inputs(batch: int, tokens: int, queries: int, heads: int, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Random q [B, T, N, H], k and v [B, T, K, H]."""
+  keys = jax.random.split(jax.random.key(0), 3)
+  counts = queries, heads, heads
+  q, k, v = (
+    jax.random.normal(key, (batch, tokens, n, size), jnp.bfloat16) for key, n in zip(keys, counts, strict=True)
+  )
+  return q, k, v
+
+
+def inputs_of(case: Text) -> tuple[jax.Array, jax.Array, jax.Array]:
+  return inputs(case.batch, case.tokens, case.queries, case.heads, case.size)
+
+
+def evictions(case: Text) -> tuple[np.ndarray, np.ndarray]:
+  """First and last positions [B, K, T] at the case's achieved CR; at CR 1 nothing is evicted."""
+  position = np.broadcast_to(np.arange(case.tokens, dtype=np.int32), (case.batch, case.heads, case.tokens))
+  outside = case.tokens - case.window - 1
+  keep = 1.0 if case.cr == 1 else max(case.tokens / case.cr - case.window - 1, 0) / max(outside, 1)
+  kept = np.random.default_rng(0).random(position.shape) < keep
+  return position, np.where(kept, prefill.NEVER, position + np.int32(case.window))
+
+
+def prefill_us(case: Text, attend: Callable) -> tuple[float, float]:
+  """(microseconds of the kernel with all that prepares it, visible pairs over those of dense causal attention)."""
+  q, k, v = inputs_of(case)
+  first, last = evictions(case)
+  q_pos = np.broadcast_to(np.arange(case.tokens, dtype=np.int32), (case.batch, case.tokens))
+  keys, values = (jnp.swapaxes(x, 1, 2) for x in (k, v))
+  us = bench.clock(jax.jit(attend), q, keys, values, *(jnp.asarray(x) for x in (q_pos, first, last))) * 1e6
+  visible = np.minimum(last, case.tokens - 1).astype(np.int64) - first + 1
+  return us, float(visible.mean() * 2 / (case.tokens + 1))
+
+
+def measure_prefill(case: Text, implementation: str | None) -> dict[str, float]:
+  """The kernel and dense causal attention; the floor: dense attention's time, had it computed visible pairs alone."""
+  us, visible = prefill_us(case, lambda *args: prefill.prefill_attention(*args, implementation=implementation))
+  dense = bench.clock(jax.jit(lambda q, k, v: dense_attention(q, k, v, True)), *inputs_of(case)) * 1e6
+  floor = {"visible": visible, "floor_us": dense * visible, "of_floor": dense * visible / us}
+  return {"us": us, "dense_us": dense, "dense_ratio": dense / us} | floor
+
+
+def retrofit_us(case: Text, attend: Callable) -> tuple[float, float]:
+  """Microseconds of `attend(q, k, v, bias)`, and of its forward and backward pass."""
+  q, k, v = inputs_of(case)
+  dout = jax.random.normal(jax.random.key(1), q.shape, q.dtype)
+  bias = jax.nn.log_sigmoid(4 * jax.random.normal(jax.random.key(2), (case.batch, case.heads, case.tokens)))
+
+  def both(q, k, v, bias, dout):
+    out, pull = jax.vjp(attend, q, k, v, bias)
+    return out, *pull(dout)
+
+  forward = bench.clock(jax.jit(attend), q, k, v, bias) * 1e6
+  return forward, bench.clock(jax.jit(both), q, k, v, bias, dout) * 1e6
+
+
+def measure_retrofit(case: Text, implementation: str | None, flex: bool) -> dict:
+  """Microseconds forward and both ways: the kernel, dense causal attention, and FlexAttention with the same bias."""
+  ours = functools.partial(retrofit.window_bias_attention, implementation=implementation)
+  forward, us = retrofit_us(case, lambda q, k, v, bias: ours(q, k, v, bias, case.window))
+  dense_forward, dense = retrofit_us(case, lambda q, k, v, bias: dense_attention(q, k, v, True))
+  row = {
+    "us": us, "forward_us": forward, "dense_us": dense, "dense_forward_us": dense_forward, "dense_ratio": dense / us,
+    "dense_slowdown": us / dense,
+  }  # fmt: skip
+  if flex:
+    row |= measure_flex(case)
+    row |= {f"{name}_ratio": row[f"{name}_us"] / us for name in ("flex", "flex_blocks") if f"{name}_us" in row}
+  return row
+
+
+def measure_flex(case: Text, timeout: float = 300.0) -> dict:
+  """PyTorch's FlexAttention with the same bias, in a process of its own: {"flex_us", ...} or {"flex_skipped": why}."""
+  shape = {name: getattr(case, name) for name in ("batch", "tokens", "queries", "heads", "size", "window")}
+  row = cases.apart("experiments.bench.flex_attention", shape, timeout)
+  return {"flex_skipped": row["skipped"]} if "skipped" in row else row

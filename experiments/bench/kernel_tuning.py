@@ -1,0 +1,124 @@
+"""`experiments.bench_kernels --tune`: which sizes of a kernel are the fastest here, written to a table of winners.
+
+Sizes are tried one group after another, each group around the best so far: splits, then pieces, then blocks and stages,
+then workers, then how many results are merged at a time. A candidate that does not compile, or does not fit, is passed
+over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from experiments.bench import kernel_cases
+from experiments.bench.kernel_cases import Decode, Text
+from experiments.common import program
+from pallas_kernels.common import tuned
+from pallas_kernels.decode import gpu as decode_gpu
+from pallas_kernels.prefill import gpu as prefill_gpu
+from pallas_kernels.window_bias import gpu as retrofit_gpu
+
+REPLACE = dataclasses.replace
+
+
+def decode_candidates(processors: int) -> Iterator[Callable[[Any], list]]:
+  """Groups of candidates around the best so far, for decode."""
+  yield lambda best: [
+    REPLACE(best, split=n, rest=min(best.rest, n))
+    for n in (128, 192, 256, 512, 1024)
+    if n % best.block == 0 and n > best.block
+  ]
+  yield lambda best: [REPLACE(best, rest=n) for n in (128, 256, 512) if n <= best.split and n % best.block == 0]
+  yield lambda best: [
+    REPLACE(best, block=block, stages=stages, split=max(best.split, 2 * block), rest=max(best.rest, block))
+    for block in (64, 128)
+    for stages in (2, 3, 4, 6)
+    if max(best.split, 2 * block) % block == 0 and max(best.rest, block) % block == 0
+  ]
+  yield lambda best: [REPLACE(best, workers=n * processors) for n in (1, 2, 3, 4)]
+  yield lambda best: [REPLACE(best, merged=n) for n in (2, 4, 8)]
+
+
+def prefill_candidates() -> Iterator[Callable[[Any], list]]:
+  yield lambda best: [REPLACE(best, kv=kv, stages=stages) for kv in (64, 128, 192) for stages in (2, 3, 4)]
+
+
+def retrofit_candidates() -> Iterator[Callable[[Any], list]]:
+  yield lambda best: [REPLACE(best, kv=kv, stages=stages) for kv in (64, 128) for stages in (2, 3, 4)]
+  yield lambda best: [REPLACE(best, dq_kv=kv, dq_stages=n) for kv in (64, 128) for n in (2, 3)]
+  yield lambda best: [REPLACE(best, dkv_stages=n, dkv_overlap=x) for n in (2, 3) for x in (False, True)]
+
+
+def search(default: Any, groups: Iterator[Callable], clock: Callable[[Any], float], end: float) -> tuple[Any, float]:
+  """(the fastest sizes, what they took); the default is measured first, and what fails is passed over."""
+  tried: dict[Any, float] = {}
+
+  def measured(sizes) -> float:
+    if sizes not in tried:
+      try:
+        tried[sizes] = clock(sizes)
+        program.log(f"  {tried[sizes]:9.2f} us  {sizes}")
+      except Exception as error:  # whatever a kernel's compiler says to sizes that it cannot do
+        tried[sizes] = float("inf")
+        program.log(f"  failed: {sizes}: {' '.join(str(error).split())[:120]}")
+    return tried[sizes]
+
+  best = default
+  measured(default)
+  for group in groups:
+    for sizes in group(best):
+      if time.monotonic() > end:
+        return min(tried, key=tried.get), min(tried.values())
+      measured(sizes)
+    best = min(tried, key=tried.get)
+  return best, tried[best]
+
+
+def subject(case: Decode | Text) -> tuple[str, str, Any, Iterator[Callable], Callable[[Any], float]]:
+  """(operation, class of shapes, default sizes, candidates, clock of sizes in microseconds) of a case."""
+  if isinstance(case, Decode):
+    pairs, count = case.batch * case.heads, decode_gpu.processors()
+    contiguous = -(-case.ring // 16) * 16 if case.pages else case.slots
+    default = decode_gpu.default_blocks(
+      case.batch, case.heads, contiguous, case.size, count, case.pages > 0, case.stored != "bfloat16"
+    )
+    shapes = decode_gpu.shape_class(pairs, case.size, contiguous, case.pages, case.stored)
+    attend = lambda sizes: functools.partial(decode_gpu.decode_attention, blocks=sizes)
+    clock = lambda sizes: kernel_cases.decode_us(case, None, attend(sizes))[0]
+    return "decode", shapes, default, decode_candidates(count), clock
+  if case.kind == "prefill":
+    default = prefill_gpu.default_blocks(case.size)
+    attend = lambda sizes: functools.partial(prefill_gpu.prefill_attention, blocks=sizes)
+    clock = lambda sizes: kernel_cases.prefill_us(case, attend(sizes))[0]
+    return "prefill", tuned.shape_class(H=case.size), default, prefill_candidates(), clock
+  default = retrofit_gpu.default_blocks(case.size)
+  attend = lambda sizes: (
+    lambda q, k, v, bias: retrofit_gpu.window_bias_attention(q, k, v, bias, case.window, None, blocks=sizes)
+  )
+  clock = lambda sizes: kernel_cases.retrofit_us(case, attend(sizes))[1]
+  return "retrofit", tuned.shape_class(H=case.size), default, retrofit_candidates(), clock
+
+
+def tune(name: str, case: Decode | Text, path: Path, end: float, about: dict, done: set[tuple[str, str]]) -> None:
+  """Measures candidates for a case and writes the winner into the table at `path`.
+
+  Nothing is done for a class of shapes in `done`, to which the case's is added, nor past `end`.
+  """
+  operation, shapes, default, groups, clock = subject(case)
+  if (operation, shapes) in done or time.monotonic() > end:
+    return
+  done.add((operation, shapes))
+  program.log(f"tuning {name}: {operation}, {shapes}")
+  best, us = search(default, groups, clock, end)
+  if us == float("inf"):
+    return
+  measured = f"{about['date']}, jax {about['jax']}, {name}: {case}"
+  entry = {"blocks": dataclasses.asdict(best), "us": us, "measured": measured}
+  table = json.loads(path.read_text()) if path.exists() else {}
+  program.save_json(path, tuned.merged(table, about["device"], operation, shapes, entry))
+  tuned.table.cache_clear()

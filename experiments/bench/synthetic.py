@@ -1,0 +1,193 @@
+"""Models and caches to be timed: random weights, evictions drawn by a hash, and caches as a long text leaves them.
+
+What a step costs depends on how many tokens each head holds, not on which; so no text is read. A cache is put directly
+into the state that a text of so many tokens would have left it in: lengths, decisions, pages handed out in random
+order, and random keys and values.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float
+
+from dms_jax import cache as caches
+from dms_jax.cache import Cache, ContiguousCache, PagedCache
+from dms_jax.cache.base import packed
+from dms_jax.cache.paged import Store
+from dms_jax.cache.pool import Pool
+from dms_jax.config import DMSConfig, ModelConfig
+from dms_jax.generation.decode import RUNNING, Rows
+from dms_jax.model import Model, decision_lag
+from dms_jax.params import init_params, param_table
+from dms_jax.policies import Policy
+from dms_jax.policies.random import uniform
+
+SPREAD = 0.8  # of the logarithm of what heads hold
+TILE = 1024  # slots of random numbers that a cache repeats
+EIGHT_BITS = 30  # what they are multiplied by to be stored in 8 bits
+
+
+@struct.dataclass
+class Drawn(Policy):
+  """Of what leaves the window, head k of layer l keeps the share `rates[l, k]`, drawn by a hash of the position.
+
+  The model's gates are computed as ever, and what they say is not used: a random model's are about nothing. What a step
+  reserves and writes is what it would for gates that decide the same.
+  """
+
+  window: int | None = struct.field(pytree_node=False, default=None)
+  rates: Float[Array, "L K"] = struct.field(kw_only=True)
+
+  uses_gates = True
+
+  def decide(self, logits, layer, position):
+    head = jnp.arange(self.rates.shape[1])[:, None]
+    rates = self.rates[layer][:, None] if isinstance(layer, int) else self.rates[layer, head]  # no gather
+    evict = uniform(layer, head, position) >= rates
+    return evict if logits is None else evict & (logits == logits)  # never NaN, which no compiler knows
+
+
+def drawn_policy(config: ModelConfig, *, tokens: int, cr: float, window: int, seed: int = 0) -> Drawn:
+  """Heads that after `tokens` tokens hold exp(SPREAD N(0, 1)) times a mean of tokens / cr, the window at least.
+
+  Raises:
+    ValueError: the window alone holds as much as that.
+  """
+  least, mean = window + 1, tokens / cr
+  if mean <= least:
+    raise ValueError(f"CR {cr:g} at {tokens} tokens leaves {mean:g} a head, not more than the window's {least}")
+  normal = np.random.default_rng(seed).normal(size=(config.num_layers, config.num_kv_heads))
+  held = np.exp(SPREAD * normal)
+  for _ in range(100):  # the clip moves the mean
+    held = np.clip(held / held.mean() * mean, least, tokens)
+  return policy_of(held, tokens=tokens, window=window)
+
+
+def policy_of(held: np.ndarray, *, tokens: int, window: int) -> Drawn:
+  """Heads that hold `held` [L, K] tokens after `tokens`."""
+  share = (held - window - 1) / (tokens - window - 1)
+  return Drawn(window=window, rates=jnp.asarray(np.clip(share, 0, 1), jnp.float32))
+
+
+def random_model(config: ModelConfig, *, window: int | None, dtype) -> Model:
+  """Random weights; with a gate, an adapter, where a window is given."""
+  dms = None if window is None else DMSConfig(gate="adapter", window=window)
+  params = jax.jit(lambda key: init_params(param_table(config, dms), key, dtype))(jax.random.key(0))
+  return Model(params, config, dms)
+
+
+@partial(jax.jit, static_argnames=("layers", "heads", "tokens", "lag"))
+def _left_by(policy: Policy, *, layers: int, heads: int, tokens: int, lag: int) -> tuple[Array, Array]:
+  """(tokens archived int32 [L, K], decisions about the ring's tokens bool [L, K, W+1]) after `tokens` tokens."""
+  ring = policy.window + 1
+  layer, shape = jnp.arange(layers)[:, None, None, None], (layers, 1, heads)
+  about = lambda position: policy.decide(None, layer, jnp.broadcast_to(position, (*shape, position.size)))[:, 0]
+  archived = jnp.sum(~about(jnp.arange(max(tokens - ring, 0))), axis=-1, dtype=jnp.int32)
+  first = tokens - ring
+  position = first + (jnp.arange(ring) - first) % ring  # of the token in each slot
+  return archived, about(position) & ((position >= 0) & (position < tokens - lag))
+
+
+def left_by(model: Model, policy: Policy, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+  """(tokens archived int32 [L, K], decisions about the ring's tokens bool [L, K, W+1]) after `tokens` tokens."""
+  c = model.config
+  left = _left_by(
+    policy, layers=c.num_layers, heads=c.num_kv_heads, tokens=tokens, lag=decision_lag(model, policy.window)
+  )
+  return jax.device_get(left)
+
+
+def pages_for(model: Model, policy: Policy, tokens: int, page: int) -> int:
+  """Pages of a row of `tokens` tokens."""
+  return int((-(-left_by(model, policy, tokens)[0] // page)).sum())
+
+
+def slots_shape(model: Model, policy: Policy, *, batch: int, longest: int) -> ContiguousCache:
+  """The shapes of a cache of slots for texts of up to `longest` tokens, all kept."""
+  lag = decision_lag(model, policy.window)
+  make = lambda: caches.create(
+    "contiguous", model.config, batch=batch, capacity=-(-longest // 8) * 8, policy=policy, lag=lag, dtype=model.dtype
+  )
+  return jax.eval_shape(make)
+
+
+def pages_shape(
+  model: Model, policy: Policy, *, batch: int, longest: int, pages: int, page: int | None = None,
+  archive: str | None = None,
+) -> PagedCache:  # fmt: skip
+  """The shapes of a cache with a pool of `pages` pages, or one a head of each row; `archive` as of the cache."""
+  lag = decision_lag(model, policy.window)
+  make = lambda: caches.create(
+    "paged", model.config, batch=batch, capacity=policy.window + 2, longest=longest, policy=policy, lag=lag,
+    dtype=model.dtype, page=page, archive=archive,
+  )  # fmt: skip
+  return jax.eval_shape(lambda: (cache := make()).with_pages(max(pages, cache.pages)))
+
+
+def nbytes(shape: Cache) -> int:
+  """Bytes of a cache of these shapes."""
+  return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shape))
+
+
+@partial(jax.jit, static_argnames=("shape", "dtype", "seed"))
+def _noise(*, shape: tuple[int, ...], dtype, seed: int) -> Array:
+  """Random numbers of `shape` as a cache of storage `dtype` has them, the same TILE rows again and again."""
+  count = math.prod(shape[:-1])
+  tile = jax.random.normal(jax.random.key(seed), (TILE, shape[-1]), jnp.bfloat16)
+  tile = (tile * EIGHT_BITS).astype(dtype) if jnp.dtype(dtype).itemsize == 1 else packed(tile, dtype)
+  return tile[jnp.arange(count) % TILE].reshape(shape)
+
+
+def filled(shape: Cache, model: Model, policy: Policy, *, tokens: int, shared: bool = False, seed: int = 0) -> Cache:
+  """A cache of these shapes after `tokens` tokens of each row.
+
+  Args:
+    shared: its rows are chains of one text, and hold the full pages of their archives together.
+
+  Raises:
+    ValueError: a pool that does not hold them.
+  """
+  archived, evicted = left_by(model, policy, tokens)
+  layers, batch, heads = shape.archived.shape
+  every = lambda x: np.repeat(x[:, None], batch, axis=1)
+  cache = shape.replace(
+    kv=_noise(shape=shape.kv.shape, dtype=shape.kv.dtype, seed=seed),
+    archived=jnp.asarray(every(archived)),
+    evicted=jnp.asarray(every(evicted)),
+    seen=jnp.full(batch, tokens, jnp.int32),
+  )
+  if not isinstance(shape, PagedCache):
+    return cache
+  store, size, number = shape.store, shape.page_size, shape.pages
+  place = np.arange(shape.table.pages.shape[3])
+  owned = -(-archived // size)
+  common = place < (archived // size if shared else np.zeros_like(archived))[..., None]  # [L, K, M]
+  own = (place < owned[..., None]) & ~common
+  needed = int(common.sum()) + batch * int(own.sum())
+  if needed > number:
+    raise ValueError(f"{batch} rows of {tokens} tokens need {needed} pages, and there are {number}")
+  free = np.random.default_rng(seed).permutation(number).astype(np.int32)
+  taken = free[number - needed :]
+  pages = np.full((layers, batch, heads, place.size), number, np.int32)
+  of_all = np.full(common.shape, number, np.int32)
+  of_all[common] = taken[: common.sum()]
+  pages[every(own)] = taken[common.sum() :]
+  pages = np.where(every(common), of_all[:, None], pages)
+  owners = np.bincount(pages[pages < number], minlength=number).astype(np.int32)
+  pool = Pool(jnp.asarray(free), jnp.int32(number - needed), jnp.asarray(owners))
+  table = shape.table.replace(pages=jnp.asarray(pages), owned=jnp.asarray(every(owned).astype(np.int32)), pool=pool)
+  cells = _noise(shape=store.pages.shape, dtype=store.pages.dtype, seed=seed + 1)
+  scales = None if store.scales is None else jnp.full(store.scales.shape, 1 / EIGHT_BITS, jnp.float32)
+  return cache.replace(table=table, store=Store(cells, scales))
+
+
+def running_rows(batch: int) -> Rows:
+  """Greedy rows that never end."""
+  column = lambda value: jnp.full(batch, value, jnp.int32)
+  return Rows(column(1), None, column(0), column(2**30), column(0), column(RUNNING))

@@ -1,0 +1,1 @@
+"""What programs share: flags, the run itself, files, requests."""

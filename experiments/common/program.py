@@ -1,0 +1,360 @@
+"""What every program shares: flags made from config dataclasses, the run itself, progress and the closing JSON line.
+
+A program is importable without side effects and looks like this:
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:                                   # the program's own flags
+      text: str = ""
+
+    def main():
+      config, dms = program.read_flags("", Config), program.read_flags("dms", DMSConfig)
+      ...
+      program.finish({"perplexity": 23.2})     # last line: {"config": {...}, "environment": {...}, "perplexity": 23.2}
+
+    if __name__ == "__main__":
+      program.define_flags("", Config)              # --text=...
+      program.define_flags("dms", DMSConfig, window=64)   # --dms.window=16, 64 where it is not given
+      program.run(main)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import sys
+import tempfile
+import time
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from absl import app, flags
+from absl import logging as absl_logging
+
+FLAGS = flags.FLAGS
+flags.disclaim_key_flags()  # flags belong to the program that asks for them, so that --help lists them
+
+
+# ---------------------------------------------------------------------------------------------------------- flags
+
+
+class _Parser(flags.ArgumentParser):
+  """Parses one field's annotation: str, int, float, bool, Path, Literal, tuple[X, ...] and `X | None`."""
+
+  def __init__(self, annotation: Any):
+    self.annotation = annotation
+    self.syntactic_help = describe(annotation)
+
+  def parse(self, argument: Any) -> Any:
+    return parse_value(self.annotation, argument) if isinstance(argument, str) else argument
+
+  def flag_type(self) -> str:
+    return describe(self.annotation)
+
+
+class _Serializer(flags.ArgumentSerializer):
+  def serialize(self, value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else "none" if value is None else str(value)
+
+
+def _optional(annotation: Any) -> Any:
+  """X of `X | None`; None for any other annotation."""
+  if typing.get_origin(annotation) not in (typing.Union, types.UnionType):
+    return None
+  inner = [a for a in typing.get_args(annotation) if a is not type(None)]
+  if len(inner) != 1 or len(typing.get_args(annotation)) != 2:
+    raise TypeError(f"no flag can be made of {annotation}; unions other than `X | None` have no one spelling")
+  return inner[0]
+
+
+def describe(annotation: Any) -> str:
+  """An annotation as a user reads it in --help."""
+  if inner := _optional(annotation):
+    return f"{describe(inner)} or none"
+  if typing.get_origin(annotation) is Literal:
+    return " | ".join(map(str, typing.get_args(annotation)))
+  if typing.get_origin(annotation) is tuple:
+    return f"{describe(typing.get_args(annotation)[0])}, comma-separated"
+  return {str: "text", Path: "path", int: "whole number", float: "number", bool: "true | false"}[annotation]
+
+
+def parse_value(annotation: Any, text: str) -> Any:
+  """The value that `text` spells for a field of this annotation.
+
+  Raises:
+    ValueError: it spells none.
+  """
+  if inner := _optional(annotation):
+    return None if text.lower() == "none" else parse_value(inner, text)
+  if typing.get_origin(annotation) is Literal:
+    choices = {str(choice): choice for choice in typing.get_args(annotation)}
+    if text not in choices:
+      raise ValueError(f"{text!r} is not one of {list(choices)}")
+    return choices[text]
+  if typing.get_origin(annotation) is tuple:
+    item = typing.get_args(annotation)[0]
+    return tuple(parse_value(item, part.strip()) for part in text.split(",") if part.strip())
+  if annotation is bool:
+    if text.lower() not in ("true", "false", "1", "0"):
+      raise ValueError(f"{text!r} is not true or false")
+    return text.lower() in ("true", "1")
+  try:
+    return annotation(text)
+  except ValueError:
+    raise ValueError(f"{text!r} is not a {describe(annotation)}") from None
+
+
+def define_flags(prefix: str, cls: type, **overrides: Any) -> None:
+  """Defines `--prefix.field` for every field of dataclass `cls`; a field that is a dataclass adds its own level.
+
+  Args:
+    prefix: "" for the program's own flags.
+    overrides: defaults that replace the dataclass's; a field without any default becomes a required flag.
+
+  Raises:
+    TypeError: an override names no field, or an annotation has no spelling on a command line.
+  """
+  hints = typing.get_type_hints(cls)
+  fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+  if unknown := sorted(set(overrides) - set(fields)):
+    raise TypeError(f"{cls.__name__} has no field(s) {unknown}")
+  for name, field in fields.items():
+    flag, annotation = _flag_name(prefix, name), hints[name]
+    if dataclasses.is_dataclass(annotation):
+      given = overrides.get(name, _default(field))
+      define_flags(flag, annotation, **({} if given is dataclasses.MISSING else vars(given)))
+      continue
+    default = overrides.get(name, _default(field))
+    required = default is dataclasses.MISSING
+    text = field.metadata.get("help", f"{cls.__name__}.{name}") + (" (required)" if required else "")
+    default = None if required else default
+    if annotation is bool:
+      flags.DEFINE_boolean(flag, default, text)
+    else:
+      flags.DEFINE(_Parser(annotation), flag, default, text, serializer=_Serializer())
+    if required:
+      flags.mark_flag_as_required(flag)
+
+
+def read_flags(prefix: str, cls: type, values: Mapping[str, Any] | None = None) -> Any:
+  """An instance of dataclass `cls` from the flags that `define_flags(prefix, cls)` made.
+
+  Args:
+    values: of all these flags, by name, in place of the command line's.
+
+  Raises:
+    ValueError: the dataclass's own checks refuse a value.
+  """
+  hints, fields = typing.get_type_hints(cls), {}
+  for field in dataclasses.fields(cls):
+    if field.init:
+      flag, annotation = _flag_name(prefix, field.name), hints[field.name]
+      if dataclasses.is_dataclass(annotation):
+        fields[field.name] = read_flags(flag, annotation, values)
+      else:
+        fields[field.name] = FLAGS[flag].value if values is None else values[flag]
+  return cls(**fields)
+
+
+def flag_types(prefix: str, cls: type) -> dict[str, Any]:
+  """The names of the flags that `define_flags(prefix, cls)` makes, and what each is annotated with."""
+  hints, found = typing.get_type_hints(cls), {}
+  for field in dataclasses.fields(cls):
+    if field.init:
+      flag, annotation = _flag_name(prefix, field.name), hints[field.name]
+      found |= flag_types(flag, annotation) if dataclasses.is_dataclass(annotation) else {flag: annotation}
+  return found
+
+
+def spell(value: Any) -> str:
+  """A flag's value as it is written on a command line."""
+  return _Serializer().serialize(value)
+
+
+def _flag_name(prefix: str, name: str) -> str:
+  return f"{prefix}.{name}" if prefix else name
+
+
+def _default(field: dataclasses.Field) -> Any:
+  return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def flag_values(changed_only: bool = False) -> dict[str, Any]:
+  """The running program's own flags and their values, `--profile` and `--debug` left out."""
+  own = [f for f in FLAGS.get_key_flags_for_module(sys.argv[0]) if f.name not in ("profile", "debug")]
+  return {f.name: f.value for f in own if not changed_only or f.value != f.default}
+
+
+# ------------------------------------------------------------------------------------------------------------ run
+
+
+def run(main: Callable[[], None]) -> None:
+  """Parses the command line, runs `main()` and exits: 0, or 1 with one line on stderr for bad input.
+
+  Every program gets `--profile=DIR` (a jax.profiler trace of the whole run) and `--debug` (tracebacks).
+  Compiled programs are kept in JAX_COMPILATION_CACHE_DIR, by default ~/.cache/dms_jax/xla.
+  """
+  flags.DEFINE_string("profile", None, "write a jax.profiler trace of the run to this folder")
+  flags.DEFINE_boolean("debug", False, "show the traceback of an error")
+
+  def guarded(argv: list[str]) -> None:
+    if not FLAGS["verbosity"].present:
+      absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells every step of a save
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # which accelerators are not there is no news
+    enable_compilation_cache()
+    trace = jax.profiler.trace(FLAGS.profile) if FLAGS.profile else contextlib.nullcontext()
+    try:
+      if argv[1:]:
+        raise ValueError(f"unexpected argument(s) {argv[1:]}: every option is a flag, --name=value")
+      with trace:
+        main()
+    except (ValueError, OSError, NotImplementedError, FloatingPointError) as error:
+      if FLAGS.debug:
+        raise
+      message = " ".join(str(error).split()) or type(error).__name__
+      print(f"error: {message}  (--debug shows where)", file=sys.stderr)
+      sys.exit(1)
+    except KeyboardInterrupt:
+      if FLAGS.debug:
+        raise
+      print("interrupted", file=sys.stderr)
+      sys.exit(130)
+
+  app.run(guarded)
+
+
+def enable_compilation_cache() -> None:
+  """Keeps compiled programs on disk between runs; JAX_COMPILATION_CACHE_DIR chooses where, and empty turns it off."""
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "dms_jax" / "xla"))
+  if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small ones add up
+
+
+def environment() -> dict[str, Any]:
+  """What a figure depends on beside the flags: versions and the device."""
+  device = jax.devices()[0]
+  return {
+    "jax": jax.__version__,
+    "python": ".".join(map(str, sys.version_info[:3])),
+    "device": device.device_kind,
+    "devices": jax.device_count(),
+    "cpus": os.cpu_count(),
+  }
+
+
+# -------------------------------------------------------------------------------------------------------- results
+
+
+def to_plain(value: Any) -> Any:
+  """`value` as plain JSON: dataclasses, paths, tuples and arrays unpacked, non-finite numbers as null."""
+  if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+  if isinstance(value, dict):
+    return {str(k): to_plain(v) for k, v in value.items()}
+  if isinstance(value, list | tuple | set):
+    return [to_plain(v) for v in value]
+  if hasattr(value, "tolist"):  # numpy and jax, scalars too
+    return to_plain(value.tolist())
+  if isinstance(value, float):
+    return value if math.isfinite(value) else None
+  return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def finish(result: dict[str, Any], config: Any = None) -> None:
+  """Prints the run's last line, one JSON object: its config (default: the program's flags), environment and results."""
+  config = flag_values() if config is None else config
+  line = {"config": config, "environment": environment(), **result}
+  sys.stderr.flush()
+  print(json.dumps(to_plain(line)), flush=True)
+
+
+def save_json(path: str | Path, value: Any) -> Path:
+  """Writes `value` as indented JSON, whole or not at all, and makes the folder it goes to."""
+  path = Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+  try:
+    with os.fdopen(handle, "w") as file:
+      file.write(json.dumps(to_plain(value), indent=2) + "\n")
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
+  except BaseException:
+    Path(temporary).unlink(missing_ok=True)
+    raise
+  return path
+
+
+def results_dir(name: str, config: Any = None, root: str | Path = "runs") -> Path:
+  """The folder of one run, made if it is not there: ROOT/NAME/what was changed-fingerprint of everything.
+
+  Args:
+    config: a dataclass or dict; default the program's flags. The same config gives the same folder.
+  """
+  if config is None:
+    whole, changed = flag_values(), flag_values(changed_only=True)
+  elif dataclasses.is_dataclass(config):
+    whole = vars(config)
+    changed = {f.name: whole[f.name] for f in dataclasses.fields(config) if whole[f.name] != _default(f)}
+  else:
+    whole = changed = dict(config)
+  folder = Path(root) / name / f"{label(changed)}-{fingerprint(whole)}"
+  folder.mkdir(parents=True, exist_ok=True)
+  return folder
+
+
+def fingerprint(values: Any) -> str:
+  """Eight hexadecimal digits that stand for `values`."""
+  return hashlib.sha256(json.dumps(to_plain(values), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def label(values: Mapping[str, Any]) -> str:
+  """`values` as part of a file's name: name=value,name=value; "default" where there are none."""
+  words = [
+    f"{key}={Path(v).name if isinstance(v, str | Path) else spell(v)}"
+    for key, v in values.items()
+    if not isinstance(v, dict)
+  ]
+  return re.sub(r"[^A-Za-z0-9._=,+-]", "_", ",".join(words))[:80] or "default"
+
+
+# ------------------------------------------------------------------------------------------------------- progress
+
+
+def log(message: str) -> None:
+  """One line for whoever watches; on stderr, so that stdout ends with the JSON line."""
+  print(message, file=sys.stderr, flush=True)
+
+
+def progress(items: Iterable | int, total: int | None = None, desc: str = "", every: float = 5.0) -> Iterator:
+  """Iterates and shows how far it is: a tqdm bar on a terminal that has it, else a line every `every` seconds.
+
+  Args:
+    items: what to iterate over, or a count.
+    total: how many there are, where `items` cannot say.
+  """
+  items = range(items) if isinstance(items, int) else items
+  total = len(items) if total is None and hasattr(items, "__len__") else total
+  if sys.stderr.isatty():
+    with contextlib.suppress(ImportError):
+      from tqdm import tqdm
+
+      yield from tqdm(items, total=total, desc=desc, leave=False, dynamic_ncols=True)
+      return
+  start = shown = time.monotonic()
+  for done, item in enumerate(items, start=1):
+    yield item
+    now = time.monotonic()
+    if now - shown >= every:
+      shown, rate = now, done / (now - start)
+      left = f"/{total}, {(total - done) / rate:.0f} s left" if total else ""
+      log(f"{desc}: {done}{left} ({rate:.3g}/s)")

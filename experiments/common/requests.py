@@ -1,0 +1,209 @@
+"""Many requests from a file, for `experiments.generate --requests`: read, answered together, written as they end.
+
+Each line of the file is a JSON object: `prompt` (text) or `messages` (a chat), and optionally `id`, `max_new_tokens`,
+`seed`, `chains` and `temperature`; what is left out comes from the flags. Each line of the results is a chain that has
+ended. A run that was cut short is taken up by running it again: what the results hold already is not asked for twice,
+and each row's `fingerprint` tells whether it answers what is asked now.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from dms_jax.generation.batching import BudgetError, Generator
+from experiments.common import files, program
+
+SEEDS = 2**32  # jax.random.key tells apart no more while JAX computes in 32 bits
+START = b'{"id": '  # of every result
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """One line. `id`: a text or number of its own, default its place among the lines, from 0."""
+
+  id: str | int
+  text: str
+  max_new_tokens: int
+  chains: int
+  temperature: float
+  key: jax.Array
+
+  def fingerprint(self, settings: Mapping[str, Any]) -> str:
+    """Stands for all that decides its answers; `settings`: what decides those of every request, as the policy does."""
+    key = jax.random.key_data(self.key) if self.temperature else None  # greedy chains draw nothing
+    own = {"text": self.text, "max_new_tokens": self.max_new_tokens, "chains": self.chains}
+    return program.fingerprint({**settings, **own, "temperature": self.temperature, "key": key})
+
+
+def read_requests(
+  path: str | Path, tokenizer, *, max_new_tokens: int, chains: int, temperature: float, seed: int, width: int
+) -> list[Request]:
+  """All requests of a file; the numbers are for lines that give none, which draw their seeds from `seed`.
+
+  Raises:
+    ValueError: no such file, a line that is no such object, or two of one id; the line is named.
+  """
+  requests, seen = [], {}
+  for index, (at, values) in enumerate(files.json_records("requests", path, {})):
+    _check(at, values)
+    request = Request(
+      values.get("id", index),
+      _text(at, values, tokenizer),
+      values.get("max_new_tokens", max_new_tokens),
+      values.get("chains", chains),
+      float(values.get("temperature", temperature)),
+      jax.random.key(values["seed"]) if "seed" in values else jax.random.fold_in(jax.random.key(seed), index),
+    )
+    if not 1 <= request.chains <= width:
+      raise ValueError(f"{at}: chains={request.chains} must lie between 1 and --width={width}")
+    if request.id in seen:
+      raise ValueError(f"{at}: id {request.id!r} is that of {seen[request.id]} too")
+    seen[request.id] = at.rpartition(", ")[2]
+    requests.append(request)
+  if not requests:
+    raise ValueError(f"--requests={path}: holds no request")
+  return requests
+
+
+def _check(at: str, values: dict[str, Any]) -> None:
+  kinds = {
+    "id": (str, int), "prompt": str, "messages": list, "max_new_tokens": int, "seed": int, "chains": int,
+    "temperature": (int, float),
+  }  # fmt: skip
+  for name, value in values.items():
+    if name not in kinds:
+      raise ValueError(f"{at}: unknown field {name!r}; there are {sorted(kinds)}")
+    if not isinstance(value, kinds[name]) or isinstance(value, bool):
+      raise ValueError(f"{at}: {name}={value!r} has the wrong type")
+  for name, least in (("max_new_tokens", 1), ("temperature", 0), ("seed", 0)):
+    if values.get(name, least) < least:
+      raise ValueError(f"{at}: {name}={values[name]} must be {least} or more")
+  if values.get("seed", 0) >= SEEDS:
+    raise ValueError(f"{at}: seed={values['seed']} must lie below 2**32")
+  if ("prompt" in values) == ("messages" in values):
+    raise ValueError(f"{at}: give either prompt or messages")
+
+
+def _text(at: str, values: dict, tokenizer) -> str:
+  if "prompt" in values:
+    return values["prompt"]
+  messages = values["messages"]
+  if not messages or not all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages):
+    raise ValueError(f"{at}: messages must be objects with role and content")
+  return tokenizer.chat(messages)
+
+
+def finished_chains(path: Path, asked: Mapping[str | int, str]) -> dict[str | int, set[int]]:
+  """What a results file holds: the chains of each id. A last line that was cut short is removed.
+
+  Args:
+    asked: the fingerprint of each id.
+
+  Raises:
+    ValueError: a line in it is no result, or answers something else than what is asked.
+  """
+  if not path.exists():
+    return {}
+  data = path.read_bytes() if path.is_file() else b""
+  whole, rest = data[: data.rfind(b"\n") + 1], data[data.rfind(b"\n") + 1 :]
+  if rest and rest[: len(START)] == START[: len(rest)]:
+    os.truncate(path, len(whole))
+  done: dict[str | int, set[int]] = {}
+  other = "give another --output"
+  try:
+    for where, row in files.json_records("output", path, {"id": str | int, "chain": int, "fingerprint": str}):
+      if asked.get(row["id"]) != row["fingerprint"]:
+        other = f"give the requests and flags it was made with, take such lines out, or {other}"
+        raise ValueError(f"{where}: answers request {row['id']!r} of another text or other settings")
+      done.setdefault(row["id"], set()).add(row["chain"])
+  except ValueError as error:
+    raise ValueError(f"{error}; {other}") from None
+  return done
+
+
+def answer(
+  generator: Generator, requests: Sequence[Request], output: Path, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Runs what `output` does not hold yet, and adds a line to it as each chain ends.
+
+  Args:
+    settings: what decides the answers beside the requests: the checkpoint, the policy, where a text ends.
+
+  Returns:
+    requests and rows in all and done now, new_tokens, seconds, tokens_per_s, peak_tokens (held at once by all rows, the
+    mean over layers and heads), peak_bytes of pages in use, cache_bytes allocated, preemptions.
+
+  Raises:
+    ValueError: `output` holds something else, or the whole budget cannot hold a request; what ended before is written.
+  """
+  output.parent.mkdir(parents=True, exist_ok=True)
+  prints = {request.id: request.fingerprint(settings) for request in requests}
+  done = finished_chains(output, prints)
+  left = [request for request in requests if len(done.get(request.id, ())) < request.chains]
+  total, written, tokens = sum(request.chains for request in left), 0, 0
+  start = shown = time.monotonic()
+  running = {}  # (ticket, chain) of each chain that has not ended
+  for request in left:
+    try:
+      ticket = generator.submit(
+        request.text,
+        chains=request.chains,
+        max_new_tokens=request.max_new_tokens,
+        key=request.key,
+        temperature=request.temperature,
+      )
+    except ValueError as error:
+      raise ValueError(f"request {request.id!r}: {error}") from None
+    running |= {(ticket, chain): request for chain in range(request.chains)}
+  with output.open("a", encoding="utf-8") as file:
+    while generator.busy:
+      lacking = None
+      try:
+        generator.step()
+      except BudgetError as error:
+        lacking = error
+      for ticket, chain in [at for at in running if generator.results[at[0]].finish_reason[at[1]] != "running"]:
+        result, request = generator.results[ticket], running.pop((ticket, chain))
+        written, tokens = written + 1, tokens + len(result.tokens[chain])
+        if chain not in done.get(request.id, ()):
+          file.write(json.dumps(program.to_plain(_row(request, chain, result, prints[request.id]))) + "\n")
+      file.flush()
+      if lacking is not None:
+        request = next(request for (ticket, _), request in running.items() if ticket == lacking.ticket)
+        raise ValueError(
+          f"request {request.id!r} does not fit the budget of {generator.budget} bytes, even alone: give a larger "
+          f"--kv_budget_gib or --kv_budget_tokens; the {written} rows that ended before are in {output}"
+        )
+      if time.monotonic() - shown > 5:
+        shown = time.monotonic()
+        program.log(
+          f"{written}/{total} rows, {sum(c is not None for c in generator.chains)} running, "
+          f"{len(generator.waiting) + len(generator.preempted)} waiting, {tokens / (shown - start):.1f} tokens/s"
+        )
+  seconds = time.monotonic() - start
+  cache = generator.cache
+  return {
+    "requests": len(requests), "requests_now": len(left), "rows": sum(r.chains for r in requests), "rows_now": written,
+    "new_tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / seconds, "peak_tokens": generator.peak_tokens,
+    "peak_bytes": cache.fixed_bytes + generator.peak_pages * cache.page_bytes, "cache_bytes": cache.nbytes,
+    "preemptions": generator.preemptions,
+  }  # fmt: skip
+
+
+def _row(request: Request, chain: int, result, fingerprint: str) -> dict[str, Any]:
+  logprobs = result.logprobs[chain]
+  return {
+    "id": request.id, "chain": chain, "fingerprint": fingerprint,
+    "text": None if result.text is None else result.text[chain],
+    "finish_reason": result.finish_reason[chain], "new_tokens": len(result.tokens[chain]),
+    "mean_logprob": sum(logprobs) / max(len(logprobs), 1), "held_tokens": result.held[chain],
+    "tokens": result.tokens[chain],
+  }  # fmt: skip

@@ -1,0 +1,1 @@
+"""Methods under comparison, run on tasks."""

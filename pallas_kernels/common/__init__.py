@@ -1,0 +1,1 @@
+"""What all kernels share: dispatch, compatibility with JAX versions, measured block sizes, Hopper primitives."""

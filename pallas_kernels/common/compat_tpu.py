@@ -1,0 +1,68 @@
+"""What differs between JAX versions and devices for the Mosaic TPU kernels, in one place."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.common.platform import platform
+
+_interpreting = contextvars.ContextVar("interpreting_tpu", default=False)
+
+
+@contextlib.contextmanager
+def interpret_mode(**params: Any) -> Iterator[None]:
+  """Runs TPU kernels traced inside in JAX's interpreter, on a CPU; `params` go to `pltpu.InterpretParams`.
+
+  Races are looked for, reads out of bounds raise, and memory nobody wrote is NaN, unless `params` say otherwise.
+
+  Raises:
+    RuntimeError: on leaving, if a race was found: JAX before 0.12 only prints it.
+  """
+  params = {"detect_races": True, "out_of_bounds_reads": "raise", "uninitialized_memory": "nan", **params}
+  token = _interpreting.set(True)
+  try:
+    with _recorded_races() as states, pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(**params)):
+      yield
+      jax.block_until_ready(jax.live_arrays())  # what was started inside may still be running
+    if any(state.races_found for state in states):
+      raise RuntimeError("the interpreter found a race; it has printed the two accesses")
+  except BaseException:
+    pltpu.reset_tpu_interpret_mode_state()  # an interrupted kernel leaves its memory behind
+    raise
+  finally:
+    _interpreting.reset(token)
+
+
+@contextlib.contextmanager
+def _recorded_races() -> Iterator[list]:
+  """The race detectors of all kernels interpreted inside; JAX keeps the latest only."""
+  from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
+
+  original, states = interpreter.RaceDetectionState, []
+
+  def recording(*args, **kwargs):
+    states.append(original(*args, **kwargs))
+    return states[-1]
+
+  interpreter.RaceDetectionState = recording
+  try:
+    yield states
+  finally:
+    interpreter.RaceDetectionState = original
+
+
+def interpreting() -> bool:
+  """Whether tracing happens inside `interpret_mode`."""
+  return _interpreting.get()
+
+
+def require_tpu() -> None:
+  """Raises NotImplementedError, with the reason, where Mosaic TPU kernels cannot run."""
+  if not _interpreting.get() and platform() != "tpu":
+    raise NotImplementedError(f"needs a TPU, the device is a {platform()}")

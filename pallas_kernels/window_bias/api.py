@@ -1,0 +1,49 @@
+"""Dispatch of retrofit attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.common import dispatch
+from pallas_kernels.window_bias import cudnn, gpu, tpu, xla
+
+IMPLEMENTATIONS = {
+  "cudnn": cudnn.window_bias_attention,
+  "gpu": gpu.window_bias_attention,
+  "tpu": tpu.window_bias_attention,
+  "xla": xla.window_bias_attention,
+}
+
+
+def window_bias_attention(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B T K H"],
+  v: Float[Array, "B T K H"],
+  bias: Float[Array, "B K T"] | None,
+  window: int,
+  segment_ids: Int[Array, "B T"] | None = None,
+  *,
+  implementation: str | Sequence[str] | None = None,
+) -> Float[Array, "B T N H"]:
+  """Causal attention; `bias[b, k, j]` is added to the scores of key j for queries i with i - j > window.
+
+  With bias = log(1 - alpha) this is the training mask of DMS (arXiv 2506.05345, figure 2b); with bias -inf where a key
+  is evicted it is the hard mask of inference. Differentiable in q, k, v and bias; memory linear in T.
+
+  Args:
+    bias: float32, -inf allowed; None adds nothing.
+    window: W in tokens, inclusive: a key W back is still free of bias.
+    segment_ids: tokens of different ids never see each other; ids must be contiguous runs.
+
+  Raises:
+    ValueError: shapes that do not fit, or an unknown implementation.
+  """
+  b, t, n, h = q.shape
+  heads = k.shape[2]
+  dispatch.check(k.shape == v.shape == (b, t, heads, h), f"k {k.shape}, v {v.shape}: not [B, T, K, H] with q {q.shape}")
+  dispatch.check(n % heads == 0, f"N={n} query heads are not a multiple of K={heads} KV heads")
+  dispatch.check(bias is None or bias.shape == (b, heads, t), f"bias {getattr(bias, 'shape', None)}: not [B, K, T]")
+  dispatch.check(segment_ids is None or segment_ids.shape == (b, t), "segment_ids must be [B, T]")
+  return dispatch.call("retrofit", IMPLEMENTATIONS, implementation, q, k, v, bias, window, segment_ids)

@@ -1,0 +1,30 @@
+"""Oracle of retrofit attention: the whole T x T score matrix in float64, from the formula."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def window_bias_attention(q, k, v, bias, window, segment_ids) -> np.ndarray:
+  """softmax(q k^T / sqrt(H) + bias[j] where i - j > window), causal and within a segment, times v.
+
+  Args: q [B, T, N, H], k and v [B, T, K, H], bias [B, K, T] or None, segment_ids [B, T] or None. Returns float64.
+  """
+  q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+  b, t, n, h = q.shape
+  group = n // k.shape[2]
+  i, j = np.arange(t)[:, None], np.arange(t)[None]
+  out = np.zeros_like(q)
+  for row in range(b):
+    visible = j <= i
+    if segment_ids is not None:
+      ids = np.asarray(segment_ids[row])
+      visible = visible & (ids[:, None] == ids[None])
+    for head in range(n):
+      scores = q[row, :, head] @ k[row, :, head // group].T / np.sqrt(h)
+      if bias is not None:
+        scores = scores + np.where(i - j > window, np.asarray(bias[row, head // group], np.float64)[None], 0.0)
+      scores = np.where(visible, scores, -np.inf)
+      weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+      out[row, :, head] = weights @ v[row, :, head // group] / weights.sum(axis=1, keepdims=True)
+  return out

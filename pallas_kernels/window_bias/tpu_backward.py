@@ -1,0 +1,134 @@
+"""Backward kernels of retrofit attention on TPUs: one sums dq over keys, one sums dk, dv and dbias over queries.
+
+With p = exp2(s - lse), dp = dout v^T, delta = rowsum(out * dout): ds = p (dp - delta), dq = scale ds k,
+dk = scale ds^T q, dv = p^T dout, dbias_j = sum of ds over the queries further than the window from key j and over the
+group's heads. Each output is summed by one core in a fixed order: two runs agree bit for bit.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels.window_bias.tpu import (
+  FREE,
+  LANES,
+  LOG2E,
+  Variant,
+  added_to_scores,
+  dot,
+  for_heads,
+  for_kind,
+  launch,
+  scores,
+  visible_pairs,
+)
+
+
+def gradients(variant: Variant, q, k, v, bias, start, out, lse, dout):
+  """(dq, dk, dv, dbias or None), laid out and typed as `tpu.forward`'s arguments."""
+  b, heads, size, t = k.shape
+  products = (out.astype(jnp.float32) * dout.astype(jnp.float32)).reshape(b, heads, -1, size, t)
+  delta = products.sum(axis=3)
+  bias = None if bias is None else bias * LOG2E
+  dq = query_gradient(variant, q, k, v, bias, start, dout, lse, delta)
+  dk, dv, dbias = key_gradients(variant, q, k, v, bias, start, dout, lse, delta)
+  return dq, dk, dv, dbias
+
+
+def query_gradient(variant: Variant, q, k, v, bias, start, dout, lse, delta):
+  """dq [B, K, G * H, T]; `bias` in units of log 2, lse and delta float32 [B, K, G, T]."""
+  b, _, size, t = k.shape
+  group = q.shape[2] // size
+  tile = variant.blocks.dq
+
+  def body(step, q_ref, k_ref, v_ref, bias_ref, start_ref, dout_ref, lse_ref, delta_ref, dq_ref, acc_ref):
+    @pl.when(step.first)
+    def _begin():
+      acc_ref[...] = jnp.zeros_like(acc_ref)
+
+    def attend(kind):
+      keys, values = k_ref[...].T, v_ref[...].T
+      added, _ = added_to_scores(variant, tile, step, kind, bias_ref, start_ref)
+
+      def head(one, rows):
+        p = jnp.exp2(scores(keys, q_ref[rows, :], added) - lse_ref[one, :])
+        ds = p * (dot(values, dout_ref[rows, :]) - delta_ref[one, :])
+        acc_ref[rows, :] += dot(k_ref[...], ds.astype(q.dtype))
+
+      for_heads(group, size, head)
+
+    for_kind(variant, step, attend)
+
+    @pl.when(step.last)
+    def _end():
+      dq_ref[...] = (acc_ref[...] * size**-0.5).astype(dq_ref.dtype)
+
+  return launch(
+    body,
+    tile,
+    visible_pairs(variant, tile, b, t, start, by_keys=False),
+    False,
+    inputs=[("q", q), ("kv", k), ("kv", v), ("kv", bias), ("q", start), ("q", dout), ("q", lse), ("q", delta)],
+    outputs=[("q", jax.ShapeDtypeStruct(q.shape, q.dtype))],
+    scratch=[((group * size, tile.q), jnp.float32)],
+    name="retrofit_dq",
+  )[0]
+
+
+def key_gradients(variant: Variant, q, k, v, bias, start, dout, lse, delta):
+  """(dk, dv [B, K, H, T], dbias float32 [B, K, 1, T] or None), each summed over the group's query heads."""
+  b, _, size, t = k.shape
+  group = q.shape[2] // size
+  tile = variant.blocks.dkv
+  lanes = min(LANES, tile.q)  # a key's part of dbias is summed over lanes at the end only
+
+  def body(step, q_ref, k_ref, v_ref, bias_ref, start_ref, dout_ref, lse_ref, delta_ref, dk_ref, dv_ref, *refs):
+    dbias_ref, dk_acc, dv_acc, dbias_acc = refs if variant.has_bias else (None, *refs, None)
+
+    @pl.when(step.first)
+    def _begin():
+      for acc_ref in (dk_acc, dv_acc, *([dbias_acc] if variant.has_bias else [])):
+        acc_ref[...] = jnp.zeros_like(acc_ref)
+
+    def attend(kind):
+      keys, values = k_ref[...].T, v_ref[...].T
+      added, far = added_to_scores(variant, tile, step, kind, bias_ref, start_ref)
+
+      def head(one, rows):
+        p = jnp.exp2(scores(keys, q_ref[rows, :], added) - lse_ref[one, :])
+        dv_acc[...] += dot(p.astype(q.dtype), dout_ref[rows, :], (1, 1))
+        ds = p * (dot(values, dout_ref[rows, :]) - delta_ref[one, :])
+        dk_acc[...] += dot(ds.astype(q.dtype), q_ref[rows, :], (1, 1))
+        if variant.has_bias and kind != FREE:
+          ds = ds if far is None else jnp.where(far, ds, 0.0)
+          dbias_acc[...] += sum(ds[:, at : at + lanes] for at in range(0, tile.q, lanes))
+
+      for_heads(group, size, head)
+
+    for_kind(variant, step, attend)
+
+    @pl.when(step.last)
+    def _end():
+      dk_ref[...] = (dk_acc[...].T * size**-0.5).astype(dk_ref.dtype)
+      dv_ref[...] = dv_acc[...].T.astype(dv_ref.dtype)
+      if variant.has_bias:
+        dbias_ref[...] = dbias_acc[...].T.sum(axis=0, keepdims=True)
+
+  outputs = [("kv", jax.ShapeDtypeStruct(x.shape, x.dtype)) for x in (k, v)]
+  scratch = [((tile.kv, size), jnp.float32)] * 2
+  if variant.has_bias:
+    outputs.append(("kv", jax.ShapeDtypeStruct(bias.shape, jnp.float32)))
+    scratch.append(((tile.kv, lanes), jnp.float32))
+  got = launch(
+    body,
+    tile,
+    visible_pairs(variant, tile, b, t, start, by_keys=True),
+    True,
+    inputs=[("q", q), ("kv", k), ("kv", v), ("kv", bias), ("q", start), ("q", dout), ("q", lse), ("q", delta)],
+    outputs=outputs,
+    scratch=scratch,
+    name="retrofit_dkv",
+  )
+  return *got, *([] if variant.has_bias else [None])

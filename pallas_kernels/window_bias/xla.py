@@ -1,0 +1,57 @@
+"""Retrofit attention in plain XLA: blocks of queries, recomputed in the backward pass, so memory is linear in T."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.common.xla_dot import einsum
+from pallas_kernels.window_bias.saved import saved
+
+# Queries whose scores stand in memory at once, and the number of unrolled stages. Within a stage every block reads the
+# same prefix of keys (shapes are static), so `STAGES` stages waste at most 1/STAGES of the causal half.
+BLOCK = 512
+STAGES = 8
+
+
+def window_bias_attention(q, k, v, bias, window, segment_ids):
+  """See `api.window_bias_attention`."""
+  b, t, n, h = q.shape
+  heads = k.shape[2]
+  block = min(BLOCK, t)
+  pad = -t % block
+  if pad:
+    widths = lambda x, axis: [(0, pad if a == axis else 0) for a in range(x.ndim)]
+    q, k, v = (jnp.pad(x, widths(x, 1)) for x in (q, k, v))
+    bias = None if bias is None else jnp.pad(bias, widths(bias, 2))
+    segment_ids = None if segment_ids is None else jnp.pad(segment_ids, widths(segment_ids, 1))
+  blocks = (t + pad) // block
+  qg = q.reshape(b, blocks, block, heads, n // heads, h)
+  qg = jnp.moveaxis(qg, 1, 0)
+
+  @functools.partial(jax.checkpoint, static_argnums=2)
+  def one(qb, number, end):
+    """Queries of block `number` against keys 0 .. end-1."""
+    scores = einsum("btkgh,bskh->bkgts", qb, k[:, :end]) * h**-0.5
+    i = number * block + jnp.arange(block)[:, None]
+    j = jnp.arange(end)[None]
+    visible = (j <= i)[None]
+    if segment_ids is not None:
+      mine = jax.lax.dynamic_slice_in_dim(segment_ids, number * block, block, axis=1)
+      visible = visible & (mine[:, :, None] == segment_ids[:, None, :end])
+    if bias is not None:
+      scores = scores + jnp.where(i - j > window, bias[:, :, None, None, :end], 0.0)
+    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1)  # every query sees itself: no empty row
+    return einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v[:, :end])
+
+  stage = -(-blocks // STAGES)
+  outs = []
+  for first in range(0, blocks, stage):
+    last = min(first + stage, blocks)
+    numbers = jnp.arange(first, last)
+    outs.append(jax.lax.map(lambda args, end=last * block: one(args[0], args[1], end), (qg[first:last], numbers)))
+  out = jnp.moveaxis(jnp.concatenate(outs), 0, 1).reshape(b, t + pad, n, h)
+  return saved(out[:, :t].astype(q.dtype))

@@ -1,0 +1,150 @@
+"""Model families: presets of public sizes, config.json both ways, what is refused, gates of released checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dms_jax import testing as tiny
+from dms_jax.config import PRESETS, DMSConfig, RopeScaling
+from dms_jax.convert.families import config_from_hf, config_to_hf, dms_from_hf
+from dms_jax.params import abstract_params, count_params, param_table
+
+LLAMA3 = RopeScaling(8.0, 1.0, 4.0, 64)
+LLAMA = tiny.config(rope_theta=500000.0, rope_scaling=LLAMA3, eos_token_ids=(3, 4))
+PARAMETERS = {
+  "smollm2-135m": 134_515_008,
+  "llama-2-7b": 6_738_415_616,
+  "llama-3-8b": 8_030_261_248,
+  "llama-3.1-8b": 8_030_261_248,
+  "llama-3.1-70b": 70_553_706_496,
+  "llama-3.2-1b": 1_235_814_400,
+  "llama-3.2-3b": 3_212_749_824,
+  "qwen2.5-0.5b": 494_032_768,
+  "qwen2.5-1.5b": 1_543_714_304,
+  "qwen2.5-7b": 7_615_616_512,
+  "qwen2.5-32b": 32_763_876_352,
+  "qwen-r1-1.5b": 1_777_088_000,
+  "qwen-r1-7b": 7_615_616_512,
+  "qwen-r1-32b": 32_763_876_352,
+  "qwen3-0.6b": 596_049_920,
+  "qwen3-1.7b": 1_720_574_976,
+  "qwen3-4b": 4_022_468_096,
+  "qwen3-8b": 8_190_735_360,
+  "qwen3-14b": 14_768_307_200,
+  "qwen3-32b": 32_762_123_264,
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets(name):
+  """Published parameter counts, and the config file that describes them, both ways."""
+  config = PRESETS[name]
+  table = param_table(config)
+  assert count_params(table) == PARAMETERS[name]
+  tree = abstract_params(table, jnp.bfloat16)
+  assert sum(leaf.size for leaf in jax.tree.leaves(tree)) == PARAMETERS[name]
+  assert tree["layers"]["down_proj"].shape == (config.num_layers, config.d_model, config.d_ff)
+  assert config_from_hf(config_to_hf(config, "bfloat16"), name) == config
+
+
+def hf_values(**changes) -> dict:
+  return {**config_to_hf(LLAMA, "float32"), **changes}
+
+
+def test_transformers_5_style():
+  values = config_to_hf(LLAMA, "float32")
+  scaling, theta = values.pop("rope_scaling"), values.pop("rope_theta")
+  values["rope_parameters"] = {**scaling, "rope_theta": theta}
+  values["dtype"] = values.pop("torch_dtype")
+  values["layer_types"] = ["full_attention"] * 2
+  assert config_from_hf(values, "x") == LLAMA
+
+
+def test_what_config_json_leaves_out():
+  """The defaults of transformers' classes, and the older name of a rope type."""
+  minimal = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4)
+  llama = config_from_hf({"model_type": "llama", **minimal}, "x")
+  assert (llama.head_dim, llama.num_kv_heads, llama.rope_theta, llama.rms_norm_eps) == (16, 4, 10000.0, 1e-6)
+  assert not llama.tie_embeddings and not llama.qkv_bias and not llama.qk_norm and llama.eos_token_ids == ()
+  assert config_from_hf({"model_type": "qwen3", **minimal}, "x").head_dim == 128
+  qwen2 = config_from_hf({"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": False, **minimal}, "x")
+  assert qwen2.qkv_bias and qwen2.vocab_size == 151936
+  old = hf_values(rope_scaling={"type": "llama3", **dataclasses.asdict(LLAMA3)})
+  assert config_from_hf(old, "x").rope_scaling == LLAMA3
+  assert config_from_hf(hf_values(head_dim=None), "x").head_dim == 8  # 32 channels, 4 heads
+
+
+def test_end_tokens():
+  assert config_from_hf(hf_values(eos_token_id=7), "x").eos_token_ids == (7,)
+  assert config_from_hf(hf_values(eos_token_id=None), "x").eos_token_ids == ()
+  assert config_from_hf(hf_values(eos_token_id=7), "x", {"eos_token_id": [8, 9]}).eos_token_ids == (8, 9)
+  assert config_from_hf(hf_values(eos_token_id=7), "x", {"temperature": 0.6}).eos_token_ids == (7,)
+
+
+REFUSED = {
+  "mistral": (dict(model_type="mistral"), ["model_type 'mistral'; supported are llama, qwen2, qwen3"]),
+  "nothing": (dict(model_type=None), ["model_type None"]),
+  "sliding": (dict(sliding_window=4096), ["sliding window attention (sliding_window=4096)"]),
+  "sliding qwen": (dict(model_type="qwen2", use_sliding_window=True, sliding_window=9), ["sliding window attention"]),
+  "sliding layers": (dict(layer_types=["full_attention", "sliding_attention"]), ["sliding window attention"]),
+  "experts": (dict(model_type="qwen3_moe", num_experts=128), ["mixture of experts (num_experts)", "'qwen3_moe'"]),
+  "mixtral": (dict(model_type="mixtral", num_local_experts=8), ["mixture of experts"]),
+  "mla": (dict(model_type="deepseek_v3", kv_lora_rank=512), ["multi-head latent attention, MLA (kv_lora_rank)"]),
+  "yarn": (dict(rope_scaling={"type": "yarn", "factor": 4.0}), ["RoPE scaling of type 'yarn'"]),
+  "linear": (dict(rope_scaling=None, rope_parameters={"rope_type": "linear", "factor": 2.0}), ["'linear'"]),
+  "partial": (dict(partial_rotary_factor=0.5), ["partial_rotary_factor=0.5"]),
+  "bias": (dict(attention_bias=True, mlp_bias=True), ["attention_bias=true", "mlp_bias=true"]),
+  "bias of qwen3": (dict(model_type="qwen3", attention_bias=True), ["attention_bias=true"]),
+  "gelu": (dict(hidden_act="gelu"), ["hidden_act='gelu'"]),
+  "quantized": (dict(quantization_config={"quant_method": "gptq"}), ["quantized weights", "'gptq'"]),
+  "all at once": (
+    dict(model_type="mixtral", num_local_experts=8, sliding_window=1, hidden_act="relu", rope_scaling={"type": "yarn"}),
+    ["mixture of experts", "model_type 'mixtral'", "sliding window", "'relu'", "'yarn'"],
+  ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_name(name):
+  changes, reasons = REFUSED[name]
+  with pytest.raises(ValueError, match=r"^the file: not supported: ") as error:
+    config_from_hf(hf_values(**changes), "the file")
+  assert all(reason in str(error.value) for reason in reasons), error.value
+
+
+def test_malformed_configs():
+  broken = dict(hidden_size="wide", num_hidden_layers=0, rms_norm_eps=None, num_key_value_heads=True, rope_theta="x")
+  with pytest.raises(ValueError, match=r"^the file: ") as error:
+    config_from_hf(hf_values(**broken), "the file")
+  for field in ("hidden_size", "num_hidden_layers", "num_key_value_heads", "rope_theta"):
+    assert field in str(error.value)
+  with pytest.raises(ValueError, match="intermediate_size should be a positive number, found None"):
+    config_from_hf({k: v for k, v in hf_values().items() if k != "intermediate_size"}, "x")
+  with pytest.raises(ValueError, match=r"llama3 needs the number\(s\) \['low_freq_factor'"):
+    config_from_hf(hf_values(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "x")
+  with pytest.raises(ValueError, match="num_heads=4 is not a multiple of num_kv_heads=3"):
+    config_from_hf(hf_values(num_key_value_heads=3), "x")
+
+
+def test_gates_of_released_checkpoints():
+  """NVIDIA's keys (shift 1, neuron or adapter) and FastDMS's metadata (shift 0)."""
+  nvidia = dict(dms_alpha_scale=100.0, dms_initial_alpha_offset=5.0, dms_window_size=512, dms_cr=8)
+  assert dms_from_hf(hf_values(**nvidia), None, "x") == DMSConfig("neuron", 512, 100.0, 5.0, 1, "head")
+  student = dict(nvidia, dms_separate_alpha=True, dms_alpha_per="layer", dms_window_size=256, dms_alpha_scale=50)
+  assert dms_from_hf(hf_values(**student), None, "x") == DMSConfig("adapter", 256, 50.0, 5.0, 1, "layer")
+  assert dms_from_hf(hf_values(), None, "x") is None
+  for metadata in (
+    {"window_size": 128, "alpha_offset": 4.25},
+    {"config": {"dms_window_size": 128, "alpha_offset": 4.25}},
+  ):
+    assert dms_from_hf(hf_values(**nvidia), metadata, "x") == DMSConfig("neuron", 128, 100.0, 4.25, 0, "head")
+  with pytest.raises(ValueError, match="sidecar"):
+    dms_from_hf({}, {"schema_version": 2, "sidecar": {}}, "x")
+  with pytest.raises(ValueError, match="x: dms_window_size should be a number, found 'big'"):
+    dms_from_hf(dict(nvidia, dms_window_size="big"), None, "x")
+  with pytest.raises(ValueError, match=r"dms\.granularity"):
+    dms_from_hf(dict(nvidia, dms_alpha_per="token"), None, "x")

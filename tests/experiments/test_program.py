@@ -1,0 +1,191 @@
+"""Programs: flags from dataclasses, errors in one line, results that are whole or absent, progress."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+
+from experiments.common import program
+
+ROOT = Path(__file__).parents[2]
+PROGRAMS = sorted(p.stem for p in (ROOT / "experiments").glob("*.py") if "\nif __name__ == " in p.read_text())
+
+TOY = """
+  import dataclasses
+  from pathlib import Path
+  from typing import Literal
+
+  from dms_jax.config import DMSConfig, LoRAConfig
+  from experiments.common import program
+
+  @dataclasses.dataclass(frozen=True)
+  class Config:
+    output: Path
+    text: str = ""
+    steps: int | None = None
+    rate: float = 0.5
+    kind: Literal["one", "two"] = "one"
+    sizes: tuple[int, ...] = (1, 2)
+    fast: bool = False
+    lora: LoRAConfig = LoRAConfig(rank=3)
+
+  def main():
+    config, dms = program.read_flags("", Config), program.read_flags("dms", DMSConfig)
+    if config.text == "missing":
+      Path("no/such/file").read_text()
+    if config.text == "bug":
+      raise KeyError("a bug is not the user's mistake")
+    program.finish({"config_": config, "dms": dms})
+
+  if __name__ == "__main__":
+    program.define_flags("", Config)
+    program.define_flags("dms", DMSConfig, window=64)
+    program.run(main)
+"""
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+  """Runs a program made of the flags above; returns the finished process."""
+  folder = tmp_path_factory.mktemp("toy")
+  (folder / "toy_program.py").write_text(textwrap.dedent(TOY))
+  env = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+
+  def run(*arguments):
+    command = [sys.executable, "-m", "toy_program", *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, cwd=folder)
+
+  return run
+
+
+def test_flags_reach_the_dataclasses_and_the_last_line_is_json(toy):
+  done = toy(
+    "--output=a/b", "--steps=7", "--rate=2", "--kind=two", "--sizes=4,5", "--fast", "--lora.rank=8",
+    "--lora.targets=q_proj", "--dms.window=16", "--dms.gate=neuron",
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  line = json.loads(done.stdout.splitlines()[-1])
+  assert line["config_"] == {
+    "output": "a/b", "text": "", "steps": 7, "rate": 2.0, "kind": "two", "sizes": [4, 5], "fast": True,
+    "lora": {"rank": 8, "scale": 2.0, "targets": ["q_proj"]},
+  }  # fmt: skip
+  assert line["dms"]["window"] == 16 and line["dms"]["gate"] == "neuron" and line["dms"]["shift"] == 1
+  assert line["config"]["dms.window"] == 16 and line["config"]["lora.rank"] == 8
+  assert line["environment"]["jax"] and "profile" not in line["config"]
+
+
+def test_defaults_are_the_dataclass_s_unless_overridden(toy):
+  line = json.loads(toy("--output=x").stdout.splitlines()[-1])
+  assert line["config_"]["steps"] is None and line["config_"]["lora"]["rank"] == 3
+  assert line["dms"]["window"] == 64
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--output=x", "--dms.windw=3"], "Unknown command line flag 'dms.windw'. Did you mean: dms.window ?"),
+    (["--output=x", "--dms.window=many"], "flag --dms.window=many: 'many' is not a whole number"),
+    (["--output=x", "--kind=three"], "flag --kind=three: 'three' is not one of ['one', 'two']"),
+    (["--output=x", "--dms.window=-1"], "error: dms.window=-1 must be 0 or more tokens"),
+    (["--output=x", "stray"], "error: unexpected argument(s) ['stray']"),
+    (["--output=x", "--text=missing"], "error: [Errno 2] No such file or directory: 'no/such/file'"),
+    ([], "Flag --output must have a value other than None"),
+  ],
+)
+def test_bad_input_is_one_line_and_exit_code_1(toy, arguments, message):
+  done = toy(*arguments)
+  assert done.returncode == 1
+  assert message in done.stderr
+  assert "Traceback" not in done.stderr
+
+
+def test_a_bug_keeps_its_traceback_and_debug_shows_any(toy):
+  assert "Traceback" in toy("--output=x", "--text=bug").stderr
+  done = toy("--output=x", "--text=missing", "--debug")
+  assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+def test_help_lists_the_program_s_flags(toy):
+  text = toy("--help").stdout
+  for flag in ("--output", "--dms.window", "--lora.rank", "--profile", "--[no]debug"):
+    assert flag in text
+  assert "adapter | neuron" in text and "whole number or none" in text
+
+
+def test_profile_writes_a_trace(toy, tmp_path):
+  assert toy("--output=x", f"--profile={tmp_path}").returncode == 0
+  assert list(tmp_path.rglob("*.xplane.pb"))
+
+
+def test_annotations_without_a_spelling_are_refused():
+  @dataclasses.dataclass
+  class Config:
+    either: int | str = 0
+
+  with pytest.raises(TypeError, match="no flag can be made of"):
+    program.define_flags("refused", Config)
+  with pytest.raises(TypeError, match="has no field"):
+    program.define_flags("refused", Config, neither=1)
+
+
+def test_optional_values_parse_both_ways():
+  assert program.parse_value(int | None, "none") is None
+  assert program.parse_value(int | None, "3") == 3
+  assert program.parse_value(Literal[1, 2], "2") == 2
+  assert program.parse_value(tuple[float, ...], "1, 2.5,") == (1.0, 2.5)
+  with pytest.raises(ValueError, match="true or false"):
+    program.parse_value(bool, "maybe")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+  model: str = "m"
+  steps: int = 10
+
+
+def test_results_dir_is_named_from_the_config(tmp_path):
+  default = program.results_dir("retrofit", RunConfig(), tmp_path)
+  other = program.results_dir("retrofit", RunConfig("checkpoints/big", 20), tmp_path)
+  assert default.is_dir() and default.name.startswith("default-")
+  assert other.name.startswith("model=big,steps=20-")
+  assert other == program.results_dir("retrofit", RunConfig("checkpoints/big", 20), tmp_path)
+  assert other != program.results_dir("retrofit", RunConfig("elsewhere/big", 20), tmp_path)
+
+
+def test_save_json_writes_whole_files_only(tmp_path):
+  path = program.save_json(tmp_path / "new" / "a.json", {"x": np.float32(0.5), "y": np.arange(2), "z": float("inf")})
+  assert json.loads(path.read_text()) == {"x": 0.5, "y": [0, 1], "z": None}
+
+  class Unprintable:
+    def __str__(self):
+      raise RuntimeError("cannot be written")
+
+  with pytest.raises(RuntimeError):
+    program.save_json(path, {"x": Unprintable()})
+  assert json.loads(path.read_text())["x"] == 0.5
+  assert [p.name for p in path.parent.iterdir()] == ["a.json"]
+
+
+def test_progress_yields_everything_and_says_how_far(capsys):
+  assert list(program.progress([1, 2, 3], desc="reading", every=0.0)) == [1, 2, 3]
+  lines = capsys.readouterr().err.splitlines()
+  assert lines[0].startswith("reading: 1/3") and lines[-1].startswith("reading: 3/3, 0 s left")
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_program_has_help_and_refuses_unknown_flags(name):
+  env = {**os.environ, "PYTHONPATH": str(ROOT)}
+  command = [sys.executable, "-m", f"experiments.{name}"]
+  shown = subprocess.run([*command, "--help"], env=env, capture_output=True, text=True, timeout=120)
+  assert "--profile" in shown.stdout and f"experiments.{name}" in shown.stdout, shown.stderr
+  refused = subprocess.run([*command, "--no_such_flag=1"], env=env, capture_output=True, text=True, timeout=120)
+  assert refused.returncode == 1 and "no_such_flag" in refused.stderr and "Traceback" not in refused.stderr

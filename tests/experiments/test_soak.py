@@ -1,0 +1,127 @@
+"""experiments.soak: a few seconds of it, and that it sees what it is there to see."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+import pytest
+
+from dms_jax.generation.batching import Generator
+from experiments import bench_generate, soak
+
+SHORT = soak.Config(
+  minutes=0.05, width=3, longest_prompt=12, longest_answer=12, turns=2, page=4, prefill_chunk=16, decode_block=4, check=3,
+  growth=10.0,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ran():
+  """(generator, outcome) of three seconds of traffic, and what is open then."""
+  model = soak.served_model(SHORT)
+  generator = Generator(
+    model,
+    width=3,
+    max_length=48,
+    temperature=1.0,
+    eos=False,
+    page=4,
+    budget_tokens=48,
+    prefill_chunk=16,
+    decode_block=4,
+  )
+  return generator, soak.soak(generator, SHORT, soak.Traffic(SHORT, 128), 60 * SHORT.minutes)
+
+
+def test_what_was_served_is_sound(ran, tmp_path):
+  generator, outcome = ran
+  result = soak.verdict(generator, SHORT, outcome)
+  held = {name: ok for name, ok in result["checks"].items() if name != "something_was_swapped"}  # there was little time
+  assert all(held.values()), result
+  assert result["conversations_checked"] == len(outcome["kept"]) > 0 and result["lost_pages"] == 0
+  assert result["requests"] >= 3 and result["tokens"] > 0
+  lengths = {len(values) for values in outcome["samples"].values()}
+  assert lengths == {result["steps"]} and outcome["samples"]["pages"][-1] == 0
+  series = soak.over_time(outcome["samples"], 5)
+  assert series["pages"][-1][0] == 0 and all(least <= mean <= most for least, mean, most in series["running"])
+  image = soak.picture(tmp_path / "soak.png", series, result["pages"], "a test")
+  assert image is None or (tmp_path / "soak.png").stat().st_size > 1000
+
+
+def test_other_tokens_are_seen(ran):
+  generator, outcome = ran
+  talk = outcome["kept"][0]
+  assert soak.alone(generator, talk)
+  turn = talk.turns[-1]
+  tokens, logprobs = turn.answers[0]
+  other = dataclasses.replace(turn, answers=[([*tokens[:-1], tokens[-1] ^ 1], logprobs), *turn.answers[1:]])
+  assert not soak.alone(generator, soak.Talk([*talk.turns[:-1], other]))
+
+
+def test_lost_pages_are_seen(ran):
+  generator, _ = ran
+  cache = generator.cache
+  assert soak.lost_pages(generator) == 0
+  pool = cache.table.pool
+  for broken in (pool.replace(count=pool.count - 2), pool.replace(owners=pool.owners.at[jnp.array([1, 3])].set(1))):
+    generator.cache = cache.replace(table=cache.table.replace(pool=broken))
+    assert soak.lost_pages(generator) == 2
+  generator.cache = cache
+
+
+def made_up(**columns) -> dict:
+  """What a soak of 100 steps leaves: all flat, but for `columns`."""
+  flat = {"memory": [2**20] * 100, "device": [None] * 100, "arrays": [50] * 100}
+  return {"samples": {"seconds": list(range(100)), **flat, **columns}, "counts": {"preemptions": 1}, "kept": []}
+
+
+@pytest.mark.parametrize(
+  ("columns", "failed"),
+  [
+    (dict(), set()),
+    (dict(memory=[None] * 100), set()),
+    (dict(arrays=list(range(1, 31)) + [50] * 70), set()),  # it may grow while it warms up
+    (dict(arrays=[50] * 60 + [90] + [50] * 39), set()),  # and one step may have more
+    (dict(arrays=list(range(50, 150))), {"arrays_flat"}),
+    (dict(memory=[2**20 + 2**12 * i for i in range(100)]), {"memory_flat"}),
+    (dict(device=[2**20] * 100), set()),
+    (dict(device=[2**20 + 2**12 * i for i in range(100)]), {"device_flat"}),
+  ],
+)
+def test_growth_is_seen(ran, columns, failed):
+  result = soak.verdict(ran[0], soak.Config(), made_up(**columns))
+  assert {name for name, held in result["checks"].items() if not held} == failed
+  assert result["passed"] == (not failed)
+  assert result["arrays_growth"] == pytest.approx(146 / 83 - 1 if "arrays_flat" in failed else 0)
+
+
+def test_flags_are_checked():
+  with pytest.raises(ValueError, match=r"--retrofit=x .*--checkpoint"):
+    soak.Config(retrofit="x")
+  with pytest.raises(ValueError, match="--kernels"):
+    soak.Config(kernels=True, checkpoint="x")
+  for flag, value in (("minutes", 0), ("warm_up", 1.0), ("width", 0)):
+    with pytest.raises(ValueError, match=f"--{flag}={value}"):
+      soak.Config(**{flag: value})
+
+
+def test_a_model_for_kernels():
+  model = soak.served_model(soak.Config(kernels=True))
+  assert model.dtype == jnp.bfloat16 and model.config.head_dim == 64
+
+
+def test_the_first_difference():
+  assert bench_generate.first_difference([1, 2], [1, 2]) is None
+  assert bench_generate.first_difference([1, 2, 3], [1, 5, 3]) == 1
+  assert bench_generate.first_difference([1, 2], [1, 2, 3]) == 2
+
+
+@pytest.mark.slow
+def test_widths_are_compared():
+  model = soak.served_model(SHORT)
+  found = bench_generate.width_divergence(
+    model, [[1, 2, 3], [4]], 3, new_tokens=5, prefill_chunk=16, decode_block=4, page=4, max_length=48, pages=48
+  )
+  assert found["widths"] == [1, 3] and len(found["first_difference"]) == 2
+  assert found["largest_logprob_difference"] < 1e-4  # float32 through two layers

@@ -1,0 +1,105 @@
+"""Text that the model writes itself: its sources, resumption after a failure, and training on nothing else."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from dms_jax import testing as tiny
+from dms_jax.retrofit import DataConfig, SelfTextConfig, self_text
+from dms_jax.retrofit.data import load_sources
+from dms_jax.tokenizer import byte_tokenizer
+
+TEMPLATE = (
+  "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>{% endfor %}"
+  "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def writer():
+  """(model, tokenizer with a chat template)."""
+  tokenizer = byte_tokenizer()
+  tokenizer.settings["chat_template"] = TEMPLATE
+  return tiny.model(tiny.config(num_layers=1, d_model=16, d_ff=16, vocab_size=257)), tokenizer
+
+
+def test_prompts_of_every_source(tmp_path, writer):
+  tokenizer = writer[1]
+  (tmp_path / "text.txt").write_text("abcdefghij" * 5)
+  records = [
+    {"question": "why?"},
+    {"messages": [{"role": "user", "content": "how?"}, {"role": "assistant", "content": "so"}]},
+  ]
+  (tmp_path / "chats.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+  texts, chats = str(tmp_path / "text.txt"), str(tmp_path / "chats.jsonl")
+  both = self_text.prompts(SelfTextConfig(5, prefixes=texts, questions=chats, prefix_tokens=8), tokenizer)
+  assert [len(row) for row in both[:3]] == [8] * 3 and all(bytes(row).decode() in "abcdefghij" * 5 for row in both[:3])
+  assert {tokenizer.decode(row, skip_special=False) for row in both[3:]} <= {
+    "<user>why?<eos><assistant>",
+    "<user>how?<eos><assistant>",
+  }
+  assert self_text.prompts(SelfTextConfig(3), tokenizer) == ["free", "ask", "free"]
+  assert self_text.prompts(SelfTextConfig(2), byte_tokenizer()) == ["free", "free"]  # no template
+  assert self_text.user_opening(tokenizer) == "<user>"
+
+
+@pytest.mark.parametrize(
+  "fields, content, message",
+  [
+    ({"prefixes": "x"}, "short", "5 tokens, no more than one prefix"),
+    ({"questions": "x"}, '{"title": 1}', "record 1: neither `messages` nor `question`"),
+    ({"questions": "x"}, '{"ti', "record 1: not valid JSON"),
+    ({"questions": "x"}, "", "is empty"),
+    ({"questions": "x"}, None, "no such file"),
+  ],
+)
+def test_bad_sources_are_named(tmp_path, writer, fields, content, message):
+  path = tmp_path / "source"
+  if content is not None:
+    path.write_text(content)
+  with pytest.raises(ValueError, match=message):
+    self_text.prompts(SelfTextConfig(2, **dict.fromkeys(fields, str(path))), writer[1])
+
+
+def test_an_interrupted_writer_goes_on_and_leaves_nothing_behind(tmp_path, writer, monkeypatch):
+  """A failure between batches keeps the finished ones; the whole equals what an undisturbed call writes."""
+  model, tokenizer = writer
+  config = SelfTextConfig(6, max_new_tokens=12, batch=2)
+  sampled = self_text.write(model, tokenizer, config, tmp_path / "whole.jsonl")
+  text = (tmp_path / "whole.jsonl").read_text()
+  assert len(text.splitlines()) == 6 and 0 < sampled <= 6 * 12 + 3 * 12
+  assert json.loads(text.splitlines()[1])["text"].startswith("<user>")
+
+  sample, calls = self_text._sample, []
+
+  def failing(*args):
+    calls.append(args)
+    if len(calls) == 2:
+      raise KeyboardInterrupt
+    return sample(*args)
+
+  path = tmp_path / "again.jsonl"
+  monkeypatch.setattr(self_text, "_sample", failing)
+  with pytest.raises(KeyboardInterrupt):
+    self_text.write(model, tokenizer, config, path)
+  assert not path.exists() and len(list((tmp_path / "again.jsonl.rows").glob("0*.jsonl"))) == 1
+  with pytest.raises(ValueError, match="rows of other settings"):
+    self_text.write(model, tokenizer, SelfTextConfig(6, max_new_tokens=12, batch=2, seed=1), path)
+  assert self_text.write(model, tokenizer, config, path) == sampled
+  assert path.read_text() == text and len(calls) == 4
+  assert {p.name for p in tmp_path.iterdir()} == {"whole.jsonl", "again.jsonl"}
+
+  sources = load_sources(DataConfig(self_text=config), tokenizer, path)
+  assert [(s.name, int(s.document[-1])) for s in sources] == [("self_text", 6)]
+
+
+def test_data_settings_that_do_not_fit():
+  with pytest.raises(ValueError, match=r"data\.paths is empty.*self_text"):
+    load_sources(DataConfig(), byte_tokenizer())
+  with pytest.raises(ValueError, match=r"data\.weights has 1 numbers for 2 paths"):
+    DataConfig(("a",), (1.0,), self_text=SelfTextConfig(4))
+  for wrong in ({"rows": -1}, {"temperature": 0.0}, {"top_p": 1.5}, {"batch": 0}, {"max_new_tokens": 0}):
+    with pytest.raises(ValueError, match=f"self_text.{next(iter(wrong))}"):
+      SelfTextConfig(**wrong)
