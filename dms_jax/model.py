@@ -259,12 +259,15 @@ def cached_forward(
   tokens: Int[Array, "B T"],
   lengths: Int[Array, "B"],
   override: Bool[Array, "L B K T"] | None = None,
+  remaining: Int[Array, "B"] | None = None,
 ) -> tuple[StepOutput, Cache]:
   """Takes up to T tokens a row into the cache: T = 1 is a decode step, more a chunk of a prompt.
 
   Args:
     tokens: right-padded; row b's first `lengths[b]` are real, 0 leaves the row untouched.
     override: decisions to use instead of the policy's, by the token that computes them; to compare precisions.
+    remaining: tokens of each row's prompt still to come after this chunk, for policies that compact at its end; None in
+      a decode step, and 0 by default for more than one token.
 
   Returns:
     The output, and the cache with these tokens in it. A row without room is left untouched and reported.
@@ -272,9 +275,9 @@ def cached_forward(
   Raises:
     ValueError: the cache was made for another policy.
   """
-  if policy.scored and tokens.shape[1] > 1:
+  if policy.exact_prefill and tokens.shape[1] > 1:
     return _one_by_one(model, policy, cache, tokens, lengths, override)
-  plan = cache.plan(policy, lengths, tokens.shape[1])
+  plan = cache.plan(policy, lengths, tokens.shape[1], remaining)
   positions = plan.seen[:, None] + jnp.arange(tokens.shape[1])
   heads = (tokens.shape[0], model.config.num_kv_heads, tokens.shape[1])
   about = jnp.broadcast_to((positions - cache.lag)[:, None], heads)
@@ -283,12 +286,14 @@ def cached_forward(
   padded = partial(_more_rows, least=LEAST_ROWS if small else 0)
   layers = model.params["layers"]
   adapters = model.dms is not None and model.dms.gate == "adapter"
-  late = small and rows <= LATE_ROWS and isinstance(layers, list) and adapters and cache.can_decide_late(policy)
+  late = small and rows <= LATE_ROWS and isinstance(layers, list) and adapters and plan.remaining is None
+  late = late and cache.can_decide_late(policy)
 
   def attend(carry, index, xs, q, k, v, gates):
     state, override = xs
     q, k, v, gates = jax.tree.map(lambda y: y[:rows], (q, k, v, gates))
-    evict = None if late else policy.decide(gates, index, about) if override is None else override
+    seen_keys = jnp.swapaxes(k, 1, 2) if policy.uses_keys else None
+    evict = None if late else policy.decide(gates, index, about, seen_keys) if override is None else override
     out, carry, state, seen = cache.attend(plan, policy, index, carry, state, q, k, v, evict)
     return padded(out), carry, (state, seen, gates)
 
