@@ -17,14 +17,13 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from dms_jax.execution import Execution
 from dms_jax.sharding import row_and_head_axes
 from pallas_kernels import decode, prefill
 from pallas_kernels import window_bias as retrofit
 from pallas_kernels.common import compat, dispatch
-from pallas_kernels.common.platform import platform
 from pallas_kernels.decode import Pages
 from pallas_kernels.paged import api as put
 from pallas_kernels.prefill import NEVER as NEVER
@@ -60,7 +59,6 @@ def decode_attention(q, kv, layer, lengths, *, pages: Pages | None = None, **kwa
   """
 
   def call(q, kv, layer, lengths, pages):
-    layer = jnp.asarray(layer, jnp.int32) if platform() == "gpu" else layer
     return _chosen(decode.decode_attention, q, kv, layer, lengths, pages=pages, **kwargs)
 
   def specs(b, k):
@@ -79,7 +77,7 @@ def write_pages(pool, table, slots, rows):
   """
   chosen = (*dispatch.named(put.IMPLEMENTATIONS, _choice.get()), "xla")
   call = partial(put.write_pages, implementation=[name for name in put.IMPLEMENTATIONS if name in chosen])
-  if platform() != "tpu":
+  if not Execution.choose().replicated_writes:
     return call(pool, table, slots, rows)
   return _on_shards(call, 1, 1, lambda *_: (P(),) * 4, lambda *_: P(), pool, table, slots, rows)
 
@@ -91,7 +89,7 @@ def _chosen(attend: Callable, *args, pages: Pages | None = None, **kwargs):
   once for all layers of a list.
   """
   choice = _choice.get()
-  if platform() != "gpu":
+  if not Execution.choose().jitted_attention:
     return attend(*args, **({} if pages is None else {"pages": pages}), implementation=choice, **kwargs)
   choice = choice if choice is None or isinstance(choice, str) else tuple(choice)
   target = _hopper(), compat.interpreting()
