@@ -1,4 +1,4 @@
-"""The building blocks of a Llama-style decoder as pure functions: norm, rotary embedding, projection, MLP."""
+"""The building blocks of a Llama-style decoder as pure functions: RMSNorm, RoPE, projections, MLP."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def rms_norm(x: Float[Array, "*batch C"], weight: Float[Array, "C"], eps: float)
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
-  """Radians per position of each channel pair, float32 [H/2], with Llama 3.1's scaling where the config has it."""
+  """RoPE's radians per position for each channel pair, float32 [H/2], with Llama 3.1's scaling if configured."""
   half = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
   freq = (1.0 / (np.float32(config.rope_theta) ** half)).astype(np.float32)
   if (s := config.rope_scaling) is not None:
@@ -37,13 +37,13 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
 
 
 def rope_tables(config: ModelConfig, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
-  """(cos, sin), each float32 [B, T, 1, H/2]; computed once a step and shared by all layers."""
+  """(cos, sin) of RoPE, each float32 [B, T, 1, H/2]; computed once per step for all layers."""
   angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config)
   return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
 
 
 def apply_rope(x: Float[Array, "B T heads H"], tables: tuple[Array, Array]) -> Float[Array, "B T heads H"]:
-  """Rotates channel c with channel c + H/2 (Hugging Face's half-split convention), in float32."""
+  """Rotates channels c and c + H/2 as a pair (Hugging Face's half-split convention), in float32; returns x's dtype."""
   cos, sin = tables
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
