@@ -50,7 +50,7 @@ needs_mosaic_gpu = pytest.mark.skipif(
 )
 
 
-def lowered_for_cuda(tokens: int, kind: str = "slots", **options) -> str:
+def lowered_for_cuda(tokens: int, kind: str = "contiguous", **options) -> str:
   """SmolLM2's step of `tokens` tokens a row into a cache of a kind, lowered for a Hopper GPU that is not there."""
   config, dms, struct = PRESETS["smollm2-135m"], DMSConfig(window=64), jax.ShapeDtypeStruct
   params = map_table(lambda _, spec: struct(spec.shape, jnp.bfloat16), param_table(config, dms))

@@ -61,6 +61,30 @@ def test_every_visible_pair_is_visited_once(seed, order):
     np.testing.assert_array_equal(seen, expected)
 
 
+@pytest.mark.parametrize("order", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_every_visible_pair_has_a_visitor(seed, order):
+  """Each gathered row holds its key; a tile sees whole blocks where no mask is needed, and none outside its range."""
+  rng, block = np.random.default_rng(seed), 32
+  positions, first, last = random_case(rng, order)
+  made = plan.make(ints(positions), ints(first), ints(last), block=block, grain=8)
+  source, row, bounds = (np.asarray(x) for x in (made.source, made.row, made.bounds))
+  held = source < first.shape[2]
+  assert held.sum() == (row < source.shape[2]).sum()
+  for at in np.argwhere(held):
+    assert row[(*at[:2], source[tuple(at)])] == at[2]
+  counted = np.where(np.arange(6)[None, :, None] == 2, -2, np.where(rng.random(positions.shape) < 0.8, positions, -2))
+  ranges = np.asarray(plan.visitors(ints(counted), ints(bounds), block=block))
+  for b, k, number in np.ndindex(ranges.shape[:3]):
+    low, high = bounds[b, k, :, number * block : (number + 1) * block]
+    start, whole, stop = ranges[b, k, number]
+    for tile, queries in enumerate(counted[b]):
+      seen = (low <= queries[:, None]) & (queries[:, None] <= high)
+      assert (start <= tile < stop) or not seen.any()
+      if whole <= tile < stop:
+        assert seen[queries >= -1].all()
+
+
 def text(rng, tokens, window, kept, size):
   """One row and KV head: a text whose keys are kept with probability `kept`, and its tiles of `size` queries."""
   position = np.arange(tokens)[None, None]
