@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common.platform import platform
@@ -66,3 +67,8 @@ def require_tpu() -> None:
   """Raises NotImplementedError, with the reason, where Mosaic TPU kernels cannot run."""
   if not _interpreting.get() and platform() != "tpu":
     raise NotImplementedError(f"needs a TPU, the device is a {platform()}")
+
+
+def tile(dtype) -> int:
+  """Rows of `dtype` that memory keeps together: where a copy may begin and end."""
+  return 8 * (4 // jnp.dtype(dtype).itemsize)

@@ -32,7 +32,8 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.common import compat, tuned, warpgroup
 from pallas_kernels.common.compat import plgpu
-from pallas_kernels.decode.gpu_common import LOG2E, NEVER, Blocks, Tile, chunks_of, find, merge
+from pallas_kernels.common.softmax import LOG2E, LOWEST
+from pallas_kernels.decode.gpu_common import Blocks, Tile, chunks_of, find, merge
 
 QUARTERS = 4  # of a block, the least that is loaded of a cache
 MOST_PAIRS = 4096
@@ -420,7 +421,7 @@ def _attend(sizes: Blocks, variant: Variant, q, layer, *arrays):
         compat.settle()
         return acc, new_top, weights, fetch(ahead, number + i + stages)
 
-      carry, done = (zeros(h), column(NEVER), zeros(block), ahead), i32(0)
+      carry, done = (zeros(h), column(LOWEST), zeros(block), ahead), i32(0)
       for source, length in enumerate(lens):
         last = source + 1 == len(lens)
         stop = size if last else jnp.clip(first - begin, 0, size)

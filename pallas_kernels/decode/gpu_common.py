@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +11,7 @@ from jax import lax
 
 from pallas_kernels.common import compat, warpgroup
 from pallas_kernels.common.compat import plgpu
-
-LOG2E = math.log2(math.e)
-# A finite stand-in for -inf as the maximum of no scores: exp2(-inf - NEVER) is 0, not NaN.
-NEVER = -1e30
+from pallas_kernels.common.softmax import LOG2E, LOWEST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +120,7 @@ def merge(pair, rows, chunks, most: int, together: int, part_ref, stat_ref, out_
     acc, top, total, parts = carry
     ahead = load(number + 1, count - 1)
     keep = lambda chunk, x, other: jnp.where(spread(chunk, jnp.int32) < spread(count, jnp.int32), x, spread(other))
-    parts = [(keep(c, part, 0.0), keep(c, top, NEVER), keep(c, total, 0.0)) for c, part, top, total in parts]
+    parts = [(keep(c, part, 0.0), keep(c, top, LOWEST), keep(c, total, 0.0)) for c, part, top, total in parts]
     new_top = functools.reduce(jnp.maximum, (part_top for _, part_top, _ in parts), top)
     scale = jnp.exp2(top - new_top)
     acc, total = acc * scale, total * scale
@@ -134,7 +130,7 @@ def merge(pair, rows, chunks, most: int, together: int, part_ref, stat_ref, out_
     return acc, new_top, total, ahead
 
   batches = lax.div(count + jnp.int32(together - 1), jnp.int32(together))
-  acc, top, total, _ = lax.fori_loop(0, batches, fold, (spread(0.0), spread(NEVER), spread(0.0), ahead))
+  acc, top, total, _ = lax.fori_loop(0, batches, fold, (spread(0.0), spread(LOWEST), spread(0.0), ahead))
   nothing = total == 0.0
   out = (acc / jnp.where(nothing, 1.0, total)).astype(out_ref.dtype)
   warpgroup.store_rows(out, out_ref.at[pair], rows.start, vector)

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +28,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common import compat_tpu
+from pallas_kernels.common.softmax import LOG2E, LOWEST
 
-LOG2E = math.log2(math.e)
-# A finite stand-in for -inf as the maximum of no scores: exp2(-inf - NEVER) is 0, not NaN.
-NEVER = -1e30
 LANES = 128
 # Rows of a float32 tile: the queries of a group are padded to them.
 GROUP = 8
@@ -55,11 +52,6 @@ class Blocks:
   def __post_init__(self):
     if self.block & (self.block - 1) or self.stages < 2:
       raise ValueError(f"block {self.block} must be a power of 2, and there must be two stages or more")
-
-
-def tile(dtype) -> int:
-  """Rows of `dtype` that memory keeps together: where a copy may begin and end."""
-  return 8 * (4 // jnp.dtype(dtype).itemsize)
 
 
 def cores() -> int:
@@ -96,7 +88,7 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
     raise NotImplementedError("returns no mass of slots")
   b, n, h = q.shape
   k = (kv if kv is not None else pages.table).shape[2]
-  group, pairs, rows = n // k, b * k, tile(q.dtype)
+  group, pairs, rows = n // k, b * k, compat_tpu.tile(q.dtype)
   blocks = blocks or default_blocks(h, q.dtype, cores())
   if q.dtype not in (jnp.bfloat16, jnp.float32):
     raise NotImplementedError(f"q is {q.dtype}: only bfloat16 and float32")
@@ -115,7 +107,7 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
       raise NotImplementedError(
         f"pages.pool is {pages.pool.dtype} and q {q.dtype}: must be the same, or 8 bits with scales"
       )
-    rows = tile(pages.pool.dtype)
+    rows = compat_tpu.tile(pages.pool.dtype)
     if page % rows or page & (page - 1):
       raise NotImplementedError(f"pages of {page} slots in {pages.pool.dtype}: must be a power of 2, at least {rows}")
     if pages.scales is not None and (page > LARGEST or blocks.block < rows):
@@ -204,7 +196,7 @@ def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, poo
   slots = 0 if kv is None else kv.shape[3]
   most = 0 if pool is None else scalars[-1].shape[0] // pairs
   page = block if pool is None else pool.shape[1]
-  unit, smallest = min(page, block), tile(dtype)
+  unit, smallest = min(page, block), compat_tpu.tile(dtype)
   pieces, scaled = block // unit, scales is not None
   heads = 1 if kv is None else kv.shape[2]
   split = sizes.split or max(-(-slots // block) + -(-most * page // block), 1)
@@ -388,7 +380,7 @@ def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, poo
         return acc, new_top, total, ahead
 
       column = lambda x: jnp.full((GROUP, 1), x, jnp.float32)
-      init = jnp.zeros((GROUP, LANES), jnp.float32), column(NEVER), column(0.0), ahead
+      init = jnp.zeros((GROUP, LANES), jnp.float32), column(LOWEST), column(0.0), ahead
       acc, top, total, ahead = lax.fori_loop(0, count, step, init)
 
       turn = lax.rem(item - begin, i32(2))

@@ -14,10 +14,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common import compat_tpu
-from pallas_kernels.decode.tpu import tile
 from pallas_kernels.paged.pages import pages_at
 
-TILE = tile(jnp.int8)  # slots that memory keeps together
+TILE = compat_tpu.tile(jnp.int8)  # slots that memory keeps together
 ENTRIES = 2**15  # tiles of a call, of each of which four numbers are in scalar memory: half a MiB
 
 

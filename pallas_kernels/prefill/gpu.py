@@ -18,10 +18,11 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.common import compat, tuned
 from pallas_kernels.common.compat import plgpu
+from pallas_kernels.common.softmax import LOG2E, LOWEST
 from pallas_kernels.common.warpgroup import ROWS
 from pallas_kernels.prefill import gpu_mass
 from pallas_kernels.prefill import plan as planning
-from pallas_kernels.prefill.gpu_common import GRAIN, LOG2E, NEVER, WARPGROUPS, Blocks, Tile, default_blocks
+from pallas_kernels.prefill.gpu_common import GRAIN, WARPGROUPS, Blocks, Tile, default_blocks
 from pallas_kernels.prefill.plan import KEPT, START, STOP, WHOLE
 
 
@@ -137,7 +138,7 @@ def _attend(tile: Tile, blocks: Blocks, lse: bool, q, keys, values, rows, bounds
         compat.release(v_free.at[slot])
         return acc, new_top, total
 
-      carry = lax.fori_loop(0, whole, functools.partial(step, masked=False), (acc, row(NEVER), row(0.0)))
+      carry = lax.fori_loop(0, whole, functools.partial(step, masked=False), (acc, row(LOWEST), row(0.0)))
       acc, top, total = lax.fori_loop(whole, stop, functools.partial(step, masked=True), carry)
       pl.when(wg == 0)(take_turn)
 

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from pallas_kernels.common.warpgroup import ROWS
 
-LOG2E = math.log2(math.e)
-# A finite stand-in for -inf as the running maximum of a row that has seen no key: exp2(-inf - M) is 0, not NaN.
-NEVER = -1e30
 WARPGROUPS = 2  # that compute; one more moves data
 GRAIN = 32  # a band begins at a multiple of so many rows
 

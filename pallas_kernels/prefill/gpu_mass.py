@@ -16,9 +16,10 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.common import compat
 from pallas_kernels.common.compat import plgpu
+from pallas_kernels.common.softmax import LOG2E
 from pallas_kernels.common.warpgroup import ROWS
 from pallas_kernels.prefill import plan as planning
-from pallas_kernels.prefill.gpu_common import LOG2E, WARPGROUPS, Tile
+from pallas_kernels.prefill.gpu_common import WARPGROUPS, Tile
 
 KEYS = QUERIES = WARPGROUPS * ROWS  # keys a block owns; rows of a tile of queries
 COMPUTE_REGISTERS, MEMORY_REGISTERS = 240, 24

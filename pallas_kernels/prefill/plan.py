@@ -16,9 +16,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-NEVER = 2**30  # as the first position: a row that no query sees
+NEVER = np.int32(2**30)  # as the first position: a key that no query sees; as the last one: a key never evicted
 WIDTH = 128  # flags counted by one product
 WHOLE, KEPT, START, STOP = range(4)  # of a plan's ranges
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +22,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common import compat_tpu
+from pallas_kernels.common.softmax import LOG2E, LOWEST
 from pallas_kernels.prefill import plan as planning
 from pallas_kernels.prefill.plan import KEPT, START, STOP, WHOLE
 
-LOG2E = math.log2(math.e)
-# A finite stand-in for -inf as the running maximum of a row that has seen no key: exp2(-inf - NEVER) is 0, not NaN.
-NEVER = -1e30
 LANES = 128
 
 
@@ -142,7 +139,7 @@ def _attend(blocks: Blocks, h: int, q, kv, positions, bounds, ranges):
 
     column[...] = jnp.broadcast_to(positions_ref[...], (LANES, size)).T[:, :1]
     acc[...] = jnp.zeros_like(acc)
-    top[...] = jnp.full_like(top, NEVER)
+    top[...] = jnp.full_like(top, LOWEST)
     total[...] = jnp.zeros_like(total)
 
     def step(i, _, masked):

@@ -16,8 +16,8 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.common import compat
 from pallas_kernels.common.compat import plgpu
-from pallas_kernels.window_bias import gpu
-from pallas_kernels.window_bias.gpu import LOG2E, WARPGROUPS, Variant
+from pallas_kernels.common.softmax import LOG2E
+from pallas_kernels.window_bias.gpu_common import WARPGROUPS, Variant, far_scores, key_ranges, scores_of
 
 
 def query_gradient(variant: Variant, q, k, v, bias, start, dout, lse, delta):
@@ -50,7 +50,7 @@ def query_gradient(variant: Variant, q, k, v, bias, start, dout, lse, delta):
     wg = lax.axis_index("wg")
     tile_base = (tiles - 1 - lax.axis_index("tile")) * tile
     q_base = tile_base + jnp.minimum(wg, WARPGROUPS - 1) * rows
-    first, far_begin, far_end, end = gpu.key_ranges(variant, start_ref, batch, tile_base, tile, q_base, rows, block)
+    first, far_begin, far_end, end = key_ranges(variant, start_ref, batch, tile_base, tile, q_base, rows, block)
 
     @pl.when(wg < WARPGROUPS)
     def _compute():
@@ -73,9 +73,9 @@ def query_gradient(variant: Variant, q, k, v, bias, start, dout, lse, delta):
         def weights(raw):
           column = plgpu.load(bias_smem.at[slot], layout=compat.column_layout()) if variant.has_bias else None
           if masked:
-            s = gpu.scores_of(variant, raw, scale * LOG2E, q_base, number * block, column, starts)
+            s = scores_of(variant, raw, scale * LOG2E, q_base, number * block, column, starts)
           else:
-            s = gpu.far_scores(raw, scale * LOG2E, column)
+            s = far_scores(raw, scale * LOG2E, column)
           return jnp.exp2(s - lax.broadcast_in_dim(lse, s.shape, [0]))
 
         products = compat.dot_pair if variant.blocks.dq_overlap else compat.dot_twice
@@ -141,7 +141,7 @@ def query_gradient(variant: Variant, q, k, v, bias, start, dout, lse, delta):
 
 
 def query_ranges(variant: Variant, end_ref, batch, t, tile_base, tile, kv_base, rows, block):
-  """Blocks of queries that see a tile of keys: (first, far_begin, far_end, end); the mirror of `gpu.key_ranges`."""
+  """Blocks of queries that see a tile of keys: (first, far_begin, far_end, end); the mirror of `key_ranges`."""
   i32 = jnp.int32
   first = lax.div(tile_base, i32(block))
   reach = kv_base + (rows + variant.window) if variant.has_bias else kv_base + (rows - 1)

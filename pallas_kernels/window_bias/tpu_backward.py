@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.window_bias.tpu import (
+from pallas_kernels.common.softmax import LOG2E
+from pallas_kernels.window_bias.tpu_common import (
   FREE,
   LANES,
-  LOG2E,
   Variant,
   added_to_scores,
   dot,

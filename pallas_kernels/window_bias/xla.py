@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common.xla_dot import einsum
-from pallas_kernels.window_bias.saved import saved
+from pallas_kernels.window_bias.common import saved
 
 # Queries whose scores stand in memory at once, and the number of unrolled stages. Within a stage every block reads the
 # same prefix of keys (shapes are static), so `STAGES` stages waste at most 1/STAGES of the causal half.

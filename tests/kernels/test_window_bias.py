@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.window_bias import ref, tpu, window_bias_attention, xla
+from pallas_kernels.window_bias import ref, tpu, tpu_common, window_bias_attention, xla
 from tests.kernels.suite import Backend, assert_close, float64, interpreted_tpu, normal, running, unchecked
 
 IMPLEMENTATIONS = [Backend("xla"), Backend("tpu", interpreted_tpu)]
@@ -23,7 +23,9 @@ def small_blocks(request, monkeypatch):
   monkeypatch.setattr(xla, "BLOCK", request.param)
   monkeypatch.setattr(xla, "STAGES", 3)
   monkeypatch.setattr(
-    tpu, "default_blocks", lambda *_: tpu.Blocks(tpu.Tile(32, 16), tpu.Tile(16, 16), tpu.Tile(16, 32))
+    tpu,
+    "default_blocks",
+    lambda *_: tpu_common.Blocks(tpu_common.Tile(32, 16), tpu_common.Tile(16, 16), tpu_common.Tile(16, 32)),
   )
 
 
