@@ -71,13 +71,16 @@ def decode_attention(q, kv, layer, lengths, *, pages: Pages | None = None, **kwa
   return _on_shards(call, q.shape[0], kv_heads, specs, P, q, kv, layer, lengths, pages)
 
 
-def write_pages(pool, table, slots, rows):
+def write_pages(pool, table, slots, rows, *, in_order: bool = True):
   """`pallas_kernels.decode.write_pages`: rows of archives written into their pages.
 
   XLA scatters where the implementation in force is none of this operation's. Under a mesh a kernel writes the whole
   pool on every device.
+
+  Args:
+    in_order: the slots of one archive ascend without gaps; if they do not, XLA scatters.
   """
-  chosen = (*dispatch.named(put.IMPLEMENTATIONS, _choice.get()), "xla")
+  chosen = (*(dispatch.named(put.IMPLEMENTATIONS, _choice.get()) if in_order else ()), "xla")
   call = partial(put.write_pages, implementation=[name for name in put.IMPLEMENTATIONS if name in chosen])
   if platform() != "tpu":
     return call(pool, table, slots, rows)
