@@ -137,7 +137,7 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
       f"{layers} layers of {pairs} pairs of row and KV head, {slots} slots each: "
       f"up to {MOST_PAIRS} pairs and 2^31 slots"
     )
-  scaled = pages is not None and pages.scales is not None
+  scaled = pages is not None and pages.format.scaled
   page, stored = (0, "") if pages is None else (pages.pool.shape[1], pages.pool.dtype.name)
   if blocks is None:
     default = default_blocks(b, k, slots, h, processors(), page > 0, scaled)
@@ -166,9 +166,9 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
 def check_pages(pages, dtype, block: int) -> None:
   """Raises NotImplementedError for pages that the kernel does not read."""
   (number, page, _), stored = pages.pool.shape, pages.pool.dtype
-  if pages.scales is None and stored != dtype:
+  if not pages.format.scaled and stored != dtype:
     raise NotImplementedError(f"pages.pool is {stored} and q {dtype}: must be the same, or 8 bits with scales")
-  least = 8 if pages.scales is None else 16  # a copy to shared memory begins at a multiple of 128 bytes
+  least = 16 if pages.format.scaled else 8  # a copy to shared memory begins at a multiple of 128 bytes
   if page % least or (block % page and page % block):
     raise NotImplementedError(
       f"pages of {page} slots: must be a multiple of {least}, and divide {block} or be a multiple of it"

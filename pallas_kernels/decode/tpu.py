@@ -103,14 +103,14 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
       )
   if pages is not None:
     page = pages.pool.shape[1]
-    if pages.scales is None and pages.pool.dtype != q.dtype:
+    if not pages.format.scaled and pages.pool.dtype != q.dtype:
       raise NotImplementedError(
         f"pages.pool is {pages.pool.dtype} and q {q.dtype}: must be the same, or 8 bits with scales"
       )
     rows = compat_tpu.tile(pages.pool.dtype)
     if page % rows or page & (page - 1):
       raise NotImplementedError(f"pages of {page} slots in {pages.pool.dtype}: must be a power of 2, at least {rows}")
-    if pages.scales is not None and (page > LARGEST or blocks.block < rows):
+    if pages.format.scaled and (page > LARGEST or blocks.block < rows):
       raise NotImplementedError(
         f"pages of {page} slots with scales, blocks of {blocks.block}: up to {LARGEST}, from {rows} on"
       )

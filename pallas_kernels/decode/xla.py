@@ -12,6 +12,7 @@ from jax import lax
 
 from pallas_kernels.common.platform import platform
 from pallas_kernels.common.xla_dot import einsum
+from pallas_kernels.paged.format import PageFormat, format_of
 
 # Slots read at a time. The block is the only copy made of the cache, so it bounds the operation's temporaries.
 BLOCK = 128
@@ -40,12 +41,13 @@ def product(subscripts: str, a, b):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """Slots read by blocks. `lengths` [B, K]; `blocks`: up to the longest live prefix.
+  """Slots of a `format` read by blocks, `blocks` of them up to the longest live prefix.
 
-  read(i) gives block i: (slots [B, K, block, 2H], scales [B, K, block, 2] or None, live bool [B, K, block]).
-  empty() and add(mass, i, of_block) collect what each slot of it weighs.
+  read(i) gives block i: (cells [B, K, block, 2H], scales [B, K, block, 2] or None, live bool [B, K, block]).
+  empty() and add(mass, i, of_block) sum the attention that each slot gets.
   """
 
+  format: PageFormat
   blocks: Any
   read: Callable
   empty: Callable
@@ -69,7 +71,7 @@ def contiguous(kv, layer, lengths) -> Source:
     return lax.dynamic_update_slice_in_dim(mass, before + part, start(i), 2)
 
   blocks = (lengths.max() + block - 1) // block
-  return Source(blocks, read, lambda: jnp.zeros((b, k, s)), add)
+  return Source(format_of(kv.dtype), blocks, read, lambda: jnp.zeros((b, k, s)), add)
 
 
 def paged(pages, layer) -> Source:
@@ -94,7 +96,7 @@ def paged(pages, layer) -> Source:
     return mass.at[:, :, index].add(part.reshape(b, k, several, page), mode="drop")
 
   blocks = (pages.lengths.max() + block - 1) // block
-  return Source(blocks, read, lambda: jnp.zeros((b, k, most, page)), add)
+  return Source(pages.format, blocks, read, lambda: jnp.zeros((b, k, most, page)), add)
 
 
 def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, mass: bool = False):
@@ -114,12 +116,10 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
 
     On a CPU the values are whole slots [B, K, block, 2H], their last half the value.
     """
-    slots, scales, live = source.read(i)
-    if slots.dtype == jnp.uint16:
-      slots = lax.bitcast_convert_type(slots, jnp.bfloat16)
-    slots = jnp.where(live[..., None], slots, jnp.zeros((), slots.dtype))  # dead slots may hold anything, NaN too
-    if scales is not None:  # 8 bits are exact in any other type; a slot's scale is a factor of its score
-      slots = slots.astype(q.dtype)
+    cells, scales, live = source.read(i)
+    cells = jnp.where(live[..., None], cells, jnp.zeros((), cells.dtype))  # dead slots may hold anything, NaN too
+    slots = source.format.widened(cells, q.dtype)
+    if scales is not None:  # a slot's scale is a factor of its score
       scales = jnp.where(live[..., None], scales, 0.0)
     # On a CPU `einsum` would convert a block to float32 for each product: here once for all of them.
     wider = jnp.float32 if on_cpu else jnp.promote_types(slots.dtype, q.dtype)

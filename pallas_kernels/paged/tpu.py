@@ -21,7 +21,7 @@ ENTRIES = 2**15  # tiles of a call, of each of which four numbers are in scalar 
 
 
 def write_pages(pool, table, slots, rows):
-  """See `put.write_pages`; pages of int8 or float8_e4m3fn, a multiple of 32 slots. `pool`, donated, is written in place.
+  """See `api.write_pages`; pages of int8 or float8_e4m3fn, a multiple of 32 slots; a donated `pool` stays in place.
 
   Raises:
     NotImplementedError: another device; pages of more bits, which XLA scatters in place, or that are no whole tiles.
@@ -42,11 +42,11 @@ def write_pages(pool, table, slots, rows):
   tiles = 1 if most == 1 else (most + TILE - 2) // TILE + 1
   together = max(ENTRIES // tiles, 1)
   for begin in range(0, archives, together):
-    pool = _put(pool, tiles, *(x[begin : begin + together] for x in (table, first, rows, count)))
+    pool = _write(pool, tiles, *(x[begin : begin + together] for x in (table, first, rows, count)))
   return pool
 
 
-def _put(pool, tiles: int, table, first, rows, count):
+def _write(pool, tiles: int, table, first, rows, count):
   """`pool` with the first `count` [N] of `rows` [N, X, width] in slots `first` [N], first + 1, ... of N archives.
 
   N times `tiles`, in up to so many of which the new slots of an archive lie, is at most ENTRIES.

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.common import compat
-from pallas_kernels.decode import Pages, decode_attention, gpu, ref, xla
-from pallas_kernels.decode import gpu_common as gpu_work
+from pallas_kernels.decode import Pages, decode_attention, gpu, gpu_common, ref, xla
 from tests.kernels.suite import lowered_for_cuda, needs_mosaic_gpu, on_hopper
 
 # Of the largest value: the weights of the second product and the output are rounded to half a unit in the last place
@@ -193,7 +192,7 @@ def test_each_chunk_has_a_number(pairs, split, rest):
   rng = np.random.default_rng(pairs)
   sizes, lengths = gpu.Blocks(64, 2, split, 4, rest), rng.integers(0, 900, (2, pairs)).astype(np.int32)
   lengths[:, rng.random(pairs) < 0.3] = 0
-  blocks, *counts = (np.asarray(x) for x in gpu_work.chunks_of(jnp.asarray(lengths), sizes))
+  blocks, *counts = (np.asarray(x) for x in gpu_common.chunks_of(jnp.asarray(lengths), sizes))
   np.testing.assert_array_equal(blocks, np.maximum((-(-lengths // 64)).sum(axis=0), 1))
   np.testing.assert_array_equal(counts[0], blocks // (split // 64))
   np.testing.assert_array_equal(counts[1], -(-(blocks % (split // 64)) // (rest // 64)))
@@ -202,7 +201,7 @@ def test_each_chunk_has_a_number(pairs, split, rest):
   starts = jnp.asarray(np.concatenate(padded), jnp.int32)
   for first, count in zip((0, 128), counts, strict=True):
     numbers = jnp.arange(count.sum(), dtype=jnp.int32)
-    found = jax.jit(jax.vmap(partial(gpu_work.find, starts, first, 128)))(numbers)
+    found = jax.jit(jax.vmap(partial(gpu_common.find, starts, first, 128)))(numbers)
     np.testing.assert_array_equal(found, np.repeat(np.arange(pairs), count))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.decode import Pages, decode_attention, tpu
-from pallas_kernels.paged.api import write_pages
+from pallas_kernels.paged import write_pages
 from tests.tpu import TOPOLOGIES, devices
 
 pytestmark = pytest.mark.tpu
