@@ -1,4 +1,4 @@
-"""Retrofit attention on Hopper GPUs with Pallas Mosaic GPU: the forward kernel and the differentiable whole.
+"""Window-bias attention on Hopper GPUs with Pallas Mosaic GPU: the forward kernel and the differentiable whole.
 
 FlashAttention-3's shape (arXiv 2407.08608): in each block two warpgroups compute, 64 queries each, and a third one
 feeds them keys and values by TMA. Keys fall in three ranges, seen from a tile of queries: far ones, all further back
@@ -44,7 +44,7 @@ def window_bias_attention(q, k, v, bias, window, segment_ids, blocks: Blocks | N
     raise NotImplementedError(f"q, k, v must all be bfloat16 or all float16, not {q.dtype}, {k.dtype}, {v.dtype}")
   if h not in (64, 128):
     raise NotImplementedError(f"head size {h}: only 64 and 128")
-  blocks = blocks or tuned.blocks("retrofit", tuned.shape_class(H=h), default_blocks(h))
+  blocks = blocks or tuned.blocks("window_bias", tuned.shape_class(H=h), default_blocks(h))
   pad = -t % blocks.multiple
   if pad:  # zeros behind the last token: no real query sees them, and no gradient reaches them
     q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))
@@ -206,6 +206,6 @@ def forward(variant: Variant, q, k, v, bias, start):
     grid_names=("head", "tile", "batch"),
     num_threads=WARPGROUPS + 1,
     thread_name="wg",
-    kernel_name=f"retrofit_forward_{rows}x{block}x{stages}",
+    kernel_name=f"window_bias_forward_{rows}x{block}x{stages}",
     compiler_params=plgpu.CompilerParams(approx_math=True),
   )(*inputs)

@@ -1,4 +1,4 @@
-"""Backward kernels of retrofit attention on Hopper GPUs: one per query tile for dq, one per key tile for dk, dv, dbias.
+"""Backward kernels of window-bias attention on Hopper GPUs: one per query tile for dq, one per key tile for dk, dv, dbias.
 
 Each output is summed by one block in a fixed order, so two runs agree bit for bit and nothing is added in memory. With
 p = exp2(s - lse), dp = dout v^T, delta = rowsum(out * dout): ds = p (dp - delta), dq = scale ds k, dk = scale ds^T q,
@@ -135,7 +135,7 @@ def query_gradient(variant: Variant, q, k, v, bias, start, dout, lse, delta):
     grid_names=("head", "tile", "batch"),
     num_threads=WARPGROUPS + 1,
     thread_name="wg",
-    kernel_name=f"retrofit_dq_{rows}x{block}x{stages}",
+    kernel_name=f"window_bias_dq_{rows}x{block}x{stages}",
     compiler_params=plgpu.CompilerParams(approx_math=True),
   )(*inputs)
 
@@ -320,7 +320,7 @@ def key_gradients(variant: Variant, q, k, v, bias, segment_end, dout, lse, delta
     grid_names=("part", "tile", "batch"),
     num_threads=WARPGROUPS + 1,
     thread_name="wg",
-    kernel_name=f"retrofit_dkv_{rows}x{block}x{stages}",
+    kernel_name=f"window_bias_dkv_{rows}x{block}x{stages}",
     compiler_params=plgpu.CompilerParams(approx_math=True),
   )(*inputs)
   dk, dv, dbias = (*outs, None)[:3]

@@ -137,5 +137,5 @@ def forward(variant: Variant, q, k, v, bias, start):
       ("q", jax.ShapeDtypeStruct((b, heads, group, t), jnp.float32)),
     ],
     scratch=[((group * size, tile.q), jnp.float32), row, row],
-    name="retrofit_forward",
+    name="window_bias_forward",
   )

@@ -1,4 +1,4 @@
-"""Retrofit attention in plain XLA: blocks of queries, recomputed in the backward pass, so memory is linear in T."""
+"""Window-bias attention in plain XLA: blocks of queries, recomputed in the backward pass, so memory is linear in T."""
 
 from __future__ import annotations
 

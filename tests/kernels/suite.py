@@ -9,18 +9,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dms_jax import cache as caches
-from dms_jax import policies
-from dms_jax.config import PRESETS, DMSConfig
-from dms_jax.model import Model, cached_forward
-from dms_jax.params import map_table, param_table
 from pallas_kernels.common import compat, compat_tpu
 
 # Error allowed against float64, of unit-sized values: float32 sums; 16-bit types round the weights and the output.
@@ -48,20 +42,6 @@ class Backend:
 needs_mosaic_gpu = pytest.mark.skipif(
   not compat.HAS_MOSAIC_GPU, reason=f"jax {jax.__version__} cannot interpret or lower Mosaic GPU kernels: needs >= 0.11"
 )
-
-
-def lowered_for_cuda(tokens: int, kind: str = "contiguous", **options) -> str:
-  """SmolLM2's step of `tokens` tokens a row into a cache of a kind, lowered for a Hopper GPU that is not there."""
-  config, dms, struct = PRESETS["smollm2-135m"], DMSConfig(window=64), jax.ShapeDtypeStruct
-  params = map_table(lambda _, spec: struct(spec.shape, jnp.bfloat16), param_table(config, dms))
-  sizes = dict(batch=4, capacity=1024, window=64, lag=1, dtype=jnp.bfloat16)
-  cache = jax.eval_shape(partial(caches.create, kind, config, **sizes, **options))
-  as_on_a_gpu = lambda x: struct(x.shape, jnp.bfloat16) if x.dtype == jnp.uint16 else x  # not as bits, as on a CPU
-  cache = jax.tree.map(as_on_a_gpu, cache)
-  policy = policies.DMS(window=64, threshold=struct((), jnp.float32))
-  arguments = Model(params, config, dms), policy, cache, struct((4, tokens), jnp.int32), struct((4,), jnp.int32)
-  with compat.assume_hopper():
-    return jax.jit(cached_forward, donate_argnums=2).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @contextlib.contextmanager

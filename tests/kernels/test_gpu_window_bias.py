@@ -1,4 +1,4 @@
-"""The Hopper kernels of retrofit attention, in JAX's interpreter with race detection, and lowered for CUDA."""
+"""The Hopper kernels of window-bias attention, in JAX's interpreter with race detection, and lowered for CUDA."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.common import compat
+from pallas_kernels.common.platform import tracing_for
 from pallas_kernels.window_bias import gpu, ref, window_bias_attention
 from tests.kernels.suite import needs_mosaic_gpu, on_hopper
 from tests.kernels.window_bias_cases import close, gradients, inputs
@@ -78,7 +79,7 @@ def test_lowers_for_cuda(h, bias, segments):
   with compat.assume_hopper():
     step = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3) if bias else (0, 1, 2)))
     text = step.trace(q, kv, kv, rows, ids).lower(lowering_platforms=("cuda",)).as_text()
-  for name in ("retrofit_forward_", "retrofit_dq_", "retrofit_dkv_"):
+  for name in ("window_bias_forward_", "window_bias_dq_", "window_bias_dkv_"):
     assert name in text
 
 
@@ -86,7 +87,7 @@ def test_refuses_with_the_reason():
   q = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
   old = not compat.HAS_MOSAIC_GPU
   reason = "older than 0.11" if old else "needs a Hopper GPU, the default device is a cpu"
-  with pytest.raises(NotImplementedError, match=reason):
+  with tracing_for("cpu"), pytest.raises(NotImplementedError, match=reason):
     window_bias_attention(q, q, q, None, 4, implementation="gpu")
   if old:
     with pytest.raises(NotImplementedError, match=r"needs jax >= 0\.11"), compat.gpu_interpret_mode():

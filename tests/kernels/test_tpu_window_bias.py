@@ -1,4 +1,4 @@
-"""The TPU kernels of retrofit attention beyond the shared suite: which blocks they step over, and 16-bit gradients."""
+"""The TPU kernels of window-bias attention beyond the shared suite: which blocks they step over, and 16-bit gradients."""
 
 from __future__ import annotations
 

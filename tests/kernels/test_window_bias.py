@@ -1,4 +1,4 @@
-"""Retrofit attention: every implementation against the float64 oracle, forward and backward."""
+"""Window-bias attention: every implementation against the float64 oracle, forward and backward."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_two_runs_are_bit_equal(backend):
 def test_memory_is_linear_in_length(backend):
   """Four times the tokens take about four times the temporaries, forward and backward; a score matrix takes sixteen."""
   if backend.interpreted:
-    pytest.skip("of the kernel compiled for its device, see test_tpu_compile_retrofit")
+    pytest.skip("the kernel is compiled for its own device in test_tpu_compile_window_bias.py")
 
   def temporaries(tokens):
     shape = lambda heads: jax.ShapeDtypeStruct((1, tokens, heads, 64), jnp.float32)
