@@ -26,17 +26,17 @@ def decode_attention(
 ) -> Float[Array, "B N H"] | tuple:
   """Attention of one query per row over the live slots of each KV head of one layer, in one softmax.
 
-  Live are the first `lengths[b, k]` slots of `kv` and the first `pages.lengths[b, k]` of the archive in `pages`; either
-  may be left out. Slots past the length are never used and may hold NaN.
+  The first `lengths[b, k]` slots of `kv` and the first `pages.lengths[b, k]` of the archive in `pages` are live; either
+  source may be None. Slots past the length are never used and may hold NaN.
 
   Args:
     q: queries after RoPE.
     kv: the whole cache, a slot's key and value side by side; `layer` picks its first axis, nothing else is copied.
       uint16 holds the bits of bfloat16.
-    lengths: live slots; a head with none gives zeros. None with `kv`.
-    lse: also return the logarithm of each query's sum of exponentials, float32 [B, N], -inf where nothing is live.
-    mass: also return each slot's attention, summed over the query heads of its group: the pair (float32 [B, K, S] or
-      None, float32 [B, K, M * page] or None), of `kv` and of `pages`; 0 where a slot is not live.
+    lengths: live slots; a head without any gives zeros. None if `kv` is None.
+    lse: also return the logarithm of each query's sum of exponentials, float32 [B, N], -inf if nothing is live.
+    mass: also return the attention probability of each slot, summed over the query heads of its group: the pair
+      (float32 [B, K, S], float32 [B, K, M * page]) for `kv` and `pages`, None for a missing source, 0 for dead slots.
     implementation: None for the first able one, else a name or names in order.
 
   Returns:

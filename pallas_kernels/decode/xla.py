@@ -14,12 +14,12 @@ from pallas_kernels.common.platform import platform
 from pallas_kernels.common.xla_dot import einsum
 from pallas_kernels.paged.format import PageFormat, format_of
 
-# Slots read at a time. The block is the only copy made of the cache, so it bounds the operation's temporaries.
+# Slots read at a time. A block is the only copy made of the cache, so it bounds the temporaries.
 BLOCK = 128
 
 
 def block_slots(dtype) -> int:
-  """BLOCK; more on a CPU, where a step of the loop is dear, but half as many narrow ones: float32 copies come on top.
+  """BLOCK; more on a CPU, where a step of the loop costs more, but half as many for types converted to float32.
 
   In float32 on two cores a step of SmolLM2-135M took longer with 128, 256 and 640 slots (experiments/LOG.md).
   """
@@ -29,7 +29,7 @@ def block_slots(dtype) -> int:
 
 
 def product(subscripts: str, a, b):
-  """`einsum` of a [B, K, G, ...] with the slots `b`; on a CPU one of every query head of the group.
+  """`einsum` of a [B, K, G, ...] with the slots `b`; on a CPU one `einsum` for each query head of the group.
 
   XLA's CPU backend is several times faster at a batch of matrix-vector products than at one with this few rows.
   """
@@ -86,7 +86,7 @@ def paged(pages, layer) -> Source:
     index = i * block + jnp.arange(block)
     live = index < pages.lengths[..., None]
     numbers = jnp.take(table, i * several + jnp.arange(several), axis=2, mode="clip")
-    numbers = jnp.where(live[..., ::page], numbers, 0)  # those of pages with nothing live may be anything
+    numbers = jnp.where(live[..., ::page], numbers, 0)  # numbers of pages with nothing live are arbitrary
     rows = lambda x, width: jnp.take(x, numbers, axis=0, mode="clip").reshape(b, k, block, width)
     scales = None if pages.scales is None else rows(pages.scales, 2)
     return rows(pages.pool, pages.pool.shape[2]), scales, live
@@ -108,7 +108,7 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
   k = (kv if kv is not None else pages.table).shape[2]
   qg = q.reshape(b, k, n // k, h)
   on_cpu = platform() == "cpu"
-  if on_cpu:  # keys and values stay side by side in both products: to take them apart costs more, a copy of each
+  if on_cpu:  # keys and values stay side by side in both products: taking them apart would copy both
     qg = jnp.pad(qg, ((0, 0), (0, 0), (0, 0), (0, h)))
 
   def scores_of(source, i):
@@ -121,7 +121,7 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
     slots = source.format.widened(cells, q.dtype)
     if scales is not None:  # a slot's scale is a factor of its score
       scales = jnp.where(live[..., None], scales, 0.0)
-    # On a CPU `einsum` would convert a block to float32 for each product: here once for all of them.
+    # On a CPU `einsum` would convert a block to float32 for each product; this does it once for all.
     wider = jnp.float32 if on_cpu else jnp.promote_types(slots.dtype, q.dtype)
     slots, queries = slots.astype(wider), qg.astype(wider)
     keys, values = (slots, slots) if on_cpu else (slots[..., :h], slots[..., h:])

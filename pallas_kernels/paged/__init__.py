@@ -1,4 +1,4 @@
-"""Archives in pages of one pool: their layout, and writes into them."""
+"""Archives in pages of one pool: their format, their layout, and writes into them."""
 
 from pallas_kernels.paged.api import write_pages as write_pages
 from pallas_kernels.paged.format import FORMATS as FORMATS

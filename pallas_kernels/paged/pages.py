@@ -19,10 +19,10 @@ class Pages:
   Fields:
     pool: [P, page, 2H], a slot's key and value side by side; its dtype says the format: floats, uint16 (the bits of
       bfloat16), int8 or float8_e4m3fn.
-    table: int32 [L, B, K, M]; numbers of pages with nothing live in them are never used and may be anything.
-    lengths: int32 [B, K], live slots of the layer asked for.
-    scales: float32 [P, 1, 2 * page], what the key and the value of slot s of a page are multiplied by, at 2 s and 2 s +
-      1; None: by 1. One row a page: rows of two numbers would each take 128 lanes of a TPU's memory.
+    table: int32 [L, B, K, M], page numbers; entries for pages with nothing live are never used and may be arbitrary.
+    lengths: int32 [B, K], live slots in the layer that is read.
+    scales: float32 [P, 1, 2 * page] or None; the key of slot s of a page is multiplied by entry 2 s, its value by 2 s +
+      1. One row a page: rows of two numbers would each take 128 lanes of a TPU's memory.
   """
 
   pool: jax.Array

@@ -1,10 +1,11 @@
-"""Prefill attention on Hopper GPUs with Pallas Mosaic GPU.
+"""Prefill attention on Hopper GPUs with Pallas Mosaic GPU: the forward kernel.
 
-The keys that any query sees are gathered first (`plan`), so that far blocks are dense. Then FlashAttention-3's shape
-(arXiv 2407.08608): in each block two warpgroups compute, 64 rows each, and a third one feeds them keys and values by
-TMA. The 128 rows of a tile are several query heads of one KV head, `Tile.queries` neighbouring queries of each: the
-fewer queries a tile spans, the less of the band it visits that only some of its rows see. Blocks that all queries of a
-tile see come first and are not masked; in the others, at the diagonal and in the band, each pair is tested.
+The keys that any query sees are gathered first (`plan`), so that far blocks are dense. The kernel follows
+FlashAttention-3 (arXiv 2407.08608): in each block two warpgroups compute on 64 rows each, and a third one feeds them
+keys and values by TMA. A tile's 128 rows are several query heads of one KV head, with `Tile.queries` neighbouring
+queries of each: the fewer queries a tile spans, the less it visits of the band that only some of its rows see. Blocks
+that all queries of a tile see come first and need no mask; in the others, at the diagonal and in the band, each pair is
+tested.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def _attend(tile: Tile, blocks: Blocks, lse: bool, q, keys, values, rows, bounds
     whole, kept, band_start, stop = (ranges_ref[batch, kv_head, number, i] for i in (WHOLE, KEPT, START, STOP))
 
     def here(ref, piece):
-      """The part of q or of the output that a piece holds."""
+      """A piece's part of q or of the output."""
       first = number * tile.queries + piece.first
       return ref.at[batch, pl.ds(first, piece.count), part * tile.heads + piece.head]
 
@@ -142,7 +143,7 @@ def _attend(tile: Tile, blocks: Blocks, lse: bool, q, keys, values, rows, bounds
       acc, top, total = lax.fori_loop(whole, stop, functools.partial(step, masked=True), carry)
       pl.when(wg == 0)(take_turn)
 
-      # Padding, which took part in the blocks without a mask, and rows that saw nothing give zeros.
+      # Padding (which the unmasked blocks include) and rows that saw nothing give zeros.
       real = (positions >= -1) & (total > 0.0)
       weight = lax.broadcast_in_dim(jnp.where(real, 1 / jnp.where(real, total, 1.0), 0.0), acc.shape, [0])
       q_smem[wg] = jnp.where(weight > 0.0, acc * weight, 0.0).astype(q.dtype)

@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, Shaped
 
 from pallas_kernels.common.warpgroup import ROWS
 
-WARPGROUPS = 2  # that compute; one more moves data
-GRAIN = 32  # a band begins at a multiple of so many rows
+WARPGROUPS = 2  # computing; one more moves data
+GRAIN = 32  # a band begins at a multiple of this many rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ def default_blocks(head_dim: int) -> Blocks:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-  """`count` rows of a tile, from `row` of a warpgroup: queries of one head, from the tile's `first` on."""
+  """`count` rows of a tile from `row` of a warpgroup on: one head's queries, from the tile's `first` on."""
 
   warpgroup: int
   row: int

@@ -1,13 +1,13 @@
-"""Which keys each tile of queries visits: what the prefill kernels share, settled in the graph before they start.
+"""Which keys each tile of queries visits: shared by the prefill kernels and computed in the graph before they start.
 
-Per row and KV head, the keys that any query sees are moved together, in the order they came in:
+Per row and KV head, the keys that any query sees are gathered, in their given order:
 
     [ kept: visible from some query on to the last one | zeros up to a block | band: those that expire before | zeros ]
 
-first among the kept those that every query sees (a cached prefix, wherever it stood). A tile of queries then visits one
-range of each part: the kept keys up to its last query, and the band around its own position. Both are found from the
-smallest and largest bounds of `grain` keys at a time, so they hold for keys in any order; keys in the order of their
-positions, as caches have them, make the ranges as short as what is visible.
+Kept keys that every query sees (a cached prefix, wherever it was) come first. A tile of queries visits one range of
+each part: the kept keys up to its last query, and the band around its own position. The ranges follow from the smallest
+and largest bounds of `grain` keys at a time, so they are right for keys in any order; with keys in the order of their
+positions, as caches have them, they are as short as what is visible.
 """
 
 from __future__ import annotations

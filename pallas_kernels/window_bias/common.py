@@ -1,4 +1,4 @@
-"""What every implementation of window-bias attention shares: names of saved results, and segments as bounds."""
+"""Shared by the implementations of window-bias attention: names of saved results, and segments as bounds."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Window-bias attention on Hopper GPUs with Pallas Mosaic GPU: the forward kernel and the differentiable whole.
 
-FlashAttention-3's shape (arXiv 2407.08608): in each block two warpgroups compute, 64 queries each, and a third one
-feeds them keys and values by TMA. Keys fall in three ranges, seen from a tile of queries: far ones, all further back
-than the window, whose bias is added and nothing masked; then the band around the window's edge and the diagonal, where
-each pair is tested; and, with segments, the first blocks, where keys before the segment's start are masked. Blocks
-wholly before the tile's first segment are not visited. All scores are in units of log 2: exp2 is what the hardware has.
+FlashAttention-3's shape (arXiv 2407.08608): in each block two warpgroups compute on 64 queries each, and a third one
+feeds them keys and values by TMA. A tile of queries sees three ranges of keys: far ones, all outside the window, whose
+bias is added without a mask; then the band around the window's edge and the diagonal, where each pair is tested; and,
+with segments, the first blocks, where keys before the segment's start are masked. Blocks wholly before the tile's first
+segment are not visited. All scores are in units of log 2: exp2 is what the hardware has.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Backward kernels of window-bias attention on Hopper GPUs: one per query tile for dq, one per key tile for dk, dv, dbias.
+"""Backward kernels of window-bias attention on Hopper GPUs: dq by tiles of queries; dk, dv and dbias by tiles of keys.
 
 Each output is summed by one block in a fixed order, so two runs agree bit for bit and nothing is added in memory. With
 p = exp2(s - lse), dp = dout v^T, delta = rowsum(out * dout): ds = p (dp - delta), dq = scale ds k, dk = scale ds^T q,
@@ -162,7 +162,7 @@ def key_gradients(variant: Variant, q, k, v, bias, segment_end, dout, lse, delta
   b, t, n, h = q.shape
   kv_heads = k.shape[2]
   group = n // kv_heads
-  heads = 1 if variant.blocks.split_group else group  # query heads that one block handles, one after the other
+  heads = 1 if variant.blocks.split_group else group  # query heads of one block, one after the other
   parts = n // heads
   rows, block, stages = variant.blocks.dkv_kv, variant.blocks.dkv_q, variant.blocks.dkv_stages
   tile = WARPGROUPS * rows
@@ -217,7 +217,7 @@ def key_gradients(variant: Variant, q, k, v, bias, segment_end, dout, lse, delta
         plgpu.barrier_wait(q_ready.at[slot])
         plgpu.barrier_wait(dout_ready.at[slot])
 
-        def positions():  # of the queries and keys; computed anew where needed: registers are dearer than adds
+        def positions():  # of queries and keys; recomputed at each use: registers are scarcer than adds
           j = plgpu.broadcasted_iota(jnp.int32, (rows, block), 0, layout=plgpu.Layout.WGMMA) + kv_base
           i = plgpu.broadcasted_iota(jnp.int32, (rows, block), 1, layout=plgpu.Layout.WGMMA) + number * block
           return i, j

@@ -10,12 +10,12 @@ from jax import lax
 
 from pallas_kernels.common.compat import plgpu
 
-WARPGROUPS = 2  # that compute; one more moves data
+WARPGROUPS = 2  # computing; one more moves data
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-  """Sizes of the three kernels. Rows are per warpgroup; `stages` blocks of the streamed operands stand in memory."""
+  """Sizes of the three kernels. Rows are per warpgroup; shared memory holds `stages` blocks of what is streamed."""
 
   q: int = 64
   kv: int = 128
@@ -26,11 +26,11 @@ class Blocks:
   dkv_kv: int = 64
   dkv_q: int = 64
   dkv_stages: int = 2
-  dq_overlap: bool = True  # start both products of a block at once, at the price of registers
+  dq_overlap: bool = True  # start both products of a block at once, which takes registers
   dkv_overlap: bool = True
   compute_registers: int = 240
   memory_registers: int = 24
-  split_group: bool = False  # dk and dv of each query head apart, summed by XLA: more parallelism, more memory
+  split_group: bool = False  # XLA sums dk and dv of each query head: more parallelism, more memory
 
   @property
   def multiple(self) -> int:
@@ -40,7 +40,7 @@ class Blocks:
 
 
 def default_blocks(head_dim: int) -> Blocks:
-  """Block sizes by head size: what fits a warpgroup's registers."""
+  """Block sizes that fit a warpgroup's registers."""
   return Blocks(dq_kv=128) if head_dim == 64 else Blocks(dkv_overlap=False)
 
 

@@ -26,7 +26,7 @@ from pallas_kernels.common.softmax import LOG2E
 
 LANES = 128
 MIXED, FREE, FAR = range(3)  # kinds of pairs of blocks
-SCALAR_BYTES = 2**19  # of the scalar memory, a megabyte, that the list of pairs may take
+SCALAR_BYTES = 2**19  # that the list of pairs may take of a megabyte of scalar memory
 
 
 class Tile(NamedTuple):
@@ -51,11 +51,11 @@ class Blocks:
 
 
 def default_blocks(tokens: int, group: int, head_dim: int, itemsize: int) -> Blocks:
-  """What fits 16 MiB of vector memory: there each operand with a row per query head and channel stands twice."""
+  """Tiles that fit 16 MiB of vector memory, which holds each operand with a row per query head and channel twice."""
   longest = LANES * pl.cdiv(tokens, LANES)
   rows = group * head_dim * itemsize
   q, kv = (512, 512) if rows <= 2048 else (256, 512) if rows <= 4096 else (128, 256)
-  # A power of two no longer than the text, so that little is added to it.
+  # A power of two no longer than the text, so that padding is short.
   fit = lambda size: min(size, LANES << max(0, (longest // LANES).bit_length() - 1))
   tile = Tile(fit(q), fit(kv))
   return Blocks(tile, tile, tile)
@@ -117,7 +117,7 @@ def visible_pairs(variant: Variant, tile: Tile, batch: int, tokens: int, start, 
 
 
 class Step(NamedTuple):
-  """Where a grid step is: its first query and key, its kind, and whether its owner's first or last step."""
+  """A grid step's first query and key, its kind, and whether it is its owner's first or last."""
 
   q_base: Any
   kv_base: Any
@@ -127,7 +127,7 @@ class Step(NamedTuple):
 
 
 def _current(tile: Tile, by_keys: bool, places, blocks) -> Step:
-  """The step that is running. The owner, whose results are being summed, is a block of queries, or of keys."""
+  """The running step. Its owner, whose results are being summed, is a block of queries, or of keys."""
   step, count = pl.program_id(2), pl.num_programs(2)
   block_of = (lambda x: x & 0xFFFF) if by_keys else (lambda x: x >> 16)
   owner = lambda at: (places[at] >> 2, block_of(blocks[at]))
@@ -187,7 +187,7 @@ def for_kind(variant: Variant, step: Step, run: Callable[[int], None]) -> None:
 
 
 def for_heads(group: int, size: int, run: Callable[[Any, Any], None]) -> None:
-  """Calls run(one, rows) for each query head: its row where heads have one, and its rows where they have `size`."""
+  """Calls run(one, rows) for each query head: its row in arrays with one a head, its rows in arrays with `size`."""
   if group == 1:
     run(pl.ds(0, 1), pl.ds(0, size))
   else:
@@ -202,7 +202,7 @@ def dot(a, b, contract: tuple[int, int] = (1, 0)) -> jax.Array:
 
 
 def added_to_scores(variant: Variant, tile: Tile, step: Step, kind: int, bias_ref, start_ref):
-  """(what is added to scores [keys, queries]: None, [keys, 1] or all; the far pairs where only some are, or None)."""
+  """(the addend of scores [keys, queries]: None, [keys, 1] or whole; the far pairs if only some are far, or None)."""
   if kind == FREE:
     return None, None
   column = None
