@@ -399,11 +399,11 @@ def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, poo
       pl.when(end - begin > turn)(last.wait)
 
   arrays = [x for x in (kv, pool, scales) if x is not None]
-  eight_bits = [] if not scaled else [
-    pltpu.VMEM((stages, block, width), pool.dtype),
-    pltpu.VMEM((stages, pieces, 1, 2 * page), jnp.float32),
-    pltpu.VMEM((2, 2 * page, max(page, block)), jnp.float32),
-  ]  # fmt: skip
+  of_scaled = []
+  if scaled:
+    of_scaled.append(pltpu.VMEM((stages, block, width), pool.dtype))
+    of_scaled.append(pltpu.VMEM((stages, pieces, 1, 2 * page), jnp.float32))
+    of_scaled.append(pltpu.VMEM((2, 2 * page, max(page, block)), jnp.float32))
   return pl.pallas_call(
     body,
     out_shape=jax.ShapeDtypeStruct((pairs, chunks, tile_rows, LANES), jnp.float32),
@@ -419,7 +419,7 @@ def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, poo
         pltpu.SemaphoreType.DMA((stages,)),
         pltpu.SemaphoreType.DMA((stages,)),
         pltpu.SemaphoreType.DMA((2,)),
-        *eight_bits,
+        *of_scaled,
         *([pltpu.VMEM((stages, slots, width), dtype)] if ragged else []),
       ],
     ),

@@ -73,10 +73,10 @@ class PageFormat:
     return self.width(head_dim) * self.dtype.itemsize + (8 if self.scaled else 0)
 
   def page_size(self) -> int:
-    """Slots a page by default: half of one is lost a head, 1.5 % of a thousand tokens with 32.
+    """Slots a page by default: 32, so that half a page a head, unused on average, is 1.5 % of a thousand tokens.
 
-    64 with scales on a TPU: they then fill a row of 128 lanes. XLA lays shorter rows out otherwise on v5p and v6e, and
-    copies them in every layer.
+    64 with scales on a TPU, so that they fill a row of 128 lanes: XLA gives shorter rows another layout on v5p and v6e,
+    and copies them in every layer.
     """
     return 64 if self.scaled and platform() == "tpu" else 32
 

@@ -140,9 +140,15 @@ def _current(tile: Tile, by_keys: bool, places, blocks) -> Step:
 
 
 def launch(
-  body: Callable, tile: Tile, pairs: Pairs, by_keys: bool, inputs: Sequence, outputs: Sequence, scratch: Sequence,
+  body: Callable,
+  tile: Tile,
+  pairs: Pairs,
+  by_keys: bool,
+  inputs: Sequence,
+  outputs: Sequence,
+  scratch: Sequence,
   name: str,
-):  # fmt: skip
+):
   """Runs `body(step, *inputs, *outputs, *scratch)` for every KV head and visible pair of blocks.
 
   Args:

@@ -17,8 +17,8 @@ from tests.kernels.suite import float64, needs_mosaic_gpu, on_hopper
 
 pytestmark = pytest.mark.slow  # kernels are interpreted
 
-# Of the largest value: the weights of the second product and the output are rounded to half a unit in the last place
-# (2^-9, 2^-12), all sums are float32.
+# In units of the largest value. The weights of the second product and the output are rounded to half a unit in the last
+# place (2^-9, 2^-12); all sums are float32.
 TOLERANCE = {"bfloat16": 6e-3, "float16": 8e-4}
 
 

@@ -14,8 +14,8 @@ from pallas_kernels.window_bias import gpu, ref, window_bias_attention
 from tests.kernels.suite import needs_mosaic_gpu, on_hopper
 from tests.kernels.window_bias_cases import close, gradients, inputs
 
-# Of the largest value. A 16-bit output is off by half a unit in the last place (2^-9, 2^-12) and so is each weight that
-# enters the second product; gradients pass through four such products.
+# In units of the largest value. A 16-bit output is off by half a unit in the last place (2^-9, 2^-12), and so is each
+# weight that enters the second product; gradients pass through four such products.
 TOLERANCE = {jnp.bfloat16: (6e-3, 1.2e-2), jnp.float16: (1e-3, 2e-3)}
 
 

@@ -1,4 +1,4 @@
-"""The TPU kernels of window-bias attention beyond the shared suite: which blocks they step over, and 16-bit gradients."""
+"""The TPU kernels of window-bias attention beyond the shared suite: visited blocks, and 16-bit gradients."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def visibility(ids, tokens, window):
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("tile, window", [((16, 8), 20), ((8, 16), 0), ((8, 8), 7), ((32, 32), 96), ((8, 8), None)])
 def test_steps_are_the_visible_blocks(tile, window, documents, by_keys):
-  """Each once, together with the others of its owner, and each of the kind that its pairs are of."""
+  """Each once, next to the others of its owner, and marked with the kind of its pairs."""
   batch, tokens, tile = 3, 96, tpu_common.Tile(*tile)
   rng = np.random.default_rng(0)
   ids = np.sort(rng.integers(0, 5, (batch, tokens)), axis=1).astype(np.int32) if documents else None
@@ -58,7 +58,7 @@ def test_steps_are_the_visible_blocks(tile, window, documents, by_keys):
   [(90, 3, 1, 64, 20, True, True), (64, 2, 2, 128, 0, True, False), (64, 2, 1, 64, 0, False, True)],
 )
 def test_bfloat16_gradients(tokens, heads, kv_heads, size, window, bias, segments):
-  """Of blocks of every kind; half a unit in the last place, 2^-9, enters each of the four products on the way."""
+  """Through blocks of every kind; each of four products adds half a unit in the last place, 2^-9."""
   tile = tpu_common.Tile(32, 32)
   q, k, v, rows, ids, dout = inputs(1, tokens, heads, kv_heads, size, jnp.bfloat16, bias, segments)
   differentiated = (q, k, v) if rows is None else (q, k, v, rows)

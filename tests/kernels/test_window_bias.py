@@ -97,8 +97,8 @@ def test_lengths_against_blocks(backend, tokens, small_blocks):
     check(backend, q, k, v, bias, 3, segments(rng, 2, tokens) if kind != "none" else None)
 
 
-# The gradients' reference, in a process of its own because float64 is a setting of the whole of JAX: the formula over
-# the full score matrix, differentiated by JAX in float64.
+# The reference gradients: JAX differentiates the formula over the full score matrix in float64, in a process of its own
+# because float64 is a setting of the whole of JAX.
 ORACLE = """
 import sys, numpy as np, jax, jax.numpy as jnp
 jax.config.update("jax_enable_x64", True)

@@ -21,7 +21,7 @@ def numbers(rng, *shape, dtype):
 
 
 def case(page, slots, dtype):
-  """(arguments of `write_pages`, the pool it should give): every archive has pages of its own, and places without."""
+  """(arguments of `write_pages`, the pool it should give): archives own separate pages and have empty places."""
   rng, slots = np.random.default_rng(0), np.asarray(slots, np.int32)
   archives, most = slots.shape
   places = -(-200 // page)
@@ -35,7 +35,7 @@ def case(page, slots, dtype):
 
 
 def chunk(first, count, most, skip=3):
-  """Slots of `most` rows, of which `count` go to `first` and after it, and each `skip`-th before them nowhere."""
+  """Slots of `most` rows: `count` go to `first` and the slots after it, every `skip`-th row and the rest nowhere."""
   slots = np.full(most, NOWHERE)
   going = [i for i in range(most) if i % skip][:count]
   slots[going] = first + np.arange(len(going))
