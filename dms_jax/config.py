@@ -1,4 +1,4 @@
-"""Configurations: the shape of a model, the gates of its retrofit, and presets of public sizes.
+"""Configurations of a model, its eviction gates and its low-rank updates, and their JSON.
 
 Letters, the same in every einsum, annotation and docstring of this project: B batch, T query tokens, S cache slots,
 N query heads, K KV heads, G = N/K, H head size, D model width, F feed-forward width, V vocabulary, L layers,
@@ -11,30 +11,6 @@ import dataclasses
 import json
 from pathlib import Path
 from typing import Any, Literal
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-  """What sets a family of models apart.
-
-  `architecture` is its class in transformers and `defaults` what that class assumes where config.json is silent;
-  `qkv_bias` and `qk_norm` are `ModelConfig`'s; `paired_rope`: GGUF files pair neighbouring channels of q and k.
-  """
-
-  architecture: str
-  defaults: dict[str, int]
-  qkv_bias: bool = False
-  qk_norm: bool = False
-  paired_rope: bool = False
-
-
-# By Hugging Face's `model_type`, which is GGUF's architecture too.
-_QWEN = {"max_position_embeddings": 32768, "vocab_size": 151936}
-FAMILIES = {
-  "llama": Family("LlamaForCausalLM", {"max_position_embeddings": 2048, "vocab_size": 32000}, paired_rope=True),
-  "qwen2": Family("Qwen2ForCausalLM", _QWEN, qkv_bias=True),
-  "qwen3": Family("Qwen3ForCausalLM", _QWEN | {"head_dim": 128}, qk_norm=True),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +49,9 @@ class ModelConfig:
   eos_token_ids: tuple[int, ...] = ()
 
   def __post_init__(self):
-    if self.family not in FAMILIES:
-      raise ValueError(f"model.family={self.family!r} is not one of {', '.join(FAMILIES)}")
+    from dms_jax import families  # which needs this class
+
+    families.get(self.family)
     if self.num_heads % self.num_kv_heads:
       raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
     if self.head_dim % 2:
@@ -176,57 +153,3 @@ def read_json(path: str | Path) -> dict:
   if not isinstance(values, dict):
     raise ValueError(f"{path}: expected a JSON object, found {type(values).__name__}")
   return values
-
-
-_LLAMA31 = RopeScaling(8.0, 1.0, 4.0, 8192)
-_LLAMA32 = RopeScaling(32.0, 1.0, 4.0, 8192)
-
-
-def _llama3(layers, d, f, n, k, h, scaling, **kwargs) -> ModelConfig:
-  return ModelConfig(
-    "llama", layers, d, f, n, k, h, 128256, 131072, 500000.0, scaling, 1e-5,
-    eos_token_ids=(128001, 128008, 128009), **kwargs,
-  )  # fmt: skip
-
-
-def _qwen2(layers, d, f, n, k, h=128, *, vocab=152064, tied=False, context=32768, theta=1e6, eos=(151645, 151643)):
-  return ModelConfig(
-    "qwen2", layers, d, f, n, k, h, vocab, context, theta, None, 1e-6, tied, qkv_bias=True, eos_token_ids=eos
-  )
-
-
-def _qwen3(layers, d, f, n, k=8, *, tied=False) -> ModelConfig:
-  return ModelConfig(
-    "qwen3", layers, d, f, n, k, 128, 151936, 40960, 1e6, None, 1e-6, tied, qk_norm=True, eos_token_ids=(151645, 151643)
-  )
-
-
-# Public sizes, as their config.json files state them. R1 distillations of Qwen2.5 share its shapes.
-PRESETS: dict[str, ModelConfig] = {
-  "smollm2-135m": ModelConfig(
-    "llama", 30, 576, 1536, 9, 3, 64, 49152, 8192, 100000.0, None, 1e-5, True, eos_token_ids=(2,)
-  ),
-  "llama-2-7b": ModelConfig(
-    "llama", 32, 4096, 11008, 32, 32, 128, 32000, 4096, 10000.0, None, 1e-5, False, eos_token_ids=(2,)
-  ),
-  "llama-3-8b": ModelConfig(
-    "llama", 32, 4096, 14336, 32, 8, 128, 128256, 8192, 500000.0, None, 1e-5, False, eos_token_ids=(128001, 128009)
-  ),
-  "llama-3.1-8b": _llama3(32, 4096, 14336, 32, 8, 128, _LLAMA31, tie_embeddings=False),
-  "llama-3.1-70b": _llama3(80, 8192, 28672, 64, 8, 128, _LLAMA31, tie_embeddings=False),
-  "llama-3.2-1b": _llama3(16, 2048, 8192, 32, 8, 64, _LLAMA32),
-  "llama-3.2-3b": _llama3(28, 3072, 8192, 24, 8, 128, _LLAMA32),
-  "qwen2.5-0.5b": _qwen2(24, 896, 4864, 14, 2, 64, vocab=151936, tied=True),
-  "qwen2.5-1.5b": _qwen2(28, 1536, 8960, 12, 2, vocab=151936, tied=True),
-  "qwen2.5-7b": _qwen2(28, 3584, 18944, 28, 4),
-  "qwen2.5-32b": _qwen2(64, 5120, 27648, 40, 8),
-  "qwen-r1-1.5b": _qwen2(28, 1536, 8960, 12, 2, vocab=151936, context=131072, theta=1e4, eos=(151643,)),
-  "qwen-r1-7b": _qwen2(28, 3584, 18944, 28, 4, context=131072, theta=1e4, eos=(151643,)),
-  "qwen-r1-32b": _qwen2(64, 5120, 27648, 40, 8, context=131072, eos=(151643,)),
-  "qwen3-0.6b": _qwen3(28, 1024, 3072, 16, tied=True),
-  "qwen3-1.7b": _qwen3(28, 2048, 6144, 16, tied=True),
-  "qwen3-4b": _qwen3(36, 2560, 9728, 32, tied=True),
-  "qwen3-8b": _qwen3(36, 4096, 12288, 32),
-  "qwen3-14b": _qwen3(40, 5120, 17408, 40),
-  "qwen3-32b": _qwen3(64, 5120, 25600, 64),
-}

@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from dms_jax import cache as caches
 from dms_jax import policies
-from dms_jax.config import PRESETS, DMSConfig, LoRAConfig
+from dms_jax.config import DMSConfig, LoRAConfig
+from dms_jax.families import PRESETS
 from dms_jax.model import Model, cached_forward, last_logits
 from dms_jax.params import abstract_params, count_params, param_table
 from dms_jax.retrofit.config import RetrofitConfig

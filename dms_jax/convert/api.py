@@ -7,10 +7,10 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from dms_jax import checkpoint
-from dms_jax.convert import gguf, huggingface
-from dms_jax.convert.families import DTYPES
+from dms_jax.convert import gguf
+from dms_jax.convert.layouts import transformers
 from dms_jax.convert.sources import fetch
-from dms_jax.convert.tensors import Progress, to_params
+from dms_jax.convert.tensors import DTYPES, Progress, to_params
 from dms_jax.model import Model
 from dms_jax.params import param_table
 
@@ -44,14 +44,14 @@ def convert(
     raise ValueError(f"--output={output}: exists and holds something else; choose another place or pass --overwrite")
   path = fetch(source)
   if path.is_dir():
-    config, dms, tensors, tokenizer = huggingface.read(path)
+    config, dms, tensors, tokenizer = transformers.read(path)
   elif path.suffix == ".bin":
     raise ValueError(f"{path}: pickles can run code and are not read; save the model as safetensors")
   elif path.suffix == ".safetensors":
     raise ValueError(f"{path}: pass the directory that holds it, with config.json, as --source={path.parent}")
   else:
     dms, (config, tensors, tokenizer) = None, gguf.read(path)
-  ignore = lambda name: huggingface.is_ignored(config, name)
+  ignore = lambda name: transformers.is_ignored(config, name)
   asked, dtype = dtype, dtype or tensors.dtype
   params = to_params(param_table(config, dms), tensors, jnp.dtype(dtype), ignore=ignore, progress=progress)
   if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:

@@ -14,7 +14,8 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, normalizers, pre_tokenizers, processors
 
-from dms_jax.config import FAMILIES, ModelConfig, RopeScaling
+from dms_jax import families
+from dms_jax.config import ModelConfig, RopeScaling
 from dms_jax.convert.tensors import Tensors, check_layers, hf_names
 from dms_jax.layers import rope_frequencies
 from dms_jax.params import param_table
@@ -117,8 +118,8 @@ class _Fields:
 
 def _config(fields: _Fields, tensors: dict) -> ModelConfig:
   reasons = []
-  if fields.arch not in FAMILIES:
-    reasons.append(f"architecture {fields.arch!r}; supported are {', '.join(FAMILIES)}")
+  if fields.arch not in families.FAMILIES:
+    reasons.append(f"architecture {fields.arch!r}; supported are {', '.join(families.FAMILIES)}")
   if fields.get("{arch}.expert_count", default=0):
     reasons.append("mixture of experts (expert_count)")
   if fields.get("{arch}.attention.kv_lora_rank", default=0):
@@ -134,7 +135,6 @@ def _config(fields: _Fields, tensors: dict) -> ModelConfig:
   head_dim = fields.get("{arch}.rope.dimension_count", int, width // max(heads, 1))
   eos = [fields.get(f"tokenizer.ggml.{name}_token_id", int, None) for name in ("eos", "eot", "eom")]
   values = dict(
-    family=fields.arch,
     num_layers=fields.get("{arch}.block_count", int),
     d_model=width,
     d_ff=fields.get("{arch}.feed_forward_length", int),
@@ -146,12 +146,10 @@ def _config(fields: _Fields, tensors: dict) -> ModelConfig:
     rope_theta=fields.get("{arch}.rope.freq_base", float, 10000.0),
     rms_norm_eps=fields.get("{arch}.attention.layer_norm_rms_epsilon", float),
     tie_embeddings="output.weight" not in tensors,
-    qkv_bias=FAMILIES[fields.arch].qkv_bias,
-    qk_norm=FAMILIES[fields.arch].qk_norm,
     eos_token_ids=tuple(dict.fromkeys(i for i in eos if i is not None)),
   )
   try:
-    config = ModelConfig(**values)
+    config = families.get(fields.arch).config(**values)
     if _ROPE_FREQS in tensors:
       config = dataclasses.replace(config, rope_scaling=_scaling(config, tensors[_ROPE_FREQS]))
   except (ValueError, ZeroDivisionError) as error:
@@ -175,11 +173,12 @@ def _tensors(reader, config: ModelConfig, path: str) -> Tensors:
 
   check_layers(config.num_layers, len(reader.tensors), path)
   of_name = {}  # GGUF name -> (Hugging Face name, heads to un-permute or 0)
-  heads = {"layers/q_proj": config.num_heads, "layers/k_proj": config.num_kv_heads}
+  paired = families.get(config.family).paired_rope
+  heads = {"layers/q_proj": config.num_heads, "layers/k_proj": config.num_kv_heads} if paired else {}
   for param, spec in param_table(config).items():
     for name, layer in hf_names(param, spec):
       own = _NAMES[param] if layer is None else f"blk.{layer}.{_NAMES[param]}"
-      of_name[own] = (name, heads.get(param, 0) if FAMILIES[config.family].paired_rope else 0)
+      of_name[own] = (name, heads.get(param, 0))
   entries, shapes = {}, {}
   for tensor in reader.tensors:
     if tensor.name == _ROPE_FREQS:

@@ -11,7 +11,8 @@ import numpy as np
 
 from dms_jax.params import Params, ParamSpec, flatten, unflatten
 
-Progress = Callable[[int, int, str], None]  # (done, of how many, what)
+DTYPES = ("float32", "bfloat16", "float16")  # that weights are stored in
+Progress = Callable[[int, int, str], None]  # (done, total, name)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from dms_jax.config import read_json, to_json
-from dms_jax.generation.generate import generate as generation
+from dms_jax.generation.generate import fastest_form, generate
 from dms_jax.model import Model
 from dms_jax.policies import Vanilla
 from dms_jax.retrofit.config import SelfTextConfig
@@ -102,7 +102,7 @@ def write(
   if not config.rows:
     raise ValueError("self_text.rows=0: say how many rows to write")
   rows = prompts(config, tokenizer)
-  model = generation.fastest_form(model.replace(tokenizer=tokenizer))
+  model = fastest_form(model.replace(tokenizer=tokenizer))
   keys = jax.random.split(jax.random.key(config.seed), config.rows)
   folder = path.with_name(path.name + ".rows")
   settings = {"self_text": to_json(config), "model": to_json(model.config), "dtype": str(model.dtype)}
@@ -125,13 +125,13 @@ def write(
 
 
 def _sample(model: Model, tokenizer: Tokenizer, config: SelfTextConfig, rows: list, keys: jax.Array) -> list[dict]:
-  def generate(batch: list[list[int]], keys: jax.Array, limit: int, size: int) -> list[list[int]]:
+  def continued(batch: list[list[int]], keys: jax.Array, limit: int, size: int) -> list[list[int]]:
     # Few shapes, because each is a compilation: the last row again up to `size` rows, and a rounded capacity.
     missing = max(size - len(batch), 0)
     keys = keys[np.minimum(np.arange(len(batch) + missing), len(batch) - 1)]
     batch_size, batch = len(batch), batch + batch[-1:] * missing
     capacity = -(-(max(map(len, batch)) + limit) // CAPACITY) * CAPACITY
-    out = generation.generate(
+    out = generate(
       model, batch, policy=Vanilla(), max_new_tokens=limit, temperature=config.temperature, top_p=config.top_p,
       key=keys, capacity=capacity,
     )  # fmt: skip
@@ -145,13 +145,13 @@ def _sample(model: Model, tokenizer: Tokenizer, config: SelfTextConfig, rows: li
   if asks:
     opening = tokenizer.encode(user_opening(tokenizer))
     own = jax.vmap(jax.random.fold_in, (0, None))(keys[np.asarray(asks)], 1)
-    questions = generate([opening] * len(asks), own, min(QUESTION_TOKENS, config.max_new_tokens), -(-size // 2))
+    questions = continued([opening] * len(asks), own, min(QUESTION_TOKENS, config.max_new_tokens), -(-size // 2))
     for i, ids in zip(asks, questions, strict=True):
       sampled[i] = len(ids)
       if question := tokenizer.decode(ids).strip():
         prompt[i] = tokenizer.encode(tokenizer.chat([{"role": "user", "content": question}]))
   records = []
-  for i, answer in enumerate(generate(prompt, keys, config.max_new_tokens, size)):
+  for i, answer in enumerate(continued(prompt, keys, config.max_new_tokens, size)):
     ids = answer if prompt[i] is nothing else [*prompt[i], *answer]
     if answer and answer[-1] in tokenizer.eos_token_ids[:1]:
       ids = ids[:-1]  # readers end each document with it

@@ -26,7 +26,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dms_jax.config import PRESETS, DMSConfig, LoRAConfig, ModelConfig
+from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig
+from dms_jax.families import PRESETS
 from dms_jax.model import Model
 from dms_jax.params import init_params, param_table
 from dms_jax.retrofit import RetrofitConfig

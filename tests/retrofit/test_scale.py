@@ -20,7 +20,8 @@ import pytest
 
 from dms_jax import checkpoint
 from dms_jax import testing as tiny
-from dms_jax.config import PRESETS, DMSConfig, LoRAConfig
+from dms_jax.config import DMSConfig, LoRAConfig
+from dms_jax.families import PRESETS
 from dms_jax.model import Model
 from dms_jax.params import abstract_params, param_table
 from dms_jax.retrofit import RetrofitConfig

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import pytest
 
 from dms_jax import testing as tiny
-from dms_jax.config import PRESETS, DMSConfig, LoRAConfig
+from dms_jax.config import DMSConfig, LoRAConfig
+from dms_jax.families import PRESETS
 from dms_jax.model import forward, unembed
 from dms_jax.retrofit import RetrofitConfig
 from dms_jax.retrofit.cost import peak_flops, step_flops
