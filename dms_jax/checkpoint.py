@@ -129,7 +129,7 @@ def load(
 
 
 def load_retrofitted(path: str | Path, retrofit: str | Path, *, dtype: Any = None) -> Model:
-  """What a retrofit made of the base at `path`: the two together, or a whole model (`RetrofitConfig.export`) by itself.
+  """What a retrofit made of the base at `path`: the two together, or a whole model (`SavingConfig.export`) by itself.
 
   Raises:
     ValueError: as `load`.

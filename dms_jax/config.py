@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,21 +121,21 @@ def to_json(config: Any) -> dict:
 
 
 def from_json(cls: type, values: dict, source: str = "config") -> Any:
-  """Builds config `cls` from JSON values; an unknown or missing key is an error that names `source`.
+  """Builds config `cls` from JSON values; a class method `upgraded` of it first converts those of an older version.
 
   Raises:
-    ValueError: a key is unknown, or a value is refused by the config's own checks.
+    ValueError: a key is unknown, or the config's own checks refuse a value; names `source`.
   """
-  fields = {f.name: f for f in dataclasses.fields(cls)}
-  unknown = sorted(set(values) - set(fields))
-  if unknown:
-    raise ValueError(f"{source}: unknown field(s) {unknown} for {cls.__name__}; it has {sorted(fields)}")
-  values = dict(values)
+  values = cls.upgraded(values) if hasattr(cls, "upgraded") else dict(values)
+  hints = get_type_hints(cls)
+  if unknown := sorted(set(values) - set(hints)):
+    raise ValueError(f"{source}: unknown field(s) {unknown} for {cls.__name__}; it has {sorted(hints)}")
   for name, value in values.items():
+    nested = next((t for t in (hints[name], *get_args(hints[name])) if dataclasses.is_dataclass(t)), None)
     if isinstance(value, list):
       values[name] = tuple(value)
-    if name == "rope_scaling" and value is not None:
-      values[name] = from_json(RopeScaling, value, f"{source}: rope_scaling")
+    elif nested is not None and value is not None:
+      values[name] = from_json(nested, value, f"{source}: {name}")
   try:
     return cls(**values)
   except (TypeError, ValueError) as error:

@@ -65,7 +65,7 @@ def step_flops(config: ModelConfig, dms: DMSConfig, lora: LoRAConfig | None, ret
   tokens = retrofit.batch_size * retrofit.seq_len
   backward = 4 if retrofit.trainable == "all" else 2
   student = (2 + backward) * base + 6 * added + 3 * attention
-  teacher = 0 if retrofit.loss == "lm" else 2 * base + attention
+  teacher = 0 if retrofit.loss.kind == "lm" else 2 * base + attention
   return StepFlops(float(student * tokens), float(teacher * tokens), tokens)
 
 

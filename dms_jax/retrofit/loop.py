@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from dms_jax import checkpoint
-from dms_jax.config import DMSConfig, LoRAConfig, read_json, to_json
+from dms_jax.config import DMSConfig, LoRAConfig, from_json, read_json, to_json
 from dms_jax.model import Model
 from dms_jax.params import Params, join_params, param_table, split_params
 from dms_jax.retrofit import distributed, schedule
@@ -69,7 +69,7 @@ def prepare(base: Model, dms: DMSConfig, lora: LoRAConfig, config: RetrofitConfi
     ValueError: settings that do not go together (`config.check`).
   """
   check(dms, lora, config)
-  dtype = jnp.dtype(config.compute_dtype)
+  dtype = jnp.dtype(config.memory.compute_dtype)
   cast = lambda params: jax.tree.map(lambda x: x.astype(dtype), params)
   table = param_table(base.config)
   base = base.replace(params=split_params(base.params, lambda path: path in table)[0], dms=None, lora=None)
@@ -91,14 +91,21 @@ def _claim_directory(directory: Path, settings: dict[str, dict]) -> None:
     _replace(path, json.dumps(settings, indent=1))
     return
   found = read_json(path)
-  differ = [
-    f"{section}.{name}: {found.get(section, {}).get(name)!r} there, {value!r} now"
-    for section, values in settings.items()
-    for name, value in values.items()
-    if found.get(section, {}).get(name) != value
-  ]
-  if differ:
+  found["retrofit"] = to_json(from_json(RetrofitConfig, found.get("retrofit", {}), f"{path}: retrofit"))
+  if differ := _differences(found, settings):
     raise ValueError(f"{directory} holds a run with other settings ({'; '.join(differ)}); choose another --output")
+
+
+def _differences(found: Any, settings: dict, prefix: str = "") -> list[str]:
+  """Every field of nested `settings` that `found` lacks or holds otherwise, with both values."""
+  lines = []
+  for name, now in settings.items():
+    there = found.get(name) if isinstance(found, dict) else None
+    if isinstance(now, dict):
+      lines += _differences(there, now, f"{prefix}{name}.")
+    elif there != now:
+      lines.append(f"{prefix}{name}: {there!r} there, {now!r} now")
+  return lines
 
 
 def _replace(path: Path, text: str) -> None:
@@ -163,7 +170,7 @@ def _disk_is_full(error: BaseException | None) -> bool:
 
 
 def export(run: Run, student: Model, state: TrainState, path: Path, tokenizer=None, **metadata) -> None:
-  """Writes what was trained as a checkpoint: a retrofit, or the whole model (`RetrofitConfig.export`).
+  """Writes what was trained as a checkpoint: a retrofit, or the whole model (`SavingConfig.export`).
 
   Gates are in float32, low-rank updates and trained weights in the compute dtype. Merged updates are folded in float32
   into weights as they were stored.
@@ -175,7 +182,7 @@ def export(run: Run, student: Model, state: TrainState, path: Path, tokenizer=No
   if config.whole_model and config.trainable != "all":
     model = student.replace(params=join_params(student.params, run.base.params, trained)).merged()
   else:
-    trained = cast_trained(student, trained, jnp.dtype(config.compute_dtype))
+    trained = cast_trained(student, trained, jnp.dtype(config.memory.compute_dtype))
     model = student.replace(params=join_params(student.params, trained))
   groups = ("base", "gate", "lora") if config.whole_model else ("gate", "lora")
   with distributed.together():
@@ -229,7 +236,7 @@ def train(
       _claim_directory(directory, settings)
   state = distributed.place_state(config, student, trained, mesh)
   key = jax.random.fold_in(jax.random.key(config.seed), 1)
-  usable = {schedule.step_of_cr(config, cr): cr for cr in range(2, math.floor(config.final_cr) + 1)}
+  usable = {schedule.step_of_cr(config, cr): cr for cr in range(2, math.floor(config.schedule.final_cr) + 1)}
 
   def write(name: str, done: int) -> None:
     about = {"step": done, "retrofit": settings["retrofit"], "data": settings["data"]}
@@ -243,23 +250,23 @@ def train(
     with distributed.together():
       if leads:
         _trim_log(directory / LOG, first)
-    last = config.steps if stop_after is None else min(stop_after, config.steps)
+    last = config.schedule.steps if stop_after is None else min(stop_after, config.schedule.steps)
     line, pending, clock = _last_line(directory / LOG), [], time.perf_counter()
     if first < last and stop():
       raise Preempted(f"stopped before step {first}; nothing is lost")
     with open(directory / LOG if leads else os.devnull, "a") as log:
       for step in range(first, last):
-        if config.zero_neuron and step == config.fade_steps:
+        if config.schedule.zero_neuron and step == config.schedule.fade_steps:
           state = zero_neuron(student, state)
-        fading = step < config.fade_steps
+        fading = step < config.schedule.fade_steps
         batch = distributed.feed(packer, step, mesh)
         with jax.set_mesh(mesh):
           state, metrics = train_step(state, student, teacher, batch, key, config, fading)
         pending.append((step, metrics))
         done = step + 1
-        kept = done % config.save_every == 0 or done in usable or done == config.steps
+        kept = done % config.saving.save_every == 0 or done in usable or done == config.schedule.steps
         stopping = (stop() or distributed.preempted(done)) and done < last
-        saves = done % config.save_every == 0 or done == last or stopping
+        saves = done % config.saving.save_every == 0 or done == last or stopping
         if saves or kept or len(pending) >= log_every:
           values = jax.device_get([m for _, m in pending])
           seconds = (time.perf_counter() - clock) / len(pending)
@@ -283,7 +290,7 @@ def train(
         if stopping:
           checkpointer.wait()
           raise Preempted(f"stopped after step {step} and saved; the same command goes on")
-    if last == config.steps:
+    if last == config.schedule.steps:
       write("final", last)
   return line
 
@@ -291,7 +298,7 @@ def train(
 @contextlib.contextmanager
 def _states(directory: Path, config: RetrofitConfig) -> Iterator[ocp.training.Checkpointer]:
   """The checkpoints of the training state; leaving it waits for the last to be written."""
-  keep = ocp.training.preservation_policies.LatestN(config.keep_states)
+  keep = ocp.training.preservation_policies.LatestN(config.saving.keep_states)
   with ocp.training.Checkpointer(
     directory.absolute() / STATE, preservation_policy=keep, cleanup_tmp_directories=True
   ) as checkpointer:
@@ -308,10 +315,11 @@ def _line(config: RetrofitConfig, step: int, seconds: float, values: dict, heads
 
 def _check_finite(config: RetrofitConfig, line: dict, directory: Path) -> None:
   loss, norm = line["loss"], line["grad_norm"]
-  if loss is not None and norm is not None and loss <= config.loss_bound:
+  if loss is not None and norm is not None and loss <= config.loss.bound:
     return
   show = lambda x: "not finite" if x is None else f"{x:.4g}"
   raise FloatingPointError(
-    f"step {line['step']}: loss {show(loss)}, gradient norm {show(norm)}; retrofit.loss_bound={config.loss_bound:g}. "
-    f"The last checkpoint before it is kept in {directory / STATE}; lower retrofit.learning_rate in another --output"
+    f"step {line['step']}: loss {show(loss)}, gradient norm {show(norm)}; retrofit.loss.bound={config.loss.bound:g}. "
+    f"The last checkpoint before it is kept in {directory / STATE}; "
+    "lower retrofit.optimizer.learning_rate in another --output"
   )

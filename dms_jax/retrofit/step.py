@@ -57,14 +57,15 @@ def split_trained(model: Model, trainable: str) -> tuple[Params, Params]:
 
 def optimizer(config: RetrofitConfig) -> optax.GradientTransformation:
   """AdamW with clipping by global norm."""
-  adamw = optax.adamw(schedule.learning_rate(config), config.beta1, config.beta2, weight_decay=config.weight_decay)
-  return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+  o = config.optimizer
+  adamw = optax.adamw(schedule.learning_rate(config), o.beta1, o.beta2, weight_decay=o.weight_decay)
+  return optax.chain(optax.clip_by_global_norm(o.clip_norm), adamw)
 
 
 def init_state(config: RetrofitConfig, trained: Params) -> TrainState:
   """State before the first step; `trained` is copied to float32."""
   trained = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), trained)
-  ema = jax.tree.map(jnp.copy, trained) if config.ema_decay else None
+  ema = jax.tree.map(jnp.copy, trained) if config.saving.ema_decay else None
   return TrainState(jnp.int32(0), trained, optimizer(config).init(trained), ema)
 
 
@@ -110,29 +111,29 @@ def loss_fn(
   c, ids = student.config, batch.segment_ids
   real = jnp.ones(batch.tokens.shape, bool) if ids is None else ids > 0
   fading = neuron_kept is not None
-  eviction = None if fading else Eviction(noise=noise, tau=config.tau)
+  eviction = None if fading else Eviction(noise=noise, tau=config.loss.tau)
   normed = lambda model, hidden: rms_norm(hidden, model.params["final_norm"], c.rms_norm_eps)
-  run = partial(forward, tokens=batch.tokens, segment_ids=ids, remat=config.remat)
+  run = partial(forward, tokens=batch.tokens, segment_ids=ids, remat=config.memory.remat)
   hidden, z = run(student, eviction=eviction, neuron_kept=neuron_kept)
   # What follows an end of text is no continuation of it: such positions teach nothing.
   counted = real & ~jnp.isin(batch.tokens, jnp.asarray(c.eos_token_ids, jnp.int32))
-  if config.loss == "lm":
+  if config.loss.kind == "lm":
     goes_on = jnp.arange(real.shape[1]) < real.shape[1] - 1
     counted = counted & (goes_on if ids is None else goes_on & (jnp.roll(ids, -1, axis=1) == ids))
     against = {"targets": jnp.roll(batch.tokens, -1, axis=1)}
   else:
     against = {"teacher": normed(teacher, run(teacher)[0]), "teacher_head": output_head(teacher)}
   distance = losses.vocabulary_loss(
-    config.loss, normed(student, hidden), output_head(student), counted, **against,
-    chunk=config.loss_chunk, vocab_chunk=config.vocab_chunk, train_head=config.trainable == "all",
+    config.loss.kind, normed(student, hidden), output_head(student), counted, **against,
+    chunk=config.memory.loss_chunk, vocab_chunk=config.memory.vocab_chunk, train_head=config.trainable == "all",
   )  # fmt: skip
   fraction = losses.evicted_fraction(z, real)
   compression = jnp.float32(0.0) if fading else losses.compression_loss(fraction, cr)
-  return distance + config.compression_weight * compression, {
-    "nll" if config.loss == "lm" else "kl": distance,
+  return distance + config.loss.compression_weight * compression, {
+    "nll" if config.loss.kind == "lm" else "kl": distance,
     "compression_loss": compression,
     "evicted_fraction": fraction.mean(),
-    **_compression_metrics(student.dms, z if fading else z * config.tau - noise, real),
+    **_compression_metrics(student.dms, z if fading else z * config.loss.tau - noise, real),
   }
 
 
@@ -162,9 +163,9 @@ def train_step(
   Args:
     student: holds the frozen parameters only; the trained ones come from `state`.
     key: of the run; the step's noise depends on it and on `state.step` alone.
-    fading: whether the step belongs to phase 1 (`RetrofitConfig.fade_steps`).
+    fading: whether the step belongs to phase 1 (`ScheduleConfig.fade_steps`).
   """
-  dtype = jnp.dtype(config.compute_dtype)
+  dtype = jnp.dtype(config.memory.compute_dtype)
   placed = partial(constrain, table=param_table(student.config, student.dms, student.lora))
   cr = schedule.target_cr(config, state.step)
   kept = schedule.neuron_kept(config, state.step) if fading else None
@@ -173,7 +174,7 @@ def train_step(
     cast = cast_trained(student, trained, dtype)
     whole = student.replace(params=join_params(student.params, cast))
     original = teacher
-    if config.teacher == "same":
+    if config.loss.teacher == "same":
       original = whole.replace(params=jax.lax.stop_gradient(whole.params))
     shape = (whole.config.num_layers, part.tokens.shape[0], whole.config.num_kv_heads, part.tokens.shape[1])
     noise = logistic_noise(jax.random.fold_in(jax.random.fold_in(key, state.step), index), shape)
@@ -198,7 +199,7 @@ def train_step(
   if ema is not None:
     # A shorter memory at first, so that the start does not weigh on it.
     taken = state.step.astype(jnp.float32)
-    decay = jnp.minimum(config.ema_decay, (1.0 + taken) / (10.0 + taken))
+    decay = jnp.minimum(config.saving.ema_decay, (1.0 + taken) / (10.0 + taken))
     ema = optax.incremental_update(trained, ema, 1.0 - decay)
   metrics |= {
     "target_cr": cr,
