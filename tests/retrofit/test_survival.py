@@ -183,6 +183,22 @@ def test_other_errors_stay_what_they_are(tmp_path):
     raise KeyError("unrelated")
 
 
+def test_a_run_of_version_0_1_goes_on(tmp_path, whole):
+  """Its run.json had no sections: the same settings are recognised, others named."""
+  train(*a_run(tmp_path), stop_after=4)
+  settings = json.loads((tmp_path / loop.RUN).read_text())
+  flat = settings["retrofit"]
+  for section in [name for name, value in flat.items() if isinstance(value, dict)]:
+    names = {("loss", "kind"): "loss", ("loss", "bound"): "loss_bound"}
+    fields = flat.pop(section).items()
+    flat |= {names.get((section, name), name): value for name, value in fields}
+  (tmp_path / loop.RUN).write_text(json.dumps(settings))
+  with pytest.raises(ValueError, match=r"retrofit\.schedule\.final_cr: 3\.0 there, 3\.5 now\)"):
+    train(*a_run(tmp_path, schedule__final_cr=3.5))
+  train(*a_run(tmp_path))
+  check_finished(tmp_path, whole)
+
+
 def test_another_text_is_refused(tmp_path, whole):
   with pytest.raises(ValueError, match=r"text\.text: '300 tokens, CRC-32 \w+' there"):
     train(*a_run(whole[0], seed=5))
