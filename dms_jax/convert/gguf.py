@@ -1,7 +1,7 @@
 """Reads GGUF files (llama.cpp's format) with the `gguf` package: weights dequantised to float32, config and tokenizer.
 
-llama.cpp keeps q and k rows of the "llama" architecture in pairs for its interleaved rotary embedding; they are put
-back into Hugging Face's half-split order here. Qwen's are stored as they are.
+For families with `paired_rope`, llama.cpp stores rows of q and k in pairs, for interleaved RoPE; they are permuted back
+to Hugging Face's half-split order.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _NAMES = {
   "layers/o_proj": "attn_output.weight", "layers/gate_proj": "ffn_gate.weight", "layers/up_proj": "ffn_up.weight",
   "layers/down_proj": "ffn_down.weight",
 }  # fmt: skip
-_ROPE_FREQS = "rope_freqs.weight"  # Llama 3.1's scaling, as the factor each frequency is divided by
+_ROPE_FREQS = "rope_freqs.weight"  # Llama 3.1's scaling: the divisor of each frequency
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -39,9 +39,9 @@ _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 @dataclasses.dataclass(frozen=True)
 class _PreTokenizer:
-  """What `tokenizer.ggml.pre` names: how text is cut before BPE, and what the tokenizer does by default."""
+  """The rules that `tokenizer.ggml.pre` names: how text is split before BPE, and the tokenizer's defaults."""
 
-  split: str | None  # None: GPT-2's own pattern after cutting out single digits
+  split: str | None  # None: single digits first, then GPT-2's own pattern
   nfc: bool = False
   ignore_merges: bool = False
   adds_bos: bool = False
@@ -86,13 +86,13 @@ def _open(path: str | Path):
     return GGUFReader(path)
   except FileNotFoundError:
     raise ValueError(f"{path}: no such file") from None
-  except Exception as error:  # the reader checks little: what it stumbles over says where
+  except Exception as error:  # the reader checks little; its errors are of any kind
     message = str(error).splitlines()[0] if str(error) else type(error).__name__
     raise ValueError(f"{path}: not a readable GGUF file ({message}); it is damaged or was cut short") from None
 
 
 class _Fields:
-  """The metadata of a GGUF file, with errors that name the missing or malformed key."""
+  """The metadata of a GGUF file; errors name the missing or malformed key."""
 
   def __init__(self, reader, path: str):
     self.path, self._fields = path, reader.fields
@@ -158,7 +158,7 @@ def _config(fields: _Fields, tensors: dict) -> ModelConfig:
 
 
 def _scaling(config: ModelConfig, tensor) -> RopeScaling:
-  """The llama3 scaling whose factors the file lists; llama.cpp stores the list and not the parameters."""
+  """The llama3 scaling of the file's factors; llama.cpp stores one factor a frequency, not the parameters."""
   factors = np.asarray(tensor.data, np.float32).reshape(-1)
   plain = rope_frequencies(config)
   scaling = RopeScaling(factor=float(factors.max()))

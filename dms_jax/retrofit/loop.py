@@ -1,6 +1,6 @@
-"""The training loop: checkpoints, resume, log. A run killed at any moment goes on from its last whole checkpoint.
+"""The training loop: checkpoints, resume, log. A run killed at any moment resumes from its last complete checkpoint.
 
-The training state is written while training goes on, by each process its shards, and is read back on any mesh.
+The training state is written asynchronously, each process writing its shards, and can be restored on any mesh.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ STATE = "state"
 
 
 class Preempted(Exception):
-  """The run was asked to stop and has saved its state; the same command goes on."""
+  """The run was asked to stop and has saved its state; the same command resumes it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A retrofit to carry out on the untouched model `base`, in `directory`: the gates, the updates and how to train."""
+  """A retrofit of the untouched model `base`, in `directory`: gates, low-rank updates and training settings."""
 
   base: Model
   dms: DMSConfig
@@ -53,7 +53,7 @@ class Run:
   directory: Path
 
   def settings(self, packer: Packer) -> dict[str, dict]:
-    """What makes this run the run it is, as run.json holds it."""
+    """The settings that identify this run, as run.json holds them."""
     return {
       "model": to_json(self.base.config), "dms": to_json(self.dms), "lora": to_json(self.lora),
       "retrofit": to_json(self.config), "data": to_json(self.data), "text": packer.fingerprints(),
@@ -61,12 +61,13 @@ class Run:
 
 
 def prepare(base: Model, dms: DMSConfig, lora: LoRAConfig, config: RetrofitConfig) -> tuple[Model, Model, Params]:
-  """(student without what is trained, teacher, what is trained).
+  """(student without the trained parameters, teacher, trained parameters).
 
-  Frozen weights are in the compute dtype; what is trained starts as stored, or fresh where the base has none.
+  Frozen weights are cast to the compute dtype. Trained parameters start as stored, or freshly initialised where the
+  base has none.
 
   Raises:
-    ValueError: settings that do not go together (`config.check`).
+    ValueError: the settings are inconsistent (`config.check`).
   """
   check(dms, lora, config)
   dtype = jnp.dtype(config.memory.compute_dtype)
@@ -84,7 +85,7 @@ def prepare(base: Model, dms: DMSConfig, lora: LoRAConfig, config: RetrofitConfi
 
 
 def _claim_directory(directory: Path, settings: dict[str, dict]) -> None:
-  """Writes run.json, or checks that the run found there has the same settings."""
+  """Writes run.json, or checks that an existing one has the same settings."""
   path = directory / RUN
   if not path.exists():
     directory.mkdir(parents=True, exist_ok=True)
@@ -97,7 +98,7 @@ def _claim_directory(directory: Path, settings: dict[str, dict]) -> None:
 
 
 def _differences(found: Any, settings: dict, prefix: str = "") -> list[str]:
-  """Every field of nested `settings` that `found` lacks or holds otherwise, with both values."""
+  """Every field of the nested `settings` that is missing or different in `found`, with both values."""
   lines = []
   for name, now in settings.items():
     there = found.get(name) if isinstance(found, dict) else None
@@ -109,7 +110,7 @@ def _differences(found: Any, settings: dict, prefix: str = "") -> list[str]:
 
 
 def _replace(path: Path, text: str) -> None:
-  """Writes a small file whole or not at all."""
+  """Writes a small file atomically."""
   part = path.with_suffix(".part")
   try:
     part.write_text(text)
@@ -119,7 +120,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _trim_log(path: Path, step: int) -> None:
-  """Drops lines of steps that will be taken again, and a line cut short by a kill."""
+  """Drops the lines of steps that will be repeated, and a line cut short by a kill."""
   if not path.exists():
     return
   kept = []
@@ -139,29 +140,29 @@ def _last_line(path: Path) -> dict:
 
 @contextlib.contextmanager
 def _writing(directory: Path) -> Iterator[None]:
-  """Says clearly that the disk is full, however deep that was noticed, and gives back what the write had taken."""
+  """Turns the errors of a full disk into one clear OSError, and removes half-written checkpoints."""
   try:
     yield
   except Exception as error:
     if not _disk_is_full(error):
       raise
-    for _ in range(20):  # Orbax's threads may still be at it
+    for _ in range(20):  # Orbax's threads may still be writing
       half_written = list((directory / STATE).glob("*.orbax-checkpoint-tmp*"))
       for half in half_written:
         shutil.rmtree(half, ignore_errors=True)
       time.sleep(0.1 if half_written else 0.0)
     raise OSError(
       errno.ENOSPC,
-      f"{directory}: the disk is full; the last whole checkpoint is kept: make room and run the same command again",
+      f"{directory}: the disk is full; the last whole checkpoint is kept; free some space and run the command again",
     ) from error
 
 
 def _disk_is_full(error: BaseException | None) -> bool:
-  """Whether `error` or what caused it is a full disk or quota; Orbax's own errors tell it in words only."""
+  """Whether `error` or its cause is a full disk or quota; Orbax's own errors say so only in their message."""
   while error is not None:
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
       return True
-    if any(words in str(error) for words in ("No space left on device", "Disk quota exceeded")):
+    if any(message in str(error) for message in ("No space left on device", "Disk quota exceeded")):
       return True
     if isinstance(error, BaseExceptionGroup) and any(map(_disk_is_full, error.exceptions)):
       return True
@@ -170,12 +171,12 @@ def _disk_is_full(error: BaseException | None) -> bool:
 
 
 def export(run: Run, student: Model, state: TrainState, path: Path, tokenizer=None, **metadata) -> None:
-  """Writes what was trained as a checkpoint: a retrofit, or the whole model (`SavingConfig.export`).
+  """Writes the trained parameters as a checkpoint: a retrofit, or the whole model (`SavingConfig.export`).
 
-  Gates are in float32, low-rank updates and trained weights in the compute dtype. Merged updates are folded in float32
-  into weights as they were stored.
+  Gates are float32; low-rank updates and trained weights have the compute dtype. Updates are merged in float32, into
+  the weights as stored.
   """
-  if (path / "config.json").exists():  # a resumed run comes by again, with the same numbers
+  if (path / "config.json").exists():  # a resumed run reaches this step again, with the same numbers
     return
   config = run.config
   trained = state.trained if state.ema is None else state.ema
@@ -201,29 +202,30 @@ def train(
   log_every: int = 10,
   stop_after: int | None = None,
 ) -> dict:
-  """Trains `run` to its end, or on from where its directory's last checkpoint left it.
+  """Trains `run` to its end, resuming from the last checkpoint in its directory if there is one.
 
-  Writes into `run.directory`: run.json (settings), log.jsonl (a line a step), state/ (the last checkpoints, Orbax), and
-  cr2/, cr3/, ... and final/: a usable retrofit when the target reaches each whole CR, and at the end.
+  Writes into `run.directory`: run.json (settings), log.jsonl (one line a step), state/ (the latest training states,
+  Orbax), and cr2/, cr3/, ... and final/: a usable checkpoint whenever the target reaches a whole CR, and at the end.
 
   Args:
-    mesh: the devices to train on (`distributed.create_mesh`), by default one. With several processes each calls, and
-      only process 0 calls `report` and `saved`.
-    report: called with every line logged; for progress bars.
-    saved: called with the steps done after each checkpoint was begun; for pictures.
-    stop: asked after every step; true saves and raises `Preempted`. Several processes stop by `distributed.preempted`.
+    mesh: the devices to train on (`distributed.create_mesh`); default one device. Every process must call; only process
+      0 calls `report` and `saved`.
+    report: called with every line of the log.
+    saved: called with the number of steps done, after each save of the state has started.
+    stop: asked after every step; if true, the run saves and raises `Preempted`. Several processes stop by
+      `distributed.preempted`.
     log_every: steps between fetches of metrics from the device.
-    stop_after: leave after this many steps in all, with a checkpoint, as if interrupted.
+    stop_after: stop after this many steps in total, with a checkpoint, as if interrupted.
 
   Returns:
     The last line of the log.
 
   Raises:
-    ValueError: the directory holds a run with other settings, or they do not go together.
-    FloatingPointError: the loss or its gradient is not finite, or the loss above its bound; checkpoints before it are
-      kept, and the log ends with the step.
-    OSError: the disk is full; the last whole checkpoint is kept.
-    Preempted: `stop` said so.
+    ValueError: the directory holds a run with other settings, or the settings are inconsistent.
+    FloatingPointError: the loss or its gradient is not finite, or the loss is above its bound. Earlier checkpoints are
+      kept, and the log ends with that step.
+    OSError: the disk is full; the last complete checkpoint is kept.
+    Preempted: `stop` returned true.
   """
   config, directory, leads = run.config, Path(run.directory), distributed.leads()
   mesh = mesh or make_mesh(devices=jax.local_devices())
@@ -279,10 +281,10 @@ def train(
                 report(line)
             log.flush()
           pending = []
-          if done in usable:  # before the state: a run that resumes past this step would never write it
+          if done in usable:  # before the state: a run resumed after this step would never write it
             write(f"cr{usable[done]}", done)
           if saves:
-            checkpointer.wait()  # for the one before, and for what went wrong with it
+            checkpointer.wait()  # for the previous save; raises its errors
             checkpointer.save_async(done, state, force=True, overwrite=True)
             if leads:
               saved(done)
@@ -297,7 +299,7 @@ def train(
 
 @contextlib.contextmanager
 def _states(directory: Path, config: RetrofitConfig) -> Iterator[ocp.training.Checkpointer]:
-  """The checkpoints of the training state; leaving it waits for the last to be written."""
+  """The checkpoints of the training state; leaving the context waits for the last one to be written."""
   keep = ocp.training.preservation_policies.LatestN(config.saving.keep_states)
   with ocp.training.Checkpointer(
     directory.absolute() / STATE, preservation_policy=keep, cleanup_tmp_directories=True
@@ -306,7 +308,7 @@ def _states(directory: Path, config: RetrofitConfig) -> Iterator[ocp.training.Ch
 
 
 def _line(config: RetrofitConfig, step: int, seconds: float, values: dict, heads: bool) -> dict:
-  """A line of the log; `heads` adds each head's gate rate, [L][K]. Numbers that are not finite are null."""
+  """A line of the log; `heads` adds the gate rate of each head, [L][K]. Numbers that are not finite become null."""
   line = {"step": step, "tokens": (step + 1) * config.batch_size * config.seq_len, "seconds": round(seconds, 4)}
   rates = values["gate_rates"]
   line |= {n: float(x) if math.isfinite(x) else None for n, x in values.items() if n != "gate_rates"}

@@ -1,6 +1,6 @@
-"""Text that the model itself writes, to train on: a retrofit then needs no data set.
+"""Text sampled from the model itself, to train on: a retrofit then needs no data set.
 
-Written batch by batch, so that an interrupted run goes on where it was; the file appears when all of it is there.
+Batches are saved one by one, so an interrupted run resumes; the output file appears once it is complete.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from dms_jax.policies import Vanilla
 from dms_jax.retrofit.config import SelfTextConfig
 from dms_jax.tokenizer import Tokenizer
 
-QUESTION_TOKENS = 128  # the most that a question of the model's own may have
-CAPACITY = 256  # slots of a cache are a multiple of
+QUESTION_TOKENS = 128  # at most, in a question that the model asks itself
+CAPACITY = 256  # the cache's capacity is rounded up to a multiple of this
 MARK = "QUESTION-GOES-HERE"
-FREE, ASK = "free", "ask"  # rows without a prompt: from an end of text, or after the template's opening of a question
+FREE, ASK = "free", "ask"  # rows without a prompt: they start at an end of text, or with a question of the model's own
 
 
 def prompts(config: SelfTextConfig, tokenizer: Tokenizer) -> list[list[int] | str]:
-  """Each row's prompt as token ids, or FREE or ASK; continued prefixes come before answered questions.
+  """Each row's prompt as token ids, or FREE or ASK; prefixes come before questions.
 
   Raises:
     ValueError: a source is too small, or a record has no question.
@@ -74,7 +74,7 @@ def _read(path: str, name: str) -> str:
 
 
 def user_opening(tokenizer: Tokenizer) -> str | None:
-  """What the chat template puts before a user's first words; None without a template that shows them as they are."""
+  """The text that the chat template puts before a user's message; None without a template that copies the message."""
   try:
     text = tokenizer.chat([{"role": "user", "content": MARK}], add_generation_prompt=False)
   except ValueError:
@@ -90,13 +90,13 @@ def write(
   *,
   progress: Callable[[Iterable], Iterable] = lambda items: items,
 ) -> int:
-  """Writes `config.rows` records {"text": ...} to the .jsonl file `path`; returns how many tokens were sampled.
+  """Writes `config.rows` records {"text": ...} to the .jsonl file `path`; returns the number of tokens sampled.
 
-  Finished batches wait in a folder PATH.rows, from where the same call goes on after an interruption; nothing else is
-  left behind. A row's text depends on the seed and its number alone (and, by rounding, on the batch).
+  Finished batches are kept in a folder PATH.rows until all are done; after an interruption the same call resumes from
+  them. A row's text depends only on the seed and its number (and, by rounding, on the batch).
 
   Raises:
-    ValueError: no rows, a bad source, or PATH.rows holds text of other settings.
+    ValueError: there are no rows, a source is bad, or PATH.rows holds text of other settings.
   """
   path = Path(path)
   if not config.rows:
@@ -126,7 +126,7 @@ def write(
 
 def _sample(model: Model, tokenizer: Tokenizer, config: SelfTextConfig, rows: list, keys: jax.Array) -> list[dict]:
   def continued(batch: list[list[int]], keys: jax.Array, limit: int, size: int) -> list[list[int]]:
-    # Few shapes, because each is a compilation: the last row again up to `size` rows, and a rounded capacity.
+    # Each shape is a compilation: the last row is repeated up to `size` rows, and the capacity is rounded up.
     missing = max(size - len(batch), 0)
     keys = keys[np.minimum(np.arange(len(batch) + missing), len(batch) - 1)]
     batch_size, batch = len(batch), batch + batch[-1:] * missing
@@ -154,7 +154,7 @@ def _sample(model: Model, tokenizer: Tokenizer, config: SelfTextConfig, rows: li
   for i, answer in enumerate(continued(prompt, keys, config.max_new_tokens, size)):
     ids = answer if prompt[i] is nothing else [*prompt[i], *answer]
     if answer and answer[-1] in tokenizer.eos_token_ids[:1]:
-      ids = ids[:-1]  # readers end each document with it
+      ids = ids[:-1]  # `load_sources` ends each document with it
     records.append({"text": tokenizer.decode(ids, skip_special=False), "sampled": sampled[i] + len(answer)})
   return records
 
