@@ -42,9 +42,9 @@ from dms_jax.generation.generate import fastest_form
 from dms_jax.model import Model
 from dms_jax.tokenizer import Tokenizer
 from experiments.bench import cases as rows_of
-from experiments.bench import generate_cases, generate_pictures
+from experiments.bench import generate_cases
 from experiments.common import program
-from experiments.reports import plots
+from experiments.reports import figures_bench, tables
 from pallas_kernels.common import bench
 
 
@@ -215,33 +215,16 @@ def prompt_ids(config: Config, tokenizer, count: int = 1) -> list[int]:
 
 def table(results: list[dict]) -> str:
   """Results as text, with each engine's decode speed over transformers' where that ran."""
-  lines = [f"{'dtype':10}{'engine':14}{'prefill tok/s':>14}{'decode tok/s':>14}{'CR':>7}{'decode / transformers':>23}"]
-  for r in results:
-    cr = f"{r['achieved_cr']:.2f}" if "achieved_cr" in r else ""
-    ratio = f"{r['decode_ratio']:.2f}" if "decode_ratio" in r else ""
-    lines.append(
-      f"{r['dtype']:10}{r['engine']:14}{r['prefill_tokens_per_s']:14.0f}{r['decode_tokens_per_s']:14.1f}{cr:>7}{ratio:>23}"
-    )
-  return "\n".join(lines)
-
-
-def picture(path: Path, results: list[dict], title: str) -> str | None:
-  """Bars: prefill and decode speed by engine and dtype; None without matplotlib."""
-  if (plt := plots.pyplot()) is None:
-    return None
-  figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
-  names = [f"{r['engine']}\n{r['dtype']}" for r in results]
-  colors = [{"dense": plots.DENSE, "DMS": plots.DMS}.get(r["engine"], "#b8b8b8") for r in results]
-  for axis, what in zip(axes, ("prefill", "decode"), strict=True):
-    bars = axis.bar(names, [r[f"{what}_tokens_per_s"] for r in results], color=colors)
-    axis.bar_label(bars, fmt="%.0f" if what == "prefill" else "%.1f")
-    axis.set_title(f"{what}, tokens/s")
-    axis.tick_params(axis="x", labelsize=7)
-    axis.spines[["top", "right"]].set_visible(False)
-  figure.suptitle(title)
-  figure.savefig(path, dpi=120)
-  plt.close(figure)
-  return str(path)
+  names = ["dtype", "engine", "prefill tokens/s", "decode tokens/s", "CR", "decode / transformers"]
+  optional = lambda result, name: f"{result[name]:.2f}" if name in result else ""
+  rows = [
+    [
+      r["dtype"], r["engine"], f"{r['prefill_tokens_per_s']:.0f}", f"{r['decode_tokens_per_s']:.1f}",
+      optional(r, "achieved_cr"), optional(r, "decode_ratio"),
+    ]
+    for r in results
+  ]  # fmt: skip
+  return tables.markdown(names, rows)
 
 
 def bench_dtype(config: Config, dtype: str, tokenizer, prompt: list[int]) -> list[dict]:
@@ -313,10 +296,10 @@ def run_cases(config: Config) -> None:
     program.save_json(path, {"environment": environment, "rows": rows})
   title = f"{'Llama-3.2-1B' if config.scale == 'full' else 'a tiny model'}, {environment['device']}"
   drawn = [
-    generate_pictures.bars(folder / "cases.png", rows, title),
-    generate_pictures.scaling(folder / "scaling.png", rows, title),
+    figures_bench.decode_steps(folder / "cases.png", rows, title),
+    figures_bench.scaling(folder / "scaling.png", rows, title),
   ]
-  print(rows_of.table(rows, COLUMNS))
+  print(tables.of_mappings(rows, COLUMNS))
   measured = [{name: x for name, x in row.items() if name not in about} for row in run.rows.values()]
   program.finish({**about, "rows": measured, "json": str(path), "png": [x for x in drawn if x]}, config)
 
@@ -347,7 +330,7 @@ def main() -> None:
   folder = Path(config.output)
   title = f"{Path(config.checkpoint).name}, one row, prompt {config.prompt_tokens}, {jax.devices()[0].device_kind}"
   folder.mkdir(parents=True, exist_ok=True)
-  image = picture(folder / "bench.png", results, title)
+  image = figures_bench.engines(folder / "bench.png", results, title)
   found = {"results": results} if divergence is None else {"results": results, "width_divergence": divergence}
   program.save_json(folder / "bench.json", {"environment": program.environment(), **found})
   program.finish({**found, "picture": image})

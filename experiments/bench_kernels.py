@@ -23,7 +23,7 @@ import jax
 from experiments.bench import cases, kernel_cases, kernel_tuning
 from experiments.bench.kernel_cases import CASES, Decode
 from experiments.common import program
-from experiments.reports import plots
+from experiments.reports import figures_bench, tables
 from pallas_kernels.common import bench, tuned
 
 
@@ -95,67 +95,6 @@ COLUMNS = ("name", "case", "us", "CR", "floor_us", "of_floor", "dense_us", "dens
            "flex_blocks_ratio", "difference", "bar", "reached")  # fmt: skip
 
 
-def picture(path: Path, rows: list[dict], device: str) -> str | None:
-  """A bar a kernel and case: ours, dense attention, FlexAttention where measured, and the floor as a line across."""
-  rows = [row for row in rows if "us" in row and "axis" not in row]
-  if not rows or (plt := plots.pyplot()) is None:
-    return None
-  figure, axis = plt.subplots(figsize=(9, 1.2 + 0.55 * len(rows)), layout="constrained")
-  kinds = (
-    ("us", "ours", plots.DMS),
-    ("dense_us", "dense, cuDNN" if "NVIDIA" in device else "dense, XLA", plots.DENSE),
-    ("flex_us", "FlexAttention as the official trainer calls it", "#c2571a"),
-    ("flex_blocks_us", "FlexAttention with a block mask", "#e8a87c"),
-  )
-  for place, (key, label, color) in enumerate(kinds):
-    points = [(i + 0.22 * (place - 1), row[key]) for i, row in enumerate(rows) if key in row]
-    if points:
-      bars = axis.barh(*zip(*points, strict=True), height=0.2, color=color, label=label)
-      axis.bar_label(bars, fmt=lambda us: f"{us:,.0f}" if us >= 100 else f"{us:.3g}", fontsize=7, padding=2)
-  floors = [(i, row["floor_us"]) for i, row in enumerate(rows) if "floor_us" in row]
-  for number, (i, floor) in enumerate(floors):
-    axis.vlines(floor, i - 0.42, i + 0.42, color="k", lw=1.2, ls="--", label="floor" if number == 0 else None)
-  names = [f"{row['name']}\n{row.get('case', '')}" for row in rows]
-  axis.set_yticks(range(len(rows)), names, fontsize=7)
-  axis.invert_yaxis()
-  axis.set(xscale="log", xlabel="microseconds", title=f"Attention kernels, bfloat16, {device}")
-  axis.margins(x=0.1, y=0.02)
-  axis.grid(axis="x", alpha=0.25)
-  axis.set_axisbelow(True)
-  axis.spines[["top", "right"]].set_visible(False)
-  axis.legend(frameon=False, fontsize=8)
-  figure.savefig(path, dpi=120)
-  plt.close(figure)
-  return str(path)
-
-
-def growth_picture(path: Path, rows: list[dict], device: str) -> str | None:
-  """Decode time against CR, length and batch, with the floor."""
-  rows = [row for row in rows if "axis" in row and "us" in row]
-  if not rows or (plt := plots.pyplot()) is None:
-    return None
-  figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
-  labels = {"CR": "compression ratio", "length": "slots a head, CR 8", "batch": "batch, CR 8"}
-  for axis, (name, label) in zip(axes, labels.items(), strict=True):
-    points = sorted((r["value"], r["us"], r["floor_us"]) for r in rows if r["axis"] == name)
-    axis.set(xlabel=label, ylabel="microseconds")
-    axis.grid(alpha=0.25, which="both")
-    if not points:
-      continue
-    x, us, floor = zip(*points, strict=True)
-    axis.loglog(x, us, "o-", color=plots.DMS, label="decode kernel", base=2)
-    axis.loglog(x, floor, "--", color=plots.DENSE, label="floor: live bytes / read bandwidth", base=2)
-    axis.set_xticks(x, [f"{value:g}" for value in x], rotation=45 if max(x) > 999 else 0)
-    axis.minorticks_off()
-    axis.yaxis.set_major_formatter("{x:g}")
-  first = next(axis for axis in axes if axis.lines)
-  first.legend(frameon=False)
-  figure.suptitle(f"Decode attention of one layer, bfloat16, {device}")
-  figure.savefig(path, dpi=120)
-  plt.close(figure)
-  return str(path)
-
-
 def main() -> None:
   config = program.read_flags("", Config)
   chosen = selected(config)
@@ -182,10 +121,10 @@ def main() -> None:
     saved = program.save_json(path, {"environment": environment, "rows": merged()})
   rows = merged()
   drawn = [
-    picture(config.output / "bench.png", rows, environment["device"]),
-    growth_picture(config.output / "growth.png", rows, environment["device"]),
+    figures_bench.kernels(config.output / "bench.png", rows, environment["device"]),
+    figures_bench.growth(config.output / "growth.png", rows, environment["device"]),
   ]
-  print(cases.table(rows, COLUMNS))
+  print(tables.of_mappings(rows, COLUMNS))
   measured = list(run.rows.values())
   program.finish({"read_bandwidth": bandwidth, "rows": measured, "json": str(saved), "png": [x for x in drawn if x]})
 

@@ -121,13 +121,3 @@ def check_same(path: Path, about: dict) -> None:
           f"--output={path.parent}: row {row['name']} there is of {name} {row.get(name)!r}, this run of "
           f"{about[name]!r}; choose another folder"
         )
-
-
-def table(rows: list[dict], columns: tuple[str, ...]) -> str:
-  """The rows as Markdown; what failed says why in its third column."""
-  lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-  for row in rows:
-    why = row.get("error", row.get("skipped", ""))
-    cells = [row.get(c, why if c == columns[2] else "") for c in columns]
-    lines.append("| " + " | ".join(f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells) + " |")
-  return "\n".join(lines)

@@ -1,6 +1,6 @@
 """The cases of `experiments.bench_generate --cases`: what is measured of each, and the bars they are held to.
 
-Llama-3.2-1B's shape with random weights, its evictions drawn: a head holds exp(0.8 N(0, 1)) times the mean, the window
+Llama-3.2-1B's shape with random weights, its evictions random: a head holds exp(0.8 N(0, 1)) times the mean, the window
 at least, and the mean is such that the achieved CR is 8 at each length (`experiments.bench.synthetic`). SmolLM2's shape, its
 heads holding what its retrofit to CR 8 made them hold of a text. How a point is measured: `generate_points`.
 
@@ -28,7 +28,7 @@ from experiments.bench import synthetic
 from experiments.bench.cases import Bar, apart, llama_config
 from experiments.bench.generate_points import KINDS, Bench, Energy, Kind, Point, Programs, Shape, bytes_in_use, report
 
-GATES = Path(__file__).parent / "results/ablate/compression/ablation.json"  # what heads hold, for SmolLM2
+GATES = Path(__file__).parents[1] / "results/ablate/compression/ablation.json"  # what heads hold, for SmolLM2
 RETROFIT = "smollm2-135m-cr8"
 IN_ROOFLINE = (Bar("of_roofline", 0.75),)
 

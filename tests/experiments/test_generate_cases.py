@@ -16,8 +16,9 @@ from dms_jax.generation import decode as decoding
 from dms_jax.generation.decode import StopCriteria
 from dms_jax.generation.sampling import Sampling
 from experiments import bench_generate
-from experiments.bench import cases, generate_cases, generate_pictures, static_transformers, synthetic
+from experiments.bench import cases, generate_cases, static_transformers, synthetic
 from experiments.bench.generate_points import Bench, Energy, Point, Programs, Shape
+from experiments.reports import figures_bench, tables
 from pallas_kernels.common import compat
 from pallas_kernels.common.platform import tracing_for
 
@@ -161,8 +162,8 @@ def test_cases_are_guarded_and_judged():
   assert good["bar"] == "x >= 1, y <= 1" and not good["reached"]
   assert [cases.measured(row) for row in (bad, good, late)] == [False, True, False]
   assert cases.judged({"x": None}, (cases.Bar("x", 1),)) == {"x": None}
-  text = cases.table(list(run.rows.values()), ("name", "case", "x"))
-  assert "ZeroDivisionError" in text and "| good | b | 1 |" in text
+  text = tables.of_mappings(list(run.rows.values()), ("name", "case", "x"))
+  assert "ZeroDivisionError" in text and "| good | b    | 1 |" in text.replace("  |", " |")
 
 
 def test_later_runs_add_to_earlier_ones(tmp_path):
@@ -202,11 +203,11 @@ def test_pictures_show_what_was_measured(tmp_path):
   step = {"name": "step_b1_8k", "case": "B1 T8192", "ms": 1.2, "roofline_ms": 0.9, "of_roofline": 0.75}
   judged = {"name": "concurrency", "bar": "rows_ratio >= 7.5", "rows_ratio": 7.6, "reached": True}
   failed = {"name": "memory_8k", "error": "no"}
-  assert generate_pictures.bars(tmp_path / "a.png", [step, judged, failed], "here")
-  assert generate_pictures.bars(tmp_path / "none.png", [failed], "here") is None
+  assert figures_bench.decode_steps(tmp_path / "a.png", [step, judged, failed], "here")
+  assert figures_bench.decode_steps(tmp_path / "none.png", [failed], "here") is None
   series = {"dms": [[1.0, 10.0, 1, 1.0], [2.0, 20.0, 2, 1.5]], "dense": [[1.0, 5.0, 1, 1.0]]}
-  assert generate_pictures.scaling(tmp_path / "b.png", [{"name": "scaling_budget", "series": series}, failed], "here")
-  assert generate_pictures.scaling(tmp_path / "none.png", [failed], "here") is None
+  assert figures_bench.scaling(tmp_path / "b.png", [{"name": "scaling_budget", "series": series}, failed], "here")
+  assert figures_bench.scaling(tmp_path / "none.png", [failed], "here") is None
   assert not (tmp_path / "none.png").exists()
 
 
