@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import jax
@@ -163,7 +164,7 @@ def test_cases_are_guarded_and_judged():
   assert [cases.measured(row) for row in (bad, good, late)] == [False, True, False]
   assert cases.judged({"x": None}, (cases.Bar("x", 1),)) == {"x": None}
   text = tables.of_mappings(list(run.rows.values()), ("name", "case", "x"))
-  assert "ZeroDivisionError" in text and "| good | b    | 1 |" in text.replace("  |", " |")
+  assert "ZeroDivisionError" in text and "| good | b | 1 |" in re.sub(" +", " ", text)
 
 
 def test_later_runs_add_to_earlier_ones(tmp_path):
