@@ -5,9 +5,9 @@
 
 Each engine reads `--prompt_tokens` tokens and writes `--new_tokens` greedily, one row, after a warm-up that compiles;
 engines take turns for `--repeats` rounds, and medians are reported. Prefill is the time to the first token, decode the
-time of the others. With `--divergence_width=8`, as many different prompts are also continued one at a time and all at
-once, and the place of the first token that differs is reported of each: at other widths sums run in another order, so
-that a near tie may fall the other way. Writes OUTPUT/{bench.json, bench.png}; the last line is one JSON object. Five
+time of the others. With `--divergence_width=8`, eight different prompts are also continued one at a time and all at
+once, and the place of the first token that differs is reported for each: another width sums in another order, which can
+turn a near tie. Writes OUTPUT/{bench.json, bench.png}; the last line is one JSON object. Five
 minutes on two cores.
 
     python -m experiments.bench_generate --cases=all                    # one GPU, five to six minutes
@@ -15,9 +15,9 @@ minutes on two cores.
     python -m experiments.bench_generate --cases=all --scale=small      # tiny shapes, anywhere: that everything runs
 
 measures named cases of decoding on one accelerator instead, against the memory's speed, the dense cache and
-transformers: `experiments/generate_cases.py` says which. No checkpoint is needed. Writes OUTPUT/{cases.json, cases.png,
-scaling.png}; a later run of other cases adds to them, each row with its date, versions and measured read bandwidth. A
-case that fails is reported as such and the others go on.
+transformers; `experiments/bench/generate_cases.py` says which. No checkpoint is needed. Writes OUTPUT/{cases.json,
+cases.png, scaling.png}; a later run of other cases adds to them, each row with its date, versions and measured read
+bandwidth. A case that fails is reported, and the others go on.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from dms_jax.convert import export
 from dms_jax.generation.generate import fastest_form
 from dms_jax.model import Model
 from dms_jax.tokenizer import Tokenizer
-from experiments.bench import cases as rows_of
+from experiments.bench import cases as cases_of
 from experiments.bench import generate_cases
 from experiments.common import program
 from experiments.reports import figures_bench, tables
@@ -231,18 +231,18 @@ def bench_dtype(config: Config, dtype: str, tokenizer, prompt: list[int]) -> lis
   """All engines on weights of one dtype."""
   dense = checkpoint.load(config.checkpoint, dtype=dtype)
   with tempfile.TemporaryDirectory() as folder:
-    rival = []
+    others = []
     if config.against_transformers:
       export(Path(folder) / "model", dense, tokenizer, dtype=dtype)
-      rival = [transformers_engine(Path(folder) / "model", dtype, prompt)]
+      others = [transformers_engine(Path(folder) / "model", dtype, prompt)]
   engines = [jax_engine("dense", fastest_form(dense), dms_jax.Vanilla(), prompt, config)]
   del dense
   if config.retrofit:
     model = fastest_form(checkpoint.load(config.checkpoint, retrofit=config.retrofit, dtype=dtype))
     engines.append(jax_engine("DMS", model, dms_jax.DMS(), prompt, config))
-  results = [{"dtype": dtype, **r} for r in measure(engines + rival, config)]
+  results = [{"dtype": dtype, **r} for r in measure(engines + others, config)]
   tokens = {r["engine"]: r.pop("tokens") for r in results}
-  if rival:
+  if others:
     base = results[-1]
     for r in results[:-1]:
       r["decode_ratio"] = r["decode_tokens_per_s"] / base["decode_tokens_per_s"]
@@ -262,12 +262,12 @@ def run_cases(config: Config) -> None:
   begin = time.monotonic()
   setup = generate_cases.SMALL if config.scale == "small" else generate_cases.FULL
   order = generate_cases.names(setup)
-  wanted = rows_of.chosen(order, () if config.cases == ("all",) else config.cases)
+  wanted = cases_of.chosen(order, () if config.cases == ("all",) else config.cases)
   # Before JAX takes the GPU's memory.
-  rival = generate_cases.run_transformers(setup) if "transformers" in wanted else None
+  theirs = generate_cases.run_transformers(setup) if "transformers" in wanted else None
   environment = program.environment()
   bandwidth = bench.read_bandwidth(2**22 if config.scale == "small" else 2**30)
-  program.log(f"read bandwidth {bandwidth / 1e12:.3f} TB/s; transformers: {rival}")
+  program.log(f"read bandwidth {bandwidth / 1e12:.3f} TB/s; transformers: {theirs}")
   about = {
     "date": datetime.date.today().isoformat(),
     "read_bandwidth": bandwidth,
@@ -277,9 +277,9 @@ def run_cases(config: Config) -> None:
   }
   folder = Path(config.output)
   path = folder / "cases.json"
-  rows_of.check_same(path, about)
+  cases_of.check_same(path, about)
   seconds = 0.02 if config.scale == "small" else 0.5
-  suite = generate_cases.Suite(setup, bandwidth, seconds=seconds, workers=config.workers, rival=rival)
+  suite = generate_cases.Suite(setup, bandwidth, seconds=seconds, workers=config.workers, transformers=theirs)
   cases = {name: case for name, case in suite.cases().items() if name in wanted}
   for name, case in cases.items():
     try:
@@ -288,20 +288,20 @@ def run_cases(config: Config) -> None:
       program.log(f"{name}: not compiled ahead: {type(error).__name__}")
   suite.programs.wait(config.seconds / 2)
   program.log(f"compiled after {time.monotonic() - begin:.0f} s")
-  run = rows_of.Runner(config.seconds - (time.monotonic() - begin), about)
+  run = cases_of.Runner(config.seconds - (time.monotonic() - begin), about)
   for name, case in cases.items():
     bars = case.bars if config.scale == "full" else ()
-    run(name, case.about, lambda case=case, bars=bars: rows_of.judged(case.run(), bars))
-    rows = rows_of.merged(path, run.rows, order)
+    run(name, case.about, lambda case=case, bars=bars: cases_of.judged(case.run(), bars))
+    rows = cases_of.merged(path, run.rows, order)
     program.save_json(path, {"environment": environment, "rows": rows})
   title = f"{'Llama-3.2-1B' if config.scale == 'full' else 'a tiny model'}, {environment['device']}"
-  drawn = [
+  pictures = [
     figures_bench.decode_steps(folder / "cases.png", rows, title),
     figures_bench.scaling(folder / "scaling.png", rows, title),
   ]
   print(tables.of_mappings(rows, COLUMNS))
   measured = [{name: x for name, x in row.items() if name not in about} for row in run.rows.values()]
-  program.finish({**about, "rows": measured, "json": str(path), "png": [x for x in drawn if x]}, config)
+  program.finish({**about, "rows": measured, "json": str(path), "png": [x for x in pictures if x]}, config)
 
 
 def main() -> None:
