@@ -16,7 +16,7 @@ from dms_jax.policies import DMS, Policy, Vanilla
 from dms_jax.tokenizer import Tokenizer
 from experiments.methods.records import Record
 from experiments.tasks import retrieval
-from experiments.tasks.base import LikelihoodTask, Question, RetrievalTask, Task, TasksConfig
+from experiments.tasks.base import LikelihoodTask, Prompt, Question, Task, TasksConfig, WritingTask
 
 Progress = Callable[..., Iterable]
 
@@ -42,9 +42,9 @@ class Job:
   """One task, at one length where it has lengths, with everything that is asked; `settings` is the fingerprint of the
   task's settings and data."""
 
-  task: LikelihoodTask | RetrievalTask
+  task: LikelihoodTask | WritingTask
   length: int | None
-  asked: Sequence[Question] | Sequence[retrieval.Prompt]
+  asked: Sequence[Question] | Sequence[Prompt]
   seed: int = 0
   settings: str = ""
 
@@ -81,9 +81,9 @@ def prepare(
   """
   jobs = []
   for task in tasks:
-    if isinstance(task, RetrievalTask):
-      for length in lengths:
-        prompts = retrieval.prompts(task, config, tokenizer, length, max_positions)
+    if isinstance(task, WritingTask):
+      for length in lengths if task.sized else (None,):
+        prompts = task.prompts(config, tokenizer, length, max_positions)
         jobs.append(Job(task, length, prompts, config.seed, settings(task)))
       continue
     questions = task.questions(config)
@@ -100,7 +100,7 @@ def prepare(
 
 def _record(job: Job, method: Method, prompt: int, **found) -> Record:
   """The record of one answer."""
-  most = job.task.new_tokens if isinstance(job.task, RetrievalTask) else 0
+  most = job.task.new_tokens if isinstance(job.task, WritingTask) else 0
   return Record(
     method.name, job.task.name, job.length, method.budget, chains=1, max_tokens=most, seed=job.seed, prompt=prompt,
     chain=0, settings=settings_of(job, method), **found,
@@ -147,7 +147,7 @@ def _write(
       _record(
         job, method, number, tokens=int(out.seen[row]), reads=float(out.reads[row]), peak=float(out.peak[row]),
         achieved_cr=float(achieved_cr(out.held[:, row : row + 1], out.seen[row : row + 1])),
-        grades={"score": 100 * retrieval.share_found(out.texts[row], prompts[row].references)}, text=out.texts[row],
+        grades=job.task.grade(out.texts[row], prompts[row]), text=out.texts[row],
       )
       for row, number in enumerate(part)
     ]  # fmt: skip
@@ -168,7 +168,7 @@ def run(
     ValueError: two methods have one name, or a method cannot do this task.
   """
   check_names([method.name for method in methods])
-  answer = _write if isinstance(job.task, RetrievalTask) else _score
+  answer = _write if isinstance(job.task, WritingTask) else _score
   for method in methods:
     own = method.name, job.task.name, job.length, method.budget, job.seed
     there = {

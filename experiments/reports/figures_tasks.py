@@ -7,7 +7,8 @@ from typing import Any
 
 from experiments.methods.summary import Entry
 from experiments.reports import plots
-from experiments.reports.tables import ASKED, short_names
+from experiments.reports.tables import short_names
+from experiments.tasks.retrieval import RetrievalTask
 
 
 @plots.picture
@@ -58,9 +59,9 @@ def _curves(axis: Any, entries: Sequence[Entry], baseline: str, styles: dict[str
           f"CR {entry.achieved_cr:.1f}", (at, entry.mean), xytext=(8, 6 - 11 * (place - 1)),
           textcoords="offset points", color=color, fontsize=8,
         )  # fmt: skip
-  axis.axhline(ASKED, color="k", lw=0.8, ls=":", zorder=0)
-  label = f"below this line of {baseline}, methods are not compared"
-  axis.annotate(label, (0.01, ASKED), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
+  axis.axhline(RetrievalTask.floor, color="k", lw=0.8, ls=":", zorder=0)
+  label = f"methods are compared where {baseline} is above"
+  axis.annotate(label, (0.01, RetrievalTask.floor), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
   axis.set_xscale("log", base=2)
   axis.set_xticks(lengths, [f"{n:,}" for n in lengths])
   axis.minorticks_off()

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.methods.summary import Entry
+from experiments.tasks.base import Task
 
 NUMBER = re.compile(r"([+-]?\.?\d.*)?|-")  # a cell of a column of numbers: one, with its unit; nothing; a dash
-ASKED = 60.0  # per cent; below it a method's score on a retrieval task says little
 
 
 def markdown(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -53,23 +53,20 @@ def with_error(metric: str, mean: float, error: float | None, sign: str = "") ->
   return f"{mean:{sign}.{digits}f}" + ("" if error is None else f" +- {error:.{digits}f}")
 
 
-def note(entry: Entry, baseline: Entry, chance: float | None, asked: bool) -> str:
-  """What a reader has to know before comparing scores in this metric: whether the baseline's says anything.
-
-  Args:
-    chance: the score of random answers, where there is such a score.
-    asked: whether the task asks for at least `ASKED` of the baseline.
-  """
+def note(baseline: Entry, task: type[Task]) -> str:
+  """A warning where the baseline's score is too low to compare others with it: at chance, or below the task's floor."""
+  chance = task.chance.get(baseline.metric)
   if chance is not None and baseline.mean - chance <= 2 * (baseline.standard_error or 0.0):
     return f"{baseline.method} at chance ({chance:g})"
-  return f"{baseline.method} below {ASKED:g}" if asked and baseline.mean < ASKED else ""
+  low = task.floor is not None and baseline.mean < task.floor
+  return f"{baseline.method} below {task.floor:g}" if low else ""
 
 
-def scores(entries: Sequence[Entry], baseline: str, tasks: Mapping[str, Any]) -> str:
+def scores(entries: Sequence[Entry], baseline: str, tasks: Mapping[str, type[Task]]) -> str:
   """Methods on tasks: each metric's score first, then its difference from the baseline.
 
   Args:
-    tasks: the registry of tasks, whose `chance` says what random answers score.
+    tasks: the task classes by name, which know what random answers score.
   """
   short, rows = short_names(list(dict.fromkeys(entry.method for entry in entries))), []
   bases = {(e.task, e.length, e.metric): e for e in entries if e.method == baseline}
@@ -79,7 +76,7 @@ def scores(entries: Sequence[Entry], baseline: str, tasks: Mapping[str, Any]) ->
       entry.task, "" if entry.length is None else f"{entry.length:,}", entry.metric, f"{entry.samples:,}",
       short[entry.method], with_error(entry.metric, entry.mean, entry.standard_error),
       "" if entry.difference is None else with_error(entry.metric, entry.difference, entry.difference_se, "+"),
-      f"{entry.achieved_cr:.2f}", note(entry, base, task.chance.get(entry.metric), "score" in task.metrics),
+      f"{entry.achieved_cr:.2f}", note(base, task),
     ])  # fmt: skip
   return markdown(["task", "T", "metric", "n", "method", "score", f"- {baseline}", "CR", "note"], rows)
 

@@ -1,18 +1,19 @@
 """What a task is, the registry of tasks, and what tasks share: questions and shots sampled by a seed.
 
 A task is one frozen dataclass in one file. Its fields are its settings, and each becomes a flag: `--needle.keys=4`.
-There are two kinds. A `LikelihoodTask` has the model score given continuations of a text; a `RetrievalTask` has it read
-a long text and write what was hidden there.
+There are two kinds. A `LikelihoodTask` has the model score given continuations of a text; a `WritingTask` has it write
+after a prompt, and grades what it wrote.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal, TypeVar
 
 from dms_jax.evaluation.likelihood import Question
+from dms_jax.tokenizer import Tokenizer
 
 T = TypeVar("T")
 TASKS: dict[str, type[Task]] = {}
@@ -57,11 +58,16 @@ class TasksConfig:
 
 
 class Task:
-  """What both kinds of task have. `chance`: the score of random answers in a metric, where there is such a score."""
+  """What both kinds of task have.
+
+  `chance`: the score of random answers, for the metrics that have one. `floor`: the score of the baseline below which
+  other methods' scores say little.
+  """
 
   name: ClassVar[str]
   metrics: ClassVar[tuple[str, ...]]
   chance: ClassVar[Mapping[str, float]] = {}
+  floor: ClassVar[float | None] = None
 
   def least(self, **bounds: int) -> None:
     """Raises ValueError, naming the flag, where a setting is below its bound."""
@@ -83,31 +89,37 @@ class LikelihoodTask(Task):
 
 
 @dataclasses.dataclass(frozen=True)
-class Haystack:
-  """A prompt of any length: `prompt(n)` hides the same things among n units of noise, from `smallest` units on.
+class Prompt:
+  """A prompt's text and ids, and the strings by which what is written after it is graded."""
 
-  The answer begins with `prefix`; a right one names every one of `references`.
+  text: str
+  tokens: list[int]
+  references: tuple[str, ...]
+
+
+class WritingTask(Task):
+  """Has a model write up to `new_tokens` tokens after each prompt, and grades the text.
+
+  The prompts of a `sized` task are made for a length; those of any other task have the length that they have.
   """
 
-  prompt: Callable[[int], str]
-  prefix: str
-  references: tuple[str, ...]
-  smallest: int
-
-
-class RetrievalTask(Task):
-  """Writes up to `new_tokens` tokens after a long text; the score is the share of references in them, per cent."""
-
-  metrics = ("score",)
   new_tokens: ClassVar[int]
+  sized: ClassVar[bool] = False
 
-  def sample(self, rng: random.Random, length: int, fit: Callable) -> Haystack:
-    """One text with its question, meant for a prompt of `length` tokens.
+  def prompts(self, config: TasksConfig, tokenizer: Tokenizer, length: int, max_positions: int) -> list[Prompt]:
+    """The prompts of this task.
 
     Args:
-      fit: `fit(build, limit, smallest)` is the most units n of noise, at least `smallest`, for which `build(n)` has no
-        more than `limit` tokens.
+      length: T of a sized task.
+      max_positions: the model's context, which holds the prompt and what is written.
+
+    Raises:
+      ValueError: data or a length that cannot be used; names the flag.
     """
+    raise NotImplementedError
+
+  def grade(self, text: str, prompt: Prompt) -> dict[str, float]:
+    """{metric: value} of a text written after a prompt."""
     raise NotImplementedError
 
 

@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from experiments.tasks.base import Haystack, RetrievalTask, register
+from experiments.tasks.base import register
+from experiments.tasks.retrieval import Haystack, RetrievalTask
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE_LINE = "One of the special magic numbers for {key} is: {value}."

@@ -14,18 +14,45 @@ from dms_jax.generation.generate import fastest_form
 from dms_jax.model import Model
 from dms_jax.policies import Policy
 from dms_jax.tokenizer import Tokenizer
-from experiments.tasks.base import RetrievalTask, TasksConfig
+from experiments.tasks.base import Prompt, TasksConfig, WritingTask
 
 SAMPLES = 500  # of each length, where no limit is given; RULER's number
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompt:
-  """A prompt's text and ids, and the strings that its answer should hold."""
+class Haystack:
+  """A prompt of any length: `prompt(n)` hides the same things among n units of noise, from `smallest` units on.
 
-  text: str
-  tokens: list[int]
+  The answer begins with `prefix`; a right one names every one of `references`.
+  """
+
+  prompt: Callable[[int], str]
+  prefix: str
   references: tuple[str, ...]
+  smallest: int
+
+
+class RetrievalTask(WritingTask):
+  """Reads a long text and writes what was hidden there; the score is the share of references found, per cent."""
+
+  metrics = ("score",)
+  floor = 60.0
+  sized = True
+
+  def sample(self, rng: random.Random, length: int, fit: Callable) -> Haystack:
+    """One text with its question, meant for a prompt of `length` tokens.
+
+    Args:
+      fit: `fit(build, limit, smallest)` is the most units n of noise, at least `smallest`, for which `build(n)` has no
+        more than `limit` tokens.
+    """
+    raise NotImplementedError
+
+  def prompts(self, config, tokenizer, length, max_positions):
+    return prompts(self, config, tokenizer, length, max_positions)
+
+  def grade(self, text, prompt):
+    return {"score": 100 * share_found(text, prompt.references)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,9 @@ import random
 import string
 from collections.abc import Callable
 
-from experiments.tasks.base import Haystack, RetrievalTask, register
+from experiments.tasks.base import register
 from experiments.tasks.needle import NOISE
+from experiments.tasks.retrieval import Haystack, RetrievalTask
 
 QUESTION = (
   "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\n"
