@@ -42,7 +42,7 @@ from experiments.methods.run import Method
 from experiments.methods.summary import Entry, summarise
 from experiments.reports import figures_tasks, plots, tables
 from experiments.tasks import TASKS, get
-from experiments.tasks.base import Task, TasksConfig
+from experiments.tasks.base import TasksConfig
 
 ORIGINAL = "original"  # the baseline of every difference
 TEXT = "text"  # the name under which a text's quality is summarised
@@ -78,11 +78,6 @@ class Config:
   def load(self, retrofit: str) -> Model:
     """A retrofit of the checkpoint."""
     return checkpoint.load_retrofitted(self.checkpoint, retrofit, dtype=self.dtype)
-
-
-def settings_of(task: Task, config: TasksConfig) -> str:
-  """The fingerprint of what decides which samples a task has."""
-  return program.fingerprint([config.limit, config.template, task.name, task])
 
 
 def methods_of(config: Config, original: Model) -> list[Method]:
@@ -145,7 +140,7 @@ def score_text(config: Config, original: Model, tokens: np.ndarray) -> list[Entr
 def text_picture(path: Path, entries: list[Entry], title: str) -> str | None:
   """KL, perplexity and compression of retrofits by length; the path written, None for fewer than two points."""
   cells = {(entry.method, entry.length, entry.metric): entry for entry in entries}
-  points = sorted({(length, method) for method, length, metric in cells if metric == "kl"})
+  points = sorted(((e.length, e.method) for e in entries if e.metric == "kl"), key=lambda point: point[0])
   short = tables.short_names(list(dict.fromkeys(method for _, method in points)))
   rows = [
     {
@@ -174,7 +169,7 @@ def run_tasks(
     ValueError: the records there are of other settings.
   """
   done = records.read(path)
-  expected = {(method.name, job.task.name): run.settings_of(job, method) for method in methods for job in jobs}
+  expected = {(m.name, job.task.name, job.length): run.settings_of(job, m) for m in methods for job in jobs}
   records.check_settings(path, done, expected)
   names, entries = [method.name for method in methods], []
   for job in jobs:
@@ -199,7 +194,7 @@ def main() -> None:
     tokens = np.asarray(tokenizer.encode(files.read_text("text", config.text)), np.int32)[: config.max_tokens or None]
   max_positions = checkpoint.read_config(config.checkpoint)[1].max_position_embeddings
   tasks = [program.read_flags(name, get(name)) for name in chosen.tasks]
-  jobs = run.prepare(tasks, chosen, config.lengths, tokenizer, max_positions, lambda task: settings_of(task, chosen))
+  jobs = run.prepare(tasks, chosen, config.lengths, tokenizer, max_positions)
   original = checkpoint.load(config.checkpoint, dtype=config.dtype)
   original = original.replace(dms=None) if config.retrofit else original
 

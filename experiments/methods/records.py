@@ -36,7 +36,7 @@ class Record:
     seed: of the prompts and of sampling.
     prompt: the prompt's number or name within its task.
     chain: this chain's number, from 0.
-    settings: fingerprint of everything else that decides the outcome, such as the checkpoint and the task's settings.
+    settings: fingerprints of all prompts of the task and of the checkpoint, which together decide the outcome.
     tokens: read and written; of a question whose choices are read one by one, the mean over them.
     reads: KV reads of the decode steps, mean over layers and heads; None where nothing was decoded.
     peak: most tokens held at once, mean over layers and heads; None where nothing was decoded.
@@ -96,10 +96,10 @@ def read(path: Path) -> list[Record]:
   return list(found.values())
 
 
-def check_settings(path: Path, records: Sequence[Record], settings: Mapping[tuple[str, str], str]) -> None:
-  """Raises ValueError where a record was made with other settings than `settings`, {(method, task): fingerprint}."""
+def check_settings(path: Path, records: Sequence[Record], settings: Mapping[tuple, str]) -> None:
+  """Raises ValueError where a record's settings are not those expected, {(method, task, length): settings}."""
   for record in records:
-    if settings.get((record.method, record.task), record.settings) != record.settings:
+    if settings.get((record.method, record.task, record.length), record.settings) != record.settings:
       raise ValueError(
         f"--output: {path} holds records of {record.method} on {record.task} made with other settings, data or "
         "checkpoints; name another file, or give the flags they were made with"

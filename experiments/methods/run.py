@@ -14,6 +14,7 @@ from dms_jax.metrics import achieved_cr
 from dms_jax.model import Model
 from dms_jax.policies import DMS, Policy, Vanilla
 from dms_jax.tokenizer import Tokenizer
+from experiments.common import program
 from experiments.methods.records import Record
 from experiments.tasks import retrieval
 from experiments.tasks.base import LikelihoodTask, Prompt, Question, Task, TasksConfig, WritingTask
@@ -23,12 +24,12 @@ Progress = Callable[..., Iterable]
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-  """A model read under a policy, by a name of its own; `settings` is its checkpoint's fingerprint."""
+  """A model read under a policy, by a name of its own; `checkpoint` is the fingerprint of where it was loaded from."""
 
   name: str
   model: Model
   policy: Policy = Vanilla()  # noqa: RUF009  (frozen)
-  settings: str = ""
+  checkpoint: str = ""
 
   @property
   def budget(self) -> dict[str, float]:
@@ -39,14 +40,13 @@ class Method:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """One task, at one length where it has lengths, with everything that is asked; `settings` is the fingerprint of the
-  task's settings and data."""
+  """One task, at one length where it has lengths, with everything that is asked and its fingerprint, `content`."""
 
   task: LikelihoodTask | WritingTask
   length: int | None
   asked: Sequence[Question] | Sequence[Prompt]
   seed: int = 0
-  settings: str = ""
+  content: str = ""
 
   @property
   def name(self) -> str:
@@ -55,7 +55,7 @@ class Job:
 
 def settings_of(job: Job, method: Method) -> str:
   """The `settings` of a method's records of a job."""
-  return f"{job.settings}-{method.settings}"
+  return f"{job.content}-{method.checkpoint}"
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -68,13 +68,9 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def prepare(
-  tasks: Sequence[Task], config: TasksConfig, lengths: Sequence[int], tokenizer: Tokenizer, max_positions: int,
-  settings: Callable[[Task], str] = lambda task: "",
-) -> list[Job]:  # fmt: skip
+  tasks: Sequence[Task], config: TasksConfig, lengths: Sequence[int], tokenizer: Tokenizer, max_positions: int
+) -> list[Job]:
   """Reads and lays out everything that will be asked, so that bad input ends the run before any model is loaded.
-
-  Args:
-    settings: the fingerprint of a task's settings and data.
 
   Raises:
     ValueError: data that is missing or malformed, or a text longer than the model's context.
@@ -84,7 +80,8 @@ def prepare(
     if isinstance(task, WritingTask):
       for length in lengths if task.sized else (None,):
         prompts = task.prompts(config, tokenizer, length, max_positions)
-        jobs.append(Job(task, length, prompts, config.seed, settings(task)))
+        content = program.fingerprint([(prompt.text, prompt.references) for prompt in prompts])
+        jobs.append(Job(task, length, prompts, config.seed, content))
       continue
     questions = task.questions(config)
     if not questions:
@@ -94,7 +91,7 @@ def prepare(
       raise ValueError(
         f"--{task.name}.shots: a question with its shots has {longest} tokens; the model's context is {max_positions}"
       )
-    jobs.append(Job(task, None, questions, config.seed, settings(task)))
+    jobs.append(Job(task, None, questions, config.seed, program.fingerprint(questions)))
   return jobs
 
 
