@@ -19,7 +19,7 @@ from dms_jax.cache import pool as pools
 from dms_jax.cache.base import packed, rounded, storage_dtype, unpacked
 from dms_jax.cache.pool import Pool
 from dms_jax.cache.ring import RingCache
-from pallas_kernels.common.platform import platform
+from dms_jax.execution import Execution
 from pallas_kernels.paged.api import places
 from pallas_kernels.paged.pages import Pages, pages_at
 
@@ -79,7 +79,7 @@ class PagedCache(RingCache):
       ValueError: an unknown `archive`, or a page that is not the policy's.
     """
     ring, lead, stored = policy.window + 1, (layers, batch, heads), storage_dtype(dtype)
-    size = page or policy.page or (PAGE_OF_SCALES if archive and platform() == "tpu" else PAGE)
+    size = page or policy.page or (PAGE_OF_SCALES if archive and Execution.choose().wide_pages else PAGE)
     if policy.page and size != policy.page:
       raise ValueError(f"page={size}, but {type(policy).__name__} selects pages of {policy.page} slots")
     if archive is not None and archive not in QUANTISED:
