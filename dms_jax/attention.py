@@ -61,7 +61,7 @@ def decode_attention(q, kv, layer, lengths, *, pages: Pages | None = None, **kwa
 
   def call(q, kv, layer, lengths, pages):
     layer = jnp.asarray(layer, jnp.int32) if platform() == "gpu" else layer
-    return _chosen(decode.decode_attention, q, kv, layer, lengths, pages=pages, **kwargs)
+    return _chosen(decode.decode_attention, q, kv, layer, lengths, arrays={"pages": pages}, **kwargs)
 
   def specs(b, k):
     paged = None if pages is None else Pages(P(), P(None, b, k), P(b, k), None if pages.scales is None else P())
@@ -71,38 +71,40 @@ def decode_attention(q, kv, layer, lengths, *, pages: Pages | None = None, **kwa
   return _on_shards(call, q.shape[0], kv_heads, specs, P, q, kv, layer, lengths, pages)
 
 
-def write_pages(pool, table, slots, rows):
+def write_pages(pool, table, slots, rows, *, in_order: bool = True):
   """`pallas_kernels.decode.write_pages`: rows of archives written into their pages.
 
   XLA scatters where the implementation in force is none of this operation's. Under a mesh a kernel writes the whole
   pool on every device.
+
+  Args:
+    in_order: the slots of one archive ascend without gaps; if they do not, XLA scatters.
   """
-  chosen = (*dispatch.named(put.IMPLEMENTATIONS, _choice.get()), "xla")
+  chosen = (*(dispatch.named(put.IMPLEMENTATIONS, _choice.get()) if in_order else ()), "xla")
   call = partial(put.write_pages, implementation=[name for name in put.IMPLEMENTATIONS if name in chosen])
   if platform() != "tpu":
     return call(pool, table, slots, rows)
   return _on_shards(call, 1, 1, lambda *_: (P(),) * 4, lambda *_: P(), pool, table, slots, rows)
 
 
-def _chosen(attend: Callable, *args, pages: Pages | None = None, **kwargs):
-  """`attend` by the implementation in force.
+def _chosen(attend: Callable, *args, arrays: dict[str, Any], **options):
+  """`attend(*args, **arrays, **options)` by the implementation in force.
 
   For a GPU as a function of its own in the program: a kernel, which takes seconds to lower and to compile, then does so
   once for all layers of a list.
   """
   choice = _choice.get()
   if platform() != "gpu":
-    return attend(*args, **({} if pages is None else {"pages": pages}), implementation=choice, **kwargs)
+    return attend(*args, **arrays, implementation=choice, **options)
   choice = choice if choice is None or isinstance(choice, str) else tuple(choice)
   target = _hopper(), compat.interpreting()
-  return _function(*args, pages, attend=attend, choice=choice, target=target, options=tuple(kwargs.items()))
+  return _function(args, arrays, attend=attend, choice=choice, target=target, options=tuple(options.items()))
 
 
 @partial(jax.jit, static_argnames=("attend", "choice", "target", "options"))
-def _function(*args, attend, choice, target, options):
+def _function(args, arrays, *, attend, choice, target, options):
   """See `_chosen`. `target` is there to tell apart what is traced for different devices, or for the interpreter."""
-  *args, pages = args
-  return attend(*args, **({} if pages is None else {"pages": pages}), implementation=choice, **dict(options))
+  return attend(*args, **arrays, implementation=choice, **dict(options))
 
 
 def _hopper() -> bool:
@@ -114,11 +116,22 @@ def _hopper() -> bool:
   return True
 
 
-def prefill_attention(*args):
+def prefill_attention(q, keys, values, q_pos, k_first, k_last, *, lse: bool = False, query_weights=None):
   """`pallas_kernels.prefill.prefill_attention`: a chunk of queries over keys with first and last visible position."""
-  call = partial(_chosen, prefill.prefill_attention)
-  specs = lambda b, k: (P(b, None, k), P(b, k), P(b, k), P(b), P(b, k), P(b, k))
-  return _on_shards(call, args[0].shape[0], args[1].shape[1], specs, lambda b, k: P(b, None, k), *args)
+
+  def call(*args):
+    *args, weights = args
+    return _chosen(prefill.prefill_attention, *args, arrays={"query_weights": weights}, lse=lse)
+
+  def specs(b, k):
+    return P(b, None, k), P(b, k), P(b, k), P(b), P(b, k), P(b, k), P(b)
+
+  def out_spec(b, k):
+    results = (P(b, None, k), *([P(b, None, k)] if lse else []), *([] if query_weights is None else [P(b, k)]))
+    return results if len(results) > 1 else results[0]
+
+  args = q, keys, values, q_pos, k_first, k_last, query_weights
+  return _on_shards(call, q.shape[0], keys.shape[1], specs, out_spec, *args)
 
 
 def window_bias_attention(q, k, v, bias, window, segment_ids=None):

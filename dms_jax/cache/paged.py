@@ -91,7 +91,7 @@ class PagedCache(RingCache):
     cache = cls(
       kv=jnp.zeros((*lead, -(-ring // TILE) * TILE, 2 * head_dim), stored), evicted=jnp.zeros((*lead, ring), bool),
       archived=jnp.zeros(lead, jnp.int32), seen=jnp.zeros((batch,), jnp.int32),
-      scores=jnp.zeros((*lead, ring), jnp.float32) if policy.scored else None,
+      stats={name: jnp.zeros((*lead, ring), jnp.float32) for name in policy.stats},
       summaries=jnp.zeros((*lead, 0, 2 * head_dim), stored) if policy.page else None,
       window=policy.window, lag=lag, page=policy.page, store=store, table=table, page_size=size,
     )  # fmt: skip
@@ -130,7 +130,7 @@ class PagedCache(RingCache):
     pad = lambda x, n: None if x is None else jnp.pad(x, ((0, 0),) * 3 + ((0, n),) + ((0, 0),) * (x.ndim - 4))
     return self.replace(
       table=self.table.replace(pages=pad(self.table.pages, more)),
-      scores=pad(self.scores, more * self.page_size),
+      stats={name: pad(stat, more * self.page_size) for name, stat in self.stats.items()},
       summaries=pad(self.summaries, more),
     )
 
@@ -204,8 +204,8 @@ class PagedCache(RingCache):
       table = Table(table.pages, jnp.minimum(table.owned, used), pool)
     return cache.replace(store=store, table=table)
 
-  def _written(self, carry, reserved, layer, target, rows):
-    carry = carry.replace(archive=self._stored(carry.archive, reserved.pages[layer], target, rows))
+  def _written(self, carry, reserved, layer, target, rows, in_order=True):
+    carry = carry.replace(archive=self._stored(carry.archive, reserved.pages[layer], target, rows, in_order))
     return self._ringed(carry, layer, target, rows)
 
   def _exchanged(self, carry, reserved, layer, target, leaves, newest, enters):
@@ -224,12 +224,13 @@ class PagedCache(RingCache):
     return carry.replace(archive=store)
 
   def _stored(
-    self, store: Store, table: Int[Array, "*n M"], target: Int[Array, "*n X"], rows: Shaped[Array, "*n X width"]
-  ) -> Store:
+    self, store: Store, table: Int[Array, "*n M"], target: Int[Array, "*n X"], rows: Shaped[Array, "*n X width"],
+    in_order: bool = True,
+  ) -> Store:  # fmt: skip
     """`store` with rows in the archive's slots `target`; what is in the ring, or past the last slot: nowhere."""
     slots = target - self.ring
     cells, scales = _quantised(rows, store.pages.dtype)
-    store = store.replace(pages=write_pages(store.pages, table, slots, cells))
+    store = store.replace(pages=write_pages(store.pages, table, slots, cells, in_order=in_order))
     if scales is None:
       return store
     page, slot = places(self.pages, self.page_size, table, slots)
@@ -252,7 +253,7 @@ class PagedCache(RingCache):
     pages = Pages(carry.archive.pages, reserved.pages, archived, carry.archive.scales)
     out = decode_attention(q, carry.kv, layer, in_ring, pages=pages, mass=mass)
     if not mass:
-      return out
+      return out, None
     out, (of_ring, of_archive) = out
     return out, jnp.concatenate([of_ring[..., : self.ring], of_archive], axis=-1)
 

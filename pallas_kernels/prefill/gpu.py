@@ -85,13 +85,17 @@ class Tile:
     return [Piece(a // ROWS, a % ROWS, a // self.queries, a % self.queries, b - a) for a, b in itertools.pairwise(cuts)]
 
 
-def prefill_attention(q, keys, values, q_pos, k_first, k_last, *, blocks: Blocks | None = None):
+def prefill_attention(
+  q, keys, values, q_pos, k_first, k_last, *, lse=False, query_weights=None, blocks: Blocks | None = None
+):
   """See `api.prefill_attention`; bfloat16 or float16, head size 64 or 128.
 
   Raises:
-    NotImplementedError: another device, dtype or head size.
+    NotImplementedError: another device, dtype or head size; log-sum-exp and mass.
   """
   compat.require_hopper()
+  if lse or query_weights is not None:
+    raise NotImplementedError("returns no log-sum-exp and no mass of keys")
   _, t, n, h = q.shape
   if not (q.dtype == keys.dtype == values.dtype and q.dtype in (jnp.bfloat16, jnp.float16)):
     raise NotImplementedError(

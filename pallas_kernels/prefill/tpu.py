@@ -51,13 +51,17 @@ def default_blocks(rows: int) -> Blocks:
   return Blocks(min(512, -(-rows // LANES) * LANES), 512)
 
 
-def prefill_attention(q, keys, values, q_pos, k_first, k_last, *, blocks: Blocks | None = None):
+def prefill_attention(
+  q, keys, values, q_pos, k_first, k_last, *, lse=False, query_weights=None, blocks: Blocks | None = None
+):
   """See `api.prefill_attention`; bfloat16 or float32, head size 64 or 128.
 
   Raises:
-    NotImplementedError: another device, dtype or head size.
+    NotImplementedError: another device, dtype or head size; log-sum-exp and mass.
   """
   compat_tpu.require_tpu()
+  if lse or query_weights is not None:
+    raise NotImplementedError("returns no log-sum-exp and no mass of keys")
   _, t, n, h = q.shape
   k = keys.shape[1]
   if not (q.dtype == keys.dtype == values.dtype and q.dtype in (jnp.bfloat16, jnp.float32)):
