@@ -24,7 +24,7 @@ from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig
 from dms_jax.gates import clear_neuron, gate_logits, step_gate_logits
 from dms_jax.layers import apply_rope, linear, mlp, project, rms_norm, rope_tables
 from dms_jax.params import Params, merge_lora, param_table
-from dms_jax.policies import Policy
+from dms_jax.policies import DMS, Policy, Vanilla
 from dms_jax.sharding import constrain_rows, gather_layer, row_and_head_axes
 from pallas_kernels import window_bias as retrofit
 from pallas_kernels.common.platform import platform
@@ -333,12 +333,13 @@ def last_logits(model: Model, output: StepOutput) -> Float[Array, "B V"]:
   return unembed(model, jnp.take_along_axis(output.hidden, last[:, None, None], axis=1)[:, 0])
 
 
-def check_policy(model: Model, policy: Policy) -> Policy:
-  """`policy` with its window filled in where it was left open.
+def check_policy(model: Model, policy: Policy | None) -> Policy:
+  """`policy` with its window filled in where it was left open; None: `DMS()` if the model has gates, else `Vanilla()`.
 
   Raises:
     ValueError: the policy needs gates that the model does not have, or its numbers make no sense.
   """
+  policy = policy or (DMS() if model.dms is not None else Vanilla())
   if policy.uses_gates and model.dms is None:
     raise ValueError(
       f"{type(policy).__name__} needs eviction gates and this model has none: load a retrofit, or use dms_jax.Vanilla()"

@@ -57,7 +57,7 @@ def test_a_filled_cache_is_as_reading_leaves_it(model, kind):
   """All that says where it stands; keys and values are random."""
   tokens, drawn = 57, policy()
   ids = np.random.default_rng(0).integers(0, TINY.vocab_size, tokens).tolist()
-  real = dms_jax.generate(model, [ids] * 2, policy=drawn, max_new_tokens=0, cache=kind).cache.cache
+  real = dms_jax.generate(model, [ids] * 2, policy=drawn, max_new_tokens=0, cache=kind).conversation.cache
   if kind == "contiguous":
     shape = synthetic.slots_shape(model, drawn, batch=2, longest=64)
   else:
