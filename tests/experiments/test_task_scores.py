@@ -25,8 +25,8 @@ from experiments.reports import plots
 from experiments.reports import tasks as report
 from experiments.tasks import TASKS
 from experiments.tasks.base import DataConfig, Question, ShotsConfig, TasksConfig
-from tests.experiments.test_demo import save_checkpoints
 from tests.experiments.test_tasks import SIX_LINES, write_gsm8k, write_mmlu
+from tests.helpers import save_checkpoints
 
 ROOT = Path(__file__).parents[2]
 

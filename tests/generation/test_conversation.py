@@ -19,7 +19,7 @@ from dms_jax.config import DMSConfig
 from dms_jax.generation import files
 from dms_jax.generation.batching import Generator
 from dms_jax.generation.files import HEADER, ROWS
-from tests.cache.test_paged import check
+from tests.helpers import check_pages
 
 WINDOW, PAGE = 3, 4
 SIZES = dict(prefill_chunk=8, decode_block=4, eos=False)
@@ -71,7 +71,7 @@ def test_what_was_saved_goes_on_as_if_it_had_stayed(model, tmp_path, kind, dtype
   assert repr(past.policy) == repr(out.conversation.policy)
   assert_same(go_on(model, past), go_on(model, out))
   if kind == "paged":
-    check(past.cache)
+    check_pages(past.cache)
 
 
 def test_a_file_holds_live_slots_alone(model, tmp_path):
@@ -89,7 +89,7 @@ def test_into_a_pool_that_must_grow(model, tmp_path):
   expected = go_on(model, out)
   small = dms_jax.load_conversation(tmp_path / "saved", model, capacity=40)
   assert small.cache.pages < out.conversation.cache.pages
-  check(small.cache)
+  check_pages(small.cache)
   assert_same(go_on(model, small), expected)
 
 
