@@ -22,7 +22,7 @@ from dms_jax.cache.base import packed
 from dms_jax.cache.paged import Store
 from dms_jax.cache.pool import Pool
 from dms_jax.config import DMSConfig, ModelConfig
-from dms_jax.generation.decode import RUNNING, Rows
+from dms_jax.generation.decode import RUNNING, DecodeState
 from dms_jax.model import Model, decision_lag
 from dms_jax.params import init_params, param_table
 from dms_jax.policies import Policy
@@ -187,7 +187,7 @@ def filled(shape: Cache, model: Model, policy: Policy, *, tokens: int, shared: b
   return cache.replace(table=table, store=Store(cells, scales))
 
 
-def running_rows(batch: int) -> Rows:
+def running_rows(batch: int) -> DecodeState:
   """Rows that sample greedily and never end."""
   column = lambda value: jnp.full(batch, value, jnp.int32)
-  return Rows(column(1), None, column(0), column(2**30), column(0), column(RUNNING))
+  return DecodeState(column(1), None, column(0), column(2**30), column(0), column(RUNNING))
