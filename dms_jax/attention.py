@@ -25,7 +25,7 @@ from pallas_kernels import decode, prefill
 from pallas_kernels import window_bias as retrofit
 from pallas_kernels.common import compat, dispatch
 from pallas_kernels.decode import Pages
-from pallas_kernels.paged import api as put
+from pallas_kernels.paged import api as paged
 from pallas_kernels.prefill import NEVER as NEVER
 
 _choice: contextvars.ContextVar[str | Sequence[str] | None] = contextvars.ContextVar("attention", default=None)
@@ -59,44 +59,47 @@ def decode_attention(q, kv, layer, lengths, *, pages: Pages | None = None, **kwa
   """
 
   def call(q, kv, layer, lengths, pages):
-    return _chosen(decode.decode_attention, q, kv, layer, lengths, pages=pages, **kwargs)
+    return _chosen(decode.decode_attention, q, kv, layer, lengths, arrays={"pages": pages}, **kwargs)
 
   def specs(b, k):
-    paged = None if pages is None else Pages(P(), P(None, b, k), P(b, k), None if pages.scales is None else P())
-    return P(b, k), P(None, b, k), P(), P(b, k), paged
+    archive = None if pages is None else Pages(P(), P(None, b, k), P(b, k), None if pages.scales is None else P())
+    return P(b, k), P(None, b, k), P(), P(b, k), archive
 
   kv_heads = (kv if pages is None else pages.table).shape[2]
   return _on_shards(call, q.shape[0], kv_heads, specs, P, q, kv, layer, lengths, pages)
 
 
-def write_pages(pool, table, slots, rows):
-  """`pallas_kernels.decode.write_pages`: writes rows of archives into their pages.
+def write_pages(pool, table, slots, rows, *, in_order: bool = True):
+  """`pallas_kernels.paged.write_pages`: writes rows of archives into their pages.
 
   XLA scatters where the operation has no implementation by the name in force. On a mesh see
   `Execution.replicated_writes`.
+
+  Args:
+    in_order: the slots of one archive ascend without gaps; if they do not, XLA scatters.
   """
-  chosen = (*dispatch.named(put.IMPLEMENTATIONS, _choice.get()), "xla")
-  call = partial(put.write_pages, implementation=[name for name in put.IMPLEMENTATIONS if name in chosen])
+  chosen = (*(dispatch.named(paged.IMPLEMENTATIONS, _choice.get()) if in_order else ()), "xla")
+  call = partial(paged.write_pages, implementation=[name for name in paged.IMPLEMENTATIONS if name in chosen])
   if not Execution.choose().replicated_writes:
     return call(pool, table, slots, rows)
   return _on_shards(call, 1, 1, lambda *_: (P(),) * 4, lambda *_: P(), pool, table, slots, rows)
 
 
-def _chosen(attend: Callable, *args, pages: Pages | None = None, **kwargs):
-  """`attend` by the implementation in force, inside a jitted function under `Execution.jitted_attention`."""
+def _chosen(attend: Callable, *args, arrays: dict[str, Any], **options):
+  """`attend(*args, **arrays, **options)` by the implementation in force, in a jitted function under
+  `Execution.jitted_attention`."""
   choice = _choice.get()
   if not Execution.choose().jitted_attention:
-    return attend(*args, **({} if pages is None else {"pages": pages}), implementation=choice, **kwargs)
+    return attend(*args, **arrays, implementation=choice, **options)
   choice = choice if choice is None or isinstance(choice, str) else tuple(choice)
   target = _hopper(), compat.interpreting()
-  return _jitted(*args, pages, attend=attend, choice=choice, target=target, options=tuple(kwargs.items()))
+  return _jitted(args, arrays, attend=attend, choice=choice, target=target, options=tuple(options.items()))
 
 
 @partial(jax.jit, static_argnames=("attend", "choice", "target", "options"))
-def _jitted(*args, attend, choice, target, options):
+def _jitted(args, arrays, *, attend, choice, target, options):
   """See `_chosen`. `target`, the device traced for and whether to interpret, is part of the jit key."""
-  *args, pages = args
-  return attend(*args, **({} if pages is None else {"pages": pages}), implementation=choice, **dict(options))
+  return attend(*args, **arrays, implementation=choice, **dict(options))
 
 
 def _hopper() -> bool:
@@ -108,11 +111,23 @@ def _hopper() -> bool:
   return True
 
 
-def prefill_attention(*args):
-  """`pallas_kernels.prefill.prefill_attention`: a chunk of queries over keys, each visible to a range of positions."""
-  call = partial(_chosen, prefill.prefill_attention)
-  specs = lambda b, k: (P(b, None, k), P(b, k), P(b, k), P(b), P(b, k), P(b, k))
-  return _on_shards(call, args[0].shape[0], args[1].shape[1], specs, lambda b, k: P(b, None, k), *args)
+def prefill_attention(q, keys, values, q_pos, k_first, k_last, *, lse: bool = False, query_weights=None):
+  """`pallas_kernels.prefill.prefill_attention`: a chunk of queries over keys, each visible to a range of
+  positions."""
+
+  def call(*args):
+    *args, weights = args
+    return _chosen(prefill.prefill_attention, *args, arrays={"query_weights": weights}, lse=lse)
+
+  def specs(b, k):
+    return P(b, None, k), P(b, k), P(b, k), P(b), P(b, k), P(b, k), P(b)
+
+  def out_spec(b, k):
+    results = (P(b, None, k), *([P(b, None, k)] if lse else []), *([] if query_weights is None else [P(b, k)]))
+    return results if len(results) > 1 else results[0]
+
+  args = q, keys, values, q_pos, k_first, k_last, query_weights
+  return _on_shards(call, q.shape[0], keys.shape[1], specs, out_spec, *args)
 
 
 def window_bias_attention(q, k, v, bias, window, segment_ids=None):

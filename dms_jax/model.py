@@ -289,12 +289,15 @@ def cached_forward(
   tokens: Int[Array, "B T"],
   lengths: Int[Array, "B"],
   override: Bool[Array, "L B K T"] | None = None,
+  remaining: Int[Array, "B"] | None = None,
 ) -> tuple[StepOutput, Cache]:
   """Takes up to T tokens a row into the cache: T = 1 is a decode step, T > 1 a chunk of a prompt.
 
   Args:
     tokens: right-padded; the first `lengths[b]` of row b are real. A row of length 0 stays as it is.
     override: decisions instead of the policy's, indexed by the token that computes them; to compare precisions.
+    remaining: tokens of each row's prompt still to come after this chunk, for policies that compact where it ends; None
+      in a decode step, and 0 by default for more than one token.
 
   Returns:
     The output, and the cache with these tokens. A row without room stays as it is and is reported as stalled.
@@ -302,21 +305,23 @@ def cached_forward(
   Raises:
     ValueError: the cache was made for another policy.
   """
-  if policy.scored and tokens.shape[1] > 1:
+  if policy.exact_prefill and tokens.shape[1] > 1:
     return _sequential_prefill(model, policy, cache, tokens, lengths, override)
-  plan = cache.plan(policy, lengths, tokens.shape[1])
+  plan = cache.plan(policy, lengths, tokens.shape[1], remaining)
   positions = plan.seen[:, None] + jnp.arange(tokens.shape[1])
   heads = (tokens.shape[0], model.config.num_kv_heads, tokens.shape[1])
   about = jnp.broadcast_to((positions - cache.lag)[:, None], heads)
   rows, layers = tokens.shape[0], model.params["layers"]
   how = Execution.choose(model, *tokens.shape)
-  how = dataclasses.replace(how, late_gates=how.late_gates and cache.can_decide_late(policy))
+  late = how.late_gates and plan.remaining is None and cache.can_decide_late(policy)
+  how = dataclasses.replace(how, late_gates=late)
   padded = partial(_pad_rows, least=how.least_rows)
 
   def attend(carry, index, xs, q, k, v, gates):
     state, override = xs
     q, k, v, gates = jax.tree.map(lambda y: y[:rows], (q, k, v, gates))
-    evict = None if how.late_gates else policy.decide(gates, index, about) if override is None else override
+    of_tokens = jnp.swapaxes(k, 1, 2) if policy.uses_keys else None
+    evict = None if how.late_gates else policy.decide(gates, index, about, of_tokens) if override is None else override
     out, carry, state, seen = cache.attend(plan, policy, index, carry, state, q, k, v, evict)
     return padded(out), carry, (state, seen, gates)
 

@@ -89,6 +89,8 @@ for heads, rows, data, tensor, expected in (
   ids, kv = jnp.sort(whole(3, rows, 9)), normal(2, rows, heads, 7, 32)
   pages = Pages(normal(11, 4, 32), whole(11, 2, rows, heads, 3), whole(12, rows, heads))
   first, last = whole(9, rows, heads, 9), jnp.full((rows, heads, 9), NEVER)
+  position, weights = jnp.broadcast_to(jnp.arange(9), (rows, 9)), normal(rows, 9)
+  prompt = q, k.swapaxes(1, 2), v.swapaxes(1, 2), position, first, last
   pages_of_all = rows * heads * 3  # three of each archive's own
   pool = jnp.arange(pages_of_all * 4 * 32, dtype=jnp.float32).reshape(pages_of_all, 4, 32)
   table, slots = jnp.arange(pages_of_all).reshape(rows, heads, 3), jnp.arange(rows * heads).reshape(rows, heads, 1) % 12
@@ -105,7 +107,8 @@ for heads, rows, data, tensor, expected in (
       decode_attention(q[:, 0], kv, 1, lengths, pages=pages, lse=True, mass=True),
       decode_attention(q[:, 0], None, 1, None, pages=pages, lse=True),
       put(),
-      prefill_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.broadcast_to(jnp.arange(9), (rows, 9)), first, last),
+      prefill_attention(*prompt), prefill_attention(*prompt, query_weights=weights),
+      prefill_attention(*prompt, lse=True), prefill_attention(*prompt, lse=True, query_weights=weights),
     )
   assert row_and_head_axes(rows, heads) is None and rows_per_device(rows) == rows
   want = jax.jit(lambda: run())()

@@ -19,7 +19,7 @@ from dms_jax.retrofit.data import Packer, Source
 from dms_jax.retrofit.loop import prepare
 from dms_jax.retrofit.step import Batch, cast_trained, init_state, loss_fn, train_step, zero_neuron
 from tests import oracle
-from tests.cache.test_cache import Shape, Text, run, schedule
+from tests.cache_driver import Shape, Text, run, schedule
 
 
 @pytest.mark.parametrize("kind", ["masked", "contiguous", "paged"])
