@@ -46,7 +46,7 @@ class Drawn(Policy):
 
   uses_gates = True
 
-  def decide(self, logits, layer, position):
+  def decide(self, logits, layer, position, keys=None):
     head = jnp.arange(self.rates.shape[1])[:, None]
     rates = self.rates[layer][:, None] if isinstance(layer, int) else self.rates[layer, head]  # no gather
     evict = uniform(layer, head, position) >= rates
