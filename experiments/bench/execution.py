@@ -22,15 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from dms_jax.cache import Cache
-from dms_jax.config import PRESETS
 from dms_jax.execution import Execution, override
+from dms_jax.families import PRESETS
 from experiments.bench import synthetic
 from experiments.bench.generate_points import Bench, Energy, Point, Programs, Shape, copied, small
 from experiments.common import program
 
 BASE = "none"  # the step with nothing switched off
-# These fields act on the time to compile, on a mesh, or on a format. Name one in `tricks` to switch it off, too.
-NOT_TIMED = ("jitted_attention", "replicated_writes", "wide_pages")
+# These fields act on the time to compile or on a mesh. Name one in `tricks` to switch it off, too.
+NOT_TIMED = ("jitted_attention", "replicated_writes")
 
 
 @dataclasses.dataclass(frozen=True)
