@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 
 from dms_jax import testing as tiny
-from dms_jax.config import PRESETS
 from dms_jax.execution import Execution
+from dms_jax.families import PRESETS
 from experiments.bench.execution import BASE, NOT_TIMED, Config, measure, switched_off
 
 
