@@ -112,14 +112,14 @@ class Contest:
       self.caches[stored] = synthetic.filled(shape, model, policy, tokens=c.tokens - (c.chunk or c.steps))
     begin = copied((small(self.caches[stored]), synthetic.running_rows(self.rows)))
     part = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, c.chunk)).astype(np.int32)
-    length, last = np.array([c.chunk], np.int32), np.array([True])
+    length, remaining = np.array([c.chunk], np.int32), np.zeros(1, np.int32)
 
     def call() -> Any:
       fresh, rows = copied(begin)
       cache = self.caches[stored].replace(**fresh)
       if c.chunk:
         logits = jnp.zeros((1, model.config.vocab_size), jnp.float32)
-        self.caches[stored], logits, stalled, _ = run(model, policy, cache, part, length, last, logits)
+        self.caches[stored], logits, stalled, _ = run(model, policy, cache, part, length, remaining, logits)
         return logits, ~stalled
       self.caches[stored], _, emitted, _ = run(model, policy, cache, rows, *rest)
       return emitted.tokens, emitted.valid
