@@ -33,10 +33,13 @@ _overrides = jax.make_user_context(())
 class Execution:
   """The choices for one step; the defaults switch every one of them off.
 
+  "+54 %" is how much longer a decode step of one row takes without the choice: SmolLM2-135M at 1,024 tokens and CR 4 in
+  bfloat16, on two idle cores of an AMD EPYC with jax 0.10.2.
+
   Attributes:
     layers: the form of the layers that decodes fastest. A scan copies each layer's weights out of the stack at every
-      step, on CPUs and GPUs; a loop over a list of layers copies nothing and takes longer to compile. On a TPU the scan
-      costs nothing.
+      step, on CPUs (+126 %) and GPUs; a loop over a list of layers copies nothing and takes longer to compile. On a TPU
+      the scan costs nothing.
     least_rows: rows to which a decode step pads everything except attention, on one GPU. For fewer rows XLA reads
       weights at half the speed and splits a norm into more kernels. On a mesh, padding would move rows between devices.
     late_gates: a decode step on one GPU computes the adapter gates of all layers in one kernel after the layers. The
@@ -47,13 +50,13 @@ class Execution:
     split_gate_up: a decode step of many rows on a GPU multiplies by the gate and up projections separately. XLA merges
       them into one product, whose float32 sums are then written to memory and read again.
     weights_left: most rows of a bfloat16 product that has the weights as its left operand, on a CPU. XLA's library
-      packs the right operand at every call, which for few rows takes several times as long as the product.
+      packs the right operand at every call, which for few rows takes several times as long as the product: +94 %.
     matvec_parts: matrices into which the weights of a float32 matrix-vector product are split, on a CPU. XLA computes
-      one product in one thread and a batch of them in several.
+      one product mostly in one thread and a batch of them in several: +13 %, in float32.
     bits_storage: a cache stores bfloat16 as its bits in uint16, on a CPU. XLA writes one row of a bfloat16 array by
-      converting the whole array to float32 and back: 700 us instead of 2 for a cache of 5 MB.
+      converting the whole array to float32 and back: +54 %, 700 us instead of 2 for a cache of 5 MB.
     embed_barrier: ties a bfloat16 embedding to the tokens before the gather, on a CPU. The gather goes through float32,
-      and XLA hoists the conversion of the whole table out of a loop of decode steps.
+      and XLA hoists the conversion of the whole table out of a loop of decode steps: +22 %.
     jitted_attention: attention is a jitted function inside the program, on a GPU. Its kernel, which takes seconds to
       lower and to compile, is compiled once for all layers of a list.
     replicated_writes: on a mesh of TPUs every device writes the whole pool of pages itself, since a kernel is not

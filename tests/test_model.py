@@ -247,7 +247,7 @@ def test_scan_is_loop_and_reruns_are_bit_equal(dtype):
 class ByPlace(policies.DMS):
   """Decides by everything that a policy is told."""
 
-  def decide(self, logits, layer, position):
+  def decide(self, logits, layer, position, keys=None):
     return (logits > self.threshold) ^ ((position + layer + jnp.arange(logits.shape[-2])[:, None]) % 3 == 0)
 
 

@@ -5,7 +5,7 @@
     python -m experiments.bench.execution --chunk=64 --dtype=float32 --rows=1 --tokens=512 --output=execution.json
 
 Weights and caches are random (`experiments.bench.synthetic`). Every field of `Execution` that is on for a step is
-switched off alone; the programs take turns, and the best of all rounds counts.
+switched off alone. The programs take turns, and each one's best round counts.
 """
 
 from __future__ import annotations
@@ -29,13 +29,18 @@ from experiments.bench.generate_points import Bench, Energy, Point, Programs, Sh
 from experiments.common import program
 
 BASE = "none"  # the step with nothing switched off
-# These fields change how long a program takes to compile, a mesh, or a format; name one in `tricks` to try it.
+# These fields act on the time to compile or on a mesh. Name one in `tricks` to switch it off, too.
 NOT_TIMED = ("jitted_attention", "replicated_writes")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """`tokens` of each row at compression ratio `cr`; `rounds` of `seconds` per program and round."""
+  """A step of `rows` rows that hold `tokens` tokens each, compressed by `cr`.
+
+  `tricks`: fields to switch off, "a+b" for two at once; default: each one that is on. `chunk`: times a chunk of so many
+  tokens of one prompt instead of a decode step; 0: does not. `steps`: decode steps of a compiled block. `rounds` of
+  `seconds` each per program. `workers`: programs compiled at once.
+  """
 
   shape: str = "smollm2-135m"
   rows: tuple[int, ...] = (1, 8, 32)
@@ -43,12 +48,12 @@ class Config:
   cr: float = 8.0
   window: int = 256
   dtype: str = "bfloat16"
-  steps: int = 16  # decode steps of a compiled block
-  chunk: int = 0  # tokens of a prompt's chunk, to time it instead of decode steps; one row
-  tricks: tuple[str, ...] = ()  # fields to switch off, "a+b" together; default: each that is on
+  steps: int = 16
+  chunk: int = 0
+  tricks: tuple[str, ...] = ()
   rounds: int = 5
   seconds: float = 0.1
-  workers: int = 16  # programs compiled at once
+  workers: int = 16
   output: Path = Path("execution.json")
 
 
@@ -107,14 +112,14 @@ class Contest:
       self.caches[stored] = synthetic.filled(shape, model, policy, tokens=c.tokens - (c.chunk or c.steps))
     begin = copied((small(self.caches[stored]), synthetic.running_rows(self.rows)))
     part = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, c.chunk)).astype(np.int32)
-    length, last = np.array([c.chunk], np.int32), np.array([True])
+    length, remaining = np.array([c.chunk], np.int32), np.zeros(1, np.int32)
 
     def call() -> Any:
       fresh, rows = copied(begin)
       cache = self.caches[stored].replace(**fresh)
       if c.chunk:
         logits = jnp.zeros((1, model.config.vocab_size), jnp.float32)
-        self.caches[stored], logits, stalled, _ = run(model, policy, cache, part, length, last, logits)
+        self.caches[stored], logits, stalled, _ = run(model, policy, cache, part, length, remaining, logits)
         return logits, ~stalled
       self.caches[stored], _, emitted, _ = run(model, policy, cache, rows, *rest)
       return emitted.tokens, emitted.valid
