@@ -10,7 +10,8 @@ import pytest
 
 from dms_jax import cache as caches
 from dms_jax import policies
-from dms_jax.config import PRESETS, DMSConfig
+from dms_jax.config import DMSConfig
+from dms_jax.families import PRESETS
 from dms_jax.model import Model, cached_forward
 from dms_jax.params import map_table, param_table
 from pallas_kernels.common import compat

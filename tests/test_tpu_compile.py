@@ -12,7 +12,8 @@ import pytest
 from dms_jax import cache as caches
 from dms_jax import policies
 from dms_jax import testing as tiny
-from dms_jax.config import PRESETS, DMSConfig
+from dms_jax.config import DMSConfig
+from dms_jax.families import PRESETS
 from dms_jax.generation.decode import Rows, StopCriteria, decode_block, prefill_chunk
 from dms_jax.generation.sampling import Sampling
 from dms_jax.model import Model, cached_forward, last_logits

@@ -14,7 +14,7 @@ import dms_jax
 from experiments import bench_generate, generate
 from experiments.common import files
 from experiments.common import requests as request_file
-from tests.experiments.test_demo import save_checkpoints
+from tests.helpers import save_checkpoints
 
 ROOT = Path(__file__).parents[2]
 SHORT = ("--max_new_tokens=6", "--prefill_chunk=16", "--decode_block=4", "--noeos")
