@@ -69,8 +69,8 @@ class PagedCache(RingCache):
       capacity: tokens a head, ring included, that the pool has pages for on the average of all heads and rows.
       longest: the most that one head may hold; default `capacity`.
       page_size: slots a page; default the policy's, else the format's.
-      page_format: a key of `pallas_kernels.paged.FORMATS`: "int8" and "float8" store the archive in 8 bits, with a scale
-        for each key and value. Rings are never quantised.
+      page_format: a key of `pallas_kernels.paged.FORMATS`: "int8" and "float8" store the archive in 8 bits, with a
+        scale for each key and value. Rings are never quantised.
 
     Raises:
       ValueError: an unknown `page_format`, or a `page_size` that is not the policy's.

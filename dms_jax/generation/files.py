@@ -256,7 +256,7 @@ def _read_rows(path: str | Path, header: dict, stats: tuple[str, ...]) -> list[H
         expected = {
           "kv": ((*lead, ring, width), own),
           "evicted": ((*lead, ring), np.dtype(bool)),
-          "pages": ((held, 1, width), cells),
+          "pages": ((held, 1, format_of(cells).width(width // 2)), cells),
           "scales": ((held, 1, 2), np.dtype(np.float32)) if format_of(cells).scaled else None,
           "summaries": ((*lead, None, width), own) if page else None,
         }

@@ -37,6 +37,7 @@ from pallas_kernels.decode.gpu_common import Blocks, Tile, chunks_of, find, merg
 
 QUARTERS = 4  # of a block, the least that is loaded of a cache
 MOST_PAIRS = 4096
+DECODED = ("float", "int8", "float8")  # formats of pages that the kernel decodes
 
 
 def default_blocks(
@@ -171,7 +172,7 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
 def check_pages(pages, dtype, block: int) -> None:
   """Raises NotImplementedError for pages that the kernel does not read."""
   (number, page, _), stored = pages.pool.shape, pages.pool.dtype
-  if not pages.format.scaled and stored != dtype:
+  if pages.format.name not in DECODED or (not pages.format.scaled and stored != dtype):
     raise NotImplementedError(f"pages.pool is {stored} and q {dtype}: must be the same, or 8 bits with scales")
   least = 16 if pages.format.scaled else 8  # a copy to shared memory begins at a multiple of 128 bytes
   if page % least or (block % page and page % block):

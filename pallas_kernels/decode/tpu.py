@@ -31,6 +31,7 @@ from pallas_kernels.common import compat_tpu
 from pallas_kernels.common.softmax import LOG2E, LOWEST
 
 LANES = 128
+DECODED = ("float", "int8", "float8")  # formats of pages that the kernel decodes
 # Rows of a float32 tile, to which the queries of a group are padded.
 GROUP = 8
 # The most slots of a page with scales: two matrices, scales of a page by slots, must fit the memory.
@@ -102,7 +103,7 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
       )
   if pages is not None:
     page = pages.pool.shape[1]
-    if not pages.format.scaled and pages.pool.dtype != q.dtype:
+    if pages.format.name not in DECODED or (not pages.format.scaled and pages.pool.dtype != q.dtype):
       raise NotImplementedError(
         f"pages.pool is {pages.pool.dtype} and q {q.dtype}: must be the same, or 8 bits with scales"
       )

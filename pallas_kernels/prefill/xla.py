@@ -10,6 +10,7 @@ from pallas_kernels.common.xla_dot import einsum
 
 # At most this many queries and keys have their scores in memory at once.
 BLOCK, KEYS = 256, 256
+WEIGHTED = 64  # queries at a time in the second pass: fewer, since often only a few last ones have a weight
 
 
 def prefill_attention(q, keys, values, q_pos, k_first, k_last, *, lse: bool = False, query_weights=None):
@@ -20,12 +21,9 @@ def prefill_attention(q, keys, values, q_pos, k_first, k_last, *, lse: bool = Fa
   b, t, n, h = q.shape
   k, s = keys.shape[1:3]
   g = n // k
-  block, width = min(BLOCK, t), min(KEYS, s)
-  pad = -t % block
+  width = min(KEYS, s)
   # A KV head's queries are rows of one matrix, so that both products are plain batched ones in every layout.
   qg = jnp.moveaxis(q.reshape(b, t, k, g, h), 1, 3)
-  qg = jnp.pad(qg, ((0, 0), (0, 0), (0, 0), (0, pad), (0, 0)))
-  pos = jnp.pad(q_pos, ((0, 0), (0, pad)), constant_values=-2)
   stop = jnp.max(jnp.where(k_first <= k_last, jnp.arange(1, s + 1, dtype=jnp.int32), 0))
   key_blocks = (stop + width - 1) // width
   logs_wanted = lse or query_weights is not None
@@ -81,17 +79,29 @@ def prefill_attention(q, keys, values, q_pos, k_first, k_last, *, lse: bool = Fa
     weighted = jnp.any(wb != 0)
     return lax.cond(weighted, lambda: lax.fori_loop(0, key_blocks, body, mass), lambda: mass), None
 
-  blocks = (t + pad) // block
-  split = lambda x, axis: jnp.moveaxis(x.reshape(*x.shape[:axis], blocks, block, *x.shape[axis + 1 :]), axis, 0)
-  join = lambda x: jnp.moveaxis(x, 0, 1).reshape(b, t + pad, *x.shape[3:])[:, :t]
-  queries = split(qg, 3), split(pos, 1)
-  one = jax.tree.map(lambda x: x[None], attend((qg, pos))) if blocks == 1 else None
-  out, logs = one or lax.map(attend, queries)  # [blocks, B, block, K, G, H], [blocks, B, K, G, block]
-  results = [join(out).reshape(b, t, n, h)]
+  def split(x, axis, block, fill=0):
+    """[blocks, ..., block, ...] of x [..., T, ...], padded with `fill`."""
+    pad = [(0, -t % block if i == axis else 0) for i in range(x.ndim)]
+    x = jnp.pad(x, pad, constant_values=fill)
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :]), axis, 0)
+
+  def join(x):
+    """[B, T, N, ...] of x [blocks, B, block, K, G, ...]."""
+    return jnp.moveaxis(x, 0, 1).reshape(b, -1, n, *x.shape[5:])[:, :t]
+
+  block = min(BLOCK, t)
+  if block == t:
+    out, logs = jax.tree.map(lambda x: x[None], attend((qg, q_pos)))
+  else:
+    out, logs = lax.map(attend, (split(qg, 3, block), split(q_pos, 1, block, -2)))
+  results = [join(out)]
+  logs = join(jnp.moveaxis(logs, 4, 2)) if logs_wanted else None
   if lse:
-    results.append(join(jnp.moveaxis(logs, 4, 2)).reshape(b, t, n))
+    results.append(logs)
   if query_weights is not None:
-    weights = jnp.pad(query_weights.astype(jnp.float32), ((0, 0), (0, pad)))
-    mass, _ = lax.scan(add_mass, jnp.zeros((b, k, s)), (*queries, split(weights, 1), logs))
+    block = min(WEIGHTED, t)
+    logs = jnp.moveaxis(logs.reshape(b, t, k, g), 1, 3)
+    parts = split(qg, 3, block), split(q_pos, 1, block, -2), split(query_weights.astype(jnp.float32), 1, block)
+    mass, _ = lax.scan(add_mass, jnp.zeros((b, k, s)), (*parts, split(logs, 3, block, -jnp.inf)))
     results.append(mass)
   return tuple(results) if len(results) > 1 else results[0]

@@ -20,6 +20,7 @@ def small_blocks(monkeypatch):
   """Blocks so small that short texts are several of them."""
   monkeypatch.setattr(xla, "BLOCK", 64)
   monkeypatch.setattr(xla, "KEYS", 32)
+  monkeypatch.setattr(xla, "WEIGHTED", 16)
   monkeypatch.setattr(gpu, "default_blocks", lambda *_: gpu.Blocks(kv=64))
   monkeypatch.setattr(tpu, "default_blocks", lambda *_: tpu.Blocks(128, 128))
 
