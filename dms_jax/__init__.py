@@ -11,8 +11,8 @@
     past = dms_jax.load_conversation("chat", model)                 # for `continue_from=past`
     dense = dms_jax.generate(model, ["The capital of France is"], policy=dms_jax.Vanilla())   # nothing evicted
 
-Prompts are strings, lists of ids or a padded id matrix with its `mask`. Sampling takes `key`, `temperature`, `top_k` and
-`top_p`. `stream(row, tokens, text)` is called during generation. See `generate` for all arguments.
+Prompts are strings, lists of ids or a padded id matrix with its `mask`. Sampling takes `key`, `temperature`, `top_k`
+and `top_p`. `stream(row, tokens, text)` is called during generation. See `generate` for all arguments.
 """
 
 from __future__ import annotations
