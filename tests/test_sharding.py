@@ -21,6 +21,7 @@ EIGHT = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", 
 
 FORWARD = """
 import jax, numpy as np
+import dms_jax.execution
 import dms_jax.model
 from dms_jax import cache as caches
 from dms_jax.model import Eviction, cached_forward, forward, unembed
@@ -43,7 +44,7 @@ np.testing.assert_allclose(run(sharded, tokens), want, atol=2e-5)
 # Nothing of a decode step is padded or put off there, as on one GPU: rows would move between devices.
 def never(*_):
   raise AssertionError("gates of all layers at once on a mesh")
-dms_jax.model.step_gate_logits, dms_jax.model.LEAST_ROWS, model = never, 7, model.unstacked()
+dms_jax.model.step_gate_logits, dms_jax.execution.LEAST_ROWS, model = never, 7, model.unstacked()
 cache = caches.create("contiguous", model.config, batch=2, capacity=24, window=5, lag=1, dtype=np.float32)
 step = lambda: cached_forward(model, DMS(window=5), cache, tokens[:2, :1], np.ones(2, np.int32))[0].hidden
 want = jax.jit(step)()

@@ -28,7 +28,7 @@ pytest.importorskip("libtpu", reason="libtpu is not installed (make test-tpu ins
 
 TOPOLOGY, HBM = "v5e:2x2", 16 * 2**30  # bytes a device
 WINDOW = 256
-KERNELS = {"train": ("retrofit_forward", "retrofit_dq", "retrofit_dkv"), "decode": ("decode_",)}
+KERNELS = {"train": ("window_bias_forward", "window_bias_dq", "window_bias_dkv"), "decode": ("decode_",)}
 
 
 @pytest.fixture(scope="module")

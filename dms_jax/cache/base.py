@@ -24,8 +24,8 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dms_jax.attention import NEVER
+from dms_jax.execution import Execution
 from dms_jax.policies import Policy
-from pallas_kernels.common.platform import platform
 
 # A cache that may grow does so by GROWTH at least, to a multiple of SLOTS: each new shape is a compilation.
 SLOTS, GROWTH = 256, 1.5
@@ -149,12 +149,8 @@ def rounded(slots: int) -> int:
 
 
 def storage_dtype(dtype) -> jnp.dtype:
-  """What a cache of `dtype` is an array of: on a CPU, bfloat16 is kept as its bits in uint16.
-
-  There XLA writes one row of a bfloat16 array by converting all of it to float32 and back: measured on a cache of 5 MB,
-  700 us against 2 for its bits.
-  """
-  bits = dtype == jnp.bfloat16 and platform() == "cpu"
+  """The dtype of the arrays in which a cache keeps numbers of `dtype`: uint16 for bfloat16 under `bits_storage`."""
+  bits = dtype == jnp.bfloat16 and Execution.choose().bits_storage
   return jnp.dtype(jnp.uint16) if bits else jnp.dtype(dtype)
 
 

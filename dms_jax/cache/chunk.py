@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dms_jax.attention import NEVER, prefill_attention
@@ -79,7 +80,7 @@ def attend(
     mass = None if mass is None else group_mean(ordered(*_split(mass, window)), q)
     seen = Observation(
       mass=mass, keys=ordered(*_split(keys[..., :h], window)) if "keys" in policy.prompt_observes else None,
-      live=ordered(real, in_archive), lengths=plan.lengths, remaining=plan.remaining,
+      live=ordered(window.stays[:, None] | leaves, in_archive), lengths=plan.lengths, remaining=plan.remaining,
     )  # fmt: skip
     admitted = policy.admit(layer, jnp.broadcast_to(window.position[:, None, ring:], (*archived.shape, q.shape[1])))
     stats = {}
@@ -91,10 +92,14 @@ def attend(
       stats = {name: jnp.where(active, after, stats[name]) for name, after in policy.observe(stats, seen).items()}
     candidates = Candidates(stats, ordered(leaves, in_archive), stop, plan.remaining)
     stays = candidates.live & policy.compact(candidates)
+    # Attention reads the archive before the write: a read after it would copy the cache.
+    out, stays, stats, carry = lax.optimization_barrier((out, stays, stats, carry))
     stays = jnp.where((plan.lengths > 0)[:, None, None], stays, candidates.live)
     moved = moves(stays, slots - ring)
     nowhere = jnp.broadcast_to(jnp.full_like(ring_slot[..., :1], slots), in_archive.shape)
-    target = jnp.where(moved.target < slots - ring, ring + moved.target, ordered(jnp.broadcast_to(ring_slot, leaves.shape), nowhere))
+    target = jnp.where(
+      moved.target < slots - ring, ring + moved.target, ordered(jnp.broadcast_to(ring_slot, leaves.shape), nowhere)
+    )
     carry = cache._written(carry, reserved, layer, target, ordered(window.rows, packed(archive, window.rows.dtype)))
     for name, stat in stats.items():
       held = carry.stats[name].at[layer, :, :, ring:].set(stat[..., : slots - ring])

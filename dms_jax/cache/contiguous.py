@@ -37,7 +37,8 @@ class ContiguousCache(RingCache):
     if self.page:
       extra += -slots % self.page
     return self.replace(
-      kv=pad(self.kv, extra), stats={name: pad(stat, extra) for name, stat in self.stats.items()},
+      kv=pad(self.kv, extra),
+      stats={name: pad(stat, extra) for name, stat in self.stats.items()},
       summaries=pad(self.summaries, extra // max(self.page, 1)),
     )
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from flax import struct
 
 from dms_jax.attention import NEVER, prefill_attention
-from dms_jax.cache.base import Common, Plan, Usage, count_reads, group_mean, last_visible, rows_of, storage_dtype, unpacked
+from dms_jax.cache.base import (
+  Common,
+  Plan,
+  Usage,
+  count_reads,
+  group_mean,
+  last_visible,
+  rows_of,
+  storage_dtype,
+  unpacked,
+)
 from dms_jax.policies import Candidates, Leaving, Observation
 
 

@@ -144,9 +144,12 @@ class RingCache(Common):
 
   # In a layer ---------------------------------------------------------------------------------------------------------
 
+  def _decided_ahead(self, policy) -> bool:
+    """Whether the decision about the token that leaves the ring was made in an earlier step: not where W < lag."""
+    return self.window >= self.lag or not policy.evicts
+
   def can_decide_late(self, policy):
-    """Not where W < lag: what a step decides about leaves the ring in that very step."""
-    return (self.window >= self.lag and not policy.uses_keys) or not policy.evicts
+    return self._decided_ahead(policy) and not policy.uses_keys
 
   def attend(self, plan, policy, layer, carry, state, q, k, v, evict):
     if plan.placement.step is None:
@@ -160,7 +163,7 @@ class RingCache(Common):
     slot = (plan.seen % ring)[:, None]
     step, reserved = plan.placement.step, plan.placement.reserved
     target, grows = step.target[layer], step.grows[layer]
-    known = self.can_decide_late(policy)
+    known = self._decided_ahead(policy)
     if not known:
       target, grows = jnp.where(evict[..., 0], slots, target), grows & ~evict[..., 0]
     archived = archived + grows.astype(jnp.int32)
@@ -182,7 +185,9 @@ class RingCache(Common):
     if policy.stats:
       admitted = policy.admit(layer, jnp.broadcast_to(plan.seen[:, None, None], (*target.shape, 1)))
       at = (layer, rows[..., None], head[:, None], jnp.stack([target, newest], -1))
-      moved = {n: jnp.stack([stat[layer, rows, head, slot], admitted[n][..., 0]], -1) for n, stat in carry.stats.items()}
+      moved = {
+        n: jnp.stack([stat[layer, rows, head, slot], admitted[n][..., 0]], -1) for n, stat in carry.stats.items()
+      }
       carry = carry.replace(stats={n: stat.at[at].set(moved[n], mode="drop") for n, stat in carry.stats.items()})
 
     in_ring = jnp.minimum(plan.seen + plan.lengths, ring)[:, None]

@@ -330,10 +330,10 @@ class Generator:
         size = length // 2  # a chunk asks for pages as if it evicted nothing: a smaller one asks for fewer
     while others:
       rows = np.isin(np.arange(self.width), others)
-      self.cache, enough = cache_rows.fork_row(self.cache, jnp.int32(row), rows, whole=self.policy.scored)
+      self.cache, enough = cache_rows.fork_row(self.cache, jnp.int32(row), rows, whole=self.policy.overwrites)
       if bool(enough):
         break
-      whole = int(np.asarray(self.cache.table.owned[:, row]).sum()) if self.policy.scored else self._heads
+      whole = int(np.asarray(self.cache.table.owned[:, row]).sum()) if self.policy.overwrites else self._heads
       if not self._grown(len(others) * whole):
         return self._give_up(first)
     for chain, place in zip(group, [row, *others], strict=True):

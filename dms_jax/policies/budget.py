@@ -35,9 +35,7 @@ def allowance(policy: Policy, tokens: int | Int[Array, "*shape"]) -> Int[Array, 
   return jnp.ceil(tokens.astype(jnp.float32) / number.astype(jnp.float32)).astype(jnp.int32)
 
 
-def largest(
-  scores: Float[Array, "B K X"], live: Bool[Array, "B K X"], count: Int[Array, "B"]
-) -> Bool[Array, "B K X"]:
+def largest(scores: Float[Array, "B K X"], live: Bool[Array, "B K X"], count: Int[Array, "B"]) -> Bool[Array, "B K X"]:
   """The `count` live tokens of each head with the largest scores; of equal ones the earlier."""
   order = jnp.argsort(jnp.where(live, -scores, jnp.inf), axis=-1, stable=True)
   rank = jnp.argsort(order, axis=-1)  # the inverse permutation

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 from flax import struct
 
 from dms_jax.policies.base import Policy, per_row, register

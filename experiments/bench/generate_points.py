@@ -177,12 +177,12 @@ class Bench:
 
   # Decoding -----------------------------------------------------------------------------------------------------------
 
-  def _arguments(self, kind: Kind, tokens: int) -> tuple[Model, Policy, Sampling, StopCriteria]:
+  def arguments(self, kind: Kind, tokens: int) -> tuple[Model, Policy, Sampling, StopCriteria]:
     return self.model(kind), self.shape.policy(kind, tokens), Sampling(), StopCriteria(jnp.zeros(0, jnp.int32))
 
   def lower(self, point: Point) -> Any:
     """The decode_block of a point, for any point of its kind, batch and longest text."""
-    model, policy, sampling, stop_criteria = self._arguments(point.kind, point.longest)
+    model, policy, sampling, stop_criteria = self.arguments(point.kind, point.longest)
     cache = self.cache_shape(point.kind, point.batch, point.longest)
     rows = jax.eval_shape(partial(synthetic.running_rows, point.batch))
     decode_block = decoding.decode_block
@@ -216,7 +216,7 @@ class Bench:
 
   def _measure(self, point: Point, seconds: float) -> dict[str, Any]:
     run = self.programs.get(self._key(point), partial(self.lower, point))
-    model, policy, sampling, stop_criteria = self._arguments(point.kind, point.tokens)
+    model, policy, sampling, stop_criteria = self.arguments(point.kind, point.tokens)
     shape, steps = self.cache_shape(point.kind, point.batch, point.longest), self.shape.steps
     cache = synthetic.filled(shape, model, policy, tokens=point.tokens - steps, shared=point.chains)
     rows = synthetic.running_rows(point.batch)
@@ -248,7 +248,7 @@ class Bench:
 
   # Prompts ------------------------------------------------------------------------------------------------------------
 
-  def _prompt_cache(self, kind: Kind, tokens: int) -> Cache:
+  def prompt_cache(self, kind: Kind, tokens: int) -> Cache:
     """An empty cache for one prompt; pages for all of it, as a chunk asks for them as if it evicted nothing."""
     model, policy, page = self.model(kind), self.shape.policy(kind, tokens), self.shape.page
     if kind == "dense":
@@ -258,10 +258,10 @@ class Bench:
 
   def lower_prompt(self, kind: Kind, tokens: int, chunk: int) -> Any:
     """The program that reads a chunk of a prompt of `tokens` tokens."""
-    model, policy, *_ = self._arguments(kind, tokens)
+    model, policy, *_ = self.arguments(kind, tokens)
     spec = jax.ShapeDtypeStruct
     return decoding.prefill_chunk.lower(
-      model, policy, self._prompt_cache(kind, tokens), spec((1, chunk), jnp.int32), spec((1,), jnp.int32),
+      model, policy, self.prompt_cache(kind, tokens), spec((1, chunk), jnp.int32), spec((1,), jnp.int32),
       spec((1,), bool), spec((1, self.shape.config.vocab_size), jnp.float32),
     )  # fmt: skip
 
@@ -276,11 +276,11 @@ class Bench:
     """
     key = self.shape, kind, tokens, chunk, "prompt"
     run = self.programs.get(key, partial(self.lower_prompt, kind, tokens, chunk))
-    model, policy, sampling, stop_criteria = self._arguments(kind, tokens)
+    model, policy, sampling, stop_criteria = self.arguments(kind, tokens)
     ids = np.random.default_rng(0).integers(0, self.shape.config.vocab_size, (1, tokens)).astype(np.int32)
     best, vocabulary = float("inf"), self.shape.config.vocab_size
     for _ in range(rounds):
-      cache, rows = empty(self._prompt_cache(kind, tokens)), synthetic.running_rows(1)
+      cache, rows = empty(self.prompt_cache(kind, tokens)), synthetic.running_rows(1)
       logits = jax.block_until_ready(jnp.zeros((1, vocabulary), jnp.float32))
       stalls, begin = [], time.perf_counter()
       for at in range(0, tokens, chunk):

@@ -24,6 +24,7 @@ from pallas_kernels import decode, prefill
 from pallas_kernels import window_bias as retrofit
 from pallas_kernels.common import bench
 from pallas_kernels.decode import Pages
+from pallas_kernels.paged import format_of
 
 CALLS = 64  # of a decode chain; with 16 the smallest cases were sometimes bound by the host
 # Of two implementations in bfloat16: each rounds weights and results to half a unit in the last place, 2^-9.
@@ -228,7 +229,7 @@ def our_decode(case: Decode, bandwidth: float, implementation: str | None) -> di
   """Microseconds of the kernel, and of the floor; of a contiguous cache too where the case is about pages. `calls` of a
   chain."""
   us, lengths = decode_us(case, implementation)
-  slot = 4 * case.size if case.stored == "bfloat16" else 2 * case.size + 8
+  slot = format_of(case.stored).slot_bytes(case.size)
   in_ring = float(np.minimum(lengths, case.ring).sum())
   floor = (in_ring * 4 * case.size + (float(lengths.sum()) - in_ring) * slot) / bandwidth * 1e6
   row = {"us": us, "floor_us": floor, "of_floor": floor / us, "calls": CALLS}

@@ -101,7 +101,7 @@ def subject(case: Decode | Text) -> tuple[str, str, Any, Iterator[Callable], Cal
     lambda q, k, v, bias: retrofit_gpu.window_bias_attention(q, k, v, bias, case.window, None, blocks=sizes)
   )
   clock = lambda sizes: kernel_cases.retrofit_us(case, attend(sizes))[1]
-  return "retrofit", tuned.shape_class(H=case.size), default, retrofit_candidates(), clock
+  return "window_bias", tuned.shape_class(H=case.size), default, retrofit_candidates(), clock
 
 
 def tune(name: str, case: Decode | Text, path: Path, end: float, about: dict, done: set[tuple[str, str]]) -> None:
