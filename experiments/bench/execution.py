@@ -30,7 +30,7 @@ from experiments.common import program
 
 BASE = "none"  # the step with nothing switched off
 # These fields change how long a program takes to compile, a mesh, or a format; name one in `tricks` to try it.
-NOT_TIMED = ("jitted_attention", "replicated_writes", "wide_pages")
+NOT_TIMED = ("jitted_attention", "replicated_writes")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,19 +19,7 @@ from dms_jax.retrofit.data import Packer, Source
 from dms_jax.retrofit.loop import prepare
 from dms_jax.retrofit.step import Batch, cast_trained, init_state, loss_fn, train_step, zero_neuron
 from tests import oracle
-from tests.cache_driver import Shape, Text, run, schedule
 from tests.helpers import changed
-
-
-@pytest.mark.parametrize("kind", ["masked", "contiguous", "paged"])
-@pytest.mark.parametrize("window, shift", [(0, 0), (3, 0), (4, 1)])
-def test_immediate_eviction_in_every_cache(kind, window, shift):
-  """Decided W tokens later about the same token: caches equal the formula in chunks, steps and pauses."""
-  lag = DMSConfig(window=window, shift=shift, eviction="immediate").lag()
-  assert lag == window + shift
-  shape = Shape(window, lag, heads=2, group=2, chunk=6, length=26)
-  rng = np.random.default_rng(window)
-  run(kind, shape, Text.draw(shape, rng, 0.6), schedule(rng, shape))
 
 
 def test_immediate_eviction_is_the_mask_of_the_formula():
