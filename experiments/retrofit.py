@@ -183,7 +183,7 @@ def carry_out(
       )
 
   drawing = plots.pyplot() is not None
-  draw = lambda step: plots.training(run.directory / LOG, run.directory / "log.png") if drawing else None
+  draw = lambda step: plots.training(run.directory / "log.png", run.directory / LOG) if drawing else None
   packer = Packer(sources, run.data, settings)
   with asked_to_stop() as stop:
     last = train(run, packer, tokenizer, mesh=mesh, report=report, saved=draw, stop=stop, stop_after=stop_after)

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dms_jax.cache import Cache
-from dms_jax.families import PRESETS
 from dms_jax.execution import Execution, override
+from dms_jax.families import PRESETS
 from experiments.bench import synthetic
 from experiments.bench.generate_points import Bench, Energy, Point, Programs, Shape, copied, small
 from experiments.common import program

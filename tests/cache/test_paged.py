@@ -19,6 +19,7 @@ from dms_jax.config import DMSConfig
 from dms_jax.model import cached_forward, last_logits
 from pallas_kernels.common import compat_tpu
 from pallas_kernels.common.platform import tracing_for
+from tests.helpers import check_pages as check
 
 PAGE, WINDOW, ROWS = 4, 3, 3
 POLICY = policies.DMS(window=WINDOW, threshold=0.0)
@@ -39,20 +40,6 @@ def create(model, capacity, policy=POLICY, longest=80, rows=ROWS, **options):
   return caches.create(
     "paged", model.config, batch=rows, capacity=capacity, longest=longest, policy=policy, lag=1, page=PAGE, **options
   )
-
-
-def check(cache):
-  """Every page is free or owned, as often as tables say; all live slots lie in owned pages."""
-  table, pool = jax.device_get((cache.table, cache.table.pool))
-  owned = np.arange(table.pages.shape[3]) < table.owned[..., None]
-  numbers, counts = np.unique(table.pages[owned], return_counts=True)
-  owners = np.zeros(cache.pages, int)
-  owners[numbers] = counts
-  np.testing.assert_array_equal(owners, pool.owners)
-  free = pool.free[: int(pool.count)]
-  assert sorted([*free, *numbers]) == list(range(cache.pages))
-  assert (-(-np.asarray(cache.archived) // cache.page_size) <= table.owned).all()
-  return owners
 
 
 def decode(model, cache, text, start, steps, active=None, policy=POLICY):

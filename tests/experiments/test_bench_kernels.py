@@ -13,6 +13,7 @@ import pytest
 from experiments import bench_kernels
 from experiments.bench import cases, flex_attention, kernel_cases, kernel_tuning
 from experiments.bench.cases import Bar
+from experiments.reports import figures_bench
 from pallas_kernels import prefill
 from pallas_kernels.common import bench, tuned
 from pallas_kernels.decode import gpu
@@ -109,10 +110,10 @@ def test_pictures_show_what_was_measured(tmp_path):
   row = {"name": "decode_b32_cr8", "us": 60.0, "dense_us": 350.0, "floor_us": 43.0}
   growth = [{"name": f"growth_cr_{cr}", "axis": "CR", "value": cr, "us": 9.0, "floor_us": 5.0} for cr in (1, 4)]
   failed = {"name": "prefill_cr8", "error": "no"}
-  assert bench_kernels.picture(tmp_path / "bench.png", [row, failed, *growth], "cpu")
-  assert bench_kernels.growth_picture(tmp_path / "growth.png", [row, failed, *growth], "cpu")
-  assert bench_kernels.picture(tmp_path / "none.png", growth, "cpu") is None
-  assert bench_kernels.growth_picture(tmp_path / "none.png", [row], "cpu") is None
+  assert figures_bench.kernels(tmp_path / "bench.png", [row, failed, *growth], "cpu")
+  assert figures_bench.growth(tmp_path / "growth.png", [row, failed, *growth], "cpu")
+  assert figures_bench.kernels(tmp_path / "none.png", growth, "cpu") is None
+  assert figures_bench.growth(tmp_path / "none.png", [row], "cpu") is None
   assert all((tmp_path / name).stat().st_size > 0 for name in ("bench.png", "growth.png"))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -13,27 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dms_jax import checkpoint, masks
+from dms_jax import masks
 from dms_jax import testing as tiny
-from dms_jax.config import LoRAConfig
 from dms_jax.evaluation.text import text_quality
 from dms_jax.model import Eviction, forward, unembed
-from dms_jax.tokenizer import byte_tokenizer
 from experiments import demo as report
 from experiments.reports import plots
+from tests.helpers import save_checkpoints
 
 T, NEW = 61, 9
-TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-
-
-def save_checkpoints(folder: Path) -> tuple[Path, Path]:
-  """A tiny model with a byte tokenizer and a chat template, and a retrofit of it."""
-  tokenizer = dataclasses.replace(byte_tokenizer(), settings={**byte_tokenizer().settings, "chat_template": TEMPLATE})
-  cfg = tiny.config(vocab_size=257, max_position_embeddings=8192)
-  checkpoint.save(folder / "base", tiny.model(cfg), tokenizer)
-  gated = tiny.model(cfg, tiny.dms(scale=1.0, offset=0.0), LoRAConfig(rank=2, scale=0.1))
-  checkpoint.save(folder / "retrofit", gated, groups=("gate", "lora"))
-  return folder / "base", folder / "retrofit"
 
 
 @pytest.fixture(scope="module")

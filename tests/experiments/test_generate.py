@@ -14,7 +14,7 @@ import dms_jax
 from experiments import bench_generate, generate
 from experiments.common import files
 from experiments.common import requests as request_file
-from tests.experiments.test_demo import save_checkpoints
+from tests.helpers import save_checkpoints
 
 ROOT = Path(__file__).parents[2]
 SHORT = ("--max_new_tokens=6", "--prefill_chunk=16", "--decode_block=4", "--noeos")
@@ -194,11 +194,11 @@ def test_bad_input_is_one_line(base):
     (dict(prompt="a", system="b"), "add --chat"),
     (dict(prompt="a", samples=0), "--samples=0"),
     (dict(prompt="a", kv_budget_gib=1.0), "--kv_budget_gib is for --requests"),
-    (dict(prompt="a", archive="int8"), "--archive is for --requests"),
+    (dict(prompt="a", page_format="int8"), "--page_format is for --requests"),
     (dict(prompt="a", width=2), "--width is for --requests"),
     (dict(prompt="a", seed=2**32), "--seed=4294967296 must lie between 0 and"),
     (dict(requests="a", cache="masked"), "--cache=masked does not go with --requests"),
-    (dict(requests="a", cache="contiguous"), "--cache=slots does not go with --requests"),
+    (dict(requests="a", cache="contiguous"), "--cache=contiguous does not go with --requests"),
     (dict(requests="a", samples=2), "--samples does not go with --requests"),
     (dict(requests="a", kv_budget_gib=1.0, kv_budget_tokens=5), "give either --kv_budget_gib or --kv_budget_tokens"),
   ],

@@ -1,4 +1,4 @@
-"""The notebooks run from start to end in their own kernel, on a tiny checkpoint, and are stored without outputs."""
+"""Notebooks run from start to end in their own kernel, and are stored without outputs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.experiments.test_demo import save_checkpoints
+from tests.helpers import save_checkpoints
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))

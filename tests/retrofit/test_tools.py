@@ -104,10 +104,10 @@ def test_picture_of_a_log(tmp_path, name, heads):
   )
   (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
   picture = tmp_path / "log.png"
-  assert plots.training(tmp_path / "log.jsonl", picture) == str(picture)
+  assert plots.training(picture, tmp_path / "log.jsonl") == str(picture)
   assert picture.read_bytes()[:4] == b"\x89PNG" and len(list(tmp_path.iterdir())) == 2
   (tmp_path / "log.jsonl").write_text("")
-  assert plots.training(tmp_path / "log.jsonl", picture) is None
+  assert plots.training(picture, tmp_path / "log.jsonl") is None
 
 
 def test_a_first_sigterm_asks_and_the_handler_is_put_back():
