@@ -28,7 +28,7 @@ from dms_jax.cache.base import storage_dtype
 from dms_jax.cache.host import HostRow, check_fits, restore_row
 from dms_jax.config import read_json
 from dms_jax.generation.conversation import Continuation, Conversation, conversation_of, place_like
-from dms_jax.model import Model, check_policy, decision_lag
+from dms_jax.model import Model, check_policy
 from dms_jax.policies import Policy
 from pallas_kernels.paged import FORMATS, format_of
 
@@ -103,7 +103,7 @@ def load_conversation(
   kind, resolved = cache or header["cache"], _policy(path, header, model, policy)
   if kind not in caches.KINDS:
     raise ValueError(f"unknown cache {kind!r}; there are {sorted(caches.KINDS)}")
-  config, lag = model.config, decision_lag(model, resolved.window)
+  config, lag = model.config, model.lag(resolved.window)
   dtype, archive = jnp.dtype(model.dtype).name, header["archive"]
   differences = [
     f"{name} is {header[name]} there and {ours} here"
@@ -125,10 +125,10 @@ def load_conversation(
   options, longest = {}, max(header["slots"], needed)
   if kind == "paged":
     quantised = {form.dtype.name: name for name, form in FORMATS.items()}
-    options = {"page": resolved.page or header.get("page"), "archive": quantised.get(archive)}
-  store = caches.create(
-    kind, config, batch=len(rows), capacity=capacity or (resolved.window + 2 if kind == "paged" else longest),
-    longest=max(longest, capacity or 0), policy=resolved, lag=lag, dtype=model.dtype, **options,
+    options = {"page_size": resolved.page or header.get("page"), "page_format": quantised.get(archive)}
+  store = caches.for_model(
+    model, resolved, batch=len(rows), capacity=capacity or (resolved.window + 2 if kind == "paged" else longest),
+    kind=kind, longest=max(longest, capacity or 0), **options,
   )  # fmt: skip
   if isinstance(store, PagedCache) and capacity is None:
     used = sum(int((-(-row.archived // store.page_size)).sum()) for row in rows)
@@ -293,7 +293,9 @@ def _read_stats(arrays, index: int, names: tuple[str, ...], lead: tuple[int, int
     key = f"{index}.stats.{name}"
     if name == "score" and key not in arrays:
       key = f"{index}.scores"  # version 0.1
-    stats[name] = _checked(f"array '{key}'", arrays[key] if key in arrays else None, ((*lead, None), np.dtype(np.float32)))
+    stats[name] = _checked(
+      f"array '{key}'", arrays[key] if key in arrays else None, ((*lead, None), np.dtype(np.float32))
+    )
     if stats[name].shape[2] < least:
       raise ValueError(f"array '{key}' has {stats[name].shape[2]} slots of {least}")
   return stats

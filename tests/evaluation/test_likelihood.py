@@ -11,7 +11,7 @@ from dms_jax import cache as caches
 from dms_jax import policies
 from dms_jax import testing as tiny
 from dms_jax.evaluation import likelihood
-from dms_jax.model import cached_forward, check_policy, decision_lag, unembed
+from dms_jax.model import cached_forward, check_policy, unembed
 
 LENGTHS = ((20, 5), (31, 17), (20, 1))
 
@@ -51,7 +51,7 @@ def test_a_row_is_scored_as_if_decoded_alone(model, rows, policy):
   step = jax.jit(lambda cache, token: cached_forward(model, policy, cache, token, jnp.ones(1, jnp.int32)))
   for row, result in zip(rows, scored, strict=True):
     cache = caches.create(
-      "contiguous", model.config, batch=1, capacity=32, policy=policy, lag=decision_lag(model, policy.window),
+      "contiguous", model.config, batch=1, capacity=32, policy=policy, lag=model.lag(policy.window),
       dtype=model.dtype,
     )  # fmt: skip
     logits = []
