@@ -1,4 +1,4 @@
-"""Dynamic Memory Sparsification (arXiv 2506.05345) in JAX: language models that forget most of their KV cache.
+"""Dynamic Memory Sparsification (arXiv 2506.05345) in JAX: language models that evict most of their KV cache.
 
     import jax, dms_jax
 
@@ -8,11 +8,11 @@
     out.metrics.achieved_cr, out.metrics.kv_reads            # see `dms_jax.metrics`
     more = dms_jax.generate(model, ["And of Spain?"], continue_from=out)                      # the next turn
     dms_jax.save_conversation("chat", more)                         # on disk; another day:
-    past = dms_jax.load_conversation("chat", model)                 # `continue_from=past`
+    past = dms_jax.load_conversation("chat", model)                 # for `continue_from=past`
     dense = dms_jax.generate(model, ["The capital of France is"], policy=dms_jax.Vanilla())   # nothing evicted
 
-Prompts are strings, lists of ids or a padded id matrix with its `mask`; sampling takes `key`, `temperature`, `top_k`,
-`top_p`; `stream` is called as `stream(row, tokens, text)` while tokens are made. `generate`'s docstring says the rest.
+Prompts are strings, lists of ids or a padded id matrix with its `mask`. Sampling takes `key`, `temperature`, `top_k`
+and `top_p`. `stream(row, tokens, text)` is called during generation. See `generate` for all arguments.
 """
 
 from __future__ import annotations

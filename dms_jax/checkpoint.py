@@ -214,13 +214,13 @@ def is_checkpoint(path: str | Path) -> bool:
 
 @contextlib.contextmanager
 def atomic_directory(path: str | Path, replaces=is_checkpoint) -> Iterator[Path]:
-  """A new directory beside `path` that takes its place when the block ends well, and vanishes when it does not.
+  """A temporary directory that becomes `path` when the block succeeds, and is removed when it fails.
 
   Args:
-    replaces: tells of an existing directory whether it may be replaced; an empty one always may.
+    replaces: whether an existing directory may be replaced; an empty one always may.
 
   Raises:
-    ValueError: something is at `path` that must not be replaced.
+    ValueError: `path` holds something that must not be replaced.
   """
   path = Path(path).absolute()
   path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Ablations: a retrofit and its score for every combination of settings, ending in one table and one picture.
+"""Ablations: trains and scores a retrofit for every combination of settings, and writes one table and one plot.
 
     python -m experiments.ablate --checkpoint=checkpoints/smollm2-135m-instruct --data.paths=text.txt \\
       --eval.text=held_out.txt --sweep='dms.window=0,16,64,256 dms.gate=neuron,adapter'
@@ -7,10 +7,10 @@ The flags dms., lora., retrofit., data. and eval. can be swept; several --sweep 
 experiments/ablation/sweeps.py). --sweep_file=experiments/configs/window.txt reads a sweep from a file; flags of the
 command line override the file's. A sweep of `eval.` alone reuses one retrofit: --sweep='eval.threshold=-10,-2,0,2,10'.
 
-Every combination is checked before the first run. Each retrofit has a folder, OUTPUT/NAME/what was swept-fingerprint,
-and in it quality/, a file a score. The same command again skips what is finished and goes on with what was interrupted.
-A run that fails is reported at the end, with exit code 1, and the others go on. Writes OUTPUT/NAME/{ablation.json,
-table.md, ablation.png}, and with --eval.positions compression.png.
+Every combination is checked before the first run. Each retrofit has a folder OUTPUT/NAME/SWEPT-FINGERPRINT, with one
+file a score in its quality/. The same command again skips finished runs and resumes an interrupted one. A failed run is
+reported at the end, with exit code 1; the others continue. Writes OUTPUT/NAME/{ablation.json, table.md, ablation.png},
+and with --eval.positions compression.png.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ ERROR = "error.txt"
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """`name` of the ablation; default the sweep file's, else the fields swept.
+  """`name` of the ablation; default the sweep file's name, otherwise the fields swept.
 
-  `x` is the picture's axis: a field that is swept, "tokens", those trained on, or "run", every run by its name; default
-  the field with most values if there is one group of them, else "run".
+  `x` is the plot's axis: a swept field, "tokens" (trained on), or "run" (each run by its name). Default: the field with
+  most values if there is one group, otherwise "run".
   """
 
   checkpoint: str = ""
@@ -67,7 +67,7 @@ class Config:
 
 
 def check_texts(wanted: list[Trial], tokens: Callable[[Trial], np.ndarray]) -> None:
-  """Raises ValueError unless every trial has a text that holds a chunk, and the retrofit that it names."""
+  """Raises ValueError unless every trial's text holds at least one chunk and the retrofit that it names exists."""
   for one in wanted:
     if not one.eval.text:
       raise ValueError("--eval.text is empty: name a held-out text file to score on")
@@ -80,7 +80,7 @@ def check_texts(wanted: list[Trial], tokens: Callable[[Trial], np.ndarray]) -> N
 
 
 def check_trained(folder: Path, text: dict[str, str]) -> None:
-  """Raises ValueError if the retrofit in `folder`, finished or begun, read other text than `text` tells of."""
+  """Raises ValueError if the retrofit in `folder`, finished or not, was trained on other text than `text` describes."""
   before = read_json(folder / RUN).get("text") if (folder / RUN).exists() else text
   if before != text:
     raise ValueError(
@@ -90,7 +90,7 @@ def check_trained(folder: Path, text: dict[str, str]) -> None:
 
 
 def train(one: Trial, base: Model, sources: list[Source], tokenizer: Tokenizer) -> None:
-  """Trains the trial's retrofit, or goes on with it; what only a resumption needs is then removed."""
+  """Trains or resumes the trial's retrofit; then removes the training state."""
   run = Run(base, one.dms, one.lora, one.retrofit, one.data, one.folder)
   last = retrofit.carry_out(run, sources, tokenizer)
   seconds = sum(json.loads(line)["seconds"] for line in (one.folder / LOG).read_text().splitlines())
@@ -100,19 +100,19 @@ def train(one: Trial, base: Model, sources: list[Source], tokenizer: Tokenizer) 
 
 
 def load(one: Trial, base: str, original: Model) -> Model:
-  """What to score: a retrofit, low-rank updates merged, or the original, to be read under a rival's policy."""
+  """The model to score: a retrofit with low-rank updates merged, or the original, for another policy."""
   if one.eval.policy != "dms":
     return original
   return checkpoint.load_retrofitted(base, one.retrofit_path, dtype=one.eval.dtype)
 
 
 def score(one: Trial, original: Model, model: Model, tokens: np.ndarray) -> dict[str, Any]:
-  """The figures of one trial; its numbers, thresholds above all, are traced, so that they share a compilation."""
+  """The scores of one trial. Its numbers, such as the threshold, are traced, so that trials share a compilation."""
   evaluation = one.eval
   eviction = {"threshold": evaluation.threshold, "window": evaluation.window}
   progress = functools.partial(program.progress, desc=f"scoring T {evaluation.length}")
   result = text_quality(
-    original, model, tokens, evaluation.length, batch=evaluation.batch, policy=evaluation.rival(), progress=progress,
+    original, model, tokens, evaluation.length, batch=evaluation.batch, policy=evaluation.baseline(), progress=progress,
     **eviction,
   )  # fmt: skip
   result |= {"tokens_scored": result["chunks"] * (evaluation.length - 1), "text_crc32": crc(tokens)}
@@ -126,18 +126,18 @@ def score(one: Trial, original: Model, model: Model, tokens: np.ndarray) -> dict
 
 
 def crc(tokens: np.ndarray) -> str:
-  """What tells one text from another."""
+  """Checksum of a text's tokens."""
   return f"{zlib.crc32(np.ascontiguousarray(tokens).tobytes()):08x}"
 
 
 def fingerprint(one: Trial) -> str | None:
-  """That of the retrofit to be scored; None before it is trained, and where none is."""
+  """Fingerprint of the retrofit to score; None before it is trained, and for other policies."""
   there = one.eval.policy == "dms" and one.retrofit_path.is_dir()
   return checkpoint.fingerprint(one.retrofit_path) if there else None
 
 
 def finished(one: Trial, tokens: np.ndarray) -> dict[str, Any] | None:
-  """The trial's result if it is there, of this text and of the retrofit as it is now."""
+  """The trial's result if it exists for this text and for the current content of the retrofit."""
   result = read_json(one.result) if one.result.exists() else {}
   found = result.get("text_crc32"), result.get("retrofit_crc32")
   return result if found == (crc(tokens), fingerprint(one)) else None
@@ -145,7 +145,7 @@ def finished(one: Trial, tokens: np.ndarray) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def noted(failed: dict[str, str], names: list[str], folder: Path) -> Iterator[None]:
-  """An error inside becomes that of the trials `names` and goes no further, so that the other runs go on."""
+  """Records an error as that of the trials `names`, so that the other runs continue."""
   try:
     yield
   except Preempted:
@@ -161,8 +161,8 @@ def run_all(wanted: list[Trial], config: Config, root: Path) -> tuple[dict[str, 
   """(results, errors) of trials by name.
 
   Raises:
-    ValueError: something that a run cannot do without is missing; before the first run.
-    Preempted: a SIGTERM came; the run's state is saved.
+    ValueError: an input is missing; raised before the first run.
+    Preempted: after a SIGTERM; the run's state is saved.
   """
   tokenizer = Tokenizer.load(config.checkpoint)
   base = functools.cache(lambda: checkpoint.load(config.checkpoint))
@@ -216,11 +216,11 @@ def run_all(wanted: list[Trial], config: Config, root: Path) -> tuple[dict[str, 
   return results, failed
 
 
-def settle(path: str) -> list[str]:
-  """The groups of a sweep file, whose other lines set the flags that the command line leaves open.
+def read_sweep_file(path: str) -> list[str]:
+  """The groups of a sweep file; its other lines set flags that the command line does not.
 
   Raises:
-    ValueError: no such file, or a line that makes no sense; names it.
+    ValueError: there is no such file, or a line cannot be parsed; names it.
   """
   own = [flag for flag in program.flag_values() if flag not in ("sweep", "sweep_file")]
   resolved, groups = sweeps.read_file(path, own)
@@ -236,10 +236,10 @@ def settle(path: str) -> list[str]:
 def main() -> None:
   start = time.perf_counter()
   file = program.FLAGS.sweep_file
-  groups = (settle(file) if file else []) + program.FLAGS.sweep
+  groups = (read_sweep_file(file) if file else []) + program.FLAGS.sweep
   config = program.read_flags("", Config)
   if not program.FLAGS.debug and not program.FLAGS["verbosity"].present:
-    absl_logging.set_verbosity(absl_logging.FATAL)  # what Orbax's threads say of an error, the error says too
+    absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax's threads log errors that are raised too
   if not config.checkpoint:
     raise ValueError("give --checkpoint=FOLDER of a model")
   swept = list(dict.fromkeys(flag for group in groups for each in sweeps.product(group, TYPES) for flag in each))
@@ -277,7 +277,7 @@ def main() -> None:
   }
   saved = {"config": program.flag_values(), "environment": program.environment(), **line}
   program.log(f"wrote {program.save_json(root / 'ablation.json', saved)}")
-  for row in found:  # what is drawn stays in ablation.json
+  for row in found:  # the data of plots stays in ablation.json
     for key in ("held_per_head", "positions", "held_by_position", "environment"):
       row.pop(key, None)
   program.finish(line)

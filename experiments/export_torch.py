@@ -3,8 +3,8 @@
     python -m experiments.export_torch --checkpoint=checkpoints/smollm2-135m-instruct --retrofit=retrofits/cr4 \\
       --output=export/smollm2-cr4 --dtype=bfloat16
 
-Low-rank updates are merged. Gates, which plain transformers does not know, lie beside the weights: dms_config.json,
-and dms_gates.safetensors for the adapter. experiments.convert_weights reads the directory back, gates included.
+Low-rank updates are merged. Gates, which plain transformers ignores, are in files of their own: dms_config.json, and
+dms_gates.safetensors for the adapter. experiments.convert_weights reads the directory back, with its gates.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from experiments.common import program
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """What to write and where. `dtype` float32, bfloat16 or float16; default the checkpoint's own."""
+  """Input and output. `dtype`: float32, bfloat16 or float16; default the checkpoint's."""
 
   checkpoint: str
   output: str
@@ -42,8 +42,8 @@ def main() -> None:
   gates = None if model.dms is None else model.dms.gate
   if gates == "neuron":
     program.log(
-      "note: plain transformers uses the query channel the neuron gate borrows, which is 0 here; its answers differ"
-      " from dms_jax's, even with nothing evicted, until its attention clears that channel too"
+      "note: plain transformers attends with the query channel that the neuron gate borrows, and dms_jax sets it to 0;"
+      " their answers differ, even without eviction, until transformers' attention clears that channel too"
     )
   program.finish({"output": str(path), "family": model.config.family, "gates": gates, "files": files})
 

@@ -1,20 +1,21 @@
-"""Retrofits a model with eviction gates, and on request with low-rank updates or new weights.
+"""Retrofits a model with eviction gates, and optionally with low-rank updates or new weights.
 
     python -m experiments.retrofit --checkpoint=checkpoints/smollm2-135m-instruct --output=runs/retrofit/mine \\
       --data.paths=text.txt,chats.jsonl --retrofit.schedule.steps=400 --retrofit.schedule.final_cr=4
 
-Without a data set the model writes its own: --data.self_text.rows=256. The paper's neuron recipe:
+Without a data set the model samples its own: --data.self_text.rows=256. The paper's neuron recipe:
 --dms.gate=neuron --retrofit.trainable=all --retrofit.schedule.fade_steps=2000. Low-rank updates of other projections:
 --lora.rank=16 --lora.targets=q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj.
 
-Run the same command again after an interruption: it goes on from the last checkpoint with the same numbers. SIGTERM
+After an interruption, run the same command again: it resumes from the last checkpoint with the same numbers. SIGTERM
 saves first and exits with 143. Writes OUTPUT/{run.json, log.jsonl, state/, cr2/, cr3/, ..., final/, log.png}; each crN
-and final is a retrofit for `dms_jax.load(checkpoint, retrofit=...)`, or a whole model (--retrofit.export). With
---benchmark it times steps instead: see experiments/retrofit_benchmark.py.
+and final is a retrofit for `dms_jax.load(checkpoint, retrofit=...)`, or a whole model (--retrofit.saving.export). With
+--benchmark it times steps instead: see experiments/bench/retrofit_step.py.
 
-Several devices: --mesh.data=4 --mesh.tensor=2 (fully sharded data parallelism, tensor parallelism). Several hosts that
-see the same OUTPUT: the same command on each, with --mesh.coordinator=HOST:PORT --mesh.processes=2 --mesh.process=0 (1,
-...), or --mesh.coordinator=auto on Cloud TPU, Slurm and Open MPI. A run may go on with other mesh flags.
+Several devices: --mesh.data=4 --mesh.tensor=2 (fully sharded data parallelism, tensor parallelism). Several hosts with
+OUTPUT on a shared file system: the same command on each, with --mesh.coordinator=HOST:PORT --mesh.processes=2
+--mesh.process=0 (1, ...), or --mesh.coordinator=auto on Cloud TPU, Slurm and Open MPI. A run may resume with other mesh
+flags.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from experiments.bench import retrofit_step as retrofit_benchmark
 from experiments.common import program
 from experiments.reports import plots
 
-# What a retrofit is made of: a flag's prefix, its dataclass, and defaults that differ from the dataclass's.
+# The configs of a retrofit by flag prefix, with defaults that differ from the dataclass's.
 SECTIONS: dict[str, tuple[type, dict]] = {
   "dms": (DMSConfig, {"window": 64}),
   "lora": (LoRAConfig, {"rank": 16}),
@@ -60,12 +61,12 @@ DETERMINISTIC = ("--xla_gpu_deterministic_ops=true", "--xla_gpu_exclude_nondeter
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Where from and where to. `stop_after` leaves after so many steps in all, as if interrupted; 0 runs to the end.
+  """Input, output and mode. `stop_after` stops after that many steps in total, as if interrupted; 0 runs to the end.
 
-  `tensorboard` also writes OUTPUT/tensorboard (needs tensorboardX). `deterministic` has XLA use only GPU operations
-  whose sums have a fixed order, so that a resumed run is bit-equal there too; slower, and nothing new on a CPU or TPU,
-  where they have. `benchmark` times `benchmark_steps` steps of the shape `preset` with random weights, and needs
-  neither checkpoint nor output nor data; `against_flex` times such a step in PyTorch with FlexAttention beside it.
+  `tensorboard` also writes OUTPUT/tensorboard (needs tensorboardX). `deterministic` restricts XLA to GPU operations
+  with a fixed order of summation, so that a resumed run is bit-equal there too; slower. CPUs and TPUs always use a
+  fixed order. `benchmark` times `benchmark_steps` steps of the shape `preset` with random weights, without checkpoint,
+  output or data; `against_flex` also times such a step in PyTorch with FlexAttention.
   """
 
   checkpoint: str = ""
@@ -81,9 +82,9 @@ class Config:
 
 @contextlib.contextmanager
 def asked_to_stop() -> Iterator[Callable[[], bool]]:
-  """Inside, a SIGTERM only makes the yielded function true; a second one ends the program at once.
+  """Within the context a SIGTERM makes the yielded function return true; a second one ends the program at once.
 
-  Of several processes JAX takes the signal, and has all stop after the same step.
+  With several processes JAX handles the signal, and all stop after the same step.
   """
   if jax.process_count() > 1:
     yield lambda: False
@@ -110,7 +111,7 @@ def scalars(folder: Path) -> Callable[[dict], None]:
 
   def write(line: dict) -> None:
     if not writers:
-      writers.append(SummaryWriter(str(folder), purge_step=line["step"]))  # what an interrupted run wrote beyond it
+      writers.append(SummaryWriter(str(folder), purge_step=line["step"]))  # drops later steps of an interrupted run
     for name, value in line.items():
       if name != "step" and isinstance(value, int | float):
         writers[0].add_scalar(name, value, line["step"])
@@ -120,7 +121,7 @@ def scalars(folder: Path) -> Callable[[dict], None]:
 
 
 def say(message: str) -> None:
-  """A line for whoever watches, once for all processes."""
+  """Logs a line, on process 0 only."""
   if distributed.leads():
     program.log(message)
 
@@ -128,7 +129,7 @@ def say(message: str) -> None:
 def own_text(
   base: Callable[[], Model], tokenizer: Tokenizer, data: DataConfig, dtype: str, output: Path
 ) -> Path | None:
-  """OUTPUT/self_text.jsonl, written where it is asked for and not there yet; on one device, wherever `base` lies."""
+  """OUTPUT/self_text.jsonl, sampled from `base` on one device unless it exists; None if `data` asks for none."""
   path = output / "self_text.jsonl"
   if not data.self_text.rows:
     return None
@@ -139,13 +140,13 @@ def own_text(
       if distributed.leads():
         params = jax.device_put(params, jax.local_devices()[0])
         model = model.replace(params=jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params))
-        progress = lambda items: program.progress(items, desc="the model writes")
+        progress = lambda items: program.progress(items, desc="sampling text")
         self_text.write(model, tokenizer, data.self_text, path, progress=progress)
   return path
 
 
 def texts(base: Callable[[], Model], tokenizer: Tokenizer, data: DataConfig, dtype: str, folder: Path) -> list[Source]:
-  """All text of `data`, tokenized; what the model `base()` writes itself is kept in `folder`."""
+  """All text of `data`, tokenized; text sampled from the model `base()` is kept in `folder`."""
   written = own_text(base, tokenizer, data, dtype, folder)
   say("reading and tokenizing text")
   with distributed.together():
@@ -164,10 +165,10 @@ def carry_out(
   board: Callable[[dict], None] = lambda line: None,
   stop_after: int | None = None,
 ) -> dict:
-  """Trains `run` or goes on with it, showing how far it is and drawing DIRECTORY/log.png; the last line of its log.
+  """Trains or resumes `run`, logs its progress and plots DIRECTORY/log.png; returns the last line of its log.
 
   Raises:
-    Preempted: a SIGTERM came; the state is saved. Whatever `train` raises besides.
+    Preempted: after a SIGTERM; the state is saved. Otherwise as `train`.
   """
   settings, shown = run.config, [time.perf_counter()]
 

@@ -1,12 +1,12 @@
-"""Text that the model itself writes, to distil on: a retrofit then needs hardly any data set, or none.
+"""Samples text from a model, to train its retrofit on without a data set.
 
     python -m experiments.self_text --checkpoint=checkpoints/smollm2-135m-instruct --output=self.jsonl --rows=256 \\
       --prefixes=text.txt --questions=chats.jsonl --max_new_tokens=1024
 
-With both sources half of the rows continue 64-token prefixes cut from `--prefixes` at random places, and half answer
-`--questions` (records with `messages`, or the field `--question_field`) through the chat template. Without any the
-model asks itself questions and answers them, or writes on from an end of text, in turn. One JSON record {"text": ...} a
-row. Run the same command again after an interruption: finished batches are kept beside the output until all is there.
+With both sources, half of the rows continue random 64-token slices of `--prefixes`, and half answer `--questions`
+(records with `messages`, or with the field `--question_field`) through the chat template. Without either, the model
+asks itself questions and answers them, or continues an end of text, in turn. Each row is a JSON record {"text": ...}.
+After an interruption, run the same command again: finished batches are kept until the output is complete.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from experiments.common import program
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Which model writes, where to, and in which precision; an output that is there already is an error."""
+  """The model, the output file and the dtype of weights and cache; an existing output is an error."""
 
   checkpoint: str
   output: str
@@ -37,7 +37,7 @@ def main() -> None:
   model, tokenizer = dms_jax.load(config.checkpoint, dtype=config.dtype)
   start = time.perf_counter()
   written = write(
-    model, tokenizer, settings, config.output, progress=lambda items: program.progress(items, desc="writing")
+    model, tokenizer, settings, config.output, progress=lambda items: program.progress(items, desc="sampling")
   )
   seconds = time.perf_counter() - start
   program.finish({"rows": settings.rows, "tokens_written": written, "tokens_per_second": written / seconds})

@@ -1,4 +1,4 @@
-"""Checkpoints: there and back, retrofits, damage of every kind, nothing half-written."""
+"""Checkpoints: round trips, retrofits, damage of every kind, atomic writes."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_merging(saved, gated):
 
 
 def test_dtype(saved, gated):
-  """The base is cast, after merging; gates and updates kept apart stay as stored."""
+  """The base is cast after merging; gates and separate updates keep the stored dtype."""
   merged = checkpoint.load(saved, dtype="bfloat16")
   expected = gated.merged().params
   for name, leaf in flatten(merged.params).items():
@@ -138,7 +138,7 @@ def test_the_fingerprint_is_of_the_content(tmp_path, gated):
 
 
 def test_retrofit_replaces_gates(tmp_path, gated, saved):
-  """A model with gates and updates of its own: the updates are merged, the gates give way."""
+  """A model with gates and updates of its own: its updates are merged, its gates replaced."""
   other = gated.replace(dms=DMSConfig(gate="neuron", window=9), lora=None)
   other = other.replace(params=unflatten({n: flatten(gated.params)[n] for n in param_table(other.config, other.dms)}))
   checkpoint.save(tmp_path / "neuron", other, groups=("gate", "lora"))
@@ -243,7 +243,7 @@ def test_damaged_config(saved):
 
 
 def test_every_file_cut_or_garbled(saved):
-  """Each parameter file in turn: cut short, one bit changed, gone. The error names it; restored, all is well."""
+  """Each parameter file in turn is cut short, changed by one bit, or removed. The error names it."""
   files = [f for f in (saved / "params").rglob("*") if f.is_file()]
   assert len(files) >= 4
   for file in files:
@@ -264,7 +264,7 @@ def test_every_file_cut_or_garbled(saved):
 
 
 def test_parameters_and_config_disagree(saved):
-  """What checksums cannot see: files that are whole, and another model's."""
+  """Not detected by checksums: intact files of another model."""
   edit(saved, model={"d_ff": 50})
   with pytest.raises(
     ValueError, match=r"layers/gate_proj has shape \(2, 48, 32\), the config means \(2, 50, 32\); .*up_proj"
@@ -276,7 +276,7 @@ def test_parameters_and_config_disagree(saved):
 
 
 def test_garbled_orbax(saved):
-  """Even where checksums were recomputed, Orbax's own complaint becomes one ValueError."""
+  """Even with recomputed checksums, Orbax's own error becomes one ValueError."""
   file = next(f for f in (saved / "params").rglob("_METADATA"))
   file.write_text("{")
   edit(saved, files={n: list(e) for n, e in checkpoint._fingerprints(saved / "params").items()})
@@ -332,7 +332,7 @@ def dead_pid() -> int:
 
 
 def test_leftovers_of_a_killed_save(saved, gated):
-  """A kill leaves at most a hidden folder, which the next save clears; one that lives is left alone."""
+  """A killed save leaves at most a hidden folder, which the next save removes; a running save's is left alone."""
   folder = saved.parent
   (folder / f".whole.partial-{dead_pid()}").mkdir()
   (folder / f".whole.partial-{os.getppid()}").mkdir()
@@ -341,12 +341,12 @@ def test_leftovers_of_a_killed_save(saved, gated):
 
 
 def test_killed_between_the_two_renames(saved, gated):
-  """The moment when the old checkpoint has stepped aside and the new one not yet taken its place."""
+  """A kill between the two renames: the old checkpoint is moved away, the new one is not there yet."""
   folder, pid = saved.parent, dead_pid()
   saved.rename(folder / f".whole.partial-old-{pid}")
   (folder / f".whole.partial-{pid}").mkdir()
   with pytest.raises(RuntimeError), checkpoint.atomic_directory(saved):
-    raise RuntimeError  # the next save fails too: the old one is back all the same
+    raise RuntimeError  # the next save fails too; the old checkpoint is restored nevertheless
   assert visible(folder) == ["whole"]
   same(checkpoint.load(saved, merge=False).params, gated.params)
 

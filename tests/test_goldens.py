@@ -87,7 +87,7 @@ def test_eviction_off(kind, kind_of_cache):
 
 @pytest.mark.parametrize("kind", GATES)
 def test_left_padding(kind):
-  """Seven pads in front of row 0: real positions match the reference, the row alone, and its cached form."""
+  """Seven pads before row 0: real positions match the reference, the row alone, and the row through a cache."""
   model, golden = load_golden(kind)
   ids, mask = jnp.asarray(golden["leftpad_ids"], jnp.int32), golden["leftpad_mask"].astype(bool)
   hidden, _ = forward(
@@ -109,7 +109,7 @@ def test_left_padding(kind):
 
 @pytest.mark.parametrize("kind", GATES)
 def test_oracle_agrees(kind):
-  """The float64 oracle of the other tests, written from the formulas alone, reproduces the reference too."""
+  """The float64 oracle of the other tests, written from the formulas, reproduces the reference."""
   model, golden = load_golden(kind)
   weights = {
     **{f"layers/{n}": w for n, w in model.params["layers"].items()},

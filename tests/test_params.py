@@ -1,4 +1,4 @@
-"""The parameter table: what follows from it agrees with itself and with the model."""
+"""The parameter table, and what is derived from it: shapes, initialisation, merging."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_low_rank_updates_are_of_projections(target):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_consistent(name):
-  """By shape alone: axes fit shapes, names are unique, and Hugging Face's shapes hold the same numbers."""
+  """Axes fit shapes, names are unique, and Hugging Face's shapes have the same number of elements."""
   table = param_table(PRESETS[name], DMSConfig(), LoRAConfig(rank=4))
   names = [spec.hf_name for spec in table.values() if spec.hf_name]
   assert len(set(names)) == len(names)
@@ -91,7 +91,7 @@ def test_trees_there_and_back():
 
 
 def test_initialisation():
-  """Norms are one, new tensors leave the model as it was, and a tensor's numbers depend on its path alone."""
+  """Norms are 1, added tensors do not change the model, and a tensor's numbers depend only on its path."""
   # Few different shapes: JAX compiles its random numbers for each.
   cfg, key = tiny.config(num_heads=4, num_kv_heads=4, d_ff=32), jax.random.key(0)
   plain = init_params(param_table(cfg), key)

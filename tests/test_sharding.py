@@ -41,7 +41,7 @@ q = sharded.params["layers"]["q_proj"]
 assert q.addressable_shards[0].data.size * 8 == q.size, q.sharding
 # Sums over a split axis are taken in another order: float32 rounding of logits of order 1.
 np.testing.assert_allclose(run(sharded, tokens), want, atol=2e-5)
-# Nothing of a decode step is padded or put off there, as on one GPU: rows would move between devices.
+# Decode steps are not padded or deferred there, as they are on one GPU: rows would move between devices.
 def never(*_):
   raise AssertionError("gates of all layers at once on a mesh")
 dms_jax.model.step_gate_logits, dms_jax.execution.LEAST_ROWS, model = never, 7, model.unstacked()

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable
 from typing import Any, Literal, get_args, get_type_hints
 
 from dms_jax.config import DMSConfig, LoRAConfig
 
-
-def _check(config: Any, flag: str, names: str, holds: Callable[[Any], bool], rule: str) -> None:
-  """Raises ValueError unless `holds(value)` for every field of `names`; the error names the flag and the rule."""
-  for name in names.split():
-    if not holds(value := getattr(config, name)):
-      raise ValueError(f"{flag}.{name}={value!r} must {rule}")
-
-
-def _check_choices(config: Any, flag: str) -> None:
-  """Raises ValueError unless every `Literal` field of `config` has one of its values."""
-  for name, annotation in get_type_hints(type(config)).items():
-    if get_args(annotation) and (value := getattr(config, name)) not in get_args(annotation):
-      raise ValueError(f"{flag}.{name}={value!r} is not one of {get_args(annotation)}")
+# Ranges of single fields: {rule: (whether a value keeps it, fields)}.
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+  "be at least 1": (
+    lambda x: x >= 1,
+    "batch_size seq_len microbatches schedule.steps schedule.steps_per_cr memory.loss_chunk memory.vocab_chunk "
+    "saving.save_every saving.keep_states",
+  ),
+  "be positive": (lambda x: x > 0, "optimizer.learning_rate optimizer.clip_norm loss.tau loss.bound"),
+  "be 0 or more": (lambda x: x >= 0, "optimizer.warmup_steps optimizer.weight_decay loss.compression_weight"),
+  "lie in [0, 1)": (lambda x: 0.0 <= x < 1.0, "optimizer.beta1 optimizer.beta2 saving.ema_decay"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +39,6 @@ class ScheduleConfig:
   fade_steps: int = 0
   zero_neuron: bool = False
 
-  def __post_init__(self):
-    flag = "retrofit.schedule"
-    _check(self, flag, "steps steps_per_cr", lambda x: x >= 1, "be at least 1")
-    _check(self, flag, "fade_steps", lambda x: 0 <= x <= self.steps, f"lie between 0 and steps={self.steps}")
-    _check(self, flag, "initial_cr", lambda x: 1.0 <= x <= self.final_cr, f"lie between 1 and final_cr={self.final_cr}")
-
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
@@ -59,12 +52,6 @@ class OptimizerConfig:
   beta2: float = 0.95
   weight_decay: float = 0.0
   clip_norm: float = 1.0
-
-  def __post_init__(self):
-    flag = "retrofit.optimizer"
-    _check(self, flag, "learning_rate clip_norm", lambda x: x > 0, "be positive")
-    _check(self, flag, "warmup_steps decay_steps weight_decay", lambda x: x >= 0, "be 0 or more")
-    _check(self, flag, "beta1 beta2", lambda x: 0.0 <= x < 1.0, "lie in [0, 1)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,14 +70,6 @@ class LossConfig:
   tau: float = 0.1
   bound: float = 100.0
 
-  def __post_init__(self):
-    flag = "retrofit.loss"
-    _check_choices(self, flag)
-    _check(self, flag, "tau bound", lambda x: x > 0, "be positive")
-    _check(self, flag, "compression_weight", lambda x: x >= 0, "be 0 or more")
-    if self.teacher == "same" and self.kind == "lm":
-      raise ValueError(f"{flag}.teacher='same' with {flag}.kind='lm': that loss has no teacher")
-
 
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
@@ -106,10 +85,6 @@ class MemoryConfig:
   loss_chunk: int = 4096
   vocab_chunk: int = 8192
 
-  def __post_init__(self):
-    _check_choices(self, "retrofit.memory")
-    _check(self, "retrofit.memory", "loss_chunk vocab_chunk", lambda x: x >= 1, "be at least 1")
-
 
 @dataclasses.dataclass(frozen=True)
 class SavingConfig:
@@ -124,11 +99,6 @@ class SavingConfig:
   keep_states: int = 2
   export: Literal["auto", "retrofit", "model"] = "auto"
   ema_decay: float = 0.0
-
-  def __post_init__(self):
-    _check_choices(self, "retrofit.saving")
-    _check(self, "retrofit.saving", "save_every keep_states", lambda x: x >= 1, "be at least 1")
-    _check(self, "retrofit.saving", "ema_decay", lambda x: 0.0 <= x < 1.0, "lie in [0, 1)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,20 +122,32 @@ class RetrofitConfig:
   saving: SavingConfig = SavingConfig()
 
   def __post_init__(self):
-    _check_choices(self, "retrofit")
-    _check(self, "retrofit", "batch_size seq_len microbatches", lambda x: x >= 1, "be at least 1")
+    for config, prefix in ((self, ""), *((getattr(self, name), f"{name}.") for name in _sections(self))):
+      for name, annotation in get_type_hints(type(config)).items():
+        if get_args(annotation) and (value := getattr(config, name)) not in get_args(annotation):
+          raise ValueError(f"retrofit.{prefix}{name}={value!r} is not one of {get_args(annotation)}")
+    for rule, (holds, names) in _RANGES.items():
+      for name in names.split():
+        if not holds(value := operator.attrgetter(name)(self)):
+          raise ValueError(f"retrofit.{name}={value!r} must {rule}")
+    schedule = self.schedule
+    for name in ("schedule.fade_steps", "optimizer.decay_steps"):
+      if not 0 <= (value := operator.attrgetter(name)(self)) <= schedule.steps:
+        raise ValueError(f"retrofit.{name}={value} must lie between 0 and steps={schedule.steps}")
+    if not 1.0 <= schedule.initial_cr <= schedule.final_cr:
+      raise ValueError(
+        f"retrofit.schedule.initial_cr={schedule.initial_cr} must lie between 1 and final_cr={schedule.final_cr}"
+      )
     if self.batch_size % self.microbatches:
       raise ValueError(f"retrofit.microbatches={self.microbatches} does not divide batch_size={self.batch_size}")
-    steps = self.schedule.steps
-    _check(
-      self.optimizer, "retrofit.optimizer", "decay_steps", lambda x: x <= steps, f"lie between 0 and steps={steps}"
-    )
-    if self.loss.teacher == "same" and self.schedule.fade_steps:
+    if self.loss.teacher == "same" and self.loss.kind == "lm":
+      raise ValueError("retrofit.loss.teacher='same' with retrofit.loss.kind='lm': that loss has no teacher")
+    if self.loss.teacher == "same" and schedule.fade_steps:
       raise ValueError(
         "retrofit.loss.teacher='same' with retrofit.schedule.fade_steps: its channel is gone from the start; "
         "use 'original'"
       )
-    if self.schedule.zero_neuron and self.trainable != "all":
+    if schedule.zero_neuron and self.trainable != "all":
       raise ValueError(
         f"retrofit.schedule.zero_neuron changes weights that trainable={self.trainable!r} leaves frozen; use 'all'"
       )
@@ -182,12 +164,7 @@ class RetrofitConfig:
   @classmethod
   def upgraded(cls, values: dict) -> dict:
     """JSON `values` of this version or of 0.1, which had no sections, as this version writes them."""
-    section_of = {
-      field.name: section.name
-      for section in dataclasses.fields(cls)
-      if dataclasses.is_dataclass(section.default)
-      for field in dataclasses.fields(section.default)
-    }
+    section_of = {field: section for section in _sections(cls) for field in vars(getattr(cls, section))}
     result: dict[str, Any] = {}
     for name, value in values.items():
       if name == "kl":  # before 0.1 had other losses
@@ -198,6 +175,11 @@ class RetrofitConfig:
       else:
         result[name] = value
     return result
+
+
+def _sections(config: RetrofitConfig | type[RetrofitConfig]) -> list[str]:
+  """Names of the fields that are configs themselves."""
+  return [f.name for f in dataclasses.fields(config) if dataclasses.is_dataclass(f.default)]
 
 
 def check(dms: DMSConfig, lora: LoRAConfig, config: RetrofitConfig) -> None:

@@ -1,4 +1,4 @@
-"""What came out of an ablation: rows, a table and pictures of its finished trials."""
+"""The report of an ablation: rows, a table and plots of its finished trials."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from experiments.reports import plots
 
 
 def rows(wanted: list[Trial], results: dict[str, dict]) -> list[dict[str, Any]]:
-  """One object a finished trial: what distinguishes it, where it is, what it cost and how good it is."""
+  """One object a finished trial: its distinguishing settings, folder, cost and scores."""
   names = sweeps.varying([one.whole for one in wanted]) or list(wanted[0].said)
   found = []
   for one in wanted:
@@ -48,7 +48,7 @@ def as_table(found: list[dict[str, Any]]) -> str:
 
 
 def points(found: list[dict[str, Any]], x: str) -> list[dict[str, Any]]:
-  """The rows in the order of the axis `x`, with their place on it as `x`, and as `line` what else tells them apart."""
+  """The rows in the order of the axis `x`, with `x`, the position on it, and `line`, the other settings that differ."""
   if x == "run":
     short = lambda word: word.rpartition("=")[0].rpartition(".")[2] + "=" + word.rpartition("=")[2]
     return [row | {"x": "\n".join(map(short, row["run"].split())), "line": ""} for row in found]
@@ -66,14 +66,14 @@ def points(found: list[dict[str, Any]], x: str) -> list[dict[str, Any]]:
 
 
 def axis(found: list[dict[str, Any]]) -> str:
-  """The setting with most values, of numbers if there are any."""
+  """The setting with most values; numeric settings come first."""
   values = {name: {row["settings"][name] for row in found} for name in found[0]["settings"]}
   numeric = lambda name: TYPES[name] in (int, float) and len(values[name]) > 1
   return max(values, key=lambda name: (numeric(name), len(values[name])))
 
 
 def draw(found: list[dict[str, Any]], x: str, title: str, root: Path) -> list[str]:
-  """The pictures written."""
+  """Writes the plots; returns their paths."""
   pictures = []
   if len(found) > 1:
     pictures.append(plots.ablation(root / "ablation.png", points(found, x), x, title))

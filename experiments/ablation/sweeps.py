@@ -1,7 +1,7 @@
-"""Sweeps in words: products of settings, their union, and the files that hold them.
+"""Sweeps as text: products of settings, their union, and sweep files.
 
 A *group* is one line, 'dms.window=0,16 dms.gate=neuron,adapter': every combination of the values named. Values are
-spelled as on a command line and separated by commas; where a field is itself a list, its commas stay and `|` separates:
+spelled as on a command line and separated by commas; for a field that is itself a list, `|` separates its values:
 'lora.targets=q_proj,k_proj|q_proj'. Several groups are a union. A value with spaces is quoted.
 """
 
@@ -37,11 +37,11 @@ def product(group: str, types: dict[str, Any], where: str = "--sweep") -> list[d
   """Every combination of one group, as {flag: value}; the last field varies fastest.
 
   Args:
-    types: the flags there are, and what each is annotated with.
-    where: how an error names the group.
+    types: all flags and their annotations.
+    where: the group's name in errors.
 
   Raises:
-    ValueError: an unknown field, a field twice, or a text that spells no value of its field.
+    ValueError: a field is unknown or comes twice, or a text is no value of its field.
   """
   choices: dict[str, list[Any]] = {}
   for part in _split(group, where):
@@ -61,13 +61,13 @@ def product(group: str, types: dict[str, Any], where: str = "--sweep") -> list[d
 def read_file(path: str | Path, flags: Iterable[str]) -> tuple[dict[str, str], list[str]]:
   """({flag: its value's text}, groups) of a sweep file.
 
-  `#` begins a comment, lines of `--flag=value` settle what the command line leaves open, any other line is a group.
+  `#` starts a comment, lines of `--flag=value` set flags that the command line does not, any other line is a group.
 
   Args:
-    flags: those that the file may settle.
+    flags: the flags that the file may set.
 
   Raises:
-    ValueError: no such file, or a line that is neither.
+    ValueError: there is no such file, or a line is neither.
   """
   try:
     lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -97,7 +97,7 @@ def varying(runs: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def unique(runs: Iterable[tuple[dict, dict]]) -> list[tuple[dict, dict]]:
-  """`runs`, (what a group says, complete settings), without those whose complete settings came before."""
+  """`runs`, (swept values, complete settings), without repeated complete settings."""
   kept: list[tuple[dict, dict]] = []
   for said, whole in runs:
     if all(whole != other for _, other in kept):
@@ -106,13 +106,13 @@ def unique(runs: Iterable[tuple[dict, dict]]) -> list[tuple[dict, dict]]:
 
 
 def brief(values: Iterable[str]) -> dict[str, str]:
-  """Each of `values` without the folders of its paths, unless two would then read alike."""
+  """Each of `values` without the folders of its paths, unless two would then be equal."""
   short = {value: ",".join(part.rpartition("/")[2] for part in value.split(",")) for value in values}
   return short if len(set(short.values())) == len(short) else {value: value for value in short}
 
 
 def table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  """Markdown, its cells padded so that it reads as well on a terminal."""
+  """A Markdown table with padded cells, readable on a terminal too."""
   widths = [max(len(row[i]) for row in [names, *rows]) for i in range(len(names))]
   line = lambda cells: "| " + " | ".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True)) + " |"
   return "\n".join([line(names), "|" + "|".join("-" * (w + 1) + ":" for w in widths) + "|", *map(line, rows)])

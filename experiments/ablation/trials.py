@@ -1,4 +1,4 @@
-"""What an ablation is to run: every combination of a sweep with all its settings, checked before the first run."""
+"""The trials of an ablation: every combination of a sweep with all its settings, checked before the first run."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from experiments import retrofit
 from experiments.ablation import sweeps
 from experiments.common import program
 
-TRAINED = "trained.json"  # in a trial's folder, written when its retrofit is finished, with what it cost
+TRAINED = "trained.json"  # in a trial's folder, written when its retrofit is finished; holds its cost
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-  """What a retrofit is scored on; nothing here trains anew.
+  """How a retrofit is scored; none of these fields changes its training.
 
-  The first `max_tokens` (0: all) of `text` are read in chunks of `length`, every position but a chunk's first scored.
-  `retrofit` is one there is already: then nothing is trained. `checkpoint` is "final" or "cr2", "cr3", ...: what was
-  saved when the target passed that compression. `threshold` and `window` (none: the retrofit's) are the eviction's. At
-  `positions` of a chunk, evenly spread, compression is also reported by layer and head.
+  The first `max_tokens` (0: all) of `text` are read in chunks of `length` tokens; every position except a chunk's
+  first is scored. `retrofit` names an existing one: then nothing is trained. `checkpoint` is "final", or "cr2", "cr3",
+  ... for the one saved when the target reached that CR. `threshold` and `window` (none: the retrofit's) override the
+  eviction's. At `positions` evenly spaced positions of a chunk, compression is also reported by layer and head.
 
-  `policy` other than "dms" is a rival: the original decodes the text under it, nothing is trained or retrofitted.
-  `budget`, in tokens a head, is its (window and sinks included).
+  With a `policy` other than "dms", the original model decodes the text under that baseline and nothing is trained.
+  `budget` is the baseline's, in tokens a head, window and sinks included.
   """
 
   text: str = ""
@@ -52,18 +52,18 @@ class EvalConfig:
       raise ValueError(f"eval.positions={self.positions} must be at most eval.length={self.length}")
     if (self.budget is None) != (self.policy in ("dms", "vanilla")):
       raise ValueError(
-        f"eval.policy={self.policy!r} with eval.budget={self.budget}: rivals need one, dms and vanilla none"
+        f"eval.policy={self.policy!r} with eval.budget={self.budget}: baselines need one, dms and vanilla none"
       )
     if self.policy != "dms" and (self.threshold or self.window is not None or self.positions):
       raise ValueError(f"eval.policy={self.policy!r} has no gates: eval.threshold, window and positions are theirs")
-    self.rival()
+    self.baseline()
 
   @property
   def trained(self) -> bool:
-    """Whether a retrofit of the run's own is scored."""
+    """Whether the trial trains the retrofit that it scores."""
     return self.policy == "dms" and not self.retrofit
 
-  def rival(self) -> policies.Policy | None:
+  def baseline(self) -> policies.Policy | None:
     """The policy to decode under; None for the gates' own.
 
     Raises:
@@ -81,7 +81,7 @@ TYPES = {flag: kind for name, (cls, _) in SECTIONS.items() for flag, kind in pro
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-  """One combination: what the sweep said, all settings by flag, the same as configs, and where the results go."""
+  """One combination: the swept values, all settings by flag and as configs, and the places of its results."""
 
   said: dict[str, Any]
   whole: dict[str, Any]
@@ -104,10 +104,16 @@ class Trial:
 
 
 def trial(said: dict[str, Any], whole: dict[str, Any], base: str, root: Path) -> Trial:
-  """A combination, checked.
+  """A checked combination.
+
+  Args:
+    said: the swept values by flag.
+    whole: all settings by flag.
+    base: path of the checkpoint.
+    root: folder of the ablation.
 
   Raises:
-    ValueError: a value is refused, or they do not go together; names the combination.
+    ValueError: a value is refused, or the settings are inconsistent; names the combination.
   """
   where = "--sweep: " + (" ".join(f"{flag}={program.spell(value)}" for flag, value in said.items()) or "no field")
   try:
@@ -125,12 +131,8 @@ def trial(said: dict[str, Any], whole: dict[str, Any], base: str, root: Path) ->
       check(configs["dms"], configs["lora"], settings)
       if settings.trainable != "lora" and (given := [flag for flag in said if flag.startswith("lora.")]):
         raise ValueError(f"retrofit.trainable={settings.trainable!r} has no low-rank updates for {given} to change")
-      crs = [
-        cr
-        for cr in range(2, int(settings.schedule.final_cr) + 1)
-        if schedule.step_of_cr(settings, cr) <= settings.schedule.steps
-      ]
-      saved = ["final", *(f"cr{cr}" for cr in crs)]
+      last, crs = settings.schedule.steps, range(2, int(settings.schedule.final_cr) + 1)
+      saved = ["final", *(f"cr{cr}" for cr in crs if schedule.step_of_cr(settings, cr) <= last)]
       if evaluation.checkpoint not in saved:
         raise ValueError(f"eval.checkpoint={evaluation.checkpoint!r} is none of {saved}, which a run saves")
   except ValueError as error:
@@ -142,7 +144,7 @@ def trial(said: dict[str, Any], whole: dict[str, Any], base: str, root: Path) ->
   else:
     resolved = {"checkpoint": base, **{flag: value for flag, value in whole.items() if flag not in scored}}
     folder = root / f"{program.label(trained)}-{program.fingerprint(resolved)}"
-    # Another sweep may have come to the same settings by other fields.
+    # Another sweep may have reached the same settings by other fields.
     folder = next(iter(sorted(root.glob(f"*-{folder.name.rpartition('-')[2]}"))), folder)
   label = program.label(
     {flag: value for flag, value in said.items() if flag in scored and flag[5:] not in ("retrofit", "policy")}
@@ -156,7 +158,7 @@ def trials(base: str, groups: list[str], root: Path) -> list[Trial]:
   """Every combination of `groups`, each once, in order, for the checkpoint at `base`.
 
   Raises:
-    ValueError: nothing to sweep, a value is refused, or the command line sets what is swept.
+    ValueError: there is nothing to sweep, a value is refused, or a swept field is set on the command line.
   """
   given = {flag: value for flag, value in program.flag_values().items() if flag in TYPES}
   said = [each for group in groups for each in sweeps.product(group, TYPES)]

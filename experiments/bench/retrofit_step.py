@@ -1,15 +1,15 @@
-"""`experiments.retrofit --benchmark`: how fast a training step is, on a model's shape with random weights.
+"""`experiments.retrofit --benchmark`: the time of a training step, on a model's shape with random weights.
 
     python -m experiments.retrofit --benchmark --preset=llama-3.2-1b --retrofit.trainable=all --retrofit.seq_len=4096
 
-Prints tokens/s and model FLOPs utilisation (`dms_jax.retrofit.cost` has the formula), of the student alone and with the
-teacher's forward pass; null where the device's peak is not known. Cost: about a minute on an H100.
+Prints tokens/s and model FLOPs utilisation (formula: `dms_jax.retrofit.cost`), with and without the teacher's forward
+pass; null where the device's peak is not known. Takes about a minute on an H100.
 
-On a mesh (--mesh.data=2, --mesh.tensor=2) it also times one device alone, at the rows that each of `data` has, and
-prints the scaling efficiency: tokens/s a device on the mesh over tokens/s on the one.
+On a mesh (--mesh.data=2, --mesh.tensor=2) it also times a single device with the rows of one `data` shard, and prints
+the scaling efficiency: tokens/s a device on the mesh over tokens/s on the single device.
 
-With --against_flex it first times such a step in PyTorch with FlexAttention (experiments/flex_step.py), attending as
-the method's first trainer does and in the fastest way that we know of, and prints how much faster ours is.
+With --against_flex it first times the same step in PyTorch with FlexAttention (experiments/bench/flex_step.py), with
+the attention of the method's first trainer and in the fastest form that we know, and prints the ratio.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ from experiments.common import program
 
 WARMUP = 2
 FORMS = ("flex", "flex_blocks")  # of PyTorch's attention, as `flex_attention.forms` has them
-WHOLE = 2**16  # words whose logits of all rows PyTorch has room for at once
+WHOLE = 2**16  # the largest vocabulary for which PyTorch's logits of all rows fit into memory
 
 
 def preset(name: str) -> ModelConfig:
-  """A model's shape by name; an unknown one is a ValueError that lists them."""
+  """A model's shape by name; an unknown name is a ValueError that lists them."""
   if name not in PRESETS:
     raise ValueError(f"--preset={name!r} is not one of {sorted(PRESETS)}")
   return PRESETS[name]
@@ -60,12 +60,12 @@ def check_steps(steps: int) -> None:
 def benchmark(
   config: ModelConfig, dms: DMSConfig, lora: LoRAConfig, retrofit: RetrofitConfig, steps: int, mesh: Mesh | None = None
 ) -> dict[str, Any]:
-  """Times `steps` training steps after the first two, each to its end, on a mesh or on one device.
+  """Times `steps` training steps after two warm-up steps, each to completion, on a mesh or on one device.
 
   Returns:
     `step_seconds` (median), `tokens_per_second`, `flops` of a step by part, `utilisation` and `utilisation_student`
-    (None where the peak is unknown), `peak_bytes` of memory of the fullest device (None where devices do not tell). Of
-    several devices also `one_device`, the same of one, and `scaling_efficiency`.
+    (None where the peak is unknown), `peak_bytes`, the largest memory use of a device (None where devices do not report
+    it). For several devices also `one_device`, the same for a single one, and `scaling_efficiency`.
   """
   check_steps(steps)
   alone = make_mesh(devices=jax.local_devices())
@@ -84,10 +84,10 @@ def flex_steps(
   config: ModelConfig, dms: DMSConfig, lora: LoRAConfig, retrofit: RetrofitConfig, steps: int, devices: int = 1,
   timeout: float = 420.0,
 ) -> dict[str, Any]:  # fmt: skip
-  """{"flex": ..., "flex_blocks": ...}, each what `flex_step.measure` finds, in a process of its own.
+  """{"flex": ..., "flex_blocks": ...}: the result of `flex_step.measure` for each form, in a process of its own.
 
   Raises:
-    ValueError: settings that only ours has.
+    ValueError: the PyTorch step does not have these settings.
   """
   if (retrofit.loss.kind, retrofit.loss.teacher, dms.gate, dms.granularity) != (
     "reverse_kl",
@@ -151,7 +151,7 @@ def _timed(
 
 
 def table(name: str, retrofit: RetrofitConfig, result: dict[str, Any]) -> str:
-  """The result as a small table."""
+  """The result as a table for the terminal."""
   share = lambda x: "not known" if x is None else f"{100 * x:.1f} %"
   memory = "not known" if result["peak_bytes"] is None else f"{result['peak_bytes'] / 2**30:.1f} GiB"
   rows = [

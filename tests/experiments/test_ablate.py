@@ -135,7 +135,7 @@ def test_sweeps_of_the_repository(path):
     ({"eval.checkpoint": "cr3", "retrofit.schedule.steps": 150}, r"'cr3' is none of \['final', 'cr2'\]"),
     ({"eval.retrofit": "mine", "dms.window": 3}, r"eval.retrofit=mine trains nothing, so \['dms.window'\]"),
     ({"eval.retrofit": "mine", "eval.checkpoint": "cr2"}, "here nothing is trained"),
-    ({"eval.policy": "h2o"}, "'h2o' with eval.budget=None: rivals need one"),
+    ({"eval.policy": "h2o"}, "'h2o' with eval.budget=None: baselines need one"),
     ({"eval.policy": "tova", "eval.budget": 8, "eval.threshold": 1.0}, "'tova' has no gates"),
     ({"eval.policy": "streamingllm", "eval.budget": 3}, "budget=3 tokens must be more than its sinks=4"),
   ],
@@ -193,8 +193,8 @@ def test_a_score_is_of_one_text_and_one_retrofit(tmp_path):
   again = tiny.model(gates=tiny.dms(), seed=5)
   checkpoint.save(tmp_path / "mine", again, groups=("gate", "lora"))
   assert ablate.finished(one, tokens) is None
-  rival = trials.trial({}, defaults(eval__policy="vanilla"), "model", tmp_path)
-  assert ablate.fingerprint(rival) is None
+  baseline = trials.trial({}, defaults(eval__policy="vanilla"), "model", tmp_path)
+  assert ablate.fingerprint(baseline) is None
 
 
 # ------------------------------------------------------------------------------------------------------ the figures
@@ -216,8 +216,8 @@ def test_compression_by_position(window, eviction):
     held_by_position(model, tokens, 24, 25)
 
 
-def test_rivals_decode_the_text():
-  """Under the gates' own policy the cache gives what the mask does; a rival keeps to its budget."""
+def test_baselines_decode_the_text():
+  """Under the gates' own policy the cache agrees with the mask; a baseline stays within its budget."""
   model = tiny.model(gates=tiny.dms())
   original, tokens = model.replace(dms=None), np.asarray(tiny.tokens(model.config, 1, 40))[0]
   masked, cached = (text_quality(original, model, tokens, 20, policy=policy) for policy in (None, policies.DMS()))
@@ -226,9 +226,9 @@ def test_rivals_decode_the_text():
   said = {"eval.length": 40, "eval.policy": "h2o", "eval.budget": 8}
   one = trials.trial(said, defaults() | said, "model", Path("runs"))
   assert one.folder.name.startswith("policy=h2o-") and ablate.load(one, "model", original) is original
-  rival = ablate.score(one, original, original, tokens)
-  assert rival["achieved_cr"] == 5.0 and rival["kl"] > 0
-  assert rival["reads_cr"] == pytest.approx(40 * 41 / 2 / (8 * 9 / 2 + 32 * 8))
+  baseline = ablate.score(one, original, original, tokens)
+  assert baseline["achieved_cr"] == 5.0 and baseline["kl"] > 0
+  assert baseline["reads_cr"] == pytest.approx(40 * 41 / 2 / (8 * 9 / 2 + 32 * 8))
 
 
 def test_thresholds_share_a_compilation():

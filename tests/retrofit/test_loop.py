@@ -1,4 +1,4 @@
-"""The training program as a user runs it: a killed run goes on with the same numbers; its checkpoints load."""
+"""The training program as a user runs it: a killed run resumes with the same numbers; its checkpoints load."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def command(inputs: Path, output: Path, *flags: str) -> list[str]:
   ]  # fmt: skip
 
 
-# Ends itself with SIGKILL at the n-th time it opens, makes or renames something whose path holds a word.
+# Kills itself with SIGKILL at the n-th time it opens, creates or renames a path that contains a given word.
 KILLED_WHILE_WRITING = """
 import os, runpy, signal, sys
 count, word = int(sys.argv[1]), sys.argv[2]
@@ -81,7 +81,7 @@ def whole(inputs):
 
 
 def test_a_killed_run_goes_on_with_the_same_numbers(inputs, whole):
-  """SIGKILL while the state and while a retrofit is being written: log and weights end bit-equal."""
+  """After SIGKILL during the writing of the state, and of a retrofit, log and weights end bit-equal."""
   output = inputs / "killed"
   # The state is written while training goes on, until the next is due.
   for count, word, steps in ((2, "state/10", range(10, 16)), (3, ".cr3", (16,))):
@@ -124,7 +124,7 @@ def test_an_unknown_flag_is_an_error(inputs):
 
 
 def test_sigterm_saves_first_and_says_so(inputs):
-  """One long run, ended from outside: exit code 143, a line that says what happened, and a state to go on from."""
+  """A long run, terminated: exit code 143, a line with the reason, and a state to resume from."""
   output = inputs / "terminated"
   process = subprocess.Popen(
     command(inputs, output, "--retrofit.schedule.steps=100000", "--retrofit.saving.save_every=100000"),

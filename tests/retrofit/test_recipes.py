@@ -1,4 +1,4 @@
-"""What the flags of a retrofit mean: immediate eviction, the fading neuron, losses, low-rank targets, every field."""
+"""The meaning of a retrofit's flags: immediate eviction, the fading neuron, losses, low-rank targets, every field."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.helpers import changed
 
 
 def test_immediate_eviction_is_the_mask_of_the_formula():
-  """Key j leaves query i's sight where i - j > W and token j + W + shift said so; without a window both kinds agree."""
+  """Key j is invisible to query i iff i - j > W and token j + W + shift evicted it; with W 0 both kinds agree."""
   rng = np.random.default_rng(0)
   for window, shift in ((0, 1), (3, 1), (3, 0), (30, 1)):
     decided = rng.random(20) < 0.5
@@ -164,7 +164,7 @@ def test_the_data_depends_on_its_fields():
 
 
 def test_the_neuron_fades_from_whole_to_cleared():
-  """Kept whole the model is the untouched one, at 0 the one whose channel is cleared, and between lies between."""
+  """At 1 the model is the untouched one, at 0 its channel is cleared, at 0.5 it is in between."""
   base = tiny.model()
   model = base.replace(dms=tiny.dms(gate="neuron"))
   tokens = tiny.tokens(base.config, 2, 12)
@@ -203,7 +203,7 @@ def test_phase_one_evicts_nothing_and_phase_two_begins_where_it_ends(baseline):
 
 @pytest.mark.standard_promotion
 def test_language_model_loss_is_the_next_tokens_surprise():
-  """Only what goes on within its document counts, and nothing after an end of text."""
+  """Only tokens that continue their document count, and none after an end of text."""
   config = changed(BASE, loss__kind="lm", trainable="all")
   model = tiny.model(SMALL, tiny.dms(window=3))
   tokens = tiny.tokens(SMALL, 2, 16).at[0, 4].set(3)

@@ -32,8 +32,8 @@ from dms_jax.sharding import tree_shardings
 from dms_jax.tokenizer import byte_tokenizer
 
 ROOT = Path(__file__).parents[2]
-# Sums over rows, words and widths are taken in another order: float32 rounding, 1e-7 of a loss and up to 2e-5 of a
-# gradient's norm after four steps, because AdamW divides small gradients by as small a size; and on over eight.
+# Sums over rows, vocabulary and width are taken in another order. Float32 rounding is 1e-7 of a loss, and grows to 2e-5
+# of a gradient's norm after four steps, because AdamW divides small gradients by equally small moments.
 TOLERANCE = dict(rtol=1e-3, atol=1e-6)
 
 RETROFIT = """
@@ -69,7 +69,7 @@ quick = jax.jit(
 sizes = {}
 
 def step(state, student, teacher, batch, *rest):
-  # Nothing whole that could lie in parts: what a device holds of the step's arguments, as compiled.
+  # Nothing is replicated that could be sharded: bytes of the step's arguments on each device, as compiled.
   mesh = jax.sharding.get_abstract_mesh()
   if (which := tuple(mesh.shape.values())) not in sizes:
     whole = sum(x.nbytes for x in jax.tree.leaves((state, student, teacher, batch)))
@@ -87,12 +87,12 @@ def train(name, mesh, **kwargs):
 
 one = train("one", None)
 train("mesh", make_mesh(data=4, tensor=2), stop_after=2)
-many = train("mesh", make_mesh(data=8))  # goes on in other parts
+many = train("mesh", make_mesh(data=8))  # resumes on another mesh
 assert [line["step"] for line in many] == [0, 1, 2, 3]
 for a, b in zip(one, many, strict=True):
   for name in ("loss", "kl", "compression_loss", "grad_norm", "gate_rate", "achieved_cr", "target_cr"):
     np.testing.assert_allclose(b[name], a[name], rtol=1e-4, atol=1e-6, err_msg=f"{name}, step {a['step']}")
-# Vectors are split over "data" only, and scalars and the key stand everywhere.
+# Vectors are split over "data" only; scalars and the key are replicated.
 assert sizes[4, 2] < 1.1 and sizes[8, 1] < 1.01, sizes
 print("equal")
 """
@@ -129,7 +129,7 @@ def on_eight_devices(program: str, *args) -> None:
 
 
 @pytest.mark.parametrize("trainable", ["all", pytest.param("lora", marks=pytest.mark.slow)])
-def test_eight_devices_train_as_one_and_go_on_in_other_parts(tmp_path, trainable):
+def test_eight_devices_train_as_one_and_resume_on_another_mesh(tmp_path, trainable):
   on_eight_devices(RETROFIT, tmp_path, trainable)
 
 
@@ -141,7 +141,7 @@ def test_benchmark_compares_a_mesh_with_one_device():
 @pytest.mark.parametrize("data, tensor", [(8, 1), (4, 2), (2, 4)])
 @pytest.mark.parametrize("trainable", ["all", "lora"])
 @pytest.mark.parametrize("preset", ["smollm2-135m", "llama-3.1-8b", "qwen3-8b"])
-def test_real_models_lie_in_eight_parts(preset, trainable, data, tensor):
+def test_real_models_are_split_into_eighths(preset, trainable, data, tensor):
   """Weights, their moments and the teacher: each device holds an eighth, within 1 % for vectors and scalars."""
   config, dms, lora = RetrofitConfig(trainable=trainable), DMSConfig(), LoRAConfig(rank=16)
   base = Model(abstract_params(param_table(PRESETS[preset]), jnp.bfloat16), PRESETS[preset])
@@ -205,7 +205,7 @@ def start(inputs: Path, output: Path, *flags: str, devices: int = 1) -> subproce
 
 
 def start_two(inputs: Path, output: Path, *flags: str) -> list[subprocess.Popen]:
-  """Processes of two devices each, which meet at a free port."""
+  """Two processes of two devices each, with a coordinator at a free port."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
@@ -227,8 +227,8 @@ def log(output: Path) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_which_goes_on_alone(inputs):
-  """Four devices in two processes up to step 4, then one device: log and weights of one process throughout."""
+def test_two_processes_train_as_one_which_resumes_alone(inputs):
+  """Four devices in two processes up to step 4, then one device: log and weights equal those of one process."""
   one, two = inputs / "one", inputs / "two"
   [(code, _, errors)] = finished(start(inputs, one, "--retrofit.schedule.steps=8"))
   assert code == 0, errors
@@ -243,7 +243,7 @@ def test_two_processes_train_as_one_which_goes_on_alone(inputs):
       np.testing.assert_allclose(b[name], a[name], **TOLERANCE, err_msg=f"{name}, step {a['step']}")
   for name in ("cr2", "final"):
     a, b = (checkpoint.load(inputs / "model", retrofit=run / name, merge=False).params["layers"] for run in (one, two))
-    # Where a gradient is hardly more than rounding, AdamW's step may point elsewhere: one step apart at most.
+    # Where a gradient is mostly rounding, AdamW's step may have another sign: one step apart at most.
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3), a, b)
 
 

@@ -1,4 +1,4 @@
-"""Text that the model writes itself: its sources, resumption after a failure, and training on nothing else."""
+"""Text sampled from the model itself: its sources, resumption after a failure, and training on it alone."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_bad_sources_are_named(tmp_path, writer, fields, content, message):
 
 
 def test_an_interrupted_writer_goes_on_and_leaves_nothing_behind(tmp_path, writer, monkeypatch):
-  """A failure between batches keeps the finished ones; the whole equals what an undisturbed call writes."""
+  """A failure between batches keeps the finished ones; the file equals that of an undisturbed call."""
   model, tokenizer = writer
   config = SelfTextConfig(6, max_new_tokens=12, batch=2)
   sampled = self_text.write(model, tokenizer, config, tmp_path / "whole.jsonl")

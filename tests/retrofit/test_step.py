@@ -1,4 +1,4 @@
-"""The training step: NVIDIA's reference losses and gradients, what those cannot tell, and the data order."""
+"""The training step: NVIDIA's reference losses and gradients, cases that they do not cover, and the data order."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_kl_direction(direction):
 
 @pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "lm"])
 def test_vocabulary_loss_is_chunked_exactly(kind):
-  """Any chunks of positions and words, and a mask, give the mean of whole logits; so do both gradients.
+  """With any chunks of positions and vocabulary, loss and both gradients equal those of whole logits under a mask.
 
   Logits up to +-60, so that a sum without a running maximum would overflow. Tolerance: float32 sums in another order.
   """
@@ -101,8 +101,8 @@ def test_vocabulary_loss_is_chunked_exactly(kind):
 
   against = {"targets": targets} if kind == "lm" else {"teacher": teacher, "teacher_head": heads[1]}
   want, (want_x, want_head) = jax.value_and_grad(whole, argnums=(0, 1))(student, heads[0])
-  for chunk, words in ((4, 128), (14, 100), (100, 10_000)):
-    fn = functools.partial(losses.vocabulary_loss, kind, mask=mask, **against, chunk=chunk, vocab_chunk=words)
+  for chunk, vocab_chunk in ((4, 128), (14, 100), (100, 10_000)):
+    fn = functools.partial(losses.vocabulary_loss, kind, mask=mask, **against, chunk=chunk, vocab_chunk=vocab_chunk)
     fn = jax.jit(jax.value_and_grad(fn, argnums=(0, 1)), compiler_options=tiny.QUICK)
     got, (x, head) = fn(student, heads[0])
     np.testing.assert_allclose(got, want, rtol=2e-6)
@@ -112,9 +112,9 @@ def test_vocabulary_loss_is_chunked_exactly(kind):
   assert not np.any(jax.grad(frozen)(heads[0]))
 
 
-def test_logits_of_a_large_vocabulary_never_stand_whole():
-  """128K words: loss and gradients need less than a tenth of what the logits of one chunk of positions take."""
-  words, positions, chunk, width = 128256, 256, 64, 8
+def test_logits_of_a_large_vocabulary_are_never_whole():
+  """Vocabulary of 128K: loss and gradients need less than a tenth of the memory of one chunk of positions' logits."""
+  vocab, positions, chunk, width = 128256, 256, 64, 8
   shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
 
   def loss(x, head, teacher, teacher_head, mask):
@@ -122,11 +122,11 @@ def test_logits_of_a_large_vocabulary_never_stand_whole():
       "reverse_kl", x, head, mask, teacher=teacher, teacher_head=teacher_head, chunk=chunk, vocab_chunk=2048
     )
 
-  x, head = shape(1, positions, width), shape(words, width)
+  x, head = shape(1, positions, width), shape(vocab, width)
   args = (x, head, x, head, jax.ShapeDtypeStruct((1, positions), jnp.bool_))
   compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*args).compile()
-  gradient = 4 * words * width  # of the head, accumulated
-  assert compiled.memory_analysis().temp_size_in_bytes < 2 * gradient + 4 * words * chunk / 10
+  gradient = 4 * vocab * width  # of the head, accumulated
+  assert compiled.memory_analysis().temp_size_in_bytes < 2 * gradient + 4 * vocab * chunk / 10
 
 
 def test_compression_loss_is_one_sided_per_row():
@@ -166,7 +166,7 @@ def numpy_losses(model, batch, noise, cr, config):
 @pytest.mark.parametrize("gate", ["adapter", "neuron"])
 @pytest.mark.parametrize("granularity", ["head", "layer"])
 def test_losses_with_eos_padding_and_packing(gate, granularity):
-  """What the reference outputs do not cover: end of text inside, padding, packed documents, rows above the target."""
+  """Not covered by the reference outputs: end of text in a row, padding, packed documents, rows above the target."""
   cfg = tiny.config(eos_token_ids=(3,))
   model = tiny.model(cfg, tiny.dms(gate=gate, granularity=granularity, window=3))
   tokens = tiny.tokens(cfg, 3, 24).at[0, 5].set(3)
@@ -183,7 +183,7 @@ def test_losses_with_eos_padding_and_packing(gate, granularity):
 
 
 def test_packed_documents_train_as_if_alone():
-  """Two documents in a row give the states each gives alone: no attention, no position, no decision crosses over."""
+  """Two documents in a row have the states that each has alone: attention, positions and decisions stay apart."""
   model = tiny.model(gates=tiny.dms(window=2))
   tokens = tiny.tokens(model.config, 1, 20)
   ids = jnp.asarray([[1] * 8 + [2] * 12], jnp.int32)
@@ -243,7 +243,7 @@ def test_compression_rises_and_distillation_falls():
 
 @pytest.mark.standard_promotion  # optax
 def test_microbatches_accumulate_the_mean_gradient():
-  """With equal noise per part (none: tau huge makes it vanish) two halves give the step of the whole."""
+  """With equal noise in each part (none: a huge tau removes it), two halves give the step of the whole batch."""
   whole = _set_up(loss__teacher="original", loss__tau=1e6)
   batch = Batch(tiny.tokens(whole[1].config, 4, 24))
   results = []

@@ -1,4 +1,4 @@
-"""What a retrofit run leaves behind when it is stopped, explodes, or the disk is full; and what it is told to keep."""
+"""The files of a retrofit run that is stopped, diverges or fills the disk, and the settings of what it keeps."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def whole(tmp_path_factory, quick):
 
 
 def check_finished(directory, whole) -> None:
-  """The interrupted run ends with the log and the weights of the undisturbed one, bit-equal, and no litter."""
+  """The interrupted run ends with the log and weights of the undisturbed one, bit-equal, and no temporary files."""
   assert log(directory) == whole[1]
   for name in ("cr2", "cr3", "final"):
     a, b = (
@@ -140,7 +140,7 @@ def test_an_exploding_loss_ends_with_the_step_and_the_state(tmp_path, whole, mon
   assert states(tmp_path) == [3]
   last = log(tmp_path)[-1]
   assert last["step"] == 4 and last["loss"] == (None if math.isnan(loss) else 1e9)
-  train(*a_run(tmp_path))  # goes on from step 3
+  train(*a_run(tmp_path))  # resumes from step 3
   check_finished(tmp_path, whole)
 
 

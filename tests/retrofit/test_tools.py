@@ -1,4 +1,4 @@
-"""Around the training program: FLOPs and the step benchmark, pictures of a log, signals, optional TensorBoard."""
+"""Tools of the training program: FLOPs, the step benchmark, plots of a log, signals, TensorBoard."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_benchmark(monkeypatch):
 @pytest.mark.parametrize("name", ["kl", "nll"])
 @pytest.mark.parametrize("heads", [False, True])
 def test_picture_of_a_log(tmp_path, name, heads):
-  """With and without heads, an exploded last step included; nothing but the picture is left."""
+  """With and without heads, and with a diverged last step; only the plot is written."""
   pytest.importorskip("matplotlib")
   lines = [
     {"step": i, name: 0.1 * i, "target_cr": 1.0 + i, "achieved_cr": 1.0, "gate_rate": 0.5, "compression_loss": 0.1}
