@@ -25,7 +25,7 @@ from pallas_kernels import decode, prefill
 from pallas_kernels import window_bias as retrofit
 from pallas_kernels.common import compat, dispatch
 from pallas_kernels.decode import Pages
-from pallas_kernels.paged import api as put
+from pallas_kernels.paged import api as paged
 from pallas_kernels.prefill import NEVER as NEVER
 
 _choice: contextvars.ContextVar[str | Sequence[str] | None] = contextvars.ContextVar("attention", default=None)
@@ -62,8 +62,8 @@ def decode_attention(q, kv, layer, lengths, *, pages: Pages | None = None, **kwa
     return _chosen(decode.decode_attention, q, kv, layer, lengths, arrays={"pages": pages}, **kwargs)
 
   def specs(b, k):
-    paged = None if pages is None else Pages(P(), P(None, b, k), P(b, k), None if pages.scales is None else P())
-    return P(b, k), P(None, b, k), P(), P(b, k), paged
+    archive = None if pages is None else Pages(P(), P(None, b, k), P(b, k), None if pages.scales is None else P())
+    return P(b, k), P(None, b, k), P(), P(b, k), archive
 
   kv_heads = (kv if pages is None else pages.table).shape[2]
   return _on_shards(call, q.shape[0], kv_heads, specs, P, q, kv, layer, lengths, pages)
@@ -78,8 +78,8 @@ def write_pages(pool, table, slots, rows, *, in_order: bool = True):
   Args:
     in_order: the slots of one archive ascend without gaps; if they do not, XLA scatters.
   """
-  chosen = (*(dispatch.named(put.IMPLEMENTATIONS, _choice.get()) if in_order else ()), "xla")
-  call = partial(put.write_pages, implementation=[name for name in put.IMPLEMENTATIONS if name in chosen])
+  chosen = (*(dispatch.named(paged.IMPLEMENTATIONS, _choice.get()) if in_order else ()), "xla")
+  call = partial(paged.write_pages, implementation=[name for name in paged.IMPLEMENTATIONS if name in chosen])
   if not Execution.choose().replicated_writes:
     return call(pool, table, slots, rows)
   return _on_shards(call, 1, 1, lambda *_: (P(),) * 4, lambda *_: P(), pool, table, slots, rows)

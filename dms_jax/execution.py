@@ -58,7 +58,6 @@ class Execution:
       lower and to compile, is compiled once for all layers of a list.
     replicated_writes: on a mesh of TPUs every device writes the whole pool of pages itself, since a kernel is not
       partitioned automatically.
-    wide_pages: pages of 8-bit archives are twice as long on a TPU.
   """
 
   layers: Literal["scan", "loop"] = "scan"
@@ -72,7 +71,6 @@ class Execution:
   embed_barrier: bool = False
   jitted_attention: bool = False
   replicated_writes: bool = False
-  wide_pages: bool = False
 
   @classmethod
   def choose(cls, model: Model | None = None, rows: int = 0, tokens: int = 0) -> Execution:
@@ -97,7 +95,6 @@ class Execution:
       embed_barrier=cpu,
       jitted_attention=gpu,
       replicated_writes=tpu,
-      wide_pages=tpu,
     )
     chosen |= _overrides.value
     if not decodes:
@@ -117,7 +114,7 @@ def override(**fields: Any) -> Iterator[None]:
 
   A field that is switched on acts whatever the device and the number of rows, where step and model have what it acts
   on. The overrides are part of the key of `jax.jit`, so functions traced before are traced again. `layers` acts where a
-  model is prepared (`fastest_form`), `bits_storage` and `wide_pages` where a cache is made.
+  model is prepared (`fastest_form`), `bits_storage` where a cache is made.
 
   Raises:
     TypeError: an unknown field.

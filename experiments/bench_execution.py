@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dms_jax.cache import Cache
-from dms_jax.config import PRESETS
 from dms_jax.execution import Execution, override
+from dms_jax.families import PRESETS
 from experiments.bench import synthetic
 from experiments.bench.generate_points import Bench, Energy, Point, Programs, Shape, copied, small
 from experiments.common import program
@@ -31,7 +31,7 @@ from experiments.reports import tables
 
 BASE = "none"  # the step with nothing switched off
 # These fields change how long a program takes to compile, a mesh, or a format; name one in `tricks` to try it.
-NOT_TIMED = ("jitted_attention", "replicated_writes", "wide_pages")
+NOT_TIMED = ("jitted_attention", "replicated_writes")
 
 
 @dataclasses.dataclass(frozen=True)

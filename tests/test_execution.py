@@ -24,7 +24,6 @@ OFF = Execution()
 ON = dict(
   layers="loop", least_rows=5, late_gates=True, fused_gate=True, split_gate_up=True, weights_left=FEW_ROWS,
   matvec_parts=3, bits_storage=True, embed_barrier=True, jitted_attention=True, replicated_writes=True,
-  wide_pages=True,
 )  # fmt: skip
 step = jax.jit(cached_forward, compiler_options=tiny.QUICK)
 
@@ -44,7 +43,7 @@ def test_what_is_chosen():
     assert Execution.choose(listed, MANY_ROWS, 1).split_gate_up
     assert not Execution.choose(listed, MANY_ROWS, 2).split_gate_up
   with tracing_for("tpu"):
-    assert Execution.choose(listed, 1, 1) == Execution(replicated_writes=True, wide_pages=True)
+    assert Execution.choose(listed, 1, 1) == Execution(replicated_writes=True)
     assert fastest_form(model) is model
   with tracing_for("cpu"):
     cpu = Execution.choose(listed, 1, 1)

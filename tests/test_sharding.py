@@ -11,7 +11,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from dms_jax.config import PRESETS, DMSConfig, LoRAConfig
+from dms_jax.config import DMSConfig, LoRAConfig
+from dms_jax.families import PRESETS
 from dms_jax.params import flatten, param_table
 from dms_jax.sharding import ShardingRules, make_mesh, param_shardings
 
@@ -55,7 +56,7 @@ print("equal")
 
 TABLES = """
 import math
-from dms_jax.config import PRESETS
+from dms_jax.families import PRESETS
 from dms_jax.params import flatten, param_table
 from dms_jax.sharding import make_mesh, param_shardings
 mesh = make_mesh(data=2, tensor=4)

@@ -30,10 +30,10 @@ from dms_jax import policies
 from dms_jax.cache import Cache, PagedCache
 from dms_jax.cache.base import storage_dtype
 from dms_jax.cache.host import HostRow, check_fits, offload_row, restore_row
-from dms_jax.cache.paged import QUANTISED
 from dms_jax.config import read_json
 from dms_jax.model import Model, check_policy, decision_lag
 from dms_jax.policies import Policy
+from pallas_kernels.paged import FORMATS, format_of
 
 HEADER, ROWS, FORMAT = "cache.json", "rows.npz", 1
 ARRAYS = ("kv", "evicted", "archived", "pages", "scales", "summaries")
@@ -160,7 +160,7 @@ def load_conversation(
   needed = max(_slots(row) for row in rows)
   options, longest = {}, max(header["slots"], needed)
   if kind == "paged":
-    quantised = {jnp.dtype(cell).name: name for name, (cell, _) in QUANTISED.items()}
+    quantised = {form.dtype.name: name for name, form in FORMATS.items()}
     options = {"page": resolved.page or header.get("page"), "archive": quantised.get(archive)}
   store = caches.create(
     kind, config, batch=len(rows), capacity=capacity or (resolved.window + 2 if kind == "paged" else longest),
@@ -310,7 +310,7 @@ def _read_rows(path: str | Path, header: dict, stats: tuple[str, ...]) -> list[H
           "kv": ((*lead, ring, width), own),
           "evicted": ((*lead, ring), np.dtype(bool)),
           "pages": ((held, 1, width), cells),
-          "scales": ((held, 1, 2), np.dtype(np.float32)) if cells.itemsize == 1 else None,
+          "scales": ((held, 1, 2), np.dtype(np.float32)) if format_of(cells).scaled else None,
           "summaries": ((*lead, None, width), own) if page else None,
         }
         for name, want in expected.items():

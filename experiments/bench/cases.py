@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dms_jax.config import ModelConfig
-from dms_jax.convert.families import config_to_hf
+from dms_jax.families.huggingface import config_to_hf
 from experiments.common import program
 
 

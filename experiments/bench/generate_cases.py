@@ -23,7 +23,8 @@ from typing import Any
 
 import jax
 
-from dms_jax.config import PRESETS, ModelConfig
+from dms_jax.config import ModelConfig
+from dms_jax.families import PRESETS
 from experiments.bench import synthetic
 from experiments.bench.cases import Bar, apart, llama_config
 from experiments.bench.generate_points import KINDS, Bench, Energy, Kind, Point, Programs, Shape, bytes_in_use, report

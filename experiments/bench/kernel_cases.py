@@ -23,6 +23,7 @@ from pallas_kernels import decode, prefill
 from pallas_kernels import window_bias as retrofit
 from pallas_kernels.common import bench
 from pallas_kernels.decode import Pages
+from pallas_kernels.paged import format_of
 
 CALLS = 64  # of a decode chain; with 16 the host sometimes limited the smallest cases
 # Between two implementations in bfloat16: each rounds weights and results to half a unit in the last place, 2^-9.
@@ -226,7 +227,7 @@ def decode_difference(work: Decode, implementation: str | None) -> float:
 def our_decode(work: Decode, bandwidth: float, implementation: str | None) -> dict[str, float]:
   """Microseconds of the kernel, of the floor and, for pages, of a contiguous cache; `calls` of a chain."""
   us, lengths = decode_us(work, implementation)
-  slot = 4 * work.size if work.stored == "bfloat16" else 2 * work.size + 8
+  slot = format_of(work.stored).slot_bytes(work.size)
   in_ring = float(np.minimum(lengths, work.ring).sum())
   floor = (in_ring * 4 * work.size + (float(lengths.sum()) - in_ring) * slot) / bandwidth * 1e6
   row = {"us": us, "floor_us": floor, "of_floor": floor / us, "calls": CALLS}

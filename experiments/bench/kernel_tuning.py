@@ -100,7 +100,7 @@ def subject(work: Decode | Text) -> tuple[str, str, Any, Iterator[Callable], Cal
     lambda q, k, v, bias: retrofit_gpu.window_bias_attention(q, k, v, bias, work.window, None, blocks=sizes)
   )
   clock = lambda sizes: kernel_cases.retrofit_us(work, attend(sizes))[1]
-  return "retrofit", tuned.shape_class(H=work.size), default, retrofit_candidates(), clock
+  return "window_bias", tuned.shape_class(H=work.size), default, retrofit_candidates(), clock
 
 
 def tune(name: str, work: Decode | Text, path: Path, end: float, about: dict, done: set[tuple[str, str]]) -> None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.common import dispatch
 from pallas_kernels.prefill import gpu, tpu, xla
 
 IMPLEMENTATIONS = {"gpu": gpu.prefill_attention, "tpu": tpu.prefill_attention, "xla": xla.prefill_attention}
-NEVER = np.int32(2**30)  # as `k_first`: a slot no query sees; as `k_last`: a key that is never evicted
 
 
 def prefill_attention(

@@ -13,7 +13,7 @@ import pytest
 
 from dms_jax import cache as caches
 from dms_jax import policies
-from dms_jax.config import ModelConfig
+from dms_jax.config import DMSConfig, ModelConfig
 from tests.cache_driver import ATOL, KINDS, LAYERS, ROWS, SHAPES, Shape, Text, inputs, poison, run, schedule, step
 
 
@@ -161,3 +161,14 @@ def test_policies_that_decide(kind, name):
 def test_unknown_kind_is_named():
   with pytest.raises(ValueError, match="unknown cache 'ring'"):
     caches.create("ring", ModelConfig(), batch=1, capacity=8, window=2, lag=1)
+
+
+@pytest.mark.parametrize("kind", ["masked", "contiguous", "paged"])
+@pytest.mark.parametrize("window, shift", [(0, 0), (3, 0), (4, 1)])
+def test_immediate_eviction_in_every_cache(kind, window, shift):
+  """Decided W tokens later about the same token: caches equal the formula in chunks, steps and pauses."""
+  lag = DMSConfig(window=window, shift=shift, eviction="immediate").lag()
+  assert lag == window + shift
+  shape = Shape(window, lag, heads=2, group=2, chunk=6, length=26)
+  rng = np.random.default_rng(window)
+  run(kind, shape, Text.draw(shape, rng, 0.6), schedule(rng, shape))

@@ -153,7 +153,8 @@ def test_tuning_writes_a_winner_once_a_class(tmp_path, monkeypatch):
 def test_tuned_cases_have_sizes_and_a_class(name):
   case = kernel_cases.CASES[name]
   operation, shapes, default, groups, _ = kernel_tuning.subject(case)
-  assert operation == name.split("_")[0].replace("pages", "decode") and "H" in shapes
+  kind = name.split("_")[0].replace("pages", "decode").replace("retrofit", "window_bias")
+  assert operation == kind and "H" in shapes
   candidates = [sizes for group in groups for sizes in group(default)]
   assert len(candidates) > 5 and all(isinstance(sizes, type(default)) for sizes in candidates)
 
@@ -161,7 +162,7 @@ def test_tuned_cases_have_sizes_and_a_class(name):
 def test_measured_winners_fit_their_kernels():
   """Every entry of the shipped table names fields that there are, and says where it was measured."""
   kinds = {"decode": gpu.Blocks, "prefill": kernel_tuning.prefill_gpu.Blocks}
-  kinds["retrofit"] = kernel_tuning.retrofit_gpu.Blocks
+  kinds["window_bias"] = kernel_tuning.retrofit_gpu.Blocks
   for operations in tuned.table().values():
     for operation, entries in operations.items():
       for entry in entries.values():

@@ -35,7 +35,7 @@ def make(rng, batch, tokens, heads, group, size, slots, dtype="float32"):
 
 
 def ranges(rng, batch, heads, slots, span):
-  """Random first and last positions: kept, evicted, readable by all, and dead keys."""
+  """Random first and last positions: kept keys, evicted ones, ones that every query sees, and dead ones."""
   position = rng.integers(0, span, (batch, heads, slots))
   kind = rng.integers(0, 4, position.shape)
   first = np.select([kind == 2, kind == 3], [-1, NEVER], position)
@@ -136,7 +136,7 @@ def test_chunk_lengths(backend, tokens):
 
 
 def test_chunk_after_a_cached_prefix(backend):
-  """As a cache hands it over: the window's tokens, the chunk, then an archive with free slots; one row is shorter."""
+  """A cache's layout: the window's tokens, the chunk, then an archive with free slots; one row is shorter."""
   rng, dtype = np.random.default_rng(5), dtype_of(backend)
   window, seen, tokens, archive = 9, 80, 21, 50
   position = np.concatenate([np.arange(seen - window - 1, seen), seen + np.arange(tokens)])
@@ -165,10 +165,8 @@ def test_the_formula_of_eviction(backend, window, rate):
   position = np.broadcast_to(np.arange(24), evicted.shape)
   last = np.where(evicted, position + window, NEVER)
   with running(backend):
-    out = prefill_attention(
-      q, keys, values, jnp.arange(24, dtype=jnp.int32)[None], jnp.asarray(position, jnp.int32),
-      jnp.asarray(last, jnp.int32), implementation=backend.name,
-    )  # fmt: skip
+    q_pos, first, last = (jnp.asarray(x, jnp.int32) for x in (np.arange(24)[None], position, last))
+    out = prefill_attention(q, keys, values, q_pos, first, last, implementation=backend.name)
   q, keys, values = float64(q, keys, values)
   for head in range(4):
     mask = oracle.visible(evicted[0, head // 2], window)
@@ -206,7 +204,7 @@ def test_two_runs_are_bit_equal_and_jit_agrees(backend):
 
 
 def test_free_slots_change_no_bit(backend):
-  """Nor do neighbours: a row alone, in a cache just large enough, gives the row of the batch."""
+  """Nor do neighbours: a row alone, in a cache just large enough, gives the same bits as in the batch."""
   rng, dtype = np.random.default_rng(6), dtype_of(backend)
   q, keys, values = make(rng, 2, 20, 1, 2, 64, 150, dtype)
   q_pos = jnp.asarray(np.stack([np.arange(20), np.arange(20) + 30]), jnp.int32)
