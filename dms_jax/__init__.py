@@ -7,7 +7,7 @@
     out.text, out.tokens, out.logprobs, out.finish_reason    # lists, one entry a row
     out.metrics.achieved_cr, out.metrics.kv_reads            # see `dms_jax.metrics`
     more = dms_jax.generate(model, ["And of Spain?"], continue_from=out)                      # the next turn
-    dms_jax.save_conversation("chat", more.cache)                   # on disk; another day:
+    dms_jax.save_conversation("chat", more)                         # on disk; another day:
     past = dms_jax.load_conversation("chat", model)                 # `continue_from=past`
     dense = dms_jax.generate(model, ["The capital of France is"], policy=dms_jax.Vanilla())   # nothing evicted
 
@@ -21,13 +21,13 @@ from dms_jax.config import DMSConfig as DMSConfig
 from dms_jax.config import LoRAConfig as LoRAConfig
 from dms_jax.config import ModelConfig as ModelConfig
 from dms_jax.families import PRESETS as PRESETS
-from dms_jax.generation.batching import BudgetError as BudgetError
 from dms_jax.generation.batching import Generator as Generator
 from dms_jax.generation.conversation import Conversation as Conversation
-from dms_jax.generation.conversation import load_conversation as load_conversation
-from dms_jax.generation.conversation import save_conversation as save_conversation
+from dms_jax.generation.files import load_conversation as load_conversation
+from dms_jax.generation.files import save_conversation as save_conversation
 from dms_jax.generation.generate import Output as Output
 from dms_jax.generation.generate import generate as generate
+from dms_jax.generation.pages import BudgetError as BudgetError
 from dms_jax.load import load as load
 from dms_jax.metrics import Metrics as Metrics
 from dms_jax.model import Model as Model

@@ -1,4 +1,4 @@
-"""What a run cost and held, one definition each, counted in the graph.
+"""What a run holds and costs, one definition each, counted in the graph; and the divergence of two models.
 
 A *token held* is one slot of one layer and KV head; unless said otherwise figures are averaged over layers and heads,
 so that a dense cache of T tokens holds T. *Achieved CR* is tokens seen over tokens held, always given with its T. *KV
@@ -9,12 +9,13 @@ once after any step or prefill chunk.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from dms_jax.cache.base import Usage
 
@@ -31,6 +32,15 @@ def held_share(held, seen):
 def achieved_cr(held, seen):
   """Tokens seen over tokens held: 1 / `held_share`."""
   return 1 / held_share(held, seen)
+
+
+def kl_divergence(
+  student: Float[Array, "*rows V"], teacher: Float[Array, "*rows V"], direction: Literal["reverse", "forward"]
+) -> Float[Array, "*rows"]:
+  """Nats per position, float32: "reverse" KL(student || teacher), "forward" KL(teacher || student), from logits."""
+  log_s, log_t = (jax.nn.log_softmax(x.astype(jnp.float32), axis=-1) for x in (student, teacher))
+  p, q = (log_s, log_t) if direction == "reverse" else (log_t, log_s)
+  return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
 
 
 @struct.dataclass

@@ -26,7 +26,7 @@ from dms_jax.execution import Execution
 from dms_jax.gates import clear_neuron, gate_logits, step_gate_logits
 from dms_jax.layers import apply_rope, linear, mlp, project, rms_norm, rope_tables
 from dms_jax.params import Params, merge_lora, param_table
-from dms_jax.policies import Policy
+from dms_jax.policies import DMS, Policy, Vanilla
 from dms_jax.sharding import constrain_rows, gather_layer
 from pallas_kernels import window_bias as retrofit
 
@@ -55,6 +55,10 @@ class Model:
   @property
   def dtype(self) -> jnp.dtype:
     return self.params["embed"].dtype
+
+  def lag(self, window: int | None = None) -> int:
+    """A decision computed at token t is about token t - lag, under `window`; 1, unused, without gates."""
+    return self.dms.lag(window) if self.dms is not None else 1
 
   def merged(self) -> Model:
     """The same model with its low-rank updates merged into the weights and its layers stacked."""
@@ -367,19 +371,15 @@ def last_logits(model: Model, output: StepOutput) -> Float[Array, "B V"]:
   return unembed(model, jnp.take_along_axis(output.hidden, last[:, None, None], axis=1)[:, 0])
 
 
-def check_policy(model: Model, policy: Policy) -> Policy:
-  """`policy` with the model's window where it has none of its own.
+def check_policy(model: Model, policy: Policy | None) -> Policy:
+  """`policy` with the model's window where it has none of its own; None: `DMS()` with gates, else `Vanilla()`.
 
   Raises:
     ValueError: the policy needs gates and the model has none, or its numbers are invalid.
   """
+  policy = policy or (DMS() if model.dms is not None else Vanilla())
   if policy.uses_gates and model.dms is None:
     raise ValueError(
       f"{type(policy).__name__} needs eviction gates and this model has none: load a retrofit, or use dms_jax.Vanilla()"
     )
   return policy.resolved(model.dms.window if model.dms is not None else None)
-
-
-def decision_lag(model: Model, window: int | None = None) -> int:
-  """Tokens from the one a decision is about to the one that computes it, under `window`; 1, unused, without gates."""
-  return model.dms.lag(window) if model.dms is not None else 1

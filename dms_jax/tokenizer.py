@@ -98,11 +98,24 @@ class Tokenizer:
         pieces[index] = added[index].content.encode()
       elif byte_level:
         pieces[index] = b"".join(_byte_of_char().get(ch) or ch.encode() for ch in piece)
-      elif len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+      elif _is_byte(piece):
         pieces[index] = bytes([int(piece[3:5], 16)])
       else:
         pieces[index] = piece.replace("▁", " ").encode()
     return pieces
+
+  @functools.cached_property
+  def fallback_ids(self) -> frozenset[int]:
+    """The ids of single bytes such as `<0x0A>`, and of special tokens: the text of a run of them at the end may change.
+
+    A run of such bytes becomes characters only if all of it is valid UTF-8, and special tokens do not interrupt it.
+    Empty where the vocabulary has no such bytes; in a byte-level one every token stands for bytes of its own.
+    """
+    added = self.backend.get_added_tokens_decoder()
+    vocab = {} if _uses_byte_level(self.backend) else self.backend.get_vocab(with_added_tokens=True)
+    single = {index for piece, index in vocab.items() if index not in added and _is_byte(piece)}
+    special = {index for index, token in added.items() if token.special}
+    return frozenset(single | special) if single else frozenset()
 
   @functools.cached_property
   def vocab_size(self) -> int:
@@ -189,6 +202,11 @@ def _char_of_byte() -> tuple[str, ...]:
 @functools.lru_cache(maxsize=1)
 def _byte_of_char() -> dict[str, bytes]:
   return {ch: bytes([b]) for b, ch in enumerate(_char_of_byte())}
+
+
+def _is_byte(piece: str) -> bool:
+  """Whether a piece of a vocabulary stands for one byte."""
+  return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
 
 
 def _uses_byte_level(backend: tokenizers.Tokenizer) -> bool:

@@ -24,10 +24,10 @@ import numpy as np
 import dms_jax
 from dms_jax import cache as caches
 from dms_jax import checkpoint
-from dms_jax.metrics import Metrics, count
-from dms_jax.model import Model, cached_forward, check_policy, decision_lag, unembed
+from dms_jax.generation.prefill import Chunk, read_prompts
+from dms_jax.metrics import Metrics, count, kl_divergence
+from dms_jax.model import Model, cached_forward, check_policy, unembed
 from dms_jax.policies import DMS, Policy, Vanilla
-from dms_jax.retrofit.losses import kl_divergence
 from dms_jax.tokenizer import Tokenizer
 from experiments.common import program
 from experiments.reports import plots, tables
@@ -72,8 +72,8 @@ def own_text() -> str:
 
 
 @partial(jax.jit, donate_argnames="cache")
-def _take(model: Model, policy: Policy, cache, tokens, lengths):
-  """One chunk into the cache: hidden states, counts, and the cache."""
+def _take(model: Model, policy: Policy, cache, tokens, lengths, remaining):
+  """Takes one chunk of the text into the cache: hidden states, counts, and the cache."""
   out, cache = cached_forward(model, policy, cache, tokens, lengths)
   return out.hidden, count(out.seen), cache
 
@@ -87,7 +87,7 @@ def _score(models: tuple[Model, Model], hidden, target, scored):
   return [jnp.sum(jnp.where(scored, x, 0.0)) for x in (*nll, kl)]
 
 
-def _with_room(cache, policy: Policy, tokens: int, most: int):
+def _enlarged(cache, policy: Policy, tokens: int, most: int):
   """`cache`, grown as pages are, or by whole strides of `most` / STRIDES slots, if `tokens` more might not fit."""
   if isinstance(cache, caches.PagedCache):
     return cache.ensure_capacity(policy, np.array([tokens]), most)
@@ -124,26 +124,31 @@ def compare(
   models = (original, model)
   policies = (Vanilla(), check_policy(model, DMS(threshold=threshold)))
   most = max(len(tokens) + new_tokens, policies[1].window + 1)  # slots that suffice whatever is kept
-  create = partial(caches.create, batch=1, capacity=-(-most // STRIDES), longest=most)
-  state = [
-    create(kind, m.config, policy=p, lag=decision_lag(m, p.window), dtype=m.dtype)
-    for kind, m, p in zip(("contiguous", "paged"), models, policies, strict=True)
-  ]
+  create = partial(caches.for_model, batch=1, capacity=-(-most // STRIDES), longest=most)
+  state = [create(m, p, kind=kind) for kind, m, p in zip(("contiguous", "paged"), models, policies, strict=True)]
   reading = [Metrics.zero(m.config.num_layers, 1, m.config.num_kv_heads) for m in models]
-  sums, positions, live = np.zeros(3), [], ([], [])
+  sums, positions, live = [], [], ([], [])
   total = len(tokens) - 1  # the last token is the first that writing feeds
-  for start in program.progress(range(0, total, chunk), desc=f"reading, chunks of {chunk} tokens"):
-    length = min(chunk, total - start)
-    part, target = np.zeros((2, 1, chunk), np.int32)
-    part[0, :length], target[0, :length] = tokens[start : start + length], tokens[start + 1 : start + 1 + length]
+  bar = program.progress(-(-total // chunk), desc=f"reading, chunks of {chunk} tokens")
+
+  def feed(part: Chunk) -> np.ndarray:
+    next(bar)
+    start, length = int(part.start[0]), int(part.lengths[0])
+    target = np.zeros((1, chunk), np.int32)
+    target[0, :length] = tokens[start + 1 : start + 1 + length]
     hidden = [None, None]
     for i, (m, p) in enumerate(zip(models, policies, strict=True)):
-      roomy = _with_room(state[i], policies[i], length, most)
-      hidden[i], counts, state[i] = _take(m, p, roomy, part, np.full((1,), length, np.int32))
+      larger = _enlarged(state[i], p, length, most)
+      hidden[i], counts, state[i] = _take(m, p, larger, part.tokens, part.lengths, part.remaining)
       reading[i] = reading[i].add(counts, decode=False)
       live[i].append(np.asarray(counts.live[:, 0]))
     positions.append(start + length)
-    sums += np.array(_score(models, hidden, target, np.arange(chunk)[None] < length), np.float64)
+    sums.append(_score(models, hidden, target, np.arange(chunk)[None] < length))
+    return np.zeros(1, bool)
+
+  read_prompts([tokens[:total]], chunk, feed)
+  next(bar, None)
+  sums = np.array(sums, np.float64).sum(axis=0)
 
   results = {}
   for i, (name, m, p) in enumerate(zip(("dense", "dms"), models, policies, strict=True)):

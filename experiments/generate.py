@@ -53,7 +53,7 @@ class Config:
   chains: int = 1
   kv_budget_gib: float | None = None
   kv_budget_tokens: int | None = None
-  archive: Literal["int8", "float8"] | None = None
+  page_format: Literal["int8", "float8"] | None = None
   chat: bool = False
   system: str | None = None
   policy: str | None = None
@@ -92,7 +92,7 @@ class Config:
       if self.cache not in (None, "paged"):
         raise ValueError(f"--cache={self.cache} does not go with --requests, which share one pool of pages")
     else:
-      for name in ("output", "width", "chains", "kv_budget_gib", "kv_budget_tokens", "archive"):
+      for name in ("output", "width", "chains", "kv_budget_gib", "kv_budget_tokens", "page_format"):
         if getattr(self, name) != getattr(type(self), name):
           raise ValueError(f"--{name} is for --requests")
     if self.kv_budget_gib is not None and self.kv_budget_tokens is not None:
@@ -175,12 +175,12 @@ def answer_requests(config: Config, model, tokenizer, policy) -> dict:
       model, policy=policy, width=config.width, temperature=warmest, top_k=config.top_k, top_p=config.top_p,
       budget=None if config.kv_budget_gib is None else int(config.kv_budget_gib * 2**30),
       budget_tokens=config.kv_budget_tokens, stop=config.stops(), eos=config.eos,
-      archive=config.archive, prefill_chunk=config.prefill_chunk, decode_block=config.decode_block,
+      page_format=config.page_format, prefill_chunk=config.prefill_chunk, decode_block=config.decode_block,
     )  # fmt: skip
   except dms_jax.BudgetError as error:
     raise ValueError(f"--kv_budget_gib or --kv_budget_tokens, with --width={config.width}: {error}") from None
   output = Path(config.output or Path(config.requests).with_suffix(".results.jsonl"))
-  deciding = ("checkpoint", "retrofit", "dtype", "top_k", "top_p", "stop", "eos", "archive")
+  deciding = ("checkpoint", "retrofit", "dtype", "top_k", "top_p", "stop", "eos", "page_format")
   settings = {name: getattr(config, name) for name in deciding}
   settings["policy"] = (type(policy).__name__, policy)
   summary = request_file.answer(generator, asked, output, settings)

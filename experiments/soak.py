@@ -4,12 +4,12 @@
       --retrofit=experiments/results/retrofit/smollm2-135m-cr4 --minutes=10
 
 Requests of random lengths arrive at random times, some with several chains, some sampled; some conversations go on with
-another turn, some requests are cancelled. The pool is too small for all rows, so that rows are preempted to the host and
-back. Without `--checkpoint` a tiny random model serves, with `--kernels` one whose sizes the GPU kernels take. At the
-end every page must be free, memory, the device's too, no larger than after the warm-up, and a sample of finished
-conversations must be bit-equal to the same run again alone at that width.
+another turn, some requests are cancelled. The pool is too small for all rows, so rows are preempted to the host and
+restored. Without `--checkpoint` a tiny random model serves, with `--kernels` one whose sizes the GPU kernels take. At
+the end every page must be free, and the memory of host and device no larger than after the warm-up. A sample of
+finished conversations must be bit-equal to the same requests run again alone at that width.
 
-    python -m experiments.soak --kernels --page=32 --minutes=1.5        # on a GPU
+    python -m experiments.soak --kernels --page_size=32 --minutes=1.5        # on a GPU
 
 Writes OUTPUT/{soak.json, soak.png}; the last line is one JSON object, and the exit status says whether all held.
 """
@@ -53,7 +53,7 @@ class Config:
   longest_prompt: int = 96
   longest_answer: int = 96
   turns: int = 3
-  page: int = 8
+  page_size: int = 8
   prefill_chunk: int = 32
   decode_block: int = 8
   check: int = 12
@@ -306,7 +306,7 @@ def run(config: Config) -> tuple[dict[str, Any], dict[str, list]]:
   model = served_model(config)
   longest = config.turns * (config.longest_prompt + config.longest_answer)
   generator = Generator(
-    model, width=config.width, max_length=longest, temperature=1.0, eos=False, page=config.page,
+    model, width=config.width, max_length=longest, temperature=1.0, eos=False, page_size=config.page_size,
     budget_tokens=config.budget_tokens or longest, prefill_chunk=config.prefill_chunk, decode_block=config.decode_block,
   )  # fmt: skip
   outcome = soak(generator, config, Traffic(config, model.config.vocab_size), 60 * config.minutes)

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
@@ -105,3 +106,20 @@ def write_gsm8k(path: Path, count: int = 4) -> Path:
     )
   )
   return path
+
+
+# Pages of a pool ------------------------------------------------------------------------------------------------------
+
+
+def check_pages(cache):
+  """Every page is free or owned, as often as tables say; all live slots lie in owned pages. Returns the owners."""
+  table, pool = jax.device_get((cache.table, cache.table.pool))
+  owned = np.arange(table.pages.shape[3]) < table.owned[..., None]
+  numbers, counts = np.unique(table.pages[owned], return_counts=True)
+  owners = np.zeros(cache.pages, int)
+  owners[numbers] = counts
+  np.testing.assert_array_equal(owners, pool.owners)
+  free = pool.free[: int(pool.count)]
+  assert sorted([*free, *numbers]) == list(range(cache.pages))
+  assert (-(-np.asarray(cache.archived) // cache.page_size) <= table.owned).all()
+  return owners

@@ -63,7 +63,7 @@ def test_definitions(kind):
   np.testing.assert_allclose(m.peak, curve.max(axis=0))
   assert m.peak_tokens == pytest.approx(curve.max()) and m.peak_total == pytest.approx(curve.sum(axis=1).max())
 
-  store = out.cache.cache
+  store = out.conversation.cache
   assert m.bytes_allocated == sum(leaf.nbytes for leaf in jax.tree.leaves(store))
   assert m.bytes_live == live.sum() * 2 * cfg.head_dim * 4
   np.testing.assert_array_equal(m.new_tokens, [new] * 3)

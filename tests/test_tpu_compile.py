@@ -14,7 +14,7 @@ from dms_jax import policies
 from dms_jax import testing as tiny
 from dms_jax.config import DMSConfig
 from dms_jax.families import PRESETS
-from dms_jax.generation.decode import Rows, StopCriteria, decode_block, prefill_chunk
+from dms_jax.generation.decode import DecodeState, StopCriteria, decode_block, prefill_chunk
 from dms_jax.generation.sampling import Sampling
 from dms_jax.model import Model, cached_forward, last_logits
 from dms_jax.params import abstract_params, param_table
@@ -123,7 +123,7 @@ def test_pages_of_eight_bits_are_not_copied(topology, archive, tokens):
   device = tpu.devices(topology)[0]
   config = tiny.config(num_layers=4, d_model=64, d_ff=64, num_heads=8, num_kv_heads=4, head_dim=128)
   model, policy, _ = parts(device, config=config)
-  options = dict(batch=BATCH, capacity=256, longest=2048, window=WINDOW, lag=1, dtype=jnp.bfloat16, archive=archive)
+  options = dict(batch=BATCH, capacity=256, longest=2048, window=WINDOW, lag=1, dtype=jnp.bfloat16, page_format=archive)
   arguments = (array((BATCH, tokens), jnp.int32, device), array((BATCH,), jnp.int32, device))
   step, temporaries, sizes = jax.jit(cached_forward, donate_argnums=2), [], []
   for pages in (10000, 20000):
@@ -144,9 +144,9 @@ def test_generation_compiles(device):
   row = partial(array, (BATCH,), device=device)
   logits = array((BATCH, model.config.vocab_size), jnp.float32, device)
   tokens = array((BATCH, 256), jnp.int32, device)
-  prefill_chunk.lower(model, policy, cache, tokens, row(jnp.int32), row(jnp.bool_), logits).compile()
+  prefill_chunk.lower(model, policy, cache, tokens, row(jnp.int32), row(jnp.int32), logits).compile()
   keys = abstract(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), BATCH)), device)
-  rows = Rows(row(jnp.int32), keys, *(row(jnp.int32) for _ in range(4)))
+  rows = DecodeState(row(jnp.int32), keys, *(row(jnp.int32) for _ in range(4)))
   sampling = abstract(Sampling(jnp.float32(0.7), None, jnp.float32(0.95)), device)
   stop_criteria = StopCriteria(array((1,), jnp.int32, device))
   decode_block.lower(model, policy, cache, rows, sampling, stop_criteria, steps=8, history=False).compile()

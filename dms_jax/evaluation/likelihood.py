@@ -1,4 +1,4 @@
-"""The likelihood of continuations under a model: one scorer for every task that asks for one.
+"""The likelihood of continuations under a model and a policy: one scorer for every task that asks for one.
 
 Texts are cut into tokens as lm-evaluation-harness cuts them. Rows of about one length are scored together, padded
 to a multiple of `BUCKET`, so that few shapes are compiled; every model gets exactly the same batches.
@@ -16,11 +16,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dms_jax import masks
-from dms_jax.model import Eviction, Model, forward, unembed
+from dms_jax.cache import Cache
+from dms_jax.evaluation.text import cache_for_text, decode_text
+from dms_jax.model import Eviction, Model, check_policy, forward, unembed
+from dms_jax.policies import Policy
 from dms_jax.tokenizer import Tokenizer
 
 BUCKET = 256  # tokens that row lengths are rounded up to a multiple of
-TARGETS = 64  # scored tokens a row whose vocabulary-wide logits stand in memory at once
+TARGETS = 64  # scored tokens a row whose logits over the vocabulary are in memory at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +53,8 @@ class Passage:
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-  """Log-probabilities of a row's targets, float64 [c], and its cache at the end: `held` int [L, K] (None: dense)."""
+  """Log-probabilities of a row's targets, nats, float64 [c], and tokens that each head holds at the end of the row,
+  `held` int [L, K] (None: scored dense, without a policy)."""
 
   logprobs: np.ndarray
   held: np.ndarray | None
@@ -101,20 +105,10 @@ def lay_out(questions: Sequence[Question], tokenizer: Tokenizer) -> tuple[list[P
   return rows, spans
 
 
-@jax.jit
-def token_logprobs(
-  model: Model, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], positions: Int[Array, "B C"],
-  targets: Int[Array, "B C"], threshold: Float[Array, ""] | None = None,
-) -> tuple[Float[Array, "B C"], Int[Array, "L B K"] | None]:  # fmt: skip
-  """log p(targets | tokens up to positions), and tokens held at the end of each row (None: dense).
-
-  Args:
-    tokens: right-padded; row b's first `lengths[b]` are real.
-    positions: C is a multiple of `TARGETS`.
-    threshold: evict where a gate's logit exceeds it; None leaves everything visible.
-  """
-  eviction = None if threshold is None else Eviction(threshold=threshold)
-  hidden, z = forward(model, tokens, eviction=eviction)
+def _target_logprobs(
+  model: Model, hidden: Float[Array, "B T D"], positions: Int[Array, "B C"], targets: Int[Array, "B C"]
+) -> Float[Array, "B C"]:
+  """log p(targets | tokens up to positions), nats."""
   hidden = jnp.take_along_axis(hidden, positions[..., None], axis=1)
   split = lambda x: jnp.moveaxis(x.reshape(x.shape[0], -1, TARGETS, *x.shape[2:]), 1, 0)
 
@@ -124,26 +118,60 @@ def token_logprobs(
     chosen = jnp.take_along_axis(logits, wanted[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
-  scored = jnp.moveaxis(jax.lax.map(part, (split(hidden), split(targets))), 0, 1).reshape(targets.shape)
+  return jnp.moveaxis(jax.lax.map(part, (split(hidden), split(targets))), 0, 1).reshape(targets.shape)
+
+
+@jax.jit
+def token_logprobs(
+  model: Model, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], positions: Int[Array, "B C"],
+  targets: Int[Array, "B C"], threshold: Float[Array, ""] | None = None,
+) -> tuple[Float[Array, "B C"], Int[Array, "L B K"] | None]:  # fmt: skip
+  """log p(targets | tokens up to positions) in nats, the whole text at once, and tokens held at the end of each row.
+
+  Args:
+    tokens: right-padded; row b's first `lengths[b]` are real.
+    positions: C is a multiple of `TARGETS`.
+    threshold: evict where a gate's logit exceeds it; None leaves everything visible, and nothing is counted.
+  """
+  eviction = None if threshold is None else Eviction(threshold=threshold)
+  hidden, z = forward(model, tokens, eviction=eviction)
+  scored = _target_logprobs(model, hidden, positions, targets)
   if eviction is None:
     return scored, None
   evicted = masks.about_key(z > threshold, model.dms.lag(), False)
   return scored, masks.held_tokens(evicted, model.dms.window, lengths[:, None])
 
 
+@jax.jit
+def decoded_logprobs(
+  model: Model, policy: Policy, cache: Cache, tokens: Int[Array, "B T"], lengths: Int[Array, "B"],
+  positions: Int[Array, "B C"], targets: Int[Array, "B C"],
+) -> tuple[Float[Array, "B C"], Int[Array, "L B K"]]:  # fmt: skip
+  """`token_logprobs` where the text is decoded token by token into the empty `cache` under `policy`."""
+  hidden, usage = decode_text(model, policy, cache, tokens, lengths)
+  return _target_logprobs(model, hidden, positions, targets), usage.live
+
+
 def score(
-  models: Sequence[tuple[Model, float | None]],
+  models: Sequence[tuple[Model, float | Policy | None]],
   rows: Sequence[Passage],
   *,
   batch: int = 1,
   progress: Callable[[Any], Any] = lambda items: items,
 ) -> list[list[Scored]]:
-  """What every model makes of every row, [models][rows].
+  """The scores of every row under every model, [models][rows].
 
   Args:
-    models: each with its eviction threshold, None to leave everything visible.
+    models: each with the policy under which it decodes the rows token by token, through a cache; or, to score whole
+      texts at once, with the threshold of its gates (the same as `DMS(threshold=...)`), or None to leave everything
+      visible.
     batch: rows at a time; the longest come first.
+    progress: wraps the iteration over batches.
+
+  Raises:
+    ValueError: a policy that the model cannot follow.
   """
+  models = [(model, check_policy(model, limit) if isinstance(limit, Policy) else limit) for model, limit in models]
   width = -(-max(len(row.targets) for row in rows) // TARGETS) * TARGETS
   order = sorted(range(len(rows)), key=lambda number: -len(rows[number].tokens))
   batches = [order[i : i + batch] for i in range(0, len(rows), batch)]
@@ -157,9 +185,13 @@ def score(
       row = rows[number]
       tokens[b, : len(row.tokens)], lengths[b] = row.tokens, len(row.tokens)
       positions[b, : len(row.positions)], targets[b, : len(row.targets)] = row.positions, row.targets
-    for scored, (model, threshold) in zip(out, models, strict=True):
-      limit = None if threshold is None else jnp.float32(threshold)
-      logprobs, held = jax.device_get(token_logprobs(model, tokens, lengths, positions, targets, limit))
+    for scored, (model, limit) in zip(out, models, strict=True):
+      asked = (tokens, lengths, positions, targets)
+      if isinstance(limit, Policy):
+        results = decoded_logprobs(model, limit, cache_for_text(model, limit, batch, length), *asked)
+      else:
+        results = token_logprobs(model, *asked, None if limit is None else jnp.float32(limit))
+      logprobs, held = jax.device_get(results)
       for b, number in enumerate(numbers):
         count = len(rows[number].targets)
         scored[number] = Scored(logprobs[b, :count].astype(np.float64), None if held is None else held[:, b])

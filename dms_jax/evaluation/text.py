@@ -1,4 +1,4 @@
-"""Quality of a retrofit on a text: perplexity, divergence from the original, and what the cache would hold."""
+"""Quality of a retrofit or a policy on a text: perplexity, divergence from the original, and what the cache holds."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from jaxtyping import Array, Float, Int
 
 from dms_jax import cache as caches
 from dms_jax import masks
-from dms_jax.metrics import achieved_cr
-from dms_jax.model import Eviction, Model, cached_forward, check_policy, decision_lag, forward, unembed
+from dms_jax.cache.base import Usage
+from dms_jax.metrics import achieved_cr, kl_divergence
+from dms_jax.model import Eviction, Model, cached_forward, check_policy, forward, unembed
 from dms_jax.policies import Policy
-from dms_jax.retrofit.losses import kl_divergence
 
-POSITIONS = 1024  # positions whose vocabulary-wide logits stand in memory at once
+POSITIONS = 1024  # positions whose logits over the vocabulary are in memory at once
 
 
 @partial(jax.jit, static_argnames=("window",))
@@ -41,15 +41,9 @@ def _score_policy(
   original: Model, model: Model, policy: Policy, cache: caches.Cache, tokens: Int[Array, "B T"]
 ) -> dict:
   """The same when `model` decodes every token into the empty `cache` under `policy`, and keys read [L, B, K]."""
-
-  def step(cache, token):
-    out, cache = cached_forward(model, policy, cache, token[:, None], jnp.ones(token.shape, jnp.int32))
-    return cache, (out.hidden[:, 0], out.seen)
-
-  _, (states, seen) = jax.lax.scan(step, cache, tokens.T)
-  hidden = [forward(original, tokens)[0], jnp.moveaxis(states, 0, 1)]
-  sums = _sums([original, model], hidden, tokens)
-  return {**sums, "held": seen.live[-1], "reads": jnp.sum(seen.reads, axis=0)}
+  states, usage = decode_text(model, policy, cache, tokens, jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32))
+  sums = _sums([original, model], [forward(original, tokens)[0], states], tokens)
+  return {**sums, "held": usage.live, "reads": usage.reads}
 
 
 def _sums(models: list[Model], hidden: list[Float[Array, "B T D"]], tokens: Int[Array, "B T"]) -> dict[str, Array]:
@@ -75,6 +69,35 @@ def _sums(models: list[Model], hidden: list[Float[Array, "B T D"]], tokens: Int[
   return jax.tree.map(jnp.sum, sums)
 
 
+def cache_for_text(model: Model, policy: Policy, batch: int, length: int) -> caches.Cache:
+  """An empty cache for `decode_text`: a slot a token whatever the budget, so that budgets share a compilation."""
+  return caches.for_model(model, policy, batch=batch, capacity=max(length, policy.window + 1), kind="contiguous")
+
+
+def decode_text(
+  model: Model, policy: Policy, cache: caches.Cache, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]
+) -> tuple[Float[Array, "B T D"], Usage]:
+  """Decodes given texts token by token, as generation would, for use inside `jit`.
+
+  Args:
+    policy: resolved (`check_policy`).
+    cache: empty, of B rows.
+    tokens: right-padded; row b's first `lengths[b]` are real.
+
+  Returns:
+    Hidden states before the final norm; tokens that each head holds at the end of its row, and keys read by the whole
+    row, int32 [L, B, K] each.
+  """
+
+  def step(cache, inputs):
+    index, token = inputs
+    out, cache = cached_forward(model, policy, cache, token[:, None], (index < lengths).astype(jnp.int32))
+    return cache, (out.hidden[:, 0], out.seen)
+
+  _, (states, seen) = jax.lax.scan(step, cache, (jnp.arange(tokens.shape[1]), tokens.T))
+  return jnp.moveaxis(states, 0, 1), Usage(seen.live[-1], jnp.sum(seen.reads, axis=0))
+
+
 def text_quality(
   original: Model,
   model: Model | None,
@@ -92,7 +115,7 @@ def text_quality(
   Args:
     model: the retrofit, under hard decisions; without gates it is scored dense; None scores the original alone.
     threshold, window: of the eviction; None takes the model's window.
-    policy: the model (the original where that is None) decodes every token, through a cache under this policy, instead.
+    policy: the model (the original where that is None) decodes every token through a cache under this policy instead.
     batch: chunks at a time.
     progress: wraps the iteration over batches.
 
@@ -118,11 +141,7 @@ def text_quality(
     if policy is None:
       out = jax.device_get(_score(original, model, part, threshold, window))
     else:
-      # A slot a token, whatever the budget, so that budgets share a compilation.
-      cache = caches.create(
-        "contiguous", model.config, batch=len(part), capacity=max(length, policy.window + 1), policy=policy,
-        lag=decision_lag(model, policy.window), dtype=model.dtype,
-      )  # fmt: skip
+      cache = cache_for_text(model, policy, len(part), length)
       out = jax.device_get(_score_policy(original, model, policy, cache, part))
     if out["held"] is not None:
       held.append(out["held"])

@@ -1,9 +1,9 @@
-"""The compiled part of generation: a prompt's chunk, the first token, and a decode block of decode steps.
+"""The compiled part of generation: a chunk of the prompts, the first token, and a block of decode steps.
 
-Nothing here calls back to the host. A decode block has a static trip count and rows that are done sit its steps out; to skip
-a step for which no row is left, by `lax.cond`, would copy the cache twice a step on a CPU. A token is fed only by the
-step after the one that chose it: the last token of a row is never fed, it stays *pending*, and a later turn puts it
-before its own prompt.
+Nothing here calls back to the host. A decode block has a static trip count, and ended rows sit out its steps: skipping
+the steps for which no row is left, by `lax.cond`, would copy the cache twice a step on a CPU. A token is fed by the
+step after the one that sampled it. The last token of a row is therefore never fed: it stays *pending*, and a later turn
+puts it before its own prompt.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from dms_jax.cache import Cache
 from dms_jax.generation.sampling import Sampling, sample
+from dms_jax.generation.stops import StopCriteria
 from dms_jax.metrics import Counts, count
 from dms_jax.model import Model, cached_forward, last_logits
 from dms_jax.policies import Policy
@@ -27,32 +28,25 @@ REASONS = ("running", "stop", "eos", "length", "capacity")
 
 
 @struct.dataclass
-class StopCriteria:
-  """What ends a row: token ids, and stop strings as `stops.token_table` (None: none)."""
+class DecodeState:
+  """The state of each row of a batch.
 
-  eos: Int[Array, "ids"]
-  table: Int[Array, "states V"] | None = None
-
-
-@struct.dataclass
-class Rows:
-  """Where each row of a batch stands.
-
-  `token` int32 [B] is pending: chosen and not yet fed. `keys` [B] or None (greedy). `count` int32 [B] tokens generated,
-  `limit` [B] when to end. `state` int32 [B] of the stop strings' automaton. `reason` int32 [B], why the row ended.
+  `token` int32 [B] is pending: sampled and not fed yet. `keys` [B] or None (greedy). `count` int32 [B] tokens
+  generated, `limit` int32 [B] their greatest number. `stop_state` int32 [B] of the stop strings' automaton. `reason`
+  int32 [B] why the row ended, an index into `REASONS`.
   """
 
   token: Int[Array, "B"]
   keys: Key[Array, "B"] | None
   count: Int[Array, "B"]
   limit: Int[Array, "B"]
-  state: Int[Array, "B"]
+  stop_state: Int[Array, "B"]
   reason: Int[Array, "B"]
 
 
 @struct.dataclass
 class Emitted:
-  """Tokens of a decode block [steps, B], their log-probabilities, and which of them are there."""
+  """Tokens of a decode block int32 [steps, B], their log-probabilities in nats, and which of them exist."""
 
   tokens: Int[Array, "steps B"]
   logprobs: Float[Array, "steps B"]
@@ -60,20 +54,20 @@ class Emitted:
 
 
 def choose(
-  rows: Rows, logits: Float[Array, "B V"], active: Bool[Array, "B"], sampling: Sampling, stop_criteria: StopCriteria
-) -> tuple[Rows, Emitted]:
-  """Draws the next token of the active rows, and ends those whose token, stop string or limit says so."""
+  rows: DecodeState, logits: Float[Array, "B V"], active: Bool[Array, "B"], sampling: Sampling, stop: StopCriteria
+) -> tuple[DecodeState, Emitted]:
+  """Samples the next token of the active rows, and ends those whose token, stop string or limit says so."""
   token, logprob = sample(logits, rows.keys, rows.count, sampling)
   token = jnp.where(active, token, rows.token)
   total = rows.count + active.astype(jnp.int32)
   reason = jnp.where(total >= rows.limit, LENGTH, RUNNING)
-  reason = jnp.where(jnp.any(token[:, None] == stop_criteria.eos, axis=-1), EOS, reason)
-  state = rows.state
-  if stop_criteria.table is not None:
-    following = stop_criteria.table[state, token].astype(jnp.int32)
+  reason = jnp.where(jnp.any(token[:, None] == stop.eos, axis=-1), EOS, reason)
+  state = rows.stop_state
+  if stop.table is not None:
+    following = stop.table[state, token].astype(jnp.int32)
     reason = jnp.where(following < 0, STOP, reason)
     state = jnp.where(active, jnp.maximum(following, 0), state)
-  rows = rows.replace(token=token, count=total, state=state, reason=jnp.where(active, reason, rows.reason))
+  rows = rows.replace(token=token, count=total, stop_state=state, reason=jnp.where(active, reason, rows.reason))
   return rows, Emitted(token[None], logprob[None], active[None])
 
 
@@ -84,24 +78,31 @@ def prefill_chunk(
   cache: Cache,
   tokens: Int[Array, "B T"],
   lengths: Int[Array, "B"],
-  last: Bool[Array, "B"],
+  remaining: Int[Array, "B"],
   logits: Float[Array, "B V"],
 ) -> tuple[Cache, Float[Array, "B V"], Bool[Array, "B"], Counts]:
-  """Takes up to T prompt tokens a row; where `last`, the row's prompt ends here and its logits are written.
+  """Takes up to T prompt tokens a row into the cache.
 
-  Returns the cache, the logits, which rows had no room, and counts.
+  Args:
+    tokens: right-padded; row b's first `lengths[b]` are real.
+    remaining: tokens of each row's prompt that come after these.
+    logits: float32, replaced for the rows whose prompt ends in this chunk.
+
+  Returns:
+    The cache, the logits, which rows had no space and took nothing, and counts.
   """
-  out, cache = cached_forward(model, policy, cache, tokens, lengths)
+  out, cache = cached_forward(model, policy, cache, tokens, lengths, remaining=remaining)
+  last = (lengths > 0) & (remaining == 0)
   logits = jnp.where(last[:, None], last_logits(model, out), logits)
   return cache, logits, out.stalled, count(out.seen)
 
 
 @jax.jit
 def first_token(
-  rows: Rows, logits: Float[Array, "B V"], sampling: Sampling, stop_criteria: StopCriteria
-) -> tuple[Rows, Emitted]:
+  rows: DecodeState, logits: Float[Array, "B V"], sampling: Sampling, stop: StopCriteria
+) -> tuple[DecodeState, Emitted]:
   """The token after the prompt, of the rows still running."""
-  return choose(rows, logits, rows.reason == RUNNING, sampling, stop_criteria)
+  return choose(rows, logits, rows.reason == RUNNING, sampling, stop)
 
 
 @partial(jax.jit, static_argnames=("steps", "history"), donate_argnames=("cache", "rows"))
@@ -109,14 +110,17 @@ def decode_block(
   model: Model,
   policy: Policy,
   cache: Cache,
-  rows: Rows,
+  rows: DecodeState,
   sampling: Sampling,
-  stop_criteria: StopCriteria,
+  stop: StopCriteria,
   *,
   steps: int,
   history: bool,
-) -> tuple[Cache, Rows, Emitted, Counts]:
-  """`steps` decode steps. A row without room ends with reason CAPACITY, its token still pending, nothing lost."""
+) -> tuple[Cache, DecodeState, Emitted, Counts]:
+  """`steps` decode steps. A row without space ends with reason CAPACITY: its token stays pending, nothing is lost.
+
+  `history`: return what every head holds after each step.
+  """
 
   def step(state, _):
     cache, rows, reads, _ = state
@@ -124,7 +128,7 @@ def decode_block(
     out, cache = cached_forward(model, policy, cache, rows.token[:, None], running.astype(jnp.int32))
     fed = running & ~out.stalled
     rows = rows.replace(reason=jnp.where(running & out.stalled, CAPACITY, rows.reason))
-    rows, emitted = choose(rows, last_logits(model, out), fed, sampling, stop_criteria)
+    rows, emitted = choose(rows, last_logits(model, out), fed, sampling, stop)
     now = count(out.seen)
     emitted = jax.tree.map(lambda x: x[0], emitted)
     return (cache, rows, reads + now.reads, now.live), (emitted, now.held[0], now.live if history else None)

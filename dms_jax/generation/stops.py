@@ -4,6 +4,8 @@ A stop string may begin in the middle of one token and end in the middle of anot
 stop strings knows, after any bytes, the longest suffix that begins one of them; running every token's bytes from every
 state once, on the host, gives `next state[state, token]`, so that one table look-up a step finds the very token that
 completes a stop string.
+
+On the host a `Matcher` follows the same automaton, so that the text is cut, or held back, where a stop string begins.
 """
 
 from __future__ import annotations
@@ -11,9 +13,14 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from flax import struct
+from jaxtyping import Array, Int
+
+from dms_jax.model import Model
 
 STATES = 32  # token tables are padded to a multiple of this, so that few sets of stop strings need a compilation
 
@@ -88,19 +95,82 @@ def token_table(automaton: Automaton, token_bytes: Sequence[bytes], vocab_size: 
   return table
 
 
-def find(automaton: Automaton, data: bytes) -> int | None:
-  """Where the stop string that ends first begins (the longest, if several end there); None if there is none."""
-  state = 0
-  for index, byte in enumerate(data):
-    state = automaton.step[state, byte]
-    if automaton.ends[state]:
-      return index + 1 - int(automaton.ends[state])
-  return None
+@dataclasses.dataclass
+class Matcher:
+  """Follows the bytes of one row through the automaton.
+
+  `tail`: the bytes at the end that may begin a stop string; once one has ended, those from its start on (of the stop
+  string that ended first, the longest of several). `found`: whether one has ended.
+  """
+
+  automaton: Automaton
+  pieces: Sequence[bytes]  # bytes of each token id
+  tail: bytes = b""
+  found: bool = False
+  _state: int = 0
+
+  def feed(self, tokens: Sequence[int]) -> None:
+    """Takes the row's next tokens; ids past `pieces` have no bytes."""
+    for token in tokens:
+      self._feed(self.pieces[token] if token < len(self.pieces) else b"")
+
+  def _feed(self, data: bytes) -> None:
+    before, self.tail = len(self.tail), self.tail + data
+    if self.found:
+      return
+    for index, byte in enumerate(data, start=1):
+      self._state = int(self.automaton.step[self._state, byte])
+      if length := int(self.automaton.ends[self._state]):
+        self.tail, self.found = self.tail[before + index - length :], True
+        return
+    self.tail = self.tail[len(self.tail) - int(self.automaton.depth[self._state]) :]
 
 
-def unsettled(automaton: Automaton, data: bytes) -> int:
-  """Bytes at the end of `data` that may yet turn out to begin a stop string."""
-  state = 0
-  for byte in data[-int(automaton.depth.max()) :]:
-    state = automaton.step[state, byte]
-  return int(automaton.depth[state])
+@dataclasses.dataclass(frozen=True)
+class StopStrings:
+  """The stop strings of a call, for the host."""
+
+  automaton: Automaton
+  pieces: Sequence[bytes]
+
+  @classmethod
+  def create(cls, texts: str | Sequence[str], tokenizer: Any) -> StopStrings | None:
+    """None where there are no `texts`.
+
+    Raises:
+      ValueError: an empty text, or no tokenizer.
+    """
+    texts = (texts,) if isinstance(texts, str) else tuple(texts)
+    if not texts:
+      return None
+    if tokenizer is None:
+      raise ValueError("stop: stop strings need a tokenizer; pass tokenizer=")
+    return cls(build(texts), tokenizer.token_bytes())
+
+  def matcher(self) -> Matcher:
+    """Of a row that begins."""
+    return Matcher(self.automaton, self.pieces)
+
+
+@struct.dataclass
+class StopCriteria:
+  """What ends a row, for the graph: token ids `eos` int32, and stop strings as `token_table` (None: none)."""
+
+  eos: Int[Array, "ids"]
+  table: Int[Array, "states V"] | None = None
+
+
+def stop_criteria(model: Model, tokenizer: Any, strings: StopStrings | None, eos: bool | Sequence[int]) -> StopCriteria:
+  """The criteria of a call.
+
+  Args:
+    eos: the ids that end a row; true: those of the tokenizer and the model's config; false: none.
+  """
+  if isinstance(eos, bool):
+    ids = set(model.config.eos_token_ids) | set(getattr(tokenizer, "eos_token_ids", ())) if eos else set()
+  else:
+    ids = set(eos)
+  table = None
+  if strings is not None:
+    table = jnp.asarray(token_table(strings.automaton, strings.pieces, model.config.vocab_size))
+  return StopCriteria(jnp.asarray(np.array(sorted(ids), np.int32)), table)

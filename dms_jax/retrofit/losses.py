@@ -20,20 +20,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from dms_jax.layers import linear
+from dms_jax.metrics import kl_divergence as kl_divergence
 from dms_jax.sharding import row_and_head_axes
 
 Loss = Literal["reverse_kl", "forward_kl", "lm"]
 LOWEST = -1e30  # a running maximum before the first chunk; finite, so that differences are
-
-
-def kl_divergence(
-  student: Float[Array, "*rows V"], teacher: Float[Array, "*rows V"], direction: Literal["reverse", "forward"]
-) -> Float[Array, "*rows"]:
-  """KL divergence of each position from logits, in nats, float32: "reverse" KL(student || teacher), "forward"
-  KL(teacher || student)."""
-  log_s, log_t = (jax.nn.log_softmax(x.astype(jnp.float32), axis=-1) for x in (student, teacher))
-  p, q = (log_s, log_t) if direction == "reverse" else (log_t, log_s)
-  return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
 
 
 def vocabulary_loss(

@@ -264,7 +264,7 @@ class Bench:
     spec = jax.ShapeDtypeStruct
     return decoding.prefill_chunk.lower(
       model, policy, self.prompt_cache(kind, tokens), spec((1, chunk), jnp.int32), spec((1,), jnp.int32),
-      spec((1,), bool), spec((1, self.shape.config.vocab_size), jnp.float32),
+      spec((1,), jnp.int32), spec((1, self.shape.config.vocab_size), jnp.float32),
     )  # fmt: skip
 
   def start_prompt(self, kind: Kind, tokens: int, chunk: int) -> None:
@@ -289,8 +289,8 @@ class Bench:
         part = np.zeros((1, chunk), np.int32)
         part[:, : tokens - at] = ids[:, at : at + chunk]
         length = np.array([min(chunk, tokens - at)], np.int32)
-        last = np.array([at + chunk >= tokens])
-        cache, logits, stalled, _ = run(model, policy, cache, part, length, last, logits)
+        remaining = np.array([max(tokens - at - chunk, 0)], np.int32)
+        cache, logits, stalled, _ = run(model, policy, cache, part, length, remaining, logits)
         stalls.append(stalled)
       rows, _ = decoding.first_token(rows, logits, sampling, stop_criteria)
       np.asarray(rows.token)

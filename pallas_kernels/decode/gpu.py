@@ -335,7 +335,7 @@ def _attend(sizes: Blocks, variant: Variant, q, layer, *arrays):
       if page:
 
         @pl.when(here & (at >= first))
-        def _():
+        def copy_pages():
           start = (at - first) * block
           live = lens[-1][pair] - start
           target, barrier = (bytes_smem, bytes_ready.at[slot]) if variant.scaled else (kv_smem, ready.at[slot])

@@ -272,7 +272,7 @@ def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, poo
       if pool is not None:
 
         @pl.when(paged)
-        def _():
+        def copy_pages():
           def one(j, _):
             position = number * block + j * unit
             place = table_ref[pair * most + lax.div(position, i32(page))]
@@ -345,7 +345,7 @@ def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, poo
         if scaled:
 
           @pl.when(paged)
-          def _():
+          def widen():
             x = cells[slot]
             x = x.astype(jnp.int32) if x.dtype == jnp.int8 else x
             rows[slot] = x.astype(jnp.float32).astype(dtype)
@@ -353,7 +353,7 @@ def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, poo
         if ragged:
 
           @pl.when(~paged)
-          def _():
+          def copy_ring():
             rows[slot, :slots] = ring[0][slot]
 
         @pl.when(live < block)

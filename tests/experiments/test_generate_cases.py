@@ -59,7 +59,7 @@ def test_a_filled_cache_is_as_reading_leaves_it(model, kind):
   """All that says where it stands; keys and values are random."""
   tokens, sampled = 57, policy()
   ids = np.random.default_rng(0).integers(0, TINY.vocab_size, tokens).tolist()
-  real = dms_jax.generate(model, [ids] * 2, policy=sampled, max_new_tokens=0, cache=kind).cache.cache
+  real = dms_jax.generate(model, [ids] * 2, policy=sampled, max_new_tokens=0, cache=kind).conversation.cache
   if kind == "contiguous":
     shape = synthetic.slots_shape(model, sampled, batch=2, longest=64)
   else:

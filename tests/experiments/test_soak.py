@@ -11,8 +11,8 @@ from dms_jax.generation.batching import Generator
 from experiments import bench_generate, soak
 
 SHORT = soak.Config(
-  minutes=0.05, width=3, longest_prompt=12, longest_answer=12, turns=2, page=4, prefill_chunk=16, decode_block=4, check=3,
-  growth=10.0,
+  minutes=0.05, width=3, longest_prompt=12, longest_answer=12, turns=2, page_size=4, prefill_chunk=16, decode_block=4,
+  check=3, growth=10.0,
 )  # fmt: skip
 
 
@@ -26,7 +26,7 @@ def ran():
     max_length=48,
     temperature=1.0,
     eos=False,
-    page=4,
+    page_size=4,
     budget_tokens=48,
     prefill_chunk=16,
     decode_block=4,
@@ -121,7 +121,7 @@ def test_the_first_difference():
 def test_widths_are_compared():
   model = soak.served_model(SHORT)
   found = bench_generate.width_divergence(
-    model, [[1, 2, 3], [4]], 3, new_tokens=5, prefill_chunk=16, decode_block=4, page=4, max_length=48, pages=48
+    model, [[1, 2, 3], [4]], 3, new_tokens=5, prefill_chunk=16, decode_block=4, page_size=4, max_length=48, pages=48
   )
   assert found["widths"] == [1, 3] and len(found["first_difference"]) == 2
   assert found["largest_logprob_difference"] < 1e-4  # float32 through two layers

@@ -11,11 +11,12 @@ from dms_jax import policies
 from dms_jax import testing as tiny
 from dms_jax.config import DMSConfig
 from dms_jax.generation import batching as serving
-from dms_jax.generation.batching import BudgetError, Generator
-from tests.cache.test_paged import check
+from dms_jax.generation.batching import Generator
+from dms_jax.generation.pages import BudgetError
+from tests.helpers import check_pages
 
 WIDTH, PAGE = 3, 4
-SIZES = dict(width=WIDTH, page=PAGE, prefill_chunk=8, decode_block=4, max_length=96, eos=False)
+SIZES = dict(width=WIDTH, page_size=PAGE, prefill_chunk=8, decode_block=4, max_length=96, eos=False)
 SMALL = dict(pages=400, **SIZES)  # one pool's size, so that programs are compiled once
 
 
@@ -32,7 +33,7 @@ def finish(generator):
   """Runs to the end, checking pages and the budget on the way; the results."""
   while generator.busy:
     generator.step()
-    check(generator.cache)
+    check_pages(generator.cache)
     assert generator.budget is None or generator.cache.nbytes <= generator.budget
   assert int(generator.cache.table.pool.count) == generator.cache.pages and not generator.cache.live().any()
   return generator.results

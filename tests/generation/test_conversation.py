@@ -16,10 +16,10 @@ from dms_jax import policies
 from dms_jax import testing as tiny
 from dms_jax.cache import ContiguousCache, PagedCache
 from dms_jax.config import DMSConfig
-from dms_jax.generation import conversation
+from dms_jax.generation import files
 from dms_jax.generation.batching import Generator
-from dms_jax.generation.conversation import HEADER, ROWS
-from tests.cache.test_paged import check
+from dms_jax.generation.files import HEADER, ROWS
+from tests.helpers import check_pages
 
 WINDOW, PAGE = 3, 4
 SIZES = dict(prefill_chunk=8, decode_block=4, eos=False)
@@ -66,20 +66,20 @@ def test_what_was_saved_goes_on_as_if_it_had_stayed(model, tmp_path, kind, dtype
   out = talk(model, kind, POLICIES.get(case))
   dms_jax.save_conversation(tmp_path / "saved", out)
   past = dms_jax.load_conversation(tmp_path / "saved", model)
-  assert type(past.cache) is type(out.cache.cache) and past.cache.slots == out.cache.cache.slots
-  np.testing.assert_array_equal(past.cache.live(), out.cache.cache.live())
-  assert repr(past.policy) == repr(out.cache.policy)
+  assert type(past.cache) is type(out.conversation.cache) and past.cache.slots == out.conversation.cache.slots
+  np.testing.assert_array_equal(past.cache.live(), out.conversation.cache.live())
+  assert repr(past.policy) == repr(out.conversation.policy)
   assert_same(go_on(model, past), go_on(model, out))
   if kind == "paged":
-    check(past.cache)
+    check_pages(past.cache)
 
 
 def test_a_file_holds_live_slots_alone(model, tmp_path):
   out = talk(model, "contiguous", rows=(21, 2), capacity=512)
-  dms_jax.save_conversation(tmp_path / "saved", out.cache)
+  dms_jax.save_conversation(tmp_path / "saved", out.conversation)
   with np.load(tmp_path / "saved" / ROWS) as arrays:
     held = sum(arrays[f"{b}.{name}"].nbytes for b in range(2) for name in ("kv", "pages"))
-  assert held == out.cache.cache.bytes_live()
+  assert held == out.conversation.cache.bytes_live()
   assert (tmp_path / "saved" / ROWS).stat().st_size < held + 2 * 7 * 512
 
 
@@ -88,8 +88,8 @@ def test_into_a_pool_that_must_grow(model, tmp_path):
   dms_jax.save_conversation(tmp_path / "saved", out)
   expected = go_on(model, out)
   small = dms_jax.load_conversation(tmp_path / "saved", model, capacity=40)
-  assert small.cache.pages < out.cache.cache.pages
-  check(small.cache)
+  assert small.cache.pages < out.conversation.cache.pages
+  check_pages(small.cache)
   assert_same(go_on(model, small), expected)
 
 
@@ -100,7 +100,7 @@ def test_into_caches_of_other_kinds(model, tmp_path):
   dms_jax.save_conversation(tmp_path / "saved", out)
   expected = go_on(model, out)
   large = dms_jax.load_conversation(tmp_path / "saved", model, capacity=200)
-  assert large.cache.pages > out.cache.cache.pages
+  assert large.cache.pages > out.conversation.cache.pages
   assert_same(go_on(model, large), expected)
   slots = dms_jax.load_conversation(tmp_path / "saved", model, cache="contiguous")
   assert isinstance(slots.cache, ContiguousCache) and go_on(model, slots).tokens == expected.tokens
@@ -113,8 +113,8 @@ def test_into_caches_of_other_kinds(model, tmp_path):
 @pytest.mark.parametrize("archive", ["int8", pytest.param(None, marks=SLOW), pytest.param("float8", marks=SLOW)])
 def test_a_generator_s_rows(model, tmp_path, archive):
   """Kept, saved, and taken up by a generator with another pool; or with pages of another size, in other sums."""
-  settings = dict(width=2, archive=archive, max_length=96, temperature=0.7, **SIZES)
-  first = Generator(model, page=PAGE, pages=200, **settings)
+  settings = dict(width=2, page_format=archive, max_length=96, temperature=0.7, **SIZES)
+  first = Generator(model, page_size=PAGE, pages=200, **settings)
   tickets = [first.submit(prompt(model, n), max_new_tokens=7, key=jax.random.key(n), keep=True) for n in (25, 3)]
   list(first.run())
   kept = [first.results[ticket].stored[0] for ticket in tickets]
@@ -130,11 +130,11 @@ def test_a_generator_s_rows(model, tmp_path, archive):
     list(generator.run())
     return generator.results[ticket].tokens, generator.results[ticket].logprobs
 
-  other = Generator(model, page=PAGE, pages=90, **settings)
+  other = Generator(model, page_size=PAGE, pages=90, **settings)
   expected = following(first, kept[0])
   assert following(other, past) == expected
   if archive is None:
-    assert following(Generator(model, page=8, pages=90, **settings), past)[0] == expected[0]
+    assert following(Generator(model, page_size=8, pages=90, **settings), past)[0] == expected[0]
   with pytest.raises(ValueError, match=r"a conversation of 2 rows; pick one with .row\(index\)"):
     other.submit([1], continue_from=both, key=jax.random.key(0))
   with pytest.raises(ValueError, match="row 2: the conversation has 2"):
@@ -146,8 +146,6 @@ def test_a_generator_s_rows(model, tmp_path, archive):
 
 
 def test_a_failed_save_leaves_what_was_there(model, tmp_path, monkeypatch):
-  from dms_jax.generation import conversation
-
   out = talk(model)
   dms_jax.save_conversation(tmp_path / "saved", out)
   before = {p: p.read_bytes() for p in (tmp_path / "saved").iterdir()}
@@ -155,7 +153,7 @@ def test_a_failed_save_leaves_what_was_there(model, tmp_path, monkeypatch):
   def full(*args, **kwargs):
     raise OSError("disk full")
 
-  monkeypatch.setattr(conversation.np.lib.format, "write_array", full)
+  monkeypatch.setattr(files.np.lib.format, "write_array", full)
   with pytest.raises(OSError, match="disk full"):
     dms_jax.save_conversation(tmp_path / "saved", out)
   with pytest.raises(OSError, match="disk full"):
@@ -237,9 +235,9 @@ def test_a_damaged_header_is_one_line(model, saved, tmp_path, field, value, mess
 
 
 def test_a_row_of_another_kind_gets_no_advice_on_its_size(model, saved, monkeypatch):
-  read = conversation._read_rows
+  read = files._read_rows
   shifted = lambda *args, **options: [dataclasses.replace(row, lag=7) for row in read(*args, **options)]
-  monkeypatch.setattr(conversation, "_read_rows", shifted)
+  monkeypatch.setattr(files, "_read_rows", shifted)
   for capacity in (None, 100):
     with pytest.raises(ValueError, match=r"row 0: a stored row with lag 7 does not fit a cache with 1$"):
       dms_jax.load_conversation(saved, model, capacity=capacity)

@@ -112,13 +112,13 @@ def test_a_row_does_not_feel_how_large_its_neighbours_make_the_cache(model, kind
   settings = dict(max_new_tokens=9, eos=False, prefill_chunk=64, decode_block=8, cache=kind)
   alone = dms_jax.generate(model, [prompt(70), prompt(1)], **settings)
   beside = dms_jax.generate(model, [prompt(70), prompt(400, seed=4)], **settings)
-  assert beside.cache.cache.nbytes > alone.cache.cache.nbytes
+  assert beside.conversation.cache.nbytes > alone.conversation.cache.nbytes
   assert beside.tokens[0] == alone.tokens[0] and beside.logprobs[0] == alone.logprobs[0]
 
 
 def test_pages_are_the_default_where_heads_may_differ(model):
   of = lambda policy: type(
-    dms_jax.generate(model, [prompt(9)], policy=policy, max_new_tokens=1, prefill_chunk=8).cache.cache
+    dms_jax.generate(model, [prompt(9)], policy=policy, max_new_tokens=1, prefill_chunk=8).conversation.cache
   )
   assert of(None) is of(dms_jax.DMS()) is PagedCache
   assert of(dms_jax.Vanilla()) is of(dms_jax.StreamingLLM(budget=8)) is ContiguousCache
@@ -148,10 +148,10 @@ def test_turns_equal_one_long_text(model, kind):
   turns = [[prompt(n, seed=n) for n in lengths] for lengths in ((9, 2, 1), (4, 12, 1), (1, 1, 9))]
   past, texts = None, [[], [], []]
   for turn in turns:
-    kept = None if past is None else jax.device_get(past.cache)
+    kept = None if past is None else jax.device_get(past.conversation)
     out = dms_jax.generate(model, turn, continue_from=past, max_new_tokens=7, eos=False, cache=kind, **SMALL)
     if past is not None:  # copied, not consumed
-      jax.tree.map(np.testing.assert_array_equal, jax.device_get(past.cache), kept)
+      jax.tree.map(np.testing.assert_array_equal, jax.device_get(past.conversation), kept)
     for b in range(3):
       texts[b] += turn[b] + out.tokens[b]
     past = out
@@ -188,7 +188,7 @@ def test_growing_changes_nothing(model, monkeypatch):
   assert out.tokens == fixed.tokens
   np.testing.assert_allclose(out.logprobs, fixed.logprobs, atol=2e-5)
   np.testing.assert_array_equal(out.metrics.live, fixed.metrics.live)
-  assert out.cache.cache.kv.shape[3] == grown[-1]
+  assert out.conversation.cache.kv.shape[3] == grown[-1]
 
 
 def test_a_full_fixed_cache_loses_nothing(model):
@@ -354,13 +354,13 @@ def test_nothing_is_compiled_twice(model, caplog):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_stretch_needs_no_second_cache(dtype):
+def test_a_decode_block_needs_no_second_cache(dtype):
   from dms_jax import cache as caches
 
   model = generation.fastest_form(tiny.model(gates=tiny.dms(), dtype=dtype))
   cache = caches.create("contiguous", model.config, batch=2, capacity=32768, window=5, lag=1, dtype=dtype)
   zeros = jnp.zeros(2, jnp.int32)
-  rows = decoding.Rows(zeros, None, zeros, zeros + 9, zeros, zeros)
+  rows = decoding.DecodeState(zeros, None, zeros, zeros + 9, zeros, zeros)
   compiled = decoding.decode_block.lower(
     model,
     DMS(window=5),
@@ -388,7 +388,7 @@ def test_a_chunk_needs_no_second_cache(kind, dtype):
   cache, row = jax.eval_shape(make), jax.ShapeDtypeStruct((4,), jnp.int32)
   size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
   compiled = decoding.prefill_chunk.lower(
-    model, DMS(window=5), cache, jax.ShapeDtypeStruct((4, 16), jnp.int32), row, jax.ShapeDtypeStruct((4,), bool),
+    model, DMS(window=5), cache, jax.ShapeDtypeStruct((4, 16), jnp.int32), row, row,
     jax.ShapeDtypeStruct((4, config.vocab_size), jnp.float32),
   ).compile()  # fmt: skip
   memory = compiled.memory_analysis()

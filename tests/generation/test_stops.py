@@ -25,17 +25,21 @@ def random_cases(count: int):
     yield words, data
 
 
-def test_find_and_unsettled_are_plain_searching():
+def test_a_matcher_is_plain_searching():
   for words, data in random_cases(500):
     automaton = stops.build(words)
     encoded = [w.encode() for w in words]
     hit = first_end(data, encoded)
-    assert stops.find(automaton, data) == (None if hit is None else hit[0]), (words, data)
+    matcher = stops.Matcher(automaton, [bytes([b]) for b in range(256)])
+    matcher.feed(data[:5])
+    matcher.feed(data[5:])
+    found = len(data) - len(matcher.tail) if matcher.found else None
+    assert found == (None if hit is None else hit[0]), (words, data)
     if hit is None:
       longest = max(
         n for n in range(len(data) + 1) if n == 0 or any(w.startswith(data[len(data) - n :]) for w in encoded)
       )
-      assert stops.unsettled(automaton, data) == longest, (words, data)
+      assert matcher.tail == data[len(data) - longest :], (words, data)
 
 
 def test_token_table_stops_at_the_token_that_completes_a_stop_string():

@@ -1,0 +1,326 @@
+"""Conversations on disk.
+
+    dms_jax.save_conversation("story", out)                            # the live slots of every row, and nothing else
+    ...
+    past = dms_jax.load_conversation("story", model)                   # another process, another day
+    more = dms_jax.generate(model, [" And then"], continue_from=past)
+
+DIR/{cache.json, rows.npz}: the header describes model, cache and policy, and `rows.npz` holds each row's arrays, those
+of a `HostRow` with pages of one slot. bfloat16 and float8 are stored as their bits, so that a file means the same
+wherever it was written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from dms_jax import cache as caches
+from dms_jax import policies
+from dms_jax.cache import PagedCache
+from dms_jax.cache.base import storage_dtype
+from dms_jax.cache.host import HostRow, check_fits, restore_row
+from dms_jax.config import read_json
+from dms_jax.generation.conversation import Continuation, Conversation, conversation_of, place_like
+from dms_jax.model import Model, check_policy
+from dms_jax.policies import Policy
+from pallas_kernels.paged import FORMATS, format_of
+
+HEADER, ROWS, FORMAT = "cache.json", "rows.npz", 1
+# The arrays of a row, by their names in the file and in `HostRow`.
+ARRAYS = ("kv", "evicted", "archived", "pages", "scales", "summaries")
+# What version 0.1 calls kinds of caches.
+KINDS_0_1 = {"slots": "contiguous"}
+
+
+def save_conversation(path: str | Path, past: Any) -> None:
+  """Writes a conversation, whole or not at all; an older one at `path` is replaced.
+
+  Args:
+    path: a folder.
+    past: an `Output` of `generate` or a `Conversation`; a `Continuation` (an entry of `Result.stored`), or several.
+
+  Raises:
+    ValueError: nothing to save, rows of different kinds, or something else at `path`.
+  """
+  from dms_jax.checkpoint import atomic_directory  # Orbax takes a second to import
+
+  past = conversation_of(past)
+  if isinstance(past, Conversation):
+    count, row_of = past.batch, past.row
+    kind = next(name for name, kind in caches.KINDS.items() if isinstance(past.cache, kind))
+    slots, policy = past.cache.slots, past.policy
+    pool = {"page": past.cache.page_size, "pages": past.cache.pages} if kind == "paged" else {}
+  else:
+    rows = [past] if isinstance(past, Continuation) else list(past)
+    if not rows or not all(isinstance(row, Continuation) for row in rows):
+      raise ValueError("save_conversation: give an output of generate, a conversation, or finished rows of a Generator")
+    if len({(row.cache.window, row.cache.masked, row.cache.pages.dtype, repr(row.policy)) for row in rows}) > 1:
+      raise ValueError("save_conversation: rows of different policies, windows or page formats; save each on its own")
+    count, row_of, policy, first = len(rows), rows.__getitem__, rows[0].policy, rows[0].cache
+    kind = "masked" if first.masked else "paged"
+    slots, pool = max(_slots(row.cache) for row in rows), {"page": first.page_size}
+  with atomic_directory(path, replaces=is_cache) as folder:
+    about, model = [], {}
+    with zipfile.ZipFile(folder / ROWS, "w", zipfile.ZIP_STORED) as file:
+      for index in range(count):
+        one = row_of(index)
+        model = _described(one.cache)
+        about.append({"seen": int(one.cache.seen), "pending": one.pending, "generated": one.generated})
+        for name, array in _live(one.cache).items():
+          with file.open(f"{index}.{name}.npy", "w", force_zip64=True) as stream:
+            np.lib.format.write_array(stream, array, allow_pickle=False)
+    numbers = {f.name: getattr(policy, f.name) for f in dataclasses.fields(policy)}
+    numbers = {name: None if value is None else np.asarray(value).tolist() for name, value in numbers.items()}
+    header = {
+      "format": FORMAT, "cache": kind, "slots": slots, **pool, **model,
+      "policy": {"name": type(policy).__name__, "numbers": numbers}, "rows": about,
+    }  # fmt: skip
+    (folder / HEADER).write_text(json.dumps(header, indent=2) + "\n")
+
+
+def load_conversation(
+  path: str | Path, model: Model, *, policy: Policy | None = None, cache: str | None = None, capacity: int | None = None
+) -> Conversation:
+  """A conversation that `save_conversation` wrote, for `generate(continue_from=...)` or `Generator.submit`.
+
+  Args:
+    model: the one it was held with, which is checked by its shape, its dtype and its gates' lag.
+    policy: what it goes on under; default the one it was filled by.
+    cache: "paged" or "contiguous"; default what it was.
+    capacity: as for `generate`, of the cache that it is put into; default what it had, or what it needs.
+
+  Raises:
+    ValueError: no such folder, something else, damaged, of another model or policy, or larger than `capacity`.
+  """
+  header = _header(path)
+  kind, resolved = cache or header["cache"], _policy(path, header, model, policy)
+  if kind not in caches.KINDS:
+    raise ValueError(f"unknown cache {kind!r}; there are {sorted(caches.KINDS)}")
+  config, lag = model.config, model.lag(resolved.window)
+  dtype, archive = jnp.dtype(model.dtype).name, header["archive"]
+  differences = [
+    f"{name} is {header[name]} there and {ours} here"
+    for name, ours in (
+      ("layers", config.num_layers),
+      ("kv_heads", config.num_kv_heads),
+      ("head_dim", config.head_dim),
+      ("shift", lag),
+      ("dtype", dtype),
+    )
+    if header[name] != ours
+  ]
+  if differences:
+    raise ValueError(f"{path}: a cache of another model: {', '.join(differences)}")
+  if (kind == "masked") != (header["cache"] == "masked") or (kind == "contiguous" and archive != dtype):
+    raise ValueError(f"{path}: cache={kind!r} cannot take what a {header['cache']} cache of {archive} holds")
+  rows, abouts = _read_rows(path, header, resolved.stats), header["rows"]
+  needed = max(_slots(row) for row in rows)
+  options, longest = {}, max(header["slots"], needed)
+  if kind == "paged":
+    quantised = {form.dtype.name: name for name, form in FORMATS.items()}
+    options = {"page_size": resolved.page or header.get("page"), "page_format": quantised.get(archive)}
+  store = caches.for_model(
+    model, resolved, batch=len(rows), capacity=capacity or (resolved.window + 2 if kind == "paged" else longest),
+    kind=kind, longest=max(longest, capacity or 0), **options,
+  )  # fmt: skip
+  if isinstance(store, PagedCache) and capacity is None:
+    used = sum(int((-(-row.archived // store.page_size)).sum()) for row in rows)
+    store = store.with_pages(max(store.pages, header.get("pages", 0), used))
+  for index, row in enumerate(rows):
+    advice = ""
+    try:
+      check_fits(store, row)
+      if capacity is not None:  # what can still be refused is the row's size
+        advice = f"; give a larger capacity than {capacity}"
+      store, enough = restore_row(store, index, row)
+    except ValueError as error:
+      raise ValueError(f"{path}: row {index}: {error}{advice}") from None
+    if not enough:
+      raise ValueError(f"{path}: row {index}: capacity={capacity} slots a head are too few pages; give a larger one")
+  column = lambda name: jnp.asarray(np.array([about[name] for about in abouts], np.int32))
+  store, pending, generated = place_like(model, (store, column("pending"), column("generated")))
+  return Conversation(store, pending, generated, resolved)
+
+
+def is_cache(path: str | Path) -> bool:
+  """Whether a folder holds what `save_conversation` wrote."""
+  try:
+    return "rows" in read_json(Path(path) / HEADER)
+  except ValueError:
+    return False
+
+
+# On disk --------------------------------------------------------------------------------------------------------------
+
+
+def _slots(row: HostRow) -> int:
+  """Slots that the fullest head needs."""
+  return int(row.seen) if row.masked else row.window + 1 + int(row.archived.max(initial=0))
+
+
+def _logical(dtype) -> str:
+  """The name of what an array holds, which may be stored as bits."""
+  return "bfloat16" if dtype == jnp.uint16 else jnp.dtype(dtype).name
+
+
+def _described(row: HostRow) -> dict[str, Any]:
+  layers, heads, _, width = row.kv.shape
+  return {
+    "layers": layers, "kv_heads": heads, "head_dim": width // 2, "dtype": _logical(row.kv.dtype),
+    "archive": _logical(row.pages.dtype), "window": row.window, "shift": row.lag, "policy_page": row.page,
+  }  # fmt: skip
+
+
+def _live(row: HostRow) -> dict[str, np.ndarray]:
+  """The row's arrays as they are written: live slots alone, types without a name in numpy as their bits."""
+  row, ring = row.repaged(1), int(min(row.seen, row.kv.shape[2]))
+  row = row.replace(kv=row.kv[:, :, :ring], evicted=row.evicted[:, :, :ring])
+  bits = lambda x: x.view(f"u{x.dtype.itemsize}") if x.dtype.kind == "V" else x
+  arrays = {name: getattr(row, name) for name in ARRAYS} | {f"stats.{name}": x for name, x in row.stats.items()}
+  return {name: bits(np.ascontiguousarray(x)) for name, x in arrays.items() if x is not None}
+
+
+def _header(path: str | Path) -> dict[str, Any]:
+  """cache.json, checked."""
+  if not Path(path).is_dir():
+    raise ValueError(f"{path}: no such folder of a saved cache")
+  file = Path(path) / HEADER
+  header = read_json(file)
+  if header.get("format", FORMAT) != FORMAT:
+    raise ValueError(f"{file}: format {header['format']}; this version reads {FORMAT}")
+  header["cache"] = KINDS_0_1.get(header.get("cache"), header.get("cache"))
+  kinds = {
+    "format": int, "cache": str, "slots": int, "layers": int, "kv_heads": int, "head_dim": int, "dtype": str,
+    "archive": str, "window": int, "shift": int, "policy_page": int, "policy": dict, "rows": list,
+  }  # fmt: skip
+  for name, kind in kinds.items():
+    if not isinstance(header.get(name), kind):
+      raise ValueError(f"{file}: field {name!r} is missing or not {kind.__name__}; not a saved cache, or damaged")
+  if not isinstance(header["policy"].get("name"), str) or not isinstance(header["policy"].get("numbers"), dict):
+    raise ValueError(f"{file}: field 'policy' has no name and numbers; damaged")
+  numbers = ("seen", "pending", "generated")
+  for index, row in enumerate(header["rows"]):
+    if not isinstance(row, dict) or not all(isinstance(row.get(name), int) for name in numbers):
+      raise ValueError(f"{file}: rows[{index}] must have whole numbers {', '.join(numbers)}; damaged")
+  for name in ("page", "pages"):
+    if name in header and not (isinstance(header[name], int) and header[name] > 0):
+      raise ValueError(f"{file}: field {name!r} must be a positive whole number; damaged")
+  if not header["rows"]:
+    raise ValueError(f"{file}: field 'rows' is empty; damaged")
+  return header
+
+
+def _policy(path, header, model: Model, given: Policy | None) -> Policy:
+  """The policy a conversation goes on under; it must treat what is held as the one that filled it."""
+  name, numbers = header["policy"]["name"], header["policy"]["numbers"]
+  try:
+    if given is None:
+      given = policies.get(name)(**numbers)
+    resolved = check_policy(model, given)
+  except (ValueError, TypeError) as error:
+    raise ValueError(f"{path}: policy: {error}") from None
+  if resolved.window != header["window"]:
+    raise ValueError(f"{path}: policy window is {header['window']} there and {resolved.window} here")
+  if type(resolved).__name__ != name and not resolved.continues(policies.REGISTRY.get(name.lower())):
+    raise ValueError(
+      f"{path}: policy is {name} there and {type(resolved).__name__} here; their caches hold other tokens"
+    )
+  if header["cache"] != "masked" and resolved.page != header["policy_page"]:
+    raise ValueError(f"{path}: policy page is {header['policy_page']} there and {resolved.page} here")
+  return resolved
+
+
+def _read_rows(path: str | Path, header: dict, stats: tuple[str, ...]) -> list[HostRow]:
+  """The rows of a file, every array checked against cache.json."""
+  file, rows = Path(path) / ROWS, []
+  lead, width = (header["layers"], header["kv_heads"]), 2 * header["head_dim"]
+  own, cells = (_dtype(path, header, name) for name in ("dtype", "archive"))
+  masked, page = header["cache"] == "masked", header["policy_page"]
+  try:
+    with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+      for index, about in enumerate(header["rows"]):
+        parts = {name: arrays[key] if (key := f"{index}.{name}") in arrays else None for name in ARRAYS}
+        ring = about["seen"] if masked else min(about["seen"], header["window"] + 1)
+        archived = parts["archived"]
+        if archived is None or archived.shape != lead or archived.dtype != np.int32 or (archived < 0).any():
+          raise ValueError(f"array '{index}.archived' must be int32 {lead}")
+        held = int(archived.sum())
+        most = header["window"] + 1 + int(archived.max(initial=0))
+        expected = {
+          "kv": ((*lead, ring, width), own),
+          "evicted": ((*lead, ring), np.dtype(bool)),
+          "pages": ((held, 1, width), cells),
+          "scales": ((held, 1, 2), np.dtype(np.float32)) if format_of(cells).scaled else None,
+          "summaries": ((*lead, None, width), own) if page else None,
+        }
+        for name, want in expected.items():
+          parts[name] = _checked(f"array '{index}.{name}'", parts[name], want)
+        parts["stats"] = _read_stats(arrays, index, stats, lead, 0 if masked else most)
+        for name in ("kv", "evicted"):  # the ring's free slots are not in the file
+          widths = [(0, 0)] * parts[name].ndim
+          widths[2] = (0, 0 if masked else header["window"] + 1 - ring)
+          parts[name] = np.pad(parts[name], widths)
+        rows.append(
+          HostRow(
+            **parts,
+            seen=np.int32(about["seen"]),
+            window=header["window"],
+            lag=header["shift"],
+            page=page,
+            masked=masked,
+          )
+        )
+  except FileNotFoundError:
+    raise ValueError(f"{file}: no such file") from None
+  except (zipfile.BadZipFile, EOFError, OSError, KeyError) as error:
+    raise ValueError(f"{file}: damaged or cut short ({' '.join(str(error).split())[:100]}); save it again") from None
+  except ValueError as error:
+    raise ValueError(f"{file}: {error}; not what {HEADER} means, or damaged") from None
+  return rows
+
+
+def _read_stats(arrays, index: int, names: tuple[str, ...], lead: tuple[int, int], least: int) -> dict[str, np.ndarray]:
+  """The statistics `names` of row `index`, float32 [L, K, S], for `least` slots or more."""
+  stats = {}
+  for name in names:
+    key = f"{index}.stats.{name}"
+    if name == "score" and key not in arrays:
+      key = f"{index}.scores"  # version 0.1
+    stats[name] = _checked(
+      f"array '{key}'", arrays[key] if key in arrays else None, ((*lead, None), np.dtype(np.float32))
+    )
+    if stats[name].shape[2] < least:
+      raise ValueError(f"array '{key}' has {stats[name].shape[2]} slots of {least}")
+  return stats
+
+
+def _dtype(path, header, name: str) -> np.dtype:
+  """The type in which a cache stores what the header calls `dtype` or `archive`."""
+  try:
+    return storage_dtype(jnp.dtype(header[name]))
+  except TypeError:
+    raise ValueError(f"{Path(path) / HEADER}: {name}={header[name]!r} is no type of numbers; damaged") from None
+
+
+def _checked(what: str, array: np.ndarray | None, want: tuple | None) -> np.ndarray | None:
+  """`array` in the type wanted, from its bits where need be; None in a shape stands for any number."""
+  if (array is None) != (want is None):
+    raise ValueError(f"{what} is {'missing' if array is None else 'one too many'}")
+  if want is None:
+    return None
+  shape, dtype = want
+  fits = array.ndim == len(shape) and all(b is None or a == b for a, b in zip(array.shape, shape, strict=True))
+  if not fits:
+    raise ValueError(f"{what} has shape {array.shape}, expected {shape}")
+  if array.dtype != dtype:
+    if array.dtype.kind != "u" or array.dtype.itemsize != dtype.itemsize or dtype.kind == "f":
+      raise ValueError(f"{what} holds {array.dtype}, expected {dtype}")
+    array = array.view(dtype)
+  return array

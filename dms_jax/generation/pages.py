@@ -1,0 +1,165 @@
+"""The memory of a `Generator`: a paged cache whose pool grows within a budget, whose rows move to the host and back."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from dms_jax.cache import PagedCache
+from dms_jax.cache import rows as cache_rows
+from dms_jax.cache.base import GROWTH
+from dms_jax.cache.host import HostRow, offload_row, restore_row
+from dms_jax.generation.prefill import Chunk, read_prompts
+from dms_jax.model import Model, cached_forward, last_logits
+from dms_jax.policies import Policy
+
+
+class BudgetError(ValueError):
+  """A row needs more memory than the whole budget. `ticket`: its request; None: the empty rows of a generator."""
+
+  def __init__(self, message: str, ticket: int | None = None):
+    super().__init__(message if ticket is None else f"ticket {ticket}: {message}")
+    self.ticket = ticket
+
+
+@partial(jax.jit, static_argnames="places", donate_argnames="cache")
+def _prefill_row(
+  model: Model, policy: Policy, cache: PagedCache, row: Int[Array, ""], tokens: Int[Array, "1 T"],
+  length: Int[Array, "1"], remaining: Int[Array, "1"], *, places: int,
+) -> tuple[PagedCache, Float[Array, "1 V"], Bool[Array, "1"]]:  # fmt: skip
+  """A chunk of one row's prompt: (cache, logits after it, whether there was no space). See `decode.prefill_chunk`."""
+  one = cache_rows.take_row(cache, row, places)
+  out, one = cached_forward(model, policy, one, tokens, length, remaining=remaining)
+  return cache_rows.put_row(cache, row, one), last_logits(model, out), out.stalled
+
+
+@jax.jit
+def _usage(cache: PagedCache) -> tuple[Float[Array, ""], Int[Array, ""]]:
+  return jnp.sum(jnp.mean(cache.live().astype(jnp.float32), axis=(0, 2))), cache.pages - cache.table.pool.count
+
+
+class PagedRows:
+  """The rows of a generator in one paged cache.
+
+  Attributes:
+    cache: of B rows.
+    budget: bytes that the cache may take; None: any number.
+    limit: pages that the budget pays for; None: any number.
+  """
+
+  def __init__(
+    self, cache: PagedCache, *, budget: int | None = None, budget_tokens: int | None = None, pages: int | None = None
+  ):
+    """Takes an empty cache with a page a head of each row, and enlarges its pool.
+
+    Args:
+      budget_tokens: the budget as tokens that a head may hold outside the windows, summed over rows, mean over heads.
+      pages: pages of the pool at first; default all that the budget pays for, without one those of `cache`.
+
+    Raises:
+      ValueError: two budgets.
+      BudgetError: a budget below what the empty rows and `pages` take.
+    """
+    if budget is not None and budget_tokens is not None:
+      raise ValueError("give either budget= (bytes) or budget_tokens=")
+    self.cache = cache
+    if budget_tokens is not None:
+      budget = cache.fixed_bytes + budget_tokens * self.heads // cache.page_size * cache.page_bytes
+    least = max(cache.pages, pages or 0)
+    self.budget = budget
+    self.limit = None if budget is None else max((budget - cache.fixed_bytes) // cache.page_bytes, 0)
+    if self.limit is not None and self.limit < least:
+      raise BudgetError(
+        f"budget={budget} bytes: {cache.seen.shape[0]} rows and {least} pages (one a head, or pages=) take "
+        f"{cache.with_pages(least).nbytes}; give a larger budget or a smaller width"
+      )
+    self.cache = cache.with_pages(max(pages or self.limit or 0, cache.pages))
+
+  @property
+  def heads(self) -> int:
+    """KV heads of all layers: as many archives as each row has."""
+    layers, _, heads = self.cache.archived.shape
+    return layers * heads
+
+  @property
+  def extent(self) -> str:
+    """The budget in words."""
+    cache = self.cache
+    return f"budget={self.budget} bytes ({cache.pages} pages of {cache.page_size} slots for {self.heads} heads)"
+
+  def usage(self) -> tuple[float, int]:
+    """Tokens held by all rows, mean over layers and heads; pages in use, shared ones once."""
+    tokens, pages = jax.device_get(_usage(self.cache))
+    return float(tokens), int(pages)
+
+  def free_pages(self) -> int:
+    """Pages that no row owns."""
+    return int(self.cache.table.pool.count)
+
+  def grow(self, lacking: int) -> bool:
+    """Adds `lacking` pages or more to the pool; False where the old pool and the new one exceed the budget together."""
+    pages = max(self.cache.pages + lacking, int(self.cache.pages * GROWTH))
+    if self.limit is not None:
+      pages = min(pages, self.limit - self.cache.pages)  # the old pool exists until it is copied
+      if pages < self.cache.pages + lacking:
+        return False
+    self.cache = self.cache.with_pages(pages)
+    return True
+
+  def read(
+    self, model: Model, policy: Policy, row: int, ids: Int[np.ndarray, "T"], chunk: int
+  ) -> Float[Array, "1 V"] | None:
+    """Reads a prompt into a row; the logits after it, None where pages are lacking (the row is then left half read)."""
+    logits = None
+
+    def feed(part: Chunk) -> np.ndarray:
+      nonlocal logits
+      places = self._places(int(self.cache.seen[row]) + int(part.lengths[0]))
+      self.cache, logits, stalled = _prefill_row(
+        model, policy, self.cache, jnp.int32(row), part.tokens, part.lengths, part.remaining, places=places
+      )
+      return np.asarray(stalled)
+
+    enlarge = lambda lengths: self.grow(self.heads * -(-int(lengths[0]) // self.cache.page_size))
+    read = read_prompts([ids], chunk, feed, enlarge=enlarge)
+    return logits if read[0] == len(ids) else None
+
+  def _places(self, tokens: int) -> int:
+    """Pages a head may need for a text of `tokens`, rounded up to a power of two: few programs are compiled."""
+    most = self.cache.table.pages.shape[3]
+    needed = max(-(-tokens // self.cache.page_size), 1)
+    return min(1 << (needed - 1).bit_length(), most)
+
+  def fork(self, row: int, others: list[int], whole: bool) -> bool:
+    """Lets the empty rows `others` continue the text of `row`; False where pages are lacking.
+
+    `whole`: copy all pages, for a policy that writes into old ones.
+    """
+    mask = np.isin(np.arange(self.cache.seen.shape[0]), others)
+    while others:
+      self.cache, enough = cache_rows.fork_row(self.cache, jnp.int32(row), mask, whole=whole)
+      if bool(enough):
+        break
+      pages = int(np.asarray(self.cache.table.owned[:, row]).sum()) if whole else self.heads
+      if not self.grow(len(others) * pages):
+        return False
+    return True
+
+  def free(self, rows: list[int]) -> None:
+    """Empties rows; pages that no other row shares are free again."""
+    self.cache = cache_rows.free_rows(self.cache, np.isin(np.arange(self.cache.seen.shape[0]), rows))
+
+  def offload(self, row: int) -> HostRow:
+    """A copy of a row, on the host."""
+    return offload_row(self.cache, row)
+
+  def restore(self, row: int, stored: HostRow) -> bool:
+    """Puts a host copy into an empty row; False where pages are lacking."""
+    while True:
+      self.cache, enough = restore_row(self.cache, row, stored)
+      if enough or not self.grow(len(stored.pages)):
+        return enough
