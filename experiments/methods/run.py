@@ -108,21 +108,20 @@ def _score(
   job: Job, method: Method, numbers: Sequence[int], tokenizer: Tokenizer, batch: int, progress: Progress
 ) -> Iterator[list[Record]]:
   """All questions at once: batches are of passages of about one length."""
-  if not isinstance(method.policy, Vanilla | DMS):
-    kind = type(method.policy).__name__
-    raise ValueError(
-      f"{job.task.name}: given continuations are scored under DMS or vanilla, not {kind} ({method.name})"
-    )
   questions = [job.asked[number] for number in numbers]
   passages, spans = likelihood.lay_out(questions, tokenizer)
-  threshold = method.policy.threshold if isinstance(method.policy, DMS) and method.model.dms is not None else None
-  (scored,) = likelihood.score([(method.model, threshold)], passages, batch=batch, progress=progress)
+  policy = method.policy
+  if isinstance(policy, Vanilla):
+    policy = None
+  elif isinstance(policy, DMS) and policy.window is None:
+    policy = policy.threshold  # a mask gives the same as a cache, for the whole text at once
+  (scored,) = likelihood.score([(method.model, policy)], passages, batch=batch, progress=progress)
   found = []
   for number, question, own in zip(numbers, questions, spans, strict=True):
     grades = likelihood.scores(question, [scored[passage].logprobs[part] for passage, part in own])
     read = sorted({passage for passage, _ in own})
     tokens = np.array([len(passages[passage].tokens) for passage in read])
-    held = None if threshold is None else np.stack([scored[passage].held for passage in read], axis=1)
+    held = None if policy is None else np.stack([scored[passage].held for passage in read], axis=1)
     found.append(_record(
       job, method, number, tokens=float(tokens.mean()), reads=None, peak=None,
       achieved_cr=1.0 if held is None else float(achieved_cr(held, tokens)),

@@ -135,8 +135,9 @@ def test_every_method_gets_the_same_samples_and_gates_act(models, tmp_path):
   assert [record.grades for record in own["original"]] == [record.grades for record in own["never"]]
   assert gates.mean == pytest.approx(np.mean([record.grades["answer_loglik"] for record in own["gates"]]))
   assert own["gates"][0].budget == {"threshold": 0.0} and own["never"][0].budget == {}
-  with pytest.raises(ValueError, match=r"gsm8k: given continuations are scored under DMS or vanilla, not H2O \(h2o\)"):
-    summary(job, [run.Method("h2o", models[0], H2O(budget=8))], tokenizer)
+  _, own = summary(job, [run.Method("h2o", models[0], H2O(budget=8))], tokenizer)
+  assert [record.achieved_cr for record in own["h2o"]] == [record.tokens / 8 for record in own["h2o"]]
+  assert own["h2o"][0].budget == {"budget": 8.0}
 
 
 def test_what_is_there_is_not_answered_again(models):
