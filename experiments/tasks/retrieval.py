@@ -131,7 +131,7 @@ def write(
   texts, held, seen, reads, peak = [], [], [], [], []
   for start in progress(range(0, len(asked), batch)):
     ids = [prompt.tokens for prompt in asked[start : start + batch]]
-    ids += ids[-1:] * (batch - len(ids))  # the last batch has the others' shape; what is repeated is left out again
+    ids += ids[-1:] * (batch - len(ids))  # one shape for all batches; the repeated rows are dropped again
     out = dms_jax.generate(model, ids, policy=policy, max_new_tokens=new_tokens, tokenizer=tokenizer)
     real = min(batch, len(asked) - start)
     texts += out.text[:real]
