@@ -157,6 +157,23 @@ def test_what_is_there_is_not_answered_again(models):
   assert not list(run.run(job, [method], tokenizer, done=whole))
 
 
+def test_chains_of_a_prompt_are_sampled_apart(models, monkeypatch):
+  monkeypatch.setattr(Needle, "new_tokens", 4)
+  tokenizer = byte_tokenizer()
+  (job,) = run.prepare([Needle()], TasksConfig(limit=2, chains=2, temperature=1.0), (560,), tokenizer, 4096)
+  method = run.Method("original", models[0])
+  whole = [record for part in run.run(job, [method], tokenizer, batch=3) for record in part]
+  assert [(record.prompt, record.chain) for record in whole] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+  assert all(record.chains == 2 for record in whole) and len({record.text for record in whole}) == 4
+  (rest,) = run.run(job, [method], tokenizer, batch=3, done=[whole[0], whole[1], whole[3]])
+  assert rest == [whole[2]]  # by its own key, whatever else is in its batch
+  (entry,) = summarise(whole, "original")
+  assert entry.samples == 2 and entry.chains == 2
+  for wrong in ({"chains": 2}, {"chains": 0}, {"temperature": -1.0}):
+    with pytest.raises(ValueError, match=f"--{next(iter(wrong))}="):
+      TasksConfig(**wrong)
+
+
 def test_too_many_shots_for_the_context(tmp_path):
   task = GSM8K(str(write_gsm8k(tmp_path / "g.jsonl", 120)), shots=110)
   with pytest.raises(ValueError, match=r"--gsm8k.shots: a question with its shots has \d+ tokens; the model's context"):
