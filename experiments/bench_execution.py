@@ -1,4 +1,4 @@
-"""What each choice of `dms_jax.execution` buys: decode steps, or a prompt's chunk, with the choice and without it.
+"""What each choice of `dms_jax.execution` buys: a decode step or chunk with it and without it.
 
     python -m experiments.bench_execution --shape=smollm2-135m --rows=1,8,32 --output=execution.json
     python -m experiments.bench_execution --shape=llama-3.2-1b --rows=1,8,32,128,248 --output=execution.json

@@ -1,4 +1,4 @@
-"""Prefill and decode speed of a checkpoint, dense and with DMS, against transformers on the same weights and threads.
+"""Prefill and decode speed of a checkpoint, dense and with DMS, against transformers.
 
     python -m experiments.bench_generate --checkpoint=checkpoints/smollm2-135m-instruct \\
       --retrofit=experiments/results/retrofit/smollm2-135m-cr4 --against_transformers

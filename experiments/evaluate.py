@@ -1,4 +1,4 @@
-"""Quality of a checkpoint or retrofit: perplexity and KL from the original on a text, scores on tasks, achieved CR.
+"""Quality of a checkpoint or retrofit: perplexity, KL from the original, scores on tasks, CR.
 
     python -m experiments.evaluate --checkpoint=checkpoints/smollm2-135m-instruct --text=wiki.test.raw \\
       --retrofit=experiments/results/retrofit/smollm2-135m-cr4 --lengths=1024,4096

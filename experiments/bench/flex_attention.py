@@ -1,4 +1,4 @@
-"""Times PyTorch's FlexAttention with the training bias, as the method's first implementation trains.
+"""Times PyTorch's FlexAttention with the training bias, as the first implementation trains.
 
 Two forms are timed. "flex" is that implementation's (NVIDIA Model-Optimizer, experimental/dms): one batch row for each
 row and KV head, causality and window as factors of the score in `score_mod`, no block mask, and the bias in bfloat16

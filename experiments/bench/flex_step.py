@@ -1,4 +1,4 @@
-"""Times a retrofit step in PyTorch with FlexAttention, the baseline of `experiments.retrofit --benchmark`.
+"""Times a retrofit step in PyTorch with FlexAttention, the baseline of our step.
 
 The model is transformers' Llama in bfloat16 autocast over float32 weights (frozen ones in bfloat16), with adapter
 gates, the training noise, a teacher of the same shape with PyTorch's own attention, reverse KL from whole logits, and

@@ -1,6 +1,7 @@
-"""Times each step of transformers' `generate` with a static cache and torch.compile, on a model of random weights.
+"""Times each step of transformers' `generate` with a static cache and torch.compile.
 
-`experiments.bench_generate` runs `measure` in a process of its own, so that two frameworks do not share their memory.
+The model has random weights. `experiments.bench_generate` runs `measure` in a process of its own, so that two
+frameworks do not share their memory.
 """
 
 from __future__ import annotations

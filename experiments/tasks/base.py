@@ -1,4 +1,4 @@
-"""What a task is, the registry of tasks, and what tasks share: questions and shots sampled by a seed.
+"""What a task is, the registry of tasks, and questions and shots sampled by a seed.
 
 A task is one frozen dataclass in one file. Its fields are its settings, and each becomes a flag: `--needle.keys=4`.
 There are two kinds. A `LikelihoodTask` has the model score given continuations of a text; a `WritingTask` has it write

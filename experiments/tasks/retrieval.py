@@ -1,4 +1,4 @@
-"""Retrieval: prompts of a given length whose answer is hidden in them, and what a model writes after reading them."""
+"""Retrieval: prompts of a given length that hide their answer, and what a model writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark of the kernels runs anywhere at tiny shapes, and one case's failure does not lose the others."""
+"""The benchmark of the kernels runs anywhere at tiny shapes, and a failure stops no other case."""
 
 from __future__ import annotations
 
