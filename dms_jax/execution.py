@@ -2,7 +2,7 @@
 
 No choice changes a result by more than rounding. `Execution.choose` makes them all from the kind of device, the step's
 shape and the model; the rest of the code reads the fields and never asks which device there is. `override` sets fields
-for a block of code, to test and to time each choice on and off (`experiments/bench/execution.py`).
+for a block of code, to test and to time each choice on and off (`experiments.bench_execution`).
 """
 
 from __future__ import annotations

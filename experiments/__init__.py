@@ -1,1 +1,1 @@
-"""Programs: each is `python -m experiments.NAME --flag=...`; see `experiments.common.program` for what they share."""
+"""Programs, each run as `python -m experiments.NAME --flag=...`, and the rooms below them."""

@@ -1,4 +1,4 @@
-"""Prefill and decode speed of a checkpoint, dense and with DMS, against transformers on the same weights and threads.
+"""Prefill and decode speed of a checkpoint, dense and with DMS, against transformers.
 
     python -m experiments.bench_generate --checkpoint=checkpoints/smollm2-135m-instruct \\
       --retrofit=experiments/results/retrofit/smollm2-135m-cr4 --against_transformers
@@ -50,10 +50,10 @@ from pallas_kernels.common import bench
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """`text` is read for its first `prompt_tokens` tokens; default the library's own source.
+  """The first `prompt_tokens` tokens of `text` are read; default the library's own source.
 
-  With `cases`, names or beginnings of names, or "all": those alone, at `scale`; after `seconds` no further one starts,
-  and `workers` programs are compiled side by side.
+  `cases`, names or beginnings of names or "all", are measured instead of a checkpoint, at `scale`; no case starts later
+  than `seconds`, and `workers` programs are compiled in parallel.
   """
 
   checkpoint: str | None = None
@@ -94,7 +94,7 @@ Engine = tuple[str, Callable[[int], dict]]
 
 
 def jax_engine(name: str, model: Model, policy: dms_jax.Policy, prompt: list[int], config: Config) -> Engine:
-  """Our own `generate`, in slots of a fixed number so that both kinds of run share their compiled programs."""
+  """Our own `generate`, with a fixed number of slots, so that both kinds of run share their compiled programs."""
   capacity = -(-(len(prompt) + config.new_tokens) // 128) * 128
 
   def run(new_tokens: int) -> dict:
@@ -136,7 +136,7 @@ def transformers_engine(folder: Path, dtype: str, prompt: list[int]) -> Engine:
 
 
 def measure(engines: list[Engine], config: Config) -> list[dict]:
-  """Prefill and decode tokens/s of each engine; they take turns, so that a slow moment of the machine hits all."""
+  """Prefill and decode tokens/s of each engine; they take turns, so that a slow moment of the machine affects all."""
   seconds = {name: ([], []) for name, _ in engines}
   about = {}
   for _, run in engines:
@@ -165,7 +165,7 @@ def measure(engines: list[Engine], config: Config) -> list[dict]:
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
-  """The place of the first token in which two rows differ, the end of the shorter one included; None if none does."""
+  """The index of the first token in which two rows differ, which may be the end of the shorter; None for equal rows."""
   place = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
   return None if place == len(a) == len(b) else place
 
@@ -204,7 +204,7 @@ def width_divergence(
 
 
 def prompt_ids(config: Config, tokenizer, count: int = 1) -> list[int]:
-  """The first `count` prompts' tokens, from a text that is repeated if it is short."""
+  """The tokens of `count` prompts, end to end; a short text is repeated."""
   if config.text is not None and not Path(config.text).is_file():
     raise ValueError(f"--text={config.text}: no such file")
   source = Path(config.text) if config.text else Path(dms_jax.__file__).parent / "model.py"
@@ -284,7 +284,7 @@ def run_cases(config: Config) -> None:
   for name, case in cases.items():
     try:
       case.start()
-    except Exception as error:  # the case itself will say so, and the others go on
+    except Exception as error:  # the case will report it, and the others go on
       program.log(f"{name}: not compiled ahead: {type(error).__name__}")
   suite.programs.wait(config.seconds / 2)
   program.log(f"compiled after {time.monotonic() - begin:.0f} s")

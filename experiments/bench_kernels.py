@@ -1,4 +1,4 @@
-"""Speed of the attention kernels against dense attention by cuDNN and the memory's limit, on one accelerator.
+"""Speed of the attention kernels against dense attention by cuDNN and the memory's limit.
 
     python -m experiments.bench_kernels                               # an H100: every case but growth, ten minutes
     python -m experiments.bench_kernels --cases=decode,pages_b32_cr8  # those that are named, or begin so

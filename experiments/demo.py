@@ -30,7 +30,7 @@ from dms_jax.model import Model, cached_forward, check_policy, unembed
 from dms_jax.policies import DMS, Policy, Vanilla
 from dms_jax.tokenizer import Tokenizer
 from experiments.common import program
-from experiments.reports import plots
+from experiments.reports import plots, tables
 
 ROOT = Path(__file__).parent.parent
 QUESTION = "What is the capital of France?"
@@ -193,11 +193,10 @@ def side_by_side(left: str, right: str, width: int = 57, rows: int = 24) -> str:
 
 
 def table(dense: dict, dms: dict) -> str:
-  """The figures of both runs, a line each."""
+  """The figures of both runs, a row each."""
   mib = lambda n: f"{n / 2**20:.1f} MiB"
   change = dms["perplexity"] / dense["perplexity"] - 1
   lines = [
-    ("", "dense", "DMS", ""),
     ("perplexity of what was read", f"{dense['perplexity']:.3f}", f"{dms['perplexity']:.3f}", f"{change:+.1%}"),
     ("KL to the original, nats a token", "0", f"{dms['kl']:.4f}", ""),
     (f"achieved CR at T = {dms['seen_tokens'][0]:,}", f"{dense['achieved_cr']:.2f}", f"{dms['achieved_cr']:.2f}", ""),
@@ -210,7 +209,7 @@ def table(dense: dict, dms: dict) -> str:
   ):
     less = dense[key] / dms[key]
     lines.append((title, show(dense[key]), show(dms[key]), f"{less:.2f}x less" if less > 1.05 else ""))
-  return "\n".join(f"{a:<34} {b:>12} {c:>12}  {d}".rstrip() for a, b, c, d in lines)
+  return tables.markdown(("", "dense", "DMS", "difference"), lines)
 
 
 def main() -> None:

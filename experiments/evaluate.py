@@ -1,4 +1,4 @@
-"""Quality of a checkpoint or retrofit: perplexity and KL from the original on a text, scores on tasks, achieved CR.
+"""Quality of a checkpoint or retrofit: perplexity, KL from the original, scores on tasks, CR.
 
     python -m experiments.evaluate --checkpoint=checkpoints/smollm2-135m-instruct --text=wiki.test.raw \\
       --retrofit=experiments/results/retrofit/smollm2-135m-cr4 --lengths=1024,4096
@@ -15,7 +15,8 @@ comma-separated.
 The original and each retrofit answer the same samples, chosen by `--seed`. Tables show each score with its standard
 error, then its difference from the original's, paired sample by sample. The tasks are RULER's needle and variable
 tracking at each length, 10-shot HellaSwag, 5-shot MMLU, and the likelihood of GSM8K's solutions after 5 worked ones.
-The achieved CR is that of the cache after everything was read and written.
+The achieved CR is that of the cache after everything was read and written. `--chains=8 --temperature=0.6` samples eight
+texts for each prompt of a task that writes; its score is their mean.
 
 Results go to `--output`, a JSON file, by default in a folder under runs/evaluate named from the flags; the records of
 the tasks, one JSON line a chain, go to the same name with .jsonl. The same command again resumes a run that was killed.
@@ -173,7 +174,8 @@ def run_tasks(
   records.check_settings(path, done, expected)
   names, entries = [method.name for method in methods], []
   for job in jobs:
-    same = lambda record, job=job: (record.task, record.length) == (job.task.name, job.length)
+    wanted = job.task.name, job.length, job.chains
+    same = lambda record, wanted=wanted: (record.task, record.length, record.chains) == wanted
     own = [record for record in done if same(record) and record.method in names]
     for found in run.run(job, methods, tokenizer, batch=config.batch, done=own, progress=program.progress):
       records.append(path, found)

@@ -1,4 +1,4 @@
-"""Finds the fastest block sizes of the attention kernels on one GPU, and writes them into a table of winners.
+"""Finds the fastest block sizes of the attention kernels on one GPU, for a table of winners.
 
     python -m experiments.tune_kernels                 # an H100: every class of shapes, half an hour
     python -m experiments.tune_kernels --cases=decode  # the cases that are named, or begin so

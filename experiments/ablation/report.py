@@ -11,7 +11,7 @@ from dms_jax.config import read_json
 from experiments.ablation import sweeps
 from experiments.ablation.trials import TRAINED, TYPES, Trial
 from experiments.common import program
-from experiments.reports import plots
+from experiments.reports import plots, tables
 
 
 def rows(wanted: list[Trial], results: dict[str, dict]) -> list[dict[str, Any]]:
@@ -44,7 +44,7 @@ def as_table(found: list[dict[str, Any]]) -> str:
     if trained:
       text += [f"{row['tokens'] / 1e6:,.2f} M", f"{row['minutes']:.1f}"] if "tokens" in row else ["-", "-"]
     cells.append(text)
-  return sweeps.table([*names, *(["tokens trained", "minutes"] if trained else [])], cells)
+  return tables.markdown([*names, *(["tokens trained", "minutes"] if trained else [])], cells)
 
 
 def points(found: list[dict[str, Any]], x: str) -> list[dict[str, Any]]:

@@ -109,10 +109,3 @@ def brief(values: Iterable[str]) -> dict[str, str]:
   """Each of `values` without the folders of its paths, unless two would then be equal."""
   short = {value: ",".join(part.rpartition("/")[2] for part in value.split(",")) for value in values}
   return short if len(set(short.values())) == len(short) else {value: value for value in short}
-
-
-def table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  """A Markdown table with padded cells, readable on a terminal too."""
-  widths = [max(len(row[i]) for row in [names, *rows]) for i in range(len(names))]
-  line = lambda cells: "| " + " | ".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True)) + " |"
-  return "\n".join([line(names), "|" + "|".join("-" * (w + 1) + ":" for w in widths) + "|", *map(line, rows)])

@@ -1,4 +1,4 @@
-"""What benchmarks that run case by case share: names, guarding, bars, and results that later runs add to.
+"""What benchmarks that run case by case share: names, failures, bars, and results that add up.
 
 A *case* is a named measurement; its result is a *row*. What is measured (a model, a batch, a length) is its workload.
 """

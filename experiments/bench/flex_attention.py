@@ -1,9 +1,9 @@
-"""PyTorch's FlexAttention with the retrofit's bias, timed: the way the method's first implementation trains.
+"""Times PyTorch's FlexAttention with the training bias, as the first implementation trains.
 
-Two ways to write it are timed. "flex" is that implementation's (NVIDIA Model-Optimizer, experimental/dms): pairs of row
-and KV head as rows, causality and window as factors of the score in `score_mod`, no block mask, and the bias in
-bfloat16, what automatic mixed precision makes of it. "flex_blocks" is the fastest that we know of: a causal block mask,
-so that blocks above the diagonal are skipped, and a float32 bias, whose gradient is summed by native atomics.
+Two forms are timed. "flex" is that implementation's (NVIDIA Model-Optimizer, experimental/dms): one batch row for each
+row and KV head, causality and window as factors of the score in `score_mod`, no block mask, and the bias in bfloat16
+through automatic mixed precision. "flex_blocks" is the fastest form known to us: a causal block mask skips the blocks
+above the diagonal, and native atomics sum the gradient of a float32 bias.
 
 `experiments.bench_kernels` runs `measure` in a process of its own, so that two frameworks do not share their memory.
 """
@@ -48,9 +48,10 @@ def forms(tokens: int, device) -> dict[str, Callable]:
 
 
 def measure(batch: int, tokens: int, queries: int, heads: int, size: int, window: int) -> dict:
-  """Microseconds of each form, forward ("flex_forward_us") and with the backward pass, the bias's gradient included
-  ("flex_us"), or why there are none ("skipped"); bfloat16, causal, the bias added where a key is further back than
-  the window."""
+  """Microseconds of each form, forward ("flex_forward_us") and with the backward pass of q, k, v and bias ("flex_us").
+
+  bfloat16, causal, the bias added to keys outside the window. {"skipped": why} where nothing can be measured.
+  """
   try:
     import torch
     import torch.nn.attention.flex_attention

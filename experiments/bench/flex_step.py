@@ -1,10 +1,10 @@
-"""A retrofit step in PyTorch with FlexAttention, timed: what `experiments.retrofit --benchmark` is held against.
+"""Times a retrofit step in PyTorch with FlexAttention, the baseline of our step.
 
-transformers' Llama in bfloat16 autocast over float32 weights (frozen ones in bfloat16), adapter gates with the training
-noise, a teacher of the same shape by PyTorch's own attention, reverse KL from whole logits, AdamW. All but attention is
-eager. Rows that do not go through together add up their gradients: whole logits of several rows with a vocabulary of
-128K would not fit beside the optimizer's state. The forms of attention are those of
-`experiments.bench.flex_attention`.
+The model is transformers' Llama in bfloat16 autocast over float32 weights (frozen ones in bfloat16), with adapter
+gates, the training noise, a teacher of the same shape with PyTorch's own attention, reverse KL from whole logits, and
+AdamW. Everything except attention is eager. Rows that do not fit together accumulate gradients: the whole logits of
+several rows over a vocabulary of 128K and the optimizer's state would exceed the memory. The forms of attention are
+those of `experiments.bench.flex_attention`.
 
 `experiments.retrofit --benchmark --against_flex` runs `measure` in a process of its own, so that two frameworks do not
 share their memory.
@@ -96,7 +96,7 @@ def measure(
 
 
 def _add_gate(torch, layer, heads: int, device: str) -> None:
-  """An adapter gate, in float32, that reads what the layer reads and leaves the bias where its attention finds it."""
+  """An adapter gate in float32; it reads the layer's input and sets the bias that the layer's attention uses."""
   layer.gate = torch.nn.Linear(layer.self_attn.q_proj.in_features, heads, bias=False, device=device)
 
   def before(module, args, kwargs):
@@ -113,7 +113,7 @@ def _add_gate(torch, layer, heads: int, device: str) -> None:
 
 
 def _add_update(torch, linear, rank: int, device: str) -> None:
-  """A low-rank update beside a frozen projection."""
+  """A frozen projection with a low-rank update."""
   down = torch.nn.Linear(linear.in_features, rank, bias=False, device=device)
   up = torch.nn.Linear(rank, linear.out_features, bias=False, device=device)
   torch.nn.init.zeros_(up.weight)

@@ -1,4 +1,4 @@
-"""The cases of `experiments.bench_generate --cases`: a measurement for each name, and the bars it is held to.
+"""The cases of `bench_generate --cases`: a measurement for each name, and its bars.
 
 The model has Llama-3.2-1B's shape, random weights and random evictions (`experiments.bench.synthetic`): a head holds
 exp(0.8 N(0, 1)) times the mean, and at least the window; the mean is such that the achieved CR is 8 at each length. A

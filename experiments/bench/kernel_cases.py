@@ -1,4 +1,4 @@
-"""The cases of `experiments.bench_kernels`: a workload for each name, how it is measured, and the bars it is held to.
+"""The cases of `bench_kernels`: a workload for each name, how it is measured, and its bars.
 
 Decode: one compiled program chains calls over the layers of a cache, which together are too large for the L2 cache.
 "CR 8" means ragged live lengths, exp(0.8 N(0, 1)) times a mean of S / 8. The floor is the bytes of live keys and values

@@ -1,6 +1,7 @@
-"""transformers' `generate` with a static cache and torch.compile, timed step by step on a model of random weights.
+"""Times each step of transformers' `generate` with a static cache and torch.compile.
 
-`experiments.bench_generate` runs `measure` in a process of its own, so that two frameworks do not share their memory.
+The model has random weights. `experiments.bench_generate` runs `measure` in a process of its own, so that two
+frameworks do not share their memory.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ def measure(config: dict, batch: int, tokens: int, new_tokens: int, dtype: str) 
   Args:
     config: fields of transformers' LlamaConfig.
     tokens: of each prompt, random.
-    new_tokens: generated after it, twice: the first time compiles.
+    new_tokens: generated after it, twice; the first time compiles.
 
   Returns:
     step_s, the median of the second half of the steps; tokens_per_s; first_token_s; versions.
@@ -36,7 +37,7 @@ def measure(config: dict, batch: int, tokens: int, new_tokens: int, dtype: str) 
   moments = []
 
   class Watch(transformers.StoppingCriteria):
-    """Notes when each token is there; ends nothing."""
+    """Records the time of each token and never stops."""
 
     def __call__(self, input_ids, scores, **kwargs):
       if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Models and caches to be timed: random weights, evictions sampled by a hash, and caches as a long text leaves them.
+"""Models and caches to be timed: random weights and evictions, caches as a long text leaves them.
 
 The cost of a step depends on how many tokens each head holds, not on which tokens, so no text is read. A cache is put
 directly into the state after so many tokens: lengths, decisions, pages allocated in random order, and random keys and

@@ -1,4 +1,4 @@
-"""What every program shares: flags made from config dataclasses, the run, progress, and the JSON line at its end.
+"""What every program shares: flags from config dataclasses, the run, progress, its JSON line.
 
 Importing a program has no side effects. It looks like this:
 

@@ -6,6 +6,8 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dms_jax.evaluation import likelihood
@@ -40,13 +42,18 @@ class Method:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """One task, at one length where it has lengths, with everything that is asked and its fingerprint, `content`."""
+  """One task, at one length where it has lengths, with everything that is asked and its fingerprint, `content`.
+
+  Each prompt gets `chains` texts, sampled at `temperature` with keys from `seed`.
+  """
 
   task: LikelihoodTask | WritingTask
   length: int | None
   asked: Sequence[Question] | Sequence[Prompt]
   seed: int = 0
   content: str = ""
+  chains: int = 1
+  temperature: float = 0.0
 
   @property
   def name(self) -> str:
@@ -80,8 +87,8 @@ def prepare(
     if isinstance(task, WritingTask):
       for length in lengths if task.sized else (None,):
         prompts = task.prompts(config, tokenizer, length, max_positions)
-        content = program.fingerprint([(prompt.text, prompt.references) for prompt in prompts])
-        jobs.append(Job(task, length, prompts, config.seed, content))
+        content = program.fingerprint([config.temperature, *((prompt.text, prompt.references) for prompt in prompts)])
+        jobs.append(Job(task, length, prompts, config.seed, content, config.chains, config.temperature))
       continue
     questions = task.questions(config)
     if not questions:
@@ -95,36 +102,35 @@ def prepare(
   return jobs
 
 
-def _record(job: Job, method: Method, prompt: int, **found) -> Record:
+def _record(job: Job, method: Method, prompt: int, chain: int, **found) -> Record:
   """The record of one answer."""
   most = job.task.new_tokens if isinstance(job.task, WritingTask) else 0
   return Record(
-    method.name, job.task.name, job.length, method.budget, chains=1, max_tokens=most, seed=job.seed, prompt=prompt,
-    chain=0, settings=settings_of(job, method), **found,
+    method.name, job.task.name, job.length, method.budget, chains=job.chains, max_tokens=most, seed=job.seed,
+    prompt=prompt, chain=chain, settings=settings_of(job, method), **found,
   )  # fmt: skip
 
 
 def _score(
-  job: Job, method: Method, numbers: Sequence[int], tokenizer: Tokenizer, batch: int, progress: Progress
+  job: Job, method: Method, wanted: Sequence[tuple[int, int]], tokenizer: Tokenizer, batch: int, progress: Progress
 ) -> Iterator[list[Record]]:
   """All questions at once: batches are of passages of about one length."""
-  if not isinstance(method.policy, Vanilla | DMS):
-    kind = type(method.policy).__name__
-    raise ValueError(
-      f"{job.task.name}: given continuations are scored under DMS or vanilla, not {kind} ({method.name})"
-    )
-  questions = [job.asked[number] for number in numbers]
+  questions = [job.asked[number] for number, _ in wanted]
   passages, spans = likelihood.lay_out(questions, tokenizer)
-  threshold = method.policy.threshold if isinstance(method.policy, DMS) and method.model.dms is not None else None
-  (scored,) = likelihood.score([(method.model, threshold)], passages, batch=batch, progress=progress)
+  policy = method.policy
+  if isinstance(policy, Vanilla):
+    policy = None
+  elif isinstance(policy, DMS) and policy.window is None:
+    policy = policy.threshold  # a mask gives the same as a cache, for the whole text at once
+  (scored,) = likelihood.score([(method.model, policy)], passages, batch=batch, progress=progress)
   found = []
-  for number, question, own in zip(numbers, questions, spans, strict=True):
+  for (number, chain), question, own in zip(wanted, questions, spans, strict=True):
     grades = likelihood.scores(question, [scored[passage].logprobs[part] for passage, part in own])
     read = sorted({passage for passage, _ in own})
     tokens = np.array([len(passages[passage].tokens) for passage in read])
-    held = None if threshold is None else np.stack([scored[passage].held for passage in read], axis=1)
+    held = None if policy is None else np.stack([scored[passage].held for passage in read], axis=1)
     found.append(_record(
-      job, method, number, tokens=float(tokens.mean()), reads=None, peak=None,
+      job, method, number, chain, tokens=float(tokens.mean()), reads=None, peak=None,
       achieved_cr=1.0 if held is None else float(achieved_cr(held, tokens)),
       grades={metric: grades[metric] for metric in job.task.metrics},
     ))  # fmt: skip
@@ -132,21 +138,25 @@ def _score(
 
 
 def _write(
-  job: Job, method: Method, numbers: Sequence[int], tokenizer: Tokenizer, batch: int, progress: Progress
+  job: Job, method: Method, wanted: Sequence[tuple[int, int]], tokenizer: Tokenizer, batch: int, progress: Progress
 ) -> Iterator[list[Record]]:
-  """`batch` prompts after another, so that little is lost when the run is killed."""
+  """`batch` chains after another, so that little is lost when the run is killed."""
+  key_of = lambda number, chain: jax.random.fold_in(jax.random.fold_in(jax.random.key(job.seed), number), chain)
   model = fastest_form(method.model)
-  for start in progress(range(0, len(numbers), batch)):
-    part = numbers[start : start + batch]
-    prompts = [job.asked[number] for number in part]
-    out = retrieval.write(model, tokenizer, prompts, job.task.new_tokens, policy=method.policy, batch=batch)
+  for start in progress(range(0, len(wanted), batch)):
+    part = wanted[start : start + batch]
+    prompts = [job.asked[number] for number, _ in part]
+    out = retrieval.write(
+      model, tokenizer, prompts, job.task.new_tokens, policy=method.policy, batch=batch, temperature=job.temperature,
+      keys=jnp.stack([key_of(*each) for each in part]) if job.temperature else None,
+    )  # fmt: skip
     yield [
       _record(
-        job, method, number, tokens=int(out.seen[row]), reads=float(out.reads[row]), peak=float(out.peak[row]),
+        job, method, number, chain, tokens=int(out.seen[row]), reads=float(out.reads[row]), peak=float(out.peak[row]),
         achieved_cr=float(achieved_cr(out.held[:, row : row + 1], out.seen[row : row + 1])),
         grades=job.task.grade(out.texts[row], prompts[row]), text=out.texts[row],
       )
-      for row, number in enumerate(part)
+      for row, (number, chain) in enumerate(part)
     ]  # fmt: skip
 
 
@@ -158,7 +168,7 @@ def run(
 
   Args:
     batch: rows at a time.
-    done: records that exist already; their prompts are not answered again.
+    done: records that exist already; these chains are not written again.
     progress: wraps the iteration over batches; `desc` names the job and method.
 
   Raises:
@@ -167,11 +177,11 @@ def run(
   check_names([method.name for method in methods])
   answer = _write if isinstance(job.task, WritingTask) else _score
   for method in methods:
-    own = method.name, job.task.name, job.length, method.budget, job.seed
-    there = {
-      record.prompt for record in done if own == (record.method, record.task, record.length, record.budget, record.seed)
-    }
-    numbers = [number for number in range(len(job.asked)) if number not in there]
+    own = method.name, job.task.name, job.length, method.budget, job.chains, job.seed
+    about = lambda r: (r.method, r.task, r.length, r.budget, r.chains, r.seed)
+    there = {(record.prompt, record.chain) for record in done if about(record) == own}
+    chains = ((number, chain) for number in range(len(job.asked)) for chain in range(job.chains))
+    wanted = [each for each in chains if each not in there]
     shown = lambda items, method=method: progress(items, desc=f"{job.name}, {method.name}")
-    if numbers:
-      yield from answer(job, method, numbers, tokenizer, batch, shown)
+    if wanted:
+      yield from answer(job, method, wanted, tokenizer, batch, shown)

@@ -1,4 +1,4 @@
-"""The one summary of results: a row for each method, task, length and metric, with its standard errors."""
+"""The one summary of results: an entry for each method, task, length and metric, with errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures of the benchmarks, drawn from their rows; nothing is drawn where no row holds what a figure shows."""
+"""Figures of the benchmarks, made from their rows; a figure without rows is left out."""
 
 from __future__ import annotations
 

@@ -179,7 +179,7 @@ def ablation(plt, rows: list[dict], x: str, title: str) -> Any:
     text = f"{row['x'] / 1e6:.3g} M" if x == "tokens" else row["x"].replace("\n", " ")
     wide = max(0.06, 0.015 * len(text))
     if any(abs(here[0] - x0) < wide * spans[0] and abs(here[1] - y0) < 0.05 * spans[1] for x0, y0 in named):
-      continue  # its name would lie on another's
+      continue  # its label would cover another
     named.append(here)
     inwards = 1 if here[0] - least[0] < spans[0] / 2 else -1
     both.annotate(

@@ -1,4 +1,4 @@
-"""What a task is, the registry of tasks, and what tasks share: questions and shots sampled by a seed.
+"""What a task is, the registry of tasks, and questions and shots sampled by a seed.
 
 A task is one frozen dataclass in one file. Its fields are its settings, and each becomes a flag: `--needle.keys=4`.
 There are two kinds. A `LikelihoodTask` has the model score given continuations of a text; a `WritingTask` has it write
@@ -45,16 +45,23 @@ class TasksConfig:
   decides how retrieval prompts are put: "chat" as a user's message with the answer's first words already written (as
   RULER does for instruct models), "raw" as plain text (as it does for base models), "auto" by whether the tokenizer has
   a chat template. Likelihood tasks are always plain text, as in lm-evaluation-harness.
+
+  A task that writes gives `chains` texts for each prompt, sampled at `temperature`; 0 is greedy.
   """
 
   tasks: tuple[str, ...] = ()
   limit: int = 0
   seed: int = 42
   template: Literal["auto", "chat", "raw"] = "auto"
+  chains: int = 1
+  temperature: float = 0.0
 
   def __post_init__(self):
-    if self.limit < 0:
-      raise ValueError(f"--limit={self.limit} must be 0 (everything) or more")
+    for name, least in (("limit", 0), ("chains", 1), ("temperature", 0)):
+      if (value := getattr(self, name)) < least:
+        raise ValueError(f"--{name}={value} must be {least} or more")
+    if self.chains > 1 and not self.temperature:
+      raise ValueError(f"--chains={self.chains} would be equal: give a --temperature above 0 to sample them")
 
 
 class Task:

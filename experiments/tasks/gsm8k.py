@@ -1,4 +1,4 @@
-"""GSM8K (Cobbe et al. 2021): how likely the model finds the written solution of a word problem, in nats per token.
+"""GSM8K (Cobbe et al. 2021): likelihood of the written solutions of word problems.
 
 Read from the official test.jsonl, calculator marks (<<48/2=24>>) removed. Shots are sampled from the file's other
 records.

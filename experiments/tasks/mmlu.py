@@ -1,7 +1,8 @@
-"""MMLU (Hendrycks et al. 2021): four choices, answered by their letters, laid out as lm-evaluation-harness does.
+"""MMLU (Hendrycks et al. 2021): four choices, answered by their letters.
 
-Read from a folder with dev/SUBJECT_dev.csv and test/SUBJECT_test.csv: question, four choices, answer. A first line of
-column names is skipped; the answer is 0-3 or A-D. Shots are the first of the subject's dev file, in their order.
+Laid out as lm-evaluation-harness does, read from a folder with dev/SUBJECT_dev.csv and test/SUBJECT_test.csv: question,
+four choices, answer. A first line of column names is skipped; the answer is 0-3 or A-D. Shots are the first of the
+subject's dev file, in their order.
 """
 
 from __future__ import annotations

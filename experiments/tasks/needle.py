@@ -1,4 +1,4 @@
-"""Needle in a haystack as in RULER (Hsieh et al. 2024, arXiv 2404.06654): numbers hidden in repeated noise.
+"""Needle in a haystack as in RULER (arXiv 2404.06654): numbers hidden in repeated noise.
 
 The wording and the numbers are RULER's; keys are adjective-noun pairs from the lists below. Each needle is put between
 two lines of noise, at one of 40 evenly spaced depths.

@@ -1,4 +1,4 @@
-"""Retrieval: prompts of a given length whose answer is hidden in them, and what a model writes after reading them."""
+"""Retrieval: prompts of a given length that hide their answer, and what a model writes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
 import dms_jax
@@ -123,17 +124,26 @@ def share_found(text: str, references: tuple[str, ...]) -> float:
 
 
 def write(
-  model: Model, tokenizer: Tokenizer, asked: list[Prompt], new_tokens: int, *, policy: Policy, batch: int = 1,
+  model: Model, tokenizer: Tokenizer, asked: list[Prompt], new_tokens: int, *, policy: Policy,
+  keys: jax.Array | None = None, temperature: float = 0.0, batch: int = 1,
   progress: Callable[[Any], Any] = lambda items: items,
 ) -> Written:  # fmt: skip
-  """Continues every prompt greedily under a policy."""
+  """Continues every prompt under a policy.
+
+  Args:
+    keys: one for each prompt, where `temperature` is above 0; else tokens are chosen greedily.
+    batch: prompts at a time.
+    progress: wraps the iteration over batches.
+  """
   model = fastest_form(model)
   texts, held, seen, reads, peak = [], [], [], [], []
   for start in progress(range(0, len(asked), batch)):
-    ids = [prompt.tokens for prompt in asked[start : start + batch]]
-    ids += ids[-1:] * (batch - len(ids))  # the last batch has the others' shape; what is repeated is left out again
-    out = dms_jax.generate(model, ids, policy=policy, max_new_tokens=new_tokens, tokenizer=tokenizer)
     real = min(batch, len(asked) - start)
+    rows = np.minimum(np.arange(start, start + batch), len(asked) - 1)  # one shape for all; repeated rows are dropped
+    out = dms_jax.generate(
+      model, [asked[row].tokens for row in rows], policy=policy, max_new_tokens=new_tokens, tokenizer=tokenizer,
+      key=None if keys is None else keys[rows], temperature=temperature,
+    )  # fmt: skip
     texts += out.text[:real]
     held.append(out.metrics.live[:, :real])
     seen.append(out.metrics.seen[:real])

@@ -1,4 +1,4 @@
-"""Variable tracking as in RULER (Hsieh et al. 2024, arXiv 2404.06654): which variables hold a value, copy by copy.
+"""Variable tracking as in RULER (arXiv 2404.06654): which variables hold a value.
 
 A worked example with three-letter names comes first: RULER's 500 tokens of it, or half the prompt where that is less.
 """

@@ -1,4 +1,4 @@
-"""The benchmark of the kernels runs anywhere at tiny shapes, and one case's failure does not lose the others."""
+"""The benchmark of the kernels runs anywhere at tiny shapes, and a failure stops no other case."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import time
 import numpy as np
 import pytest
 
-from experiments import bench_kernels
+from experiments import bench_kernels, tune_kernels
 from experiments.bench import cases, flex_attention, kernel_cases, kernel_tuning
 from experiments.bench.cases import Bar
+from experiments.common import program
 from experiments.reports import figures_bench
 from pallas_kernels import prefill
 from pallas_kernels.common import bench, tuned
@@ -147,6 +148,22 @@ def test_tuning_writes_a_winner_once_a_class(tmp_path, monkeypatch):
   entry = entries["pairs256 H128 S8192"]
   assert entry["us"] == entry["blocks"]["split"] == 128 and entry["measured"].startswith("today, jax 0, decode_b32_cr8")
   assert "other" in json.loads(path.read_text())
+
+
+def test_the_program_tunes_the_cases_asked_for(tmp_path, monkeypatch, capsys):
+  tried = []
+
+  def tune(name, work, path, end, about, done):
+    tried.append((name, path))
+    done.add(("decode", name))
+
+  monkeypatch.setattr(kernel_tuning, "tune", tune)
+  config = tune_kernels.Config(cases=("decode_b32",), table=tmp_path / "t.json")
+  monkeypatch.setattr(program, "read_flags", lambda prefix, cls: config)
+  monkeypatch.setattr(program, "flag_values", lambda: {})
+  tune_kernels.main()
+  assert tried == [(name, tmp_path / "t.json") for name in ("decode_b32_cr8", "decode_b32_cr1")]
+  assert json.loads(capsys.readouterr().out)["classes"] == ["decode decode_b32_cr1", "decode decode_b32_cr8"]
 
 
 @pytest.mark.parametrize("name", sorted(kernel_cases.CASES))

@@ -1,4 +1,4 @@
-"""The benchmark of reading prompts runs anywhere at tiny shapes, and says which policies it cannot compare."""
+"""The benchmark of reading prompts runs at tiny shapes; policies it cannot compare are refused."""
 
 from __future__ import annotations
 

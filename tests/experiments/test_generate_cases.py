@@ -1,4 +1,4 @@
-"""bench_generate's cases: states that are filled directly are those that reading leaves, and all of it runs here."""
+"""bench_generate's cases: caches filled directly equal those that reading leaves; all cases run."""
 
 from __future__ import annotations
 

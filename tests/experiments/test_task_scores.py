@@ -135,8 +135,9 @@ def test_every_method_gets_the_same_samples_and_gates_act(models, tmp_path):
   assert [record.grades for record in own["original"]] == [record.grades for record in own["never"]]
   assert gates.mean == pytest.approx(np.mean([record.grades["answer_loglik"] for record in own["gates"]]))
   assert own["gates"][0].budget == {"threshold": 0.0} and own["never"][0].budget == {}
-  with pytest.raises(ValueError, match=r"gsm8k: given continuations are scored under DMS or vanilla, not H2O \(h2o\)"):
-    summary(job, [run.Method("h2o", models[0], H2O(budget=8))], tokenizer)
+  _, own = summary(job, [run.Method("h2o", models[0], H2O(budget=8))], tokenizer)
+  assert [record.achieved_cr for record in own["h2o"]] == [record.tokens / 8 for record in own["h2o"]]
+  assert own["h2o"][0].budget == {"budget": 8.0}
 
 
 def test_what_is_there_is_not_answered_again(models):
@@ -154,6 +155,23 @@ def test_what_is_there_is_not_answered_again(models):
   (rest,) = run.run(job, [method], tokenizer, batch=2, done=[whole[0], whole[2]])
   assert [record.prompt for record in rest] == [1] and rest[0].text == whole[1].text
   assert not list(run.run(job, [method], tokenizer, done=whole))
+
+
+def test_chains_of_a_prompt_are_sampled_apart(models, monkeypatch):
+  monkeypatch.setattr(Needle, "new_tokens", 4)
+  tokenizer = byte_tokenizer()
+  (job,) = run.prepare([Needle()], TasksConfig(limit=2, chains=2, temperature=1.0), (560,), tokenizer, 4096)
+  method = run.Method("original", models[0])
+  whole = [record for part in run.run(job, [method], tokenizer, batch=3) for record in part]
+  assert [(record.prompt, record.chain) for record in whole] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+  assert all(record.chains == 2 for record in whole) and len({record.text for record in whole}) == 4
+  (rest,) = run.run(job, [method], tokenizer, batch=3, done=[whole[0], whole[1], whole[3]])
+  assert rest == [whole[2]]  # by its own key, whatever else is in its batch
+  (entry,) = summarise(whole, "original")
+  assert entry.samples == 2 and entry.chains == 2
+  for wrong in ({"chains": 2}, {"chains": 0}, {"temperature": -1.0}):
+    with pytest.raises(ValueError, match=f"--{next(iter(wrong))}="):
+      TasksConfig(**wrong)
 
 
 def test_too_many_shots_for_the_context(tmp_path):

@@ -1,8 +1,8 @@
-"""What each choice of `dms_jax.execution` buys: decode steps, or a prompt's chunk, with the choice and without it.
+"""What each choice of `dms_jax.execution` buys: a decode step or chunk with it and without it.
 
-    python -m experiments.bench.execution --shape=smollm2-135m --rows=1,8,32 --output=execution.json
-    python -m experiments.bench.execution --shape=llama-3.2-1b --rows=1,8,32,128,248 --output=execution.json
-    python -m experiments.bench.execution --chunk=64 --dtype=float32 --rows=1 --tokens=512 --output=execution.json
+    python -m experiments.bench_execution --shape=smollm2-135m --rows=1,8,32 --output=execution.json
+    python -m experiments.bench_execution --shape=llama-3.2-1b --rows=1,8,32,128,248 --output=execution.json
+    python -m experiments.bench_execution --chunk=64 --dtype=float32 --rows=1 --tokens=512 --output=execution.json
 
 Weights and caches are random (`experiments.bench.synthetic`). Every field of `Execution` that is on for a step is
 switched off alone. The programs take turns, and each one's best round counts.
@@ -27,6 +27,7 @@ from dms_jax.families import PRESETS
 from experiments.bench import synthetic
 from experiments.bench.generate_points import Bench, Energy, Point, Programs, Shape, copied, small
 from experiments.common import program
+from experiments.reports import tables
 
 BASE = "none"  # the step with nothing switched off
 # These fields act on the time to compile or on a mesh. Name one in `tricks` to switch it off, too.
@@ -185,11 +186,7 @@ def measure(config: Config) -> list[dict[str, Any]]:
 def main() -> None:
   config = program.read_flags("", Config)
   rows = measure(config)
-  for row in rows:
-    program.log(
-      f"{row['shape']} B {row['rows']} off {row['off']}: {row['ms']:.3f} -> {row['ms_off']:.3f} ms, {row['gain']:+.1%}"
-      + (" (same program)" if row["same_program"] else "")
-    )
+  print(tables.of_mappings(rows, ("shape", "rows", "tokens", "off", "ms", "ms_off", "gain", "same_program")))
   program.save_json(config.output, {"environment": program.environment(), "rows": rows})
   program.finish({"rows": rows, "json": str(config.output)}, config)
 
