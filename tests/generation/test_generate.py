@@ -311,9 +311,9 @@ def test_decode_is_traced_once_a_shape(model, monkeypatch):
   traces = []
   original = decoding.cached_forward
 
-  def counted(model, policy, cache, tokens, lengths, *rest):
+  def counted(model, policy, cache, tokens, lengths, **rest):
     traces.append(tokens.shape)
-    return original(model, policy, cache, tokens, lengths, *rest)
+    return original(model, policy, cache, tokens, lengths, **rest)
 
   monkeypatch.setattr(decoding, "cached_forward", counted)
   settings = dict(
@@ -331,7 +331,7 @@ def test_decode_is_traced_once_a_shape(model, monkeypatch):
 @pytest.mark.parametrize("kind", ["contiguous", "paged"])
 def test_texts_of_about_one_length_share_what_is_compiled(model, monkeypatch, kind):
   traces, original = [], decoding.cached_forward
-  monkeypatch.setattr(decoding, "cached_forward", lambda *args: traces.append(args[3].shape) or original(*args))
+  monkeypatch.setattr(decoding, "cached_forward", lambda *args, **rest: traces.append(args[3].shape) or original(*args, **rest))
   settings = dict(eos=False, prefill_chunk=6, decode_block=5, cache=kind)  # shapes of this test alone
   dms_jax.generate(model, [prompt(100), prompt(5)], max_new_tokens=30, **settings)
   first = list(traces)
