@@ -57,7 +57,8 @@ def test_a_sentence_that_does_not_fit_is_refused(tmp_path, docstring, complaint)
 def test_named_programs_targets_and_files_exist(name):
   text = (ROOT / name).read_text()
   for program in set(re.findall(r"experiments\.([a-z_]+)", text)):
-    assert (ROOT / "experiments" / f"{program}.py").exists(), f"{name} names experiments.{program}"
+    module = ROOT / "experiments" / program  # a program, or a room with modules
+    assert module.with_suffix(".py").exists() or module.is_dir(), f"{name} names experiments.{program}"
   makefile = (ROOT / "Makefile").read_text()
   for target in set(re.findall(r"`make ([a-z-]+)`", text)):
     assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{name} names make {target}"
