@@ -10,38 +10,45 @@ PYTEST_FLAGS ?=
 PYTEST = $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-parity test-tpu lint format tree clean
+.PHONY: help demo test test-all test-parity test-tpu lint format tree hooks clean
 .DELETE_ON_ERROR:
 
-help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1	/'
+help:  ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.demo $(MODEL)  ## fetch SmolLM2, answer and read 4,096 tokens, dense and with DMS side by side
-	$(BIN)/python -m experiments.report --checkpoint=$(MODEL) $(DEMO_FLAGS)
+demo: $(VENV)/.demo $(MODEL)  ## fetch SmolLM2, answer and read 4,096 tokens, dense and with DMS; DEMO_FLAGS=...
+	$(BIN)/python -m experiments.demo --checkpoint=$(MODEL) $(DEMO_FLAGS)
 
-test: $(VENV)/.test  ## the test suite; no torch needed
+test: $(VENV)/.test  ## the test suite, without torch; PYTEST_FLAGS=... narrows it
 	$(PYTEST) -m "not tpu and not slow" $(PYTEST_FLAGS)
 
-test-all: $(VENV)/.test  ## the same, and kernels interpreted on the CPU with race detection
+test-all: $(VENV)/.test  ## also kernels interpreted on the CPU with race detection, and long tests
 	$(PYTEST) -m "not tpu" $(PYTEST_FLAGS)
 
 test-parity: $(VENV)/.parity  ## compare with torch and transformers
 	$(BIN)/python -m pytest tests/parity $(PYTEST_FLAGS)
 
-test-tpu: $(VENV)/.tpu  ## compile for TPUs that are not there (libtpu)
+test-tpu: $(VENV)/.tpu  ## compile for TPUs that are described, not attached (libtpu)
 	$(BIN)/python -m pytest -m tpu $(PYTEST_FLAGS)
 
-lint: $(VENV)/.dev  ## ruff, check only
-	$(BIN)/ruff format --check . && $(BIN)/ruff check .
+lint: $(VENV)/.dev  ## ruff, mypy and the file tree, check only
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python .ci/tree.py --check
 
 format: $(VENV)/.dev  ## ruff, in place
-	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
 
-tree:  ## renew the file trees of README.md and WORKSPACE.md
+hooks: $(VENV)/.dev  ## install the pre-commit hooks, which do what lint does
+	$(BIN)/pre-commit install
+
+tree:  ## rewrite the file tree of WORKSPACE.md
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) .ci/tree.py
 
 clean:  ## remove environments, caches and runs; converted checkpoints stay
-	rm -rf .venv .venv312 .pytest_cache .hypothesis .ruff_cache build dist runs *.egg-info
+	rm -rf .venv .venv312 .pytest_cache .hypothesis .ruff_cache .mypy_cache build dist runs *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(MODEL): | $(VENV)/.demo
@@ -71,6 +78,6 @@ $(VENV)/.tpu: $(VENV)/.test
 	$(INSTALL) -e '.[test,tpu]'
 	@touch $@
 
-$(VENV)/.dev: | $(BIN)/python
-	$(INSTALL) ruff
+$(VENV)/.dev: setup.cfg pyproject.toml | $(BIN)/python
+	$(INSTALL) -e '.[dev]'
 	@touch $@

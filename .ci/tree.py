@@ -1,9 +1,10 @@
-"""Writes the file trees of README.md and WORKSPACE.md: every tracked file with the first sentence it says of itself.
+"""Writes the file tree of WORKSPACE.md: each tracked file and its docstring's first sentence.
 
-    python .ci/tree.py            # rewrites what stands between <!-- tree --> and <!-- /tree -->
-    python .ci/tree.py --check    # says what is out of date, exit code 1
+    python .ci/tree.py            # rewrites the text between <!-- tree --> and <!-- /tree -->
+    python .ci/tree.py --check    # changes nothing; exit code 1 if the tree is out of date
 
-README.md shows the packages and the top; WORKSPACE.md shows everything. Files without a docstring are described here.
+A sentence has to fit a line: one longer than LONGEST characters, or broken over two lines, is refused with exit code 1.
+Files without a docstring are described in DESCRIBED, folders that take one line in FOLDERS.
 """
 
 from __future__ import annotations
@@ -15,41 +16,56 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+DOCUMENT = ROOT / "WORKSPACE.md"
+LONGEST = 96
 DESCRIBED = {
-  ".ci/run": "what a change must pass",
-  ".gitignore": "what git leaves alone",
+  ".ci/run": "everything a change must pass",
+  ".gitignore": "files that git ignores",
+  ".pre-commit-config.yaml": "checks before a commit: ruff, mypy, the file tree",
+  "CHANGELOG.md": "what a user has to change, version by version",
   "LICENSE": "Apache-2.0",
-  "Makefile": "make demo, test, test-parity, test-tpu, lint",
-  "README.md": "what this is and how to use it",
-  "WORKSPACE.md": "the map for whoever works here",
-  "pyproject.toml": "build system and ruff",
+  "Makefile": "make help lists the targets",
+  "README.md": "first result, main table, paper to code, limits",
+  "WORKSPACE.md": "the map for contributors",
+  "pyproject.toml": "build system, ruff, mypy",
   "setup.cfg": "package, dependencies, pytest",
-  "colab/01_quickstart.ipynb": "install, convert, generate dense and compressed, see the memory",
+  "colab/01_quickstart.ipynb": "install, convert, generate dense and compressed, look at the memory",
   "experiments/LOG.md": "dated results, disappointing ones too",
 }
-FOLDERS = {  # one line for all that is in them
+FOLDERS = {
   "experiments/configs": "sweeps for experiments.ablate; each opens with its command, cost and expected result",
-  "experiments/results": "what README quotes: figures, pictures and retrofits, each with its command",
-  "tests/goldens": "reference outputs of NVIDIA's PyTorch DMS, both gates",
+  "experiments/results": "measured figures, pictures and retrofits, each with its command; README.md has the tables",
+  "tests/goldens": "reference outputs of NVIDIA's PyTorch DMS, and files written by version 0.1",
 }
-NOT_IN_README = (".ci", ".gitignore", "tests")
 
 
-def first_sentence(path: Path, most: int = 96) -> str:
-  """The first sentence of a module's docstring, cut at a comma or the like where it is long."""
-  text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-  sentence = re.split(r"\.(?:\s|$)|\n", text, maxsplit=1)[0].strip()
-  if len(sentence) > most:
-    ends = [m.start() for m in re.finditer(r"[,:;] ", sentence[:most])] or [sentence[:most].rfind(" ")]
-    sentence = sentence[: ends[-1]]
+def first_sentence(path: Path) -> str:
+  """The first sentence of a module's docstring, whole; empty without a docstring.
+
+  Raises:
+    ValueError: it does not end within its line, or is longer than LONGEST characters.
+  """
+  paragraph = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n\n")[0]
+  sentence = re.split(r"(?<!et al)(?<!e\.g)(?<!i\.e)[.](?:\s|$)", paragraph, maxsplit=1)[0].strip()
+  name, length = path.relative_to(ROOT), len(sentence)
+  if "\n" in sentence:
+    raise ValueError(
+      f"{name}: its first sentence is broken over lines; make it one line of at most {LONGEST} characters"
+    )
+  if length > LONGEST:
+    raise ValueError(f"{name}: its first sentence has {length} characters; the tree takes {LONGEST}")
   return sentence
 
 
 def entries() -> dict[str, str]:
-  """Path -> description of every tracked file; a folder of FOLDERS stands for what it holds."""
-  listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
-  found = {}
-  for name in filter(None, listed):
+  """Path to description of every tracked file; FOLDERS take one entry each.
+
+  Raises:
+    ValueError: sentences that do not fit and files that nothing describes, all of them, a line each.
+  """
+  done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+  found, errors = {}, []
+  for name in filter(None, done.stdout.split("\n")):
     if folder := next((f for f in FOLDERS if name.startswith(f + "/")), None):
       found[folder + "/"] = FOLDERS[folder]
     elif not (ROOT / name).exists():
@@ -57,15 +73,22 @@ def entries() -> dict[str, str]:
     elif name in DESCRIBED:
       found[name] = DESCRIBED[name]
     elif name.endswith(".py"):
-      if words := first_sentence(ROOT / name):  # an empty __init__.py says nothing
-        found[name] = words
+      try:
+        sentence = first_sentence(ROOT / name)
+      except ValueError as error:
+        errors.append(str(error))
+      else:
+        if sentence:  # an empty __init__.py has none
+          found[name] = sentence
     elif not name.endswith(".json"):
-      raise SystemExit(f"{name}: describe it in .ci/tree.py")
+      errors.append(f"{name}: describe it in .ci/tree.py")
+  if errors:
+    raise ValueError("\n".join(errors))
   return found
 
 
-def drawn(found: dict[str, str]) -> str:
-  """The tree as text: folders, then their files, indented."""
+def as_text(found: dict[str, str]) -> str:
+  """The tree: top-level files first, then each folder, indented, with its files before its folders."""
   key = lambda path: tuple((i < len(path.split("/")) - 1, part) for i, part in enumerate(path.split("/")))
   lines, open_folders = [], ()
   for path in sorted(found, key=key):
@@ -81,28 +104,24 @@ def drawn(found: dict[str, str]) -> str:
   return "\n".join(f"{left:<{width}}{right}".rstrip() for left, right in lines)
 
 
-def rewritten(document: Path, found: dict[str, str]) -> str:
-  """`document` with its tree renewed."""
-  text = document.read_text(encoding="utf-8")
-  block = f"<!-- tree -->\n```\n{drawn(found)}\n```\n<!-- /tree -->"
-  new, count = re.subn(r"<!-- tree -->.*?<!-- /tree -->", lambda _: block, text, flags=re.DOTALL)
-  if count != 1:
-    raise SystemExit(f"{document}: needs one <!-- tree --> ... <!-- /tree -->")
-  return new
-
-
 def main() -> int:
-  found, stale = entries(), []
-  short = {path: words for path, words in found.items() if not path.startswith(NOT_IN_README)}
-  for name, chosen in (("README.md", short), ("WORKSPACE.md", found)):
-    new = rewritten(ROOT / name, chosen)
-    if new != (ROOT / name).read_text(encoding="utf-8"):
-      stale.append(name)
-      if "--check" not in sys.argv:
-        (ROOT / name).write_text(new, encoding="utf-8")
-  if stale and "--check" in sys.argv:
-    print(f"file trees out of date in {', '.join(stale)}: run `make tree`", file=sys.stderr)
+  try:
+    tree = as_text(entries())
+  except ValueError as error:
+    print(error, file=sys.stderr)
     return 1
+  old = DOCUMENT.read_text(encoding="utf-8")
+  block = f"<!-- tree -->\n```\n{tree}\n```\n<!-- /tree -->"
+  new, count = re.subn(r"<!-- tree -->.*?<!-- /tree -->", lambda _: block, old, flags=re.DOTALL)
+  if count != 1:
+    print(f"{DOCUMENT.name}: needs one <!-- tree --> ... <!-- /tree -->", file=sys.stderr)
+    return 1
+  if new == old:
+    return 0
+  if "--check" in sys.argv:
+    print(f"the file tree of {DOCUMENT.name} is out of date: run `make tree`", file=sys.stderr)
+    return 1
+  DOCUMENT.write_text(new, encoding="utf-8")
   return 0
 
 

@@ -17,13 +17,10 @@ Prompts are strings, lists of ids or a padded id matrix with its `mask`; samplin
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
-from dms_jax.config import PRESETS as PRESETS
 from dms_jax.config import DMSConfig as DMSConfig
 from dms_jax.config import LoRAConfig as LoRAConfig
 from dms_jax.config import ModelConfig as ModelConfig
+from dms_jax.families import PRESETS as PRESETS
 from dms_jax.generation.batching import Generator as Generator
 from dms_jax.generation.conversation import Conversation as Conversation
 from dms_jax.generation.files import load_conversation as load_conversation
@@ -31,6 +28,7 @@ from dms_jax.generation.files import save_conversation as save_conversation
 from dms_jax.generation.generate import Output as Output
 from dms_jax.generation.generate import generate as generate
 from dms_jax.generation.pages import BudgetError as BudgetError
+from dms_jax.load import load as load
 from dms_jax.metrics import Metrics as Metrics
 from dms_jax.model import Model as Model
 from dms_jax.model import cached_forward as cached_forward
@@ -42,27 +40,3 @@ from dms_jax.policies import Policy as Policy
 from dms_jax.policies import Quest as Quest
 from dms_jax.policies import StreamingLLM as StreamingLLM
 from dms_jax.policies import Vanilla as Vanilla
-
-
-def load(path: str | Path, retrofit: str | Path | None = None, dtype: Any = None, merge: bool = True):
-  """Loads a converted checkpoint, ready to generate: (model, tokenizer).
-
-  The model carries the tokenizer, so that `generate` takes strings, and its layers are in the form that decodes fastest
-  on this machine (`generation.fastest_form`).
-
-  Args:
-    path: folder written by `experiments.convert_weights`.
-    retrofit: folder of eviction gates and low-rank updates to put on top; without it the model may have no gates.
-    dtype: of the weights, and so of the cache; default as stored.
-    merge: fold low-rank updates into the weights, which decodes faster.
-
-  Raises:
-    ValueError: a folder that is missing, damaged or does not fit.
-  """
-  from dms_jax import checkpoint  # Orbax and tokenizers take a second to import
-  from dms_jax.generation.generate import fastest_form
-  from dms_jax.tokenizer import Tokenizer
-
-  tokenizer = Tokenizer.load(path)
-  model = checkpoint.load(path, retrofit=retrofit, merge=merge, dtype=dtype)
-  return fastest_form(model.replace(tokenizer=tokenizer)), tokenizer

@@ -1,8 +1,8 @@
 """Checkpoints on disk: DIR/{config.json, params/ (Orbax), tokenizer.json, tokenizer_config.json}.
 
-A checkpoint holds some of three groups of parameters: "base", "gate" (eviction gates) and "lora" (low-rank updates).
-One without the base is a *retrofit*: small, and loaded on top of its base model. config.json also lists every
-parameter file with its size and checksum, so that damage is found before anything is read.
+A checkpoint holds some of three groups of parameters: "base", "gate" (eviction gates) and "lora" (low-rank updates). A
+checkpoint without the base is a *retrofit*: small, and loaded on top of its base model. config.json also lists every
+parameter file with its size and checksum, so damage is detected before any parameter is read.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ def save(
   groups: Sequence[str] = GROUPS,
   metadata: dict[str, Any] | None = None,
 ) -> None:
-  """Writes a checkpoint, whole or not at all; an older checkpoint at `path` is replaced.
+  """Writes a checkpoint atomically; an older checkpoint at `path` is replaced.
 
-  Of several processes each calls it and writes its shards, to a file system that all of them see.
+  With several processes, each must call it; each writes its shards to a shared file system.
 
   Args:
-    groups: what to write; ("gate", "lora") is a retrofit. Groups that the model does not have are left out.
-    metadata: anything worth keeping beside it, as JSON.
+    groups: the groups to write; ("gate", "lora") is a retrofit. Groups that the model does not have are left out.
+    metadata: stored in config.json; JSON values.
 
   Raises:
-    ValueError: unknown groups, unstacked layers, or something at `path` that is no checkpoint.
+    ValueError: a group is unknown, the layers are a list, or `path` holds something other than a checkpoint.
   """
   if unknown := sorted(set(groups) - set(GROUPS)):
     raise ValueError(f"groups={unknown} unknown; there are {GROUPS}")
@@ -70,13 +70,14 @@ def save(
   with _directory_of_all(path) as directory:
     if flat:
       context = ocp.Context()
-      context.array.saving.use_compression = "base" not in groups  # a whole model: half the size, but ten times slower
+      # Compression halves the size of a whole model, but takes ten times longer.
+      context.array.saving.use_compression = "base" not in groups
       with context:
         ocp.save(directory / PARAMS, unflatten(flat))
-    if jax.process_index():  # the first one does the rest
+    if jax.process_index():  # process 0 writes the rest
       return
     if flat:
-      # Orbax notes where it saved to, which is not where the checkpoint will be, and no reader's business.
+      # Orbax notes the folder it saved to, which is a temporary one.
       for note in (directory / PARAMS).glob("commit_success*.txt"):
         note.write_text("saved\n")
     if tokenizer is not None:
@@ -102,11 +103,11 @@ def load(
 
   Args:
     path: a checkpoint with a base.
-    retrofit: a checkpoint of gates and low-rank updates made for this model; its gates replace the model's own.
-    merge: fold low-rank updates into the weights (in float32, rounded once); else they stay apart.
-    dtype: of the weights; default as stored. Gates, and updates kept apart, stay as stored.
-    mesh: each of its devices reads only its part, as `sharding.param_shardings` splits them. Without, all is read to
-      this process's first device. Of several processes each calls.
+    retrofit: a checkpoint of gates and low-rank updates for this model; its gates replace the model's own.
+    merge: fold low-rank updates into the weights (in float32, rounded once); otherwise they stay separate.
+    dtype: of the weights; default as stored. Gates and separate updates keep the stored dtype.
+    mesh: each of its devices reads only its shards (`sharding.param_shardings`); every process must call. Without a
+      mesh, everything is read to this process's first device.
 
   Raises:
     ValueError: a file is missing, cut short or damaged, or the retrofit belongs to another model.
@@ -115,7 +116,7 @@ def load(
   if "base" not in values["groups"]:
     raise ValueError(f"{path}: a retrofit (it holds {values['groups']}); load its base model with retrofit={path}")
   apart = lora is None or not (merge or retrofit is not None)
-  # What is merged is read as stored, so that it is rounded only once.
+  # Weights that will be merged are read as stored, so that they are rounded only once.
   early = dtype if apart and retrofit is None else None
   params = _read_params(Path(path), values, param_table(base, dms, lora), early, mesh)
   model = Model(params, base, dms, lora)
@@ -129,7 +130,8 @@ def load(
 
 
 def load_retrofitted(path: str | Path, retrofit: str | Path, *, dtype: Any = None) -> Model:
-  """What a retrofit made of the base at `path`: the two together, or a whole model (`RetrofitConfig.export`) by itself.
+  """The retrofitted model: `retrofit` on top of the base at `path`, or alone if it is a whole model
+  (`SavingConfig.export`).
 
   Raises:
     ValueError: as `load`.
@@ -143,7 +145,7 @@ def _apply_retrofit(model: Model, path: str | Path, retrofit: str | Path, mesh: 
   values, config, dms, lora = read_config(retrofit)
   if "base" in values["groups"]:
     raise ValueError(f"{retrofit}: a whole model, not a retrofit; load it by itself, without {path}")
-  # What a fine-tuned sibling may well have changed does not matter here.
+  # A fine-tuned sibling of the base may differ in these two fields.
   ours, theirs = (to_json(c) for c in (model.config, config))
   differ = [k for k in ours if ours[k] != theirs[k] and k not in ("eos_token_ids", "max_position_embeddings")]
   if differ:
@@ -168,7 +170,7 @@ def read_config(path: str | Path) -> tuple[dict, ModelConfig, DMSConfig | None, 
   """config.json of a checkpoint: all its values, and the configs in it.
 
   Raises:
-    ValueError: no checkpoint, a newer format, or a damaged file.
+    ValueError: there is no checkpoint, its format is newer, or a file is damaged.
   """
   file = Path(path) / CONFIG
   if not Path(path).is_dir():
@@ -193,7 +195,7 @@ def read_config(path: str | Path) -> tuple[dict, ModelConfig, DMSConfig | None, 
 
 
 def fingerprint(path: str | Path) -> str:
-  """CRC-32 of a checkpoint's config.json, which lists every parameter file's own: another content has another one.
+  """CRC-32 of a checkpoint's config.json. It identifies the content, because the file lists every parameter's checksum.
 
   Raises:
     ValueError: as `read_config`.
@@ -203,7 +205,7 @@ def fingerprint(path: str | Path) -> str:
 
 
 def is_checkpoint(path: str | Path) -> bool:
-  """Whether a directory holds something that this module wrote."""
+  """Whether a directory holds a checkpoint of any format."""
   try:
     return "format" in read_json(Path(path) / CONFIG)
   except ValueError:
@@ -253,7 +255,7 @@ def atomic_directory(path: str | Path, replaces=is_checkpoint) -> Iterator[Path]
 
 @contextlib.contextmanager
 def _directory_of_all(path: str | Path) -> Iterator[Path]:
-  """The `atomic_directory` of process 0, on every process."""
+  """The `atomic_directory` of process 0, yielded on every process."""
   if jax.process_count() == 1:
     with atomic_directory(path) as directory:
       yield directory
@@ -263,7 +265,7 @@ def _directory_of_all(path: str | Path) -> Iterator[Path]:
     try:
       if jax.process_index() == 0:
         name = os.fsencode(stack.enter_context(atomic_directory(path)))
-    except Exception as error:  # the others must hear of it before it is raised
+    except Exception as error:  # the other processes must be told before it is raised
       failure = error
     told = multihost_utils.broadcast_one_to_all(np.frombuffer(name.ljust(4096, b"\0"), np.uint8))
     if failure is not None:
@@ -274,7 +276,7 @@ def _directory_of_all(path: str | Path) -> Iterator[Path]:
 
 
 def _is_running(pid: str) -> bool:
-  """Whether another process has this number; our own leaves nothing behind, so it is a former namesake's."""
+  """Whether another process has this id. A folder with our own id was left by an earlier process of the same id."""
   try:
     if int(pid) == os.getpid():
       return False
@@ -289,7 +291,7 @@ def _is_running(pid: str) -> bool:
 def _read_params(
   path: Path, values: dict, table: dict[str, ParamSpec], dtype: Any = None, mesh: Mesh | None = None
 ) -> Params:
-  """Reads and checks the tensors of `table`; `dtype` is for the base, the rest stays as stored."""
+  """Reads and checks the tensors of `table`; `dtype` is that of the base, other groups keep the stored dtype."""
   directory = (path / PARAMS).absolute()  # Orbax refuses relative paths
   _check_files(path, values["files"])
   try:
@@ -328,7 +330,7 @@ def _difference(found: set[str], wanted: set[str]) -> str:
 
 
 def _fingerprints(directory: Path) -> dict[str, tuple[int, int]]:
-  """{relative path: (bytes, CRC-32)} of every file below; read in parallel, about 1 GB/s a core."""
+  """{relative path: (bytes, CRC-32)} of every file in `directory`; read in parallel, about 1 GB/s a core."""
   files = sorted(p for p in directory.rglob("*") if p.is_file())
 
   def fingerprint(file: Path) -> tuple[int, int]:

@@ -1,8 +1,8 @@
-"""Configurations: the shape of a model, the gates of its retrofit, and presets of public sizes.
+"""Configurations of a model, its eviction gates and its low-rank updates, and their JSON.
 
-Letters, the same in every einsum, annotation and docstring of this project: B batch, T query tokens, S cache slots,
-N query heads, K KV heads, G = N/K, H head size, D model width, F feed-forward width, V vocabulary, L layers,
-W window, R low-rank width.
+Letters in every einsum, annotation and docstring of this project: B batch, T query tokens, S cache slots, N query
+heads, K KV heads, G = N/K, H head size, D model width, F feed-forward width, V vocabulary, L layers, W window, R
+low-rank width.
 """
 
 from __future__ import annotations
@@ -10,31 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Literal
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-  """What sets a family of models apart.
-
-  `architecture` is its class in transformers and `defaults` what that class assumes where config.json is silent;
-  `qkv_bias` and `qk_norm` are `ModelConfig`'s; `paired_rope`: GGUF files pair neighbouring channels of q and k.
-  """
-
-  architecture: str
-  defaults: dict[str, int]
-  qkv_bias: bool = False
-  qk_norm: bool = False
-  paired_rope: bool = False
-
-
-# By Hugging Face's `model_type`, which is GGUF's architecture too.
-_QWEN = {"max_position_embeddings": 32768, "vocab_size": 151936}
-FAMILIES = {
-  "llama": Family("LlamaForCausalLM", {"max_position_embeddings": 2048, "vocab_size": 32000}, paired_rope=True),
-  "qwen2": Family("Qwen2ForCausalLM", _QWEN, qkv_bias=True),
-  "qwen3": Family("Qwen3ForCausalLM", _QWEN | {"head_dim": 128}, qk_norm=True),
-}
+from typing import Any, Literal, get_args, get_type_hints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +27,8 @@ class RopeScaling:
 class ModelConfig:
   """Architecture of a Llama-style decoder.
 
-  `family` is the Hugging Face `model_type`; `qkv_bias` is Qwen2's, `qk_norm` is Qwen3's RMSNorm of each query and key
-  head. `eos_token_ids` end a generated row.
+  `family` is a name in `dms_jax.families`, the Hugging Face `model_type`. `qkv_bias`: biases on q, k and v (Qwen2).
+  `qk_norm`: RMSNorm of each query and key head (Qwen3). Any of `eos_token_ids` ends a generated row.
   """
 
   family: str = "llama"
@@ -73,8 +49,9 @@ class ModelConfig:
   eos_token_ids: tuple[int, ...] = ()
 
   def __post_init__(self):
-    if self.family not in FAMILIES:
-      raise ValueError(f"model.family={self.family!r} is not one of {', '.join(FAMILIES)}")
+    from dms_jax import families  # which needs this class
+
+    families.get(self.family)
     if self.num_heads % self.num_kv_heads:
       raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
     if self.head_dim % 2:
@@ -88,13 +65,13 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DMSConfig:
-  """How a model's eviction gates read and what their decisions mean (arXiv 2506.05345, section 3 and appendix C).
+  """A model's eviction gates and the meaning of their decisions (arXiv 2506.05345, section 3 and appendix C).
 
-  `gate`: "neuron" borrows the last channel of each group's first query head, "adapter" projects the residual stream.
-  A logit is `scale * raw - offset`. The decision computed at token t is about token t - `shift`. `window` is W: an
-  evicted token stays visible to the W tokens after it. Granularity "layer" lets KV head 0 decide for the layer.
-  `eviction` "delayed" decides about a token when it comes in and acts W tokens later; "immediate", the paper's ablation
-  (section 5.3), decides as it leaves the window and acts at once: token t decides about t - shift - W.
+  `gate`: "neuron" reads the last channel of each group's first query head, "adapter" projects the residual stream. A
+  gate logit is `scale * raw - offset`. The decision computed at token t is about token t - `shift`. `window` is W: an
+  evicted token stays visible to the next W tokens. `granularity` "layer": KV head 0 decides for its whole layer.
+  `eviction`: "delayed" decides about a token when it arrives and evicts it W tokens later; "immediate", the paper's
+  ablation (section 5.3), decides when it leaves the window and evicts it at once: token t decides about t - shift - W.
   """
 
   gate: Literal["adapter", "neuron"] = "adapter"
@@ -118,16 +95,17 @@ class DMSConfig:
       raise ValueError(f"dms.eviction={self.eviction!r} must be 'delayed' or 'immediate'")
 
   def lag(self, window: int | None = None) -> int:
-    """How many tokens before the one that computes a decision is the one it is about; 0 to W + 1.
+    """The distance from the token that computes a decision back to the token it is about; 0 to W + 1 tokens.
 
-    `window` is the one in force where it is not the config's own.
+    Args:
+      window: overrides the config's.
     """
     return self.shift + ((self.window if window is None else window) if self.eviction == "immediate" else 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-  """Low-rank updates W + scale * B A of the named projections; rank 0 means none."""
+  """Low-rank updates W + scale * B A of the projections in `targets`; rank 0 means none."""
 
   rank: int = 0
   scale: float = 2.0
@@ -144,21 +122,21 @@ def to_json(config: Any) -> dict:
 
 
 def from_json(cls: type, values: dict, source: str = "config") -> Any:
-  """Builds config `cls` from JSON values; an unknown or missing key is an error that names `source`.
+  """Builds config `cls` from JSON values. If `cls` has a class method `upgraded`, it first converts older values.
 
   Raises:
-    ValueError: a key is unknown, or a value is refused by the config's own checks.
+    ValueError: a key is unknown, or the config's own checks refuse a value; names `source`.
   """
-  fields = {f.name: f for f in dataclasses.fields(cls)}
-  unknown = sorted(set(values) - set(fields))
-  if unknown:
-    raise ValueError(f"{source}: unknown field(s) {unknown} for {cls.__name__}; it has {sorted(fields)}")
-  values = dict(values)
+  values = cls.upgraded(values) if hasattr(cls, "upgraded") else dict(values)
+  hints = get_type_hints(cls)
+  if unknown := sorted(set(values) - set(hints)):
+    raise ValueError(f"{source}: unknown field(s) {unknown} for {cls.__name__}; it has {sorted(hints)}")
   for name, value in values.items():
+    nested = next((t for t in (hints[name], *get_args(hints[name])) if dataclasses.is_dataclass(t)), None)
     if isinstance(value, list):
       values[name] = tuple(value)
-    if name == "rope_scaling" and value is not None:
-      values[name] = from_json(RopeScaling, value, f"{source}: rope_scaling")
+    elif nested is not None and value is not None:
+      values[name] = from_json(nested, value, f"{source}: {name}")
   try:
     return cls(**values)
   except (TypeError, ValueError) as error:
@@ -166,7 +144,11 @@ def from_json(cls: type, values: dict, source: str = "config") -> Any:
 
 
 def read_json(path: str | Path) -> dict:
-  """Reads one JSON object; a missing or garbled file is a ValueError naming it."""
+  """Reads one JSON object.
+
+  Raises:
+    ValueError: the file is missing, damaged or holds something else; names it.
+  """
   try:
     values = json.loads(Path(path).read_text())
   except FileNotFoundError:
@@ -176,57 +158,3 @@ def read_json(path: str | Path) -> dict:
   if not isinstance(values, dict):
     raise ValueError(f"{path}: expected a JSON object, found {type(values).__name__}")
   return values
-
-
-_LLAMA31 = RopeScaling(8.0, 1.0, 4.0, 8192)
-_LLAMA32 = RopeScaling(32.0, 1.0, 4.0, 8192)
-
-
-def _llama3(layers, d, f, n, k, h, scaling, **kwargs) -> ModelConfig:
-  return ModelConfig(
-    "llama", layers, d, f, n, k, h, 128256, 131072, 500000.0, scaling, 1e-5,
-    eos_token_ids=(128001, 128008, 128009), **kwargs,
-  )  # fmt: skip
-
-
-def _qwen2(layers, d, f, n, k, h=128, *, vocab=152064, tied=False, context=32768, theta=1e6, eos=(151645, 151643)):
-  return ModelConfig(
-    "qwen2", layers, d, f, n, k, h, vocab, context, theta, None, 1e-6, tied, qkv_bias=True, eos_token_ids=eos
-  )
-
-
-def _qwen3(layers, d, f, n, k=8, *, tied=False) -> ModelConfig:
-  return ModelConfig(
-    "qwen3", layers, d, f, n, k, 128, 151936, 40960, 1e6, None, 1e-6, tied, qk_norm=True, eos_token_ids=(151645, 151643)
-  )
-
-
-# Public sizes, as their config.json files state them. R1 distillations of Qwen2.5 share its shapes.
-PRESETS: dict[str, ModelConfig] = {
-  "smollm2-135m": ModelConfig(
-    "llama", 30, 576, 1536, 9, 3, 64, 49152, 8192, 100000.0, None, 1e-5, True, eos_token_ids=(2,)
-  ),
-  "llama-2-7b": ModelConfig(
-    "llama", 32, 4096, 11008, 32, 32, 128, 32000, 4096, 10000.0, None, 1e-5, False, eos_token_ids=(2,)
-  ),
-  "llama-3-8b": ModelConfig(
-    "llama", 32, 4096, 14336, 32, 8, 128, 128256, 8192, 500000.0, None, 1e-5, False, eos_token_ids=(128001, 128009)
-  ),
-  "llama-3.1-8b": _llama3(32, 4096, 14336, 32, 8, 128, _LLAMA31, tie_embeddings=False),
-  "llama-3.1-70b": _llama3(80, 8192, 28672, 64, 8, 128, _LLAMA31, tie_embeddings=False),
-  "llama-3.2-1b": _llama3(16, 2048, 8192, 32, 8, 64, _LLAMA32),
-  "llama-3.2-3b": _llama3(28, 3072, 8192, 24, 8, 128, _LLAMA32),
-  "qwen2.5-0.5b": _qwen2(24, 896, 4864, 14, 2, 64, vocab=151936, tied=True),
-  "qwen2.5-1.5b": _qwen2(28, 1536, 8960, 12, 2, vocab=151936, tied=True),
-  "qwen2.5-7b": _qwen2(28, 3584, 18944, 28, 4),
-  "qwen2.5-32b": _qwen2(64, 5120, 27648, 40, 8),
-  "qwen-r1-1.5b": _qwen2(28, 1536, 8960, 12, 2, vocab=151936, context=131072, theta=1e4, eos=(151643,)),
-  "qwen-r1-7b": _qwen2(28, 3584, 18944, 28, 4, context=131072, theta=1e4, eos=(151643,)),
-  "qwen-r1-32b": _qwen2(64, 5120, 27648, 40, 8, context=131072, eos=(151643,)),
-  "qwen3-0.6b": _qwen3(28, 1024, 3072, 16, tied=True),
-  "qwen3-1.7b": _qwen3(28, 2048, 6144, 16, tied=True),
-  "qwen3-4b": _qwen3(36, 2560, 9728, 32, tied=True),
-  "qwen3-8b": _qwen3(36, 4096, 12288, 32),
-  "qwen3-14b": _qwen3(40, 5120, 17408, 40),
-  "qwen3-32b": _qwen3(64, 5120, 25600, 64),
-}

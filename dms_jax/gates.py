@@ -1,7 +1,7 @@
 """Eviction gates: one logit per KV head and token, about the token `shift` places before.
 
-Source: arXiv 2506.05345, section 3.1 and appendix C; the scale of 100 is the released code's. The logits are computed
-in float32 always: at scale 100 a bfloat16 rounding would flip decisions.
+Source: arXiv 2506.05345, section 3.1 and appendix C; the scale of 100 is the released code's. Logits are always
+computed in float32: at a scale of 100, bfloat16 rounding would flip decisions.
 """
 
 from __future__ import annotations
@@ -12,25 +12,31 @@ from jaxtyping import Array, Float
 
 from dms_jax.config import DMSConfig, ModelConfig
 from dms_jax.layers import rms_norm
-from pallas_kernels.common.platform import platform
 
 
 def gate_logits(
-  config: ModelConfig, dms: DMSConfig, layer: dict, x: Float[Array, "B T D"], q: Float[Array, "B T N H"]
+  config: ModelConfig,
+  dms: DMSConfig,
+  layer: dict,
+  x: Float[Array, "B T D"],
+  q: Float[Array, "B T N H"],
+  *,
+  fused: bool = False,
 ) -> Float[Array, "B K T"]:
-  """`scale * raw - offset` in float32.
+  """Gate logits of one layer, `scale * raw - offset`, float32 (arXiv 2506.05345, section 3.1).
 
   Args:
-    layer: the layer's parameters; the adapter reads `dms_norm` [D] and `dms_proj` [K, D].
+    layer: the layer's parameters; the adapter gate reads `dms_norm` [D] and `dms_proj` [K, D].
     x: the residual stream before the layer's input norm.
-    q: queries after q_norm and before RoPE, in float32 for the neuron gate.
+    q: queries after q_norm and before RoPE, float32 for the neuron gate.
+    fused: for a single token, see `Execution.fused_gate`.
   """
   if dms.gate == "neuron":
     raw = jnp.moveaxis(q[:, :, :: config.group_size, -1].astype(jnp.float32), 1, 2)
   else:
     norm, weight = (layer[name].astype(jnp.float32) for name in ("dms_norm", "dms_proj"))
-    if x.shape[1] == 1 and platform() == "gpu":
-      raw = _adapter_in_one_pass(x, norm * weight, config.rms_norm_eps)
+    if fused:
+      raw = _fused_adapter(x, norm * weight, config.rms_norm_eps)
     else:
       normed = rms_norm(x.astype(jnp.float32), norm, config.rms_norm_eps)
       raw = jnp.einsum("btd,kd->bkt", normed, weight, precision=jax.lax.Precision.HIGHEST)
@@ -40,9 +46,9 @@ def gate_logits(
 def step_gate_logits(
   config: ModelConfig, dms: DMSConfig, layers: list[dict], x: Float[Array, "L B 1 D"]
 ) -> Float[Array, "L B K 1"]:
-  """`gate_logits` of the adapters of all layers in a decode step; on a GPU one kernel instead of one a layer."""
+  """`gate_logits` of all layers' adapters in a decode step, from each layer's x: see `Execution.late_gates`."""
   norm, weight = (jnp.stack([layer[n] for layer in layers]).astype(jnp.float32) for n in ("dms_norm", "dms_proj"))
-  return _logits(dms, _adapter_in_one_pass(x, norm[:, None] * weight, config.rms_norm_eps))
+  return _logits(dms, _fused_adapter(x, norm[:, None] * weight, config.rms_norm_eps))
 
 
 def _logits(dms: DMSConfig, raw: Float[Array, "*L B K T"]) -> Float[Array, "*L B K T"]:
@@ -51,11 +57,8 @@ def _logits(dms: DMSConfig, raw: Float[Array, "*L B K T"]) -> Float[Array, "*L B
   return dms.scale * raw - dms.offset
 
 
-def _adapter_in_one_pass(
-  x: Float[Array, "*L B 1 D"], weight: Float[Array, "*L K D"], eps: float
-) -> Float[Array, "*L B K 1"]:
-  """RMSNorm and projection in float32 as one reduction, of the product and of the squares: one small kernel of a GPU
-  instead of three."""
+def _fused_adapter(x: Float[Array, "*L B 1 D"], weight: Float[Array, "*L K D"], eps: float) -> Float[Array, "*L B K 1"]:
+  """RMSNorm and projection in float32 as one reduction, over the products and the squares at once."""
   x, weight = jnp.broadcast_arrays(x.astype(jnp.float32), weight[..., None, :, :])
   zeros, add = (jnp.float32(0), jnp.float32(0)), lambda a, b: (a[0] + b[0], a[1] + b[1])
   product, square = jax.lax.reduce((x * weight, x * x), zeros, add, (x.ndim - 1,))
@@ -65,10 +68,10 @@ def _adapter_in_one_pass(
 def clear_neuron(
   config: ModelConfig, q: Float[Array, "B T N H"], kept: Float[Array, ""] | None = None
 ) -> Float[Array, "B T N H"]:
-  """Sets the borrowed channel (last of each group's first query head) to 0; done before and again after RoPE.
+  """Sets the neuron gate's channel, the last of each group's first query head, to 0; applied before and after RoPE.
 
   Args:
-    kept: while a retrofit fades it out, the factor it is multiplied by instead.
+    kept: factor in 0 .. 1 that multiplies the channel instead, while a retrofit fades it out.
   """
   heads = jnp.arange(config.num_heads) % config.group_size == 0
   channel = jnp.arange(config.head_dim) == config.head_dim - 1

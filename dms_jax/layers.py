@@ -1,9 +1,8 @@
-"""The building blocks of a Llama-style decoder as pure functions: norm, rotary embedding, projection, MLP."""
+"""The building blocks of a Llama-style decoder as pure functions: RMSNorm, RoPE, projections, MLP."""
 
 from __future__ import annotations
 
 import math
-import os
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dms_jax.config import ModelConfig
-from dms_jax.sharding import rows_per_device
-from pallas_kernels.common.platform import platform
-
-# Rows up to which a product in bfloat16 is faster on a CPU with the weights as its left operand (`_few_rows`).
-FEW_ROWS = 16
-# Rows of a decode step, on each device, from which on a GPU's gate and up are better products of their own: XLA makes
-# one of them, whose result, of the sums in float32, is then written and read once more.
-MANY_ROWS = 192
+from dms_jax.execution import Execution
 
 
 def rms_norm(x: Float[Array, "*batch C"], weight: Float[Array, "C"], eps: float) -> Float[Array, "*batch C"]:
@@ -30,7 +22,7 @@ def rms_norm(x: Float[Array, "*batch C"], weight: Float[Array, "C"], eps: float)
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
-  """Radians per position of each channel pair, float32 [H/2], with Llama 3.1's scaling where the config has it."""
+  """RoPE's radians per position for each channel pair, float32 [H/2], with Llama 3.1's scaling if configured."""
   half = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
   freq = (1.0 / (np.float32(config.rope_theta) ** half)).astype(np.float32)
   if (s := config.rope_scaling) is not None:
@@ -45,13 +37,13 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
 
 
 def rope_tables(config: ModelConfig, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
-  """(cos, sin), each float32 [B, T, 1, H/2]; computed once a step and shared by all layers."""
+  """(cos, sin) of RoPE, each float32 [B, T, 1, H/2]; computed once per step for all layers."""
   angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config)
   return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
 
 
 def apply_rope(x: Float[Array, "B T heads H"], tables: tuple[Array, Array]) -> Float[Array, "B T heads H"]:
-  """Rotates channel c with channel c + H/2 (Hugging Face's half-split convention), in float32."""
+  """Rotates channels c and c + H/2 as a pair (Hugging Face's half-split convention), in float32; returns x's dtype."""
   cos, sin = tables
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
@@ -60,16 +52,18 @@ def apply_rope(x: Float[Array, "B T heads H"], tables: tuple[Array, Array]) -> F
 def linear(x: Array, weight: Array, num_inputs: int = 1, *, out_dtype=None) -> Array:
   """Contracts the last `num_inputs` axes of x [rows..., in...] with those of weight [out..., in...].
 
-  Float32 is not rounded first, whatever the device. Sums are in float32; the result [rows..., out...] is rounded once,
-  to `out_dtype` or x's dtype.
+  Float32 operands keep their full precision on every device. Sums are in float32.
+
+  Returns:
+    [rows..., out...], rounded once, to `out_dtype` or x's dtype.
   """
   rows, outs = x.shape[: x.ndim - num_inputs], weight.shape[: weight.ndim - num_inputs]
   x2, weight2 = x.reshape(math.prod(rows), -1), weight.reshape(math.prod(outs), -1)
-  on_cpu = platform() == "cpu"
-  if on_cpu and x.dtype == jnp.bfloat16 and len(x2) <= FEW_ROWS:
-    y = _few_rows(x2, weight2)
-  elif on_cpu and x.dtype == jnp.float32 and len(x2) == 1:
-    y = _one_row(x2, weight2)
+  how = Execution.choose()
+  if x.dtype == jnp.bfloat16 and len(x2) <= how.weights_left:
+    y = _weights_left(x2, weight2)
+  elif x.dtype == jnp.float32 and len(x2) == 1 and how.matvec_parts > 1:
+    y = _matvec_in_parts(x2, weight2, how.matvec_parts)
   else:
     y = _dot(x2, weight2)
   return y.reshape(*rows, *outs).astype(out_dtype or x.dtype)
@@ -77,11 +71,10 @@ def linear(x: Array, weight: Array, num_inputs: int = 1, *, out_dtype=None) -> A
 
 @jax.custom_vjp
 def _dot(a: Float[Array, "M in"], b: Float[Array, "N in"]) -> Float[Array, "M N"]:
-  """a b^T, summed and returned in float32; float32 is not rounded first.
+  """a b^T with float32 sums and result; float32 operands keep their full precision.
 
-  Its gradient is rounded to the operands' dtype before it meets them, which loses nothing where the result was rounded
-  to it: left in float32 it would turn both products of the backward pass into float32 ones, several times slower on an
-  accelerator.
+  The gradient is rounded to the operands' dtype first, which loses nothing where the result was rounded to it too. A
+  float32 gradient would make both products of the backward pass float32, several times slower on an accelerator.
   """
   return _contract(a, b, 1, 1)
 
@@ -102,25 +95,20 @@ def _contract(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
   return jax.lax.dot_general(a, b, dimensions, precision, preferred_element_type=jnp.float32)
 
 
-def _few_rows(x: Float[Array, "rows in"], weight: Float[Array, "out in"]) -> Float[Array, "rows out"]:
-  """x weight^T of few bfloat16 rows on a CPU, in float32.
+def _weights_left(x: Float[Array, "rows in"], weight: Float[Array, "out in"]) -> Float[Array, "rows out"]:
+  """x weight^T of few bfloat16 rows on a CPU, in float32: see `Execution.weights_left`.
 
-  The library that XLA calls there packs its right operand anew at every call, which for few rows takes several times as
-  long as the product, and reads its left one as it lies: the weights go left. The barrier keeps XLA from turning the
-  product round again. One row is doubled: XLA has no matrix-vector product in bfloat16 and converts the whole matrix.
+  The barrier keeps XLA from swapping the operands back. One row is doubled: XLA's CPU backend has no bfloat16
+  matrix-vector product and converts the whole matrix.
   """
   count = len(x)
   y = _dot(weight, jnp.concatenate([x, x]) if count == 1 else x)
   return jax.lax.optimization_barrier(y).T[:count]
 
 
-def _one_row(x: Float[Array, "1 in"], weight: Float[Array, "out in"]) -> Float[Array, "1 out"]:
-  """x weight^T of one float32 row on a CPU.
-
-  XLA computes a matrix-vector product there in one thread, and a batch of them in several: the weights are as many
-  matrices as there are cores.
-  """
-  parts = math.gcd(len(weight), os.cpu_count() or 1)
+def _matvec_in_parts(x: Float[Array, "1 in"], weight: Float[Array, "out in"], parts: int) -> Float[Array, "1 out"]:
+  """x weight^T of one float32 row, as a batch of up to `parts` products: see `Execution.matvec_parts`."""
+  parts = math.gcd(len(weight), parts)
   y = jax.lax.dot_general(
     weight.reshape(parts, -1, weight.shape[1]),
     jnp.broadcast_to(x, (parts, x.shape[1])),
@@ -132,9 +120,9 @@ def _one_row(x: Float[Array, "1 in"], weight: Float[Array, "out in"]) -> Float[A
 
 
 def project(x: Array, layer: dict, name: str, num_inputs: int = 1, *, lora_scale: float = 0.0, out_dtype=None) -> Array:
-  """`linear` by the projection called `name`, with its low-rank update if the layer holds one unmerged.
+  """`linear` by the projection called `name`, plus its low-rank update if the layer has one that is not merged.
 
-  The result goes by that name to the `jax.checkpoint` policy of `model.SAVED`.
+  The result is named for `jax.checkpoint`: see `model.SAVED_ACTIVATIONS`.
   """
   y = linear(x, layer[name], num_inputs, out_dtype=out_dtype)
   if f"{name}_lora_a" in layer:
@@ -143,10 +131,16 @@ def project(x: Array, layer: dict, name: str, num_inputs: int = 1, *, lora_scale
   return checkpoint_name(y, name)
 
 
-def mlp(layer: dict, x: Float[Array, "B T D"], lora_scale: float = 0.0) -> Float[Array, "B T D"]:
-  """SwiGLU feed-forward."""
+def mlp(
+  layer: dict, x: Float[Array, "B T D"], lora_scale: float = 0.0, *, split_gate_up: bool = False
+) -> Float[Array, "B T D"]:
+  """SwiGLU feed-forward: down(silu(gate(x)) * up(x)).
+
+  Args:
+    split_gate_up: see `Execution.split_gate_up`.
+  """
   gate = project(x, layer, "gate_proj", lora_scale=lora_scale)
-  if platform() == "gpu" and x.shape[1] == 1 and MANY_ROWS <= rows_per_device(len(x)):
+  if split_gate_up:
     x, gate = jax.lax.optimization_barrier((x, gate))
   up = project(x, layer, "up_proj", lora_scale=lora_scale)
   return project(jax.nn.silu(gate) * up, layer, "down_proj", lora_scale=lora_scale)

@@ -1,11 +1,11 @@
-"""Which key is visible to which query, and the bias that says so softly: pure functions of positions and decisions.
+"""Which key is visible to which query: the mask and the soft training bias, from positions and decisions.
 
-With W = 1 and token 1 evicted (x = visible, rows are queries):
+Source: arXiv 2506.05345, section 3.1 and figure 2. With W = 1 and token 1 evicted (x = visible, rows are queries):
 
     x . . . .
     x x . . .
     x x x . .      token 1 is still in the window of token 2
-    x . x x .      and gone for token 3
+    x . x x .      and evicted for token 3
     x . x x x
 """
 
@@ -17,10 +17,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 def about_key(computed: Array, lag: int, fill) -> Array:
-  """Re-indexes the last axis from the token that computed a decision to the token it is about, `lag` places before.
+  """Re-indexes the last axis, T, from the token that computed a decision to the one it is about, `lag` tokens earlier.
 
-  The last `lag` tokens are not decided yet and get `fill`; what the first `lag` tokens computed is about nothing. The
-  lag is the gates' shift, and W more under immediate eviction (`DMSConfig.lag`).
+  The last `lag` tokens are undecided and get `fill`. The decisions of the first `lag` tokens are about no token and are
+  dropped. The lag is the gates' shift, plus W under immediate eviction (`DMSConfig.lag`).
   """
   if lag == 0:
     return computed
@@ -28,25 +28,32 @@ def about_key(computed: Array, lag: int, fill) -> Array:
 
 
 def visible(evicted: Bool[Array, "*batch T"], window: int) -> Bool[Array, "*batch T T"]:
-  """[..., i, j]: `j <= i and (i - j <= W or not evicted[j])`; `evicted` is indexed by the key it is about."""
+  """Entry [..., i, j] says whether query i sees key j: `j <= i and (i - j <= W or not evicted[j])`.
+
+  `evicted` is indexed by the key a decision is about.
+  """
   i, j = jnp.arange(evicted.shape[-1])[:, None], jnp.arange(evicted.shape[-1])
   return (j <= i) & ((i - j <= window) | ~evicted[..., None, :])
 
 
 def hard_bias(evicted: Bool[Array, "B K T"]) -> Float[Array, "B K T"]:
-  """Bias of keys beyond the window: -inf where evicted, else 0."""
+  """Bias of keys outside the window, float32: -inf where evicted, else 0."""
   return jnp.where(evicted, -jnp.inf, 0.0)
 
 
 def soft_bias(z: Float[Array, "B K T"], lag: int) -> Float[Array, "B K T"]:
-  """log(1 - sigmoid(z[j + lag])), 0 for keys not decided yet (arXiv 2506.05345, figure 2b)."""
+  """Bias of keys outside the window in training (arXiv 2506.05345, figure 2b).
+
+  It is log(1 - sigmoid(z[j + lag])), in z's dtype, and 0 for keys not decided yet.
+  """
   return about_key(jax.nn.log_sigmoid(-z), lag, 0.0)
 
 
 def held_tokens(evicted: Bool[Array, "*batch T"], window: int, lengths: Int[Array, "..."] | None = None) -> Array:
-  """Tokens held after T tokens, int32 [...]: the last W + 1, and of the earlier ones those not evicted.
+  """Tokens in the cache after T tokens, int32 [...]: the last W + 1, and the earlier ones that are not evicted.
 
-  `lengths` [...], broadcast against the batch: how many of each row are real, from the first on; default all T.
+  Args:
+    lengths: real tokens of each row, from the first on, broadcast against the batch; default T.
   """
   index = jnp.arange(evicted.shape[-1])
   end = evicted.shape[-1] if lengths is None else lengths[..., None]

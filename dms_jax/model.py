@@ -1,11 +1,12 @@
-"""The decoder: one layer written once, run over a whole text (`forward`) or against a cache (`cached_forward`).
+"""The decoder: one layer, written once, run over a whole text (`forward`) or against a cache (`cached_forward`).
 
-Pure functions over a frozen `Model`. Layers are scanned when parameters are stacked [L, ...], and looped over in Python
-when `unstack_layers` has made them a list: on a CPU indexing stacked weights copies them.
+Pure functions over a frozen `Model`. Layers are scanned where their parameters are stacked [L, ...] and looped over
+where they are a list (`Model.unstacked`). What depends on the device is chosen once per step by `Execution`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,32 +22,28 @@ from dms_jax.attention import window_bias_attention
 from dms_jax.cache import Cache
 from dms_jax.cache.base import Usage
 from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig
+from dms_jax.execution import Execution
 from dms_jax.gates import clear_neuron, gate_logits, step_gate_logits
 from dms_jax.layers import apply_rope, linear, mlp, project, rms_norm, rope_tables
 from dms_jax.params import Params, merge_lora, param_table
 from dms_jax.policies import DMS, Policy, Vanilla
-from dms_jax.sharding import constrain_rows, gather_layer, row_and_head_axes
+from dms_jax.sharding import constrain_rows, gather_layer
 from pallas_kernels import window_bias as retrofit
-from pallas_kernels.common.platform import platform
 
-# A decode step of fewer rows runs the layers with so many on a GPU, but for their attention: for one row XLA reads
-# weights at half the speed, and takes more kernels for a norm. On a mesh, rows would move between devices for it.
-LEAST_ROWS = 8
-# Up to so many rows on one GPU, one kernel behind a list of layers computes the adapter gates of all. It reads each
-# layer's x once a KV head, by a choice among as many arrays as there are layers: for more rows one in each layer is
-# faster.
-LATE_ROWS = 32
-
-# What the backward pass keeps of each layer's forward pass: products and attention. What lies between them (norms,
-# rotations, SwiGLU) is cheaper to compute again than to write and read; the last product leads to the next layer.
-SAVED = (*(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up")), retrofit.SAVED)
+# The activations of each layer that the backward pass keeps: projections and attention. Norms, RoPE and SwiGLU are
+# cheaper to recompute than to write and read; the down projection is part of the next layer's input, kept anyway.
+SAVED_ACTIVATIONS = (*(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up")), retrofit.SAVED)
 
 
 @struct.dataclass
 class Model:
-  """Weights and what they mean. `dms` None: no gates. `lora` describes low-rank updates still apart in `params`.
+  """Parameters and the configs that give them meaning.
 
-  `tokenizer` rides along so that prompts can be strings; it compares by identity and changes nothing computed.
+  Attributes:
+    params: as `params.param_table` names them; `params["layers"]` stacked [L, ...] or a list of L layers.
+    dms: the eviction gates; None for a model without.
+    lora: the low-rank updates in `params` that are not merged into the weights; None for none.
+    tokenizer: lets prompts be strings; compared by identity, it changes nothing computed.
   """
 
   params: Params
@@ -60,7 +57,7 @@ class Model:
     return self.params["embed"].dtype
 
   def merged(self) -> Model:
-    """The same model with its low-rank updates folded into the weights; its layers are stacked."""
+    """The same model with its low-rank updates merged into the weights and its layers stacked."""
     return self.replace(params=merge_lora(self.stacked().params, self.lora), lora=None)
 
   def stacked(self) -> Model:
@@ -71,7 +68,7 @@ class Model:
     return self.replace(params={**self.params, "layers": {n: jnp.stack([p[n] for p in layers]) for n in layers[0]}})
 
   def unstacked(self) -> Model:
-    """The same model with a list of layers, which decodes faster on a CPU; a copy of the layers' weights."""
+    """The same model with a list of layers (see `Execution.layers`); copies the layers' weights."""
     layers = self.params["layers"]
     if isinstance(layers, list):
       return self
@@ -80,27 +77,33 @@ class Model:
     return self.replace(params={**self.params, "layers": split})
 
 
-# attend(carry, index, xs, q, k, v, gates) -> (attended, carry, ys), all of one layer; gates: see `_attention_inputs`
+# attend(carry, layer, xs, q, k, v, gates) -> (attended [B, T, N, H], carry, ys), of one layer; see `_attention_inputs`
 Attend = Callable[..., tuple[Array, Any, Any]]
 
 
 def _attention_inputs(
-  model: Model, layer: dict, x: Array, rope: tuple[Array, Array], neuron_kept: Array | None = None, late: bool = False
-):
-  """Queries, keys, values after RoPE [B, T, heads, H], and gates: their logits, float32 [B, K, T], None where there are
-  none, or, for `late`, x [B, T, D], from which `step_gate_logits` computes those of all layers."""
+  model: Model, layer: dict, x: Array, rope: tuple[Array, Array], how: Execution, neuron_kept: Array | None = None
+) -> tuple[Array, Array, Array, Array | None]:
+  """Queries, keys and values after RoPE, [B, T, heads, H], and gate logits.
+
+  The logits are float32 [B, K, T], None without gates. Under `late_gates`, x [B, T, D] takes their place:
+  `step_gate_logits` computes the logits of all layers from it.
+  """
   c, dms = model.config, model.dms
   neuron = dms is not None and dms.gate == "neuron"
   scale = model.lora.scale if model.lora else 0.0
   h = rms_norm(x, layer["attn_norm"], c.rms_norm_eps)
-  # The borrowed channel is read before anything is rounded.
+  # The neuron gate reads its channel of q before rounding.
   q = project(h, layer, "q_proj", lora_scale=scale, out_dtype=jnp.float32 if neuron else None)
   k, v = (project(h, layer, name, lora_scale=scale) for name in ("k_proj", "v_proj"))
   if c.qkv_bias:
     q, k, v = (y + layer[name].astype(y.dtype) for y, name in ((q, "q_bias"), (k, "k_bias"), (v, "v_bias")))
   if c.qk_norm:
     q, k = rms_norm(q, layer["q_norm"], c.rms_norm_eps), rms_norm(k, layer["k_norm"], c.rms_norm_eps)
-  gates = x if late else None if dms is None else gate_logits(c, dms, layer, x, q)
+  gates = None
+  if dms is not None:
+    with jax.named_scope("gates"):
+      gates = x if how.late_gates else gate_logits(c, dms, layer, x, q, fused=how.fused_gate)
   q = q.astype(x.dtype)
   if neuron:
     q = clear_neuron(c, q, neuron_kept)
@@ -109,15 +112,25 @@ def _attention_inputs(
 
 
 def _run_layers(
-  model: Model, x: Array, positions: Array, attend: Attend, carry=None, xs=None, remat: bool | None = None,
-  neuron_kept=None, gather: bool = False, late: bool = False,
-):  # fmt: skip
+  model: Model,
+  x: Array,
+  positions: Array,
+  attend: Attend,
+  how: Execution,
+  carry: Any = None,
+  xs: Any = None,
+  *,
+  remat: bool | None = None,
+  neuron_kept: Array | None = None,
+  gather: bool = False,
+) -> tuple[Array, Any, Any]:
   """Runs all layers; returns (x, carry, ys) with ys stacked [L, ...].
 
   Args:
-    remat: what a backward pass keeps of a layer: all, for None; `SAVED`, for False; nothing, for True.
-    gather: on a mesh weights move to the rows.
-    late: see `_attention_inputs`.
+    xs: `attend`'s inputs by layer, leaves [L, ...].
+    remat: activations of a layer that a backward pass keeps: all for None, `SAVED_ACTIVATIONS` for False, none for
+      True.
+    gather: on a mesh, weights move to the rows' devices.
   """
   table = param_table(model.config, model.dms, model.lora) if gather else {}
   rope = rope_tables(model.config, positions)
@@ -125,12 +138,15 @@ def _run_layers(
 
   def body(state, inputs):
     x, carry = state
-    index, layer, x_l = inputs
+    index, layer, xs_l = inputs
     layer = gather_layer(layer, table) if gather else layer
-    q, k, v, gates = _attention_inputs(model, layer, x, rope, neuron_kept, late)
-    attended, carry, ys = attend(carry, index, x_l, q, k, v, gates)
-    x = x + project(attended, layer, "o_proj", 2, lora_scale=scale)
-    x = x + mlp(layer, rms_norm(x, layer["mlp_norm"], model.config.rms_norm_eps), scale)
+    with jax.named_scope("attention"):
+      q, k, v, gates = _attention_inputs(model, layer, x, rope, how, neuron_kept)
+      attended, carry, ys = attend(carry, index, xs_l, q, k, v, gates)
+      x = x + project(attended, layer, "o_proj", 2, lora_scale=scale)
+    with jax.named_scope("mlp"):
+      h = rms_norm(x, layer["mlp_norm"], model.config.rms_norm_eps)
+      x = x + mlp(layer, h, scale, split_gate_up=how.split_gate_up)
     return (constrain_rows(x), carry), ys
 
   x, layers = constrain_rows(x), model.params["layers"]
@@ -141,38 +157,42 @@ def _run_layers(
       outs.append(ys)
     return *state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
   if remat is not None:
-    policy = None if remat else jax.checkpoint_policies.save_only_these_names(*SAVED)
-    body = jax.checkpoint(body, policy=policy, prevent_cse=False)  # in a scan nothing is there to merge it with
+    policy = None if remat else jax.checkpoint_policies.save_only_these_names(*SAVED_ACTIVATIONS)
+    body = jax.checkpoint(body, policy=policy, prevent_cse=False)  # a scan has nothing to merge it with
   (x, carry), ys = lax.scan(body, (x, carry), (jnp.arange(model.config.num_layers), layers, xs))
   return x, carry, ys
 
 
+@jax.named_scope("embed")
 def embed(model: Model, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-  """Token embeddings."""
+  """Token embeddings, in the model's dtype."""
   table = model.params["embed"]
-  if table.dtype == jnp.bfloat16 and platform() == "cpu":
-    # There a bfloat16 gather goes through float32, and in a loop of decode steps XLA would hoist the conversion, of the
-    # whole table, out of the fused gather: tying it to the tokens keeps it inside.
+  if table.dtype == jnp.bfloat16 and Execution.choose().embed_barrier:
     table, tokens = lax.optimization_barrier((table, tokens))
   return table[tokens]
 
 
+@jax.named_scope("unembed")
 def unembed(model: Model, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
-  """Final norm and output head: logits in float32."""
+  """Final norm and output head: logits, float32."""
   x = rms_norm(x, model.params["final_norm"], model.config.rms_norm_eps)
   return linear(x, output_head(model), out_dtype=jnp.float32)
 
 
 def output_head(model: Model) -> Float[Array, "V D"]:
-  """The output projection: the embedding itself where they are tied."""
+  """The output projection, which is the embedding where they are tied."""
   return model.params["embed" if model.config.tie_embeddings else "lm_head"]
 
 
 @struct.dataclass
 class Eviction:
-  """How `forward` lets gates act: hard decisions at `threshold`, or with `noise` the soft training mask at `tau`.
+  """How gates act in `forward`: by hard decisions, or by the soft training mask (arXiv 2506.05345, figure 2b).
 
-  `noise` is float32 [L, B, K, T], indexed like the logits it is added to; `window` overrides the model's.
+  Attributes:
+    threshold: a token is evicted where its logit is above, without `noise`.
+    noise: float32 [L, B, K, T], added to the logits of the same indices; selects the soft mask.
+    tau: temperature of the soft mask.
+    window: W in tokens, instead of the model's.
   """
 
   threshold: float = 0.0
@@ -191,21 +211,21 @@ def forward(
   remat: bool = False,
   neuron_kept: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "L B K T"] | None]:
-  """The whole text at once, without a cache: training, evaluation and the oracle of everything cached.
+  """Runs whole texts without a cache: for training, evaluation, and as the reference of every cache.
 
   Args:
-    positions: RoPE positions; default counts each segment from 0.
-    segment_ids: documents (or padding, as a segment of its own) that never see each other, in contiguous runs.
-    eviction: None leaves everything visible (the neuron gate's channel is cleared all the same).
-    remat: recompute whole layers in the backward pass, which keeps `SAVED` otherwise.
-    neuron_kept: what is left of the neuron gate's channel while a retrofit fades it out, 1 to 0; None: nothing.
+    positions: RoPE positions; by default they count from 0 in each segment.
+    segment_ids: documents that never see each other, in contiguous runs; padding is a segment of its own.
+    eviction: None keeps every token visible. The neuron gate's channel is cleared either way.
+    remat: the backward pass recomputes whole layers; otherwise it keeps `SAVED_ACTIVATIONS`.
+    neuron_kept: factor in 0 .. 1 on the neuron gate's channel while a retrofit fades it out; None means 0.
 
   Returns:
-    Hidden states before the final norm (see `unembed`), and z: what decides, float32, indexed by the token that
-    computed it: logits, or (logits + noise) / tau under training noise. None without gates.
+    Hidden states before the final norm, in the model's dtype (see `unembed`), and z, float32, indexed by the token
+    that computed it: the logits, or (logits + noise) / tau with noise. z is None without gates.
 
   Raises:
-    ValueError: eviction asked of a model without gates.
+    ValueError: `eviction` for a model without gates.
   """
   if eviction is not None and model.dms is None:
     raise ValueError("this model has no eviction gates; load a retrofit, or pass eviction=None")
@@ -229,12 +249,15 @@ def forward(
       bias = masks.hard_bias(masks.about_key(z > eviction.threshold, dms.lag(window), False))
     return window_bias_attention(q, k, v, bias, window, segment_ids), carry, z
 
-  x, _, z = _run_layers(model, embed(model, tokens), positions, attend, None, noise, remat, neuron_kept, gather=True)
+  how = Execution.choose(model, *tokens.shape)
+  x, _, z = _run_layers(
+    model, embed(model, tokens), positions, attend, how, xs=noise, remat=remat, neuron_kept=neuron_kept, gather=True
+  )
   return x, z
 
 
 def segment_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
-  """Positions that count from 0 at the start of each run of equal ids."""
+  """Positions, int32, that count from 0 at the start of each run of equal ids."""
   index = jnp.arange(segment_ids.shape[1])
   starts = jnp.concatenate([jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
   return index - lax.cummax(jnp.where(starts, index, 0), axis=1)
@@ -242,8 +265,15 @@ def segment_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
 
 @struct.dataclass
 class StepOutput:
-  """`hidden` [B, T, D] before the final norm; `seen` tokens held and read, int32 [L, B, K] each; `logits` gate logits
-  [L, B, K, T] (None without gates); `lengths` [B] tokens taken in; `stalled` [B] rows that had no room."""
+  """What a step returns beside the cache.
+
+  Attributes:
+    hidden: before the final norm, in the model's dtype.
+    seen: live tokens and tokens read, int32 [L, B, K] each.
+    logits: gate logits, float32; None without gates.
+    lengths: tokens that each row took in, int32.
+    stalled: rows that had no room.
+  """
 
   hidden: Float[Array, "B T D"]
   seen: Usage
@@ -259,58 +289,62 @@ def cached_forward(
   tokens: Int[Array, "B T"],
   lengths: Int[Array, "B"],
   override: Bool[Array, "L B K T"] | None = None,
+  remaining: Int[Array, "B"] | None = None,
 ) -> tuple[StepOutput, Cache]:
-  """Takes up to T tokens a row into the cache: T = 1 is a decode step, more a chunk of a prompt.
+  """Takes up to T tokens a row into the cache: T = 1 is a decode step, T > 1 a chunk of a prompt.
 
   Args:
-    tokens: right-padded; row b's first `lengths[b]` are real, 0 leaves the row untouched.
-    override: decisions to use instead of the policy's, by the token that computes them; to compare precisions.
+    tokens: right-padded; the first `lengths[b]` of row b are real. A row of length 0 stays as it is.
+    override: decisions instead of the policy's, indexed by the token that computes them; to compare precisions.
+    remaining: tokens of each row's prompt still to come after this chunk, for policies that compact where it ends; None
+      in a decode step, and 0 by default for more than one token.
 
   Returns:
-    The output, and the cache with these tokens in it. A row without room is left untouched and reported.
+    The output, and the cache with these tokens. A row without room stays as it is and is reported as stalled.
 
   Raises:
     ValueError: the cache was made for another policy.
   """
-  if policy.scored and tokens.shape[1] > 1:
-    return _one_by_one(model, policy, cache, tokens, lengths, override)
-  plan = cache.plan(policy, lengths, tokens.shape[1])
+  if policy.exact_prefill and tokens.shape[1] > 1:
+    return _sequential_prefill(model, policy, cache, tokens, lengths, override)
+  plan = cache.plan(policy, lengths, tokens.shape[1], remaining)
   positions = plan.seen[:, None] + jnp.arange(tokens.shape[1])
   heads = (tokens.shape[0], model.config.num_kv_heads, tokens.shape[1])
   about = jnp.broadcast_to((positions - cache.lag)[:, None], heads)
-  rows = tokens.shape[0]
-  small = platform() == "gpu" and tokens.shape[1] == 1 and row_and_head_axes(rows, 1) is None
-  padded = partial(_more_rows, least=LEAST_ROWS if small else 0)
-  layers = model.params["layers"]
-  adapters = model.dms is not None and model.dms.gate == "adapter"
-  late = small and rows <= LATE_ROWS and isinstance(layers, list) and adapters and cache.can_decide_late(policy)
+  rows, layers = tokens.shape[0], model.params["layers"]
+  how = Execution.choose(model, *tokens.shape)
+  late = how.late_gates and plan.remaining is None and cache.can_decide_late(policy)
+  how = dataclasses.replace(how, late_gates=late)
+  padded = partial(_pad_rows, least=how.least_rows)
 
   def attend(carry, index, xs, q, k, v, gates):
     state, override = xs
     q, k, v, gates = jax.tree.map(lambda y: y[:rows], (q, k, v, gates))
-    evict = None if late else policy.decide(gates, index, about) if override is None else override
+    of_tokens = jnp.swapaxes(k, 1, 2) if policy.uses_keys else None
+    evict = None if how.late_gates else policy.decide(gates, index, about, of_tokens) if override is None else override
     out, carry, state, seen = cache.attend(plan, policy, index, carry, state, q, k, v, evict)
     return padded(out), carry, (state, seen, gates)
 
   x, xs = embed(model, padded(tokens)), (cache.layer_state(), override)
-  x, carry, (states, seen, logits) = _run_layers(
-    model, x, padded(positions), attend, cache.layer_carry(), xs, late=late
-  )
+  x, carry, (states, seen, logits) = _run_layers(model, x, padded(positions), attend, how, cache.layer_carry(), xs)
   evict = None
-  if late:
-    logits = step_gate_logits(model.config, model.dms, layers, logits)
+  if how.late_gates:
+    with jax.named_scope("gates"):
+      logits = step_gate_logits(model.config, model.dms, layers, logits)
     index, about = jnp.arange(len(layers))[:, None, None, None], jnp.broadcast_to(about, logits.shape)
     evict = policy.decide(logits, index, about) if override is None else override
   return StepOutput(x[:rows], seen, logits, plan.lengths, plan.stalled), cache.commit(plan, carry, states, evict)
 
 
-def _more_rows(x: Array, least: int) -> Array:
-  """x [B, ...] with zeros behind it where it has less than `least` rows."""
+def _pad_rows(x: Array, least: int) -> Array:
+  """x [B, ...] padded with zeros to at least `least` rows."""
   return jnp.pad(x, [(0, max(least - len(x), 0))] + [(0, 0)] * (x.ndim - 1))
 
 
-def _one_by_one(model: Model, policy: Policy, cache: Cache, tokens: Array, lengths: Array, override: Array | None):
-  """`cached_forward` of a chunk for a policy whose decisions depend on every step before: a loop in the graph."""
+def _sequential_prefill(
+  model: Model, policy: Policy, cache: Cache, tokens: Array, lengths: Array, override: Array | None
+):
+  """`cached_forward` of a chunk as a scan over its tokens, for policies that decide by every earlier step."""
   stalled = lengths > cache.free_tokens(policy)
   lengths = jnp.where(stalled, 0, lengths)
 
@@ -328,16 +362,16 @@ def _one_by_one(model: Model, policy: Policy, cache: Cache, tokens: Array, lengt
 
 
 def last_logits(model: Model, output: StepOutput) -> Float[Array, "B V"]:
-  """Logits after each row's last real token of the step; of its first where it had none."""
+  """Logits, float32, at each row's last real token of the step, or at its first token where it had none."""
   last = jnp.maximum(output.lengths - 1, 0)
   return unembed(model, jnp.take_along_axis(output.hidden, last[:, None, None], axis=1)[:, 0])
 
 
 def check_policy(model: Model, policy: Policy | None) -> Policy:
-  """`policy` with its window filled in where it was left open; None: `DMS()` if the model has gates, else `Vanilla()`.
+  """`policy` with the model's window where it has none of its own; None: `DMS()` with gates, else `Vanilla()`.
 
   Raises:
-    ValueError: the policy needs gates that the model does not have, or its numbers make no sense.
+    ValueError: the policy needs gates and the model has none, or its numbers are invalid.
   """
   policy = policy or (DMS() if model.dms is not None else Vanilla())
   if policy.uses_gates and model.dms is None:
@@ -348,5 +382,5 @@ def check_policy(model: Model, policy: Policy | None) -> Policy:
 
 
 def decision_lag(model: Model, window: int | None = None) -> int:
-  """The lag of the gates' decisions under the window in force; 1 for a model without gates: nothing depends on it."""
+  """Tokens from the one a decision is about to the one that computes it, under `window`; 1, unused, without gates."""
   return model.dms.lag(window) if model.dms is not None else 1

@@ -1,9 +1,9 @@
-"""The parameter table: one description of every tensor, from which everything else about weights follows.
+"""The parameter table: one description of every tensor.
 
-Initialisation, abstract shapes, shardings (`dms_jax.sharding`), conversion from and to Hugging Face names, the count
-and what a retrofit trains are all read from `param_table`. Projections are stored as Hugging Face stores them,
-outputs first ([out..., in]): conversion only reshapes, and on a CPU a row-major dot product per output is also the
-faster layout.
+Initialisation, abstract shapes, shardings (`dms_jax.sharding`), conversion from and to Hugging Face names, parameter
+counts and the choice of what a retrofit trains are all derived from `param_table`. Projections are stored outputs first
+([out..., in]), as Hugging Face stores them, so conversion only reshapes; on a CPU a row-major dot product per output is
+also the faster layout.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ GROUPS: tuple[Group, ...] = get_args(Group)
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-  """One tensor: shape (with the leading L if `layered`), logical axes, initialiser, group and Hugging Face name.
+  """One tensor: shape (with a leading L if `layered`), logical axes, initialiser, group and Hugging Face name.
 
-  The last `num_inputs` axes are contracted with activations, the ones before are outputs; vectors have outputs only.
-  `hf_name` holds `{layer}` for layered tensors; None means the tensor has no place in a Hugging Face checkpoint
-  (low-rank updates are merged on the way out). `hf_shape` is one layer's shape there: outputs and inputs flattened.
+  The last `num_inputs` axes are contracted with activations, the others are outputs; vectors have only outputs.
+  `hf_name` holds `{layer}` for layered tensors; None means that Hugging Face checkpoints do not contain the tensor
+  (low-rank updates are merged on export). `hf_shape` is one layer's shape there, outputs and inputs flattened.
   """
 
   shape: tuple[int, ...]
@@ -124,21 +124,21 @@ def map_table(fn: Callable[[str, ParamSpec], Any], table: dict[str, ParamSpec]) 
 
 
 def abstract_params(table: dict[str, ParamSpec], dtype=jnp.float32) -> Params:
-  """The tree as `jax.ShapeDtypeStruct`s: for loading, compiling and counting without allocating."""
+  """The tree as `jax.ShapeDtypeStruct`s, for loading, compiling and counting without allocation."""
   return map_table(lambda _, spec: jax.ShapeDtypeStruct(spec.shape, dtype), table)
 
 
 def init_params(table: dict[str, ParamSpec], key: jax.Array, dtype=jnp.float32, stddev: float = 0.02) -> Params:
-  """Random parameters; each tensor's key depends on its path only, so adding a tensor changes no other."""
+  """Random parameters. Each tensor's key depends only on its path, so adding a tensor changes no other."""
 
   def leaf(path: str, spec: ParamSpec):
     if spec.init == "ones":
       return jnp.ones(spec.shape, dtype)
     if spec.init == "zeros":
       return jnp.zeros(spec.shape, dtype)
-    # A stable hash: Python's own changes with every process.
+    # A stable hash; Python's own differs between processes.
     name_key = jax.random.fold_in(key, sum(ord(ch) * 31**i for i, ch in enumerate(path)) % (2**31))
-    # fan_in: the low-rank A, [.., R, in...], whose inputs are what follows R.
+    # fan_in is for the low-rank A, [L, R, in...]: its inputs follow R.
     scale = stddev if spec.init == "normal" else math.prod(spec.shape[2:]) ** -0.5
     return (scale * jax.random.normal(name_key, spec.shape, jnp.float32)).astype(dtype)
 
@@ -146,7 +146,7 @@ def init_params(table: dict[str, ParamSpec], key: jax.Array, dtype=jnp.float32, 
 
 
 def count_params(table: dict[str, ParamSpec], group: Group | None = None) -> int:
-  """Number of parameters, of one group or of all."""
+  """Number of parameters, in one group or in all."""
   return sum(math.prod(s.shape) for s in table.values() if group in (None, s.group))
 
 
@@ -158,7 +158,7 @@ def split_params(params: Params, predicate: Callable[[str], bool]) -> tuple[Para
 
 
 def join_params(*trees: Params) -> Params:
-  """Unites parameter trees; where two hold the same path the later wins."""
+  """The union of parameter trees; the last one that holds a path wins."""
   flat: dict[str, Any] = {}
   for tree in trees:
     flat.update(flatten(tree))
@@ -166,7 +166,7 @@ def join_params(*trees: Params) -> Params:
 
 
 def merge_lora(params: Params, lora: LoRAConfig | None) -> Params:
-  """Folds low-rank updates into their projections, in float32, rounding once; returns a tree without them."""
+  """Parameters with low-rank updates folded into their projections, in float32, rounded once."""
   flat = flatten(params)
   for path in [p for p in flat if p.endswith("_lora_a")]:
     a, b = flat.pop(path), flat.pop(path[: -len("a")] + "b")

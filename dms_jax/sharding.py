@@ -1,4 +1,4 @@
-"""Where parameters live on a mesh of devices: logical axes to mesh axes, in one place, with JAX's own sharding."""
+"""Sharding of parameters, activations and caches on a mesh of devices: logical axes are mapped to mesh axes here."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from dms_jax.params import Params, ParamSpec, map_table
 
 @dataclasses.dataclass(frozen=True)
 class ShardingRules:
-  """The mesh axis that splits each logical axis of `ParamSpec.axes`; None replicates. A tensor uses each axis once.
+  """The mesh axis that splits each logical axis of `ParamSpec.axes`; None replicates.
+
+  A tensor uses each mesh axis once.
 
   The default is tensor parallelism over "tensor" (heads, feed-forward, vocabulary) and fully sharded data parallelism
-  over "data" (the model's width).
+  over "data" (model width).
   """
 
   layers: str | None = None
@@ -35,10 +37,10 @@ class ShardingRules:
 
 
 def make_mesh(data: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """A mesh of `data` x `tensor` devices, with the partitioner deciding what is not said (`AxisType.Auto`).
+  """A mesh of `data` x `tensor` devices with `AxisType.Auto`: the partitioner chooses what is not constrained.
 
   Raises:
-    ValueError: fewer devices than asked for.
+    ValueError: there are fewer devices.
   """
   devices = jax.devices() if devices is None else list(devices)
   if data * tensor > len(devices):
@@ -46,12 +48,12 @@ def make_mesh(data: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | No
       f"a mesh of mesh.data={data} x mesh.tensor={tensor} needs {data * tensor} devices; there are {len(devices)}"
     )
   grid = np.asarray(devices[: data * tensor]).reshape(data, tensor)
-  # Auto on purpose: with Explicit axes a per-row scatter into a sharded cache raises.
+  # With Explicit axes a per-row scatter into a sharded cache raises.
   return Mesh(grid, ("data", "tensor"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def _by_rules(spec: ParamSpec, mesh: Mesh | AbstractMesh, rules: ShardingRules) -> list[tuple[str, ...]]:
-  """The mesh axes of each axis of a tensor, by the rules alone and where the sizes divide."""
+  """The mesh axes of each axis of a tensor by the rules, where the sizes divide."""
   parts: list[tuple[str, ...]] = []
   for axis, size in zip(spec.axes, spec.shape, strict=True):
     name = getattr(rules, axis)
@@ -63,8 +65,8 @@ def _by_rules(spec: ParamSpec, mesh: Mesh | AbstractMesh, rules: ShardingRules) 
 def partition_spec(path: str, spec: ParamSpec, mesh: Mesh | AbstractMesh, rules: ShardingRules) -> PartitionSpec:
   """The partition of one tensor.
 
-  A mesh axis that the rules give nothing to split here, because the size is not its multiple or no logical axis goes
-  to it, splits a matrix where it can; where it cannot, the tensor is replicated over it, and the reason logged.
+  If the rules leave a mesh axis unused, because no logical axis maps to it or the size is not a multiple, it splits the
+  widest axis of a matrix that it divides. If there is none, the tensor is replicated over it and the reason is logged.
   """
   parts = _by_rules(spec, mesh, rules)
   wanted = {name for name in vars(rules).values() if name is not None and mesh.shape[name] > 1}
@@ -97,8 +99,11 @@ def param_shardings(mesh: Mesh, table: dict[str, ParamSpec], rules: ShardingRule
 def tree_shardings(
   tree: Any, mesh: Mesh | AbstractMesh, table: dict[str, ParamSpec], rules: ShardingRules | None = None
 ) -> Any:
-  """A `NamedSharding` for every array of `tree`: of a parameter, or of what an optimizer keeps of one, as the table
-  says, which its path ends with; a batch's tokens by rows; anything else, scalars and keys, stands on every device."""
+  """A `NamedSharding` for every array of `tree`.
+
+  An array whose path ends with a parameter's (the parameter, its optimizer state) is split as `table` says, a batch's
+  tokens by rows; all others, such as scalars and keys, are replicated.
+  """
   rules = rules or ShardingRules()
 
   def leaf(path, x):
@@ -112,7 +117,7 @@ def tree_shardings(
 
 
 def constrain(tree: Any, table: dict[str, ParamSpec]) -> Any:
-  """`tree` with its arrays kept where `tree_shardings` puts them; inside `jit`, under a mesh of several devices."""
+  """`tree` with its arrays constrained to `tree_shardings`; inside `jit`, under a mesh of several devices."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return tree
@@ -120,9 +125,9 @@ def constrain(tree: Any, table: dict[str, ParamSpec]) -> Any:
 
 
 def constrain_rows(x: jax.Array) -> jax.Array:
-  """`x` [B, ...] with its rows split over "data" and the rest whole, where the mesh divides them.
+  """`x` [B, ...] constrained to rows split over "data", where the mesh divides them.
 
-  For activations: without it the partitioner may split them as a weight is split, and compute every row everywhere.
+  For activations: otherwise the partitioner may split them like a weight, and compute every row on every device.
   """
   if rows_per_device(len(x)) == len(x):
     return x
@@ -130,17 +135,17 @@ def constrain_rows(x: jax.Array) -> jax.Array:
 
 
 def rows_per_device(rows: int) -> int:
-  """Rows of activations on each device, of `rows` in all: see `constrain_rows`."""
+  """Rows of activations on each device, out of `rows`; see `constrain_rows`."""
   mesh = jax.sharding.get_abstract_mesh()
   data = 1 if mesh.empty else mesh.shape.get("data", 1)
   return rows if rows % data else rows // data
 
 
 def gather_layer(layer: dict[str, jax.Array], table: dict[str, ParamSpec]) -> dict[str, jax.Array]:
-  """One layer's parameters, without L, as they are multiplied: whole but for tensor parallelism.
+  """One layer's parameters, without L, gathered over "data" for use; tensor parallelism stays.
 
-  Fully sharded weights are gathered layer by layer, and again where the backward pass computes the layer anew; their
-  gradients go straight back to the stored parts. Left to itself the partitioner may move activations instead.
+  Fully sharded weights are gathered layer by layer, and again where the backward pass recomputes the layer. Their
+  gradients are scattered directly to the stored shards. Without this the partitioner may move activations instead.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
@@ -173,9 +178,9 @@ def shard_params(params: Params, mesh: Mesh, table: dict[str, ParamSpec], rules:
 
 
 def row_and_head_axes(rows: int, kv_heads: int) -> tuple[tuple[str, ...], str | None] | None:
-  """(mesh axes that split `rows`, the one that splits KV heads or None) under the current mesh; None without one.
+  """(mesh axes that split `rows`, the mesh axis that splits KV heads or None) under the current mesh; None without one.
 
-  The words of a vocabulary are split like heads. What no axis divides is computed whole by each of its devices.
+  The tokens of the vocabulary are split like heads. A size that no axis divides is computed whole on each device.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
@@ -193,9 +198,9 @@ def row_and_head_axes(rows: int, kv_heads: int) -> tuple[tuple[str, ...], str | 
 
 
 def cache_shardings(mesh: Mesh, cache: Any, heads: int) -> Any:
-  """A `NamedSharding` for every array of a cache of `heads` KV heads, split as attention splits rows and heads.
+  """A `NamedSharding` for every array of a cache of `heads` KV heads, split like attention's rows and heads.
 
-  Arrays [L, B, K, ...] and [B] are split; a pool of pages, which any row may use, stands whole on every device.
+  Arrays [L, B, K, ...] and [B] are split; a pool of pages, which any row may use, is replicated.
   """
   batch = cache.seen.shape[0]
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):

@@ -1,4 +1,4 @@
-"""Tiny models for tests: random weights large enough that attention is peaked and gates decide both ways."""
+"""Tiny models for tests: random weights, large enough for peaked attention and for gates that decide both ways."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dms_jax.params import map_table, param_table
 
 STDDEV = 0.12
 
-# For jits that run a few times on many shapes: XLA compiles the same program, four times faster and to slower code.
+# Compiler options for functions that run a few times on many shapes: compiling takes a quarter, running takes longer.
 QUICK = {"xla_backend_optimization_level": 0}
 if jax.__version_info__ < (0, 11):
   QUICK["xla_cpu_use_fusion_emitters"] = False
@@ -34,10 +34,14 @@ def dms(**overrides) -> DMSConfig:
 
 
 def model(
-  cfg: ModelConfig | None = None, gates: DMSConfig | None = None, lora: LoRAConfig | None = None, *, seed=0,
+  cfg: ModelConfig | None = None,
+  gates: DMSConfig | None = None,
+  lora: LoRAConfig | None = None,
+  *,
+  seed: int = 0,
   dtype=jnp.float32,
-) -> Model:  # fmt: skip
-  """A model in which no tensor is left at its initial zeros or ones, so that every one of them matters."""
+) -> Model:
+  """A model with random values in every tensor, also where training starts from zeros or ones: each one matters."""
   cfg = cfg or config()
 
   def leaf(path, spec):
@@ -54,5 +58,5 @@ def tokens(cfg: ModelConfig, batch: int, length: int, seed: int = 0) -> jax.Arra
 
 
 def neuron_config(cfg: ModelConfig | None = None) -> ModelConfig:
-  """`cfg` as Qwen3 with q/k norm, as the neuron gate's released checkpoints have it."""
+  """`cfg` in the Qwen3 family, with q/k norm and untied embeddings, like NVIDIA's checkpoints with the neuron gate."""
   return dataclasses.replace(cfg or config(), family="qwen3", qk_norm=True, tie_embeddings=False)

@@ -17,13 +17,13 @@ from dms_jax.config import read_json
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"
 SPECIAL_FILE = "special_tokens_map.json"
-TEMPLATE_FILE = "chat_template.jinja"  # where newer checkpoints keep the template that older ones have in the settings
+TEMPLATE_FILE = "chat_template.jinja"  # newer checkpoints; older ones have the template in the settings
 _TEMPLATE_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # identity: a model carries it as a static field
 class Tokenizer:
-  """A `tokenizers.Tokenizer` and the settings beside it (tokenizer_config.json: special tokens, chat template)."""
+  """A `tokenizers.Tokenizer` and the content of tokenizer_config.json (special tokens, chat template)."""
 
   backend: tokenizers.Tokenizer
   settings: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -33,7 +33,7 @@ class Tokenizer:
     """Reads the tokenizer of a checkpoint or Hugging Face directory.
 
     Raises:
-      ValueError: there is none, or a file is damaged.
+      ValueError: there is no tokenizer, or a file is damaged.
     """
     path = Path(path)
     file = path / TOKENIZER_FILE
@@ -60,9 +60,9 @@ class Tokenizer:
     (path / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
 
   def encode(self, text: str) -> list[int]:
-    """Token ids; begins with BOS where the model's own tokenizer adds one and the text does not already hold it.
+    """Token ids. They start with BOS if the model's tokenizer adds one and the text does not already start with it.
 
-    Special tokens written in the text become themselves. No end token is added.
+    The text of a special token becomes that token. No end token is added.
     """
     ids = self.backend.encode(text, add_special_tokens=False).ids
     if self.adds_bos and ids[:1] != [self.bos_token_id]:
@@ -70,11 +70,11 @@ class Tokenizer:
     return ids
 
   def decode(self, ids: list[int], skip_special: bool = True) -> str:
-    """The text of `ids`, without special tokens unless asked for; bytes that are no text become U+FFFD."""
+    """The text of `ids`; with `skip_special`, without special tokens. Bytes that are not UTF-8 become U+FFFD."""
     return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
   def chat(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
-    """The text of a conversation, messages being {"role": ..., "content": ...}, by the model's chat template.
+    """The text of a conversation by the model's chat template; a message is {"role": ..., "content": ...}.
 
     Raises:
       ValueError: the tokenizer has no template, or the template refuses the messages.
@@ -86,9 +86,9 @@ class Tokenizer:
     return _render(template, {**given, **tokens})
 
   def token_bytes(self) -> list[bytes]:
-    """The bytes that each id adds to a text; a special token's are its own name, an unused id's are empty.
+    """The bytes of each token id: of a special token its name, of an unused id none.
 
-    A SentencePiece model also drops the first space of a whole text: that is not any token's own.
+    A SentencePiece model also drops the first space of a whole text, which belongs to no token.
     """
     pieces = [b""] * self.vocab_size
     added = self.backend.get_added_tokens_decoder()
@@ -119,12 +119,12 @@ class Tokenizer:
 
   @functools.cached_property
   def vocab_size(self) -> int:
-    """Ids in use, 0 to the largest; a model's embedding may have more rows, as padding."""
+    """One more than the largest id in use; a model's embedding may have more rows, as padding."""
     return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
   @functools.cached_property
   def eos_token_ids(self) -> tuple[int, ...]:
-    """The tokenizer's own end token, if any; the model's config may name more that end a generated row."""
+    """The tokenizer's end token, if any; the model's config may name more tokens that end a generated row."""
     token = self._special("eos_token")
     index = None if token is None else self.backend.token_to_id(token)
     return () if index is None else (index,)
@@ -137,7 +137,7 @@ class Tokenizer:
 
   @functools.cached_property
   def adds_bos(self) -> bool:
-    """Whether texts begin with BOS: as the settings say, else as the tokenizer's post-processor does."""
+    """Whether texts start with BOS, by the settings, otherwise by the tokenizer's post-processor."""
     if self.bos_token_id is None:
       return False
     if (wanted := self.settings.get("add_bos_token")) is not None:
@@ -147,13 +147,13 @@ class Tokenizer:
   @property
   def _template(self) -> str | None:
     template = self.settings.get("chat_template")
-    if isinstance(template, list):  # named templates; the default one is what plain chats use
+    if isinstance(template, list):  # named templates; "default" is for plain chats
       named = {t["name"]: t["template"] for t in template}
       template = named.get("default", next(iter(named.values()), None))
     return template
 
   def _special(self, name: str) -> str | None:
-    """A special token's text; the settings hold it plain or as {"content": text, ...}."""
+    """A special token's text; the settings hold the text or {"content": text, ...}."""
     value = self.settings.get(name)
     return value.get("content") if isinstance(value, dict) else value
 
@@ -175,7 +175,7 @@ def _render(template: str, values: dict) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _compile(template: str):
-  """A chat template in the sandbox and with the extras that Hugging Face gives it."""
+  """A chat template compiled in a sandbox, with the filters and functions that Hugging Face provides."""
   import jinja2.ext
   import jinja2.sandbox
 
@@ -193,7 +193,7 @@ def _compile(template: str):
 
 @functools.lru_cache(maxsize=1)
 def _char_of_byte() -> tuple[str, ...]:
-  """GPT-2's printable stand-in for each byte: itself where printable, else the next unused character from U+0100."""
+  """GPT-2's character for each byte: the byte itself if printable, otherwise the next unused character from U+0100."""
   printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
   hidden = [b for b in range(256) if b not in printable]
   return tuple(chr(b) if b in printable else chr(256 + hidden.index(b)) for b in range(256))
@@ -219,7 +219,7 @@ def _uses_byte_level(backend: tokenizers.Tokenizer) -> bool:
 def bpe_tokenizer(
   vocab: dict[str, int], merges: list[tuple[str, str]], pre_tokenizer, *, normalizer=None, ignore_merges: bool = False
 ) -> tokenizers.Tokenizer:
-  """A byte-level BPE tokenizer from its parts; added tokens and settings are the caller's."""
+  """A byte-level BPE tokenizer from its parts; the caller adds special tokens and settings."""
   backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=ignore_merges))
   backend.pre_tokenizer = pre_tokenizer
   backend.decoder = decoders.ByteLevel()
@@ -229,7 +229,7 @@ def bpe_tokenizer(
 
 
 def byte_tokenizer() -> Tokenizer:
-  """One token a byte, ids 0-255, and 256 to end a text: for tests and models without a vocabulary of their own."""
+  """One token a byte (ids 0-255) and an end token (256): for tests and models without a vocabulary of their own."""
   vocab = {ch: b for b, ch in enumerate(_char_of_byte())}
   backend = bpe_tokenizer(vocab, [], pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
   backend.add_special_tokens(["<eos>"])

@@ -3,10 +3,9 @@
     python -m experiments.ablate --checkpoint=checkpoints/smollm2-135m-instruct --data.paths=text.txt \\
       --eval.text=held_out.txt --sweep='dms.window=0,16,64,256 dms.gate=neuron,adapter'
 
-The flags dms., lora., retrofit., data. and eval. can be swept; several --sweep are a union, and
-experiments/sweeps.py says how they are spelled. --sweep_file=experiments/configs/window.txt reads a sweep with its
-comments; flags given on the command line come before the file's. What is swept under `eval.` alone reuses one retrofit:
---sweep='eval.threshold=-10,-2,0,2,10'.
+The flags dms., lora., retrofit., data. and eval. can be swept; several --sweep are a union (spelling:
+experiments/ablation/sweeps.py). --sweep_file=experiments/configs/window.txt reads a sweep from a file; flags of the
+command line override the file's. A sweep of `eval.` alone reuses one retrofit: --sweep='eval.threshold=-10,-2,0,2,10'.
 
 Every combination is checked before the first run. Each retrofit has a folder, OUTPUT/NAME/what was swept-fingerprint,
 and in it quality/, a file a score. The same command again skips what is finished and goes on with what was interrupted.
@@ -180,7 +179,7 @@ def run_all(wanted: list[Trial], config: Config, root: Path) -> tuple[dict[str, 
   tokens = lambda one: read(one.eval.text, one.eval.max_tokens)
   check_texts(wanted, tokens)
   for one in {one.folder: one for one in wanted if one.eval.trained}.values():
-    packer = Packer(sources(one.data, one.retrofit.compute_dtype), one.data, one.retrofit)
+    packer = Packer(sources(one.data, one.retrofit.memory.compute_dtype), one.data, one.retrofit)
     check_trained(one.folder, packer.fingerprints())
   results = {one.name: found for one in wanted if (found := finished(one, tokens(one))) is not None}
   todo = [one for one in wanted if one.name not in results]
@@ -202,7 +201,7 @@ def run_all(wanted: list[Trial], config: Config, root: Path) -> tuple[dict[str, 
     if folder in to_train:
       announce(one := to_train[folder], "training")
       with noted(failed, [each.name for each in members], folder):
-        train(one, base(), sources(one.data, one.retrofit.compute_dtype), tokenizer)
+        train(one, base(), sources(one.data, one.retrofit.memory.compute_dtype), tokenizer)
     model, loaded = None, None
     for one in members:
       if one.name in failed:

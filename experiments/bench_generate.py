@@ -5,9 +5,9 @@
 
 Each engine reads `--prompt_tokens` tokens and writes `--new_tokens` greedily, one row, after a warm-up that compiles;
 engines take turns for `--repeats` rounds, and medians are reported. Prefill is the time to the first token, decode the
-time of the others. With `--divergence_width=8`, as many different prompts are also continued one at a time and all at
-once, and the place of the first token that differs is reported of each: at other widths sums run in another order, so
-that a near tie may fall the other way. Writes OUTPUT/{bench.json, bench.png}; the last line is one JSON object. Five
+time of the others. With `--divergence_width=8`, eight different prompts are also continued one at a time and all at
+once, and the place of the first token that differs is reported for each: another width sums in another order, which can
+turn a near tie. Writes OUTPUT/{bench.json, bench.png}; the last line is one JSON object. Five
 minutes on two cores.
 
     python -m experiments.bench_generate --cases=all                    # one GPU, five to six minutes
@@ -15,9 +15,9 @@ minutes on two cores.
     python -m experiments.bench_generate --cases=all --scale=small      # tiny shapes, anywhere: that everything runs
 
 measures named cases of decoding on one accelerator instead, against the memory's speed, the dense cache and
-transformers: `experiments/generate_cases.py` says which. No checkpoint is needed. Writes OUTPUT/{cases.json, cases.png,
-scaling.png}; a later run of other cases adds to them, each row with its date, versions and measured read bandwidth. A
-case that fails is reported as such and the others go on.
+transformers; `experiments/bench/generate_cases.py` says which. No checkpoint is needed. Writes OUTPUT/{cases.json,
+cases.png, scaling.png}; a later run of other cases adds to them, each row with its date, versions and measured read
+bandwidth. A case that fails is reported, and the others go on.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ from dms_jax.convert import export
 from dms_jax.generation.generate import fastest_form
 from dms_jax.model import Model
 from dms_jax.tokenizer import Tokenizer
-from experiments.bench import cases as rows_of
-from experiments.bench import generate_cases, generate_pictures
+from experiments.bench import cases as cases_of
+from experiments.bench import generate_cases
 from experiments.common import program
-from experiments.reports import plots
+from experiments.reports import figures_bench, tables
 from pallas_kernels.common import bench
 
 
@@ -215,51 +215,34 @@ def prompt_ids(config: Config, tokenizer, count: int = 1) -> list[int]:
 
 def table(results: list[dict]) -> str:
   """Results as text, with each engine's decode speed over transformers' where that ran."""
-  lines = [f"{'dtype':10}{'engine':14}{'prefill tok/s':>14}{'decode tok/s':>14}{'CR':>7}{'decode / transformers':>23}"]
-  for r in results:
-    cr = f"{r['achieved_cr']:.2f}" if "achieved_cr" in r else ""
-    ratio = f"{r['decode_ratio']:.2f}" if "decode_ratio" in r else ""
-    lines.append(
-      f"{r['dtype']:10}{r['engine']:14}{r['prefill_tokens_per_s']:14.0f}{r['decode_tokens_per_s']:14.1f}{cr:>7}{ratio:>23}"
-    )
-  return "\n".join(lines)
-
-
-def picture(path: Path, results: list[dict], title: str) -> str | None:
-  """Bars: prefill and decode speed by engine and dtype; None without matplotlib."""
-  if (plt := plots.pyplot()) is None:
-    return None
-  figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
-  names = [f"{r['engine']}\n{r['dtype']}" for r in results]
-  colors = [{"dense": plots.DENSE, "DMS": plots.DMS}.get(r["engine"], "#b8b8b8") for r in results]
-  for axis, what in zip(axes, ("prefill", "decode"), strict=True):
-    bars = axis.bar(names, [r[f"{what}_tokens_per_s"] for r in results], color=colors)
-    axis.bar_label(bars, fmt="%.0f" if what == "prefill" else "%.1f")
-    axis.set_title(f"{what}, tokens/s")
-    axis.tick_params(axis="x", labelsize=7)
-    axis.spines[["top", "right"]].set_visible(False)
-  figure.suptitle(title)
-  figure.savefig(path, dpi=120)
-  plt.close(figure)
-  return str(path)
+  names = ["dtype", "engine", "prefill tokens/s", "decode tokens/s", "CR", "decode / transformers"]
+  optional = lambda result, name: f"{result[name]:.2f}" if name in result else ""
+  rows = [
+    [
+      r["dtype"], r["engine"], f"{r['prefill_tokens_per_s']:.0f}", f"{r['decode_tokens_per_s']:.1f}",
+      optional(r, "achieved_cr"), optional(r, "decode_ratio"),
+    ]
+    for r in results
+  ]  # fmt: skip
+  return tables.markdown(names, rows)
 
 
 def bench_dtype(config: Config, dtype: str, tokenizer, prompt: list[int]) -> list[dict]:
   """All engines on weights of one dtype."""
   dense = checkpoint.load(config.checkpoint, dtype=dtype)
   with tempfile.TemporaryDirectory() as folder:
-    rival = []
+    others = []
     if config.against_transformers:
       export(Path(folder) / "model", dense, tokenizer, dtype=dtype)
-      rival = [transformers_engine(Path(folder) / "model", dtype, prompt)]
+      others = [transformers_engine(Path(folder) / "model", dtype, prompt)]
   engines = [jax_engine("dense", fastest_form(dense), dms_jax.Vanilla(), prompt, config)]
   del dense
   if config.retrofit:
     model = fastest_form(checkpoint.load(config.checkpoint, retrofit=config.retrofit, dtype=dtype))
     engines.append(jax_engine("DMS", model, dms_jax.DMS(), prompt, config))
-  results = [{"dtype": dtype, **r} for r in measure(engines + rival, config)]
+  results = [{"dtype": dtype, **r} for r in measure(engines + others, config)]
   tokens = {r["engine"]: r.pop("tokens") for r in results}
-  if rival:
+  if others:
     base = results[-1]
     for r in results[:-1]:
       r["decode_ratio"] = r["decode_tokens_per_s"] / base["decode_tokens_per_s"]
@@ -279,12 +262,12 @@ def run_cases(config: Config) -> None:
   begin = time.monotonic()
   setup = generate_cases.SMALL if config.scale == "small" else generate_cases.FULL
   order = generate_cases.names(setup)
-  wanted = rows_of.chosen(order, () if config.cases == ("all",) else config.cases)
+  wanted = cases_of.chosen(order, () if config.cases == ("all",) else config.cases)
   # Before JAX takes the GPU's memory.
-  rival = generate_cases.run_transformers(setup) if "transformers" in wanted else None
+  theirs = generate_cases.run_transformers(setup) if "transformers" in wanted else None
   environment = program.environment()
   bandwidth = bench.read_bandwidth(2**22 if config.scale == "small" else 2**30)
-  program.log(f"read bandwidth {bandwidth / 1e12:.3f} TB/s; transformers: {rival}")
+  program.log(f"read bandwidth {bandwidth / 1e12:.3f} TB/s; transformers: {theirs}")
   about = {
     "date": datetime.date.today().isoformat(),
     "read_bandwidth": bandwidth,
@@ -294,9 +277,9 @@ def run_cases(config: Config) -> None:
   }
   folder = Path(config.output)
   path = folder / "cases.json"
-  rows_of.check_same(path, about)
+  cases_of.check_same(path, about)
   seconds = 0.02 if config.scale == "small" else 0.5
-  suite = generate_cases.Suite(setup, bandwidth, seconds=seconds, workers=config.workers, rival=rival)
+  suite = generate_cases.Suite(setup, bandwidth, seconds=seconds, workers=config.workers, transformers=theirs)
   cases = {name: case for name, case in suite.cases().items() if name in wanted}
   for name, case in cases.items():
     try:
@@ -305,20 +288,20 @@ def run_cases(config: Config) -> None:
       program.log(f"{name}: not compiled ahead: {type(error).__name__}")
   suite.programs.wait(config.seconds / 2)
   program.log(f"compiled after {time.monotonic() - begin:.0f} s")
-  run = rows_of.Runner(config.seconds - (time.monotonic() - begin), about)
+  run = cases_of.Runner(config.seconds - (time.monotonic() - begin), about)
   for name, case in cases.items():
     bars = case.bars if config.scale == "full" else ()
-    run(name, case.about, lambda case=case, bars=bars: rows_of.judged(case.run(), bars))
-    rows = rows_of.merged(path, run.rows, order)
+    run(name, case.about, lambda case=case, bars=bars: cases_of.judged(case.run(), bars))
+    rows = cases_of.merged(path, run.rows, order)
     program.save_json(path, {"environment": environment, "rows": rows})
   title = f"{'Llama-3.2-1B' if config.scale == 'full' else 'a tiny model'}, {environment['device']}"
-  drawn = [
-    generate_pictures.bars(folder / "cases.png", rows, title),
-    generate_pictures.scaling(folder / "scaling.png", rows, title),
+  pictures = [
+    figures_bench.decode_steps(folder / "cases.png", rows, title),
+    figures_bench.scaling(folder / "scaling.png", rows, title),
   ]
-  print(rows_of.table(rows, COLUMNS))
+  print(tables.of_mappings(rows, COLUMNS))
   measured = [{name: x for name, x in row.items() if name not in about} for row in run.rows.values()]
-  program.finish({**about, "rows": measured, "json": str(path), "png": [x for x in drawn if x]}, config)
+  program.finish({**about, "rows": measured, "json": str(path), "png": [x for x in pictures if x]}, config)
 
 
 def main() -> None:
@@ -347,7 +330,7 @@ def main() -> None:
   folder = Path(config.output)
   title = f"{Path(config.checkpoint).name}, one row, prompt {config.prompt_tokens}, {jax.devices()[0].device_kind}"
   folder.mkdir(parents=True, exist_ok=True)
-  image = picture(folder / "bench.png", results, title)
+  image = figures_bench.engines(folder / "bench.png", results, title)
   found = {"results": results} if divergence is None else {"results": results, "width_divergence": divergence}
   program.save_json(folder / "bench.json", {"environment": program.environment(), **found})
   program.finish({**found, "picture": image})

@@ -3,12 +3,12 @@
     python -m experiments.bench_kernels                               # an H100: every case but growth, ten minutes
     python -m experiments.bench_kernels --cases=decode,pages_b32_cr8  # those that are named, or begin so
     python -m experiments.bench_kernels --cases=growth                # against compression, length and batch
-    python -m experiments.bench_kernels --tune --cases=decode         # first the fastest sizes, into --table
     python -m experiments.bench_kernels --scale=small --growth        # tiny shapes, anywhere: that everything runs
 
-What is measured, and how: `experiments/kernel_cases.py`. Writes OUTPUT/{bench.json, bench.png, growth.png}; a later run
-of other cases adds to them, each row with its date, versions and measured read bandwidth. Prints them as a table; the
-last line is one JSON object. A case that fails is reported as such and the others go on.
+`experiments/bench/kernel_cases.py` says what each case measures. Writes OUTPUT/{bench.json, bench.png, growth.png}; a
+later run of other cases adds to them, each row with its date, versions and measured read bandwidth. Prints them as a
+table; the last line is one JSON object. A case that fails is reported, and the others go on.
+`experiments.tune_kernels` finds the fastest block sizes.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any, Literal
 
 import jax
 
-from experiments.bench import cases, kernel_cases, kernel_tuning
+from experiments.bench import cases, kernel_cases
 from experiments.bench.kernel_cases import CASES, Decode
 from experiments.common import program
-from experiments.reports import plots
-from pallas_kernels.common import bench, tuned
+from experiments.reports import figures_bench, tables
+from pallas_kernels.common import bench
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +34,9 @@ class Config:
   Fields:
     cases: names, or beginnings of names; none: all but growth.
     implementation: of the kernels; none: "gpu" on a GPU, so that a refusal is seen, else what dispatch chooses.
-    seconds: after so many no further case starts.
-    check: compare decode with XLA's result too, which compiles both once more.
-    flex: measure PyTorch's FlexAttention beside the retrofit, where PyTorch is installed.
-    tune: measure candidates for the sizes of each case's kernel first, and write the fastest to `table`; the first
-      case of a class of shapes decides for all. What is measured after that has the sizes of the default table.
+    seconds: no case starts later than this.
+    check: also compare decode with XLA's result, which compiles both once more.
+    flex: also measure PyTorch's FlexAttention with the training bias, where PyTorch is installed.
   """
 
   cases: tuple[str, ...] = ()
@@ -48,13 +46,11 @@ class Config:
   seconds: float = 540.0
   check: bool = True
   flex: bool = True
-  tune: bool = False
-  table: Path = tuned.FILE
   output: Path = Path("runs/bench_kernels")
 
 
 def selected(config: Config) -> dict[str, Any]:
-  """The cases asked for: {name: case, or (axis, value, case) of growth}.
+  """The cases asked for: {name: workload, or (axis, value, workload) of growth}.
 
   Raises:
     ValueError: a name that no case has or begins with.
@@ -68,92 +64,31 @@ def selected(config: Config) -> dict[str, Any]:
   return {name: small(case) for name, case in chosen.items()} if config.scale == "small" else chosen
 
 
-def measure(case: Any, bandwidth: float, config: Config, override: str | None) -> dict:
-  """The figures of one case."""
-  if isinstance(case, tuple):
-    return kernel_cases.our_decode(case[2], bandwidth, override)
-  if isinstance(case, Decode):
-    row = kernel_cases.measure_decode(case, bandwidth, override, config.check)
-    return cases.judged(row, (*case.bars, kernel_cases.SAME))
-  elif case.kind == "prefill":
-    row = kernel_cases.measure_prefill(case, override)
+def measure(work: Any, bandwidth: float, config: Config, override: str | None) -> dict:
+  """The figures of one workload."""
+  if isinstance(work, tuple):
+    return kernel_cases.our_decode(work[2], bandwidth, override)
+  if isinstance(work, Decode):
+    row = kernel_cases.measure_decode(work, bandwidth, override, config.check)
+    return cases.judged(row, (*work.bars, kernel_cases.SAME))
+  elif work.kind == "prefill":
+    row = kernel_cases.measure_prefill(work, override)
   else:
-    row = kernel_cases.measure_retrofit(case, override, config.flex)
-  return cases.judged(row, case.bars)
+    row = kernel_cases.measure_retrofit(work, override, config.flex)
+  return cases.judged(row, work.bars)
 
 
-def described(case: Any) -> dict:
-  """What a row says of its case."""
-  if isinstance(case, tuple):
-    axis, value, case = case
-    return {"axis": axis, "value": value} | described(case)
-  kind = "decode" if isinstance(case, Decode) else case.kind
-  return {"operation": kind, "case": str(case)} | ({} if kind == "retrofit" else {"CR": case.cr})
+def described(work: Any) -> dict:
+  """What a row says of its workload."""
+  if isinstance(work, tuple):
+    axis, value, work = work
+    return {"axis": axis, "value": value} | described(work)
+  kind = "decode" if isinstance(work, Decode) else work.kind
+  return {"operation": kind, "case": str(work)} | ({} if kind == "retrofit" else {"CR": work.cr})
 
 
 COLUMNS = ("name", "case", "us", "CR", "floor_us", "of_floor", "dense_us", "dense_ratio", "flex_ratio",
            "flex_blocks_ratio", "difference", "bar", "reached")  # fmt: skip
-
-
-def picture(path: Path, rows: list[dict], device: str) -> str | None:
-  """A bar a kernel and case: ours, dense attention, FlexAttention where measured, and the floor as a line across."""
-  rows = [row for row in rows if "us" in row and "axis" not in row]
-  if not rows or (plt := plots.pyplot()) is None:
-    return None
-  figure, axis = plt.subplots(figsize=(9, 1.2 + 0.55 * len(rows)), layout="constrained")
-  kinds = (
-    ("us", "ours", plots.DMS),
-    ("dense_us", "dense, cuDNN" if "NVIDIA" in device else "dense, XLA", plots.DENSE),
-    ("flex_us", "FlexAttention as the official trainer calls it", "#c2571a"),
-    ("flex_blocks_us", "FlexAttention with a block mask", "#e8a87c"),
-  )
-  for place, (key, label, color) in enumerate(kinds):
-    points = [(i + 0.22 * (place - 1), row[key]) for i, row in enumerate(rows) if key in row]
-    if points:
-      bars = axis.barh(*zip(*points, strict=True), height=0.2, color=color, label=label)
-      axis.bar_label(bars, fmt=lambda us: f"{us:,.0f}" if us >= 100 else f"{us:.3g}", fontsize=7, padding=2)
-  floors = [(i, row["floor_us"]) for i, row in enumerate(rows) if "floor_us" in row]
-  for number, (i, floor) in enumerate(floors):
-    axis.vlines(floor, i - 0.42, i + 0.42, color="k", lw=1.2, ls="--", label="floor" if number == 0 else None)
-  names = [f"{row['name']}\n{row.get('case', '')}" for row in rows]
-  axis.set_yticks(range(len(rows)), names, fontsize=7)
-  axis.invert_yaxis()
-  axis.set(xscale="log", xlabel="microseconds", title=f"Attention kernels, bfloat16, {device}")
-  axis.margins(x=0.1, y=0.02)
-  axis.grid(axis="x", alpha=0.25)
-  axis.set_axisbelow(True)
-  axis.spines[["top", "right"]].set_visible(False)
-  axis.legend(frameon=False, fontsize=8)
-  figure.savefig(path, dpi=120)
-  plt.close(figure)
-  return str(path)
-
-
-def growth_picture(path: Path, rows: list[dict], device: str) -> str | None:
-  """Decode time against CR, length and batch, with the floor."""
-  rows = [row for row in rows if "axis" in row and "us" in row]
-  if not rows or (plt := plots.pyplot()) is None:
-    return None
-  figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
-  labels = {"CR": "compression ratio", "length": "slots a head, CR 8", "batch": "batch, CR 8"}
-  for axis, (name, label) in zip(axes, labels.items(), strict=True):
-    points = sorted((r["value"], r["us"], r["floor_us"]) for r in rows if r["axis"] == name)
-    axis.set(xlabel=label, ylabel="microseconds")
-    axis.grid(alpha=0.25, which="both")
-    if not points:
-      continue
-    x, us, floor = zip(*points, strict=True)
-    axis.loglog(x, us, "o-", color=plots.DMS, label="decode kernel", base=2)
-    axis.loglog(x, floor, "--", color=plots.DENSE, label="floor: live bytes / read bandwidth", base=2)
-    axis.set_xticks(x, [f"{value:g}" for value in x], rotation=45 if max(x) > 999 else 0)
-    axis.minorticks_off()
-    axis.yaxis.set_major_formatter("{x:g}")
-  first = next(axis for axis in axes if axis.lines)
-  first.legend(frameon=False)
-  figure.suptitle(f"Decode attention of one layer, bfloat16, {device}")
-  figure.savefig(path, dpi=120)
-  plt.close(figure)
-  return str(path)
 
 
 def main() -> None:
@@ -174,20 +109,17 @@ def main() -> None:
   cases.check_same(path, about)
   run = cases.Runner(config.seconds, about)
   merged = lambda: cases.merged(path, run.rows, [*CASES, *kernel_cases.growth(False)])
-  tuned_classes: set[tuple[str, str]] = set()
   for name, case in chosen.items():
-    if config.tune and not isinstance(case, tuple):
-      kernel_tuning.tune(name, case, config.table, run.end, about, tuned_classes)
     run(name, described(case), lambda case=case: measure(case, bandwidth, config, override))
     saved = program.save_json(path, {"environment": environment, "rows": merged()})
   rows = merged()
-  drawn = [
-    picture(config.output / "bench.png", rows, environment["device"]),
-    growth_picture(config.output / "growth.png", rows, environment["device"]),
+  pictures = [
+    figures_bench.kernels(config.output / "bench.png", rows, environment["device"]),
+    figures_bench.growth(config.output / "growth.png", rows, environment["device"]),
   ]
-  print(cases.table(rows, COLUMNS))
+  print(tables.of_mappings(rows, COLUMNS))
   measured = list(run.rows.values())
-  program.finish({"read_bandwidth": bandwidth, "rows": measured, "json": str(saved), "png": [x for x in drawn if x]})
+  program.finish({"read_bandwidth": bandwidth, "rows": measured, "json": str(saved), "png": [x for x in pictures if x]})
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Retrofits a model with eviction gates, and on request with low-rank updates or new weights.
 
     python -m experiments.retrofit --checkpoint=checkpoints/smollm2-135m-instruct --output=runs/retrofit/mine \\
-      --data.paths=text.txt,chats.jsonl --retrofit.steps=400 --retrofit.final_cr=4
+      --data.paths=text.txt,chats.jsonl --retrofit.schedule.steps=400 --retrofit.schedule.final_cr=4
 
 Without a data set the model writes its own: --data.self_text.rows=256. The paper's neuron recipe:
---dms.gate=neuron --retrofit.trainable=all --retrofit.fade_steps=2000. Low-rank updates of other projections:
+--dms.gate=neuron --retrofit.trainable=all --retrofit.schedule.fade_steps=2000. Low-rank updates of other projections:
 --lora.rank=16 --lora.targets=q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj.
 
 Run the same command again after an interruption: it goes on from the last checkpoint with the same numbers. SIGTERM
@@ -175,19 +175,19 @@ def carry_out(
     board(line)
     if time.perf_counter() - shown[0] > 5:
       shown[0] = time.perf_counter()
-      left = (settings.steps - line["step"] - 1) * line["seconds"]
+      left = (settings.schedule.steps - line["step"] - 1) * line["seconds"]
       program.log(
-        f"step {line['step']}/{settings.steps}: loss {line['loss']:.4f}, CR {line['achieved_cr']:.2f} (target "
+        f"step {line['step']}/{settings.schedule.steps}: loss {line['loss']:.4f}, CR {line['achieved_cr']:.2f} (target "
         f"{line['target_cr']:.2f}), {line['seconds'] * 1e3:.0f} ms a step, {left / 60:.1f} min left"
       )
 
   drawing = plots.pyplot() is not None
-  draw = lambda step: plots.training(run.directory / LOG, run.directory / "log.png") if drawing else None
+  draw = lambda step: plots.training(run.directory / "log.png", run.directory / LOG) if drawing else None
   packer = Packer(sources, run.data, settings)
   with asked_to_stop() as stop:
     last = train(run, packer, tokenizer, mesh=mesh, report=report, saved=draw, stop=stop, stop_after=stop_after)
   if distributed.leads():
-    draw(settings.steps)
+    draw(settings.schedule.steps)
   return last
 
 
@@ -230,7 +230,7 @@ def main() -> None:
   base = checkpoint.load(config.checkpoint, mesh=mesh)
   tokenizer = Tokenizer.load(config.checkpoint)
   output, start = Path(config.output), time.perf_counter()
-  sources = texts(lambda: base, tokenizer, data, settings.compute_dtype, output)
+  sources = texts(lambda: base, tokenizer, data, settings.memory.compute_dtype, output)
   board = scalars(output / "tensorboard") if config.tensorboard and distributed.leads() else lambda line: None
   run = Run(base, dms, lora, settings, data, output)
   try:

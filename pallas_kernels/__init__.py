@@ -1,6 +1,10 @@
-"""Attention over a cache whose heads forget: decode, prefill and retrofit, usable without dms_jax.
+"""Attention kernels for key-value caches that evict tokens, usable without dms_jax.
 
-Each operation is a folder: `ref` (plain numpy in float64, straight from the formula), `xla` (works everywhere) and
-`api` (checks shapes, chooses an implementation). Layouts: q [B, T, N, H]; keys and values [B, T, K, H] or, cached, one
-row of 2H per slot (K first, then V); N = G * K query heads, query head n reads KV head n // G.
+Three operations, one folder each: `decode` (one query a row against a cache), `prefill` (a chunk of queries against
+cached and new keys) and `window_bias` (differentiable, for training). In each, `api` checks shapes and chooses an
+implementation, `ref` is the oracle in plain numpy and float64, `xla` runs everywhere, the other files are one backend's
+kernels, and `*_common` holds what they share. `paged` holds pages: their format, their layout and writes into them.
+
+Query head n reads KV head n // G, G = N / K. Queries are [B, T, N, H]; keys and values [B, K, S, H] in prefill and
+[B, T, K, H] in training; a cache keeps a slot's key and value side by side in one row of 2H.
 """

@@ -3,15 +3,64 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import load_file
 
 from dms_jax import checkpoint
 from dms_jax import testing as tiny
-from dms_jax.config import LoRAConfig
+from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig
+from dms_jax.model import Model
+from dms_jax.params import map_table, param_table
 from dms_jax.tokenizer import byte_tokenizer
+
+# Golden outputs of NVIDIA's PyTorch code ------------------------------------------------------------------------------
+
+GOLDENS = Path(__file__).parent / "goldens"
+GATES = {"separate_head": "adapter", "neuron_head": "neuron"}
+
+
+@functools.cache
+def load_golden(kind: str) -> tuple[Model, dict[str, np.ndarray]]:
+  """The model of golden set `kind`, a key of `GATES`, and its arrays."""
+  raw = json.loads((GOLDENS / f"{kind}.config.json").read_text())
+  cfg = ModelConfig(
+    "qwen3", raw["num_hidden_layers"], raw["hidden_size"], raw["intermediate_size"], raw["num_attention_heads"],
+    raw["num_key_value_heads"], raw["head_dim"], raw["vocab_size"], raw["max_position_embeddings"], raw["rope_theta"],
+    None, raw["rms_norm_eps"], raw["tie_word_embeddings"], qk_norm=True, eos_token_ids=(raw["eos_token_id"],),
+  )  # fmt: skip
+  dms = DMSConfig(GATES[kind], raw["dms_window_size"], raw["dms_alpha_scale"], raw["dms_initial_alpha_offset"], shift=1)
+  state = load_file(GOLDENS / f"{kind}.safetensors")
+
+  def leaf(_, spec):
+    if not spec.layered:
+      return jnp.asarray(state[spec.hf_name]).reshape(spec.shape)
+    layers = [state[spec.hf_name.format(layer=i)].reshape(spec.shape[1:]) for i in range(cfg.num_layers)]
+    return jnp.asarray(np.stack(layers))
+
+  golden = dict(np.load(GOLDENS / f"{kind}_f32.npz"))
+  return Model(map_table(leaf, param_table(cfg, dms)), cfg, dms), golden
+
+
+# Configs --------------------------------------------------------------------------------------------------------------
+
+
+def changed(config: Any, **changes: Any) -> Any:
+  """`config` with other values; `loss__tau=1.0` changes the field `tau` of the nested config `loss`."""
+  fields: dict[str, Any] = {}
+  for name, value in changes.items():
+    section, _, field = name.partition("__")
+    fields.setdefault(section, {}).update({field: value} if field else {"": value})
+  return dataclasses.replace(
+    config, **{n: v[""] if "" in v else changed(getattr(config, n), **v) for n, v in fields.items()}
+  )
+
 
 # Checkpoints ----------------------------------------------------------------------------------------------------------
 
@@ -26,6 +75,37 @@ def save_checkpoints(folder: Path) -> tuple[Path, Path]:
   gated = tiny.model(cfg, tiny.dms(scale=1.0, offset=0.0), LoRAConfig(rank=2, scale=0.1))
   checkpoint.save(folder / "retrofit", gated, groups=("gate", "lora"))
   return folder / "base", folder / "retrofit"
+
+
+# Files of tasks -------------------------------------------------------------------------------------------------------
+
+SIX_LINES = "".join(
+  f"Act {i}: First {i}. she\n{i % 4}\n" + "".join(f"end {i}{letter}.\n" for letter in "abcd") for i in range(4)
+)
+
+
+def write_mmlu(folder: Path) -> Path:
+  for part, count in (("dev", 3), ("test", 2)):
+    (folder / part).mkdir(parents=True)
+    rows = "".join(f'" Q{part}{i}, ""so""? ",w{i},x{i},"y, {i}",z{i},{i % 4}\n' for i in range(count))
+    (folder / part / f"high_school_physics_{part}.csv").write_text(
+      "question,choice0,choice1,choice2,choice3,answer\n" + rows
+    )
+    (folder / part / f"anatomy_{part}.csv").write_text(
+      "".join(f"q{part}{i},a,b,c,d,{'ABCD'[i]}\n" for i in range(count))
+    )
+  return folder
+
+
+def write_gsm8k(path: Path, count: int = 4) -> Path:
+  path.write_text(
+    "".join(
+      json.dumps({"question": f"How many {i}? ", "answer": f"{i}+{i} = <<{i}+{i}={2 * i}>>{2 * i}.\n#### {2 * i}"})
+      + "\n"
+      for i in range(count)
+    )
+  )
+  return path
 
 
 # Pages of a pool ------------------------------------------------------------------------------------------------------

@@ -135,3 +135,103 @@ def quest(q, k, *, page, pages, window, dense):
         margin = min(margin, (last - next_) / abs(last))
       read[-1].append({j for p in order[:many] for j in parts[p]} | set(range(older, t + 1)))
   return Run(held, read, margin)
+
+
+def keydiff(k, held):
+  """KeyDiff's scores (2504.15364, algorithm 1) of one head's held positions: -cos(mean of unit keys, key)."""
+  unit = {j: k[j] / np.linalg.norm(k[j]) for j in held}
+  anchor = np.mean(list(unit.values()), axis=0)
+  return {j: -float(u @ anchor / np.linalg.norm(anchor)) for j, u in unit.items()}
+
+
+def budgeted(q, k, events, *, window, capacity, rescore):
+  """A budget kept while a text is read in chunks and decoded.
+
+  A chunk attends to what is held and to itself, is observed, and then the tokens outside the window are cut to
+  capacity(tokens seen) - W - 1, the least scores first, of equal ones the later token. A decode step drops at most one
+  token before its query attends.
+
+  Args:
+    events: [(length, is a chunk)], from the first token on.
+    rescore: (scores, weights, held) -> scores after a step; dicts by position, a head each; weights [query][head].
+  """
+  heads, margin = k.shape[1], math.inf
+  archive, scores = [[] for _ in range(heads)], [{} for _ in range(heads)]  # `archive`: held, whatever the window
+  run, start = Run([[] for _ in range(heads)], [[] for _ in range(heads)]), 0
+
+  def cut(end):
+    nonlocal margin
+    for head in range(heads):
+      outside = [j for j in archive[head] if j < end - window - 1]
+      count = max(capacity(end) - window - 1, 0)
+      if len(outside) > count:
+        order = sorted(outside, key=lambda j: (-scores[head][j], j))
+        if count:
+          last, next_ = scores[head][order[count - 1]], scores[head][order[count]]
+          margin = min(margin, abs(last - next_) / max(abs(last), 1e-9))
+        archive[head] = [j for j in archive[head] if j not in order[count:]]
+
+  for length, is_chunk in events:
+    end = start + length
+    if not is_chunk:
+      cut(end)
+    weights = []
+    for t in range(start, end):
+      weights.append([])
+      for head in range(heads):
+        archive[head].append(t)
+        run.read[head].append(set(archive[head]))
+        mean = softmax(q[t, head] @ k[archive[head], head].T / math.sqrt(q.shape[-1])).mean(axis=0)
+        weights[-1].append(dict(zip(archive[head], mean, strict=True)))
+    scores = rescore(scores, weights, archive)
+    if is_chunk:
+      cut(end)
+    for head in range(heads):
+      run.held[head] += [set(archive[head])] * length  # after the event
+    start = end
+  run.margin = margin
+  return run
+
+
+def add_mass(scores, weights, held):
+  """H2O: every query credits what it attends to."""
+  out = [dict(s) for s in scores]
+  for query in weights:
+    for head, of_head in enumerate(query):
+      for j, weight in of_head.items():
+        out[head][j] = out[head].get(j, 0.0) + weight
+  return out
+
+
+def last_mass(scores, weights, held):
+  """TOVA: the last query's attention."""
+  return [dict(of_head) for of_head in weights[-1]]
+
+
+def key_similarity(k):
+  """KeyDiff: from the keys held."""
+  return lambda scores, weights, held: [keydiff(k[:, head], positions) for head, positions in enumerate(held)]
+
+
+def snapkv(q, k, *, prompt, window, budget, pool):
+  """SnapKV (2404.14469, section 4): the prompt is read densely, then cut; what is generated is kept.
+
+  `held` and `read` as while each token attends.
+  """
+  heads, length, margin = k.shape[1], len(q), math.inf
+  held = [[set(range(t + 1)) for t in range(prompt)] for _ in range(heads)]
+  for head in range(heads):
+    past = max(prompt - window - 1, 0)
+    votes = np.zeros(past)
+    for t in range(past, prompt):
+      votes += softmax(q[t, head] @ k[: t + 1, head].T / math.sqrt(q.shape[-1])).mean(axis=0)[:past]
+    pooled = [votes[max(j - pool // 2, 0) : j + pool // 2 + 1].max() for j in range(past)]
+    order, count = sorted(range(past), key=lambda j: (-pooled[j], j)), max(budget - window - 1, 0)
+    kept = set(order[:count])
+    if 0 < count < past:  # neighbours share a pooled maximum: ties are no near ties
+      boundary = [pooled[j] for j in order]
+      apart = [abs(boundary[count - 1] - x) / boundary[count - 1] for x in boundary if x != boundary[count - 1]]
+      margin = min([margin, *apart])
+    kept |= set(range(past, prompt))
+    held[head] += [kept | set(range(prompt, t + 1)) for t in range(prompt, length)]
+  return Run(held, held, margin)

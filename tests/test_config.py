@@ -7,7 +7,8 @@ import json
 
 import pytest
 
-from dms_jax.config import PRESETS, DMSConfig, LoRAConfig, ModelConfig, RopeScaling, from_json, read_json, to_json
+from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig, RopeScaling, from_json, read_json, to_json
+from dms_jax.families import PRESETS
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What the documents say of the repository is true: their file trees, the programs they name, the paths they link."""
+"""Documents are true: the file tree, and the programs, targets and paths that they name exist."""
 
 from __future__ import annotations
 
@@ -10,14 +10,47 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "WORKSPACE.md")
+DOCUMENTS = ("README.md", "WORKSPACE.md", "experiments/results/README.md")
+LINKING = sorted(str(p.relative_to(ROOT)) for p in [*ROOT.glob("*.md"), *(ROOT / "experiments").rglob("*.md")])
+PACKAGES = ("dms_jax", "pallas_kernels", "experiments", "tests", "colab")
 
 
-def test_file_trees_are_up_to_date():
+def run_tree(script: Path, *flags: str) -> subprocess.CompletedProcess:
+  return subprocess.run([sys.executable, str(script), *flags], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_file_tree_is_up_to_date():
   if not (ROOT / ".git").exists():
     pytest.skip("not a git checkout: which files belong to it is unknown")
-  done = subprocess.run([sys.executable, ".ci/tree.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+  done = run_tree(ROOT / ".ci" / "tree.py", "--check")
   assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+  ("docstring", "complaint"),
+  [
+    ("Cuts nothing.", None),
+    ("x" * 97 + ".", "module.py: its first sentence has 97 characters"),
+    ("Goes on\nbelow.", "module.py: its first sentence is broken over lines"),
+  ],
+  ids=("fits", "too long", "broken"),
+)
+def test_a_sentence_that_does_not_fit_is_refused(tmp_path, docstring, complaint):
+  """Named with its length, exit code 1, and the document left as it was."""
+  (tmp_path / ".ci").mkdir()
+  script = tmp_path / ".ci" / "tree.py"
+  script.write_text((ROOT / ".ci" / "tree.py").read_text())
+  (tmp_path / "module.py").write_text(f'"""{docstring}"""\n')
+  document = tmp_path / "WORKSPACE.md"
+  document.write_text("<!-- tree -->\n<!-- /tree -->\n")
+  for command in (["init", "-q"], ["add", "module.py"]):
+    subprocess.run(["git", *command], cwd=tmp_path, check=True)
+  done = run_tree(script)
+  if complaint is None:
+    assert done.returncode == 0 and "module.py  Cuts nothing\n" in document.read_text()
+  else:
+    assert done.returncode == 1 and complaint in done.stderr
+    assert document.read_text() == "<!-- tree -->\n<!-- /tree -->\n"
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -28,8 +61,15 @@ def test_named_programs_targets_and_files_exist(name):
   makefile = (ROOT / "Makefile").read_text()
   for target in set(re.findall(r"`make ([a-z-]+)`", text)):
     assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{name} names make {target}"
-  for path in set(re.findall(r"`((?:dms_jax|pallas_kernels|experiments|tests|colab)/[\w./-]+\w)`", text)):
+  for path in set(re.findall(rf"`((?:{'|'.join(PACKAGES)})/[\w./-]+\w)`", text)):
     assert "NAME" in path or (ROOT / path).exists(), f"{name} names {path}"
+
+
+@pytest.mark.parametrize("name", LINKING)
+def test_linked_files_exist(name):
+  text = (ROOT / name).read_text()
+  for link in re.findall(r"\]\((?!https?:|#)([^)]+)\)", text):
+    assert ((ROOT / name).parent / link).exists(), f"{name} links {link}"
 
 
 def test_every_program_is_in_the_readme():
@@ -37,6 +77,14 @@ def test_every_program_is_in_the_readme():
   for path in (ROOT / "experiments").glob("*.py"):
     if "\nif __name__ == " in path.read_text():
       assert f"| `{path.stem}` |" in text, f"README's table of programs lacks {path.stem}"
+
+
+def test_every_target_has_help():
+  """`make help` prints the targets whose line has a `##`."""
+  makefile = (ROOT / "Makefile").read_text()
+  targets = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE).group(1).split()
+  for target in targets:
+    assert re.search(rf"^{target}:.*## \w", makefile, re.MULTILINE), f"make help lacks {target}"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from dms_jax import testing as tiny
 from dms_jax.config import DMSConfig
 from dms_jax.gates import clear_neuron, gate_logits, step_gate_logits
 from dms_jax.model import Eviction, forward
-from pallas_kernels.common.platform import tracing_for
 
 CONFIG = tiny.config(num_heads=6, num_kv_heads=2)
 RNG = np.random.default_rng(0)
@@ -38,12 +37,11 @@ def test_adapter_is_a_projection_of_the_normed_residual():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_adapter_in_one_pass_is_the_same(dtype):
+def test_a_fused_adapter_is_the_same(dtype):
   """As a decode step on a GPU computes it."""
   x, q = jnp.asarray(X[:, :1], dtype), jnp.asarray(Q[:, :1])
   expected = gate_logits(CONFIG, DMSConfig("adapter"), LAYER, x, q)
-  with tracing_for("gpu"):
-    logits = gate_logits(CONFIG, DMSConfig("adapter"), LAYER, x, q)
+  logits = gate_logits(CONFIG, DMSConfig("adapter"), LAYER, x, q, fused=True)
   assert logits.dtype == jnp.float32
   np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-3)
 

@@ -5,50 +5,21 @@ Golden tokens are fed rather than our own: one of the sets holds a near tie. Log
 
 from __future__ import annotations
 
-import functools
-import json
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from dms_jax import cache as caches
 from dms_jax import policies
 from dms_jax import testing as tiny
-from dms_jax.config import DMSConfig, ModelConfig
-from dms_jax.model import Eviction, Model, cached_forward, forward, last_logits, unembed
-from dms_jax.params import map_table, param_table
+from dms_jax.model import Eviction, cached_forward, forward, last_logits, unembed
 from tests import oracle
+from tests.helpers import GATES, load_golden
 
-GOLDENS = Path(__file__).parent / "goldens"
 PROMPT, STEPS, TOTAL, WINDOW = 61, 49, 110, 16
 ATOL = 1e-4
-GATES = {"separate_head": "adapter", "neuron_head": "neuron"}
 step = jax.jit(cached_forward, compiler_options=tiny.QUICK)
-
-
-@functools.cache
-def load(kind: str) -> tuple[Model, dict[str, np.ndarray]]:
-  raw = json.loads((GOLDENS / f"{kind}.config.json").read_text())
-  cfg = ModelConfig(
-    "qwen3", raw["num_hidden_layers"], raw["hidden_size"], raw["intermediate_size"], raw["num_attention_heads"],
-    raw["num_key_value_heads"], raw["head_dim"], raw["vocab_size"], raw["max_position_embeddings"], raw["rope_theta"],
-    None, raw["rms_norm_eps"], raw["tie_word_embeddings"], qk_norm=True, eos_token_ids=(raw["eos_token_id"],),
-  )  # fmt: skip
-  dms = DMSConfig(GATES[kind], raw["dms_window_size"], raw["dms_alpha_scale"], raw["dms_initial_alpha_offset"], shift=1)
-  state = load_file(GOLDENS / f"{kind}.safetensors")
-
-  def leaf(_, spec):
-    if not spec.layered:
-      return jnp.asarray(state[spec.hf_name]).reshape(spec.shape)
-    layers = [state[spec.hf_name.format(layer=i)].reshape(spec.shape[1:]) for i in range(cfg.num_layers)]
-    return jnp.asarray(np.stack(layers))
-
-  golden = dict(np.load(GOLDENS / f"{kind}_f32.npz"))
-  return Model(map_table(leaf, param_table(cfg, dms)), cfg, dms), golden
 
 
 def feed(model, policy, cache, tokens, chunk):
@@ -68,7 +39,7 @@ def feed(model, policy, cache, tokens, chunk):
 
 @pytest.mark.parametrize("kind", GATES)
 def test_whole_text(kind):
-  model, golden = load(kind)
+  model, golden = load_golden(kind)
   hidden, z = forward(model, jnp.asarray(golden["input_ids"], jnp.int32), eviction=Eviction(threshold=0.0))
   np.testing.assert_array_equal(np.asarray(z > 0), golden["decisions"][..., :PROMPT] > 0)
   np.testing.assert_allclose(unembed(model, hidden), golden["prefill_logits"], atol=ATOL, rtol=0)
@@ -79,7 +50,7 @@ def test_whole_text(kind):
 @pytest.mark.parametrize("chunk", [PROMPT, 13, 1])
 def test_prefill_and_decode(kind, kind_of_cache, chunk):
   """Logits, decisions, lengths at all 50 steps and the compression ratio at T = 110, whatever the chunks."""
-  model, golden = load(kind)
+  model, golden = load_golden(kind)
   cache = caches.create(kind_of_cache, model.config, batch=2, capacity=TOTAL, window=WINDOW, lag=1)
   policy = policies.DMS(window=WINDOW)
   logits, gates, live, cache = feed(model, policy, cache, golden["input_ids"], chunk)
@@ -99,7 +70,7 @@ def test_prefill_and_decode(kind, kind_of_cache, chunk):
 @pytest.mark.parametrize("kind_of_cache", ["masked", "contiguous"])
 def test_eviction_off(kind, kind_of_cache):
   """A dense policy on a model with gates, which then follows its own (greedy) tokens."""
-  model, golden = load(kind)
+  model, golden = load_golden(kind)
   policy = policies.Vanilla(window=WINDOW)
   cache = caches.create(kind_of_cache, model.config, batch=2, capacity=TOTAL, window=WINDOW, lag=1)
   logits, _, _, cache = feed(model, policy, cache, golden["input_ids"], PROMPT)
@@ -117,7 +88,7 @@ def test_eviction_off(kind, kind_of_cache):
 @pytest.mark.parametrize("kind", GATES)
 def test_left_padding(kind):
   """Seven pads in front of row 0: real positions match the reference, the row alone, and its cached form."""
-  model, golden = load(kind)
+  model, golden = load_golden(kind)
   ids, mask = jnp.asarray(golden["leftpad_ids"], jnp.int32), golden["leftpad_mask"].astype(bool)
   hidden, _ = forward(
     model,
@@ -139,7 +110,7 @@ def test_left_padding(kind):
 @pytest.mark.parametrize("kind", GATES)
 def test_oracle_agrees(kind):
   """The float64 oracle of the other tests, written from the formulas alone, reproduces the reference too."""
-  model, golden = load(kind)
+  model, golden = load_golden(kind)
   weights = {
     **{f"layers/{n}": w for n, w in model.params["layers"].items()},
     **{n: w for n, w in model.params.items() if n != "layers"},

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from dms_jax import testing as tiny
-from dms_jax.layers import FEW_ROWS, linear, mlp
-from pallas_kernels.common.platform import tracing_for
+from dms_jax.execution import FEW_ROWS
+from dms_jax.layers import linear, mlp
 from tests.test_model import close
 
 
@@ -36,15 +36,12 @@ def test_one_row_is_divided_among_cores(cores, monkeypatch):
   close(y, np.einsum("rhd,abhd->rab", np.asarray(x, np.float64), np.asarray(weight, np.float64)), 1e-6)
 
 
-def test_gate_and_up_of_many_rows_are_kept_apart_on_a_gpu(monkeypatch):
-  """What is computed stays the same."""
-  monkeypatch.setattr("dms_jax.layers.MANY_ROWS", 2)
+def test_gate_and_up_as_separate_products():
+  """The barrier between them changes no number."""
   model = tiny.model(tiny.config(), None)
   layer = {name: w[0] for name, w in model.params["layers"].items()}
   x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 1, model.config.d_model)), jnp.float32)
-  want = mlp(layer, x)
-  program = lambda: str(jax.make_jaxpr(lambda layer, x: mlp(layer, x))(layer, x))
-  assert "optimization_barrier" not in program()
-  with tracing_for("gpu"):
-    assert "optimization_barrier" in program()
-    close(mlp(layer, x), want)
+  program = lambda split: str(jax.make_jaxpr(lambda layer, x: mlp(layer, x, split_gate_up=split))(layer, x))
+  assert "optimization_barrier" not in program(False)
+  assert "optimization_barrier" in program(True)
+  close(mlp(layer, x, split_gate_up=True), mlp(layer, x))

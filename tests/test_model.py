@@ -253,7 +253,8 @@ class ByPlace(policies.DMS):
 
 
 @pytest.mark.parametrize("late, kind, rows, window, changes", [
-  (True, "contiguous", 1, 5, {}), (True, "paged", 3, 5, {"shift": 5}), (True, "contiguous", 2, 5, {"granularity": "layer"}),
+  (True, "contiguous", 1, 5, {}), (True, "paged", 3, 5, {"shift": 5}),
+  (True, "contiguous", 2, 5, {"granularity": "layer"}),
   (True, "paged", 3, 5, {"override": True}), (True, "contiguous", 3, 0, {"shift": 0}),
   (False, "contiguous", 3, 0, {}), (False, "masked", 2, 5, {}), (False, "paged", 1, 5, {"gate": "neuron"}),
   (False, "contiguous", 3, 5, {"LATE_ROWS": 2}),
@@ -268,7 +269,7 @@ def test_small_steps_on_a_gpu(late, kind, rows, window, changes, monkeypatch):
   override = np.random.default_rng(0).random((2, rows, 2, 18)) < 0.5 if "override" in changes else None
   steps = [(1, np.asarray([1, i % 2, i % 3 > 0])[:rows].astype(int)) for i in range(18)]
   results, found = [], []
-  monkeypatch.setattr("dms_jax.model.LATE_ROWS", changes.get("LATE_ROWS", rows))
+  monkeypatch.setattr("dms_jax.execution.LATE_ROWS", changes.get("LATE_ROWS", rows))
   monkeypatch.setattr("dms_jax.model.step_gate_logits", lambda *args: found.append(1) or step_gate_logits(*args))
   for name in ("cpu", "gpu"):
     assert not found

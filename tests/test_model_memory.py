@@ -12,7 +12,8 @@ import pytest
 from dms_jax import cache as caches
 from dms_jax import policies
 from dms_jax import testing as tiny
-from dms_jax.config import PRESETS, DMSConfig
+from dms_jax.config import DMSConfig
+from dms_jax.families import PRESETS
 from dms_jax.model import Eviction, Model, cached_forward, forward
 from dms_jax.params import abstract_params, param_table
 

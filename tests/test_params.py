@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from dms_jax import testing as tiny
-from dms_jax.config import PRESETS, DMSConfig, LoRAConfig
+from dms_jax.config import DMSConfig, LoRAConfig
+from dms_jax.families import PRESETS
 from dms_jax.model import forward
 from dms_jax.params import (
   abstract_params,

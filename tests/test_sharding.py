@@ -11,7 +11,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from dms_jax.config import PRESETS, DMSConfig, LoRAConfig
+from dms_jax.config import DMSConfig, LoRAConfig
+from dms_jax.families import PRESETS
 from dms_jax.params import flatten, param_table
 from dms_jax.sharding import ShardingRules, make_mesh, param_shardings
 
@@ -20,6 +21,7 @@ EIGHT = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", 
 
 FORWARD = """
 import jax, numpy as np
+import dms_jax.execution
 import dms_jax.model
 from dms_jax import cache as caches
 from dms_jax.model import Eviction, cached_forward, forward, unembed
@@ -42,7 +44,7 @@ np.testing.assert_allclose(run(sharded, tokens), want, atol=2e-5)
 # Nothing of a decode step is padded or put off there, as on one GPU: rows would move between devices.
 def never(*_):
   raise AssertionError("gates of all layers at once on a mesh")
-dms_jax.model.step_gate_logits, dms_jax.model.LEAST_ROWS, model = never, 7, model.unstacked()
+dms_jax.model.step_gate_logits, dms_jax.execution.LEAST_ROWS, model = never, 7, model.unstacked()
 cache = caches.create("contiguous", model.config, batch=2, capacity=24, window=5, lag=1, dtype=np.float32)
 step = lambda: cached_forward(model, DMS(window=5), cache, tokens[:2, :1], np.ones(2, np.int32))[0].hidden
 want = jax.jit(step)()
@@ -54,7 +56,7 @@ print("equal")
 
 TABLES = """
 import math
-from dms_jax.config import PRESETS
+from dms_jax.families import PRESETS
 from dms_jax.params import flatten, param_table
 from dms_jax.sharding import make_mesh, param_shardings
 mesh = make_mesh(data=2, tensor=4)
@@ -88,6 +90,8 @@ for heads, rows, data, tensor, expected in (
   ids, kv = jnp.sort(whole(3, rows, 9)), normal(2, rows, heads, 7, 32)
   pages = Pages(normal(11, 4, 32), whole(11, 2, rows, heads, 3), whole(12, rows, heads))
   first, last = whole(9, rows, heads, 9), jnp.full((rows, heads, 9), NEVER)
+  position, weights = jnp.broadcast_to(jnp.arange(9), (rows, 9)), normal(rows, 9)
+  prompt = q, k.swapaxes(1, 2), v.swapaxes(1, 2), position, first, last
   pages_of_all = rows * heads * 3  # three of each archive's own
   pool = jnp.arange(pages_of_all * 4 * 32, dtype=jnp.float32).reshape(pages_of_all, 4, 32)
   table, slots = jnp.arange(pages_of_all).reshape(rows, heads, 3), jnp.arange(rows * heads).reshape(rows, heads, 1) % 12
@@ -104,7 +108,8 @@ for heads, rows, data, tensor, expected in (
       decode_attention(q[:, 0], kv, 1, lengths, pages=pages, lse=True, mass=True),
       decode_attention(q[:, 0], None, 1, None, pages=pages, lse=True),
       put(),
-      prefill_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.broadcast_to(jnp.arange(9), (rows, 9)), first, last),
+      prefill_attention(*prompt), prefill_attention(*prompt, query_weights=weights),
+      prefill_attention(*prompt, lse=True), prefill_attention(*prompt, lse=True, query_weights=weights),
     )
   assert row_and_head_axes(rows, heads) is None and rows_per_device(rows) == rows
   want = jax.jit(lambda: run())()

@@ -13,10 +13,11 @@ from jax.sharding import PartitionSpec as P
 
 from dms_jax import cache as caches
 from dms_jax import policies
-from dms_jax.config import PRESETS, DMSConfig, LoRAConfig
+from dms_jax.config import DMSConfig, LoRAConfig
+from dms_jax.families import PRESETS
 from dms_jax.model import Model, cached_forward, last_logits
 from dms_jax.params import abstract_params, count_params, param_table
-from dms_jax.retrofit.config import RetrofitConfig
+from dms_jax.retrofit.config import MemoryConfig, RetrofitConfig
 from dms_jax.retrofit.loop import prepare
 from dms_jax.retrofit.step import Batch, init_state, train_step
 from dms_jax.sharding import cache_shardings, make_mesh, param_shardings, row_and_head_axes, tree_shardings
@@ -27,7 +28,7 @@ pytest.importorskip("libtpu", reason="libtpu is not installed (make test-tpu ins
 
 TOPOLOGY, HBM = "v5e:2x2", 16 * 2**30  # bytes a device
 WINDOW = 256
-KERNELS = {"train": ("retrofit_forward", "retrofit_dq", "retrofit_dkv"), "decode": ("decode_",)}
+KERNELS = {"train": ("window_bias_forward", "window_bias_dq", "window_bias_dkv"), "decode": ("decode_",)}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def memory_of(program, kind, what):
 def retrofit_step(preset, config):
   """(state, student, teacher, batch, key) of a retrofit of gates and low-rank updates, as shapes."""
   dms, lora = DMSConfig(window=WINDOW), LoRAConfig(rank=16)
-  base = Model(abstract_params(param_table(PRESETS[preset]), jnp.dtype(config.compute_dtype)), PRESETS[preset])
+  base = Model(abstract_params(param_table(PRESETS[preset]), jnp.dtype(config.memory.compute_dtype)), PRESETS[preset])
   student, teacher, trained = jax.eval_shape(partial(prepare, dms=dms, lora=lora, config=config), base)
   state = jax.eval_shape(partial(init_state, config), trained)
   tokens = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), jnp.int32)
@@ -70,7 +71,7 @@ def retrofit_step(preset, config):
 @pytest.mark.standard_promotion  # optax mixes dtypes
 def test_retrofit_step_compiles_for_one_device(devices):
   """SmolLM2: gates and low-rank updates at 4,096 tokens, packed documents."""
-  config = RetrofitConfig(batch_size=2, seq_len=4096, remat=True)
+  config = RetrofitConfig(batch_size=2, seq_len=4096, memory=MemoryConfig(remat=True))
   args = placed(retrofit_step("smollm2-135m", config), SingleDeviceSharding(devices[0]))
   program = train_step.lower(*args, config=config).compile()
   sizes = memory_of(program, "train", "retrofit step of SmolLM2 on one device, batch 2 x 4096")
@@ -82,7 +83,7 @@ def test_retrofit_step_compiles_for_one_device(devices):
 @pytest.mark.parametrize("preset, rows", [("smollm2-135m", 4), ("llama-3.1-8b", 1)])
 def test_retrofit_step_compiles_for_four_devices(devices, preset, rows):
   """Under shard_map: by rows for SmolLM2, whose 3 KV heads a mesh of 4 does not divide, and by the 8 heads of Llama."""
-  config = RetrofitConfig(batch_size=rows, seq_len=4096, remat=True)
+  config = RetrofitConfig(batch_size=rows, seq_len=4096, memory=MemoryConfig(remat=True))
   table = param_table(PRESETS[preset], DMSConfig(window=WINDOW), LoRAConfig(rank=16))
   mesh = make_mesh(tensor=4, devices=devices)
   with jax.set_mesh(mesh):

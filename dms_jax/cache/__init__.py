@@ -14,21 +14,46 @@ from dms_jax.policies import Policy
 KINDS = {"masked": MaskedCache, "contiguous": ContiguousCache, "paged": PagedCache}
 
 
-def create(
-  kind: str, config, *, batch: int, capacity: int, lag: int, window: int | None = None,
-  policy: Policy | None = None, dtype=jnp.float32, longest: int | None = None, **options,
-) -> Cache:  # fmt: skip
-  """An empty cache of `kind` for a model: `capacity` tokens a row (masked), or a head, its ring included.
+def default_kind(policy: Policy) -> str:
+  """Pages where heads may hold different amounts; else every head as many slots as the others."""
+  return "paged" if policy.data_dependent else "contiguous"
+
+
+def for_model(
+  model, policy: Policy, *, batch: int, capacity: int, kind: str | None = None, longest: int | None = None, **options
+) -> Cache:
+  """An empty cache for `batch` rows of a model under a policy whose window is known (`model.check_policy`).
 
   Args:
-    longest: the most that one head may hold, where heads share room (paged); else that is `capacity`.
-    lag: the lag of the gates' decisions (`DMSConfig.lag`).
+    model: a `Model`; its layers, KV heads, head size, dtype and the lag of its gates' decisions matter.
+    capacity: slots a head, the ring included (pages: on the average over heads and rows); tokens a row if masked.
+    kind: "paged", "contiguous" or "masked"; default `default_kind`.
+    longest: the most that one head may hold, where heads share a pool; default `capacity`.
     options: `page` and `archive` of `PagedCache.create`.
-    policy: what it is for, with a window; some need more of a cache than keys and values. `window` alone instead: any
-      policy with that window that does not.
 
   Raises:
-    ValueError: unknown kind; not one of policy and window.
+    ValueError: unknown kind or options.
+  """
+  lag = model.dms.lag(policy.window) if model.dms is not None else 1  # without gates nothing depends on it
+  kind = kind or default_kind(policy)
+  return create(
+    kind, model.config, batch=batch, capacity=capacity, lag=lag, policy=policy, dtype=model.dtype, longest=longest,
+    **options,
+  )  # fmt: skip
+
+
+def create(
+  kind: str, config, *, batch: int, capacity: int, lag: int, window: int | None = None, policy: Policy | None = None,
+  dtype=jnp.float32, longest: int | None = None, **options,
+) -> Cache:  # fmt: skip
+  """`for_model` from a `ModelConfig` alone.
+
+  Args:
+    lag: a decision computed at token t is about token t - lag (`DMSConfig.lag`).
+    window: instead of `policy`: that of a policy which needs nothing but keys and values.
+
+  Raises:
+    ValueError: unknown kind; not exactly one of policy and window.
   """
   if kind not in KINDS:
     raise ValueError(f"unknown cache {kind!r}; there are {sorted(KINDS)}")
@@ -37,6 +62,6 @@ def create(
   if kind == "paged":
     options["longest"] = longest
   return KINDS[kind].create(
-    config.num_layers, batch, config.num_kv_heads, config.head_dim,
-    capacity=capacity, policy=policy or Policy(window=window), lag=lag, dtype=dtype, **options,
+    config.num_layers, batch, config.num_kv_heads, config.head_dim, capacity=capacity, lag=lag, dtype=dtype,
+    policy=policy or Policy(window=window), **options,
   )  # fmt: skip

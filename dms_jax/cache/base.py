@@ -1,14 +1,16 @@
-"""What the model asks of a KV cache: three calls a step, the middle one in each layer.
+"""The cache protocol: what the model asks of a KV cache, three calls a step, the middle one in each layer.
 
-    plan = cache.plan(policy, lengths, num_tokens)             # before the layers: where everything goes, who has room
+    plan = cache.plan(policy, lengths, num_tokens[, remaining])  # before the layers: where everything goes, who has room
     out, carry, state, seen = cache.attend(plan, policy, layer, carry, state, q, k, v, evict)    # in layer `layer`
     cache = cache.commit(plan, carry, states[, evict])           # after the layers
 
-`carry` starts as `cache.layer_carry()`: the arrays too large to copy, with all layers, carried through the layers and updated
-in place. `state` is the layer's part of `cache.layer_state()`, small arrays with a leading L. `evict`, decisions by the
-token that computes them, goes to `attend`; those of a single token, of all layers, to `commit` instead (and None to
-`attend`) where `cache.can_decide_late` allows it. A row without room sits a step out, untouched: `plan.stalled`. Steps
-of `num_tokens` > 1 are refused to policies that are `scored`: what they keep depends on every step before, and
+`carry` starts as `cache.layer_carry()`: the arrays too large to copy, with all layers, updated in place as they pass
+through the layers. `state` is the layer's part of `cache.layer_state()`, small arrays with a leading L. `evict` holds
+decisions by the token that computes them. It goes to `attend`; the decisions of a single token, for all layers, go to
+`commit` instead (and None to `attend`) where `cache.can_decide_late` allows it.
+
+A row without free slots sits a step out, untouched: `plan.stalled`. A step of one token is a decode step unless
+`remaining` is given and the policy compacts prompts: then it is a chunk. Policies with `exact_prefill` refuse chunks;
 `model.cached_forward` feeds them one token at a time.
 """
 
@@ -22,8 +24,8 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dms_jax.attention import NEVER
+from dms_jax.execution import Execution
 from dms_jax.policies import Policy
-from pallas_kernels.common.platform import platform
 
 # A cache that may grow does so by GROWTH at least, to a multiple of SLOTS: each new shape is a compilation.
 SLOTS, GROWTH = 256, 1.5
@@ -31,17 +33,20 @@ SLOTS, GROWTH = 256, 1.5
 
 @struct.dataclass
 class Plan:
-  """Settled before the layers. `seen` [B]: tokens before this step; `lengths` [B]: real tokens of it (0: sits out)."""
+  """Fixed before the layers run. `seen` [B]: tokens before this step. `lengths` [B]: real tokens of the step, 0 where a
+  row sits out. `stalled` [B]: rows without free slots. `remaining` [B]: tokens of the prompt after a chunk; None in a
+  decode step. `placement`: what the kind of cache adds."""
 
   seen: Int[Array, "B"]
   lengths: Int[Array, "B"]
   stalled: Bool[Array, "B"]
-  placement: Any = None  # what the kind of cache adds
+  remaining: Int[Array, "B"] | None = None
+  placement: Any = None
 
 
 @struct.dataclass
 class Usage:
-  """Of one layer and step: `live` slots after it, and `reads`, keys read summed over its queries; int32 [B, K]."""
+  """KV usage of one layer in one step, int32 [B, K]: `live` tokens held after it, `reads` keys read by its queries."""
 
   live: Int[Array, "B K"]
   reads: Int[Array, "B K"]
@@ -49,11 +54,12 @@ class Usage:
 
 @runtime_checkable
 class Cache(Protocol):
-  """A fixed-shape pytree. `seen` [B] counts the tokens of each row; `lag` is the lag of decisions.
+  """A fixed-shape pytree. `seen` int32 [B]: tokens of each row. `lag`: a decision computed at t is about t - lag.
 
-  `slots`: slots of a head. `nbytes`: all that is allocated. `bytes_live()`: of the keys and values held. `live()`:
-  tokens held, [L, B, K]. `room(policy)`: tokens that each row can surely take. `ensure_capacity(policy, coming, most)`: the
-  cache, larger if `coming` more tokens of a row, numpy [B], might not fit, never beyond what `most` tokens need.
+  `slots`: slots a head. `nbytes`: bytes allocated. `bytes_live()`: bytes of the keys and values held. `live()`: tokens
+  held, int32 [L, B, K]. `free_tokens(policy)`: tokens that each row can certainly take, int32 [B].
+  `ensure_capacity(policy, coming, most)`: the cache, grown if `coming` more tokens a row, numpy [B], might not fit, but
+  never beyond what `most` tokens need.
   """
 
   seen: Int[Array, "B"]
@@ -73,7 +79,9 @@ class Cache(Protocol):
   def check(self, policy: Policy) -> None: ...
   def layer_carry(self) -> Any: ...
   def layer_state(self) -> Any: ...
-  def plan(self, policy: Policy, lengths: Int[Array, "B"], num_tokens: int) -> Plan: ...
+  def plan(
+    self, policy: Policy, lengths: Int[Array, "B"], num_tokens: int, remaining: Int[Array, "B"] | None = None
+  ) -> Plan: ...
   def can_decide_late(self, policy: Policy) -> bool: ...
   def attend(
     self, plan: Plan, policy: Policy, layer: Int[Array, ""], carry: Any, state: Any, q: Float[Array, "B T N H"],
@@ -84,12 +92,13 @@ class Cache(Protocol):
 
 @struct.dataclass
 class Common:
-  """What caches of one array `kv` [L, B, K, S, 2H] share. `scores` float32 [L, B, K, S] where the policy is scored."""
+  """What caches of one array `kv` [L, B, K, S, 2H] share. `stats`: the policy's statistics, name -> float32
+  [L, B, K, S]."""
 
   kv: jax.Array
   evicted: jax.Array
   seen: jax.Array
-  scores: jax.Array | None
+  stats: dict[str, jax.Array]
   window: int = struct.field(pytree_node=False)
   lag: int = struct.field(pytree_node=False)
 
@@ -130,8 +139,8 @@ class Common:
     name = type(policy).__name__
     if policy.window != self.window:
       raise ValueError(f"policy window={policy.window}, but the cache has window={self.window}")
-    if policy.scored != (self.scores is not None):
-      raise ValueError(f"a cache made {'without' if policy.scored else 'with'} scores cannot be used by {name}")
+    if set(policy.stats) != set(self.stats):
+      raise ValueError(f"{name} needs the statistics {sorted(policy.stats)}, but the cache stores {sorted(self.stats)}")
 
 
 def rounded(slots: int) -> int:
@@ -140,12 +149,8 @@ def rounded(slots: int) -> int:
 
 
 def storage_dtype(dtype) -> jnp.dtype:
-  """What a cache of `dtype` is an array of: on a CPU, bfloat16 is kept as its bits in uint16.
-
-  There XLA writes one row of a bfloat16 array by converting all of it to float32 and back: measured on a cache of 5 MB,
-  700 us against 2 for its bits.
-  """
-  bits = dtype == jnp.bfloat16 and platform() == "cpu"
+  """The dtype of the arrays in which a cache keeps numbers of `dtype`: uint16 for bfloat16 under `bits_storage`."""
+  bits = dtype == jnp.bfloat16 and Execution.choose().bits_storage
   return jnp.dtype(jnp.uint16) if bits else jnp.dtype(dtype)
 
 

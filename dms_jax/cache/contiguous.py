@@ -22,7 +22,7 @@ class ContiguousCache(RingCache):
     cache = cls(
       kv=jnp.zeros((*lead, ring, 2 * head_dim), dtype), evicted=jnp.zeros((*lead, ring), bool),
       archived=jnp.zeros(lead, jnp.int32), seen=jnp.zeros((batch,), jnp.int32),
-      scores=jnp.zeros((*lead, ring), jnp.float32) if policy.scored else None,
+      stats={name: jnp.zeros((*lead, ring), jnp.float32) for name in policy.stats},
       summaries=jnp.zeros((*lead, 0, 2 * head_dim), dtype) if page else None,
       window=policy.window, lag=lag, page=page,
     )  # fmt: skip
@@ -37,13 +37,15 @@ class ContiguousCache(RingCache):
     if self.page:
       extra += -slots % self.page
     return self.replace(
-      kv=pad(self.kv, extra), scores=pad(self.scores, extra), summaries=pad(self.summaries, extra // max(self.page, 1))
+      kv=pad(self.kv, extra),
+      stats={name: pad(stat, extra) for name, stat in self.stats.items()},
+      summaries=pad(self.summaries, extra // max(self.page, 1)),
     )
 
   def _reserved(self, new, most):
     return jnp.all((new == 0) | (self.ring + self.archived + new <= self.slots), axis=(0, 2)), None
 
-  def _written(self, carry, reserved, layer, target, rows):
+  def _written(self, carry, reserved, layer, target, rows, in_order=True):
     b, k, _ = target.shape
     at = layer, jnp.arange(b)[:, None, None], jnp.arange(k)[:, None], target
     return carry.replace(kv=carry.kv.at[at].set(rows, mode="drop"))
@@ -61,7 +63,7 @@ class ContiguousCache(RingCache):
 
   def _attended(self, carry, reserved, layer, q, in_ring, archived, mass=False):
     out = decode_attention(q, carry.kv, layer, in_ring + archived, mass=mass)
-    return (out[0], out[1][0]) if mass else out
+    return (out[0], out[1][0]) if mass else (out, None)
 
   def _attended_pages(self, carry, reserved, layer, q, in_ring, order, length):
     # The cache's own slots are a pool of pages: a head's ring first, then its archive.

@@ -20,15 +20,15 @@ from dms_jax.cache.base import Cache
 from dms_jax.cache.contiguous import ContiguousCache
 from dms_jax.cache.masked import MaskedCache
 from dms_jax.cache.paged import PagedCache, Store, Table
-from dms_jax.cache.rows import BY_ROW, cut_to
+from dms_jax.cache.rows import BY_ROW, row_fields
 
 
 @struct.dataclass
 class HostRow:
   """One row, numpy. `kv` [L, K, W+1, 2H], `evicted` [L, K, W+1], `archived` [L, K], `seen` [].
 
-  `pages` [n, page, 2H] and `scales` [n, page, 2] or None: the archives' pages, of layer 0 head 0 first. `scores` [L, K,
-  S] and `summaries` [L, K, M, 2H], where the policy has them, for as many slots and pages as are used. `page` is
+  `pages` [n, page, 2H] and `scales` [n, page, 2] or None: the archives' pages, of layer 0 head 0 first. `stats` [L, K, S]
+  each and `summaries` [L, K, M, 2H], where the policy has them, for as many slots and pages as are used. `page` is
   that of a policy that selects pages, else 0. Of a masked cache: `kv` and `evicted` of all tokens seen, and no archive.
   """
 
@@ -38,7 +38,7 @@ class HostRow:
   seen: np.ndarray
   pages: np.ndarray
   scales: np.ndarray | None
-  scores: np.ndarray | None
+  stats: dict[str, np.ndarray]
   summaries: np.ndarray | None
   window: int = struct.field(pytree_node=False)
   lag: int = struct.field(pytree_node=False)
@@ -86,7 +86,7 @@ def offload_row(cache: Cache, row: int) -> HostRow:
     held = lambda x: None if x is None else np.asarray(jax.device_get(x[:, row, :, :length]))
     kv = held(cache.kv)
     return HostRow(
-      kv=kv, evicted=held(cache.evicted), archived=np.zeros(kv.shape[:2], np.int32), scores=held(cache.scores),
+      kv=kv, evicted=held(cache.evicted), archived=np.zeros(kv.shape[:2], np.int32), stats=jax.tree.map(held, cache.stats),
       pages=np.zeros((0, 1, kv.shape[-1]), kv.dtype), scales=None, summaries=None, page=0, masked=True, **same,
     )  # fmt: skip
   archived = get(cache.archived)
@@ -94,7 +94,7 @@ def offload_row(cache: Cache, row: int) -> HostRow:
   used = -(-archived // size)
   most = min(max(int(used.max()), 1), (cache.slots - cache.ring) // size)
   mine = np.arange(most) < used[..., None]
-  fields = cut_to(cache, get, most * size)
+  fields = row_fields(cache, get, most * size)
   if isinstance(cache, PagedCache):
     numbers = get(cache.table.pages)[..., :most][mine]
     padded = np.zeros(_power_of_two(len(numbers)), np.int32)  # few shapes, so few compilations
@@ -119,7 +119,7 @@ def check_fits(cache: Cache, stored: HostRow) -> None:
     ("window", stored.window, cache.window), ("lag", stored.lag, cache.lag),
     ("dtype", stored.kv.dtype, cache.kv.dtype), ("archive", stored.pages.dtype, cells),
     ("masked", stored.masked, masked), ("page of the policy", stored.page, 0 if masked else cache.page),
-    ("scores", stored.scores is not None, cache.scores is not None),
+    ("statistics", sorted(stored.stats), sorted(cache.stats)),
   ):  # fmt: skip
     if theirs != ours:
       raise ValueError(f"a stored row with {name} {theirs} does not fit a cache with {ours}")
@@ -143,9 +143,8 @@ def restore_row(cache: Cache, row: int, stored: HostRow) -> tuple[Cache, bool]:
   used = (-(-stored.archived // size)).astype(np.int32)
   fields = {name: getattr(stored, name) for name in BY_ROW}
   pages = places * size // max(cache.page, 1)
-  for name, axis, full in (("scores", 2, cache.slots), ("summaries", 2, pages)):
-    if fields[name] is not None:
-      fields[name] = _fitted(fields[name], axis, full)
+  for name, full in (("stats", cache.slots), ("summaries", pages)):
+    fields[name] = jax.tree.map(lambda x, full=full: _fitted(x, 2, full), fields[name])
   if isinstance(cache, ContiguousCache):
     slots = np.zeros(cache.kv[:, row].shape, stored.kv.dtype)
     slots[:, :, : cache.ring] = stored.kv
@@ -169,15 +168,15 @@ def _fitted(x: np.ndarray, axis: int, size: int) -> np.ndarray:
 def _restored_masked(cache: MaskedCache, row: int, stored: HostRow) -> MaskedCache:
   if int(stored.seen) > cache.slots:
     raise ValueError(f"a stored row of {int(stored.seen)} tokens does not fit a cache of {cache.slots}")
-  fields = {name: getattr(stored, name) for name in ("kv", "evicted", "scores")}
-  fields = {name: None if x is None else _fitted(x, 2, cache.slots) for name, x in fields.items()}
+  fields = {name: getattr(stored, name) for name in ("kv", "evicted", "stats")}
+  fields = jax.tree.map(lambda x: _fitted(x, 2, cache.slots), fields)
   return _restored(cache, jnp.int32(row), fields, stored.seen)
 
 
 @partial(jax.jit, donate_argnames="cache")
 def _restored(cache, row, fields, seen):
-  at = lambda x, new: None if x is None else x.at[:, row].set(new)
-  fields = {name: at(getattr(cache, name), new) for name, new in fields.items()}
+  at = lambda x, new: x.at[:, row].set(new)
+  fields = {name: jax.tree.map(at, getattr(cache, name), new) for name, new in fields.items()}
   return cache.replace(**fields, seen=cache.seen.at[row].set(seen))
 
 

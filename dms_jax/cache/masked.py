@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from flax import struct
 
 from dms_jax.attention import NEVER, prefill_attention
-from dms_jax.cache.base import Common, Plan, Usage, count_reads, last_visible, rows_of, storage_dtype, unpacked
-from dms_jax.policies import Leaving
-from pallas_kernels.common.xla_dot import einsum
+from dms_jax.cache.base import (
+  Common,
+  Plan,
+  Usage,
+  count_reads,
+  group_mean,
+  last_visible,
+  rows_of,
+  storage_dtype,
+  unpacked,
+)
+from dms_jax.policies import Candidates, Leaving, Observation
 
 
 @struct.dataclass
@@ -28,13 +36,13 @@ class MaskedCache(Common):
       kv=jnp.zeros((*shape, 2 * head_dim), storage_dtype(dtype)),
       evicted=jnp.zeros(shape, bool),
       seen=jnp.zeros((batch,), jnp.int32),
-      scores=jnp.zeros(shape, jnp.float32) if policy.scored else None,
+      stats={name: jnp.zeros(shape, jnp.float32) for name in policy.stats},
       window=policy.window,
       lag=lag,
     )
 
   def layer_carry(self):
-    return self.kv, self.scores
+    return self.kv, self.stats
 
   def layer_state(self):
     return self.evicted
@@ -49,7 +57,8 @@ class MaskedCache(Common):
     if extra < 0:
       raise ValueError(f"cannot shrink a cache of {self.slots} tokens a row to {slots}")
     pad = lambda x: None if x is None else jnp.pad(x, ((0, 0),) * 3 + ((0, extra),) + ((0, 0),) * (x.ndim - 4))
-    return self.replace(kv=pad(self.kv), evicted=pad(self.evicted), scores=pad(self.scores))
+    stats = {name: pad(stat) for name, stat in self.stats.items()}
+    return self.replace(kv=pad(self.kv), evicted=pad(self.evicted), stats=stats)
 
   def live(self):
     """Tokens visible to the newest query, int32 [L, B, K]."""
@@ -58,15 +67,15 @@ class MaskedCache(Common):
     visible = (newest - position <= self.window) | ~self.evicted
     return jnp.sum(visible & (position <= newest), axis=-1, dtype=jnp.int32)
 
-  def plan(self, policy, lengths, num_tokens):
+  def plan(self, policy, lengths, num_tokens, remaining=None):
     self.check(policy)
-    room = self.seen + lengths <= self.slots
-    plan = Plan(self.seen, jnp.where(room, lengths, 0), ~room)
-    if not policy.scored:
-      return plan
-    if num_tokens > 1:
+    fits = self.seen + lengths <= self.slots
+    plan = Plan(self.seen, jnp.where(fits, lengths, 0), ~fits)
+    if num_tokens > 1 and policy.exact_prefill:
       raise ValueError(f"{type(policy).__name__} reads one token at a time, and here are {num_tokens}")
-    return plan.replace(placement=self._dropped(policy, plan))
+    if num_tokens > 1 or (remaining is not None and policy.compacts):
+      return plan.replace(remaining=jnp.zeros_like(self.seen) if remaining is None else remaining)
+    return plan.replace(placement=self._dropped(policy, plan)) if policy.stats else plan
 
   def _dropped(self, policy, plan):
     """The tokens that end at this step, int32 [L, B, K, 2]: the one leaving the window, an archived one; S is none."""
@@ -77,7 +86,7 @@ class MaskedCache(Common):
     retired = policy.retire(
       Leaving(
         evicted=of_left(self.evicted), tokens=(self.seen + 1)[:, None], archived=jnp.sum(live, -1, dtype=jnp.int32),
-        live=live, score=of_left(self.scores), scores=self.scores,
+        live=live, stats={name: of_left(stat) for name, stat in self.stats.items()}, archive_stats=self.stats,
       )
     )  # fmt: skip
     there = (left >= 0) & (plan.lengths > 0)[:, None]
@@ -88,7 +97,7 @@ class MaskedCache(Common):
     return jnp.stack(jnp.broadcast_arrays(forgotten, replaced), axis=-1)
 
   def attend(self, plan, policy, layer, carry, state, q, k, v, evict):
-    kv, scores = carry
+    kv, stats = carry
     b, t, n, h = q.shape
     heads, slots = kv.shape[2:4]
     rows, head, token = jnp.arange(b)[:, None, None], jnp.arange(heads)[:, None], jnp.arange(t)
@@ -111,17 +120,33 @@ class MaskedCache(Common):
     if policy.page and t == 1:
       last = jnp.where(self._selected(policy, layer, keys, stop, q), last, -1)
     q_pos = jnp.where(real, position, -2)
-    out = prefill_attention(q, keys, values, q_pos, first, last)
-    if policy.scored:
-      new = policy.first_score(layer, jnp.broadcast_to(position, (b, heads)))
-      scores = scores.at[layer, rows, head, slot].set(new[..., None], mode="drop")
-    if policy.observes:
-      visible = (first <= q_pos[:, None]) & (q_pos[:, None] <= last)
-      dots = einsum("bkgh,bksh->bkgs", q.reshape(b, heads, n // heads, h), keys) * h**-0.5
-      mass = jnp.mean(jax.nn.softmax(dots, axis=-1, where=visible[:, :, None]), axis=2)
-      after = jnp.where((plan.lengths > 0)[:, None, None], policy.observe(scores[layer], mass), scores[layer])
-      scores = scores.at[layer].set(after)
-    return out, (kv, scores), state, Usage(live, count_reads(first, last, plan.seen, stop))
+    observes = policy.observes if plan.remaining is None else policy.prompt_observes
+    weights = None
+    if "mass" in observes:
+      ones = jnp.ones((b, 1), jnp.float32)
+      weights = ones if plan.remaining is None else policy.query_weights(plan.lengths, plan.remaining, t)
+    out = prefill_attention(q, keys, values, q_pos, first, last, query_weights=weights)
+    out, mass = (out, None) if weights is None else out
+    if policy.stats:
+      admitted = policy.admit(layer, jnp.broadcast_to(position[:, None], (b, heads, t)))
+      stats = {n: stat.at[layer, rows, head, slot].set(admitted[n], mode="drop") for n, stat in stats.items()}
+      own = {name: stat[layer] for name, stat in stats.items()}
+      remaining = jnp.zeros_like(stop) if plan.remaining is None else plan.remaining
+      active = (plan.lengths > 0)[:, None, None]
+      if observes:
+        seen = Observation(
+          mass=None if mass is None else group_mean(mass, q), keys=keys if "keys" in observes else None,
+          live=(first <= last) & (last >= stop[:, None, None] - 1), lengths=plan.lengths, remaining=remaining,
+        )  # fmt: skip
+        after = policy.observe(own, seen)
+        own = {name: jnp.where(active, after[name], stat) for name, stat in own.items()}
+        stats = {name: stat.at[layer].set(own[name]) for name, stat in stats.items()}
+      if plan.remaining is not None and policy.compacts:
+        outside = (index < (stop - self.window - 1)[:, None, None]) & ~state
+        kept = policy.compact(Candidates(own, outside, stop, remaining))
+        state = state | (outside & ~kept & active)
+        live = count_reads(first, jnp.where(held, last_visible(state, index, self.window), -1), stop - 1, stop)
+    return out, (kv, stats), state, Usage(live, count_reads(first, last, plan.seen, stop))
 
   def _selected(self, policy, layer, keys, stop, q):
     """Which tokens are in the window, or in a page of older ones that the policy selects: bool [B, K, S]."""
@@ -138,5 +163,5 @@ class MaskedCache(Common):
 
   def commit(self, plan, carry, states, evict=None):
     assert evict is None, "decisions go to attend: can_decide_late is False"
-    kv, scores = carry
-    return self.replace(kv=kv, scores=scores, evicted=states, seen=plan.seen + plan.lengths)
+    kv, stats = carry
+    return self.replace(kv=kv, stats=stats, evicted=states, seen=plan.seen + plan.lengths)

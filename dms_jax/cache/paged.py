@@ -12,37 +12,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Int, Shaped
 
 from dms_jax.attention import decode_attention, write_pages
 from dms_jax.cache import pool as pools
 from dms_jax.cache.base import packed, rounded, storage_dtype, unpacked
 from dms_jax.cache.pool import Pool
 from dms_jax.cache.ring import RingCache
-from pallas_kernels.common.platform import platform
-from pallas_kernels.paged.api import places
-from pallas_kernels.paged.pages import Pages, pages_at
+from pallas_kernels.paged.format import FORMATS, PageFormat, format_of, scale_places
+from pallas_kernels.paged.pages import Pages, pages_at, places
 
 ENDLESS = 2**24  # tokens: more than any text has
 # Slots that a ring is allocated in: of another number, XLA lays the array out with other axes inmost on v4, v5p and
 # tpu7x, and copies all rings each step.
 TILE = 16
 SHAPES = 2  # a pool grows to a multiple of so many pages a head: each new shape is a compilation
-PAGE = 32  # slots a page: half of one is lost a head, 1.5 % of a thousand tokens
-# Of a page of 8 bits on a TPU: its scales then fill a row of 128 lanes. Shorter ones XLA lays out otherwise on v5p and
-# v6e, and copies them in every layer.
-PAGE_OF_SCALES = 64
-# What an archive may be stored as beside the model's own type: (dtype, its largest number).
-QUANTISED = {"int8": (jnp.int8, 127.0), "float8": (jnp.float8_e4m3fn, 448.0)}
 
 
 @struct.dataclass
 class Store:
-  """The pool's contents: `pages` [P, page, 2H] and, where they are quantised, `scales` float32 [P, 1, 2 *
-  page], key and value of each slot in turn."""
+  """The pool's contents: `pages` [P, page, 2H], and `scales` if they are quantised, as in `pallas_kernels` `Pages`."""
 
   pages: jax.Array
   scales: jax.Array | None
+
+  @property
+  def format(self) -> PageFormat:
+    return format_of(self.pages.dtype)
 
 
 @struct.dataclass
@@ -71,27 +67,26 @@ class PagedCache(RingCache):
     Args:
       capacity: tokens a head, ring included, that the pool has pages for on the average of all heads and rows.
       longest: the most that one head may hold; default `capacity`.
-      page: slots a page; default the policy's, else PAGE, or PAGE_OF_SCALES where the cache is made for a TPU and its
-        archive is of 8 bits.
-      archive: "int8" or "float8" stores the archive in 8 bits, with a scale for each key and value; rings never.
+      page: slots a page; default the policy's, else the format's.
+      archive: a key of `pallas_kernels.paged.FORMATS`: "int8" and "float8" store the archive in 8 bits, with a scale
+        for each key and value. Rings are never quantised.
 
     Raises:
       ValueError: an unknown `archive`, or a page that is not the policy's.
     """
     ring, lead, stored = policy.window + 1, (layers, batch, heads), storage_dtype(dtype)
-    size = page or policy.page or (PAGE_OF_SCALES if archive and platform() == "tpu" else PAGE)
+    if archive is not None and archive not in FORMATS:
+      raise ValueError(f"archive={archive!r} is not one of {sorted(FORMATS)}")
+    form = format_of(stored) if archive is None else FORMATS[archive]
+    size = page or policy.page or form.page_size()
     if policy.page and size != policy.page:
       raise ValueError(f"page={size}, but {type(policy).__name__} selects pages of {policy.page} slots")
-    if archive is not None and archive not in QUANTISED:
-      raise ValueError(f"archive={archive!r} is not one of {sorted(QUANTISED)}")
     table = Table(jnp.zeros((*lead, 0), jnp.int32), jnp.zeros(lead, jnp.int32), Pool.create(0))
-    cell = stored if archive is None else QUANTISED[archive][0]
-    scales = None if archive is None else jnp.zeros((0, 1, 2 * size), jnp.float32)
-    store = Store(jnp.zeros((0, size, 2 * head_dim), cell), scales)
+    store = Store(*form.empty(0, size, head_dim))
     cache = cls(
       kv=jnp.zeros((*lead, -(-ring // TILE) * TILE, 2 * head_dim), stored), evicted=jnp.zeros((*lead, ring), bool),
       archived=jnp.zeros(lead, jnp.int32), seen=jnp.zeros((batch,), jnp.int32),
-      scores=jnp.zeros((*lead, ring), jnp.float32) if policy.scored else None,
+      stats={name: jnp.zeros((*lead, ring), jnp.float32) for name in policy.stats},
       summaries=jnp.zeros((*lead, 0, 2 * head_dim), stored) if policy.page else None,
       window=policy.window, lag=lag, page=policy.page, store=store, table=table, page_size=size,
     )  # fmt: skip
@@ -107,15 +102,18 @@ class PagedCache(RingCache):
     return self.table.pool.pages
 
   def bytes_live(self) -> int:
-    cell = sum(leaf.nbytes for leaf in jax.tree.leaves(self.store)) // (self.pages * self.page_size)
     in_ring = int(jnp.sum(jnp.minimum(self.seen, self.ring))) * self.archived.size // self.seen.size
-    return in_ring * self.slot_bytes + int(jnp.sum(self.archived)) * cell
+    return in_ring * self.slot_bytes + int(jnp.sum(self.archived)) * self._archive_slot_bytes
 
   @property
   def page_bytes(self) -> int:
     """Bytes that a page adds to the cache: its slots, their scales, and its places in the pool's lists."""
-    leaves = jax.tree.leaves((self.store, self.table.pool.free, self.table.pool.owners))
-    return sum(leaf.nbytes // self.pages for leaf in leaves)
+    lists = sum(leaf.nbytes // self.pages for leaf in (self.table.pool.free, self.table.pool.owners))
+    return self.page_size * self._archive_slot_bytes + lists
+
+  @property
+  def _archive_slot_bytes(self) -> int:
+    return self.store.format.slot_bytes(self.kv.shape[-1] // 2)
 
   @property
   def fixed_bytes(self) -> int:
@@ -130,7 +128,7 @@ class PagedCache(RingCache):
     pad = lambda x, n: None if x is None else jnp.pad(x, ((0, 0),) * 3 + ((0, n),) + ((0, 0),) * (x.ndim - 4))
     return self.replace(
       table=self.table.replace(pages=pad(self.table.pages, more)),
-      scores=pad(self.scores, more * self.page_size),
+      stats={name: pad(stat, more * self.page_size) for name, stat in self.stats.items()},
       summaries=pad(self.summaries, more),
     )
 
@@ -204,8 +202,8 @@ class PagedCache(RingCache):
       table = Table(table.pages, jnp.minimum(table.owned, used), pool)
     return cache.replace(store=store, table=table)
 
-  def _written(self, carry, reserved, layer, target, rows):
-    carry = carry.replace(archive=self._stored(carry.archive, reserved.pages[layer], target, rows))
+  def _written(self, carry, reserved, layer, target, rows, in_order=True):
+    carry = carry.replace(archive=self._stored(carry.archive, reserved.pages[layer], target, rows, in_order))
     return self._ringed(carry, layer, target, rows)
 
   def _exchanged(self, carry, reserved, layer, target, leaves, newest, enters):
@@ -224,16 +222,17 @@ class PagedCache(RingCache):
     return carry.replace(archive=store)
 
   def _stored(
-    self, store: Store, table: Int[Array, "*n M"], target: Int[Array, "*n X"], rows: Shaped[Array, "*n X width"]
-  ) -> Store:
+    self, store: Store, table: Int[Array, "*n M"], target: Int[Array, "*n X"], rows: Shaped[Array, "*n X width"],
+    in_order: bool = True,
+  ) -> Store:  # fmt: skip
     """`store` with rows in the archive's slots `target`; what is in the ring, or past the last slot: nowhere."""
     slots = target - self.ring
-    cells, scales = _quantised(rows, store.pages.dtype)
-    store = store.replace(pages=write_pages(store.pages, table, slots, cells))
+    cells, scales = store.format.encode(rows)
+    store = store.replace(pages=write_pages(store.pages, table, slots, cells, in_order=in_order))
     if scales is None:
       return store
     page, slot = places(self.pages, self.page_size, table, slots)
-    at = page[..., None], 0, _of_slots(slot)
+    at = page[..., None], 0, scale_places(slot)
     return store.replace(scales=store.scales.at[at].set(scales, mode="drop", unique_indices=True))
 
   def _archive(self, carry, reserved, layer):
@@ -244,15 +243,15 @@ class PagedCache(RingCache):
   def _archive_at(self, carry, reserved, layer, index):
     store, slot = carry.archive, index % self.page_size
     page = jnp.clip(pages_at(reserved.pages[layer], index // self.page_size), 0, self.pages - 1)
-    scales = None if store.scales is None else store.scales[page[..., None], 0, _of_slots(slot)]
-    return _numbers(store.pages[page, slot], scales, carry.kv.dtype)
+    scales = None if store.scales is None else store.scales[page[..., None], 0, scale_places(slot)]
+    return unpacked(packed(store.format.decode(store.pages[page, slot], scales), carry.kv.dtype))
 
   def _attended(self, carry, reserved, layer, q, in_ring, archived, mass=False):
     in_ring = jnp.broadcast_to(in_ring, archived.shape)
     pages = Pages(carry.archive.pages, reserved.pages, archived, carry.archive.scales)
     out = decode_attention(q, carry.kv, layer, in_ring, pages=pages, mass=mass)
     if not mass:
-      return out
+      return out, None
     out, (of_ring, of_archive) = out
     return out, jnp.concatenate([of_ring[..., : self.ring], of_archive], axis=-1)
 
@@ -270,28 +269,3 @@ def _granted(asked: Int[Array, "B"], free: Int[Array, ""]) -> Bool[Array, "B"]:
   left = free - jnp.sum(jnp.where(granted, asked, 0))
   fitting = jnp.where(granted | (asked > left), 0, asked)
   return granted | ((asked <= left) & (jnp.cumsum(fitting) <= left))
-
-
-def _of_slots(slot: Int[Array, "*n"]) -> Int[Array, "*n 2"]:
-  """Where in a page's row of scales those of a slot's key and value are."""
-  return 2 * slot[..., None] + jnp.arange(2)
-
-
-def _quantised(rows: Shaped[Array, "*n rows"], dtype) -> tuple[Shaped[Array, "*n rows"], Float[Array, "*n 2"] | None]:
-  """Rows as the archive stores them, and the scales of key and value, None where it stores them as they are."""
-  largest = next((largest for cell, largest in QUANTISED.values() if cell == dtype), None)
-  if largest is None:
-    return rows, None
-  pairs = unpacked(rows).astype(jnp.float32).reshape(*rows.shape[:-1], 2, rows.shape[-1] // 2)
-  scales = jnp.max(jnp.abs(pairs), axis=-1) / largest
-  cells = pairs / jnp.where(scales == 0, 1.0, scales)[..., None]
-  cells = jnp.round(cells) if dtype == jnp.int8 else cells
-  return cells.astype(dtype).reshape(rows.shape), scales
-
-
-def _numbers(cells: Shaped[Array, "*n rows"], scales: Float[Array, "*n 2"] | None, stored) -> Float[Array, "*n rows"]:
-  """The inverse of `_quantised`, in the numbers that `stored` holds."""
-  if scales is None:
-    return unpacked(cells)
-  pairs = cells.astype(jnp.float32).reshape(*cells.shape[:-1], 2, cells.shape[-1] // 2) * scales[..., None]
-  return unpacked(packed(pairs.reshape(cells.shape), stored))

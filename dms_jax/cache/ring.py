@@ -1,15 +1,16 @@
-"""What caches with a window ring and an archive share, so that what was evicted really leaves.
+"""What caches with a window ring and an archive share, so that the memory of evicted tokens is freed.
 
-Per layer, row and KV head, S = W + 1 + A slots:
+Each (layer, row, KV head) has S = W + 1 + A slots:
 
-    [ ring: W + 1 slots, token t in slot t mod (W + 1) | archive: what was kept as it left the ring ]
+    [ ring: W + 1 slots, token t in slot t mod (W + 1) | archive: tokens kept as they left the ring ]
 
-An archive that is only appended to is in the order of positions; a policy may also put tokens in each other's places.
-Keys are stored after RoPE, so the order of slots does not matter and live slots are always one prefix. Where a policy
-selects what is read, the ring and the archive are whole pages.
+An append-only archive is in the order of positions; a policy may also overwrite archived tokens. Keys are stored after
+RoPE, so the order of slots does not matter, and live slots are always one prefix. Where a policy selects pages, the ring
+and the archive consist of whole pages.
 
-Slots are numbered as above whatever they lie in: `slots.ContiguousCache` has ring and archive in one array, the archive of
-`paged.PagedCache` is in pages. A few short methods, the last of the class, are all that differs.
+Slots are numbered as above in every memory layout: `contiguous.ContiguousCache` has ring and archive in one array,
+`paged.PagedCache` has its archives in pages. The last methods of the class are all that differs. Chunks of a prompt are
+in `chunk`.
 """
 
 from __future__ import annotations
@@ -21,22 +22,23 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from dms_jax.attention import NEVER, prefill_attention
-from dms_jax.cache.base import Common, Plan, Usage, count_reads, group_mean, last_visible, packed, rows_of, unpacked
-from dms_jax.policies import Leaving
+from dms_jax.cache import chunk
+from dms_jax.cache.base import Common, Plan, Usage, group_mean, packed, rows_of, unpacked
+from dms_jax.policies import Leaving, Observation
 
 
 @struct.dataclass
 class Step:
-  """What becomes of the token that leaves the ring, [L, B, K] each; before this step's own decisions are known."""
+  """Where the token that leaves the ring goes, [L, B, K] each, before this step's own decisions are known."""
 
-  target: jax.Array  # the slot it is moved to; past the end: it is forgotten
-  grows: jax.Array  # whether that is a new one
+  target: jax.Array  # the slot it moves to; past the end where it is forgotten
+  grows: jax.Array  # whether that slot is a new one
 
 
 @struct.dataclass
 class Placement:
-  """Of a plan. `step`: of single tokens, None for a chunk; `reserved`: what a cache sets aside for new slots."""
+  """What a plan fixes for this kind of cache. `step`: of a decode step, None for a chunk. `reserved`: memory set aside for
+  new slots."""
 
   step: Step | None
   reserved: Any
@@ -44,12 +46,12 @@ class Placement:
 
 @struct.dataclass
 class LayerCarry:
-  """The arrays that are carried: `kv` [L, B, K, S or W+1, 2H] begins with the ring, `scores` [L, B, K, S], `summaries`
-  [L, B, K, A / page, 2H]; `archive`: where that is not in `kv`. `leaving` [L, B, K, 2H]: what leaves the ring, where
-  layers are in a list."""
+  """The arrays carried through the layers: `kv` [L, B, K, S or W+1, 2H] begins with the ring, `stats` [L, B, K, S] each,
+  `summaries` [L, B, K, A / page, 2H], `archive` where it is not in `kv`. `leaving` [L, B, K, 2H]: the token that leaves
+  the ring, for a list of layers."""
 
   kv: jax.Array
-  scores: jax.Array | None
+  stats: dict[str, jax.Array]
   summaries: jax.Array | None
   archive: Any = None
   leaving: jax.Array | None = None
@@ -76,7 +78,7 @@ class RingCache(Common):
       raise ValueError(f"{type(policy).__name__} selects pages of {policy.page} slots, the cache has {self.page}")
 
   def layer_carry(self):
-    return LayerCarry(self.kv, self.scores, self.summaries, self._store())
+    return LayerCarry(self.kv, self.stats, self.summaries, self._store())
 
   def layer_state(self):
     return self.archived, self.evicted
@@ -92,60 +94,67 @@ class RingCache(Common):
 
   # Before the layers --------------------------------------------------------------------------------------------------
 
-  def plan(self, policy, lengths, num_tokens):
+  def plan(self, policy, lengths, num_tokens, remaining=None):
     self.check(policy)
-    if num_tokens == 1:
+    if num_tokens == 1 and (remaining is None or not policy.compacts):
       return self._plan_step(policy, lengths)
-    if policy.scored:
+    if policy.exact_prefill:
       raise ValueError(f"{type(policy).__name__} reads one token at a time, and here are {num_tokens}")
     position = self.seen[:, None] - self.ring + jnp.arange(self.ring + num_tokens)
     leaves = (position >= 0) & (position < (self.seen + lengths)[:, None] - self.ring)
-    kept = jnp.sum(leaves[:, None] & ~self._foreseen(policy, position), axis=-1, dtype=jnp.int32)
-    room, reserved = self._reserved(kept, num_tokens)
-    return Plan(self.seen, jnp.where(room, lengths, 0), ~room, Placement(None, reserved))
+    appended = jnp.sum(leaves[:, None] & ~self._foreseen(policy, position), axis=-1, dtype=jnp.int32)
+    if policy.compacts:
+      most = jnp.broadcast_to(policy.capacity(self.seen + lengths), self.seen.shape) - self.ring
+      appended = jnp.minimum(appended, jnp.maximum(most[:, None] - self.archived, 0))
+    fits, reserved = self._reserved(appended, num_tokens)
+    remaining = jnp.zeros_like(self.seen) if remaining is None else remaining
+    return Plan(self.seen, jnp.where(fits, lengths, 0), ~fits, remaining, Placement(None, reserved))
 
   def _foreseen(self, policy, position):
-    """What is known before the layers of the decisions about tokens at `position` [B, X], as `evicted` [L, B, K, X].
+    """The decisions about tokens at `position` [B, X] known before the layers run, as `evicted` bool [L, B, K, X].
 
-    Gates decide in the layers or behind them: what they have not decided yet counts as kept.
+    A decision that a layer will compute counts as "keep".
     """
     layers, *_ = lead = self.archived.shape
     shape = (*lead, position.shape[1])
     at = jnp.broadcast_to(position[:, None], shape)
-    stored = jnp.take_along_axis(self.evicted, at % self.ring, axis=-1)
-    coming = False if policy.uses_gates else policy.decide(None, jnp.arange(layers)[:, None, None, None], at)
-    return jnp.where(at < (self.seen - self.lag)[:, None, None], stored, coming)
+    made = jnp.take_along_axis(self.evicted, at % self.ring, axis=-1)
+    coming = policy.decide(None, jnp.arange(layers)[:, None, None, None], at) if policy.known_ahead else False
+    return jnp.where(at < (self.seen - self.lag)[:, None, None], made, coming)
 
   def _plan_step(self, policy, lengths):
     ring, slots = self.ring, self.slots
     displaced = ((self.seen >= ring) & (lengths > 0))[:, None]
-    score = scores = None
-    if self.scores is not None:
-      at = jnp.broadcast_to((self.seen % ring)[:, None, None], (*self.archived.shape, 1))
-      score, scores = jnp.take_along_axis(self.scores, at, axis=-1)[..., 0], self.scores[..., ring:]
+    at = jnp.broadcast_to((self.seen % ring)[:, None, None], (*self.archived.shape, 1))
     retired = policy.retire(
       Leaving(
         evicted=self._foreseen(policy, (self.seen - ring)[:, None])[..., 0], tokens=(self.seen + 1)[:, None],
-        archived=self.archived, live=jnp.arange(slots - ring) < self.archived[..., None], score=score, scores=scores,
+        archived=self.archived, live=jnp.arange(slots - ring) < self.archived[..., None],
+        stats={name: jnp.take_along_axis(stat, at, axis=-1)[..., 0] for name, stat in self.stats.items()},
+        archive_stats={name: stat[..., ring:] for name, stat in self.stats.items()},
       )
     )  # fmt: skip
     keep = displaced & retired.keep
     place = jnp.full_like(self.archived, -1) if retired.slot is None else retired.slot
     grows = keep & (place < 0)
-    room, reserved = self._reserved(grows.astype(jnp.int32), 1)
-    target = jnp.where(keep & room[:, None], ring + jnp.where(grows, self.archived, place), slots)
-    step = Step(target, grows & room[:, None])
-    return Plan(self.seen, jnp.where(room, lengths, 0), ~room, Placement(step, reserved))
+    fits, reserved = self._reserved(grows.astype(jnp.int32), 1)
+    target = jnp.where(keep & fits[:, None], ring + jnp.where(grows, self.archived, place), slots)
+    step = Step(target, grows & fits[:, None])
+    return Plan(self.seen, jnp.where(fits, lengths, 0), ~fits, None, Placement(step, reserved))
 
   # In a layer ---------------------------------------------------------------------------------------------------------
 
-  def can_decide_late(self, policy):
-    """Not where W < lag: what a step decides about leaves the ring in that very step."""
+  def _decided_ahead(self, policy) -> bool:
+    """Whether the decision about the token that leaves the ring was made in an earlier step: not where W < lag."""
     return self.window >= self.lag or not policy.evicts
 
+  def can_decide_late(self, policy):
+    return self._decided_ahead(policy) and not policy.uses_keys
+
   def attend(self, plan, policy, layer, carry, state, q, k, v, evict):
-    attend = self._decode if q.shape[1] == 1 else self._prefill
-    return attend(plan, policy, layer, carry, state, q, k, v, evict)
+    if plan.placement.step is None:
+      return chunk.attend(self, plan, policy, layer, carry, state, q, k, v, evict)
+    return self._decode(plan, policy, layer, carry, state, q, k, v, evict)
 
   def _decode(self, plan, policy, layer, carry, state, q, k, v, evict):
     archived, _ = state
@@ -154,7 +163,7 @@ class RingCache(Common):
     slot = (plan.seen % ring)[:, None]
     step, reserved = plan.placement.step, plan.placement.reserved
     target, grows = step.target[layer], step.grows[layer]
-    known = self.can_decide_late(policy)
+    known = self._decided_ahead(policy)
     if not known:
       target, grows = jnp.where(evict[..., 0], slots, target), grows & ~evict[..., 0]
     archived = archived + grows.astype(jnp.int32)
@@ -173,11 +182,13 @@ class RingCache(Common):
     else:
       displaced = carry.kv[layer, rows, head, slot]
       carry = self._exchanged(carry, reserved, layer, target, displaced, newest, new[:, :, 0])
-    if policy.scored:
-      first = policy.first_score(layer, jnp.broadcast_to(plan.seen[:, None], target.shape))
-      moved = jnp.stack([carry.scores[layer, rows, head, slot], first], -1)
+    if policy.stats:
+      admitted = policy.admit(layer, jnp.broadcast_to(plan.seen[:, None, None], (*target.shape, 1)))
       at = (layer, rows[..., None], head[:, None], jnp.stack([target, newest], -1))
-      carry = carry.replace(scores=carry.scores.at[at].set(moved, mode="drop"))
+      moved = {
+        n: jnp.stack([stat[layer, rows, head, slot], admitted[n][..., 0]], -1) for n, stat in carry.stats.items()
+      }
+      carry = carry.replace(stats={n: stat.at[at].set(moved[n], mode="drop") for n, stat in carry.stats.items()})
 
     in_ring = jnp.minimum(plan.seen + plan.lengths, ring)[:, None]
     live = read = in_ring + archived
@@ -185,14 +196,29 @@ class RingCache(Common):
       carry = self._summarised(policy, layer, carry, reserved, archived, (target - ring) // self.page)
       out, read = self._selected(plan, policy, layer, carry, reserved, archived, q)
     elif policy.observes:
-      out, mass = self._attended(carry, reserved, layer, q[:, 0], in_ring, archived, mass=True)
-      before = carry.scores[layer]
-      after = jnp.where(active[:, None, None], policy.observe(before, group_mean(mass, q)), before)
-      carry = carry.replace(scores=carry.scores.at[layer].set(after))
+      out, mass = self._attended(carry, reserved, layer, q[:, 0], in_ring, archived, mass="mass" in policy.observes)
+      carry = self._observed(plan, policy, layer, carry, reserved, in_ring, archived, q, mass)
     else:
-      out = self._attended(carry, reserved, layer, q[:, 0], in_ring, archived)
+      out, _ = self._attended(carry, reserved, layer, q[:, 0], in_ring, archived)
     decided = None if evict is None else evict[..., 0]
     return out[:, None], carry, (archived, decided), Usage(live, jnp.where(active[:, None], read, 0))
+
+  def _observed(self, plan, policy, layer, carry, reserved, in_ring, archived, q, mass):
+    """`carry` with the statistics that a decode step of one layer leaves."""
+    index, keys = jnp.arange(self.slots), None
+    if "keys" in policy.observes:
+      own = unpacked(carry.kv[layer, :, :, : self.ring])
+      keys = jnp.concatenate([own, self._archive(carry, reserved, layer)], axis=2)[..., : q.shape[3]]
+    seen = Observation(
+      mass=None if mass is None else group_mean(mass, q), keys=keys, lengths=plan.lengths,
+      live=jnp.where(index < self.ring, index < in_ring[..., None], index - self.ring < archived[..., None]),
+      remaining=jnp.zeros_like(plan.lengths),
+    )  # fmt: skip
+    before = {name: stat[layer] for name, stat in carry.stats.items()}
+    after = policy.observe(before, seen)
+    active = (plan.lengths > 0)[:, None, None]
+    after = {name: jnp.where(active, after[name], stat) for name, stat in before.items()}
+    return carry.replace(stats={name: stat.at[layer].set(after[name]) for name, stat in carry.stats.items()})
 
   def _summarised(self, policy, layer, carry, reserved, archived, page):
     """`carry` with the summary of archive page `page` [B, K] renewed; past the end: of none."""
@@ -224,55 +250,6 @@ class RingCache(Common):
     in_ring = jnp.broadcast_to(jnp.minimum(stop, self.ring)[:, None], length.shape)
     return self._attended_pages(carry, reserved, layer, q[:, 0], in_ring, order, length), in_ring + length
 
-  def _prefill(self, plan, policy, layer, carry, state, q, k, v, evict):
-    archived, flags = state
-    b, t, _, h = q.shape
-    ring, slots, heads, kv = self.ring, self.slots, archived.shape[1], carry.kv
-    rows, head = jnp.arange(b)[:, None, None], jnp.arange(heads)[:, None]
-    seen, stop = plan.seen[:, None], (plan.seen + plan.lengths)[:, None]
-
-    # Candidates: the ring's tokens in the order of their positions, then the chunk's.
-    position = jnp.concatenate([seen - ring + jnp.arange(ring), seen + jnp.arange(t)], axis=1)  # [B, W+1+T]
-    real = (position >= 0) & (position < stop)
-    slot = position % ring
-    from_ring = slot[:, None, :ring]
-    # What the chunk's tokens decide, by the candidate it is about: the chunk's token c is candidate ring + c.
-    aligned = lambda x: jnp.pad(x, ((0, 0), (0, 0), (ring - self.lag, self.lag)))
-    now = aligned((jnp.arange(t) < plan.lengths[:, None])[:, None])
-    before = jnp.pad(flags[rows, head, from_ring], ((0, 0), (0, 0), (0, t)))
-    evicted = jnp.where(now, aligned(evict), before)
-    old = kv[layer, rows, head, from_ring]
-    candidates = jnp.concatenate([old, rows_of(k, v, kv.dtype)], axis=2)  # [B, K, W+1+T, 2H]
-
-    # The cache is written before its archive is read: read before, XLA may copy the whole cache twice in every layer.
-    # What the chunk appends lies behind the slots that count as archived here.
-    kept = (real & (position < stop - ring))[:, None] & ~evicted
-    stays = real & (position >= stop - ring)
-    to_archive = ring + archived[..., None] + jnp.cumsum(kept, axis=-1) - 1
-    target = jnp.where(kept, to_archive, jnp.where(stays, slot, slots)[:, None])
-    reserved = plan.placement.reserved
-    carry = self._written(carry, reserved, layer, target, candidates)
-    flags = flags.at[rows, head, jnp.where(stays, slot, ring)[:, None]].set(evicted, mode="drop")
-
-    # Candidates before the archive: then every key has the same place whatever the size of the cache, and sums the same
-    # order, and the free slots come last.
-    keys = jnp.concatenate([unpacked(candidates), self._archive(carry, reserved, layer)], axis=2)
-    in_archive = jnp.arange(slots - ring) < archived[..., None]
-    real_keys = jnp.broadcast_to(real[:, None], evicted.shape)
-    first = jnp.where(real_keys, position[:, None], NEVER)
-    first = jnp.concatenate([first, jnp.where(in_archive, -1, NEVER)], axis=-1)
-    last = jnp.where(real_keys, last_visible(evicted, position[:, None], self.window), -1)
-    last = jnp.concatenate([last, jnp.where(in_archive, NEVER, -1)], axis=-1)
-    q_pos = jnp.where(real[:, ring:], position[:, ring:], -2)
-    out = prefill_attention(q, keys[..., :h], keys[..., h:], q_pos, first, last)
-    reads = count_reads(first, last, plan.seen, plan.seen + plan.lengths)
-
-    archived = archived + jnp.sum(kept, axis=-1, dtype=jnp.int32)
-    if policy.page:
-      carry = self._all_summarised(policy, layer, carry, reserved, archived)
-    live = jnp.minimum(stop, ring) + archived
-    return out, carry, (archived, flags), Usage(live, reads)
-
   def _all_summarised(self, policy, layer, carry, reserved, archived):
     """`carry` with the summaries of all pages of a layer renewed, as after a chunk."""
     b, heads = archived.shape
@@ -290,7 +267,7 @@ class RingCache(Common):
     if plan.placement.step is not None:
       evicted = self._decided(plan, evicted)
     return self.replace(
-      kv=carry.kv, scores=carry.scores, summaries=carry.summaries, archived=archived, evicted=evicted,
+      kv=carry.kv, stats=carry.stats, summaries=carry.summaries, archived=archived, evicted=evicted,
       seen=plan.seen + plan.lengths,
     )  # fmt: skip
 
@@ -317,9 +294,14 @@ class RingCache(Common):
     raise NotImplementedError
 
   def _written(
-    self, carry: LayerCarry, reserved, layer, target: Int[Array, "B K X"], rows: Shaped[Array, "B K X 2*H"]
-  ) -> LayerCarry:
-    """`carry` with rows, as stored, in slots `target`; past the last slot: nowhere."""
+    self, carry: LayerCarry, reserved, layer, target: Int[Array, "B K X"], rows: Shaped[Array, "B K X 2*H"],
+    in_order: bool = True,
+  ) -> LayerCarry:  # fmt: skip
+    """`carry` with rows, as stored, in slots `target`; past the last slot: nowhere.
+
+    Args:
+      in_order: the archive slots of one head ascend without gaps.
+    """
     raise NotImplementedError
 
   def _exchanged(
@@ -346,7 +328,7 @@ class RingCache(Common):
   def _attended(
     self, carry: LayerCarry, reserved, layer, q: Float[Array, "B N H"], in_ring, archived, mass: bool = False
   ):
-    """Attention to `in_ring` [B, 1] and `archived` [B, K] slots; with `mass`, the pair with the attention [B, K, S]."""
+    """Attention to `in_ring` [B, 1] and `archived` [B, K] slots, and with `mass` the attention to each slot [B, K, S]."""
     raise NotImplementedError
 
   def _attended_pages(self, carry: LayerCarry, reserved, layer, q: Float[Array, "B N H"], in_ring, order, length):

@@ -13,14 +13,13 @@ from dms_jax.cache import pool as pools
 from dms_jax.cache.paged import PagedCache, Table
 from dms_jax.cache.ring import RingCache
 
-BY_ROW = ("kv", "evicted", "archived", "scores", "summaries")  # fields of [L, B, ...]
+BY_ROW = ("kv", "evicted", "archived", "stats", "summaries")  # fields of [L, B, ...], or of several such
 
 
-def cut_to(cache: RingCache, take: Callable, archive: int) -> dict:
-  """`take` of the fields BY_ROW, scores and summaries for `archive` slots of the archive alone."""
-  fields = {name: None if getattr(cache, name) is None else take(getattr(cache, name)) for name in BY_ROW}
-  if fields["scores"] is not None:
-    fields["scores"] = fields["scores"][..., : cache.ring + archive]
+def row_fields(cache: RingCache, take: Callable, archive: int) -> dict:
+  """`take` of the fields BY_ROW; statistics and summaries cut to `archive` slots of the archive."""
+  fields = {name: jax.tree.map(take, getattr(cache, name)) for name in BY_ROW}
+  fields["stats"] = {name: stat[..., : cache.ring + archive] for name, stat in fields["stats"].items()}
   if fields["summaries"] is not None:
     fields["summaries"] = fields["summaries"][..., : -(-archive // cache.page), :]
   return fields
@@ -29,15 +28,15 @@ def cut_to(cache: RingCache, take: Callable, archive: int) -> dict:
 def take_row(cache: PagedCache, row: Int[Array, ""], places: int) -> PagedCache:
   """A cache of one row, which works on the same pool; its heads have `places` pages at most."""
   take = lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1, axis=1)
-  fields = cut_to(cache, take, places * cache.page_size)
+  fields = row_fields(cache, take, places * cache.page_size)
   table = cache.table.replace(pages=take(cache.table.pages)[..., :places], owned=take(cache.table.owned))
   return cache.replace(**fields, seen=jax.lax.dynamic_slice_in_dim(cache.seen, row, 1), table=table)
 
 
 def put_row(cache: PagedCache, row: Int[Array, ""], one: PagedCache) -> PagedCache:
   """`cache` with what became of `one = alone(cache, row, ...)`."""
-  put = lambda x, part: None if x is None else jax.lax.dynamic_update_slice(x, part, (0, row) + (0,) * (x.ndim - 2))
-  fields = {name: put(getattr(cache, name), getattr(one, name)) for name in BY_ROW}
+  put = lambda x, part: jax.lax.dynamic_update_slice(x, part, (0, row) + (0,) * (x.ndim - 2))
+  fields = {name: jax.tree.map(put, getattr(cache, name), getattr(one, name)) for name in BY_ROW}
   table = Table(put(cache.table.pages, one.table.pages), put(cache.table.owned, one.table.owned), one.table.pool)
   seen = jax.lax.dynamic_update_slice_in_dim(cache.seen, one.seen, row, axis=0)
   return cache.replace(**fields, seen=seen, table=table, store=one.store)
@@ -91,8 +90,8 @@ def fork_row(
     return jax.tree.map(lambda x: x.at[to].set(x[jnp.clip(pages[:, 0], 0, none - 1)], mode="drop"), store)
 
   store = jax.lax.fori_loop(0, rows.shape[0], copied_row, cache.store)
-  to = lambda x: None if x is None else jnp.where(rows.reshape(-1, *(1,) * (x.ndim - 2)), of_source(x), x)
+  to = lambda x: jnp.where(rows.reshape(-1, *(1,) * (x.ndim - 2)), of_source(x), x)
   table = Table(jnp.where(shared, pages, jnp.where(wanted & enough, new, table.pages)), to(table.owned), pool)
   table = table.replace(owned=jnp.where(rows[:, None], jnp.minimum(owned, used), table.owned))
-  fields = {name: to(getattr(cache, name)) for name in BY_ROW}
+  fields = {name: jax.tree.map(to, getattr(cache, name)) for name in BY_ROW}
   return cache.replace(**fields, seen=jnp.where(rows, cache.seen[source], cache.seen), table=table, store=store), enough

@@ -1,4 +1,4 @@
-"""Weights in and out: GGUF files, Hugging Face directories and hub ids in; Hugging Face directories out."""
+"""Conversion from GGUF files, Hugging Face directories and hub ids, and export to Hugging Face directories."""
 
 from dms_jax.convert.api import convert as convert
-from dms_jax.convert.huggingface import export as export
+from dms_jax.convert.layouts.transformers import export as export

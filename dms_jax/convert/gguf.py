@@ -1,7 +1,7 @@
 """Reads GGUF files (llama.cpp's format) with the `gguf` package: weights dequantised to float32, config and tokenizer.
 
-llama.cpp keeps q and k rows of the "llama" architecture in pairs for its interleaved rotary embedding; they are put
-back into Hugging Face's half-split order here. Qwen's are stored as they are.
+For families with `paired_rope`, llama.cpp stores rows of q and k in pairs, for interleaved RoPE; they are permuted back
+to Hugging Face's half-split order.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, normalizers, pre_tokenizers, processors
 
-from dms_jax.config import FAMILIES, ModelConfig, RopeScaling
+from dms_jax import families
+from dms_jax.config import ModelConfig, RopeScaling
 from dms_jax.convert.tensors import Tensors, check_layers, hf_names
 from dms_jax.layers import rope_frequencies
 from dms_jax.params import param_table
@@ -29,7 +30,7 @@ _NAMES = {
   "layers/o_proj": "attn_output.weight", "layers/gate_proj": "ffn_gate.weight", "layers/up_proj": "ffn_up.weight",
   "layers/down_proj": "ffn_down.weight",
 }  # fmt: skip
-_ROPE_FREQS = "rope_freqs.weight"  # Llama 3.1's scaling, as the factor each frequency is divided by
+_ROPE_FREQS = "rope_freqs.weight"  # Llama 3.1's scaling: the divisor of each frequency
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -38,9 +39,9 @@ _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 @dataclasses.dataclass(frozen=True)
 class _PreTokenizer:
-  """What `tokenizer.ggml.pre` names: how text is cut before BPE, and what the tokenizer does by default."""
+  """The rules that `tokenizer.ggml.pre` names: how text is split before BPE, and the tokenizer's defaults."""
 
-  split: str | None  # None: GPT-2's own pattern after cutting out single digits
+  split: str | None  # None: single digits first, then GPT-2's own pattern
   nfc: bool = False
   ignore_merges: bool = False
   adds_bos: bool = False
@@ -85,13 +86,13 @@ def _open(path: str | Path):
     return GGUFReader(path)
   except FileNotFoundError:
     raise ValueError(f"{path}: no such file") from None
-  except Exception as error:  # the reader checks little: what it stumbles over says where
+  except Exception as error:  # the reader checks little; its errors are of any kind
     message = str(error).splitlines()[0] if str(error) else type(error).__name__
     raise ValueError(f"{path}: not a readable GGUF file ({message}); it is damaged or was cut short") from None
 
 
 class _Fields:
-  """The metadata of a GGUF file, with errors that name the missing or malformed key."""
+  """The metadata of a GGUF file; errors name the missing or malformed key."""
 
   def __init__(self, reader, path: str):
     self.path, self._fields = path, reader.fields
@@ -117,8 +118,8 @@ class _Fields:
 
 def _config(fields: _Fields, tensors: dict) -> ModelConfig:
   reasons = []
-  if fields.arch not in FAMILIES:
-    reasons.append(f"architecture {fields.arch!r}; supported are {', '.join(FAMILIES)}")
+  if fields.arch not in families.FAMILIES:
+    reasons.append(f"architecture {fields.arch!r}; supported are {', '.join(families.FAMILIES)}")
   if fields.get("{arch}.expert_count", default=0):
     reasons.append("mixture of experts (expert_count)")
   if fields.get("{arch}.attention.kv_lora_rank", default=0):
@@ -134,7 +135,6 @@ def _config(fields: _Fields, tensors: dict) -> ModelConfig:
   head_dim = fields.get("{arch}.rope.dimension_count", int, width // max(heads, 1))
   eos = [fields.get(f"tokenizer.ggml.{name}_token_id", int, None) for name in ("eos", "eot", "eom")]
   values = dict(
-    family=fields.arch,
     num_layers=fields.get("{arch}.block_count", int),
     d_model=width,
     d_ff=fields.get("{arch}.feed_forward_length", int),
@@ -146,12 +146,10 @@ def _config(fields: _Fields, tensors: dict) -> ModelConfig:
     rope_theta=fields.get("{arch}.rope.freq_base", float, 10000.0),
     rms_norm_eps=fields.get("{arch}.attention.layer_norm_rms_epsilon", float),
     tie_embeddings="output.weight" not in tensors,
-    qkv_bias=FAMILIES[fields.arch].qkv_bias,
-    qk_norm=FAMILIES[fields.arch].qk_norm,
     eos_token_ids=tuple(dict.fromkeys(i for i in eos if i is not None)),
   )
   try:
-    config = ModelConfig(**values)
+    config = families.get(fields.arch).config(**values)
     if _ROPE_FREQS in tensors:
       config = dataclasses.replace(config, rope_scaling=_scaling(config, tensors[_ROPE_FREQS]))
   except (ValueError, ZeroDivisionError) as error:
@@ -160,7 +158,7 @@ def _config(fields: _Fields, tensors: dict) -> ModelConfig:
 
 
 def _scaling(config: ModelConfig, tensor) -> RopeScaling:
-  """The llama3 scaling whose factors the file lists; llama.cpp stores the list and not the parameters."""
+  """The llama3 scaling of the file's factors; llama.cpp stores one factor a frequency, not the parameters."""
   factors = np.asarray(tensor.data, np.float32).reshape(-1)
   plain = rope_frequencies(config)
   scaling = RopeScaling(factor=float(factors.max()))
@@ -175,11 +173,12 @@ def _tensors(reader, config: ModelConfig, path: str) -> Tensors:
 
   check_layers(config.num_layers, len(reader.tensors), path)
   of_name = {}  # GGUF name -> (Hugging Face name, heads to un-permute or 0)
-  heads = {"layers/q_proj": config.num_heads, "layers/k_proj": config.num_kv_heads}
+  paired = families.get(config.family).paired_rope
+  heads = {"layers/q_proj": config.num_heads, "layers/k_proj": config.num_kv_heads} if paired else {}
   for param, spec in param_table(config).items():
     for name, layer in hf_names(param, spec):
       own = _NAMES[param] if layer is None else f"blk.{layer}.{_NAMES[param]}"
-      of_name[own] = (name, heads.get(param, 0) if FAMILIES[config.family].paired_rope else 0)
+      of_name[own] = (name, heads.get(param, 0))
   entries, shapes = {}, {}
   for tensor in reader.tensors:
     if tensor.name == _ROPE_FREQS:

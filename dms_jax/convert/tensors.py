@@ -11,27 +11,31 @@ import numpy as np
 
 from dms_jax.params import Params, ParamSpec, flatten, unflatten
 
-Progress = Callable[[int, int, str], None]  # (done, of how many, what)
+DTYPES = ("float32", "bfloat16", "float16")  # that weights are stored in
+Progress = Callable[[int, int, str], None]  # (done, total, name)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensors:
-  """Named tensors on disk: their shapes, known at once, and `read(name)`, which gives one as a numpy array."""
+  """Named tensors on disk: the shapes of all, and `read(name)`, which returns one as a numpy array.
+
+  `dtype` is that of most stored values, or float32 if they are quantised.
+  """
 
   source: str
   shapes: dict[str, tuple[int, ...]]
   read: Callable[[str], np.ndarray]
-  dtype: str  # that most of them are stored in, or become once dequantised
+  dtype: str
 
 
 def check_layers(num_layers: int, tensors: int, source: str) -> None:
-  """Refuses a number of layers beyond what the file could hold: damage, and endless work if it were believed."""
+  """Raises ValueError if a file has fewer tensors than layers: it is damaged, and building the table would not end."""
   if num_layers > tensors:
     raise ValueError(f"{source}: {num_layers} layers, but only {tensors} tensors: damaged, or not all of the model")
 
 
 def hf_names(path: str, spec: ParamSpec) -> Iterator[tuple[str, int | None]]:
-  """The tensors that one parameter is stored as: (name, layer), layer None where it is not layered."""
+  """(name, layer) of each tensor that the parameter is stored as; layer is None if it is not layered."""
   if spec.hf_name is not None:
     layers = range(spec.shape[0]) if spec.layered else [None]
     yield from ((spec.hf_name if layer is None else spec.hf_name.format(layer=layer), layer) for layer in layers)
@@ -45,13 +49,13 @@ def to_params(
   ignore: Callable[[str], bool] = lambda name: False,
   progress: Progress | None = None,
 ) -> Params:
-  """Parameters of `table` as numpy arrays of `dtype`, layers stacked.
+  """The parameters of `table` as numpy arrays of `dtype`, layers stacked.
 
   Args:
-    ignore: names that may be present without a meaning here.
+    ignore: whether a tensor that is not in the table may be present.
 
   Raises:
-    ValueError: all missing, unexpected and wrongly shaped tensors together; a tensor with NaN or infinity.
+    ValueError: lists all missing, unexpected and wrongly shaped tensors; or a tensor holds NaN or infinity.
   """
   check_layers(max(spec.shape[0] for spec in table.values() if spec.layered), len(tensors.shapes), tensors.source)
   wanted = {name: spec for path, spec in table.items() for name, _ in hf_names(path, spec)}
@@ -93,7 +97,7 @@ def _finite(tensors: Tensors, name: str, dtype) -> np.ndarray:
 def from_params(
   table: dict[str, ParamSpec], params: Params, dtype=None
 ) -> Iterator[tuple[str, tuple[int, ...], Callable]]:
-  """(name, shape, read) of every Hugging Face tensor; `read()` gives a contiguous numpy array of `dtype`."""
+  """(name, shape, read) of every Hugging Face tensor; `read()` returns a contiguous numpy array of `dtype`."""
   flat = flatten(params)
   for path, spec in table.items():
     for name, layer in hf_names(path, spec):

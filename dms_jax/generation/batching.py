@@ -304,7 +304,7 @@ class Generator:
     if first.stored is not None and not self.memory.restore(rows[0], first.stored[0]):
       return self._give_up(first)
     logits = self.memory.read(self.model, self.policy, rows[0], first.prompt, self.chunk)
-    if logits is None or not self.memory.fork(rows[0], rows[1:], whole=self.policy.scored):
+    if logits is None or not self.memory.fork(rows[0], rows[1:], whole=self.policy.overwrites):
       return self._give_up(first)
     for chain, row in zip(group, rows, strict=True):
       self._ages += 1

@@ -26,15 +26,15 @@ from dms_jax import policies
 from dms_jax.cache import PagedCache
 from dms_jax.cache.base import storage_dtype
 from dms_jax.cache.host import HostRow, check_fits, restore_row
-from dms_jax.cache.paged import QUANTISED
 from dms_jax.config import read_json
 from dms_jax.generation.conversation import Continuation, Conversation, conversation_of, place_like
 from dms_jax.model import Model, check_policy, decision_lag
 from dms_jax.policies import Policy
+from pallas_kernels.paged import FORMATS, format_of
 
 HEADER, ROWS, FORMAT = "cache.json", "rows.npz", 1
 # The arrays of a row, by their names in the file and in `HostRow`.
-ARRAYS = ("kv", "evicted", "archived", "pages", "scales", "scores", "summaries")
+ARRAYS = ("kv", "evicted", "archived", "pages", "scales", "summaries")
 # What version 0.1 calls kinds of caches.
 KINDS_0_1 = {"slots": "contiguous"}
 
@@ -120,11 +120,11 @@ def load_conversation(
     raise ValueError(f"{path}: a cache of another model: {', '.join(differences)}")
   if (kind == "masked") != (header["cache"] == "masked") or (kind == "contiguous" and archive != dtype):
     raise ValueError(f"{path}: cache={kind!r} cannot take what a {header['cache']} cache of {archive} holds")
-  rows, abouts = _read_rows(path, header, scored=resolved.scored), header["rows"]
+  rows, abouts = _read_rows(path, header, resolved.stats), header["rows"]
   needed = max(_slots(row) for row in rows)
   options, longest = {}, max(header["slots"], needed)
   if kind == "paged":
-    quantised = {jnp.dtype(cell).name: name for name, (cell, _) in QUANTISED.items()}
+    quantised = {form.dtype.name: name for name, form in FORMATS.items()}
     options = {"page": resolved.page or header.get("page"), "archive": quantised.get(archive)}
   store = caches.create(
     kind, config, batch=len(rows), capacity=capacity or (resolved.window + 2 if kind == "paged" else longest),
@@ -183,7 +183,7 @@ def _live(row: HostRow) -> dict[str, np.ndarray]:
   row, ring = row.repaged(1), int(min(row.seen, row.kv.shape[2]))
   row = row.replace(kv=row.kv[:, :, :ring], evicted=row.evicted[:, :, :ring])
   bits = lambda x: x.view(f"u{x.dtype.itemsize}") if x.dtype.kind == "V" else x
-  arrays = {name: getattr(row, name) for name in ARRAYS}
+  arrays = {name: getattr(row, name) for name in ARRAYS} | {f"stats.{name}": x for name, x in row.stats.items()}
   return {name: bits(np.ascontiguousarray(x)) for name, x in arrays.items() if x is not None}
 
 
@@ -237,7 +237,7 @@ def _policy(path, header, model: Model, given: Policy | None) -> Policy:
   return resolved
 
 
-def _read_rows(path: str | Path, header: dict, scored: bool) -> list[HostRow]:
+def _read_rows(path: str | Path, header: dict, stats: tuple[str, ...]) -> list[HostRow]:
   """The rows of a file, every array checked against cache.json."""
   file, rows = Path(path) / ROWS, []
   lead, width = (header["layers"], header["kv_heads"]), 2 * header["head_dim"]
@@ -257,14 +257,12 @@ def _read_rows(path: str | Path, header: dict, scored: bool) -> list[HostRow]:
           "kv": ((*lead, ring, width), own),
           "evicted": ((*lead, ring), np.dtype(bool)),
           "pages": ((held, 1, width), cells),
-          "scales": ((held, 1, 2), np.dtype(np.float32)) if cells.itemsize == 1 else None,
-          "scores": ((*lead, None), np.dtype(np.float32)) if scored else None,
+          "scales": ((held, 1, 2), np.dtype(np.float32)) if format_of(cells).scaled else None,
           "summaries": ((*lead, None, width), own) if page else None,
         }
         for name, want in expected.items():
           parts[name] = _checked(f"array '{index}.{name}'", parts[name], want)
-        if scored and not masked and parts["scores"].shape[2] < most:
-          raise ValueError(f"array '{index}.scores' has {parts['scores'].shape[2]} slots of {most}")
+        parts["stats"] = _read_stats(arrays, index, stats, lead, 0 if masked else most)
         for name in ("kv", "evicted"):  # the ring's free slots are not in the file
           widths = [(0, 0)] * parts[name].ndim
           widths[2] = (0, 0 if masked else header["window"] + 1 - ring)
@@ -286,6 +284,19 @@ def _read_rows(path: str | Path, header: dict, scored: bool) -> list[HostRow]:
   except ValueError as error:
     raise ValueError(f"{file}: {error}; not what {HEADER} means, or damaged") from None
   return rows
+
+
+def _read_stats(arrays, index: int, names: tuple[str, ...], lead: tuple[int, int], least: int) -> dict[str, np.ndarray]:
+  """The statistics `names` of row `index`, float32 [L, K, S], for `least` slots or more."""
+  stats = {}
+  for name in names:
+    key = f"{index}.stats.{name}"
+    if name == "score" and key not in arrays:
+      key = f"{index}.scores"  # version 0.1
+    stats[name] = _checked(f"array '{key}'", arrays[key] if key in arrays else None, ((*lead, None), np.dtype(np.float32)))
+    if stats[name].shape[2] < least:
+      raise ValueError(f"array '{key}' has {stats[name].shape[2]} slots of {least}")
+  return stats
 
 
 def _dtype(path, header, name: str) -> np.dtype:

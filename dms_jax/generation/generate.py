@@ -23,6 +23,7 @@ from jaxtyping import Array
 from dms_jax import cache as caches
 from dms_jax.cache import Cache
 from dms_jax.cache.base import rounded
+from dms_jax.execution import fastest_form
 from dms_jax.generation import decode as decoding
 from dms_jax.generation.conversation import Conversation, conversation_of, place_like
 from dms_jax.generation.decode import LENGTH, REASONS, RUNNING, DecodeState, Emitted
@@ -34,7 +35,6 @@ from dms_jax.generation.stops import StopStrings, stop_criteria
 from dms_jax.metrics import Metrics
 from dms_jax.model import Model, check_policy, decision_lag
 from dms_jax.policies import Policy
-from pallas_kernels.common.platform import platform
 
 Stream = Callable[[int, list[int], str], None]
 
@@ -55,17 +55,6 @@ class Output:
   metrics: Metrics
   conversation: Conversation
   text: list[str] | None = None
-
-
-def fastest_form(model: Model) -> Model:
-  """The model in the form that decodes fastest here: stacked layers are scanned, a list of layers is looped over.
-
-  A scan copies each layer's weights out of the stack at every step, on a CPU (SmolLM2-135M, 2 cores: 15 against 30
-  tokens/s) and as compiled for an H100, where weights are then read, written and read again. On a TPU the scan compiles
-  faster and costs nothing. The list is a copy of the weights: convert once, as `load` does, rather than at every call
-  of `generate`.
-  """
-  return model if platform() == "tpu" else model.unstacked()
 
 
 def generate(

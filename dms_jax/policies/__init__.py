@@ -1,15 +1,19 @@
 """Eviction policies: one small frozen dataclass a file."""
 
 from dms_jax.policies.base import REGISTRY as REGISTRY
+from dms_jax.policies.base import Candidates as Candidates
 from dms_jax.policies.base import Leaving as Leaving
+from dms_jax.policies.base import Observation as Observation
 from dms_jax.policies.base import Policy as Policy
 from dms_jax.policies.base import Retired as Retired
 from dms_jax.policies.base import get as get
 from dms_jax.policies.base import register as register
 from dms_jax.policies.dms import DMS as DMS
 from dms_jax.policies.h2o import H2O as H2O
+from dms_jax.policies.keydiff import KeyDiff as KeyDiff
 from dms_jax.policies.quest import Quest as Quest
 from dms_jax.policies.random import Random as Random
+from dms_jax.policies.snapkv import SnapKV as SnapKV
 from dms_jax.policies.streaming import StreamingLLM as StreamingLLM
 from dms_jax.policies.tova import TOVA as TOVA
 from dms_jax.policies.vanilla import Vanilla as Vanilla

@@ -1,15 +1,18 @@
-"""What a cache asks of an eviction policy, and the registry that finds policies by name.
+"""Eviction policies: the interface that caches call, and the registry that finds a policy by name.
 
-A token is readable for W further tokens whatever is decided (the *window*, in most caches a ring of W + 1 slots); what
-is kept of older ones is the *archive*. A policy has its say at four points of a token's way, each with a default:
+Every token stays visible for W more tokens whatever is decided: the *window*, in most caches a ring of W + 1 slots. The
+*archive* holds the older tokens that are kept. A policy acts at six points, each with a default:
 
-    decide     when the token is read: is it evicted once it leaves the window? By its gate, or by its place in the text
-    observe    after each decode step: the scores of slots, by the attention they were just paid     (`observes`)
-    retire     as the token leaves the window: forgotten, appended to the archive, or put in an archived token's place
-    select     at each decode step: the pages of the archive that the query reads                    (`page` > 0)
+    decide     as a token is read: is it evicted once it leaves the window?
+    admit      as a token is read: its first value of each per-slot statistic               (`stats`)
+    observe    after attention in a layer: the statistics, given attention mass or keys     (`observes`, `prompt_observes`)
+    retire     as a token leaves the window in a decode step: forget it, append it, or overwrite an archived token
+    compact    after a chunk of a prompt: which tokens outside the window stay              (`compacts`)
+    select     in a decode step: the archive pages that the query reads                     (`page` > 0)
 
-Policies know nothing of how a cache lies in memory: they see arrays with leading [L, B, K] or [B, K], and archive slots
-and pages by their number. Budgets and other numbers are traced leaves; `window` and `page` are shapes.
+Policies do not know the memory layout of a cache. They see arrays with leading axes [L, B, K] or [B, K], and archive
+slots and pages by index. Budgets and thresholds are traced leaves, scalars or one number a row [B]; `window` and `page`
+are shapes.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 REGISTRY: dict[str, type[Policy]] = {}
+Stats = dict[str, Array]  # name -> float32 [..., slots]
 
 
 def register(cls: type[Policy]) -> type[Policy]:
@@ -28,62 +32,115 @@ def register(cls: type[Policy]) -> type[Policy]:
 
 
 def get(name: str) -> type[Policy]:
-  """The policy class called `name`, whatever its case; an unknown name is a ValueError that lists the known ones."""
+  """The policy class called `name`, in any case.
+
+  Raises:
+    ValueError: no policy has this name; the message lists those there are.
+  """
   try:
     return REGISTRY[name.lower()]
   except KeyError:
     raise ValueError(f"unknown policy {name!r}; there are {sorted(REGISTRY)}") from None
 
 
+def per_row(number, trailing: int) -> Array:
+  """A policy's number, scalar or [B], shaped to broadcast against arrays [..., B, *trailing axes]."""
+  number = jnp.asarray(number)
+  return number.reshape(number.shape + (1,) * trailing) if number.ndim else number
+
+
 @struct.dataclass
 class Leaving:
-  """At a decode step, the token of each [L, B, K] that leaves the window, and the archive it may enter.
+  """The token of each [L, B, K] that leaves the window in a decode step, and the archive it may enter.
 
-  Rows whose window is not full yet have no such token; whatever is answered for them is ignored. A is the number of
-  archive slots; which of them are `live` need not be a prefix.
+  A row whose window is not full has no such token; the answer for it is ignored. A is the number of archive slots; the
+  `live` ones need not be a prefix. Token number `tokens - W - 2`, counted from 0, is the one that leaves.
   """
 
-  evicted: Bool[Array, "L B K"]  # what `decide` said of it
-  tokens: Int[Array, "B 1"]  # seen by the row, the one coming in included: what leaves is number tokens - W - 2, from 0
+  evicted: Bool[Array, "L B K"]  # what `decide` said about it
+  tokens: Int[Array, "B 1"]  # tokens seen by the row, the incoming one included
   archived: Int[Array, "L B K"]  # tokens in the archive
   live: Bool[Array, "L B K A"]
-  score: Float[Array, "L B K"] | None = (
-    None  # of the leaving token, and of the archived ones, if the policy is `scored`
-  )
-  scores: Float[Array, "L B K A"] | None = None
+  stats: dict[str, Float[Array, "L B K"]]  # of the leaving token
+  archive_stats: dict[str, Float[Array, "L B K A"]]
 
 
 @struct.dataclass
 class Retired:
-  """What becomes of it: forgotten where not `keep`, else put in archive slot `slot`, a new one where that is -1."""
+  """The fate of leaving tokens: forgotten unless `keep`, else written to archive slot `slot`, or appended where -1."""
 
   keep: Bool[Array, "L B K"]
-  slot: Int[Array, "L B K"] | None = None  # None: always a new one
+  slot: Int[Array, "L B K"] | None = None  # None: always appended
+
+
+@struct.dataclass
+class Observation:
+  """What a layer's attention shows of X tokens: a decode step, or a chunk of a prompt.
+
+  `mass` float32 [B, K, X]: attention that each token received, weighted over queries by `query_weights` and averaged
+  over the query heads of its group; None unless "mass" is observed. `keys` [B, K, X, H], after RoPE; None unless "keys"
+  is observed. `live` bool [B, K, X]: tokens that exist; others hold anything. `lengths` [B]: tokens of this step.
+  `remaining` [B]: tokens of the prompt still to come.
+  """
+
+  mass: Float[Array, "B K X"] | None
+  keys: Float[Array, "B K X H"] | None
+  live: Bool[Array, "B K X"]
+  lengths: Int[Array, "B"]
+  remaining: Int[Array, "B"]
+
+
+@struct.dataclass
+class Candidates:
+  """Tokens of one layer after a chunk of a prompt: X in the order archive, window, chunk.
+
+  `live` bool [B, K, X]: outside the window and not evicted, so that the answer for them counts. `tokens` [B]: seen by
+  each row, the chunk included. `remaining` [B]: tokens of the prompt still to come, 0 where it ends here.
+  """
+
+  stats: dict[str, Float[Array, "B K X"]]
+  live: Bool[Array, "B K X"]
+  tokens: Int[Array, "B"]
+  remaining: Int[Array, "B"]
 
 
 @struct.dataclass
 class Policy:
-  """Decides what becomes of tokens; as it stands, keeps them all."""
+  """Decides what a cache keeps; this base class keeps every token."""
 
   window: int | None = struct.field(pytree_node=False, default=0)
 
-  uses_gates = False  # whether the model must have gates
-  evicts = True  # False: every token is kept, so how much room a text needs is known from its length
-  bounded = False  # whether `capacity` says more than that a token needs a slot
-  scored = False  # whether the cache keeps a score a slot; then `retire` is asked after every token, chunks too
-  observes = False  # whether `observe` is to be called
+  uses_gates = False  # `decide` needs gate logits
+  uses_keys = False  # `decide` needs keys
+  evicts = True  # False: every token is kept, so the length of a text says how many slots it needs
+  bounded = False  # `capacity` is less than one slot a token
+  stats = ()  # names of the per-slot statistics, float32, that the cache stores
+  observes = ()  # what `observe` sees in decode steps: "mass", "keys"
+  prompt_observes = ()  # what it sees in chunks of a prompt
+  overwrites = False  # `retire` may overwrite archived tokens, so chains cannot share pages
+  exact_prefill = False  # prompts are read one token at a time, by decode steps inside one compiled loop
   page = 0  # slots of a page that is selected as a whole; 0: everything is read
 
   @property
+  def compacts(self) -> bool:
+    """Whether `compact` is called after chunks of a prompt."""
+    return False
+
+  @property
   def data_dependent(self) -> bool:
-    """Whether what a head holds depends on what it reads: heads then differ, and a text's length is no measure."""
+    """Whether the number of tokens a head holds depends on the text, not on its length alone."""
     return self.evicts and not self.bounded
 
+  @property
+  def known_ahead(self) -> bool:
+    """Whether `decide` needs nothing that a layer computes."""
+    return not (self.uses_gates or self.uses_keys)
+
   def resolved(self, window: int | None) -> Policy:
-    """This policy with its window filled in where it was left open; `window` is the model's gates', None without any.
+    """This policy with an open window filled in; `window` is that of the model's gates, None without gates.
 
     Raises:
-      ValueError: numbers that make no sense.
+      ValueError: a number is out of range, or no window is known.
     """
     policy = self if self.window is not None else self.replace(window=window)
     if policy.window is None:
@@ -93,36 +150,52 @@ class Policy:
     return policy
 
   def continues(self, held: type[Policy] | None) -> bool:
-    """Whether it can go on with what a policy of kind `held` (None: unknown) holds: its own, or neither bounds it."""
+    """Whether this policy can continue a conversation held by a policy of class `held` (None: unknown).
+
+    It can if the class is its own, or if neither of them bounds what is held.
+    """
     return held is type(self) or not (self.bounded or held is None or held.bounded)
 
   def decide(
-    self, logits: Float[Array, "*L B K T"] | None, layer: int | Int[Array, "..."], position: Int[Array, "*L B K T"]
+    self,
+    logits: Float[Array, "*L B K T"] | None,
+    layer: int | Int[Array, "..."],
+    position: Int[Array, "*L B K T"],
+    keys: Float[Array, "B K T H"] | None = None,
   ) -> Bool[Array, "*L B K T"]:
-    """Evict or not, once it has left the window, the token at each `position`; below 0 there is none.
+    """Whether the token at each `position` is evicted once it has left the window; a position below 0 is no token.
 
     Args:
-      logits: gate logits about these tokens; None on a model without gates, and where a policy without gates is asked
-        ahead of time.
-      layer: broadcasts against `position`, which may be of all layers. The KV head is the index on the axis before the
+      logits: gate logits about these tokens; None without gates, and where a policy that is `known_ahead` is asked
+        before the layers.
+      layer: broadcasts against `position`, which may cover all layers. The KV head is the index on the axis before the
         last.
+      keys: of the tokens that compute the decisions (`lag` tokens after those at `position`); None unless `uses_keys`.
     """
     return jnp.zeros(position.shape, bool)
 
-  def retire(self, leaving: Leaving) -> Retired:
-    """What becomes of the tokens that leave the window, settled for all layers and heads before the step."""
-    return Retired(~leaving.evicted)
+  def admit(self, layer: int | Int[Array, ""], position: Int[Array, "B K T"]) -> dict[str, Float[Array, "B K T"]]:
+    """The first value of each statistic of the tokens at `position`."""
+    return {name: jnp.zeros(position.shape, jnp.float32) for name in self.stats}
 
-  def first_score(self, layer: int | Int[Array, ""], position: Int[Array, "B K"]) -> Float[Array, "B K"]:
-    """The score a token comes in with."""
-    return jnp.zeros(position.shape, jnp.float32)
+  def query_weights(self, lengths: Int[Array, "B"], remaining: Int[Array, "B"], width: int) -> Float[Array, "B T"]:
+    """The weight of each query of a chunk of `width` tokens in the observed mass; every real query counts once."""
+    return (jnp.arange(width) < lengths[:, None]).astype(jnp.float32)
 
-  def observe(self, scores: Float[Array, "B K A"], mass: Float[Array, "B K A"]) -> Float[Array, "B K A"]:
-    """Scores after a step of one layer. `mass`: attention to each slot, mean over the query heads of its group."""
+  def observe(self, stats: Stats, seen: Observation) -> Stats:
+    """The statistics [B, K, X] of one layer after a step."""
     raise NotImplementedError(f"{type(self).__name__} observes but has no observe")
 
+  def retire(self, leaving: Leaving) -> Retired:
+    """The fate of the tokens that leave the window in a decode step, for all layers and heads before the layers run."""
+    return Retired(~leaving.evicted)
+
+  def compact(self, candidates: Candidates) -> Bool[Array, "B K X"]:
+    """Which of the tokens outside the window stay after a chunk of a prompt, in one layer."""
+    raise NotImplementedError(f"{type(self).__name__} compacts but has no compact")
+
   def summarise(self, keys: Float[Array, "*P page H"], live: Bool[Array, "*P page"]) -> Float[Array, "*P 2*H"]:
-    """What `select` is to know of a page: two vectors of H. Asked again whenever a slot of the page is written."""
+    """The two vectors of H that `select` knows a page by; recomputed whenever a slot of the page is written."""
     raise NotImplementedError(f"{type(self).__name__} selects but has no summarise")
 
   def select(
@@ -133,16 +206,17 @@ class Policy:
     live: Bool[Array, "B K P"],
     tokens: Int[Array, "B"],
   ) -> Bool[Array, "B K P"]:
-    """The pages of the archive that a step of one layer reads, of those with something `live` in them.
+    """The archive pages that a decode step of one layer reads, among those with a `live` token; the window is always read.
 
-    `tokens`: seen by each row, the query's own included. The window is always read.
+    Args:
+      tokens: seen by each row, the query's own included.
     """
     raise NotImplementedError(f"{type(self).__name__} selects but has no select")
 
   def capacity(self, tokens: int | Int[Array, "..."]) -> Int[Array, "..."]:
-    """The most slots that a head needs while a text of `tokens` tokens is read, the window's W + 1 included."""
+    """The most slots that a head needs for a text of `tokens` tokens, the window's W + 1 included."""
     return jnp.asarray(tokens, jnp.int32)
 
-  def reach(self, slots: int) -> Int[Array, ""]:
-    """The inverse: the longest text for which `slots` slots a head are surely enough."""
+  def reach(self, slots: int) -> Int[Array, "..."]:
+    """The inverse: the longest text for which `slots` slots a head are always enough."""
     return jnp.int32(slots)

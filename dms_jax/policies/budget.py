@@ -5,49 +5,68 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from dms_jax.policies.base import Leaving, Policy, Retired
+from dms_jax.policies.base import Candidates, Leaving, Policy, Retired, per_row
 
 FOREVER = np.int32(2**30)  # tokens of a text without end
 
 
 def check_budget(policy: Policy, least: int) -> None:
-  """Raises ValueError unless exactly one of the policy's `budget` and `cr` is given, and makes sense."""
+  """Raises ValueError unless exactly one of the policy's `budget` and `cr` is given and in range."""
   name = type(policy).__name__
   if (policy.budget is None) == (policy.cr is None):
     raise ValueError(f"{name}: give either budget= (tokens) or cr= (tokens seen for each one allowed)")
-  if policy.budget is not None and policy.budget < least:
+  if policy.budget is not None and np.min(policy.budget) < least:
     raise ValueError(f"{name}: budget={policy.budget} tokens must be {least} or more at window={policy.window}")
-  if policy.cr is not None and policy.cr < 1:
+  if policy.cr is not None and np.min(policy.cr) < 1:
     raise ValueError(f"{name}: cr={policy.cr} must be 1 or more")
 
 
-def allowance(policy: Policy, tokens: int | Int[Array, "*shape"]) -> Int[Array, "*shape"]:
-  """Tokens that the budget allows a head once `tokens` are seen: `budget`, or a `cr`-th of them, rounded up."""
+def allowance(policy: Policy, tokens: int | Int[Array, "*shape"]) -> Int[Array, "..."]:
+  """Tokens that the budget allows a head once `tokens` are seen: `budget`, or `tokens / cr` rounded up.
+
+  Both numbers may be [B]; the first axis of `tokens`, if it has any, is then B.
+  """
   tokens = jnp.asarray(tokens, jnp.int32)
+  number = per_row(policy.budget if policy.budget is not None else policy.cr, max(tokens.ndim - 1, 0))
   if policy.budget is not None:
-    return jnp.broadcast_to(jnp.asarray(policy.budget, jnp.int32), tokens.shape)
-  return jnp.ceil(tokens.astype(jnp.float32) / jnp.asarray(policy.cr, jnp.float32)).astype(jnp.int32)
+    return jnp.broadcast_to(number.astype(jnp.int32), jnp.broadcast_shapes(tokens.shape, number.shape))
+  return jnp.ceil(tokens.astype(jnp.float32) / number.astype(jnp.float32)).astype(jnp.int32)
+
+
+def largest(scores: Float[Array, "B K X"], live: Bool[Array, "B K X"], count: Int[Array, "B"]) -> Bool[Array, "B K X"]:
+  """The `count` live tokens of each head with the largest scores; of equal ones the earlier."""
+  order = jnp.argsort(jnp.where(live, -scores, jnp.inf), axis=-1, stable=True)
+  rank = jnp.argsort(order, axis=-1)  # the inverse permutation
+  return live & (rank < jnp.maximum(count, 0)[:, None, None])
 
 
 @struct.dataclass
 class Budgeted(Policy):
-  """Holds at most its budget: a token that leaves the window takes the place of the archived one with the least score.
+  """Holds at most a budget: the token outside the window with the least score is forgotten.
 
-  `budget` counts all that a head holds while its newest token attends, that token included (papers count between
-  steps: theirs is one less). `cr` allows a cr-th of the tokens *seen so far*, rounded up: the achieved CR is `cr` at
-  every length at which that is more than the window of W + 1. For a ratio to a stated length, `budget = length / cr`.
-  Where scores are equal the later token is forgotten.
+  `budget` counts every token a head holds while its newest token attends, that token included (papers count between
+  steps: their number is one less). `cr` allows a cr-th of the tokens *seen so far*, rounded up: the achieved CR is `cr`
+  at every length at which that is more than the window of W + 1. For a ratio at a stated length, `budget = length / cr`.
+  Of equal scores the later token's is forgotten.
 
-  Prompts are read one token at a time, inside one compiled loop: what is kept depends on the attention of every query.
+  Prompts are read in chunks: a chunk attends to what is held and to itself, its queries are observed together, and then
+  the tokens outside the window are cut to the budget. `exact_prefill` reads them one token at a time instead, as if the
+  prompt were decoded; a chunk of one token is the same.
   """
 
   budget: int | None = None
   cr: float | None = None
+  exact_prefill: bool = struct.field(pytree_node=False, default=False)
 
   bounded = True
-  scored = True
+  overwrites = True
+  stats = ("score",)
+
+  @property
+  def compacts(self):
+    return not self.exact_prefill
 
   def resolved(self, window):
     policy = super().resolved(window)
@@ -56,11 +75,15 @@ class Budgeted(Policy):
 
   def retire(self, leaving: Leaving) -> Retired:
     full = leaving.archived >= self.capacity(leaving.tokens) - (self.window + 1)
-    scores = jnp.where(leaving.live, leaving.scores, jnp.inf)
-    keep = ~leaving.evicted & (~full | (leaving.score > jnp.min(scores, axis=-1, initial=jnp.inf)))
-    # One place more, never the answer: an archive may have no slots at all.
+    scores = jnp.where(leaving.live, leaving.archive_stats["score"], jnp.inf)
+    keep = ~leaving.evicted & (~full | (leaving.stats["score"] > jnp.min(scores, axis=-1, initial=jnp.inf)))
+    # One slot more, never the answer: an archive may have no slots at all.
     least = jnp.argmin(jnp.pad(scores, ((0, 0),) * 3 + ((0, 1),), constant_values=jnp.inf), axis=-1)
     return Retired(keep, jnp.where(full, least.astype(jnp.int32), -1))
+
+  def compact(self, candidates: Candidates) -> Bool[Array, "B K X"]:
+    count = self.capacity(candidates.tokens) - (self.window + 1)
+    return largest(candidates.stats["score"], candidates.live, count)
 
   def capacity(self, tokens):
     return jnp.minimum(jnp.asarray(tokens, jnp.int32), jnp.maximum(allowance(self, tokens), self.window + 1))

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 from flax import struct
 
-from dms_jax.policies.base import Policy, register
+from dms_jax.policies.base import Policy, per_row, register
 
 
 @register
 @struct.dataclass
 class DMS(Policy):
-  """Evicts where a gate's logit exceeds `threshold` (arXiv 2506.05345, 3.1).
+  """Evicts a token whose gate logit exceeds `threshold` (arXiv 2506.05345, section 3.1).
 
-  `window` None takes the window the gates were trained with. A higher threshold keeps more, without retraining.
+  `window` None takes the window that the gates were trained with. A higher threshold keeps more, without retraining; it
+  may be one number a row [B].
   """
 
   window: int | None = struct.field(pytree_node=False, default=None)
@@ -21,5 +21,5 @@ class DMS(Policy):
 
   uses_gates = True
 
-  def decide(self, logits, layer, position):
-    return logits > jnp.asarray(self.threshold, logits.dtype)
+  def decide(self, logits, layer, position, keys=None):
+    return logits > per_row(self.threshold, 2).astype(logits.dtype)

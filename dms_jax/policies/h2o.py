@@ -1,4 +1,4 @@
-"""The Heavy-Hitter Oracle: recent tokens, and those that have gathered most attention (arXiv 2306.14048)."""
+"""The Heavy-Hitter Oracle: recent tokens, and those that received most attention (arXiv 2306.14048)."""
 
 from __future__ import annotations
 
@@ -11,16 +11,21 @@ from dms_jax.policies.budget import Budgeted
 @register
 @struct.dataclass
 class H2O(Budgeted):
-  """Drops, of the tokens outside the window, the one whose attention summed over all queries so far is least.
+  """Forgets the token outside the window whose attention, summed over all queries so far, is least.
 
-  `window` None is half the budget, as in the paper; with `cr` it must be given. A token's sum begins with the query of
-  its own step (algorithm 1; the released code reads a prompt densely first). Every KV head goes by the queries of its
-  group: the paper has one query head for each.
+  `window` None is half the budget, as in the paper; with `cr` it must be given. The sum of a token starts with the query
+  of its own step (algorithm 1). Every KV head goes by the mean over the query heads of its group; the paper has one
+  query head a KV head.
+
+  Prompts: each query of a chunk credits every token it attends to, then the chunk is cut to the budget (the released
+  code reads the whole prompt densely and cuts once). Against `exact_prefill`, tokens that one-by-one order would have
+  forgotten inside the chunk still take part in its softmax.
   """
 
   window: int | None = struct.field(pytree_node=False, default=None)
 
-  observes = True
+  observes = ("mass",)
+  prompt_observes = ("mass",)
 
   def resolved(self, window):
     if self.window is not None:
@@ -29,5 +34,5 @@ class H2O(Budgeted):
       raise ValueError("H2O: cr= needs window= too; only of a budget in tokens can half be the window")
     return self.replace(window=max(int(self.budget or 0) - 1, 0) // 2).resolved(window)
 
-  def observe(self, scores, mass):
-    return scores + mass
+  def observe(self, stats, seen):
+    return {"score": stats["score"] + seen.mass}

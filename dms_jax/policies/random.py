@@ -21,10 +21,10 @@ class Random(Budgeted):
   seed: int = 0
   sinks: int = 0
 
-  def first_score(self, layer, position):
-    head = jnp.broadcast_to(jnp.arange(position.shape[-1]), position.shape)
+  def admit(self, layer, position):
+    head = jnp.broadcast_to(jnp.arange(position.shape[1])[:, None], position.shape)
     score = uniform(self.seed, layer, head, position)
-    return jnp.where(position < jnp.asarray(self.sinks, position.dtype), jnp.inf, score)
+    return {"score": jnp.where(position < jnp.asarray(self.sinks, position.dtype), jnp.inf, score)}
 
 
 def uniform(*counters):

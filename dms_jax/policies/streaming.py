@@ -35,7 +35,7 @@ class StreamingLLM(Policy):
       raise ValueError(f"StreamingLLM: budget={self.budget} tokens must be more than its sinks={self.sinks}")
     return self.replace(window=int(self.budget - self.sinks - 1), budget=None)
 
-  def decide(self, logits, layer, position):
+  def decide(self, logits, layer, position, keys=None):
     return position >= jnp.asarray(self.sinks, position.dtype)
 
   def capacity(self, tokens):

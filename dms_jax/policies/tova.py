@@ -1,4 +1,4 @@
-"""Token Omission Via Attention: what the latest query attends to least is dropped (arXiv 2401.06104)."""
+"""Token Omission Via Attention: the token that the latest query attends to least is dropped (arXiv 2401.06104)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,22 @@ class TOVA(Budgeted):
   """Drops the token with the least attention from the newest query, itself included, when the budget is exceeded.
 
   W = 0, as in the paper: no token is safe by being recent. The paper averages the attention over all heads of a layer,
-  whose heads so hold the same tokens (`per_layer`); by default each KV head goes by its own query heads.
+  whose heads then hold the same tokens (`per_layer`); by default each KV head goes by its own query heads.
+
+  Prompts: the last query of a chunk decides which tokens fill the budget, as the paper does for a whole prompt (its
+  figure 2); `exact_prefill` lets every query of the prompt drop its own token.
   """
 
   per_layer: bool = struct.field(pytree_node=False, default=False)
 
-  observes = True
+  observes = ("mass",)
+  prompt_observes = ("mass",)
 
-  def observe(self, scores, mass):
-    return jnp.broadcast_to(jnp.mean(mass, axis=1, keepdims=True), mass.shape) if self.per_layer else mass
+  def query_weights(self, lengths, remaining, width):
+    return (jnp.arange(width) == lengths[:, None] - 1).astype(jnp.float32)
+
+  def observe(self, stats, seen):
+    mass = seen.mass
+    if self.per_layer:
+      mass = jnp.broadcast_to(jnp.mean(mass, axis=1, keepdims=True), mass.shape)
+    return {"score": mass}

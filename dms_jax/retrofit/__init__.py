@@ -1,5 +1,10 @@
-"""The retrofit: teaching a pretrained model which tokens of its cache it can forget."""
+"""The retrofit: training a pretrained model to evict tokens from its KV cache."""
 
 from dms_jax.retrofit.config import DataConfig as DataConfig
+from dms_jax.retrofit.config import LossConfig as LossConfig
+from dms_jax.retrofit.config import MemoryConfig as MemoryConfig
+from dms_jax.retrofit.config import OptimizerConfig as OptimizerConfig
 from dms_jax.retrofit.config import RetrofitConfig as RetrofitConfig
+from dms_jax.retrofit.config import SavingConfig as SavingConfig
+from dms_jax.retrofit.config import ScheduleConfig as ScheduleConfig
 from dms_jax.retrofit.config import SelfTextConfig as SelfTextConfig

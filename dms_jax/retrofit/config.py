@@ -3,103 +3,201 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, get_args, get_type_hints
+from collections.abc import Callable
+from typing import Any, Literal, get_args, get_type_hints
 
 from dms_jax.config import DMSConfig, LoRAConfig
+
+
+def _check(config: Any, flag: str, names: str, holds: Callable[[Any], bool], rule: str) -> None:
+  """Raises ValueError unless `holds(value)` for every field of `names`; the error names the flag and the rule."""
+  for name in names.split():
+    if not holds(value := getattr(config, name)):
+      raise ValueError(f"{flag}.{name}={value!r} must {rule}")
+
+
+def _check_choices(config: Any, flag: str) -> None:
+  """Raises ValueError unless every `Literal` field of `config` has one of its values."""
+  for name, annotation in get_type_hints(type(config)).items():
+    if get_args(annotation) and (value := getattr(config, name)) not in get_args(annotation):
+      raise ValueError(f"{flag}.{name}={value!r} is not one of {get_args(annotation)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+  """How long a run is, in optimizer steps, and when it compresses how much.
+
+  First the neuron gate's channel may fade out of attention, over `fade_steps` steps without eviction (phase 1 of arXiv
+  2506.05345, appendix C, which takes 2000). Then the target compression ratio (CR) rises linearly from `initial_cr` to
+  `final_cr`, `steps_per_cr` steps a unit, and stays there. `steps` counts all of them. `zero_neuron` sets the borrowed
+  weights to 0 after the fading, so that every gate starts closed; it needs `trainable` "all".
+  """
+
+  steps: int = 1000
+  initial_cr: float = 1.0
+  final_cr: float = 8.0
+  steps_per_cr: int = 100
+  fade_steps: int = 0
+  zero_neuron: bool = False
+
+  def __post_init__(self):
+    flag = "retrofit.schedule"
+    _check(self, flag, "steps steps_per_cr", lambda x: x >= 1, "be at least 1")
+    _check(self, flag, "fade_steps", lambda x: 0 <= x <= self.steps, f"lie between 0 and steps={self.steps}")
+    _check(self, flag, "initial_cr", lambda x: 1.0 <= x <= self.final_cr, f"lie between 1 and final_cr={self.final_cr}")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW with clipping by the global norm. `learning_rate` is the peak: it rises linearly over `warmup_steps` steps
+  and falls linearly to 0 over the last `decay_steps`."""
+
+  learning_rate: float = 1e-3
+  warmup_steps: int = 20
+  decay_steps: int = 0
+  beta1: float = 0.9
+  beta2: float = 0.95
+  weight_decay: float = 0.0
+  clip_norm: float = 1.0
+
+  def __post_init__(self):
+    flag = "retrofit.optimizer"
+    _check(self, flag, "learning_rate clip_norm", lambda x: x > 0, "be positive")
+    _check(self, flag, "warmup_steps decay_steps weight_decay", lambda x: x >= 0, "be 0 or more")
+    _check(self, flag, "beta1 beta2", lambda x: 0.0 <= x < 1.0, "lie in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+  """What is minimised: `kind` plus `compression_weight` times the compression loss.
+
+  `kind`: "reverse_kl" is KL(student || teacher), which NVIDIA's trainer computes; "forward_kl" KL(teacher || student);
+  "lm" the next token's negative log-likelihood, without a teacher. `teacher`: "original" is the untouched model, "same"
+  the current weights with eviction off. `tau` is the temperature of the relaxed decisions. A loss above `bound`, or one
+  that is not finite, ends the run.
+  """
+
+  kind: Literal["reverse_kl", "forward_kl", "lm"] = "reverse_kl"
+  teacher: Literal["original", "same"] = "original"
+  compression_weight: float = 1.0
+  tau: float = 0.1
+  bound: float = 100.0
+
+  def __post_init__(self):
+    flag = "retrofit.loss"
+    _check_choices(self, flag)
+    _check(self, flag, "tau bound", lambda x: x > 0, "be positive")
+    _check(self, flag, "compression_weight", lambda x: x >= 0, "be 0 or more")
+    if self.teacher == "same" and self.kind == "lm":
+      raise ValueError(f"{flag}.teacher='same' with {flag}.kind='lm': that loss has no teacher")
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryConfig:
+  """Memory against time.
+
+  `compute_dtype` is that of activations and frozen weights; gates stay float32. `remat` recomputes whole layers in the
+  backward pass, otherwise only what lies between products. Logits exist for `loss_chunk` positions and `vocab_chunk`
+  tokens of the vocabulary at a time.
+  """
+
+  compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+  remat: bool = False
+  loss_chunk: int = 4096
+  vocab_chunk: int = 8192
+
+  def __post_init__(self):
+    _check_choices(self, "retrofit.memory")
+    _check(self, "retrofit.memory", "loss_chunk vocab_chunk", lambda x: x >= 1, "be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class SavingConfig:
+  """What is written. The training state is saved every `save_every` steps; the last `keep_states` are kept.
+
+  `export`: checkpoints hold a small "retrofit" on top of the base, or a whole "model" with low-rank updates merged;
+  "auto" is a retrofit unless the base is trained too. With `ema_decay` above 0 they hold the exponential moving average
+  of the trained parameters.
+  """
+
+  save_every: int = 100
+  keep_states: int = 2
+  export: Literal["auto", "retrofit", "model"] = "auto"
+  ema_decay: float = 0.0
+
+  def __post_init__(self):
+    _check_choices(self, "retrofit.saving")
+    _check(self, "retrofit.saving", "save_every keep_states", lambda x: x >= 1, "be at least 1")
+    _check(self, "retrofit.saving", "ema_decay", lambda x: 0.0 <= x < 1.0, "lie in [0, 1)")
 
 
 @dataclasses.dataclass(frozen=True)
 class RetrofitConfig:
   """How gates (and weights) are trained.
 
-  `trainable`: "gates" alone, "lora" (gates and low-rank updates, base frozen) or "all" weights. The neuron gate's
-  channel may first fade out of attention, over `fade_steps` steps in which nothing is evicted (phase 1 of arXiv
-  2506.05345, appendix C, where they are 2000). Then the target compression rises linearly from `initial_cr`,
-  `steps_per_cr` steps a unit, to `final_cr`, and stays there until `steps`, which count all of it.
-
-  `loss`: "reverse_kl" is KL(student || teacher), what NVIDIA's trainer computes; "forward_kl" KL(teacher || student);
-  "lm" the next token's negative log-likelihood, without a teacher. `teacher`: "original" is the untouched model, "same"
-  today's weights with eviction off. `export`: what checkpoints hold: a small "retrofit" on top of the base, or a whole
-  "model" with low-rank updates merged; "auto" is a retrofit unless the base is trained too.
+  `trainable`: "gates" alone, "lora" (gates and low-rank updates, base frozen) or "all" weights. A step takes
+  `batch_size` rows of `seq_len` tokens, in `microbatches` parts whose gradients are accumulated. `seed` is that of the
+  data order, the initial gates and the noise.
   """
 
   trainable: Literal["gates", "lora", "all"] = "lora"
-  steps: int = 1000
-  batch_size: int = 2  # rows a step
-  seq_len: int = 4096  # tokens a row
-  microbatches: int = 1  # gradient accumulation: the rows of a step are split in so many parts
-  fade_steps: int = 0
-  zero_neuron: bool = False  # after fading set the borrowed weights to 0, so that no gate starts open; trainable "all"
-  initial_cr: float = 1.0
-  final_cr: float = 8.0
-  steps_per_cr: int = 100
-  tau: float = 0.1
-  loss: Literal["reverse_kl", "forward_kl", "lm"] = "reverse_kl"
-  teacher: Literal["original", "same"] = "original"
-  compression_weight: float = 1.0
-  learning_rate: float = 1e-3
-  warmup_steps: int = 20
-  decay_steps: int = 0  # the last so many steps fall linearly to 0
-  beta1: float = 0.9
-  beta2: float = 0.95
-  weight_decay: float = 0.0
-  clip_norm: float = 1.0
-  ema_decay: float = 0.0  # > 0: checkpoints hold this exponential moving average of the trained parameters
-  compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations and frozen weights; gates stay float32
-  remat: bool = False  # recompute whole layers in the backward pass, else only what lies between products
-  loss_chunk: int = 4096  # positions, and
-  vocab_chunk: int = 8192  # words, whose logits stand in memory at once
-  loss_bound: float = 100.0  # a loss above it ends the run, as one that is not finite does
+  batch_size: int = 2
+  seq_len: int = 4096
+  microbatches: int = 1
   seed: int = 0
-  save_every: int = 100  # steps between checkpoints of the training state
-  keep_states: int = 2
-  export: Literal["auto", "retrofit", "model"] = "auto"
+  schedule: ScheduleConfig = ScheduleConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  loss: LossConfig = LossConfig()
+  memory: MemoryConfig = MemoryConfig()
+  saving: SavingConfig = SavingConfig()
 
   def __post_init__(self):
-    for name, annotation in get_type_hints(RetrofitConfig).items():
-      if (choices := get_args(annotation)) and getattr(self, name) not in choices:
-        raise ValueError(f"retrofit.{name}={getattr(self, name)!r} is not one of {choices}")
-    for name in (
-      "steps", "batch_size", "seq_len", "microbatches", "steps_per_cr", "loss_chunk", "vocab_chunk", "save_every",
-      "keep_states",
-    ):  # fmt: skip
-      if getattr(self, name) < 1:
-        raise ValueError(f"retrofit.{name}={getattr(self, name)} must be at least 1")
-    if self.warmup_steps < 0:
-      raise ValueError(f"retrofit.warmup_steps={self.warmup_steps} must be 0 or more")
-    for name in ("fade_steps", "decay_steps"):
-      if not 0 <= getattr(self, name) <= self.steps:
-        raise ValueError(f"retrofit.{name}={getattr(self, name)} must lie between 0 and steps={self.steps}")
-    for name in ("tau", "learning_rate", "clip_norm", "loss_bound"):
-      if not getattr(self, name) > 0:
-        raise ValueError(f"retrofit.{name}={getattr(self, name)} must be positive")
-    for name in ("compression_weight", "weight_decay"):
-      if not getattr(self, name) >= 0:
-        raise ValueError(f"retrofit.{name}={getattr(self, name)} must be 0 or more")
-    for name in ("beta1", "beta2", "ema_decay"):
-      if not 0.0 <= getattr(self, name) < 1.0:
-        raise ValueError(f"retrofit.{name}={getattr(self, name)} must lie in [0, 1)")
+    _check_choices(self, "retrofit")
+    _check(self, "retrofit", "batch_size seq_len microbatches", lambda x: x >= 1, "be at least 1")
     if self.batch_size % self.microbatches:
       raise ValueError(f"retrofit.microbatches={self.microbatches} does not divide batch_size={self.batch_size}")
-    if not 1.0 <= self.initial_cr <= self.final_cr:
-      raise ValueError(f"retrofit.initial_cr={self.initial_cr} must lie between 1 and final_cr={self.final_cr}")
-    if self.teacher == "same" and self.loss == "lm":
-      raise ValueError("retrofit.teacher='same' with retrofit.loss='lm': that loss has no teacher")
-    if self.teacher == "same" and self.fade_steps:
-      raise ValueError("retrofit.teacher='same' with fade_steps: its channel is gone from the start; use 'original'")
-    if self.zero_neuron and self.trainable != "all":
+    steps = self.schedule.steps
+    _check(
+      self.optimizer, "retrofit.optimizer", "decay_steps", lambda x: x <= steps, f"lie between 0 and steps={steps}"
+    )
+    if self.loss.teacher == "same" and self.schedule.fade_steps:
       raise ValueError(
-        f"retrofit.zero_neuron changes weights that trainable={self.trainable!r} leaves frozen; use 'all'"
+        "retrofit.loss.teacher='same' with retrofit.schedule.fade_steps: its channel is gone from the start; "
+        "use 'original'"
       )
-    if self.export == "retrofit" and self.trainable == "all":
+    if self.schedule.zero_neuron and self.trainable != "all":
       raise ValueError(
-        "retrofit.export='retrofit' with trainable='all': the base is trained too; use 'model' or 'auto'"
+        f"retrofit.schedule.zero_neuron changes weights that trainable={self.trainable!r} leaves frozen; use 'all'"
+      )
+    if self.saving.export == "retrofit" and self.trainable == "all":
+      raise ValueError(
+        "retrofit.saving.export='retrofit' with trainable='all': the base is trained too; use 'model' or 'auto'"
       )
 
   @property
   def whole_model(self) -> bool:
     """Whether checkpoints hold the base too."""
-    return self.export == "model" or self.trainable == "all"
+    return self.saving.export == "model" or self.trainable == "all"
+
+  @classmethod
+  def upgraded(cls, values: dict) -> dict:
+    """JSON `values` of this version or of 0.1, which had no sections, as this version writes them."""
+    section_of = {
+      field.name: section.name
+      for section in dataclasses.fields(cls)
+      if dataclasses.is_dataclass(section.default)
+      for field in dataclasses.fields(section.default)
+    }
+    result: dict[str, Any] = {}
+    for name, value in values.items():
+      if name == "kl":  # before 0.1 had other losses
+        name, value = "loss", f"{value}_kl"
+      field = {"loss": "kind", "loss_bound": "bound"}.get(name, name)
+      if field in section_of and not isinstance(value, dict):
+        result.setdefault(section_of[field], {})[field] = value
+      else:
+        result[name] = value
+    return result
 
 
 def check(dms: DMSConfig, lora: LoRAConfig, config: RetrofitConfig) -> None:
@@ -112,8 +210,8 @@ def check(dms: DMSConfig, lora: LoRAConfig, config: RetrofitConfig) -> None:
     raise ValueError("retrofit.trainable='lora' needs lora.rank above 0")
   if dms.gate != "neuron":
     for name in ("fade_steps", "zero_neuron"):
-      if getattr(config, name):
-        raise ValueError(f"retrofit.{name} is about the borrowed neuron; dms.gate={dms.gate!r} borrows none")
+      if getattr(config.schedule, name):
+        raise ValueError(f"retrofit.schedule.{name} is about the borrowed neuron; dms.gate={dms.gate!r} borrows none")
     return
   if config.trainable == "gates":
     raise ValueError("dms.gate='neuron' has no weights of its own: retrofit.trainable must be 'all' or 'lora'")
@@ -123,12 +221,13 @@ def check(dms: DMSConfig, lora: LoRAConfig, config: RetrofitConfig) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class SelfTextConfig:
-  """Text sampled from the model itself; `rows` 0 is none.
+  """Text sampled from the model itself; `rows` 0 means none.
 
-  A row continues a prompt: a question of `questions` (a .jsonl file of `messages`, or with a `question_field`) through
-  the chat template, `prefix_tokens` tokens cut from `prefixes` (a text file), or, where neither is given, nothing: a
-  model with a chat template asks itself a question and answers it, and every other row, or each of a model without
-  one, begins at an end of text. The rows are shared out evenly. `batch` rows are written at once.
+  Each row continues a prompt: a question from `questions` (a .jsonl file of records with `messages` or with the field
+  `question_field`) through the chat template, or `prefix_tokens` tokens cut from `prefixes` (a text file); with both,
+  half of the rows each. Without either, a model with a chat template asks itself a question and answers it in half of
+  the rows; the others, and all rows of a model without a template, start at an end of text. `batch` rows are sampled at
+  a time.
   """
 
   rows: int = 0
@@ -154,11 +253,12 @@ class SelfTextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """Text to train on. Paths are files, folders or globs; `weights` (one a path, default equal) share out the rows.
+  """Text to train on. Paths are files, folders or globs; rows are sampled from them by `weights` (one a path, default
+  equal).
 
-  `.jsonl` and `.json` lists hold a document a record: `text`, chat `messages` (through the model's template), or the
-  `fields` named, joined by newlines; every other file is one document. `self_text` adds text of the model's own as a
-  last path. Documents of a row never see each other unless `separate_documents` is False.
+  A record of a `.jsonl` or `.json` list is a document: its `text`, its chat `messages` (through the model's template),
+  or its `fields`, joined by newlines. Any other file is one document. `self_text` adds text of the model's own as the
+  last path. Packed documents do not attend to each other unless `separate_documents` is False.
   """
 
   paths: tuple[str, ...] = ()

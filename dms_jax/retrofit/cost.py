@@ -1,4 +1,4 @@
-"""What a training step costs: model FLOPs, counted from the shapes, and the peak rates of known devices."""
+"""Cost of a training step: model FLOPs, counted from the shapes, and the peak rates of known devices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig
 from dms_jax.params import param_table
 from dms_jax.retrofit.config import RetrofitConfig
 
-# Dense bfloat16 FLOP/s by the vendors' data sheets, by `jax.Device.device_kind`.
+# Dense bfloat16 FLOP/s from the vendors' data sheets, by `jax.Device.device_kind`.
 PEAK_FLOPS = {
   "NVIDIA H100 80GB HBM3": 989.4e12,
   "NVIDIA H100 PCIe": 756e12,
@@ -32,7 +32,7 @@ PEAK_FLOPS = {
 
 @dataclasses.dataclass(frozen=True)
 class StepFlops:
-  """Model FLOPs of one step: what the formulas need, not what recomputation adds."""
+  """Model FLOPs of one step; recomputation is not counted."""
 
   student: float  # forward and backward
   teacher: float  # forward
@@ -46,15 +46,15 @@ class StepFlops:
 def step_flops(config: ModelConfig, dms: DMSConfig, lora: LoRAConfig | None, retrofit: RetrofitConfig) -> StepFlops:
   """FLOPs of one training step of `batch_size` rows of `seq_len` tokens.
 
-  With N the weights of all projections and of the output head (the embedding's look-up costs none), per token:
+  Per token, with N the number of weights of all projections and of the output head (the embedding look-up is free):
 
       forward    2 N + A        A = 2 T N_heads H L: q k^T and its product with v, over the causal half of T x T
-      backward   4 N + 2 A      where all weights are trained: a gradient of activations and one of weights
-                 2 N + 2 A      where they are frozen: of activations alone
+      backward   4 N + 2 A      all weights trained: gradients of activations and of weights
+                 2 N + 2 A      weights frozen: gradients of activations only
       gates, low-rank updates   6 for each of their weights
 
-  Thus 6 N + 3 A for a step that trains all weights; the teacher's forward, 2 N + A, is counted apart. What the loss
-  computes again in its backward pass, and remat, count for nothing.
+  A step that trains all weights takes 6 N + 3 A; the teacher's forward pass, 2 N + A, is counted separately.
+  Recomputation in the loss's backward pass and by remat is not counted.
   """
   table = param_table(config, dms, lora)
   sizes = {path: math.prod(spec.shape) for path, spec in table.items() if spec.num_inputs}
@@ -65,10 +65,10 @@ def step_flops(config: ModelConfig, dms: DMSConfig, lora: LoRAConfig | None, ret
   tokens = retrofit.batch_size * retrofit.seq_len
   backward = 4 if retrofit.trainable == "all" else 2
   student = (2 + backward) * base + 6 * added + 3 * attention
-  teacher = 0 if retrofit.loss == "lm" else 2 * base + attention
+  teacher = 0 if retrofit.loss.kind == "lm" else 2 * base + attention
   return StepFlops(float(student * tokens), float(teacher * tokens), tokens)
 
 
 def peak_flops(device_kind: str, compute_dtype: str) -> float | None:
-  """FLOP/s that utilisation is measured against; None where they are not known."""
+  """Peak FLOP/s of a device, for utilisation; None where it is not known."""
   return PEAK_FLOPS.get(device_kind) if compute_dtype == "bfloat16" else None

@@ -1,6 +1,6 @@
-"""Text to distil on: documents from paths, packed into rows, in an order fixed by the seed and the step alone.
+"""Text to train on: documents from paths, packed into rows. A step's batch depends only on the seed and the step.
 
-Any step's batch can be asked for at any time, so a resumed run reads exactly what the interrupted one would have.
+A resumed run therefore reads the same rows as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dms_jax.retrofit.step import Batch
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """One path's tokens end to end, int32 [n], and the number of the document each belongs to, int32 [n], from 1."""
+  """The tokens of one path, int32 [n], and the number of each token's document, int32 [n], from 1."""
 
   name: str
   tokens: np.ndarray
@@ -51,10 +51,10 @@ def _record_text(record, tokenizer, fields: tuple[str, ...], where: str) -> str:
 
 
 def documents(path: Path, tokenizer, fields: tuple[str, ...]) -> Iterator[str]:
-  """The documents of one file, see `DataConfig`.
+  """The documents of one file; see `DataConfig`.
 
   Raises:
-    ValueError: not UTF-8, not JSON, or a record without text; names the file and line.
+    ValueError: the file is not UTF-8 or not JSON, or a record has no text; names the file and line.
   """
   try:
     text = path.read_text(encoding="utf-8")
@@ -79,13 +79,13 @@ def documents(path: Path, tokenizer, fields: tuple[str, ...]) -> Iterator[str]:
 
 
 def load_sources(config: DataConfig, tokenizer, self_text: Path | None = None) -> list[Source]:
-  """Reads and tokenizes every path; documents end with the tokenizer's end-of-text token.
+  """Reads and tokenizes every path. Each document ends with the tokenizer's end-of-text token.
 
   Args:
-    self_text: the file that `config.self_text` made, which becomes the last source.
+    self_text: the file written for `config.self_text`; it becomes the last source.
 
   Raises:
-    ValueError: nothing to read, or text that cannot be.
+    ValueError: there is no text, or a file cannot be read.
   """
   named = [(pattern, pattern) for pattern in config.paths] + (
     [] if self_text is None else [("self_text", str(self_text))]
@@ -112,7 +112,7 @@ def load_sources(config: DataConfig, tokenizer, self_text: Path | None = None) -
 
 
 class Packer:
-  """Rows of `seq_len` tokens: row number r is a slice at a random place of a source drawn by weight, from (seed, r)."""
+  """Rows of `seq_len` tokens. Row r is a random slice of a source sampled by weight; both depend only on (seed, r)."""
 
   def __init__(self, sources: list[Source], data: DataConfig, config: RetrofitConfig):
     for source in sources:
@@ -123,11 +123,11 @@ class Packer:
         )
     weights = np.asarray(data.weights or [1.0] * len(sources), np.float64)
     self.sources, self.config, self.weights = sources, config, weights / weights.sum()
-    # Where no row can hold two documents, attention need not compare segments.
+    # If no row can hold two documents, attention need not compare segments.
     self.separate = data.separate_documents and any(s.document[-1] > 1 for s in sources)
 
   def fingerprints(self) -> dict[str, str]:
-    """What each source holds, by its name: a resumed run must find the same."""
+    """Length and checksum of each source, by its name; a resumed run must find the same."""
     return {s.name: f"{len(s.tokens)} tokens, CRC-32 {zlib.crc32(s.tokens.tobytes()):08x}" for s in self.sources}
 
   def row(self, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -139,7 +139,7 @@ class Packer:
     return source.tokens[cut], source.document[cut] - source.document[start] + 1
 
   def batch(self, step: int, only: Sequence[int] | None = None) -> Batch:
-    """The rows of training step `step`: all of them, or `only` these, counted from 0."""
+    """The batch of training step `step`; with `only`, just these of its rows, counted from 0."""
     size = self.config.batch_size
     rows = [self.row(step * size + i) for i in (range(size) if only is None else only)]
     tokens, segments = (np.stack(column) for column in zip(*rows, strict=True))

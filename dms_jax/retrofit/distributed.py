@@ -1,8 +1,8 @@
-"""One retrofit on several devices and hosts: the mesh, which rows a process feeds, and what one process does for all.
+"""One retrofit on several devices and hosts: the mesh, the rows that each process feeds, and coordination.
 
-Every process runs the same program on the same run directory, which all of them must see (a shared file system).
-Weights and optimizer state are split over the mesh by `dms_jax.sharding`; each process packs only the rows that its
-devices read, and writes its shards of the training state. All else on disk is process 0's.
+Every process runs the same program on the same run directory, which must be on a shared file system. Weights and
+optimizer state are split over the mesh by `dms_jax.sharding`. Each process packs only the rows that its devices read,
+and writes its shards of the training state; process 0 writes all other files.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from dms_jax.retrofit.step import Batch, TrainState, init_state
 from dms_jax.sharding import make_mesh, tree_shardings
 
 AUTO = "auto"
-PATIENCE = 3600  # seconds that processes wait for one that writes
+PATIENCE = 3600  # seconds that processes wait for the one that writes
 _meetings = itertools.count()
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """The devices of a run. `data` splits rows and, with them, weights and optimizer state (FSDP); `tensor` splits heads,
-  feed-forward and vocabulary.
+  """The devices of a run. `data` splits rows, weights and optimizer state (FSDP); `tensor` splits heads, feed-forward
+  and vocabulary.
 
-  Several hosts: the same command on each, with the `coordinator`'s "host:port" (process 0 listens there), the number of
-  `processes` and this one's number, from 0; or coordinator "auto" where JAX finds these itself (Cloud TPU, Slurm, Open
-  MPI). The mesh then takes all their devices.
+  On several hosts, run the same command on each, with the `coordinator`'s "host:port" (process 0 listens there), the
+  number of `processes` and the number of this `process`, from 0; or with coordinator "auto" where JAX finds these
+  itself (Cloud TPU, Slurm, Open MPI). The mesh must then use all devices.
   """
 
   data: int = 1
@@ -68,10 +68,10 @@ class MeshConfig:
 
 
 def initialize(config: MeshConfig) -> None:
-  """Joins the other processes, where there are any; before anything asks JAX for a device.
+  """Connects to the other processes of the run, if any. Call it before anything asks JAX for a device.
 
   Raises:
-    ValueError: JAX could not.
+    ValueError: JAX could not connect.
   """
   if not config.coordinator:
     return
@@ -89,7 +89,7 @@ def create_mesh(config: MeshConfig, retrofit: RetrofitConfig) -> Mesh:
   """The mesh of the run.
 
   Raises:
-    ValueError: more devices than there are, some of another process's left out, or rows that `data` does not divide.
+    ValueError: there are fewer devices, some process's devices are left out, or `data` does not divide the rows.
   """
   mesh = make_mesh(config.data, config.tensor)
   if jax.process_count() > 1 and mesh.size != jax.device_count():
@@ -108,19 +108,19 @@ def create_mesh(config: MeshConfig, retrofit: RetrofitConfig) -> Mesh:
 
 
 def leads() -> bool:
-  """Whether this process is the one that logs and writes."""
+  """Whether this is process 0, which logs and writes."""
   return jax.process_index() == 0
 
 
 def place_state(config: RetrofitConfig, student: Model, trained: Params, mesh: Mesh) -> TrainState:
-  """The state before the first step, each device holding its part only."""
+  """The state before the first step; each device holds only its shards."""
   make = partial(init_state, config)
   table = param_table(student.config, student.dms, student.lora)
   return jax.jit(make, out_shardings=tree_shardings(jax.eval_shape(make, trained), mesh, table))(trained)
 
 
 def feed(packer: Packer, step: int, mesh: Mesh) -> Batch:
-  """The batch of training step `step` on the mesh; this process packs the rows of its own devices."""
+  """The batch of training step `step` on the mesh; this process packs only the rows of its own devices."""
   sharding = NamedSharding(mesh, P("data"))
   shape = packer.config.batch_size, packer.config.seq_len
   cuts = {cut.indices(shape[0]) for cut, *_ in sharding.addressable_devices_indices_map(shape).values()}
@@ -129,7 +129,7 @@ def feed(packer: Packer, step: int, mesh: Mesh) -> Batch:
 
 
 def gathered(tree: Any) -> Any:
-  """`tree` as whole numpy arrays where it lies on several processes, one array after another; else as it is."""
+  """`tree` as whole numpy arrays, gathered one by one, if there are several processes; otherwise unchanged."""
   if jax.process_count() == 1:
     return tree
   return jax.tree.map(partial(multihost_utils.process_allgather, tiled=True), tree)
@@ -137,7 +137,7 @@ def gathered(tree: Any) -> Any:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-  """What fails inside on one process fails on all, which would else wait for it forever.
+  """A failure inside on one process becomes a failure on all; otherwise they would wait for it forever.
 
   Raises:
     OSError: another process failed; its own message says why.
@@ -150,7 +150,7 @@ def together() -> Iterator[None]:
     yield
   except Exception as error:
     failure = error
-  # First without the devices: what they wait for has time limits.
+  # A barrier without the devices first: collectives have shorter time limits.
   multihost.get_barrier_sync_fn()(key=f"dms_jax_{next(_meetings)}", timeout_ms=PATIENCE * 1000)
   failed = np.flatnonzero(multihost_utils.process_allgather(np.int32(failure is not None)))
   if failure is not None:
@@ -160,5 +160,5 @@ def together() -> Iterator[None]:
 
 
 def preempted(step: int) -> bool:
-  """Whether to stop after `step` because some host got SIGTERM: JAX has all agree on the same step, soon after."""
+  """Whether to stop after `step` because a host got SIGTERM; JAX has all processes agree on the same step."""
   return multihost_utils.reached_preemption_sync_point(step)

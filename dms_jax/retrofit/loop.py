@@ -1,6 +1,6 @@
-"""The training loop: checkpoints, resume, log. A run killed at any moment goes on from its last whole checkpoint.
+"""The training loop: checkpoints, resume, log. A run killed at any moment resumes from its last complete checkpoint.
 
-The training state is written while training goes on, by each process its shards, and is read back on any mesh.
+The training state is written asynchronously, each process writing its shards, and can be restored on any mesh.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from dms_jax import checkpoint
-from dms_jax.config import DMSConfig, LoRAConfig, read_json, to_json
+from dms_jax.config import DMSConfig, LoRAConfig, from_json, read_json, to_json
 from dms_jax.model import Model
 from dms_jax.params import Params, join_params, param_table, split_params
 from dms_jax.retrofit import distributed, schedule
@@ -38,12 +38,12 @@ STATE = "state"
 
 
 class Preempted(Exception):
-  """The run was asked to stop and has saved its state; the same command goes on."""
+  """The run was asked to stop and has saved its state; the same command resumes it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A retrofit to carry out on the untouched model `base`, in `directory`: the gates, the updates and how to train."""
+  """A retrofit of the untouched model `base`, in `directory`: gates, low-rank updates and training settings."""
 
   base: Model
   dms: DMSConfig
@@ -53,7 +53,7 @@ class Run:
   directory: Path
 
   def settings(self, packer: Packer) -> dict[str, dict]:
-    """What makes this run the run it is, as run.json holds it."""
+    """The settings that identify this run, as run.json holds them."""
     return {
       "model": to_json(self.base.config), "dms": to_json(self.dms), "lora": to_json(self.lora),
       "retrofit": to_json(self.config), "data": to_json(self.data), "text": packer.fingerprints(),
@@ -61,15 +61,16 @@ class Run:
 
 
 def prepare(base: Model, dms: DMSConfig, lora: LoRAConfig, config: RetrofitConfig) -> tuple[Model, Model, Params]:
-  """(student without what is trained, teacher, what is trained).
+  """(student without the trained parameters, teacher, trained parameters).
 
-  Frozen weights are in the compute dtype; what is trained starts as stored, or fresh where the base has none.
+  Frozen weights are cast to the compute dtype. Trained parameters start as stored, or freshly initialised where the
+  base has none.
 
   Raises:
-    ValueError: settings that do not go together (`config.check`).
+    ValueError: the settings are inconsistent (`config.check`).
   """
   check(dms, lora, config)
-  dtype = jnp.dtype(config.compute_dtype)
+  dtype = jnp.dtype(config.memory.compute_dtype)
   cast = lambda params: jax.tree.map(lambda x: x.astype(dtype), params)
   table = param_table(base.config)
   base = base.replace(params=split_params(base.params, lambda path: path in table)[0], dms=None, lora=None)
@@ -84,25 +85,32 @@ def prepare(base: Model, dms: DMSConfig, lora: LoRAConfig, config: RetrofitConfi
 
 
 def _claim_directory(directory: Path, settings: dict[str, dict]) -> None:
-  """Writes run.json, or checks that the run found there has the same settings."""
+  """Writes run.json, or checks that an existing one has the same settings."""
   path = directory / RUN
   if not path.exists():
     directory.mkdir(parents=True, exist_ok=True)
     _replace(path, json.dumps(settings, indent=1))
     return
   found = read_json(path)
-  differ = [
-    f"{section}.{name}: {found.get(section, {}).get(name)!r} there, {value!r} now"
-    for section, values in settings.items()
-    for name, value in values.items()
-    if found.get(section, {}).get(name) != value
-  ]
-  if differ:
+  found["retrofit"] = to_json(from_json(RetrofitConfig, found.get("retrofit", {}), f"{path}: retrofit"))
+  if differ := _differences(found, settings):
     raise ValueError(f"{directory} holds a run with other settings ({'; '.join(differ)}); choose another --output")
 
 
+def _differences(found: Any, settings: dict, prefix: str = "") -> list[str]:
+  """Every field of the nested `settings` that is missing or different in `found`, with both values."""
+  lines = []
+  for name, now in settings.items():
+    there = found.get(name) if isinstance(found, dict) else None
+    if isinstance(now, dict):
+      lines += _differences(there, now, f"{prefix}{name}.")
+    elif there != now:
+      lines.append(f"{prefix}{name}: {there!r} there, {now!r} now")
+  return lines
+
+
 def _replace(path: Path, text: str) -> None:
-  """Writes a small file whole or not at all."""
+  """Writes a small file atomically."""
   part = path.with_suffix(".part")
   try:
     part.write_text(text)
@@ -112,7 +120,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _trim_log(path: Path, step: int) -> None:
-  """Drops lines of steps that will be taken again, and a line cut short by a kill."""
+  """Drops the lines of steps that will be repeated, and a line cut short by a kill."""
   if not path.exists():
     return
   kept = []
@@ -132,29 +140,29 @@ def _last_line(path: Path) -> dict:
 
 @contextlib.contextmanager
 def _writing(directory: Path) -> Iterator[None]:
-  """Says clearly that the disk is full, however deep that was noticed, and gives back what the write had taken."""
+  """Turns the errors of a full disk into one clear OSError, and removes half-written checkpoints."""
   try:
     yield
   except Exception as error:
     if not _disk_is_full(error):
       raise
-    for _ in range(20):  # Orbax's threads may still be at it
+    for _ in range(20):  # Orbax's threads may still be writing
       half_written = list((directory / STATE).glob("*.orbax-checkpoint-tmp*"))
       for half in half_written:
         shutil.rmtree(half, ignore_errors=True)
       time.sleep(0.1 if half_written else 0.0)
     raise OSError(
       errno.ENOSPC,
-      f"{directory}: the disk is full; the last whole checkpoint is kept: make room and run the same command again",
+      f"{directory}: the disk is full; the last whole checkpoint is kept; free some space and run the command again",
     ) from error
 
 
 def _disk_is_full(error: BaseException | None) -> bool:
-  """Whether `error` or what caused it is a full disk or quota; Orbax's own errors tell it in words only."""
+  """Whether `error` or its cause is a full disk or quota; Orbax's own errors say so only in their message."""
   while error is not None:
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
       return True
-    if any(words in str(error) for words in ("No space left on device", "Disk quota exceeded")):
+    if any(message in str(error) for message in ("No space left on device", "Disk quota exceeded")):
       return True
     if isinstance(error, BaseExceptionGroup) and any(map(_disk_is_full, error.exceptions)):
       return True
@@ -163,19 +171,19 @@ def _disk_is_full(error: BaseException | None) -> bool:
 
 
 def export(run: Run, student: Model, state: TrainState, path: Path, tokenizer=None, **metadata) -> None:
-  """Writes what was trained as a checkpoint: a retrofit, or the whole model (`RetrofitConfig.export`).
+  """Writes the trained parameters as a checkpoint: a retrofit, or the whole model (`SavingConfig.export`).
 
-  Gates are in float32, low-rank updates and trained weights in the compute dtype. Merged updates are folded in float32
-  into weights as they were stored.
+  Gates are float32; low-rank updates and trained weights have the compute dtype. Updates are merged in float32, into
+  the weights as stored.
   """
-  if (path / "config.json").exists():  # a resumed run comes by again, with the same numbers
+  if (path / "config.json").exists():  # a resumed run reaches this step again, with the same numbers
     return
   config = run.config
   trained = state.trained if state.ema is None else state.ema
   if config.whole_model and config.trainable != "all":
     model = student.replace(params=join_params(student.params, run.base.params, trained)).merged()
   else:
-    trained = cast_trained(student, trained, jnp.dtype(config.compute_dtype))
+    trained = cast_trained(student, trained, jnp.dtype(config.memory.compute_dtype))
     model = student.replace(params=join_params(student.params, trained))
   groups = ("base", "gate", "lora") if config.whole_model else ("gate", "lora")
   with distributed.together():
@@ -194,29 +202,30 @@ def train(
   log_every: int = 10,
   stop_after: int | None = None,
 ) -> dict:
-  """Trains `run` to its end, or on from where its directory's last checkpoint left it.
+  """Trains `run` to its end, resuming from the last checkpoint in its directory if there is one.
 
-  Writes into `run.directory`: run.json (settings), log.jsonl (a line a step), state/ (the last checkpoints, Orbax), and
-  cr2/, cr3/, ... and final/: a usable retrofit when the target reaches each whole CR, and at the end.
+  Writes into `run.directory`: run.json (settings), log.jsonl (one line a step), state/ (the latest training states,
+  Orbax), and cr2/, cr3/, ... and final/: a usable checkpoint whenever the target reaches a whole CR, and at the end.
 
   Args:
-    mesh: the devices to train on (`distributed.create_mesh`), by default one. With several processes each calls, and
-      only process 0 calls `report` and `saved`.
-    report: called with every line logged; for progress bars.
-    saved: called with the steps done after each checkpoint was begun; for pictures.
-    stop: asked after every step; true saves and raises `Preempted`. Several processes stop by `distributed.preempted`.
+    mesh: the devices to train on (`distributed.create_mesh`); default one device. Every process must call; only process
+      0 calls `report` and `saved`.
+    report: called with every line of the log.
+    saved: called with the number of steps done, after each save of the state has started.
+    stop: asked after every step; if true, the run saves and raises `Preempted`. Several processes stop by
+      `distributed.preempted`.
     log_every: steps between fetches of metrics from the device.
-    stop_after: leave after this many steps in all, with a checkpoint, as if interrupted.
+    stop_after: stop after this many steps in total, with a checkpoint, as if interrupted.
 
   Returns:
     The last line of the log.
 
   Raises:
-    ValueError: the directory holds a run with other settings, or they do not go together.
-    FloatingPointError: the loss or its gradient is not finite, or the loss above its bound; checkpoints before it are
-      kept, and the log ends with the step.
-    OSError: the disk is full; the last whole checkpoint is kept.
-    Preempted: `stop` said so.
+    ValueError: the directory holds a run with other settings, or the settings are inconsistent.
+    FloatingPointError: the loss or its gradient is not finite, or the loss is above its bound. Earlier checkpoints are
+      kept, and the log ends with that step.
+    OSError: the disk is full; the last complete checkpoint is kept.
+    Preempted: `stop` returned true.
   """
   config, directory, leads = run.config, Path(run.directory), distributed.leads()
   mesh = mesh or make_mesh(devices=jax.local_devices())
@@ -229,7 +238,7 @@ def train(
       _claim_directory(directory, settings)
   state = distributed.place_state(config, student, trained, mesh)
   key = jax.random.fold_in(jax.random.key(config.seed), 1)
-  usable = {schedule.step_of_cr(config, cr): cr for cr in range(2, math.floor(config.final_cr) + 1)}
+  usable = {schedule.step_of_cr(config, cr): cr for cr in range(2, math.floor(config.schedule.final_cr) + 1)}
 
   def write(name: str, done: int) -> None:
     about = {"step": done, "retrofit": settings["retrofit"], "data": settings["data"]}
@@ -243,23 +252,23 @@ def train(
     with distributed.together():
       if leads:
         _trim_log(directory / LOG, first)
-    last = config.steps if stop_after is None else min(stop_after, config.steps)
+    last = config.schedule.steps if stop_after is None else min(stop_after, config.schedule.steps)
     line, pending, clock = _last_line(directory / LOG), [], time.perf_counter()
     if first < last and stop():
       raise Preempted(f"stopped before step {first}; nothing is lost")
     with open(directory / LOG if leads else os.devnull, "a") as log:
       for step in range(first, last):
-        if config.zero_neuron and step == config.fade_steps:
+        if config.schedule.zero_neuron and step == config.schedule.fade_steps:
           state = zero_neuron(student, state)
-        fading = step < config.fade_steps
+        fading = step < config.schedule.fade_steps
         batch = distributed.feed(packer, step, mesh)
         with jax.set_mesh(mesh):
           state, metrics = train_step(state, student, teacher, batch, key, config, fading)
         pending.append((step, metrics))
         done = step + 1
-        kept = done % config.save_every == 0 or done in usable or done == config.steps
+        kept = done % config.saving.save_every == 0 or done in usable or done == config.schedule.steps
         stopping = (stop() or distributed.preempted(done)) and done < last
-        saves = done % config.save_every == 0 or done == last or stopping
+        saves = done % config.saving.save_every == 0 or done == last or stopping
         if saves or kept or len(pending) >= log_every:
           values = jax.device_get([m for _, m in pending])
           seconds = (time.perf_counter() - clock) / len(pending)
@@ -272,10 +281,10 @@ def train(
                 report(line)
             log.flush()
           pending = []
-          if done in usable:  # before the state: a run that resumes past this step would never write it
+          if done in usable:  # before the state: a run resumed after this step would never write it
             write(f"cr{usable[done]}", done)
           if saves:
-            checkpointer.wait()  # for the one before, and for what went wrong with it
+            checkpointer.wait()  # for the previous save; raises its errors
             checkpointer.save_async(done, state, force=True, overwrite=True)
             if leads:
               saved(done)
@@ -283,15 +292,15 @@ def train(
         if stopping:
           checkpointer.wait()
           raise Preempted(f"stopped after step {step} and saved; the same command goes on")
-    if last == config.steps:
+    if last == config.schedule.steps:
       write("final", last)
   return line
 
 
 @contextlib.contextmanager
 def _states(directory: Path, config: RetrofitConfig) -> Iterator[ocp.training.Checkpointer]:
-  """The checkpoints of the training state; leaving it waits for the last to be written."""
-  keep = ocp.training.preservation_policies.LatestN(config.keep_states)
+  """The checkpoints of the training state; leaving the context waits for the last one to be written."""
+  keep = ocp.training.preservation_policies.LatestN(config.saving.keep_states)
   with ocp.training.Checkpointer(
     directory.absolute() / STATE, preservation_policy=keep, cleanup_tmp_directories=True
   ) as checkpointer:
@@ -299,7 +308,7 @@ def _states(directory: Path, config: RetrofitConfig) -> Iterator[ocp.training.Ch
 
 
 def _line(config: RetrofitConfig, step: int, seconds: float, values: dict, heads: bool) -> dict:
-  """A line of the log; `heads` adds each head's gate rate, [L][K]. Numbers that are not finite are null."""
+  """A line of the log; `heads` adds the gate rate of each head, [L][K]. Numbers that are not finite become null."""
   line = {"step": step, "tokens": (step + 1) * config.batch_size * config.seq_len, "seconds": round(seconds, 4)}
   rates = values["gate_rates"]
   line |= {n: float(x) if math.isfinite(x) else None for n, x in values.items() if n != "gate_rates"}
@@ -308,10 +317,11 @@ def _line(config: RetrofitConfig, step: int, seconds: float, values: dict, heads
 
 def _check_finite(config: RetrofitConfig, line: dict, directory: Path) -> None:
   loss, norm = line["loss"], line["grad_norm"]
-  if loss is not None and norm is not None and loss <= config.loss_bound:
+  if loss is not None and norm is not None and loss <= config.loss.bound:
     return
   show = lambda x: "not finite" if x is None else f"{x:.4g}"
   raise FloatingPointError(
-    f"step {line['step']}: loss {show(loss)}, gradient norm {show(norm)}; retrofit.loss_bound={config.loss_bound:g}. "
-    f"The last checkpoint before it is kept in {directory / STATE}; lower retrofit.learning_rate in another --output"
+    f"step {line['step']}: loss {show(loss)}, gradient norm {show(norm)}; retrofit.loss.bound={config.loss.bound:g}. "
+    f"The last checkpoint before it is kept in {directory / STATE}; "
+    "lower retrofit.optimizer.learning_rate in another --output"
   )

@@ -1,8 +1,8 @@
 """The losses of the retrofit: distillation or language model, and pressure towards the target compression.
 
-The first is computed from hidden states, chunk by chunk of positions and of the vocabulary: with 128K words the logits
-of one row of 4,096 tokens would take 2 GB, and twice that with the teacher's. Under a mesh each device takes its own
-rows, and of the vocabulary its own words.
+The first is computed from hidden states, in chunks of positions and of the vocabulary: with a vocabulary of 128K the
+logits of one row of 4,096 tokens would take 2 GB, and the teacher's as much again. Under a mesh each device computes
+its own rows and its own part of the vocabulary.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ def vocabulary_loss(
   vocab_chunk: int = 8192,
   train_head: bool = True,
 ) -> Float[Array, ""]:
-  """Mean over the positions of `mask` of the divergence from the teacher, or of the surprise at `targets`.
+  """Mean over the positions of `mask` of the divergence from the teacher, or for "lm" of -log p(target); in nats.
 
-  Logits stand in memory for `chunk` positions and `vocab_chunk` words at a time, in float32, and are computed again in
-  the backward pass; the result is that of whole logits but for the order of float32 sums.
+  Logits exist for `chunk` positions and `vocab_chunk` tokens of the vocabulary at a time, in float32, and are computed
+  again in the backward pass. The result differs from that of whole logits only by the order of float32 sums.
 
   Args:
-    student, teacher: final hidden states, normed. The teacher gets no gradient, and none is needed for "lm".
+    student, teacher: final hidden states, normed. The teacher gets no gradient; "lm" needs none.
     targets: the next tokens, for "lm".
-    train_head: False gives the head no gradient, and spends nothing on it.
+    train_head: whether the head gets a gradient; without one its cost is saved.
   """
   weights = mask.astype(jnp.float32)
   weights = weights / jnp.maximum(weights.sum(), 1.0)
@@ -61,25 +61,26 @@ class _Split:
   """The mesh axes that split the rows, and the one that splits the vocabulary."""
 
   rows: tuple[str, ...] = ()
-  words: str | None = None
+  vocab: str | None = None
 
-  def first_word(self, head: Array) -> Array | int:
-    return lax.axis_index(self.words) * head.shape[0] if self.words else 0
+  def first_token(self, head: Array) -> Array | int:
+    """Id of the first token of this device's part of the vocabulary."""
+    return lax.axis_index(self.vocab) * head.shape[0] if self.vocab else 0
 
 
 def _on_shards(function: Callable, specs: Callable[[_Split], tuple], x: Array, head: Array, constants, *args):
-  """`function(split, x, head, constants, *args)`: each device its rows and words under a mesh, else all at once.
+  """`function(split, x, head, constants, *args)`; under a mesh each device computes its rows and its vocabulary.
 
-  `specs` gives the partitions of `args`, as a tuple, and of the results.
+  `specs(split)` gives the partitions of `args`, as a tuple, and of the results.
   """
   axes = row_and_head_axes(x.shape[0], head.shape[0])
   if axes is None:
     return function(_Split(), x, head, constants, *args)
   split = _Split(*axes)
-  rows, words = P(split.rows), P(split.words)
+  rows, vocab = P(split.rows), P(split.vocab)
   more, out = specs(split)
-  in_specs = (rows, words, (rows, words, rows, rows), *more)
-  # By hand inside the rule for gradients: nothing is differentiated through the mesh.
+  in_specs = (rows, vocab, (rows, vocab, rows, rows), *more)
+  # The gradient rule is outside: nothing is differentiated through the mesh.
   call = jax.shard_map(partial(function, split), in_specs=in_specs, out_specs=out, check_vma=False)
   return call(x, head, constants, *args)
 
@@ -97,18 +98,20 @@ def _in_chunks(chunk: int, *arrays: Array | None) -> list[Array | None]:
 
 
 def _vocabulary(size: int, chunk: int) -> tuple[int, int]:
-  """(chunks, words of each): as even as multiples of 128 allow; the last one starts early where it would not fit."""
+  """(number of chunks, tokens in each): as even as multiples of 128 allow. The last chunk overlaps the one before it
+  where `size` is not a multiple."""
   count = -(-size // min(chunk, size))
-  words = -(-size // count)
-  return count, min(size, -(-words // 128) * 128)
+  width = -(-size // count)
+  return count, min(size, -(-width // 128) * 128)
 
 
-def _logits(index: Array, words: int, *pairs: tuple[Array, Array]) -> tuple[Array, Array, list[Array]]:
-  """(first word, which words are new, logits float32 [C, words] of each pair of states and head) of chunk `index`."""
+def _logits(index: Array, width: int, *pairs: tuple[Array, Array]) -> tuple[Array, Array, list[Array]]:
+  """Chunk `index` of the vocabulary: (id of its first token, which tokens are new, bool [width], logits float32
+  [C, width] of each pair of states and head)."""
   size = pairs[0][1].shape[0]
-  start = jnp.minimum(index * words, size - words)
-  new = start + jnp.arange(words) >= index * words  # the others were in the chunk before
-  cut = [lax.dynamic_slice_in_dim(head, start, words) for _, head in pairs]
+  start = jnp.minimum(index * width, size - width)
+  new = start + jnp.arange(width) >= index * width  # the others were in the chunk before
+  cut = [lax.dynamic_slice_in_dim(head, start, width) for _, head in pairs]
   return start, new, [linear(x, head, out_dtype=jnp.float32) for (x, _), head in zip(pairs, cut, strict=True)]
 
 
@@ -121,13 +124,14 @@ def _pairs(kind: Loss, x, head, constants) -> list[tuple[Array, Array]]:
 
 
 def _statistics(split: _Split, kind: Loss, vocab_chunk: int, x, head, constants) -> tuple[Array, list[Array]]:
-  """Loss of each of C positions, and its log-sum-exp [C] under each pair's logits, by one pass over the vocabulary.
+  """Losses of C positions, and the log-sum-exp [C] of each pair's logits, in one pass over the vocabulary.
 
-  A divergence is held relative to the running maxima m of the two models' logits, so that nothing large cancels:
+  A divergence is accumulated relative to the running maxima m of the two models' logits, so that no large terms cancel:
   u = sum exp(a - m_a) ((a - m_a) - (b - m_b)). For "lm", u is the target's logit.
   """
-  pairs, targets, words = _pairs(kind, x, head, constants), constants[2], _vocabulary(head.shape[0], vocab_chunk)
-  first = split.first_word(head)
+  pairs, targets = _pairs(kind, x, head, constants), constants[2]
+  count, width = _vocabulary(head.shape[0], vocab_chunk)
+  first = split.first_token(head)
   zeros = jnp.zeros(x.shape[0], jnp.float32)
 
   def relative(u, tops, higher, scale, sums):
@@ -136,14 +140,14 @@ def _statistics(split: _Split, kind: Loss, vocab_chunk: int, x, head, constants)
 
   def step(carry, index):
     tops, sums, u = carry
-    start, new, logits = _logits(index, words[1], *pairs)
+    start, new, logits = _logits(index, width, *pairs)
     logits = [jnp.where(new, y, -jnp.inf) for y in logits]
     higher = [jnp.maximum(m, y.max(axis=1)) for m, y in zip(tops, logits, strict=True)]
     centred = [y - m[:, None] for y, m in zip(logits, higher, strict=True)]
     scale = [jnp.exp(m - h) for m, h in zip(tops, higher, strict=True)]
     weights = [jnp.exp(y) for y in centred]
     if kind == "lm":
-      here = first + start + jnp.arange(words[1]) == targets[:, None]
+      here = first + start + jnp.arange(width) == targets[:, None]
       u = u + jnp.sum(jnp.where(here & new, logits[0], 0.0), axis=1)
     else:
       gap = jnp.where(new, centred[0] - centred[1], 0.0)
@@ -152,12 +156,12 @@ def _statistics(split: _Split, kind: Loss, vocab_chunk: int, x, head, constants)
     return (higher, sums, u), None
 
   init = ([zeros + LOWEST for _ in pairs], [zeros for _ in pairs], zeros)
-  (tops, sums, u), _ = lax.scan(step, init, jnp.arange(words[0]))
-  if split.words:
-    highest = [lax.pmax(m, split.words) for m in tops]
+  (tops, sums, u), _ = lax.scan(step, init, jnp.arange(count))
+  if split.vocab:
+    highest = [lax.pmax(m, split.vocab) for m in tops]
     scale = [jnp.exp(m - h) for m, h in zip(tops, highest, strict=True)]
-    u = lax.psum(u if kind == "lm" else relative(u, tops, highest, scale, sums), split.words)
-    tops, sums = highest, [lax.psum(a * z, split.words) for a, z in zip(scale, sums, strict=True)]
+    u = lax.psum(u if kind == "lm" else relative(u, tops, highest, scale, sums), split.vocab)
+    tops, sums = highest, [lax.psum(a * z, split.vocab) for a, z in zip(scale, sums, strict=True)]
   logs = [jnp.log(z) for z in sums]
   losses = tops[0] + logs[0] - u if kind == "lm" else u / sums[0] - logs[0] + logs[1]
   return losses, [m + z for m, z in zip(tops, logs, strict=True)]
@@ -189,13 +193,14 @@ def _backward(kind: Loss, chunk: int, vocab_chunk: int, train_head: bool, saved,
   x, head, constants, statistics = saved
 
   def scattered(split: _Split) -> str | tuple[str, ...] | None:
-    """Mesh axes over which each device keeps a part of the width of the head's gradient, already summed."""
-    count = math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in split.rows)
-    return split.rows if split.rows and head.shape[1] % count == 0 else None
+    """Mesh axes that split the summed gradient of the head by D; None where they do not divide it."""
+    devices = math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in split.rows)
+    return split.rows if split.rows and head.shape[1] % devices == 0 else None
 
   def shard(split, x, head, constants, statistics, cotangent):
     teacher, teacher_head, targets, weights = constants
-    words, first = _vocabulary(head.shape[0], vocab_chunk), split.first_word(head)
+    count, width = _vocabulary(head.shape[0], vocab_chunk)
+    first = split.first_token(head)
 
     def part(head_grad, xs):
       x, teacher, targets, weights, (losses, logs) = xs
@@ -203,40 +208,40 @@ def _backward(kind: Loss, chunk: int, vocab_chunk: int, train_head: bool, saved,
 
       def step(carry, index):
         x_grad, head_grad = carry
-        start, new, logits = _logits(index, words[1], *pairs)
+        start, new, logits = _logits(index, width, *pairs)
         logp = [y - z[:, None] for y, z in zip(logits, logs, strict=True)]
         if kind == "lm":
-          here = first + start + jnp.arange(words[1]) == targets[:, None]
+          here = first + start + jnp.arange(width) == targets[:, None]
           g = jnp.exp(logp[0]) - here.astype(jnp.float32)
         elif kind == "reverse_kl":
           g = jnp.exp(logp[0]) * (logp[0] - logp[1] - losses[:, None])
         else:
           g = jnp.exp(logp[1]) - jnp.exp(logp[0])
-        # Rounded like the activations it meets: a float32 product would be many times slower on an accelerator.
+        # Rounded like the activations that it multiplies: a float32 product would be many times slower on a GPU or TPU.
         g = jnp.where(new, g * (cotangent * weights)[:, None], 0.0).astype(x.dtype)
-        rows = lax.dynamic_slice_in_dim(head, start, words[1])
+        rows = lax.dynamic_slice_in_dim(head, start, width)
         x_grad = x_grad + linear(g, rows.T, out_dtype=jnp.float32)
         if train_head:
-          update = lax.dynamic_slice_in_dim(head_grad, start, words[1]) + linear(g.T, x.T, out_dtype=jnp.float32)
+          update = lax.dynamic_slice_in_dim(head_grad, start, width) + linear(g.T, x.T, out_dtype=jnp.float32)
           head_grad = lax.dynamic_update_slice_in_dim(head_grad, update, start, 0)
         return (x_grad, head_grad), None
 
       init = (jnp.zeros(x.shape, jnp.float32), head_grad)
-      (x_grad, head_grad), _ = lax.scan(step, init, jnp.arange(words[0]))
-      x_grad = lax.psum(x_grad, split.words) if split.words else x_grad
+      (x_grad, head_grad), _ = lax.scan(step, init, jnp.arange(count))
+      x_grad = lax.psum(x_grad, split.vocab) if split.vocab else x_grad
       return head_grad, x_grad.astype(x.dtype)
 
     init = jnp.zeros(head.shape, jnp.float32) if train_head else None
     chunks = (*_in_chunks(chunk, x, teacher, targets, weights), statistics)
     head_grad, x_grad = lax.scan(part, init, chunks)
     if train_head and split.rows:
-      width = scattered(split)
+      axes = scattered(split)
       scatter = partial(lax.psum_scatter, scatter_dimension=1, tiled=True)
-      head_grad = scatter(head_grad, width) if width else lax.psum(head_grad, split.rows)
+      head_grad = scatter(head_grad, axes) if axes else lax.psum(head_grad, split.rows)
     x_grad = x_grad.reshape(-1, x.shape[-1])[: x.shape[0] * x.shape[1]].reshape(x.shape)
     return x_grad, None if head_grad is None else head_grad.astype(head.dtype)
 
-  specs = lambda split: ((P(split.rows), P()), (P(split.rows), P(split.words, scattered(split))))
+  specs = lambda split: ((P(split.rows), P()), (P(split.rows), P(split.vocab, scattered(split))))
   x_grad, head_grad = _on_shards(shard, specs, x, head, constants, statistics, cotangent)
   return x_grad, head_grad, None
 
@@ -245,18 +250,18 @@ _chunked.defvjp(_forward, _backward)
 
 
 def hard_decisions(z: Float[Array, "..."]) -> Float[Array, "..."]:
-  """1 where z > 0, else 0, with the gradient of sigmoid(z)."""
+  """1 where z > 0, otherwise 0, with the gradient of sigmoid(z): a straight-through estimator."""
   soft = jax.nn.sigmoid(z)
   return jax.lax.stop_gradient((z > 0).astype(z.dtype) - soft) + soft
 
 
 def evicted_fraction(z: Float[Array, "L B K T"], mask: Bool[Array, "B T"]) -> Float[Array, "B"]:
-  """Share of hard decisions that evict, a row: mean over layers, heads and the row's real positions."""
+  """Share of hard decisions that evict, by row: mean over layers, heads and the row's real positions."""
   count = jnp.maximum(mask.sum(axis=1), 1) * (z.shape[0] * z.shape[2])
   hard = jnp.where(mask[None, :, None], hard_decisions(z), 0.0)
   return hard.sum(axis=(0, 2, 3)) / count.astype(z.dtype)
 
 
 def compression_loss(fraction: Float[Array, "B"], cr: Float[Array, ""]) -> Float[Array, ""]:
-  """Mean over rows of relu((1 - 1/CR) - evicted fraction): one-sided, pays nothing for evicting more."""
+  """Mean over rows of relu((1 - 1/CR) - evicted fraction). One-sided: evicting more costs nothing."""
   return jnp.mean(jax.nn.relu((1.0 - 1.0 / cr) - fraction))

@@ -1,6 +1,6 @@
-"""Text that the model itself writes, to train on: a retrofit then needs no data set.
+"""Text sampled from the model itself, to train on: a retrofit then needs no data set.
 
-Written batch by batch, so that an interrupted run goes on where it was; the file appears when all of it is there.
+Batches are saved one by one, so an interrupted run resumes; the output file appears once it is complete.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ import jax
 import numpy as np
 
 from dms_jax.config import read_json, to_json
-from dms_jax.generation.generate import generate as generation
+from dms_jax.generation.generate import fastest_form, generate
 from dms_jax.model import Model
 from dms_jax.policies import Vanilla
 from dms_jax.retrofit.config import SelfTextConfig
 from dms_jax.tokenizer import Tokenizer
 
-QUESTION_TOKENS = 128  # the most that a question of the model's own may have
-CAPACITY = 256  # slots of a cache are a multiple of
+QUESTION_TOKENS = 128  # at most, in a question that the model asks itself
+CAPACITY = 256  # the cache's capacity is rounded up to a multiple of this
 MARK = "QUESTION-GOES-HERE"
-FREE, ASK = "free", "ask"  # rows without a prompt: from an end of text, or after the template's opening of a question
+FREE, ASK = "free", "ask"  # rows without a prompt: they start at an end of text, or with a question of the model's own
 
 
 def prompts(config: SelfTextConfig, tokenizer: Tokenizer) -> list[list[int] | str]:
-  """Each row's prompt as token ids, or FREE or ASK; continued prefixes come before answered questions.
+  """Each row's prompt as token ids, or FREE or ASK; prefixes come before questions.
 
   Raises:
     ValueError: a source is too small, or a record has no question.
@@ -74,7 +74,7 @@ def _read(path: str, name: str) -> str:
 
 
 def user_opening(tokenizer: Tokenizer) -> str | None:
-  """What the chat template puts before a user's first words; None without a template that shows them as they are."""
+  """The text that the chat template puts before a user's message; None without a template that copies the message."""
   try:
     text = tokenizer.chat([{"role": "user", "content": MARK}], add_generation_prompt=False)
   except ValueError:
@@ -90,19 +90,19 @@ def write(
   *,
   progress: Callable[[Iterable], Iterable] = lambda items: items,
 ) -> int:
-  """Writes `config.rows` records {"text": ...} to the .jsonl file `path`; returns how many tokens were sampled.
+  """Writes `config.rows` records {"text": ...} to the .jsonl file `path`; returns the number of tokens sampled.
 
-  Finished batches wait in a folder PATH.rows, from where the same call goes on after an interruption; nothing else is
-  left behind. A row's text depends on the seed and its number alone (and, by rounding, on the batch).
+  Finished batches are kept in a folder PATH.rows until all are done; after an interruption the same call resumes from
+  them. A row's text depends only on the seed and its number (and, by rounding, on the batch).
 
   Raises:
-    ValueError: no rows, a bad source, or PATH.rows holds text of other settings.
+    ValueError: there are no rows, a source is bad, or PATH.rows holds text of other settings.
   """
   path = Path(path)
   if not config.rows:
     raise ValueError("self_text.rows=0: say how many rows to write")
   rows = prompts(config, tokenizer)
-  model = generation.fastest_form(model.replace(tokenizer=tokenizer))
+  model = fastest_form(model.replace(tokenizer=tokenizer))
   keys = jax.random.split(jax.random.key(config.seed), config.rows)
   folder = path.with_name(path.name + ".rows")
   settings = {"self_text": to_json(config), "model": to_json(model.config), "dtype": str(model.dtype)}
@@ -125,13 +125,13 @@ def write(
 
 
 def _sample(model: Model, tokenizer: Tokenizer, config: SelfTextConfig, rows: list, keys: jax.Array) -> list[dict]:
-  def generate(batch: list[list[int]], keys: jax.Array, limit: int, size: int) -> list[list[int]]:
-    # Few shapes, because each is a compilation: the last row again up to `size` rows, and a rounded capacity.
+  def continued(batch: list[list[int]], keys: jax.Array, limit: int, size: int) -> list[list[int]]:
+    # Each shape is a compilation: the last row is repeated up to `size` rows, and the capacity is rounded up.
     missing = max(size - len(batch), 0)
     keys = keys[np.minimum(np.arange(len(batch) + missing), len(batch) - 1)]
     batch_size, batch = len(batch), batch + batch[-1:] * missing
     capacity = -(-(max(map(len, batch)) + limit) // CAPACITY) * CAPACITY
-    out = generation.generate(
+    out = generate(
       model, batch, policy=Vanilla(), max_new_tokens=limit, temperature=config.temperature, top_p=config.top_p,
       key=keys, capacity=capacity,
     )  # fmt: skip
@@ -145,16 +145,16 @@ def _sample(model: Model, tokenizer: Tokenizer, config: SelfTextConfig, rows: li
   if asks:
     opening = tokenizer.encode(user_opening(tokenizer))
     own = jax.vmap(jax.random.fold_in, (0, None))(keys[np.asarray(asks)], 1)
-    questions = generate([opening] * len(asks), own, min(QUESTION_TOKENS, config.max_new_tokens), -(-size // 2))
+    questions = continued([opening] * len(asks), own, min(QUESTION_TOKENS, config.max_new_tokens), -(-size // 2))
     for i, ids in zip(asks, questions, strict=True):
       sampled[i] = len(ids)
       if question := tokenizer.decode(ids).strip():
         prompt[i] = tokenizer.encode(tokenizer.chat([{"role": "user", "content": question}]))
   records = []
-  for i, answer in enumerate(generate(prompt, keys, config.max_new_tokens, size)):
+  for i, answer in enumerate(continued(prompt, keys, config.max_new_tokens, size)):
     ids = answer if prompt[i] is nothing else [*prompt[i], *answer]
     if answer and answer[-1] in tokenizer.eos_token_ids[:1]:
-      ids = ids[:-1]  # readers end each document with it
+      ids = ids[:-1]  # `load_sources` ends each document with it
     records.append({"text": tokenizer.decode(ids, skip_special=False), "sampled": sampled[i] + len(answer)})
   return records
 

@@ -1,4 +1,4 @@
-"""One training step: student under the soft eviction mask, teacher without, two losses, one optax update."""
+"""One training step: a student under the soft eviction mask, a dense teacher, two losses, one optax update."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ class Batch:
 
 @struct.dataclass
 class TrainState:
-  """What a run needs to go on: steps done, trained parameters (float32), optimizer state, moving average or None."""
+  """State from which a run resumes: steps done, trained parameters (float32), optimizer state, moving average or
+  None."""
 
   step: Int[Array, ""]
   trained: Params
@@ -42,10 +43,10 @@ class TrainState:
 
 
 def split_trained(model: Model, trainable: str) -> tuple[Params, Params]:
-  """(parameters that `trainable` trains, the frozen others).
+  """(trained parameters, frozen parameters) under `trainable`.
 
   Raises:
-    ValueError: "lora" of a model without low-rank updates, "gates" of one whose gates have no parameters.
+    ValueError: "lora" for a model without low-rank updates, or "gates" for one whose gates have no parameters.
   """
   table = param_table(model.config, model.dms, model.lora)
   groups = TRAINED[trainable]
@@ -57,26 +58,27 @@ def split_trained(model: Model, trainable: str) -> tuple[Params, Params]:
 
 def optimizer(config: RetrofitConfig) -> optax.GradientTransformation:
   """AdamW with clipping by global norm."""
-  adamw = optax.adamw(schedule.learning_rate(config), config.beta1, config.beta2, weight_decay=config.weight_decay)
-  return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+  o = config.optimizer
+  adamw = optax.adamw(schedule.learning_rate(config), o.beta1, o.beta2, weight_decay=o.weight_decay)
+  return optax.chain(optax.clip_by_global_norm(o.clip_norm), adamw)
 
 
 def init_state(config: RetrofitConfig, trained: Params) -> TrainState:
   """State before the first step; `trained` is copied to float32."""
   trained = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), trained)
-  ema = jax.tree.map(jnp.copy, trained) if config.ema_decay else None
+  ema = jax.tree.map(jnp.copy, trained) if config.saving.ema_decay else None
   return TrainState(jnp.int32(0), trained, optimizer(config).init(trained), ema)
 
 
 def cast_trained(model: Model, trained: Params, dtype) -> Params:
-  """`trained` in the compute dtype; gates stay float32: they are small, and a rounding at scale 100 flips decisions."""
+  """`trained` in the compute dtype. Gates stay float32: they are small, and rounding at scale 100 flips decisions."""
   table = param_table(model.config, model.dms, model.lora)
   cast = lambda path, x: x if table[path].group == "gate" else x.astype(dtype)
   return unflatten({path: cast(path, x) for path, x in flatten(trained).items()})
 
 
 def zero_neuron(model: Model, state: TrainState) -> TrainState:
-  """With the weights of every borrowed channel set to 0 (equation 1's w = 0): all gates at -offset, none open."""
+  """`state` with the weights of every borrowed channel set to 0 (w = 0 in equation 1): every gate logit is -offset."""
 
   def zeroed(trained: Params) -> Params:
     flat = flatten(trained)
@@ -89,7 +91,7 @@ def zero_neuron(model: Model, state: TrainState) -> TrainState:
 
 
 def logistic_noise(key: jax.Array, shape: tuple[int, ...]) -> Float[Array, "L B K T"]:
-  """Difference of two standard Gumbels, float32."""
+  """Samples of the difference of two standard Gumbel variables, float32."""
   return jax.random.logistic(key, shape, jnp.float32)
 
 
@@ -102,42 +104,45 @@ def loss_fn(
   config: RetrofitConfig,
   neuron_kept: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-  """Distillation (or language-model) plus compression loss, and what the log shows.
+  """Distillation (or language-model) loss plus compression loss, and the metrics for the log.
 
   Args:
-    neuron_kept: in phase 1, what is left of the borrowed channel; then nothing is evicted or pressed to.
+    noise: logistic noise of the relaxed decisions.
+    cr: target compression ratio.
+    neuron_kept: in phase 1, the share of the borrowed channel that is left; then nothing is evicted and there is no
+      compression loss.
   """
   c, ids = student.config, batch.segment_ids
   real = jnp.ones(batch.tokens.shape, bool) if ids is None else ids > 0
   fading = neuron_kept is not None
-  eviction = None if fading else Eviction(noise=noise, tau=config.tau)
+  eviction = None if fading else Eviction(noise=noise, tau=config.loss.tau)
   normed = lambda model, hidden: rms_norm(hidden, model.params["final_norm"], c.rms_norm_eps)
-  run = partial(forward, tokens=batch.tokens, segment_ids=ids, remat=config.remat)
+  run = partial(forward, tokens=batch.tokens, segment_ids=ids, remat=config.memory.remat)
   hidden, z = run(student, eviction=eviction, neuron_kept=neuron_kept)
-  # What follows an end of text is no continuation of it: such positions teach nothing.
+  # The token after an end of text does not depend on it: such positions are not counted.
   counted = real & ~jnp.isin(batch.tokens, jnp.asarray(c.eos_token_ids, jnp.int32))
-  if config.loss == "lm":
+  if config.loss.kind == "lm":
     goes_on = jnp.arange(real.shape[1]) < real.shape[1] - 1
     counted = counted & (goes_on if ids is None else goes_on & (jnp.roll(ids, -1, axis=1) == ids))
     against = {"targets": jnp.roll(batch.tokens, -1, axis=1)}
   else:
     against = {"teacher": normed(teacher, run(teacher)[0]), "teacher_head": output_head(teacher)}
   distance = losses.vocabulary_loss(
-    config.loss, normed(student, hidden), output_head(student), counted, **against,
-    chunk=config.loss_chunk, vocab_chunk=config.vocab_chunk, train_head=config.trainable == "all",
+    config.loss.kind, normed(student, hidden), output_head(student), counted, **against,
+    chunk=config.memory.loss_chunk, vocab_chunk=config.memory.vocab_chunk, train_head=config.trainable == "all",
   )  # fmt: skip
   fraction = losses.evicted_fraction(z, real)
   compression = jnp.float32(0.0) if fading else losses.compression_loss(fraction, cr)
-  return distance + config.compression_weight * compression, {
-    "nll" if config.loss == "lm" else "kl": distance,
+  return distance + config.loss.compression_weight * compression, {
+    "nll" if config.loss.kind == "lm" else "kl": distance,
     "compression_loss": compression,
     "evicted_fraction": fraction.mean(),
-    **_compression_metrics(student.dms, z if fading else z * config.tau - noise, real),
+    **_compression_metrics(student.dms, z if fading else z * config.loss.tau - noise, real),
   }
 
 
 def _compression_metrics(dms: DMSConfig, logits: Float[Array, "L B K T"], real: Bool[Array, "B T"]) -> dict[str, Array]:
-  """What hard, noiseless decisions would do: share of evictions, by head too, and of tokens held at a row's end."""
+  """Metrics of hard decisions without noise: gate rate (by head too), and the share of tokens held at a row's end."""
   if dms.granularity == "layer":
     logits = jnp.broadcast_to(logits[:, :, :1], logits.shape)
   evicted = masks.about_key(logits > 0, dms.lag(), False) & real[None, :, None]
@@ -157,14 +162,16 @@ def train_step(
   config: RetrofitConfig,
   fading: bool = False,
 ) -> tuple[TrainState, dict[str, Array]]:
-  """One update. Under a mesh the state stays where `sharding.tree_shardings` puts it, and metrics are everywhere.
+  """One optimizer step: (new state, metrics). Under a mesh the state is sharded by `sharding.tree_shardings`, and
+  metrics are replicated.
 
   Args:
+    state: donated.
     student: holds the frozen parameters only; the trained ones come from `state`.
-    key: of the run; the step's noise depends on it and on `state.step` alone.
-    fading: whether the step belongs to phase 1 (`RetrofitConfig.fade_steps`).
+    key: of the run; the step's noise depends only on it and on `state.step`.
+    fading: whether the step belongs to phase 1 (`ScheduleConfig.fade_steps`).
   """
-  dtype = jnp.dtype(config.compute_dtype)
+  dtype = jnp.dtype(config.memory.compute_dtype)
   placed = partial(constrain, table=param_table(student.config, student.dms, student.lora))
   cr = schedule.target_cr(config, state.step)
   kept = schedule.neuron_kept(config, state.step) if fading else None
@@ -173,7 +180,7 @@ def train_step(
     cast = cast_trained(student, trained, dtype)
     whole = student.replace(params=join_params(student.params, cast))
     original = teacher
-    if config.teacher == "same":
+    if config.loss.teacher == "same":
       original = whole.replace(params=jax.lax.stop_gradient(whole.params))
     shape = (whole.config.num_layers, part.tokens.shape[0], whole.config.num_kv_heads, part.tokens.shape[1])
     noise = logistic_noise(jax.random.fold_in(jax.random.fold_in(key, state.step), index), shape)
@@ -196,9 +203,9 @@ def train_step(
   trained = optax.apply_updates(state.trained, updates)
   ema = state.ema
   if ema is not None:
-    # A shorter memory at first, so that the start does not weigh on it.
+    # Averages over fewer steps at first, so that the initial parameters lose their weight.
     taken = state.step.astype(jnp.float32)
-    decay = jnp.minimum(config.ema_decay, (1.0 + taken) / (10.0 + taken))
+    decay = jnp.minimum(config.saving.ema_decay, (1.0 + taken) / (10.0 + taken))
     ema = optax.incremental_update(trained, ema, 1.0 - decay)
   metrics |= {
     "target_cr": cr,
@@ -209,6 +216,6 @@ def train_step(
 
 
 def init_retrofit(model: Model, key: jax.Array, dtype) -> Params:
-  """Fresh gates and low-rank updates for `model`'s dms and lora configs: a parameter tree without the base."""
+  """Initial gates and low-rank updates for `model`'s dms and lora configs: a parameter tree without the base."""
   table = param_table(model.config, model.dms, model.lora)
   return init_params({path: spec for path, spec in table.items() if spec.group != "base"}, key, dtype)

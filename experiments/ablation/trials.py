@@ -125,7 +125,11 @@ def trial(said: dict[str, Any], whole: dict[str, Any], base: str, root: Path) ->
       check(configs["dms"], configs["lora"], settings)
       if settings.trainable != "lora" and (given := [flag for flag in said if flag.startswith("lora.")]):
         raise ValueError(f"retrofit.trainable={settings.trainable!r} has no low-rank updates for {given} to change")
-      crs = [cr for cr in range(2, int(settings.final_cr) + 1) if schedule.step_of_cr(settings, cr) <= settings.steps]
+      crs = [
+        cr
+        for cr in range(2, int(settings.schedule.final_cr) + 1)
+        if schedule.step_of_cr(settings, cr) <= settings.schedule.steps
+      ]
       saved = ["final", *(f"cr{cr}" for cr in crs)]
       if evaluation.checkpoint not in saved:
         raise ValueError(f"eval.checkpoint={evaluation.checkpoint!r} is none of {saved}, which a run saves")

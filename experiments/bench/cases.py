@@ -1,4 +1,7 @@
-"""What benchmarks that run case by case share: names, guarding, bars, and results that later runs add to."""
+"""What benchmarks that run case by case share: names, guarding, bars, and results that later runs add to.
+
+A *case* is a named measurement; its result is a *row*. What is measured (a model, a batch, a length) is its workload.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from dms_jax.config import ModelConfig
-from dms_jax.convert.families import config_to_hf
+from dms_jax.families.huggingface import config_to_hf
 from experiments.common import program
 
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
-  """What a figure called `name` should reach: `value` at least, or at most."""
+  """A target of the figure `name`: at least `value`, or with `most` at most `value`."""
 
   name: str
   value: float
@@ -32,10 +35,10 @@ class Bar:
 
 
 def chosen(names: Iterable[str], wanted: tuple[str, ...]) -> list[str]:
-  """The names that are wanted, or begin so, in their order; all if none is wanted.
+  """The names that equal or begin with one of `wanted`, in their order; all where `wanted` is empty.
 
   Raises:
-    ValueError: a wanted one that none is or begins with.
+    ValueError: no name begins with one of `wanted`.
   """
   names = list(names)
   unknown = [name for name in wanted if not any(key.startswith(name) for key in names)]
@@ -45,7 +48,7 @@ def chosen(names: Iterable[str], wanted: tuple[str, ...]) -> list[str]:
 
 
 class Runner:
-  """Runs cases one by one, guarded: a failure or the end of time becomes a row that says so."""
+  """Runs cases one by one; a case that fails, or starts too late, gives a row that says so."""
 
   def __init__(self, seconds: float, about: dict | None = None):
     self.end = time.monotonic() + seconds
@@ -56,7 +59,7 @@ class Runner:
     row, start = {"name": name} | about, time.monotonic()
     try:
       row |= f() if start < self.end else {"skipped": "out of time"}
-    except Exception as error:  # whatever a kernel or its compiler raises, the other cases stand
+    except Exception as error:  # any error of a kernel or its compiler; the other cases go on
       row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     row["took_s"] = round(time.monotonic() - start, 2)
     self.rows[name] = row | self.about
@@ -65,8 +68,10 @@ class Runner:
 
 
 def apart(module: str, what: dict[str, Any], timeout: float) -> dict[str, Any]:
-  """`module.measure(**what)`, both as JSON objects, in a process of its own: so that two frameworks do not share a
-  device's memory. {"skipped": why} if it fails or takes longer than `timeout` seconds."""
+  """Runs `module.measure(**what)` in a process of its own, so that two frameworks do not share a device's memory.
+
+  Arguments and result are JSON objects; the result is {"skipped": why} if it fails or takes over `timeout` seconds.
+  """
   source = f"import json, sys, {module} as it; print(json.dumps(it.measure(**json.loads(sys.argv[1]))))"
   try:
     done = subprocess.run(
@@ -95,7 +100,7 @@ def measured(row: dict[str, Any]) -> bool:
 
 
 def judged(row: dict[str, Any], bars: tuple[Bar, ...]) -> dict[str, Any]:
-  """`row` with its bars and whether they are reached; a bar whose figure was not measured is neither."""
+  """`row` with its bars and whether all are reached; a bar whose figure was not measured is left out."""
   bars = tuple(bar for bar in bars if row.get(bar.name) is not None)
   if not bars:
     return row
@@ -103,7 +108,7 @@ def judged(row: dict[str, Any], bars: tuple[Bar, ...]) -> dict[str, Any]:
 
 
 def merged(path: Path, rows: dict[str, dict], order: Iterable[str]) -> list[dict]:
-  """Rows of an earlier run's file at `path`, then `rows`, which replace those of the same name unless they failed."""
+  """The rows of an earlier run's file at `path` and `rows`, which replace rows of the same name unless they failed."""
   old = {row["name"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
   for name, row in rows.items():
     if measured(row) or not measured(old.get(name, {"error": "none"})):
@@ -113,7 +118,7 @@ def merged(path: Path, rows: dict[str, dict], order: Iterable[str]) -> list[dict
 
 
 def check_same(path: Path, about: dict) -> None:
-  """Raises ValueError where the file at `path` holds rows of another device or scale: they would be taken for these."""
+  """Raises ValueError where the file at `path` holds rows of another device or scale, which must not be mixed."""
   for row in json.loads(path.read_text())["rows"] if path.exists() else ():
     for name in ("device", "scale"):
       if row.get(name) != about[name]:
@@ -121,13 +126,3 @@ def check_same(path: Path, about: dict) -> None:
           f"--output={path.parent}: row {row['name']} there is of {name} {row.get(name)!r}, this run of "
           f"{about[name]!r}; choose another folder"
         )
-
-
-def table(rows: list[dict], columns: tuple[str, ...]) -> str:
-  """The rows as Markdown; what failed says why in its third column."""
-  lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-  for row in rows:
-    why = row.get("error", row.get("skipped", ""))
-    cells = [row.get(c, why if c == columns[2] else "") for c in columns]
-    lines.append("| " + " | ".join(f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells) + " |")
-  return "\n".join(lines)

@@ -1,14 +1,14 @@
-"""The cases of `experiments.bench_generate --cases`: what is measured of each, and the bars they are held to.
+"""The cases of `experiments.bench_generate --cases`: a measurement for each name, and the bars it is held to.
 
-Llama-3.2-1B's shape with random weights, its evictions drawn: a head holds exp(0.8 N(0, 1)) times the mean, the window
-at least, and the mean is such that the achieved CR is 8 at each length (`experiments.bench.synthetic`). SmolLM2's shape, its
-heads holding what its retrofit to CR 8 made them hold of a text. How a point is measured: `generate_points`.
+The model has Llama-3.2-1B's shape, random weights and random evictions (`experiments.bench.synthetic`): a head holds
+exp(0.8 N(0, 1)) times the mean, and at least the window; the mean is such that the achieved CR is 8 at each length. A
+model of SmolLM2's shape holds as much in each head as its retrofit to CR 8 did on a text. `generate_points` measures.
 
     memory        device memory of a cache against the dense one's, as the runtime reports it
     step          a decode step at each batch and length: its roofline, and the dense cache where that fits
     concurrency   rows and tokens/s under one budget of bytes
     energy        joules a token by NVML: equal rows, and as many as the budget holds
-    first_token   reading a prompt in chunks, until its first token is on the host
+    first_token   time from a prompt on the host to its first token there, read in chunks
     scaling       tokens/s against the bytes of a cache, and of chains that share a prompt
     transformers  its `generate` with a static cache and torch.compile, in a process of its own
 """
@@ -23,22 +23,30 @@ from typing import Any
 
 import jax
 
-from dms_jax.config import PRESETS, ModelConfig
+from dms_jax.config import ModelConfig
+from dms_jax.families import PRESETS
 from experiments.bench import synthetic
 from experiments.bench.cases import Bar, apart, llama_config
 from experiments.bench.generate_points import KINDS, Bench, Energy, Kind, Point, Programs, Shape, bytes_in_use, report
 
-GATES = Path(__file__).parent / "results/ablate/compression/ablation.json"  # what heads hold, for SmolLM2
+GATES = Path(__file__).parents[1] / "results/ablate/compression/ablation.json"  # what heads hold, for SmolLM2
 RETROFIT = "smollm2-135m-cr8"
 IN_ROOFLINE = (Bar("of_roofline", 0.75),)
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-  """`dense_tokens`: the most that a dense cache is made for; `width`: rows beside transformers and of equal energy;
-  `prompts`: {tokens: most that DMS may take of dense's time}; `memory_rows`: so many that the up to 128 MiB an array by
-  which a runtime's allocator rounds up hardly count; `quantised`: (shape, rows, tokens) whose archive in 8 bits is held
-  against dense 16; `retrofitted`: (rows, tokens) of SmolLM2's shape."""
+  """What is measured, and at which sizes.
+
+  Fields:
+    dense_tokens: most tokens, of all rows, that a dense cache is made for.
+    budget: bytes of a cache in the cases that fix them.
+    width: rows of the comparisons with transformers and at equal rows.
+    prompts: (tokens, the most that DMS may take of dense's time) of each prompt to its first token.
+    memory_rows: rows of the memory cases; many, because an allocator rounds each array up by as much as 128 MiB.
+    quantised: (shape, rows, tokens) whose 8-bit archive is compared with a dense cache in 16 bits.
+    retrofitted: (rows, tokens) of SmolLM2's shape.
+  """
 
   shape: Shape
   contexts: tuple[int, ...] = (8192, 32768)
@@ -71,8 +79,8 @@ SMALL = Setup(
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-  """`about`: what a row says of it. `run()`: its figures. `start()` begins to compile what they need."""
+class Measurement:
+  """One case: `run()` gives its figures, `about` describes it, `start()` begins to compile what it needs."""
 
   about: dict[str, Any]
   run: Callable[[], dict[str, Any]]
@@ -87,18 +95,18 @@ class Suite:
     bandwidth: bytes a second that the device reads.
     seconds: of each timing.
     workers: programs compiled side by side.
-    rival: what transformers took, as `static_transformers.measure` gives it.
+    transformers: what transformers took, as `static_transformers.measure` gives it.
   """
 
-  def __init__(self, setup: Setup, bandwidth: float, *, seconds: float, workers: int, rival: dict | None = None):
-    self.setup, self.rival, self.energy = setup, rival or {"skipped": "was not run"}, Energy()
+  def __init__(self, setup: Setup, bandwidth: float, *, seconds: float, workers: int, transformers: dict | None = None):
+    self.setup, self.transformers, self.energy = setup, transformers or {"skipped": "was not run"}, Energy()
     self._make = lambda shape: Bench(shape, bandwidth, self.programs, self.energy, seconds)
     self.programs = Programs(workers)
     self.bench = self._make(setup.shape)
     self._retrofitted: Bench | None = None
 
   def retrofitted(self) -> Bench:
-    """SmolLM2's shape with the shares that its gates keep; the setup's own where that is tiny."""
+    """SmolLM2's shape with the shares that its gates keep; the setup's own shape in a tiny setup."""
     if self._retrofitted is None:
       shape = self.setup.shape
       if shape.config is not TINY:
@@ -110,7 +118,7 @@ class Suite:
     return self._retrofitted
 
   def _start(self, points: Callable[[], Iterable[Point]] | Iterable[Point]) -> Callable[[], None]:
-    """Of a case that needs these points of the setup's shape."""
+    """`Measurement.start` of a case that needs these points of the setup's shape."""
 
     def start() -> None:
       for point in points() if callable(points) else points:
@@ -118,7 +126,7 @@ class Suite:
 
     return start
 
-  def cases(self) -> dict[str, Case]:
+  def cases(self) -> dict[str, Measurement]:
     """All cases by name, in the order in which they run."""
     return {
       **self._memory(), **self._steps(), **self._concurrency(), **self._energy(), **self._first_tokens(),
@@ -128,19 +136,19 @@ class Suite:
   # Points ---------------------------------------------------------------------------------------------------------
 
   def _point(self, kind: Kind, batch: int, tokens: int, chains: bool = False) -> Point:
-    """A point in a cache for the longest text, so that one program serves all lengths."""
+    """A point whose cache is sized for the longest text, so that one program serves all lengths."""
     longest = max(self.setup.contexts)
     if kind == "dense":
       longest = max((c for c in self.setup.contexts if c * batch <= self.setup.dense_tokens), default=tokens)
     return Point(kind, batch, tokens, longest, chains)
 
   def _pair(self, batch: int, tokens: int) -> dict[Kind, Point]:
-    """A point of DMS, and one of the dense cache where that fits."""
+    """A point with DMS, and one with a dense cache where that fits."""
     kinds = KINDS if batch * tokens <= self.setup.dense_tokens else ("dms",)
     return {kind: self._point(kind, batch, tokens) for kind in kinds}
 
   def _budgeted(self) -> dict[Kind, Point]:
-    """As many rows as the budget holds; of the dense cache, of its keys and values alone."""
+    """As many rows as the budget holds; for the dense cache only its keys and values count."""
     context, config = self.setup.context, self.setup.shape.config
     size = 2 if self.setup.shape.dtype == "bfloat16" else 4
     row = config.num_layers * config.num_kv_heads * context * 2 * config.head_dim * size
@@ -152,7 +160,7 @@ class Suite:
 
   # Cases ------------------------------------------------------------------------------------------------------------
 
-  def _memory(self) -> dict[str, Case]:
+  def _memory(self) -> dict[str, Measurement]:
     setup = self.setup
 
     def run(bench: Bench, rows: int, tokens: int, archive: str | None) -> dict[str, Any]:
@@ -178,21 +186,23 @@ class Suite:
     about = {"case": f"B{rows} T{tokens}"}
     wide = {"case": f"H{shape.config.head_dim} W{shape.window} B{wide_rows} T{long}", "archive": "int8"}
     return {
-      f"memory_{label(tokens)}": Case(
+      f"memory_{label(tokens)}": Measurement(
         about, lambda: run(self.bench, rows, tokens, None), (Bar("over_ideal", 1.15, most=True),)
       ),
-      f"memory_{label(tokens)}_int8": Case(about | {"archive": "int8"}, lambda: run(self.bench, rows, tokens, "int8")),
-      f"memory_{label(long)}_int8": Case(
+      f"memory_{label(tokens)}_int8": Measurement(
+        about | {"archive": "int8"}, lambda: run(self.bench, rows, tokens, "int8")
+      ),
+      f"memory_{label(long)}_int8": Measurement(
         wide, lambda: run(self._make(shape), wide_rows, long, "int8"), (Bar("bytes_ratio", 15),)
       ),
     }
 
-  def _steps(self) -> dict[str, Case]:
+  def _steps(self) -> dict[str, Measurement]:
     found = {}
     for tokens in self.setup.contexts:
       for batch in self.setup.batches:
         pair = self._pair(batch, tokens)
-        found[f"step_b{batch}_{label(tokens)}"] = Case(
+        found[f"step_b{batch}_{label(tokens)}"] = Measurement(
           {"case": f"B{batch} T{tokens}"},
           lambda pair=pair: report({k: self.bench.point(p) for k, p in pair.items()}),
           IN_ROOFLINE,
@@ -200,7 +210,7 @@ class Suite:
         )
     batch, tokens = self.setup.retrofitted
     pair = {kind: Point(kind, batch, tokens, tokens) for kind in KINDS}
-    found[f"step_smollm2_b{batch}_{label(tokens)}"] = Case(
+    found[f"step_smollm2_b{batch}_{label(tokens)}"] = Measurement(
       {"case": f"SmolLM2 B{batch} T{tokens}"},
       lambda: report({kind: self.retrofitted().point(point) for kind, point in pair.items()}),
       IN_ROOFLINE,
@@ -208,7 +218,7 @@ class Suite:
     )
     return found
 
-  def _concurrency(self) -> dict[str, Case]:
+  def _concurrency(self) -> dict[str, Measurement]:
     def run() -> dict[str, Any]:
       points = self._budgeted()
       ours, dense = (self.bench.point(points[kind]) for kind in ("dms", "dense"))
@@ -221,9 +231,9 @@ class Suite:
 
     bars = Bar("rows_ratio", 7.5), Bar("throughput_ratio", 6)
     about = {"case": f"{self.setup.budget / 2**30:.3g} GiB T{self.setup.context}"}
-    return {"concurrency": Case(about, run, bars, self._start(lambda: self._budgeted().values()))}
+    return {"concurrency": Measurement(about, run, bars, self._start(lambda: self._budgeted().values()))}
 
-  def _energy(self) -> dict[str, Case]:
+  def _energy(self) -> dict[str, Measurement]:
     def run(points: dict[Kind, Point]) -> dict[str, Any]:
       if self.energy() is None:
         return {"skipped": f"no energy is counted: {self.energy.why}"}
@@ -238,21 +248,21 @@ class Suite:
 
     equal = self._pair(self.setup.width, self.setup.context)
     return {
-      "energy_equal": Case({"case": f"B{self.setup.width} T{self.setup.context}"}, lambda: run(equal), (),
+      "energy_equal": Measurement({"case": f"B{self.setup.width} T{self.setup.context}"}, lambda: run(equal), (),
                            self._start(equal.values())),
-      "energy_budget": Case({"case": f"{self.setup.budget / 2**30:.3g} GiB T{self.setup.context}"},
+      "energy_budget": Measurement({"case": f"{self.setup.budget / 2**30:.3g} GiB T{self.setup.context}"},
                             lambda: run(self._budgeted()), (Bar("energy_ratio", 3),),
                             self._start(lambda: self._budgeted().values())),
     }  # fmt: skip
 
-  def _first_tokens(self) -> dict[str, Case]:
+  def _first_tokens(self) -> dict[str, Measurement]:
     def run(tokens: int) -> dict[str, Any]:
       ours, dense = (self.bench.first_token(kind, tokens, chunk) for kind in ("dms", "dense"))
       return {"ms": ours["s"] * 1e3, "dense_ms": dense["s"] * 1e3, "CR": ours["CR"], "slowdown": ours["s"] / dense["s"]}
 
     chunk = self.setup.chunk
     return {
-      f"first_token_{label(tokens)}": Case(
+      f"first_token_{label(tokens)}": Measurement(
         {"case": f"B1 T{tokens} chunks of {chunk}"},
         lambda tokens=tokens: run(tokens),
         (Bar("slowdown", most, True),),
@@ -261,7 +271,7 @@ class Suite:
       for tokens, most in self.setup.prompts
     }
 
-  def _scaling(self) -> dict[str, Case]:
+  def _scaling(self) -> dict[str, Measurement]:
     context = self.setup.context
     points = {
       kind: [self._point(kind, b, context) for b in self.setup.batches if b * context <= self.setup.dense_tokens]
@@ -284,27 +294,27 @@ class Suite:
     of_chains = {"case": f"T{context}, chains of one prompt", "columns": ["chains", *columns]}
     by_chains = lambda: {"series": {"dms": line(chains, lambda point, _: point.batch)}}
     return {
-      "scaling_budget": Case(of_budget, by_budget, (), self._start(every)),
-      "scaling_chains": Case(of_chains, by_chains, (), self._start(chains)),
+      "scaling_budget": Measurement(of_budget, by_budget, (), self._start(every)),
+      "scaling_chains": Measurement(of_chains, by_chains, (), self._start(chains)),
     }
 
-  def _transformers(self) -> dict[str, Case]:
+  def _transformers(self) -> dict[str, Measurement]:
     width, context = self.setup.width, self.setup.context
     pair = self._pair(width, context)
 
     def run() -> dict[str, Any]:
-      if "skipped" in self.rival:
-        return self.rival
-      rival = {
+      if "skipped" in self.transformers:
+        return self.transformers
+      theirs = {
         f"transformers_{name}" if name in ("step_s", "tokens_per_s", "first_token_s") else name: value
-        for name, value in self.rival.items()
+        for name, value in self.transformers.items()
       }
       points = {kind: self.bench.point(point) for kind, point in pair.items()}
-      ratio = lambda kind: points[kind]["tokens_per_s"] / self.rival["tokens_per_s"]
-      return report(points) | rival | {"transformers_ratio": ratio("dms"), "dense_transformers_ratio": ratio("dense")}
+      ratio = lambda kind: points[kind]["tokens_per_s"] / self.transformers["tokens_per_s"]
+      return report(points) | theirs | {"transformers_ratio": ratio("dms"), "dense_transformers_ratio": ratio("dense")}
 
     about = {"case": f"B{width} T{context}"}
-    return {"transformers": Case(about, run, (Bar("transformers_ratio", 3),), self._start(pair.values()))}
+    return {"transformers": Measurement(about, run, (Bar("transformers_ratio", 3),), self._start(pair.values()))}
 
 
 def label(tokens: int) -> str:
@@ -313,12 +323,12 @@ def label(tokens: int) -> str:
 
 
 def names(setup: Setup) -> list[str]:
-  """Of all cases, without a device being touched."""
+  """The names of all cases; touches no device."""
   return list(Suite(setup, 1.0, seconds=1.0, workers=1).cases())
 
 
 def run_transformers(setup: Setup, timeout: float = 240.0) -> dict[str, Any]:
-  """What transformers takes, in a process of its own: `static_transformers.measure`'s result."""
+  """Times transformers in a process of its own: `static_transformers.measure`'s result."""
   what = {"config": llama_config(setup.shape.config), "batch": setup.width, "tokens": setup.context - setup.new_tokens,
           "new_tokens": setup.new_tokens, "dtype": setup.shape.dtype}  # fmt: skip
   return apart("experiments.bench.static_transformers", what, timeout)

@@ -1,9 +1,9 @@
-"""What decode steps and prompts of a model's shape take, dense and with DMS, in time, memory and energy.
+"""Time, memory and energy of decode steps and prompts of a model's shape, dense and with DMS.
 
-A dense model's cache is one of slots without gates, a DMS model's rings and pages, its evictions drawn
-(`experiments.bench.synthetic`). A *point* is a batch of rows at one length, whose steps are timed inside compiled decode blocks,
-each from the same state. Its roofline is the bytes of the weights and of the live keys and values over the measured
-read bandwidth. Programs are compiled side by side, before anything is timed.
+A dense model has a contiguous cache and no gates, a DMS model rings, pages and random evictions
+(`experiments.bench.synthetic`). A *point* is a batch of rows at one length. Its steps are timed inside compiled decode
+blocks, each from the same state. Its roofline is the bytes of the weights and of the live keys and values over the
+measured read bandwidth. Programs are compiled in parallel, before anything is timed.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ KINDS: tuple[Kind, ...] = ("dense", "dms")
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """A model's shape and how its evictions are drawn: `cr` at each length, or `held` [L][K] tokens at `held_at`.
+  """A model's shape and its evictions: `cr` at each length, or `held` [L][K] tokens at length `held_at`.
 
-  `page` slots, `steps` of a compiled decode block.
+  `page` is the slots of a page, `steps` those of a compiled decode block.
   """
 
   config: ModelConfig
@@ -57,13 +57,15 @@ class Shape:
       return Vanilla().resolved(0)
     if self.held is not None:
       return synthetic.policy_of(np.array(self.held), tokens=self.held_at, window=self.window)
-    return synthetic.drawn_policy(self.config, tokens=tokens, cr=self.cr, window=self.window)
+    return synthetic.sampled_policy(self.config, tokens=tokens, cr=self.cr, window=self.window)
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-  """`batch` rows that end a decode block with `tokens` tokens; memory is allocated for `longest`. `chains` of one prompt
-  share its pages."""
+  """`batch` rows that end a decode block with `tokens` tokens; memory is allocated for `longest`.
+
+  The rows of `chains` continue one prompt and share its pages.
+  """
 
   kind: Kind
   batch: int
@@ -73,7 +75,7 @@ class Point:
 
 
 class Energy:
-  """Joules that the GPU has taken, by its own count through NVML: `energy()`, None where there is none, and `why`."""
+  """Joules that the GPU has used, by its own counter through NVML: `energy()`; None where there is none, and `why`."""
 
   def __init__(self):
     self.why, self._read = "", None
@@ -109,7 +111,7 @@ def bytes_in_use() -> int:
 
 
 class Programs:
-  """Programs that are traced one by one and compiled side by side; an error comes out where one is used."""
+  """Programs that are traced one by one and compiled in parallel; `get` raises a program's error."""
 
   def __init__(self, workers: int):
     self._pool, self._futures = ThreadPoolExecutor(workers), {}
@@ -124,7 +126,7 @@ class Programs:
       failed.set_exception(error)
 
   def wait(self, seconds: float) -> None:
-    """Until nothing is being compiled, as what is timed should have the machine to itself; at most `seconds`."""
+    """Waits until nothing is being compiled, so that timing has the machine to itself; at most `seconds`."""
     concurrent.futures.wait(self._futures.values(), timeout=seconds)
 
   def get(self, key: Any, lower: Callable[[], Any]) -> Any:
@@ -148,7 +150,7 @@ class Bench:
     self._points: dict[tuple[Point, float], dict[str, Any]] = {}
 
   def model(self, kind: Kind) -> Model:
-    """Both kinds have the same weights; one has gates beside them."""
+    """Both kinds have the same weights; "dms" also has gates."""
     if not self._models:
       gated = fastest_form(synthetic.random_model(self.shape.config, window=self.shape.window, dtype=self.dtype))
       bare = lambda layer: {name: x for name, x in layer.items() if not name.startswith("dms_")}
@@ -158,7 +160,7 @@ class Bench:
     return self._models[kind]
 
   def cache_shape(self, kind: Kind, batch: int, longest: int, archive: str | None = None) -> Cache:
-    """What `batch` texts of `longest` tokens need, and no more; `archive` of DMS's pages, "int8" or "float8"."""
+    """A cache just large enough for `batch` texts of `longest` tokens; `archive`: DMS's pages in "int8" or "float8"."""
     model, policy, page = self.model(kind), self.shape.policy(kind, longest), self.shape.page
     if kind == "dense":
       return synthetic.slots_shape(model, policy, batch=batch, longest=longest)
@@ -177,12 +179,12 @@ class Bench:
 
   # Decoding -----------------------------------------------------------------------------------------------------------
 
-  def _arguments(self, kind: Kind, tokens: int) -> tuple[Model, Policy, Sampling, StopCriteria]:
+  def arguments(self, kind: Kind, tokens: int) -> tuple[Model, Policy, Sampling, StopCriteria]:
     return self.model(kind), self.shape.policy(kind, tokens), Sampling(), StopCriteria(jnp.zeros(0, jnp.int32))
 
   def lower(self, point: Point) -> Any:
     """The decode_block of a point, for any point of its kind, batch and longest text."""
-    model, policy, sampling, stop_criteria = self._arguments(point.kind, point.longest)
+    model, policy, sampling, stop_criteria = self.arguments(point.kind, point.longest)
     cache = self.cache_shape(point.kind, point.batch, point.longest)
     rows = jax.eval_shape(partial(synthetic.running_rows, point.batch))
     decode_block = decoding.decode_block
@@ -216,7 +218,7 @@ class Bench:
 
   def _measure(self, point: Point, seconds: float) -> dict[str, Any]:
     run = self.programs.get(self._key(point), partial(self.lower, point))
-    model, policy, sampling, stop_criteria = self._arguments(point.kind, point.tokens)
+    model, policy, sampling, stop_criteria = self.arguments(point.kind, point.tokens)
     shape, steps = self.cache_shape(point.kind, point.batch, point.longest), self.shape.steps
     cache = synthetic.filled(shape, model, policy, tokens=point.tokens - steps, shared=point.chains)
     rows = synthetic.running_rows(point.batch)
@@ -248,8 +250,8 @@ class Bench:
 
   # Prompts ------------------------------------------------------------------------------------------------------------
 
-  def _prompt_cache(self, kind: Kind, tokens: int) -> Cache:
-    """An empty cache for one prompt; pages for all of it, as a chunk asks for them as if it evicted nothing."""
+  def prompt_cache(self, kind: Kind, tokens: int) -> Cache:
+    """An empty cache for one prompt, with pages for all of it: a chunk reserves pages as if it evicted nothing."""
     model, policy, page = self.model(kind), self.shape.policy(kind, tokens), self.shape.page
     if kind == "dense":
       return synthetic.slots_shape(model, policy, batch=1, longest=tokens)
@@ -258,10 +260,10 @@ class Bench:
 
   def lower_prompt(self, kind: Kind, tokens: int, chunk: int) -> Any:
     """The program that reads a chunk of a prompt of `tokens` tokens."""
-    model, policy, *_ = self._arguments(kind, tokens)
+    model, policy, *_ = self.arguments(kind, tokens)
     spec = jax.ShapeDtypeStruct
     return decoding.prefill_chunk.lower(
-      model, policy, self._prompt_cache(kind, tokens), spec((1, chunk), jnp.int32), spec((1,), jnp.int32),
+      model, policy, self.prompt_cache(kind, tokens), spec((1, chunk), jnp.int32), spec((1,), jnp.int32),
       spec((1,), jnp.int32), spec((1, self.shape.config.vocab_size), jnp.float32),
     )  # fmt: skip
 
@@ -276,11 +278,11 @@ class Bench:
     """
     key = self.shape, kind, tokens, chunk, "prompt"
     run = self.programs.get(key, partial(self.lower_prompt, kind, tokens, chunk))
-    model, policy, sampling, stop_criteria = self._arguments(kind, tokens)
+    model, policy, sampling, stop_criteria = self.arguments(kind, tokens)
     ids = np.random.default_rng(0).integers(0, self.shape.config.vocab_size, (1, tokens)).astype(np.int32)
     best, vocabulary = float("inf"), self.shape.config.vocab_size
     for _ in range(rounds):
-      cache, rows = empty(self._prompt_cache(kind, tokens)), synthetic.running_rows(1)
+      cache, rows = empty(self.prompt_cache(kind, tokens)), synthetic.running_rows(1)
       logits = jax.block_until_ready(jnp.zeros((1, vocabulary), jnp.float32))
       stalls, begin = [], time.perf_counter()
       for at in range(0, tokens, chunk):
@@ -299,7 +301,7 @@ class Bench:
 
 
 def small(cache: Cache) -> dict[str, Any]:
-  """Where a cache stands: all of it but keys and values."""
+  """A cache's state without its keys and values."""
   fields = {"seen": cache.seen, "archived": cache.archived, "evicted": cache.evicted}
   return fields | ({"table": cache.table} if isinstance(cache, PagedCache) else {})
 
@@ -310,7 +312,7 @@ def copied(tree: Any) -> Any:
 
 
 def empty(shape: Cache) -> Cache:
-  """A cache of these shapes in which nothing is."""
+  """An empty cache of these shapes."""
   cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape)
   if isinstance(shape, PagedCache):
     pool = caches.paged.Pool.create(shape.pages)
@@ -321,7 +323,7 @@ def empty(shape: Cache) -> Cache:
 def clock(
   decode_block: Callable[[Cache], tuple[Cache, Any]], cache: Cache, seconds: float, energy: Energy, rounds: int = 3
 ) -> tuple[float, int, float | None]:
-  """(seconds of a decode block, the best of `rounds` of decode blocks queued back to back; decode blocks; joules of them all)."""
+  """(seconds of a decode block, the best of `rounds` of blocks queued back to back; blocks run; joules of them all)."""
   begin = time.perf_counter()
   cache, out = decode_block(cache)
   jax.block_until_ready(out)
@@ -339,7 +341,7 @@ def clock(
 
 
 def report(points: dict[str, dict[str, Any]]) -> dict[str, Any]:
-  """Points of both kinds as one row: DMS's figures by their names, dense's with "dense_" before, and the ratio."""
+  """Points of both kinds as one row: DMS's figures by name, dense's prefixed with "dense_", and the ratio."""
   row = dict(points["dms"])
   if "dense" in points:
     dense = points["dense"]

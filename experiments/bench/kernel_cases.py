@@ -1,11 +1,10 @@
-"""The cases of `experiments.bench_kernels`: shapes, what is measured of each, and the bars they are held to.
+"""The cases of `experiments.bench_kernels`: a workload for each name, how it is measured, and the bars it is held to.
 
-Decode: a chain of calls over the layers of a cache in one compiled program, the layer by index; the layers are large
-enough together that the L2 cache serves none of them. "CR 8" means ragged live lengths, exp(0.8 N(0, 1)) times a mean
-of S / 8. The floor is the bytes of live keys and values (and scales) over the measured read bandwidth. Prefill: a text
-of which each head keeps a random T / CR tokens, the window included, and all of it at CR 1; the floor is dense
-attention's time times the share of its pairs that are visible. Retrofit: causal attention with the training bias,
-forward alone and with the backward pass.
+Decode: one compiled program chains calls over the layers of a cache, which together are too large for the L2 cache.
+"CR 8" means ragged live lengths, exp(0.8 N(0, 1)) times a mean of S / 8. The floor is the bytes of live keys and values
+(and scales) over the measured read bandwidth. Prefill: each head keeps a random T / CR tokens of a text, the window
+included; at CR 1 it keeps all. The floor is dense attention's time times the share of its pairs that are visible.
+Retrofit: causal attention with the training bias, forward alone and with the backward pass.
 """
 
 from __future__ import annotations
@@ -24,9 +23,10 @@ from pallas_kernels import decode, prefill
 from pallas_kernels import window_bias as retrofit
 from pallas_kernels.common import bench
 from pallas_kernels.decode import Pages
+from pallas_kernels.paged import format_of
 
-CALLS = 64  # of a decode chain; with 16 the smallest cases were sometimes bound by the host
-# Of two implementations in bfloat16: each rounds weights and results to half a unit in the last place, 2^-9.
+CALLS = 64  # of a decode chain; with 16 the host sometimes limited the smallest cases
+# Between two implementations in bfloat16: each rounds weights and results to half a unit in the last place, 2^-9.
 SAME = Bar("difference", 8e-3, most=True)
 
 
@@ -34,8 +34,8 @@ SAME = Bar("difference", 8e-3, most=True)
 class Decode:
   """B rows, K KV heads, G queries each of size H, S slots a head; `layers` in the cache.
 
-  `pages` is the slots of a page, 0 for a contiguous cache; pages hold q's dtype, or `stored`. The first `ring` slots
-  are contiguous beside them, in q's dtype.
+  `pages` is the slots of a page, 0 for a contiguous cache; pages hold `stored`. The first `ring` slots of a head are
+  contiguous, in q's dtype.
   """
 
   batch: int
@@ -56,7 +56,7 @@ class Decode:
     return f"B{self.batch} K{self.heads} G{self.group} H{self.size} S{self.slots}{pages}{ring}"
 
   def shrunk(self) -> Decode:
-    """The same, small enough for anything that runs Python, and without bars."""
+    """A small version without bars, for any machine."""
     slots = 128 if self.slots < 32768 else 256
     return dataclasses.replace(
       self, batch=2, heads=2, slots=slots, layers=2, pages=min(self.pages, 16), ring=min(self.ring, 9), bars=()
@@ -107,7 +107,7 @@ CASES: dict[str, Decode | Text] = {
 
 
 def growth(small: bool) -> dict[str, tuple[str, float, Decode]]:
-  """{name: (axis, value, case)}: decode against compression, length and batch."""
+  """{name: (axis, value, workload)}: decode against compression, length and batch."""
   base = Decode(8, 8, 4, 128, 8192, 16)
   if small:
     base = base.shrunk()
@@ -115,12 +115,12 @@ def growth(small: bool) -> dict[str, tuple[str, float, Decode]]:
   ratios = (1, 4) if small else (1, 2, 4, 8, 16)
   lengths = (128, 256) if small else tuple(2**n for n in range(10, 18))
   batches = (1, 2) if small else (1, 2, 4, 8, 16, 32, 64)
-  # Where fewer would do, 2 GiB in up to 16 layers: more is live then than L2 holds.
+  # Up to 16 layers, 2 GiB in all, so that more is live than L2 holds.
   layers = lambda slots, batch: base.layers if small else int(np.clip(2**19 // (slots * batch), 1, 16))
   points = [("CR", cr, change(base, cr=cr)) for cr in ratios]
   points += [("length", s, change(base, slots=s, layers=layers(s, base.batch))) for s in lengths]
   points += [("batch", b, change(base, batch=b, layers=layers(base.slots, b))) for b in batches]
-  return {f"growth_{axis.lower()}_{value:g}": (axis, value, case) for axis, value, case in points}
+  return {f"growth_{axis.lower()}_{value:g}": (axis, value, work) for axis, value, work in points}
 
 
 def dense_attention(q, k, v, causal: bool):
@@ -130,9 +130,9 @@ def dense_attention(q, k, v, causal: bool):
 
 
 def chain(attend: Callable, layers: int) -> Callable:
-  """One program of `CALLS` calls `attend(q, layer, ...)`, the queries of each the output of the one before.
+  """One program of `CALLS` calls `attend(q, layer, ...)`; each takes the output of the one before as its queries.
 
-  The call is a jitted function, which is lowered once: of a kernel, that takes seconds.
+  The call is a jitted function, so it is lowered once: lowering a kernel takes seconds.
   """
   attend = jax.jit(attend)
 
@@ -144,13 +144,13 @@ def chain(attend: Callable, layers: int) -> Callable:
   return jax.jit(run)
 
 
-def queries(case: Decode) -> jax.Array:
-  return jax.random.normal(jax.random.key(0), (case.batch, case.heads * case.group, case.size), jnp.bfloat16)
+def queries(work: Decode) -> jax.Array:
+  return jax.random.normal(jax.random.key(0), (work.batch, work.heads * work.group, work.size), jnp.bfloat16)
 
 
 @functools.cache
 def dense_decode(batch: int, heads: int, group: int, size: int, slots: int, layers: int) -> float:
-  """Microseconds of dense attention over all slots, keys and values apart as cuDNN wants them."""
+  """Microseconds of dense attention over all slots, keys and values in separate arrays as cuDNN wants them."""
   shape = batch, slots, heads, size
   keys = [jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in range(layers)]
   values = [k + 1 for k in keys]
@@ -164,86 +164,85 @@ def dense_decode(batch: int, heads: int, group: int, size: int, slots: int, laye
   return bench.clock(run, queries(Decode(batch, heads, group, size, slots)), keys, values) / CALLS * 1e6
 
 
-def contiguous(case: Decode) -> jax.Array:
-  """A cache [L, B, K, S, 2H], its layers alike."""
-  shape = case.layers, case.batch, case.heads, case.slots, 2 * case.size
+def contiguous(work: Decode) -> jax.Array:
+  """A cache [L, B, K, S, 2H] of equal layers."""
+  shape = work.layers, work.batch, work.heads, work.slots, 2 * work.size
   return jax.jit(lambda: jnp.broadcast_to(jax.random.normal(jax.random.key(1), shape[1:], jnp.bfloat16), shape))()
 
 
-def paged(case: Decode, lengths: np.ndarray) -> Pages:
-  """An archive whose pages stand in the pool at random, those that hold something and no more."""
-  page, most = case.pages, case.slots // case.pages
+def paged(work: Decode, lengths: np.ndarray) -> Pages:
+  """An archive whose pages lie in the pool in random order; the pool has no other pages."""
+  page, most = work.pages, work.slots // work.pages
   used = -(-lengths // page)
   held = np.arange(most) < used[..., None]
   number = int(used.sum())
-  order = np.random.default_rng(1).permutation(case.layers * number).reshape(case.layers, number)
-  table = np.full((case.layers, *held.shape), -1, np.int32)
+  order = np.random.default_rng(1).permutation(work.layers * number).reshape(work.layers, number)
+  table = np.full((work.layers, *held.shape), -1, np.int32)
   table[:, held] = order
-  make = lambda key: jax.random.normal(key, (case.layers * number, page, 2 * case.size), jnp.bfloat16)
+  make = lambda key: jax.random.normal(key, (work.layers * number, page, 2 * work.size), jnp.bfloat16)
   pool, scales = jax.jit(make)(jax.random.key(1)), None
-  if case.stored != "bfloat16":
-    pool = jax.jit(lambda x: (x * 30).astype(jnp.dtype(case.stored)))(pool)
+  if work.stored != "bfloat16":
+    pool = jax.jit(lambda x: (x * 30).astype(jnp.dtype(work.stored)))(pool)
     scales = jnp.full((len(pool), 1, 2 * page), 1 / 30, jnp.float32)
   return Pages(pool, jnp.asarray(table), jnp.asarray(lengths), scales)
 
 
-def decode_arguments(case: Decode) -> tuple[tuple, np.ndarray]:
-  """((cache or None, live slots in it or None, pages or None), lengths in all)."""
-  lengths = bench.ragged_lengths(case.batch, case.heads, case.slots, case.cr)
-  if not case.pages:
-    return (contiguous(case), jnp.asarray(lengths), None), lengths
-  in_ring = np.minimum(lengths, case.ring)
-  pages = paged(case, lengths - in_ring)
-  if not case.ring:
+def decode_arguments(work: Decode) -> tuple[tuple, np.ndarray]:
+  """((cache or None, its live slots or None, pages or None), live slots of each head in all)."""
+  lengths = bench.ragged_lengths(work.batch, work.heads, work.slots, work.cr)
+  if not work.pages:
+    return (contiguous(work), jnp.asarray(lengths), None), lengths
+  in_ring = np.minimum(lengths, work.ring)
+  pages = paged(work, lengths - in_ring)
+  if not work.ring:
     return (None, None, pages), lengths
-  rings = contiguous(dataclasses.replace(case, slots=-(-case.ring // 16) * 16))  # whole tiles of memory
+  rings = contiguous(dataclasses.replace(work, slots=-(-work.ring // 16) * 16))  # whole tiles of memory
   return (rings, jnp.asarray(in_ring), pages), lengths
 
 
 def attend_with(implementation: str | None) -> Callable:
-  """`decode_attention` of that implementation; its arguments as `decode_arguments` gives them."""
+  """`decode_attention` of an implementation, called with the arguments of `decode_arguments`."""
   ours = functools.partial(decode.decode_attention, implementation=implementation)
   return lambda q, layer, kv, lengths, pages: ours(q, kv, layer, lengths, pages=pages)
 
 
-def decode_us(case: Decode, implementation: str | None, attend: Callable | None = None) -> tuple[float, np.ndarray]:
-  """(microseconds of the kernel over live slots, the lengths); `attend` instead of an implementation."""
-  args, lengths = decode_arguments(case)
+def decode_us(work: Decode, implementation: str | None, attend: Callable | None = None) -> tuple[float, np.ndarray]:
+  """(microseconds of the kernel, the heads' lengths); `attend` replaces an implementation."""
+  args, lengths = decode_arguments(work)
   if attend is None:
     run = attend_with(implementation)
   else:
     run = lambda q, layer, kv, lengths, pages: attend(q, kv, layer, lengths, pages=pages)
-  return bench.clock(chain(run, case.layers), queries(case), *args) / CALLS * 1e6, lengths
+  return bench.clock(chain(run, work.layers), queries(work), *args) / CALLS * 1e6, lengths
 
 
-def decode_difference(case: Decode, implementation: str | None) -> float:
-  """The largest difference from the XLA implementation, in units of the largest value."""
-  args, _ = decode_arguments(case)
-  outs = (jax.jit(attend_with(x))(queries(case), jnp.int32(1), *args) for x in (implementation, "xla"))
+def decode_difference(work: Decode, implementation: str | None) -> float:
+  """The largest difference from the XLA implementation, relative to the largest value."""
+  args, _ = decode_arguments(work)
+  outs = (jax.jit(attend_with(x))(queries(work), jnp.int32(1), *args) for x in (implementation, "xla"))
   ours, other = (x.astype(jnp.float32) for x in outs)
   return float(jnp.abs(ours - other).max() / jnp.abs(other).max())
 
 
-def our_decode(case: Decode, bandwidth: float, implementation: str | None) -> dict[str, float]:
-  """Microseconds of the kernel, and of the floor; of a contiguous cache too where the case is about pages. `calls` of a
-  chain."""
-  us, lengths = decode_us(case, implementation)
-  slot = 4 * case.size if case.stored == "bfloat16" else 2 * case.size + 8
-  in_ring = float(np.minimum(lengths, case.ring).sum())
-  floor = (in_ring * 4 * case.size + (float(lengths.sum()) - in_ring) * slot) / bandwidth * 1e6
+def our_decode(work: Decode, bandwidth: float, implementation: str | None) -> dict[str, float]:
+  """Microseconds of the kernel, of the floor and, for pages, of a contiguous cache; `calls` of a chain."""
+  us, lengths = decode_us(work, implementation)
+  slot = format_of(work.stored).slot_bytes(work.size)
+  in_ring = float(np.minimum(lengths, work.ring).sum())
+  floor = (in_ring * 4 * work.size + (float(lengths.sum()) - in_ring) * slot) / bandwidth * 1e6
   row = {"us": us, "floor_us": floor, "of_floor": floor / us, "calls": CALLS}
-  if case.pages:
-    other, _ = decode_us(dataclasses.replace(case, pages=0, ring=0), implementation)
+  if work.pages:
+    other, _ = decode_us(dataclasses.replace(work, pages=0, ring=0), implementation)
     row |= {"contiguous_us": other, "contiguous_ratio": other / us}
   return row
 
 
-def measure_decode(case: Decode, bandwidth: float, implementation: str | None, check: bool = True) -> dict[str, float]:
-  """`our_decode` beside dense attention, and on request how far the result is from XLA's."""
-  row = our_decode(case, bandwidth, implementation)
-  dense = dense_decode(case.batch, case.heads, case.group, case.size, case.slots, case.layers)
+def measure_decode(work: Decode, bandwidth: float, implementation: str | None, check: bool = True) -> dict[str, float]:
+  """`our_decode` with dense attention's time, and on request the difference of the result from XLA's."""
+  row = our_decode(work, bandwidth, implementation)
+  dense = dense_decode(work.batch, work.heads, work.group, work.size, work.slots, work.layers)
   row |= {"dense_us": dense, "dense_ratio": dense / row["us"]}
-  return row | ({"difference": decode_difference(case, implementation)} if check else {})
+  return row | ({"difference": decode_difference(work, implementation)} if check else {})
 
 
 @functools.cache
@@ -257,43 +256,43 @@ def inputs(batch: int, tokens: int, queries: int, heads: int, size: int) -> tupl
   return q, k, v
 
 
-def inputs_of(case: Text) -> tuple[jax.Array, jax.Array, jax.Array]:
-  return inputs(case.batch, case.tokens, case.queries, case.heads, case.size)
+def inputs_of(work: Text) -> tuple[jax.Array, jax.Array, jax.Array]:
+  return inputs(work.batch, work.tokens, work.queries, work.heads, work.size)
 
 
-def evictions(case: Text) -> tuple[np.ndarray, np.ndarray]:
-  """First and last positions [B, K, T] at the case's achieved CR; at CR 1 nothing is evicted."""
-  position = np.broadcast_to(np.arange(case.tokens, dtype=np.int32), (case.batch, case.heads, case.tokens))
-  outside = case.tokens - case.window - 1
-  keep = 1.0 if case.cr == 1 else max(case.tokens / case.cr - case.window - 1, 0) / max(outside, 1)
+def evictions(work: Text) -> tuple[np.ndarray, np.ndarray]:
+  """First and last positions [B, K, T] at the workload's achieved CR; at CR 1 nothing is evicted."""
+  position = np.broadcast_to(np.arange(work.tokens, dtype=np.int32), (work.batch, work.heads, work.tokens))
+  outside = work.tokens - work.window - 1
+  keep = 1.0 if work.cr == 1 else max(work.tokens / work.cr - work.window - 1, 0) / max(outside, 1)
   kept = np.random.default_rng(0).random(position.shape) < keep
-  return position, np.where(kept, prefill.NEVER, position + np.int32(case.window))
+  return position, np.where(kept, prefill.NEVER, position + np.int32(work.window))
 
 
-def prefill_us(case: Text, attend: Callable) -> tuple[float, float]:
-  """(microseconds of the kernel with all that prepares it, visible pairs over those of dense causal attention)."""
-  q, k, v = inputs_of(case)
-  first, last = evictions(case)
-  q_pos = np.broadcast_to(np.arange(case.tokens, dtype=np.int32), (case.batch, case.tokens))
+def prefill_us(work: Text, attend: Callable) -> tuple[float, float]:
+  """(microseconds of the kernel and its preparation, visible pairs over those of dense causal attention)."""
+  q, k, v = inputs_of(work)
+  first, last = evictions(work)
+  q_pos = np.broadcast_to(np.arange(work.tokens, dtype=np.int32), (work.batch, work.tokens))
   keys, values = (jnp.swapaxes(x, 1, 2) for x in (k, v))
   us = bench.clock(jax.jit(attend), q, keys, values, *(jnp.asarray(x) for x in (q_pos, first, last))) * 1e6
-  visible = np.minimum(last, case.tokens - 1).astype(np.int64) - first + 1
-  return us, float(visible.mean() * 2 / (case.tokens + 1))
+  visible = np.minimum(last, work.tokens - 1).astype(np.int64) - first + 1
+  return us, float(visible.mean() * 2 / (work.tokens + 1))
 
 
-def measure_prefill(case: Text, implementation: str | None) -> dict[str, float]:
-  """The kernel and dense causal attention; the floor: dense attention's time, had it computed visible pairs alone."""
-  us, visible = prefill_us(case, lambda *args: prefill.prefill_attention(*args, implementation=implementation))
-  dense = bench.clock(jax.jit(lambda q, k, v: dense_attention(q, k, v, True)), *inputs_of(case)) * 1e6
+def measure_prefill(work: Text, implementation: str | None) -> dict[str, float]:
+  """Microseconds of the kernel, of dense causal attention, and of the floor: dense time for the visible pairs alone."""
+  us, visible = prefill_us(work, lambda *args: prefill.prefill_attention(*args, implementation=implementation))
+  dense = bench.clock(jax.jit(lambda q, k, v: dense_attention(q, k, v, True)), *inputs_of(work)) * 1e6
   floor = {"visible": visible, "floor_us": dense * visible, "of_floor": dense * visible / us}
   return {"us": us, "dense_us": dense, "dense_ratio": dense / us} | floor
 
 
-def retrofit_us(case: Text, attend: Callable) -> tuple[float, float]:
-  """Microseconds of `attend(q, k, v, bias)`, and of its forward and backward pass."""
-  q, k, v = inputs_of(case)
+def retrofit_us(work: Text, attend: Callable) -> tuple[float, float]:
+  """Microseconds of `attend(q, k, v, bias)`, forward alone and with the backward pass."""
+  q, k, v = inputs_of(work)
   dout = jax.random.normal(jax.random.key(1), q.shape, q.dtype)
-  bias = jax.nn.log_sigmoid(4 * jax.random.normal(jax.random.key(2), (case.batch, case.heads, case.tokens)))
+  bias = jax.nn.log_sigmoid(4 * jax.random.normal(jax.random.key(2), (work.batch, work.heads, work.tokens)))
 
   def both(q, k, v, bias, dout):
     out, pull = jax.vjp(attend, q, k, v, bias)
@@ -303,23 +302,23 @@ def retrofit_us(case: Text, attend: Callable) -> tuple[float, float]:
   return forward, bench.clock(jax.jit(both), q, k, v, bias, dout) * 1e6
 
 
-def measure_retrofit(case: Text, implementation: str | None, flex: bool) -> dict:
+def measure_retrofit(work: Text, implementation: str | None, flex: bool) -> dict:
   """Microseconds forward and both ways: the kernel, dense causal attention, and FlexAttention with the same bias."""
   ours = functools.partial(retrofit.window_bias_attention, implementation=implementation)
-  forward, us = retrofit_us(case, lambda q, k, v, bias: ours(q, k, v, bias, case.window))
-  dense_forward, dense = retrofit_us(case, lambda q, k, v, bias: dense_attention(q, k, v, True))
+  forward, us = retrofit_us(work, lambda q, k, v, bias: ours(q, k, v, bias, work.window))
+  dense_forward, dense = retrofit_us(work, lambda q, k, v, bias: dense_attention(q, k, v, True))
   row = {
     "us": us, "forward_us": forward, "dense_us": dense, "dense_forward_us": dense_forward, "dense_ratio": dense / us,
     "dense_slowdown": us / dense,
   }  # fmt: skip
   if flex:
-    row |= measure_flex(case)
+    row |= measure_flex(work)
     row |= {f"{name}_ratio": row[f"{name}_us"] / us for name in ("flex", "flex_blocks") if f"{name}_us" in row}
   return row
 
 
-def measure_flex(case: Text, timeout: float = 300.0) -> dict:
+def measure_flex(work: Text, timeout: float = 300.0) -> dict:
   """PyTorch's FlexAttention with the same bias, in a process of its own: {"flex_us", ...} or {"flex_skipped": why}."""
-  shape = {name: getattr(case, name) for name in ("batch", "tokens", "queries", "heads", "size", "window")}
+  shape = {name: getattr(work, name) for name in ("batch", "tokens", "queries", "heads", "size", "window")}
   row = cases.apart("experiments.bench.flex_attention", shape, timeout)
   return {"flex_skipped": row["skipped"]} if "skipped" in row else row

@@ -1,8 +1,7 @@
-"""`experiments.bench_kernels --tune`: which sizes of a kernel are the fastest here, written to a table of winners.
+"""Which block sizes of a kernel are the fastest on this device, written to a table of winners.
 
 Sizes are tried one group after another, each group around the best so far: splits, then pieces, then blocks and stages,
-then workers, then how many results are merged at a time. A candidate that does not compile, or does not fit, is passed
-over.
+then workers, then how many results are merged at a time. A candidate that does not compile is skipped.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ def retrofit_candidates() -> Iterator[Callable[[Any], list]]:
 
 
 def search(default: Any, groups: Iterator[Callable], clock: Callable[[Any], float], end: float) -> tuple[Any, float]:
-  """(the fastest sizes, what they took); the default is measured first, and what fails is passed over."""
+  """(the fastest sizes, what they took); the default is measured first, and what fails is skipped."""
   tried: dict[Any, float] = {}
 
   def measured(sizes) -> float:
@@ -63,7 +62,7 @@ def search(default: Any, groups: Iterator[Callable], clock: Callable[[Any], floa
       try:
         tried[sizes] = clock(sizes)
         program.log(f"  {tried[sizes]:9.2f} us  {sizes}")
-      except Exception as error:  # whatever a kernel's compiler says to sizes that it cannot do
+      except Exception as error:  # any error of a kernel's compiler
         tried[sizes] = float("inf")
         program.log(f"  failed: {sizes}: {' '.join(str(error).split())[:120]}")
     return tried[sizes]
@@ -79,37 +78,37 @@ def search(default: Any, groups: Iterator[Callable], clock: Callable[[Any], floa
   return best, tried[best]
 
 
-def subject(case: Decode | Text) -> tuple[str, str, Any, Iterator[Callable], Callable[[Any], float]]:
-  """(operation, class of shapes, default sizes, candidates, clock of sizes in microseconds) of a case."""
-  if isinstance(case, Decode):
-    pairs, count = case.batch * case.heads, decode_gpu.processors()
-    contiguous = -(-case.ring // 16) * 16 if case.pages else case.slots
+def subject(work: Decode | Text) -> tuple[str, str, Any, Iterator[Callable], Callable[[Any], float]]:
+  """(operation, class of shapes, default sizes, candidates, clock of sizes in microseconds) of a workload."""
+  if isinstance(work, Decode):
+    pairs, count = work.batch * work.heads, decode_gpu.processors()
+    contiguous = -(-work.ring // 16) * 16 if work.pages else work.slots
     default = decode_gpu.default_blocks(
-      case.batch, case.heads, contiguous, case.size, count, case.pages > 0, case.stored != "bfloat16"
+      work.batch, work.heads, contiguous, work.size, count, work.pages > 0, work.stored != "bfloat16"
     )
-    shapes = decode_gpu.shape_class(pairs, case.size, contiguous, case.pages, case.stored)
+    shapes = decode_gpu.shape_class(pairs, work.size, contiguous, work.pages, work.stored)
     attend = lambda sizes: functools.partial(decode_gpu.decode_attention, blocks=sizes)
-    clock = lambda sizes: kernel_cases.decode_us(case, None, attend(sizes))[0]
+    clock = lambda sizes: kernel_cases.decode_us(work, None, attend(sizes))[0]
     return "decode", shapes, default, decode_candidates(count), clock
-  if case.kind == "prefill":
-    default = prefill_gpu.default_blocks(case.size)
+  if work.kind == "prefill":
+    default = prefill_gpu.default_blocks(work.size)
     attend = lambda sizes: functools.partial(prefill_gpu.prefill_attention, blocks=sizes)
-    clock = lambda sizes: kernel_cases.prefill_us(case, attend(sizes))[0]
-    return "prefill", tuned.shape_class(H=case.size), default, prefill_candidates(), clock
-  default = retrofit_gpu.default_blocks(case.size)
+    clock = lambda sizes: kernel_cases.prefill_us(work, attend(sizes))[0]
+    return "prefill", tuned.shape_class(H=work.size), default, prefill_candidates(), clock
+  default = retrofit_gpu.default_blocks(work.size)
   attend = lambda sizes: (
-    lambda q, k, v, bias: retrofit_gpu.window_bias_attention(q, k, v, bias, case.window, None, blocks=sizes)
+    lambda q, k, v, bias: retrofit_gpu.window_bias_attention(q, k, v, bias, work.window, None, blocks=sizes)
   )
-  clock = lambda sizes: kernel_cases.retrofit_us(case, attend(sizes))[1]
-  return "retrofit", tuned.shape_class(H=case.size), default, retrofit_candidates(), clock
+  clock = lambda sizes: kernel_cases.retrofit_us(work, attend(sizes))[1]
+  return "window_bias", tuned.shape_class(H=work.size), default, retrofit_candidates(), clock
 
 
-def tune(name: str, case: Decode | Text, path: Path, end: float, about: dict, done: set[tuple[str, str]]) -> None:
-  """Measures candidates for a case and writes the winner into the table at `path`.
+def tune(name: str, work: Decode | Text, path: Path, end: float, about: dict, done: set[tuple[str, str]]) -> None:
+  """Measures candidates for a case's workload and writes the winner into the table at `path`.
 
-  Nothing is done for a class of shapes in `done`, to which the case's is added, nor past `end`.
+  A case whose class of shapes is in `done` is skipped, as is one after `end`; its class is then added to `done`.
   """
-  operation, shapes, default, groups, clock = subject(case)
+  operation, shapes, default, groups, clock = subject(work)
   if (operation, shapes) in done or time.monotonic() > end:
     return
   done.add((operation, shapes))
@@ -117,7 +116,7 @@ def tune(name: str, case: Decode | Text, path: Path, end: float, about: dict, do
   best, us = search(default, groups, clock, end)
   if us == float("inf"):
     return
-  measured = f"{about['date']}, jax {about['jax']}, {name}: {case}"
+  measured = f"{about['date']}, jax {about['jax']}, {name}: {work}"
   entry = {"blocks": dataclasses.asdict(best), "us": us, "measured": measured}
   table = json.loads(path.read_text()) if path.exists() else {}
   program.save_json(path, tuned.merged(table, about["device"], operation, shapes, entry))

@@ -26,7 +26,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dms_jax.config import PRESETS, DMSConfig, LoRAConfig, ModelConfig
+from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig
+from dms_jax.families import PRESETS
 from dms_jax.model import Model
 from dms_jax.params import init_params, param_table
 from dms_jax.retrofit import RetrofitConfig
@@ -88,7 +89,12 @@ def flex_steps(
   Raises:
     ValueError: settings that only ours has.
   """
-  if (retrofit.loss, retrofit.teacher, dms.gate, dms.granularity) != ("reverse_kl", "original", "adapter", "head"):
+  if (retrofit.loss.kind, retrofit.loss.teacher, dms.gate, dms.granularity) != (
+    "reverse_kl",
+    "original",
+    "adapter",
+    "head",
+  ):
     raise ValueError(
       "--against_flex: the step in PyTorch has adapter gates of each head, reverse_kl and teacher=original"
     )
@@ -112,7 +118,7 @@ def flex_steps(
 def _timed(
   config: ModelConfig, dms: DMSConfig, lora: LoRAConfig, retrofit: RetrofitConfig, steps: int, mesh: Mesh
 ) -> dict[str, Any]:
-  dtype, parameters = jnp.dtype(retrofit.compute_dtype), param_table(config)
+  dtype, parameters = jnp.dtype(retrofit.memory.compute_dtype), param_table(config)
   init = partial(init_params, parameters, dtype=dtype)
   params = jax.jit(init, out_shardings=param_shardings(mesh, parameters))(jax.random.key(0))
   student, teacher, trained = prepare(Model(params, config), dms, lora, retrofit)
@@ -130,7 +136,7 @@ def _timed(
     if step == 0:
       program.log(f"compiled in {seconds[0]:.1f} s")
   kind, devices = mesh.devices.flat[0].device_kind, mesh.local_devices
-  flops, peak = step_flops(config, dms, student.lora, retrofit), peak_flops(kind, retrofit.compute_dtype)
+  flops, peak = step_flops(config, dms, student.lora, retrofit), peak_flops(kind, retrofit.memory.compute_dtype)
   median = statistics.median(seconds[WARMUP:])
   share = lambda work: None if peak is None else work / median / (peak * mesh.size)
   peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices]

@@ -1,8 +1,8 @@
-"""Models and caches to be timed: random weights, evictions drawn by a hash, and caches as a long text leaves them.
+"""Models and caches to be timed: random weights, evictions sampled by a hash, and caches as a long text leaves them.
 
-What a step costs depends on how many tokens each head holds, not on which; so no text is read. A cache is put directly
-into the state that a text of so many tokens would have left it in: lengths, decisions, pages handed out in random
-order, and random keys and values.
+The cost of a step depends on how many tokens each head holds, not on which tokens, so no text is read. A cache is put
+directly into the state after so many tokens: lengths, decisions, pages allocated in random order, and random keys and
+values.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from dms_jax.params import init_params, param_table
 from dms_jax.policies import Policy
 from dms_jax.policies.random import uniform
 
-SPREAD = 0.8  # of the logarithm of what heads hold
-TILE = 1024  # slots of random numbers that a cache repeats
-EIGHT_BITS = 30  # what they are multiplied by to be stored in 8 bits
+SPREAD = 0.8  # standard deviation of the logarithm of the tokens that heads hold
+TILE = 1024  # slots of random numbers; a cache repeats them
+EIGHT_BITS = 30  # factor by which the random numbers are scaled to be stored in 8 bits
 
 
 @struct.dataclass
-class Drawn(Policy):
-  """Of what leaves the window, head k of layer l keeps the share `rates[l, k]`, drawn by a hash of the position.
+class Sampled(Policy):
+  """Head k of layer l keeps a share `rates[l, k]` of the tokens that leave the window, by a hash of the position.
 
-  The model's gates are computed as ever, and what they say is not used: a random model's are about nothing. What a step
-  reserves and writes is what it would for gates that decide the same.
+  The model's gates are computed but not used, since a random model's gates are arbitrary. A step reserves and writes
+  what it would for gates with the same decisions.
   """
 
   window: int | None = struct.field(pytree_node=False, default=None)
@@ -46,15 +46,15 @@ class Drawn(Policy):
 
   uses_gates = True
 
-  def decide(self, logits, layer, position):
+  def decide(self, logits, layer, position, keys=None):
     head = jnp.arange(self.rates.shape[1])[:, None]
     rates = self.rates[layer][:, None] if isinstance(layer, int) else self.rates[layer, head]  # no gather
     evict = uniform(layer, head, position) >= rates
     return evict if logits is None else evict & (logits == logits)  # never NaN, which no compiler knows
 
 
-def drawn_policy(config: ModelConfig, *, tokens: int, cr: float, window: int, seed: int = 0) -> Drawn:
-  """Heads that after `tokens` tokens hold exp(SPREAD N(0, 1)) times a mean of tokens / cr, the window at least.
+def sampled_policy(config: ModelConfig, *, tokens: int, cr: float, window: int, seed: int = 0) -> Sampled:
+  """A policy whose heads hold exp(SPREAD N(0, 1)) times a mean of tokens / cr, and at least the window, after `tokens`.
 
   Raises:
     ValueError: the window alone holds as much as that.
@@ -69,14 +69,14 @@ def drawn_policy(config: ModelConfig, *, tokens: int, cr: float, window: int, se
   return policy_of(held, tokens=tokens, window=window)
 
 
-def policy_of(held: np.ndarray, *, tokens: int, window: int) -> Drawn:
-  """Heads that hold `held` [L, K] tokens after `tokens`."""
+def policy_of(held: np.ndarray, *, tokens: int, window: int) -> Sampled:
+  """A policy whose heads hold `held` [L, K] tokens after `tokens` tokens."""
   share = (held - window - 1) / (tokens - window - 1)
-  return Drawn(window=window, rates=jnp.asarray(np.clip(share, 0, 1), jnp.float32))
+  return Sampled(window=window, rates=jnp.asarray(np.clip(share, 0, 1), jnp.float32))
 
 
 def random_model(config: ModelConfig, *, window: int | None, dtype) -> Model:
-  """Random weights; with a gate, an adapter, where a window is given."""
+  """Random weights; adapter gates where a window is given."""
   dms = None if window is None else DMSConfig(gate="adapter", window=window)
   params = jax.jit(lambda key: init_params(param_table(config, dms), key, dtype))(jax.random.key(0))
   return Model(params, config, dms)
@@ -104,12 +104,12 @@ def left_by(model: Model, policy: Policy, tokens: int) -> tuple[np.ndarray, np.n
 
 
 def pages_for(model: Model, policy: Policy, tokens: int, page: int) -> int:
-  """Pages of a row of `tokens` tokens."""
+  """Pages that a row of `tokens` tokens needs."""
   return int((-(-left_by(model, policy, tokens)[0] // page)).sum())
 
 
 def slots_shape(model: Model, policy: Policy, *, batch: int, longest: int) -> ContiguousCache:
-  """The shapes of a cache of slots for texts of up to `longest` tokens, all kept."""
+  """The shapes of a contiguous cache that keeps all of `longest` tokens."""
   lag = decision_lag(model, policy.window)
   make = lambda: caches.create(
     "contiguous", model.config, batch=batch, capacity=-(-longest // 8) * 8, policy=policy, lag=lag, dtype=model.dtype
@@ -121,7 +121,7 @@ def pages_shape(
   model: Model, policy: Policy, *, batch: int, longest: int, pages: int, page: int | None = None,
   archive: str | None = None,
 ) -> PagedCache:  # fmt: skip
-  """The shapes of a cache with a pool of `pages` pages, or one a head of each row; `archive` as of the cache."""
+  """The shapes of a cache with a pool of `pages` pages, and at least one for each head of each row."""
   lag = decision_lag(model, policy.window)
   make = lambda: caches.create(
     "paged", model.config, batch=batch, capacity=policy.window + 2, longest=longest, policy=policy, lag=lag,
@@ -137,7 +137,7 @@ def nbytes(shape: Cache) -> int:
 
 @partial(jax.jit, static_argnames=("shape", "dtype", "seed"))
 def _noise(*, shape: tuple[int, ...], dtype, seed: int) -> Array:
-  """Random numbers of `shape` as a cache of storage `dtype` has them, the same TILE rows again and again."""
+  """Random numbers of `shape` in a cache's storage `dtype`, TILE rows repeated."""
   count = math.prod(shape[:-1])
   tile = jax.random.normal(jax.random.key(seed), (TILE, shape[-1]), jnp.bfloat16)
   tile = (tile * EIGHT_BITS).astype(dtype) if jnp.dtype(dtype).itemsize == 1 else packed(tile, dtype)
@@ -148,10 +148,10 @@ def filled(shape: Cache, model: Model, policy: Policy, *, tokens: int, shared: b
   """A cache of these shapes after `tokens` tokens of each row.
 
   Args:
-    shared: its rows are chains of one text, and hold the full pages of their archives together.
+    shared: its rows are chains of one text, and share the full pages of their archives.
 
   Raises:
-    ValueError: a pool that does not hold them.
+    ValueError: the pool is too small.
   """
   archived, evicted = left_by(model, policy, tokens)
   layers, batch, heads = shape.archived.shape
@@ -188,6 +188,6 @@ def filled(shape: Cache, model: Model, policy: Policy, *, tokens: int, shared: b
 
 
 def running_rows(batch: int) -> DecodeState:
-  """Greedy rows that never end."""
+  """Rows that sample greedily and never end."""
   column = lambda value: jnp.full(batch, value, jnp.int32)
   return DecodeState(column(1), None, column(0), column(2**30), column(0), column(RUNNING))

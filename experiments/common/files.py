@@ -1,4 +1,4 @@
-"""Files that a flag names, read whole or line by line; what is wrong with one is said with its flag and line."""
+"""Reads files that a flag names, whole or line by line; an error names the flag and the line."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 
 def required(flag: str, value: str, what: str) -> Path:
-  """The path given by a flag.
+  """The path that a flag gives; `what` describes it in errors.
 
   Raises:
-    ValueError: none is given, or nothing is there.
+    ValueError: no path is given, or nothing exists there.
   """
   if not value:
     raise ValueError(f"--{flag}=PATH is needed: {what}")
@@ -24,10 +24,10 @@ def required(flag: str, value: str, what: str) -> Path:
 
 
 def read_text(flag: str, path: str | Path) -> str:
-  """A UTF-8 file's text, a .bz2 file's unpacked.
+  """The text of a UTF-8 file, decompressed if it is a .bz2 file.
 
   Raises:
-    ValueError: it is not there, a folder, damaged, or not UTF-8; names the flag.
+    ValueError: the file is missing, a folder, damaged, or not UTF-8; names the flag.
   """
   path = Path(path)
   if path.is_dir():
@@ -44,7 +44,7 @@ def read_text(flag: str, path: str | Path) -> str:
 
 
 def text_lines(flag: str, path: str | Path) -> Iterator[tuple[str, str]]:
-  """(where, line) of each line that is not blank; a line ends with LF or CRLF, and with nothing else.
+  """(where, line) of each line that is not blank; only LF or CRLF ends a line.
 
   Raises:
     ValueError: as `read_text`.
@@ -58,10 +58,10 @@ def json_records(flag: str, path: str | Path, fields: Mapping[str, Any]) -> Iter
   """(where, record) of each line of a JSON-lines file that is not blank.
 
   Args:
-    fields: what every record must hold, and of which type.
+    fields: the name and type of each field that every record must hold.
 
   Raises:
-    ValueError: no JSON object, or a field is missing or of another type; names the flag and line.
+    ValueError: a line is not a JSON object, or a field is missing or of another type; names the flag and line.
   """
   for where, line in text_lines(flag, path):
     try:

@@ -1,6 +1,6 @@
-"""What every program shares: flags made from config dataclasses, the run itself, progress and the closing JSON line.
+"""What every program shares: flags made from config dataclasses, the run, progress, and the JSON line at its end.
 
-A program is importable without side effects and looks like this:
+Importing a program has no side effects. It looks like this:
 
     @dataclasses.dataclass(frozen=True)
     class Config:                                   # the program's own flags
@@ -41,7 +41,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 FLAGS = flags.FLAGS
-flags.disclaim_key_flags()  # flags belong to the program that asks for them, so that --help lists them
+flags.disclaim_key_flags()  # a flag belongs to the program that defines it, so that --help lists it
 
 
 # ---------------------------------------------------------------------------------------------------------- flags
@@ -67,7 +67,7 @@ class _Serializer(flags.ArgumentSerializer):
 
 
 def _optional(annotation: Any) -> Any:
-  """X of `X | None`; None for any other annotation."""
+  """X for an annotation `X | None`; None for any other."""
   if typing.get_origin(annotation) not in (typing.Union, types.UnionType):
     return None
   inner = [a for a in typing.get_args(annotation) if a is not type(None)]
@@ -77,7 +77,7 @@ def _optional(annotation: Any) -> Any:
 
 
 def describe(annotation: Any) -> str:
-  """An annotation as a user reads it in --help."""
+  """An annotation as --help shows it."""
   if inner := _optional(annotation):
     return f"{describe(inner)} or none"
   if typing.get_origin(annotation) is Literal:
@@ -88,10 +88,10 @@ def describe(annotation: Any) -> str:
 
 
 def parse_value(annotation: Any, text: str) -> Any:
-  """The value that `text` spells for a field of this annotation.
+  """The value of a field of this annotation, parsed from `text`.
 
   Raises:
-    ValueError: it spells none.
+    ValueError: `text` is not such a value.
   """
   if inner := _optional(annotation):
     return None if text.lower() == "none" else parse_value(inner, text)
@@ -114,14 +114,14 @@ def parse_value(annotation: Any, text: str) -> Any:
 
 
 def define_flags(prefix: str, cls: type, **overrides: Any) -> None:
-  """Defines `--prefix.field` for every field of dataclass `cls`; a field that is a dataclass adds its own level.
+  """Defines a flag `--prefix.field` for every field of dataclass `cls`; a dataclass field adds a level to the name.
 
   Args:
     prefix: "" for the program's own flags.
-    overrides: defaults that replace the dataclass's; a field without any default becomes a required flag.
+    overrides: defaults that replace the dataclass's; a field without a default becomes a required flag.
 
   Raises:
-    TypeError: an override names no field, or an annotation has no spelling on a command line.
+    TypeError: an override names no field, or an annotation cannot be written on a command line.
   """
   hints = typing.get_type_hints(cls)
   fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
@@ -149,7 +149,7 @@ def read_flags(prefix: str, cls: type, values: Mapping[str, Any] | None = None) 
   """An instance of dataclass `cls` from the flags that `define_flags(prefix, cls)` made.
 
   Args:
-    values: of all these flags, by name, in place of the command line's.
+    values: the flags' values by name, instead of those on the command line.
 
   Raises:
     ValueError: the dataclass's own checks refuse a value.
@@ -166,7 +166,7 @@ def read_flags(prefix: str, cls: type, values: Mapping[str, Any] | None = None) 
 
 
 def flag_types(prefix: str, cls: type) -> dict[str, Any]:
-  """The names of the flags that `define_flags(prefix, cls)` makes, and what each is annotated with."""
+  """{name: annotation} of the flags that `define_flags(prefix, cls)` makes."""
   hints, found = typing.get_type_hints(cls), {}
   for field in dataclasses.fields(cls):
     if field.init:
@@ -176,7 +176,7 @@ def flag_types(prefix: str, cls: type) -> dict[str, Any]:
 
 
 def spell(value: Any) -> str:
-  """A flag's value as it is written on a command line."""
+  """A flag's value as written on a command line."""
   return _Serializer().serialize(value)
 
 
@@ -189,7 +189,7 @@ def _default(field: dataclasses.Field) -> Any:
 
 
 def flag_values(changed_only: bool = False) -> dict[str, Any]:
-  """The running program's own flags and their values, `--profile` and `--debug` left out."""
+  """{name: value} of the running program's own flags, without `--profile` and `--debug`."""
   own = [f for f in FLAGS.get_key_flags_for_module(sys.argv[0]) if f.name not in ("profile", "debug")]
   return {f.name: f.value for f in own if not changed_only or f.value != f.default}
 
@@ -241,7 +241,7 @@ def enable_compilation_cache() -> None:
 
 
 def environment() -> dict[str, Any]:
-  """What a figure depends on beside the flags: versions and the device."""
+  """Versions and the device, on which a figure depends as much as on the flags."""
   device = jax.devices()[0]
   return {
     "jax": jax.__version__,
@@ -256,7 +256,7 @@ def environment() -> dict[str, Any]:
 
 
 def to_plain(value: Any) -> Any:
-  """`value` as plain JSON: dataclasses, paths, tuples and arrays unpacked, non-finite numbers as null."""
+  """`value` as plain JSON: dataclasses, paths, tuples and arrays converted, non-finite numbers as null."""
   if dataclasses.is_dataclass(value) and not isinstance(value, type):
     return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
   if isinstance(value, dict):
@@ -279,7 +279,7 @@ def finish(result: dict[str, Any], config: Any = None) -> None:
 
 
 def save_json(path: str | Path, value: Any) -> Path:
-  """Writes `value` as indented JSON, whole or not at all, and makes the folder it goes to."""
+  """Writes `value` as indented JSON, whole or not at all; makes the folder."""
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -295,7 +295,7 @@ def save_json(path: str | Path, value: Any) -> Path:
 
 
 def results_dir(name: str, config: Any = None, root: str | Path = "runs") -> Path:
-  """The folder of one run, made if it is not there: ROOT/NAME/what was changed-fingerprint of everything.
+  """The folder of one run: ROOT/NAME/CHANGED-FINGERPRINT, of the settings changed and of all; made if missing.
 
   Args:
     config: a dataclass or dict; default the program's flags. The same config gives the same folder.
@@ -313,7 +313,7 @@ def results_dir(name: str, config: Any = None, root: str | Path = "runs") -> Pat
 
 
 def fingerprint(values: Any) -> str:
-  """Eight hexadecimal digits that stand for `values`."""
+  """A hash of `values`, eight hexadecimal digits."""
   return hashlib.sha256(json.dumps(to_plain(values), sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -331,16 +331,16 @@ def label(values: Mapping[str, Any]) -> str:
 
 
 def log(message: str) -> None:
-  """One line for whoever watches; on stderr, so that stdout ends with the JSON line."""
+  """Prints a line to stderr, so that stdout ends with the JSON line."""
   print(message, file=sys.stderr, flush=True)
 
 
 def progress(items: Iterable | int, total: int | None = None, desc: str = "", every: float = 5.0) -> Iterator:
-  """Iterates and shows how far it is: a tqdm bar on a terminal that has it, else a line every `every` seconds.
+  """Iterates and shows progress: a tqdm bar on a terminal where tqdm is installed, else a line every `every` seconds.
 
   Args:
     items: what to iterate over, or a count.
-    total: how many there are, where `items` cannot say.
+    total: number of items, where `items` has no length.
   """
   items = range(items) if isinstance(items, int) else items
   total = len(items) if total is None and hasattr(items, "__len__") else total

@@ -1,1 +1,1 @@
-"""Methods under comparison, run on tasks."""
+"""Methods on tasks: what is run, its records (one a chain), and their summary."""

@@ -1,16 +1,22 @@
-"""Pictures of results. matplotlib is optional: without it a picture is skipped, and the log says so."""
+"""The one module that imports matplotlib, and the figures of caches, training and ablations.
+
+matplotlib is optional: without it a figure is skipped, and the log says so.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from experiments.common import program
 
 DENSE, DMS = "#4d4d4d", "#1f6fb4"
+METHODS = (DMS, "#d1752b", "#3a923a", "#8b5fb0", "#b04a4a")  # colours of methods under comparison, in their order
 
 
 def pyplot() -> Any:
@@ -26,18 +32,44 @@ def pyplot() -> Any:
   return plt
 
 
-def live_tokens(path: Path, dense: dict, dms: dict, *, read: int, title: str) -> str | None:
+def picture(build: Callable[..., Any]) -> Callable[..., str | None]:
+  """Turns `build(plt, ...)`, which returns a figure or None, into `draw(path, ...)`, which writes it as a PNG.
+
+  `draw` makes the folder, writes the file whole or not at all, and returns its path; None without matplotlib and where
+  there is nothing to draw.
+  """
+
+  @functools.wraps(build)
+  def draw(path: Path, *args, **settings) -> str | None:
+    if (plt := pyplot()) is None or (figure := build(plt, *args, **settings)) is None:
+      return None
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}")
+    try:
+      figure.savefig(part, dpi=120, format="png")
+      os.replace(part, path)
+    finally:
+      part.unlink(missing_ok=True)
+      plt.close(figure)
+    return str(path)
+
+  return draw
+
+
+def bare(axis: Any) -> None:
+  """Removes the upper and right border of an axis."""
+  axis.spines[["top", "right"]].set_visible(False)
+
+
+@picture
+def live_tokens(plt, dense: dict, dms: dict, *, read: int, title: str) -> Any:
   """Live tokens of a cache against position: a line a run, and a thin one for each of DMS's heads.
 
   Args:
     dense, dms: `position` [P] and `live` [P, L, K].
-    read: where reading ends and writing begins.
-
-  Returns:
-    The path written, or None without matplotlib.
+    read: tokens of the prompt; those after it are generated.
   """
-  if (plt := pyplot()) is None:
-    return None
   figure, axis = plt.subplots(figsize=(9, 5.2), layout="constrained")
   layers, heads = dms["live"].shape[1:]
   each = dms["live"].reshape(len(dms["position"]), -1)
@@ -58,27 +90,21 @@ def live_tokens(path: Path, dense: dict, dms: dict, *, read: int, title: str) ->
   axis.set(xlim=(0, end), ylim=(0, 1.04 * float(dense["live"].max())))
   axis.set(title=f"Tokens the KV cache holds\n{title}", xlabel="tokens read and written", ylabel="live tokens a head")
   axis.grid(alpha=0.25)
-  axis.spines[["top", "right"]].set_visible(False)
+  bare(axis)
   legend = axis.legend(loc="upper left", frameon=False)
   for handle in legend.get_lines():
     handle.set_alpha(1.0)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path, dpi=140)
-  plt.close(figure)
-  return str(path)
+  return figure
 
 
-def training(log: Path, picture: Path) -> str | None:
+@picture
+def training(plt, log: Path) -> Any:
   """A retrofit's log: loss, target and achieved compression, gates, and the gate rate of every layer and head.
 
   Args:
-    log: log.jsonl, a JSON object a step; lines with `gate_rates` [L][K] feed the lower row.
-
-  Returns:
-    The path written, or None without matplotlib or before the first step.
+    log: log.jsonl, a JSON object a step; lines with `gate_rates` [L][K] feed the lower row. Nothing is drawn before the
+      first step.
   """
-  if (plt := pyplot()) is None:
-    return None
   lines = [json.loads(line) for line in log.read_text().splitlines()]
   if not lines:
     return None
@@ -118,29 +144,18 @@ def training(log: Path, picture: Path) -> str | None:
     for axis in (axes["heads"].xaxis, axes["layers"].yaxis):
       axis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=[axes["heads"], axes["layers"]], label="share of tokens")
-  part = picture.with_name(f".{picture.name}")
-  try:
-    figure.savefig(part, dpi=110, format="png")
-    os.replace(part, picture)
-  finally:
-    part.unlink(missing_ok=True)
-    plt.close(figure)
-  return str(picture)
+  return figure
 
 
-def ablation(path: Path, rows: list[dict], x: str, title: str) -> str | None:
+@picture
+def ablation(plt, rows: list[dict], x: str, title: str) -> Any:
   """Quality of many runs: KL, perplexity and compression along one setting, and KL against compression.
 
   Args:
     rows: in the order of the axis, each with its place `x` there, the `line` it belongs to, and the figures
       `kl`, `perplexity_change` and `achieved_cr`.
     x: what the axis is: "tokens" is logarithmic, any other has its places evenly spaced.
-
-  Returns:
-    The path written, or None without matplotlib.
   """
-  if (plt := pyplot()) is None:
-    return None
   lines: dict[str, list[dict]] = {}
   for row in rows:
     lines.setdefault(row["line"], []).append(row)
@@ -187,23 +202,16 @@ def ablation(path: Path, rows: list[dict], x: str, title: str) -> str | None:
   figure.suptitle(title)
   if len(lines) > 1:
     figure.legend(loc="outside lower center", ncols=min(5, len(lines)), frameon=False)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path, dpi=110)
-  plt.close(figure)
-  return str(path)
+  return figure
 
 
-def compression(path: Path, runs: list[dict], title: str) -> str | None:
+@picture
+def compression(plt, runs: list[dict], title: str) -> Any:
   """Where a retrofit compresses: a row a run; left each layer and head at the end of a chunk, right along the text.
 
   Args:
     runs: each with `name`, `positions` [P] and `held` [P, L, K], the share of tokens held.
-
-  Returns:
-    The path written, or None without matplotlib.
   """
-  if (plt := pyplot()) is None:
-    return None
   figure, axes = plt.subplots(len(runs), 2, figsize=(14, 4.8 * len(runs)), layout="constrained", squeeze=False)
   for (heads, along), run in zip(axes, runs, strict=True):
     positions, held = run["positions"], run["held"]
@@ -230,7 +238,4 @@ def compression(path: Path, runs: list[dict], title: str) -> str | None:
     along.grid(alpha=0.3, which="both")
     along.legend(frameon=False)
   figure.suptitle(title)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path, dpi=110)
-  plt.close(figure)
-  return str(path)
+  return figure

@@ -1,78 +1,47 @@
-"""What a task is, its settings, and what tasks share: questions and shots drawn by a seed."""
+"""What a task is, the registry of tasks, and what tasks share: questions and shots sampled by a seed.
+
+A task is one frozen dataclass in one file. Its fields are its settings, and each becomes a flag: `--needle.keys=4`.
+There are two kinds. A `LikelihoodTask` has the model score given continuations of a text; a `WritingTask` has it write
+after a prompt, and grades what it wrote.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Sequence
-from typing import Literal, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal, TypeVar
 
 from dms_jax.evaluation.likelihood import Question
+from dms_jax.tokenizer import Tokenizer
 
 T = TypeVar("T")
+TASKS: dict[str, type[Task]] = {}
 
 
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-  """Where the public data sets lie: HellaSwag's and GSM8K's file, MMLU's folder (with dev/ and test/)."""
-
-  hellaswag: str = ""
-  mmlu: str = ""
-  gsm8k: str = ""
+def register(cls: type[T]) -> type[T]:
+  """Class decorator: makes a task a frozen dataclass and available by its lower-case class name."""
+  cls.name = cls.__name__.lower()
+  TASKS[cls.name] = cls = dataclasses.dataclass(frozen=True)(cls)
+  return cls
 
 
-@dataclasses.dataclass(frozen=True)
-class ShotsConfig:
-  """Worked examples before each question."""
+def get(name: str) -> type[Task]:
+  """The task class called `name`.
 
-  hellaswag: int = 10
-  mmlu: int = 5
-  gsm8k: int = 5
-
-  def __post_init__(self):
-    for name, shots in vars(self).items():
-      if shots < 0:
-        raise ValueError(f"--shots.{name}={shots} must be 0 or more")
-
-
-@dataclasses.dataclass(frozen=True)
-class NeedleConfig:
-  """Keys hidden in the text, values of each, and keys asked for (RULER's single, multi-key, -value and -query)."""
-
-  keys: int = 1
-  values: int = 1
-  queries: int = 1
-
-  def __post_init__(self):
-    for name, value in vars(self).items():
-      if value < 1:
-        raise ValueError(f"--needle.{name}={value} must be 1 or more")
-    if self.queries > self.keys:
-      raise ValueError(f"--needle.queries={self.queries} asks for more keys than --needle.keys={self.keys}")
-    if self.keys * self.values > 40:
-      raise ValueError(
-        f"--needle.keys={self.keys} x --needle.values={self.values}: there are 40 depths to hide them at"
-      )
-
-
-@dataclasses.dataclass(frozen=True)
-class TrackingConfig:
-  """Chains of assignments hidden in the text, and assignments that follow the first of each."""
-
-  chains: int = 1
-  hops: int = 4
-
-  def __post_init__(self):
-    for name, value in vars(self).items():
-      if value < 1:
-        raise ValueError(f"--tracking.{name}={value} must be 1 or more")
+  Raises:
+    ValueError: there is none; lists those there are.
+  """
+  if name not in TASKS:
+    raise ValueError(f"--tasks: unknown task {name!r}; there are {', '.join(TASKS)}")
+  return TASKS[name]
 
 
 @dataclasses.dataclass(frozen=True)
 class TasksConfig:
-  """Which tasks, on how much of them; every choice is fixed by `seed`.
+  """Which tasks, and how many samples of each; `seed` fixes every choice.
 
-  `limit` samples of each task and length are drawn; 0 takes the whole data set, and 500 of the made-up ones. `template`
+  `limit` samples of each task and length are used; 0 takes the whole data set, or 500 generated samples. `template`
   decides how retrieval prompts are put: "chat" as a user's message with the answer's first words already written (as
   RULER does for instruct models), "raw" as plain text (as it does for base models), "auto" by whether the tokenizer has
   a chat template. Likelihood tasks are always plain text, as in lm-evaluation-harness.
@@ -82,67 +51,95 @@ class TasksConfig:
   limit: int = 0
   seed: int = 42
   template: Literal["auto", "chat", "raw"] = "auto"
-  data: DataConfig = DataConfig()
-  shots: ShotsConfig = ShotsConfig()
-  needle: NeedleConfig = NeedleConfig()
-  tracking: TrackingConfig = TrackingConfig()
 
   def __post_init__(self):
     if self.limit < 0:
       raise ValueError(f"--limit={self.limit} must be 0 (everything) or more")
 
 
-@dataclasses.dataclass(frozen=True)
-class LikelihoodTask:
-  """`questions(config)` reads and lays out what is asked; `metrics` are those reported (see `likelihood.scores`)."""
+class Task:
+  """What both kinds of task have.
 
-  name: str
-  metrics: tuple[str, ...]
-  questions: Callable[[TasksConfig], list[Question]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Haystack:
-  """A prompt of any length: `prompt(n)` hides the same things among n units of noise, from `smallest` units on.
-
-  The answer begins with `prefix`; right is what names every one of `references`.
+  `chance`: the score of random answers, for the metrics that have one. `floor`: the score of the baseline below which
+  other methods' scores say little.
   """
 
-  prompt: Callable[[int], str]
-  prefix: str
+  name: ClassVar[str]
+  metrics: ClassVar[tuple[str, ...]]
+  chance: ClassVar[Mapping[str, float]] = {}
+  floor: ClassVar[float | None] = None
+
+  def least(self, **bounds: int) -> None:
+    """Raises ValueError, naming the flag, where a setting is below its bound."""
+    for setting, bound in bounds.items():
+      if (value := getattr(self, setting)) < bound:
+        raise ValueError(f"--{self.name}.{setting}={value} must be {bound} or more")
+
+
+class LikelihoodTask(Task):
+  """Scores given continuations; `metrics` are names of `dms_jax.evaluation.likelihood.scores`."""
+
+  def questions(self, config: TasksConfig) -> list[Question]:
+    """The questions asked, each after its shots.
+
+    Raises:
+      ValueError: data that is missing or malformed; names the flag.
+    """
+    raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+  """A prompt's text and ids, and the strings by which what is written after it is graded."""
+
+  text: str
+  tokens: list[int]
   references: tuple[str, ...]
-  smallest: int
 
 
-@dataclasses.dataclass(frozen=True)
-class RetrievalTask:
-  """`sample(config, rng, length, fit)` makes one, meant for a prompt of `length` tokens.
+class WritingTask(Task):
+  """Has a model write up to `new_tokens` tokens after each prompt, and grades the text.
 
-  `fit(build, limit, smallest)` is the most units of noise, at least `smallest`, of a text `build(n)` of `limit` tokens.
+  The prompts of a `sized` task are made for a length; those of any other task have the length that they have.
   """
 
-  name: str
-  new_tokens: int
-  sample: Callable[..., Haystack]
+  new_tokens: ClassVar[int]
+  sized: ClassVar[bool] = False
+
+  def prompts(self, config: TasksConfig, tokenizer: Tokenizer, length: int, max_positions: int) -> list[Prompt]:
+    """The prompts of this task.
+
+    Args:
+      length: T of a sized task.
+      max_positions: the model's context, which holds the prompt and what is written.
+
+    Raises:
+      ValueError: data or a length that cannot be used; names the flag.
+    """
+    raise NotImplementedError
+
+  def grade(self, text: str, prompt: Prompt) -> dict[str, float]:
+    """{metric: value} of a text written after a prompt."""
+    raise NotImplementedError
 
 
 # Choices by seed ------------------------------------------------------------------------------------------------------
 
 
-def drawn(count: int, config: TasksConfig) -> list[int]:
-  """Which of `count` records are asked: all in their order, or `limit` of them at random, by the seed."""
+def sampled(count: int, config: TasksConfig) -> list[int]:
+  """Which of `count` records are asked: all in their order, or `limit` of them sampled by the seed."""
   if not config.limit or config.limit >= count:
     return list(range(count))
   return sorted(random.Random(f"{config.seed} questions").sample(range(count), config.limit))
 
 
-def shots_of(records: Sequence[T], question: int, shots: int, flag: str, seed: int) -> list[T]:
-  """Worked examples for record number `question`: others at random, by the seed and the record's number alone.
+def shots_of(records: Sequence[T], question: int, shots: int, task: str, seed: int) -> list[T]:
+  """Worked examples for record number `question`: others, sampled by the seed and the record's number alone.
 
   Raises:
     ValueError: there are too few; names the flag.
   """
   if shots >= len(records):
-    raise ValueError(f"--shots.{flag}={shots} needs more records than the {len(records)} of --data.{flag}")
+    raise ValueError(f"--{task}.shots={shots} needs more records than the {len(records)} of --{task}.data")
   picked = random.Random(f"{seed} shots {question}").sample(range(len(records) - 1), shots)
   return [records[i + (i >= question)] for i in picked]

@@ -1,7 +1,7 @@
 """GSM8K (Cobbe et al. 2021): how likely the model finds the written solution of a word problem, in nats per token.
 
-Read from the official test.jsonl. Calculator marks (<<48/2=24>>) are taken out. Shots are drawn from the other records
-of the file.
+Read from the official test.jsonl, calculator marks (<<48/2=24>>) removed. Shots are sampled from the file's other
+records.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import re
 from pathlib import Path
 
 from experiments.common.files import json_records, required
-from experiments.tasks.base import LikelihoodTask, Question, TasksConfig, drawn, shots_of
+from experiments.tasks.base import LikelihoodTask, Question, TasksConfig, register, sampled, shots_of
 
-FLAG = "data.gsm8k"
+FLAG = "gsm8k.data"
 
 
 def read(path: Path) -> list[Question]:
@@ -27,15 +27,23 @@ def read(path: Path) -> list[Question]:
   ]
 
 
-def questions(config: TasksConfig) -> list[Question]:
-  """The problems asked, each after its shots."""
-  records = read(required(FLAG, config.data.gsm8k, "GSM8K's test.jsonl"))
-  asked = []
-  for number in drawn(len(records), config):
-    shots = shots_of(records, number, config.shots.gsm8k, "gsm8k", config.seed)
-    before = "".join(f"{shot.context} {shot.choices[0]}\n\n" for shot in shots)
-    asked.append(Question(before + records[number].context, records[number].choices))
-  return asked
+@register
+class GSM8K(LikelihoodTask):
+  """`data`: the file; `shots`: worked problems before each question."""
 
+  data: str = ""
+  shots: int = 5
 
-GSM8K = LikelihoodTask("gsm8k", ("answer_loglik",), questions)
+  metrics = ("answer_loglik",)
+
+  def __post_init__(self):
+    self.least(shots=0)
+
+  def questions(self, config: TasksConfig) -> list[Question]:
+    records = read(required(FLAG, self.data, "GSM8K's test.jsonl"))
+    asked = []
+    for number in sampled(len(records), config):
+      shots = shots_of(records, number, self.shots, self.name, config.seed)
+      before = "".join(f"{shot.context} {shot.choices[0]}\n\n" for shot in shots)
+      asked.append(Question(before + records[number].context, records[number].choices))
+    return asked

@@ -1,19 +1,21 @@
 """HellaSwag (Zellers et al. 2019): which of four endings follows, laid out as lm-evaluation-harness does.
 
 Two formats are read: the official hellaswag_val.jsonl, and the six-line one (optionally .bz2) of evaluation tools in
-C++: "activity: context", the answer 0-3, four endings. The latter lost where the context's second sentence begins, so
-that it stays in lower case where the official one is capitalised. Shots are drawn from the other records of the file.
+C++: "activity: context", the answer 0-3, four endings. The latter does not mark where the context's second sentence
+begins, so that sentence stays in lower case, where the official format capitalises it. Shots are sampled from the
+file's other records.
 """
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import ClassVar
 
 from experiments.common.files import json_records, read_text, required
-from experiments.tasks.base import LikelihoodTask, Question, TasksConfig, drawn, shots_of
+from experiments.tasks.base import LikelihoodTask, Question, TasksConfig, register, sampled, shots_of
 
-FLAG = "data.hellaswag"
+FLAG = "hellaswag.data"
 
 
 def clean(text: str) -> str:
@@ -57,17 +59,25 @@ def read(path: Path) -> list[Question]:
   return questions
 
 
-def questions(config: TasksConfig) -> list[Question]:
-  """The questions asked, each after its shots."""
-  path = required(FLAG, config.data.hellaswag, "hellaswag_val.jsonl, or the six-line text format")
-  records = read(path)
-  asked = []
-  for number in drawn(len(records), config):
-    shots = shots_of(records, number, config.shots.hellaswag, "hellaswag", config.seed)
-    before = "".join(f"{shot.context} {shot.choices[shot.answer]}\n\n" for shot in shots)
-    record = records[number]
-    asked.append(Question(before + record.context, record.choices, record.answer))
-  return asked
+@register
+class HellaSwag(LikelihoodTask):
+  """`data`: the file; `shots`: completed records before each question."""
 
+  data: str = ""
+  shots: int = 10
 
-HELLASWAG = LikelihoodTask("hellaswag", ("acc", "acc_norm", "answer_loglik"), questions)
+  metrics = ("acc", "acc_norm", "answer_loglik")
+  chance: ClassVar = {"acc": 25.0, "acc_norm": 25.0}
+
+  def __post_init__(self):
+    self.least(shots=0)
+
+  def questions(self, config: TasksConfig) -> list[Question]:
+    records = read(required(FLAG, self.data, "hellaswag_val.jsonl, or the six-line text format"))
+    asked = []
+    for number in sampled(len(records), config):
+      shots = shots_of(records, number, self.shots, self.name, config.seed)
+      before = "".join(f"{shot.context} {shot.choices[shot.answer]}\n\n" for shot in shots)
+      record = records[number]
+      asked.append(Question(before + record.context, record.choices, record.answer))
+    return asked

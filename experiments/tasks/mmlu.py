@@ -1,7 +1,7 @@
 """MMLU (Hendrycks et al. 2021): four choices, answered by their letters, laid out as lm-evaluation-harness does.
 
-Read from a folder with dev/SUBJECT_dev.csv and test/SUBJECT_test.csv: question, four choices, answer. A header line may
-come first, and the answer be 0-3 or A-D. Shots are the first of the subject's dev file, in their order.
+Read from a folder with dev/SUBJECT_dev.csv and test/SUBJECT_test.csv: question, four choices, answer. A first line of
+column names is skipped; the answer is 0-3 or A-D. Shots are the first of the subject's dev file, in their order.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import csv
 import io
 from pathlib import Path
+from typing import ClassVar
 
 from experiments.common.files import read_text, required
-from experiments.tasks.base import LikelihoodTask, Question, TasksConfig, drawn
+from experiments.tasks.base import LikelihoodTask, Question, TasksConfig, register, sampled
 
-FLAG = "data.mmlu"
+FLAG = "mmlu.data"
 LETTERS = ("A", "B", "C", "D")
 
 
@@ -43,27 +44,40 @@ def read(path: Path) -> list[Question]:
   return questions
 
 
-def questions(config: TasksConfig) -> list[Question]:
-  """The questions asked, of all subjects, each after its subject's shots."""
-  folder = required(FLAG, config.data.mmlu, "a folder with dev/*.csv and test/*.csv")
-  tests = sorted((folder / "test").glob("*_test.csv"))
-  if not tests:
-    raise ValueError(f"--{FLAG}={folder}: no test/SUBJECT_test.csv there")
-  records: list[tuple[str, Question]] = []
-  for file in tests:
-    subject = file.name.removesuffix("_test.csv")
+@register
+class MMLU(LikelihoodTask):
+  """`data`: the folder; `shots`: answered questions of the subject before each question."""
+
+  data: str = ""
+  shots: int = 5
+
+  metrics = ("acc", "answer_loglik")
+  chance: ClassVar = {"acc": 25.0}
+
+  def __post_init__(self):
+    self.least(shots=0)
+
+  def _before(self, folder: Path, subject: str) -> str:
+    """What comes before each question of a subject: a line that names it, and the shots."""
     before = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
-    if config.shots.mmlu:
-      dev = folder / "dev" / f"{subject}_dev.csv"
-      if not dev.is_file():
-        raise ValueError(f"--{FLAG}={folder}: no dev/{dev.name}, from which the shots of {file.name} come")
-      shots = read(dev)
-      if len(shots) < config.shots.mmlu:
-        raise ValueError(f"--shots.mmlu={config.shots.mmlu}: {dev} holds {len(shots)}")
-      before += "".join(f"{shot.context} {LETTERS[shot.answer]}\n\n" for shot in shots[: config.shots.mmlu])
-    records += [(before, question) for question in read(file)]
-  asked = [records[number] for number in drawn(len(records), config)]
-  return [Question(before + question.context, question.choices, question.answer) for before, question in asked]
+    if not self.shots:
+      return before
+    dev = folder / "dev" / f"{subject}_dev.csv"
+    if not dev.is_file():
+      raise ValueError(f"--{FLAG}={folder}: no dev/{dev.name}, from which the shots of {subject}_test.csv come")
+    shots = read(dev)
+    if len(shots) < self.shots:
+      raise ValueError(f"--{self.name}.shots={self.shots}: {dev} holds {len(shots)}")
+    return before + "".join(f"{shot.context} {LETTERS[shot.answer]}\n\n" for shot in shots[: self.shots])
 
-
-MMLU = LikelihoodTask("mmlu", ("acc", "answer_loglik"), questions)
+  def questions(self, config: TasksConfig) -> list[Question]:
+    folder = required(FLAG, self.data, "a folder with dev/*.csv and test/*.csv")
+    tests = sorted((folder / "test").glob("*_test.csv"))
+    if not tests:
+      raise ValueError(f"--{FLAG}={folder}: no test/SUBJECT_test.csv there")
+    records: list[tuple[str, Question]] = []
+    for file in tests:
+      before = self._before(folder, file.name.removesuffix("_test.csv"))
+      records += [(before, question) for question in read(file)]
+    asked = [records[number] for number in sampled(len(records), config)]
+    return [Question(before + question.context, question.choices, question.answer) for before, question in asked]

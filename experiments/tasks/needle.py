@@ -1,7 +1,7 @@
 """Needle in a haystack as in RULER (Hsieh et al. 2024, arXiv 2404.06654): numbers hidden in repeated noise.
 
-RULER's words and numbers; keys are adjective-noun pairs from the lists below. Needles stand between the noise lines,
-each at one of 40 evenly spaced depths.
+The wording and the numbers are RULER's; keys are adjective-noun pairs from the lists below. Each needle is put between
+two lines of noise, at one of 40 evenly spaced depths.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from experiments.tasks.base import Haystack, RetrievalTask, TasksConfig
+from experiments.tasks.base import register
+from experiments.tasks.retrieval import Haystack, RetrievalTask
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE_LINE = "One of the special magic numbers for {key} is: {value}."
@@ -54,26 +55,40 @@ def listed(items: list[str]) -> str:
   return items[0] if len(items) == 1 else f"{', '.join(items[:-1])}, and {items[-1]}"
 
 
-def sample(config: TasksConfig, rng: random.Random, length: int, fit: Callable) -> Haystack:
-  """One text with its question."""
-  needle = config.needle
-  pairs = rng.sample(range(len(ADJECTIVES) * len(NOUNS)), needle.keys)
-  keys = [f"{ADJECTIVES[pair // len(NOUNS)]}-{NOUNS[pair % len(NOUNS)]}" for pair in pairs]
-  values = {key: [str(n) for n in rng.sample(range(10**6, 10**7), needle.values)] for key in keys}
-  lines = [NEEDLE_LINE.format(key=key, value=value) for key in keys for value in values[key]]
-  rng.shuffle(lines)
-  depths = sorted(rng.sample(DEPTHS, len(lines)))
-  asked = rng.sample(keys, needle.queries)
-  question, prefix = SINGULAR if needle.queries * needle.values == 1 else PLURAL
+@register
+class Needle(RetrievalTask):
+  """Keys hidden in the text, values of each, and keys asked for (RULER's single, multi-key, -value and -query)."""
 
-  def prompt(units: int) -> str:
-    text = [NOISE] * units
-    for depth, line in reversed(list(zip(depths, lines, strict=True))):
-      text.insert(units * depth // 100, line)
-    return question.format(context="\n".join(text), query=listed(asked))
+  keys: int = 1
+  values: int = 1
+  queries: int = 1
 
-  references = tuple(value for key in asked for value in values[key])
-  return Haystack(prompt, prefix.format(query=listed(asked)), references, smallest=1)
+  new_tokens = 128
 
+  def __post_init__(self):
+    self.least(keys=1, values=1, queries=1)
+    if self.queries > self.keys:
+      raise ValueError(f"--needle.queries={self.queries} asks for more keys than --needle.keys={self.keys}")
+    if self.keys * self.values > len(DEPTHS):
+      raise ValueError(
+        f"--needle.keys={self.keys} x --needle.values={self.values}: there are {len(DEPTHS)} depths to hide them at"
+      )
 
-NEEDLE = RetrievalTask("needle", new_tokens=128, sample=sample)
+  def sample(self, rng: random.Random, length: int, fit: Callable) -> Haystack:
+    pairs = rng.sample(range(len(ADJECTIVES) * len(NOUNS)), self.keys)
+    keys = [f"{ADJECTIVES[pair // len(NOUNS)]}-{NOUNS[pair % len(NOUNS)]}" for pair in pairs]
+    values = {key: [str(n) for n in rng.sample(range(10**6, 10**7), self.values)] for key in keys}
+    lines = [NEEDLE_LINE.format(key=key, value=value) for key in keys for value in values[key]]
+    rng.shuffle(lines)
+    depths = sorted(rng.sample(DEPTHS, len(lines)))
+    asked = rng.sample(keys, self.queries)
+    question, prefix = SINGULAR if self.queries * self.values == 1 else PLURAL
+
+    def prompt(units: int) -> str:
+      text = [NOISE] * units
+      for depth, line in reversed(list(zip(depths, lines, strict=True))):
+        text.insert(units * depth // 100, line)
+      return question.format(context="\n".join(text), query=listed(asked))
+
+    references = tuple(value for key in asked for value in values[key])
+    return Haystack(prompt, prefix.format(query=listed(asked)), references, smallest=1)

@@ -12,28 +12,62 @@ import numpy as np
 import dms_jax
 from dms_jax.generation.generate import fastest_form
 from dms_jax.model import Model
+from dms_jax.policies import Policy
 from dms_jax.tokenizer import Tokenizer
-from experiments.tasks.base import RetrievalTask, TasksConfig
+from experiments.tasks.base import Prompt, TasksConfig, WritingTask
 
 SAMPLES = 500  # of each length, where no limit is given; RULER's number
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompt:
-  """A prompt's text and ids, and the strings that its answer should hold."""
+class Haystack:
+  """A prompt of any length: `prompt(n)` hides the same things among n units of noise, from `smallest` units on.
 
-  text: str
-  tokens: list[int]
+  The answer begins with `prefix`; a right one names every one of `references`.
+  """
+
+  prompt: Callable[[int], str]
+  prefix: str
   references: tuple[str, ...]
+  smallest: int
+
+
+class RetrievalTask(WritingTask):
+  """Reads a long text and writes what was hidden there; the score is the share of references found, per cent."""
+
+  metrics = ("score",)
+  floor = 60.0
+  sized = True
+
+  def sample(self, rng: random.Random, length: int, fit: Callable) -> Haystack:
+    """One text with its question, meant for a prompt of `length` tokens.
+
+    Args:
+      fit: `fit(build, limit, smallest)` is the most units n of noise, at least `smallest`, for which `build(n)` has no
+        more than `limit` tokens.
+    """
+    raise NotImplementedError
+
+  def prompts(self, config, tokenizer, length, max_positions):
+    return prompts(self, config, tokenizer, length, max_positions)
+
+  def grade(self, text, prompt):
+    return {"score": 100 * share_found(text, prompt.references)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-  """What a model wrote after each prompt, and its cache then: `held` int [L, n, K] of `seen` int [n] tokens."""
+  """What a model wrote after each prompt, and what its cache held and cost.
+
+  `held` int [L, n, K] of `seen` int [n] tokens at the end; `reads` float [n], KV reads of the decode steps, and `peak`
+  float [n], the most tokens held at once, each a mean over layers and heads.
+  """
 
   texts: list[str]
   held: np.ndarray
   seen: np.ndarray
+  reads: np.ndarray
+  peak: np.ndarray
 
 
 def framed(tokenizer: Tokenizer, template: str, prompt: str, prefix: str) -> str:
@@ -73,7 +107,7 @@ def prompts(
   limit = min(length, max_positions - task.new_tokens)
   made = []
   for number in range(config.limit or SAMPLES):
-    hidden = task.sample(config, random.Random(f"{config.seed} {task.name} {number}"), length, fit)
+    hidden = task.sample(random.Random(f"{config.seed} {task.name} {number}"), length, fit)
     build = lambda n, hidden=hidden: framed(tokenizer, config.template, hidden.prompt(n), hidden.prefix)
     text = build(fit(build, limit, hidden.smallest))
     tokens = tokenizer.encode(text)
@@ -89,13 +123,12 @@ def share_found(text: str, references: tuple[str, ...]) -> float:
 
 
 def write(
-  model: Model, tokenizer: Tokenizer, asked: list[Prompt], new_tokens: int, *, threshold: float = 0.0, batch: int = 1,
+  model: Model, tokenizer: Tokenizer, asked: list[Prompt], new_tokens: int, *, policy: Policy, batch: int = 1,
   progress: Callable[[Any], Any] = lambda items: items,
 ) -> Written:  # fmt: skip
-  """Continues every prompt greedily, a model without gates with a dense cache, else by its gates at `threshold`."""
-  policy = dms_jax.Vanilla() if model.dms is None else dms_jax.DMS(threshold=threshold)
+  """Continues every prompt greedily under a policy."""
   model = fastest_form(model)
-  texts, held, seen = [], [], []
+  texts, held, seen, reads, peak = [], [], [], [], []
   for start in progress(range(0, len(asked), batch)):
     ids = [prompt.tokens for prompt in asked[start : start + batch]]
     ids += ids[-1:] * (batch - len(ids))  # the last batch has the others' shape; what is repeated is left out again
@@ -104,4 +137,6 @@ def write(
     texts += out.text[:real]
     held.append(out.metrics.live[:, :real])
     seen.append(out.metrics.seen[:real])
-  return Written(texts, np.concatenate(held, axis=1), np.concatenate(seen))
+    reads.append(out.metrics.decode_reads[:, :real].mean(axis=(0, 2)))
+    peak.append(out.metrics.peak[:real])
+  return Written(texts, np.concatenate(held, axis=1), *map(np.concatenate, (seen, reads, peak)))

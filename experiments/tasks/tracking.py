@@ -1,6 +1,6 @@
 """Variable tracking as in RULER (Hsieh et al. 2024, arXiv 2404.06654): which variables hold a value, copy by copy.
 
-A worked example with three-letter names comes first: RULER's 500 tokens of it, less where that would be more than half.
+A worked example with three-letter names comes first: RULER's 500 tokens of it, or half the prompt where that is less.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import random
 import string
 from collections.abc import Callable
 
-from experiments.tasks.base import Haystack, RetrievalTask, TasksConfig
+from experiments.tasks.base import register
 from experiments.tasks.needle import NOISE
+from experiments.tasks.retrieval import Haystack, RetrievalTask
 
 QUESTION = (
   "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\n"
@@ -45,23 +46,30 @@ def haystack(rng: random.Random, count: int, hops: int, letters: int) -> Haystac
   places = rng.getrandbits(64)
 
   def prompt(units: int) -> str:
-    text, draw = [NOISE + "\n"] * units, random.Random(places)
+    text, order = [NOISE + "\n"] * units, random.Random(places)
     for chain in assignments:
-      for number, place in enumerate(sorted(draw.sample(range(len(text)), len(chain)))):
+      for number, place in enumerate(sorted(order.sample(range(len(text)), len(chain)))):
         text.insert(place + number, chain[number])
     return QUESTION.format(context=" ".join(text), query=value)
 
   return Haystack(prompt, PREFIX.format(n=hops + 1, query=value), tuple(names[0]), smallest=hops + 1)
 
 
-def sample(config: TasksConfig, rng: random.Random, length: int, fit: Callable) -> Haystack:
-  """One text with its question, the worked example before it."""
-  count, hops = config.tracking.chains, config.tracking.hops
-  shown = haystack(rng, count, min(10, hops), letters=3)
-  asked = haystack(rng, count, hops, letters=5)
-  worked = lambda units: f"{shown.prompt(units)}{shown.prefix} {' '.join(shown.references)}\n\n\n\n"
-  example = worked(fit(worked, min(EXAMPLE_TOKENS, length // 2) - NEW_TOKENS, shown.smallest))
-  return Haystack(lambda units: example + asked.prompt(units), asked.prefix, asked.references, asked.smallest)
+@register
+class Tracking(RetrievalTask):
+  """Chains of assignments hidden in the text, and assignments that follow the first of each."""
 
+  chains: int = 1
+  hops: int = 4
 
-TRACKING = RetrievalTask("tracking", new_tokens=NEW_TOKENS, sample=sample)
+  new_tokens = NEW_TOKENS
+
+  def __post_init__(self):
+    self.least(chains=1, hops=1)
+
+  def sample(self, rng: random.Random, length: int, fit: Callable) -> Haystack:
+    shown = haystack(rng, self.chains, min(10, self.hops), letters=3)
+    asked = haystack(rng, self.chains, self.hops, letters=5)
+    worked = lambda units: f"{shown.prompt(units)}{shown.prefix} {' '.join(shown.references)}\n\n\n\n"
+    example = worked(fit(worked, min(EXAMPLE_TOKENS, length // 2) - NEW_TOKENS, shown.smallest))
+    return Haystack(lambda units: example + asked.prompt(units), asked.prefix, asked.references, asked.smallest)

@@ -1,4 +1,4 @@
-"""What the benchmarks of all kernels share: a clock, the memory's measured speed, and ragged lengths."""
+"""Shared by the benchmarks of all kernels: a clock, measured read bandwidth, and ragged lengths."""
 
 from __future__ import annotations
 

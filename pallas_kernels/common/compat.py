@@ -1,4 +1,4 @@
-"""What differs between JAX versions and devices for the Mosaic GPU kernels, in one place."""
+"""Mosaic GPU under different JAX versions and devices, in one place."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ try:
 except ImportError:  # a jaxlib built without Mosaic GPU
   plgpu = None
 
-# The names that the kernels need and that jax 0.10 does not have.
+# jax 0.10 lacks names that the kernels need.
 HAS_MOSAIC_GPU = plgpu is not None and hasattr(plgpu, "force_gpu_interpret_mode")
 
 _interpreting = contextvars.ContextVar("interpreting", default=False)
@@ -68,7 +68,7 @@ def require_hopper() -> None:
 
 
 def kernel(body: Callable, *, out_type: Any, scratch_types: Any = (), **kwargs: Any) -> Callable:
-  """`plgpu.kernel` under the argument names of jax 0.11 and later."""
+  """`plgpu.kernel` with the argument names of jax 0.11 and later."""
   names = inspect.signature(plgpu.kernel).parameters
   out, scratch = ("out_type", "scratch_types") if "out_type" in names else ("out_shape", "scratch_shapes")
   return plgpu.kernel(body, **{out: out_type, scratch: scratch_types}, **kwargs)
@@ -90,8 +90,8 @@ def strided_layout(shape: tuple[int, ...], vector: int):
 
 
 def operand_transforms(dtype: Any = jnp.bfloat16, columns: int = 64) -> tuple:
-  """How a matrix lies in shared memory, read `columns` at a time: rows of up to 128 bytes, swizzled. The tensor cores
-  read 16-bit ones like that."""
+  """Layout of a matrix in shared memory, read `columns` at a time: rows of up to 128 bytes, swizzled, as the tensor
+  cores read 16-bit matrices."""
   size = jnp.dtype(dtype).itemsize
   width = min(128, columns * size)
   return plgpu.TilingTransform((8, width // size)), plgpu.SwizzleTransform(width)
@@ -101,7 +101,7 @@ def dot(a, b, then: Callable[[], None] | None = None) -> jax.Array:
   """a @ b in float32 by a warpgroup; b a shared-memory ref, a such a ref or an array in registers.
 
   Args:
-    then: called when the product has been issued and before it is awaited.
+    then: called after the product is issued and before it is awaited.
   """
   if interpreting() and isinstance(a, jax.Array):  # the interpreter knows no operand in registers
     if then is not None:
@@ -154,15 +154,18 @@ def accumulate_pair(x: jax.Array, a: jax.Array, b, y: jax.Array, d, extra: jax.A
 
 
 def accumulate(total: jax.Array, a, b) -> jax.Array:
-  """total + a @ b; total in registers, a there or a shared-memory ref, b such a ref."""
+  """total + a @ b; total in registers, a in registers or a shared-memory ref, b such a ref."""
   if interpreting():
     return total + jnp.dot(a[...], b[...], preferred_element_type=jnp.float32)
   return pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, a, b))(plgpu.ACC.init(total))
 
 
 def release(barrier) -> None:
-  """Tells the loader that a slot has been read. The interpreter wants a fence between ordinary reads and the next TMA
-  write to the slot, which the hardware does not need: the barrier orders them."""
+  """Tells the loader that a slot has been read.
+
+  The interpreter wants a fence between ordinary reads and the next TMA write to the slot. The hardware needs none: the
+  barrier orders them.
+  """
   if interpreting():
     plgpu.commit_smem()
   plgpu.barrier_arrive(barrier)
@@ -176,6 +179,6 @@ def drain(used, *barriers) -> None:
 
 
 def settle() -> None:
-  """Before a TMA write over what was read from shared memory: the interpreter wants a fence, see `release`."""
+  """The fence that the interpreter wants before a TMA write over shared memory that was read; see `release`."""
   if interpreting():
     plgpu.commit_smem()

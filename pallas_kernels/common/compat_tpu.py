@@ -1,4 +1,4 @@
-"""What differs between JAX versions and devices for the Mosaic TPU kernels, in one place."""
+"""Mosaic TPU under different JAX versions and devices, in one place."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common.platform import platform
@@ -19,7 +20,7 @@ _interpreting = contextvars.ContextVar("interpreting_tpu", default=False)
 def interpret_mode(**params: Any) -> Iterator[None]:
   """Runs TPU kernels traced inside in JAX's interpreter, on a CPU; `params` go to `pltpu.InterpretParams`.
 
-  Races are looked for, reads out of bounds raise, and memory nobody wrote is NaN, unless `params` say otherwise.
+  Unless `params` say otherwise, races are detected, reads out of bounds raise, and unwritten memory is NaN.
 
   Raises:
     RuntimeError: on leaving, if a race was found: JAX before 0.12 only prints it.
@@ -29,7 +30,7 @@ def interpret_mode(**params: Any) -> Iterator[None]:
   try:
     with _recorded_races() as states, pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(**params)):
       yield
-      jax.block_until_ready(jax.live_arrays())  # what was started inside may still be running
+      jax.block_until_ready(jax.live_arrays())  # kernels started inside may still be running
     if any(state.races_found for state in states):
       raise RuntimeError("the interpreter found a race; it has printed the two accesses")
   except BaseException:
@@ -41,7 +42,7 @@ def interpret_mode(**params: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _recorded_races() -> Iterator[list]:
-  """The race detectors of all kernels interpreted inside; JAX keeps the latest only."""
+  """The race detectors of all kernels interpreted inside; JAX keeps only the latest."""
   from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 
   original, states = interpreter.RaceDetectionState, []
@@ -66,3 +67,8 @@ def require_tpu() -> None:
   """Raises NotImplementedError, with the reason, where Mosaic TPU kernels cannot run."""
   if not _interpreting.get() and platform() != "tpu":
     raise NotImplementedError(f"needs a TPU, the device is a {platform()}")
+
+
+def tile(dtype) -> int:
+  """Rows of `dtype` that memory keeps together: copies begin and end at multiples of them."""
+  return 8 * (4 // jnp.dtype(dtype).itemsize)

@@ -1,4 +1,4 @@
-"""Choosing an implementation: the first that can do the case, or the one that is named."""
+"""Choosing an implementation: the first that can do the case, or a named one."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def call(
 
 
 def named(implementations: Mapping[str, Callable], choice: str | Sequence[str] | None) -> tuple[str, ...]:
-  """The names that `choice` stands for, known or not; all for None."""
+  """The names that `choice` means, known or not; None means all."""
   return tuple(implementations) if choice is None else (choice,) if isinstance(choice, str) else tuple(choice)
 
 

@@ -1,4 +1,4 @@
-"""Which kind of device code is being traced for: the default one, or the one a block of code says."""
+"""The kind of device that code is traced for: the default one, or another one inside `tracing_for`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def platform() -> str:
 
 @contextlib.contextmanager
 def tracing_for(name: str) -> Iterator[None]:
-  """Traces for another kind of device than the default, to compile for one that is not there."""
+  """Traces for another kind of device than the default, to compile for absent hardware."""
   token = _target.set(name)
   try:
     yield

@@ -1,7 +1,8 @@
-"""Block sizes measured to be the fastest, by kind of device, operation and class of shapes: tuned.json.
+"""Fastest measured block sizes by kind of device, operation and class of shapes: tuned.json.
 
-Each entry holds the sizes that won, `us`, what they took, and where that was measured. `experiments.bench_kernels
---tune` measures candidates and writes the file. Without an entry a kernel's own heuristic decides.
+Each entry holds the fastest sizes, their time `us` in microseconds, and where that was measured.
+`experiments.bench_kernels --tune` measures candidates and writes the file. Without an entry a kernel uses its own
+heuristic.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def table(path: Path = FILE) -> dict[str, Any]:
 
 
 def shape_class(**sizes: int | str) -> str:
-  """A name for shapes whose sizes agree up to the next power of two: "K8 S8192"."""
+  """Name of shapes whose sizes agree up to the next power of two: "K8 S8192"."""
   up = lambda size: size if isinstance(size, str) or size <= 1 else 1 << (size - 1).bit_length()
   return " ".join(f"{name}{up(size)}" for name, size in sizes.items())
 
@@ -40,7 +41,7 @@ def _tell(message: str) -> None:
 
 
 def blocks(operation: str, shapes: str, default: T) -> T:
-  """`default`, a frozen dataclass of sizes, with what was measured for the default device; each miss is logged once."""
+  """`default`, a frozen dataclass of sizes, updated by measurements on this kind of device; logs each miss once."""
   if compat.interpreting() or platform() == "cpu" or jax.default_backend() != platform():
     return default
   kind = jax.devices()[0].device_kind
@@ -52,6 +53,6 @@ def blocks(operation: str, shapes: str, default: T) -> T:
 
 
 def merged(old: dict[str, Any], kind: str, operation: str, shapes: str, entry: dict[str, Any]) -> dict[str, Any]:
-  """`old`, a table, with one entry more or another one."""
+  """The table `old` with one entry added or replaced."""
   of_kind = old.get(kind, {})
   return old | {kind: of_kind | {operation: of_kind.get(operation, {}) | {shapes: entry}}}

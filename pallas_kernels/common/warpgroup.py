@@ -1,9 +1,9 @@
-"""What a warpgroup of a Hopper GPU can do and Pallas has no word for, below it: in terms of Mosaic GPU's dialects.
+"""Hopper warpgroup primitives missing from Pallas, in Mosaic GPU MLIR.
 
-A matrix of eight columns, which is as few as a tensor core computes, is spread over all four warps by rows: its way
-into shared memory transposed, its reduction along rows, and its way out where less than eight are wanted. Besides, a
-sum along a vector that keeps its steps, and atomic counters whose old value is asked for. In the interpreter each is
-what it means, except counters: a kernel that draws numbers must do without them there.
+Matrices of eight columns, the fewest a tensor core computes, spread over all four warps by rows: stored transposed to
+shared memory, reduced along rows, and stored to global memory with fewer than eight columns. Also an ordered running
+sum, and atomic counters that return their old value. The interpreter gets each primitive's meaning in plain jax.numpy,
+except for counters: a kernel must do without them there.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pallas_kernels.common import compat
 from pallas_kernels.common.compat import plgpu
 
 ROWS = 64  # of a warpgroup's matrix
-GROUP = 8  # columns of the narrowest one
+GROUP = 8  # columns of its narrowest matrix
 THREADS = 128  # of a warpgroup
 
 
 def load_queries(ref, target) -> None:
-  """Puts a [G, H] ref in global memory, G <= 8, into the first rows of a [8, H] ref in shared memory, laid out as the
+  """Copies a [G, H] ref in global memory, G <= 8, to the first rows of a [8, H] ref in shared memory, laid out as the
   tensor cores read it (`compat.operand_transforms`). Other warps see it after a `commit_smem`."""
   group, h = ref.shape
   if compat.interpreting():
@@ -55,7 +55,7 @@ def load_queries(ref, target) -> None:
 
 
 def _transforms(dtype) -> tuple:
-  """Of a matrix of 16-bit elements that tensor cores read: 64 columns a tile."""
+  """Transforms of a matrix of 16-bit elements that tensor cores read: 64 columns a tile."""
   return compat.operand_transforms(dtype, 64)
 
 
@@ -70,7 +70,7 @@ def _swizzled(tile_row, row, column) -> list:
 
 
 def store_weights(x: jax.Array, target) -> None:
-  """Puts the transpose of x [S, 8], 16 bits, in a warpgroup's registers, into a [8, S] ref in shared memory, laid out
+  """Stores the transpose of x [S, 8], 16 bits, in a warpgroup's registers, to a [8, S] ref in shared memory, laid out
   as the tensor cores read it. Other warps see it after a `commit_smem`."""
   if compat.interpreting():
     target[...] = x.T
@@ -104,7 +104,7 @@ def clear_rows(ref, first: jax.Array) -> None:
   from jax.experimental.mosaic import gpu as mgpu
   from jax.experimental.mosaic.gpu import utils
 
-  together = 8  # as in `load_queries`; their order in a row plays no part
+  together = 8  # as in `load_queries`; their order in a row does not matter
 
   @plgpu.inline_mgpu(arg_types=(plgpu.RefType(_transforms(ref.dtype)), plgpu.Layout.WG_SPLAT(())))
   def clear(_, target, first):
@@ -180,7 +180,7 @@ def reduce_columns(x: jax.Array, kind: str, scratch) -> jax.Array:
   `column_layout`; always in the same order.
 
   Args:
-    scratch: float32 [4, 8] ref in shared memory; another one, in turn, for the next call.
+    scratch: float32 [4, 8] ref in shared memory; consecutive calls need different ones.
   """
   if compat.interpreting():
     return x.max(axis=0) if kind == "max" else x.sum(axis=0)
@@ -240,8 +240,8 @@ def load_columns(ref, shape: tuple[int, int], vector_size: int) -> jax.Array:
 
 
 def store_rows(x: jax.Array, ref, first: jax.Array, vector_size: int) -> None:
-  """Stores x [R, H], in `strided_layout`, as rows `first` on of a [G, H] ref in global memory; what would be past its
-  end is left out."""
+  """Stores x [R, H], in `strided_layout`, as rows `first` on of a [G, H] ref in global memory; rows past its end are
+  dropped."""
   rows, group = len(x), ref.shape[0]
   if group % rows == 0:
     ref[pl.ds(first, rows)] = x
@@ -387,8 +387,8 @@ def running_sum(x: jax.Array, scratch) -> tuple[jax.Array, jax.Array]:
 def draw(counter, last: jax.Array) -> jax.Array:
   """The next number of 0, 1, ... `last` from `counter`, a [1] semaphore of the whole grid; after `last`, 0 again.
 
-  A counter is 0 before and after: `last` + 1 numbers must be drawn in all. The number is not awaited, and only one
-  thread knows it: `announce` tells the others.
+  A counter is 0 before and after: exactly `last` + 1 numbers must be taken. The call does not wait for the number, and
+  only one thread gets it: `announce` tells the others.
   """
   from jax._src.lib.mlir import ir
   from jax._src.lib.mlir.dialects import arith
@@ -409,7 +409,7 @@ def draw(counter, last: jax.Array) -> jax.Array:
 
 
 def announce(number: jax.Array, board) -> jax.Array:
-  """What `draw` returned, for all threads; `board`: int32 [1] ref in shared memory."""
+  """The number that `draw` returned, for all threads; `board`: int32 [1] ref in shared memory."""
   from jax._src.lib.mlir import ir
   from jax._src.lib.mlir.dialects import arith, memref
   from jax.experimental.mosaic import gpu as mgpu
@@ -418,7 +418,7 @@ def announce(number: jax.Array, board) -> jax.Array:
   @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT(()), plgpu.RefType()), return_type=_scalar())
   def tell(_, number, board):
     first = arith.constant(ir.IndexType.get(), 0)
-    utils.warpgroup_barrier()  # all have read what stood there
+    utils.warpgroup_barrier()  # all have read the number before
     with utils.single_thread(scope=utils.ThreadSubset.WARPGROUP):
       memref.store(number.registers.item(), board, [first])
     utils.warpgroup_barrier()
@@ -428,5 +428,5 @@ def announce(number: jax.Array, board) -> jax.Array:
 
 
 def _scalar():
-  """Type of an int32 number that all threads of a warpgroup have."""
+  """Type of an int32 number that all threads of a warpgroup hold."""
   return plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(()))

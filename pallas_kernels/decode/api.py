@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt16
 
 from pallas_kernels.common import dispatch
@@ -12,7 +11,6 @@ from pallas_kernels.decode import gpu, tpu, xla
 from pallas_kernels.paged.pages import Pages
 
 IMPLEMENTATIONS = {"gpu": gpu.decode_attention, "tpu": tpu.decode_attention, "xla": xla.decode_attention}
-SCALED = (jnp.int8, jnp.float8_e4m3fn)  # what a pool with scales holds
 
 
 def decode_attention(
@@ -28,17 +26,17 @@ def decode_attention(
 ) -> Float[Array, "B N H"] | tuple:
   """Attention of one query per row over the live slots of each KV head of one layer, in one softmax.
 
-  Live are the first `lengths[b, k]` slots of `kv` and the first `pages.lengths[b, k]` of the archive in `pages`; either
-  may be left out. Slots past the length are never used and may hold NaN.
+  The first `lengths[b, k]` slots of `kv` and the first `pages.lengths[b, k]` of the archive in `pages` are live; either
+  source may be None. Slots past the length are never used and may hold NaN.
 
   Args:
     q: queries after RoPE.
     kv: the whole cache, a slot's key and value side by side; `layer` picks its first axis, nothing else is copied.
       uint16 holds the bits of bfloat16.
-    lengths: live slots; a head with none gives zeros. None with `kv`.
-    lse: also return the logarithm of each query's sum of exponentials, float32 [B, N], -inf where nothing is live.
-    mass: also return each slot's attention, summed over the query heads of its group: the pair (float32 [B, K, S] or
-      None, float32 [B, K, M * page] or None), of `kv` and of `pages`; 0 where a slot is not live.
+    lengths: live slots; a head without any gives zeros. None if `kv` is None.
+    lse: also return the logarithm of each query's sum of exponentials, float32 [B, N], -inf if nothing is live.
+    mass: also return the attention probability of each slot, summed over the query heads of its group: the pair
+      (float32 [B, K, S], float32 [B, K, M * page]) for `kv` and `pages`, None for a missing source, 0 for dead slots.
     implementation: None for the first able one, else a name or names in order.
 
   Returns:
@@ -67,7 +65,8 @@ def decode_attention(
 def check_pages(pages: Pages, b: int, n: int, h: int, cache: tuple[int, ...] | None) -> None:
   """Raises ValueError unless the arrays of `pages` fit q [b, n, h], the cache's shape, and each other."""
   check, pool, table, scales = dispatch.check, pages.pool, pages.table, pages.scales
-  check(pool.ndim == 3 and pool.shape[2] == 2 * h, f"pages.pool {pool.shape} must be [P, page, 2H = {2 * h}]")
+  width = pages.format.width(h)
+  check(pool.ndim == 3 and pool.shape[2] == width, f"pages.pool {pool.shape} must be [P, page, 2H = {width}]")
   check(table.ndim == 4 and table.shape[1] == b, f"pages.table {table.shape} must be [L, B={b}, K, M]")
   k = table.shape[2]
   check(n % k == 0, f"N={n} query heads are not a multiple of the K={k} KV heads of pages.table")
@@ -76,7 +75,7 @@ def check_pages(pages: Pages, b: int, n: int, h: int, cache: tuple[int, ...] | N
     same = table.shape[0] == cache[0] and k == cache[2]
     check(same, f"pages.table {table.shape} and kv {cache} must have the same L and K")
   check(
-    (scales is not None) == (pool.dtype in SCALED),
+    (scales is not None) == pages.format.scaled,
     f"a pool of {pool.dtype} {'needs' if scales is None else 'takes no'} pages.scales",
   )
   if scales is not None:

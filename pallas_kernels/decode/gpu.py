@@ -1,23 +1,23 @@
 """Decode attention on Hopper GPUs with Pallas Mosaic GPU, split by live slots.
 
-The live slots of a (row, KV head) pair are one stream of blocks: those of the contiguous cache, then those of its
-pages. It is cut into chunks of `Blocks.split` slots, a constant of the shape, and what is left into shorter ones. All
-form one list, long ones first so that none is begun when the others are nearly done, which is never written down: each
-worker (one warpgroup, two or more a processor) sums the pairs' chunks as it starts and finds a chunk by its number. It
-takes the number that is its own, then draws more from a counter, so that ragged heads and processors that read slower
-than others leave none idle; where there are hardly more chunks than workers, it takes every so many. A worker streams
-its blocks by TMA, several in flight across the ends of chunks, the numbers of pages one block further ahead, and writes
-one partial result a chunk: sum of values, maximum and sum of weights. A second kernel merges a pair's in their order;
-so a result depends on nothing but its own slots, whoever computed the parts.
+The live slots of a (row, KV head) pair form one stream of blocks: the contiguous cache's, then the pages'. A stream is
+cut into chunks of `Blocks.split` slots, a constant of the shape, and its remainder into shorter pieces. The chunks of
+all pairs form one list, long ones first, so that none starts when the others are nearly done. The list is never stored:
+each worker (one warpgroup, two or more a processor) sums the pairs' chunk counts as it starts and finds a chunk by its
+number. A worker's first number is its own; it takes further ones from a shared counter, so that neither ragged heads
+nor slow processors leave workers idle. With hardly more chunks than workers, it takes every so many instead. A worker
+streams its blocks by TMA, several in flight across the ends of chunks, page numbers one block further ahead, and writes
+one partial result a chunk: sum of values, maximum and sum of weights. A second kernel merges a pair's partial results
+in order; so a result depends on its own slots alone, whichever workers computed the parts.
 
-The tensor cores need 64 rows and eight columns at least: slots, then values' channels, are the rows, and the queries of
-a group the columns. So the scores of a block are four numbers a thread, and its time is that of reading it.
+The tensor cores need at least 64 rows and eight columns: slots, then the values' channels, are the rows, and the
+group's queries the columns. The scores of a block are then four numbers a thread, and reading it takes all the time.
 
-What is written again, queries, weights and widened blocks, is guarded by the barriers between its readers and the next
-writer: those of `reduce_columns` and `commit_smem`, and the ones that Pallas puts before stores and copies by itself.
+Queries, weights and widened blocks are overwritten in place. The barriers of `reduce_columns` and `commit_smem`, and
+those that Pallas puts before stores and copies, separate their readers from the next writer.
 
-Pages of 8 bits are turned into q's dtype, exactly, in shared memory, from where the tensor cores read all operands; a
-slot's two scales are factors of its score and of its weight. All scores are in units of log 2.
+Pages of 8 bits are converted to q's dtype, exactly, in shared memory, from where the tensor cores read all operands; a
+slot's two scales multiply its score and its weight. All scores are in units of log 2.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.common import compat, tuned, warpgroup
 from pallas_kernels.common.compat import plgpu
-from pallas_kernels.decode.gpu_common import LOG2E, NEVER, Blocks, Tile, chunks_of, find, merge
+from pallas_kernels.common.softmax import LOG2E, LOWEST
+from pallas_kernels.decode.gpu_common import Blocks, Tile, chunks_of, find, merge
 
 QUARTERS = 4  # of a block, the least that is loaded of a cache
 MOST_PAIRS = 4096
@@ -43,12 +44,12 @@ def default_blocks(
 ) -> Blocks:
   """Block sizes by shape, as measured on an H100.
 
-  Two workers a processor with three blocks in flight each; heads of 64, whose blocks are half as large, get four with
-  two, unless there are so few pairs that workers would be idle, or so many that all have enough to read anyway. Chunks
-  of a contiguous cache of `slots` a head are up to twice what each of two workers a processor would get at an eighth
-  of the slots live, a 128th of `slots` at least and, but for that, 1,024 at most: longer ones mean fewer partial
-  results, and of the longest a pair has few to merge. With pages `slots` is what the contiguous cache beside them
-  holds; their table may grow, and no result may change with it: chunks go by the number of pairs alone.
+  Two workers a processor, three blocks in flight each. Heads of 64, whose blocks are half as large, get four workers
+  with two blocks, unless there are so few pairs that workers would be idle, or so many that all have enough to read.
+  A chunk of a contiguous cache of `slots` a head is up to twice the share of each of two workers a processor with an
+  eighth of the slots live, at least a 128th of `slots` and otherwise at most 1,024: longer chunks mean fewer partial
+  results to merge. With pages, `slots` is the contiguous part (the rings), and chunks depend on the number of pairs
+  alone: the table of pages may grow, and no result may change with it.
   """
   block = 64
   if compat.interpreting():  # every part of the kernel at work on small inputs
@@ -71,12 +72,12 @@ def default_blocks(
 
 
 def shape_class(pairs: int, head_dim: int, slots: int, page: int, stored: str) -> str:
-  """Shapes that share measured sizes; how large a table of pages has grown plays no part."""
+  """Name of the shapes that share measured sizes, whatever the size of the table of pages."""
   return tuned.shape_class(pairs=pairs, H=head_dim, S=slots, **({"page": page, "of": f" {stored}"} if page else {}))
 
 
 def processors() -> int:
-  """Multiprocessors of the GPU; of an H100 where there is none."""
+  """Multiprocessors of the GPU; an H100's without a GPU."""
   if compat.interpreting() or jax.default_backend() != "gpu":
     return 132
   return int(getattr(jax.devices()[0], "core_count", 132))
@@ -84,8 +85,11 @@ def processors() -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-  """What a kernel is compiled for, besides the shapes of its arguments: `slots` a head in the contiguous cache and
-  `pages` of `page` slots in the table, 0 where there is none; `scaled`, pages of 8 bits; `lse` is asked for."""
+  """What a kernel is compiled for, besides the shapes of its arguments.
+
+  `slots` a head in the contiguous cache, `pages` of `page` slots in the table (0: none), `scaled` pages of 8 bits, and
+  whether to return the log-sum-exp, `lse`.
+  """
 
   slots: int
   page: int
@@ -102,9 +106,11 @@ class Variant:
     return sizes.most_chunks(-(-self.slots // sizes.block) + -(-self.page * self.pages // sizes.block))
 
   def draws(self, sizes: Blocks, pairs: int) -> bool:
-    """Whether there is a counter. With pages, as generation has them, only if an eighth of all slots may be more than a
-    chunk a worker: else it is hardly ever asked, and XLA takes a microsecond to clear it before each call. A contiguous
-    cache may be full. No result depends on it."""
+    """Whether workers take numbers from a counter; no result depends on it.
+
+    With pages only if an eighth of all slots may be more than a chunk a worker: otherwise hardly a number is taken, and
+    XLA spends a microsecond clearing the counter before each call. A contiguous cache may be full.
+    """
     return not self.page or pairs * (self.slots + self.page * self.pages) // 8 > sizes.workers * sizes.split
 
 
@@ -136,7 +142,7 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
       f"{layers} layers of {pairs} pairs of row and KV head, {slots} slots each: "
       f"up to {MOST_PAIRS} pairs and 2^31 slots"
     )
-  scaled = pages is not None and pages.scales is not None
+  scaled = pages is not None and pages.format.scaled
   page, stored = (0, "") if pages is None else (pages.pool.shape[1], pages.pool.dtype.name)
   if blocks is None:
     default = default_blocks(b, k, slots, h, processors(), page > 0, scaled)
@@ -150,7 +156,7 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
   if pages is not None:
     most = pages.table.shape[3]
     check_pages(pages, q.dtype, blocks.block)
-    # A table without places: there is nothing in it, and the kernel reads none.
+    # The kernel reads no page number from an empty table, but takes no empty array.
     table = jnp.zeros((1,), jnp.int32) if most == 0 else pages.table.astype(jnp.int32).reshape(-1)
     arrays += [pages.pool.reshape(-1, 2 * h), table]
     arrays += [pages.scales.reshape(-1)] if scaled else []
@@ -165,9 +171,9 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
 def check_pages(pages, dtype, block: int) -> None:
   """Raises NotImplementedError for pages that the kernel does not read."""
   (number, page, _), stored = pages.pool.shape, pages.pool.dtype
-  if pages.scales is None and stored != dtype:
+  if not pages.format.scaled and stored != dtype:
     raise NotImplementedError(f"pages.pool is {stored} and q {dtype}: must be the same, or 8 bits with scales")
-  least = 8 if pages.scales is None else 16  # a copy to shared memory begins at a multiple of 128 bytes
+  least = 16 if pages.format.scaled else 8  # a copy to shared memory begins at a multiple of 128 bytes
   if page % least or (block % page and page % block):
     raise NotImplementedError(
       f"pages of {page} slots: must be a multiple of {least}, and divide {block} or be a multiple of it"
@@ -206,8 +212,8 @@ def _attend(sizes: Blocks, variant: Variant, q, layer, *arrays):
     lens = [refs.pop(0) for _ in lengths]
     starts, sums, board, reduced, q_smem, p_smem, kv_smem, ready, *refs = refs
     bytes_smem, scales_smem, bytes_ready = refs if variant.scaled else (None, None, None)
-    # The first counts the chunks that have been given out. The others are there because XLA fills them once for many
-    # calls, where it would copy a single zero, a constant to it, before each; so it has to be 0 again afterwards.
+    # The first element counts the chunks taken. XLA would copy a single zero, a constant to it, before each call; this
+    # many elements it fills once for many calls, so the kernel leaves the counter at 0.
     counters = pl.get_global(plgpu.SemaphoreType.REGULAR((warpgroup.THREADS,))) if counting else None
     worker, workers = lax.axis_index("worker"), i32(sizes.workers)
 
@@ -225,14 +231,14 @@ def _attend(sizes: Blocks, variant: Variant, q, layer, *arrays):
     total = sum(every)
     first_slot, first_page = layer_ref[0] * (pairs * slots), layer_ref[0] * (pairs * variant.pages)
 
-    # A worker's first chunk, or its first two where there are few, have numbers that are known beforehand. The others
-    # are drawn as they are needed: one ahead, so that the answer is there by then. Without a counter, as in the
-    # interpreter, which has none, all chunks are dealt out in turn.
+    # The number of a worker's first chunk, or of its first two if there are few, is known beforehand. It takes the next
+    # ones from the counter one chunk ahead, so that the answer has arrived when it is needed. Without a counter (the
+    # interpreter has none) chunks are dealt out in turn.
     rounds = jnp.where(2 * total < 5 * workers, i32(2), i32(1))
     dealt = rounds * workers
 
     def draw(turn, here):
-      """Asks for the number of the chunk after a worker's `turn`-th, if that is to be drawn."""
+      """Asks for the number of the chunk after a worker's `turn`-th, if the counter gives it."""
       if not counting:
         return i32(0)
       wanted = here & (turn + 1 >= rounds) & (total > dealt)
@@ -248,7 +254,7 @@ def _attend(sizes: Blocks, variant: Variant, q, layer, *arrays):
       return lax.cond(turn < rounds, lambda: worker + turn * workers, lambda: dealt + warpgroup.announce(answer, place))
 
     def number_of(turn):
-      """The same, later."""
+      """Number of a worker's `turn`-th chunk, after `drawn` announced it."""
       if not counting:
         return worker + turn * workers
       return jnp.where(turn < rounds, worker + turn * workers, dealt + board[lax.rem(turn, i32(board_size))])
@@ -274,7 +280,7 @@ def _attend(sizes: Blocks, variant: Variant, q, layer, *arrays):
       return lax.div(lens[0][pair] + i32(block - 1), i32(block)) if slots else i32(0)
 
     def numbers_of(pair, at):
-      """Numbers of the pages in block `at` of a pair's stream; anything where nothing is live."""
+      """Page numbers of block `at` of a pair's stream; arbitrary if nothing in it is live."""
       if not variant.pages:
         return (i32(0),) * pieces if page else ()
       at = (at - in_cache(pair)) * block
@@ -303,7 +309,7 @@ def _attend(sizes: Blocks, variant: Variant, q, layer, *arrays):
         pl.when(fits)(functools.partial(copy, ready.at[slot]))
 
     def fetch(ahead, number):
-      """Starts the load of the next block, the worker's `number`-th; returns what comes after it.
+      """Starts the load of the next block, the worker's `number`-th; returns the state after it.
 
       `ahead`: how many chunks the worker had before this one; blocks left in it, this one included, 0 at the end; its
       pair; the block's number in the pair's stream; the numbers of its pages; what `draw` returned for the next chunk.
@@ -329,7 +335,7 @@ def _attend(sizes: Blocks, variant: Variant, q, layer, *arrays):
       if page:
 
         @pl.when(here & (at >= first))
-        def _():
+        def copy_pages():
           start = (at - first) * block
           live = lens[-1][pair] - start
           target, barrier = (bytes_smem, bytes_ready.at[slot]) if variant.scaled else (kv_smem, ready.at[slot])
@@ -362,7 +368,7 @@ def _attend(sizes: Blocks, variant: Variant, q, layer, *arrays):
       return plgpu.broadcasted_iota(i32, shape, 0, layout=plgpu.Layout.WGMMA)
 
     def widened(slot, live):
-      """Brings a block of 8 bits into q's dtype, in place of a block of the cache; zeros from `live` on."""
+      """A block of 8 bits in q's dtype, written over a block of the cache; zeros from slot `live` on."""
       own = kv_smem.at[slot] if slots else kv_smem
       for half in range(2):
         columns = pl.ds(half * h, h)
@@ -399,7 +405,7 @@ def _attend(sizes: Blocks, variant: Variant, q, layer, *arrays):
           keys, values = kv_smem.at[slot, :, pl.ds(0, h)], kv_smem.at[slot, :, pl.ds(h, h)]
 
           @pl.when(live < block)
-          def _():  # What lies past the end may be NaN, and 0 * NaN is NaN.
+          def _():  # Slots past the end may hold NaN, and 0 * NaN is NaN.
             warpgroup.clear_rows(values, jnp.maximum(live, 0))
             plgpu.commit_smem()
 
@@ -420,7 +426,7 @@ def _attend(sizes: Blocks, variant: Variant, q, layer, *arrays):
         compat.settle()
         return acc, new_top, weights, fetch(ahead, number + i + stages)
 
-      carry, done = (zeros(h), column(NEVER), zeros(block), ahead), i32(0)
+      carry, done = (zeros(h), column(LOWEST), zeros(block), ahead), i32(0)
       for source, length in enumerate(lens):
         last = source + 1 == len(lens)
         stop = size if last else jnp.clip(first - begin, 0, size)
@@ -449,7 +455,7 @@ def _attend(sizes: Blocks, variant: Variant, q, layer, *arrays):
   scratch += [
     plgpu.SMEM((warpgroup.GROUP, n), q.dtype, transforms=compat.operand_transforms(q.dtype, 64)) for n in (h, block)
   ]
-  # Where blocks of 8 bits alone are loaded, one place is enough to widen them to.
+  # One buffer holds the widened block if all blocks are of 8 bits.
   scratch += [
     matrix(q.dtype, *((stages,) if slots or not variant.scaled else ())),
     plgpu.Barrier(num_barriers=stages, num_arrivals=pieces),

@@ -1,10 +1,9 @@
-"""The Hopper decode kernel's sizes, the division of its work, and the merge of its parts."""
+"""The Hopper decode kernel's sizes, the division of its work, and the merge of its partial results."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +11,17 @@ from jax import lax
 
 from pallas_kernels.common import compat, warpgroup
 from pallas_kernels.common.compat import plgpu
-
-LOG2E = math.log2(math.e)
-# A finite stand-in for -inf as the maximum of no scores: exp2(-inf - NEVER) is 0, not NaN.
-NEVER = -1e30
+from pallas_kernels.common.softmax import LOG2E, LOWEST
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-  """Sizes. `block` slots are computed with at a time, `stages` blocks of them in flight a worker. `split` slots make a
-  partial result; what is left of a pair is cut into pieces of `rest` slots, which are begun last. `merged` partial
-  results of a pair are loaded together, the next ones while these are merged."""
+  """Sizes of the decode kernel.
+
+  A worker computes on `block` slots at a time and has `stages` blocks in flight. `split` slots make one partial result;
+  the remainder of a pair is cut into pieces of `rest` slots, which start last. `merged` partial results of a pair are
+  loaded together, the next ones while these are merged.
+  """
 
   block: int
   stages: int
@@ -48,17 +47,17 @@ class Blocks:
 
   @property
   def piece(self) -> int:
-    """Blocks of a piece of what is left."""
+    """Blocks of a piece of the remainder."""
     return self.rest // self.block
 
   def most_chunks(self, blocks: int) -> int:
-    """Chunks of a pair with up to so many blocks, at most."""
+    """The most chunks of a pair of up to `blocks` blocks."""
     return max(blocks // self.whole + -(-min(self.whole - 1, blocks) // self.piece), 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-  """A pair's result: `rows` >= G rows of H, of which a warpgroup merges `together`."""
+  """A pair's result: `rows` >= G rows of H; each warpgroup merges `together` of them."""
 
   rows: int
   h: int
@@ -66,7 +65,7 @@ class Tile:
 
   @classmethod
   def of(cls, group: int, h: int, apart: bool) -> Tile:
-    """As many rows as 128 threads share evenly; `apart`: each warpgroup takes as few as it can, a number a thread."""
+    """As many rows as 128 threads share evenly; `apart`: a warpgroup takes the fewest, one number a thread."""
     least = warpgroup.THREADS // h
     rows = -(-group // least) * least
     return cls(rows, h, least if apart else rows)
@@ -77,8 +76,8 @@ class Tile:
 
 
 def chunks_of(lens, sizes: Blocks) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """(blocks, whole chunks, pieces of what is left) of live slots, `lens` of each source; one block, with nothing in it,
-  where there are none."""
+  """(blocks, whole chunks, pieces of the remainder) of `lens` live slots, one count a source; one empty block without
+  any."""
   i32 = jnp.int32
   blocks = sum(lax.div(live + i32(sizes.block - 1), i32(sizes.block)) for live in lens)
   blocks = jnp.maximum(blocks, 1)
@@ -97,10 +96,9 @@ def find(starts, first, size: int, number):
 
 
 def merge(pair, rows, chunks, most: int, together: int, part_ref, stat_ref, out_ref, lse_ref):
-  """Merges some rows of a pair's partial results, `chunks()` of at most `most`, in their order, `together` at
-  a time, and writes them.
+  """Merges some rows of a pair's partial results, `chunks()` of at most `most`, in order and `together` at a time.
 
-  The first results are asked for before their number is, which has to come from memory too.
+  The first results are loaded before their number is known, which has to come from memory too.
   """
   shape = rows.size, part_ref.shape[-1]
   vector = next(n for n in (4, 2, 1) if shape[0] * shape[1] // warpgroup.THREADS % n == 0)
@@ -124,7 +122,7 @@ def merge(pair, rows, chunks, most: int, together: int, part_ref, stat_ref, out_
     acc, top, total, parts = carry
     ahead = load(number + 1, count - 1)
     keep = lambda chunk, x, other: jnp.where(spread(chunk, jnp.int32) < spread(count, jnp.int32), x, spread(other))
-    parts = [(keep(c, part, 0.0), keep(c, top, NEVER), keep(c, total, 0.0)) for c, part, top, total in parts]
+    parts = [(keep(c, part, 0.0), keep(c, top, LOWEST), keep(c, total, 0.0)) for c, part, top, total in parts]
     new_top = functools.reduce(jnp.maximum, (part_top for _, part_top, _ in parts), top)
     scale = jnp.exp2(top - new_top)
     acc, total = acc * scale, total * scale
@@ -134,7 +132,7 @@ def merge(pair, rows, chunks, most: int, together: int, part_ref, stat_ref, out_
     return acc, new_top, total, ahead
 
   batches = lax.div(count + jnp.int32(together - 1), jnp.int32(together))
-  acc, top, total, _ = lax.fori_loop(0, batches, fold, (spread(0.0), spread(NEVER), spread(0.0), ahead))
+  acc, top, total, _ = lax.fori_loop(0, batches, fold, (spread(0.0), spread(LOWEST), spread(0.0), ahead))
   nothing = total == 0.0
   out = (acc / jnp.where(nothing, 1.0, total)).astype(out_ref.dtype)
   warpgroup.store_rows(out, out_ref.at[pair], rows.start, vector)

@@ -9,7 +9,7 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
   """softmax(q k^T / sqrt(H)) v over the live slots of each (row, KV head): a prefix of kv, then the archive in pages.
 
   Args: q [B, N, H], kv [L, B, K, S, 2H] or None, layer int, lengths [B, K] or None, pages a `Pages` or None. All in
-  float64; zeros where nothing is live. Returns what `api.decode_attention` does.
+  float64; zeros if nothing is live. Returns what `api.decode_attention` does.
   """
   q = np.asarray(q, np.float64)
   b, n, h = q.shape

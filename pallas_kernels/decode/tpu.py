@@ -1,26 +1,25 @@
 """Decode attention on TPUs with Pallas Mosaic, split by live slots.
 
-A (row, KV head) pair's live slots are one stream of blocks: those of the contiguous cache, then those of its pages. The
-stream is cut into chunks of `Blocks.split` blocks, a constant. The chunks that hold anything, of all pairs in order,
-are a list made in the graph, which the cores divide by blocks. The cache stays in HBM: a core copies the blocks of its
-part of the list to its memory itself, several ahead and across the ends of chunks, and no more of the last one than its
-live tiles (or pages). So what was evicted is not loaded, and ragged heads leave no core waiting. Chunks are merged in
-their order by XLA; where one core does everything there is nothing to merge, a chunk is a whole pair.
+The live slots of a (row, KV head) pair form one stream of blocks: the contiguous cache's, then the pages'. A stream is
+cut into chunks of `Blocks.split` blocks, a constant. The graph lists the chunks that hold anything, of all pairs in
+order, and the cores divide the list by blocks. The cache stays in HBM: a core copies the blocks of its part of the list
+to its own memory, several ahead and across the ends of chunks, and of the last block only the live tiles (or pages). So
+evicted tokens are not loaded, and ragged heads leave no core waiting. XLA merges chunks in order; if one core does
+everything, a chunk is a whole pair and nothing is merged.
 
-Keys and values are used as they lie, side by side in rows of 2H = 128 or 256 lanes. With H = 64 both products take the
-whole row of 128: the query is 0 beside the value, and the sum beside the key is not used. A matrix unit is 128 wide
-anyway, and nothing moves across lanes. All scores are in units of log 2.
+Keys and values are used side by side, in rows of 2H = 128 or 256 lanes. With H = 64 both products take the whole row of
+128: the query is 0 in the value's lanes, and the sum in the key's lanes is not used. A matrix unit is 128 wide anyway,
+and nothing moves across lanes. All scores are in units of log 2.
 
-Pages of 8 bits are turned into q's dtype, exactly, as their block is begun; a slot's two scales are factors of its
-score and of its weight. They come as one row a page and are wanted as one row a block: a product with ones brings each
-to its slot's lane, exactly.
+Pages of 8 bits are converted to q's dtype, exactly, before their block is used; a slot's two scales multiply its score
+and its weight. Scales come as one row a page and are needed as one row a block: a product with ones moves each to its
+slot's lane, exactly.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -29,23 +28,21 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common import compat_tpu
+from pallas_kernels.common.softmax import LOG2E, LOWEST
 
-LOG2E = math.log2(math.e)
-# A finite stand-in for -inf as the maximum of no scores: exp2(-inf - NEVER) is 0, not NaN.
-NEVER = -1e30
 LANES = 128
-# Rows of a float32 tile: the queries of a group are padded to them.
+# Rows of a float32 tile, to which the queries of a group are padded.
 GROUP = 8
-# Slots of a page with scales: two matrices, of its numbers by the slots of a page or a block, bring them to the lanes.
+# The most slots of a page with scales: two matrices, scales of a page by slots, must fit the memory.
 LARGEST = 256
-# Bytes of scalar memory for lengths, the list of chunks and page numbers, of the 1 MiB that a core has.
+# Bytes for lengths, the list of chunks and page numbers, out of 1 MiB of scalar memory.
 SCALARS = 768 * 2**10
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-  """Sizes. `block` slots, a power of 2, are computed with at a time, `stages` blocks are in memory or on their way;
-  `split` blocks make a chunk, 0: a whole pair does; `workers` divide the chunks."""
+  """Sizes: a core computes on `block` slots at a time, a power of 2, with `stages` blocks in memory or on their way;
+  `split` blocks make a chunk (0: a whole pair does); `workers` divide the chunks."""
 
   block: int
   stages: int
@@ -57,13 +54,8 @@ class Blocks:
       raise ValueError(f"block {self.block} must be a power of 2, and there must be two stages or more")
 
 
-def tile(dtype) -> int:
-  """Rows of `dtype` that memory keeps together: where a copy may begin and end."""
-  return 8 * (4 // jnp.dtype(dtype).itemsize)
-
-
 def cores() -> int:
-  """Cores that share the default device's kernels: two on v4 and v5p; 1 where there is no TPU."""
+  """Cores that share the default device's kernels: two on v4 and v5p; 1 without a TPU."""
   device = jax.devices()[0]
   return int(getattr(device, "num_cores", 1)) if device.platform == "tpu" else 1
 
@@ -80,10 +72,9 @@ def default_blocks(head_dim: int, dtype, workers: int) -> Blocks:
 def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, mass: bool = False, blocks=None):
   """See `api.decode_attention`; bfloat16 or float32, head size 64 or 128, groups up to 8.
 
-  The slots of `kv` should be a multiple of the rows of a tile (bfloat16 16, float32 8), and must be above one block; a
-  window ring may have any number, but XLA may then lay that array out with other axes inmost, and copy it. Pages are in
-  q's dtype, or int8 or float8_e4m3fn, and a power of 2 of slots, a tile at least (of 8 bits 32, and 256 at
-  most).
+  The slots of `kv` should be a multiple of the rows of a tile (bfloat16 16, float32 8), and must be if they are more
+  than a block; with another number XLA may lay the array out with other axes innermost, and copy it. Pages hold
+  q's dtype, int8 or float8_e4m3fn, and a power of 2 of slots: a tile or more (of 8 bits 32 to 256).
 
   Args:
     blocks: `Blocks`, by default `default_blocks`.
@@ -96,7 +87,7 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
     raise NotImplementedError("returns no mass of slots")
   b, n, h = q.shape
   k = (kv if kv is not None else pages.table).shape[2]
-  group, pairs, rows = n // k, b * k, tile(q.dtype)
+  group, pairs, rows = n // k, b * k, compat_tpu.tile(q.dtype)
   blocks = blocks or default_blocks(h, q.dtype, cores())
   if q.dtype not in (jnp.bfloat16, jnp.float32):
     raise NotImplementedError(f"q is {q.dtype}: only bfloat16 and float32")
@@ -111,14 +102,14 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
       )
   if pages is not None:
     page = pages.pool.shape[1]
-    if pages.scales is None and pages.pool.dtype != q.dtype:
+    if not pages.format.scaled and pages.pool.dtype != q.dtype:
       raise NotImplementedError(
         f"pages.pool is {pages.pool.dtype} and q {q.dtype}: must be the same, or 8 bits with scales"
       )
-    rows = tile(pages.pool.dtype)
+    rows = compat_tpu.tile(pages.pool.dtype)
     if page % rows or page & (page - 1):
       raise NotImplementedError(f"pages of {page} slots in {pages.pool.dtype}: must be a power of 2, at least {rows}")
-    if pages.scales is not None and (page > LARGEST or blocks.block < rows):
+    if pages.format.scaled and (page > LARGEST or blocks.block < rows):
       raise NotImplementedError(
         f"pages of {page} slots with scales, blocks of {blocks.block}: up to {LARGEST}, from {rows} on"
       )
@@ -150,7 +141,7 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
 
 
 def work_list(counts, sizes, blocks: Blocks):
-  """The chunks with anything live, and who does them.
+  """The chunks with anything live, and which worker does each.
 
   Args: counts, live slots of each pair in the contiguous cache and in pages, int32 [pairs] each; sizes, slots at most.
 
@@ -176,7 +167,7 @@ def work_list(counts, sizes, blocks: Blocks):
 
 
 def merge(parts, held, q, group: int, lse: bool):
-  """Chunks in their order: one after the other, so that dead ones at the end change no bit."""
+  """Merges chunks in order, one after the other, so that dead ones at the end change no bit."""
   b, n, h = q.shape
   values = parts[:, :, :group, LANES - h : LANES] if h == 64 else parts[:, :, :group]
   logs = parts[:, :, :group, :1] if h == 64 else parts[:, :, GROUP : GROUP + group, :1]
@@ -194,17 +185,17 @@ def merge(parts, held, q, group: int, lse: bool):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, pool, scales):
-  """Of each chunk with anything live, float32 [pairs, chunks, rows, 128]: output and log2 of the sum of exponentials.
+  """Output and log2 of the sum of exponentials of each chunk, float32 [pairs, chunks, rows, 128].
 
-  With H = 128 these are rows 0-7 and 8-15, the logarithm in every lane; with H = 64 the logarithm is in lanes 0-63 and
-  the output in the others. What belongs to a chunk with nothing live is whatever was there.
+  With H = 128 they are rows 0-7 and 8-15, the logarithm in every lane; with H = 64 the logarithm is in lanes 0-63 and
+  the output in the others. Chunks with nothing live are not written.
   """
   pairs, _, lanes = queries.shape
   block, stages, width = sizes.block, sizes.stages, 2 * h
   slots = 0 if kv is None else kv.shape[3]
   most = 0 if pool is None else scalars[-1].shape[0] // pairs
   page = block if pool is None else pool.shape[1]
-  unit, smallest = min(page, block), tile(dtype)
+  unit, smallest = min(page, block), compat_tpu.tile(dtype)
   pieces, scaled = block // unit, scales is not None
   heads = 1 if kv is None else kv.shape[2]
   split = sizes.split or max(-(-slots // block) + -(-most * page // block), 1)
@@ -229,7 +220,7 @@ def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, poo
       """(pair, chunk, blocks of the pair in the contiguous cache, and in all)."""
       code = items_ref[jnp.minimum(item, items_ref.shape[0] - 1)]
       pair, chunk = lax.div(code, i32(chunks)), lax.rem(code, i32(chunks))
-      pair = jnp.minimum(pair, pairs - 1)  # past the list's end there may be anything
+      pair = jnp.minimum(pair, pairs - 1)  # entries past the list's end are arbitrary
       first = upper(first_ref[pair])
       return pair, chunk, first, first + upper(held_ref[pair])
 
@@ -264,7 +255,7 @@ def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, poo
           if ragged:
             act(pltpu.make_async_copy(source, ring[0].at[slot], ready.at[slot]))
             return
-          # Live tiles and no more: a copy for each power of 2 in their number, the large ones first.
+          # Only live tiles: a copy for each power of 2 in their number, the large ones first.
           wanted = lax.div(live + i32(smallest - 1), i32(smallest)) * smallest
           size = block
           while size >= smallest:
@@ -281,7 +272,7 @@ def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, poo
       if pool is not None:
 
         @pl.when(paged)
-        def _():
+        def copy_pages():
           def one(j, _):
             position = number * block + j * unit
             place = table_ref[pair * most + lax.div(position, i32(page))]
@@ -300,7 +291,7 @@ def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, poo
       return pltpu.make_async_copy(q_ref.at[pair_of(item)[0]], q_rows.at[slot], asked.at[slot])
 
     def fetch(ahead, number):
-      """Starts the copies of the next block, the worker's `number`-th; returns what comes after it."""
+      """Starts the copies of the next block, the worker's `number`-th; returns the state after it."""
       item, i = ahead
       slot = lax.rem(number, i32(stages))
 
@@ -319,14 +310,14 @@ def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, poo
         to_lanes[of_value] = (number == 2 * lax.rem(slot, i32(page)) + of_value).astype(jnp.float32)
 
     def factors_of(slot, live, begin):
-      """What scores and weights of a block in pages are multiplied by, [1, block] each; anything where nothing is live.
+      """The factors of scores and weights of a block in pages, [1, block] each; arbitrary for dead slots.
 
       Args: begin, where in its page the block begins, if it is smaller than one.
       """
       numbers = factors[slot].reshape(pieces, 2 * page)
       shape = numbers.shape
       index = lax.broadcasted_iota(i32, shape, 0) * page + lax.div(lax.broadcasted_iota(i32, shape, 1), i32(2))
-      numbers = jnp.where(index < live + begin, numbers, 0.0)  # others may be NaN, and 0 * NaN is NaN
+      numbers = jnp.where(index < live + begin, numbers, 0.0)  # dead scales may be NaN, and 0 * NaN is NaN
       found = []
       for of_value in range(2):
         lanes = to_lanes[of_value, :, pl.ds(pl.multiple_of(begin, unit), block)] if unit < page else to_lanes[of_value]
@@ -348,13 +339,13 @@ def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, poo
       def step(i, carry):
         acc, top, total, ahead = carry
         slot = lax.rem(number + i, i32(stages))
-        ahead = fetch(ahead, number + i + stages - 1)  # to where the block before this one was
+        ahead = fetch(ahead, number + i + stages - 1)  # into the slot of the block before this one
         move(item, i, slot, lambda copy: copy.wait())
         paged, block_number, live = live_in(item, i)
         if scaled:
 
           @pl.when(paged)
-          def _():
+          def widen():
             x = cells[slot]
             x = x.astype(jnp.int32) if x.dtype == jnp.int8 else x
             rows[slot] = x.astype(jnp.float32).astype(dtype)
@@ -362,11 +353,11 @@ def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, poo
         if ragged:
 
           @pl.when(~paged)
-          def _():
+          def copy_ring():
             rows[slot, :slots] = ring[0][slot]
 
         @pl.when(live < block)
-        def _():  # what lies past the end may be NaN, and 0 * NaN is NaN
+        def _():  # slots past the end may hold NaN, and 0 * NaN is NaN
           tail = rows[slot].astype(jnp.float32)
           index = lax.broadcasted_iota(i32, tail.shape, 0)
           rows[slot] = jnp.where(index < live, tail, 0.0).astype(dtype)
@@ -388,12 +379,12 @@ def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, poo
         return acc, new_top, total, ahead
 
       column = lambda x: jnp.full((GROUP, 1), x, jnp.float32)
-      init = jnp.zeros((GROUP, LANES), jnp.float32), column(NEVER), column(0.0), ahead
+      init = jnp.zeros((GROUP, LANES), jnp.float32), column(LOWEST), column(0.0), ahead
       acc, top, total, ahead = lax.fori_loop(0, count, step, init)
 
       turn = lax.rem(item - begin, i32(2))
       write = pltpu.make_async_copy(tiles.at[turn], parts_ref.at[pair, chunk], done.at[turn])
-      pl.when(item - begin >= 2)(write.wait)  # for the chunk before the last, whose place this is
+      pl.when(item - begin >= 2)(write.wait)  # until the chunk before the last has left this buffer
       out, logs = acc / total, jnp.broadcast_to(top + jnp.log2(total), acc.shape)
       if h == 64:
         tiles[turn] = jnp.where(lax.broadcasted_iota(i32, acc.shape, 1) < h, logs, out)
@@ -408,11 +399,11 @@ def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, poo
       pl.when(end - begin > turn)(last.wait)
 
   arrays = [x for x in (kv, pool, scales) if x is not None]
-  eight_bits = [] if not scaled else [
-    pltpu.VMEM((stages, block, width), pool.dtype),
-    pltpu.VMEM((stages, pieces, 1, 2 * page), jnp.float32),
-    pltpu.VMEM((2, 2 * page, max(page, block)), jnp.float32),
-  ]  # fmt: skip
+  of_scaled = []
+  if scaled:
+    of_scaled.append(pltpu.VMEM((stages, block, width), pool.dtype))
+    of_scaled.append(pltpu.VMEM((stages, pieces, 1, 2 * page), jnp.float32))
+    of_scaled.append(pltpu.VMEM((2, 2 * page, max(page, block)), jnp.float32))
   return pl.pallas_call(
     body,
     out_shape=jax.ShapeDtypeStruct((pairs, chunks, tile_rows, LANES), jnp.float32),
@@ -428,7 +419,7 @@ def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, poo
         pltpu.SemaphoreType.DMA((stages,)),
         pltpu.SemaphoreType.DMA((stages,)),
         pltpu.SemaphoreType.DMA((2,)),
-        *eight_bits,
+        *of_scaled,
         *([pltpu.VMEM((stages, slots, width), dtype)] if ragged else []),
       ],
     ),

@@ -12,13 +12,14 @@ from jax import lax
 
 from pallas_kernels.common.platform import platform
 from pallas_kernels.common.xla_dot import einsum
+from pallas_kernels.paged.format import PageFormat, format_of
 
-# Slots read at a time. The block is the only copy made of the cache, so it bounds the operation's temporaries.
+# Slots read at a time. A block is the only copy made of the cache, so it bounds the temporaries.
 BLOCK = 128
 
 
 def block_slots(dtype) -> int:
-  """BLOCK; more on a CPU, where a step of the loop is dear, but half as many narrow ones: float32 copies come on top.
+  """BLOCK; more on a CPU, where a step of the loop costs more, but half as many for types converted to float32.
 
   In float32 on two cores a step of SmolLM2-135M took longer with 128, 256 and 640 slots (experiments/LOG.md).
   """
@@ -28,7 +29,7 @@ def block_slots(dtype) -> int:
 
 
 def product(subscripts: str, a, b):
-  """`einsum` of a [B, K, G, ...] with the slots `b`; on a CPU one of every query head of the group.
+  """`einsum` of a [B, K, G, ...] with the slots `b`; on a CPU one `einsum` for each query head of the group.
 
   XLA's CPU backend is several times faster at a batch of matrix-vector products than at one with this few rows.
   """
@@ -40,12 +41,13 @@ def product(subscripts: str, a, b):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """Slots read by blocks. `lengths` [B, K]; `blocks`: up to the longest live prefix.
+  """Slots of a `format` read by blocks, `blocks` of them up to the longest live prefix.
 
-  read(i) gives block i: (slots [B, K, block, 2H], scales [B, K, block, 2] or None, live bool [B, K, block]).
-  empty() and add(mass, i, of_block) collect what each slot of it weighs.
+  read(i) gives block i: (cells [B, K, block, 2H], scales [B, K, block, 2] or None, live bool [B, K, block]).
+  empty() and add(mass, i, of_block) sum the attention that each slot gets.
   """
 
+  format: PageFormat
   blocks: Any
   read: Callable
   empty: Callable
@@ -69,7 +71,7 @@ def contiguous(kv, layer, lengths) -> Source:
     return lax.dynamic_update_slice_in_dim(mass, before + part, start(i), 2)
 
   blocks = (lengths.max() + block - 1) // block
-  return Source(blocks, read, lambda: jnp.zeros((b, k, s)), add)
+  return Source(format_of(kv.dtype), blocks, read, lambda: jnp.zeros((b, k, s)), add)
 
 
 def paged(pages, layer) -> Source:
@@ -84,7 +86,7 @@ def paged(pages, layer) -> Source:
     index = i * block + jnp.arange(block)
     live = index < pages.lengths[..., None]
     numbers = jnp.take(table, i * several + jnp.arange(several), axis=2, mode="clip")
-    numbers = jnp.where(live[..., ::page], numbers, 0)  # those of pages with nothing live may be anything
+    numbers = jnp.where(live[..., ::page], numbers, 0)  # numbers of pages with nothing live are arbitrary
     rows = lambda x, width: jnp.take(x, numbers, axis=0, mode="clip").reshape(b, k, block, width)
     scales = None if pages.scales is None else rows(pages.scales, 2)
     return rows(pages.pool, pages.pool.shape[2]), scales, live
@@ -94,7 +96,7 @@ def paged(pages, layer) -> Source:
     return mass.at[:, :, index].add(part.reshape(b, k, several, page), mode="drop")
 
   blocks = (pages.lengths.max() + block - 1) // block
-  return Source(blocks, read, lambda: jnp.zeros((b, k, most, page)), add)
+  return Source(pages.format, blocks, read, lambda: jnp.zeros((b, k, most, page)), add)
 
 
 def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, mass: bool = False):
@@ -106,7 +108,7 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
   k = (kv if kv is not None else pages.table).shape[2]
   qg = q.reshape(b, k, n // k, h)
   on_cpu = platform() == "cpu"
-  if on_cpu:  # keys and values stay side by side in both products: to take them apart costs more, a copy of each
+  if on_cpu:  # keys and values stay side by side in both products: taking them apart would copy both
     qg = jnp.pad(qg, ((0, 0), (0, 0), (0, 0), (0, h)))
 
   def scores_of(source, i):
@@ -114,14 +116,12 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
 
     On a CPU the values are whole slots [B, K, block, 2H], their last half the value.
     """
-    slots, scales, live = source.read(i)
-    if slots.dtype == jnp.uint16:
-      slots = lax.bitcast_convert_type(slots, jnp.bfloat16)
-    slots = jnp.where(live[..., None], slots, jnp.zeros((), slots.dtype))  # dead slots may hold anything, NaN too
-    if scales is not None:  # 8 bits are exact in any other type; a slot's scale is a factor of its score
-      slots = slots.astype(q.dtype)
+    cells, scales, live = source.read(i)
+    cells = jnp.where(live[..., None], cells, jnp.zeros((), cells.dtype))  # dead slots may hold anything, NaN too
+    slots = source.format.widened(cells, q.dtype)
+    if scales is not None:  # a slot's scale is a factor of its score
       scales = jnp.where(live[..., None], scales, 0.0)
-    # On a CPU `einsum` would convert a block to float32 for each product: here once for all of them.
+    # On a CPU `einsum` would convert a block to float32 for each product; this does it once for all.
     wider = jnp.float32 if on_cpu else jnp.promote_types(slots.dtype, q.dtype)
     slots, queries = slots.astype(wider), qg.astype(wider)
     keys, values = (slots, slots) if on_cpu else (slots[..., :h], slots[..., h:])

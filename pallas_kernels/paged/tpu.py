@@ -1,8 +1,8 @@
 """Slots written into pages of 8 bits on TPUs, in place.
 
-XLA scatters 8-bit numbers into an array laid out otherwise than it lies in memory, and so copies a whole pool twice.
-Here a grid of as many steps as there is anything to write reads a tile of 32 slots each, as small a piece as memory
-keeps together, puts the new ones between, and writes it back.
+XLA scatters 8-bit numbers into an array of another memory layout, and so copies the whole pool twice. Here the grid has
+one step for each tile of 32 slots, the smallest piece that memory keeps together, that gets new slots: the step reads
+the tile, puts them in, and writes it back.
 """
 
 from __future__ import annotations
@@ -14,18 +14,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common import compat_tpu
-from pallas_kernels.decode.tpu import tile
 from pallas_kernels.paged.pages import pages_at
 
-TILE = tile(jnp.int8)  # slots that memory keeps together
-ENTRIES = 2**15  # tiles of a call, of each of which four numbers are in scalar memory: half a MiB
+TILE = compat_tpu.tile(jnp.int8)  # slots that memory keeps together
+ENTRIES = 2**15  # tiles of a call; four numbers each take half a MiB of scalar memory
 
 
 def write_pages(pool, table, slots, rows):
-  """See `put.write_pages`; pages of int8 or float8_e4m3fn, a multiple of 32 slots. `pool`, donated, is written in place.
+  """See `api.write_pages`; pages of int8 or float8_e4m3fn, a multiple of 32 slots; a donated `pool` stays in place.
 
   Raises:
-    NotImplementedError: another device; pages of more bits, which XLA scatters in place, or that are no whole tiles.
+    NotImplementedError: another device; pages of more bits, which XLA scatters in place, or of no whole tiles.
   """
   compat_tpu.require_tpu()
   page = pool.shape[1]
@@ -37,23 +36,23 @@ def write_pages(pool, table, slots, rows):
   end = table.shape[1] * page
   inside = (slots >= 0) & (slots < end)
   first, count = jnp.min(jnp.where(inside, slots, end), axis=1), jnp.sum(inside, axis=1, dtype=jnp.int32)
-  if most > 1:  # those that go anywhere come first
+  if most > 1:  # rows that are written come first
     order = jnp.argsort(~inside, axis=1, stable=True)
     rows = jnp.take_along_axis(rows, order[..., None], axis=1)
   tiles = 1 if most == 1 else (most + TILE - 2) // TILE + 1
   together = max(ENTRIES // tiles, 1)
   for begin in range(0, archives, together):
-    pool = _put(pool, tiles, *(x[begin : begin + together] for x in (table, first, rows, count)))
+    pool = _write(pool, tiles, *(x[begin : begin + together] for x in (table, first, rows, count)))
   return pool
 
 
-def _put(pool, tiles: int, table, first, rows, count):
+def _write(pool, tiles: int, table, first, rows, count):
   """`pool` with the first `count` [N] of `rows` [N, X, width] in slots `first` [N], first + 1, ... of N archives.
 
-  N times `tiles`, in up to so many of which the new slots of an archive lie, is at most ENTRIES.
+  The new slots of an archive lie in at most `tiles` tiles; N * tiles is at most ENTRIES.
   """
   (number, page, width), (archives, most, _) = pool.shape, rows.shape
-  # Tile t of an archive's new slots is its tile `at`, of which slots `low` to `high` are new.
+  # The archive's tile `at` is tile t of its new slots, and its slots `low` to `high` are new.
   at = (first // TILE)[:, None] + jnp.arange(tiles)
   low, high = (jnp.clip(x[:, None] - at * TILE, 0, TILE) for x in (first, first + count))
   each = page // TILE
@@ -65,7 +64,7 @@ def _put(pool, tiles: int, table, first, rows, count):
     source = at[..., None] * TILE + jnp.arange(TILE) - first[:, None, None]
     source = jnp.clip(source, 0, most - 1).reshape(archives, tiles * TILE)
     new = jnp.take_along_axis(rows, source[..., None], axis=1).reshape(archives * tiles, TILE, width)
-  # What is to be written comes first. With nothing to write there is one step, which writes a tile as it was.
+  # Tiles to write come first. With nothing to write, the one step writes a tile back unchanged.
   order = jnp.argsort(~wanted).astype(jnp.int32)
   scalars = order, jnp.where(wanted, place.reshape(-1), 0), *(jnp.where(wanted, x.reshape(-1), 0) for x in (low, high))
 

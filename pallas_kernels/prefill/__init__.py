@@ -1,4 +1,4 @@
-"""Prefill: many queries against keys that each have a first and a last query position that sees them."""
+"""Prefill attention: many queries against keys, each visible from a first to a last query position."""
 
-from pallas_kernels.prefill.api import NEVER as NEVER
 from pallas_kernels.prefill.api import prefill_attention as prefill_attention
+from pallas_kernels.prefill.plan import NEVER as NEVER

@@ -1,18 +1,16 @@
-"""Prefill attention on Hopper GPUs with Pallas Mosaic GPU.
+"""Prefill attention on Hopper GPUs with Pallas Mosaic GPU: the forward kernel.
 
-The keys that any query sees are gathered first (`plan`), so that far blocks are dense. Then FlashAttention-3's shape
-(arXiv 2407.08608): in each block two warpgroups compute, 64 rows each, and a third one feeds them keys and values by
-TMA. The 128 rows of a tile are several query heads of one KV head, `Tile.queries` neighbouring queries of each: the
-fewer queries a tile spans, the less of the band it visits that only some of its rows see. Blocks that all queries of a
-tile see come first and are not masked; in the others, at the diagonal and in the band, each pair is tested.
+The keys that any query sees are gathered first (`plan`), so that far blocks are dense. The kernel follows
+FlashAttention-3 (arXiv 2407.08608): in each block two warpgroups compute on 64 rows each, and a third one feeds them
+keys and values by TMA. A tile's 128 rows are several query heads of one KV head, with `Tile.queries` neighbouring
+queries of each: the fewer queries a tile spans, the less it visits of the band that only some of its rows see. Blocks
+that all queries of a tile see come first and need no mask; in the others, at the diagonal and in the band, each pair is
+tested.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import itertools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -21,71 +19,17 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.common import compat, tuned
 from pallas_kernels.common.compat import plgpu
+from pallas_kernels.common.softmax import LOG2E, LOWEST
 from pallas_kernels.common.warpgroup import ROWS
+from pallas_kernels.prefill import gpu_mass
 from pallas_kernels.prefill import plan as planning
+from pallas_kernels.prefill.gpu_common import GRAIN, WARPGROUPS, Blocks, Tile, default_blocks
 from pallas_kernels.prefill.plan import KEPT, START, STOP, WHOLE
 
-LOG2E = math.log2(math.e)
-# A finite stand-in for -inf as the running maximum of a row that has seen no key: exp2(-inf - M) is 0, not NaN.
-NEVER = -1e30
-WARPGROUPS = 2  # that compute; one more moves data
-GRAIN = 32  # a band begins at a multiple of so many rows
 
-
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-  """`kv` keys a block, `stages` blocks of keys and of values in shared memory."""
-
-  kv: int = 128
-  stages: int = 2
-  compute_registers: int = 240
-  memory_registers: int = 24
-
-  def __post_init__(self):
-    if self.kv % ROWS:  # a swizzled row of the second product's operand
-      raise ValueError(f"kv {self.kv} must be a multiple of {ROWS}")
-
-
-def default_blocks(head_dim: int) -> Blocks:
-  """Block sizes by head size: 64 KiB of keys and as much of values."""
-  return Blocks(stages=4 if head_dim == 64 else 2)
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-  """`count` rows of a tile, from `row` of a warpgroup: queries of one head, from the tile's `first` on."""
-
-  warpgroup: int
-  row: int
-  head: int
-  first: int
-  count: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Tile:
-  """Which rows a tile holds: `queries` of each of `heads` query heads, head after head, then unused rows."""
-
-  heads: int
-  queries: int
-
-  @classmethod
-  def of(cls, group: int) -> Tile:
-    """As many heads of the group together as leave at most an eighth of the rows unused."""
-    rows = WARPGROUPS * ROWS
-    for heads in range(min(group, 8), 0, -1):
-      queries = rows // heads // 8 * 8  # shared memory is tiled by 8 rows
-      if group % heads == 0 and heads * queries >= rows * 7 // 8:
-        return cls(heads, queries)
-    raise AssertionError("one head fills a tile")
-
-  def pieces(self) -> list[Piece]:
-    """The tile cut where a head or a warpgroup ends."""
-    cuts = sorted({*range(0, self.heads * self.queries + 1, self.queries), ROWS})
-    return [Piece(a // ROWS, a % ROWS, a // self.queries, a % self.queries, b - a) for a, b in itertools.pairwise(cuts)]
-
-
-def prefill_attention(q, keys, values, q_pos, k_first, k_last, *, blocks: Blocks | None = None):
+def prefill_attention(
+  q, keys, values, q_pos, k_first, k_last, *, lse=False, query_weights=None, blocks: Blocks | None = None
+):
   """See `api.prefill_attention`; bfloat16 or float16, head size 64 or 128.
 
   Raises:
@@ -100,27 +44,37 @@ def prefill_attention(q, keys, values, q_pos, k_first, k_last, *, blocks: Blocks
   if h not in (64, 128):
     raise NotImplementedError(f"head size {h}: only 64 and 128")
   blocks = blocks or tuned.blocks("prefill", tuned.shape_class(H=h), default_blocks(h))
-  tile = Tile.of(n // keys.shape[1])
-  return _attend(tile, blocks, *_prepare(tile, blocks, q, keys, values, q_pos, k_first, k_last))[:, :t]
+  tile, weighted = Tile.of(n // keys.shape[1]), query_weights is not None
+  args, row = _prepare(tile, blocks, weighted, q, keys, values, q_pos, k_first, k_last)
+  out, logs = _attend(tile, blocks, lse or weighted, *args)
+  results = [out[:, :t]]
+  if lse:
+    results.append(tile.join(logs.reshape(*logs.shape[:3], -1))[:, :t] * (1 / LOG2E))
+  if weighted:
+    q, keys, _, rows, bounds, _ = args
+    results.append(gpu_mass.key_mass(tile, q, keys, rows, bounds, row, logs, query_weights))
+  return tuple(results) if len(results) > 1 else results[0]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _prepare(tile: Tile, blocks: Blocks, q, keys, values, q_pos, k_first, k_last):
-  """The arguments of `_attend`."""
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _prepare(tile: Tile, blocks: Blocks, weighted: bool, q, keys, values, q_pos, k_first, k_last):
+  """(the arguments of `_attend`, the gathered row of each key, if `weighted`)."""
   b, t = q_pos.shape
   pad = -t % tile.queries
   positions = jnp.pad(q_pos.astype(jnp.int32), ((0, 0), (0, pad)), constant_values=-2)
   positions = positions.reshape(b, (t + pad) // tile.queries, tile.queries)
   plan = planning.make(positions, k_first, k_last, block=blocks.kv, grain=GRAIN)
-  rows = jnp.tile(positions, (1, 1, tile.heads))
-  unused = WARPGROUPS * ROWS - rows.shape[2]
-  rows = jnp.pad(rows, ((0, 0), (0, 0), (0, unused)), constant_values=-2).reshape(*rows.shape[:2], WARPGROUPS, ROWS)
+  rows = tile.arrange(positions, -2).reshape(*positions.shape[:2], WARPGROUPS, ROWS)
   keys, values = (planning.gather(x, plan.source) for x in (keys, values))
-  return jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0))), keys, values, rows, plan.bounds, plan.ranges
+  q = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0)))
+  return (q, keys, values, rows, plan.bounds, plan.ranges), plan.row if weighted else None
 
 
-def _attend(tile: Tile, blocks: Blocks, q, keys, values, rows, bounds, ranges):
-  """q [B, T, N, H], keys and values [B, K, R, H], rows [B, tiles, 2, 64]: positions; bounds, ranges: see `Plan`."""
+def _attend(tile: Tile, blocks: Blocks, lse: bool, q, keys, values, rows, bounds, ranges):
+  """(out [B, T, N, H], log-sum-exp float32 [B, parts, tiles, 2, 64] in units of log 2, if asked for).
+
+  q [B, T, N, H], keys and values [B, K, R, H], rows [B, tiles, 2, 64]: positions; bounds, ranges: see `Plan`.
+  """
   b, _, n, h = q.shape
   tiles, group = rows.shape[1], n // keys.shape[1]
   parts = group // tile.heads  # of a group of query heads, each with tiles of its own
@@ -130,6 +84,8 @@ def _attend(tile: Tile, blocks: Blocks, q, keys, values, rows, bounds, ranges):
   pieces = tile.pieces()
 
   def body(q_ref, k_ref, v_ref, rows_ref, bounds_ref, ranges_ref, out_ref, *scratch):
+    logs_ref, *scratch = scratch if lse else (None, *scratch)
+    logs_smem, *scratch = scratch if lse else (None, *scratch)
     q_smem, k_smem, v_smem, rows_smem, bounds_smem, q_ready, k_ready, v_ready, k_free, v_free, turn = scratch
     part, batch, wg = lax.axis_index("part"), lax.axis_index("batch"), lax.axis_index("wg")
     kv_head = lax.div(part, i32(parts))
@@ -138,7 +94,7 @@ def _attend(tile: Tile, blocks: Blocks, q, keys, values, rows, bounds, ranges):
     whole, kept, band_start, stop = (ranges_ref[batch, kv_head, number, i] for i in (WHOLE, KEPT, START, STOP))
 
     def here(ref, piece):
-      """The part of q or of the output that a piece holds."""
+      """A piece's part of q or of the output."""
       first = number * tile.queries + piece.first
       return ref.at[batch, pl.ds(first, piece.count), part * tile.heads + piece.head]
 
@@ -183,15 +139,19 @@ def _attend(tile: Tile, blocks: Blocks, q, keys, values, rows, bounds, ranges):
         compat.release(v_free.at[slot])
         return acc, new_top, total
 
-      carry = lax.fori_loop(0, whole, functools.partial(step, masked=False), (acc, row(NEVER), row(0.0)))
-      acc, _, total = lax.fori_loop(whole, stop, functools.partial(step, masked=True), carry)
+      carry = lax.fori_loop(0, whole, functools.partial(step, masked=False), (acc, row(LOWEST), row(0.0)))
+      acc, top, total = lax.fori_loop(whole, stop, functools.partial(step, masked=True), carry)
       pl.when(wg == 0)(take_turn)
 
-      # Padding, which took part in the blocks without a mask, and rows that saw nothing give zeros.
+      # Padding (which the unmasked blocks include) and rows that saw nothing give zeros.
       real = (positions >= -1) & (total > 0.0)
       weight = lax.broadcast_in_dim(jnp.where(real, 1 / jnp.where(real, total, 1.0), 0.0), acc.shape, [0])
       q_smem[wg] = jnp.where(weight > 0.0, acc * weight, 0.0).astype(q.dtype)
+      if lse:
+        logs_smem[wg] = jnp.where(real, top + jnp.log(jnp.where(real, total, 1.0)) * LOG2E, -jnp.inf)
       plgpu.commit_smem()
+      if lse:
+        plgpu.copy_smem_to_gmem(logs_smem.at[wg], logs_ref.at[batch, part, number, wg])
       for piece in pieces:
         source = q_smem.at[piece.warpgroup, pl.ds(piece.row, piece.count)]
         store = functools.partial(plgpu.copy_smem_to_gmem, source, here(out_ref, piece))
@@ -222,13 +182,16 @@ def _attend(tile: Tile, blocks: Blocks, q, keys, values, rows, bounds, ranges):
 
   matrix = functools.partial(plgpu.SMEM, dtype=q.dtype, transforms=compat.operand_transforms())
   barrier = lambda count, arrivals: plgpu.Barrier(num_barriers=count, num_arrivals=arrivals)
-  scratch = [matrix((WARPGROUPS, ROWS, h)), matrix((stages, block, h)), matrix((stages, block, h))]
+  scratch = [plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32)] if lse else []
+  scratch += [matrix((WARPGROUPS, ROWS, h)), matrix((stages, block, h)), matrix((stages, block, h))]
   scratch += [plgpu.SMEM((WARPGROUPS, ROWS), i32), plgpu.SMEM((stages, 2, block), i32)]
   scratch += [plgpu.Barrier(num_arrivals=1 + len(pieces)), barrier(stages, 2), barrier(stages, 1)]
   scratch += [barrier(stages, WARPGROUPS), barrier(stages, WARPGROUPS), barrier(1, WARPGROUPS)]
-  return compat.kernel(
+  out_type = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
+  out_type += [jax.ShapeDtypeStruct((b, n // tile.heads, *rows.shape[1:]), jnp.float32)] if lse else []
+  outs = compat.kernel(
     body,
-    out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+    out_type=out_type,
     scratch_types=scratch,
     grid=(n // tile.heads, tiles, b),
     grid_names=("part", "tile", "batch"),
@@ -237,3 +200,4 @@ def _attend(tile: Tile, blocks: Blocks, q, keys, values, rows, bounds, ranges):
     kernel_name=f"prefill_{tile.heads}x{tile.queries}_{block}x{stages}",
     compiler_params=plgpu.CompilerParams(approx_math=True),
   )(q, keys, values, rows, bounds, ranges)
+  return (*outs, None)[:2]

@@ -1,13 +1,13 @@
-"""Which keys each tile of queries visits: what the prefill kernels share, settled in the graph before they start.
+"""Which keys each tile of queries visits: shared by the prefill kernels and computed in the graph before they start.
 
-Per row and KV head, the keys that any query sees are moved together, in the order they came in:
+Per row and KV head, the keys that any query sees are gathered, in their given order:
 
     [ kept: visible from some query on to the last one | zeros up to a block | band: those that expire before | zeros ]
 
-first among the kept those that every query sees (a cached prefix, wherever it stood). A tile of queries then visits one
-range of each part: the kept keys up to its last query, and the band around its own position. Both are found from the
-smallest and largest bounds of `grain` keys at a time, so they hold for keys in any order; keys in the order of their
-positions, as caches have them, make the ranges as short as what is visible.
+Kept keys that every query sees (a cached prefix, wherever it was) come first. A tile of queries visits one range of
+each part: the kept keys up to its last query, and the band around its own position. The ranges follow from the smallest
+and largest bounds of `grain` keys at a time, so they are right for keys in any order; with keys in the order of their
+positions, as caches have them, they are as short as what is visible.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
-NEVER = 2**30  # as the first position: a row that no query sees
+NEVER = np.int32(2**30)  # as the first position: a key that no query sees; as the last one: a key never evicted
 WIDTH = 128  # flags counted by one product
 WHOLE, KEPT, START, STOP = range(4)  # of a plan's ranges
 
@@ -27,14 +28,15 @@ class Plan(NamedTuple):
   """For R rows of gathered keys and `tiles` tiles of queries.
 
   `source` [B, K, R]: the key that a row holds, S if none. `bounds` [B, K, 2, R]: first and last position that sees it.
-  `ranges` [B, K, tiles, 4]: WHOLE, blocks of kept keys that need no mask; KEPT, all blocks of kept keys; START, first
-  row of the band; STOP, all blocks. Block i >= KEPT begins at row START + (i - KEPT) * block, an earlier one at
-  i * block.
+  `row` [B, K, S]: the row that holds a key, R or more if none. `ranges` [B, K, tiles, 4]: WHOLE, blocks of kept keys
+  that need no mask; KEPT, all blocks of kept keys; START, first row of the band; STOP, all blocks. Block i >= KEPT
+  begins at row START + (i - KEPT) * block, an earlier one at i * block.
   """
 
   source: jax.Array
   bounds: jax.Array
   ranges: jax.Array
+  row: jax.Array
 
 
 def running_count(flags: Bool[Array, "*batch S"]) -> Int[Array, "*batch S"]:
@@ -87,7 +89,7 @@ def make(
   row = jnp.where(live, row, rows + index)
   pair = jnp.arange(b)[:, None, None], jnp.arange(k)[:, None]
   source = jnp.full((b, k, rows), s, jnp.int32).at[*pair, row].set(index, mode="drop", unique_indices=True)
-  first, last = _take(k_first, source, NEVER), _take(k_last, source, -1)
+  first, last = take(k_first, source, NEVER), take(k_last, source, -1)
 
   grains = rows // grain
   split = lambda x: x.reshape(b, k, 1, grains, grain)
@@ -105,13 +107,40 @@ def make(
   whole_blocks = jnp.minimum(whole // block, kept_blocks)
   band_blocks = (jnp.maximum(stop - start, 0) + (block - 1)) // block
   ranges = jnp.stack([whole_blocks, kept_blocks, jnp.where(band_blocks > 0, start, 0), kept_blocks + band_blocks], -1)
-  return Plan(source, jnp.stack([first, last], axis=2), ranges.astype(jnp.int32))
+  return Plan(source, jnp.stack([first, last], axis=2), ranges.astype(jnp.int32), row)
 
 
-def _take(x, source, fill):
+def visitors(
+  positions: Int[Array, "B tiles M"], bounds: Int[Array, "B K 2 R"], *, block: int
+) -> Int[Array, "B K blocks 3"]:
+  """The tiles of queries that see each block of gathered keys: (start, whole, stop), the mirror of a plan's ranges.
+
+  Tiles `start` to `whole` need a mask, tiles `whole` to `stop` none: each query in them sees the whole block.
+
+  Args:
+    positions: of the queries that count; below -1 for the others, whose pairs an unmasked tile may contain.
+  """
+  b, k, _, r = bounds.shape
+  tiles = positions.shape[1]
+  real = positions >= -1
+  low = jnp.min(jnp.where(real, positions, NEVER), axis=-1)[:, None, None]  # [B, 1, 1, tiles]
+  high = jnp.max(jnp.where(real, positions, -2), axis=-1)[:, None, None]
+  split = lambda x: x.reshape(b, k, r // block, 1, block)
+  first, last = split(bounds[:, :, 0]), split(bounds[:, :, 1])
+  seen = (first.min(-1) <= high) & (last.max(-1) >= low)  # [B, K, blocks, tiles]
+  whole = (first.max(-1) <= low) & (last.min(-1) >= high)
+  number = jnp.arange(tiles, dtype=jnp.int32)
+  stop = jnp.max(jnp.where(seen, number + 1, 0), axis=-1)
+  start = jnp.minimum(jnp.min(jnp.where(seen, number, tiles), axis=-1), stop)
+  partly = ~whole & (number >= start[..., None]) & (number < stop[..., None])
+  return jnp.stack([start, jnp.maximum(start, jnp.max(jnp.where(partly, number + 1, 0), axis=-1)), stop], axis=-1)
+
+
+def take(x: Shaped[Array, "B K X *n"], source: Int[Array, "B K R"], fill) -> Shaped[Array, "B K R *n"]:
+  """x[b, k, source[b, k, r]], `fill` past the end."""
   return jax.vmap(jax.vmap(lambda x, i: x.at[i].get(mode="fill", fill_value=fill)))(x, source)
 
 
 def gather(x: Float[Array, "B K S H"], source: Int[Array, "B K R"]) -> Float[Array, "B K R H"]:
   """Rows of keys or values in the order of the plan, zeros where it holds none: dead keys may be NaN."""
-  return _take(x, source, 0)
+  return take(x, source, 0)

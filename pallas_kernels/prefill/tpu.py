@@ -1,20 +1,19 @@
 """Prefill attention on TPUs with Pallas Mosaic.
 
 The keys that any query sees are gathered first (`plan`), keys and values side by side in rows of 2H, so that far blocks
-are dense. A KV head's queries, those of all its query heads, are rows of one matrix; the grid steps over its tiles. The
-gathered rows stay in HBM: a step copies the blocks that its tile visits to its memory itself, the next one while it
-computes with one, and the next tile's first while it computes with its last. Blocks that all queries of a tile see come
-first and are not masked; in the others, at the diagonal and in the band, each pair is tested.
+are dense. The queries of all query heads of a KV head are rows of one matrix; the grid steps over its tiles. The
+gathered rows stay in HBM: a step copies the blocks that its tile visits, the next block while it computes on one, and
+the next tile's first block while it computes on its last. Blocks that all queries of a tile see come first and need no
+mask; in the others, at the diagonal and in the band, each pair is tested.
 
-With H = 64 both products take the whole row of 128: the query is 0 beside the value, and the sum beside the key is not
-used. A matrix unit is 128 wide anyway, and nothing moves across lanes.
+With H = 64 both products take the whole row of 128: the query is 0 in the value's lanes, and the sum in the key's lanes
+is not used. A matrix unit is 128 wide anyway, and nothing moves across lanes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +22,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common import compat_tpu
+from pallas_kernels.common.softmax import LOG2E, LOWEST
 from pallas_kernels.prefill import plan as planning
 from pallas_kernels.prefill.plan import KEPT, START, STOP, WHOLE
 
-LOG2E = math.log2(math.e)
-# A finite stand-in for -inf as the running maximum of a row that has seen no key: exp2(-inf - NEVER) is 0, not NaN.
-NEVER = -1e30
 LANES = 128
 
 
@@ -45,19 +42,22 @@ class Blocks:
 
 
 def default_blocks(rows: int) -> Blocks:
-  """512 of each, fewer queries where there are not so many: large enough that the scores' sums, one a row and block,
-  and the loop do not count, and small beside a core's 16 MiB. The number of slots plays no part, so that a result does
-  not depend on the capacity of a cache."""
+  """512 of each, or all queries if they are fewer: large enough to hide the row sums and the loop, small against a
+  core's 16 MiB. The number of slots does not matter, so that no result depends on the capacity of a cache."""
   return Blocks(min(512, -(-rows // LANES) * LANES), 512)
 
 
-def prefill_attention(q, keys, values, q_pos, k_first, k_last, *, blocks: Blocks | None = None):
+def prefill_attention(
+  q, keys, values, q_pos, k_first, k_last, *, lse=False, query_weights=None, blocks: Blocks | None = None
+):
   """See `api.prefill_attention`; bfloat16 or float32, head size 64 or 128.
 
   Raises:
-    NotImplementedError: another device, dtype or head size.
+    NotImplementedError: another device, dtype or head size; log-sum-exp and mass.
   """
   compat_tpu.require_tpu()
+  if lse or query_weights is not None:
+    raise NotImplementedError("returns no log-sum-exp and no mass of keys")
   _, t, n, h = q.shape
   k = keys.shape[1]
   if not (q.dtype == keys.dtype == values.dtype and q.dtype in (jnp.bfloat16, jnp.float32)):
@@ -73,7 +73,7 @@ def prefill_attention(q, keys, values, q_pos, k_first, k_last, *, blocks: Blocks
 
 @functools.partial(jax.jit, static_argnums=0)
 def _prepare(blocks: Blocks, q, keys, values, q_pos, k_first, k_last):
-  """The arguments of `_attend`. Rows of a KV head: its query heads' queries at one position, then those at the next."""
+  """The arguments of `_attend`; a KV head's rows are its heads' queries at one position, then those at the next."""
   b, t, n, h = q.shape
   k = keys.shape[1]
   group = n // k
@@ -116,7 +116,7 @@ def _attend(blocks: Blocks, h: int, q, kv, positions, bounds, ranges):
     more = (tile + 1 < tiles) & (ranges_ref[STOP, following] > 0)
 
     def copies(tile, i, slot):
-      """Of a tile's i-th block and of its keys' bounds."""
+      """Copies of a tile's i-th block and of its keys' bounds."""
       kept, start = ranges_ref[KEPT, tile], ranges_ref[START, tile]
       first = jnp.where(i < kept, i * block, start + (i - kept) * block)
       here = pl.ds(pl.multiple_of(first, LANES), block)
@@ -138,7 +138,7 @@ def _attend(blocks: Blocks, h: int, q, kv, positions, bounds, ranges):
 
     column[...] = jnp.broadcast_to(positions_ref[...], (LANES, size)).T[:, :1]
     acc[...] = jnp.zeros_like(acc)
-    top[...] = jnp.full_like(top, NEVER)
+    top[...] = jnp.full_like(top, LOWEST)
     total[...] = jnp.zeros_like(total)
 
     def step(i, _, masked):
@@ -167,7 +167,7 @@ def _attend(blocks: Blocks, h: int, q, kv, positions, bounds, ranges):
     ahead[0] = lax.rem(offset + stop, i32(2))
     ahead[1] = ((stop > 0) & more).astype(i32)
 
-    # Padding, which took part in the blocks without a mask, and rows that saw nothing give zeros.
+    # Padding (which the unmasked blocks include) and rows that saw nothing give zeros.
     real = (column[...] >= -1) & (total[...] > 0.0)
     out_ref[...] = jnp.where(real, acc[...] / jnp.where(real, total[...], 1.0), 0.0).astype(dtype)
 

@@ -1,4 +1,4 @@
-"""Dispatch of retrofit attention."""
+"""Dispatch of window-bias attention."""
 
 from __future__ import annotations
 
@@ -46,4 +46,4 @@ def window_bias_attention(
   dispatch.check(n % heads == 0, f"N={n} query heads are not a multiple of K={heads} KV heads")
   dispatch.check(bias is None or bias.shape == (b, heads, t), f"bias {getattr(bias, 'shape', None)}: not [B, K, T]")
   dispatch.check(segment_ids is None or segment_ids.shape == (b, t), "segment_ids must be [B, T]")
-  return dispatch.call("retrofit", IMPLEMENTATIONS, implementation, q, k, v, bias, window, segment_ids)
+  return dispatch.call("window_bias", IMPLEMENTATIONS, implementation, q, k, v, bias, window, segment_ids)

@@ -1,17 +1,15 @@
-"""Retrofit attention on Hopper GPUs with Pallas Mosaic GPU: the forward kernel and the differentiable whole.
+"""Window-bias attention on Hopper GPUs with Pallas Mosaic GPU: the forward kernel and the differentiable whole.
 
-FlashAttention-3's shape (arXiv 2407.08608): in each block two warpgroups compute, 64 queries each, and a third one
-feeds them keys and values by TMA. Keys fall in three ranges, seen from a tile of queries: far ones, all further back
-than the window, whose bias is added and nothing masked; then the band around the window's edge and the diagonal, where
-each pair is tested; and, with segments, the first blocks, where keys before the segment's start are masked. Blocks
-wholly before the tile's first segment are not visited. All scores are in units of log 2: exp2 is what the hardware has.
+FlashAttention-3's shape (arXiv 2407.08608): in each block two warpgroups compute on 64 queries each, and a third one
+feeds them keys and values by TMA. A tile of queries sees three ranges of keys: far ones, all outside the window, whose
+bias is added without a mask; then the band around the window's edge and the diagonal, where each pair is tested; and,
+with segments, the first blocks, where keys before the segment's start are masked. Blocks wholly before the tile's first
+segment are not visited. All scores are in units of log 2: exp2 is what the hardware has.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -20,53 +18,18 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.common import compat, tuned
 from pallas_kernels.common.compat import plgpu
-from pallas_kernels.window_bias.saved import saved
-
-LOG2E = math.log2(math.e)
-# A finite stand-in for -inf as the running maximum of a row that has seen no key: exp2(-inf - M) is 0, not NaN.
-NEVER = -1e30
-WARPGROUPS = 2  # that compute; one more moves data
-
-
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-  """Sizes of the three kernels. Rows are per warpgroup; `stages` blocks of the streamed operands stand in memory."""
-
-  q: int = 64
-  kv: int = 128
-  stages: int = 2
-  dq_q: int = 64
-  dq_kv: int = 64
-  dq_stages: int = 2
-  dkv_kv: int = 64
-  dkv_q: int = 64
-  dkv_stages: int = 2
-  dq_overlap: bool = True  # start both products of a block at once, at the price of registers
-  dkv_overlap: bool = True
-  compute_registers: int = 240
-  memory_registers: int = 24
-  split_group: bool = False  # dk and dv of each query head apart, summed by XLA: more parallelism, more memory
-
-  @property
-  def multiple(self) -> int:
-    """T is padded to a multiple of this."""
-    tiles = (self.q, self.dq_q, self.dkv_kv)
-    return math.lcm(*(WARPGROUPS * x for x in tiles), self.kv, self.dq_kv, self.dkv_q)
-
-
-def default_blocks(head_dim: int) -> Blocks:
-  """Block sizes by head size: what fits a warpgroup's registers."""
-  return Blocks(dq_kv=128) if head_dim == 64 else Blocks(dkv_overlap=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-  """What a kernel is compiled for, besides shapes."""
-
-  window: int
-  has_bias: bool
-  has_segments: bool
-  blocks: Blocks
+from pallas_kernels.common.softmax import LOG2E, LOWEST
+from pallas_kernels.window_bias import gpu_backward
+from pallas_kernels.window_bias.common import saved, segment_bounds
+from pallas_kernels.window_bias.gpu_common import (
+  WARPGROUPS,
+  Blocks,
+  Variant,
+  default_blocks,
+  far_scores,
+  key_ranges,
+  scores_of,
+)
 
 
 def window_bias_attention(q, k, v, bias, window, segment_ids, blocks: Blocks | None = None):
@@ -81,7 +44,7 @@ def window_bias_attention(q, k, v, bias, window, segment_ids, blocks: Blocks | N
     raise NotImplementedError(f"q, k, v must all be bfloat16 or all float16, not {q.dtype}, {k.dtype}, {v.dtype}")
   if h not in (64, 128):
     raise NotImplementedError(f"head size {h}: only 64 and 128")
-  blocks = blocks or tuned.blocks("retrofit", tuned.shape_class(H=h), default_blocks(h))
+  blocks = blocks or tuned.blocks("window_bias", tuned.shape_class(H=h), default_blocks(h))
   pad = -t % blocks.multiple
   if pad:  # zeros behind the last token: no real query sees them, and no gradient reaches them
     q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))
@@ -91,18 +54,6 @@ def window_bias_attention(q, k, v, bias, window, segment_ids, blocks: Blocks | N
   variant = Variant(int(window), bias is not None, bounds is not None, blocks)
   bias = None if bias is None else bias.astype(jnp.float32)
   return _attention(variant, q, k, v, bias, bounds)[:, :t]
-
-
-def segment_bounds(segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """First position of each token's segment and the one past its last, int32 [B, T] each."""
-  t = segment_ids.shape[1]
-  positions = jnp.arange(t, dtype=jnp.int32)[None]
-  change = segment_ids[:, 1:] != segment_ids[:, :-1]
-  first = jnp.pad(change, ((0, 0), (1, 0)), constant_values=True)
-  last = jnp.pad(change, ((0, 0), (0, 1)), constant_values=True)
-  start = lax.cummax(jnp.where(first, positions, 0), axis=1)
-  end = lax.cummin(jnp.where(last, positions + 1, t), axis=1, reverse=True)
-  return start, end
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -118,8 +69,6 @@ def _attention_fwd(variant, q, k, v, bias, bounds):
 
 
 def _attention_bwd(variant, saved, dout):
-  from pallas_kernels.window_bias import gpu_backward
-
   q, k, v, bias, bounds, out, lse = saved
   delta = jnp.einsum("btnh,btnh->bnt", out.astype(jnp.float32), dout.astype(jnp.float32))
   start, end = (None, None) if bounds is None else bounds
@@ -129,44 +78,6 @@ def _attention_bwd(variant, saved, dout):
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
-
-
-def scores_of(variant: Variant, raw, scale, q_base, kv_base, bias, start):
-  """Scores [queries, keys] in units of log 2 with the bias and every mask; `raw` is the bare product q k^T."""
-  i = plgpu.broadcasted_iota(jnp.int32, raw.shape, 0, layout=plgpu.Layout.WGMMA) + q_base
-  j = plgpu.broadcasted_iota(jnp.int32, raw.shape, 1, layout=plgpu.Layout.WGMMA) + kv_base
-  s = raw * scale
-  if bias is not None:
-    s = jnp.where(i - j > variant.window, s + lax.broadcast_in_dim(bias, raw.shape, [1]), s)
-  visible = j <= i
-  if start is not None:
-    visible = visible & (j >= lax.broadcast_in_dim(start, raw.shape, [0]))
-  return jnp.where(visible, s, -jnp.inf)
-
-
-def far_scores(raw, scale, bias):
-  """Scores of a block all of whose keys are visible and, if there is a bias, further back than the window."""
-  s = raw * scale
-  return s if bias is None else s + lax.broadcast_in_dim(bias, raw.shape, [1])
-
-
-def key_ranges(variant: Variant, start_ref, batch, tile_base, tile, q_base, rows, block):
-  """Blocks of keys that a tile of queries visits: (first, far_begin, far_end, end), in blocks.
-
-  [first, far_begin) and [far_end, end) need masks, [far_begin, far_end) need none. `first` and `end` are the same for
-  all warpgroups of the tile; the others belong to the `rows` queries from `q_base` on.
-  """
-  i32 = jnp.int32
-  end = lax.div(tile_base + i32(tile + block - 1), i32(block))
-  reach = jnp.maximum(q_base - variant.window, 0) if variant.has_bias else q_base + 1
-  far_end = lax.div(reach, i32(block))
-  first = far_begin = i32(0)
-  if variant.has_segments:
-    first = lax.div(start_ref[batch, tile_base], i32(block))
-    far_begin = lax.div(start_ref[batch, q_base + (rows - 1)] + i32(block - 1), i32(block))
-    far_begin = jnp.minimum(far_begin, end)
-    far_end = jnp.maximum(far_end, far_begin)
-  return first, far_begin, far_end, end
 
 
 def forward(variant: Variant, q, k, v, bias, start):
@@ -244,7 +155,7 @@ def forward(variant: Variant, q, k, v, bias, start):
         compat.release(v_free.at[slot])
         return acc * lax.broadcast_in_dim(shrink, acc.shape, [0]) + product, new_top, total
 
-      carry = acc, row(NEVER), row(0.0)
+      carry = acc, row(LOWEST), row(0.0)
       if variant.has_segments:
         carry = lax.fori_loop(first, far_begin, functools.partial(step, masked=True), carry)
       carry = lax.fori_loop(far_begin, far_end, functools.partial(step, masked=False), carry)
@@ -295,6 +206,6 @@ def forward(variant: Variant, q, k, v, bias, start):
     grid_names=("head", "tile", "batch"),
     num_threads=WARPGROUPS + 1,
     thread_name="wg",
-    kernel_name=f"retrofit_forward_{rows}x{block}x{stages}",
+    kernel_name=f"window_bias_forward_{rows}x{block}x{stages}",
     compiler_params=plgpu.CompilerParams(approx_math=True),
   )(*inputs)

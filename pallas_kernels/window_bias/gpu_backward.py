@@ -1,4 +1,4 @@
-"""Backward kernels of retrofit attention on Hopper GPUs: one per query tile for dq, one per key tile for dk, dv, dbias.
+"""Backward kernels of window-bias attention on Hopper GPUs: dq by tiles of queries; dk, dv and dbias by tiles of keys.
 
 Each output is summed by one block in a fixed order, so two runs agree bit for bit and nothing is added in memory. With
 p = exp2(s - lse), dp = dout v^T, delta = rowsum(out * dout): ds = p (dp - delta), dq = scale ds k, dk = scale ds^T q,
@@ -16,8 +16,8 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.common import compat
 from pallas_kernels.common.compat import plgpu
-from pallas_kernels.window_bias import gpu
-from pallas_kernels.window_bias.gpu import LOG2E, WARPGROUPS, Variant
+from pallas_kernels.common.softmax import LOG2E
+from pallas_kernels.window_bias.gpu_common import WARPGROUPS, Variant, far_scores, key_ranges, scores_of
 
 
 def query_gradient(variant: Variant, q, k, v, bias, start, dout, lse, delta):
@@ -50,7 +50,7 @@ def query_gradient(variant: Variant, q, k, v, bias, start, dout, lse, delta):
     wg = lax.axis_index("wg")
     tile_base = (tiles - 1 - lax.axis_index("tile")) * tile
     q_base = tile_base + jnp.minimum(wg, WARPGROUPS - 1) * rows
-    first, far_begin, far_end, end = gpu.key_ranges(variant, start_ref, batch, tile_base, tile, q_base, rows, block)
+    first, far_begin, far_end, end = key_ranges(variant, start_ref, batch, tile_base, tile, q_base, rows, block)
 
     @pl.when(wg < WARPGROUPS)
     def _compute():
@@ -73,9 +73,9 @@ def query_gradient(variant: Variant, q, k, v, bias, start, dout, lse, delta):
         def weights(raw):
           column = plgpu.load(bias_smem.at[slot], layout=compat.column_layout()) if variant.has_bias else None
           if masked:
-            s = gpu.scores_of(variant, raw, scale * LOG2E, q_base, number * block, column, starts)
+            s = scores_of(variant, raw, scale * LOG2E, q_base, number * block, column, starts)
           else:
-            s = gpu.far_scores(raw, scale * LOG2E, column)
+            s = far_scores(raw, scale * LOG2E, column)
           return jnp.exp2(s - lax.broadcast_in_dim(lse, s.shape, [0]))
 
         products = compat.dot_pair if variant.blocks.dq_overlap else compat.dot_twice
@@ -135,13 +135,13 @@ def query_gradient(variant: Variant, q, k, v, bias, start, dout, lse, delta):
     grid_names=("head", "tile", "batch"),
     num_threads=WARPGROUPS + 1,
     thread_name="wg",
-    kernel_name=f"retrofit_dq_{rows}x{block}x{stages}",
+    kernel_name=f"window_bias_dq_{rows}x{block}x{stages}",
     compiler_params=plgpu.CompilerParams(approx_math=True),
   )(*inputs)
 
 
 def query_ranges(variant: Variant, end_ref, batch, t, tile_base, tile, kv_base, rows, block):
-  """Blocks of queries that see a tile of keys: (first, far_begin, far_end, end); the mirror of `gpu.key_ranges`."""
+  """Blocks of queries that see a tile of keys: (first, far_begin, far_end, end); the mirror of `key_ranges`."""
   i32 = jnp.int32
   first = lax.div(tile_base, i32(block))
   reach = kv_base + (rows + variant.window) if variant.has_bias else kv_base + (rows - 1)
@@ -162,7 +162,7 @@ def key_gradients(variant: Variant, q, k, v, bias, segment_end, dout, lse, delta
   b, t, n, h = q.shape
   kv_heads = k.shape[2]
   group = n // kv_heads
-  heads = 1 if variant.blocks.split_group else group  # query heads that one block handles, one after the other
+  heads = 1 if variant.blocks.split_group else group  # query heads of one block, one after the other
   parts = n // heads
   rows, block, stages = variant.blocks.dkv_kv, variant.blocks.dkv_q, variant.blocks.dkv_stages
   tile = WARPGROUPS * rows
@@ -217,7 +217,7 @@ def key_gradients(variant: Variant, q, k, v, bias, segment_end, dout, lse, delta
         plgpu.barrier_wait(q_ready.at[slot])
         plgpu.barrier_wait(dout_ready.at[slot])
 
-        def positions():  # of the queries and keys; computed anew where needed: registers are dearer than adds
+        def positions():  # of queries and keys; recomputed at each use: registers are scarcer than adds
           j = plgpu.broadcasted_iota(jnp.int32, (rows, block), 0, layout=plgpu.Layout.WGMMA) + kv_base
           i = plgpu.broadcasted_iota(jnp.int32, (rows, block), 1, layout=plgpu.Layout.WGMMA) + number * block
           return i, j
@@ -320,7 +320,7 @@ def key_gradients(variant: Variant, q, k, v, bias, segment_end, dout, lse, delta
     grid_names=("part", "tile", "batch"),
     num_threads=WARPGROUPS + 1,
     thread_name="wg",
-    kernel_name=f"retrofit_dkv_{rows}x{block}x{stages}",
+    kernel_name=f"window_bias_dkv_{rows}x{block}x{stages}",
     compiler_params=plgpu.CompilerParams(approx_math=True),
   )(*inputs)
   dk, dv, dbias = (*outs, None)[:3]

@@ -1,4 +1,4 @@
-"""Oracle of retrofit attention: the whole T x T score matrix in float64, from the formula."""
+"""Oracle of window-bias attention: the whole T x T score matrix in float64, from the formula."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Backward kernels of retrofit attention on TPUs: one sums dq over keys, one sums dk, dv and dbias over queries.
+"""Backward kernels of window-bias attention on TPUs: one sums dq over keys, one sums dk, dv and dbias over queries.
 
 With p = exp2(s - lse), dp = dout v^T, delta = rowsum(out * dout): ds = p (dp - delta), dq = scale ds k,
 dk = scale ds^T q, dv = p^T dout, dbias_j = sum of ds over the queries further than the window from key j and over the
@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.window_bias.tpu import (
+from pallas_kernels.common.softmax import LOG2E
+from pallas_kernels.window_bias.tpu_common import (
   FREE,
   LANES,
-  LOG2E,
   Variant,
   added_to_scores,
   dot,
@@ -73,7 +73,7 @@ def query_gradient(variant: Variant, q, k, v, bias, start, dout, lse, delta):
     inputs=[("q", q), ("kv", k), ("kv", v), ("kv", bias), ("q", start), ("q", dout), ("q", lse), ("q", delta)],
     outputs=[("q", jax.ShapeDtypeStruct(q.shape, q.dtype))],
     scratch=[((group * size, tile.q), jnp.float32)],
-    name="retrofit_dq",
+    name="window_bias_dq",
   )[0]
 
 
@@ -129,6 +129,6 @@ def key_gradients(variant: Variant, q, k, v, bias, start, dout, lse, delta):
     inputs=[("q", q), ("kv", k), ("kv", v), ("kv", bias), ("q", start), ("q", dout), ("q", lse), ("q", delta)],
     outputs=outputs,
     scratch=scratch,
-    name="retrofit_dkv",
+    name="window_bias_dkv",
   )
   return *got, *([] if variant.has_bias else [None])

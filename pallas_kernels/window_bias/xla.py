@@ -1,4 +1,4 @@
-"""Retrofit attention in plain XLA: blocks of queries, recomputed in the backward pass, so memory is linear in T."""
+"""Window-bias attention in plain XLA: blocks of queries, recomputed in the backward pass, so memory is linear in T."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common.xla_dot import einsum
-from pallas_kernels.window_bias.saved import saved
+from pallas_kernels.window_bias.common import saved
 
-# Queries whose scores stand in memory at once, and the number of unrolled stages. Within a stage every block reads the
-# same prefix of keys (shapes are static), so `STAGES` stages waste at most 1/STAGES of the causal half.
+# Queries whose scores are in memory at once, and the number of unrolled stages. Within a stage every block reads the
+# same prefix of keys (shapes are static), so at most 1/STAGES of the causal half is wasted.
 BLOCK = 512
 STAGES = 8
 

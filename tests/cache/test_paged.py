@@ -129,11 +129,11 @@ def test_chains_share_their_prompt(model, policy):
   policy = policy.resolved(WINDOW)
   cache, text = prompted(model, policy)
   free = int(cache.table.pool.count)
-  cache, enough = cache_rows.fork_row(cache, 1, jnp.array([True, False, True]), whole=policy.scored)
+  cache, enough = cache_rows.fork_row(cache, 1, jnp.array([True, False, True]), whole=policy.overwrites)
   assert bool(enough)
   owners = check(cache)
   archived = np.asarray(cache.archived[:, 1])
-  if policy.scored:  # a policy that writes into old pages has its own
+  if policy.overwrites:  # a policy that writes into old pages has its own
     assert owners.max() == 1
   else:
     assert (owners == 3).sum() == (archived // PAGE).sum() > 0
@@ -147,7 +147,7 @@ def test_chains_share_their_prompt(model, policy):
   for row in range(ROWS):
     alone, _ = prompted(model, policy)
     alone, _ = (
-      cache_rows.fork_row(alone, 1, jnp.arange(ROWS) == row, whole=policy.scored) if row != 1 else (alone, True)
+      cache_rows.fork_row(alone, 1, jnp.arange(ROWS) == row, whole=policy.overwrites) if row != 1 else (alone, True)
     )
     expected, _ = decode(model, alone, text, 30, 15, np.arange(ROWS) == row, policy)
     np.testing.assert_array_equal(logits[:, row], expected[:, row])

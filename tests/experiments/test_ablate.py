@@ -132,7 +132,7 @@ def test_sweeps_of_the_repository(path):
     ({"eval.window": -1}, "eval.window=-1 must be 0 or more"),
     ({"eval.length": 8, "eval.positions": 9}, "eval.positions=9 must be at most eval.length=8"),
     ({"eval.checkpoint": "cr9"}, r"'cr9' is none of \['final', 'cr2', .*'cr8'\]"),
-    ({"eval.checkpoint": "cr3", "retrofit.steps": 150}, r"'cr3' is none of \['final', 'cr2'\]"),
+    ({"eval.checkpoint": "cr3", "retrofit.schedule.steps": 150}, r"'cr3' is none of \['final', 'cr2'\]"),
     ({"eval.retrofit": "mine", "dms.window": 3}, r"eval.retrofit=mine trains nothing, so \['dms.window'\]"),
     ({"eval.retrofit": "mine", "eval.checkpoint": "cr2"}, "here nothing is trained"),
     ({"eval.policy": "h2o"}, "'h2o' with eval.budget=None: rivals need one"),
@@ -249,7 +249,7 @@ def test_thresholds_share_a_compilation():
 ROWS = [
   {
     "run": f"dms.window={w} retrofit.steps={s}", "tokens": s * 64, "kl": 0.01 * w + 0.1, "perplexity_change": 0.01,
-    "settings": {"dms.window": str(w), "retrofit.steps": str(s), "dms.gate": g}, "achieved_cr": 2.0 + w,
+    "settings": {"dms.window": str(w), "retrofit.schedule.steps": str(s), "dms.gate": g}, "achieved_cr": 2.0 + w,
   }
   for g in ("adapter", "neuron") for w, s in ((16, 8), (3, 4))
 ]  # fmt: skip
@@ -266,7 +266,7 @@ ROWS = [
 def test_points_and_picture(tmp_path, x, places, lines):
   points = ablation_report.points(ROWS, x)
   assert [point["x"] for point in points] == places and {point["line"] for point in points} == lines
-  assert ablation_report.axis(ROWS) in ("dms.window", "retrofit.steps")
+  assert ablation_report.axis(ROWS) in ("dms.window", "retrofit.schedule.steps")
   pytest.importorskip("matplotlib")
   assert plots.ablation(tmp_path / "a.png", points, x, "title") == str(tmp_path / "a.png")
   assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
@@ -306,9 +306,9 @@ def inputs(tmp_path_factory):
   (folder / "text.txt").write_text(" ".join(f"{i} and {i * i % 97} make {i + i * i % 97}." for i in range(100)))
   (folder / "held_out.txt").write_text("seven and nine make sixteen. " * 8)
   (folder / "sweep.txt").write_text(
-    "--retrofit.steps=6 --retrofit.seq_len=16 --retrofit.save_every=3 --retrofit.final_cr=1.5\n"
-    "--retrofit.steps_per_cr=8 --retrofit.learning_rate=0.1 --retrofit.compute_dtype=float32 --lora.rank=2\n"
-    "--eval.length=32 --eval.dtype=float32\n"
+    "--retrofit.seq_len=16 --retrofit.schedule.steps=6 --retrofit.schedule.final_cr=1.5\n"
+    "--retrofit.schedule.steps_per_cr=8 --retrofit.saving.save_every=3 --retrofit.optimizer.learning_rate=0.1\n"
+    "--retrofit.memory.compute_dtype=float32 --lora.rank=2 --eval.length=32 --eval.dtype=float32\n"
     "dms.window=2,4 eval.threshold=0,1e4\n"
     f"eval.retrofit={folder / 'broken'}  # noticed when it is loaded\n"
   )
@@ -349,7 +349,7 @@ def test_killed_resumed_and_one_fails(inputs, tmp_path):
   assert len(log.read_text().splitlines()) == 6 and not (log.parent / "state").exists()
 
   line = json.loads(done.stdout.splitlines()[-1])
-  assert line["config"]["dms.window"] == 64 and line["config"]["retrofit.steps"] == 6
+  assert line["config"]["dms.window"] == 64 and line["config"]["retrofit.schedule.steps"] == 6
   (error,) = line["failed"].values()
   assert list(line["failed"]) == [f"eval.retrofit={inputs / 'broken'}"]
   assert error.startswith("ValueError: ") and "params: damaged" in error

@@ -13,6 +13,7 @@ import pytest
 from experiments import bench_kernels
 from experiments.bench import cases, flex_attention, kernel_cases, kernel_tuning
 from experiments.bench.cases import Bar
+from experiments.reports import figures_bench
 from pallas_kernels import prefill
 from pallas_kernels.common import bench, tuned
 from pallas_kernels.decode import gpu
@@ -109,10 +110,10 @@ def test_pictures_show_what_was_measured(tmp_path):
   row = {"name": "decode_b32_cr8", "us": 60.0, "dense_us": 350.0, "floor_us": 43.0}
   growth = [{"name": f"growth_cr_{cr}", "axis": "CR", "value": cr, "us": 9.0, "floor_us": 5.0} for cr in (1, 4)]
   failed = {"name": "prefill_cr8", "error": "no"}
-  assert bench_kernels.picture(tmp_path / "bench.png", [row, failed, *growth], "cpu")
-  assert bench_kernels.growth_picture(tmp_path / "growth.png", [row, failed, *growth], "cpu")
-  assert bench_kernels.picture(tmp_path / "none.png", growth, "cpu") is None
-  assert bench_kernels.growth_picture(tmp_path / "none.png", [row], "cpu") is None
+  assert figures_bench.kernels(tmp_path / "bench.png", [row, failed, *growth], "cpu")
+  assert figures_bench.growth(tmp_path / "growth.png", [row, failed, *growth], "cpu")
+  assert figures_bench.kernels(tmp_path / "none.png", growth, "cpu") is None
+  assert figures_bench.growth(tmp_path / "none.png", [row], "cpu") is None
   assert all((tmp_path / name).stat().st_size > 0 for name in ("bench.png", "growth.png"))
 
 
@@ -152,7 +153,8 @@ def test_tuning_writes_a_winner_once_a_class(tmp_path, monkeypatch):
 def test_tuned_cases_have_sizes_and_a_class(name):
   case = kernel_cases.CASES[name]
   operation, shapes, default, groups, _ = kernel_tuning.subject(case)
-  assert operation == name.split("_")[0].replace("pages", "decode") and "H" in shapes
+  kind = name.split("_")[0].replace("pages", "decode").replace("retrofit", "window_bias")
+  assert operation == kind and "H" in shapes
   candidates = [sizes for group in groups for sizes in group(default)]
   assert len(candidates) > 5 and all(isinstance(sizes, type(default)) for sizes in candidates)
 
@@ -160,7 +162,7 @@ def test_tuned_cases_have_sizes_and_a_class(name):
 def test_measured_winners_fit_their_kernels():
   """Every entry of the shipped table names fields that there are, and says where it was measured."""
   kinds = {"decode": gpu.Blocks, "prefill": kernel_tuning.prefill_gpu.Blocks}
-  kinds["retrofit"] = kernel_tuning.retrofit_gpu.Blocks
+  kinds["window_bias"] = kernel_tuning.retrofit_gpu.Blocks
   for operations in tuned.table().values():
     for operation, entries in operations.items():
       for entry in entries.values():

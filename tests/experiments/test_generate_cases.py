@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import jax
@@ -16,8 +17,9 @@ from dms_jax.generation import decode as decoding
 from dms_jax.generation.decode import StopCriteria
 from dms_jax.generation.sampling import Sampling
 from experiments import bench_generate
-from experiments.bench import cases, generate_cases, generate_pictures, static_transformers, synthetic
+from experiments.bench import cases, generate_cases, static_transformers, synthetic
 from experiments.bench.generate_points import Bench, Energy, Point, Programs, Shape
+from experiments.reports import figures_bench, tables
 from pallas_kernels.common import compat
 from pallas_kernels.common.platform import tracing_for
 
@@ -31,7 +33,7 @@ def model():
 
 
 def policy(tokens: int = 64, cr: float = 4):
-  return synthetic.drawn_policy(TINY, tokens=tokens, cr=cr, window=WINDOW)
+  return synthetic.sampled_policy(TINY, tokens=tokens, cr=cr, window=WINDOW)
 
 
 # What is timed --------------------------------------------------------------------------------------------------------
@@ -41,29 +43,29 @@ def test_heads_hold_what_was_asked_for():
   """On the average as the CR says, each by its own rate, and none less than its window."""
   config = ModelConfig(num_layers=16, num_kv_heads=8, num_heads=8)
   model = dms_jax.model.Model({}, config, dms_jax.config.DMSConfig(window=64))
-  drawn = synthetic.drawn_policy(config, tokens=4096, cr=8, window=64)
-  archived, _ = synthetic.left_by(model, drawn, 4096)
+  sampled = synthetic.sampled_policy(config, tokens=4096, cr=8, window=64)
+  archived, _ = synthetic.left_by(model, sampled, 4096)
   held = archived + 65
   assert held.mean() == pytest.approx(512, rel=0.02) and held.min() >= 65
   assert np.log(held).std() == pytest.approx(synthetic.SPREAD, abs=0.15)
   again = synthetic.policy_of(held, tokens=4096, window=64)
-  np.testing.assert_allclose(again.rates, drawn.rates, atol=0.02)
+  np.testing.assert_allclose(again.rates, sampled.rates, atol=0.02)
   with pytest.raises(ValueError, match="CR 8 at 512 tokens leaves 64 a head, not more than the window's 65"):
-    synthetic.drawn_policy(config, tokens=512, cr=8, window=64)
+    synthetic.sampled_policy(config, tokens=512, cr=8, window=64)
 
 
 @pytest.mark.parametrize("kind", ["contiguous", "paged"])
 def test_a_filled_cache_is_as_reading_leaves_it(model, kind):
   """All that says where it stands; keys and values are random."""
-  tokens, drawn = 57, policy()
+  tokens, sampled = 57, policy()
   ids = np.random.default_rng(0).integers(0, TINY.vocab_size, tokens).tolist()
-  real = dms_jax.generate(model, [ids] * 2, policy=drawn, max_new_tokens=0, cache=kind).conversation.cache
+  real = dms_jax.generate(model, [ids] * 2, policy=sampled, max_new_tokens=0, cache=kind).conversation.cache
   if kind == "contiguous":
-    shape = synthetic.slots_shape(model, drawn, batch=2, longest=64)
+    shape = synthetic.slots_shape(model, sampled, batch=2, longest=64)
   else:
-    pages = 2 * synthetic.pages_for(model, drawn, tokens, 4)
-    shape = synthetic.pages_shape(model, drawn, batch=2, longest=64, pages=pages, page=4)
-  filled = synthetic.filled(shape, model, drawn, tokens=tokens)
+    pages = 2 * synthetic.pages_for(model, sampled, tokens, 4)
+    shape = synthetic.pages_shape(model, sampled, batch=2, longest=64, pages=pages, page=4)
+  filled = synthetic.filled(shape, model, sampled, tokens=tokens)
   for name in ("archived", "evicted", "seen"):
     np.testing.assert_array_equal(getattr(filled, name), getattr(real, name), err_msg=name)
   assert jax.tree.map(lambda x: (x.shape, x.dtype), filled) == jax.tree.map(lambda x: (x.shape, x.dtype), shape)
@@ -73,10 +75,10 @@ def test_a_filled_cache_is_as_reading_leaves_it(model, kind):
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_filled_pool_is_sound(model, shared):
   """A page has as many owners as refer to it; chains of one text refer to its full pages together."""
-  drawn, batch, size = policy(), 3, 4
-  pages = batch * synthetic.pages_for(model, drawn, 64, size) + 5
-  shape = synthetic.pages_shape(model, drawn, batch=batch, longest=64, pages=pages, page=size)
-  cache = synthetic.filled(shape, model, drawn, tokens=64, shared=shared)
+  sampled, batch, size = policy(), 3, 4
+  pages = batch * synthetic.pages_for(model, sampled, 64, size) + 5
+  shape = synthetic.pages_shape(model, sampled, batch=batch, longest=64, pages=pages, page=size)
+  cache = synthetic.filled(shape, model, sampled, tokens=64, shared=shared)
   table, owned = np.asarray(cache.table.pages), np.asarray(cache.table.owned)
   np.testing.assert_array_equal(owned, -(-np.asarray(cache.archived) // size))
   used = table[np.arange(table.shape[-1]) < owned[..., None]]
@@ -161,8 +163,8 @@ def test_cases_are_guarded_and_judged():
   assert good["bar"] == "x >= 1, y <= 1" and not good["reached"]
   assert [cases.measured(row) for row in (bad, good, late)] == [False, True, False]
   assert cases.judged({"x": None}, (cases.Bar("x", 1),)) == {"x": None}
-  text = cases.table(list(run.rows.values()), ("name", "case", "x"))
-  assert "ZeroDivisionError" in text and "| good | b | 1 |" in text
+  text = tables.of_mappings(list(run.rows.values()), ("name", "case", "x"))
+  assert "ZeroDivisionError" in text and "| good | b | 1 |" in re.sub(" +", " ", text)
 
 
 def test_later_runs_add_to_earlier_ones(tmp_path):
@@ -202,11 +204,11 @@ def test_pictures_show_what_was_measured(tmp_path):
   step = {"name": "step_b1_8k", "case": "B1 T8192", "ms": 1.2, "roofline_ms": 0.9, "of_roofline": 0.75}
   judged = {"name": "concurrency", "bar": "rows_ratio >= 7.5", "rows_ratio": 7.6, "reached": True}
   failed = {"name": "memory_8k", "error": "no"}
-  assert generate_pictures.bars(tmp_path / "a.png", [step, judged, failed], "here")
-  assert generate_pictures.bars(tmp_path / "none.png", [failed], "here") is None
+  assert figures_bench.decode_steps(tmp_path / "a.png", [step, judged, failed], "here")
+  assert figures_bench.decode_steps(tmp_path / "none.png", [failed], "here") is None
   series = {"dms": [[1.0, 10.0, 1, 1.0], [2.0, 20.0, 2, 1.5]], "dense": [[1.0, 5.0, 1, 1.0]]}
-  assert generate_pictures.scaling(tmp_path / "b.png", [{"name": "scaling_budget", "series": series}, failed], "here")
-  assert generate_pictures.scaling(tmp_path / "none.png", [failed], "here") is None
+  assert figures_bench.scaling(tmp_path / "b.png", [{"name": "scaling_budget", "series": series}, failed], "here")
+  assert figures_bench.scaling(tmp_path / "none.png", [failed], "here") is None
   assert not (tmp_path / "none.png").exists()
 
 

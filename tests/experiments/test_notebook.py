@@ -1,4 +1,4 @@
-"""The notebooks run from start to end in their own kernel, on a tiny checkpoint, and are stored without outputs."""
+"""Notebooks run from start to end in their own kernel, and are stored without outputs."""
 
 from __future__ import annotations
 

@@ -17,25 +17,27 @@ from dms_jax import masks
 from dms_jax import testing as tiny
 from dms_jax.evaluation import likelihood
 from dms_jax.model import Eviction, forward, unembed
-from dms_jax.tokenizer import byte_tokenizer
+from dms_jax.policies import DMS, H2O, Vanilla
+from dms_jax.tokenizer import Tokenizer, byte_tokenizer
 from experiments import evaluate
 from experiments.common import program
-from experiments.methods import run
+from experiments.methods import records, run
+from experiments.methods.records import Record
+from experiments.methods.summary import summarise
 from experiments.reports import plots
-from experiments.reports import tasks as report
-from experiments.tasks import TASKS
-from experiments.tasks.base import DataConfig, Question, ShotsConfig, TasksConfig
-from tests.experiments.test_tasks import SIX_LINES, write_gsm8k, write_mmlu
-from tests.helpers import save_checkpoints
+from experiments.tasks.base import Question, TasksConfig
+from experiments.tasks.gsm8k import GSM8K
+from experiments.tasks.needle import Needle
+from tests.helpers import SIX_LINES, save_checkpoints, write_gsm8k, write_mmlu
 
 ROOT = Path(__file__).parents[2]
 
 
-class Words:
+class Words(Tokenizer):
   """Cuts texts into words with the space before each, numbered as they first come."""
 
   def __init__(self):
-    self.ids: dict[str, int] = {}
+    object.__setattr__(self, "ids", {})  # a tokenizer is frozen
 
   def encode(self, text: str) -> list[int]:
     return [self.ids.setdefault(piece, len(self.ids)) for piece in re.findall(r" ?\S+|\s", text)]
@@ -107,53 +109,57 @@ def test_scores_of_a_question():
   assert (scored["acc"], scored["acc_norm"], scored["answer_loglik"]) == (0.0, 100.0, -3.0)
 
 
-def test_pairs_and_their_standard_errors():
-  before, after = np.array([100.0, 0.0, 100.0, 100.0]), np.array([100.0, 0.0, 0.0, 100.0])
-  held = np.full((2, 4, 3), 5)
-  outcomes = [
-    run.Outcome({"score": before}, None, np.full(4, 20), [{}] * 4),
-    run.Outcome({"score": after}, held, np.full(4, 20), [{}] * 4),
-  ]
-  methods = [run.Method("original", None), run.Method("folder/r at 0.5", None, 0.5)]
-  (row,) = run.compare(run.Job(TASKS["needle"], 128, []), methods, outcomes)
-  assert row["original"] == 75 and row["score"] == 50 and row["difference"] == 25 and row["achieved_cr"] == 4
-  assert row["original_se"] == pytest.approx(25) and row["score_se"] == pytest.approx(28.8675, abs=1e-4)
-  assert row["difference_se"] == pytest.approx(25) and row["original_at_least_60"] is True
-  assert "75.0 +- 25.0   yes r at 0.5" in report.line(row) and report.line(row).endswith("4.00")
-  (alone,) = run.compare(run.Job(TASKS["mmlu"], None, []), methods[:1], outcomes[:1])
-  assert "score" not in alone and "original_at_least_60" not in alone and report.line(alone).startswith("mmlu")
-
-
 # All of it ------------------------------------------------------------------------------------------------------------
 
 
-def test_every_contender_gets_the_same_samples_and_gates_act(models, tmp_path):
+def summary(job, methods, tokenizer, **settings):
+  """(summary entries by method and metric, records by method) of one job."""
+  found = [record for part in run.run(job, methods, tokenizer, **settings) for record in part]
+  entries = {(entry.method, entry.metric): entry for entry in summarise(found, "original")}
+  return entries, {m.name: [record for record in found if record.method == m.name] for m in methods}
+
+
+def test_every_method_gets_the_same_samples_and_gates_act(models, tmp_path):
   tokenizer = byte_tokenizer()
-  config = TasksConfig(
-    tasks=("gsm8k",),
-    limit=3,
-    data=DataConfig(gsm8k=str(write_gsm8k(tmp_path / "g.jsonl", 9))),
-    shots=ShotsConfig(gsm8k=2),
-  )
-  jobs = run.prepare(config, (512,), tokenizer, 4096)
+  task = GSM8K(str(write_gsm8k(tmp_path / "g.jsonl", 9)), shots=2)
+  (job,) = run.prepare([task], TasksConfig(limit=3), (512,), tokenizer, 4096)
   methods = [
-    run.Method("original", models[1], np.inf),
-    run.Method("never", models[1], np.inf),
-    run.Method("gates", models[1], 0.0),
+    run.Method("original", models[1], DMS(threshold=np.inf)),
+    run.Method("never", models[1], DMS(threshold=np.inf)),
+    run.Method("gates", models[1], DMS(threshold=0.0)),
   ]
-  ((rows, samples),) = run.run(jobs, methods, tokenizer, batch=2)
-  never, gates = rows
-  assert never["difference"] == 0 == never["difference_se"] and never["achieved_cr"] == 1
-  assert gates["achieved_cr"] > 1.2 and gates["difference"] != 0 and gates["samples"] == 3
-  assert [s["original"] for s in samples] == [s["never"] for s in samples]
-  assert gates["score"] == pytest.approx(np.mean([s["gates"]["answer_loglik"] for s in samples]))
+  entries, own = summary(job, methods, tokenizer, batch=2)
+  never, gates = entries["never", "answer_loglik"], entries["gates", "answer_loglik"]
+  assert never.difference == 0 == never.difference_se and never.achieved_cr == 1
+  assert gates.achieved_cr > 1.2 and gates.difference != 0 and gates.samples == 3
+  assert [record.grades for record in own["original"]] == [record.grades for record in own["never"]]
+  assert gates.mean == pytest.approx(np.mean([record.grades["answer_loglik"] for record in own["gates"]]))
+  assert own["gates"][0].budget == {"threshold": 0.0} and own["never"][0].budget == {}
+  with pytest.raises(ValueError, match=r"gsm8k: given continuations are scored under DMS or vanilla, not H2O \(h2o\)"):
+    summary(job, [run.Method("h2o", models[0], H2O(budget=8))], tokenizer)
+
+
+def test_what_is_there_is_not_answered_again(models):
+  tokenizer = byte_tokenizer()
+  (job,) = run.prepare([Needle()], TasksConfig(limit=3, seed=7), (560,), tokenizer, 4096)
+  method = run.Method("gates", models[1], DMS(threshold=0.0), checkpoint="mine")
+  parts = list(run.run(job, [method], tokenizer, batch=2))
+  assert [len(part) for part in parts] == [2, 1]
+  whole = [record for part in parts for record in part]
+  assert [record.prompt for record in whole] == [0, 1, 2] and whole[0].seed == 7
+  assert whole[0].settings == f"{job.content}-mine"
+  for record in whole:
+    assert 1 < record.achieved_cr < record.tokens and record.peak <= record.tokens and 0 < record.reads
+    assert record.max_tokens == 128 and record.length == 560 and isinstance(record.text, str)
+  (rest,) = run.run(job, [method], tokenizer, batch=2, done=[whole[0], whole[2]])
+  assert [record.prompt for record in rest] == [1] and rest[0].text == whole[1].text
+  assert not list(run.run(job, [method], tokenizer, done=whole))
 
 
 def test_too_many_shots_for_the_context(tmp_path):
-  path = write_gsm8k(tmp_path / "g.jsonl", 120)
-  config = TasksConfig(tasks=("gsm8k",), limit=1, data=DataConfig(gsm8k=str(path)), shots=ShotsConfig(gsm8k=110))
-  with pytest.raises(ValueError, match=r"--shots.gsm8k: a question with its shots has \d+ tokens; the model's context"):
-    run.prepare(config, (), byte_tokenizer(), 4096)
+  task = GSM8K(str(write_gsm8k(tmp_path / "g.jsonl", 120)), shots=110)
+  with pytest.raises(ValueError, match=r"--gsm8k.shots: a question with its shots has \d+ tokens; the model's context"):
+    run.prepare([task], TasksConfig(limit=1), (), byte_tokenizer(), 4096)
 
 
 @pytest.fixture(scope="module")
@@ -172,35 +178,35 @@ def test_every_model_has_a_name_of_its_own(models, tmp_path):
   names = [config.name("folder/r/", at) for at in config.thresholds]
   assert names == ["folder/r at 0", "folder/r at 0.5"]
   assert evaluate.Config(checkpoint="base", retrofit=("r",)).name("r", 0.0) == "r"
-  for wrong in ({"retrofit": ("r", "./r")}, {"retrofit": ("original",)}, {"retrofit": ("task",)},
+  for wrong in ({"retrofit": ("r", "./r")}, {"retrofit": ("original",)},
                 {"retrofit": ("r",), "thresholds": (1.0, 1.0)}):  # fmt: skip
-    with pytest.raises(ValueError, match=r"--retrofit, --thresholds: .* would be the name of several things"):
+    with pytest.raises(ValueError, match=r"--retrofit, --thresholds: .* would be the name of several methods"):
       evaluate.Config(checkpoint="base", **wrong)
 
-  data = DataConfig(gsm8k=str(write_gsm8k(tmp_path / "g.jsonl", 2)))
-  jobs = run.prepare(TasksConfig(tasks=("gsm8k",), data=data, shots=ShotsConfig(gsm8k=0)), (), byte_tokenizer(), 4096)
+  task = GSM8K(str(write_gsm8k(tmp_path / "g.jsonl", 2)), shots=0)
+  (job,) = run.prepare([task], TasksConfig(), (), byte_tokenizer(), 4096)
   methods = [
-    run.Method("original", models[0]),
-    *(run.Method(n, models[1], at) for n, at in zip(names, (0.0, 1e4), strict=True)),
+    run.Method("original", models[0], Vanilla()),
+    *(run.Method(n, models[1], DMS(threshold=at)) for n, at in zip(names, (0.0, 1e4), strict=True)),
   ]
-  ((rows, samples),) = run.run(jobs, methods, byte_tokenizer(), batch=2)
-  assert [row["retrofit"] for row in rows] == names and report.label(rows[1]) == "r at 0.5"
-  for row in rows:  # each keeps its own samples
-    assert row["score"] == pytest.approx(np.mean([s[row["retrofit"]]["answer_loglik"] for s in samples]))
-  assert rows[0]["score"] != rows[1]["score"]
+  entries, own = summary(job, methods, byte_tokenizer(), batch=2)
+  for name in names:  # each keeps its own samples
+    score = np.mean([record.grades["answer_loglik"] for record in own[name]])
+    assert entries[name, "answer_loglik"].mean == pytest.approx(score)
+  assert entries[names[0], "answer_loglik"].mean != entries[names[1], "answer_loglik"].mean
   with pytest.raises(ValueError, match=r"\['original'\] would be the name"):
-    next(run.run(jobs, methods[:1] * 2, byte_tokenizer()))
+    next(run.run(job, methods[:1] * 2, byte_tokenizer()))
 
 
 def test_the_picture_of_a_text_tells_retrofits_of_one_folder_name_apart(tmp_path, monkeypatch):
-  drawn = []
-  monkeypatch.setattr(plots, "ablation", lambda path, rows, x, title: drawn.extend(rows) or str(path))
-  row = {"threshold": 0.0, "length": 8, "achieved_cr": 2.0}
-  rows = [{**row, "retrofit": name} for name in ("a/final", "b/final")]
-  config = evaluate.Config("model", retrofit=("a/final", "b/final"))
-  assert evaluate.text_picture(config, tmp_path / "x.png", rows, "title") == str(tmp_path / "x.png")
-  assert [row["line"] for row in drawn] == ["a/final", "b/final"]
-  assert evaluate.text_picture(config, tmp_path / "x.png", rows[:1], "title") is None
+  shown = []
+  monkeypatch.setattr(plots, "ablation", lambda path, rows, x, title: shown.extend(rows) or str(path))
+  quality = {"length": 8, "chunks": 2, "perplexity_original": 10.0, "perplexity": 11.0, "kl": 0.5, "achieved_cr": 2.0}
+  entries = [entry for name in ("a/final", "b/final") for entry in evaluate.text_entries(name, quality)]
+  assert evaluate.text_picture(tmp_path / "x.png", entries, "title") == str(tmp_path / "x.png")
+  assert [row["line"] for row in shown] == ["a/final", "b/final"]
+  assert shown[0]["perplexity_change"] == pytest.approx(0.1) and shown[0]["achieved_cr"] == 2.0
+  assert evaluate.text_picture(tmp_path / "x.png", entries[:3], "title") is None
 
 
 def test_settings_of_the_program_that_cannot_be():
@@ -215,27 +221,40 @@ def test_settings_of_the_program_that_cannot_be():
 
 
 def test_a_killed_run_keeps_its_finished_tasks(checkpoints, tmp_path, monkeypatch):
-  data = DataConfig(gsm8k=str(write_gsm8k(tmp_path / "g.jsonl", 2)))
   base, output = str(checkpoints[0]), tmp_path / "o" / "e.json"
   settings = {
     evaluate.Config: evaluate.Config(checkpoint=base, lengths=(600,), output=str(output)),
-    TasksConfig: TasksConfig(tasks=("gsm8k", "needle"), limit=1, data=data, shots=ShotsConfig(gsm8k=0)),
+    TasksConfig: TasksConfig(tasks=("gsm8k", "needle"), limit=1),
+    GSM8K: GSM8K(str(write_gsm8k(tmp_path / "g.jsonl", 2)), shots=0),
+    Needle: Needle(),
   }
+  real = run.run
 
-  def killed(jobs, methods, *_, **__):
-    outcome = run.Outcome({"answer_loglik": np.array([-1.0])}, None, np.array([9]), [{}])
-    yield run.compare(jobs[0], methods, [outcome]), [{"task": "gsm8k", "number": 0}]
-    raise KeyboardInterrupt
+  def killed(job, methods, *_, **__):
+    if job.task.name == "needle":
+      raise KeyboardInterrupt
+    made = run.settings_of(job, methods[0])
+    yield [Record("original", "gsm8k", None, {}, 1, 0, 42, 0, 0, made, 9, None, None, 1.0, {"answer_loglik": -1.0})]
 
   monkeypatch.setattr(program, "read_flags", lambda prefix, cls: settings[cls])
   monkeypatch.setattr(run, "run", killed)
   with pytest.raises(KeyboardInterrupt):
     evaluate.main()
   saved = json.loads(output.read_text())
-  assert [row["original"] for row in saved["tasks"]] == [-1.0]
-  assert json.loads(output.with_suffix(".jsonl").read_text()) == {"task": "gsm8k", "number": 0}
+  assert [row["mean"] for row in saved["summary"]] == [-1.0]
+  (record,) = records.read(output.with_suffix(".jsonl"))
+  assert (record.task, record.prompt, record.grades) == ("gsm8k", 0, {"answer_loglik": -1.0})
   assert all(not path.name.startswith(".") for path in output.parent.iterdir())
   assert output.with_suffix(".png").exists() == (plots.pyplot() is not None)
+
+  monkeypatch.setattr(run, "run", real)
+  monkeypatch.setattr(program, "finish", lambda result: None)
+  evaluate.main()  # goes on: what was recorded stays as it was
+  assert [row["mean"] for row in json.loads(output.read_text())["summary"] if row["task"] == "gsm8k"] == [-1.0]
+  assert [record.task for record in records.read(output.with_suffix(".jsonl"))] == ["gsm8k", "needle"]
+  settings[GSM8K] = GSM8K(settings[GSM8K].data, shots=1)
+  with pytest.raises(ValueError, match="holds records of original on gsm8k made with other settings"):
+    evaluate.main()
 
   (tmp_path / "latin").write_bytes(b"caf\xe9")
   settings[evaluate.Config] = evaluate.Config(checkpoint=base, text=str(tmp_path / "latin"))
@@ -248,32 +267,36 @@ def test_the_program(tmp_path, checkpoints):
   (tmp_path / "h.txt").write_text(SIX_LINES)
   command = [
     sys.executable, "-m", "experiments.evaluate", f"--checkpoint={base}", f"--retrofit={retrofit}", "--batch=2",
-    "--dtype=float32", "--tasks=needle,hellaswag,mmlu", "--limit=2", "--lengths=600", "--shots.hellaswag=1",
-    "--shots.mmlu=1", f"--data.hellaswag={tmp_path / 'h.txt'}", f"--data.mmlu={write_mmlu(tmp_path / 'mmlu')}",
+    "--dtype=float32", "--tasks=needle,hellaswag,mmlu", "--limit=2", "--lengths=600", "--hellaswag.shots=1",
+    "--mmlu.shots=1", f"--hellaswag.data={tmp_path / 'h.txt'}", f"--mmlu.data={write_mmlu(tmp_path / 'mmlu')}",
   ]  # fmt: skip
   env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
   done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, cwd=tmp_path)
   assert done.returncode == 0, done.stderr
   result = json.loads(done.stdout.splitlines()[-1])
-  rows = {(row["task"], row["metric"]): row for row in result["tasks"]}
+  name = str(retrofit)
+  rows = {(row["task"], row["metric"]): row for row in result["summary"] if row["method"] == name}
   assert set(rows) == {
     ("needle", "score"), ("hellaswag", "acc"), ("hellaswag", "acc_norm"), ("hellaswag", "answer_loglik"),
     ("mmlu", "acc"), ("mmlu", "answer_loglik"),
   }  # fmt: skip
-  needle_row = rows["needle", "score"]
-  assert needle_row["length"] == 600 and needle_row["original_at_least_60"] is False
+  assert len(result["summary"]) == 2 * len(rows) and rows["needle", "score"]["length"] == 600
   assert all(row["samples"] == 2 and row["achieved_cr"] > 1.05 for row in rows.values())
+  assert all(row["difference"] is not None and row["difference_se"] is not None for row in rows.values())
   saved = json.loads((tmp_path / result["saved"]).read_text())
-  assert saved["tasks"] == result["tasks"] and saved["config"]["limit"] == 2
+  assert saved["summary"] == result["summary"] and saved["config"]["limit"] == 2
   assert re.fullmatch(r"runs/evaluate/checkpoint=base,.*-[0-9a-f]{8}/evaluate.json", result["saved"])
-  samples = [json.loads(line) for line in (tmp_path / result["samples"]).read_text().splitlines()]
-  assert len(samples) == 6 and samples[0]["task"] == "needle" and set(samples[0]["original"]) == {"score", "text"}
-  assert sum("needle" in line and "600" in line for line in done.stdout.splitlines()[:-1]) == 1
+  found = records.read(tmp_path / result["records"])
+  assert len(found) == 2 * 6 and (found[0].method, found[0].task) == ("original", "needle")
+  again = summarise(found, "original")
+  assert [program.to_plain(entry) for entry in again] == saved["summary"]  # every table is redrawn from the records
+  shown = [line for line in done.stdout.splitlines()[:-1] if "needle" in line and "600" in line]
+  assert len(shown) == 2 and all("original below 60" in line for line in shown)
   if plots.pyplot() is not None:
     assert (tmp_path / result["picture"]).read_bytes().startswith(b"\x89PNG")
 
   refused = subprocess.run(
-    [*command, "--data.hellaswag=none"], env=env, capture_output=True, text=True, timeout=300, cwd=tmp_path
+    [*command, "--hellaswag.data=none"], env=env, capture_output=True, text=True, timeout=300, cwd=tmp_path
   )
-  assert refused.returncode == 1 and "error: --data.hellaswag=none: nothing there" in refused.stderr
+  assert refused.returncode == 1 and "error: --hellaswag.data=none: nothing there" in refused.stderr
   assert "Traceback" not in refused.stderr

@@ -12,22 +12,28 @@ from pathlib import Path
 import pytest
 
 from dms_jax.tokenizer import byte_tokenizer
-from experiments.tasks import get, gsm8k, hellaswag, mmlu, needle, retrieval, tracking
-from experiments.tasks.base import DataConfig, NeedleConfig, ShotsConfig, TasksConfig, TrackingConfig, drawn, shots_of
+from experiments.tasks import get, retrieval
+from experiments.tasks.base import TasksConfig, sampled, shots_of
+from experiments.tasks.gsm8k import GSM8K
+from experiments.tasks.hellaswag import HellaSwag
+from experiments.tasks.mmlu import MMLU
+from experiments.tasks.needle import Needle
+from experiments.tasks.tracking import Tracking
+from tests.helpers import SIX_LINES, write_gsm8k, write_mmlu
 
 ROOT = Path(__file__).parents[2]
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
 
-def made(task, seed=3, **settings):
-  return task.sample(TasksConfig(**settings), random.Random(seed), 4096, lambda build, limit, smallest: smallest)
+def made(task, seed=3):
+  return task.sample(random.Random(seed), 4096, lambda build, limit, smallest: smallest)
 
 
 # Retrieval ------------------------------------------------------------------------------------------------------------
 
 
 def test_needle_s_text():
-  hidden = made(needle.NEEDLE)
+  hidden = made(Needle())
   (value,) = hidden.references
   key = re.search(r"magic number for (\S+) mentioned", hidden.prefix)[1]
   assert re.fullmatch(r"[1-9]\d{6}", value) and re.fullmatch(r"[a-z]+-[a-z]+", key)
@@ -46,7 +52,7 @@ def test_needle_s_text():
 
 
 def test_needle_s_text_in_the_plural():
-  hidden = made(needle.NEEDLE, needle=NeedleConfig(keys=3, values=2, queries=2))
+  hidden = made(Needle(keys=3, values=2, queries=2))
   text = hidden.prompt(40)
   found = dict.fromkeys(re.findall(r"numbers for (\S+) is: (\d{7})\.\n", text))
   keys = list(dict.fromkeys(key for key, _ in found))
@@ -65,16 +71,16 @@ def test_needle_s_text_in_the_plural():
 def test_needles_lie_at_forty_depths():
   depths = set()
   for seed in range(150):
-    lines = made(needle.NEEDLE, seed).prompt(1000).split("\n")[1:-1]
+    lines = made(Needle(), seed).prompt(1000).split("\n")[1:-1]
     depths.add(next(i for i, text in enumerate(lines) if text != NOISE))
   assert depths <= {10 * round(i * 100 / 39) for i in range(40)} and len(depths) > 30
   assert {0, 1000} <= depths
 
 
 def test_tracking_s_text():
-  text = made(tracking.TRACKING).prompt(5)
+  text = made(Tracking()).prompt(5)
   example, _, asked = text.partition("\n\n\n\n")
-  assert len(made(tracking.TRACKING).references) == 5
+  assert len(made(Tracking()).references) == 5
   for part, letters in ((example, 3), (asked, 5)):
     value = re.search(r"VAR [A-Z]+ = (\d{5}) ", part)[1]
     assigned = re.findall(r"VAR ([A-Z]+) = VAR ([A-Z]+)  ?", part)
@@ -100,11 +106,11 @@ def test_tracking_s_text():
       assert part == f"{expected}{prefix} {' '.join(names)}"
     else:
       assert part == expected
-      assert made(tracking.TRACKING).prefix == prefix and made(tracking.TRACKING).references == tuple(names)
+      assert made(Tracking()).prefix == prefix and made(Tracking()).references == tuple(names)
 
 
 def test_tracking_s_other_chains_have_other_values():
-  hidden = made(tracking.TRACKING, tracking=TrackingConfig(chains=3, hops=2))
+  hidden = made(Tracking(chains=3, hops=2))
   asked = hidden.prompt(9).partition("\n\n\n\n")[2]
   assert len(set(re.findall(r"VAR [A-Z]{5} = (\d{5})", asked))) == 3
   assert len(re.findall(r"VAR [A-Z]{5} = VAR", asked)) == 6 and len(hidden.references) == 3
@@ -115,13 +121,13 @@ def test_tracking_s_other_chains_have_other_values():
 @pytest.mark.parametrize("length", [2500, 6000])
 def test_prompts_fill_their_length(name, length):
   tokenizer, config = byte_tokenizer(), TasksConfig(limit=3)
-  prompts = retrieval.prompts(get(name), config, tokenizer, length, 8192)
+  prompts = retrieval.prompts(get(name)(), config, tokenizer, length, 8192)
   assert all(0.95 * length < len(p.tokens) <= length for p in prompts)
-  assert prompts == retrieval.prompts(get(name), config, tokenizer, length, 8192)
+  assert prompts == retrieval.prompts(get(name)(), config, tokenizer, length, 8192)
   assert len({p.references for p in prompts}) == 3
-  other = retrieval.prompts(get(name), TasksConfig(limit=3, seed=1), tokenizer, length, 8192)
+  other = retrieval.prompts(get(name)(), TasksConfig(limit=3, seed=1), tokenizer, length, 8192)
   assert all(a.references != b.references for a, b in zip(prompts, other, strict=True))
-  whole = retrieval.prompts(get(name), config, tokenizer, length, length)  # the answer must fit the context too
+  whole = retrieval.prompts(get(name)(), config, tokenizer, length, length)  # the answer must fit the context too
   room = length - get(name).new_tokens
   assert all(room - 0.05 * length < len(p.tokens) <= room and p.tokens == tokenizer.encode(p.text) for p in whole)
   assert [p.references for p in whole] == [p.references for p in prompts]
@@ -129,14 +135,14 @@ def test_prompts_fill_their_length(name, length):
 
 def test_lengths_that_cannot_be():
   with pytest.raises(ValueError, match=r"--lengths=300 is too short for tracking: its shortest prompt has \d+ tokens"):
-    retrieval.prompts(get("tracking"), TasksConfig(limit=1), byte_tokenizer(), 300, 8192)
+    retrieval.prompts(get("tracking")(), TasksConfig(limit=1), byte_tokenizer(), 300, 8192)
   with pytest.raises(ValueError, match="--lengths=9000: the model's context is 8192 tokens"):
-    retrieval.prompts(get("needle"), TasksConfig(limit=1), byte_tokenizer(), 9000, 8192)
+    retrieval.prompts(get("needle")(), TasksConfig(limit=1), byte_tokenizer(), 9000, 8192)
 
 
 def test_the_first_prompt_of_the_default_seed():
   """Python's generator gives the same on every version: figures of different machines speak of the same samples."""
-  prompt = retrieval.prompts(get("needle"), TasksConfig(limit=1), byte_tokenizer(), 560, 8192)[0]
+  prompt = retrieval.prompts(get("needle")(), TasksConfig(limit=1), byte_tokenizer(), 560, 8192)[0]
   assert prompt.references == ("6104922",)
   assert (
     prompt.text
@@ -167,9 +173,6 @@ def test_share_found_ignores_case():
 
 # Likelihood tasks -----------------------------------------------------------------------------------------------------
 
-SIX_LINES = "".join(
-  f"Act {i}: First {i}. she\n{i % 4}\n" + "".join(f"end {i}{letter}.\n" for letter in "abcd") for i in range(4)
-)
 MARKED = {
   "activity_label": "Cooking",
   "ctx_a": "How to cook rice. [title] Wash it. [step] Take water.",
@@ -183,42 +186,25 @@ def test_hellaswag_s_layout(tmp_path):
   packed, plain = tmp_path / "a.txt.bz2", tmp_path / "a.txt"
   packed.write_bytes(bz2.compress(SIX_LINES.encode()))
   plain.write_text(SIX_LINES)
-  config = TasksConfig(data=DataConfig(hellaswag=str(packed)), shots=ShotsConfig(hellaswag=2))
-  asked = hellaswag.questions(config)
-  assert asked == hellaswag.questions(TasksConfig(data=DataConfig(hellaswag=str(plain)), shots=config.shots))
+  asked = HellaSwag(str(packed), shots=2).questions(TasksConfig())
+  assert asked == HellaSwag(str(plain), shots=2).questions(TasksConfig())
   assert [q.answer for q in asked] == [0, 1, 2, 3]
   assert asked[2].choices == ("end 2a.", "end 2b.", "end 2c.", "end 2d.")
   *shots, last = asked[2].context.split("\n\n")
   assert last == "Act 2: First 2. she" and len(set(shots)) == 2 and last not in " ".join(shots)
   assert set(shots) <= {f"Act {i}: First {i}. she end {i}{'abcd'[i]}." for i in (0, 1, 3)}
-  none = TasksConfig(data=config.data, shots=ShotsConfig(hellaswag=0))
-  assert hellaswag.questions(none)[1].context == "Act 1: First 1. she"
+  assert HellaSwag(str(packed), shots=0).questions(TasksConfig())[1].context == "Act 1: First 1. she"
 
 
 def test_hellaswag_s_official_file_is_cleaned(tmp_path):
   (tmp_path / "val.jsonl").write_text(json.dumps(MARKED) + "\n")
-  config = TasksConfig(data=DataConfig(hellaswag=str(tmp_path / "val.jsonl")), shots=ShotsConfig(hellaswag=0))
-  (question,) = hellaswag.questions(config)
+  (question,) = HellaSwag(str(tmp_path / "val.jsonl"), shots=0).questions(TasksConfig())
   assert question.context == "Cooking: How to cook rice. . Wash it. Take water. You".replace("rice. . ", "rice.. ")
   assert question.choices == (" boil it.", "b", "c", "d") and question.answer == 3
 
 
-def write_mmlu(folder: Path) -> Path:
-  for part, count in (("dev", 3), ("test", 2)):
-    (folder / part).mkdir(parents=True)
-    rows = "".join(f'" Q{part}{i}, ""so""? ",w{i},x{i},"y, {i}",z{i},{i % 4}\n' for i in range(count))
-    (folder / part / f"high_school_physics_{part}.csv").write_text(
-      "question,choice0,choice1,choice2,choice3,answer\n" + rows
-    )
-    (folder / part / f"anatomy_{part}.csv").write_text(
-      "".join(f"q{part}{i},a,b,c,d,{'ABCD'[i]}\n" for i in range(count))
-    )
-  return folder
-
-
 def test_mmlu_s_layout(tmp_path):
-  config = TasksConfig(data=DataConfig(mmlu=str(write_mmlu(tmp_path))), shots=ShotsConfig(mmlu=2))
-  asked = mmlu.questions(config)
+  asked = MMLU(str(write_mmlu(tmp_path)), shots=2).questions(TasksConfig())
   assert len(asked) == 4 and [q.answer for q in asked] == [0, 1, 0, 1]
   assert asked[0].context == (
     "The following are multiple choice questions (with answers) about anatomy.\n\n"
@@ -233,20 +219,9 @@ def test_mmlu_s_layout(tmp_path):
   assert asked[0].choices == ("A", "B", "C", "D")
 
 
-def write_gsm8k(path: Path, count: int = 4) -> Path:
-  path.write_text(
-    "".join(
-      json.dumps({"question": f"How many {i}? ", "answer": f"{i}+{i} = <<{i}+{i}={2 * i}>>{2 * i}.\n#### {2 * i}"})
-      + "\n"
-      for i in range(count)
-    )
-  )
-  return path
-
-
 def test_gsm8k_s_layout(tmp_path):
   path = write_gsm8k(tmp_path / "test.jsonl", 3)
-  asked = gsm8k.questions(TasksConfig(data=DataConfig(gsm8k=str(path)), shots=ShotsConfig(gsm8k=1)))
+  asked = GSM8K(str(path), shots=1).questions(TasksConfig())
   assert [q.choices for q in asked] == [(f"{i}+{i} = {2 * i}.\n#### {2 * i}",) for i in range(3)]
   shot, question = asked[1].context.split("\n\n")
   assert question == "Question: How many 1?\nAnswer:"
@@ -255,8 +230,8 @@ def test_gsm8k_s_layout(tmp_path):
 
 def test_choices_by_seed():
   config = TasksConfig(limit=5)
-  assert drawn(100, config) == drawn(100, config) != drawn(100, TasksConfig(limit=5, seed=1))
-  assert drawn(3, config) == [0, 1, 2] and drawn(7, TasksConfig()) == list(range(7))
+  assert sampled(100, config) == sampled(100, config) != sampled(100, TasksConfig(limit=5, seed=1))
+  assert sampled(3, config) == [0, 1, 2] and sampled(7, TasksConfig()) == list(range(7))
   records = list(range(30))
   for question in (0, 17, 29):
     shots = shots_of(records, question, 29, "x", 42)
@@ -288,7 +263,7 @@ def broken(text: str, line: int, new: str | None) -> str:
       "line 2: a record needs 'question' (str)",
     ),
     ("gsm8k", "g.jsonl", '{"question": "a", "answer": "b"}\n[]', "line 2: a record needs 'question' (str)"),
-    ("gsm8k", "g.jsonl", '{"question": "a", "answer": "b"}\n' * 5, "--shots.gsm8k=5 needs more records than the 5"),
+    ("gsm8k", "g.jsonl", '{"question": "a", "answer": "b"}\n' * 5, "--gsm8k.shots=5 needs more records than the 5"),
     ("mmlu", "test/anatomy_test.csv", "q,a,b,c,d,A\nq,a,b,c,2\n", "anatomy_test.csv, line 2: 5 fields"),
     ("mmlu", "test/anatomy_test.csv", 'q,a,b,c,d,A\nq,"a\n', "line 2: not CSV"),
     ("mmlu", "dev/anatomy_dev.csv", "q,a,b,c,d,E\n", "anatomy_dev.csv, line 1: the answer must be 0-3 or A-D, not 'E'"),
@@ -298,35 +273,34 @@ def broken(text: str, line: int, new: str | None) -> str:
 def test_malformed_files_name_flag_and_line(tmp_path, task, file, text, message):
   root = write_mmlu(tmp_path / "mmlu") if task == "mmlu" else tmp_path
   (root / file).write_text(text)
-  data = DataConfig(**{task: str(root if task == "mmlu" else root / file)})
-  config = TasksConfig(data=data, shots=ShotsConfig(mmlu=2))
+  settings = dict(data=str(root), shots=2) if task == "mmlu" else dict(data=str(root / file))
   with pytest.raises(ValueError) as caught:
-    get(task).questions(config)
+    get(task)(**settings).questions(TasksConfig())
   assert message in str(caught.value) and (
-    f"--data.{task}" in str(caught.value) or f"--shots.{task}" in str(caught.value)
+    f"--{task}.data" in str(caught.value) or f"--{task}.shots" in str(caught.value)
   )
 
 
 def test_missing_files_name_the_flag(tmp_path):
   for task in ("hellaswag", "mmlu", "gsm8k"):
-    with pytest.raises(ValueError, match=f"--data.{task}=PATH is needed"):
-      get(task).questions(TasksConfig())
-    with pytest.raises(ValueError, match=rf"--data.{task}=\S+none: nothing there"):
-      get(task).questions(TasksConfig(data=DataConfig(**{task: str(tmp_path / "none")})))
-  with pytest.raises(ValueError, match=r"--data.gsm8k=.*a folder, where a file is expected"):
-    get("gsm8k").questions(TasksConfig(data=DataConfig(gsm8k=str(tmp_path))))
+    with pytest.raises(ValueError, match=f"--{task}.data=PATH is needed"):
+      get(task)().questions(TasksConfig())
+    with pytest.raises(ValueError, match=rf"--{task}.data=\S+none: nothing there"):
+      get(task)(data=str(tmp_path / "none")).questions(TasksConfig())
+  with pytest.raises(ValueError, match=r"--gsm8k.data=.*a folder, where a file is expected"):
+    GSM8K(data=str(tmp_path)).questions(TasksConfig())
   with pytest.raises(ValueError, match=r"no test/SUBJECT_test.csv there"):
-    get("mmlu").questions(TasksConfig(data=DataConfig(mmlu=str(tmp_path))))
-  with pytest.raises(ValueError, match="--tasks: unknown task 'piqa'; there are needle, tracking, hellaswag"):
+    MMLU(data=str(tmp_path)).questions(TasksConfig())
+  with pytest.raises(ValueError, match="--tasks: unknown task 'piqa'; there are gsm8k, hellaswag, mmlu, needle, trac"):
     get("piqa")
 
 
 def test_settings_that_cannot_be():
   for make, message in (
-    (lambda: ShotsConfig(mmlu=-1), "--shots.mmlu=-1"),
-    (lambda: NeedleConfig(keys=1, queries=2), "--needle.queries=2"),
-    (lambda: NeedleConfig(keys=21, values=2), "--needle.keys=21 x --needle.values=2"),
-    (lambda: TrackingConfig(hops=0), "--tracking.hops=0"),
+    (lambda: MMLU(shots=-1), "--mmlu.shots=-1"),
+    (lambda: Needle(keys=1, queries=2), "--needle.queries=2"),
+    (lambda: Needle(keys=21, values=2), "--needle.keys=21 x --needle.values=2"),
+    (lambda: Tracking(hops=0), "--tracking.hops=0"),
     (lambda: TasksConfig(limit=-2), "--limit=-2"),
   ):
     with pytest.raises(ValueError, match=message):

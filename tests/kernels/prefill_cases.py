@@ -12,7 +12,7 @@ from tests.kernels.suite import float64, normal
 def text(tokens, prefix, heads, group, size, window, rate, dtype, batch=1, shuffle=False, seed=0):
   """Arguments of prefill attention: `tokens` queries after `prefix` cached tokens, keys evicted at random.
 
-  Cached keys outside the window are dead where evicted and readable by all where not, NaN and last as in an archive.
+  Cached keys outside the window come last, as in an archive: evicted ones are dead and NaN, the others always visible.
   """
   rng = np.random.default_rng(seed)
   total = prefix + tokens

@@ -1,7 +1,7 @@
 """Cases and checks shared by every implementation of the three operations.
 
-A suite is parametrised by the implementation's name: a backend joins by adding its name (and, off its hardware, the
-context that interprets it) to `IMPLEMENTATIONS` of its operation. A refusal (NotImplementedError with a reason) skips.
+Suites are parametrised by implementation. A backend joins by adding its name, and the context that interprets it on
+other hardware, to `IMPLEMENTATIONS` of the suite. A refusal (NotImplementedError with a reason) is a skip.
 """
 
 from __future__ import annotations
@@ -9,21 +9,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dms_jax import cache as caches
-from dms_jax import policies
-from dms_jax.config import PRESETS, DMSConfig
-from dms_jax.model import Model, cached_forward
-from dms_jax.params import map_table, param_table
 from pallas_kernels.common import compat, compat_tpu
 
-# Error allowed against float64, of unit-sized values: float32 sums; 16-bit types round the weights and the output.
+# Error allowed against float64 for values of size 1: sums are float32, 16-bit types round the weights and the output.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}
 
 
@@ -33,14 +27,14 @@ class Backend:
 
   name: str
   context: type = contextlib.nullcontext
-  dtype: str = "float32"  # what a test that needs no particular one gives it
+  dtype: str = "float32"  # in tests that are not about dtypes
 
   def __str__(self):
     return self.name
 
   @property
   def interpreted(self) -> bool:
-    """Slow: suites try fewer combinations."""
+    """Whether it is slow, so that suites try fewer combinations."""
     return self.context is not contextlib.nullcontext
 
 
@@ -50,23 +44,9 @@ needs_mosaic_gpu = pytest.mark.skipif(
 )
 
 
-def lowered_for_cuda(tokens: int, kind: str = "slots", **options) -> str:
-  """SmolLM2's step of `tokens` tokens a row into a cache of a kind, lowered for a Hopper GPU that is not there."""
-  config, dms, struct = PRESETS["smollm2-135m"], DMSConfig(window=64), jax.ShapeDtypeStruct
-  params = map_table(lambda _, spec: struct(spec.shape, jnp.bfloat16), param_table(config, dms))
-  sizes = dict(batch=4, capacity=1024, window=64, lag=1, dtype=jnp.bfloat16)
-  cache = jax.eval_shape(partial(caches.create, kind, config, **sizes, **options))
-  as_on_a_gpu = lambda x: struct(x.shape, jnp.bfloat16) if x.dtype == jnp.uint16 else x  # not as bits, as on a CPU
-  cache = jax.tree.map(as_on_a_gpu, cache)
-  policy = policies.DMS(window=64, threshold=struct((), jnp.float32))
-  arguments = Model(params, config, dms), policy, cache, struct((4, tokens), jnp.int32), struct((4,), jnp.int32)
-  with compat.assume_hopper():
-    return jax.jit(cached_forward, donate_argnums=2).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-
-
 @contextlib.contextmanager
 def interpreted_tpu():
-  """JAX's interpreter of TPU kernels, compiled quickly: each case compiles anew, and runs once or twice."""
+  """JAX's interpreter of TPU kernels without optimisations: each case compiles anew, and runs once or twice."""
   jax.config.update("jax_disable_most_optimizations", True)
   try:
     with compat_tpu.interpret_mode():
@@ -77,8 +57,7 @@ def interpreted_tpu():
 
 @contextlib.contextmanager
 def on_hopper():
-  """The Hopper kernels as they are compiled, where this is such a GPU (JAX_PLATFORMS=cuda), else JAX's interpreter of
-  them, with race detection."""
+  """The compiled Hopper kernels on such a GPU (JAX_PLATFORMS=cuda), otherwise JAX's interpreter with race detection."""
   if jax.default_backend() == "gpu":
     yield
     return
@@ -108,7 +87,7 @@ def assert_close(actual, expected, dtype):
 
 
 def float64(*arrays):
-  """The very numbers the implementation saw, as float64."""
+  """The exact numbers that the implementation saw, as float64."""
   return tuple(
     np.asarray(x.astype(jnp.float32), np.float64) if x.dtype == jnp.bfloat16 else np.asarray(x, np.float64)
     for x in arrays

@@ -15,7 +15,7 @@ from tests.kernels.suite import Backend, assert_close, float64, normal, on_hoppe
 IMPLEMENTATIONS = [Backend("xla"), Backend("tpu", compat_tpu.interpret_mode), Backend("gpu", on_hopper, "bfloat16")]
 pytestmark = pytest.mark.parametrize("backend", IMPLEMENTATIONS, ids=str)
 LAYERS, LAYER = 3, 1
-SLOTS = 136  # where nothing else matters: tests of one shape share a compiled program
+SLOTS = 136  # the default: tests of one shape share a compiled program
 
 
 def make(rng, batch, heads, group, size, slots, dtype="float32"):
@@ -70,7 +70,7 @@ def test_nothing_live_gives_zeros(backend):
 
 
 def test_other_layers_and_dead_slots_are_never_used(backend):
-  """NaN everywhere but in the live prefix of the layer asked for."""
+  """Everything but the live prefix of the layer that is read is NaN."""
   rng = np.random.default_rng(2)
   q, kv = make(rng, 2, 2, 2, 64, SLOTS, backend.dtype)
   lengths = jnp.array([[136, 3], [0, 131]], jnp.int32)
@@ -83,7 +83,7 @@ def test_other_layers_and_dead_slots_are_never_used(backend):
 
 
 def test_large_scores(backend):
-  """Scores in the hundreds, negative ones too, neither overflow nor vanish."""
+  """Scores in the hundreds, of both signs, neither overflow nor vanish."""
   rng = np.random.default_rng(3)
   q, kv = make(rng, 2, 2, 2, 64, SLOTS, backend.dtype)
   for sign in (1, -1):
@@ -119,7 +119,7 @@ def test_log_sum_exp(backend):
 
 
 def test_mass(backend):
-  """What each slot weighs adds up to the query heads of its group, and is 0 where nothing is live."""
+  """The attention of a KV head's slots adds up to the query heads of its group; dead slots get 0."""
   rng = np.random.default_rng(10)
   for slots in (7, SLOTS, 300):
     q, kv = make(rng, 2, 2, 3, 64, slots, backend.dtype)
@@ -136,7 +136,7 @@ def test_mass(backend):
 
 
 def test_bits_of_bfloat16(backend):
-  """A cache that keeps bfloat16 as uint16 gives the same."""
+  """A cache that stores bfloat16 as uint16 gives the same result."""
   rng = np.random.default_rng(5)
   q, kv = make(rng, 2, 2, 2, 64, 90, "bfloat16")
   lengths = jnp.array([[90, 3], [0, 31]], jnp.int32)

@@ -27,7 +27,7 @@ def native(backend):
 
 
 def make(rng, group=2, size=64, *, dtype="float32", ring=RING, page=PAGE, most=MOST, lengths=RAGGED):
-  """Queries, a ring, and pages: the table points out of range where nothing is live, and what it skips is NaN."""
+  """Queries, a ring, and pages: table entries without live slots are out of range, and dead slots are NaN."""
   batch, heads = lengths.shape
   q = normal(rng, batch, heads * group, size, dtype=dtype, scale=2.0)
   kv = normal(rng, LAYERS, batch, heads, ring, 2 * size, dtype=dtype)
@@ -49,7 +49,7 @@ def run(backend, q, kv, lengths, pages, **options):
 
 
 def expect(q, kv, lengths, pages, **options):
-  """The oracle's answer, to the numbers as they are."""
+  """The oracle's answer for the numbers as stored."""
   pages = dataclasses.replace(pages, pool=np.asarray(pages.pool, np.float64))
   kv = None if kv is None else float64(kv)[0]
   return ref.decode_attention(float64(q)[0], kv, LAYER, lengths, pages=pages, **options)
@@ -58,7 +58,7 @@ def expect(q, kv, lengths, pages, **options):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("size", [64, 128])
 def test_ring_and_pages(backend, size, dtype):
-  """One softmax over both, and its log-sum-exp; a ring of 21 slots is no whole number of tiles."""
+  """One softmax over both, and its log-sum-exp; a ring of 21 slots is not a whole number of tiles."""
   q, kv, lengths, pages = make(np.random.default_rng(0), 2, size, **{**native(backend), "dtype": dtype})
   out, logs = run(backend, q, kv, lengths, pages, lse=True)
   want, want_logs = expect(q, kv, lengths, pages, lse=True)
@@ -79,7 +79,7 @@ def test_pages_alone(backend, group):
 
 @pytest.mark.parametrize("page, most", [(8, 17), (256, 1), (24, 6)])
 def test_sizes_of_pages(backend, page, most):
-  """Smaller and larger than a block."""
+  """Pages smaller and larger than a block."""
   sizes = dict(page=page, most=most, lengths=np.minimum(RAGGED, 130))
   q, kv, lengths, pages = make(np.random.default_rng(page), **sizes, **native(backend))
   assert_close(run(backend, q, kv, lengths, pages), expect(q, kv, lengths, pages), backend.dtype)
@@ -149,7 +149,7 @@ def test_bits_of_bfloat16(backend):
 
 
 def test_temporaries_stay_below_a_hundredth(backend):
-  """Nothing is copied but blocks: a pool of 30 layers with room for 8,192 slots a head."""
+  """Only blocks are copied from a pool of 30 layers with 8,192 slots a head."""
   if backend.name != "xla":
     pytest.skip("compiled for its own device in test_tpu_compile_decode.py")
   shape = jax.ShapeDtypeStruct

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from pallas_kernels.common import compat
-from pallas_kernels.decode import Pages, decode_attention, gpu, ref, xla
-from pallas_kernels.decode import gpu_common as gpu_work
-from tests.kernels.suite import lowered_for_cuda, needs_mosaic_gpu, on_hopper
+from pallas_kernels.common.platform import tracing_for
+from pallas_kernels.decode import Pages, decode_attention, gpu, gpu_common, ref, xla
+from tests.kernels.suite import needs_mosaic_gpu, on_hopper
 
-# Of the largest value: the weights of the second product and the output are rounded to half a unit in the last place
-# (2^-9, 2^-12), all sums are float32.
+# In units of the largest value. The weights of the second product and the output are rounded to half a unit in the last
+# place (2^-9, 2^-12); all sums are float32.
 TOLERANCE = {jnp.bfloat16: 6e-3, jnp.float16: 8e-4}
 LAYERS, LAYER = 2, 1
 
@@ -50,7 +50,7 @@ def check(q, kv, lengths, **sizes):
 @needs_mosaic_gpu
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_ragged_lengths_with_empty_heads(dtype):
-  """Lengths 0, 1, odd, the edges of blocks and chunks, and full, among more workers than some have heads."""
+  """Lengths 0, 1, odd, at the edges of blocks and chunks, and full; more workers than heads."""
   lengths = [0, 1, 256, 37, 130, 128, 129, 0, 64]
   out = check(*inputs(3, 3, 1, 64, 256, lengths, dtype), stages=3, workers=5)
   assert (out[0, 0] == 0).all() and (out[2, 1] == 0).all()
@@ -64,7 +64,7 @@ def test_head_size_128_and_groups_of_three():
 @needs_mosaic_gpu
 @pytest.mark.parametrize("processors", [132, 1])
 def test_groups_that_fill_no_tile(processors, monkeypatch):
-  """Rows of a pair's result are two or four a warpgroup, and three are wanted; in few pairs, and in many."""
+  """A warpgroup merges two or four rows, and a pair has three; with few pairs, and with many."""
   monkeypatch.setattr(gpu, "processors", lambda: processors)
   check(*inputs(2, 2, 3, 64, 320, [5, 191, 320, 0]), workers=4)
 
@@ -84,7 +84,7 @@ def test_result_depends_on_its_own_slots_alone():
 
 
 def test_a_counter_where_workers_have_several_chunks():
-  """Going by what pages may hold: few or short heads do without."""
+  """The capacity of the pages decides: few or short heads need no counter."""
   sizes, paged = gpu.Blocks(64, 2, 256, 528), lambda pages: gpu.Variant(272, 32, pages, False, False)
   assert not paged(250).draws(sizes, 64) and paged(1020).draws(sizes, 64)
   assert gpu.Variant(8192, 0, 0, False, False).draws(sizes, 64)
@@ -93,7 +93,7 @@ def test_a_counter_where_workers_have_several_chunks():
 @needs_mosaic_gpu
 @pytest.mark.parametrize("merged", [1, 2, 3])
 def test_partial_results_merged_few_at_a_time(merged):
-  """As many as there are, one more and one less, and none."""
+  """A batch of exactly all partial results, one more, one less, and a pair with none."""
   check(*inputs(1, 4, 4, 64, 512, [512, 385, 256, 0]), merged=merged)
 
 
@@ -145,24 +145,11 @@ def test_pages_lower_for_cuda(h, ring, page, stored):
   assert f"decode_pages{page}_" in text
 
 
-@needs_mosaic_gpu
-def test_decode_step_of_a_model_lowers_for_cuda():
-  """SmolLM2's, from a cache of slots: every layer through the kernel."""
-  assert "decode_" in lowered_for_cuda(1)
-
-
-@needs_mosaic_gpu
-@pytest.mark.parametrize("archive", [None, "int8"])
-def test_decode_step_of_a_model_with_pages_lowers_for_cuda(archive):
-  """The same from a pool of pages, beside rings."""
-  assert "decode_pages32_" in lowered_for_cuda(1, "paged", archive=archive)
-
-
 def test_refuses_with_the_reason():
   q, kv, lengths = inputs(1, 1, 2, 64, 64, [10])
   reason = "needs a Hopper GPU, the default device is a cpu" if compat.HAS_MOSAIC_GPU else "older than 0.11"
   call = partial(decode_attention, implementation="gpu")
-  with pytest.raises(NotImplementedError, match=reason):
+  with tracing_for("cpu"), pytest.raises(NotImplementedError, match=reason):
     call(q, kv, 0, lengths)
   if not compat.HAS_MOSAIC_GPU:
     return
@@ -189,11 +176,11 @@ def test_refuses_with_the_reason():
 
 @pytest.mark.parametrize("pairs, split, rest", [(3, 128, 128), (70, 256, 64), (128, 512, 192)])
 def test_each_chunk_has_a_number(pairs, split, rest):
-  """Whole chunks of all pairs in order, then pieces of what is left; a pair without live slots has one piece."""
+  """Whole chunks of all pairs in order, then pieces of the remainders; a pair without live slots has one piece."""
   rng = np.random.default_rng(pairs)
   sizes, lengths = gpu.Blocks(64, 2, split, 4, rest), rng.integers(0, 900, (2, pairs)).astype(np.int32)
   lengths[:, rng.random(pairs) < 0.3] = 0
-  blocks, *counts = (np.asarray(x) for x in gpu_work.chunks_of(jnp.asarray(lengths), sizes))
+  blocks, *counts = (np.asarray(x) for x in gpu_common.chunks_of(jnp.asarray(lengths), sizes))
   np.testing.assert_array_equal(blocks, np.maximum((-(-lengths // 64)).sum(axis=0), 1))
   np.testing.assert_array_equal(counts[0], blocks // (split // 64))
   np.testing.assert_array_equal(counts[1], -(-(blocks % (split // 64)) // (rest // 64)))
@@ -202,7 +189,7 @@ def test_each_chunk_has_a_number(pairs, split, rest):
   starts = jnp.asarray(np.concatenate(padded), jnp.int32)
   for first, count in zip((0, 128), counts, strict=True):
     numbers = jnp.arange(count.sum(), dtype=jnp.int32)
-    found = jax.jit(jax.vmap(partial(gpu_work.find, starts, first, 128)))(numbers)
+    found = jax.jit(jax.vmap(partial(gpu_common.find, starts, first, 128)))(numbers)
     np.testing.assert_array_equal(found, np.repeat(np.arange(pairs), count))
 
 

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 
 from pallas_kernels.common import compat, warpgroup
-from pallas_kernels.prefill import gpu, prefill_attention
+from pallas_kernels.common.platform import tracing_for
+from pallas_kernels.prefill import gpu, prefill_attention, ref
 from tests.kernels.prefill_cases import assert_near, text
-from tests.kernels.suite import lowered_for_cuda, needs_mosaic_gpu, on_hopper
+from tests.kernels.suite import float64, needs_mosaic_gpu, on_hopper
 
 pytestmark = pytest.mark.slow  # kernels are interpreted
 
-# Of the largest value: the weights of the second product and the output are rounded to half a unit in the last place
-# (2^-9, 2^-12), all sums are float32.
+# In units of the largest value. The weights of the second product and the output are rounded to half a unit in the last
+# place (2^-9, 2^-12); all sums are float32.
 TOLERANCE = {"bfloat16": 6e-3, "float16": 8e-4}
 
 
@@ -65,6 +66,32 @@ def test_keys_in_any_order():
   check(24, 100, 1, 5, 64, 16, 0.5, shuffle=True)
 
 
+@needs_mosaic_gpu
+@pytest.mark.parametrize(
+  "tokens, prefix, group, size, rate, dtype, options",
+  [
+    (20, 60, 6, 64, 0.5, "bfloat16", {"batch": 2}),  # a group in two parts
+    (140, 200, 2, 128, 0.0, "float16", {}),  # nothing evicted: most tiles see whole blocks of keys
+    (40, 200, 5, 64, 0.7, "bfloat16", {"shuffle": True}),
+  ],
+)
+def test_log_sum_exp_and_mass(tokens, prefix, group, size, rate, dtype, options):
+  args = text(tokens, prefix, 1, group, size, 12, rate, dtype, **options)
+  weights = np.random.default_rng(1).standard_normal((len(args[0]), tokens)).astype(np.float32)
+  weights[:, ::3] = 0
+  with on_hopper():
+    results = gpu.prefill_attention(*args, blocks=gpu.Blocks(kv=64), lse=True, query_weights=jnp.asarray(weights))
+    out, logs, mass = jax.block_until_ready(results)
+  assert_near(out, args, TOLERANCE[dtype])
+  q, keys, values, *positions = args
+  want = ref.prefill_attention(
+    *float64(q, keys, values), *(np.asarray(x) for x in positions), lse=True, query_weights=weights
+  )
+  for got, expected in zip((logs, mass), want[1:], strict=True):
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize(
   "group, heads, queries",
   [(1, 1, 128), (2, 2, 64), (3, 3, 40), (4, 4, 32), (5, 5, 24), (6, 3, 40), (7, 7, 16), (8, 8, 16), (16, 8, 16)],
@@ -82,28 +109,24 @@ def test_rows_of_a_tile(group, heads, queries):
 
 
 @needs_mosaic_gpu
+@pytest.mark.parametrize("mass", [False, True])
 @pytest.mark.parametrize("group, h", [(1, 64), (3, 64), (4, 128), (6, 128), (8, 64)])
-def test_lowers_for_cuda(group, h):
+def test_lowers_for_cuda(group, h, mass):
   struct = jax.ShapeDtypeStruct
   kv, bounds = struct((2, 2, 5000, h), jnp.bfloat16), struct((2, 2, 5000), jnp.int32)
   q, q_pos = struct((2, 1000, 2 * group, h), jnp.bfloat16), struct((2, 1000), jnp.int32)
   with compat.assume_hopper():
-    call = jax.jit(partial(prefill_attention, implementation="gpu"))
-    lowered = call.trace(q, kv, kv, q_pos, bounds, bounds).lower(lowering_platforms=("cuda",))
-  assert "prefill_" in lowered.as_text()
-
-
-@needs_mosaic_gpu
-def test_prefill_of_a_model_lowers_for_cuda():
-  """SmolLM2's, into a cache of slots: every layer through the kernel."""
-  assert "prefill_" in lowered_for_cuda(256)
+    call = jax.jit(partial(prefill_attention, implementation="gpu", lse=mass))
+    options = {"query_weights": struct((2, 1000), jnp.float32)} if mass else {}
+    lowered = call.trace(q, kv, kv, q_pos, bounds, bounds, **options).lower(lowering_platforms=("cuda",)).as_text()
+  assert "prefill_" in lowered and ("prefill_mass_" in lowered) == mass
 
 
 def test_refuses_with_the_reason():
   args = text(8, 0, 1, 2, 64, 4, 0.5, "bfloat16")
   reason = "needs a Hopper GPU, the default device is a cpu" if compat.HAS_MOSAIC_GPU else "older than 0.11"
   call = partial(prefill_attention, implementation="gpu")
-  with pytest.raises(NotImplementedError, match=reason):
+  with tracing_for("cpu"), pytest.raises(NotImplementedError, match=reason):
     call(*args)
   if not compat.HAS_MOSAIC_GPU:
     return

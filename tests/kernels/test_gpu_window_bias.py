@@ -1,4 +1,4 @@
-"""The Hopper kernels of retrofit attention, in JAX's interpreter with race detection, and lowered for CUDA."""
+"""The Hopper kernels of window-bias attention, in JAX's interpreter with race detection, and lowered for CUDA."""
 
 from __future__ import annotations
 
@@ -6,62 +6,17 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from pallas_kernels.common import compat
+from pallas_kernels.common.platform import tracing_for
 from pallas_kernels.window_bias import gpu, ref, window_bias_attention
 from tests.kernels.suite import needs_mosaic_gpu, on_hopper
+from tests.kernels.window_bias_cases import close, gradients, inputs
 
-# Of the largest value. A 16-bit output is off by half a unit in the last place (2^-9, 2^-12) and so is each weight that
-# enters the second product; gradients pass through four such products.
+# In units of the largest value. A 16-bit output is off by half a unit in the last place (2^-9, 2^-12), and so is each
+# weight that enters the second product; gradients pass through four such products.
 TOLERANCE = {jnp.bfloat16: (6e-3, 1.2e-2), jnp.float16: (1e-3, 2e-3)}
-
-
-def inputs(b, t, n, k, h, dtype, bias, segments):
-  """Queries, keys, values, bias, segment ids and the output's cotangent; every seventh key of a head is evicted."""
-  rng = np.random.default_rng(0)
-  q, dout = (jnp.asarray(rng.normal(size=(b, t, n, h)), dtype) for _ in range(2))
-  keys, values = (jnp.asarray(rng.normal(size=(b, t, k, h)), dtype) for _ in range(2))
-  rows = -np.exp(2 * rng.normal(size=(b, k, t))).astype(np.float32)
-  rows[..., ::7] = -np.inf
-  ids = np.sort(rng.integers(0, 4, size=(b, t)), axis=1).astype(np.int32)
-  return q, keys, values, jnp.asarray(rows) if bias else None, jnp.asarray(ids) if segments else None, dout
-
-
-def gradients(q, k, v, bias, window, segment_ids, dout):
-  """(dq, dk, dv, dbias) in float64 from the formula, with the whole score matrix of each head."""
-  q, k, v, dout = (np.asarray(x, np.float64) for x in (q, k, v, dout))
-  b, t, n, h = q.shape
-  group = n // k.shape[2]
-  i, j = np.arange(t)[:, None], np.arange(t)[None]
-  far = i - j > window
-  dq, dk, dv, dbias = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v), np.zeros((b, k.shape[2], t))
-  for row in range(b):
-    visible = j <= i
-    if segment_ids is not None:
-      visible = visible & (np.asarray(segment_ids[row])[:, None] == np.asarray(segment_ids[row])[None])
-    for head in range(n):
-      kv = head // group
-      s = q[row, :, head] @ k[row, :, kv].T / np.sqrt(h)
-      if bias is not None:
-        s = s + np.where(far, np.asarray(bias[row, kv], np.float64), 0.0)
-      s = np.where(visible, s, -np.inf)
-      p = np.exp(s - s.max(axis=1, keepdims=True))
-      p = p / p.sum(axis=1, keepdims=True)
-      dp = dout[row, :, head] @ v[row, :, kv].T
-      ds = p * (dp - (p * dp).sum(axis=1, keepdims=True))
-      dq[row, :, head] = ds @ k[row, :, kv] / np.sqrt(h)
-      dk[row, :, kv] += ds.T @ q[row, :, head] / np.sqrt(h)
-      dv[row, :, kv] += p.T @ dout[row, :, head]
-      dbias[row, kv] += np.where(far, ds, 0.0).sum(axis=0)
-  return (dq, dk, dv) if bias is None else (dq, dk, dv, dbias)
-
-
-def close(got, want, tolerance):
-  got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-  assert np.isfinite(got).all()
-  np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * np.abs(want).max())
 
 
 def check(b, t, n, k, h, window, dtype, bias=True, segments=False, **blocks):
@@ -124,7 +79,7 @@ def test_lowers_for_cuda(h, bias, segments):
   with compat.assume_hopper():
     step = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3) if bias else (0, 1, 2)))
     text = step.trace(q, kv, kv, rows, ids).lower(lowering_platforms=("cuda",)).as_text()
-  for name in ("retrofit_forward_", "retrofit_dq_", "retrofit_dkv_"):
+  for name in ("window_bias_forward_", "window_bias_dq_", "window_bias_dkv_"):
     assert name in text
 
 
@@ -132,7 +87,7 @@ def test_refuses_with_the_reason():
   q = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
   old = not compat.HAS_MOSAIC_GPU
   reason = "older than 0.11" if old else "needs a Hopper GPU, the default device is a cpu"
-  with pytest.raises(NotImplementedError, match=reason):
+  with tracing_for("cpu"), pytest.raises(NotImplementedError, match=reason):
     window_bias_attention(q, q, q, None, 4, implementation="gpu")
   if old:
     with pytest.raises(NotImplementedError, match=r"needs jax >= 0\.11"), compat.gpu_interpret_mode():

@@ -35,7 +35,7 @@ def make(rng, batch, tokens, heads, group, size, slots, dtype="float32"):
 
 
 def ranges(rng, batch, heads, slots, span):
-  """Random first and last positions: kept, evicted, readable by all, and dead keys."""
+  """Random first and last positions: kept keys, evicted ones, ones that every query sees, and dead ones."""
   position = rng.integers(0, span, (batch, heads, slots))
   kind = rng.integers(0, 4, position.shape)
   first = np.select([kind == 2, kind == 3], [-1, NEVER], position)
@@ -56,6 +56,57 @@ def check(backend, q, keys, values, q_pos, first, last, dtype="float32"):
   assert out.dtype == q.dtype
   assert_close(out, ref.prefill_attention(*float64(q, keys, values), q_pos, first, last), dtype)
   return out
+
+
+def check_mass(backend, args, weights, dtype):
+  """Log-sum-exp and mass against the oracle; the output is bit for bit what it is without them."""
+  q, keys, values, q_pos, first, last = args
+  args = q, kill(keys, first, last), kill(values, first, last), q_pos, first, last
+  weights = jnp.asarray(weights, jnp.float32)
+  with running(backend):
+    run = lambda **options: prefill_attention(*args, implementation=backend.name, **options)
+    (out, logs, mass), (_, alone), (_, only_mass) = (
+      run(lse=True, query_weights=weights),
+      run(lse=True),
+      run(query_weights=weights),
+    )
+    plain = run()
+  _, want_logs, want_mass = ref.prefill_attention(
+    *float64(q, keys, values), q_pos, first, last, lse=True, query_weights=weights
+  )
+  assert logs.dtype == mass.dtype == jnp.float32
+  for one, two in ((out, plain), (logs, alone), (mass, only_mass)):
+    np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(two, np.float32))
+  nothing = np.isneginf(want_logs)
+  np.testing.assert_array_equal(np.isneginf(logs), nothing)
+  assert_close(jnp.where(nothing, 0.0, logs), np.where(nothing, 0.0, want_logs), "float32")
+  np.testing.assert_array_equal(np.asarray(mass)[want_mass == 0], 0)
+  assert_close(mass, want_mass, "float32")
+  return logs, mass
+
+
+@pytest.mark.parametrize("group, size", [(1, 64), (3, 64), (4, 128)])
+def test_log_sum_exp_and_mass(backend, group, size):
+  """Two rows, the second one shorter; queries before every key and padding, whose weights give nothing."""
+  rng, dtype = np.random.default_rng(group), dtype_of(backend)
+  q, keys, values = make(rng, 2, 150, 2, group, size, 70, dtype)
+  q_pos = np.stack([np.arange(150) - 1, np.where(np.arange(150) < 90, np.arange(150) + 20, -2)])
+  first, last = ranges(rng, 2, 2, 70, 150)
+  first = first.at[0, 0].max(5)
+  check_mass(backend, (q, keys, values, jnp.asarray(q_pos, jnp.int32), first, last), rng.random((2, 150)), dtype)
+
+
+@pytest.mark.parametrize("observed", [0, 1, 32])
+def test_mass_of_the_last_queries(backend, observed):
+  """As TOVA (the last one) and SnapKV (a few) weigh them: most blocks of queries have no weight."""
+  rng, dtype = np.random.default_rng(observed), dtype_of(backend)
+  q, keys, values = make(rng, 1, 200, 1, 2, 64, 230, dtype)
+  position = jnp.arange(230, dtype=jnp.int32)[None, None]
+  last = jnp.where(jnp.asarray(rng.random((1, 1, 230)) < 0.6), position + 40, NEVER)
+  weights = np.arange(200)[None] >= 200 - observed
+  args = q, keys, values, jnp.arange(30, 230, dtype=jnp.int32)[None], position, last
+  _, mass = check_mass(backend, args, weights, dtype)
+  np.testing.assert_allclose(mass.sum(), 2 * observed, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -85,7 +136,7 @@ def test_chunk_lengths(backend, tokens):
 
 
 def test_chunk_after_a_cached_prefix(backend):
-  """As a cache hands it over: the window's tokens, the chunk, then an archive with free slots; one row is shorter."""
+  """A cache's layout: the window's tokens, the chunk, then an archive with free slots; one row is shorter."""
   rng, dtype = np.random.default_rng(5), dtype_of(backend)
   window, seen, tokens, archive = 9, 80, 21, 50
   position = np.concatenate([np.arange(seen - window - 1, seen), seen + np.arange(tokens)])
@@ -114,10 +165,8 @@ def test_the_formula_of_eviction(backend, window, rate):
   position = np.broadcast_to(np.arange(24), evicted.shape)
   last = np.where(evicted, position + window, NEVER)
   with running(backend):
-    out = prefill_attention(
-      q, keys, values, jnp.arange(24, dtype=jnp.int32)[None], jnp.asarray(position, jnp.int32),
-      jnp.asarray(last, jnp.int32), implementation=backend.name,
-    )  # fmt: skip
+    q_pos, first, last = (jnp.asarray(x, jnp.int32) for x in (np.arange(24)[None], position, last))
+    out = prefill_attention(q, keys, values, q_pos, first, last, implementation=backend.name)
   q, keys, values = float64(q, keys, values)
   for head in range(4):
     mask = oracle.visible(evicted[0, head // 2], window)
@@ -155,7 +204,7 @@ def test_two_runs_are_bit_equal_and_jit_agrees(backend):
 
 
 def test_free_slots_change_no_bit(backend):
-  """Nor do neighbours: a row alone, in a cache just large enough, gives the row of the batch."""
+  """Nor do neighbours: a row alone, in a cache just large enough, gives the same bits as in the batch."""
   rng, dtype = np.random.default_rng(6), dtype_of(backend)
   q, keys, values = make(rng, 2, 20, 1, 2, 64, 150, dtype)
   q_pos = jnp.asarray(np.stack([np.arange(20), np.arange(20) + 30]), jnp.int32)
@@ -179,5 +228,7 @@ def test_bad_shapes_are_named(backend):
   ):
     with pytest.raises(ValueError, match=message):
       unchecked(prefill_attention)(*args)
+  with pytest.raises(ValueError, match="query_weights"):
+    unchecked(prefill_attention)(q, keys, values, pos, first, first, query_weights=jnp.ones((1, 2)))
   with pytest.raises(ValueError, match="unknown implementation"):
     prefill_attention(q, keys, values, pos, first, first, implementation="cuda")

@@ -1,4 +1,4 @@
-"""What the prefill kernels visit: every visible pair once, nothing without one, and what that makes of the cost."""
+"""Blocks that the prefill kernels visit: every visible pair once, no block without one, and the resulting cost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def ints(x):
 
 
 def random_case(rng, order: bool):
-  """(positions [B, tiles, M], k_first, k_last) with kept, evicted, readable by all, expired and dead keys."""
+  """(positions [B, tiles, M], k_first, k_last) with kept, evicted, always visible, expired and dead keys."""
   b, k, s, size = 2, 2, 300, 16
   start = rng.integers(0, 200, (b, 1))
   positions = start + np.arange(6 * size)
@@ -30,7 +30,7 @@ def random_case(rng, order: bool):
 
 
 def visits(made: plan.Plan, block: int):
-  """Of each (row, KV head, tile): rows of each visited block, and how many of the blocks are not masked."""
+  """For each (row, KV head, tile): rows of each visited block, and the number of unmasked blocks."""
   for place in np.ndindex(made.ranges.shape[:3]):
     whole, kept, start, stop = (int(x) for x in made.ranges[place])
     begins = [i * block if i < kept else start + (i - kept) * block for i in range(stop)]
@@ -40,7 +40,7 @@ def visits(made: plan.Plan, block: int):
 @pytest.mark.parametrize("order", [True, False])
 @pytest.mark.parametrize("seed", range(4))
 def test_every_visible_pair_is_visited_once(seed, order):
-  """In any order of keys and queries; blocks without a mask are seen whole by every real query of the tile."""
+  """In any order of keys and queries; every real query of a tile sees all of an unmasked block."""
   block, grain = 32, 8
   positions, first, last = random_case(np.random.default_rng(seed), order)
   made = plan.make(ints(positions), ints(first), ints(last), block=block, grain=grain)
@@ -61,6 +61,30 @@ def test_every_visible_pair_is_visited_once(seed, order):
     np.testing.assert_array_equal(seen, expected)
 
 
+@pytest.mark.parametrize("order", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_every_visible_pair_has_a_visitor(seed, order):
+  """Each gathered row holds its key; a tile sees whole blocks where no mask is needed, and none outside its range."""
+  rng, block = np.random.default_rng(seed), 32
+  positions, first, last = random_case(rng, order)
+  made = plan.make(ints(positions), ints(first), ints(last), block=block, grain=8)
+  source, row, bounds = (np.asarray(x) for x in (made.source, made.row, made.bounds))
+  held = source < first.shape[2]
+  assert held.sum() == (row < source.shape[2]).sum()
+  for at in np.argwhere(held):
+    assert row[(*at[:2], source[tuple(at)])] == at[2]
+  counted = np.where(np.arange(6)[None, :, None] == 2, -2, np.where(rng.random(positions.shape) < 0.8, positions, -2))
+  ranges = np.asarray(plan.visitors(ints(counted), ints(bounds), block=block))
+  for b, k, number in np.ndindex(ranges.shape[:3]):
+    low, high = bounds[b, k, :, number * block : (number + 1) * block]
+    start, whole, stop = ranges[b, k, number]
+    for tile, queries in enumerate(counted[b]):
+      seen = (low <= queries[:, None]) & (queries[:, None] <= high)
+      assert (start <= tile < stop) or not seen.any()
+      if whole <= tile < stop:
+        assert seen[queries >= -1].all()
+
+
 def text(rng, tokens, window, kept, size):
   """One row and KV head: a text whose keys are kept with probability `kept`, and its tiles of `size` queries."""
   position = np.arange(tokens)[None, None]
@@ -70,7 +94,7 @@ def text(rng, tokens, window, kept, size):
 
 @pytest.mark.parametrize("window, kept", [(0, 0.1), (24, 0.0), (24, 0.2), (24, 1.0), (100, 0.5)])
 def test_only_what_is_visible_is_visited(window, kept):
-  """Exactly the blocks of kept keys that some query of the tile sees, and the range of the band that one sees."""
+  """A tile visits exactly the blocks of kept keys, and the range of the band, that one of its queries sees."""
   block, grain, size = 32, 8, 16
   positions, first, last = text(np.random.default_rng(0), 512, window, kept, size)
   made = plan.make(ints(positions), ints(first), ints(last), block=block, grain=grain)

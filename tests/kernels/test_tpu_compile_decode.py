@@ -1,4 +1,4 @@
-"""Decode attention compiled for TPUs that are not there: the kernel is in the program, and no cache is copied."""
+"""Decode attention compiled for absent TPUs: the kernel is in the program, and no cache is copied."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from pallas_kernels.decode import Pages, decode_attention, tpu
-from pallas_kernels.paged.api import write_pages
+from pallas_kernels.paged import write_pages
 from tests.tpu import TOPOLOGIES, devices
 
 pytestmark = pytest.mark.tpu
 pytest.importorskip("libtpu", reason="libtpu is not installed (make test-tpu installs it)")
 
-# layers, batch, KV heads, group, head size, slots of the cache, slots a page, slots in pages (of which a quarter
-# exist), and what they are stored in, if not the queries' dtype
+# layers, batch, KV heads, group, head size, slots of the cache, slots a page, slots in pages (a quarter of them exist),
+# and the pages' dtype, if not the queries'
 SHAPES = {
   "llama-8b": (2, 32, 8, 4, 128, 8192, 0, 0),
   "smollm2": (30, 8, 3, 3, 64, 8192, 0, 0),
@@ -55,7 +55,7 @@ def compiled(device, shape, dtype, attend):
 
 
 def check(device, name, dtype, attend):
-  """The kernel is there, and nothing of the cache's size is beside it."""
+  """The program has the kernel, and no temporary of the cache's size."""
   program, size = compiled(device, SHAPES[name], dtype, attend)
   memory = program.memory_analysis()
   print(f"{device.device_kind}, {name}: {memory.temp_size_in_bytes:,} bytes of temporaries beside {size:,}")
@@ -73,7 +73,7 @@ def test_decode_attention_compiles(device, name):
 
 @pytest.mark.parametrize("name", ["llama-8b", "smollm2, ring and pages"])
 def test_decode_attention_of_two_cores_compiles(device, name):
-  """Chunks and their merge, as where two cores share a kernel."""
+  """Chunks and their merge, as if two cores share a kernel."""
   blocks = tpu.default_blocks(SHAPES[name][4], jnp.bfloat16, workers=2)
   attend = lambda q, kv, layer, lengths, pages: tpu.decode_attention(q, kv, layer, lengths, pages=pages, blocks=blocks)
   check(device, name, jnp.bfloat16, attend)
@@ -81,7 +81,7 @@ def test_decode_attention_of_two_cores_compiles(device, name):
 
 @pytest.mark.parametrize("most, stored", [(1, jnp.int8), (1, jnp.float8_e4m3fn), (321, jnp.int8)])
 def test_writing_slots_compiles(device, most, stored):
-  """A step's and a chunk's, in place: nothing of the pool's size is beside it, but the chunk in whole tiles."""
+  """A step's and a chunk's, in place: no temporary of the pool's size, only the chunk in whole tiles."""
   sharding = jax.sharding.SingleDeviceSharding(device)
   array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
   archives, number, page, width = 64, 20000, 64, 256

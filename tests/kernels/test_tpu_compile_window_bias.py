@@ -1,4 +1,4 @@
-"""Retrofit attention compiled for TPUs that are not there: it fits, in memory linear in length (make test-tpu)."""
+"""Window-bias attention compiled for absent TPUs: it fits, in memory linear in length (make test-tpu)."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def attention(topology, shape, dtype=jnp.bfloat16, segments=False, bias=True):
   program = jax.jit(run).lower(q, kv, kv, rows if bias else None, ids, q).compile()
   text = program.as_text()
   assert text.count('custom_call_target="tpu_custom_call"') == 3, "forward, dq and dk with dv"
-  for kernel in ("retrofit_forward", "retrofit_dq", "retrofit_dkv"):
+  for kernel in ("window_bias_forward", "window_bias_dq", "window_bias_dkv"):
     assert kernel in text
   return memory_of(program, f"{topology}, {shape}, {jnp.dtype(dtype).name}{', segments' if segments else ''}")
 
 
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_retrofit_attention_compiles(topology, name):
+def test_window_bias_attention_compiles(topology, name):
   """Temporaries are a few times the arguments at any length; one head's score matrix of the long text takes 4 GiB."""
   sizes = attention(topology, SHAPES[name], segments=name == "smollm2")
   assert sizes["temporaries"] < 4 * sizes["arguments"], sizes

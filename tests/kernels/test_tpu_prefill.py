@@ -15,7 +15,7 @@ from tests.kernels.suite import interpreted_tpu
 
 pytestmark = pytest.mark.slow  # kernels are interpreted
 
-# Of the largest value: see test_gpu_prefill; float32 rounds sums alone.
+# In units of the largest value, as in test_gpu_prefill; float32 rounds only sums.
 TOLERANCE = {"bfloat16": 6e-3, "float32": 1e-6}
 SMALL = tpu.Blocks(128, 128)
 
@@ -42,7 +42,7 @@ def test_several_tiles_and_blocks(tokens, prefix, heads, group, size, window, ra
 
 
 def test_tiles_that_visit_nothing_between_others():
-  """The next tile's first block is on its way only where there is one; a head without any follows one with two."""
+  """Only a tile with blocks is loaded ahead; a head without any follows one with two."""
   q, keys, values, q_pos, first, last = text(512, 0, 2, 1, 64, 500, 0.0, "float32")
   q_pos = jnp.where((q_pos // 128) % 2 == 1, -2, q_pos)
   first, last = first.at[:, 1, 128:].set(NEVER), last.at[:, 1, 128:].set(-1)
@@ -72,3 +72,6 @@ def test_refuses_with_the_reason():
       call(q, keys.astype(jnp.bfloat16), values, *positions)
     with pytest.raises(NotImplementedError, match="head size 32"):
       call(q[..., :32], keys[..., :32], values[..., :32], *positions)
+    for options in ({"lse": True}, {"query_weights": jnp.ones((1, 8))}):
+      with pytest.raises(NotImplementedError, match="no log-sum-exp and no mass"):
+        call(*args, **options)

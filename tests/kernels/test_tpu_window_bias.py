@@ -1,4 +1,4 @@
-"""The TPU kernels of retrofit attention beyond the shared suite: which blocks they step over, and 16-bit gradients."""
+"""The TPU kernels of window-bias attention beyond the shared suite: visited blocks, and 16-bit gradients."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels.common import compat_tpu
-from pallas_kernels.window_bias import ref, tpu, window_bias_attention
-from pallas_kernels.window_bias.gpu import segment_bounds
+from pallas_kernels.window_bias import ref, tpu, tpu_common, window_bias_attention
+from pallas_kernels.window_bias.common import segment_bounds
 from tests.kernels import suite
-from tests.kernels.test_gpu_window_bias import close, gradients, inputs
+from tests.kernels.window_bias_cases import close, gradients, inputs
 
 pytestmark = pytest.mark.slow  # kernels are interpreted
 
@@ -27,13 +27,13 @@ def visibility(ids, tokens, window):
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("tile, window", [((16, 8), 20), ((8, 16), 0), ((8, 8), 7), ((32, 32), 96), ((8, 8), None)])
 def test_steps_are_the_visible_blocks(tile, window, documents, by_keys):
-  """Each once, together with the others of its owner, and each of the kind that its pairs are of."""
-  batch, tokens, tile = 3, 96, tpu.Tile(*tile)
+  """Each once, next to the others of its owner, and marked with the kind of its pairs."""
+  batch, tokens, tile = 3, 96, tpu_common.Tile(*tile)
   rng = np.random.default_rng(0)
   ids = np.sort(rng.integers(0, 5, (batch, tokens)), axis=1).astype(np.int32) if documents else None
   start = segment_bounds(jnp.asarray(ids))[0][:, None, None] if documents else None
-  variant = tpu.Variant(window or 0, window is not None, tpu.Blocks(tile, tile, tile))
-  pairs = tpu.visible_pairs(variant, tile, batch, tokens, start, by_keys)
+  variant = tpu_common.Variant(window or 0, window is not None, tpu_common.Blocks(tile, tile, tile))
+  pairs = tpu_common.visible_pairs(variant, tile, batch, tokens, start, by_keys)
   assert pairs.rows == (1 if documents else batch)
   visible, far = visibility(ids, tokens, window if window is not None else tokens)
   places, blocks = (np.asarray(x)[: int(pairs.count)] for x in (pairs.places, pairs.blocks))
@@ -46,7 +46,9 @@ def test_steps_are_the_visible_blocks(tile, window, documents, by_keys):
   np.testing.assert_array_equal(np.stack([rows, queries, keys], axis=1), found)
   whole = seen.all(axis=(2, 4))
   expected = np.where(
-    whole & biased.all(axis=(2, 4)), tpu.FAR, np.where(whole & ~biased.any(axis=(2, 4)), tpu.FREE, tpu.MIXED)
+    whole & biased.all(axis=(2, 4)),
+    tpu_common.FAR,
+    np.where(whole & ~biased.any(axis=(2, 4)), tpu_common.FREE, tpu_common.MIXED),
   )
   np.testing.assert_array_equal(kinds, expected[rows, queries, keys])
 
@@ -56,13 +58,13 @@ def test_steps_are_the_visible_blocks(tile, window, documents, by_keys):
   [(90, 3, 1, 64, 20, True, True), (64, 2, 2, 128, 0, True, False), (64, 2, 1, 64, 0, False, True)],
 )
 def test_bfloat16_gradients(tokens, heads, kv_heads, size, window, bias, segments):
-  """Of blocks of every kind; half a unit in the last place, 2^-9, enters each of the four products on the way."""
-  tile = tpu.Tile(32, 32)
+  """Through blocks of every kind; each of four products adds half a unit in the last place, 2^-9."""
+  tile = tpu_common.Tile(32, 32)
   q, k, v, rows, ids, dout = inputs(1, tokens, heads, kv_heads, size, jnp.bfloat16, bias, segments)
   differentiated = (q, k, v) if rows is None else (q, k, v, rows)
 
   def attend(q, k, v, bias=None):
-    return tpu.window_bias_attention(q, k, v, bias, window, ids, blocks=tpu.Blocks(tile, tile, tile))
+    return tpu.window_bias_attention(q, k, v, bias, window, ids, blocks=tpu_common.Blocks(tile, tile, tile))
 
   with suite.interpreted_tpu():
     out, pull = jax.vjp(attend, *differentiated)

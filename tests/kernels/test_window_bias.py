@@ -1,4 +1,4 @@
-"""Retrofit attention: every implementation against the float64 oracle, forward and backward."""
+"""Window-bias attention: every implementation against the float64 oracle, forward and backward."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.window_bias import ref, tpu, window_bias_attention, xla
+from pallas_kernels.window_bias import ref, tpu, tpu_common, window_bias_attention, xla
 from tests.kernels.suite import Backend, assert_close, float64, interpreted_tpu, normal, running, unchecked
 
 IMPLEMENTATIONS = [Backend("xla"), Backend("tpu", interpreted_tpu)]
@@ -23,7 +23,9 @@ def small_blocks(request, monkeypatch):
   monkeypatch.setattr(xla, "BLOCK", request.param)
   monkeypatch.setattr(xla, "STAGES", 3)
   monkeypatch.setattr(
-    tpu, "default_blocks", lambda *_: tpu.Blocks(tpu.Tile(32, 16), tpu.Tile(16, 16), tpu.Tile(16, 32))
+    tpu,
+    "default_blocks",
+    lambda *_: tpu_common.Blocks(tpu_common.Tile(32, 16), tpu_common.Tile(16, 16), tpu_common.Tile(16, 32)),
   )
 
 
@@ -95,8 +97,8 @@ def test_lengths_against_blocks(backend, tokens, small_blocks):
     check(backend, q, k, v, bias, 3, segments(rng, 2, tokens) if kind != "none" else None)
 
 
-# The gradients' reference, in a process of its own because float64 is a setting of the whole of JAX: the formula over
-# the full score matrix, differentiated by JAX in float64.
+# The reference gradients: JAX differentiates the formula over the full score matrix in float64, in a process of its own
+# because float64 is a setting of the whole of JAX.
 ORACLE = """
 import sys, numpy as np, jax, jax.numpy as jnp
 jax.config.update("jax_enable_x64", True)
@@ -153,7 +155,7 @@ def test_two_runs_are_bit_equal(backend):
 def test_memory_is_linear_in_length(backend):
   """Four times the tokens take about four times the temporaries, forward and backward; a score matrix takes sixteen."""
   if backend.interpreted:
-    pytest.skip("of the kernel compiled for its device, see test_tpu_compile_retrofit")
+    pytest.skip("the kernel is compiled for its own device in test_tpu_compile_window_bias.py")
 
   def temporaries(tokens):
     shape = lambda heads: jax.ShapeDtypeStruct((1, tokens, heads, 64), jnp.float32)

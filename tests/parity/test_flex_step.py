@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from dms_jax.config import PRESETS
+from dms_jax.families import PRESETS
 from experiments.bench import flex_attention, flex_step
 from experiments.bench.cases import llama_config
 

@@ -17,12 +17,11 @@ from dms_jax import policies
 from dms_jax import testing as tiny
 from dms_jax.config import ModelConfig
 from dms_jax.model import cached_forward, check_policy
-from tests import policy_oracle
-from tests.cache import test_cache
+from tests import cache_driver, policy_oracle
 
-NAMES = {"dms", "h2o", "quest", "random", "streamingllm", "tova", "vanilla"}
-KINDS = test_cache.KINDS
-LAYERS, ROWS, HEADS, GROUP, HEAD, LENGTH = test_cache.LAYERS, test_cache.ROWS, 2, 2, test_cache.HEAD, 44
+NAMES = {"dms", "h2o", "keydiff", "quest", "random", "snapkv", "streamingllm", "tova", "vanilla"}
+KINDS = cache_driver.KINDS
+LAYERS, ROWS, HEADS, GROUP, HEAD, LENGTH = cache_driver.LAYERS, cache_driver.ROWS, 2, 2, cache_driver.HEAD, 44
 MARGIN = 1e-4  # relative; choices closer than this are left to the float64 oracle: another text is drawn
 
 
@@ -69,7 +68,8 @@ def leaving(**changes):
     name: jnp.asarray(value).reshape((1, 1, 1, -1) if name in ("live", "scores") else (1, 1, 1))
     for name, value in given.items()
   }
-  return policies.Leaving(**{**array, "tokens": array["tokens"][0]})
+  stats, archive_stats = {"score": array.pop("score")}, {"score": array.pop("scores")}
+  return policies.Leaving(**{**array, "tokens": array["tokens"][0]}, stats=stats, archive_stats=archive_stats)
 
 
 def test_retire_appends_what_was_not_evicted():
@@ -91,7 +91,7 @@ def test_a_full_archive_gives_up_its_least(budget, score, keep, slot):
 def test_an_archive_without_slots_forgets():
   empty = leaving(archived=0, live=jnp.zeros(0, bool), scores=jnp.zeros(0))
   for score in (0.5, jnp.inf):
-    retired = policies.H2O(window=1, budget=2).retire(empty.replace(score=jnp.full((1, 1, 1), score)))
+    retired = policies.H2O(window=1, budget=2).retire(empty.replace(stats={"score": jnp.full((1, 1, 1), score)}))
     assert not retired.keep.any()
 
 
@@ -186,6 +186,9 @@ def by_papers(policy, layer, q, k):
     case policies.Random():
       options = dict(seed=policy.seed, sinks=policy.sinks, budget=policy.budget, window=policy.window)
       return policy_oracle.random(q, k, layer=layer, **options)
+    case policies.KeyDiff():
+      options = dict(window=policy.window, capacity=lambda n: int(policy.capacity(n)))
+      return policy_oracle.budgeted(q, k, [(1, False)] * len(q), rescore=policy_oracle.key_similarity(k), **options)
     case policies.Quest():
       budget = lambda t: policy.budget if policy.budget is not None else math.ceil((t + 1) / policy.cr)
       pages = lambda t: max((budget(t) - policy.window - 1) // policy.page, 1)
@@ -205,6 +208,7 @@ CASES = {
   "h2o": policies.H2O(budget=12, window=5),
   "h2o-cr": policies.H2O(cr=2.5, window=4),
   "h2o-0": policies.H2O(budget=6, window=5),
+  "keydiff": policies.KeyDiff(budget=10),
   "random": policies.Random(budget=11, window=3, seed=5),
   "random-sinks": policies.Random(budget=9, window=0, seed=2**31 - 1, sinks=2),
   "quest": policies.Quest(window=3, page=4, budget=16, dense_layers=1),
@@ -215,9 +219,9 @@ CASES = {
 @functools.cache
 def drawn(case):
   """(text, oracle's runs by (layer, row), attended [L, B, T, N, H]) of a text in which no choice is a near tie."""
-  policy, shape = CASES[case], test_cache.Shape(0, 0, HEADS, GROUP, 2, LENGTH)
+  policy, shape = CASES[case], cache_driver.Shape(0, 0, HEADS, GROUP, 2, LENGTH)
   for seed in range(20):
-    text = test_cache.Text.draw(shape, np.random.default_rng(seed), 0.0)
+    text = cache_driver.Text.draw(shape, np.random.default_rng(seed), 0.0)
     runs, out = {}, np.zeros(text.q.shape)
     for l, b in np.ndindex(LAYERS, ROWS):
       q, k, v = (x[l, b].astype(float) for x in (text.q, text.k, text.v))
@@ -244,9 +248,9 @@ def decisions(policy, start, width):
 
 def feed(policy, cache, text, start, lengths, width):
   """One step; the padding is NaN, and so is what dead slots hold."""
-  *rest, _, lengths = test_cache.inputs(text, start, lengths, width)
+  *rest, _, lengths = cache_driver.inputs(text, start, lengths, width)
   evict = jnp.asarray(decisions(policy, start, width))
-  return test_cache.step(test_cache.poison(cache), policy, *rest, evict, lengths)
+  return cache_driver.step(cache_driver.poison(cache), policy, *rest, evict, lengths)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -262,7 +266,7 @@ def test_policy_is_its_paper(case, kind):
     lengths = ((rng.random(ROWS) < 0.8) & (start < ends)).astype(int)
     out, seen, stalled, cache = feed(policy, cache, text, start, lengths, 1)
     assert not stalled.any()
-    slots_of = test_cache.held(cache) if kind == "contiguous" else None
+    slots_of = cache_driver.held(cache) if kind == "contiguous" else None
     live = np.asarray(cache.live())
     for l, b, h in np.ndindex(LAYERS, ROWS, HEADS):
       if not lengths[b]:
@@ -365,14 +369,15 @@ def test_a_row_without_room_sits_out(case):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cache_is_for_its_policy(kind):
   ones = jnp.ones(ROWS, jnp.int32)
-  with pytest.raises(ValueError, match="made without scores cannot be used by TOVA"):
+  with pytest.raises(ValueError, match=r"TOVA needs the statistics \['score'\], but the cache stores \[\]"):
     create(kind, policies.Vanilla()).plan(CASES["tova"], ones, 1)
-  with pytest.raises(ValueError, match="made with scores cannot be used by Vanilla"):
+  with pytest.raises(ValueError, match=r"Vanilla needs the statistics \[\], but the cache stores \['score'\]"):
     create(kind, CASES["tova"]).plan(policies.Vanilla(), ones, 1)
   with pytest.raises(ValueError, match="window=3, but the cache has window=0"):
     create(kind, policies.Vanilla()).plan(CASES["quest"], ones, 1)
   with pytest.raises(ValueError, match="one token at a time, and here are 4"):
-    create(kind, CASES["tova"]).plan(CASES["tova"], ones, 4)
+    exact = CASES["tova"].replace(exact_prefill=True)
+    create(kind, exact).plan(exact, ones, 4)
   if kind == "contiguous":
     with pytest.raises(ValueError, match="Quest selects pages of 4 slots, the cache has 0"):
       create(kind, policies.Vanilla(window=3)).plan(CASES["quest"], ones, 1)
@@ -382,10 +387,10 @@ def test_a_cache_is_for_its_policy(kind):
 
 GENERATED = {
   "streaming": policies.StreamingLLM(window=5, sinks=2),
-  "tova": policies.TOVA(budget=10),
-  "h2o": policies.H2O(budget=10),
-  "h2o-cr": policies.H2O(cr=2.0, window=5),
-  "random": policies.Random(budget=10, window=3),
+  "tova": policies.TOVA(budget=10, exact_prefill=True),
+  "h2o": policies.H2O(budget=10, exact_prefill=True),
+  "h2o-cr": policies.H2O(cr=2.0, window=5, exact_prefill=True),
+  "random": policies.Random(budget=10, window=3, exact_prefill=True),
   "quest": policies.Quest(budget=12, page=4, dense_layers=1),
 }
 

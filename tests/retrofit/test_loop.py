@@ -33,13 +33,14 @@ def inputs(tmp_path_factory):
 def command(inputs: Path, output: Path, *flags: str) -> list[str]:
   return [
     sys.executable, "-m", "experiments.retrofit", f"--checkpoint={inputs / 'model'}", f"--output={output}",
-    f"--data.paths={inputs / 'text.txt'}", f"--retrofit.steps={STEPS}", "--retrofit.seq_len=32", "--dms.window=3",
-    "--retrofit.steps_per_cr=8", "--retrofit.final_cr=3", "--retrofit.save_every=5", "--lora.rank=2",
-    "--retrofit.ema_decay=0.9", "--retrofit.learning_rate=0.01", *flags,
+    f"--data.paths={inputs / 'text.txt'}", "--retrofit.seq_len=32", "--dms.window=3", "--lora.rank=2",
+    f"--retrofit.schedule.steps={STEPS}", "--retrofit.schedule.steps_per_cr=8", "--retrofit.schedule.final_cr=3",
+    "--retrofit.saving.save_every=5", "--retrofit.saving.ema_decay=0.9", "--retrofit.optimizer.learning_rate=0.01",
+    *flags,
   ]  # fmt: skip
 
 
-# StopCriteria itself with SIGKILL at the n-th time it opens, makes or renames something whose path holds a word.
+# Ends itself with SIGKILL at the n-th time it opens, makes or renames something whose path holds a word.
 KILLED_WHILE_WRITING = """
 import os, runpy, signal, sys
 count, word = int(sys.argv[1]), sys.argv[2]
@@ -126,7 +127,7 @@ def test_sigterm_saves_first_and_says_so(inputs):
   """One long run, ended from outside: exit code 143, a line that says what happened, and a state to go on from."""
   output = inputs / "terminated"
   process = subprocess.Popen(
-    command(inputs, output, "--retrofit.steps=100000", "--retrofit.save_every=100000"),
+    command(inputs, output, "--retrofit.schedule.steps=100000", "--retrofit.saving.save_every=100000"),
     cwd=ROOT,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,

@@ -14,23 +14,12 @@ from dms_jax import testing as tiny
 from dms_jax.config import DMSConfig, LoRAConfig
 from dms_jax.model import Eviction, forward, unembed
 from dms_jax.params import flatten, unflatten
-from dms_jax.retrofit import DataConfig, RetrofitConfig
+from dms_jax.retrofit import DataConfig, LossConfig, MemoryConfig, OptimizerConfig, RetrofitConfig, ScheduleConfig
 from dms_jax.retrofit.data import Packer, Source
 from dms_jax.retrofit.loop import prepare
 from dms_jax.retrofit.step import Batch, cast_trained, init_state, loss_fn, train_step, zero_neuron
 from tests import oracle
-from tests.cache.test_cache import Shape, Text, run, schedule
-
-
-@pytest.mark.parametrize("kind", ["masked", "contiguous", "paged"])
-@pytest.mark.parametrize("window, shift", [(0, 0), (3, 0), (4, 1)])
-def test_immediate_eviction_in_every_cache(kind, window, shift):
-  """Decided W tokens later about the same token: caches equal the formula in chunks, steps and pauses."""
-  lag = DMSConfig(window=window, shift=shift, eviction="immediate").lag()
-  assert lag == window + shift
-  shape = Shape(window, lag, heads=2, group=2, chunk=6, length=26)
-  rng = np.random.default_rng(window)
-  run(kind, shape, Text.draw(shape, rng, 0.6), schedule(rng, shape))
+from tests.helpers import changed
 
 
 def test_immediate_eviction_is_the_mask_of_the_formula():
@@ -56,9 +45,14 @@ SMALL = tiny.config(
   num_layers=1, d_model=16, d_ff=16, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=31, eos_token_ids=(3,)
 )
 BASE = RetrofitConfig(
-  trainable="lora", steps=6, batch_size=2, seq_len=16, compute_dtype="float32", initial_cr=2.0, final_cr=4.0,
-  steps_per_cr=1, warmup_steps=0, learning_rate=1e-2, loss_chunk=16, vocab_chunk=31, tau=1.0,
-)  # fmt: skip
+  trainable="lora",
+  batch_size=2,
+  seq_len=16,
+  schedule=ScheduleConfig(steps=6, initial_cr=2.0, final_cr=4.0, steps_per_cr=1),
+  optimizer=OptimizerConfig(warmup_steps=0, learning_rate=1e-2),
+  loss=LossConfig(tau=1.0),
+  memory=MemoryConfig(compute_dtype="float32", loss_chunk=16, vocab_chunk=31),
+)
 quick_step = jax.jit(train_step.__wrapped__, static_argnames=("config", "fading"), compiler_options=tiny.QUICK)
 
 
@@ -77,7 +71,7 @@ def outcome(config: RetrofitConfig, gate: str = "adapter", steps: int = 3):
   for step in range(steps):
     batch = Batch(tiny.tokens(SMALL, config.batch_size, config.seq_len, seed=step))
     state, metrics = quick_step(
-      state, student, teacher, batch, jax.random.key(1), config, fading=step < config.fade_steps
+      state, student, teacher, batch, jax.random.key(1), config, fading=step < config.schedule.fade_steps
     )
     lines.append({k: metrics[k] for k in ("loss", "compression_loss", "target_cr", "learning_rate", "grad_norm")})
   held = state.trained if state.ema is None else state.ema
@@ -89,41 +83,66 @@ def differ(a, b) -> bool:
 
 
 IN_THE_STEP = {
-  "trainable": "gates", "microbatches": 2, "initial_cr": 1.0, "final_cr": 2.5, "steps_per_cr": 3, "tau": 0.3,
-  "loss": "forward_kl", "teacher": "same", "compression_weight": 0.5, "learning_rate": 1e-3, "warmup_steps": 3,
-  "decay_steps": 6, "beta1": 0.5, "beta2": 0.5, "weight_decay": 1.0, "clip_norm": 0.01, "ema_decay": 0.9,
-}  # fmt: skip
-SAME_RESULT = {"remat": True, "loss_chunk": 5, "vocab_chunk": 7}  # other programs, the same numbers
-BY_THE_NEURON = {"fade_steps": 2}
+  "trainable": "gates",
+  "microbatches": 2,
+  "schedule__initial_cr": 1.0,
+  "schedule__final_cr": 2.5,
+  "schedule__steps_per_cr": 3,
+  "loss__tau": 0.3,
+  "loss__kind": "forward_kl",
+  "loss__teacher": "same",
+  "loss__compression_weight": 0.5,
+  "optimizer__learning_rate": 1e-3,
+  "optimizer__warmup_steps": 3,
+  "optimizer__decay_steps": 6,
+  "optimizer__beta1": 0.5,
+  "optimizer__beta2": 0.5,
+  "optimizer__weight_decay": 1.0,
+  "optimizer__clip_norm": 0.01,
+  "saving__ema_decay": 0.9,
+}
+SAME_RESULT = {
+  "memory__remat": True,
+  "memory__loss_chunk": 5,
+  "memory__vocab_chunk": 7,
+}  # other programs, the same numbers
+BY_THE_NEURON = {"schedule__fade_steps": 2}
 IN_THE_DATA = {"batch_size": 3, "seq_len": 12, "seed": 1}
-IN_THE_LOOP = {"steps", "save_every", "keep_states", "loss_bound", "export", "zero_neuron"}  # tests/test_survival.py
-OF_THE_MACHINE = {"compute_dtype": "bfloat16"}
+IN_THE_LOOP = {
+  "schedule__steps",
+  "saving__save_every",
+  "saving__keep_states",
+  "loss__bound",
+  "saving__export",
+  "schedule__zero_neuron",
+}  # tests/test_survival.py
+OF_THE_MACHINE = {"memory__compute_dtype": "bfloat16"}
 
 
 def test_every_field_is_accounted_for():
   known = {*IN_THE_STEP, *SAME_RESULT, *BY_THE_NEURON, *IN_THE_DATA, *IN_THE_LOOP, *OF_THE_MACHINE}
-  assert known == {f.name for f in dataclasses.fields(RetrofitConfig)}
+  fields = lambda config: {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+  sections = {name: value for name, value in fields(BASE).items() if dataclasses.is_dataclass(value)}
+  assert known == {*fields(BASE)} - {*sections} | {f"{n}__{field}" for n, s in sections.items() for field in fields(s)}
 
 
 @pytest.fixture(scope="module")
 def baseline():
   with jax.numpy_dtype_promotion("standard"):
-    return {
-      gate: outcome(dataclasses.replace(BASE, **extra), gate) for gate, extra in (("adapter", {}), ("neuron", {}))
-    }
+    return {gate: outcome(changed(BASE, **extra), gate) for gate, extra in (("adapter", {}), ("neuron", {}))}
 
 
 @pytest.mark.standard_promotion  # optax
 @pytest.mark.parametrize("field", [*IN_THE_STEP, *OF_THE_MACHINE])
 def test_no_dead_field_in_the_step(field, baseline):
   value = {**IN_THE_STEP, **OF_THE_MACHINE}[field]
-  assert differ(outcome(dataclasses.replace(BASE, **{field: value})), baseline["adapter"])
+  assert differ(outcome(changed(BASE, **{field: value})), baseline["adapter"])
 
 
 @pytest.mark.standard_promotion  # optax
 @pytest.mark.parametrize("field", SAME_RESULT)
 def test_what_only_saves_memory_changes_no_number(field, baseline):
-  config = dataclasses.replace(BASE, **{field: SAME_RESULT[field]})
+  config = changed(BASE, **{field: SAME_RESULT[field]})
   got = outcome(config)
   for x, y in zip(got, baseline["adapter"], strict=True):
     np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-5)  # Adam divides sums in another order by small numbers
@@ -137,8 +156,8 @@ def test_the_data_depends_on_its_fields():
   source = Source("one", np.arange(200, dtype=np.int32), np.ones(200, np.int32))
   batch = lambda config: Packer([source], DataConfig(paths=("one",)), config).batch(1).tokens
   for field, value in IN_THE_DATA.items():
-    changed = batch(dataclasses.replace(BASE, **{field: value}))
-    assert changed.shape != batch(BASE).shape or (changed != batch(BASE)).any(), field
+    other = batch(changed(BASE, **{field: value}))
+    assert other.shape != batch(BASE).shape or (other != batch(BASE)).any(), field
 
 
 # --------------------------------------------------------------------------------------------------- the fading neuron
@@ -158,13 +177,13 @@ def test_the_neuron_fades_from_whole_to_cleared():
 
 @pytest.mark.standard_promotion  # optax
 def test_phase_one_evicts_nothing_and_phase_two_begins_where_it_ends(baseline):
-  config = dataclasses.replace(BASE, trainable="all", fade_steps=4, steps=8, zero_neuron=True)
+  config = changed(BASE, trainable="all", schedule__fade_steps=4, schedule__steps=8, schedule__zero_neuron=True)
   dms, base = tiny.dms(gate="neuron", window=3, scale=10.0, offset=1.0), tiny.model(SMALL)
   student, teacher, trained = prepare(base, dms, LoRAConfig(), config)
   state, lines = init_state(config, trained), []
   batch = Batch(tiny.tokens(SMALL, 2, 16))
   for step in range(6):
-    if step == config.fade_steps:
+    if step == config.schedule.fade_steps:
       state = zero_neuron(student, state)
       assert not np.any(state.trained["layers"]["q_proj"][:, ::2, -1])
       assert np.all(np.any(state.trained["layers"]["q_proj"][:, 1::2, -1], axis=-1))
@@ -176,7 +195,7 @@ def test_phase_one_evicts_nothing_and_phase_two_begins_where_it_ends(baseline):
   assert [line["target_cr"] for line in lines] == [2.0] * 5 + [3.0]
   assert lines[4]["gate_rate"] == 0.0  # every gate at -offset
   assert lines[4]["compression_loss"] > 0
-  assert differ(outcome(dataclasses.replace(BASE, **BY_THE_NEURON), "neuron"), baseline["neuron"])
+  assert differ(outcome(changed(BASE, **BY_THE_NEURON), "neuron"), baseline["neuron"])
 
 
 # ------------------------------------------------------------------------------------------- losses, low-rank updates
@@ -185,7 +204,7 @@ def test_phase_one_evicts_nothing_and_phase_two_begins_where_it_ends(baseline):
 @pytest.mark.standard_promotion
 def test_language_model_loss_is_the_next_tokens_surprise():
   """Only what goes on within its document counts, and nothing after an end of text."""
-  config = dataclasses.replace(BASE, loss="lm", trainable="all")
+  config = changed(BASE, loss__kind="lm", trainable="all")
   model = tiny.model(SMALL, tiny.dms(window=3))
   tokens = tiny.tokens(SMALL, 2, 16).at[0, 4].set(3)
   ids = jnp.asarray([[1] * 9 + [2] * 7, [1] * 12 + [0] * 4], jnp.int32)
@@ -214,7 +233,7 @@ def test_low_rank_updates_are_of_the_targets(targets):
 
 
 def test_gates_are_trained_and_shipped_in_float32():
-  student, _, state = set_up(dataclasses.replace(BASE, compute_dtype="bfloat16"))
+  student, _, state = set_up(changed(BASE, memory__compute_dtype="bfloat16"))
   cast = flatten(cast_trained(student, state.trained, jnp.bfloat16))
   assert {path: x.dtype for path, x in cast.items() if "dms" in path} == {
     "layers/dms_norm": jnp.float32,
@@ -227,26 +246,33 @@ def test_gates_are_trained_and_shipped_in_float32():
   "dms, lora, config, message",
   [
     ({}, 0, {}, r"lora\.rank"),
-    ({}, 2, {"fade_steps": 2}, r"retrofit\.fade_steps.*dms\.gate='adapter'"),
+    ({}, 2, {"schedule__fade_steps": 2}, r"retrofit\.schedule\.fade_steps.*dms\.gate='adapter'"),
     ({"gate": "neuron"}, 2, {"trainable": "gates"}, "no weights of its own"),
     ({"gate": "neuron"}, 2, {}, r"lora\.targets=\('v_proj',\)"),
   ],
 )
 def test_settings_that_do_not_go_together_are_named(dms, lora, config, message):
   with pytest.raises(ValueError, match=message):
-    prepare(
-      tiny.model(SMALL), tiny.dms(**dms), LoRAConfig(lora, targets=("v_proj",)), dataclasses.replace(BASE, **config)
-    )
+    prepare(tiny.model(SMALL), tiny.dms(**dms), LoRAConfig(lora, targets=("v_proj",)), changed(BASE, **config))
 
 
 @pytest.mark.parametrize(
   "wrong",
   [
-    {"loss": "l2"}, {"teacher": "same", "loss": "lm"}, {"teacher": "same", "fade_steps": 2}, {"fade_steps": 2000},
-    {"zero_neuron": True}, {"export": "retrofit", "trainable": "all"}, {"vocab_chunk": 0}, {"clip_norm": 0.0},
-    {"loss_bound": -1.0}, {"warmup_steps": -1}, {"beta2": 1.0}, {"keep_states": 0},
+    {"loss__kind": "l2"},
+    {"loss__teacher": "same", "loss__kind": "lm"},
+    {"loss__teacher": "same", "schedule__fade_steps": 2},
+    {"schedule__fade_steps": 2000},
+    {"schedule__zero_neuron": True},
+    {"saving__export": "retrofit", "trainable": "all"},
+    {"memory__vocab_chunk": 0},
+    {"optimizer__clip_norm": 0.0},
+    {"loss__bound": -1.0},
+    {"optimizer__warmup_steps": -1},
+    {"optimizer__beta2": 1.0},
+    {"saving__keep_states": 0},
   ],
-)  # fmt: skip
+)
 def test_refused_values_are_named(wrong):
-  with pytest.raises(ValueError, match=f"retrofit.{next(iter(wrong))}"):
-    RetrofitConfig(**wrong)
+  with pytest.raises(ValueError, match="retrofit." + next(iter(wrong)).replace("__", ".")):
+    changed(RetrofitConfig(), **wrong)

@@ -20,7 +20,8 @@ import pytest
 
 from dms_jax import checkpoint
 from dms_jax import testing as tiny
-from dms_jax.config import PRESETS, DMSConfig, LoRAConfig
+from dms_jax.config import DMSConfig, LoRAConfig
+from dms_jax.families import PRESETS
 from dms_jax.model import Model
 from dms_jax.params import abstract_params, param_table
 from dms_jax.retrofit import RetrofitConfig
@@ -40,7 +41,9 @@ import dataclasses, json, sys
 from pathlib import Path
 import jax, numpy as np
 from dms_jax.config import LoRAConfig
-from dms_jax.retrofit import DataConfig, RetrofitConfig, distributed, loop
+from dms_jax.retrofit import (
+  DataConfig, MemoryConfig, OptimizerConfig, RetrofitConfig, SavingConfig, ScheduleConfig, distributed, loop,
+)
 from dms_jax.retrofit.data import Packer, Source
 from dms_jax.sharding import make_mesh
 from dms_jax import testing as tiny
@@ -48,9 +51,11 @@ from dms_jax import testing as tiny
 assert jax.device_count() == 8
 folder, trainable = Path(sys.argv[1]), sys.argv[2]
 config = RetrofitConfig(
-  trainable=trainable, steps=4, batch_size=16, microbatches=2, seq_len=16, compute_dtype="float32", initial_cr=1.5,
-  final_cr=2.0, steps_per_cr=8, warmup_steps=0, learning_rate=1e-2, loss_chunk=16, vocab_chunk=32, save_every=2,
-  remat=True, ema_decay=0.9,
+  trainable=trainable, batch_size=16, microbatches=2, seq_len=16,
+  schedule=ScheduleConfig(steps=4, initial_cr=1.5, final_cr=2.0, steps_per_cr=8),
+  optimizer=OptimizerConfig(warmup_steps=0, learning_rate=1e-2),
+  memory=MemoryConfig(compute_dtype="float32", remat=True, loss_chunk=16, vocab_chunk=32),
+  saving=SavingConfig(save_every=2, ema_decay=0.9),
 )
 tokens = np.random.default_rng(0).integers(0, 128, 300).astype(np.int32)
 data = DataConfig(paths=("text",))
@@ -94,11 +99,11 @@ print("equal")
 
 BENCHMARK = """
 from dms_jax.config import LoRAConfig
-from dms_jax.retrofit import RetrofitConfig
+from dms_jax.retrofit import MemoryConfig, RetrofitConfig
 from dms_jax.sharding import make_mesh
 from experiments.bench import retrofit_step as retrofit_benchmark
 from dms_jax import testing as tiny
-settings = RetrofitConfig(trainable="all", batch_size=4, seq_len=16, compute_dtype="float32")
+settings = RetrofitConfig(trainable="all", batch_size=4, seq_len=16, memory=MemoryConfig(compute_dtype="float32"))
 run = lambda mesh: retrofit_benchmark.benchmark(tiny.config(), tiny.dms(), LoRAConfig(), settings, 2, mesh)
 result = run(make_mesh(data=2, tensor=2))
 assert result["devices"] == 4 and result["one_device"]["devices"] == 1
@@ -190,9 +195,9 @@ def inputs(tmp_path_factory):
 def start(inputs: Path, output: Path, *flags: str, devices: int = 1) -> subprocess.Popen:
   command = [
     sys.executable, "-m", "experiments.retrofit", f"--checkpoint={inputs / 'model'}", f"--output={output}",
-    f"--data.paths={inputs / 'text.txt'}", "--retrofit.seq_len=32", "--dms.window=3", "--retrofit.final_cr=2",
-    "--retrofit.steps_per_cr=4", "--retrofit.learning_rate=0.001", "--retrofit.save_every=3", "--lora.rank=2",
-    "--retrofit.batch_size=4", "--retrofit.compute_dtype=float32", *flags,
+    f"--data.paths={inputs / 'text.txt'}", "--retrofit.seq_len=32", "--dms.window=3", "--lora.rank=2",
+    "--retrofit.schedule.final_cr=2", "--retrofit.schedule.steps_per_cr=4", "--retrofit.optimizer.learning_rate=0.001",
+    "--retrofit.saving.save_every=3", "--retrofit.batch_size=4", "--retrofit.memory.compute_dtype=float32", *flags,
   ]  # fmt: skip
   return subprocess.Popen(
     command, cwd=ROOT, env=simulated(devices), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -225,13 +230,13 @@ def log(output: Path) -> list[dict]:
 def test_two_processes_train_as_one_which_goes_on_alone(inputs):
   """Four devices in two processes up to step 4, then one device: log and weights of one process throughout."""
   one, two = inputs / "one", inputs / "two"
-  [(code, _, errors)] = finished(start(inputs, one, "--retrofit.steps=8"))
+  [(code, _, errors)] = finished(start(inputs, one, "--retrofit.schedule.steps=8"))
   assert code == 0, errors
-  outcomes = finished(*start_two(inputs, two, "--retrofit.steps=8", "--stop_after=4"))
+  outcomes = finished(*start_two(inputs, two, "--retrofit.schedule.steps=8", "--stop_after=4"))
   assert [code for code, *_ in outcomes] == [0, 0], outcomes
   assert [f'"output": "{two}"' in out for _, out, _ in outcomes] == [True, False]  # process 0 speaks for both
   assert len(log(two)) == 4 and (two / "cr2" / "config.json").exists()
-  [(code, _, errors)] = finished(start(inputs, two, "--retrofit.steps=8"))
+  [(code, _, errors)] = finished(start(inputs, two, "--retrofit.schedule.steps=8"))
   assert code == 0, errors
   for a, b in zip(log(one), log(two), strict=True):
     for name in ("step", "tokens", "loss", "kl", "grad_norm", "gate_rate", "achieved_cr"):
@@ -245,7 +250,7 @@ def test_two_processes_train_as_one_which_goes_on_alone(inputs):
 @pytest.mark.slow
 def test_sigterm_to_one_process_stops_both_after_the_same_step(inputs):
   output = inputs / "terminated"
-  processes = start_two(inputs, output, "--retrofit.steps=100000", "--retrofit.save_every=100000")
+  processes = start_two(inputs, output, "--retrofit.schedule.steps=100000", "--retrofit.saving.save_every=100000")
   path = output / "log.jsonl"
   end = time.monotonic() + 300
   while all(p.poll() is None for p in processes) and not (path.exists() and path.stat().st_size):

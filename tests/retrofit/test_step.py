@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 
@@ -16,7 +15,7 @@ from dms_jax.config import DMSConfig, LoRAConfig
 from dms_jax.layers import rms_norm
 from dms_jax.model import Eviction, forward
 from dms_jax.params import flatten, param_table
-from dms_jax.retrofit import DataConfig, RetrofitConfig, losses, schedule
+from dms_jax.retrofit import DataConfig, RetrofitConfig, ScheduleConfig, losses, schedule
 from dms_jax.retrofit.data import Packer, Source, load_sources
 from dms_jax.retrofit.step import (
   Batch,
@@ -27,9 +26,9 @@ from dms_jax.retrofit.step import (
   split_trained,
   train_step,
 )
-from tests.test_goldens import load as load_golden
+from tests.helpers import changed, load_golden
 
-FLOAT32 = RetrofitConfig(compute_dtype="float32", teacher="same", seq_len=24, batch_size=2)
+FLOAT32 = changed(RetrofitConfig(seq_len=24, batch_size=2), memory__compute_dtype="float32", loss__teacher="same")
 
 
 quick_loss = jax.jit(loss_fn, static_argnames=("config",), compiler_options=tiny.QUICK)
@@ -148,7 +147,7 @@ def test_hard_decisions_carry_the_sigmoid_gradient():
 def numpy_losses(model, batch, noise, cr, config):
   """Both losses in plain numpy from the model's states and z."""
   hidden, z = quick_forward(
-    model, batch.tokens, segment_ids=batch.segment_ids, eviction=Eviction(noise=noise, tau=config.tau)
+    model, batch.tokens, segment_ids=batch.segment_ids, eviction=Eviction(noise=noise, tau=config.loss.tau)
   )
   teacher, _ = quick_forward(model, batch.tokens, segment_ids=batch.segment_ids)
   head = np.asarray(model.params["embed" if model.config.tie_embeddings else "lm_head"], np.float64)
@@ -205,7 +204,8 @@ def test_layer_granularity_uses_the_first_head_and_its_noise():
 
 
 def _set_up(trainable="lora", **overrides):
-  config = RetrofitConfig(**{**vars(FLOAT32), "trainable": trainable, "learning_rate": 1e-2, "steps": 8, **overrides})
+  defaults = dict(trainable=trainable, optimizer__learning_rate=1e-2, schedule__steps=8)
+  config = changed(FLOAT32, **{**defaults, **overrides})
   lora = LoRAConfig(rank=2) if trainable == "lora" else None
   student = tiny.model(gates=tiny.dms(window=3), lora=lora)
   trained, frozen = split_trained(student, trainable)
@@ -229,7 +229,9 @@ def test_training_moves_only_what_it_should(trainable):
 @pytest.mark.standard_promotion  # optax
 def test_compression_rises_and_distillation_falls():
   """Gates that evict too little learn to evict; the loss of a fixed batch falls."""
-  config, student, teacher, state = _set_up("lora", initial_cr=4.0, final_cr=4.0, warmup_steps=0, steps=60)
+  config, student, teacher, state = _set_up(
+    "lora", schedule__initial_cr=4.0, schedule__final_cr=4.0, optimizer__warmup_steps=0, schedule__steps=60
+  )
   batch = Batch(tiny.tokens(student.config, 2, 24))
   lines = []
   for _ in range(60):
@@ -242,19 +244,22 @@ def test_compression_rises_and_distillation_falls():
 @pytest.mark.standard_promotion  # optax
 def test_microbatches_accumulate_the_mean_gradient():
   """With equal noise per part (none: tau huge makes it vanish) two halves give the step of the whole."""
-  whole = _set_up(teacher="original", tau=1e6)
+  whole = _set_up(loss__teacher="original", loss__tau=1e6)
   batch = Batch(tiny.tokens(whole[1].config, 4, 24))
   results = []
   for count in (1, 2):
-    config, student, teacher, state = _set_up(teacher="original", tau=1e6, microbatches=count, batch_size=4)
+    config, student, teacher, state = _set_up(loss__teacher="original", loss__tau=1e6, microbatches=count, batch_size=4)
     results.append(train_step(state, student, teacher, batch, jax.random.key(0), config)[1])
   np.testing.assert_allclose(results[0]["kl"], results[1]["kl"], rtol=1e-4)
   np.testing.assert_allclose(results[0]["grad_norm"], results[1]["grad_norm"], rtol=1e-3)
 
 
 def test_schedules():
-  config = RetrofitConfig(steps=1000, steps_per_cr=100, final_cr=8.0, warmup_steps=10, decay_steps=100)
-  faded = dataclasses.replace(config, fade_steps=40)
+  config = changed(
+    RetrofitConfig(), schedule=ScheduleConfig(steps=1000, steps_per_cr=100, final_cr=8.0),
+    optimizer__warmup_steps=10, optimizer__decay_steps=100,
+  )  # fmt: skip
+  faded = changed(config, schedule__fade_steps=40)
   assert [float(schedule.target_cr(faded, s)) for s in (0, 40, 90, 340)] == [1.0, 1.0, 1.5, 4.0]
   np.testing.assert_allclose([schedule.neuron_kept(faded, s) for s in (0, 10, 40)], [1.0, 0.75, 0.0])
   assert schedule.step_of_cr(faded, 4) == 340
@@ -265,11 +270,18 @@ def test_schedules():
 
 
 @pytest.mark.parametrize(
-  "wrong", [{"trainable": "some"}, {"tau": 0.0}, {"initial_cr": 9.0}, {"microbatches": 3}, {"ema_decay": 1.0}]
+  "wrong",
+  [
+    {"trainable": "some"},
+    {"loss__tau": 0.0},
+    {"schedule__initial_cr": 9.0},
+    {"microbatches": 3},
+    {"saving__ema_decay": 1.0},
+  ],
 )
 def test_config_names_the_culprit(wrong):
-  with pytest.raises(ValueError, match=next(iter(wrong))):
-    RetrofitConfig(**wrong)
+  with pytest.raises(ValueError, match="retrofit." + next(iter(wrong)).replace("__", ".")):
+    changed(RetrofitConfig(), **wrong)
 
 
 def test_lora_without_low_rank_updates_is_refused():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 import math
@@ -18,18 +17,32 @@ from dms_jax import checkpoint
 from dms_jax import testing as tiny
 from dms_jax.config import LoRAConfig
 from dms_jax.params import flatten
-from dms_jax.retrofit import DataConfig, RetrofitConfig, loop
+from dms_jax.retrofit import (
+  DataConfig,
+  MemoryConfig,
+  OptimizerConfig,
+  RetrofitConfig,
+  SavingConfig,
+  ScheduleConfig,
+  loop,
+)
 from dms_jax.retrofit.data import Packer, Source
 from dms_jax.retrofit.loop import Preempted, Run, train
 from dms_jax.tokenizer import byte_tokenizer
+from tests.helpers import changed
 
 pytestmark = pytest.mark.standard_promotion  # optax
 
 MODEL = tiny.config(num_layers=1, d_model=16, d_ff=16, head_dim=8, vocab_size=257)
 CONFIG = RetrofitConfig(
-  steps=7, batch_size=2, seq_len=16, compute_dtype="float32", initial_cr=1.5, final_cr=3.0, steps_per_cr=4,
-  warmup_steps=0, learning_rate=1e-2, loss_chunk=16, vocab_chunk=64, save_every=3, seed=1,
-)  # fmt: skip
+  batch_size=2,
+  seq_len=16,
+  seed=1,
+  schedule=ScheduleConfig(steps=7, initial_cr=1.5, final_cr=3.0, steps_per_cr=4),
+  optimizer=OptimizerConfig(warmup_steps=0, learning_rate=1e-2),
+  memory=MemoryConfig(compute_dtype="float32", loss_chunk=16, vocab_chunk=64),
+  saving=SavingConfig(save_every=3),
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -42,7 +55,7 @@ def quick():
 
 
 def a_run(directory, seed: int = 0, gate: str = "adapter", **overrides) -> tuple[Run, Packer]:
-  config = dataclasses.replace(CONFIG, **overrides)
+  config = changed(CONFIG, **overrides)
   tokens = np.random.default_rng(seed).integers(0, 256, 300).astype(np.int32)
   packer = Packer([Source("text", tokens, np.ones(300, np.int32))], DataConfig(paths=("text",)), config)
   dms = tiny.dms(gate=gate, window=3, scale=10.0, offset=1.0)
@@ -122,7 +135,7 @@ def test_an_exploding_loss_ends_with_the_step_and_the_state(tmp_path, whole, mon
 
   with monkeypatch.context() as patch:
     patch.setattr(loop, "train_step", exploding)
-    with pytest.raises(FloatingPointError, match=r"step 4: loss (not finite|1e\+09).*loss_bound=100.*state"):
+    with pytest.raises(FloatingPointError, match=r"step 4: loss (not finite|1e\+09).*loss.bound=100.*state"):
       train(*a_run(tmp_path))
   assert states(tmp_path) == [3]
   last = log(tmp_path)[-1]
@@ -170,6 +183,22 @@ def test_other_errors_stay_what_they_are(tmp_path):
     raise KeyError("unrelated")
 
 
+def test_a_run_of_version_0_1_goes_on(tmp_path, whole):
+  """Its run.json had no sections: the same settings are recognised, others named."""
+  train(*a_run(tmp_path), stop_after=4)
+  settings = json.loads((tmp_path / loop.RUN).read_text())
+  flat = settings["retrofit"]
+  for section in [name for name, value in flat.items() if isinstance(value, dict)]:
+    names = {("loss", "kind"): "loss", ("loss", "bound"): "loss_bound"}
+    fields = flat.pop(section).items()
+    flat |= {names.get((section, name), name): value for name, value in fields}
+  (tmp_path / loop.RUN).write_text(json.dumps(settings))
+  with pytest.raises(ValueError, match=r"retrofit\.schedule\.final_cr: 3\.0 there, 3\.5 now\)"):
+    train(*a_run(tmp_path, schedule__final_cr=3.5))
+  train(*a_run(tmp_path))
+  check_finished(tmp_path, whole)
+
+
 def test_another_text_is_refused(tmp_path, whole):
   with pytest.raises(ValueError, match=r"text\.text: '300 tokens, CRC-32 \w+' there"):
     train(*a_run(whole[0], seed=5))
@@ -178,13 +207,13 @@ def test_another_text_is_refused(tmp_path, whole):
 @pytest.mark.parametrize("trainable", ["lora", "all"])
 def test_whole_models_hold_what_the_retrofit_adds(tmp_path, trainable):
   """`export` model: loads by itself, updates merged, and equals the base with the retrofit put on top."""
-  whole_model = dict(export="model") if trainable == "lora" else {}
-  run, packer = a_run(tmp_path / "model", steps=2, trainable=trainable, **whole_model)
+  whole_model = dict(saving__export="model") if trainable == "lora" else {}
+  run, packer = a_run(tmp_path / "model", schedule__steps=2, trainable=trainable, **whole_model)
   train(run, packer, byte_tokenizer())
   model = checkpoint.load(tmp_path / "model" / "final")
   assert model.lora is None and model.dms == run.dms and (tmp_path / "model" / "final" / "tokenizer.json").exists()
   if trainable == "lora":
-    train(*a_run(tmp_path / "apart", steps=2))
+    train(*a_run(tmp_path / "apart", schedule__steps=2))
     checkpoint.save(tmp_path / "base", run.base)
     apart = checkpoint.load(tmp_path / "base", retrofit=tmp_path / "apart" / "final", merge=False)
     assert apart.lora.rank == 2
@@ -196,7 +225,9 @@ def test_whole_models_hold_what_the_retrofit_adds(tmp_path, trainable):
 def test_the_neuron_is_zeroed_between_the_phases(tmp_path):
   lines = {}
   for zero in (False, True):
-    settings = dict(gate="neuron", trainable="all", fade_steps=2, steps=4, zero_neuron=zero)
+    settings = dict(
+      gate="neuron", trainable="all", schedule__fade_steps=2, schedule__steps=4, schedule__zero_neuron=zero
+    )
     train(*a_run(tmp_path / str(zero), **settings), stop_after=2)  # a checkpoint right at the border
     train(*a_run(tmp_path / str(zero), **settings))
     lines[zero] = log(tmp_path / str(zero))
@@ -205,5 +236,5 @@ def test_the_neuron_is_zeroed_between_the_phases(tmp_path):
 
 
 def test_keep_states_and_save_every_count(tmp_path):
-  train(*a_run(tmp_path, save_every=1, keep_states=4, steps=6))
+  train(*a_run(tmp_path, saving__save_every=1, saving__keep_states=4, schedule__steps=6))
   assert states(tmp_path) == [3, 4, 5, 6]

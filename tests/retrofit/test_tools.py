@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
@@ -14,13 +13,15 @@ import jax.numpy as jnp
 import pytest
 
 from dms_jax import testing as tiny
-from dms_jax.config import PRESETS, DMSConfig, LoRAConfig
+from dms_jax.config import DMSConfig, LoRAConfig
+from dms_jax.families import PRESETS
 from dms_jax.model import forward, unembed
-from dms_jax.retrofit import RetrofitConfig
+from dms_jax.retrofit import MemoryConfig, RetrofitConfig
 from dms_jax.retrofit.cost import peak_flops, step_flops
 from experiments import retrofit
 from experiments.bench import retrofit_step as retrofit_benchmark
 from experiments.reports import plots
+from tests.helpers import changed
 
 ALL = RetrofitConfig(trainable="all", batch_size=2, seq_len=4096)
 
@@ -34,11 +35,11 @@ def test_flops_of_a_known_model():
   assert flops.tokens == tokens
   assert flops.student == tokens * (6 * n + 6 * gates + 3 * attention)
   assert flops.teacher == tokens * (2 * n + attention) and flops.total == flops.student + flops.teacher
-  frozen = step_flops(config, DMSConfig(), None, dataclasses.replace(ALL, trainable="gates"))
+  frozen = step_flops(config, DMSConfig(), None, changed(ALL, trainable="gates"))
   assert flops.student - frozen.student == tokens * 2 * n  # no gradient of frozen weights
-  assert step_flops(config, DMSConfig("neuron"), None, dataclasses.replace(ALL, loss="lm")).teacher == 0
+  assert step_flops(config, DMSConfig("neuron"), None, changed(ALL, loss__kind="lm")).teacher == 0
   assert step_flops(PRESETS["qwen3-8b"], DMSConfig("neuron"), None, ALL).student > flops.student
-  rank = step_flops(config, DMSConfig(), LoRAConfig(1), dataclasses.replace(ALL, trainable="lora"))
+  rank = step_flops(config, DMSConfig(), LoRAConfig(1), changed(ALL, trainable="lora"))
   updates = 16 * (2048 + 2048 + 2 * (2048 + 512) + 2048 + 2048)
   assert rank.student - frozen.student == tokens * 6 * updates
 
@@ -60,7 +61,7 @@ def test_peaks():
 
 @pytest.mark.standard_promotion  # optax
 def test_benchmark(monkeypatch):
-  config = RetrofitConfig(seq_len=16, batch_size=2, compute_dtype="float32", loss_chunk=16)
+  config = RetrofitConfig(seq_len=16, batch_size=2, memory=MemoryConfig(compute_dtype="float32", loss_chunk=16))
   cfg = tiny.config(num_layers=1, d_model=16, d_ff=16, head_dim=8, vocab_size=31)
   step = retrofit_benchmark.train_step.__wrapped__
   quick = jax.jit(step, static_argnames=("config", "fading"), compiler_options=tiny.QUICK)
@@ -103,10 +104,10 @@ def test_picture_of_a_log(tmp_path, name, heads):
   )
   (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
   picture = tmp_path / "log.png"
-  assert plots.training(tmp_path / "log.jsonl", picture) == str(picture)
+  assert plots.training(picture, tmp_path / "log.jsonl") == str(picture)
   assert picture.read_bytes()[:4] == b"\x89PNG" and len(list(tmp_path.iterdir())) == 2
   (tmp_path / "log.jsonl").write_text("")
-  assert plots.training(tmp_path / "log.jsonl", picture) is None
+  assert plots.training(picture, tmp_path / "log.jsonl") is None
 
 
 def test_a_first_sigterm_asks_and_the_handler_is_put_back():

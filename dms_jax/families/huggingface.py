@@ -1,7 +1,7 @@
-"""Model families: a Hugging Face config.json <-> `ModelConfig` and `DMSConfig`, and what is refused.
+"""Hugging Face's config.json <-> `ModelConfig`, for every family; models that are not supported are refused by name.
 
 Both spellings are read: transformers 4 (`rope_theta`, `rope_scaling`, `torch_dtype`) and transformers 5
-(`rope_parameters`, `dtype`). What is written is the first, which both accept.
+(`rope_parameters`, `dtype`). The first is written, because both versions accept it.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from dms_jax.config import FAMILIES, DMSConfig, ModelConfig, RopeScaling
-
-DTYPES = ("float32", "bfloat16", "float16")
+from dms_jax.config import ModelConfig, RopeScaling
+from dms_jax.families import base
 
 
 def config_from_hf(values: dict, source: str, generation: dict | None = None) -> ModelConfig:
@@ -20,16 +19,16 @@ def config_from_hf(values: dict, source: str, generation: dict | None = None) ->
   Args:
     values: the file's content.
     source: its name, for errors.
-    generation: generation_config.json, whose end tokens go before config.json's.
+    generation: content of generation_config.json, whose end tokens override config.json's.
 
   Raises:
-    ValueError: everything that is missing, malformed or not supported, together.
+    ValueError: lists everything that is missing, malformed or not supported.
   """
-  family = values.get("model_type")
-  if problems := _unsupported(values):
+  family = base.FAMILIES.get(str(values.get("model_type")))
+  if family is not None:
+    values = {**family.defaults, **values}
+  if problems := _unsupported(values, family):
     raise ValueError(f"{source}: not supported: {'; '.join(problems)}")
-  spec = FAMILIES[family]
-  values = {**spec.defaults, **values}
   problems = []
 
   def number(name: str, kind: type, default: Any = None):
@@ -44,7 +43,6 @@ def config_from_hf(values: dict, source: str, generation: dict | None = None) ->
   heads, width = number("num_attention_heads", int), number("hidden_size", int)
   theta, scaling = _rope(values, problems)
   fields = dict(
-    family=family,
     num_layers=number("num_hidden_layers", int),
     d_model=width,
     d_ff=number("intermediate_size", int),
@@ -57,28 +55,26 @@ def config_from_hf(values: dict, source: str, generation: dict | None = None) ->
     rope_scaling=scaling,
     rms_norm_eps=number("rms_norm_eps", float, 1e-6),
     tie_embeddings=bool(values.get("tie_word_embeddings", False)),
-    qkv_bias=spec.qkv_bias,
-    qk_norm=spec.qk_norm,
     eos_token_ids=_token_ids((generation or {}).get("eos_token_id")) or _token_ids(values.get("eos_token_id")),
   )
   if problems:
     raise ValueError(f"{source}: {'; '.join(problems)}")
   try:
-    return ModelConfig(**fields)
+    return family.config(**fields)
   except ValueError as error:
     raise ValueError(f"{source}: {error}") from None
 
 
 def config_to_hf(config: ModelConfig, dtype: str) -> dict:
-  """config.json for a model of this shape; `config_from_hf` is its inverse.
+  """The content of config.json for a model of this shape; `config_from_hf` is its inverse.
 
   Args:
-    dtype: "float32", "bfloat16" or "float16", of the weights beside it.
+    dtype: of the weights: "float32", "bfloat16" or "float16".
   """
-  c = config
+  c, family = config, base.get(config.family)
   eos = list(c.eos_token_ids)
-  values = {
-    "architectures": [FAMILIES[c.family].architecture],
+  return {
+    "architectures": [family.architecture],
     "model_type": c.family,
     "hidden_size": c.d_model,
     "intermediate_size": c.d_ff,
@@ -98,81 +94,32 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict:
     "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
     "use_cache": True,
     "torch_dtype": dtype,
+    **family.own_keys,
   }
-  if c.family != "qwen2":  # Qwen2's bias is part of its class
-    values["attention_bias"] = False
-  if c.family == "llama":
-    values["mlp_bias"] = False
-  else:
-    values["use_sliding_window"] = False
-  return values
 
 
-def dms_from_hf(values: dict, metadata: dict | None, source: str) -> DMSConfig | None:
-  """The gates that a checkpoint says it carries, or None.
-
-  NVIDIA's put `dms_*` keys into config.json: the decision computed at t is about t - 1, and `dms_separate_alpha` means
-  the adapter. FastDMS writes dms_metadata.json, flat or under "config": the borrowed neuron, about token t itself.
-
-  Args:
-    metadata: content of dms_metadata.json where there is one.
-
-  Raises:
-    ValueError: a value cannot be read, or the metadata is of another kind.
-  """
-  if metadata is not None:
-    if "sidecar" in metadata or metadata.get("schema_version", 1) not in (1, None):
-      raise ValueError(f"{source}: dms_metadata.json of schema {metadata.get('schema_version')}: sidecar gates differ")
-    given, shift = {**metadata, **metadata.get("config", {})}, 0
-  elif any(name.startswith("dms_") for name in values):
-    given, shift = values, 1
-  else:
-    return None
-
-  def first(default, *names: str):
-    value = next((given[n] for n in names if given.get(n) is not None), default)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-      raise ValueError(f"{source}: {names[0]} should be a number, found {value!r}")
-    return value
-
-  window = first(512 if shift else 256, "dms_window_size", "window_size")
-  if window != int(window):
-    raise ValueError(f"{source}: dms_window_size={window} is not a whole number of tokens")
-  return DMSConfig(
-    gate="adapter" if shift and given.get("dms_separate_alpha") else "neuron",
-    window=int(window),
-    scale=float(first(100.0, "dms_alpha_scale", "alpha_scale")),
-    offset=float(first(5.0, "dms_initial_alpha_offset", "dms_alpha_offset", "alpha_offset")),
-    shift=shift,
-    granularity=given.get("dms_alpha_per") or "head",
-  )
-
-
-def _unsupported(values: dict) -> list[str]:
-  """Every reason why this model cannot be run, by the name its field has."""
+def _unsupported(values: dict, family: base.Family | None) -> list[str]:
+  """Every reason why this model cannot be run; names the keys."""
   reasons = []
-  family = values.get("model_type")
+  name = values.get("model_type")
   experts = [
     k for k in ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size") if values.get(k)
   ]
-  if experts or "moe" in str(family).lower() or family == "mixtral":
-    reasons.append(f"mixture of experts ({', '.join(experts) or f'model_type {family!r}'})")
+  if experts or "moe" in str(name).lower() or name == "mixtral":
+    reasons.append(f"mixture of experts ({', '.join(experts) or f'model_type {name!r}'})")
   if latent := [k for k in ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim") if values.get(k)]:
     reasons.append(f"multi-head latent attention, MLA ({', '.join(latent)})")
-  if family not in FAMILIES:
-    reasons.append(f"model_type {family!r}; supported are {', '.join(FAMILIES)}")
+  if family is None:
+    reasons.append(f"model_type {name!r}; supported are {', '.join(base.FAMILIES)}")
   layer_types = values.get("layer_types") or []
-  # Qwen's files carry a width that `use_sliding_window: false` leaves unused.
-  slides = values.get("sliding_window") is not None and values.get(
-    "use_sliding_window", family not in ("qwen2", "qwen3")
-  )
+  slides = values.get("sliding_window") is not None and values.get("use_sliding_window", True)
   if slides or values.get("use_sliding_window") or any(t != "full_attention" for t in layer_types):
     reasons.append(f"sliding window attention (sliding_window={values.get('sliding_window')})")
   if (rope_type := _rope_type(values)) not in ("default", "llama3"):
     reasons.append(f"RoPE scaling of type {rope_type!r}; supported are 'default' and 'llama3'")
   if values.get("partial_rotary_factor", 1.0) != 1.0:
     reasons.append(f"partial_rotary_factor={values['partial_rotary_factor']}")
-  if values.get("attention_bias") and family != "qwen2":
+  if values.get("attention_bias") and not (family and family.qkv_bias):
     reasons.append("attention_bias=true")
   if values.get("mlp_bias"):
     reasons.append("mlp_bias=true")
@@ -215,5 +162,5 @@ def _rope(values: dict, problems: list[str]) -> tuple[float, RopeScaling | None]
 
 
 def _token_ids(value: Any) -> tuple[int, ...]:
-  """eos_token_id as Hugging Face writes it: nothing, one id or a list."""
+  """The ids of an eos_token_id, which is null, one id or a list."""
   return () if value is None else tuple(int(i) for i in value) if isinstance(value, list) else (int(value),)

@@ -1,4 +1,4 @@
-"""Hugging Face directories: safetensors (one file or shards with an index), config.json, tokenizer files."""
+"""The layout of transformers: safetensors (one file, or shards with an index), config.json, tokenizer files."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import numpy as np
 
 from dms_jax.checkpoint import atomic_directory
 from dms_jax.config import DMSConfig, ModelConfig, from_json, read_json, to_json
-from dms_jax.convert.families import DTYPES, config_from_hf, config_to_hf, dms_from_hf
-from dms_jax.convert.tensors import Progress, Tensors, from_params, tensor_bytes
+from dms_jax.convert.layouts import fastdms, nvidia
+from dms_jax.convert.tensors import DTYPES, Progress, Tensors, from_params, tensor_bytes
+from dms_jax.families.huggingface import config_from_hf, config_to_hf
 from dms_jax.model import Model
 from dms_jax.params import param_table
 from dms_jax.tokenizer import TOKENIZER_FILE, Tokenizer
 
-INDEX = "model.safetensors.index.json"
+INDEX, GENERATION = "model.safetensors.index.json", "generation_config.json"
 GATES, GATES_CONFIG = "dms_gates.safetensors", "dms_config.json"
 SHARD_BYTES = 5 * 10**9
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-# Names in older checkpoints that hold nothing of their own: RoPE tables, and a head tied to the embedding.
-_BUFFER = re.compile(r".*\.rotary_emb\.inv_freq")
+_ROPE_TABLE = re.compile(r".*\.rotary_emb\.inv_freq")
 
 
 def read(path: str | Path) -> tuple[ModelConfig, DMSConfig | None, Tensors, Tokenizer | None]:
@@ -37,22 +37,28 @@ def read(path: str | Path) -> tuple[ModelConfig, DMSConfig | None, Tensors, Toke
   values = read_json(path / "config.json")
   if "format" in values and "model_type" not in values:
     raise ValueError(f"{path}: already a dms_jax checkpoint; nothing to convert")
-  optional = {
-    n: read_json(path / n) if (path / n).exists() else None
-    for n in ("generation_config.json", "dms_metadata.json", GATES_CONFIG)
-  }
-  config = config_from_hf(values, str(path / "config.json"), optional["generation_config.json"])
-  if optional[GATES_CONFIG] is not None:  # what `export` wrote
-    dms = from_json(DMSConfig, optional[GATES_CONFIG], str(path / GATES_CONFIG))
-  else:
-    dms = dms_from_hf(values, optional["dms_metadata.json"], str(path))
+  generation = read_json(path / GENERATION) if (path / GENERATION).exists() else None
+  config, dms = config_from_hf(values, str(path / "config.json"), generation), gates(path, values)
   tokenizer = Tokenizer.load(path) if (path / TOKENIZER_FILE).exists() else None
   return config, dms, _open_tensors(path), tokenizer
 
 
+def gates(path: Path, values: dict) -> DMSConfig | None:
+  """The gates of the directory `path`, whose config.json holds `values`; None without any.
+
+  Raises:
+    ValueError: a value cannot be read, or the gates are of another kind.
+  """
+  if (path / GATES_CONFIG).exists():  # written by `export`
+    return from_json(DMSConfig, read_json(path / GATES_CONFIG), str(path / GATES_CONFIG))
+  if (path / fastdms.METADATA).exists():
+    return fastdms.gates(read_json(path / fastdms.METADATA), str(path))
+  return nvidia.gates(values, str(path))
+
+
 def is_ignored(config: ModelConfig, name: str) -> bool:
-  """Whether a tensor may be there without being read."""
-  return bool(_BUFFER.fullmatch(name)) or (config.tie_embeddings and name == "lm_head.weight")
+  """Whether a tensor is redundant: older checkpoints store RoPE tables, and a head that is tied to the embedding."""
+  return bool(_ROPE_TABLE.fullmatch(name)) or (config.tie_embeddings and name == "lm_head.weight")
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -114,14 +120,16 @@ def export(
   shard_bytes: int = SHARD_BYTES,
   progress: Progress | None = None,
 ) -> Path:
-  """Writes a directory that transformers loads, whole or not at all.
+  """Writes a directory that transformers loads, whole or not at all; returns `path`.
 
-  Low-rank updates are merged. Gates, which plain transformers does not know, go beside the weights: dms_config.json,
-  and dms_gates.safetensors for the adapter, under NVIDIA's names. `read` understands both.
+  Low-rank updates are merged. Gates, which plain transformers ignores, get files of their own: dms_config.json, and
+  dms_gates.safetensors with the adapter's tensors under NVIDIA's names. `read` reads both.
 
   Args:
-    dtype: of the weights; default the model's own.
-    shard_bytes: largest size of one safetensors file.
+    dtype: of the weights: "float32", "bfloat16" or "float16"; default the model's own.
+    overwrite: replace what an earlier export wrote.
+    shard_bytes: largest size of one safetensors file, in bytes.
+    progress: called as progress(done, total, file name).
 
   Raises:
     ValueError: something is at `path` already, or dtype is unknown.
@@ -144,10 +152,10 @@ def export(
     if model.dms is not None:
       _write_json(directory / GATES_CONFIG, to_json(model.dms))
     if groups["gate"]:  # float32: they are small, and a rounded logit can flip a decision
-      gates = {name: read_one() for name, _, read_one in from_params(groups["gate"], model.params, jnp.float32)}
-      save_file(gates, directory / GATES, metadata={"format": "pt"})
+      adapter = {name: read_one() for name, _, read_one in from_params(groups["gate"], model.params, jnp.float32)}
+      save_file(adapter, directory / GATES, metadata={"format": "pt"})
     values = config_to_hf(model.config, dtype)
-    _write_json(directory / "generation_config.json", {"eos_token_id": values["eos_token_id"]})
+    _write_json(directory / GENERATION, {"eos_token_id": values["eos_token_id"]})
     if tokenizer is not None:
       tokenizer.save(directory)
       values["bos_token_id"] = tokenizer.bos_token_id
@@ -160,14 +168,14 @@ def _write_weights(directory: Path, tensors: list, shard_bytes: int, progress: P
 
   dtype = tensors[0][2]().dtype
   shards: list[list] = [[]]
-  room = shard_bytes
+  free = shard_bytes
   for entry in tensors:
     size = tensor_bytes(entry[1], dtype)
-    if size > room and shards[-1]:
+    if size > free and shards[-1]:
       shards.append([])
-      room = shard_bytes
+      free = shard_bytes
     shards[-1].append(entry)
-    room -= size
+    free -= size
   total = len(shards)
   names = (
     ["model.safetensors"] if total == 1 else [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
@@ -183,7 +191,7 @@ def _write_weights(directory: Path, tensors: list, shard_bytes: int, progress: P
 
 
 def _is_export(path: Path) -> bool:
-  """Whether a directory holds nothing but what `export` writes."""
+  """Whether a directory holds only files that `export` writes."""
   ours = re.compile(r"(model.*\.safetensors(\.index\.json)?|(config|generation_config|tokenizer.*|dms_.*)\.\w+)")
   with contextlib.suppress(ValueError):
     return "architectures" in read_json(path / "config.json") and all(ours.fullmatch(f.name) for f in path.iterdir())

@@ -1,4 +1,4 @@
-"""Slots of 8 bits written into pages on TPUs, in JAX's interpreter with race detection, and XLA's scatter of them."""
+"""Slots of 8 bits written into pages: XLA's scatter, and the TPU kernel in JAX's interpreter with race detection."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.common import compat_tpu
-from pallas_kernels.paged import tpu as tpu_put
-from pallas_kernels.paged.api import write_pages
+from pallas_kernels.paged import ref, tpu, write_pages
 from tests.kernels.suite import Backend, running
 
 WIDTH, NOWHERE = 128, -1
@@ -22,24 +21,21 @@ def numbers(rng, *shape, dtype):
 
 
 def case(page, slots, dtype):
-  """(arguments of `write_pages`, the pool it should give): every archive has pages of its own, and places without one."""
+  """(arguments of `write_pages`, the pool it should give): archives own separate pages and have empty places."""
   rng, slots = np.random.default_rng(0), np.asarray(slots, np.int32)
   archives, most = slots.shape
   places = -(-200 // page)
   number = archives * places + 3
   table = rng.permutation(number)[: archives * places].reshape(archives, places).astype(np.int32)
   pool, rows = (numbers(rng, *shape, WIDTH, dtype=dtype) for shape in ((number, page), (archives, most)))
-  want = pool.copy()
-  for archive, row in np.argwhere((slots >= 0) & (slots < places * page)):
-    slot = slots[archive, row]
-    want[table[archive, slot // page], slot % page] = rows[archive, row]
+  want = ref.write_pages(pool, table, slots, rows)
   used = slots.max(axis=1) // page + 1
   table[np.arange(places) >= used[:, None]] = number  # what an archive does not own
   return tuple(map(jnp.asarray, (pool, table, slots, rows))), want
 
 
 def chunk(first, count, most, skip=3):
-  """Slots of `most` rows, of which `count` go to `first` and after it, and each `skip`-th before them nowhere."""
+  """Slots of `most` rows: `count` go to `first` and the slots after it, every `skip`-th row and the rest nowhere."""
   slots = np.full(most, NOWHERE)
   going = [i for i in range(most) if i % skip][:count]
   slots[going] = first + np.arange(len(going))
@@ -67,7 +63,7 @@ def test_slots_are_written_and_others_stay(backend, page, slots, dtype):
 
 def test_more_entries_than_a_call_takes(backend, monkeypatch):
   """Several calls, one after the other; archives in two axes."""
-  monkeypatch.setattr(tpu_put, "ENTRIES", 6)
+  monkeypatch.setattr(tpu, "ENTRIES", 6)
   (pool, table, slots, rows), want = case(64, [chunk(i, 20 + i, 50) for i in range(6)], jnp.int8)
   apart = lambda x: x.reshape(2, 3, *x.shape[1:])
   with running(backend):

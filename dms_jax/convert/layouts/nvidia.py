@@ -1,0 +1,54 @@
+"""NVIDIA's layout: settings of the gates as `dms_*` keys in config.json, tensors of the adapter among the weights.
+
+Checkpoints on the hub use the neuron gate; a student of Model-Optimizer uses the adapter (`dms_separate_alpha`). The
+decision computed at token t is about token t - 1.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from dms_jax.config import DMSConfig
+
+
+def gates(values: dict, source: str) -> DMSConfig | None:
+  """The gates that config.json's `values` describe; None without a `dms_*` key.
+
+  Args:
+    source: name of the checkpoint, for errors.
+
+  Raises:
+    ValueError: a value cannot be read.
+  """
+  if not any(name.startswith("dms_") for name in values):
+    return None
+  return from_keys(values, source, "adapter" if values.get("dms_separate_alpha") else "neuron", shift=1, window=512)
+
+
+def from_keys(values: dict, source: str, gate: Literal["adapter", "neuron"], shift: int, window: int) -> DMSConfig:
+  """The gates of NVIDIA's keys, with or without the prefix `dms_`.
+
+  Args:
+    window: where the keys name none.
+
+  Raises:
+    ValueError: a value cannot be read.
+  """
+
+  def number(default: int | float, *names: str) -> int | float:
+    value = next((values[n] for n in names if values.get(n) is not None), default)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+      raise ValueError(f"{source}: {names[0]} should be a number, found {value!r}")
+    return value
+
+  window = number(window, "dms_window_size", "window_size")
+  if window != int(window):
+    raise ValueError(f"{source}: dms_window_size={window} is not a whole number of tokens")
+  return DMSConfig(
+    gate=gate,
+    window=int(window),
+    scale=float(number(100.0, "dms_alpha_scale", "alpha_scale")),
+    offset=float(number(5.0, "dms_initial_alpha_offset", "dms_alpha_offset", "alpha_offset")),
+    shift=shift,
+    granularity=values.get("dms_alpha_per") or "head",
+  )

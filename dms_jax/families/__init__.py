@@ -1,0 +1,15 @@
+"""Model families, one file each; a family is registered by the line that imports it here."""
+
+from dms_jax.config import ModelConfig
+from dms_jax.families.base import FAMILIES as FAMILIES
+from dms_jax.families.base import Family as Family
+from dms_jax.families.base import get as get
+from dms_jax.families.base import register as register
+from dms_jax.families.llama import LLAMA as LLAMA
+from dms_jax.families.qwen2 import QWEN2 as QWEN2
+from dms_jax.families.qwen3 import QWEN3 as QWEN3
+
+# Public sizes, as their config.json files state them.
+PRESETS: dict[str, ModelConfig] = {
+  name: family.config(**fields) for family in FAMILIES.values() for name, fields in family.presets.items()
+}

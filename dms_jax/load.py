@@ -1,0 +1,33 @@
+"""Loading a converted checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def load(path: str | Path, retrofit: str | Path | None = None, dtype: Any = None, merge: bool = True):
+  """Loads a converted checkpoint, ready to generate: (model, tokenizer).
+
+  The model carries the tokenizer, so `generate` takes strings. Its layers are in the form that decodes fastest on this
+  machine (`generation.generate.fastest_form`).
+
+  Args:
+    path: folder written by `experiments.convert_weights`.
+    retrofit: folder of eviction gates and low-rank updates to add; without it the model may have no gates.
+    dtype: of the weights and the KV cache; default as stored.
+    merge: fold low-rank updates into the weights, which decodes faster.
+
+  Returns:
+    `Model` and `Tokenizer`.
+
+  Raises:
+    ValueError: a folder is missing or damaged, or the retrofit belongs to another model.
+  """
+  from dms_jax import checkpoint  # Orbax and tokenizers take a second to import
+  from dms_jax.generation.generate import fastest_form
+  from dms_jax.tokenizer import Tokenizer
+
+  tokenizer = Tokenizer.load(path)
+  model = checkpoint.load(path, retrofit=retrofit, merge=merge, dtype=dtype)
+  return fastest_form(model.replace(tokenizer=tokenizer)), tokenizer

@@ -1,0 +1,32 @@
+"""KeyDiff: keys that resemble the others are dropped (arXiv 2504.15364)."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import struct
+
+from dms_jax.policies.base import register
+from dms_jax.policies.budget import Budgeted
+
+
+@register
+@struct.dataclass
+class KeyDiff(Budgeted):
+  """Drops the token whose key is most similar to the anchor: the mean of the normalised keys that a head holds.
+
+  The score is -cos(anchor, key) (section 4, algorithm 1), computed anew after each step from all held keys, after RoPE
+  as they are cached; no attention is observed. The paper has no protected window: W = 0, the newest token alone is safe
+  in its own step. A chunk of a prompt is the paper's block: it is added to the cache, scored with it and cut to the
+  budget. `exact_prefill` is a block of one token. A mixed budget across layers or heads is not part of the method.
+  """
+
+  observes = ("keys",)
+  prompt_observes = ("keys",)
+
+  def observe(self, stats, seen):
+    keys = jnp.where(seen.live[..., None], seen.keys.astype(jnp.float32), 0.0)
+    norm = jnp.sqrt(jnp.sum(keys * keys, axis=-1, keepdims=True))
+    unit = keys / jnp.where(norm > 0, norm, 1.0)
+    anchor = jnp.sum(unit, axis=2, keepdims=True)  # its length does not matter to a cosine
+    length = jnp.sqrt(jnp.sum(anchor * anchor, axis=-1))
+    return {"score": -jnp.sum(unit * anchor, axis=-1) / jnp.where(length > 0, length, 1.0)}

@@ -1,0 +1,61 @@
+"""SnapKV: a prompt is cut to what its last queries attend to; generated tokens are all kept (arXiv 2404.14469)."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from dms_jax.policies.base import Policy, register
+from dms_jax.policies.budget import allowance, check_budget, largest
+
+
+@register
+@struct.dataclass
+class SnapKV(Policy):
+  """Keeps the prompt's last W + 1 tokens and the tokens before them with the largest pooled attention.
+
+  The last W + 1 tokens of the prompt are its *observation window*. Each earlier token is scored by the attention that
+  the window's queries pay it, summed over the queries (section 4.2), mean over the query heads of a KV head, and pooled by
+  the maximum over `pool` neighbouring tokens. `budget` counts the tokens a head holds after the prompt, the observation window
+  included (or `cr`: a cr-th of the tokens seen by then). The whole prompt is held until its end; the compaction then
+  frees it. The paper has one query head a KV head; the released code selects per query head.
+
+  In a later turn of a conversation the new prompt's last tokens cut everything held so far.
+  """
+
+  window: int | None = struct.field(pytree_node=False, default=31)
+  budget: int | None = None
+  cr: float | None = None
+  pool: int = struct.field(pytree_node=False, default=7)
+
+  stats = ("mass",)
+  prompt_observes = ("mass",)
+  compacts = True
+
+  def resolved(self, window):
+    policy = super().resolved(window)
+    check_budget(policy, policy.window + 1)
+    if self.pool < 1 or self.pool % 2 == 0:
+      raise ValueError(f"SnapKV: pool={self.pool} must be an odd number of tokens")
+    return policy
+
+  def query_weights(self, lengths, remaining, width):
+    after = remaining[:, None] + lengths[:, None] - 1 - jnp.arange(width)  # tokens of the prompt after each query
+    return ((after >= remaining[:, None]) & (after <= self.window)).astype(jnp.float32)
+
+  def observe(self, stats, seen):
+    begins = seen.remaining + seen.lengths > self.window  # the observation window starts in this chunk
+    return {"mass": jnp.where(begins[:, None, None], 0.0, stats["mass"]) + seen.mass}
+
+  def compact(self, candidates):
+    live, mass = candidates.live, candidates.stats["mass"]
+    # Tokens that are neighbours in the text are pooled, whatever free slots lie between them.
+    place = jnp.cumsum(live, axis=-1) - 1
+    at = jnp.where(live, place, live.shape[-1])
+    rows, heads = jnp.arange(live.shape[0])[:, None, None], jnp.arange(live.shape[1])[:, None]
+    dense = jnp.full(mass.shape, -jnp.inf).at[rows, heads, at].set(mass, mode="drop")
+    dense = lax.reduce_window(dense, -jnp.inf, lax.max, (1, 1, self.pool), (1, 1, 1), "SAME")
+    pooled = jnp.take_along_axis(dense, jnp.maximum(place, 0), axis=-1)
+    kept = largest(pooled, live, allowance(self, candidates.tokens) - (self.window + 1))
+    return jnp.where((candidates.remaining == 0)[:, None, None], kept, live)

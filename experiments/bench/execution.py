@@ -1,0 +1,194 @@
+"""What each choice of `dms_jax.execution` buys: decode steps, or a prompt's chunk, with the choice and without it.
+
+    python -m experiments.bench.execution --shape=smollm2-135m --rows=1,8,32 --output=execution.json
+    python -m experiments.bench.execution --shape=llama-3.2-1b --rows=1,8,32,128,248 --output=execution.json
+    python -m experiments.bench.execution --chunk=64 --dtype=float32 --rows=1 --tokens=512 --output=execution.json
+
+Weights and caches are random (`experiments.bench.synthetic`). Every field of `Execution` that is on for a step is
+switched off alone; the programs take turns, and the best of all rounds counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dms_jax.cache import Cache
+from dms_jax.execution import Execution, override
+from dms_jax.families import PRESETS
+from experiments.bench import synthetic
+from experiments.bench.generate_points import Bench, Energy, Point, Programs, Shape, copied, small
+from experiments.common import program
+
+BASE = "none"  # the step with nothing switched off
+# These fields change how long a program takes to compile, a mesh, or a format; name one in `tricks` to try it.
+NOT_TIMED = ("jitted_attention", "replicated_writes")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """`tokens` of each row at compression ratio `cr`; `rounds` of `seconds` per program and round."""
+
+  shape: str = "smollm2-135m"
+  rows: tuple[int, ...] = (1, 8, 32)
+  tokens: int = 8192
+  cr: float = 8.0
+  window: int = 256
+  dtype: str = "bfloat16"
+  steps: int = 16  # decode steps of a compiled block
+  chunk: int = 0  # tokens of a prompt's chunk, to time it instead of decode steps; one row
+  tricks: tuple[str, ...] = ()  # fields to switch off, "a+b" together; default: each that is on
+  rounds: int = 5
+  seconds: float = 0.1
+  workers: int = 16  # programs compiled at once
+  output: Path = Path("execution.json")
+
+
+def switched_off(how: Execution, tricks: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
+  """Overrides by trick: BASE, then each field of `how` that is on (or each of `tricks`, "a+b") at its off value."""
+  names = [f.name for f in dataclasses.fields(how) if getattr(how, f.name) != f.default and f.name not in NOT_TIMED]
+  if how.late_gates and how.fused_gate:  # gates after the layers are always fused
+    names[names.index("fused_gate")] = "late_gates+fused_gate"
+  off = vars(Execution())
+  return {BASE: {}} | {name: {field: off[field] for field in name.split("+")} for name in tricks or names}
+
+
+class Contest:
+  """The programs of one step, as chosen and with each trick off.
+
+  Programs of one storage format take turns on one cache, which they are donated and return.
+  """
+
+  def __init__(self, config: Config, rows: int, benches: dict[str, Bench], pool: ThreadPoolExecutor):
+    self.config, self.rows, self.benches = config, rows, benches
+    self.tricks = switched_off(Execution.choose(self.bench().model("dms"), rows, config.chunk or 1), config.tricks)
+    self.caches: dict[str, Cache] = {}
+    self.programs: dict[str, Future] = {}  # of (program, seconds that it took to compile); without equal ones
+    texts = set()
+    for name, fields in self.tricks.items():
+      with override(**fields):
+        lowered = self._lowered()
+      text = lowered.as_text()
+      if text not in texts:
+        self.programs[name] = pool.submit(_compiled, lowered)
+      texts |= {text} if name == BASE else set()
+
+  def bench(self) -> Bench:
+    """The bench of the model whose layers have the form in force."""
+    c, form = self.config, Execution.choose().layers
+    if form not in self.benches:
+      shape = Shape(PRESETS[c.shape], c.window, c.cr, dtype=c.dtype, steps=c.steps)
+      self.benches[form] = Bench(shape, 1.0, Programs(1), Energy())
+    return self.benches[form]
+
+  def _lowered(self) -> Any:
+    if self.config.chunk:
+      return self.bench().lower_prompt("dms", self.config.tokens, self.config.chunk)
+    return self.bench().lower(Point("dms", self.rows, self.config.tokens, self.config.tokens))
+
+  def _call(self, name: str) -> Callable[[], Any]:
+    """Runs the program of a trick once more from the same state; returns (tokens or logits, whether rows had room)."""
+    c, run = self.config, self.programs[name].result()[0]
+    with override(**self.tricks[name]):
+      model, policy, *rest = self.bench().arguments("dms", c.tokens)
+      shape = (
+        self.bench().prompt_cache("dms", c.tokens) if c.chunk else self.bench().cache_shape("dms", self.rows, c.tokens)
+      )
+    stored = str(shape.kv.dtype)
+    if stored not in self.caches:
+      self.caches[stored] = synthetic.filled(shape, model, policy, tokens=c.tokens - (c.chunk or c.steps))
+    begin = copied((small(self.caches[stored]), synthetic.running_rows(self.rows)))
+    part = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, c.chunk)).astype(np.int32)
+    length, last = np.array([c.chunk], np.int32), np.array([True])
+
+    def call() -> Any:
+      fresh, rows = copied(begin)
+      cache = self.caches[stored].replace(**fresh)
+      if c.chunk:
+        logits = jnp.zeros((1, model.config.vocab_size), jnp.float32)
+        self.caches[stored], logits, stalled, _ = run(model, policy, cache, part, length, last, logits)
+        return logits, ~stalled
+      self.caches[stored], _, emitted, _ = run(model, policy, cache, rows, *rest)
+      return emitted.tokens, emitted.valid
+
+    return call
+
+  def run(self) -> list[dict[str, Any]]:
+    """One row a trick: ms of a step as chosen and with the trick off, and the gain, off / on - 1.
+
+    Raises:
+      RuntimeError: a row had no room.
+    """
+    c, calls, best = self.config, {name: self._call(name) for name in self.programs}, {}
+    for name, call in calls.items():
+      if not bool(jnp.all(call()[1])):
+        raise RuntimeError(f"{self.rows} rows of {c.tokens} tokens: rows without room")
+      best[name] = _seconds(call, 1)
+    counts = {name: max(1, int(c.seconds / once)) for name, once in best.items()}
+    for _ in range(c.rounds):
+      for name, call in calls.items():
+        best[name] = min(best[name], _seconds(call, counts[name]))
+    ms = {name: took * 1e3 / (1 if c.chunk else c.steps) for name, took in best.items()}
+    about = {name: getattr(c, name) for name in ("shape", "tokens", "dtype", "chunk")} | {"rows": self.rows}
+    return [
+      {
+        **about,
+        "off": name,
+        "ms": ms[BASE],
+        "ms_off": ms.get(name, ms[BASE]),
+        "gain": ms.get(name, ms[BASE]) / ms[BASE] - 1,
+        "same_program": name not in ms,
+        "compile_s": self.programs[name].result()[1] if name in ms else None,
+      }
+      for name in self.tricks
+    ]
+
+
+def _compiled(lowered: Any) -> tuple[Any, float]:
+  begin = time.perf_counter()
+  return lowered.compile(), time.perf_counter() - begin
+
+
+def _seconds(call: Callable[[], Any], count: int) -> float:
+  """Seconds of a call, of `count` queued back to back."""
+  begin = time.perf_counter()
+  for _ in range(count):
+    out = call()
+  jax.block_until_ready(out)
+  return (time.perf_counter() - begin) / count
+
+
+def measure(config: Config) -> list[dict[str, Any]]:
+  """All rows of `Contest.run`; every program is compiled before anything is timed."""
+  benches: dict[str, Bench] = {}
+  with ThreadPoolExecutor(config.workers) as pool:
+    contests = [Contest(config, rows, benches, pool) for rows in ((1,) if config.chunk else config.rows)]
+  found = []
+  while contests:  # each with its caches is dropped when it is done
+    found += contests.pop(0).run()
+  return found
+
+
+def main() -> None:
+  config = program.read_flags("", Config)
+  rows = measure(config)
+  for row in rows:
+    program.log(
+      f"{row['shape']} B {row['rows']} off {row['off']}: {row['ms']:.3f} -> {row['ms_off']:.3f} ms, {row['gain']:+.1%}"
+      + (" (same program)" if row["same_program"] else "")
+    )
+  program.save_json(config.output, {"environment": program.environment(), "rows": rows})
+  program.finish({"rows": rows, "json": str(config.output)}, config)
+
+
+if __name__ == "__main__":
+  program.define_flags("", Config)
+  program.run(main)

@@ -1,0 +1,124 @@
+"""How much faster policies that watch attention read a prompt in chunks than one token at a time.
+
+    python -m experiments.bench_policies                   # one GPU, three minutes
+    python -m experiments.bench_policies --scale=small     # tiny shapes, anywhere: that everything runs
+
+Each policy reads the same random prompts twice: in chunks, where the queries of a chunk are observed together, and with
+`exact_prefill=True`, where every token is a step of its own. The weights are random too: neither reading depends on
+them. Writes OUTPUT/policies.json and prints a table; the last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import dms_jax
+from dms_jax import policies
+from dms_jax.config import ModelConfig
+from dms_jax.families import PRESETS
+from dms_jax.generation.generate import fastest_form
+from dms_jax.model import Model
+from dms_jax.policies import Policy
+from experiments.bench import synthetic
+from experiments.bench.cases import Bar, Runner, judged
+from experiments.bench.generate_cases import TINY
+from experiments.common import program
+from experiments.reports import tables
+
+FASTER = Bar("ratio", 20)
+COLUMNS = ("name", "case", "ms", "exact_ms", "ratio", "CR", "bar", "reached")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """`rows` prompts of `tokens` tokens, `budget` tokens a head; `rounds` of each reading, of which the best counts."""
+
+  preset: str = "smollm2-135m"
+  policies: tuple[str, ...] = ("h2o", "tova")
+  rows: int = 8
+  tokens: int = 4096
+  budget: int = 512
+  chunk: int = 512
+  dtype: Literal["bfloat16", "float32"] = "bfloat16"
+  rounds: int = 3
+  seconds: float = 500.0
+  scale: Literal["full", "small"] = "full"
+  output: Path = Path("runs/bench_policies")
+
+  def __post_init__(self):
+    if self.preset not in PRESETS:
+      raise ValueError(f"--preset={self.preset!r} is not one of {sorted(PRESETS)}")
+    for name in ("rows", "tokens", "budget", "chunk", "rounds"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"--{name}={getattr(self, name)} must be 1 or more")
+
+  def shrunk(self) -> Config:
+    """The same, small enough for anything that runs Python."""
+    return dataclasses.replace(self, rows=2, tokens=48, budget=12, chunk=16, rounds=1, dtype="float32")
+
+  @property
+  def shape(self) -> ModelConfig:
+    return TINY if self.scale == "small" else PRESETS[self.preset]
+
+
+def pair(name: str, budget: int) -> tuple[Policy, Policy]:
+  """A policy that reads prompts in chunks, and the same one token at a time.
+
+  Raises:
+    ValueError: the policy has no budget or only one way to read a prompt.
+  """
+  cls = policies.get(name)
+  fields = {field.name for field in dataclasses.fields(cls)}
+  if missing := [field for field in ("budget", "exact_prefill") if field not in fields]:
+    raise ValueError(f"--policies: {cls.__name__} has no {missing[0]}, so its prompts are read in one way only")
+  return cls(budget=budget), cls(budget=budget, exact_prefill=True)
+
+
+def reading(model: Model, policy: Policy, ids: np.ndarray, config: Config) -> tuple[float, float]:
+  """(seconds that it takes to read the prompts, the achieved CR after it); compiled before it is timed."""
+  best, achieved = float("inf"), 0.0
+  for number in range(1 + config.rounds):
+    begin = time.perf_counter()
+    out = dms_jax.generate(model, ids, policy=policy, max_new_tokens=0, eos=False, prefill_chunk=config.chunk)
+    jax.block_until_ready(out.cache.cache)
+    took, achieved = time.perf_counter() - begin, out.metrics.achieved_cr
+    program.log(f"  {policy.__class__.__name__}, exact_prefill={policy.exact_prefill}: {took:.3f} s")
+    best = min(best, took) if number else best
+  return best, achieved
+
+
+def measure(name: str, model: Model, ids: np.ndarray, config: Config) -> dict[str, Any]:
+  """Milliseconds of both readings of one policy, and their ratio."""
+  (chunked, cr), (exact, _) = (reading(model, policy, ids, config) for policy in pair(name, config.budget))
+  return {"ms": chunked * 1e3, "exact_ms": exact * 1e3, "ratio": exact / chunked, "CR": cr}
+
+
+def main() -> None:
+  config = program.read_flags("", Config)
+  for name in config.policies:
+    pair(name, config.budget)
+  sized = config.shrunk() if config.scale == "small" else config
+  model = fastest_form(synthetic.random_model(config.shape, window=None, dtype=jnp.dtype(sized.dtype)))
+  ids = np.random.default_rng(0).integers(0, config.shape.vocab_size, (sized.rows, sized.tokens)).astype(np.int32)
+  environment = program.environment()
+  run = Runner(config.seconds, {"device": environment["device"], "jax": environment["jax"], "scale": config.scale})
+  about = {"case": f"B{sized.rows} T{sized.tokens} budget {sized.budget}, chunks of {sized.chunk}"}
+  bars = (FASTER,) if config.scale == "full" else ()
+  for name in config.policies:
+    run(f"prefill_{name}", about, lambda name=name: judged(measure(name, model, ids, sized), bars))
+  rows = list(run.rows.values())
+  print(tables.of_mappings(rows, COLUMNS))
+  saved = program.save_json(config.output / "policies.json", {"environment": environment, "rows": rows})
+  program.finish({"rows": rows, "json": str(saved)})
+
+
+if __name__ == "__main__":
+  program.define_flags("", Config)
+  program.run(main)

@@ -1,0 +1,113 @@
+"""Records: one JSON line for each chain that a method wrote, or question that it scored.
+
+Every table, figure and page of results reads records or their summary (`experiments.methods.summary`). A file of
+records only grows, so a run that was killed is resumed by running it again: what the file holds is not computed twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.common import files, program
+
+TYPES: dict[str, Any] = {
+  "method": str, "task": str, "length": int | None, "budget": dict, "chains": int, "max_tokens": int, "seed": int,
+  "prompt": int | str, "chain": int, "settings": str, "tokens": int | float, "reads": int | float | None,
+  "peak": int | float | None, "achieved_cr": int | float, "grades": dict, "text": str | None,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+  """One chain of one method on one prompt.
+
+  Fields:
+    method: the method's name.
+    task: the task's name.
+    length: T, tokens of the prompt that were asked for; None where the task fixes them.
+    budget: what bounds the method's cache, by name: `budget` (tokens a head), `cr`, `threshold`; empty for a dense one.
+    chains: W, chains of each prompt.
+    max_tokens: L, the most tokens that a chain writes; 0 where given continuations are scored.
+    seed: of the prompts and of sampling.
+    prompt: the prompt's number or name within its task.
+    chain: this chain's number, from 0.
+    settings: fingerprints of all prompts of the task and of the checkpoint, which together decide the outcome.
+    tokens: read and written; of a question whose choices are read one by one, the mean over them.
+    reads: KV reads of the decode steps, mean over layers and heads; None where nothing was decoded.
+    peak: most tokens held at once, mean over layers and heads; None where nothing was decoded.
+    achieved_cr: tokens seen over tokens held at the end of the chain.
+    grades: {metric: value}, higher is better, per cent unless the metric's name says otherwise.
+    text: what was written; None where given continuations were scored.
+  """
+
+  method: str
+  task: str
+  length: int | None
+  budget: dict[str, float]
+  chains: int
+  max_tokens: int
+  seed: int
+  prompt: int | str
+  chain: int
+  settings: str
+  tokens: float
+  reads: float | None
+  peak: float | None
+  achieved_cr: float
+  grades: dict[str, float]
+  text: str | None = None
+
+  @property
+  def key(self) -> tuple:
+    """What tells this chain from every other; a resumed run skips the keys that its file holds."""
+    budget = tuple(sorted(self.budget.items()))
+    return self.method, self.task, self.length, budget, self.chains, self.max_tokens, self.seed, self.prompt, self.chain
+
+
+def append(path: Path, records: Iterable[Record]) -> None:
+  """Adds a line for each record, and creates the file and its folder where they are missing."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with path.open("a", encoding="utf-8") as file:
+    file.write("".join(json.dumps(program.to_plain(record)) + "\n" for record in records))
+
+
+def read(path: Path) -> list[Record]:
+  """The records of a file, in its order; none where it is missing. A last line that was cut short is removed from it.
+
+  Raises:
+    ValueError: a line is not a record, or repeats one; names the line.
+  """
+  if not path.exists():
+    return []
+  _cut_half_line(path)
+  found: dict[tuple, Record] = {}
+  for where, values in files.json_records("output", path, TYPES):
+    if unknown := sorted(set(values) - set(TYPES)):
+      raise ValueError(f"{where}: a record has no field {unknown[0]!r}")
+    record = Record(**values)
+    if record.key in found:
+      raise ValueError(f"{where}: {record.method} on {record.task}, prompt {record.prompt}, is there already")
+    found[record.key] = record
+  return list(found.values())
+
+
+def check_settings(path: Path, records: Sequence[Record], settings: Mapping[tuple, str]) -> None:
+  """Raises ValueError where a record's settings are not those expected, {(method, task, length): settings}."""
+  for record in records:
+    if settings.get((record.method, record.task, record.length), record.settings) != record.settings:
+      raise ValueError(
+        f"--output: {path} holds records of {record.method} on {record.task} made with other settings, data or "
+        "checkpoints; name another file, or give the flags they were made with"
+      )
+
+
+def _cut_half_line(path: Path) -> None:
+  data = path.read_bytes() if path.is_file() else b""
+  whole = data.rfind(b"\n") + 1
+  if data[whole:]:
+    os.truncate(path, whole)

@@ -1,0 +1,98 @@
+"""The one writer of tables: Markdown, its cells padded so that it also reads well on a terminal."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.methods.summary import Entry
+from experiments.tasks.base import Task
+
+NUMBER = re.compile(r"([+-]?\.?\d.*)?|-")  # a cell of a column of numbers: one, with its unit; nothing; a dash
+
+
+def markdown(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  """A table with these column names; columns of numbers are aligned to the right, all others to the left."""
+  columns = list(zip(names, *rows, strict=True))
+  widths = [max(3, *map(len, column)) for column in columns]
+  right = [any(cells) and all(map(NUMBER.fullmatch, cells)) for _, *cells in columns]
+  pad = lambda cell, width, to_right: cell.rjust(width) if to_right else cell.ljust(width)
+  line = lambda cells: "| " + " | ".join(map(pad, cells, widths, right)) + " |"
+  rule = "|".join("-" * (width + 1) + (":" if to_right else "-") for width, to_right in zip(widths, right, strict=True))
+  return "\n".join([line(names), f"|{rule}|", *map(line, rows)])
+
+
+def of_mappings(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+  """One row a mapping, floats with four digits; a missing value is left empty.
+
+  Where a mapping has an "error" or was "skipped", a last column says so.
+  """
+  why = [str(row.get("error", row.get("skipped", ""))) for row in rows]
+  cells = []
+  for row, reason in zip(rows, why, strict=True):
+    values = [row.get(column, "") for column in columns]
+    values = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in values]
+    cells.append([*values, reason] if any(why) else values)
+  return markdown([*columns, *(["not measured"] if any(why) else [])], cells)
+
+
+def short_names(names: Sequence[str]) -> dict[str, str]:
+  """Each name without the folders before it, unless two would then read alike."""
+  short = {name: Path(name).name for name in names}
+  return short if len(set(short.values())) == len(short) else {name: name for name in short}
+
+
+# Results on tasks and texts -------------------------------------------------------------------------------------------
+
+
+def with_error(metric: str, mean: float, error: float | None, sign: str = "") -> str:
+  """A value and its standard error: "12.3 +- 0.4"; two digits for perplexity, three and more for nats."""
+  digits = {"answer_loglik": 3, "perplexity": 3, "kl": 4}.get(metric, 1)
+  return f"{mean:{sign}.{digits}f}" + ("" if error is None else f" +- {error:.{digits}f}")
+
+
+def note(baseline: Entry, task: type[Task]) -> str:
+  """A warning where the baseline's score is too low to compare others with it: at chance, or below the task's floor."""
+  chance = task.chance.get(baseline.metric)
+  if chance is not None and baseline.mean - chance <= 2 * (baseline.standard_error or 0.0):
+    return f"{baseline.method} at chance ({chance:g})"
+  low = task.floor is not None and baseline.mean < task.floor
+  return f"{baseline.method} below {task.floor:g}" if low else ""
+
+
+def scores(entries: Sequence[Entry], baseline: str, tasks: Mapping[str, type[Task]]) -> str:
+  """Methods on tasks: each metric's score first, then its difference from the baseline.
+
+  Args:
+    tasks: the task classes by name, which know what random answers score.
+  """
+  short, rows = short_names(list(dict.fromkeys(entry.method for entry in entries))), []
+  bases = {(e.task, e.length, e.metric): e for e in entries if e.method == baseline}
+  for entry in entries:
+    task, base = tasks[entry.task], bases.get((entry.task, entry.length, entry.metric), entry)
+    rows.append([
+      entry.task, "" if entry.length is None else f"{entry.length:,}", entry.metric, f"{entry.samples:,}",
+      short[entry.method], with_error(entry.metric, entry.mean, entry.standard_error),
+      "" if entry.difference is None else with_error(entry.metric, entry.difference, entry.difference_se, "+"),
+      f"{entry.achieved_cr:.2f}", note(base, task),
+    ])  # fmt: skip
+  return markdown(["task", "T", "metric", "n", "method", "score", f"- {baseline}", "CR", "note"], rows)
+
+
+def texts(entries: Sequence[Entry], baseline: str) -> str:
+  """Perplexity and divergence of methods on a text, by length: a row for each method and length."""
+  short, cells = short_names(list(dict.fromkeys(entry.method for entry in entries))), {}
+  for entry in entries:
+    cells.setdefault((entry.length, entry.method), {})[entry.metric] = entry
+  rows = []
+  for (length, method), metrics in cells.items():
+    perplexity, kl = metrics["perplexity"], metrics.get("kl")
+    before = cells[length, baseline]["perplexity"].mean
+    change = "" if perplexity.difference is None else f"{perplexity.mean / before - 1:+.2%}"
+    rows.append([
+      f"{length:,}", short[method], f"{perplexity.mean:.3f}", "" if kl is None else f"{kl.mean:.4f}", change,
+      f"{perplexity.achieved_cr:.2f}",
+    ])  # fmt: skip
+  return markdown(["T", "method", "perplexity", "KL", "perplexity change", "CR at T"], rows)

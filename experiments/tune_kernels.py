@@ -1,0 +1,46 @@
+"""Finds the fastest block sizes of the attention kernels on one GPU, and writes them into a table of winners.
+
+    python -m experiments.tune_kernels                 # an H100: every class of shapes, half an hour
+    python -m experiments.tune_kernels --cases=decode  # the cases that are named, or begin so
+
+The table at `--table` has an entry for each kind of device, operation and class of shapes. By default it is the table
+that the kernels read, so a later `experiments.bench_kernels` measures the winners. Entries of other devices and classes
+stay. The last line printed is one JSON object.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import time
+from pathlib import Path
+
+from experiments.bench import cases, kernel_tuning
+from experiments.bench.kernel_cases import CASES
+from experiments.common import program
+from pallas_kernels.common import tuned
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """`cases`: names, or beginnings of names; the first of a class of shapes decides for all. No candidate starts later
+  than `seconds`."""
+
+  cases: tuple[str, ...] = ()
+  seconds: float = 1800.0
+  table: Path = tuned.FILE
+
+
+def main() -> None:
+  config = program.read_flags("", Config)
+  environment, end = program.environment(), time.monotonic() + config.seconds
+  about = {"date": datetime.date.today().isoformat(), "device": environment["device"], "jax": environment["jax"]}
+  classes: set[tuple[str, str]] = set()
+  for name in cases.chosen(CASES, config.cases):
+    kernel_tuning.tune(name, CASES[name], config.table, end, about, classes)
+  program.finish({"classes": sorted(map(" ".join, classes)), "table": str(config.table)})
+
+
+if __name__ == "__main__":
+  program.define_flags("", Config)
+  program.run(main)

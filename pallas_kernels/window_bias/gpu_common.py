@@ -1,0 +1,92 @@
+"""What the Hopper kernels of window-bias attention share: sizes, masked scores, and the keys a tile visits."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.common.compat import plgpu
+
+WARPGROUPS = 2  # computing; one more moves data
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+  """Sizes of the three kernels. Rows are per warpgroup; shared memory holds `stages` blocks of what is streamed."""
+
+  q: int = 64
+  kv: int = 128
+  stages: int = 2
+  dq_q: int = 64
+  dq_kv: int = 64
+  dq_stages: int = 2
+  dkv_kv: int = 64
+  dkv_q: int = 64
+  dkv_stages: int = 2
+  dq_overlap: bool = True  # start both products of a block at once, which takes registers
+  dkv_overlap: bool = True
+  compute_registers: int = 240
+  memory_registers: int = 24
+  split_group: bool = False  # XLA sums dk and dv of each query head: more parallelism, more memory
+
+  @property
+  def multiple(self) -> int:
+    """T is padded to a multiple of this."""
+    tiles = (self.q, self.dq_q, self.dkv_kv)
+    return math.lcm(*(WARPGROUPS * x for x in tiles), self.kv, self.dq_kv, self.dkv_q)
+
+
+def default_blocks(head_dim: int) -> Blocks:
+  """Block sizes that fit a warpgroup's registers."""
+  return Blocks(dq_kv=128) if head_dim == 64 else Blocks(dkv_overlap=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+  """What a kernel is compiled for, besides shapes."""
+
+  window: int
+  has_bias: bool
+  has_segments: bool
+  blocks: Blocks
+
+
+def scores_of(variant: Variant, raw, scale, q_base, kv_base, bias, start):
+  """Scores [queries, keys] in units of log 2 with the bias and every mask; `raw` is the bare product q k^T."""
+  i = plgpu.broadcasted_iota(jnp.int32, raw.shape, 0, layout=plgpu.Layout.WGMMA) + q_base
+  j = plgpu.broadcasted_iota(jnp.int32, raw.shape, 1, layout=plgpu.Layout.WGMMA) + kv_base
+  s = raw * scale
+  if bias is not None:
+    s = jnp.where(i - j > variant.window, s + lax.broadcast_in_dim(bias, raw.shape, [1]), s)
+  visible = j <= i
+  if start is not None:
+    visible = visible & (j >= lax.broadcast_in_dim(start, raw.shape, [0]))
+  return jnp.where(visible, s, -jnp.inf)
+
+
+def far_scores(raw, scale, bias):
+  """Scores of a block all of whose keys are visible and, if there is a bias, further back than the window."""
+  s = raw * scale
+  return s if bias is None else s + lax.broadcast_in_dim(bias, raw.shape, [1])
+
+
+def key_ranges(variant: Variant, start_ref, batch, tile_base, tile, q_base, rows, block):
+  """Blocks of keys that a tile of queries visits: (first, far_begin, far_end, end), in blocks.
+
+  [first, far_begin) and [far_end, end) need masks, [far_begin, far_end) need none. `first` and `end` are the same for
+  all warpgroups of the tile; the others belong to the `rows` queries from `q_base` on.
+  """
+  i32 = jnp.int32
+  end = lax.div(tile_base + i32(tile + block - 1), i32(block))
+  reach = jnp.maximum(q_base - variant.window, 0) if variant.has_bias else q_base + 1
+  far_end = lax.div(reach, i32(block))
+  first = far_begin = i32(0)
+  if variant.has_segments:
+    first = lax.div(start_ref[batch, tile_base], i32(block))
+    far_begin = lax.div(start_ref[batch, q_base + (rows - 1)] + i32(block - 1), i32(block))
+    far_begin = jnp.minimum(far_begin, end)
+    far_end = jnp.maximum(far_end, far_begin)
+  return first, far_begin, far_end, end

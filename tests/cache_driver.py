@@ -1,0 +1,192 @@
+"""A cache driven directly, with queries, keys, values and decisions that come from no model.
+
+Values carry their token's position, so that what a slot holds can be read back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dms_jax import cache as caches
+from dms_jax import policies
+from dms_jax import testing as tiny
+from dms_jax.config import ModelConfig
+from tests import oracle
+
+LAYERS, ROWS, HEAD = 2, 3, 4
+KINDS = ["masked", "contiguous", "paged"]
+ATOL = 2e-6  # float32 sums of at most 60 unit-sized terms
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  window: int
+  shift: int
+  heads: int  # KV heads
+  group: int
+  chunk: int
+  length: int  # of the longest row
+
+  def config(self):
+    return ModelConfig(
+      num_layers=LAYERS, num_heads=self.heads * self.group, num_kv_heads=self.heads, head_dim=HEAD, d_model=8, d_ff=8
+    )
+
+  def create(self, kind, capacity=None):
+    return caches.create(
+      kind, self.config(), batch=ROWS, capacity=capacity or self.length, window=self.window, lag=self.shift,
+      **({"page": 4} if kind == "paged" else {}),
+    )  # fmt: skip
+
+
+SHAPES = st.builds(
+  Shape, window=st.integers(0, 40), shift=st.integers(0, 1), heads=st.integers(1, 3), group=st.integers(1, 3),
+  chunk=st.integers(2, 17), length=st.integers(18, 60),
+)  # fmt: skip
+
+
+@dataclasses.dataclass
+class Text:
+  """Random inputs of every layer and row. q [L, B, T, N, H], k and v [L, B, T, K, H], evict [L, B, K, T]."""
+
+  q: np.ndarray
+  k: np.ndarray
+  v: np.ndarray
+  evict: np.ndarray
+
+  @classmethod
+  def draw(cls, shape: Shape, rng: np.random.Generator, rate: float | None = None) -> Text:
+    lead = (LAYERS, ROWS, shape.length)
+    normal = lambda *s: rng.standard_normal(s).astype(np.float32)
+    q, k = normal(*lead, shape.heads * shape.group, HEAD) * 3, normal(*lead, shape.heads, HEAD)
+    v = normal(*lead, shape.heads, HEAD)
+    v[..., 0] = np.arange(shape.length)[:, None] / 64  # exact in float32: which token this is
+    rate = rng.choice([0.0, 0.2, 0.5, 0.9, 1.0]) if rate is None else rate
+    return cls(q, k, v, rng.random((LAYERS, ROWS, shape.heads, shape.length)) < rate)
+
+  def expected(self, window, shift):
+    """(attended [L, B, T, N, H] float64 by the formula, visible [L, B, K, T, T])."""
+    layers, rows, length, heads, h = self.q.shape
+    group = heads // self.k.shape[3]
+    out = np.zeros(self.q.shape)
+    seen = np.zeros((layers, rows, self.k.shape[3], length, length), bool)
+    for l, b, n in np.ndindex(layers, rows, heads):
+      kv = n // group
+      seen[l, b, kv] = mask = oracle.visible(oracle.about(self.evict[l, b, kv], shift), window)
+      scores = self.q[l, b, :, n].astype(float) @ self.k[l, b, :, kv].astype(float).T / math.sqrt(h)
+      scores = np.where(mask, scores, -np.inf)
+      weights = np.exp(scores - scores.max(-1, keepdims=True))
+      out[l, b, :, n] = weights / weights.sum(-1, keepdims=True) @ self.v[l, b, :, kv]
+    return out, seen
+
+
+@functools.partial(jax.jit, compiler_options=tiny.QUICK)
+def step(cache, policy, q, k, v, evict, lengths, remaining=None):
+  """One step of all layers: (attended [L, B, T, N, H], usage, stalled, cache)."""
+  plan = cache.plan(policy, lengths, q.shape[2], remaining)
+
+  def layer(carry, inputs):
+    index, state, *rest = inputs
+    out, carry, state, seen = cache.attend(plan, policy, index, carry, state, *rest)
+    return carry, (out, state, seen)
+
+  xs = jnp.arange(LAYERS), cache.layer_state(), q, k, v, evict
+  carry, (out, states, seen) = jax.lax.scan(layer, cache.layer_carry(), xs)
+  return out, seen, plan.stalled, cache.commit(plan, carry, states)
+
+
+def inputs(text: Text, start, lengths, width):
+  """The next `lengths[b]` tokens of each row as padded arrays; the padding is NaN and evicts, and must not matter."""
+  take = np.minimum(start[:, None] + np.arange(width), text.q.shape[2] - 1)
+  real = np.arange(width) < lengths[:, None]
+  rows = np.arange(len(start))[:, None]
+  q, k, v = (np.where(real[..., None, None], x[:, rows, take], np.nan) for x in (text.q, text.k, text.v))
+  evict = np.moveaxis(np.moveaxis(text.evict, 2, -1)[:, rows, take], -1, 2)
+  return tuple(jnp.asarray(x) for x in (q, k, v, np.where(real[:, None], evict, True), lengths.astype(np.int32)))
+
+
+@functools.partial(jax.jit, compiler_options=tiny.QUICK)
+def poison(cache):
+  """NaN in every slot that holds nothing, and of pages in those that nobody owns."""
+  live = cache.seen[:, None] if isinstance(cache, caches.MaskedCache) else cache.live()
+  dead = jnp.arange(cache.kv.shape[3]) >= jnp.broadcast_to(live, cache.kv.shape[:3])[..., None]
+  cache = cache.replace(kv=jnp.where(dead[..., None], jnp.nan, cache.kv))
+  if not isinstance(cache, caches.PagedCache):
+    return cache
+  index = jnp.arange(cache.slots - cache.ring)
+  page = jnp.repeat(cache.table.pages, cache.page_size, axis=-1)
+  page = jnp.where(index < cache.archived[..., None], page, cache.pages)
+  alive = jnp.zeros((cache.pages, cache.page_size), bool).at[page, index % cache.page_size].set(True, mode="drop")
+  pages = jnp.where(alive[..., None], cache.store.pages, jnp.nan)
+  beyond = jnp.arange(cache.table.pages.shape[3]) >= cache.table.owned[..., None]  # no page, or another's: 2^30
+  table = cache.table.replace(pages=jnp.where(beyond, 2**30, cache.table.pages))
+  return cache.replace(store=cache.store.replace(pages=pages), table=table)
+
+
+def slots_of(cache):
+  """All slots of a cache as one array [L, B, K, S, 2H]."""
+  if not isinstance(cache, caches.PagedCache):
+    return np.asarray(cache.kv)
+  archive = np.asarray(cache.store.pages)[np.minimum(cache.table.pages, cache.pages - 1)]
+  return np.concatenate([cache.kv[:, :, :, : cache.ring], archive.reshape(*cache.archived.shape, -1, 2 * HEAD)], axis=3)
+
+
+def held(cache):
+  """{(layer, row, head): positions that a cache holds, slot by slot}, read from the values."""
+  live, values = np.asarray(cache.live()), slots_of(cache)[..., HEAD]
+  return {index: [round(x * 64) for x in values[index][: live[index]].tolist()] for index in np.ndindex(live.shape)}
+
+
+def schedule(rng, shape):
+  """Steps (width, lengths [B]) that feed every row to its end: chunks and single tokens mixed, some rows pausing."""
+  start, steps = np.zeros(ROWS, int), []
+  ends = rng.integers(1, shape.length + 1, ROWS)
+  ends[rng.integers(ROWS)] = shape.length
+  while (start < ends).any():
+    width = int(rng.choice([1, shape.chunk]))
+    for _ in range(1 if width > 1 else 4):
+      lengths = np.where(rng.random(ROWS) < 0.3, 0, rng.integers(1, width + 1, ROWS))
+      lengths = np.minimum(lengths, ends - start)
+      steps.append((width, lengths))
+      start = start + lengths
+  return steps
+
+
+def run(kind, shape, text, steps, policy=None):
+  """Checks every step of a run against the formula; returns the cache."""
+  expected, seen = text.expected(shape.window, shape.shift)
+  history = {
+    (l, b, k): oracle.slot_reuse(text.evict[l, b, k], shape.window, shape.shift)
+    for l, b, k in np.ndindex(LAYERS, ROWS, shape.heads)
+  }
+  policy, cache = policy or policies.DMS(window=shape.window), shape.create(kind)
+  start = np.zeros(ROWS, int)
+  for width, lengths in steps:
+    out, count, stalled, cache = step(poison(cache), policy, *inputs(text, start, lengths, width))
+    assert not stalled.any()
+    out, count, live = np.asarray(out), jax.tree.map(np.asarray, count), np.asarray(cache.live())
+    for b in range(ROWS):
+      now, end = slice(start[b], start[b] + lengths[b]), start[b] + lengths[b]
+      np.testing.assert_allclose(out[:, b, : lengths[b]], expected[:, b, now], atol=ATOL, rtol=ATOL)
+      np.testing.assert_array_equal(count.reads[:, b], seen[:, b, :, now].sum((-1, -2)))
+      if end:
+        np.testing.assert_array_equal(count.live[:, b], seen[:, b, :, end - 1].sum(-1))
+        np.testing.assert_array_equal(live[:, b], seen[:, b, :, end - 1].sum(-1))
+    positions = held(cache) if kind != "masked" else {}
+    for (l, b, k), slots in positions.items():
+      if end := start[b] + lengths[b]:
+        assert sorted(slots) == sorted(history[l, b, k][end - 1])
+        assert sorted(slots) == list(np.flatnonzero(seen[l, b, k, end - 1]))
+        ring = min(end, shape.window + 1)
+        assert all(slots[t % (shape.window + 1)] == t for t in range(end - ring, end))
+        assert slots[ring:] == sorted(slots[ring:])  # the archive is in the order of positions
+    start = start + lengths
+  np.testing.assert_array_equal(cache.seen, start)
+  return cache

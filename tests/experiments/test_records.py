@@ -1,0 +1,152 @@
+"""Records, their summary and the tables of it; figures come from one module."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from experiments.methods import records
+from experiments.methods.records import Record
+from experiments.methods.summary import Entry, summarise
+from experiments.reports import tables
+from experiments.tasks import TASKS
+
+ROOT = Path(__file__).parents[2]
+
+
+def record(method: str = "original", prompt: int = 0, score: float = 100.0, **changes) -> Record:
+  base = Record(
+    method, "needle", 128, {}, 1, 128, 42, prompt, 0, "s", 20, 100.0, 20.0, 1.0, {"score": score}, text="so"
+  )
+  return dataclasses.replace(base, **changes)
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_of_records_grows_and_is_read_back(tmp_path):
+  path = tmp_path / "new" / "r.jsonl"
+  assert records.read(path) == []
+  first, second = record(), record("r", budget={"threshold": 0.5}, reads=None, peak=None, text=None, length=None)
+  records.append(path, [first])
+  records.append(path, [second])
+  assert records.read(path) == [first, second] and len(path.read_text().splitlines()) == 2
+
+
+def test_a_line_that_was_cut_short_is_removed(tmp_path):
+  path = tmp_path / "r.jsonl"
+  records.append(path, [record(prompt=0), record(prompt=1)])
+  whole = path.read_bytes()
+  for length in range(len(whole) // 2 + 2, len(whole)):
+    path.write_bytes(whole[:length])
+    assert [each.prompt for each in records.read(path)] == [0]
+    records.append(path, [record(prompt=1)])
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+  ("line", "message"),
+  [
+    ("[]", "line 2: a record needs 'method'"),
+    (json.dumps({"method": "x"}), "line 2: a record needs 'task'"),
+    (json.dumps({**vars(record(prompt=1)), "more": 1}), "line 2: a record has no field 'more'"),
+    (json.dumps(vars(record())), "line 2: original on needle, prompt 0, is there already"),
+    ("{", "line 2: not valid JSON"),
+  ],
+)
+def test_what_is_no_record_is_named(tmp_path, line, message):
+  path = tmp_path / "r.jsonl"
+  records.append(path, [record()])
+  path.write_text(path.read_text() + line + "\n")
+  with pytest.raises(ValueError, match=re.escape(message)) as caught:
+    records.read(path)
+  assert str(caught.value).startswith(f"--output={path}")
+
+
+def test_records_of_other_settings_are_refused(tmp_path):
+  found = [record(), record("mine")]
+  records.check_settings(tmp_path, found, {("original", "needle", 128): "s"})
+  with pytest.raises(ValueError, match="records of mine on needle made with other settings"):
+    records.check_settings(tmp_path, found, {("original", "needle", 128): "s", ("mine", "needle", 128): "t"})
+
+
+# The summary ----------------------------------------------------------------------------------------------------------
+
+
+def test_pairs_and_their_standard_errors():
+  before, after = (100.0, 0.0, 100.0, 100.0), (100.0, 0.0, 0.0, 100.0)
+  found = [record("original", i, score) for i, score in enumerate(before)]
+  found += [record("folder/r at 0.5", i, score, achieved_cr=4.0) for i, score in enumerate(after)]
+  original, row = summarise(found, "original")
+  assert original.mean == 75 and row.mean == 50 and row.difference == -25 and row.achieved_cr == 4
+  assert original.standard_error == pytest.approx(25) and row.standard_error == pytest.approx(28.8675, abs=1e-4)
+  assert row.difference_se == pytest.approx(25) and original.difference is None
+  shown = tables.scores([original, row], "original", TASKS).splitlines()
+  assert "below" not in shown[2] and "| r at 0.5 | 50.0 +- 28.9 | -25.0 +- 25.0 | 4.00 |" in shown[3]
+  alone = Entry("original", "mmlu", None, "acc", 400, 24.2, 2.1)
+  (line,) = tables.scores([alone], "original", TASKS).splitlines()[2:]
+  assert line.startswith("| mmlu |") and "original at chance (25)" in line
+  better = dataclasses.replace(alone, mean=33.0)
+  assert "chance" not in tables.scores([better], "original", TASKS)
+
+
+def test_means_over_chains_and_over_what_both_answered():
+  found = [record("original", i, score) for i, score in enumerate((10.0, 20.0))]
+  found += [record("r", 0, 30.0, chain=0), record("r", 0, 50.0, chain=1), record("r", 1, 0.0), record("r", 2, 90.0)]
+  original, own = summarise(found, "original")
+  assert original.samples == 2 and own.samples == 3 and own.mean == pytest.approx(130 / 3)
+  assert own.difference == pytest.approx(((40 - 10) + (0 - 20)) / 2)
+  halves = [record(prompt=i, achieved_cr=cr, reads=None) for i, cr in enumerate((2.0, 6.0))]
+  (entry,) = summarise(halves, "original")
+  assert entry.achieved_cr == pytest.approx(3.0) and entry.reads is None and entry.peak == 20.0
+
+
+# Tables and figures ---------------------------------------------------------------------------------------------------
+
+
+def test_tables_are_padded_and_numbers_aligned_to_the_right():
+  shown = tables.markdown(["name", "ms"], [["a longer name", "1.5"], ["b", ""]])
+  assert shown.splitlines() == [
+    "| name          |  ms |",
+    "|---------------|----:|",
+    "| a longer name | 1.5 |",
+    "| b             |     |",
+  ]
+  rows = [{"name": "a", "us": 1.23456}, {"name": "b", "error": "no"}, {"name": "c", "skipped": "late", "us": 2.0}]
+  shown = tables.of_mappings(rows, ("name", "us")).splitlines()
+  cells = [[cell.strip() for cell in line.split("|")[2:4]] for line in shown]
+  assert cells[0] == ["us", "not measured"] and cells[2:] == [["1.235", ""], ["", "no"], ["2", "late"]]
+
+
+def test_names_are_short_while_they_differ():
+  assert tables.short_names(["a/x", "original"]) == {"a/x": "x", "original": "original"}
+  assert tables.short_names(["a/x", "b/x"]) == {"a/x": "a/x", "b/x": "b/x"}
+
+
+def test_texts_are_tabled_by_length():
+  entries = [
+    Entry("original", "text", 1024, "perplexity", 9, 20.0),
+    Entry("a/r", "text", 1024, "perplexity", 9, 21.0, difference=1.0, achieved_cr=3.5),
+    Entry("a/r", "text", 1024, "kl", 9, 0.0312, achieved_cr=3.5),
+  ]
+  lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables.texts(entries, "original").splitlines()]
+  assert lines[2] == ["1,024", "original", "20.000", "", "", "1.00"]
+  assert lines[3] == ["1,024", "r", "21.000", "0.0312", "+5.00%", "3.50"]
+
+
+def test_one_module_imports_matplotlib():
+  importing = re.compile(r"^\s*(import|from) matplotlib", re.MULTILINE)
+  found = [path for path in (ROOT / "experiments").rglob("*.py") if importing.search(path.read_text())]
+  assert found == [ROOT / "experiments/reports/plots.py"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments/results/quality").glob("*-*.json")), ids=lambda p: p.stem)
+def test_committed_results_have_the_summary_s_schema(path):
+  entries = [Entry(**row) for row in json.loads(path.read_text())["summary"]]
+  table = tables.texts if path.stem.endswith("-text") else tables.scores
+  shown = table(entries, "original", *([] if path.stem.endswith("-text") else [TASKS])).splitlines()
+  assert len(shown) > 2 and len({len(line) for line in shown}) == 1

@@ -1,0 +1,284 @@
+"""Prompts in chunks under policies that compact: every cache against plain numpy, step by step."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import struct
+
+import dms_jax
+from dms_jax import cache as caches
+from dms_jax import policies
+from dms_jax import testing as tiny
+from dms_jax.cache.compact import moves
+from dms_jax.config import ModelConfig
+from dms_jax.model import cached_forward
+from tests import cache_driver, policy_oracle
+from tests.cache_driver import HEAD, KINDS, LAYERS, ROWS
+
+HEADS, GROUP, PROMPT, LENGTH = 2, 2, 34, 46
+MARGIN = 1e-4  # relative; choices closer than this are left to the float64 oracle: another text is sampled
+
+CASES = {
+  "h2o": policies.H2O(budget=12, window=5),
+  "h2o-cr": policies.H2O(cr=2.5, window=4),
+  "h2o-all-window": policies.H2O(budget=6, window=5),
+  "tova": policies.TOVA(budget=9),
+  "tova-1": policies.TOVA(budget=1),
+  "tova-cr": policies.TOVA(cr=3.0),
+  "keydiff": policies.KeyDiff(budget=10),
+  "keydiff-window": policies.KeyDiff(budget=11, window=3),
+  "keydiff-cr": policies.KeyDiff(cr=2.5, window=3),
+  "snapkv": policies.SnapKV(budget=14, window=4, pool=5),
+  "snapkv-one": policies.SnapKV(budget=9, window=0, pool=1),
+  "snapkv-all-window": policies.SnapKV(budget=6, window=5, pool=3),
+  "snapkv-cr": policies.SnapKV(cr=2.0, window=3, pool=3),
+}
+# Every cache for each method; the variants of its numbers in one cache, and in all of them at length.
+EVERYWHERE = [
+  pytest.param(case, kind, marks=[pytest.mark.slow] * ("-" in case and kind != "contiguous"))
+  for case in CASES
+  for kind in KINDS
+]
+RESCORE = {"H2O": policy_oracle.add_mass, "TOVA": policy_oracle.last_mass}
+
+
+def events_of(seed):
+  """Steps (width, lengths [B], remaining [B]): the prompt of each row in uneven chunks, then decode steps; rows pause."""
+  rng, start, steps = np.random.default_rng(seed), np.zeros(ROWS, int), []
+  prompts = np.array([PROMPT, PROMPT - 9, 3])
+  while (start < prompts).any():
+    width = int(rng.choice([1, 6, 13]))
+    lengths = np.where(rng.random(ROWS) < 0.2, 0, rng.integers(1, width + 1, ROWS))
+    lengths = np.minimum(lengths, prompts - start)
+    start = start + lengths
+    steps.append((width, lengths, prompts - start))
+  for _ in range(LENGTH - PROMPT):
+    steps.append((1, (rng.random(ROWS) < 0.8).astype(int), None))
+  return prompts, steps
+
+
+def by_paper(policy, q, k, events, prompt):
+  name = type(policy).__name__
+  if name == "SnapKV":
+    budget = policy.budget if policy.budget is not None else -(-prompt // policy.cr)
+    return policy_oracle.snapkv(q, k, prompt=prompt, window=policy.window, budget=int(budget), pool=policy.pool)
+  rescore = RESCORE.get(name) or policy_oracle.key_similarity(k)
+  capacity = lambda tokens: int(policy.capacity(tokens))
+  return policy_oracle.budgeted(q, k, events, window=policy.window, capacity=capacity, rescore=rescore)
+
+
+@functools.cache
+def sampled(case):
+  """(text, prompts, steps, oracle's runs by (layer, row), attended [L, B, T, N, H]), without near ties."""
+  policy, shape = CASES[case], cache_driver.Shape(0, 0, HEADS, GROUP, 2, LENGTH)
+  for seed in range(30):
+    text, (prompts, steps) = cache_driver.Text.draw(shape, np.random.default_rng(seed), 0.0), events_of(seed)
+    runs, out = {}, np.zeros(text.q.shape)
+    for l, b in np.ndindex(LAYERS, ROWS):
+      events = [(int(n[b]), left is not None) for _, n, left in steps if n[b]]
+      total = sum(n for n, _ in events)
+      q, k, v = (x[l, b, :total].astype(float) for x in (text.q, text.k, text.v))
+      q = q.reshape(total, HEADS, GROUP, HEAD)
+      runs[l, b] = by_paper(policy, q, k, events, int(prompts[b]))
+      out[l, b, :total] = policy_oracle.attend(q, k, v, runs[l, b]).reshape(total, HEADS * GROUP, HEAD)
+    if min(run.margin for run in runs.values()) > MARGIN:
+      return text, prompts, steps, runs, out
+  raise AssertionError(f"{case}: near ties in every text")
+
+
+def create(kind, policy):
+  config = ModelConfig(num_layers=LAYERS, num_heads=HEADS * GROUP, num_kv_heads=HEADS, head_dim=HEAD, d_model=8, d_ff=8)
+  capacity = LENGTH if kind == "masked" else int(policy.capacity(LENGTH))
+  options = {"page": 4, "longest": LENGTH} if kind == "paged" else {}
+  return caches.create(kind, config, batch=ROWS, capacity=capacity, policy=policy, lag=1, **options)
+
+
+def feed(policy, cache, text, start, width, lengths, remaining):
+  """One step; the padding is NaN, and so is what dead slots hold."""
+  *rest, _, lengths = cache_driver.inputs(text, start, lengths, width)
+  evict = jnp.zeros((LAYERS, ROWS, HEADS, width), bool)
+  remaining = None if remaining is None else jnp.asarray(remaining, jnp.int32)
+  return cache_driver.step(cache_driver.poison(cache), policy, *rest, evict, lengths, remaining)
+
+
+@pytest.mark.parametrize(("case", "kind"), EVERYWHERE)
+def test_chunks_are_the_paper(case, kind):
+  """Attention, tokens held, slots and reads after every chunk and decode step; the cache has no slot to spare."""
+  policy, (text, prompts, steps, runs, expected) = CASES[case], sampled(case)
+  cache, start = create(kind, policy), np.zeros(ROWS, int)
+  for width, lengths, remaining in steps:
+    out, usage, stalled, cache = feed(policy, cache, text, start, width, lengths, remaining)
+    assert not stalled.any()
+    live, end = np.asarray(cache.live()), start + lengths
+    positions = cache_driver.held(cache) if kind != "masked" else None
+    for l, b, h in np.ndindex(LAYERS, ROWS, HEADS):
+      if not lengths[b]:
+        continue
+      run, now, group = runs[l, b], slice(start[b], end[b]), slice(h * GROUP, (h + 1) * GROUP)
+      np.testing.assert_allclose(out[l, b, : lengths[b], group], expected[l, b, now, group], atol=2e-6, rtol=2e-6)
+      assert int(usage.reads[l, b, h]) == sum(len(tokens) for tokens in run.read[h][now])
+      held = run.held[h][end[b] - 1]
+      if isinstance(policy, policies.SnapKV) and end[b] == prompts[b] < len(run.held[h]):
+        held = run.held[h][end[b]] - {end[b]}  # after the compaction
+      if not (isinstance(policy, policies.SnapKV) and end[b] == prompts[b] == len(run.held[h])):
+        assert int(usage.live[l, b, h]) == live[l, b, h] == len(held)
+        assert positions is None or sorted(positions[l, b, h]) == sorted(held)
+    start = end
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", ["h2o", "keydiff", "snapkv"])
+def test_a_row_does_not_depend_on_its_neighbours(case, kind):
+  """Bit for bit, whatever other rows hold and whether they take part."""
+  policy, (text, _, steps, *_) = CASES[case], sampled(case)
+  alone, together, start = create(kind, policy), create(kind, policy), np.zeros(ROWS, int)
+  for width, lengths, remaining in steps:
+    only = np.where(np.arange(ROWS) == 1, lengths, 0)
+    first, *_, alone = feed(policy, alone, text, start, width, only, remaining)
+    second, *_, together = feed(policy, together, text, start, width, lengths, remaining)
+    np.testing.assert_array_equal(first[:, 1, : lengths[1]], second[:, 1, : lengths[1]])
+    start = start + lengths
+
+
+def test_random_holds_the_same_however_it_is_read():
+  """Its scores never change, so the order of cuts does not matter."""
+  policy = policies.Random(budget=11, window=3, seed=5)
+  shape = cache_driver.Shape(0, 0, HEADS, GROUP, 2, LENGTH)
+  text, (_, steps) = cache_driver.Text.draw(shape, np.random.default_rng(0), 0.0), events_of(0)
+  cache, start = create("contiguous", policy), np.zeros(ROWS, int)
+  for width, lengths, remaining in steps:
+    *_, cache = feed(policy, cache, text, start, width, lengths, remaining)
+    start = start + lengths
+  held = cache_driver.held(cache)
+  for l, b, h in np.ndindex(LAYERS, ROWS, HEADS):
+    run = policy_oracle.random(
+      np.zeros((start[b], HEADS, GROUP, HEAD)),
+      np.zeros((start[b], HEADS, HEAD)),
+      seed=5,
+      layer=l,
+      sinks=0,
+      budget=11,
+      window=3,
+    )
+    assert sorted(held[l, b, h]) == sorted(run.held[h][-1])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_moves(seed):
+  """Tokens that stay fill the first slots; archived ones keep theirs if it is among them; each goes to one slot."""
+  rng = np.random.default_rng(seed)
+  slots, entering = int(rng.integers(0, 9)), int(rng.integers(1, 9))
+  archived = int(rng.integers(0, slots + 1))
+  exists = np.concatenate([np.arange(slots) < archived, np.ones(entering, bool)])
+  stays = exists & (rng.random(slots + entering) < rng.random())
+  if stays.sum() > slots:
+    stays[np.flatnonzero(stays)[slots:]] = False
+  out = moves(jnp.asarray(stays)[None, None], slots)
+  target, count = np.asarray(out.target)[0, 0], int(out.archived[0, 0])
+  assert count == stays.sum()
+  place = np.where(
+    target < slots, target, np.where(np.arange(slots + entering) < slots, np.arange(slots + entering), slots)
+  )
+  ends = place[stays]
+  assert sorted(ends) == list(range(count))
+  assert (target[~stays] == slots).all()
+  kept = stays[:slots] & (np.arange(slots) < count)
+  assert (target[:slots][kept] == slots).all()
+
+
+@struct.dataclass
+class _ByNorm(policies.Policy):
+  """Evicts tokens whose key is short: a policy whose decisions see keys."""
+
+  uses_keys = True
+
+  def decide(self, logits, layer, position, keys=None):
+    return jnp.linalg.norm(keys.astype(jnp.float32), axis=-1) < 1.8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decisions_that_see_keys(kind):
+  """The key of the token that computes a decision: in chunks and single steps, the same tokens are held."""
+  model = tiny.model()
+  policy = _ByNorm(window=3)
+  tokens = tiny.tokens(model.config, 2, 24)
+  take, held = jax.jit(cached_forward), []
+  for width in (24, 8, 1):
+    cache = caches.create(kind, model.config, batch=2, capacity=24, policy=policy, lag=0)
+    for start in range(0, 24, width):
+      _, cache = take(model, policy, cache, tokens[:, start : start + width], jnp.full(2, width))
+    held.append(np.asarray(cache.live()))
+  assert (held[0] < 24).sum() >= 3
+  for other in held[1:]:
+    np.testing.assert_array_equal(held[0], other)
+
+
+def test_numbers_may_be_one_a_row():
+  """Thresholds and budgets [B]: each row is bit-equal to a batch in which all rows have its number."""
+  model = tiny.model(gates=tiny.dms(window=3))
+  tokens = tiny.tokens(model.config, 3, 30)
+  take = jax.jit(cached_forward)
+
+  def read(policy):
+    cache = caches.create("contiguous", model.config, batch=3, capacity=40, policy=policy, lag=1)
+    out, cache = take(model, policy, cache, tokens[:, :20], jnp.full(3, 20))
+    hidden = [out.hidden]
+    for t in range(20, 30):
+      out, cache = take(model, policy, cache, tokens[:, t : t + 1], jnp.ones(3, jnp.int32))
+      hidden.append(out.hidden)
+    return np.concatenate(hidden, axis=1), np.asarray(cache.live())
+
+  for numbers, make in (
+    ((-1.0, 0.0, 3.0), lambda x: policies.DMS(window=3, threshold=x)),
+    ((6, 9, 20), lambda x: policies.TOVA(budget=x, window=0)),
+    ((2.0, 3.0, 5.0), lambda x: policies.KeyDiff(cr=x, window=1)),
+  ):
+    hidden, live = read(make(jnp.asarray(numbers)))
+    for row, number in enumerate(numbers):
+      alone, held = read(make(jnp.full(3, number)))
+      np.testing.assert_array_equal(hidden[row], alone[row])
+      np.testing.assert_array_equal(live[:, row], held[:, row])
+    assert len({x.tobytes() for x in np.moveaxis(live, 1, 0)}) == 3
+
+
+GENERATED = {
+  "snapkv": policies.SnapKV(budget=12, window=3, pool=3),
+  "keydiff": policies.KeyDiff(budget=10),
+  "h2o": policies.H2O(budget=10),
+}
+
+
+@pytest.mark.parametrize("case", ["snapkv", *(pytest.param(c, marks=pytest.mark.slow) for c in ("keydiff", "h2o"))])
+def test_generation(case):
+  """All caches agree through `generate`, rows apart from one another, whatever the chunks where the paper has none."""
+  policy, model = GENERATED[case], tiny.model()
+  prompts = [tiny.tokens(model.config, 1, n, seed=n)[0].tolist() for n in (23, 9, 2)]
+  run = functools.partial(dms_jax.generate, model, prompts, policy=policy, max_new_tokens=12, eos=False, decode_block=6)
+  results = [run(prefill_chunk=8, cache=kind) for kind in ("contiguous", "masked", "paged")]
+  for other in results[1:]:
+    assert results[0].tokens == other.tokens
+    np.testing.assert_array_equal(results[0].metrics.live, other.metrics.live)
+  for row, prompt in enumerate(prompts):
+    alone = dms_jax.generate(
+      model, [prompt], policy=policy, max_new_tokens=12, eos=False, decode_block=6, prefill_chunk=8, cache="contiguous"
+    )
+    assert alone.tokens[0] == results[0].tokens[row]
+  if case == "snapkv":  # its prompt is read densely, so the chunking changes nothing
+    single = run(prefill_chunk=1, cache="contiguous")
+    assert single.tokens == results[0].tokens
+    assert results[0].metrics.live.max() == 12 + 11
+
+
+def test_exact_prefill_reads_one_by_one():
+  """The prompt is decoded token by token: the same as a chunk of one through decode steps."""
+  model, policy = tiny.model(), policies.TOVA(budget=7, exact_prefill=True)
+  prompts = [tiny.tokens(model.config, 1, n, seed=n)[0].tolist() for n in (23, 9)]
+  run = functools.partial(dms_jax.generate, model, prompts, policy=policy, max_new_tokens=6, eos=False, decode_block=6)
+  one, eight = run(prefill_chunk=1), run(prefill_chunk=8)
+  assert one.tokens == eight.tokens
+  np.testing.assert_array_equal(one.metrics.prompt_reads, eight.metrics.prompt_reads)

@@ -1,0 +1,129 @@
+"""Choices of execution: what is chosen where, and that each choice, on or off, gives the same results."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dms_jax import cache as caches
+from dms_jax import policies
+from dms_jax import testing as tiny
+from dms_jax.cache.base import storage_dtype
+from dms_jax.execution import FEW_ROWS, LATE_ROWS, LEAST_ROWS, MANY_ROWS, Execution, fastest_form, override
+from dms_jax.model import cached_forward, last_logits
+from dms_jax.sharding import make_mesh
+from pallas_kernels.common.platform import tracing_for
+from tests.test_model import close
+
+OFF = Execution()
+# Each field switched on, on any device.
+ON = dict(
+  layers="loop", least_rows=5, late_gates=True, fused_gate=True, split_gate_up=True, weights_left=FEW_ROWS,
+  matvec_parts=3, bits_storage=True, embed_barrier=True, jitted_attention=True, replicated_writes=True,
+)  # fmt: skip
+step = jax.jit(cached_forward, compiler_options=tiny.QUICK)
+
+
+def test_what_is_chosen():
+  """By device, rows, tokens and model; whatever depends on a step is off where none is given."""
+  model = tiny.model(gates=tiny.dms())
+  listed, neuron = model.unstacked(), tiny.model(gates=tiny.dms(gate="neuron")).unstacked()
+  with tracing_for("gpu"):
+    assert Execution.choose() == Execution(layers="loop", jitted_attention=True)
+    assert Execution.choose(listed, 1, 2) == Execution.choose()
+    small = Execution(layers="loop", least_rows=LEAST_ROWS, late_gates=True, fused_gate=True, jitted_attention=True)
+    assert Execution.choose(listed, 1, 1) == Execution.choose(listed, LATE_ROWS, 1) == small
+    for rows, other in ((LATE_ROWS + 1, listed), (1, model), (1, neuron), (1, tiny.model().unstacked()), (1, None)):
+      assert Execution.choose(other, rows, 1) == dataclasses.replace(small, late_gates=False)
+    assert not Execution.choose(listed, MANY_ROWS - 1, 1).split_gate_up
+    assert Execution.choose(listed, MANY_ROWS, 1).split_gate_up
+    assert not Execution.choose(listed, MANY_ROWS, 2).split_gate_up
+  with tracing_for("tpu"):
+    assert Execution.choose(listed, 1, 1) == Execution(replicated_writes=True)
+    assert fastest_form(model) is model
+  with tracing_for("cpu"):
+    cpu = Execution.choose(listed, 1, 1)
+    assert cpu == Execution.choose()
+    assert cpu.weights_left == FEW_ROWS and cpu.bits_storage and cpu.embed_barrier and cpu.layers == "loop"
+    assert isinstance(fastest_form(model).params["layers"], list)
+  with jax.set_mesh(make_mesh()), tracing_for("gpu"):  # of one device
+    assert Execution.choose(listed, 1, 1) == small
+
+
+def test_override():
+  """Inner overrides win, others stay; unknown fields are an error; jitted functions are traced again."""
+  traced = []
+
+  @jax.jit
+  def weights_left(x):
+    traced.append(Execution.choose().weights_left)
+    return x
+
+  for _ in range(2):
+    weights_left(0.0)
+    with override(weights_left=3, layers="scan"):
+      weights_left(0.0)
+      with override(weights_left=0):
+        assert Execution.choose().layers == "scan"
+        weights_left(0.0)
+      assert Execution.choose().weights_left == 3
+  assert traced == [FEW_ROWS, 3, 0]
+  with pytest.raises(TypeError, match="no_such_field"), override(no_such_field=True):
+    pass
+  assert Execution.choose() == Execution.choose()
+
+
+def run(rows, dtype, kind="contiguous"):
+  """A chunk of 6 tokens and 8 decode steps, one row pausing: logits, cache and usage in float32."""
+  cfg = tiny.config()
+  model = fastest_form(tiny.model(cfg, tiny.dms(), dtype=dtype))
+  tokens, lag = tiny.tokens(cfg, rows, 14), 1
+  cache = caches.create(kind, cfg, batch=rows, capacity=24, window=5, lag=lag, dtype=dtype)
+  decisions = jnp.asarray(np.random.default_rng(0).random((2, rows, 2, 14)) < 0.5)
+  found = []
+  for start, stop in ((0, 6), *((t, t + 1) for t in range(6, 14))):
+    now = jnp.full(rows, stop - start, jnp.int32).at[-1].set(0 if rows > 1 and start % 3 == 0 else stop - start)
+    out, cache = step(model, policies.DMS(window=5), cache, tokens[:, start:stop], now, decisions[..., start:stop])
+    found += [last_logits(model, out), out.logits, out.seen]
+  return [np.asarray(x, np.float32) for x in jax.tree.leaves((found, cache.live(), cache.seen, cache.evicted))]
+
+
+@pytest.mark.parametrize("rows, dtype", [(1, jnp.float32), (3, jnp.bfloat16)])
+def test_each_choice_gives_the_same_results(rows, dtype):
+  """Each field alone switched on, on top of an execution with all of them off; every field has a case."""
+  assert list(ON) == [field.name for field in dataclasses.fields(Execution)]
+  assert all(value != getattr(OFF, name) for name, value in ON.items())
+  with override(**vars(OFF)):
+    plain = run(rows, dtype)
+  for name, value in ON.items():
+    fields = {"layers": "loop"} if name == "late_gates" else {}
+    with override(**vars(OFF) | fields | {name: value}):
+      changed = run(rows, dtype)
+    for one, other in zip(changed, plain, strict=True):
+      close(one, other, 2e-5 if dtype == jnp.float32 else 0.04)  # bfloat16: 2^-8 a rounding, about ten in a row
+
+
+def test_each_choice_changes_the_program():
+  """No field is dead: switching it on changes what is traced, or what a model or a cache is made of."""
+  models = [tiny.model(gates=tiny.dms(), dtype=dtype).unstacked() for dtype in (jnp.bfloat16, jnp.float32)]
+  tokens, lengths = jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32)
+
+  def logits(model, cache):
+    return last_logits(model, cached_forward(model, policies.DMS(window=5), cache, tokens, lengths)[0])
+
+  def program():
+    traced = []
+    for m in models:
+      cache = caches.create("paged", m.config, batch=1, capacity=24, window=5, lag=1, dtype=m.dtype, archive="int8")
+      traced.append(str(jax.make_jaxpr(logits)(m, cache)))
+    return traced, storage_dtype(jnp.bfloat16), type(fastest_form(tiny.model()).params["layers"])
+
+  with override(**vars(OFF)):
+    plain = program()
+  for name in ON.keys() - {"replicated_writes"}:  # acts on a mesh alone: see tests/test_sharding.py
+    with override(**vars(OFF) | {name: ON[name]}):
+      assert program() != plain, name
