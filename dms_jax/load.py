@@ -10,7 +10,7 @@ def load(path: str | Path, retrofit: str | Path | None = None, dtype: Any = None
   """Loads a converted checkpoint, ready to generate: (model, tokenizer).
 
   The model carries the tokenizer, so `generate` takes strings. Its layers are in the form that decodes fastest on this
-  machine (`generation.generate.fastest_form`).
+  machine (`execution.fastest_form`).
 
   Args:
     path: folder written by `experiments.convert_weights`.
@@ -25,7 +25,7 @@ def load(path: str | Path, retrofit: str | Path | None = None, dtype: Any = None
     ValueError: a folder is missing or damaged, or the retrofit belongs to another model.
   """
   from dms_jax import checkpoint  # Orbax and tokenizers take a second to import
-  from dms_jax.generation.generate import fastest_form
+  from dms_jax.execution import fastest_form
   from dms_jax.tokenizer import Tokenizer
 
   tokenizer = Tokenizer.load(path)

@@ -38,7 +38,7 @@ import numpy as np
 import dms_jax
 from dms_jax import checkpoint
 from dms_jax.convert import export
-from dms_jax.generation.generate import fastest_form
+from dms_jax.execution import fastest_form
 from dms_jax.model import Model
 from dms_jax.tokenizer import Tokenizer
 from experiments.bench import cases as cases_of

@@ -22,8 +22,8 @@ import numpy as np
 import dms_jax
 from dms_jax import policies
 from dms_jax.config import ModelConfig
+from dms_jax.execution import fastest_form
 from dms_jax.families import PRESETS
-from dms_jax.generation.generate import fastest_form
 from dms_jax.model import Model
 from dms_jax.policies import Policy
 from experiments.bench import synthetic

@@ -26,7 +26,7 @@ from dms_jax import cache as caches
 from dms_jax import checkpoint
 from dms_jax.generation.prefill import Chunk, read_prompts
 from dms_jax.metrics import Metrics, count, kl_divergence
-from dms_jax.model import Model, cached_forward, check_policy, decision_lag, unembed
+from dms_jax.model import Model, cached_forward, check_policy, unembed
 from dms_jax.policies import DMS, Policy, Vanilla
 from dms_jax.tokenizer import Tokenizer
 from experiments.common import program
@@ -74,7 +74,7 @@ def own_text() -> str:
 @partial(jax.jit, donate_argnames="cache")
 def _take(model: Model, policy: Policy, cache, tokens, lengths, remaining):
   """Takes one chunk of the text into the cache: hidden states, counts, and the cache."""
-  out, cache = cached_forward(model, policy, cache, tokens, lengths)
+  out, cache = cached_forward(model, policy, cache, tokens, lengths, remaining=remaining)
   return out.hidden, count(out.seen), cache
 
 
@@ -124,11 +124,8 @@ def compare(
   models = (original, model)
   policies = (Vanilla(), check_policy(model, DMS(threshold=threshold)))
   most = max(len(tokens) + new_tokens, policies[1].window + 1)  # slots that suffice whatever is kept
-  create = partial(caches.create, batch=1, capacity=-(-most // STRIDES), longest=most)
-  state = [
-    create(kind, m.config, policy=p, lag=decision_lag(m, p.window), dtype=m.dtype)
-    for kind, m, p in zip(("contiguous", "paged"), models, policies, strict=True)
-  ]
+  empty = partial(caches.for_model, batch=1, capacity=-(-most // STRIDES), longest=most)
+  state = [empty(m, p) for m, p in zip(models, policies, strict=True)]
   reading = [Metrics.zero(m.config.num_layers, 1, m.config.num_kv_heads) for m in models]
   sums, positions, live = [], [], ([], [])
   total = len(tokens) - 1  # the last token is the first that writing feeds

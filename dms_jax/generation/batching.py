@@ -28,16 +28,17 @@ from jaxtyping import Array, Float, Int
 from dms_jax import cache as caches
 from dms_jax.cache import PagedCache
 from dms_jax.cache.host import HostRow, check_fits
+from dms_jax.execution import fastest_form
 from dms_jax.generation import decode as decoding
 from dms_jax.generation.conversation import Continuation, Conversation, continuation
 from dms_jax.generation.decode import CAPACITY, LENGTH, REASONS, RUNNING, DecodeState
 from dms_jax.generation.detokenize import Detokenizer
-from dms_jax.generation.generate import Output, fastest_form
+from dms_jax.generation.generate import Output
 from dms_jax.generation.pages import BudgetError, PagedRows
 from dms_jax.generation.prompts import prompt_ids
 from dms_jax.generation.sampling import Sampling, row_keys
 from dms_jax.generation.stops import StopStrings, stop_criteria
-from dms_jax.model import Model, check_policy, decision_lag
+from dms_jax.model import Model, check_policy
 from dms_jax.policies import Policy
 
 
@@ -137,9 +138,9 @@ class Generator:
     self.sampling = Sampling.create(temperature, top_k, top_p)
     self.stop_strings = StopStrings.create(stop, self.tokenizer)
     self.stop_criteria = stop_criteria(self.model, self.tokenizer, self.stop_strings, eos)
-    cache = caches.create(
-      "paged", model.config, batch=width, capacity=self.policy.window + 2, longest=self.max_length, policy=self.policy,
-      lag=decision_lag(model, self.policy.window), dtype=model.dtype, page=page_size, archive=page_format,
+    cache = caches.for_model(
+      model, self.policy, batch=width, capacity=self.policy.window + 2, kind="paged", longest=self.max_length,
+      page=page_size, archive=page_format,
     )  # fmt: skip
     self.memory = PagedRows(cache, budget=budget, budget_tokens=budget_tokens, pages=pages)
     keys = None

@@ -91,7 +91,7 @@ def prefill_chunk(
   Returns:
     The cache, the logits, which rows had no space and took nothing, and counts.
   """
-  out, cache = cached_forward(model, policy, cache, tokens, lengths)
+  out, cache = cached_forward(model, policy, cache, tokens, lengths, remaining=remaining)
   last = (lengths > 0) & (remaining == 0)
   logits = jnp.where(last[:, None], last_logits(model, out), logits)
   return cache, logits, out.stalled, count(out.seen)

@@ -126,9 +126,10 @@ def load_conversation(
   if kind == "paged":
     quantised = {form.dtype.name: name for name, form in FORMATS.items()}
     options = {"page": resolved.page or header.get("page"), "archive": quantised.get(archive)}
-  store = caches.create(
-    kind, config, batch=len(rows), capacity=capacity or (resolved.window + 2 if kind == "paged" else longest),
-    longest=max(longest, capacity or 0), policy=resolved, lag=lag, dtype=model.dtype, **options,
+  least = resolved.window + 2 if kind == "paged" else longest
+  store = caches.for_model(
+    model, resolved, batch=len(rows), capacity=capacity or least, kind=kind, longest=max(longest, capacity or 0),
+    **options,
   )  # fmt: skip
   if isinstance(store, PagedCache) and capacity is None:
     used = sum(int((-(-row.archived // store.page_size)).sum()) for row in rows)
@@ -293,7 +294,9 @@ def _read_stats(arrays, index: int, names: tuple[str, ...], lead: tuple[int, int
     key = f"{index}.stats.{name}"
     if name == "score" and key not in arrays:
       key = f"{index}.scores"  # version 0.1
-    stats[name] = _checked(f"array '{key}'", arrays[key] if key in arrays else None, ((*lead, None), np.dtype(np.float32)))
+    stats[name] = _checked(
+      f"array '{key}'", arrays[key] if key in arrays else None, ((*lead, None), np.dtype(np.float32))
+    )
     if stats[name].shape[2] < least:
       raise ValueError(f"array '{key}' has {stats[name].shape[2]} slots of {least}")
   return stats

@@ -33,7 +33,7 @@ from dms_jax.generation.prompts import Prompts, check_lengths, prompt_ids
 from dms_jax.generation.sampling import Sampling, row_keys
 from dms_jax.generation.stops import StopStrings, stop_criteria
 from dms_jax.metrics import Metrics
-from dms_jax.model import Model, check_policy, decision_lag
+from dms_jax.model import Model, check_policy
 from dms_jax.policies import Policy
 
 Stream = Callable[[int, list[int], str], None]
@@ -127,8 +127,7 @@ def generate(
   criteria = stop_criteria(model, tokenizer, strings, eos)
   past = conversation_of(continue_from)
   policy = check_policy(model, past.policy if policy is None and past is not None else policy)
-  if cache is None:
-    cache = "paged" if policy.data_dependent else "contiguous"
+  cache = cache or caches.default_kind(policy)
   ids = prompt_ids(model, prompts, mask, tokenizer, None if past is None else np.asarray(past.pending))
   batch = len(ids)
   if past is None:
@@ -197,10 +196,7 @@ def _start(model, policy, kind, capacity, past, batch, most, chunk) -> Cache:
     small = policy.data_dependent and kind != "masked"
     start = chunk + most // 8 if kind == "paged" else max(chunk, most // 2)
     capacity = rounded(min(policy.window + 1 + start, most) if small else most)
-  store = caches.create(
-    kind, model.config, batch=batch, capacity=capacity, longest=longest, policy=policy,
-    lag=decision_lag(model, policy.window), dtype=model.dtype,
-  )  # fmt: skip
+  store = caches.for_model(model, policy, batch=batch, capacity=capacity, kind=kind, longest=longest)
   return place_like(model, store)
 
 

@@ -33,7 +33,7 @@ def _prefill_row(
 ) -> tuple[PagedCache, Float[Array, "1 V"], Bool[Array, "1"]]:  # fmt: skip
   """A chunk of one row's prompt: (cache, logits after it, whether there was no space). See `decode.prefill_chunk`."""
   one = cache_rows.take_row(cache, row, places)
-  out, one = cached_forward(model, policy, one, tokens, length)
+  out, one = cached_forward(model, policy, one, tokens, length, remaining=remaining)
   return cache_rows.put_row(cache, row, one), last_logits(model, out), out.stalled
 
 

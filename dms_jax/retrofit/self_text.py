@@ -15,7 +15,8 @@ import jax
 import numpy as np
 
 from dms_jax.config import read_json, to_json
-from dms_jax.generation.generate import fastest_form, generate
+from dms_jax.execution import fastest_form
+from dms_jax.generation.generate import generate
 from dms_jax.model import Model
 from dms_jax.policies import Vanilla
 from dms_jax.retrofit.config import SelfTextConfig

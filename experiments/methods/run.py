@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 
 from dms_jax.evaluation import likelihood
-from dms_jax.generation.generate import fastest_form
+from dms_jax.execution import fastest_form
 from dms_jax.metrics import achieved_cr
 from dms_jax.model import Model
 from dms_jax.policies import DMS, Policy, Vanilla

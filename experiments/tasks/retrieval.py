@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 import dms_jax
-from dms_jax.generation.generate import fastest_form
+from dms_jax.execution import fastest_form
 from dms_jax.model import Model
 from dms_jax.policies import Policy
 from dms_jax.tokenizer import Tokenizer
