@@ -56,6 +56,10 @@ class Model:
   def dtype(self) -> jnp.dtype:
     return self.params["embed"].dtype
 
+  def lag(self, window: int | None = None) -> int:
+    """A decision computed at token t is about token t - lag, under `window`; 1, unused, without gates."""
+    return self.dms.lag(window) if self.dms is not None else 1
+
   def merged(self) -> Model:
     """The same model with its low-rank updates merged into the weights and its layers stacked."""
     return self.replace(params=merge_lora(self.stacked().params, self.lora), lora=None)
@@ -379,8 +383,3 @@ def check_policy(model: Model, policy: Policy | None) -> Policy:
       f"{type(policy).__name__} needs eviction gates and this model has none: load a retrofit, or use dms_jax.Vanilla()"
     )
   return policy.resolved(model.dms.window if model.dms is not None else None)
-
-
-def decision_lag(model: Model, window: int | None = None) -> int:
-  """Tokens from the one a decision is about to the one that computes it, under `window`; 1, unused, without gates."""
-  return model.dms.lag(window) if model.dms is not None else 1

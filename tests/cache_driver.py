@@ -42,7 +42,7 @@ class Shape:
   def create(self, kind, capacity=None):
     return caches.create(
       kind, self.config(), batch=ROWS, capacity=capacity or self.length, window=self.window, lag=self.shift,
-      **({"page": 4} if kind == "paged" else {}),
+      **({"page_size": 4} if kind == "paged" else {}),
     )  # fmt: skip
 
 

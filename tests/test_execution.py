@@ -118,7 +118,7 @@ def test_each_choice_changes_the_program():
   def program():
     traced = []
     for m in models:
-      cache = caches.create("paged", m.config, batch=1, capacity=24, window=5, lag=1, dtype=m.dtype, archive="int8")
+      cache = caches.create("paged", m.config, batch=1, capacity=24, window=5, lag=1, dtype=m.dtype, page_format="int8")
       traced.append(str(jax.make_jaxpr(logits)(m, cache)))
     return traced, storage_dtype(jnp.bfloat16), type(fastest_form(tiny.model()).params["layers"])
 

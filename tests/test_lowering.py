@@ -47,4 +47,4 @@ def test_decode_step_of_a_model_lowers_for_cuda():
 @pytest.mark.parametrize("archive", [None, "int8"])
 def test_decode_step_of_a_model_with_pages_lowers_for_cuda(archive):
   """The same from a pool of pages, beside rings."""
-  assert "decode_pages32_" in lowered_for_cuda(1, "paged", archive=archive)
+  assert "decode_pages32_" in lowered_for_cuda(1, "paged", page_format=archive)

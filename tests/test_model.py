@@ -23,7 +23,6 @@ from dms_jax.model import (
   Model,
   cached_forward,
   check_policy,
-  decision_lag,
   embed,
   forward,
   last_logits,
@@ -407,9 +406,9 @@ def test_remat_changes_nothing():
 def test_small_parts():
   """Embedding, output head, last logits, policy checks."""
   model = tiny.model(tiny.config(tie_embeddings=False), tiny.dms(window=9, shift=0))
-  assert output_head(model) is model.params["lm_head"] and decision_lag(model) == 0 and model.dtype == jnp.float32
+  assert output_head(model) is model.params["lm_head"] and model.lag() == 0 and model.dtype == jnp.float32
   tied = tiny.model()
-  assert output_head(tied) is tied.params["embed"] and decision_lag(tied) == 1
+  assert output_head(tied) is tied.params["embed"] and tied.lag() == 1
   tokens = tiny.tokens(model.config, 2, 6)
   np.testing.assert_array_equal(embed(model, tokens), np.asarray(model.params["embed"])[np.asarray(tokens)])
   cache = caches.create("masked", model.config, batch=2, capacity=6, window=9, lag=0)

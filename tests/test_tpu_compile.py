@@ -123,7 +123,7 @@ def test_pages_of_eight_bits_are_not_copied(topology, archive, tokens):
   device = tpu.devices(topology)[0]
   config = tiny.config(num_layers=4, d_model=64, d_ff=64, num_heads=8, num_kv_heads=4, head_dim=128)
   model, policy, _ = parts(device, config=config)
-  options = dict(batch=BATCH, capacity=256, longest=2048, window=WINDOW, lag=1, dtype=jnp.bfloat16, archive=archive)
+  options = dict(batch=BATCH, capacity=256, longest=2048, window=WINDOW, lag=1, dtype=jnp.bfloat16, page_format=archive)
   arguments = (array((BATCH, tokens), jnp.int32, device), array((BATCH,), jnp.int32, device))
   step, temporaries, sizes = jax.jit(cached_forward, donate_argnums=2), [], []
   for pages in (10000, 20000):

@@ -29,15 +29,13 @@ def for_model(
     capacity: slots a head, the ring included (pages: on the average over heads and rows); tokens a row if masked.
     kind: "paged", "contiguous" or "masked"; default `default_kind`.
     longest: the most that one head may hold, where heads share a pool; default `capacity`.
-    options: `page` and `archive` of `PagedCache.create`.
+    options: `page_size` and `page_format` of `PagedCache.create`.
 
   Raises:
     ValueError: unknown kind or options.
   """
-  lag = model.dms.lag(policy.window) if model.dms is not None else 1  # without gates nothing depends on it
-  kind = kind or default_kind(policy)
   return create(
-    kind, model.config, batch=batch, capacity=capacity, lag=lag, policy=policy, dtype=model.dtype, longest=longest,
+    kind or default_kind(policy), model.config, batch=batch, capacity=capacity, lag=model.lag(policy.window), policy=policy, dtype=model.dtype, longest=longest,
     **options,
   )  # fmt: skip
 

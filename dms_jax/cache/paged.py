@@ -60,27 +60,28 @@ class PagedCache(RingCache):
 
   @classmethod
   def create(
-    cls, layers, batch, heads, head_dim, *, capacity, policy, lag, dtype, longest=None, page=None, archive=None
-  ):
+    cls, layers, batch, heads, head_dim, *, capacity, policy, lag, dtype, longest=None, page_size=None,
+    page_format=None,
+  ):  # fmt: skip
     """An empty cache.
 
     Args:
       capacity: tokens a head, ring included, that the pool has pages for on the average of all heads and rows.
       longest: the most that one head may hold; default `capacity`.
-      page: slots a page; default the policy's, else the format's.
-      archive: a key of `pallas_kernels.paged.FORMATS`: "int8" and "float8" store the archive in 8 bits, with a scale
+      page_size: slots a page; default the policy's, else the format's.
+      page_format: a key of `pallas_kernels.paged.FORMATS`: "int8" and "float8" store the archive in 8 bits, with a scale
         for each key and value. Rings are never quantised.
 
     Raises:
-      ValueError: an unknown `archive`, or a page that is not the policy's.
+      ValueError: an unknown `page_format`, or a `page_size` that is not the policy's.
     """
     ring, lead, stored = policy.window + 1, (layers, batch, heads), storage_dtype(dtype)
-    if archive is not None and archive not in FORMATS:
-      raise ValueError(f"archive={archive!r} is not one of {sorted(FORMATS)}")
-    form = format_of(stored) if archive is None else FORMATS[archive]
-    size = page or policy.page or form.page_size()
+    if page_format is not None and page_format not in FORMATS:
+      raise ValueError(f"page_format={page_format!r} is not one of {sorted(FORMATS)}")
+    form = format_of(stored) if page_format is None else FORMATS[page_format]
+    size = page_size or policy.page or form.page_size()
     if policy.page and size != policy.page:
-      raise ValueError(f"page={size}, but {type(policy).__name__} selects pages of {policy.page} slots")
+      raise ValueError(f"page_size={size}, but {type(policy).__name__} selects pages of {policy.page} slots")
     table = Table(jnp.zeros((*lead, 0), jnp.int32), jnp.zeros(lead, jnp.int32), Pool.create(0))
     store = Store(*form.empty(0, size, head_dim))
     cache = cls(

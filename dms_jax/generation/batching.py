@@ -140,7 +140,7 @@ class Generator:
     self.stop_criteria = stop_criteria(self.model, self.tokenizer, self.stop_strings, eos)
     cache = caches.for_model(
       model, self.policy, batch=width, capacity=self.policy.window + 2, kind="paged", longest=self.max_length,
-      page=page_size, archive=page_format,
+      page_size=page_size, page_format=page_format,
     )  # fmt: skip
     self.memory = PagedRows(cache, budget=budget, budget_tokens=budget_tokens, pages=pages)
     keys = None

@@ -28,7 +28,7 @@ from dms_jax.cache.base import storage_dtype
 from dms_jax.cache.host import HostRow, check_fits, restore_row
 from dms_jax.config import read_json
 from dms_jax.generation.conversation import Continuation, Conversation, conversation_of, place_like
-from dms_jax.model import Model, check_policy, decision_lag
+from dms_jax.model import Model, check_policy
 from dms_jax.policies import Policy
 from pallas_kernels.paged import FORMATS, format_of
 
@@ -103,7 +103,7 @@ def load_conversation(
   kind, resolved = cache or header["cache"], _policy(path, header, model, policy)
   if kind not in caches.KINDS:
     raise ValueError(f"unknown cache {kind!r}; there are {sorted(caches.KINDS)}")
-  config, lag = model.config, decision_lag(model, resolved.window)
+  config, lag = model.config, model.lag(resolved.window)
   dtype, archive = jnp.dtype(model.dtype).name, header["archive"]
   differences = [
     f"{name} is {header[name]} there and {ours} here"
@@ -125,7 +125,7 @@ def load_conversation(
   options, longest = {}, max(header["slots"], needed)
   if kind == "paged":
     quantised = {form.dtype.name: name for name, form in FORMATS.items()}
-    options = {"page": resolved.page or header.get("page"), "archive": quantised.get(archive)}
+    options = {"page_size": resolved.page or header.get("page"), "page_format": quantised.get(archive)}
   least = resolved.window + 2 if kind == "paged" else longest
   store = caches.for_model(
     model, resolved, batch=len(rows), capacity=capacity or least, kind=kind, longest=max(longest, capacity or 0),

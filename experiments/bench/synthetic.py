@@ -23,7 +23,7 @@ from dms_jax.cache.paged import Store
 from dms_jax.cache.pool import Pool
 from dms_jax.config import DMSConfig, ModelConfig
 from dms_jax.generation.decode import RUNNING, DecodeState
-from dms_jax.model import Model, decision_lag
+from dms_jax.model import Model
 from dms_jax.params import init_params, param_table
 from dms_jax.policies import Policy
 from dms_jax.policies.random import uniform
@@ -97,9 +97,7 @@ def _left_by(policy: Policy, *, layers: int, heads: int, tokens: int, lag: int) 
 def left_by(model: Model, policy: Policy, tokens: int) -> tuple[np.ndarray, np.ndarray]:
   """(tokens archived int32 [L, K], decisions about the ring's tokens bool [L, K, W+1]) after `tokens` tokens."""
   c = model.config
-  left = _left_by(
-    policy, layers=c.num_layers, heads=c.num_kv_heads, tokens=tokens, lag=decision_lag(model, policy.window)
-  )
+  left = _left_by(policy, layers=c.num_layers, heads=c.num_kv_heads, tokens=tokens, lag=model.lag(policy.window))
   return jax.device_get(left)
 
 
@@ -110,7 +108,7 @@ def pages_for(model: Model, policy: Policy, tokens: int, page: int) -> int:
 
 def slots_shape(model: Model, policy: Policy, *, batch: int, longest: int) -> ContiguousCache:
   """The shapes of a contiguous cache that keeps all of `longest` tokens."""
-  lag = decision_lag(model, policy.window)
+  lag = model.lag(policy.window)
   make = lambda: caches.create(
     "contiguous", model.config, batch=batch, capacity=-(-longest // 8) * 8, policy=policy, lag=lag, dtype=model.dtype
   )
@@ -122,10 +120,10 @@ def pages_shape(
   archive: str | None = None,
 ) -> PagedCache:  # fmt: skip
   """The shapes of a cache with a pool of `pages` pages, and at least one for each head of each row."""
-  lag = decision_lag(model, policy.window)
+  lag = model.lag(policy.window)
   make = lambda: caches.create(
     "paged", model.config, batch=batch, capacity=policy.window + 2, longest=longest, policy=policy, lag=lag,
-    dtype=model.dtype, page=page, archive=archive,
+    dtype=model.dtype, page_size=page, page_format=archive,
   )  # fmt: skip
   return jax.eval_shape(lambda: (cache := make()).with_pages(max(pages, cache.pages)))
 

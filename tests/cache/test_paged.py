@@ -38,7 +38,15 @@ def feed(model, policy, cache, tokens, lengths):
 
 def create(model, capacity, policy=POLICY, longest=80, rows=ROWS, **options):
   return caches.create(
-    "paged", model.config, batch=rows, capacity=capacity, longest=longest, policy=policy, lag=1, page=PAGE, **options
+    "paged",
+    model.config,
+    batch=rows,
+    capacity=capacity,
+    longest=longest,
+    policy=policy,
+    lag=1,
+    page_size=PAGE,
+    **options,
   )
 
 
@@ -197,14 +205,14 @@ def test_a_stored_row_that_does_not_fit_is_refused(model):
   with pytest.raises(ValueError, match=r"archive slots does not fit a table of 4"):
     restore_row(create(model, WINDOW + 2, longest=WINDOW + 2), 0, stored)
   with pytest.raises(ValueError, match="stored row with archive"):
-    restore_row(create(model, 60, archive="int8"), 0, stored)
+    restore_row(create(model, 60, page_format="int8"), 0, stored)
 
 
 @pytest.mark.parametrize("archive, error", [("int8", 0.02), ("float8", 0.06)])
 def test_an_archive_in_eight_bits_stays_near(model, archive, error):
   """The ring is exact; a slot's error is at most half a step of 127 (int8), or of 3 bits of mantissa (float8)."""
   text = np.array(tiny.tokens(model.config, ROWS, 40))
-  exact, quantised = create(model, 60), create(model, 60, archive=archive)
+  exact, quantised = create(model, 60), create(model, 60, page_format=archive)
   keeps = POLICY.replace(threshold=1e9)
   for start in (0, 10, 20):
     lengths = np.full(ROWS, 10, np.int32)
@@ -232,8 +240,8 @@ def test_an_archive_in_eight_bits_on_a_tpu(archive):
   results = []
   for name, interpreting in (("cpu", contextlib.nullcontext), ("tpu", compat_tpu.interpret_mode)):
     with tracing_for(name), interpreting():
-      options = dict(batch=2, capacity=90, longest=96, policy=policy, lag=1, archive=archive)
-      cache, logits = caches.create("paged", config, page=64, **options), []
+      options = dict(batch=2, capacity=90, longest=96, policy=policy, lag=1, page_format=archive)
+      cache, logits = caches.create("paged", config, page_size=64, **options), []
       run = jax.jit(cached_forward)
       for start, size in ((0, 40), (40, 44), *((i, 1) for i in range(84, 90))):
         lengths = jnp.asarray([size, max(size - 3, 1)], jnp.int32)
@@ -260,9 +268,9 @@ def test_bytes(model):
 
 
 def test_bad_settings_are_named(model):
-  with pytest.raises(ValueError, match=r"archive='int4' is not one of \['float8', 'int8'\]"):
-    create(model, 40, archive="int4")
-  with pytest.raises(ValueError, match="page=4, but Quest selects pages of 8 slots"):
+  with pytest.raises(ValueError, match=r"page_format='int4' is not one of \['float8', 'int8'\]"):
+    create(model, 40, page_format="int4")
+  with pytest.raises(ValueError, match="page_size=4, but Quest selects pages of 8 slots"):
     create(model, 40, policies.Quest(page=8, budget=32).resolved(None))
   with pytest.raises(ValueError, match="capacity=8 is below the"):
     create(model, 40).with_capacity(8, 80)

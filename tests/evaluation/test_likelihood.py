@@ -44,8 +44,6 @@ POLICIES = {
   "tova": policies.TOVA(budget=12), "streaming": policies.StreamingLLM(budget=12),
   "quest": policies.Quest(budget=12, page=4, window=3),
 }  # fmt: skip
-
-
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("tova", "streaming", "quest")]
 
 

@@ -94,7 +94,7 @@ def sampled(case):
 def create(kind, policy):
   config = ModelConfig(num_layers=LAYERS, num_heads=HEADS * GROUP, num_kv_heads=HEADS, head_dim=HEAD, d_model=8, d_ff=8)
   capacity = LENGTH if kind == "masked" else int(policy.capacity(LENGTH))
-  options = {"page": 4, "longest": LENGTH} if kind == "paged" else {}
+  options = {"page_size": 4, "longest": LENGTH} if kind == "paged" else {}
   return caches.create(kind, config, batch=ROWS, capacity=capacity, policy=policy, lag=1, **options)
 
 
