@@ -87,7 +87,7 @@ def reading(model: Model, policy: Policy, ids: np.ndarray, config: Config) -> tu
   for number in range(1 + config.rounds):
     begin = time.perf_counter()
     out = dms_jax.generate(model, ids, policy=policy, max_new_tokens=0, eos=False, prefill_chunk=config.chunk)
-    jax.block_until_ready(out.cache.cache)
+    jax.block_until_ready(out.conversation.cache)
     took, achieved = time.perf_counter() - begin, out.metrics.achieved_cr
     program.log(f"  {policy.__class__.__name__}, exact_prefill={policy.exact_prefill}: {took:.3f} s")
     best = min(best, took) if number else best
