@@ -1,9 +1,9 @@
 """What a run holds and costs, one definition each, counted in the graph; and the divergence of two models.
 
-A *token held* is one slot of one layer and KV head; unless said otherwise figures are averaged over layers and heads,
-so that a dense cache of T tokens holds T. *Achieved CR* is tokens seen over tokens held, always given with its T. *KV
-reads* of a decode step are the live tokens attended, the newest included. *Peak tokens* is the largest number held at
-once after any step or prefill chunk.
+A *token held* is one slot of one layer and KV head. Figures are means over layers and heads unless said otherwise, so a
+dense cache of T tokens holds T. *Achieved CR* is tokens seen over tokens held, always reported with its T. *KV reads*
+of a decode step are the live tokens attended, the newest included. *Peak tokens* is the largest number held at once
+after any step or prefill chunk.
 """
 
 from __future__ import annotations
@@ -45,8 +45,11 @@ def kl_divergence(
 
 @struct.dataclass
 class Counts:
-  """Raw counts of one compiled call, int32. `live` and `reads` [L, B, K]: held after it, read by all of it; `held`
-  [steps, B]: live summed over layers and heads after each step; `history` [steps, L, B, K]: live, if asked for."""
+  """Raw counts of one compiled call, int32.
+
+  `live` [L, B, K]: tokens held after it. `reads` [L, B, K]: keys that it read. `held` [steps, B]: tokens held after
+  each step, summed over layers and heads. `history` [steps, L, B, K]: tokens held after each step, if asked for.
+  """
 
   live: Int[Array, "L B K"]
   reads: Int[Array, "L B K"]
@@ -63,10 +66,11 @@ def count(seen: Usage) -> Counts:
 class Metrics:
   """Counts of a whole call of `generate`, numpy, exact.
 
-  `seen` int64 [B]: T, tokens each row has in its cache, earlier turns included. `live` int64 [L, B, K]: tokens held of
-  them. `decode_reads`, `prompt_reads` int64 [L, B, K]: keys read by this call. `peak` float64 [B]: a row's peak tokens;
-  `peak_total`: the largest sum over rows. `new_tokens` [B]: tokens generated. `bytes_live`: of the keys and values
-  `bytes_allocated`: of the whole cache. `history` int32 [steps, L, B, K]: live after each decode step, if asked for.
+  `seen` int64 [B]: T, the tokens that each row's cache has seen, earlier turns included. `live` int64 [L, B, K]: tokens
+  held of them. `decode_reads`, `prompt_reads` int64 [L, B, K]: keys read by this call. `peak` float64 [B]: a row's peak
+  tokens. `peak_total`: the largest sum over rows. `new_tokens` int64 [B]: tokens generated. `bytes_live`: bytes of the
+  keys and values held. `bytes_allocated`: bytes of the whole cache. `history` int32 [steps, L, B, K]: tokens held after
+  each decode step, if asked for.
   """
 
   seen: np.ndarray
@@ -125,7 +129,7 @@ class Metrics:
 
   @property
   def peak_tokens(self) -> float:
-    """The largest peak of a row; `peak_total` is that of all rows together."""
+    """The largest peak of a row; `peak_total` is the peak of all rows together."""
     return float(self.peak.max(initial=0.0))
 
   def to_json(self) -> dict:

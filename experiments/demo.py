@@ -74,7 +74,7 @@ def own_text() -> str:
 @partial(jax.jit, donate_argnames="cache")
 def _take(model: Model, policy: Policy, cache, tokens, lengths, remaining):
   """Takes one chunk of the text into the cache: hidden states, counts, and the cache."""
-  out, cache = cached_forward(model, policy, cache, tokens, lengths)
+  out, cache = cached_forward(model, policy, cache, tokens, lengths, remaining=remaining)
   return out.hidden, count(out.seen), cache
 
 
@@ -124,8 +124,8 @@ def compare(
   models = (original, model)
   policies = (Vanilla(), check_policy(model, DMS(threshold=threshold)))
   most = max(len(tokens) + new_tokens, policies[1].window + 1)  # slots that suffice whatever is kept
-  create = partial(caches.for_model, batch=1, capacity=-(-most // STRIDES), longest=most)
-  state = [create(m, p, kind=kind) for kind, m, p in zip(("contiguous", "paged"), models, policies, strict=True)]
+  empty = partial(caches.for_model, batch=1, capacity=-(-most // STRIDES), longest=most)
+  state = [empty(m, p) for m, p in zip(models, policies, strict=True)]
   reading = [Metrics.zero(m.config.num_layers, 1, m.config.num_kv_heads) for m in models]
   sums, positions, live = [], [], ([], [])
   total = len(tokens) - 1  # the last token is the first that writing feeds

@@ -10,8 +10,8 @@ last line is one JSON object with all rows and what they cost.
 
     python -m experiments.generate --checkpoint=... --requests=requests.jsonl --width=16 --kv_budget_gib=2
 
-answers a file of requests (`experiments/request_file.py` has its fields) in one pool of pages: rows are written to
-`--output` as they end, and a run that was cut short goes on where it was.
+answers a file of requests (`experiments/common/requests.py` has its fields) in one pool of pages: rows are written to
+`--output` as they end, and a run that was cut short resumes where it was.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from experiments.common import requests as request_file
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """`samples` continuations of each prompt; `policy` empty is dms for a model with gates, else vanilla.
+  """`samples` continuations of each prompt; the default `policy` is dms for a model with gates, else vanilla.
 
-  Of requests: `width` rows at once, `chains` of each that does not say; a budget in GiB, or in tokens a head that all
-  rows hold together beside their windows; `output` is by default REQUESTS with .results.jsonl for its ending.
-  `cache` of prompts is by default what `dms_jax.generate` takes, and always paged for requests.
+  For requests: `width` rows at once; `chains` of each request that does not say; a budget in GiB, or in tokens a head
+  that all rows hold together outside their windows; `output` is by default REQUESTS with the ending .results.jsonl;
+  `page_format` quantises the pages. `cache` is by default what `dms_jax.generate` takes, and paged for requests.
   """
 
   checkpoint: str
@@ -99,7 +99,7 @@ class Config:
       raise ValueError("give either --kv_budget_gib or --kv_budget_tokens")
 
   def stops(self) -> tuple[str, ...]:
-    """`stop` as texts: a backslash and an n stand for the end of a line."""
+    """`stop` as texts: a backslash and an n mean a line feed."""
     return tuple(text.replace("\\n", "\n") for text in self.stop)
 
   def prompts(self) -> list[str]:
@@ -125,7 +125,7 @@ def user_turns() -> Iterator[str]:
 
 
 def next_turn(tokenizer, messages: list[dict], ended: bool) -> str:
-  """What to feed after an answer for the last of `messages`: the chat template's text past that answer.
+  """The text to feed between an answer and the next: the chat template's, from the end of the answer on.
 
   Args:
     ended: the answer closed with its end token, which is pending in the cache already.
@@ -164,7 +164,7 @@ class Printer:
 
 
 def answer_requests(config: Config, model, tokenizer, policy) -> dict:
-  """What `--requests` asks for."""
+  """Answers the file of `--requests`; returns the summary."""
   asked = request_file.read_requests(
     config.requests, tokenizer, max_new_tokens=config.max_new_tokens, chains=config.chains,
     temperature=config.temperature, seed=config.seed, width=config.width,

@@ -40,9 +40,9 @@ from experiments.reports import plots
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """`budget_tokens`: that a head may hold of all rows' tokens, default one longest text's; `check`: conversations to
-  run again alone; `warm_up`: the share of the time after which neither memory nor the number of live arrays must grow
-  by more than `growth` of itself."""
+  """`budget_tokens`: tokens of all rows that a head may hold, default those of one longest text. `check`: conversations
+  to run again alone. `warm_up`: the share of the time after which neither memory nor the number of live arrays may grow
+  by more than `growth`, a share of itself."""
 
   checkpoint: str | None = None
   retrofit: str | None = None
@@ -76,7 +76,7 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-  """A request as it was made, and what came of it: of each chain, (tokens, log-probabilities)."""
+  """A request, and the (tokens, log-probabilities) of each of its chains."""
 
   prompt: list[int]
   options: dict[str, Any]
@@ -92,7 +92,7 @@ class Talk:
 
 
 class Traffic:
-  """Draws requests; the same seed and the same times of finishing give the same."""
+  """Makes random requests; the same seed and the same times of finishing give the same."""
 
   def __init__(self, config: Config, vocab: int):
     self.config, self.vocab, self.random = config, vocab, random.Random(config.seed)
@@ -132,7 +132,7 @@ def device_memory() -> int | None:
 
 
 def soak(generator: Generator, config: Config, traffic: Traffic, seconds: float) -> dict[str, Any]:
-  """Serves `seconds` of traffic and what is open then: {samples of every step, counts, conversations that ended}."""
+  """Serves `seconds` of traffic, and then what is unfinished: {samples of every step, counts, ended conversations}."""
   draw, talks = traffic.random, {}
   counts: collections.Counter[str] = collections.Counter()
   kept: list[Talk] = []
@@ -235,7 +235,7 @@ def verdict(generator: Generator, config: Config, outcome: dict[str, Any]) -> di
     "device_flat": device_growth is None or device_growth <= config.growth,
     "arrays_flat": arrays_growth <= config.growth,
     "bit_equal_alone": all(same),
-    "something_was_swapped": outcome["counts"]["preemptions"] > 0,
+    "something_was_preempted": outcome["counts"]["preemptions"] > 0,
   }
   return {
     "passed": all(checks.values()), "checks": checks, "lost_pages": lost, "memory_growth": memory_growth,

@@ -34,10 +34,9 @@ def for_model(
   Raises:
     ValueError: unknown kind or options.
   """
-  return create(
-    kind or default_kind(policy), model.config, batch=batch, capacity=capacity, lag=model.lag(policy.window), policy=policy, dtype=model.dtype, longest=longest,
-    **options,
-  )  # fmt: skip
+  kind, lag = kind or default_kind(policy), model.lag(policy.window)
+  sizes = dict(batch=batch, capacity=capacity, longest=longest)
+  return create(kind, model.config, lag=lag, policy=policy, dtype=model.dtype, **sizes, **options)
 
 
 def create(

@@ -1,6 +1,6 @@
 """The cache protocol: what the model asks of a KV cache, three calls a step, the middle one in each layer.
 
-    plan = cache.plan(policy, lengths, num_tokens[, remaining])  # before the layers: where everything goes, who has room
+    plan = cache.plan(policy, lengths, num_tokens[, remaining])  # before the layers: where everything goes, who stalls
     out, carry, state, seen = cache.attend(plan, policy, layer, carry, state, q, k, v, evict)    # in layer `layer`
     cache = cache.commit(plan, carry, states[, evict])           # after the layers
 

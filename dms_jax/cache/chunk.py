@@ -1,7 +1,7 @@
 """A chunk of a prompt in one layer of a cache with a window ring: sparse prefill, and compaction after it.
 
-The chunk's queries attend to the archive, the ring and the chunk at once. Tokens that the chunk pushes out of the window
-are appended to the archive unless they were evicted, or, for a policy that compacts, the policy says which of all tokens
+The chunk's queries attend to the archive, the ring and the chunk at once. Tokens that the chunk pushes out of the
+window are appended to the archive unless they were evicted. A policy that compacts decides instead which of all tokens
 outside the window stay.
 """
 

@@ -1,8 +1,8 @@
-"""Rows apart from any cache: what one row holds, on the host.
+"""Host copies of rows: what one row of a cache holds, as numpy arrays.
 
-A *stored row* is a conversation on disk, or one that waits while others need its pages. It goes back, bit by bit as it
-was, into any cache that has room: of another size, in another place, with pages of another size, and from slots into
-pages and back. Only a masked cache, which keeps what was evicted, exchanges rows with its like alone.
+A host copy is a conversation to be saved, or a preempted row. It is restored bit by bit into any cache with free slots:
+of another size, at another row, with pages of another size, from contiguous slots into pages and back. Only masked
+caches, which keep what was evicted, exchange rows with masked caches alone.
 """
 
 from __future__ import annotations
@@ -25,11 +25,18 @@ from dms_jax.cache.rows import BY_ROW, row_fields
 
 @struct.dataclass
 class HostRow:
-  """One row, numpy. `kv` [L, K, W+1, 2H], `evicted` [L, K, W+1], `archived` [L, K], `seen` [].
+  """One row, numpy.
 
-  `pages` [n, page, 2H] and `scales` [n, page, 2] or None: the archives' pages, of layer 0 head 0 first. `stats` [L, K, S]
-  each and `summaries` [L, K, M, 2H], where the policy has them, for as many slots and pages as are used. `page` is
-  that of a policy that selects pages, else 0. Of a masked cache: `kv` and `evicted` of all tokens seen, and no archive.
+  Attributes:
+    kv: [L, K, W+1, 2H], the ring in the cache's storage dtype; of a masked cache all tokens seen.
+    evicted: bool, of the tokens in `kv`.
+    archived: int32 [L, K], tokens in each archive; 0 for a masked cache.
+    seen: int32 [], tokens of the text.
+    pages: [n, page, 2H], the archives' pages, those of layer 0 and head 0 first.
+    scales: float32 [n, page, 2] of quantised pages, else None.
+    stats: float32 [L, K, S] each, the policy's statistics of the slots in use.
+    summaries: [L, K, M, 2H] of the pages in use, for a policy that selects pages, else None.
+    page: slots of a page of a policy that selects pages, else 0.
   """
 
   kv: np.ndarray
@@ -56,7 +63,7 @@ class HostRow:
     return self.pages.shape[1]
 
   def repaged(self, size: int) -> HostRow:
-    """The same row in pages of `size` slots; 1: live slots and nothing else."""
+    """The same row in pages of `size` slots; 1 keeps live slots alone."""
     if size == self.page_size:
       return self
     counts = self.archived.ravel()
@@ -71,22 +78,23 @@ class HostRow:
 
 
 def live_slots(counts: Shaped[np.ndarray, "heads"], page: int) -> Bool[np.ndarray, "slots"]:
-  """Which slots of the pages of all heads, one head after another, hold one of its `counts` tokens."""
+  """Marks the slots in use, of the pages of all heads one after another; head i has `counts[i]` tokens."""
   slots = -(-counts // page) * page
   place = np.arange(slots.sum()) - np.repeat(np.cumsum(slots) - slots, slots)
   return place < np.repeat(counts, slots)
 
 
 def offload_row(cache: Cache, row: int) -> HostRow:
-  """What a row holds, on the host; the cache keeps it too."""
+  """A host copy of a row; the cache stays as it is."""
   get = lambda x: np.asarray(jax.device_get(x[:, row]))
   same = dict(seen=np.asarray(cache.seen[row]), window=cache.window, lag=cache.lag)
   if isinstance(cache, MaskedCache):
     length = int(cache.seen[row])
     held = lambda x: None if x is None else np.asarray(jax.device_get(x[:, row, :, :length]))
     kv = held(cache.kv)
+    stats = jax.tree.map(held, cache.stats)
     return HostRow(
-      kv=kv, evicted=held(cache.evicted), archived=np.zeros(kv.shape[:2], np.int32), stats=jax.tree.map(held, cache.stats),
+      kv=kv, evicted=held(cache.evicted), archived=np.zeros(kv.shape[:2], np.int32), stats=stats,
       pages=np.zeros((0, 1, kv.shape[-1]), kv.dtype), scales=None, summaries=None, page=0, masked=True, **same,
     )  # fmt: skip
   archived = get(cache.archived)
@@ -110,7 +118,11 @@ def offload_row(cache: Cache, row: int) -> HostRow:
 
 
 def check_fits(cache: Cache, stored: HostRow) -> None:
-  """Raises ValueError where a row is of another model, window or kind than the cache; its size is another matter."""
+  """Compares everything but the row's size.
+
+  Raises:
+    ValueError: the row is of another model, window, policy or kind of cache.
+  """
   heads = cache.kv.shape[0], cache.kv.shape[2]
   cells = cache.store.pages.dtype if isinstance(cache, PagedCache) else cache.kv.dtype
   masked = isinstance(cache, MaskedCache)
@@ -126,7 +138,7 @@ def check_fits(cache: Cache, stored: HostRow) -> None:
 
 
 def restore_row(cache: Cache, row: int, stored: HostRow) -> tuple[Cache, bool]:
-  """`stored` in an empty row of `cache`; False where a pool has too few free pages, and the cache is as it was.
+  """Puts a host copy into an empty row of `cache`; False where a pool has too few free pages: the cache is unchanged.
 
   Raises:
     ValueError: a row of another model, window, archive or policy; or too long for a head of the cache.
@@ -152,7 +164,7 @@ def restore_row(cache: Cache, row: int, stored: HostRow) -> tuple[Cache, bool]:
     return _restored(cache, jnp.int32(row), {**fields, "kv": slots}, stored.seen), True
   if int(cache.table.pool.count) < used.sum():
     return cache, False
-  # Pages come in the order of heads, as `offload_row` left them; padded, so that few shapes are compiled.
+  # Pages are in the order of heads, as `offload_row` leaves them; padded, so that few shapes are compiled.
   pad = lambda x: None if x is None else _fitted(x, 0, _power_of_two(len(x)))
   fields["kv"] = _fitted(stored.kv, 2, cache.kv.shape[3])
   return _restored_pages(cache, jnp.int32(row), fields, stored.seen, used, pad(stored.pages), pad(stored.scales)), True

@@ -98,7 +98,7 @@ class MaskedCache(Common):
 
   def attend(self, plan, policy, layer, carry, state, q, k, v, evict):
     kv, stats = carry
-    b, t, n, h = q.shape
+    b, t = q.shape[:2]
     heads, slots = kv.shape[2:4]
     rows, head, token = jnp.arange(b)[:, None, None], jnp.arange(heads)[:, None], jnp.arange(t)
     position = plan.seen[:, None] + token

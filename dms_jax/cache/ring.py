@@ -5,8 +5,8 @@ Each (layer, row, KV head) has S = W + 1 + A slots:
     [ ring: W + 1 slots, token t in slot t mod (W + 1) | archive: tokens kept as they left the ring ]
 
 An append-only archive is in the order of positions; a policy may also overwrite archived tokens. Keys are stored after
-RoPE, so the order of slots does not matter, and live slots are always one prefix. Where a policy selects pages, the ring
-and the archive consist of whole pages.
+RoPE, so the order of slots does not matter, and live slots are always one prefix. Where a policy selects pages, ring and
+archive consist of whole pages.
 
 Slots are numbered as above in every memory layout: `contiguous.ContiguousCache` has ring and archive in one array,
 `paged.PagedCache` has its archives in pages. The last methods of the class are all that differs. Chunks of a prompt are
@@ -37,8 +37,8 @@ class Step:
 
 @struct.dataclass
 class Placement:
-  """What a plan fixes for this kind of cache. `step`: of a decode step, None for a chunk. `reserved`: memory set aside for
-  new slots."""
+  """What a plan fixes for this kind of cache. `step`: of a decode step, None for a chunk. `reserved`: memory set aside
+  for new slots."""
 
   step: Step | None
   reserved: Any
@@ -46,9 +46,11 @@ class Placement:
 
 @struct.dataclass
 class LayerCarry:
-  """The arrays carried through the layers: `kv` [L, B, K, S or W+1, 2H] begins with the ring, `stats` [L, B, K, S] each,
-  `summaries` [L, B, K, A / page, 2H], `archive` where it is not in `kv`. `leaving` [L, B, K, 2H]: the token that leaves
-  the ring, for a list of layers."""
+  """The arrays carried through the layers.
+
+  `kv` [L, B, K, S or W+1, 2H] begins with the ring; `stats` [L, B, K, S] each; `summaries` [L, B, K, A / page, 2H];
+  `archive` where it is not in `kv`. `leaving` [L, B, K, 2H]: the token that leaves the ring, for a list of layers.
+  """
 
   kv: jax.Array
   stats: dict[str, jax.Array]
@@ -307,8 +309,8 @@ class RingCache(Common):
   def _exchanged(
     self, carry: LayerCarry, reserved, layer, target: Int[Array, "B K"], leaves, newest: Int[Array, "B K"], enters
   ):
-    """`carry` with what leaves the ring in archive slot `target` and what enters it in slot `newest`, rows [B, K, 2H] as
-    stored; past the last slot: nowhere."""
+    """`carry` with `leaves` written to archive slot `target` and `enters` to ring slot `newest`, rows [B, K, 2H] as
+    stored; a slot past the last one is nowhere."""
     return self._written(carry, reserved, layer, jnp.stack([target, newest], -1), jnp.stack([leaves, enters], 2))
 
   def _moved(
@@ -328,7 +330,7 @@ class RingCache(Common):
   def _attended(
     self, carry: LayerCarry, reserved, layer, q: Float[Array, "B N H"], in_ring, archived, mass: bool = False
   ):
-    """Attention to `in_ring` [B, 1] and `archived` [B, K] slots, and with `mass` the attention to each slot [B, K, S]."""
+    """Attention to `in_ring` [B, 1] and `archived` [B, K] slots, and with `mass` what each slot receives [B, K, S]."""
     raise NotImplementedError
 
   def _attended_pages(self, carry: LayerCarry, reserved, layer, q: Float[Array, "B N H"], in_ring, order, length):

@@ -18,6 +18,8 @@ from jaxtyping import Array, Float, Int
 from dms_jax import masks
 from dms_jax.cache import Cache
 from dms_jax.evaluation.text import cache_for_text, decode_text
+from dms_jax.generation.decode import prefill_chunk
+from dms_jax.generation.prefill import Chunk, read_prompts
 from dms_jax.model import Eviction, Model, check_policy, forward, unembed
 from dms_jax.policies import Policy
 from dms_jax.tokenizer import Tokenizer
@@ -143,13 +145,51 @@ def token_logprobs(
 
 
 @jax.jit
-def decoded_logprobs(
-  model: Model, policy: Policy, cache: Cache, tokens: Int[Array, "B T"], lengths: Int[Array, "B"],
-  positions: Int[Array, "B C"], targets: Int[Array, "B C"],
+def _continued_logprobs(
+  model: Model, policy: Policy, cache: Cache, logits: Float[Array, "B V"], tokens: Int[Array, "B T"],
+  lengths: Int[Array, "B"], positions: Int[Array, "B C"], targets: Int[Array, "B C"],
 ) -> tuple[Float[Array, "B C"], Int[Array, "L B K"]]:  # fmt: skip
-  """`token_logprobs` where the text is decoded token by token into the empty `cache` under `policy`."""
+  """`token_logprobs` of `tokens` that continue what `cache` holds; `logits` came before them, at position -1."""
   hidden, usage = decode_text(model, policy, cache, tokens, lengths)
-  return _target_logprobs(model, hidden, positions, targets), usage.live
+  first = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), targets, axis=-1)
+  later = _target_logprobs(model, hidden, jnp.maximum(positions, 0), targets)
+  return jnp.where(positions < 0, first, later), usage.live
+
+
+def policy_logprobs(
+  model: Model, policy: Policy, rows: Sequence[Passage], *, batch: int, length: int, width: int, steps: int, chunk: int
+) -> tuple[Float[Array, "B C"], Int[Array, "L B K"]]:
+  """`token_logprobs` under a policy, as `generate` would read and write the rows.
+
+  The tokens of a row up to its first scored position are its prompt, read in chunks of `chunk`; the others are decoded
+  one by one.
+
+  Args:
+    policy: resolved (`check_policy`).
+    rows: at most `batch`; the results have B = `batch` rows.
+    length, width, steps: tokens of the longest row, C, and tokens that are decoded of the row with most of them: equal
+      numbers share a compilation.
+  """
+  ends = [int(row.positions.min()) + 1 for row in rows]
+  prompts = [row.tokens[:end] for row, end in zip(rows, ends, strict=True)] + [np.zeros(0, np.int32)] * (
+    batch - len(rows)
+  )
+  tokens, lengths = np.zeros((batch, max(steps, 1)), np.int32), np.zeros(batch, np.int32)
+  positions, targets = np.zeros((2, batch, width), np.int32)
+  for b, (row, end) in enumerate(zip(rows, ends, strict=True)):
+    lengths[b] = len(row.tokens) - end
+    tokens[b, : lengths[b]] = row.tokens[end:]
+    positions[b, : len(row.positions)], targets[b, : len(row.targets)] = row.positions - end, row.targets
+  cache = cache_for_text(model, policy, batch, length)
+  logits = jnp.zeros((batch, model.config.vocab_size), jnp.float32)
+
+  def feed(part: Chunk) -> np.ndarray:
+    nonlocal cache, logits
+    cache, logits, stalled, _ = prefill_chunk(model, policy, cache, part.tokens, part.lengths, part.remaining, logits)
+    return np.asarray(stalled)
+
+  read_prompts(prompts, chunk, feed)
+  return _continued_logprobs(model, policy, cache, logits, tokens, lengths, positions, targets)
 
 
 def score(
@@ -157,15 +197,17 @@ def score(
   rows: Sequence[Passage],
   *,
   batch: int = 1,
+  chunk: int = 256,
   progress: Callable[[Any], Any] = lambda items: items,
 ) -> list[list[Scored]]:
   """The scores of every row under every model, [models][rows].
 
   Args:
-    models: each with the policy under which it decodes the rows token by token, through a cache; or, to score whole
-      texts at once, with the threshold of its gates (the same as `DMS(threshold=...)`), or None to leave everything
-      visible.
+    models: each with the policy under which it reads the rows through a cache (`policy_logprobs`); or, to score whole
+      texts at once, with the threshold of its gates (equal to `DMS(threshold=...)`), or None to leave everything
+      visible (equal to `Vanilla()`).
     batch: rows at a time; the longest come first.
+    chunk: tokens that a prompt is read by, under a policy.
     progress: wraps the iteration over batches.
 
   Raises:
@@ -173,6 +215,7 @@ def score(
   """
   models = [(model, check_policy(model, limit) if isinstance(limit, Policy) else limit) for model, limit in models]
   width = -(-max(len(row.targets) for row in rows) // TARGETS) * TARGETS
+  steps = max(len(row.tokens) - 1 - int(row.positions.min()) for row in rows)
   order = sorted(range(len(rows)), key=lambda number: -len(rows[number].tokens))
   batches = [order[i : i + batch] for i in range(0, len(rows), batch)]
   out: list[list[Any]] = [[None] * len(rows) for _ in models]
@@ -186,11 +229,12 @@ def score(
       tokens[b, : len(row.tokens)], lengths[b] = row.tokens, len(row.tokens)
       positions[b, : len(row.positions)], targets[b, : len(row.targets)] = row.positions, row.targets
     for scored, (model, limit) in zip(out, models, strict=True):
-      asked = (tokens, lengths, positions, targets)
       if isinstance(limit, Policy):
-        results = decoded_logprobs(model, limit, cache_for_text(model, limit, batch, length), *asked)
+        part = [rows[number] for number in numbers]
+        results = policy_logprobs(model, limit, part, batch=batch, length=length, width=width, steps=steps, chunk=chunk)
       else:
-        results = token_logprobs(model, *asked, None if limit is None else jnp.float32(limit))
+        threshold = None if limit is None else jnp.float32(limit)
+        results = token_logprobs(model, tokens, lengths, positions, targets, threshold)
       logprobs, held = jax.device_get(results)
       for b, number in enumerate(numbers):
         count = len(rows[number].targets)

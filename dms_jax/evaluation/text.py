@@ -70,7 +70,7 @@ def _sums(models: list[Model], hidden: list[Float[Array, "B T D"]], tokens: Int[
 
 
 def cache_for_text(model: Model, policy: Policy, batch: int, length: int) -> caches.Cache:
-  """An empty cache for `decode_text`: a slot a token whatever the budget, so that budgets share a compilation."""
+  """An empty cache for texts of `length` tokens: a slot a token whatever the budget, so budgets share a compilation."""
   return caches.for_model(model, policy, batch=batch, capacity=max(length, policy.window + 1), kind="contiguous")
 
 
@@ -81,12 +81,12 @@ def decode_text(
 
   Args:
     policy: resolved (`check_policy`).
-    cache: empty, of B rows.
-    tokens: right-padded; row b's first `lengths[b]` are real.
+    cache: of B rows; they may hold what came before.
+    tokens: T is 1 or more; right-padded; row b's first `lengths[b]` are real.
 
   Returns:
-    Hidden states before the final norm; tokens that each head holds at the end of its row, and keys read by the whole
-    row, int32 [L, B, K] each.
+    Hidden states before the final norm; tokens that each head holds in the end, and keys that these tokens read, int32
+    [L, B, K] each.
   """
 
   def step(cache, inputs):

@@ -52,7 +52,7 @@ class Detokenizer:
     if self._ended or (running and len(tokens) == self._seen):
       return ""
     end = self._final(tokens) if running else len(tokens)
-    self._held += self._decoded(tokens[:end], running)
+    self._held += self._decoded(tokens, end, running)
     keep = len(self._held)
     if self.stop is not None:
       self.stop.feed(tokens[self._seen :])
@@ -69,14 +69,14 @@ class Detokenizer:
       end -= 1
     return end
 
-  def _decoded(self, tokens: Sequence[int], running: bool) -> str:
-    """The text that `tokens` add to what earlier calls decoded, without an incomplete character at the end."""
+  def _decoded(self, tokens: Sequence[int], end: int, running: bool) -> str:
+    """What tokens up to `end` add to the text of earlier calls, without an incomplete character if `running`."""
     first, new = self._window
-    text = self.tokenizer.decode(list(tokens[first:]))
+    text = self.tokenizer.decode(list(tokens[first:end]))
     whole = text.rstrip(REPLACEMENT) if running else text
     piece, self._shown = whole[self._shown :], max(self._shown, len(whole))
     if piece and whole == text:  # the window moves on where a character ends
-      self._window, self._shown = (new, len(tokens)), len(self.tokenizer.decode(list(tokens[new:])))
+      self._window, self._shown = (new, end), len(self.tokenizer.decode(list(tokens[new:end])))
     return piece
 
   def _stop_length(self, reason: str, whole: bool) -> int:

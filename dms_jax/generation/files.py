@@ -88,16 +88,16 @@ def save_conversation(path: str | Path, past: Any) -> None:
 def load_conversation(
   path: str | Path, model: Model, *, policy: Policy | None = None, cache: str | None = None, capacity: int | None = None
 ) -> Conversation:
-  """A conversation that `save_conversation` wrote, for `generate(continue_from=...)` or `Generator.submit`.
+  """Reads a conversation that `save_conversation` wrote, for `generate(continue_from=...)` or `Generator.submit`.
 
   Args:
-    model: the one it was held with, which is checked by its shape, its dtype and its gates' lag.
-    policy: what it goes on under; default the one it was filled by.
-    cache: "paged" or "contiguous"; default what it was.
-    capacity: as for `generate`, of the cache that it is put into; default what it had, or what it needs.
+    model: the one it was held with; its shape, its dtype and the lag of its gates' decisions are checked.
+    policy: the one under which it goes on; default the one that filled it.
+    cache: "paged" or "contiguous"; default the kind that was saved.
+    capacity: slots a head, as for `generate`; default those that were saved, or that are needed.
 
   Raises:
-    ValueError: no such folder, something else, damaged, of another model or policy, or larger than `capacity`.
+    ValueError: no such folder, a damaged or a different file, another model or policy, or too small a `capacity`.
   """
   header = _header(path)
   kind, resolved = cache or header["cache"], _policy(path, header, model, policy)
@@ -126,9 +126,10 @@ def load_conversation(
   if kind == "paged":
     quantised = {form.dtype.name: name for name, form in FORMATS.items()}
     options = {"page_size": resolved.page or header.get("page"), "page_format": quantised.get(archive)}
+  least = resolved.window + 2 if kind == "paged" else longest
   store = caches.for_model(
-    model, resolved, batch=len(rows), capacity=capacity or (resolved.window + 2 if kind == "paged" else longest),
-    kind=kind, longest=max(longest, capacity or 0), **options,
+    model, resolved, batch=len(rows), capacity=capacity or least, kind=kind, longest=max(longest, capacity or 0),
+    **options,
   )  # fmt: skip
   if isinstance(store, PagedCache) and capacity is None:
     used = sum(int((-(-row.archived // store.page_size)).sum()) for row in rows)

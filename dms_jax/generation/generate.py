@@ -127,8 +127,7 @@ def generate(
   criteria = stop_criteria(model, tokenizer, strings, eos)
   past = conversation_of(continue_from)
   policy = check_policy(model, past.policy if policy is None and past is not None else policy)
-  if cache is None:
-    cache = "paged" if policy.data_dependent else "contiguous"
+  cache = cache or caches.default_kind(policy)
   ids = prompt_ids(model, prompts, mask, tokenizer, None if past is None else np.asarray(past.pending))
   batch = len(ids)
   if past is None:

@@ -1,6 +1,6 @@
-"""Choosing the next token: greedy, temperature, top-k and top-p, with one key a row.
+"""Sampling the next token: greedy, temperature, top-k and top-p, with one key a row.
 
-Row b's n-th token is drawn with `fold_in(keys[b], n)`: neither its neighbours, its place in the batch nor a pause can
+Row b's n-th token is sampled with `fold_in(keys[b], n)`: neither its neighbours, its place in the batch nor a pause can
 change it.
 """
 
@@ -17,11 +17,10 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 @struct.dataclass
 class Sampling:
-  """How to draw. `temperature` None is greedy; it may be float32 [B], one a row, where 0 is greedy.
+  """How to sample. `temperature` None is greedy; it may be float32 [B], one a row, where 0 is greedy.
 
-  The numbers are traced: changing one does not recompile, None does.
-
-  Filters act in the order temperature, top-k, top-p, as in transformers. Tokens tied with the last one kept are kept.
+  The numbers are traced: a change of one does not recompile, a change to or from None does. Filters act in the order
+  temperature, top-k, top-p, as in transformers. Tokens tied with the last one kept are kept.
   """
 
   temperature: float | Float[Array, "B"] | None = None
@@ -64,8 +63,8 @@ def row_keys(key: jax.Array, batch: int) -> Key[Array, "B"]:
 def largest_threshold(values: Float[Array, "B V"], weights: Float[Array, "B V"], need) -> Bool[Array, "B V"]:
   """Marks the top values: those at least t, for the largest t at which their weights sum to `need` or more.
 
-  Settled bit by bit over the ordered bit patterns of float32: 32 passes over V, exact and without a sort, which on
-  every backend costs more. If even all of them weigh less than `need`, all are marked.
+  The threshold is found bit by bit over the ordered bit patterns of float32: 32 passes over V, exact, and cheaper than
+  a sort on every backend. If all of them weigh less than `need`, all are marked.
   """
   bits = lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32)
   ordered = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
@@ -80,7 +79,7 @@ def largest_threshold(values: Float[Array, "B V"], weights: Float[Array, "B V"],
 
 
 def filtered(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-  """Logits of the distribution that is drawn from: scaled by temperature, -inf where top-k or top-p excludes."""
+  """Logits of the distribution that is sampled: scaled by temperature, -inf where top-k or top-p excludes."""
   temperature = jnp.asarray(sampling.temperature, logits.dtype)
   if temperature.ndim:
     temperature = jnp.where(temperature > 0, temperature, 1.0)[:, None]

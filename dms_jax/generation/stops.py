@@ -1,9 +1,9 @@
 """Stop strings, exact inside a compiled loop: an automaton over bytes, lifted to tokens.
 
-A stop string may begin in the middle of one token and end in the middle of another. The Aho-Corasick automaton of the
-stop strings knows, after any bytes, the longest suffix that begins one of them; running every token's bytes from every
-state once, on the host, gives `next state[state, token]`, so that one table look-up a step finds the very token that
-completes a stop string.
+A stop string may begin in the middle of one token and end in the middle of another. The state of the Aho-Corasick
+automaton of the stop strings is the longest suffix of the bytes so far that begins one of them. The host runs the bytes
+of every token from every state once. The result, `next state[state, token]`, finds the very token that completes a stop
+string by one table look-up a step.
 
 On the host a `Matcher` follows the same automaton, so that the text is cut, or held back, where a stop string begins.
 """

@@ -5,7 +5,7 @@ Every token stays visible for W more tokens whatever is decided: the *window*, i
 
     decide     as a token is read: is it evicted once it leaves the window?
     admit      as a token is read: its first value of each per-slot statistic               (`stats`)
-    observe    after attention in a layer: the statistics, given attention mass or keys     (`observes`, `prompt_observes`)
+    observe    after attention in a layer: the statistics, given attention mass or keys  (`observes`, `prompt_observes`)
     retire     as a token leaves the window in a decode step: forget it, append it, or overwrite an archived token
     compact    after a chunk of a prompt: which tokens outside the window stay              (`compacts`)
     select     in a decode step: the archive pages that the query reads                     (`page` > 0)
@@ -206,7 +206,9 @@ class Policy:
     live: Bool[Array, "B K P"],
     tokens: Int[Array, "B"],
   ) -> Bool[Array, "B K P"]:
-    """The archive pages that a decode step of one layer reads, among those with a `live` token; the window is always read.
+    """The archive pages that a decode step of one layer reads, among those with a `live` token.
+
+    The window is always read.
 
     Args:
       tokens: seen by each row, the query's own included.

@@ -47,13 +47,13 @@ class Budgeted(Policy):
   """Holds at most a budget: the token outside the window with the least score is forgotten.
 
   `budget` counts every token a head holds while its newest token attends, that token included (papers count between
-  steps: their number is one less). `cr` allows a cr-th of the tokens *seen so far*, rounded up: the achieved CR is `cr`
-  at every length at which that is more than the window of W + 1. For a ratio at a stated length, `budget = length / cr`.
-  Of equal scores the later token's is forgotten.
+  steps: their number is one less). `cr` allows `tokens / cr` of the tokens *seen so far*, rounded up: the achieved CR is
+  `cr` at every length at which that exceeds the window of W + 1. For a ratio at a stated length, set `budget = length /
+  cr`. Of equal scores the later token's is forgotten.
 
-  Prompts are read in chunks: a chunk attends to what is held and to itself, its queries are observed together, and then
-  the tokens outside the window are cut to the budget. `exact_prefill` reads them one token at a time instead, as if the
-  prompt were decoded; a chunk of one token is the same.
+  Prompts are read in chunks: a chunk of T tokens attends to the tokens held and to itself, so a head holds up to
+  `budget + T` for that moment; its queries are observed together; then the tokens outside the window are cut to the
+  budget. `exact_prefill` reads one token at a time instead, by decode steps, which never hold more than the budget.
   """
 
   budget: int | None = None

@@ -13,8 +13,8 @@ from dms_jax.policies.budget import Budgeted
 class H2O(Budgeted):
   """Forgets the token outside the window whose attention, summed over all queries so far, is least.
 
-  `window` None is half the budget, as in the paper; with `cr` it must be given. The sum of a token starts with the query
-  of its own step (algorithm 1). Every KV head goes by the mean over the query heads of its group; the paper has one
+  `window` None is half the budget, as in the paper; with `cr` it must be given. The sum of a token starts with its own
+  query (algorithm 1). Every KV head goes by the mean over the query heads of its group; the paper has one
   query head a KV head.
 
   Prompts: each query of a chunk credits every token it attends to, then the chunk is cut to the budget (the released

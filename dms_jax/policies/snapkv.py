@@ -15,11 +15,11 @@ from dms_jax.policies.budget import allowance, check_budget, largest
 class SnapKV(Policy):
   """Keeps the prompt's last W + 1 tokens and the tokens before them with the largest pooled attention.
 
-  The last W + 1 tokens of the prompt are its *observation window*. Each earlier token is scored by the attention that
-  the window's queries pay it, summed over the queries (section 4.2), mean over the query heads of a KV head, and pooled by
-  the maximum over `pool` neighbouring tokens. `budget` counts the tokens a head holds after the prompt, the observation window
-  included (or `cr`: a cr-th of the tokens seen by then). The whole prompt is held until its end; the compaction then
-  frees it. The paper has one query head a KV head; the released code selects per query head.
+  The last W + 1 tokens of the prompt are its *observation window*. The score of an earlier token is the attention it
+  receives from the window's queries (section 4.2): the sum over queries, the mean over the query heads of a KV head, then
+  the maximum over `pool` neighbouring tokens. `budget` counts the tokens a head holds after the prompt, the observation
+  window included; `cr` sets it to `tokens seen / cr`. The whole prompt is held until its end, where the compaction frees
+  it. The paper has one query head a KV head; the released code selects per query head.
 
   In a later turn of a conversation the new prompt's last tokens cut everything held so far.
   """

@@ -24,9 +24,9 @@ import numpy as np
 from dms_jax import cache as caches
 from dms_jax.cache import Cache, PagedCache
 from dms_jax.config import ModelConfig
+from dms_jax.execution import fastest_form
 from dms_jax.generation import decode as decoding
 from dms_jax.generation.decode import StopCriteria
-from dms_jax.generation.generate import fastest_form
 from dms_jax.generation.sampling import Sampling
 from dms_jax.model import Model
 from dms_jax.policies import Policy, Vanilla

@@ -1,9 +1,9 @@
 """Many requests from a file, for `experiments.generate --requests`: read, answered together, written as they end.
 
 Each line of the file is a JSON object: `prompt` (text) or `messages` (a chat), and optionally `id`, `max_new_tokens`,
-`seed`, `chains` and `temperature`; what is left out comes from the flags. Each line of the results is a chain that has
-ended. A run that was cut short is taken up by running it again: what the results hold already is not asked for twice,
-and each row's `fingerprint` tells whether it answers what is asked now.
+`seed`, `chains` and `temperature`; the flags give what is left out. Each line of the results is a chain that has ended.
+A run that was cut short resumes when it is run again: chains in the results are not generated twice, and the
+`fingerprint` of each tells whether it answers the same request.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Request:
   key: jax.Array
 
   def fingerprint(self, settings: Mapping[str, Any]) -> str:
-    """Stands for all that decides its answers; `settings`: what decides those of every request, as the policy does."""
-    key = jax.random.key_data(self.key) if self.temperature else None  # greedy chains draw nothing
+    """A hash of all that decides its answers; `settings`: what decides those of every request, such as the policy."""
+    key = jax.random.key_data(self.key) if self.temperature else None  # greedy chains use no key
     own = {"text": self.text, "max_new_tokens": self.max_new_tokens, "chains": self.chains}
     return program.fingerprint({**settings, **own, "temperature": self.temperature, "key": key})
 
@@ -46,7 +46,7 @@ class Request:
 def read_requests(
   path: str | Path, tokenizer, *, max_new_tokens: int, chains: int, temperature: float, seed: int, width: int
 ) -> list[Request]:
-  """All requests of a file; the numbers are for lines that give none, which draw their seeds from `seed`.
+  """All requests of a file; the numbers are for lines that give none, whose keys derive from `seed`.
 
   Raises:
     ValueError: no such file, a line that is no such object, or two of one id; the line is named.
@@ -135,10 +135,10 @@ def answer(
   """Runs what `output` does not hold yet, and adds a line to it as each chain ends.
 
   Args:
-    settings: what decides the answers beside the requests: the checkpoint, the policy, where a text ends.
+    settings: what else decides the answers: the checkpoint, the policy, where a text ends.
 
   Returns:
-    requests and rows in all and done now, new_tokens, seconds, tokens_per_s, peak_tokens (held at once by all rows, the
+    requests and rows in all and done now, new_tokens, seconds, tokens_per_s, peak_tokens (held at once by all rows,
     mean over layers and heads), peak_bytes of pages in use, cache_bytes allocated, preemptions.
 
   Raises:

@@ -1,17 +1,14 @@
-"""Likelihood under a policy: decoding equals the masked text where both are defined, and a row decoded alone."""
+"""Likelihood under a policy: equal to the masked text where both are defined, and to what `generate` reports."""
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dms_jax import cache as caches
+import dms_jax
 from dms_jax import policies
 from dms_jax import testing as tiny
 from dms_jax.evaluation import likelihood
-from dms_jax.model import cached_forward, check_policy, unembed
 
 LENGTHS = ((20, 5), (31, 17), (20, 1))
 
@@ -31,7 +28,7 @@ def rows(model, monkeypatch):
   return out
 
 
-def test_decoding_equals_the_masked_text(model, rows):
+def test_a_cache_equals_the_masked_text(model, rows):
   """DMS and its threshold; Vanilla and a model whose gates are not asked. float32: sums run in another order."""
   pairs = [(0.3, policies.DMS(threshold=0.3)), (None, policies.Vanilla())]
   scored = likelihood.score([(model, limit) for pair in pairs for limit in pair], rows, batch=2)
@@ -42,25 +39,32 @@ def test_decoding_equals_the_masked_text(model, rows):
   assert scored[1][1].held.mean() < 0.9 * 31  # something was evicted
 
 
-@pytest.mark.parametrize(
-  "policy", [policies.H2O(budget=12, window=5), policies.StreamingLLM(budget=12)], ids=["h2o", "streaming"]
-)
-def test_a_row_is_scored_as_if_decoded_alone(model, rows, policy):
-  (scored,) = likelihood.score([(model, policy)], rows, batch=3)
-  policy = check_policy(model, policy)
-  step = jax.jit(lambda cache, token: cached_forward(model, policy, cache, token, jnp.ones(1, jnp.int32)))
-  for row, result in zip(rows, scored, strict=True):
-    cache = caches.create(
-      "contiguous", model.config, batch=1, capacity=32, policy=policy, lag=model.lag(policy.window),
-      dtype=model.dtype,
-    )  # fmt: skip
-    logits = []
-    for token in row.tokens:
-      out, cache = step(cache, jnp.full((1, 1), token, jnp.int32))
-      logits.append(np.asarray(jax.nn.log_softmax(unembed(model, out.hidden[0, 0]))))
-    np.testing.assert_allclose(result.logprobs, np.stack(logits)[row.positions, row.targets], atol=2e-5)
-    np.testing.assert_array_equal(result.held, cache.live()[:, 0])
-    assert result.held.max() <= 12
+POLICIES = {
+  "h2o": policies.H2O(budget=12, window=5), "snapkv": policies.SnapKV(budget=12, window=5),
+  "tova": policies.TOVA(budget=12), "streaming": policies.StreamingLLM(budget=12),
+  "quest": policies.Quest(budget=12, page=4, window=3),
+}  # fmt: skip
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("tova", "streaming", "quest")]
+
+
+@pytest.mark.parametrize("name", ["h2o", "snapkv", *SLOW])
+def test_what_generate_wrote_has_its_log_probabilities(model, monkeypatch, name):
+  monkeypatch.setattr(likelihood, "BUCKET", 8)
+  prompts = [np.asarray(tiny.tokens(model.config, 1, n, n))[0].tolist() for n in (21, 6, 33)]
+  settings = dict(policy=POLICIES[name], max_new_tokens=9, eos=False, cache="contiguous", capacity=48, prefill_chunk=8)
+  out = dms_jax.generate(model, prompts, **settings)
+  rows = []
+  for prompt, new in zip(prompts, out.tokens, strict=True):
+    tokens = np.array(prompt + new[:-1], np.int32)  # the last one is never fed
+    positions = np.arange(len(prompt) - 1, len(tokens), dtype=np.int32)
+    rows.append(likelihood.Passage(tokens, positions, np.array(new, np.int32)))
+  (scored,) = likelihood.score([(model, POLICIES[name])], rows, batch=2, chunk=8)
+  for b, result in enumerate(scored):
+    np.testing.assert_allclose(result.logprobs, out.logprobs[b], atol=2e-5)
+    np.testing.assert_array_equal(result.held, out.metrics.live[:, b])
+  letters = likelihood.Passage(rows[0].tokens[:21], np.array([20, 20], np.int32), rows[0].targets[[0, 1]])
+  (scored,) = likelihood.score([(model, POLICIES[name])], [letters], chunk=8)
+  np.testing.assert_allclose(scored[0].logprobs[0], out.logprobs[0][0], atol=2e-5)
 
 
 def test_a_policy_that_does_not_fit_the_model_is_refused(rows):

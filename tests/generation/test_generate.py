@@ -13,8 +13,8 @@ import pytest
 import dms_jax
 from dms_jax import testing as tiny
 from dms_jax.cache import ContiguousCache, PagedCache, base
+from dms_jax.execution import fastest_form
 from dms_jax.generation import decode as decoding
-from dms_jax.generation import generate as generation
 from dms_jax.model import Eviction, forward, unembed
 from dms_jax.policies import DMS, Vanilla
 
@@ -45,7 +45,7 @@ class Letters:
 
 @pytest.fixture(scope="module")
 def model():
-  return generation.fastest_form(tiny.model(gates=tiny.dms(window=WINDOW)))
+  return fastest_form(tiny.model(gates=tiny.dms(window=WINDOW)))
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -222,7 +222,7 @@ def test_a_prompt_that_is_compressed_fits_a_small_cache_by_single_tokens(model):
 
 def with_letters():
   cfg = tiny.config()
-  return generation.fastest_form(tiny.model(cfg, tiny.dms()).replace(tokenizer=Letters.create(cfg.vocab_size)))
+  return fastest_form(tiny.model(cfg, tiny.dms()).replace(tokenizer=Letters.create(cfg.vocab_size)))
 
 
 def test_stop_strings_end_at_the_right_token():
@@ -331,7 +331,9 @@ def test_decode_is_traced_once_a_shape(model, monkeypatch):
 @pytest.mark.parametrize("kind", ["contiguous", "paged"])
 def test_texts_of_about_one_length_share_what_is_compiled(model, monkeypatch, kind):
   traces, original = [], decoding.cached_forward
-  monkeypatch.setattr(decoding, "cached_forward", lambda *args, **rest: traces.append(args[3].shape) or original(*args, **rest))
+  monkeypatch.setattr(
+    decoding, "cached_forward", lambda *args, **rest: traces.append(args[3].shape) or original(*args, **rest)
+  )
   settings = dict(eos=False, prefill_chunk=6, decode_block=5, cache=kind)  # shapes of this test alone
   dms_jax.generate(model, [prompt(100), prompt(5)], max_new_tokens=30, **settings)
   first = list(traces)
@@ -357,7 +359,7 @@ def test_nothing_is_compiled_twice(model, caplog):
 def test_a_decode_block_needs_no_second_cache(dtype):
   from dms_jax import cache as caches
 
-  model = generation.fastest_form(tiny.model(gates=tiny.dms(), dtype=dtype))
+  model = fastest_form(tiny.model(gates=tiny.dms(), dtype=dtype))
   cache = caches.create("contiguous", model.config, batch=2, capacity=32768, window=5, lag=1, dtype=dtype)
   zeros = jnp.zeros(2, jnp.int32)
   rows = decoding.DecodeState(zeros, None, zeros, zeros + 9, zeros, zeros)

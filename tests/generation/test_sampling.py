@@ -1,4 +1,4 @@
-"""Sampling: the distributions drawn from, log-probabilities, and what a draw may depend on."""
+"""Sampling: the distributions, log-probabilities, and what a sample may depend on."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ RESCORE = {"H2O": policy_oracle.add_mass, "TOVA": policy_oracle.last_mass}
 
 
 def events_of(seed):
-  """Steps (width, lengths [B], remaining [B]): the prompt of each row in uneven chunks, then decode steps; rows pause."""
+  """Steps (width, lengths [B], remaining [B]): each row's prompt in uneven chunks, then decode steps; rows pause."""
   rng, start, steps = np.random.default_rng(seed), np.zeros(ROWS, int), []
   prompts = np.array([PROMPT, PROMPT - 9, 3])
   while (start < prompts).any():
