@@ -1,4 +1,4 @@
-"""Dynamic Memory Sparsification (arXiv 2506.05345) in JAX: language models that evict most of their KV cache.
+"""Dynamic Memory Sparsification (arXiv 2506.05345) in JAX: learned eviction from the KV cache.
 
     import jax, dms_jax
 

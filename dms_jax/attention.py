@@ -1,4 +1,4 @@
-"""The only way from dms_jax to the kernels: models and caches call `pallas_kernels` through these functions.
+"""The only way from dms_jax to the kernels of `pallas_kernels`.
 
 `use` names the implementation for a block of code. Functions that are already traced keep the implementation they were
 traced with.

@@ -1,4 +1,4 @@
-"""How a step is computed on the device at hand: every device-dependent choice of dms_jax, in one frozen dataclass.
+"""Every device-dependent choice of a step, in one frozen dataclass.
 
 No choice changes a result by more than rounding. `Execution.choose` makes them all from the kind of device, the step's
 shape and the model; the rest of the code reads the fields and never asks which device there is. `override` sets fields

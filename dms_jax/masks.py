@@ -1,4 +1,4 @@
-"""Which key is visible to which query: the mask and the soft training bias, from positions and decisions.
+"""Visibility of keys to queries: the mask and the soft training bias, from decisions.
 
 Source: arXiv 2506.05345, section 3.1 and figure 2. With W = 1 and token 1 evicted (x = visible, rows are queries):
 

@@ -1,4 +1,4 @@
-"""What a run holds and costs, one definition each, counted in the graph; and the divergence of two models.
+"""The metrics of a run, one definition each, counted in the graph; and the KL of two models.
 
 A *token held* is one slot of one layer and KV head. Figures are means over layers and heads unless said otherwise, so a
 dense cache of T tokens holds T. *Achieved CR* is tokens seen over tokens held, always reported with its T. *KV reads*

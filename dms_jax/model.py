@@ -1,4 +1,4 @@
-"""The decoder: one layer, written once, run over a whole text (`forward`) or against a cache (`cached_forward`).
+"""The decoder: one layer, run over a whole text (`forward`) or on a cache (`cached_forward`).
 
 Pure functions over a frozen `Model`. Layers are scanned where their parameters are stacked [L, ...] and looped over
 where they are a list (`Model.unstacked`). What depends on the device is chosen once per step by `Execution`.

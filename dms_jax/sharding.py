@@ -1,4 +1,4 @@
-"""Sharding of parameters, activations and caches on a mesh of devices: logical axes are mapped to mesh axes here."""
+"""Sharding of parameters, activations and caches: logical axes to axes of the device mesh."""
 
 from __future__ import annotations
 

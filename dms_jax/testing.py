@@ -1,4 +1,4 @@
-"""Tiny models for tests: random weights, large enough for peaked attention and for gates that decide both ways."""
+"""Tiny random models for tests, with peaked attention and gates that decide both ways."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text to token ids and back, and chat templates, on Hugging Face's `tokenizers` library and its file formats."""
+"""Text to token ids and back, and chat templates, on Hugging Face's `tokenizers`."""
 
 from __future__ import annotations
 

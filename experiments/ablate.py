@@ -1,4 +1,4 @@
-"""Ablations: trains and scores a retrofit for every combination of settings, and writes one table and one plot.
+"""Ablations: a retrofit and its score for every combination of settings.
 
     python -m experiments.ablate --checkpoint=checkpoints/smollm2-135m-instruct --data.paths=text.txt \\
       --eval.text=held_out.txt --sweep='dms.window=0,16,64,256 dms.gate=neuron,adapter'

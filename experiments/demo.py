@@ -1,4 +1,4 @@
-"""The demo: a question answered and a long text read and continued, dense and with DMS side by side.
+"""The demo: answers a question and continues a long text, dense and with DMS.
 
     python -m experiments.demo --checkpoint=checkpoints/smollm2-135m-instruct
 

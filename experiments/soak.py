@@ -1,4 +1,4 @@
-"""Hours of a server in minutes: random requests under a tight budget, and then whether anything was lost.
+"""A server under random requests and a tight budget: is anything lost or leaked?.
 
     python -m experiments.soak --checkpoint=checkpoints/smollm2-135m-instruct \\
       --retrofit=experiments/results/retrofit/smollm2-135m-cr4 --minutes=10

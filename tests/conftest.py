@@ -1,4 +1,4 @@
-"""Set-up of every test: CPU, compiled programs kept between runs, shapes and types checked, strict numpy semantics."""
+"""Set-up of every test: CPU, compilation cache, shape and type checks, strict numpy semantics."""
 
 from __future__ import annotations
 

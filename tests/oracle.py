@@ -1,4 +1,4 @@
-"""The whole of DMS in plain float64 numpy, written from the formulas and sharing no code with dms_jax.
+"""All of DMS in plain float64 numpy, written from the formulas, sharing no code with dms_jax.
 
     logit[l, b, k, t] = scale * raw - offset,  evict = logit > threshold             (arXiv 2506.05345, 3.1)
     the decision computed at token t is about token t - shift

@@ -1,4 +1,4 @@
-"""Eviction policies in plain float64 numpy, each written from its paper's own algorithm, one layer and row at a time.
+"""Eviction policies in plain float64 numpy, each written from its paper's own algorithm.
 
 Papers decide between steps: token t attends to what is held and itself, then something is dropped. Every function takes
 q [T, K, G, H] and k [T, K, H] of a text and returns a `Run`.

@@ -1,4 +1,4 @@
-"""Choices of execution: what is chosen where, and that each choice, on or off, gives the same results."""
+"""Choices of execution: what is chosen where; each, on or off, gives the same results."""
 
 from __future__ import annotations
 

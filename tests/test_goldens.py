@@ -1,4 +1,4 @@
-"""Against the outputs of NVIDIA's PyTorch DMS on a tiny random Qwen3, W = 16 (`tests/goldens`), both gates, float32.
+"""Against the outputs of NVIDIA's PyTorch DMS on a tiny random Qwen3, both gates, float32.
 
 Golden tokens are fed rather than our own: one of the sets holds a near tie. Logits agree to 4e-5 in float32.
 """

@@ -1,4 +1,4 @@
-"""A whole model lowered for a Hopper GPU that is not there: every layer's attention goes through the kernels."""
+"""A whole model lowered for an absent Hopper GPU: every layer's attention is a kernel."""
 
 from __future__ import annotations
 

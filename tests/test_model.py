@@ -1,4 +1,4 @@
-"""The model against the float64 oracle and against itself: whole, cached, chunked, scanned, looped, packed, padded."""
+"""The model against the oracle and itself: whole, cached, chunked, scanned, packed, padded."""
 
 from __future__ import annotations
 

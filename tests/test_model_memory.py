@@ -1,4 +1,4 @@
-"""What steps take of memory, by the compiler's count: nothing beside a donated cache, little for a backward pass."""
+"""Memory of a step by the compiler's count: little more than a donated cache."""
 
 from __future__ import annotations
 

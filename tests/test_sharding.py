@@ -1,4 +1,4 @@
-"""Shardings of every parameter; a sharded model and attention equal to one device's, in a process with 8 devices."""
+"""Shardings of every parameter; a sharded model equals one device's, in a process with 8 devices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Programs compiled for a TPU that is not there: they fit, and a decode step copies no cache (make test-tpu)."""
+"""Programs compiled for absent TPUs: they fit, and no step copies the cache (make test-tpu)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole steps of training and decoding compiled for one TPU and for four that are not there (make test-tpu)."""
+"""Whole training and decode steps compiled for one absent TPU and for four (make test-tpu)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TPUs that are described, not attached: what the tests that compile for them (marker `tpu`) share; see conftest.py."""
+"""Described, not attached TPUs: shared by the tests that compile for them (marker `tpu`)."""
 
 from __future__ import annotations
 

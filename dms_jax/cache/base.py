@@ -1,4 +1,4 @@
-"""The cache protocol: what the model asks of a KV cache, three calls a step, the middle one in each layer.
+"""The cache protocol: three calls a step, the middle one in each layer.
 
     plan = cache.plan(policy, lengths, num_tokens[, remaining])  # before the layers: where everything goes, who stalls
     out, carry, state, seen = cache.attend(plan, policy, layer, carry, state, q, k, v, evict)    # in layer `layer`

@@ -1,4 +1,4 @@
-"""A chunk of a prompt in one layer of a cache with a window ring: sparse prefill, and compaction after it.
+"""A chunk of a prompt in one layer of a ring cache: sparse prefill, then compaction.
 
 The chunk's queries attend to the archive, the ring and the chunk at once. Tokens that the chunk pushes out of the
 window are appended to the archive unless they were evicted. A policy that compacts decides instead which of all tokens

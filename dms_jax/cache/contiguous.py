@@ -1,4 +1,4 @@
-"""ContiguousCache: ring and archive in one array, in which every head has as many slots as the fullest needs."""
+"""ContiguousCache: ring and archive in one array, as many slots in every head as the fullest needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PagedCache: rings in one array, archives in pages of one pool that all layers, heads and rows share.
+"""PagedCache: rings in one array, archives in pages of a pool that layers, heads and rows share.
 
 Heads keep very different amounts, and so do rows: a head takes a page when its last one is full, and only then. Which
 page holds what is a table [L, B, K, M] of numbers into the pool [P, page, 2H]; the pages that a step needs are handed

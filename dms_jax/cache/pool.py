@@ -1,4 +1,4 @@
-"""Who owns which page of a pool: a stack of free pages and a count of owners a page, all in the graph.
+"""The owners of a pool's pages: a stack of free pages and a count of owners a page, in the graph.
 
 Nothing here knows what a page holds. `PagedCache` keeps the pages; a page is shared where chains of one prompt refer to
 it, and is free again when its last owner has let go.

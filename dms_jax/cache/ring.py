@@ -1,12 +1,12 @@
-"""What caches with a window ring and an archive share, so that the memory of evicted tokens is freed.
+"""Shared by caches with a window ring and an archive, which free the memory of evicted tokens.
 
 Each (layer, row, KV head) has S = W + 1 + A slots:
 
     [ ring: W + 1 slots, token t in slot t mod (W + 1) | archive: tokens kept as they left the ring ]
 
 An append-only archive is in the order of positions; a policy may also overwrite archived tokens. Keys are stored after
-RoPE, so the order of slots does not matter, and live slots are always one prefix. Where a policy selects pages, ring and
-archive consist of whole pages.
+RoPE, so the order of slots does not matter, and live slots are always one prefix. Where a policy selects pages, ring
+and archive consist of whole pages.
 
 Slots are numbered as above in every memory layout: `contiguous.ContiguousCache` has ring and archive in one array,
 `paged.PagedCache` has its archives in pages. The last methods of the class are all that differs. Chunks of a prompt are

@@ -1,4 +1,4 @@
-"""Reads GGUF files (llama.cpp's format) with the `gguf` package: weights dequantised to float32, config and tokenizer.
+"""Reads GGUF files: weights dequantised to float32, config and tokenizer.
 
 For families with `paired_rope`, llama.cpp stores rows of q and k in pairs, for interleaved RoPE; they are permuted back
 to Hugging Face's half-split order.

@@ -1,4 +1,4 @@
-"""The likelihood of continuations under a model and a policy: one scorer for every task that asks for one.
+"""The likelihood of continuations under a model and a policy: one scorer for all tasks.
 
 Texts are cut into tokens as lm-evaluation-harness cuts them. Rows of about one length are scored together, padded
 to a multiple of `BUCKET`, so that few shapes are compiled; every model gets exactly the same batches.

@@ -1,4 +1,4 @@
-"""Quality of a retrofit or a policy on a text: perplexity, divergence from the original, and what the cache holds."""
+"""Quality on a text under a policy: perplexity, divergence from the original, cache size."""
 
 from __future__ import annotations
 

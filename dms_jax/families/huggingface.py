@@ -1,4 +1,4 @@
-"""Hugging Face's config.json <-> `ModelConfig`, for every family; models that are not supported are refused by name.
+"""Hugging Face's config.json <-> `ModelConfig`, for every family; others are refused by name.
 
 Both spellings are read: transformers 4 (`rope_theta`, `rope_scaling`, `torch_dtype`) and transformers 5
 (`rope_parameters`, `dtype`). The first is written, because both versions accept it.

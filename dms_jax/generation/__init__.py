@@ -1,1 +1,1 @@
-"""Generation: prompts in, text out, one request (`generate`) or many on one pool of pages (`batching.Generator`)."""
+"""Generation: one request (`generate`), or many on one pool of pages (`Generator`)."""

@@ -1,4 +1,4 @@
-"""`Generator`: many requests at once, in rows that join and leave between compiled decode blocks, on one pool of pages.
+"""`Generator`: many requests on one pool, in rows that join and leave between decode blocks.
 
     generator = dms_jax.Generator(model, width=16, budget=2**30)
     tickets = [generator.submit(prompt, chains=4, max_new_tokens=512, key=key) for prompt, key in ...]

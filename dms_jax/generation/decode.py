@@ -1,4 +1,4 @@
-"""The compiled part of generation: a chunk of the prompts, the first token, and a block of decode steps.
+"""The compiled part of generation: prompt chunks, the first token, blocks of decode steps.
 
 Nothing here calls back to the host. A decode block has a static trip count, and ended rows sit out its steps: skipping
 the steps for which no row is left, by `lax.cond`, would copy the cache twice a step on a CPU. A token is fed by the

@@ -1,4 +1,4 @@
-"""Token ids to text, piece by piece: each token is decoded a fixed number of times, however long the text is."""
+"""Token ids to text, piece by piece: each token is decoded a fixed number of times."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory of a `Generator`: a paged cache whose pool grows within a budget, whose rows move to the host and back."""
+"""The memory of a `Generator`: a paged cache that grows within a budget, rows moved to the host."""
 
 from __future__ import annotations
 

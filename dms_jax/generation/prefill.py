@@ -1,4 +1,4 @@
-"""Reading prompts into a cache, chunk by chunk: one reader for every kind of cache and every way to make space."""
+"""Reads prompts into a cache chunk by chunk, for every kind of cache."""
 
 from __future__ import annotations
 

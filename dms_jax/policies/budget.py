@@ -47,9 +47,9 @@ class Budgeted(Policy):
   """Holds at most a budget: the token outside the window with the least score is forgotten.
 
   `budget` counts every token a head holds while its newest token attends, that token included (papers count between
-  steps: their number is one less). `cr` allows `tokens / cr` of the tokens *seen so far*, rounded up: the achieved CR is
-  `cr` at every length at which that exceeds the window of W + 1. For a ratio at a stated length, set `budget = length /
-  cr`. Of equal scores the later token's is forgotten.
+  steps: their number is one less). `cr` allows `tokens / cr` of the tokens *seen so far*, rounded up: the achieved CR
+  is `cr` at every length at which that exceeds the window of W + 1. For a ratio at a stated length, set `budget` to
+  `length / cr`. Of equal scores the later token's is forgotten.
 
   Prompts are read in chunks: a chunk of T tokens attends to the tokens held and to itself, so a head holds up to
   `budget + T` for that moment; its queries are observed together; then the tokens outside the window are cut to the

@@ -1,4 +1,4 @@
-"""The Heavy-Hitter Oracle: recent tokens, and those that received most attention (arXiv 2306.14048)."""
+"""The Heavy-Hitter Oracle: recent tokens and those with most attention (arXiv 2306.14048)."""
 
 from __future__ import annotations
 

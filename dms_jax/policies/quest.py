@@ -1,4 +1,4 @@
-"""Quest: everything is kept, and each query reads only the pages that may matter to it (arXiv 2406.10774)."""
+"""Quest: every token is kept, each query reads the pages that may matter (arXiv 2406.10774)."""
 
 from __future__ import annotations
 

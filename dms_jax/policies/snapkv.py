@@ -1,4 +1,4 @@
-"""SnapKV: a prompt is cut to what its last queries attend to; generated tokens are all kept (arXiv 2404.14469)."""
+"""SnapKV: a prompt is cut to the tokens its last queries attend to (arXiv 2404.14469)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class SnapKV(Policy):
   """Keeps the prompt's last W + 1 tokens and the tokens before them with the largest pooled attention.
 
   The last W + 1 tokens of the prompt are its *observation window*. The score of an earlier token is the attention it
-  receives from the window's queries (section 4.2): the sum over queries, the mean over the query heads of a KV head, then
-  the maximum over `pool` neighbouring tokens. `budget` counts the tokens a head holds after the prompt, the observation
-  window included; `cr` sets it to `tokens seen / cr`. The whole prompt is held until its end, where the compaction frees
-  it. The paper has one query head a KV head; the released code selects per query head.
+  receives from the window's queries (section 4.2): the sum over queries, the mean over the query heads of a KV head,
+  then the maximum over `pool` neighbouring tokens. `budget` counts the tokens a head holds after the prompt, the
+  observation window included; `cr` sets it to `tokens seen / cr`. The whole prompt is held until its end, where the
+  compaction frees it. The paper has one query head a KV head; the released code selects per query head.
 
   In a later turn of a conversation the new prompt's last tokens cut everything held so far.
   """

@@ -1,4 +1,4 @@
-"""StreamingLLM: the first tokens of the text, which attention rests on, and the latest (arXiv 2309.17453)."""
+"""StreamingLLM: the first tokens, as attention sinks, and the latest (arXiv 2309.17453)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Token Omission Via Attention: the token that the latest query attends to least is dropped (arXiv 2401.06104)."""
+"""TOVA: the token that the latest query attends to least is dropped (arXiv 2401.06104)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cost of a training step: model FLOPs, counted from the shapes, and the peak rates of known devices."""
+"""Cost of a training step: model FLOPs from the shapes, and peak rates of known devices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One retrofit on several devices and hosts: the mesh, the rows that each process feeds, and coordination.
+"""One retrofit on several devices and hosts: mesh, rows of each process, coordination.
 
 Every process runs the same program on the same run directory, which must be on a shared file system. Weights and
 optimizer state are split over the mesh by `dms_jax.sharding`. Each process packs only the rows that its devices read,

@@ -1,4 +1,4 @@
-"""The losses of the retrofit: distillation or language model, and pressure towards the target compression.
+"""The losses of the retrofit: distillation or language model, and compression.
 
 The first is computed from hidden states, in chunks of positions and of the vocabulary: with a vocabulary of 128K the
 logits of one row of 4,096 tokens would take 2 GB, and the teacher's as much again. Under a mesh each device computes

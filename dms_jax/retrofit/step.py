@@ -1,4 +1,4 @@
-"""One training step: a student under the soft eviction mask, a dense teacher, two losses, one optax update."""
+"""One training step: a student under the soft mask, a dense teacher, two losses, one update."""
 
 from __future__ import annotations
 

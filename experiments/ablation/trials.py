@@ -1,4 +1,4 @@
-"""The trials of an ablation: every combination of a sweep with all its settings, checked before the first run."""
+"""The trials of an ablation: every combination of a sweep, checked before the first run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`experiments.retrofit --benchmark`: the time of a training step, on a model's shape with random weights.
+"""`experiments.retrofit --benchmark`: the speed of a training step on random weights.
 
     python -m experiments.retrofit --benchmark --preset=llama-3.2-1b --retrofit.trainable=all --retrofit.seq_len=4096
 

@@ -1,4 +1,4 @@
-"""Many requests from a file, for `experiments.generate --requests`: read, answered together, written as they end.
+"""`experiments.generate --requests`: reads requests from a file, writes answers as they end.
 
 Each line of the file is a JSON object: `prompt` (text) or `messages` (a chat), and optionally `id`, `max_new_tokens`,
 `seed`, `chains` and `temperature`; the flags give what is left out. Each line of the results is a chain that has ended.

@@ -1,1 +1,1 @@
-"""What all kernels share: dispatch, compatibility with JAX versions, measured block sizes, Hopper primitives."""
+"""Shared by all kernels: dispatch, JAX versions, measured block sizes, Hopper primitives."""

@@ -1,4 +1,4 @@
-"""How the pages of a pool hold keys and values: the one place that knows what a quantised archive looks like.
+"""Page formats: how a pool's pages store keys and values, quantised or not.
 
 A *slot* is one token's key and value. Its cells are one row of the pool; a format with scales multiplies the key and
 the value by one float32 each.

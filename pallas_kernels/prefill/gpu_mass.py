@@ -1,4 +1,4 @@
-"""The mass of each key on Hopper GPUs: attention probabilities summed over queries, after the forward kernel.
+"""The attention mass of each key on Hopper GPUs, summed over queries after the forward kernel.
 
 A block owns 128 gathered keys of a KV head, 64 for each of two warpgroups, and passes once over the tiles of queries
 that see them, fed by a third warpgroup. All is transposed, keys in rows: each thread sums the probabilities of its keys

@@ -1,4 +1,4 @@
-"""Which keys each tile of queries visits: shared by the prefill kernels and computed in the graph before they start.
+"""The keys that each tile of queries visits: computed in the graph before the prefill kernels.
 
 Per row and KV head, the keys that any query sees are gathered, in their given order:
 

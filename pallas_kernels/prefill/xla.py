@@ -1,4 +1,4 @@
-"""Prefill attention in plain XLA: blocks of queries against blocks of keys, only as far as there are visible keys."""
+"""Prefill attention in plain XLA: blocks of queries against the blocks of keys they can see."""
 
 from __future__ import annotations
 

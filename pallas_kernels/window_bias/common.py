@@ -1,4 +1,4 @@
-"""Shared by the implementations of window-bias attention: names of saved results, and segments as bounds."""
+"""Shared by implementations of window-bias attention: names of saved results, segment bounds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Window-bias attention on Hopper GPUs with Pallas Mosaic GPU: the forward kernel and the differentiable whole.
+"""Window-bias attention on Hopper GPUs: the forward kernel and the differentiable function.
 
 FlashAttention-3's shape (arXiv 2407.08608): in each block two warpgroups compute on 64 queries each, and a third one
 feeds them keys and values by TMA. A tile of queries sees three ranges of keys: far ones, all outside the window, whose

@@ -1,4 +1,4 @@
-"""Backward kernels of window-bias attention on Hopper GPUs: dq by tiles of queries; dk, dv and dbias by tiles of keys.
+"""Backward kernels of window-bias attention on Hopper GPUs: dq by queries, the others by keys.
 
 Each output is summed by one block in a fixed order, so two runs agree bit for bit and nothing is added in memory. With
 p = exp2(s - lse), dp = dout v^T, delta = rowsum(out * dout): ds = p (dp - delta), dq = scale ds k, dk = scale ds^T q,

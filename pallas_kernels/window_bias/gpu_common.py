@@ -1,4 +1,4 @@
-"""What the Hopper kernels of window-bias attention share: sizes, masked scores, and the keys a tile visits."""
+"""Shared by the Hopper kernels of window-bias attention: sizes, masked scores, visited keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Window-bias attention on TPUs with Pallas Mosaic TPU: the forward kernel and the differentiable whole.
+"""Window-bias attention on TPUs: the forward kernel and the differentiable function.
 
 Tokens lie in the lanes, [rows, T]: head size 64 then wastes no memory on padding to 128 lanes. Scores are [keys,
 queries], so that a query's own numbers (maximum, sum, log-sum-exp) are a row and softmax adds along sublanes, which

@@ -1,4 +1,4 @@
-"""Backward kernels of window-bias attention on TPUs: one sums dq over keys, one sums dk, dv and dbias over queries.
+"""Backward kernels of window-bias attention on TPUs: one for dq, one for dk, dv and dbias.
 
 With p = exp2(s - lse), dp = dout v^T, delta = rowsum(out * dout): ds = p (dp - delta), dq = scale ds k,
 dk = scale ds^T q, dv = p^T dout, dbias_j = sum of ds over the queries further than the window from key j and over the

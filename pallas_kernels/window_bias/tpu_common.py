@@ -1,4 +1,4 @@
-"""What the TPU kernels of window-bias attention share: sizes, the list of visible blocks, launching, and scores.
+"""Shared by the TPU kernels of window-bias attention: sizes, visible blocks, launch, scores.
 
 A grid step handles one block of keys of one KV head against one block of queries of all G query heads that read it.
 Only visible pairs of blocks are stepped over: their list, in the order of the steps, is prefetched into scalar memory.

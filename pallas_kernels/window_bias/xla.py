@@ -1,4 +1,4 @@
-"""Window-bias attention in plain XLA: blocks of queries, recomputed in the backward pass, so memory is linear in T."""
+"""Window-bias attention in plain XLA: blocks of queries, recomputed in the backward pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Caches against the mask they stand for: properties over random shapes, decisions, chunkings and pauses.
+"""Caches equal the mask they implement, over random shapes, decisions, chunkings and pauses.
 
 Here caches are driven directly (`cache_driver`); `test_model.py` does the same through the layers.
 """

@@ -1,4 +1,4 @@
-"""PagedCache: pages that none owns twice and none loses, a full pool, rows that come, share, leave and return."""
+"""PagedCache: no page owned twice or lost, a full pool, rows that come, share, leave and return."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Page allocator: against a model in plain Python, whatever is taken, shared, given back and grown, in any order."""
+"""The page allocator against a model in plain Python, over random sequences of operations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversion of Hugging Face directories: every family both ways, refusals, damaged input, atomic outputs."""
+"""Conversion of Hugging Face directories: both ways, refusals, damaged input, atomic outputs."""
 
 from __future__ import annotations
 

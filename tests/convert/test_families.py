@@ -1,4 +1,4 @@
-"""Model families: presets of public sizes, config.json both ways, refusals, gates of released checkpoints."""
+"""Model families: presets, config.json both ways, refusals, gates of released checkpoints."""
 
 from __future__ import annotations
 

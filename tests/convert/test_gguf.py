@@ -1,4 +1,4 @@
-"""GGUF files made here: weights of every family un-permuted and dequantised, tokenizers, refusals, damage."""
+"""GGUF files made here: weights of every family, tokenizers, refusals, damaged files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Likelihood under a policy: equal to the masked text where both are defined, and to what `generate` reports."""
+"""Likelihood under a policy: decoding equals the masked text and a row decoded alone."""
 
 from __future__ import annotations
 

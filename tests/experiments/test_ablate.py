@@ -1,4 +1,4 @@
-"""Ablations: sweeps in words, combinations checked at once, and a whole one killed, resumed, with a run that fails."""
+"""Ablations: sweeps, combinations checked at once, a whole one killed and resumed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark of execution choices on a tiny model: what is switched off, and that every program runs."""
+"""The benchmark of execution choices on a tiny model: each choice off, every program runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo's reading and writing: its figures against the whole text at once, its texts and tables, its picture."""
+"""The demo: its figures against the whole text at once, its texts, tables and picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""experiments.generate: prompts, a conversation from standard input, later turns, and what it refuses."""
+"""experiments.generate: prompts, conversations from standard input, later turns, refusals."""
 
 from __future__ import annotations
 

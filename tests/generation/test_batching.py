@@ -1,4 +1,4 @@
-"""Generator: many requests on one pool, each as if it were alone, whatever the pool, the neighbours and the pauses."""
+"""Generator: each request as if it were alone, whatever the pool, neighbours and pauses."""
 
 from __future__ import annotations
 

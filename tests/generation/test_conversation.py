@@ -1,4 +1,4 @@
-"""Conversations on disk: they go on bit by bit, also in a cache of another size; what does not fit is named."""
+"""Saved conversations continue bit by bit, also in a cache of another size; refusals."""
 
 from __future__ import annotations
 

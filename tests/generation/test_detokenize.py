@@ -1,4 +1,4 @@
-"""Detokenizer: pieces add up to the text of all tokens, whatever the tokenizer, the blocks and the stop strings."""
+"""Detokenizer: pieces add up to the whole text, for all tokenizers, blocks and stop strings."""
 
 from __future__ import annotations
 

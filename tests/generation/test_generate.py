@@ -1,4 +1,4 @@
-"""generate: every cache against the mask, rows apart from one another, turns, stops, growth, and what is refused."""
+"""generate: every cache against the mask, independent rows, turns, stops, growth, refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts of several tiles and blocks for the tests of the prefill kernels, and their comparison with the oracle."""
+"""Texts of several tiles for tests of the prefill kernels, compared with the oracle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The context in which tests interpret TPU kernels: it notices races and unwritten memory under every JAX version."""
+"""The interpreter of TPU kernels notices races and unwritten memory under every JAX version."""
 
 from __future__ import annotations
 

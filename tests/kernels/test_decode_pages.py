@@ -1,4 +1,4 @@
-"""Decode attention over archives in pages, alone and beside a window ring: every implementation against the oracle."""
+"""Decode attention over pages, with and without a window ring, against the oracle."""
 
 from __future__ import annotations
 

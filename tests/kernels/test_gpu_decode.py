@@ -1,4 +1,4 @@
-"""The Hopper kernel of decode attention, in JAX's interpreter with race detection, and lowered for CUDA."""
+"""The Hopper kernel of decode attention, interpreted with race detection and lowered for CUDA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Hopper kernel of prefill attention, in JAX's interpreter with race detection, and lowered for CUDA."""
+"""The Hopper kernel of prefill attention, interpreted with race detection, lowered for CUDA."""
 
 from __future__ import annotations
 

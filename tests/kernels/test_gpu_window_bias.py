@@ -1,4 +1,4 @@
-"""The Hopper kernels of window-bias attention, in JAX's interpreter with race detection, and lowered for CUDA."""
+"""The Hopper kernels of window-bias attention, interpreted with race detection, lowered for CUDA."""
 
 from __future__ import annotations
 

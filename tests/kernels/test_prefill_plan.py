@@ -1,4 +1,4 @@
-"""Blocks that the prefill kernels visit: every visible pair once, no block without one, and the resulting cost."""
+"""Blocks that the prefill kernels visit: every visible pair once, no block without one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prefill attention compiled for absent TPUs: it fits, with memory linear in the text (make test-tpu)."""
+"""Prefill attention compiled for absent TPUs: memory linear in the text (make test-tpu)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Window-bias attention compiled for absent TPUs: it fits, in memory linear in length (make test-tpu)."""
+"""Window-bias attention compiled for absent TPUs: memory linear in length (make test-tpu)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The TPU kernel of decode attention: how it divides its work, in JAX's interpreter with race detection, and refusals.
+"""The TPU kernel of decode attention: division of work, interpreted results, refusals.
 
 The suites of test_decode.py and test_decode_pages.py hold for it too.
 """

@@ -1,4 +1,4 @@
-"""The TPU kernel of prefill attention beyond the shared suite: several tiles and blocks, and what it refuses."""
+"""The TPU kernel of prefill attention beyond the shared suite: several tiles, refusals."""
 
 from __future__ import annotations
 

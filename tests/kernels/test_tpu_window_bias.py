@@ -1,4 +1,4 @@
-"""The TPU kernels of window-bias attention beyond the shared suite: visited blocks, and 16-bit gradients."""
+"""The TPU kernels of window-bias attention beyond the shared suite: blocks, 16-bit gradients."""
 
 from __future__ import annotations
 

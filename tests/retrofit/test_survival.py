@@ -1,4 +1,4 @@
-"""The files of a retrofit run that is stopped, diverges or fills the disk, and the settings of what it keeps."""
+"""What a retrofit leaves behind when it is stopped, diverges, or the disk is full."""
 
 from __future__ import annotations
 

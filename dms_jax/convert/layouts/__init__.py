@@ -1,1 +1,1 @@
-"""Layouts of PyTorch checkpoints: `transformers` has the weights, `nvidia` and `fastdms` the settings of gates."""
+"""Layouts of PyTorch checkpoints: weights in `transformers`, settings of gates in the others."""

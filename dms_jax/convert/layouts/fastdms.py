@@ -1,4 +1,4 @@
-"""FastDMS's layout: settings of the neuron gate in dms_metadata.json; each decision is about its own token."""
+"""FastDMS's layout: the neuron gate in dms_metadata.json; a decision is about its own token."""
 
 from __future__ import annotations
 

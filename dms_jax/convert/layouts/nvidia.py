@@ -1,4 +1,4 @@
-"""NVIDIA's layout: settings of the gates as `dms_*` keys in config.json, tensors of the adapter among the weights.
+"""NVIDIA's layout: gates as `dms_*` keys in config.json, adapter tensors among the weights.
 
 Checkpoints on the hub use the neuron gate; a student of Model-Optimizer uses the adapter (`dms_separate_alpha`). The
 decision computed at token t is about token t - 1.

@@ -1,4 +1,4 @@
-"""The layout of transformers: safetensors (one file, or shards with an index), config.json, tokenizer files."""
+"""The layout of transformers: safetensors, config.json and tokenizer files."""
 
 from __future__ import annotations
 
