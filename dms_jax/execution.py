@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 
-from dms_jax.sharding import row_and_head_axes, rows_per_device
+from dms_jax.sharding import row_and_head_axes
 from pallas_kernels.common.platform import platform
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 LEAST_ROWS = 8  # rows to which `Execution.least_rows` pads
 LATE_ROWS = 32  # most rows for `Execution.late_gates`
-MANY_ROWS = 192  # fewest rows a device for `Execution.split_gate_up`
 FEW_ROWS = 16  # most rows for `Execution.weights_left`
 
 _overrides = jax.make_user_context(())
@@ -33,22 +32,22 @@ _overrides = jax.make_user_context(())
 class Execution:
   """The choices for one step; the defaults switch every one of them off.
 
-  "+54 %" is how much longer a decode step of one row takes without the choice: SmolLM2-135M at 1,024 tokens and CR 4 in
-  bfloat16, on two idle cores of an AMD EPYC with jax 0.10.2.
+  "+54 %" is how much longer a decode step of one row takes without the choice, in bfloat16: on a CPU SmolLM2-135M at
+  1,024 tokens and CR 4 (two shared cores of an AMD EPYC, jax 0.10.2), on a GPU Llama-3.2-1B's shape at 8,192 tokens and
+  CR 8 (an H100, jax 0.11.2). `experiments.bench_execution` measures them.
 
   Attributes:
     layers: the form of the layers that decodes fastest. A scan copies each layer's weights out of the stack at every
-      step, on CPUs (+126 %) and GPUs; a loop over a list of layers copies nothing and takes longer to compile. On a TPU
-      the scan costs nothing.
-    least_rows: rows to which a decode step pads everything except attention, on one GPU. For fewer rows XLA reads
-      weights at half the speed and splits a norm into more kernels. On a mesh, padding would move rows between devices.
-    late_gates: a decode step on one GPU computes the adapter gates of all layers in one kernel after the layers. The
-      kernel reads each layer's x once per KV head and selects among L arrays, so above LATE_ROWS rows one kernel per
-      layer is faster. The cache must allow it, too (`Cache.can_decide_late`).
+      step, on CPUs (+126 %) and GPUs (+117 %); a loop over a list of layers copies nothing and takes longer to compile.
+      On a TPU the scan costs nothing.
+    least_rows: rows to which a decode step pads everything except attention, on one GPU (+13 %). For fewer rows XLA
+      reads weights at half the speed and splits a norm into more kernels. SmolLM2-135M is 9 % faster without. On a
+      mesh, padding would move rows between devices.
+    late_gates: a decode step on one GPU computes the adapter gates of all layers in one kernel after the layers (+3 %,
+      SmolLM2-135M +7 %). The kernel reads each layer's x once per KV head and selects among L arrays, so above
+      LATE_ROWS rows one kernel per layer is faster. The cache must allow it, too (`Cache.can_decide_late`).
     fused_gate: a decode step on a GPU computes an adapter gate's RMSNorm and projection as one reduction, which is one
-      small kernel instead of three.
-    split_gate_up: a decode step of many rows on a GPU multiplies by the gate and up projections separately. XLA merges
-      them into one product, whose float32 sums are then written to memory and read again.
+      small kernel instead of three: +10 %.
     weights_left: most rows of a bfloat16 product that has the weights as its left operand, on a CPU. XLA's library
       packs the right operand at every call, which for few rows takes several times as long as the product: +94 %.
     matvec_parts: matrices into which the weights of a float32 matrix-vector product are split, on a CPU. XLA computes
@@ -67,7 +66,6 @@ class Execution:
   least_rows: int = 0
   late_gates: bool = False
   fused_gate: bool = False
-  split_gate_up: bool = False
   weights_left: int = 0
   matvec_parts: int = 1
   bits_storage: bool = False
@@ -91,7 +89,6 @@ class Execution:
       least_rows=LEAST_ROWS if alone else 0,
       late_gates=alone and rows <= LATE_ROWS,
       fused_gate=gpu,
-      split_gate_up=gpu and rows_per_device(rows) >= MANY_ROWS,
       weights_left=FEW_ROWS if cpu else 0,
       matvec_parts=(os.cpu_count() or 1) if cpu else 1,
       bits_storage=cpu,
@@ -101,7 +98,7 @@ class Execution:
     )
     chosen |= _overrides.value
     if not decodes:
-      chosen |= dict(least_rows=0, late_gates=False, fused_gate=False, split_gate_up=False)
+      chosen |= dict(least_rows=0, late_gates=False, fused_gate=False)
     chosen["late_gates"] = bool(chosen["late_gates"]) and model is not None and _listed_adapters(model)
     return cls(**chosen)
 

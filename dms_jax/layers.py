@@ -131,16 +131,8 @@ def project(x: Array, layer: dict, name: str, num_inputs: int = 1, *, lora_scale
   return checkpoint_name(y, name)
 
 
-def mlp(
-  layer: dict, x: Float[Array, "B T D"], lora_scale: float = 0.0, *, split_gate_up: bool = False
-) -> Float[Array, "B T D"]:
-  """SwiGLU feed-forward: down(silu(gate(x)) * up(x)).
-
-  Args:
-    split_gate_up: see `Execution.split_gate_up`.
-  """
+def mlp(layer: dict, x: Float[Array, "B T D"], lora_scale: float = 0.0) -> Float[Array, "B T D"]:
+  """SwiGLU feed-forward: down(silu(gate(x)) * up(x))."""
   gate = project(x, layer, "gate_proj", lora_scale=lora_scale)
-  if split_gate_up:
-    x, gate = jax.lax.optimization_barrier((x, gate))
   up = project(x, layer, "up_proj", lora_scale=lora_scale)
   return project(jax.nn.silu(gate) * up, layer, "down_proj", lora_scale=lora_scale)

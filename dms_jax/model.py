@@ -150,7 +150,7 @@ def _run_layers(
       x = x + project(attended, layer, "o_proj", 2, lora_scale=scale)
     with jax.named_scope("mlp"):
       h = rms_norm(x, layer["mlp_norm"], model.config.rms_norm_eps)
-      x = x + mlp(layer, h, scale, split_gate_up=how.split_gate_up)
+      x = x + mlp(layer, h, scale)
     return (constrain_rows(x), carry), ys
 
   x, layers = constrain_rows(x), model.params["layers"]

@@ -123,3 +123,13 @@ def check_pages(cache):
   assert sorted([*free, *numbers]) == list(range(cache.pages))
   assert (-(-np.asarray(cache.archived) // cache.page_size) <= table.owned).all()
   return owners
+
+
+# Comparison -----------------------------------------------------------------------------------------------------------
+
+RTOL = 2e-5  # float32, two layers, of the logits' largest value
+
+
+def close(actual, expected, rtol=RTOL):
+  scale = np.abs(expected).max()
+  np.testing.assert_allclose(actual, expected, rtol=0, atol=rtol * scale)

@@ -13,16 +13,16 @@ from dms_jax import cache as caches
 from dms_jax import policies
 from dms_jax import testing as tiny
 from dms_jax.cache.base import storage_dtype
-from dms_jax.execution import FEW_ROWS, LATE_ROWS, LEAST_ROWS, MANY_ROWS, Execution, fastest_form, override
+from dms_jax.execution import FEW_ROWS, LATE_ROWS, LEAST_ROWS, Execution, fastest_form, override
 from dms_jax.model import cached_forward, last_logits
 from dms_jax.sharding import make_mesh
 from pallas_kernels.common.platform import tracing_for
-from tests.test_model import close
+from tests.helpers import close
 
 OFF = Execution()
 # Each field switched on, on any device.
 ON = dict(
-  layers="loop", least_rows=5, late_gates=True, fused_gate=True, split_gate_up=True, weights_left=FEW_ROWS,
+  layers="loop", least_rows=5, late_gates=True, fused_gate=True, weights_left=FEW_ROWS,
   matvec_parts=3, bits_storage=True, embed_barrier=True, jitted_attention=True, replicated_writes=True,
 )  # fmt: skip
 step = jax.jit(cached_forward, compiler_options=tiny.QUICK)
@@ -39,9 +39,6 @@ def test_what_is_chosen():
     assert Execution.choose(listed, 1, 1) == Execution.choose(listed, LATE_ROWS, 1) == small
     for rows, other in ((LATE_ROWS + 1, listed), (1, model), (1, neuron), (1, tiny.model().unstacked()), (1, None)):
       assert Execution.choose(other, rows, 1) == dataclasses.replace(small, late_gates=False)
-    assert not Execution.choose(listed, MANY_ROWS - 1, 1).split_gate_up
-    assert Execution.choose(listed, MANY_ROWS, 1).split_gate_up
-    assert not Execution.choose(listed, MANY_ROWS, 2).split_gate_up
   with tracing_for("tpu"):
     assert Execution.choose(listed, 1, 1) == Execution(replicated_writes=True)
     assert fastest_form(model) is model

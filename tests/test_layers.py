@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dms_jax import testing as tiny
 from dms_jax.execution import FEW_ROWS
-from dms_jax.layers import linear, mlp
-from tests.test_model import close
+from dms_jax.layers import linear
+from tests.helpers import close
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -34,14 +33,3 @@ def test_one_row_is_divided_among_cores(cores, monkeypatch):
   x, weight = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((1, 2, 24), (6, 5, 2, 24)))
   y = linear(x, weight, 2)
   close(y, np.einsum("rhd,abhd->rab", np.asarray(x, np.float64), np.asarray(weight, np.float64)), 1e-6)
-
-
-def test_gate_and_up_as_separate_products():
-  """The barrier between them changes no number."""
-  model = tiny.model(tiny.config(), None)
-  layer = {name: w[0] for name, w in model.params["layers"].items()}
-  x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 1, model.config.d_model)), jnp.float32)
-  program = lambda split: str(jax.make_jaxpr(lambda layer, x: mlp(layer, x, split_gate_up=split))(layer, x))
-  assert "optimization_barrier" not in program(False)
-  assert "optimization_barrier" in program(True)
-  close(mlp(layer, x, split_gate_up=True), mlp(layer, x))

@@ -33,6 +33,7 @@ from dms_jax.model import unembed as model_unembed
 from dms_jax.params import flatten, param_table
 from pallas_kernels.common.platform import tracing_for
 from tests import oracle
+from tests.helpers import close
 
 NEAR = 1e-3  # of the threshold: float32 may decide differently there (counted, and compared under overridden decisions)
 RTOL = 2e-5  # float32, two layers, of the logits' largest value
@@ -47,11 +48,6 @@ step = jax.jit(cached_forward, compiler_options=tiny.QUICK)
 whole = jax.jit(forward, compiler_options=tiny.QUICK)
 step_as_shipped = jax.jit(cached_forward)
 unembed = jax.jit(model_unembed, compiler_options=tiny.QUICK)
-
-
-def close(actual, expected, rtol=RTOL):
-  scale = np.abs(expected).max()
-  np.testing.assert_allclose(actual, expected, rtol=0, atol=rtol * scale)
 
 
 def oracle_forward(model: Model, tokens, **kwargs):

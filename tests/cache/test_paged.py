@@ -182,7 +182,7 @@ def test_a_stored_row_goes_on_as_if_it_had_stayed(model, case):
     case, POLICY
   )
   policy = policy.resolved(WINDOW)
-  options = {"archive": "int8"} if case == "int8" else {}
+  options = {"page_format": "int8"} if case == "int8" else {}
   cache, text = prompted(model, policy, **options)
   stored = offload_row(cache, 1)
   expected, cache = decode(model, cache, text, 30, 12, [0, 1, 0], policy)

@@ -9,13 +9,13 @@ import pytest
 from dms_jax import testing as tiny
 from dms_jax.execution import Execution
 from dms_jax.families import PRESETS
-from experiments.bench.execution import BASE, NOT_TIMED, Config, measure, switched_off
+from experiments.bench_execution import BASE, NOT_TIMED, Config, measure, switched_off
 
 
 def test_switched_off():
   """Each field that is on, at its off value; gates after the layers hide the fused ones, which are tried together."""
   assert switched_off(Execution()) == {BASE: {}}
-  every = Execution("loop", 8, True, True, True, 16, 2, True, True, True, True)
+  every = Execution("loop", 8, True, True, 16, 2, True, True, True, True)
   off = switched_off(every)
   assert set(off) == {BASE, *(f.name for f in dataclasses.fields(Execution))} - {*NOT_TIMED, "fused_gate"} | {
     "late_gates+fused_gate"

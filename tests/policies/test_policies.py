@@ -414,7 +414,7 @@ def test_generation(case):
     assert slots.tokens == single.tokens
     np.testing.assert_array_equal(slots.metrics.live, single.metrics.live)
     np.testing.assert_array_equal(slots.metrics.prompt_reads, single.metrics.prompt_reads)
-  resolved = slots.cache.policy
+  resolved = slots.conversation.policy
   bound = np.asarray(resolved.capacity(jnp.asarray(slots.metrics.seen, jnp.int32)))
   assert (slots.metrics.live.max(axis=(0, 2)) <= bound).all() and (slots.metrics.peak <= bound).all()
   if resolved.bounded:
