@@ -143,14 +143,14 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
       part = product("bkgs,bksh->bkgh", scaled.astype(values.dtype), values)[..., -h:]
       return new_top, total * scale + weights.sum(axis=-1), acc * scale[..., None] + part
 
-    return lax.fori_loop(0, source.blocks, body, state)
+    return _loop(source.blocks, body, state)
 
   def mass_of(source, logs):
     def body(i, mass):
       scores, _, _ = scores_of(source, i)
       return source.add(mass, i, jnp.exp(scores - logs[..., None]).sum(axis=2))
 
-    return lax.fori_loop(0, source.blocks, body, source.empty())
+    return _loop(source.blocks, body, source.empty())
 
   state = jnp.full((b, k, n // k), -jnp.inf), jnp.zeros((b, k, n // k)), jnp.zeros((b, k, n // k, h))
   for source in sources:
@@ -169,3 +169,10 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
     masses = [None if source is None else mass_of(source, finite) for source in (of_kv, of_pages)]
     results.append(tuple(None if x is None else x.reshape(b, k, -1) for x in masses))
   return tuple(results)
+
+
+def _loop(count, body: Callable, state):
+  """`lax.fori_loop` from 0 whose program never depends on `count`, traced or not: XLA sums in another order where it
+  knows that there is one block."""
+  step = lambda carry: (carry[0] + 1, body(*carry))
+  return lax.while_loop(lambda carry: carry[0] < count, step, (jnp.int32(0), state))[1]
