@@ -26,7 +26,7 @@ def for_model(
 
   Args:
     model: a `Model`; its layers, KV heads, head size, dtype and the lag of its gates' decisions matter.
-    policy: what the cache is made for: its window, statistics and page are fixed at creation.
+    policy: a cache is made for the policy's window, statistics and page.
     batch: B, the number of rows.
     capacity: slots of each head, its ring of W + 1 included. A paged cache has so many on average over heads and rows;
       a masked cache has so many tokens a row.

@@ -44,7 +44,7 @@ class Plan:
     lengths: int32 [B], tokens that each row reads in this step; 0 for a stalled row.
     stalled: bool [B], rows without free slots.
     remaining: int32 [B], tokens of the prompt still to come after a chunk; None in a decode step.
-    placement: what one kind of cache adds.
+    placement: the part that depends on the kind of cache.
   """
 
   seen: Int[Array, "B"]
@@ -78,7 +78,7 @@ class Cache(Protocol):
     slots: the most slots that a head has.
     nbytes: bytes allocated.
 
-  Methods besides `plan`, `attend` and `commit`, which the module describes:
+  Methods without a docstring of their own:
     bytes_live: bytes of the keys and values held.
     live: int32 [L, B, K], tokens held.
     free_tokens: int32 [B], tokens that each row can take for certain.
@@ -110,13 +110,46 @@ class Cache(Protocol):
   def layer_state(self) -> Any: ...
   def plan(
     self, policy: Policy, lengths: Int[Array, "B"], num_tokens: int, remaining: Int[Array, "B"] | None = None
-  ) -> Plan: ...
+  ) -> Plan:
+    """Finds a place for every token of a step and reserves the memory.
+
+    Args:
+      lengths: int32, tokens that each row is to read, at most `num_tokens`; 0 for a row that sits out.
+      num_tokens: T, tokens of the step, padding included.
+      remaining: int32, tokens of each row's prompt after this chunk. None means a decode step if T = 1, and 0 if T > 1.
+
+    Raises:
+      ValueError: the cache was made for another policy, or the policy reads prompts one token at a time and T > 1.
+    """
+    ...
+
   def can_decide_late(self, policy: Policy) -> bool: ...
   def attend(
     self, plan: Plan, policy: Policy, layer: Int[Array, ""], carry: Any, state: Any, q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], evict: Bool[Array, "B K T"] | None,
-  ) -> tuple[Float[Array, "B T N H"], Any, Any, Usage]: ...  # fmt: skip
-  def commit(self, plan: Plan, carry: Any, states: Any, evict: Bool[Array, "L B K 1"] | None = None) -> Cache: ...
+  ) -> tuple[Float[Array, "B T N H"], Any, Any, Usage]:  # fmt: skip
+    """Writes the keys and values of a step into one layer and attends.
+
+    Args:
+      layer: the layer's index; a Python int if the model's layers are a list.
+      carry, state: as the module describes.
+      q, k, v: after RoPE, in the model's dtype; tokens past `plan.lengths` are padding.
+      evict: decisions by the token that computes them; None if they go to `commit`.
+
+    Returns:
+      (attended, carry, state, usage).
+    """
+    ...
+
+  def commit(self, plan: Plan, carry: Any, states: Any, evict: Bool[Array, "L B K 1"] | None = None) -> Cache:
+    """The cache after a step.
+
+    Args:
+      carry: after the last layer.
+      states: the `state` of all layers, stacked [L, ...].
+      evict: the decisions of a decode step whose layers got None.
+    """
+    ...
 
 
 @struct.dataclass
@@ -140,6 +173,7 @@ class Common:
 
   @property
   def slots(self) -> int:
+    """Slots a head."""
     return self.kv.shape[3]
 
   @property
@@ -148,10 +182,12 @@ class Common:
     return self.kv.shape[4] * self.kv.dtype.itemsize
 
   def bytes_live(self) -> int:
+    """Bytes of the keys and values held."""
     return int(jnp.sum(self.live())) * self.slot_bytes
 
   @property
   def nbytes(self) -> int:
+    """Bytes of all arrays."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
   def with_capacity(self, capacity, longest):

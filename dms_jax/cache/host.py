@@ -1,4 +1,4 @@
-"""Host copies of rows: what one row of a cache holds, as numpy arrays.
+"""Host copies of rows: the content of one row of a cache, as numpy arrays.
 
 Conversations on disk and preempted rows are host copies. A host copy is restored bit for bit into any cache with free
 slots: one of another size, at another row, with pages of another size, from contiguous slots into pages and back.

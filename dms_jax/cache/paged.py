@@ -43,6 +43,7 @@ class Store:
 
   @property
   def format(self) -> PageFormat:
+    """The page format, recognised by the dtype of `pages`."""
     return format_of(self.pages.dtype)
 
 
@@ -110,6 +111,7 @@ class PagedCache(RingCache):
 
   @property
   def slots(self) -> int:
+    """The most slots that a head may hold: its ring, and all places of its table."""
     return self.ring + self.table.pages.shape[3] * self.page_size
 
   @property
@@ -118,6 +120,7 @@ class PagedCache(RingCache):
     return self.table.pool.pages
 
   def bytes_live(self) -> int:
+    """Bytes of the keys and values held, with their scales; pages shared by rows count for each row."""
     in_ring = int(jnp.sum(jnp.minimum(self.seen, self.ring))) * self.archived.size // self.seen.size
     return in_ring * self.slot_bytes + int(jnp.sum(self.archived)) * self._archive_slot_bytes
 

@@ -1,4 +1,4 @@
-"""RingCache: what caches with a window ring and an archive share; they free evicted tokens.
+"""RingCache: the base of caches with a window ring and an archive, which free evicted tokens.
 
 Each (layer, row, KV head) has S = W + 1 + A slots:
 
@@ -85,9 +85,11 @@ class RingCache(Common):
 
   @property
   def ring(self) -> int:
+    """Slots of the ring, W + 1."""
     return self.window + 1
 
   def check(self, policy):
+    """Also compares the pages that the policy selects; see `Common.check`."""
     super().check(policy)
     if policy.page != self.page:
       raise ValueError(f"{type(policy).__name__} selects pages of {policy.page} slots, the cache has {self.page}")

@@ -57,7 +57,7 @@ class Leaving:
   for it is ignored. A is the number of archive slots; the `live` ones need not be a prefix.
   """
 
-  evicted: Bool[Array, "L B K"]  # what `decide` said about it
+  evicted: Bool[Array, "L B K"]  # the decision about the leaving token
   tokens: Int[Array, "B 1"]  # tokens seen by the row, the incoming one included
   archived: Int[Array, "L B K"]  # tokens in the archive
   live: Bool[Array, "L B K A"]  # archive slots in use
@@ -112,17 +112,17 @@ class Candidates:
 
 @struct.dataclass
 class Policy:
-  """Decides what a cache keeps; this base class keeps every token."""
+  """Decides which tokens a cache keeps and reads; this base class keeps and reads every token."""
 
   window: int | None = struct.field(pytree_node=False, default=0)
 
   uses_gates = False  # `decide` needs gate logits
   uses_keys = False  # `decide` needs keys
-  evicts = True  # False: every token is kept, so the length of a text says how many slots it needs
+  evicts = True  # False: every token is kept, so the length of a text determines the slots it needs
   bounded = False  # `capacity` is less than one slot a token
   stats = ()  # names of the per-slot statistics, float32, that the cache stores
-  observes = ()  # what `observe` sees in decode steps: "mass", "keys"
-  prompt_observes = ()  # what it sees in chunks of a prompt
+  observes = ()  # inputs of `observe` in decode steps: "mass", "keys"
+  prompt_observes = ()  # inputs of `observe` in chunks of a prompt
   overwrites = False  # `retire` may overwrite archived tokens, so chains cannot share pages
   exact_prefill = False  # prompts are read one token at a time, by decode steps inside one compiled loop
   page = 0  # slots of a page that is selected as a whole; 0: everything is read
