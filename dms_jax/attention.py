@@ -1,7 +1,7 @@
-"""The only way from dms_jax to the kernels of `pallas_kernels`.
+"""Attention of dms_jax: the one module that calls the attention kernels of `pallas_kernels`.
 
-`use` names the implementation for a block of code. Functions that are already traced keep the implementation they were
-traced with.
+`use` names the implementation for a block of code. A function that was traced before keeps the implementation of its
+trace.
 
 Under a mesh (`with jax.set_mesh(dms_jax.sharding.make_mesh(...))`) each device attends to its own rows and KV heads
 inside `jax.shard_map`: attention mixes neither, and kernels are not partitioned automatically. The mesh axis "tensor"
@@ -53,9 +53,19 @@ def _on_shards(
 
 
 def decode_attention(q, kv, layer, lengths, *, pages: Pages | None = None, **kwargs):
-  """`pallas_kernels.decode.decode_attention`: one query per row over a cache's live slots, its pages, or both.
+  """`pallas_kernels.decode.decode_attention`: one query a row over a cache's live slots, its pages, or both.
 
-  Under a mesh every device reads the whole pool of `pages`.
+  Under a mesh every device holds the whole pool of `pages`.
+
+  Args:
+    q: [B, N, H].
+    kv: [L, B, K, S, 2H], or None if all keys lie in `pages`.
+    layer: int32 [], the first axis of `kv` and of `pages.table`.
+    lengths: int32 [B, K], live slots of `kv`.
+    kwargs: `lse` and `mass`, which add results.
+
+  Returns:
+    [B, N, H], or a tuple with the results added.
   """
 
   def call(q, kv, layer, lengths, pages):
@@ -72,11 +82,15 @@ def decode_attention(q, kv, layer, lengths, *, pages: Pages | None = None, **kwa
 def write_pages(pool, table, slots, rows, *, in_order: bool = True):
   """`pallas_kernels.paged.write_pages`: writes rows of archives into their pages.
 
-  XLA scatters where the operation has no implementation by the name in force. On a mesh see
-  `Execution.replicated_writes`.
+  XLA's scatter writes them if the operation has no implementation of the name chosen by `use`.
+  `Execution.replicated_writes` says what a mesh changes.
 
   Args:
-    in_order: the slots of one archive ascend without gaps; if they do not, XLA scatters.
+    pool: [P, page, cells].
+    table: int32 [..., M], pages of each archive.
+    slots: int32 [..., X], the archive slot of each row; a row is dropped if there is no such slot.
+    rows: [..., X, cells].
+    in_order: whether the slots of each archive ascend without gaps; if not, XLA's scatter writes them.
   """
   chosen = (*(dispatch.named(paged.IMPLEMENTATIONS, _choice.get()) if in_order else ()), "xla")
   call = partial(paged.write_pages, implementation=[name for name in paged.IMPLEMENTATIONS if name in chosen])
@@ -86,8 +100,10 @@ def write_pages(pool, table, slots, rows, *, in_order: bool = True):
 
 
 def _chosen(attend: Callable, *args, arrays: dict[str, Any], **options):
-  """`attend(*args, **arrays, **options)` by the implementation in force, in a jitted function under
-  `Execution.jitted_attention`."""
+  """`attend(*args, **arrays, **options)` by the implementation that `use` chose.
+
+  Under `Execution.jitted_attention` the call is a jitted function of its own.
+  """
   choice = _choice.get()
   if not Execution.choose().jitted_attention:
     return attend(*args, **arrays, implementation=choice, **options)
@@ -112,8 +128,21 @@ def _hopper() -> bool:
 
 
 def prefill_attention(q, keys, values, q_pos, k_first, k_last, *, lse: bool = False, query_weights=None):
-  """`pallas_kernels.prefill.prefill_attention`: a chunk of queries over keys, each visible to a range of
-  positions."""
+  """`pallas_kernels.prefill.prefill_attention`: a chunk of queries over keys.
+
+  The key in slot s is visible to queries at positions `k_first[s]` .. `k_last[s]`.
+
+  Args:
+    q: [B, T, N, H].
+    keys, values: [B, K, S, H].
+    q_pos: int32 [B, T].
+    k_first, k_last: int32 [B, K, S].
+    lse: adds the log-sum-exp of each query's scores, float32 [B, T, N].
+    query_weights: float32 [B, T]; adds the attention mass of each key, float32 [B, K, S].
+
+  Returns:
+    [B, T, N, H], or a tuple with the results added.
+  """
 
   def call(*args):
     *args, weights = args
@@ -131,7 +160,18 @@ def prefill_attention(q, keys, values, q_pos, k_first, k_last, *, lse: bool = Fa
 
 
 def window_bias_attention(q, k, v, bias, window, segment_ids=None):
-  """`pallas_kernels.window_bias.window_bias_attention`: causal attention with a bias on keys beyond the window."""
+  """`pallas_kernels.window_bias.window_bias_attention`: causal attention with a bias on keys outside the window.
+
+  Args:
+    q: [B, T, N, H].
+    k, v: [B, T, K, H].
+    bias: float32 [B, K, T], or None for no bias.
+    window: W in tokens.
+    segment_ids: int32 [B, T], or None; tokens of different ids do not see each other.
+
+  Returns:
+    [B, T, N, H].
+  """
 
   def call(q, k, v, bias, segment_ids):
     return retrofit.window_bias_attention(q, k, v, bias, window, segment_ids, implementation=_choice.get())

@@ -29,7 +29,7 @@ def gate_logits(
     layer: the layer's parameters; the adapter gate reads `dms_norm` [D] and `dms_proj` [K, D].
     x: the residual stream before the layer's input norm.
     q: queries after q_norm and before RoPE, float32 for the neuron gate.
-    fused: for a single token, see `Execution.fused_gate`.
+    fused: computes norm and projection in one reduction, for T = 1 (`Execution.fused_gate`).
   """
   if dms.gate == "neuron":
     raw = jnp.moveaxis(q[:, :, :: config.group_size, -1].astype(jnp.float32), 1, 2)
@@ -58,7 +58,7 @@ def _logits(dms: DMSConfig, raw: Float[Array, "*L B K T"]) -> Float[Array, "*L B
 
 
 def _fused_adapter(x: Float[Array, "*L B 1 D"], weight: Float[Array, "*L K D"], eps: float) -> Float[Array, "*L B K 1"]:
-  """RMSNorm and projection in float32 as one reduction, over the products and the squares at once."""
+  """RMSNorm and projection in float32 by one reduction over D, which sums the products and the squares."""
   x, weight = jnp.broadcast_arrays(x.astype(jnp.float32), weight[..., None, :, :])
   zeros, add = (jnp.float32(0), jnp.float32(0)), lambda a, b: (a[0] + b[0], a[1] + b[1])
   product, square = jax.lax.reduce((x * weight, x * x), zeros, add, (x.ndim - 1,))
@@ -68,10 +68,10 @@ def _fused_adapter(x: Float[Array, "*L B 1 D"], weight: Float[Array, "*L K D"], 
 def clear_neuron(
   config: ModelConfig, q: Float[Array, "B T N H"], kept: Float[Array, ""] | None = None
 ) -> Float[Array, "B T N H"]:
-  """Sets the neuron gate's channel, the last of each group's first query head, to 0; applied before and after RoPE.
+  """Sets the neuron gate's channel to 0: the last channel of each group's first query head, before and after RoPE.
 
   Args:
-    kept: factor in 0 .. 1 that multiplies the channel instead, while a retrofit fades it out.
+    kept: factor in 0 .. 1 that multiplies the channel while a retrofit fades it out; None means 0.
   """
   heads = jnp.arange(config.num_heads) % config.group_size == 0
   channel = jnp.arange(config.head_dim) == config.head_dim - 1

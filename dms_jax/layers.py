@@ -55,7 +55,7 @@ def linear(x: Array, weight: Array, num_inputs: int = 1, *, out_dtype=None) -> A
   Float32 operands keep their full precision on every device. Sums are in float32.
 
   Returns:
-    [rows..., out...], rounded once, to `out_dtype` or x's dtype.
+    [rows..., out...], rounded once, to `out_dtype`, by default x's dtype.
   """
   rows, outs = x.shape[: x.ndim - num_inputs], weight.shape[: weight.ndim - num_inputs]
   x2, weight2 = x.reshape(math.prod(rows), -1), weight.reshape(math.prod(outs), -1)
@@ -73,8 +73,9 @@ def linear(x: Array, weight: Array, num_inputs: int = 1, *, out_dtype=None) -> A
 def _dot(a: Float[Array, "M in"], b: Float[Array, "N in"]) -> Float[Array, "M N"]:
   """a b^T with float32 sums and result; float32 operands keep their full precision.
 
-  The gradient is rounded to the operands' dtype first, which loses nothing where the result was rounded to it too. A
-  float32 gradient would make both products of the backward pass float32, several times slower on an accelerator.
+  The backward pass first rounds the gradient to the operands' dtype. This loses nothing if the result was rounded to
+  that dtype, too. A float32 gradient would make both products of the backward pass float32, several times slower on an
+  accelerator.
   """
   return _contract(a, b, 1, 1)
 

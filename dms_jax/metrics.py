@@ -1,9 +1,9 @@
 """The metrics of a run, one definition each, counted in the graph; and the KL of two models.
 
-A *token held* is one slot of one layer and KV head. Figures are means over layers and heads unless said otherwise, so a
-dense cache of T tokens holds T. *Achieved CR* is tokens seen over tokens held, always reported with its T. *KV reads*
-of a decode step are the live tokens attended, the newest included. *Peak tokens* is the largest number held at once
-after any step or prefill chunk.
+A *token held* is one slot of one layer and KV head. Numbers are means over layers and heads unless stated otherwise, so
+a dense cache of T tokens holds T. *Achieved CR* is tokens seen / tokens held, always reported with its T. *KV reads* of
+a decode step are the live tokens that it attends to, the newest included. *Peak tokens* is the largest number of tokens
+held after any step or prefill chunk.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def held_share(held, seen):
   """Mean over rows, layers and heads of tokens held / tokens seen.
 
   Args:
-    held: [L, B, K] tokens held, numpy or JAX. seen: [B], tokens each row has seen, at least 1.
+    held: [L, B, K], tokens held, numpy or JAX.
+    seen: [B], tokens that each row has seen, at least 1.
   """
   return (held / seen[:, None]).mean()
 
@@ -47,7 +48,7 @@ def kl_divergence(
 class Counts:
   """Raw counts of one compiled call, int32.
 
-  `live` [L, B, K]: tokens held after it. `reads` [L, B, K]: keys that it read. `held` [steps, B]: tokens held after
+  `live` [L, B, K]: tokens held after the call. `reads` [L, B, K]: keys read by it. `held` [steps, B]: tokens held after
   each step, summed over layers and heads. `history` [steps, L, B, K]: tokens held after each step, if asked for.
   """
 
@@ -66,11 +67,16 @@ def count(seen: Usage) -> Counts:
 class Metrics:
   """Counts of a whole call of `generate`, numpy, exact.
 
-  `seen` int64 [B]: T, the tokens that each row's cache has seen, earlier turns included. `live` int64 [L, B, K]: tokens
-  held of them. `decode_reads`, `prompt_reads` int64 [L, B, K]: keys read by this call. `peak` float64 [B]: a row's peak
-  tokens. `peak_total`: the largest sum over rows. `new_tokens` int64 [B]: tokens generated. `bytes_live`: bytes of the
-  keys and values held. `bytes_allocated`: bytes of the whole cache. `history` int32 [steps, L, B, K]: tokens held after
-  each decode step, if asked for.
+  Attributes:
+    seen: int64 [B], T: tokens that each row's cache has seen, earlier turns included.
+    live: int64 [L, B, K], tokens held at the end.
+    decode_reads, prompt_reads: int64 [L, B, K], keys read by this call in decode steps and for prompts.
+    peak: float64 [B], peak tokens of each row.
+    peak_total: the most tokens that all rows held together.
+    new_tokens: int64 [B], tokens generated.
+    bytes_live: bytes of the keys and values held.
+    bytes_allocated: bytes of the whole cache.
+    history: int32 [steps, L, B, K], tokens held after each decode step, if asked for.
   """
 
   seen: np.ndarray
@@ -86,12 +92,12 @@ class Metrics:
 
   @classmethod
   def zero(cls, layers: int, batch: int, heads: int) -> Metrics:
-    """Nothing seen yet."""
+    """The metrics of a call that has read nothing yet."""
     zeros = np.zeros((layers, batch, heads), np.int64)
     return cls(np.zeros(batch, np.int64), zeros, zeros, zeros, np.zeros(batch), new_tokens=np.zeros(batch, np.int64))
 
   def add(self, counts: Counts, *, decode: bool) -> Metrics:
-    """With the counts of a decode block, or of a prompt's chunk, added."""
+    """These metrics plus the counts of a decode block if `decode`, else of a chunk of a prompt."""
     counts = jax.device_get(counts)
     reads = "decode_reads" if decode else "prompt_reads"
     mean = counts.held.astype(np.float64) / (counts.live.shape[0] * counts.live.shape[2])
@@ -129,7 +135,7 @@ class Metrics:
 
   @property
   def peak_tokens(self) -> float:
-    """The largest peak of a row; `peak_total` is the peak of all rows together."""
+    """The largest of the rows' peaks; `peak_total` is the peak of their sum."""
     return float(self.peak.max(initial=0.0))
 
   def to_json(self) -> dict:

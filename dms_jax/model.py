@@ -1,7 +1,7 @@
 """The decoder: one layer, run over a whole text (`forward`) or on a cache (`cached_forward`).
 
 Pure functions over a frozen `Model`. Layers are scanned where their parameters are stacked [L, ...] and looped over
-where they are a list (`Model.unstacked`). What depends on the device is chosen once per step by `Execution`.
+where they are a list (`Model.unstacked`). `Execution` makes the choices that depend on the device, once a step.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Model:
 
   Attributes:
     params: as `params.param_table` names them; `params["layers"]` stacked [L, ...] or a list of L layers.
-    dms: the eviction gates; None for a model without.
+    dms: settings of the eviction gates; None for a model without gates.
     lora: the low-rank updates in `params` that are not merged into the weights; None for none.
-    tokenizer: lets prompts be strings; compared by identity, it changes nothing computed.
+    tokenizer: needed for prompts that are strings; compared by identity. It changes no computation.
   """
 
   params: Params
@@ -57,7 +57,7 @@ class Model:
     return self.params["embed"].dtype
 
   def lag(self, window: int | None = None) -> int:
-    """A decision computed at token t is about token t - lag, under `window`; 1, unused, without gates."""
+    """The distance from token t back to the token that it decides about, under `window`; 1, unused, without gates."""
     return self.dms.lag(window) if self.dms is not None else 1
 
   def merged(self) -> Model:
@@ -134,7 +134,7 @@ def _run_layers(
     xs: `attend`'s inputs by layer, leaves [L, ...].
     remat: activations of a layer that a backward pass keeps: all for None, `SAVED_ACTIVATIONS` for False, none for
       True.
-    gather: on a mesh, weights move to the rows' devices.
+    gather: on a mesh, each layer's weights are gathered over "data" (`sharding.gather_layer`).
   """
   table = param_table(model.config, model.dms, model.lora) if gather else {}
   rope = rope_tables(model.config, positions)
@@ -162,7 +162,7 @@ def _run_layers(
     return *state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
   if remat is not None:
     policy = None if remat else jax.checkpoint_policies.save_only_these_names(*SAVED_ACTIVATIONS)
-    body = jax.checkpoint(body, policy=policy, prevent_cse=False)  # a scan has nothing to merge it with
+    body = jax.checkpoint(body, policy=policy, prevent_cse=False)  # not needed inside a scan
   (x, carry), ys = lax.scan(body, (x, carry), (jnp.arange(model.config.num_layers), layers, xs))
   return x, carry, ys
 
@@ -194,9 +194,9 @@ class Eviction:
 
   Attributes:
     threshold: a token is evicted where its logit is above, without `noise`.
-    noise: float32 [L, B, K, T], added to the logits of the same indices; selects the soft mask.
+    noise: float32 [L, B, K, T], added to the logits, token by token. With noise the mask is soft, without it hard.
     tau: temperature of the soft mask.
-    window: W in tokens, instead of the model's.
+    window: W in tokens; None takes the model's.
   """
 
   threshold: float = 0.0
@@ -215,7 +215,7 @@ def forward(
   remat: bool = False,
   neuron_kept: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "L B K T"] | None]:
-  """Runs whole texts without a cache: for training, evaluation, and as the reference of every cache.
+  """Runs whole texts without a cache, for training and evaluation; it is the reference of every cache.
 
   Args:
     positions: RoPE positions; by default they count from 0 in each segment.
@@ -225,8 +225,8 @@ def forward(
     neuron_kept: factor in 0 .. 1 on the neuron gate's channel while a retrofit fades it out; None means 0.
 
   Returns:
-    Hidden states before the final norm, in the model's dtype (see `unembed`), and z, float32, indexed by the token
-    that computed it: the logits, or (logits + noise) / tau with noise. z is None without gates.
+    (hidden, z). `hidden` are the states before the final norm, in the model's dtype (see `unembed`). `z`, float32, are
+    the gate logits, or (logits + noise) / tau with noise, indexed by the token that computed them; None without gates.
 
   Raises:
     ValueError: `eviction` for a model without gates.
@@ -269,14 +269,14 @@ def segment_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
 
 @struct.dataclass
 class StepOutput:
-  """What a step returns beside the cache.
+  """The output of a step; the cache is returned next to it.
 
   Attributes:
-    hidden: before the final norm, in the model's dtype.
-    seen: live tokens and tokens read, int32 [L, B, K] each.
+    hidden: states before the final norm, in the model's dtype.
+    seen: tokens held and keys read, int32 [L, B, K] each.
     logits: gate logits, float32; None without gates.
-    lengths: tokens that each row took in, int32.
-    stalled: rows that had no room.
+    lengths: tokens that each row has read in this step, int32.
+    stalled: rows without free slots, which have read none.
   """
 
   hidden: Float[Array, "B T D"]
@@ -295,16 +295,16 @@ def cached_forward(
   override: Bool[Array, "L B K T"] | None = None,
   remaining: Int[Array, "B"] | None = None,
 ) -> tuple[StepOutput, Cache]:
-  """Takes up to T tokens a row into the cache: T = 1 is a decode step, T > 1 a chunk of a prompt.
+  """Reads up to T tokens a row into the cache: T = 1 is a decode step, T > 1 a chunk of a prompt.
 
   Args:
     tokens: right-padded; the first `lengths[b]` of row b are real. A row of length 0 stays as it is.
-    override: decisions instead of the policy's, indexed by the token that computes them; to compare precisions.
-    remaining: tokens of each row's prompt still to come after this chunk, for policies that compact where it ends; None
-      in a decode step, and 0 by default for more than one token.
+    override: decisions that replace the policy's, indexed by the token that computes them; to compare precisions.
+    remaining: tokens of each row's prompt still to come after this chunk, for policies that compact at the prompt's
+      end. None means a decode step if T = 1, and 0 if T > 1.
 
   Returns:
-    The output, and the cache with these tokens. A row without room stays as it is and is reported as stalled.
+    (output, the cache with these tokens). A row without free slots is unchanged and marked in `stalled`.
 
   Raises:
     ValueError: the cache was made for another policy.
@@ -348,7 +348,7 @@ def _pad_rows(x: Array, least: int) -> Array:
 def _sequential_prefill(
   model: Model, policy: Policy, cache: Cache, tokens: Array, lengths: Array, override: Array | None
 ):
-  """`cached_forward` of a chunk as a scan over its tokens, for policies that decide by every earlier step."""
+  """`cached_forward` of a chunk as a scan over its tokens, one decode step each, for policies with `exact_prefill`."""
   stalled = lengths > cache.free_tokens(policy)
   lengths = jnp.where(stalled, 0, lengths)
 
@@ -366,13 +366,13 @@ def _sequential_prefill(
 
 
 def last_logits(model: Model, output: StepOutput) -> Float[Array, "B V"]:
-  """Logits, float32, at each row's last real token of the step, or at its first token where it had none."""
+  """Logits, float32, at the last token that each row has read in the step; arbitrary for a row that has read none."""
   last = jnp.maximum(output.lengths - 1, 0)
   return unembed(model, jnp.take_along_axis(output.hidden, last[:, None, None], axis=1)[:, 0])
 
 
 def check_policy(model: Model, policy: Policy | None) -> Policy:
-  """`policy` with the model's window where it has none of its own; None: `DMS()` with gates, else `Vanilla()`.
+  """`policy`, its window filled in from the model's gates; None means `DMS()` for a model with gates, else `Vanilla()`.
 
   Raises:
     ValueError: the policy needs gates and the model has none, or its numbers are invalid.

@@ -65,8 +65,9 @@ def _by_rules(spec: ParamSpec, mesh: Mesh | AbstractMesh, rules: ShardingRules) 
 def partition_spec(path: str, spec: ParamSpec, mesh: Mesh | AbstractMesh, rules: ShardingRules) -> PartitionSpec:
   """The partition of one tensor.
 
-  If the rules leave a mesh axis unused, because no logical axis maps to it or the size is not a multiple, it splits the
-  widest axis of a matrix that it divides. If there is none, the tensor is replicated over it and the reason is logged.
+  The rules leave a mesh axis unused if they map no axis of the tensor to it, or none whose size is a multiple. In a
+  matrix such a mesh axis splits the widest axis that it divides. If it divides none, the tensor is replicated over the
+  mesh axis and the reason is logged.
   """
   parts = _by_rules(spec, mesh, rules)
   wanted = {name for name in vars(rules).values() if name is not None and mesh.shape[name] > 1}
@@ -101,8 +102,8 @@ def tree_shardings(
 ) -> Any:
   """A `NamedSharding` for every array of `tree`.
 
-  An array whose path ends with a parameter's (the parameter, its optimizer state) is split as `table` says, a batch's
-  tokens by rows; all others, such as scalars and keys, are replicated.
+  An array whose path ends with a parameter's path (the parameter, its optimizer state) is split as `table` says. Tokens
+  and segment ids of a batch are split by rows. All other arrays, such as scalars and keys, are replicated.
   """
   rules = rules or ShardingRules()
 
@@ -127,7 +128,7 @@ def constrain(tree: Any, table: dict[str, ParamSpec]) -> Any:
 def constrain_rows(x: jax.Array) -> jax.Array:
   """`x` [B, ...] constrained to rows split over "data", where the mesh divides them.
 
-  For activations: otherwise the partitioner may split them like a weight, and compute every row on every device.
+  Activations need this: otherwise the partitioner may split them like a weight and compute every row on every device.
   """
   if rows_per_device(len(x)) == len(x):
     return x
@@ -180,7 +181,8 @@ def shard_params(params: Params, mesh: Mesh, table: dict[str, ParamSpec], rules:
 def row_and_head_axes(rows: int, kv_heads: int) -> tuple[tuple[str, ...], str | None] | None:
   """(mesh axes that split `rows`, the mesh axis that splits KV heads or None) under the current mesh; None without one.
 
-  The tokens of the vocabulary are split like heads. A size that no axis divides is computed whole on each device.
+  The losses of the retrofit pass the size of the vocabulary as `kv_heads`, so it is split like them. If no mesh axis
+  divides a size, each device computes all of it.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:

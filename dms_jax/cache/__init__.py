@@ -15,7 +15,7 @@ KINDS = {"masked": MaskedCache, "contiguous": ContiguousCache, "paged": PagedCac
 
 
 def default_kind(policy: Policy) -> str:
-  """Pages where heads may hold different amounts; else every head as many slots as the others."""
+  """The default kind of cache: "paged" if heads may hold different numbers of tokens, else "contiguous"."""
   return "paged" if policy.data_dependent else "contiguous"
 
 
@@ -26,13 +26,16 @@ def for_model(
 
   Args:
     model: a `Model`; its layers, KV heads, head size, dtype and the lag of its gates' decisions matter.
-    capacity: slots a head, the ring included (pages: on the average over heads and rows); tokens a row if masked.
+    policy: a cache is made for the policy's window, statistics and page.
+    batch: B, the number of rows.
+    capacity: slots of each head, its ring of W + 1 included. A paged cache has so many on average over heads and rows;
+      a masked cache has so many tokens a row.
     kind: "paged", "contiguous" or "masked"; default `default_kind`.
-    longest: the most that one head may hold, where heads share a pool; default `capacity`.
+    longest: the most slots that one head of a paged cache may hold; default `capacity`. Other kinds ignore it.
     options: `page_size` and `page_format` of `PagedCache.create`.
 
   Raises:
-    ValueError: unknown kind or options.
+    ValueError: `kind` is unknown, or `PagedCache.create` refuses an option.
   """
   kind, lag = kind or default_kind(policy), model.lag(policy.window)
   sizes = dict(batch=batch, capacity=capacity, longest=longest)
@@ -43,14 +46,17 @@ def create(
   kind: str, config, *, batch: int, capacity: int, lag: int, window: int | None = None, policy: Policy | None = None,
   dtype=jnp.float32, longest: int | None = None, **options,
 ) -> Cache:  # fmt: skip
-  """`for_model` from a `ModelConfig` alone.
+  """An empty cache for a `ModelConfig`; `for_model` describes the other arguments.
 
   Args:
     lag: a decision computed at token t is about token t - lag (`DMSConfig.lag`).
-    window: instead of `policy`: that of a policy which needs nothing but keys and values.
+    window: W in tokens, instead of `policy`. The cache then serves any policy of this window that has no statistics and
+      selects no pages.
+    dtype: of keys and values.
 
   Raises:
-    ValueError: unknown kind; not exactly one of policy and window.
+    ValueError: `kind` is unknown, `policy` and `window` are both given or both missing, or `PagedCache.create` refuses
+      an option.
   """
   if kind not in KINDS:
     raise ValueError(f"unknown cache {kind!r}; there are {sorted(KINDS)}")

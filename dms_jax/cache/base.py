@@ -5,13 +5,16 @@
     cache = cache.commit(plan, carry, states[, evict])           # after the layers
 
 `carry` starts as `cache.layer_carry()`: the arrays too large to copy, with all layers, updated in place as they pass
-through the layers. `state` is the layer's part of `cache.layer_state()`, small arrays with a leading L. `evict` holds
-decisions by the token that computes them. It goes to `attend`; the decisions of a single token, for all layers, go to
-`commit` instead (and None to `attend`) where `cache.can_decide_late` allows it.
+through the layers. `state` is the layer's part of `cache.layer_state()`, small arrays with a leading L.
 
-A row without free slots sits a step out, untouched: `plan.stalled`. A step of one token is a decode step unless
-`remaining` is given and the policy compacts prompts: then it is a chunk. Policies with `exact_prefill` refuse chunks;
-`model.cached_forward` feeds them one token at a time.
+`evict` holds decisions, bool, indexed by the token that computes them. `attend` takes those of one layer, [B, K, T]. If
+`cache.can_decide_late`, a decode step may pass None to `attend` and the decisions of all layers, [L, B, K, 1], to
+`commit`.
+
+`plan.stalled` marks the rows without free slots: they take no token in this step and stay unchanged. A step of several
+tokens is a chunk of a prompt. A step of one token is a decode step, unless `remaining` is given and the policy compacts
+prompts: then it is a chunk, too. A cache refuses chunks under a policy with `exact_prefill`; `model.cached_forward`
+feeds it one token at a time.
 """
 
 from __future__ import annotations
@@ -27,15 +30,22 @@ from dms_jax.attention import NEVER
 from dms_jax.execution import Execution
 from dms_jax.policies import Policy
 
-# A cache that may grow does so by GROWTH at least, to a multiple of SLOTS: each new shape is a compilation.
+# Each new shape is a compilation, so a cache grows by a factor of GROWTH, or less if its texts need less, to a multiple
+# of SLOTS.
 SLOTS, GROWTH = 256, 1.5
 
 
 @struct.dataclass
 class Plan:
-  """Fixed before the layers run. `seen` [B]: tokens before this step. `lengths` [B]: real tokens of the step, 0 where a
-  row sits out. `stalled` [B]: rows without free slots. `remaining` [B]: tokens of the prompt after a chunk; None in a
-  decode step. `placement`: what the kind of cache adds."""
+  """The decisions of one step that are fixed before its layers run.
+
+  Attributes:
+    seen: int32 [B], tokens that each row has read before this step.
+    lengths: int32 [B], tokens that each row reads in this step; 0 for a stalled row.
+    stalled: bool [B], rows without free slots.
+    remaining: int32 [B], tokens of the prompt still to come after a chunk; None in a decode step.
+    placement: the part that depends on the kind of cache.
+  """
 
   seen: Int[Array, "B"]
   lengths: Int[Array, "B"]
@@ -46,7 +56,12 @@ class Plan:
 
 @struct.dataclass
 class Usage:
-  """KV usage of one layer in one step, int32 [B, K]: `live` tokens held after it, `reads` keys read by its queries."""
+  """KV usage of one layer in one step.
+
+  Attributes:
+    live: int32 [B, K], tokens held after the step.
+    reads: int32 [B, K], (query, key) pairs: each key counts once for every query that sees it.
+  """
 
   live: Int[Array, "B K"]
   reads: Int[Array, "B K"]
@@ -54,12 +69,26 @@ class Usage:
 
 @runtime_checkable
 class Cache(Protocol):
-  """A fixed-shape pytree. `seen` int32 [B]: tokens of each row. `lag`: a decision computed at t is about t - lag.
+  """A fixed-shape pytree that holds the keys and values of B rows, in L layers of K KV heads.
 
-  `slots`: slots a head. `nbytes`: bytes allocated. `bytes_live()`: bytes of the keys and values held. `live()`: tokens
-  held, int32 [L, B, K]. `free_tokens(policy)`: tokens that each row can certainly take, int32 [B].
-  `ensure_capacity(policy, coming, most)`: the cache, grown if `coming` more tokens a row, numpy [B], might not fit, but
-  never beyond what `most` tokens need.
+  Attributes:
+    seen: int32 [B], tokens that each row has read.
+    window: W in tokens.
+    lag: a decision computed at token t is about token t - lag.
+    slots: the most slots that a head has.
+    nbytes: bytes allocated.
+
+  Methods without a docstring of their own:
+    bytes_live: bytes of the keys and values held.
+    live: int32 [L, B, K], tokens held.
+    free_tokens: int32 [B], tokens that each row can take for certain.
+    grow: a copy with `slots` slots a head; ValueError if there are more already.
+    with_capacity: a copy with a fixed capacity; ValueError if the cache is larger.
+    ensure_capacity: the cache, grown if `coming` more tokens a row, numpy int [B], might not fit, but never beyond what
+      a text of `most` tokens needs.
+    check: ValueError if the cache was made for another policy.
+    layer_carry, layer_state: the initial `carry`, and the `state` of all layers.
+    can_decide_late: whether a decode step may pass its decisions to `commit`.
   """
 
   seen: Int[Array, "B"]
@@ -81,19 +110,59 @@ class Cache(Protocol):
   def layer_state(self) -> Any: ...
   def plan(
     self, policy: Policy, lengths: Int[Array, "B"], num_tokens: int, remaining: Int[Array, "B"] | None = None
-  ) -> Plan: ...
+  ) -> Plan:
+    """Finds a place for every token of a step and reserves the memory.
+
+    Args:
+      lengths: int32, tokens that each row is to read, at most `num_tokens`; 0 for a row that sits out.
+      num_tokens: T, tokens of the step, padding included.
+      remaining: int32, tokens of each row's prompt after this chunk. None means a decode step if T = 1, and 0 if T > 1.
+
+    Raises:
+      ValueError: the cache was made for another policy, or the policy reads prompts one token at a time and T > 1.
+    """
+    ...
+
   def can_decide_late(self, policy: Policy) -> bool: ...
   def attend(
     self, plan: Plan, policy: Policy, layer: Int[Array, ""], carry: Any, state: Any, q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], evict: Bool[Array, "B K T"] | None,
-  ) -> tuple[Float[Array, "B T N H"], Any, Any, Usage]: ...  # fmt: skip
-  def commit(self, plan: Plan, carry: Any, states: Any, evict: Bool[Array, "L B K 1"] | None = None) -> Cache: ...
+  ) -> tuple[Float[Array, "B T N H"], Any, Any, Usage]:  # fmt: skip
+    """Writes the keys and values of a step into one layer and attends.
+
+    Args:
+      layer: the layer's index; a Python int if the model's layers are a list.
+      carry, state: as the module describes.
+      q, k, v: after RoPE, in the model's dtype; tokens past `plan.lengths` are padding.
+      evict: decisions by the token that computes them; None if they go to `commit`.
+
+    Returns:
+      (attended, carry, state, usage).
+    """
+    ...
+
+  def commit(self, plan: Plan, carry: Any, states: Any, evict: Bool[Array, "L B K 1"] | None = None) -> Cache:
+    """The cache after a step.
+
+    Args:
+      carry: after the last layer.
+      states: the `state` of all layers, stacked [L, ...].
+      evict: the decisions of a decode step whose layers got None.
+    """
+    ...
 
 
 @struct.dataclass
 class Common:
-  """What caches of one array `kv` [L, B, K, S, 2H] share. `stats`: the policy's statistics, name -> float32
-  [L, B, K, S]."""
+  """The fields and methods that all caches share.
+
+  Attributes:
+    kv: [L, B, K, S, 2H], a key and a value in each slot, in the storage dtype; in a paged cache the rings alone.
+    evicted: bool, decisions: [L, B, K, S] in a masked cache, [L, B, K, W + 1] in a cache with a ring.
+    seen: int32 [B], tokens that each row has read.
+    stats: the policy's statistics, name -> float32 [L, B, K, S].
+    window, lag: see `Cache`.
+  """
 
   kv: jax.Array
   evicted: jax.Array
@@ -104,38 +173,55 @@ class Common:
 
   @property
   def slots(self) -> int:
+    """Slots a head."""
     return self.kv.shape[3]
 
   @property
   def slot_bytes(self) -> int:
-    """Of one key and value, in `kv`."""
+    """Bytes of one token's key and value in `kv`."""
     return self.kv.shape[4] * self.kv.dtype.itemsize
 
   def bytes_live(self) -> int:
+    """Bytes of the keys and values held."""
     return int(jnp.sum(self.live())) * self.slot_bytes
 
   @property
   def nbytes(self) -> int:
+    """Bytes of all arrays."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
   def with_capacity(self, capacity, longest):
-    """The same cache with a fixed capacity; ValueError if that is below what it has."""
+    """The same tokens in a cache of `capacity` slots a head; only paged caches use `longest`.
+
+    Raises:
+      ValueError: the cache has more slots than `capacity`.
+    """
     if capacity < self.slots:
       raise ValueError(f"capacity={capacity} is below the {self.slots} slots the conversation has")
     return self.grow(capacity)
 
   def ensure_capacity(self, policy, coming, most):
+    """The cache, grown if a row might have no slots for its next `coming` tokens.
+
+    Args:
+      coming: int [B], numpy, tokens that each row will read.
+      most: tokens of the longest text; a cache of so many slots never grows.
+    """
     lack = int((coming - jax.device_get(self.free_tokens(policy))).max())
     if lack <= 0 or self.slots >= most:
       return self
     return self.grow(max(min(rounded(max(self.slots + lack, int(self.slots * GROWTH))), rounded(most)), self.slots))
 
   def can_decide_late(self, policy: Policy) -> bool:
-    """Whether a single token's decisions may come after its layers."""
+    """Whether a decode step may pass its decisions to `commit` instead of `attend`."""
     return False
 
   def check(self, policy: Policy) -> None:
-    """Raises ValueError where `policy` has another window, or needs of a cache what this one was not made with."""
+    """Checks that the cache was made for a policy like `policy`.
+
+    Raises:
+      ValueError: the windows differ, or the names of the statistics.
+    """
     name = type(policy).__name__
     if policy.window != self.window:
       raise ValueError(f"policy window={policy.window}, but the cache has window={self.window}")
@@ -144,45 +230,50 @@ class Common:
 
 
 def rounded(slots: int) -> int:
-  """Up to a multiple of SLOTS."""
+  """`slots`, rounded up to a multiple of SLOTS."""
   return -(-slots // SLOTS) * SLOTS
 
 
 def storage_dtype(dtype) -> jnp.dtype:
-  """The dtype of the arrays in which a cache keeps numbers of `dtype`: uint16 for bfloat16 under `bits_storage`."""
+  """The dtype in which a cache stores numbers of `dtype`: uint16 for bfloat16 under `Execution.bits_storage`."""
   bits = dtype == jnp.bfloat16 and Execution.choose().bits_storage
   return jnp.dtype(jnp.uint16) if bits else jnp.dtype(dtype)
 
 
 def packed(rows: Float[Array, "*shape"], dtype) -> Shaped[Array, "*shape"]:
-  """Numbers as they are stored in `dtype`; with `unpacked` the one place that knows."""
+  """Numbers in the storage dtype `dtype`, where uint16 means the bits of bfloat16; `unpacked` is the inverse."""
   if dtype == jnp.uint16:
     return jax.lax.bitcast_convert_type(rows.astype(jnp.bfloat16), jnp.uint16)
   return rows.astype(dtype)
 
 
 def unpacked(rows: Shaped[Array, "*shape"]) -> Float[Array, "*shape"]:
-  """Rows as numbers again, where they are stored as bits."""
+  """Stored rows as numbers: uint16 is read as the bits of bfloat16, other dtypes are returned unchanged."""
   return jax.lax.bitcast_convert_type(rows, jnp.bfloat16) if rows.dtype == jnp.uint16 else rows
 
 
 def rows_of(k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], dtype) -> Shaped[Array, "B K T 2*H"]:
-  """Keys and values side by side, one row of 2H a token, heads first, in a cache's storage `dtype`."""
+  """One row a KV head and token, its key and then its value, in the storage dtype `dtype`."""
   return packed(jnp.swapaxes(jnp.concatenate([k, v], axis=-1), 1, 2), dtype)
 
 
 def group_mean(mass: Float[Array, "B K S"], q: Float[Array, "B T N H"]) -> Float[Array, "B K S"]:
-  """Attention summed over the query heads of each group, as their mean."""
+  """The mean over the G query heads of each KV head, from `mass`, their sum."""
   return mass * (mass.shape[1] / q.shape[2])
 
 
 def last_visible(evicted: Bool[Array, "B K S"], position: Int[Array, "B #K S"], window: int) -> Int[Array, "B K S"]:
-  """The last query position that sees a key: never evicted, or its position + W."""
+  """Position of the last query that sees each key: `position` + W if the key is evicted, else NEVER."""
   return jnp.where(evicted, position + window, NEVER)
 
 
 def count_reads(first: Array, last: Array, start: Int[Array, "B"], stop: Int[Array, "B"]) -> Int[Array, "B K"]:
-  """Visible (query, key) pairs for queries at positions start .. stop-1, keys [B, K, S] seen from first to last."""
+  """The number of (query, key) pairs in which the query sees the key.
+
+  Args:
+    first, last: int32 [B, K, S], positions of the first and the last query that see each key.
+    start, stop: the queries' positions are start .. stop - 1.
+  """
   low = jnp.maximum(first, start[:, None, None])
   high = jnp.minimum(last, stop[:, None, None] - 1)
   return jnp.sum(jnp.maximum(high - low + 1, 0), axis=-1, dtype=jnp.int32)

@@ -23,10 +23,15 @@ if TYPE_CHECKING:
 
 
 class Window(NamedTuple):
-  """The ring's tokens in the order of their positions, then the chunk's: X = W + 1 + T.
+  """The tokens of the ring in the order of their positions, then those of the chunk: X = W + 1 + T.
 
-  `position` int32 [B, X]; `real` bool [B, X]; `slot` int32 [B, X], of the ring; `rows` [B, K, X, 2H], as stored;
-  `evicted` bool [B, K, X]; `stays` bool [B, X]: in the window after the chunk.
+  Attributes:
+    position: int32 [B, X], in the text; below 0 before its first token.
+    real: bool [B, X], whether there is such a token.
+    slot: int32 [B, X], the token's slot of the ring.
+    rows: [B, K, X, 2H], keys and values in the storage dtype.
+    evicted: bool [B, K, X], the decision about the token; False where it is not known yet.
+    stays: bool [B, X], whether the token is in the window after the chunk.
   """
 
   position: Int[Array, "B X"]
@@ -51,13 +56,13 @@ def attend(
   ring_slot = jnp.where(window.stays, window.slot, slots)[:, None]
   flags = flags.at[rows, head, jnp.where(window.stays, window.slot, ring)[:, None]].set(window.evicted, mode="drop")
   if not policy.compacts:
-    # The cache is written before its archive is read: read before, XLA may copy the whole cache twice in every layer.
-    # The appended tokens lie behind the slots that count as archived here.
+    # Write before the archive is read: in the other order XLA may copy the whole cache twice in every layer. The read
+    # is the same, because appended tokens lie behind the `archived` slots that count below.
     to_archive = ring + archived[..., None] + jnp.cumsum(leaves, axis=-1) - 1
     carry = cache._written(carry, reserved, layer, jnp.where(leaves, to_archive, ring_slot), window.rows)
 
-  # The window before the archive: every key then has the same place whatever the size of the cache, sums keep their
-  # order, and the free slots come last.
+  # The window's keys come first. The place of a key then does not depend on the size of the cache, sums keep their
+  # order, and free slots come last.
   archive = cache._archive(carry, reserved, layer)
   keys = jnp.concatenate([unpacked(window.rows), archive], axis=2)
   in_archive = jnp.arange(slots - ring) < archived[..., None]
@@ -75,7 +80,7 @@ def attend(
 
   if policy.compacts:
     out, mass = out if weights is not None else (out, None)
-    # Archive first from here on, in the order of slots: that of the text, as long as nothing was overwritten.
+    # From here on the archive comes first, in slot order, which is text order unless archived tokens were overwritten.
     ordered = lambda of_window, of_archive: jnp.concatenate([of_archive, of_window], axis=2)
     mass = None if mass is None else group_mean(ordered(*_split(mass, window)), q)
     seen = Observation(
@@ -92,7 +97,7 @@ def attend(
       stats = {name: jnp.where(active, after, stats[name]) for name, after in policy.observe(stats, seen).items()}
     candidates = Candidates(stats, ordered(leaves, in_archive), stop, plan.remaining)
     stays = candidates.live & policy.compact(candidates)
-    # Attention reads the archive before the write: a read after it would copy the cache.
+    # The barrier makes attention read the archive before the write; a read after the write would copy the cache.
     out, stays, stats, carry = lax.optimization_barrier((out, stays, stats, carry))
     stays = jnp.where((plan.lengths > 0)[:, None, None], stays, candidates.live)
     moved = moves(stays, slots - ring)
@@ -115,13 +120,13 @@ def attend(
 
 
 def _split(x: Array, window: Window) -> tuple[Array, Array]:
-  """What is on axis 2 for the window's tokens, and for the archive's."""
+  """`x` [B, K, window then archive, ...], split on axis 2 into the window's part and the archive's."""
   count = window.real.shape[1]
   return x[:, :, :count], x[:, :, count:]
 
 
 def _window(cache: RingCache, plan: Plan, layer, carry: LayerCarry, flags, k, v, evict) -> Window:
-  """The ring's tokens and the chunk's, with what has been decided about them."""
+  """The tokens of the ring and of the chunk, with the decisions made about them so far."""
   ring, lag = cache.ring, cache.lag
   rows, head = jnp.arange(len(k))[:, None, None], jnp.arange(k.shape[2])[:, None]
   t, seen, stop = k.shape[1], plan.seen[:, None], (plan.seen + plan.lengths)[:, None]
@@ -129,7 +134,7 @@ def _window(cache: RingCache, plan: Plan, layer, carry: LayerCarry, flags, k, v,
   real = (position >= 0) & (position < stop)
   slot = position % ring
   from_ring = slot[:, None, :ring]
-  # The chunk's decisions, by the token they are about: the chunk's token c is number ring + c.
+  # `aligned` re-indexes the chunk's decisions by the token they are about; token c of the chunk is number ring + c.
   aligned = lambda x: jnp.pad(x, ((0, 0), (0, 0), (ring - lag, lag)))
   now = aligned((jnp.arange(t) < plan.lengths[:, None])[:, None])
   before = jnp.pad(flags[rows, head, from_ring], ((0, 0), (0, 0), (0, t)))

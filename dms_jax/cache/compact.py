@@ -1,7 +1,7 @@
 """Compaction: the archive after a chunk of a prompt, when a policy has said which tokens stay.
 
-An archived token that stays keeps its slot, as long as the archive still reaches that far; slots that become free are
-filled by the others, in order. So a token moves at most once, and live slots remain one prefix.
+After compaction the live slots are a prefix of the archive. An archived token whose slot lies in this prefix keeps it;
+the other tokens that stay fill the free slots in order. So a token moves at most once.
 """
 
 from __future__ import annotations
@@ -13,8 +13,12 @@ from jaxtyping import Array, Bool, Int
 
 @struct.dataclass
 class Moves:
-  """Where tokens go. `target` int32 [B, K, X]: the archive slot that each of X candidates moves to, A where it does not
-  move or is forgotten. `archived` int32 [B, K]: tokens in the archive afterwards."""
+  """The moves of a compaction.
+
+  Attributes:
+    target: int32 [B, K, X], the archive slot that each of X candidates moves to; A for one that does not move.
+    archived: int32 [B, K], tokens in the archive afterwards.
+  """
 
   target: Int[Array, "B K X"]
   archived: Int[Array, "B K"]
@@ -24,7 +28,9 @@ def moves(stays: Bool[Array, "B K X"], slots: int) -> Moves:
   """The moves after which the tokens that stay fill the first slots of an archive.
 
   Args:
-    stays: X candidates, of which the first A = `slots` lie in the archive, in its order, and the others enter it.
+    stays: whether each of X candidates stays. The first A candidates are the archive's slots in order, the others are
+      tokens that would enter it.
+    slots: A, the archive's slots.
   """
   b, k, count = stays.shape
   archived = jnp.sum(stays, axis=-1, dtype=jnp.int32)

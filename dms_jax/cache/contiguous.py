@@ -1,4 +1,4 @@
-"""ContiguousCache: ring and archive in one array, as many slots in every head as the fullest needs."""
+"""ContiguousCache: ring and archive in one array, with the same number of slots in every head."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ from pallas_kernels.paged.pages import Pages
 
 @struct.dataclass
 class ContiguousCache(RingCache):
-  """`kv` [L, B, K, S, 2H]: ring, then archive."""
+  """`kv` [L, B, K, S, 2H] holds the ring in slots 0 .. W, then the archive."""
 
   @classmethod
   def create(cls, layers, batch, heads, head_dim, *, capacity, policy, lag, dtype):
-    """An empty cache whose heads hold at most `capacity` tokens each, the ring's W + 1 included."""
+    """An empty cache.
+
+    Args:
+      capacity: slots a head, the ring's W + 1 included; fewer than W + 1 are rounded up to it.
+      policy, lag, dtype: see `cache.create`.
+    """
     ring, page, lead, dtype = policy.window + 1, policy.page, (layers, batch, heads), storage_dtype(dtype)
     cache = cls(
       kv=jnp.zeros((*lead, ring, 2 * head_dim), dtype), evicted=jnp.zeros((*lead, ring), bool),
@@ -29,7 +34,11 @@ class ContiguousCache(RingCache):
     return cache.grow(max(capacity, ring))
 
   def grow(self, slots: int) -> ContiguousCache:
-    """The same cache with `slots` slots a head (rounded up to whole pages), for a row that has no room left."""
+    """The same cache with `slots` slots a head, rounded up to whole pages if the policy selects pages.
+
+    Raises:
+      ValueError: the cache has more slots.
+    """
     if slots < self.slots:
       raise ValueError(f"cannot shrink a cache of {self.slots} slots a head to {slots}")
     extra = slots - self.slots
@@ -66,7 +75,7 @@ class ContiguousCache(RingCache):
     return (out[0], out[1][0]) if mass else (out, None)
 
   def _attended_pages(self, carry, reserved, layer, q, in_ring, order, length):
-    # The cache's own slots are a pool of pages: a head's ring first, then its archive.
+    # `kv`, reshaped, is a pool of pages: those of a head are its ring's, then its archive's.
     _, b, k, slots, width = carry.kv.shape
     page, first = self.page, self.ring // self.page
     pairs = ((layer * b + jnp.arange(b)[:, None]) * k + jnp.arange(k)).astype(jnp.int32)

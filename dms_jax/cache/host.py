@@ -1,8 +1,8 @@
-"""Host copies of rows: what one row of a cache holds, as numpy arrays.
+"""Host copies of rows: the content of one row of a cache, as numpy arrays.
 
-A host copy is a conversation to be saved, or a preempted row. It is restored bit by bit into any cache with free slots:
-of another size, at another row, with pages of another size, from contiguous slots into pages and back. Only masked
-caches, which keep what was evicted, exchange rows with masked caches alone.
+Conversations on disk and preempted rows are host copies. A host copy is restored bit for bit into any cache with free
+slots: one of another size, at another row, with pages of another size, from contiguous slots into pages and back.
+Masked caches are the exception: they keep evicted tokens, so they exchange rows with masked caches alone.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ class HostRow:
 
   Attributes:
     kv: [L, K, W+1, 2H], the ring in the cache's storage dtype; of a masked cache all tokens seen.
-    evicted: bool, of the tokens in `kv`.
+    evicted: bool [L, K, W+1], decisions about the tokens in `kv`; of a masked cache about all tokens seen.
     archived: int32 [L, K], tokens in each archive; 0 for a masked cache.
     seen: int32 [], tokens of the text.
-    pages: [n, page, 2H], the archives' pages, those of layer 0 and head 0 first.
-    scales: float32 [n, page, 2] of quantised pages, else None.
+    pages: [n, page, cells], pages of all archives, layer by layer and head by head, in the pool's format.
+    scales: float32 [n, page, 2], for key and value in a quantised format, else None.
     stats: float32 [L, K, S] each, the policy's statistics of the slots in use.
-    summaries: [L, K, M, 2H] of the pages in use, for a policy that selects pages, else None.
+    summaries: [L, K, M, 2H], summaries of the pages in use, for a policy that selects pages, else None.
+    window, lag: those of the cache.
     page: slots of a page of a policy that selects pages, else 0.
+    masked: whether the row comes from a masked cache.
   """
 
   kv: np.ndarray
@@ -63,7 +65,7 @@ class HostRow:
     return self.pages.shape[1]
 
   def repaged(self, size: int) -> HostRow:
-    """The same row in pages of `size` slots; 1 keeps live slots alone."""
+    """The same row in pages of `size` slots; with 1, `pages` holds the live slots and no others."""
     if size == self.page_size:
       return self
     counts = self.archived.ravel()
@@ -78,14 +80,19 @@ class HostRow:
 
 
 def live_slots(counts: Shaped[np.ndarray, "heads"], page: int) -> Bool[np.ndarray, "slots"]:
-  """Marks the slots in use, of the pages of all heads one after another; head i has `counts[i]` tokens."""
+  """Which slots are in use when the pages of all heads lie one after another.
+
+  Args:
+    counts: tokens of each head.
+    page: slots of a page.
+  """
   slots = -(-counts // page) * page
   place = np.arange(slots.sum()) - np.repeat(np.cumsum(slots) - slots, slots)
   return place < np.repeat(counts, slots)
 
 
 def offload_row(cache: Cache, row: int) -> HostRow:
-  """A host copy of a row; the cache stays as it is."""
+  """A host copy of row `row`; the cache is unchanged."""
   get = lambda x: np.asarray(jax.device_get(x[:, row]))
   same = dict(seen=np.asarray(cache.seen[row]), window=cache.window, lag=cache.lag)
   if isinstance(cache, MaskedCache):
@@ -118,7 +125,7 @@ def offload_row(cache: Cache, row: int) -> HostRow:
 
 
 def check_fits(cache: Cache, stored: HostRow) -> None:
-  """Compares everything but the row's size.
+  """Checks that a stored row fits `cache` in everything but its size.
 
   Raises:
     ValueError: the row is of another model, window, policy or kind of cache.
@@ -138,10 +145,16 @@ def check_fits(cache: Cache, stored: HostRow) -> None:
 
 
 def restore_row(cache: Cache, row: int, stored: HostRow) -> tuple[Cache, bool]:
-  """Puts a host copy into an empty row of `cache`; False where a pool has too few free pages: the cache is unchanged.
+  """Writes a host copy into row `row`, which must be empty.
+
+  Args:
+    cache: donated if the row is written.
+
+  Returns:
+    (cache, whether the row was written). A pool with too few free pages leaves the cache unchanged.
 
   Raises:
-    ValueError: a row of another model, window, archive or policy; or too long for a head of the cache.
+    ValueError: the row is of another model, window, archive format or policy, or too long for a head of the cache.
   """
   check_fits(cache, stored)
   if isinstance(cache, MaskedCache):
@@ -164,14 +177,14 @@ def restore_row(cache: Cache, row: int, stored: HostRow) -> tuple[Cache, bool]:
     return _restored(cache, jnp.int32(row), {**fields, "kv": slots}, stored.seen), True
   if int(cache.table.pool.count) < used.sum():
     return cache, False
-  # Pages are in the order of heads, as `offload_row` leaves them; padded, so that few shapes are compiled.
+  # `offload_row` ordered the pages by head. They are padded to a power of two, so that few shapes are compiled.
   pad = lambda x: None if x is None else _fitted(x, 0, _power_of_two(len(x)))
   fields["kv"] = _fitted(stored.kv, 2, cache.kv.shape[3])
   return _restored_pages(cache, jnp.int32(row), fields, stored.seen, used, pad(stored.pages), pad(stored.scales)), True
 
 
 def _fitted(x: np.ndarray, axis: int, size: int) -> np.ndarray:
-  """`x` with zeros added to `axis`, or its end cut off, so that it is `size` long."""
+  """`x` with `axis` made `size` long: padded with zeros, or cut at its end."""
   widths = [(0, 0)] * x.ndim
   widths[axis] = (0, max(size - x.shape[axis], 0))
   return np.take(np.pad(x, widths), np.arange(size), axis=axis) if x.shape[axis] > size else np.pad(x, widths)

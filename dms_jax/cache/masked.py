@@ -1,4 +1,7 @@
-"""MaskedCache: keeps every token and masks what was evicted. Frees nothing; the oracle, and the tool for ablations."""
+"""MaskedCache: keeps every token and masks the evicted ones.
+
+It frees no memory. It is the reference of the other caches, and the cache for ablations.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +25,20 @@ from dms_jax.policies import Candidates, Leaving, Observation
 
 @struct.dataclass
 class MaskedCache(Common):
-  """Slot = position. `kv` [L, B, K, S, 2H], `evicted` bool [L, B, K, S], `seen` int32 [B].
+  """The token at position t lies in slot t. `kv` is [L, B, K, S, 2H], `evicted` bool [L, B, K, S].
 
-  The archive of a policy is whatever left the window and is not evicted; a token that another takes the place of is
-  evicted. Pages to select from are pages of the text, so a policy that selects must keep everything.
+  A policy's archive is the set of tokens that left the window and are not evicted. A policy that overwrites an archived
+  token evicts it here. A policy that selects pages must keep every token, because pages are runs of positions here.
   """
 
   @classmethod
   def create(cls, layers, batch, heads, head_dim, *, capacity, policy, lag, dtype):
-    """An empty cache for `capacity` tokens a row."""
+    """An empty cache.
+
+    Args:
+      capacity: S, tokens a row.
+      policy, lag, dtype: see `cache.create`.
+    """
     shape = (layers, batch, heads, capacity)
     return cls(
       kv=jnp.zeros((*shape, 2 * head_dim), storage_dtype(dtype)),
@@ -48,11 +56,15 @@ class MaskedCache(Common):
     return self.evicted
 
   def free_tokens(self, policy):
-    """Tokens each row can take, int32 [B]."""
+    """Tokens that each row can take, int32 [B]: its free slots."""
     return self.slots - self.seen
 
   def grow(self, slots: int) -> MaskedCache:
-    """The same cache with room for `slots` tokens a row."""
+    """The same cache with slots for `slots` tokens a row.
+
+    Raises:
+      ValueError: the cache has more slots.
+    """
     extra = slots - self.slots
     if extra < 0:
       raise ValueError(f"cannot shrink a cache of {self.slots} tokens a row to {slots}")
@@ -78,7 +90,7 @@ class MaskedCache(Common):
     return plan.replace(placement=self._dropped(policy, plan)) if policy.stats else plan
 
   def _dropped(self, policy, plan):
-    """The tokens that end at this step, int32 [L, B, K, 2]: the one leaving the window, an archived one; S is none."""
+    """Slots evicted by a decode step, int32 [L, B, K, 2]: the leaving token's, or the one it overwrites; S is none."""
     left = (self.seen - self.window - 1)[:, None]
     at = jnp.broadcast_to(left[..., None], (*self.evicted.shape[:3], 1))
     of_left = lambda x: jnp.take_along_axis(x, at, axis=-1, mode="clip")[..., 0]
@@ -105,7 +117,7 @@ class MaskedCache(Common):
     real = token < plan.lengths[:, None]
     slot = jnp.where(real, position, slots)[:, None]
     kv = kv.at[layer, rows, head, slot].set(rows_of(k, v, kv.dtype), mode="drop")
-    state = state.at[rows, head, slot].set(jnp.zeros_like(evict), mode="drop")  # what comes in is not decided yet
+    state = state.at[rows, head, slot].set(jnp.zeros_like(evict), mode="drop")  # new tokens are undecided
     about = jnp.where(real & (position >= self.lag), position - self.lag, slots)[:, None]
     state = state.at[rows, head, about].set(evict, mode="drop")
     if plan.placement is not None:
@@ -149,7 +161,7 @@ class MaskedCache(Common):
     return out, (kv, stats), state, Usage(live, count_reads(first, last, plan.seen, stop))
 
   def _selected(self, policy, layer, keys, stop, q):
-    """Which tokens are in the window, or in a page of older ones that the policy selects: bool [B, K, S]."""
+    """Which tokens a query reads, bool [B, K, S]: the window, and older tokens in a page that the policy selects."""
     b, heads, slots, h = keys.shape
     left = (stop - self.window - 1)[:, None, None]  # tokens before this one have left the window
     pages = -(-slots // policy.page)

@@ -1,9 +1,9 @@
 """PagedCache: rings in one array, archives in pages of a pool that layers, heads and rows share.
 
-Heads keep very different amounts, and so do rows: a head takes a page when its last one is full, and only then. Which
-page holds what is a table [L, B, K, M] of numbers into the pool [P, page, 2H]; the pages that a step needs are handed
-out before its layers, for all heads at once, and what a chunk of a prompt did not need it gives back at its end. Rows
-come and go between compiled calls: see `cache.rows`.
+Heads and rows hold very different numbers of tokens, so a head takes another page only when its last one is full. A
+table, int32 [L, B, K, M], lists the pages of each head by their numbers in the pool [P, page, cells]. Before the layers
+of a step every head gets the pages that it may need; pages that a chunk of a prompt did not need go back to the pool
+after its layers. `cache.rows` copies, frees and forks rows between compiled calls.
 """
 
 from __future__ import annotations
@@ -22,28 +22,40 @@ from dms_jax.cache.ring import RingCache
 from pallas_kernels.paged.format import FORMATS, PageFormat, format_of, scale_places
 from pallas_kernels.paged.pages import Pages, pages_at, places
 
-ENDLESS = 2**24  # tokens: more than any text has
-# Slots that a ring is allocated in: of another number, XLA lays the array out with other axes inmost on v4, v5p and
-# tpu7x, and copies all rings each step.
+ENDLESS = 2**24  # tokens, for a text of any length
+# The slots of a ring are a multiple of TILE. With other numbers XLA makes another axis the innermost one on TPU v4, v5p
+# and tpu7x, and copies all rings in each step.
 TILE = 16
-SHAPES = 2  # a pool grows to a multiple of so many pages a head: each new shape is a compilation
+SHAPES = 2  # a pool grows to a multiple of SHAPES pages a head, because each new shape is a compilation
 
 
 @struct.dataclass
 class Store:
-  """The pool's contents: `pages` [P, page, 2H], and `scales` if they are quantised, as in `pallas_kernels` `Pages`."""
+  """The contents of the pool.
+
+  Attributes:
+    pages: [P, page, cells], in the dtype of the page format.
+    scales: float32 [P, 1, 2 * page], of each slot's key and value; None for a format without scales.
+  """
 
   pages: jax.Array
   scales: jax.Array | None
 
   @property
   def format(self) -> PageFormat:
+    """The page format, recognised by the dtype of `pages`."""
     return format_of(self.pages.dtype)
 
 
 @struct.dataclass
 class Table:
-  """Who owns what: `pages` int32 [L, B, K, M], of which the first `owned` [L, B, K] are; `pool` has the others."""
+  """The pages of each head.
+
+  Attributes:
+    pages: int32 [L, B, K, M], page numbers; the first `owned` of a head are its own, the others mean nothing.
+    owned: int32 [L, B, K], pages of each head.
+    pool: the free pages, and the number of owners of each page.
+  """
 
   pages: jax.Array
   owned: jax.Array
@@ -52,7 +64,10 @@ class Table:
 
 @struct.dataclass
 class PagedCache(RingCache):
-  """`kv` [L, B, K, R, 2H] is the rings alone, R = W+1 up to whole tiles; archives lie in `store`, as `table` says."""
+  """`kv` [L, B, K, R, 2H] holds the rings, R = W + 1 rounded up to a multiple of TILE.
+
+  Archives lie in the pages of `store`; `table` lists the pages of each head.
+  """
 
   store: Store
   table: Table
@@ -66,9 +81,10 @@ class PagedCache(RingCache):
     """An empty cache.
 
     Args:
-      capacity: tokens a head, ring included, that the pool has pages for on the average of all heads and rows.
-      longest: the most that one head may hold; default `capacity`.
-      page_size: slots a page; default the policy's, else the format's.
+      capacity: slots a head, the ring included, averaged over heads and rows; it sets the number of pages.
+      policy, lag, dtype: see `cache.create`.
+      longest: the most slots that one head may hold, the ring included; default `capacity`.
+      page_size: slots of a page; default the policy's, else the format's.
       page_format: a key of `pallas_kernels.paged.FORMATS`: "int8" and "float8" store the archive in 8 bits, with a
         scale for each key and value. Rings are never quantised.
 
@@ -95,6 +111,7 @@ class PagedCache(RingCache):
 
   @property
   def slots(self) -> int:
+    """The most slots that a head may hold: its ring, and all places of its table."""
     return self.ring + self.table.pages.shape[3] * self.page_size
 
   @property
@@ -103,6 +120,7 @@ class PagedCache(RingCache):
     return self.table.pool.pages
 
   def bytes_live(self) -> int:
+    """Bytes of the keys and values held, with their scales; pages shared by rows count for each row."""
     in_ring = int(jnp.sum(jnp.minimum(self.seen, self.ring))) * self.archived.size // self.seen.size
     return in_ring * self.slot_bytes + int(jnp.sum(self.archived)) * self._archive_slot_bytes
 
@@ -122,7 +140,11 @@ class PagedCache(RingCache):
     return self.nbytes - self.pages * self.page_bytes
 
   def grow(self, slots: int) -> PagedCache:
-    """The same cache whose heads may hold `slots` slots each; the pool is as it was."""
+    """The same cache whose heads may hold `slots` slots each; the pool is unchanged.
+
+    Raises:
+      ValueError: heads may hold more slots already.
+    """
     if slots < self.slots:
       raise ValueError(f"cannot shrink a cache of {self.slots} slots a head to {slots}")
     more = -(-(slots - self.slots) // self.page_size)
@@ -134,19 +156,32 @@ class PagedCache(RingCache):
     )
 
   def with_capacity(self, capacity, longest):
+    """The same tokens with a pool for `capacity` slots a head on average, and tables for `longest` slots a head.
+
+    Raises:
+      ValueError: the pool has more pages than `capacity` needs.
+    """
     pages = self.archived.size * max(-(-(capacity - self.ring) // self.page_size), 1)
     if pages < self.pages:
       raise ValueError(f"capacity={capacity} is below the {self.pages} pages of {self.page_size} slots there are")
     return self.grow(max(capacity, longest, self.ring + 1, self.slots)).with_pages(pages)
 
   def with_pages(self, pages: int) -> PagedCache:
-    """The same cache with a pool of `pages` pages, no fewer than now."""
+    """The same cache with a pool of `pages` pages.
+
+    Raises:
+      ValueError: the pool has more pages.
+    """
     pool = self.table.pool.grow(pages)
     pad = lambda x: jnp.pad(x, ((0, pages - x.shape[0]), (0, 0), (0, 0)))
     return self.replace(store=jax.tree.map(pad, self.store), table=self.table.replace(pool=pool))
 
   def free_tokens(self, policy):
-    """Tokens each row can surely take, int32 [B], whatever the other rows take: free pages are shared out evenly."""
+    """Tokens that each row can take for certain, int32 [B], whatever the other rows take.
+
+    Each head counts on its own pages and an equal share of the free ones. A row whose policy never needs more slots
+    than these can take ENDLESS tokens.
+    """
     layers, batch, heads = self.archived.shape
     places = jnp.minimum(
       self.table.owned + self.table.pool.count // (layers * batch * heads), self.table.pages.shape[3]
@@ -157,7 +192,11 @@ class PagedCache(RingCache):
     return jnp.where(bounded, ENDLESS, room)
 
   def ensure_capacity(self, policy, coming, most):
-    """A pool that lacks pages doubles, but takes no more than the whole text will need at the rate kept so far."""
+    """The cache with pages for the next `coming` tokens of each row, numpy int [B].
+
+    A pool that lacks pages takes the lacking ones or doubles, whichever is more. It stops doubling at the pages that
+    all rows will need for `most` tokens each, if every head keeps tokens at its rate so far.
+    """
     cache, size, ring = self.grow(max(rounded(most), self.slots)), self.page_size, self.ring
     archived, owned, seen, free = jax.device_get((self.archived, self.table.owned, self.seen, self.table.pool.count))
     bound = (
@@ -195,7 +234,7 @@ class PagedCache(RingCache):
   def commit(self, plan, carry, states, evict=None):
     cache = super().commit(plan, carry, states, evict)
     table, store = plan.placement.reserved, carry.archive
-    if plan.placement.step is None:  # a chunk takes pages as if it evicted nothing
+    if plan.placement.step is None:  # a chunk has taken pages as if it evicted nothing
       used = -(-cache.archived // self.page_size)
       place = jnp.arange(table.pages.shape[3])
       idle = (place >= used[..., None]) & (place < table.owned[..., None])
@@ -212,10 +251,10 @@ class PagedCache(RingCache):
     return self._ringed(carry.replace(archive=store), layer, newest[..., None], enters[:, :, None])
 
   def _ringed(self, carry, layer, target: Int[Array, "B K X"], rows: Shaped[Array, "B K X width"]):
-    """`carry` with rows in the ring's slots `target`; what is past them: nowhere."""
+    """`carry` with rows written to the ring; rows whose slot `target` is past the ring are dropped."""
     b, k, _ = target.shape
     row, head = jnp.arange(b)[:, None, None], jnp.arange(k)[:, None]
-    in_ring = jnp.where(target < self.ring, target, carry.kv.shape[3])  # what is not is past its end
+    in_ring = jnp.where(target < self.ring, target, carry.kv.shape[3])  # others point past the end of `kv`
     return carry.replace(kv=carry.kv.at[layer, row, head, in_ring].set(rows, mode="drop"))
 
   def _moved(self, carry, reserved, target, rows):
@@ -226,7 +265,7 @@ class PagedCache(RingCache):
     self, store: Store, table: Int[Array, "*n M"], target: Int[Array, "*n X"], rows: Shaped[Array, "*n X width"],
     in_order: bool = True,
   ) -> Store:  # fmt: skip
-    """`store` with rows in the archive's slots `target`; what is in the ring, or past the last slot: nowhere."""
+    """`store` with rows written to the archive; a slot `target` in the ring or past the last slot is dropped."""
     slots = target - self.ring
     cells, scales = store.format.encode(rows)
     store = store.replace(pages=write_pages(store.pages, table, slots, cells, in_order=in_order))
@@ -265,7 +304,7 @@ class PagedCache(RingCache):
 
 
 def _granted(asked: Int[Array, "B"], free: Int[Array, ""]) -> Bool[Array, "B"]:
-  """Rows that get the pages they ask for: the first ones as long as pages last, then those that what is left fits."""
+  """Which rows get all pages they ask for: rows in order while pages last, then later rows that still fit."""
   granted = jnp.cumsum(asked) <= free
   left = free - jnp.sum(jnp.where(granted, asked, 0))
   fitting = jnp.where(granted | (asked > left), 0, asked)

@@ -1,7 +1,7 @@
 """The owners of a pool's pages: a stack of free pages and a count of owners a page, in the graph.
 
-Nothing here knows what a page holds. `PagedCache` keeps the pages; a page is shared where chains of one prompt refer to
-it, and is free again when its last owner has let go.
+This module counts pages by number; `PagedCache` stores what they hold. Chains of one prompt share its full pages, so a
+page may have several owners. A page without owners is free.
 """
 
 from __future__ import annotations
@@ -14,7 +14,13 @@ from jaxtyping import Array, Bool, Int
 
 @struct.dataclass
 class Pool:
-  """`free` int32 [P], of which the first `count` (int32 []) are the free pages; `owners` int32 [P], 0 where free."""
+  """Free pages and owners.
+
+  Attributes:
+    free: int32 [P], a stack of page numbers; its first `count` entries are the free pages.
+    count: int32 [], free pages.
+    owners: int32 [P], owners of each page, 0 for a free page.
+  """
 
   free: jax.Array
   count: jax.Array
@@ -27,21 +33,29 @@ class Pool:
 
   @property
   def pages(self) -> int:
-    """P, also the number that stands for no page."""
+    """P, the number of pages. As a page number, P means no page."""
     return self.free.shape[0]
 
   def grow(self, pages: int) -> Pool:
-    """The same pool with `pages` pages, the new ones free."""
+    """The same pool with `pages` pages, the new ones free.
+
+    Raises:
+      ValueError: the pool has more pages.
+    """
     extra = pages - self.pages
     if extra < 0:
       raise ValueError(f"cannot shrink a pool of {self.pages} pages to {pages}")
-    # New pages go below the free ones of the stack, so that the old ones are handed out first.
+    # New pages go below the free pages on the stack, so that free pages with lower numbers are handed out first.
     new = jnp.arange(self.pages, pages, dtype=jnp.int32)[::-1]
     return Pool(jnp.concatenate([new, self.free]), self.count + extra, jnp.pad(self.owners, (0, extra)))
 
 
 def take(pool: Pool, wanted: Bool[Array, "*slots"]) -> tuple[Pool, Int[Array, "*slots"]]:
-  """Hands out one page for each True, in order; P where none was wanted, or where none was left."""
+  """Takes one free page for each True of `wanted`, in order.
+
+  Returns:
+    (pool, page numbers int32), P where no page was wanted or none was left.
+  """
   rank = jnp.cumsum(wanted.ravel(), dtype=jnp.int32).reshape(wanted.shape) - 1
   given = wanted & (rank < pool.count)
   pages = jnp.where(given, pool.free[jnp.clip(pool.count - 1 - rank, 0, pool.pages - 1)], pool.pages)
@@ -50,12 +64,12 @@ def take(pool: Pool, wanted: Bool[Array, "*slots"]) -> tuple[Pool, Int[Array, "*
 
 
 def share(pool: Pool, pages: Int[Array, "*slots"]) -> Pool:
-  """One more owner for each of `pages`, as often as it stands there; P is no page."""
+  """Adds an owner to a page for each time that `pages` lists it; P is ignored."""
   return pool.replace(owners=pool.owners.at[pages.ravel()].add(1, mode="drop"))
 
 
 def give_back(pool: Pool, pages: Int[Array, "*slots"]) -> Pool:
-  """One owner less for each of `pages`; those without any are free again. P is no page."""
+  """Removes an owner from a page for each time that `pages` lists it; a page without owners is free. P is ignored."""
   left = jnp.zeros_like(pool.owners).at[pages.ravel()].add(1, mode="drop")
   owners = pool.owners - left
   freed = (left > 0) & (owners == 0)

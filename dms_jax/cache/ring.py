@@ -1,16 +1,16 @@
-"""Shared by caches with a window ring and an archive, which free the memory of evicted tokens.
+"""RingCache: the base of caches with a window ring and an archive, which free evicted tokens.
 
 Each (layer, row, KV head) has S = W + 1 + A slots:
 
     [ ring: W + 1 slots, token t in slot t mod (W + 1) | archive: tokens kept as they left the ring ]
 
-An append-only archive is in the order of positions; a policy may also overwrite archived tokens. Keys are stored after
-RoPE, so the order of slots does not matter, and live slots are always one prefix. Where a policy selects pages, ring
-and archive consist of whole pages.
+The live slots of a ring and of an archive are a prefix of it. Archived tokens are in the order of their positions,
+unless a policy overwrites some. Attention does not depend on the order of slots, because keys are stored after RoPE. If
+a policy selects pages, ring and archive consist of whole pages.
 
-Slots are numbered as above in every memory layout: `contiguous.ContiguousCache` has ring and archive in one array,
-`paged.PagedCache` has its archives in pages. The last methods of the class are all that differs. Chunks of a prompt are
-in `chunk`.
+Both memory layouts number slots this way: `contiguous.ContiguousCache` stores ring and archive in one array,
+`paged.PagedCache` stores archives in pages. A layout defines the methods at the end of `RingCache`. `chunk` attends for
+chunks of a prompt.
 """
 
 from __future__ import annotations
@@ -29,16 +29,20 @@ from dms_jax.policies import Leaving, Observation
 
 @struct.dataclass
 class Step:
-  """Where the token that leaves the ring goes, [L, B, K] each, before this step's own decisions are known."""
+  """Where the token that leaves each ring goes, [L, B, K], planned before this step's own decisions are known."""
 
-  target: jax.Array  # the slot it moves to; past the end where it is forgotten
-  grows: jax.Array  # whether that slot is a new one
+  target: jax.Array  # int32, the slot that the token moves to; S if it is forgotten
+  grows: jax.Array  # bool, whether the move adds a slot to the archive
 
 
 @struct.dataclass
 class Placement:
-  """What a plan fixes for this kind of cache. `step`: of a decode step, None for a chunk. `reserved`: memory set aside
-  for new slots."""
+  """`Plan.placement` of a cache with a ring.
+
+  Attributes:
+    step: the leaving tokens of a decode step; None for a chunk.
+    reserved: the memory of new slots: the `Table` of a paged cache, None for a contiguous one.
+  """
 
   step: Step | None
   reserved: Any
@@ -48,8 +52,12 @@ class Placement:
 class LayerCarry:
   """The arrays carried through the layers.
 
-  `kv` [L, B, K, S or W+1, 2H] begins with the ring; `stats` [L, B, K, S] each; `summaries` [L, B, K, A / page, 2H];
-  `archive` where it is not in `kv`. `leaving` [L, B, K, 2H]: the token that leaves the ring, for a list of layers.
+  Attributes:
+    kv: [L, B, K, S, 2H], the ring and then the archive; [L, B, K, R, 2H], the ring alone, if archives lie in pages.
+    stats: float32 [L, B, K, S] each.
+    summaries: [L, B, K, A / page, 2H], for a policy that selects pages, else None.
+    archive: the pages' `Store`, if archives lie in pages, else None.
+    leaving: [L, B, K, 2H], the rows that leave the rings; only if the model's layers are a list.
   """
 
   kv: jax.Array
@@ -61,9 +69,14 @@ class LayerCarry:
 
 @struct.dataclass
 class RingCache(Common):
-  """`kv` begins with the ring; `evicted` bool [L, B, K, W+1], decisions about its tokens; `archived` int32 [L, B, K].
+  """A cache with a ring of W + 1 slots and an archive of A slots for each (layer, row, KV head).
 
-  `summaries` [L, B, K, A / page, 2H]: of the archive's pages of `page` slots, where the policy selects.
+  Attributes:
+    kv: begins with the ring.
+    evicted: bool [L, B, K, W+1], decisions about the ring's tokens.
+    archived: int32 [L, B, K], tokens in each archive.
+    summaries: [L, B, K, A / page, 2H], of the archive's pages, for a policy that selects pages, else None.
+    page: slots of such a page, else 0.
   """
 
   archived: jax.Array
@@ -72,9 +85,11 @@ class RingCache(Common):
 
   @property
   def ring(self) -> int:
+    """Slots of the ring, W + 1."""
     return self.window + 1
 
   def check(self, policy):
+    """Also compares the pages that the policy selects; see `Common.check`."""
     super().check(policy)
     if policy.page != self.page:
       raise ValueError(f"{type(policy).__name__} selects pages of {policy.page} slots, the cache has {self.page}")
@@ -90,7 +105,7 @@ class RingCache(Common):
     return jnp.minimum(self.seen, self.ring)[:, None] + self.archived
 
   def free_tokens(self, policy):
-    """Tokens each row can surely take, int32 [B]: all of them kept, or as the policy bounds what it keeps."""
+    """Tokens that each row can take for certain, int32 [B]: as if all were kept, or more by the policy's `reach`."""
     free = self.slots - self.ring - jnp.max(self.archived, axis=(0, 2))
     return jnp.maximum(free + jnp.maximum(self.ring - self.seen, 0), policy.reach(self.slots) - self.seen)
 
@@ -113,9 +128,9 @@ class RingCache(Common):
     return Plan(self.seen, jnp.where(fits, lengths, 0), ~fits, remaining, Placement(None, reserved))
 
   def _foreseen(self, policy, position):
-    """The decisions about tokens at `position` [B, X] known before the layers run, as `evicted` bool [L, B, K, X].
+    """The decisions about tokens at `position` int32 [B, X] that are known before the layers run, bool [L, B, K, X].
 
-    A decision that a layer will compute counts as "keep".
+    A decision that a layer of this step will compute counts as "keep".
     """
     layers, *_ = lead = self.archived.shape
     shape = (*lead, position.shape[1])
@@ -147,7 +162,7 @@ class RingCache(Common):
   # In a layer ---------------------------------------------------------------------------------------------------------
 
   def _decided_ahead(self, policy) -> bool:
-    """Whether the decision about the token that leaves the ring was made in an earlier step: not where W < lag."""
+    """Whether an earlier step decided about the token that leaves the ring: if W >= lag, or nothing is evicted."""
     return self.window >= self.lag or not policy.evicts
 
   def can_decide_late(self, policy):
@@ -173,12 +188,14 @@ class RingCache(Common):
     newest = jnp.broadcast_to(jnp.where(active[:, None], slot, slots), target.shape)
     new = rows_of(k, v, carry.kv.dtype)
     if known and isinstance(layer, int):
-      # Layers in a list: what leaves them all moves at once, before the first. A step on a GPU is many small kernels.
+      # Layers are a list: one write before the first layer moves the leaving tokens of all layers. This saves kernels:
+      # a step on a GPU is many small ones.
       if layer == 0:
         lead = jnp.ix_(*(jnp.arange(n) for n in step.target.shape))
         leaving = jax.lax.optimization_barrier(carry.kv[(*lead, slot)])
         carry = self._moved(carry.replace(leaving=leaving), reserved, step.target, leaving)
-      # Written by rows that sit out, too: so that it comes after what leaves has been read, and needs no copy of all.
+      # Stalled rows write, too: their old row. So the write depends on the read of `leaving`, follows it, and needs no
+      # copy of the cache.
       stays = jnp.where(active[:, None, None], new[:, :, 0], carry.leaving[layer])
       carry = carry.replace(kv=carry.kv.at[layer, rows, head, slot].set(stays, unique_indices=True))
     else:
@@ -206,7 +223,7 @@ class RingCache(Common):
     return out[:, None], carry, (archived, decided), Usage(live, jnp.where(active[:, None], read, 0))
 
   def _observed(self, plan, policy, layer, carry, reserved, in_ring, archived, q, mass):
-    """`carry` with the statistics that a decode step of one layer leaves."""
+    """`carry` with the statistics of one layer after `policy.observe` in a decode step."""
     index, keys = jnp.arange(self.slots), None
     if "keys" in policy.observes:
       own = unpacked(carry.kv[layer, :, :, : self.ring])
@@ -223,7 +240,7 @@ class RingCache(Common):
     return carry.replace(stats={name: stat.at[layer].set(after[name]) for name, stat in carry.stats.items()})
 
   def _summarised(self, policy, layer, carry, reserved, archived, page):
-    """`carry` with the summary of archive page `page` [B, K] renewed; past the end: of none."""
+    """`carry` with the summary of archive page `page` int32 [B, K] recomputed; a number past the end is ignored."""
     rows, head = jnp.arange(page.shape[0])[:, None], jnp.arange(page.shape[1])
     index = page[..., None] * self.page + jnp.arange(self.page)
     keys = self._archive_at(carry, reserved, layer, index)
@@ -244,7 +261,7 @@ class RingCache(Common):
       jnp.arange(pages) < used[..., None],
       stop,
     )
-    # Of the archive's pages the last alone may be partly filled; it comes last, if it is chosen at all.
+    # Only the archive's last page may be partly filled; if it is chosen, it is the last chosen page in `order`.
     order = jnp.argsort(~chosen, axis=-1).astype(jnp.int32)
     partial = jnp.any(chosen & (jnp.arange(pages) == used[..., None] - 1), axis=-1)
     free = jnp.where(partial, used * self.page - archived, 0)
@@ -253,7 +270,7 @@ class RingCache(Common):
     return self._attended_pages(carry, reserved, layer, q[:, 0], in_ring, order, length), in_ring + length
 
   def _all_summarised(self, policy, layer, carry, reserved, archived):
-    """`carry` with the summaries of all pages of a layer renewed, as after a chunk."""
+    """`carry` with the summaries of all archive pages of a layer recomputed, as a chunk requires."""
     b, heads = archived.shape
     keys = self._archive(carry, reserved, layer)
     keys = keys[..., : keys.shape[-1] // 2].reshape(b, heads, -1, self.page, keys.shape[-1] // 2)
@@ -274,8 +291,10 @@ class RingCache(Common):
     )  # fmt: skip
 
   def _decided(self, plan, decided: Bool[Array, "L B K"]) -> Bool[Array, "L B K ring"]:
-    """`evicted` after a step: of token t - lag what has been decided, which may already be gone; then the new token,
-    undecided."""
+    """`evicted` after a decode step: `decided` for token t - lag, then "undecided", False, for the new token t.
+
+    With lag 0 both are token t, which is decided. With lag W + 1 token t - lag has left, and token t has its slot.
+    """
 
     def is_of(ago):
       there = (plan.lengths > 0) & (plan.seen >= ago)
@@ -288,51 +307,70 @@ class RingCache(Common):
   # Where the archive lies ---------------------------------------------------------------------------------------------
 
   def _store(self) -> Any:
-    """What `layer_carry` adds as `LayerCarry.archive`."""
+    """The initial `LayerCarry.archive`."""
     return None
 
   def _reserved(self, new: Int[Array, "L B K"], most: int) -> tuple[Bool[Array, "B"], Any]:
-    """(rows with room for `new` more archive slots of each head, at most `most` of any; what is set aside for them)."""
+    """Reserves archive slots before the layers run.
+
+    Args:
+      new: slots that each head needs.
+      most: an upper bound of `new`.
+
+    Returns:
+      (which rows have room for all of their heads, `Placement.reserved`).
+    """
     raise NotImplementedError
 
   def _written(
     self, carry: LayerCarry, reserved, layer, target: Int[Array, "B K X"], rows: Shaped[Array, "B K X 2*H"],
     in_order: bool = True,
   ) -> LayerCarry:  # fmt: skip
-    """`carry` with rows, as stored, in slots `target`; past the last slot: nowhere.
+    """`carry` with stored rows written to slots `target`; rows with a slot past the last one are dropped.
 
     Args:
-      in_order: the archive slots of one head ascend without gaps.
+      in_order: whether the archive slots of each head ascend without gaps.
     """
     raise NotImplementedError
 
   def _exchanged(
     self, carry: LayerCarry, reserved, layer, target: Int[Array, "B K"], leaves, newest: Int[Array, "B K"], enters
   ):
-    """`carry` with `leaves` written to archive slot `target` and `enters` to ring slot `newest`, rows [B, K, 2H] as
-    stored; a slot past the last one is nowhere."""
+    """`carry` with `leaves` written to archive slot `target`, and `enters` to ring slot `newest`.
+
+    Both are stored rows [B, K, 2H]. A row with a slot past the last one is dropped.
+    """
     return self._written(carry, reserved, layer, jnp.stack([target, newest], -1), jnp.stack([leaves, enters], 2))
 
   def _moved(
     self, carry: LayerCarry, reserved, target: Int[Array, "L B K"], rows: Shaped[Array, "L B K 2*H"]
   ) -> LayerCarry:
-    """`carry` with rows of all layers, as stored, in archive slots `target`; past the last slot: nowhere."""
+    """`carry` with stored rows of all layers written to archive slots `target`; past the last slot they are dropped."""
     raise NotImplementedError
 
   def _archive(self, carry: LayerCarry, reserved, layer) -> Float[Array, "B K A 2*H"]:
-    """The whole archive of a layer, as numbers; free slots hold anything."""
+    """The whole archive of a layer, as numbers; free slots hold arbitrary ones."""
     raise NotImplementedError
 
   def _archive_at(self, carry: LayerCarry, reserved, layer, index: Int[Array, "B K X"]) -> Float[Array, "B K X 2*H"]:
-    """The same at archive slots `index` alone; past the end: anything."""
+    """The archive slots `index` of a layer, as numbers; an index past the end gives arbitrary ones."""
     raise NotImplementedError
 
   def _attended(
     self, carry: LayerCarry, reserved, layer, q: Float[Array, "B N H"], in_ring, archived, mass: bool = False
   ):
-    """Attention to `in_ring` [B, 1] and `archived` [B, K] slots, and with `mass` what each slot receives [B, K, S]."""
+    """Attention of one query a row to the first `in_ring` [B, 1] ring slots and `archived` [B, K] archive slots.
+
+    Returns:
+      (attended [B, N, H], the attention mass of each slot [B, K, S] if `mass`, else None).
+    """
     raise NotImplementedError
 
   def _attended_pages(self, carry: LayerCarry, reserved, layer, q: Float[Array, "B N H"], in_ring, order, length):
-    """Attention to `in_ring` [B, K] slots and, of the archive's pages in `order` [B, K, A / page], `length` slots."""
+    """Attention of one query a row to the first `in_ring` [B, K] ring slots and to archive pages: [B, N, H].
+
+    Args:
+      order: int32 [B, K, A / page], the archive's pages, the chosen ones first.
+      length: int32 [B, K], archive slots to read, counted in this order.
+    """
     raise NotImplementedError

@@ -13,11 +13,11 @@ from dms_jax.cache import pool as pools
 from dms_jax.cache.paged import PagedCache, Table
 from dms_jax.cache.ring import RingCache
 
-BY_ROW = ("kv", "evicted", "archived", "stats", "summaries")  # fields of [L, B, ...], or of several such
+BY_ROW = ("kv", "evicted", "archived", "stats", "summaries")  # fields whose arrays are [L, B, ...]
 
 
 def row_fields(cache: RingCache, take: Callable, archive: int) -> dict:
-  """`take` of the fields BY_ROW; statistics and summaries cut to `archive` slots of the archive."""
+  """The fields BY_ROW with `take` applied to each array; statistics and summaries keep `archive` archive slots."""
   fields = {name: jax.tree.map(take, getattr(cache, name)) for name in BY_ROW}
   fields["stats"] = {name: stat[..., : cache.ring + archive] for name, stat in fields["stats"].items()}
   if fields["summaries"] is not None:
@@ -26,7 +26,7 @@ def row_fields(cache: RingCache, take: Callable, archive: int) -> dict:
 
 
 def take_row(cache: PagedCache, row: Int[Array, ""], places: int) -> PagedCache:
-  """A cache of one row, which works on the same pool; its heads have `places` pages at most."""
+  """Row `row` as a cache with B = 1 on the same pool; its heads have at most `places` pages."""
   take = lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1, axis=1)
   fields = row_fields(cache, take, places * cache.page_size)
   table = cache.table.replace(pages=take(cache.table.pages)[..., :places], owned=take(cache.table.owned))
@@ -34,7 +34,7 @@ def take_row(cache: PagedCache, row: Int[Array, ""], places: int) -> PagedCache:
 
 
 def put_row(cache: PagedCache, row: Int[Array, ""], one: PagedCache) -> PagedCache:
-  """`cache` with what became of `one = alone(cache, row, ...)`."""
+  """`cache` with row `row` and the pool taken from `one`, the later state of `take_row(cache, row, ...)`."""
   put = lambda x, part: jax.lax.dynamic_update_slice(x, part, (0, row) + (0,) * (x.ndim - 2))
   fields = {name: jax.tree.map(put, getattr(cache, name), getattr(one, name)) for name in BY_ROW}
   table = Table(put(cache.table.pages, one.table.pages), put(cache.table.owned, one.table.owned), one.table.pool)
@@ -44,7 +44,7 @@ def put_row(cache: PagedCache, row: Int[Array, ""], one: PagedCache) -> PagedCac
 
 @partial(jax.jit, donate_argnames="cache")
 def free_rows(cache: PagedCache, rows: Bool[Array, "B"]) -> PagedCache:
-  """These rows empty again; pages that no other row shares are free."""
+  """`cache`, donated, with the rows marked in `rows` emptied; pages that no other row shares become free."""
   table, none = cache.table, cache.pages
   mine = rows[:, None, None] & (jnp.arange(table.pages.shape[3]) < table.owned[..., None])
   pool = pools.give_back(table.pool, jnp.where(mine, table.pages, none))
@@ -61,13 +61,14 @@ def free_rows(cache: PagedCache, rows: Bool[Array, "B"]) -> PagedCache:
 def fork_row(
   cache: PagedCache, source: Int[Array, ""], rows: Bool[Array, "B"], whole: bool = False
 ) -> tuple[PagedCache, Bool[Array, ""]]:
-  """`rows`, empty before, continue the text of row `source`: full pages are shared, the ring and the last page copied.
+  """Copies row `source` to the empty rows marked in `rows`: full pages are shared, ring and last page copied.
 
   Args:
+    cache: donated.
     whole: copy all pages, for a policy that writes into old ones.
 
   Returns:
-    The cache, and whether there were pages enough; if not, the cache is as it was.
+    (cache, whether the pool had enough free pages, bool []). Without enough the cache is unchanged.
   """
   table, size, none = cache.table, cache.page_size, cache.pages
   place = jnp.arange(table.pages.shape[3])
@@ -85,7 +86,7 @@ def fork_row(
   at = jnp.where(rows[:, None, None] & copied, new, none)
 
   def copied_row(b, store):
-    """Its copies of pages; one row at a time, as those of all of them together might be a second pool."""
+    """`store` with the page copies of row `b`. Copying all rows at once might take the memory of a second pool."""
     to = jax.lax.dynamic_index_in_dim(at, b, 1, keepdims=False)
     return jax.tree.map(lambda x: x.at[to].set(x[jnp.clip(pages[:, 0], 0, none - 1)], mode="drop"), store)
 

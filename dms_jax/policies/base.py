@@ -1,7 +1,7 @@
 """Eviction policies: the interface that caches call, and the registry that finds a policy by name.
 
-Every token stays visible for W more tokens whatever is decided: the *window*, in most caches a ring of W + 1 slots. The
-*archive* holds the older tokens that are kept. A policy acts at six points, each with a default:
+The *window* is the newest token and the W tokens before it, in most caches a ring of W + 1 slots. Its tokens stay
+visible whatever the policy decides. The *archive* holds the older tokens that are kept. A policy acts at six points:
 
     decide     as a token is read: is it evicted once it leaves the window?
     admit      as a token is read: its first value of each per-slot statistic               (`stats`)
@@ -53,34 +53,37 @@ def per_row(number, trailing: int) -> Array:
 class Leaving:
   """The token of each [L, B, K] that leaves the window in a decode step, and the archive it may enter.
 
-  A row whose window is not full has no such token; the answer for it is ignored. A is the number of archive slots; the
-  `live` ones need not be a prefix. Token number `tokens - W - 2`, counted from 0, is the one that leaves.
+  The leaving token is number `tokens - W - 2`, counted from 0. A row whose window is not full has none, and the answer
+  for it is ignored. A is the number of archive slots; the `live` ones need not be a prefix.
   """
 
-  evicted: Bool[Array, "L B K"]  # what `decide` said about it
+  evicted: Bool[Array, "L B K"]  # the decision about the leaving token
   tokens: Int[Array, "B 1"]  # tokens seen by the row, the incoming one included
   archived: Int[Array, "L B K"]  # tokens in the archive
-  live: Bool[Array, "L B K A"]
+  live: Bool[Array, "L B K A"]  # archive slots in use
   stats: dict[str, Float[Array, "L B K"]]  # of the leaving token
-  archive_stats: dict[str, Float[Array, "L B K A"]]
+  archive_stats: dict[str, Float[Array, "L B K A"]]  # of the archive slots; arbitrary where not live
 
 
 @struct.dataclass
 class Retired:
-  """The fate of leaving tokens: forgotten unless `keep`, else written to archive slot `slot`, or appended where -1."""
+  """What happens to the leaving tokens: they are forgotten unless `keep`, else written to the archive."""
 
   keep: Bool[Array, "L B K"]
-  slot: Int[Array, "L B K"] | None = None  # None: always appended
+  slot: Int[Array, "L B K"] | None = None  # the archive slot to overwrite, or -1 to append; None: append all
 
 
 @struct.dataclass
 class Observation:
-  """What a layer's attention shows of X tokens: a decode step, or a chunk of a prompt.
+  """What a policy sees of X tokens after attention in one layer, in a decode step or a chunk of a prompt.
 
-  `mass` float32 [B, K, X]: attention that each token received, weighted over queries by `query_weights` and averaged
-  over the query heads of its group; None unless "mass" is observed. `keys` [B, K, X, H], after RoPE; None unless "keys"
-  is observed. `live` bool [B, K, X]: tokens that exist; others hold anything. `lengths` [B]: tokens of this step.
-  `remaining` [B]: tokens of the prompt still to come.
+  Attributes:
+    mass: float32 [B, K, X], the attention that each token received: summed over queries with `query_weights`, averaged
+      over the G query heads of a KV head. None unless "mass" is observed.
+    keys: [B, K, X, H], after RoPE, in the model's dtype; None unless "keys" is observed.
+    live: bool [B, K, X], whether there is a token; `mass` and `keys` of others are arbitrary.
+    lengths: int32 [B], tokens that each row reads in this step.
+    remaining: int32 [B], tokens of the prompt still to come; 0 in a decode step.
   """
 
   mass: Float[Array, "B K X"] | None
@@ -92,10 +95,13 @@ class Observation:
 
 @struct.dataclass
 class Candidates:
-  """Tokens of one layer after a chunk of a prompt: X in the order archive, window, chunk.
+  """X tokens of one layer after a chunk of a prompt, in the order archive, window, chunk.
 
-  `live` bool [B, K, X]: outside the window and not evicted, so that the answer for them counts. `tokens` [B]: seen by
-  each row, the chunk included. `remaining` [B]: tokens of the prompt still to come, 0 where it ends here.
+  Attributes:
+    stats: float32 [B, K, X] each, statistics of the tokens.
+    live: bool [B, K, X], tokens outside the window that are not evicted; the answer for others is ignored.
+    tokens: int32 [B], tokens that each row has read, the chunk included.
+    remaining: int32 [B], tokens of the prompt still to come; 0 if the prompt ends with this chunk.
   """
 
   stats: dict[str, Float[Array, "B K X"]]
@@ -106,17 +112,17 @@ class Candidates:
 
 @struct.dataclass
 class Policy:
-  """Decides what a cache keeps; this base class keeps every token."""
+  """Decides which tokens a cache keeps and reads; this base class keeps and reads every token."""
 
   window: int | None = struct.field(pytree_node=False, default=0)
 
   uses_gates = False  # `decide` needs gate logits
   uses_keys = False  # `decide` needs keys
-  evicts = True  # False: every token is kept, so the length of a text says how many slots it needs
+  evicts = True  # False: every token is kept, so the length of a text determines the slots it needs
   bounded = False  # `capacity` is less than one slot a token
   stats = ()  # names of the per-slot statistics, float32, that the cache stores
-  observes = ()  # what `observe` sees in decode steps: "mass", "keys"
-  prompt_observes = ()  # what it sees in chunks of a prompt
+  observes = ()  # inputs of `observe` in decode steps: "mass", "keys"
+  prompt_observes = ()  # inputs of `observe` in chunks of a prompt
   overwrites = False  # `retire` may overwrite archived tokens, so chains cannot share pages
   exact_prefill = False  # prompts are read one token at a time, by decode steps inside one compiled loop
   page = 0  # slots of a page that is selected as a whole; 0: everything is read
@@ -137,7 +143,10 @@ class Policy:
     return not (self.uses_gates or self.uses_keys)
 
   def resolved(self, window: int | None) -> Policy:
-    """This policy with an open window filled in; `window` is that of the model's gates, None without gates.
+    """This policy with its numbers checked and `window` in place of a window of None.
+
+    Args:
+      window: W of the model's gates, in tokens; None without gates.
 
     Raises:
       ValueError: a number is out of range, or no window is known.
@@ -152,7 +161,7 @@ class Policy:
   def continues(self, held: type[Policy] | None) -> bool:
     """Whether this policy can continue a conversation held by a policy of class `held` (None: unknown).
 
-    It can if the class is its own, or if neither of them bounds what is held.
+    It can if `held` is its own class, or if neither class is `bounded`.
     """
     return held is type(self) or not (self.bounded or held is None or held.bounded)
 
@@ -175,27 +184,52 @@ class Policy:
     return jnp.zeros(position.shape, bool)
 
   def admit(self, layer: int | Int[Array, ""], position: Int[Array, "B K T"]) -> dict[str, Float[Array, "B K T"]]:
-    """The first value of each statistic of the tokens at `position`."""
+    """The first value of each statistic in `stats`, for the tokens at `position` of layer `layer`."""
     return {name: jnp.zeros(position.shape, jnp.float32) for name in self.stats}
 
   def query_weights(self, lengths: Int[Array, "B"], remaining: Int[Array, "B"], width: int) -> Float[Array, "B T"]:
-    """The weight of each query of a chunk of `width` tokens in the observed mass; every real query counts once."""
+    """The weight of each query of a chunk in the observed mass, float32; by default every real query weighs 1.
+
+    Args:
+      lengths: real tokens of the chunk.
+      remaining: tokens of the prompt that come after it.
+      width: T, tokens of the chunk, padding included.
+    """
     return (jnp.arange(width) < lengths[:, None]).astype(jnp.float32)
 
   def observe(self, stats: Stats, seen: Observation) -> Stats:
-    """The statistics [B, K, X] of one layer after a step."""
+    """The statistics of one layer after a step, float32 [B, K, X] each.
+
+    Args:
+      stats: the same before the step; those of new tokens are from `admit`.
+
+    Raises:
+      NotImplementedError: the policy observes but does not define this.
+    """
     raise NotImplementedError(f"{type(self).__name__} observes but has no observe")
 
   def retire(self, leaving: Leaving) -> Retired:
-    """The fate of the tokens that leave the window in a decode step, for all layers and heads before the layers run."""
+    """What happens to the tokens that leave the window in a decode step; asked once, before the layers run."""
     return Retired(~leaving.evicted)
 
   def compact(self, candidates: Candidates) -> Bool[Array, "B K X"]:
-    """Which of the tokens outside the window stay after a chunk of a prompt, in one layer."""
+    """Which tokens outside the window stay after a chunk of a prompt, in one layer.
+
+    Raises:
+      NotImplementedError: the policy compacts but does not define this.
+    """
     raise NotImplementedError(f"{type(self).__name__} compacts but has no compact")
 
   def summarise(self, keys: Float[Array, "*P page H"], live: Bool[Array, "*P page"]) -> Float[Array, "*P 2*H"]:
-    """The two vectors of H that `select` knows a page by; recomputed whenever a slot of the page is written."""
+    """Summaries of pages for `select`, two vectors of H numbers a page; recomputed when a slot of the page is written.
+
+    Args:
+      keys: after RoPE; arbitrary where not `live`.
+      live: slots in use.
+
+    Raises:
+      NotImplementedError: the policy selects but does not define this.
+    """
     raise NotImplementedError(f"{type(self).__name__} selects but has no summarise")
 
   def select(
@@ -211,14 +245,20 @@ class Policy:
     The window is always read.
 
     Args:
-      tokens: seen by each row, the query's own included.
+      q: queries after RoPE, G for each KV head.
+      summaries: of `summarise`.
+      live: pages that hold a token.
+      tokens: tokens that each row has read, the query's own included.
+
+    Raises:
+      NotImplementedError: the policy selects but does not define this.
     """
     raise NotImplementedError(f"{type(self).__name__} selects but has no select")
 
   def capacity(self, tokens: int | Int[Array, "..."]) -> Int[Array, "..."]:
-    """The most slots that a head needs for a text of `tokens` tokens, the window's W + 1 included."""
+    """The most slots that a head needs for a text of `tokens` tokens, int32, the window's W + 1 included."""
     return jnp.asarray(tokens, jnp.int32)
 
   def reach(self, slots: int) -> Int[Array, "..."]:
-    """The inverse: the longest text for which `slots` slots a head are always enough."""
+    """The inverse of `capacity`, int32: tokens of the longest text for which `slots` slots a head are always enough."""
     return jnp.int32(slots)

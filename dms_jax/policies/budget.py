@@ -1,4 +1,4 @@
-"""Budgets, in tokens or as a compression ratio, and the policies that hold no more than theirs."""
+"""Budgets, in tokens or as a compression ratio (CR), and the base of policies that keep to one."""
 
 from __future__ import annotations
 
@@ -9,11 +9,18 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dms_jax.policies.base import Candidates, Leaving, Policy, Retired, per_row
 
-FOREVER = np.int32(2**30)  # tokens of a text without end
+FOREVER = np.int32(2**30)  # tokens, for a text of any length
 
 
 def check_budget(policy: Policy, least: int) -> None:
-  """Raises ValueError unless exactly one of the policy's `budget` and `cr` is given and in range."""
+  """Checks that exactly one of a policy's `budget` and `cr` is given, and that it is in range.
+
+  Args:
+    least: the smallest budget, tokens a head.
+
+  Raises:
+    ValueError: both or neither is given, `budget` is below `least`, or `cr` is below 1.
+  """
   name = type(policy).__name__
   if (policy.budget is None) == (policy.cr is None):
     raise ValueError(f"{name}: give either budget= (tokens) or cr= (tokens seen for each one allowed)")
@@ -36,7 +43,7 @@ def allowance(policy: Policy, tokens: int | Int[Array, "*shape"]) -> Int[Array, 
 
 
 def largest(scores: Float[Array, "B K X"], live: Bool[Array, "B K X"], count: Int[Array, "B"]) -> Bool[Array, "B K X"]:
-  """The `count` live tokens of each head with the largest scores; of equal ones the earlier."""
+  """Marks the `count` live tokens of each head with the largest scores; of equal scores the earlier token's wins."""
   order = jnp.argsort(jnp.where(live, -scores, jnp.inf), axis=-1, stable=True)
   rank = jnp.argsort(order, axis=-1)  # the inverse permutation
   return live & (rank < jnp.maximum(count, 0)[:, None, None])
@@ -44,16 +51,17 @@ def largest(scores: Float[Array, "B K X"], live: Bool[Array, "B K X"], count: In
 
 @struct.dataclass
 class Budgeted(Policy):
-  """Holds at most a budget: the token outside the window with the least score is forgotten.
+  """Holds at most a budget of tokens a head: the token outside the window with the least score is forgotten.
 
   `budget` counts every token a head holds while its newest token attends, that token included (papers count between
   steps: their number is one less). `cr` allows `tokens / cr` of the tokens *seen so far*, rounded up: the achieved CR
-  is `cr` at every length at which that exceeds the window of W + 1. For a ratio at a stated length, set `budget` to
-  `length / cr`. Of equal scores the later token's is forgotten.
+  is `cr` at every length for which `tokens / cr` exceeds W + 1. For a ratio at a stated length, set `budget` to
+  `length / cr`. Of two tokens with equal scores the later one is forgotten.
 
-  Prompts are read in chunks: a chunk of T tokens attends to the tokens held and to itself, so a head holds up to
-  `budget + T` for that moment; its queries are observed together; then the tokens outside the window are cut to the
-  budget. `exact_prefill` reads one token at a time instead, by decode steps, which never hold more than the budget.
+  Prompts are read in chunks. A chunk of T tokens attends to the tokens held and to itself, so a head holds up to
+  `budget + T` tokens meanwhile. The chunk's queries are observed together. Then the tokens outside the window are cut
+  to the budget. `exact_prefill` reads one token at a time instead, by decode steps, which never hold more than the
+  budget.
   """
 
   budget: int | None = None
@@ -77,7 +85,7 @@ class Budgeted(Policy):
     full = leaving.archived >= self.capacity(leaving.tokens) - (self.window + 1)
     scores = jnp.where(leaving.live, leaving.archive_stats["score"], jnp.inf)
     keep = ~leaving.evicted & (~full | (leaving.stats["score"] > jnp.min(scores, axis=-1, initial=jnp.inf)))
-    # One slot more, never the answer: an archive may have no slots at all.
+    # `argmin` needs a slot and an archive may have none, so one is added that is never the answer.
     least = jnp.argmin(jnp.pad(scores, ((0, 0),) * 3 + ((0, 1),), constant_values=jnp.inf), axis=-1)
     return Retired(keep, jnp.where(full, least.astype(jnp.int32), -1))
 

@@ -13,13 +13,13 @@ from dms_jax.policies.budget import Budgeted
 class H2O(Budgeted):
   """Forgets the token outside the window whose attention, summed over all queries so far, is least.
 
-  `window` None is half the budget, as in the paper; with `cr` it must be given. The sum of a token starts with its own
-  query (algorithm 1). Every KV head goes by the mean over the query heads of its group; the paper has one
+  `window` None makes the window half the budget, as in the paper; with `cr`, `window` must be given. A token's sum
+  starts with its own query (algorithm 1). Attention is averaged over the query heads of a KV head; the paper has one
   query head a KV head.
 
   Prompts: each query of a chunk credits every token it attends to, then the chunk is cut to the budget (the released
-  code reads the whole prompt densely and cuts once). Against `exact_prefill`, tokens that one-by-one order would have
-  forgotten inside the chunk still take part in its softmax.
+  code reads the whole prompt densely and cuts once). Tokens that `exact_prefill` would have forgotten within the chunk
+  still take part in the chunk's softmax.
   """
 
   window: int | None = struct.field(pytree_node=False, default=None)

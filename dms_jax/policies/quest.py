@@ -15,12 +15,12 @@ from pallas_kernels.common.xla_dot import einsum
 class Quest(Policy):
   """Reads the pages with the largest upper bound of q . k, by each channel's least and greatest key (section 3.3).
 
-  `budget` is the most tokens that a query reads, the window included (or `cr`: a cr-th of the tokens seen so far); at
-  least one page beside it. The first `dense_layers` layers read everything, and so do chunks of a prompt: a step of a
-  single token selects. The paper selects for each query head; here the query heads of a KV head share its pages, which
-  are read once for all of them, each page with the largest bound of any.
+  `budget` is the most tokens that a query reads, the window included; `cr` sets it to the tokens seen so far / `cr`. A
+  query reads at least one archive page. Only decode steps select: chunks of a prompt read everything, and so do the
+  first `dense_layers` layers. The paper selects pages for each query head. Here the query heads of a KV head read the
+  same pages, and the bound of a page is its largest over these heads.
 
-  `window` None is one page: the newest tokens are read always, as the archive is where pages are.
+  `window` None makes the window one page. The window is always read; pages are selected from the archive alone.
   """
 
   window: int | None = struct.field(pytree_node=False, default=None)

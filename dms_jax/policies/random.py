@@ -1,4 +1,4 @@
-"""A baseline: a random sample of the text is kept, and the window."""
+"""A baseline: keeps the window and a random sample of the older tokens."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from dms_jax.policies.budget import Budgeted
 class Random(Budgeted):
   """Keeps the tokens with the largest random numbers: at any time a uniform sample of those outside the window.
 
-  The number is a hash of (`seed`, layer, KV head, position), so that a text is treated alike wherever and whenever it
-  is read. The first `sinks` tokens are kept for sure.
+  The number is a hash of (`seed`, layer, KV head, position), so it does not depend on the row, the cache or the step in
+  which a token is read. The first `sinks` tokens are always kept.
   """
 
   seed: int = 0
@@ -28,7 +28,7 @@ class Random(Budgeted):
 
 
 def uniform(*counters):
-  """Numbers in [0, 1), float32, by a hash of integers that broadcast; every bit of each counter matters."""
+  """A hash of integers, which broadcast, to float32 numbers in [0, 1); every bit of each counter matters."""
   bits = jnp.uint32(0)
   for counter in counters:
     bits = bits + jnp.asarray(counter).astype(jnp.uint32) + jnp.uint32(0x9E3779B9)

@@ -13,9 +13,9 @@ from dms_jax.policies.base import Policy, register
 class StreamingLLM(Policy):
   """Keeps `sinks` first tokens and a window: the newest token and `window` before it (section 3.2).
 
-  `budget` instead of `window` makes the window what `budget` tokens leave beside the sinks; it is a shape then, too.
-  The paper counts positions inside the cache, so that texts may outgrow the context. Here keys are stored after RoPE,
-  and tokens keep their positions in the text, which ends where the context does.
+  `budget` may be given instead of `window`: the tokens that a head holds, sinks included, so W = budget - sinks - 1.
+  Both are shapes. The paper counts positions inside the cache, so a text may be longer than the model's context. Here
+  keys are stored after RoPE with their positions in the text, so a text cannot be longer than the context.
   """
 
   window: int | None = struct.field(pytree_node=False, default=None)

@@ -15,7 +15,7 @@ class TOVA(Budgeted):
   """Drops the token with the least attention from the newest query, itself included, when the budget is exceeded.
 
   W = 0, as in the paper: no token is safe by being recent. The paper averages the attention over all heads of a layer,
-  whose heads then hold the same tokens (`per_layer`); by default each KV head goes by its own query heads.
+  whose heads then hold the same tokens (`per_layer`); by default a KV head averages over its own query heads.
 
   Prompts: the last query of a chunk decides which tokens fill the budget, as the paper does for a whole prompt (its
   figure 2); `exact_prefill` lets every query of the prompt drop its own token.

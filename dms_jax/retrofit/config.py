@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from dms_jax.config import DMSConfig, LoRAConfig
 
-# Ranges of single fields: {rule: (whether a value keeps it, fields)}.
+# Ranges of single fields: {rule: (test of a value, names of the fields)}.
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
   "be at least 1": (
     lambda x: x >= 1,
@@ -24,12 +24,12 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
-  """How long a run is, in optimizer steps, and when it compresses how much.
+  """The length of a run, in optimizer steps, and its target compression ratio (CR) by step.
 
-  First the neuron gate's channel may fade out of attention, over `fade_steps` steps without eviction (phase 1 of arXiv
-  2506.05345, appendix C, which takes 2000). Then the target compression ratio (CR) rises linearly from `initial_cr` to
-  `final_cr`, `steps_per_cr` steps a unit, and stays there. `steps` counts all of them. `zero_neuron` sets the borrowed
-  weights to 0 after the fading, so that every gate starts closed; it needs `trainable` "all".
+  In the first `fade_steps` steps the neuron gate's channel fades out of attention and nothing is evicted (phase 1 of
+  arXiv 2506.05345, appendix C, of 2000 steps). Then the target CR rises linearly from `initial_cr` to `final_cr`, by 1
+  in `steps_per_cr` steps, and stays there. `steps` counts all steps. `zero_neuron` sets the borrowed weights to 0 after
+  the fading, so that every gate starts closed; it needs `trainable` "all".
   """
 
   steps: int = 1000
@@ -56,7 +56,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-  """What is minimised: `kind` plus `compression_weight` times the compression loss.
+  """The loss: that of `kind` plus `compression_weight` times the compression loss.
 
   `kind`: "reverse_kl" is KL(student || teacher), which NVIDIA's trainer computes; "forward_kl" KL(teacher || student);
   "lm" the next token's negative log-likelihood, without a teacher. `teacher`: "original" is the untouched model, "same"
@@ -75,9 +75,9 @@ class LossConfig:
 class MemoryConfig:
   """Memory against time.
 
-  `compute_dtype` is that of activations and frozen weights; gates stay float32. `remat` recomputes whole layers in the
-  backward pass, otherwise only what lies between products. Logits exist for `loss_chunk` positions and `vocab_chunk`
-  tokens of the vocabulary at a time.
+  Activations and frozen weights have the `compute_dtype`; gates stay float32. With `remat` the backward pass recomputes
+  whole layers, otherwise only the operations between matrix products. Logits exist for `loss_chunk` positions and
+  `vocab_chunk` tokens of the vocabulary at a time.
   """
 
   compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -88,11 +88,11 @@ class MemoryConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SavingConfig:
-  """What is written. The training state is saved every `save_every` steps; the last `keep_states` are kept.
+  """What a run writes. The training state is saved every `save_every` steps; the last `keep_states` are kept.
 
-  `export`: checkpoints hold a small "retrofit" on top of the base, or a whole "model" with low-rank updates merged;
-  "auto" is a retrofit unless the base is trained too. With `ema_decay` above 0 they hold the exponential moving average
-  of the trained parameters.
+  `export`: exported checkpoints hold a small "retrofit" on top of the base, or a whole "model" with low-rank updates
+  merged; "auto" means "model" if the base is trained, else "retrofit". With `ema_decay` above 0 they hold the
+  exponential moving average of the trained parameters.
   """
 
   save_every: int = 100
@@ -106,7 +106,7 @@ class RetrofitConfig:
   """How gates (and weights) are trained.
 
   `trainable`: "gates" alone, "lora" (gates and low-rank updates, base frozen) or "all" weights. A step takes
-  `batch_size` rows of `seq_len` tokens, in `microbatches` parts whose gradients are accumulated. `seed` is that of the
+  `batch_size` rows of `seq_len` tokens, in `microbatches` parts whose gradients are accumulated. `seed` determines the
   data order, the initial gates and the noise.
   """
 
@@ -163,7 +163,7 @@ class RetrofitConfig:
 
   @classmethod
   def upgraded(cls, values: dict) -> dict:
-    """JSON `values` of this version or of 0.1, which had no sections, as this version writes them."""
+    """JSON `values` with the sections and names of this version; they may be of 0.1, which had no sections."""
     section_of = {field: section for section in _sections(cls) for field in vars(getattr(cls, section))}
     result: dict[str, Any] = {}
     for name, value in values.items():
@@ -183,10 +183,10 @@ def _sections(config: RetrofitConfig | type[RetrofitConfig]) -> list[str]:
 
 
 def check(dms: DMSConfig, lora: LoRAConfig, config: RetrofitConfig) -> None:
-  """Whether the settings make sense together.
+  """Checks that the settings fit together.
 
   Raises:
-    ValueError: they do not; names the flags.
+    ValueError: they do not; the message names the flags.
   """
   if config.trainable == "lora" and not lora.rank:
     raise ValueError("retrofit.trainable='lora' needs lora.rank above 0")

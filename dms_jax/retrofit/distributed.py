@@ -68,7 +68,7 @@ class MeshConfig:
 
 
 def initialize(config: MeshConfig) -> None:
-  """Connects to the other processes of the run, if any. Call it before anything asks JAX for a device.
+  """Connects to the other processes of the run, if any. It must run before JAX is asked for a device.
 
   Raises:
     ValueError: JAX could not connect.
@@ -137,7 +137,7 @@ def gathered(tree: Any) -> Any:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-  """A failure inside on one process becomes a failure on all; otherwise they would wait for it forever.
+  """A context that fails on all processes if it fails on one; otherwise the others would wait forever.
 
   Raises:
     OSError: another process failed; its own message says why.
@@ -150,7 +150,7 @@ def together() -> Iterator[None]:
     yield
   except Exception as error:
     failure = error
-  # A barrier without the devices first: collectives have shorter time limits.
+  # First a barrier that uses no devices: collectives have shorter time limits.
   multihost.get_barrier_sync_fn()(key=f"dms_jax_{next(_meetings)}", timeout_ms=PATIENCE * 1000)
   failed = np.flatnonzero(multihost_utils.process_allgather(np.int32(failure is not None)))
   if failure is not None:

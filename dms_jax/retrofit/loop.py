@@ -212,8 +212,8 @@ def train(
       0 calls `report` and `saved`.
     report: called with every line of the log.
     saved: called with the number of steps done, after each save of the state has started.
-    stop: asked after every step; if true, the run saves and raises `Preempted`. Several processes stop by
-      `distributed.preempted`.
+    stop: called before the first step and after every step; if it returns true, the run saves and raises `Preempted`.
+      Several processes stop by `distributed.preempted`.
     log_every: steps between fetches of metrics from the device.
     stop_after: stop after this many steps in total, with a checkpoint, as if interrupted.
 
@@ -281,7 +281,7 @@ def train(
                 report(line)
             log.flush()
           pending = []
-          if done in usable:  # before the state: a run resumed after this step would never write it
+          if done in usable:  # before the state is saved: a run resumed from it would never write this checkpoint
             write(f"cr{usable[done]}", done)
           if saves:
             checkpointer.wait()  # for the previous save; raises its errors
@@ -299,7 +299,7 @@ def train(
 
 @contextlib.contextmanager
 def _states(directory: Path, config: RetrofitConfig) -> Iterator[ocp.training.Checkpointer]:
-  """The checkpoints of the training state; leaving the context waits for the last one to be written."""
+  """The checkpoints of the training state; the context ends when the last one is written."""
   keep = ocp.training.preservation_policies.LatestN(config.saving.keep_states)
   with ocp.training.Checkpointer(
     directory.absolute() / STATE, preservation_policy=keep, cleanup_tmp_directories=True

@@ -1,8 +1,8 @@
 """The losses of the retrofit: distillation or language model, and compression.
 
-The first is computed from hidden states, in chunks of positions and of the vocabulary: with a vocabulary of 128K the
-logits of one row of 4,096 tokens would take 2 GB, and the teacher's as much again. Under a mesh each device computes
-its own rows and its own part of the vocabulary.
+The distillation or language-model loss is computed from hidden states, in chunks of positions and of the vocabulary.
+With a vocabulary of 128K, whole logits of one row of 4,096 tokens would take 2 GB, and the teacher's as much again.
+Under a mesh each device computes its own rows and its own part of the vocabulary.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dms_jax.metrics import kl_divergence as kl_divergence
 from dms_jax.sharding import row_and_head_axes
 
 Loss = Literal["reverse_kl", "forward_kl", "lm"]
-LOWEST = -1e30  # a running maximum before the first chunk; finite, so that differences are
+LOWEST = -1e30  # the initial running maximum; finite, so that differences of maxima are finite
 
 
 def vocabulary_loss(
@@ -40,15 +40,18 @@ def vocabulary_loss(
   vocab_chunk: int = 8192,
   train_head: bool = True,
 ) -> Float[Array, ""]:
-  """Mean over the positions of `mask` of the divergence from the teacher, or for "lm" of -log p(target); in nats.
+  """Mean loss in nats over the positions of `mask`: divergence from the teacher, or -log p(target) for "lm".
 
   Logits exist for `chunk` positions and `vocab_chunk` tokens of the vocabulary at a time, in float32, and are computed
   again in the backward pass. The result differs from that of whole logits only by the order of float32 sums.
 
   Args:
-    student, teacher: final hidden states, normed. The teacher gets no gradient; "lm" needs none.
+    student, teacher: hidden states after the final norm. The teacher gets no gradient; "lm" has no teacher.
+    student_head, teacher_head: output projections.
+    mask: the positions that count.
     targets: the next tokens, for "lm".
-    train_head: whether the head gets a gradient; without one its cost is saved.
+    chunk, vocab_chunk: positions and tokens of the vocabulary at a time.
+    train_head: whether the student's head gets a gradient; False saves its cost.
   """
   weights = mask.astype(jnp.float32)
   weights = weights / jnp.maximum(weights.sum(), 1.0)
@@ -80,7 +83,7 @@ def _on_shards(function: Callable, specs: Callable[[_Split], tuple], x: Array, h
   rows, vocab = P(split.rows), P(split.vocab)
   more, out = specs(split)
   in_specs = (rows, vocab, (rows, vocab, rows, rows), *more)
-  # The gradient rule is outside: nothing is differentiated through the mesh.
+  # `_chunked` defines the gradient, so nothing is differentiated through shard_map.
   call = jax.shard_map(partial(function, split), in_specs=in_specs, out_specs=out, check_vma=False)
   return call(x, head, constants, *args)
 
@@ -98,19 +101,25 @@ def _in_chunks(chunk: int, *arrays: Array | None) -> list[Array | None]:
 
 
 def _vocabulary(size: int, chunk: int) -> tuple[int, int]:
-  """(number of chunks, tokens in each): as even as multiples of 128 allow. The last chunk overlaps the one before it
-  where `size` is not a multiple."""
+  """(number of chunks, tokens of each): chunks are as even as multiples of 128 allow.
+
+  The last chunk overlaps the one before it if `size` is not a multiple of their tokens.
+  """
   count = -(-size // min(chunk, size))
   width = -(-size // count)
   return count, min(size, -(-width // 128) * 128)
 
 
 def _logits(index: Array, width: int, *pairs: tuple[Array, Array]) -> tuple[Array, Array, list[Array]]:
-  """Chunk `index` of the vocabulary: (id of its first token, which tokens are new, bool [width], logits float32
-  [C, width] of each pair of states and head)."""
+  """Chunk `index` of the vocabulary for C positions.
+
+  Returns:
+    (id of the chunk's first token, bool [width]: which tokens no earlier chunk had, logits float32 [C, width] of each
+    pair of states and head).
+  """
   size = pairs[0][1].shape[0]
   start = jnp.minimum(index * width, size - width)
-  new = start + jnp.arange(width) >= index * width  # the others were in the chunk before
+  new = start + jnp.arange(width) >= index * width  # others were in the chunk before
   cut = [lax.dynamic_slice_in_dim(head, start, width) for _, head in pairs]
   return start, new, [linear(x, head, out_dtype=jnp.float32) for (x, _), head in zip(pairs, cut, strict=True)]
 
@@ -256,12 +265,12 @@ def hard_decisions(z: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def evicted_fraction(z: Float[Array, "L B K T"], mask: Bool[Array, "B T"]) -> Float[Array, "B"]:
-  """Share of hard decisions that evict, by row: mean over layers, heads and the row's real positions."""
+  """Share of each row's hard decisions that evict, over layers, heads and the row's real positions."""
   count = jnp.maximum(mask.sum(axis=1), 1) * (z.shape[0] * z.shape[2])
   hard = jnp.where(mask[None, :, None], hard_decisions(z), 0.0)
   return hard.sum(axis=(0, 2, 3)) / count.astype(z.dtype)
 
 
 def compression_loss(fraction: Float[Array, "B"], cr: Float[Array, ""]) -> Float[Array, ""]:
-  """Mean over rows of relu((1 - 1/CR) - evicted fraction). One-sided: evicting more costs nothing."""
+  """Mean over rows of relu((1 - 1/CR) - evicted fraction); a row that evicts more than that costs nothing."""
   return jnp.mean(jax.nn.relu((1.0 - 1.0 / cr) - fraction))

@@ -11,7 +11,7 @@ from dms_jax.retrofit.config import RetrofitConfig
 
 
 def target_cr(config: RetrofitConfig, step):
-  """Target CR at `step`, float32: linear, `steps_per_cr` steps a unit, once the neuron has faded.
+  """Target CR at `step`, float32: it rises linearly by 1 in `steps_per_cr` steps, after the neuron has faded.
 
   Source: arXiv 2506.05345, section 4.
   """

@@ -22,10 +22,10 @@ from dms_jax.policies import Vanilla
 from dms_jax.retrofit.config import SelfTextConfig
 from dms_jax.tokenizer import Tokenizer
 
-QUESTION_TOKENS = 128  # at most, in a question that the model asks itself
+QUESTION_TOKENS = 128  # the most tokens of a question that the model asks itself
 CAPACITY = 256  # the cache's capacity is rounded up to a multiple of this
 MARK = "QUESTION-GOES-HERE"
-FREE, ASK = "free", "ask"  # rows without a prompt: they start at an end of text, or with a question of the model's own
+FREE, ASK = "free", "ask"  # rows without a prompt: they start at an end of text, or with the model's own question
 
 
 def prompts(config: SelfTextConfig, tokenizer: Tokenizer) -> list[list[int] | str]:

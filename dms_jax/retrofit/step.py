@@ -33,8 +33,14 @@ class Batch:
 
 @struct.dataclass
 class TrainState:
-  """State from which a run resumes: steps done, trained parameters (float32), optimizer state, moving average or
-  None."""
+  """The state from which a run resumes.
+
+  Attributes:
+    step: int32 [], steps done.
+    trained: trained parameters, float32.
+    opt_state: the optimizer's state.
+    ema: moving average of `trained`, or None.
+  """
 
   step: Int[Array, ""]
   trained: Params
@@ -109,8 +115,8 @@ def loss_fn(
   Args:
     noise: logistic noise of the relaxed decisions.
     cr: target compression ratio.
-    neuron_kept: in phase 1, the share of the borrowed channel that is left; then nothing is evicted and there is no
-      compression loss.
+    neuron_kept: the share of the borrowed channel that is left, in phase 1 alone. In phase 1 nothing is evicted and
+      there is no compression loss.
   """
   c, ids = student.config, batch.segment_ids
   real = jnp.ones(batch.tokens.shape, bool) if ids is None else ids > 0
@@ -119,7 +125,7 @@ def loss_fn(
   normed = lambda model, hidden: rms_norm(hidden, model.params["final_norm"], c.rms_norm_eps)
   run = partial(forward, tokens=batch.tokens, segment_ids=ids, remat=config.memory.remat)
   hidden, z = run(student, eviction=eviction, neuron_kept=neuron_kept)
-  # The token after an end of text does not depend on it: such positions are not counted.
+  # The token after an end of text does not depend on the text before, so ends of text are not counted.
   counted = real & ~jnp.isin(batch.tokens, jnp.asarray(c.eos_token_ids, jnp.int32))
   if config.loss.kind == "lm":
     goes_on = jnp.arange(real.shape[1]) < real.shape[1] - 1
@@ -142,7 +148,7 @@ def loss_fn(
 
 
 def _compression_metrics(dms: DMSConfig, logits: Float[Array, "L B K T"], real: Bool[Array, "B T"]) -> dict[str, Array]:
-  """Metrics of hard decisions without noise: gate rate (by head too), and the share of tokens held at a row's end."""
+  """Metrics of hard decisions without noise: gate rate, overall and by head, and share of tokens held at the end."""
   if dms.granularity == "layer":
     logits = jnp.broadcast_to(logits[:, :, :1], logits.shape)
   evicted = masks.about_key(logits > 0, dms.lag(), False) & real[None, :, None]
@@ -162,13 +168,14 @@ def train_step(
   config: RetrofitConfig,
   fading: bool = False,
 ) -> tuple[TrainState, dict[str, Array]]:
-  """One optimizer step: (new state, metrics). Under a mesh the state is sharded by `sharding.tree_shardings`, and
-  metrics are replicated.
+  """One optimizer step: (new state, metrics).
+
+  Under a mesh the state is sharded by `sharding.tree_shardings`, and metrics are replicated.
 
   Args:
     state: donated.
     student: holds the frozen parameters only; the trained ones come from `state`.
-    key: of the run; the step's noise depends only on it and on `state.step`.
+    key: the run's random key; the noise of a step depends only on it and on `state.step`.
     fading: whether the step belongs to phase 1 (`ScheduleConfig.fade_steps`).
   """
   dtype = jnp.dtype(config.memory.compute_dtype)
@@ -203,7 +210,7 @@ def train_step(
   trained = optax.apply_updates(state.trained, updates)
   ema = state.ema
   if ema is not None:
-    # Averages over fewer steps at first, so that the initial parameters lose their weight.
+    # The first averages are over fewer steps, so that the initial parameters lose their weight.
     taken = state.step.astype(jnp.float32)
     decay = jnp.minimum(config.saving.ema_decay, (1.0 + taken) / (10.0 + taken))
     ema = optax.incremental_update(trained, ema, 1.0 - decay)
