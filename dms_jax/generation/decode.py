@@ -30,8 +30,8 @@ REASONS = ("running", "stop", "eos", "length", "capacity")
 class DecodeState:
   """The state of each row of a batch.
 
-  `token` int32 [B]: the pending token, sampled but not fed yet. `keys` [B]: sampling keys, None if greedy. `count` int32
-  [B]: tokens generated. `limit` int32 [B]: most tokens to generate. `stop_state` int32 [B]: the state of the stop
+  `token` int32 [B]: the pending token, sampled but not fed yet. `keys` [B]: sampling keys, None if greedy. `count`
+  int32 [B]: tokens generated. `limit` int32 [B]: most tokens to generate. `stop_state` int32 [B]: the state of the stop
   strings' automaton. `reason` int32 [B]: why the row ended, an index into `REASONS`.
   """
 

@@ -44,9 +44,9 @@ class Output:
   """What `generate` returns; lists have one entry a row.
 
   `text`: cut before a stop string; None without a tokenizer. `tokens`: all generated tokens, including the EOS or stop
-  string that ended the row. `logprobs`: log-probabilities of the tokens by the raw logits, nats. `finish_reason`: "eos",
-  "stop", "length", or "capacity" if a fixed `capacity` was full (pass `continue_from` and a larger one to continue).
-  `conversation`: what a later turn needs; its `cache` holds all tokens but the last.
+  string that ended the row. `logprobs`: log-probabilities of the tokens by the raw logits, nats. `finish_reason`:
+  "eos", "stop", "length", or "capacity" if a fixed `capacity` was full (pass `continue_from` and a larger one to
+  continue). `conversation`: what a later turn needs; its `cache` holds all tokens but the last.
   """
 
   tokens: list[list[int]]
