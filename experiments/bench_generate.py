@@ -16,7 +16,7 @@ bench.png}; the last line is one JSON object. Five minutes on two cores.
 `--cases` instead measures named cases of decoding on one accelerator, without a checkpoint, against memory bandwidth,
 the dense cache and transformers; `experiments/bench/generate_cases.py` lists them. Writes OUTPUT/{cases.json,
 cases.png, scaling.png}; a later run of other cases adds to them, each row with its date, versions and measured read
-bandwidth. A case that fails is reported, and the others go on.
+bandwidth. A case that fails is reported, and the others continue.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Config:
         raise ValueError(f"--{name}={getattr(self, name)} must be {least} or more")
 
 
-# run(new tokens) generates that many; `about` describes what it did
+# run(n) generates n tokens; `about` describes the run
 Engine = tuple[str, Callable[[int], dict]]
 
 
@@ -283,7 +283,7 @@ def run_cases(config: Config) -> None:
   for name, case in cases.items():
     try:
       case.start()
-    except Exception as error:  # the case will report it, and the others go on
+    except Exception as error:  # the case reports it later; the others continue
       program.log(f"{name}: not compiled ahead: {type(error).__name__}")
   suite.programs.wait(config.seconds / 2)
   program.log(f"compiled after {time.monotonic() - begin:.0f} s")

@@ -18,9 +18,9 @@ tracking at each length, 10-shot HellaSwag, 5-shot MMLU, and the likelihood of G
 The achieved CR is measured after everything was read and written. `--chains=8 --temperature=0.6` samples eight texts
 for each prompt of a task that writes; the prompt's score is their mean.
 
-Results go to the JSON file `--output`, by default in a folder of runs/evaluate that is named after the flags. Records
-of the tasks, one JSON line for each chain, go to the same name with .jsonl. The same command again resumes a killed
-run.
+Results go to the JSON file `--output`. With tasks its default lies in a folder of runs/evaluate named after the flags.
+With a text alone there is no default, and results are only printed. Records of the tasks, one JSON line for each chain,
+go to the same name with .jsonl. The same command again resumes a killed run.
 """
 
 from __future__ import annotations

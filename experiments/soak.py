@@ -165,7 +165,7 @@ def soak(generator: Generator, config: Config, traffic: Traffic, seconds: float)
         talks[submit(generator, prompt, options, talk.past)] = (talk, prompt, options)
         continue
       talk.past = None
-      counts["conversations"] += 1  # a uniform sample of those that have ended
+      counts["conversations"] += 1  # a uniform sample of ended conversations
       if len(kept) < config.check:
         kept.append(talk)
       elif (place := draw.randrange(counts["conversations"])) < config.check:
@@ -222,7 +222,7 @@ def growth(values: list[float | None], seconds: list[float], warm_up: float) -> 
 
 
 def verdict(generator: Generator, config: Config, outcome: dict[str, Any]) -> dict[str, Any]:
-  """What was checked and whether it held."""
+  """The checks, and whether each of them held."""
   samples, kept = outcome["samples"], outcome["kept"]
   lost = lost_pages(generator)
   memory_growth, device_growth, arrays_growth = (

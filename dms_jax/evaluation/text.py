@@ -81,7 +81,7 @@ def decode_text(
 
   Args:
     policy: resolved (`check_policy`).
-    cache: of B rows; they may hold what came before.
+    cache: a cache of B rows, which may hold earlier tokens.
     tokens: T is 1 or more; right-padded; row b's first `lengths[b]` are real.
 
   Returns:

@@ -6,7 +6,7 @@
     more = dms_jax.generate(model, ["And a page?"], continue_from=out, max_new_tokens=256)
 
 Prompts are read in chunks (`prefill`), and tokens are decoded in compiled blocks (`decode`). Between them the host
-grows the cache where it must, and streams what has been generated.
+grows the cache if needed, and streams the new tokens and text.
 """
 
 from __future__ import annotations
