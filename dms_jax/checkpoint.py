@@ -46,11 +46,11 @@ def save(
 ) -> None:
   """Writes a checkpoint atomically; an older checkpoint at `path` is replaced.
 
-  With several processes, each must call it; each writes its shards to a shared file system.
+  With several processes, every process must call this; each writes its shards to a shared file system.
 
   Args:
-    groups: the groups to write; ("gate", "lora") is a retrofit. Groups that the model does not have are left out.
-    metadata: stored in config.json; JSON values.
+    groups: the groups to write; ("gate", "lora") writes a retrofit. Groups that the model lacks are skipped.
+    metadata: JSON values to store in config.json.
 
   Raises:
     ValueError: a group is unknown, the layers are a list, or `path` holds something other than a checkpoint.
@@ -70,14 +70,14 @@ def save(
   with _directory_of_all(path) as directory:
     if flat:
       context = ocp.Context()
-      # Compression halves the size of a whole model, but takes ten times longer.
+      # A whole model is not compressed: that would halve its size, but take ten times longer.
       context.array.saving.use_compression = "base" not in groups
       with context:
         ocp.save(directory / PARAMS, unflatten(flat))
     if jax.process_index():  # process 0 writes the rest
       return
     if flat:
-      # Orbax notes the folder it saved to, which is a temporary one.
+      # Orbax writes the name of the folder, which is temporary, into these files.
       for note in (directory / PARAMS).glob("commit_success*.txt"):
         note.write_text("saved\n")
     if tokenizer is not None:
@@ -105,9 +105,9 @@ def load(
     path: a checkpoint with a base.
     retrofit: a checkpoint of gates and low-rank updates for this model; its gates replace the model's own.
     merge: fold low-rank updates into the weights (in float32, rounded once); otherwise they stay separate.
-    dtype: of the weights; default as stored. Gates and separate updates keep the stored dtype.
-    mesh: each of its devices reads only its shards (`sharding.param_shardings`); every process must call. Without a
-      mesh, everything is read to this process's first device.
+    dtype: dtype of the weights; default as stored. Gates and separate updates keep the stored dtype.
+    mesh: each of its devices reads only its shards (`sharding.param_shardings`), and every process must call this.
+      Without a mesh this process's first device gets all parameters.
 
   Raises:
     ValueError: a file is missing, cut short or damaged, or the retrofit belongs to another model.
@@ -116,7 +116,7 @@ def load(
   if "base" not in values["groups"]:
     raise ValueError(f"{path}: a retrofit (it holds {values['groups']}); load its base model with retrofit={path}")
   apart = lora is None or not (merge or retrofit is not None)
-  # Weights that will be merged are read as stored, so that they are rounded only once.
+  # Weights to be merged are read in the stored dtype, so that they are rounded only once.
   early = dtype if apart and retrofit is None else None
   params = _read_params(Path(path), values, param_table(base, dms, lora), early, mesh)
   model = Model(params, base, dms, lora)
@@ -130,8 +130,9 @@ def load(
 
 
 def load_retrofitted(path: str | Path, retrofit: str | Path, *, dtype: Any = None) -> Model:
-  """The retrofitted model: `retrofit` on top of the base at `path`, or alone if it is a whole model
-  (`SavingConfig.export`).
+  """The retrofitted model: `retrofit` on top of the base at `path`.
+
+  A `retrofit` that is a whole model (`SavingConfig.export`) is loaded alone.
 
   Raises:
     ValueError: as `load`.
@@ -145,7 +146,7 @@ def _apply_retrofit(model: Model, path: str | Path, retrofit: str | Path, mesh: 
   values, config, dms, lora = read_config(retrofit)
   if "base" in values["groups"]:
     raise ValueError(f"{retrofit}: a whole model, not a retrofit; load it by itself, without {path}")
-  # A fine-tuned sibling of the base may differ in these two fields.
+  # Fine-tuned versions of the base may differ in `eos_token_ids` and `max_position_embeddings`.
   ours, theirs = (to_json(c) for c in (model.config, config))
   differ = [k for k in ours if ours[k] != theirs[k] and k not in ("eos_token_ids", "max_position_embeddings")]
   if differ:
@@ -167,7 +168,7 @@ def _cast_base(model: Model, dtype: jnp.dtype) -> Model:
 
 
 def read_config(path: str | Path) -> tuple[dict, ModelConfig, DMSConfig | None, LoRAConfig | None]:
-  """config.json of a checkpoint: all its values, and the configs in it.
+  """(all values, ModelConfig, DMSConfig, LoRAConfig) of a checkpoint's config.json.
 
   Raises:
     ValueError: there is no checkpoint, its format is newer, or a file is damaged.
@@ -224,10 +225,10 @@ def atomic_directory(path: str | Path, replaces=is_checkpoint) -> Iterator[Path]
   """
   path = Path(path).absolute()
   path.parent.mkdir(parents=True, exist_ok=True)
-  for leftover in sorted(path.parent.glob(f".{path.name}.partial-*")):  # of a process that was killed
+  for leftover in sorted(path.parent.glob(f".{path.name}.partial-*")):  # left by a killed process
     if _is_running(leftover.name.rpartition("-")[2]):
       continue
-    if "-old-" in leftover.name and not path.exists():  # killed between the two renames below
+    if "-old-" in leftover.name and not path.exists():  # the process was killed between the two renames below
       leftover.rename(path)
     else:
       shutil.rmtree(leftover, ignore_errors=True)
@@ -265,7 +266,7 @@ def _directory_of_all(path: str | Path) -> Iterator[Path]:
     try:
       if jax.process_index() == 0:
         name = os.fsencode(stack.enter_context(atomic_directory(path)))
-    except Exception as error:  # the other processes must be told before it is raised
+    except Exception as error:  # tell the other processes before raising it
       failure = error
     told = multihost_utils.broadcast_one_to_all(np.frombuffer(name.ljust(4096, b"\0"), np.uint8))
     if failure is not None:
@@ -276,7 +277,7 @@ def _directory_of_all(path: str | Path) -> Iterator[Path]:
 
 
 def _is_running(pid: str) -> bool:
-  """Whether another process has this id. A folder with our own id was left by an earlier process of the same id."""
+  """Whether another process with this id runs. A folder with our own id is from an earlier process of the same id."""
   try:
     if int(pid) == os.getpid():
       return False
@@ -291,7 +292,7 @@ def _is_running(pid: str) -> bool:
 def _read_params(
   path: Path, values: dict, table: dict[str, ParamSpec], dtype: Any = None, mesh: Mesh | None = None
 ) -> Params:
-  """Reads and checks the tensors of `table`; `dtype` is that of the base, other groups keep the stored dtype."""
+  """Reads and checks the tensors of `table`. `dtype` applies to the base; other groups keep the stored dtype."""
   directory = (path / PARAMS).absolute()  # Orbax refuses relative paths
   _check_files(path, values["files"])
   try:

@@ -27,8 +27,8 @@ class RopeScaling:
 class ModelConfig:
   """Architecture of a Llama-style decoder.
 
-  `family` is a name in `dms_jax.families`, the Hugging Face `model_type`. `qkv_bias`: biases on q, k and v (Qwen2).
-  `qk_norm`: RMSNorm of each query and key head (Qwen3). Any of `eos_token_ids` ends a generated row.
+  `family` is a name in `dms_jax.families`, the Hugging Face `model_type`. `qkv_bias`: q, k and v have biases (Qwen2).
+  `qk_norm`: each query and key head has an RMSNorm (Qwen3). Any of `eos_token_ids` ends a generated row.
   """
 
   family: str = "llama"
@@ -49,7 +49,7 @@ class ModelConfig:
   eos_token_ids: tuple[int, ...] = ()
 
   def __post_init__(self):
-    from dms_jax import families  # which needs this class
+    from dms_jax import families  # imports this module
 
     families.get(self.family)
     if self.num_heads % self.num_kv_heads:
@@ -68,10 +68,10 @@ class DMSConfig:
   """A model's eviction gates and the meaning of their decisions (arXiv 2506.05345, section 3 and appendix C).
 
   `gate`: "neuron" reads the last channel of each group's first query head, "adapter" projects the residual stream. A
-  gate logit is `scale * raw - offset`. The decision computed at token t is about token t - `shift`. `window` is W: an
-  evicted token stays visible to the next W tokens. `granularity` "layer": KV head 0 decides for its whole layer.
-  `eviction`: "delayed" decides about a token when it arrives and evicts it W tokens later; "immediate", the paper's
-  ablation (section 5.3), decides when it leaves the window and evicts it at once: token t decides about t - shift - W.
+  gate logit is `scale * raw - offset`. Token t decides whether token t - `shift` is evicted. `window` is W: an evicted
+  token stays visible to the next W tokens. `granularity` "layer": KV head 0 decides for its whole layer. `eviction`:
+  "delayed" decides about a token on its arrival and evicts it W tokens later. "immediate", the paper's ablation
+  (section 5.3), decides when the token leaves the window and evicts it at once: token t decides about t - `shift` - W.
   """
 
   gate: Literal["adapter", "neuron"] = "adapter"
@@ -95,7 +95,7 @@ class DMSConfig:
       raise ValueError(f"dms.eviction={self.eviction!r} must be 'delayed' or 'immediate'")
 
   def lag(self, window: int | None = None) -> int:
-    """The distance from the token that computes a decision back to the token it is about; 0 to W + 1 tokens.
+    """Tokens from the token that a decision evicts or keeps to the token that computes it; 0 to W + 1.
 
     Args:
       window: overrides the config's.
@@ -105,7 +105,7 @@ class DMSConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-  """Low-rank updates W + scale * B A of the projections in `targets`; rank 0 means none."""
+  """Low-rank updates: each projection in `targets` becomes W + scale * B A; rank 0 means no updates."""
 
   rank: int = 0
   scale: float = 2.0
@@ -122,10 +122,10 @@ def to_json(config: Any) -> dict:
 
 
 def from_json(cls: type, values: dict, source: str = "config") -> Any:
-  """Builds config `cls` from JSON values. If `cls` has a class method `upgraded`, it first converts older values.
+  """Builds config `cls` from JSON values. A class method `cls.upgraded`, if there is one, first converts older values.
 
   Raises:
-    ValueError: a key is unknown, or the config's own checks refuse a value; names `source`.
+    ValueError: a key is unknown, or the config refuses a value; the message names `source`.
   """
   values = cls.upgraded(values) if hasattr(cls, "upgraded") else dict(values)
   hints = get_type_hints(cls)
@@ -147,7 +147,7 @@ def read_json(path: str | Path) -> dict:
   """Reads one JSON object.
 
   Raises:
-    ValueError: the file is missing, damaged or holds something else; names it.
+    ValueError: the file is missing or damaged, or is not a JSON object; the message names it.
   """
   try:
     values = json.loads(Path(path).read_text())

@@ -1,7 +1,7 @@
 """Every device-dependent choice of a step, in one frozen dataclass.
 
-No choice changes a result by more than rounding. `Execution.choose` makes them all from the kind of device, the step's
-shape and the model; the rest of the code reads the fields and never asks which device there is. `override` sets fields
+No choice changes a result by more than rounding. `Execution.choose` makes every choice from the kind of device, the
+step's shape and the model. The rest of the code reads the fields and never asks for the device. `override` sets fields
 for a block of code, to test and to time each choice on and off (`experiments.bench_execution`).
 """
 
@@ -21,7 +21,7 @@ from pallas_kernels.common.platform import platform
 if TYPE_CHECKING:
   from dms_jax.model import Model
 
-LEAST_ROWS = 8  # rows to which `Execution.least_rows` pads
+LEAST_ROWS = 8  # value of `Execution.least_rows`, where it is on
 LATE_ROWS = 32  # most rows for `Execution.late_gates`
 FEW_ROWS = 16  # most rows for `Execution.weights_left`
 
@@ -32,33 +32,34 @@ _overrides = jax.make_user_context(())
 class Execution:
   """The choices for one step; the defaults switch every one of them off.
 
-  "+54 %" is how much longer a decode step of one row takes without the choice, in bfloat16: on a CPU SmolLM2-135M at
-  1,024 tokens and CR 4 (two shared cores of an AMD EPYC, jax 0.10.2), on a GPU Llama-3.2-1B's shape at 8,192 tokens and
-  CR 8 (an H100, jax 0.11.2). `experiments.bench_execution` measures them.
+  A percentage, such as "+54 %", says how much longer a decode step of one row takes without the choice, in bfloat16.
+  CPU figures: SmolLM2-135M at 1,024 tokens and CR 4, two shared cores of an AMD EPYC, jax 0.10.2. GPU figures:
+  Llama-3.2-1B's shape at 8,192 tokens and CR 8, one H100, jax 0.11.2. `experiments.bench_execution` measures them.
 
   Attributes:
-    layers: the form of the layers that decodes fastest. A scan copies each layer's weights out of the stack at every
-      step, on CPUs (+126 %) and GPUs (+117 %); a loop over a list of layers copies nothing and takes longer to compile.
-      On a TPU the scan costs nothing.
-    least_rows: rows to which a decode step pads everything except attention, on one GPU (+13 %). For fewer rows XLA
-      reads weights at half the speed and splits a norm into more kernels. SmolLM2-135M is 9 % faster without. On a
-      mesh, padding would move rows between devices.
+    layers: a scan over stacked layers or a loop over a list of layers, whichever decodes faster. On CPUs (+126 %) and
+      GPUs (+117 %) a scan copies each layer's weights out of the stack at every step. A loop copies nothing, but takes
+      longer to compile. On a TPU the scan costs nothing.
+    least_rows: rows to which a decode step pads everything except attention, on one GPU (+13 %). With fewer rows XLA
+      reads weights at half the speed and splits a norm into more kernels. SmolLM2-135M is 9 % faster without padding.
+      On a mesh, padding would move rows between devices.
     late_gates: a decode step on one GPU computes the adapter gates of all layers in one kernel after the layers (+3 %,
       SmolLM2-135M +7 %). The kernel reads each layer's x once per KV head and selects among L arrays, so above
-      LATE_ROWS rows one kernel per layer is faster. The cache must allow it, too (`Cache.can_decide_late`).
-    fused_gate: a decode step on a GPU computes an adapter gate's RMSNorm and projection as one reduction, which is one
-      small kernel instead of three: +10 %.
-    weights_left: most rows of a bfloat16 product that has the weights as its left operand, on a CPU. XLA's library
-      packs the right operand at every call, which for few rows takes several times as long as the product: +94 %.
-    matvec_parts: matrices into which the weights of a float32 matrix-vector product are split, on a CPU. XLA computes
-      one product mostly in one thread and a batch of them in several: +13 %, in float32.
-    bits_storage: a cache stores bfloat16 as its bits in uint16, on a CPU. XLA writes one row of a bfloat16 array by
-      converting the whole array to float32 and back: +54 %, 700 us instead of 2 for a cache of 5 MB.
-    embed_barrier: ties a bfloat16 embedding to the tokens before the gather, on a CPU. The gather goes through float32,
-      and XLA hoists the conversion of the whole table out of a loop of decode steps: +22 %.
-    jitted_attention: attention is a jitted function inside the program, on a GPU. Its kernel, which takes seconds to
-      lower and to compile, is compiled once for all layers of a list.
-    replicated_writes: on a mesh of TPUs every device writes the whole pool of pages itself, since a kernel is not
+      LATE_ROWS rows one kernel per layer is faster. The cache must support it (`Cache.can_decide_late`).
+    fused_gate: a decode step on a GPU computes an adapter gate's RMSNorm and projection as one reduction (+10 %). The
+      reduction is one small kernel instead of three.
+    weights_left: most rows for which a bfloat16 product has the weights as its left operand, on a CPU (+94 %). XLA's
+      library packs the right operand at every call. For few rows, packing weights takes several times as long as the
+      product.
+    matvec_parts: number of matrices into which the weights of a matrix-vector product are split, on a CPU (+13 %, in
+      float32, the only dtype split). XLA computes one product mostly in one thread and a batch of products in several.
+    bits_storage: a cache stores bfloat16 as its bits in uint16, on a CPU (+54 %). To write one row of a bfloat16 array
+      XLA converts the whole array to float32 and back, which takes 700 us instead of 2 us for a cache of 5 MB.
+    embed_barrier: ties a bfloat16 embedding to the tokens before the gather, on a CPU (+22 %). The gather goes through
+      float32, and without the barrier XLA hoists the conversion of the whole table out of a loop of decode steps.
+    jitted_attention: attention is a jitted function inside the program, on a GPU. Its kernel takes seconds to lower and
+      to compile, and is compiled once for all layers of a list.
+    replicated_writes: on a mesh of TPUs every device writes the whole pool of pages, because a kernel is not
       partitioned automatically.
   """
 
@@ -78,8 +79,8 @@ class Execution:
     """The choices for a step of `tokens` tokens for each of `rows` rows, under the current mesh and overrides.
 
     Args:
-      model: None leaves out what depends on the model, gates after the layers.
-      rows, tokens: B and T of the step; 0 leaves out what depends on the step.
+      model: None leaves `late_gates` off, the only choice that depends on the model.
+      rows, tokens: B and T of the step; with 0, fields that act in decode steps alone stay off.
     """
     kind, decodes = platform(), tokens == 1
     cpu, gpu, tpu = (kind == name for name in ("cpu", "gpu", "tpu"))
@@ -112,9 +113,9 @@ def _listed_adapters(model: Model) -> bool:
 def override(**fields: Any) -> Iterator[None]:
   """Sets fields of every `Execution` chosen inside: `with execution.override(late_gates=False): ...`.
 
-  A field that is switched on acts whatever the device and the number of rows, where step and model have what it acts
-  on. The overrides are part of the key of `jax.jit`, so functions traced before are traced again. `layers` acts where a
-  model is prepared (`fastest_form`), `bits_storage` where a cache is made.
+  A field that is switched on acts on any device and any number of rows, if it applies to the step and the model. The
+  overrides are part of the key of `jax.jit`, so functions traced before are traced again. `layers` takes effect when a
+  model is prepared (`fastest_form`), `bits_storage` when a cache is created.
 
   Raises:
     TypeError: an unknown field.
@@ -125,9 +126,9 @@ def override(**fields: Any) -> Iterator[None]:
 
 
 def fastest_form(model: Model) -> Model:
-  """The model with its layers in the form that decodes fastest on this device: see `Execution.layers`.
+  """The model with its layers stacked or as a list, whichever decodes fastest on this device (`Execution.layers`).
 
-  A list of layers is a copy of the stacked weights: convert once, as `load` does, not at every call of `generate`.
+  A list of layers is a copy of the stacked weights, so convert once, as `load` does, not at every call of `generate`.
   SmolLM2-135M on two CPU cores generates 30 tokens/s from the list and 15 from the stack.
   """
   return model.unstacked() if Execution.choose().layers == "loop" else model

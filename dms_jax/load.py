@@ -15,8 +15,8 @@ def load(path: str | Path, retrofit: str | Path | None = None, dtype: Any = None
   Args:
     path: folder written by `experiments.convert_weights`.
     retrofit: folder of eviction gates and low-rank updates to add; without it the model may have no gates.
-    dtype: of the weights and the KV cache; default as stored.
-    merge: fold low-rank updates into the weights, which decodes faster.
+    dtype: dtype of the weights and the KV cache; default as stored.
+    merge: fold low-rank updates into the weights, so that the model decodes faster.
 
   Returns:
     `Model` and `Tokenizer`.

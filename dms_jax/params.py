@@ -1,9 +1,9 @@
 """The parameter table: one description of every tensor.
 
-Initialisation, abstract shapes, shardings (`dms_jax.sharding`), conversion from and to Hugging Face names, parameter
-counts and the choice of what a retrofit trains are all derived from `param_table`. Projections are stored outputs first
-([out..., in]), as Hugging Face stores them, so conversion only reshapes; on a CPU a row-major dot product per output is
-also the faster layout.
+`param_table` gives initialisation, abstract shapes, shardings (`dms_jax.sharding`), conversion from and to Hugging Face
+names, parameter counts and the parameters that a retrofit trains. Projections are stored outputs first ([out..., in]),
+as in Hugging Face checkpoints, so conversion only reshapes. On a CPU, row-major dot products per output are also
+faster.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ GROUPS: tuple[Group, ...] = get_args(Group)
 class ParamSpec:
   """One tensor: shape (with a leading L if `layered`), logical axes, initialiser, group and Hugging Face name.
 
-  The last `num_inputs` axes are contracted with activations, the others are outputs; vectors have only outputs.
+  The last `num_inputs` axes are contracted with activations. The others are outputs; vectors have only outputs.
   `hf_name` holds `{layer}` for layered tensors; None means that Hugging Face checkpoints do not contain the tensor
-  (low-rank updates are merged on export). `hf_shape` is one layer's shape there, outputs and inputs flattened.
+  (low-rank updates are merged on export). `hf_shape` is one layer's shape there, with outputs and inputs flattened.
   """
 
   shape: tuple[int, ...]
@@ -124,7 +124,7 @@ def map_table(fn: Callable[[str, ParamSpec], Any], table: dict[str, ParamSpec]) 
 
 
 def abstract_params(table: dict[str, ParamSpec], dtype=jnp.float32) -> Params:
-  """The tree as `jax.ShapeDtypeStruct`s, for loading, compiling and counting without allocation."""
+  """The parameter tree as `jax.ShapeDtypeStruct`s, to load, compile and count without allocation."""
   return map_table(lambda _, spec: jax.ShapeDtypeStruct(spec.shape, dtype), table)
 
 
@@ -136,7 +136,7 @@ def init_params(table: dict[str, ParamSpec], key: jax.Array, dtype=jnp.float32, 
       return jnp.ones(spec.shape, dtype)
     if spec.init == "zeros":
       return jnp.zeros(spec.shape, dtype)
-    # A stable hash; Python's own differs between processes.
+    # A stable hash, because Python's own differs between processes.
     name_key = jax.random.fold_in(key, sum(ord(ch) * 31**i for i, ch in enumerate(path)) % (2**31))
     # fan_in is for the low-rank A, [L, R, in...]: its inputs follow R.
     scale = stddev if spec.init == "normal" else math.prod(spec.shape[2:]) ** -0.5
@@ -158,7 +158,7 @@ def split_params(params: Params, predicate: Callable[[str], bool]) -> tuple[Para
 
 
 def join_params(*trees: Params) -> Params:
-  """The union of parameter trees; the last one that holds a path wins."""
+  """The union of parameter trees; the last tree that holds a path wins."""
   flat: dict[str, Any] = {}
   for tree in trees:
     flat.update(flatten(tree))

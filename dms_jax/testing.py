@@ -16,7 +16,8 @@ from dms_jax.params import map_table, param_table
 
 STDDEV = 0.12
 
-# Compiler options for functions that run a few times on many shapes: compiling takes a quarter, running takes longer.
+# Compiler options for functions that run a few times on many shapes: compilation takes a quarter of the time, a run
+# takes longer.
 QUICK = {"xla_backend_optimization_level": 0}
 if jax.__version_info__ < (0, 11):
   QUICK["xla_cpu_use_fusion_emitters"] = False
@@ -41,7 +42,7 @@ def model(
   seed: int = 0,
   dtype=jnp.float32,
 ) -> Model:
-  """A model with random values in every tensor, also where training starts from zeros or ones: each one matters."""
+  """A model with random values in every tensor, even those that training starts at 0 or 1, so that each one matters."""
   cfg = cfg or config()
 
   def leaf(path, spec):

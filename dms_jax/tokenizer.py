@@ -1,4 +1,4 @@
-"""Text to token ids and back, and chat templates, on Hugging Face's `tokenizers`."""
+"""Text to token ids and back, and chat templates, based on Hugging Face's `tokenizers`."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Tokenizer:
     (path / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
 
   def encode(self, text: str) -> list[int]:
-    """Token ids. They start with BOS if the model's tokenizer adds one and the text does not already start with it.
+    """The token ids of a text, after BOS if the tokenizer adds BOS and the text does not already start with it.
 
     The text of a special token becomes that token. No end token is added.
     """
@@ -70,11 +70,11 @@ class Tokenizer:
     return ids
 
   def decode(self, ids: list[int], skip_special: bool = True) -> str:
-    """The text of `ids`; with `skip_special`, without special tokens. Bytes that are not UTF-8 become U+FFFD."""
+    """The text of `ids`. `skip_special` leaves out special tokens. Bytes that are not UTF-8 become U+FFFD."""
     return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
   def chat(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
-    """The text of a conversation by the model's chat template; a message is {"role": ..., "content": ...}.
+    """The text of a conversation in the model's chat template; a message is {"role": ..., "content": ...}.
 
     Raises:
       ValueError: the tokenizer has no template, or the template refuses the messages.
@@ -86,7 +86,7 @@ class Tokenizer:
     return _render(template, {**given, **tokens})
 
   def token_bytes(self) -> list[bytes]:
-    """The bytes of each token id: of a special token its name, of an unused id none.
+    """The bytes of each token id. A special token has the bytes of its name; an unused id has none.
 
     A SentencePiece model also drops the first space of a whole text, which belongs to no token.
     """
@@ -106,10 +106,10 @@ class Tokenizer:
 
   @functools.cached_property
   def fallback_ids(self) -> frozenset[int]:
-    """The ids of single bytes such as `<0x0A>`, and of special tokens: the text of a run of them at the end may change.
+    """Ids of byte tokens such as `<0x0A>` and of special tokens: later tokens may change the text of a run of them.
 
-    A run of such bytes becomes characters only if all of it is valid UTF-8, and special tokens do not interrupt it.
-    Empty where the vocabulary has no such bytes; in a byte-level one every token stands for bytes of its own.
+    A run of byte tokens decodes to characters only if the whole run is valid UTF-8; special tokens do not end a run.
+    The set is empty if the vocabulary has no byte tokens. In a byte-level vocabulary every token has bytes of its own.
     """
     added = self.backend.get_added_tokens_decoder()
     vocab = {} if _uses_byte_level(self.backend) else self.backend.get_vocab(with_added_tokens=True)
@@ -124,7 +124,7 @@ class Tokenizer:
 
   @functools.cached_property
   def eos_token_ids(self) -> tuple[int, ...]:
-    """The tokenizer's end token, if any; the model's config may name more tokens that end a generated row."""
+    """The tokenizer's end token, if any. The model's config may name more tokens that end a generated row."""
     token = self._special("eos_token")
     index = None if token is None else self.backend.token_to_id(token)
     return () if index is None else (index,)
@@ -137,7 +137,7 @@ class Tokenizer:
 
   @functools.cached_property
   def adds_bos(self) -> bool:
-    """Whether texts start with BOS, by the settings, otherwise by the tokenizer's post-processor."""
+    """Whether texts start with BOS. The settings decide; if they do not say, the tokenizer's post-processor does."""
     if self.bos_token_id is None:
       return False
     if (wanted := self.settings.get("add_bos_token")) is not None:
@@ -153,7 +153,7 @@ class Tokenizer:
     return template
 
   def _special(self, name: str) -> str | None:
-    """A special token's text; the settings hold the text or {"content": text, ...}."""
+    """The text of a special token, which the settings hold as text or as {"content": text, ...}."""
     value = self.settings.get(name)
     return value.get("content") if isinstance(value, dict) else value
 
@@ -205,7 +205,7 @@ def _byte_of_char() -> dict[str, bytes]:
 
 
 def _is_byte(piece: str) -> bool:
-  """Whether a piece of a vocabulary stands for one byte."""
+  """Whether a piece of a vocabulary is a byte token, such as `<0x0A>`."""
   return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
 
 

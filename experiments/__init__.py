@@ -1,1 +1,1 @@
-"""Programs, each run as `python -m experiments.NAME --flag=...`, and the rooms below them."""
+"""Programs, each run as `python -m experiments.NAME --flag=...`, and packages that they share."""

@@ -1,16 +1,17 @@
-"""Ablations: a retrofit and its score for every combination of settings.
+"""Ablations: retrofits and scores every combination of settings.
 
     python -m experiments.ablate --checkpoint=checkpoints/smollm2-135m-instruct --data.paths=text.txt \\
       --eval.text=held_out.txt --sweep='dms.window=0,16,64,256 dms.gate=neuron,adapter'
 
-The flags dms., lora., retrofit., data. and eval. can be swept; several --sweep are a union (spelling:
-experiments/ablation/sweeps.py). --sweep_file=experiments/configs/window.txt reads a sweep from a file; flags of the
-command line override the file's. A sweep of `eval.` alone reuses one retrofit: --sweep='eval.threshold=-10,-2,0,2,10'.
+Flags that begin with dms., lora., retrofit., data. or eval. can be swept. Several --sweep flags are a union
+(experiments/ablation/sweeps.py has the syntax). --sweep_file=experiments/configs/window.txt reads a sweep from a file;
+flags on the command line override the file's. A sweep of `eval.` alone reuses one retrofit:
+--sweep='eval.threshold=-10,-2,0,2,10'.
 
-Every combination is checked before the first run. Each retrofit has a folder OUTPUT/NAME/SWEPT-FINGERPRINT, with one
-file a score in its quality/. The same command again skips finished runs and resumes an interrupted one. A failed run is
-reported at the end, with exit code 1; the others continue. Writes OUTPUT/NAME/{ablation.json, table.md, ablation.png},
-and with --eval.positions compression.png.
+Every combination is checked before the first run. Each retrofit has a folder OUTPUT/NAME/SWEPT-FINGERPRINT, whose
+quality/ holds one file for each score. The same command again skips finished runs and resumes an interrupted one. After
+a failed run the others continue; the failure is reported at the end, with exit code 1. Writes
+OUTPUT/NAME/{ablation.json, table.md, ablation.png}, and with --eval.positions compression.png.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ ERROR = "error.txt"
 class Config:
   """`name` of the ablation; default the sweep file's name, otherwise the fields swept.
 
-  `x` is the plot's axis: a swept field, "tokens" (trained on), or "run" (each run by its name). Default: the field with
+  `x` is the plot's axis: a swept field, "tokens" (training tokens), or "run" (the runs' names). Default: the field with
   most values if there is one group, otherwise "run".
   """
 
@@ -137,7 +138,7 @@ def fingerprint(one: Trial) -> str | None:
 
 
 def finished(one: Trial, tokens: np.ndarray) -> dict[str, Any] | None:
-  """The trial's result if it exists for this text and for the current content of the retrofit."""
+  """The trial's saved result for this text and the retrofit's current content; None without one."""
   result = read_json(one.result) if one.result.exists() else {}
   found = result.get("text_crc32"), result.get("retrofit_crc32")
   return result if found == (crc(tokens), fingerprint(one)) else None
@@ -145,7 +146,7 @@ def finished(one: Trial, tokens: np.ndarray) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def noted(failed: dict[str, str], names: list[str], folder: Path) -> Iterator[None]:
-  """Records an error as that of the trials `names`, so that the other runs continue."""
+  """Records an error as the result of the trials `names`, so that the other runs continue."""
   try:
     yield
   except Preempted:
@@ -161,8 +162,8 @@ def run_all(wanted: list[Trial], config: Config, root: Path) -> tuple[dict[str, 
   """(results, errors) of trials by name.
 
   Raises:
-    ValueError: an input is missing; raised before the first run.
-    Preempted: after a SIGTERM; the run's state is saved.
+    ValueError: an input is missing; it is raised before the first run.
+    Preempted: a SIGTERM came; the run's state is saved.
   """
   tokenizer = Tokenizer.load(config.checkpoint)
   base = functools.cache(lambda: checkpoint.load(config.checkpoint))
@@ -217,7 +218,7 @@ def run_all(wanted: list[Trial], config: Config, root: Path) -> tuple[dict[str, 
 
 
 def read_sweep_file(path: str) -> list[str]:
-  """The groups of a sweep file; its other lines set flags that the command line does not.
+  """The groups of a sweep file; its other lines set flags that the command line does not set.
 
   Raises:
     ValueError: there is no such file, or a line cannot be parsed; names it.
@@ -239,7 +240,7 @@ def main() -> None:
   groups = (read_sweep_file(file) if file else []) + program.FLAGS.sweep
   config = program.read_flags("", Config)
   if not program.FLAGS.debug and not program.FLAGS["verbosity"].present:
-    absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax's threads log errors that are raised too
+    absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax's threads also log errors that are raised
   if not config.checkpoint:
     raise ValueError("give --checkpoint=FOLDER of a model")
   swept = list(dict.fromkeys(flag for group in groups for each in sweeps.product(group, TYPES) for flag in each))

@@ -1,11 +1,11 @@
-"""What each choice of `dms_jax.execution` buys: a decode step or chunk with it and without it.
+"""Gain of each choice of `dms_jax.execution`: a decode step or chunk with the choice on and off.
 
     python -m experiments.bench_execution --shape=smollm2-135m --rows=1,8,32 --output=execution.json
     python -m experiments.bench_execution --shape=llama-3.2-1b --rows=1,8,32,128,248 --output=execution.json
     python -m experiments.bench_execution --chunk=64 --dtype=float32 --rows=1 --tokens=512 --output=execution.json
 
-Weights and caches are random (`experiments.bench.synthetic`). Every field of `Execution` that is on for a step is
-switched off alone. The programs take turns, and each one's best round counts.
+Weights and caches are random (`experiments.bench.synthetic`). Each field of `Execution` that is on for a step is
+switched off, one field at a time. The programs take turns, and the best round of each counts.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from experiments.common import program
 from experiments.reports import tables
 
 BASE = "none"  # the step with nothing switched off
-# These fields act on the time to compile or on a mesh. Name one in `tricks` to switch it off, too.
+# These fields affect compile time or meshes. `tricks` can name one to switch it off, too.
 NOT_TIMED = ("jitted_attention", "replicated_writes")
 
 
@@ -38,9 +38,9 @@ NOT_TIMED = ("jitted_attention", "replicated_writes")
 class Config:
   """A step of `rows` rows that hold `tokens` tokens each, compressed by `cr`.
 
-  `tricks`: fields to switch off, "a+b" for two at once; default: each one that is on. `chunk`: times a chunk of so many
-  tokens of one prompt instead of a decode step; 0: does not. `steps`: decode steps of a compiled block. `rounds` of
-  `seconds` each per program. `workers`: programs compiled at once.
+  `tricks`: fields to switch off, "a+b" for two at once; default: each field that is on. `chunk`: if not 0, a chunk of
+  `chunk` tokens of one prompt is timed instead of a decode step. `steps`: decode steps of a compiled block. Each
+  program is timed in `rounds` rounds of `seconds` each. `workers`: programs compiled at once.
   """
 
   shape: str = "smollm2-135m"
@@ -59,7 +59,7 @@ class Config:
 
 
 def switched_off(how: Execution, tricks: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
-  """Overrides by trick: BASE, then each field of `how` that is on (or each of `tricks`, "a+b") at its off value."""
+  """{trick: overrides}: BASE without any, then each of `tricks` or each field of `how` that is on, at its off value."""
   names = [f.name for f in dataclasses.fields(how) if getattr(how, f.name) != f.default and f.name not in NOT_TIMED]
   if how.late_gates and how.fused_gate:  # gates after the layers are always fused
     names[names.index("fused_gate")] = "late_gates+fused_gate"
@@ -70,14 +70,14 @@ def switched_off(how: Execution, tricks: tuple[str, ...] = ()) -> dict[str, dict
 class Contest:
   """The programs of one step, as chosen and with each trick off.
 
-  Programs of one storage format take turns on one cache, which they are donated and return.
+  Programs of one storage format take turns on one cache: each gets it by donation and returns it.
   """
 
   def __init__(self, config: Config, rows: int, benches: dict[str, Bench], pool: ThreadPoolExecutor):
     self.config, self.rows, self.benches = config, rows, benches
     self.tricks = switched_off(Execution.choose(self.bench().model("dms"), rows, config.chunk or 1), config.tricks)
     self.caches: dict[str, Cache] = {}
-    self.programs: dict[str, Future] = {}  # of (program, seconds that it took to compile); without equal ones
+    self.programs: dict[str, Future] = {}  # (program, seconds to compile), without programs equal to BASE's
     texts = set()
     for name, fields in self.tricks.items():
       with override(**fields):
@@ -88,7 +88,7 @@ class Contest:
       texts |= {text} if name == BASE else set()
 
   def bench(self) -> Bench:
-    """The bench of the model whose layers have the form in force."""
+    """The bench of a model whose layers have the currently chosen form."""
     c, form = self.config, Execution.choose().layers
     if form not in self.benches:
       shape = Shape(PRESETS[c.shape], c.window, c.cr, dtype=c.dtype, steps=c.steps)
@@ -101,7 +101,7 @@ class Contest:
     return self.bench().lower(Point("dms", self.rows, self.config.tokens, self.config.tokens))
 
   def _call(self, name: str) -> Callable[[], Any]:
-    """Runs the program of a trick once more from the same state; returns (tokens or logits, whether rows had room)."""
+    """A call that runs a trick's program from the same state; it returns (tokens or logits, whether rows had space)."""
     c, run = self.config, self.programs[name].result()[0]
     with override(**self.tricks[name]):
       model, policy, *rest = self.bench().arguments("dms", c.tokens)
@@ -128,10 +128,10 @@ class Contest:
     return call
 
   def run(self) -> list[dict[str, Any]]:
-    """One row a trick: ms of a step as chosen and with the trick off, and the gain, off / on - 1.
+    """One row for each trick: ms of a step as chosen, ms with the trick off, and the gain, off / on - 1.
 
     Raises:
-      RuntimeError: a row had no room.
+      RuntimeError: a row had no space.
     """
     c, calls, best = self.config, {name: self._call(name) for name in self.programs}, {}
     for name, call in calls.items():
@@ -164,7 +164,7 @@ def _compiled(lowered: Any) -> tuple[Any, float]:
 
 
 def _seconds(call: Callable[[], Any], count: int) -> float:
-  """Seconds of a call, of `count` queued back to back."""
+  """Mean seconds of a call over `count` calls queued back to back."""
   begin = time.perf_counter()
   for _ in range(count):
     out = call()
@@ -173,12 +173,12 @@ def _seconds(call: Callable[[], Any], count: int) -> float:
 
 
 def measure(config: Config) -> list[dict[str, Any]]:
-  """All rows of `Contest.run`; every program is compiled before anything is timed."""
+  """The rows of all contests; every program is compiled before any is timed."""
   benches: dict[str, Bench] = {}
   with ThreadPoolExecutor(config.workers) as pool:
     contests = [Contest(config, rows, benches, pool) for rows in ((1,) if config.chunk else config.rows)]
   found = []
-  while contests:  # each with its caches is dropped when it is done
+  while contests:  # drop each finished contest with its caches
     found += contests.pop(0).run()
   return found
 

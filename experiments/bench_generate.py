@@ -3,21 +3,20 @@
     python -m experiments.bench_generate --checkpoint=checkpoints/smollm2-135m-instruct \\
       --retrofit=experiments/results/retrofit/smollm2-135m-cr4 --against_transformers
 
-Each engine reads `--prompt_tokens` tokens and writes `--new_tokens` greedily, one row, after a warm-up that compiles;
-engines take turns for `--repeats` rounds, and medians are reported. Prefill is the time to the first token, decode the
-time of the others. With `--divergence_width=8`, eight different prompts are also continued one at a time and all at
-once, and the place of the first token that differs is reported for each: another width sums in another order, which can
-turn a near tie. Writes OUTPUT/{bench.json, bench.png}; the last line is one JSON object. Five
-minutes on two cores.
+Each engine reads one row of `--prompt_tokens` tokens and writes `--new_tokens` greedily, after a warm-up that compiles.
+Engines take turns for `--repeats` rounds, and medians are reported. Prefill is the time to the first token, decode the
+time of the others. `--divergence_width=8` also continues eight prompts one at a time and all at once, and reports where
+each first differs: another width sums in another order, which can flip a near tie. Writes OUTPUT/{bench.json,
+bench.png}; the last line is one JSON object. Five minutes on two cores.
 
     python -m experiments.bench_generate --cases=all                    # one GPU, five to six minutes
-    python -m experiments.bench_generate --cases=step_b32,concurrency   # those that are named, or begin so
-    python -m experiments.bench_generate --cases=all --scale=small      # tiny shapes, anywhere: that everything runs
+    python -m experiments.bench_generate --cases=step_b32,concurrency   # cases with these names or prefixes
+    python -m experiments.bench_generate --cases=all --scale=small      # tiny shapes on any machine, as a test
 
-measures named cases of decoding on one accelerator instead, against the memory's speed, the dense cache and
-transformers; `experiments/bench/generate_cases.py` says which. No checkpoint is needed. Writes OUTPUT/{cases.json,
+`--cases` instead measures named cases of decoding on one accelerator, without a checkpoint, against memory bandwidth,
+the dense cache and transformers; `experiments/bench/generate_cases.py` lists them. Writes OUTPUT/{cases.json,
 cases.png, scaling.png}; a later run of other cases adds to them, each row with its date, versions and measured read
-bandwidth. A case that fails is reported, and the others go on.
+bandwidth. A case that fails is reported, and the others continue.
 """
 
 from __future__ import annotations
@@ -52,8 +51,8 @@ from pallas_kernels.common import bench
 class Config:
   """The first `prompt_tokens` tokens of `text` are read; default the library's own source.
 
-  `cases`, names or beginnings of names or "all", are measured instead of a checkpoint, at `scale`; no case starts later
-  than `seconds`, and `workers` programs are compiled in parallel.
+  `cases` (names, prefixes of names, or "all") are measured at `scale` instead of a checkpoint. No case starts later
+  than `seconds`. `workers` programs are compiled in parallel.
   """
 
   checkpoint: str | None = None
@@ -89,7 +88,7 @@ class Config:
         raise ValueError(f"--{name}={getattr(self, name)} must be {least} or more")
 
 
-# run(new tokens) generates that many; `about` describes what it did
+# run(n) generates n tokens; `about` describes the run
 Engine = tuple[str, Callable[[int], dict]]
 
 
@@ -165,7 +164,7 @@ def measure(engines: list[Engine], config: Config) -> list[dict]:
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
-  """The index of the first token in which two rows differ, which may be the end of the shorter; None for equal rows."""
+  """Index of the first token in which two rows differ, or the shorter row's length; None for equal rows."""
   place = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
   return None if place == len(a) == len(b) else place
 
@@ -176,7 +175,7 @@ def width_divergence(
   """Continues prompts greedily in a `Generator` of width 1 and in one of `width`.
 
   Args:
-    settings: of the generators.
+    settings: arguments of both generators.
 
   Returns:
     widths, new_tokens, first_difference of each row (None: equal), rows_equal, and the largest difference of the
@@ -204,7 +203,7 @@ def width_divergence(
 
 
 def prompt_ids(config: Config, tokenizer, count: int = 1) -> list[int]:
-  """The tokens of `count` prompts, end to end; a short text is repeated."""
+  """Tokens for `count` prompts in one list; a short text is repeated."""
   if config.text is not None and not Path(config.text).is_file():
     raise ValueError(f"--text={config.text}: no such file")
   source = Path(config.text) if config.text else Path(dms_jax.__file__).parent / "model.py"
@@ -214,7 +213,7 @@ def prompt_ids(config: Config, tokenizer, count: int = 1) -> list[int]:
 
 
 def table(results: list[dict]) -> str:
-  """Results as text, with each engine's decode speed over transformers' where that ran."""
+  """Results as text; where transformers ran, also each engine's decode speed over transformers'."""
   names = ["dtype", "engine", "prefill tokens/s", "decode tokens/s", "CR", "decode / transformers"]
   optional = lambda result, name: f"{result[name]:.2f}" if name in result else ""
   rows = [
@@ -228,7 +227,7 @@ def table(results: list[dict]) -> str:
 
 
 def bench_dtype(config: Config, dtype: str, tokenizer, prompt: list[int]) -> list[dict]:
-  """All engines on weights of one dtype."""
+  """Measures all engines on weights of one dtype."""
   dense = checkpoint.load(config.checkpoint, dtype=dtype)
   with tempfile.TemporaryDirectory() as folder:
     others = []
@@ -284,7 +283,7 @@ def run_cases(config: Config) -> None:
   for name, case in cases.items():
     try:
       case.start()
-    except Exception as error:  # the case will report it, and the others go on
+    except Exception as error:  # the case reports it later; the others continue
       program.log(f"{name}: not compiled ahead: {type(error).__name__}")
   suite.programs.wait(config.seconds / 2)
   program.log(f"compiled after {time.monotonic() - begin:.0f} s")

@@ -1,13 +1,13 @@
-"""Speed of the attention kernels against dense attention by cuDNN and the memory's limit.
+"""Speed of the attention kernels, against dense attention by cuDNN and memory bandwidth.
 
     python -m experiments.bench_kernels                               # an H100: every case but growth, ten minutes
-    python -m experiments.bench_kernels --cases=decode,pages_b32_cr8  # those that are named, or begin so
-    python -m experiments.bench_kernels --cases=growth                # against compression, length and batch
-    python -m experiments.bench_kernels --scale=small --growth        # tiny shapes, anywhere: that everything runs
+    python -m experiments.bench_kernels --cases=decode,pages_b32_cr8  # cases with these names or prefixes
+    python -m experiments.bench_kernels --cases=growth                # decode time by compression, length and batch
+    python -m experiments.bench_kernels --scale=small --growth        # tiny shapes on any machine, to test the program
 
 `experiments/bench/kernel_cases.py` says what each case measures. Writes OUTPUT/{bench.json, bench.png, growth.png}; a
-later run of other cases adds to them, each row with its date, versions and measured read bandwidth. Prints them as a
-table; the last line is one JSON object. A case that fails is reported, and the others go on.
+later run of other cases adds rows to them, each with its date, versions and measured read bandwidth. Prints the rows as
+a table; the last line is one JSON object. A case that fails is reported, and the others continue.
 `experiments.tune_kernels` finds the fastest block sizes.
 """
 
@@ -32,10 +32,11 @@ class Config:
   """Settings of a run.
 
   Fields:
-    cases: names, or beginnings of names; none: all but growth.
-    implementation: of the kernels; none: "gpu" on a GPU, so that a refusal is seen, else what dispatch chooses.
+    cases: names or prefixes of names; none: all but growth.
+    implementation: of the kernels. Default: "gpu" on a GPU, so that an unsupported case is an error, else the
+      dispatcher's choice.
     seconds: no case starts later than this.
-    check: also compare decode with XLA's result, which compiles both once more.
+    check: also compare decode with XLA's result; both are compiled once more.
     flex: also measure PyTorch's FlexAttention with the training bias, where PyTorch is installed.
   """
 
@@ -53,7 +54,7 @@ def selected(config: Config) -> dict[str, Any]:
   """The cases asked for: {name: workload, or (axis, value, workload) of growth}.
 
   Raises:
-    ValueError: a name that no case has or begins with.
+    ValueError: a name that is no case's name or prefix.
   """
   both = CASES | kernel_cases.growth(config.scale == "small")
   wanted = config.cases or tuple(CASES)
@@ -79,7 +80,7 @@ def measure(work: Any, bandwidth: float, config: Config, override: str | None) -
 
 
 def described(work: Any) -> dict:
-  """What a row says of its workload."""
+  """The fields of a row that describe its workload."""
   if isinstance(work, tuple):
     axis, value, work = work
     return {"axis": axis, "value": value} | described(work)

@@ -1,11 +1,11 @@
 """How much faster policies that watch attention read a prompt in chunks than one token at a time.
 
     python -m experiments.bench_policies                   # one GPU, three minutes
-    python -m experiments.bench_policies --scale=small     # tiny shapes, anywhere: that everything runs
+    python -m experiments.bench_policies --scale=small     # tiny shapes on any machine, to test the program
 
-Each policy reads the same random prompts twice: in chunks, where the queries of a chunk are observed together, and with
-`exact_prefill=True`, where every token is a step of its own. The weights are random too: neither reading depends on
-them. Writes OUTPUT/policies.json and prints a table; the last line is one JSON object.
+Each policy reads the same random prompts twice. In chunks it observes all queries of a chunk together; with
+`exact_prefill=True` every token is a step of its own. Weights are random, too, because they do not affect the time.
+Writes OUTPUT/policies.json and prints a table; the last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ COLUMNS = ("name", "case", "ms", "exact_ms", "ratio", "CR", "bar", "reached")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """`rows` prompts of `tokens` tokens, `budget` tokens a head; `rounds` of each reading, of which the best counts."""
+  """`rows` prompts of `tokens` tokens, a `budget` in tokens a head; the best of `rounds` of each reading counts."""
 
   preset: str = "smollm2-135m"
   policies: tuple[str, ...] = ("h2o", "tova")
@@ -60,7 +60,7 @@ class Config:
         raise ValueError(f"--{name}={getattr(self, name)} must be 1 or more")
 
   def shrunk(self) -> Config:
-    """The same, small enough for anything that runs Python."""
+    """The same settings, small enough for any machine."""
     return dataclasses.replace(self, rows=2, tokens=48, budget=12, chunk=16, rounds=1, dtype="float32")
 
   @property
@@ -69,7 +69,7 @@ class Config:
 
 
 def pair(name: str, budget: int) -> tuple[Policy, Policy]:
-  """A policy that reads prompts in chunks, and the same one token at a time.
+  """(a policy that reads prompts in chunks, the same policy reading one token at a time).
 
   Raises:
     ValueError: the policy has no budget or only one way to read a prompt.
@@ -82,7 +82,7 @@ def pair(name: str, budget: int) -> tuple[Policy, Policy]:
 
 
 def reading(model: Model, policy: Policy, ids: np.ndarray, config: Config) -> tuple[float, float]:
-  """(seconds that it takes to read the prompts, the achieved CR after it); compiled before it is timed."""
+  """(seconds to read the prompts, the achieved CR after them); the program is compiled before it is timed."""
   best, achieved = float("inf"), 0.0
   for number in range(1 + config.rounds):
     begin = time.perf_counter()
@@ -95,7 +95,7 @@ def reading(model: Model, policy: Policy, ids: np.ndarray, config: Config) -> tu
 
 
 def measure(name: str, model: Model, ids: np.ndarray, config: Config) -> dict[str, Any]:
-  """Milliseconds of both readings of one policy, and their ratio."""
+  """One policy's milliseconds for both ways of reading, and their ratio."""
   (chunked, cr), (exact, _) = (reading(model, policy, ids, config) for policy in pair(name, config.budget))
   return {"ms": chunked * 1e3, "exact_ms": exact * 1e3, "ratio": exact / chunked, "CR": cr}
 

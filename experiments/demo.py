@@ -3,9 +3,9 @@
     python -m experiments.demo --checkpoint=checkpoints/smollm2-135m-instruct
 
 Reads the first `--tokens` tokens of `--text` (default: this project's own documents and source) in chunks, with the
-untouched model and a dense cache, and with the retrofit and a cache that forgets; then continues both, drawing with the
-same key. Writes OUTPUT/{report.json, live_tokens.png} and ends with one JSON line. Three minutes on two CPU cores
-with SmolLM2-135M, half of it compilation, which a second run finds done.
+original model and a dense cache, and with the retrofit and DMS; then continues both texts, sampling with the same key.
+Writes OUTPUT/{report.json, live_tokens.png} and ends with one JSON line. SmolLM2-135M takes three minutes on two CPU
+cores. Half of that is compilation, which a second run finds in the cache on disk.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from experiments.reports import plots, tables
 
 ROOT = Path(__file__).parent.parent
 QUESTION = "What is the capital of France?"
-STRIDES = 4  # a cache grows to its full size in so many steps: each is a compilation, but attention pays for all slots
+STRIDES = 4  # sizes a cache grows through; each is compiled once, but attention reads all slots of a size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,14 +73,14 @@ def own_text() -> str:
 
 @partial(jax.jit, donate_argnames="cache")
 def _take(model: Model, policy: Policy, cache, tokens, lengths, remaining):
-  """Takes one chunk of the text into the cache: hidden states, counts, and the cache."""
+  """Reads one chunk of the text into the cache; returns hidden states, counts and the cache."""
   out, cache = cached_forward(model, policy, cache, tokens, lengths, remaining=remaining)
   return out.hidden, count(out.seen), cache
 
 
 @jax.jit
 def _score(models: tuple[Model, Model], hidden, target, scored):
-  """Sums over the `scored` targets [1, C]: negative log-likelihood by each model, and KL(first || second)."""
+  """Each model's negative log-likelihood, and KL(first || second), summed over the `scored` targets [1, C]."""
   logits = [unembed(model, states) for model, states in zip(models, hidden, strict=True)]
   nll = [-jnp.take_along_axis(jax.nn.log_softmax(x), target[..., None], axis=-1)[..., 0] for x in logits]
   kl = kl_divergence(logits[1], logits[0], "forward")
@@ -88,7 +88,7 @@ def _score(models: tuple[Model, Model], hidden, target, scored):
 
 
 def _enlarged(cache, policy: Policy, tokens: int, most: int):
-  """`cache`, grown as pages are, or by whole strides of `most` / STRIDES slots, if `tokens` more might not fit."""
+  """`cache`, enlarged if `tokens` more might not fit: by pages, or by whole strides of `most` / STRIDES slots."""
   if isinstance(cache, caches.PagedCache):
     return cache.ensure_capacity(policy, np.array([tokens]), most)
   lack, slots = tokens - int(cache.free_tokens(policy).min()), cache.slots
@@ -112,23 +112,24 @@ def compare(
   """Reads `tokens` [T] and writes `new_tokens` more with both models.
 
   Args:
-    original: the untouched model, run with a dense cache.
+    original: the original model, run with a dense cache.
     model: the retrofit, run with DMS.
-    temperature, seed: of what is written, the same for both; 0 is greedy, which small models repeat themselves under.
+    temperature, seed: of the written tokens, for both models; temperature 0 is greedy, which makes small models repeat
+      themselves.
 
   Returns:
-    {"dense": ..., "dms": ...}, each with perplexity and kl of what was read (every position but the first; KL(original
-    || model) in nats per token), the new tokens `written`, `metrics` of reading and writing, and `live` [P, L, K]:
-    tokens live after `position` [P].
+    {"dense": ..., "dms": ...}. Each has the perplexity and kl of the text read (every position but the first;
+    KL(original || model) in nats per token), the new tokens `written`, the `metrics` of reading and writing, and `live`
+    [P, L, K], tokens live at `position` [P].
   """
   models = (original, model)
   policies = (Vanilla(), check_policy(model, DMS(threshold=threshold)))
-  most = max(len(tokens) + new_tokens, policies[1].window + 1)  # slots that suffice whatever is kept
+  most = max(len(tokens) + new_tokens, policies[1].window + 1)  # slots that suffice for any evictions
   empty = partial(caches.for_model, batch=1, capacity=-(-most // STRIDES), longest=most)
   state = [empty(m, p) for m, p in zip(models, policies, strict=True)]
   reading = [Metrics.zero(m.config.num_layers, 1, m.config.num_kv_heads) for m in models]
   sums, positions, live = [], [], ([], [])
-  total = len(tokens) - 1  # the last token is the first that writing feeds
+  total = len(tokens) - 1  # the last token is not read here: writing feeds it first
   bar = program.progress(-(-total // chunk), desc=f"reading, chunks of {chunk} tokens")
 
   def feed(part: Chunk) -> np.ndarray:
@@ -180,7 +181,7 @@ def compare(
 
 
 def side_by_side(left: str, right: str, width: int = 57, rows: int = 24) -> str:
-  """Two texts in two columns under "dense" and "DMS", of at most `rows` lines."""
+  """Two texts in columns headed "dense" and "DMS", at most `rows` lines each."""
 
   def wrap(text: str) -> list[str]:
     lines = [part for line in text.splitlines() for part in (textwrap.wrap(line, width) or [""])]
@@ -224,7 +225,7 @@ def main() -> None:
     raise ValueError(f"--text={config.text}: {len(tokens)} tokens, fewer than --tokens={config.tokens}")
 
   chat = tokenizer.chat([{"role": "user", "content": QUESTION}])
-  # Nearly greedy; the dense model in a cache as large as the long text will need: both share their compiled decoding.
+  # Nearly greedy. The dense model has a cache as large as the long text needs, so both texts share compiled decoding.
   alike = {"history": True, "key": jax.random.key(config.seed), "temperature": min(config.temperature, 0.01)}
   answers = {}
   for name, m, capacity in (("dense", original, config.tokens + config.new_tokens), ("dms", model, None)):

@@ -4,9 +4,9 @@
       --retrofit=experiments/results/retrofit/smollm2-135m-cr4 --lengths=1024,4096
 
 Every quality figure of this project follows one procedure: the whole text in chunks of T tokens, every position but a
-chunk's first, hard decisions, KL(original || retrofit) in nats per token. `--max_tokens=20480 --lengths=1024
---dtype=float32` without a retrofit is the perplexity check of the converted weights. `--retrofit` takes several,
-comma-separated.
+chunk's first, hard decisions, KL(original || retrofit) in nats per token. `--retrofit` takes several folders, separated
+by commas. Without a retrofit, `--max_tokens=20480 --lengths=1024 --dtype=float32` checks the perplexity of converted
+weights.
 
     python -m experiments.evaluate --checkpoint=checkpoints/smollm2-135m-instruct \\
       --retrofit=experiments/results/retrofit/smollm2-135m-cr4 --tasks=needle,tracking,hellaswag,mmlu,gsm8k \\
@@ -15,11 +15,12 @@ comma-separated.
 The original and each retrofit answer the same samples, chosen by `--seed`. Tables show each score with its standard
 error, then its difference from the original's, paired sample by sample. The tasks are RULER's needle and variable
 tracking at each length, 10-shot HellaSwag, 5-shot MMLU, and the likelihood of GSM8K's solutions after 5 worked ones.
-The achieved CR is that of the cache after everything was read and written. `--chains=8 --temperature=0.6` samples eight
-texts for each prompt of a task that writes; its score is their mean.
+The achieved CR is measured after everything was read and written. `--chains=8 --temperature=0.6` samples eight texts
+for each prompt of a task that writes; the prompt's score is their mean.
 
-Results go to `--output`, a JSON file, by default in a folder under runs/evaluate named from the flags; the records of
-the tasks, one JSON line a chain, go to the same name with .jsonl. The same command again resumes a run that was killed.
+Results go to the JSON file `--output`. With tasks its default lies in a folder of runs/evaluate named after the flags.
+With a text alone there is no default, and results are only printed. Records of the tasks, one JSON line for each chain,
+go to the same name with .jsonl. The same command again resumes a killed run.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Config:
     run.check_names([ORIGINAL, *(self.name(path, at) for path in self.retrofit for at in self.thresholds)])
 
   def name(self, retrofit: str, threshold: float) -> str:
-    """A method's name: the retrofit's path, with the threshold where that is not 0 or there are several."""
+    """A method's name: the retrofit's path, with the threshold if it is not 0 or one of several."""
     plain = not threshold and len(self.thresholds) == 1
     return str(Path(retrofit)) if plain else f"{Path(retrofit)} at {threshold:.12g}"
 
@@ -103,7 +104,7 @@ def methods_of(config: Config, original: Model) -> list[Method]:
 
 
 def text_entries(method: str, quality: dict[str, Any]) -> list[Entry]:
-  """What `text_quality` gives, in the summary's terms: of the original, and of a retrofit where one was scored.
+  """The results of `text_quality` as summary entries: the original's, and the retrofit's if one was scored.
 
   A text is scored as one whole, so there are no standard errors; samples are its chunks.
   """
@@ -119,7 +120,7 @@ def text_entries(method: str, quality: dict[str, Any]) -> list[Entry]:
 
 
 def score_text(config: Config, original: Model, tokens: np.ndarray) -> list[Entry]:
-  """The quality of every retrofit at every length and threshold; prints it as a table."""
+  """Scores every retrofit at every length and threshold, and prints a table."""
   entries: dict[tuple, Entry] = {}
   for path in config.retrofit or ("",):
     model = config.load(path) if path else None
@@ -139,7 +140,7 @@ def score_text(config: Config, original: Model, tokens: np.ndarray) -> list[Entr
 
 
 def text_picture(path: Path, entries: list[Entry], title: str) -> str | None:
-  """KL, perplexity and compression of retrofits by length; the path written, None for fewer than two points."""
+  """Plots KL, perplexity and compression by length; returns the path written, None for fewer than two points."""
   cells = {(entry.method, entry.length, entry.metric): entry for entry in entries}
   points = sorted(((e.length, e.method) for e in entries if e.metric == "kl"), key=lambda point: point[0])
   short = tables.short_names(list(dict.fromkeys(method for _, method in points)))
@@ -161,13 +162,13 @@ def run_tasks(
   config: Config, methods: list[Method], jobs: list[run.Job], tokenizer: Tokenizer, path: Path,
   save: Callable[[list[Entry]], None],
 ) -> None:  # fmt: skip
-  """Carries out every job that the records at `path` do not hold yet, and prints a table of each.
+  """Runs every job that the records at `path` do not hold yet, and prints a table for each.
 
   Args:
     save: called after each job with the summary of all jobs so far.
 
   Raises:
-    ValueError: the records there are of other settings.
+    ValueError: the records at `path` have other settings.
   """
   done = records.read(path)
   expected = {(m.name, job.task.name, job.length): run.settings_of(job, m) for m in methods for job in jobs}

@@ -3,7 +3,7 @@
     python -m experiments.export_torch --checkpoint=checkpoints/smollm2-135m-instruct --retrofit=retrofits/cr4 \\
       --output=export/smollm2-cr4 --dtype=bfloat16
 
-Low-rank updates are merged. Gates, which plain transformers ignores, are in files of their own: dms_config.json, and
+Low-rank updates are merged. Gates are written to separate files, which plain transformers ignores: dms_config.json, and
 dms_gates.safetensors for the adapter. experiments.convert_weights reads the directory back, with its gates.
 """
 

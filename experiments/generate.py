@@ -3,15 +3,15 @@
     python -m experiments.generate --checkpoint=checkpoints/smollm2-135m-instruct \\
       --retrofit=experiments/results/retrofit/smollm2-135m-cr4 --chat --prompt="Why is the sky blue?"
 
-The prompt is `--prompt`, or the text of `--file`, or one prompt a line of `--prompts_file`; with `--chat` it is a
-user's message, and without any prompt the turns of a conversation are read from standard input. `--policy=vanilla`
-keeps the whole cache; a policy's own numbers are flags too (`--dms.threshold=2`, `--policy=h2o --h2o.budget=512`). The
-last line is one JSON object with all rows and what they cost.
+The prompt is `--prompt` or the text of `--file`; `--prompts_file` has one prompt a line. With `--chat` a prompt is a
+user's message; without a prompt, standard input gives the turns of a conversation. `--policy=vanilla` keeps the whole
+cache. A policy's own numbers are flags too (`--dms.threshold=2`, `--policy=h2o --h2o.budget=512`). The last line is one
+JSON object with all rows and their cost.
 
     python -m experiments.generate --checkpoint=... --requests=requests.jsonl --width=16 --kv_budget_gib=2
 
-answers a file of requests (`experiments/common/requests.py` has its fields) in one pool of pages: rows are written to
-`--output` as they end, and a run that was cut short resumes where it was.
+answers a file of requests (fields: `experiments/common/requests.py`) in one pool of pages. Rows are written to
+`--output` as they end. The same command again resumes a run that was cut short.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from experiments.common import requests as request_file
 class Config:
   """`samples` continuations of each prompt; the default `policy` is dms for a model with gates, else vanilla.
 
-  For requests: `width` rows at once; `chains` of each request that does not say; a budget in GiB, or in tokens a head
-  that all rows hold together outside their windows; `output` is by default REQUESTS with the ending .results.jsonl;
-  `page_format` quantises the pages. `cache` is by default what `dms_jax.generate` takes, and paged for requests.
+  Settings of requests: `width`, rows at once; `chains` of a request that gives none; a budget in GiB, or in tokens a
+  head that all rows together hold outside their windows; `output`, by default REQUESTS with the ending .results.jsonl;
+  `page_format`, which quantises the pages. `cache` is paged for requests, otherwise `dms_jax.generate`'s default.
   """
 
   checkpoint: str
@@ -99,11 +99,11 @@ class Config:
       raise ValueError("give either --kv_budget_gib or --kv_budget_tokens")
 
   def stops(self) -> tuple[str, ...]:
-    """`stop` as texts: a backslash and an n mean a line feed."""
+    """`stop` with each backslash and n replaced by a line feed."""
     return tuple(text.replace("\\n", "\n") for text in self.stop)
 
   def prompts(self) -> list[str]:
-    """The texts asked for; none when turns come from standard input."""
+    """The prompts of the flags; none when turns come from standard input."""
     if self.prompt is not None:
       return [self.prompt]
     if self.file is not None:
@@ -125,10 +125,10 @@ def user_turns() -> Iterator[str]:
 
 
 def next_turn(tokenizer, messages: list[dict], ended: bool) -> str:
-  """The text to feed between an answer and the next: the chat template's, from the end of the answer on.
+  """The text of the chat template from the end of one answer to the start of the next.
 
   Args:
-    ended: the answer closed with its end token, which is pending in the cache already.
+    ended: whether the answer ended with its end token, which is pending already.
   """
   before = tokenizer.chat(messages[:-1], add_generation_prompt=False)
   after = tokenizer.chat(messages)
@@ -143,7 +143,7 @@ def next_turn(tokenizer, messages: list[dict], ended: bool) -> str:
 
 
 class Printer:
-  """Prints rows as they stream: one row as it comes, several each on its own when its line is complete."""
+  """Prints rows as they stream: a single row piece by piece, several rows line by line."""
 
   def __init__(self, rows: int):
     self.rows, self.waiting = rows, [""] * rows

@@ -9,8 +9,8 @@ Without a data set the model samples its own: --data.self_text.rows=256. The pap
 
 After an interruption, run the same command again: it resumes from the last checkpoint with the same numbers. SIGTERM
 saves first and exits with 143. Writes OUTPUT/{run.json, log.jsonl, state/, cr2/, cr3/, ..., final/, log.png}; each crN
-and final is a retrofit for `dms_jax.load(checkpoint, retrofit=...)`, or a whole model (--retrofit.saving.export). With
---benchmark it times steps instead: see experiments/bench/retrofit_step.py.
+and final is a retrofit for `dms_jax.load(checkpoint, retrofit=...)`, or a whole model (--retrofit.saving.export).
+--benchmark times steps instead: see experiments/bench/retrofit_step.py.
 
 Several devices: --mesh.data=4 --mesh.tensor=2 (fully sharded data parallelism, tensor parallelism). Several hosts with
 OUTPUT on a shared file system: the same command on each, with --mesh.coordinator=HOST:PORT --mesh.processes=2
@@ -64,9 +64,9 @@ class Config:
   """Input, output and mode. `stop_after` stops after that many steps in total, as if interrupted; 0 runs to the end.
 
   `tensorboard` also writes OUTPUT/tensorboard (needs tensorboardX). `deterministic` restricts XLA to GPU operations
-  with a fixed order of summation, so that a resumed run is bit-equal there too; slower. CPUs and TPUs always use a
-  fixed order. `benchmark` times `benchmark_steps` steps of the shape `preset` with random weights, without checkpoint,
-  output or data; `against_flex` also times such a step in PyTorch with FlexAttention.
+  with a fixed order of summation, so that a resumed run is bit-equal on a GPU, too; it is slower. CPUs and TPUs always
+  use a fixed order. `benchmark` times `benchmark_steps` steps of the shape `preset` with random weights, without
+  checkpoint, output or data; `against_flex` also times such a step in PyTorch with FlexAttention.
   """
 
   checkpoint: str = ""
@@ -82,7 +82,7 @@ class Config:
 
 @contextlib.contextmanager
 def asked_to_stop() -> Iterator[Callable[[], bool]]:
-  """Within the context a SIGTERM makes the yielded function return true; a second one ends the program at once.
+  """Yields a function that returns true after a SIGTERM; a second SIGTERM ends the program at once.
 
   With several processes JAX handles the signal, and all stop after the same step.
   """
@@ -129,7 +129,7 @@ def say(message: str) -> None:
 def own_text(
   base: Callable[[], Model], tokenizer: Tokenizer, data: DataConfig, dtype: str, output: Path
 ) -> Path | None:
-  """OUTPUT/self_text.jsonl, sampled from `base` on one device unless it exists; None if `data` asks for none."""
+  """OUTPUT/self_text.jsonl, sampled from `base` on one device if it is missing; None if `data` asks for none."""
   path = output / "self_text.jsonl"
   if not data.self_text.rows:
     return None
@@ -168,7 +168,7 @@ def carry_out(
   """Trains or resumes `run`, logs its progress and plots DIRECTORY/log.png; returns the last line of its log.
 
   Raises:
-    Preempted: after a SIGTERM; the state is saved. Otherwise as `train`.
+    Preempted: a SIGTERM came; the state is saved. Other errors are those of `train`.
   """
   settings, shown = run.config, [time.perf_counter()]
 
@@ -200,7 +200,7 @@ def main() -> None:
   if not program.FLAGS.debug and not program.FLAGS["verbosity"].present:
     absl_logging.set_verbosity(
       absl_logging.FATAL
-    )  # Orbax shows the traceback of each of its threads; we say what it is
+    )  # Orbax shows a traceback for each thread; this program prints one line
   if config.deterministic:  # before anything asks for a device
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *DETERMINISTIC]).strip()
   if settings.trainable != "lora" and (

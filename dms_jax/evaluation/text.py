@@ -18,12 +18,12 @@ from dms_jax.metrics import achieved_cr, kl_divergence
 from dms_jax.model import Eviction, Model, cached_forward, check_policy, forward, unembed
 from dms_jax.policies import Policy
 
-POSITIONS = 1024  # positions whose logits over the vocabulary are in memory at once
+POSITIONS = 1024  # positions whose logits [V] are in memory at once
 
 
 @partial(jax.jit, static_argnames=("window",))
 def _score(original: Model, model: Model | None, tokens: Int[Array, "B T"], threshold, window: int | None) -> dict:
-  """Sums over the rows' scored positions, and tokens held at the end of each row."""
+  """Sums over the scored positions of all rows (`_sums`), and `held`, tokens held at the end of each row."""
   hidden = [forward(original, tokens)[0]]
   held = None
   if model is not None:
@@ -40,14 +40,14 @@ def _score(original: Model, model: Model | None, tokens: Int[Array, "B T"], thre
 def _score_policy(
   original: Model, model: Model, policy: Policy, cache: caches.Cache, tokens: Int[Array, "B T"]
 ) -> dict:
-  """The same when `model` decodes every token into the empty `cache` under `policy`, and keys read [L, B, K]."""
+  """`_score` with `model` decoding every token into `cache` under `policy`; adds `reads` [L, B, K], keys read."""
   states, usage = decode_text(model, policy, cache, tokens, jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32))
   sums = _sums([original, model], [forward(original, tokens)[0], states], tokens)
   return {**sums, "held": usage.live, "reads": usage.reads}
 
 
 def _sums(models: list[Model], hidden: list[Float[Array, "B T D"]], tokens: Int[Array, "B T"]) -> dict[str, Array]:
-  """Negative log-likelihoods of one or two models, and the divergence from the first, summed over scored positions."""
+  """Negative log-likelihoods of one or two models and KL(first || second), summed over scored positions."""
   chunk = min(POSITIONS, tokens.shape[1] - 1)
   pad = -(tokens.shape[1] - 1) % chunk
   split = lambda x: jnp.moveaxis(
@@ -70,23 +70,23 @@ def _sums(models: list[Model], hidden: list[Float[Array, "B T D"]], tokens: Int[
 
 
 def cache_for_text(model: Model, policy: Policy, batch: int, length: int) -> caches.Cache:
-  """An empty cache for texts of `length` tokens: a slot a token whatever the budget, so budgets share a compilation."""
+  """An empty cache with one slot for each of `length` tokens, whatever the budget, so budgets share a compilation."""
   return caches.for_model(model, policy, batch=batch, capacity=max(length, policy.window + 1), kind="contiguous")
 
 
 def decode_text(
   model: Model, policy: Policy, cache: caches.Cache, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]
 ) -> tuple[Float[Array, "B T D"], Usage]:
-  """Decodes given texts token by token, as generation would, for use inside `jit`.
+  """Decodes given texts token by token, as generation does; for use inside `jit`.
 
   Args:
     policy: resolved (`check_policy`).
-    cache: of B rows; they may hold what came before.
+    cache: a cache of B rows, which may hold earlier tokens.
     tokens: T is 1 or more; right-padded; row b's first `lengths[b]` are real.
 
   Returns:
-    Hidden states before the final norm; tokens that each head holds in the end, and keys that these tokens read, int32
-    [L, B, K] each.
+    Hidden states before the final norm, and int32 [L, B, K] each: tokens that each head holds at the end, and keys that
+    the decoded tokens read.
   """
 
   def step(cache, inputs):
@@ -110,19 +110,20 @@ def text_quality(
   batch: int = 1,
   progress: Callable[[Iterable], Iterable] = lambda items: items,
 ) -> dict[str, Any]:
-  """Scores a text in chunks of `length` tokens, every position but a chunk's first; a shorter rest is left out.
+  """Scores a text in chunks of `length` tokens, every position but a chunk's first; a shorter last chunk is dropped.
 
   Args:
-    model: the retrofit, under hard decisions; without gates it is scored dense; None scores the original alone.
-    threshold, window: of the eviction; None takes the model's window.
-    policy: the model (the original where that is None) decodes every token through a cache under this policy instead.
+    model: the retrofit, scored with hard decisions, or dense if it has no gates. None scores only the original.
+    threshold: a token is evicted if its gate logit exceeds it.
+    window: W of the eviction; None takes the model's.
+    policy: if given, the model (the original if `model` is None) decodes every token through a cache under this policy.
     batch: chunks at a time.
     progress: wraps the iteration over batches.
 
   Returns:
     `perplexity_original`, `perplexity`, `perplexity_change` (a share), `kl` = KL(original || model) in nats per token,
     `achieved_cr` at T = `length`, `held_per_head` float [L, K] (mean tokens held), `chunks`; under a policy also
-    `reads_cr`, the keys that dense attention reads over those read.
+    `reads_cr`, keys read by dense attention over keys read.
 
   Raises:
     ValueError: the text is shorter than one chunk.
@@ -169,10 +170,10 @@ def text_quality(
 
 @partial(jax.jit, static_argnames=("window",))
 def _held_at(model: Model, tokens: Int[Array, "B T"], ends: Int[Array, "P"], threshold, window: int | None) -> Array:
-  """Tokens held by each head after `ends` tokens of each row, int32 [P, L, B, K]."""
+  """Tokens that each head holds after the first `ends` [P] tokens of each row, int32 [P, L, B, K]."""
   _, logits = forward(model, tokens, eviction=Eviction(threshold=threshold, window=window))
   evicted = masks.about_key(logits > threshold, model.dms.lag(window), False)
-  before = jnp.cumsum(evicted, axis=-1, dtype=jnp.int32) - evicted.astype(jnp.int32)  # of the tokens before each
+  before = jnp.cumsum(evicted, axis=-1, dtype=jnp.int32) - evicted.astype(jnp.int32)  # evicted before each token
   outside = jnp.maximum(ends - 1 - (model.dms.window if window is None else window), 0)
   return ends[:, None, None, None] - jnp.moveaxis(before[..., outside], -1, 0)
 
@@ -187,11 +188,11 @@ def held_by_position(
   window: int | None = None,
   progress: Callable[[Iterable], Iterable] = lambda items: items,
 ) -> tuple[Int[np.ndarray, "P"], np.ndarray]:
-  """How a text's chunks of `length` tokens fill each head's cache (arXiv 2506.05345, figure 6).
+  """The share of tokens that each head holds along chunks of `length` tokens (arXiv 2506.05345, figure 6).
 
   Returns:
-    `points` positions spread evenly up to `length`, int [P], and the share of the tokens seen until then that each head
-    holds, mean over chunks, float64 [P, L, K]: 1 / its mean over layers and heads is the achieved CR at that position.
+    Positions int [P]: `points` of them, evenly spaced up to `length`. Shares float64 [P, L, K]: tokens held over tokens
+    seen at each position, mean over chunks. The achieved CR at a position is 1 / the mean share of layers and heads.
 
   Raises:
     ValueError: the model has no gates, the text is shorter than one chunk, or there are more points than tokens.

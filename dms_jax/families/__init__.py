@@ -1,4 +1,4 @@
-"""Model families, one file each; a family is registered by the line that imports it here."""
+"""Model families, one file each; importing a family here registers it."""
 
 from dms_jax.config import ModelConfig
 from dms_jax.families.base import FAMILIES as FAMILIES

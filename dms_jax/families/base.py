@@ -1,4 +1,4 @@
-"""What a family of models is, and the registry of families."""
+"""The properties of a model family, and the registry of families."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Family:
   Attributes:
     name: Hugging Face's `model_type`, which is also GGUF's architecture.
     architecture: the class in transformers.
-    defaults: values that this class assumes for keys missing from config.json.
+    defaults: values that the transformers class assumes for keys missing from config.json.
     own_keys: keys written to config.json for this family only.
     qkv_bias, qk_norm: see `ModelConfig`.
-    paired_rope: GGUF files store rows of q and k in pairs, for interleaved RoPE.
+    paired_rope: whether GGUF files store rows of q and k in pairs, for interleaved RoPE.
     presets: public sizes, as the fields of a `ModelConfig`.
   """
 
@@ -32,7 +32,7 @@ class Family:
   presets: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
   def config(self, **fields: Any) -> ModelConfig:
-    """A model of this family; `fields` are those of `ModelConfig` that the family does not fix."""
+    """The config of a model of this family; `fields` are the fields of `ModelConfig` that the family does not fix."""
     return ModelConfig(family=self.name, qkv_bias=self.qkv_bias, qk_norm=self.qk_norm, **fields)
 
 
@@ -49,7 +49,7 @@ def get(name: str) -> Family:
   """The family called `name`.
 
   Raises:
-    ValueError: there is none.
+    ValueError: there is no such family.
   """
   if name not in FAMILIES:
     raise ValueError(f"model.family={name!r} is not one of {', '.join(FAMILIES)}")
@@ -59,7 +59,7 @@ def get(name: str) -> Family:
 def size(
   num_layers: int, d_model: int, d_ff: int, num_heads: int, num_kv_heads: int, head_dim: int, **others: Any
 ) -> dict[str, Any]:
-  """A preset: the fields of a `ModelConfig`, the shape by position."""
+  """A preset: fields of a `ModelConfig`, with the shape given by position."""
   return dict(
     num_layers=num_layers, d_model=d_model, d_ff=d_ff, num_heads=num_heads, num_kv_heads=num_kv_heads,
     head_dim=head_dim, **others,

@@ -1,7 +1,7 @@
-"""Hugging Face's config.json <-> `ModelConfig`, for every family; others are refused by name.
+"""Hugging Face's config.json <-> `ModelConfig`, for every family; other models are refused by name.
 
 Both spellings are read: transformers 4 (`rope_theta`, `rope_scaling`, `torch_dtype`) and transformers 5
-(`rope_parameters`, `dtype`). The first is written, because both versions accept it.
+(`rope_parameters`, `dtype`). The spelling of transformers 4 is written, because both versions accept it.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict:
   """The content of config.json for a model of this shape; `config_from_hf` is its inverse.
 
   Args:
-    dtype: of the weights: "float32", "bfloat16" or "float16".
+    dtype: dtype of the weights, "float32", "bfloat16" or "float16".
   """
   c, family = config, base.get(config.family)
   eos = list(c.eos_token_ids)
@@ -99,7 +99,7 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict:
 
 
 def _unsupported(values: dict, family: base.Family | None) -> list[str]:
-  """Every reason why this model cannot be run; names the keys."""
+  """Every reason why this model is not supported, with the keys of config.json."""
   reasons = []
   name = values.get("model_type")
   experts = [

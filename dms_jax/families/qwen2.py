@@ -15,7 +15,7 @@ QWEN2 = register(
   Family(
     name="qwen2",
     architecture="Qwen2ForCausalLM",
-    # Its files may hold the width of a sliding window that is off.
+    # config.json may give the width of a sliding window that is switched off.
     defaults={"max_position_embeddings": 32768, "vocab_size": 151936, "use_sliding_window": False},
     own_keys={"use_sliding_window": False},
     qkv_bias=True,

@@ -14,7 +14,7 @@ QWEN3 = register(
   Family(
     name="qwen3",
     architecture="Qwen3ForCausalLM",
-    # Its files may hold the width of a sliding window that is off.
+    # config.json may give the width of a sliding window that is switched off.
     defaults={"max_position_embeddings": 32768, "vocab_size": 151936, "head_dim": 128, "use_sliding_window": False},
     own_keys={"attention_bias": False, "use_sliding_window": False},
     qk_norm=True,

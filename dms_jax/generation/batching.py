@@ -2,14 +2,13 @@
 
     generator = dms_jax.Generator(model, width=16, budget=2**30)
     tickets = [generator.submit(prompt, chains=4, max_new_tokens=512, key=key) for prompt, key in ...]
-    for ticket, chain, tokens, text in generator.run():    # streams; `generator.results` holds what has finished
+    for ticket, chain, tokens, text in generator.run():    # streams; `generator.results` holds all results
       ...
 
-The compiled width is fixed. A row's tokens are the same, bit by bit, whatever its neighbours, its place, and the number
-of times it was preempted: as if it ran alone, that is at the same width with the other rows empty. Between two decode
-blocks the host looks at the rows once: ended rows free their pages, and waiting requests move in while pages are free.
-When pages run out, the pool grows if the budget allows it; otherwise the newest request is preempted to host memory and
-restored later.
+The compiled width is fixed. A row's tokens are bit-equal to those of its run alone, at the same width with all other
+rows empty: they do not depend on the other rows, the row's place, or preemptions. Between two decode blocks the host
+checks the rows once: ended rows free their pages, and waiting requests begin while pages are free. When pages run out,
+the pool grows if the budget allows it; otherwise the newest chain is preempted to host memory and restored later.
 """
 
 from __future__ import annotations
@@ -46,9 +45,9 @@ from dms_jax.policies import Policy
 class Result:
   """The outcome of one ticket: each list has one entry a chain.
 
-  `tokens` and `logprobs` (nats) as in `Output`. `finish_reason`: as in `Output`, "running" or "cancelled". `text`: None
-  without a tokenizer. `held`: tokens in the cache at the end, mean over layers and KV heads. `stored`: what `keep=True`
-  left to continue from, else None.
+  `tokens` and `logprobs` (nats) as in `Output`. `finish_reason`: as in `Output`, or "running" or "cancelled". `text`:
+  None without a tokenizer. `held`: tokens in the cache at the end, mean over layers and KV heads. `stored`: the chain's
+  cache on the host, to continue from, with `keep=True`; else None.
   """
 
   tokens: list[list[int]]
@@ -73,7 +72,7 @@ class Result:
 
 @dataclasses.dataclass
 class _Chain:
-  """One chain of a request: in a row, on the host, or waiting. `age` numbers the chains as they are admitted."""
+  """One chain of a request, in a row, on the host, or waiting. `age` numbers chains in the order of admission."""
 
   ticket: int
   index: int
@@ -86,7 +85,7 @@ class _Chain:
   keep: bool
   detokenizer: Detokenizer | None
   row: int | None = None
-  stored: tuple[HostRow, DecodeState | None] | None = None  # on the host, to be restored
+  stored: tuple[HostRow, DecodeState | None] | None = None  # the row on the host, to be restored
 
 
 @partial(jax.jit, donate_argnames="state")
@@ -101,20 +100,22 @@ class Generator:
     model: as from `dms_jax.load`.
     policy: as for `generate`.
     width: rows decoded together.
-    budget: bytes that the cache may take; None: as many as are needed.
+    budget: most bytes of the cache; None: unlimited.
     budget_tokens: the budget as tokens that a head may hold outside the windows, summed over rows, mean over heads.
-    pages: pages of the pool at first; default all that the budget pays for, without one a page a head of each row.
-    max_length: the longest text in tokens, prompt and answer; default the model's context.
-    temperature, top_k, top_p, stop, eos: for all requests, as for `generate`. Where the temperature is not 0, a request
-      may have its own.
-    page_size: slots of a page; default see `PagedCache.create`.
+    pages: initial pages of the pool; default as many as fit the budget, or one for each head of each row without a
+      budget.
+    max_length: most tokens of a text, prompt and answer; default the model's context.
+    temperature, top_k, top_p, stop, eos: for all requests, as for `generate`. If the temperature is not 0, a request
+      may set its own.
+    page_size: slots of a page; `PagedCache.create` describes the default.
     page_format: "int8" or "float8" quantises the pages; default the model's dtype.
-    prefill_chunk, decode_block: prompt tokens that a compiled call reads, and decode steps that it makes.
+    prefill_chunk: prompt tokens that one compiled call reads.
+    decode_block: decode steps of one compiled call.
     tokenizer: default `model.tokenizer`.
 
   Raises:
     ValueError: bad arguments.
-    BudgetError: a budget too small for `width` empty rows and a page a head.
+    BudgetError: the budget is too small for `width` empty rows with one page for each head.
   """
 
   def __init__(
@@ -168,7 +169,7 @@ class Generator:
 
   @property
   def budget(self) -> int | None:
-    """Bytes that the cache may take; None: any number."""
+    """Most bytes of the cache; None: unlimited."""
     return self.memory.budget
 
   # Requests -----------------------------------------------------------------------------------------------------------
@@ -181,13 +182,13 @@ class Generator:
     """Queues a request; returns its ticket, the key of `results`.
 
     Args:
-      prompt: text or ids; read once, whatever the number of chains.
-      chains: continuations of the prompt, which share the pages of what they have in common.
-      key: needed if temperature > 0; chain i samples with `fold_in(key, i)`, a single chain with `key` itself.
-      temperature: of this request, where the generator's is not 0; 0 is greedy.
-      keep: leave a host copy of each finished chain's cache in `Result.stored`, to continue from.
-      continue_from: an earlier chain (an entry of `Result.stored`), or an output or conversation of one row; the prompt
-        is the next turn.
+      prompt: text or ids, read once for all chains.
+      chains: number of continuations of the prompt. Chains share the pages of their common tokens.
+      key: needed if temperature > 0. Chain i samples with `fold_in(key, i)`; a single chain samples with `key` itself.
+      temperature: overrides the generator's, which must not be 0; 0 is greedy.
+      keep: store a host copy of each finished chain's cache in `Result.stored`, to continue from.
+      continue_from: an earlier chain (an entry of `Result.stored`), or an output or conversation of one row. The prompt
+        is then the next turn.
 
     Raises:
       ValueError: bad arguments, a text longer than `max_length`, or a conversation of another model or policy.
@@ -224,7 +225,7 @@ class Generator:
     return self.tickets - 1
 
   def _fitting(self, past: Continuation) -> Continuation:
-    """`past` with pages of this pool's size; ValueError where it cannot go on here."""
+    """`past` with pages of this pool's size; a ValueError if this generator cannot continue it."""
     if not self.policy.continues(type(past.policy)):
       names = [type(p).__name__ for p in (past.policy, self.policy)]
       raise ValueError(
@@ -237,7 +238,7 @@ class Generator:
     return dataclasses.replace(past, cache=past.cache.repaged(self.cache.page_size))
 
   def cancel(self, ticket: int) -> None:
-    """Ends all chains of a ticket with reason "cancelled"; what they have generated stays in its result."""
+    """Ends all chains of a ticket with reason "cancelled"; their tokens so far stay in the result."""
     if ticket not in self.results:
       raise ValueError(f"ticket={ticket}: there is none")
     self.waiting = collections.deque(group for group in self.waiting if group[0].ticket != ticket)
@@ -248,7 +249,7 @@ class Generator:
 
   @property
   def busy(self) -> bool:
-    """Whether anything is left to do."""
+    """Whether any request is unfinished."""
     return bool(self.waiting or self.preempted or self._running)
 
   @property
@@ -256,7 +257,7 @@ class Generator:
     return [chain for chain in self.chains if chain is not None]
 
   def run(self) -> Iterator[tuple[int, int, list[int], str]]:
-    """Works until nothing is left; yields (ticket, chain, new tokens, new text) after each decode block."""
+    """Steps until every request has ended; yields (ticket, chain, new tokens, new text) after each decode block."""
     while self.busy:
       yield from self.step()
 
@@ -264,7 +265,7 @@ class Generator:
     """Admits the requests that fit, and runs one decode block; returns what `run` yields.
 
     Raises:
-      BudgetError: a row exceeds the whole budget. `cancel` its ticket, and the others go on.
+      BudgetError: a row exceeds the whole budget. After `cancel(ticket)` the other requests continue.
     """
     news = self._admit()
     if self._running:
@@ -281,7 +282,7 @@ class Generator:
   # Between decode blocks ----------------------------------------------------------------------------------------------
 
   def _admit(self) -> list:
-    """Restores preempted rows, oldest first, then begins new requests, while rows and pages are free."""
+    """Restores preempted chains, oldest first, then begins new requests, while rows and pages are free."""
     for chain in sorted(self.preempted, key=lambda chain: chain.age):
       if None not in self.chains or not self._restore(chain):
         return []
@@ -295,9 +296,9 @@ class Generator:
     return news
 
   def _begin(self, group: list[_Chain]) -> Float[Array, "1 V"] | None:
-    """Reads a request's prompt into a row and forks it; the logits after it.
+    """Reads a request's prompt into a row and forks the row for its chains; returns the logits after the prompt.
 
-    None where pages are lacking: then nothing of it is left behind, and it is tried again later.
+    None: pages ran out. The row is then empty again, and the request is tried again later.
     """
     first = group[0]
     rows = [row for row, chain in enumerate(self.chains) if chain is None][: len(group)]
@@ -325,7 +326,7 @@ class Generator:
       self.sampling = self.sampling.replace(temperature=temperatures)
 
   def _give_up(self, chain: _Chain) -> None:
-    """Empties the row that a request could not begin in; an error if it had the whole pool to itself."""
+    """Empties the row of a request that could not begin; a BudgetError if the request had the whole pool to itself."""
     row, chain.row = chain.row, None
     self.memory.free([row])
     if not self._running and not self.preempted:
@@ -333,16 +334,16 @@ class Generator:
       raise BudgetError(message, chain.ticket)
 
   def _first_tokens(self, group: list[_Chain], logits: Float[Array, "1 V"]) -> list:
-    """The token after the prompt, of the rows that have just begun."""
+    """Samples the token after the prompt for the rows of a request that has just begun."""
     new = np.isin(np.arange(self.width), [chain.row for chain in group])
-    resting = jnp.where(new, self.state.reason, LENGTH)  # the other rows have theirs
+    resting = jnp.where(new, self.state.reason, LENGTH)  # the other rows sit out
     logits = jnp.broadcast_to(logits, (self.width, logits.shape[-1]))
     state, emitted = decoding.first_token(self.state.replace(reason=resting), logits, self.sampling, self.stop_criteria)
     self.state = state.replace(reason=jnp.where(new, state.reason, self.state.reason))
     return self._collect(emitted)
 
   def _collect(self, emitted) -> list:
-    """Records what has been generated, and empties the rows that ended."""
+    """Records the emitted tokens, and empties the rows that ended; returns what `run` yields."""
     emitted, reasons = jax.device_get((emitted, self.state.reason))
     news, ended = [], []
     for row, chain in enumerate(self.chains):
@@ -383,7 +384,7 @@ class Generator:
   # Preemption ---------------------------------------------------------------------------------------------------------
 
   def _resume_stalled(self) -> None:
-    """Lets rows that found no page go on: with a larger pool, or after the newest row was preempted."""
+    """Resumes rows that found no free page, after the pool grew or the newest row was preempted."""
     stalled = np.asarray(self.state.reason) == CAPACITY
     stalled &= np.array([chain is not None for chain in self.chains])
     if not stalled.any():
@@ -409,7 +410,10 @@ class Generator:
     self.preemptions += 1
 
   def _restore(self, chain: _Chain) -> bool:
-    """Moves a row back from the host, if a page a head more than it had is free: with less it would soon return."""
+    """Moves a row back from the host; false if too few pages are free.
+
+    While other rows run it needs one spare page for each head: with fewer it would soon be preempted again.
+    """
     stored, one = chain.stored
     row = self.chains.index(None)
     spare = self.memory.heads if self._running else 0

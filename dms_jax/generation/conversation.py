@@ -1,10 +1,10 @@
-"""Conversations in memory: what a later turn needs.
+"""Conversations in memory: the state that a later turn continues from.
 
     out = dms_jax.generate(model, ["Once upon a time"])
     more = dms_jax.generate(model, [" And then"], continue_from=out)       # or continue_from=out.conversation
-    ticket = generator.submit(" And then", continue_from=out)              # a `Generator`, whose pool has another size
+    ticket = generator.submit(" And then", continue_from=out)              # a `Generator`, whatever its page size
 
-`generation.files` keeps them on disk.
+`generation.files` saves them to disk.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from dms_jax.policies import Policy
 class Continuation:
   """One row of a conversation, on the host.
 
-  `pending`: the token sampled last, which is not in `cache` yet, -1 for none. `generated`: tokens generated so far.
-  `policy`: the one that filled `cache`.
+  `pending`: the last sampled token, which is not in `cache` yet; -1 for none. `generated`: tokens generated so far.
+  `policy`: the policy that filled `cache`.
   """
 
   cache: HostRow
@@ -38,10 +38,10 @@ class Continuation:
 
 @struct.dataclass
 class Conversation:
-  """What a later turn needs, of B rows.
+  """The state of B rows that a later turn continues from.
 
-  `pending` int32 [B]: the token sampled last, which is not in `cache` yet, -1 for none. `generated` int32 [B]: tokens
-  generated so far, which number the random draws of a row. `policy`: the one that filled `cache`.
+  `pending` int32 [B]: the last sampled token, which is not in `cache` yet; -1 for none. `generated` int32 [B]: tokens
+  generated so far; a row's next random draw has this number. `policy`: the policy that filled `cache`.
   """
 
   cache: Cache
@@ -67,7 +67,7 @@ class Conversation:
 
 
 def conversation_of(past: Any) -> Any:
-  """The conversation of an `Output`; anything else as it is."""
+  """The conversation of an `Output`; any other value unchanged."""
   return getattr(past, "conversation", past)
 
 
@@ -75,7 +75,7 @@ def continuation(past: Any) -> Continuation:
   """The one row of an `Output`, a `Conversation` or a `Continuation`.
 
   Raises:
-    ValueError: there are several.
+    ValueError: there are several rows.
   """
   past = conversation_of(past)
   if not isinstance(past, Conversation):
@@ -86,7 +86,10 @@ def continuation(past: Any) -> Continuation:
 
 
 def place_like(model: Model, tree):
-  """`tree` placed where the model is: an argument placed in one call and not in the next would compile it twice."""
+  """Puts `tree` on the model's devices.
+
+  An argument with a placement in one call and none in the next would compile the call twice.
+  """
   sharding = model.params["embed"].sharding
   if isinstance(sharding, jax.sharding.NamedSharding):
     sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())

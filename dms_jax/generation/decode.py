@@ -1,9 +1,8 @@
 """The compiled part of generation: prompt chunks, the first token, blocks of decode steps.
 
-Nothing here calls back to the host. A decode block has a static trip count, and ended rows sit out its steps: skipping
-the steps for which no row is left, by `lax.cond`, would copy the cache twice a step on a CPU. A token is fed by the
-step after the one that sampled it. The last token of a row is therefore never fed: it stays *pending*, and a later turn
-puts it before its own prompt.
+Nothing here calls back to the host. A decode block has a static trip count, and ended rows sit out its steps. Skipping
+steps without rows by `lax.cond` would copy the cache twice a step on a CPU. A step samples a token and the next step
+feeds it, so the last token of a row is never fed: it stays *pending*, and a later turn reads it before its prompt.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ REASONS = ("running", "stop", "eos", "length", "capacity")
 class DecodeState:
   """The state of each row of a batch.
 
-  `token` int32 [B] is pending: sampled and not fed yet. `keys` [B] or None (greedy). `count` int32 [B] tokens
-  generated, `limit` int32 [B] their greatest number. `stop_state` int32 [B] of the stop strings' automaton. `reason`
-  int32 [B] why the row ended, an index into `REASONS`.
+  `token` int32 [B]: the pending token, sampled but not fed yet. `keys` [B]: sampling keys, None if greedy. `count`
+  int32 [B]: tokens generated. `limit` int32 [B]: most tokens to generate. `stop_state` int32 [B]: the state of the stop
+  strings' automaton. `reason` int32 [B]: why the row ended, an index into `REASONS`.
   """
 
   token: Int[Array, "B"]
@@ -46,7 +45,7 @@ class DecodeState:
 
 @struct.dataclass
 class Emitted:
-  """Tokens of a decode block int32 [steps, B], their log-probabilities in nats, and which of them exist."""
+  """Tokens of a decode block int32 [steps, B], their log-probabilities in nats, and which entries are valid."""
 
   tokens: Int[Array, "steps B"]
   logprobs: Float[Array, "steps B"]
@@ -56,7 +55,7 @@ class Emitted:
 def choose(
   rows: DecodeState, logits: Float[Array, "B V"], active: Bool[Array, "B"], sampling: Sampling, stop: StopCriteria
 ) -> tuple[DecodeState, Emitted]:
-  """Samples the next token of the active rows, and ends those whose token, stop string or limit says so."""
+  """Samples the next token of the active rows; a row ends at an EOS token, a stop string or its limit."""
   token, logprob = sample(logits, rows.keys, rows.count, sampling)
   token = jnp.where(active, token, rows.token)
   total = rows.count + active.astype(jnp.int32)
@@ -81,7 +80,7 @@ def prefill_chunk(
   remaining: Int[Array, "B"],
   logits: Float[Array, "B V"],
 ) -> tuple[Cache, Float[Array, "B V"], Bool[Array, "B"], Counts]:
-  """Takes up to T prompt tokens a row into the cache.
+  """Reads up to T prompt tokens of each row into the cache.
 
   Args:
     tokens: right-padded; row b's first `lengths[b]` are real.
@@ -89,7 +88,7 @@ def prefill_chunk(
     logits: float32, replaced for the rows whose prompt ends in this chunk.
 
   Returns:
-    The cache, the logits, which rows had no space and took nothing, and counts.
+    The cache, the logits, which rows had no space and read nothing, and counts.
   """
   out, cache = cached_forward(model, policy, cache, tokens, lengths, remaining=remaining)
   last = (lengths > 0) & (remaining == 0)
@@ -101,7 +100,7 @@ def prefill_chunk(
 def first_token(
   rows: DecodeState, logits: Float[Array, "B V"], sampling: Sampling, stop: StopCriteria
 ) -> tuple[DecodeState, Emitted]:
-  """The token after the prompt, of the rows still running."""
+  """Samples the token after the prompt for the rows still running."""
   return choose(rows, logits, rows.reason == RUNNING, sampling, stop)
 
 
@@ -117,9 +116,9 @@ def decode_block(
   steps: int,
   history: bool,
 ) -> tuple[Cache, DecodeState, Emitted, Counts]:
-  """`steps` decode steps. A row without space ends with reason CAPACITY: its token stays pending, nothing is lost.
+  """Makes `steps` decode steps. A row without space ends with reason CAPACITY; its token stays pending.
 
-  `history`: return what every head holds after each step.
+  `history`: also return the tokens that each head holds after each step.
   """
 
   def step(state, _):

@@ -1,4 +1,4 @@
-"""Token ids to text, piece by piece: each token is decoded a fixed number of times."""
+"""Incremental detokenization: each token is decoded a fixed number of times."""
 
 from __future__ import annotations
 
@@ -8,45 +8,45 @@ from typing import Any
 
 from dms_jax.generation.stops import Matcher, StopStrings
 
-REPLACEMENT = "\ufffd"  # what bytes become that are no character, or not a whole one yet
+REPLACEMENT = "\ufffd"  # the decoder's text for bytes that are not a whole UTF-8 character
 
 
 @dataclasses.dataclass
 class Detokenizer:
   """The text of one row while it is generated.
 
-  Text is handed out once it is final. Characters that later tokens may complete, and what may become a stop string, are
-  held back. The pieces add up to the text of all tokens, cut before the stop string that ended the row.
+  `advance` returns text once it is final. It holds back incomplete characters, and text that may become a stop string.
+  The pieces add up to the text of all tokens, cut before the stop string that ended the row.
 
-  Tokens are decoded in a window that begins with tokens whose text is known, since a decoder may treat the first token
-  of a text differently: that changes the known text alone, and what exceeds it is new.
+  A decoder may treat the first token of a text differently. Tokens are therefore decoded in a window that begins with
+  tokens of known text: the special treatment changes only that text, and the text after it is new.
 
   Attributes:
     tokenizer: has `decode(ids)`, and may have `fallback_ids` (see `Tokenizer.fallback_ids`).
-    stop: follows the stop strings through this row; None: there are none.
-    text: all that has been handed out.
+    stop: matches stop strings in this row; None: there are none.
+    text: all text returned so far.
   """
 
   tokenizer: Any
   stop: Matcher | None = None
   text: str = ""
-  _held: str = ""  # decoded and held back: it may belong to a stop string
-  _window: tuple[int, int] = (0, 0)  # the window's first token, and the first whose text was new when it began
+  _held: str = ""  # decoded text held back, which may belong to a stop string
+  _window: tuple[int, int] = (0, 0)  # first token of the window; first token of unknown text when it began
   _shown: int = 0  # characters of the window's text that were decoded in earlier calls
-  _seen: int = 0  # tokens of earlier calls
+  _seen: int = 0  # tokens passed in earlier calls
   _ended: bool = False
 
   @classmethod
   def create(cls, tokenizer: Any, strings: StopStrings | None) -> Detokenizer | None:
-    """That of a row that begins; None without a tokenizer."""
+    """The detokenizer of a new row; None without a tokenizer."""
     return None if tokenizer is None else cls(tokenizer, None if strings is None else strings.matcher())
 
   def advance(self, tokens: Sequence[int], reason: str = "running") -> str:
-    """The text that has become final.
+    """Returns the text that has become final.
 
     Args:
       tokens: all generated tokens of the row, those of earlier calls included.
-      reason: why the row ended, or "running". At the end nothing is held back but the stop string.
+      reason: why the row ended, or "running". At the end only the stop string is held back.
     """
     running = reason == "running"
     if self._ended or (running and len(tokens) == self._seen):
@@ -63,14 +63,14 @@ class Detokenizer:
     return piece
 
   def _final(self, tokens: Sequence[int]) -> int:
-    """How many tokens have text that later tokens cannot change: those before a run of byte tokens at the end."""
+    """Number of tokens whose text is final: all but a run of byte tokens at the end."""
     fallback, end = getattr(self.tokenizer, "fallback_ids", ()), len(tokens)
     while fallback and end > self._window[1] and tokens[end - 1] in fallback:
       end -= 1
     return end
 
   def _decoded(self, tokens: Sequence[int], end: int, running: bool) -> str:
-    """What tokens up to `end` add to the text of earlier calls, without an incomplete character if `running`."""
+    """The text that tokens up to `end` add to earlier calls; if `running`, without an incomplete last character."""
     first, new = self._window
     text = self.tokenizer.decode(list(tokens[first:end]))
     whole = text.rstrip(REPLACEMENT) if running else text
@@ -80,9 +80,9 @@ class Detokenizer:
     return piece
 
   def _stop_length(self, reason: str, whole: bool) -> int:
-    """How many characters at the end of the held text belong to a stop string, or may (where the row is running).
+    """Number of characters at the end of the held text that belong to a stop string, or may if the row is running.
 
-    `whole`: all tokens are decoded.
+    `whole`: whether all tokens are decoded.
     """
     if reason == "stop":
       tail = self.stop.tail.decode("utf-8", "replace")

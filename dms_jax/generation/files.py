@@ -1,13 +1,13 @@
 """Conversations on disk.
 
-    dms_jax.save_conversation("story", out)                            # the live slots of every row, and nothing else
+    dms_jax.save_conversation("story", out)                            # only the live slots of every row
     ...
     past = dms_jax.load_conversation("story", model)                   # another process, another day
     more = dms_jax.generate(model, [" And then"], continue_from=past)
 
-DIR/{cache.json, rows.npz}: the header describes model, cache and policy, and `rows.npz` holds each row's arrays, those
-of a `HostRow` with pages of one slot. bfloat16 and float8 are stored as their bits, so that a file means the same
-wherever it was written.
+A folder holds cache.json and rows.npz. cache.json, the header, describes model, cache and policy. rows.npz holds the
+arrays of each row's `HostRow`, with pages of one slot. bfloat16 and float8 are stored as their bits, so that every
+machine reads the same values.
 """
 
 from __future__ import annotations
@@ -35,19 +35,20 @@ from pallas_kernels.paged import FORMATS, format_of
 HEADER, ROWS, FORMAT = "cache.json", "rows.npz", 1
 # The arrays of a row, by their names in the file and in `HostRow`.
 ARRAYS = ("kv", "evicted", "archived", "pages", "scales", "summaries")
-# What version 0.1 calls kinds of caches.
+# Version 0.1's names of caches that were renamed.
 KINDS_0_1 = {"slots": "contiguous"}
 
 
 def save_conversation(path: str | Path, past: Any) -> None:
-  """Writes a conversation, whole or not at all; an older one at `path` is replaced.
+  """Writes a conversation atomically; an older conversation at `path` is replaced.
 
   Args:
     path: a folder.
-    past: an `Output` of `generate` or a `Conversation`; a `Continuation` (an entry of `Result.stored`), or several.
+    past: an `Output` of `generate`, a `Conversation`, a `Continuation` (an entry of `Result.stored`), or a sequence of
+      continuations.
 
   Raises:
-    ValueError: nothing to save, rows of different kinds, or something else at `path`.
+    ValueError: there is nothing to save, the rows are of different kinds, or `path` is not a conversation.
   """
   from dms_jax.checkpoint import atomic_directory  # Orbax takes a second to import
 
@@ -91,13 +92,13 @@ def load_conversation(
   """Reads a conversation that `save_conversation` wrote, for `generate(continue_from=...)` or `Generator.submit`.
 
   Args:
-    model: the one it was held with; its shape, its dtype and the lag of its gates' decisions are checked.
-    policy: the one under which it goes on; default the one that filled it.
-    cache: "paged" or "contiguous"; default the kind that was saved.
-    capacity: slots a head, as for `generate`; default those that were saved, or that are needed.
+    model: the model of the conversation; its shape, its dtype and the lag of its gates' decisions are checked.
+    policy: the policy that continues it; default the policy that filled it.
+    cache: "paged" or "contiguous"; default the saved kind.
+    capacity: slots a head, as for `generate`; default as saved, or as many as the rows need.
 
   Raises:
-    ValueError: no such folder, a damaged or a different file, another model or policy, or too small a `capacity`.
+    ValueError: no such folder, a damaged or foreign file, another model or policy, or too small a `capacity`.
   """
   header = _header(path)
   kind, resolved = cache or header["cache"], _policy(path, header, model, policy)
@@ -138,7 +139,7 @@ def load_conversation(
     advice = ""
     try:
       check_fits(store, row)
-      if capacity is not None:  # what can still be refused is the row's size
+      if capacity is not None:  # after `check_fits` only the row's size can be refused
         advice = f"; give a larger capacity than {capacity}"
       store, enough = restore_row(store, index, row)
     except ValueError as error:
@@ -151,7 +152,7 @@ def load_conversation(
 
 
 def is_cache(path: str | Path) -> bool:
-  """Whether a folder holds what `save_conversation` wrote."""
+  """Whether a folder holds a conversation."""
   try:
     return "rows" in read_json(Path(path) / HEADER)
   except ValueError:
@@ -167,7 +168,7 @@ def _slots(row: HostRow) -> int:
 
 
 def _logical(dtype) -> str:
-  """The name of what an array holds, which may be stored as bits."""
+  """The name of an array's logical dtype; the array may store it as bits."""
   return "bfloat16" if dtype == jnp.uint16 else jnp.dtype(dtype).name
 
 
@@ -180,7 +181,7 @@ def _described(row: HostRow) -> dict[str, Any]:
 
 
 def _live(row: HostRow) -> dict[str, np.ndarray]:
-  """The row's arrays as they are written: live slots alone, types without a name in numpy as their bits."""
+  """The row's arrays as written: only live slots, and dtypes that numpy cannot name as their bits."""
   row, ring = row.repaged(1), int(min(row.seen, row.kv.shape[2]))
   row = row.replace(kv=row.kv[:, :, :ring], evicted=row.evicted[:, :, :ring])
   bits = lambda x: x.view(f"u{x.dtype.itemsize}") if x.dtype.kind == "V" else x
@@ -219,7 +220,7 @@ def _header(path: str | Path) -> dict[str, Any]:
 
 
 def _policy(path, header, model: Model, given: Policy | None) -> Policy:
-  """The policy a conversation goes on under; it must treat what is held as the one that filled it."""
+  """The policy that continues a conversation; it must be compatible with the policy that filled the cache."""
   name, numbers = header["policy"]["name"], header["policy"]["numbers"]
   try:
     if given is None:
@@ -264,7 +265,7 @@ def _read_rows(path: str | Path, header: dict, stats: tuple[str, ...]) -> list[H
         for name, want in expected.items():
           parts[name] = _checked(f"array '{index}.{name}'", parts[name], want)
         parts["stats"] = _read_stats(arrays, index, stats, lead, 0 if masked else most)
-        for name in ("kv", "evicted"):  # the ring's free slots are not in the file
+        for name in ("kv", "evicted"):  # restore the ring's free slots, which are not in the file
           widths = [(0, 0)] * parts[name].ndim
           widths[2] = (0, 0 if masked else header["window"] + 1 - ring)
           parts[name] = np.pad(parts[name], widths)
@@ -288,7 +289,7 @@ def _read_rows(path: str | Path, header: dict, stats: tuple[str, ...]) -> list[H
 
 
 def _read_stats(arrays, index: int, names: tuple[str, ...], lead: tuple[int, int], least: int) -> dict[str, np.ndarray]:
-  """The statistics `names` of row `index`, float32 [L, K, S], for `least` slots or more."""
+  """The statistics `names` of row `index`, float32 [L, K, S], where S is at least `least`."""
   stats = {}
   for name in names:
     key = f"{index}.stats.{name}"
@@ -303,7 +304,7 @@ def _read_stats(arrays, index: int, names: tuple[str, ...], lead: tuple[int, int
 
 
 def _dtype(path, header, name: str) -> np.dtype:
-  """The type in which a cache stores what the header calls `dtype` or `archive`."""
+  """The dtype in which a cache stores the header's `dtype` or `archive`."""
   try:
     return storage_dtype(jnp.dtype(header[name]))
   except TypeError:
@@ -311,7 +312,7 @@ def _dtype(path, header, name: str) -> np.dtype:
 
 
 def _checked(what: str, array: np.ndarray | None, want: tuple | None) -> np.ndarray | None:
-  """`array` in the type wanted, from its bits where need be; None in a shape stands for any number."""
+  """`array` in the wanted dtype, viewed from its bits if needed; None in a shape means any size."""
   if (array is None) != (want is None):
     raise ValueError(f"{what} is {'missing' if array is None else 'one too many'}")
   if want is None:

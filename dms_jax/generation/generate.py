@@ -1,4 +1,4 @@
-"""`generate`: prompts in, text out, against a cache that DMS keeps small. The host's part of generation.
+"""`generate`: the host's part of generation, from prompts to text.
 
     model, tokenizer = dms_jax.load(path)
     out = dms_jax.generate(model, ["What is a cache?"], policy=dms_jax.DMS(window=64), max_new_tokens=256)
@@ -6,7 +6,7 @@
     more = dms_jax.generate(model, ["And a page?"], continue_from=out, max_new_tokens=256)
 
 Prompts are read in chunks (`prefill`), and tokens are decoded in compiled blocks (`decode`). Between them the host
-grows the cache where it must, and streams what has been generated.
+grows the cache if needed, and streams the new tokens and text.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ Stream = Callable[[int, list[int], str], None]
 class Output:
   """What `generate` returns; lists have one entry a row.
 
-  `text`: cut before a stop string; None without a tokenizer. `tokens`: all that were generated, an ending EOS or stop
-  string included. `logprobs`: log_softmax of the raw logits at them, nats. `finish_reason`: "eos", "stop", "length", or
-  "capacity" where a fixed `capacity` was full (`continue_from` with a larger one goes on). `conversation` continues the
-  text; its `cache` holds everything but the last token.
+  `text`: cut before a stop string; None without a tokenizer. `tokens`: all generated tokens, including the EOS or stop
+  string that ended the row. `logprobs`: log-probabilities of the tokens by the raw logits, nats. `finish_reason`:
+  "eos", "stop", "length", or "capacity" if a fixed `capacity` was full (pass `continue_from` and a larger one to
+  continue). `conversation`: what a later turn needs; its `cache` holds all tokens but the last.
   """
 
   tokens: list[list[int]]
@@ -83,33 +83,35 @@ def generate(
 
   Args:
     prompts: a string, strings, ids, lists of ids, or an id matrix [B, T], whose padding (on any side) `mask` excludes.
-    policy: what the cache keeps; default that of `continue_from`, else `DMS()` with gates and `Vanilla()` without.
+    policy: decides what the cache keeps. Default: the policy of `continue_from`; without it `DMS()` for a model with
+      gates, else `Vanilla()`.
     max_new_tokens: 0 only reads the prompts.
-    key: one key, or one a row: row b's n-th token depends on its own key and n alone. Needed if temperature > 0.
+    key: one key, or one a row; needed if temperature > 0. Row b's n-th token depends only on its key and n.
     temperature: 0 is greedy; `top_k` and `top_p` then change nothing.
-    stop: strings that end a row; looked for in what this call generates.
-    eos: end rows at the tokenizer's and the model's EOS; or the ids that do.
-    cache: "paged" (frees what each head evicts), "contiguous" (every head has the slots that the fullest needs) or
-      "masked" (keeps and masks; for ablations). Default: "paged" if heads may hold different amounts, as with `DMS`,
-      else "contiguous". Paged caches then take a half to a third of the memory of contiguous ones; on a CPU a step
-      takes 15 % longer, and each size to which a pool grows is compiled. `continue_from` brings its own cache.
-    capacity: fixed slots a head, of a paged cache on average (of a masked cache: tokens a row); default: starts small
-      and grows as needed.
-    continue_from: an earlier output or conversation; prompts are the next turn, one a row, and may be empty (None: all
-      empty) to simply go on. It is copied, not consumed.
+    stop: strings that end a row when this call generates them.
+    eos: true: the end tokens of the tokenizer and the model's config end a row; false: none; or the ids that end it.
+    cache: "paged" (frees the tokens that each head evicts), "contiguous" (every head has as many slots as the fullest
+      head needs) or "masked" (keeps and masks all tokens, for ablations). Default: "paged" if heads may hold different
+      numbers of tokens, as with `DMS`, else "contiguous". A paged cache then takes a half to a third of the memory of a
+      contiguous one; on a CPU a step takes 15 % longer, and each size of the growing pool is compiled. `continue_from`
+      has its own cache.
+    capacity: fixed slots a head; in a paged cache the mean over heads, in a masked cache tokens a row. Default: the
+      cache starts small and grows as needed.
+    continue_from: an earlier output or conversation, which is copied, not consumed. `prompts` are then the next turn,
+      one a row; an empty prompt (None: all empty) continues the answer.
     mask: bool [B, T], true where `prompts` holds a token.
     tokenizer: default `model.tokenizer`; needed for strings and `stop`.
-    stream: called as `stream(row, tokens, text)` after each decode block with what is new; texts add up to
-      `Output.text`.
-    prefill_chunk, decode_block: prompt tokens that a compiled call reads of each row, and decode steps that it makes.
-    history: keep `metrics.history`, tokens held by every head after every decode step.
+    stream: called as `stream(row, new tokens, new text)` after each decode block; the texts add up to `Output.text`.
+    prefill_chunk: prompt tokens of each row that one compiled call reads.
+    decode_block: decode steps of one compiled call.
+    history: keep `metrics.history`, the tokens that each head holds after each decode step.
 
   Returns:
     An `Output` of B rows.
 
   Raises:
-    ValueError: bad arguments, prompts that are empty or do not fit the context or `capacity`; before any work, except
-      where a fixed capacity proves too small for a prompt under a policy whose evictions depend on the data.
+    ValueError: bad arguments, or prompts that are empty or do not fit the context or `capacity`. It comes before any
+      work, unless evictions depend on the data and a fixed capacity turns out too small for a prompt.
   """
   tokenizer = model.tokenizer if tokenizer is None else tokenizer
   model = fastest_form(model.replace(tokenizer=None))
@@ -138,7 +140,7 @@ def generate(
   check_lengths(model, policy, cache, capacity, past, lengths, max_new_tokens)
   most = int(lengths.max()) + max(max_new_tokens - 1, 0)
   if cache != "masked" and (past is None or not isinstance(past.cache, caches.MaskedCache)):
-    most = int(policy.capacity(most))  # slots that suffice whatever is kept
+    most = int(policy.capacity(most))  # slots that suffice for any evictions
   store = _start(model, policy, cache, capacity, past, batch, most, prefill_chunk)
 
   metrics = Metrics.zero(model.config.num_layers, batch, model.config.num_kv_heads)
@@ -155,7 +157,7 @@ def generate(
   )
   written = [_Row(Detokenizer.create(tokenizer, strings)) for _ in ids]
   reason = np.asarray(state.reason)
-  if past is None or prompts is not None:  # else the pending tokens are all there is to read: decoding simply goes on
+  if past is None or prompts is not None:  # otherwise only the pending tokens are left to read, and decoding feeds them
     store, logits, metrics = _read(model, policy, store, ids, metrics, prefill_chunk, capacity, most)
     if max_new_tokens:
       state, emitted = decoding.first_token(state, logits, sampling, criteria)
@@ -187,12 +189,12 @@ def generate(
 
 
 def _start(model, policy, kind, capacity, past, batch, most, chunk) -> Cache:
-  """An empty cache, or a copy of the conversation's: compiled calls donate theirs."""
-  longest = rounded(most)  # few shapes: each is compiled
+  """An empty cache, or a copy of the conversation's cache, because compiled calls donate their cache."""
+  longest = rounded(most)  # few shapes, because each is compiled
   if past is not None:
     copy = jax.tree.map(jnp.copy, past.cache)
     return copy if capacity is None else copy.with_capacity(capacity, longest)
-  if capacity is None:  # half of what the text could need at most; of pages, which grow with less waste, an eighth
+  if capacity is None:  # start with half of `most`; with an eighth in pages, which grow with less waste
     small = policy.data_dependent and kind != "masked"
     start = chunk + most // 8 if kind == "paged" else max(chunk, most // 2)
     capacity = rounded(min(policy.window + 1 + start, most) if small else most)
@@ -229,19 +231,19 @@ def _read(model, policy, store, ids, metrics, chunk, capacity, most) -> tuple[Ca
   return store, logits, metrics
 
 
-# What has been generated ----------------------------------------------------------------------------------------------
+# Generated text -------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
 class _Row:
-  """What a row has generated so far."""
+  """The tokens that a row has generated so far."""
 
   detokenizer: Detokenizer | None
   tokens: list[int] = dataclasses.field(default_factory=list)
   logprobs: list[float] = dataclasses.field(default_factory=list)
 
   def text(self, reason: str) -> str:
-    """All of its text."""
+    """The whole text of the row."""
     self.detokenizer.advance(self.tokens, reason)
     return self.detokenizer.text
 

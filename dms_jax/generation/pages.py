@@ -1,4 +1,4 @@
-"""The memory of a `Generator`: a paged cache that grows within a budget, rows moved to the host."""
+"""The memory of a `Generator`: a paged cache within a budget, and rows offloaded to the host."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from dms_jax.policies import Policy
 
 
 class BudgetError(ValueError):
-  """A row needs more memory than the whole budget. `ticket`: its request; None: the empty rows of a generator."""
+  """A row needs more memory than the whole budget.
+
+  `ticket`: the row's request; None where the empty rows of a new generator exceed the budget.
+  """
 
   def __init__(self, message: str, ticket: int | None = None):
     super().__init__(message if ticket is None else f"ticket {ticket}: {message}")
@@ -31,7 +34,7 @@ def _prefill_row(
   model: Model, policy: Policy, cache: PagedCache, row: Int[Array, ""], tokens: Int[Array, "1 T"],
   length: Int[Array, "1"], remaining: Int[Array, "1"], *, places: int,
 ) -> tuple[PagedCache, Float[Array, "1 V"], Bool[Array, "1"]]:  # fmt: skip
-  """A chunk of one row's prompt: (cache, logits after it, whether there was no space). See `decode.prefill_chunk`."""
+  """`decode.prefill_chunk` for one row: (cache, logits after the chunk, whether the row had no space)."""
   one = cache_rows.take_row(cache, row, places)
   out, one = cached_forward(model, policy, one, tokens, length, remaining=remaining)
   return cache_rows.put_row(cache, row, one), last_logits(model, out), out.stalled
@@ -46,23 +49,23 @@ class PagedRows:
   """The rows of a generator in one paged cache.
 
   Attributes:
-    cache: of B rows.
-    budget: bytes that the cache may take; None: any number.
-    limit: pages that the budget pays for; None: any number.
+    cache: the paged cache of B rows.
+    budget: most bytes of the cache; None: unlimited.
+    limit: most pages within the budget; None: unlimited.
   """
 
   def __init__(
     self, cache: PagedCache, *, budget: int | None = None, budget_tokens: int | None = None, pages: int | None = None
   ):
-    """Takes an empty cache with a page a head of each row, and enlarges its pool.
+    """Takes an empty cache that has one page for each head of each row, and enlarges its pool.
 
     Args:
       budget_tokens: the budget as tokens that a head may hold outside the windows, summed over rows, mean over heads.
-      pages: pages of the pool at first; default all that the budget pays for, without one those of `cache`.
+      pages: initial pages of the pool; default as many as fit the budget, or those of `cache` without a budget.
 
     Raises:
-      ValueError: two budgets.
-      BudgetError: a budget below what the empty rows and `pages` take.
+      ValueError: both budgets are given.
+      BudgetError: the empty rows and `pages` exceed the budget.
     """
     if budget is not None and budget_tokens is not None:
       raise ValueError("give either budget= (bytes) or budget_tokens=")
@@ -81,7 +84,7 @@ class PagedRows:
 
   @property
   def heads(self) -> int:
-    """KV heads of all layers: as many archives as each row has."""
+    """KV heads of all layers, which is the number of archives of a row."""
     layers, _, heads = self.cache.archived.shape
     return layers * heads
 
@@ -92,7 +95,7 @@ class PagedRows:
     return f"budget={self.budget} bytes ({cache.pages} pages of {cache.page_size} slots for {self.heads} heads)"
 
   def usage(self) -> tuple[float, int]:
-    """Tokens held by all rows, mean over layers and heads; pages in use, shared ones once."""
+    """(tokens held by all rows, mean over layers and heads; pages in use, each shared page counted once)."""
     tokens, pages = jax.device_get(_usage(self.cache))
     return float(tokens), int(pages)
 
@@ -101,7 +104,7 @@ class PagedRows:
     return int(self.cache.table.pool.count)
 
   def grow(self, lacking: int) -> bool:
-    """Adds `lacking` pages or more to the pool; False where the old pool and the new one exceed the budget together."""
+    """Adds `lacking` pages or more to the pool; false if the old and the new pool together exceed the budget."""
     pages = max(self.cache.pages + lacking, int(self.cache.pages * GROWTH))
     if self.limit is not None:
       pages = min(pages, self.limit - self.cache.pages)  # the old pool exists until it is copied
@@ -113,7 +116,7 @@ class PagedRows:
   def read(
     self, model: Model, policy: Policy, row: int, ids: Int[np.ndarray, "T"], chunk: int
   ) -> Float[Array, "1 V"] | None:
-    """Reads a prompt into a row; the logits after it, None where pages are lacking (the row is then left half read)."""
+    """Reads a prompt into a row; returns the logits after it. None: pages ran out, and the row is half read."""
     logits = None
 
     def feed(part: Chunk) -> np.ndarray:
@@ -129,15 +132,15 @@ class PagedRows:
     return logits if read[0] == len(ids) else None
 
   def _places(self, tokens: int) -> int:
-    """Pages a head may need for a text of `tokens`, rounded up to a power of two: few programs are compiled."""
+    """Pages a head may need for `tokens` tokens, rounded up to a power of two so that few programs are compiled."""
     most = self.cache.table.pages.shape[3]
     needed = max(-(-tokens // self.cache.page_size), 1)
     return min(1 << (needed - 1).bit_length(), most)
 
   def fork(self, row: int, others: list[int], whole: bool) -> bool:
-    """Lets the empty rows `others` continue the text of `row`; False where pages are lacking.
+    """Forks `row` into the empty rows `others`; false if pages ran out.
 
-    `whole`: copy all pages, for a policy that writes into old ones.
+    `whole`: copy all pages, for a policy that writes into old pages.
     """
     mask = np.isin(np.arange(self.cache.seen.shape[0]), others)
     while others:
@@ -150,15 +153,15 @@ class PagedRows:
     return True
 
   def free(self, rows: list[int]) -> None:
-    """Empties rows; pages that no other row shares are free again."""
+    """Empties rows and frees each page that no other row shares."""
     self.cache = cache_rows.free_rows(self.cache, np.isin(np.arange(self.cache.seen.shape[0]), rows))
 
   def offload(self, row: int) -> HostRow:
-    """A copy of a row, on the host."""
+    """A copy of a row in host memory."""
     return offload_row(self.cache, row)
 
   def restore(self, row: int, stored: HostRow) -> bool:
-    """Puts a host copy into an empty row; False where pages are lacking."""
+    """Puts a host copy into an empty row; false if pages ran out."""
     while True:
       self.cache, enough = restore_row(self.cache, row, stored)
       if enough or not self.grow(len(stored.pages)):

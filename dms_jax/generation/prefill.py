@@ -11,8 +11,11 @@ from jaxtyping import Int
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-  """The next tokens of each row, right-padded, int32. Row b takes `lengths[b]` of `tokens[b]`, those from `start[b]` of
-  its prompt on; `remaining[b]` tokens of its prompt come after them."""
+  """The next prompt tokens of each row, right-padded, int32.
+
+  Row b reads the first `lengths[b]` of `tokens[b]`. They begin at token `start[b]` of its prompt, and `remaining[b]`
+  tokens of the prompt come after them.
+  """
 
   tokens: Int[np.ndarray, "B T"]
   lengths: Int[np.ndarray, "B"]
@@ -30,19 +33,19 @@ def read_prompts(
 ) -> Int[np.ndarray, "B"]:
   """Reads all prompts, each row from its own start.
 
-  A chunk that no row has space for is halved: a chunk claims slots as if it evicted nothing, so a smaller one asks for
-  fewer. Where `fitting` allows no row a token, single tokens are read, which know what they displace.
+  A chunk claims slots as if it evicted nothing. If no row has space for a chunk, its size is halved, so that it claims
+  fewer slots. If `fitting` allows no row any token, each row reads one token, whose evictions are known.
 
   Args:
     ids: each row's tokens, int32.
-    chunk: tokens that a row takes at once; all chunks but those of single tokens have this width.
-    feed: takes a chunk into the caller's cache; returns which rows had no space and took nothing, bool [B].
-    fitting: called before each chunk with the tokens [B] that rows would take; returns how many of them [B] surely find
+    chunk: most tokens that a row reads at once; every chunk has this width, except chunks of single tokens.
+    feed: reads a chunk into the caller's cache; returns which rows had no space and read nothing, bool [B].
+    fitting: called before each chunk with the tokens [B] that rows would read; returns how many of them [B] surely find
       space. It may enlarge the cache.
-    enlarge: called after a chunk of which no row took a token, with the tokens [B] refused; true: try them again.
+    enlarge: called with the tokens [B] of a chunk that every row refused; true: try the same tokens again.
 
   Returns:
-    Tokens read of each row, int [B]: less than all of them where not even single tokens find space.
+    Tokens read of each row, int [B]; fewer than its prompt has if not even single tokens found space.
   """
   total, done = np.array([len(row) for row in ids]), np.zeros(len(ids), np.int64)
   size = chunk

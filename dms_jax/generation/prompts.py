@@ -1,4 +1,4 @@
-"""Prompts as token ids, one array a row, and whether they fit the model and the cache."""
+"""Prompts as token ids, one array a row, and the check that they fit the model and the cache."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def prompt_ids(
   """The token ids of each row, int32.
 
   Args:
-    prompts: a string, strings, ids, lists of ids, or an id matrix [B, T]; None: empty rows that continue.
+    prompts: a string, strings, ids, lists of ids, or an id matrix [B, T]; None: an empty prompt for each row of
+      the conversation.
     mask: bool [B, T], true where `prompts` holds a token; None: everywhere.
-    tokenizer: needed for strings alone.
-    pending: the token of each row that precedes its prompt in a conversation, -1 for none; None: no
-      conversation.
+    tokenizer: needed only for strings.
+    pending: in a conversation, the token [B] that comes before each row's prompt, -1 for none; None: no conversation.
 
   Raises:
     ValueError: no rows, an empty row, ids outside the vocabulary, strings without a tokenizer, or arguments of
@@ -73,15 +73,15 @@ def check_lengths(
   model: Model, policy: Policy, kind: str, capacity: int | None, past: Conversation | None,
   lengths: Int[np.ndarray, "B"], max_new_tokens: int,
 ) -> None:  # fmt: skip
-  """Refuses before any work what is known not to fit.
+  """Refuses prompts that are known not to fit, before any work.
 
   Args:
-    kind: the kind of cache of a new conversation; `past` brings its own.
-    capacity: slots a head; None: as many as are needed.
+    kind: the kind of cache of a new conversation; `past` has its own cache.
+    capacity: slots a head; None: the cache grows as needed.
     lengths: tokens of each row after its prompt, earlier turns included.
 
   Raises:
-    ValueError: a text longer than the model's context or the capacity, or a policy that cannot go on with `past`.
+    ValueError: a text longer than the model's context or the capacity, or a policy that cannot continue `past`.
   """
   row = int(lengths.argmax())
   what = f"prompts[{row}]: {lengths[row]} tokens with earlier turns, and max_new_tokens={max_new_tokens},"

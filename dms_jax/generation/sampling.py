@@ -1,7 +1,7 @@
 """Sampling the next token: greedy, temperature, top-k and top-p, with one key a row.
 
-Row b's n-th token is sampled with `fold_in(keys[b], n)`: neither its neighbours, its place in the batch nor a pause can
-change it.
+Row b's n-th token is sampled with `fold_in(keys[b], n)`, so it does not depend on the other rows, on the row's place in
+the batch, or on pauses.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 @struct.dataclass
 class Sampling:
-  """How to sample. `temperature` None is greedy; it may be float32 [B], one a row, where 0 is greedy.
+  """How to sample. `temperature` None means greedy; a float32 array [B] gives each row its own, 0 for greedy.
 
-  The numbers are traced: a change of one does not recompile, a change to or from None does. Filters act in the order
-  temperature, top-k, top-p, as in transformers. Tokens tied with the last one kept are kept.
+  The numbers are traced: another number does not recompile, a change to or from None does. Filters act in the order
+  temperature, top-k, top-p, as in transformers. A filter also keeps every token that ties with its last kept token.
   """
 
   temperature: float | Float[Array, "B"] | None = None
@@ -61,10 +61,10 @@ def row_keys(key: jax.Array, batch: int) -> Key[Array, "B"]:
 
 
 def largest_threshold(values: Float[Array, "B V"], weights: Float[Array, "B V"], need) -> Bool[Array, "B V"]:
-  """Marks the top values: those at least t, for the largest t at which their weights sum to `need` or more.
+  """Marks the values of at least t, where t is the largest threshold whose marked weights sum to `need` or more.
 
-  The threshold is found bit by bit over the ordered bit patterns of float32: 32 passes over V, exact, and cheaper than
-  a sort on every backend. If all of them weigh less than `need`, all are marked.
+  A search over the ordered bit patterns of float32 finds t exactly, one bit in each of 32 passes over V. It is cheaper
+  than a sort on every backend. If all weights sum to less than `need`, all values are marked.
   """
   bits = lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32)
   ordered = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
@@ -79,7 +79,7 @@ def largest_threshold(values: Float[Array, "B V"], weights: Float[Array, "B V"],
 
 
 def filtered(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-  """Logits of the distribution that is sampled: scaled by temperature, -inf where top-k or top-p excludes."""
+  """Logits divided by the temperature; -inf for tokens that top-k or top-p excludes."""
   temperature = jnp.asarray(sampling.temperature, logits.dtype)
   if temperature.ndim:
     temperature = jnp.where(temperature > 0, temperature, 1.0)[:, None]
@@ -101,10 +101,10 @@ def sample(
   Args:
     logits: float32.
     keys: one a row; not read when greedy.
-    count: how many tokens the row has generated before this one.
+    count: tokens that each row has generated so far.
 
   Returns:
-    Tokens int32, and log_softmax of the raw logits (temperature 1, nothing excluded) at them.
+    Tokens int32, and each token's log-probability by the raw logits (temperature 1, no filter), in nats.
   """
   if sampling.temperature is None:
     token = jnp.argmax(logits, axis=-1)

@@ -1,11 +1,11 @@
 """Stop strings, exact inside a compiled loop: an automaton over bytes, lifted to tokens.
 
 A stop string may begin in the middle of one token and end in the middle of another. The state of the Aho-Corasick
-automaton of the stop strings is the longest suffix of the bytes so far that begins one of them. The host runs the bytes
-of every token from every state once. The result, `next state[state, token]`, finds the very token that completes a stop
-string by one table look-up a step.
+automaton is the longest suffix of the bytes so far that is a prefix of a stop string. The host runs the bytes of every
+token from every state once, which gives the table `next state[state, token]`. One look-up a step then finds the token
+that completes a stop string.
 
-On the host a `Matcher` follows the same automaton, so that the text is cut, or held back, where a stop string begins.
+On the host a `Matcher` follows the same automaton and tells where a stop string begins in the text.
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ STATES = 32  # token tables are padded to a multiple of this, so that few sets o
 
 @dataclasses.dataclass(frozen=True)
 class Automaton:
-  """`step` int32 [states, 256]; `depth` [states] bytes of the prefix matched so far; `ends` [states] length in bytes
-  of the longest stop string that ends here, 0 for none. State 0 is the start."""
+  """The automaton of some stop strings; state 0 is the start.
+
+  `step` int32 [states, 256]: the next state by byte. `depth` [states]: bytes of the matched prefix. `ends` [states]:
+  bytes of the longest stop string that ends in the state, 0 for none.
+  """
 
   step: np.ndarray
   depth: np.ndarray
@@ -58,7 +61,7 @@ def build(stops: Sequence[str]) -> Automaton:
   step = np.zeros((len(children), 256), np.int32)
   fail = [0] * len(children)
   queue = deque([0])
-  while queue:  # breadth first: a state's failure link is shallower, hence complete
+  while queue:  # breadth first: a state's failure link is shallower, so it is complete already
     state = queue.popleft()
     if state:
       step[state] = step[fail[state]]
@@ -73,12 +76,12 @@ def build(stops: Sequence[str]) -> Automaton:
 def token_table(automaton: Automaton, token_bytes: Sequence[bytes], vocab_size: int) -> Int[np.ndarray, "states V"]:
   """Next state of each (state, token), or -1 where a stop string ends inside the token.
 
-  Vectorised over states and vocabulary, one pass for each byte of the longest token. Ids past `token_bytes` (a padded
-  vocabulary) have no bytes.
+  The computation is vectorised over states and vocabulary, with one pass for each byte position of the longest token.
+  Ids past `token_bytes` (a padded vocabulary) have no bytes.
   """
   lengths = np.zeros(vocab_size, np.int64)
   lengths[: len(token_bytes)] = [len(t) for t in token_bytes]
-  order = np.argsort(-lengths, kind="stable")  # longest first: a byte position concerns a prefix of this order
+  order = np.argsort(-lengths, kind="stable")  # longest first: the tokens with a given byte position are a prefix
   flat = np.frombuffer(b"".join(token_bytes), np.uint8)
   starts = np.zeros(vocab_size, np.int64)
   starts[1 : len(token_bytes)] = np.cumsum(lengths[: len(token_bytes) - 1])
@@ -99,8 +102,8 @@ def token_table(automaton: Automaton, token_bytes: Sequence[bytes], vocab_size: 
 class Matcher:
   """Follows the bytes of one row through the automaton.
 
-  `tail`: the bytes at the end that may begin a stop string; once one has ended, those from its start on (of the stop
-  string that ended first, the longest of several). `found`: whether one has ended.
+  `found`: whether a stop string has ended. `tail`: before that, the last bytes that may begin a stop string; after it,
+  all bytes from the start of the stop string that ended first (the longest, if several ended there).
   """
 
   automaton: Automaton
@@ -135,7 +138,7 @@ class StopStrings:
 
   @classmethod
   def create(cls, texts: str | Sequence[str], tokenizer: Any) -> StopStrings | None:
-    """None where there are no `texts`.
+    """The stop strings `texts`; None if there are none.
 
     Raises:
       ValueError: an empty text, or no tokenizer.
@@ -148,13 +151,13 @@ class StopStrings:
     return cls(build(texts), tokenizer.token_bytes())
 
   def matcher(self) -> Matcher:
-    """Of a row that begins."""
+    """The matcher of a new row."""
     return Matcher(self.automaton, self.pieces)
 
 
 @struct.dataclass
 class StopCriteria:
-  """What ends a row, for the graph: token ids `eos` int32, and stop strings as `token_table` (None: none)."""
+  """What ends a row, as arrays for compiled code: token ids `eos`, and the stop strings' `token_table` or None."""
 
   eos: Int[Array, "ids"]
   table: Int[Array, "states V"] | None = None
@@ -164,7 +167,7 @@ def stop_criteria(model: Model, tokenizer: Any, strings: StopStrings | None, eos
   """The criteria of a call.
 
   Args:
-    eos: the ids that end a row; true: those of the tokenizer and the model's config; false: none.
+    eos: ids that end a row; true: the end tokens of the tokenizer and the model's config; false: none.
   """
   if isinstance(eos, bool):
     ids = set(model.config.eos_token_ids) | set(getattr(tokenizer, "eos_token_ids", ())) if eos else set()

@@ -15,7 +15,7 @@ from experiments.reports import plots, tables
 
 
 def rows(wanted: list[Trial], results: dict[str, dict]) -> list[dict[str, Any]]:
-  """One object a finished trial: its distinguishing settings, folder, cost and scores."""
+  """One mapping for each finished trial: its distinguishing settings, folder, cost and scores."""
   names = sweeps.varying([one.whole for one in wanted]) or list(wanted[0].said)
   found = []
   for one in wanted:
@@ -48,7 +48,7 @@ def as_table(found: list[dict[str, Any]]) -> str:
 
 
 def points(found: list[dict[str, Any]], x: str) -> list[dict[str, Any]]:
-  """The rows in the order of the axis `x`, with `x`, the position on it, and `line`, the other settings that differ."""
+  """The rows in the order of the axis `x`, each with its position `x` and its `line`, the other differing settings."""
   if x == "run":
     short = lambda word: word.rpartition("=")[0].rpartition(".")[2] + "=" + word.rpartition("=")[2]
     return [row | {"x": "\n".join(map(short, row["run"].split())), "line": ""} for row in found]
@@ -73,7 +73,7 @@ def axis(found: list[dict[str, Any]]) -> str:
 
 
 def draw(found: list[dict[str, Any]], x: str, title: str, root: Path) -> list[str]:
-  """Writes the plots; returns their paths."""
+  """Draws the plots; returns their paths."""
   pictures = []
   if len(found) > 1:
     pictures.append(plots.ablation(root / "ablation.png", points(found, x), x, title))

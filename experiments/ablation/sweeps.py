@@ -1,8 +1,8 @@
-"""Sweeps as text: products of settings, their union, and sweep files.
+"""Sweeps as text: products of settings, unions of products, and sweep files.
 
-A *group* is one line, 'dms.window=0,16 dms.gate=neuron,adapter': every combination of the values named. Values are
-spelled as on a command line and separated by commas; for a field that is itself a list, `|` separates its values:
-'lora.targets=q_proj,k_proj|q_proj'. Several groups are a union. A value with spaces is quoted.
+A *group* is one line, such as 'dms.window=0,16 dms.gate=neuron,adapter', and means every combination of its values.
+Values are written as on a command line and separated by commas. Values of a field that is itself a list are separated
+by `|`: 'lora.targets=q_proj,k_proj|q_proj'. Several groups are a union. Quote a value with spaces.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def product(group: str, types: dict[str, Any], where: str = "--sweep") -> list[d
     where: the group's name in errors.
 
   Raises:
-    ValueError: a field is unknown or comes twice, or a text is no value of its field.
+    ValueError: a field is unknown or comes twice, or a value does not fit its field.
   """
   choices: dict[str, list[Any]] = {}
   for part in _split(group, where):
@@ -61,13 +61,13 @@ def product(group: str, types: dict[str, Any], where: str = "--sweep") -> list[d
 def read_file(path: str | Path, flags: Iterable[str]) -> tuple[dict[str, str], list[str]]:
   """({flag: its value's text}, groups) of a sweep file.
 
-  `#` starts a comment, lines of `--flag=value` set flags that the command line does not, any other line is a group.
+  `#` starts a comment. A line `--flag=value` sets a flag that the command line does not set. Any other line is a group.
 
   Args:
     flags: the flags that the file may set.
 
   Raises:
-    ValueError: there is no such file, or a line is neither.
+    ValueError: there is no such file, or a line is neither a flag nor a group.
   """
   try:
     lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -92,12 +92,12 @@ def read_file(path: str | Path, flags: Iterable[str]) -> tuple[dict[str, str], l
 
 
 def varying(runs: Sequence[dict[str, Any]]) -> list[str]:
-  """The flags in which `runs`, complete settings, differ."""
+  """The flags in which `runs` differ; each run is a mapping of all flags to values."""
   return [flag for flag in runs[0] if any(run[flag] != runs[0][flag] for run in runs[1:])] if runs else []
 
 
 def unique(runs: Iterable[tuple[dict, dict]]) -> list[tuple[dict, dict]]:
-  """`runs`, (swept values, complete settings), without repeated complete settings."""
+  """`runs`, pairs of (swept values, all settings), without those that repeat all settings of an earlier one."""
   kept: list[tuple[dict, dict]] = []
   for said, whole in runs:
     if all(whole != other for _, other in kept):

@@ -14,20 +14,20 @@ from experiments import retrofit
 from experiments.ablation import sweeps
 from experiments.common import program
 
-TRAINED = "trained.json"  # in a trial's folder, written when its retrofit is finished; holds its cost
+TRAINED = "trained.json"  # file in a trial's folder: the cost of its finished retrofit
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
   """How a retrofit is scored; none of these fields changes its training.
 
-  The first `max_tokens` (0: all) of `text` are read in chunks of `length` tokens; every position except a chunk's
-  first is scored. `retrofit` names an existing one: then nothing is trained. `checkpoint` is "final", or "cr2", "cr3",
-  ... for the one saved when the target reached that CR. `threshold` and `window` (none: the retrofit's) override the
-  eviction's. At `positions` evenly spaced positions of a chunk, compression is also reported by layer and head.
+  The first `max_tokens` (0: all) of `text` are read in chunks of `length` tokens; every position except a chunk's first
+  is scored. `retrofit` names an existing retrofit, and then nothing is trained. `checkpoint` is "final", or "cr2",
+  "cr3", ... for the retrofit saved when the target reached that CR. `threshold` and `window` (none: the retrofit's) set
+  the eviction. At `positions` evenly spaced positions of a chunk, compression is also reported by layer and head.
 
-  With a `policy` other than "dms", the original model decodes the text under that baseline and nothing is trained.
-  `budget` is the baseline's, in tokens a head, window and sinks included.
+  With a `policy` other than "dms", the original model decodes the text under that baseline, and nothing is trained. The
+  baseline's `budget` is in tokens a head, window and sinks included.
   """
 
   text: str = ""
@@ -64,10 +64,10 @@ class EvalConfig:
     return self.policy == "dms" and not self.retrofit
 
   def baseline(self) -> policies.Policy | None:
-    """The policy to decode under; None for the gates' own.
+    """The baseline policy to decode under; None for the gates' evictions.
 
     Raises:
-      ValueError: its budget is too small.
+      ValueError: the budget is too small.
     """
     if self.policy == "dms":
       return None
@@ -81,7 +81,7 @@ TYPES = {flag: kind for name, (cls, _) in SECTIONS.items() for flag, kind in pro
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-  """One combination: the swept values, all settings by flag and as configs, and the places of its results."""
+  """One combination: the swept values, all settings by flag and as configs, and the paths of its results."""
 
   said: dict[str, Any]
   whole: dict[str, Any]
@@ -113,7 +113,7 @@ def trial(said: dict[str, Any], whole: dict[str, Any], base: str, root: Path) ->
     root: folder of the ablation.
 
   Raises:
-    ValueError: a value is refused, or the settings are inconsistent; names the combination.
+    ValueError: a value is refused, or the settings are inconsistent; the message names the combination.
   """
   where = "--sweep: " + (" ".join(f"{flag}={program.spell(value)}" for flag, value in said.items()) or "no field")
   try:
@@ -144,7 +144,7 @@ def trial(said: dict[str, Any], whole: dict[str, Any], base: str, root: Path) ->
   else:
     resolved = {"checkpoint": base, **{flag: value for flag, value in whole.items() if flag not in scored}}
     folder = root / f"{program.label(trained)}-{program.fingerprint(resolved)}"
-    # Another sweep may have reached the same settings by other fields.
+    # Another sweep may reach the same settings with other swept fields.
     folder = next(iter(sorted(root.glob(f"*-{folder.name.rpartition('-')[2]}"))), folder)
   label = program.label(
     {flag: value for flag, value in said.items() if flag in scored and flag[5:] not in ("retrofit", "policy")}

@@ -1,6 +1,6 @@
-"""What benchmarks that run case by case share: names, failures, bars, and results that add up.
+"""Shared parts of benchmarks that run case by case: names, failures, bars, merged results.
 
-A *case* is a named measurement; its result is a *row*. What is measured (a model, a batch, a length) is its workload.
+A *case* is a named measurement of a workload (a model, a batch, a length), and its result is a *row*.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from experiments.common import program
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
-  """A target of the figure `name`: at least `value`, or with `most` at most `value`."""
+  """A target for the figure `name`: at least `value`, or at most `value` if `most`."""
 
   name: str
   value: float
@@ -35,10 +35,10 @@ class Bar:
 
 
 def chosen(names: Iterable[str], wanted: tuple[str, ...]) -> list[str]:
-  """The names that equal or begin with one of `wanted`, in their order; all where `wanted` is empty.
+  """The names that equal or begin with an entry of `wanted`, in the order of `names`; all if `wanted` is empty.
 
   Raises:
-    ValueError: no name begins with one of `wanted`.
+    ValueError: an entry of `wanted` is no name's beginning.
   """
   names = list(names)
   unknown = [name for name in wanted if not any(key.startswith(name) for key in names)]
@@ -48,7 +48,7 @@ def chosen(names: Iterable[str], wanted: tuple[str, ...]) -> list[str]:
 
 
 class Runner:
-  """Runs cases one by one; a case that fails, or starts too late, gives a row that says so."""
+  """Runs cases one by one; the row of a case that fails or would start too late says so."""
 
   def __init__(self, seconds: float, about: dict | None = None):
     self.end = time.monotonic() + seconds
@@ -68,7 +68,7 @@ class Runner:
 
 
 def apart(module: str, what: dict[str, Any], timeout: float) -> dict[str, Any]:
-  """Runs `module.measure(**what)` in a process of its own, so that two frameworks do not share a device's memory.
+  """Runs `module.measure(**what)` in a separate process, so that two frameworks do not share a device's memory.
 
   Arguments and result are JSON objects; the result is {"skipped": why} if it fails or takes over `timeout` seconds.
   """
@@ -89,7 +89,7 @@ def apart(module: str, what: dict[str, Any], timeout: float) -> dict[str, Any]:
 
 
 def llama_config(config: ModelConfig) -> dict[str, Any]:
-  """Arguments of transformers' LlamaConfig for a model of this shape."""
+  """Arguments of transformers' LlamaConfig for a model of the shape `config`."""
   fields = config_to_hf(config, "float32")
   return {name: x for name, x in fields.items() if name not in ("architectures", "model_type", "torch_dtype", "dtype")}
 
@@ -100,7 +100,7 @@ def measured(row: dict[str, Any]) -> bool:
 
 
 def judged(row: dict[str, Any], bars: tuple[Bar, ...]) -> dict[str, Any]:
-  """`row` with its bars and whether all are reached; a bar whose figure was not measured is left out."""
+  """`row` with its bars and whether all are reached; bars without a measured figure are left out."""
   bars = tuple(bar for bar in bars if row.get(bar.name) is not None)
   if not bars:
     return row
@@ -108,7 +108,7 @@ def judged(row: dict[str, Any], bars: tuple[Bar, ...]) -> dict[str, Any]:
 
 
 def merged(path: Path, rows: dict[str, dict], order: Iterable[str]) -> list[dict]:
-  """The rows of an earlier run's file at `path` and `rows`, which replace rows of the same name unless they failed."""
+  """The rows of the file at `path` merged with `rows`, which replace rows of the same name unless they failed."""
   old = {row["name"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
   for name, row in rows.items():
     if measured(row) or not measured(old.get(name, {"error": "none"})):

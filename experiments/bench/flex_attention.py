@@ -1,11 +1,11 @@
 """Times PyTorch's FlexAttention with the training bias, as the first implementation trains.
 
-Two forms are timed. "flex" is that implementation's (NVIDIA Model-Optimizer, experimental/dms): one batch row for each
-row and KV head, causality and window as factors of the score in `score_mod`, no block mask, and the bias in bfloat16
-through automatic mixed precision. "flex_blocks" is the fastest form known to us: a causal block mask skips the blocks
-above the diagonal, and native atomics sum the gradient of a float32 bias.
+Two forms are timed. "flex" is the form of NVIDIA Model-Optimizer (experimental/dms): one batch row for each row and KV
+head, causality and window as factors of the score in `score_mod`, no block mask, and the bias in bfloat16 through
+automatic mixed precision. "flex_blocks" is the fastest form known: a causal block mask skips the blocks above the
+diagonal, and native atomics sum the gradient of a float32 bias.
 
-`experiments.bench_kernels` runs `measure` in a process of its own, so that two frameworks do not share their memory.
+`experiments.bench_kernels` runs `measure` in a separate process, so that two frameworks do not share a device's memory.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def forms(tokens: int, device) -> dict[str, Callable]:
 def measure(batch: int, tokens: int, queries: int, heads: int, size: int, window: int) -> dict:
   """Microseconds of each form, forward ("flex_forward_us") and with the backward pass of q, k, v and bias ("flex_us").
 
-  bfloat16, causal, the bias added to keys outside the window. {"skipped": why} where nothing can be measured.
+  Attention is causal, in bfloat16, with the bias added to keys outside the window. {"skipped": why} if it cannot run.
   """
   try:
     import torch

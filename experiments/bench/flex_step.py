@@ -1,13 +1,13 @@
-"""Times a retrofit step in PyTorch with FlexAttention, the baseline of our step.
+"""Times a retrofit step in PyTorch with FlexAttention, the baseline of the step in JAX.
 
 The model is transformers' Llama in bfloat16 autocast over float32 weights (frozen ones in bfloat16), with adapter
 gates, the training noise, a teacher of the same shape with PyTorch's own attention, reverse KL from whole logits, and
-AdamW. Everything except attention is eager. Rows that do not fit together accumulate gradients: the whole logits of
-several rows over a vocabulary of 128K and the optimizer's state would exceed the memory. The forms of attention are
+AdamW. Everything except attention is eager. Rows that do not fit in memory together accumulate gradients: whole logits
+of several rows over a vocabulary of 128K, plus the optimizer's state, would not fit. The forms of attention are
 those of `experiments.bench.flex_attention`.
 
-`experiments.retrofit --benchmark --against_flex` runs `measure` in a process of its own, so that two frameworks do not
-share their memory.
+`experiments.retrofit --benchmark --against_flex` runs `measure` in a separate process, so that two frameworks do not
+share a device's memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 from experiments.bench import flex_attention
 
 WARMUP = 2
-NAME = "dms_flex"  # of the attention among transformers' own
+NAME = "dms_flex"  # under which the attention is registered in transformers
 
 
 def measure(
@@ -29,9 +29,9 @@ def measure(
 
   Args:
     shape: LlamaConfig's arguments.
-    together: rows at once, a divisor of `batch`.
+    together: rows that run at once, a divisor of `batch`.
     trainable: "gates", "lora" (of q, k, v and o, with `rank`) or "all".
-    form: of attention, a name of `flex_attention.forms`.
+    form: the form of attention, a name of `flex_attention.forms`.
   """
   try:
     import torch

@@ -1,8 +1,8 @@
-"""The cases of `bench_generate --cases`: a measurement for each name, and its bars.
+"""The cases of `bench_generate --cases`: names, measurements and bars.
 
-The model has Llama-3.2-1B's shape, random weights and random evictions (`experiments.bench.synthetic`): a head holds
-exp(0.8 N(0, 1)) times the mean, and at least the window; the mean is such that the achieved CR is 8 at each length. A
-model of SmolLM2's shape holds as much in each head as its retrofit to CR 8 did on a text. `generate_points` measures.
+The model has Llama-3.2-1B's shape, random weights and random evictions (`experiments.bench.synthetic`). A head holds
+exp(0.8 N(0, 1)) times a mean, and at least the window; the mean makes the achieved CR 8 at each length. In a model of
+SmolLM2's shape each head holds as many tokens as in the CR 8 retrofit on a text. `generate_points` measures.
 
     memory        device memory of a cache against the dense one's, as the runtime reports it
     step          a decode step at each batch and length: its roofline, and the dense cache where that fits
@@ -10,7 +10,7 @@ model of SmolLM2's shape holds as much in each head as its retrofit to CR 8 did 
     energy        joules a token by NVML: equal rows, and as many as the budget holds
     first_token   time from a prompt on the host to its first token there, read in chunks
     scaling       tokens/s against the bytes of a cache, and of chains that share a prompt
-    transformers  its `generate` with a static cache and torch.compile, in a process of its own
+    transformers  transformers' `generate` with a static cache and torch.compile, in a separate process
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ IN_ROOFLINE = (Bar("of_roofline", 0.75),)
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-  """What is measured, and at which sizes.
+  """The shapes and sizes that the cases measure.
 
   Fields:
-    dense_tokens: most tokens, of all rows, that a dense cache is made for.
-    budget: bytes of a cache in the cases that fix them.
+    dense_tokens: most tokens, over all rows, of a dense cache; larger ones are left out.
+    budget: bytes of a cache, in the cases with a fixed budget.
     width: rows of the comparisons with transformers and at equal rows.
-    prompts: (tokens, the most that DMS may take of dense's time) of each prompt to its first token.
+    prompts: (tokens, bar for DMS's time to the first token over dense's) of each prompt.
     memory_rows: rows of the memory cases; many, because an allocator rounds each array up by as much as 128 MiB.
-    quantised: (shape, rows, tokens) whose 8-bit archive is compared with a dense cache in 16 bits.
+    quantised: (shape, rows, tokens) of the comparison of an 8-bit archive with a dense cache in 16 bits.
     retrofitted: (rows, tokens) of SmolLM2's shape.
   """
 
@@ -80,7 +80,7 @@ SMALL = Setup(
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-  """One case: `run()` gives its figures, `about` describes it, `start()` begins to compile what it needs."""
+  """One case: `run()` returns its figures, `about` describes it, `start()` begins to compile its programs."""
 
   about: dict[str, Any]
   run: Callable[[], dict[str, Any]]
@@ -92,10 +92,10 @@ class Suite:
   """The cases of a setup.
 
   Args:
-    bandwidth: bytes a second that the device reads.
-    seconds: of each timing.
-    workers: programs compiled side by side.
-    transformers: what transformers took, as `static_transformers.measure` gives it.
+    bandwidth: measured read bandwidth of the device, bytes a second.
+    seconds: length of each timing.
+    workers: programs compiled in parallel.
+    transformers: the result of `static_transformers.measure`.
   """
 
   def __init__(self, setup: Setup, bandwidth: float, *, seconds: float, workers: int, transformers: dict | None = None):
@@ -106,7 +106,7 @@ class Suite:
     self._retrofitted: Bench | None = None
 
   def retrofitted(self) -> Bench:
-    """SmolLM2's shape with the shares that its gates keep; the setup's own shape in a tiny setup."""
+    """SmolLM2's shape with the tokens that its gates keep; in a tiny setup, the setup's own shape."""
     if self._retrofitted is None:
       shape = self.setup.shape
       if shape.config is not TINY:
@@ -136,7 +136,7 @@ class Suite:
   # Points ---------------------------------------------------------------------------------------------------------
 
   def _point(self, kind: Kind, batch: int, tokens: int, chains: bool = False) -> Point:
-    """A point whose cache is sized for the longest text, so that one program serves all lengths."""
+    """A point with a cache for the longest text, so that one program serves all lengths."""
     longest = max(self.setup.contexts)
     if kind == "dense":
       longest = max((c for c in self.setup.contexts if c * batch <= self.setup.dense_tokens), default=tokens)
@@ -148,7 +148,7 @@ class Suite:
     return {kind: self._point(kind, batch, tokens) for kind in kinds}
 
   def _budgeted(self) -> dict[Kind, Point]:
-    """As many rows as the budget holds; for the dense cache only its keys and values count."""
+    """Points with as many rows as the budget holds; of a dense cache only keys and values count."""
     context, config = self.setup.context, self.setup.shape.config
     size = 2 if self.setup.shape.dtype == "bfloat16" else 4
     row = config.num_layers * config.num_kv_heads * context * 2 * config.head_dim * size
@@ -328,7 +328,7 @@ def names(setup: Setup) -> list[str]:
 
 
 def run_transformers(setup: Setup, timeout: float = 240.0) -> dict[str, Any]:
-  """Times transformers in a process of its own: `static_transformers.measure`'s result."""
+  """Times transformers in a separate process; returns the result of `static_transformers.measure`."""
   what = {"config": llama_config(setup.shape.config), "batch": setup.width, "tokens": setup.context - setup.new_tokens,
           "new_tokens": setup.new_tokens, "dtype": setup.shape.dtype}  # fmt: skip
   return apart("experiments.bench.static_transformers", what, timeout)

@@ -64,7 +64,7 @@ class Shape:
 class Point:
   """`batch` rows that end a decode block with `tokens` tokens; memory is allocated for `longest`.
 
-  The rows of `chains` continue one prompt and share its pages.
+  With `chains` the rows continue one prompt and share its pages.
   """
 
   kind: Kind
@@ -75,7 +75,7 @@ class Point:
 
 
 class Energy:
-  """Joules that the GPU has used, by its own counter through NVML: `energy()`; None where there is none, and `why`."""
+  """`energy()` reads the GPU's energy counter through NVML, in joules; None without one, and `why` says why."""
 
   def __init__(self):
     self.why, self._read = "", None
@@ -105,13 +105,13 @@ class Energy:
 
 
 def bytes_in_use() -> int:
-  """Device memory as the runtime reports it; where it does not, of the arrays that are alive."""
+  """Device memory in use as the runtime reports it, or else the bytes of all live arrays."""
   stats = jax.devices()[0].memory_stats()
   return stats["bytes_in_use"] if stats else sum(x.nbytes for x in jax.live_arrays())
 
 
 class Programs:
-  """Programs that are traced one by one and compiled in parallel; `get` raises a program's error."""
+  """Traces programs one by one and compiles them in parallel; `get` raises the program's error."""
 
   def __init__(self, workers: int):
     self._pool, self._futures = ThreadPoolExecutor(workers), {}
@@ -138,8 +138,8 @@ class Bench:
   """One shape's model and its points.
 
   Args:
-    bandwidth: bytes a second that the device reads.
-    seconds: of each timing.
+    bandwidth: measured read bandwidth of the device, bytes a second.
+    seconds: length of each timing.
   """
 
   def __init__(self, shape: Shape, bandwidth: float, programs: Programs, energy: Energy, seconds: float = 0.5):
@@ -183,7 +183,7 @@ class Bench:
     return self.model(kind), self.shape.policy(kind, tokens), Sampling(), StopCriteria(jnp.zeros(0, jnp.int32))
 
   def lower(self, point: Point) -> Any:
-    """The decode_block of a point, for any point of its kind, batch and longest text."""
+    """The lowered decode block of a point, which serves all points of its kind, batch and longest text."""
     model, policy, sampling, stop_criteria = self.arguments(point.kind, point.longest)
     cache = self.cache_shape(point.kind, point.batch, point.longest)
     rows = jax.eval_shape(partial(synthetic.running_rows, point.batch))
@@ -193,7 +193,7 @@ class Bench:
     )
 
   def start(self, point: Point) -> None:
-    """Begins to compile what a point needs."""
+    """Begins to compile the programs of a point."""
     self.programs.start(self._key(point), partial(self.lower, point))
 
   def _key(self, point: Point) -> tuple:
@@ -271,7 +271,7 @@ class Bench:
     self.programs.start((self.shape, kind, tokens, chunk, "prompt"), partial(self.lower_prompt, kind, tokens, chunk))
 
   def first_token(self, kind: Kind, tokens: int, chunk: int, rounds: int = 4) -> dict[str, Any]:
-    """Seconds from a prompt on the host to its first token there, the best of `rounds`, and the cache's CR after it.
+    """(seconds from a prompt on the host to its first token there, best of `rounds`; achieved CR after the prompt).
 
     Raises:
       RuntimeError: no room.
@@ -323,7 +323,7 @@ def empty(shape: Cache) -> Cache:
 def clock(
   decode_block: Callable[[Cache], tuple[Cache, Any]], cache: Cache, seconds: float, energy: Energy, rounds: int = 3
 ) -> tuple[float, int, float | None]:
-  """(seconds of a decode block, the best of `rounds` of blocks queued back to back; blocks run; joules of them all)."""
+  """(seconds of a decode block, best of `rounds` of queued blocks; number of blocks run; joules of all blocks)."""
   begin = time.perf_counter()
   cache, out = decode_block(cache)
   jax.block_until_ready(out)

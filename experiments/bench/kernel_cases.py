@@ -1,7 +1,7 @@
-"""The cases of `bench_kernels`: a workload for each name, how it is measured, and its bars.
+"""The cases of `bench_kernels`: named workloads, measurements and bars.
 
-Decode: one compiled program chains calls over the layers of a cache, which together are too large for the L2 cache.
-"CR 8" means ragged live lengths, exp(0.8 N(0, 1)) times a mean of S / 8. The floor is the bytes of live keys and values
+Decode: one compiled program chains calls over the layers of a cache, which together exceed the L2 cache. "CR 8" means
+ragged live lengths, exp(0.8 N(0, 1)) times a mean of S / 8. The floor is the bytes of live keys and values
 (and scales) over the measured read bandwidth. Prefill: each head keeps a random T / CR tokens of a text, the window
 included; at CR 1 it keeps all. The floor is dense attention's time times the share of its pairs that are visible.
 Retrofit: causal attention with the training bias, forward alone and with the backward pass.
@@ -25,7 +25,7 @@ from pallas_kernels.common import bench
 from pallas_kernels.decode import Pages
 from pallas_kernels.paged import format_of
 
-CALLS = 64  # of a decode chain; with 16 the host sometimes limited the smallest cases
+CALLS = 64  # calls of a decode chain; with 16 the host sometimes limited the smallest cases
 # Between two implementations in bfloat16: each rounds weights and results to half a unit in the last place, 2^-9.
 SAME = Bar("difference", 8e-3, most=True)
 
@@ -130,7 +130,7 @@ def dense_attention(q, k, v, causal: bool):
 
 
 def chain(attend: Callable, layers: int) -> Callable:
-  """One program of `CALLS` calls `attend(q, layer, ...)`; each takes the output of the one before as its queries.
+  """One program of `CALLS` calls `attend(q, layer, ...)`; each call's queries are the previous call's output.
 
   The call is a jitted function, so it is lowered once: lowering a kernel takes seconds.
   """
@@ -171,7 +171,7 @@ def contiguous(work: Decode) -> jax.Array:
 
 
 def paged(work: Decode, lengths: np.ndarray) -> Pages:
-  """An archive whose pages lie in the pool in random order; the pool has no other pages."""
+  """An archive whose pages fill the pool in random order."""
   page, most = work.pages, work.slots // work.pages
   used = -(-lengths // page)
   held = np.arange(most) < used[..., None]
@@ -238,7 +238,7 @@ def our_decode(work: Decode, bandwidth: float, implementation: str | None) -> di
 
 
 def measure_decode(work: Decode, bandwidth: float, implementation: str | None, check: bool = True) -> dict[str, float]:
-  """`our_decode` with dense attention's time, and on request the difference of the result from XLA's."""
+  """`our_decode` with dense attention's time; with `check` also the difference from XLA's result."""
   row = our_decode(work, bandwidth, implementation)
   dense = dense_decode(work.batch, work.heads, work.group, work.size, work.slots, work.layers)
   row |= {"dense_us": dense, "dense_ratio": dense / row["us"]}
@@ -318,7 +318,7 @@ def measure_retrofit(work: Text, implementation: str | None, flex: bool) -> dict
 
 
 def measure_flex(work: Text, timeout: float = 300.0) -> dict:
-  """PyTorch's FlexAttention with the same bias, in a process of its own: {"flex_us", ...} or {"flex_skipped": why}."""
+  """PyTorch's FlexAttention with the same bias, in a separate process: {"flex_us", ...} or {"flex_skipped": why}."""
   shape = {name: getattr(work, name) for name in ("batch", "tokens", "queries", "heads", "size", "window")}
   row = cases.apart("experiments.bench.flex_attention", shape, timeout)
   return {"flex_skipped": row["skipped"]} if "skipped" in row else row

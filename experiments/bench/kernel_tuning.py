@@ -1,7 +1,7 @@
-"""Which block sizes of a kernel are the fastest on this device, written to a table of winners.
+"""Searches the fastest block sizes of a kernel on this device, and writes them to a table.
 
-Sizes are tried one group after another, each group around the best so far: splits, then pieces, then blocks and stages,
-then workers, then how many results are merged at a time. A candidate that does not compile is skipped.
+Sizes are tried group by group, each group around the best sizes so far: splits, pieces, blocks and stages, workers,
+results merged at a time. A candidate that does not compile is skipped.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def retrofit_candidates() -> Iterator[Callable[[Any], list]]:
 
 
 def search(default: Any, groups: Iterator[Callable], clock: Callable[[Any], float], end: float) -> tuple[Any, float]:
-  """(the fastest sizes, what they took); the default is measured first, and what fails is skipped."""
+  """(fastest sizes, their microseconds); the default is measured first, and candidates that fail are skipped."""
   tried: dict[Any, float] = {}
 
   def measured(sizes) -> float:

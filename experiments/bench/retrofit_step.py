@@ -8,8 +8,8 @@ pass; null where the device's peak is not known. Takes about a minute on an H100
 On a mesh (--mesh.data=2, --mesh.tensor=2) it also times a single device with the rows of one `data` shard, and prints
 the scaling efficiency: tokens/s a device on the mesh over tokens/s on the single device.
 
-With --against_flex it first times the same step in PyTorch with FlexAttention (experiments/bench/flex_step.py), with
-the attention of the method's first trainer and in the fastest form that we know, and prints the ratio.
+With --against_flex it first times the same step in PyTorch with FlexAttention (experiments/bench/flex_step.py), in the
+official trainer's form and in the fastest form known, and prints the ratios.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from experiments.bench.cases import apart, llama_config
 from experiments.common import program
 
 WARMUP = 2
-FORMS = ("flex", "flex_blocks")  # of PyTorch's attention, as `flex_attention.forms` has them
+FORMS = ("flex", "flex_blocks")  # forms of PyTorch's attention, names of `flex_attention.forms`
 WHOLE = 2**16  # the largest vocabulary for which PyTorch's logits of all rows fit into memory
 
 

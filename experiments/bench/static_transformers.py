@@ -1,7 +1,7 @@
 """Times each step of transformers' `generate` with a static cache and torch.compile.
 
-The model has random weights. `experiments.bench_generate` runs `measure` in a process of its own, so that two
-frameworks do not share their memory.
+The model has random weights. `experiments.bench_generate` runs `measure` in a separate process, so that two frameworks
+do not share a device's memory.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ def measure(config: dict, batch: int, tokens: int, new_tokens: int, dtype: str) 
 
   Args:
     config: fields of transformers' LlamaConfig.
-    tokens: of each prompt, random.
-    new_tokens: generated after it, twice; the first time compiles.
+    tokens: length of each prompt, whose tokens are random.
+    new_tokens: tokens generated after it, twice; the first time compiles.
 
   Returns:
     step_s, the median of the second half of the steps; tokens_per_s; first_token_s; versions.

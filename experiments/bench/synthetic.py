@@ -1,8 +1,8 @@
-"""Models and caches to be timed: random weights and evictions, caches as a long text leaves them.
+"""Models and caches for benchmarks: random weights and evictions, caches as after a long text.
 
-The cost of a step depends on how many tokens each head holds, not on which tokens, so no text is read. A cache is put
-directly into the state after so many tokens: lengths, decisions, pages allocated in random order, and random keys and
-values.
+The cost of a step depends on the number of tokens that each head holds, not on their content, so no text is read. A
+cache is created in the state after a given number of tokens: lengths, decisions, pages allocated in random order, and
+random keys and values.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dms_jax.policies import Policy
 from dms_jax.policies.random import uniform
 
 SPREAD = 0.8  # standard deviation of the logarithm of the tokens that heads hold
-TILE = 1024  # slots of random numbers; a cache repeats them
+TILE = 1024  # slots of random numbers, which a cache repeats
 EIGHT_BITS = 30  # factor by which the random numbers are scaled to be stored in 8 bits
 
 
@@ -76,7 +76,7 @@ def policy_of(held: np.ndarray, *, tokens: int, window: int) -> Sampled:
 
 
 def random_model(config: ModelConfig, *, window: int | None, dtype) -> Model:
-  """Random weights; adapter gates where a window is given."""
+  """A model with random weights, and with adapter gates if a window is given."""
   dms = None if window is None else DMSConfig(gate="adapter", window=window)
   params = jax.jit(lambda key: init_params(param_table(config, dms), key, dtype))(jax.random.key(0))
   return Model(params, config, dms)
@@ -102,7 +102,7 @@ def left_by(model: Model, policy: Policy, tokens: int) -> tuple[np.ndarray, np.n
 
 
 def pages_for(model: Model, policy: Policy, tokens: int, page: int) -> int:
-  """Pages that a row of `tokens` tokens needs."""
+  """Number of pages that a row of `tokens` tokens needs."""
   return int((-(-left_by(model, policy, tokens)[0] // page)).sum())
 
 
@@ -146,7 +146,7 @@ def filled(shape: Cache, model: Model, policy: Policy, *, tokens: int, shared: b
   """A cache of these shapes after `tokens` tokens of each row.
 
   Args:
-    shared: its rows are chains of one text, and share the full pages of their archives.
+    shared: the rows are chains of one text and share the full pages of their archives.
 
   Raises:
     ValueError: the pool is too small.

@@ -1,1 +1,1 @@
-"""What programs share: flags, the run itself, files, requests."""
+"""Shared by all programs: flags, the run itself, files, requests."""

@@ -13,7 +13,7 @@ def required(flag: str, value: str, what: str) -> Path:
   """The path that a flag gives; `what` describes it in errors.
 
   Raises:
-    ValueError: no path is given, or nothing exists there.
+    ValueError: no path is given, or the path does not exist.
   """
   if not value:
     raise ValueError(f"--{flag}=PATH is needed: {what}")
@@ -44,7 +44,7 @@ def read_text(flag: str, path: str | Path) -> str:
 
 
 def text_lines(flag: str, path: str | Path) -> Iterator[tuple[str, str]]:
-  """(where, line) of each line that is not blank; only LF or CRLF ends a line.
+  """(where, line) of each line that is not blank; a line ends with LF or CRLF.
 
   Raises:
     ValueError: as `read_text`.

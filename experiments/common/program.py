@@ -1,4 +1,4 @@
-"""What every program shares: flags from config dataclasses, the run, progress, its JSON line.
+"""Shared by all programs: flags from config dataclasses, the run, progress, the last JSON line.
 
 Importing a program has no side effects. It looks like this:
 
@@ -41,7 +41,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 FLAGS = flags.FLAGS
-flags.disclaim_key_flags()  # a flag belongs to the program that defines it, so that --help lists it
+flags.disclaim_key_flags()  # flags belong to the program that calls `define_flags`, so that its --help lists them
 
 
 # ---------------------------------------------------------------------------------------------------------- flags
@@ -208,8 +208,8 @@ def run(main: Callable[[], None]) -> None:
 
   def guarded(argv: list[str]) -> None:
     if not FLAGS["verbosity"].present:
-      absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells every step of a save
-    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # which accelerators are not there is no news
+      absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax logs every step of a save
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # it lists absent accelerators
     enable_compilation_cache()
     trace = jax.profiler.trace(FLAGS.profile) if FLAGS.profile else contextlib.nullcontext()
     try:
@@ -233,7 +233,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def enable_compilation_cache() -> None:
-  """Keeps compiled programs on disk between runs; JAX_COMPILATION_CACHE_DIR chooses where, and empty turns it off."""
+  """Keeps compiled programs on disk, in JAX_COMPILATION_CACHE_DIR; an empty value turns the cache off."""
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "dms_jax" / "xla"))
   if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
@@ -241,7 +241,7 @@ def enable_compilation_cache() -> None:
 
 
 def environment() -> dict[str, Any]:
-  """Versions and the device, on which a figure depends as much as on the flags."""
+  """Versions and the device, which affect a figure as much as the flags do."""
   device = jax.devices()[0]
   return {
     "jax": jax.__version__,
@@ -279,7 +279,7 @@ def finish(result: dict[str, Any], config: Any = None) -> None:
 
 
 def save_json(path: str | Path, value: Any) -> Path:
-  """Writes `value` as indented JSON, whole or not at all; makes the folder."""
+  """Writes `value` as indented JSON, atomically; makes the folder."""
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -295,7 +295,7 @@ def save_json(path: str | Path, value: Any) -> Path:
 
 
 def results_dir(name: str, config: Any = None, root: str | Path = "runs") -> Path:
-  """The folder of one run: ROOT/NAME/CHANGED-FINGERPRINT, of the settings changed and of all; made if missing.
+  """Makes the folder of one run, ROOT/NAME/CHANGED-FINGERPRINT: changed settings and a fingerprint of all.
 
   Args:
     config: a dataclass or dict; default the program's flags. The same config gives the same folder.

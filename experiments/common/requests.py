@@ -1,8 +1,8 @@
 """`experiments.generate --requests`: reads requests from a file, writes answers as they end.
 
 Each line of the file is a JSON object: `prompt` (text) or `messages` (a chat), and optionally `id`, `max_new_tokens`,
-`seed`, `chains` and `temperature`; the flags give what is left out. Each line of the results is a chain that has ended.
-A run that was cut short resumes when it is run again: chains in the results are not generated twice, and the
+`seed`, `chains` and `temperature`; flags give the defaults. Each line of the results is a chain that has ended. The
+same command again resumes a run that was cut short: chains in the results are not generated again, and the
 `fingerprint` of each tells whether it answers the same request.
 """
 
@@ -21,8 +21,8 @@ import jax
 from dms_jax.generation.batching import BudgetError, Generator
 from experiments.common import files, program
 
-SEEDS = 2**32  # jax.random.key tells apart no more while JAX computes in 32 bits
-START = b'{"id": '  # of every result
+SEEDS = 2**32  # number of distinct keys of jax.random.key while JAX computes in 32 bits
+START = b'{"id": '  # first bytes of every result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Request:
   key: jax.Array
 
   def fingerprint(self, settings: Mapping[str, Any]) -> str:
-    """A hash of all that decides its answers; `settings`: what decides those of every request, such as the policy."""
+    """A hash of everything that decides the answers; `settings` holds what all requests share, such as the policy."""
     key = jax.random.key_data(self.key) if self.temperature else None  # greedy chains use no key
     own = {"text": self.text, "max_new_tokens": self.max_new_tokens, "chains": self.chains}
     return program.fingerprint({**settings, **own, "temperature": self.temperature, "key": key})
@@ -46,10 +46,10 @@ class Request:
 def read_requests(
   path: str | Path, tokenizer, *, max_new_tokens: int, chains: int, temperature: float, seed: int, width: int
 ) -> list[Request]:
-  """All requests of a file; the numbers are for lines that give none, whose keys derive from `seed`.
+  """All requests of a file. The arguments are defaults for lines without them; default keys derive from `seed`.
 
   Raises:
-    ValueError: no such file, a line that is no such object, or two of one id; the line is named.
+    ValueError: no such file, a line that is not a request, or an id used twice; the message names the line.
   """
   requests, seen = [], {}
   for index, (at, values) in enumerate(files.json_records("requests", path, {})):
@@ -102,13 +102,13 @@ def _text(at: str, values: dict, tokenizer) -> str:
 
 
 def finished_chains(path: Path, asked: Mapping[str | int, str]) -> dict[str | int, set[int]]:
-  """What a results file holds: the chains of each id. A last line that was cut short is removed.
+  """The chains of each id in a results file. A last line that was cut short is removed from the file.
 
   Args:
     asked: the fingerprint of each id.
 
   Raises:
-    ValueError: a line in it is no result, or answers something else than what is asked.
+    ValueError: a line is not a result, or answers another request.
   """
   if not path.exists():
     return {}
@@ -132,17 +132,18 @@ def finished_chains(path: Path, asked: Mapping[str | int, str]) -> dict[str | in
 def answer(
   generator: Generator, requests: Sequence[Request], output: Path, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """Runs what `output` does not hold yet, and adds a line to it as each chain ends.
+  """Runs the chains that `output` does not hold yet, and adds a line to `output` as each chain ends.
 
   Args:
-    settings: what else decides the answers: the checkpoint, the policy, where a text ends.
+    settings: everything else that decides the answers: the checkpoint, the policy, what ends a text.
 
   Returns:
     requests and rows in all and done now, new_tokens, seconds, tokens_per_s, peak_tokens (held at once by all rows,
     mean over layers and heads), peak_bytes of pages in use, cache_bytes allocated, preemptions.
 
   Raises:
-    ValueError: `output` holds something else, or the whole budget cannot hold a request; what ended before is written.
+    ValueError: `output` is not a results file of these requests, or a request exceeds the whole budget. Chains that
+      ended before are written.
   """
   output.parent.mkdir(parents=True, exist_ok=True)
   prints = {request.id: request.fingerprint(settings) for request in requests}

@@ -1,1 +1,1 @@
-"""Methods on tasks: what is run, its records (one a chain), and their summary."""
+"""Methods on tasks: running them, their records (one for each chain), and the summary."""

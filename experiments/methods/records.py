@@ -1,7 +1,7 @@
-"""Records: one JSON line for each chain that a method wrote, or question that it scored.
+"""Records: one JSON line for each chain written or question scored by a method.
 
 Every table, figure and page of results reads records or their summary (`experiments.methods.summary`). A file of
-records only grows, so a run that was killed is resumed by running it again: what the file holds is not computed twice.
+records only grows, so the same command again resumes a killed run: records in the file are not computed again.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ class Record:
   Fields:
     method: the method's name.
     task: the task's name.
-    length: T, tokens of the prompt that were asked for; None where the task fixes them.
-    budget: what bounds the method's cache, by name: `budget` (tokens a head), `cr`, `threshold`; empty for a dense one.
+    length: T, requested tokens of the prompt; None if the task fixes the length.
+    budget: the bound on the method's cache, by name: `budget` (tokens a head), `cr`, `threshold`; empty if it is dense.
     chains: W, chains of each prompt.
-    max_tokens: L, the most tokens that a chain writes; 0 where given continuations are scored.
+    max_tokens: L, most tokens that a chain writes; 0 if given continuations are scored.
     seed: of the prompts and of sampling.
     prompt: the prompt's number or name within its task.
     chain: this chain's number, from 0.
-    settings: fingerprints of all prompts of the task and of the checkpoint, which together decide the outcome.
-    tokens: read and written; of a question whose choices are read one by one, the mean over them.
-    reads: KV reads of the decode steps, mean over layers and heads; None where nothing was decoded.
-    peak: most tokens held at once, mean over layers and heads; None where nothing was decoded.
+    settings: fingerprints of the task's prompts and of the checkpoint, which together decide the outcome.
+    tokens: tokens read and written; for a question whose choices are read one by one, the mean over the choices.
+    reads: KV reads of the decode steps, mean over layers and heads; None if nothing was decoded.
+    peak: most tokens held at once, mean over layers and heads; None if nothing was decoded.
     achieved_cr: tokens seen over tokens held at the end of the chain.
-    grades: {metric: value}, higher is better, per cent unless the metric's name says otherwise.
-    text: what was written; None where given continuations were scored.
+    grades: {metric: value}; higher is better; in per cent unless the metric's name says otherwise.
+    text: the text written; None if given continuations were scored.
   """
 
   method: str
@@ -64,23 +64,23 @@ class Record:
 
   @property
   def key(self) -> tuple:
-    """What tells this chain from every other; a resumed run skips the keys that its file holds."""
+    """Identifies the chain; a resumed run skips the keys in its file."""
     budget = tuple(sorted(self.budget.items()))
     return self.method, self.task, self.length, budget, self.chains, self.max_tokens, self.seed, self.prompt, self.chain
 
 
 def append(path: Path, records: Iterable[Record]) -> None:
-  """Adds a line for each record, and creates the file and its folder where they are missing."""
+  """Appends a line for each record; creates the file and its folder if they are missing."""
   path.parent.mkdir(parents=True, exist_ok=True)
   with path.open("a", encoding="utf-8") as file:
     file.write("".join(json.dumps(program.to_plain(record)) + "\n" for record in records))
 
 
 def read(path: Path) -> list[Record]:
-  """The records of a file, in its order; none where it is missing. A last line that was cut short is removed from it.
+  """The records of a file, in order; none if it is missing. A last line that was cut short is removed from the file.
 
   Raises:
-    ValueError: a line is not a record, or repeats one; names the line.
+    ValueError: a line is not a record, or repeats a record; the message names the line.
   """
   if not path.exists():
     return []
@@ -97,7 +97,7 @@ def read(path: Path) -> list[Record]:
 
 
 def check_settings(path: Path, records: Sequence[Record], settings: Mapping[tuple, str]) -> None:
-  """Raises ValueError where a record's settings are not those expected, {(method, task, length): settings}."""
+  """Raises ValueError if a record's settings differ from `settings`, {(method, task, length): settings}."""
   for record in records:
     if settings.get((record.method, record.task, record.length), record.settings) != record.settings:
       raise ValueError(

@@ -26,7 +26,7 @@ Progress = Callable[..., Iterable]
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-  """A model read under a policy, by a name of its own; `checkpoint` is the fingerprint of where it was loaded from."""
+  """A named model under a policy; `checkpoint` is the fingerprint of the checkpoint that it was loaded from."""
 
   name: str
   model: Model
@@ -35,14 +35,14 @@ class Method:
 
   @property
   def budget(self) -> dict[str, float]:
-    """What bounds its cache, by the policy's own names."""
+    """The bound on its cache, under the policy's own names."""
     found = {name: getattr(self.policy, name, None) for name in ("budget", "cr", "threshold")}
     return {name: float(value) for name, value in found.items() if value is not None and math.isfinite(value)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """One task, at one length where it has lengths, with everything that is asked and its fingerprint, `content`.
+  """One task, at one length if it has lengths, with its prompts or questions and their fingerprint `content`.
 
   Each prompt gets `chains` texts, sampled at `temperature` with keys from `seed`.
   """
@@ -61,12 +61,12 @@ class Job:
 
 
 def settings_of(job: Job, method: Method) -> str:
-  """The `settings` of a method's records of a job."""
+  """`Record.settings` for a method's records of a job."""
   return f"{job.content}-{method.checkpoint}"
 
 
 def check_names(names: Sequence[str]) -> None:
-  """Raises ValueError unless every method has a name of its own."""
+  """Raises ValueError if two methods have the same name."""
   if twice := sorted({name for name in names if names.count(name) > 1}):
     raise ValueError(
       f"--retrofit, --thresholds: {twice} would be the name of several methods in the results; list each once, and a "
@@ -77,7 +77,7 @@ def check_names(names: Sequence[str]) -> None:
 def prepare(
   tasks: Sequence[Task], config: TasksConfig, lengths: Sequence[int], tokenizer: Tokenizer, max_positions: int
 ) -> list[Job]:
-  """Reads and lays out everything that will be asked, so that bad input ends the run before any model is loaded.
+  """Reads and lays out all prompts and questions, so that bad input ends the run before any model is loaded.
 
   Raises:
     ValueError: data that is missing or malformed, or a text longer than the model's context.
@@ -114,14 +114,14 @@ def _record(job: Job, method: Method, prompt: int, chain: int, **found) -> Recor
 def _score(
   job: Job, method: Method, wanted: Sequence[tuple[int, int]], tokenizer: Tokenizer, batch: int, progress: Progress
 ) -> Iterator[list[Record]]:
-  """All questions at once: batches are of passages of about one length."""
+  """Scores all questions at once, so that batches have passages of similar length."""
   questions = [job.asked[number] for number, _ in wanted]
   passages, spans = likelihood.lay_out(questions, tokenizer)
   policy = method.policy
   if isinstance(policy, Vanilla):
     policy = None
   elif isinstance(policy, DMS) and policy.window is None:
-    policy = policy.threshold  # a mask gives the same as a cache, for the whole text at once
+    policy = policy.threshold  # a mask on the whole text gives the same scores as a cache
   (scored,) = likelihood.score([(method.model, policy)], passages, batch=batch, progress=progress)
   found = []
   for (number, chain), question, own in zip(wanted, questions, spans, strict=True):
@@ -140,7 +140,7 @@ def _score(
 def _write(
   job: Job, method: Method, wanted: Sequence[tuple[int, int]], tokenizer: Tokenizer, batch: int, progress: Progress
 ) -> Iterator[list[Record]]:
-  """`batch` chains after another, so that little is lost when the run is killed."""
+  """Writes `batch` chains at a time, so that a killed run loses little."""
   key_of = lambda number, chain: jax.random.fold_in(jax.random.fold_in(jax.random.key(job.seed), number), chain)
   model = fastest_form(method.model)
   for start in progress(range(0, len(wanted), batch)):
@@ -164,7 +164,7 @@ def run(
   job: Job, methods: Sequence[Method], tokenizer: Tokenizer, *, batch: int = 1, done: Sequence[Record] = (),
   progress: Progress = lambda items, desc="": items,
 ) -> Iterator[list[Record]]:  # fmt: skip
-  """Records of one job as they come, method by method.
+  """Yields the records of one job as they are made, method by method.
 
   Args:
     batch: rows at a time.

@@ -1,4 +1,4 @@
-"""The one summary of results: an entry for each method, task, length and metric, with errors."""
+"""Summary of results: an entry for each method, task, length and metric, with standard errors."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from experiments.methods.records import Record
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """A method's result in one metric of one task.
+  """A method's result for one metric of one task.
 
   Fields:
-    samples: prompts; where a prompt has several chains, its value is their mean.
-    mean, standard_error: over samples; the error is None for fewer than two samples and where none is estimated.
+    samples: number of prompts; the value of a prompt with several chains is their mean.
+    mean, standard_error: over samples; the error is None for fewer than two samples or if none is estimated.
     difference, difference_se: method - baseline, paired sample by sample; None for the baseline itself.
     tokens, reads, peak: means over chains (see `Record`).
-    achieved_cr: the samples' tokens seen over tokens held, 1 / mean of the held shares.
+    achieved_cr: 1 / the mean over samples of tokens held over tokens seen.
   """
 
   method: str
@@ -41,12 +41,12 @@ class Entry:
 
 
 def standard_error(values: np.ndarray) -> float | None:
-  """Of the mean of independent samples; None for fewer than two."""
+  """The standard error of the mean of independent samples; None for fewer than two."""
   return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
 def _values(chains: Sequence[Record], metric: str) -> dict[int | str, float]:
-  """{prompt: mean over its chains} of one metric."""
+  """{prompt: mean of one metric over its chains}."""
   each: dict[int | str, list[float]] = {}
   for record in chains:
     each.setdefault(record.prompt, []).append(record.grades[metric])
@@ -58,7 +58,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def summarise(records: Sequence[Record], baseline: str) -> list[Entry]:
-  """Entries of all records, each method's differences from `baseline` taken over the prompts that both answered.
+  """Entries of all records; differences from `baseline` are over the prompts that both methods answered.
 
   Tasks, lengths, metrics and methods keep the order in which they first come.
   """

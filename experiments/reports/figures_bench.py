@@ -9,7 +9,7 @@ from experiments.reports import plots
 
 @plots.picture
 def kernels(plt, rows: list[dict], device: str) -> Any:
-  """A bar for each kernel and case: ours, dense attention, FlexAttention where measured; the floor as a dashed line."""
+  """A bar for each kernel and case: ours, dense attention, FlexAttention if measured; the dashed line is the floor."""
   rows = [row for row in rows if "us" in row and "axis" not in row]
   if not rows:
     return None
@@ -84,7 +84,7 @@ def engines(plt, results: list[dict], title: str) -> Any:
 
 @plots.picture
 def decode_steps(plt, rows: list[dict], title: str) -> Any:
-  """Decode steps with their rooflines, and every ratio that is held to a bar."""
+  """Decode steps with their rooflines, and every ratio that has a bar."""
   steps = [row for row in rows if row["name"].startswith("step_") and "ms" in row]
   judged = [(row, bar.split()) for row in rows if "bar" in row for bar in row["bar"].split(", ")]
   judged = [(row, *words) for row, words in judged if words[0] != "of_roofline"]

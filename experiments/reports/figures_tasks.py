@@ -50,7 +50,7 @@ def _curves(axis: Any, entries: Sequence[Entry], baseline: str, styles: dict[str
   lengths = sorted({entry.length for entry in entries})
   for place, (method, (name, color)) in enumerate(styles.items()):
     own = sorted((entry for entry in entries if entry.method == method), key=lambda entry: entry.length)
-    x = [1.04**place * entry.length for entry in own]  # shifted: equal scores would hide each other
+    x = [1.04**place * entry.length for entry in own]  # shifted, because equal scores would hide each other
     errors = [entry.standard_error or 0.0 for entry in own]
     axis.errorbar(x, [entry.mean for entry in own], errors, color=color, label=name, marker="o", capsize=4, lw=2)
     for at, entry in zip(x, own, strict=True):

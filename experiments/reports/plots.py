@@ -16,7 +16,7 @@ from typing import Any
 from experiments.common import program
 
 DENSE, DMS = "#4d4d4d", "#1f6fb4"
-METHODS = (DMS, "#d1752b", "#3a923a", "#8b5fb0", "#b04a4a")  # colours of methods under comparison, in their order
+METHODS = (DMS, "#d1752b", "#3a923a", "#8b5fb0", "#b04a4a")  # colours of compared methods, in order
 
 
 def pyplot() -> Any:
@@ -35,7 +35,7 @@ def pyplot() -> Any:
 def picture(build: Callable[..., Any]) -> Callable[..., str | None]:
   """Turns `build(plt, ...)`, which returns a figure or None, into `draw(path, ...)`, which writes it as a PNG.
 
-  `draw` makes the folder, writes the file whole or not at all, and returns its path; None without matplotlib and where
+  `draw` makes the folder, writes the file atomically, and returns its path. It returns None without matplotlib or if
   there is nothing to draw.
   """
 
@@ -64,11 +64,11 @@ def bare(axis: Any) -> None:
 
 @picture
 def live_tokens(plt, dense: dict, dms: dict, *, read: int, title: str) -> Any:
-  """Live tokens of a cache against position: a line a run, and a thin one for each of DMS's heads.
+  """Live tokens of a cache against position: a line for each run, and a thin line for each head of DMS.
 
   Args:
     dense, dms: `position` [P] and `live` [P, L, K].
-    read: tokens of the prompt; those after it are generated.
+    read: tokens of the prompt; later tokens are generated.
   """
   figure, axis = plt.subplots(figsize=(9, 5.2), layout="constrained")
   layers, heads = dms["live"].shape[1:]
@@ -102,8 +102,8 @@ def training(plt, log: Path) -> Any:
   """A retrofit's log: loss, target and achieved compression, gates, and the gate rate of every layer and head.
 
   Args:
-    log: log.jsonl, a JSON object a step; lines with `gate_rates` [L][K] feed the lower row. Nothing is drawn before the
-      first step.
+    log: the lines of log.jsonl, a JSON object for each step; lines with `gate_rates` [L][K] give the lower row. Nothing
+      is drawn before the first step.
   """
   lines = [json.loads(line) for line in log.read_text().splitlines()]
   if not lines:
@@ -152,9 +152,9 @@ def ablation(plt, rows: list[dict], x: str, title: str) -> Any:
   """Quality of many runs: KL, perplexity and compression along one setting, and KL against compression.
 
   Args:
-    rows: in the order of the axis, each with its place `x` there, the `line` it belongs to, and the figures
-      `kl`, `perplexity_change` and `achieved_cr`.
-    x: what the axis is: "tokens" is logarithmic, any other has its places evenly spaced.
+    rows: in the order of the axis, each with its position `x`, its `line`, and the figures `kl`, `perplexity_change`
+      and `achieved_cr`.
+    x: the quantity on the axis; "tokens" is logarithmic, any other has evenly spaced positions.
   """
   lines: dict[str, list[dict]] = {}
   for row in rows:
@@ -207,7 +207,7 @@ def ablation(plt, rows: list[dict], x: str, title: str) -> Any:
 
 @picture
 def compression(plt, runs: list[dict], title: str) -> Any:
-  """Where a retrofit compresses: a row a run; left each layer and head at the end of a chunk, right along the text.
+  """Compression of retrofits, a row for each run: left by layer and head at the end of a chunk, right along the text.
 
   Args:
     runs: each with `name`, `positions` [P] and `held` [P, L, K], the share of tokens held.

@@ -1,4 +1,4 @@
-"""The one writer of tables: Markdown, its cells padded so that it also reads well on a terminal."""
+"""Tables in Markdown, with padded cells so that they also read well on a terminal."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def markdown(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def of_mappings(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-  """One row a mapping, floats with four digits; a missing value is left empty.
+  """A table with one row for each mapping, floats with four digits; a missing value is an empty cell.
 
-  Where a mapping has an "error" or was "skipped", a last column says so.
+  If any mapping has an "error" or was "skipped", a last column says so.
   """
   why = [str(row.get("error", row.get("skipped", ""))) for row in rows]
   cells = []
@@ -54,7 +54,7 @@ def with_error(metric: str, mean: float, error: float | None, sign: str = "") ->
 
 
 def note(baseline: Entry, task: type[Task]) -> str:
-  """A warning where the baseline's score is too low to compare others with it: at chance, or below the task's floor."""
+  """A warning if the baseline's score is too low for comparisons: at chance, or below the task's floor."""
   chance = task.chance.get(baseline.metric)
   if chance is not None and baseline.mean - chance <= 2 * (baseline.standard_error or 0.0):
     return f"{baseline.method} at chance ({chance:g})"
@@ -66,7 +66,7 @@ def scores(entries: Sequence[Entry], baseline: str, tasks: Mapping[str, type[Tas
   """Methods on tasks: each metric's score first, then its difference from the baseline.
 
   Args:
-    tasks: the task classes by name, which know what random answers score.
+    tasks: the task classes by name, which have the scores of random answers.
   """
   short, rows = short_names(list(dict.fromkeys(entry.method for entry in entries))), []
   bases = {(e.task, e.length, e.metric): e for e in entries if e.method == baseline}

@@ -1,4 +1,4 @@
-"""Tasks on which methods are compared: one a file, and one line here."""
+"""Tasks on which methods are compared: one file for each, and one line here."""
 
 from experiments.tasks.base import TASKS as TASKS
 from experiments.tasks.base import get as get

@@ -1,8 +1,8 @@
-"""What a task is, the registry of tasks, and questions and shots sampled by a seed.
+"""Base classes and registry of tasks, and questions and shots sampled by a seed.
 
 A task is one frozen dataclass in one file. Its fields are its settings, and each becomes a flag: `--needle.keys=4`.
-There are two kinds. A `LikelihoodTask` has the model score given continuations of a text; a `WritingTask` has it write
-after a prompt, and grades what it wrote.
+There are two kinds. In a `LikelihoodTask` the model scores given continuations of a text. In a `WritingTask` it writes
+after a prompt, and the task grades its text.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def get(name: str) -> type[Task]:
   """The task class called `name`.
 
   Raises:
-    ValueError: there is none; lists those there are.
+    ValueError: there is no such task; the message lists all tasks.
   """
   if name not in TASKS:
     raise ValueError(f"--tasks: unknown task {name!r}; there are {', '.join(TASKS)}")
@@ -39,12 +39,12 @@ def get(name: str) -> type[Task]:
 
 @dataclasses.dataclass(frozen=True)
 class TasksConfig:
-  """Which tasks, and how many samples of each; `seed` fixes every choice.
+  """Which tasks run, and on how many samples; `seed` fixes every random choice.
 
-  `limit` samples of each task and length are used; 0 takes the whole data set, or 500 generated samples. `template`
-  decides how retrieval prompts are put: "chat" as a user's message with the answer's first words already written (as
-  RULER does for instruct models), "raw" as plain text (as it does for base models), "auto" by whether the tokenizer has
-  a chat template. Likelihood tasks are always plain text, as in lm-evaluation-harness.
+  `limit`: samples of each task and length; 0 takes the whole data set, or 500 generated samples. `template` is the form
+  of retrieval prompts. "chat" is a user's message with the answer's first words already written, as RULER does for
+  instruct models. "raw" is plain text, as RULER does for base models. "auto" is "chat" if the tokenizer has a chat
+  template, else "raw". Likelihood tasks are always plain text, as in lm-evaluation-harness.
 
   A task that writes gives `chains` texts for each prompt, sampled at `temperature`; 0 is greedy.
   """
@@ -65,7 +65,7 @@ class TasksConfig:
 
 
 class Task:
-  """What both kinds of task have.
+  """The common base of both kinds of task.
 
   `chance`: the score of random answers, for the metrics that have one. `floor`: the score of the baseline below which
   other methods' scores say little.
@@ -77,7 +77,7 @@ class Task:
   floor: ClassVar[float | None] = None
 
   def least(self, **bounds: int) -> None:
-    """Raises ValueError, naming the flag, where a setting is below its bound."""
+    """Raises ValueError, naming the flag, if a setting is below its bound."""
     for setting, bound in bounds.items():
       if (value := getattr(self, setting)) < bound:
         raise ValueError(f"--{self.name}.{setting}={value} must be {bound} or more")
@@ -97,7 +97,7 @@ class LikelihoodTask(Task):
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-  """A prompt's text and ids, and the strings by which what is written after it is graded."""
+  """A prompt's text and ids, and the reference strings for grading the text written after it."""
 
   text: str
   tokens: list[int]
@@ -107,7 +107,7 @@ class Prompt:
 class WritingTask(Task):
   """Has a model write up to `new_tokens` tokens after each prompt, and grades the text.
 
-  The prompts of a `sized` task are made for a length; those of any other task have the length that they have.
+  Prompts of a `sized` task are made for a given length; the data decide the length of other prompts.
   """
 
   new_tokens: ClassVar[int]
@@ -118,7 +118,7 @@ class WritingTask(Task):
 
     Args:
       length: T of a sized task.
-      max_positions: the model's context, which holds the prompt and what is written.
+      max_positions: the model's context, which holds the prompt and the text written.
 
     Raises:
       ValueError: data or a length that cannot be used; names the flag.
@@ -134,17 +134,17 @@ class WritingTask(Task):
 
 
 def sampled(count: int, config: TasksConfig) -> list[int]:
-  """Which of `count` records are asked: all in their order, or `limit` of them sampled by the seed."""
+  """Numbers of the records to ask: all `count` in order, or `limit` of them sampled by the seed."""
   if not config.limit or config.limit >= count:
     return list(range(count))
   return sorted(random.Random(f"{config.seed} questions").sample(range(count), config.limit))
 
 
 def shots_of(records: Sequence[T], question: int, shots: int, task: str, seed: int) -> list[T]:
-  """Worked examples for record number `question`: others, sampled by the seed and the record's number alone.
+  """Worked examples for record number `question`: other records, sampled by the seed and that number.
 
   Raises:
-    ValueError: there are too few; names the flag.
+    ValueError: there are too few records; the message names the flag.
   """
   if shots >= len(records):
     raise ValueError(f"--{task}.shots={shots} needs more records than the {len(records)} of --{task}.data")

@@ -16,7 +16,7 @@ FLAG = "gsm8k.data"
 
 
 def read(path: Path) -> list[Question]:
-  """Every record of the file, its solution the only choice.
+  """Every record of the file, with its solution as the only choice.
 
   Raises:
     ValueError: a malformed record; names the flag and line.

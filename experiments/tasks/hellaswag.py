@@ -1,9 +1,9 @@
 """HellaSwag (Zellers et al. 2019): which of four endings follows.
 
-Laid out as lm-evaluation-harness does. Two formats are read: the official hellaswag_val.jsonl, and the six-line one
-(optionally .bz2) of evaluation tools in C++: "activity: context", the answer 0-3, four endings. The latter does not
-mark where the context's second sentence begins, so that sentence stays in lower case, where the official format
-capitalises it. Shots are sampled from the file's other records.
+The layout is that of lm-evaluation-harness. Two formats are read: the official hellaswag_val.jsonl, and the six-line
+format (optionally .bz2) of evaluation tools in C++: "activity: context", the answer 0-3, four endings. The six-line
+format does not mark where the context's second sentence begins, so that sentence stays in lower case; the official
+format capitalises it. Shots are sampled from the file's other records.
 """
 
 from __future__ import annotations

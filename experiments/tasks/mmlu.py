@@ -1,8 +1,8 @@
 """MMLU (Hendrycks et al. 2021): four choices, answered by their letters.
 
-Laid out as lm-evaluation-harness does, read from a folder with dev/SUBJECT_dev.csv and test/SUBJECT_test.csv: question,
-four choices, answer. A first line of column names is skipped; the answer is 0-3 or A-D. Shots are the first of the
-subject's dev file, in their order.
+The layout is that of lm-evaluation-harness. A folder has dev/SUBJECT_dev.csv and test/SUBJECT_test.csv, with columns
+question, four choices, answer. A first line of column names is skipped; the answer is 0-3 or A-D. Shots are the first
+of the subject's dev file, in their order.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LETTERS = ("A", "B", "C", "D")
 
 
 def read(path: Path) -> list[Question]:
-  """A subject's questions, their letters as the choices.
+  """A subject's questions, with letters as the choices.
 
   Raises:
     ValueError: a malformed row; names the flag, file and line.
@@ -59,7 +59,7 @@ class MMLU(LikelihoodTask):
     self.least(shots=0)
 
   def _before(self, folder: Path, subject: str) -> str:
-    """What comes before each question of a subject: a line that names it, and the shots."""
+    """The text before each question of a subject: a line that names the subject, and the shots."""
     before = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
     if not self.shots:
       return before

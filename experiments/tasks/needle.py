@@ -57,7 +57,7 @@ def listed(items: list[str]) -> str:
 
 @register
 class Needle(RetrievalTask):
-  """Keys hidden in the text, values of each, and keys asked for (RULER's single, multi-key, -value and -query)."""
+  """Settings: keys hidden, values of each key, keys asked for (RULER's single, multi-key, multi-value, multi-query)."""
 
   keys: int = 1
   values: int = 1

@@ -1,4 +1,4 @@
-"""Retrieval: prompts of a given length that hide their answer, and what a model writes."""
+"""Retrieval: prompts of a given length that hide their answer, and a model's answers."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from dms_jax.policies import Policy
 from dms_jax.tokenizer import Tokenizer
 from experiments.tasks.base import Prompt, TasksConfig, WritingTask
 
-SAMPLES = 500  # of each length, where no limit is given; RULER's number
+SAMPLES = 500  # of each length without a limit; RULER's number
 
 
 @dataclasses.dataclass(frozen=True)
 class Haystack:
-  """A prompt of any length: `prompt(n)` hides the same things among n units of noise, from `smallest` units on.
+  """A prompt of any length: `prompt(n)` hides the same facts among n units of noise; n is at least `smallest`.
 
   The answer begins with `prefix`; a right one names every one of `references`.
   """
@@ -34,7 +34,7 @@ class Haystack:
 
 
 class RetrievalTask(WritingTask):
-  """Reads a long text and writes what was hidden there; the score is the share of references found, per cent."""
+  """The model reads a long text and writes the hidden facts; the score is the share of references found, per cent."""
 
   metrics = ("score",)
   floor = 60.0
@@ -58,7 +58,7 @@ class RetrievalTask(WritingTask):
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-  """What a model wrote after each prompt, and what its cache held and cost.
+  """The text that a model wrote after each prompt, and the memory and reads of its cache.
 
   `held` int [L, n, K] of `seen` int [n] tokens at the end; `reads` float [n], KV reads of the decode steps, and `peak`
   float [n], the most tokens held at once, each a mean over layers and heads.
@@ -79,7 +79,7 @@ def framed(tokenizer: Tokenizer, template: str, prompt: str, prefix: str) -> str
 
 
 def most_units(count: Callable[[int], int], limit: int, smallest: int) -> int:
-  """The largest n with `count(n) <= limit`; `smallest - 1` where not even `smallest` fits."""
+  """The largest n with `count(n) <= limit`; `smallest - 1` if not even `smallest` fits."""
   low, high = smallest - 1, smallest
   while count(high) <= limit:
     low, high = high, 2 * high
@@ -92,9 +92,9 @@ def most_units(count: Callable[[int], int], limit: int, smallest: int) -> int:
 def prompts(
   task: RetrievalTask, config: TasksConfig, tokenizer: Tokenizer, length: int, max_positions: int
 ) -> list[Prompt]:
-  """The prompts of one length: as much noise as `length` tokens hold, less where the answer would not fit the context.
+  """The prompts of one length: as much noise as fits `length` tokens, less if the answer would exceed the context.
 
-  Number i hides the same things at every length; RULER counts the answer as part of the length, which is not done here.
+  Prompt i hides the same facts at every length. The answer is not part of the length, unlike in RULER.
 
   Raises:
     ValueError: `length` is too short for the task, or exceeds the model's context.
@@ -131,7 +131,7 @@ def write(
   """Continues every prompt under a policy.
 
   Args:
-    keys: one for each prompt, where `temperature` is above 0; else tokens are chosen greedily.
+    keys: one for each prompt if `temperature` is above 0; otherwise decoding is greedy.
     batch: prompts at a time.
     progress: wraps the iteration over batches.
   """

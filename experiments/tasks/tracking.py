@@ -1,6 +1,6 @@
 """Variable tracking as in RULER (arXiv 2404.06654): which variables hold a value.
 
-A worked example with three-letter names comes first: RULER's 500 tokens of it, or half the prompt where that is less.
+A worked example with three-letter names comes first. It has RULER's 500 tokens, or half the prompt if that is less.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NEW_TOKENS = 30
 
 
 def chains(rng: random.Random, count: int, hops: int, letters: int) -> tuple[list[list[str]], list[list[str]]]:
-  """(names, assignments) of each chain; the first assignment gives a number of 5 digits, each other copies a name."""
+  """(names, assignments) of each chain: the first assignment is a number of 5 digits, each later one copies a name."""
   names: dict[str, None] = {}
   while len(names) < count * (hops + 1):
     names["".join(rng.choices(string.ascii_uppercase, k=letters))] = None
@@ -40,7 +40,7 @@ def chains(rng: random.Random, count: int, hops: int, letters: int) -> tuple[lis
 
 
 def haystack(rng: random.Random, count: int, hops: int, letters: int) -> Haystack:
-  """Chains among lines of noise, at random places in their order; the first chain is asked for."""
+  """Chains among lines of noise, their assignments in order at random places; the question asks for the first chain."""
   names, assignments = chains(rng, count, hops, letters)
   value = assignments[0][0].split(" = ")[1]
   places = rng.getrandbits(64)
@@ -57,7 +57,7 @@ def haystack(rng: random.Random, count: int, hops: int, letters: int) -> Haystac
 
 @register
 class Tracking(RetrievalTask):
-  """Chains of assignments hidden in the text, and assignments that follow the first of each."""
+  """Settings: chains of assignments hidden in the text, and hops, the assignments after the first of each chain."""
 
   chains: int = 1
   hops: int = 4

@@ -1,1 +1,1 @@
-"""Layouts of PyTorch checkpoints: weights in `transformers`, settings of gates in the others."""
+"""Layouts of PyTorch checkpoints: `transformers` reads weights, the others settings of gates."""

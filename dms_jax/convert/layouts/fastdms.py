@@ -1,4 +1,4 @@
-"""FastDMS's layout: the neuron gate in dms_metadata.json; a decision is about its own token."""
+"""FastDMS's layout: a neuron gate in dms_metadata.json; each token decides about itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ METADATA = "dms_metadata.json"
 
 
 def gates(metadata: dict, source: str) -> DMSConfig:
-  """The gates that the content of dms_metadata.json describes, flat or under "config".
+  """The gates of dms_metadata.json; `metadata` is its content, with the settings at the top or under "config".
 
   Args:
     source: name of the checkpoint, for errors.

@@ -1,7 +1,7 @@
 """NVIDIA's layout: gates as `dms_*` keys in config.json, adapter tensors among the weights.
 
-Checkpoints on the hub use the neuron gate; a student of Model-Optimizer uses the adapter (`dms_separate_alpha`). The
-decision computed at token t is about token t - 1.
+Checkpoints on the hub use the neuron gate; students of Model-Optimizer use the adapter (`dms_separate_alpha`). Token t
+decides about token t - 1.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def from_keys(values: dict, source: str, gate: Literal["adapter", "neuron"], shi
   """The gates of NVIDIA's keys, with or without the prefix `dms_`.
 
   Args:
-    window: where the keys name none.
+    window: W if the keys give none.
 
   Raises:
     ValueError: a value cannot be read.

@@ -31,7 +31,7 @@ def read(path: str | Path) -> tuple[ModelConfig, DMSConfig | None, Tensors, Toke
   """Config, gates (None without), tensors and tokenizer (None without tokenizer.json) of a Hugging Face directory.
 
   Raises:
-    ValueError: a file is missing, damaged, or of a kind that is not supported.
+    ValueError: a file is missing or damaged, or the model is not supported.
   """
   path = Path(path)
   values = read_json(path / "config.json")
@@ -57,7 +57,7 @@ def gates(path: Path, values: dict) -> DMSConfig | None:
 
 
 def is_ignored(config: ModelConfig, name: str) -> bool:
-  """Whether a tensor is redundant: older checkpoints store RoPE tables, and a head that is tied to the embedding."""
+  """Whether a tensor is redundant, as the RoPE tables and tied output heads that older checkpoints store."""
   return bool(_ROPE_TABLE.fullmatch(name)) or (config.tie_embeddings and name == "lm_head.weight")
 
 
@@ -120,19 +120,19 @@ def export(
   shard_bytes: int = SHARD_BYTES,
   progress: Progress | None = None,
 ) -> Path:
-  """Writes a directory that transformers loads, whole or not at all; returns `path`.
+  """Writes a directory that transformers loads, atomically; returns `path`.
 
-  Low-rank updates are merged. Gates, which plain transformers ignores, get files of their own: dms_config.json, and
-  dms_gates.safetensors with the adapter's tensors under NVIDIA's names. `read` reads both.
+  Low-rank updates are merged. Gates are written to separate files, which plain transformers ignores: dms_config.json,
+  and dms_gates.safetensors with the adapter's tensors under NVIDIA's names. `read` reads both.
 
   Args:
-    dtype: of the weights: "float32", "bfloat16" or "float16"; default the model's own.
-    overwrite: replace what an earlier export wrote.
-    shard_bytes: largest size of one safetensors file, in bytes.
+    dtype: dtype of the weights, "float32", "bfloat16" or "float16"; default the model's.
+    overwrite: replace an earlier export.
+    shard_bytes: most bytes of one safetensors file.
     progress: called as progress(done, total, file name).
 
   Raises:
-    ValueError: something is at `path` already, or dtype is unknown.
+    ValueError: `path` exists and may not be replaced, or dtype is unknown.
   """
   try:
     from safetensors.numpy import save_file
