@@ -21,8 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from dms_jax.execution import Execution
 from dms_jax.sharding import row_and_head_axes
-from pallas_kernels import decode, prefill
-from pallas_kernels import window_bias as retrofit
+from pallas_kernels import decode, prefill, window_bias
 from pallas_kernels.common import compat, dispatch
 from pallas_kernels.decode import Pages
 from pallas_kernels.paged import api as paged
@@ -174,7 +173,7 @@ def window_bias_attention(q, k, v, bias, window, segment_ids=None):
   """
 
   def call(q, k, v, bias, segment_ids):
-    return retrofit.window_bias_attention(q, k, v, bias, window, segment_ids, implementation=_choice.get())
+    return window_bias.window_bias_attention(q, k, v, bias, window, segment_ids, implementation=_choice.get())
 
   tokens = lambda rows, heads: P(rows, None, heads)
   specs = lambda rows, heads: (*(tokens(rows, heads),) * 3, P(rows, heads), P(rows))

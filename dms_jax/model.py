@@ -28,11 +28,11 @@ from dms_jax.layers import apply_rope, linear, mlp, project, rms_norm, rope_tabl
 from dms_jax.params import Params, merge_lora, param_table
 from dms_jax.policies import DMS, Policy, Vanilla
 from dms_jax.sharding import constrain_rows, gather_layer
-from pallas_kernels import window_bias as retrofit
+from pallas_kernels import window_bias
 
 # The activations of each layer that the backward pass keeps: projections and attention. Norms, RoPE and SwiGLU are
 # cheaper to recompute than to write and read; the down projection is part of the next layer's input, kept anyway.
-SAVED_ACTIVATIONS = (*(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up")), retrofit.SAVED)
+SAVED_ACTIVATIONS = (*(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up")), window_bias.SAVED)
 
 
 @struct.dataclass

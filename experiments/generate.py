@@ -30,6 +30,7 @@ from dms_jax import policies
 from dms_jax.generation.generate import Output
 from experiments.common import files, program
 from experiments.common import requests as request_file
+from pallas_kernels.paged import FORMATS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Config:
   chains: int = 1
   kv_budget_gib: float | None = None
   kv_budget_tokens: int | None = None
-  page_format: Literal["int8", "float8"] | None = None
+  page_format: str | None = None
   chat: bool = False
   system: str | None = None
   policy: str | None = None
@@ -95,6 +96,8 @@ class Config:
       for name in ("output", "width", "chains", "kv_budget_gib", "kv_budget_tokens", "page_format"):
         if getattr(self, name) != getattr(type(self), name):
           raise ValueError(f"--{name} is for --requests")
+    if self.page_format not in (None, *FORMATS):
+      raise ValueError(f"--page_format={self.page_format} is not one of {', '.join(FORMATS)}")
     if self.kv_budget_gib is not None and self.kv_budget_tokens is not None:
       raise ValueError("give either --kv_budget_gib or --kv_budget_tokens")
 

@@ -40,7 +40,7 @@ class EvalConfig:
   batch: int = 1
   dtype: Literal["bfloat16", "float32"] = "bfloat16"
   positions: int = 0
-  policy: Literal["dms", "vanilla", "streamingllm", "h2o", "tova", "random", "quest"] = "dms"
+  policy: str = "dms"  # a name of the registry
   budget: int | None = None
 
   def __post_init__(self):
@@ -50,6 +50,10 @@ class EvalConfig:
         raise ValueError(f"eval.{name}={value} must be {least} or more")
     if self.positions > self.length:
       raise ValueError(f"eval.positions={self.positions} must be at most eval.length={self.length}")
+    try:
+      policies.get(self.policy)
+    except ValueError as error:
+      raise ValueError(f"eval.policy: {error}") from None
     if (self.budget is None) != (self.policy in ("dms", "vanilla")):
       raise ValueError(
         f"eval.policy={self.policy!r} with eval.budget={self.budget}: baselines need one, dms and vanilla none"

@@ -268,8 +268,8 @@ def test_bytes(model):
 
 
 def test_bad_settings_are_named(model):
-  with pytest.raises(ValueError, match=r"page_format='int4' is not one of \['float8', 'int8'\]"):
-    create(model, 40, page_format="int4")
+  with pytest.raises(ValueError, match=r"page_format='int3' is not one of \['float8', 'int8'\]"):
+    create(model, 40, page_format="int3")
   with pytest.raises(ValueError, match="page_size=4, but Quest selects pages of 8 slots"):
     create(model, 40, policies.Quest(page=8, budget=32).resolved(None))
   with pytest.raises(ValueError, match="capacity=8 is below the"):
