@@ -45,11 +45,12 @@ class SnapKV(Policy):
     return ((after >= remaining[:, None]) & (after <= self.window)).astype(jnp.float32)
 
   def observe(self, stats, seen):
-    begins = seen.remaining + seen.lengths > self.window  # the observation window starts in this chunk
-    return {"mass": jnp.where(begins[:, None, None], 0.0, stats["mass"]) + seen.mass}
+    # Negative once its prompt has ended: another turn's window, however short its prompt, starts anew.
+    mass = jnp.maximum(stats["mass"], 0.0) + seen.mass
+    return {"mass": jnp.where((seen.remaining == 0)[:, None, None], -mass, mass)}
 
   def compact(self, candidates):
-    live, mass = candidates.live, candidates.stats["mass"]
+    live, mass = candidates.live, -candidates.stats["mass"]
     # Tokens that are neighbours in the text are pooled, whatever free slots lie between them.
     place = jnp.cumsum(live, axis=-1) - 1
     at = jnp.where(live, place, live.shape[-1])

@@ -131,6 +131,40 @@ def test_chunks_are_the_paper(case, kind):
     start = end
 
 
+@pytest.mark.parametrize("kind", ["contiguous", pytest.param("masked", marks=pytest.mark.slow)])
+def test_a_short_later_prompt_is_a_window_of_its_own(kind):
+  """A prompt of fewer than W + 1 tokens cuts by its own queries alone; those of earlier turns have had their say."""
+  policy, first, second, end = policies.SnapKV(budget=9, window=4, pool=1), 14, 18, 20
+  shape = cache_driver.Shape(0, 0, HEADS, GROUP, 2, end)
+  text, cache, start = cache_driver.Text.draw(shape, np.random.default_rng(1), 0.0), create(kind, policy), 0
+  for width, lengths, remaining in [(first, first, 0), *[(1, 1, None)] * (second - first), (1, 1, 1), (1, 1, 0)]:
+    if start == second:
+      before = cache
+    left = None if remaining is None else np.full(ROWS, remaining)
+    *_, cache = feed(policy, cache, text, np.full(ROWS, start), width, np.full(ROWS, lengths), left)
+    start += lengths
+  held = lambda c: positions_of(c) if kind == "masked" else cache_driver.held(c)
+  was, now = held(before), held(cache)
+  for l, b, h in np.ndindex(LAYERS, ROWS, HEADS):
+    tokens = sorted(was[l, b, h])
+    votes = np.zeros(end)
+    for t in range(second, end):
+      tokens.append(t)
+      q = text.q[l, b, t, h * GROUP : (h + 1) * GROUP].astype(float)
+      votes[tokens] += policy_oracle.softmax(q @ text.k[l, b, tokens, h].T / HEAD**0.5).mean(axis=0)
+    outside = [j for j in tokens if j < end - 5]
+    kept = sorted(outside, key=lambda j: (-votes[j], j))[:4]
+    assert len(outside) > 4
+    assert sorted(now[l, b, h]) == sorted([*kept, *range(end - 5, end)])
+
+
+def positions_of(cache):
+  """`cache_driver.held` of a masked cache."""
+  position, newest = np.arange(cache.slots), np.asarray(cache.seen)[:, None, None] - 1
+  visible = (~np.asarray(cache.evicted) | (newest - position <= cache.window)) & (position <= newest)
+  return {index: np.flatnonzero(visible[index]).tolist() for index in np.ndindex(visible.shape[:3])}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", ["h2o", "keydiff", "snapkv"])
 def test_a_row_does_not_depend_on_its_neighbours(case, kind):
