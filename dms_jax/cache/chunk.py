@@ -75,7 +75,7 @@ def attend(
 
   if policy.compacts:
     out, mass = out if weights is not None else (out, None)
-    # Archive first from here on, in the order of slots: that of the text, as long as nothing was overwritten.
+    # Archive first from here on, in the order of slots: that of the text, unless the policy overwrites.
     ordered = lambda of_window, of_archive: jnp.concatenate([of_archive, of_window], axis=2)
     mass = None if mass is None else group_mean(ordered(*_split(mass, window)), q)
     seen = Observation(
@@ -95,12 +95,14 @@ def attend(
     # Attention reads the archive before the write: a read after it would copy the cache.
     out, stays, stats, carry = lax.optimization_barrier((out, stays, stats, carry))
     stays = jnp.where((plan.lengths > 0)[:, None, None], stays, candidates.live)
-    moved = moves(stays, slots - ring)
+    in_order = not policy.overwrites
+    moved = moves(stays, slots - ring, in_order)
     nowhere = jnp.broadcast_to(jnp.full_like(ring_slot[..., :1], slots), in_archive.shape)
     target = jnp.where(
       moved.target < slots - ring, ring + moved.target, ordered(jnp.broadcast_to(ring_slot, leaves.shape), nowhere)
     )
-    carry = cache._written(carry, reserved, layer, target, ordered(window.rows, packed(archive, window.rows.dtype)))
+    moving = ordered(window.rows, packed(archive, window.rows.dtype))
+    carry = cache._written(carry, reserved, layer, target, moving, in_order)
     for name, stat in stats.items():
       held = carry.stats[name].at[layer, :, :, ring:].set(stat[..., : slots - ring])
       held = held.at[layer, rows, head, target].set(stat, mode="drop")

@@ -1,7 +1,8 @@
 """Compaction: the archive after a chunk of a prompt, when a policy has said which tokens stay.
 
 An archived token that stays keeps its slot, as long as the archive still reaches that far; slots that become free are
-filled by the others, in order. So a token moves at most once, and live slots remain one prefix.
+filled by the others, in order. So a token moves at most once, and live slots remain one prefix. Where the archive is to
+stay in the order of the text, tokens close ranks instead.
 """
 
 from __future__ import annotations
@@ -20,14 +21,18 @@ class Moves:
   archived: Int[Array, "B K"]
 
 
-def moves(stays: Bool[Array, "B K X"], slots: int) -> Moves:
+def moves(stays: Bool[Array, "B K X"], slots: int, in_order: bool = False) -> Moves:
   """The moves after which the tokens that stay fill the first slots of an archive.
 
   Args:
     stays: X candidates, of which the first A = `slots` lie in the archive, in its order, and the others enter it.
+    in_order: the order of the candidates remains; those that move go to slots that ascend without gaps.
   """
   b, k, count = stays.shape
   archived = jnp.sum(stays, axis=-1, dtype=jnp.int32)
+  if in_order:
+    place = jnp.cumsum(stays, axis=-1, dtype=jnp.int32) - 1
+    return Moves(jnp.where(stays & (place != jnp.arange(count)), jnp.minimum(place, slots), slots), archived)
   used = jnp.arange(count) < archived[..., None]
   settled = stays & used & (jnp.arange(count) < slots)
   hole = used[..., :slots] & ~settled[..., :slots]

@@ -14,6 +14,8 @@ import dms_jax
 from dms_jax import cache as caches
 from dms_jax import policies
 from dms_jax import testing as tiny
+from dms_jax.attention import write_pages
+from dms_jax.cache import paged
 from dms_jax.cache.compact import moves
 from dms_jax.config import ModelConfig
 from dms_jax.model import cached_forward
@@ -165,6 +167,40 @@ def positions_of(cache):
   return {index: np.flatnonzero(visible[index]).tolist() for index in np.ndindex(visible.shape[:3])}
 
 
+def test_later_turns_pool_neighbours_of_the_text():
+  """Three turns under SnapKV: archives stay in the order of the text, so the same neighbours are pooled everywhere."""
+  policy = policies.SnapKV(budget=14, window=2, pool=5)
+  shape = cache_driver.Shape(0, 0, HEADS, GROUP, 2, LENGTH)
+  text, held = cache_driver.Text.draw(shape, np.random.default_rng(3), 0.0), {}
+  prompt = [(13, 13, 0), *[(1, 1, None)] * 2]
+  for kind in ("masked", "paged"):
+    cache, start = create(kind, policy), 0
+    for width, lengths, remaining in 3 * prompt:
+      left = None if remaining is None else np.full(ROWS, remaining)
+      *_, cache = feed(policy, cache, text, np.full(ROWS, start), width, np.full(ROWS, lengths), left)
+      start += lengths
+    held[kind] = positions_of(cache) if kind == "masked" else cache_driver.held(cache)
+  for index, positions in held["masked"].items():
+    assert sorted(held["paged"][index]) == positions
+    assert held["paged"][index][3:] == sorted(held["paged"][index][3:])
+
+
+@pytest.mark.parametrize("case", ["h2o", "snapkv"])
+def test_writes_into_pages_are_in_the_order_promised(case, monkeypatch):
+  """An implementation that relies on slots without gaps, as on TPUs, writes the same."""
+
+  def relying(pool, table, slots, rows, *, in_order=True):
+    if in_order:
+      inside = (slots >= 0) & (slots < table.shape[-1] * pool.shape[1])
+      first = jnp.min(jnp.where(inside, slots, 2**30), axis=-1, keepdims=True)
+      slots = jnp.where(inside, first + jnp.cumsum(inside, axis=-1) - 1, -1)
+    return write_pages(pool, table, slots, rows, in_order=False)
+
+  monkeypatch.setattr(paged, "write_pages", relying)
+  monkeypatch.setattr(cache_driver, "step", jax.jit(cache_driver.step.__wrapped__, compiler_options=tiny.QUICK))
+  test_chunks_are_the_paper(case, "paged")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", ["h2o", "keydiff", "snapkv"])
 def test_a_row_does_not_depend_on_its_neighbours(case, kind):
@@ -202,9 +238,11 @@ def test_random_holds_the_same_however_it_is_read():
     assert sorted(held[l, b, h]) == sorted(run.held[h][-1])
 
 
+@pytest.mark.parametrize("in_order", [False, True])
 @pytest.mark.parametrize("seed", range(20))
-def test_moves(seed):
-  """Tokens that stay fill the first slots; archived ones keep theirs if it is among them; each goes to one slot."""
+def test_moves(seed, in_order):
+  """Tokens that stay fill the first slots, each goes to one; archived ones keep theirs if it is among them, or all
+  their order."""
   rng = np.random.default_rng(seed)
   slots, entering = int(rng.integers(0, 9)), int(rng.integers(1, 9))
   archived = int(rng.integers(0, slots + 1))
@@ -212,7 +250,7 @@ def test_moves(seed):
   stays = exists & (rng.random(slots + entering) < rng.random())
   if stays.sum() > slots:
     stays[np.flatnonzero(stays)[slots:]] = False
-  out = moves(jnp.asarray(stays)[None, None], slots)
+  out = moves(jnp.asarray(stays)[None, None], slots, in_order)
   target, count = np.asarray(out.target)[0, 0], int(out.archived[0, 0])
   assert count == stays.sum()
   place = np.where(
@@ -221,6 +259,10 @@ def test_moves(seed):
   ends = place[stays]
   assert sorted(ends) == list(range(count))
   assert (target[~stays] == slots).all()
+  if in_order:
+    assert list(ends) == list(range(count))
+    assert not np.any(np.diff(target[target < slots]) != 1)
+    return
   kept = stays[:slots] & (np.arange(slots) < count)
   assert (target[:slots][kept] == slots).all()
 
