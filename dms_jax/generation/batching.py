@@ -39,7 +39,7 @@ from dms_jax.generation.prompts import prompt_ids
 from dms_jax.generation.sampling import Sampling, row_keys
 from dms_jax.generation.stops import StopStrings, stop_criteria
 from dms_jax.model import Model, check_policy
-from dms_jax.policies import Policy
+from dms_jax.policies import Policy, check_rows
 
 
 @dataclasses.dataclass
@@ -130,6 +130,7 @@ class Generator:
     self.tokenizer = model.tokenizer if tokenizer is None else tokenizer
     self.model = fastest_form(model.replace(tokenizer=None))
     self.policy = check_policy(model, policy)
+    check_rows(self.policy, None)
     self.width, self.chunk, self.decode_block = width, prefill_chunk, decode_block
     longest = model.config.max_position_embeddings
     self.max_length = longest if max_length is None else max_length

@@ -138,7 +138,7 @@ def generate(
   check_lengths(model, policy, cache, capacity, past, lengths, max_new_tokens)
   most = int(lengths.max()) + max(max_new_tokens - 1, 0)
   if cache != "masked" and (past is None or not isinstance(past.cache, caches.MaskedCache)):
-    most = int(policy.capacity(most))  # slots that suffice whatever is kept
+    most = int(np.max(policy.capacity(most)))  # slots that suffice whatever is kept
   store = _start(model, policy, cache, capacity, past, batch, most, prefill_chunk)
 
   metrics = Metrics.zero(model.config.num_layers, batch, model.config.num_kv_heads)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from dms_jax.policies.base import Policy, register
+from dms_jax.policies.base import Policy, is_whole, register
 from dms_jax.policies.budget import allowance, check_budget, largest
 
 
@@ -36,7 +36,7 @@ class SnapKV(Policy):
   def resolved(self, window):
     policy = super().resolved(window)
     check_budget(policy, policy.window + 1)
-    if self.pool < 1 or self.pool % 2 == 0:
+    if not is_whole(self.pool) or self.pool < 1 or self.pool % 2 == 0:
       raise ValueError(f"SnapKV: pool={self.pool} must be an odd number of tokens")
     return policy
 

@@ -358,3 +358,30 @@ def test_exact_prefill_reads_one_by_one():
   one, eight = run(prefill_chunk=1), run(prefill_chunk=8)
   assert one.tokens == eight.tokens
   np.testing.assert_array_equal(one.metrics.prompt_reads, eight.metrics.prompt_reads)
+
+
+@pytest.mark.slow
+def test_numbers_of_rows_in_generate():
+  """One number a row: as if each row ran under its own."""
+  model, budgets = tiny.model(), (5, 9)
+  prompts = [tiny.tokens(model.config, 1, n, seed=n)[0].tolist() for n in (23, 9)]
+  for make in (lambda x: policies.SnapKV(budget=x, window=2), lambda x: policies.TOVA(budget=x)):
+    run = lambda budget, make=make: dms_jax.generate(
+      model, prompts, policy=make(budget), max_new_tokens=3, eos=False, prefill_chunk=8
+    )
+    rows = run(np.asarray(budgets))
+    for row, budget in enumerate(budgets):
+      alone = run(budget)
+      assert rows.tokens[row] == alone.tokens[row]
+      np.testing.assert_array_equal(rows.metrics.live[:, row], alone.metrics.live[:, row])
+    assert rows.metrics.live[:, 0].max() < rows.metrics.live[:, 1].min()
+
+
+@pytest.mark.parametrize("policy", [policies.SnapKV(budget=np.array([5, 9]), window=2), policies.TOVA(cr=np.ones(2))])
+def test_numbers_of_rows_need_rows(policy):
+  """Refused before any work where rows come and go, or where there are others than numbers."""
+  model, name = tiny.model(), "cr" if policy.budget is None else "budget"
+  with pytest.raises(ValueError, match=rf"{name} has shape \(2,\), and must be one number, or one for each of 3 rows"):
+    dms_jax.generate(model, [[1], [2], [3]], policy=policy)
+  with pytest.raises(ValueError, match=rf"{name} has shape \(2,\), and must be one number: rows come and go"):
+    dms_jax.Generator(model, policy=policy, width=2)
