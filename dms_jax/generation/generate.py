@@ -155,10 +155,15 @@ def generate(
   )
   written = [_Row(Detokenizer.create(tokenizer, strings)) for _ in ids]
   reason = np.asarray(state.reason)
-  if past is None or prompts is not None:  # else the pending tokens are all there is to read: decoding simply goes on
-    store, logits, metrics = _read(model, policy, store, ids, metrics, prefill_chunk, capacity, most)
+  # Rows without a prompt of this turn have their pending token alone: decoding simply goes on.
+  goes_on = np.array([past is not None and past.pending[row] >= 0 and len(new) == 1 for row, new in enumerate(ids)])
+  if not goes_on.all():
+    new = [row[:0] if going else row for row, going in zip(ids, goes_on, strict=True)]
+    store, logits, metrics = _read(model, policy, store, new, metrics, prefill_chunk, capacity, most)
     if max_new_tokens:
-      state, emitted = decoding.first_token(state, logits, sampling, criteria)
+      resting = state.replace(reason=jnp.where(goes_on, LENGTH, state.reason))
+      state, emitted = decoding.first_token(resting, logits, sampling, criteria)
+      state = state.replace(reason=jnp.where(goes_on, RUNNING, state.reason))
       reason = _write(written, emitted, state, stream)
   steps = 0
   while (reason == RUNNING).any():
@@ -178,8 +183,7 @@ def generate(
     bytes_allocated=store.nbytes,
     history=None if metrics.history is None else metrics.history[:steps],
   )
-  read_only = not max_new_tokens and prompts is not None
-  pending = jnp.full(batch, -1, jnp.int32) if read_only else state.token
+  pending = state.token if max_new_tokens else jnp.where(goes_on, state.token, -1)
   reasons = [REASONS[r] for r in np.asarray(state.reason)]
   text = None if tokenizer is None else [row.text(why) for row, why in zip(written, reasons, strict=True)]
   conversation = Conversation(store, pending, state.count, policy)

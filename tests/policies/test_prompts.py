@@ -385,3 +385,33 @@ def test_numbers_of_rows_need_rows(policy):
     dms_jax.generate(model, [[1], [2], [3]], policy=policy)
   with pytest.raises(ValueError, match=rf"{name} has shape \(2,\), and must be one number: rows come and go"):
     dms_jax.Generator(model, policy=policy, width=2)
+
+
+def test_going_on_reads_nothing():
+  """A row without a prompt of a later turn keeps its pending token while others read theirs."""
+  model, prompts = tiny.model(), [[1, 2, 3, 4, 5, 6], [7]]
+  policy = policies.SnapKV(budget=4, window=1)
+  past = dms_jax.generate(model, prompts, policy=policy, max_new_tokens=1, prefill_chunk=8, cache="contiguous")
+  read = dms_jax.generate(model, [[], [8, 9]], continue_from=past, max_new_tokens=0, prefill_chunk=8)
+  assert read.conversation.pending.tolist() == [past.tokens[0][0], -1]
+  assert read.metrics.seen.tolist() == [6, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["snapkv", "keydiff", "h2o"])
+def test_going_on_is_no_prompt(case):
+  """Rows without a prompt of a later turn decode: nothing is cut, whatever other rows read; so in a `Generator`."""
+  policy, model, options = GENERATED[case], tiny.model(), dict(eos=False, prefill_chunk=8, decode_block=6)
+  prompts = [tiny.tokens(model.config, 1, n, seed=n)[0].tolist() for n in (23, 9)]
+  run = functools.partial(dms_jax.generate, model, policy=policy, max_new_tokens=6, **options)
+  past = run(prompts)
+  whole, mixed = run(None, continue_from=past), run([[], prompts[1]], continue_from=past)
+  np.testing.assert_array_equal(whole.metrics.live[:, 0], mixed.metrics.live[:, 0])
+  assert whole.tokens[0] == mixed.tokens[0]
+  np.testing.assert_array_equal(whole.logprobs[0], mixed.logprobs[0])
+  generator = dms_jax.Generator(model, policy=policy, width=2, page_size=4, **options)
+  ticket = generator.submit(max_new_tokens=6, continue_from=past.conversation.row(0), chains=2, keep=True)
+  list(generator.run())
+  result = generator.results[ticket]
+  assert result.tokens == [whole.tokens[0]] * 2
+  assert result.held == [whole.metrics.live[:, 0].mean()] * 2
