@@ -78,39 +78,13 @@ def attend(
   out = prefill_attention(q, keys[..., :h], keys[..., h:], q_pos, first, last, query_weights=weights)
   reads = count_reads(first, last, plan.seen, stop)
 
+  mass = None
+  if weights is not None:
+    out, mass = out
   if policy.compacts:
-    out, mass = out if weights is not None else (out, None)
-    # From here on the archive comes first, in slot order, which is text order unless archived tokens were overwritten.
-    ordered = lambda of_window, of_archive: jnp.concatenate([of_archive, of_window], axis=2)
-    mass = None if mass is None else group_mean(ordered(*_split(mass, window)), q)
-    seen = Observation(
-      mass=mass, keys=ordered(*_split(keys[..., :h], window)) if "keys" in policy.prompt_observes else None,
-      live=ordered(window.stays[:, None] | leaves, in_archive), lengths=plan.lengths, remaining=plan.remaining,
-    )  # fmt: skip
-    admitted = policy.admit(layer, jnp.broadcast_to(window.position[:, None, ring:], (*archived.shape, q.shape[1])))
-    stats = {}
-    for name, stat in carry.stats.items():
-      of_window = jnp.concatenate([stat[layer, rows, head, window.slot[:, None, :ring]], admitted[name]], axis=-1)
-      stats[name] = ordered(of_window, stat[layer, :, :, ring:])
-    if policy.prompt_observes:
-      active = (plan.lengths > 0)[:, None, None]
-      stats = {name: jnp.where(active, after, stats[name]) for name, after in policy.observe(stats, seen).items()}
-    candidates = Candidates(stats, ordered(leaves, in_archive), stop, plan.remaining)
-    stays = candidates.live & policy.compact(candidates)
-    # The barrier makes attention read the archive before the write; a read after the write would copy the cache.
-    out, stays, stats, carry = lax.optimization_barrier((out, stays, stats, carry))
-    stays = jnp.where((plan.lengths > 0)[:, None, None], stays, candidates.live)
-    moved = moves(stays, slots - ring)
-    nowhere = jnp.broadcast_to(jnp.full_like(ring_slot[..., :1], slots), in_archive.shape)
-    target = jnp.where(
-      moved.target < slots - ring, ring + moved.target, ordered(jnp.broadcast_to(ring_slot, leaves.shape), nowhere)
+    out, carry, archived = _compacted(
+      cache, plan, policy, layer, carry, window, leaves, in_archive, keys, archive, out, mass
     )
-    carry = cache._written(carry, reserved, layer, target, ordered(window.rows, packed(archive, window.rows.dtype)))
-    for name, stat in stats.items():
-      held = carry.stats[name].at[layer, :, :, ring:].set(stat[..., : slots - ring])
-      held = held.at[layer, rows, head, target].set(stat, mode="drop")
-      carry = carry.replace(stats={**carry.stats, name: held})
-    archived = moved.archived
   else:
     archived = archived + jnp.sum(leaves, axis=-1, dtype=jnp.int32)
   if policy.page:
@@ -119,10 +93,54 @@ def attend(
   return out, carry, (archived, flags), Usage(live, reads)
 
 
-def _split(x: Array, window: Window) -> tuple[Array, Array]:
-  """`x` [B, K, window then archive, ...], split on axis 2 into the window's part and the archive's."""
-  count = window.real.shape[1]
-  return x[:, :, :count], x[:, :, count:]
+def _compacted(
+  cache: RingCache, plan: Plan, policy: Policy, layer: Int[Array, ""] | int, carry: LayerCarry, window: Window,
+  leaves: Bool[Array, "B K X"], in_archive: Bool[Array, "B K A"], keys: Float[Array, "B K XA 2*H"],
+  archive: Float[Array, "B K A 2*H"], out: Float[Array, "B T N H"], mass: Float[Array, "B K XA"] | None,
+):  # fmt: skip
+  """Lets the policy observe the chunk and say which tokens stay, and writes them: (out, carry, archived [B, K]).
+
+  Args:
+    leaves: tokens of the window that left it and may enter the archive.
+    keys, mass: of window and archive together, XA = X + A tokens.
+    out: the chunk's attention, returned behind a barrier.
+  """
+  ring, slots, (b, heads, _) = cache.ring, cache.slots, leaves.shape
+  rows, head = jnp.arange(b)[:, None, None], jnp.arange(heads)[:, None]
+  active, in_order = (plan.lengths > 0)[:, None, None], not policy.overwrites
+  # From here on the archive comes first, in slot order: text order, unless the policy overwrites archived tokens.
+  count = leaves.shape[2]
+  ordered = lambda of_window, of_archive: jnp.concatenate([of_archive, of_window], axis=2)
+  swapped = lambda x: ordered(x[:, :, :count], x[:, :, count:])
+
+  position = jnp.broadcast_to(window.position[:, None, ring:], (b, heads, count - ring))
+  admitted, stats = policy.admit(layer, position), {}
+  for name, stat in carry.stats.items():
+    in_window = jnp.concatenate([stat[layer, rows, head, window.slot[:, None, :ring]], admitted[name]], axis=-1)
+    stats[name] = ordered(in_window, stat[layer, :, :, ring:])
+  if policy.prompt_observes:
+    seen = Observation(
+      mass=None if mass is None else group_mean(swapped(mass), out),
+      keys=swapped(keys[..., : out.shape[3]]) if "keys" in policy.prompt_observes else None,
+      live=ordered(window.stays[:, None] | leaves, in_archive), lengths=plan.lengths, remaining=plan.remaining,
+    )  # fmt: skip
+    stats = {name: jnp.where(active, after, stats[name]) for name, after in policy.observe(stats, seen).items()}
+  live = ordered(leaves, in_archive)
+  stays = live & policy.compact(Candidates(stats, live, plan.seen + plan.lengths, plan.remaining))
+  # The barrier makes attention read the archive before the write; a read after the write would copy the cache.
+  out, stays, stats, carry = lax.optimization_barrier((out, stays, stats, carry))
+  moved = moves(jnp.where(active, stays, live), slots - ring, in_order)
+
+  in_ring = jnp.broadcast_to(jnp.where(window.stays, window.slot, slots)[:, None], leaves.shape)
+  elsewhere = ordered(in_ring, jnp.full(in_archive.shape, slots, in_ring.dtype))
+  target = jnp.where(moved.target < slots - ring, ring + moved.target, elsewhere)
+  stored = ordered(window.rows, packed(archive, window.rows.dtype))
+  carry = cache._written(carry, plan.placement.reserved, layer, target, stored, in_order)
+  for name, stat in stats.items():
+    held = carry.stats[name].at[layer, :, :, ring:].set(stat[..., : slots - ring])
+    held = held.at[layer, rows, head, target].set(stat, mode="drop")
+    carry = carry.replace(stats={**carry.stats, name: held})
+  return out, carry, moved.archived
 
 
 def _window(cache: RingCache, plan: Plan, layer, carry: LayerCarry, flags, k, v, evict) -> Window:

@@ -1,7 +1,8 @@
 """Compaction: the archive after a chunk of a prompt, when a policy has said which tokens stay.
 
 After compaction the live slots are a prefix of the archive. An archived token whose slot lies in this prefix keeps it;
-the other tokens that stay fill the free slots in order. So a token moves at most once.
+the other tokens that stay fill the free slots in order. So a token moves at most once. Where the archive must remain in
+text order, tokens close ranks instead.
 """
 
 from __future__ import annotations
@@ -24,16 +25,20 @@ class Moves:
   archived: Int[Array, "B K"]
 
 
-def moves(stays: Bool[Array, "B K X"], slots: int) -> Moves:
+def moves(stays: Bool[Array, "B K X"], slots: int, in_order: bool = False) -> Moves:
   """The moves after which the tokens that stay fill the first slots of an archive.
 
   Args:
     stays: whether each of X candidates stays. The first A candidates are the archive's slots in order, the others are
       tokens that would enter it.
     slots: A, the archive's slots.
+    in_order: keep the order of the candidates; those that move go to slots that ascend without gaps.
   """
   b, k, count = stays.shape
   archived = jnp.sum(stays, axis=-1, dtype=jnp.int32)
+  if in_order:
+    place = jnp.cumsum(stays, axis=-1, dtype=jnp.int32) - 1
+    return Moves(jnp.where(stays & (place != jnp.arange(count)), jnp.minimum(place, slots), slots), archived)
   used = jnp.arange(count) < archived[..., None]
   settled = stays & used & (jnp.arange(count) < slots)
   hole = used[..., :slots] & ~settled[..., :slots]

@@ -16,7 +16,7 @@ from dms_jax import masks
 from dms_jax.cache.base import Usage
 from dms_jax.metrics import achieved_cr, kl_divergence
 from dms_jax.model import Eviction, Model, cached_forward, check_policy, forward, unembed
-from dms_jax.policies import Policy
+from dms_jax.policies import Policy, check_rows
 
 POSITIONS = 1024  # positions whose logits [V] are in memory at once
 
@@ -134,6 +134,7 @@ def text_quality(
   if policy is not None:
     model = original if model is None else model
     policy = check_policy(model, policy)
+    check_rows(policy, None)
   rows = np.asarray(tokens[: chunks * length], np.int32).reshape(chunks, length)
   totals: dict[str, float] = {}
   held = []

@@ -38,7 +38,7 @@ from dms_jax.generation.prompts import prompt_ids
 from dms_jax.generation.sampling import Sampling, row_keys
 from dms_jax.generation.stops import StopStrings, stop_criteria
 from dms_jax.model import Model, check_policy
-from dms_jax.policies import Policy
+from dms_jax.policies import Policy, check_rows
 
 
 @dataclasses.dataclass
@@ -83,6 +83,7 @@ class _Chain:
   prompt: np.ndarray
   temperature: float
   keep: bool
+  goes_on: bool  # without a prompt of this turn: its one token is that sampled last, which a decode step reads
   detokenizer: Detokenizer | None
   row: int | None = None
   stored: tuple[HostRow, DecodeState | None] | None = None  # the row on the host, to be restored
@@ -131,6 +132,7 @@ class Generator:
     self.tokenizer = model.tokenizer if tokenizer is None else tokenizer
     self.model = fastest_form(model.replace(tokenizer=None))
     self.policy = check_policy(model, policy)
+    check_rows(self.policy, None)
     self.width, self.chunk, self.decode_block = width, prefill_chunk, decode_block
     longest = model.config.max_position_embeddings
     self.max_length = longest if max_length is None else max_length
@@ -212,11 +214,13 @@ class Generator:
         f"prompt and max_new_tokens={max_new_tokens} need {total} positions; max_length={self.max_length}"
       )
     start = 0 if past is None else past.generated
+    goes_on = past is not None and past.pending >= 0 and len(ids) == 1
     group = []
     for index in range(chains):
       own = None if key is None else (key if chains == 1 else jax.random.fold_in(key, index))
       text = Detokenizer.create(self.tokenizer, self.stop_strings)
-      group.append(_Chain(self.tickets, index, 0, own, start + max_new_tokens, start, ids, temperature, keep, text))
+      limit = start + max_new_tokens
+      group.append(_Chain(self.tickets, index, 0, own, limit, start, ids, temperature, keep, goes_on, text))
     if past is not None:
       group[0].stored = (past.cache, None)
     self.results[self.tickets] = Result.empty(chains, self.tokenizer is not None)
@@ -289,14 +293,16 @@ class Generator:
       self.preempted.remove(chain)
     news = []
     while self.waiting and self.chains.count(None) >= len(self.waiting[0]):
-      logits = self._begin(self.waiting[0])
-      if logits is None:
+      begun = self._begin(self.waiting[0])
+      if begun is None:
         break
-      news += self._first_tokens(self.waiting.popleft(), logits)
+      self.waiting.popleft()
+      news += begun
     return news
 
-  def _begin(self, group: list[_Chain]) -> Float[Array, "1 V"] | None:
-    """Reads a request's prompt into a row and forks the row for its chains; returns the logits after the prompt.
+  def _begin(self, group: list[_Chain]) -> list | None:
+    """Reads a request's prompt into a row and forks the row for its chains; returns the news of the first tokens, none
+    where the request simply goes on.
 
     None: pages ran out. The row is then empty again, and the request is tried again later.
     """
@@ -305,8 +311,10 @@ class Generator:
     first.row = rows[0]
     if first.stored is not None and not self.memory.restore(rows[0], first.stored[0]):
       return self._give_up(first)
-    logits = self.memory.read(self.model, self.policy, rows[0], first.prompt, self.chunk)
-    if logits is None or not self.memory.fork(rows[0], rows[1:], whole=self.policy.overwrites):
+    logits = None
+    if not first.goes_on:
+      logits = self.memory.read(self.model, self.policy, rows[0], first.prompt, self.chunk)
+    if (logits is None and not first.goes_on) or not self.memory.fork(rows[0], rows[1:], whole=self.policy.overwrites):
       return self._give_up(first)
     for chain, row in zip(group, rows, strict=True):
       self._ages += 1
@@ -314,9 +322,9 @@ class Generator:
       key = None
       if self.sampling.temperature is not None:
         key = jax.random.key(0) if chain.key is None else row_keys(chain.key, 1)[0]
-      start, limit, zero = (jnp.int32(value) for value in (chain.start, chain.limit, 0))
-      self._place(chain, DecodeState(zero, key, start, limit, zero, jnp.int32(RUNNING)))
-    return logits
+      last, start, limit, zero = (jnp.int32(value) for value in (chain.prompt[-1], chain.start, chain.limit, 0))
+      self._place(chain, DecodeState(last, key, start, limit, zero, jnp.int32(RUNNING)))
+    return [] if logits is None else self._first_tokens(group, logits)
 
   def _place(self, chain: _Chain, one: DecodeState) -> None:
     """Puts a chain's state into its row."""

@@ -224,7 +224,8 @@ def _policy(path, header, model: Model, given: Policy | None) -> Policy:
   name, numbers = header["policy"]["name"], header["policy"]["numbers"]
   try:
     if given is None:
-      given = policies.get(name)(**numbers)
+      rows = {name: np.asarray(value) for name, value in numbers.items() if isinstance(value, list)}
+      given = policies.get(name)(**{**numbers, **rows})
     resolved = check_policy(model, given)
   except (ValueError, TypeError) as error:
     raise ValueError(f"{path}: policy: {error}") from None

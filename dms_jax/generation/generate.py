@@ -140,7 +140,7 @@ def generate(
   check_lengths(model, policy, cache, capacity, past, lengths, max_new_tokens)
   most = int(lengths.max()) + max(max_new_tokens - 1, 0)
   if cache != "masked" and (past is None or not isinstance(past.cache, caches.MaskedCache)):
-    most = int(policy.capacity(most))  # slots that suffice for any evictions
+    most = int(np.max(policy.capacity(most)))  # slots that suffice for any evictions
   store = _start(model, policy, cache, capacity, past, batch, most, prefill_chunk)
 
   metrics = Metrics.zero(model.config.num_layers, batch, model.config.num_kv_heads)
@@ -157,10 +157,15 @@ def generate(
   )
   written = [_Row(Detokenizer.create(tokenizer, strings)) for _ in ids]
   reason = np.asarray(state.reason)
-  if past is None or prompts is not None:  # otherwise only the pending tokens are left to read, and decoding feeds them
-    store, logits, metrics = _read(model, policy, store, ids, metrics, prefill_chunk, capacity, most)
+  # A row without a prompt in this turn has its pending token alone, which decoding feeds.
+  goes_on = np.array([past is not None and past.pending[row] >= 0 and len(new) == 1 for row, new in enumerate(ids)])
+  if not goes_on.all():
+    new = [row[:0] if going else row for row, going in zip(ids, goes_on, strict=True)]
+    store, logits, metrics = _read(model, policy, store, new, metrics, prefill_chunk, capacity, most)
     if max_new_tokens:
-      state, emitted = decoding.first_token(state, logits, sampling, criteria)
+      resting = state.replace(reason=jnp.where(goes_on, LENGTH, state.reason))
+      state, emitted = decoding.first_token(resting, logits, sampling, criteria)
+      state = state.replace(reason=jnp.where(goes_on, RUNNING, state.reason))
       reason = _write(written, emitted, state, stream)
   steps = 0
   while (reason == RUNNING).any():
@@ -180,8 +185,7 @@ def generate(
     bytes_allocated=store.nbytes,
     history=None if metrics.history is None else metrics.history[:steps],
   )
-  read_only = not max_new_tokens and prompts is not None
-  pending = jnp.full(batch, -1, jnp.int32) if read_only else state.token
+  pending = state.token if max_new_tokens else jnp.where(goes_on, state.token, -1)
   reasons = [REASONS[r] for r in np.asarray(state.reason)]
   text = None if tokenizer is None else [row.text(why) for row, why in zip(written, reasons, strict=True)]
   conversation = Conversation(store, pending, state.count, policy)

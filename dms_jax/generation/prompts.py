@@ -11,7 +11,7 @@ from jaxtyping import Int
 from dms_jax import cache as caches
 from dms_jax.generation.conversation import Conversation
 from dms_jax.model import Model
-from dms_jax.policies import Policy
+from dms_jax.policies import Policy, check_rows
 
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | np.ndarray
 
@@ -83,6 +83,7 @@ def check_lengths(
   Raises:
     ValueError: a text longer than the model's context or the capacity, or a policy that cannot continue `past`.
   """
+  check_rows(policy, len(lengths))
   row = int(lengths.argmax())
   what = f"prompts[{row}]: {lengths[row]} tokens with earlier turns, and max_new_tokens={max_new_tokens},"
   total = int(lengths[row]) + max_new_tokens
@@ -102,6 +103,6 @@ def check_lengths(
   if capacity is not None and capacity < 1:
     raise ValueError(f"capacity={capacity} must be 1 or more")
   if masked or not policy.data_dependent:
-    needed = total if masked else int(policy.capacity(total))
+    needed = total if masked else int(np.max(policy.capacity(total)))
     if capacity is not None and needed > capacity:
       raise ValueError(f"{what} need {needed} slots; capacity={capacity} is too small")

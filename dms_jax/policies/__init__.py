@@ -6,6 +6,7 @@ from dms_jax.policies.base import Leaving as Leaving
 from dms_jax.policies.base import Observation as Observation
 from dms_jax.policies.base import Policy as Policy
 from dms_jax.policies.base import Retired as Retired
+from dms_jax.policies.base import check_rows as check_rows
 from dms_jax.policies.base import get as get
 from dms_jax.policies.base import register as register
 from dms_jax.policies.dms import DMS as DMS

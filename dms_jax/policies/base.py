@@ -17,7 +17,10 @@ are shapes.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
@@ -47,6 +50,21 @@ def per_row(number, trailing: int) -> Array:
   """A policy's number, scalar or [B], shaped to broadcast against arrays [..., B, *trailing axes]."""
   number = jnp.asarray(number)
   return number.reshape(number.shape + (1,) * trailing) if number.ndim else number
+
+
+def is_whole(number) -> bool:
+  """Whether a number that is a shape is an integer."""
+  return isinstance(number, int | np.integer) and not isinstance(number, bool)
+
+
+def check_rows(policy: Policy, batch: int | None) -> None:
+  """Raises ValueError unless each number of `policy` is one, or one for each of `batch` rows; None: one alone."""
+  for field in dataclasses.fields(policy):
+    value = getattr(policy, field.name)
+    if value is None or np.shape(value) == () or (np.ndim(value) == 1 and np.size(value) == batch):
+      continue
+    wanted = "one number: rows come and go" if batch is None else f"one number, or one for each of {batch} rows"
+    raise ValueError(f"{type(policy).__name__}: {field.name} has shape {np.shape(value)}, and must be {wanted}")
 
 
 @struct.dataclass
@@ -96,6 +114,8 @@ class Observation:
 @struct.dataclass
 class Candidates:
   """X tokens of one layer after a chunk of a prompt, in the order archive, window, chunk.
+
+  That is text order, unless the policy `overwrites`.
 
   Attributes:
     stats: float32 [B, K, X] each, statistics of the tokens.
@@ -154,8 +174,8 @@ class Policy:
     policy = self if self.window is not None else self.replace(window=window)
     if policy.window is None:
       raise ValueError(f"{type(self).__name__}: give window=")
-    if policy.window < 0:
-      raise ValueError(f"policy window={policy.window} must be 0 or more tokens")
+    if not is_whole(policy.window) or policy.window < 0:
+      raise ValueError(f"policy window={policy.window} must be 0 or more tokens, a whole number")
     return policy
 
   def continues(self, held: type[Policy] | None) -> bool:

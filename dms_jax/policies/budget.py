@@ -24,10 +24,16 @@ def check_budget(policy: Policy, least: int) -> None:
   name = type(policy).__name__
   if (policy.budget is None) == (policy.cr is None):
     raise ValueError(f"{name}: give either budget= (tokens) or cr= (tokens seen for each one allowed)")
-  if policy.budget is not None and np.min(policy.budget) < least:
-    raise ValueError(f"{name}: budget={policy.budget} tokens must be {least} or more at window={policy.window}")
-  if policy.cr is not None and np.min(policy.cr) < 1:
-    raise ValueError(f"{name}: cr={policy.cr} must be 1 or more")
+  number = np.asarray(policy.cr if policy.budget is None else policy.budget)
+  given = f"{name}: budget={policy.budget} tokens" if policy.cr is None else f"{name}: cr={policy.cr}"
+  if number.dtype.kind not in "iuf" or number.ndim > 1 or not number.size or not np.isfinite(number).all():
+    raise ValueError(f"{given} must be a finite number, or an array of one a row")
+  if policy.cr is not None and np.min(number) < 1:
+    raise ValueError(f"{given} must be 1 or more")
+  if policy.budget is not None and np.min(number) < least:
+    raise ValueError(f"{given} must be {least} or more at window={policy.window}")
+  if policy.budget is not None and ((number % 1 != 0).any() or np.max(number) > FOREVER):
+    raise ValueError(f"{given} must be whole, and {FOREVER} at most")
 
 
 def allowance(policy: Policy, tokens: int | Int[Array, "*shape"]) -> Int[Array, "..."]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 from flax import struct
 
 from dms_jax.policies.base import register
-from dms_jax.policies.budget import Budgeted
+from dms_jax.policies.budget import Budgeted, check_budget
 
 
 @register
@@ -32,7 +33,10 @@ class H2O(Budgeted):
       return super().resolved(window)
     if self.budget is None and self.cr is not None:
       raise ValueError("H2O: cr= needs window= too; only of a budget in tokens can half be the window")
-    return self.replace(window=max(int(self.budget or 0) - 1, 0) // 2).resolved(window)
+    check_budget(self.replace(window=0), 1)
+    if np.ndim(self.budget):
+      raise ValueError("H2O: a budget for each row needs window= too; only of a single budget can half be the window")
+    return self.replace(window=(int(self.budget) - 1) // 2).resolved(window)
 
   def observe(self, stats, seen):
     return {"score": stats["score"] + seen.mass}

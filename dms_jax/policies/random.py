@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from flax import struct
 
-from dms_jax.policies.base import register
+from dms_jax.policies.base import per_row, register
 from dms_jax.policies.budget import Budgeted
 
 
@@ -23,8 +23,8 @@ class Random(Budgeted):
 
   def admit(self, layer, position):
     head = jnp.broadcast_to(jnp.arange(position.shape[1])[:, None], position.shape)
-    score = uniform(self.seed, layer, head, position)
-    return {"score": jnp.where(position < jnp.asarray(self.sinks, position.dtype), jnp.inf, score)}
+    score = uniform(per_row(self.seed, 2), layer, head, position)
+    return {"score": jnp.where(position < per_row(self.sinks, 2).astype(position.dtype), jnp.inf, score)}
 
 
 def uniform(*counters):

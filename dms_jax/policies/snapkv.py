@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from dms_jax.policies.base import Policy, register
+from dms_jax.policies.base import Policy, is_whole, register
 from dms_jax.policies.budget import allowance, check_budget, largest
 
 
@@ -36,7 +36,7 @@ class SnapKV(Policy):
   def resolved(self, window):
     policy = super().resolved(window)
     check_budget(policy, policy.window + 1)
-    if self.pool < 1 or self.pool % 2 == 0:
+    if not is_whole(self.pool) or self.pool < 1 or self.pool % 2 == 0:
       raise ValueError(f"SnapKV: pool={self.pool} must be an odd number of tokens")
     return policy
 
@@ -45,11 +45,12 @@ class SnapKV(Policy):
     return ((after >= remaining[:, None]) & (after <= self.window)).astype(jnp.float32)
 
   def observe(self, stats, seen):
-    begins = seen.remaining + seen.lengths > self.window  # the observation window starts in this chunk
-    return {"mass": jnp.where(begins[:, None, None], 0.0, stats["mass"]) + seen.mass}
+    # Negative once its prompt has ended: another turn's window, however short its prompt, starts anew.
+    mass = jnp.maximum(stats["mass"], 0.0) + seen.mass
+    return {"mass": jnp.where((seen.remaining == 0)[:, None, None], -mass, mass)}
 
   def compact(self, candidates):
-    live, mass = candidates.live, candidates.stats["mass"]
+    live, mass = candidates.live, -candidates.stats["mass"]
     # Tokens that are neighbours in the text are pooled, whatever free slots lie between them.
     place = jnp.cumsum(live, axis=-1) - 1
     at = jnp.where(live, place, live.shape[-1])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
-from dms_jax.policies.base import Policy, register
+from dms_jax.policies.base import Policy, per_row, register
 
 
 @register
@@ -27,7 +28,7 @@ class StreamingLLM(Policy):
   def resolved(self, window):
     if (self.window is None) == (self.budget is None):
       raise ValueError("StreamingLLM: give either window= or budget= (tokens, sinks included)")
-    if self.sinks < 0:
+    if np.min(self.sinks) < 0:
       raise ValueError(f"StreamingLLM: sinks={self.sinks} must be 0 or more tokens")
     if self.window is not None:
       return super().resolved(window)
@@ -36,7 +37,7 @@ class StreamingLLM(Policy):
     return self.replace(window=int(self.budget - self.sinks - 1), budget=None)
 
   def decide(self, logits, layer, position, keys=None):
-    return position >= jnp.asarray(self.sinks, position.dtype)
+    return position >= per_row(self.sinks, 2).astype(position.dtype)
 
   def capacity(self, tokens):
     return jnp.minimum(jnp.asarray(tokens, jnp.int32), jnp.asarray(self.sinks, jnp.int32) + self.window + 1)

@@ -129,6 +129,10 @@ def test_open_windows_are_filled_in(policy, window):
   [
     (policies.H2O(), "H2O: give either budget="), (policies.TOVA(budget=8, cr=2.0), "TOVA: give either budget="),
     (policies.H2O(cr=2.0), "H2O: cr= needs window="), (policies.H2O(budget=4, window=9), "budget=4 tokens must be 10"),
+    (policies.KeyDiff(cr=float("nan")), "cr=nan must be a finite"), (policies.TOVA(budget=9.7), "must be whole"),
+    (policies.SnapKV(budget="9"), "=9 tokens must be a finite"), (policies.TOVA(budget=2**40), "whole, and"),
+    (policies.TOVA(budget=9, window=2.5), "window=2.5 must"), (policies.SnapKV(budget=99, pool=3.0), "pool=3.0 must"),
+    (policies.H2O(budget=np.array([8, 9])), "a budget for each row needs window="),
     (policies.TOVA(budget=0), "budget=0 tokens must be 1"), (policies.Random(cr=0.5), "cr=0.5 must be 1"),
     (policies.StreamingLLM(), "give either window="), (policies.StreamingLLM(budget=4), "more than its sinks=4"),
     (policies.StreamingLLM(window=1, sinks=-1), "sinks=-1"), (policies.Quest(budget=20), "budget=20 tokens must be 32"),

@@ -14,6 +14,8 @@ import dms_jax
 from dms_jax import cache as caches
 from dms_jax import policies
 from dms_jax import testing as tiny
+from dms_jax.attention import write_pages
+from dms_jax.cache import paged
 from dms_jax.cache.compact import moves
 from dms_jax.config import ModelConfig
 from dms_jax.model import cached_forward
@@ -131,6 +133,74 @@ def test_chunks_are_the_paper(case, kind):
     start = end
 
 
+@pytest.mark.parametrize("kind", ["contiguous", pytest.param("masked", marks=pytest.mark.slow)])
+def test_a_short_later_prompt_is_a_window_of_its_own(kind):
+  """A prompt of fewer than W + 1 tokens cuts by its own queries alone; those of earlier turns have had their say."""
+  policy, first, second, end = policies.SnapKV(budget=9, window=4, pool=1), 14, 18, 20
+  shape = cache_driver.Shape(0, 0, HEADS, GROUP, 2, end)
+  text, cache, start = cache_driver.Text.draw(shape, np.random.default_rng(1), 0.0), create(kind, policy), 0
+  for width, lengths, remaining in [(first, first, 0), *[(1, 1, None)] * (second - first), (1, 1, 1), (1, 1, 0)]:
+    if start == second:
+      before = cache
+    left = None if remaining is None else np.full(ROWS, remaining)
+    *_, cache = feed(policy, cache, text, np.full(ROWS, start), width, np.full(ROWS, lengths), left)
+    start += lengths
+  held = lambda c: positions_of(c) if kind == "masked" else cache_driver.held(c)
+  was, now = held(before), held(cache)
+  for l, b, h in np.ndindex(LAYERS, ROWS, HEADS):
+    tokens = sorted(was[l, b, h])
+    votes = np.zeros(end)
+    for t in range(second, end):
+      tokens.append(t)
+      q = text.q[l, b, t, h * GROUP : (h + 1) * GROUP].astype(float)
+      votes[tokens] += policy_oracle.softmax(q @ text.k[l, b, tokens, h].T / HEAD**0.5).mean(axis=0)
+    outside = [j for j in tokens if j < end - 5]
+    kept = sorted(outside, key=lambda j: (-votes[j], j))[:4]
+    assert len(outside) > 4
+    assert sorted(now[l, b, h]) == sorted([*kept, *range(end - 5, end)])
+
+
+def positions_of(cache):
+  """`cache_driver.held` of a masked cache."""
+  position, newest = np.arange(cache.slots), np.asarray(cache.seen)[:, None, None] - 1
+  visible = (~np.asarray(cache.evicted) | (newest - position <= cache.window)) & (position <= newest)
+  return {index: np.flatnonzero(visible[index]).tolist() for index in np.ndindex(visible.shape[:3])}
+
+
+def test_later_turns_pool_neighbours_of_the_text():
+  """Three turns under SnapKV: archives stay in the order of the text, so the same neighbours are pooled everywhere."""
+  policy = policies.SnapKV(budget=14, window=2, pool=5)
+  shape = cache_driver.Shape(0, 0, HEADS, GROUP, 2, LENGTH)
+  text, held = cache_driver.Text.draw(shape, np.random.default_rng(3), 0.0), {}
+  prompt = [(13, 13, 0), *[(1, 1, None)] * 2]
+  for kind in ("masked", "paged"):
+    cache, start = create(kind, policy), 0
+    for width, lengths, remaining in 3 * prompt:
+      left = None if remaining is None else np.full(ROWS, remaining)
+      *_, cache = feed(policy, cache, text, np.full(ROWS, start), width, np.full(ROWS, lengths), left)
+      start += lengths
+    held[kind] = positions_of(cache) if kind == "masked" else cache_driver.held(cache)
+  for index, positions in held["masked"].items():
+    assert sorted(held["paged"][index]) == positions
+    assert held["paged"][index][3:] == sorted(held["paged"][index][3:])
+
+
+@pytest.mark.parametrize("case", ["h2o", "snapkv"])
+def test_writes_into_pages_are_in_the_order_promised(case, monkeypatch):
+  """An implementation that relies on slots without gaps, as on TPUs, writes the same."""
+
+  def relying(pool, table, slots, rows, *, in_order=True):
+    if in_order:
+      inside = (slots >= 0) & (slots < table.shape[-1] * pool.shape[1])
+      first = jnp.min(jnp.where(inside, slots, 2**30), axis=-1, keepdims=True)
+      slots = jnp.where(inside, first + jnp.cumsum(inside, axis=-1) - 1, -1)
+    return write_pages(pool, table, slots, rows, in_order=False)
+
+  monkeypatch.setattr(paged, "write_pages", relying)
+  monkeypatch.setattr(cache_driver, "step", jax.jit(cache_driver.step.__wrapped__, compiler_options=tiny.QUICK))
+  test_chunks_are_the_paper(case, "paged")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", ["h2o", "keydiff", "snapkv"])
 def test_a_row_does_not_depend_on_its_neighbours(case, kind):
@@ -168,9 +238,11 @@ def test_random_holds_the_same_however_it_is_read():
     assert sorted(held[l, b, h]) == sorted(run.held[h][-1])
 
 
+@pytest.mark.parametrize("in_order", [False, True])
 @pytest.mark.parametrize("seed", range(20))
-def test_moves(seed):
-  """Tokens that stay fill the first slots; archived ones keep theirs if it is among them; each goes to one slot."""
+def test_moves(seed, in_order):
+  """Tokens that stay fill the first slots, each goes to one; archived ones keep theirs if it is among them, or all
+  their order."""
   rng = np.random.default_rng(seed)
   slots, entering = int(rng.integers(0, 9)), int(rng.integers(1, 9))
   archived = int(rng.integers(0, slots + 1))
@@ -178,7 +250,7 @@ def test_moves(seed):
   stays = exists & (rng.random(slots + entering) < rng.random())
   if stays.sum() > slots:
     stays[np.flatnonzero(stays)[slots:]] = False
-  out = moves(jnp.asarray(stays)[None, None], slots)
+  out = moves(jnp.asarray(stays)[None, None], slots, in_order)
   target, count = np.asarray(out.target)[0, 0], int(out.archived[0, 0])
   assert count == stays.sum()
   place = np.where(
@@ -187,6 +259,10 @@ def test_moves(seed):
   ends = place[stays]
   assert sorted(ends) == list(range(count))
   assert (target[~stays] == slots).all()
+  if in_order:
+    assert list(ends) == list(range(count))
+    assert not np.any(np.diff(target[target < slots]) != 1)
+    return
   kept = stays[:slots] & (np.arange(slots) < count)
   assert (target[:slots][kept] == slots).all()
 
@@ -282,3 +358,60 @@ def test_exact_prefill_reads_one_by_one():
   one, eight = run(prefill_chunk=1), run(prefill_chunk=8)
   assert one.tokens == eight.tokens
   np.testing.assert_array_equal(one.metrics.prompt_reads, eight.metrics.prompt_reads)
+
+
+@pytest.mark.slow
+def test_numbers_of_rows_in_generate():
+  """One number a row: as if each row ran under its own."""
+  model, budgets = tiny.model(), (5, 9)
+  prompts = [tiny.tokens(model.config, 1, n, seed=n)[0].tolist() for n in (23, 9)]
+  for make in (lambda x: policies.SnapKV(budget=x, window=2), lambda x: policies.TOVA(budget=x)):
+    run = lambda budget, make=make: dms_jax.generate(
+      model, prompts, policy=make(budget), max_new_tokens=3, eos=False, prefill_chunk=8
+    )
+    rows = run(np.asarray(budgets))
+    for row, budget in enumerate(budgets):
+      alone = run(budget)
+      assert rows.tokens[row] == alone.tokens[row]
+      np.testing.assert_array_equal(rows.metrics.live[:, row], alone.metrics.live[:, row])
+    assert rows.metrics.live[:, 0].max() < rows.metrics.live[:, 1].min()
+
+
+@pytest.mark.parametrize("policy", [policies.SnapKV(budget=np.array([5, 9]), window=2), policies.TOVA(cr=np.ones(2))])
+def test_numbers_of_rows_need_rows(policy):
+  """Refused before any work where rows come and go, or where there are others than numbers."""
+  model, name = tiny.model(), "cr" if policy.budget is None else "budget"
+  with pytest.raises(ValueError, match=rf"{name} has shape \(2,\), and must be one number, or one for each of 3 rows"):
+    dms_jax.generate(model, [[1], [2], [3]], policy=policy)
+  with pytest.raises(ValueError, match=rf"{name} has shape \(2,\), and must be one number: rows come and go"):
+    dms_jax.Generator(model, policy=policy, width=2)
+
+
+def test_going_on_reads_nothing():
+  """A row without a prompt of a later turn keeps its pending token while others read theirs."""
+  model, prompts = tiny.model(), [[1, 2, 3, 4, 5, 6], [7]]
+  policy = policies.SnapKV(budget=4, window=1)
+  past = dms_jax.generate(model, prompts, policy=policy, max_new_tokens=1, prefill_chunk=8, cache="contiguous")
+  read = dms_jax.generate(model, [[], [8, 9]], continue_from=past, max_new_tokens=0, prefill_chunk=8)
+  assert read.conversation.pending.tolist() == [past.tokens[0][0], -1]
+  assert read.metrics.seen.tolist() == [6, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["snapkv", "keydiff", "h2o"])
+def test_going_on_is_no_prompt(case):
+  """Rows without a prompt of a later turn decode: nothing is cut, whatever other rows read; so in a `Generator`."""
+  policy, model, options = GENERATED[case], tiny.model(), dict(eos=False, prefill_chunk=8, decode_block=6)
+  prompts = [tiny.tokens(model.config, 1, n, seed=n)[0].tolist() for n in (23, 9)]
+  run = functools.partial(dms_jax.generate, model, policy=policy, max_new_tokens=6, **options)
+  past = run(prompts)
+  whole, mixed = run(None, continue_from=past), run([[], prompts[1]], continue_from=past)
+  np.testing.assert_array_equal(whole.metrics.live[:, 0], mixed.metrics.live[:, 0])
+  assert whole.tokens[0] == mixed.tokens[0]
+  np.testing.assert_array_equal(whole.logprobs[0], mixed.logprobs[0])
+  generator = dms_jax.Generator(model, policy=policy, width=2, page_size=4, **options)
+  ticket = generator.submit(max_new_tokens=6, continue_from=past.conversation.row(0), chains=2, keep=True)
+  list(generator.run())
+  result = generator.results[ticket]
+  assert result.tokens == [whole.tokens[0]] * 2
+  assert result.held == [whole.metrics.live[:, 0].mean()] * 2
