@@ -95,8 +95,8 @@ def attend(
 
 def _compacted(
   cache: RingCache, plan: Plan, policy: Policy, layer: Int[Array, ""] | int, carry: LayerCarry, window: Window,
-  leaves: Bool[Array, "B K X"], in_archive: Bool[Array, "B K A"], keys: Float[Array, "B K XA 2*H"],
-  archive: Float[Array, "B K A 2*H"], out: Float[Array, "B T N H"], mass: Float[Array, "B K XA"] | None,
+  leaves: Bool[Array, "B K X"], in_archive: Bool[Array, "B K A"], keys: Float[Array, "B K XA width"],
+  archive: Float[Array, "B K A width"], out: Float[Array, "B T N H"], mass: Float[Array, "B K XA"] | None,
 ):  # fmt: skip
   """Lets the policy observe the chunk and say which tokens stay, and writes them: (out, carry, archived [B, K]).
 
