@@ -17,6 +17,7 @@ from dms_jax.config import LoRAConfig, RopeScaling
 from dms_jax.convert import convert, export
 from dms_jax.convert.tensors import from_params
 from dms_jax.layers import mlp, rms_norm, rope_tables
+from dms_jax.execution import Execution
 from dms_jax.model import _attention_inputs, embed, forward, unembed
 from dms_jax.params import param_table
 
@@ -88,7 +89,7 @@ def test_modules(pair, torch):
       )
     close(mlp(layer, x), block.mlp(to_torch(x)))
 
-    q, k, v, _ = _attention_inputs(model, layer, x, ours)
+    q, k, v, _ = _attention_inputs(model, layer, x, ours, Execution())
     attention, normed = block.self_attn, block.input_layernorm(to_torch(x))
     heads = lambda y: y.view(2, LENGTH, -1, c.head_dim)
     theirs = [heads(p(normed)) for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
