@@ -257,6 +257,15 @@ def rows_of(k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], dtype) -> Sh
   return packed(jnp.swapaxes(jnp.concatenate([k, v], axis=-1), 1, 2), dtype)
 
 
+def blended(
+  old: Shaped[Array, "*rows width"], new: Shaped[Array, "*rows width"], weight: Float[Array, "*rows"]
+) -> Shaped[Array, "*rows width"]:
+  """(1 - weight) old + weight new, rows as `new` is stored; at weight 1 `new`, bit for bit."""
+  weight = weight[..., None]
+  mixed = (1 - weight) * unpacked(old).astype(jnp.float32) + weight * unpacked(new).astype(jnp.float32)
+  return jnp.where(weight >= 1, new, packed(mixed, new.dtype))
+
+
 def group_mean(mass: Float[Array, "B K S"], q: Float[Array, "B T N H"]) -> Float[Array, "B K S"]:
   """The mean over the G query heads of each KV head, from `mass`, their sum."""
   return mass * (mass.shape[1] / q.shape[2])

@@ -5,6 +5,7 @@ It frees no memory. It is the reference of the other caches, and the cache for a
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 
@@ -13,6 +14,7 @@ from dms_jax.cache.base import (
   Common,
   Plan,
   Usage,
+  blended,
   count_reads,
   group_mean,
   last_visible,
@@ -21,6 +23,21 @@ from dms_jax.cache.base import (
   unpacked,
 )
 from dms_jax.policies import Candidates, Leaving, Observation
+
+
+@struct.dataclass
+class Dropped:
+  """What a decode step does to older tokens.
+
+  Attributes:
+    slots: int32 [L, B, K, n], the evicted tokens; S is none.
+    into: int32 [L, B, K], the archived token that the leaving one is merged into; S is none. None: nothing merges.
+    weight: float32 [L, B, K], the leaving token's share.
+  """
+
+  slots: jax.Array
+  into: jax.Array | None = None
+  weight: jax.Array | None = None
 
 
 @struct.dataclass
@@ -90,7 +107,7 @@ class MaskedCache(Common):
     return plan.replace(placement=self._dropped(policy, plan)) if policy.stats else plan
 
   def _dropped(self, policy, plan):
-    """Slots evicted by a decode step, int32 [L, B, K, 2]: the leaving token's, or the one it overwrites; S is none."""
+    """What a decode step does to older tokens: a `Dropped`."""
     left = (self.seen - self.window - 1)[:, None]
     at = jnp.broadcast_to(left[..., None], (*self.evicted.shape[:3], 1))
     of_left = lambda x: jnp.take_along_axis(x, at, axis=-1, mode="clip")[..., 0]
@@ -102,11 +119,21 @@ class MaskedCache(Common):
       )
     )  # fmt: skip
     there = (left >= 0) & (plan.lengths > 0)[:, None]
-    forgotten = jnp.where(there & ~retired.keep, at[..., 0], self.slots)
-    replaced = self.slots
-    if retired.slot is not None:
-      replaced = jnp.where(there & retired.keep & (retired.slot >= 0), retired.slot, self.slots)
-    return jnp.stack(jnp.broadcast_arrays(forgotten, replaced), axis=-1)
+    slot = jnp.full_like(at[..., 0], -1) if retired.slot is None else retired.slot
+    taken = jnp.where(there & retired.keep & (slot >= 0), slot, self.slots)
+    gone = there & ~retired.keep if retired.merge is None else there & (~retired.keep | (slot >= 0))
+    forgotten = jnp.where(gone, at[..., 0], self.slots)
+    if retired.merge is None:
+      return Dropped(jnp.stack(jnp.broadcast_arrays(forgotten, taken), axis=-1))
+    return Dropped(forgotten[..., None], taken, retired.merge)
+
+  def _merged(self, dropped, left, layer, kv, stats):
+    """`kv` and `stats` with the leaving tokens, at positions `left` [B], merged into archived ones."""
+    into, weight = dropped.into[layer], dropped.weight[layer]
+    rows, head = jnp.arange(into.shape[0])[:, None], jnp.arange(into.shape[1])
+    leaving, at = (layer, rows, head, jnp.maximum(left, 0)[:, None]), (layer, rows, head, into)
+    kv = kv.at[at].set(blended(kv[at], kv[leaving], weight), mode="drop")
+    return kv, {name: stat.at[at].add(stat[leaving], mode="drop") for name, stat in stats.items()}
 
   def attend(self, plan, policy, layer, carry, state, q, k, v, evict):
     kv, stats = carry
@@ -116,12 +143,14 @@ class MaskedCache(Common):
     position = plan.seen[:, None] + token
     real = token < plan.lengths[:, None]
     slot = jnp.where(real, position, slots)[:, None]
+    if plan.placement is not None and plan.placement.into is not None:
+      kv, stats = self._merged(plan.placement, plan.seen - self.window - 1, layer, kv, stats)
     kv = kv.at[layer, rows, head, slot].set(rows_of(k, v, kv.dtype), mode="drop")
     state = state.at[rows, head, slot].set(jnp.zeros_like(evict), mode="drop")  # new tokens are undecided
     about = jnp.where(real & (position >= self.lag), position - self.lag, slots)[:, None]
     state = state.at[rows, head, about].set(evict, mode="drop")
     if plan.placement is not None:
-      state = state.at[rows, head, plan.placement[layer]].set(True, mode="drop")
+      state = state.at[rows, head, plan.placement.slots[layer]].set(True, mode="drop")
     index = jnp.broadcast_to(jnp.arange(slots), state.shape)
     stop = plan.seen + plan.lengths
     held = index < stop[:, None, None]

@@ -23,7 +23,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dms_jax.cache import chunk
-from dms_jax.cache.base import Common, Plan, Usage, group_mean, packed, rows_of, unpacked
+from dms_jax.cache.base import Common, Plan, Usage, blended, group_mean, packed, rows_of, unpacked
 from dms_jax.policies import Leaving, Observation
 
 
@@ -33,6 +33,7 @@ class Step:
 
   target: jax.Array  # int32, the slot that the token moves to; S if it is forgotten
   grows: jax.Array  # bool, whether the move adds a slot to the archive
+  merge: jax.Array | None = None  # float32, the leaving token's share of the slot, 1 where it is not merged
 
 
 @struct.dataclass
@@ -156,7 +157,8 @@ class RingCache(Common):
     grows = keep & (place < 0)
     fits, reserved = self._reserved(grows.astype(jnp.int32), 1)
     target = jnp.where(keep & fits[:, None], ring + jnp.where(grows, self.archived, place), slots)
-    step = Step(target, grows & fits[:, None])
+    merge = None if retired.merge is None else jnp.where(place < 0, 1.0, retired.merge)
+    step = Step(target, grows & fits[:, None], merge)
     return Plan(self.seen, jnp.where(fits, lengths, 0), ~fits, None, Placement(step, reserved))
 
   # In a layer ---------------------------------------------------------------------------------------------------------
@@ -187,7 +189,7 @@ class RingCache(Common):
 
     newest = jnp.broadcast_to(jnp.where(active[:, None], slot, slots), target.shape)
     new = rows_of(k, v, carry.kv.dtype)
-    if known and isinstance(layer, int):
+    if known and isinstance(layer, int) and step.merge is None:
       # Layers are a list: one write before the first layer moves the leaving tokens of all layers. This saves kernels:
       # a step on a GPU is many small ones.
       if layer == 0:
@@ -200,13 +202,18 @@ class RingCache(Common):
       carry = carry.replace(kv=carry.kv.at[layer, rows, head, slot].set(stays, unique_indices=True))
     else:
       displaced = carry.kv[layer, rows, head, slot]
+      if step.merge is not None:
+        old = self._archive_at(carry, reserved, layer, (target - ring)[..., None])[:, :, 0]
+        displaced = blended(old, displaced, step.merge[layer])
       carry = self._exchanged(carry, reserved, layer, target, displaced, newest, new[:, :, 0])
     if policy.stats:
       admitted = policy.admit(layer, jnp.broadcast_to(plan.seen[:, None, None], (*target.shape, 1)))
       at = (layer, rows[..., None], head[:, None], jnp.stack([target, newest], -1))
-      moved = {
-        n: jnp.stack([stat[layer, rows, head, slot], admitted[n][..., 0]], -1) for n, stat in carry.stats.items()
-      }
+      leaving = {name: stat[layer, rows, head, slot] for name, stat in carry.stats.items()}
+      if step.merge is not None:
+        merged = (layer, rows, head, jnp.minimum(target, slots - 1))
+        leaving = {n: x + jnp.where(grows, 0.0, carry.stats[n][merged]) for n, x in leaving.items()}
+      moved = {name: jnp.stack([x, admitted[name][..., 0]], -1) for name, x in leaving.items()}
       carry = carry.replace(stats={n: stat.at[at].set(moved[n], mode="drop") for n, stat in carry.stats.items()})
 
     in_ring = jnp.minimum(plan.seen + plan.lengths, ring)[:, None]

@@ -6,7 +6,7 @@ visible whatever the policy decides. The *archive* holds the older tokens that a
     decide     as a token is read: is it evicted once it leaves the window?
     admit      as a token is read: its first value of each per-slot statistic               (`stats`)
     observe    after attention in a layer: the statistics, given attention mass or keys  (`observes`, `prompt_observes`)
-    retire     as a token leaves the window in a decode step: forget it, append it, or overwrite an archived token
+    retire     as a token leaves the window in a decode step: forget, append, overwrite or merge it
     compact    after a chunk of a prompt: which tokens outside the window stay              (`compacts`)
     select     in a decode step: the archive pages that the query reads                     (`page` > 0)
 
@@ -85,10 +85,17 @@ class Leaving:
 
 @struct.dataclass
 class Retired:
-  """What happens to the leaving tokens: they are forgotten unless `keep`, else written to the archive."""
+  """What happens to the leaving tokens: they are forgotten unless `keep`, else written to the archive.
+
+  Attributes:
+    slot: the archive slot to overwrite or to merge into, or -1 to append; None appends all.
+    merge: m in 0 .. 1; key and value of `slot` become (1 - m) old + m leaving, its statistics the sums of both. None:
+      the slot is overwritten.
+  """
 
   keep: Bool[Array, "L B K"]
-  slot: Int[Array, "L B K"] | None = None  # the archive slot to overwrite, or -1 to append; None: append all
+  slot: Int[Array, "L B K"] | None = None
+  merge: Float[Array, "L B K"] | None = None
 
 
 @struct.dataclass

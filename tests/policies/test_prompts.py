@@ -415,3 +415,48 @@ def test_going_on_is_no_prompt(case):
   result = generator.results[ticket]
   assert result.tokens == [whole.tokens[0]] * 2
   assert result.held == [whole.metrics.live[:, 0].mean()] * 2
+
+
+@struct.dataclass
+class _Merging(policies.Policy):
+  """Appends up to `most` tokens outside the window, then merges each into the archived token seen first."""
+
+  most: int = 5
+
+  stats = ("first", "count")
+
+  def admit(self, layer, position):
+    return {"first": position.astype(jnp.float32), "count": jnp.ones(position.shape)}
+
+  def retire(self, leaving):
+    full = leaving.archived >= self.most
+    first = jnp.where(leaving.live, leaving.archive_stats["first"] / leaving.archive_stats["count"], jnp.inf)
+    at = jnp.argmin(jnp.pad(first, ((0, 0),) * 3 + ((0, 1),), constant_values=jnp.inf), axis=-1)
+    count = jnp.take_along_axis(leaving.archive_stats["count"], jnp.minimum(at, first.shape[-1] - 1)[..., None], -1)
+    slot = jnp.where(full, at.astype(jnp.int32), -1)
+    return policies.Retired(~leaving.evicted, slot, 1 / (count[..., 0] + 1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merging(kind):
+  """A leaving token is averaged into an archived one: attention, tokens held and statistics against plain numpy."""
+  policy, length = _Merging(window=3), 24
+  shape = cache_driver.Shape(0, 0, HEADS, GROUP, 2, length)
+  text = cache_driver.Text.draw(shape, np.random.default_rng(3), 0.0)
+  cache = create(kind, policy)
+  for t in range(length):
+    out, usage, stalled, cache = feed(policy, cache, text, np.full(ROWS, t), 1, np.ones(ROWS, int), None)
+    assert not stalled.any() and (np.asarray(usage.live) == min(t + 1, 4 + 5)).all()
+    for l, b, h in np.ndindex(LAYERS, ROWS, HEADS):
+      k, v = (x[l, b, : t + 1, h].astype(float) for x in (text.k, text.v))
+      groups = []  # the positions averaged in each archived token
+      for left in range(t - 3):
+        if len(groups) < 5:
+          groups.append([left])
+        else:
+          min(groups, key=lambda group: sum(group) / len(group)).append(left)
+      averaged = lambda x, groups=groups: [x[group].mean(axis=0) for group in groups]
+      keys, values = (np.array([*averaged(x), *x[max(t - 3, 0) :]]) for x in (k, v))
+      q = text.q[l, b, t, h * GROUP : (h + 1) * GROUP].astype(float)
+      expected = policy_oracle.softmax(q @ keys.T / np.sqrt(HEAD)) @ values
+      np.testing.assert_allclose(out[l, b, 0, h * GROUP : (h + 1) * GROUP], expected, atol=5e-6, rtol=5e-6)
