@@ -29,6 +29,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from dms_jax.attention import NEVER
 from dms_jax.execution import Execution
 from dms_jax.policies import Policy
+from pallas_kernels.paged.format import floats
 
 # Each new shape is a compilation, so a cache grows by a factor of GROWTH, or less if its texts need less, to a multiple
 # of SLOTS.
@@ -241,15 +242,10 @@ def storage_dtype(dtype) -> jnp.dtype:
 
 
 def packed(rows: Float[Array, "*shape"], dtype) -> Shaped[Array, "*shape"]:
-  """Numbers in the storage dtype `dtype`, where uint16 means the bits of bfloat16; `unpacked` is the inverse."""
+  """Numbers in the storage dtype `dtype`, where uint16 means the bits of bfloat16; `floats` is the inverse."""
   if dtype == jnp.uint16:
     return jax.lax.bitcast_convert_type(rows.astype(jnp.bfloat16), jnp.uint16)
   return rows.astype(dtype)
-
-
-def unpacked(rows: Shaped[Array, "*shape"]) -> Float[Array, "*shape"]:
-  """Stored rows as numbers: uint16 is read as the bits of bfloat16, other dtypes are returned unchanged."""
-  return jax.lax.bitcast_convert_type(rows, jnp.bfloat16) if rows.dtype == jnp.uint16 else rows
 
 
 def rows_of(k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], dtype) -> Shaped[Array, "B K T 2*H"]:
@@ -262,7 +258,7 @@ def blended(
 ) -> Shaped[Array, "*rows width"]:
   """(1 - weight) old + weight new, rows as `new` is stored; at weight 1 `new`, bit for bit."""
   weight = weight[..., None]
-  mixed = (1 - weight) * unpacked(old).astype(jnp.float32) + weight * unpacked(new).astype(jnp.float32)
+  mixed = (1 - weight) * floats(old).astype(jnp.float32) + weight * floats(new).astype(jnp.float32)
   return jnp.where(weight >= 1, new, packed(mixed, new.dtype))
 
 

@@ -14,9 +14,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dms_jax.attention import NEVER, prefill_attention
-from dms_jax.cache.base import Plan, Usage, count_reads, group_mean, last_visible, packed, rows_of, unpacked
+from dms_jax.cache.base import Plan, Usage, count_reads, group_mean, last_visible, packed, rows_of
 from dms_jax.cache.compact import moves
 from dms_jax.policies import Candidates, Observation, Policy
+from pallas_kernels.paged.format import floats
 
 if TYPE_CHECKING:
   from dms_jax.cache.ring import LayerCarry, RingCache
@@ -64,7 +65,7 @@ def attend(
   # The window's keys come first. The place of a key then does not depend on the size of the cache, sums keep their
   # order, and free slots come last.
   archive = cache._archive(carry, reserved, layer)
-  keys = jnp.concatenate([unpacked(window.rows), archive], axis=2)
+  keys = jnp.concatenate([floats(window.rows), archive], axis=2)
   in_archive = jnp.arange(slots - ring) < archived[..., None]
   real = jnp.broadcast_to(window.real[:, None], window.evicted.shape)
   position = window.position[:, None]

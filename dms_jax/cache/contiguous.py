@@ -6,8 +6,9 @@ import jax.numpy as jnp
 from flax import struct
 
 from dms_jax.attention import decode_attention
-from dms_jax.cache.base import storage_dtype, unpacked
+from dms_jax.cache.base import storage_dtype
 from dms_jax.cache.ring import RingCache
+from pallas_kernels.paged.format import floats
 from pallas_kernels.paged.pages import Pages
 
 
@@ -64,11 +65,11 @@ class ContiguousCache(RingCache):
     return carry.replace(kv=carry.kv.at[(*lead, target)].set(rows, mode="drop", unique_indices=True))
 
   def _archive(self, carry, reserved, layer):
-    return unpacked(carry.kv[layer, :, :, self.ring :])
+    return floats(carry.kv[layer, :, :, self.ring :])
 
   def _archive_at(self, carry, reserved, layer, index):
     b, k, _ = index.shape
-    return unpacked(carry.kv[layer, jnp.arange(b)[:, None, None], jnp.arange(k)[:, None], self.ring + index])
+    return floats(carry.kv[layer, jnp.arange(b)[:, None, None], jnp.arange(k)[:, None], self.ring + index])
 
   def _attended(self, carry, reserved, layer, q, in_ring, archived, mass=False):
     out = decode_attention(q, carry.kv, layer, in_ring + archived, mass=mass)

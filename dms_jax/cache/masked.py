@@ -20,9 +20,9 @@ from dms_jax.cache.base import (
   last_visible,
   rows_of,
   storage_dtype,
-  unpacked,
 )
 from dms_jax.policies import Candidates, Leaving, Observation
+from pallas_kernels.paged.format import floats
 
 
 @struct.dataclass
@@ -157,7 +157,7 @@ class MaskedCache(Common):
     first = jnp.where(held, index, NEVER)
     last = jnp.where(held, last_visible(state, index, self.window), -1)
     live = count_reads(first, last, stop - 1, stop)
-    keys, values = jnp.split(unpacked(kv[layer]), 2, axis=-1)
+    keys, values = jnp.split(floats(kv[layer]), 2, axis=-1)
     if policy.page and t == 1:
       last = jnp.where(self._selected(policy, layer, keys, stop, q), last, -1)
     q_pos = jnp.where(real, position, -2)

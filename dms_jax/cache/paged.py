@@ -16,10 +16,10 @@ from jaxtyping import Array, Bool, Int, Shaped
 
 from dms_jax.attention import decode_attention, write_pages
 from dms_jax.cache import pool as pools
-from dms_jax.cache.base import packed, rounded, storage_dtype, unpacked
+from dms_jax.cache.base import packed, rounded, storage_dtype
 from dms_jax.cache.pool import Pool
 from dms_jax.cache.ring import RingCache
-from pallas_kernels.paged.format import FORMATS, PageFormat, format_of, scale_places
+from pallas_kernels.paged.format import FORMATS, PageFormat, floats, format_of, scale_places
 from pallas_kernels.paged.pages import Pages, pages_at, places
 
 ENDLESS = 2**24  # tokens, for a text of any length
@@ -284,7 +284,7 @@ class PagedCache(RingCache):
     store, slot = carry.archive, index % self.page_size
     page = jnp.clip(pages_at(reserved.pages[layer], index // self.page_size), 0, self.pages - 1)
     scales = None if store.scales is None else store.scales[page[..., None], 0, scale_places(slot)]
-    return unpacked(packed(store.format.decode(store.pages[page, slot], scales), carry.kv.dtype))
+    return floats(packed(store.format.decode(store.pages[page, slot], scales), carry.kv.dtype))
 
   def _attended(self, carry, reserved, layer, q, in_ring, archived, mass=False):
     in_ring = jnp.broadcast_to(in_ring, archived.shape)

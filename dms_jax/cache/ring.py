@@ -23,8 +23,9 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dms_jax.cache import chunk
-from dms_jax.cache.base import Common, Plan, Usage, blended, group_mean, packed, rows_of, unpacked
+from dms_jax.cache.base import Common, Plan, Usage, blended, group_mean, packed, rows_of
 from dms_jax.policies import Leaving, Observation
+from pallas_kernels.paged.format import floats
 
 
 @struct.dataclass
@@ -233,7 +234,7 @@ class RingCache(Common):
     """`carry` with the statistics of one layer after `policy.observe` in a decode step."""
     index, keys = jnp.arange(self.slots), None
     if "keys" in policy.observes:
-      own = unpacked(carry.kv[layer, :, :, : self.ring])
+      own = floats(carry.kv[layer, :, :, : self.ring])
       keys = jnp.concatenate([own, self._archive(carry, reserved, layer)], axis=2)[..., : q.shape[3]]
     seen = Observation(
       mass=None if mass is None else group_mean(mass, q), keys=keys, lengths=plan.lengths,
@@ -264,7 +265,7 @@ class RingCache(Common):
     chosen = policy.select(
       layer,
       q.reshape(b, heads, n // heads, h),
-      unpacked(carry.summaries[layer]),
+      floats(carry.summaries[layer]),
       jnp.arange(pages) < used[..., None],
       stop,
     )
