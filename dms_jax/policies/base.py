@@ -58,10 +58,13 @@ def is_whole(number) -> bool:
 
 
 def check_rows(policy: Policy, batch: int | None) -> None:
-  """Raises ValueError unless each number of `policy` is one, or one for each of `batch` rows; None: one alone."""
+  """Raises ValueError unless each number of `policy` is one, or one for each of `batch` rows; None: one alone.
+
+  Arrays of more axes are a policy's own tables, which no row indexes.
+  """
   for field in dataclasses.fields(policy):
     value = getattr(policy, field.name)
-    if value is None or np.shape(value) == () or (np.ndim(value) == 1 and np.size(value) == batch):
+    if value is None or np.ndim(value) != 1 or np.size(value) == batch:
       continue
     wanted = "one number: rows come and go" if batch is None else f"one number, or one for each of {batch} rows"
     raise ValueError(f"{type(policy).__name__}: {field.name} has shape {np.shape(value)}, and must be {wanted}")
