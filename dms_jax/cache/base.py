@@ -213,6 +213,16 @@ class Common:
       return self
     return self.grow(max(min(rounded(max(self.slots + lack, int(self.slots * GROWTH))), rounded(most)), self.slots))
 
+  def takes_chunk(self, policy: Policy, num_tokens: int, remaining: Array | None) -> bool:
+    """Whether a step is a chunk of a prompt, not a decode step.
+
+    Raises:
+      ValueError: it is a chunk, and the policy reads prompts one token at a time.
+    """
+    if num_tokens > 1 and policy.exact_prefill:
+      raise ValueError(f"{type(policy).__name__} reads one token at a time, and here are {num_tokens}")
+    return num_tokens > 1 or (remaining is not None and policy.compacts)
+
   def can_decide_late(self, policy: Policy) -> bool:
     """Whether a decode step may pass its decisions to `commit` instead of `attend`."""
     return False

@@ -85,7 +85,7 @@ class MaskedCache(Common):
     extra = slots - self.slots
     if extra < 0:
       raise ValueError(f"cannot shrink a cache of {self.slots} tokens a row to {slots}")
-    pad = lambda x: None if x is None else jnp.pad(x, ((0, 0),) * 3 + ((0, extra),) + ((0, 0),) * (x.ndim - 4))
+    pad = lambda x: jnp.pad(x, ((0, 0),) * 3 + ((0, extra),) + ((0, 0),) * (x.ndim - 4))
     stats = {name: pad(stat) for name, stat in self.stats.items()}
     return self.replace(kv=pad(self.kv), evicted=pad(self.evicted), stats=stats)
 
@@ -100,9 +100,7 @@ class MaskedCache(Common):
     self.check(policy)
     fits = self.seen + lengths <= self.slots
     plan = Plan(self.seen, jnp.where(fits, lengths, 0), ~fits)
-    if num_tokens > 1 and policy.exact_prefill:
-      raise ValueError(f"{type(policy).__name__} reads one token at a time, and here are {num_tokens}")
-    if num_tokens > 1 or (remaining is not None and policy.compacts):
+    if self.takes_chunk(policy, num_tokens, remaining):
       return plan.replace(remaining=jnp.zeros_like(self.seen) if remaining is None else remaining)
     return plan.replace(placement=self._dropped(policy, plan)) if policy.stats else plan
 

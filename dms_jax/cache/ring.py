@@ -115,10 +115,8 @@ class RingCache(Common):
 
   def plan(self, policy, lengths, num_tokens, remaining=None):
     self.check(policy)
-    if num_tokens == 1 and (remaining is None or not policy.compacts):
+    if not self.takes_chunk(policy, num_tokens, remaining):
       return self._plan_step(policy, lengths)
-    if policy.exact_prefill:
-      raise ValueError(f"{type(policy).__name__} reads one token at a time, and here are {num_tokens}")
     position = self.seen[:, None] - self.ring + jnp.arange(self.ring + num_tokens)
     leaves = (position >= 0) & (position < (self.seen + lengths)[:, None] - self.ring)
     appended = jnp.sum(leaves[:, None] & ~self._foreseen(policy, position), axis=-1, dtype=jnp.int32)

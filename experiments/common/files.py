@@ -4,9 +4,21 @@ from __future__ import annotations
 
 import bz2
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+
+def cut_half_line(path: Path, start: bytes) -> None:
+  """Removes a last line without its end from a file of JSON lines, if it begins as a record does: with `start`.
+
+  Any other unfinished line belongs to another kind of file, and stays.
+  """
+  data = path.read_bytes() if path.is_file() else b""
+  whole = data.rfind(b"\n") + 1
+  if (rest := data[whole:]) and rest[: len(start)] == start[: len(rest)]:
+    os.truncate(path, whole)
 
 
 def required(flag: str, value: str, what: str) -> Path:

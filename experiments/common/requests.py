@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -112,10 +111,7 @@ def finished_chains(path: Path, asked: Mapping[str | int, str]) -> dict[str | in
   """
   if not path.exists():
     return {}
-  data = path.read_bytes() if path.is_file() else b""
-  whole, rest = data[: data.rfind(b"\n") + 1], data[data.rfind(b"\n") + 1 :]
-  if rest and rest[: len(START)] == START[: len(rest)]:
-    os.truncate(path, len(whole))
+  files.cut_half_line(path, START)
   done: dict[str | int, set[int]] = {}
   other = "give another --output"
   try:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.common import files, program
 
+START = b'{"method": '  # first bytes of every record
 TYPES: dict[str, Any] = {
   "method": str, "task": str, "length": int | None, "budget": dict, "chains": int, "max_tokens": int, "seed": int,
   "prompt": int | str, "chain": int, "settings": str, "tokens": int | float, "reads": int | float | None,
@@ -84,7 +84,7 @@ def read(path: Path) -> list[Record]:
   """
   if not path.exists():
     return []
-  _cut_half_line(path)
+  files.cut_half_line(path, START)
   found: dict[tuple, Record] = {}
   for where, values in files.json_records("output", path, TYPES):
     if unknown := sorted(set(values) - set(TYPES)):
@@ -104,10 +104,3 @@ def check_settings(path: Path, records: Sequence[Record], settings: Mapping[tupl
         f"--output: {path} holds records of {record.method} on {record.task} made with other settings, data or "
         "checkpoints; name another file, or give the flags they were made with"
       )
-
-
-def _cut_half_line(path: Path) -> None:
-  data = path.read_bytes() if path.is_file() else b""
-  whole = data.rfind(b"\n") + 1
-  if data[whole:]:
-    os.truncate(path, whole)

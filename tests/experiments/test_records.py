@@ -150,3 +150,12 @@ def test_committed_results_have_the_summary_s_schema(path):
   table = tables.texts if path.stem.endswith("-text") else tables.scores
   shown = table(entries, "original", *([] if path.stem.endswith("-text") else [TASKS])).splitlines()
   assert len(shown) > 2 and len({len(line) for line in shown}) == 1
+
+
+def test_a_foreign_file_keeps_its_last_line(tmp_path):
+  """Only what begins as a record does is cut off; another file is refused as it is."""
+  path = tmp_path / "notes.txt"
+  path.write_text("first line\nno end of line")
+  with pytest.raises(ValueError):
+    records.read(path)
+  assert path.read_text() == "first line\nno end of line"
