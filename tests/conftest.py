@@ -40,6 +40,14 @@ def compiled_programs_forgotten():
 
 
 @pytest.fixture(autouse=True)
+def mappings_left():
+  """One module of many shapes may need as many: at half of them the programs compiled so far are forgotten."""
+  maps = Path("/proc/self/maps")  # Linux only, where the limit is
+  if maps.exists() and maps.read_bytes().count(b"\n") > 32_000:
+    jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
 def strict_promotion(request):
   """Mixing dtypes is an error; `@pytest.mark.standard_promotion` lifts it, for code of other packages."""
   if request.node.get_closest_marker("standard_promotion"):
