@@ -41,6 +41,20 @@ def named(implementations: Mapping[str, Callable], choice: str | Sequence[str] |
   return tuple(implementations) if choice is None else (choice,) if isinstance(choice, str) else tuple(choice)
 
 
+def supports(dtypes: Sequence[str], **arrays: Any) -> None:
+  """Raises NotImplementedError, with the reason, unless the named arrays have one dtype, and that one of `dtypes`."""
+  found = [str(x.dtype) for x in arrays.values()]
+  if len(set(found)) > 1 or found[0] not in dtypes:
+    wanted = " or all ".join(dtypes)
+    raise NotImplementedError(f"{', '.join(arrays)} must all be {wanted}, not {', '.join(found)}")
+
+
+def supports_head_size(size: int) -> None:
+  """Raises NotImplementedError for another head size than 64 and 128, those of most models."""
+  if size not in (64, 128):
+    raise NotImplementedError(f"head size {size}: only 64 and 128")
+
+
 def check(condition: bool, message: str) -> None:
   """Raises ValueError(message) unless `condition`; for static shape checks."""
   if not condition:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.common import compat, pipeline, tuned
+from pallas_kernels.common import compat, dispatch, pipeline, tuned
 from pallas_kernels.common.compat import plgpu
 from pallas_kernels.common.pipeline import WARPGROUPS
 from pallas_kernels.common.softmax import LOG2E, LOWEST
@@ -33,10 +33,8 @@ def window_bias_attention(q, k, v, bias, window, segment_ids, blocks: Blocks | N
   """
   compat.require_hopper()
   t, h = q.shape[1], q.shape[3]
-  if not (q.dtype == k.dtype == v.dtype and q.dtype in (jnp.bfloat16, jnp.float16)):
-    raise NotImplementedError(f"q, k, v must all be bfloat16 or all float16, not {q.dtype}, {k.dtype}, {v.dtype}")
-  if h not in (64, 128):
-    raise NotImplementedError(f"head size {h}: only 64 and 128")
+  dispatch.supports(("bfloat16", "float16"), q=q, k=k, v=v)
+  dispatch.supports_head_size(h)
   blocks = blocks or tuned.blocks("window_bias", tuned.shape_class(H=h), default_blocks(h))
   pad = -t % blocks.multiple
   if pad:  # zeros behind the last token: no real query sees them, and no gradient reaches them

@@ -43,8 +43,9 @@ def query_gradient(variant: Variant, q, k, v, bias, start, dout, lse, delta):
     @pl.when(wg < WARPGROUPS)
     def _compute():
       plgpu.set_max_registers(variant.blocks.compute_registers, action="increase")
-      pipeline.fetch(wg, q_ready, (q_ref, (batch, here, head), q_smem), (dout_ref, (batch, here, head), dout_smem))
-      pipeline.fetch(wg, q_ready, (lse_ref, (batch, head, here), lse_smem), (delta_ref, (batch, head, here), delta_smem))
+      rows_at, numbers_at = (batch, here, head), (batch, head, here)
+      pipeline.fetch(wg, q_ready, (q_ref, rows_at, q_smem), (dout_ref, rows_at, dout_smem))
+      pipeline.fetch(wg, q_ready, (lse_ref, numbers_at, lse_smem), (delta_ref, numbers_at, delta_smem))
       pipeline.fetch(wg, q_ready, (start_ref, (batch, here), start_smem))
       plgpu.barrier_wait(q_ready.at[wg])
       lse, delta, starts = (pipeline.row_vector(x, wg) for x in (lse_smem, delta_smem, start_smem))
@@ -219,11 +220,9 @@ def key_gradients(variant: Variant, q, k, v, bias, segment_end, dout, lse, delta
       def copies(number):
         head = part * heads + lax.div(number, steps)
         queries = pl.ds((first + lax.rem(number, steps)) * block, block)
-        rows, lanes = (batch, queries, head), (batch, head, queries)
-        return (
-          [(q_ref, rows, q_smem), (lse_ref, lanes, lse_smem)],
-          [(dout_ref, rows, dout_smem), (delta_ref, lanes, delta_smem)],
-        )
+        rows_at, numbers_at = (batch, queries, head), (batch, head, queries)
+        of_q = [(q_ref, rows_at, q_smem), (lse_ref, numbers_at, lse_smem)]
+        return of_q, [(dout_ref, rows_at, dout_smem), (delta_ref, numbers_at, delta_smem)]
 
       pipeline.stream(steps * heads, stages, copies, (free, q_ready), (None, dout_ready))
 

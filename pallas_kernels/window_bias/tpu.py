@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.common import compat_tpu
+from pallas_kernels.common import compat_tpu, dispatch
 from pallas_kernels.common.softmax import LOG2E, LOWEST
 from pallas_kernels.window_bias import tpu_backward
 from pallas_kernels.window_bias.common import saved, segment_bounds
@@ -42,8 +42,7 @@ def window_bias_attention(q, k, v, bias, window, segment_ids, blocks: Blocks | N
   compat_tpu.require_tpu()
   b, t, n, h = q.shape
   heads = k.shape[2]
-  if not (q.dtype == k.dtype == v.dtype and q.dtype in (jnp.bfloat16, jnp.float32)):
-    raise NotImplementedError(f"q, k, v must all be bfloat16 or all float32, not {q.dtype}, {k.dtype}, {v.dtype}")
+  dispatch.supports(("bfloat16", "float32"), q=q, k=k, v=v)
   if h % 16 or h > 256:
     raise NotImplementedError(f"head size {h}: only multiples of 16 up to 256")
   blocks = blocks or default_blocks(t, n // heads, h, q.dtype.itemsize)
