@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-_logged: set[str] = set()
+
+@functools.cache
+def log_once(message: str) -> None:
+  """Logs a message, the first time that it comes."""
+  logging.getLogger("pallas_kernels").info("%s", message)
 
 
 def call(
@@ -30,9 +35,7 @@ def call(
       return implementations[name](*args, **kwargs)
     except NotImplementedError as error:
       reasons.append(f"{operation}/{name}: {error}")
-      if reasons[-1] not in _logged:
-        _logged.add(reasons[-1])
-        logging.getLogger("pallas_kernels").info("%s", reasons[-1])
+      log_once(reasons[-1])
   raise NotImplementedError("; ".join(reasons))
 
 

@@ -21,7 +21,7 @@ from pallas_kernels.common.compat import plgpu
 from pallas_kernels.common.pipeline import WARPGROUPS
 from pallas_kernels.common.softmax import LOG2E, LOWEST
 from pallas_kernels.window_bias import gpu_backward
-from pallas_kernels.window_bias.common import saved, segment_bounds
+from pallas_kernels.window_bias.common import padded, saved, segment_bounds
 from pallas_kernels.window_bias.gpu_common import Blocks, Variant, default_blocks, key_ranges, over_ranges, scores_of
 
 
@@ -38,9 +38,8 @@ def window_bias_attention(q, k, v, bias, window, segment_ids, blocks: Blocks | N
   blocks = blocks or tuned.blocks("window_bias", tuned.shape_class(H=h), default_blocks(h))
   pad = -t % blocks.multiple
   if pad:  # zeros behind the last token: no real query sees them, and no gradient reaches them
-    q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))
-    bias = None if bias is None else jnp.pad(bias, ((0, 0), (0, 0), (0, pad)))
-    segment_ids = None if segment_ids is None else jnp.pad(segment_ids, ((0, 0), (0, pad)), mode="edge")
+    q, k, v = (padded(x, 1, pad) for x in (q, k, v))
+    bias, segment_ids = padded(bias, 2, pad), padded(segment_ids, 1, pad, mode="edge")
   bounds = None if segment_ids is None else segment_bounds(segment_ids)
   variant = Variant(int(window), bias is not None, bounds is not None, blocks)
   bias = None if bias is None else bias.astype(jnp.float32)

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.common import compat_tpu, dispatch
 from pallas_kernels.common.softmax import LOG2E, LOWEST
 from pallas_kernels.window_bias import tpu_backward
-from pallas_kernels.window_bias.common import saved, segment_bounds
+from pallas_kernels.window_bias.common import padded, saved, segment_bounds
 from pallas_kernels.window_bias.tpu_common import (
   SCALAR_BYTES,
   Blocks,
@@ -56,9 +56,8 @@ def window_bias_attention(q, k, v, bias, window, segment_ids, blocks: Blocks | N
   bias = None if bias is None else bias.astype(jnp.float32)[:, :, None]
   start = None if segment_ids is None else segment_bounds(segment_ids)[0][:, None, None]
   # Zeros behind the last token, in the last segment: no real query sees them, and no gradient reaches them.
-  fill = lambda x, **how: None if x is None else jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, pad)), **how)
   variant = Variant(int(window), bias is not None, blocks)
-  out = _attention(variant, fill(q), fill(k), fill(v), fill(bias), fill(start, mode="edge"))
+  out = _attention(variant, *(padded(x, 3, pad) for x in (q, k, v, bias)), padded(start, 3, pad, mode="edge"))
   return jnp.moveaxis(out[..., :t].reshape(b, n, h, t), -1, 1)
 
 
@@ -125,16 +124,7 @@ def forward(variant: Variant, q, k, v, bias, start):
 
   pairs = visible_pairs(variant, tile, b, t, start, by_keys=False)
   row = ((group, tile.q), jnp.float32)
-  return launch(
-    body,
-    tile,
-    pairs,
-    False,
-    inputs=[("q", q), ("kv", k), ("kv", v), ("kv", None if bias is None else bias * LOG2E), ("q", start)],
-    outputs=[
-      ("q", jax.ShapeDtypeStruct(q.shape, q.dtype)),
-      ("q", jax.ShapeDtypeStruct((b, heads, group, t), jnp.float32)),
-    ],
-    scratch=[((group * size, tile.q), jnp.float32), row, row],
-    name="window_bias_forward",
-  )
+  inputs = [("q", q), ("kv", k), ("kv", v), ("kv", None if bias is None else bias * LOG2E), ("q", start)]
+  shapes = jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((b, heads, group, t), jnp.float32)
+  scratch = [((group * size, tile.q), jnp.float32), row, row]
+  return launch(body, pairs, inputs, [("q", x) for x in shapes], scratch, "window_bias_forward")

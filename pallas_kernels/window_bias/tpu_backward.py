@@ -29,16 +29,15 @@ from pallas_kernels.window_bias.tpu_common import (
 def gradients(variant: Variant, q, k, v, bias, start, out, lse, dout):
   """(dq, dk, dv, dbias or None), laid out and typed as `tpu.forward`'s arguments."""
   b, heads, size, t = k.shape
-  products = (out.astype(jnp.float32) * dout.astype(jnp.float32)).reshape(b, heads, -1, size, t)
-  delta = products.sum(axis=3)
+  delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).reshape(b, heads, -1, size, t).sum(axis=3)
   bias = None if bias is None else bias * LOG2E
-  dq = query_gradient(variant, q, k, v, bias, start, dout, lse, delta)
-  dk, dv, dbias = key_gradients(variant, q, k, v, bias, start, dout, lse, delta)
-  return dq, dk, dv, dbias
+  inputs = [("q", q), ("kv", k), ("kv", v), ("kv", bias), ("q", start), ("q", dout), ("q", lse), ("q", delta)]
+  return query_gradient(variant, inputs), *key_gradients(variant, inputs)
 
 
-def query_gradient(variant: Variant, q, k, v, bias, start, dout, lse, delta):
-  """dq [B, K, G * H, T]; `bias` in units of log 2, lse and delta float32 [B, K, G, T]."""
+def query_gradient(variant: Variant, inputs: list[tuple]):
+  """dq [B, K, G * H, T]; `inputs`: q, k, v, bias in units of log 2, start, dout, lse and delta float32 [B, K, G, T]."""
+  q, k, start = (inputs[i][1] for i in (0, 1, 4))
   b, _, size, t = k.shape
   group = q.shape[2] // size
   tile = variant.blocks.dq
@@ -65,20 +64,14 @@ def query_gradient(variant: Variant, q, k, v, bias, start, dout, lse, delta):
     def _end():
       dq_ref[...] = (acc_ref[...] * size**-0.5).astype(dq_ref.dtype)
 
-  return launch(
-    body,
-    tile,
-    visible_pairs(variant, tile, b, t, start, by_keys=False),
-    False,
-    inputs=[("q", q), ("kv", k), ("kv", v), ("kv", bias), ("q", start), ("q", dout), ("q", lse), ("q", delta)],
-    outputs=[("q", jax.ShapeDtypeStruct(q.shape, q.dtype))],
-    scratch=[((group * size, tile.q), jnp.float32)],
-    name="window_bias_dq",
-  )[0]
+  pairs = visible_pairs(variant, tile, b, t, start, by_keys=False)
+  output, scratch = ("q", jax.ShapeDtypeStruct(q.shape, q.dtype)), ((group * size, tile.q), jnp.float32)
+  return launch(body, pairs, inputs, [output], [scratch], "window_bias_dq")[0]
 
 
-def key_gradients(variant: Variant, q, k, v, bias, start, dout, lse, delta):
+def key_gradients(variant: Variant, inputs: list[tuple]):
   """(dk, dv [B, K, H, T], dbias float32 [B, K, 1, T] or None), each summed over the group's query heads."""
+  q, k, v, bias, start = (x for _, x in inputs[:5])
   b, _, size, t = k.shape
   group = q.shape[2] // size
   tile = variant.blocks.dkv
@@ -121,14 +114,5 @@ def key_gradients(variant: Variant, q, k, v, bias, start, dout, lse, delta):
   if variant.has_bias:
     outputs.append(("kv", jax.ShapeDtypeStruct(bias.shape, jnp.float32)))
     scratch.append(((tile.kv, lanes), jnp.float32))
-  got = launch(
-    body,
-    tile,
-    visible_pairs(variant, tile, b, t, start, by_keys=True),
-    True,
-    inputs=[("q", q), ("kv", k), ("kv", v), ("kv", bias), ("q", start), ("q", dout), ("q", lse), ("q", delta)],
-    outputs=outputs,
-    scratch=scratch,
-    name="window_bias_dkv",
-  )
-  return *got, *([] if variant.has_bias else [None])
+  pairs = visible_pairs(variant, tile, b, t, start, by_keys=True)
+  return (*launch(body, pairs, inputs, outputs, scratch, "window_bias_dkv"), None)[:3]
