@@ -12,18 +12,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.common.softmax import LOG2E
-from pallas_kernels.window_bias.tpu_common import (
-  FREE,
-  LANES,
-  Variant,
-  added_to_scores,
-  dot,
-  for_heads,
-  for_kind,
-  launch,
-  scores,
-  visible_pairs,
-)
+from pallas_kernels.window_bias import tpu_common
+from pallas_kernels.window_bias.tpu_common import Variant
 
 
 def gradients(variant: Variant, q, k, v, bias, start, out, lse, dout):
@@ -49,24 +39,24 @@ def query_gradient(variant: Variant, inputs: list[tuple]):
 
     def attend(kind):
       keys, values = k_ref[...].T, v_ref[...].T
-      added, _ = added_to_scores(variant, tile, step, kind, bias_ref, start_ref)
+      added, _ = tpu_common.added_to_scores(variant, tile, step, kind, bias_ref, start_ref)
 
       def head(one, rows):
-        p = jnp.exp2(scores(keys, q_ref[rows, :], added) - lse_ref[one, :])
-        ds = p * (dot(values, dout_ref[rows, :]) - delta_ref[one, :])
-        acc_ref[rows, :] += dot(k_ref[...], ds.astype(q.dtype))
+        p = jnp.exp2(tpu_common.scores(keys, q_ref[rows, :], added) - lse_ref[one, :])
+        ds = p * (tpu_common.dot(values, dout_ref[rows, :]) - delta_ref[one, :])
+        acc_ref[rows, :] += tpu_common.dot(k_ref[...], ds.astype(q.dtype))
 
-      for_heads(group, size, head)
+      tpu_common.for_heads(group, size, head)
 
-    for_kind(variant, step, attend)
+    tpu_common.for_kind(variant, step, attend)
 
     @pl.when(step.last)
     def _end():
       dq_ref[...] = (acc_ref[...] * size**-0.5).astype(dq_ref.dtype)
 
-  pairs = visible_pairs(variant, tile, b, t, start, by_keys=False)
+  pairs = tpu_common.visible_pairs(variant, tile, b, t, start, by_keys=False)
   output, scratch = ("q", jax.ShapeDtypeStruct(q.shape, q.dtype)), ((group * size, tile.q), jnp.float32)
-  return launch(body, pairs, inputs, [output], [scratch], "window_bias_dq")[0]
+  return tpu_common.launch(body, pairs, inputs, [output], [scratch], "window_bias_dq")[0]
 
 
 def key_gradients(variant: Variant, inputs: list[tuple]):
@@ -75,7 +65,7 @@ def key_gradients(variant: Variant, inputs: list[tuple]):
   b, _, size, t = k.shape
   group = q.shape[2] // size
   tile = variant.blocks.dkv
-  lanes = min(LANES, tile.q)  # a key's part of dbias is summed over lanes at the end only
+  lanes = min(tpu_common.LANES, tile.q)  # a key's part of dbias is summed over lanes at the end only
 
   def body(step, q_ref, k_ref, v_ref, bias_ref, start_ref, dout_ref, lse_ref, delta_ref, dk_ref, dv_ref, *refs):
     dbias_ref, dk_acc, dv_acc, dbias_acc = refs if variant.has_bias else (None, *refs, None)
@@ -87,20 +77,20 @@ def key_gradients(variant: Variant, inputs: list[tuple]):
 
     def attend(kind):
       keys, values = k_ref[...].T, v_ref[...].T
-      added, far = added_to_scores(variant, tile, step, kind, bias_ref, start_ref)
+      added, far = tpu_common.added_to_scores(variant, tile, step, kind, bias_ref, start_ref)
 
       def head(one, rows):
-        p = jnp.exp2(scores(keys, q_ref[rows, :], added) - lse_ref[one, :])
-        dv_acc[...] += dot(p.astype(q.dtype), dout_ref[rows, :], (1, 1))
-        ds = p * (dot(values, dout_ref[rows, :]) - delta_ref[one, :])
-        dk_acc[...] += dot(ds.astype(q.dtype), q_ref[rows, :], (1, 1))
-        if variant.has_bias and kind != FREE:
+        p = jnp.exp2(tpu_common.scores(keys, q_ref[rows, :], added) - lse_ref[one, :])
+        dv_acc[...] += tpu_common.dot(p.astype(q.dtype), dout_ref[rows, :], (1, 1))
+        ds = p * (tpu_common.dot(values, dout_ref[rows, :]) - delta_ref[one, :])
+        dk_acc[...] += tpu_common.dot(ds.astype(q.dtype), q_ref[rows, :], (1, 1))
+        if variant.has_bias and kind != tpu_common.FREE:
           ds = ds if far is None else jnp.where(far, ds, 0.0)
           dbias_acc[...] += sum(ds[:, at : at + lanes] for at in range(0, tile.q, lanes))
 
-      for_heads(group, size, head)
+      tpu_common.for_heads(group, size, head)
 
-    for_kind(variant, step, attend)
+    tpu_common.for_kind(variant, step, attend)
 
     @pl.when(step.last)
     def _end():
@@ -114,5 +104,5 @@ def key_gradients(variant: Variant, inputs: list[tuple]):
   if variant.has_bias:
     outputs.append(("kv", jax.ShapeDtypeStruct(bias.shape, jnp.float32)))
     scratch.append(((tile.kv, lanes), jnp.float32))
-  pairs = visible_pairs(variant, tile, b, t, start, by_keys=True)
-  return (*launch(body, pairs, inputs, outputs, scratch, "window_bias_dkv"), None)[:3]
+  pairs = tpu_common.visible_pairs(variant, tile, b, t, start, by_keys=True)
+  return (*tpu_common.launch(body, pairs, inputs, outputs, scratch, "window_bias_dkv"), None)[:3]
