@@ -460,7 +460,7 @@ def _attend(sizes: Blocks, variant: Variant, q, layer, *arrays):
   if variant.scaled:
     scratch += [matrix(arrays[1 if slots else 0].dtype, stages), plgpu.SMEM((stages, 2 * block), jnp.float32)]
     scratch.append(plgpu.Barrier(num_barriers=stages, num_arrivals=2 * pieces))
-  kinds = f"pages{page}_" if page else ""
+  kinds = (f"pages{page}_" if page else "") + ("mass_" if variant.mass else "")
   part, stat, *scores = compat.kernel(
     body,
     out_type=parts,

@@ -162,7 +162,8 @@ def lower(batch, heads, group, h, slots, call=partial(decode_attention, implemen
 @pytest.mark.parametrize("group, h", [(1, 64), (3, 64), (4, 128), (8, 128)])
 def test_lowers_for_cuda(group, h):
   for mass in (False, True):
-    assert "decode_" in lower(2, 3, group, h, 8192, lse=group == 3, mass=mass)
+    text = lower(2, 3, group, h, 8192, lse=group == 3, mass=mass)
+    assert "decode_" in text and ("decode_mass_" in text) == mass
 
 
 @needs_mosaic_gpu
