@@ -39,7 +39,8 @@ from jax.experimental import pallas as pl
 from pallas_kernels.common import compat, tuned, warpgroup
 from pallas_kernels.common.compat import plgpu
 from pallas_kernels.common.softmax import LOG2E, LOWEST
-from pallas_kernels.decode.gpu_common import Blocks, Tile, Variant, chunks_of, find, merge, slot_mass
+from pallas_kernels.decode.gpu_common import Blocks, Tile, Variant, chunks_of, find, merge
+from pallas_kernels.decode.mass import slot_mass
 
 QUARTERS = 4  # of a block, the least that is loaded of a cache
 MOST_PAIRS = 4096  # of row and KV head in a call of the kernel, whose shared memory holds up to four numbers of each
@@ -489,4 +490,8 @@ def _attend(sizes: Blocks, variant: Variant, q, layer, *arrays):
     compiler_params=params,
   )(*lengths, part, stat)
   logs = done[1][:, :group, 0] if variant.lse else None
-  return done[0], logs, slot_mass(variant, sizes, scores[0], logs, lengths) if variant.mass else None
+  if not variant.mass:
+    return done[0], logs, None
+  of_cache = (0, slots, lengths[0]) if slots else None
+  of_pages = (variant.cache_blocks(sizes) * block, page * variant.pages, lengths[-1]) if page else None
+  return done[0], logs, slot_mass(scores[0], logs, (of_cache, of_pages))

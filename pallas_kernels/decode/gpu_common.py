@@ -85,7 +85,8 @@ class Variant:
     return -(-self.page * self.pages // sizes.block)
 
   def scores(self, sizes: Blocks) -> int:
-    """Places of a query's scores: whole blocks of the cache, then of pages; a pair without live slots has a block."""
+    """Places of a query's scores: blocks of the cache, then of pages, at least one, since a pair without live slots
+    has one."""
     return (self.cache_blocks(sizes) + max(self.page_blocks(sizes), self.page > 0)) * sizes.block
 
   def chunks(self, sizes: Blocks) -> int:
@@ -185,26 +186,3 @@ def merge(pair, rows, chunks, most: int, together: int, part_ref, stat_ref, out_
   if lse_ref is not None:
     logs = (top + jnp.log(jnp.where(nothing, 1.0, total)) * LOG2E) * (1 / LOG2E)
     lse_ref[pair, rows] = jnp.where(nothing, -jnp.inf, logs)
-
-
-def slot_mass(variant: Variant, sizes: Blocks, scores, logs, lengths) -> tuple[jax.Array | None, jax.Array | None]:
-  """Probability of each slot, summed over the group: float32 [P, S] of the cache and [P, M * page] of pages.
-
-  Scores past the live slots may hold anything.
-
-  Args:
-    scores: float32 [P, G, X] in units of log 2, in the order of `Variant.scores`.
-    logs: log-sum-exp, float32 [P, G].
-    lengths: live slots int32 [P] of each source.
-  """
-
-  def of(first: int, slots: int, live):
-    here = scores[:, :, first : first + slots]
-    logs2 = logs * LOG2E
-    # One query after the other: elementwise operations alone, which XLA fuses with what follows.
-    mass = sum(jnp.exp2(here[:, g] - logs2[:, g, None]) for g in range(scores.shape[1]))
-    return jnp.where(jnp.arange(slots) < live[:, None], mass, 0.0)
-
-  cache = of(0, variant.slots, lengths[0]) if variant.slots else None
-  first = variant.cache_blocks(sizes) * sizes.block
-  return cache, of(first, variant.page * variant.pages, lengths[-1]) if variant.page else None

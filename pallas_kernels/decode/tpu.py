@@ -33,6 +33,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common import compat_tpu
 from pallas_kernels.common.softmax import LOG2E, LOWEST
+from pallas_kernels.decode.mass import slot_mass
 
 LANES = 128
 DECODED = ("float", "int8", "float8")  # formats of pages that the kernel decodes
@@ -143,28 +144,11 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
   if not mass:
     return merge(parts, held, q, group, lse)
   out, logs = merge(parts, held, q, group, True)
-  found = slot_mass(scores[0], logs.reshape(pairs, 1, group, 1), counts, sizes)
-  masses = tuple(None if x is None else m.reshape(b, k, -1) for x, m in zip((kv, pages), found, strict=True))
+  of_cache = None if kv is None else (0, sizes[0], counts[0])
+  of_pages = None if pages is None else (-(-sizes[0] // blocks.block) * blocks.block, sizes[1], counts[1])
+  masses = slot_mass(scores[0], logs.reshape(pairs, group), (of_cache, of_pages))
+  masses = tuple(None if x is None else x.reshape(b, k, -1) for x in masses)
   return (out, logs, masses) if lse else (out, masses)
-
-
-def slot_mass(scores, logs, counts, sizes):
-  """Probability of each slot of the contiguous cache and of pages, summed over the group, float32 [pairs, slots].
-
-  Args:
-    scores: float32 [pairs, blocks, 8, block] in units of log 2; of dead slots arbitrary.
-    logs: log-sum-exp, float32 [pairs, 1, G, 1].
-    counts: live slots int32 [pairs] of both.
-    sizes: slots of both, at most.
-  """
-  block, group, first, found = scores.shape[3], logs.shape[2], 0, []
-  for live, slots in zip(counts, sizes, strict=True):
-    blocks = -(-slots // block)
-    mass = jnp.exp2(scores[:, first : first + blocks, :group] - logs * LOG2E).sum(axis=2)
-    mass = mass.reshape(len(scores), blocks * block)[:, :slots]
-    found.append(jnp.where(jnp.arange(slots) < live[:, None], mass, 0.0))
-    first += blocks
-  return found
 
 
 def work_list(counts, sizes, blocks: Blocks):
@@ -213,7 +197,7 @@ def merge(parts, held, q, group: int, lse: bool):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _attend(sizes: Blocks, dtype, h: int, chunks: int, mass: bool, scalars, queries, kv, pool, scales):
   """[Output and log2 of the sum of exponentials of each chunk, float32 [pairs, chunks, rows, 128]], and with `mass` the
-  scores, float32 [pairs, blocks, 8, block]: blocks of the cache, then of pages.
+  scores, float32 [pairs, 8, X], in units of log 2: blocks of the cache, then of pages.
 
   With H = 128 they are rows 0-7 and 8-15, the logarithm in every lane; with H = 64 the logarithm is in lanes 0-63 and
   the output in the others. Chunks with nothing live are not written.
@@ -361,7 +345,8 @@ def _attend(sizes: Blocks, dtype, h: int, chunks: int, mass: bool, scalars, quer
       return found
 
     def store_scores(turn, pair, block_number):
-      return pltpu.make_async_copy(score_tiles.at[turn], scores_ref.at[pair, block_number], stored.at[turn])
+      at = pl.ds(pl.multiple_of(block_number * block, block), block)
+      return pltpu.make_async_copy(score_tiles.at[turn], scores_ref.at[pair, :, at], stored.at[turn])
 
     def one_chunk(state):
       item, ahead, number = state
@@ -449,7 +434,7 @@ def _attend(sizes: Blocks, dtype, h: int, chunks: int, mass: bool, scalars, quer
     of_scaled.append(pltpu.VMEM((2, 2 * page, max(page, block)), jnp.float32))
   outs, of_mass = [jax.ShapeDtypeStruct((pairs, chunks, tile_rows, LANES), jnp.float32)], []
   if mass:
-    outs.append(jax.ShapeDtypeStruct((pairs, max(in_cache + in_pages, 1), GROUP, block), jnp.float32))
+    outs.append(jax.ShapeDtypeStruct((pairs, GROUP, max(in_cache + in_pages, 1) * block), jnp.float32))
     of_mass = [pltpu.VMEM((2, GROUP, block), jnp.float32), pltpu.SemaphoreType.DMA((2,))]
   return pl.pallas_call(
     body,
