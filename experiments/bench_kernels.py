@@ -2,6 +2,7 @@
 
     python -m experiments.bench_kernels                               # an H100: every case but growth, ten minutes
     python -m experiments.bench_kernels --cases=decode,pages_b32_cr8  # cases with these names or prefixes
+    python -m experiments.bench_kernels --cases=decode_mass,pages_ring_mass  # with attention mass, two minutes
     python -m experiments.bench_kernels --cases=growth                # decode time by compression, length and batch
     python -m experiments.bench_kernels --scale=small --growth        # tiny shapes on any machine, to test the program
 
@@ -71,7 +72,7 @@ def measure(work: Any, bandwidth: float, config: Config, override: str | None) -
     return kernel_cases.our_decode(work[2], bandwidth, override)
   if isinstance(work, Decode):
     row = kernel_cases.measure_decode(work, bandwidth, override, config.check)
-    return cases.judged(row, (*work.bars, kernel_cases.SAME))
+    return cases.judged(row, (*work.bars, kernel_cases.SAME, kernel_cases.SAME_MASS))
   elif work.kind == "prefill":
     row = kernel_cases.measure_prefill(work, override)
   else:
@@ -88,8 +89,8 @@ def described(work: Any) -> dict:
   return {"operation": kind, "case": str(work)} | ({} if kind == "retrofit" else {"CR": work.cr})
 
 
-COLUMNS = ("name", "case", "us", "CR", "floor_us", "of_floor", "dense_us", "dense_ratio", "flex_ratio",
-           "flex_blocks_ratio", "difference", "bar", "reached")  # fmt: skip
+COLUMNS = ("name", "case", "us", "CR", "floor_us", "of_floor", "dense_us", "dense_ratio", "slowdown",
+           "xla_ratio", "flex_ratio", "flex_blocks_ratio", "difference", "bar", "reached")  # fmt: skip
 
 
 def main() -> None:

@@ -1,17 +1,23 @@
-"""How much faster policies that watch attention read a prompt in chunks than one token at a time.
+"""Speed of policies with a budget: decode steps against the dense cache, prompts in chunks.
 
-    python -m experiments.bench_policies                   # one GPU, three minutes
-    python -m experiments.bench_policies --scale=small     # tiny shapes on any machine, to test the program
+    python -m experiments.bench_policies                        # one GPU, eight minutes
+    python -m experiments.bench_policies --cases=step           # decode steps alone, five minutes
+    python -m experiments.bench_policies --cases=step_h2o,step_tova --preset=llama-3.2-1b
+    python -m experiments.bench_policies --scale=small          # tiny shapes on any machine, to test the program
 
-Each policy reads the same random prompts twice. In chunks it observes all queries of a chunk together; with
-`exact_prefill=True` every token is a step of its own. Weights are random, too, because they do not affect the time.
-Writes OUTPUT/policies.json and prints a table; the last line is one JSON object.
+`step_NAME` and `step_NAME_paged`: a decode step of `step_rows` rows after `step_tokens` tokens, of which a head holds
+one in `cr`, in a contiguous and in a paged cache; the bar is to be no slower than the dense cache of the same rows
+(`experiments/bench/policy_steps.py`). `prefill_NAME`: a policy that watches attention reads the same random prompts
+twice. In chunks it observes all queries of a chunk together; with `exact_prefill=True` every token is a step of its
+own. Weights are random, because they do not affect the time. Writes OUTPUT/policies.json and prints a table; the last
+line is one JSON object.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,42 +32,58 @@ from dms_jax.execution import fastest_form
 from dms_jax.families import PRESETS
 from dms_jax.model import Model
 from dms_jax.policies import Policy
-from experiments.bench import synthetic
-from experiments.bench.cases import Bar, Runner, judged
+from experiments.bench import cases, synthetic
+from experiments.bench.cases import Bar
 from experiments.bench.generate_cases import TINY
+from experiments.bench.policy_steps import KINDS, Steps, budgeted
 from experiments.common import program
 from experiments.reports import tables
 
 FASTER = Bar("ratio", 20)
-COLUMNS = ("name", "case", "ms", "exact_ms", "ratio", "CR", "bar", "reached")
+AS_FAST_AS_DENSE = Bar("dense_ratio", 1)
+COLUMNS = ("name", "case", "ms", "dense_ms", "dense_ratio", "exact_ms", "ratio", "CR", "cache_bytes", "bar", "reached")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """`rows` prompts of `tokens` tokens, a `budget` in tokens a head; the best of `rounds` of each reading counts."""
+  """Settings of a run.
 
+  Fields:
+    cases: names or prefixes of names; none: all.
+    policies: those that read prompts: `rows` of `tokens` tokens with a `budget` in tokens a head, the best of `rounds`.
+    step_policies: those whose decode steps are measured; none: all that take a budget and need no gates.
+    seconds: no case starts later than this.
+  """
+
+  cases: tuple[str, ...] = ()
   preset: str = "smollm2-135m"
   policies: tuple[str, ...] = ("h2o", "tova")
+  step_policies: tuple[str, ...] = ()
+  step_rows: int = 32
+  step_tokens: int = 8192
+  cr: float = 8.0
   rows: int = 8
   tokens: int = 4096
   budget: int = 512
   chunk: int = 512
   dtype: Literal["bfloat16", "float32"] = "bfloat16"
   rounds: int = 3
-  seconds: float = 500.0
+  seconds: float = 570.0
   scale: Literal["full", "small"] = "full"
   output: Path = Path("runs/bench_policies")
 
   def __post_init__(self):
     if self.preset not in PRESETS:
       raise ValueError(f"--preset={self.preset!r} is not one of {sorted(PRESETS)}")
-    for name in ("rows", "tokens", "budget", "chunk", "rounds"):
+    for name in ("rows", "tokens", "budget", "chunk", "rounds", "step_rows", "step_tokens", "cr"):
       if getattr(self, name) < 1:
         raise ValueError(f"--{name}={getattr(self, name)} must be 1 or more")
 
   def shrunk(self) -> Config:
     """The same settings, small enough for any machine."""
-    return dataclasses.replace(self, rows=2, tokens=48, budget=12, chunk=16, rounds=1, dtype="float32")
+    return dataclasses.replace(
+      self, rows=2, tokens=48, budget=12, chunk=16, rounds=1, step_rows=2, step_tokens=256, dtype="float32"
+    )
 
   @property
   def shape(self) -> ModelConfig:
@@ -100,19 +122,47 @@ def measure(name: str, model: Model, ids: np.ndarray, config: Config) -> dict[st
   return {"ms": chunked * 1e3, "exact_ms": exact * 1e3, "ratio": exact / chunked, "CR": cr}
 
 
-def main() -> None:
-  config = program.read_flags("", Config)
+def measurements(config: Config, sized: Config) -> dict[str, tuple[str, Callable[[Model], dict[str, Any]], Bar]]:
+  """{name: (description, figures of a model, bar)} of the cases asked for.
+
+  Raises:
+    ValueError: a case or a policy that there is not.
+  """
+  found, measured = {}, budgeted()
+  if unknown := [name for name in config.step_policies if name not in measured]:
+    raise ValueError(f"--step_policies={','.join(unknown)}: not one of {', '.join(measured)}, which take a budget")
+  quick = {"steps": 4, "seconds": 0.02} if config.scale == "small" else {}
+  made: list[Steps] = []  # by the first case, for all
+
+  def steps(model: Model) -> Steps:
+    if not made:
+      made.append(Steps(model, sized.step_rows, sized.step_tokens, max(int(sized.step_tokens / sized.cr), 1), **quick))
+    return made[0]
+
+  about = f"B{sized.step_rows} T{sized.step_tokens} CR {sized.cr:g}"
+  for name in config.step_policies or measured:
+    for kind in KINDS:
+      run = lambda model, name=name, kind=kind: steps(model).against_dense(name, kind)
+      found[f"step_{name}" if kind == KINDS[0] else f"step_{name}_{kind}"] = about, run, AS_FAST_AS_DENSE
+  about = f"B{sized.rows} T{sized.tokens} budget {sized.budget}, chunks of {sized.chunk}"
+  ids = np.random.default_rng(0).integers(0, config.shape.vocab_size, (sized.rows, sized.tokens)).astype(np.int32)
   for name in config.policies:
     pair(name, config.budget)
+    found[f"prefill_{name}"] = about, lambda model, name=name: measure(name, model, ids, sized), FASTER
+  return {name: found[name] for name in cases.chosen(found, config.cases)}
+
+
+def main() -> None:
+  config = program.read_flags("", Config)
   sized = config.shrunk() if config.scale == "small" else config
+  chosen = measurements(config, sized)
   model = fastest_form(synthetic.random_model(config.shape, window=None, dtype=jnp.dtype(sized.dtype)))
-  ids = np.random.default_rng(0).integers(0, config.shape.vocab_size, (sized.rows, sized.tokens)).astype(np.int32)
   environment = program.environment()
-  run = Runner(config.seconds, {"device": environment["device"], "jax": environment["jax"], "scale": config.scale})
-  about = {"case": f"B{sized.rows} T{sized.tokens} budget {sized.budget}, chunks of {sized.chunk}"}
-  bars = (FASTER,) if config.scale == "full" else ()
-  for name in config.policies:
-    run(f"prefill_{name}", about, lambda name=name: judged(measure(name, model, ids, sized), bars))
+  about = {"device": environment["device"], "jax": environment["jax"], "scale": config.scale}
+  run = cases.Runner(config.seconds, about)
+  for name, (case, figures, bar) in chosen.items():
+    bars = (bar,) if config.scale == "full" else ()
+    run(name, {"case": case}, lambda figures=figures, bars=bars: cases.judged(figures(model), bars))
   rows = list(run.rows.values())
   print(tables.of_mappings(rows, COLUMNS))
   saved = program.save_json(config.output / "policies.json", {"environment": environment, "rows": rows})

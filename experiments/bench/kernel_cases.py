@@ -2,8 +2,10 @@
 
 Decode: one compiled program chains calls over the layers of a cache, which together exceed the L2 cache. "CR 8" means
 ragged live lengths, exp(0.8 N(0, 1)) times a mean of S / 8. The floor is the bytes of live keys and values
-(and scales) over the measured read bandwidth. Prefill: each head keeps a random T / CR tokens of a text, the window
-included; at CR 1 it keeps all. The floor is dense attention's time times the share of its pairs that are visible.
+(and scales) over the measured read bandwidth. With "mass" each call also returns the attention mass of all slots, which
+is added to a score as H2O does, beside the same calls without it and XLA's. Prefill: each head keeps a random T / CR
+tokens of a text, the window included; at CR 1 it keeps all. The floor is dense attention's time times the share of its
+pairs that are visible.
 Retrofit: causal attention with the training bias, forward alone and with the backward pass.
 """
 
@@ -16,6 +18,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from experiments.bench import cases
 from experiments.bench.cases import Bar
@@ -28,6 +31,7 @@ from pallas_kernels.paged import format_of
 CALLS = 64  # calls of a decode chain; with 16 the host sometimes limited the smallest cases
 # Between two implementations in bfloat16: each rounds weights and results to half a unit in the last place, 2^-9.
 SAME = Bar("difference", 8e-3, most=True)
+SAME_MASS = Bar("mass_difference", 1e-4, most=True)  # float32 sums, approximate exponentials
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Decode:
   """B rows, K KV heads, G queries each of size H, S slots a head; `layers` in the cache.
 
   `pages` is the slots of a page, 0 for a contiguous cache; pages hold `stored`. The first `ring` slots of a head are
-  contiguous, in q's dtype.
+  contiguous, in q's dtype. `mass`: the attention mass of each slot is returned, too.
   """
 
   batch: int
@@ -48,12 +52,14 @@ class Decode:
   pages: int = 0
   stored: str = "bfloat16"
   ring: int = 0
+  mass: bool = False
   bars: tuple[Bar, ...] = ()
 
   def __str__(self) -> str:
+    mass = " mass" if self.mass else ""
     pages = f" pages{self.pages} {self.stored}" if self.pages else ""
     ring = f" ring{self.ring}" if self.ring else ""
-    return f"B{self.batch} K{self.heads} G{self.group} H{self.size} S{self.slots}{pages}{ring}"
+    return f"B{self.batch} K{self.heads} G{self.group} H{self.size} S{self.slots}{pages}{ring}{mass}"
 
   def shrunk(self) -> Decode:
     """A small version without bars, for any machine."""
@@ -84,6 +90,8 @@ class Text:
     return dataclasses.replace(self, batch=1, tokens=256, queries=4, heads=2, size=64, window=16, bars=())
 
 
+# Scores are 7 (G = 4, H = 128) to 13 % (G = 8) more bytes, if they leave the L2 cache.
+MASS = Bar("slowdown", 1.2, most=True), Bar("xla_ratio", 1.5)
 CASES: dict[str, Decode | Text] = {
   "decode_b32_cr8": Decode(32, 8, 4, 128, 8192, bars=(Bar("dense_ratio", 6.5), Bar("of_floor", 0.8))),
   "decode_b32_cr1": Decode(32, 8, 4, 128, 8192, cr=1, bars=(Bar("of_floor", 0.95),)),
@@ -96,6 +104,13 @@ CASES: dict[str, Decode | Text] = {
   "pages_float8_b32_cr8": Decode(32, 8, 4, 128, 8192, pages=32, stored="float8_e4m3fn"),
   "pages_ring_b32_cr8": Decode(32, 8, 4, 128, 8192, pages=32, ring=257, bars=(Bar("contiguous_ratio", 0.9),)),
   "pages_ring_int8_b32_cr8": Decode(32, 8, 4, 128, 8192, pages=32, stored="int8", ring=257),
+  "decode_mass_b32": Decode(32, 8, 4, 128, 1024, cr=1, mass=True, bars=MASS),
+  "decode_mass_g8_b32": Decode(32, 8, 8, 128, 1024, cr=1, mass=True, bars=MASS),
+  "decode_mass_h64_b32": Decode(32, 3, 3, 64, 1024, 16, cr=1, mass=True, bars=MASS),
+  "pages_ring_mass_b32": Decode(32, 8, 4, 128, 1024, cr=1, pages=32, ring=512, mass=True, bars=MASS),
+  "pages_ring_mass_int8_b32": Decode(
+    32, 8, 4, 128, 1024, cr=1, pages=32, stored="int8", ring=512, mass=True, bars=MASS
+  ),
   "prefill_cr8": Text("prefill", 1, 32768, 32, 8, 128, 256, bars=(Bar("dense_ratio", 5),)),
   "prefill_cr1": Text("prefill", 1, 32768, 32, 8, 128, 256, cr=1, bars=(Bar("dense_ratio", 0.9),)),
   "retrofit_t8192": Text(
@@ -129,17 +144,23 @@ def dense_attention(q, k, v, causal: bool):
   return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=implementation)
 
 
-def chain(attend: Callable, layers: int) -> Callable:
+def chain(attend: Callable, layers: int, mass: bool = False) -> Callable:
   """One program of `CALLS` calls `attend(q, layer, ...)`; each call's queries are the previous call's output.
 
-  The call is a jitted function, so it is lowered once: lowering a kernel takes seconds.
+  The call is a jitted function, so it is lowered once: lowering a kernel takes seconds. With `mass`, `attend` returns a
+  second result, whose sum over the calls so far is computed before the next call, as a policy does.
   """
   attend = jax.jit(attend)
 
   def run(q, *args):
+    score = None
     for number in range(CALLS):
       q = attend(q, jnp.int32(number % layers), *args)
-    return q
+      if mass:
+        q, new = q
+        score = new if score is None else jax.tree.map(jnp.add, score, new)
+        q, score = lax.optimization_barrier((q, score))
+    return (q, score) if mass else q
 
   return jax.jit(run)
 
@@ -200,9 +221,9 @@ def decode_arguments(work: Decode) -> tuple[tuple, np.ndarray]:
   return (rings, jnp.asarray(in_ring), pages), lengths
 
 
-def attend_with(implementation: str | None) -> Callable:
+def attend_with(implementation: str | None, mass: bool = False) -> Callable:
   """`decode_attention` of an implementation, called with the arguments of `decode_arguments`."""
-  ours = functools.partial(decode.decode_attention, implementation=implementation)
+  ours = functools.partial(decode.decode_attention, mass=mass, implementation=implementation)
   return lambda q, layer, kv, lengths, pages: ours(q, kv, layer, lengths, pages=pages)
 
 
@@ -210,27 +231,38 @@ def decode_us(work: Decode, implementation: str | None, attend: Callable | None 
   """(microseconds of the kernel, the heads' lengths); `attend` replaces an implementation."""
   args, lengths = decode_arguments(work)
   if attend is None:
-    run = attend_with(implementation)
+    run = attend_with(implementation, work.mass)
   else:
     run = lambda q, layer, kv, lengths, pages: attend(q, kv, layer, lengths, pages=pages)
-  return bench.clock(chain(run, work.layers), queries(work), *args) / CALLS * 1e6, lengths
+  return bench.clock(chain(run, work.layers, work.mass), queries(work), *args) / CALLS * 1e6, lengths
 
 
-def decode_difference(work: Decode, implementation: str | None) -> float:
-  """The largest difference from the XLA implementation, relative to the largest value."""
+def decode_difference(work: Decode, implementation: str | None) -> dict[str, float]:
+  """The largest difference from the XLA implementation, relative to the largest value; and of mass, not relative."""
   args, _ = decode_arguments(work)
-  outs = (jax.jit(attend_with(x))(queries(work), jnp.int32(1), *args) for x in (implementation, "xla"))
-  ours, other = (x.astype(jnp.float32) for x in outs)
-  return float(jnp.abs(ours - other).max() / jnp.abs(other).max())
+  outs = [jax.jit(attend_with(x, work.mass))(queries(work), jnp.int32(1), *args) for x in (implementation, "xla")]
+  ours, other = ((out[0] if work.mass else out).astype(jnp.float32) for out in outs)
+  found = {"difference": float(jnp.abs(ours - other).max() / jnp.abs(other).max())}
+  if work.mass:
+    apart = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), *(out[1] for out in outs))
+    found["mass_difference"] = max(jax.tree.leaves(apart))
+  return found
 
 
 def our_decode(work: Decode, bandwidth: float, implementation: str | None) -> dict[str, float]:
-  """Microseconds of the kernel, of the floor and, for pages, of a contiguous cache; `calls` of a chain."""
+  """Microseconds of the kernel, of the floor and, for pages, of a contiguous cache; `calls` of a chain.
+
+  With mass, the kernel without it and XLA with it are measured instead of a contiguous cache.
+  """
   us, lengths = decode_us(work, implementation)
   slot = format_of(work.stored).slot_bytes(work.size)
   in_ring = float(np.minimum(lengths, work.ring).sum())
   floor = (in_ring * 4 * work.size + (float(lengths.sum()) - in_ring) * slot) / bandwidth * 1e6
   row = {"us": us, "floor_us": floor, "of_floor": floor / us, "calls": CALLS}
+  if work.mass:
+    plain, _ = decode_us(dataclasses.replace(work, mass=False), implementation)
+    xla, _ = decode_us(work, "xla")
+    return row | {"plain_us": plain, "slowdown": us / plain, "xla_us": xla, "xla_ratio": xla / us}
   if work.pages:
     other, _ = decode_us(dataclasses.replace(work, pages=0, ring=0), implementation)
     row |= {"contiguous_us": other, "contiguous_ratio": other / us}
@@ -242,7 +274,7 @@ def measure_decode(work: Decode, bandwidth: float, implementation: str | None, c
   row = our_decode(work, bandwidth, implementation)
   dense = dense_decode(work.batch, work.heads, work.group, work.size, work.slots, work.layers)
   row |= {"dense_us": dense, "dense_ratio": dense / row["us"]}
-  return row | ({"difference": decode_difference(work, implementation)} if check else {})
+  return row | (decode_difference(work, implementation) if check else {})
 
 
 @functools.cache

@@ -142,20 +142,29 @@ def _noise(*, shape: tuple[int, ...], dtype, seed: int) -> Array:
   return tile[jnp.arange(count) % TILE].reshape(shape)
 
 
-def filled(shape: Cache, model: Model, policy: Policy, *, tokens: int, shared: bool = False, seed: int = 0) -> Cache:
-  """A cache of these shapes after `tokens` tokens of each row.
+def filled(
+  shape: Cache, model: Model, policy: Policy, *, tokens: int, held: int | None = None, shared: bool = False,
+  seed: int = 0,
+) -> Cache:  # fmt: skip
+  """A cache of these shapes after `tokens` tokens of each row; statistics and summaries of pages are random.
 
   Args:
+    held: tokens that every head holds, more than the window; default: those that the policy's decisions leave.
     shared: the rows are chains of one text and share the full pages of their archives.
 
   Raises:
     ValueError: the pool is too small.
   """
   archived, evicted = left_by(model, policy, tokens)
+  if held is not None:
+    archived = np.full_like(archived, held - policy.window - 1)
   layers, batch, heads = shape.archived.shape
+  noise = lambda x, seed: None if x is None else _noise(shape=x.shape, dtype=x.dtype, seed=seed)
   every = lambda x: np.repeat(x[:, None], batch, axis=1)
   cache = shape.replace(
-    kv=_noise(shape=shape.kv.shape, dtype=shape.kv.dtype, seed=seed),
+    kv=noise(shape.kv, seed),
+    stats={name: noise(stat, seed + 2) for name, stat in shape.stats.items()},
+    summaries=noise(shape.summaries, seed + 3),
     archived=jnp.asarray(every(archived)),
     evicted=jnp.asarray(every(evicted)),
     seen=jnp.full(batch, tokens, jnp.int32),
@@ -180,7 +189,7 @@ def filled(shape: Cache, model: Model, policy: Policy, *, tokens: int, shared: b
   owners = np.bincount(pages[pages < number], minlength=number).astype(np.int32)
   pool = Pool(jnp.asarray(free), jnp.int32(number - needed), jnp.asarray(owners))
   table = shape.table.replace(pages=jnp.asarray(pages), owned=jnp.asarray(every(owned).astype(np.int32)), pool=pool)
-  cells = _noise(shape=store.pages.shape, dtype=store.pages.dtype, seed=seed + 1)
+  cells = noise(store.pages, seed + 1)
   scales = None if store.scales is None else jnp.full(store.scales.shape, 1 / EIGHT_BITS, jnp.float32)
   return cache.replace(table=table, store=Store(cells, scales))
 

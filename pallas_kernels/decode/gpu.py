@@ -18,11 +18,17 @@ those that Pallas puts before stores and copies, separate their readers from the
 
 Pages of 8 bits are converted to q's dtype, exactly, in shared memory, from where the tensor cores read all operands; a
 slot's two scales multiply its score and its weight. All scores are in units of log 2.
+
+For the mass of slots the kernel also stores its scores, float32, and XLA turns them into probabilities by the
+log-sum-exp of all chunks, which no worker knows. A slot costs 4G bytes to store, 4G to read and 4 for its mass; a
+second pass over the keys would read 2H bytes, or H + 8 of a page of 8 bits and its scales. With G up to 8 and H 64 or
+128 scores are never more: at G = 4, H = 128 they add 36 bytes to the 512 of a key and a value, another pass 260. The
+expression is elementwise, so XLA fuses it into what the policy does next. It reads the scores of all slots, dead ones
+too; policies that watch mass bound their slots, and nearly all are live.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
@@ -33,10 +39,11 @@ from jax.experimental import pallas as pl
 from pallas_kernels.common import compat, tuned, warpgroup
 from pallas_kernels.common.compat import plgpu
 from pallas_kernels.common.softmax import LOG2E, LOWEST
-from pallas_kernels.decode.gpu_common import Blocks, Tile, chunks_of, find, merge
+from pallas_kernels.decode.gpu_common import Blocks, Tile, Variant, chunks_of, find, merge
+from pallas_kernels.decode.mass import slot_mass
 
 QUARTERS = 4  # of a block, the least that is loaded of a cache
-MOST_PAIRS = 4096
+MOST_PAIRS = 4096  # of row and KV head in a call of the kernel, whose shared memory holds up to four numbers of each
 DECODED = ("float", "int8", "float8")  # formats of pages that the kernel decodes
 
 
@@ -84,52 +91,20 @@ def processors() -> int:
   return int(getattr(jax.devices()[0], "core_count", 132))
 
 
-@dataclasses.dataclass(frozen=True)
-class Variant:
-  """What a kernel is compiled for, besides the shapes of its arguments.
-
-  `slots` a head in the contiguous cache, `pages` of `page` slots in the table (0: none), `scaled` pages of 8 bits, and
-  whether to return the log-sum-exp, `lse`.
-  """
-
-  slots: int
-  page: int
-  pages: int
-  scaled: bool
-  lse: bool
-
-  @property
-  def sources(self) -> int:
-    return (self.slots > 0) + (self.page > 0)
-
-  def chunks(self, sizes: Blocks) -> int:
-    """Partial results of a pair, at most."""
-    return sizes.most_chunks(-(-self.slots // sizes.block) + -(-self.page * self.pages // sizes.block))
-
-  def draws(self, sizes: Blocks, pairs: int) -> bool:
-    """Whether workers take numbers from a counter; no result depends on it.
-
-    With pages only if an eighth of all slots may be more than a chunk a worker: otherwise hardly a number is taken, and
-    XLA spends a microsecond clearing the counter before each call. A contiguous cache may be full.
-    """
-    return not self.page or pairs * (self.slots + self.page * self.pages) // 8 > sizes.workers * sizes.split
-
-
 def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, mass: bool = False, blocks=None):
   """See `api.decode_attention`; bfloat16 or float16, head size 64 or 128, groups up to 8.
 
   The slots of `kv` must be a multiple of 8, since a copy by TMA begins at a tile of 8 rows. Pages must divide a block
   or be a whole number of blocks, and have 8 slots or more, 16 with scales; in q's dtype, or int8 or float8_e4m3fn.
+  More than `MOST_PAIRS` pairs of row and KV head take several calls of the kernel, each with some of the rows.
 
   Raises:
-    NotImplementedError: another device, dtype or shape; mass.
+    NotImplementedError: another device, dtype or shape.
   """
   compat.require_hopper()
-  if mass:
-    raise NotImplementedError("returns no mass of slots")
   b, n, h = q.shape
   layers, _, k = (kv if kv is not None else pages.table).shape[:3]
-  group, pairs = n // k, b * k
+  group = n // k
   if q.dtype not in (jnp.bfloat16, jnp.float16) or (kv is not None and kv.dtype != q.dtype):
     stored = "" if kv is None else f" and {kv.dtype}"
     raise NotImplementedError(f"q and kv must both be bfloat16 or both float16, not {q.dtype}{stored}")
@@ -138,20 +113,21 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
   slots = 0 if kv is None else kv.shape[3]
   if slots % 8:
     raise NotImplementedError(f"{slots} slots a head: must be a multiple of 8")
-  if layers * pairs * slots >= 2**31 or pairs > MOST_PAIRS:
+  if layers * b * k * slots >= 2**31 or k > MOST_PAIRS:
     raise NotImplementedError(
-      f"{layers} layers of {pairs} pairs of row and KV head, {slots} slots each: "
-      f"up to {MOST_PAIRS} pairs and 2^31 slots"
+      f"{layers} layers of {b} rows and {k} KV heads, {slots} slots each: up to {MOST_PAIRS} heads and 2^31 slots"
     )
   scaled = pages is not None and pages.format.scaled
   page, stored = (0, "") if pages is None else (pages.pool.shape[1], pages.pool.dtype.name)
+  calls = -(-b // (MOST_PAIRS // k))
+  rows = -(-b // calls)
   if blocks is None:
-    default = default_blocks(b, k, slots, h, processors(), page > 0, scaled)
-    blocks = tuned.blocks("decode", shape_class(pairs, h, slots, page, stored), default)
-  arrays = [q.reshape(pairs, group, h), jnp.asarray(layer, jnp.int32).reshape(1)]
-  counts = []
+    default = default_blocks(rows, k, slots, h, processors(), page > 0, scaled)
+    blocks = tuned.blocks("decode", shape_class(rows * k, h, slots, page, stored), default)
+  first = [q.reshape(b * k, group, h), jnp.asarray(layer, jnp.int32).reshape(1)]
+  arrays, counts = [], []
   if kv is not None:
-    arrays.append(kv.reshape(layers * pairs * slots, 2 * h))
+    arrays.append(kv.reshape(layers * b * k * slots, 2 * h))
     counts.append(lengths)
   most = 0
   if pages is not None:
@@ -162,11 +138,22 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
     arrays += [pages.pool.reshape(-1, 2 * h), table]
     arrays += [pages.scales.reshape(-1)] if scaled else []
     counts.append(pages.lengths)
-  counts = [x.astype(jnp.int32).reshape(pairs) for x in counts]
-  variant = Variant(slots, page, most, scaled, lse)
-  out, logs = _attend(blocks, variant, *arrays, *counts)
-  out = out.reshape(b, n, h)
-  return (out, logs[:, :group, 0].reshape(b, n)) if lse else out
+  counts = [x.astype(jnp.int32).reshape(b * k) for x in counts]
+  attend = functools.partial(_attend, blocks, Variant(slots, page, most, scaled, lse or mass, mass, k * (calls > 1)))
+  if calls == 1:
+    out, logs, masses = attend(*first, *arrays, *counts)
+  else:
+    # Rows instead of layers: number layer * B + row is where the first row of a call begins in the cache.
+    attend = attend if compat.interpreting() else jax.jit(attend)  # lowered once
+    parts = [
+      attend(first[0][at : at + rows * k], first[1] * b + at // k, *arrays, *(x[at : at + rows * k] for x in counts))
+      for at in range(0, b * k, rows * k)
+    ]
+    out, logs, masses = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+  results = [out.reshape(b, n, h)]
+  results += [logs.reshape(b, n)] if lse else []
+  results += [jax.tree.map(lambda x: x.reshape(b, k, -1), masses)] if mass else []
+  return tuple(results) if len(results) > 1 else results[0]
 
 
 def check_pages(pages, dtype, block: int) -> None:
@@ -184,10 +171,11 @@ def check_pages(pages, dtype, block: int) -> None:
 
 
 def _attend(sizes: Blocks, variant: Variant, q, layer, *arrays):
-  """(out [P, G, H], log-sum-exp float32 [P, R, H] or None), for P pairs of row and KV head.
+  """(out [P, G, H], log-sum-exp [P, G] or None, masses ([P, S], [P, M * page]) or None), the last two float32, for P
+  pairs of row and KV head.
 
   q [P, G, H], layer [1]; then kv [L * P * S, 2H] if there are slots; the pool [pages * page, 2H], the table
-  [L * P * M] and, if scaled, scales [pages * page * 2] if there are pages; lengths of each, padded.
+  [L * P * M] and, if scaled, scales [pages * page * 2] if there are pages; lengths of each.
   """
   pairs, group, h = q.shape
   tile = Tile.of(group, h, apart=pairs < processors())
@@ -201,6 +189,7 @@ def _attend(sizes: Blocks, variant: Variant, q, layer, *arrays):
   listed = max(warpgroup.THREADS, 1 << (pairs - 1).bit_length())  # pairs, and as many more as make it a power of two
   board_size = stages + 2  # numbers of chunks from the one computed with to the one drawn
   counting = variant.draws(sizes, pairs) and not compat.interpreting()
+  apart = variant.apart or pairs
 
   def body(*refs):
     refs = list(refs)
@@ -210,6 +199,7 @@ def _attend(sizes: Blocks, variant: Variant, q, layer, *arrays):
     scales_ref = refs.pop(0) if variant.scaled else None
     lengths_refs = [refs.pop(0) for _ in lengths]
     part_ref, stat_ref = refs.pop(0), refs.pop(0)
+    scores_ref = refs.pop(0) if variant.mass else None
     lens = [refs.pop(0) for _ in lengths]
     starts, sums, board, reduced, q_smem, p_smem, kv_smem, ready, *refs = refs
     bytes_smem, scales_smem, bytes_ready = refs if variant.scaled else (None, None, None)
@@ -230,7 +220,7 @@ def _attend(sizes: Blocks, variant: Variant, q, layer, *arrays):
       starts[pl.ds(i * listed, listed)] = before[i]
     plgpu.commit_smem()
     total = sum(every)
-    first_slot, first_page = layer_ref[0] * (pairs * slots), layer_ref[0] * (pairs * variant.pages)
+    first_slot, first_page = layer_ref[0] * (apart * slots), layer_ref[0] * (apart * variant.pages)
 
     # The number of a worker's first chunk, or of its first two if there are few, is known beforehand. It takes the next
     # ones from the counter one chunk ahead, so that the answer has arrived when it is needed. Without a counter (the
@@ -392,8 +382,8 @@ def _attend(sizes: Blocks, variant: Variant, q, layer, *arrays):
       column = lambda x: plgpu.layout_cast(jnp.full((warpgroup.GROUP,), x, jnp.float32), compat.column_layout())
       zeros = lambda n: plgpu.layout_cast(jnp.zeros((n, warpgroup.GROUP), jnp.float32), plgpu.Layout.WGMMA)
 
-      def step(i, carry, live, scaled):
-        """Block i of the chunk, `live` slots from the chunk's first on."""
+      def step(i, carry, live, place, scaled):
+        """Block i of the chunk, `live` slots from the chunk's first on, whose score lies at `place`."""
         acc, top, weights, ahead = carry
         slot = lax.rem(number + i, i32(stages))
         live = live - i * block
@@ -414,6 +404,8 @@ def _attend(sizes: Blocks, variant: Variant, q, layer, *arrays):
         if scaled:
           s = s * lax.broadcast_in_dim(of_keys, s.shape, [0])
         s = jnp.where(index(s.shape) < live, s, -jnp.inf)
+        if variant.mass:
+          warpgroup.store_transposed(s, scores_ref.at[pair, pl.ds(0, group), pl.ds(place + i * block, block)])
         new_top = jnp.maximum(top, warpgroup.reduce_columns(s, "max", reduced.at[lax.rem(number + turn + i, i32(2))]))
         shrink = jnp.exp2(top - new_top)
         p = jnp.exp2(s - lax.broadcast_in_dim(new_top, s.shape, [1]))
@@ -431,8 +423,11 @@ def _attend(sizes: Blocks, variant: Variant, q, layer, *arrays):
       for source, length in enumerate(lens):
         last = source + 1 == len(lens)
         stop = size if last else jnp.clip(first - begin, 0, size)
-        live = length[pair] - (begin if source == 0 and slots else begin - first) * block
-        carry = lax.fori_loop(done, stop, functools.partial(step, live=live, scaled=variant.scaled and last), carry)
+        origin = lambda source=source: begin if source == 0 and slots else begin - first
+        live = length[pair] - origin() * block
+        place = (origin() + i32(source * variant.cache_blocks(sizes))) * block if variant.mass else None
+        one = functools.partial(step, live=live, place=place, scaled=variant.scaled and last)
+        carry = lax.fori_loop(done, stop, one, carry)
         done = stop
       acc, top, weights, ahead = carry
       weights = warpgroup.reduce_columns(weights, "sum", reduced.at[lax.rem(number + turn + size, i32(2))])
@@ -445,6 +440,8 @@ def _attend(sizes: Blocks, variant: Variant, q, layer, *arrays):
 
   parts = [jax.ShapeDtypeStruct((pairs, variant.chunks(sizes), *tile.shape), jnp.float32)]
   parts.append(jax.ShapeDtypeStruct((pairs, variant.chunks(sizes), 2, warpgroup.GROUP), jnp.float32))
+  if variant.mass:
+    parts.append(jax.ShapeDtypeStruct((pairs, group, variant.scores(sizes)), jnp.float32))
   outs = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
   outs += [jax.ShapeDtypeStruct((pairs, *tile.shape), jnp.float32)] if variant.lse else []
   params = plgpu.CompilerParams(approx_math=True)
@@ -464,8 +461,8 @@ def _attend(sizes: Blocks, variant: Variant, q, layer, *arrays):
   if variant.scaled:
     scratch += [matrix(arrays[1 if slots else 0].dtype, stages), plgpu.SMEM((stages, 2 * block), jnp.float32)]
     scratch.append(plgpu.Barrier(num_barriers=stages, num_arrivals=2 * pieces))
-  kinds = f"pages{page}_" if page else ""
-  part, stat = compat.kernel(
+  kinds = (f"pages{page}_" if page else "") + ("mass_" if variant.mass else "")
+  part, stat, *scores = compat.kernel(
     body,
     out_type=parts,
     scratch_types=scratch,
@@ -492,4 +489,9 @@ def _attend(sizes: Blocks, variant: Variant, q, layer, *arrays):
     kernel_name=f"decode_merge_{sizes.merged}",
     compiler_params=params,
   )(*lengths, part, stat)
-  return done[0], done[1] if variant.lse else None
+  logs = done[1][:, :group, 0] if variant.lse else None
+  if not variant.mass:
+    return done[0], logs, None
+  of_cache = (0, slots, lengths[0]) if slots else None
+  of_pages = (variant.cache_blocks(sizes) * block, page * variant.pages, lengths[-1]) if page else None
+  return done[0], logs, slot_mass(scores[0], logs, (of_cache, of_pages))

@@ -56,6 +56,53 @@ class Blocks:
 
 
 @dataclasses.dataclass(frozen=True)
+class Variant:
+  """What a kernel is compiled for, besides the shapes of its arguments.
+
+  `slots` a head in the contiguous cache, `pages` of `page` slots in the table (0: none), `scaled` pages of 8 bits, and
+  whether to return the log-sum-exp, `lse`, and with it the slots' `mass`. In the cache, pairs of one number `layer` are
+  `apart` pairs from those of the next (0: as many as there are).
+  """
+
+  slots: int
+  page: int
+  pages: int
+  scaled: bool
+  lse: bool
+  mass: bool = False
+  apart: int = 0
+
+  @property
+  def sources(self) -> int:
+    return (self.slots > 0) + (self.page > 0)
+
+  def cache_blocks(self, sizes: Blocks) -> int:
+    """Blocks of a pair in the contiguous cache, at most."""
+    return -(-self.slots // sizes.block)
+
+  def page_blocks(self, sizes: Blocks) -> int:
+    """Blocks of a pair in pages, at most."""
+    return -(-self.page * self.pages // sizes.block)
+
+  def scores(self, sizes: Blocks) -> int:
+    """Places of a query's scores: blocks of the cache, then of pages, at least one, since a pair without live slots
+    has one."""
+    return (self.cache_blocks(sizes) + max(self.page_blocks(sizes), self.page > 0)) * sizes.block
+
+  def chunks(self, sizes: Blocks) -> int:
+    """Partial results of a pair, at most."""
+    return sizes.most_chunks(self.cache_blocks(sizes) + self.page_blocks(sizes))
+
+  def draws(self, sizes: Blocks, pairs: int) -> bool:
+    """Whether workers take numbers from a counter; no result depends on it.
+
+    With pages only if an eighth of all slots may be more than a chunk a worker: otherwise hardly a number is taken, and
+    XLA spends a microsecond clearing the counter before each call. A contiguous cache may be full.
+    """
+    return not self.page or pairs * (self.slots + self.page * self.pages) // 8 > sizes.workers * sizes.split
+
+
+@dataclasses.dataclass(frozen=True)
 class Tile:
   """A pair's result: `rows` >= G rows of H; each warpgroup merges `together` of them."""
 

@@ -14,6 +14,10 @@ and nothing moves across lanes. All scores are in units of log 2.
 Pages of 8 bits are converted to q's dtype, exactly, before their block is used; a slot's two scales multiply its score
 and its weight. Scales come as one row a page and are needed as one row a block: a product with ones moves each to its
 slot's lane, exactly.
+
+For the mass of slots the kernel also stores the scores of each block, float32, eight queries whatever the group: 64
+bytes a slot, written and read, where a second pass over the keys would read 2H bytes or more. XLA turns them into
+probabilities by the log-sum-exp of all chunks.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common import compat_tpu
 from pallas_kernels.common.softmax import LOG2E, LOWEST
+from pallas_kernels.decode.mass import slot_mass
 
 LANES = 128
 DECODED = ("float", "int8", "float8")  # formats of pages that the kernel decodes
@@ -81,11 +86,9 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
     blocks: `Blocks`, by default `default_blocks`.
 
   Raises:
-    NotImplementedError: another device, dtype or shape; mass.
+    NotImplementedError: another device, dtype or shape.
   """
   compat_tpu.require_tpu()
-  if mass:
-    raise NotImplementedError("returns no mass of slots")
   b, n, h = q.shape
   k = (kv if kv is not None else pages.table).shape[2]
   group, pairs, rows = n // k, b * k, compat_tpu.tile(q.dtype)
@@ -137,8 +140,15 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
   number = jnp.asarray(layer, jnp.int32).reshape(1)
   scalars = number, items, bounds, *counts, table
   archive = (None, None) if pages is None else (pages.pool, pages.scales)
-  parts = _attend(blocks, q.dtype, h, held.shape[1], scalars, queries, kv, *archive)
-  return merge(parts, held, q, group, lse)
+  parts, *scores = _attend(blocks, q.dtype, h, held.shape[1], mass, scalars, queries, kv, *archive)
+  if not mass:
+    return merge(parts, held, q, group, lse)
+  out, logs = merge(parts, held, q, group, True)
+  of_cache = None if kv is None else (0, sizes[0], counts[0])
+  of_pages = None if pages is None else (-(-sizes[0] // blocks.block) * blocks.block, sizes[1], counts[1])
+  masses = slot_mass(scores[0], logs.reshape(pairs, group), (of_cache, of_pages))
+  masses = tuple(None if x is None else x.reshape(b, k, -1) for x in masses)
+  return (out, logs, masses) if lse else (out, masses)
 
 
 def work_list(counts, sizes, blocks: Blocks):
@@ -184,9 +194,10 @@ def merge(parts, held, q, group: int, lse: bool):
   return (out, ((top + jnp.log2(total)) / LOG2E).reshape(b, n)) if lse else out
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, pool, scales):
-  """Output and log2 of the sum of exponentials of each chunk, float32 [pairs, chunks, rows, 128].
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _attend(sizes: Blocks, dtype, h: int, chunks: int, mass: bool, scalars, queries, kv, pool, scales):
+  """[Output and log2 of the sum of exponentials of each chunk, float32 [pairs, chunks, rows, 128]], and with `mass` the
+  scores, float32 [pairs, 8, X], in units of log 2: blocks of the cache, then of pages.
 
   With H = 128 they are rows 0-7 and 8-15, the logarithm in every lane; with H = 64 the logarithm is in lanes 0-63 and
   the output in the others. Chunks with nothing live are not written.
@@ -199,7 +210,8 @@ def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, poo
   unit, smallest = min(page, block), compat_tpu.tile(dtype)
   pieces, scaled = block // unit, scales is not None
   heads = 1 if kv is None else kv.shape[2]
-  split = sizes.split or max(-(-slots // block) + -(-most * page // block), 1)
+  in_cache, in_pages = -(-slots // block), -(-most * page // block)
+  split = sizes.split or max(in_cache + in_pages, 1)
   tile_rows = GROUP * (h // 64)
   ragged = slots % smallest != 0  # copies may not end inside a tile, but they may take all there is
   precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
@@ -210,7 +222,10 @@ def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, poo
     kv_ref = None if kv is None else refs.pop(0)
     pool_ref = None if pool is None else refs.pop(0)
     scales_ref = refs.pop(0) if scaled else None
-    parts_ref, rows, q_rows, tiles, ready, asked, done, *refs = refs
+    parts_ref = refs.pop(0)
+    scores_ref = refs.pop(0) if mass else None
+    rows, q_rows, tiles, ready, asked, done, *refs = refs
+    score_tiles, stored = (refs.pop(0), refs.pop(0)) if mass else (None, None)
     cells, factors, to_lanes = (refs.pop(0) for _ in range(3)) if scaled else (None, None, None)
     ring = refs
     begin, end = bounds_ref[pl.program_id(0)], bounds_ref[pl.program_id(0) + 1]
@@ -329,6 +344,10 @@ def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, poo
         found.append(jnp.sum(jnp.where(own, spread, 0.0), axis=0, keepdims=True))
       return found
 
+    def store_scores(turn, pair, block_number):
+      at = pl.ds(pl.multiple_of(block_number * block, block), block)
+      return pltpu.make_async_copy(score_tiles.at[turn], scores_ref.at[pair, :, at], stored.at[turn])
+
     def one_chunk(state):
       item, ahead, number = state
       pair, chunk, _, _ = pair_of(item)
@@ -370,6 +389,12 @@ def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, poo
           of_keys, of_values = factors_of(slot, live, lax.rem(block_number * block, i32(page)))
           s = jnp.where(paged, s * of_keys, s)
         s = jnp.where(lax.broadcasted_iota(i32, s.shape, 1) < live, s, -jnp.inf)
+        if mass:
+          turn = lax.rem(number + i, i32(2))
+          store = store_scores(turn, pair, jnp.where(paged, in_cache + block_number, block_number))
+          pl.when(number + i >= 2)(store.wait)  # until the block before the last has left this buffer
+          score_tiles[turn] = s
+          store.start()
         new_top = jnp.maximum(top, s.max(axis=1, keepdims=True))
         p = jnp.exp2(s - new_top)
         shrink = jnp.exp2(top - new_top)
@@ -394,10 +419,12 @@ def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, poo
       write.start()
       return item + 1, ahead, number + count
 
-    lax.while_loop(lambda state: state[0] < end, one_chunk, (begin, ahead, i32(0)))
+    _, _, computed = lax.while_loop(lambda state: state[0] < end, one_chunk, (begin, ahead, i32(0)))
     for turn in range(2):
       last = pltpu.make_async_copy(tiles.at[turn], parts_ref.at[0, 0], done.at[turn])
       pl.when(end - begin > turn)(last.wait)
+      if mass:
+        pl.when(computed > turn)(store_scores(turn, 0, 0).wait)
 
   arrays = [x for x in (kv, pool, scales) if x is not None]
   of_scaled = []
@@ -405,14 +432,18 @@ def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, poo
     of_scaled.append(pltpu.VMEM((stages, block, width), pool.dtype))
     of_scaled.append(pltpu.VMEM((stages, pieces, 1, 2 * page), jnp.float32))
     of_scaled.append(pltpu.VMEM((2, 2 * page, max(page, block)), jnp.float32))
+  outs, of_mass = [jax.ShapeDtypeStruct((pairs, chunks, tile_rows, LANES), jnp.float32)], []
+  if mass:
+    outs.append(jax.ShapeDtypeStruct((pairs, GROUP, max(in_cache + in_pages, 1) * block), jnp.float32))
+    of_mass = [pltpu.VMEM((2, GROUP, block), jnp.float32), pltpu.SemaphoreType.DMA((2,))]
   return pl.pallas_call(
     body,
-    out_shape=jax.ShapeDtypeStruct((pairs, chunks, tile_rows, LANES), jnp.float32),
+    out_shape=outs,
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=len(scalars),
       grid=(sizes.workers,),
       in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * (1 + len(arrays)),
-      out_specs=pl.BlockSpec(memory_space=pl.ANY),
+      out_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(outs),
       scratch_shapes=[
         pltpu.VMEM((stages, block, width), dtype),
         pltpu.VMEM((stages, GROUP, lanes), jnp.float32),
@@ -420,6 +451,7 @@ def _attend(sizes: Blocks, dtype, h: int, chunks: int, scalars, queries, kv, poo
         pltpu.SemaphoreType.DMA((stages,)),
         pltpu.SemaphoreType.DMA((stages,)),
         pltpu.SemaphoreType.DMA((2,)),
+        *of_mass,
         *of_scaled,
         *([pltpu.VMEM((stages, slots, width), dtype)] if ragged else []),
       ],

@@ -71,6 +71,13 @@ def test_a_decode_case_measures_time_and_floor(name):
   assert ("contiguous_ratio" in row) == (case.pages > 0)
 
 
+@pytest.mark.standard_promotion
+def test_a_case_with_mass_is_measured_beside_one_without():
+  row = bench_kernels.measure(SMALL["pages_ring_mass_b32"], 1e10, bench_kernels.Config(), "xla")
+  assert row["slowdown"] == row["us"] / row["plain_us"] and row["xla_ratio"] == row["xla_us"] / row["us"]
+  assert row["difference"] == row["mass_difference"] == 0 and "contiguous_us" not in row
+
+
 def test_pages_hold_what_is_live_and_no_more():
   case = SMALL["pages_b32_cr8"]
   lengths = np.array([[1, 128], [16, 17]], np.int32)

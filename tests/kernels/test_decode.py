@@ -118,21 +118,21 @@ def test_log_sum_exp(backend):
   np.testing.assert_allclose(logs, want_logs, rtol=0, atol=1e-5)
 
 
-def test_mass(backend):
+@pytest.mark.parametrize("slots, group", [(7, 3), (SLOTS, 1), (304, 8)])
+def test_mass(backend, slots, group):
   """The attention of a KV head's slots adds up to the query heads of its group; dead slots get 0."""
   rng = np.random.default_rng(10)
-  for slots in (7, SLOTS, 300):
-    q, kv = make(rng, 2, 2, 3, 64, slots, backend.dtype)
-    lengths = jnp.array([[slots, 3], [0, slots - 5]], jnp.int32)
-    with running(backend):
-      out, (mass, of_pages) = decode_attention(
-        q, kill(kv, lengths), LAYER, lengths, mass=True, implementation=backend.name
-      )
-    want, (want_mass, _) = ref.decode_attention(*float64(q, kv), LAYER, lengths, mass=True)
-    assert_close(out, want, "float32")
-    assert of_pages is None and mass.dtype == jnp.float32
-    np.testing.assert_allclose(mass, want_mass, rtol=0, atol=1e-5)
-    np.testing.assert_allclose(mass.sum(-1), np.where(lengths > 0, 3.0, 0.0), rtol=0, atol=1e-5)
+  q, kv = make(rng, 2, 2, group, 64, slots, backend.dtype)
+  lengths = jnp.array([[slots, 3], [0, slots - 5]], jnp.int32)
+  with running(backend):
+    out, (mass, of_pages) = decode_attention(
+      q, kill(kv, lengths), LAYER, lengths, mass=True, implementation=backend.name
+    )
+  want, (want_mass, _) = ref.decode_attention(*float64(q, kv), LAYER, lengths, mass=True)
+  assert_close(out, want, backend.dtype)
+  assert of_pages is None and mass.dtype == jnp.float32 and (np.asarray(mass)[np.asarray(want_mass) == 0] == 0).all()
+  np.testing.assert_allclose(mass, want_mass, rtol=0, atol=1e-5)
+  np.testing.assert_allclose(mass.sum(-1), np.where(lengths > 0, float(group), 0.0), rtol=0, atol=1e-5)
 
 
 def test_bits_of_bfloat16(backend):

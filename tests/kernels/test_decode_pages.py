@@ -110,34 +110,51 @@ def test_neighbours_change_no_bit(backend):
     np.testing.assert_array_equal(first[1], other[1])
 
 
+def scaled(rng, pages, dtype):
+  """Pages of 8 bits instead of `pages`, with a scale for each key and value, NaN in dead slots."""
+  number, page, _ = pages.pool.shape
+  scales = jnp.asarray(rng.uniform(0.5, 2, (number, page, 2)), jnp.float32) * 0.02
+  scales = jnp.where(jnp.isnan(pages.pool[..., :1]), jnp.nan, scales).reshape(number, 1, 2 * page)
+  pool = jnp.asarray(rng.integers(-120, 121, pages.pool.shape), jnp.float32).astype(dtype)
+  return Pages(pool, pages.table, pages.lengths, scales)
+
+
 @pytest.mark.parametrize("page", [PAGE, 32, 128])
 def test_scaled_pages(backend, page):
-  """8-bit pages, a scale for each key and value, beside a ring in full precision; smaller and larger than a block."""
+  """8-bit pages beside a ring in full precision, and alone; smaller and larger than a block."""
   rng = np.random.default_rng(3)
   q, kv, lengths, pages = make(rng, page=page, most=-(-RAGGED.max() // page), **native(backend))
-  number = pages.pool.shape[0]
-  scales = jnp.asarray(rng.uniform(0.5, 2, (number, page, 2)), jnp.float32) * 0.02
-  dead = jnp.isnan(pages.pool[..., :1])
-  scales = jnp.where(dead, jnp.nan, scales).reshape(number, 1, 2 * page)
   for dtype in (jnp.int8, jnp.float8_e4m3fn):
-    pool = jnp.asarray(rng.integers(-120, 121, pages.pool.shape), jnp.float32).astype(dtype)
-    scaled = Pages(pool, pages.table, pages.lengths, scales)
+    stored = scaled(rng, pages, dtype)
     for ring, in_ring in ((kv, lengths), (None, None)):
-      out, logs = run(backend, q, ring, in_ring, scaled, lse=True)
-      want, want_logs = expect(q, ring, in_ring, scaled, lse=True)
+      out, logs = run(backend, q, ring, in_ring, stored, lse=True)
+      want, want_logs = expect(q, ring, in_ring, stored, lse=True)
       assert_close(out, want, backend.dtype)
       np.testing.assert_allclose(logs, want_logs, rtol=0, atol=1e-5)
 
 
-def test_mass(backend):
-  q, kv, lengths, pages = make(np.random.default_rng(4), 3, **native(backend))
+@pytest.mark.parametrize("stored", [None, jnp.int8, jnp.float8_e4m3fn])
+def test_mass(backend, stored):
+  """Of a ring and of pages in one softmax, 0 in dead slots; in q's own dtype and in 8 bits."""
+  rng = np.random.default_rng(4)
+  q, kv, lengths, pages = make(rng, 3, page=32, most=5, **native(backend))
+  pages = pages if stored is None else scaled(rng, pages, stored)
   out, logs, masses = run(backend, q, kv, lengths, pages, lse=True, mass=True)
   want, want_logs, want_masses = expect(q, kv, lengths, pages, lse=True, mass=True)
   assert_close(out, want, backend.dtype)
   np.testing.assert_allclose(logs, want_logs, rtol=0, atol=1e-5)
   for mass, expected in zip(masses, want_masses, strict=True):
-    assert mass.dtype == jnp.float32
+    assert mass.dtype == jnp.float32 and (np.asarray(mass)[expected == 0] == 0).all()
     np.testing.assert_allclose(mass, expected, rtol=0, atol=1e-5)
+
+
+def test_mass_of_pages_alone(backend):
+  q, _, _, pages = make(np.random.default_rng(8), **native(backend))
+  out, (of_ring, mass) = run(backend, q, None, None, pages, mass=True)
+  want, (_, expected) = expect(q, None, None, pages, mass=True)
+  assert_close(out, want, backend.dtype)
+  assert of_ring is None
+  np.testing.assert_allclose(mass, expected, rtol=0, atol=1e-5)
 
 
 def test_bits_of_bfloat16(backend):

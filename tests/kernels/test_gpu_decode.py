@@ -31,11 +31,11 @@ def inputs(batch, heads, group, h, slots, lengths, dtype=jnp.bfloat16):
   return q, jnp.asarray(kv, dtype), jnp.asarray(lengths)
 
 
-def run(q, kv, lengths, block=64, stages=2, split=128, workers=3, merged=8, lse=False):
+def run(q, kv, lengths, block=64, stages=2, split=128, workers=3, merged=8, **options):
   """The kernel in the interpreter, with few workers."""
   sizes = gpu.Blocks(block, stages, split, workers, merged=merged)
   with on_hopper():
-    return jax.block_until_ready(gpu.decode_attention(q, kv, jnp.int32(LAYER), lengths, blocks=sizes, lse=lse))
+    return jax.block_until_ready(gpu.decode_attention(q, kv, jnp.int32(LAYER), lengths, blocks=sizes, **options))
 
 
 def check(q, kv, lengths, **sizes):
@@ -85,9 +85,9 @@ def test_result_depends_on_its_own_slots_alone():
 
 def test_a_counter_where_workers_have_several_chunks():
   """The capacity of the pages decides: few or short heads need no counter."""
-  sizes, paged = gpu.Blocks(64, 2, 256, 528), lambda pages: gpu.Variant(272, 32, pages, False, False)
+  sizes, paged = gpu.Blocks(64, 2, 256, 528), lambda pages: gpu_common.Variant(272, 32, pages, False, False)
   assert not paged(250).draws(sizes, 64) and paged(1020).draws(sizes, 64)
-  assert gpu.Variant(8192, 0, 0, False, False).draws(sizes, 64)
+  assert gpu_common.Variant(8192, 0, 0, False, False).draws(sizes, 64)
 
 
 @needs_mosaic_gpu
@@ -106,6 +106,45 @@ def test_log_sum_exp():
   np.testing.assert_allclose(logs, want, atol=1e-5)
 
 
+@needs_mosaic_gpu
+@pytest.mark.parametrize("group, h, block", [(1, 64, 64), (3, 128, 64), (8, 64, 128)])
+def test_mass_beside_the_same_bits(group, h, block):
+  """Slots of several chunks, merged apart; asking for mass changes no bit of the attention."""
+  lengths = [[0, 1], [391, 256], [384, 130]]
+  q, kv, lengths = inputs(3, 2, group, h, 392, lengths)
+  sizes = dict(block=block, split=2 * block, workers=5, merged=2)
+  plain = run(q, kv, lengths, **sizes)
+  out, (mass, _) = run(q, kv, lengths, mass=True, **sizes)
+  np.testing.assert_array_equal(np.asarray(out, np.float32), np.asarray(plain, np.float32))
+  _, (want, _) = ref.decode_attention(q, kv, LAYER, lengths, mass=True)
+  assert (np.asarray(mass)[want == 0] == 0).all()
+  np.testing.assert_allclose(mass, want, rtol=0, atol=1e-5)  # float32 sums
+
+
+@needs_mosaic_gpu
+def test_mass_of_a_table_without_places():
+  """Pages have no slot; the ring's mass is that of the ring alone, and heads without live slots have none."""
+  q, kv, lengths = inputs(1, 3, 2, 64, 64, [64, 0, 9])
+  nothing = Pages(kv[0, 0], jnp.zeros((LAYERS, 1, 3, 0), jnp.int32), jnp.zeros((1, 3), jnp.int32))
+  _, (mass, of_pages) = run(q, kv, lengths, pages=nothing, mass=True)
+  _, (want, _) = ref.decode_attention(q, kv, LAYER, lengths, mass=True)
+  assert of_pages.shape == (1, 3, 0)
+  np.testing.assert_allclose(mass, want, rtol=0, atol=1e-5)
+
+
+@needs_mosaic_gpu
+def test_more_pairs_than_a_call_takes(monkeypatch):
+  """Three rows in calls of two and of one give the same bits as in one call, of the layer that is read."""
+  q, kv, lengths = inputs(3, 2, 2, 64, 64, [[64, 3], [0, 61], [64, 9]])
+  pool = jnp.nan_to_num(kv.reshape(-1, 64, 128))
+  table = jnp.arange(LAYERS * 3 * 2, dtype=jnp.int32).reshape(LAYERS, 3, 2, 1)
+  options = dict(pages=Pages(pool, table, jnp.asarray([[0, 3], [64, 9], [8, 0]], jnp.int32)), lse=True, mass=True)
+  whole = run(q, kv, lengths, **options)
+  monkeypatch.setattr(gpu, "MOST_PAIRS", 4)
+  for one, parts in zip(jax.tree.leaves(whole), jax.tree.leaves(run(q, kv, lengths, **options)), strict=True):
+    np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(parts, np.float32))
+
+
 def lower(batch, heads, group, h, slots, call=partial(decode_attention, implementation="gpu"), **options):
   struct = jax.ShapeDtypeStruct
   with compat.assume_hopper():
@@ -122,7 +161,16 @@ def lower(batch, heads, group, h, slots, call=partial(decode_attention, implemen
 @needs_mosaic_gpu
 @pytest.mark.parametrize("group, h", [(1, 64), (3, 64), (4, 128), (8, 128)])
 def test_lowers_for_cuda(group, h):
-  assert "decode_" in lower(2, 3, group, h, 8192, lse=group == 3)
+  for mass in (False, True):
+    text = lower(2, 3, group, h, 8192, lse=group == 3, mass=mass)
+    assert "decode_" in text and ("decode_mass_" in text) == mass
+
+
+@needs_mosaic_gpu
+def test_calls_of_some_rows_are_lowered_once():
+  """8,192 pairs are two calls of one function, of a worker's and a merging kernel."""
+  text = lower(4096, 2, 4, 64, 64)
+  assert text.count("call @_attend") == 2 and text.count("call @mosaic_gpu_v2") == 2
 
 
 @needs_mosaic_gpu
@@ -139,10 +187,11 @@ def test_pages_lower_for_cuda(h, ring, page, stored):
   pages = Pages(pool, struct((LAYERS, batch, heads, most), jnp.int32), lengths, scales)
   kv = struct((LAYERS, batch, heads, ring, 2 * h), jnp.bfloat16) if ring else None
   with compat.assume_hopper():
-    call = jax.jit(partial(decode_attention, implementation="gpu"))
+    attend = partial(decode_attention, implementation="gpu")
     arguments = struct((batch, heads * 4, h), jnp.bfloat16), kv, struct((), jnp.int32), lengths if ring else None
-    text = call.trace(*arguments, pages=pages).lower(lowering_platforms=("cuda",)).as_text()
-  assert f"decode_pages{page}_" in text
+    for call in (attend, partial(attend, mass=True)):
+      text = jax.jit(call).trace(*arguments, pages=pages).lower(lowering_platforms=("cuda",)).as_text()
+      assert f"decode_pages{page}_" in text
 
 
 def test_refuses_with_the_reason():
@@ -170,8 +219,6 @@ def test_refuses_with_the_reason():
     ):
       with pytest.raises(NotImplementedError, match=reason):
         call(q, None, 0, None, pages=pages)
-    with pytest.raises(NotImplementedError, match="returns no mass"):
-      call(q, kv, 0, lengths, mass=True)
 
 
 @pytest.mark.parametrize("pairs, split, rest", [(3, 128, 128), (70, 256, 64), (128, 512, 192)])

@@ -54,14 +54,14 @@ def compiled(device, shape, dtype, attend):
   return lowered.compile(), size
 
 
-def check(device, name, dtype, attend):
-  """The program has the kernel, and no temporary of the cache's size."""
+def check(device, name, dtype, attend, most=0.01):
+  """The program has the kernel, and temporaries below a share `most` of the cache."""
   program, size = compiled(device, SHAPES[name], dtype, attend)
   memory = program.memory_analysis()
   print(f"{device.device_kind}, {name}: {memory.temp_size_in_bytes:,} bytes of temporaries beside {size:,}")
   text = program.as_text()
   assert "tpu_custom_call" in text and "decode_" in text
-  assert memory.temp_size_in_bytes < 0.01 * size, f"{memory.temp_size_in_bytes:,} bytes beside {size:,}"
+  assert memory.temp_size_in_bytes < most * size, f"{memory.temp_size_in_bytes:,} bytes beside {size:,}"
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -69,6 +69,13 @@ def test_decode_attention_compiles(device, name):
   """As dispatch chooses it, with its log-sum-exp."""
   attend = lambda q, kv, layer, lengths, pages: decode_attention(q, kv, layer, lengths, pages=pages, lse=True)
   check(device, name, jnp.bfloat16, attend)
+
+
+@pytest.mark.parametrize("name", ["llama-8b", "smollm2, ring and pages"])
+def test_decode_attention_with_mass_compiles(device, name):
+  """One layer's scores are temporaries."""
+  attend = partial(decode_attention, mass=True, implementation="tpu")
+  check(device, name, jnp.bfloat16, lambda *args: attend(*args[:4], pages=args[4]), most=0.1)
 
 
 @pytest.mark.parametrize("name", ["llama-8b", "smollm2, ring and pages"])

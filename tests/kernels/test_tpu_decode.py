@@ -96,7 +96,6 @@ def test_refuses_with_the_reason():
     ((q, kv[..., :90, :], 0, lengths), {}, "90 slots .* above 64 they must be a multiple of 8"),
     ((shape(2, 27, 64), kv, 0, lengths), {}, "9 query heads a KV head"),
     ((shape(2, 3, 32), shape(1, 2, 3, 8, 64), 0, lengths), {}, "head size 32"),
-    ((q, kv, 0, lengths), {"mass": True}, "no mass"),
     ((q, kv, 0, lengths), {"pages": bits}, "pages of 16 slots in int8: must be a power of 2, at least 32"),
     ((q, None, 0, None), {"pages": Pages(pages.pool[:, :12], pages.table, pages.lengths)}, "must be a power of 2"),
     ((shape(64, 1, 64), None, 0, None), {"pages": Pages(pages.pool, wide, jnp.zeros((64, 1), jnp.int32))}, "scalar"),
