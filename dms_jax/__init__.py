@@ -35,6 +35,7 @@ from dms_jax.model import cached_forward as cached_forward
 from dms_jax.model import forward as forward
 from dms_jax.policies import DMS as DMS
 from dms_jax.policies import H2O as H2O
+from dms_jax.policies import RKV as RKV
 from dms_jax.policies import TOVA as TOVA
 from dms_jax.policies import KeyDiff as KeyDiff
 from dms_jax.policies import Policy as Policy

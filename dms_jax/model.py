@@ -337,7 +337,12 @@ def cached_forward(
       logits = step_gate_logits(model.config, model.dms, layers, logits)
     index, about = jnp.arange(len(layers))[:, None, None, None], jnp.broadcast_to(about, logits.shape)
     evict = policy.decide(logits, index, about) if override is None else override
-  return StepOutput(x[:rows], seen, logits, plan.lengths, plan.stalled), cache.commit(plan, carry, states, evict)
+  cache = cache.commit(plan, carry, states, evict)
+  if policy.prunes and plan.remaining is None:
+    with jax.named_scope("prune"):
+      cache = cache.prune(policy, plan.lengths > 0)
+    seen = seen.replace(live=cache.live())
+  return StepOutput(x[:rows], seen, logits, plan.lengths, plan.stalled), cache
 
 
 def _pad_rows(x: Array, least: int) -> Array:
@@ -377,7 +382,7 @@ def check_policy(model: Model, policy: Policy | None) -> Policy:
   Raises:
     ValueError: the policy needs gates and the model has none, or its numbers are invalid.
   """
-  policy = policy or (DMS() if model.dms is not None else Vanilla())
+  policy = (policy or (DMS() if model.dms is not None else Vanilla())).fitted(model.config)
   if policy.uses_gates and model.dms is None:
     raise ValueError(
       f"{type(policy).__name__} needs eviction gates and this model has none: load a retrofit, or use dms_jax.Vanilla()"

@@ -99,7 +99,11 @@ def step(cache, policy, q, k, v, evict, lengths, remaining=None):
 
   xs = jnp.arange(LAYERS), cache.layer_state(), q, k, v, evict
   carry, (out, states, seen) = jax.lax.scan(layer, cache.layer_carry(), xs)
-  return out, seen, plan.stalled, cache.commit(plan, carry, states)
+  cache = cache.commit(plan, carry, states)
+  if policy.prunes and plan.remaining is None:
+    cache = cache.prune(policy, plan.lengths > 0)
+    seen = seen.replace(live=cache.live())
+  return out, seen, plan.stalled, cache
 
 
 def inputs(text: Text, start, lengths, width):

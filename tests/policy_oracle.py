@@ -235,3 +235,76 @@ def snapkv(q, k, *, prompt, window, budget, pool):
     kept |= set(range(past, prompt))
     held[head] += [kept | set(range(prompt, t + 1)) for t in range(prompt, length)]
   return Run(held, held, margin)
+
+
+# Methods that prune once every few steps ------------------------------------------------------------------------------
+
+
+def periodic(q, k, events, *, window, budget, buffer, score):
+  """Heads grow to budget(tokens seen) + `buffer` tokens and are cut to the budget, after the step that got there.
+
+  A prompt is attended to densely and cut at its end.
+
+  Args:
+    events: [(length, tokens of the prompt still to come; None for a decode step)].
+    score: (head, positions outside the window, positions held, tokens seen) -> (scores by position, margin).
+  """
+  heads, kept, start = k.shape[1], [[] for _ in range(k.shape[1])], 0
+  run = Run([[] for _ in range(heads)], [[] for _ in range(heads)])
+  for length, remaining in events:
+    end = start + length
+    for head in range(heads):
+      for t in range(start, end):
+        kept[head].append(t)
+        run.read[head].append(set(kept[head]))
+    least = max(budget(end), window + 1)
+    if remaining == 0 if remaining is not None else len(kept[0]) >= least + buffer:
+      for head in range(heads):
+        outside, count = [j for j in kept[head] if j < end - window - 1], least - window - 1
+        if len(outside) <= count:
+          continue
+        scores, margin = score(head, outside, list(kept[head]), end)
+        order = sorted(outside, key=lambda j, scores=scores: (-scores[j], j))
+        if count:
+          last, next_ = scores[order[count - 1]], scores[order[count]]
+          if last != next_ or not math.isinf(last):
+            margin = min(margin, abs(last - next_) / max(abs(last), abs(next_), 1e-9))
+        run.margin = min(run.margin, margin)
+        kept[head] = [j for j in kept[head] if j not in order[count:]]
+    for head in range(heads):
+      run.held[head] += [set(kept[head])] * length
+    start = end
+  return run
+
+
+def rkv(q, k, *, window, importance, threshold, pool):
+  """R-KV's scores (2505.24133, section 3, and its released code)."""
+
+  def score(head, outside, held, end):
+    attention = np.zeros(len(outside))
+    for t in range(end - window - 1, end):
+      logits = [max(query @ k[j, head] for query in q[t, head]) / math.sqrt(q.shape[-1]) for j in outside]
+      attention += softmax(np.array(logits)) / (window + 1)
+    pooled = [attention[max(i - pool // 2, 0) : i + pool // 2 + 1].max() for i in range(len(outside))]
+    unit = np.array([k[j, head] / np.linalg.norm(k[j, head]) for j in held])
+    cosine, margin = unit @ unit.T, math.inf
+    for i in range(len(held)):
+      margin = min(margin, np.abs(np.delete(cosine[i], i) - threshold).min())
+      cosine[i, i] = 0
+      if similar := [j for j in range(len(held)) if j != i and cosine[i, j] > threshold]:
+        cosine[i, similar[-1]] = 0
+    redundancy = dict(zip(held, softmax(cosine.mean(axis=0)), strict=True))
+    return {j: importance * a - (1 - importance) * redundancy[j] for j, a in zip(outside, pooled, strict=True)}, margin
+
+  return score
+
+
+def by_policy(policy, layer, q, k, v, events):
+  """The run of a policy that derives from `Periodic`, by its own numbers."""
+  number = lambda name: float(getattr(policy, name))
+  match type(policy).__name__:
+    case "RKV":
+      options = dict(importance=number("importance"), threshold=number("threshold"), pool=policy.pool)
+      score = rkv(q, k, window=policy.window, **options)
+  budget = lambda tokens: policy.budget if policy.budget is not None else math.ceil(tokens / policy.cr)
+  return periodic(q, k, events, window=policy.window, budget=budget, buffer=policy.buffer, score=score)

@@ -14,6 +14,7 @@ from dms_jax.policies.h2o import H2O as H2O
 from dms_jax.policies.keydiff import KeyDiff as KeyDiff
 from dms_jax.policies.quest import Quest as Quest
 from dms_jax.policies.random import Random as Random
+from dms_jax.policies.rkv import RKV as RKV
 from dms_jax.policies.snapkv import SnapKV as SnapKV
 from dms_jax.policies.streaming import StreamingLLM as StreamingLLM
 from dms_jax.policies.tova import TOVA as TOVA

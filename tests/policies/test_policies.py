@@ -17,9 +17,10 @@ from dms_jax import policies
 from dms_jax import testing as tiny
 from dms_jax.config import ModelConfig
 from dms_jax.model import cached_forward, check_policy
+from dms_jax.policies.periodic import Periodic
 from tests import cache_driver, policy_oracle
 
-NAMES = {"dms", "h2o", "keydiff", "quest", "random", "snapkv", "streamingllm", "tova", "vanilla"}
+NAMES = {"dms", "h2o", "keydiff", "quest", "random", "rkv", "snapkv", "streamingllm", "tova", "vanilla"}
 KINDS = cache_driver.KINDS
 LAYERS, ROWS, HEADS, GROUP, HEAD, LENGTH = cache_driver.LAYERS, cache_driver.ROWS, 2, 2, cache_driver.HEAD, 44
 MARGIN = 1e-4  # relative; choices closer than this are left to the float64 oracle: another text is drawn
@@ -151,6 +152,8 @@ def test_numbers_that_make_no_sense(policy, message):
     policies.H2O(budget=20, window=7),
     policies.TOVA(cr=3.3),
     policies.Random(cr=1.0, window=4),
+    policies.RKV(budget=20, buffer=7, exact_prefill=True),
+    policies.RKV(cr=3.3, buffer=5, exact_prefill=True),
     policies.StreamingLLM(window=6, sinks=3),
     policies.Vanilla(),
   ],
@@ -176,7 +179,7 @@ def held_by(policy):
   return lambda t: max(math.ceil((t + 2) / policy.cr), policy.window + 1) - 1
 
 
-def by_papers(policy, layer, q, k):
+def by_papers(policy, layer, q, k, v):
   """The oracle's run of one layer and row."""
   match policy:
     case policies.Vanilla():
@@ -198,6 +201,8 @@ def by_papers(policy, layer, q, k):
       pages = lambda t: max((budget(t) - policy.window - 1) // policy.page, 1)
       options = dict(page=policy.page, pages=pages, window=policy.window)
       return policy_oracle.quest(q, k, dense=layer < policy.dense_layers, **options)
+    case Periodic():
+      return policy_oracle.by_policy(policy, layer, q, k, v, [(1, None)] * len(q))
   raise NotImplementedError(policy)
 
 
@@ -217,6 +222,8 @@ CASES = {
   "random-sinks": policies.Random(budget=9, window=0, seed=2**31 - 1, sinks=2),
   "quest": policies.Quest(window=3, page=4, budget=16, dense_layers=1),
   "quest-cr": policies.Quest(window=7, page=4, cr=2.0, dense_layers=0),
+  "rkv": policies.RKV(budget=10, buffer=4, window=3, exact_prefill=True),
+  "rkv-cr": policies.RKV(cr=3.0, buffer=5, window=2, exact_prefill=True),
 }
 
 
@@ -230,7 +237,7 @@ def drawn(case):
     for l, b in np.ndindex(LAYERS, ROWS):
       q, k, v = (x[l, b].astype(float) for x in (text.q, text.k, text.v))
       q = q.reshape(LENGTH, HEADS, GROUP, HEAD)
-      runs[l, b] = by_papers(policy, l, q, k)
+      runs[l, b] = by_papers(policy, l, q, k, v)
       out[l, b] = policy_oracle.attend(q, k, v, runs[l, b]).reshape(out[l, b].shape)
     if min(run.margin for run in runs.values()) > MARGIN:
       return text, runs, out
