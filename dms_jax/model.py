@@ -311,6 +311,9 @@ def cached_forward(
   """
   if policy.exact_prefill and tokens.shape[1] > 1:
     return _sequential_prefill(model, policy, cache, tokens, lengths, override)
+  if policy.prunes and not cache.takes_chunk(policy, tokens.shape[1], remaining):
+    with jax.named_scope("prune"):
+      cache = cache.prune(policy, lengths > 0)
   plan = cache.plan(policy, lengths, tokens.shape[1], remaining)
   positions = plan.seen[:, None] + jnp.arange(tokens.shape[1])
   heads = (tokens.shape[0], model.config.num_kv_heads, tokens.shape[1])
@@ -337,12 +340,7 @@ def cached_forward(
       logits = step_gate_logits(model.config, model.dms, layers, logits)
     index, about = jnp.arange(len(layers))[:, None, None, None], jnp.broadcast_to(about, logits.shape)
     evict = policy.decide(logits, index, about) if override is None else override
-  cache = cache.commit(plan, carry, states, evict)
-  if policy.prunes and plan.remaining is None:
-    with jax.named_scope("prune"):
-      cache = cache.prune(policy, plan.lengths > 0)
-    seen = seen.replace(live=cache.live())
-  return StepOutput(x[:rows], seen, logits, plan.lengths, plan.stalled), cache
+  return StepOutput(x[:rows], seen, logits, plan.lengths, plan.stalled), cache.commit(plan, carry, states, evict)
 
 
 def _pad_rows(x: Array, least: int) -> Array:

@@ -90,6 +90,8 @@ class Text:
 @functools.partial(jax.jit, compiler_options=tiny.QUICK)
 def step(cache, policy, q, k, v, evict, lengths, remaining=None):
   """One step of all layers: (attended [L, B, T, N, H], usage, stalled, cache)."""
+  if policy.prunes and not cache.takes_chunk(policy, q.shape[2], remaining):
+    cache = cache.prune(policy, lengths > 0)
   plan = cache.plan(policy, lengths, q.shape[2], remaining)
 
   def layer(carry, inputs):
@@ -99,11 +101,7 @@ def step(cache, policy, q, k, v, evict, lengths, remaining=None):
 
   xs = jnp.arange(LAYERS), cache.layer_state(), q, k, v, evict
   carry, (out, states, seen) = jax.lax.scan(layer, cache.layer_carry(), xs)
-  cache = cache.commit(plan, carry, states)
-  if policy.prunes and plan.remaining is None:
-    cache = cache.prune(policy, plan.lengths > 0)
-    seen = seen.replace(live=cache.live())
-  return out, seen, plan.stalled, cache
+  return out, seen, plan.stalled, cache.commit(plan, carry, states)
 
 
 def inputs(text: Text, start, lengths, width):

@@ -1,9 +1,9 @@
 """The cache protocol: calls before the layers of a step, in each layer, and after them.
 
+    cache = cache.prune(policy, lengths > 0)                     # before a decode step, if the policy prunes
     plan = cache.plan(policy, lengths, num_tokens[, remaining])  # before the layers: where everything goes, who stalls
     out, carry, state, seen = cache.attend(plan, policy, layer, carry, state, q, k, v, evict)    # in layer `layer`
     cache = cache.commit(plan, carry, states[, evict])           # after the layers
-    cache = cache.prune(policy, plan.lengths > 0)                # after a decode step, if the policy prunes
 
 `carry` starts as `cache.layer_carry()`: the arrays too large to copy, with all layers, updated in place as they pass
 through the layers. `state` is the layer's part of `cache.layer_state()`, small arrays with a leading L.
@@ -90,6 +90,7 @@ class Cache(Protocol):
       a text of `most` tokens needs.
     check: ValueError if the cache was made for another policy.
     layer_carry, layer_state: the initial `carry`, and the `state` of all layers.
+    takes_chunk: whether a step is a chunk of a prompt; ValueError if the policy refuses chunks.
     can_decide_late: whether a decode step may pass its decisions to `commit`.
   """
 
@@ -125,6 +126,7 @@ class Cache(Protocol):
     """
     ...
 
+  def takes_chunk(self, policy: Policy, num_tokens: int, remaining: Int[Array, "B"] | None) -> bool: ...
   def can_decide_late(self, policy: Policy) -> bool: ...
   def attend(
     self, plan: Plan, policy: Policy, layer: Int[Array, ""], carry: Any, state: Any, q: Float[Array, "B T N H"],
@@ -154,7 +156,7 @@ class Cache(Protocol):
     ...
 
   def prune(self, policy: Policy, active: Bool[Array, "B"]) -> Cache:
-    """The cache after a decode step, its rows compacted that are `active` and, by the policy, due.
+    """The cache before a decode step, its rows compacted that are `active` and, by the policy, due.
 
     Archives stay in text order. Pages that become empty stay their heads' own, for later tokens, until a chunk of a
     prompt gives them back: a head that is pruned needs no more of them than before.
@@ -224,7 +226,7 @@ class Common:
       return self
     return self.grow(max(min(rounded(max(self.slots + lack, int(self.slots * GROWTH))), rounded(most)), self.slots))
 
-  def takes_chunk(self, policy: Policy, num_tokens: int, remaining: Array | None) -> bool:
+  def takes_chunk(self, policy: Policy, num_tokens: int, remaining: Int[Array, "B"] | None) -> bool:
     """Whether a step is a chunk of a prompt, not a decode step.
 
     Raises:

@@ -304,7 +304,7 @@ class RingCache(Common):
 
   def prune(self, policy, active):
     due = active & policy.due(self.seen, self.live())
-    # A loop over all layers or none: XLA updates its carry in place, where a `cond` would copy the cache.
+    # A loop over all layers or none: XLA updates its carry in place, where a `cond` may copy the cache.
     layers = jnp.where(jnp.any(due), len(self.kv), 0)
     body = lambda layer, state: chunk.pruned(self, policy, layer, due, *state)
     carry, archived = jax.lax.fori_loop(0, layers, body, (self.layer_carry(), self.archived))

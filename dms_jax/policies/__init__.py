@@ -10,6 +10,7 @@ from dms_jax.policies.base import check_rows as check_rows
 from dms_jax.policies.base import get as get
 from dms_jax.policies.base import register as register
 from dms_jax.policies.dms import DMS as DMS
+from dms_jax.policies.expected import ExpectedAttention as ExpectedAttention
 from dms_jax.policies.h2o import H2O as H2O
 from dms_jax.policies.keydiff import KeyDiff as KeyDiff
 from dms_jax.policies.quest import Quest as Quest
@@ -19,3 +20,4 @@ from dms_jax.policies.snapkv import SnapKV as SnapKV
 from dms_jax.policies.streaming import StreamingLLM as StreamingLLM
 from dms_jax.policies.tova import TOVA as TOVA
 from dms_jax.policies.vanilla import Vanilla as Vanilla
+from dms_jax.policies.vase import VaSE as VaSE

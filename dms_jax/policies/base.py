@@ -8,7 +8,7 @@ visible whatever the policy decides. The *archive* holds the older tokens that a
     observe    after attention in a layer: the statistics, given what `observes` and `prompt_observes` name
     remember   after attention in a layer: the policy's memory, given the queries           (`remembers`)
     retire     as a token leaves the window in a decode step: forget, append, overwrite or merge it
-    due        after a decode step: the rows that are pruned, which `compact` does          (`prunes`)
+    due        before a decode step: the rows that are pruned, which `compact` does         (`prunes`)
     compact    after a chunk of a prompt, and where due: which tokens outside the window stay  (`compacts`)
     select     in a decode step: the archive pages that the query reads                     (`page` > 0)
 
@@ -145,7 +145,7 @@ class Candidates:
     stats: float32 [B, K, X] each, statistics of the tokens.
     live: bool [B, K, X], tokens outside the window that are not evicted; the answer for others is ignored.
     held: bool [B, K, X], the same tokens and those of the window; the other arrays are arbitrary elsewhere.
-    tokens: int32 [B], tokens that each row has read, the step's included.
+    tokens: int32 [B], tokens that each row has read, the chunk included.
     remaining: int32 [B], tokens of the prompt still to come; 0 if the prompt ends with this chunk, and where due.
     keys, values: [B, K, X, H], in the model's dtype, keys after RoPE; None unless in `compact_observes`.
     memory: [B, K, own axes] each, the layer's part of the policy's memory.
@@ -177,7 +177,7 @@ class Policy:
   prompt_observes = ()  # inputs of `observe` in chunks of a prompt
   compact_observes = ()  # inputs of `compact` beside the statistics: "keys", "values"
   remembers = False  # the policy has a memory of its own, arrays for each layer, row and KV head
-  prunes = False  # decode steps `compact` the rows that are `due`; the archive stays in text order
+  prunes = False  # decode steps first `compact` the rows that are `due`; the archive stays in text order
   overwrites = False  # `retire` may overwrite archived tokens, so chains cannot share pages
   exact_prefill = False  # prompts are read one token at a time, by decode steps inside one compiled loop
   page = 0  # slots of a page that is selected as a whole; 0: everything is read
@@ -319,11 +319,11 @@ class Policy:
     return Retired(~leaving.evicted)
 
   def due(self, tokens: Int[Array, "B"], held: Int[Array, "L B K"]) -> Bool[Array, "B"]:
-    """The rows that `compact` acts on after a decode step.
+    """The rows that `compact` acts on before a decode step.
 
     Args:
-      tokens: that each row has read, the step's included.
-      held: tokens that each head holds, the step's included.
+      tokens: that each row has read.
+      held: tokens that each head holds.
 
     Raises:
       NotImplementedError: the policy prunes but does not define this.

@@ -1,6 +1,8 @@
-"""The base of policies that let a head outgrow its budget and cut it back once every few decode steps."""
+"""The base of policies that let a head outgrow its budget and cut it every few decode steps."""
 
 from __future__ import annotations
+
+import math
 
 import jax.numpy as jnp
 from flax import struct
@@ -15,8 +17,8 @@ from pallas_kernels.common.xla_dot import einsum
 class Periodic(Policy):
   """Cuts a head that holds `budget` + `buffer` tokens to its `budget`; the window's W + 1 tokens always stay.
 
-  The cut comes after the attention of a decode step, so a head holds from `budget` + 1 to `budget` + `buffer` tokens
-  while a token attends. `cr` sets the budget to `tokens seen / cr`, rounded up. `budget`, `cr` and `buffer` may be one
+  The cut comes before a decode step, so a head holds from `budget` + 1 to `budget` + `buffer` tokens while a token
+  attends. `cr` sets the budget to `tokens seen / cr`, rounded up. `budget`, `cr` and `buffer` may be one
   number a row.
 
   Prompts: the prompt is read densely, in chunks, and cut to the budget at its end, as if pruning were due there; a head
@@ -45,7 +47,7 @@ class Periodic(Policy):
   def resolved(self, window):
     policy = super().resolved(window)
     check_budget(policy, policy.window + 1)
-    check_number(policy, "buffer", 1, whole=True)
+    check_number(policy, "buffer", 1.0, whole=True)
     return policy
 
   def scores(self, candidates: Candidates) -> Float[Array, "B K X"]:
@@ -88,7 +90,7 @@ class Periodic(Policy):
     return per_row(self.buffer, max(jnp.ndim(tokens) - 1, 0)).astype(jnp.int32)
 
 
-def check_number(policy: Policy, name: str, least: float, most: float = float("inf"), whole: bool = False) -> None:
+def check_number(policy: Policy, name: str, least: float, most: float = math.inf, whole: bool = False) -> None:
   """Checks that the field `name` of a policy, one number or one a row, is between `least` and `most`.
 
   Raises:
@@ -97,7 +99,7 @@ def check_number(policy: Policy, name: str, least: float, most: float = float("i
   number = jnp.asarray(getattr(policy, name))
   if not bool(jnp.all((number >= least) & (number <= most))) or (whole and bool(jnp.any(number % 1 != 0))):
     kind = "a whole number, " if whole else ""
-    limits = f"{least} or more" if most == float("inf") else f"from {least} to {most}"
+    limits = f"{least} or more" if most == math.inf else f"from {least} to {most}"
     raise ValueError(f"{type(policy).__name__}: {name}={getattr(policy, name)} must be {kind}{limits}")
 
 

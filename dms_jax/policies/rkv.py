@@ -43,8 +43,8 @@ class RKV(WatchesWindow):
 
   def resolved(self, window):
     policy = super().resolved(window)
-    check_number(policy, "importance", 0, 1)
-    check_number(policy, "threshold", -1, 1)
+    check_number(policy, "importance", 0.0, 1.0)
+    check_number(policy, "threshold", -1.0, 1.0)
     if not is_whole(self.pool) or self.pool < 1 or self.pool % 2 == 0:
       raise ValueError(f"RKV: pool={self.pool} must be an odd number of tokens")
     return policy

@@ -20,7 +20,10 @@ from dms_jax.model import cached_forward, check_policy
 from dms_jax.policies.periodic import Periodic
 from tests import cache_driver, policy_oracle
 
-NAMES = {"dms", "h2o", "keydiff", "quest", "random", "rkv", "snapkv", "streamingllm", "tova", "vanilla"}
+NAMES = {
+  "dms", "expectedattention", "h2o", "keydiff", "quest", "random", "rkv", "snapkv", "streamingllm", "tova",
+  "vanilla", "vase",
+}  # fmt: skip
 KINDS = cache_driver.KINDS
 LAYERS, ROWS, HEADS, GROUP, HEAD, LENGTH = cache_driver.LAYERS, cache_driver.ROWS, 2, 2, cache_driver.HEAD, 44
 MARGIN = 1e-4  # relative; choices closer than this are left to the float64 oracle: another text is drawn
@@ -111,6 +114,7 @@ def test_numbers_are_leaves_and_the_window_is_a_shape():
   ("policy", "window"),
   [
     (policies.H2O(budget=64), 31), (policies.H2O(budget=64, window=7), 7), (policies.H2O(cr=4.0, window=7), 7),
+    (policies.H2O(cr=4.0), 0), (policies.H2O(budget=np.int32(9)), 4), (policies.VaSE(cr=4.0), 63),
     (policies.TOVA(budget=64), 0), (policies.Random(cr=2.0), 0), (policies.StreamingLLM(budget=64), 59),
     (policies.StreamingLLM(window=9, sinks=0), 9), (policies.Quest(budget=64), 15), (policies.Quest(cr=8.0, page=4), 3),
     (policies.Vanilla(), 0), (policies.DMS(), 5),
@@ -129,11 +133,16 @@ def test_open_windows_are_filled_in(policy, window):
   ("policy", "message"),
   [
     (policies.H2O(), "H2O: give either budget="), (policies.TOVA(budget=8, cr=2.0), "TOVA: give either budget="),
-    (policies.H2O(cr=2.0), "H2O: cr= needs window="), (policies.H2O(budget=4, window=9), "budget=4 tokens must be 10"),
+    (policies.H2O(cr=0.5), "cr=0.5 must be 1"), (policies.H2O(budget=4, window=9), "budget=4 tokens must be 10"),
     (policies.KeyDiff(cr=float("nan")), "cr=nan must be a finite"), (policies.TOVA(budget=9.7), "must be whole"),
     (policies.SnapKV(budget="9"), "=9 tokens must be a finite"), (policies.TOVA(budget=2**40), "whole, and"),
     (policies.TOVA(budget=9, window=2.5), "window=2.5 must"), (policies.SnapKV(budget=99, pool=3.0), "pool=3.0 must"),
-    (policies.H2O(budget=np.array([8, 9])), "a budget for each row needs window="),
+    (policies.H2O(budget=np.array([8, 0])), "must be 1 or more"), 
+    (policies.RKV(budget=9, buffer=0), "buffer=0 must be a whole"),
+    (policies.RKV(budget=9, pool=4), "pool=4 must be an odd"), 
+    (policies.RKV(budget=9, importance=1.5), "importance=1.5 must be from"),
+    (policies.VaSE(budget=80, large=2.0), "large=2.0 must be"), (policies.VaSE(budget=8), "budget=8 tokens must be 64"),
+    (policies.ExpectedAttention(budget=8, future=0), "future=0 must be a whole number"),
     (policies.TOVA(budget=0), "budget=0 tokens must be 1"), (policies.Random(cr=0.5), "cr=0.5 must be 1"),
     (policies.StreamingLLM(), "give either window="), (policies.StreamingLLM(budget=4), "more than its sinks=4"),
     (policies.StreamingLLM(window=1, sinks=-1), "sinks=-1"), (policies.Quest(budget=20), "budget=20 tokens must be 32"),
@@ -189,7 +198,9 @@ def by_papers(policy, layer, q, k, v):
     case policies.TOVA():
       return policy_oracle.tova(q, k, size=held_by(policy), per_layer=policy.per_layer)
     case policies.H2O():
-      return policy_oracle.h2o(q, k, size=held_by(policy), recent=policy.window)
+      size = held_by(policy)
+      recent = lambda t: size(t) // 2 if policy.halves else policy.window
+      return policy_oracle.h2o(q, k, size=size, recent=recent)
     case policies.Random():
       options = dict(seed=policy.seed, sinks=policy.sinks, budget=policy.budget, window=policy.window)
       return policy_oracle.random(q, k, layer=layer, **options)
@@ -204,6 +215,11 @@ def by_papers(policy, layer, q, k, v):
     case Periodic():
       return policy_oracle.by_policy(policy, layer, q, k, v, [(1, None)] * len(q))
   raise NotImplementedError(policy)
+
+
+def fitted(policy):
+  """The policy with the tables for a model of the caches' head size."""
+  return policy.fitted(ModelConfig(head_dim=HEAD, rope_theta=100.0))
 
 
 CASES = {
@@ -222,8 +238,12 @@ CASES = {
   "random-sinks": policies.Random(budget=9, window=0, seed=2**31 - 1, sinks=2),
   "quest": policies.Quest(window=3, page=4, budget=16, dense_layers=1),
   "quest-cr": policies.Quest(window=7, page=4, cr=2.0, dense_layers=0),
+  "h2o-half": policies.H2O(cr=2.5, window=0, halves=True),
+  "h2o-half-1": policies.H2O(budget=2, window=0, halves=True),
   "rkv": policies.RKV(budget=10, buffer=4, window=3, exact_prefill=True),
   "rkv-cr": policies.RKV(cr=3.0, buffer=5, window=2, exact_prefill=True),
+  "expected": fitted(policies.ExpectedAttention(budget=9, buffer=5, sinks=2, future=20, exact_prefill=True)),
+  "vase": policies.VaSE(budget=11, buffer=5, window=3, large=0.3, sinks=2, seed=7, exact_prefill=True),
 }
 
 

@@ -26,6 +26,12 @@ from tests.cache_driver import HEAD, KINDS, LAYERS, ROWS
 HEADS, GROUP, PROMPT, LENGTH = 2, 2, 34, 46
 MARGIN = 1e-4  # relative; choices closer than this are left to the float64 oracle: another text is sampled
 
+
+def fitted(policy):
+  """The policy with the tables for a model of the caches' head size."""
+  return policy.fitted(ModelConfig(head_dim=HEAD, rope_theta=100.0))
+
+
 CASES = {
   "h2o": policies.H2O(budget=12, window=5),
   "h2o-cr": policies.H2O(cr=2.5, window=4),
@@ -43,6 +49,11 @@ CASES = {
   "rkv": policies.RKV(budget=12, buffer=4, window=3, pool=3, importance=0.3),
   "rkv-cr": policies.RKV(cr=2.5, buffer=3, window=2, pool=5, threshold=0.8),
   "rkv-all-window": policies.RKV(budget=4, buffer=2, window=3),
+  "h2o-half": policies.H2O(cr=2.5, window=0, halves=True),
+  "expected": fitted(policies.ExpectedAttention(budget=12, buffer=4, sinks=2, future=20, epsilon=0.02)),
+  "expected-mean": fitted(policies.ExpectedAttention(cr=2.5, buffer=3, sinks=0, covariance=False, window=2)),
+  "vase": policies.VaSE(budget=12, buffer=4, window=3, seed=3, sinks=1),
+  "vase-cr": policies.VaSE(cr=2.0, buffer=3, window=2, large=0.9),
 }
 # Every cache for each method; the variants of its numbers in one cache, and in all of them at length.
 EVERYWHERE = [
@@ -78,7 +89,9 @@ def by_paper(policy, layer, q, k, v, events, prompt):
   events = [(length, remaining is not None) for length, remaining in events]
   rescore = RESCORE.get(name) or policy_oracle.key_similarity(k)
   capacity = lambda tokens: int(policy.capacity(tokens))
-  return policy_oracle.budgeted(q, k, events, window=policy.window, capacity=capacity, rescore=rescore)
+  return policy_oracle.budgeted(
+    q, k, events, window=policy.window, capacity=capacity, rescore=rescore, halves=getattr(policy, "halves", False)
+  )
 
 
 @functools.cache
@@ -209,7 +222,7 @@ def test_writes_into_pages_are_in_the_order_promised(case, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", ["h2o", "keydiff", "snapkv", "rkv"])
+@pytest.mark.parametrize("case", ["h2o", "keydiff", "snapkv", "rkv", "expected"])
 def test_a_row_does_not_depend_on_its_neighbours(case, kind):
   """Bit for bit, whatever other rows hold and whether they take part."""
   policy, (text, _, steps, *_) = CASES[case], sampled(case)
@@ -320,6 +333,7 @@ def test_numbers_may_be_one_a_row():
     ((-1.0, 0.0, 3.0), lambda x: policies.DMS(window=3, threshold=x)),
     ((6, 9, 20), lambda x: policies.TOVA(budget=x, window=0)),
     ((2.0, 3.0, 5.0), lambda x: policies.KeyDiff(cr=x, window=1)),
+    ((2.0, 3.0, 5.0), lambda x: policies.H2O(cr=x, window=0, halves=True)),
     ((6, 9, 13), lambda x: policies.RKV(budget=x, buffer=x - 3, importance=x / 20, threshold=x / 20, window=1)),
   ):
     hidden, live = read(make(jnp.asarray(numbers)))
@@ -335,6 +349,8 @@ GENERATED = {
   "keydiff": policies.KeyDiff(budget=10),
   "h2o": policies.H2O(budget=10),
   "rkv": policies.RKV(budget=10, buffer=4, window=3),
+  "expected": policies.ExpectedAttention(budget=8, buffer=4, sinks=1),
+  "vase": policies.VaSE(budget=10, buffer=4, window=3, sinks=1),
 }
 
 
@@ -355,9 +371,10 @@ def test_generation(case):
       model, [prompt], policy=policy, max_new_tokens=12, eos=False, decode_block=6, prefill_chunk=8, cache="contiguous"
     )
     assert alone.tokens[0] == results[0].tokens[row]
-  if case == "snapkv":  # its prompt is read densely, so the chunking changes nothing
+  if case not in ("keydiff", "h2o"):  # its prompt is read densely, so the chunking changes nothing
     single = run(prefill_chunk=1, cache="contiguous")
     assert single.tokens == results[0].tokens
+  if case == "snapkv":
     assert results[0].metrics.live.max() == 12 + 11
 
 
