@@ -43,5 +43,6 @@ from dms_jax.policies import Policy as Policy
 from dms_jax.policies import Quest as Quest
 from dms_jax.policies import SnapKV as SnapKV
 from dms_jax.policies import StreamingLLM as StreamingLLM
+from dms_jax.policies import TriAttention as TriAttention
 from dms_jax.policies import Vanilla as Vanilla
 from dms_jax.policies import VaSE as VaSE

@@ -348,6 +348,29 @@ def expected_attention(q, k, v, *, frequencies, sinks, future, epsilon, covarian
   return score
 
 
+def triattention(q, k, *, frequencies, centres, norms, furthest):
+  """TriAttention's scores (2604.04921) from calibrated queries: centres [N, H] and norms [N, H/2] of one layer."""
+  half, distances = len(frequencies), [2**i for i in range(32) if 2**i <= furthest]
+  numbers = lambda x: x[:half] + 1j * x[half:]
+
+  def score(head, outside, held, end, since):
+    best = np.full(len(held), -math.inf)
+    for g in range(q.shape[2]):
+      n = head * q.shape[2] + g
+      centre, own = numbers(centres[n]), []
+      for j in held:
+        key, total = numbers(rotated(k[j, head], -j, frequencies)), 0.0
+        for f, w in enumerate(frequencies):
+          size, angle = abs(key[f]), np.angle(centre[f]) - np.angle(key[f])
+          waves = [math.cos(w * (end - j + d) + angle) for d in distances]
+          total += abs(centre[f]) * size * np.mean(waves) + (norms[n][f] - abs(centre[f])) * size
+        own.append(total)
+      best = np.maximum(best, (np.array(own) - np.mean(own)) / np.std(own))
+    return dict(zip(held, best, strict=True)), math.inf
+
+  return score
+
+
 def vase(q, k, v, *, layer, window, budget, large, sinks, seed):
   """VaSE-AttnV (2606.03928, section 3.2, and its released code): large values, and a sample of the others."""
 
@@ -384,6 +407,12 @@ def by_policy(policy, layer, q, k, v, events):
       options = dict(sinks=policy.sinks, future=policy.future, epsilon=policy.epsilon, covariance=policy.covariance)
       frequencies = np.asarray(policy.frequencies, float)[0]
       score = expected_attention(q, k, v, frequencies=frequencies, **options)
+    case "TriAttention":
+      tables = policy.tables
+      parts = (np.asarray(x, float) for x in (tables.frequencies[0], tables.centres[layer], tables.norms[layer]))
+      score = triattention(
+        q, k, **dict(zip(("frequencies", "centres", "norms"), parts, strict=True)), furthest=policy.furthest
+      )
     case "VaSE":
       options = dict(large=policy.large, sinks=policy.sinks, seed=policy.seed)
       score = vase(q, k, v, layer=layer, window=policy.window, budget=budget, **options)

@@ -19,5 +19,6 @@ from dms_jax.policies.rkv import RKV as RKV
 from dms_jax.policies.snapkv import SnapKV as SnapKV
 from dms_jax.policies.streaming import StreamingLLM as StreamingLLM
 from dms_jax.policies.tova import TOVA as TOVA
+from dms_jax.policies.triattention import TriAttention as TriAttention
 from dms_jax.policies.vanilla import Vanilla as Vanilla
 from dms_jax.policies.vase import VaSE as VaSE

@@ -118,8 +118,10 @@ class Observation:
   Attributes:
     mass: float32 [B, K, X], the attention that each token received: summed over queries with `query_weights`, averaged
       over the G query heads of a KV head. None unless "mass" is observed.
-    keys: [B, K, X, H], after RoPE, in the model's dtype; None unless "keys" is observed.
-    live: bool [B, K, X], whether there is a token; `mass` and `keys` of others are arbitrary.
+    keys, values: [B, K, X, H], in the model's dtype, keys after RoPE; None unless observed.
+    positions: int32 [B, K, X], in the text, from the statistic "position"; None unless observed.
+    queries: [B, K, G, T, H], of the step's T tokens, padding included, after RoPE; None unless observed.
+    live: bool [B, K, X], whether there is a token; what the other arrays hold elsewhere is arbitrary.
     lengths: int32 [B], tokens that each row reads in this step.
     remaining: int32 [B], tokens of the prompt still to come; 0 in a decode step.
   """

@@ -21,15 +21,10 @@ from dms_jax.config import ModelConfig
 from dms_jax.model import cached_forward
 from dms_jax.policies.periodic import Periodic
 from tests import cache_driver, policy_oracle
-from tests.cache_driver import HEAD, KINDS, LAYERS, ROWS
+from tests.cache_driver import HEAD, KINDS, LAYERS, ROWS, fitted
 
 HEADS, GROUP, PROMPT, LENGTH = 2, 2, 34, 46
 MARGIN = 1e-4  # relative; choices closer than this are left to the float64 oracle: another text is sampled
-
-
-def fitted(policy):
-  """The policy with the tables for a model of the caches' head size."""
-  return policy.fitted(ModelConfig(head_dim=HEAD, rope_theta=100.0))
 
 
 CASES = {
@@ -52,6 +47,7 @@ CASES = {
   "h2o-half": policies.H2O(cr=2.5, window=0, halves=True),
   "expected": fitted(policies.ExpectedAttention(budget=12, buffer=4, sinks=2, future=20, epsilon=0.02)),
   "expected-mean": fitted(policies.ExpectedAttention(cr=2.5, buffer=3, sinks=0, covariance=False, window=2)),
+  "tri": fitted(policies.TriAttention(budget=12, buffer=4, furthest=40)),
   "vase": policies.VaSE(budget=12, buffer=4, window=3, seed=3, sinks=1),
   "vase-cr": policies.VaSE(cr=2.0, buffer=3, window=2, large=0.9),
 }
