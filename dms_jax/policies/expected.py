@@ -1,4 +1,4 @@
-"""Expected Attention: tokens to which future queries will attend, by their statistics (arXiv 2510.00636)."""
+"""Expected Attention: tokens that future queries are expected to attend to (arXiv 2510.00636)."""
 
 from __future__ import annotations
 
