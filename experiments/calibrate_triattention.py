@@ -25,13 +25,14 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-import dms_jax
 from dms_jax import cache as caches
+from dms_jax import checkpoint
 from dms_jax.layers import rope_frequencies
 from dms_jax.model import Model, cached_forward
 from dms_jax.policies import Policy
 from dms_jax.policies import triattention as tables
 from dms_jax.policies.rotation import conjugate, rotation, turned
+from dms_jax.tokenizer import Tokenizer
 from experiments.common import files, program
 
 
@@ -110,7 +111,9 @@ def calibrate(model: Model, tokens: Int[np.ndarray, "n"], *, length: int, chunk:
 def main() -> None:
   config = program.read_flags("", Config)
   text = files.read_text("text", config.text)
-  model, tokenizer = dms_jax.load(config.checkpoint, retrofit=config.retrofit, dtype=config.dtype)
+  # Stacked layers: one of them is compiled instead of all.
+  model = checkpoint.load(config.checkpoint, retrofit=config.retrofit, dtype=config.dtype)
+  tokenizer = Tokenizer.load(config.checkpoint)
   tokens = np.asarray(tokenizer.encode(text), np.int32)[: config.max_tokens]
   if not len(tokens):
     raise ValueError(f"--text={config.text}: holds no text")

@@ -37,7 +37,7 @@ MARGIN = 1e-4  # relative; choices closer than this are left to the float64 orac
 def test_registry():
   assert policies.get("DMS") is policies.get("dms") is policies.DMS
   assert policies.REGISTRY.keys() == NAMES
-  with pytest.raises(ValueError, match=r"unknown policy 'h3o'; there are \['dms', 'h2o'"):
+  with pytest.raises(ValueError, match=r"unknown policy 'h3o'; there are \['dms', 'expectedattention', 'h2o'"):
     policies.get("h3o")
 
 
