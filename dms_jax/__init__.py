@@ -35,10 +35,14 @@ from dms_jax.model import cached_forward as cached_forward
 from dms_jax.model import forward as forward
 from dms_jax.policies import DMS as DMS
 from dms_jax.policies import H2O as H2O
+from dms_jax.policies import RKV as RKV
 from dms_jax.policies import TOVA as TOVA
+from dms_jax.policies import ExpectedAttention as ExpectedAttention
 from dms_jax.policies import KeyDiff as KeyDiff
 from dms_jax.policies import Policy as Policy
 from dms_jax.policies import Quest as Quest
 from dms_jax.policies import SnapKV as SnapKV
 from dms_jax.policies import StreamingLLM as StreamingLLM
+from dms_jax.policies import TriAttention as TriAttention
 from dms_jax.policies import Vanilla as Vanilla
+from dms_jax.policies import VaSE as VaSE

@@ -311,6 +311,9 @@ def cached_forward(
   """
   if policy.exact_prefill and tokens.shape[1] > 1:
     return _sequential_prefill(model, policy, cache, tokens, lengths, override)
+  if policy.prunes and not cache.takes_chunk(policy, tokens.shape[1], remaining):
+    with jax.named_scope("prune"):
+      cache = cache.prune(policy, lengths > 0)
   plan = cache.plan(policy, lengths, tokens.shape[1], remaining)
   positions = plan.seen[:, None] + jnp.arange(tokens.shape[1])
   heads = (tokens.shape[0], model.config.num_kv_heads, tokens.shape[1])
@@ -377,7 +380,7 @@ def check_policy(model: Model, policy: Policy | None) -> Policy:
   Raises:
     ValueError: the policy needs gates and the model has none, or its numbers are invalid.
   """
-  policy = policy or (DMS() if model.dms is not None else Vanilla())
+  policy = (policy or (DMS() if model.dms is not None else Vanilla())).fitted(model.config)
   if policy.uses_gates and model.dms is None:
     raise ValueError(
       f"{type(policy).__name__} needs eviction gates and this model has none: load a retrofit, or use dms_jax.Vanilla()"

@@ -18,6 +18,8 @@ from dms_jax import cache as caches
 from dms_jax import policies
 from dms_jax import testing as tiny
 from dms_jax.config import ModelConfig
+from dms_jax.layers import rope_frequencies
+from dms_jax.policies.triattention import Calibration
 from tests import oracle
 
 LAYERS, ROWS, HEAD = 2, 3, 4
@@ -90,6 +92,8 @@ class Text:
 @functools.partial(jax.jit, compiler_options=tiny.QUICK)
 def step(cache, policy, q, k, v, evict, lengths, remaining=None):
   """One step of all layers: (attended [L, B, T, N, H], usage, stalled, cache)."""
+  if policy.prunes and not cache.takes_chunk(policy, q.shape[2], remaining):
+    cache = cache.prune(policy, lengths > 0)
   plan = cache.plan(policy, lengths, q.shape[2], remaining)
 
   def layer(carry, inputs):
@@ -190,3 +194,15 @@ def run(kind, shape, text, steps, policy=None):
     start = start + lengths
   np.testing.assert_array_equal(cache.seen, start)
   return cache
+
+
+def fitted(policy):
+  """A policy with tables for 4 query and 2 KV heads: RoPE's frequencies, and queries as if they were calibrated."""
+  config = ModelConfig(num_layers=LAYERS, num_heads=4, num_kv_heads=2, head_dim=HEAD, rope_theta=100.0)
+  if isinstance(policy, policies.TriAttention):
+    rng = np.random.default_rng(5)
+    centres = rng.standard_normal((config.num_layers, config.num_heads, config.head_dim))
+    length = np.hypot(*np.split(centres, 2, axis=-1))
+    arrays = centres, length * (1 + rng.random(length.shape)), rope_frequencies(config)[None]
+    policy = policy.replace(tables=Calibration(*(jnp.asarray(x, jnp.float32) for x in arrays)))
+  return policy.fitted(config)

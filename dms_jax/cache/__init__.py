@@ -52,7 +52,8 @@ def create(
     lag: a decision computed at token t is about token t - lag (`DMSConfig.lag`).
     window: W in tokens, instead of `policy`. The cache then serves any policy of this window that has no statistics and
       selects no pages.
-    dtype: of keys and values.
+    dtype: of keys and values. (A cache's own `create` also takes `group`, query heads of a KV head, for the memory of
+      a policy.)
 
   Raises:
     ValueError: `kind` is unknown, `policy` and `window` are both given or both missing, or `PagedCache.create` refuses
@@ -66,5 +67,5 @@ def create(
     options["longest"] = longest
   return KINDS[kind].create(
     config.num_layers, batch, config.num_kv_heads, config.head_dim, capacity=capacity, lag=lag, dtype=dtype,
-    policy=policy or Policy(window=window), **options,
+    policy=policy or Policy(window=window), group=config.num_heads // config.num_kv_heads, **options,
   )  # fmt: skip

@@ -1,5 +1,6 @@
-"""The cache protocol: three calls a step, the middle one in each layer.
+"""The cache protocol: calls before the layers of a step, in each layer, and after them.
 
+    cache = cache.prune(policy, lengths > 0)                     # before a decode step, if the policy prunes
     plan = cache.plan(policy, lengths, num_tokens[, remaining])  # before the layers: where everything goes, who stalls
     out, carry, state, seen = cache.attend(plan, policy, layer, carry, state, q, k, v, evict)    # in layer `layer`
     cache = cache.commit(plan, carry, states[, evict])           # after the layers
@@ -28,7 +29,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dms_jax.attention import NEVER
 from dms_jax.execution import Execution
-from dms_jax.policies import Policy
+from dms_jax.policies import Observation, Policy
 from pallas_kernels.paged.format import floats
 
 # Each new shape is a compilation, so a cache grows by a factor of GROWTH, or less if its texts need less, to a multiple
@@ -89,6 +90,7 @@ class Cache(Protocol):
       a text of `most` tokens needs.
     check: ValueError if the cache was made for another policy.
     layer_carry, layer_state: the initial `carry`, and the `state` of all layers.
+    takes_chunk: whether a step is a chunk of a prompt; ValueError if the policy refuses chunks.
     can_decide_late: whether a decode step may pass its decisions to `commit`.
   """
 
@@ -124,6 +126,7 @@ class Cache(Protocol):
     """
     ...
 
+  def takes_chunk(self, policy: Policy, num_tokens: int, remaining: Int[Array, "B"] | None) -> bool: ...
   def can_decide_late(self, policy: Policy) -> bool: ...
   def attend(
     self, plan: Plan, policy: Policy, layer: Int[Array, ""], carry: Any, state: Any, q: Float[Array, "B T N H"],
@@ -152,6 +155,14 @@ class Cache(Protocol):
     """
     ...
 
+  def prune(self, policy: Policy, active: Bool[Array, "B"]) -> Cache:
+    """The cache before a decode step, its rows compacted that are `active` and, by the policy, due.
+
+    Archives stay in text order. Pages that become empty stay their heads' own, for later tokens, until a chunk of a
+    prompt gives them back: a head that is pruned needs no more of them than before.
+    """
+    ...
+
 
 @struct.dataclass
 class Common:
@@ -162,6 +173,7 @@ class Common:
     evicted: bool, decisions: [L, B, K, S] in a masked cache, [L, B, K, W + 1] in a cache with a ring.
     seen: int32 [B], tokens that each row has read.
     stats: the policy's statistics, name -> float32 [L, B, K, S].
+    memory: the policy's memory, name -> float32 [L, B, K, own axes].
     window, lag: see `Cache`.
   """
 
@@ -169,6 +181,7 @@ class Common:
   evicted: jax.Array
   seen: jax.Array
   stats: dict[str, jax.Array]
+  memory: dict[str, jax.Array]
   window: int = struct.field(pytree_node=False)
   lag: int = struct.field(pytree_node=False)
 
@@ -213,7 +226,7 @@ class Common:
       return self
     return self.grow(max(min(rounded(max(self.slots + lack, int(self.slots * GROWTH))), rounded(most)), self.slots))
 
-  def takes_chunk(self, policy: Policy, num_tokens: int, remaining: Array | None) -> bool:
+  def takes_chunk(self, policy: Policy, num_tokens: int, remaining: Int[Array, "B"] | None) -> bool:
     """Whether a step is a chunk of a prompt, not a decode step.
 
     Raises:
@@ -231,13 +244,15 @@ class Common:
     """Checks that the cache was made for a policy like `policy`.
 
     Raises:
-      ValueError: the windows differ, or the names of the statistics.
+      ValueError: the windows differ, or the names of the statistics or of the memory.
     """
     name = type(policy).__name__
     if policy.window != self.window:
       raise ValueError(f"policy window={policy.window}, but the cache has window={self.window}")
     if set(policy.stats) != set(self.stats):
       raise ValueError(f"{name} needs the statistics {sorted(policy.stats)}, but the cache stores {sorted(self.stats)}")
+    if (names := sorted(policy.memory(1, self.kv.shape[4] // 2))) != sorted(self.memory):
+      raise ValueError(f"{name} needs a memory of {names}, but the cache stores {sorted(self.memory)}")
 
 
 def rounded(slots: int) -> int:
@@ -275,6 +290,39 @@ def blended(
 def group_mean(mass: Float[Array, "B K S"], q: Float[Array, "B T N H"]) -> Float[Array, "B K S"]:
   """The mean over the G query heads of each KV head, from `mass`, their sum."""
   return mass * (mass.shape[1] / q.shape[2])
+
+
+def empty_memory(policy: Policy, lead: tuple[int, int, int], group: int, head_dim: int) -> dict[str, jax.Array]:
+  """`Common.memory` of a new cache; `lead` is (L, B, K)."""
+  return {name: jnp.zeros((*lead, *axes), jnp.float32) for name, axes in policy.memory(group, head_dim).items()}
+
+
+def queries_of(q: Float[Array, "B T N H"], heads: int) -> Float[Array, "B K G T H"]:
+  """Queries by KV head: `Policy.remember` and observations see them so."""
+  b, t, n, h = q.shape
+  return jnp.transpose(q.reshape(b, t, heads, n // heads, h), (0, 2, 3, 1, 4))
+
+
+def observation(
+  names: tuple[str, ...], *, mass, rows: Float[Array, "B K X width"] | None, q: Float[Array, "B T N H"], stats, live,
+  lengths, remaining,
+) -> Observation:  # fmt: skip
+  """What a policy sees that observes `names`.
+
+  Args:
+    mass: summed over the query heads of a KV head, [B, K, X]; None unless observed.
+    rows: keys and values of the X tokens, as numbers; None unless observed.
+    q: the step's queries.
+    stats: of the X tokens.
+  """
+  h = q.shape[3]
+  return Observation(
+    mass=None if mass is None else group_mean(mass, q),
+    keys=rows[..., :h] if "keys" in names else None, values=rows[..., h:] if "values" in names else None,
+    positions=stats["position"].astype(jnp.int32) if "positions" in names else None,
+    queries=queries_of(q, live.shape[1]) if "queries" in names else None,
+    live=live, lengths=lengths, remaining=remaining,
+  )  # fmt: skip
 
 
 def last_visible(evicted: Bool[Array, "B K S"], position: Int[Array, "B #K S"], window: int) -> Int[Array, "B K S"]:

@@ -14,9 +14,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dms_jax.attention import NEVER, prefill_attention
-from dms_jax.cache.base import Plan, Usage, count_reads, group_mean, last_visible, packed, rows_of
+from dms_jax.cache.base import Plan, Usage, count_reads, last_visible, observation, packed, queries_of, rows_of
 from dms_jax.cache.compact import moves
-from dms_jax.policies import Candidates, Observation, Policy
+from dms_jax.policies import Candidates, Policy
 from pallas_kernels.paged.format import floats
 
 if TYPE_CHECKING:
@@ -82,10 +82,26 @@ def attend(
   mass = None
   if weights is not None:
     out, mass = out
+  if policy.remembers:
+    queries = queries_of(q, heads)
+    carry = carry.replace(memory=policy.remember(carry.memory, layer, queries, plan.seen, plan.lengths))
   if policy.compacts:
-    out, carry, archived = _compacted(
-      cache, plan, policy, layer, carry, window, leaves, in_archive, keys, archive, out, mass
-    )
+    # From here on the archive comes first, in slot order: text order, unless the policy overwrites archived tokens.
+    count, active = leaves.shape[2], plan.lengths > 0
+    swapped = lambda x: jnp.concatenate([x[:, :, count:], x[:, :, :count]], axis=2)
+    stats = _statistics(policy, layer, carry, window, ring)
+    if policy.prompt_observes:
+      seen = observation(
+        policy.prompt_observes, mass=None if mass is None else swapped(mass), rows=swapped(keys), q=q, stats=stats,
+        live=jnp.concatenate([in_archive, window.stays[:, None] | leaves], axis=2), lengths=plan.lengths,
+        remaining=plan.remaining,
+      )  # fmt: skip
+      after = policy.observe(stats, seen)
+      stats = {name: jnp.where(active[:, None, None], after[name], stat) for name, stat in stats.items()}
+    out, carry, archived = _cut(
+      cache, policy, layer, carry, reserved, window, leaves, in_archive, archive, stats, out, active, stop,
+      plan.remaining,
+    )  # fmt: skip
   else:
     archived = archived + jnp.sum(leaves, axis=-1, dtype=jnp.int32)
   if policy.page:
@@ -94,53 +110,81 @@ def attend(
   return out, carry, (archived, flags), Usage(live, reads)
 
 
-def _compacted(
-  cache: RingCache, plan: Plan, policy: Policy, layer: Int[Array, ""] | int, carry: LayerCarry, window: Window,
-  leaves: Bool[Array, "B K X"], in_archive: Bool[Array, "B K A"], keys: Float[Array, "B K XA width"],
-  archive: Float[Array, "B K A width"], out: Float[Array, "B T N H"], mass: Float[Array, "B K XA"] | None,
+def pruned(
+  cache: RingCache, policy: Policy, layer: Int[Array, ""], due: Bool[Array, "B"], carry: LayerCarry,
+  archived: Int[Array, "L B K"],
+) -> tuple[LayerCarry, Int[Array, "L B K"]]:  # fmt: skip
+  """`RingCache.prune` in one layer: what `attend` does after a chunk, for a chunk of no tokens."""
+  (_, b, heads), width = archived.shape, carry.kv.shape[-1]
+  none = jnp.zeros((b, 0, heads, width // 2))
+  plan = Plan(cache.seen, jnp.zeros_like(cache.seen), jnp.zeros_like(due))
+  window = _window(cache, plan, layer, carry, cache.evicted[layer], none, none, jnp.zeros((b, heads, 0), bool))
+  in_archive = jnp.arange(cache.slots - cache.ring) < archived[layer][..., None]
+  archive, stats = cache._archive(carry, cache._place(), layer), _statistics(policy, layer, carry, window, cache.ring)
+  _, carry, own = _cut(
+    cache, policy, layer, carry, cache._place(), window, jnp.zeros(window.evicted.shape, bool), in_archive, archive,
+    stats, (), due, cache.seen, jnp.zeros_like(cache.seen),
+  )  # fmt: skip
+  return carry, archived.at[layer].set(own)
+
+
+def _statistics(
+  policy: Policy, layer, carry: LayerCarry, window: Window, ring: int
+) -> dict[str, Float[Array, "B K XA"]]:
+  """The statistics of archive and window, in this order; those of the chunk's tokens are their first ones."""
+  b, heads = window.evicted.shape[:2]
+  rows, head = jnp.arange(b)[:, None, None], jnp.arange(heads)[:, None]
+  position = window.position[:, None, ring:]
+  admitted, stats = policy.admit(layer, jnp.broadcast_to(position, (b, heads, position.shape[2]))), {}
+  for name, stat in carry.stats.items():
+    in_ring = stat[layer, rows, head, window.slot[:, None, :ring]]
+    stats[name] = jnp.concatenate([stat[layer, :, :, ring:], in_ring, admitted[name]], axis=-1)
+  return stats
+
+
+def _cut(
+  cache: RingCache, policy: Policy, layer: Int[Array, ""] | int, carry: LayerCarry, reserved: Any, window: Window,
+  leaves: Bool[Array, "B K X"], in_archive: Bool[Array, "B K A"], archive: Float[Array, "B K A width"],
+  stats: dict[str, Float[Array, "B K AX"]], out: Any, active: Bool[Array, "B"], stop: Int[Array, "B"],
+  remaining: Int[Array, "B"],
 ):  # fmt: skip
-  """Lets the policy observe the chunk and say which tokens stay, and writes them: (out, carry, archived [B, K]).
+  """Lets the policy say which tokens outside the window stay, and writes them: (out, carry, archived [B, K]).
 
   Args:
     leaves: tokens of the window that left it and may enter the archive.
-    keys, mass: of window and archive together, XA = X + A tokens.
-    out: the chunk's attention, returned behind a barrier.
+    stats: of archive and window together, AX = A + X tokens.
+    out: what was computed from the archive, returned behind a barrier.
+    active: rows that are compacted; the others keep all their tokens.
+    stop: tokens that each row has read.
+    remaining: tokens of the prompt still to come.
   """
-  ring, slots, (b, heads, _) = cache.ring, cache.slots, leaves.shape
+  ring, slots, (b, heads, _), h = cache.ring, cache.slots, leaves.shape, archive.shape[-1] // 2
   rows, head = jnp.arange(b)[:, None, None], jnp.arange(heads)[:, None]
-  active, in_order = (plan.lengths > 0)[:, None, None], not policy.overwrites
-  # From here on the archive comes first, in slot order: text order, unless the policy overwrites archived tokens.
-  count = leaves.shape[2]
+  in_order = not policy.overwrites
   ordered = lambda of_window, of_archive: jnp.concatenate([of_archive, of_window], axis=2)
-  swapped = lambda x: ordered(x[:, :, :count], x[:, :, count:])
-
-  position = jnp.broadcast_to(window.position[:, None, ring:], (b, heads, count - ring))
-  admitted, stats = policy.admit(layer, position), {}
-  for name, stat in carry.stats.items():
-    in_window = jnp.concatenate([stat[layer, rows, head, window.slot[:, None, :ring]], admitted[name]], axis=-1)
-    stats[name] = ordered(in_window, stat[layer, :, :, ring:])
-  if policy.prompt_observes:
-    seen = Observation(
-      mass=None if mass is None else group_mean(swapped(mass), out),
-      keys=swapped(keys[..., : out.shape[3]]) if "keys" in policy.prompt_observes else None,
-      live=ordered(window.stays[:, None] | leaves, in_archive), lengths=plan.lengths, remaining=plan.remaining,
-    )  # fmt: skip
-    stats = {name: jnp.where(active, after, stats[name]) for name, after in policy.observe(stats, seen).items()}
-  live = ordered(leaves, in_archive)
-  stays = live & policy.compact(Candidates(stats, live, plan.seen + plan.lengths, plan.remaining))
+  live, sees = ordered(leaves, in_archive), policy.compact_observes
+  candidates = Candidates(
+    layer, stats, live, ordered(window.stays[:, None] | leaves, in_archive), stop, remaining,
+    keys=ordered(floats(window.rows[..., :h]), archive[..., :h]) if "keys" in sees else None,
+    values=ordered(floats(window.rows[..., h:]), archive[..., h:]) if "values" in sees else None,
+    memory={name: x[layer] for name, x in carry.memory.items()},
+  )  # fmt: skip
+  stays = live & policy.compact(candidates)
   # The barrier makes attention read the archive before the write; a read after the write would copy the cache.
   out, stays, stats, carry = lax.optimization_barrier((out, stays, stats, carry))
-  moved = moves(jnp.where(active, stays, live), slots - ring, in_order)
+  moved = moves(jnp.where(active[:, None, None], stays, live), slots - ring, in_order)
 
   in_ring = jnp.broadcast_to(jnp.where(window.stays, window.slot, slots)[:, None], leaves.shape)
   elsewhere = ordered(in_ring, jnp.full(in_archive.shape, slots, in_ring.dtype))
   target = jnp.where(moved.target < slots - ring, ring + moved.target, elsewhere)
   stored = ordered(window.rows, packed(archive, window.rows.dtype))
-  carry = cache._written(carry, plan.placement.reserved, layer, target, stored, in_order)
+  carry = cache._written(carry, reserved, layer, target, stored, in_order)
   for name, stat in stats.items():
     held = carry.stats[name].at[layer, :, :, ring:].set(stat[..., : slots - ring])
     held = held.at[layer, rows, head, target].set(stat, mode="drop")
     carry = carry.replace(stats={**carry.stats, name: held})
+  if policy.remembers:
+    carry = carry.replace(memory=policy.renew(carry.memory, layer, active & (remaining == 0)))
   return out, carry, moved.archived
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from dms_jax.attention import decode_attention
-from dms_jax.cache.base import storage_dtype
+from dms_jax.cache.base import empty_memory, storage_dtype
 from dms_jax.cache.ring import RingCache
 from pallas_kernels.paged.format import floats
 from pallas_kernels.paged.pages import Pages
@@ -17,18 +17,19 @@ class ContiguousCache(RingCache):
   """`kv` [L, B, K, S, 2H] holds the ring in slots 0 .. W, then the archive."""
 
   @classmethod
-  def create(cls, layers, batch, heads, head_dim, *, capacity, policy, lag, dtype):
+  def create(cls, layers, batch, heads, head_dim, *, capacity, policy, lag, dtype, group=1):
     """An empty cache.
 
     Args:
       capacity: slots a head, the ring's W + 1 included; fewer than W + 1 are rounded up to it.
-      policy, lag, dtype: see `cache.create`.
+      policy, lag, dtype, group: see `cache.create`.
     """
     ring, page, lead, dtype = policy.window + 1, policy.page, (layers, batch, heads), storage_dtype(dtype)
     cache = cls(
       kv=jnp.zeros((*lead, ring, 2 * head_dim), dtype), evicted=jnp.zeros((*lead, ring), bool),
       archived=jnp.zeros(lead, jnp.int32), seen=jnp.zeros((batch,), jnp.int32),
       stats={name: jnp.zeros((*lead, ring), jnp.float32) for name in policy.stats},
+      memory=empty_memory(policy, lead, group, head_dim),
       summaries=jnp.zeros((*lead, 0, 2 * head_dim), dtype) if page else None,
       window=policy.window, lag=lag, page=page,
     )  # fmt: skip

@@ -35,6 +35,7 @@ class HostRow:
     pages: [n, page, cells], pages of all archives, layer by layer and head by head, in the pool's format.
     scales: float32 [n, page, 2], for key and value in a quantised format, else None.
     stats: float32 [L, K, S] each, the policy's statistics of the slots in use.
+    memory: float32 [L, K, own axes] each, the policy's memory.
     summaries: [L, K, M, 2H], summaries of the pages in use, for a policy that selects pages, else None.
     window, lag: those of the cache.
     page: slots of a page of a policy that selects pages, else 0.
@@ -49,6 +50,7 @@ class HostRow:
   scales: np.ndarray | None
   stats: dict[str, np.ndarray]
   summaries: np.ndarray | None
+  memory: dict[str, np.ndarray]
   window: int = struct.field(pytree_node=False)
   lag: int = struct.field(pytree_node=False)
   page: int = struct.field(pytree_node=False)
@@ -102,6 +104,7 @@ def offload_row(cache: Cache, row: int) -> HostRow:
     stats = jax.tree.map(held, cache.stats)
     return HostRow(
       kv=kv, evicted=held(cache.evicted), archived=np.zeros(kv.shape[:2], np.int32), stats=stats,
+      memory=jax.tree.map(get, cache.memory),
       pages=np.zeros((0, 1, kv.shape[-1]), kv.dtype), scales=None, summaries=None, page=0, masked=True, **same,
     )  # fmt: skip
   archived = get(cache.archived)
@@ -138,7 +141,7 @@ def check_fits(cache: Cache, stored: HostRow) -> None:
     ("window", stored.window, cache.window), ("lag", stored.lag, cache.lag),
     ("dtype", stored.kv.dtype, cache.kv.dtype), ("archive", stored.pages.dtype, cells),
     ("masked", stored.masked, masked), ("page of the policy", stored.page, 0 if masked else cache.page),
-    ("statistics", sorted(stored.stats), sorted(cache.stats)),
+    ("statistics", sorted(stored.stats), sorted(cache.stats)), ("memory", sorted(stored.memory), sorted(cache.memory)),
   ):  # fmt: skip
     if theirs != ours:
       raise ValueError(f"a stored row with {name} {theirs} does not fit a cache with {ours}")
@@ -195,7 +198,7 @@ def _restored_masked(cache: MaskedCache, row: int, stored: HostRow) -> MaskedCac
     raise ValueError(f"a stored row of {int(stored.seen)} tokens does not fit a cache of {cache.slots}")
   fields = {name: getattr(stored, name) for name in ("kv", "evicted", "stats")}
   fields = jax.tree.map(lambda x: _fitted(x, 2, cache.slots), fields)
-  return _restored(cache, jnp.int32(row), fields, stored.seen)
+  return _restored(cache, jnp.int32(row), {**fields, "memory": stored.memory}, stored.seen)
 
 
 @partial(jax.jit, donate_argnames="cache")

@@ -16,12 +16,14 @@ from dms_jax.cache.base import (
   Usage,
   blended,
   count_reads,
-  group_mean,
+  empty_memory,
   last_visible,
+  observation,
+  queries_of,
   rows_of,
   storage_dtype,
 )
-from dms_jax.policies import Candidates, Leaving, Observation
+from dms_jax.policies import Candidates, Leaving
 from pallas_kernels.paged.format import floats
 
 
@@ -49,12 +51,12 @@ class MaskedCache(Common):
   """
 
   @classmethod
-  def create(cls, layers, batch, heads, head_dim, *, capacity, policy, lag, dtype):
+  def create(cls, layers, batch, heads, head_dim, *, capacity, policy, lag, dtype, group=1):
     """An empty cache.
 
     Args:
       capacity: S, tokens a row.
-      policy, lag, dtype: see `cache.create`.
+      policy, lag, dtype, group: see `cache.create`.
     """
     shape = (layers, batch, heads, capacity)
     return cls(
@@ -62,12 +64,13 @@ class MaskedCache(Common):
       evicted=jnp.zeros(shape, bool),
       seen=jnp.zeros((batch,), jnp.int32),
       stats={name: jnp.zeros(shape, jnp.float32) for name in policy.stats},
+      memory=empty_memory(policy, shape[:3], group, head_dim),
       window=policy.window,
       lag=lag,
     )
 
   def layer_carry(self):
-    return self.kv, self.stats
+    return self.kv, self.stats, self.memory
 
   def layer_state(self):
     return self.evicted
@@ -134,7 +137,7 @@ class MaskedCache(Common):
     return kv, {name: stat.at[at].add(stat[leaving], mode="drop") for name, stat in stats.items()}
 
   def attend(self, plan, policy, layer, carry, state, q, k, v, evict):
-    kv, stats = carry
+    kv, stats, memory = carry
     b, t = q.shape[:2]
     heads, slots = kv.shape[2:4]
     rows, head, token = jnp.arange(b)[:, None, None], jnp.arange(heads)[:, None], jnp.arange(t)
@@ -155,7 +158,8 @@ class MaskedCache(Common):
     first = jnp.where(held, index, NEVER)
     last = jnp.where(held, last_visible(state, index, self.window), -1)
     live = count_reads(first, last, stop - 1, stop)
-    keys, values = jnp.split(floats(kv[layer]), 2, axis=-1)
+    held_rows = floats(kv[layer])
+    keys, values = jnp.split(held_rows, 2, axis=-1)
     if policy.page and t == 1:
       last = jnp.where(self._selected(policy, layer, keys, stop, q), last, -1)
     q_pos = jnp.where(real, position, -2)
@@ -166,26 +170,60 @@ class MaskedCache(Common):
       weights = ones if plan.remaining is None else policy.query_weights(plan.lengths, plan.remaining, t)
     out = prefill_attention(q, keys, values, q_pos, first, last, query_weights=weights)
     out, mass = (out, None) if weights is None else out
+    if policy.remembers:
+      memory = policy.remember(memory, layer, queries_of(q, heads), plan.seen, plan.lengths)
+    own, remaining = {}, jnp.zeros_like(stop) if plan.remaining is None else plan.remaining
+    active = (plan.lengths > 0)[:, None, None]
     if policy.stats:
       admitted = policy.admit(layer, jnp.broadcast_to(position[:, None], (b, heads, t)))
       stats = {n: stat.at[layer, rows, head, slot].set(admitted[n], mode="drop") for n, stat in stats.items()}
       own = {name: stat[layer] for name, stat in stats.items()}
-      remaining = jnp.zeros_like(stop) if plan.remaining is None else plan.remaining
-      active = (plan.lengths > 0)[:, None, None]
       if observes:
-        seen = Observation(
-          mass=None if mass is None else group_mean(mass, q), keys=keys if "keys" in observes else None,
-          live=(first <= last) & (last >= stop[:, None, None] - 1), lengths=plan.lengths, remaining=remaining,
+        seen = observation(
+          observes, mass=mass, rows=held_rows, q=q, stats=own, lengths=plan.lengths, remaining=remaining,
+          live=(first <= last) & (last >= stop[:, None, None] - 1),
         )  # fmt: skip
         after = policy.observe(own, seen)
         own = {name: jnp.where(active, after[name], stat) for name, stat in own.items()}
         stats = {name: stat.at[layer].set(own[name]) for name, stat in stats.items()}
-      if plan.remaining is not None and policy.compacts:
-        outside = (index < (stop - self.window - 1)[:, None, None]) & ~state
-        kept = policy.compact(Candidates(own, outside, stop, remaining))
-        state = state | (outside & ~kept & active)
-        live = count_reads(first, jnp.where(held, last_visible(state, index, self.window), -1), stop - 1, stop)
-    return out, (kv, stats), state, Usage(live, count_reads(first, last, plan.seen, stop))
+    if plan.remaining is not None and policy.compacts:
+      state, memory = self._cut(policy, layer, held_rows, own, state, memory, stop, plan.lengths > 0, remaining)
+      live = count_reads(first, jnp.where(held, last_visible(state, index, self.window), -1), stop - 1, stop)
+    return out, (kv, stats, memory), state, Usage(live, count_reads(first, last, plan.seen, stop))
+
+  def _cut(self, policy, layer, rows, stats, evicted, memory, stop, active, remaining):
+    """(evicted [B, K, S], memory) of one layer after the policy has cut the tokens outside the window.
+
+    Args:
+      rows: [B, K, S, 2H], keys and values as numbers.
+      stop: int32 [B], tokens that each row has read.
+    """
+    index, h = jnp.arange(self.slots), rows.shape[-1] // 2
+    seen, outside = index < stop[:, None, None], index < (stop - self.window - 1)[:, None, None]
+    live = outside & ~evicted
+    candidates = Candidates(
+      layer, stats, live, live | (seen & ~outside), stop, remaining,
+      keys=rows[..., :h] if "keys" in policy.compact_observes else None,
+      values=rows[..., h:] if "values" in policy.compact_observes else None,
+      memory={name: x[layer] for name, x in memory.items()},
+    )  # fmt: skip
+    evicted = evicted | (live & ~policy.compact(candidates) & active[:, None, None])
+    return evicted, policy.renew(memory, layer, active & (remaining == 0)) if policy.remembers else memory
+
+  def prune(self, policy, active):
+    due = active & policy.due(self.seen, self.live())
+
+    def body(layer, state):
+      evicted, memory = state
+      stats = {name: stat[layer] for name, stat in self.stats.items()}
+      own, memory = self._cut(
+        policy, layer, floats(self.kv[layer]), stats, evicted[layer], memory, self.seen, due, jnp.zeros_like(self.seen)
+      )
+      return evicted.at[layer].set(own), memory
+
+    layers = jnp.where(jnp.any(due), len(self.kv), 0)
+    evicted, memory = jax.lax.fori_loop(0, layers, body, (self.evicted, self.memory))
+    return self.replace(evicted=evicted, memory=memory)
 
   def _selected(self, policy, layer, keys, stop, q):
     """Which tokens a query reads, bool [B, K, S]: the window, and older tokens in a page that the policy selects."""
@@ -202,5 +240,5 @@ class MaskedCache(Common):
 
   def commit(self, plan, carry, states, evict=None):
     assert evict is None, "decisions go to attend: can_decide_late is False"
-    kv, stats = carry
-    return self.replace(kv=kv, stats=stats, evicted=states, seen=plan.seen + plan.lengths)
+    kv, stats, memory = carry
+    return self.replace(kv=kv, stats=stats, memory=memory, evicted=states, seen=plan.seen + plan.lengths)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Int, Shaped
 
 from dms_jax.attention import decode_attention, write_pages
 from dms_jax.cache import pool as pools
-from dms_jax.cache.base import packed, rounded, storage_dtype
+from dms_jax.cache.base import empty_memory, packed, rounded, storage_dtype
 from dms_jax.cache.pool import Pool
 from dms_jax.cache.ring import RingCache
 from pallas_kernels.paged.format import FORMATS, PageFormat, floats, format_of, scale_places
@@ -75,14 +75,14 @@ class PagedCache(RingCache):
 
   @classmethod
   def create(
-    cls, layers, batch, heads, head_dim, *, capacity, policy, lag, dtype, longest=None, page_size=None,
+    cls, layers, batch, heads, head_dim, *, capacity, policy, lag, dtype, group=1, longest=None, page_size=None,
     page_format=None,
   ):  # fmt: skip
     """An empty cache.
 
     Args:
       capacity: slots a head, the ring included, averaged over heads and rows; it sets the number of pages.
-      policy, lag, dtype: see `cache.create`.
+      policy, lag, dtype, group: see `cache.create`.
       longest: the most slots that one head may hold, the ring included; default `capacity`.
       page_size: slots of a page; default the policy's, else the format's.
       page_format: a key of `pallas_kernels.paged.FORMATS`: "int8" and "float8" store the archive in 8 bits, with a
@@ -104,6 +104,7 @@ class PagedCache(RingCache):
       kv=jnp.zeros((*lead, -(-ring // TILE) * TILE, 2 * head_dim), stored), evicted=jnp.zeros((*lead, ring), bool),
       archived=jnp.zeros(lead, jnp.int32), seen=jnp.zeros((batch,), jnp.int32),
       stats={name: jnp.zeros((*lead, ring), jnp.float32) for name in policy.stats},
+      memory=empty_memory(policy, lead, group, head_dim),
       summaries=jnp.zeros((*lead, 0, 2 * head_dim), stored) if policy.page else None,
       window=policy.window, lag=lag, page=policy.page, store=store, table=table, page_size=size,
     )  # fmt: skip
@@ -231,16 +232,22 @@ class PagedCache(RingCache):
     at = tuple(x[..., None] for x in lead) + (place,)
     return room, Table(table.pages.at[at].set(pages, mode="drop"), table.owned + lacking, pool)
 
+  def _after(self, carry, **fields):
+    return super()._after(carry, store=carry.archive, **fields)
+
+  def _place(self):
+    return self.table
+
   def commit(self, plan, carry, states, evict=None):
     cache = super().commit(plan, carry, states, evict)
-    table, store = plan.placement.reserved, carry.archive
+    table = plan.placement.reserved
     if plan.placement.step is None:  # a chunk has taken pages as if it evicted nothing
       used = -(-cache.archived // self.page_size)
       place = jnp.arange(table.pages.shape[3])
       idle = (place >= used[..., None]) & (place < table.owned[..., None])
       pool = pools.give_back(table.pool, jnp.where(idle, table.pages, self.pages))
       table = Table(table.pages, jnp.minimum(table.owned, used), pool)
-    return cache.replace(store=store, table=table)
+    return cache.replace(table=table)
 
   def _written(self, carry, reserved, layer, target, rows, in_order=True):
     carry = carry.replace(archive=self._stored(carry.archive, reserved.pages[layer], target, rows, in_order))

@@ -23,8 +23,8 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dms_jax.cache import chunk
-from dms_jax.cache.base import Common, Plan, Usage, blended, group_mean, packed, rows_of
-from dms_jax.policies import Leaving, Observation
+from dms_jax.cache.base import Common, Plan, Usage, blended, observation, packed, queries_of, rows_of
+from dms_jax.policies import Leaving
 from pallas_kernels.paged.format import floats
 
 
@@ -58,6 +58,7 @@ class LayerCarry:
     kv: [L, B, K, S, 2H], the ring and then the archive; [L, B, K, R, 2H], the ring alone, if archives lie in pages.
     stats: float32 [L, B, K, S] each.
     summaries: [L, B, K, A / page, 2H], for a policy that selects pages, else None.
+    memory: the policy's memory, [L, B, K, own axes] each.
     archive: the pages' `Store`, if archives lie in pages, else None.
     leaving: [L, B, K, 2H], the rows that leave the rings; only if the model's layers are a list.
   """
@@ -65,6 +66,7 @@ class LayerCarry:
   kv: jax.Array
   stats: dict[str, jax.Array]
   summaries: jax.Array | None
+  memory: dict[str, jax.Array]
   archive: Any = None
   leaving: jax.Array | None = None
 
@@ -97,7 +99,7 @@ class RingCache(Common):
       raise ValueError(f"{type(policy).__name__} selects pages of {policy.page} slots, the cache has {self.page}")
 
   def layer_carry(self):
-    return LayerCarry(self.kv, self.stats, self.summaries, self._store())
+    return LayerCarry(self.kv, self.stats, self.summaries, self.memory, self._store())
 
   def layer_state(self):
     return self.archived, self.evicted
@@ -215,6 +217,9 @@ class RingCache(Common):
       moved = {name: jnp.stack([x, admitted[name][..., 0]], -1) for name, x in leaving.items()}
       carry = carry.replace(stats={n: stat.at[at].set(moved[n], mode="drop") for n, stat in carry.stats.items()})
 
+    if policy.remembers:
+      queries = queries_of(q, archived.shape[1])
+      carry = carry.replace(memory=policy.remember(carry.memory, layer, queries, plan.seen, plan.lengths))
     in_ring = jnp.minimum(plan.seen + plan.lengths, ring)[:, None]
     live = read = in_ring + archived
     if policy.page:
@@ -230,16 +235,16 @@ class RingCache(Common):
 
   def _observed(self, plan, policy, layer, carry, reserved, in_ring, archived, q, mass):
     """`carry` with the statistics of one layer after `policy.observe` in a decode step."""
-    index, keys = jnp.arange(self.slots), None
-    if "keys" in policy.observes:
+    index, rows = jnp.arange(self.slots), None
+    if {"keys", "values"} & set(policy.observes):
       own = floats(carry.kv[layer, :, :, : self.ring])
-      keys = jnp.concatenate([own, self._archive(carry, reserved, layer)], axis=2)[..., : q.shape[3]]
-    seen = Observation(
-      mass=None if mass is None else group_mean(mass, q), keys=keys, lengths=plan.lengths,
+      rows = jnp.concatenate([own, self._archive(carry, reserved, layer)], axis=2)
+    before = {name: stat[layer] for name, stat in carry.stats.items()}
+    seen = observation(
+      policy.observes, mass=mass, rows=rows, q=q, stats=before, lengths=plan.lengths,
       live=jnp.where(index < self.ring, index < in_ring[..., None], index - self.ring < archived[..., None]),
       remaining=jnp.zeros_like(plan.lengths),
     )  # fmt: skip
-    before = {name: stat[layer] for name, stat in carry.stats.items()}
     after = policy.observe(before, seen)
     active = (plan.lengths > 0)[:, None, None]
     after = {name: jnp.where(active, after[name], stat) for name, stat in before.items()}
@@ -291,10 +296,19 @@ class RingCache(Common):
     evicted = evicted if evict is None else evict[..., 0]
     if plan.placement.step is not None:
       evicted = self._decided(plan, evicted)
-    return self.replace(
-      kv=carry.kv, stats=carry.stats, summaries=carry.summaries, archived=archived, evicted=evicted,
-      seen=plan.seen + plan.lengths,
-    )  # fmt: skip
+    return self._after(carry, archived=archived, evicted=evicted, seen=plan.seen + plan.lengths)
+
+  def _after(self, carry: LayerCarry, **fields) -> RingCache:
+    """The cache with the arrays of `carry`, and other `fields`."""
+    return self.replace(kv=carry.kv, stats=carry.stats, summaries=carry.summaries, memory=carry.memory, **fields)
+
+  def prune(self, policy, active):
+    due = active & policy.due(self.seen, self.live())
+    # A loop over all layers or none: XLA updates its carry in place, where a `cond` may copy the cache.
+    layers = jnp.where(jnp.any(due), len(self.kv), 0)
+    body = lambda layer, state: chunk.pruned(self, policy, layer, due, *state)
+    carry, archived = jax.lax.fori_loop(0, layers, body, (self.layer_carry(), self.archived))
+    return self._after(carry, archived=archived)
 
   def _decided(self, plan, decided: Bool[Array, "L B K"]) -> Bool[Array, "L B K ring"]:
     """`evicted` after a decode step: `decided` for token t - lag, then "undecided", False, for the new token t.
@@ -314,6 +328,10 @@ class RingCache(Common):
 
   def _store(self) -> Any:
     """The initial `LayerCarry.archive`."""
+    return None
+
+  def _place(self) -> Any:
+    """`Placement.reserved` of a step that needs no new slots."""
     return None
 
   def _reserved(self, new: Int[Array, "L B K"], most: int) -> tuple[Bool[Array, "B"], Any]:

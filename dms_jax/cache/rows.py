@@ -13,7 +13,7 @@ from dms_jax.cache import pool as pools
 from dms_jax.cache.paged import PagedCache, Table
 from dms_jax.cache.ring import RingCache
 
-BY_ROW = ("kv", "evicted", "archived", "stats", "summaries")  # fields whose arrays are [L, B, ...]
+BY_ROW = ("kv", "evicted", "archived", "stats", "summaries", "memory")  # fields whose arrays are [L, B, ...]
 
 
 def row_fields(cache: RingCache, take: Callable, archive: int) -> dict:
@@ -65,7 +65,7 @@ def fork_row(
 
   Args:
     cache: donated.
-    whole: copy all pages, for a policy that writes into old ones.
+    whole: copy all pages, for a policy that `rewrites` old ones.
 
   Returns:
     (cache, whether the pool had enough free pages, bool []). Without enough the cache is unchanged.

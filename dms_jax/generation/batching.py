@@ -314,7 +314,7 @@ class Generator:
     logits = None
     if not first.goes_on:
       logits = self.memory.read(self.model, self.policy, rows[0], first.prompt, self.chunk)
-    if (logits is None and not first.goes_on) or not self.memory.fork(rows[0], rows[1:], whole=self.policy.overwrites):
+    if (logits is None and not first.goes_on) or not self.memory.fork(rows[0], rows[1:], whole=self.policy.rewrites):
       return self._give_up(first)
     for chain, row in zip(group, rows, strict=True):
       self._ages += 1

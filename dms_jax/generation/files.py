@@ -77,7 +77,8 @@ def save_conversation(path: str | Path, past: Any) -> None:
         for name, array in _live(one.cache).items():
           with file.open(f"{index}.{name}.npy", "w", force_zip64=True) as stream:
             np.lib.format.write_array(stream, array, allow_pickle=False)
-    numbers = {f.name: getattr(policy, f.name) for f in dataclasses.fields(policy)}
+    fields = [f for f in dataclasses.fields(policy) if f.metadata.get("flag", True)]  # tables are files of their own
+    numbers = {f.name: getattr(policy, f.name) for f in fields}
     numbers = {name: None if value is None else np.asarray(value).tolist() for name, value in numbers.items()}
     header = {
       "format": FORMAT, "cache": kind, "slots": slots, **pool, **model,
@@ -121,7 +122,8 @@ def load_conversation(
     raise ValueError(f"{path}: a cache of another model: {', '.join(differences)}")
   if (kind == "masked") != (header["cache"] == "masked") or (kind == "contiguous" and archive != dtype):
     raise ValueError(f"{path}: cache={kind!r} cannot take what a {header['cache']} cache of {archive} holds")
-  rows, abouts = _read_rows(path, header, resolved.stats), header["rows"]
+  memory = resolved.memory(config.num_heads // config.num_kv_heads, config.head_dim)
+  rows, abouts = _read_rows(path, header, resolved.stats, memory), header["rows"]
   needed = max(_slots(row) for row in rows)
   options, longest = {}, max(header["slots"], needed)
   if kind == "paged":
@@ -186,6 +188,7 @@ def _live(row: HostRow) -> dict[str, np.ndarray]:
   row = row.replace(kv=row.kv[:, :, :ring], evicted=row.evicted[:, :, :ring])
   bits = lambda x: x.view(f"u{x.dtype.itemsize}") if x.dtype.kind == "V" else x
   arrays = {name: getattr(row, name) for name in ARRAYS} | {f"stats.{name}": x for name, x in row.stats.items()}
+  arrays |= {f"memory.{name}": x for name, x in row.memory.items()}
   return {name: bits(np.ascontiguousarray(x)) for name, x in arrays.items() if x is not None}
 
 
@@ -240,8 +243,8 @@ def _policy(path, header, model: Model, given: Policy | None) -> Policy:
   return resolved
 
 
-def _read_rows(path: str | Path, header: dict, stats: tuple[str, ...]) -> list[HostRow]:
-  """The rows of a file, every array checked against cache.json."""
+def _read_rows(path: str | Path, header: dict, stats: tuple[str, ...], memory: dict) -> list[HostRow]:
+  """The rows of a file, every array checked against cache.json; `memory`: `Policy.memory`'s axes."""
   file, rows = Path(path) / ROWS, []
   lead, width = (header["layers"], header["kv_heads"]), 2 * header["head_dim"]
   own, cells = (_dtype(path, header, name) for name in ("dtype", "archive"))
@@ -266,6 +269,10 @@ def _read_rows(path: str | Path, header: dict, stats: tuple[str, ...]) -> list[H
         for name, want in expected.items():
           parts[name] = _checked(f"array '{index}.{name}'", parts[name], want)
         parts["stats"] = _read_stats(arrays, index, stats, lead, 0 if masked else most)
+        parts["memory"] = {}
+        for name, axes in memory.items():
+          array = arrays[key] if (key := f"{index}.memory.{name}") in arrays else None
+          parts["memory"][name] = _checked(f"array '{key}'", array, ((*lead, *axes), np.dtype(np.float32)))
         for name in ("kv", "evicted"):  # restore the ring's free slots, which are not in the file
           widths = [(0, 0)] * parts[name].ndim
           widths[2] = (0, 0 if masked else header["window"] + 1 - ring)

@@ -1,13 +1,15 @@
 """Eviction policies: the interface that caches call, and the registry that finds a policy by name.
 
 The *window* is the newest token and the W tokens before it, in most caches a ring of W + 1 slots. Its tokens stay
-visible whatever the policy decides. The *archive* holds the older tokens that are kept. A policy acts at six points:
+visible whatever the policy decides. The *archive* holds the older tokens that are kept. A policy acts at these points:
 
     decide     as a token is read: is it evicted once it leaves the window?
     admit      as a token is read: its first value of each per-slot statistic               (`stats`)
-    observe    after attention in a layer: the statistics, given attention mass or keys  (`observes`, `prompt_observes`)
+    observe    after attention in a layer: the statistics, given what `observes` and `prompt_observes` name
+    remember   after attention in a layer: the policy's memory, given the queries           (`remembers`)
     retire     as a token leaves the window in a decode step: forget, append, overwrite or merge it
-    compact    after a chunk of a prompt: which tokens outside the window stay              (`compacts`)
+    due        before a decode step: the rows that are pruned, which `compact` does         (`prunes`)
+    compact    after a chunk of a prompt, and where due: which tokens outside the window stay  (`compacts`)
     select     in a decode step: the archive pages that the query reads                     (`page` > 0)
 
 Policies do not know the memory layout of a cache. They see arrays with leading axes [L, B, K] or [B, K], and archive
@@ -18,6 +20,7 @@ are shapes.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,10 +29,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 REGISTRY: dict[str, type[Policy]] = {}
 Stats = dict[str, Array]  # name -> float32 [..., slots]
+Memory = dict[str, Array]  # name -> float32 [..., B, K, own axes]
 
 
 def register(cls: type[Policy]) -> type[Policy]:
-  """Class decorator: makes a policy available by its lower-case class name."""
+  """Class decorator: makes a policy available by its lower-case class name.
+
+  Raises:
+    TypeError: it observes positions and has no statistic "position".
+  """
+  if "positions" in (*cls.observes, *cls.prompt_observes) and "position" not in cls.stats:
+    raise TypeError(f'{cls.__name__} observes positions, so its stats must name "position"')
   REGISTRY[cls.__name__.lower()] = cls
   return cls
 
@@ -108,14 +118,19 @@ class Observation:
   Attributes:
     mass: float32 [B, K, X], the attention that each token received: summed over queries with `query_weights`, averaged
       over the G query heads of a KV head. None unless "mass" is observed.
-    keys: [B, K, X, H], after RoPE, in the model's dtype; None unless "keys" is observed.
-    live: bool [B, K, X], whether there is a token; `mass` and `keys` of others are arbitrary.
+    keys, values: [B, K, X, H], in the model's dtype, keys after RoPE; None unless observed.
+    positions: int32 [B, K, X], in the text, from the statistic "position"; None unless observed.
+    queries: [B, K, G, T, H], of the step's T tokens, padding included, after RoPE; None unless observed.
+    live: bool [B, K, X], whether there is a token; what the other arrays hold elsewhere is arbitrary.
     lengths: int32 [B], tokens that each row reads in this step.
     remaining: int32 [B], tokens of the prompt still to come; 0 in a decode step.
   """
 
   mass: Float[Array, "B K X"] | None
   keys: Float[Array, "B K X H"] | None
+  values: Float[Array, "B K X H"] | None
+  positions: Int[Array, "B K X"] | None
+  queries: Float[Array, "B K G T H"] | None
   live: Bool[Array, "B K X"]
   lengths: Int[Array, "B"]
   remaining: Int[Array, "B"]
@@ -123,21 +138,30 @@ class Observation:
 
 @struct.dataclass
 class Candidates:
-  """X tokens of one layer after a chunk of a prompt, in the order archive, window, chunk.
+  """X tokens of one layer, in the order archive, window, chunk: after a chunk of a prompt, or where pruning is due.
 
   That is text order, unless the policy `overwrites`.
 
   Attributes:
+    layer: int32 [], the layer's index.
     stats: float32 [B, K, X] each, statistics of the tokens.
     live: bool [B, K, X], tokens outside the window that are not evicted; the answer for others is ignored.
+    held: bool [B, K, X], the same tokens and those of the window; the other arrays are arbitrary elsewhere.
     tokens: int32 [B], tokens that each row has read, the chunk included.
-    remaining: int32 [B], tokens of the prompt still to come; 0 if the prompt ends with this chunk.
+    remaining: int32 [B], tokens of the prompt still to come; 0 if the prompt ends with this chunk, and where due.
+    keys, values: [B, K, X, H], in the model's dtype, keys after RoPE; None unless in `compact_observes`.
+    memory: [B, K, own axes] each, the layer's part of the policy's memory.
   """
 
+  layer: int | Int[Array, ""]
   stats: dict[str, Float[Array, "B K X"]]
   live: Bool[Array, "B K X"]
+  held: Bool[Array, "B K X"]
   tokens: Int[Array, "B"]
   remaining: Int[Array, "B"]
+  keys: Float[Array, "B K X H"] | None = None
+  values: Float[Array, "B K X H"] | None = None
+  memory: dict[str, Float[Array, "B K ..."]] = struct.field(default_factory=dict)
 
 
 @struct.dataclass
@@ -150,9 +174,12 @@ class Policy:
   uses_keys = False  # `decide` needs keys
   evicts = True  # False: every token is kept, so the length of a text determines the slots it needs
   bounded = False  # `capacity` is less than one slot a token
-  stats = ()  # names of the per-slot statistics, float32, that the cache stores
-  observes = ()  # inputs of `observe` in decode steps: "mass", "keys"
+  stats = ()  # names of the per-slot statistics, float32, that the cache stores; "position" is the token's in the text
+  observes = ()  # inputs of `observe` in decode steps: "mass", "keys", "values", "positions", "queries"
   prompt_observes = ()  # inputs of `observe` in chunks of a prompt
+  compact_observes = ()  # inputs of `compact` beside the statistics: "keys", "values"
+  remembers = False  # the policy has a memory of its own, arrays for each layer, row and KV head
+  prunes = False  # decode steps first `compact` the rows that are `due`; the archive stays in text order
   overwrites = False  # `retire` may overwrite archived tokens, so chains cannot share pages
   exact_prefill = False  # prompts are read one token at a time, by decode steps inside one compiled loop
   page = 0  # slots of a page that is selected as a whole; 0: everything is read
@@ -161,6 +188,11 @@ class Policy:
   def compacts(self) -> bool:
     """Whether `compact` is called after chunks of a prompt."""
     return False
+
+  @property
+  def rewrites(self) -> bool:
+    """Whether tokens that are archived change their slots while a row decodes, so that chains cannot share pages."""
+    return self.overwrites or self.prunes
 
   @property
   def data_dependent(self) -> bool:
@@ -188,6 +220,14 @@ class Policy:
       raise ValueError(f"policy window={policy.window} must be 0 or more tokens, a whole number")
     return policy
 
+  def fitted(self, config: Any) -> Policy:
+    """This policy with the tables that it needs for a model of this `ModelConfig`; called before `resolved`.
+
+    Raises:
+      ValueError: the tables are of another model.
+    """
+    return self
+
   def continues(self, held: type[Policy] | None) -> bool:
     """Whether this policy can continue a conversation held by a policy of class `held` (None: unknown).
 
@@ -214,8 +254,46 @@ class Policy:
     return jnp.zeros(position.shape, bool)
 
   def admit(self, layer: int | Int[Array, ""], position: Int[Array, "B K T"]) -> dict[str, Float[Array, "B K T"]]:
-    """The first value of each statistic in `stats`, for the tokens at `position` of layer `layer`."""
-    return {name: jnp.zeros(position.shape, jnp.float32) for name in self.stats}
+    """The first value of each statistic in `stats`, for the tokens at `position` of layer `layer`.
+
+    It is 0 by default, but for "position". Positions up to 2^24 are exact.
+    """
+    first = {"position": position.astype(jnp.float32)}
+    return {name: first.get(name, jnp.zeros(position.shape, jnp.float32)) for name in self.stats}
+
+  def memory(self, group: int, head_dim: int) -> dict[str, tuple[int, ...]]:
+    """The own axes of each array of the memory; a cache stores it as float32 [L, B, K, own axes], 0 at first.
+
+    Args:
+      group: G, query heads of a KV head.
+      head_dim: H.
+    """
+    return {}
+
+  def remember(
+    self,
+    memory: dict[str, Float[Array, "L B K ..."]],
+    layer: int | Int[Array, ""],
+    queries: Float[Array, "B K G T H"],
+    start: Int[Array, "B"],
+    lengths: Int[Array, "B"],
+  ) -> Memory:
+    """The memory after a step of T tokens in one layer, a decode step or a chunk of a prompt.
+
+    Args:
+      memory: of all layers, to be changed in place at `layer` alone; of an emptied row it is what another left there.
+      queries: of the step's tokens, after RoPE; those past `lengths` are arbitrary.
+      start: tokens that each row has read before.
+      lengths: tokens that each row reads now; the memory of a row that reads none stays as it is.
+
+    Raises:
+      NotImplementedError: the policy remembers but does not define this.
+    """
+    raise NotImplementedError(f"{type(self).__name__} remembers but has no remember")
+
+  def renew(self, memory: Memory, layer: int | Int[Array, ""], rows: Bool[Array, "B"]) -> Memory:
+    """The memory after `compact` has acted on `rows`, at the end of a prompt or where due; by default unchanged."""
+    return memory
 
   def query_weights(self, lengths: Int[Array, "B"], remaining: Int[Array, "B"], width: int) -> Float[Array, "B T"]:
     """The weight of each query of a chunk in the observed mass, float32; by default every real query weighs 1.
@@ -242,8 +320,20 @@ class Policy:
     """What happens to the tokens that leave the window in a decode step; asked once, before the layers run."""
     return Retired(~leaving.evicted)
 
+  def due(self, tokens: Int[Array, "B"], held: Int[Array, "L B K"]) -> Bool[Array, "B"]:
+    """The rows that `compact` acts on before a decode step.
+
+    Args:
+      tokens: that each row has read.
+      held: tokens that each head holds.
+
+    Raises:
+      NotImplementedError: the policy prunes but does not define this.
+    """
+    raise NotImplementedError(f"{type(self).__name__} prunes but has no due")
+
   def compact(self, candidates: Candidates) -> Bool[Array, "B K X"]:
-    """Which tokens outside the window stay after a chunk of a prompt, in one layer.
+    """Which tokens outside the window stay, in one layer: after a chunk of a prompt, and in rows that are `due`.
 
     Raises:
       NotImplementedError: the policy compacts but does not define this.

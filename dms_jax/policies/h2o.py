@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
@@ -14,9 +15,11 @@ from dms_jax.policies.budget import Budgeted, check_budget
 class H2O(Budgeted):
   """Forgets the token outside the window whose attention, summed over all queries so far, is least.
 
-  `window` None makes the window half the budget, as in the paper; with `cr`, `window` must be given. A token's sum
-  starts with its own query (algorithm 1). Attention is averaged over the query heads of a KV head; the paper has one
-  query head a KV head.
+  `window` None protects the newest half of the budget, as in the paper. For one budget in tokens the window becomes
+  half of it. A budget for each row, or one that grows with `cr`, has no half that is a shape: then W = 0, and `halves`
+  protects the newest half of the budget by the positions of tokens, (budget - 1) / 2 rounded down beside the newest
+  one. A token's sum starts with its own query (algorithm 1). Attention is averaged over the query heads of a KV head;
+  the paper has one query head a KV head.
 
   Prompts: each query of a chunk credits every token it attends to, then the chunk is cut to the budget (the released
   code reads the whole prompt densely and cuts once). Tokens that `exact_prefill` would have forgotten within the chunk
@@ -24,19 +27,40 @@ class H2O(Budgeted):
   """
 
   window: int | None = struct.field(pytree_node=False, default=None)
+  halves: bool = struct.field(pytree_node=False, default=False)
 
   observes = ("mass",)
   prompt_observes = ("mass",)
 
+  @property
+  def stats(self):  # type: ignore[override]
+    return ("score", "position") if self.halves else ("score",)
+
   def resolved(self, window):
     if self.window is not None:
       return super().resolved(window)
-    if self.budget is None and self.cr is not None:
-      raise ValueError("H2O: cr= needs window= too; only of a budget in tokens can half be the window")
     check_budget(self.replace(window=0), 1)
-    if np.ndim(self.budget):
-      raise ValueError("H2O: a budget for each row needs window= too; only of a single budget can half be the window")
+    if self.halves or self.budget is None or np.ndim(self.budget):
+      return self.replace(window=0, halves=True).resolved(window)
     return self.replace(window=(int(self.budget) - 1) // 2).resolved(window)
 
   def observe(self, stats, seen):
-    return {"score": stats["score"] + seen.mass}
+    return {**stats, "score": stats["score"] + seen.mass}
+
+  def retire(self, leaving):
+    if not self.halves:
+      return super().retire(leaving)
+    tokens = leaving.tokens
+    own, others = self._protected(leaving.stats, tokens), self._protected(leaving.archive_stats, tokens[..., None])
+    return super().retire(leaving.replace(stats=own, archive_stats=others))
+
+  def compact(self, candidates):
+    if not self.halves:
+      return super().compact(candidates)
+    stats = self._protected(candidates.stats, candidates.tokens[:, None, None])
+    return super().compact(candidates.replace(stats=stats))
+
+  def _protected(self, stats, tokens):
+    """The scores, infinite for the newest half of the budget once `tokens`, shaped [B, ...] like them, are seen."""
+    first = (tokens - 1 - (self.capacity(tokens) - 1) // 2).astype(jnp.float32)
+    return {"score": jnp.where(stats["position"] >= first, jnp.inf, stats["score"])}

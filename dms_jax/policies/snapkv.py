@@ -8,6 +8,7 @@ from jax import lax
 
 from dms_jax.policies.base import Policy, is_whole, register
 from dms_jax.policies.budget import allowance, check_budget, largest
+from dms_jax.policies.periodic import closed_ranks
 
 
 @register
@@ -51,12 +52,8 @@ class SnapKV(Policy):
 
   def compact(self, candidates):
     live, mass = candidates.live, -candidates.stats["mass"]
-    # Tokens that are neighbours in the text are pooled, whatever free slots lie between them.
-    place = jnp.cumsum(live, axis=-1) - 1
-    at = jnp.where(live, place, live.shape[-1])
-    rows, heads = jnp.arange(live.shape[0])[:, None, None], jnp.arange(live.shape[1])[:, None]
-    dense = jnp.full(mass.shape, -jnp.inf).at[rows, heads, at].set(mass, mode="drop")
+    dense, place = closed_ranks(mass, live, -jnp.inf)
     dense = lax.reduce_window(dense, -jnp.inf, lax.max, (1, 1, self.pool), (1, 1, 1), "SAME")
-    pooled = jnp.take_along_axis(dense, jnp.maximum(place, 0), axis=-1)
+    pooled = jnp.take_along_axis(dense, place, axis=-1)
     kept = largest(pooled, live, allowance(self, candidates.tokens) - (self.window + 1))
     return jnp.where((candidates.remaining == 0)[:, None, None], kept, live)

@@ -124,7 +124,7 @@ def define_flags(prefix: str, cls: type, **overrides: Any) -> None:
     TypeError: an override names no field, or an annotation cannot be written on a command line.
   """
   hints = typing.get_type_hints(cls)
-  fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+  fields = {field.name: field for field in _flag_fields(cls)}
   if unknown := sorted(set(overrides) - set(fields)):
     raise TypeError(f"{cls.__name__} has no field(s) {unknown}")
   for name, field in fields.items():
@@ -155,24 +155,27 @@ def read_flags(prefix: str, cls: type, values: Mapping[str, Any] | None = None) 
     ValueError: the dataclass's own checks refuse a value.
   """
   hints, fields = typing.get_type_hints(cls), {}
-  for field in dataclasses.fields(cls):
-    if field.init:
-      flag, annotation = _flag_name(prefix, field.name), hints[field.name]
-      if dataclasses.is_dataclass(annotation):
-        fields[field.name] = read_flags(flag, annotation, values)
-      else:
-        fields[field.name] = FLAGS[flag].value if values is None else values[flag]
+  for field in _flag_fields(cls):
+    flag, annotation = _flag_name(prefix, field.name), hints[field.name]
+    if dataclasses.is_dataclass(annotation):
+      fields[field.name] = read_flags(flag, annotation, values)
+    else:
+      fields[field.name] = FLAGS[flag].value if values is None else values[flag]
   return cls(**fields)
 
 
 def flag_types(prefix: str, cls: type) -> dict[str, Any]:
   """{name: annotation} of the flags that `define_flags(prefix, cls)` makes."""
   hints, found = typing.get_type_hints(cls), {}
-  for field in dataclasses.fields(cls):
-    if field.init:
-      flag, annotation = _flag_name(prefix, field.name), hints[field.name]
-      found |= flag_types(flag, annotation) if dataclasses.is_dataclass(annotation) else {flag: annotation}
+  for field in _flag_fields(cls):
+    flag, annotation = _flag_name(prefix, field.name), hints[field.name]
+    found |= flag_types(flag, annotation) if dataclasses.is_dataclass(annotation) else {flag: annotation}
   return found
+
+
+def _flag_fields(cls: type) -> list[dataclasses.Field]:
+  """The fields that are flags: all but those computed, and those marked `metadata={"flag": False}`, such as tables."""
+  return [field for field in dataclasses.fields(cls) if field.init and field.metadata.get("flag", True)]
 
 
 def spell(value: Any) -> str:

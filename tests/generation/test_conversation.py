@@ -23,7 +23,10 @@ from tests.helpers import check_pages
 
 WINDOW, PAGE = 3, 4
 SIZES = dict(prefill_chunk=8, decode_block=4, eos=False)
-POLICIES = {"h2o": policies.H2O(budget=17, window=WINDOW), "quest": policies.Quest(page=PAGE, budget=16)}
+POLICIES = {
+  "h2o": policies.H2O(budget=17, window=WINDOW), "quest": policies.Quest(page=PAGE, budget=16),
+  "expected": policies.ExpectedAttention(budget=17, buffer=4, window=WINDOW),  # its memory is saved, too
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +61,7 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize("kind, dtype, case", [
   ("contiguous", "float32", None), ("paged", "bfloat16", None), ("paged", "float32", "h2o"),
+  ("paged", "float32", "expected"), pytest.param("masked", "float32", "expected", marks=SLOW),
   pytest.param("contiguous", "bfloat16", None, marks=SLOW), pytest.param("masked", "float32", None, marks=SLOW),
   pytest.param("contiguous", "float32", "quest", marks=SLOW), pytest.param("paged", "float32", "quest", marks=SLOW),
 ])  # fmt: skip

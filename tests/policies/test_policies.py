@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 
 import dms_jax
 from dms_jax import cache as caches
@@ -17,9 +18,14 @@ from dms_jax import policies
 from dms_jax import testing as tiny
 from dms_jax.config import ModelConfig
 from dms_jax.model import cached_forward, check_policy
+from dms_jax.policies.periodic import Periodic
 from tests import cache_driver, policy_oracle
+from tests.cache_driver import fitted
 
-NAMES = {"dms", "h2o", "keydiff", "quest", "random", "snapkv", "streamingllm", "tova", "vanilla"}
+NAMES = {
+  "dms", "expectedattention", "h2o", "keydiff", "quest", "random", "rkv", "snapkv", "streamingllm", "tova",
+  "triattention", "vanilla", "vase",
+}  # fmt: skip
 KINDS = cache_driver.KINDS
 LAYERS, ROWS, HEADS, GROUP, HEAD, LENGTH = cache_driver.LAYERS, cache_driver.ROWS, 2, 2, cache_driver.HEAD, 44
 MARGIN = 1e-4  # relative; choices closer than this are left to the float64 oracle: another text is drawn
@@ -31,7 +37,7 @@ MARGIN = 1e-4  # relative; choices closer than this are left to the float64 orac
 def test_registry():
   assert policies.get("DMS") is policies.get("dms") is policies.DMS
   assert policies.REGISTRY.keys() == NAMES
-  with pytest.raises(ValueError, match=r"unknown policy 'h3o'; there are \['dms', 'h2o'"):
+  with pytest.raises(ValueError, match=r"unknown policy 'h3o'; there are \['dms', 'expectedattention', 'h2o'"):
     policies.get("h3o")
 
 
@@ -110,6 +116,7 @@ def test_numbers_are_leaves_and_the_window_is_a_shape():
   ("policy", "window"),
   [
     (policies.H2O(budget=64), 31), (policies.H2O(budget=64, window=7), 7), (policies.H2O(cr=4.0, window=7), 7),
+    (policies.H2O(cr=4.0), 0), (policies.H2O(budget=np.int32(9)), 4), (policies.VaSE(cr=4.0), 63),
     (policies.TOVA(budget=64), 0), (policies.Random(cr=2.0), 0), (policies.StreamingLLM(budget=64), 59),
     (policies.StreamingLLM(window=9, sinks=0), 9), (policies.Quest(budget=64), 15), (policies.Quest(cr=8.0, page=4), 3),
     (policies.Vanilla(), 0), (policies.DMS(), 5),
@@ -128,11 +135,18 @@ def test_open_windows_are_filled_in(policy, window):
   ("policy", "message"),
   [
     (policies.H2O(), "H2O: give either budget="), (policies.TOVA(budget=8, cr=2.0), "TOVA: give either budget="),
-    (policies.H2O(cr=2.0), "H2O: cr= needs window="), (policies.H2O(budget=4, window=9), "budget=4 tokens must be 10"),
+    (policies.H2O(cr=0.5), "cr=0.5 must be 1"), (policies.H2O(budget=4, window=9), "budget=4 tokens must be 10"),
     (policies.KeyDiff(cr=float("nan")), "cr=nan must be a finite"), (policies.TOVA(budget=9.7), "must be whole"),
     (policies.SnapKV(budget="9"), "=9 tokens must be a finite"), (policies.TOVA(budget=2**40), "whole, and"),
     (policies.TOVA(budget=9, window=2.5), "window=2.5 must"), (policies.SnapKV(budget=99, pool=3.0), "pool=3.0 must"),
-    (policies.H2O(budget=np.array([8, 9])), "a budget for each row needs window="),
+    (policies.H2O(budget=np.array([8, 0])), "must be 1 or more"),
+    (policies.RKV(budget=9, buffer=0), "buffer=0 must be a whole"),
+    (policies.RKV(budget=9, pool=4), "pool=4 must be an odd"),
+    (policies.RKV(budget=9, importance=1.5), "importance=1.5 must be from"),
+    (policies.VaSE(budget=80, large=2.0), "large=2.0 must be"), (policies.VaSE(budget=8), "budget=8 tokens must be 64"),
+    (policies.TriAttention(budget=8), "give calibration=FILE"),
+    (policies.TriAttention(calibration="none.npz"), "no such file"),
+    (policies.ExpectedAttention(budget=8, future=0), "future=0 must be a whole number"),
     (policies.TOVA(budget=0), "budget=0 tokens must be 1"), (policies.Random(cr=0.5), "cr=0.5 must be 1"),
     (policies.StreamingLLM(), "give either window="), (policies.StreamingLLM(budget=4), "more than its sinks=4"),
     (policies.StreamingLLM(window=1, sinks=-1), "sinks=-1"), (policies.Quest(budget=20), "budget=20 tokens must be 32"),
@@ -151,6 +165,8 @@ def test_numbers_that_make_no_sense(policy, message):
     policies.H2O(budget=20, window=7),
     policies.TOVA(cr=3.3),
     policies.Random(cr=1.0, window=4),
+    policies.RKV(budget=20, buffer=7, exact_prefill=True),
+    policies.RKV(cr=3.3, buffer=5, exact_prefill=True),
     policies.StreamingLLM(window=6, sinks=3),
     policies.Vanilla(),
   ],
@@ -176,7 +192,7 @@ def held_by(policy):
   return lambda t: max(math.ceil((t + 2) / policy.cr), policy.window + 1) - 1
 
 
-def by_papers(policy, layer, q, k):
+def by_papers(policy, layer, q, k, v):
   """The oracle's run of one layer and row."""
   match policy:
     case policies.Vanilla():
@@ -186,7 +202,9 @@ def by_papers(policy, layer, q, k):
     case policies.TOVA():
       return policy_oracle.tova(q, k, size=held_by(policy), per_layer=policy.per_layer)
     case policies.H2O():
-      return policy_oracle.h2o(q, k, size=held_by(policy), recent=policy.window)
+      size = held_by(policy)
+      recent = lambda t: size(t) // 2 if policy.halves else policy.window
+      return policy_oracle.h2o(q, k, size=size, recent=recent)
     case policies.Random():
       options = dict(seed=policy.seed, sinks=policy.sinks, budget=policy.budget, window=policy.window)
       return policy_oracle.random(q, k, layer=layer, **options)
@@ -198,6 +216,8 @@ def by_papers(policy, layer, q, k):
       pages = lambda t: max((budget(t) - policy.window - 1) // policy.page, 1)
       options = dict(page=policy.page, pages=pages, window=policy.window)
       return policy_oracle.quest(q, k, dense=layer < policy.dense_layers, **options)
+    case Periodic():
+      return policy_oracle.by_policy(policy, layer, q, k, v, [(1, None)] * len(q))
   raise NotImplementedError(policy)
 
 
@@ -217,6 +237,13 @@ CASES = {
   "random-sinks": policies.Random(budget=9, window=0, seed=2**31 - 1, sinks=2),
   "quest": policies.Quest(window=3, page=4, budget=16, dense_layers=1),
   "quest-cr": policies.Quest(window=7, page=4, cr=2.0, dense_layers=0),
+  "h2o-half": policies.H2O(cr=2.5, window=0, halves=True),
+  "h2o-half-1": policies.H2O(budget=2, window=0, halves=True),
+  "rkv": policies.RKV(budget=10, buffer=4, window=3, exact_prefill=True),
+  "rkv-cr": policies.RKV(cr=3.0, buffer=5, window=2, exact_prefill=True),
+  "expected": fitted(policies.ExpectedAttention(budget=9, buffer=5, sinks=2, future=20, exact_prefill=True)),
+  "tri": fitted(policies.TriAttention(budget=9, buffer=5, furthest=64, exact_prefill=True)),
+  "vase": policies.VaSE(budget=11, buffer=5, window=3, large=0.3, sinks=2, seed=7, exact_prefill=True),
 }
 
 
@@ -230,7 +257,7 @@ def drawn(case):
     for l, b in np.ndindex(LAYERS, ROWS):
       q, k, v = (x[l, b].astype(float) for x in (text.q, text.k, text.v))
       q = q.reshape(LENGTH, HEADS, GROUP, HEAD)
-      runs[l, b] = by_papers(policy, l, q, k)
+      runs[l, b] = by_papers(policy, l, q, k, v)
       out[l, b] = policy_oracle.attend(q, k, v, runs[l, b]).reshape(out[l, b].shape)
     if min(run.margin for run in runs.values()) > MARGIN:
       return text, runs, out
@@ -284,6 +311,51 @@ def test_policy_is_its_paper(case, kind):
       if slots_of is not None:
         assert sorted(slots_of[l, b, h]) == sorted(run.held[h][t])
     start = start + lengths
+
+
+@struct.dataclass
+class _Watching(policies.Policy):
+  """Observes everything there is, and notes what does not fit: values of `cache_driver` carry their positions."""
+
+  stats = ("position", "wrong", "queries")
+  observes = prompt_observes = ("keys", "values", "positions", "queries")
+  compacts = True
+
+  def observe(self, stats, seen):
+    fits = jnp.round(seen.values[..., 0] * 64).astype(jnp.int32) == seen.positions
+    queries = jnp.sum(seen.queries[:, :, :, 0], axis=(2, 3))[..., None]
+    return {
+      "position": stats["position"], "wrong": stats["wrong"] + (seen.live & ~fits).astype(jnp.float32),
+      "queries": jnp.where(seen.live & ~jnp.isnan(seen.keys[..., 0]), queries, stats["queries"]),
+    }  # fmt: skip
+
+  def compact(self, candidates):
+    return candidates.live
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_observed(kind):
+  """Values and positions of the same tokens, and the step's queries by KV head, in chunks and decode steps."""
+  policy, shape = _Watching(window=3), cache_driver.Shape(0, 0, HEADS, GROUP, 2, LENGTH)
+  text = cache_driver.Text.draw(shape, np.random.default_rng(0), 0.0)
+  cache, start = create(kind, policy), np.zeros(ROWS, int)
+  for width, lengths in ((7, [7, 5, 0]), (7, [3, 7, 2]), (1, [1, 0, 1]), (1, [1, 1, 1])):
+    *_, cache = feed(policy, cache, text, start, np.array(lengths), width)
+    begin, start = start, start + lengths
+    for l, b, h in np.ndindex(LAYERS, ROWS, HEADS):
+      of_head = {name: np.asarray(x)[l, b, h] for name, x in cache.stats.items()}
+      ring = len(of_head["wrong"]) if kind == "masked" else min(start[b], 4)
+      assert not of_head["wrong"].any()
+      assert {start[b] - 1} <= set(of_head["position"][:ring].astype(int)) or not start[b]
+      if lengths[b]:
+        expected = text.q[l, b, begin[b], h * GROUP : (h + 1) * GROUP].sum()
+        newest = start[b] - 1 if kind == "masked" else (start[b] - 1) % 4
+        np.testing.assert_allclose(of_head["queries"][newest], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_positions_are_a_statistic():
+  with pytest.raises(TypeError, match='so its stats must name "position"'):
+    policies.register(type("Bad", (policies.Policy,), {"observes": ("positions",)}))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -451,17 +523,25 @@ def test_a_chunk_without_room_is_left_out_whole():
   assert out.stalled.tolist() == [True, False] and out.lengths.tolist() == [0, 8] and cache.seen.tolist() == [8, 10]
 
 
-@pytest.mark.parametrize("name", ["h2o", "quest"])
+@pytest.mark.parametrize("name", ["h2o", "quest", "rkv"])
 def test_a_decode_step_copies_no_cache(name):
-  """Scores and summaries ride along: temporaries stay below 2 % of a cache of 8 rows of 8,192 slots."""
-  cfg = tiny.config(num_layers=8, d_model=64, d_ff=64, num_heads=8, num_kv_heads=4, head_dim=64)
-  model = tiny.model(cfg)
-  policy = {"h2o": policies.H2O(budget=8192, window=255), "quest": policies.Quest(budget=1024)}[name]
+  """Scores and summaries ride along: temporaries stay below 2 % of a cache of 8 rows of 8,192 slots.
+
+  Pruning takes the space of six of the 16 layers, one layer at a time, whether layers are stacked or a list.
+  """
+  layers = 16 if name == "rkv" else 8
+  cfg = tiny.config(num_layers=layers, d_model=64, d_ff=64, num_heads=8, num_kv_heads=4, head_dim=64)
+  model = tiny.model(cfg).unstacked() if name == "rkv" else tiny.model(cfg)
+  policy = {
+    "h2o": policies.H2O(budget=8192, window=255), "quest": policies.Quest(budget=1024),
+    "rkv": policies.RKV(budget=4096),
+  }[name]  # fmt: skip
   policy = check_policy(model, policy)
   make = functools.partial(caches.create, "contiguous", cfg, batch=8, capacity=8192, policy=policy, lag=1)
   cache = jax.eval_shape(make)
   tokens, lengths = jax.ShapeDtypeStruct((8, 1), jnp.int32), jax.ShapeDtypeStruct((8,), jnp.int32)
   compiled = jax.jit(cached_forward, donate_argnums=2).lower(model, policy, cache, tokens, lengths).compile()
   memory, size = compiled.memory_analysis(), cache.kv.size * cache.kv.dtype.itemsize
-  assert memory.temp_size_in_bytes < 0.02 * size, f"{memory.temp_size_in_bytes:,} bytes beside a cache of {size:,}"
+  share = 6 / 16 if name == "rkv" else 0.02
+  assert memory.temp_size_in_bytes < share * size, f"{memory.temp_size_in_bytes:,} bytes beside a cache of {size:,}"
   assert memory.alias_size_in_bytes >= size

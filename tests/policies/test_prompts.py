@@ -19,11 +19,13 @@ from dms_jax.cache import paged
 from dms_jax.cache.compact import moves
 from dms_jax.config import ModelConfig
 from dms_jax.model import cached_forward
+from dms_jax.policies.periodic import Periodic
 from tests import cache_driver, policy_oracle
-from tests.cache_driver import HEAD, KINDS, LAYERS, ROWS
+from tests.cache_driver import HEAD, KINDS, LAYERS, ROWS, fitted
 
 HEADS, GROUP, PROMPT, LENGTH = 2, 2, 34, 46
 MARGIN = 1e-4  # relative; choices closer than this are left to the float64 oracle: another text is sampled
+
 
 CASES = {
   "h2o": policies.H2O(budget=12, window=5),
@@ -39,6 +41,15 @@ CASES = {
   "snapkv-one": policies.SnapKV(budget=9, window=0, pool=1),
   "snapkv-all-window": policies.SnapKV(budget=6, window=5, pool=3),
   "snapkv-cr": policies.SnapKV(cr=2.0, window=3, pool=3),
+  "rkv": policies.RKV(budget=12, buffer=4, window=3, pool=3, importance=0.3),
+  "rkv-cr": policies.RKV(cr=2.5, buffer=3, window=2, pool=5, threshold=0.8),
+  "rkv-all-window": policies.RKV(budget=4, buffer=2, window=3),
+  "h2o-half": policies.H2O(cr=2.5, window=0, halves=True),
+  "expected": fitted(policies.ExpectedAttention(budget=12, buffer=4, sinks=2, future=20, epsilon=0.02)),
+  "expected-mean": fitted(policies.ExpectedAttention(cr=2.5, buffer=3, sinks=0, covariance=False, window=2)),
+  "tri": fitted(policies.TriAttention(budget=12, buffer=4, furthest=40)),
+  "vase": policies.VaSE(budget=12, buffer=4, window=3, seed=3, sinks=1),
+  "vase-cr": policies.VaSE(cr=2.0, buffer=3, window=2, large=0.9),
 }
 # Every cache for each method; the variants of its numbers in one cache, and in all of them at length.
 EVERYWHERE = [
@@ -64,14 +75,19 @@ def events_of(seed):
   return prompts, steps
 
 
-def by_paper(policy, q, k, events, prompt):
+def by_paper(policy, layer, q, k, v, events, prompt):
   name = type(policy).__name__
   if name == "SnapKV":
     budget = policy.budget if policy.budget is not None else -(-prompt // policy.cr)
     return policy_oracle.snapkv(q, k, prompt=prompt, window=policy.window, budget=int(budget), pool=policy.pool)
+  if isinstance(policy, Periodic):
+    return policy_oracle.by_policy(policy, layer, q, k, v, events)
+  events = [(length, remaining is not None) for length, remaining in events]
   rescore = RESCORE.get(name) or policy_oracle.key_similarity(k)
   capacity = lambda tokens: int(policy.capacity(tokens))
-  return policy_oracle.budgeted(q, k, events, window=policy.window, capacity=capacity, rescore=rescore)
+  return policy_oracle.budgeted(
+    q, k, events, window=policy.window, capacity=capacity, rescore=rescore, halves=getattr(policy, "halves", False)
+  )
 
 
 @functools.cache
@@ -82,11 +98,11 @@ def sampled(case):
     text, (prompts, steps) = cache_driver.Text.draw(shape, np.random.default_rng(seed), 0.0), events_of(seed)
     runs, out = {}, np.zeros(text.q.shape)
     for l, b in np.ndindex(LAYERS, ROWS):
-      events = [(int(n[b]), left is not None) for _, n, left in steps if n[b]]
+      events = [(int(n[b]), None if left is None else int(left[b])) for _, n, left in steps if n[b]]
       total = sum(n for n, _ in events)
       q, k, v = (x[l, b, :total].astype(float) for x in (text.q, text.k, text.v))
       q = q.reshape(total, HEADS, GROUP, HEAD)
-      runs[l, b] = by_paper(policy, q, k, events, int(prompts[b]))
+      runs[l, b] = by_paper(policy, l, q, k, v, events, int(prompts[b]))
       out[l, b, :total] = policy_oracle.attend(q, k, v, runs[l, b]).reshape(total, HEADS * GROUP, HEAD)
     if min(run.margin for run in runs.values()) > MARGIN:
       return text, prompts, steps, runs, out
@@ -202,7 +218,7 @@ def test_writes_into_pages_are_in_the_order_promised(case, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", ["h2o", "keydiff", "snapkv"])
+@pytest.mark.parametrize("case", ["h2o", "keydiff", "snapkv", "rkv", "expected"])
 def test_a_row_does_not_depend_on_its_neighbours(case, kind):
   """Bit for bit, whatever other rows hold and whether they take part."""
   policy, (text, _, steps, *_) = CASES[case], sampled(case)
@@ -313,6 +329,8 @@ def test_numbers_may_be_one_a_row():
     ((-1.0, 0.0, 3.0), lambda x: policies.DMS(window=3, threshold=x)),
     ((6, 9, 20), lambda x: policies.TOVA(budget=x, window=0)),
     ((2.0, 3.0, 5.0), lambda x: policies.KeyDiff(cr=x, window=1)),
+    ((2.0, 3.0, 5.0), lambda x: policies.H2O(cr=x, window=0, halves=True)),
+    ((6, 9, 13), lambda x: policies.RKV(budget=x, buffer=x - 3, importance=x / 20, threshold=x / 20, window=1)),
   ):
     hidden, live = read(make(jnp.asarray(numbers)))
     for row, number in enumerate(numbers):
@@ -326,10 +344,15 @@ GENERATED = {
   "snapkv": policies.SnapKV(budget=12, window=3, pool=3),
   "keydiff": policies.KeyDiff(budget=10),
   "h2o": policies.H2O(budget=10),
+  "rkv": policies.RKV(budget=10, buffer=4, window=3),
+  "expected": policies.ExpectedAttention(budget=8, buffer=4, sinks=1),
+  "vase": policies.VaSE(budget=10, buffer=4, window=3, sinks=1),
 }
 
 
-@pytest.mark.parametrize("case", ["snapkv", *(pytest.param(c, marks=pytest.mark.slow) for c in ("keydiff", "h2o"))])
+@pytest.mark.parametrize(
+  "case", [c if c in ("snapkv", "rkv") else pytest.param(c, marks=pytest.mark.slow) for c in GENERATED]
+)
 def test_generation(case):
   """All caches agree through `generate`, rows apart from one another, whatever the chunks where the paper has none."""
   policy, model = GENERATED[case], tiny.model()
@@ -344,9 +367,10 @@ def test_generation(case):
       model, [prompt], policy=policy, max_new_tokens=12, eos=False, decode_block=6, prefill_chunk=8, cache="contiguous"
     )
     assert alone.tokens[0] == results[0].tokens[row]
-  if case == "snapkv":  # its prompt is read densely, so the chunking changes nothing
+  if case not in ("keydiff", "h2o"):  # its prompt is read densely, so the chunking changes nothing
     single = run(prefill_chunk=1, cache="contiguous")
     assert single.tokens == results[0].tokens
+  if case == "snapkv":
     assert results[0].metrics.live.max() == 12 + 11
 
 
@@ -398,7 +422,7 @@ def test_going_on_reads_nothing():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["snapkv", "keydiff", "h2o"])
+@pytest.mark.parametrize("case", GENERATED)
 def test_going_on_is_no_prompt(case):
   """Rows without a prompt of a later turn decode: nothing is cut, whatever other rows read; so in a `Generator`."""
   policy, model, options = GENERATED[case], tiny.model(), dict(eos=False, prefill_chunk=8, decode_block=6)

@@ -1,0 +1,175 @@
+"""The base of policies that let a head outgrow its budget and cut it every few decode steps."""
+
+from __future__ import annotations
+
+import math
+
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from dms_jax.policies.base import Candidates, Policy, per_row
+from dms_jax.policies.budget import FOREVER, allowance, check_budget, largest
+from pallas_kernels.common.xla_dot import einsum
+
+
+@struct.dataclass
+class Periodic(Policy):
+  """Cuts a head that holds `budget` + `buffer` tokens to its `budget`; the window's W + 1 tokens always stay.
+
+  The cut comes before a decode step, so a head holds from `budget` + 1 to `budget` + `buffer` tokens while a token
+  attends. `cr` sets the budget to `tokens seen / cr`, rounded up. `budget`, `cr` and `buffer` may be one
+  number a row.
+
+  Prompts: the prompt is read densely, in chunks, and cut to the budget at its end, as if pruning were due there; a head
+  holds the whole prompt until then. `exact_prefill` reads it one token at a time and prunes it like generated text, so
+  that a head never holds more than `budget` + `buffer` tokens.
+
+  A subclass defines `scores`.
+  """
+
+  window: int | None = struct.field(pytree_node=False, default=0)
+  budget: int | None = None
+  cr: float | None = None
+  buffer: int = 128
+  exact_prefill: bool = struct.field(pytree_node=False, default=False)
+
+  prunes = True
+
+  @property
+  def bounded(self):  # type: ignore[override]
+    return self.exact_prefill
+
+  @property
+  def compacts(self):
+    return not self.exact_prefill
+
+  def resolved(self, window):
+    policy = super().resolved(window)
+    check_budget(policy, policy.window + 1)
+    check_number(policy, "buffer", 1.0, whole=True)
+    return policy
+
+  def scores(self, candidates: Candidates) -> Float[Array, "B K X"]:
+    """The scores of the tokens outside the window, of which the largest stay; arbitrary for others.
+
+    Raises:
+      NotImplementedError: the subclass does not define this.
+    """
+    raise NotImplementedError(f"{type(self).__name__} has no scores")
+
+  def due(self, tokens, held):
+    return jnp.any(held >= (self._least(tokens) + self._buffer(tokens))[:, None], axis=(0, 2))
+
+  def compact(self, candidates: Candidates) -> Bool[Array, "B K X"]:
+    count = self._least(candidates.tokens) - (self.window + 1)
+    kept = largest(self.scores(candidates), candidates.live, count)
+    return jnp.where((candidates.remaining == 0)[:, None, None], kept, candidates.live)
+
+  def capacity(self, tokens):
+    tokens = jnp.asarray(tokens, jnp.int32)
+    return jnp.minimum(tokens, self._least(tokens) + self._buffer(tokens)) if self.exact_prefill else tokens
+
+  def reach(self, slots):
+    if not self.exact_prefill:
+      return jnp.int32(slots)
+    kept = slots - self._buffer(0)  # tokens that the budget may allow
+    if self.budget is not None:
+      return jnp.where(self._least(0) <= kept, FOREVER, slots)
+    tokens = (
+      kept.astype(jnp.float32) * jnp.asarray(self.cr, jnp.float32) - 1
+    )  # one less, as both this and `allowance` are rounded
+    tokens = jnp.minimum(tokens, jnp.float32(FOREVER)).astype(jnp.int32)
+    return jnp.where(kept > self.window, jnp.maximum(tokens, slots), slots)
+
+  def _least(self, tokens: int | Int[Array, "..."]) -> Int[Array, "..."]:
+    """Tokens that a head holds after a cut."""
+    return jnp.maximum(allowance(self, tokens), self.window + 1)
+
+  def _buffer(self, tokens: int | Int[Array, "..."]) -> Int[Array, "..."]:
+    return per_row(self.buffer, max(jnp.ndim(tokens) - 1, 0)).astype(jnp.int32)
+
+
+def check_number(policy: Policy, name: str, least: float, most: float = math.inf, whole: bool = False) -> None:
+  """Checks that the field `name` of a policy, one number or one a row, is between `least` and `most`.
+
+  Raises:
+    ValueError: it is not.
+  """
+  number = jnp.asarray(getattr(policy, name))
+  if not bool(jnp.all((number >= least) & (number <= most))) or (whole and bool(jnp.any(number % 1 != 0))):
+    kind = "a whole number, " if whole else ""
+    limits = f"{least} or more" if most == math.inf else f"from {least} to {most}"
+    raise ValueError(f"{type(policy).__name__}: {name}={getattr(policy, name)} must be {kind}{limits}")
+
+
+def recent_queries(
+  ring: Float[Array, "L B K G R H"],
+  layer: int | Int[Array, ""],
+  queries: Float[Array, "B K G T H"],
+  start: Int[Array, "B"],
+  lengths: Int[Array, "B"],
+) -> Float[Array, "L B K G R H"]:
+  """A memory of the latest R queries after a step, for `Policy.remember`: that of token t is in place t mod R.
+
+  The arguments are those of `remember`. A row that has read fewer than R tokens has arbitrary numbers in the others.
+  """
+  b, heads, group, width, _ = queries.shape
+  places = ring.shape[4]
+  rows, head, of_group = (
+    jnp.arange(b)[:, None, None, None],
+    jnp.arange(heads)[:, None, None],
+    jnp.arange(group)[:, None],
+  )
+  if width == 1:
+    place = jnp.where(lengths > 0, start % places, places)[:, None, None, None]
+    return ring.at[layer, rows, head, of_group, place].set(queries.astype(ring.dtype), mode="drop")
+  # The newest token of each place, and whether it is one of this step's.
+  newest = (start + lengths - 1)[:, None]
+  token = newest - (newest - jnp.arange(places)) % places - start[:, None]
+  place = jnp.where((token >= 0) & (lengths > 0)[:, None], jnp.arange(places), places)[:, None, None]
+  taken = jnp.take_along_axis(queries, jnp.clip(token, 0, width - 1)[:, None, None, :, None], axis=3)
+  return ring.at[layer, rows, head, of_group, place].set(taken.astype(ring.dtype), mode="drop")
+
+
+@struct.dataclass
+class WatchesWindow(Periodic):
+  """The base of periodic policies whose scores need the queries of the window: the last W + 1, after RoPE.
+
+  They are the policy's memory "queries", [B, K, G, W + 1, H]. All tokens outside the window precede all of them.
+  """
+
+  remembers = True
+
+  def memory(self, group, head_dim):
+    return {"queries": (group, self.window + 1, head_dim)}
+
+  def remember(self, memory, layer, queries, start, lengths):
+    return {"queries": recent_queries(memory["queries"], layer, queries, start, lengths)}
+
+  def logits(self, candidates: Candidates) -> Float[Array, "B K G R X"]:
+    """The attention logits of the window's queries, q . k / sqrt(H), float32; -inf where they see no candidate."""
+    queries = candidates.memory["queries"]
+    keys = jnp.where(candidates.live[..., None], candidates.keys, 0).astype(jnp.float32)
+    logits = einsum("bkgrh,bkxh->bkgrx", queries, keys) * queries.shape[-1] ** -0.5
+    return jnp.where(candidates.live[:, :, None, None], logits, -jnp.inf)
+
+
+def shares(logits: Float[Array, "*rows X"]) -> Float[Array, "*rows X"]:
+  """Softmax over the last axis; all 0 where every logit is -inf."""
+  largest_logit = jnp.max(logits, axis=-1, keepdims=True)
+  weights = jnp.exp(logits - jnp.where(jnp.isfinite(largest_logit), largest_logit, 0))
+  total = jnp.sum(weights, axis=-1, keepdims=True)
+  return weights / jnp.where(total > 0, total, 1)
+
+
+def closed_ranks(x: Float[Array, "B K X"], live: Bool[Array, "B K X"], empty: float) -> tuple[Array, Array]:
+  """(`x` with the live entries moved to the front in their order and `empty` behind them, their places [B, K, X]).
+
+  Tokens that are neighbours among the live ones become neighbours in the array, whatever free slots lie between them;
+  `jnp.take_along_axis(of_front, places, -1)` brings them back.
+  """
+  place = jnp.cumsum(live, axis=-1) - 1
+  rows, heads = jnp.arange(live.shape[0])[:, None, None], jnp.arange(live.shape[1])[:, None]
+  at = jnp.where(live, place, live.shape[-1])
+  return jnp.full(x.shape, empty, x.dtype).at[rows, heads, at].set(x, mode="drop"), jnp.maximum(place, 0)

@@ -1,0 +1,35 @@
+"""RoPE seen from policies: rotations by mean angles, undone or averaged over positions to come."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def turned(x: Float[Array, "*n H"], turn: tuple[Array, Array]) -> Float[Array, "*n H"]:
+  """Channels c and c + H/2, as a complex number, times `turn` = (re, im), each [..., H/2]; float32."""
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  re, im = turn
+  return jnp.concatenate([a * re - b * im, b * re + a * im], axis=-1)
+
+
+def conjugate(turn: tuple[Array, Array]) -> tuple[Array, Array]:
+  """The turn back: undoes a rotation, and is the transpose of an average of rotations."""
+  return turn[0], -turn[1]
+
+
+def rotation(frequencies: Float[Array, "1 half"], position: Int[Array, "*n"]) -> tuple[Array, Array]:
+  """RoPE's turn at each position, float32 [*n, half] each."""
+  angle = position[..., None].astype(jnp.float32) * frequencies[0]
+  return jnp.cos(angle), jnp.sin(angle)
+
+
+def mean_rotation(frequencies: Float[Array, "1 half"], start: Int[Array, "*n"], count) -> tuple[Array, Array]:
+  """The mean of RoPE's turns at positions `start` .. `start + count - 1`, float32 [*n, half] each.
+
+  It is the turn at the middle position, times sin(count w / 2) / (count sin(w / 2)).
+  """
+  w, count = frequencies[0], jnp.asarray(count).astype(jnp.float32)[..., None]
+  shrink = jnp.sin(count * w / 2) / (count * jnp.sin(w / 2))
+  angle = (start[..., None].astype(jnp.float32) + (count - 1) / 2) * w
+  return shrink * jnp.cos(angle), shrink * jnp.sin(angle)
