@@ -326,7 +326,8 @@ def cached_forward(
     q, k, v, gates = jax.tree.map(lambda y: y[:rows], (q, k, v, gates))
     of_tokens = jnp.swapaxes(k, 1, 2) if policy.uses_keys else None
     evict = None if how.late_gates else policy.decide(gates, index, about, of_tokens) if override is None else override
-    out, carry, state, seen = cache.attend(plan, policy, index, carry, state, q, k, v, evict)
+    rated = {"logits": gates} if policy.gate_stats else {}
+    out, carry, state, seen = cache.attend(plan, policy, index, carry, state, q, k, v, evict, **rated)
     return padded(out), carry, (state, seen, gates)
 
   x, xs = embed(model, padded(tokens)), (cache.layer_state(), override)
@@ -382,4 +383,10 @@ def check_policy(model: Model, policy: Policy | None) -> Policy:
     raise ValueError(
       f"{type(policy).__name__} needs eviction gates and this model has none: load a retrofit, or use dms_jax.Vanilla()"
     )
-  return policy.resolved(model.dms.window if model.dms is not None else None)
+  policy = policy.resolved(model.dms.window if model.dms is not None else None)
+  if policy.gate_stats and policy.window < model.lag(policy.window):
+    raise ValueError(
+      f"{type(policy).__name__}: window={policy.window} is less than the {model.lag(policy.window)} token(s) after which "
+      "the gates decide about a token: its logit must be known when it leaves the window; give a larger window="
+    )
+  return policy

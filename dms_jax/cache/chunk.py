@@ -15,8 +15,10 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dms_jax.attention import NEVER, prefill_attention
 from dms_jax.cache.base import Plan, Usage, count_reads, group_mean, last_visible, packed, rows_of
+from dms_jax.cache import replay
 from dms_jax.cache.compact import moves
 from dms_jax.policies import Candidates, Observation, Policy
+from dms_jax.policies.base import Stats
 from pallas_kernels.paged.format import floats
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ class Window(NamedTuple):
 def attend(
   cache: RingCache, plan: Plan, policy: Policy, layer: Int[Array, ""] | int, carry: LayerCarry, state: Any,
   q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], evict: Bool[Array, "B K T"],
+  logits: Float[Array, "B K T"] | None = None,
 ):  # fmt: skip
   """`Cache.attend` for a chunk: (attended [B, T, N, H], carry, state, usage)."""
   archived, flags = state
@@ -54,6 +57,9 @@ def attend(
   window, reserved = _window(cache, plan, layer, carry, flags, k, v, evict), plan.placement.reserved
   stop = plan.seen + plan.lengths
   leaves = (window.real & ~window.stays)[:, None] & ~window.evicted
+  stats = None
+  if policy.stats:
+    stats = _window_stats(cache, plan, policy, layer, carry, window, logits)
   ring_slot = jnp.where(window.stays, window.slot, slots)[:, None]
   flags = flags.at[rows, head, jnp.where(window.stays, window.slot, ring)[:, None]].set(window.evicted, mode="drop")
   if not policy.compacts:
@@ -61,6 +67,10 @@ def attend(
     # is the same, because appended tokens lie behind the `archived` slots that count below.
     to_archive = ring + archived[..., None] + jnp.cumsum(leaves, axis=-1) - 1
     carry = cache._written(carry, reserved, layer, jnp.where(leaves, to_archive, ring_slot), window.rows)
+
+  replayed = None
+  if policy.replays:
+    replayed = replay.replay(cache, plan, policy, layer, carry, window, stats, archived)
 
   # The window's keys come first. The place of a key then does not depend on the size of the cache, sums keep their
   # order, and free slots come last.
@@ -72,6 +82,8 @@ def attend(
   first = jnp.concatenate([jnp.where(real, position, NEVER), jnp.where(in_archive, -1, NEVER)], axis=-1)
   last = jnp.where(real, last_visible(window.evicted, position, cache.window), -1)
   last = jnp.concatenate([last, jnp.where(in_archive, NEVER, -1)], axis=-1)
+  if replayed is not None:
+    last = jnp.minimum(last, replayed.last)
   q_pos = jnp.where(window.real[:, ring:], window.position[:, ring:], -2)
   weights = None
   if "mass" in policy.prompt_observes:
@@ -82,9 +94,12 @@ def attend(
   mass = None
   if weights is not None:
     out, mass = out
-  if policy.compacts:
+  if replayed is not None:
+    out, carry = replay.write(cache, plan, layer, carry, window, stats, replayed, out)
+    archived = replayed.archived
+  elif policy.compacts:
     out, carry, archived = _compacted(
-      cache, plan, policy, layer, carry, window, leaves, in_archive, keys, archive, out, mass
+      cache, plan, policy, layer, carry, window, stats, leaves, in_archive, keys, archive, out, mass
     )
   else:
     archived = archived + jnp.sum(leaves, axis=-1, dtype=jnp.int32)
@@ -96,12 +111,13 @@ def attend(
 
 def _compacted(
   cache: RingCache, plan: Plan, policy: Policy, layer: Int[Array, ""] | int, carry: LayerCarry, window: Window,
-  leaves: Bool[Array, "B K X"], in_archive: Bool[Array, "B K A"], keys: Float[Array, "B K XA width"],
+  of_window: Stats, leaves: Bool[Array, "B K X"], in_archive: Bool[Array, "B K A"], keys: Float[Array, "B K XA width"],
   archive: Float[Array, "B K A width"], out: Float[Array, "B T N H"], mass: Float[Array, "B K XA"] | None,
 ):  # fmt: skip
   """Lets the policy observe the chunk and say which tokens stay, and writes them: (out, carry, archived [B, K]).
 
   Args:
+    of_window: statistics of the window's tokens.
     leaves: tokens of the window that left it and may enter the archive.
     keys, mass: of window and archive together, XA = X + A tokens.
     out: the chunk's attention, returned behind a barrier.
@@ -114,11 +130,7 @@ def _compacted(
   ordered = lambda of_window, of_archive: jnp.concatenate([of_archive, of_window], axis=2)
   swapped = lambda x: ordered(x[:, :, :count], x[:, :, count:])
 
-  position = jnp.broadcast_to(window.position[:, None, ring:], (b, heads, count - ring))
-  admitted, stats = policy.admit(layer, position), {}
-  for name, stat in carry.stats.items():
-    in_window = jnp.concatenate([stat[layer, rows, head, window.slot[:, None, :ring]], admitted[name]], axis=-1)
-    stats[name] = ordered(in_window, stat[layer, :, :, ring:])
+  stats = {name: ordered(of_window[name], stat[layer, :, :, ring:]) for name, stat in carry.stats.items()}
   if policy.prompt_observes:
     seen = Observation(
       mass=None if mass is None else group_mean(swapped(mass), out),
@@ -144,22 +156,45 @@ def _compacted(
   return out, carry, moved.archived
 
 
+def _window_stats(
+  cache: RingCache, plan: Plan, policy: Policy, layer, carry: LayerCarry, window: Window, logits
+) -> Stats:
+  """The statistics of the window's tokens, [B, K, X] each, those from gate logits included."""
+  ring, (b, heads, count) = cache.ring, window.evicted.shape
+  rows, head = jnp.arange(b)[:, None, None], jnp.arange(heads)[:, None]
+  position = jnp.broadcast_to(window.position[:, None, ring:], (b, heads, count - ring))
+  admitted, stats = policy.admit(layer, position), {}
+  for name, stat in carry.stats.items():
+    stats[name] = jnp.concatenate([stat[layer, rows, head, window.slot[:, None, :ring]], admitted[name]], axis=-1)
+  if policy.gate_stats:
+    now = aligned(cache, (jnp.arange(count - ring) < plan.lengths[:, None])[:, None])
+    rated = policy.rate(logits)
+    stats |= {name: jnp.where(now, aligned(cache, rated[name]), stats[name]) for name in policy.gate_stats}
+  return stats
+
+
+def aligned(cache: RingCache, x: Shaped[Array, "B _ T"]) -> Shaped[Array, "B _ X"]:
+  """What a chunk's tokens compute, re-indexed by the window's tokens that it is about; elsewhere 0.
+
+  Token c of the chunk is number W + 1 + c of the window.
+  """
+  return jnp.pad(x, ((0, 0), (0, 0), (cache.ring - cache.lag, cache.lag)))
+
+
 def _window(cache: RingCache, plan: Plan, layer, carry: LayerCarry, flags, k, v, evict) -> Window:
   """The tokens of the ring and of the chunk, with the decisions made about them so far."""
-  ring, lag = cache.ring, cache.lag
+  ring = cache.ring
   rows, head = jnp.arange(len(k))[:, None, None], jnp.arange(k.shape[2])[:, None]
   t, seen, stop = k.shape[1], plan.seen[:, None], (plan.seen + plan.lengths)[:, None]
   position = jnp.concatenate([seen - ring + jnp.arange(ring), seen + jnp.arange(t)], axis=1)
   real = (position >= 0) & (position < stop)
   slot = position % ring
   from_ring = slot[:, None, :ring]
-  # `aligned` re-indexes the chunk's decisions by the token they are about; token c of the chunk is number ring + c.
-  aligned = lambda x: jnp.pad(x, ((0, 0), (0, 0), (ring - lag, lag)))
-  now = aligned((jnp.arange(t) < plan.lengths[:, None])[:, None])
+  now = aligned(cache, (jnp.arange(t) < plan.lengths[:, None])[:, None])
   before = jnp.pad(flags[rows, head, from_ring], ((0, 0), (0, 0), (0, t)))
   old = carry.kv[layer, rows, head, from_ring]
   return Window(
     position=position, real=real, slot=slot,
     rows=jnp.concatenate([old, rows_of(k, v, carry.kv.dtype)], axis=2),
-    evicted=jnp.where(now, aligned(evict), before), stays=real & (position >= stop - ring),
+    evicted=jnp.where(now, aligned(cache, evict), before), stays=real & (position >= stop - ring),
   )  # fmt: skip

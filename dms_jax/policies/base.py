@@ -1,10 +1,11 @@
 """Eviction policies: the interface that caches call, and the registry that finds a policy by name.
 
 The *window* is the newest token and the W tokens before it, in most caches a ring of W + 1 slots. Its tokens stay
-visible whatever the policy decides. The *archive* holds the older tokens that are kept. A policy acts at six points:
+visible whatever the policy decides. The *archive* holds the older tokens that are kept. A policy acts at seven points:
 
     decide     as a token is read: is it evicted once it leaves the window?
     admit      as a token is read: its first value of each per-slot statistic               (`stats`)
+    rate       as a token is decided: statistics that its gate logit gives it               (`gate_stats`)
     observe    after attention in a layer: the statistics, given attention mass or keys  (`observes`, `prompt_observes`)
     retire     as a token leaves the window in a decode step: forget, append, overwrite or merge it
     compact    after a chunk of a prompt: which tokens outside the window stay              (`compacts`)
@@ -151,9 +152,11 @@ class Policy:
   evicts = True  # False: every token is kept, so the length of a text determines the slots it needs
   bounded = False  # `capacity` is less than one slot a token
   stats = ()  # names of the per-slot statistics, float32, that the cache stores
+  gate_stats = ()  # those that `rate` computes from gate logits; W must be the gates' lag or more
   observes = ()  # inputs of `observe` in decode steps: "mass", "keys"
   prompt_observes = ()  # inputs of `observe` in chunks of a prompt
   overwrites = False  # `retire` may overwrite archived tokens, so chains cannot share pages
+  replays = False  # a chunk of a prompt asks `retire` for its tokens in turn: it equals as many decode steps
   exact_prefill = False  # prompts are read one token at a time, by decode steps inside one compiled loop
   page = 0  # slots of a page that is selected as a whole; 0: everything is read
 
@@ -193,7 +196,7 @@ class Policy:
 
     It can if `held` is its own class, or if neither class is `bounded`.
     """
-    return held is type(self) or not (self.bounded or held is None or held.bounded)
+    return held is type(self) or not (self.bounded or held is None or held.bounded is True)
 
   def decide(
     self,
@@ -216,6 +219,14 @@ class Policy:
   def admit(self, layer: int | Int[Array, ""], position: Int[Array, "B K T"]) -> dict[str, Float[Array, "B K T"]]:
     """The first value of each statistic in `stats`, for the tokens at `position` of layer `layer`."""
     return {name: jnp.zeros(position.shape, jnp.float32) for name in self.stats}
+
+  def rate(self, logits: Float[Array, "B K T"]) -> dict[str, Float[Array, "B K T"]]:
+    """The statistics `gate_stats`, float32, of the tokens that the gate logits `logits` are about.
+
+    Raises:
+      NotImplementedError: the policy has such statistics but does not define this.
+    """
+    raise NotImplementedError(f"{type(self).__name__} has gate_stats but no rate")
 
   def query_weights(self, lengths: Int[Array, "B"], remaining: Int[Array, "B"], width: int) -> Float[Array, "B T"]:
     """The weight of each query of a chunk in the observed mass, float32; by default every real query weighs 1.
