@@ -36,7 +36,9 @@ from dms_jax.model import forward as forward
 from dms_jax.policies import DMS as DMS
 from dms_jax.policies import H2O as H2O
 from dms_jax.policies import TOVA as TOVA
+from dms_jax.policies import TRIMKV as TRIMKV
 from dms_jax.policies import KeyDiff as KeyDiff
+from dms_jax.policies import KVzap as KVzap
 from dms_jax.policies import Policy as Policy
 from dms_jax.policies import Quest as Quest
 from dms_jax.policies import SnapKV as SnapKV

@@ -14,8 +14,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dms_jax.attention import NEVER, prefill_attention
-from dms_jax.cache.base import Plan, Usage, count_reads, group_mean, last_visible, packed, rows_of
 from dms_jax.cache import replay
+from dms_jax.cache.base import Plan, Usage, count_reads, group_mean, last_visible, packed, rows_of
 from dms_jax.cache.compact import moves
 from dms_jax.policies import Candidates, Observation, Policy
 from dms_jax.policies.base import Stats

@@ -12,9 +12,11 @@ from dms_jax.policies.base import register as register
 from dms_jax.policies.dms import DMS as DMS
 from dms_jax.policies.h2o import H2O as H2O
 from dms_jax.policies.keydiff import KeyDiff as KeyDiff
+from dms_jax.policies.kvzap import KVzap as KVzap
 from dms_jax.policies.quest import Quest as Quest
 from dms_jax.policies.random import Random as Random
 from dms_jax.policies.snapkv import SnapKV as SnapKV
 from dms_jax.policies.streaming import StreamingLLM as StreamingLLM
 from dms_jax.policies.tova import TOVA as TOVA
+from dms_jax.policies.trimkv import TRIMKV as TRIMKV
 from dms_jax.policies.vanilla import Vanilla as Vanilla

@@ -147,7 +147,8 @@ class Policy:
 
   window: int | None = struct.field(pytree_node=False, default=0)
 
-  uses_gates = False  # `decide` needs gate logits
+  uses_gates = False  # `decide` or `rate` needs gate logits
+  objective = "dms"  # what these gates must have been trained for (`DMSConfig.objective`)
   uses_keys = False  # `decide` needs keys
   evicts = True  # False: every token is kept, so the length of a text determines the slots it needs
   bounded = False  # `capacity` is less than one slot a token

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 from flax import struct
 
 from dms_jax.policies.base import Policy, per_row, register
@@ -31,23 +30,23 @@ class DMS(Budgeted):
   uses_gates = True
 
   @property
-  def bounded(self):
+  def bounded(self):  # type: ignore[override]
     return self.budget is not None or self.cr is not None
 
   @property
-  def overwrites(self):
+  def overwrites(self):  # type: ignore[override]
     return self.bounded
 
   @property
-  def replays(self):
+  def replays(self):  # type: ignore[override]
     return self.bounded
 
   @property
-  def stats(self):
+  def stats(self):  # type: ignore[override]
     return ("score",) if self.bounded else ()
 
   @property
-  def gate_stats(self):
+  def gate_stats(self):  # type: ignore[override]
     return self.stats
 
   @property
