@@ -18,7 +18,7 @@ from dms_jax.config import DMSConfig, ModelConfig
 from dms_jax.layers import rms_norm
 
 # Of the hidden layer of an MLP gate: TRIM-KV takes the model's, KVzap its own.
-ACTIVATIONS: dict[str, Callable] = {
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   "dms": jax.nn.silu,
   "trimkv": jax.nn.silu,
   "kvzap": partial(jax.nn.gelu, approximate=False),

@@ -225,7 +225,7 @@ def forward(
     remat: the backward pass recomputes whole layers; otherwise it keeps `SAVED_ACTIVATIONS`.
     neuron_kept: factor in 0 .. 1 on the neuron gate's channel while a retrofit fades it out; None means 0.
     attention: replaces attention and gates in each layer: `attention(layer, x, q, k, v) -> (attended, z)`, from the
-      layer's parameters, the residual stream [B, T, D], and queries, keys and values after RoPE. Layers must be stacked.
+      layer's parameters, the residual stream [B, T, D], and queries, keys and values after RoPE. Needs stacked layers.
 
   Returns:
     (hidden, z). `hidden` are the states before the final norm, in the model's dtype (see `unembed`). `z` [L, B, K, T],
@@ -385,7 +385,7 @@ def last_logits(model: Model, output: StepOutput) -> Float[Array, "B V"]:
 
 
 def check_policy(model: Model, policy: Policy | None) -> Policy:
-  """`policy`, its window filled in from the model's gates; None means the policy of the gates (`DMS()`), or `Vanilla()`.
+  """`policy`, its window filled in from the model's gates; None means the gates' own (`DMS()`), or `Vanilla()`.
 
   Raises:
     ValueError: the policy needs gates and the model has none or others, or its numbers are invalid.
@@ -403,7 +403,7 @@ def check_policy(model: Model, policy: Policy | None) -> Policy:
   policy = policy.resolved(model.dms.window if model.dms is not None else None)
   if policy.gate_stats and policy.window < model.lag(policy.window):
     raise ValueError(
-      f"{type(policy).__name__}: window={policy.window} is less than the {model.lag(policy.window)} token(s) after which "
-      "the gates decide about a token: its logit must be known when it leaves the window; give a larger window="
+      f"{type(policy).__name__}: window={policy.window} must be {model.lag(policy.window)} or more with these gates: a "
+      "token's logit must be known when it leaves the window"
     )
   return policy

@@ -92,7 +92,7 @@ def replay(
     victim = jnp.where(keep, jnp.where(appends, count + slots, before[..., 0]), jnp.where(there, a, count + slots))
     put = lambda x, value: x.at[rows, head, target].set(value, mode="drop")
     of_archive = {name: put(stat, leaving[name]) for name, stat in of_archive.items()}
-    return (archived + (keep & appends), put(owner, a), of_archive), victim
+    return (archived + (keep & appends).astype(jnp.int32), put(owner, a), of_archive), victim
 
   owner = jnp.broadcast_to(count + index, (b, heads, slots)).astype(jnp.int32)  # the token in each slot
   if not slots:  # nothing to take an index of

@@ -106,9 +106,9 @@ class SavingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TRIMKVConfig:
-  """Of the objective "trimkv" alone (arXiv 2512.03324, section 3.3). `capacity` is M, the tokens a head that the decayed
-  retention of a text may sum to before the capacity loss sets in; `loss.compression_weight` weighs that loss.
-  `lm_weight` weighs the next token's negative log-likelihood, which is added to the distillation loss."""
+  """Of the objective "trimkv" alone (arXiv 2512.03324, section 3.3). `capacity` is M: the capacity loss sets in where
+  the decayed retention of a head's tokens sums to more. `loss.compression_weight` weighs that loss, and `lm_weight` the
+  next token's negative log-likelihood, which is added to the distillation loss."""
 
   capacity: int = 512
   lm_weight: float = 1.0

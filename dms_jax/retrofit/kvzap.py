@@ -63,8 +63,8 @@ def frame(tokenizer: Tokenizer | None, config: RetrofitConfig, longest: int) -> 
   whole = first.size + middle.size + 2 * config.seq_len
   if whole > longest:
     raise ValueError(
-      f"retrofit.seq_len={config.seq_len}: a text and its repetition are {whole} tokens, and the model reads {longest}; "
-      "lower it"
+      f"retrofit.seq_len={config.seq_len}: a text and its repetition are {whole} tokens, more than the {longest} "
+      "that the model can read; lower it"
     )
   return first, middle
 

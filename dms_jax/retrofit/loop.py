@@ -318,9 +318,9 @@ def _line(config: RetrofitConfig, step: int, seconds: float, values: dict, heads
   line = {"step": step, "tokens": (step + 1) * config.batch_size * config.seq_len, "seconds": round(seconds, 4)}
   rates = values.get("gate_rates")
   line |= {n: float(x) if math.isfinite(x) else None for n, x in values.items() if n != "gate_rates"}
-  return line | (
-    {"gate_rates": [[round(float(x), 4) for x in row] for row in rates]} if heads and rates is not None else {}
-  )
+  if heads and rates is not None:
+    line["gate_rates"] = [[round(float(x), 4) for x in row] for row in rates]
+  return line
 
 
 def _check_finite(config: RetrofitConfig, line: dict, directory: Path) -> None:

@@ -122,7 +122,6 @@ def loss_fn(
     "nll" if config.loss.kind == "lm" else "kl": distance,
     "compression_loss": compression,
     "evicted_fraction": fraction.mean(),
-    "target_cr": cr,
     **_compression_metrics(student.dms, z if fading else z * config.loss.tau - noise, real),
   }
 
@@ -191,8 +190,9 @@ def train_step(
   grads, metrics = jax.lax.scan(accumulate, zeros, (parts, jnp.arange(count)))
   grads = jax.tree.map(lambda g: g / count, grads)
   metrics = jax.tree.map(lambda x: x.mean(axis=0), metrics)
-  if "held_share" in metrics:
+  if config.objective == "dms":
     metrics["achieved_cr"] = 1.0 / metrics.pop("held_share")
+    metrics["target_cr"] = cr
   updates, opt_state = optimizer(config).update(grads, state.opt_state, state.trained)
   trained = optax.apply_updates(state.trained, updates)
   ema = state.ema
