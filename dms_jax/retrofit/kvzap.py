@@ -124,9 +124,9 @@ def loss_fn(
     return window_bias_attention(q, k, v, None, 0, None), (found, target)
 
   _, (found, target) = forward(student, tokens, remat=config.memory.remat, attention=attention)
-  count = jnp.maximum(jnp.sum(real), 1).astype(jnp.float32) * (found.shape[0] * found.shape[2])
-  mean = lambda x: jnp.sum(jnp.where(real, x, 0.0)) / count
-  by_head = lambda x: jnp.sum(jnp.where(real, x, 0.0), axis=(1, 3), keepdims=True) / jnp.maximum(jnp.sum(real), 1)
+  count = jnp.maximum(jnp.sum(real), 1).astype(jnp.float32)
+  by_head = lambda x: jnp.sum(jnp.where(real, x, 0.0), axis=(1, 3), keepdims=True) / count
+  mean = lambda x: jnp.mean(by_head(x))
   loss = mean(jnp.square(found - target))
   spread = mean(jnp.square(target - by_head(target)))
   return loss, {
