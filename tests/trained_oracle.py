@@ -1,4 +1,4 @@
-"""Trained methods in plain float64 numpy, written from their papers' formulas: what they hold, and what they train.
+"""Trained methods in float64 numpy, from their papers: what they hold, and their losses.
 
 It shares no code with dms_jax. Weights are a flat mapping as in `tests.oracle`.
 """

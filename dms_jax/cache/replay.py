@@ -1,4 +1,4 @@
-"""Replay: the retirements of a chunk of a prompt, one token after another, as decode steps would make them.
+"""Replay: a chunk of a prompt retires its tokens one after another, as decode steps would.
 
 A policy whose statistics do not depend on attention (`Policy.replays`) can be asked to `retire` before the chunk
 attends. Every query then sees exactly the tokens that it would see if the chunk were read one token at a time, and a

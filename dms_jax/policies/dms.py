@@ -1,4 +1,4 @@
-"""Dynamic Memory Sparsification's own policy: the model's gates decide, under a token budget if one is given."""
+"""Dynamic Memory Sparsification's own policy: the gates decide, within a budget if one is given."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TRIM-KV: each token's learned importance decays with its age; the least important goes (arXiv 2512.03324)."""
+"""TRIM-KV: learned importance that decays with age; the least important goes (2512.03324)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The objective "kvzap": gates that predict what a reconstruction of the text needs (arXiv 2601.07891).
+"""The objective "kvzap": gates that predict what repeating the text needs (arXiv 2601.07891).
 
 The untouched model reads each row of text, is asked to repeat it, and reads the repetition. The score of token i for a
 KV head, KVzip+, is the logarithm of

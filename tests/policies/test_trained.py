@@ -1,4 +1,4 @@
-"""Policies that read trained gates under a budget or a threshold: every cache against plain numpy, step by step."""
+"""Policies that read trained gates: every cache against plain numpy, chunks and single tokens."""
 
 from __future__ import annotations
 

@@ -117,12 +117,7 @@ IN_THE_LOOP = {
   "schedule__zero_neuron",
 }  # tests/test_survival.py
 OF_THE_MACHINE = {"memory__compute_dtype": "bfloat16"}
-OF_OTHER_OBJECTIVES = {
-  "objective",
-  "trimkv__capacity",
-  "trimkv__lm_weight",
-  "kvzap__prompt",
-}  # tests/test_objectives.py
+OF_OTHERS = {"objective", "trimkv__capacity", "trimkv__lm_weight", "kvzap__prompt"}  # tests/test_objectives.py
 
 
 def test_every_field_is_accounted_for():
