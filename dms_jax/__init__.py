@@ -33,6 +33,7 @@ from dms_jax.metrics import Metrics as Metrics
 from dms_jax.model import Model as Model
 from dms_jax.model import cached_forward as cached_forward
 from dms_jax.model import forward as forward
+from dms_jax.policies import DMC as DMC
 from dms_jax.policies import DMS as DMS
 from dms_jax.policies import H2O as H2O
 from dms_jax.policies import TOVA as TOVA

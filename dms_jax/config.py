@@ -63,12 +63,13 @@ class ModelConfig:
     return self.num_heads // self.num_kv_heads
 
 
-Objective = Literal["dms", "trimkv", "kvzap"]
+Objective = Literal["dms", "trimkv", "kvzap", "dmc"]
 # What a field of `DMSConfig` is where it is not given, by objective.
 GATE_DEFAULTS: dict[str, dict[str, Any]] = {
   "dms": {"gate": "adapter", "scale": 100.0, "offset": 5.0, "shift": 1},
   "trimkv": {"gate": "mlp", "scale": 1.0, "offset": -18.0, "shift": 0},
   "kvzap": {"gate": "mlp", "scale": 1.0, "offset": 0.0, "shift": 0},
+  "dmc": {"gate": "linear", "scale": 100.0, "offset": 5.0, "shift": 0},
 }
 
 
@@ -77,9 +78,10 @@ class DMSConfig:
   """A model's eviction gates and the meaning of their decisions (arXiv 2506.05345, section 3 and appendix C).
 
   `objective`: what the gates were trained for, and so the policy that reads them: "dms", "trimkv" (a logit's sigmoid is
-  the token's retention, arXiv 2512.03324) or "kvzap" (a logit is the token's score, arXiv 2601.07891). It decides the
-  fields that are None (`GATE_DEFAULTS`): DMS's decisions are about the token before, by an adapter; the others' are
-  about the token itself, by an MLP.
+  the token's retention, arXiv 2512.03324), "kvzap" (a logit is the token's score, arXiv 2601.07891) or "dmc" (the K
+  logits that decide to merge are followed by K, whose negative's sigmoid is the importance, arXiv 2403.09636). It
+  decides the fields that are None (`GATE_DEFAULTS`): DMS's decisions are about the token before, by an adapter; the
+  others' are about the token itself.
 
   `gate`: "neuron" reads the last channel of each group's first query head. The others read the residual stream after a
   norm of their own: "adapter" projects it, "linear" adds a bias, "mlp" has one hidden layer of `hidden` units. A gate
@@ -112,6 +114,8 @@ class DMSConfig:
     if self.objective != "dms":
       if self.gate == "neuron":
         raise ValueError(f"dms.gate='neuron' cannot be trained with retrofit.objective={self.objective}: use 'mlp'")
+      if self.objective == "dmc" and self.granularity == "layer":
+        raise ValueError("dms.granularity='layer' with retrofit.objective=dmc: each KV head merges its own tokens")
       if self.shift != 0 or self.eviction != "delayed":
         raise ValueError(
           f"dms.shift={self.shift}, dms.eviction={self.eviction!r}: gates of retrofit.objective={self.objective} score "

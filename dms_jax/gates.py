@@ -21,6 +21,7 @@ from dms_jax.layers import rms_norm
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   "dms": jax.nn.silu,
   "trimkv": jax.nn.silu,
+  "dmc": jax.nn.silu,
   "kvzap": partial(jax.nn.gelu, approximate=False),
 }
 
@@ -34,7 +35,7 @@ def gate_logits(
   *,
   fused: bool = False,
 ) -> Float[Array, "B K T"]:
-  """Gate logits of one layer, `scale * raw - offset`, float32 (arXiv 2506.05345, section 3.1).
+  """Gate logits of one layer, `scale * raw - offset`, float32 (arXiv 2506.05345, section 3.1); 2 K a token for DMC.
 
   Args:
     layer: the layer's parameters; the adapter gate reads `dms_norm` [D] and `dms_proj` [K, D], a linear gate also

@@ -215,6 +215,7 @@ def forward(
   remat: bool = False,
   neuron_kept: Float[Array, ""] | None = None,
   attention: Callable[..., tuple[Array, Any]] | None = None,
+  attention_inputs: Any = None,
 ) -> tuple[Float[Array, "B T D"], Any]:
   """Runs whole texts without a cache, for training and evaluation; it is the reference of every cache.
 
@@ -226,6 +227,7 @@ def forward(
     neuron_kept: factor in 0 .. 1 on the neuron gate's channel while a retrofit fades it out; None means 0.
     attention: replaces attention and gates in each layer: `attention(layer, x, q, k, v) -> (attended, z)`, from the
       layer's parameters, the residual stream [B, T, D], and queries, keys and values after RoPE. Needs stacked layers.
+    attention_inputs: a further argument of `attention`, by layer [L, ...]; None gives it none.
 
   Returns:
     (hidden, z). `hidden` are the states before the final norm, in the model's dtype (see `unembed`). `z` [L, B, K, T],
@@ -259,13 +261,14 @@ def forward(
       bias = masks.hard_bias(masks.about_key(z > eviction.threshold, dms.lag(window), False))
     return window_bias_attention(q, k, v, bias, window, segment_ids), carry, z
 
-  def attend_by(carry, index, layer, q, k, v, x):
-    out, z = attention(layer, x, q, k, v)
+  def attend_by(carry, index, xs, q, k, v, x):
+    layer, more = xs
+    out, z = attention(layer, x, q, k, v, *(() if more is None else (more,)))
     return out, carry, z
 
   how, xs = Execution.choose(model, *tokens.shape), noise
   if attention is not None:
-    attend, how, xs = attend_by, dataclasses.replace(how, late_gates=True), model.params["layers"]
+    attend, how, xs = attend_by, dataclasses.replace(how, late_gates=True), (model.params["layers"], attention_inputs)
   x, _, z = _run_layers(
     model, embed(model, tokens), positions, attend, how, xs=xs, remat=remat, neuron_kept=neuron_kept, gather=True
   )

@@ -10,6 +10,7 @@ Without a data set the model samples its own: --data.self_text.rows=256. The pap
 The gates of other methods, for the policies of the same name:
   --retrofit.objective=trimkv --retrofit.trainable=gates --retrofit.loss.kind=forward_kl --retrofit.trimkv.capacity=512
   --retrofit.objective=kvzap --retrofit.trainable=gates --retrofit.seq_len=1024 --dms.window=128
+  --retrofit.objective=dmc --retrofit.loss.kind=lm --dms.window=0
 
 After an interruption, run the same command again: it resumes from the last checkpoint with the same numbers. SIGTERM
 saves first and exits with 143. Writes OUTPUT/{run.json, log.jsonl, state/, cr2/, cr3/, ..., final/, log.png}; each crN

@@ -44,6 +44,33 @@ def gated(evicted, score, *, window, capacity=None):
   return Run(held, held, margin)
 
 
+def dmc(q, k, v, merges, omega, *, window):
+  """Attended values [T, K, G, H] and tokens held [K, T], one token at a time (2403.09636, algorithm 1).
+
+  A token that leaves the window is merged into the newest slot, or starts one: k <- (k z + k' w) / (z + w), z <- z + w.
+
+  Args:
+    merges, omega: [K, T], by token.
+  """
+  out, held = np.zeros(q.shape), np.zeros(merges.shape, int)
+  for head in range(k.shape[1]):
+    slots: list[list] = []  # [key, value, z]
+    for t in range(len(q)):
+      if (left := t - window - 1) >= 0:
+        key, value, w = k[left, head], v[left, head], omega[head, left]
+        if merges[head, left] and slots:
+          old_key, old_value, z = slots[-1]
+          slots[-1] = [(old_key * z + key * w) / (z + w), (old_value * z + value * w) / (z + w), z + w]
+        else:
+          slots.append([key, value, w])
+      recent = range(max(t - window, 0), t + 1)
+      keys = np.array([s[0] for s in slots] + [k[j, head] for j in recent])
+      values = np.array([s[1] for s in slots] + [v[j, head] for j in recent])
+      out[t, head] = oracle._softmax(q[t, head] @ keys.T / math.sqrt(q.shape[-1])) @ values
+      held[head, t] = len(keys)
+  return out, held
+
+
 # What is trained ------------------------------------------------------------------------------------------------------
 
 
@@ -157,3 +184,27 @@ def kvzip_plus(weights, config, dms, before, text, between):
 
   run(weights, config, tokens, [0] * len(tokens), attend)
   return np.stack(targets), np.stack(found)
+
+
+def merging(q, k, v, z, omega, window, segments):
+  """Relaxed merging attention [T, N, H] of one row, query by query from the definition of a slot.
+
+  Slot j is the mean of the keys i <= j of its document with weights omega_i times the product of alpha_m, i < m <= j.
+  """
+  alpha, group = 1 / (1 + np.exp(-z)), q.shape[1] // k.shape[1]
+  out = np.zeros(q.shape)
+  for n in range(q.shape[1]):
+    h = n // group
+    for i in range(len(q)):
+      first = i - positions_of(segments)[i]
+      scores, values = [], []
+      for j in range(first, i + 1):
+        key, value, bias = k[j, h], v[j, h], 0.0
+        if i - j > window:
+          weights = np.array([omega[h, m] * np.prod(alpha[h, m + 1 : j + 1]) for m in range(first, j + 1)])
+          key, value = (weights @ x[first : j + 1, h] / weights.sum() for x in (k, v))
+          bias = math.log(1 - alpha[h, j + 1]) if i - j > window + 1 else 0.0
+        scores.append(q[i, n] @ key / math.sqrt(q.shape[-1]) + bias)
+        values.append(value)
+      out[i, n] = oracle._softmax(np.array(scores)) @ np.array(values)
+  return out

@@ -9,6 +9,7 @@ from dms_jax.policies.base import Retired as Retired
 from dms_jax.policies.base import check_rows as check_rows
 from dms_jax.policies.base import get as get
 from dms_jax.policies.base import register as register
+from dms_jax.policies.dmc import DMC as DMC
 from dms_jax.policies.dms import DMS as DMS
 from dms_jax.policies.h2o import H2O as H2O
 from dms_jax.policies.keydiff import KeyDiff as KeyDiff

@@ -127,8 +127,9 @@ class RetrofitConfig:
   """How gates (and weights) are trained.
 
   `objective`: "dms" trains decisions to evict at a target CR; "trimkv" the retention of each token, under a soft
-  capacity (`retrofit.objectives`); "kvzap" regresses gates on scores of a reconstruction. `schedule`'s CR and fading
-  are DMS's alone, and `loss` is not used by "kvzap".
+  capacity; "kvzap" regresses gates on scores of a reconstruction; "dmc" trains decisions to merge at a target CR. The
+  modules of these names in `dms_jax.retrofit` say how. `schedule`'s CR is for "dms" and "dmc", and `loss` is not used
+  by "kvzap".
 
   `trainable`: "gates" alone, "lora" (gates and low-rank updates, base frozen) or "all" weights. A step takes
   `batch_size` rows of `seq_len` tokens, in `microbatches` parts whose gradients are accumulated. `seed` determines the
@@ -183,6 +184,11 @@ class RetrofitConfig:
       raise ValueError(
         "retrofit.saving.export='retrofit' with trainable='all': the base is trained too; use 'model' or 'auto'"
       )
+
+  @property
+  def ramps(self) -> bool:
+    """Whether the objective trains at a target CR, which `schedule` ramps up."""
+    return self.objective in ("dms", "dmc")
 
   @property
   def whole_model(self) -> bool:

@@ -17,7 +17,7 @@ from pallas_kernels.common.xla_dot import einsum
 BLOCK = 512  # queries whose scores are in memory at once
 
 
-def _blocks(each: Callable[[Int[Array, "Q"]], Array], length: int) -> Array:
+def blocks(each: Callable[[Int[Array, "Q"]], Array], length: int) -> Array:
   """`each(queries)`, whose first axis is that of the queries, for blocks of queries 0 .. length - 1, end to end.
 
   The backward pass calls `each` again. Queries past the end are padding, and their results are dropped.
@@ -28,7 +28,7 @@ def _blocks(each: Callable[[Int[Array, "Q"]], Array], length: int) -> Array:
   return out.reshape(-1, *out.shape[2:])[:length]
 
 
-def _visible(queries: Int[Array, "Q"], segment_ids: Int[Array, "B T"] | None, length: int) -> Bool[Array, "_ Q T"]:
+def visible(queries: Int[Array, "Q"], segment_ids: Int[Array, "B T"] | None, length: int) -> Bool[Array, "_ Q T"]:
   """Whether each query sees each key, for the batch: keys up to itself, of its own document."""
   causal = (jnp.arange(length) <= queries[:, None])[None]
   if segment_ids is None:
@@ -59,11 +59,11 @@ def decay_attention(
     scores = einsum("bqkgh,bskh->bkgqs", mine, k) * h**-0.5
     age = (queries[:, None] - jnp.arange(t)).astype(jnp.float32)
     scores = scores + (age * log_beta[:, :, None])[:, :, None]
-    scores = jnp.where(_visible(queries, segment_ids, t)[:, None, None], scores, -jnp.inf)
+    scores = jnp.where(visible(queries, segment_ids, t)[:, None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1)  # every query sees itself, and padding the last key
     return einsum("bkgqs,bskh->qbkgh", weights.astype(v.dtype), v)
 
-  return jnp.moveaxis(_blocks(each, t), 0, 1).reshape(b, t, n, h).astype(q.dtype)
+  return jnp.moveaxis(blocks(each, t), 0, 1).reshape(b, t, n, h).astype(q.dtype)
 
 
 def soft_sizes(log_beta: Float[Array, "B K T"], segment_ids: Int[Array, "B T"] | None = None) -> Float[Array, "B K T"]:
@@ -73,6 +73,6 @@ def soft_sizes(log_beta: Float[Array, "B K T"], segment_ids: Int[Array, "B T"] |
   def each(queries):
     age = jnp.maximum(queries[:, None] - jnp.arange(t), 0).astype(jnp.float32)
     kept = jnp.exp(age * log_beta[:, :, None])
-    return jnp.moveaxis(jnp.sum(jnp.where(_visible(queries, segment_ids, t)[:, None], kept, 0.0), axis=-1), -1, 0)
+    return jnp.moveaxis(jnp.sum(jnp.where(visible(queries, segment_ids, t)[:, None], kept, 0.0), axis=-1), -1, 0)
 
-  return jnp.moveaxis(_blocks(each, t), 0, -1)
+  return jnp.moveaxis(blocks(each, t), 0, -1)

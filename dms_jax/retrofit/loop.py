@@ -207,7 +207,7 @@ def train(
 
   Writes into `run.directory`: run.json (settings), log.jsonl (one line a step), state/ (the latest training states,
   Orbax), and cr2/, cr3/, ... and final/: a usable checkpoint whenever the target reaches a whole CR, and at the end.
-  Objectives other than "dms" have no target CR, and write final/ alone.
+  Objectives without a target CR (`RetrofitConfig.ramps`) write final/ alone.
 
   Args:
     mesh: the devices to train on (`distributed.create_mesh`); default one device. Every process must call; only process
@@ -243,7 +243,7 @@ def train(
   frame = None
   if config.objective == "kvzap":
     frame = kvzap.frame(tokenizer, config, run.base.config.max_position_embeddings)
-  crs = range(2, math.floor(config.schedule.final_cr) + 1) if config.objective == "dms" else ()
+  crs = range(2, math.floor(config.schedule.final_cr) + 1) if config.ramps else ()
   usable = {schedule.step_of_cr(config, cr): cr for cr in crs}
 
   def write(name: str, done: int) -> None:

@@ -15,7 +15,7 @@ from dms_jax.config import DMSConfig
 from dms_jax.metrics import held_share
 from dms_jax.model import Eviction, Model
 from dms_jax.params import Group, Params, flatten, init_params, join_params, param_table, split_params, unflatten
-from dms_jax.retrofit import kvzap, losses, schedule, trimkv
+from dms_jax.retrofit import dmc, kvzap, losses, schedule, trimkv
 from dms_jax.retrofit.batch import Batch as Batch
 from dms_jax.retrofit.batch import real_tokens, run, text_loss
 from dms_jax.retrofit.config import RetrofitConfig
@@ -103,7 +103,7 @@ def loss_fn(
   config: RetrofitConfig,
   neuron_kept: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-  """Distillation (or language-model) loss plus compression loss, and the metrics for the log.
+  """Distillation (or language-model) loss plus compression loss, and the metrics for the log; of DMS and DMC.
 
   Args:
     noise: logistic noise of the relaxed decisions.
@@ -113,8 +113,11 @@ def loss_fn(
   """
   real = real_tokens(batch)
   fading = neuron_kept is not None
-  eviction = None if fading else Eviction(noise=noise, tau=config.loss.tau)
-  hidden, z = run(student, batch, config, eviction=eviction, neuron_kept=neuron_kept)
+  if config.objective == "dmc":
+    hidden, z = dmc.student(student, batch, noise, config)
+  else:
+    eviction = None if fading else Eviction(noise=noise, tau=config.loss.tau)
+    hidden, z = run(student, batch, config, eviction=eviction, neuron_kept=neuron_kept)
   distance = text_loss(config.loss.kind, hidden, student, teacher, batch, config)
   fraction = losses.evicted_fraction(z, real)
   compression = jnp.float32(0.0) if fading else losses.compression_loss(fraction, cr)
@@ -190,7 +193,7 @@ def train_step(
   grads, metrics = jax.lax.scan(accumulate, zeros, (parts, jnp.arange(count)))
   grads = jax.tree.map(lambda g: g / count, grads)
   metrics = jax.tree.map(lambda x: x.mean(axis=0), metrics)
-  if config.objective == "dms":
+  if config.ramps:
     metrics["achieved_cr"] = 1.0 / metrics.pop("held_share")
     metrics["target_cr"] = cr
   updates, opt_state = optimizer(config).update(grads, state.opt_state, state.trained)

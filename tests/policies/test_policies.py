@@ -19,7 +19,20 @@ from dms_jax.config import ModelConfig
 from dms_jax.model import cached_forward, check_policy
 from tests import cache_driver, policy_oracle
 
-NAMES = {"dms", "h2o", "keydiff", "kvzap", "quest", "random", "snapkv", "streamingllm", "tova", "trimkv", "vanilla"}
+NAMES = {
+  "dmc",
+  "dms",
+  "h2o",
+  "keydiff",
+  "kvzap",
+  "quest",
+  "random",
+  "snapkv",
+  "streamingllm",
+  "tova",
+  "trimkv",
+  "vanilla",
+}
 KINDS = cache_driver.KINDS
 LAYERS, ROWS, HEADS, GROUP, HEAD, LENGTH = cache_driver.LAYERS, cache_driver.ROWS, 2, 2, cache_driver.HEAD, 44
 MARGIN = 1e-4  # relative; choices closer than this are left to the float64 oracle: another text is drawn
@@ -31,7 +44,7 @@ MARGIN = 1e-4  # relative; choices closer than this are left to the float64 orac
 def test_registry():
   assert policies.get("DMS") is policies.get("dms") is policies.DMS
   assert policies.REGISTRY.keys() == NAMES
-  with pytest.raises(ValueError, match=r"unknown policy 'h3o'; there are \['dms', 'h2o'"):
+  with pytest.raises(ValueError, match=r"unknown policy 'h3o'; there are \['dmc', 'dms'"):
     policies.get("h3o")
 
 

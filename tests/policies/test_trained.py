@@ -112,10 +112,11 @@ def create(kind, policy):
 def step(cache, policy, q, k, v, logits, lengths, remaining):
   """`cache_driver.step` from gate logits [L, B, K, T] instead of decisions."""
   plan = cache.plan(policy, lengths, q.shape[2], remaining)
+  about = (plan.seen[:, None] + jnp.arange(q.shape[2]) - cache.lag)[:, None]
 
   def layer(carry, inputs):
     index, state, q, k, v, logits = inputs
-    evict = policy.decide(logits, index, jnp.zeros(logits.shape, jnp.int32))
+    evict = policy.decide(logits, index, about)
     rated = {"logits": logits} if policy.gate_stats else {}
     out, carry, state, seen = cache.attend(plan, policy, index, carry, state, q, k, v, evict, **rated)
     return carry, (out, state, seen)
@@ -173,6 +174,33 @@ def test_the_budget_is_never_exceeded():
     assert binds
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("window", [0, pytest.param(3, marks=pytest.mark.slow)])
+def test_merged_tokens_are_the_formula(window, kind):
+  """DMC: attention and tokens held after every step; float32 sums of weighted means. Rows pause and end apart."""
+  policy, shape = policies.DMC(window=window), cache_driver.Shape(0, 0, HEADS, GROUP, 2, LENGTH)
+  rng = np.random.default_rng(0)
+  text = cache_driver.Text.draw(shape, rng, 0.0)
+  logits = rng.standard_normal((LAYERS, ROWS, 2 * HEADS, LENGTH)).astype(np.float32)
+  cache, start, ends = create(kind, policy), np.zeros(ROWS, int), np.array([LENGTH, LENGTH // 2, LENGTH - 5])
+  expected, held = np.zeros(text.q.shape), np.zeros((LAYERS, ROWS, HEADS, LENGTH), int)
+  for l, b in np.ndindex(LAYERS, ROWS):
+    q, k, v = (x[l, b].astype(float) for x in (text.q, text.k, text.v))
+    merges, omega = logits[l, b, :HEADS] > 0, 1 / (1 + np.exp(logits[l, b, HEADS:].astype(float)))
+    out, held[l, b] = trained_oracle.dmc(q.reshape(LENGTH, HEADS, GROUP, HEAD), k, v, merges, omega, window=window)
+    expected[l, b] = out.reshape(expected[l, b].shape)
+  assert held[..., -1].max() < LENGTH - 8
+  while (start < ends).any():
+    lengths = ((rng.random(ROWS) < 0.8) & (start < ends)).astype(int)
+    out, usage, stalled, cache = feed(policy, cache, text, logits, start, 1, lengths, None)
+    assert not stalled.any()
+    for b in np.flatnonzero(lengths):
+      np.testing.assert_allclose(out[:, b, 0], expected[:, b, start[b]], atol=5e-6, rtol=5e-6)
+      np.testing.assert_array_equal(usage.live[:, b], held[:, b, :, start[b]])
+      np.testing.assert_array_equal(usage.reads[:, b], held[:, b, :, start[b]])
+    start = start + lengths
+
+
 GENERATED = {
   "dms": (tiny.dms(window=3, scale=1.0, offset=0.0), policies.DMS(budget=9)),
   "dms-alone": (tiny.dms(window=3, scale=1.0, offset=0.0), policies.DMS(budget=8, threshold=math.inf)),
@@ -219,6 +247,7 @@ def test_dms_without_a_budget_is_what_it_was():
     ({}, policies.KVzap(), "KVzap reads gates trained with retrofit.objective=kvzap; this model's were trained"),
     ({"objective": "trimkv"}, policies.DMS(), "DMS reads gates trained with retrofit.objective=dms; this model's were"),
     ({"objective": "trimkv"}, None, r"TRIMKV: give either budget= \(tokens\) or cr="),
+    ({"objective": "kvzap"}, policies.DMC(), "DMC reads gates trained with retrofit.objective=dmc; this model's were"),
     ({"objective": "trimkv"}, policies.TRIMKV(budget=9, cr=2.0), "TRIMKV: give either budget="),
     ({}, policies.DMS(budget=4), r"DMS: budget=4 tokens must be 6 or more at window=5"),
     ({}, policies.DMS(window=0, budget=4), r"DMS: window=0 must be 1 or more with these gates"),
@@ -234,4 +263,5 @@ def test_refusals(gates, policy, message):
 
 def test_the_gates_name_their_policy():
   assert check_policy(tiny.model(gates=tiny.dms(objective="kvzap")), None) == policies.KVzap(window=5)
+  assert check_policy(tiny.model(gates=tiny.dms(objective="dmc")), None) == policies.DMC(window=5)
   assert check_policy(tiny.model(gates=tiny.dms()), None) == policies.DMS(window=5)

@@ -1,4 +1,4 @@
-"""Objectives other than DMS's: losses and gradients against plain numpy, and runs that resume, export and load."""
+"""Objectives of other methods: losses and gradients against plain numpy; runs resume and load."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from dms_jax.retrofit import (
   ScheduleConfig,
   TRIMKVConfig,
   decay,
+  dmc,
   kvzap,
   loop,
   trimkv,
@@ -95,6 +96,38 @@ def test_retention_gated_attention(block, monkeypatch):
     [[sum(math.exp((t - i) * b[i]) for i in range(t + 1) if causal[t, i]) for t in range(LENGTH)] for b in log_beta[0]]
   )
   np.testing.assert_allclose(decay.soft_sizes(args[3], ids)[0], sizes, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_merging_attention(window):
+  """Relaxed decisions: attention, and its derivative in a random direction; two documents; float32 sums of 12 terms."""
+  rng = np.random.default_rng(0)
+  q, k, v, weights = (rng.standard_normal((LENGTH, n, 4)) for n in (4, 2, 2, 4))
+  z, omega = rng.standard_normal((2, LENGTH)) * 2, rng.random((2, LENGTH)) + 0.1
+  args, segments = (q, k, v, z, omega), SEGMENTS[1]
+  expected = trained_oracle.merging(*args, window, segments)
+  ids, ours = jnp.asarray(segments[None], jnp.int32), [jnp.asarray(x[None], jnp.float32) for x in args]
+  attend = lambda *args: dmc.merging_attention(*args, window, ids)
+  np.testing.assert_allclose(attend(*ours)[0], expected, atol=5e-6)
+  moves = [rng.standard_normal(x.shape) for x in args]
+  at = lambda step: (
+    trained_oracle.merging(*(x + step * m for x, m in zip(args, moves, strict=True)), window, segments) * weights
+  ).sum()
+  grads = jax.grad(lambda *args: jnp.sum(attend(*args)[0] * weights.astype(np.float32)), (0, 1, 2, 3, 4))(*ours)
+  slope = sum((np.asarray(g[0]) * m).sum() for g, m in zip(grads, moves, strict=True))
+  np.testing.assert_allclose(slope, (at(1e-6) - at(-1e-6)) / 2e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_merging_is_trained_as_it_is_decoded(window):
+  """With hard decisions, training's attention is that of the slots, token by token."""
+  rng = np.random.default_rng(2)
+  q, k, v = (rng.standard_normal((LENGTH, n, 4)) for n in (4, 2, 2))
+  merges, omega = rng.random((2, LENGTH)) < 0.5, rng.random((2, LENGTH)) + 0.1
+  expected, _ = trained_oracle.dmc(q.reshape(LENGTH, 2, 2, 4), k, v, merges, omega, window=window)
+  args = [jnp.asarray(x[None], jnp.float32) for x in (q, k, v, np.where(merges, 80.0, -80.0), omega)]
+  out = dmc.merging_attention(*args, window)[0]
+  np.testing.assert_allclose(out, expected.reshape(out.shape), atol=5e-6)
 
 
 def set_up(objective):
@@ -212,9 +245,13 @@ def test_a_run_resumes_and_its_gates_serve_their_policy(objective, tmp_path, qui
   assert whole.dms == GATES[objective] and whole.dms.objective == objective
   for x, y in zip(jax.tree.leaves(whole.params), jax.tree.leaves(parts.params), strict=True):
     np.testing.assert_array_equal(x, y)
-  policy = policies.TRIMKV(budget=6) if objective == "trimkv" else policies.KVzap(window=2, threshold=math.inf)
+  policy, most = {
+    "trimkv": (policies.TRIMKV(budget=6), 6),
+    "kvzap": (policies.KVzap(window=2, threshold=math.inf), 3),
+    "dmc": (policies.DMC(threshold=-math.inf), 2),
+  }[objective]
   out = dms_jax.generate(whole, [list(range(20))], policy=policy, max_new_tokens=2, eos=False, prefill_chunk=8)
-  assert out.metrics.live.max() == (6 if objective == "trimkv" else 3)
+  assert out.metrics.live.max() == most
   with pytest.raises(ValueError, match=f"reads gates trained with retrofit.objective=dms; this .* {objective}"):
     dms_jax.generate(whole, [[1, 2]], policy=policies.DMS(), max_new_tokens=1)
 
@@ -238,6 +275,7 @@ def test_gates_of_an_objective():
     ({"objective": "dmx"}, "dms.objective='dmx' is not one of"),
     ({"objective": "kvzap", "gate": "neuron"}, "dms.gate='neuron' cannot be trained with retrofit.objective=kvzap"),
     ({"objective": "trimkv", "shift": 1}, "dms.shift=1, dms.eviction='delayed': gates of retrofit.objective=trimkv"),
+    ({"objective": "dmc", "granularity": "layer"}, "dms.granularity='layer' with retrofit.objective=dmc"),
     ({"hidden": 0}, "dms.hidden=0 must be at least 1"),
   ],
 )
