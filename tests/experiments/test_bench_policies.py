@@ -23,8 +23,8 @@ def test_both_ways_of_reading_are_timed(tmp_path, monkeypatch, capsys):
 
 
 def test_policies_that_read_in_one_way_are_refused():
-  with pytest.raises(ValueError, match="--policies: DMS has no budget"):
-    bench_policies.pair("dms", 8)
+  with pytest.raises(ValueError, match="--policies: Vanilla has no budget"):
+    bench_policies.pair("vanilla", 8)
   with pytest.raises(ValueError, match="--preset='gpt-5'"):
     bench_policies.Config(preset="gpt-5")
   with pytest.raises(ValueError, match="--rows=0"):

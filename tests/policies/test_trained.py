@@ -206,11 +206,12 @@ GENERATED = {
   "dms-alone": (tiny.dms(window=3, scale=1.0, offset=0.0), policies.DMS(budget=8, threshold=math.inf)),
   "trimkv": (tiny.dms(objective="trimkv", offset=-2.0, hidden=8), policies.TRIMKV(budget=8)),
   "kvzap": (tiny.dms(objective="kvzap", hidden=8), policies.KVzap(window=3, threshold=0.0)),
+  "dmc": (tiny.dms(objective="dmc", window=0, scale=1.0, offset=0.0), policies.DMC()),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-  "case", ["dms", "trimkv", *(pytest.param(c, marks=pytest.mark.slow) for c in ("dms-alone", "kvzap"))]
+  "case", ["dms", "trimkv", *(pytest.param(c, marks=pytest.mark.slow) for c in ("dms-alone", "kvzap", "dmc"))]
 )
 def test_any_chunking_reads_a_prompt_the_same(case):
   """Logits of deeper layers depend on what earlier ones held: whole models, by chunks and one token at a time."""
@@ -228,6 +229,21 @@ def test_any_chunking_reads_a_prompt_the_same(case):
     assert whole.tokens == other.tokens
     np.testing.assert_array_equal(held, other.metrics.live)
     np.testing.assert_array_equal(whole.metrics.prompt_reads, other.metrics.prompt_reads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", GENERATED)
+def test_requests_are_answered_as_alone(case):
+  """A `Generator` with chains that share a prompt: as `generate` answers each prompt."""
+  gates, policy = GENERATED[case]
+  model, options = tiny.model(gates=gates), dict(eos=False, prefill_chunk=8, decode_block=4)
+  prompts = [tiny.tokens(model.config, 1, n, seed=n)[0].tolist() for n in (29, 11)]
+  generator = dms_jax.Generator(model, policy=policy, width=3, page_size=4, **options)
+  tickets = [generator.submit(p, max_new_tokens=8, chains=n) for p, n in zip(prompts, (2, 1), strict=True)]
+  list(generator.run())
+  alone = dms_jax.generate(model, prompts, policy=policy, max_new_tokens=8, **options)
+  for ticket, tokens, chains in zip(tickets, alone.tokens, (2, 1), strict=True):
+    assert generator.results[ticket].tokens == [tokens] * chains
 
 
 def test_dms_without_a_budget_is_what_it_was():
