@@ -33,12 +33,15 @@ from dms_jax.metrics import Metrics as Metrics
 from dms_jax.model import Model as Model
 from dms_jax.model import cached_forward as cached_forward
 from dms_jax.model import forward as forward
+from dms_jax.policies import DMC as DMC
 from dms_jax.policies import DMS as DMS
 from dms_jax.policies import H2O as H2O
 from dms_jax.policies import RKV as RKV
 from dms_jax.policies import TOVA as TOVA
+from dms_jax.policies import TRIMKV as TRIMKV
 from dms_jax.policies import ExpectedAttention as ExpectedAttention
 from dms_jax.policies import KeyDiff as KeyDiff
+from dms_jax.policies import KVzap as KVzap
 from dms_jax.policies import Policy as Policy
 from dms_jax.policies import Quest as Quest
 from dms_jax.policies import SnapKV as SnapKV

@@ -63,28 +63,64 @@ class ModelConfig:
     return self.num_heads // self.num_kv_heads
 
 
+Objective = Literal["dms", "trimkv", "kvzap", "dmc"]
+# What a field of `DMSConfig` is where it is not given, by objective.
+GATE_DEFAULTS: dict[str, dict[str, Any]] = {
+  "dms": {"gate": "adapter", "scale": 100.0, "offset": 5.0, "shift": 1},
+  "trimkv": {"gate": "mlp", "scale": 1.0, "offset": -18.0, "shift": 0},
+  "kvzap": {"gate": "mlp", "scale": 1.0, "offset": 0.0, "shift": 0},
+  "dmc": {"gate": "linear", "scale": 100.0, "offset": 5.0, "shift": 0},
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class DMSConfig:
   """A model's eviction gates and the meaning of their decisions (arXiv 2506.05345, section 3 and appendix C).
 
-  `gate`: "neuron" reads the last channel of each group's first query head, "adapter" projects the residual stream. A
-  gate logit is `scale * raw - offset`. Token t decides whether token t - `shift` is evicted. `window` is W: an evicted
+  `objective`: what the gates were trained for, and so the policy that reads them: "dms", "trimkv" (a logit's sigmoid is
+  the token's retention, arXiv 2512.03324), "kvzap" (a logit is the token's score, arXiv 2601.07891) or "dmc" (the K
+  logits that decide to merge are followed by K, whose negative's sigmoid is the importance, arXiv 2403.09636). It
+  decides the fields that are None (`GATE_DEFAULTS`): DMS's decisions are about the token before, by an adapter; the
+  others' are about the token itself.
+
+  `gate`: "neuron" reads the last channel of each group's first query head. The others read the residual stream after a
+  norm of their own: "adapter" projects it, "linear" adds a bias, "mlp" has one hidden layer of `hidden` units. A gate
+  logit is `scale * raw - offset`. Token t decides whether token t - `shift` is evicted. `window` is W: an evicted
   token stays visible to the next W tokens. `granularity` "layer": KV head 0 decides for its whole layer. `eviction`:
   "delayed" decides about a token on its arrival and evicts it W tokens later. "immediate", the paper's ablation
   (section 5.3), decides when the token leaves the window and evicts it at once: token t decides about t - `shift` - W.
   """
 
-  gate: Literal["adapter", "neuron"] = "adapter"
+  gate: Literal["adapter", "neuron", "linear", "mlp"] = None  # type: ignore[assignment]
   window: int = 256
-  scale: float = 100.0
-  offset: float = 5.0
-  shift: int = 1
+  scale: float = None  # type: ignore[assignment]
+  offset: float = None  # type: ignore[assignment]
+  shift: int = None  # type: ignore[assignment]
   granularity: Literal["head", "layer"] = "head"
   eviction: Literal["delayed", "immediate"] = "delayed"
+  objective: Objective = "dms"
+  hidden: int = 512
 
   def __post_init__(self):
-    if self.gate not in ("adapter", "neuron"):
-      raise ValueError(f"dms.gate={self.gate!r} must be 'adapter' or 'neuron'")
+    if self.objective not in GATE_DEFAULTS:
+      raise ValueError(f"dms.objective={self.objective!r} is not one of {sorted(GATE_DEFAULTS)}")
+    for name, value in GATE_DEFAULTS[self.objective].items():
+      if getattr(self, name) is None:
+        object.__setattr__(self, name, value)
+    if self.gate not in ("adapter", "neuron", "linear", "mlp"):
+      raise ValueError(f"dms.gate={self.gate!r} must be 'adapter', 'neuron', 'linear' or 'mlp'")
+    if self.hidden < 1:
+      raise ValueError(f"dms.hidden={self.hidden} must be at least 1")
+    if self.objective != "dms":
+      if self.gate == "neuron":
+        raise ValueError(f"dms.gate='neuron' cannot be trained with retrofit.objective={self.objective}: use 'mlp'")
+      if self.objective == "dmc" and self.granularity == "layer":
+        raise ValueError("dms.granularity='layer' with retrofit.objective=dmc: each KV head merges its own tokens")
+      if self.shift != 0 or self.eviction != "delayed":
+        raise ValueError(
+          f"dms.shift={self.shift}, dms.eviction={self.eviction!r}: gates of retrofit.objective={self.objective} score "
+          "the token that computes them; leave both out"
+        )
     if self.granularity not in ("head", "layer"):
       raise ValueError(f"dms.granularity={self.granularity!r} must be 'head' or 'layer'")
     if self.shift not in (0, 1):

@@ -1,10 +1,14 @@
 """Eviction gates: one logit per KV head and token, about the token `shift` places before.
 
 Source: arXiv 2506.05345, section 3.1 and appendix C; the scale of 100 is the released code's. Logits are always
-computed in float32: at a scale of 100, bfloat16 rounding would flip decisions.
+computed in float32: at a scale of 100, bfloat16 rounding would flip decisions. Gates trained for other methods give
+logits that these methods read as they need (`DMSConfig.objective`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +16,14 @@ from jaxtyping import Array, Float
 
 from dms_jax.config import DMSConfig, ModelConfig
 from dms_jax.layers import rms_norm
+
+# Of the hidden layer of an MLP gate: TRIM-KV takes the model's, KVzap its own.
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+  "dms": jax.nn.silu,
+  "trimkv": jax.nn.silu,
+  "dmc": jax.nn.silu,
+  "kvzap": partial(jax.nn.gelu, approximate=False),
+}
 
 
 def gate_logits(
@@ -23,10 +35,11 @@ def gate_logits(
   *,
   fused: bool = False,
 ) -> Float[Array, "B K T"]:
-  """Gate logits of one layer, `scale * raw - offset`, float32 (arXiv 2506.05345, section 3.1).
+  """Gate logits of one layer, `scale * raw - offset`, float32 (arXiv 2506.05345, section 3.1); 2 K a token for DMC.
 
   Args:
-    layer: the layer's parameters; the adapter gate reads `dms_norm` [D] and `dms_proj` [K, D].
+    layer: the layer's parameters; the adapter gate reads `dms_norm` [D] and `dms_proj` [K, D], a linear gate also
+      `dms_bias` [K], and an MLP `dms_fc` [E, D], `dms_fc_bias` [E], `dms_proj` [K, E] and `dms_bias`.
     x: the residual stream before the layer's input norm.
     q: queries after q_norm and before RoPE, float32 for the neuron gate.
     fused: computes norm and projection in one reduction, for T = 1 (`Execution.fused_gate`).
@@ -35,11 +48,17 @@ def gate_logits(
     raw = jnp.moveaxis(q[:, :, :: config.group_size, -1].astype(jnp.float32), 1, 2)
   else:
     norm, weight = (layer[name].astype(jnp.float32) for name in ("dms_norm", "dms_proj"))
-    if fused:
+    if fused and dms.gate == "adapter":
       raw = _fused_adapter(x, norm * weight, config.rms_norm_eps)
     else:
-      normed = rms_norm(x.astype(jnp.float32), norm, config.rms_norm_eps)
-      raw = jnp.einsum("btd,kd->bkt", normed, weight, precision=jax.lax.Precision.HIGHEST)
+      inputs = rms_norm(x.astype(jnp.float32), norm, config.rms_norm_eps)
+      if dms.gate == "mlp":
+        fc, bias = (layer[name].astype(jnp.float32) for name in ("dms_fc", "dms_fc_bias"))
+        hidden = jnp.einsum("btd,ed->bte", inputs, fc, precision=jax.lax.Precision.HIGHEST) + bias
+        inputs = ACTIVATIONS[dms.objective](hidden)
+      raw = jnp.einsum("btd,kd->bkt", inputs, weight, precision=jax.lax.Precision.HIGHEST)
+      if dms.gate != "adapter":
+        raw = raw + layer["dms_bias"].astype(jnp.float32)[:, None]
   return _logits(dms, raw)
 
 

@@ -17,7 +17,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from dms_jax import masks
+from dms_jax import masks, policies
 from dms_jax.attention import window_bias_attention
 from dms_jax.cache import Cache
 from dms_jax.cache.base import Usage
@@ -26,7 +26,7 @@ from dms_jax.execution import Execution
 from dms_jax.gates import clear_neuron, gate_logits, step_gate_logits
 from dms_jax.layers import apply_rope, linear, mlp, project, rms_norm, rope_tables
 from dms_jax.params import Params, merge_lora, param_table
-from dms_jax.policies import DMS, Policy, Vanilla
+from dms_jax.policies import Policy, Vanilla
 from dms_jax.sharding import constrain_rows, gather_layer
 from pallas_kernels import window_bias
 
@@ -214,7 +214,9 @@ def forward(
   eviction: Eviction | None = None,
   remat: bool = False,
   neuron_kept: Float[Array, ""] | None = None,
-) -> tuple[Float[Array, "B T D"], Float[Array, "L B K T"] | None]:
+  attention: Callable[..., tuple[Array, Any]] | None = None,
+  attention_inputs: Any = None,
+) -> tuple[Float[Array, "B T D"], Any]:
   """Runs whole texts without a cache, for training and evaluation; it is the reference of every cache.
 
   Args:
@@ -223,16 +225,22 @@ def forward(
     eviction: None keeps every token visible. The neuron gate's channel is cleared either way.
     remat: the backward pass recomputes whole layers; otherwise it keeps `SAVED_ACTIVATIONS`.
     neuron_kept: factor in 0 .. 1 on the neuron gate's channel while a retrofit fades it out; None means 0.
+    attention: replaces attention and gates in each layer: `attention(layer, x, q, k, v) -> (attended, z)`, from the
+      layer's parameters, the residual stream [B, T, D], and queries, keys and values after RoPE. Needs stacked layers.
+    attention_inputs: a further argument of `attention`, by layer [L, ...]; None gives it none.
 
   Returns:
-    (hidden, z). `hidden` are the states before the final norm, in the model's dtype (see `unembed`). `z`, float32, are
-    the gate logits, or (logits + noise) / tau with noise, indexed by the token that computed them; None without gates.
+    (hidden, z). `hidden` are the states before the final norm, in the model's dtype (see `unembed`). `z` [L, B, K, T],
+    float32, are the gate logits, or (logits + noise) / tau with noise, indexed by the token that computed them; None
+    without gates; under `attention` what it returned, stacked by layer.
 
   Raises:
-    ValueError: `eviction` for a model without gates.
+    ValueError: `eviction` for a model without gates, or with gates of another objective than DMS's.
   """
   if eviction is not None and model.dms is None:
     raise ValueError("this model has no eviction gates; load a retrofit, or pass eviction=None")
+  if eviction is not None and model.dms.objective != "dms":
+    raise ValueError(f"gates trained with retrofit.objective={model.dms.objective} evict by a policy and a cache alone")
   if positions is None:
     positions = segment_positions(segment_ids) if segment_ids is not None else jnp.arange(tokens.shape[1])[None]
     positions = jnp.broadcast_to(positions, tokens.shape)
@@ -253,9 +261,16 @@ def forward(
       bias = masks.hard_bias(masks.about_key(z > eviction.threshold, dms.lag(window), False))
     return window_bias_attention(q, k, v, bias, window, segment_ids), carry, z
 
-  how = Execution.choose(model, *tokens.shape)
+  def attend_by(carry, index, xs, q, k, v, x):
+    layer, more = xs
+    out, z = attention(layer, x, q, k, v, *(() if more is None else (more,)))
+    return out, carry, z
+
+  how, xs = Execution.choose(model, *tokens.shape), noise
+  if attention is not None:
+    attend, how, xs = attend_by, dataclasses.replace(how, late_gates=True), (model.params["layers"], attention_inputs)
   x, _, z = _run_layers(
-    model, embed(model, tokens), positions, attend, how, xs=noise, remat=remat, neuron_kept=neuron_kept, gather=True
+    model, embed(model, tokens), positions, attend, how, xs=xs, remat=remat, neuron_kept=neuron_kept, gather=True
   )
   return x, z
 
@@ -329,7 +344,8 @@ def cached_forward(
     q, k, v, gates = jax.tree.map(lambda y: y[:rows], (q, k, v, gates))
     of_tokens = jnp.swapaxes(k, 1, 2) if policy.uses_keys else None
     evict = None if how.late_gates else policy.decide(gates, index, about, of_tokens) if override is None else override
-    out, carry, state, seen = cache.attend(plan, policy, index, carry, state, q, k, v, evict)
+    rated = {"logits": gates} if policy.gate_stats else {}
+    out, carry, state, seen = cache.attend(plan, policy, index, carry, state, q, k, v, evict, **rated)
     return padded(out), carry, (state, seen, gates)
 
   x, xs = embed(model, padded(tokens)), (cache.layer_state(), override)
@@ -375,14 +391,26 @@ def last_logits(model: Model, output: StepOutput) -> Float[Array, "B V"]:
 
 
 def check_policy(model: Model, policy: Policy | None) -> Policy:
-  """`policy`, its window filled in from the model's gates; None means `DMS()` for a model with gates, else `Vanilla()`.
+  """`policy`, its window filled in from the model's gates; None means the gates' own (`DMS()`), or `Vanilla()`.
 
   Raises:
-    ValueError: the policy needs gates and the model has none, or its numbers are invalid.
+    ValueError: the policy needs gates and the model has none or others, or its numbers are invalid.
   """
-  policy = (policy or (DMS() if model.dms is not None else Vanilla())).fitted(model.config)
+  policy = policy or (policies.get(model.dms.objective)() if model.dms is not None else Vanilla())
+  policy = policy.fitted(model.config)
   if policy.uses_gates and model.dms is None:
     raise ValueError(
       f"{type(policy).__name__} needs eviction gates and this model has none: load a retrofit, or use dms_jax.Vanilla()"
     )
-  return policy.resolved(model.dms.window if model.dms is not None else None)
+  if policy.uses_gates and policy.objective != model.dms.objective:
+    raise ValueError(
+      f"{type(policy).__name__} reads gates trained with retrofit.objective={policy.objective}; this model's were "
+      f"trained with {model.dms.objective}: load another retrofit, or use another policy"
+    )
+  policy = policy.resolved(model.dms.window if model.dms is not None else None)
+  if policy.gate_stats and policy.window < model.lag(policy.window):
+    raise ValueError(
+      f"{type(policy).__name__}: window={policy.window} must be {model.lag(policy.window)} or more with these gates: a "
+      "token's logit must be known when it leaves the window"
+    )
+  return policy

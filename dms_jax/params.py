@@ -52,7 +52,8 @@ def param_table(
   c = config
   sizes = {
     "vocab": c.vocab_size, "embed": c.d_model, "ff": c.d_ff, "heads": c.num_heads, "kv_heads": c.num_kv_heads,
-    "head_dim": c.head_dim, "rank": lora.rank if lora else 0,
+    "head_dim": c.head_dim, "rank": lora.rank if lora else 0, "gate_ff": dms.hidden if dms else 0,
+    "gate_heads": 2 * c.num_kv_heads,
   }  # fmt: skip
   table: dict[str, ParamSpec] = {}
 
@@ -83,9 +84,17 @@ def param_table(
   add("final_norm", vector, no_inputs, "ones", "model.norm.weight")
   if not c.tie_embeddings:
     add("lm_head", ("vocab",), ("embed",), "normal", "lm_head.weight")
-  if dms is not None and dms.gate == "adapter":  # names as in NVIDIA's Model-Optimizer student
+  if dms is not None and dms.gate != "neuron":  # names as in NVIDIA's Model-Optimizer student, which has adapters
+    outputs = ("gate_heads",) if dms.objective == "dmc" else ("kv_heads",)
     add("layers/dms_norm", vector, no_inputs, "ones", attn + "dms_proj_alpha_norm.weight", "gate")
-    add("layers/dms_proj", ("kv_heads",), ("embed",), "zeros", attn + "dms_proj_alpha.weight", "gate")
+    if dms.gate == "mlp":
+      add("layers/dms_fc", ("gate_ff",), ("embed",), "normal", attn + "dms_proj_alpha_fc.weight", "gate")
+      add("layers/dms_fc_bias", ("gate_ff",), no_inputs, "zeros", attn + "dms_proj_alpha_fc.bias", "gate")
+      add("layers/dms_proj", outputs, ("gate_ff",), "normal", attn + "dms_proj_alpha.weight", "gate")
+    else:
+      add("layers/dms_proj", outputs, ("embed",), "zeros", attn + "dms_proj_alpha.weight", "gate")
+    if dms.gate != "adapter":
+      add("layers/dms_bias", outputs, no_inputs, "zeros", attn + "dms_proj_alpha.bias", "gate")
   if lora is not None and lora.rank:
     for target in lora.targets:
       base = table.get(f"layers/{target}")

@@ -34,6 +34,8 @@ class ShardingRules:
   kv_heads: str | None = "tensor"
   head_dim: str | None = None
   rank: str | None = None
+  gate_ff: str | None = None
+  gate_heads: str | None = None
 
 
 def make_mesh(data: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -194,7 +194,7 @@ def main() -> None:
   config = program.read_flags("", Config)
   prompts = config.prompts()
   model, tokenizer = dms_jax.load(config.checkpoint, retrofit=config.retrofit, dtype=config.dtype)
-  name = config.policy or ("dms" if model.dms is not None else "vanilla")
+  name = config.policy or (model.dms.objective if model.dms is not None else "vanilla")
   policy = program.read_flags(name, policies.get(name))
   if config.requests is not None:
     program.finish(answer_requests(config, model, tokenizer, policy))

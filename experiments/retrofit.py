@@ -7,6 +7,11 @@ Without a data set the model samples its own: --data.self_text.rows=256. The pap
 --dms.gate=neuron --retrofit.trainable=all --retrofit.schedule.fade_steps=2000. Low-rank updates of other projections:
 --lora.rank=16 --lora.targets=q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj.
 
+The gates of other methods, for the policies of the same name:
+  --retrofit.objective=trimkv --retrofit.trainable=gates --retrofit.loss.kind=forward_kl --retrofit.trimkv.capacity=512
+  --retrofit.objective=kvzap --retrofit.trainable=gates --retrofit.seq_len=1024 --dms.window=128
+  --retrofit.objective=dmc --retrofit.loss.kind=lm --dms.window=0
+
 After an interruption, run the same command again: it resumes from the last checkpoint with the same numbers. SIGTERM
 saves first and exits with 143. Writes OUTPUT/{run.json, log.jsonl, state/, cr2/, cr3/, ..., final/, log.png}; each crN
 and final is a retrofit for `dms_jax.load(checkpoint, retrofit=...)`, or a whole model (--retrofit.saving.export).
@@ -28,8 +33,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +84,19 @@ class Config:
   preset: str = "llama-3.2-1b"
   benchmark_steps: int = 10
   against_flex: bool = False
+
+
+def gates_of(settings: RetrofitConfig, values: Mapping[str, Any] | None = None) -> DMSConfig:
+  """The gates' config for `settings.objective`, from the flags --dms.* (or from `values`, by flag).
+
+  Raises:
+    ValueError: a value is refused, or --dms.objective names another objective.
+  """
+  names = [field.name for field in dataclasses.fields(DMSConfig)]
+  given = {f"dms.{n}": program.FLAGS[f"dms.{n}"].value if values is None else values[f"dms.{n}"] for n in names}
+  if given["dms.objective"] not in (settings.objective, "dms"):
+    raise ValueError(f"--dms.objective={given['dms.objective']}: give --retrofit.objective instead, which decides it")
+  return program.read_flags("dms", DMSConfig, given | {"dms.objective": settings.objective})
 
 
 @contextlib.contextmanager
@@ -177,9 +196,10 @@ def carry_out(
     if time.perf_counter() - shown[0] > 5:
       shown[0] = time.perf_counter()
       left = (settings.schedule.steps - line["step"] - 1) * line["seconds"]
+      crs = f", CR {line['achieved_cr']:.2f} (target {line['target_cr']:.2f})" if "target_cr" in line else ""
       program.log(
-        f"step {line['step']}/{settings.schedule.steps}: loss {line['loss']:.4f}, CR {line['achieved_cr']:.2f} (target "
-        f"{line['target_cr']:.2f}), {line['seconds'] * 1e3:.0f} ms a step, {left / 60:.1f} min left"
+        f"step {line['step']}/{settings.schedule.steps}: loss {line['loss']:.4f}{crs}, "
+        f"{line['seconds'] * 1e3:.0f} ms a step, {left / 60:.1f} min left"
       )
 
   drawing = plots.pyplot() is not None
@@ -194,8 +214,8 @@ def carry_out(
 
 def main() -> None:
   config = program.read_flags("", Config)
-  dms, lora = program.read_flags("dms", DMSConfig), program.read_flags("lora", LoRAConfig)
   settings, data = program.read_flags("retrofit", RetrofitConfig), program.read_flags("data", DataConfig)
+  dms, lora = gates_of(settings), program.read_flags("lora", LoRAConfig)
   devices = program.read_flags("mesh", MeshConfig)
   if not program.FLAGS.debug and not program.FLAGS["verbosity"].present:
     absl_logging.set_verbosity(
@@ -208,6 +228,8 @@ def main() -> None:
   ):
     raise ValueError(f"{', '.join(given)}: retrofit.trainable={settings.trainable!r} has no low-rank updates")
   check(dms, lora, settings)
+  if config.benchmark and settings.objective != "dms":
+    raise ValueError(f"--benchmark times steps of retrofit.objective=dms, not of {settings.objective}")
   if config.against_flex and not config.benchmark:
     raise ValueError("--against_flex is a part of --benchmark: give both")
   flex = {}

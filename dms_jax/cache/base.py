@@ -131,6 +131,7 @@ class Cache(Protocol):
   def attend(
     self, plan: Plan, policy: Policy, layer: Int[Array, ""], carry: Any, state: Any, q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], evict: Bool[Array, "B K T"] | None,
+    logits: Float[Array, "B K T"] | None = None,
   ) -> tuple[Float[Array, "B T N H"], Any, Any, Usage]:  # fmt: skip
     """Writes the keys and values of a step into one layer and attends.
 
@@ -139,6 +140,7 @@ class Cache(Protocol):
       carry, state: as the module describes.
       q, k, v: after RoPE, in the model's dtype; tokens past `plan.lengths` are padding.
       evict: decisions by the token that computes them; None if they go to `commit`.
+      logits: gate logits by the token that computes them, for a policy with `gate_stats`.
 
     Returns:
       (attended, carry, state, usage).

@@ -14,9 +14,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dms_jax.attention import NEVER, prefill_attention
+from dms_jax.cache import replay
 from dms_jax.cache.base import Plan, Usage, count_reads, last_visible, observation, packed, queries_of, rows_of
 from dms_jax.cache.compact import moves
 from dms_jax.policies import Candidates, Policy
+from dms_jax.policies.base import Stats
 from pallas_kernels.paged.format import floats
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ class Window(NamedTuple):
 def attend(
   cache: RingCache, plan: Plan, policy: Policy, layer: Int[Array, ""] | int, carry: LayerCarry, state: Any,
   q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], evict: Bool[Array, "B K T"],
+  logits: Float[Array, "B K T"] | None = None,
 ):  # fmt: skip
   """`Cache.attend` for a chunk: (attended [B, T, N, H], carry, state, usage)."""
   archived, flags = state
@@ -54,6 +57,9 @@ def attend(
   window, reserved = _window(cache, plan, layer, carry, flags, k, v, evict), plan.placement.reserved
   stop = plan.seen + plan.lengths
   leaves = (window.real & ~window.stays)[:, None] & ~window.evicted
+  stats = None
+  if policy.stats:
+    stats = _window_stats(cache, plan, policy, layer, carry, window, logits)
   ring_slot = jnp.where(window.stays, window.slot, slots)[:, None]
   flags = flags.at[rows, head, jnp.where(window.stays, window.slot, ring)[:, None]].set(window.evicted, mode="drop")
   if not policy.compacts:
@@ -61,6 +67,10 @@ def attend(
     # is the same, because appended tokens lie behind the `archived` slots that count below.
     to_archive = ring + archived[..., None] + jnp.cumsum(leaves, axis=-1) - 1
     carry = cache._written(carry, reserved, layer, jnp.where(leaves, to_archive, ring_slot), window.rows)
+
+  replayed = None
+  if policy.replays:
+    replayed = replay.replay(cache, plan, policy, layer, carry, window, stats, archived)
 
   # The window's keys come first. The place of a key then does not depend on the size of the cache, sums keep their
   # order, and free slots come last.
@@ -72,6 +82,8 @@ def attend(
   first = jnp.concatenate([jnp.where(real, position, NEVER), jnp.where(in_archive, -1, NEVER)], axis=-1)
   last = jnp.where(real, last_visible(window.evicted, position, cache.window), -1)
   last = jnp.concatenate([last, jnp.where(in_archive, NEVER, -1)], axis=-1)
+  if replayed is not None:
+    last = jnp.minimum(last, replayed.last)
   q_pos = jnp.where(window.real[:, ring:], window.position[:, ring:], -2)
   weights = None
   if "mass" in policy.prompt_observes:
@@ -85,11 +97,14 @@ def attend(
   if policy.remembers:
     queries = queries_of(q, heads)
     carry = carry.replace(memory=policy.remember(carry.memory, layer, queries, plan.seen, plan.lengths))
-  if policy.compacts:
+  if replayed is not None:
+    out, carry = replay.write(cache, plan, layer, carry, window, stats, replayed, out)
+    archived = replayed.archived
+  elif policy.compacts:
     # From here on the archive comes first, in slot order: text order, unless the policy overwrites archived tokens.
     count, active = leaves.shape[2], plan.lengths > 0
     swapped = lambda x: jnp.concatenate([x[:, :, count:], x[:, :, :count]], axis=2)
-    stats = _statistics(policy, layer, carry, window, ring)
+    stats = _after_archive(stats, layer, carry, ring)
     if policy.prompt_observes:
       seen = observation(
         policy.prompt_observes, mass=None if mass is None else swapped(mass), rows=swapped(keys), q=q, stats=stats,
@@ -120,26 +135,13 @@ def pruned(
   plan = Plan(cache.seen, jnp.zeros_like(cache.seen), jnp.zeros_like(due))
   window = _window(cache, plan, layer, carry, cache.evicted[layer], none, none, jnp.zeros((b, heads, 0), bool))
   in_archive = jnp.arange(cache.slots - cache.ring) < archived[layer][..., None]
-  archive, stats = cache._archive(carry, cache._place(), layer), _statistics(policy, layer, carry, window, cache.ring)
+  archive = cache._archive(carry, cache._place(), layer)
+  stats = _after_archive(_window_stats(cache, plan, policy, layer, carry, window), layer, carry, cache.ring)
   _, carry, own = _cut(
     cache, policy, layer, carry, cache._place(), window, jnp.zeros(window.evicted.shape, bool), in_archive, archive,
     stats, (), due, cache.seen, jnp.zeros_like(cache.seen),
   )  # fmt: skip
   return carry, archived.at[layer].set(own)
-
-
-def _statistics(
-  policy: Policy, layer, carry: LayerCarry, window: Window, ring: int
-) -> dict[str, Float[Array, "B K XA"]]:
-  """The statistics of archive and window, in this order; those of the chunk's tokens are their first ones."""
-  b, heads = window.evicted.shape[:2]
-  rows, head = jnp.arange(b)[:, None, None], jnp.arange(heads)[:, None]
-  position = window.position[:, None, ring:]
-  admitted, stats = policy.admit(layer, jnp.broadcast_to(position, (b, heads, position.shape[2]))), {}
-  for name, stat in carry.stats.items():
-    in_ring = stat[layer, rows, head, window.slot[:, None, :ring]]
-    stats[name] = jnp.concatenate([stat[layer, :, :, ring:], in_ring, admitted[name]], axis=-1)
-  return stats
 
 
 def _cut(
@@ -188,22 +190,50 @@ def _cut(
   return out, carry, moved.archived
 
 
+def _window_stats(
+  cache: RingCache, plan: Plan, policy: Policy, layer, carry: LayerCarry, window: Window, logits=None
+) -> Stats:
+  """The statistics of the window's tokens, [B, K, X] each, those from gate logits included."""
+  ring, (b, heads, count) = cache.ring, window.evicted.shape
+  rows, head = jnp.arange(b)[:, None, None], jnp.arange(heads)[:, None]
+  position = jnp.broadcast_to(window.position[:, None, ring:], (b, heads, count - ring))
+  admitted, stats = policy.admit(layer, position), {}
+  for name, stat in carry.stats.items():
+    stats[name] = jnp.concatenate([stat[layer, rows, head, window.slot[:, None, :ring]], admitted[name]], axis=-1)
+  if policy.gate_stats and logits is not None:
+    now = aligned(cache, (jnp.arange(count - ring) < plan.lengths[:, None])[:, None])
+    rated = policy.rate(logits)
+    stats |= {name: jnp.where(now, aligned(cache, rated[name]), stats[name]) for name in policy.gate_stats}
+  return stats
+
+
+def _after_archive(stats: Stats, layer, carry: LayerCarry, ring: int) -> Stats:
+  """The statistics of archive and window, in this order, given those of the window."""
+  return {name: jnp.concatenate([stat[layer, :, :, ring:], stats[name]], axis=-1) for name, stat in carry.stats.items()}
+
+
+def aligned(cache: RingCache, x: Shaped[Array, "B _ T"]) -> Shaped[Array, "B _ X"]:
+  """What a chunk's tokens compute, re-indexed by the window's tokens that it is about; elsewhere 0.
+
+  Token c of the chunk is number W + 1 + c of the window.
+  """
+  return jnp.pad(x, ((0, 0), (0, 0), (cache.ring - cache.lag, cache.lag)))
+
+
 def _window(cache: RingCache, plan: Plan, layer, carry: LayerCarry, flags, k, v, evict) -> Window:
   """The tokens of the ring and of the chunk, with the decisions made about them so far."""
-  ring, lag = cache.ring, cache.lag
+  ring = cache.ring
   rows, head = jnp.arange(len(k))[:, None, None], jnp.arange(k.shape[2])[:, None]
   t, seen, stop = k.shape[1], plan.seen[:, None], (plan.seen + plan.lengths)[:, None]
   position = jnp.concatenate([seen - ring + jnp.arange(ring), seen + jnp.arange(t)], axis=1)
   real = (position >= 0) & (position < stop)
   slot = position % ring
   from_ring = slot[:, None, :ring]
-  # `aligned` re-indexes the chunk's decisions by the token they are about; token c of the chunk is number ring + c.
-  aligned = lambda x: jnp.pad(x, ((0, 0), (0, 0), (ring - lag, lag)))
-  now = aligned((jnp.arange(t) < plan.lengths[:, None])[:, None])
+  now = aligned(cache, (jnp.arange(t) < plan.lengths[:, None])[:, None])
   before = jnp.pad(flags[rows, head, from_ring], ((0, 0), (0, 0), (0, t)))
   old = carry.kv[layer, rows, head, from_ring]
   return Window(
     position=position, real=real, slot=slot,
     rows=jnp.concatenate([old, rows_of(k, v, carry.kv.dtype)], axis=2),
-    evicted=jnp.where(now, aligned(evict), before), stays=real & (position >= stop - ring),
+    evicted=jnp.where(now, aligned(cache, evict), before), stays=real & (position >= stop - ring),
   )  # fmt: skip

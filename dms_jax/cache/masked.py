@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from dms_jax.attention import NEVER, prefill_attention
+from dms_jax.cache import replay
 from dms_jax.cache.base import (
   Common,
   Plan,
@@ -136,7 +137,7 @@ class MaskedCache(Common):
     kv = kv.at[at].set(blended(kv[at], kv[leaving], weight), mode="drop")
     return kv, {name: stat.at[at].add(stat[leaving], mode="drop") for name, stat in stats.items()}
 
-  def attend(self, plan, policy, layer, carry, state, q, k, v, evict):
+  def attend(self, plan, policy, layer, carry, state, q, k, v, evict, logits=None):
     kv, stats, memory = carry
     b, t = q.shape[:2]
     heads, slots = kv.shape[2:4]
@@ -152,11 +153,22 @@ class MaskedCache(Common):
     state = state.at[rows, head, about].set(evict, mode="drop")
     if plan.placement is not None:
       state = state.at[rows, head, plan.placement.slots[layer]].set(True, mode="drop")
+    if policy.stats:
+      admitted = policy.admit(layer, jnp.broadcast_to(position[:, None], (b, heads, t)))
+      stats = {n: stat.at[layer, rows, head, slot].set(admitted[n], mode="drop") for n, stat in stats.items()}
+    if policy.gate_stats:
+      rated = policy.rate(logits)
+      stats |= {n: stats[n].at[layer, rows, head, about].set(rated[n], mode="drop") for n in policy.gate_stats}
     index = jnp.broadcast_to(jnp.arange(slots), state.shape)
     stop = plan.seen + plan.lengths
+    replays = plan.remaining is not None and policy.replays
+    if replays:
+      state, forgotten = replay.masked(policy, plan, self.window, t, state, {n: x[layer] for n, x in stats.items()})
     held = index < stop[:, None, None]
     first = jnp.where(held, index, NEVER)
     last = jnp.where(held, last_visible(state, index, self.window), -1)
+    if replays:
+      last = jnp.where(held & (forgotten < NEVER), forgotten, last)
     live = count_reads(first, last, stop - 1, stop)
     held_rows = floats(kv[layer])
     keys, values = jnp.split(held_rows, 2, axis=-1)
@@ -175,8 +187,6 @@ class MaskedCache(Common):
     own, remaining = {}, jnp.zeros_like(stop) if plan.remaining is None else plan.remaining
     active = (plan.lengths > 0)[:, None, None]
     if policy.stats:
-      admitted = policy.admit(layer, jnp.broadcast_to(position[:, None], (b, heads, t)))
-      stats = {n: stat.at[layer, rows, head, slot].set(admitted[n], mode="drop") for n, stat in stats.items()}
       own = {name: stat[layer] for name, stat in stats.items()}
       if observes:
         seen = observation(
@@ -186,7 +196,7 @@ class MaskedCache(Common):
         after = policy.observe(own, seen)
         own = {name: jnp.where(active, after[name], stat) for name, stat in own.items()}
         stats = {name: stat.at[layer].set(own[name]) for name, stat in stats.items()}
-    if plan.remaining is not None and policy.compacts:
+    if plan.remaining is not None and policy.compacts and not replays:
       state, memory = self._cut(policy, layer, held_rows, own, state, memory, stop, plan.lengths > 0, remaining)
       live = count_reads(first, jnp.where(held, last_visible(state, index, self.window), -1), stop - 1, stop)
     return out, (kv, stats, memory), state, Usage(live, count_reads(first, last, plan.seen, stop))

@@ -169,14 +169,14 @@ class RingCache(Common):
     return self.window >= self.lag or not policy.evicts
 
   def can_decide_late(self, policy):
-    return self._decided_ahead(policy) and not policy.uses_keys
+    return self._decided_ahead(policy) and not (policy.uses_keys or policy.gate_stats)
 
-  def attend(self, plan, policy, layer, carry, state, q, k, v, evict):
+  def attend(self, plan, policy, layer, carry, state, q, k, v, evict, logits=None):
     if plan.placement.step is None:
-      return chunk.attend(self, plan, policy, layer, carry, state, q, k, v, evict)
-    return self._decode(plan, policy, layer, carry, state, q, k, v, evict)
+      return chunk.attend(self, plan, policy, layer, carry, state, q, k, v, evict, logits)
+    return self._decode(plan, policy, layer, carry, state, q, k, v, evict, logits)
 
-  def _decode(self, plan, policy, layer, carry, state, q, k, v, evict):
+  def _decode(self, plan, policy, layer, carry, state, q, k, v, evict, logits=None):
     archived, _ = state
     active, ring, slots = plan.lengths > 0, self.ring, self.slots
     rows, head = jnp.arange(q.shape[0])[:, None], jnp.arange(archived.shape[1])
@@ -215,7 +215,12 @@ class RingCache(Common):
         merged = (layer, rows, head, jnp.minimum(target, slots - 1))
         leaving = {n: x + jnp.where(grows, 0.0, carry.stats[n][merged]) for n, x in leaving.items()}
       moved = {name: jnp.stack([x, admitted[name][..., 0]], -1) for name, x in leaving.items()}
-      carry = carry.replace(stats={n: stat.at[at].set(moved[n], mode="drop") for n, stat in carry.stats.items()})
+      stats = {n: stat.at[at].set(moved[n], mode="drop") for n, stat in carry.stats.items()}
+      if policy.gate_stats:
+        rated, decided = policy.rate(logits), (plan.lengths > 0) & (plan.seen >= self.lag)
+        at = (layer, rows, head, jnp.where(decided, (plan.seen - self.lag) % ring, slots)[:, None])
+        stats |= {name: stats[name].at[at].set(rated[name][..., 0], mode="drop") for name in policy.gate_stats}
+      carry = carry.replace(stats=stats)
 
     if policy.remembers:
       queries = queries_of(q, archived.shape[1])

@@ -5,6 +5,7 @@ visible whatever the policy decides. The *archive* holds the older tokens that a
 
     decide     as a token is read: is it evicted once it leaves the window?
     admit      as a token is read: its first value of each per-slot statistic               (`stats`)
+    rate       as a token is decided: statistics that its gate logit gives it               (`gate_stats`)
     observe    after attention in a layer: the statistics, given what `observes` and `prompt_observes` name
     remember   after attention in a layer: the policy's memory, given the queries           (`remembers`)
     retire     as a token leaves the window in a decode step: forget, append, overwrite or merge it
@@ -170,17 +171,20 @@ class Policy:
 
   window: int | None = struct.field(pytree_node=False, default=0)
 
-  uses_gates = False  # `decide` needs gate logits
+  uses_gates = False  # `decide` or `rate` needs gate logits
+  objective = "dms"  # what these gates must have been trained for (`DMSConfig.objective`)
   uses_keys = False  # `decide` needs keys
   evicts = True  # False: every token is kept, so the length of a text determines the slots it needs
   bounded = False  # `capacity` is less than one slot a token
   stats = ()  # names of the per-slot statistics, float32, that the cache stores; "position" is the token's in the text
+  gate_stats = ()  # those that `rate` computes from gate logits; W must be the gates' lag or more
   observes = ()  # inputs of `observe` in decode steps: "mass", "keys", "values", "positions", "queries"
   prompt_observes = ()  # inputs of `observe` in chunks of a prompt
   compact_observes = ()  # inputs of `compact` beside the statistics: "keys", "values"
   remembers = False  # the policy has a memory of its own, arrays for each layer, row and KV head
   prunes = False  # decode steps first `compact` the rows that are `due`; the archive stays in text order
   overwrites = False  # `retire` may overwrite archived tokens, so chains cannot share pages
+  replays = False  # a chunk of a prompt asks `retire` for its tokens in turn: it equals as many decode steps
   exact_prefill = False  # prompts are read one token at a time, by decode steps inside one compiled loop
   page = 0  # slots of a page that is selected as a whole; 0: everything is read
 
@@ -233,7 +237,7 @@ class Policy:
 
     It can if `held` is its own class, or if neither class is `bounded`.
     """
-    return held is type(self) or not (self.bounded or held is None or held.bounded)
+    return held is type(self) or not (self.bounded or held is None or held.bounded is True)
 
   def decide(
     self,
@@ -294,6 +298,14 @@ class Policy:
   def renew(self, memory: Memory, layer: int | Int[Array, ""], rows: Bool[Array, "B"]) -> Memory:
     """The memory after `compact` has acted on `rows`, at the end of a prompt or where due; by default unchanged."""
     return memory
+
+  def rate(self, logits: Float[Array, "B K T"]) -> dict[str, Float[Array, "B K T"]]:
+    """The statistics `gate_stats`, float32, of the tokens that the gate logits `logits` are about.
+
+    Raises:
+      NotImplementedError: the policy has such statistics but does not define this.
+    """
+    raise NotImplementedError(f"{type(self).__name__} has gate_stats but no rate")
 
   def query_weights(self, lengths: Int[Array, "B"], remaining: Int[Array, "B"], width: int) -> Float[Array, "B T"]:
     """The weight of each query of a chunk in the observed mass, float32; by default every real query weighs 1.

@@ -7,17 +7,20 @@ import operator
 from collections.abc import Callable
 from typing import Any, Literal, get_args, get_type_hints
 
-from dms_jax.config import DMSConfig, LoRAConfig
+from dms_jax.config import DMSConfig, LoRAConfig, Objective
 
 # Ranges of single fields: {rule: (test of a value, names of the fields)}.
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
   "be at least 1": (
     lambda x: x >= 1,
     "batch_size seq_len microbatches schedule.steps schedule.steps_per_cr memory.loss_chunk memory.vocab_chunk "
-    "saving.save_every saving.keep_states",
+    "saving.save_every saving.keep_states trimkv.capacity",
   ),
   "be positive": (lambda x: x > 0, "optimizer.learning_rate optimizer.clip_norm loss.tau loss.bound"),
-  "be 0 or more": (lambda x: x >= 0, "optimizer.warmup_steps optimizer.weight_decay loss.compression_weight"),
+  "be 0 or more": (
+    lambda x: x >= 0,
+    "optimizer.warmup_steps optimizer.weight_decay loss.compression_weight trimkv.lm_weight",
+  ),
   "lie in [0, 1)": (lambda x: 0.0 <= x < 1.0, "optimizer.beta1 optimizer.beta2 saving.ema_decay"),
 }
 
@@ -102,14 +105,38 @@ class SavingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TRIMKVConfig:
+  """Of the objective "trimkv" alone (arXiv 2512.03324, section 3.3). `capacity` is M: the capacity loss sets in where
+  the decayed retention of a head's tokens sums to more. `loss.compression_weight` weighs that loss, and `lm_weight` the
+  next token's negative log-likelihood, which is added to the distillation loss."""
+
+  capacity: int = 512
+  lm_weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class KVzapConfig:
+  """Of the objective "kvzap" alone (arXiv 2601.07891). `prompt` asks the model to repeat the text before it; it ends
+  the user's turn, and the repetition is the assistant's, if the tokenizer has a chat template."""
+
+  prompt: str = "\n\nRepeat the previous context exactly."
+
+
+@dataclasses.dataclass(frozen=True)
 class RetrofitConfig:
   """How gates (and weights) are trained.
+
+  `objective`: "dms" trains decisions to evict at a target CR; "trimkv" the retention of each token, under a soft
+  capacity; "kvzap" regresses gates on scores of a reconstruction; "dmc" trains decisions to merge at a target CR. The
+  modules of these names in `dms_jax.retrofit` say how. `schedule`'s CR is for "dms" and "dmc", and `loss` is not used
+  by "kvzap".
 
   `trainable`: "gates" alone, "lora" (gates and low-rank updates, base frozen) or "all" weights. A step takes
   `batch_size` rows of `seq_len` tokens, in `microbatches` parts whose gradients are accumulated. `seed` determines the
   data order, the initial gates and the noise.
   """
 
+  objective: Objective = "dms"
   trainable: Literal["gates", "lora", "all"] = "lora"
   batch_size: int = 2
   seq_len: int = 4096
@@ -120,6 +147,8 @@ class RetrofitConfig:
   loss: LossConfig = LossConfig()
   memory: MemoryConfig = MemoryConfig()
   saving: SavingConfig = SavingConfig()
+  trimkv: TRIMKVConfig = TRIMKVConfig()
+  kvzap: KVzapConfig = KVzapConfig()
 
   def __post_init__(self):
     for config, prefix in ((self, ""), *((getattr(self, name), f"{name}.") for name in _sections(self))):
@@ -157,6 +186,11 @@ class RetrofitConfig:
       )
 
   @property
+  def ramps(self) -> bool:
+    """Whether the objective trains at a target CR, which `schedule` ramps up."""
+    return self.objective in ("dms", "dmc")
+
+  @property
   def whole_model(self) -> bool:
     """Whether checkpoints hold the base too."""
     return self.saving.export == "model" or self.trainable == "all"
@@ -188,6 +222,12 @@ def check(dms: DMSConfig, lora: LoRAConfig, config: RetrofitConfig) -> None:
   Raises:
     ValueError: they do not; the message names the flags.
   """
+  if dms.objective != config.objective:
+    raise ValueError(f"dms.objective={dms.objective} follows retrofit.objective={config.objective}: leave it out")
+  if config.objective == "kvzap" and config.trainable != "gates":
+    raise ValueError(
+      f"retrofit.objective=kvzap trains gates alone: retrofit.trainable={config.trainable!r}, use 'gates'"
+    )
   if config.trainable == "lora" and not lora.rank:
     raise ValueError("retrofit.trainable='lora' needs lora.rank above 0")
   if dms.gate != "neuron":

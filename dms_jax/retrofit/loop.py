@@ -26,7 +26,7 @@ from dms_jax import checkpoint
 from dms_jax.config import DMSConfig, LoRAConfig, from_json, read_json, to_json
 from dms_jax.model import Model
 from dms_jax.params import Params, join_params, param_table, split_params
-from dms_jax.retrofit import distributed, schedule
+from dms_jax.retrofit import distributed, kvzap, schedule
 from dms_jax.retrofit.config import DataConfig, RetrofitConfig, check
 from dms_jax.retrofit.data import Packer
 from dms_jax.retrofit.step import TrainState, cast_trained, init_retrofit, split_trained, train_step, zero_neuron
@@ -92,7 +92,8 @@ def _claim_directory(directory: Path, settings: dict[str, dict]) -> None:
     checkpoint.write_text(path, json.dumps(settings, indent=1))
     return
   found = read_json(path)
-  found["retrofit"] = to_json(from_json(RetrofitConfig, found.get("retrofit", {}), f"{path}: retrofit"))
+  for name, cls in (("retrofit", RetrofitConfig), ("dms", DMSConfig)):  # of an earlier version: with today's fields
+    found[name] = to_json(from_json(cls, found.get(name) or {}, f"{path}: {name}"))
   if differ := _differences(found, settings):
     raise ValueError(f"{directory} holds a run with other settings ({'; '.join(differ)}); choose another --output")
 
@@ -196,6 +197,7 @@ def train(
 
   Writes into `run.directory`: run.json (settings), log.jsonl (one line a step), state/ (the latest training states,
   Orbax), and cr2/, cr3/, ... and final/: a usable checkpoint whenever the target reaches a whole CR, and at the end.
+  Objectives without a target CR (`RetrofitConfig.ramps`) write final/ alone.
 
   Args:
     mesh: the devices to train on (`distributed.create_mesh`); default one device. Every process must call; only process
@@ -228,7 +230,11 @@ def train(
       _claim_directory(directory, settings)
   state = distributed.place_state(config, student, trained, mesh)
   key = jax.random.fold_in(jax.random.key(config.seed), 1)
-  usable = {schedule.step_of_cr(config, cr): cr for cr in range(2, math.floor(config.schedule.final_cr) + 1)}
+  frame = None
+  if config.objective == "kvzap":
+    frame = kvzap.frame(tokenizer, config, run.base.config.max_position_embeddings)
+  crs = range(2, math.floor(config.schedule.final_cr) + 1) if config.ramps else ()
+  usable = {schedule.step_of_cr(config, cr): cr for cr in crs}
 
   def write(name: str, done: int) -> None:
     about = {"step": done, "retrofit": settings["retrofit"], "data": settings["data"]}
@@ -253,7 +259,7 @@ def train(
         fading = step < config.schedule.fade_steps
         batch = distributed.feed(packer, step, mesh)
         with jax.set_mesh(mesh):
-          state, metrics = train_step(state, student, teacher, batch, key, config, fading)
+          state, metrics = train_step(state, student, teacher, batch, key, config, fading, frame)
         pending.append((step, metrics))
         done = step + 1
         kept = done % config.saving.save_every == 0 or done in usable or done == config.schedule.steps
@@ -300,9 +306,11 @@ def _states(directory: Path, config: RetrofitConfig) -> Iterator[ocp.training.Ch
 def _line(config: RetrofitConfig, step: int, seconds: float, values: dict, heads: bool) -> dict:
   """A line of the log; `heads` adds the gate rate of each head, [L][K]. Numbers that are not finite become null."""
   line = {"step": step, "tokens": (step + 1) * config.batch_size * config.seq_len, "seconds": round(seconds, 4)}
-  rates = values["gate_rates"]
+  rates = values.get("gate_rates")
   line |= {n: float(x) if math.isfinite(x) else None for n, x in values.items() if n != "gate_rates"}
-  return line | ({"gate_rates": [[round(float(x), 4) for x in row] for row in rates]} if heads else {})
+  if heads and rates is not None:
+    line["gate_rates"] = [[round(float(x), 4) for x in row] for row in rates]
+  return line
 
 
 def _check_finite(config: RetrofitConfig, line: dict, directory: Path) -> None:

@@ -12,23 +12,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dms_jax import masks
 from dms_jax.config import DMSConfig
-from dms_jax.layers import rms_norm
 from dms_jax.metrics import held_share
-from dms_jax.model import Eviction, Model, forward, output_head
+from dms_jax.model import Eviction, Model
 from dms_jax.params import Group, Params, flatten, init_params, join_params, param_table, split_params, unflatten
-from dms_jax.retrofit import losses, schedule
+from dms_jax.retrofit import dmc, kvzap, losses, schedule, trimkv
+from dms_jax.retrofit.batch import Batch as Batch
+from dms_jax.retrofit.batch import real_tokens, run, text_loss
 from dms_jax.retrofit.config import RetrofitConfig
 from dms_jax.sharding import constrain
 
 TRAINED: dict[str, tuple[Group, ...]] = {"gates": ("gate",), "lora": ("gate", "lora"), "all": ("base", "gate")}
-
-
-@struct.dataclass
-class Batch:
-  """`tokens` int32 [B, T]; `segment_ids` int32 [B, T], 0 for padding (None: each row one document)."""
-
-  tokens: Int[Array, "B T"]
-  segment_ids: Int[Array, "B T"] | None = None
 
 
 @struct.dataclass
@@ -110,7 +103,7 @@ def loss_fn(
   config: RetrofitConfig,
   neuron_kept: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-  """Distillation (or language-model) loss plus compression loss, and the metrics for the log.
+  """Distillation (or language-model) loss plus compression loss, and the metrics for the log; of DMS and DMC.
 
   Args:
     noise: logistic noise of the relaxed decisions.
@@ -118,25 +111,14 @@ def loss_fn(
     neuron_kept: the share of the borrowed channel that is left, in phase 1 alone. In phase 1 nothing is evicted and
       there is no compression loss.
   """
-  c, ids = student.config, batch.segment_ids
-  real = jnp.ones(batch.tokens.shape, bool) if ids is None else ids > 0
+  real = real_tokens(batch)
   fading = neuron_kept is not None
-  eviction = None if fading else Eviction(noise=noise, tau=config.loss.tau)
-  normed = lambda model, hidden: rms_norm(hidden, model.params["final_norm"], c.rms_norm_eps)
-  run = partial(forward, tokens=batch.tokens, segment_ids=ids, remat=config.memory.remat)
-  hidden, z = run(student, eviction=eviction, neuron_kept=neuron_kept)
-  # The token after an end of text does not depend on the text before, so ends of text are not counted.
-  counted = real & ~jnp.isin(batch.tokens, jnp.asarray(c.eos_token_ids, jnp.int32))
-  if config.loss.kind == "lm":
-    goes_on = jnp.arange(real.shape[1]) < real.shape[1] - 1
-    counted = counted & (goes_on if ids is None else goes_on & (jnp.roll(ids, -1, axis=1) == ids))
-    against = {"targets": jnp.roll(batch.tokens, -1, axis=1)}
+  if config.objective == "dmc":
+    hidden, z = dmc.student(student, batch, noise, config)
   else:
-    against = {"teacher": normed(teacher, run(teacher)[0]), "teacher_head": output_head(teacher)}
-  distance = losses.vocabulary_loss(
-    config.loss.kind, normed(student, hidden), output_head(student), counted, **against,
-    chunk=config.memory.loss_chunk, vocab_chunk=config.memory.vocab_chunk, train_head=config.trainable == "all",
-  )  # fmt: skip
+    eviction = None if fading else Eviction(noise=noise, tau=config.loss.tau)
+    hidden, z = run(student, batch, config, eviction=eviction, neuron_kept=neuron_kept)
+  distance = text_loss(config.loss.kind, hidden, student, teacher, batch, config)
   fraction = losses.evicted_fraction(z, real)
   compression = jnp.float32(0.0) if fading else losses.compression_loss(fraction, cr)
   return distance + config.loss.compression_weight * compression, {
@@ -167,6 +149,7 @@ def train_step(
   key: jax.Array,
   config: RetrofitConfig,
   fading: bool = False,
+  frame: tuple[Int[Array, "P"], Int[Array, "M"]] | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
   """One optimizer step: (new state, metrics).
 
@@ -177,6 +160,7 @@ def train_step(
     student: holds the frozen parameters only; the trained ones come from `state`.
     key: the run's random key; the noise of a step depends only on it and on `state.step`.
     fading: whether the step belongs to phase 1 (`ScheduleConfig.fade_steps`).
+    frame: tokens before a text and between it and its repetition, for the objective "kvzap" (`kvzap.frame`).
   """
   dtype = jnp.dtype(config.memory.compute_dtype)
   placed = partial(constrain, table=param_table(student.config, student.dms, student.lora))
@@ -189,6 +173,10 @@ def train_step(
     original = teacher
     if config.loss.teacher == "same":
       original = whole.replace(params=jax.lax.stop_gradient(whole.params))
+    if config.objective == "trimkv":
+      return trimkv.loss_fn(whole, original, part, config)
+    if config.objective == "kvzap":
+      return kvzap.loss_fn(whole, part, frame, config)
     shape = (whole.config.num_layers, part.tokens.shape[0], whole.config.num_kv_heads, part.tokens.shape[1])
     noise = logistic_noise(jax.random.fold_in(jax.random.fold_in(key, state.step), index), shape)
     return loss_fn(whole, original, part, noise, cr, config, kept)
@@ -205,7 +193,9 @@ def train_step(
   grads, metrics = jax.lax.scan(accumulate, zeros, (parts, jnp.arange(count)))
   grads = jax.tree.map(lambda g: g / count, grads)
   metrics = jax.tree.map(lambda x: x.mean(axis=0), metrics)
-  metrics["achieved_cr"] = 1.0 / metrics.pop("held_share")
+  if config.ramps:
+    metrics["achieved_cr"] = 1.0 / metrics.pop("held_share")
+    metrics["target_cr"] = cr
   updates, opt_state = optimizer(config).update(grads, state.opt_state, state.trained)
   trained = optax.apply_updates(state.trained, updates)
   ema = state.ema
@@ -214,11 +204,7 @@ def train_step(
     taken = state.step.astype(jnp.float32)
     decay = jnp.minimum(config.saving.ema_decay, (1.0 + taken) / (10.0 + taken))
     ema = optax.incremental_update(trained, ema, 1.0 - decay)
-  metrics |= {
-    "target_cr": cr,
-    "grad_norm": optax.tree.norm(grads),
-    "learning_rate": schedule.learning_rate(config)(state.step),
-  }
+  metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": schedule.learning_rate(config)(state.step)}
   return placed((TrainState(state.step + 1, trained, opt_state, ema), metrics))
 
 

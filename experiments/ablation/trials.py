@@ -121,7 +121,8 @@ def trial(said: dict[str, Any], whole: dict[str, Any], base: str, root: Path) ->
   """
   where = "--sweep: " + (" ".join(f"{flag}={program.spell(value)}" for flag, value in said.items()) or "no field")
   try:
-    configs = {name: program.read_flags(name, cls, whole) for name, (cls, _) in SECTIONS.items()}
+    configs = {name: program.read_flags(name, cls, whole) for name, (cls, _) in SECTIONS.items() if name != "dms"}
+    configs["dms"] = retrofit.gates_of(configs["retrofit"], whole)
     evaluation, settings = configs["eval"], configs["retrofit"]
     trained = {flag: value for flag, value in said.items() if not flag.startswith("eval.")}
     if not evaluation.trained and trained:

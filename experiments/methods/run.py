@@ -120,7 +120,7 @@ def _score(
   policy = method.policy
   if isinstance(policy, Vanilla):
     policy = None
-  elif isinstance(policy, DMS) and policy.window is None:
+  elif isinstance(policy, DMS) and policy.window is None and not policy.bounded:
     policy = policy.threshold  # a mask on the whole text gives the same scores as a cache
   (scored,) = likelihood.score([(method.model, policy)], passages, batch=batch, progress=progress)
   found = []

@@ -23,8 +23,8 @@ from tests import cache_driver, policy_oracle
 from tests.cache_driver import fitted
 
 NAMES = {
-  "dms", "expectedattention", "h2o", "keydiff", "quest", "random", "rkv", "snapkv", "streamingllm", "tova",
-  "triattention", "vanilla", "vase",
+  "dmc", "dms", "expectedattention", "h2o", "keydiff", "kvzap", "quest", "random", "rkv", "snapkv", "streamingllm",
+  "tova", "triattention", "trimkv", "vanilla", "vase",
 }  # fmt: skip
 KINDS = cache_driver.KINDS
 LAYERS, ROWS, HEADS, GROUP, HEAD, LENGTH = cache_driver.LAYERS, cache_driver.ROWS, 2, 2, cache_driver.HEAD, 44
@@ -37,7 +37,7 @@ MARGIN = 1e-4  # relative; choices closer than this are left to the float64 orac
 def test_registry():
   assert policies.get("DMS") is policies.get("dms") is policies.DMS
   assert policies.REGISTRY.keys() == NAMES
-  with pytest.raises(ValueError, match=r"unknown policy 'h3o'; there are \['dms', 'expectedattention', 'h2o'"):
+  with pytest.raises(ValueError, match=r"unknown policy 'h3o'; there are \['dmc', 'dms', 'expectedattention', 'h2o'"):
     policies.get("h3o")
 
 

@@ -117,10 +117,11 @@ IN_THE_LOOP = {
   "schedule__zero_neuron",
 }  # tests/test_survival.py
 OF_THE_MACHINE = {"memory__compute_dtype": "bfloat16"}
+OF_OTHERS = {"objective", "trimkv__capacity", "trimkv__lm_weight", "kvzap__prompt"}  # tests/test_objectives.py
 
 
 def test_every_field_is_accounted_for():
-  known = {*IN_THE_STEP, *SAME_RESULT, *BY_THE_NEURON, *IN_THE_DATA, *IN_THE_LOOP, *OF_THE_MACHINE}
+  known = {*IN_THE_STEP, *SAME_RESULT, *BY_THE_NEURON, *IN_THE_DATA, *IN_THE_LOOP, *OF_THE_MACHINE, *OF_OTHERS}
   fields = lambda config: {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
   sections = {name: value for name, value in fields(BASE).items() if dataclasses.is_dataclass(value)}
   assert known == {*fields(BASE)} - {*sections} | {f"{n}__{field}" for n, s in sections.items() for field in fields(s)}

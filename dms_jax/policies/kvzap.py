@@ -1,0 +1,30 @@
+"""KVzap: a gate predicts how much a reconstruction of the text needs each token (arXiv 2601.07891)."""
+
+from __future__ import annotations
+
+from flax import struct
+
+from dms_jax.policies.base import Policy, per_row, register
+
+
+@register
+@struct.dataclass
+class KVzap(Policy):
+  """Evicts a token whose predicted score lies below `threshold` once it has left the window.
+
+  The score is the logarithm of KVzip+ (section 3.1), which the gates of a retrofit with `retrofit.objective=kvzap`
+  predict from hidden states; a higher threshold evicts more. It may be one number a row [B]. `window` None takes the
+  window in the retrofit's config; kvpress protects the last 128 tokens. Prompts are pruned in chunks as they are read,
+  so later tokens of a prompt do not see what was evicted before; kvpress reads a prompt densely and prunes it at the
+  end. Scores depend on the model and on the length of the texts that the gates were trained on, so the threshold must
+  be chosen for each model; the default is that of the example in kvpress.
+  """
+
+  window: int | None = struct.field(pytree_node=False, default=None)
+  threshold: float = -3.0
+
+  objective = "kvzap"
+  uses_gates = True
+
+  def decide(self, logits, layer, position, keys=None):
+    return logits < per_row(self.threshold, 2).astype(logits.dtype)

@@ -1,0 +1,50 @@
+"""A batch of text, and the loss of what a student says about it."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from dms_jax.layers import rms_norm
+from dms_jax.model import Model, forward, output_head
+from dms_jax.retrofit import losses
+from dms_jax.retrofit.config import RetrofitConfig
+
+
+@struct.dataclass
+class Batch:
+  """`tokens` int32 [B, T]; `segment_ids` int32 [B, T], 0 for padding (None: each row one document)."""
+
+  tokens: Int[Array, "B T"]
+  segment_ids: Int[Array, "B T"] | None = None
+
+
+def real_tokens(batch: Batch) -> Bool[Array, "B T"]:
+  """The tokens that are no padding."""
+  return jnp.ones(batch.tokens.shape, bool) if batch.segment_ids is None else batch.segment_ids > 0
+
+
+def run(model: Model, batch: Batch, config: RetrofitConfig, **options):
+  """`forward` of a batch."""
+  return forward(model, batch.tokens, segment_ids=batch.segment_ids, remat=config.memory.remat, **options)
+
+
+def text_loss(
+  kind: losses.Loss, hidden: Float[Array, "B T D"], student: Model, teacher: Model, batch: Batch, config: RetrofitConfig
+) -> Float[Array, ""]:
+  """The loss `kind` of the student's states `hidden` before the final norm: nats, mean over the tokens that count."""
+  c, ids, real = student.config, batch.segment_ids, real_tokens(batch)
+  normed = lambda model, hidden: rms_norm(hidden, model.params["final_norm"], c.rms_norm_eps)
+  # The token after an end of text does not depend on the text before, so ends of text are not counted.
+  counted = real & ~jnp.isin(batch.tokens, jnp.asarray(c.eos_token_ids, jnp.int32))
+  if kind == "lm":
+    goes_on = jnp.arange(real.shape[1]) < real.shape[1] - 1
+    counted = counted & (goes_on if ids is None else goes_on & (jnp.roll(ids, -1, axis=1) == ids))
+    against = {"targets": jnp.roll(batch.tokens, -1, axis=1)}
+  else:
+    against = {"teacher": normed(teacher, run(teacher, batch, config)[0]), "teacher_head": output_head(teacher)}
+  return losses.vocabulary_loss(
+    kind, normed(student, hidden), output_head(student), counted, **against,
+    chunk=config.memory.loss_chunk, vocab_chunk=config.memory.vocab_chunk, train_head=config.trainable == "all",
+  )  # fmt: skip
