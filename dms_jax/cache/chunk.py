@@ -57,9 +57,7 @@ def attend(
   window, reserved = _window(cache, plan, layer, carry, flags, k, v, evict), plan.placement.reserved
   stop = plan.seen + plan.lengths
   leaves = (window.real & ~window.stays)[:, None] & ~window.evicted
-  stats = None
-  if policy.stats:
-    stats = _window_stats(cache, plan, policy, layer, carry, window, logits)
+  stats = _window_stats(cache, plan, policy, layer, carry, window, logits)
   ring_slot = jnp.where(window.stays, window.slot, slots)[:, None]
   flags = flags.at[rows, head, jnp.where(window.stays, window.slot, ring)[:, None]].set(window.evicted, mode="drop")
   if not policy.compacts:
