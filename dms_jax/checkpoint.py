@@ -27,7 +27,7 @@ from orbax.checkpoint import v1 as ocp
 
 from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig, from_json, read_json, to_json
 from dms_jax.model import Model
-from dms_jax.params import GROUPS, Params, ParamSpec, flatten, join_params, param_table, unflatten
+from dms_jax.params import GROUPS, Params, ParamSpec, flatten, join_params, param_table, split_params, unflatten
 from dms_jax.sharding import param_shardings
 from dms_jax.tokenizer import Tokenizer
 
@@ -150,14 +150,12 @@ def _apply_retrofit(model: Model, path: str | Path, retrofit: str | Path, mesh: 
   ours, theirs = (to_json(c) for c in (model.config, config))
   differ = [k for k in ours if ours[k] != theirs[k] and k not in ("eos_token_ids", "max_position_embeddings")]
   if differ:
-    raise ValueError(
-      f"{retrofit}: a retrofit of another model than {path}: "
-      + ", ".join(f"{k} is {theirs[k]} there and {ours[k]} here" for k in differ)
-    )
+    values = ", ".join(f"{k} is {theirs[k]} there and {ours[k]} here" for k in differ)
+    raise ValueError(f"{retrofit}: a retrofit of another model than {path}: {values}")
   table = {n: s for n, s in param_table(config, dms, lora).items() if s.group in ("gate", "lora")}
   added = _read_params(Path(retrofit), values, table, mesh=mesh) if table else {}
   own = param_table(model.config)
-  kept = unflatten({name: value for name, value in flatten(model.params).items() if name in own})
+  kept, _ = split_params(model.params, own.__contains__)
   return Model(join_params(kept, added), model.config, dms, lora)
 
 
@@ -178,10 +176,8 @@ def read_config(path: str | Path) -> tuple[dict, ModelConfig, DMSConfig | None, 
     raise ValueError(f"{path}: no such checkpoint directory")
   values = read_json(file)
   if "format" not in values:
-    hint = (
-      "a Hugging Face directory; run experiments.convert_weights on it" if "model_type" in values else "something else"
-    )
-    raise ValueError(f"{file}: not a dms_jax checkpoint but {hint}")
+    theirs = "a Hugging Face directory; run experiments.convert_weights on it"
+    raise ValueError(f"{file}: not a dms_jax checkpoint but {theirs if 'model_type' in values else 'something else'}")
   if values["format"] != FORMAT:
     raise ValueError(f"{file}: format {values['format']}; this version reads {FORMAT}")
   if missing := [k for k in ("model", "dms", "lora", "groups", "files") if k not in values]:
@@ -254,6 +250,16 @@ def atomic_directory(path: str | Path, replaces=is_checkpoint) -> Iterator[Path]
     shutil.rmtree(partial, ignore_errors=True)
 
 
+def write_text(path: Path, text: str) -> None:
+  """Writes a small file atomically; an older one is replaced."""
+  partial = path.with_name(f".{path.name}.part")
+  try:
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+  finally:
+    partial.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def _directory_of_all(path: str | Path) -> Iterator[Path]:
   """The `atomic_directory` of process 0, yielded on every process."""
@@ -295,10 +301,8 @@ def _read_params(
   """Reads and checks the tensors of `table`. `dtype` applies to the base; other groups keep the stored dtype."""
   directory = (path / PARAMS).absolute()  # Orbax refuses relative paths
   _check_files(path, values["files"])
-  try:
+  with _clear_errors(directory):
     stored = flatten(ocp.metadata(directory).metadata)
-  except Exception as error:
-    raise ValueError(f"{directory}: Orbax cannot read it ({_first_line(error)}); save or convert it again") from None
   problems = [_difference(set(stored), set(table))] if set(stored) != set(table) else []
   problems += [
     f"{name} has shape {tuple(stored[name].shape)}, the config means {spec.shape}"
@@ -307,27 +311,29 @@ def _read_params(
   ]
   if problems:
     raise ValueError(f"{path}: parameters and config.json do not fit: {'; '.join(problems)}")
-  if mesh is None:
-    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shardings = dict.fromkeys(table, one)
-  else:
-    shardings = flatten(param_shardings(mesh, table))
+  alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  shardings = dict.fromkeys(table, alone) if mesh is None else flatten(param_shardings(mesh, table))
 
   def abstract(name: str, spec: ParamSpec) -> jax.ShapeDtypeStruct:
     kind = stored[name].dtype if dtype is None or spec.group != "base" else jnp.dtype(dtype)
     return jax.ShapeDtypeStruct(spec.shape, kind, sharding=shardings[name])
 
-  try:
+  with _clear_errors(directory):
     return ocp.load(directory, unflatten({name: abstract(name, spec) for name, spec in table.items()}))
+
+
+@contextlib.contextmanager
+def _clear_errors(directory: Path) -> Iterator[None]:
+  """Turns Orbax's errors into one line that says what to do."""
+  try:
+    yield
   except Exception as error:
-    raise ValueError(f"{directory}: Orbax cannot read it ({_first_line(error)}); save or convert it again") from None
+    raise ValueError(f"{directory}: Orbax cannot read it ({first_line(error)}); save or convert it again") from None
 
 
 def _difference(found: set[str], wanted: set[str]) -> str:
-  parts = [
-    (word, sorted(names)) for word, names in (("missing", wanted - found), ("unexpected", found - wanted)) if names
-  ]
-  return ", ".join(f"{word} {names}" for word, names in parts)
+  parts = ("missing", wanted - found), ("unexpected", found - wanted)
+  return ", ".join(f"{word} {sorted(names)}" for word, names in parts if names)
 
 
 def _fingerprints(directory: Path) -> dict[str, tuple[int, int]]:
@@ -341,10 +347,9 @@ def _fingerprints(directory: Path) -> dict[str, tuple[int, int]]:
         crc = zlib.crc32(block, crc)
     return file.stat().st_size, crc
 
+  names = [p.relative_to(directory).as_posix() for p in files]
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    return {
-      p.relative_to(directory).as_posix(): entry for p, entry in zip(files, pool.map(fingerprint, files), strict=True)
-    }
+    return dict(zip(names, pool.map(fingerprint, files), strict=True))
 
 
 def _check_files(path: Path, expected: dict[str, list[int]]) -> None:
@@ -359,5 +364,6 @@ def _check_files(path: Path, expected: dict[str, list[int]]) -> None:
     raise ValueError(f"{path / PARAMS}: damaged: {'; '.join(problems)}; save, convert or fetch it again")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+  """The start of a library's message, for one of our own."""
   return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

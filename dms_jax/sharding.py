@@ -43,10 +43,8 @@ def make_mesh(data: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | No
     ValueError: there are fewer devices.
   """
   devices = jax.devices() if devices is None else list(devices)
-  if data * tensor > len(devices):
-    raise ValueError(
-      f"a mesh of mesh.data={data} x mesh.tensor={tensor} needs {data * tensor} devices; there are {len(devices)}"
-    )
+  if (needed := data * tensor) > (found := len(devices)):
+    raise ValueError(f"a mesh of mesh.data={data} x mesh.tensor={tensor} needs {needed} devices; there are {found}")
   grid = np.asarray(devices[: data * tensor]).reshape(data, tensor)
   # With Explicit axes a per-row scatter into a sharded cache raises.
   return Mesh(grid, ("data", "tensor"), axis_types=(AxisType.Auto, AxisType.Auto))

@@ -10,7 +10,7 @@ from dms_jax import checkpoint
 from dms_jax.convert import gguf
 from dms_jax.convert.layouts import transformers
 from dms_jax.convert.sources import fetch
-from dms_jax.convert.tensors import DTYPES, Progress, to_params
+from dms_jax.convert.tensors import DTYPES, NO_PICKLES, Progress, to_params
 from dms_jax.model import Model
 from dms_jax.params import param_table
 
@@ -47,7 +47,7 @@ def convert(
   if path.is_dir():
     config, dms, tensors, tokenizer = transformers.read(path)
   elif path.suffix == ".bin":
-    raise ValueError(f"{path}: pickles can run code and are not read; save the model as safetensors")
+    raise ValueError(f"{path}: {NO_PICKLES}")
   elif path.suffix == ".safetensors":
     raise ValueError(f"{path}: pass the directory that holds it, with config.json, as --source={path.parent}")
   else:
@@ -55,10 +55,8 @@ def convert(
   ignore = lambda name: transformers.is_ignored(config, name)
   asked, dtype = dtype, dtype or tensors.dtype
   params = to_params(param_table(config, dms), tensors, jnp.dtype(dtype), ignore=ignore, progress=progress)
-  if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-    raise ValueError(
-      f"{source}: the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}: not its own"
-    )
+  if tokenizer is not None and (known := tokenizer.vocab_size) > config.vocab_size:
+    raise ValueError(f"{source}: the tokenizer has {known} tokens and the model {config.vocab_size}: not its own")
   model = Model(params, config, dms)
   checkpoint.save(output, model, tokenizer, metadata={"source": source, "asked_dtype": asked})
   return output

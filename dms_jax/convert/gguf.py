@@ -15,8 +15,10 @@ import tokenizers
 from tokenizers import Regex, normalizers, pre_tokenizers, processors
 
 from dms_jax import families
+from dms_jax.checkpoint import first_line
 from dms_jax.config import ModelConfig, RopeScaling
 from dms_jax.convert.tensors import Tensors, check_layers, hf_names
+from dms_jax.families.base import refusals
 from dms_jax.layers import rope_frequencies
 from dms_jax.params import param_table
 from dms_jax.tokenizer import Tokenizer, bpe_tokenizer
@@ -87,8 +89,8 @@ def _open(path: str | Path):
   except FileNotFoundError:
     raise ValueError(f"{path}: no such file") from None
   except Exception as error:  # the reader checks little and raises any kind of error
-    message = str(error).splitlines()[0] if str(error) else type(error).__name__
-    raise ValueError(f"{path}: not a readable GGUF file ({message}); it is damaged or was cut short") from None
+    reason = f"not a readable GGUF file ({first_line(error)}); it is damaged or was cut short"
+    raise ValueError(f"{path}: {reason}") from None
 
 
 class _Fields:
@@ -120,12 +122,8 @@ def _config(fields: _Fields, tensors: dict) -> ModelConfig:
   reasons = []
   if fields.arch not in families.FAMILIES:
     reasons.append(f"architecture {fields.arch!r}; supported are {', '.join(families.FAMILIES)}")
-  if fields.get("{arch}.expert_count", default=0):
-    reasons.append("mixture of experts (expert_count)")
-  if fields.get("{arch}.attention.kv_lora_rank", default=0):
-    reasons.append("multi-head latent attention, MLA (attention.kv_lora_rank)")
-  if fields.get("{arch}.attention.sliding_window", default=0):
-    reasons.append("sliding window attention (attention.sliding_window)")
+  given = lambda key: [key] if fields.get(f"{{arch}}.{key}", default=0) else []
+  reasons += refusals(*map(given, ("expert_count", "attention.kv_lora_rank", "attention.sliding_window")))
   scaling_type = fields.get("{arch}.rope.scaling.type", default="none")
   if scaling_type not in ("none", ""):
     reasons.append(f"RoPE scaling of type {scaling_type!r}")
@@ -172,9 +170,9 @@ def _tensors(reader, config: ModelConfig, path: str) -> Tensors:
   from gguf import dequantize
 
   check_layers(config.num_layers, len(reader.tensors), path)
-  of_name = {}  # GGUF name -> (Hugging Face name, number of heads whose rows are in pairs or 0)
   paired = families.get(config.family).paired_rope
   heads = {"layers/q_proj": config.num_heads, "layers/k_proj": config.num_kv_heads} if paired else {}
+  of_name = {}  # GGUF name -> (Hugging Face name, number of heads whose rows are in pairs or 0)
   for param, spec in param_table(config).items():
     for name, layer in hf_names(param, spec):
       own = _NAMES[param] if layer is None else f"blk.{layer}.{_NAMES[param]}"
@@ -215,13 +213,9 @@ def _tokenizer(fields: _Fields) -> Tokenizer:
   if len(types) != len(tokens):
     raise ValueError(f"{fields.path}: {len(types)} token types for {len(tokens)} tokens; the file is damaged")
   try:
-    backend = bpe_tokenizer(
-      {token: index for index, token in enumerate(tokens)},
-      merges,
-      rules.build(),
-      normalizer=normalizers.NFC() if rules.nfc else None,
-      ignore_merges=rules.ignore_merges,
-    )
+    vocab = {token: index for index, token in enumerate(tokens)}
+    normalizer = normalizers.NFC() if rules.nfc else None
+    backend = bpe_tokenizer(vocab, merges, rules.build(), normalizer=normalizer, ignore_merges=rules.ignore_merges)
   except Exception as error:  # the library raises plain Exception
     raise ValueError(f"{fields.path}: vocabulary and merges do not fit ({error}); the file is damaged") from None
   for wanted, special in ((_CONTROL, True), (_USER_DEFINED, False)):

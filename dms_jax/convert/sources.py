@@ -13,6 +13,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from dms_jax.checkpoint import first_line
+
 
 @dataclasses.dataclass(frozen=True)
 class Wheel:
@@ -127,5 +129,4 @@ def _fetch_hub(source: str) -> Path:
   try:
     return Path(snapshot_download(source, allow_patterns=list(_HUB_FILES)))
   except Exception as error:  # of the library or of the network
-    message = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    raise ValueError(f"--source={source}: no such path, and the hub could not give it: {message}") from None
+    raise ValueError(f"--source={source}: no such path, and the hub could not give it: {first_line(error)}") from None

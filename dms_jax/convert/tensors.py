@@ -12,6 +12,7 @@ import numpy as np
 from dms_jax.params import Params, ParamSpec, flatten, unflatten
 
 DTYPES = ("float32", "bfloat16", "float16")  # dtypes of stored weights
+NO_PICKLES = "pickles can run code and are not read; save the model as safetensors"
 Progress = Callable[[int, int, str], None]  # (done, total, name)
 
 
@@ -60,14 +61,11 @@ def to_params(
   check_layers(max(spec.shape[0] for spec in table.values() if spec.layered), len(tensors.shapes), tensors.source)
   wanted = {name: spec for path, spec in table.items() for name, _ in hf_names(path, spec)}
   problems = [f"missing {name} {spec.hf_shape}" for name, spec in wanted.items() if name not in tensors.shapes]
-  problems += [
-    f"unexpected {name} {s}" for name, s in tensors.shapes.items() if name not in wanted and not ignore(name)
-  ]
-  problems += [
-    f"{name} has shape {tensors.shapes[name]}, the config means {spec.hf_shape}"
-    for name, spec in wanted.items()
-    if name in tensors.shapes and tensors.shapes[name] != spec.hf_shape
-  ]
+  for name, shape in tensors.shapes.items():
+    if name not in wanted and not ignore(name):
+      problems.append(f"unexpected {name} {shape}")
+    elif name in wanted and shape != wanted[name].hf_shape:
+      problems.append(f"{name} has shape {shape}, the config means {wanted[name].hf_shape}")
   if problems:
     shown = "; ".join(problems[:40]) + (f"; and {len(problems) - 40} more" if len(problems) > 40 else "")
     raise ValueError(f"{tensors.source}: {len(problems)} tensor(s) do not fit config.json: {shown}")

@@ -56,6 +56,14 @@ def get(name: str) -> Family:
   return FAMILIES[name]
 
 
+def refusals(experts: list[str], latent: list[str], sliding: list[str]) -> list[str]:
+  """Reasons against a model whose metadata has these keys, or settings, of what no family has."""
+  kinds = {
+    "mixture of experts": experts, "multi-head latent attention, MLA": latent, "sliding window attention": sliding,
+  }  # fmt: skip
+  return [f"{kind} ({', '.join(keys)})" for kind, keys in kinds.items() if keys]
+
+
 def size(
   num_layers: int, d_model: int, d_ff: int, num_heads: int, num_kv_heads: int, head_dim: int, **others: Any
 ) -> dict[str, Any]:

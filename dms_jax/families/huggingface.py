@@ -6,11 +6,19 @@ Both spellings are read: transformers 4 (`rope_theta`, `rope_scaling`, `torch_dt
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import asdict, fields
+from types import UnionType
 from typing import Any
 
 from dms_jax.config import ModelConfig, RopeScaling
 from dms_jax.families import base
+
+# Sizes: config.json's keys and our fields, in config.json's order.
+_SIZES = {
+  "hidden_size": "d_model", "intermediate_size": "d_ff", "num_hidden_layers": "num_layers",
+  "num_attention_heads": "num_heads", "num_key_value_heads": "num_kv_heads", "head_dim": "head_dim",
+  "vocab_size": "vocab_size", "max_position_embeddings": "max_position_embeddings",
+}  # fmt: skip
 
 
 def config_from_hf(values: dict, source: str, generation: dict | None = None) -> ModelConfig:
@@ -27,40 +35,27 @@ def config_from_hf(values: dict, source: str, generation: dict | None = None) ->
   family = base.FAMILIES.get(str(values.get("model_type")))
   if family is not None:
     values = {**family.defaults, **values}
-  if problems := _unsupported(values, family):
-    raise ValueError(f"{source}: not supported: {'; '.join(problems)}")
-  problems = []
-
-  def number(name: str, kind: type, default: Any = None):
-    value = values.get(name)
-    value = default if value is None else value
-    wrong = isinstance(value, bool) or not isinstance(value, int if kind is int else int | float) or value <= 0
-    if wrong:
-      problems.append(f"{name} should be a positive number, found {value!r}")
-      return kind(1)
-    return kind(value)
-
-  heads, width = number("num_attention_heads", int), number("hidden_size", int)
+  if reasons := _unsupported(values, family):
+    raise ValueError(f"{source}: not supported: {'; '.join(reasons)}")
+  problems: list[str] = []
+  sizes: dict[str, int] = {}
+  for theirs, ours in _SIZES.items():
+    heads = sizes.get("num_heads", 1)
+    default = {"num_kv_heads": heads, "head_dim": max(sizes.get("d_model", 1) // heads, 1)}.get(ours)
+    sizes[ours] = _number(values, theirs, int, problems, default)
   theta, scaling = _rope(values, problems)
-  fields = dict(
-    num_layers=number("num_hidden_layers", int),
-    d_model=width,
-    d_ff=number("intermediate_size", int),
-    num_heads=heads,
-    num_kv_heads=number("num_key_value_heads", int, heads),
-    head_dim=number("head_dim", int, max(width // heads, 1)),
-    vocab_size=number("vocab_size", int),
-    max_position_embeddings=number("max_position_embeddings", int),
+  shape = dict(
+    **sizes,
     rope_theta=theta,
     rope_scaling=scaling,
-    rms_norm_eps=number("rms_norm_eps", float, 1e-6),
+    rms_norm_eps=_number(values, "rms_norm_eps", float, problems, 1e-6),
     tie_embeddings=bool(values.get("tie_word_embeddings", False)),
     eos_token_ids=_token_ids((generation or {}).get("eos_token_id")) or _token_ids(values.get("eos_token_id")),
   )
   if problems:
     raise ValueError(f"{source}: {'; '.join(problems)}")
   try:
-    return family.config(**fields)
+    return family.config(**shape)
   except ValueError as error:
     raise ValueError(f"{source}: {error}") from None
 
@@ -76,16 +71,9 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict:
   return {
     "architectures": [family.architecture],
     "model_type": c.family,
-    "hidden_size": c.d_model,
-    "intermediate_size": c.d_ff,
-    "num_hidden_layers": c.num_layers,
-    "num_attention_heads": c.num_heads,
-    "num_key_value_heads": c.num_kv_heads,
-    "head_dim": c.head_dim,
-    "vocab_size": c.vocab_size,
-    "max_position_embeddings": c.max_position_embeddings,
+    **{theirs: getattr(c, ours) for theirs, ours in _SIZES.items()},
     "rope_theta": c.rope_theta,
-    "rope_scaling": None if c.rope_scaling is None else {"rope_type": "llama3", **dataclasses.asdict(c.rope_scaling)},
+    "rope_scaling": None if c.rope_scaling is None else {"rope_type": "llama3", **asdict(c.rope_scaling)},
     "rms_norm_eps": c.rms_norm_eps,
     "tie_word_embeddings": c.tie_embeddings,
     "hidden_act": "silu",
@@ -100,21 +88,18 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict:
 
 def _unsupported(values: dict, family: base.Family | None) -> list[str]:
   """Every reason why this model is not supported, with the keys of config.json."""
-  reasons = []
   name = values.get("model_type")
-  experts = [
-    k for k in ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size") if values.get(k)
-  ]
-  if experts or "moe" in str(name).lower() or name == "mixtral":
-    reasons.append(f"mixture of experts ({', '.join(experts) or f'model_type {name!r}'})")
-  if latent := [k for k in ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim") if values.get(k)]:
-    reasons.append(f"multi-head latent attention, MLA ({', '.join(latent)})")
+  given = lambda *keys: [key for key in keys if values.get(key)]
+  experts = given("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
+  if not experts and ("moe" in str(name).lower() or name == "mixtral"):
+    experts = [f"model_type {name!r}"]
+  slides = values.get("sliding_window") is not None and values.get("use_sliding_window", True)
+  slides = slides or values.get("use_sliding_window")
+  slides = slides or any(kind != "full_attention" for kind in values.get("layer_types") or [])
+  sliding = [f"sliding_window={values.get('sliding_window')}"] if slides else []
+  reasons = base.refusals(experts, given("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim"), sliding)
   if family is None:
     reasons.append(f"model_type {name!r}; supported are {', '.join(base.FAMILIES)}")
-  layer_types = values.get("layer_types") or []
-  slides = values.get("sliding_window") is not None and values.get("use_sliding_window", True)
-  if slides or values.get("use_sliding_window") or any(t != "full_attention" for t in layer_types):
-    reasons.append(f"sliding window attention (sliding_window={values.get('sliding_window')})")
   if (rope_type := _rope_type(values)) not in ("default", "llama3"):
     reasons.append(f"RoPE scaling of type {rope_type!r}; supported are 'default' and 'llama3'")
   if values.get("partial_rotary_factor", 1.0) != 1.0:
@@ -145,20 +130,29 @@ def _rope_type(values: dict) -> str:
 
 def _rope(values: dict, problems: list[str]) -> tuple[float, RopeScaling | None]:
   settings = _rope_settings(values)
-  theta = settings.get("rope_theta", values.get("rope_theta", 10000.0))
-  if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
-    problems.append(f"rope_theta should be a positive number, found {theta!r}")
-    theta = 1.0
+  theta = {"rope_theta": values.get("rope_theta", 10000.0), **settings}
+  theta = _number(theta, "rope_theta", float, problems)
   if _rope_type(values) != "llama3":
-    return float(theta), None
-  names = [f.name for f in dataclasses.fields(RopeScaling)]
-  if bad := [n for n in names if isinstance(settings.get(n), bool) or not isinstance(settings.get(n), int | float)]:
+    return theta, None
+  kinds = {f.name: int if f.name == "original_max_position_embeddings" else float for f in fields(RopeScaling)}
+  if bad := [name for name in kinds if not is_number(settings.get(name))]:
     problems.append(f"rope_scaling of type llama3 needs the number(s) {bad}")
-    return float(theta), None
-  numbers = {n: settings[n] for n in names}
-  return float(theta), RopeScaling(
-    **{n: int(v) if n == "original_max_position_embeddings" else float(v) for n, v in numbers.items()}
-  )
+    return theta, None
+  return theta, RopeScaling(**{name: kind(settings[name]) for name, kind in kinds.items()})
+
+
+def is_number(value: Any, kinds: type | UnionType = int | float) -> bool:
+  """Whether a value of a JSON file is a number; `true` and `false` are none."""
+  return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def _number(values: dict, name: str, kind: type, problems: list[str], default: Any = None):
+  """A positive number, the default where the value is null or missing; else a line in `problems`, and 1."""
+  value = default if values.get(name) is None else values[name]
+  if is_number(value, int if kind is int else int | float) and value > 0:
+    return kind(value)
+  problems.append(f"{name} should be a positive number, found {value!r}")
+  return kind(1)
 
 
 def _token_ids(value: Any) -> tuple[int, ...]:

@@ -89,7 +89,7 @@ def _claim_directory(directory: Path, settings: dict[str, dict]) -> None:
   path = directory / RUN
   if not path.exists():
     directory.mkdir(parents=True, exist_ok=True)
-    _replace(path, json.dumps(settings, indent=1))
+    checkpoint.write_text(path, json.dumps(settings, indent=1))
     return
   found = read_json(path)
   found["retrofit"] = to_json(from_json(RetrofitConfig, found.get("retrofit", {}), f"{path}: retrofit"))
@@ -109,16 +109,6 @@ def _differences(found: Any, settings: dict, prefix: str = "") -> list[str]:
   return lines
 
 
-def _replace(path: Path, text: str) -> None:
-  """Writes a small file atomically."""
-  part = path.with_suffix(".part")
-  try:
-    part.write_text(text)
-    os.replace(part, path)
-  finally:
-    part.unlink(missing_ok=True)
-
-
 def _trim_log(path: Path, step: int) -> None:
   """Drops the lines of steps that will be repeated, and a line cut short by a kill."""
   if not path.exists():
@@ -130,7 +120,7 @@ def _trim_log(path: Path, step: int) -> None:
         kept.append(line + "\n")
     except (json.JSONDecodeError, KeyError):
       continue
-  _replace(path, "".join(kept))
+  checkpoint.write_text(path, "".join(kept))
 
 
 def _last_line(path: Path) -> dict:

@@ -6,7 +6,6 @@ Batches are saved one by one, so an interrupted run resumes; the output file app
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from dms_jax.checkpoint import write_text
 from dms_jax.config import read_json, to_json
 from dms_jax.execution import fastest_form
 from dms_jax.generation.generate import generate
@@ -110,7 +110,7 @@ def write(
   if (folder / "settings.json").exists() and read_json(folder / "settings.json") != settings:
     raise ValueError(f"{folder} holds rows of other settings; remove it to start over, or choose another path")
   folder.mkdir(parents=True, exist_ok=True)
-  _replace(folder / "settings.json", json.dumps(settings))
+  write_text(folder / "settings.json", json.dumps(settings))
   parts = []
   for first in progress(range(0, config.rows, config.batch)):
     part = folder / f"{first:08d}.jsonl"
@@ -118,9 +118,9 @@ def write(
     if not part.exists():
       cut = slice(first, first + config.batch)
       records = _sample(model, tokenizer, config, rows[cut], keys[cut])
-      _replace(part, "".join(json.dumps(r) + "\n" for r in records))
+      write_text(part, "".join(json.dumps(r) + "\n" for r in records))
   records = [json.loads(line) for part in parts for line in part.read_text().splitlines()]
-  _replace(path, "".join(json.dumps({"text": r["text"]}) + "\n" for r in records))
+  write_text(path, "".join(json.dumps({"text": r["text"]}) + "\n" for r in records))
   shutil.rmtree(folder)
   return sum(r["sampled"] for r in records)
 
@@ -158,12 +158,3 @@ def _sample(model: Model, tokenizer: Tokenizer, config: SelfTextConfig, rows: li
       ids = ids[:-1]  # `load_sources` ends each document with it
     records.append({"text": tokenizer.decode(ids, skip_special=False), "sampled": sampled[i] + len(answer)})
   return records
-
-
-def _replace(path: Path, text: str) -> None:
-  part = path.with_name(f".{path.name}.part")
-  try:
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-  finally:
-    part.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.common.platform import platform
+from pallas_kernels.common.platform import platform, setting
 
 try:
   from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -31,22 +31,13 @@ def gpu_interpret_mode(**params: Any):
   """Runs Mosaic GPU kernels traced inside in JAX's interpreter, on a CPU; `params` go to `InterpretGPUParams`."""
   if not HAS_MOSAIC_GPU:
     raise NotImplementedError(f"jax {jax.__version__} has no Mosaic GPU interpreter; it needs jax >= 0.11")
-  token = _interpreting.set(True)
-  try:
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(**params)):
-      yield
-  finally:
-    _interpreting.reset(token)
-
-
-@contextlib.contextmanager
-def assume_hopper():
-  """Lets kernels be traced and lowered for a Hopper GPU that this machine does not have."""
-  token = _assumed.set(True)
-  try:
+  with setting(_interpreting, True), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(**params)):
     yield
-  finally:
-    _assumed.reset(token)
+
+
+def assume_hopper() -> contextlib.AbstractContextManager[None]:
+  """Lets kernels be traced and lowered for a Hopper GPU that this machine does not have."""
+  return setting(_assumed, True)
 
 
 def interpreting() -> bool:
@@ -161,13 +152,8 @@ def accumulate(total: jax.Array, a, b) -> jax.Array:
 
 
 def release(barrier) -> None:
-  """Tells the loader that a slot has been read.
-
-  The interpreter wants a fence between ordinary reads and the next TMA write to the slot. The hardware needs none: the
-  barrier orders them.
-  """
-  if interpreting():
-    plgpu.commit_smem()
+  """Tells the loader that a slot has been read."""
+  settle()
   plgpu.barrier_arrive(barrier)
 
 
@@ -179,6 +165,9 @@ def drain(used, *barriers) -> None:
 
 
 def settle() -> None:
-  """The fence that the interpreter wants before a TMA write over shared memory that was read; see `release`."""
+  """The fence that the interpreter wants between ordinary reads and the next TMA write to the same shared memory.
+
+  The hardware needs none: the barrier orders them.
+  """
   if interpreting():
     plgpu.commit_smem()

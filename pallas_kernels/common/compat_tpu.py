@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.common.platform import platform
+from pallas_kernels.common.platform import platform, setting
 
 _interpreting = contextvars.ContextVar("interpreting_tpu", default=False)
 
@@ -26,9 +26,9 @@ def interpret_mode(**params: Any) -> Iterator[None]:
     RuntimeError: on leaving, if a race was found: JAX before 0.12 only prints it.
   """
   params = {"detect_races": True, "out_of_bounds_reads": "raise", "uninitialized_memory": "nan", **params}
-  token = _interpreting.set(True)
   try:
-    with _recorded_races() as states, pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(**params)):
+    mode = pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(**params))
+    with setting(_interpreting, True), _recorded_races() as states, mode:
       yield
       jax.block_until_ready(jax.live_arrays())  # kernels started inside may still be running
     if any(state.races_found for state in states):
@@ -36,8 +36,6 @@ def interpret_mode(**params: Any) -> Iterator[None]:
   except BaseException:
     pltpu.reset_tpu_interpret_mode_state()  # an interrupted kernel leaves its memory behind
     raise
-  finally:
-    _interpreting.reset(token)
 
 
 @contextlib.contextmanager

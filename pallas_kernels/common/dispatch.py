@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-_logged: set[str] = set()
+
+@functools.cache
+def log_once(message: str) -> None:
+  """Logs a message, the first time that it comes."""
+  logging.getLogger("pallas_kernels").info("%s", message)
 
 
 def call(
@@ -30,15 +35,27 @@ def call(
       return implementations[name](*args, **kwargs)
     except NotImplementedError as error:
       reasons.append(f"{operation}/{name}: {error}")
-      if reasons[-1] not in _logged:
-        _logged.add(reasons[-1])
-        logging.getLogger("pallas_kernels").info("%s", reasons[-1])
+      log_once(reasons[-1])
   raise NotImplementedError("; ".join(reasons))
 
 
 def named(implementations: Mapping[str, Callable], choice: str | Sequence[str] | None) -> tuple[str, ...]:
   """The names that `choice` means, known or not; None means all."""
   return tuple(implementations) if choice is None else (choice,) if isinstance(choice, str) else tuple(choice)
+
+
+def supports(dtypes: Sequence[str], **arrays: Any) -> None:
+  """Raises NotImplementedError, with the reason, unless the named arrays have one dtype, and that one of `dtypes`."""
+  found = [str(x.dtype) for x in arrays.values()]
+  if len(set(found)) > 1 or found[0] not in dtypes:
+    wanted = " or all ".join(dtypes)
+    raise NotImplementedError(f"{', '.join(arrays)} must all be {wanted}, not {', '.join(found)}")
+
+
+def supports_head_size(size: int) -> None:
+  """Raises NotImplementedError for another head size than 64 and 128, those of most models."""
+  if size not in (64, 128):
+    raise NotImplementedError(f"head size {size}: only 64 and 128")
 
 
 def check(condition: bool, message: str) -> None:

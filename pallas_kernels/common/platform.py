@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 
@@ -16,11 +17,16 @@ def platform() -> str:
   return _target.get() or jax.default_backend()
 
 
-@contextlib.contextmanager
-def tracing_for(name: str) -> Iterator[None]:
+def tracing_for(name: str) -> contextlib.AbstractContextManager[None]:
   """Traces for another kind of device than the default, to compile for absent hardware."""
-  token = _target.set(name)
+  return setting(_target, name)
+
+
+@contextlib.contextmanager
+def setting(variable: contextvars.ContextVar, value: Any) -> Iterator[None]:
+  """`variable` holds `value` inside."""
+  token = variable.set(value)
   try:
     yield
   finally:
-    _target.reset(token)
+    variable.reset(token)

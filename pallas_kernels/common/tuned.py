@@ -10,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import logging
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+from jax.experimental import pallas as pl
 
-from pallas_kernels.common import compat
+from pallas_kernels.common import compat, dispatch
 from pallas_kernels.common.platform import platform
 
 FILE = Path(__file__).with_name("tuned.json")
@@ -31,13 +31,8 @@ def table(path: Path = FILE) -> dict[str, Any]:
 
 def shape_class(**sizes: int | str) -> str:
   """Name of shapes whose sizes agree up to the next power of two: "K8 S8192"."""
-  up = lambda size: size if isinstance(size, str) or size <= 1 else 1 << (size - 1).bit_length()
+  up = lambda size: size if isinstance(size, str) or size <= 1 else pl.next_power_of_2(size)
   return " ".join(f"{name}{up(size)}" for name, size in sizes.items())
-
-
-@functools.cache
-def _tell(message: str) -> None:
-  logging.getLogger("pallas_kernels").info("%s", message)
 
 
 def blocks(operation: str, shapes: str, default: T) -> T:
@@ -47,7 +42,7 @@ def blocks(operation: str, shapes: str, default: T) -> T:
   kind = jax.devices()[0].device_kind
   entry = table().get(kind, {}).get(operation, {}).get(shapes)
   if entry is None:
-    _tell(f"{operation}: nothing measured for {shapes} on {kind}; sizes by heuristic: {default}")
+    dispatch.log_once(f"{operation}: nothing measured for {shapes} on {kind}; sizes by heuristic: {default}")
     return default
   return dataclasses.replace(default, **entry["blocks"])
 

@@ -18,9 +18,41 @@ from jax.experimental import pallas as pl
 from pallas_kernels.common import compat
 from pallas_kernels.common.compat import plgpu
 
+if compat.HAS_MOSAIC_GPU:
+  from jax._src.lib.mlir import ir
+  from jax._src.lib.mlir.dialects import arith, memref, nvvm, vector
+  from jax.experimental.mosaic import gpu as mgpu
+  from jax.experimental.mosaic.gpu import utils
+
 ROWS = 64  # of a warpgroup's matrix
 GROUP = 8  # columns of its narrowest matrix
 THREADS = 128  # of a warpgroup
+
+
+def _index(number: int):
+  return arith.constant(ir.IndexType.get(), number)
+
+
+def _i32(number: int):
+  return arith.constant(ir.IntegerType.get_signless(32), number)
+
+
+def _less(a, b):
+  return arith.cmpi(arith.CmpIPredicate.ult, a, b)
+
+
+def _thread():
+  """The thread's number in its warpgroup, int32."""
+  return arith.remui(utils.thread_idx(), _i32(THREADS))
+
+
+def _places(value) -> zip:
+  """(a register of an array in registers, the place of its first element) of each."""
+  return zip(np.ndindex(value.registers.shape), value.layout.thread_idxs(value.shape), strict=True)
+
+
+def _array(registers, layout, is_signed: bool | None = None):
+  return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=is_signed)
 
 
 def load_queries(ref, target) -> None:
@@ -30,26 +62,18 @@ def load_queries(ref, target) -> None:
   if compat.interpreting():
     target[...] = jnp.concatenate([ref[...], jnp.zeros((GROUP - group, h), ref.dtype)])
     return
-  from jax._src.lib.mlir import ir
-  from jax._src.lib.mlir.dialects import arith, vector
-  from jax.experimental.mosaic import gpu as mgpu
-  from jax.experimental.mosaic.gpu import utils
-
   together = 8  # elements of 16 bits: the 16 bytes that swizzling keeps together
 
   @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(_transforms(ref.dtype))))
   def copy(_, source, target):
     index = ir.IndexType.get()
-    constant = lambda x: arith.constant(index, x)
     element = ir.MemRefType(source.type).element_type
-    thread = arith.index_cast(
-      index, arith.remui(utils.thread_idx(), arith.constant(ir.IntegerType.get_signless(32), THREADS))
-    )
-    row, piece = arith.divui(thread, constant(h // together)), arith.remui(thread, constant(h // together))
-    with mgpu.when(arith.cmpi(arith.CmpIPredicate.ult, row, constant(group))):
-      at = [row, arith.muli(piece, constant(together))]
+    thread = arith.index_cast(index, _thread())
+    row, piece = arith.divui(thread, _index(h // together)), arith.remui(thread, _index(h // together))
+    with mgpu.when(_less(row, _index(group))):
+      at = [row, arith.muli(piece, _index(together))]
       value = vector.load(ir.VectorType.get((together,), element), source, at)
-      vector.store(value, target, _swizzled(constant(0), row, at[1]))
+      vector.store(value, target, _swizzled(_index(0), row, at[1]))
 
   copy(ref, target)
 
@@ -61,12 +85,8 @@ def _transforms(dtype) -> tuple:
 
 def _swizzled(tile_row, row, column) -> list:
   """Where element (8 * tile_row + row, column) of such a matrix lies in [tile rows, tile columns, 8, 64]."""
-  from jax._src.lib.mlir import ir
-  from jax._src.lib.mlir.dialects import arith
-
-  constant = lambda x: arith.constant(ir.IndexType.get(), x)
-  inside = arith.xori(arith.remui(column, constant(64)), arith.muli(row, constant(8)))
-  return [tile_row, arith.divui(column, constant(64)), row, inside]
+  inside = arith.xori(arith.remui(column, _index(64)), arith.muli(row, _index(8)))
+  return [tile_row, arith.divui(column, _index(64)), row, inside]
 
 
 def store_weights(x: jax.Array, target) -> None:
@@ -75,19 +95,13 @@ def store_weights(x: jax.Array, target) -> None:
   if compat.interpreting():
     target[...] = x.T
     return
-  from jax._src.lib.mlir import ir
-  from jax._src.lib.mlir.dialects import arith, memref, vector
 
   @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(_transforms(x.dtype))))
   def store(_, value, target):
-    index = ir.IndexType.get()
-    constant = lambda x: arith.constant(index, x)
-    for register, (slot, query) in zip(
-      np.ndindex(value.registers.shape), value.layout.thread_idxs(value.shape), strict=True
-    ):
+    for register, (slot, query) in _places(value):
       for i in range(2):  # of two neighbouring queries
         element = vector.extract(value.registers[register], [], [i])
-        memref.store(element, target, _swizzled(constant(0), arith.addi(query, constant(i)), slot))
+        memref.store(element, target, _swizzled(_index(0), arith.addi(query, _index(i)), slot))
 
   store(x, target)
 
@@ -99,28 +113,22 @@ def clear_rows(ref, first: jax.Array) -> None:
   if compat.interpreting():
     ref[...] = jnp.where(jnp.arange(rows)[:, None] < first, ref[...], jnp.zeros((), ref.dtype))
     return
-  from jax._src.lib.mlir import ir
-  from jax._src.lib.mlir.dialects import arith, vector
-  from jax.experimental.mosaic import gpu as mgpu
-  from jax.experimental.mosaic.gpu import utils
-
   together = 8  # as in `load_queries`; their order in a row does not matter
 
   @plgpu.inline_mgpu(arg_types=(plgpu.RefType(_transforms(ref.dtype)), plgpu.Layout.WG_SPLAT(())))
   def clear(_, target, first):
     index, element = ir.IndexType.get(), ir.MemRefType(target.type).element_type
-    constant = lambda x: arith.constant(index, x)
     first = arith.index_cast(index, first.registers.item())
-    thread = arith.remui(arith.index_cast(index, utils.thread_idx()), constant(THREADS))
+    thread = arith.remui(arith.index_cast(index, utils.thread_idx()), _index(THREADS))
     kind = ir.VectorType.get((together,), element)
     zeros = arith.constant(kind, ir.DenseElementsAttr.get_splat(kind, ir.FloatAttr.get(element, 0.0)))
-    row, piece = arith.divui(thread, constant(h // together)), arith.remui(thread, constant(h // together))
+    row, piece = arith.divui(thread, _index(h // together)), arith.remui(thread, _index(h // together))
     step = THREADS * together // h  # rows that all threads clear at once
     for i in range(rows // step):
-      at = arith.addi(row, constant(i * step))
+      at = arith.addi(row, _index(i * step))
       with mgpu.when(arith.cmpi(arith.CmpIPredicate.sge, at, first)):
-        tile_row, inner = arith.divui(at, constant(8)), arith.remui(at, constant(8))
-        vector.store(zeros, target, _swizzled(tile_row, inner, arith.muli(piece, constant(together))))
+        tile_row, inner = arith.divui(at, _index(8)), arith.remui(at, _index(8))
+        vector.store(zeros, target, _swizzled(tile_row, inner, arith.muli(piece, _index(together))))
 
   clear(ref, jnp.asarray(first, jnp.int32))
 
@@ -131,20 +139,16 @@ def store_transposed(x: jax.Array, ref) -> None:
   if compat.interpreting():
     ref[...] = x[:, :group].T
     return
-  from jax._src.lib.mlir import ir
-  from jax._src.lib.mlir.dialects import arith, memref, vector
-  from jax.experimental.mosaic import gpu as mgpu
 
   @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))
   def store(_, value, target):
-    constant = lambda x: arith.constant(ir.IndexType.get(), x)
-    places = list(zip(np.ndindex(value.registers.shape), value.layout.thread_idxs(value.shape), strict=True))
+    places = list(_places(value))
     column = places[0][1][1]  # the same for all: the first of two
     for i in range(2):
-      with mgpu.when(arith.cmpi(arith.CmpIPredicate.ult, arith.addi(column, constant(i)), constant(group))):
+      with mgpu.when(_less(arith.addi(column, _index(i)), _index(group))):
         for register, (row, column) in places:
           element = vector.extract(value.registers[register], [], [i])
-          memref.store(element, target, [arith.addi(column, constant(i)), row])
+          memref.store(element, target, [arith.addi(column, _index(i)), row])
 
   store(x, ref)
 
@@ -155,21 +159,15 @@ def store_columns(x: jax.Array, ref) -> None:
   if compat.interpreting():
     ref[...] = x[:group]
     return
-  from jax._src.lib.mlir import ir
-  from jax._src.lib.mlir.dialects import arith, memref, vector
-  from jax.experimental.mosaic import gpu as mgpu
-  from jax.experimental.mosaic.gpu import utils
 
   @plgpu.inline_mgpu(arg_types=(compat.column_layout(), plgpu.RefType()))
   def store(_, value, target):
-    i32 = ir.IntegerType.get_signless(32)
-    constant = lambda x: arith.constant(ir.IndexType.get(), x)
     ((column,),) = value.layout.thread_idxs(value.shape)
-    thread = arith.remui(utils.thread_idx(), arith.constant(i32, THREADS))
-    first = arith.cmpi(arith.CmpIPredicate.ult, thread, arith.constant(i32, 4))  # they hold all eight
+    thread = _thread()
+    first = _less(thread, _i32(4))  # they hold all eight
     for i in range(2):
-      at = arith.addi(column, constant(i))
-      with mgpu.when(arith.andi(first, arith.cmpi(arith.CmpIPredicate.ult, at, constant(group)))):
+      at = arith.addi(column, _index(i))
+      with mgpu.when(arith.andi(first, _less(at, _index(group)))):
         memref.store(vector.extract(value.registers.flat[0], [], [i]), target, [at])
 
   store(x, ref)
@@ -184,35 +182,29 @@ def reduce_columns(x: jax.Array, kind: str, scratch) -> jax.Array:
   """
   if compat.interpreting():
     return x.max(axis=0) if kind == "max" else x.sum(axis=0)
-  from jax._src.lib.mlir import ir
-  from jax._src.lib.mlir.dialects import arith, vector
-  from jax.experimental.mosaic import gpu as mgpu
-  from jax.experimental.mosaic.gpu import utils
-
   out = plgpu.ShapeDtypeStruct((GROUP,), jnp.float32, layout=compat.column_layout())
 
   @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()), return_type=out)
   def reduce(_, value, scratch):
     both = arith.maxnumf if kind == "max" else arith.addf
-    i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
+    index = ir.IndexType.get()
     layout = compat.column_layout().to_mgpu()
-    constant = lambda x: arith.constant(index, x)
     column = functools.reduce(both, value.registers.flat)  # of the two columns that a thread has
     pair = column.type
     parts = [vector.extract(column, [], [i]) for i in range(2)]
     for distance in (4, 8, 16):
       parts = [both(part, utils.shfl_bfly(part, distance)) for part in parts]
-    thread = arith.remui(utils.thread_idx(), arith.constant(i32, THREADS))
-    warp = arith.index_cast(index, arith.divui(thread, arith.constant(i32, 32)))
+    thread = _thread()
+    warp = arith.index_cast(index, arith.divui(thread, _i32(32)))
     ((at,),) = layout.thread_idxs((GROUP,))
-    lane = arith.remui(thread, arith.constant(i32, 32))
-    with mgpu.when(arith.cmpi(arith.CmpIPredicate.ult, lane, arith.constant(i32, 4))):
+    lane = arith.remui(thread, _i32(32))
+    with mgpu.when(_less(lane, _i32(4))):
       vector.store(vector.from_elements(pair, parts), scratch, [warp, at])
     utils.warpgroup_barrier()
-    whole = functools.reduce(both, [vector.load(pair, scratch, [constant(i), at]) for i in range(THREADS // 32)])
+    whole = functools.reduce(both, [vector.load(pair, scratch, [_index(i), at]) for i in range(THREADS // 32)])
     registers = np.empty(layout.registers_shape((GROUP,)), dtype=object)
     registers.flat[0] = whole
-    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+    return _array(registers, layout)
 
   return reduce(x, scratch)
 
@@ -221,10 +213,6 @@ def load_columns(ref, shape: tuple[int, int], vector_size: int) -> jax.Array:
   """A [R] ref in global memory, each value repeated along a row of `shape` [R, H], in `strided_layout`."""
   if compat.interpreting():
     return jnp.broadcast_to(ref[...][:, None], shape)
-  from jax._src.lib.mlir import ir
-  from jax._src.lib.mlir.dialects import memref, vector
-  from jax.experimental.mosaic import gpu as mgpu
-
   layout = compat.strided_layout(shape, vector_size)
 
   @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct(shape, ref.dtype, layout=layout))
@@ -234,7 +222,7 @@ def load_columns(ref, shape: tuple[int, int], vector_size: int) -> jax.Array:
     registers = np.empty(lowered.registers_shape(shape), dtype=object)
     for register, index in zip(np.ndindex(registers.shape), lowered.thread_idxs(shape), strict=True):
       registers[register] = vector.broadcast(kind, memref.load(source, [index[0]]))
-    return mgpu.FragmentedArray(_registers=registers, _layout=lowered, _is_signed=None)
+    return _array(registers, lowered)
 
   return load(ref)
 
@@ -250,20 +238,15 @@ def store_rows(x: jax.Array, ref, first: jax.Array, vector_size: int) -> None:
     for i in range(rows):
       pl.when(first + i < group)(functools.partial(ref.__setitem__, first + i, x[i]))
     return
-  from jax._src.lib.mlir import ir
-  from jax._src.lib.mlir.dialects import arith, vector
-  from jax.experimental.mosaic import gpu as mgpu
-
   layout = compat.strided_layout(x.shape, vector_size)
 
   @plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType(), plgpu.Layout.WG_SPLAT(())))
   def store(_, value, target, first):
     index = ir.IndexType.get()
     first = arith.index_cast(index, first.registers.item())
-    places = zip(np.ndindex(value.registers.shape), value.layout.thread_idxs(value.shape), strict=True)
-    for register, (row, column) in places:
+    for register, (row, column) in _places(value):
       row = arith.addi(row, first)
-      with mgpu.when(arith.cmpi(arith.CmpIPredicate.ult, row, arith.constant(index, group))):
+      with mgpu.when(_less(row, _index(group))):
         vector.store(value.registers[register], target, [row, column])
 
   store(x, ref, jnp.asarray(first, jnp.int32))
@@ -274,25 +257,21 @@ def load_pairs(ref) -> tuple[jax.Array, jax.Array]:
   if compat.interpreting():
     pairs = ref[...].reshape(-1, 2)
     return pairs[:, 0], pairs[:, 1]
-  from jax._src.lib.mlir import ir
-  from jax._src.lib.mlir.dialects import arith, vector
-  from jax.experimental.mosaic import gpu as mgpu
-
   count = ref.shape[0] // 2
   result = plgpu.ShapeDtypeStruct((count,), ref.dtype, layout=compat.row_layout())
 
   @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=(result, result))
   def load(_, source):
-    layout, index = compat.row_layout().to_mgpu(), ir.IndexType.get()
+    layout = compat.row_layout().to_mgpu()
     element = ir.MemRefType(source.type).element_type
     two, kind = ir.VectorType.get((2,), element), layout.registers_element_type(element)
     parts = tuple(np.empty(layout.registers_shape((count,)), dtype=object) for _ in range(2))
     for register, (row,) in zip(np.ndindex(parts[0].shape), layout.thread_idxs((count,)), strict=True):
-      numbers = vector.load(two, source, [arith.muli(row, arith.constant(index, 2))])
+      numbers = vector.load(two, source, [arith.muli(row, _index(2))])
       for i, part in enumerate(parts):
         number = vector.extract(numbers, [], [i])
         part[register] = number if kind == element else vector.from_elements(kind, [number])
-    return tuple(mgpu.FragmentedArray(_registers=x, _layout=layout, _is_signed=None) for x in parts)
+    return tuple(_array(x, layout) for x in parts)
 
   return load(ref)
 
@@ -302,28 +281,23 @@ def load_padded(ref, size: int, fill: int) -> jax.Array:
   count = ref.shape[0]
   if compat.interpreting():
     return jnp.concatenate([ref[...], jnp.full((size - count,), fill, ref.dtype)])
-  from jax._src.lib.mlir import ir
-  from jax._src.lib.mlir.dialects import arith, memref, vector
-  from jax.experimental.mosaic import gpu as mgpu
-
   layout = consecutive_layout(size)
 
   @plgpu.inline_mgpu(
     arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((size,), ref.dtype, layout=layout)
   )
   def load(_, source):
-    lowered, index = layout.to_mgpu(), ir.IndexType.get()
+    lowered = layout.to_mgpu()
     element = ir.MemRefType(source.type).element_type
-    constant = lambda x: arith.constant(index, x)
     ((first,),) = lowered.thread_idxs((size,))
     numbers = []
     for i in range(size // THREADS):
-      at = arith.addi(first, constant(i))
-      number = memref.load(source, [arith.minui(at, constant(count - 1))])
-      inside = arith.cmpi(arith.CmpIPredicate.ult, at, constant(count))
+      at = arith.addi(first, _index(i))
+      number = memref.load(source, [arith.minui(at, _index(count - 1))])
+      inside = _less(at, _index(count))
       numbers.append(arith.select(inside, number, arith.constant(element, fill)))
     register = vector.from_elements(lowered.registers_element_type(element), numbers)
-    return mgpu.FragmentedArray(_registers=np.array([register], dtype=object), _layout=lowered, _is_signed=True)
+    return _array(np.array([register], dtype=object), lowered, True)
 
   return load(ref)
 
@@ -341,44 +315,38 @@ def running_sum(x: jax.Array, scratch) -> tuple[jax.Array, jax.Array]:
   """
   if compat.interpreting():
     return jnp.cumsum(x) - x, x.sum()
-  from jax._src.lib.mlir import ir
-  from jax._src.lib.mlir.dialects import arith, memref, nvvm, vector
-  from jax.experimental.mosaic import gpu as mgpu
-  from jax.experimental.mosaic.gpu import utils
-
   (size,) = x.shape
   layout = consecutive_layout(size)
   out = plgpu.ShapeDtypeStruct((size,), jnp.int32, layout=layout), _scalar()
 
   @plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType()), return_type=out)
   def add(_, value, totals):
-    i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
-    number = lambda x: arith.constant(i32, x)
+    index = ir.IndexType.get()
     (register,) = value.registers
     elements = [vector.extract(register, [], [i]) for i in range(size // THREADS)]
-    sums, own = [], number(0)
+    sums, own = [], _i32(0)
     for element in elements:
       sums.append(own)
       own = arith.addi(own, element)
-    thread = arith.remui(utils.thread_idx(), number(THREADS))
-    lane, warp = arith.remui(thread, number(32)), arith.divui(thread, number(32))
+    thread = _thread()
+    lane, warp = arith.remui(thread, _i32(32)), arith.divui(thread, _i32(32))
     upto = own
     for distance in (1, 2, 4, 8, 16):
-      lower = nvvm.shfl_sync(number(-1), upto, number(distance), number(0), nvvm.ShflKind.up)
-      reaches = arith.cmpi(arith.CmpIPredicate.uge, lane, number(distance))
+      lower = nvvm.shfl_sync(_i32(-1), upto, _i32(distance), _i32(0), nvvm.ShflKind.up)
+      reaches = arith.cmpi(arith.CmpIPredicate.uge, lane, _i32(distance))
       upto = arith.select(reaches, arith.addi(upto, lower), upto)
-    with mgpu.when(arith.cmpi(arith.CmpIPredicate.eq, lane, number(31))):
+    with mgpu.when(arith.cmpi(arith.CmpIPredicate.eq, lane, _i32(31))):
       memref.store(upto, totals, [arith.index_cast(index, warp)])
     utils.warpgroup_barrier()
-    before, total = arith.subi(upto, own), number(0)
+    before, total = arith.subi(upto, own), _i32(0)
     for i in range(THREADS // 32):
-      part = memref.load(totals, [arith.constant(index, i)])
-      earlier = arith.cmpi(arith.CmpIPredicate.ugt, warp, number(i))
-      before = arith.addi(before, arith.select(earlier, part, number(0)))
+      part = memref.load(totals, [_index(i)])
+      earlier = arith.cmpi(arith.CmpIPredicate.ugt, warp, _i32(i))
+      before = arith.addi(before, arith.select(earlier, part, _i32(0)))
       total = arith.addi(total, part)
     register = vector.from_elements(register.type, [arith.addi(before, x) for x in sums])
     registers = np.array([register], dtype=object)
-    sums = mgpu.FragmentedArray(_registers=registers, _layout=value.layout, _is_signed=True)
+    sums = _array(registers, value.layout, True)
     return sums, mgpu.FragmentedArray.splat(total, (), is_signed=True)
 
   return add(x, scratch)
@@ -390,10 +358,6 @@ def draw(counter, last: jax.Array) -> jax.Array:
   A counter is 0 before and after: exactly `last` + 1 numbers must be taken. The call does not wait for the number, and
   only one thread gets it: `announce` tells the others.
   """
-  from jax._src.lib.mlir import ir
-  from jax._src.lib.mlir.dialects import arith
-  from jax.experimental.mosaic import gpu as mgpu
-  from jax.experimental.mosaic.gpu import utils
 
   @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())), return_type=_scalar())
   def take(_, ref, last):
@@ -410,14 +374,10 @@ def draw(counter, last: jax.Array) -> jax.Array:
 
 def announce(number: jax.Array, board) -> jax.Array:
   """The number that `draw` returned, for all threads; `board`: int32 [1] ref in shared memory."""
-  from jax._src.lib.mlir import ir
-  from jax._src.lib.mlir.dialects import arith, memref
-  from jax.experimental.mosaic import gpu as mgpu
-  from jax.experimental.mosaic.gpu import utils
 
   @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT(()), plgpu.RefType()), return_type=_scalar())
   def tell(_, number, board):
-    first = arith.constant(ir.IndexType.get(), 0)
+    first = _index(0)
     utils.warpgroup_barrier()  # all have read the number before
     with utils.single_thread(scope=utils.ThreadSubset.WARPGROUP):
       memref.store(number.registers.item(), board, [first])

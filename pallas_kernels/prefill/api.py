@@ -50,9 +50,8 @@ def prefill_attention(
   dispatch.check(keys.shape == values.shape == (b, k, s, h), f"keys {keys.shape}, values {values.shape}: not [B,K,S,H]")
   dispatch.check(n % k == 0, f"N={n} query heads are not a multiple of K={k} KV heads")
   dispatch.check(q_pos.shape == (b, t), f"q_pos {q_pos.shape} must be [B, T] = {(b, t)}")
-  dispatch.check(
-    k_first.shape == k_last.shape == (b, k, s), f"k_first {k_first.shape}, k_last {k_last.shape}: not [B,K,S]"
-  )
+  found = f"k_first {k_first.shape}, k_last {k_last.shape}"
+  dispatch.check(k_first.shape == k_last.shape == (b, k, s), f"{found}: not [B,K,S]")
   if query_weights is not None:
     dispatch.check(query_weights.shape == (b, t), f"query_weights {query_weights.shape} must be [B, T] = {(b, t)}")
   args, options = (q, keys, values, q_pos, k_first, k_last), {"lse": lse, "query_weights": query_weights}

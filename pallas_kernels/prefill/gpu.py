@@ -17,13 +17,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.common import compat, tuned
+from pallas_kernels.common import compat, dispatch, pipeline, tuned
 from pallas_kernels.common.compat import plgpu
+from pallas_kernels.common.pipeline import WARPGROUPS
 from pallas_kernels.common.softmax import LOG2E, LOWEST
 from pallas_kernels.common.warpgroup import ROWS
 from pallas_kernels.prefill import gpu_mass
 from pallas_kernels.prefill import plan as planning
-from pallas_kernels.prefill.gpu_common import GRAIN, WARPGROUPS, Blocks, Tile, default_blocks
+from pallas_kernels.prefill.gpu_common import GRAIN, Blocks, Tile, default_blocks
 from pallas_kernels.prefill.plan import KEPT, START, STOP, WHOLE
 
 
@@ -37,12 +38,8 @@ def prefill_attention(
   """
   compat.require_hopper()
   _, t, n, h = q.shape
-  if not (q.dtype == keys.dtype == values.dtype and q.dtype in (jnp.bfloat16, jnp.float16)):
-    raise NotImplementedError(
-      f"q, keys, values must all be bfloat16 or all float16, not {q.dtype}, {keys.dtype}, {values.dtype}"
-    )
-  if h not in (64, 128):
-    raise NotImplementedError(f"head size {h}: only 64 and 128")
+  dispatch.supports(("bfloat16", "float16"), q=q, keys=keys, values=values)
+  dispatch.supports_head_size(h)
   blocks = blocks or tuned.blocks("prefill", tuned.shape_class(H=h), default_blocks(h))
   tile, weighted = Tile.of(n // keys.shape[1]), query_weights is not None
   args, row = _prepare(tile, blocks, weighted, q, keys, values, q_pos, k_first, k_last)
@@ -83,10 +80,9 @@ def _attend(tile: Tile, blocks: Blocks, lse: bool, q, keys, values, rows, bounds
   i32 = jnp.int32
   pieces = tile.pieces()
 
-  def body(q_ref, k_ref, v_ref, rows_ref, bounds_ref, ranges_ref, out_ref, *scratch):
-    logs_ref, *scratch = scratch if lse else (None, *scratch)
-    logs_smem, *scratch = scratch if lse else (None, *scratch)
-    q_smem, k_smem, v_smem, rows_smem, bounds_smem, q_ready, k_ready, v_ready, k_free, v_free, turn = scratch
+  def body(q_ref, k_ref, v_ref, rows_ref, bounds_ref, ranges_ref, out_ref, logs_ref, *scratch):
+    logs_smem, q_smem, k_smem, v_smem, rows_smem, bounds_smem, *scratch = scratch
+    q_ready, k_ready, v_ready, k_free, v_free, turn = scratch
     part, batch, wg = lax.axis_index("part"), lax.axis_index("batch"), lax.axis_index("wg")
     kv_head = lax.div(part, i32(parts))
     # The last tiles have the most keys: they start first.
@@ -106,9 +102,8 @@ def _attend(tile: Tile, blocks: Blocks, lse: bool, q, keys, values, rows, bounds
     def _compute():
       plgpu.set_max_registers(blocks.compute_registers, action="increase")
       plgpu.barrier_wait(q_ready)
-      positions = plgpu.load(rows_smem.at[wg], layout=compat.row_layout())
-      row = lambda x: plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), compat.row_layout())
-      acc = plgpu.layout_cast(jnp.zeros((ROWS, h), jnp.float32), plgpu.Layout.WGMMA)
+      positions = pipeline.row_vector(rows_smem, wg)
+      acc = pipeline.zeros(ROWS, h)
 
       # The warpgroups take turns: one multiplies while the other computes its exponentials.
       pl.when(wg == 1)(take_turn)
@@ -119,8 +114,8 @@ def _attend(tile: Tile, blocks: Blocks, lse: bool, q, keys, values, rows, bounds
         plgpu.barrier_wait(k_ready.at[slot])
         s = compat.dot(q_smem.at[wg], k_smem.at[slot].transpose((1, 0)), then=take_turn)
         if masked:
-          bound = lambda x: plgpu.load(bounds_smem.at[slot, x], layout=compat.column_layout())
-          first, last = (lax.broadcast_in_dim(bound(x), s.shape, [1]) for x in range(2))
+          bounds = (pipeline.column_vector(bounds_smem, slot, x) for x in range(2))
+          first, last = (lax.broadcast_in_dim(x, s.shape, [1]) for x in bounds)
           query = lax.broadcast_in_dim(positions, s.shape, [0])
           s = jnp.where((first <= query) & (query <= last), s, -jnp.inf)
         compat.release(k_free.at[slot])
@@ -139,7 +134,8 @@ def _attend(tile: Tile, blocks: Blocks, lse: bool, q, keys, values, rows, bounds
         compat.release(v_free.at[slot])
         return acc, new_top, total
 
-      carry = lax.fori_loop(0, whole, functools.partial(step, masked=False), (acc, row(LOWEST), row(0.0)))
+      carry = acc, pipeline.filled_rows(ROWS, LOWEST), pipeline.filled_rows(ROWS, 0.0)
+      carry = lax.fori_loop(0, whole, functools.partial(step, masked=False), carry)
       acc, top, total = lax.fori_loop(whole, stop, functools.partial(step, masked=True), carry)
       pl.when(wg == 0)(take_turn)
 
@@ -166,38 +162,26 @@ def _attend(tile: Tile, blocks: Blocks, lse: bool, q, keys, values, rows, bounds
         target = q_smem.at[piece.warpgroup, pl.ds(piece.row, piece.count)]
         plgpu.copy_gmem_to_smem(here(q_ref, piece), target, q_ready)
 
-      @pl.loop(0, stop)
-      def _(i):
-        slot = lax.rem(i, i32(stages))
+      def copies(i):
         first = jnp.where(i < kept, i * block, band_start + (i - kept) * block)
         span = pl.ds(pl.multiple_of(first, GRAIN), block)
-        full = i >= stages
-        pl.when(full)(lambda: plgpu.barrier_wait(k_free.at[slot]))
-        plgpu.copy_gmem_to_smem(k_ref.at[batch, kv_head, span], k_smem.at[slot], k_ready.at[slot])
-        plgpu.copy_gmem_to_smem(bounds_ref.at[batch, kv_head, :, span], bounds_smem.at[slot], k_ready.at[slot])
-        pl.when(full)(lambda: plgpu.barrier_wait(v_free.at[slot]))
-        plgpu.copy_gmem_to_smem(v_ref.at[batch, kv_head, span], v_smem.at[slot], v_ready.at[slot])
+        bounds = bounds_ref, (batch, kv_head, slice(None), span), bounds_smem
+        return [(k_ref, (batch, kv_head, span), k_smem), bounds], [(v_ref, (batch, kv_head, span), v_smem)]
 
-      compat.drain(stop, k_free, v_free)
+      pipeline.stream(stop, stages, copies, (k_free, k_ready), (v_free, v_ready))
 
-  matrix = functools.partial(plgpu.SMEM, dtype=q.dtype, transforms=compat.operand_transforms())
-  barrier = lambda count, arrivals: plgpu.Barrier(num_barriers=count, num_arrivals=arrivals)
-  scratch = [plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32)] if lse else []
-  scratch += [matrix((WARPGROUPS, ROWS, h)), matrix((stages, block, h)), matrix((stages, block, h))]
-  scratch += [plgpu.SMEM((WARPGROUPS, ROWS), i32), plgpu.SMEM((stages, 2, block), i32)]
-  scratch += [plgpu.Barrier(num_arrivals=1 + len(pieces)), barrier(stages, 2), barrier(stages, 1)]
-  scratch += [barrier(stages, WARPGROUPS), barrier(stages, WARPGROUPS), barrier(1, WARPGROUPS)]
-  out_type = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
-  out_type += [jax.ShapeDtypeStruct((b, n // tile.heads, *rows.shape[1:]), jnp.float32)] if lse else []
-  outs = compat.kernel(
+  operand = lambda *shape: pipeline.matrix(shape, q.dtype)
+  scratch = [pipeline.vector(WARPGROUPS, ROWS) if lse else None, operand(WARPGROUPS, ROWS, h)]
+  scratch += [operand(stages, block, h), operand(stages, block, h)]
+  scratch += [pipeline.vector(WARPGROUPS, ROWS, dtype=i32), pipeline.vector(stages, 2, block, dtype=i32)]
+  scratch += [plgpu.Barrier(num_arrivals=1 + len(pieces)), pipeline.barriers(stages, 2), pipeline.barriers(stages, 1)]
+  scratch += [pipeline.barriers(stages), pipeline.barriers(stages), pipeline.barriers(1)]
+  logs = jax.ShapeDtypeStruct((b, n // tile.heads, *rows.shape[1:]), jnp.float32) if lse else None
+  return pipeline.launch(
     body,
-    out_type=out_type,
-    scratch_types=scratch,
-    grid=(n // tile.heads, tiles, b),
-    grid_names=("part", "tile", "batch"),
-    num_threads=WARPGROUPS + 1,
-    thread_name="wg",
-    kernel_name=f"prefill_{tile.heads}x{tile.queries}_{block}x{stages}",
-    compiler_params=plgpu.CompilerParams(approx_math=True),
-  )(q, keys, values, rows, bounds, ranges)
-  return (*outs, None)[:2]
+    [q, keys, values, rows, bounds, ranges],
+    [jax.ShapeDtypeStruct(q.shape, q.dtype), logs],
+    scratch,
+    {"part": n // tile.heads, "tile": tiles, "batch": b},
+    f"prefill_{tile.heads}x{tile.queries}_{block}x{stages}",
+  )

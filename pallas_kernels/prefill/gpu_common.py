@@ -8,9 +8,9 @@ import itertools
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
+from pallas_kernels.common.pipeline import WARPGROUPS
 from pallas_kernels.common.warpgroup import ROWS
 
-WARPGROUPS = 2  # computing; one more moves data
 GRAIN = 32  # a band begins at a multiple of this many rows
 
 

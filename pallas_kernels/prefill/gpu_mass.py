@@ -14,12 +14,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.common import compat
+from pallas_kernels.common import compat, pipeline
 from pallas_kernels.common.compat import plgpu
+from pallas_kernels.common.pipeline import WARPGROUPS
 from pallas_kernels.common.softmax import LOG2E
 from pallas_kernels.common.warpgroup import ROWS
 from pallas_kernels.prefill import plan as planning
-from pallas_kernels.prefill.gpu_common import WARPGROUPS, Tile
+from pallas_kernels.prefill.gpu_common import Tile
 
 KEYS = QUERIES = WARPGROUPS * ROWS  # keys a block owns; rows of a tile of queries
 COMPUTE_REGISTERS, MEMORY_REGISTERS = 240, 24
@@ -48,12 +49,10 @@ def _prepare(tile: Tile, q, keys, rows, bounds, logs, query_weights):
   rows, logs = flat(rows), flat(logs)
   # Probabilities of queries that see nothing or do not count are 0, also of keys that they do not see.
   logs = jnp.where((weights == 0)[:, None] | jnp.isneginf(logs), jnp.inf, logs)
-  pad = (0, -keys.shape[2] % KEYS)
-  keys = jnp.pad(keys, ((0, 0), (0, 0), pad, (0, 0)))
-  first, last = (
-    jnp.pad(bounds[:, :, i], ((0, 0), (0, 0), pad), constant_values=x) for i, x in enumerate((planning.NEVER, -1))
-  )
-  bounds = jnp.stack([first, last], axis=2)
+  pad = (0, 0), (0, 0), (0, -keys.shape[2] % KEYS)
+  keys = jnp.pad(keys, (*pad, (0, 0)))
+  bounds = [jnp.pad(bounds[:, :, i], pad, constant_values=x) for i, x in enumerate((planning.NEVER, -1))]
+  bounds = jnp.stack(bounds, axis=2)
   ranges = planning.visitors(jnp.where(weights == 0, -2, rows), bounds, block=KEYS)
   return tile.split(q), keys, rows, bounds, logs, weights, ranges
 
@@ -81,16 +80,16 @@ def _sum(tile: Tile, q, keys, rows, bounds, logs, weights, ranges):
     def _compute():
       plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
       here = pl.ds(number * KEYS + wg * ROWS, ROWS)
-      plgpu.copy_gmem_to_smem(k_ref.at[batch, head, here], k_smem.at[wg], k_ready.at[wg])
-      plgpu.copy_gmem_to_smem(bounds_ref.at[batch, head, :, here], bounds_smem.at[wg], k_ready.at[wg])
+      bounds = bounds_ref, (batch, head, slice(None), here), bounds_smem
+      pipeline.fetch(wg, k_ready, (k_ref, (batch, head, here), k_smem), bounds)
       plgpu.barrier_wait(k_ready.at[wg])
-      first, last = (plgpu.load(bounds_smem.at[wg, x], layout=compat.row_layout()) for x in range(2))
+      first, last = (pipeline.row_vector(bounds_smem, wg, x) for x in range(2))
 
       def step(i, acc, masked):
         slot = lax.rem(i, i32(stages))
         plgpu.barrier_wait(q_ready.at[slot])
         s = compat.dot(k_smem.at[wg], q_smem.at[slot].transpose((1, 0))) * scale
-        column = lambda ref: lax.broadcast_in_dim(plgpu.load(ref.at[slot], layout=compat.column_layout()), s.shape, [1])
+        column = lambda ref: lax.broadcast_in_dim(pipeline.column_vector(ref, slot), s.shape, [1])
         if masked:
           query = column(rows_smem)
           low, high = (lax.broadcast_in_dim(x, s.shape, [0]) for x in (first, last))
@@ -99,44 +98,32 @@ def _sum(tile: Tile, q, keys, rows, bounds, logs, weights, ranges):
         compat.release(free.at[slot])
         return acc
 
-      acc = plgpu.layout_cast(jnp.zeros((ROWS, QUERIES), jnp.float32), plgpu.Layout.WGMMA)
-      acc = lax.fori_loop(0, masked, functools.partial(step, masked=True), acc)
+      acc = lax.fori_loop(0, masked, functools.partial(step, masked=True), pipeline.zeros(ROWS, QUERIES))
       acc = lax.fori_loop(masked, steps, functools.partial(step, masked=False), acc)
       mass_smem[wg] = acc.sum(axis=1)
-      plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(mass_smem.at[wg], out_ref.at[batch, head, here])
-      plgpu.wait_smem_to_gmem(0)
+      pipeline.store(wg, (out_ref, (batch, head, here), mass_smem))
 
     @pl.when(wg == WARPGROUPS)
     def _load():
       plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
 
-      @pl.loop(0, steps)
-      def _(i):
-        slot = lax.rem(i, i32(stages))
+      def copies(i):
         tile, part = start + lax.div(i, i32(parts)), head * parts + lax.rem(i, i32(parts))
-        pl.when(i >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
-        plgpu.copy_gmem_to_smem(q_ref.at[batch, part, tile], q_smem.at[slot], q_ready.at[slot])
-        plgpu.copy_gmem_to_smem(logs_ref.at[batch, part, tile], logs_smem.at[slot], q_ready.at[slot])
-        plgpu.copy_gmem_to_smem(rows_ref.at[batch, tile], rows_smem.at[slot], q_ready.at[slot])
-        plgpu.copy_gmem_to_smem(weights_ref.at[batch, tile], weights_smem.at[slot], q_ready.at[slot])
+        of_part = (q_ref, (batch, part, tile), q_smem), (logs_ref, (batch, part, tile), logs_smem)
+        return [(*of_part, (rows_ref, (batch, tile), rows_smem), (weights_ref, (batch, tile), weights_smem))]
 
-      compat.drain(steps, free)
+      pipeline.stream(steps, stages, copies, (free, q_ready))
 
-  matrix = functools.partial(plgpu.SMEM, dtype=q.dtype, transforms=compat.operand_transforms())
-  barrier = lambda count, arrivals: plgpu.Barrier(num_barriers=count, num_arrivals=arrivals)
-  scratch = [matrix((WARPGROUPS, ROWS, h)), plgpu.SMEM((WARPGROUPS, 2, ROWS), i32)]
-  scratch += [plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32), matrix((stages, QUERIES, h))]
-  scratch += [plgpu.SMEM((stages, QUERIES), dtype) for dtype in (i32, jnp.float32, jnp.float32)]
-  scratch += [barrier(WARPGROUPS, 2), barrier(stages, 4), barrier(stages, WARPGROUPS)]
-  return compat.kernel(
+  scratch = [pipeline.matrix((WARPGROUPS, ROWS, h), q.dtype), pipeline.vector(WARPGROUPS, 2, ROWS, dtype=i32)]
+  scratch += [pipeline.vector(WARPGROUPS, ROWS), pipeline.matrix((stages, QUERIES, h), q.dtype)]
+  scratch += [pipeline.vector(stages, QUERIES, dtype=dtype) for dtype in (i32, jnp.float32, jnp.float32)]
+  scratch += [pipeline.barriers(WARPGROUPS, 2), pipeline.barriers(stages, 4), pipeline.barriers(stages)]
+  (mass,) = pipeline.launch(
     body,
-    out_type=jax.ShapeDtypeStruct((b, k, r), jnp.float32),
-    scratch_types=scratch,
-    grid=(k, r // KEYS, b),
-    grid_names=("head", "block", "batch"),
-    num_threads=WARPGROUPS + 1,
-    thread_name="wg",
-    kernel_name=f"prefill_mass_{tile.heads}x{tile.queries}",
-    compiler_params=plgpu.CompilerParams(approx_math=True),
-  )(q, keys, rows, bounds, logs, weights, ranges)
+    [q, keys, rows, bounds, logs, weights, ranges],
+    [jax.ShapeDtypeStruct((b, k, r), jnp.float32)],
+    scratch,
+    {"head": k, "block": r // KEYS, "batch": b},
+    f"prefill_mass_{tile.heads}x{tile.queries}",
+  )
+  return mass

@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.common import compat_tpu
+from pallas_kernels.common import compat_tpu, dispatch
 from pallas_kernels.common.softmax import LOG2E, LOWEST
 from pallas_kernels.prefill import plan as planning
 from pallas_kernels.prefill.plan import KEPT, START, STOP, WHOLE
@@ -60,12 +60,8 @@ def prefill_attention(
     raise NotImplementedError("returns no log-sum-exp and no mass of keys")
   _, t, n, h = q.shape
   k = keys.shape[1]
-  if not (q.dtype == keys.dtype == values.dtype and q.dtype in (jnp.bfloat16, jnp.float32)):
-    raise NotImplementedError(
-      f"q, keys, values must all be bfloat16 or all float32, not {q.dtype}, {keys.dtype}, {values.dtype}"
-    )
-  if h not in (64, 128):
-    raise NotImplementedError(f"head size {h}: only 64 and 128")
+  dispatch.supports(("bfloat16", "float32"), q=q, keys=keys, values=values)
+  dispatch.supports_head_size(h)
   blocks = blocks or default_blocks(t * (n // k))
   rows, kv, positions, bounds, ranges = _prepare(blocks, q, keys, values, q_pos, k_first, k_last)
   return _finish(q.shape, k, _attend(blocks, h, rows, kv, positions, bounds, ranges))
@@ -101,8 +97,7 @@ def _attend(blocks: Blocks, h: int, q, kv, positions, bounds, ranges):
   with the tiles last. Returns [B, K, tiles * M, 128], the output in the last H lanes."""
   b, k, _, _ = q.shape
   tiles, _, size = positions.shape[1:]
-  block, width = blocks.kv, kv.shape[3]
-  dtype = q.dtype
+  block, width, dtype = blocks.kv, kv.shape[3], q.dtype
   scale = h**-0.5 * LOG2E  # scores in units of log 2
   precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
   dot = functools.partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)

@@ -18,6 +18,11 @@ def saved(results):
   return checkpoint_name(results, SAVED)
 
 
+def padded(x: jax.Array | None, axis: int, pad: int, **how) -> jax.Array | None:
+  """`x` with `pad` more entries behind its last along one axis, zeros unless `how` says otherwise; None stays None."""
+  return None if x is None else jnp.pad(x, [(0, pad if i == axis else 0) for i in range(x.ndim)], **how)
+
+
 def segment_bounds(segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
   """First position of each token's segment and the one past its last, int32 [B, T] each."""
   t = segment_ids.shape[1]

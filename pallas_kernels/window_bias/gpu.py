@@ -16,20 +16,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.common import compat, tuned
+from pallas_kernels.common import compat, dispatch, pipeline, tuned
 from pallas_kernels.common.compat import plgpu
+from pallas_kernels.common.pipeline import WARPGROUPS
 from pallas_kernels.common.softmax import LOG2E, LOWEST
 from pallas_kernels.window_bias import gpu_backward
-from pallas_kernels.window_bias.common import saved, segment_bounds
-from pallas_kernels.window_bias.gpu_common import (
-  WARPGROUPS,
-  Blocks,
-  Variant,
-  default_blocks,
-  far_scores,
-  key_ranges,
-  scores_of,
-)
+from pallas_kernels.window_bias.common import padded, saved, segment_bounds
+from pallas_kernels.window_bias.gpu_common import Blocks, Variant, default_blocks, key_ranges, over_ranges, scores_of
 
 
 def window_bias_attention(q, k, v, bias, window, segment_ids, blocks: Blocks | None = None):
@@ -40,16 +33,13 @@ def window_bias_attention(q, k, v, bias, window, segment_ids, blocks: Blocks | N
   """
   compat.require_hopper()
   t, h = q.shape[1], q.shape[3]
-  if not (q.dtype == k.dtype == v.dtype and q.dtype in (jnp.bfloat16, jnp.float16)):
-    raise NotImplementedError(f"q, k, v must all be bfloat16 or all float16, not {q.dtype}, {k.dtype}, {v.dtype}")
-  if h not in (64, 128):
-    raise NotImplementedError(f"head size {h}: only 64 and 128")
+  dispatch.supports(("bfloat16", "float16"), q=q, k=k, v=v)
+  dispatch.supports_head_size(h)
   blocks = blocks or tuned.blocks("window_bias", tuned.shape_class(H=h), default_blocks(h))
   pad = -t % blocks.multiple
   if pad:  # zeros behind the last token: no real query sees them, and no gradient reaches them
-    q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))
-    bias = None if bias is None else jnp.pad(bias, ((0, 0), (0, 0), (0, pad)))
-    segment_ids = None if segment_ids is None else jnp.pad(segment_ids, ((0, 0), (0, pad)), mode="edge")
+    q, k, v = (padded(x, 1, pad) for x in (q, k, v))
+    bias, segment_ids = padded(bias, 2, pad), padded(segment_ids, 1, pad, mode="edge")
   bounds = None if segment_ids is None else segment_bounds(segment_ids)
   variant = Variant(int(window), bias is not None, bounds is not None, blocks)
   bias = None if bias is None else bias.astype(jnp.float32)
@@ -88,30 +78,16 @@ def forward(variant: Variant, q, k, v, bias, start):
   tile = WARPGROUPS * rows
   tiles = t // tile
   scale = h**-0.5 * LOG2E
-  inputs = [q, k, v]
-  if variant.has_bias:
-    inputs.append(bias * LOG2E)
-  if variant.has_segments:
-    inputs.append(start)
 
-  def body(*refs):
-    refs = list(refs)
-    q_ref, k_ref, v_ref = refs[:3]
-    del refs[:3]
-    bias_ref = refs.pop(0) if variant.has_bias else None
-    start_ref = refs.pop(0) if variant.has_segments else None
-    out_ref, lse_ref, q_smem, k_smem, v_smem, lse_smem = refs[:6]
-    del refs[:6]
-    bias_smem = refs.pop(0) if variant.has_bias else None
-    start_smem = refs.pop(0) if variant.has_segments else None
-    q_ready, k_ready, v_ready, k_free, v_free, turn = refs
-
+  def body(q_ref, k_ref, v_ref, bias_ref, start_ref, out_ref, lse_ref, *scratch):
+    q_smem, k_smem, v_smem, lse_smem, bias_smem, start_smem, q_ready, k_ready, v_ready, k_free, v_free, turn = scratch
     head, batch = lax.axis_index("head"), lax.axis_index("batch")
     wg = lax.axis_index("wg")
     # The last tiles have the most keys: they start first.
     tile_base = (tiles - 1 - lax.axis_index("tile")) * tile
     q_base = tile_base + jnp.minimum(wg, WARPGROUPS - 1) * rows
-    first, far_begin, far_end, end = key_ranges(variant, start_ref, batch, tile_base, tile, q_base, rows, block)
+    here = pl.ds(q_base, rows)
+    first, _, _, end = ranges = key_ranges(variant, start_ref, batch, tile_base, tile, q_base, rows, block)
 
     def take_turn():
       plgpu.barrier_arrive(turn)
@@ -120,13 +96,10 @@ def forward(variant: Variant, q, k, v, bias, start):
     @pl.when(wg < WARPGROUPS)
     def _compute():
       plgpu.set_max_registers(variant.blocks.compute_registers, action="increase")
-      plgpu.copy_gmem_to_smem(q_ref.at[batch, pl.ds(q_base, rows), head], q_smem.at[wg], q_ready.at[wg])
-      if variant.has_segments:
-        plgpu.copy_gmem_to_smem(start_ref.at[batch, pl.ds(q_base, rows)], start_smem.at[wg], q_ready.at[wg])
+      pipeline.fetch(wg, q_ready, (q_ref, (batch, here, head), q_smem), (start_ref, (batch, here), start_smem))
       plgpu.barrier_wait(q_ready.at[wg])
-      starts = plgpu.load(start_smem.at[wg], layout=compat.row_layout()) if variant.has_segments else None
-      row = lambda x: plgpu.layout_cast(jnp.full((rows,), x, jnp.float32), compat.row_layout())
-      acc = plgpu.layout_cast(jnp.zeros((rows, h), jnp.float32), plgpu.Layout.WGMMA)
+      starts = pipeline.row_vector(start_smem, wg)
+      acc = pipeline.zeros(rows, h)
 
       # The warpgroups take turns: one multiplies while the other computes its exponentials.
       pl.when(wg == 1)(take_turn)
@@ -136,12 +109,9 @@ def forward(variant: Variant, q, k, v, bias, start):
         slot = lax.rem(number - first, jnp.int32(stages))
         plgpu.barrier_wait(k_ready.at[slot])
         raw = compat.dot(q_smem.at[wg], k_smem.at[slot].transpose((1, 0)), then=take_turn)
-        column = plgpu.load(bias_smem.at[slot], layout=compat.column_layout()) if variant.has_bias else None
+        column = pipeline.column_vector(bias_smem, slot)
         compat.release(k_free.at[slot])
-        if masked:
-          s = scores_of(variant, raw, scale, q_base, number * block, column, starts)
-        else:
-          s = far_scores(raw, scale, column)
+        s = scores_of(variant, raw, scale, q_base, number * block, column, starts, masked)
         new_top = jnp.maximum(top, s.max(axis=1))
         shrink = jnp.exp2(top - new_top)
         p = jnp.exp2(s - lax.broadcast_in_dim(new_top, s.shape, [0]))
@@ -155,57 +125,37 @@ def forward(variant: Variant, q, k, v, bias, start):
         compat.release(v_free.at[slot])
         return acc * lax.broadcast_in_dim(shrink, acc.shape, [0]) + product, new_top, total
 
-      carry = acc, row(LOWEST), row(0.0)
-      if variant.has_segments:
-        carry = lax.fori_loop(first, far_begin, functools.partial(step, masked=True), carry)
-      carry = lax.fori_loop(far_begin, far_end, functools.partial(step, masked=False), carry)
-      acc, top, total = lax.fori_loop(far_end, end, functools.partial(step, masked=True), carry)
+      carry = acc, pipeline.filled_rows(rows, LOWEST), pipeline.filled_rows(rows, 0.0)
+      acc, top, total = over_ranges(ranges, step, carry, variant.has_segments, True)
       pl.when(wg == 0)(take_turn)
 
       q_smem[wg] = (acc / lax.broadcast_in_dim(total, acc.shape, [0])).astype(q.dtype)
       lse_smem[wg] = top + jnp.log(total) * LOG2E
-      plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(q_smem.at[wg], out_ref.at[batch, pl.ds(q_base, rows), head])
-      plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[batch, head, pl.ds(q_base, rows)])
-      plgpu.wait_smem_to_gmem(0)
+      pipeline.store(wg, (out_ref, (batch, here, head), q_smem), (lse_ref, (batch, head, here), lse_smem))
 
     @pl.when(wg == WARPGROUPS)
     def _load():
       plgpu.set_max_registers(variant.blocks.memory_registers, action="decrease")
       kv_head = lax.div(head, jnp.int32(group))
 
-      @pl.loop(0, end - first)
-      def _(number):
-        slot = lax.rem(number, jnp.int32(stages))
+      def copies(number):
         keys = pl.ds((first + number) * block, block)
-        full = number >= stages
-        pl.when(full)(lambda: plgpu.barrier_wait(k_free.at[slot]))
-        plgpu.copy_gmem_to_smem(k_ref.at[batch, keys, kv_head], k_smem.at[slot], k_ready.at[slot])
-        if variant.has_bias:
-          plgpu.copy_gmem_to_smem(bias_ref.at[batch, kv_head, keys], bias_smem.at[slot], k_ready.at[slot])
-        pl.when(full)(lambda: plgpu.barrier_wait(v_free.at[slot]))
-        plgpu.copy_gmem_to_smem(v_ref.at[batch, keys, kv_head], v_smem.at[slot], v_ready.at[slot])
+        bias = bias_ref, (batch, kv_head, keys), bias_smem
+        return [(k_ref, (batch, keys, kv_head), k_smem), bias], [(v_ref, (batch, keys, kv_head), v_smem)]
 
-      compat.drain(end - first, k_free, v_free)
+      pipeline.stream(end - first, stages, copies, (k_free, k_ready), (v_free, v_ready))
 
-  matrix = functools.partial(plgpu.SMEM, dtype=q.dtype, transforms=compat.operand_transforms())
-  scratch = [matrix((WARPGROUPS, rows, h)), matrix((stages, block, h)), matrix((stages, block, h))]
-  scratch.append(plgpu.SMEM((WARPGROUPS, rows), jnp.float32))
-  if variant.has_bias:
-    scratch.append(plgpu.SMEM((stages, block), jnp.float32))
-  if variant.has_segments:
-    scratch.append(plgpu.SMEM((WARPGROUPS, rows), jnp.int32))
-  barrier = lambda count, arrivals: plgpu.Barrier(num_barriers=count, num_arrivals=arrivals)
-  scratch += [barrier(WARPGROUPS, 1 + variant.has_segments), barrier(stages, 1 + variant.has_bias), barrier(stages, 1)]
-  scratch += [barrier(stages, WARPGROUPS), barrier(stages, WARPGROUPS), barrier(1, WARPGROUPS)]
-  return compat.kernel(
+  operand = lambda *shape: pipeline.matrix(shape, q.dtype)
+  scratch = [operand(WARPGROUPS, rows, h), operand(stages, block, h), operand(stages, block, h)]
+  scratch += [pipeline.vector(WARPGROUPS, rows), pipeline.vector(stages, block) if variant.has_bias else None]
+  scratch += [pipeline.vector(WARPGROUPS, rows, dtype=jnp.int32) if variant.has_segments else None]
+  scratch += [pipeline.barriers(WARPGROUPS, 1 + variant.has_segments), pipeline.barriers(stages, 1 + variant.has_bias)]
+  scratch += [pipeline.barriers(stages, 1), pipeline.barriers(stages), pipeline.barriers(stages), pipeline.barriers(1)]
+  return pipeline.launch(
     body,
-    out_type=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((b, n, t), jnp.float32)],
-    scratch_types=scratch,
-    grid=(n, tiles, b),
-    grid_names=("head", "tile", "batch"),
-    num_threads=WARPGROUPS + 1,
-    thread_name="wg",
-    kernel_name=f"window_bias_forward_{rows}x{block}x{stages}",
-    compiler_params=plgpu.CompilerParams(approx_math=True),
-  )(*inputs)
+    [q, k, v, bias * LOG2E if variant.has_bias else None, start],
+    [jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((b, n, t), jnp.float32)],
+    scratch,
+    {"head": n, "tile": tiles, "batch": b},
+    f"window_bias_forward_{rows}x{block}x{stages}",
+  )

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.common import compat
+from pallas_kernels.common import compat, pipeline
 from pallas_kernels.common.compat import plgpu
+from pallas_kernels.common.pipeline import WARPGROUPS
 from pallas_kernels.common.softmax import LOG2E
-from pallas_kernels.window_bias.gpu_common import WARPGROUPS, Variant, far_scores, key_ranges, scores_of
+from pallas_kernels.window_bias.gpu_common import Variant, key_ranges, over_ranges, scores_of
 
 
 def query_gradient(variant: Variant, q, k, v, bias, start, dout, lse, delta):
@@ -28,54 +29,33 @@ def query_gradient(variant: Variant, q, k, v, bias, start, dout, lse, delta):
   tile = WARPGROUPS * rows
   tiles = t // tile
   scale = h**-0.5
-  inputs = [q, k, v, dout, lse, delta]
-  if variant.has_bias:
-    inputs.append(bias * LOG2E)
-  if variant.has_segments:
-    inputs.append(start)
 
-  def body(*refs):
-    refs = list(refs)
-    q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref = refs[:6]
-    del refs[:6]
-    bias_ref = refs.pop(0) if variant.has_bias else None
-    start_ref = refs.pop(0) if variant.has_segments else None
-    dq_ref, q_smem, dout_smem, lse_smem, delta_smem, k_smem, v_smem = refs[:7]
-    del refs[:7]
-    bias_smem = refs.pop(0) if variant.has_bias else None
-    start_smem = refs.pop(0) if variant.has_segments else None
-    q_ready, k_ready, v_ready, k_free, v_free = refs
-
+  def body(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, bias_ref, start_ref, dq_ref, *scratch):
+    q_smem, dout_smem, lse_smem, delta_smem, k_smem, v_smem, bias_smem, start_smem, *scratch = scratch
+    q_ready, k_ready, v_ready, k_free, v_free = scratch
     head, batch = lax.axis_index("head"), lax.axis_index("batch")
     wg = lax.axis_index("wg")
     tile_base = (tiles - 1 - lax.axis_index("tile")) * tile
     q_base = tile_base + jnp.minimum(wg, WARPGROUPS - 1) * rows
-    first, far_begin, far_end, end = key_ranges(variant, start_ref, batch, tile_base, tile, q_base, rows, block)
+    here = pl.ds(q_base, rows)
+    first, _, _, end = ranges = key_ranges(variant, start_ref, batch, tile_base, tile, q_base, rows, block)
 
     @pl.when(wg < WARPGROUPS)
     def _compute():
       plgpu.set_max_registers(variant.blocks.compute_registers, action="increase")
-      here = pl.ds(q_base, rows)
-      plgpu.copy_gmem_to_smem(q_ref.at[batch, here, head], q_smem.at[wg], q_ready.at[wg])
-      plgpu.copy_gmem_to_smem(dout_ref.at[batch, here, head], dout_smem.at[wg], q_ready.at[wg])
-      plgpu.copy_gmem_to_smem(lse_ref.at[batch, head, here], lse_smem.at[wg], q_ready.at[wg])
-      plgpu.copy_gmem_to_smem(delta_ref.at[batch, head, here], delta_smem.at[wg], q_ready.at[wg])
-      if variant.has_segments:
-        plgpu.copy_gmem_to_smem(start_ref.at[batch, here], start_smem.at[wg], q_ready.at[wg])
+      rows_at, numbers_at = (batch, here, head), (batch, head, here)
+      pipeline.fetch(wg, q_ready, (q_ref, rows_at, q_smem), (dout_ref, rows_at, dout_smem))
+      pipeline.fetch(wg, q_ready, (lse_ref, numbers_at, lse_smem), (delta_ref, numbers_at, delta_smem))
+      pipeline.fetch(wg, q_ready, (start_ref, (batch, here), start_smem))
       plgpu.barrier_wait(q_ready.at[wg])
-      lse = plgpu.load(lse_smem.at[wg], layout=compat.row_layout())
-      delta = plgpu.load(delta_smem.at[wg], layout=compat.row_layout())
-      starts = plgpu.load(start_smem.at[wg], layout=compat.row_layout()) if variant.has_segments else None
+      lse, delta, starts = (pipeline.row_vector(x, wg) for x in (lse_smem, delta_smem, start_smem))
 
       def step(number, dq, masked):
         slot = lax.rem(number - first, jnp.int32(stages))
 
         def weights(raw):
-          column = plgpu.load(bias_smem.at[slot], layout=compat.column_layout()) if variant.has_bias else None
-          if masked:
-            s = scores_of(variant, raw, scale * LOG2E, q_base, number * block, column, starts)
-          else:
-            s = far_scores(raw, scale * LOG2E, column)
+          column = pipeline.column_vector(bias_smem, slot)
+          s = scores_of(variant, raw, scale * LOG2E, q_base, number * block, column, starts, masked)
           return jnp.exp2(s - lax.broadcast_in_dim(lse, s.shape, [0]))
 
         products = compat.dot_pair if variant.blocks.dq_overlap else compat.dot_twice
@@ -89,55 +69,37 @@ def query_gradient(variant: Variant, q, k, v, bias, start, dout, lse, delta):
         compat.release(k_free.at[slot])
         return dq
 
-      dq = plgpu.layout_cast(jnp.zeros((rows, h), jnp.float32), plgpu.Layout.WGMMA)
-      if variant.has_segments:
-        dq = lax.fori_loop(first, far_begin, functools.partial(step, masked=True), dq)
-      dq = lax.fori_loop(far_begin, far_end, functools.partial(step, masked=False), dq)
-      dq = lax.fori_loop(far_end, end, functools.partial(step, masked=True), dq)
+      dq = over_ranges(ranges, step, pipeline.zeros(rows, h), variant.has_segments, True)
       q_smem[wg] = (dq * scale).astype(q.dtype)
-      plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(q_smem.at[wg], dq_ref.at[batch, here, head])
-      plgpu.wait_smem_to_gmem(0)
+      pipeline.store(wg, (dq_ref, (batch, here, head), q_smem))
 
     @pl.when(wg == WARPGROUPS)
     def _load():
       plgpu.set_max_registers(variant.blocks.memory_registers, action="decrease")
       kv_head = lax.div(head, jnp.int32(group))
 
-      @pl.loop(0, end - first)
-      def _(number):
-        slot = lax.rem(number, jnp.int32(stages))
+      def copies(number):
         keys = pl.ds((first + number) * block, block)
-        full = number >= stages
-        pl.when(full)(lambda: plgpu.barrier_wait(k_free.at[slot]))
-        plgpu.copy_gmem_to_smem(k_ref.at[batch, keys, kv_head], k_smem.at[slot], k_ready.at[slot])
-        if variant.has_bias:
-          plgpu.copy_gmem_to_smem(bias_ref.at[batch, kv_head, keys], bias_smem.at[slot], k_ready.at[slot])
-        pl.when(full)(lambda: plgpu.barrier_wait(v_free.at[slot]))
-        plgpu.copy_gmem_to_smem(v_ref.at[batch, keys, kv_head], v_smem.at[slot], v_ready.at[slot])
+        bias = bias_ref, (batch, kv_head, keys), bias_smem
+        return [(k_ref, (batch, keys, kv_head), k_smem), bias], [(v_ref, (batch, keys, kv_head), v_smem)]
 
-      compat.drain(end - first, k_free, v_free)
+      pipeline.stream(end - first, stages, copies, (k_free, k_ready), (v_free, v_ready))
 
-  matrix = functools.partial(plgpu.SMEM, dtype=q.dtype, transforms=compat.operand_transforms())
-  vector = lambda count, length, dtype=jnp.float32: plgpu.SMEM((count, length), dtype)
-  barrier = lambda count, arrivals: plgpu.Barrier(num_barriers=count, num_arrivals=arrivals)
-  scratch = [matrix((WARPGROUPS, rows, h)), matrix((WARPGROUPS, rows, h)), vector(WARPGROUPS, rows)]
-  scratch += [vector(WARPGROUPS, rows), matrix((stages, block, h)), matrix((stages, block, h))]
-  scratch += [vector(stages, block)] if variant.has_bias else []
-  scratch += [vector(WARPGROUPS, rows, jnp.int32)] if variant.has_segments else []
-  scratch += [barrier(WARPGROUPS, 4 + variant.has_segments), barrier(stages, 1 + variant.has_bias), barrier(stages, 1)]
-  scratch += [barrier(stages, WARPGROUPS), barrier(stages, WARPGROUPS)]
-  return compat.kernel(
+  operand = lambda *shape: pipeline.matrix(shape, q.dtype)
+  scratch = [operand(WARPGROUPS, rows, h)] * 2 + [pipeline.vector(WARPGROUPS, rows)] * 2
+  scratch += [operand(stages, block, h)] * 2 + [pipeline.vector(stages, block) if variant.has_bias else None]
+  scratch += [pipeline.vector(WARPGROUPS, rows, dtype=jnp.int32) if variant.has_segments else None]
+  scratch += [pipeline.barriers(WARPGROUPS, 4 + variant.has_segments), pipeline.barriers(stages, 1 + variant.has_bias)]
+  scratch += [pipeline.barriers(stages, 1), pipeline.barriers(stages), pipeline.barriers(stages)]
+  (dq,) = pipeline.launch(
     body,
-    out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
-    scratch_types=scratch,
-    grid=(n, tiles, b),
-    grid_names=("head", "tile", "batch"),
-    num_threads=WARPGROUPS + 1,
-    thread_name="wg",
-    kernel_name=f"window_bias_dq_{rows}x{block}x{stages}",
-    compiler_params=plgpu.CompilerParams(approx_math=True),
-  )(*inputs)
+    [q, k, v, dout, lse, delta, bias * LOG2E if variant.has_bias else None, start],
+    [jax.ShapeDtypeStruct(q.shape, q.dtype)],
+    scratch,
+    {"head": n, "tile": tiles, "batch": b},
+    f"window_bias_dq_{rows}x{block}x{stages}",
+  )
+  return dq
 
 
 def query_ranges(variant: Variant, end_ref, batch, t, tile_base, tile, kv_base, rows, block):
@@ -167,48 +129,26 @@ def key_gradients(variant: Variant, q, k, v, bias, segment_end, dout, lse, delta
   rows, block, stages = variant.blocks.dkv_kv, variant.blocks.dkv_q, variant.blocks.dkv_stages
   tile = WARPGROUPS * rows
   scale = h**-0.5
-  inputs = [q, k, v, dout, lse, delta]
-  if variant.has_bias:
-    inputs.append(bias * LOG2E)
-  if variant.has_segments:
-    inputs.append(segment_end)
 
-  def body(*refs):
-    refs = list(refs)
-    q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref = refs[:6]
-    del refs[:6]
-    bias_ref = refs.pop(0) if variant.has_bias else None
-    end_ref = refs.pop(0) if variant.has_segments else None
-    dk_ref, dv_ref = refs[:2]
-    del refs[:2]
-    dbias_ref = refs.pop(0) if variant.has_bias else None
-    k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem = refs[:6]
-    del refs[:6]
-    bias_smem = refs.pop(0) if variant.has_bias else None
-    end_smem = refs.pop(0) if variant.has_segments else None
-    kv_ready, q_ready, dout_ready, free = refs
-
+  def body(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, bias_ref, end_ref, dk_ref, dv_ref, dbias_ref, *scratch):
+    k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem, bias_smem, end_smem, *scratch = scratch
+    kv_ready, q_ready, dout_ready, free = scratch
     part, batch = lax.axis_index("part"), lax.axis_index("batch")
     wg = lax.axis_index("wg")
     kv_head = lax.div(part * heads, jnp.int32(group))
     tile_base = lax.axis_index("tile") * tile  # the first tiles are seen by the most queries
     kv_base = tile_base + jnp.minimum(wg, WARPGROUPS - 1) * rows
-    first, far_begin, far_end, end = query_ranges(variant, end_ref, batch, t, tile_base, tile, kv_base, rows, block)
+    first, _, _, end = ranges = query_ranges(variant, end_ref, batch, t, tile_base, tile, kv_base, rows, block)
     steps = end - first  # of one head
 
     @pl.when(wg < WARPGROUPS)
     def _compute():
       plgpu.set_max_registers(variant.blocks.compute_registers, action="increase")
       here = pl.ds(kv_base, rows)
-      plgpu.copy_gmem_to_smem(k_ref.at[batch, here, kv_head], k_smem.at[wg], kv_ready.at[wg])
-      plgpu.copy_gmem_to_smem(v_ref.at[batch, here, kv_head], v_smem.at[wg], kv_ready.at[wg])
-      if variant.has_bias:
-        plgpu.copy_gmem_to_smem(bias_ref.at[batch, kv_head, here], bias_smem.at[wg], kv_ready.at[wg])
-      if variant.has_segments:
-        plgpu.copy_gmem_to_smem(end_ref.at[batch, here], end_smem.at[wg], kv_ready.at[wg])
+      pipeline.fetch(wg, kv_ready, (k_ref, (batch, here, kv_head), k_smem), (v_ref, (batch, here, kv_head), v_smem))
+      pipeline.fetch(wg, kv_ready, (bias_ref, (batch, kv_head, here), bias_smem), (end_ref, (batch, here), end_smem))
       plgpu.barrier_wait(kv_ready.at[wg])
-      bias_row = plgpu.load(bias_smem.at[wg], layout=compat.row_layout()) if variant.has_bias else None
-      ends = plgpu.load(end_smem.at[wg], layout=compat.row_layout()) if variant.has_segments else None
+      bias_row, ends = (pipeline.row_vector(x, wg) for x in (bias_smem, end_smem))
 
       def step(number, carry, done, masked):
         """`done`: blocks of queries that earlier heads have passed."""
@@ -233,11 +173,11 @@ def key_gradients(variant: Variant, q, k, v, bias, segment_end, dout, lse, delta
             if variant.has_segments:
               visible = visible & (i < lax.broadcast_in_dim(ends, s.shape, [0]))
             s = jnp.where(visible, s, -jnp.inf)
-          column = plgpu.load(lse_smem.at[slot], layout=compat.column_layout())
+          column = pipeline.column_vector(lse_smem, slot)
           return jnp.exp2(s - lax.broadcast_in_dim(column, s.shape, [1]))
 
         def score_gradient(p, dp, dbias):
-          column = plgpu.load(delta_smem.at[slot], layout=compat.column_layout())
+          column = pipeline.column_vector(delta_smem, slot)
           ds = p * (dp - lax.broadcast_in_dim(column, p.shape, [1]))
           if variant.has_bias and masked:
             i, j = positions()
@@ -262,68 +202,45 @@ def key_gradients(variant: Variant, q, k, v, bias, segment_end, dout, lse, delta
         return dk, dv, dbias
 
       def one_head(g, carry):
-        done = g * steps
-        carry = lax.fori_loop(first, far_begin, functools.partial(step, done=done, masked=True), carry)
-        carry = lax.fori_loop(far_begin, far_end, functools.partial(step, done=done, masked=False), carry)
-        if variant.has_segments:
-          carry = lax.fori_loop(far_end, end, functools.partial(step, done=done, masked=True), carry)
-        return carry
+        return over_ranges(ranges, functools.partial(step, done=g * steps), carry, True, variant.has_segments)
 
-      zeros = lambda: plgpu.layout_cast(jnp.zeros((rows, h), jnp.float32), plgpu.Layout.WGMMA)
-      carry = zeros(), zeros(), plgpu.layout_cast(jnp.zeros((rows,), jnp.float32), compat.row_layout())
+      carry = pipeline.zeros(rows, h), pipeline.zeros(rows, h), pipeline.filled_rows(rows, 0.0)
       dk, dv, dbias = one_head(0, carry) if heads == 1 else lax.fori_loop(0, heads, one_head, carry)
       k_smem[wg] = (dk * scale).astype(k.dtype)
       v_smem[wg] = dv.astype(v.dtype)
       if variant.has_bias:
         bias_smem[wg] = dbias
-      plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(k_smem.at[wg], dk_ref.at[batch, here, part])
-      plgpu.copy_smem_to_gmem(v_smem.at[wg], dv_ref.at[batch, here, part])
-      if variant.has_bias:
-        plgpu.copy_smem_to_gmem(bias_smem.at[wg], dbias_ref.at[batch, part, here])
-      plgpu.wait_smem_to_gmem(0)
+      gradients = (dk_ref, (batch, here, part), k_smem), (dv_ref, (batch, here, part), v_smem)
+      pipeline.store(wg, *gradients, (dbias_ref, (batch, part, here), bias_smem))
 
     @pl.when(wg == WARPGROUPS)
     def _load():
       plgpu.set_max_registers(variant.blocks.memory_registers, action="decrease")
 
-      @pl.loop(0, steps * heads)
-      def _(number):
-        slot = lax.rem(number, jnp.int32(stages))
+      def copies(number):
         head = part * heads + lax.div(number, steps)
         queries = pl.ds((first + lax.rem(number, steps)) * block, block)
-        pl.when(number >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
-        plgpu.copy_gmem_to_smem(q_ref.at[batch, queries, head], q_smem.at[slot], q_ready.at[slot])
-        plgpu.copy_gmem_to_smem(lse_ref.at[batch, head, queries], lse_smem.at[slot], q_ready.at[slot])
-        plgpu.copy_gmem_to_smem(dout_ref.at[batch, queries, head], dout_smem.at[slot], dout_ready.at[slot])
-        plgpu.copy_gmem_to_smem(delta_ref.at[batch, head, queries], delta_smem.at[slot], dout_ready.at[slot])
+        rows_at, numbers_at = (batch, queries, head), (batch, head, queries)
+        of_q = [(q_ref, rows_at, q_smem), (lse_ref, numbers_at, lse_smem)]
+        return of_q, [(dout_ref, rows_at, dout_smem), (delta_ref, numbers_at, delta_smem)]
 
-      compat.drain(steps * heads, free)
+      pipeline.stream(steps * heads, stages, copies, (free, q_ready), (None, dout_ready))
 
-  matrix = functools.partial(plgpu.SMEM, dtype=q.dtype, transforms=compat.operand_transforms())
-  vector = lambda count, length, dtype=jnp.float32: plgpu.SMEM((count, length), dtype)
-  barrier = lambda count, arrivals: plgpu.Barrier(num_barriers=count, num_arrivals=arrivals)
-  scratch = [matrix((WARPGROUPS, rows, h)), matrix((WARPGROUPS, rows, h))]
-  scratch += [matrix((stages, block, h)), matrix((stages, block, h)), vector(stages, block), vector(stages, block)]
-  scratch += [vector(WARPGROUPS, rows)] if variant.has_bias else []
-  scratch += [vector(WARPGROUPS, rows, jnp.int32)] if variant.has_segments else []
-  scratch += [barrier(WARPGROUPS, 2 + variant.has_bias + variant.has_segments), barrier(stages, 2), barrier(stages, 2)]
-  scratch += [barrier(stages, WARPGROUPS)]
-  out_type = [jax.ShapeDtypeStruct((b, t, parts, h), x.dtype) for x in (k, v)]
-  if variant.has_bias:
-    out_type.append(jax.ShapeDtypeStruct((b, parts, t), jnp.float32))
-  outs = compat.kernel(
+  operand = lambda *shape: pipeline.matrix(shape, q.dtype)
+  scratch = [operand(WARPGROUPS, rows, h)] * 2 + [operand(stages, block, h)] * 2 + [pipeline.vector(stages, block)] * 2
+  scratch += [pipeline.vector(WARPGROUPS, rows) if variant.has_bias else None]
+  scratch += [pipeline.vector(WARPGROUPS, rows, dtype=jnp.int32) if variant.has_segments else None]
+  scratch += [pipeline.barriers(WARPGROUPS, 2 + variant.has_bias + variant.has_segments)]
+  scratch += [pipeline.barriers(stages, 2), pipeline.barriers(stages, 2), pipeline.barriers(stages)]
+  gradients = [jax.ShapeDtypeStruct((b, t, parts, h), x.dtype) for x in (k, v)]
+  dk, dv, dbias = pipeline.launch(
     body,
-    out_type=out_type,
-    scratch_types=scratch,
-    grid=(parts, t // tile, b),
-    grid_names=("part", "tile", "batch"),
-    num_threads=WARPGROUPS + 1,
-    thread_name="wg",
-    kernel_name=f"window_bias_dkv_{rows}x{block}x{stages}",
-    compiler_params=plgpu.CompilerParams(approx_math=True),
-  )(*inputs)
-  dk, dv, dbias = (*outs, None)[:3]
+    [q, k, v, dout, lse, delta, bias * LOG2E if variant.has_bias else None, segment_end],
+    [*gradients, jax.ShapeDtypeStruct((b, parts, t), jnp.float32) if variant.has_bias else None],
+    scratch,
+    {"part": parts, "tile": t // tile, "batch": b},
+    f"window_bias_dkv_{rows}x{block}x{stages}",
+  )
   if parts != kv_heads:
     together = lambda x: x.reshape(b, t, kv_heads, group, h).astype(jnp.float32).sum(axis=3).astype(x.dtype)
     dk, dv = together(dk), together(dv)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.common.compat import plgpu
-
-WARPGROUPS = 2  # computing; one more moves data
+from pallas_kernels.common.pipeline import WARPGROUPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,23 +56,23 @@ class Variant:
   blocks: Blocks
 
 
-def scores_of(variant: Variant, raw, scale, q_base, kv_base, bias, start):
-  """Scores [queries, keys] in units of log 2 with the bias and every mask; `raw` is the bare product q k^T."""
+def scores_of(variant: Variant, raw, scale, q_base, kv_base, bias, start, masked: bool):
+  """Scores [queries, keys] in units of log 2 with the bias and, if `masked`, every mask; `raw` is the product q k^T.
+
+  Without `masked`, all keys are visible and, if there is a bias, further back than the window.
+  """
+  biased = lambda s: s if bias is None else s + lax.broadcast_in_dim(bias, raw.shape, [1])
+  if not masked:
+    return biased(raw * scale)
   i = plgpu.broadcasted_iota(jnp.int32, raw.shape, 0, layout=plgpu.Layout.WGMMA) + q_base
   j = plgpu.broadcasted_iota(jnp.int32, raw.shape, 1, layout=plgpu.Layout.WGMMA) + kv_base
   s = raw * scale
   if bias is not None:
-    s = jnp.where(i - j > variant.window, s + lax.broadcast_in_dim(bias, raw.shape, [1]), s)
+    s = jnp.where(i - j > variant.window, biased(s), s)
   visible = j <= i
   if start is not None:
     visible = visible & (j >= lax.broadcast_in_dim(start, raw.shape, [0]))
   return jnp.where(visible, s, -jnp.inf)
-
-
-def far_scores(raw, scale, bias):
-  """Scores of a block all of whose keys are visible and, if there is a bias, further back than the window."""
-  s = raw * scale
-  return s if bias is None else s + lax.broadcast_in_dim(bias, raw.shape, [1])
 
 
 def key_ranges(variant: Variant, start_ref, batch, tile_base, tile, q_base, rows, block):
@@ -90,3 +92,16 @@ def key_ranges(variant: Variant, start_ref, batch, tile_base, tile, q_base, rows
     far_begin = jnp.minimum(far_begin, end)
     far_end = jnp.maximum(far_end, far_begin)
   return first, far_begin, far_end, end
+
+
+def over_ranges(ranges: tuple, step: Callable, carry: Any, before: bool, behind: bool):
+  """`carry` after step(number, carry, masked=...) for each block of `ranges` (see `key_ranges`).
+
+  Args:
+    before, behind: whether there may be blocks that need masks before the others, and behind them.
+  """
+  first, far_begin, far_end, end = ranges
+  masked, bare = functools.partial(step, masked=True), functools.partial(step, masked=False)
+  carry = lax.fori_loop(first, far_begin, masked, carry) if before else carry
+  carry = lax.fori_loop(far_begin, far_end, bare, carry)
+  return lax.fori_loop(far_end, end, masked, carry) if behind else carry

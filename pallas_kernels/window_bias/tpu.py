@@ -13,24 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.common import compat_tpu
+from pallas_kernels.common import compat_tpu, dispatch
 from pallas_kernels.common.softmax import LOG2E, LOWEST
-from pallas_kernels.window_bias import tpu_backward
-from pallas_kernels.window_bias.common import saved, segment_bounds
-from pallas_kernels.window_bias.tpu_common import (
-  SCALAR_BYTES,
-  Blocks,
-  Variant,
-  added_to_scores,
-  default_blocks,
-  dot,
-  for_heads,
-  for_kind,
-  launch,
-  scores,
-  triangle,
-  visible_pairs,
-)
+from pallas_kernels.window_bias import tpu_backward, tpu_common
+from pallas_kernels.window_bias.common import padded, saved, segment_bounds
+from pallas_kernels.window_bias.tpu_common import Blocks, Variant, default_blocks
 
 
 def window_bias_attention(q, k, v, bias, window, segment_ids, blocks: Blocks | None = None):
@@ -42,24 +29,22 @@ def window_bias_attention(q, k, v, bias, window, segment_ids, blocks: Blocks | N
   compat_tpu.require_tpu()
   b, t, n, h = q.shape
   heads = k.shape[2]
-  if not (q.dtype == k.dtype == v.dtype and q.dtype in (jnp.bfloat16, jnp.float32)):
-    raise NotImplementedError(f"q, k, v must all be bfloat16 or all float32, not {q.dtype}, {k.dtype}, {v.dtype}")
+  dispatch.supports(("bfloat16", "float32"), q=q, k=k, v=v)
   if h % 16 or h > 256:
     raise NotImplementedError(f"head size {h}: only multiples of 16 up to 256")
   blocks = blocks or default_blocks(t, n // heads, h, q.dtype.itemsize)
   pad = -t % blocks.multiple
-  pairs = max(triangle(t + pad, tile) for tile in (blocks.forward, blocks.dq, blocks.dkv))
+  pairs = max(tpu_common.triangle(t + pad, tile) for tile in (blocks.forward, blocks.dq, blocks.dkv))
   pairs *= 1 if segment_ids is None else b
-  if 8 * pairs > SCALAR_BYTES:
+  if 8 * pairs > tpu_common.SCALAR_BYTES:
     raise NotImplementedError(f"{pairs} pairs of blocks of {b} x {t} tokens are more than fit the scalar memory")
   last = lambda x: jnp.moveaxis(x, 1, -1)  # tokens into the lanes
   q, k, v = last(q).reshape(b, heads, -1, t), last(k), last(v)
   bias = None if bias is None else bias.astype(jnp.float32)[:, :, None]
   start = None if segment_ids is None else segment_bounds(segment_ids)[0][:, None, None]
   # Zeros behind the last token, in the last segment: no real query sees them, and no gradient reaches them.
-  fill = lambda x, **how: None if x is None else jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, pad)), **how)
   variant = Variant(int(window), bias is not None, blocks)
-  out = _attention(variant, fill(q), fill(k), fill(v), fill(bias), fill(start, mode="edge"))
+  out = _attention(variant, *(padded(x, 3, pad) for x in (q, k, v, bias)), padded(start, 3, pad, mode="edge"))
   return jnp.moveaxis(out[..., :t].reshape(b, n, h, t), -1, 1)
 
 
@@ -101,41 +86,32 @@ def forward(variant: Variant, q, k, v, bias, start):
 
     def attend(kind):
       keys = k_ref[...].T
-      added, _ = added_to_scores(variant, tile, step, kind, bias_ref, start_ref)
+      added, _ = tpu_common.added_to_scores(variant, tile, step, kind, bias_ref, start_ref)
 
       def head(one, rows):
-        s = scores(keys, q_ref[rows, :], added)
+        s = tpu_common.scores(keys, q_ref[rows, :], added)
         top = top_ref[one, :]
         new_top = jnp.maximum(top, s.max(axis=0, keepdims=True))
         shrink, p = jnp.exp2(top - new_top), jnp.exp2(s - new_top)
         top_ref[one, :] = new_top
         total_ref[one, :] = total_ref[one, :] * shrink + p.sum(axis=0, keepdims=True)
-        acc_ref[rows, :] = acc_ref[rows, :] * shrink + dot(v_ref[...], p.astype(q.dtype))
+        acc_ref[rows, :] = acc_ref[rows, :] * shrink + tpu_common.dot(v_ref[...], p.astype(q.dtype))
 
-      for_heads(group, size, head)
+      tpu_common.for_heads(group, size, head)
 
-    for_kind(variant, step, attend)
+    tpu_common.for_kind(variant, step, attend)
 
     @pl.when(step.last)
     def _end():
       def head(one, rows):
         out_ref[rows, :] = (acc_ref[rows, :] / total_ref[one, :]).astype(out_ref.dtype)
 
-      for_heads(group, size, head)
+      tpu_common.for_heads(group, size, head)
       lse_ref[...] = top_ref[...] + jnp.log(total_ref[...]) * LOG2E
 
-  pairs = visible_pairs(variant, tile, b, t, start, by_keys=False)
+  pairs = tpu_common.visible_pairs(variant, tile, b, t, start, by_keys=False)
   row = ((group, tile.q), jnp.float32)
-  return launch(
-    body,
-    tile,
-    pairs,
-    False,
-    inputs=[("q", q), ("kv", k), ("kv", v), ("kv", None if bias is None else bias * LOG2E), ("q", start)],
-    outputs=[
-      ("q", jax.ShapeDtypeStruct(q.shape, q.dtype)),
-      ("q", jax.ShapeDtypeStruct((b, heads, group, t), jnp.float32)),
-    ],
-    scratch=[((group * size, tile.q), jnp.float32), row, row],
-    name="window_bias_forward",
-  )
+  inputs = [("q", q), ("kv", k), ("kv", v), ("kv", None if bias is None else bias * LOG2E), ("q", start)]
+  shapes = jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((b, heads, group, t), jnp.float32)
+  scratch = [((group * size, tile.q), jnp.float32), row, row]
+  return tpu_common.launch(body, pairs, inputs, [("q", x) for x in shapes], scratch, "window_bias_forward")

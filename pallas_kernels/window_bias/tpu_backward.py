@@ -12,33 +12,22 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.common.softmax import LOG2E
-from pallas_kernels.window_bias.tpu_common import (
-  FREE,
-  LANES,
-  Variant,
-  added_to_scores,
-  dot,
-  for_heads,
-  for_kind,
-  launch,
-  scores,
-  visible_pairs,
-)
+from pallas_kernels.window_bias import tpu_common
+from pallas_kernels.window_bias.tpu_common import Variant
 
 
 def gradients(variant: Variant, q, k, v, bias, start, out, lse, dout):
   """(dq, dk, dv, dbias or None), laid out and typed as `tpu.forward`'s arguments."""
   b, heads, size, t = k.shape
-  products = (out.astype(jnp.float32) * dout.astype(jnp.float32)).reshape(b, heads, -1, size, t)
-  delta = products.sum(axis=3)
+  delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).reshape(b, heads, -1, size, t).sum(axis=3)
   bias = None if bias is None else bias * LOG2E
-  dq = query_gradient(variant, q, k, v, bias, start, dout, lse, delta)
-  dk, dv, dbias = key_gradients(variant, q, k, v, bias, start, dout, lse, delta)
-  return dq, dk, dv, dbias
+  inputs = [("q", q), ("kv", k), ("kv", v), ("kv", bias), ("q", start), ("q", dout), ("q", lse), ("q", delta)]
+  return query_gradient(variant, inputs), *key_gradients(variant, inputs)
 
 
-def query_gradient(variant: Variant, q, k, v, bias, start, dout, lse, delta):
-  """dq [B, K, G * H, T]; `bias` in units of log 2, lse and delta float32 [B, K, G, T]."""
+def query_gradient(variant: Variant, inputs: list[tuple]):
+  """dq [B, K, G * H, T]; `inputs`: q, k, v, bias in units of log 2, start, dout, lse and delta float32 [B, K, G, T]."""
+  q, k, start = (inputs[i][1] for i in (0, 1, 4))
   b, _, size, t = k.shape
   group = q.shape[2] // size
   tile = variant.blocks.dq
@@ -50,39 +39,33 @@ def query_gradient(variant: Variant, q, k, v, bias, start, dout, lse, delta):
 
     def attend(kind):
       keys, values = k_ref[...].T, v_ref[...].T
-      added, _ = added_to_scores(variant, tile, step, kind, bias_ref, start_ref)
+      added, _ = tpu_common.added_to_scores(variant, tile, step, kind, bias_ref, start_ref)
 
       def head(one, rows):
-        p = jnp.exp2(scores(keys, q_ref[rows, :], added) - lse_ref[one, :])
-        ds = p * (dot(values, dout_ref[rows, :]) - delta_ref[one, :])
-        acc_ref[rows, :] += dot(k_ref[...], ds.astype(q.dtype))
+        p = jnp.exp2(tpu_common.scores(keys, q_ref[rows, :], added) - lse_ref[one, :])
+        ds = p * (tpu_common.dot(values, dout_ref[rows, :]) - delta_ref[one, :])
+        acc_ref[rows, :] += tpu_common.dot(k_ref[...], ds.astype(q.dtype))
 
-      for_heads(group, size, head)
+      tpu_common.for_heads(group, size, head)
 
-    for_kind(variant, step, attend)
+    tpu_common.for_kind(variant, step, attend)
 
     @pl.when(step.last)
     def _end():
       dq_ref[...] = (acc_ref[...] * size**-0.5).astype(dq_ref.dtype)
 
-  return launch(
-    body,
-    tile,
-    visible_pairs(variant, tile, b, t, start, by_keys=False),
-    False,
-    inputs=[("q", q), ("kv", k), ("kv", v), ("kv", bias), ("q", start), ("q", dout), ("q", lse), ("q", delta)],
-    outputs=[("q", jax.ShapeDtypeStruct(q.shape, q.dtype))],
-    scratch=[((group * size, tile.q), jnp.float32)],
-    name="window_bias_dq",
-  )[0]
+  pairs = tpu_common.visible_pairs(variant, tile, b, t, start, by_keys=False)
+  output, scratch = ("q", jax.ShapeDtypeStruct(q.shape, q.dtype)), ((group * size, tile.q), jnp.float32)
+  return tpu_common.launch(body, pairs, inputs, [output], [scratch], "window_bias_dq")[0]
 
 
-def key_gradients(variant: Variant, q, k, v, bias, start, dout, lse, delta):
+def key_gradients(variant: Variant, inputs: list[tuple]):
   """(dk, dv [B, K, H, T], dbias float32 [B, K, 1, T] or None), each summed over the group's query heads."""
+  q, k, v, bias, start = (x for _, x in inputs[:5])
   b, _, size, t = k.shape
   group = q.shape[2] // size
   tile = variant.blocks.dkv
-  lanes = min(LANES, tile.q)  # a key's part of dbias is summed over lanes at the end only
+  lanes = min(tpu_common.LANES, tile.q)  # a key's part of dbias is summed over lanes at the end only
 
   def body(step, q_ref, k_ref, v_ref, bias_ref, start_ref, dout_ref, lse_ref, delta_ref, dk_ref, dv_ref, *refs):
     dbias_ref, dk_acc, dv_acc, dbias_acc = refs if variant.has_bias else (None, *refs, None)
@@ -94,20 +77,20 @@ def key_gradients(variant: Variant, q, k, v, bias, start, dout, lse, delta):
 
     def attend(kind):
       keys, values = k_ref[...].T, v_ref[...].T
-      added, far = added_to_scores(variant, tile, step, kind, bias_ref, start_ref)
+      added, far = tpu_common.added_to_scores(variant, tile, step, kind, bias_ref, start_ref)
 
       def head(one, rows):
-        p = jnp.exp2(scores(keys, q_ref[rows, :], added) - lse_ref[one, :])
-        dv_acc[...] += dot(p.astype(q.dtype), dout_ref[rows, :], (1, 1))
-        ds = p * (dot(values, dout_ref[rows, :]) - delta_ref[one, :])
-        dk_acc[...] += dot(ds.astype(q.dtype), q_ref[rows, :], (1, 1))
-        if variant.has_bias and kind != FREE:
+        p = jnp.exp2(tpu_common.scores(keys, q_ref[rows, :], added) - lse_ref[one, :])
+        dv_acc[...] += tpu_common.dot(p.astype(q.dtype), dout_ref[rows, :], (1, 1))
+        ds = p * (tpu_common.dot(values, dout_ref[rows, :]) - delta_ref[one, :])
+        dk_acc[...] += tpu_common.dot(ds.astype(q.dtype), q_ref[rows, :], (1, 1))
+        if variant.has_bias and kind != tpu_common.FREE:
           ds = ds if far is None else jnp.where(far, ds, 0.0)
           dbias_acc[...] += sum(ds[:, at : at + lanes] for at in range(0, tile.q, lanes))
 
-      for_heads(group, size, head)
+      tpu_common.for_heads(group, size, head)
 
-    for_kind(variant, step, attend)
+    tpu_common.for_kind(variant, step, attend)
 
     @pl.when(step.last)
     def _end():
@@ -121,14 +104,5 @@ def key_gradients(variant: Variant, q, k, v, bias, start, dout, lse, delta):
   if variant.has_bias:
     outputs.append(("kv", jax.ShapeDtypeStruct(bias.shape, jnp.float32)))
     scratch.append(((tile.kv, lanes), jnp.float32))
-  got = launch(
-    body,
-    tile,
-    visible_pairs(variant, tile, b, t, start, by_keys=True),
-    True,
-    inputs=[("q", q), ("kv", k), ("kv", v), ("kv", bias), ("q", start), ("q", dout), ("q", lse), ("q", delta)],
-    outputs=outputs,
-    scratch=scratch,
-    name="window_bias_dkv",
-  )
-  return *got, *([] if variant.has_bias else [None])
+  pairs = tpu_common.visible_pairs(variant, tile, b, t, start, by_keys=True)
+  return (*tpu_common.launch(body, pairs, inputs, outputs, scratch, "window_bias_dkv"), None)[:3]

@@ -80,13 +80,16 @@ class Pairs(NamedTuple):
   """Visible pairs of blocks in the order of the steps; the first `count` are real.
 
   `places` int32 [P]: 4 * row + kind; `blocks` int32 [P]: 65536 * block of queries + block of keys. `rows`: how many
-  rows share the list, each entry's row then being relative to one of them.
+  rows share the list, each entry's row then being relative to one of them. `by_keys`: whether they are sorted by block
+  of keys, not of queries.
   """
 
   places: Any
   blocks: Any
   count: Any
   rows: int
+  tile: Tile
+  by_keys: bool
 
 
 def visible_pairs(variant: Variant, tile: Tile, batch: int, tokens: int, start, by_keys: bool) -> Pairs:
@@ -104,8 +107,7 @@ def visible_pairs(variant: Variant, tile: Tile, batch: int, tokens: int, start, 
   kinds = xp.where(whole & far, np.int32(FAR), xp.where(whole & free, np.int32(FREE), np.int32(MIXED)))
   row = np.arange(seen.shape[0], dtype=np.int32)[:, None, None]
   places = xp.broadcast_to(4 * row + kinds, seen.shape)
-  blocks = ((i // tile.q << 16) + j // tile.kv).astype(np.int32)
-  blocks = xp.broadcast_to(blocks, seen.shape)
+  blocks = xp.broadcast_to(((i // tile.q << 16) + j // tile.kv).astype(np.int32), seen.shape)
   flat = lambda x: (x.swapaxes(1, 2) if by_keys else x).reshape(-1)
   if start is None:
     at = np.flatnonzero(flat(seen))
@@ -113,7 +115,7 @@ def visible_pairs(variant: Variant, tile: Tile, batch: int, tokens: int, start, 
   else:
     at = jnp.flatnonzero(flat(seen), size=batch * triangle(tokens, tile), fill_value=0)
     count, rows = seen.sum(dtype=jnp.int32), 1
-  return Pairs(jnp.asarray(flat(places)[at]), jnp.asarray(flat(blocks)[at]), count, rows)
+  return Pairs(jnp.asarray(flat(places)[at]), jnp.asarray(flat(blocks)[at]), count, rows, tile, by_keys)
 
 
 class Step(NamedTuple):
@@ -139,16 +141,7 @@ def _current(tile: Tile, by_keys: bool, places, blocks) -> Step:
   return Step(q_base, kv_base, places[step] & 3, first, last)
 
 
-def launch(
-  body: Callable,
-  tile: Tile,
-  pairs: Pairs,
-  by_keys: bool,
-  inputs: Sequence,
-  outputs: Sequence,
-  scratch: Sequence,
-  name: str,
-):
+def launch(body: Callable, pairs: Pairs, inputs: Sequence, outputs: Sequence, scratch: Sequence, name: str):
   """Runs `body(step, *inputs, *outputs, *scratch)` for every KV head and visible pair of blocks.
 
   Args:
@@ -156,6 +149,7 @@ def launch(
     outputs: (axis, ShapeDtypeStruct) each.
     scratch: (shape, dtype) of each vector memory buffer.
   """
+  tile = pairs.tile
 
   def spec(axis, x):
     if x is None:
@@ -168,7 +162,7 @@ def launch(
     return pl.BlockSpec((None, None, x.shape[2], getattr(tile, axis)), index)
 
   def kernel(places, blocks, *refs):
-    body(_current(tile, by_keys, places, blocks), *refs)
+    body(_current(tile, pairs.by_keys, places, blocks), *refs)
 
   heads = outputs[0][1].shape[1]
   return pl.pallas_call(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common.xla_dot import einsum
-from pallas_kernels.window_bias.common import saved
+from pallas_kernels.window_bias.common import padded, saved
 
 # Queries whose scores are in memory at once, and the number of unrolled stages. Within a stage every block reads the
 # same prefix of keys (shapes are static), so at most 1/STAGES of the causal half is wasted.
@@ -23,13 +23,10 @@ def window_bias_attention(q, k, v, bias, window, segment_ids):
   block = min(BLOCK, t)
   pad = -t % block
   if pad:
-    widths = lambda x, axis: [(0, pad if a == axis else 0) for a in range(x.ndim)]
-    q, k, v = (jnp.pad(x, widths(x, 1)) for x in (q, k, v))
-    bias = None if bias is None else jnp.pad(bias, widths(bias, 2))
-    segment_ids = None if segment_ids is None else jnp.pad(segment_ids, widths(segment_ids, 1))
+    q, k, v = (padded(x, 1, pad) for x in (q, k, v))
+    bias, segment_ids = padded(bias, 2, pad), padded(segment_ids, 1, pad)
   blocks = (t + pad) // block
-  qg = q.reshape(b, blocks, block, heads, n // heads, h)
-  qg = jnp.moveaxis(qg, 1, 0)
+  qg = jnp.moveaxis(q.reshape(b, blocks, block, heads, n // heads, h), 1, 0)
 
   @functools.partial(jax.checkpoint, static_argnums=2)
   def one(qb, number, end):

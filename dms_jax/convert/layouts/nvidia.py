@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Literal
 
 from dms_jax.config import DMSConfig
+from dms_jax.families.huggingface import is_number
 
 
 def gates(values: dict, source: str) -> DMSConfig | None:
@@ -37,7 +38,7 @@ def from_keys(values: dict, source: str, gate: Literal["adapter", "neuron"], shi
 
   def number(default: int | float, *names: str) -> int | float:
     value = next((values[n] for n in names if values.get(n) is not None), default)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not is_number(value):
       raise ValueError(f"{source}: {names[0]} should be a number, found {value!r}")
     return value
 

@@ -14,7 +14,7 @@ import numpy as np
 from dms_jax.checkpoint import atomic_directory
 from dms_jax.config import DMSConfig, ModelConfig, from_json, read_json, to_json
 from dms_jax.convert.layouts import fastdms, nvidia
-from dms_jax.convert.tensors import DTYPES, Progress, Tensors, from_params, tensor_bytes
+from dms_jax.convert.tensors import DTYPES, NO_PICKLES, Progress, Tensors, from_params, tensor_bytes
 from dms_jax.families.huggingface import config_from_hf, config_to_hf
 from dms_jax.model import Model
 from dms_jax.params import param_table
@@ -71,17 +71,12 @@ def _weight_files(path: Path) -> list[Path]:
       raise ValueError(f"{path}: shard(s) {missing} named by {INDEX} are missing; fetch them again")
   else:
     files = sorted(f for f in path.glob("*.safetensors") if f.name != GATES)
+    pickles = sorted(f.name for f in path.glob("pytorch_model*.bin"))
     if not files:
-      pickles = sorted(f.name for f in path.glob("pytorch_model*.bin"))
-      if pickles:
-        raise ValueError(
-          f"{path}: only {', '.join(pickles)}: pickles can run code and are not read; save the model as safetensors"
-        )
-      raise ValueError(f"{path}: no .safetensors file in it")
-    if len(files) > 1:
-      raise ValueError(
-        f"{path}: {len(files)} .safetensors files and no {INDEX} that says what is where; fetch it again"
-      )
+      found = f"only {', '.join(pickles)}: {NO_PICKLES}" if pickles else "no .safetensors file in it"
+      raise ValueError(f"{path}: {found}")
+    if (n := len(files)) > 1:
+      raise ValueError(f"{path}: {n} .safetensors files and no {INDEX} that says what is where; fetch it again")
   return files + [path / GATES] * (path / GATES).is_file()
 
 
@@ -177,9 +172,8 @@ def _write_weights(directory: Path, tensors: list, shard_bytes: int, progress: P
     shards[-1].append(entry)
     free -= size
   total = len(shards)
-  names = (
-    ["model.safetensors"] if total == 1 else [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
-  )
+  numbered = [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
+  names = numbered if total > 1 else ["model.safetensors"]
   for i, (name, shard) in enumerate(zip(names, shards, strict=True)):
     save_file({n: read_one() for n, _, read_one in shard}, directory / name, metadata={"format": "pt"})
     if progress is not None:
