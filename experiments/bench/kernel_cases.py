@@ -29,6 +29,7 @@ from pallas_kernels.decode import Pages
 from pallas_kernels.paged import format_of
 
 CALLS = 64  # calls of a decode chain; with 16 the host sometimes limited the smallest cases
+FEW_CALLS = 4  # of XLA's decode, which has several loops a call and takes long to compile
 # Between two implementations in bfloat16: each rounds weights and results to half a unit in the last place, 2^-9.
 SAME = Bar("difference", 8e-3, most=True)
 SAME_MASS = Bar("mass_difference", 1e-4, most=True)  # float32 sums, approximate exponentials
@@ -144,8 +145,8 @@ def dense_attention(q, k, v, causal: bool):
   return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=implementation)
 
 
-def chain(attend: Callable, layers: int, mass: bool = False) -> Callable:
-  """One program of `CALLS` calls `attend(q, layer, ...)`; each call's queries are the previous call's output.
+def chain(attend: Callable, layers: int, mass: bool = False, calls: int | None = None) -> Callable:
+  """One program of `calls` calls `attend(q, layer, ...)`, default `CALLS`; each one's queries are the previous output.
 
   The call is a jitted function, so it is lowered once: lowering a kernel takes seconds. With `mass`, `attend` returns a
   second result, whose sum over the calls so far is computed before the next call, as a policy does.
@@ -154,7 +155,7 @@ def chain(attend: Callable, layers: int, mass: bool = False) -> Callable:
 
   def run(q, *args):
     score = None
-    for number in range(CALLS):
+    for number in range(calls or CALLS):
       q = attend(q, jnp.int32(number % layers), *args)
       if mass:
         q, new = q
@@ -227,14 +228,17 @@ def attend_with(implementation: str | None, mass: bool = False) -> Callable:
   return lambda q, layer, kv, lengths, pages: ours(q, kv, layer, lengths, pages=pages)
 
 
-def decode_us(work: Decode, implementation: str | None, attend: Callable | None = None) -> tuple[float, np.ndarray]:
-  """(microseconds of the kernel, the heads' lengths); `attend` replaces an implementation."""
+def decode_us(
+  work: Decode, implementation: str | None, attend: Callable | None = None, calls: int | None = None
+) -> tuple[float, np.ndarray]:
+  """(microseconds of the kernel, the heads' lengths); `attend` replaces an implementation, `calls` is of `chain`."""
   args, lengths = decode_arguments(work)
   if attend is None:
     run = attend_with(implementation, work.mass)
   else:
     run = lambda q, layer, kv, lengths, pages: attend(q, kv, layer, lengths, pages=pages)
-  return bench.clock(chain(run, work.layers, work.mass), queries(work), *args) / CALLS * 1e6, lengths
+  program = chain(run, work.layers, work.mass, calls)
+  return bench.clock(program, queries(work), *args) / (calls or CALLS) * 1e6, lengths
 
 
 def decode_difference(work: Decode, implementation: str | None) -> dict[str, float]:
@@ -261,7 +265,7 @@ def our_decode(work: Decode, bandwidth: float, implementation: str | None) -> di
   row = {"us": us, "floor_us": floor, "of_floor": floor / us, "calls": CALLS}
   if work.mass:
     plain, _ = decode_us(dataclasses.replace(work, mass=False), implementation)
-    xla, _ = decode_us(work, "xla")
+    xla, _ = decode_us(work, "xla", calls=FEW_CALLS)
     return row | {"plain_us": plain, "slowdown": us / plain, "xla_us": xla, "xla_ratio": xla / us}
   if work.pages:
     other, _ = decode_us(dataclasses.replace(work, pages=0, ring=0), implementation)
