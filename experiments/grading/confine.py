@@ -10,6 +10,7 @@ import ctypes
 import os
 import platform
 import resource
+import signal
 import socket
 import struct
 import sys
@@ -28,7 +29,7 @@ NET_TCP = 0b11  # bind and connect, ABI 4
 SCOPES = 0b11  # abstract Unix sockets and signals, ABI 6
 
 # What an interpreter needs once it runs: its own files, shared libraries and time zones. Not /home, /proc, /tmp.
-READABLE = ("/usr", "/lib", "/lib32", "/lib64", "/opt", "/nix/store", "/etc/ld.so.cache", "/etc/localtime")
+READABLE = ("/usr", "/lib", "/lib32", "/lib64", "/nix/store", "/etc/ld.so.cache", "/etc/localtime")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 
 # Namespaces, linux/sched.h -------------------------------------------------------------------------------------------
@@ -51,8 +52,7 @@ SYSCALLS = """
   mprotect 10 226; mremap 25 216; madvise 28 233; brk 12 214; membarrier 324 283; exit 60 93; exit_group 231 94;
   rt_sigaction 13 134; rt_sigprocmask 14 135; rt_sigreturn 15 139; rt_sigpending 127 136; rt_sigsuspend 130 133;
   rt_sigtimedwait 128 137; sigaltstack 131 132; restart_syscall 219 128; pause 34 -; wait4 61 260; waitid 247 95;
-  alarm 37 -; getitimer 36 102; setitimer 38 103; timer_create 222 107; timer_settime 223 110; timer_gettime 224 108;
-  timer_getoverrun 225 109; timer_delete 226 111; clock_gettime 228 113; clock_getres 229 114;
+  alarm 37 -; getitimer 36 102; setitimer 38 103; clock_gettime 228 113; clock_getres 229 114;
   clock_nanosleep 230 115; nanosleep 35 101; gettimeofday 96 169; time 201 -; times 100 153; getrusage 98 165;
   futex 202 98; set_robust_list 273 99; set_tid_address 218 96; rseq 334 293; sched_yield 24 124;
   sched_getaffinity 204 123; sched_getparam 143 121; sched_getscheduler 145 120; sched_get_priority_max 146 125;
@@ -152,11 +152,15 @@ def separate(isolation: str, folder: str, disk: int) -> None:
   _call("tmpfs", _libc.mount, b"tmpfs", os.fsencode(folder), b"tmpfs", flags, options)
 
 
-def drop_capabilities() -> None:
-  """No capabilities, and none through any file run later."""
+def drop_privileges(parent: int) -> None:
+  """No capabilities, and none through any file run later; no core files; death with process `parent`."""
   _prctl("no_new_privs", 38, 1)
+  _prctl("dumpable", 4, 0)
   header = struct.pack("Ii", 0x20080522, 0)  # version 3, this process
   _call("capset", _libc.capset, header, bytes(24))
+  _prctl("death signal", 1, signal.SIGKILL)
+  if os.getppid() != parent:
+    raise ConfineError("the process that waits has ended")
 
 
 def landlock_abi() -> int:
@@ -189,11 +193,11 @@ def restrict_files(folder: str, writable: bool, libraries: Sequence[str]) -> Non
   os.close(ruleset)
 
 
-def bpf(pid: int) -> list[tuple[int, int, int, int]]:
+def bpf(pid: int, machine: str) -> list[tuple[int, int, int, int]]:
   """The seccomp filter of process `pid` as classic BPF: (code, jump if true, jump if false, value)."""
-  if platform.machine() not in MACHINES:
-    raise ConfineError(f"seccomp: no table of system calls for {platform.machine()}")
-  column, arch = MACHINES[platform.machine()]
+  if machine not in MACHINES:
+    raise ConfineError(f"seccomp: no table of system calls for {machine}; there are {', '.join(MACHINES)}")
+  column, arch = MACHINES[machine]
   load, equal, least, mask, answer = 0x20, 0x15, 0x35, 0x54, 0x06
   allow, kill, refuse = 0x7FFF0000, 0x80000000, 0x50000
   code = [(load, 0, 0, 4), (equal, 1, 0, arch), (answer, 0, 0, kill), (load, 0, 0, 0)]
@@ -217,7 +221,7 @@ def bpf(pid: int) -> list[tuple[int, int, int, int]]:
 
 def filter_calls() -> None:
   """Seccomp: what `SYSCALLS` and `CHECKED` do not list fails; the other ABI of x86_64 kills the process."""
-  code = b"".join(struct.pack("HBBI", *instruction) for instruction in bpf(os.getpid()))
+  code = b"".join(struct.pack("HBBI", *instruction) for instruction in bpf(os.getpid(), platform.machine()))
   held = ctypes.create_string_buffer(code)
   program = struct.pack("HxxxxxxQ", len(code) // 8, ctypes.addressof(held))
   pointer = ctypes.create_string_buffer(program)
@@ -265,12 +269,9 @@ def confine(isolation: str, folder: str, bounds: Bounds, libraries: Sequence[str
   Raises:
     ConfineError: a protection is not available.
   """
-  _prctl("death signal", 1, 9)
-  if os.getppid() != parent:
-    raise ConfineError("the process that waits has ended")
   separate(isolation, folder, bounds.disk)
   os.chdir(folder)
-  drop_capabilities()
+  drop_privileges(parent)
   limit(bounds)
   restrict_files(folder, isolation != "none", libraries)
   filter_calls()

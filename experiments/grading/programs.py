@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import decimal
 import json
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Any
 from experiments.grading import sandbox, wire
 
 FENCE = "```"
-REPLY_BYTES = 1 << 20  # that a wrong answer may hold, beside a multiple of the right one's
+LEAST_BYTES = 1 << 20  # that an answer may hold; or four times those of the right one, if that is more
 
 
 def last_block(text: str) -> str:
@@ -55,7 +56,8 @@ def prints_right(code: str, tests: Sequence[tuple[str, str]], limits: sandbox.Li
     SandboxError: this machine cannot run programs safely.
   """
   for given, expected in tests:
-    outcome = sandbox.run_program(code, given, limits, prelude=True)
+    within = dataclasses.replace(limits, output=max(LEAST_BYTES, 4 * len(expected)))
+    outcome = sandbox.run_program(code, given, within, prelude=True)
     if outcome.ended != "exit" or not same_output(outcome.stdout, expected):
       return False
   return bool(tests)
@@ -67,14 +69,15 @@ def returns_right(code: str, name: str, tests: Sequence[tuple[Sequence[Any], Any
   Raises:
     SandboxError: this machine cannot run programs safely.
   """
-  cap = REPLY_BYTES * len(tests) + 4 * sum(len(json.dumps(value)) for _, value in tests)
-  _, replies = sandbox.call_function(code, name, [arguments for arguments, _ in tests], limits, prelude=True, cap=cap)
+  caps = [max(LEAST_BYTES, 4 * len(json.dumps(value))) for _, value in tests]
+  calls = [arguments for arguments, _ in tests]
+  _, replies = sandbox.call_function(code, name, calls, limits, prelude=True, cap=sum(caps))
   if not tests or len(replies) != len(tests):
     return False
   try:
-    for (_, expected), reply in zip(tests, replies, strict=True):
-      value = wire.result(reply)
-      if not (list(value) if isinstance(value, tuple) else value) == expected:
+    for (_, expected), reply, cap in zip(tests, replies, caps, strict=True):
+      value = wire.result(reply) if len(reply) <= cap else None
+      if len(reply) > cap or (list(value) if isinstance(value, tuple) else value) != expected:
         return False
   except Exception:  # what the program raised, or sent instead of an answer
     return False

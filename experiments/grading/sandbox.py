@@ -9,8 +9,8 @@ line. It inherits no environment and no open files but its pipes, and leads a se
   modes, owners or times.
 - It writes at most `disk` bytes: its folder is a file system in memory of that size. Without mount namespaces nothing
   bounds the sum, so there the folder is not writable.
-- It reads no data sets, home folders, /proc or /tmp: Landlock leaves the interpreter and the libraries of /usr, /lib
-  and /opt.
+- It reads no data sets, home folders, /proc or /tmp: Landlock leaves the interpreter, its packages, and the
+  libraries of /usr and /lib.
 - It makes no process and runs no other program, so it leaves none behind: seccomp has `clone` for threads and no
   `execve`.
 - It signals, traces and limits no other process: seccomp has `kill`, `tgkill` and `prlimit64` for itself and no
@@ -25,7 +25,7 @@ Each worker tries to open sockets, write outside, fork, run, signal and read /pr
 if any of it works. A machine without Landlock (Linux 5.13) or seccomp runs no programs: SandboxError.
 
 Not guaranteed: what an error in the kernel lets through; that no path outside becomes known, since `stat` is not
-restricted; that nothing in /usr, /opt or the interpreter's folders is read; fewer threads than `threads` within those
+restricted; that nothing in /usr or the interpreter's folders is read; fewer threads than `threads` within those
 20 ms; a bound on all programs together, since each has limits of its own and may use a processor until its time is
 over. As root, a program runs as user 0 without capabilities, because an interpreter may be readable by root alone.
 """
@@ -57,6 +57,7 @@ from experiments.grading import confine, wire
 WORKER = Path(__file__).with_name("worker.py")
 TICK = 0.02  # seconds between two looks at a running program
 START_SECONDS = 60.0  # for an interpreter to start and confine itself, on a busy machine
+UNSAFE = "programs cannot run here safely"
 SEALS = ("F_SEAL_WRITE", "F_SEAL_GROW", "F_SEAL_SHRINK", "F_SEAL_SEAL")
 
 
@@ -151,11 +152,20 @@ class _Process:
     except (OSError, IndexError):
       return 0
 
-  def check(self) -> str | None:
+  def exceeded(self) -> str | None:
     """The limit that the process exceeds, if any."""
     if len(self.text["stdout"]) + len(self.text["stderr"]) > self.limits.output:
       return "output"
     return "threads" if self.threads() > self.limits.threads else None
+
+  def refuse(self) -> None:
+    """Raises SandboxError with what a worker said that could not be confined."""
+    self.end()
+    with contextlib.suppress(BlockingIOError):
+      while data := os.read(self.kept["stderr"], 1 << 16):
+        self.text["stderr"] += data
+    said = self.text["status"] or self.text["stderr"].strip().rpartition(b"\n")[2] or b"the worker ended"
+    raise SandboxError(f"{UNSAFE}: {said.decode(errors='replace')}")
 
 
 def _environment(folder: str) -> dict[str, str]:
@@ -179,49 +189,45 @@ def _watch(processes: Sequence[_Process], main: _Process, seconds: float, tests:
   Raises:
     SandboxError: a process could not be confined.
   """
-  with selectors.DefaultSelector() as selector:
+  with selectors.DefaultSelector() as selector, contextlib.ExitStack() as stack:
+    ended = os.pidfd_open(main.process.pid)
+    stack.callback(os.close, ended)
+    selector.register(ended, selectors.EVENT_READ)
     for process in processes:
       for name, number in process.kept.items():
         os.set_blocking(number, False)
         selector.register(number, selectors.EVENT_READ, (process, name))
-    begun = time.monotonic()
-    confined, last, looked = False, begun + START_SECONDS, 0.0
-    while True:
-      exited = main.process.poll() is not None  # before reading: what it wrote is in the pipes now
-      for key, _ in selector.select(0 if exited else TICK):
-        process, name = key.data
-        data = os.read(key.fd, 1 << 16)
+    unread = {key.fd for key in selector.get_map().values() if key.data is None or key.data[0] is main}
+    confined, begun, looked = False, time.monotonic(), 0.0
+    last = begun + START_SECONDS
+    while not (confined and not unread):
+      for key, _ in selector.select(TICK):
+        data = os.read(key.fd, 1 << 16) if key.data else b""
         if not data:
           selector.unregister(key.fd)
-        process.text[name] += data
-        if name == "replies" and b"\n" in data:
-          last = min(time.monotonic() + seconds, begun + seconds * tests)
+          unread.discard(key.fd)
+        if key.data:
+          process, name = key.data
+          process.text[name] += data
+          if name == "status" and not data and process.text[name] != b"ready":
+            process.refuse()
+          if name == "replies" and b"\n" in data:
+            last = min(time.monotonic() + seconds, begun + seconds * tests)
       now = time.monotonic()
       if not confined and all(process.text["status"] == b"ready" for process in processes):
         confined, begun, last = True, now, now + seconds
-      if now - looked >= TICK or exited:
+      if now - looked >= TICK or not unread:
         looked = now
         for process in processes:
-          if limit := process.check():
+          if limit := process.exceeded():
             return limit, now - begun
       if len(main.text.get("replies", b"")) > cap:
         return "output", now - begun
-      if exited and not any(selector.get_map()[key].data[0] is main for key in selector.get_map()):
-        break
       if now > last:
-        break
-    if not confined:
-      _explain(processes)
-    if not exited:
-      return "time", now - begun
-    return ("error" if main.process.returncode else "exit"), now - begun
-
-
-def _explain(processes: Sequence[_Process]) -> None:
-  for process in processes:
-    if (status := process.text["status"].decode(errors="replace")) != "ready":
-      last = process.text["stderr"].decode(errors="replace").strip().rpartition("\n")[2]
-      raise SandboxError(f"programs cannot run here safely: {status or last or 'the worker did not start'}")
+        if not confined:
+          raise SandboxError(f"{UNSAFE}: the worker did not start within {START_SECONDS:g} s")
+        return "time", now - begun
+    return ("error" if main.process.wait() else "exit"), time.monotonic() - begun
 
 
 # Which protections this machine has ----------------------------------------------------------------------------------
@@ -235,7 +241,7 @@ def isolation() -> str:
     SandboxError: not even the weakest works; the message says why.
   """
   if sys.platform != "linux":
-    raise SandboxError(f"programs cannot run here safely: they need Linux (Landlock and seccomp), not {sys.platform}")
+    raise SandboxError(f"{UNSAFE}: they need Linux (Landlock and seccomp), not {sys.platform}")
   for kind in confine.NAMESPACES:
     try:
       if _run("pass", "", Limits(), kind).ended == "exit":
