@@ -1,4 +1,4 @@
-"""Programs in a model's text: where they begin and end, and whether what they print or return is right."""
+"""Programs in a model's text: where they begin and end, whether their output is right."""
 
 from __future__ import annotations
 

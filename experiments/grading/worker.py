@@ -1,4 +1,4 @@
-"""Runs inside the sandbox: confines itself, then runs a program, answers calls to it, or judges such answers.
+"""Runs in the sandbox: confines itself, then runs a program, answers calls to it, or judges it.
 
 `experiments.grading.sandbox` starts it as `python -I -S worker.py SPEC STATUS`, two numbers of open files: what to do,
 as JSON, and where to report that the confinement holds. Both are closed when the program starts.

@@ -1,4 +1,4 @@
-"""Base of the tasks whose answers are programs: prompts, permission to run programs, grading of many at once."""
+"""Base of the tasks whose answers are programs: prompts, permission to run them, grading."""
 
 from __future__ import annotations
 

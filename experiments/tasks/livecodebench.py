@@ -1,4 +1,4 @@
-"""LiveCodeBench (Jain et al. 2024, arXiv 2403.07974): programs for problems of programming contests.
+"""LiveCodeBench (Jain et al. 2024, arXiv 2403.07974): problems of programming contests.
 
 Read from files of code_generation_lite or code_generation as the hub has them, JSON lines: question_content,
 starter_code, platform, contest_date, metadata, public_test_cases and private_test_cases. Problems whose contest lies in

@@ -48,7 +48,7 @@ DOUBLE = 'from typing import List\n\n\ndef double(x: List[int]) -> List[int]:\n 
 RECORD = {
   "task_id": "HumanEval/0", "prompt": DOUBLE, "entry_point": "double",
   "canonical_solution": "    return [2 * y for y in x]\n",
-  "test": "METADATA = {}\n\n\ndef check(candidate):\n  assert candidate([1]) == [2]\n  assert candidate([]) == double([])\n",
+  "test": "METADATA = {}\n\ndef check(candidate):\n  assert candidate([1]) == [2]\n  assert candidate([]) == double([])",
 }  # fmt: skip
 MBPP = {
   "task_id": 7, "text": "Write a function to add.", "code": "def add(a, b):\n  return a + b", "test_setup_code": "",
@@ -67,9 +67,8 @@ def test_humaneval_s_prompts(humaneval):
     "You are an expert Python programmer, and here is your task: Write a function to add. Your code should pass these "
     "tests:\n\nassert add(1, 2) == 3\nassert set(add([1], [2])) == {1, 2}\n"
   )
-  wanted = (
-    f"Write a solution to the following problem and make sure that it passes the tests:\n```python\n{DOUBLE}\n```\n"
-  )
+  wanted = "Write a solution to the following problem and make sure that it passes the tests:\n```python\n"
+  wanted += f"{DOUBLE}\n```\n"
   first, second = prompts(HumanEval(data=humaneval))
   assert (first.text, second.text) == (DOUBLE, mbpp + "[BEGIN]\n") and first.tokens == tokenizer().encode(DOUBLE)
   first, second = prompts(HumanEval(data=humaneval), CHAT)
@@ -122,9 +121,9 @@ def test_humaneval_s_bad_files(tmp_path):
     path = tmp_path / f"{abs(hash(message))}.jsonl"
     with pytest.raises(ValueError, match=f"^--humaneval.data=.*{message}"):
       HumanEval(data=lines(path, record)).count()
-  with pytest.raises(ValueError, match="--humaneval.data=.*: holds no record"):
+  with pytest.raises(ValueError, match=r"--humaneval.data=.*: holds no record"):
     HumanEval(data=lines(tmp_path / "empty.jsonl")).count()
-  with pytest.raises(ValueError, match="--humaneval.data=PATH is needed"):
+  with pytest.raises(ValueError, match=r"--humaneval.data=PATH is needed"):
     HumanEval().count()
 
 
@@ -170,8 +169,8 @@ def test_livecodebench_s_prompts(contests):
     "for the program."
   )
   first = (
-    "### Question:\nAdd the numbers.\n\n### Format: Read the inputs from stdin solve the problem and write the answer to "
-    "stdout (do not directly test on the sample inputs). Enclose your code within delimiters as follows.\n```python\n"
+    "### Question:\nAdd the numbers.\n\n### Format: Read the inputs from stdin solve the problem and write the answer "
+    "to stdout (do not directly test on the sample inputs). Enclose your code within delimiters as follows.\n```python\n"
     "# YOUR CODE HERE\n```\n\n### Answer: (use the provided format with backticks)\n\n"
   )
   second = (
@@ -185,8 +184,8 @@ def test_livecodebench_s_prompts(contests):
   assert thinks == (
     "You will be given a question (problem specification) and will generate a correct Python program that matches the "
     "specification and passes all tests.\n\nQuestion: Add the numbers.\n\nRead the inputs from stdin solve the problem "
-    "and write the answer to stdout (do not directly test on the sample inputs). Enclose your code within delimiters as "
-    "follows.\n```python\n# YOUR CODE HERE\n```\n\n"
+    "and write the answer to stdout (do not directly test on the sample inputs). Enclose your code within delimiters "
+    "as follows.\n```python\n# YOUR CODE HERE\n```\n\n"
   )
 
 
@@ -196,9 +195,9 @@ def test_livecodebench_s_window(contests):
   assert names(start="2024-01-01", end="2025-12-31") == ["early", "abc1", "late", "3"]
   assert names(start="2024-01-01", end="2025-12-31", platform="codeforces") == ["early"]
   assert names(end="2024-08-01") == ["abc1"]
-  with pytest.raises(ValueError, match="none of its 4 problems is from 2020-01-01 to 2020-01-02"):
+  with pytest.raises(ValueError, match=r"none of its 4 problems is from 2020-01-01 to 2020-01-02"):
     names(start="2020-01-01", end="2020-01-02")
-  with pytest.raises(ValueError, match="--livecodebench.start: 'August' is no date"):
+  with pytest.raises(ValueError, match=r"--livecodebench.start: 'August' is no date"):
     names(start="August")
 
 
@@ -228,7 +227,8 @@ def test_private_tests_are_not_unpickled(tmp_path):
   for protocol in range(6):
     assert livecodebench.read_tests(pack(pickle.dumps(json.dumps(tests), protocol))) == tests
   for text, message in (
-    (pack(pickle.dumps(Harm())), r"a pickle of more than a string \("), (pack(pickle.dumps(["[]"])), "more than a string"),
+    (pack(pickle.dumps(Harm())), r"a pickle of more than a string \("),
+    (pack(pickle.dumps(["[]"])), "more than a string"),
     (pack(pickle.dumps(1)), "more than a string"), (pack(b"."), "a pickle of 0 strings"), (pack(b"\x80\x04"), "pickle"),
     ("!", "neither JSON nor compressed base64"), (pack(pickle.dumps("[]"))[:-8], "cut short|neither"),
     ('{"a": 1', "neither JSON"), ("[1]", "a test needs"), (pack(pickle.dumps("{}")), "not a list"),
@@ -279,7 +279,7 @@ def test_programs_run_with_permission_alone(humaneval, monkeypatch):
       prompts(task, TasksConfig())
   monkeypatch.setattr(sandbox.sys, "platform", "darwin")
   sandbox.isolation.cache_clear()
-  with pytest.raises(ValueError, match="^--allow_code: programs cannot run here safely: they need Linux"):
+  with pytest.raises(ValueError, match=r"^--allow_code: programs cannot run here safely: they need Linux"):
     prompts(HumanEval(data=humaneval))
   monkeypatch.undo()
 

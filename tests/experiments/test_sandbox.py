@@ -98,7 +98,8 @@ HARM = {
   ),
   "looks into other processes": (
     "exit",
-    "import os\nfor pid in (1, *range(os.getpid() - 300, os.getpid() + 9)):\n  for name in ('mem', 'environ', 'maps', 'fd/0', 'fd/3'):\n"
+    "import os\nfor pid in (1, *range(os.getpid() - 300, os.getpid() + 9)):\n"
+    "  for name in ('mem', 'environ', 'maps', 'fd/0', 'fd/3'):\n"
     "    if pid == os.getpid(): continue\n"
     "    try: os.open('/proc/%d/%s' % (pid, name), os.O_RDONLY)\n    except OSError: continue\n    print(pid, name)", ""
   ),
