@@ -33,7 +33,7 @@ def get(name: str) -> type[Task]:
     ValueError: there is no such task; the message lists all tasks.
   """
   if name not in TASKS:
-    raise ValueError(f"--tasks: unknown task {name!r}; there are {', '.join(TASKS)}")
+    raise ValueError(f"--tasks: unknown task {name!r}; there are {', '.join(sorted(TASKS))}")
   return TASKS[name]
 
 
@@ -150,6 +150,21 @@ class WritingTask(Task):
     None if the text gives none, or if the task's answers cannot be compared.
     """
     return None
+
+
+# Prompts --------------------------------------------------------------------------------------------------------------
+
+
+def is_chat(tokenizer: Tokenizer, template: str) -> bool:
+  """Whether prompts are chats under `--template`: "auto" is one if the tokenizer has a chat template."""
+  return template == "chat" or (template == "auto" and bool(tokenizer.settings.get("chat_template")))
+
+
+def framed(tokenizer: Tokenizer, template: str, prompt: str, prefix: str = "") -> str:
+  """The text a model reads: `prompt` as a user's message or as it is, and the first words of the answer."""
+  if is_chat(tokenizer, template):
+    prompt = tokenizer.chat([{"role": "user", "content": prompt}])
+  return prompt + prefix
 
 
 # Choices by seed ------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """GSM8K (Cobbe et al. 2021): likelihood of the written solutions of word problems.
 
 Read from the official test.jsonl, calculator marks (<<48/2=24>>) removed. Shots are sampled from the file's other
-records.
+records. In `gsm8k_cot` the model writes the solutions.
 """
 
 from __future__ import annotations
@@ -15,6 +15,16 @@ from experiments.tasks.base import LikelihoodTask, Question, TasksConfig, regist
 FLAG = "gsm8k.data"
 
 
+def asked(question: str) -> str:
+  """A problem as plain text, before its solution."""
+  return f"Question: {question.strip()}\nAnswer:"
+
+
+def unmarked(solution: str) -> str:
+  """A solution without calculator marks."""
+  return re.sub(r"<<.*?>>", "", solution).strip()
+
+
 def read(path: Path) -> list[Question]:
   """Every record of the file, with its solution as the only choice.
 
@@ -22,7 +32,7 @@ def read(path: Path) -> list[Question]:
     ValueError: a malformed record; names the flag and line.
   """
   return [
-    Question(f"Question: {record['question'].strip()}\nAnswer:", (re.sub(r"<<.*?>>", "", record["answer"]).strip(),))
+    Question(asked(record["question"]), (unmarked(record["answer"]),))
     for _, record in json_records(FLAG, path, {"question": str, "answer": str})
   ]
 
@@ -41,9 +51,9 @@ class GSM8K(LikelihoodTask):
 
   def questions(self, config: TasksConfig) -> list[Question]:
     records = read(required(FLAG, self.data, "GSM8K's test.jsonl"))
-    asked = []
+    found = []
     for number in sampled(len(records), config):
       shots = shots_of(records, number, self.shots, self.name, config.seed)
       before = "".join(f"{shot.context} {shot.choices[0]}\n\n" for shot in shots)
-      asked.append(Question(before + records[number].context, records[number].choices))
-    return asked
+      found.append(Question(before + records[number].context, records[number].choices))
+    return found

@@ -1,4 +1,4 @@
-"""HumanEval, MBPP and LiveCodeBench: prompts against hand-written ones, grading, windows, bad files."""
+"""HumanEval, MBPP, LiveCodeBench: prompts against hand-written ones, grading, windows, bad files."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ DOUBLE = 'from typing import List\n\n\ndef double(x: List[int]) -> List[int]:\n 
 RECORD = {
   "task_id": "HumanEval/0", "prompt": DOUBLE, "entry_point": "double",
   "canonical_solution": "    return [2 * y for y in x]\n",
-  "test": "METADATA = {}\n\ndef check(candidate):\n  assert candidate([1]) == [2]\n  assert candidate([]) == double([])",
+  "test": "METADATA = {}\ndef check(candidate):\n  assert candidate([1]) == [2]\n  assert candidate([]) == double([])",
 }  # fmt: skip
 MBPP = {
   "task_id": 7, "text": "Write a function to add.", "code": "def add(a, b):\n  return a + b", "test_setup_code": "",
@@ -170,8 +170,8 @@ def test_livecodebench_s_prompts(contests):
   )
   first = (
     "### Question:\nAdd the numbers.\n\n### Format: Read the inputs from stdin solve the problem and write the answer "
-    "to stdout (do not directly test on the sample inputs). Enclose your code within delimiters as follows.\n```python\n"
-    "# YOUR CODE HERE\n```\n\n### Answer: (use the provided format with backticks)\n\n"
+    "to stdout (do not directly test on the sample inputs). Enclose your code within delimiters as follows.\n```python"
+    "\n# YOUR CODE HERE\n```\n\n### Answer: (use the provided format with backticks)\n\n"
   )
   second = (
     "### Question:\nSwap.\n\n### Format: You will use the following starter code to write the solution to the problem "
