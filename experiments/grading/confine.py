@@ -119,14 +119,13 @@ def limit(bounds: Bounds) -> None:
   """Resource limits of the kernel; soft and hard ones are equal, so that none can be raised again."""
   for name, value in {
     "AS": bounds.memory, "FSIZE": bounds.disk, "NOFILE": bounds.files, "STACK": bounds.stack, "CORE": 0, "MEMLOCK": 0,
-    "MSGQUEUE": 0, "NICE": 0, "RTPRIO": 0,
+    "MSGQUEUE": 0, "NICE": 0, "RTPRIO": 0, "CPU": bounds.cpu,
   }.items():  # fmt: skip
     number = getattr(resource, f"RLIMIT_{name}", None)
     if number is not None:
       hard = resource.getrlimit(number)[1]
       value = value if hard == resource.RLIM_INFINITY else min(value, hard)
       resource.setrlimit(number, (value, value))
-  resource.setrlimit(resource.RLIMIT_CPU, (bounds.cpu, bounds.cpu + 1))  # SIGXCPU, then SIGKILL
 
 
 def separate(isolation: str, folder: str, disk: int) -> None:

@@ -154,7 +154,7 @@ class _Process:
 
   def exceeded(self) -> str | None:
     """The limit that the process exceeds, if any."""
-    if len(self.text["stdout"]) + len(self.text["stderr"]) > self.limits.output:
+    if sum(len(text) for name, text in self.text.items() if name != "replies") > self.limits.output:
       return "output"
     return "threads" if self.threads() > self.limits.threads else None
 
@@ -216,6 +216,8 @@ def _watch(processes: Sequence[_Process], main: _Process, seconds: float, tests:
       now = time.monotonic()
       if not confined and all(process.text["status"] == b"ready" for process in processes):
         confined, begun, last = True, now, now + seconds
+        if not all(process.threads() for process in processes):
+          raise SandboxError(f"{UNSAFE}: /proc does not tell the threads of a process")
       if now - looked >= TICK or not unread:
         looked = now
         for process in processes:

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from dms_jax.tokenizer import Tokenizer
 from experiments.grading import sandbox
-from experiments.tasks.base import Prompt, TasksConfig, WritingTask, sampled
+from experiments.tasks.base import Prompt, TasksConfig, WritingTask, is_chat, sampled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ class CodeTask(WritingTask):
       sandbox.isolation()
     except sandbox.SandboxError as error:
       raise ValueError(f"--allow_code: {error}") from None
-    chat = config.template == "chat" or (config.template == "auto" and bool(tokenizer.settings.get("chat_template")))
+    chat = is_chat(tokenizer, config.template)
     made = []
     for number in sampled(self.count(), config):
       asked = self.asked(number, chat)

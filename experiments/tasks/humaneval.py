@@ -1,7 +1,8 @@
 """HumanEval (Chen et al. 2021, arXiv 2107.03374) and MBPP (Austin et al. 2021, arXiv 2108.07732).
 
-Both are JSON lines: HumanEval.jsonl of openai/human-eval, or any file of its fields task_id, prompt, entry_point, test
-(HumanEval+ too); mbpp.jsonl or sanitized-mbpp.json as JSON lines with task_id, text or prompt, code, test_list.
+Read from JSON lines or the hub's Parquet: HumanEval.jsonl, or any file of its fields task_id, prompt, entry_point and
+test, such as HumanEval+; mbpp.jsonl, or records of its fields task_id, text or prompt, code and test_list.
+`--humaneval.data=hub:openai/openai_humaneval` or `hub:google-research-datasets/mbpp` downloads one.
 
 A chat model gets the message and the first words of the answer that lm-evaluation-harness gives (humaneval_instruct),
 or with `--humaneval.free` no first words: it may then think, and the last fenced block of its text counts. A plain text
@@ -19,13 +20,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from experiments.common.files import json_records, required
 from experiments.grading import sandbox
 from experiments.grading.programs import before_fence, cut, last_block
 from experiments.tasks.base import register
 from experiments.tasks.code import Asked, CodeTask
+from experiments.tasks.sources import located, records
 
 FLAG = "humaneval.data"
+NAMES = ("*openai_humaneval/test-*.parquet", "*HumanEval*.jsonl", "sanitized/test-*.parquet")  # MBPP's the last
 QUESTION = (
   "Write a solution to the following problem and make sure that it passes the tests:\n```python\n{prompt}\n```\n"
 )
@@ -62,7 +64,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     ValueError: a malformed record, or none; names the flag and line.
   """
   found = []
-  for where, record in json_records(FLAG, path, {"task_id": str | int}):
+  for where, record in records(FLAG, path, {"task_id": str | int}):
     if isinstance(record.get("test_list"), list):
       found.append(_mbpp(where, record))
       continue
@@ -79,8 +81,6 @@ def read(path: Path) -> list[dict[str, Any]]:
         "calls": [record["entry_point"]], "setup": setup, "tests": tests,
       }
     )  # fmt: skip
-  if not found:
-    raise ValueError(f"--{FLAG}={path}: holds no record")
   return found
 
 
@@ -119,7 +119,7 @@ class HumanEval(CodeTask):
 
   @property
   def records(self) -> list[dict[str, Any]]:
-    return read(required(FLAG, self.data, "HumanEval.jsonl, or MBPP as JSON lines"))
+    return read(located(FLAG, self.data, "HumanEval.jsonl, MBPP as JSON lines, or hub:openai/openai_humaneval", NAMES))
 
   def count(self) -> int:
     return len(self.records)

@@ -2,9 +2,11 @@
 
 Read from files of code_generation_lite or code_generation as the hub has them, JSON lines: question_content,
 starter_code, platform, contest_date, metadata, public_test_cases and private_test_cases. Problems whose contest lies in
-a window are asked; the default window is that of the DMS paper, August 2024 to January 2025. Prompts, the place of the
-program in a text and the comparison of outputs are those of LiveCodeBench's own harness (lcb_runner). Its time limit is
-6 s for each test; its memory limit is 4 GB.
+a window are asked. The default window is that of the DMS paper, August 2024 to January 2025. Its problems came with
+release 4 and 5 of code_generation_lite: `--livecodebench.data=hub:livecodebench/code_generation_lite/test4.jsonl,...`.
+
+Prompts, the place of the program in a text, the comparison of outputs and the 6 s for each test are those of
+LiveCodeBench's own harness (lcb_runner).
 
 Private tests are a pickled string in the hub's files. They are read without unpickling: any opcode but those of one
 string is an error.
@@ -22,10 +24,11 @@ import zlib
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.common.files import json_records, required
+from experiments.common.files import json_records
 from experiments.grading import programs
 from experiments.tasks.base import register
 from experiments.tasks.code import Asked, CodeTask
+from experiments.tasks.sources import located
 
 FLAG = "livecodebench.data"
 MOST_TEST_BYTES = 1 << 30  # of one problem's private tests, decompressed
@@ -133,13 +136,12 @@ def date(flag: str, text: str) -> datetime.date:
 
 
 @functools.cache
-def read(path: Path, start: datetime.date, end: datetime.date, platform: str) -> list[dict[str, Any]]:
-  """Every problem of a file, or of a folder's *.jsonl in order, with a contest in the window.
+def read(files: tuple[Path, ...], start: datetime.date, end: datetime.date, platform: str) -> list[dict[str, Any]]:
+  """Every problem of the files, in order, with a contest in the window.
 
   Raises:
     ValueError: a malformed record, or no problem in the window; names the flag and line.
   """
-  files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
   found, count = [], 0
   for file in files:
     for where, record in json_records(FLAG, file, FIELDS):
@@ -156,18 +158,19 @@ def read(path: Path, start: datetime.date, end: datetime.date, platform: str) ->
       found.append(kept | {"name": str(record.get("question_id", where)), "where": where, "function": name})
   if not found:
     raise ValueError(
-      f"--{FLAG}={path}: none of its {count} problems is from {start} to {end} (--livecodebench.start, .end) and of "
-      f"--livecodebench.platform={platform}"
+      f"--{FLAG}={','.join(map(str, files))}: none of its {count} problems is from {start} to {end} "
+      f"(--livecodebench.start, .end) and of --livecodebench.platform={platform}"
     )
   return found
 
 
 @register
 class LiveCodeBench(CodeTask):
-  """`data`: a file or a folder of *.jsonl; the window `start` to `end`, both included; `platform` of the contests.
+  """`data`: files, folders of *.jsonl or files of the hub, separated by commas.
 
-  `style` of the prompt: "generic" is for instruct models, "reasoning" for models that think before they answer, and
-  what the harness gives QwQ and DeepSeek's R1. `seconds` for each test of a program, `memory` in MiB.
+  `start` and `end` of the window, both included; `platform` of the contests. `style` of the prompt: "generic" is for
+  instruct models; "reasoning" is for models that think before they answer, and what the harness gives QwQ and
+  DeepSeek's R1. `seconds` for each test of a program; `memory` of a program, MiB.
   """
 
   data: str = ""
@@ -183,7 +186,12 @@ class LiveCodeBench(CodeTask):
   @property
   def records(self) -> list[dict[str, Any]]:
     window = [date(f"--{self.name}.{end}", getattr(self, end)) for end in ("start", "end")]
-    return read(required(FLAG, self.data, "LiveCodeBench's test.jsonl, or a folder of such"), *window, self.platform)
+    what = "LiveCodeBench's test.jsonl, test2.jsonl, ..., or a folder of such"
+    files = []
+    for each in self.data.split(","):
+      place = located(FLAG, each.strip(), what, ("*.jsonl",))
+      files += sorted(place.glob("*.jsonl")) if place.is_dir() else [place]
+    return read(tuple(files), *window, self.platform)
 
   def count(self) -> int:
     return len(self.records)

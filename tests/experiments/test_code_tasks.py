@@ -195,6 +195,8 @@ def test_livecodebench_s_window(contests):
   assert names(start="2024-01-01", end="2025-12-31") == ["early", "abc1", "late", "3"]
   assert names(start="2024-01-01", end="2025-12-31", platform="codeforces") == ["early"]
   assert names(end="2024-08-01") == ["abc1"]
+  files = f"{contests}/test2.jsonl, {contests}/test.jsonl"
+  assert [record["name"] for record in LiveCodeBench(data=files).records] == ["3", "abc1"]
   with pytest.raises(ValueError, match=r"none of its 4 problems is from 2020-01-01 to 2020-01-02"):
     names(start="2020-01-01", end="2020-01-02")
   with pytest.raises(ValueError, match=r"--livecodebench.start: 'August' is no date"):
