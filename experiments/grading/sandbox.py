@@ -128,7 +128,10 @@ class _Process:
         self.kept[name] = end
         stack.callback(os.close, end)
         own(ends[name])
-      what, into = own(_sealed("spec", json.dumps(spec).encode())), own(_sealed("stdin", stdin.encode()))
+      what, into = (
+        own(_sealed("spec", json.dumps(spec).encode())),
+        own(_sealed("stdin", stdin.encode(errors="surrogatepass"))),
+      )
       self.process = subprocess.Popen(
         [sys.executable, "-I", "-S", "-B", "-X", "utf8", str(WORKER), str(what), str(ends["status"])],
         stdin=into, stdout=ends["stdout"], stderr=ends["stderr"], pass_fds=(what, ends["status"], *given),
