@@ -121,20 +121,17 @@ class _Process:
     spec |= {"isolation": isolation, "folder": folder, "bounds": bounds._asdict(), "parent": os.getpid()}
     spec["libraries"] = _libraries()
     with contextlib.ExitStack() as ours:  # the child's ends are closed here once it has them
-      own = lambda number: ours.callback(os.close, number) and number
-      ends = {}
+      ends = {"spec": _sealed("spec", json.dumps(spec).encode())}
+      ends["stdin"] = _sealed("stdin", stdin.encode(errors="surrogatepass"))
       for name in ("stdout", "stderr", "status"):
-        end, ends[name] = os.pipe()
-        self.kept[name] = end
-        stack.callback(os.close, end)
-        own(ends[name])
-      what, into = (
-        own(_sealed("spec", json.dumps(spec).encode())),
-        own(_sealed("stdin", stdin.encode(errors="surrogatepass"))),
-      )
+        self.kept[name], ends[name] = os.pipe()
+        stack.callback(os.close, self.kept[name])
+      for end in ends.values():
+        ours.callback(os.close, end)
       self.process = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-B", "-X", "utf8", str(WORKER), str(what), str(ends["status"])],
-        stdin=into, stdout=ends["stdout"], stderr=ends["stderr"], pass_fds=(what, ends["status"], *given),
+        [sys.executable, "-I", "-S", "-B", "-X", "utf8", str(WORKER), str(ends["spec"]), str(ends["status"])],
+        stdin=ends["stdin"], stdout=ends["stdout"], stderr=ends["stderr"],
+        pass_fds=(ends["spec"], ends["status"], *given),
         env=_environment(folder), cwd=folder, start_new_session=True,
       )  # fmt: skip
     stack.callback(self.end)

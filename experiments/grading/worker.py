@@ -14,7 +14,7 @@ import sys
 import types
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-sys.path.insert(0, ROOT)  # `-I` leaves it out, and `-S` the packages, whose .pth files would run unconfined
+sys.path.append(ROOT)  # `-I` leaves it out; `-S` leaves out the packages, whose .pth files would run unconfined
 from experiments.grading import confine, wire  # noqa: E402
 
 sys.path.remove(ROOT)
