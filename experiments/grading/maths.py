@@ -1,8 +1,9 @@
 """Maths answers, read and compared by math-verify in a process of its own.
 
-math-verify (extra `maths`) finds the answer in a text and compares it with the reference, as in Open-R1: the last
-\\boxed{} first, else the last LaTeX or number. A model may write anything, and a few symbols such as 10^{10^{10}} or
-nested factorials ask for endless work. Therefore the work is done in a worker process:
+math-verify (extra `maths`) finds the answer in a text and compares it with the reference, as in Open-R1. The last
+\\boxed{} counts, else the last LaTeX or number. Boxes joined by a comma, "and" or "or" within 70 characters are a set.
+A model may write anything, and a few symbols such as 10^{10^{10}} or nested factorials ask for endless work. Therefore
+a worker process does the work:
 
 - Reading, comparing and simplifying end after `STEP_S` seconds each, by a signal in the worker's main thread.
 - Work that no signal interrupts ends after `LIMIT_S` seconds, when the worker is killed. The next text starts another.
@@ -51,8 +52,8 @@ def correct(text: str, reference: str) -> bool:
 def answer(text: str) -> str | None:
   """The answer that `text` gives, in canonical form: equal answers are equal strings.
 
-  Numbers without variables are decimals of `DIGITS` significant digits, expressions are simplified and expanded, sets
-  are sorted, and of x = 5 only the value counts. An answer that sympy cannot read is its LaTeX without spaces.
+  Numbers are decimals of `DIGITS` significant digits, expressions with variables are simplified and expanded, sets are
+  sorted, and of x = 5 only the value counts. An answer that sympy cannot read is its LaTeX without spaces.
 
   Returns:
     None if the text gives no answer, or one that takes too long or has more than `LONGEST` characters.
@@ -93,7 +94,7 @@ class _Worker:
     self.connection, theirs = multiprocessing.Pipe()
     with theirs:
       self.process = subprocess.Popen(
-        [sys.executable, "-P", "-W", "ignore", __file__, str(theirs.fileno())],
+        [sys.executable, "-P", "-W", "ignore", __file__, str(theirs.fileno()), str(STEP_S)],
         pass_fds=[theirs.fileno()],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -176,15 +177,15 @@ def _canonical(value) -> str:
 
 
 def _decimal(value) -> str:
-  """A number as a decimal of DIGITS significant digits; whole numbers are exact."""
+  """A number as a decimal of DIGITS significant digits; whole numbers of up to 2 DIGITS digits are exact."""
   import sympy
 
-  if isinstance(value, sympy.Integer):
-    return str(value)
-  real, imaginary = value.evalf(2 * DIGITS).as_real_imag()
-  shown = str(sympy.Float(real, DIGITS)) if real else "0"
-  if "e" not in shown and "." in shown:
-    shown = shown.rstrip("0").rstrip(".")
+  real, imaginary = value.evalf(3 * DIGITS).as_real_imag()
+  if abs(real) < 10 ** (2 * DIGITS) and (real - int(real)).is_zero:  # to sympy a Float never equals an Integer
+    shown = str(int(real))
+  else:
+    shown = str(sympy.Float(real, DIGITS))
+    shown = shown.rstrip("0").rstrip(".") if "e" not in shown else shown
   return shown if not imaginary else f"{shown} + {_decimal(imaginary)} i"
 
 
@@ -215,4 +216,5 @@ def _serve(connection: Connection) -> None:
 
 
 if __name__ == "__main__":
+  STEP_S = int(sys.argv[2])
   _serve(Connection(int(sys.argv[1])))

@@ -1,17 +1,17 @@
 """Common words as in RULER (arXiv 2404.06654, "cwe"): the ten most frequent of a numbered list.
 
 Ten common words come thirty times each among others that come three times each. In prompts below 4,096 tokens they come
-six times and the others once. A worked example of forty (below 4,096 tokens: twenty) words comes first. The wording and
-the numbers are RULER's. The words are the adjective-noun pairs of `experiments.tasks.needle` in place of RULER's list.
+six times and the others once. A worked example of forty (below 4,096 tokens: twenty) words comes first. Wording,
+numbers and words are RULER's. The words are nouns, adjectives and verbs of the package wonderwords (extra `ruler`).
 """
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Sequence
 
 from experiments.tasks.base import register
-from experiments.tasks.needle import PAIRS, pair
 from experiments.tasks.retrieval import Haystack, RetrievalTask
 
 QUESTION = (
@@ -22,6 +22,20 @@ QUESTION = (
 PREFIX = " Answer: The top 10 words that appear most often in the list are:"
 COMMON = 10
 LONG = 4096  # tokens, from which on words are repeated more often
+
+
+@functools.cache
+def vocabulary() -> list[str]:
+  """All words, sorted.
+
+  Raises:
+    ValueError: wonderwords is not installed.
+  """
+  try:
+    from wonderwords import RandomWord
+  except ImportError:
+    raise ValueError("--tasks=common_words needs wonderwords: pip install 'dms_jax[ruler]'") from None
+  return sorted(set(RandomWord().filter(include_categories=["noun", "adjective", "verb"])))
 
 
 def numbered(words: Sequence[str]) -> str:
@@ -44,7 +58,7 @@ class CommonWords(RetrievalTask):
   new_tokens = 120
 
   def sample(self, rng: random.Random, length: int, fit: Callable) -> Haystack:
-    words = [pair(number) for number in rng.sample(range(PAIRS), PAIRS)]
+    words = rng.sample(vocabulary(), len(vocabulary()))
     seeds = rng.getrandbits(64), rng.getrandbits(64)
     size, shown_repeats, repeats = (40, (10, 3), (30, 3)) if length >= LONG else (20, (3, 1), (6, 1))
     common, shown, others = words[:COMMON], words[COMMON : COMMON + size], words[COMMON + size :]

@@ -65,7 +65,7 @@ class GPQA(ProblemTask):
         question, right, *wrong = (row[column].strip() for column in COLUMNS)
         found.append(Choices(question, right, tuple(wrong)))
     except csv.Error as error:
-      raise ValueError(f"--{FLAG}={path}, line {rows.line_num}: not CSV ({error})") from None
+      raise ValueError(f"--{FLAG}={path}, line {rows.reader.line_num}: not CSV ({error})") from None
     if not found:
       raise ValueError(f"--{FLAG}={path}: holds no question")
     return found

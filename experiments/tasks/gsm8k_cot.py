@@ -34,8 +34,7 @@ class GSM8KCoT(ProblemTask):
   shots: int | None = None
 
   name = "gsm8k_cot"
-  what = "GSM8K's test.jsonl, or hub:openai/gsm8k"
-  names = ("test.jsonl", "main/test-*.parquet")
+  what, names = gsm8k.WHAT, gsm8k.NAMES
   new_tokens = 512
   stop = ("\n\nQuestion:",)
 

@@ -1,7 +1,7 @@
 """MATH-500 (Lightman et al. 2023): competition problems of the MATH data set, in writing.
 
 Read from the public test.jsonl, or from the hub: `--math500.data=hub:HuggingFaceH4/MATH-500`. Answers are LaTeX and are
-compared by math-verify, as in the paper (arXiv 2506.05345, appendix G).
+compared by math-verify, as in arXiv 2506.05345.
 """
 
 from __future__ import annotations

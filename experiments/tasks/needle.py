@@ -73,21 +73,14 @@ def listed(items: list[str]) -> str:
   return items[0] if len(items) == 1 else f"{', '.join(items[:-1])}, and {items[-1]}"
 
 
-def pair(number: int) -> str:
-  """An adjective-noun pair; there are `PAIRS` of them."""
-  return f"{ADJECTIVES[number // len(NOUNS)]}-{NOUNS[number % len(NOUNS)]}"
-
-
-PAIRS = len(ADJECTIVES) * len(NOUNS)
-
-
 def sampled_of(kind: str, rng: random.Random, count: int) -> list[str]:
-  """Different pairs, numbers of seven digits, or UUIDs."""
+  """Different adjective-noun pairs, numbers of seven digits, or UUIDs."""
   if kind == "uuids":
     return [str(uuid.UUID(int=rng.getrandbits(128), version=4)) for _ in range(count)]
   if kind == "numbers":
     return [str(n) for n in rng.sample(range(10**6, 10**7), count)]
-  return [pair(n) for n in rng.sample(range(PAIRS), count)]
+  pairs = rng.sample(range(len(ADJECTIVES) * len(NOUNS)), count)
+  return [f"{ADJECTIVES[pair // len(NOUNS)]}-{NOUNS[pair % len(NOUNS)]}" for pair in pairs]
 
 
 @functools.lru_cache(maxsize=4)
