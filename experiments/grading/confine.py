@@ -6,6 +6,7 @@ calls that Python lacks go through ctypes. A confinement cannot be lifted by the
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -268,6 +269,8 @@ def confine(isolation: str, folder: str, bounds: Bounds, libraries: Sequence[str
   Raises:
     ConfineError: a protection is not available.
   """
+  with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+    file.write("1000")  # a machine that runs out of memory ends this process first
   separate(isolation, folder, bounds.disk)
   os.chdir(folder)
   drop_privileges(parent)

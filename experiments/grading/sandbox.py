@@ -27,7 +27,9 @@ if any of it works. A machine without Landlock (Linux 5.13) or seccomp runs no p
 Not guaranteed: what an error in the kernel lets through; that no path outside becomes known, since `stat` is not
 restricted; that nothing in /usr or the interpreter's folders is read; fewer threads than `threads` within those
 20 ms; a bound on all programs together, since each has limits of its own and may use a processor until its time is
-over. As root, a program runs as user 0 without capabilities, because an interpreter may be readable by root alone.
+over; that the empty folder of a program goes if the process that waits is killed. As root, a program runs as user 0
+without capabilities, because an interpreter may be readable by root alone. Programs that need what is refused are
+wrong: asyncio (a pair of sockets), multiprocessing, subprocess.
 """
 
 from __future__ import annotations
