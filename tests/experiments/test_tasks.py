@@ -276,7 +276,7 @@ def broken(text: str, line: int, new: str | None) -> str:
     ("mmlu", "test/anatomy_test.csv", "q,a,b,c,d,A\nq,a,b,c,2\n", "anatomy_test.csv, line 2: 5 fields"),
     ("mmlu", "test/anatomy_test.csv", 'q,a,b,c,d,A\nq,"a\n', "line 2: not CSV"),
     ("mmlu", "dev/anatomy_dev.csv", "q,a,b,c,d,E\n", "anatomy_dev.csv, line 1: the answer must be 0-3 or A-D, not 'E'"),
-    ("mmlu", "dev/anatomy_dev.csv", "q,a,b,c,d,A\n", "anatomy_dev.csv holds 1"),
+    ("mmlu", "dev/anatomy_dev.csv", "q,a,b,c,d,A\n", "has 1 dev questions of anatomy"),
   ],
 )
 def test_malformed_files_name_flag_and_line(tmp_path, task, file, text, message):

@@ -227,9 +227,10 @@ def test_what_else_is_refused(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-  """A fake huggingface_hub with three data sets; the files downloaded so far."""
+  """A fake huggingface_hub with a few data sets; the files downloaded so far."""
   (tmp_path / "test.jsonl").write_text(json.dumps(PROBLEM) + "\n")
   files = {"someone/set": ["README.md", "test.jsonl", "data/test.jsonl"], "someone/other": ["a.csv", "b.csv"]}
+  files["someone/mmlu"] = ["dev.jsonl", "test.jsonl"]
   asked = []
 
   class Hub:
@@ -243,7 +244,7 @@ def hub(tmp_path, monkeypatch):
     @staticmethod
     def hf_hub_download(repo_id, filename, repo_type, revision):
       asked.append((repo_id, filename, revision))
-      return str(tmp_path / "test.jsonl")
+      return str(tmp_path / Path(filename).name)
 
   monkeypatch.setitem(sys.modules, "huggingface_hub", Hub)
   return asked
@@ -256,6 +257,26 @@ def test_data_sets_of_the_hub(hub):
   assert hub == [
     ("someone/set", "test.jsonl", None), ("someone/set", "test.jsonl", "v1"), ("someone/set", "data/test.jsonl", "v1"),
   ]  # fmt: skip
+
+
+def test_mmlu_of_the_hub(hub, tmp_path):
+  row = {"question": " Why? ", "subject": "high_school_physics", "choices": ["a", "b", "c", "d"], "answer": 2}
+  lines(tmp_path / "dev.jsonl", {**row, "subject": "anatomy"}, row)
+  lines(tmp_path / "test.jsonl", row, {**row, "subject": "anatomy", "answer": 0})
+  first, second = get("mmlu")(data="hub:someone/mmlu", shots=1).questions(ALL)
+  asked = "Why?\nA. a\nB. b\nC. c\nD. d\nAnswer:"
+  about = "The following are multiple choice questions (with answers) about"
+  assert (first.context, first.answer) == (f"{about} anatomy.\n\n{asked} C\n\n{asked}", 0)
+  assert second.context.startswith(f"{about} high school physics.") and second.answer == 2
+  for shots, value, message in (
+    (2, "", r"--mmlu.shots=2: --mmlu.data has 1 dev questions of anatomy"),
+    (1, "/test.jsonl", r"--mmlu.data=hub:someone/mmlu/test.jsonl: two files are read; give hub:OWNER/NAME"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      get("mmlu")(data=f"hub:someone/mmlu{value}", shots=shots).questions(ALL)
+  lines(tmp_path / "test.jsonl", {**row, "answer": 4})
+  with pytest.raises(ValueError, match=r"test.jsonl, line 1: a record needs four choices and an answer 0-3"):
+    get("mmlu")(data="hub:someone/mmlu", shots=0).questions(ALL)
 
 
 def test_what_the_hub_cannot_give(hub, monkeypatch):
