@@ -223,9 +223,10 @@ def test_many_at_once():
 
 
 @confined
-def test_a_program_ends_with_the_process_that_waits():
+def test_a_program_ends_with_the_process_that_waits(tmp_path):
   code = "from experiments.grading import sandbox\nsandbox.isolation()\nsandbox.run_program('while True: pass')"
-  waiting = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True)
+  here = os.environ | {"TMPDIR": str(tmp_path)}  # the killed process leaves a folder
+  waiting = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True, env=here)
   try:
     workers, until = [], time.monotonic() + 30
     while not workers and time.monotonic() < until:
