@@ -238,7 +238,7 @@ def verify(folder: str, parent: int) -> None:
   attempts = {
     "opens sockets": lambda: socket.socket(),
     "makes Unix sockets": lambda: socket.socket(socket.AF_UNIX),
-    "writes outside its folder": lambda: os.open(outside, os.O_WRONLY | os.O_CREAT | os.O_EXCL),
+    "writes outside its folder": lambda: _writes(outside),
     "changes modes of files": lambda: os.chmod(folder, 0o700),
     "reads /proc": lambda: os.open("/proc/self/environ", os.O_RDONLY),
     "signals its parent": lambda: os.kill(parent, 0),
@@ -251,6 +251,11 @@ def verify(folder: str, parent: int) -> None:
     except OSError:
       continue
     raise ConfineError(f"a confined process still {what}")
+
+
+def _writes(path: str) -> None:
+  os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+  os.unlink(path)
 
 
 def _forks() -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from experiments.grading import confine, sandbox, wire
 
-QUICK = sandbox.Limits(seconds=1.0, memory=1 << 28, disk=4 << 20, output=1 << 20)
+QUICK = sandbox.Limits(seconds=10.0, memory=1 << 28, disk=4 << 20, output=1 << 20)
 ROOT = Path(__file__).parents[2]
 
 
@@ -155,7 +155,7 @@ def test_harm(name, kind, tmp_path, monkeypatch):
   assert outcome.ended == ended, outcome
   if ended != "output":
     assert outcome.stdout == printed, outcome
-  assert outcome.seconds < 3
+  assert ended != "time" or outcome.seconds < 3
   if ended == "error" and name != "crashes":  # for this reason, and not for an error in the program
     assert re.search(REFUSED, outcome.stderr), outcome
   assert [path.name for path in tmp_path.iterdir()] == ["kept"]
@@ -216,7 +216,8 @@ def test_fine(name):
 @confined
 def test_many_at_once():
   codes = [f"print({number})" if number % 3 else "while True: pass" for number in range(12)]
-  ran = sandbox.in_parallel(lambda code: sandbox.run_program(code, "", QUICK), codes, workers=4)
+  limits = dataclasses.replace(QUICK, seconds=1.0)
+  ran = sandbox.in_parallel(lambda code: sandbox.run_program(code, "", limits), codes, workers=4)
   for number, outcome in enumerate(ran):
     assert (outcome.ended, outcome.stdout) == (("exit", f"{number}\n") if number % 3 else ("time", ""))
   assert not children()
@@ -444,12 +445,13 @@ def machine(tmp_path, monkeypatch):
 
 @confined
 @pytest.mark.parametrize("name", LACKS)
-def test_machines_that_cannot_run_programs(name, machine):
+def test_machines_that_cannot_run_programs(name, machine, tmp_path, monkeypatch):
   change, message = LACKS[name]
   machine(change)
+  monkeypatch.setattr(sandbox.tempfile, "tempdir", str(tmp_path))
   with pytest.raises(sandbox.SandboxError, match=f"programs cannot run here safely: .*{message}"):
     sandbox.run_program("print(1)")
-  assert not children()
+  assert not children() and [path.name for path in tmp_path.iterdir()] == ["worker.py"]
 
 
 @confined
