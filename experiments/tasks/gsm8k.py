@@ -1,7 +1,7 @@
 """GSM8K (Cobbe et al. 2021): likelihood of the written solutions of word problems.
 
-Read from the official test.jsonl, calculator marks (<<48/2=24>>) removed. Shots are sampled from the file's other
-records.
+Read from the official test.jsonl, or from the hub: `--gsm8k.data=hub:openai/gsm8k`. Calculator marks (<<48/2=24>>) are
+removed. Shots are sampled from the file's other records. In `gsm8k_cot` the model writes the solutions.
 """
 
 from __future__ import annotations
@@ -9,10 +9,22 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from experiments.common.files import json_records, required
 from experiments.tasks.base import LikelihoodTask, Question, TasksConfig, register, sampled, shots_of
+from experiments.tasks.sources import located, records
 
 FLAG = "gsm8k.data"
+WHAT = "GSM8K's test.jsonl, or hub:openai/gsm8k"
+NAMES = ("test.jsonl", "main/test-*.parquet")
+
+
+def asked(question: str) -> str:
+  """A problem as plain text, before its solution."""
+  return f"Question: {question.strip()}\nAnswer:"
+
+
+def unmarked(solution: str) -> str:
+  """A solution without calculator marks."""
+  return re.sub(r"<<.*?>>", "", solution).strip()
 
 
 def read(path: Path) -> list[Question]:
@@ -22,8 +34,8 @@ def read(path: Path) -> list[Question]:
     ValueError: a malformed record; names the flag and line.
   """
   return [
-    Question(f"Question: {record['question'].strip()}\nAnswer:", (re.sub(r"<<.*?>>", "", record["answer"]).strip(),))
-    for _, record in json_records(FLAG, path, {"question": str, "answer": str})
+    Question(asked(record["question"]), (unmarked(record["answer"]),))
+    for _, record in records(FLAG, path, {"question": str, "answer": str})
   ]
 
 
@@ -40,10 +52,10 @@ class GSM8K(LikelihoodTask):
     self.least(shots=0)
 
   def questions(self, config: TasksConfig) -> list[Question]:
-    records = read(required(FLAG, self.data, "GSM8K's test.jsonl"))
-    asked = []
-    for number in sampled(len(records), config):
-      shots = shots_of(records, number, self.shots, self.name, config.seed)
+    problems = read(located(FLAG, self.data, WHAT, NAMES))
+    found = []
+    for number in sampled(len(problems), config):
+      shots = shots_of(problems, number, self.shots, self.name, config.seed)
       before = "".join(f"{shot.context} {shot.choices[0]}\n\n" for shot in shots)
-      asked.append(Question(before + records[number].context, records[number].choices))
-    return asked
+      found.append(Question(before + problems[number].context, problems[number].choices))
+    return found

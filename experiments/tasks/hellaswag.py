@@ -1,9 +1,10 @@
 """HellaSwag (Zellers et al. 2019): which of four endings follows.
 
-The layout is that of lm-evaluation-harness. Two formats are read: the official hellaswag_val.jsonl, and the six-line
-format (optionally .bz2) of evaluation tools in C++: "activity: context", the answer 0-3, four endings. The six-line
-format does not mark where the context's second sentence begins, so that sentence stays in lower case; the official
-format capitalises it. Shots are sampled from the file's other records.
+The layout is that of lm-evaluation-harness. Two formats are read. One is the official hellaswag_val.jsonl, which is
+Parquet on the hub: `--hellaswag.data=hub:Rowan/hellaswag`. The other is the six-line format (optionally .bz2) of
+evaluation tools in C++: "activity: context", the answer 0-3, four endings. The six-line format does not mark where the
+context's second sentence begins, so that sentence stays in lower case; the official format capitalises it. Shots are
+sampled from the file's other records.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import re
 from pathlib import Path
 from typing import ClassVar
 
-from experiments.common.files import json_records, read_text, required
+from experiments.common.files import read_text
 from experiments.tasks.base import LikelihoodTask, Question, TasksConfig, register, sampled, shots_of
+from experiments.tasks.sources import located, records
 
 FLAG = "hellaswag.data"
 
@@ -37,9 +39,9 @@ def read(path: Path) -> list[Question]:
     ValueError: a malformed record; names the flag and line.
   """
   questions = []
-  if path.suffix in (".jsonl", ".json"):
+  if path.suffix in (".jsonl", ".json", ".parquet"):
     fields = {"activity_label": str, "ctx_a": str, "ctx_b": str, "endings": list}
-    for where, record in json_records(FLAG, path, fields):
+    for where, record in records(FLAG, path, fields):
       if len(record["endings"]) != 4 or not all(isinstance(e, str) for e in record["endings"]):
         raise ValueError(f"{where}: 'endings' must be four texts")
       context = f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}"
@@ -73,11 +75,12 @@ class HellaSwag(LikelihoodTask):
     self.least(shots=0)
 
   def questions(self, config: TasksConfig) -> list[Question]:
-    records = read(required(FLAG, self.data, "hellaswag_val.jsonl, or the six-line text format"))
+    what = "hellaswag_val.jsonl, the six-line text format, or hub:Rowan/hellaswag"
+    found = read(located(FLAG, self.data, what, ("hellaswag_val.jsonl", "data/validation-*.parquet")))
     asked = []
-    for number in sampled(len(records), config):
-      shots = shots_of(records, number, self.shots, self.name, config.seed)
+    for number in sampled(len(found), config):
+      shots = shots_of(found, number, self.shots, self.name, config.seed)
       before = "".join(f"{shot.context} {shot.choices[shot.answer]}\n\n" for shot in shots)
-      record = records[number]
+      record = found[number]
       asked.append(Question(before + record.context, record.choices, record.answer))
     return asked

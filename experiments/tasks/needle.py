@@ -1,33 +1,51 @@
-"""Needle in a haystack as in RULER (arXiv 2404.06654): numbers hidden in repeated noise.
+"""Needle in a haystack as in RULER (arXiv 2404.06654): values hidden in a long text.
 
-The wording and the numbers are RULER's; keys are adjective-noun pairs from the lists below. Each needle is put between
-two lines of noise, at one of 40 evenly spaced depths.
+The wording and the values are RULER's; keys are adjective-noun pairs from the lists below. Each needle is put between
+two pieces of the haystack, at one of 40 evenly spaced depths. The haystack is repeated noise (RULER's "repeat"), an
+essay read from a file, or needles that are not asked for. RULER's tasks are settings; three have names of their own:
+
+| RULER               | here                                                                                  |
+| ------------------- | ------------------------------------------------------------------------------------- |
+| niah_single_1       | `needle`                                                                              |
+| niah_single_2, _3   | `needle` with `--needle.essay=FILE`, and `--needle.value_kind=uuids`                  |
+| niah_multikey_1     | `needle_multikey` with `--needle_multikey.essay=FILE`                                 |
+| niah_multikey_2, _3 | `needle_multikey` with keys=1, haystack=needles, and both kinds uuids                 |
+| niah_multivalue     | `needle_multivalue` with `--needle_multivalue.essay=FILE`                             |
+| niah_multiquery     | `needle_multiquery` with `--needle_multiquery.essay=FILE`                             |
+
+RULER's essays are Paul Graham's, joined to one text; any text file is read in the same way.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import random
+import re
+import uuid
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 
+from experiments.common.files import read_text
 from experiments.tasks.base import register
 from experiments.tasks.retrieval import Haystack, RetrievalTask
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-NEEDLE_LINE = "One of the special magic numbers for {key} is: {value}."
+NEEDLE_LINE = "One of the special magic {kind} for {key} is: {value}."
 DEPTHS = np.round(np.linspace(0, 100, 40)).astype(int).tolist()  # per cent
 PLURAL = (
-  "Some special magic numbers are hidden within the following text. Make sure to memorize it. I will quiz you about "
-  "the numbers afterwards.\n{context}\n"
-  "What are all the special magic numbers for {query} mentioned in the provided text?",
-  " The special magic numbers for {query} mentioned in the provided text are",
+  "Some special magic {kind} are hidden within the following text. Make sure to memorize it. I will quiz you about "
+  "the {kind} afterwards.\n{context}\n"
+  "What are all the special magic {kind} for {query} mentioned in the provided text?",
+  " The special magic {kind} for {query} mentioned in the provided text are",
 )
 SINGULAR = (
-  "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about "
-  "the number afterwards.\n{context}\n"
-  "What is the special magic number for {query} mentioned in the provided text?",
-  " The special magic number for {query} mentioned in the provided text is",
+  "A special magic {kind} is hidden within the following text. Make sure to memorize it. I will quiz you about "
+  "the {kind} afterwards.\n{context}\n"
+  "What is the special magic {kind} for {query} mentioned in the provided text?",
+  " The special magic {kind} for {query} mentioned in the provided text is",
 )
 
 ADJECTIVES = (
@@ -55,40 +73,122 @@ def listed(items: list[str]) -> str:
   return items[0] if len(items) == 1 else f"{', '.join(items[:-1])}, and {items[-1]}"
 
 
+def sampled_of(kind: str, rng: random.Random, count: int) -> list[str]:
+  """Different adjective-noun pairs, numbers of seven digits, or UUIDs."""
+  if kind == "uuids":
+    return [str(uuid.UUID(int=rng.getrandbits(128), version=4)) for _ in range(count)]
+  if kind == "numbers":
+    return [str(n) for n in rng.sample(range(10**6, 10**7), count)]
+  pairs = rng.sample(range(len(ADJECTIVES) * len(NOUNS)), count)
+  return [f"{ADJECTIVES[pair // len(NOUNS)]}-{NOUNS[pair % len(NOUNS)]}" for pair in pairs]
+
+
+@functools.lru_cache(maxsize=4)
+def words_of(flag: str, path: str) -> tuple[str, ...]:
+  """The words of a text file.
+
+  Raises:
+    ValueError: no such file, or one without a word; names the flag.
+  """
+  if not (words := read_text(flag, path).split()):
+    raise ValueError(f"--{flag}={path}: holds no word")
+  return tuple(words)
+
+
 @register
 class Needle(RetrievalTask):
-  """Settings: keys hidden, values of each key, keys asked for (RULER's single, multi-key, multi-value, multi-query)."""
+  """`keys` hidden, `values` of each key, `queries` (keys asked for), kinds of keys and values, and the haystack.
+
+  `essay`: a text file that is the haystack, in place of `haystack`; it is repeated where it is too short.
+  """
 
   keys: int = 1
   values: int = 1
   queries: int = 1
+  key_kind: Literal["words", "uuids"] = "words"
+  value_kind: Literal["numbers", "uuids"] = "numbers"
+  haystack: Literal["noise", "needles"] = "noise"
+  essay: str = ""
 
   new_tokens = 128
 
   def __post_init__(self):
     self.least(keys=1, values=1, queries=1)
+    flag = f"--{self.name}"
+    if self.essay and self.haystack != "noise":
+      raise ValueError(f"{flag}.essay={self.essay} is a haystack of its own: leave out {flag}.haystack={self.haystack}")
     if self.queries > self.keys:
-      raise ValueError(f"--needle.queries={self.queries} asks for more keys than --needle.keys={self.keys}")
+      raise ValueError(f"{flag}.queries={self.queries} asks for more keys than {flag}.keys={self.keys}")
     if self.keys * self.values > len(DEPTHS):
       raise ValueError(
-        f"--needle.keys={self.keys} x --needle.values={self.values}: there are {len(DEPTHS)} depths to hide them at"
+        f"{flag}.keys={self.keys} x {flag}.values={self.values}: there are {len(DEPTHS)} depths to hide them at"
       )
 
+  def _line(self, key: str, value: str) -> str:
+    return NEEDLE_LINE.format(kind=self.value_kind, key=key, value=value)
+
+  def _units(self, seed: int, used: list[str]) -> Callable[[int], tuple[list[str], str]]:
+    """A function of n: the first n units of the haystack as the pieces that needles may lie between, and their glue."""
+    if self.essay:
+      words = words_of(f"{self.name}.essay", self.essay)
+      text = lambda n: " ".join(itertools.islice(itertools.cycle(words), n))
+      return lambda n: (re.split(r"(?<=[.!?]) ", text(n)), " ")
+    if self.haystack == "noise":
+      return lambda n: ([NOISE] * n, "\n")
+    rng, others = random.Random(seed), []
+
+    def distractors(n: int) -> tuple[list[str], str]:
+      while len(others) < n:  # the first n lines are the same for every n
+        (key,), (value,) = sampled_of(self.key_kind, rng, 1), sampled_of(self.value_kind, rng, 1)
+        if key not in used:
+          others.append(self._line(key, value))
+      return others[:n], "\n"
+
+    return distractors
+
   def sample(self, rng: random.Random, length: int, fit: Callable) -> Haystack:
-    pairs = rng.sample(range(len(ADJECTIVES) * len(NOUNS)), self.keys)
-    keys = [f"{ADJECTIVES[pair // len(NOUNS)]}-{NOUNS[pair % len(NOUNS)]}" for pair in pairs]
-    values = {key: [str(n) for n in rng.sample(range(10**6, 10**7), self.values)] for key in keys}
-    lines = [NEEDLE_LINE.format(key=key, value=value) for key in keys for value in values[key]]
+    keys = sampled_of(self.key_kind, rng, self.keys)
+    values = {key: sampled_of(self.value_kind, rng, self.values) for key in keys}
+    lines = [self._line(key, value) for key in keys for value in values[key]]
     rng.shuffle(lines)
     depths = sorted(rng.sample(DEPTHS, len(lines)))
     asked = rng.sample(keys, self.queries)
-    question, prefix = SINGULAR if self.queries * self.values == 1 else PLURAL
+    single = self.queries * self.values == 1
+    question, prefix = SINGULAR if single else PLURAL
+    about = {"kind": self.value_kind.removesuffix("s") if single else self.value_kind, "query": listed(asked)}
+    units = self._units(rng.getrandbits(64), keys)
 
-    def prompt(units: int) -> str:
-      text = [NOISE] * units
-      for depth, line in reversed(list(zip(depths, lines, strict=True))):
-        text.insert(units * depth // 100, line)
-      return question.format(context="\n".join(text), query=listed(asked))
+    def prompt(count: int) -> str:
+      text, glue = units(count)
+      places = [len(text) * depth // 100 for depth in depths]
+      for place, line in reversed(list(zip(places, lines, strict=True))):
+        text.insert(place, line)
+      return question.format(context=glue.join(text), **about)
 
     references = tuple(value for key in asked for value in values[key])
-    return Haystack(prompt, prefix.format(query=listed(asked)), references, smallest=1)
+    return Haystack(prompt, prefix.format(**about), references, smallest=1)
+
+
+@register
+class NeedleMultiKey(Needle):
+  """Four keys with a value each, one of them asked for (RULER's niah_multikey)."""
+
+  name = "needle_multikey"
+  keys: int = 4
+
+
+@register
+class NeedleMultiValue(Needle):
+  """One key with four values, all asked for (RULER's niah_multivalue)."""
+
+  name = "needle_multivalue"
+  values: int = 4
+
+
+@register
+class NeedleMultiQuery(Needle):
+  """Four keys with a value each, all asked for (RULER's niah_multiquery)."""
+
+  name = "needle_multiquery"
+  keys: int = 4
+  queries: int = 4

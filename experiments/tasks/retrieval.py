@@ -15,22 +15,24 @@ from dms_jax.execution import fastest_form
 from dms_jax.model import Model
 from dms_jax.policies import Policy
 from dms_jax.tokenizer import Tokenizer
-from experiments.tasks.base import Prompt, TasksConfig, WritingTask
+from experiments.tasks.base import Prompt, TasksConfig, WritingTask, framed
 
 SAMPLES = 500  # of each length without a limit; RULER's number
 
 
 @dataclasses.dataclass(frozen=True)
 class Haystack:
-  """A prompt of any length: `prompt(n)` hides the same facts among n units of noise; n is at least `smallest`.
+  """A prompt of any length: `prompt(n)` hides the same facts among n units of noise.
 
-  The answer begins with `prefix`; a right one names every one of `references`.
+  n is at least `smallest`, and at most `largest` where the noise is limited. The answer begins with `prefix`; a right
+  one names every one of `references`.
   """
 
   prompt: Callable[[int], str]
   prefix: str
   references: tuple[str, ...]
   smallest: int
+  largest: int | None = None
 
 
 class RetrievalTask(WritingTask):
@@ -71,18 +73,13 @@ class Written:
   peak: np.ndarray
 
 
-def framed(tokenizer: Tokenizer, template: str, prompt: str, prefix: str) -> str:
-  """The text a model reads: `prompt` as a user's message or as it is, and the first words of the answer."""
-  if template == "chat" or (template == "auto" and tokenizer.settings.get("chat_template")):
-    prompt = tokenizer.chat([{"role": "user", "content": prompt}])
-  return prompt + prefix
-
-
-def most_units(count: Callable[[int], int], limit: int, smallest: int) -> int:
-  """The largest n with `count(n) <= limit`; `smallest - 1` if not even `smallest` fits."""
+def most_units(count: Callable[[int], int], limit: int, smallest: int, largest: int | None = None) -> int:
+  """The largest n with `count(n) <= limit`, at most `largest`; `smallest - 1` if not even `smallest` fits."""
   low, high = smallest - 1, smallest
   while count(high) <= limit:
-    low, high = high, 2 * high
+    if high == largest:
+      return high
+    low, high = high, 2 * high if largest is None else min(2 * high, largest)
   while high - low > 1:
     middle = (low + high) // 2
     low, high = (middle, high) if count(middle) <= limit else (low, middle)
@@ -102,15 +99,15 @@ def prompts(
   if length > max_positions:
     raise ValueError(f"--lengths={length}: the model's context is {max_positions} tokens")
 
-  def fit(build: Callable[[int], str], limit: int, smallest: int) -> int:
-    return max(smallest, most_units(lambda n: len(tokenizer.encode(build(n))), limit, smallest))
+  def fit(build: Callable[[int], str], limit: int, smallest: int, largest: int | None = None) -> int:
+    return max(smallest, most_units(lambda n: len(tokenizer.encode(build(n))), limit, smallest, largest))
 
   limit = min(length, max_positions - task.new_tokens)
   made = []
   for number in range(config.limit or SAMPLES):
     hidden = task.sample(random.Random(f"{config.seed} {task.name} {number}"), length, fit)
     build = lambda n, hidden=hidden: framed(tokenizer, config.template, hidden.prompt(n), hidden.prefix)
-    text = build(fit(build, limit, hidden.smallest))
+    text = build(fit(build, limit, hidden.smallest, hidden.largest))
     tokens = tokenizer.encode(text)
     if len(tokens) > limit:
       raise ValueError(f"--lengths={length} is too short for {task.name}: its shortest prompt has {len(tokens)} tokens")

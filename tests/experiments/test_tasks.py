@@ -109,6 +109,15 @@ def test_tracking_s_text():
       assert made(Tracking()).prefix == prefix and made(Tracking()).references == tuple(names)
 
 
+def test_tracking_without_hops():
+  hidden = made(Tracking(chains=40, hops=0))
+  example, _, asked = hidden.prompt(9).partition("\n\n\n\n")
+  assigned = dict(re.findall(r"VAR ([A-Z]{5}) = (\d{5})", asked))
+  assert len(assigned) == 40 and len(re.findall(r"VAR [A-Z]{3} = \d{5}", example)) == 40
+  (name,) = hidden.references
+  assert f" 1 variables are assigned the value {assigned[name]}, they are: " in hidden.prefix
+
+
 def test_tracking_s_other_chains_have_other_values():
   hidden = made(Tracking(chains=3, hops=2))
   asked = hidden.prompt(9).partition("\n\n\n\n")[2]
@@ -267,7 +276,7 @@ def broken(text: str, line: int, new: str | None) -> str:
     ("mmlu", "test/anatomy_test.csv", "q,a,b,c,d,A\nq,a,b,c,2\n", "anatomy_test.csv, line 2: 5 fields"),
     ("mmlu", "test/anatomy_test.csv", 'q,a,b,c,d,A\nq,"a\n', "line 2: not CSV"),
     ("mmlu", "dev/anatomy_dev.csv", "q,a,b,c,d,E\n", "anatomy_dev.csv, line 1: the answer must be 0-3 or A-D, not 'E'"),
-    ("mmlu", "dev/anatomy_dev.csv", "q,a,b,c,d,A\n", "anatomy_dev.csv holds 1"),
+    ("mmlu", "dev/anatomy_dev.csv", "q,a,b,c,d,A\n", "has 1 dev questions of anatomy"),
   ],
 )
 def test_malformed_files_name_flag_and_line(tmp_path, task, file, text, message):
@@ -291,7 +300,7 @@ def test_missing_files_name_the_flag(tmp_path):
     GSM8K(data=str(tmp_path)).questions(TasksConfig())
   with pytest.raises(ValueError, match=r"no test/SUBJECT_test.csv there"):
     MMLU(data=str(tmp_path)).questions(TasksConfig())
-  with pytest.raises(ValueError, match="--tasks: unknown task 'piqa'; there are gsm8k, hellaswag, mmlu, needle, trac"):
+  with pytest.raises(ValueError, match="--tasks: unknown task 'piqa'; there are aime24, arc_challenge, common_words"):
     get("piqa")
 
 
@@ -300,7 +309,7 @@ def test_settings_that_cannot_be():
     (lambda: MMLU(shots=-1), "--mmlu.shots=-1"),
     (lambda: Needle(keys=1, queries=2), "--needle.queries=2"),
     (lambda: Needle(keys=21, values=2), "--needle.keys=21 x --needle.values=2"),
-    (lambda: Tracking(hops=0), "--tracking.hops=0"),
+    (lambda: Tracking(hops=-1), "--tracking.hops=-1"),
     (lambda: TasksConfig(limit=-2), "--limit=-2"),
   ):
     with pytest.raises(ValueError, match=message):
