@@ -85,6 +85,9 @@ class _Worker:
           return json.loads(self.connection.recv_bytes())
       except (EOFError, OSError):
         pass
+      except BaseException:  # interrupted: the reply, which may still come, belongs to no later request
+        self.close()
+        raise
       self.close()
       return None
 
@@ -193,9 +196,11 @@ def _serve(connection: Connection) -> None:
   """Answers requests until the other side is gone."""
   import logging
   import resource
+  import signal
 
   import math_verify  # noqa: F401  (imported before the process says that it is ready)
 
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
   logging.disable()  # math-verify logs whole texts
   sys.setrecursionlimit(3000)  # deeper nesting is an error instead of a full stack
   with contextlib.suppress(ValueError, OSError):  # macOS has no such limit

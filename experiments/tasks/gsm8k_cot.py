@@ -4,8 +4,8 @@ Read from the official test.jsonl, or from the hub: `--gsm8k_cot.data=hub:openai
 from the file's other records, calculator marks (<<48/2=24>>) removed. In plain text they have the layout of
 lm-evaluation-harness; in a chat they are earlier turns. A chat without examples is asked for a boxed answer.
 
-The number after the first "####" counts, as for the harness's strict match; without one, the answer that math-verify
-finds.
+The number of the first line "#### 42" counts, as for the harness's strict match; without one, the answer that
+math-verify finds.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from experiments.tasks.base import is_chat, register, shots_of
 from experiments.tasks.problems import Problem, ProblemTask, directed
 from experiments.tasks.sources import records
 
-MARK = re.compile(r"####\s*(\S+)")
+MARK = re.compile(r"####\s*([-$\d.,]*\d)\.?\s*$", re.MULTILINE)  # unlike a heading such as "#### Step 1"
 
 
 def final(text: str) -> str:
-  """The part of a text that gives the answer: what follows the first "####", or else all of it."""
-  return mark[1].rstrip(".").replace(",", "") if (mark := MARK.search(text)) else text
+  """The part of a text that gives the answer: the number after the first "####", or else all of the text."""
+  return mark[1].replace(",", "") if (mark := MARK.search(text)) else text
 
 
 @register

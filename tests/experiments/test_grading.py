@@ -106,6 +106,10 @@ def test_a_worker_that_hangs_or_dies_is_replaced(monkeypatch):
     assert worker.ask("correct", r"\boxed{5}", "5") is None and process.returncode is not None
     monkeypatch.setattr(maths, "LIMIT_S", 20.0)
     assert worker.ask("answer", r"\boxed{5}") == "5"
+    monkeypatch.setattr(worker.connection, "poll", lambda seconds: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+      worker.ask("answer", r"\boxed{6}")
+    assert worker.ask("answer", r"\boxed{5}") == "5"  # and not the reply to the request before
     worker.process.kill()
     assert worker.ask("answer", r"\boxed{5}") in (None, "5")  # None if it was not yet seen to be dead
     assert worker.ask("answer", r"\boxed{5}") == "5"

@@ -91,6 +91,7 @@ def test_gsm8k_in_plain_text_and_in_chats(tmp_path):
 def test_gsm8k_s_answers():
   task, prompt = get("gsm8k_cot")(), Prompt("", [], ("1234",))
   right = ("2+2\n#### 1,234", "#### $1,234.", "#### 1234\nmore 5", r"\boxed{1234}", "so 1,234 apples", "#### 1234.00")
+  right += ("#### Step 1\nso\n#### 1. Count\n\\boxed{1234}",)  # headings
   assert all(task.grade(text, prompt) == {"accuracy": 100.0} for text in right)
   assert {task.answer(text) for text in right} == {"1234"}
   assert task.grade("#### 7\n#### 1234", prompt)["accuracy"] == 0  # the first counts
