@@ -8,9 +8,10 @@
 A request may have numbers of its own for the policy: `submit(prompt, budget=512)`, or `cr=`, `threshold=`.
 
 The compiled width is fixed. A row's tokens are bit-equal to those of its run alone, at the same width with all other
-rows empty: they do not depend on the other rows and their numbers, the row's place, or preemptions. Between two decode blocks the host
-checks the rows once: ended rows free their pages, and waiting requests begin while pages are free. When pages run out,
-the pool grows if the budget allows it; otherwise the newest chain is preempted to host memory and restored later.
+rows empty: they do not depend on the other rows and their numbers, the row's place, or preemptions. Between two decode
+blocks the host checks the rows once: ended rows free their pages, and waiting requests begin while pages are free. When
+pages run out, the pool grows if the budget allows it; otherwise the newest chain is preempted to host memory and
+restored later.
 """
 
 from __future__ import annotations
@@ -175,7 +176,8 @@ class Generator:
         number; default its own. Other numbers compile nothing.
 
     Raises:
-      ValueError: bad arguments, a number out of range, a text longer than `max_length`, or a conversation of another model or policy.
+      ValueError: bad arguments, a number out of range, a text longer than `max_length`, or a conversation of another
+        model or policy.
     """
     if not 1 <= chains <= self.width:
       raise ValueError(f"chains={chains} must lie between 1 and the width {self.width}")

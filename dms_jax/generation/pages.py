@@ -115,6 +115,18 @@ class PagedRows:
     self.cache = self.cache.with_pages(pages)
     return True
 
+  def reserve(self, slots: int, extra: int = 0) -> None:
+    """Enlarges the pool, within the budget, to pages for `slots` slots of every head, and `extra` more in one row.
+
+    A pool that is large enough from the start is not copied, and no program is compiled for its larger shape.
+    """
+    rows, size = self.cache.seen.shape[0], self.cache.page_size
+    wanted = self.heads * (rows * -(-slots // size) + -(-extra // size))
+    if self.limit is not None:
+      wanted = min(wanted, self.limit)
+    if wanted > self.cache.pages:
+      self.cache = self.cache.with_pages(wanted)
+
   def read(
     self, model: Model, policy: Policy, row: int, ids: Int[np.ndarray, "T"], chunk: int, usage: ChainUsage
   ) -> Float[Array, "1 V"] | None:

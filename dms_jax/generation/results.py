@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -57,8 +58,8 @@ class Result:
   """The outcome of one ticket: each list has one entry a chain.
 
   `tokens` and `logprobs` (nats) as in `Output`. `finish_reason`: as in `Output`, or "running" or "cancelled". `text`:
-  None without a tokenizer. `usage`: cache usage by step. `stored`: the chain's cache on the host, to continue from, with
-  `keep=True`; else None.
+  None without a tokenizer. `usage`: cache usage by step. `stored`: with `keep=True` the chain's cache on the host, to
+  continue from; else None.
   """
 
   tokens: list[list[int]]
@@ -81,7 +82,7 @@ class Result:
     """Whether all chains have ended."""
     return all(reason != "running" for reason in self.finish_reason)
 
-  def _used(self, name: str) -> list[int | float]:
+  def _used(self, name: str) -> list[Any]:
     return [usage.until()[name] for usage in self.usage]
 
   @property

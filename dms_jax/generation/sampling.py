@@ -61,7 +61,7 @@ def row_keys(key: jax.Array, batch: int) -> Key[Array, "B"]:
 
 
 def chain_keys(key: jax.Array | None, chains: int) -> list[jax.Array | None]:
-  """A key for each chain of a prompt: of a batch of keys its own, else `fold_in(key, chain)`, or a single chain's `key`.
+  """A key for each chain: its own of a batch of keys, else `fold_in(key, chain)`; a single chain has `key` itself.
 
   Raises:
     ValueError: a batch of keys of another length.

@@ -79,8 +79,19 @@ def row_numbers(policy: Policy) -> dict[str, int | float]:
   return {name: value for name, value in found.items() if value is not None}
 
 
+def of_rows(policy: Policy, batch: int, rows: Sequence[int]) -> Policy:
+  """`policy` for some of `batch` rows, which may repeat; numbers that are one for all rows stay as they are.
+
+  Raises:
+    ValueError: numbers of other than `batch` rows.
+  """
+  check_rows(policy, batch)
+  numbers = {name: value for name, value in row_numbers(policy).items() if np.ndim(value)}
+  return policy.replace(**{name: jnp.asarray(value)[np.asarray(rows)] for name, value in numbers.items()})
+
+
 def with_numbers(policy: Policy, numbers: Mapping[str, Sequence[int | float]]) -> Policy:
-  """`policy` with one number for each row: {name: [B]}; of one dtype for each name, so that nothing is compiled anew."""
+  """`policy` with one number for each row: {name: [B]}; a name's dtype never changes, so nothing is compiled anew."""
   dtypes = {name: jnp.int32 if name == "budget" else jnp.float32 for name in numbers}
   return policy.replace(**{name: jnp.asarray(values, dtypes[name]) for name, values in numbers.items()})
 

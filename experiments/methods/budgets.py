@@ -22,7 +22,7 @@ GRAIN = 16  # tokens; budgets that are shapes are rounded to a multiple of it, b
 class Budget:
   """What bounds the cache: `cr`, or `tokens` a head; neither: the policy's own numbers do, or nothing.
 
-  `rule` turns a CR into tokens. "paper": (tokens of the prompt + most new tokens) / CR, rounded up, one fixed number for
+  `rule` turns a CR into tokens. "paper": (tokens of the prompt + most new tokens) / CR, rounded up, a fixed number for
   each text (arXiv 2506.05345, appendix H.1). "seen": at any time the tokens seen so far / CR.
   """
 
@@ -79,7 +79,7 @@ class Group:
 
 
 def _least(model: Model, policy: Policy, most: int) -> int:
-  """The smallest budget in tokens that `policy` takes, at most `most`; the policy's own error if it takes not even that."""
+  """The smallest budget in tokens that `policy` takes; its own error if it refuses even `most`."""
 
   def fits(tokens: int) -> bool:
     try:

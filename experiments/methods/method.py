@@ -30,7 +30,7 @@ class Method:
   model: Model
   policy: Policy = Vanilla()  # noqa: RUF009  (frozen)
   checkpoint: str = ""
-  given: Budget = Budget()
+  given: Budget = Budget()  # noqa: RUF009  (frozen)
 
   @property
   def budget(self) -> dict[str, float]:
@@ -94,9 +94,7 @@ def split_retrofits(retrofits: Sequence[str]) -> list[tuple[str, str]]:
   return found
 
 
-def budgets_of(
-  name: str, policy: type[Policy] | Policy, crs: Sequence[float], tokens: Sequence[int], rule: Any
-) -> list[Budget]:
+def budgets_of(name: str, policy: Policy, crs: Sequence[float], tokens: Sequence[int], rule: Any) -> list[Budget]:
   """The budgets that a method runs under.
 
   Methods without a budget run once: Vanilla, and those whose gates decide, such as DMS, which has the CR that it was
@@ -110,10 +108,15 @@ def budgets_of(
   own = [f"--{name}.{key}={value}" for key in ("budget", "cr") if (value := getattr(policy, key, None)) is not None]
   if own and (crs or tokens):
     raise ValueError(f"{own[0]} beside --cr or --budgets: give one of them")
-  if own or getattr(policy, "bounded", False) and not own and getattr(policy, "window", None) and not (crs or tokens):
+  if own:
     return [Budget()]
   if not (crs or tokens):
-    raise ValueError(f"--methods: {name} needs a budget: give --cr=2,4,8, --budgets=512 (tokens) or --{name}.budget")
+    try:
+      policy.resolved(window=0)  # such as StreamingLLM with a window
+    except ValueError:
+      message = f"--methods: {name} needs a budget: give --cr=2,4,8, --budgets=512 (tokens) or --{name}.budget"
+      raise ValueError(message) from None
+    return [Budget()]
   return [*(Budget(cr=cr, rule=rule) for cr in crs), *(Budget(tokens=number) for number in tokens)]
 
 
