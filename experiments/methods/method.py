@@ -127,7 +127,8 @@ def build(
 ) -> list[Method]:  # fmt: skip
   """The methods of `--methods`, each with every budget.
 
-  Methods that use gates run each retrofit, or the original if it has gates itself; the others run the original.
+  Methods that use gates run each retrofit that is for them alone, else each that is for all, else the original if it
+  has gates itself; the others run the original.
 
   Args:
     original, origin: the original model and its fingerprint.
@@ -143,7 +144,7 @@ def build(
     policy = read("dms" if name == HARD else name, cls)
     models = [("", original, origin)]
     if cls.uses_gates:
-      own = [each for each in retrofits if each[0] in ("", name)]
+      own = [each for each in retrofits if each[0] == name] or [each for each in retrofits if not each[0]]
       models = [(Path(folder).name if len(own) > 1 else "", model, about) for _, folder, model, about in own]
       if not models and original.dms is not None:
         models = [("", original, origin)]
