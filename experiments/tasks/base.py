@@ -46,7 +46,8 @@ class TasksConfig:
   instruct models. "raw" is plain text, as RULER does for base models. "auto" is "chat" if the tokenizer has a chat
   template, else "raw". Likelihood tasks are always plain text, as in lm-evaluation-harness.
 
-  A task that writes gives `chains` texts for each prompt. They are sampled at `temperature` from the likeliest tokens
+  A task that writes gives as many texts for each prompt as the largest of `chains`, W; for a smaller W of the list the
+  summary takes all subsets of them. They are sampled at `temperature` from the likeliest tokens
   whose probabilities sum to `top_p`; temperature 0 is greedy, and `top_p` then changes nothing. The paper samples
   Qwen3 at temperature 0.6 and top-p 0.95 (arXiv 2506.05345, table 2), which DeepSeek recommends for its R1 models too.
 
@@ -57,19 +58,23 @@ class TasksConfig:
   limit: int = 0
   seed: int = 42
   template: Literal["auto", "chat", "raw"] = "auto"
-  chains: int = 1
+  chains: tuple[int, ...] = (1,)
   temperature: float = 0.0
   top_p: float = 1.0
   allow_code: bool = False
 
   def __post_init__(self):
-    for name, least in (("limit", 0), ("chains", 1), ("temperature", 0)):
+    if isinstance(self.chains, int):
+      object.__setattr__(self, "chains", (self.chains,))
+    for name, least in (("limit", 0), ("temperature", 0)):
       if (value := getattr(self, name)) < least:
         raise ValueError(f"--{name}={value} must be {least} or more")
+    if min(self.chains, default=0) < 1:
+      raise ValueError(f"--chains={','.join(map(str, self.chains))} must be 1 or more")
     if not 0 < self.top_p <= 1:
       raise ValueError(f"--top_p={self.top_p} must be above 0 and at most 1")
-    if self.chains > 1 and not self.temperature:
-      raise ValueError(f"--chains={self.chains} would be equal: give a --temperature above 0 to sample them")
+    if max(self.chains) > 1 and not self.temperature:
+      raise ValueError(f"--chains={max(self.chains)} would be equal: give a --temperature above 0 to sample them")
 
 
 class Task:
