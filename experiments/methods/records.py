@@ -76,8 +76,11 @@ def append(path: Path, records: Iterable[Record]) -> None:
     file.write("".join(json.dumps(program.to_plain(record)) + "\n" for record in records))
 
 
-def read(path: Path) -> list[Record]:
+def read(path: Path, flag: str = "output") -> list[Record]:
   """The records of a file, in order; none if it is missing. A last line that was cut short is removed from the file.
+
+  Args:
+    flag: the flag that named the file, for errors.
 
   Raises:
     ValueError: a line is not a record, or repeats a record; the message names the line.
@@ -86,7 +89,7 @@ def read(path: Path) -> list[Record]:
     return []
   files.cut_half_line(path, START)
   found: dict[tuple, Record] = {}
-  for where, values in files.json_records("output", path, TYPES):
+  for where, values in files.json_records(flag, path, TYPES):
     if unknown := sorted(set(values) - set(TYPES)):
       raise ValueError(f"{where}: a record has no field {unknown[0]!r}")
     record = Record(**values)

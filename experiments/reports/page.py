@@ -1,0 +1,359 @@
+"""The page of a report: one HTML file without scripts, fonts or pictures from elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from experiments.common import program
+from experiments.methods import pareto
+from experiments.methods.records import Record
+from experiments.methods.summary import Entry
+from experiments.methods.trace import Trace
+from experiments.reports import charts, styles
+from experiments.reports.results import AXIS_NAMES, LOWER_COST, Panel, Point, Results, Setting
+from experiments.reports.tables import note
+from experiments.tasks.base import Task
+
+TEMPLATES = Path(__file__).parent / "templates"
+LEVELS = 5  # shades of a chain's text; level 0 is what no head holds
+LONGEST = 22  # characters of a method's name in a chart
+
+
+def short_name(name: str) -> str:
+  """A method's name, cut in the middle to LONGEST characters."""
+  half = (LONGEST - 1) // 2
+  return name if len(name) <= LONGEST else f"{name[:half]}…{name[-half:]}"
+
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """A table of the page.
+
+  Fields:
+    caption: what it shows.
+    groups: (title, columns) of the head's upper row, which spans columns; empty: there is none.
+    columns: names of the columns, with units; the first holds the row's name.
+    numeric: for each column whether it holds numbers.
+    rows: (style or None, cells); a cell is a text, or (text, True) to stress it.
+    notes: sentences below.
+  """
+
+  caption: str
+  columns: list[str]
+  numeric: list[bool]
+  rows: list[tuple[styles.Style | None, list[Any]]]
+  groups: list[tuple[str, int]] = dataclasses.field(default_factory=list)
+  notes: list[str] = dataclasses.field(default_factory=list)
+
+
+def _setting_columns(settings: Sequence[Setting]) -> tuple[list[str], Any]:
+  """Names of the columns that tell settings apart, and a function from a setting to its cells."""
+  wide, long = ({getattr(each, name) for each in settings} for name in ("chains", "max_tokens"))
+  names = ["method", "bound on the cache"] + ["W, chains"] * (wide != {1}) + ["L, new tokens"] * (len(long) > 1)
+
+  def cells(each: Setting) -> list[str]:
+    shown = [each.method, each.bound] + [f"{each.chains}"] * (wide != {1})
+    return shown + [f"{each.max_tokens:,}" if each.max_tokens else ""] * (len(long) > 1)
+
+  return names, cells
+
+
+def overview(panels: Sequence[Panel], look: Mapping[str, styles.Style], kind: str, baseline: str) -> Table:
+  """Every setting on every task: main metrics ("scores"), or their differences from the baseline ("differences")."""
+  settings = list(dict.fromkeys(point.setting for panel in panels for point in panel.points))
+  order = list(look)
+  settings.sort(key=lambda each: (order.index(each.method), each.chains, each.max_tokens))  # budgets keep their order
+  joined = sorted({(each.method, each.budget, each.chains) for each in settings}, key=str)
+  names, cells = _setting_columns(settings)
+  scores = kind == "scores"
+  if not scores:
+    settings = [each for each in settings if each.method != baseline or len(joined) == 1]
+  rows = []
+  for setting in settings:
+    row: list[Any] = cells(setting)
+    for panel in panels:
+      entry = next((p.entries[panel.metric] for p in panel.points if p.setting == setting), None)
+      mean, error = (None, None) if entry is None else (entry.mean, entry.standard_error)
+      if not scores:
+        mean, error = (None, None) if entry is None else (entry.difference, entry.difference_se)
+      clear = not scores and mean is not None and error is not None and abs(mean) > 2 * error
+      row += [(styles.number(panel.metric, mean, "" if scores else "+"), clear), styles.number(panel.metric, error)]
+      row += [f"{entry.achieved_cr:.2f}" if entry else ""] * scores
+    if any(row[i][0] for i in range(len(names), len(row), 3 if scores else 2)):
+      rows.append((look[setting.method], row))
+  each = ["score", "SE", "CR"] if scores else ["difference", "SE"]
+  groups = [("", len(names))] + [(f"{p.name}: {styles.named(p.metric)}", len(each)) for p in panels]
+  caption = (
+    "Scores. SE is one standard error over problems. CR is the achieved compression: tokens seen over tokens held."
+    if scores
+    else f"Differences from {baseline}, paired problem by problem, with their standard errors (SE). "
+    "Bold: more than two standard errors from 0."
+  )
+  numeric = [False] * 2 + [True] * (len(names) - 2 + len(each) * len(panels))
+  return Table(caption, names + each * len(panels), numeric, rows, groups)
+
+
+def figures(panel: Panel, look: Mapping[str, styles.Style]) -> Table:
+  """Every figure of one task: a row for each setting and metric."""
+  names, cells = _setting_columns([point.setting for point in panel.points])
+  names[2:2] = ["metric", "problems"]
+  rows = []
+  for point in panel.points:
+    for metric, e in point.entries.items():
+      own = cells(point.setting)
+      own[2:2] = [styles.named(metric), f"{e.samples:,}"]
+      rows.append((look[point.setting.method], [
+        *own, styles.number(metric, e.mean), styles.number(metric, e.standard_error),
+        styles.number(metric, e.difference, "+"), styles.number(metric, e.difference_se), f"{e.achieved_cr:.2f}",
+        "" if e.tokens is None else f"{e.tokens:,.0f}",
+        *(f"{point.costs[axis]:,.0f}" if axis in point.costs else "" for axis in panel.axes()),
+      ]))  # fmt: skip
+  columns = [*names, "score", "SE", "difference", "SE of difference", "CR", "tokens a chain"]
+  columns += [AXIS_NAMES[axis] for axis in panel.axes()]
+  numeric = [name not in ("method", "bound on the cache", "metric") for name in columns]
+  return Table(f"All figures of {panel.name}", columns, numeric, rows)
+
+
+def margins(panel: Panel, look: Mapping[str, styles.Style], baseline: str) -> Table | None:
+  """Each method's margin over the baseline on each cost axis; None if there is none at all."""
+  axes = panel.axes()
+  rows = []
+  for method in dict.fromkeys(point.setting.method for point in panel.points):
+    found = [] if method == baseline else [panel.margin(axis, method, baseline) for axis in axes]
+    if any(each is not None for each in found):
+      rows.append((look[method], [method, *(styles.number(panel.metric, each, "+") or "NA" for each in found)]))
+  caption = (
+    f"Margin over {baseline} at equal cost, {styles.named(panel.metric)}: the mean distance of the two frontiers over "
+    "the costs that both cover, linear in the cost. NA: they share no interval."
+  )
+  columns = ["method", *(f"at equal {LOWER_COST[axis]}" for axis in axes)]
+  return Table(caption, columns, [False] + [True] * len(axes), rows) if rows else None
+
+
+def text_table(entries: Sequence[Entry], look: Mapping[str, styles.Style], baseline: str) -> Table:
+  """Perplexity and divergence of methods on a text: a row for each length and method."""
+  cells: dict[tuple, dict[str, Entry]] = {}
+  for entry in entries:
+    cells.setdefault((entry.length or 0, entry.method), {})[entry.metric] = entry
+  rows = []
+  for (length, method), metrics in sorted(cells.items(), key=lambda item: (item[0][0], list(look).index(item[0][1]))):
+    any_ = next(iter(metrics.values()))
+    perplexity, kl = metrics.get("perplexity"), metrics.get("kl")
+    rows.append((look[method], [
+      method, f"{length:,}" if length else "", styles.number("perplexity", perplexity and perplexity.mean),
+      styles.number("perplexity", perplexity and perplexity.difference, "+"), styles.number("kl", kl and kl.mean),
+      f"{any_.achieved_cr:.2f}",
+    ]))  # fmt: skip
+  columns = ["method", "T, tokens", "perplexity", f"difference from {baseline}", "KL, nats a token", "CR at T"]
+  return Table("Quality on a text; lower is better.", columns, [False] + [True] * 5, rows)
+
+
+# Charts ---------------------------------------------------------------------------------------------------------------
+
+
+def _mark(panel: Panel, point: Point, axis: str) -> charts.Mark:
+  entry, cost = point.entries[panel.metric], point.costs[axis]
+  error = entry.standard_error
+  about = f"{point.setting}: {styles.number(panel.metric, entry.mean)}"
+  about += "" if error is None else f" ± {styles.number(panel.metric, error)}"
+  return charts.Mark(cost, entry.mean, error, f"{about} ({styles.named(panel.metric)}), {cost:,.0f} {AXIS_NAMES[axis]}")
+
+
+def tradeoff(panel: Panel, axis: str, look: Mapping[str, styles.Style], chance: float | None) -> dict[str, Any]:
+  """The chart of a task's main metric against one cost."""
+  series = []
+  for method in [name for name in look if any(point.setting.method == name for point in panel.points)]:
+    marks = [_mark(panel, point, axis) for point in panel.points if point.setting.method == method]
+    edge = pareto.frontier([(mark.cost, mark.value) for mark in marks])
+    series.append(charts.Series(short_name(method), look[method].number, look[method].marker, marks, edge))
+  x = f"{AXIS_NAMES[axis]}, log scale"
+  drawn = charts.tradeoff(series, x=x, y=styles.named(panel.metric), show=styles.short, chance=chance)
+  best = "; ".join(f"{each.name} up to {styles.number(panel.metric, each.frontier[-1][1])}" for each in series)
+  alt = f"{panel.name}: {styles.named(panel.metric)} against {AXIS_NAMES[axis]}. {best}. The figures are in the tables."
+  return {**drawn, "alt": alt}
+
+
+def heat_map(name: str, style: styles.Style, shares: np.ndarray, chains: int) -> dict[str, Any]:
+  """A map of the share of tokens that each head holds; columns are layers.
+
+  Args:
+    shares: [L, K], 0 to 1.
+    chains: chains that the shares are means of.
+  """
+  layers, heads = shares.shape
+  cell = max(6.0, min(22.0, 400 / layers))
+  means = shares.mean(axis=1)
+  alt = (
+    f"{name}: heads hold {shares.mean():.0%} of the tokens on average; layer {means.argmin()} the least, "
+    f"{means.min():.0%}, layer {means.argmax()} the most, {means.max():.0%}."
+  )
+  cells = [
+    {"x": 26 + cell * layer, "y": cell * head, "share": float(shares[layer, head]),
+     "about": f"layer {layer}, KV head {head}: {shares[layer, head]:.0%} of the tokens"}
+    for layer, head in itertools.product(range(layers), range(heads))
+  ]  # fmt: skip
+  step = max(1, round(layers / 6))
+  rows = [(None, [f"{layer}", *(f"{100 * share:.1f}" for share in shares[layer])]) for layer in range(layers)]
+  table = Table(
+    f"{name}: share of tokens held at the end, %", ["layer", *(f"KV head {head}" for head in range(heads))],
+    [True] * (heads + 1), rows,
+  )  # fmt: skip
+  return {
+    "name": name, "style": style, "alt": alt, "cell": cell, "cells": cells, "table": table, "chains": chains,
+    "mean": f"{shares.mean():.0%}", "width": 30 + cell * layers, "height": cell * heads + 18,
+    "layers": [(26 + cell * (layer + 0.5), layer) for layer in range(0, layers, step)],
+    "heads": [(cell * (head + 0.5), head) for head in range(0, heads, max(1, round(heads / 4)))],
+  }  # fmt: skip
+
+
+# Chains ---------------------------------------------------------------------------------------------------------------
+
+
+def level(share: float) -> int:
+  """The shade of a token by the share of heads that hold it: 0 for none, LEVELS for all or nearly all."""
+  return min(LEVELS, int(np.ceil(LEVELS * share)))
+
+
+def spans(tokens: Sequence[str], held: Sequence[float]) -> list[tuple[int, str]]:
+  """Neighbouring tokens of one shade as one (level, text)."""
+  runs = itertools.groupby(zip(tokens, held, strict=True), key=lambda each: level(each[1]))
+  return [(shade, "".join(token for token, _ in own)) for shade, own in runs]
+
+
+def traced_chain(trace: Trace, style: styles.Style, record: Record | None) -> dict[str, Any]:
+  """A traced chain for the template: the prompt's and the written tokens in shades."""
+  held = np.array(trace.held)
+  return {
+    "title": str(Setting.of(trace)), "style": style, "grades": _grades(record),
+    "prompt": spans(trace.tokens[: trace.read], trace.held[: trace.read]),
+    "written": spans(trace.tokens[trace.read :], trace.held[trace.read :]),
+    "summary": f"{len(held):,} tokens, {trace.read:,} of them the prompt. A head holds {held.mean():.0%} of them at "
+    f"the end; {np.mean(held == 0):.0%} are held by no head.",
+    "dense": bool((held == 1).all()),
+  }  # fmt: skip
+
+
+def _grades(record: Record | None) -> str:
+  if record is None:
+    return ""
+  return ", ".join(f"{styles.named(name)}: {styles.number(name, value)}" for name, value in record.grades.items())
+
+
+def chains(results: Results, most: int) -> list[dict[str, Any]]:
+  """Chains to show, grouped by prompt, at most `most` prompts of a task: traced ones, or plain texts without traces."""
+  look = styles.styles(results.methods, results.baseline)
+  by_key = {}
+  for run in results.runs:
+    for record in run.records:
+      about = (record.task, record.length, str(record.prompt), record.chain)
+      by_key[run.model, *about, Setting.of(record)] = record
+  groups: dict[tuple, list[dict]] = {}
+  for model, each in results.traces:
+    where = model, each.task, each.length, str(each.prompt), each.chain
+    record = by_key.get((*where, Setting.of(each)))
+    groups.setdefault(where, []).append(traced_chain(each, look[each.method], record))
+  if not results.traces:
+    for (*where, setting), record in by_key.items():
+      if record.text is not None and setting.method in look:
+        plain = {"title": str(setting), "style": look[setting.method], "grades": _grades(record), "prompt": []}
+        plain |= {"written": [(LEVELS, record.text)], "summary": f"{record.tokens:,.0f} tokens", "dense": False}
+        groups.setdefault(tuple(where), []).append(plain)
+  taken: dict[tuple, int] = {}
+  shown = []
+  for (model, task, length, prompt, chain), own in groups.items():
+    taken[model, task, length] = taken.get((model, task, length), 0) + 1
+    if taken[model, task, length] <= most:
+      name = task if length is None else f"{task}, T {length:,}"
+      own.sort(key=lambda each: each["dense"])
+      shown.append({"title": f"{name}: problem {prompt}" + f", chain {chain}" * (chain > 0), "chains": own})
+  return shown
+
+
+# The page -------------------------------------------------------------------------------------------------------------
+
+
+def notes(panels: Sequence[Panel], baseline: str, tasks: Mapping[str, type[Task]]) -> list[str]:
+  """A sentence for each task on which the baseline is at chance or below the task's floor."""
+  found = []
+  for panel in panels:
+    base = next((p.entries[panel.metric] for p in panel.points if p.setting.method == baseline), None)
+    if base is not None and panel.task in tasks and (why := note(base, tasks[panel.task])):
+      found.append(f"{panel.name}: {why}, so differences between methods say little here.")
+  return found
+
+
+def _sections(results: Results, tasks: Mapping[str, type[Task]]) -> list[dict[str, Any]]:
+  """For each model its tables, charts and notes."""
+  look = styles.styles(results.methods, results.baseline)
+  found = []
+  for model in dict.fromkeys(panel.model for panel in results.panels):
+    panels = [panel for panel in results.panels if panel.model == model]
+    warnings = notes(panels, results.baseline, tasks)
+    scores = overview(panels, look, "scores", results.baseline)
+    scores.notes.extend(warnings)
+    tradeoffs = []
+    for panel in panels:
+      task = tasks.get(panel.task)
+      chance = task.chance.get(panel.metric) if task else None
+      drawn = [tradeoff(panel, axis, look, chance) for axis in panel.axes()]
+      of_panel = [text for text in warnings if text.startswith(f"{panel.name}:")]
+      tradeoffs.append({
+        "panel": panel, "charts": drawn, "margins": margins(panel, look, results.baseline), "notes": of_panel,
+        "figures": figures(panel, look),
+      })  # fmt: skip
+    differences = overview(panels, look, "differences", results.baseline)
+    found.append({"model": model, "scores": scores, "differences": differences, "tradeoffs": tradeoffs})
+  return found
+
+
+def retention(results: Results) -> list[tuple[str, str, np.ndarray, int]]:
+  """(name, method, shares [L, K], chains) of each traced setting: means over its chains. Dense ones are left out."""
+  groups: dict[tuple, list[np.ndarray]] = {}
+  many = len({model for model, _ in results.traces}) > 1
+  for model, each in results.traces:
+    setting = Setting.of(each)
+    about = [model] * many + [setting.method] + [setting.bound] * (setting.bound != "none")
+    groups.setdefault((", ".join(about), setting.method), []).append(np.array(each.retention))
+  for (name, _), own in groups.items():
+    if len({shares.shape for shares in own}) > 1:
+      raise ValueError(f"--runs: traces of {name} have different numbers of layers or heads; report the models apart")
+  found = [(name, method, np.mean(own, axis=0), len(own)) for (name, method), own in groups.items()]
+  return [each for each in found if (each[2] < 1).any()]
+
+
+def render(results: Results, tasks: Mapping[str, type[Task]], title: str = "", prompts: int = 2) -> str:
+  """The page as HTML.
+
+  Args:
+    tasks: the task classes by name, which have the scores of random answers.
+    title: of the page; default the models' names.
+    prompts: of each task, whose chains are shown.
+  """
+  look = styles.styles(results.methods, results.baseline)
+  environment = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
+  )  # fmt: skip
+  models = list(dict.fromkeys(run.model for run in results.runs))
+  maps = [heat_map(name, look[method], shares, count) for name, method, shares, count in retention(results)]
+  runs = [
+    {"run": run, "config": json.dumps(program.to_plain(run.config), indent=2, ensure_ascii=False)}
+    for run in results.runs
+  ]
+  return environment.get_template("report.html").render(
+    title=title or f"{', '.join(models)}: methods, tasks, budgets", models=models, results=results, look=look,
+    marks=charts.MARKS, sections=_sections(results, tasks), maps=maps, chains=chains(results, prompts), levels=LEVELS,
+    texts=[(model, text_table(entries, look, results.baseline)) for model, entries in results.texts], runs=runs,
+    count=sum(len(run.records) for run in results.runs),
+  )  # fmt: skip
