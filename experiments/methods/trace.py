@@ -65,7 +65,7 @@ def _read(model: Model, policy: Policy, cache: caches.MaskedCache, tokens, lengt
   return cached_forward(model, policy, cache, tokens, lengths, remaining=remaining)[1]
 
 
-@partial(jax.jit, donate_argnames="cache")
+@jax.jit
 def _decode(
   model: Model, policy: Policy, cache: caches.MaskedCache, tokens: Int[Array, "1 T"], lengths: Int[Array, "1"]
 ) -> Bool[Array, "L K S"]:

@@ -10,7 +10,7 @@ from experiments.reports import styles
 
 WIDTH, HEIGHT = 440, 310  # of a chart, in units of its view box; a character of a label is about CHARACTER wide
 LEFT, TOP, BOTTOM = 44, 26, 44
-CHARACTER, LINE = 6.3, 14
+CHARACTER, LINE = 7.4, 14
 # Outlines of markers around (0, 0), about 8 units wide.
 MARKS = {
   "circle": "M-4,0A4,4 0 1 0 4,0A4,4 0 1 0 -4,0Z", "square": "M-3.6,-3.6H3.6V3.6H-3.6Z",

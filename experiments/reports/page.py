@@ -37,92 +37,99 @@ def short_name(name: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
+class Row:
+  """A row of a table: its name with the method's style, what stands small after the name, and its cells.
+
+  A cell is a text, or (text, True) to stress it.
+  """
+
+  name: str
+  cells: list[Any]
+  style: styles.Style | None = None
+  detail: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Table:
   """A table of the page.
 
   Fields:
     caption: what it shows.
+    columns: names of the columns, with units; the first is that of the rows' names. All others hold numbers, except
+      those in `words`.
     groups: (title, columns) of the head's upper row, which spans columns; empty: there is none.
-    columns: names of the columns, with units; the first holds the row's name.
-    numeric: for each column whether it holds numbers.
-    rows: (style or None, cells); a cell is a text, or (text, True) to stress it.
-    notes: sentences below.
   """
 
   caption: str
   columns: list[str]
-  numeric: list[bool]
-  rows: list[tuple[styles.Style | None, list[Any]]]
+  rows: list[Row]
   groups: list[tuple[str, int]] = dataclasses.field(default_factory=list)
-  notes: list[str] = dataclasses.field(default_factory=list)
+  words: tuple[str, ...] = ("bound on the cache", "metric")
 
 
-def _setting_columns(settings: Sequence[Setting]) -> tuple[list[str], Any]:
-  """Names of the columns that tell settings apart, and a function from a setting to its cells."""
-  wide, long = ({getattr(each, name) for each in settings} for name in ("chains", "max_tokens"))
-  names = ["method", "bound on the cache"] + ["W, chains"] * (wide != {1}) + ["L, new tokens"] * (len(long) > 1)
-
-  def cells(each: Setting) -> list[str]:
-    shown = [each.method, each.bound] + [f"{each.chains}"] * (wide != {1})
-    return shown + [f"{each.max_tokens:,}" if each.max_tokens else ""] * (len(long) > 1)
-
-  return names, cells
+def _comparable(panels: Sequence[Panel]) -> list[list[Panel]]:
+  """Panels that share a table: those with equal choices of W and L, and those with a single choice together."""
+  groups: dict[Any, list[Panel]] = {}
+  for panel in panels:
+    shapes = frozenset((point.setting.chains, point.setting.max_tokens) for point in panel.points)
+    groups.setdefault(shapes if len(shapes) > 1 else None, []).append(panel)
+  return list(groups.values())
 
 
-def overview(panels: Sequence[Panel], look: Mapping[str, styles.Style], kind: str, baseline: str) -> Table:
-  """Every setting on every task: main metrics ("scores"), or their differences from the baseline ("differences")."""
-  settings = list(dict.fromkeys(point.setting for panel in panels for point in panel.points))
-  order = list(look)
-  settings.sort(key=lambda each: (order.index(each.method), each.chains, each.max_tokens))  # budgets keep their order
-  joined = sorted({(each.method, each.budget, each.chains) for each in settings}, key=str)
-  names, cells = _setting_columns(settings)
-  scores = kind == "scores"
-  if not scores:
-    settings = [each for each in settings if each.method != baseline or len(joined) == 1]
-  rows = []
-  for setting in settings:
-    row: list[Any] = cells(setting)
-    for panel in panels:
-      entry = next((p.entries[panel.metric] for p in panel.points if p.setting == setting), None)
-      mean, error = (None, None) if entry is None else (entry.mean, entry.standard_error)
-      if not scores:
-        mean, error = (None, None) if entry is None else (entry.difference, entry.difference_se)
-      clear = not scores and mean is not None and error is not None and abs(mean) > 2 * error
-      row += [(styles.number(panel.metric, mean, "" if scores else "+"), clear), styles.number(panel.metric, error)]
-      row += [f"{entry.achieved_cr:.2f}" if entry else ""] * scores
-    if any(row[i][0] for i in range(len(names), len(row), 3 if scores else 2)):
-      rows.append((look[setting.method], row))
-  each = ["score", "SE", "CR"] if scores else ["difference", "SE"]
-  groups = [("", len(names))] + [(f"{p.name}: {styles.named(p.metric)}", len(each)) for p in panels]
-  caption = (
-    "Scores. SE is one standard error over problems. CR is the achieved compression: tokens seen over tokens held."
-    if scores
-    else f"Differences from {baseline}, paired problem by problem, with their standard errors (SE). "
-    "Bold: more than two standard errors from 0."
-  )
-  numeric = [False] * 2 + [True] * (len(names) - 2 + len(each) * len(panels))
-  return Table(caption, names + each * len(panels), numeric, rows, groups)
+def overview(panels: Sequence[Panel], look: Mapping[str, styles.Style], kind: str, baseline: str) -> list[Table]:
+  """Every setting on every task: main metrics ("scores"), or their differences from the baseline ("differences").
+
+  A row is a method under a budget, and in sweeps also W and L. Tasks with other sweeps have a table of their own.
+  """
+  scores, order, tables = kind == "scores", list(look), []
+  for group in _comparable(panels):
+    swept = len({(p.setting.chains, p.setting.max_tokens) for p in group[0].points}) > 1
+    name = lambda each, swept=swept: each if swept else dataclasses.replace(each, chains=1, max_tokens=0)
+    found = [{name(point.setting): point for point in panel.points} for panel in group]
+    settings = list(dict.fromkeys(setting for points in found for setting in points))
+    settings.sort(key=lambda each: (each.max_tokens, each.chains, order.index(each.method)))  # budgets keep their order
+    rows = []
+    for setting in settings:
+      cells: list[Any] = []
+      for panel, points in zip(group, found, strict=True):
+        entry = points[setting].entries[panel.metric] if setting in points else None
+        mean, error = (None, None) if entry is None else (entry.mean, entry.standard_error)
+        if not scores and entry is not None:
+          mean, error = entry.difference, entry.difference_se
+        clear = not scores and mean is not None and error is not None and abs(mean) > 2 * error
+        cells += [(styles.number(panel.metric, mean, "" if scores else "+"), clear), styles.number(panel.metric, error)]
+        cells += [f"{entry.achieved_cr:.2f}" if entry else ""] * scores
+      if any(text for text, _ in cells[:: 3 if scores else 2]):
+        rows.append(
+          Row(setting.method, cells, look[setting.method], setting.detail if not swept else setting.full_detail)
+        )
+    each = ["score", "SE", "CR"] if scores else ["difference", "SE"]
+    groups = [("", 1)] + [(f"{p.name}: {styles.named(p.metric)}", len(each)) for p in group]
+    caption = (
+      "SE is one standard error over problems. CR is the achieved compression: tokens seen over tokens held."
+      if scores
+      else f"From {baseline}, paired problem by problem, with standard errors (SE). Bold: more than two of them from 0."
+    )
+    if rows:
+      tables.append(Table(caption, ["setting", *each * len(group)], rows, groups))
+  return tables
 
 
 def figures(panel: Panel, look: Mapping[str, styles.Style]) -> Table:
   """Every figure of one task: a row for each setting and metric."""
-  names, cells = _setting_columns([point.setting for point in panel.points])
-  names[2:2] = ["metric", "problems"]
-  rows = []
-  for point in panel.points:
-    for metric, e in point.entries.items():
-      own = cells(point.setting)
-      own[2:2] = [styles.named(metric), f"{e.samples:,}"]
-      rows.append((look[point.setting.method], [
-        *own, styles.number(metric, e.mean), styles.number(metric, e.standard_error),
-        styles.number(metric, e.difference, "+"), styles.number(metric, e.difference_se), f"{e.achieved_cr:.2f}",
-        "" if e.tokens is None else f"{e.tokens:,.0f}",
-        *(f"{point.costs[axis]:,.0f}" if axis in point.costs else "" for axis in panel.axes()),
-      ]))  # fmt: skip
-  columns = [*names, "score", "SE", "difference", "SE of difference", "CR", "tokens a chain"]
-  columns += [AXIS_NAMES[axis] for axis in panel.axes()]
-  numeric = [name not in ("method", "bound on the cache", "metric") for name in columns]
-  return Table(f"All figures of {panel.name}", columns, numeric, rows)
+  rows = [
+    Row(point.setting.method, [
+      point.setting.bound, f"{point.setting.chains}", f"{point.setting.max_tokens:,}", styles.named(metric),
+      f"{e.samples:,}", styles.number(metric, e.mean), styles.number(metric, e.standard_error),
+      styles.number(metric, e.difference, "+"), styles.number(metric, e.difference_se), f"{e.achieved_cr:.2f}",
+      "" if e.tokens is None else f"{e.tokens:,.0f}", *(f"{point.costs[axis]:,.0f}" for axis in panel.axes()),
+    ], look[point.setting.method])
+    for point in panel.points
+    for metric, e in point.entries.items()
+  ]  # fmt: skip
+  columns = ["method", "bound on the cache", "W, chains", "L, new tokens", "metric", "problems", "score", "SE"]
+  columns += ["difference", "SE of difference", "CR", "tokens a chain", *(AXIS_NAMES[axis] for axis in panel.axes())]
+  return Table(f"All figures of {panel.name}", columns, rows)
 
 
 def margins(panel: Panel, look: Mapping[str, styles.Style], baseline: str) -> Table | None:
@@ -132,13 +139,13 @@ def margins(panel: Panel, look: Mapping[str, styles.Style], baseline: str) -> Ta
   for method in dict.fromkeys(point.setting.method for point in panel.points):
     found = [] if method == baseline else [panel.margin(axis, method, baseline) for axis in axes]
     if any(each is not None for each in found):
-      rows.append((look[method], [method, *(styles.number(panel.metric, each, "+") or "NA" for each in found)]))
+      cells = [styles.number(panel.metric, each, "+") or "NA" for each in found]
+      rows.append(Row(method, cells, look[method]))
   caption = (
     f"Margin over {baseline} at equal cost, {styles.named(panel.metric)}: the mean distance of the two frontiers over "
     "the costs that both cover, linear in the cost. NA: they share no interval."
   )
-  columns = ["method", *(f"at equal {LOWER_COST[axis]}" for axis in axes)]
-  return Table(caption, columns, [False] + [True] * len(axes), rows) if rows else None
+  return Table(caption, ["method", *(f"at equal {LOWER_COST[axis]}" for axis in axes)], rows) if rows else None
 
 
 def text_table(entries: Sequence[Entry], look: Mapping[str, styles.Style], baseline: str) -> Table:
@@ -150,13 +157,13 @@ def text_table(entries: Sequence[Entry], look: Mapping[str, styles.Style], basel
   for (length, method), metrics in sorted(cells.items(), key=lambda item: (item[0][0], list(look).index(item[0][1]))):
     any_ = next(iter(metrics.values()))
     perplexity, kl = metrics.get("perplexity"), metrics.get("kl")
-    rows.append((look[method], [
-      method, f"{length:,}" if length else "", styles.number("perplexity", perplexity and perplexity.mean),
+    rows.append(Row(method, [
+      f"{length:,}" if length else "", styles.number("perplexity", perplexity and perplexity.mean),
       styles.number("perplexity", perplexity and perplexity.difference, "+"), styles.number("kl", kl and kl.mean),
       f"{any_.achieved_cr:.2f}",
-    ]))  # fmt: skip
+    ], look[method]))  # fmt: skip
   columns = ["method", "T, tokens", "perplexity", f"difference from {baseline}", "KL, nats a token", "CR at T"]
-  return Table("Quality on a text; lower is better.", columns, [False] + [True] * 5, rows)
+  return Table("Lower is better.", columns, rows)
 
 
 # Charts ---------------------------------------------------------------------------------------------------------------
@@ -204,10 +211,9 @@ def heat_map(name: str, style: styles.Style, shares: np.ndarray, chains: int) ->
     for layer, head in itertools.product(range(layers), range(heads))
   ]  # fmt: skip
   step = max(1, round(layers / 6))
-  rows = [(None, [f"{layer}", *(f"{100 * share:.1f}" for share in shares[layer])]) for layer in range(layers)]
+  rows = [Row(f"{layer}", [f"{100 * share:.1f}" for share in shares[layer]]) for layer in range(layers)]
   table = Table(
-    f"{name}: share of tokens held at the end, %", ["layer", *(f"KV head {head}" for head in range(heads))],
-    [True] * (heads + 1), rows,
+    f"{name}: share of tokens held at the end, %", ["layer", *(f"KV head {head}" for head in range(heads))], rows,
   )  # fmt: skip
   return {
     "name": name, "style": style, "alt": alt, "cell": cell, "cells": cells, "table": table, "chains": chains,
@@ -264,8 +270,12 @@ def chains(results: Results, most: int) -> list[dict[str, Any]]:
     record = by_key.get((*where, Setting.of(each)))
     groups.setdefault(where, []).append(traced_chain(each, look[each.method], record))
   if not results.traces:
+    largest: dict[tuple, tuple] = {}  # of a task's sweep, the setting with most new tokens, then most chains
+    for *where, setting in by_key:
+      largest[where[1], where[2]] = max(largest.get((where[1], where[2]), (0, 0)), (setting.max_tokens, setting.chains))
     for (*where, setting), record in by_key.items():
-      if record.text is not None and setting.method in look:
+      shape = setting.max_tokens, setting.chains
+      if record.text is not None and record.chain == 0 and shape == largest[where[1], where[2]]:
         plain = {"title": str(setting), "style": look[setting.method], "grades": _grades(record), "prompt": []}
         plain |= {"written": [(LEVELS, record.text)], "summary": f"{record.tokens:,.0f} tokens", "dense": False}
         groups.setdefault(tuple(where), []).append(plain)
@@ -301,7 +311,6 @@ def _sections(results: Results, tasks: Mapping[str, type[Task]]) -> list[dict[st
     panels = [panel for panel in results.panels if panel.model == model]
     warnings = notes(panels, results.baseline, tasks)
     scores = overview(panels, look, "scores", results.baseline)
-    scores.notes.extend(warnings)
     tradeoffs = []
     for panel in panels:
       task = tasks.get(panel.task)
@@ -313,7 +322,9 @@ def _sections(results: Results, tasks: Mapping[str, type[Task]]) -> list[dict[st
         "figures": figures(panel, look),
       })  # fmt: skip
     differences = overview(panels, look, "differences", results.baseline)
-    found.append({"model": model, "scores": scores, "differences": differences, "tradeoffs": tradeoffs})
+    found.append(
+      {"model": model, "scores": scores, "differences": differences, "notes": warnings, "tradeoffs": tradeoffs}
+    )
   return found
 
 

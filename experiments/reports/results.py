@@ -69,11 +69,23 @@ class Setting:
     """The bound on its cache, for readers."""
     return styles.bound(dict(self.budget))
 
+  @property
+  def detail(self) -> str:
+    """All but the method, without what is self-evident."""
+    return self._detail(self.chains > 1)
+
+  @property
+  def full_detail(self) -> str:
+    """`detail` with W even if it is 1, for sweeps over W."""
+    return self._detail(True)
+
+  def _detail(self, chains: bool) -> str:
+    parts = ["" if self.bound == "none" else self.bound, f"W {self.chains}" if chains else ""]
+    parts += [f"L {self.max_tokens:,}" if self.max_tokens else ""]
+    return ", ".join(part.replace(" ", "\u00a0") for part in parts if part)
+
   def __str__(self) -> str:
-    """The setting in a line, without what is self-evident."""
-    parts = [self.method, "" if self.bound == "none" else self.bound]
-    parts += [f"W {self.chains}" if self.chains > 1 else "", f"L {self.max_tokens:,}" if self.max_tokens else ""]
-    return ", ".join(filter(None, parts))
+    return ", ".join(filter(None, [self.method, self.detail]))
 
 
 @dataclasses.dataclass(frozen=True)
