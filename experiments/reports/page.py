@@ -362,9 +362,10 @@ def render(results: Results, tasks: Mapping[str, type[Task]], title: str = "", p
     {"run": run, "config": json.dumps(program.to_plain(run.config), indent=2, ensure_ascii=False)}
     for run in results.runs
   ]
-  return environment.get_template("report.html").render(
+  text = environment.get_template("report.html").render(
     title=title or f"{', '.join(models)}: methods, tasks, budgets", models=models, results=results, look=look,
     marks=charts.MARKS, sections=_sections(results, tasks), maps=maps, chains=chains(results, prompts), levels=LEVELS,
     texts=[(model, text_table(entries, look, results.baseline)) for model, entries in results.texts], runs=runs,
     count=sum(len(run.records) for run in results.runs),
   )  # fmt: skip
+  return f"{text.strip()}\n"
