@@ -78,7 +78,13 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
 
 
 def tradeoff(
-  series: Sequence[Series], *, x: str, y: str, show: Callable[[float], str], chance: float | None = None
+  series: Sequence[Series],
+  *,
+  x: str,
+  y: str,
+  show: Callable[[float], str],
+  chance: float | None = None,
+  percent: bool = False,
 ) -> dict:
   """A chart of value against cost on a log axis, as coordinates for the page's template.
 
@@ -86,6 +92,7 @@ def tradeoff(
     x, y: names of the axes, with units.
     show: writes a number of the cost axis.
     chance: value of random answers, drawn as a dashed line.
+    percent: values lie between 0 and 100, and so does their axis.
 
   Returns:
     The chart's size, axes, ticks, and for each series its frontier's path, marks with error bars, and its label.
@@ -98,7 +105,8 @@ def tradeoff(
   bars = [(mark.value - (mark.error or 0), mark.value + (mark.error or 0)) for mark in marks]
   values = [value for bar in bars for value in bar] + ([] if chance is None else [chance])
   spare = max(0.04 * (max(values) - min(values)), 1e-3)
-  levels = ticks(min(values) - spare, max(values) + spare)
+  least, most = min(values) - spare, max(values) + spare
+  levels = ticks(max(least, 0.0), min(most, 100.0)) if percent else ticks(least, most)
   across = lambda cost: LEFT + (right - LEFT) * math.log(cost / low) / math.log(high / low)
   up = lambda value: bottom - (bottom - TOP) * (value - levels[0]) / (levels[-1] - levels[0])
   drawn = []

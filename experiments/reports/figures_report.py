@@ -28,7 +28,7 @@ def tradeoff(plt, panel: Panel, look: Mapping[str, styles.Style], chance: float 
   for axis, cost in zip(axes[0], axes_of, strict=True):
     for method in [name for name in look if panel.pairs(cost, name)]:
       style, pairs = look[method], panel.pairs(cost, method)
-      errors = [p.entries[panel.metric].standard_error or 0.0 for p in panel.points if p.setting.method == method]
+      errors = [p.main.standard_error or 0.0 for p in panel.points if p.setting.method == method]
       edge = pareto.frontier(pairs)
       bars = dict(fmt="none", ecolor=style.light, elinewidth=1, capsize=2, alpha=0.6)
       axis.errorbar(*zip(*pairs, strict=True), errors, **bars)
@@ -68,7 +68,7 @@ def retention(plt, maps: Sequence[tuple[str, str, np.ndarray, int]], title: str)
     axis.remove()
   shown = axes.flat[: len(maps)]
   for axis, (name, _, shares, count) in zip(shown, maps, strict=True):
-    image = axis.imshow(shares.T, vmin=0, vmax=1, cmap="Blues", aspect="auto", interpolation="nearest", origin="lower")
+    image = axis.imshow(shares.T, vmin=0, vmax=1, cmap="Blues", aspect="auto", interpolation="nearest")
     axis.set(title=f"{name}: {shares.mean():.0%} held, chains: {count}", xlabel="layer", ylabel="KV head")
     axis.title.set_fontsize(10)
     axis.set_yticks(range(shares.shape[1]))

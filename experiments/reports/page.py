@@ -23,7 +23,9 @@ from experiments.reports.tables import note
 from experiments.tasks.base import Task
 
 TEMPLATES = Path(__file__).parent / "templates"
-LEVELS = 5  # shades of a chain's text; level 0 is what no head holds
+# Upper ends of the shades of a chain's text, shares of the heads that hold a token; shade 0 is what no head holds.
+# Methods that keep a fourth or an eighth of the tokens need fine steps at the low end.
+SHADES = (0.0, 0.1, 0.2, 0.35, 0.6, 1.0)
 LONGEST = 22  # characters of a method's name in a chart
 
 
@@ -92,7 +94,7 @@ def overview(panels: Sequence[Panel], look: Mapping[str, styles.Style], kind: st
     for setting in settings:
       cells: list[Any] = []
       for panel, points in zip(group, found, strict=True):
-        entry = points[setting].entries[panel.metric] if setting in points else None
+        entry = points[setting].main if setting in points else None
         mean, error = (None, None) if entry is None else (entry.mean, entry.standard_error)
         if not scores and entry is not None:
           mean, error = entry.difference, entry.difference_se
@@ -110,6 +112,8 @@ def overview(panels: Sequence[Panel], look: Mapping[str, styles.Style], kind: st
       if scores
       else f"From {baseline}, paired problem by problem, with standard errors (SE). Bold: more than two of them from 0."
     )
+    if any(point.setting.chains > 1 for panel in group for point in panel.points):
+      caption += " Over W > 1 chains a score is that of their majority vote, for programs that of the best chain."
     if rows:
       tables.append(Table(caption, ["setting", *each * len(group)], rows, groups))
   return tables
@@ -119,7 +123,7 @@ def figures(panel: Panel, look: Mapping[str, styles.Style]) -> Table:
   """Every figure of one task: a row for each setting and metric."""
   rows = [
     Row(point.setting.method, [
-      point.setting.bound, f"{point.setting.chains}", f"{point.setting.max_tokens:,}", styles.named(metric),
+      point.setting.limit, f"{point.setting.chains}", f"{point.setting.max_tokens:,}", styles.named(metric),
       f"{e.samples:,}", styles.number(metric, e.mean), styles.number(metric, e.standard_error),
       styles.number(metric, e.difference, "+"), styles.number(metric, e.difference_se), f"{e.achieved_cr:.2f}",
       "" if e.tokens is None else f"{e.tokens:,.0f}", *(f"{point.costs[axis]:,.0f}" for axis in panel.axes()),
@@ -152,16 +156,17 @@ def text_table(entries: Sequence[Entry], look: Mapping[str, styles.Style], basel
   """Perplexity and divergence of methods on a text: a row for each length and method."""
   cells: dict[tuple, dict[str, Entry]] = {}
   for entry in entries:
-    cells.setdefault((entry.length or 0, entry.method), {})[entry.metric] = entry
+    where = entry.length or 0, list(look).index(entry.method), entry.method, styles.limit(entry.budget)
+    cells.setdefault(where, {})[entry.metric] = entry
   rows = []
-  for (length, method), metrics in sorted(cells.items(), key=lambda item: (item[0][0], list(look).index(item[0][1]))):
+  for (length, _, method, limit), metrics in sorted(cells.items(), key=lambda item: item[0][:2]):
     any_ = next(iter(metrics.values()))
     perplexity, kl = metrics.get("perplexity"), metrics.get("kl")
     rows.append(Row(method, [
       f"{length:,}" if length else "", styles.number("perplexity", perplexity and perplexity.mean),
       styles.number("perplexity", perplexity and perplexity.difference, "+"), styles.number("kl", kl and kl.mean),
       f"{any_.achieved_cr:.2f}",
-    ], look[method]))  # fmt: skip
+    ], look[method], limit))  # fmt: skip
   columns = ["method", "T, tokens", "perplexity", f"difference from {baseline}", "KL, nats a token", "CR at T"]
   return Table("Lower is better.", columns, rows)
 
@@ -170,7 +175,7 @@ def text_table(entries: Sequence[Entry], look: Mapping[str, styles.Style], basel
 
 
 def _mark(panel: Panel, point: Point, axis: str) -> charts.Mark:
-  entry, cost = point.entries[panel.metric], point.costs[axis]
+  entry, cost = point.main, point.costs[axis]
   error = entry.standard_error
   about = f"{point.setting}: {styles.number(panel.metric, entry.mean)}"
   about += "" if error is None else f" ± {styles.number(panel.metric, error)}"
@@ -184,8 +189,8 @@ def tradeoff(panel: Panel, axis: str, look: Mapping[str, styles.Style], chance: 
     marks = [_mark(panel, point, axis) for point in panel.points if point.setting.method == method]
     edge = pareto.frontier([(mark.cost, mark.value) for mark in marks])
     series.append(charts.Series(short_name(method), look[method].number, look[method].marker, marks, edge))
-  x = f"{AXIS_NAMES[axis]}, log scale"
-  drawn = charts.tradeoff(series, x=x, y=styles.named(panel.metric), show=styles.short, chance=chance)
+  x, percent = f"{AXIS_NAMES[axis]}, log scale", styles.unit(panel.metric) == "%"
+  drawn = charts.tradeoff(series, x=x, y=styles.named(panel.metric), show=styles.short, chance=chance, percent=percent)
   best = "; ".join(f"{each.name} up to {styles.number(panel.metric, each.frontier[-1][1])}" for each in series)
   alt = f"{panel.name}: {styles.named(panel.metric)} against {AXIS_NAMES[axis]}. {best}. The figures are in the tables."
   return {**drawn, "alt": alt}
@@ -227,8 +232,8 @@ def heat_map(name: str, style: styles.Style, shares: np.ndarray, chains: int) ->
 
 
 def level(share: float) -> int:
-  """The shade of a token by the share of heads that hold it: 0 for none, LEVELS for all or nearly all."""
-  return min(LEVELS, int(np.ceil(LEVELS * share)))
+  """The shade of a token by the share of heads that hold it, an index into SHADES."""
+  return next(shade for shade, most in enumerate(SHADES) if share <= most)
 
 
 def spans(tokens: Sequence[str], held: Sequence[float]) -> list[tuple[int, str]]:
@@ -245,7 +250,7 @@ def traced_chain(trace: Trace, style: styles.Style, record: Record | None) -> di
     "prompt": spans(trace.tokens[: trace.read], trace.held[: trace.read]),
     "written": spans(trace.tokens[trace.read :], trace.held[trace.read :]),
     "summary": f"{len(held):,} tokens, {trace.read:,} of them the prompt. A head holds {held.mean():.0%} of them at "
-    f"the end; {np.mean(held == 0):.0%} are held by no head.",
+    "the end; " + (f"{np.mean(held == 0):.0%} are held by no head." if held.min() == 0 else "some head holds each."),
     "dense": bool((held == 1).all()),
   }  # fmt: skip
 
@@ -253,7 +258,7 @@ def traced_chain(trace: Trace, style: styles.Style, record: Record | None) -> di
 def _grades(record: Record | None) -> str:
   if record is None:
     return ""
-  return ", ".join(f"{styles.named(name)}: {styles.number(name, value)}" for name, value in record.grades.items())
+  return ", ".join(styles.told(name, value) for name, value in record.grades.items())
 
 
 def chains(results: Results, most: int) -> list[dict[str, Any]]:
@@ -277,7 +282,11 @@ def chains(results: Results, most: int) -> list[dict[str, Any]]:
       shape = setting.max_tokens, setting.chains
       if record.text is not None and record.chain == 0 and shape == largest[where[1], where[2]]:
         plain = {"title": str(setting), "style": look[setting.method], "grades": _grades(record), "prompt": []}
-        plain |= {"written": [(LEVELS, record.text)], "summary": f"{record.tokens:,.0f} tokens", "dense": False}
+        plain |= {
+          "written": [(len(SHADES) - 1, record.text)],
+          "summary": f"{record.tokens:,.0f} tokens",
+          "dense": False,
+        }
         groups.setdefault(tuple(where), []).append(plain)
   taken: dict[tuple, int] = {}
   shown = []
@@ -297,7 +306,7 @@ def notes(panels: Sequence[Panel], baseline: str, tasks: Mapping[str, type[Task]
   """A sentence for each task on which the baseline is at chance or below the task's floor."""
   found = []
   for panel in panels:
-    base = next((p.entries[panel.metric] for p in panel.points if p.setting.method == baseline), None)
+    base = next((p.main for p in panel.points if p.setting.method == baseline), None)
     if base is not None and panel.task in tasks and (why := note(base, tasks[panel.task])):
       found.append(f"{panel.name}: {why}, so differences between methods say little here.")
   return found
@@ -334,7 +343,7 @@ def retention(results: Results) -> list[tuple[str, str, np.ndarray, int]]:
   many = len({model for model, _ in results.traces}) > 1
   for model, each in results.traces:
     setting = Setting.of(each)
-    about = [model] * many + [setting.method] + [setting.bound] * (setting.bound != "none")
+    about = filter(None, [model if many else "", setting.method, setting.limit])
     groups.setdefault((", ".join(about), setting.method), []).append(np.array(each.retention))
   for (name, _), own in groups.items():
     if len({shares.shape for shares in own}) > 1:
@@ -364,7 +373,7 @@ def render(results: Results, tasks: Mapping[str, type[Task]], title: str = "", p
   ]
   text = environment.get_template("report.html").render(
     title=title or f"{', '.join(models)}: methods, tasks, budgets", models=models, results=results, look=look,
-    marks=charts.MARKS, sections=_sections(results, tasks), maps=maps, chains=chains(results, prompts), levels=LEVELS,
+    marks=charts.MARKS, sections=_sections(results, tasks), maps=maps, chains=chains(results, prompts), shades=SHADES,
     texts=[(model, text_table(entries, look, results.baseline)) for model, entries in results.texts], runs=runs,
     count=sum(len(run.records) for run in results.runs),
   )  # fmt: skip

@@ -17,6 +17,7 @@ from experiments.methods.summary import Entry, summarise
 from experiments.methods.trace import Trace
 from experiments.reports import styles
 from experiments.reports.tables import short_names
+from experiments.tasks import TASKS
 
 CONFIG, RECORDS, SUMMARY = "config.json", "records.jsonl", "summary.json"
 BASELINES = ("vanilla", "original")  # names of the dense method, in order of preference
@@ -65,9 +66,14 @@ class Setting:
     return cls(about.method, tuple(sorted(about.budget.items())), about.chains, about.max_tokens)
 
   @property
-  def bound(self) -> str:
+  def who(self) -> tuple:
+    """The method and its budget."""
+    return self.method, self.budget
+
+  @property
+  def limit(self) -> str:
     """The bound on its cache, for readers."""
-    return styles.bound(dict(self.budget))
+    return styles.limit(dict(self.budget))
 
   @property
   def detail(self) -> str:
@@ -80,7 +86,7 @@ class Setting:
     return self._detail(True)
 
   def _detail(self, chains: bool) -> str:
-    parts = ["" if self.bound == "none" else self.bound, f"W {self.chains}" if chains else ""]
+    parts = [self.limit, f"W {self.chains}" if chains else ""]
     parts += [f"L {self.max_tokens:,}" if self.max_tokens else ""]
     return ", ".join(part.replace(" ", "\u00a0") for part in parts if part)
 
@@ -90,20 +96,29 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-  """The result of one setting on one task: an entry for each metric, and the cost of a prompt on each axis."""
+  """The result of one setting on one task.
+
+  Fields:
+    entries: by metric, over the setting's W chains.
+    metric: the one that charts and the first table show.
+    costs: of a prompt on each axis, for W chains.
+  """
 
   setting: Setting
   entries: dict[str, Entry]
+  metric: str
   costs: dict[str, float]
+
+  @property
+  def main(self) -> Entry:
+    return self.entries[self.metric]
 
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
   """All settings on one task, at one length, with one model.
 
-  Fields:
-    metric: the task's main metric.
-    tokens: mean tokens read and written by a chain.
+  `metric` is the task's main metric; over several chains points show their vote, or the best of them.
   """
 
   model: str
@@ -123,7 +138,7 @@ class Panel:
   def pairs(self, axis: str, method: str) -> list[tuple[float, float]]:
     """(cost, value) of a method's points on one axis."""
     own = [point for point in self.points if point.setting.method == method]
-    return [(point.costs[axis], point.entries[self.metric].mean) for point in own]
+    return [(point.costs[axis], point.main.mean) for point in own]
 
   def margin(self, axis: str, method: str, baseline: str, log: bool = False) -> float | None:
     """The mean of the method's frontier minus the baseline's over the costs that both cover; None without any."""
@@ -189,6 +204,12 @@ def load(folder: Path) -> Run:
   )  # fmt: skip
 
 
+def _widths(run: Run) -> list[int]:
+  """The numbers W of chains that a run was asked for."""
+  given = run.config.get("chains") or []
+  return [int(width) for width in (given if isinstance(given, list) else [given])]
+
+
 def _told_apart(runs: Sequence[Run]) -> list[Run]:
   """The runs with method names that mean one thing each, without records that an earlier run holds already.
 
@@ -232,12 +253,12 @@ def _baseline(settings: Sequence[Setting], own: Setting, baseline: str) -> Setti
   return equal[0] if equal else same[0] if len(same) == 1 else None
 
 
-def _costs(chains: Sequence[Record]) -> dict[str, float]:
-  """The cost of a prompt on each axis, a sum over its chains; an axis that a record lacks is left out.
+def _costs(chains: Sequence[Record], width: int) -> dict[str, float]:
+  """The cost of `width` chains of a prompt on each axis; an axis that a record lacks is left out.
 
   Questions whose choices are only scored read nothing while decoding. They have "held", tokens held at the end.
   """
-  width, found = chains[0].chains, {}
+  found = {}
   for axis in AXES:
     values = [getattr(record, axis, None) for record in chains]
     if None not in values and np.mean(values) > 0:
@@ -247,20 +268,42 @@ def _costs(chains: Sequence[Record]) -> dict[str, float]:
   return found
 
 
-def _points(chains: Sequence[Record], baseline: str) -> list[Point]:
-  """A point for each setting, in order, with differences from the baseline's setting."""
+def main_metric(metrics: Sequence[str], best_of_all: bool = False) -> str:
+  """The metric that charts and the first table show.
+
+  Args:
+    best_of_all: the best of several chains counts, not their majority (`WritingTask.best_of_all`).
+  """
+  over_chains = ("pass@", "majority@") if best_of_all else ("majority@", "pass@")
+  aggregates = [metric for start in over_chains for metric in metrics if metric.startswith(start)]
+  return next(iter([*aggregates, *(metric for metric in MAIN if metric in metrics), *metrics]))
+
+
+def _points(chains: Sequence[Record], baseline: str, widths: Sequence[int], best_of_all: bool) -> list[Point]:
+  """A point for each setting, in order, with differences from the baseline's setting.
+
+  Records of W chains also give points for fewer chains: a single one, and those in `widths`.
+  """
   groups: dict[Setting, list[Record]] = {}
   for record in chains:
     groups.setdefault(Setting.of(record), []).append(record)
-  points = []
-  for setting, own in groups.items():
+  points: dict[Setting, Point] = {}
+  for setting, own in sorted(groups.items(), key=lambda item: -item[0].chains):  # more chains, better estimates
     base = _baseline(list(groups), setting, baseline)
     pair = dict.fromkeys(each for each in (base, setting) if each is not None)
     # Each setting stands as a method of its own, so that the summary pairs settings.
     renamed = [dataclasses.replace(record, method=str(each)) for each in pair for record in groups[each]]
-    entries = [entry for entry in summarise(renamed, str(base)) if entry.method == str(setting)]
-    points.append(Point(setting, {entry.metric: entry for entry in entries}, _costs(own)))
-  return points
+    by_width: dict[int, dict[str, Entry]] = {}
+    for entry in summarise(renamed, str(base), widths):
+      if entry.method == str(setting):
+        by_width.setdefault(entry.chains, {})[entry.metric] = entry
+    for width, entries in by_width.items():
+      metric = main_metric(list(entries), best_of_all)
+      at = dataclasses.replace(setting, chains=width)
+      points.setdefault(at, Point(at, entries, metric, _costs(own, width)))
+  order = list(groups)
+  place = lambda point: min(i for i, each in enumerate(order) if (each.method, each.budget) == point.setting.who)
+  return sorted(points.values(), key=lambda point: (place(point), point.setting.chains, point.setting.max_tokens))
 
 
 def _check_prompts(model: str, task: str, chains: Sequence[Record]) -> None:
@@ -273,11 +316,6 @@ def _check_prompts(model: str, task: str, chains: Sequence[Record]) -> None:
         f"--runs: the runs of {model} on {task} have different prompts, settings or data (--limit, --seed, "
         "--temperature, ...), so they cannot be compared; report them apart"
       )
-
-
-def main_metric(metrics: Sequence[str]) -> str:
-  """The metric that charts and the first table show."""
-  return next((metric for metric in MAIN if metric in metrics), next(iter(metrics)))
 
 
 def collect(runs: Sequence[Run], baseline: str = "") -> Results:
@@ -305,13 +343,14 @@ def collect(runs: Sequence[Run], baseline: str = "") -> Results:
     for entry in run.entries:
       if renamed(entry) not in texts.setdefault(run.model, []):
         texts[run.model].append(renamed(entry))
+  widths = sorted({width for run in runs for width in _widths(run)})
   panels = []
   for (model, task, length), chains in groups.items():
     _check_prompts(model, task, chains)
-    points = _points(chains, short[baseline])
-    metric = main_metric(list(points[0].entries))
-    points = [point for point in points if metric in point.entries]
-    panels.append(Panel(model, task, length, metric, points))
+    best_of_all = getattr(TASKS.get(task), "best_of_all", False)
+    points = _points(chains, short[baseline], widths, best_of_all)
+    single = next((point for point in points if point.setting.chains == 1), points[0])
+    panels.append(Panel(model, task, length, single.metric, points))
   found = [(run.model, renamed(each)) for run in runs for each in run.traces]
   methods = sorted(short.values(), key=lambda name: name != short[baseline])
   return Results(list(runs), panels, list(texts.items()), found, methods, short[baseline])

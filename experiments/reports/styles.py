@@ -62,10 +62,17 @@ def named(metric: str) -> str:
   return ", ".join(filter(None, (LONG.get(metric, metric), unit(metric))))
 
 
-def bound(budget: Mapping[str, float]) -> str:
-  """The bound on a cache: "CR 4", "512 tokens", "threshold 0.5"; "none" for a dense cache."""
+def told(metric: str, value: float) -> str:
+  """A value in words: "accuracy 75.0%", "log-likelihood of the answer -1.257 nats a token"."""
+  of = unit(metric)
+  return f"{LONG.get(metric, metric)} {number(metric, value)}{of if of in ('', '%') else f' {of}'}"
+
+
+def limit(budget: Mapping[str, float]) -> str:
+  """The bound on a cache: "CR 4", "512 tokens", "threshold 0.5"; "" without one, or with the usual threshold of 0."""
   shown = {"cr": "CR {:g}", "budget": "{:,g} tokens", "threshold": "threshold {:g}"}
-  return ", ".join(shown.get(name, name + " {:g}").format(value) for name, value in budget.items()) or "none"
+  named = {name: value for name, value in budget.items() if value or name != "threshold"}
+  return ", ".join(shown.get(name, name + " {:g}").format(value) for name, value in named.items())
 
 
 def short(value: float | None) -> str:

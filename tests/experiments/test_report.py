@@ -102,8 +102,8 @@ def test_numbers_are_short_and_carry_their_unit():
   ]  # fmt: skip
   assert styles.number("accuracy", -1.25, "+") == "\u22121.2" and styles.number("kl", 0.02264) == "0.0226"
   assert styles.named("accuracy") == "accuracy, %" and styles.named("answer_loglik").endswith(", nats a token")
-  assert styles.bound({}) == "none" and styles.bound({"cr": 4.0}) == "CR 4"
-  assert styles.bound({"budget": 1024.0, "threshold": 0.5}) == "1,024 tokens, threshold 0.5"
+  assert styles.limit({}) == styles.limit({"threshold": 0.0}) == "" and styles.limit({"cr": 4.0}) == "CR 4"
+  assert styles.limit({"budget": 1024.0, "threshold": 0.5}) == "1,024 tokens, threshold 0.5"
 
 
 def test_ticks_cover_what_they_measure():
@@ -130,13 +130,14 @@ def test_labels_do_not_overlap():
 def test_a_chart_places_points_by_the_log_of_their_cost():
   marks = [charts.Mark(cost, value, 1.0, "") for cost, value in ((10, 0.0), (100, 50.0), (1000, 100.0))]
   series = charts.Series("dms", 1, "square", marks, [(mark.cost, mark.value) for mark in marks])
-  drawn = charts.tradeoff([series], x="reads", y="accuracy, %", show=styles.short, chance=25.0)
+  drawn = charts.tradeoff([series], x="reads", y="accuracy, %", show=styles.short, chance=25.0, percent=True)
   x, y = ([point[axis] for point in drawn["series"][0]["points"]] for axis in ("x", "y"))
   assert x[1] == pytest.approx((x[0] + x[2]) / 2) and drawn["left"] <= x[0] < x[2] <= drawn["right"]
   assert y[1] == pytest.approx((y[0] + y[2]) / 2) and drawn["top"] <= y[2] < y[0] <= drawn["bottom"]
   up, down = drawn["series"][0]["points"][0]["error"]
   assert up < y[0] < down and drawn["chance"][0] == pytest.approx(y[0] + (y[2] - y[0]) / 4)
   one = charts.tradeoff([dataclasses.replace(series, marks=marks[:1], frontier=[(10, 0.0)])], x="", y="", show=str)
+  assert [text for _, text in drawn["up"]] == ["0", "20", "40", "60", "80", "100"]
   assert math.isfinite(one["series"][0]["points"][0]["x"])
 
 
@@ -160,8 +161,12 @@ def made_up() -> list[Record]:
   for i in range(8):
     for method, cr in (("vanilla", None), ("dms", 4.0)):
       found.append(record(method, i, 0, cr, grades={"acc": 100.0 * (i % 4 == 0), "answer_loglik": -1.5}, **likelihood))
-  chains = dict(task="written", length=None, chains=2, max_tokens=32)
-  found += [record("vanilla", i, 50.0, chain=chain, **chains) for i in range(2) for chain in range(2)]
+  chains = dict(task="written", length=None, chains=4, max_tokens=32)
+  for i in range(2):
+    for chain in range(4):  # the first problem is solved by three chains of four, which agree, the second by none
+      right = i == 0 and chain != 1
+      graded = dict(grades={"accuracy": 100.0 * right}, answer="7" if right else None)
+      found.append(record("vanilla", i, 0, chain=chain, **chains, **graded))
   return found
 
 
@@ -192,7 +197,11 @@ def test_each_setting_is_a_point_with_paired_differences(tmp_path):
   assert (entry.mean, entry.difference, entry.samples) == (50.0, -25.0, 4)
   assert entry.difference_se == pytest.approx(np.std([0, 0, -100, 0], ddof=1) / 2)
   assert by_name["h2o, CR\u00a04, L\u00a064"].costs == {"reads": 1500.0, "peak": 150.0}
-  assert written.points[0].costs["reads"] == 2 * 6000.0  # both chains of a prompt
+  assert [(p.setting.chains, p.metric, p.main.mean, p.costs["reads"]) for p in written.points] == [
+    (1, "accuracy", 37.5, 6000.0), (4, "majority@4", 50.0, 24000.0),
+  ]  # fmt: skip
+  two = results.collect([results.load(write(tmp_path / "b", made_up(), {"chains": [1, 2, 4]}))]).panels[2]
+  assert [point.setting.chains for point in two.points] == [1, 2, 4]
   assert mmlu.points[1].costs == {"held": 150.0}
 
 
@@ -203,6 +212,12 @@ def test_a_baseline_of_equal_budget_is_preferred(tmp_path):
     points["dms, CR\u00a08, L\u00a064"].difference == 25.0 and points["dms, CR\u00a04, L\u00a064"].difference == 25.0
   )
   assert points["vanilla, L\u00a064"].difference is None  # it has no budget, and h2o has two
+
+
+def test_the_metric_of_several_chains():
+  metrics = ["accuracy", "pass@4", "majority@4"]
+  assert results.main_metric(metrics) == "majority@4" and results.main_metric(metrics, best_of_all=True) == "pass@4"
+  assert results.main_metric(["answer_loglik", "acc", "acc_norm"]) == "acc_norm" and results.main_metric(["x"]) == "x"
 
 
 def test_margins_compare_frontiers(tmp_path):
@@ -367,9 +382,9 @@ def test_a_task_at_chance_says_so(shown):
 
 def test_forgotten_tokens_are_greyed(shown):
   text, _ = shown
-  assert '<span class="h0">&lt;t0&gt; </span>' in text and '<span class="h2">&lt;t1&gt; </span>' in text
+  assert '<span class="h0">&lt;t0&gt; </span>' in text and '<span class="h3">&lt;t1&gt; </span>' in text
   assert "<t0>" not in text and "A head holds 38% of them at the end; 25% are held by no head." in text
-  assert page.level(0.0) == 0 and page.level(0.001) == 1 and page.level(1.0) == page.LEVELS
+  assert page.level(0.0) == 0 and page.level(0.001) == 1 and page.level(1.0) == len(page.SHADES) - 1
   assert page.spans(["a", "b", "c"], [0.0, 0.0, 1.0]) == [(0, "ab"), (5, "c")]
 
 
@@ -391,8 +406,9 @@ def test_sweeps_have_a_table_of_their_own(tmp_path):
   more = [record("vanilla", i, 50.0, task="swept", max_tokens=most) for most in (8, 16) for i in range(4)]
   found = results.collect([results.load(write(tmp_path / "a", made_up() + more))])
   tables = page.overview(found.panels, styles.styles(found.methods, found.baseline), "scores", found.baseline)
-  assert [len(table.groups) - 1 for table in tables] == [3, 1]
-  assert [row.detail for row in tables[1].rows] == ["W\u00a01, L\u00a08", "W\u00a01, L\u00a016"]
+  assert [len(table.groups) - 1 for table in tables] == [2, 1, 1]
+  assert [row.detail for row in tables[1].rows] == ["W\u00a01, L\u00a032", "W\u00a04, L\u00a032"]
+  assert [row.detail for row in tables[2].rows] == ["W\u00a01, L\u00a08", "W\u00a01, L\u00a016"]
   Outline(page.render(found, TASKS))
 
 
