@@ -82,7 +82,8 @@ def main() -> None:
     picture = output / f"tradeoff-{name}.png"
     written.append(figures_report.tradeoff(picture, panel, look, chance, f"{panel.model}, {panel.name}"))
   title = "Share of a chain's tokens that each KV head holds at the end"
-  written.append(figures_report.retention(output / "retention.png", page.retention(found), title))
+  maps = [each for each in page.retention(found) if page.uneven(each[2])]
+  written.append(figures_report.retention(output / "retention.png", maps, title))
   result = {
     "written": [path for path in written if path], "baseline": found.baseline, "methods": found.methods,
     "records": sum(len(run.records) for run in found.runs), "margins": margins(found, config.log_margins),

@@ -10,7 +10,7 @@ from experiments.reports import styles
 
 WIDTH, HEIGHT = 440, 310  # of a chart, in units of its view box; a character of a label is about CHARACTER wide
 LEFT, TOP, BOTTOM = 44, 26, 44
-CHARACTER, LINE = 7.4, 14
+CHARACTER, LINE = 7.8, 14
 # Outlines of markers around (0, 0), about 8 units wide.
 MARKS = {
   "circle": "M-4,0A4,4 0 1 0 4,0A4,4 0 1 0 -4,0Z", "square": "M-3.6,-3.6H3.6V3.6H-3.6Z",
@@ -98,7 +98,8 @@ def tradeoff(
     The chart's size, axes, ticks, and for each series its frontier's path, marks with error bars, and its label.
   """
   right = WIDTH - 14 - CHARACTER * max(len(each.name) for each in series)
-  bottom = HEIGHT - BOTTOM
+  height = HEIGHT + LINE * max(0, len(series) - 8)  # so that all labels fit beside each other
+  bottom = height - BOTTOM
   marks = [mark for each in series for mark in each.marks]
   low, high = min(mark.cost for mark in marks), max(mark.cost for mark in marks)
   low, high = (low / 1.1, high * 1.1) if high < 1.3 * low else (low / 1.06, high * 1.06)
@@ -124,13 +125,14 @@ def tradeoff(
     ]  # fmt: skip
     last = across(max(cost for cost, _ in each.frontier))
     drawn.append({
-      "name": each.name, "style": each.style, "mark": MARKS[each.marker], "path": path, "points": points,
+      "name": each.name, "style": each.style, "again": each.style > len(styles.PALETTE),
+      "mark": MARKS[each.marker], "path": path, "points": points,
       "label": {"x": right + 10, "y": label, "from": (last + 6, end), "to": (right + 7, label)},
     })  # fmt: skip
   step = levels[1] - levels[0]
   digits = max(0, -math.floor(math.log10(step) + 1e-9))
   return {
-    "width": WIDTH, "height": HEIGHT, "left": LEFT, "right": right, "top": TOP, "bottom": bottom, "x": x, "y": y,
+    "width": WIDTH, "height": height, "left": LEFT, "right": right, "top": TOP, "bottom": bottom, "x": x, "y": y,
     "across": [(across(tick), show(tick)) for tick in log_ticks(low, high)],
     "up": [(up(tick), f"{tick:,.{digits}f}".replace("-", styles.MINUS)) for tick in levels],
     "chance": None if chance is None else (up(chance), f"chance {chance:g}"), "series": drawn,

@@ -78,6 +78,12 @@ def _comparable(panels: Sequence[Panel]) -> list[list[Panel]]:
   return list(groups.values())
 
 
+def _problems(panel: Panel) -> str:
+  """The number of problems behind a panel's main entries, as a head says it: "n = 100"."""
+  counts = {point.main.samples for point in panel.points}
+  return f"n = {min(counts):,}" if len(counts) == 1 else f"n = {min(counts):,} to {max(counts):,}"
+
+
 def overview(panels: Sequence[Panel], look: Mapping[str, styles.Style], kind: str, baseline: str) -> list[Table]:
   """Every setting on every task: main metrics ("scores"), or their differences from the baseline ("differences").
 
@@ -106,7 +112,7 @@ def overview(panels: Sequence[Panel], look: Mapping[str, styles.Style], kind: st
           Row(setting.method, cells, look[setting.method], setting.detail if not swept else setting.full_detail)
         )
     each = ["score", "SE", "CR"] if scores else ["difference", "SE"]
-    groups = [("", 1)] + [(f"{p.name}: {styles.named(p.metric)}", len(each)) for p in group]
+    groups = [("", 1)] + [(f"{p.name}: {styles.named(p.metric)}, {_problems(p)}", len(each)) for p in group]
     caption = (
       "SE is one standard error over problems. CR is the achieved compression: tokens seen over tokens held."
       if scores
@@ -352,6 +358,11 @@ def retention(results: Results) -> list[tuple[str, str, np.ndarray, int]]:
   return [each for each in found if (each[2] < 1).any()]
 
 
+def uneven(shares: np.ndarray) -> bool:
+  """Whether heads hold different shares of the tokens, [L, K]; under a budget they all hold the same."""
+  return bool(np.ptp(shares) > 0.005)
+
+
 def render(results: Results, tasks: Mapping[str, type[Task]], title: str = "", prompts: int = 2) -> str:
   """The page as HTML.
 
@@ -366,14 +377,17 @@ def render(results: Results, tasks: Mapping[str, type[Task]], title: str = "", p
     undefined=jinja2.StrictUndefined,
   )  # fmt: skip
   models = list(dict.fromkeys(run.model for run in results.runs))
-  maps = [heat_map(name, look[method], shares, count) for name, method, shares, count in retention(results)]
+  held = retention(results)
+  maps = [heat_map(name, look[method], shares, count) for name, method, shares, count in held if uneven(shares)]
+  even = [(look[method], f"{name}: {each.mean():.0%}") for name, method, each, _ in held if not uneven(each)]
   runs = [
     {"run": run, "config": json.dumps(program.to_plain(run.config), indent=2, ensure_ascii=False)}
     for run in results.runs
   ]
   text = environment.get_template("report.html").render(
     title=title or f"{', '.join(models)}: methods, tasks, budgets", models=models, results=results, look=look,
-    marks=charts.MARKS, sections=_sections(results, tasks), maps=maps, chains=chains(results, prompts), shades=SHADES,
+    marks=charts.MARKS, sections=_sections(results, tasks), maps=maps, even=even,
+    chains=chains(results, prompts), shades=SHADES,
     texts=[(model, text_table(entries, look, results.baseline)) for model, entries in results.texts], runs=runs,
     count=sum(len(run.records) for run in results.runs),
   )  # fmt: skip

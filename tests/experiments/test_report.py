@@ -368,7 +368,7 @@ def test_scores_come_first_and_units_stand_in_heads(shown):
   sections = re.findall(r'<h2 id="(\w+)">', text)
   assert sections == ["scores", "differences", "tradeoffs", "retention", "chains", "runs"]
   heads = [word for tag, word in outline.words if tag == "th"]
-  assert "needle, T 512: references found, %" in heads and "peak tokens a problem" in heads
+  assert "needle, T 512: references found, %, n = 4" in heads and "peak tokens a problem" in heads
   cells = [word for tag, word in outline.words if tag in ("td", "strong")]
   assert {"75.0", "25.0", "\u221225.0", "4.00"} <= set(cells)
   assert not any("\u00b1" in cell for cell in cells)  # one quantity a cell
