@@ -1,4 +1,4 @@
-"""Results as one HTML page and pictures: scores, frontiers, retention by head, chains with what was forgotten.
+"""Results as one HTML page and pictures: scores, frontiers, retention by head, what was forgotten.
 
     python -m experiments.report --runs=runs/evaluate/a,runs/evaluate/b --output=runs/report/a-b
 

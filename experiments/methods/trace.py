@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,9 @@ from dms_jax.model import Model, cached_forward, check_policy
 from dms_jax.policies import Policy
 from dms_jax.tokenizer import Tokenizer
 from experiments.common import files, program
+from experiments.methods.budgets import fitted
+from experiments.methods.method import Method
+from experiments.methods.records import START, Record
 
 FILE = "traces.jsonl"
 FIELDS = {
@@ -58,6 +62,12 @@ class Trace:
   tokens: list[str]
   held: list[float]
   retention: list[list[float]]
+
+
+def chain_of(about: Record | Trace) -> tuple:
+  """Identifies the chain of a record or trace within a run."""
+  budget = tuple(sorted(about.budget.items()))
+  return about.method, budget, about.task, about.length, about.chains, about.max_tokens, about.prompt, about.chain
 
 
 @partial(jax.jit, donate_argnames="cache")
@@ -129,13 +139,14 @@ def pieces(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
 
 
 def trace(
-  model: Model, policy: Policy, tokenizer: Tokenizer, tokens: Sequence[int], read: int, record, *, chunk: int = 256
-) -> Trace:
+  model: Model, policy: Policy, tokenizer: Tokenizer, tokens: Sequence[int], read: int, record: Record,
+  *, chunk: int = 256,
+) -> Trace:  # fmt: skip
   """The trace of a chain.
 
   Args:
     tokens, read, chunk: see `held_at_end`.
-    record: the chain's `Record`, or anything with the fields that name a chain.
+    record: of the chain.
   """
   held = held_at_end(model, policy, tokens, read, chunk=chunk)
   about = {f.name: getattr(record, f.name) for f in dataclasses.fields(Trace) if hasattr(record, f.name)}
@@ -144,11 +155,44 @@ def trace(
   return Trace(**{**about, "held": share(held.mean(axis=(0, 1))), "retention": share(held.mean(axis=2))})
 
 
+# The file -------------------------------------------------------------------------------------------------------------
+
+
 def append(path: Path, traces: Iterable[Trace]) -> None:
   """Appends a line for each trace; creates the file and its folder if they are missing."""
   path.parent.mkdir(parents=True, exist_ok=True)
   with path.open("a", encoding="utf-8") as file:
     file.write("".join(json.dumps(program.to_plain(each)) + "\n" for each in traces))
+
+
+def add(path: Path, job: Any, method: Method, tokenizer: Tokenizer, records: Sequence[Record], prompts: int) -> None:
+  """Appends the traces of a method on a job that the file lacks: of the first `prompts` prompts, at the largest L.
+
+  The first chain of each is traced. Its tokens are those of the prompt and of the text, which is tokenized again, so a
+  token that was sampled otherwise than the tokenizer writes it can differ.
+
+  Args:
+    job: as `experiments.methods.run.prepare` makes it; nothing is traced if it only scores given continuations.
+    records: of the job, by any methods.
+  """
+  most = max(job.max_tokens)
+  own = [
+    record
+    for record in records
+    if record.cell == (*method.key, job.task.name, job.length) and record.text is not None
+    if (record.chain, record.max_tokens) == (0, most) and record.prompt in range(prompts)
+  ]  # fmt: skip
+  if not own:
+    return
+  files.cut_half_line(path, START)
+  there = {chain_of(each) for each in read("output", path)}
+  groups, _ = fitted(method.model, method.policy, method.given, job.totals(most))
+  for group in groups:
+    for place, row in enumerate(group.rows):
+      policy, prompt = group.policy.replace(**group.of_row(place)), job.asked[row].tokens
+      for record in [each for each in own if each.prompt == row and chain_of(each) not in there]:
+        ids = [*prompt, *tokenizer.encode(record.text)]
+        append(path, [trace(method.model, policy, tokenizer, ids, len(prompt), record)])
 
 
 def read(flag: str, path: Path) -> list[Trace]:

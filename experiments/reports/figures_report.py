@@ -1,4 +1,4 @@
-"""Pictures of a report: a task's score against its costs with Pareto frontiers, and what each head retains."""
+"""Pictures of a report: scores against costs with Pareto frontiers, and what each head retains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results of several runs side by side: records by model, task and length, one point for each setting of a method."""
+"""Results of several runs side by side: a point for each setting of a method on each task."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report: frontiers and margins, results of several runs, charts, the page, refusals, the program."""
+"""The report: margins, styles, charts, results of several runs, refusals, the page, the program."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 
@@ -13,8 +14,11 @@ from dms_jax import policies
 from dms_jax import testing as tiny
 from dms_jax.model import Eviction, forward
 from dms_jax.tokenizer import byte_tokenizer
-from experiments.methods import trace
+from experiments.methods import run, trace
+from experiments.methods.budgets import Budget
 from experiments.methods.records import Record
+from experiments.tasks import get
+from experiments.tasks.base import Prompt
 from tests import oracle
 
 READ, WRITTEN = 40, 24
@@ -92,6 +96,28 @@ def test_a_file_of_traces_grows_and_is_read_back(tmp_path):
   trace.append(path, [ONE])
   trace.append(path, [ONE])
   assert trace.read("runs", path) == [ONE, ONE]
+
+
+def test_traces_of_a_job_are_made_once(tmp_path):
+  """Two prompts of three are traced, each under its own budget: half of its prompt and L tokens, rounded up."""
+  model, tokenizer, path = tiny.model(tiny.config(vocab_size=257)), byte_tokenizer(), tmp_path / trace.FILE
+  texts = ["a prompt", "a longer prompt, the longest", "never"]
+  asked = [Prompt(text, tokenizer.encode(text), ()) for text in texts]
+  job = run.Job(get("needle")(), 64, asked, max_tokens=(4, 12))
+  method = run.Method("tova", model, policies.TOVA(), given=Budget(cr=2.0))
+  made = [
+    Record(name, "needle", 64, {"cr": 2.0}, 1, most, 0, prompt, 0, "s", 1, 1.0, 1.0, 1.0, {}, text="written")
+    for name in ("tova", "h2o") for prompt in range(3) for most in job.max_tokens
+  ]  # fmt: skip
+  for _ in range(2):
+    trace.add(path, job, method, tokenizer, made, prompts=2)
+  found = trace.read("runs", path)
+  assert [(each.method, each.prompt, each.max_tokens) for each in found] == [("tova", 0, 12), ("tova", 1, 12)]
+  assert ["".join(each.tokens) for each in found] == [f"{text}written" for text in texts[:2]]
+  held = [round(np.mean(each.retention) * len(each.tokens)) for each in found]
+  assert held == [min(len(text) + 12, 2 * (len(text) + 7)) // 2 for text in texts[:2]]
+  trace.add(path, dataclasses.replace(job, max_tokens=(0,)), method, tokenizer, made, prompts=2)
+  assert trace.read("runs", path) == found
 
 
 @pytest.mark.parametrize(
