@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from experiments.methods import pareto
-from experiments.reports import plots, styles
+from experiments.reports import charts, plots, styles
 from experiments.reports.results import AXIS_NAMES, Panel
 
 MARKERS = {
@@ -41,6 +41,9 @@ def tradeoff(plt, panel: Panel, look: Mapping[str, styles.Style], chance: float 
       axis.axhline(chance, color="k", lw=0.8, ls="--", zorder=0)
       axis.annotate(" chance", (0, chance), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
     axis.set(xscale="log", xlabel=f"{AXIS_NAMES[cost]}, log scale")
+    shown = charts.log_ticks(*axis.get_xlim())
+    axis.set_xticks(shown, [styles.short(tick) for tick in shown])
+    axis.minorticks_off()
     axis.grid(alpha=0.25)
     plots.bare(axis)
   axes[0][0].set_ylabel(styles.named(panel.metric))

@@ -296,7 +296,7 @@ def _points(chains: Sequence[Record], baseline: str, widths: Sequence[int], best
     by_width: dict[int, dict[str, Entry]] = {}
     for entry in summarise(renamed, str(base), widths):
       if entry.method == str(setting):
-        by_width.setdefault(entry.chains, {})[entry.metric] = entry
+        by_width.setdefault(entry.chains, {})[entry.metric] = dataclasses.replace(entry, method=setting.method)
     for width, entries in by_width.items():
       metric = main_metric(list(entries), best_of_all)
       at = dataclasses.replace(setting, chains=width)

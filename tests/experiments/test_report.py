@@ -194,7 +194,7 @@ def test_each_setting_is_a_point_with_paired_differences(tmp_path):
   by_name = {str(point.setting): point for point in needle.points}
   assert list(by_name)[:2] == ["vanilla, L\u00a064", "dms, CR\u00a04, L\u00a064"]
   entry = by_name["dms, CR\u00a08, L\u00a064"].entries["score"]
-  assert (entry.mean, entry.difference, entry.samples) == (50.0, -25.0, 4)
+  assert (entry.method, entry.mean, entry.difference, entry.samples) == ("dms", 50.0, -25.0, 4)
   assert entry.difference_se == pytest.approx(np.std([0, 0, -100, 0], ddof=1) / 2)
   assert by_name["h2o, CR\u00a04, L\u00a064"].costs == {"reads": 1500.0, "peak": 150.0}
   assert [(p.setting.chains, p.metric, p.main.mean, p.costs["reads"]) for p in written.points] == [
