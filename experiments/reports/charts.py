@@ -105,7 +105,8 @@ def tradeoff(
   low, high = (low / 1.1, high * 1.1) if high < 1.3 * low else (low / 1.06, high * 1.06)
   bars = [(mark.value - (mark.error or 0), mark.value + (mark.error or 0)) for mark in marks]
   values = [value for bar in bars for value in bar] + ([] if chance is None else [chance])
-  spare = max(0.04 * (max(values) - min(values)), 1e-3)
+  span = max(values) - min(values)
+  spare = max(0.04 * span, 5 - span / 2) if percent else max(0.04 * span, 0.01 * max(map(abs, values)), 1e-3)
   least, most = min(values) - spare, max(values) + spare
   levels = ticks(max(least, 0.0), min(most, 100.0)) if percent else ticks(least, most)
   across = lambda cost: LEFT + (right - LEFT) * math.log(cost / low) / math.log(high / low)

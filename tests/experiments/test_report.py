@@ -139,6 +139,9 @@ def test_a_chart_places_points_by_the_log_of_their_cost():
   one = charts.tradeoff([dataclasses.replace(series, marks=marks[:1], frontier=[(10, 0.0)])], x="", y="", show=str)
   assert [text for _, text in drawn["up"]] == ["0", "20", "40", "60", "80", "100"]
   assert math.isfinite(one["series"][0]["points"][0]["x"])
+  top = dataclasses.replace(series, marks=[charts.Mark(10, 100.0, 0.0, "")], frontier=[(10, 100.0)])
+  shown = charts.tradeoff([top], x="", y="", show=str, percent=True)["up"]
+  assert [text for _, text in shown] == ["95", "96", "97", "98", "99", "100"]
 
 
 # Results of runs ------------------------------------------------------------------------------------------------------
