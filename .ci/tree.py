@@ -31,6 +31,7 @@ DESCRIBED = {
   "setup.cfg": "package, dependencies, pytest",
   "colab/01_quickstart.ipynb": "install, convert, generate dense and compressed, look at the memory",
   "experiments/LOG.md": "dated results, disappointing ones too",
+  "experiments/reports/templates/report.html": "the page of experiments.report, in Jinja",
 }
 FOLDERS = {
   "experiments/configs": "sweeps for experiments.ablate; each opens with its command, cost and expected result",

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments.common import program
+from experiments.reports import styles
 
-DENSE, DMS = "#4d4d4d", "#1f6fb4"
-METHODS = (DMS, "#d1752b", "#3a923a", "#8b5fb0", "#b04a4a")  # colours of compared methods, in order
+METHODS = tuple(light for light, _ in styles.PALETTE)  # colours of compared methods, in order
+DENSE, DMS = styles.NEUTRAL[0], METHODS[0]
 
 
 def pyplot() -> Any:

@@ -1,0 +1,97 @@
+"""Results as one HTML page and pictures: scores, frontiers, retention by head, what was forgotten.
+
+    python -m experiments.report --runs=runs/evaluate/a,runs/evaluate/b --output=runs/report/a-b
+
+`--runs` are folders that `experiments.evaluate` wrote: records.jsonl, and if present config.json, summary.json and
+traces.jsonl. OUTPUT/index.html holds everything it shows and loads nothing. Its tables give scores first, then
+differences from `--baseline`, paired problem by problem. Its charts plot a task's score against KV reads, peak tokens
+and time, with each method's Pareto frontier, and tables give the margins between frontiers. The pictures are PNGs of
+the same, for which matplotlib is needed. The last line and OUTPUT/report.json give the margins as numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from pathlib import Path
+
+from experiments.common import program
+from experiments.reports import figures_report, page, results, styles
+from experiments.tasks import TASKS
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """`baseline`: the method that others are compared with; "": vanilla, the original, or the first there is.
+
+  `prompts`: prompts of each task whose chains are shown. `log_margins`: frontiers are averaged over log cost in
+  report.json; the page averages over cost.
+  """
+
+  runs: tuple[str, ...]
+  output: str
+  baseline: str = ""
+  title: str = ""
+  prompts: int = 2
+  log_margins: bool = False
+
+  def __post_init__(self):
+    if not self.runs:
+      raise ValueError("--runs=DIR,DIR,... is needed: folders that experiments.evaluate wrote")
+    if not self.output:
+      raise ValueError("--output=FOLDER is needed: the page and pictures go there")
+    if self.prompts < 0:
+      raise ValueError(f"--prompts={self.prompts} must be 0 or more")
+    if twice := sorted({run for run in self.runs if self.runs.count(run) > 1}):
+      raise ValueError(f"--runs: {twice[0]} is listed twice")
+
+
+def write_text(path: Path, text: str) -> str:
+  """Writes a text file atomically; makes the folder."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  part = path.with_name(f".{path.name}")
+  try:
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+  finally:
+    part.unlink(missing_ok=True)
+  return str(path)
+
+
+def margins(found: results.Results, log: bool) -> list[dict]:
+  """Each method's margin over the baseline, by model, task and cost; None where frontiers share no interval."""
+  return [
+    {"model": panel.model, "task": panel.name, "metric": panel.metric, "method": method, "cost": axis,
+     "margin": panel.margin(axis, method, found.baseline, log)}
+    for panel in found.panels
+    for method in dict.fromkeys(point.setting.method for point in panel.points)
+    if method != found.baseline
+    for axis in panel.axes()
+  ]  # fmt: skip
+
+
+def main() -> None:
+  config = program.read_flags("", Config)
+  found = results.collect([results.load(Path(folder)) for folder in config.runs], config.baseline)
+  output, look = Path(config.output), styles.styles(found.methods, found.baseline)
+  written = [write_text(output / "index.html", page.render(found, TASKS, config.title, config.prompts))]
+  for panel in found.panels:
+    name = re.sub(r"[^A-Za-z0-9]+", "-", f"{panel.model}-{panel.task}-{panel.length or ''}").strip("-")
+    chance = TASKS[panel.task].chance.get(panel.metric) if panel.task in TASKS else None
+    picture = output / f"tradeoff-{name}.png"
+    written.append(figures_report.tradeoff(picture, panel, look, chance, f"{panel.model}, {panel.name}"))
+  title = "Share of a chain's tokens that each KV head holds at the end"
+  maps = [each for each in page.retention(found) if page.uneven(each[2])]
+  written.append(figures_report.retention(output / "retention.png", maps, title))
+  result = {
+    "written": [path for path in written if path], "baseline": found.baseline, "methods": found.methods,
+    "records": sum(len(run.records) for run in found.runs), "margins": margins(found, config.log_margins),
+  }  # fmt: skip
+  program.save_json(output / "report.json", {"config": program.flag_values(), **result})
+  program.finish(result)
+
+
+if __name__ == "__main__":
+  program.define_flags("", Config)
+  program.run(main)
