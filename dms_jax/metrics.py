@@ -50,12 +50,14 @@ class Counts:
 
   `live` [L, B, K]: tokens held after the call. `reads` [L, B, K]: keys read by it. `held` [steps, B]: tokens held after
   each step, summed over layers and heads. `history` [steps, L, B, K]: tokens held after each step, if asked for.
+  `step_reads` [steps, B]: keys read by each decode step, summed over layers and heads; None for a chunk of a prompt.
   """
 
   live: Int[Array, "L B K"]
   reads: Int[Array, "L B K"]
   held: Int[Array, "steps B"]
   history: Int[Array, "steps L B K"] | None = None
+  step_reads: Int[Array, "steps B"] | None = None
 
 
 def count(seen: Usage) -> Counts:

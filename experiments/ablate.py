@@ -116,6 +116,7 @@ def score(one: Trial, original: Model, model: Model, tokens: np.ndarray) -> dict
     original, model, tokens, evaluation.length, batch=evaluation.batch, policy=evaluation.baseline(), progress=progress,
     **eviction,
   )  # fmt: skip
+  del result["by_chunk"]
   result |= {"tokens_scored": result["chunks"] * (evaluation.length - 1), "text_crc32": crc(tokens)}
   if evaluation.positions:
     progress = functools.partial(program.progress, desc="compression by position")

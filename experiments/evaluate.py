@@ -1,26 +1,27 @@
-"""Quality of a checkpoint or retrofit: perplexity, KL from the original, scores on tasks, CR.
-
-    python -m experiments.evaluate --checkpoint=checkpoints/smollm2-135m-instruct --text=wiki.test.raw \\
-      --retrofit=experiments/results/retrofit/smollm2-135m-cr4 --lengths=1024,4096
-
-Every quality figure of this project follows one procedure: the whole text in chunks of T tokens, every position but a
-chunk's first, hard decisions, KL(original || retrofit) in nats per token. `--retrofit` takes several folders, separated
-by commas. Without a retrofit, `--max_tokens=20480 --lengths=1024 --dtype=float32` checks the perplexity of converted
-weights.
+"""Quality of methods, by flags alone: which method, on which task, at which budget, with W chains of L tokens.
 
     python -m experiments.evaluate --checkpoint=checkpoints/smollm2-135m-instruct \\
-      --retrofit=experiments/results/retrofit/smollm2-135m-cr4 --tasks=needle,tracking,hellaswag,mmlu,gsm8k \\
-      --lengths=1024,2048 --hellaswag.data=hellaswag_val.jsonl --mmlu.data=mmlu --gsm8k.data=test.jsonl --limit=100
+      --retrofit=experiments/results/retrofit/smollm2-135m-cr4 --methods=vanilla,dms,tova,snapkv,quest --cr=2,4 \\
+      --tasks=needle,gsm8k --lengths=1024 --gsm8k.data=test.jsonl --limit=100 --text=wiki.test.raw
 
-The original and each retrofit answer the same samples, chosen by `--seed`. Tables show each score with its standard
-error, then its difference from the original's, paired sample by sample. The tasks are RULER's needle and variable
-tracking at each length, 10-shot HellaSwag, 5-shot MMLU, and the likelihood of GSM8K's solutions after 5 worked ones.
-The achieved CR is measured after everything was read and written. `--chains=8 --temperature=0.6` samples eight texts
-for each prompt of a task that writes; the prompt's score is their mean.
+`--methods` are names of policies. Those whose gates decide run the weights of `--retrofit` (several folders, separated
+by commas; `trimkv:FOLDER` is for that method alone), the others run the original weights. Without `--methods` the
+original and each retrofit under DMS are compared. A policy's own settings are flags: `--quest.page=32`.
 
-Results go to the JSON file `--output`. With tasks its default lies in a folder of runs/evaluate named after the flags.
-With a text alone there is no default, and results are only printed. Records of the tasks, one JSON line for each chain,
-go to the same name with .jsonl. The same command again resumes a killed run.
+`--cr=2,4,8` and `--budgets=512` (tokens a head) bound each method that has a budget. A CR becomes a budget of
+(prompt + most new tokens) / CR tokens for each text, as in the DMS paper; `--budget_rule=seen` divides the tokens seen
+so far instead. DMS has the CR that it was trained for; `dms_budget` adds the budget to it. `--thresholds` sweeps the
+eviction threshold of gates without retraining.
+
+Tasks that write sample W chains of each prompt at `--temperature` and `--top_p`: `--chains=1,4,8` writes 8 and takes
+subsets for 1 and 4. `--max_tokens=512,2048` are L, the most new tokens; default the task's own. Likelihood tasks score
+given continuations. `--text` is a file whose perplexity and KL(original || method), nats per token, are measured in
+chunks of T tokens (`--lengths`), every position but a chunk's first.
+
+Every method answers the same samples, chosen by `--seed`; differences are paired sample by sample. The folder
+`--output`, by default one of runs/evaluate named after the flags, holds config.json, records.jsonl (a line for each
+chain), text.jsonl (a line for each chunk of the text), summary.json and pictures. The same command again resumes a
+killed run, chain by chain.
 """
 
 from __future__ import annotations
@@ -28,53 +29,80 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from dms_jax import DMS, Vanilla, checkpoint
-from dms_jax.evaluation.text import text_quality
+from dms_jax import DMS, Vanilla, checkpoint, policies
 from dms_jax.model import Model
+from dms_jax.policies import Policy
 from dms_jax.tokenizer import Tokenizer
 from experiments.common import files, program
-from experiments.methods import records, run
-from experiments.methods.run import Method
+from experiments.methods import method as methods_module
+from experiments.methods import records, run, summary
+from experiments.methods.budgets import fitted
+from experiments.methods.estimate import Estimate
+from experiments.methods.method import Method
+from experiments.methods.records import Record
+from experiments.methods.score import TEXT, score_text
 from experiments.methods.summary import Entry, summarise
 from experiments.reports import figures_tasks, plots, tables
 from experiments.tasks import TASKS, get
 from experiments.tasks.base import TasksConfig
 
-ORIGINAL = "original"  # the baseline of every difference
-TEXT = "text"  # the name under which a text's quality is summarised
+ORIGINAL = "original"  # the name of the dense method where `--methods` names none
+VANILLA = "vanilla"  # its name among `--methods`
+CONFIG, RECORDS, TEXTS, SUMMARY = "config.json", "records.jsonl", "text.jsonl", "summary.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """`max_tokens` 0 reads the whole text; `thresholds` sweeps the eviction threshold without retraining."""
+  """`text_tokens` 0 reads the whole text. `batch` rows are scored together, `width` rows write together.
+
+  `kv_budget_gib` bounds the cache of the rows that write; rows that do not fit wait on the host.
+  """
 
   checkpoint: str
-  text: str = ""
+  methods: tuple[str, ...] = ()
   retrofit: tuple[str, ...] = ()
+  cr: tuple[float, ...] = ()
+  budgets: tuple[int, ...] = ()
+  budget_rule: Literal["paper", "seen"] = "paper"
+  thresholds: tuple[float, ...] = ()
+  text: str = ""
+  text_tokens: int = 0
   lengths: tuple[int, ...] = (4096,)
-  thresholds: tuple[float, ...] = (0.0,)
-  max_tokens: int = 0
+  max_tokens: tuple[int, ...] = ()
   batch: int = 1
+  width: int = 8
+  kv_budget_gib: float | None = None
   dtype: Literal["bfloat16", "float32"] = "bfloat16"
   output: str = ""
 
   def __post_init__(self):
-    for name, least in (("batch", 1), ("max_tokens", 0)):
+    for name, least in (("batch", 1), ("width", 1), ("text_tokens", 0)):
       if (value := getattr(self, name)) < least:
         raise ValueError(f"--{name}={value} must be {least} or more")
-    if short := [length for length in self.lengths if length < 2]:
-      raise ValueError(f"--lengths={short[0]} must be 2 or more tokens")
-    run.check_names([ORIGINAL, *(self.name(path, at) for path in self.retrofit for at in self.thresholds)])
+    for name, least, what in (
+      ("lengths", 2, "2 or more tokens"), ("max_tokens", 1, "1 or more tokens"), ("budgets", 1, "1 or more tokens"),
+      ("cr", 1, "1 or more"),
+    ):  # fmt: skip
+      if wrong := [value for value in getattr(self, name) if not value >= least]:
+        raise ValueError(f"--{name}={wrong[0]} must be {what}")
+      if len(set(getattr(self, name))) < len(getattr(self, name)):
+        raise ValueError(f"--{name}={program.spell(getattr(self, name))}: a number twice")
+    for name in self.methods:
+      methods_module.policy_class(name)
+    if not self.methods and (given := [name for name in ("cr", "budgets") if getattr(self, name)]):
+      raise ValueError(f"--{given[0]} bounds methods: name them, such as --methods=vanilla,dms,tova,snapkv")
+    if not self.methods:
+      names = [ORIGINAL, *(self.name(path, at) for path in self.retrofit for at in self.thresholds or (0.0,))]
+      methods_module.check_names([Method(name, None) for name in names])
 
   def name(self, retrofit: str, threshold: float) -> str:
-    """A method's name: the retrofit's path, with the threshold if it is not 0 or one of several."""
-    plain = not threshold and len(self.thresholds) == 1
+    """A method's name without `--methods`: the retrofit's path, with the threshold if it is one of several."""
+    plain = not threshold and len(self.thresholds) < 2
     return str(Path(retrofit)) if plain else f"{Path(retrofit)} at {threshold:.12g}"
 
   def load(self, retrofit: str) -> Model:
@@ -82,67 +110,98 @@ class Config:
     return checkpoint.load_retrofitted(self.checkpoint, retrofit, dtype=self.dtype)
 
 
-def methods_of(config: Config, original: Model) -> list[Method]:
-  """The original, which evicts nothing, and each retrofit at each threshold."""
-  never = Vanilla() if original.dms is None else DMS(threshold=math.inf)
+def methods_of(
+  config: Config, original: Model, read: Callable[[str, type[Policy]], Policy] = lambda name, cls: cls()
+) -> list[Method]:
+  """The methods of `--methods`; without it the original, which evicts nothing, and each retrofit at each threshold.
+
+  Args:
+    read: makes a policy from its flags.
+  """
   base = checkpoint.fingerprint(config.checkpoint)
   about = lambda path: program.fingerprint([base, checkpoint.fingerprint(path), config.dtype])
-  models = {path: config.load(path) for path in config.retrofit}
-  if not models and original.dms is not None:  # the checkpoint has gates of its own
-    models = {config.checkpoint: original}
+  pairs = methods_module.split_retrofits(config.retrofit)
+  loaded = [(name, path, config.load(path), about(path)) for name, path in pairs]
+  if config.methods:
+    return methods_module.build(
+      config.methods, original, about(config.checkpoint), loaded, read, crs=config.cr, tokens=config.budgets,
+      rule=config.budget_rule, thresholds=config.thresholds,
+    )  # fmt: skip
+  never = Vanilla() if original.dms is None else DMS(threshold=math.inf)
+  if not loaded and original.dms is not None:  # the checkpoint has gates of its own
+    loaded = [("", config.checkpoint, original, about(config.checkpoint))]
   return [
     Method(ORIGINAL, original, never, about(config.checkpoint)),
     *(
-      Method(config.name(path, at), model, DMS(threshold=at), about(path))
-      for path, model in models.items()
-      for at in config.thresholds
+      Method(config.name(path, at), model, DMS(threshold=at), print_)
+      for _, path, model, print_ in loaded
+      for at in config.thresholds or (0.0,)
     ),
   ]  # fmt: skip
+
+
+def baseline_of(methods: list[Method]) -> str:
+  """The name of the method that the others are compared with: the dense one if there is one, else the first."""
+  names = [method.name for method in methods]
+  return next((name for name in (ORIGINAL, VANILLA) if name in names), names[0])
+
+
+def labelled(entries: list[Entry], baseline: str) -> list[Entry]:
+  """Entries whose method is its label, for tables and figures, which know methods by name."""
+  own = lambda entry: baseline if entry.method == baseline and not entry.budget.keys() - {"threshold"} else entry.label
+  return [dataclasses.replace(entry, method=own(entry)) for entry in entries]
 
 
 # Text -----------------------------------------------------------------------------------------------------------------
 
 
-def text_entries(method: str, quality: dict[str, Any]) -> list[Entry]:
-  """The results of `text_quality` as summary entries: the original's, and the retrofit's if one was scored.
+@dataclasses.dataclass(frozen=True)
+class Text:
+  """A text in chunks of `length` tokens; a shorter last chunk is dropped."""
 
-  A text is scored as one whole, so there are no standard errors; samples are its chunks.
+  tokens: np.ndarray
+  length: int
+  content: str
+
+  @property
+  def chunks(self) -> int:
+    return len(self.tokens) // self.length
+
+  def record(self, method: Method) -> Callable[..., Record]:
+    """Makes the record of a chunk."""
+    return lambda chunk, chain, most, **found: Record(
+      method.name, TEXT, self.length, method.budget, chains=1, max_tokens=most, seed=0, prompt=chunk, chain=chain,
+      settings=f"{self.content}-{method.checkpoint}", **found,
+    )  # fmt: skip
+
+  def missing(self, method: Method, done: list[Record]) -> list[int]:
+    """Numbers of the chunks without a record."""
+    own = *method.key, TEXT, self.length
+    there = {record.prompt for record in done if record.cell == own}
+    return [chunk for chunk in range(self.chunks) if chunk not in there]
+
+
+def read_texts(config: Config, tokenizer: Tokenizer, max_positions: int) -> list[Text]:
+  """The text of `--text` at every length; none without one.
+
+  Raises:
+    ValueError: no such text, or it is shorter than a chunk.
   """
-  length, chunks = quality["length"], quality["chunks"]
-  before = quality["perplexity_original"]
-  entries = [Entry(ORIGINAL, TEXT, length, "perplexity", chunks, before, tokens=length)]
-  if "kl" in quality:
-    own = dict(achieved_cr=quality.get("achieved_cr", 1.0), tokens=length)
-    after = quality["perplexity"]
-    entries.append(Entry(method, TEXT, length, "perplexity", chunks, after, difference=after - before, **own))
-    entries.append(Entry(method, TEXT, length, "kl", chunks, quality["kl"], **own))
-  return entries
-
-
-def score_text(config: Config, original: Model, tokens: np.ndarray) -> list[Entry]:
-  """Scores every retrofit at every length and threshold, and prints a table."""
-  entries: dict[tuple, Entry] = {}
-  for path in config.retrofit or ("",):
-    model = config.load(path) if path else None
-    for length in config.lengths:
-      for threshold in config.thresholds:
-        name = config.name(path, threshold) if path else ORIGINAL
-        progress = partial(program.progress, desc=f"{name}, T {length}")
-        quality = text_quality(
-          original, model, tokens, length, threshold=threshold, batch=config.batch, progress=progress
-        )
-        found = text_entries(name, quality)
-        program.log("  ".join(f"{entry.method}, T {length}: {entry.metric} {entry.mean:.4f}" for entry in found))
-        entries |= {(entry.method, entry.length, entry.metric): entry for entry in found}
-  found = sorted(entries.values(), key=lambda entry: entry.length)
-  print(tables.texts(found, ORIGINAL), flush=True)
-  return found
+  if not config.text:
+    return []
+  tokens = np.asarray(tokenizer.encode(files.read_text("text", config.text)), np.int32)[: config.text_tokens or None]
+  if (longest := max(config.lengths)) > max_positions:
+    raise ValueError(f"--lengths={longest}: the model's context is {max_positions} tokens")
+  if len(tokens) < longest:
+    raise ValueError(f"--text={config.text} has {len(tokens)} tokens, less than a chunk of --lengths={longest}")
+  return [Text(tokens, length, program.fingerprint(tokens)) for length in config.lengths]
 
 
 def text_picture(path: Path, entries: list[Entry], title: str) -> str | None:
   """Plots KL, perplexity and compression by length; returns the path written, None for fewer than two points."""
   cells = {(entry.method, entry.length, entry.metric): entry for entry in entries}
   points = sorted(((e.length, e.method) for e in entries if e.metric == "kl"), key=lambda point: point[0])
+  points = [point for point in points if cells[point[1], point[0], "perplexity"].difference is not None]
   short = tables.short_names(list(dict.fromkeys(method for _, method in points)))
   rows = [
     {
@@ -155,36 +214,140 @@ def text_picture(path: Path, entries: list[Entry], title: str) -> str | None:
   return plots.ablation(path, rows, "T", title) if len(rows) > 1 else None
 
 
-# Tasks ----------------------------------------------------------------------------------------------------------------
+# The run --------------------------------------------------------------------------------------------------------------
 
 
-def run_tasks(
-  config: Config, methods: list[Method], jobs: list[run.Job], tokenizer: Tokenizer, path: Path,
-  save: Callable[[list[Entry]], None],
-) -> None:  # fmt: skip
-  """Runs every job that the records at `path` do not hold yet, and prints a table for each.
+class Evaluation:
+  """One folder of results: what is there, what is missing, and the summary of both."""
 
-  Args:
-    save: called after each job with the summary of all jobs so far.
+  def __init__(self, config: Config, chosen: TasksConfig, folder: Path, methods: list[Method], jobs: list[run.Job],
+               texts: list[Text], original: Model, tokenizer: Tokenizer):  # fmt: skip
+    """Reads the records that exist.
 
-  Raises:
-    ValueError: the records at `path` have other settings.
-  """
-  done = records.read(path)
-  expected = {(m.name, job.task.name, job.length): run.settings_of(job, m) for m in methods for job in jobs}
-  records.check_settings(path, done, expected)
-  names, entries = [method.name for method in methods], []
-  for job in jobs:
-    wanted = job.task.name, job.length, job.chains
-    same = lambda record, wanted=wanted: (record.task, record.length, record.chains) == wanted
-    own = [record for record in done if same(record) and record.method in names]
-    for found in run.run(job, methods, tokenizer, batch=config.batch, done=own, progress=program.progress):
-      records.append(path, found)
-      own += found
-    finished = summarise(sorted(own, key=lambda record: names.index(record.method)), ORIGINAL)
-    print(f"{tables.scores(finished, ORIGINAL, TASKS)}\n", flush=True)
-    entries += finished
-    save(entries)
+    Raises:
+      ValueError: they have other settings, or a method cannot do a task.
+    """
+    self.config, self.chosen, self.folder, self.methods = config, chosen, folder, methods
+    self.jobs, self.texts, self.original, self.tokenizer = jobs, texts, original, tokenizer
+    self.baseline = baseline_of(methods)
+    self.task_records = records.read(folder / RECORDS)
+    self.text_records = records.read(folder / TEXTS)
+    expected = {
+      (*m.key, job.task.name, job.length): run.settings_of(job, m) for m in methods for job in jobs
+    }  # fmt: skip
+    records.check_settings(folder / RECORDS, self.task_records, expected)
+    expected = {(*m.key, TEXT, text.length): f"{text.content}-{m.checkpoint}" for m in methods for text in texts}
+    records.check_settings(folder / TEXTS, self.text_records, expected)
+
+  def plan(self) -> int:
+    """Checks every method on every task, logs what there is to do, and returns the work in tokens."""
+    work = chains = there = 0
+    for method in self.methods:
+      for text in self.texts:
+        fitted(method.model, method.policy, method.given, [text.length])
+        work += text.length * len(text.missing(method, self.text_records))
+      for job in self.jobs:
+        if remark := run.check(job, method):
+          program.log(f"{method.label} on {job.name}: {remark}")
+        left = {(prompt, chain) for prompt, chain, _ in run.missing(job, method, self.task_records)}
+        chains, there = chains + len(left), there + len(job.asked) * job.chains - len(left)
+        work += sum(job.work(prompt) for prompt, _ in left)
+    cells = len(self.methods) * (len(self.jobs) + len(self.texts))
+    program.log(
+      f"{len(self.methods)} methods x {len(self.jobs)} tasks and {len(self.texts)} texts = {cells} cells: "
+      f"{chains:,} chains and questions to do ({there:,} are there), up to {work:,} tokens; results in {self.folder}"
+    )
+    return work
+
+  def _of_methods(self, found: list[Record]) -> list[Record]:
+    """The records of this run's methods, in the order of the methods."""
+    order = {method.key: number for number, method in enumerate(self.methods)}
+    return sorted((r for r in found if r.cell[:2] in order), key=lambda record: order[record.cell[:2]])
+
+  def entries(self, found: list[Record]) -> list[Entry]:
+    """The summary of records."""
+    return summarise(self._of_methods(found), self.baseline, self.chosen.chains)
+
+  def of_job(self, job: run.Job) -> list[Record]:
+    """The records of one job."""
+    own = job.task.name, job.length, job.chains, job.seed
+    return [
+      r for r in self.task_records if (r.task, r.length, r.chains, r.seed) == own and r.max_tokens in job.max_tokens
+    ]
+
+  def run(self) -> None:
+    """Makes all missing records, prints a table for each text and task, and saves the summary after each."""
+    estimate = Estimate(self.plan())
+    for text in self.texts:
+      for method in self.methods:
+        wanted = text.missing(method, self.text_records)
+        parts = score_text(
+          self.original, method, text.tokens, text.length, wanted, text.record(method), batch=self.config.batch,
+          tick=lambda n, method=method, text=text: estimate.tick(f"text {text.length}, {method.label}", n),
+        )  # fmt: skip
+        for found in parts if wanted else ():
+          records.append(self.folder / TEXTS, found)
+          self.text_records += found
+          estimate.add(text.length * len(found))
+    if self.texts:
+      shown = labelled(self.text_entries(), self.baseline)
+      print(f"{tables.texts(shown, self.baseline)}\n", flush=True)
+      self.save()
+    memory = None if self.config.kv_budget_gib is None else int(self.config.kv_budget_gib * 2**30)
+    for job in self.jobs:
+      ended = {(*r.cell, r.prompt, r.chain) for r in self.task_records}
+      parts = run.run(
+        job, self.methods, self.tokenizer, batch=self.config.batch, width=self.config.width, memory=memory,
+        done=self.of_job(job), tick=estimate.tick,
+      )  # fmt: skip
+      for found in parts:
+        records.append(self.folder / RECORDS, found)
+        self.task_records += found
+        new = {(*r.cell, r.prompt, r.chain): r.prompt for r in found}
+        estimate.add(sum(job.work(prompt) for key, prompt in new.items() if key not in ended))
+        ended |= new.keys()
+      shown = labelled(self.entries(self.of_job(job)), self.baseline)
+      print(f"{tables.scores(shown, self.baseline, TASKS)}\n", flush=True)
+      self.save()
+
+  def text_entries(self) -> list[Entry]:
+    """The summary of the texts of this run, by length."""
+    lengths = [text.length for text in self.texts]
+    found = self.entries([record for record in self.text_records if record.length in lengths])
+    return sorted(found, key=lambda entry: entry.length)
+
+  def save(self) -> dict[str, Any]:
+    """Writes the summary and the pictures; returns the summary."""
+    text = self.text_entries()
+    tasks = [entry for job in self.jobs for entry in self.entries(self.of_job(job))]
+    margins = []
+    for job in self.jobs:
+      own = [entry for entry in tasks if (entry.task, entry.length) == (job.task.name, job.length)]
+      where = {"task": job.task.name, "length": job.length}
+      best = getattr(job.task, "best_of_all", False)
+      margins += [{**where, **each} for each in summary.margins(own, self.baseline, best)]
+    result = {
+      "folder": str(self.folder), "baseline": self.baseline, "summary": text + tasks, "margins": margins,
+      "pictures": self._pictures(text, tasks),
+    }  # fmt: skip
+    program.save_json(self.folder / SUMMARY, result)
+    return result
+
+  def _pictures(self, text: list[Entry], tasks: list[Entry]) -> list[str]:
+    name = Path(self.config.checkpoint).name
+    title = f"{name}, {self.chosen.limit or 'all'} samples a task and length, bars: standard errors"
+    drawn = []
+    if text:
+      shown = labelled(text, self.baseline)
+      drawn.append(text_picture(self.folder / "text.png", shown, Path(self.config.text).name))
+    plain = [entry for entry in tasks if "@" not in entry.metric and entry.max_tokens in (0, *self._last())]
+    if plain:
+      drawn.append(figures_tasks.tasks(self.folder / "tasks.png", labelled(plain, self.baseline), self.baseline, title))
+    return [path for path in drawn if path]
+
+  def _last(self) -> set[int]:
+    """The largest L of each task."""
+    return {max(job.max_tokens) for job in self.jobs}
 
 
 def main() -> None:
@@ -192,47 +355,24 @@ def main() -> None:
   if not config.text and not chosen.tasks:
     raise ValueError("nothing to evaluate on: give --text=PATH, --tasks=needle,hellaswag,... or both")
   tokenizer = Tokenizer.load(config.checkpoint)
-  tokens = np.zeros(0, np.int32)
-  if config.text:
-    tokens = np.asarray(tokenizer.encode(files.read_text("text", config.text)), np.int32)[: config.max_tokens or None]
   max_positions = checkpoint.read_config(config.checkpoint)[1].max_position_embeddings
   tasks = [program.read_flags(name, get(name)) for name in chosen.tasks]
-  jobs = run.prepare(tasks, chosen, config.lengths, tokenizer, max_positions)
+  jobs = run.prepare(tasks, chosen, config.lengths, tokenizer, max_positions, config.max_tokens)
+  texts = read_texts(config, tokenizer, max_positions)
   original = checkpoint.load(config.checkpoint, dtype=config.dtype)
   original = original.replace(dms=None) if config.retrofit else original
-
-  result: dict[str, Any] = {"summary": []}
-  output = Path(config.output) if config.output else program.results_dir("evaluate") / "evaluate.json" if jobs else None
-  title = f"{Path(config.checkpoint).name}, {chosen.limit or 'all'} samples a task and length, bars: standard errors"
-
-  def save(**more) -> None:
-    result.update(more)
-    if output is not None:
-      result["saved"] = str(output)
-      about = {"config": program.flag_values(), "environment": program.environment()}
-      program.save_json(output, {**about, **result})
-
-  text = []
-  if config.text:
-    text = score_text(config, original, tokens)
-    save(tokens=len(tokens), summary=text)
-    if output is not None:
-      picture = output.with_name(f"{output.stem}_text.png")
-      save(text_picture=text_picture(picture, text, Path(config.text).name))
-  if jobs:
-    path, picture = output.with_suffix(".jsonl"), output.with_suffix(".png")
-
-    def save_tasks(entries: list[Entry]) -> None:
-      drawn = figures_tasks.tasks(picture, entries, ORIGINAL, title)
-      save(summary=text + entries, records=str(path), picture=drawn)
-
-    run_tasks(config, methods_of(config, original), jobs, tokenizer, path, save_tasks)
-  program.finish(result)
+  methods = methods_of(config, original, program.read_flags)
+  folder = Path(config.output) if config.output else program.results_dir("evaluate")
+  evaluation = Evaluation(config, chosen, folder, methods, jobs, texts, original, tokenizer)
+  program.save_json(folder / CONFIG, {"config": program.flag_values(), "environment": program.environment()})
+  evaluation.run()
+  program.finish(evaluation.save())
 
 
 if __name__ == "__main__":
   program.define_flags("", Config)
   program.define_flags("", TasksConfig)
-  for name, cls in TASKS.items():
-    program.define_flags(name, cls)
+  for kind in (TASKS, policies.REGISTRY):
+    for name, cls in kind.items():
+      program.define_flags(name, cls)
   program.run(main)

@@ -22,6 +22,7 @@ from dms_jax.generation.decode import prefill_chunk
 from dms_jax.generation.prefill import Chunk, read_prompts
 from dms_jax.model import Eviction, Model, check_policy, forward, unembed
 from dms_jax.policies import Policy
+from dms_jax.policies.base import of_rows
 from dms_jax.tokenizer import Tokenizer
 
 BUCKET = 256  # tokens; row lengths are rounded up to a multiple of it
@@ -206,23 +207,27 @@ def score(
   batch: int = 1,
   chunk: int = 256,
   progress: Callable[[Any], Any] = lambda items: items,
+  shaped_like: Sequence[Passage] | None = None,
 ) -> list[list[Scored]]:
   """The scores of every row under every model, [models][rows].
 
   Args:
     models: each with a policy, a threshold or None. Under a policy it reads the rows through a cache
-      (`policy_logprobs`). With a threshold of its gates, or None to evict nothing, it scores whole texts at once; the
-      results equal those of `DMS(threshold=...)` and `Vanilla()`.
+      (`policy_logprobs`); the policy's numbers may be one for each of `rows`. With a threshold of its gates, or None to
+      evict nothing, it scores whole texts at once; the results equal those of `DMS(threshold=...)` and `Vanilla()`.
     batch: rows at a time; the longest come first.
     chunk: prompt tokens that are read at once under a policy.
     progress: wraps the iteration over batches.
+    shaped_like: rows, of which `rows` are some, that set the compiled shapes; default `rows`. Batches of all rows, in
+      calls of their own, then share compilations.
 
   Raises:
     ValueError: a policy that the model cannot follow.
   """
   models = [(model, check_policy(model, limit) if isinstance(limit, Policy) else limit) for model, limit in models]
-  width = -(-max(len(row.targets) for row in rows) // TARGETS) * TARGETS
-  steps = max(len(row.tokens) - 1 - int(row.positions.min()) for row in rows)
+  like = rows if shaped_like is None else shaped_like
+  width = -(-max(len(row.targets) for row in like) // TARGETS) * TARGETS
+  steps = max(len(row.tokens) - 1 - int(row.positions.min()) for row in like)
   order = sorted(range(len(rows)), key=lambda number: -len(rows[number].tokens))
   batches = [order[i : i + batch] for i in range(0, len(rows), batch)]
   out: list[list[Any]] = [[None] * len(rows) for _ in models]
@@ -238,7 +243,8 @@ def score(
     for scored, (model, limit) in zip(out, models, strict=True):
       if isinstance(limit, Policy):
         part = [rows[number] for number in numbers]
-        results = policy_logprobs(model, limit, part, batch=batch, length=length, width=width, steps=steps, chunk=chunk)
+        own = of_rows(limit, len(rows), [*numbers, *numbers[:1] * (batch - len(numbers))])
+        results = policy_logprobs(model, own, part, batch=batch, length=length, width=width, steps=steps, chunk=chunk)
       else:
         threshold = None if limit is None else jnp.float32(limit)
         results = token_logprobs(model, tokens, lengths, positions, targets, threshold)

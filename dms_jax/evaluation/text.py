@@ -47,7 +47,7 @@ def _score_policy(
 
 
 def _sums(models: list[Model], hidden: list[Float[Array, "B T D"]], tokens: Int[Array, "B T"]) -> dict[str, Array]:
-  """Negative log-likelihoods of one or two models and KL(first || second), summed over scored positions."""
+  """Negative log-likelihoods of one or two models and KL(first || second), [B], summed over scored positions."""
   chunk = min(POSITIONS, tokens.shape[1] - 1)
   pad = -(tokens.shape[1] - 1) % chunk
   split = lambda x: jnp.moveaxis(
@@ -59,14 +59,15 @@ def _sums(models: list[Model], hidden: list[Float[Array, "B T D"]], tokens: Int[
     states, target, weight = args
     logits = [unembed(m, h) for m, h in zip(models, states, strict=True)]
     log_p = [jax.nn.log_softmax(x, axis=-1) for x in logits]
-    nll = [-jnp.take_along_axis(x, target[..., None], axis=-1)[..., 0] * weight for x in log_p]
-    sums = {"nll_original": nll[0].sum()}
+    nll = [-jnp.take_along_axis(x, target[..., None], axis=-1)[..., 0] for x in log_p]
+    total = lambda values: jnp.sum(values * weight, axis=-1)
+    sums = {"nll_original": total(nll[0])}
     if len(models) > 1:
-      sums |= {"nll": nll[1].sum(), "kl": (kl_divergence(logits[1], logits[0], "forward") * weight).sum()}
+      sums |= {"nll": total(nll[1]), "kl": total(kl_divergence(logits[1], logits[0], "forward"))}
     return sums
 
   sums = jax.lax.map(part, ([split(h[:, :-1]) for h in hidden], split(tokens[:, 1:]), real))
-  return jax.tree.map(jnp.sum, sums)
+  return jax.tree.map(lambda values: jnp.sum(values, axis=0), sums)
 
 
 def cache_for_text(model: Model, policy: Policy, batch: int, length: int) -> caches.Cache:
@@ -123,7 +124,8 @@ def text_quality(
   Returns:
     `perplexity_original`, `perplexity`, `perplexity_change` (a share), `kl` = KL(original || model) in nats per token,
     `achieved_cr` at T = `length`, `held_per_head` float [L, K] (mean tokens held), `chunks`; under a policy also
-    `reads_cr`, keys read by dense attention over keys read.
+    `reads_cr`, keys read by dense attention over keys read. `by_chunk`: arrays [chunks] of `nll_original`, `nll` and
+    `kl` in nats per token, and `held`, tokens held at the end, mean over layers and heads.
 
   Raises:
     ValueError: the text is shorter than one chunk.
@@ -136,7 +138,7 @@ def text_quality(
     policy = check_policy(model, policy)
     check_rows(policy, None)
   rows = np.asarray(tokens[: chunks * length], np.int32).reshape(chunks, length)
-  totals: dict[str, float] = {}
+  sums: dict[str, list[np.ndarray]] = {}
   held = []
   for start in progress(range(0, chunks, batch)):
     part = rows[start : start + batch]
@@ -148,12 +150,16 @@ def text_quality(
     if out["held"] is not None:
       held.append(out["held"])
     for name in set(out) - {"held"}:
-      totals[name] = totals.get(name, 0.0) + float(np.sum(out[name], dtype=np.float64))
+      sums.setdefault(name, []).append(np.asarray(out[name], np.float64))
+  totals = {name: float(sum(part.sum() for part in parts)) for name, parts in sums.items()}
   scored = chunks * (length - 1)
   result: dict[str, Any] = {
     "length": length,
     "chunks": chunks,
     "perplexity_original": float(np.exp(totals["nll_original"] / scored)),
+    "by_chunk": {
+      name: np.concatenate(sums[name]) / (length - 1) for name in ("nll_original", "nll", "kl") if name in sums
+    },
   }
   if "kl" in totals:
     result["perplexity"] = float(np.exp(totals["nll"] / scored))
@@ -163,6 +169,7 @@ def text_quality(
     all_held = np.concatenate(held, axis=1)  # [L, chunks, K]
     result["achieved_cr"] = float(achieved_cr(all_held, np.full(chunks, length)))
     result["held_per_head"] = all_held.mean(axis=1)
+    result["by_chunk"]["held"] = all_held.mean(axis=(0, 2))
   if policy is not None:
     heads = model.config.num_layers * model.config.num_kv_heads
     result["reads_cr"] = chunks * length * (length + 1) / 2 * heads / totals["reads"]

@@ -5,10 +5,13 @@
     for ticket, chain, tokens, text in generator.run():    # streams; `generator.results` holds all results
       ...
 
+A request may have numbers of its own for the policy: `submit(prompt, budget=512)`, or `cr=`, `threshold=`.
+
 The compiled width is fixed. A row's tokens are bit-equal to those of its run alone, at the same width with all other
-rows empty: they do not depend on the other rows, the row's place, or preemptions. Between two decode blocks the host
-checks the rows once: ended rows free their pages, and waiting requests begin while pages are free. When pages run out,
-the pool grows if the budget allows it; otherwise the newest chain is preempted to host memory and restored later.
+rows empty: they do not depend on the other rows and their numbers, the row's place, or preemptions. Between two decode
+blocks the host checks the rows once: ended rows free their pages, and waiting requests begin while pages are free. When
+pages run out, the pool grows if the budget allows it; otherwise the newest chain is preempted to host memory and
+restored later.
 """
 
 from __future__ import annotations
@@ -30,44 +33,18 @@ from dms_jax.cache.host import HostRow, check_fits
 from dms_jax.execution import fastest_form
 from dms_jax.generation import decode as decoding
 from dms_jax.generation.conversation import Continuation, Conversation, continuation
-from dms_jax.generation.decode import CAPACITY, LENGTH, REASONS, RUNNING, DecodeState
+from dms_jax.generation.decode import CAPACITY, LENGTH, REASONS, RUNNING, DecodeState, Emitted
 from dms_jax.generation.detokenize import Detokenizer
 from dms_jax.generation.generate import Output
 from dms_jax.generation.pages import BudgetError, PagedRows
 from dms_jax.generation.prompts import prompt_ids
-from dms_jax.generation.sampling import Sampling, row_keys
+from dms_jax.generation.results import ChainUsage, Result
+from dms_jax.generation.sampling import Sampling, chain_keys, row_keys
 from dms_jax.generation.stops import StopStrings, stop_criteria
+from dms_jax.metrics import Counts
 from dms_jax.model import Model, check_policy
 from dms_jax.policies import Policy, check_rows
-
-
-@dataclasses.dataclass
-class Result:
-  """The outcome of one ticket: each list has one entry a chain.
-
-  `tokens` and `logprobs` (nats) as in `Output`. `finish_reason`: as in `Output`, or "running" or "cancelled". `text`:
-  None without a tokenizer. `held`: tokens in the cache at the end, mean over layers and KV heads. `stored`: the chain's
-  cache on the host, to continue from, with `keep=True`; else None.
-  """
-
-  tokens: list[list[int]]
-  logprobs: list[list[float]]
-  finish_reason: list[str]
-  text: list[str] | None
-  held: list[float]
-  stored: list[Continuation | None]
-
-  @classmethod
-  def empty(cls, chains: int, text: bool) -> Result:
-    """Nothing generated yet."""
-    lists = [[] for _ in range(chains)]
-    texts = [""] * chains if text else None
-    return cls(lists, [[] for _ in lists], ["running"] * chains, texts, [0.0] * chains, [None] * chains)
-
-  @property
-  def finished(self) -> bool:
-    """Whether all chains have ended."""
-    return all(reason != "running" for reason in self.finish_reason)
+from dms_jax.policies.base import row_numbers, with_numbers
 
 
 @dataclasses.dataclass
@@ -82,6 +59,7 @@ class _Chain:
   start: int  # tokens generated in earlier turns
   prompt: np.ndarray
   temperature: float
+  numbers: dict[str, int | float]  # of the policy
   keep: bool
   goes_on: bool  # without a prompt of this turn: its one token is that sampled last, which a decode step reads
   detokenizer: Detokenizer | None
@@ -99,7 +77,7 @@ class Generator:
 
   Args:
     model: as from `dms_jax.load`.
-    policy: as for `generate`.
+    policy: as for `generate`, its numbers being one each, the defaults of requests.
     width: rows decoded together.
     budget: most bytes of the cache; None: unlimited.
     budget_tokens: the budget as tokens that a head may hold outside the windows, summed over rows, mean over heads.
@@ -133,6 +111,8 @@ class Generator:
     self.model = fastest_form(model.replace(tokenizer=None))
     self.policy = check_policy(model, policy)
     check_rows(self.policy, None)
+    self.numbers = row_numbers(self.policy)
+    self._row_policy = with_numbers(self.policy, {name: [value] * width for name, value in self.numbers.items()})
     self.width, self.chunk, self.decode_block = width, prefill_chunk, decode_block
     longest = model.config.max_position_embeddings
     self.max_length = longest if max_length is None else max_length
@@ -179,7 +159,7 @@ class Generator:
   def submit(
     self, prompt: str | Sequence[int] | None = None, *, chains: int = 1, max_new_tokens: int = 256,
     key: jax.Array | None = None, temperature: float | None = None, keep: bool = False,
-    continue_from: Continuation | Conversation | Output | None = None,
+    continue_from: Continuation | Conversation | Output | None = None, **numbers: int | float,
   ) -> int:  # fmt: skip
     """Queues a request; returns its ticket, the key of `results`.
 
@@ -187,13 +167,17 @@ class Generator:
       prompt: text or ids, read once for all chains.
       chains: number of continuations of the prompt. Chains share the pages of their common tokens.
       key: needed if temperature > 0. Chain i samples with `fold_in(key, i)`; a single chain samples with `key` itself.
+        Or a batch of `chains` keys, one a chain.
       temperature: overrides the generator's, which must not be 0; 0 is greedy.
       keep: store a host copy of each finished chain's cache in `Result.stored`, to continue from.
       continue_from: an earlier chain (an entry of `Result.stored`), or an output or conversation of one row. The prompt
         is then the next turn.
+      numbers: `budget`, `cr` or `threshold` of the policy for this request, where the generator's policy has such a
+        number; default its own. Other numbers compile nothing.
 
     Raises:
-      ValueError: bad arguments, a text longer than `max_length`, or a conversation of another model or policy.
+      ValueError: bad arguments, a number out of range, a text longer than `max_length`, or a conversation of another
+        model or policy.
     """
     if not 1 <= chains <= self.width:
       raise ValueError(f"chains={chains} must lie between 1 and the width {self.width}")
@@ -205,6 +189,8 @@ class Generator:
       raise ValueError(f"temperature={temperature}: this generator is greedy; give it a temperature, then requests too")
     if temperature and key is None:
       raise ValueError("sampling at temperature > 0 needs key=jax.random.key(seed)")
+    own_keys = chain_keys(key, chains)
+    numbers = self._checked(numbers)
     past = None if continue_from is None else self._fitting(continuation(continue_from))
     pending = None if past is None else np.array([past.pending])
     ids = prompt_ids(self.model, [[] if prompt is None else prompt], None, self.tokenizer, pending)[0]
@@ -216,17 +202,29 @@ class Generator:
     start = 0 if past is None else past.generated
     goes_on = past is not None and past.pending >= 0 and len(ids) == 1
     group = []
-    for index in range(chains):
-      own = None if key is None else (key if chains == 1 else jax.random.fold_in(key, index))
+    for index, own in enumerate(own_keys):
       text = Detokenizer.create(self.tokenizer, self.stop_strings)
       limit = start + max_new_tokens
-      group.append(_Chain(self.tickets, index, 0, own, limit, start, ids, temperature, keep, goes_on, text))
+      group.append(_Chain(self.tickets, index, 0, own, limit, start, ids, temperature, numbers, keep, goes_on, text))
     if past is not None:
       group[0].stored = (past.cache, None)
-    self.results[self.tickets] = Result.empty(chains, self.tokenizer is not None)
+    self.results[self.tickets] = Result.empty(chains, self.tokenizer is not None, self.memory.heads)
     self.waiting.append(group)
     self.tickets += 1
     return self.tickets - 1
+
+  def _checked(self, numbers: dict[str, int | float]) -> dict[str, int | float]:
+    """The policy's numbers for a request, those of `numbers` in place of the generator's."""
+    name = type(self.policy).__name__
+    for number, value in numbers.items():
+      if number not in self.numbers:
+        there = ", ".join(self.numbers) or "none"
+        raise ValueError(f"{number}={value}: not a number of this {name} that a request can set; there are: {there}")
+      if np.ndim(value) or np.isnan(value):
+        raise ValueError(f"{number}={value} must be one number")
+    found = self.numbers | numbers
+    self.policy.replace(**found).resolved(None)
+    return found
 
   def _fitting(self, past: Continuation) -> Continuation:
     """`past` with pages of this pool's size; a ValueError if this generator cannot continue it."""
@@ -273,13 +271,13 @@ class Generator:
     """
     news = self._admit()
     if self._running:
-      self.cache, self.state, emitted, _ = decoding.decode_block(
-        self.model, self.policy, self.cache, self.state, self.sampling, self.stop_criteria,
+      self.cache, self.state, emitted, counts = decoding.decode_block(
+        self.model, self._row_policy, self.cache, self.state, self.sampling, self.stop_criteria,
         steps=self.decode_block, history=False,
       )  # fmt: skip
       tokens, pages = self.memory.usage()
       self.peak_tokens, self.peak_pages = max(self.peak_tokens, tokens), max(self.peak_pages, pages)
-      news += self._collect(emitted)
+      news += self._collect(emitted, counts)
       self._resume_stalled()
     return news
 
@@ -311,14 +309,20 @@ class Generator:
     first.row = rows[0]
     if first.stored is not None and not self.memory.restore(rows[0], first.stored[0]):
       return self._give_up(first)
+    usage = ChainUsage(self.memory.heads, sampled=int(not first.goes_on))
+    if first.stored is not None:
+      usage.prompt, held = int(self.cache.seen[rows[0]]), int(np.asarray(self.cache.live()[:, rows[0]]).sum())
+      usage.prompt_held = usage.prompt_peak = held
     logits = None
     if not first.goes_on:
-      logits = self.memory.read(self.model, self.policy, rows[0], first.prompt, self.chunk)
+      policy = with_numbers(self.policy, {name: [value] for name, value in first.numbers.items()})
+      logits = self.memory.read(self.model, policy, rows[0], first.prompt, self.chunk, usage)
     if (logits is None and not first.goes_on) or not self.memory.fork(rows[0], rows[1:], whole=self.policy.overwrites):
       return self._give_up(first)
     for chain, row in zip(group, rows, strict=True):
       self._ages += 1
       chain.row, chain.age, chain.stored = row, self._ages, None
+      self.results[chain.ticket].usage[chain.index] = dataclasses.replace(usage, steps=[])
       key = None
       if self.sampling.temperature is not None:
         key = jax.random.key(0) if chain.key is None else row_keys(chain.key, 1)[0]
@@ -327,8 +331,10 @@ class Generator:
     return [] if logits is None else self._first_tokens(group, logits)
 
   def _place(self, chain: _Chain, one: DecodeState) -> None:
-    """Puts a chain's state into its row."""
+    """Puts a chain's state and its numbers into its row."""
     self.chains[chain.row], self.state = chain, _with_row(self.state, jnp.int32(chain.row), one)
+    changed = {name: getattr(self._row_policy, name).at[chain.row].set(value) for name, value in chain.numbers.items()}
+    self._row_policy = self._row_policy.replace(**changed)
     if self.sampling.temperature is not None:
       temperatures = self.sampling.temperature.at[chain.row].set(chain.temperature)
       self.sampling = self.sampling.replace(temperature=temperatures)
@@ -350,9 +356,14 @@ class Generator:
     self.state = state.replace(reason=jnp.where(new, state.reason, self.state.reason))
     return self._collect(emitted)
 
-  def _collect(self, emitted) -> list:
-    """Records the emitted tokens, and empties the rows that ended; returns what `run` yields."""
-    emitted, reasons = jax.device_get((emitted, self.state.reason))
+  def _collect(self, emitted: Emitted, counts: Counts | None = None) -> list:
+    """Records the emitted tokens and the usage, and empties the rows that ended; returns what `run` yields.
+
+    Args:
+      counts: of the decode block; None for the tokens after prompts.
+    """
+    spent = None if counts is None else (counts.held, counts.step_reads)
+    emitted, spent, reasons = jax.device_get((emitted, spent, self.state.reason))
     news, ended = [], []
     for row, chain in enumerate(self.chains):
       if chain is None:
@@ -361,6 +372,8 @@ class Generator:
       new = emitted.tokens[valid, row].tolist()
       result.tokens[chain.index] += new
       result.logprobs[chain.index] += emitted.logprobs[valid, row].tolist()
+      if spent is not None:
+        result.usage[chain.index].steps.append(tuple(part[valid, row] for part in spent))
       over = reasons[row] not in (RUNNING, CAPACITY)
       text = ""
       if chain.detokenizer is not None:
@@ -370,10 +383,11 @@ class Generator:
         news.append((chain.ticket, chain.index, new, text))
       if over:
         result.finish_reason[chain.index] = REASONS[reasons[row]]
-        result.held[chain.index] = float(np.asarray(self.cache.live()[:, row]).mean())
         if chain.keep:
           pending, count = int(self.state.token[row]), int(self.state.count[row])
-          result.stored[chain.index] = Continuation(self.memory.offload(row), pending, count, self.policy)
+          result.stored[chain.index] = Continuation(
+            self.memory.offload(row), pending, count, self.policy.replace(**chain.numbers)
+          )
         ended.append(chain)
     self._release(ended)
     return news

@@ -128,11 +128,11 @@ def decode_block(
     fed = running & ~out.stalled
     rows = rows.replace(reason=jnp.where(running & out.stalled, CAPACITY, rows.reason))
     rows, emitted = choose(rows, last_logits(model, out), fed, sampling, stop)
-    now = count(out.seen)
+    now, step_reads = count(out.seen), jnp.sum(out.seen.reads, axis=(0, 2))
     emitted = jax.tree.map(lambda x: x[0], emitted)
-    return (cache, rows, reads + now.reads, now.live), (emitted, now.held[0], now.live if history else None)
+    return (cache, rows, reads + now.reads, now.live), (emitted, now.held[0], step_reads, now.live if history else None)
 
   zeros = jnp.zeros((model.config.num_layers, rows.token.shape[0], model.config.num_kv_heads), jnp.int32)
   state = (cache, rows, zeros, zeros)
-  (cache, rows, reads, live), (emitted, held, history) = lax.scan(step, state, length=steps)
-  return cache, rows, emitted, Counts(live, reads, held, history)
+  (cache, rows, reads, live), (emitted, held, step_reads, history) = lax.scan(step, state, length=steps)
+  return cache, rows, emitted, Counts(live, reads, held, history, step_reads)

@@ -14,6 +14,8 @@ from dms_jax.cache import rows as cache_rows
 from dms_jax.cache.base import GROWTH
 from dms_jax.cache.host import HostRow, offload_row, restore_row
 from dms_jax.generation.prefill import Chunk, read_prompts
+from dms_jax.generation.results import ChainUsage
+from dms_jax.metrics import Counts, count
 from dms_jax.model import Model, cached_forward, last_logits
 from dms_jax.policies import Policy
 
@@ -33,11 +35,11 @@ class BudgetError(ValueError):
 def _prefill_row(
   model: Model, policy: Policy, cache: PagedCache, row: Int[Array, ""], tokens: Int[Array, "1 T"],
   length: Int[Array, "1"], remaining: Int[Array, "1"], *, places: int,
-) -> tuple[PagedCache, Float[Array, "1 V"], Bool[Array, "1"]]:  # fmt: skip
-  """`decode.prefill_chunk` for one row: (cache, logits after the chunk, whether the row had no space)."""
+) -> tuple[PagedCache, Float[Array, "1 V"], Bool[Array, "1"], Counts]:  # fmt: skip
+  """`decode.prefill_chunk` for one row: (cache, logits after the chunk, whether the row had no space, counts)."""
   one = cache_rows.take_row(cache, row, places)
   out, one = cached_forward(model, policy, one, tokens, length, remaining=remaining)
-  return cache_rows.put_row(cache, row, one), last_logits(model, out), out.stalled
+  return cache_rows.put_row(cache, row, one), last_logits(model, out), out.stalled, count(out.seen)
 
 
 @jax.jit
@@ -113,21 +115,43 @@ class PagedRows:
     self.cache = self.cache.with_pages(pages)
     return True
 
+  def reserve(self, slots: int, extra: int = 0) -> None:
+    """Enlarges the pool, within the budget, to pages for `slots` slots of every head, and `extra` more in one row.
+
+    A pool that is large enough from the start is not copied, and no program is compiled for its larger shape.
+    """
+    rows, size = self.cache.seen.shape[0], self.cache.page_size
+    wanted = self.heads * (rows * -(-slots // size) + -(-extra // size))
+    if self.limit is not None:
+      wanted = min(wanted, self.limit)
+    if wanted > self.cache.pages:
+      self.cache = self.cache.with_pages(wanted)
+
   def read(
-    self, model: Model, policy: Policy, row: int, ids: Int[np.ndarray, "T"], chunk: int
+    self, model: Model, policy: Policy, row: int, ids: Int[np.ndarray, "T"], chunk: int, usage: ChainUsage
   ) -> Float[Array, "1 V"] | None:
-    """Reads a prompt into a row; returns the logits after it. None: pages ran out, and the row is half read."""
+    """Reads a prompt into a row; returns the logits after it. None: pages ran out, and the row is half read.
+
+    Args:
+      policy: for one row.
+      usage: filled in for the prompt.
+    """
     logits = None
 
     def feed(part: Chunk) -> np.ndarray:
       nonlocal logits
       places = self._places(int(self.cache.seen[row]) + int(part.lengths[0]))
-      self.cache, logits, stalled = _prefill_row(
+      self.cache, logits, stalled, counts = _prefill_row(
         model, policy, self.cache, jnp.int32(row), part.tokens, part.lengths, part.remaining, places=places
       )
+      counts = jax.device_get(counts)
+      usage.prompt_held = int(counts.live.sum())
+      usage.prompt_peak = max(usage.prompt_peak, int(counts.held.max()))
+      usage.prompt_reads += int(counts.reads.sum(dtype=np.int64))
       return np.asarray(stalled)
 
     enlarge = lambda lengths: self.grow(self.heads * -(-int(lengths[0]) // self.cache.page_size))
+    usage.prompt = int(self.cache.seen[row]) + len(ids)
     read = read_prompts([ids], chunk, feed, enlarge=enlarge)
     return logits if read[0] == len(ids) else None
 

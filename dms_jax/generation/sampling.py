@@ -60,6 +60,21 @@ def row_keys(key: jax.Array, batch: int) -> Key[Array, "B"]:
   return key
 
 
+def chain_keys(key: jax.Array | None, chains: int) -> list[jax.Array | None]:
+  """A key for each chain: its own of a batch of keys, else `fold_in(key, chain)`; a single chain has `key` itself.
+
+  Raises:
+    ValueError: a batch of keys of another length.
+  """
+  if key is None:
+    return [None] * chains
+  if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    key = jax.random.wrap_key_data(key)
+  if chains == 1 and key.ndim == 0:
+    return [key]
+  return list(row_keys(key, chains))
+
+
 def largest_threshold(values: Float[Array, "B V"], weights: Float[Array, "B V"], need) -> Bool[Array, "B V"]:
   """Marks the values of at least t, where t is the largest threshold whose marked weights sum to `need` or more.
 

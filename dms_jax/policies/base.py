@@ -18,6 +18,7 @@ are shapes.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 REGISTRY: dict[str, type[Policy]] = {}
 Stats = dict[str, Array]  # name -> float32 [..., slots]
+NUMBERS = ("budget", "cr", "threshold")  # what bounds a policy's cache, by name
 
 
 def register(cls: type[Policy]) -> type[Policy]:
@@ -68,6 +70,30 @@ def check_rows(policy: Policy, batch: int | None) -> None:
       continue
     wanted = "one number: rows come and go" if batch is None else f"one number, or one for each of {batch} rows"
     raise ValueError(f"{type(policy).__name__}: {field.name} has shape {np.shape(value)}, and must be {wanted}")
+
+
+def row_numbers(policy: Policy) -> dict[str, int | float]:
+  """The numbers among NUMBERS that `policy` has as traced leaves, so that each row may have its own."""
+  traced = [field.name for field in dataclasses.fields(policy) if field.metadata.get("pytree_node", True)]
+  found = {name: getattr(policy, name) for name in NUMBERS if name in traced}
+  return {name: value for name, value in found.items() if value is not None}
+
+
+def of_rows(policy: Policy, batch: int, rows: Sequence[int]) -> Policy:
+  """`policy` for some of `batch` rows, which may repeat; numbers that are one for all rows stay as they are.
+
+  Raises:
+    ValueError: numbers of other than `batch` rows.
+  """
+  check_rows(policy, batch)
+  numbers = {name: value for name, value in row_numbers(policy).items() if np.ndim(value)}
+  return policy.replace(**{name: jnp.asarray(value)[np.asarray(rows)] for name, value in numbers.items()})
+
+
+def with_numbers(policy: Policy, numbers: Mapping[str, Sequence[int | float]]) -> Policy:
+  """`policy` with one number for each row: {name: [B]}; a name's dtype never changes, so nothing is compiled anew."""
+  dtypes = {name: jnp.int32 if name == "budget" else jnp.float32 for name in numbers}
+  return policy.replace(**{name: jnp.asarray(values, dtypes[name]) for name, values in numbers.items()})
 
 
 @struct.dataclass

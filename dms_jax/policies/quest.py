@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from flax import struct
 
-from dms_jax.policies.base import Policy, register
+from dms_jax.policies.base import Policy, per_row, register
 from dms_jax.policies.budget import allowance, check_budget
 from pallas_kernels.common.xla_dot import einsum
 
@@ -18,7 +18,9 @@ class Quest(Policy):
   `budget` is the most tokens that a query reads, the window included; `cr` sets it to the tokens seen so far / `cr`. A
   query reads at least one archive page. Only decode steps select: chunks of a prompt read everything, and so do the
   first `dense_layers` layers. The paper selects pages for each query head. Here the query heads of a KV head read the
-  same pages, and the bound of a page is its largest over these heads.
+  same pages, and the bound of a page is its largest over these heads. With `each_head` every query head selects its own
+  pages within the budget, and all query heads of the KV head read their union, so that reads count distinct pages (the
+  count of arXiv 2506.05345, appendix H.1) and may exceed the budget.
 
   `window` None makes the window one page. The window is always read; pages are selected from the archive alone.
   """
@@ -28,6 +30,7 @@ class Quest(Policy):
   budget: int | None = None
   cr: float | None = None
   dense_layers: int = 2
+  each_head: bool = struct.field(pytree_node=False, default=False)
 
   evicts = False
 
@@ -53,9 +56,11 @@ class Quest(Policy):
     least, greatest = summaries[..., :h], summaries[..., h:]
     positive, negative = jnp.maximum(q, 0).astype(least.dtype), jnp.minimum(q, 0).astype(least.dtype)
     product = lambda a, b: einsum("bkgh,bkph->bkgp", a, b)
-    bound = jnp.max(product(positive, greatest) + product(negative, least), axis=2)
-    order = jnp.argsort(jnp.where(live, -bound, jnp.inf), axis=-1)
-    rank = jnp.argsort(order, axis=-1)
+    bound = product(positive, greatest) + product(negative, least)
+    if not self.each_head:
+      bound = jnp.max(bound, axis=2, keepdims=True)
+    order = jnp.argsort(jnp.where(live[:, :, None], -bound, jnp.inf), axis=-1)
+    rank = jnp.min(jnp.argsort(order, axis=-1), axis=2)  # of a page in the query head that wants it most
     pages = jnp.maximum((allowance(self, tokens) - (self.window + 1)) // self.page, 1)
-    dense = jnp.asarray(layer) < jnp.asarray(self.dense_layers)
+    dense = jnp.asarray(layer) < per_row(self.dense_layers, 2)
     return live & (dense | (rank < pages[:, None, None]))

@@ -18,7 +18,7 @@ START = b'{"method": '  # first bytes of every record
 TYPES: dict[str, Any] = {
   "method": str, "task": str, "length": int | None, "budget": dict, "chains": int, "max_tokens": int, "seed": int,
   "prompt": int | str, "chain": int, "settings": str, "tokens": int | float, "reads": int | float | None,
-  "peak": int | float | None, "achieved_cr": int | float, "grades": dict, "text": str | None,
+  "peak": int | float | None, "achieved_cr": int | float, "grades": dict, "text": str | None, "answer": str | None,
 }  # fmt: skip
 
 
@@ -31,7 +31,7 @@ class Record:
     task: the task's name.
     length: T, requested tokens of the prompt; None if the task fixes the length.
     budget: the bound on the method's cache, by name: `budget` (tokens a head), `cr`, `threshold`; empty if it is dense.
-    chains: W, chains of each prompt.
+    chains: W, all chains of the prompt.
     max_tokens: L, most tokens that a chain writes; 0 if given continuations are scored.
     seed: of the prompts and of sampling.
     prompt: the prompt's number or name within its task.
@@ -43,6 +43,7 @@ class Record:
     achieved_cr: tokens seen over tokens held at the end of the chain.
     grades: {metric: value}; higher is better; in per cent unless the metric's name says otherwise.
     text: the text written; None if given continuations were scored.
+    answer: the canonical answer read from the text, for votes; None if there is none.
   """
 
   method: str
@@ -61,12 +62,17 @@ class Record:
   achieved_cr: float
   grades: dict[str, float]
   text: str | None = None
+  answer: str | None = None
+
+  @property
+  def cell(self) -> tuple:
+    """The method, its budget, the task and its length."""
+    return self.method, tuple(sorted(self.budget.items())), self.task, self.length
 
   @property
   def key(self) -> tuple:
     """Identifies the chain; a resumed run skips the keys in its file."""
-    budget = tuple(sorted(self.budget.items()))
-    return self.method, self.task, self.length, budget, self.chains, self.max_tokens, self.seed, self.prompt, self.chain
+    return *self.cell, self.chains, self.max_tokens, self.seed, self.prompt, self.chain
 
 
 def append(path: Path, records: Iterable[Record]) -> None:
@@ -76,8 +82,11 @@ def append(path: Path, records: Iterable[Record]) -> None:
     file.write("".join(json.dumps(program.to_plain(record)) + "\n" for record in records))
 
 
-def read(path: Path) -> list[Record]:
+def read(path: Path, flag: str = "output") -> list[Record]:
   """The records of a file, in order; none if it is missing. A last line that was cut short is removed from the file.
+
+  Args:
+    flag: the flag that named the file, for errors.
 
   Raises:
     ValueError: a line is not a record, or repeats a record; the message names the line.
@@ -86,7 +95,7 @@ def read(path: Path) -> list[Record]:
     return []
   files.cut_half_line(path, START)
   found: dict[tuple, Record] = {}
-  for where, values in files.json_records("output", path, TYPES):
+  for where, values in files.json_records(flag, path, TYPES):
     if unknown := sorted(set(values) - set(TYPES)):
       raise ValueError(f"{where}: a record has no field {unknown[0]!r}")
     record = Record(**values)
@@ -97,10 +106,10 @@ def read(path: Path) -> list[Record]:
 
 
 def check_settings(path: Path, records: Sequence[Record], settings: Mapping[tuple, str]) -> None:
-  """Raises ValueError if a record's settings differ from `settings`, {(method, task, length): settings}."""
+  """Raises ValueError if a record's settings differ from `settings`, {`Record.cell`: settings}."""
   for record in records:
-    if settings.get((record.method, record.task, record.length), record.settings) != record.settings:
+    if settings.get(record.cell, record.settings) != record.settings:
       raise ValueError(
         f"--output: {path} holds records of {record.method} on {record.task} made with other settings, data or "
-        "checkpoints; name another file, or give the flags they were made with"
+        "checkpoints; name another folder, or give the flags they were made with"
       )

@@ -3,48 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-
-import jax
-import jax.numpy as jnp
-import numpy as np
+from collections.abc import Callable, Iterator, Sequence
 
 from dms_jax.evaluation import likelihood
-from dms_jax.execution import fastest_form
-from dms_jax.metrics import achieved_cr
-from dms_jax.model import Model
-from dms_jax.policies import DMS, Policy, Vanilla
 from dms_jax.tokenizer import Tokenizer
 from experiments.common import program
+from experiments.methods.budgets import fitted
+from experiments.methods.method import Method as Method
+from experiments.methods.method import check_names
 from experiments.methods.records import Record
-from experiments.tasks import retrieval
+from experiments.methods.score import score
+from experiments.methods.write import write
 from experiments.tasks.base import LikelihoodTask, Prompt, Question, Task, TasksConfig, WritingTask
-
-Progress = Callable[..., Iterable]
-
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-  """A named model under a policy; `checkpoint` is the fingerprint of the checkpoint that it was loaded from."""
-
-  name: str
-  model: Model
-  policy: Policy = Vanilla()  # noqa: RUF009  (frozen)
-  checkpoint: str = ""
-
-  @property
-  def budget(self) -> dict[str, float]:
-    """The bound on its cache, under the policy's own names."""
-    found = {name: getattr(self.policy, name, None) for name in ("budget", "cr", "threshold")}
-    return {name: float(value) for name, value in found.items() if value is not None and math.isfinite(value)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
   """One task, at one length if it has lengths, with its prompts or questions and their fingerprint `content`.
 
-  Each prompt gets `chains` texts, sampled at `temperature` with keys from `seed`.
+  Each prompt gets `chains` texts, sampled at `temperature` and `top_p` with keys from `seed`. A text has at most
+  `max_tokens` new tokens; each of several numbers gets records of its own.
   """
 
   task: LikelihoodTask | WritingTask
@@ -54,10 +32,30 @@ class Job:
   content: str = ""
   chains: int = 1
   temperature: float = 0.0
+  top_p: float = 1.0
+  max_tokens: tuple[int, ...] = (0,)
+  passages: tuple[Sequence[likelihood.Passage], Sequence[list[likelihood.Span]]] = ((), ())
 
   @property
   def name(self) -> str:
     return self.task.name if self.length is None else f"{self.task.name} {self.length}"
+
+  @property
+  def keys(self) -> list[tuple[int, int, int]]:
+    """(prompt, chain, most new tokens) of every record that a method makes."""
+    return [(n, c, most) for n in range(len(self.asked)) for c in range(self.chains) for most in self.max_tokens]
+
+  def totals(self, most: int) -> list[int]:
+    """Tokens of each text with `most` new ones; for questions those of each passage."""
+    if self.passages[0]:
+      return [len(passage.tokens) for passage in self.passages[0]]
+    return [len(prompt.tokens) + most for prompt in self.asked]
+
+  def work(self, prompt: int) -> int:
+    """Tokens that a chain of a prompt reads and at most writes, or those of a question's passages."""
+    if self.passages[0]:
+      return sum(len(self.passages[0][row].tokens) for row in {row for row, _ in self.passages[1][prompt]})
+    return len(self.asked[prompt].tokens) + max(self.max_tokens)
 
 
 def settings_of(job: Job, method: Method) -> str:
@@ -65,19 +63,14 @@ def settings_of(job: Job, method: Method) -> str:
   return f"{job.content}-{method.checkpoint}"
 
 
-def check_names(names: Sequence[str]) -> None:
-  """Raises ValueError if two methods have the same name."""
-  if twice := sorted({name for name in names if names.count(name) > 1}):
-    raise ValueError(
-      f"--retrofit, --thresholds: {twice} would be the name of several methods in the results; list each once, and a "
-      "folder of such a name by its full path"
-    )
-
-
 def prepare(
-  tasks: Sequence[Task], config: TasksConfig, lengths: Sequence[int], tokenizer: Tokenizer, max_positions: int
-) -> list[Job]:
+  tasks: Sequence[Task], config: TasksConfig, lengths: Sequence[int], tokenizer: Tokenizer, max_positions: int,
+  max_tokens: Sequence[int] = (),
+) -> list[Job]:  # fmt: skip
   """Reads and lays out all prompts and questions, so that bad input ends the run before any model is loaded.
+
+  Args:
+    max_tokens: L of the tasks that write; none: each task's own.
 
   Raises:
     ValueError: data that is missing or malformed, or a text longer than the model's context.
@@ -85,103 +78,85 @@ def prepare(
   jobs = []
   for task in tasks:
     if isinstance(task, WritingTask):
+      most = tuple(sorted(set(max_tokens))) or (task.new_tokens,)
       for length in lengths if task.sized else (None,):
         prompts = task.prompts(config, tokenizer, length, max_positions)
-        content = program.fingerprint([config.temperature, *((prompt.text, prompt.references) for prompt in prompts)])
-        jobs.append(Job(task, length, prompts, config.seed, content, config.chains, config.temperature))
+        if not prompts:
+          raise ValueError(f"--{task.name}.data holds no problem")
+        longest = max(len(prompt.tokens) for prompt in prompts)
+        if longest + most[-1] > max_positions:
+          raise ValueError(
+            f"--max_tokens={most[-1]}: a prompt of {task.name} has {longest} tokens, and the model's context is "
+            f"{max_positions}; give at most --max_tokens={max_positions - longest}"
+          )
+        about = [config.temperature, *((prompt.text, prompt.references) for prompt in prompts)]
+        about += [{"top_p": config.top_p}] if config.top_p < 1 and config.temperature else []
+        about += [{"stop": task.stop}] if task.stop else []
+        jobs.append(Job(
+          task, length, prompts, config.seed, program.fingerprint(about), max(config.chains), config.temperature,
+          config.top_p, most,
+        ))  # fmt: skip
       continue
     questions = task.questions(config)
     if not questions:
       raise ValueError(f"--{task.name}.data holds no question")
-    passages, _ = likelihood.lay_out(questions, tokenizer)
-    if (longest := max(len(passage.tokens) for passage in passages)) > max_positions:
+    passages = likelihood.lay_out(questions, tokenizer)
+    if (longest := max(len(passage.tokens) for passage in passages[0])) > max_positions:
       raise ValueError(
         f"--{task.name}.shots: a question with its shots has {longest} tokens; the model's context is {max_positions}"
       )
-    jobs.append(Job(task, None, questions, config.seed, program.fingerprint(questions)))
+    jobs.append(Job(task, None, questions, config.seed, program.fingerprint(questions), passages=passages))
   return jobs
 
 
-def _record(job: Job, method: Method, prompt: int, chain: int, **found) -> Record:
-  """The record of one answer."""
-  most = job.task.new_tokens if isinstance(job.task, WritingTask) else 0
-  return Record(
-    method.name, job.task.name, job.length, method.budget, chains=job.chains, max_tokens=most, seed=job.seed,
-    prompt=prompt, chain=chain, settings=settings_of(job, method), **found,
-  )  # fmt: skip
+def check(job: Job, method: Method) -> str:
+  """Checks that a method can do a job; returns a remark about its budgets, "" for none.
+
+  Raises:
+    ValueError: the policy cannot keep to its budget.
+  """
+  remarks = [fitted(method.model, method.policy, method.given, job.totals(most))[1] for most in job.max_tokens]
+  return "; ".join(dict.fromkeys(filter(None, remarks)))
 
 
-def _score(
-  job: Job, method: Method, wanted: Sequence[tuple[int, int]], tokenizer: Tokenizer, batch: int, progress: Progress
-) -> Iterator[list[Record]]:
-  """Scores all questions at once, so that batches have passages of similar length."""
-  questions = [job.asked[number] for number, _ in wanted]
-  passages, spans = likelihood.lay_out(questions, tokenizer)
-  policy = method.policy
-  if isinstance(policy, Vanilla):
-    policy = None
-  elif isinstance(policy, DMS) and policy.window is None:
-    policy = policy.threshold  # a mask on the whole text gives the same scores as a cache
-  (scored,) = likelihood.score([(method.model, policy)], passages, batch=batch, progress=progress)
-  found = []
-  for (number, chain), question, own in zip(wanted, questions, spans, strict=True):
-    grades = likelihood.scores(question, [scored[passage].logprobs[part] for passage, part in own])
-    read = sorted({passage for passage, _ in own})
-    tokens = np.array([len(passages[passage].tokens) for passage in read])
-    held = None if policy is None else np.stack([scored[passage].held for passage in read], axis=1)
-    found.append(_record(
-      job, method, number, chain, tokens=float(tokens.mean()), reads=None, peak=None,
-      achieved_cr=1.0 if held is None else float(achieved_cr(held, tokens)),
-      grades={metric: grades[metric] for metric in job.task.metrics},
-    ))  # fmt: skip
-  yield found
-
-
-def _write(
-  job: Job, method: Method, wanted: Sequence[tuple[int, int]], tokenizer: Tokenizer, batch: int, progress: Progress
-) -> Iterator[list[Record]]:
-  """Writes `batch` chains at a time, so that a killed run loses little."""
-  key_of = lambda number, chain: jax.random.fold_in(jax.random.fold_in(jax.random.key(job.seed), number), chain)
-  model = fastest_form(method.model)
-  for start in progress(range(0, len(wanted), batch)):
-    part = wanted[start : start + batch]
-    prompts = [job.asked[number] for number, _ in part]
-    out = retrieval.write(
-      model, tokenizer, prompts, job.task.new_tokens, policy=method.policy, batch=batch, temperature=job.temperature,
-      keys=jnp.stack([key_of(*each) for each in part]) if job.temperature else None,
-    )  # fmt: skip
-    yield [
-      _record(
-        job, method, number, chain, tokens=int(out.seen[row]), reads=float(out.reads[row]), peak=float(out.peak[row]),
-        achieved_cr=float(achieved_cr(out.held[:, row : row + 1], out.seen[row : row + 1])),
-        grades=job.task.grade(out.texts[row], prompts[row]), text=out.texts[row],
-      )
-      for row, (number, chain) in enumerate(part)
-    ]  # fmt: skip
+def missing(job: Job, method: Method, done: Sequence[Record]) -> list[tuple[int, int, int]]:
+  """(prompt, chain, most new tokens) of the records that are not in `done` yet."""
+  own = *method.key, job.task.name, job.length, job.chains, job.seed
+  about = lambda r: (*r.cell, r.chains, r.seed)
+  there = {(record.prompt, record.chain, record.max_tokens) for record in done if about(record) == own}
+  return [key for key in job.keys if key not in there]
 
 
 def run(
-  job: Job, methods: Sequence[Method], tokenizer: Tokenizer, *, batch: int = 1, done: Sequence[Record] = (),
-  progress: Progress = lambda items, desc="": items,
+  job: Job, methods: Sequence[Method], tokenizer: Tokenizer, *, batch: int = 1, width: int = 8,
+  memory: int | None = None, done: Sequence[Record] = (), tick: Callable[[str, int], None] = lambda what, tokens: None,
 ) -> Iterator[list[Record]]:  # fmt: skip
   """Yields the records of one job as they are made, method by method.
 
   Args:
-    batch: rows at a time.
+    batch: rows that are scored together.
+    width: rows that write together, at least the chains of a prompt.
+    memory: most bytes of the cache of the rows that write; None: unlimited.
     done: records that exist already; these chains are not written again.
-    progress: wraps the iteration over batches; `desc` names the job and method.
+    tick: called between steps with the name of the job and method, and the tokens that unfinished chains have written.
 
   Raises:
-    ValueError: two methods have one name, or a method cannot do this task.
+    ValueError: two methods have one name and budget, or a method cannot do this task.
   """
-  check_names([method.name for method in methods])
-  answer = _write if isinstance(job.task, WritingTask) else _score
+  check_names(methods)
   for method in methods:
-    own = method.name, job.task.name, job.length, method.budget, job.chains, job.seed
-    about = lambda r: (r.method, r.task, r.length, r.budget, r.chains, r.seed)
-    there = {(record.prompt, record.chain) for record in done if about(record) == own}
-    chains = ((number, chain) for number in range(len(job.asked)) for chain in range(job.chains))
-    wanted = [each for each in chains if each not in there]
-    shown = lambda items, method=method: progress(items, desc=f"{job.name}, {method.name}")
-    if wanted:
-      yield from answer(job, method, wanted, tokenizer, batch, shown)
+    wanted = missing(job, method, done)
+    if not wanted:
+      continue
+
+    def record(prompt: int, chain: int, most: int, method: Method = method, **found) -> Record:
+      return Record(
+        method.name, job.task.name, job.length, method.budget, chains=job.chains, max_tokens=most, seed=job.seed,
+        prompt=prompt, chain=chain, settings=settings_of(job, method), **found,
+      )  # fmt: skip
+
+    shown = lambda tokens, method=method: tick(f"{job.name}, {method.label}", tokens)
+    if isinstance(job.task, WritingTask):
+      yield from write(job, method, wanted, tokenizer, record, width=width, memory=memory, tick=shown)
+    else:
+      yield from score(job, method, wanted, record, batch=batch, tick=shown)

@@ -1,14 +1,22 @@
-"""Summary of results: an entry for each method, task, length and metric, with standard errors."""
+"""Summary of results: an entry for each method, budget, task, length and metric, with standard errors."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
+from experiments.methods import pareto
+from experiments.methods.method import label
 from experiments.methods.records import Record
+from experiments.methods.score import TEXT
+
+ACCURACY = "accuracy"  # the metric of answers that are right, 100, or wrong, 0
+SUBSETS = 500  # of chains that vote; more are sampled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,11 +24,15 @@ class Entry:
   """A method's result for one metric of one task.
 
   Fields:
-    samples: number of prompts; the value of a prompt with several chains is their mean.
+    metric: a name of `Record.grades`, whose value for a prompt is the mean over its chains: pass@1 for "accuracy". Over
+      W chains: "pass@W", that any of them is right, and "majority@W", that most of them vote for a right answer.
+    samples: number of prompts.
     mean, standard_error: over samples; the error is None for fewer than two samples or if none is estimated.
     difference, difference_se: method - baseline, paired sample by sample; None for the baseline itself.
-    tokens, reads, peak: means over chains (see `Record`).
+    tokens, reads, peak: means over prompts, of `chains` chains together (see `Record`).
     achieved_cr: 1 / the mean over samples of tokens held over tokens seen.
+    chains: W chains that the metric takes; 1 for a mean over chains, whatever their number.
+    budget: as in `Record`.
   """
 
   method: str
@@ -38,6 +50,12 @@ class Entry:
   peak: float | None = None
   chains: int = 1
   max_tokens: int = 0
+  budget: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+  @property
+  def label(self) -> str:
+    """The method with its budget, for readers."""
+    return label(self.method, self.budget)
 
 
 def standard_error(values: np.ndarray) -> float | None:
@@ -45,42 +63,165 @@ def standard_error(values: np.ndarray) -> float | None:
   return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
-def _values(chains: Sequence[Record], metric: str) -> dict[int | str, float]:
-  """{prompt: mean of one metric over its chains}."""
-  each: dict[int | str, list[float]] = {}
-  for record in chains:
-    each.setdefault(record.prompt, []).append(record.grades[metric])
-  return {prompt: float(np.mean(values)) for prompt, values in each.items()}
+# Several chains -------------------------------------------------------------------------------------------------------
+
+
+def best_of(grades: Sequence[float], width: int) -> float:
+  """The mean, over all subsets of `width` chains, of the best grade in each.
+
+  For grades of 0 and 100 this is the unbiased estimate of pass@k, 100 (1 - C(n - c, k) / C(n, k)) with c of n chains
+  right (arXiv 2107.03374, equation 1).
+  """
+  ordered, count = sorted(grades), len(grades)
+  weights = [math.comb(i, width - 1) / math.comb(count, width) for i in range(count)]
+  return float(np.dot(weights, ordered))
+
+
+def vote(answers: Sequence[str | None]) -> int | None:
+  """The number of the first chain that gives the most frequent answer; of equally frequent ones the first wins.
+
+  Chains without an answer do not vote. None if no chain has one.
+  """
+  counts: dict[str, int] = {}
+  for answer in answers:
+    if answer is not None:
+      counts[answer] = counts.get(answer, 0) + 1
+  return answers.index(max(counts, key=counts.__getitem__)) if counts else None
+
+
+def majority(grades: Sequence[float], answers: Sequence[str | None], width: int) -> float:
+  """The mean grade of the answer that `width` chains vote for, over all subsets of chains.
+
+  More than `SUBSETS` subsets are sampled, always the same ones. Without any answer the grade is 0.
+  """
+  count = len(grades)
+  if math.comb(count, width) <= SUBSETS:
+    subsets: Iterable[Sequence[int]] = itertools.combinations(range(count), width)
+  else:
+    rng = random.Random(f"{count} {width}")
+    subsets = [sorted(rng.sample(range(count), width)) for _ in range(SUBSETS)]
+  found = []
+  for subset in subsets:
+    winner = vote([answers[i] for i in subset])
+    found.append(0.0 if winner is None else grades[subset[winner]])
+  return float(np.mean(found))
+
+
+def _measures(chains: Sequence[Record], widths: Sequence[int]) -> dict[str, tuple[str, int, Callable]]:
+  """{name: (metric, W, value of a prompt's chains)} of all that these records have."""
+  found: dict[str, tuple[str, int, Callable]] = {}
+  for metric in dict.fromkeys(metric for record in chains for metric in record.grades):
+    grades = lambda own, metric=metric: [record.grades[metric] for record in own]
+    found[metric] = (metric, 1, lambda own, grades=grades: float(np.mean(grades(own))))
+    for width in widths if metric == ACCURACY else ():
+      best = lambda own, width=width, grades=grades: best_of(grades(own), width)
+      found[f"pass@{width}"] = (metric, width, best)
+      if any(record.answer is not None for record in chains):
+        most = lambda own, width=width, grades=grades: majority(grades(own), [r.answer for r in own], width)
+        found[f"majority@{width}"] = (metric, width, most)
+  return found
+
+
+# Entries --------------------------------------------------------------------------------------------------------------
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
   return None if None in values else float(np.mean(values))
 
 
-def summarise(records: Sequence[Record], baseline: str) -> list[Entry]:
+def _by_prompt(chains: Sequence[Record]) -> dict[int | str, list[Record]]:
+  """The chains of each prompt, in order."""
+  found: dict[int | str, list[Record]] = {}
+  for record in sorted(chains, key=lambda record: record.chain):
+    found.setdefault(record.prompt, []).append(record)
+  return found
+
+
+def summarise(records: Sequence[Record], baseline: str, widths: Sequence[int] = ()) -> list[Entry]:
   """Entries of all records; differences from `baseline` are over the prompts that both methods answered.
 
-  Tasks, lengths, metrics and methods keep the order in which they first come.
+  Tasks, lengths, metrics and methods keep the order in which they first come. A prompt of which only some chains have
+  ended counts for the W that it has chains for. `nll` of a text becomes its perplexity, with errors to first order.
+
+  Args:
+    widths: numbers W of chains to summarise, besides all chains that the records have.
   """
-  groups: dict[tuple, dict[str, list[Record]]] = {}
+  groups: dict[tuple, dict[tuple, list[Record]]] = {}
   for record in records:
     where = record.task, record.length, record.chains, record.max_tokens
-    groups.setdefault(where, {}).setdefault(record.method, []).append(record)
+    groups.setdefault(where, {}).setdefault(record.cell[:2], []).append(record)
   entries = []
-  for (task, length, width, most), methods in groups.items():
-    metrics = dict.fromkeys(metric for chains in methods.values() for metric in chains[0].grades)
-    for metric in metrics:
-      base = _values(methods.get(baseline, []), metric)
+  for (_, _, width, most), methods in groups.items():
+    asked = sorted({w for w in (*widths, width) if 1 < w <= width})
+    measures = {name: each for chains in methods.values() for name, each in _measures(chains, asked).items()}
+    prompts = {method: _by_prompt(chains) for method, chains in methods.items()}
+    base_method = next((method for method in methods if method[0] == baseline), None)
+    for name, (metric, count, value) in measures.items():
+      values = {}
+      for method, own in prompts.items():
+        graded = {prompt: [r for r in chains if metric in r.grades] for prompt, chains in own.items()}
+        values[method] = {prompt: value(chains) for prompt, chains in graded.items() if len(chains) >= count}
       for method, chains in methods.items():
-        values = _values(chains, metric)
-        own = np.array(list(values.values()))
-        entry = Entry(
-          method, task, length, metric, len(own), float(own.mean()), standard_error(own), chains=width, max_tokens=most,
-          achieved_cr=float(1 / np.mean([1 / record.achieved_cr for record in chains])),
-          **{name: _mean([getattr(record, name) for record in chains]) for name in ("tokens", "reads", "peak")},
-        )  # fmt: skip
-        paired = np.array([values[prompt] - base[prompt] for prompt in values if prompt in base])
-        if method != baseline and len(paired):
-          entry = dataclasses.replace(entry, difference=float(paired.mean()), difference_se=standard_error(paired))
-        entries.append(entry)
+        if values[method]:
+          entry = _entry(chains, name, count, most, values[method], method == base_method, values.get(base_method, {}))
+          entries.append(entry)
   return entries
+
+
+def _entry(chains, metric, count, most, values, is_base, base) -> Entry:
+  """One entry from its values by prompt, {prompt: value}, and those of the baseline."""
+  first, own = chains[0], np.array(list(values.values()))
+  paired = np.array([values[prompt] - base[prompt] for prompt in values if prompt in base])
+  mean, error = float(own.mean()), standard_error(own)
+  difference = difference_se = None
+  if not is_base and len(paired):
+    difference, difference_se = float(paired.mean()), standard_error(paired)
+  if first.task == TEXT and metric == "nll":
+    metric, mean, error = "perplexity", math.exp(mean), None if error is None else error * math.exp(mean)
+    if difference is not None:
+      difference, difference_se = (
+        mean * -math.expm1(-difference),
+        None if difference_se is None else mean * difference_se,
+      )
+  used = {name: _mean([getattr(record, name) for record in chains]) for name in ("tokens", "reads", "peak")}
+  return Entry(
+    first.method, first.task, first.length, metric, len(own), mean, error, difference, difference_se, chains=count,
+    max_tokens=most, achieved_cr=float(1 / np.mean([1 / record.achieved_cr for record in chains])), budget=first.budget,
+    **{name: None if value is None else count * value for name, value in used.items()},
+  )  # fmt: skip
+
+
+# Pareto ---------------------------------------------------------------------------------------------------------------
+
+
+def curves(entries: Sequence[Entry], cost: str, best_of_all: bool = False) -> dict[str, list[tuple[float, float]]]:
+  """{method: (cost, value) of its points}: each budget, W and L is a point.
+
+  Args:
+    entries: of one task and length.
+    cost: "reads" or "peak", of all W chains together.
+    best_of_all: W chains count as their best one, pass@W, instead of their majority.
+  """
+  found: dict[str, list[tuple[float, float]]] = {}
+  for entry in entries:
+    wanted = {ACCURACY, f"{'pass' if best_of_all else 'majority'}@{entry.chains}"}
+    value = getattr(entry, cost)
+    if value is not None and (entry.metric in wanted or entry.metric == "score"):
+      found.setdefault(entry.method, []).append((value, entry.mean))
+  return found
+
+
+def margins(entries: Sequence[Entry], baseline: str, best_of_all: bool = False) -> list[dict]:
+  """The margin of each method's Pareto frontier over the baseline's (arXiv 2506.05345, appendix G), by reads and peak.
+
+  Args:
+    entries: of one task and length.
+  """
+  found = []
+  for cost in ("reads", "peak"):
+    points = curves(entries, cost, best_of_all)
+    for method, own in points.items():
+      if method != baseline and baseline in points:
+        margin = pareto.margin(own, points[baseline])
+        found.append({"method": method, "cost": cost, "margin": margin, "points": pareto.frontier(own)})
+  return found

@@ -20,8 +20,8 @@ TASKS: dict[str, type[Task]] = {}
 
 
 def register(cls: type[T]) -> type[T]:
-  """Class decorator: makes a task a frozen dataclass and available by its lower-case class name."""
-  cls.name = cls.__name__.lower()
+  """Class decorator: makes a task a frozen dataclass and available by its `name`, or else its lower-case class name."""
+  cls.name = vars(cls).get("name", cls.__name__.lower())
   TASKS[cls.name] = cls = dataclasses.dataclass(frozen=True)(cls)
   return cls
 
@@ -46,22 +46,35 @@ class TasksConfig:
   instruct models. "raw" is plain text, as RULER does for base models. "auto" is "chat" if the tokenizer has a chat
   template, else "raw". Likelihood tasks are always plain text, as in lm-evaluation-harness.
 
-  A task that writes gives `chains` texts for each prompt, sampled at `temperature`; 0 is greedy.
+  A task that writes gives as many texts for each prompt as the largest of `chains`, W; for a smaller W of the list the
+  summary takes all subsets of them. They are sampled at `temperature` from the likeliest tokens
+  whose probabilities sum to `top_p`; temperature 0 is greedy, and `top_p` then changes nothing. The paper samples
+  Qwen3 at temperature 0.6 and top-p 0.95 (arXiv 2506.05345, table 2), which DeepSeek recommends for its R1 models too.
+
+  `allow_code`: tasks that run programs written by the model do so only with this flag.
   """
 
   tasks: tuple[str, ...] = ()
   limit: int = 0
   seed: int = 42
   template: Literal["auto", "chat", "raw"] = "auto"
-  chains: int = 1
+  chains: tuple[int, ...] = (1,)
   temperature: float = 0.0
+  top_p: float = 1.0
+  allow_code: bool = False
 
   def __post_init__(self):
-    for name, least in (("limit", 0), ("chains", 1), ("temperature", 0)):
+    if isinstance(self.chains, int):
+      object.__setattr__(self, "chains", (self.chains,))
+    for name, least in (("limit", 0), ("temperature", 0)):
       if (value := getattr(self, name)) < least:
         raise ValueError(f"--{name}={value} must be {least} or more")
-    if self.chains > 1 and not self.temperature:
-      raise ValueError(f"--chains={self.chains} would be equal: give a --temperature above 0 to sample them")
+    if min(self.chains, default=0) < 1:
+      raise ValueError(f"--chains={','.join(map(str, self.chains))} must be 1 or more")
+    if not 0 < self.top_p <= 1:
+      raise ValueError(f"--top_p={self.top_p} must be above 0 and at most 1")
+    if max(self.chains) > 1 and not self.temperature:
+      raise ValueError(f"--chains={max(self.chains)} would be equal: give a --temperature above 0 to sample them")
 
 
 class Task:
@@ -105,12 +118,19 @@ class Prompt:
 
 
 class WritingTask(Task):
-  """Has a model write up to `new_tokens` tokens after each prompt, and grades the text.
+  """Has a model write after each prompt, and grades the text.
 
-  Prompts of a `sized` task are made for a given length; the data decide the length of other prompts.
+  `new_tokens`: L, the most tokens of a text, unless `--max_tokens` says otherwise. `stop`: strings that end a text and
+  are cut off. `best_of_all`: of several chains, one that is right makes the prompt right (pass@all, for programs);
+  otherwise the chains vote by their `answer`.
+
+  Prompts of a `sized` task are made for a given length; the data decide the length of other prompts. The main metric of
+  a task whose answers are right or wrong is "accuracy": 100 or 0.
   """
 
   new_tokens: ClassVar[int]
+  stop: ClassVar[tuple[str, ...]] = ()
+  best_of_all: ClassVar[bool] = False
   sized: ClassVar[bool] = False
 
   def prompts(self, config: TasksConfig, tokenizer: Tokenizer, length: int, max_positions: int) -> list[Prompt]:
@@ -126,8 +146,15 @@ class WritingTask(Task):
     raise NotImplementedError
 
   def grade(self, text: str, prompt: Prompt) -> dict[str, float]:
-    """{metric: value} of a text written after a prompt."""
+    """{metric: value} of a text written after a prompt, per cent; a text that cannot be read is wrong, not an error."""
     raise NotImplementedError
+
+  def answer(self, text: str) -> str | None:
+    """The answer that a text gives, in a canonical form: equal answers are equal strings.
+
+    None if the text gives none, or if the task's answers cannot be compared.
+    """
+    return None
 
 
 # Choices by seed ------------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def alone(model, requests, **settings):
 def assert_same(result, expected):
   assert result.tokens == expected.tokens and result.finish_reason == expected.finish_reason
   assert result.logprobs == expected.logprobs  # to the bit
-  assert result.held == expected.held
+  assert [usage.until() for usage in result.usage] == [usage.until() for usage in expected.usage]
 
 
 def test_equals_generate(model):
@@ -60,6 +60,7 @@ def test_equals_generate(model):
   prompts = [prompt(model, n, n) for n in (5, 19, 1, 12)]
   generator = Generator(model, **SMALL)
   tickets = [generator.submit(p, max_new_tokens=20) for p in prompts]
+  shorter = generator.submit(prompts[1], max_new_tokens=7)
   results = finish(generator)
   expected = dms_jax.generate(model, prompts, max_new_tokens=20, eos=False, prefill_chunk=8, cache="paged")
   for ticket, tokens, logprobs, live in zip(
@@ -68,6 +69,15 @@ def test_equals_generate(model):
     assert results[ticket].tokens == [tokens] and results[ticket].finish_reason == ["length"]
     np.testing.assert_allclose(results[ticket].logprobs[0], logprobs, atol=2e-5)
     assert results[ticket].held == [pytest.approx(live)]
+  used = expected.metrics
+  assert [results[t].seen[0] for t in tickets] == used.seen.tolist()
+  assert [results[t].peak[0] for t in tickets] == pytest.approx(used.peak)
+  assert [results[t].reads[0] for t in tickets] == pytest.approx(used.decode_reads.mean(axis=(0, 2)))
+  prompt_reads = [results[t].usage[0].prompt_reads / results[t].usage[0].heads for t in tickets]
+  assert prompt_reads == pytest.approx(used.prompt_reads.mean(axis=(0, 2)))
+  cut, whole = results[shorter], results[tickets[1]]  # a shorter chain is the start of a longer one
+  assert cut.tokens[0] == whole.tokens[0][:7] and cut.usage[0].until() == whole.usage[0].until(7)
+  assert cut.reads[0] < whole.reads[0] and cut.usage[0].until(1)["reads"] == 0
 
 
 def requests_of(model):
@@ -104,6 +114,64 @@ def test_a_row_is_bit_equal_whatever_the_pool_its_neighbours_and_pauses(model, c
     assert generator.preemptions
   for ticket, one in zip(tickets, expected, strict=True):
     assert_same(results[ticket], one)
+
+
+NUMBERS = {
+  "dms": (policies.DMS(), [{"threshold": 1e4}, {}, {"threshold": -3.0}, {"threshold": 0.5}]),
+  "tova": (policies.TOVA(budget=9), [{"budget": 24}, {}, {"budget": 5}, {"budget": 12}]),
+  "quest": (policies.Quest(page=4, cr=2.0, dense_layers=1), [{"cr": 1.0}, {}, {"cr": 4.0}, {"cr": 8.0}]),
+  "snapkv": (policies.SnapKV(window=3, budget=9), [{"budget": 30}, {}, {"budget": 5}, {"budget": 12}]),
+}
+
+
+@pytest.mark.parametrize(
+  "case", ["dms", "tova", *(pytest.param(c, marks=pytest.mark.slow) for c in ("quest", "snapkv"))]
+)
+def test_requests_with_numbers_of_their_own_are_as_if_alone(model, case):
+  """Whatever the numbers of the neighbours; without compiling anything; also after a pause on the host."""
+  policy, numbers = NUMBERS[case]
+  settings = dict(policy=policy, temperature=0.8)
+  sizes = [31, 17, 26, 22]
+  requests = [
+    (prompt(model, n, n), dict(max_new_tokens=24, key=jax.random.key(n), **own))
+    for n, own in zip(sizes, numbers, strict=True)
+  ]
+  expected = alone(model, requests, **settings)
+  before = serving.decoding.decode_block._cache_size()
+  generator = Generator(model, **SMALL, **settings)
+  tickets = [generator.submit(text, **options) for text, options in requests]
+  generator.step()
+  newest = max(generator._running, key=lambda chain: chain.age)
+  generator._preempt(newest)
+  results = finish(generator)
+  assert serving.decoding.decode_block._cache_size() == before
+  for ticket, one in zip(tickets, expected, strict=True):
+    assert_same(results[ticket], one)
+    assert results[ticket].reads == one.reads and results[ticket].peak == one.peak
+  bound = "reads" if case == "quest" else "held"
+  used = [getattr(result, bound)[0] for result in results.values()]
+  assert used[0] == max(used) and len({tuple(result.tokens[0]) for result in results.values()}) == 4
+  if case == "tova":
+    assert used == [24, 9, 5, 12]
+  name = "threshold" if case == "dms" else "cr" if case == "quest" else "budget"
+  with pytest.raises(ValueError, match=f"level=3: not a number of this {type(policy).__name__} .*there are: {name}"):
+    generator.submit([1], key=jax.random.key(0), level=3)
+  if case != "dms":
+    with pytest.raises(ValueError, match=f"{name}=0.* must be"):
+      generator.submit([1], key=jax.random.key(0), **{name: 0})
+
+
+def test_a_key_for_each_chain(model):
+  """Chain 2 of 3 alone, by its own key, is what it is among the others."""
+  keys = jax.random.split(jax.random.key(5), 3)
+  generator = Generator(model, **SMALL, temperature=0.8)
+  whole = generator.submit(prompt(model, 12), max_new_tokens=12, chains=3, key=keys)
+  one = generator.submit(prompt(model, 12), max_new_tokens=12, key=keys[1:2])
+  results = finish(generator)
+  assert results[one].tokens[0] == results[whole].tokens[1] != results[whole].tokens[0]
+  assert results[one].logprobs[0] == results[whole].logprobs[1] and results[one].reads[0] == results[whole].reads[1]
+  with pytest.raises(ValueError, match="one for each of the 2 rows"):
+    generator.submit([1], chains=2, key=keys)
 
 
 def test_streams_what_it_results_in(model):

@@ -1,0 +1,106 @@
+"""Results of a `Generator`: the tokens and text of each chain, and the cache usage behind them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from dms_jax.generation.conversation import Continuation
+
+
+@dataclasses.dataclass
+class ChainUsage:
+  """The cache usage of one chain, step by step; counts are sums over `heads`, the KV heads of all layers.
+
+  Attributes:
+    heads: L * K.
+    prompt: tokens in the cache before the first decode step: the prompt, and earlier turns.
+    prompt_held, prompt_peak: tokens held after the prompt, and the most held after any chunk of it.
+    prompt_reads: keys read for the prompt, which chains of one request share.
+    sampled: tokens generated without a decode step, from the prompt's logits: 1, or 0 for a chain that simply goes on.
+    steps: (tokens held after each decode step, keys read by it), int32 [steps] each, a pair for each decode block.
+  """
+
+  heads: int
+  prompt: int = 0
+  prompt_held: int = 0
+  prompt_peak: int = 0
+  prompt_reads: int = 0
+  sampled: int = 1
+  steps: list[tuple[Int[np.ndarray, "_"], Int[np.ndarray, "_"]]] = dataclasses.field(default_factory=list)
+
+  def until(self, new_tokens: int | None = None) -> dict[str, int | float]:
+    """What the chain used until it had generated `new_tokens` tokens; None: until its end.
+
+    A chain with a smaller `max_new_tokens` uses the same, if its budget does not depend on that number.
+
+    Returns:
+      `seen`: tokens in the cache, the newest token excluded, which no step has read. `held`, `peak` and `reads`: tokens
+      held then, the most held after any step or chunk, and KV reads of the decode steps, means over layers and heads.
+    """
+    none = np.zeros(0, np.int64)
+    held, reads = (np.concatenate([none, *(block[part] for block in self.steps)]) for part in (0, 1))
+    count = len(held) if new_tokens is None else min(max(new_tokens - self.sampled, 0), len(held))
+    held, reads = held[:count], reads[:count]
+    return {
+      "seen": self.prompt + count,
+      "held": float(held[-1] if count else self.prompt_held) / self.heads,
+      "peak": float(max(self.prompt_peak, held.max(initial=0))) / self.heads,
+      "reads": float(reads.sum()) / self.heads,
+    }
+
+
+@dataclasses.dataclass
+class Result:
+  """The outcome of one ticket: each list has one entry a chain.
+
+  `tokens` and `logprobs` (nats) as in `Output`. `finish_reason`: as in `Output`, or "running" or "cancelled". `text`:
+  None without a tokenizer. `usage`: cache usage by step. `stored`: with `keep=True` the chain's cache on the host, to
+  continue from; else None.
+  """
+
+  tokens: list[list[int]]
+  logprobs: list[list[float]]
+  finish_reason: list[str]
+  text: list[str] | None
+  usage: list[ChainUsage]
+  stored: list[Continuation | None]
+
+  @classmethod
+  def empty(cls, chains: int, text: bool, heads: int) -> Result:
+    """Nothing generated yet."""
+    lists = [[] for _ in range(chains)]
+    texts = [""] * chains if text else None
+    usage = [ChainUsage(heads) for _ in lists]
+    return cls(lists, [[] for _ in lists], ["running"] * chains, texts, usage, [None] * chains)
+
+  @property
+  def finished(self) -> bool:
+    """Whether all chains have ended."""
+    return all(reason != "running" for reason in self.finish_reason)
+
+  def _used(self, name: str) -> list[Any]:
+    return [usage.until()[name] for usage in self.usage]
+
+  @property
+  def seen(self) -> list[int]:
+    """Tokens that each chain's cache has seen."""
+    return self._used("seen")
+
+  @property
+  def held(self) -> list[float]:
+    """Tokens in the cache at the end, mean over layers and KV heads."""
+    return self._used("held")
+
+  @property
+  def peak(self) -> list[float]:
+    """The most tokens in the cache after any decode step or chunk of the prompt, mean over layers and KV heads."""
+    return self._used("peak")
+
+  @property
+  def reads(self) -> list[float]:
+    """KV reads of the decode steps, mean over layers and KV heads."""
+    return self._used("reads")

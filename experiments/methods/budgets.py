@@ -1,0 +1,151 @@
+"""Budgets: a compression ratio or a number of tokens, turned into a policy's numbers for each text."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from dms_jax.model import Model, check_policy
+from dms_jax.policies import Policy
+from dms_jax.policies.base import row_numbers, with_numbers
+
+RULES = ("paper", "seen")
+GRAIN = 16  # tokens; budgets that are shapes are rounded to a multiple of it, because each one is compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+  """What bounds the cache: `cr`, or `tokens` a head; neither: the policy's own numbers do, or nothing.
+
+  `rule` turns a CR into tokens. "paper": (tokens of the prompt + most new tokens) / CR, rounded up, a fixed number for
+  each text (arXiv 2506.05345, appendix H.1). "seen": at any time the tokens seen so far / CR.
+  """
+
+  cr: float | None = None
+  tokens: int | None = None
+  rule: Literal["paper", "seen"] = "paper"
+
+  @property
+  def given(self) -> bool:
+    return self.cr is not None or self.tokens is not None
+
+  @property
+  def follows_length(self) -> bool:
+    """Whether it depends on the most new tokens, so that a shorter text is not the start of a longer one."""
+    return self.cr is not None and self.rule == "paper"
+
+  def named(self) -> dict[str, float]:
+    """It as `Record.budget` holds it."""
+    if self.cr is not None:
+      return {"cr": float(self.cr)}
+    return {} if self.tokens is None else {"budget": float(self.tokens)}
+
+
+def takes_budget(policy: type[Policy] | Policy) -> bool:
+  """Whether a policy has a budget."""
+  return any(field.name == "budget" for field in dataclasses.fields(policy))
+
+
+def shaped(name: str, budget: Budget) -> dict[str, Any]:
+  """Settings of a policy that follow from the budget: pages of Quest, as appendix H.1 sets them."""
+  if name != "quest" or budget.cr is None:
+    return {}
+  return {"page": max(16, math.ceil(2 * budget.cr)), "each_head": budget.rule == "paper"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """Texts that share one compiled policy: `rows` are their numbers among all texts.
+
+  `policy` is resolved, with scalars; `numbers` holds one number for each row, by name.
+  """
+
+  policy: Policy
+  rows: list[int]
+  numbers: dict[str, list[float]]
+
+  def of_row(self, place: int) -> dict[str, float]:
+    """The numbers of the row at `place` in `rows`."""
+    return {name: values[place] for name, values in self.numbers.items()}
+
+  def batched(self) -> Policy:
+    """The policy with one number for each of `rows`."""
+    return with_numbers(self.policy, self.numbers)
+
+
+def _least(model: Model, policy: Policy, most: int) -> int:
+  """The smallest budget in tokens that `policy` takes; its own error if it refuses even `most`."""
+
+  def fits(tokens: int) -> bool:
+    try:
+      check_policy(model, policy.replace(budget=tokens))
+    except ValueError:
+      return False
+    return True
+
+  if not fits(most):
+    check_policy(model, policy.replace(budget=most))
+  low, high = 0, most
+  while high - low > 1:
+    middle = (low + high) // 2
+    low, high = (low, middle) if fits(middle) else (middle, high)
+  return high
+
+
+def fitted(model: Model, policy: Policy, budget: Budget, totals: Sequence[int]) -> tuple[list[Group], str]:
+  """The policy for each text.
+
+  A budget below the least that the policy takes, such as its window and sinks, is raised to it. Where budgets change
+  shapes (a window that is half of the budget), they are rounded to a multiple of `GRAIN` tokens.
+
+  Args:
+    totals: tokens of each text, the most new ones included.
+
+  Returns:
+    The groups, and a remark about budgets that were raised or rounded; "" if none was.
+
+  Raises:
+    ValueError: the policy cannot keep to such a budget.
+  """
+  name, everything = type(policy).__name__, list(range(len(totals)))
+  if not budget.given:
+    policy = check_policy(model, policy)
+    return [Group(policy, everything, {k: [v] * len(totals) for k, v in row_numbers(policy).items()})], ""
+  if budget.cr is not None and budget.rule == "seen":
+    if not any(field.name == "cr" for field in dataclasses.fields(policy)):
+      raise ValueError(f"--budget_rule=seen: {name} has no budget that grows with the text; take --budget_rule=paper")
+    policy = check_policy(model, policy.replace(cr=float(budget.cr)))
+    return [Group(policy, everything, {"cr": [float(budget.cr)] * len(totals)})], ""
+  wanted = [budget.tokens if budget.cr is None else math.ceil(total / budget.cr) for total in totals]
+  least = _least(model, policy, 1 << 20)
+  tokens = [max(number, least) for number in wanted]
+  remarks = []
+  if raised := sum(number < least for number in wanted):
+    remarks.append(f"{raised} of {len(wanted)} budgets raised to {least} tokens, the least that {name} takes")
+  structure = lambda number: jax.tree.structure(check_policy(model, policy.replace(budget=number)))
+  structures = {number: structure(number) for number in set(tokens)}
+  if len(set(structures.values())) > 1:
+    tokens = [max(round(number / GRAIN) * GRAIN, least) for number in tokens]
+    structures = {number: structure(number) for number in set(tokens)}
+    remarks.append(f"budgets rounded to multiples of {GRAIN} tokens, as they are shapes of {name}")
+  groups: dict[Any, list[int]] = {}
+  for row, number in enumerate(tokens):
+    groups.setdefault(structures[number], []).append(row)
+  found = []
+  for rows in groups.values():
+    resolved = check_policy(model, policy.replace(budget=tokens[rows[0]]))
+    own = {k: [v] * len(rows) for k, v in row_numbers(resolved).items()}
+    if "budget" in own:
+      own["budget"] = [tokens[row] for row in rows]
+    found.append(Group(resolved, rows, own))
+  return found, "; ".join(remarks)
+
+
+def most_tokens(policy: Policy, numbers: dict[str, list[float]], longest: int) -> int:
+  """The most slots that a head may need, of all rows, for texts of up to `longest` tokens."""
+  return int(np.max(with_numbers(policy, numbers).capacity(longest))) if numbers else int(policy.capacity(longest))

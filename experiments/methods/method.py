@@ -1,0 +1,163 @@
+"""Methods: a model under a policy and a budget, made from the flags of `experiments.evaluate`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dms_jax import policies
+from dms_jax.model import Model
+from dms_jax.policies import Policy, Vanilla
+from experiments.common import program
+from experiments.methods.budgets import Budget, shaped, takes_budget
+
+HARD = "dms_budget"  # DMS under a budget in tokens, beside plain DMS, which holds what its gates keep
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """A named model under a policy.
+
+  Fields:
+    policy: with its own settings; `given` fills in its budget for each text.
+    checkpoint: fingerprint of all that decides its results beside the task: checkpoint, settings, rule of budgets.
+  """
+
+  name: str
+  model: Model
+  policy: Policy = Vanilla()  # noqa: RUF009  (frozen)
+  checkpoint: str = ""
+  given: Budget = Budget()  # noqa: RUF009  (frozen)
+
+  @property
+  def budget(self) -> dict[str, float]:
+    """The bound on its cache, under the policy's own names."""
+    found = {name: getattr(self.policy, name, None) for name in ("budget", "cr", "threshold")}
+    found = {name: float(value) for name, value in found.items() if value is not None and math.isfinite(value)}
+    return self.given.named() | found
+
+  @property
+  def key(self) -> tuple:
+    """Tells methods apart: the name and the budget."""
+    return self.name, tuple(sorted(self.budget.items()))
+
+  @property
+  def label(self) -> str:
+    """The name with the budget, for readers."""
+    return label(self.name, self.budget)
+
+
+def label(name: str, budget: Mapping[str, float]) -> str:
+  """A method's name with its budget, for readers: "tova, CR 4"."""
+  words = {"cr": "CR {:g}", "budget": "{:g} tokens", "threshold": "threshold {:g}"}
+  parts = [words[key].format(value) for key, value in budget.items() if not (key == "threshold" and value == 0)]
+  return ", ".join([name, *parts])
+
+
+def check_names(methods: Sequence[Method]) -> None:
+  """Raises ValueError if two methods have the same name and budget."""
+  keys = [method.key for method in methods]
+  if twice := sorted({method.label for method in methods if keys.count(method.key) > 1}):
+    raise ValueError(
+      f"--methods, --retrofit, --thresholds: {twice} would be the name of several methods in the results; list each "
+      "once, and a folder of such a name by its full path"
+    )
+
+
+def policy_class(name: str) -> tuple[str, type[Policy]]:
+  """The registered name and the policy of a method on the command line, in any case.
+
+  Raises:
+    ValueError: there is no such method; the message lists them.
+  """
+  lower = name.lower()
+  base = "dms" if lower == HARD and takes_budget(policies.REGISTRY["dms"]) else lower
+  if base not in policies.REGISTRY:
+    there = sorted([*policies.REGISTRY, *([HARD] if takes_budget(policies.REGISTRY["dms"]) else [])])
+    raise ValueError(f"--methods: unknown method {name!r}; there are {', '.join(there)}")
+  return lower, policies.REGISTRY[base]
+
+
+def split_retrofits(retrofits: Sequence[str]) -> list[tuple[str, str]]:
+  """(method or "" for all that use gates, folder) of each entry of `--retrofit`: FOLDER or METHOD:FOLDER.
+
+  Raises:
+    ValueError: an unknown method before the colon.
+  """
+  found = []
+  for entry in retrofits:
+    name, colon, folder = entry.partition(":")
+    found.append((policy_class(name)[0], folder) if colon and not Path(entry).exists() else ("", entry))
+  return found
+
+
+def budgets_of(name: str, policy: Policy, crs: Sequence[float], tokens: Sequence[int], rule: Any) -> list[Budget]:
+  """The budgets that a method runs under.
+
+  Methods without a budget run once: Vanilla, and those whose gates decide, such as DMS, which has the CR that it was
+  trained for.
+
+  Raises:
+    ValueError: a method needs a budget and there is none, or it has one by its own flags beside `--cr` or `--budgets`.
+  """
+  if not takes_budget(policy) or name == "dms":
+    return [Budget()]
+  own = [f"--{name}.{key}={value}" for key in ("budget", "cr") if (value := getattr(policy, key, None)) is not None]
+  if own and (crs or tokens):
+    raise ValueError(f"{own[0]} beside --cr or --budgets: give one of them")
+  if own:
+    return [Budget()]
+  if not (crs or tokens):
+    try:
+      policy.resolved(window=0)  # such as StreamingLLM with a window
+    except ValueError:
+      message = f"--methods: {name} needs a budget: give --cr=2,4,8, --budgets=512 (tokens) or --{name}.budget"
+      raise ValueError(message) from None
+    return [Budget()]
+  return [*(Budget(cr=cr, rule=rule) for cr in crs), *(Budget(tokens=number) for number in tokens)]
+
+
+def build(
+  names: Sequence[str], original: Model, origin: str, retrofits: Sequence[tuple[str, str, Model, str]],
+  read: Callable[[str, type[Policy]], Policy], *, crs: Sequence[float] = (), tokens: Sequence[int] = (),
+  rule: str = "paper", thresholds: Sequence[float] = (),
+) -> list[Method]:  # fmt: skip
+  """The methods of `--methods`, each with every budget.
+
+  Methods that use gates run each retrofit, or the original if it has gates itself; the others run the original.
+
+  Args:
+    original, origin: the original model and its fingerprint.
+    retrofits: (method or "" for all, folder, model, fingerprint) of each.
+    read: makes a policy from its flags.
+
+  Raises:
+    ValueError: an unknown method, one without gates or without a budget, or two of one name.
+  """
+  found = []
+  for given in names:
+    name, cls = policy_class(given)
+    policy = read("dms" if name == HARD else name, cls)
+    models = [("", original, origin)]
+    if cls.uses_gates:
+      own = [each for each in retrofits if each[0] in ("", name)]
+      models = [(Path(folder).name if len(own) > 1 else "", model, about) for _, folder, model, about in own]
+      if not models and original.dms is not None:
+        models = [("", original, origin)]
+      if not models:
+        raise ValueError(f"--methods: {name} needs eviction gates: give --retrofit=FOLDER")
+    limits = thresholds if thresholds and hasattr(policy, "threshold") else (getattr(policy, "threshold", None),)
+    for suffix, model, about in models:
+      for limit in limits:
+        at = policy if limit is None else policy.replace(threshold=limit)
+        for budget in budgets_of(name, at, crs, tokens, rule):
+          fields = {field.name: field for field in dataclasses.fields(at)}
+          more = {k: v for k, v in shaped(name, budget).items() if getattr(at, k) == fields[k].default}
+          own_policy = at.replace(**more)
+          print_ = program.fingerprint([about, type(own_policy).__name__, own_policy, budget.rule if budget.cr else ""])
+          found.append(Method(f"{name} {suffix}".strip(), model, own_policy, print_, budget))
+  check_names(found)
+  return found

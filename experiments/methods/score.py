@@ -1,0 +1,119 @@
+"""Scores given texts under a method: questions of likelihood tasks, and a long text in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from dms_jax.evaluation import likelihood
+from dms_jax.evaluation.text import text_quality
+from dms_jax.metrics import achieved_cr
+from dms_jax.model import Model
+from dms_jax.policies import DMS, Policy, Vanilla
+from experiments.methods.budgets import fitted
+from experiments.methods.method import Method
+from experiments.methods.records import Record
+
+TEXT = "text"  # the name under which the chunks of a text are recorded
+
+
+def masked(policy: Policy) -> float | Policy | None:
+  """None or a threshold if a mask on the whole text gives the same scores as a cache under `policy`, else `policy`."""
+  if isinstance(policy, Vanilla):
+    return None
+  if type(policy) is DMS and policy.window is None and not policy.bounded:
+    return policy.threshold
+  return policy
+
+
+def score(
+  job: Any, method: Method, wanted: Sequence[tuple[int, int, int]], record: Callable[..., Record], *, batch: int,
+  tick: Callable[[int], None],
+) -> Iterator[list[Record]]:  # fmt: skip
+  """Scores questions, `batch` at a time, the longest first.
+
+  The blocks and their shapes depend on all questions of the job, so that a resumed run gives the same numbers.
+  """
+  passages, spans = job.passages
+  limit = masked(method.policy)
+  group_of: dict[int, tuple[Any, int]] = {}
+  if isinstance(limit, Policy):
+    groups, _ = fitted(method.model, method.policy, method.given, job.totals(0))
+    group_of = {row: (group, place) for group in groups for place, row in enumerate(group.rows)}
+  rows_of = [sorted({row for row, _ in own}) for own in spans]
+  longest = [max(len(passages[row].tokens) for row in rows) for rows in rows_of]
+  order = sorted(range(len(spans)), key=lambda number: -longest[number])
+  lacking = {number for number, _, _ in wanted}
+  for start in range(0, len(order), batch):
+    block = order[start : start + batch]
+    if not lacking.intersection(block):
+      continue
+    rows = [row for number in block for row in rows_of[number]]
+    scored: dict[int, likelihood.Scored] = {}
+    if not isinstance(limit, Policy):
+      scored |= _scored(method.model, limit, rows, passages, batch)
+    for group in dict.fromkeys(id(group_of[row][0]) for row in rows if group_of):
+      own = [row for row in rows if id(group_of[row][0]) == group]
+      shared, places = group_of[own[0]][0], [group_of[row][1] for row in own]
+      policy = type(shared)(shared.policy, own, {k: [v[p] for p in places] for k, v in shared.numbers.items()})
+      scored |= _scored(method.model, policy.batched(), own, passages, batch)
+    found = []
+    for number in sorted(lacking.intersection(block)):
+      question, own = job.asked[number], rows_of[number]
+      grades = likelihood.scores(question, [scored[row].logprobs[part] for row, part in spans[number]])
+      tokens = np.array([len(passages[row].tokens) for row in own])
+      held = None if limit is None else np.stack([scored[row].held for row in own], axis=1)
+      found.append(record(
+        number, 0, 0, tokens=float(tokens.mean()), reads=None, peak=None,
+        achieved_cr=1.0 if held is None else float(achieved_cr(held, tokens)),
+        grades={metric: grades[metric] for metric in job.task.metrics},
+      ))  # fmt: skip
+    yield found
+    tick(0)
+
+
+def _scored(
+  model: Model, limit: float | Policy | None, rows: list[int], passages: Sequence[likelihood.Passage], batch: int
+) -> dict[int, likelihood.Scored]:
+  (found,) = likelihood.score([(model, limit)], [passages[row] for row in rows], batch=batch, shaped_like=passages)
+  return dict(zip(rows, found, strict=True))
+
+
+def score_text(
+  original: Model, method: Method, tokens: np.ndarray, length: int, wanted: Sequence[int],
+  record: Callable[..., Record], *, batch: int, tick: Callable[[int], None],
+) -> Iterator[list[Record]]:  # fmt: skip
+  """Scores chunks of a text: `nll` and `kl` = KL(original || method), nats per token; lower is better.
+
+  Args:
+    length: tokens of a chunk.
+    wanted: numbers of the chunks; blocks of `batch` chunks are scored together, the same in a resumed run.
+  """
+  limit = masked(method.policy)
+  if isinstance(limit, Policy):
+    (group,), _ = fitted(method.model, method.policy, method.given, [length])
+    settings: dict[str, Any] = {"model": method.model, "policy": group.policy}
+  elif limit is None:
+    settings = {"model": None if method.model is original else method.model}
+  else:
+    settings = {"model": method.model, "threshold": limit}
+  for start in range(0, len(tokens) // length, batch):
+    block = range(start, min(start + batch, len(tokens) // length))
+    if not set(block).intersection(wanted):
+      continue
+    part = tokens[block.start * length : block.stop * length]
+    found = text_quality(original, tokens=part, length=length, batch=batch, **settings)["by_chunk"]
+    held = found.get("held", np.full(len(block), length))
+    nll = found.get("nll", found["nll_original"])
+    kl = found.get("kl", np.zeros(len(block)))
+    yield [
+      record(
+        number, 0, 0, tokens=length, reads=None, peak=None, achieved_cr=float(length / held[i]),
+        grades={"nll": float(nll[i]), "kl": float(kl[i])},
+      )
+      for i, number in enumerate(block)
+      if number in wanted
+    ]  # fmt: skip
+    tick(0)

@@ -1,0 +1,112 @@
+"""Writes after prompts under a method: all chains in one `Generator`, chains of a prompt sharing it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dms_jax import BudgetError, Generator
+from dms_jax.generation.detokenize import Detokenizer
+from dms_jax.tokenizer import Tokenizer
+from experiments.methods.budgets import Group, fitted, most_tokens
+from experiments.methods.method import Method
+from experiments.methods.records import Record
+
+CHUNK = 256  # prompt tokens that one compiled call reads
+
+
+def _generator(
+  job: Any, method: Method, group: Group, tokenizer: Tokenizer, most: int, width: int, memory: int | None
+) -> Generator:
+  """A generator for all prompts of a group; its shapes do not depend on which of them are done."""
+  longest = max(len(job.asked[row].tokens) for row in group.rows) + most
+  try:
+    generator = Generator(
+      method.model, policy=group.policy, width=width, max_length=longest, temperature=job.temperature,
+      top_p=None if job.top_p == 1 else job.top_p, stop=job.task.stop, budget=memory, prefill_chunk=CHUNK,
+      tokenizer=tokenizer,
+    )  # fmt: skip
+  except BudgetError as error:
+    raise ValueError(f"--kv_budget_gib, with --width={width}: {error}") from None
+  policy = group.policy
+  slots = min(most_tokens(policy, group.numbers, longest), longest)
+  if policy.data_dependent:  # the pool grows where a text needs more
+    slots = min(longest, policy.window + 1 + longest // 2)
+  generator.memory.reserve(slots, min(CHUNK, longest))
+  return generator
+
+
+def _text_until(tokens: Sequence[int], generator: Generator) -> str:
+  """The text of a chain that ends after these tokens because of its length."""
+  row = Detokenizer.create(generator.tokenizer, generator.stop_strings)
+  row.advance(tokens, "length")
+  return row.text
+
+
+def write(
+  job: Any, method: Method, wanted: Sequence[tuple[int, int, int]], tokenizer: Tokenizer,
+  record: Callable[..., Record], *, width: int, memory: int | None, tick: Callable[[int], None],
+) -> Iterator[list[Record]]:  # fmt: skip
+  """Writes the chains of `wanted`, (prompt, chain, most new tokens), and yields their records as chains end.
+
+  A chain with fewer new tokens is the start of the same chain with more, token by token and count by count, unless the
+  budget depends on that number; then each number is written apart.
+  """
+  cuts = [(most,) for most in job.max_tokens] if method.given.follows_length else [job.max_tokens]
+  width = max(width, job.chains)
+  for lengths in cuts:
+    most = max(lengths)
+    groups, _ = fitted(method.model, method.policy, method.given, job.totals(most))
+    own = {key for key in wanted if key[2] in lengths}
+    for group in groups:
+      if own.intersection((row, chain, cut) for row in group.rows for chain in range(job.chains) for cut in lengths):
+        yield from _write_group(job, method, group, own, tokenizer, record, most, width, memory, tick)
+
+
+def _write_group(
+  job: Any, method: Method, group: Group, wanted: set[tuple[int, int, int]], tokenizer: Tokenizer,
+  record: Callable[..., Record], most: int, width: int, memory: int | None, tick: Callable[[int], None],
+) -> Iterator[list[Record]]:  # fmt: skip
+  """`write` for the prompts of one group, up to `most` new tokens."""
+  key_of = lambda number, chain: jax.random.fold_in(jax.random.fold_in(jax.random.key(job.seed), number), chain)
+  generator = _generator(job, method, group, tokenizer, most, width, memory)
+  running: dict[int, tuple[int, list[int]]] = {}  # ticket -> prompt, its chains; a chain that has ended is -1
+  for place, number in enumerate(group.rows):
+    chains = sorted({chain for prompt, chain, _ in wanted if prompt == number})
+    if chains:
+      keys = jnp.stack([key_of(number, chain) for chain in chains]) if job.temperature else None
+      ticket = generator.submit(
+        job.asked[number].tokens, chains=len(chains), max_new_tokens=most, key=keys, **group.of_row(place)
+      )
+      running[ticket] = (number, chains)
+  while generator.busy:
+    try:
+      generator.step()
+    except BudgetError as error:
+      raise ValueError(f"--kv_budget_gib: {method.label} on {job.name}: {error}") from None
+    found = []
+    for ticket, (number, chains) in list(running.items()):
+      result = generator.results[ticket]
+      for index, chain in enumerate(chains):
+        if chain < 0 or result.finish_reason[index] == "running":
+          continue
+        chains[index] = -1
+        tokens, usage = result.tokens[index], result.usage[index]
+        for cut in sorted(cut for prompt, each, cut in wanted if (prompt, each) == (number, chain)):
+          text = result.text[index] if len(tokens) <= cut else _text_until(tokens[:cut], generator)
+          used = usage.until(cut)
+          found.append(record(
+            number, chain, cut, tokens=used["seen"], reads=used["reads"], peak=used["peak"],
+            achieved_cr=used["seen"] / used["held"], grades=job.task.grade(text, job.asked[number]), text=text,
+            answer=job.task.answer(text),
+          ))  # fmt: skip
+      if result.finished:
+        del running[ticket], generator.results[ticket]
+    if found:
+      yield found
+    unfinished = (generator.results[ticket].tokens[i] for ticket, (_, chains) in running.items()
+                  for i, chain in enumerate(chains) if chain >= 0)  # fmt: skip
+    tick(sum(map(len, unfinished)))
