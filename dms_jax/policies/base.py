@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -72,7 +73,7 @@ def check_rows(policy: Policy, batch: int | None) -> None:
     raise ValueError(f"{type(policy).__name__}: {field.name} has shape {np.shape(value)}, and must be {wanted}")
 
 
-def row_numbers(policy: Policy) -> dict[str, int | float]:
+def row_numbers(policy: Policy) -> dict[str, Any]:
   """The numbers among NUMBERS that `policy` has as traced leaves, so that each row may have its own."""
   traced = [field.name for field in dataclasses.fields(policy) if field.metadata.get("pytree_node", True)]
   found = {name: getattr(policy, name) for name in NUMBERS if name in traced}

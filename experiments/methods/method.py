@@ -51,10 +51,10 @@ class Method:
 
 
 def label(name: str, budget: Mapping[str, float]) -> str:
-  """A method's name with its budget, for readers: "tova, CR 4"."""
+  """A method's name with its budget, for readers: "tova, CR 4"; without a threshold that is 0 or in the name."""
   words = {"cr": "CR {:g}", "budget": "{:g} tokens", "threshold": "threshold {:g}"}
-  parts = [words[key].format(value) for key, value in budget.items() if not (key == "threshold" and value == 0)]
-  return ", ".join([name, *parts])
+  said = lambda key, value: key == "threshold" and (value == 0 or name.endswith(f" at {value:.12g}"))
+  return ", ".join([name, *(words[key].format(value) for key, value in budget.items() if not said(key, value))])
 
 
 def check_names(methods: Sequence[Method]) -> None:

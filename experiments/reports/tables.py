@@ -65,20 +65,26 @@ def note(baseline: Entry, task: type[Task]) -> str:
 def scores(entries: Sequence[Entry], baseline: str, tasks: Mapping[str, type[Task]]) -> str:
   """Methods on tasks: each metric's score first, then its difference from the baseline.
 
+  L, most new tokens, and the KV reads and peak tokens of the chains that a score takes, where there are any.
+
   Args:
     tasks: the task classes by name, which have the scores of random answers.
   """
   short, rows = short_names(list(dict.fromkeys(entry.method for entry in entries))), []
-  bases = {(e.task, e.length, e.metric): e for e in entries if e.method == baseline}
+  where = lambda entry: (entry.task, entry.length, entry.max_tokens, entry.metric)
+  bases = {where(entry): entry for entry in entries if entry.method == baseline}
+  whole = lambda number: f"{number:,.0f}" if number else ""
   for entry in entries:
-    task, base = tasks[entry.task], bases.get((entry.task, entry.length, entry.metric), entry)
     rows.append([
-      entry.task, "" if entry.length is None else f"{entry.length:,}", entry.metric, f"{entry.samples:,}",
-      short[entry.method], with_error(entry.metric, entry.mean, entry.standard_error),
+      entry.task, "" if entry.length is None else f"{entry.length:,}", whole(entry.max_tokens), entry.metric,
+      f"{entry.samples:,}", short[entry.method], with_error(entry.metric, entry.mean, entry.standard_error),
       "" if entry.difference is None else with_error(entry.metric, entry.difference, entry.difference_se, "+"),
-      f"{entry.achieved_cr:.2f}", note(base, task),
+      f"{entry.achieved_cr:.2f}", whole(entry.reads), whole(entry.peak),
+      note(bases.get(where(entry), entry), tasks[entry.task]),
     ])  # fmt: skip
-  return markdown(["task", "T", "metric", "n", "method", "score", f"- {baseline}", "CR", "note"], rows)
+  names = ["task", "T", "L", "metric", "n", "method", "score", f"- {baseline}", "CR", "reads", "peak", "note"]
+  shown = [i for i, name in enumerate(names) if name not in ("L", "reads", "peak") or any(row[i] for row in rows)]
+  return markdown([names[i] for i in shown], [[row[i] for i in shown] for row in rows])
 
 
 def texts(entries: Sequence[Entry], baseline: str) -> str:

@@ -69,9 +69,10 @@ def test_what_is_no_record_is_named(tmp_path, line, message):
 
 def test_records_of_other_settings_are_refused(tmp_path):
   found = [record(), record("mine")]
-  records.check_settings(tmp_path, found, {("original", "needle", 128): "s"})
+  original, mine = (("original", (), "needle", 128), ("mine", (), "needle", 128))
+  records.check_settings(tmp_path, found, {original: "s", ("mine", (("cr", 2.0),), "needle", 128): "t"})
   with pytest.raises(ValueError, match="records of mine on needle made with other settings"):
-    records.check_settings(tmp_path, found, {("original", "needle", 128): "s", ("mine", "needle", 128): "t"})
+    records.check_settings(tmp_path, found, {original: "s", mine: "t"})
 
 
 # The summary ----------------------------------------------------------------------------------------------------------

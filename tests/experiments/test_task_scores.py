@@ -144,16 +144,14 @@ def test_what_is_there_is_not_answered_again(models):
   tokenizer = byte_tokenizer()
   (job,) = run.prepare([Needle()], TasksConfig(limit=3, seed=7), (560,), tokenizer, 4096)
   method = run.Method("gates", models[1], DMS(threshold=0.0), checkpoint="mine")
-  parts = list(run.run(job, [method], tokenizer, batch=2))
-  assert [len(part) for part in parts] == [2, 1]
-  whole = [record for part in parts for record in part]
+  whole = [record for part in run.run(job, [method], tokenizer, width=2) for record in part]
+  whole.sort(key=lambda record: record.prompt)
   assert [record.prompt for record in whole] == [0, 1, 2] and whole[0].seed == 7
   assert whole[0].settings == f"{job.content}-mine"
   for record in whole:
     assert 1 < record.achieved_cr < record.tokens and record.peak <= record.tokens and 0 < record.reads
     assert record.max_tokens == 128 and record.length == 560 and isinstance(record.text, str)
-  (rest,) = run.run(job, [method], tokenizer, batch=2, done=[whole[0], whole[2]])
-  assert [record.prompt for record in rest] == [1] and rest[0].text == whole[1].text
+  assert list(run.run(job, [method], tokenizer, width=2, done=[whole[0], whole[2]])) == [[whole[1]]]
   assert not list(run.run(job, [method], tokenizer, done=whole))
 
 
@@ -162,13 +160,14 @@ def test_chains_of_a_prompt_are_sampled_apart(models, monkeypatch):
   tokenizer = byte_tokenizer()
   (job,) = run.prepare([Needle()], TasksConfig(limit=2, chains=2, temperature=1.0), (560,), tokenizer, 4096)
   method = run.Method("original", models[0])
-  whole = [record for part in run.run(job, [method], tokenizer, batch=3) for record in part]
+  whole = [record for part in run.run(job, [method], tokenizer, width=3) for record in part]
+  whole.sort(key=lambda record: (record.prompt, record.chain))
   assert [(record.prompt, record.chain) for record in whole] == [(0, 0), (0, 1), (1, 0), (1, 1)]
   assert all(record.chains == 2 for record in whole) and len({record.text for record in whole}) == 4
-  (rest,) = run.run(job, [method], tokenizer, batch=3, done=[whole[0], whole[1], whole[3]])
+  (rest,) = run.run(job, [method], tokenizer, width=3, done=[whole[0], whole[1], whole[3]])
   assert rest == [whole[2]]  # by its own key, whatever else is in its batch
   (entry,) = summarise(whole, "original")
-  assert entry.samples == 2 and entry.chains == 2
+  assert entry.samples == 2 and entry.chains == 1
   for wrong in ({"chains": 2}, {"chains": 0}, {"temperature": -1.0}):
     with pytest.raises(ValueError, match=f"--{next(iter(wrong))}="):
       TasksConfig(**wrong)
@@ -198,7 +197,9 @@ def test_every_model_has_a_name_of_its_own(models, tmp_path):
   assert evaluate.Config(checkpoint="base", retrofit=("r",)).name("r", 0.0) == "r"
   for wrong in ({"retrofit": ("r", "./r")}, {"retrofit": ("original",)},
                 {"retrofit": ("r",), "thresholds": (1.0, 1.0)}):  # fmt: skip
-    with pytest.raises(ValueError, match=r"--retrofit, --thresholds: .* would be the name of several methods"):
+    with pytest.raises(
+      ValueError, match=r"--methods, --retrofit, --thresholds: .* would be the name of several methods"
+    ):
       evaluate.Config(checkpoint="base", **wrong)
 
   task = GSM8K(str(write_gsm8k(tmp_path / "g.jsonl", 2)), shots=0)
@@ -219,65 +220,33 @@ def test_every_model_has_a_name_of_its_own(models, tmp_path):
 def test_the_picture_of_a_text_tells_retrofits_of_one_folder_name_apart(tmp_path, monkeypatch):
   shown = []
   monkeypatch.setattr(plots, "ablation", lambda path, rows, x, title: shown.extend(rows) or str(path))
-  quality = {"length": 8, "chunks": 2, "perplexity_original": 10.0, "perplexity": 11.0, "kl": 0.5, "achieved_cr": 2.0}
-  entries = [entry for name in ("a/final", "b/final") for entry in evaluate.text_entries(name, quality)]
+  kind = lambda name, nll, kl, cr: Record(
+    name, "text", 8, {}, 1, 0, 0, 0, 0, "s", 8, None, None, cr, {"nll": np.log(nll), "kl": kl}
+  )
+  made = [kind("original", 10, 0.0, 1.0), kind("a/final", 11, 0.5, 2.0), kind("b/final", 11, 0.5, 2.0)]
+  entries = summarise(made, "original")
+  perplexities = {entry.method: entry for entry in entries if entry.metric == "perplexity"}
+  assert perplexities["a/final"].mean == pytest.approx(11) and perplexities["a/final"].difference == pytest.approx(1)
   assert evaluate.text_picture(tmp_path / "x.png", entries, "title") == str(tmp_path / "x.png")
   assert [row["line"] for row in shown] == ["a/final", "b/final"]
   assert shown[0]["perplexity_change"] == pytest.approx(0.1) and shown[0]["achieved_cr"] == 2.0
-  assert evaluate.text_picture(tmp_path / "x.png", entries[:3], "title") is None
+  assert evaluate.text_picture(tmp_path / "x.png", [e for e in entries if e.method != "b/final"], "title") is None
 
 
 def test_settings_of_the_program_that_cannot_be():
   for wrong, message in (
     ({"batch": 0}, "--batch=0 must be 1 or more"),
-    ({"max_tokens": -1}, "--max_tokens=-1 must be 0 or more"),
+    ({"text_tokens": -1}, "--text_tokens=-1 must be 0 or more"),
+    ({"max_tokens": (8, 0)}, "--max_tokens=0 must be 1 or more"),
+    ({"methods": ("vanilla",), "cr": (2.0, 0.5)}, "--cr=0.5 must be 1 or more"),
+    ({"methods": ("vanilla",), "budgets": (8, 8)}, "--budgets=8,8: a number twice"),
+    ({"cr": (2.0,)}, "--cr bounds methods: name them"),
+    ({"methods": ("DMS", "h3o")}, "--methods: unknown method 'h3o'; there are dms, h2o"),
     ({"lengths": (64, 1)}, "--lengths=1 must be 2 or more"),
   ):
     with pytest.raises(ValueError, match=message):
       evaluate.Config(checkpoint="base", **wrong)
   assert program.describe(program.flag_types("", evaluate.Config)["dtype"]) == "bfloat16 | float32"
-
-
-def test_a_killed_run_keeps_its_finished_tasks(checkpoints, tmp_path, monkeypatch):
-  base, output = str(checkpoints[0]), tmp_path / "o" / "e.json"
-  settings = {
-    evaluate.Config: evaluate.Config(checkpoint=base, lengths=(600,), output=str(output)),
-    TasksConfig: TasksConfig(tasks=("gsm8k", "needle"), limit=1),
-    GSM8K: GSM8K(str(write_gsm8k(tmp_path / "g.jsonl", 2)), shots=0),
-    Needle: Needle(),
-  }
-  real = run.run
-
-  def killed(job, methods, *_, **__):
-    if job.task.name == "needle":
-      raise KeyboardInterrupt
-    made = run.settings_of(job, methods[0])
-    yield [Record("original", "gsm8k", None, {}, 1, 0, 42, 0, 0, made, 9, None, None, 1.0, {"answer_loglik": -1.0})]
-
-  monkeypatch.setattr(program, "read_flags", lambda prefix, cls: settings[cls])
-  monkeypatch.setattr(run, "run", killed)
-  with pytest.raises(KeyboardInterrupt):
-    evaluate.main()
-  saved = json.loads(output.read_text())
-  assert [row["mean"] for row in saved["summary"]] == [-1.0]
-  (record,) = records.read(output.with_suffix(".jsonl"))
-  assert (record.task, record.prompt, record.grades) == ("gsm8k", 0, {"answer_loglik": -1.0})
-  assert all(not path.name.startswith(".") for path in output.parent.iterdir())
-  assert output.with_suffix(".png").exists() == (plots.pyplot() is not None)
-
-  monkeypatch.setattr(run, "run", real)
-  monkeypatch.setattr(program, "finish", lambda result: None)
-  evaluate.main()  # goes on: what was recorded stays as it was
-  assert [row["mean"] for row in json.loads(output.read_text())["summary"] if row["task"] == "gsm8k"] == [-1.0]
-  assert [record.task for record in records.read(output.with_suffix(".jsonl"))] == ["gsm8k", "needle"]
-  settings[GSM8K] = GSM8K(settings[GSM8K].data, shots=1)
-  with pytest.raises(ValueError, match="holds records of original on gsm8k made with other settings"):
-    evaluate.main()
-
-  (tmp_path / "latin").write_bytes(b"caf\xe9")
-  settings[evaluate.Config] = evaluate.Config(checkpoint=base, text=str(tmp_path / "latin"))
-  with pytest.raises(ValueError, match=r"--text=\S+latin: not UTF-8"):
-    evaluate.main()
 
 
 def test_the_program(tmp_path, checkpoints):
@@ -301,17 +270,22 @@ def test_the_program(tmp_path, checkpoints):
   assert len(result["summary"]) == 2 * len(rows) and rows["needle", "score"]["length"] == 600
   assert all(row["samples"] == 2 and row["achieved_cr"] > 1.05 for row in rows.values())
   assert all(row["difference"] is not None and row["difference_se"] is not None for row in rows.values())
-  saved = json.loads((tmp_path / result["saved"]).read_text())
-  assert saved["summary"] == result["summary"] and saved["config"]["limit"] == 2
-  assert re.fullmatch(r"runs/evaluate/checkpoint=base,.*-[0-9a-f]{8}/evaluate.json", result["saved"])
-  found = records.read(tmp_path / result["records"])
+  folder = tmp_path / result["folder"]
+  assert re.fullmatch(r"runs/evaluate/checkpoint=base,.*-[0-9a-f]{8}", result["folder"])
+  saved = json.loads((folder / "summary.json").read_text())
+  assert saved["summary"] == result["summary"] and saved["baseline"] == "original"
+  assert json.loads((folder / "config.json").read_text())["config"]["limit"] == 2
+  found = records.read(folder / "records.jsonl")
   assert len(found) == 2 * 6 and (found[0].method, found[0].task) == ("original", "needle")
   again = summarise(found, "original")
-  assert [program.to_plain(entry) for entry in again] == saved["summary"]  # every table is redrawn from the records
+  order = lambda rows: sorted(rows, key=lambda row: (row["task"], row["metric"], row["method"]))
+  assert order(map(program.to_plain, again)) == order(saved["summary"])  # every table is redrawn from the records
   shown = [line for line in done.stdout.splitlines()[:-1] if "needle" in line and "600" in line]
   assert len(shown) == 2 and all("original below 60" in line for line in shown)
+  assert "2 methods x 3 tasks and 0 texts = 6 cells: 12 chains and questions to do (0 are there)" in done.stderr
   if plots.pyplot() is not None:
-    assert (tmp_path / result["picture"]).read_bytes().startswith(b"\x89PNG")
+    assert [Path(path).name for path in result["pictures"]] == ["tasks.png"]
+    assert (folder / "tasks.png").read_bytes().startswith(b"\x89PNG")
 
   refused = subprocess.run(
     [*command, "--hellaswag.data=none"], env=env, capture_output=True, text=True, timeout=300, cwd=tmp_path

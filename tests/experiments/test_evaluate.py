@@ -1,0 +1,398 @@
+"""experiments.evaluate: methods and budgets from flags, chains of several W and L, resumption, summaries, margins."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+
+from dms_jax import policies
+from dms_jax import testing as tiny
+from dms_jax.evaluation import likelihood
+from dms_jax.evaluation.text import text_quality
+from dms_jax.tokenizer import byte_tokenizer
+from experiments import evaluate
+from experiments.common import program
+from experiments.methods import budgets, pareto, records, run, summary
+from experiments.methods import method as methods
+from experiments.methods.budgets import Budget, fitted
+from experiments.methods.estimate import Estimate, duration
+from experiments.methods.records import Record
+from experiments.methods.summary import summarise
+from experiments.tasks import TASKS
+from experiments.tasks.base import Prompt, TasksConfig, WritingTask
+from experiments.tasks.gsm8k import GSM8K
+from tests.helpers import save_checkpoints, write_gsm8k
+
+
+@pytest.fixture(scope="module")
+def models():
+  cfg = tiny.config(vocab_size=257, max_position_embeddings=4096)
+  return tiny.model(cfg), tiny.model(cfg, tiny.dms(scale=1.0, offset=0.0), seed=0)
+
+
+# Budgets --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_paper_s_budget_is_a_number_for_each_text(models):
+  totals = [100, 41, 9]
+  (group,), remark = fitted(models[0], policies.TOVA(), Budget(cr=4.0), totals)
+  assert group.numbers == {"budget": [25, 11, 3]} and group.rows == [0, 1, 2] and remark == ""
+  assert group.batched().budget.tolist() == [25, 11, 3] and group.of_row(1) == {"budget": 11}
+  (group,), _ = fitted(models[0], policies.TOVA(), Budget(tokens=7), totals)
+  assert group.numbers == {"budget": [7, 7, 7]}
+  (group,), _ = fitted(models[0], policies.TOVA(), Budget(cr=4.0, rule="seen"), totals)
+  assert group.numbers == {"cr": [4.0] * 3} and group.policy.budget is None
+  (group,), _ = fitted(models[1], policies.DMS(threshold=0.5), Budget(), totals)
+  assert group.numbers == {"threshold": [0.5] * 3} and group.policy.window == 5
+
+
+def test_budgets_below_the_least_are_raised_and_those_that_are_shapes_rounded(models):
+  (group,), remark = fitted(models[0], policies.SnapKV(), Budget(cr=4.0), [400, 41, 9])
+  assert group.numbers == {"budget": [100, 32, 32]}
+  assert remark == "2 of 3 budgets raised to 32 tokens, the least that SnapKV takes"
+  groups, remark = fitted(models[0], policies.StreamingLLM(), Budget(cr=4.0), [400, 404, 100, 9])
+  assert [(g.rows, g.policy.window, g.numbers) for g in groups] == [([0, 1], 91, {}), ([2], 27, {}), ([3], 0, {})]
+  assert remark == (
+    "1 of 4 budgets raised to 5 tokens, the least that StreamingLLM takes; "
+    "budgets rounded to multiples of 16 tokens, as they are shapes of StreamingLLM"
+  )
+  with pytest.raises(ValueError, match="--budget_rule=seen: StreamingLLM has no budget that grows with the text"):
+    fitted(models[0], policies.StreamingLLM(), Budget(cr=4.0, rule="seen"), [9])
+  with pytest.raises(ValueError, match="SnapKV: pool=4 must be an odd"):
+    fitted(models[0], policies.SnapKV(pool=4), Budget(cr=4.0), [9])
+  assert budgets.most_tokens(group.policy, group.numbers, 400) == 400  # the whole prompt, until it is cut
+  (group,), _ = fitted(models[0], policies.TOVA(), Budget(cr=4.0), [400, 41])
+  assert budgets.most_tokens(group.policy, group.numbers, 400) == 100
+
+
+# Methods --------------------------------------------------------------------------------------------------------------
+
+
+def built(names, models, read=lambda name, cls: cls(), retrofits=("r",), **settings):
+  loaded = [(*pair, models[1], pair[1]) for pair in methods.split_retrofits(retrofits)]
+  return methods.build(names, models[0], "base", loaded, read, **settings)
+
+
+def test_methods_by_their_names(models):
+  found = built(["Vanilla", "DMS", "tova", "quest"], models, crs=(2.0, 12.0), tokens=(64,))
+  assert [method.label for method in found] == [
+    "vanilla", "dms", "tova, CR 2", "tova, CR 12", "tova, 64 tokens", "quest, CR 2", "quest, CR 12", "quest, 64 tokens",
+  ]  # fmt: skip
+  assert found[1].model is models[1] and all(m.model is models[0] for m in found if m.name != "dms")
+  assert [method.budget for method in found[1:5]] == [{"threshold": 0.0}, {"cr": 2.0}, {"cr": 12.0}, {"budget": 64.0}]
+  assert [(m.policy.page, m.policy.each_head) for m in found[5:]] == [(16, True), (24, True), (16, False)]
+  assert len({method.checkpoint for method in found[2:]}) == 5  # its number of tokens tells the sixth apart
+  own = lambda name, cls: cls(page=32) if name == "quest" else cls(window=3, budget=9) if name == "h2o" else cls()
+  assert built(["quest"], models, own, crs=(2.0,))[0].policy.page == 32
+  (h2o,) = built(["h2o"], models, own)
+  assert h2o.budget == {"budget": 9.0} and h2o.given == Budget()
+
+
+def test_trained_weights_for_methods_with_gates(models):
+  names = [
+    method.label for method in built(["vanilla", "dms"], models, retrofits=("a/x", "b/y"), thresholds=(0.0, 2.0))
+  ]
+  assert names == ["vanilla", "dms x", "dms x, threshold 2", "dms y", "dms y, threshold 2"]
+  assert methods.split_retrofits(["DMS:a/x", "b"]) == [("dms", "a/x"), ("", "b")]
+  assert [m.name for m in built(["dms"], models, retrofits=("dms:a/x", "dms:b/y"))] == ["dms x", "dms y"]
+
+
+@pytest.mark.parametrize(
+  ("names", "settings", "message"),
+  [
+    (["h3o"], {}, "--methods: unknown method 'h3o'; there are .*tova"),
+    (["dms"], {"retrofits": ()}, "--methods: dms needs eviction gates: give --retrofit=FOLDER"),
+    (["tova"], {}, "--methods: tova needs a budget: give --cr=2,4,8, --budgets=512 .* or --tova.budget"),
+    (["tova"], {"crs": (2.0,), "read": lambda name, cls: cls(budget=9)}, "--tova.budget=9 beside --cr or --budgets"),
+    (["vanilla", "VANILLA"], {}, r"\['vanilla'\] would be the name of several methods"),
+    (["dms"], {"retrofits": ("a/x", "b/x")}, r"\['dms x'\] would be the name of several methods"),
+  ],
+)
+def test_methods_that_cannot_be(models, names, settings, message):
+  with pytest.raises(ValueError, match=message):
+    built(names, models, **settings)
+
+
+# Questions and texts --------------------------------------------------------------------------------------------------
+
+
+def test_questions_have_budgets_of_their_own(models, tmp_path, monkeypatch):
+  monkeypatch.setattr(likelihood, "BUCKET", 64)
+  task = GSM8K(str(write_gsm8k(tmp_path / "g.jsonl", 12)), shots=1)
+  (job,) = run.prepare([task], TasksConfig(limit=3), (), byte_tokenizer(), 4096)
+  method = run.Method("tova", models[0], policies.TOVA(), given=Budget(cr=3.0))
+  made = [record for part in run.run(job, [method], byte_tokenizer(), batch=2) for record in part]
+  assert [record.budget for record in made] == [{"cr": 3.0}] * 3
+  for record in made:
+    passage = job.passages[0][record.prompt]
+    budget = math.ceil(len(passage.tokens) / 3)
+    ((alone,),) = likelihood.score([(models[0], policies.TOVA(budget=budget))], [passage], batch=2)
+    assert record.grades["answer_loglik"] == pytest.approx(alone.logprobs.mean(), abs=2e-5)  # float32, other shapes
+    assert record.achieved_cr == pytest.approx(len(passage.tokens) / budget)
+  again = run.run(job, [method], byte_tokenizer(), batch=2, done=made[:2])
+  assert [record for part in again for record in part] == made[2:]  # to the bit
+
+
+def test_chunks_of_a_text(models):
+  tokens = np.asarray(tiny.tokens(models[0].config, 1, 100))[0]
+  text = evaluate.Text(tokens, 24, "t")
+  score = lambda method, wanted: [
+    record
+    for part in evaluate.score_text(
+      models[0], method, tokens, 24, wanted, text.record(method), batch=2, tick=lambda n: None
+    )
+    for record in part
+  ]
+  dense = run.Method("vanilla", models[0])
+  bounded = run.Method("tova", models[0], policies.TOVA(), given=Budget(cr=4.0))
+  gates = run.Method("dms", models[1], policies.DMS(threshold=0.3))
+  found = {method.name: score(method, text.missing(method, [])) for method in (dense, bounded, gates)}
+  whole = {
+    "vanilla": text_quality(models[0], None, tokens, 24),
+    "tova": text_quality(models[0], None, tokens, 24, policy=policies.TOVA(budget=6)),
+    "dms": text_quality(models[0], models[1], tokens, 24, threshold=0.3),
+  }
+  entries = {(e.method, e.metric): e for e in summarise([r for own in found.values() for r in own], "vanilla")}
+  for name, quality in whole.items():
+    assert [record.prompt for record in found[name]] == [0, 1, 2, 3]
+    perplexity = entries[name, "perplexity"]
+    assert perplexity.mean == pytest.approx(quality.get("perplexity", quality["perplexity_original"]), rel=1e-5)
+    assert perplexity.achieved_cr == pytest.approx(quality.get("achieved_cr", 1.0)) and perplexity.samples == 4
+    assert entries[name, "kl"].mean == pytest.approx(quality.get("kl", 0.0), abs=1e-6)
+    if name != "vanilla":
+      before = quality["perplexity_original"]
+      assert perplexity.difference == pytest.approx(quality["perplexity"] - before, rel=1e-4)
+  assert text.missing(bounded, found["tova"][:3] + found["dms"]) == [3]
+  assert score(bounded, [3]) == found["tova"][3:]
+
+
+# Chains ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Echo(WritingTask):
+  """A text is right if its first character is a capital letter, which is its answer."""
+
+  name = "echo"
+  metrics = ("accuracy",)
+  new_tokens = 9
+  stop = ("zq",)
+
+  def prompts(self, config, tokenizer, length, max_positions):
+    texts = [f"{i} {'abcdefgh' * (i + 1)}"[: 7 + 6 * i] for i in range(config.limit or 3)]
+    return [Prompt(text, tokenizer.encode(text), ()) for text in texts]
+
+  def answer(self, text):
+    return text[:1].lower() or None
+
+  def grade(self, text, prompt):
+    return {"accuracy": 100.0 * (text[:1] < "a")}
+
+
+def in_order(made):
+  return sorted(made, key=lambda record: record.key[4:])
+
+
+def ran(job, method, **settings):
+  return in_order(record for part in run.run(job, [method], byte_tokenizer(), width=3, **settings) for record in part)
+
+
+def echo(*lengths, chains=(2,), limit=3):
+  config = TasksConfig(limit=limit, chains=chains, temperature=1.0, top_p=0.9)
+  (job,) = run.prepare([Echo()], config, (), byte_tokenizer(), 4096, lengths)
+  return job
+
+
+def test_a_shorter_chain_is_the_start_of_a_longer_one(models):
+  method = run.Method("dms", models[1], policies.DMS())
+  both, short, long = (ran(echo(*lengths), method) for lengths in ((4, 9), (4,), (9,)))
+  assert both == in_order(short + long) and len(both) == 12
+  assert {record.max_tokens for record in short} == {4} and all(len(r.text) <= 4 for r in short)
+  assert all(a.text.startswith(b.text) and a.reads > b.reads for a, b in zip(long, short, strict=True))
+  assert len({record.text for record in both}) > 6 and {r.answer for r in both} == {r.text[:1].lower() for r in both}
+  assert ran(echo(4, 9), method, done=both[:5]) == both[5:]
+
+
+def test_budgets_that_depend_on_the_length_are_written_apart(models):
+  method = run.Method("tova", models[0], policies.TOVA(), given=Budget(cr=2.0))
+  job = echo(4, 9)
+  both = ran(job, method)
+  assert both == in_order(ran(echo(4), method) + ran(echo(9), method))
+  for record in both:
+    allowed = math.ceil((len(job.asked[record.prompt].tokens) + record.max_tokens) / 2)
+    assert record.peak >= record.tokens / record.achieved_cr == min(allowed, record.tokens)
+
+
+def test_a_text_beyond_the_context_is_refused():
+  with pytest.raises(
+    ValueError, match=r"--max_tokens=90: a prompt of echo has 19 tokens, .* give at most --max_tokens=81"
+  ):
+    run.prepare([Echo()], TasksConfig(limit=3), (), byte_tokenizer(), 100, (90,))
+
+
+# The program ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+  return save_checkpoints(tmp_path_factory.mktemp("checkpoints"))
+
+
+def test_a_killed_run_gives_the_same_records(checkpoints, tmp_path, monkeypatch, capfd):
+  """Killed after each batch of records, the last of them half written; the summary is that of an unbroken run."""
+  base, retrofit = map(str, checkpoints)
+  (tmp_path / "text").write_text("abc, def. " * 9)
+  config = evaluate.Config(
+    checkpoint=base, retrofit=(retrofit,), methods=("vanilla", "dms", "tova"), cr=(2.0,), max_tokens=(4, 9), width=3,
+    batch=2, text=str(tmp_path / "text"), lengths=(24,), dtype="float32", output=str(tmp_path / "whole"),
+  )  # fmt: skip
+  settings = {
+    evaluate.Config: config, TasksConfig: TasksConfig(("echo", "gsm8k"), limit=3, chains=(1, 2), temperature=1.0),
+    Echo: Echo(), GSM8K: GSM8K(str(write_gsm8k(tmp_path / "g.jsonl", 3)), shots=0),
+  }  # fmt: skip
+  finished = []
+  monkeypatch.setitem(TASKS, "echo", Echo)
+  monkeypatch.setattr(program, "read_flags", lambda prefix, cls: settings[cls] if cls in settings else cls())
+  monkeypatch.setattr(program, "flag_values", lambda: {"checkpoint": base})
+  monkeypatch.setattr(program, "finish", finished.append)
+  evaluate.main()
+  assert (
+    "3 methods x 2 tasks and 1 texts = 9 cells: 27 chains and questions to do (0 are there)" in capfd.readouterr().err
+  )
+
+  settings[evaluate.Config] = dataclasses.replace(config, output=str(tmp_path / "killed"))
+  append, kills = records.append, 0
+
+  def dying(path, found):
+    append(path, found)
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-9])  # within the last line
+    raise KeyboardInterrupt
+
+  while True:
+    monkeypatch.setattr(records, "append", dying if kills < 40 and kills % 3 < 2 else append)
+    try:
+      evaluate.main()
+      break
+    except KeyboardInterrupt:
+      kills += 1
+      if kills == 4:
+        break
+  monkeypatch.setattr(records, "append", append)
+  evaluate.main()
+  for name in (evaluate.RECORDS, evaluate.TEXTS):
+    one, other = (records.read(tmp_path / folder / name) for folder in ("whole", "killed"))
+    assert {r.key: r for r in one} == {r.key: r for r in other} and len(one) == len(other)
+  assert len(one) == 9 and one[0].grades.keys() == {"nll", "kl"}
+  whole, resumed = (json.loads((tmp_path / folder / "summary.json").read_text()) for folder in ("whole", "killed"))
+  assert whole["summary"] == resumed["summary"] and whole["margins"] == resumed["margins"]
+  entries = {(e["method"], e["task"], e["metric"], e["max_tokens"]): e for e in whole["summary"]}
+  assert {key[2] for key in entries if key[1] == "echo"} == {"accuracy", "pass@2", "majority@2"}
+  assert entries["dms", "echo", "pass@2", 9]["reads"] == pytest.approx(
+    2 * entries["dms", "echo", "accuracy", 9]["reads"]
+  )
+  assert entries["tova", "text", "kl", 0]["mean"] > 0 == entries["vanilla", "text", "kl", 0]["mean"]
+  assert {(m["task"], m["method"], m["cost"]) for m in whole["margins"]} == {
+    ("echo", method, cost) for method in ("dms", "tova") for cost in ("reads", "peak")
+  }
+  settings[GSM8K] = GSM8K(settings[GSM8K].data, shots=1)
+  with pytest.raises(ValueError, match="holds records of vanilla on gsm8k made with other settings"):
+    evaluate.main()
+  settings[evaluate.Config] = dataclasses.replace(config, text=str(tmp_path / "text"), lengths=(99,))
+  with pytest.raises(ValueError, match=r"--text=\S+ has 90 tokens, less than a chunk of --lengths=99"):
+    evaluate.main()
+
+
+# The summary ----------------------------------------------------------------------------------------------------------
+
+
+def chain(prompt, number, grade, answer, method="dms", chains=3, **changes):
+  made = Record(
+    method, "echo", None, {}, chains, 9, 0, prompt, number, "s", 20, 10.0, 5.0, 2.0, {"accuracy": grade}, "x", answer
+  )
+  return dataclasses.replace(made, **changes)
+
+
+def test_pass_at_k_and_votes_over_all_subsets():
+  grades, answers = [0.0, 100.0, 0.0, 100.0, 0.0], ["a", "b", "a", "b", None]
+  for width in range(1, 6):
+    subsets = list(itertools.combinations(range(5), width))
+    best = np.mean([max(grades[i] for i in subset) for subset in subsets])
+    assert summary.best_of(grades, width) == pytest.approx(best)
+    assert summary.best_of(grades, width) == pytest.approx(100 * (1 - math.comb(3, width) / math.comb(5, width)))
+  assert summary.best_of([10.0, 40.0, 20.0], 2) == pytest.approx((40 + 40 + 20) / 3)
+  assert summary.vote(answers) == 0 and summary.vote(["b", "a", "a"]) == 1 and summary.vote(["b", "a"]) == 0
+  assert summary.vote([None, None]) is None
+  assert summary.majority(grades, answers, 1) == pytest.approx(np.mean(grades))
+  assert summary.majority(grades, answers, 5) == 0.0 and summary.majority(grades, [None] * 5, 3) == 0.0
+  assert summary.majority(grades, answers, 2) == pytest.approx(100 * 4 / 10)  # of (a, b) the first wins
+  many = summary.majority([100.0] * 8 + [0.0] * 8, ["x"] * 8 + ["y"] * 8, 7)  # sampled subsets
+  assert abs(many - 50) < 10 and many == summary.majority([100.0] * 8 + [0.0] * 8, ["x"] * 8 + ["y"] * 8, 7)
+
+
+def test_the_summary_of_chains():
+  rows = [(0, (100.0, 0.0, 100.0), "aba"), (1, (0.0, 0.0, 100.0), "aab")]
+  found = [
+    chain(p, i, g, a) for p, grades, letters in rows for i, (g, a) in enumerate(zip(grades, letters, strict=True))
+  ]
+  found += [chain(p, i, 0.0, "z", method="vanilla") for p in (0, 1) for i in range(3)]
+  entries = {(e.method, e.metric): e for e in summarise(found, "vanilla", widths=(1, 2, 8))}
+  means = {metric: entry.mean for (method, metric), entry in entries.items() if method == "dms"}
+  assert means == pytest.approx({
+    "accuracy": 50.0, "pass@2": (100 + 200 / 3) / 2, "pass@3": 100.0, "majority@2": (200 / 3 + 100 / 3 * 0) / 2,
+    "majority@3": 50.0,
+  })  # fmt: skip
+  three = entries["dms", "pass@3"]
+  assert (three.chains, three.reads, three.peak, three.difference, three.samples) == (3, 30.0, 15.0, 100.0, 2)
+  assert entries["dms", "accuracy"].reads == 10.0 and entries["dms", "accuracy"].chains == 1
+  assert entries["vanilla", "pass@3"].difference is None
+  partial = summarise(found[:4], "vanilla")  # one chain of the second prompt
+  assert {e.metric: e.samples for e in partial} == {"accuracy": 2, "pass@3": 1, "majority@3": 1}
+
+
+def test_budgets_are_apart():
+  found = [chain(0, 0, grade, None, chains=1, budget={"cr": cr}) for cr, grade in ((2.0, 100.0), (4.0, 0.0))]
+  assert [(e.label, e.mean) for e in summarise(found, "vanilla") if e.metric == "accuracy"] == [
+    ("dms, CR 2", 100.0), ("dms, CR 4", 0.0),
+  ]  # fmt: skip
+
+
+def test_frontiers_and_margins_by_hand():
+  points = [(1.0, 10.0), (3.0, 30.0), (2.0, 5.0), (4.0, 30.0), (5.0, 40.0), (1.0, 8.0)]
+  assert pareto.frontier(points) == [(1.0, 10.0), (3.0, 30.0), (5.0, 40.0)]
+  flat = [(2.0, 10.0), (6.0, 50.0)]  # on 2..5: 10 to 40, against 20 to 30 to 40
+  assert pareto.margin(points, flat) == pytest.approx(((10 + 10) / 2 * 1 + (10 + 0) / 2 * 2) / 3)
+  assert pareto.margin(flat, points) == pytest.approx(-pareto.margin(points, flat))
+  assert pareto.margin(points, [(7.0, 1.0), (8.0, 2.0)]) is None and pareto.margin(points, []) is None
+  assert pareto.margin([(1.0, 0.0), (4.0, 2.0)], [(1.0, 0.0), (4.0, 1.0)], log=True) == pytest.approx(0.5)
+  entry = summarise([chain(0, 0, 1.0, None, chains=1)], "vanilla")[0]
+  made = [
+    dataclasses.replace(entry, method=method, reads=reads, peak=None, mean=mean, metric=metric, chains=chains)
+    for method, reads, mean, metric, chains in (
+      ("vanilla", 2.0, 10.0, "accuracy", 1), ("vanilla", 6.0, 50.0, "pass@2", 2),
+      ("vanilla", 6.0, 90.0, "majority@2", 2),
+      ("dms", 1.0, 10.0, "accuracy", 1), ("dms", 3.0, 30.0, "accuracy", 1), ("dms", 5.0, 40.0, "pass@2", 2),
+    )
+  ]  # fmt: skip
+  (margin,) = summary.margins(made, "vanilla", best_of_all=True)
+  assert margin["margin"] == pytest.approx(20 / 3) and (margin["method"], margin["cost"]) == ("dms", "reads")
+
+
+def test_progress_tells_what_is_left():
+  clock, lines = [0.0], []
+  estimate = Estimate(1000, now=lambda: clock[0], log=lines.append)
+  estimate.tick("a")
+  clock[0] = 10.0
+  estimate.tick("a")
+  estimate.add(100)
+  clock[0] = 20.0
+  estimate.tick("b", unfinished=100)
+  clock[0] = 22.0
+  estimate.tick("c")
+  assert lines == ["a: 0% of all", "b: 20% of all, 80 s left"]
+  assert [duration(s) for s in (45.2, 600, 7300)] == ["45 s", "10 min", "2 h 02 min"]
