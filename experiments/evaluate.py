@@ -1,4 +1,4 @@
-"""Quality of methods, by flags alone: which method, on which task, at which budget, with W chains of L tokens.
+"""Which method, on which task, at which budget, with W chains of L tokens: all by flags.
 
     python -m experiments.evaluate --checkpoint=checkpoints/smollm2-135m-instruct \\
       --retrofit=experiments/results/retrofit/smollm2-135m-cr4 --methods=vanilla,dms,tova,snapkv,quest --cr=2,4 \\
@@ -27,6 +27,7 @@ killed run, chain by chain.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +43,7 @@ from experiments.common import files, program
 from experiments.methods import method as methods_module
 from experiments.methods import records, run, summary
 from experiments.methods.budgets import fitted
-from experiments.methods.estimate import Estimate
+from experiments.methods.estimate import Estimate, duration
 from experiments.methods.method import Method
 from experiments.methods.records import Record
 from experiments.methods.score import TEXT, score_text
@@ -229,7 +230,9 @@ class Evaluation:
     """
     self.config, self.chosen, self.folder, self.methods = config, chosen, folder, methods
     self.jobs, self.texts, self.original, self.tokenizer = jobs, texts, original, tokenizer
-    self.baseline = baseline_of(methods)
+    self.baseline, self.estimate = baseline_of(methods), Estimate(0)
+    path = folder / SUMMARY
+    self.speed = json.loads(path.read_text()).get("tokens_per_s") if path.exists() else None  # of the last run
     self.task_records = records.read(folder / RECORDS)
     self.text_records = records.read(folder / TEXTS)
     expected = {
@@ -252,10 +255,11 @@ class Evaluation:
         left = {(prompt, chain) for prompt, chain, _ in run.missing(job, method, self.task_records)}
         chains, there = chains + len(left), there + len(job.asked) * job.chains - len(left)
         work += sum(job.work(prompt) for prompt, _ in left)
+    time = f", about {duration(work / self.speed)} at the speed of the last run" if work and self.speed else ""
     cells = len(self.methods) * (len(self.jobs) + len(self.texts))
     program.log(
       f"{len(self.methods)} methods x {len(self.jobs)} tasks and {len(self.texts)} texts = {cells} cells: "
-      f"{chains:,} chains and questions to do ({there:,} are there), up to {work:,} tokens; results in {self.folder}"
+      f"{chains:,} chains and questions to do ({there:,} are there), up to {work:,} tokens{time}; results in {self.folder}"
     )
     return work
 
@@ -277,7 +281,7 @@ class Evaluation:
 
   def run(self) -> None:
     """Makes all missing records, prints a table for each text and task, and saves the summary after each."""
-    estimate = Estimate(self.plan())
+    self.estimate = estimate = Estimate(self.plan())
     for text in self.texts:
       for method in self.methods:
         wanted = text.missing(method, self.text_records)
@@ -291,7 +295,7 @@ class Evaluation:
           estimate.add(text.length * len(found))
     if self.texts:
       shown = labelled(self.text_entries(), self.baseline)
-      print(f"{tables.texts(shown, self.baseline)}\n", flush=True)
+      print(f"{tables.texts(shown)}\n", flush=True)
       self.save()
     memory = None if self.config.kv_budget_gib is None else int(self.config.kv_budget_gib * 2**30)
     for job in self.jobs:
@@ -328,7 +332,7 @@ class Evaluation:
       margins += [{**where, **each} for each in summary.margins(own, self.baseline, best)]
     result = {
       "folder": str(self.folder), "baseline": self.baseline, "summary": text + tasks, "margins": margins,
-      "pictures": self._pictures(text, tasks),
+      "pictures": self._pictures(text, tasks), "tokens_per_s": self.estimate.speed or self.speed,
     }  # fmt: skip
     program.save_json(self.folder / SUMMARY, result)
     return result

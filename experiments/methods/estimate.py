@@ -1,4 +1,4 @@
-"""The progress of a long run: what there is to do, and how long the rest will take at the speed so far."""
+"""The progress of a long run: how much is done, and how long the rest takes at the speed so far."""
 
 from __future__ import annotations
 
@@ -34,6 +34,11 @@ class Estimate:
     self.work, self.every, self.now, self.log = work, every, now, log
     self.done = 0
     self.start = self.shown = now()
+
+  @property
+  def speed(self) -> float | None:
+    """Work a second so far; None without any."""
+    return self.done / (self.now() - self.start) if self.done else None
 
   def add(self, work: int) -> None:
     """Counts finished work."""

@@ -1,4 +1,4 @@
-"""Summary of results: an entry for each method, budget, task, length and metric, with standard errors."""
+"""Summary of results: an entry for each method, budget, task and metric, with standard errors."""
 
 from __future__ import annotations
 
@@ -155,7 +155,8 @@ def summarise(records: Sequence[Record], baseline: str, widths: Sequence[int] = 
     asked = sorted({w for w in (*widths, width) if 1 < w <= width})
     measures = {name: each for chains in methods.values() for name, each in _measures(chains, asked).items()}
     prompts = {method: _by_prompt(chains) for method, chains in methods.items()}
-    base_method = next((method for method in methods if method[0] == baseline), None)
+    bases = {budget: (name, budget) for name, budget in methods if name == baseline}
+    first = next(iter(bases.values()), None)
     for name, (metric, count, value) in measures.items():
       values = {}
       for method, own in prompts.items():
@@ -163,8 +164,8 @@ def summarise(records: Sequence[Record], baseline: str, widths: Sequence[int] = 
         values[method] = {prompt: value(chains) for prompt, chains in graded.items() if len(chains) >= count}
       for method, chains in methods.items():
         if values[method]:
-          entry = _entry(chains, name, count, most, values[method], method == base_method, values.get(base_method, {}))
-          entries.append(entry)
+          base = bases.get(method[1], first)  # of the same budget, if the baseline has it
+          entries.append(_entry(chains, name, count, most, values[method], method == base, values.get(base, {})))
   return entries
 
 

@@ -1,4 +1,4 @@
-"""Writes after prompts under a method: all chains in one `Generator`, chains of a prompt sharing it."""
+"""Writes after prompts under a method: chains in one `Generator`, those of a prompt sharing it."""
 
 from __future__ import annotations
 
@@ -74,9 +74,11 @@ def _write_group(
   key_of = lambda number, chain: jax.random.fold_in(jax.random.fold_in(jax.random.key(job.seed), number), chain)
   generator = _generator(job, method, group, tokenizer, most, width, memory)
   running: dict[int, tuple[int, list[int]]] = {}  # ticket -> prompt, its chains; a chain that has ended is -1
+  cuts: dict[int, dict[int, list[int]]] = {}  # prompt -> chain -> numbers of tokens, in order
+  for prompt, chain, cut in sorted(wanted):
+    cuts.setdefault(prompt, {}).setdefault(chain, []).append(cut)
   for place, number in enumerate(group.rows):
-    chains = sorted({chain for prompt, chain, _ in wanted if prompt == number})
-    if chains:
+    if chains := list(cuts.get(number, ())):
       keys = jnp.stack([key_of(number, chain) for chain in chains]) if job.temperature else None
       ticket = generator.submit(
         job.asked[number].tokens, chains=len(chains), max_new_tokens=most, key=keys, **group.of_row(place)
@@ -95,7 +97,7 @@ def _write_group(
           continue
         chains[index] = -1
         tokens, usage = result.tokens[index], result.usage[index]
-        for cut in sorted(cut for prompt, each, cut in wanted if (prompt, each) == (number, chain)):
+        for cut in cuts[number][chain]:
           text = result.text[index] if len(tokens) <= cut else _text_until(tokens[:cut], generator)
           used = usage.until(cut)
           found.append(record(

@@ -87,7 +87,7 @@ def scores(entries: Sequence[Entry], baseline: str, tasks: Mapping[str, type[Tas
   return markdown([names[i] for i in shown], [[row[i] for i in shown] for row in rows])
 
 
-def texts(entries: Sequence[Entry], baseline: str) -> str:
+def texts(entries: Sequence[Entry]) -> str:
   """Perplexity and divergence of methods on a text, by length: a row for each method and length."""
   short, cells = short_names(list(dict.fromkeys(entry.method for entry in entries))), {}
   for entry in entries:
@@ -95,8 +95,8 @@ def texts(entries: Sequence[Entry], baseline: str) -> str:
   rows = []
   for (length, method), metrics in cells.items():
     perplexity, kl = metrics["perplexity"], metrics.get("kl")
-    before = cells[length, baseline]["perplexity"].mean
-    change = "" if perplexity.difference is None else f"{perplexity.mean / before - 1:+.2%}"
+    more = perplexity.difference
+    change = "" if more is None else f"{more / (perplexity.mean - more):+.2%}"
     rows.append([
       f"{length:,}", short[method], f"{perplexity.mean:.3f}", "" if kl is None else f"{kl.mean:.4f}", change,
       f"{perplexity.achieved_cr:.2f}",

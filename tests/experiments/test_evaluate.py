@@ -1,4 +1,4 @@
-"""experiments.evaluate: methods and budgets from flags, chains of several W and L, resumption, summaries, margins."""
+"""experiments.evaluate: methods and budgets from flags, chains, resumption, summaries, margins."""
 
 from __future__ import annotations
 
@@ -266,23 +266,19 @@ def test_a_killed_run_gives_the_same_records(checkpoints, tmp_path, monkeypatch,
   )
 
   settings[evaluate.Config] = dataclasses.replace(config, output=str(tmp_path / "killed"))
-  append, kills = records.append, 0
+  append = records.append
 
   def dying(path, found):
     append(path, found)
-    raw = path.read_bytes()
-    path.write_bytes(raw[:-9])  # within the last line
+    path.write_bytes(path.read_bytes()[:-9])  # within the last line
     raise KeyboardInterrupt
 
-  while True:
-    monkeypatch.setattr(records, "append", dying if kills < 40 and kills % 3 < 2 else append)
-    try:
+  for kill in range(9):
+    calls = itertools.count()
+    dies = lambda path, found, kill=kill, calls=calls: (dying if next(calls) == kill % 3 else append)(path, found)
+    monkeypatch.setattr(records, "append", dies)
+    with pytest.raises(KeyboardInterrupt):
       evaluate.main()
-      break
-    except KeyboardInterrupt:
-      kills += 1
-      if kills == 4:
-        break
   monkeypatch.setattr(records, "append", append)
   evaluate.main()
   for name in (evaluate.RECORDS, evaluate.TEXTS):
@@ -360,6 +356,15 @@ def test_budgets_are_apart():
   assert [(e.label, e.mean) for e in summarise(found, "vanilla") if e.metric == "accuracy"] == [
     ("dms, CR 2", 100.0), ("dms, CR 4", 0.0),
   ]  # fmt: skip
+
+
+def test_the_baseline_of_a_budget_is_that_of_the_same_budget():
+  found = [
+    chain(0, 0, grade, None, method, chains=1, budget={"cr": cr})
+    for method, cr, grade in (("tova", 2.0, 100.0), ("tova", 4.0, 50.0), ("dms", 4.0, 60.0), ("dms", 8.0, 20.0))
+  ]
+  differences = {e.label: e.difference for e in summarise(found, "tova")}
+  assert differences == {"tova, CR 2": None, "tova, CR 4": None, "dms, CR 4": 10.0, "dms, CR 8": -80.0}
 
 
 def test_frontiers_and_margins_by_hand():

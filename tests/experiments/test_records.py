@@ -134,7 +134,7 @@ def test_texts_are_tabled_by_length():
     Entry("a/r", "text", 1024, "perplexity", 9, 21.0, difference=1.0, achieved_cr=3.5),
     Entry("a/r", "text", 1024, "kl", 9, 0.0312, achieved_cr=3.5),
   ]
-  lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables.texts(entries, "original").splitlines()]
+  lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables.texts(entries).splitlines()]
   assert lines[2] == ["1,024", "original", "20.000", "", "", "1.00"]
   assert lines[3] == ["1,024", "r", "21.000", "0.0312", "+5.00%", "3.50"]
 
@@ -149,7 +149,7 @@ def test_one_module_imports_matplotlib():
 def test_committed_results_have_the_summary_s_schema(path):
   entries = [Entry(**row) for row in json.loads(path.read_text())["summary"]]
   table = tables.texts if path.stem.endswith("-text") else tables.scores
-  shown = table(entries, "original", *([] if path.stem.endswith("-text") else [TASKS])).splitlines()
+  shown = table(entries, *([] if path.stem.endswith("-text") else ["original", TASKS])).splitlines()
   assert len(shown) > 2 and len({len(line) for line in shown}) == 1
 
 
