@@ -153,6 +153,8 @@ class DmsJaxLM(TemplateLM):
   def _bounded(self, cr: float | None, tokens: int | None, rule: str) -> Budget:
     """The budget; fills in what follows from it in the policy."""
     name = type(self.policy).__name__
+    if tokens is not None and not isinstance(tokens, int):
+      raise ValueError(f"budget={tokens} must be a whole number of tokens")
     if rule not in RULES:
       raise ValueError(f"budget_rule={rule} must be one of {', '.join(RULES)}")
     if cr is not None and tokens is not None:
