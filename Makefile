@@ -25,7 +25,7 @@ test: $(VENV)/.test  ## the test suite, without torch; PYTEST_FLAGS=... narrows 
 test-all: $(VENV)/.test  ## also kernels interpreted on the CPU with race detection, and long tests
 	$(PYTEST) -m "not tpu" $(PYTEST_FLAGS)
 
-test-parity: $(VENV)/.parity  ## compare with torch and transformers
+test-parity: $(VENV)/.parity  ## compare with torch, transformers and lm-evaluation-harness
 	$(BIN)/python -m pytest tests/parity $(PYTEST_FLAGS)
 
 test-tpu: $(VENV)/.tpu  ## compile for TPUs that are described, not attached (libtpu)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dms_jax import masks
 from dms_jax.cache import Cache
@@ -60,11 +60,12 @@ class Passage:
 class Scored:
   """The scores of a row.
 
-  `logprobs` float64 [c]: log-probabilities of its targets, nats. `held` int [L, K]: tokens that each head holds at the
-  end of the row; None if the row was scored dense.
+  `logprobs` float64 [c]: log-probabilities of its targets, nats. `greedy` bool [c]: whether each target is the
+  likeliest token. `held` int [L, K]: tokens that each head holds at the end; None if the row was scored dense.
   """
 
   logprobs: np.ndarray
+  greedy: np.ndarray
   held: np.ndarray | None
 
 
@@ -115,26 +116,35 @@ def lay_out(questions: Sequence[Question], tokenizer: Tokenizer) -> tuple[list[P
 
 def _target_logprobs(
   model: Model, hidden: Float[Array, "B T D"], positions: Int[Array, "B C"], targets: Int[Array, "B C"]
-) -> Float[Array, "B C"]:
-  """log p(targets | tokens up to positions), nats."""
+) -> tuple[Float[Array, "B C"], Bool[Array, "B C"]]:
+  """log p(targets | tokens up to positions) in nats, and whether each target is the likeliest token."""
   hidden = jnp.take_along_axis(hidden, positions[..., None], axis=1)
   split = lambda x: jnp.moveaxis(x.reshape(x.shape[0], -1, TARGETS, *x.shape[2:]), 1, 0)
 
   def part(args):
     states, wanted = args
-    logits = unembed(model, states)
-    chosen = jnp.take_along_axis(logits, wanted[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
+    return _chosen(unembed(model, states), wanted)
 
-  return jnp.moveaxis(jax.lax.map(part, (split(hidden), split(targets))), 0, 1).reshape(targets.shape)
+  join = lambda x: jnp.moveaxis(x, 0, 1).reshape(targets.shape)
+  logprobs, greedy = jax.lax.map(part, (split(hidden), split(targets)))
+  return join(logprobs), join(greedy)
+
+
+def _chosen(
+  logits: Float[Array, "B #C V"], targets: Int[Array, "B C"]
+) -> tuple[Float[Array, "B C"], Bool[Array, "B C"]]:
+  """Log-probabilities of targets in nats, and whether each has the largest logit, the first of equal ones."""
+  chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+  return chosen - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == targets
 
 
 @jax.jit
 def token_logprobs(
   model: Model, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], positions: Int[Array, "B C"],
   targets: Int[Array, "B C"], threshold: Float[Array, ""] | None = None,
-) -> tuple[Float[Array, "B C"], Int[Array, "L B K"] | None]:  # fmt: skip
-  """(log p(targets | tokens up to positions) in nats, tokens held at the end of each row); reads whole texts at once.
+) -> tuple[Float[Array, "B C"], Bool[Array, "B C"], Int[Array, "L B K"] | None]:  # fmt: skip
+  """(log p(targets | tokens up to positions) in nats, whether each target is the likeliest token, tokens held at the
+  end of each row); reads whole texts at once.
 
   Args:
     tokens: right-padded; row b's first `lengths[b]` are real.
@@ -145,26 +155,27 @@ def token_logprobs(
   hidden, z = forward(model, tokens, eviction=eviction)
   scored = _target_logprobs(model, hidden, positions, targets)
   if eviction is None:
-    return scored, None
+    return *scored, None
   evicted = masks.about_key(z > threshold, model.dms.lag(), False)
-  return scored, masks.held_tokens(evicted, model.dms.window, lengths[:, None])
+  return *scored, masks.held_tokens(evicted, model.dms.window, lengths[:, None])
 
 
 @jax.jit
 def _continued_logprobs(
   model: Model, policy: Policy, cache: Cache, logits: Float[Array, "B V"], tokens: Int[Array, "B T"],
   lengths: Int[Array, "B"], positions: Int[Array, "B C"], targets: Int[Array, "B C"],
-) -> tuple[Float[Array, "B C"], Int[Array, "L B K"]]:  # fmt: skip
+) -> tuple[Float[Array, "B C"], Bool[Array, "B C"], Int[Array, "L B K"]]:  # fmt: skip
   """`token_logprobs` of `tokens` that follow the text in `cache`; targets at position -1 are scored by `logits`."""
   hidden, usage = decode_text(model, policy, cache, tokens, lengths)
-  first = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), targets, axis=-1)
+  first = _chosen(logits[:, None], targets)
   later = _target_logprobs(model, hidden, jnp.maximum(positions, 0), targets)
-  return jnp.where(positions < 0, first, later), usage.live
+  logprobs, greedy = (jnp.where(positions < 0, a, b) for a, b in zip(first, later, strict=True))
+  return logprobs, greedy, usage.live
 
 
 def policy_logprobs(
   model: Model, policy: Policy, rows: Sequence[Passage], *, batch: int, length: int, width: int, steps: int, chunk: int
-) -> tuple[Float[Array, "B C"], Int[Array, "L B K"]]:
+) -> tuple[Float[Array, "B C"], Bool[Array, "B C"], Int[Array, "L B K"]]:
   """`token_logprobs` under a policy, as `generate` would read and write the rows.
 
   A row's prompt is its tokens up to the first scored position. It is read in chunks of `chunk` tokens, and the row's
@@ -248,10 +259,11 @@ def score(
       else:
         threshold = None if limit is None else jnp.float32(limit)
         results = token_logprobs(model, tokens, lengths, positions, targets, threshold)
-      logprobs, held = jax.device_get(results)
+      logprobs, greedy, held = jax.device_get(results)
       for b, number in enumerate(numbers):
         count = len(rows[number].targets)
-        scored[number] = Scored(logprobs[b, :count].astype(np.float64), None if held is None else held[:, b])
+        own = None if held is None else held[:, b]
+        scored[number] = Scored(logprobs[b, :count].astype(np.float64), greedy[b, :count], own)
   return out
 
 

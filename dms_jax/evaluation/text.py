@@ -36,12 +36,13 @@ def _score(original: Model, model: Model | None, tokens: Int[Array, "B T"], thre
   return {**_sums([original, model][: len(hidden)], hidden, tokens), "held": held}
 
 
-@jax.jit
+@partial(jax.jit, static_argnames=("chunk",))
 def _score_policy(
-  original: Model, model: Model, policy: Policy, cache: caches.Cache, tokens: Int[Array, "B T"]
+  original: Model, model: Model, policy: Policy, cache: caches.Cache, tokens: Int[Array, "B T"], chunk: int
 ) -> dict:
-  """`_score` with `model` decoding every token into `cache` under `policy`; adds `reads` [L, B, K], keys read."""
-  states, usage = decode_text(model, policy, cache, tokens, jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32))
+  """`_score` with `model` reading `tokens` into `cache` under `policy`; adds `reads` [L, B, K], keys read."""
+  lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
+  states, usage = decode_text(model, policy, cache, tokens, lengths, chunk=chunk)
   sums = _sums([original, model], [forward(original, tokens)[0], states], tokens)
   return {**sums, "held": usage.live, "reads": usage.reads}
 
@@ -76,27 +77,36 @@ def cache_for_text(model: Model, policy: Policy, batch: int, length: int) -> cac
 
 
 def decode_text(
-  model: Model, policy: Policy, cache: caches.Cache, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]
-) -> tuple[Float[Array, "B T D"], Usage]:
-  """Decodes given texts token by token, as generation does; for use inside `jit`.
+  model: Model, policy: Policy, cache: caches.Cache, tokens: Int[Array, "B T"], lengths: Int[Array, "B"],
+  chunk: int = 1,
+) -> tuple[Float[Array, "B T D"], Usage]:  # fmt: skip
+  """Decodes given texts token by token, as generation does, or reads them in chunks; for use inside `jit`.
 
   Args:
     policy: resolved (`check_policy`).
     cache: a cache of B rows, which may hold earlier tokens.
     tokens: T is 1 or more; right-padded; row b's first `lengths[b]` are real.
+    chunk: tokens read at once. More than 1: as a prompt, after each chunk of which the policy compacts the cache.
 
   Returns:
     Hidden states before the final norm, and int32 [L, B, K] each: tokens that each head holds at the end, and keys that
-    the decoded tokens read.
+    the tokens read.
   """
+  length = tokens.shape[1]
+  steps = -(-length // chunk)
+  parts = jnp.pad(tokens, ((0, 0), (0, steps * chunk - length))).reshape(-1, steps, chunk)
 
   def step(cache, inputs):
-    index, token = inputs
-    out, cache = cached_forward(model, policy, cache, token[:, None], (index < lengths).astype(jnp.int32))
-    return cache, (out.hidden[:, 0], out.seen)
+    index, part = inputs
+    left = jnp.maximum(lengths - index * chunk, 0)
+    count = jnp.minimum(left, chunk).astype(jnp.int32)
+    remaining = None if chunk == 1 else left - count  # without it the tokens are decode steps
+    out, cache = cached_forward(model, policy, cache, part, count, remaining=remaining)
+    return cache, (out.hidden, out.seen)
 
-  _, (states, seen) = jax.lax.scan(step, cache, (jnp.arange(tokens.shape[1]), tokens.T))
-  return jnp.moveaxis(states, 0, 1), Usage(seen.live[-1], jnp.sum(seen.reads, axis=0))
+  _, (states, seen) = jax.lax.scan(step, cache, (jnp.arange(steps), jnp.moveaxis(parts, 1, 0)))
+  states = jnp.moveaxis(states, 0, 1).reshape(tokens.shape[0], steps * chunk, -1)[:, :length]
+  return states, Usage(seen.live[-1], jnp.sum(seen.reads, axis=0))
 
 
 def text_quality(
@@ -108,6 +118,7 @@ def text_quality(
   threshold: float = 0.0,
   window: int | None = None,
   policy: Policy | None = None,
+  chunk: int = 1,
   batch: int = 1,
   progress: Callable[[Iterable], Iterable] = lambda items: items,
 ) -> dict[str, Any]:
@@ -118,6 +129,8 @@ def text_quality(
     threshold: a token is evicted if its gate logit exceeds it.
     window: W of the eviction; None takes the model's.
     policy: if given, the model (the original if `model` is None) decodes every token through a cache under this policy.
+    chunk: under a policy, tokens read at once; more than 1 reads them as a prompt instead, which is quicker and tests
+      what the policy does to prompts.
     batch: chunks at a time.
     progress: wraps the iteration over batches.
 
@@ -128,8 +141,10 @@ def text_quality(
     `kl` in nats per token, and `held`, tokens held at the end, mean over layers and heads.
 
   Raises:
-    ValueError: the text is shorter than one chunk.
+    ValueError: the text is shorter than one chunk of `length`, or `chunk` is no positive number or has no policy.
   """
+  if chunk < 1 or (chunk > 1 and policy is None):
+    raise ValueError(f"chunk={chunk} must be 1 or more, and 1 without a policy: the whole text is then read at once")
   chunks = len(tokens) // length
   if not chunks or length < 2:
     raise ValueError(f"the text has {len(tokens)} tokens: too short for a chunk of {length} (at least 2)")
@@ -146,7 +161,7 @@ def text_quality(
       out = jax.device_get(_score(original, model, part, threshold, window))
     else:
       cache = cache_for_text(model, policy, len(part), length)
-      out = jax.device_get(_score_policy(original, model, policy, cache, part))
+      out = jax.device_get(_score_policy(original, model, policy, cache, part, chunk))
     if out["held"] is not None:
       held.append(out["held"])
     for name in set(out) - {"held"}:

@@ -1,4 +1,4 @@
-"""Comparison with torch and transformers; `make test-parity` installs them."""
+"""Comparison with torch, transformers and lm-evaluation-harness; `make test-parity` installs them."""
 
 from __future__ import annotations
 

