@@ -1,4 +1,4 @@
-"""Quest as the DMS paper sets it: pages of max(16, 2 CR), dense prompts, distinct pages counted."""
+"""Quest with pages of each query head: their union is read and counted, against numpy."""
 
 from __future__ import annotations
 
