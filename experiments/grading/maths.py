@@ -1,9 +1,10 @@
 """Maths answers, read and compared by math-verify in a process of its own.
 
-math-verify (extra `maths`) finds the answer in a text and compares it with the reference, as in Open-R1. The last
-\\boxed{} counts, else the last LaTeX or number. Boxes joined by a comma, "and" or "or" within 70 characters are a set.
-A model may write anything, and a few symbols such as 10^{10^{10}} or nested factorials ask for endless work. Therefore
-a worker process does the work:
+math-verify (extra `maths`) finds the answer in a text and compares it with the reference. The last \\boxed{} counts, or
+else what follows "the answer is" or "Answer:". No other number counts, unlike in Open-R1, so that a text cut short gives
+no answer by chance. Boxes joined by a comma, "and" or "or" within 70 characters are a set.
+
+A few symbols, such as 10^{10^{10}} or nested factorials, ask for endless work. Therefore a worker process does it:
 
 - Reading, comparing and simplifying end after `STEP_S` seconds each, by a signal in the worker's main thread.
 - Work that no signal interrupts ends after `LIMIT_S` seconds, when the worker is killed. The next text starts another.
@@ -127,7 +128,7 @@ def _parsed(text: str) -> list:
   """What math-verify reads: an expression and its LaTeX, the LaTeX alone, or nothing."""
   from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
-  config = ExprExtractionConfig(), LatexExtractionConfig(boxed_match_priority=0)
+  config = ExprExtractionConfig(False), LatexExtractionConfig(False, boxed_match_priority=0)
   return parse(text, config, parsing_timeout=STEP_S)
 
 

@@ -21,9 +21,14 @@ from experiments.tasks.sources import records
 MARK = re.compile(r"####\s*([-$\d.,]*\d)\.?\s*$", re.MULTILINE)  # unlike a heading such as "#### Step 1"
 
 
-def final(text: str) -> str:
-  """The part of a text that gives the answer: the number after the first "####", or else all of the text."""
-  return mark[1].replace(",", "") if (mark := MARK.search(text)) else text
+def final(text: str) -> str | None:
+  """The number after the first "####", without dollar signs and commas."""
+  return re.sub("[$,]", "", mark[1]) if (mark := MARK.search(text)) else None
+
+
+def read_by(text: str) -> str:
+  """What math-verify reads of a text: the number after the first "####", or else all of the text."""
+  return text if (number := final(text)) is None else f"\\boxed{{{number}}}"
 
 
 @register
@@ -46,7 +51,7 @@ class GSM8KCoT(ProblemTask):
     found = []
     for where, record in records(f"{self.name}.data", path, {"question": str, "answer": str}):
       solution = gsm8k.unmarked(record["answer"])
-      if not MARK.search(solution):
+      if final(solution) is None:
         raise ValueError(f"{where}: the answer has no final number after '####'")
       found.append(Problem(record["question"].strip(), solution))
     return found
@@ -67,7 +72,7 @@ class GSM8KCoT(ProblemTask):
     return Problem(tokenizer.chat([*turns, {"role": "user", "content": question}]), answer)
 
   def grade(self, text, prompt):
-    return super().grade(final(text), prompt)
+    return super().grade(read_by(text), prompt)
 
   def answer(self, text):
-    return maths.answer(final(text))
+    return maths.answer(read_by(text))

@@ -48,6 +48,7 @@ def test_right_answers_and_their_votes(text, reference):
     ("", "5"),
     ("I do not know.", "5"),
     (r"\boxed{}", "5"),
+    ("1. First, take the 5.\n2. Then $x=5$, so 5", "5"),  # cut short
     (r"\boxed{", "5"),
     (r"\boxed{6}", "5"),
     (r"\boxed{5} or rather \boxed{6}", "5"),
@@ -81,8 +82,9 @@ def test_answers_that_ask_for_endless_work_end(monkeypatch):
   worker = maths._Worker()
   monkeypatch.setattr(maths, "_WORKER", worker)
   texts = [
-    r"\boxed{10^{10^{10}}}", "10^10^10", r"\boxed{9!!!!}", "\\boxed{" + "{" * 5000 + "}" * 5000 + "}", "9" * 100000,
-    "1 " * 60000,
+    r"\boxed{10^{10^{10}}}", "The answer is 10^10^10", r"\boxed{9!!!!}", "\\boxed{" + "{" * 5000 + "}" * 5000 + "}",
+    "Answer: " + "9" * 100000,
+    "Answer: " + "1 " * 60000,
   ]  # fmt: skip
   try:
     assert maths.correct(r"\boxed{5}", "5")

@@ -59,7 +59,7 @@ def test_math500(tmp_path):
   task = get("math500")(data=str(path))
   assert task.grade("so $\\boxed{0.5}$", second) == {"accuracy": 100.0}
   assert task.grade("so $\\boxed{5}$", second) == task.grade("", second) == {"accuracy": 0.0}
-  assert task.answer("so $\\boxed{0.5}$") == task.answer("it is 1/2.") == "0.5" and task.answer("what?") is None
+  assert task.answer("so $\\boxed{0.5}$") == task.answer("The answer is 1/2.") == "0.5" and task.answer("what?") is None
   assert task.metrics == ("accuracy",) and not task.best_of_all and task.new_tokens == 8192
 
 
@@ -70,9 +70,11 @@ def test_aime24(tmp_path):
   first, second = one("aime24", path)
   assert (first.references, second.references) == (("33",), ("204",)) and first.text == f"p{DIRECTIVE}"
   task = get("aime24")()
-  assert all(task.grade(text, first)["accuracy"] == 100 for text in (r"\boxed{33}", r"\boxed{033}", "It is 33."))
+  assert all(
+    task.grade(text, first)["accuracy"] == 100 for text in (r"\boxed{33}", r"\boxed{033}", "The answer is 33.")
+  )
   assert task.grade(r"\boxed{33.5}", first)["accuracy"] == 0
-  assert task.answer(r"\boxed{033}") == task.answer("It is 33.") == "33"
+  assert task.answer(r"\boxed{033}") == task.answer("The answer is 33.") == "33"
 
 
 def test_gsm8k_in_plain_text_and_in_chats(tmp_path):
@@ -90,7 +92,14 @@ def test_gsm8k_in_plain_text_and_in_chats(tmp_path):
 
 def test_gsm8k_s_answers():
   task, prompt = get("gsm8k_cot")(), Prompt("", [], ("1234",))
-  right = ("2+2\n#### 1,234", "#### $1,234.", "#### 1234\nmore 5", r"\boxed{1234}", "so 1,234 apples", "#### 1234.00")
+  right = (
+    "2+2\n#### 1,234",
+    "#### $1,234.",
+    "#### 1234\nmore 5",
+    r"\boxed{1234}",
+    "The answer is 1,234 apples",
+    "#### 1234.00",
+  )
   right += ("#### Step 1\nso\n#### 1. Count\n\\boxed{1234}",)  # headings
   assert all(task.grade(text, prompt) == {"accuracy": 100.0} for text in right)
   assert {task.answer(text) for text in right} == {"1234"}
