@@ -35,7 +35,8 @@ class Method:
   @property
   def budget(self) -> dict[str, float]:
     """The bound on its cache, under the policy's own names."""
-    found = {name: getattr(self.policy, name, None) for name in ("budget", "cr", "threshold")}
+    names = ("budget", "cr", "threshold") if self.policy.uses_gates else ("budget", "cr")
+    found = {name: getattr(self.policy, name, None) for name in names}
     found = {name: float(value) for name, value in found.items() if value is not None and math.isfinite(value)}
     return self.given.named() | found
 
@@ -150,7 +151,8 @@ def build(
         models = [("", original, origin)]
       if not models:
         raise ValueError(f"--methods: {name} needs eviction gates: give --retrofit=FOLDER")
-    limits = thresholds if thresholds and hasattr(policy, "threshold") else (getattr(policy, "threshold", None),)
+    gated = cls.uses_gates and hasattr(policy, "threshold")
+    limits = thresholds if thresholds and gated else (policy.threshold if gated else None,)
     for suffix, model, about in models:
       for limit in limits:
         at = policy if limit is None else policy.replace(threshold=limit)
