@@ -5,7 +5,7 @@
       --tasks=needle,gsm8k --lengths=1024 --gsm8k.data=test.jsonl --limit=100 --text=wiki.test.raw
 
 `--methods` are names of policies. Those whose gates decide run the weights of `--retrofit` (several folders, separated
-by commas; `trimkv:FOLDER` is for that method alone), the others run the original weights. Without `--methods` the
+by commas; `dms:FOLDER` is for that method alone), the others run the original weights. Without `--methods` the
 original and each retrofit under DMS are compared. A policy's own settings are flags: `--quest.page=32`.
 
 `--cr=2,4,8` and `--budgets=512` (tokens a head) bound each method that has a budget. A CR becomes a budget of
