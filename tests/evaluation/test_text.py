@@ -41,7 +41,7 @@ def test_kl_of_a_policy_that_compacts_after_each_chunk(model, tokens):
   """KL and perplexity in float64 from logits of single chunks, read by the program that reads prompts."""
   policy = check_policy(model, policies.H2O(budget=8, window=4))
   found = text_quality(model, None, tokens[:LENGTH], LENGTH, policy=policy, chunk=CHUNK)
-  text = tokens[None, :LENGTH]
+  text = jnp.asarray(tokens[None, :LENGTH])
   original = np.asarray(unembed(model, forward(model, text)[0]), np.float64)[0]
   read = jax.jit(prefill_chunk)
   own = []
@@ -51,14 +51,14 @@ def test_kl_of_a_policy_that_compacts_after_each_chunk(model, tokens):
     for start in range(0, last, CHUNK):
       count = min(CHUNK, last - start)
       part = np.zeros((1, CHUNK), np.int32)
-      part[0, :count] = text[0, start : start + count]
+      part[0, :count] = tokens[start : start + count]
       number = lambda value: jnp.full(1, value, jnp.int32)
       cache, logits, _, _ = read(model, policy, cache, part, number(count), number(last - start - count), logits)
     own.append(np.asarray(logits, np.float64)[0])
   log = lambda x: x - np.log(np.exp(x).sum(-1, keepdims=True))
   p, q = log(original), log(np.stack(own))
   kl = (np.exp(p) * (p - q)).sum(-1)[:-1].mean()
-  nll = -q[np.arange(LENGTH - 1), text[0, 1:]].mean()
+  nll = -q[np.arange(LENGTH - 1), tokens[1:LENGTH]].mean()
   assert found["kl"] == pytest.approx(kl, rel=1e-4)
   assert found["perplexity"] == pytest.approx(np.exp(nll), rel=2e-5)
   assert found["held_per_head"].max() <= 8 and kl > 1e-3

@@ -1,4 +1,4 @@
-"""The model of lm-evaluation-harness against the harness's own Hugging Face model, item by item; and without torch."""
+"""The model of lm-evaluation-harness against its Hugging Face model, item by item; without torch."""
 
 from __future__ import annotations
 
