@@ -2,7 +2,7 @@
 
 The chunk's queries attend to the archive, the ring and the chunk at once. Tokens that the chunk pushes out of the
 window are appended to the archive unless they were evicted. A policy that compacts decides instead which of all tokens
-outside the window stay.
+outside the window stay. Pruning between decode steps is the same for a chunk of no tokens.
 """
 
 from __future__ import annotations

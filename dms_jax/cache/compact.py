@@ -1,4 +1,4 @@
-"""Compaction: the archive after a chunk of a prompt, when a policy has said which tokens stay.
+"""Compaction: the archive after a policy has said which of its tokens stay.
 
 After compaction the live slots are a prefix of the archive. An archived token whose slot lies in this prefix keeps it;
 the other tokens that stay fill the free slots in order. So a token moves at most once. Where the archive must remain in

@@ -131,17 +131,21 @@ def prompted(model, policy=POLICY, length=30, **options):
   return cache, text
 
 
-@pytest.mark.parametrize("policy", [POLICY, policies.H2O(budget=17, window=WINDOW)], ids=["dms", "h2o"])
+@pytest.mark.parametrize(
+  "policy",
+  [POLICY, policies.H2O(budget=17, window=WINDOW), policies.RKV(budget=17, buffer=4, window=WINDOW)],
+  ids=["dms", "h2o", "rkv"],
+)
 def test_chains_share_their_prompt(model, policy):
   """Full pages have three owners, nothing they hold changes, and each chain goes on as the prompt's own row does."""
   policy = policy.resolved(WINDOW)
   cache, text = prompted(model, policy)
   free = int(cache.table.pool.count)
-  cache, enough = cache_rows.fork_row(cache, 1, jnp.array([True, False, True]), whole=policy.overwrites)
+  cache, enough = cache_rows.fork_row(cache, 1, jnp.array([True, False, True]), whole=policy.rewrites)
   assert bool(enough)
   owners = check(cache)
   archived = np.asarray(cache.archived[:, 1])
-  if policy.overwrites:  # a policy that writes into old pages has its own
+  if policy.rewrites:  # a policy that writes into old pages has its own
     assert owners.max() == 1
   else:
     assert (owners == 3).sum() == (archived // PAGE).sum() > 0
@@ -155,7 +159,7 @@ def test_chains_share_their_prompt(model, policy):
   for row in range(ROWS):
     alone, _ = prompted(model, policy)
     alone, _ = (
-      cache_rows.fork_row(alone, 1, jnp.arange(ROWS) == row, whole=policy.overwrites) if row != 1 else (alone, True)
+      cache_rows.fork_row(alone, 1, jnp.arange(ROWS) == row, whole=policy.rewrites) if row != 1 else (alone, True)
     )
     expected, _ = decode(model, alone, text, 30, 15, np.arange(ROWS) == row, policy)
     np.testing.assert_array_equal(logits[:, row], expected[:, row])
