@@ -186,6 +186,12 @@ def test_kvzap_loss(monkeypatch):
     return np.mean(errors)
 
   check_gradient(lambda student: kvzap.loss_fn(student, batch, frame, config), expected_of, model, flat)
+  found = [
+    trained_oracle.kvzip_plus(flat, MODEL, model.dms, [7, 9], list(row), [3, 200, 4])[1]
+    for row in np.asarray(batch.tokens)
+  ]
+  _, metrics = jax.jit(lambda student: kvzap.loss_fn(student, batch, frame, config))(model)
+  assert np.mean(np.array(found) < float(metrics["threshold_cr4"]) - 1e-6) == pytest.approx(0.75, abs=0.02)
 
 
 def test_the_request_to_repeat():
