@@ -268,7 +268,7 @@ def test_a_run_resumes_and_its_gates_serve_their_policy(objective, tmp_path, qui
 def test_gates_of_an_objective():
   assert DMSConfig() == DMSConfig(gate="adapter", scale=100.0, offset=5.0, shift=1, objective="dms")
   assert to_json(DMSConfig(objective="trimkv")) == to_json(DMSConfig()) | {
-    "objective": "trimkv", "gate": "mlp", "scale": 1.0, "offset": -18.0, "shift": 0,
+    "objective": "trimkv", "gate": "mlp", "scale": 1.0, "offset": -10.0, "shift": 0,
   }  # fmt: skip
   old = {"gate": "neuron", "window": 16, "scale": 100.0, "offset": 5.0, "shift": 0, "granularity": "head"}
   assert from_json(DMSConfig, old).objective == "dms"
