@@ -67,7 +67,7 @@ Objective = Literal["dms", "trimkv", "kvzap", "dmc"]
 # What a field of `DMSConfig` is where it is not given, by objective.
 GATE_DEFAULTS: dict[str, dict[str, Any]] = {
   "dms": {"gate": "adapter", "scale": 100.0, "offset": 5.0, "shift": 1},
-  "trimkv": {"gate": "mlp", "scale": 1.0, "offset": -18.0, "shift": 0},
+  "trimkv": {"gate": "mlp", "scale": 1.0, "offset": -10.0, "shift": 0},
   "kvzap": {"gate": "mlp", "scale": 1.0, "offset": 0.0, "shift": 0},
   "dmc": {"gate": "linear", "scale": 100.0, "offset": 5.0, "shift": 0},
 }

@@ -45,7 +45,7 @@ def gated(evicted, score, *, window, capacity=None):
 
 
 def dmc(q, k, v, merges, omega, *, window):
-  """Attended values [T, K, G, H] and tokens held [K, T], one token at a time (2403.09636, algorithm 1).
+  """Attended values [T, K, G, H] and tokens held [K, T], one token at a time (2403.09636).
 
   A token that leaves the window is merged into the newest slot, or starts one: k <- (k z + k' w) / (z + w), z <- z + w.
 

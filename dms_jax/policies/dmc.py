@@ -15,7 +15,7 @@ class DMC(Policy):
   """Merges a token whose logit exceeds `threshold` into the newest archived one, as it leaves the window.
 
   Key and value of the archived slot become the mean of its tokens, weighted by the importance omega that each token's
-  second gate logit gives it; the slot keeps the running sum z of the weights (algorithm 1). Any other token is appended
+  second gate logit gives it; the slot keeps the running sum z of the weights. Any other token is appended
   and starts a slot with z = omega. `threshold` may be one number a row [B]; `window` None takes the window that the
   gates were trained with.
 

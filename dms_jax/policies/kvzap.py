@@ -12,7 +12,7 @@ from dms_jax.policies.base import Policy, per_row, register
 class KVzap(Policy):
   """Evicts a token whose predicted score lies below `threshold` once it has left the window.
 
-  The score is the logarithm of KVzip+ (section 3.1), which the gates of a retrofit with `retrofit.objective=kvzap`
+  The score is the logarithm of KVzip+, which the gates of a retrofit with `retrofit.objective=kvzap`
   predict from hidden states; a higher threshold evicts more. It may be one number a row [B]. `window` None takes the
   window in the retrofit's config; kvpress protects the last 128 tokens. Prompts are pruned in chunks as they are read,
   so later tokens of a prompt do not see what was evicted before; kvpress reads a prompt densely and prunes it at the

@@ -15,9 +15,9 @@ from dms_jax.policies.budget import Budgeted
 class TRIMKV(Budgeted):
   """Forgets the token outside the window with the least beta^(t - i), once a head holds `budget` tokens.
 
-  beta in (0, 1) is the sigmoid of the gate's logit about token i, and t the position of the newest token held (section
-  3.3). Scores are compared as (t - i) log beta, so their order changes with time: what is kept is scored anew at every
-  eviction from two statistics, log beta and the position. Attention itself is plain: the decay that training multiplies
+  beta in (0, 1) is the sigmoid of the gate's logit about token i, and t the position of the newest token held. Scores
+  are compared as (t - i) log beta, so their order changes with time: what is kept is scored anew at every eviction
+  from two statistics, log beta and the position. Attention itself is plain: the decay that training multiplies
   into it (`retrofit.decay`) is there to learn beta. The paper protects no window: W = 0.
 
   The gates are those of a retrofit with `retrofit.objective=trimkv`. Scores do not depend on attention, so a prompt

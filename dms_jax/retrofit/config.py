@@ -106,7 +106,7 @@ class SavingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TRIMKVConfig:
-  """Of the objective "trimkv" alone (arXiv 2512.03324, section 3.3). `capacity` is M: the capacity loss sets in where
+  """Of the objective "trimkv" alone (arXiv 2512.03324). `capacity` is M: the capacity loss sets in where
   the decayed retention of a head's tokens sums to more. `loss.compression_weight` weighs that loss, and `lm_weight` the
   next token's negative log-likelihood, which is added to the distillation loss."""
 

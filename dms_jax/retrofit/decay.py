@@ -1,6 +1,6 @@
 """Retention-gated attention of TRIM-KV: a key's score falls by log beta with every token since.
 
-Source: arXiv 2512.03324, sections 3.2 and 3.3. Plain XLA: the scores of a block of queries exist at a time, and the
+Source: arXiv 2512.03324. Plain XLA: the scores of a block of queries exist at a time, and the
 backward pass computes them again.
 """
 

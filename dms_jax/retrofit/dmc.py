@@ -1,7 +1,7 @@
 """The objective "dmc": tokens append a slot or are merged into the last one (arXiv 2403.09636).
 
 Training relaxes the decisions as DMS does: alpha = sigmoid((logit + noise) / tau). Every token j has a slot, the mean
-of the keys (and values) up to it with running weights (section 3.2):
+of the keys (and values) up to it with running weights:
 
     s_j = x_j / z_j,    x_j = alpha_j x_(j-1) + omega_j k_j,    z_j = alpha_j z_(j-1) + omega_j
 

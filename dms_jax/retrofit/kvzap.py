@@ -12,7 +12,8 @@ the text are regressed on the scores by the mean squared error. No gradient pass
 kvpress trains on texts of 750 to 1,250 tokens, 500 tokens of each, an MLP with 512 hidden units (15 epochs of AdamW,
 learning rate 5e-3 falling by a cosine) or a linear regression (`dms.gate=linear`; here by the same gradient descent).
 Here a row is one text, even if it holds several documents, all its tokens count, and the gate has a norm of its own.
-Scores below FLOOR are raised to it, as a probability may round to 0.
+Scores below FLOOR are raised to it, as a probability may round to 0. The log holds the error, the share of the variance
+within heads that it leaves explained, and the thresholds for CR 2, 4 and 8 of each batch.
 """
 
 from __future__ import annotations
@@ -133,4 +134,10 @@ def loss_fn(
     "mse": loss,
     "explained": 1.0 - loss / jnp.maximum(spread, 1e-12),  # of the variance within heads; R^2
     "score": mean(target),
+    **{f"threshold_cr{cr}": _threshold(found, cr) for cr in (2, 4, 8)},
   }
+
+
+def _threshold(found: Float[Array, "L B K T"], cr: int) -> Float[Array, ""]:
+  """The policy's threshold that evicts all but 1/`cr` of a batch's tokens, the window aside, by the gates' logits."""
+  return jnp.sort(found, axis=None)[int(found.size * (1 - 1 / cr))]

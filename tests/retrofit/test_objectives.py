@@ -186,6 +186,12 @@ def test_kvzap_loss(monkeypatch):
     return np.mean(errors)
 
   check_gradient(lambda student: kvzap.loss_fn(student, batch, frame, config), expected_of, model, flat)
+  found = [
+    trained_oracle.kvzip_plus(flat, MODEL, model.dms, [7, 9], list(row), [3, 200, 4])[1]
+    for row in np.asarray(batch.tokens)
+  ]
+  _, metrics = jax.jit(lambda student: kvzap.loss_fn(student, batch, frame, config))(model)
+  assert np.mean(np.array(found) < float(metrics["threshold_cr4"]) - 1e-6) == pytest.approx(0.75, abs=0.02)
 
 
 def test_the_request_to_repeat():
@@ -262,7 +268,7 @@ def test_a_run_resumes_and_its_gates_serve_their_policy(objective, tmp_path, qui
 def test_gates_of_an_objective():
   assert DMSConfig() == DMSConfig(gate="adapter", scale=100.0, offset=5.0, shift=1, objective="dms")
   assert to_json(DMSConfig(objective="trimkv")) == to_json(DMSConfig()) | {
-    "objective": "trimkv", "gate": "mlp", "scale": 1.0, "offset": -18.0, "shift": 0,
+    "objective": "trimkv", "gate": "mlp", "scale": 1.0, "offset": -10.0, "shift": 0,
   }  # fmt: skip
   old = {"gate": "neuron", "window": 16, "scale": 100.0, "offset": 5.0, "shift": 0, "granularity": "head"}
   assert from_json(DMSConfig, old).objective == "dms"
