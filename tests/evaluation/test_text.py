@@ -1,4 +1,4 @@
-"""Quality on a text read in chunks under a policy: equals the mask, single tokens, and the formula in numpy."""
+"""Perplexity and KL of texts: in chunks under any policy, against the whole text and its mask."""
 
 from __future__ import annotations
 
