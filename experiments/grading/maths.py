@@ -1,8 +1,8 @@
 """Maths answers, read and compared by math-verify in a process of its own.
 
 math-verify (extra `maths`) finds the answer in a text and compares it with the reference. The last \\boxed{} counts, or
-else what follows "the answer is" or "Answer:". No other number counts, unlike in Open-R1, so that a text cut short
-gives no answer by chance. Boxes joined by a comma, "and" or "or" within 70 characters are a set.
+else what follows "the answer is" or "Answer:". No other number counts, unlike in Open-R1: a text cut short gives
+no answer by chance. Boxes joined by a comma, "and" or "or" within 70 characters are a set.
 
 A few symbols, such as 10^{10^{10}} or nested factorials, ask for endless work. Therefore a worker process does it:
 
