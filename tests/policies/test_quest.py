@@ -1,4 +1,4 @@
-"""Quest with pages of each query head: their union is read and counted, against numpy."""
+"""Quest where each query head selects its own pages: the union of them, against numpy."""
 
 from __future__ import annotations
 
