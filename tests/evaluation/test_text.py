@@ -1,4 +1,4 @@
-"""Quality on a text read in chunks under a policy: equals the mask, single tokens, and the formula in numpy."""
+"""Quality on a text read in chunks under a policy, against the mask and the formula in numpy."""
 
 from __future__ import annotations
 
