@@ -5,7 +5,7 @@
       --tasks=needle,gsm8k --lengths=1024 --gsm8k.data=test.jsonl --limit=100 --text=wiki.test.raw
 
 `--methods` are names of policies. Those whose gates decide run the weights of `--retrofit` (several folders, separated
-by commas; `trimkv:FOLDER` is for that method alone), the others run the original weights. Without `--methods` the
+by commas; `dms:FOLDER` is for that method alone), the others run the original weights. Without `--methods` the
 original and each retrofit under DMS are compared. A policy's own settings are flags: `--quest.page=32`.
 
 `--cr=2,4,8` and `--budgets=512` (tokens a head) bound each method that has a budget. A CR becomes a budget of
@@ -93,6 +93,8 @@ class Config:
         raise ValueError(f"--{name}={wrong[0]} must be {what}")
       if len(set(getattr(self, name))) < len(getattr(self, name)):
         raise ValueError(f"--{name}={program.spell(getattr(self, name))}: a number twice")
+    if Path(self.output).suffix in (".json", ".jsonl"):
+      raise ValueError(f"--output={self.output} must be a folder: several files are written into it")
     for name in self.methods:
       methods_module.policy_class(name)
     if not self.methods and (given := [name for name in ("cr", "budgets") if getattr(self, name)]):
@@ -252,14 +254,16 @@ class Evaluation:
       for job in self.jobs:
         if remark := run.check(job, method):
           program.log(f"{method.label} on {job.name}: {remark}")
-        left = {(prompt, chain) for prompt, chain, _ in run.missing(job, method, self.task_records)}
-        chains, there = chains + len(left), there + len(job.asked) * job.chains - len(left)
-        work += sum(job.work(prompt) for prompt, _ in left)
+        left = run.missing(job, method, self.task_records)
+        count = len({(prompt, chain) for prompt, chain, _ in left})
+        chains, there = chains + count, there + len(job.asked) * job.chains - count
+        work += sum(job.work(method, prompt, most) for prompt, _, most in left)
     time = f", about {duration(work / self.speed)} at the speed of the last run" if work and self.speed else ""
     cells = len(self.methods) * (len(self.jobs) + len(self.texts))
     program.log(
       f"{len(self.methods)} methods x {len(self.jobs)} tasks and {len(self.texts)} texts = {cells} cells: "
-      f"{chains:,} chains and questions to do ({there:,} are there), up to {work:,} tokens{time}; results in {self.folder}"
+      f"{chains:,} chains and questions to do ({there:,} are there), up to {work:,} tokens{time}; results in "
+      f"{self.folder}"
     )
     return work
 
@@ -297,9 +301,9 @@ class Evaluation:
       shown = labelled(self.text_entries(), self.baseline)
       print(f"{tables.texts(shown)}\n", flush=True)
       self.save()
+    by_key = {method.key: method for method in self.methods}
     memory = None if self.config.kv_budget_gib is None else int(self.config.kv_budget_gib * 2**30)
     for job in self.jobs:
-      ended = {(*r.cell, r.prompt, r.chain) for r in self.task_records}
       parts = run.run(
         job, self.methods, self.tokenizer, batch=self.config.batch, width=self.config.width, memory=memory,
         done=self.of_job(job), tick=estimate.tick,
@@ -307,9 +311,7 @@ class Evaluation:
       for found in parts:
         records.append(self.folder / RECORDS, found)
         self.task_records += found
-        new = {(*r.cell, r.prompt, r.chain): r.prompt for r in found}
-        estimate.add(sum(job.work(prompt) for key, prompt in new.items() if key not in ended))
-        ended |= new.keys()
+        estimate.add(sum(job.work(by_key[r.cell[:2]], r.prompt, r.max_tokens) for r in found))
       shown = labelled(self.entries(self.of_job(job)), self.baseline)
       print(f"{tables.scores(shown, self.baseline, TASKS)}\n", flush=True)
       self.save()

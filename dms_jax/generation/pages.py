@@ -19,6 +19,8 @@ from dms_jax.metrics import Counts, count
 from dms_jax.model import Model, cached_forward, last_logits
 from dms_jax.policies import Policy
 
+PLACES = 8  # least pages of a head that a prompt's program knows
+
 
 class BudgetError(ValueError):
   """A row needs more memory than the whole budget.
@@ -156,9 +158,9 @@ class PagedRows:
     return logits if read[0] == len(ids) else None
 
   def _places(self, tokens: int) -> int:
-    """Pages a head may need for `tokens` tokens, rounded up to a power of two so that few programs are compiled."""
+    """Pages a head may need for `tokens` tokens, rounded up to a power of two of at least PLACES: few compilations."""
     most = self.cache.table.pages.shape[3]
-    needed = max(-(-tokens // self.cache.page_size), 1)
+    needed = max(-(-tokens // self.cache.page_size), PLACES)
     return min(1 << (needed - 1).bit_length(), most)
 
   def fork(self, row: int, others: list[int], whole: bool) -> bool:

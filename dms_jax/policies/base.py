@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 REGISTRY: dict[str, type[Policy]] = {}
 Stats = dict[str, Array]  # name -> float32 [..., slots]
-NUMBERS = ("budget", "cr", "threshold")  # what bounds a policy's cache, by name
+NUMBERS = ("budget", "cr", "threshold")  # what bounds a policy's cache, by name; the threshold is that of gates
 
 
 def register(cls: type[Policy]) -> type[Policy]:
@@ -77,6 +77,8 @@ def row_numbers(policy: Policy) -> dict[str, Any]:
   """The numbers among NUMBERS that `policy` has as traced leaves, so that each row may have its own."""
   traced = [field.name for field in dataclasses.fields(policy) if field.metadata.get("pytree_node", True)]
   found = {name: getattr(policy, name) for name in NUMBERS if name in traced}
+  if not policy.uses_gates:
+    found.pop("threshold", None)
   return {name: value for name, value in found.items() if value is not None}
 
 

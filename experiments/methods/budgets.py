@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import jax
 import numpy as np
 
 from dms_jax.model import Model, check_policy
@@ -115,7 +114,7 @@ def fitted(model: Model, policy: Policy, budget: Budget, totals: Sequence[int]) 
   name, everything = type(policy).__name__, list(range(len(totals)))
   if not budget.given:
     policy = check_policy(model, policy)
-    return [Group(policy, everything, {k: [v] * len(totals) for k, v in row_numbers(policy).items()})], ""
+    return [Group(policy, everything, {name: [v] * len(totals) for name, v in row_numbers(policy).items()})], ""
   if budget.cr is not None and budget.rule == "seen":
     if not any(field.name == "cr" for field in dataclasses.fields(policy)):
       raise ValueError(f"--budget_rule=seen: {name} has no budget that grows with the text; take --budget_rule=paper")
@@ -127,23 +126,25 @@ def fitted(model: Model, policy: Policy, budget: Budget, totals: Sequence[int]) 
   remarks = []
   if raised := sum(number < least for number in wanted):
     remarks.append(f"{raised} of {len(wanted)} budgets raised to {least} tokens, the least that {name} takes")
-  structure = lambda number: jax.tree.structure(check_policy(model, policy.replace(budget=number)))
-  structures = {number: structure(number) for number in set(tokens)}
-  if len(set(structures.values())) > 1:
-    tokens = [max(round(number / GRAIN) * GRAIN, least) for number in tokens]
-    structures = {number: structure(number) for number in set(tokens)}
-    remarks.append(f"budgets rounded to multiples of {GRAIN} tokens, as they are shapes of {name}")
-  groups: dict[Any, list[int]] = {}
+  note = "; ".join(remarks)
+  if len(set(tokens)) > 1:
+    try:  # numbers of rows that share one compiled policy
+      shared = check_policy(model, policy.replace(budget=np.array(tokens))).replace(budget=tokens[0])
+      return [Group(shared, everything, _numbers(shared, tokens))], note
+    except ValueError:  # the budget is a shape
+      tokens = [max(round(number / GRAIN) * GRAIN, least) for number in tokens]
+      note = "; ".join([*remarks, f"budgets rounded to multiples of {GRAIN} tokens, as they are shapes of {name}"])
+  groups: dict[int, list[int]] = {}
   for row, number in enumerate(tokens):
-    groups.setdefault(structures[number], []).append(row)
-  found = []
-  for rows in groups.values():
-    resolved = check_policy(model, policy.replace(budget=tokens[rows[0]]))
-    own = {k: [v] * len(rows) for k, v in row_numbers(resolved).items()}
-    if "budget" in own:
-      own["budget"] = [tokens[row] for row in rows]
-    found.append(Group(resolved, rows, own))
-  return found, "; ".join(remarks)
+    groups.setdefault(number, []).append(row)
+  resolved = {number: check_policy(model, policy.replace(budget=number)) for number in groups}
+  return [Group(resolved[n], rows, _numbers(resolved[n], [n] * len(rows))) for n, rows in groups.items()], note
+
+
+def _numbers(policy: Policy, tokens: Sequence[int]) -> dict[str, list[float]]:
+  """The numbers of a resolved policy for rows with budgets of these many tokens."""
+  found = {name: [value] * len(tokens) for name, value in row_numbers(policy).items()}
+  return found | ({"budget": list(tokens)} if "budget" in found else {})
 
 
 def most_tokens(policy: Policy, numbers: dict[str, list[float]], longest: int) -> int:

@@ -35,7 +35,8 @@ class Method:
   @property
   def budget(self) -> dict[str, float]:
     """The bound on its cache, under the policy's own names."""
-    found = {name: getattr(self.policy, name, None) for name in ("budget", "cr", "threshold")}
+    names = ("budget", "cr", "threshold") if self.policy.uses_gates else ("budget", "cr")
+    found = {name: getattr(self.policy, name, None) for name in names}
     found = {name: float(value) for name, value in found.items() if value is not None and math.isfinite(value)}
     return self.given.named() | found
 
@@ -120,6 +121,11 @@ def budgets_of(name: str, policy: Policy, crs: Sequence[float], tokens: Sequence
   return [*(Budget(cr=cr, rule=rule) for cr in crs), *(Budget(tokens=number) for number in tokens)]
 
 
+def trained_for(model: Model) -> str:
+  """The policy whose objective trained a model's gates."""
+  return getattr(model.dms, "objective", "dms")
+
+
 def build(
   names: Sequence[str], original: Model, origin: str, retrofits: Sequence[tuple[str, str, Model, str]],
   read: Callable[[str, type[Policy]], Policy], *, crs: Sequence[float] = (), tokens: Sequence[int] = (),
@@ -127,7 +133,8 @@ def build(
 ) -> list[Method]:  # fmt: skip
   """The methods of `--methods`, each with every budget.
 
-  Methods that use gates run each retrofit, or the original if it has gates itself; the others run the original.
+  Methods that use gates run each retrofit that is for them alone, else each whose gates were trained for them, else the
+  original if it has such gates itself; the others run the original.
 
   Args:
     original, origin: the original model and its fingerprint.
@@ -143,13 +150,17 @@ def build(
     policy = read("dms" if name == HARD else name, cls)
     models = [("", original, origin)]
     if cls.uses_gates:
-      own = [each for each in retrofits if each[0] in ("", name)]
+      base = "dms" if name == HARD else name
+      own = [each for each in retrofits if each[0] in (name, base)]
+      own = own or [each for each in retrofits if not each[0] and trained_for(each[2]) == base]
       models = [(Path(folder).name if len(own) > 1 else "", model, about) for _, folder, model, about in own]
-      if not models and original.dms is not None:
+      if not models and original.dms is not None and trained_for(original) == base:
         models = [("", original, origin)]
       if not models:
-        raise ValueError(f"--methods: {name} needs eviction gates: give --retrofit=FOLDER")
-    limits = thresholds if thresholds and hasattr(policy, "threshold") else (getattr(policy, "threshold", None),)
+        raise ValueError(f"--methods: {name} needs gates that were trained for it: give --retrofit=FOLDER")
+    limits: Sequence[float | None] = (None,)
+    if cls.uses_gates and (own_limit := getattr(policy, "threshold", None)) is not None:
+      limits = thresholds or (own_limit,)
     for suffix, model, about in models:
       for limit in limits:
         at = policy if limit is None else policy.replace(threshold=limit)

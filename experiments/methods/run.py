@@ -51,11 +51,15 @@ class Job:
       return [len(passage.tokens) for passage in self.passages[0]]
     return [len(prompt.tokens) + most for prompt in self.asked]
 
-  def work(self, prompt: int) -> int:
-    """Tokens that a chain of a prompt reads and at most writes, or those of a question's passages."""
+  def work(self, method: Method, prompt: int, most: int) -> int:
+    """Tokens that are read and at most written for a record: a chain of `most` tokens, or a question's passages.
+
+    A chain that is the start of a longer one takes none of its own.
+    """
     if self.passages[0]:
       return sum(len(self.passages[0][row].tokens) for row in {row for row, _ in self.passages[1][prompt]})
-    return len(self.asked[prompt].tokens) + max(self.max_tokens)
+    part = most < max(self.max_tokens) and not method.given.follows_length
+    return 0 if part else len(self.asked[prompt].tokens) + most
 
 
 def settings_of(job: Job, method: Method) -> str:

@@ -240,6 +240,7 @@ def test_settings_of_the_program_that_cannot_be():
     ({"max_tokens": (8, 0)}, "--max_tokens=0 must be 1 or more"),
     ({"methods": ("vanilla",), "cr": (2.0, 0.5)}, "--cr=0.5 must be 1 or more"),
     ({"methods": ("vanilla",), "budgets": (8, 8)}, "--budgets=8,8: a number twice"),
+    ({"output": "a/b.json"}, "--output=a/b.json must be a folder"),
     ({"cr": (2.0,)}, "--cr bounds methods: name them"),
     ({"methods": ("DMS", "h3o")}, "--methods: unknown method 'h3o'; there are dms, h2o"),
     ({"lengths": (64, 1)}, "--lengths=1 must be 2 or more"),

@@ -1,4 +1,4 @@
-"""Quest where each query head selects its own pages: their union, counted as distinct pages, against numpy."""
+"""Quest where each query head selects its own pages: the union of them, against numpy."""
 
 from __future__ import annotations
 
