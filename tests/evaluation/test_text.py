@@ -1,4 +1,4 @@
-"""Perplexity and KL of texts: in chunks under any policy, against the whole text and its mask."""
+"""Quality on a text read in chunks under a policy, against the mask and the formula in numpy."""
 
 from __future__ import annotations
 
