@@ -1,19 +1,11 @@
-"""Retrieval: prompts of a given length that hide their answer, and a model's answers."""
+"""Retrieval: prompts of a given length that hide their answer."""
 
 from __future__ import annotations
 
 import dataclasses
 import random
 from collections.abc import Callable
-from typing import Any
 
-import jax
-import numpy as np
-
-import dms_jax
-from dms_jax.execution import fastest_form
-from dms_jax.model import Model
-from dms_jax.policies import Policy
 from dms_jax.tokenizer import Tokenizer
 from experiments.tasks.base import Prompt, TasksConfig, WritingTask, framed
 
@@ -56,21 +48,6 @@ class RetrievalTask(WritingTask):
 
   def grade(self, text, prompt):
     return {"score": 100 * share_found(text, prompt.references)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Written:
-  """The text that a model wrote after each prompt, and the memory and reads of its cache.
-
-  `held` int [L, n, K] of `seen` int [n] tokens at the end; `reads` float [n], KV reads of the decode steps, and `peak`
-  float [n], the most tokens held at once, each a mean over layers and heads.
-  """
-
-  texts: list[str]
-  held: np.ndarray
-  seen: np.ndarray
-  reads: np.ndarray
-  peak: np.ndarray
 
 
 def most_units(count: Callable[[int], int], limit: int, smallest: int, largest: int | None = None) -> int:
@@ -118,32 +95,3 @@ def prompts(
 def share_found(text: str, references: tuple[str, ...]) -> float:
   """Share of `references` that `text` holds, case ignored."""
   return sum(reference.lower() in text.lower() for reference in references) / len(references)
-
-
-def write(
-  model: Model, tokenizer: Tokenizer, asked: list[Prompt], new_tokens: int, *, policy: Policy,
-  keys: jax.Array | None = None, temperature: float = 0.0, batch: int = 1,
-  progress: Callable[[Any], Any] = lambda items: items,
-) -> Written:  # fmt: skip
-  """Continues every prompt under a policy.
-
-  Args:
-    keys: one for each prompt if `temperature` is above 0; otherwise decoding is greedy.
-    batch: prompts at a time.
-    progress: wraps the iteration over batches.
-  """
-  model = fastest_form(model)
-  texts, held, seen, reads, peak = [], [], [], [], []
-  for start in progress(range(0, len(asked), batch)):
-    real = min(batch, len(asked) - start)
-    rows = np.minimum(np.arange(start, start + batch), len(asked) - 1)  # one shape for all; repeated rows are dropped
-    out = dms_jax.generate(
-      model, [asked[row].tokens for row in rows], policy=policy, max_new_tokens=new_tokens, tokenizer=tokenizer,
-      key=None if keys is None else keys[rows], temperature=temperature,
-    )  # fmt: skip
-    texts += out.text[:real]
-    held.append(out.metrics.live[:, :real])
-    seen.append(out.metrics.seen[:real])
-    reads.append(out.metrics.decode_reads[:, :real].mean(axis=(0, 2)))
-    peak.append(out.metrics.peak[:real])
-  return Written(texts, np.concatenate(held, axis=1), *map(np.concatenate, (seen, reads, peak)))
