@@ -41,7 +41,7 @@ from dms_jax.policies import Policy
 from dms_jax.tokenizer import Tokenizer
 from experiments.common import files, program
 from experiments.methods import method as methods_module
-from experiments.methods import records, run, summary
+from experiments.methods import records, run, summary, trace
 from experiments.methods.budgets import fitted
 from experiments.methods.estimate import Estimate, duration
 from experiments.methods.method import Method
@@ -61,7 +61,8 @@ CONFIG, RECORDS, TEXTS, SUMMARY = "config.json", "records.jsonl", "text.jsonl", 
 class Config:
   """`text_tokens` 0 reads the whole text. `batch` rows are scored together, `width` rows write together.
 
-  `kv_budget_gib` bounds the cache of the rows that write; rows that do not fit wait on the host.
+  `kv_budget_gib` bounds the cache of the rows that write; rows that do not fit wait on the host. `traces`: prompts of a
+  task for whose first chain the run records which tokens each head still holds at the end, for `experiments.report`.
   """
 
   checkpoint: str
@@ -79,10 +80,11 @@ class Config:
   width: int = 8
   kv_budget_gib: float | None = None
   dtype: Literal["bfloat16", "float32"] = "bfloat16"
+  traces: int = 0
   output: str = ""
 
   def __post_init__(self):
-    for name, least in (("batch", 1), ("width", 1), ("text_tokens", 0)):
+    for name, least in (("batch", 1), ("width", 1), ("text_tokens", 0), ("traces", 0)):
       if (value := getattr(self, name)) < least:
         raise ValueError(f"--{name}={value} must be {least} or more")
     for name, least, what in (
@@ -312,6 +314,8 @@ class Evaluation:
         records.append(self.folder / RECORDS, found)
         self.task_records += found
         estimate.add(sum(job.work(by_key[r.cell[:2]], r.prompt, r.max_tokens) for r in found))
+      for method in self.methods if self.config.traces else ():
+        trace.add(self.folder / trace.FILE, job, method, self.tokenizer, self.of_job(job), self.config.traces)
       shown = labelled(self.entries(self.of_job(job)), self.baseline)
       print(f"{tables.scores(shown, self.baseline, TASKS)}\n", flush=True)
       self.save()

@@ -100,15 +100,15 @@ def _write_group(
         for cut in cuts[number][chain]:
           text = result.text[index] if len(tokens) <= cut else _text_until(tokens[:cut], generator)
           used = usage.until(cut)
-          found.append(record(
-            number, chain, cut, tokens=used["seen"], reads=used["reads"], peak=used["peak"],
-            achieved_cr=used["seen"] / used["held"], grades=job.task.grade(text, job.asked[number]), text=text,
-            answer=job.task.answer(text),
+          found.append(dict(
+            prompt=number, chain=chain, most=cut, tokens=used["seen"], reads=used["reads"], peak=used["peak"],
+            achieved_cr=used["seen"] / used["held"], text=text, answer=job.task.answer(text),
           ))  # fmt: skip
       if result.finished:
         del running[ticket], generator.results[ticket]
     if found:
-      yield found
+      grades = job.task.grades([(each["text"], job.asked[each["prompt"]]) for each in found])
+      yield [record(**each, grades=own) for each, own in zip(found, grades, strict=True)]
     unfinished = (generator.results[ticket].tokens[i] for ticket, (_, chains) in running.items()
                   for i, chain in enumerate(chains) if chain >= 0)  # fmt: skip
     tick(sum(map(len, unfinished)))

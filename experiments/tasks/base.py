@@ -149,6 +149,10 @@ class WritingTask(Task):
     """{metric: value} of a text written after a prompt, per cent; a text that cannot be read is wrong, not an error."""
     raise NotImplementedError
 
+  def grades(self, written: Sequence[tuple[str, Prompt]]) -> Sequence[dict[str, float]]:
+    """`grade` of each (text, prompt); a task whose grading is slow may grade several at once."""
+    return [self.grade(text, prompt) for text, prompt in written]
+
   def answer(self, text: str) -> str | None:
     """The answer that a text gives, in a canonical form: equal answers are equal strings.
 

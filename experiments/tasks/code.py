@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 from dms_jax.tokenizer import Tokenizer
@@ -82,6 +82,6 @@ class CodeTask(WritingTask):
   def grade(self, text: str, prompt: Prompt) -> dict[str, float]:
     return {"accuracy": 100.0 if self.right(text, prompt.references) else 0.0}
 
-  def grades(self, written: Iterable[tuple[str, Prompt]], workers: int | None = None) -> Sequence[dict[str, float]]:
+  def grades(self, written: Sequence[tuple[str, Prompt]], workers: int | None = None) -> Sequence[dict[str, float]]:
     """`grade` of each (text, prompt), `workers` programs at a time, by default half the processors, at most 8."""
-    return sandbox.in_parallel(lambda pair: self.grade(*pair), list(written), workers)
+    return sandbox.in_parallel(lambda pair: self.grade(*pair), written, workers)
