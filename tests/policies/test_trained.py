@@ -113,6 +113,7 @@ def step(cache, policy, q, k, v, logits, lengths, remaining):
   """`cache_driver.step` from gate logits [L, B, K, T] instead of decisions."""
   plan = cache.plan(policy, lengths, q.shape[2], remaining)
   about = (plan.seen[:, None] + jnp.arange(q.shape[2]) - cache.lag)[:, None]
+  about = jnp.broadcast_to(about, (ROWS, HEADS, q.shape[2]))
 
   def layer(carry, inputs):
     index, state, q, k, v, logits = inputs
