@@ -28,7 +28,7 @@ def test_json_both_ways(config):
     (ModelConfig, dict(family="gpt2"), "gpt2"),
     (ModelConfig, dict(num_heads=6, num_kv_heads=4), "num_heads=6.*num_kv_heads=4"),
     (ModelConfig, dict(head_dim=15), "head_dim=15"),
-    (DMSConfig, dict(gate="mlp"), "dms.gate='mlp'"),
+    (DMSConfig, dict(gate="lstm"), "dms.gate='lstm'"),
     (DMSConfig, dict(granularity="token"), "dms.granularity='token'"),
     (DMSConfig, dict(shift=2), "dms.shift=2"),
     (DMSConfig, dict(window=-1), "dms.window=-1"),

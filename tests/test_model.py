@@ -424,6 +424,8 @@ def test_small_parts():
 ELSEWHERE = {
   "max_position_embeddings": "tests/generation/test_generate.py",
   "eos_token_ids": "tests/generation/test_generate.py",
+  "objective": "tests/retrofit/test_objectives.py",
+  "hidden": "tests/retrofit/test_objectives.py",
 }
 CHANGES = {
   "family": None,  # a name: qkv_bias and qk_norm are what differ (tests/test_params.py: names)

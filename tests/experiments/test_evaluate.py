@@ -17,7 +17,7 @@ from dms_jax.evaluation.text import text_quality
 from dms_jax.tokenizer import byte_tokenizer
 from experiments import evaluate
 from experiments.common import program
-from experiments.methods import budgets, pareto, records, run, summary
+from experiments.methods import budgets, pareto, records, run, summary, trace
 from experiments.methods import method as methods
 from experiments.methods.budgets import Budget, fitted
 from experiments.methods.estimate import Estimate, duration
@@ -249,7 +249,7 @@ def test_a_killed_run_gives_the_same_records(checkpoints, tmp_path, monkeypatch,
   (tmp_path / "text").write_text("abc, def. " * 9)
   config = evaluate.Config(
     checkpoint=base, retrofit=(retrofit,), methods=("vanilla", "dms", "tova"), cr=(2.0,), max_tokens=(4, 9), width=3,
-    batch=2, text=str(tmp_path / "text"), lengths=(24,), dtype="float32", output=str(tmp_path / "whole"),
+    batch=2, text=str(tmp_path / "text"), lengths=(24,), dtype="float32", output=str(tmp_path / "whole"), traces=1,
   )  # fmt: skip
   settings = {
     evaluate.Config: config, TasksConfig: TasksConfig(("echo", "gsm8k"), limit=3, chains=(1, 2), temperature=1.0),
@@ -285,6 +285,9 @@ def test_a_killed_run_gives_the_same_records(checkpoints, tmp_path, monkeypatch,
     one, other = (records.read(tmp_path / folder / name) for folder in ("whole", "killed"))
     assert {r.key: r for r in one} == {r.key: r for r in other} and len(one) == len(other)
   assert len(one) == 9 and one[0].grades.keys() == {"nll", "kl"}
+  traced = [trace.read("output", tmp_path / folder / trace.FILE) for folder in ("whole", "killed")]
+  assert [(each.method, each.prompt) for each in traced[0]] == [(name, 0) for name in ("vanilla", "dms", "tova")]
+  assert traced[0] == traced[1] and min(traced[0][0].held) == 1 > min(traced[0][2].held)
   whole, resumed = (json.loads((tmp_path / folder / "summary.json").read_text()) for folder in ("whole", "killed"))
   assert whole["summary"] == resumed["summary"] and whole["margins"] == resumed["margins"]
   entries = {(e["method"], e["task"], e["metric"], e["max_tokens"]): e for e in whole["summary"]}

@@ -161,11 +161,13 @@ class Scripted:
 
   def submit(self, prompt, **options):
     ticket = len(self.results)
-    self.results[ticket] = dms_jax.generation.batching.Result([[]], [[]], ["running"], [""], [0.0], [None])
+    self.results[ticket] = dms_jax.generation.batching.Result.empty(1, text=True, heads=4)
     return ticket
 
   def step(self):
-    self.results[0] = dms_jax.generation.batching.Result([[1, 2]], [[-1.0, -2.0]], ["length"], ["ab"], [2.0], [None])
+    self.results[0] = dms_jax.generation.batching.Result(
+      [[1, 2]], [[-1.0, -2.0]], ["length"], ["ab"], [dms_jax.generation.results.ChainUsage(4)], [None]
+    )
     raise dms_jax.BudgetError("too much", 1)
 
 
