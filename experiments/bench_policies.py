@@ -1,4 +1,4 @@
-"""Speed of policies with a budget: decode steps against the dense cache, prompts in chunks.
+"""Times policies with a budget: decode steps against dense ones, two ways to read prompts.
 
     python -m experiments.bench_policies                        # one GPU, eight minutes
     python -m experiments.bench_policies --cases=step           # decode steps alone, five minutes
@@ -6,11 +6,11 @@
     python -m experiments.bench_policies --scale=small          # tiny shapes on any machine, to test the program
 
 `step_NAME` and `step_NAME_paged`: a decode step of `step_rows` rows after `step_tokens` tokens, of which a head holds
-one in `cr`, in a contiguous and in a paged cache; the bar is to be no slower than the dense cache of the same rows
-(`experiments/bench/policy_steps.py`). `prefill_NAME`: a policy that watches attention reads the same random prompts
-twice. In chunks it observes all queries of a chunk together; with `exact_prefill=True` every token is a step of its
-own. Weights are random, because they do not affect the time. Writes OUTPUT/policies.json and prints a table; the last
-line is one JSON object.
+one in `cr`, in a contiguous and in a paged cache. The bar: no slower than the dense cache of the same rows
+(`experiments/bench/policy_steps.py`). `prefill_NAME`: a policy that watches attention reads random prompts in chunks,
+observing a chunk's queries together, and with `exact_prefill=True` token by token. The bar: chunks are 20 times as
+fast. Weights are random; they do not affect the time. Writes OUTPUT/policies.json and prints a table; the last line is
+one JSON object.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class Config:
 
   Fields:
     cases: names or prefixes of names; none: all.
-    policies: those that read prompts: `rows` of `tokens` tokens with a `budget` in tokens a head, the best of `rounds`.
-    step_policies: those whose decode steps are measured; none: all that take a budget and need no gates.
-    seconds: no case starts later than this.
+    policies: read `rows` prompts of `tokens` tokens under `budget`, tokens a head; the best of `rounds` counts.
+    step_policies: policies whose decode steps are timed; none: all that take a budget and need no gates.
+    seconds: of the run, after which no case starts.
   """
 
   cases: tuple[str, ...] = ()
@@ -132,7 +132,7 @@ def measurements(config: Config, sized: Config) -> dict[str, tuple[str, Callable
   if unknown := [name for name in config.step_policies if name not in measured]:
     raise ValueError(f"--step_policies={','.join(unknown)}: not one of {', '.join(measured)}, which take a budget")
   quick = {"steps": 4, "seconds": 0.02} if config.scale == "small" else {}
-  made: list[Steps] = []  # by the first case, for all
+  made: list[Steps] = []  # of the first case, for all
 
   def steps(model: Model) -> Steps:
     if not made:

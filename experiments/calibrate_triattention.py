@@ -7,8 +7,8 @@
 
 The model reads the first `--max_tokens` tokens of the text, in passages of `--length` tokens, and evicts nothing. The
 file holds, for each layer and query head, the mean of the queries and of the absolute values of their complex channels
-(arXiv 2604.04921): a few hundred KB. It fits this model alone, and other retrofits of it; the policy refuses others.
-`--retrofit` calibrates the model with a retrofit's low-rank updates.
+(arXiv 2604.04921): a few hundred KB. It fits this model and its retrofits; the policy refuses models of another
+shape or RoPE base. `--retrofit` adds a retrofit's low-rank updates.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Config:
 
 @struct.dataclass
 class Statistics(Policy):
-  """Keeps every token, and remembers the sums of queries before RoPE and of their complex channels' absolute values."""
+  """Keeps every token, and sums the queries before RoPE and the absolute values of their complex channels."""
 
   frequencies: Float[Array, "1 half"] | None = None
 
@@ -87,8 +87,8 @@ def calibrate(model: Model, tokens: Int[np.ndarray, "n"], *, length: int, chunk:
 
   Args:
     tokens: of the text.
-    length: of the passages into which it is cut.
-    chunk: tokens that are read at once.
+    length: of the passages it is cut into.
+    chunk: tokens read at once.
   """
   config, sums = model.config, {"queries": np.zeros(()), "norms": np.zeros(())}
   policy = Statistics(window=0, frequencies=jnp.asarray(rope_frequencies(config))[None])
@@ -111,7 +111,7 @@ def calibrate(model: Model, tokens: Int[np.ndarray, "n"], *, length: int, chunk:
 def main() -> None:
   config = program.read_flags("", Config)
   text = files.read_text("text", config.text)
-  # Stacked layers: one of them is compiled instead of all.
+  # Layers stay stacked, so that one is compiled, not all.
   model = checkpoint.load(config.checkpoint, retrofit=config.retrofit, dtype=config.dtype)
   tokenizer = Tokenizer.load(config.checkpoint)
   tokens = np.asarray(tokenizer.encode(text), np.int32)[: config.max_tokens]

@@ -1,27 +1,27 @@
-"""Which method, on which task, at which budget, with W chains of L tokens: all by flags.
+"""Evaluates methods on tasks and texts at budgets, with W chains of L tokens, by flags.
 
     python -m experiments.evaluate --checkpoint=checkpoints/smollm2-135m-instruct \\
       --retrofit=experiments/results/retrofit/smollm2-135m-cr4 --methods=vanilla,dms,tova,snapkv,quest --cr=2,4 \\
       --tasks=needle,gsm8k --lengths=1024 --gsm8k.data=test.jsonl --limit=100 --text=wiki.test.raw
 
-`--methods` are names of policies. Those whose gates decide run the weights of `--retrofit` (several folders, separated
-by commas; `dms:FOLDER` is for that method alone), the others run the original weights. Without `--methods` the
-original and each retrofit under DMS are compared. A policy's own settings are flags: `--quest.page=32`.
+`--methods` are names of policies. Policies that read gates run the weights of `--retrofit` (folders separated by
+commas; `dms:FOLDER` is for one method). The others run the original weights. Without `--methods` the original
+and each retrofit under DMS are compared. A policy's own settings are flags: `--quest.page=32`.
 
-`--cr=2,4,8` and `--budgets=512` (tokens a head) bound each method that has a budget. A CR becomes a budget of
-(prompt + most new tokens) / CR tokens for each text, as in the DMS paper; `--budget_rule=seen` divides the tokens seen
-so far instead. DMS has the CR that it was trained for; `dms_budget` adds the budget to it. `--thresholds` sweeps the
-eviction threshold of gates without retraining.
+`--cr=2,4,8` and `--budgets=512` (tokens a head) bound each method that has a budget. A CR gives each text a budget of
+(prompt + most new tokens) / CR tokens, as in the DMS paper; under `--budget_rule=seen` it is (tokens seen so far) / CR.
+DMS has the CR that it was trained for; `dms_budget` is DMS under a budget. `--thresholds` sweeps the eviction threshold
+of gates without retraining.
 
-Tasks that write sample W chains of each prompt at `--temperature` and `--top_p`: `--chains=1,4,8` writes 8 and takes
-subsets for 1 and 4. `--max_tokens=512,2048` are L, the most new tokens; default the task's own. Likelihood tasks score
-given continuations. `--text` is a file whose perplexity and KL(original || method), nats per token, are measured in
-chunks of T tokens (`--lengths`), every position but a chunk's first.
+Tasks that write sample W chains of each prompt at `--temperature` and `--top_p`. `--chains=1,4,8` writes 8 and averages
+over subsets for 1 and 4. `--max_tokens=512,2048` are L, the most new tokens; each task has a default. Likelihood tasks
+score given continuations. `--text` is a file whose perplexity and KL(original || method), nats per token, are measured
+in chunks of T tokens (`--lengths`); a chunk's first token is not scored.
 
 Every method answers the same samples, chosen by `--seed`; differences are paired sample by sample. The folder
-`--output`, by default one of runs/evaluate named after the flags, holds config.json, records.jsonl (a line for each
-chain), text.jsonl (a line for each chunk of the text), summary.json and pictures. The same command again resumes a
-killed run, chain by chain.
+`--output`, by default one in runs/evaluate named after the flags, holds config.json, records.jsonl (a line a chain or
+question), text.jsonl (a line a chunk), traces.jsonl (with `--traces`), summary.json and pictures. The same command
+resumes a killed run, chain by chain.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ CONFIG, RECORDS, TEXTS, SUMMARY = "config.json", "records.jsonl", "text.jsonl", 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """`text_tokens` 0 reads the whole text. `batch` rows are scored together, `width` rows write together.
+  """The first `text_tokens` of the text are read; 0: all. `batch` rows are scored together, `width` write together.
 
-  `kv_budget_gib` bounds the cache of the rows that write; rows that do not fit wait on the host. `traces`: prompts of a
-  task for whose first chain the run records which tokens each head still holds at the end, for `experiments.report`.
+  `kv_budget_gib` bounds the cache of rows that write; rows without room wait on the host. The first `traces` prompts
+  of each task are traced: which tokens each head holds when the first chain ends, for `experiments.report`.
   """
 
   checkpoint: str
@@ -118,7 +118,7 @@ class Config:
 def methods_of(
   config: Config, original: Model, read: Callable[[str, type[Policy]], Policy] = lambda name, cls: cls()
 ) -> list[Method]:
-  """The methods of `--methods`; without it the original, which evicts nothing, and each retrofit at each threshold.
+  """The methods of `--methods`; without it the original, evicting nothing, and each retrofit at each threshold.
 
   Args:
     read: makes a policy from its flags.
@@ -152,7 +152,7 @@ def baseline_of(methods: list[Method]) -> str:
 
 
 def labelled(entries: list[Entry], baseline: str) -> list[Entry]:
-  """Entries whose method is its label, for tables and figures, which know methods by name."""
+  """Entries named by method and budget: tables and figures tell methods apart by name."""
   own = lambda entry: baseline if entry.method == baseline and not entry.budget.keys() - {"threshold"} else entry.label
   return [dataclasses.replace(entry, method=own(entry)) for entry in entries]
 
@@ -203,7 +203,7 @@ def read_texts(config: Config, tokenizer: Tokenizer, max_positions: int) -> list
 
 
 def text_picture(path: Path, entries: list[Entry], title: str) -> str | None:
-  """Plots KL, perplexity and compression by length; returns the path written, None for fewer than two points."""
+  """Plots KL, perplexity and CR by length; the path written, or None if there are fewer than two points."""
   cells = {(entry.method, entry.length, entry.metric): entry for entry in entries}
   points = sorted(((e.length, e.method) for e in entries if e.metric == "kl"), key=lambda point: point[0])
   points = [point for point in points if cells[point[1], point[0], "perplexity"].difference is not None]
@@ -230,7 +230,7 @@ class Evaluation:
     """Reads the records that exist.
 
     Raises:
-      ValueError: they have other settings, or a method cannot do a task.
+      ValueError: they were made with other settings.
     """
     self.config, self.chosen, self.folder, self.methods = config, chosen, folder, methods
     self.jobs, self.texts, self.original, self.tokenizer = jobs, texts, original, tokenizer

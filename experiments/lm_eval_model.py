@@ -1,13 +1,13 @@
-"""Tasks of lm-evaluation-harness on a model under a policy; needs `pip install dms_jax[lmeval]`.
+"""Runs tasks of lm-evaluation-harness on a model under a policy (extra `lmeval`).
 
     python -m experiments.lm_eval_model --checkpoint=checkpoints/smollm2-135m-instruct --tasks=hellaswag --limit=100 \\
       --retrofit=experiments/results/retrofit/smollm2-135m-cr4 --batch=8
 
-Without `--policy` a model with gates runs under DMS, another keeps its whole cache. `--policy=h2o --cr=4` or
-`--budget=512` bounds the cache, and a policy's own settings are flags (`--h2o.window=16`). `--include_path` is a folder
-of YAML tasks. `--output` saves the harness's results with every sample. The last line is one JSON object.
+Without `--policy` a model with gates runs under DMS, and one without gates keeps every token. `--cr=4` or
+`--budget=512` bounds the cache of a policy that has a budget; its other settings are flags (`--h2o.window=16`).
+`--include_path` is a folder of YAML tasks. `--output` saves the harness's results with every sample.
 
-The harness's own program finds the model once `experiments.methods.harness` is imported; versions that read the entry
+The harness's own program finds the model once `experiments.methods.harness` is imported; versions that read entry
 points `lm_eval.models` need no import:
 
     python -c "import experiments.methods.harness; from lm_eval.__main__ import cli_evaluate; cli_evaluate()" \\
@@ -28,11 +28,11 @@ from experiments.common import program
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """`limit`: samples a task, or a share of them below 1; `shots`: overrides the tasks' number of examples.
+  """`limit`: samples a task, or below 1 a share of them. `shots`: examples, instead of the tasks' own number.
 
-  `cr` and `budget` bound the cache of a text, prompt and most new tokens: `experiments.methods.budgets`. `chat`: apply
-  the chat template, after the message `system` if there is one. `max_gen_toks`: most new tokens where a task sets none.
-  `unsafe`: allow tasks that run code which the model wrote.
+  `cr` divides the tokens of a text (prompt and most new ones), `budget` is tokens a head: `Budget`. `chat` applies the
+  chat template, with the system message `system` if given. `max_gen_toks`: most new tokens where a task sets none.
+  `unsafe` allows tasks that run code written by the model.
   """
 
   checkpoint: str
@@ -72,7 +72,7 @@ def evaluate(config: Config, policy: policies.Policy | None) -> dict[str, Any]:
   """The harness's results, with its samples.
 
   Args:
-    policy: with its own settings; None: the model's default.
+    policy: with its settings; None: the model's default.
 
   Raises:
     ValueError: the harness is not installed, it has no such task, or the policy does not fit the model.

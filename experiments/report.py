@@ -1,12 +1,12 @@
-"""Results as one HTML page and pictures: scores, frontiers, retention by head, what was forgotten.
+"""Writes results as an HTML page and pictures: scores, frontiers, retention by head, traces.
 
     python -m experiments.report --runs=runs/evaluate/a,runs/evaluate/b --output=runs/report/a-b
 
 `--runs` are folders that `experiments.evaluate` wrote: records.jsonl, and if present config.json, summary.json and
 traces.jsonl. OUTPUT/index.html holds everything it shows and loads nothing. Its tables give scores first, then
-differences from `--baseline`, paired problem by problem. Its charts plot a task's score against KV reads, peak tokens
-and time, with each method's Pareto frontier, and tables give the margins between frontiers. The pictures are PNGs of
-the same, for which matplotlib is needed. The last line and OUTPUT/report.json give the margins as numbers.
+differences from `--baseline`, paired problem by problem. Its charts plot a task's score against KV reads and peak
+tokens, or tokens held if nothing was written, with each method's Pareto frontier. Tables give the margins between
+frontiers. PNGs show the charts where matplotlib is installed. OUTPUT/report.json has the margins.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from experiments.tasks import TASKS
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """`baseline`: the method that others are compared with; "": vanilla, the original, or the first there is.
+  """`baseline`: the method that others are compared with; "": vanilla, else original, else the first.
 
-  `prompts`: prompts of each task whose chains are shown. `log_margins`: frontiers are averaged over log cost in
-  report.json; the page averages over cost.
+  `prompts`: prompts of each task whose chains are shown. `log_margins`: margins in report.json are means over log cost;
+  those of the page are means over cost.
   """
 
   runs: tuple[str, ...]

@@ -12,8 +12,8 @@ The gates of other methods, for the policies of the same name:
   --retrofit.objective=kvzap --retrofit.trainable=gates --retrofit.seq_len=1024 --dms.window=128
   --retrofit.objective=dmc --retrofit.loss.kind=lm --dms.window=0
 
-After an interruption, run the same command again: it resumes from the last checkpoint with the same numbers. SIGTERM
-saves first and exits with 143. Writes OUTPUT/{run.json, log.jsonl, state/, cr2/, cr3/, ..., final/, log.png}; each crN
+The same command resumes an interrupted run from its last checkpoint with the same numbers. On SIGTERM the run saves
+its state and exits with 143. It writes OUTPUT/{run.json, log.jsonl, state/, cr2/, cr3/, ..., final/, log.png}; each crN
 and final is a retrofit for `dms_jax.load(checkpoint, retrofit=...)`, or a whole model (--retrofit.saving.export).
 --benchmark times steps instead: see experiments/bench/retrofit_step.py.
 
@@ -67,10 +67,10 @@ DETERMINISTIC = ("--xla_gpu_deterministic_ops=true", "--xla_gpu_exclude_nondeter
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Input, output and mode. `stop_after` stops after that many steps in total, as if interrupted; 0 runs to the end.
+  """Input, output and mode. The run stops after `stop_after` steps in total, as if interrupted; 0: at its end.
 
   `tensorboard` also writes OUTPUT/tensorboard (needs tensorboardX). `deterministic` restricts XLA to GPU operations
-  with a fixed order of summation, so that a resumed run is bit-equal on a GPU, too; it is slower. CPUs and TPUs always
+  with a fixed order of summation, so that a resumed run is bit-equal on a GPU too, but slower. CPUs and TPUs always
   use a fixed order. `benchmark` times `benchmark_steps` steps of the shape `preset` with random weights, without
   checkpoint, output or data; `against_flex` also times such a step in PyTorch with FlexAttention.
   """

@@ -29,7 +29,7 @@ FS_V1 = (1 << 13) - 1
 NET_TCP = 0b11  # bind and connect, ABI 4
 SCOPES = 0b11  # abstract Unix sockets and signals, ABI 6
 
-# What an interpreter needs once it runs: its own files, shared libraries and time zones. Not /home, /proc, /tmp.
+# What a running interpreter reads beside its own prefix: shared libraries and time zones. Not /home, /proc, /tmp.
 READABLE = ("/usr", "/lib", "/lib32", "/lib64", "/nix/store", "/etc/ld.so.cache", "/etc/localtime")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 
@@ -80,7 +80,7 @@ CLONE3 = 435
 class Bounds(NamedTuple):
   """What one process may use.
 
-  `cpu` seconds; `memory` bytes of address space; `disk` bytes written, in all and to a file; `files` open at once;
+  `cpu` seconds; `memory` bytes of address space; `disk` bytes of all files and of one; `files` open at once;
   `stack` bytes of the main thread.
   """
 
@@ -264,10 +264,10 @@ def _forks() -> None:
 
 
 def confine(isolation: str, folder: str, bounds: Bounds, libraries: Sequence[str], parent: int) -> None:
-  """All of it, in the one order that works; `folder` becomes the current one.
+  """All steps in the one order that works; `folder` becomes the current one.
 
   Args:
-    isolation: as in `separate`; with "none" the folder is not writable, because nothing bounds what is written in all.
+    isolation: as in `separate`; with "none" the folder is not writable, because nothing bounds the sum of its files.
     libraries: folders of packages, which can be read.
     parent: the process that waits; this one is killed when it ends.
 

@@ -10,8 +10,8 @@ A few symbols, such as 10^{10^{10}} or nested factorials, ask for endless work. 
 - Work that no signal interrupts ends after `LIMIT_S` seconds, when the worker is killed. The next text starts another.
 - Memory is limited to `MEMORY` bytes.
 
-A text is thus graded within LIMIT_S seconds, and START_S more where a worker starts; what takes longer is wrong.
-Threads may call the functions; they wait for each other.
+A request thus ends within LIMIT_S seconds, and START_S more where a worker starts; what takes longer is wrong. Threads
+may call the functions; they wait for each other.
 """
 
 from __future__ import annotations

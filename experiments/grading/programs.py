@@ -1,4 +1,4 @@
-"""Programs in a model's text: where they begin and end, whether their output is right."""
+"""Finds the program in a model's text, runs it and compares what it gives."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from experiments.grading import sandbox, wire
 
 FENCE = "```"
-LEAST_BYTES = 1 << 20  # that an answer may hold; or four times those of the right one, if that is more
+LEAST_BYTES = 1 << 20  # an answer may always hold; four times the right answer's if that is more
 
 
 def last_block(text: str) -> str:
@@ -34,8 +34,8 @@ def cut(text: str, stops: Sequence[str]) -> str:
 def same_output(found: str, expected: str) -> bool:
   """Whether a program printed what it should, by the rules of LiveCodeBench's harness.
 
-  White space around the output and around lines does not count. Lines that differ are equal if both are numbers, and
-  all of these are equal as decimals.
+  White space around the output and around lines does not count. Different lines are equal if both hold only numbers and
+  these are equal as decimals.
   """
   ours, theirs = ([line.strip() for line in text.strip().split("\n")] for text in (found, expected))
   return len(ours) == len(theirs) and all(a == b or _same_numbers(a, b) for a, b in zip(ours, theirs, strict=True))

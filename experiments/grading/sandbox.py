@@ -1,7 +1,7 @@
 """Runs programs that nobody has read: confined, limited, killed whole, and judged from outside.
 
 A program runs in a process of its own (`worker`), which confines itself (`confine`) before it reads the program's first
-line. It inherits no environment and no open files but its pipes, and leads a session of its own.
+line. It inherits only LD_LIBRARY_PATH and its own input and pipes, and leads a session of its own.
 
 - It opens no socket and reaches no network: seccomp has no `socket`; where namespaces may be made, its network has no
   device.
@@ -13,23 +13,22 @@ line. It inherits no environment and no open files but its pipes, and leads a se
   libraries of /usr and /lib.
 - It makes no process and runs no other program, so it leaves none behind: seccomp has `clone` for threads and no
   `execve`.
-- It signals, traces and limits no other process: seccomp has `kill`, `tgkill` and `prlimit64` for itself and no
-  `ptrace`; Landlock's scopes.
+- It signals, traces and limits no other process: seccomp has `kill`, `tgkill` and `prlimit64` for itself alone and no
+  `ptrace`.
 - It is bounded in address space, open files, stack and processor time by resource limits. It is killed when it exceeds
   its wall time, output or threads; the waiting process looks every 20 ms.
 - It dies with the process that waits: PR_SET_PDEATHSIG.
-- It sees neither tests nor expected values, and has no part in the verdict: other processes hold them. It sees the
-  arguments of calls and answers them in JSON.
+- It sees neither tests nor expected values, and has no part in the verdict: other processes hold them. It sees its
+  standard input, or the arguments of calls, which it answers in JSON.
 
-Each worker tries to open sockets, write outside, fork, run, signal and read /proc before its program starts, and ends
-if any of it works. A machine without Landlock (Linux 5.13) or seccomp runs no programs: SandboxError.
+Before its program starts, a worker tries to open sockets, write outside, fork, run, signal and read /proc, and ends if
+any of it works. A machine without Landlock (Linux 5.13) or seccomp runs no programs: SandboxError.
 
-Not guaranteed: what an error in the kernel lets through; that no path outside becomes known, since `stat` is not
-restricted; that nothing in /usr or the interpreter's folders is read; fewer threads than `threads` within those
-20 ms; a bound on all programs together, since each has limits of its own and may use a processor until its time is
-over; that the empty folder of a program goes if the process that waits is killed. As root, a program runs as user 0
-without capabilities, because an interpreter may be readable by root alone. Programs that need what is refused are
-wrong: asyncio (a pair of sockets), multiprocessing, subprocess.
+Not guaranteed: safety from errors in the kernel. Paths outside may become known, since `stat` is not restricted. What
+/usr and the interpreter's folders hold can be read. Within 20 ms a program may have more than `threads` threads. Each
+program has limits of its own; nothing bounds all together. A program's empty folder stays if the process that waits is
+killed. As root, a program runs as user 0 without capabilities, because an interpreter may be readable by root alone.
+Programs that need what is refused are wrong: asyncio (a pair of sockets), multiprocessing, subprocess.
 """
 
 from __future__ import annotations
@@ -87,8 +86,8 @@ class Limits:
 class Outcome:
   """How a program ended, and what it wrote.
 
-  `ended`: "exit" by itself with status 0; "error" with another status or by a signal; "time", "output" or "threads": it
-  was killed at that limit. `replies`: what it wrote to the waiting process, if it was to answer calls.
+  `ended`: "exit" at its end or by sys.exit of any status; "error" by an exception, a signal or otherwise; "time",
+  "output", "threads": killed at that limit. `replies`: what it answered to calls, as bytes.
   """
 
   ended: Literal["exit", "error", "time", "output", "threads"]
@@ -185,8 +184,8 @@ def _libraries() -> list[str]:
 def _watch(processes: Sequence[_Process], main: _Process, seconds: float, tests: int, cap: int) -> tuple[str, float]:
   """Reads what the processes write until `main` ends or a limit is exceeded: (how it ended, seconds).
 
-  The time counts from the moment when every process is confined. `tests` times `seconds` are there in all; each needs a
-  line of replies within `seconds`. Replies may hold `cap` bytes.
+  Time counts from the moment when every process is confined. All tests have `tests` times `seconds`, and each line of
+  replies comes within `seconds`. Replies hold at most `cap` bytes.
 
   Raises:
     SandboxError: a process could not be confined.
@@ -329,7 +328,7 @@ def run_tests(
   """Runs a benchmark's own tests against functions of a program.
 
   Tests and program are confined in two processes. The tests call the program through a pipe and compare what comes
-  back, which is of Python's own types; the program cannot reach the process that judges it.
+  back, values of Python's own types; the program cannot reach its judge.
 
   Args:
     calls: names of the functions that the tests call.

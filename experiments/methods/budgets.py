@@ -14,12 +14,12 @@ from dms_jax.policies import Policy
 from dms_jax.policies.base import row_numbers, with_numbers
 
 RULES = ("paper", "seen")
-GRAIN = 16  # tokens; budgets that are shapes are rounded to a multiple of it, because each one is compiled
+GRAIN = 16  # tokens; budgets that set shapes are rounded to a multiple, because each shape is compiled
 
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-  """What bounds the cache: `cr`, or `tokens` a head; neither: the policy's own numbers do, or nothing.
+  """The bound on a cache: `cr`, or `tokens` a head; without either, the policy's own numbers.
 
   `rule` turns a CR into tokens. "paper": (tokens of the prompt + most new tokens) / CR, rounded up, a fixed number for
   each text (arXiv 2506.05345, appendix H.1). "seen": at any time the tokens seen so far / CR.
@@ -35,11 +35,11 @@ class Budget:
 
   @property
   def follows_length(self) -> bool:
-    """Whether it depends on the most new tokens, so that a shorter text is not the start of a longer one."""
+    """Whether the budget depends on the most new tokens; a shorter text then starts no longer one."""
     return self.cr is not None and self.rule == "paper"
 
   def named(self) -> dict[str, float]:
-    """It as `Record.budget` holds it."""
+    """The bound as `Record.budget`."""
     if self.cr is not None:
       return {"cr": float(self.cr)}
     return {} if self.tokens is None else {"budget": float(self.tokens)}
@@ -148,5 +148,5 @@ def _numbers(policy: Policy, tokens: Sequence[int]) -> dict[str, list[float]]:
 
 
 def most_tokens(policy: Policy, numbers: dict[str, list[float]], longest: int) -> int:
-  """The most slots that a head may need, of all rows, for texts of up to `longest` tokens."""
+  """The most slots that a head of any row may need for texts of up to `longest` tokens."""
   return int(np.max(with_numbers(policy, numbers).capacity(longest))) if numbers else int(policy.capacity(longest))

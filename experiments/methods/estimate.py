@@ -1,4 +1,4 @@
-"""The progress of a long run: how much is done, and how long the rest takes at the speed so far."""
+"""The progress of a long run: the share done, and the time left at the speed so far."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Estimate:
 
     Args:
       what: what runs now.
-      unfinished: work that has been done on things that have not ended.
+      unfinished: work done so far on chains that have not ended.
     """
     now, done = self.now(), min(self.done + unfinished, self.work)
     if now - self.shown < self.every:

@@ -3,9 +3,9 @@
     import experiments.methods.harness                     # registers it; harnesses with entry points need no import
     lm_eval.simple_evaluate(model="dms_jax", model_args="checkpoint=DIR,policy=h2o,cr=4", tasks=[...])
 
-Likelihoods come from `dms_jax.evaluation.likelihood`, texts from `dms_jax.Generator`. Contexts are tokenized, truncated
-from the left and stripped of stop strings as by the harness's own Hugging Face model. Sampling differs: it has no top-k
-cut unless a task sets one, while transformers cuts at 50.
+Likelihoods come from `dms_jax.evaluation.likelihood`, texts from `dms_jax.Generator`. Contexts are tokenized and
+truncated from the left, and texts end at stop strings, as in the harness's Hugging Face model. Sampling differs: top-k
+is off unless a task sets it; transformers takes 50.
 """
 
 from __future__ import annotations
@@ -110,11 +110,11 @@ class DmsJaxLM(TemplateLM):
   Args:
     checkpoint, retrofit, dtype: as `dms_jax.load` takes them; the retrofit's weights serve any policy.
     policy: a name of `dms_jax.policies`, or a policy; default dms for a model with gates, else vanilla.
-    cr, budget, budget_rule: bound the cache: a compression ratio of each text, prompt and most new tokens, or tokens a
-      head (`experiments.methods.budgets.Budget`).
+    cr, budget, budget_rule: the bound on the cache, a compression ratio or tokens a head
+      (`experiments.methods.budgets.Budget`).
     batch_size: rows scored or written together; a number.
     max_batch_size: ignored; it is for automatic sizes.
-    device: None, or where JAX computes anyway.
+    device: None, or the backend that JAX uses.
     max_length: most tokens of a text; default the model's context. Longer contexts lose their beginning.
     max_gen_toks: most new tokens where a task sets none.
     prefill_chunk: prompt tokens that are read at once.
@@ -151,7 +151,7 @@ class DmsJaxLM(TemplateLM):
     fitted(self.dms_model, self.policy, self.budget, [self.max_length])
 
   def _bounded(self, cr: float | None, tokens: int | None, rule: str) -> Budget:
-    """The budget; fills in what follows from it in the policy."""
+    """The budget; sets what follows from it in the policy."""
     name = type(self.policy).__name__
     if tokens is not None and not isinstance(tokens, int):
       raise ValueError(f"budget={tokens} must be a whole number of tokens")
@@ -182,7 +182,7 @@ class DmsJaxLM(TemplateLM):
 
   @property
   def prefix_token_id(self) -> int:
-    """What comes before a text without a context: BOS, or the end token where there is none."""
+    """The token before a text without a context: BOS, or the end token if there is no BOS."""
     return self.eot_token_id if self.tok.bos_token_id is None else self.tok.bos_token_id
 
   def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
@@ -223,7 +223,7 @@ class DmsJaxLM(TemplateLM):
     )
 
   def _scored(self, passages: Sequence[Passage]) -> Iterator[tuple[list[int], list[Scored]]]:
-    """(numbers of passages, their scores), batch by batch; passages of few and of many scored tokens lie apart."""
+    """(numbers of passages, their scores) of each batch; a batch holds passages of one `size_class`."""
     limit = masked(self.policy) if not self.budget.given else self.policy
     if isinstance(limit, Policy):
       groups, _ = fitted(self.dms_model, self.policy, self.budget, [len(row.tokens) for row in passages])

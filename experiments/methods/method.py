@@ -83,7 +83,7 @@ def policy_class(name: str) -> tuple[str, type[Policy]]:
 
 
 def split_retrofits(retrofits: Sequence[str]) -> list[tuple[str, str]]:
-  """(method or "" for all that use gates, folder) of each entry of `--retrofit`: FOLDER or METHOD:FOLDER.
+  """(method or "" for all with gates, folder) of each entry of `--retrofit`: FOLDER or METHOD:FOLDER.
 
   Raises:
     ValueError: an unknown method before the colon.
@@ -98,11 +98,11 @@ def split_retrofits(retrofits: Sequence[str]) -> list[tuple[str, str]]:
 def budgets_of(name: str, policy: Policy, crs: Sequence[float], tokens: Sequence[int], rule: Any) -> list[Budget]:
   """The budgets that a method runs under.
 
-  Methods without a budget run once: Vanilla, and those whose gates decide, such as DMS, which has the CR that it was
+  A method without a budget runs once: Vanilla, or one whose gates decide, such as DMS, which has the CR that it was
   trained for.
 
   Raises:
-    ValueError: a method needs a budget and there is none, or it has one by its own flags beside `--cr` or `--budgets`.
+    ValueError: a method needs a budget and has none, or has one by its own flags and one by `--cr` or `--budgets`.
   """
   if not takes_budget(policy) or name == "dms":
     return [Budget()]
@@ -133,8 +133,8 @@ def build(
 ) -> list[Method]:  # fmt: skip
   """The methods of `--methods`, each with every budget.
 
-  Methods that use gates run each retrofit that is for them alone, else each whose gates were trained for them, else the
-  original if it has such gates itself; the others run the original.
+  A method with gates runs each retrofit given to it alone; else each whose gates were trained for it; else the original
+  if that has such gates. The others run the original.
 
   Args:
     original, origin: the original model and its fingerprint.

@@ -30,18 +30,18 @@ class Record:
     method: the method's name.
     task: the task's name.
     length: T, requested tokens of the prompt; None if the task fixes the length.
-    budget: the bound on the method's cache, by name: `budget` (tokens a head), `cr`, `threshold`; empty if it is dense.
+    budget: the bound on the method's cache, by name: `budget` (tokens a head), `cr`, `threshold`; empty without one.
     chains: W, all chains of the prompt.
     max_tokens: L, most tokens that a chain writes; 0 if given continuations are scored.
     seed: of the prompts and of sampling.
     prompt: the prompt's number or name within its task.
     chain: this chain's number, from 0.
     settings: fingerprints of the task's prompts and of the checkpoint, which together decide the outcome.
-    tokens: tokens read and written; for a question whose choices are read one by one, the mean over the choices.
-    reads: KV reads of the decode steps, mean over layers and heads; None if nothing was decoded.
+    tokens: tokens seen by the cache: all but the last one written; for a question the mean over its rows.
+    reads: KV reads of all decode steps, mean over layers and heads; None if nothing was decoded.
     peak: most tokens held at once, mean over layers and heads; None if nothing was decoded.
     achieved_cr: tokens seen over tokens held at the end of the chain.
-    grades: {metric: value}; higher is better; in per cent unless the metric's name says otherwise.
+    grades: {metric: per cent}, or nats a token: `answer_loglik`; `nll`, `kl`: less is better.
     text: the text written; None if given continuations were scored.
     answer: the canonical answer read from the text, for votes; None if there is none.
   """

@@ -52,9 +52,9 @@ class Job:
     return [len(prompt.tokens) + most for prompt in self.asked]
 
   def work(self, method: Method, prompt: int, most: int) -> int:
-    """Tokens that are read and at most written for a record: a chain of `most` tokens, or a question's passages.
+    """The most tokens read and written for a record: a chain of `most` new ones, or a question's passages.
 
-    A chain that is the start of a longer one takes none of its own.
+    A chain that is the start of a longer one costs 0.
     """
     if self.passages[0]:
       return sum(len(self.passages[0][row].tokens) for row in {row for row, _ in self.passages[1][prompt]})
@@ -71,7 +71,7 @@ def prepare(
   tasks: Sequence[Task], config: TasksConfig, lengths: Sequence[int], tokenizer: Tokenizer, max_positions: int,
   max_tokens: Sequence[int] = (),
 ) -> list[Job]:  # fmt: skip
-  """Reads and lays out all prompts and questions, so that bad input ends the run before any model is loaded.
+  """Reads and lays out all prompts and questions; bad input thus ends a run before any model is loaded.
 
   Args:
     max_tokens: L of the tasks that write; none: each task's own.
@@ -139,7 +139,7 @@ def run(
 
   Args:
     batch: rows that are scored together.
-    width: rows that write together, at least the chains of a prompt.
+    width: rows that write together; least: the chains of a prompt.
     memory: most bytes of the cache of the rows that write; None: unlimited.
     done: records that exist already; these chains are not written again.
     tick: called between steps with the name of the job and method, and the tokens that unfinished chains have written.

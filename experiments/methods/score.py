@@ -34,7 +34,7 @@ def score(
 ) -> Iterator[list[Record]]:  # fmt: skip
   """Scores questions, `batch` at a time, the longest first.
 
-  The blocks and their shapes depend on all questions of the job, so that a resumed run gives the same numbers.
+  All questions of the job decide the blocks and their shapes; a resumed run thus gives the same numbers.
   """
   passages, spans = job.passages
   limit = masked(method.policy)

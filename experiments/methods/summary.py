@@ -16,7 +16,7 @@ from experiments.methods.records import Record
 from experiments.methods.score import TEXT
 
 ACCURACY = "accuracy"  # the metric of answers that are right, 100, or wrong, 0
-SUBSETS = 500  # of chains that vote; more are sampled
+SUBSETS = 500  # subsets of chains that vote; of more, so many are sampled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Entry:
     samples: number of prompts.
     mean, standard_error: over samples; the error is None for fewer than two samples or if none is estimated.
     difference, difference_se: method - baseline, paired sample by sample; None for the baseline itself.
-    tokens, reads, peak: means over prompts, of `chains` chains together (see `Record`).
-    achieved_cr: 1 / the mean over samples of tokens held over tokens seen.
-    chains: W chains that the metric takes; 1 for a mean over chains, whatever their number.
+    tokens, reads, peak: `chains` times the mean over all chains (see `Record`).
+    achieved_cr: 1 / the mean over all chains of tokens held over tokens seen.
+    chains: W chains that the metric takes; 1 for a mean over any number.
     budget: as in `Record`.
   """
 
@@ -78,9 +78,9 @@ def best_of(grades: Sequence[float], width: int) -> float:
 
 
 def vote(answers: Sequence[str | None]) -> int | None:
-  """The number of the first chain that gives the most frequent answer; of equally frequent ones the first wins.
+  """The index of the first chain with the most frequent answer; among equally frequent ones the first wins.
 
-  Chains without an answer do not vote. None if no chain has one.
+  A chain without an answer does not vote. None if none has one.
   """
   counts: dict[str, int] = {}
   for answer in answers:
@@ -90,9 +90,9 @@ def vote(answers: Sequence[str | None]) -> int | None:
 
 
 def majority(grades: Sequence[float], answers: Sequence[str | None], width: int) -> float:
-  """The mean grade of the answer that `width` chains vote for, over all subsets of chains.
+  """The grade of the answer that `width` chains vote for, mean over all subsets of chains.
 
-  More than `SUBSETS` subsets are sampled, always the same ones. Without any answer the grade is 0.
+  Of more than `SUBSETS` subsets that many are sampled, always the same. No answer gives 0.
   """
   count = len(grades)
   if math.comb(count, width) <= SUBSETS:
@@ -140,8 +140,8 @@ def _by_prompt(chains: Sequence[Record]) -> dict[int | str, list[Record]]:
 def summarise(records: Sequence[Record], baseline: str, widths: Sequence[int] = ()) -> list[Entry]:
   """Entries of all records; differences from `baseline` are over the prompts that both methods answered.
 
-  Tasks, lengths, metrics and methods keep the order in which they first come. A prompt of which only some chains have
-  ended counts for the W that it has chains for. `nll` of a text becomes its perplexity, with errors to first order.
+  Tasks, lengths, metrics and methods keep the order in which they first come. An unfinished prompt counts for each W up
+  to its chains. `nll` becomes perplexity, with errors to first order, a difference's for a fixed baseline.
 
   Args:
     widths: numbers W of chains to summarise, besides all chains that the records have.

@@ -44,7 +44,7 @@ class Trace:
   Fields:
     method, task, length, budget, chains, max_tokens, prompt, chain: of the chain's `Record`.
     read: tokens of the prompt; the others are written.
-    tokens: text of each token. Tokens that share a character have it at the last of them.
+    tokens: text of each token. A character of several tokens stands at the last of them.
     held: for each token the share of (layer, KV head) pairs that hold it, 0 to 1. The window counts as held. A token
       that a policy merged into another is not held.
     retention: [L][K], share of the chain's tokens that each KV head holds, 0 to 1.
@@ -168,8 +168,8 @@ def append(path: Path, traces: Iterable[Trace]) -> None:
 def add(path: Path, job: Any, method: Method, tokenizer: Tokenizer, records: Sequence[Record], prompts: int) -> None:
   """Appends the traces of a method on a job that the file lacks: of the first `prompts` prompts, at the largest L.
 
-  The first chain of each is traced. Its tokens are those of the prompt and of the text, which is tokenized again, so a
-  token that was sampled otherwise than the tokenizer writes it can differ.
+  The first chain of each is traced. The prompt's tokens are known; the text is tokenized again and may then differ from
+  the tokens sampled.
 
   Args:
     job: as `experiments.methods.run.prepare` makes it; nothing is traced if it only scores given continuations.

@@ -1,4 +1,4 @@
-"""Writes after prompts under a method: chains in one `Generator`, those of a prompt sharing it."""
+"""Writes chains under a method in one `Generator`; the chains of a prompt share its pages."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def write(
 ) -> Iterator[list[Record]]:  # fmt: skip
   """Writes the chains of `wanted`, (prompt, chain, most new tokens), and yields their records as chains end.
 
-  A chain with fewer new tokens is the start of the same chain with more, token by token and count by count, unless the
-  budget depends on that number; then each number is written apart.
+  A chain of fewer new tokens is the start of the same chain of more, in tokens and usage. Where the budget depends on
+  the most new tokens, each number is written apart.
   """
   cuts = [(most,) for most in job.max_tokens] if method.given.follows_length else [job.max_tokens]
   width = max(width, job.chains)
@@ -73,8 +73,8 @@ def _write_group(
   """`write` for the prompts of one group, up to `most` new tokens."""
   key_of = lambda number, chain: jax.random.fold_in(jax.random.fold_in(jax.random.key(job.seed), number), chain)
   generator = _generator(job, method, group, tokenizer, most, width, memory)
-  running: dict[int, tuple[int, list[int]]] = {}  # ticket -> prompt, its chains; a chain that has ended is -1
-  cuts: dict[int, dict[int, list[int]]] = {}  # prompt -> chain -> numbers of tokens, in order
+  running: dict[int, tuple[int, list[int]]] = {}  # ticket -> prompt, its chains; an ended chain is -1
+  cuts: dict[int, dict[int, list[int]]] = {}  # prompt -> chain -> most new tokens, in order
   for prompt, chain, cut in sorted(wanted):
     cuts.setdefault(prompt, {}).setdefault(chain, []).append(cut)
   for place, number in enumerate(group.rows):

@@ -49,7 +49,7 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-  """Numbers 1, 2, 5 (1 alone over more than two decades) times powers of ten within low .. high; at least two."""
+  """Two to five round numbers within low .. high; the ends themselves if there are no three round ones."""
   powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
   for factors in (1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), tuple(1 + i / 10 for i in range(90)):
     found = [factor * 10.0**power for power in powers for factor in factors if low <= factor * 10.0**power <= high]

@@ -13,7 +13,7 @@ from experiments.tasks.retrieval import RetrievalTask
 
 @plots.picture
 def tasks(plt, entries: Sequence[Entry], baseline: str, title: str) -> Any:
-  """Scores against length, a panel for each task that has lengths, and bars for every other metric."""
+  """A panel of score against length for each task with lengths, and bars for all other tasks."""
   short = short_names(list(dict.fromkeys(entry.method for entry in entries)))
   others = [method for method in short if method != baseline]
   styles = {baseline: (f"{baseline}, dense", plots.DENSE)}

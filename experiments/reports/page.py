@@ -23,7 +23,7 @@ from experiments.reports.tables import note
 from experiments.tasks.base import Task
 
 TEMPLATES = Path(__file__).parent / "templates"
-# Upper ends of the shades of a chain's text, shares of the heads that hold a token; shade 0 is what no head holds.
+# Upper ends of the shades of a chain's text: shares of heads that hold a token; shade 0 is for tokens no head holds.
 # Methods that keep a fourth or an eighth of the tokens need fine steps at the low end.
 SHADES = (0.0, 0.1, 0.2, 0.35, 0.6, 1.0)
 LONGEST = 22  # characters of a method's name in a chart
@@ -40,7 +40,7 @@ def short_name(name: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """A row of a table: its name with the method's style, what stands small after the name, and its cells.
+  """A row of a table: its name in the method's style, `detail` in small type after it, and its cells.
 
   A cell is a text, or (text, True) to stress it.
   """
@@ -59,7 +59,7 @@ class Table:
     caption: what it shows.
     columns: names of the columns, with units; the first is that of the rows' names. All others hold numbers, except
       those in `words`.
-    groups: (title, columns) of the head's upper row, which spans columns; empty: there is none.
+    groups: (title, columns spanned) of an upper row of the head; empty: there is none.
   """
 
   caption: str

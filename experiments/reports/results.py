@@ -22,7 +22,7 @@ from experiments.tasks import TASKS
 CONFIG, RECORDS, SUMMARY = "config.json", "records.jsonl", "summary.json"
 BASELINES = ("vanilla", "original")  # names of the dense method, in order of preference
 MAIN = ("accuracy", "score", "acc_norm", "acc")  # a task's main metric is the first of these that it has
-# Costs of a prompt on the axes of the trade-off: fields of a record, summed over the prompt's chains.
+# Costs of a prompt: fields of a record, summed over the prompt's chains. No record has `seconds` yet.
 AXES = {"reads": "KV reads a problem", "peak": "peak tokens a problem", "seconds": "seconds a problem"}
 AXIS_NAMES = {**AXES, "held": "tokens held at the end"}
 LOWER_COST = {"reads": "KV reads", "peak": "peak tokens", "seconds": "time", "held": "tokens held"}

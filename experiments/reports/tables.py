@@ -48,7 +48,7 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
 
 
 def with_error(metric: str, mean: float, error: float | None, sign: str = "") -> str:
-  """A value and its standard error: "12.3 +- 0.4"; two digits for perplexity, three and more for nats."""
+  """A value and its standard error: "12.3 +- 0.4"; perplexity has three digits, nats three or four."""
   digits = {"answer_loglik": 3, "perplexity": 3, "kl": 4}.get(metric, 1)
   return f"{mean:{sign}.{digits}f}" + ("" if error is None else f" +- {error:.{digits}f}")
 
@@ -65,7 +65,7 @@ def note(baseline: Entry, task: type[Task]) -> str:
 def scores(entries: Sequence[Entry], baseline: str, tasks: Mapping[str, type[Task]]) -> str:
   """Methods on tasks: each metric's score first, then its difference from the baseline.
 
-  L, most new tokens, and the KV reads and peak tokens of the chains that a score takes, where there are any.
+  Columns L (most new tokens), KV reads and peak tokens of a score's chains are shown if any entry has them.
 
   Args:
     tasks: the task classes by name, which have the scores of random answers.

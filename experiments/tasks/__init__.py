@@ -1,4 +1,4 @@
-"""Tasks on which methods are compared: one file for each, and one line here."""
+"""Tasks on which methods are compared: each has one file, and a line here."""
 
 from experiments.tasks.aime24 import AIME24 as AIME24
 from experiments.tasks.arc_challenge import ARCChallenge as ARCChallenge

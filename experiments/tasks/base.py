@@ -20,7 +20,7 @@ TASKS: dict[str, type[Task]] = {}
 
 
 def register(cls: type[T]) -> type[T]:
-  """Class decorator: makes a task a frozen dataclass and available by its `name`, or else its lower-case class name."""
+  """Class decorator: makes a task a frozen dataclass and registers its `name`, by default its class's in lower case."""
   cls.name = vars(cls).get("name", cls.__name__.lower())
   TASKS[cls.name] = cls = dataclasses.dataclass(frozen=True)(cls)
   return cls
@@ -46,12 +46,12 @@ class TasksConfig:
   instruct models. "raw" is plain text, as RULER does for base models. "auto" is "chat" if the tokenizer has a chat
   template, else "raw". Likelihood tasks are always plain text, as in lm-evaluation-harness.
 
-  A task that writes gives as many texts for each prompt as the largest of `chains`, W; for a smaller W of the list the
-  summary takes all subsets of them. They are sampled at `temperature` from the likeliest tokens
-  whose probabilities sum to `top_p`; temperature 0 is greedy, and `top_p` then changes nothing. The paper samples
-  Qwen3 at temperature 0.6 and top-p 0.95 (arXiv 2506.05345, table 2), which DeepSeek recommends for its R1 models too.
+  The model writes W chains for each prompt, W the largest of `chains`; for a smaller W the summary averages over
+  subsets of them. Tokens are sampled at `temperature` from the fewest likeliest whose probabilities reach `top_p`;
+  temperature 0 is greedy and ignores `top_p`. The paper samples Qwen3 at temperature 0.6 and top-p 0.95
+  (arXiv 2506.05345, table 2), which DeepSeek recommends for its R1 models too.
 
-  `allow_code`: tasks that run programs written by the model do so only with this flag.
+  `allow_code` permits tasks that run programs written by the model.
   """
 
   tasks: tuple[str, ...] = ()
@@ -80,8 +80,8 @@ class TasksConfig:
 class Task:
   """The common base of both kinds of task.
 
-  `chance`: the score of random answers, for the metrics that have one. `floor`: the score of the baseline below which
-  other methods' scores say little.
+  `chance`: the score of random answers, for the metrics that have one. `floor`: differences from a baseline that scores
+  below it say little.
   """
 
   name: ClassVar[str]

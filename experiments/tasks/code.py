@@ -1,4 +1,4 @@
-"""Base of the tasks whose answers are programs: prompts, permission to run them, grading."""
+"""The base of tasks whose answers are programs: prompts, permission to run, grading."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """GPQA Diamond (Rein et al. 2023): questions of graduate level, answered in writing by a letter.
 
 Read from gpqa_diamond.csv, or from the hub: `--gpqa.data=hub:Idavidrein/gpqa`, where its terms must be accepted first.
-The right choice's place is sampled by the seed and the question's number, the same for all methods and chains. The
-prompt is that of Open-R1, adapted there from OpenAI's simple-evals.
+The seed and the question's number decide the place of the right choice, for all methods and chains. The prompt is that
+of Open-R1, adapted there from OpenAI's simple-evals.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ A chat model gets the message and the first words of the answer that lm-evaluati
 or with `--humaneval.free` no first words: it may then think, and the last fenced block of its text counts. A plain text
 is HumanEval's prompt itself, whose continuation ends where the paper's stop strings are. MBPP's message is the paper's.
 
-The tests run in a process that the program cannot reach, so functions exchange Python's own values alone: tests that
-hand over functions or objects of a class of the solution (a few of MBPP, which need `test_setup_code`) count as wrong.
+The tests run in a process that the program cannot reach, and exchange only Python's own values with it. Tests that pass
+functions or objects of the solution's classes (a few of MBPP, which need `test_setup_code`) count as wrong.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """LiveCodeBench (Jain et al. 2024, arXiv 2403.07974): problems of programming contests.
 
 Read from files of code_generation_lite or code_generation as the hub has them, JSON lines: question_content,
-starter_code, platform, contest_date, metadata, public_test_cases and private_test_cases. Problems whose contest lies in
-a window are asked. The default window is that of the DMS paper, August 2024 to January 2025. Its problems came with
-release 4 and 5 of code_generation_lite: `--livecodebench.data=hub:livecodebench/code_generation_lite/test4.jsonl,...`.
+starter_code, platform, contest_date, metadata, public_test_cases and private_test_cases. Problems with a contest in a
+window are asked, by default the DMS paper's, August 2024 to January 2025. Its problems came with releases 4 and 5:
+`--livecodebench.data=hub:livecodebench/code_generation_lite/test4.jsonl,hub:...`, each file with its own `hub:`.
 
 Prompts, the place of the program in a text, the comparison of outputs and the 6 s for each test are those of
 LiveCodeBench's own harness (lcb_runner).

@@ -7,9 +7,9 @@ essay read from a file, or needles that are not asked for. RULER's tasks are set
 | RULER               | here                                                                                  |
 | ------------------- | ------------------------------------------------------------------------------------- |
 | niah_single_1       | `needle`                                                                              |
-| niah_single_2, _3   | `needle` with `--needle.essay=FILE`, and `--needle.value_kind=uuids`                  |
+| niah_single_2, _3   | `needle` with `--needle.essay=FILE`; _3 with `--needle.value_kind=uuids` too          |
 | niah_multikey_1     | `needle_multikey` with `--needle_multikey.essay=FILE`                                 |
-| niah_multikey_2, _3 | `needle_multikey` with keys=1, haystack=needles, and both kinds uuids                 |
+| niah_multikey_2, _3 | `needle_multikey` with keys=1 and haystack=needles; _3 with both kinds uuids too      |
 | niah_multivalue     | `needle_multivalue` with `--needle_multivalue.essay=FILE`                             |
 | niah_multiquery     | `needle_multiquery` with `--needle_multiquery.essay=FILE`                             |
 

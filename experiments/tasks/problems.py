@@ -1,4 +1,4 @@
-"""Problems that a model solves in writing, each with one right answer."""
+"""Tasks of problems with one right answer, which the model writes."""
 
 from __future__ import annotations
 

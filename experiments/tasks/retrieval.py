@@ -1,4 +1,4 @@
-"""Retrieval: prompts of a given length that hide their answer."""
+"""Retrieval tasks: prompts of a given length that hide facts."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def most_units(count: Callable[[int], int], limit: int, smallest: int, largest: 
 def prompts(
   task: RetrievalTask, config: TasksConfig, tokenizer: Tokenizer, length: int, max_positions: int
 ) -> list[Prompt]:
-  """The prompts of one length: as much noise as fits `length` tokens, less if the answer would exceed the context.
+  """The prompts of one length: as much noise as fits `length` and leaves the context room for the task's L.
 
   Prompt i hides the same facts at every length. The answer is not part of the length, unlike in RULER.
 
