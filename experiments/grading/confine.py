@@ -74,7 +74,6 @@ CHECKED = {
 }
 O_READ_AND_TRUNCATE = os.O_ACCMODE | os.O_TRUNC  # read-only, yet it truncates, and Landlock before ABI 3 lets it
 EPERM, ENOSYS, NEW_SYSCALLS = 1, 38, 424  # libc falls back to older calls where newer ones give ENOSYS
-CLONE3 = 435
 
 
 class Bounds(NamedTuple):

@@ -107,7 +107,9 @@ class _Worker:
       if self.connection.poll(START_S) and self.connection.recv_bytes() == b"ready":
         return
     self.close()
-    raise RuntimeError(f"the process that grades maths answers did not start within {START_S:g} s")
+    raise OSError(
+      f"the process that grades maths answers did not start within {START_S:g} s: is the machine overloaded?"
+    )
 
   def close(self) -> None:
     """Ends the process, if there is one."""
@@ -213,7 +215,8 @@ def _serve(connection: Connection) -> None:
       kind, *texts = json.loads(connection.recv_bytes())
       # Should the parent be gone, nobody kills the process: it ends itself by the time that it computes.
       used = sum(os.times()[:2])
-      resource.setrlimit(resource.RLIMIT_CPU, (int(used + 2 * LIMIT_S), resource.RLIM_INFINITY))
+      most, hard = int(used + 2 * LIMIT_S), resource.getrlimit(resource.RLIMIT_CPU)[1]
+      resource.setrlimit(resource.RLIMIT_CPU, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
       try:
         reply = kinds[kind](*texts)
       except Exception:  # of sympy, MemoryError and RecursionError too

@@ -96,6 +96,7 @@ def prepare(
         about = [config.temperature, *((prompt.text, prompt.references) for prompt in prompts)]
         about += [{"top_p": config.top_p}] if config.top_p < 1 and config.temperature else []
         about += [{"stop": task.stop}] if task.stop else []
+        about += [{name: getattr(task, name) for name in task.graded_by}] if task.graded_by else []
         jobs.append(Job(
           task, length, prompts, config.seed, program.fingerprint(about), max(config.chains), config.temperature,
           config.top_p, most,

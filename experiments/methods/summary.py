@@ -179,11 +179,11 @@ def _entry(chains, metric, count, most, values, is_base, base) -> Entry:
     difference, difference_se = float(paired.mean()), standard_error(paired)
   if first.task == TEXT and metric == "nll":
     metric, mean, error = "perplexity", math.exp(mean), None if error is None else error * math.exp(mean)
-    if difference is not None:
-      difference, difference_se = (
-        mean * -math.expm1(-difference),
-        None if difference_se is None else mean * difference_se,
-      )
+    if difference is not None:  # of exponentials of means; its error by the delta method, paired
+      both = np.array([(values[prompt], base[prompt]) for prompt in values if prompt in base])
+      own_mean, base_mean = np.exp(both.mean(axis=0))
+      difference = float(own_mean - base_mean)
+      difference_se = standard_error(both @ np.array([own_mean, -base_mean]))
   used = {name: _mean([getattr(record, name) for record in chains]) for name in ("tokens", "reads", "peak")}
   return Entry(
     first.method, first.task, first.length, metric, len(own), mean, error, difference, difference_se, chains=count,

@@ -334,15 +334,19 @@ def collect(runs: Sequence[Run], baseline: str = "") -> Results:
     raise ValueError(f"--baseline={baseline}: no run has this method; there are {', '.join(names)}")
   baseline = baseline or next((name for name in BASELINES if name in names), next(iter(names)))
   short = short_names(list(names))
-  renamed = lambda each: dataclasses.replace(each, method=short.get(each.method, each.method))
+  renamed = lambda found: [dataclasses.replace(each, method=short.get(each.method, each.method)) for each in found]
+  runs = [
+    dataclasses.replace(run, **{name: renamed(getattr(run, name)) for name in ("records", "entries", "traces")})
+    for run in runs
+  ]
   groups: dict[tuple, list[Record]] = {}
   texts: dict[str, list[Entry]] = {}
   for run in runs:
     for record in run.records:
-      groups.setdefault((run.model, record.task, record.length), []).append(renamed(record))
+      groups.setdefault((run.model, record.task, record.length), []).append(record)
     for entry in run.entries:
-      if renamed(entry) not in texts.setdefault(run.model, []):
-        texts[run.model].append(renamed(entry))
+      if entry not in texts.setdefault(run.model, []):
+        texts[run.model].append(entry)
   widths = sorted({width for run in runs for width in _widths(run)})
   panels = []
   for (model, task, length), chains in groups.items():
@@ -351,6 +355,6 @@ def collect(runs: Sequence[Run], baseline: str = "") -> Results:
     points = _points(chains, short[baseline], widths, best_of_all)
     single = next((point for point in points if point.setting.chains == 1), points[0])
     panels.append(Panel(model, task, length, single.metric, points))
-  found = [(run.model, renamed(each)) for run in runs for each in run.traces]
+  found = [(run.model, each) for run in runs for each in run.traces]
   methods = sorted(short.values(), key=lambda name: name != short[baseline])
-  return Results(list(runs), panels, list(texts.items()), found, methods, short[baseline])
+  return Results(runs, panels, list(texts.items()), found, methods, short[baseline])

@@ -18,7 +18,6 @@ PALETTE = (
 )  # fmt: skip
 MARKERS = ("circle", "square", "triangle", "diamond", "wedge", "cross", "hexagon", "bar")  # names of `charts.MARKS`
 UNITS = {"answer_loglik": "nats a token", "kl": "nats a token", "perplexity": ""}
-LOWER = ("kl", "perplexity")  # metrics whose lower values are better
 MINUS = "\u2212"
 DIGITS = {"answer_loglik": 3, "perplexity": 3, "kl": 4}
 LONG = {

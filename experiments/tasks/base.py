@@ -69,6 +69,8 @@ class TasksConfig:
     for name, least in (("limit", 0), ("temperature", 0)):
       if (value := getattr(self, name)) < least:
         raise ValueError(f"--{name}={value} must be {least} or more")
+    if twice := sorted({name for name in self.tasks if self.tasks.count(name) > 1}):
+      raise ValueError(f"--tasks: {twice[0]} is named twice")
     if min(self.chains, default=0) < 1:
       raise ValueError(f"--chains={','.join(map(str, self.chains))} must be 1 or more")
     if not 0 < self.top_p <= 1:
@@ -122,7 +124,7 @@ class WritingTask(Task):
 
   `new_tokens`: L, the most tokens of a text, unless `--max_tokens` says otherwise. `stop`: strings that end a text and
   are cut off. `best_of_all`: of several chains, one that is right makes the prompt right (pass@all, for programs);
-  otherwise the chains vote by their `answer`.
+  otherwise the chains vote by their `answer`. `graded_by`: settings that change grades, not prompts.
 
   Prompts of a `sized` task are made for a given length; the data decide the length of other prompts. The main metric of
   a task whose answers are right or wrong is "accuracy": 100 or 0.
@@ -131,6 +133,7 @@ class WritingTask(Task):
   new_tokens: ClassVar[int]
   stop: ClassVar[tuple[str, ...]] = ()
   best_of_all: ClassVar[bool] = False
+  graded_by: ClassVar[tuple[str, ...]] = ()
   sized: ClassVar[bool] = False
 
   def prompts(self, config: TasksConfig, tokenizer: Tokenizer, length: int, max_positions: int) -> list[Prompt]:

@@ -31,6 +31,7 @@ class CodeTask(WritingTask):
 
   metrics = ("accuracy",)
   best_of_all = True
+  graded_by = ("seconds", "memory")
   seconds: ClassVar[float]
   memory: ClassVar[int]
 
