@@ -64,7 +64,7 @@ class ModelConfig:
 
 
 Objective = Literal["dms", "trimkv", "kvzap", "dmc"]
-# What a field of `DMSConfig` is where it is not given, by objective.
+# Defaults of `DMSConfig` that depend on the objective.
 GATE_DEFAULTS: dict[str, dict[str, Any]] = {
   "dms": {"gate": "adapter", "scale": 100.0, "offset": 5.0, "shift": 1},
   "trimkv": {"gate": "mlp", "scale": 1.0, "offset": -10.0, "shift": 0},
@@ -75,20 +75,20 @@ GATE_DEFAULTS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class DMSConfig:
-  """A model's eviction gates and the meaning of their decisions (arXiv 2506.05345, section 3 and appendix C).
+  """A model's gates and the meaning of their logits (arXiv 2506.05345).
 
-  `objective`: what the gates were trained for, and so the policy that reads them: "dms", "trimkv" (a logit's sigmoid is
-  the token's retention, arXiv 2512.03324), "kvzap" (a logit is the token's score, arXiv 2601.07891) or "dmc" (the K
-  logits that decide to merge are followed by K, whose negative's sigmoid is the importance, arXiv 2403.09636). It
-  decides the fields that are None (`GATE_DEFAULTS`): DMS's decisions are about the token before, by an adapter; the
-  others' are about the token itself.
+  `objective`: what the gates were trained for, and so the policy that reads them. "dms": a logit above the threshold
+  evicts. "trimkv": a logit's sigmoid is the token's retention beta (arXiv 2512.03324). "kvzap": a logit is the token's
+  score (arXiv 2601.07891). "dmc": K logits decide to merge, and of K more the negative's sigmoid is the importance
+  omega (arXiv 2403.09636). It sets the fields that are None (`GATE_DEFAULTS`): by default DMS's decisions are about the
+  token before, by an adapter; the others' logits are about the token itself.
 
   `gate`: "neuron" reads the last channel of each group's first query head. The others read the residual stream after a
-  norm of their own: "adapter" projects it, "linear" adds a bias, "mlp" has one hidden layer of `hidden` units. A gate
-  logit is `scale * raw - offset`. Token t decides whether token t - `shift` is evicted. `window` is W: an evicted
-  token stays visible to the next W tokens. `granularity` "layer": KV head 0 decides for its whole layer. `eviction`:
-  "delayed" decides about a token on its arrival and evicts it W tokens later. "immediate", the paper's ablation
-  (section 5.3), decides when the token leaves the window and evicts it at once: token t decides about t - `shift` - W.
+  norm of their own: "adapter" projects it, "linear" also adds a bias, "mlp" has one hidden layer of `hidden` units. A
+  gate logit is `scale * raw - offset`. Token t decides about token t - `shift`. `window` is W: an evicted token stays
+  visible to the next W tokens. `granularity` "layer": KV head 0 decides for its whole layer. `eviction` "delayed"
+  decides about a token on its arrival and evicts it W tokens later. "immediate", an ablation of the paper, decides when
+  the token leaves the window and evicts it at once: token t decides about t - `shift` - W.
   """
 
   gate: Literal["adapter", "neuron", "linear", "mlp"] = None  # type: ignore[assignment]
@@ -131,7 +131,7 @@ class DMSConfig:
       raise ValueError(f"dms.eviction={self.eviction!r} must be 'delayed' or 'immediate'")
 
   def lag(self, window: int | None = None) -> int:
-    """Tokens from the token that a decision evicts or keeps to the token that computes it; 0 to W + 1.
+    """Tokens from the one that a decision is about to the one that computes it; 0 to W + 1.
 
     Args:
       window: overrides the config's.

@@ -1,8 +1,7 @@
 """Eviction gates: one logit per KV head and token, about the token `shift` places before.
 
-Source: arXiv 2506.05345, section 3.1 and appendix C; the scale of 100 is the released code's. Logits are always
-computed in float32: at a scale of 100, bfloat16 rounding would flip decisions. Gates trained for other methods give
-logits that these methods read as they need (`DMSConfig.objective`).
+Source: arXiv 2506.05345; the scale of 100 is the released code's. Logits are always computed in float32: at a scale of
+100, bfloat16 rounding would flip decisions. `DMSConfig.objective` says what another method's gates mean.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from jaxtyping import Array, Float
 from dms_jax.config import DMSConfig, ModelConfig
 from dms_jax.layers import rms_norm
 
-# Of the hidden layer of an MLP gate: TRIM-KV takes the model's, KVzap its own.
+# Of an MLP gate's hidden layer, by objective: TRIM-KV takes the model's, KVzap's is GELU.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   "dms": jax.nn.silu,
   "trimkv": jax.nn.silu,
@@ -35,12 +34,12 @@ def gate_logits(
   *,
   fused: bool = False,
 ) -> Float[Array, "B K T"]:
-  """Gate logits of one layer, `scale * raw - offset`, float32 (arXiv 2506.05345, section 3.1); 2 K a token for DMC.
+  """Gate logits of one layer, `scale * raw - offset`, float32; 2 K a token for the objective "dmc".
 
   Args:
     layer: the layer's parameters; the adapter gate reads `dms_norm` [D] and `dms_proj` [K, D], a linear gate also
       `dms_bias` [K], and an MLP `dms_fc` [E, D], `dms_fc_bias` [E], `dms_proj` [K, E] and `dms_bias`.
-    x: the residual stream before the layer's input norm.
+    x: the residual stream before the attention's norm.
     q: queries after q_norm and before RoPE, float32 for the neuron gate.
     fused: computes norm and projection in one reduction, for T = 1 (`Execution.fused_gate`).
   """
@@ -87,7 +86,7 @@ def _fused_adapter(x: Float[Array, "*L B 1 D"], weight: Float[Array, "*L K D"], 
 def clear_neuron(
   config: ModelConfig, q: Float[Array, "B T N H"], kept: Float[Array, ""] | None = None
 ) -> Float[Array, "B T N H"]:
-  """Sets the neuron gate's channel to 0: the last channel of each group's first query head, before and after RoPE.
+  """Sets the neuron gate's channel to 0, the last of each group's first query head; called before and after RoPE.
 
   Args:
     kept: factor in 0 .. 1 that multiplies the channel while a retrofit fades it out; None means 0.

@@ -2,19 +2,19 @@
 
     cache = cache.prune(policy, lengths > 0)                     # before a decode step, if the policy prunes
     plan = cache.plan(policy, lengths, num_tokens[, remaining])  # before the layers: where everything goes, who stalls
-    out, carry, state, seen = cache.attend(plan, policy, layer, carry, state, q, k, v, evict)    # in layer `layer`
+    out, carry, state, usage = cache.attend(plan, policy, layer, carry, state, q, k, v, evict[, logits])  # in a layer
     cache = cache.commit(plan, carry, states[, evict])           # after the layers
 
-`carry` starts as `cache.layer_carry()`: the arrays too large to copy, with all layers, updated in place as they pass
-through the layers. `state` is the layer's part of `cache.layer_state()`, small arrays with a leading L.
+`carry` starts as `cache.layer_carry()`: the arrays too large to copy, with all layers, updated in place from layer to
+layer. `state` is the layer's part of `cache.layer_state()`, small arrays with a leading L.
 
 `evict` holds decisions, bool, indexed by the token that computes them. `attend` takes those of one layer, [B, K, T]. If
 `cache.can_decide_late`, a decode step may pass None to `attend` and the decisions of all layers, [L, B, K, 1], to
 `commit`.
 
 `plan.stalled` marks the rows without free slots: they take no token in this step and stay unchanged. A step of several
-tokens is a chunk of a prompt. A step of one token is a decode step, unless `remaining` is given and the policy compacts
-prompts: then it is a chunk, too. A cache refuses chunks under a policy with `exact_prefill`; `model.cached_forward`
+tokens is a chunk of a prompt. A step of one token is a decode step, unless `remaining` is given and the policy
+`compacts`: then it is a chunk, too. A cache refuses chunks under a policy with `exact_prefill`; `model.cached_forward`
 feeds it one token at a time.
 """
 
@@ -32,8 +32,7 @@ from dms_jax.execution import Execution
 from dms_jax.policies import Observation, Policy
 from pallas_kernels.paged.format import floats
 
-# Each new shape is a compilation, so a cache grows by a factor of GROWTH, or less if its texts need less, to a multiple
-# of SLOTS.
+# Each new shape is compiled, so a cache grows by a factor of GROWTH, to a multiple of SLOTS; less if texts need less.
 SLOTS, GROWTH = 256, 1.5
 
 
@@ -58,7 +57,7 @@ class Plan:
 
 @struct.dataclass
 class Usage:
-  """KV usage of one layer in one step.
+  """Cache usage of one layer in one step.
 
   Attributes:
     live: int32 [B, K], tokens held after the step.
@@ -76,7 +75,7 @@ class Cache(Protocol):
   Attributes:
     seen: int32 [B], tokens that each row has read.
     window: W in tokens.
-    lag: a decision computed at token t is about token t - lag.
+    lag: the decision that token t computes is about token t - lag.
     slots: the most slots that a head has.
     nbytes: bytes allocated.
 
@@ -158,10 +157,10 @@ class Cache(Protocol):
     ...
 
   def prune(self, policy: Policy, active: Bool[Array, "B"]) -> Cache:
-    """The cache before a decode step, its rows compacted that are `active` and, by the policy, due.
+    """The cache before a decode step, with the rows cut that are `active` and that the policy says are due.
 
-    Archives stay in text order. Pages that become empty stay their heads' own, for later tokens, until a chunk of a
-    prompt gives them back: a head that is pruned needs no more of them than before.
+    Archives stay in text order. Pages that become empty stay with their heads, for later tokens, until a chunk of a
+    prompt gives them back: a head that was cut needs no more of them than before.
     """
     ...
 
@@ -283,14 +282,14 @@ def rows_of(k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], dtype) -> Sh
 def blended(
   old: Shaped[Array, "*rows width"], new: Shaped[Array, "*rows width"], weight: Float[Array, "*rows"]
 ) -> Shaped[Array, "*rows width"]:
-  """(1 - weight) old + weight new, rows as `new` is stored; at weight 1 `new`, bit for bit."""
+  """(1 - weight) old + weight new, in the storage dtype of `new`; at weight 1 `new`, bit for bit."""
   weight = weight[..., None]
   mixed = (1 - weight) * floats(old).astype(jnp.float32) + weight * floats(new).astype(jnp.float32)
   return jnp.where(weight >= 1, new, packed(mixed, new.dtype))
 
 
 def group_mean(mass: Float[Array, "B K S"], q: Float[Array, "B T N H"]) -> Float[Array, "B K S"]:
-  """The mean over the G query heads of each KV head, from `mass`, their sum."""
+  """The mean over the G query heads of each KV head; `mass` is their sum."""
   return mass * (mass.shape[1] / q.shape[2])
 
 
@@ -300,7 +299,7 @@ def empty_memory(policy: Policy, lead: tuple[int, int, int], group: int, head_di
 
 
 def queries_of(q: Float[Array, "B T N H"], heads: int) -> Float[Array, "B K G T H"]:
-  """Queries by KV head: `Policy.remember` and observations see them so."""
+  """Queries by KV head, as `Policy.remember` and `Observation` have them."""
   b, t, n, h = q.shape
   return jnp.transpose(q.reshape(b, t, heads, n // heads, h), (0, 2, 3, 1, 4))
 

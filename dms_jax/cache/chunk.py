@@ -1,8 +1,8 @@
 """A chunk of a prompt in one layer of a ring cache: sparse prefill, then compaction.
 
 The chunk's queries attend to the archive, the ring and the chunk at once. Tokens that the chunk pushes out of the
-window are appended to the archive unless they were evicted. A policy that compacts decides instead which of all tokens
-outside the window stay. Pruning between decode steps is the same for a chunk of no tokens.
+window are appended to the archive unless they were evicted. A policy that `compacts` decides instead which of all
+tokens outside the window stay; one that `replays` retires them in turn. Pruning is a cut after a chunk of no tokens.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Window(NamedTuple):
     real: bool [B, X], whether there is such a token.
     slot: int32 [B, X], the token's slot of the ring.
     rows: [B, K, X, 2H], keys and values in the storage dtype.
-    evicted: bool [B, K, X], the decision about the token; False where it is not known yet.
+    evicted: bool [B, K, X], the decision about the token; False if it is not known yet.
     stays: bool [B, X], whether the token is in the window after the chunk.
   """
 
@@ -127,7 +127,7 @@ def pruned(
   cache: RingCache, policy: Policy, layer: Int[Array, ""], due: Bool[Array, "B"], carry: LayerCarry,
   archived: Int[Array, "L B K"],
 ) -> tuple[LayerCarry, Int[Array, "L B K"]]:  # fmt: skip
-  """`RingCache.prune` in one layer: what `attend` does after a chunk, for a chunk of no tokens."""
+  """`RingCache.prune` in one layer: the cut after a chunk of no tokens, in the rows `due`."""
   (_, b, heads), width = archived.shape, carry.kv.shape[-1]
   none = jnp.zeros((b, 0, heads, width // 2))
   plan = Plan(cache.seen, jnp.zeros_like(cache.seen), jnp.zeros_like(due))
@@ -151,10 +151,10 @@ def _cut(
   """Lets the policy say which tokens outside the window stay, and writes them: (out, carry, archived [B, K]).
 
   Args:
-    leaves: tokens of the window that left it and may enter the archive.
+    leaves: tokens that left the window and may enter the archive.
     stats: of archive and window together, AX = A + X tokens.
     out: what was computed from the archive, returned behind a barrier.
-    active: rows that are compacted; the others keep all their tokens.
+    active: rows that are cut; the others keep all their tokens.
     stop: tokens that each row has read.
     remaining: tokens of the prompt still to come.
   """
@@ -211,9 +211,9 @@ def _after_archive(stats: Stats, layer, carry: LayerCarry, ring: int) -> Stats:
 
 
 def aligned(cache: RingCache, x: Shaped[Array, "B _ T"]) -> Shaped[Array, "B _ X"]:
-  """What a chunk's tokens compute, re-indexed by the window's tokens that it is about; elsewhere 0.
+  """What the chunk's tokens compute, `x`, moved to the tokens of `Window` that it is about; elsewhere 0.
 
-  Token c of the chunk is number W + 1 + c of the window.
+  Token c of the chunk is number W + 1 + c of `Window`.
   """
   return jnp.pad(x, ((0, 0), (0, 0), (cache.ring - cache.lag, cache.lag)))
 

@@ -47,8 +47,9 @@ class Dropped:
 class MaskedCache(Common):
   """The token at position t lies in slot t. `kv` is [L, B, K, S, 2H], `evicted` bool [L, B, K, S].
 
-  A policy's archive is the set of tokens that left the window and are not evicted. A policy that overwrites an archived
-  token evicts it here. A policy that selects pages must keep every token, because pages are runs of positions here.
+  A policy's archive is the set of tokens that left the window and are not evicted. A token that the policy overwrites
+  is evicted; one that it merges is evicted, and its key and value go into the archived slot. A policy that selects
+  pages must keep every token, because pages are runs of positions here.
   """
 
   @classmethod

@@ -1,8 +1,8 @@
 """Replay: a chunk of a prompt retires its tokens one after another, as decode steps would.
 
 A policy whose statistics do not depend on attention (`Policy.replays`) can be asked to `retire` before the chunk
-attends. Every query then sees exactly the tokens that it would see if the chunk were read one token at a time, and a
-head never holds more than its budget. The retirements are a scan over the chunk's tokens in each layer.
+attends. Every query then sees exactly the tokens that it would see if the chunk were read one token at a time, within
+the same budget. In each layer the calls of `retire` are a scan over the chunk's tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @struct.dataclass
 class Replayed:
-  """The archive after a chunk, and until when each of XA tokens, those of the window and then the archive, was seen.
+  """The archive after a chunk, and the last query that sees each of XA = X + A tokens, window first, then archive.
 
   Attributes:
     last: int32 [B, K, XA], position of the last query that sees the token; NEVER if it is not forgotten.
@@ -42,7 +42,7 @@ class Replayed:
 
 
 def _retire(policy: Policy, **leaving: Any) -> Retired:
-  """`policy.retire` of one layer: the leading axis [1] is added to what is asked and removed from the answer."""
+  """`policy.retire` in one layer: adds a leading axis [1] to the arguments and removes it from the answer."""
   one = lambda x: {name: value[None] for name, value in x.items()} if isinstance(x, dict) else x[None]
   tokens = leaving.pop("tokens")
   retired = policy.retire(Leaving(tokens=tokens, **{name: one(value) for name, value in leaving.items()}))
@@ -53,7 +53,7 @@ def _retire(policy: Policy, **leaving: Any) -> Retired:
 
 
 def _deaths(victims: Int[Array, "T B K"], seen: Int[Array, "B"], count: int) -> Int[Array, "B K XA"]:
-  """Position of the last query that sees each of `count` tokens; the one of step a forgets token `victims[a]`."""
+  """Position of the last query that sees each of `count` tokens; token `victims[a]` is forgotten before query a."""
   width, b, heads = victims.shape
   rows, head = jnp.arange(b)[:, None], jnp.arange(heads)
   before = seen[:, None] + jnp.arange(width)[:, None, None] - 1

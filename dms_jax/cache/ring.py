@@ -4,7 +4,7 @@ Each (layer, row, KV head) has S = W + 1 + A slots:
 
     [ ring: W + 1 slots, token t in slot t mod (W + 1) | archive: tokens kept as they left the ring ]
 
-The live slots of a ring and of an archive are a prefix of it. Archived tokens are in the order of their positions,
+The live slots of a ring, and those of an archive, are its first. Archived tokens are in the order of their positions,
 unless a policy overwrites some. Attention does not depend on the order of slots, because keys are stored after RoPE. If
 a policy selects pages, ring and archive consist of whole pages.
 
@@ -55,12 +55,12 @@ class LayerCarry:
   """The arrays carried through the layers.
 
   Attributes:
-    kv: [L, B, K, S, 2H], the ring and then the archive; [L, B, K, R, 2H], the ring alone, if archives lie in pages.
+    kv: [L, B, K, S, 2H], the ring, then the archive; [L, B, K, W+1, 2H], the ring alone, if archives lie in pages.
     stats: float32 [L, B, K, S] each.
     summaries: [L, B, K, A / page, 2H], for a policy that selects pages, else None.
     memory: the policy's memory, [L, B, K, own axes] each.
     archive: the pages' `Store`, if archives lie in pages, else None.
-    leaving: [L, B, K, 2H], the rows that leave the rings; only if the model's layers are a list.
+    leaving: [L, B, K, 2H], stored keys and values that leave the rings; only if the model's layers are a list.
   """
 
   kv: jax.Array
@@ -109,7 +109,7 @@ class RingCache(Common):
     return jnp.minimum(self.seen, self.ring)[:, None] + self.archived
 
   def free_tokens(self, policy):
-    """Tokens that each row can take for certain, int32 [B]: as if all were kept, or more by the policy's `reach`."""
+    """Tokens that each row can take for certain, int32 [B]: if all are kept, or more by the policy's `reach`."""
     free = self.slots - self.ring - jnp.max(self.archived, axis=(0, 2))
     return jnp.maximum(free + jnp.maximum(self.ring - self.seen, 0), policy.reach(self.slots) - self.seen)
 
@@ -367,7 +367,7 @@ class RingCache(Common):
   ):
     """`carry` with `leaves` written to archive slot `target`, and `enters` to ring slot `newest`.
 
-    Both are stored rows [B, K, 2H]. A row with a slot past the last one is dropped.
+    Both are stored rows [B, K, 2H]; those with a slot past the last one are dropped.
     """
     return self._written(carry, reserved, layer, jnp.stack([target, newest], -1), jnp.stack([leaves, enters], 2))
 

@@ -7,11 +7,10 @@
 
 A request may have numbers of its own for the policy: `submit(prompt, budget=512)`, or `cr=`, `threshold=`.
 
-The compiled width is fixed. A row's tokens are bit-equal to those of its run alone, at the same width with all other
-rows empty: they do not depend on the other rows and their numbers, the row's place, or preemptions. Between two decode
-blocks the host checks the rows once: ended rows free their pages, and waiting requests begin while pages are free. When
-pages run out, the pool grows if the budget allows it; otherwise the newest chain is preempted to host memory and
-restored later.
+The compiled width is fixed. A chain's tokens are bit-equal to those of its run alone at the same width: they do not
+depend on the other rows and their numbers, on its own row, or on preemptions. Between two decode blocks the host checks
+the rows once: ended chains free their rows and pages, and waiting requests begin while both are free. When pages run
+out, the pool grows if the budget allows it; otherwise the newest chain is preempted to host memory and restored later.
 """
 
 from __future__ import annotations
@@ -77,9 +76,9 @@ class Generator:
 
   Args:
     model: as from `dms_jax.load`.
-    policy: as for `generate`, its numbers being one each, the defaults of requests.
+    policy: as for `generate`, with scalar numbers: the defaults of requests.
     width: rows decoded together.
-    budget: most bytes of the cache; None: unlimited.
+    budget: most bytes of the cache, not the policy's `budget` in tokens; None: unlimited.
     budget_tokens: the budget as tokens that a head may hold outside the windows, summed over rows, mean over heads.
     pages: initial pages of the pool; default as many as fit the budget, or one for each head of each row without a
       budget.
@@ -172,8 +171,8 @@ class Generator:
       keep: store a host copy of each finished chain's cache in `Result.stored`, to continue from.
       continue_from: an earlier chain (an entry of `Result.stored`), or an output or conversation of one row. The prompt
         is then the next turn.
-      numbers: `budget`, `cr` or `threshold` of the policy for this request, where the generator's policy has such a
-        number; default its own. Other numbers compile nothing.
+      numbers: the policy's `budget` (tokens a head), `cr` or `threshold` for this request, if the generator's policy
+        has it; default the generator's. Other numbers compile nothing.
 
     Raises:
       ValueError: bad arguments, a number out of range, a text longer than `max_length`, or a conversation of another
@@ -214,7 +213,7 @@ class Generator:
     return self.tickets - 1
 
   def _checked(self, numbers: dict[str, int | float]) -> dict[str, int | float]:
-    """The policy's numbers for a request, those of `numbers` in place of the generator's."""
+    """The policy's numbers for a request: the generator's, replaced by `numbers`; a ValueError if one is bad."""
     name = type(self.policy).__name__
     for number, value in numbers.items():
       if number not in self.numbers:
@@ -299,10 +298,10 @@ class Generator:
     return news
 
   def _begin(self, group: list[_Chain]) -> list | None:
-    """Reads a request's prompt into a row and forks the row for its chains; returns the news of the first tokens, none
-    where the request simply goes on.
+    """Reads a request's prompt into a row, forks the row for its chains, and returns the news of the first tokens.
 
-    None: pages ran out. The row is then empty again, and the request is tried again later.
+    A request that goes on without a prompt has no news yet. None: pages ran out; the row is empty again, and the
+    request is tried again later.
     """
     first = group[0]
     rows = [row for row, chain in enumerate(self.chains) if chain is None][: len(group)]

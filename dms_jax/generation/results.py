@@ -17,11 +17,11 @@ class ChainUsage:
 
   Attributes:
     heads: L * K.
-    prompt: tokens in the cache before the first decode step: the prompt, and earlier turns.
+    prompt: tokens read before the first decode step, earlier turns included; not summed over heads.
     prompt_held, prompt_peak: tokens held after the prompt, and the most held after any chunk of it.
     prompt_reads: keys read for the prompt, which chains of one request share.
-    sampled: tokens generated without a decode step, from the prompt's logits: 1, or 0 for a chain that simply goes on.
-    steps: (tokens held after each decode step, keys read by it), int32 [steps] each, a pair for each decode block.
+    sampled: tokens generated without a decode step, from the prompt's logits: 1, or 0 for a chain without a prompt.
+    steps: for each decode block a pair of int32 [steps]: tokens held after each step, keys read by it.
   """
 
   heads: int
@@ -38,8 +38,8 @@ class ChainUsage:
     A chain with a smaller `max_new_tokens` uses the same, if its budget does not depend on that number.
 
     Returns:
-      `seen`: tokens in the cache, the newest token excluded, which no step has read. `held`, `peak` and `reads`: tokens
-      held then, the most held after any step or chunk, and KV reads of the decode steps, means over layers and heads.
+      `seen`: tokens read, all but the newest. `held`, `peak` and `reads`: tokens held then, the most held after any
+      step or chunk, and KV reads of the decode steps, means over layers and KV heads.
     """
     none = np.zeros(0, np.int64)
     held, reads = (np.concatenate([none, *(block[part] for block in self.steps)]) for part in (0, 1))
@@ -87,17 +87,17 @@ class Result:
 
   @property
   def seen(self) -> list[int]:
-    """Tokens that each chain's cache has seen."""
+    """Tokens that each chain has read."""
     return self._used("seen")
 
   @property
   def held(self) -> list[float]:
-    """Tokens in the cache at the end, mean over layers and KV heads."""
+    """Tokens held at the end, mean over layers and KV heads."""
     return self._used("held")
 
   @property
   def peak(self) -> list[float]:
-    """The most tokens in the cache after any decode step or chunk of the prompt, mean over layers and KV heads."""
+    """The most tokens held after any decode step or chunk of the prompt, mean over layers and KV heads."""
     return self._used("peak")
 
   @property

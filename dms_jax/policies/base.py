@@ -32,7 +32,7 @@ from jaxtyping import Array, Bool, Float, Int
 REGISTRY: dict[str, type[Policy]] = {}
 Stats = dict[str, Array]  # name -> float32 [..., slots]
 Memory = dict[str, Array]  # name -> float32 [..., B, K, own axes]
-NUMBERS = ("budget", "cr", "threshold")  # what bounds a policy's cache, by name; the threshold is that of gates
+NUMBERS = ("budget", "cr", "threshold")  # fields that bound a cache; "threshold" only where it is of gate logits
 
 
 def register(cls: type[Policy]) -> type[Policy]:
@@ -66,14 +66,14 @@ def per_row(number, trailing: int) -> Array:
 
 
 def is_whole(number) -> bool:
-  """Whether a number that is a shape is an integer."""
+  """Whether `number` is an integer and no bool, as a shape must be."""
   return isinstance(number, int | np.integer) and not isinstance(number, bool)
 
 
 def check_rows(policy: Policy, batch: int | None) -> None:
-  """Raises ValueError unless each number of `policy` is one, or one for each of `batch` rows; None: one alone.
+  """Raises ValueError unless each number of `policy` is a scalar or [batch]; `batch` None allows scalars alone.
 
-  Arrays of more axes are a policy's own tables, which no row indexes.
+  Arrays of more axes are a policy's own tables, which have no axis of rows.
   """
   for field in dataclasses.fields(policy):
     value = getattr(policy, field.name)
@@ -84,7 +84,7 @@ def check_rows(policy: Policy, batch: int | None) -> None:
 
 
 def row_numbers(policy: Policy) -> dict[str, Any]:
-  """The numbers among NUMBERS that `policy` has as traced leaves, so that each row may have its own."""
+  """Those of NUMBERS that are traced leaves of `policy` and not None, by name: each row may have its own."""
   traced = [field.name for field in dataclasses.fields(policy) if field.metadata.get("pytree_node", True)]
   found = {name: getattr(policy, name) for name in NUMBERS if name in traced}
   if not policy.uses_gates:
@@ -93,7 +93,7 @@ def row_numbers(policy: Policy) -> dict[str, Any]:
 
 
 def of_rows(policy: Policy, batch: int, rows: Sequence[int]) -> Policy:
-  """`policy` for some of `batch` rows, which may repeat; numbers that are one for all rows stay as they are.
+  """`policy` for some of `batch` rows, which may repeat; scalar numbers stay as they are.
 
   Raises:
     ValueError: numbers of other than `batch` rows.
@@ -104,7 +104,7 @@ def of_rows(policy: Policy, batch: int, rows: Sequence[int]) -> Policy:
 
 
 def with_numbers(policy: Policy, numbers: Mapping[str, Sequence[int | float]]) -> Policy:
-  """`policy` with one number for each row: {name: [B]}; a name's dtype never changes, so nothing is compiled anew."""
+  """`policy` with the numbers {name: [B]}, int32 for "budget", else float32; so nothing is compiled anew."""
   dtypes = {name: jnp.int32 if name == "budget" else jnp.float32 for name in numbers}
   return policy.replace(**{name: jnp.asarray(values, dtypes[name]) for name, values in numbers.items()})
 
@@ -113,8 +113,8 @@ def with_numbers(policy: Policy, numbers: Mapping[str, Sequence[int | float]]) -
 class Leaving:
   """The token of each [L, B, K] that leaves the window in a decode step, and the archive it may enter.
 
-  The leaving token is number `tokens - W - 2`, counted from 0. A row whose window is not full has none, and the answer
-  for it is ignored. A is the number of archive slots; the `live` ones need not be a prefix.
+  The leaving token is at position `tokens - W - 2`. A row whose window is not full has none, and the answer for it is
+  ignored. A is the number of archive slots; the `live` ones need not be a prefix.
   """
 
   evicted: Bool[Array, "L B K"]  # the decision about the leaving token
@@ -127,12 +127,12 @@ class Leaving:
 
 @struct.dataclass
 class Retired:
-  """What happens to the leaving tokens: they are forgotten unless `keep`, else written to the archive.
+  """What happens to the leaving tokens: those with `keep` enter the archive, the others are forgotten.
 
   Attributes:
     slot: the archive slot to overwrite or to merge into, or -1 to append; None appends all.
-    merge: m in 0 .. 1; key and value of `slot` become (1 - m) old + m leaving, its statistics the sums of both. None:
-      the slot is overwritten.
+    merge: m in 0 .. 1: key and value of `slot` become (1 - m) old + m leaving, its statistics their sums. None: the
+      slot is overwritten.
   """
 
   keep: Bool[Array, "L B K"]
@@ -167,9 +167,9 @@ class Observation:
 
 @struct.dataclass
 class Candidates:
-  """X tokens of one layer, in the order archive, window, chunk: after a chunk of a prompt, or where pruning is due.
+  """X tokens of one layer before a cut: after a chunk of a prompt, or where pruning is due.
 
-  That is text order, unless the policy `overwrites`.
+  Their order is archive, window, chunk: text order, unless the policy `overwrites`.
 
   Attributes:
     layer: int32 [], the layer's index.
@@ -210,9 +210,9 @@ class Policy:
   prompt_observes = ()  # inputs of `observe` in chunks of a prompt
   compact_observes = ()  # inputs of `compact` beside the statistics: "keys", "values"
   remembers = False  # the policy has a memory of its own, arrays for each layer, row and KV head
-  prunes = False  # decode steps first `compact` the rows that are `due`; the archive stays in text order
-  overwrites = False  # `retire` may overwrite archived tokens, so chains cannot share pages
-  replays = False  # a chunk of a prompt asks `retire` for its tokens in turn: it equals as many decode steps
+  prunes = False  # before a decode step, `compact` cuts the rows that are `due`; the archive stays in text order
+  overwrites = False  # `retire` may overwrite archived tokens or merge into them, so chains cannot share pages
+  replays = False  # a chunk of a prompt calls `retire` for one token after another, and equals as many decode steps
   exact_prefill = False  # prompts are read one token at a time, by decode steps inside one compiled loop
   page = 0  # slots of a page that is selected as a whole; 0: everything is read
 
@@ -313,7 +313,7 @@ class Policy:
     """The memory after a step of T tokens in one layer, a decode step or a chunk of a prompt.
 
     Args:
-      memory: of all layers, to be changed in place at `layer` alone; of an emptied row it is what another left there.
+      memory: of all layers, to be changed at `layer` alone; an emptied row still holds what the row before left.
       queries: of the step's tokens, after RoPE; those past `lengths` are arbitrary.
       start: tokens that each row has read before.
       lengths: tokens that each row reads now; the memory of a row that reads none stays as it is.
@@ -416,9 +416,9 @@ class Policy:
     raise NotImplementedError(f"{type(self).__name__} selects but has no select")
 
   def capacity(self, tokens: int | Int[Array, "..."]) -> Int[Array, "..."]:
-    """The most slots that a head needs for a text of `tokens` tokens, int32, the window's W + 1 included."""
+    """The most slots that a head needs for a text of `tokens` tokens, the window's W + 1 included; int32."""
     return jnp.asarray(tokens, jnp.int32)
 
   def reach(self, slots: int) -> Int[Array, "..."]:
-    """The inverse of `capacity`, int32: tokens of the longest text for which `slots` slots a head are always enough."""
+    """The inverse of `capacity`: tokens of the longest text for which `slots` slots a head suffice; int32."""
     return jnp.int32(slots)

@@ -19,7 +19,7 @@ def check_budget(policy: Policy, least: int) -> None:
     least: the smallest budget, tokens a head.
 
   Raises:
-    ValueError: both or neither is given, `budget` is below `least`, or `cr` is below 1.
+    ValueError: both or neither is given, or it is no finite scalar or [B], or out of range.
   """
   name = type(policy).__name__
   if (policy.budget is None) == (policy.cr is None):
@@ -60,9 +60,9 @@ class Budgeted(Policy):
   """Holds at most a budget of tokens a head: the token outside the window with the least score is forgotten.
 
   `budget` counts every token a head holds while its newest token attends, that token included (papers count between
-  steps: their number is one less). `cr` allows `tokens / cr` of the tokens *seen so far*, rounded up: the achieved CR
-  is `cr` at every length for which `tokens / cr` exceeds W + 1. For a ratio at a stated length, set `budget` to
-  `length / cr`. Of two tokens with equal scores the later one is forgotten.
+  steps: their number is one less). `cr` sets it to the tokens *seen so far* / `cr`, rounded up: the achieved CR is `cr`
+  at every length for which `tokens / cr` exceeds W + 1. For a ratio at a stated length, set `budget` to `length / cr`.
+  Of equal scores, a cut keeps the earlier token; a decode step forgets the leaving token, else that in the first slot.
 
   Prompts are read in chunks. A chunk of T tokens attends to the tokens held and to itself, so a head holds up to
   `budget + T` tokens meanwhile. The chunk's queries are observed together. Then the tokens outside the window are cut

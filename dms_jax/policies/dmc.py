@@ -12,18 +12,17 @@ from dms_jax.policies.base import Policy, Retired, per_row, register
 @register
 @struct.dataclass
 class DMC(Policy):
-  """Merges a token whose logit exceeds `threshold` into the newest archived one, as it leaves the window.
+  """Merges a token whose first gate logit exceeds `threshold` into the newest archived one, as it leaves the window.
 
-  Key and value of the archived slot become the mean of its tokens, weighted by the importance omega that each token's
-  second gate logit gives it; the slot keeps the running sum z of the weights. Any other token is appended
-  and starts a slot with z = omega. `threshold` may be one number a row [B]; `window` None takes the window that the
-  gates were trained with.
+  An archived slot holds the mean key and value of its tokens, weighted by their importance omega, the sigmoid of the
+  negative second gate logit. It keeps the sum z of these weights. Any other token is appended and starts a slot with
+  z = omega. `threshold` may be one number a row [B]. `window` None takes the window that the gates were trained with.
 
-  What differs from the paper, in training (`retrofit.dmc`) as here: a query sees its own key and value, and those of W
+  Differences from the paper, in training (`retrofit.dmc`) as here: a query sees its own key and value, and those of W
   tokens before, apart from their slots; the paper merges the newest token before it attends, so W = 0 is nearest to it.
-  Keys are averaged after RoPE, while the released code averages them before and turns a slot to the position of
-  its newest token. Decision and importance come from projections of the residual stream (`dms.gate`), as in DMS, while
-  DMC borrows a channel of each key and query. The gates are those of a retrofit with `retrofit.objective=dmc`.
+  Keys are averaged after RoPE; the released code averages them before and turns a slot to the position of its newest
+  token. Decision and importance come from projections of the residual stream (`dms.gate`), as in DMS; the paper borrows
+  a channel of each key and query. The gates are those of a retrofit with `retrofit.objective=dmc`.
 
   A head holds as many slots as it appends tokens, which depends on the text. Prompts are read one token at a time, by
   decode steps.

@@ -11,16 +11,16 @@ from dms_jax.policies.budget import Budgeted
 @register
 @struct.dataclass
 class DMS(Budgeted):
-  """Evicts a token whose gate logit exceeds `threshold` (arXiv 2506.05345, section 3.1).
+  """Evicts a token whose gate logit exceeds `threshold`, once it has left the window (arXiv 2506.05345).
 
   `window` None takes the window that the gates were trained with. A higher threshold keeps more, without retraining; it
   may be one number a row [B].
 
   `budget` (tokens a head, the window's W + 1 included) or `cr` (tokens seen for each one allowed) adds a hard limit,
-  which the paper does not have. The gate's logit is then also the score of what is kept: where the archive is full, the
-  token with the highest eviction logit goes. `threshold=inf` leaves the choice to the budget alone: no token is evicted
-  before the archive is full. Logits do not depend on attention, so a prompt read in chunks is read exactly as one token
-  at a time: each query sees what it would see then. W must be at least the gates' lag (1 for `shift` 1), because a
+  which the paper does not have. The score is then the negative logit: where the archive is full, the token with the
+  highest logit goes. `threshold=inf` leaves the choice to the budget alone: no token is evicted before the archive is
+  full. Logits do not depend on attention, so in a prompt read in chunks each query sees exactly what it would see if
+  the prompt were read one token at a time. With a limit, W must be at least the gates' lag (1 for `shift` 1), because a
   token needs its logit when it leaves the window.
   """
 

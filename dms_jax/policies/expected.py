@@ -17,20 +17,20 @@ from pallas_kernels.common.xla_dot import einsum
 @register
 @struct.dataclass
 class ExpectedAttention(Periodic):
-  """Keeps the tokens with the largest expected attention of future queries times the norm of their values (section 3).
+  """Keeps the tokens with the largest expected attention of future queries times the norm of values (section 2.2).
 
   Queries before RoPE are taken as normal with mean m and covariance C, estimated for each query head. With R the mean
-  of RoPE's rotations at the next `future` positions, a key's expected weight is exp(m R k / sqrt(H) + k R C R k / 2H)
-  (equation 7); weights are normalised over the held tokens and averaged over the query heads of a KV head. The score is
+  of RoPE's rotations at the next `future` positions, a key k has the weight exp(k' R m / sqrt(H) + k' R C R' k / 2H)
+  (equation 7). Weights are normalised over the held tokens and averaged over the query heads of a KV head. The score is
   (weight + `epsilon`) x |v|. The first `sinks` tokens always stay, and their queries are not part of the statistics.
 
-  m and C are those of the queries read since the last cut: of the whole prompt at its end, and while decoding of the
-  `buffer` tokens before each cut, as in the paper's decoding experiments. They are the policy's memory: a sum and a sum
-  of products, G (H + H^2) numbers a KV head. `covariance` False drops C and the H^2, as the released code may.
+  m and C are those of the queries read since the last cut: of the whole prompt at its end, and of the `buffer` tokens
+  before each later cut. The paper's decoding experiments take the last 128 tokens and cut every 512. The policy's
+  memory is a sum and a sum of products, G (H + H^2) numbers a KV head. `covariance` False drops C and the H^2.
 
-  Chosen as in the released code (kvpress): |v| instead of the norm of v after the output projection, `future` 512,
-  `epsilon` 0, 4 sinks. Budgets that differ between heads (the paper's head-adaptive variant) are not part of this.
-  Queries are un-rotated, so models with a norm of queries need no exception.
+  As in the paper's experiments, |v| replaces the norm of v after the output projection. The defaults are those of the
+  released code (kvpress); most experiments of the paper have `epsilon` 0.02. Budgets that differ between heads
+  (head-adaptive compression) are not part of this. Queries are un-rotated, so their norm, if a model has one, counts.
   """
 
   future: int = 512

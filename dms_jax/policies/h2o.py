@@ -15,15 +15,14 @@ from dms_jax.policies.budget import Budgeted, check_budget
 class H2O(Budgeted):
   """Forgets the token outside the window whose attention, summed over all queries so far, is least.
 
-  `window` None protects the newest half of the budget, as in the paper. For one budget in tokens the window becomes
-  half of it. A budget for each row, or one that grows with `cr`, has no half that is a shape: then W = 0, and `halves`
-  protects the newest half of the budget by the positions of tokens, (budget - 1) / 2 rounded down beside the newest
-  one. A token's sum starts with its own query (algorithm 1). Attention is averaged over the query heads of a KV head;
-  the paper has one query head a KV head.
+  `window` None protects the newest half of the budget, as in the paper: the newest token and (budget - 1) / 2 before
+  it, rounded down. For one budget in tokens they become the window. With a budget for each row, or with `cr`, their
+  number is no shape: then W = 0, and `halves` protects them by their positions. A token's sum starts with its own query
+  (algorithm 1). Attention is averaged over the query heads of a KV head; the paper has one query head a KV head.
 
-  Prompts: each query of a chunk credits every token it attends to, then the chunk is cut to the budget (the released
-  code reads the whole prompt densely and cuts once). Tokens that `exact_prefill` would have forgotten within the chunk
-  still take part in the chunk's softmax.
+  Prompts: each query of a chunk adds its attention to every token it sees, then the head is cut to the budget (the
+  released code reads the whole prompt densely and cuts once). Tokens that `exact_prefill` would have forgotten within
+  the chunk still take part in the chunk's softmax.
   """
 
   window: int | None = struct.field(pytree_node=False, default=None)

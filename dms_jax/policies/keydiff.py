@@ -14,10 +14,10 @@ from dms_jax.policies.budget import Budgeted
 class KeyDiff(Budgeted):
   """Drops the token whose key is most similar to the anchor: the mean of the normalised keys that a head holds.
 
-  The score is -cos(anchor, key) (section 4, algorithm 1), computed anew after each step from all held keys, after RoPE
-  as they are cached; no attention is observed. The paper has no protected window: W = 0, the newest token alone is safe
-  in its own step. A chunk of a prompt is the paper's block: it is added to the cache, scored with it and cut to the
-  budget. `exact_prefill` is a block of one token. A mixed budget across layers or heads is not part of the method.
+  The score is -cos(anchor, key), computed anew after each step from all held keys, after RoPE as they are cached; no
+  attention is observed. At W = 0 the newest token alone is safe, in its own step; a larger `window` is the paper's
+  variant with a sliding window. A chunk of a prompt is the paper's block: it is added to the cache, scored with it and
+  cut to the budget. `exact_prefill` is a block of one token.
   """
 
   observes = ("keys",)

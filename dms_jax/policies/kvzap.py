@@ -12,12 +12,12 @@ from dms_jax.policies.base import Policy, per_row, register
 class KVzap(Policy):
   """Evicts a token whose predicted score lies below `threshold` once it has left the window.
 
-  The score is the logarithm of KVzip+, which the gates of a retrofit with `retrofit.objective=kvzap`
-  predict from hidden states; a higher threshold evicts more. It may be one number a row [B]. `window` None takes the
-  window in the retrofit's config; kvpress protects the last 128 tokens. Prompts are pruned in chunks as they are read,
-  so later tokens of a prompt do not see what was evicted before; kvpress reads a prompt densely and prunes it at the
-  end. Scores depend on the model and on the length of the texts that the gates were trained on, so the threshold must
-  be chosen for each model; the default is that of the example in kvpress.
+  The score is the logarithm of KVzip+, predicted from hidden states by the gates of a retrofit with
+  `retrofit.objective=kvzap`. A higher threshold evicts more; it may be one number a row [B]. `window` None takes the
+  window in the retrofit's config; kvpress protects the last 128 tokens. Prompts are pruned as they are read, so later
+  tokens of a prompt do not see what was evicted before; kvpress reads a prompt densely and prunes it at the end. Scores
+  depend on the model and on the length of the texts that its gates were trained on, so each model needs a threshold of
+  its own; the default is that of an example in kvpress.
   """
 
   window: int | None = struct.field(pytree_node=False, default=None)

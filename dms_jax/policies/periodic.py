@@ -17,9 +17,9 @@ from pallas_kernels.common.xla_dot import einsum
 class Periodic(Policy):
   """Cuts a head that holds `budget` + `buffer` tokens to its `budget`; the window's W + 1 tokens always stay.
 
-  The cut comes before a decode step, so a head holds from `budget` + 1 to `budget` + `buffer` tokens while a token
-  attends. `cr` sets the budget to `tokens seen / cr`, rounded up. `budget`, `cr` and `buffer` may be one
-  number a row.
+  The cut comes before a decode step, so after the first cut a head holds `budget` + 1 to `budget` + `buffer` tokens
+  while a token attends. `cr` sets the budget to `tokens seen / cr`, rounded up. `budget`, `cr` and `buffer` may be one
+  number a row [B].
 
   Prompts: the prompt is read densely, in chunks, and cut to the budget at its end, as if pruning were due there; a head
   holds the whole prompt until then. `exact_prefill` reads it one token at a time and prunes it like generated text, so
@@ -110,9 +110,9 @@ def recent_queries(
   start: Int[Array, "B"],
   lengths: Int[Array, "B"],
 ) -> Float[Array, "L B K G R H"]:
-  """A memory of the latest R queries after a step, for `Policy.remember`: that of token t is in place t mod R.
+  """A memory of the latest R queries after a step, for `Policy.remember`: token t's is in place t mod R.
 
-  The arguments are those of `remember`. A row that has read fewer than R tokens has arbitrary numbers in the others.
+  The arguments are those of `remember`. Places without a token yet are arbitrary.
   """
   b, heads, group, width, _ = queries.shape
   places = ring.shape[4]
@@ -136,7 +136,7 @@ def recent_queries(
 class WatchesWindow(Periodic):
   """The base of periodic policies whose scores need the queries of the window: the last W + 1, after RoPE.
 
-  They are the policy's memory "queries", [B, K, G, W + 1, H]. All tokens outside the window precede all of them.
+  The memory "queries", [B, K, G, W + 1, H], holds them. Every token outside the window precedes all of them.
   """
 
   remembers = True
@@ -164,7 +164,7 @@ def shares(logits: Float[Array, "*rows X"]) -> Float[Array, "*rows X"]:
 
 
 def closed_ranks(x: Float[Array, "B K X"], live: Bool[Array, "B K X"], empty: float) -> tuple[Array, Array]:
-  """(`x` with the live entries moved to the front in their order and `empty` behind them, their places [B, K, X]).
+  """(`x` with its live entries moved to the front in order and `empty` behind them, the places of these [B, K, X]).
 
   Tokens that are neighbours among the live ones become neighbours in the array, whatever free slots lie between them;
   `jnp.take_along_axis(of_front, places, -1)` brings them back.

@@ -13,14 +13,14 @@ from pallas_kernels.common.xla_dot import einsum
 @register
 @struct.dataclass
 class Quest(Policy):
-  """Reads the pages with the largest upper bound of q . k, by each channel's least and greatest key (section 3.3).
+  """Reads the pages with the largest upper bound of q . k, by each channel's least and greatest key (section 3.4).
 
   `budget` is the most tokens that a query reads, the window included; `cr` sets it to the tokens seen so far / `cr`. A
   query reads at least one archive page. Only decode steps select: chunks of a prompt read everything, and so do the
   first `dense_layers` layers. The paper selects pages for each query head. Here the query heads of a KV head read the
   same pages, and the bound of a page is its largest over these heads. With `each_head` every query head selects its own
-  pages within the budget, and all query heads of the KV head read their union, so that reads count distinct pages (the
-  count of arXiv 2506.05345, appendix H.1) and may exceed the budget.
+  pages within the budget, and all query heads of the KV head read the union: reads count distinct pages, as in arXiv
+  2506.05345, and may exceed the budget.
 
   `window` None makes the window one page. The window is always read; pages are selected from the archive alone.
   """

@@ -20,7 +20,7 @@ class RKV(WatchesWindow):
   """Keeps the tokens with the largest `importance` x attention - (1 - `importance`) x redundancy (section 3).
 
   *Attention* (section 3.2): the last W + 1 = 8 tokens are the observation window, whose queries attend to the tokens
-  before it. A KV head takes the largest logit over its query heads, then the softmax; the mean over the window's
+  before it. A KV head takes the largest logit over its query heads, the softmax over tokens, the mean over the window's
   queries, and of this the maximum over `pool` neighbouring tokens.
 
   *Redundancy* (section 3.3): the cosine similarity of a token's key with the other keys that the head holds, the
@@ -63,10 +63,10 @@ class RKV(WatchesWindow):
 def mean_similarity(
   keys: Float[Array, "B K X H"], held: Bool[Array, "B K X"], threshold: Float[Array, "..."]
 ) -> Float[Array, "B K X"]:
-  """The mean over all held tokens of the cosine of their keys with each token's, float32; 0 counts where one is spared.
+  """The mean over all held tokens of the cosine of their keys with each token's, float32.
 
-  Each token spares itself and the latest other one whose cosine exceeds `threshold`, [] or [B, 1, 1]. Keys are
-  compared in blocks of BLOCK, so the memory grows with X, not with its square.
+  Each token spares itself and the latest other one whose cosine exceeds `threshold`, [] or [B, 1, 1]: these cosines
+  count as 0. Keys are compared in blocks of BLOCK, so the memory grows with X, not with its square.
   """
   keys = jnp.where(held[..., None], keys, 0).astype(jnp.float32)
   length = jnp.sqrt(jnp.sum(keys * keys, axis=-1, keepdims=True))

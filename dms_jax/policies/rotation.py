@@ -1,4 +1,4 @@
-"""RoPE seen from policies: rotations by mean angles, undone or averaged over positions to come."""
+"""RoPE's rotations for policies: at given positions, undone, or averaged over positions to come."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def rotation(frequencies: Float[Array, "1 half"], position: Int[Array, "*n"]) ->
 def mean_rotation(frequencies: Float[Array, "1 half"], start: Int[Array, "*n"], count) -> tuple[Array, Array]:
   """The mean of RoPE's turns at positions `start` .. `start + count - 1`, float32 [*n, half] each.
 
-  It is the turn at the middle position, times sin(count w / 2) / (count sin(w / 2)).
+  It is the turn at the middle position, times sin(count w / 2) / (count sin(w / 2)); `count` is [] or [*n].
   """
   w, count = frequencies[0], jnp.asarray(count).astype(jnp.float32)[..., None]
   shrink = jnp.sin(count * w / 2) / (count * jnp.sin(w / 2))

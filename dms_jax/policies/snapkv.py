@@ -17,10 +17,10 @@ class SnapKV(Policy):
   """Keeps the prompt's last W + 1 tokens and the tokens before them with the largest pooled attention.
 
   The last W + 1 tokens of the prompt are its *observation window*. The score of an earlier token is the attention it
-  receives from the window's queries (section 4.2): the sum over queries, the mean over the query heads of a KV head,
-  then the maximum over `pool` neighbouring tokens. `budget` counts the tokens a head holds after the prompt, the
-  observation window included; `cr` sets it to `tokens seen / cr`. The whole prompt is held until its end, where the
-  compaction frees it. The paper has one query head a KV head; the released code selects per query head.
+  receives from the window's queries: the sum over queries (section 4.1), the mean over the query heads of a KV head,
+  then the maximum over `pool` neighbouring tokens (section 4.3). `budget` counts the tokens a head holds after the
+  prompt, the observation window included; `cr` sets it to `tokens seen / cr`, rounded up. The whole prompt is held
+  until its end, where compaction frees the rest. The paper and its code select for each query head.
 
   In a later turn of a conversation the new prompt's last tokens cut everything held so far.
   """

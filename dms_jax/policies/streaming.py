@@ -15,7 +15,7 @@ class StreamingLLM(Policy):
   """Keeps `sinks` first tokens and a window: the newest token and `window` before it (section 3.2).
 
   `budget` may be given instead of `window`: the tokens that a head holds, sinks included, so W = budget - sinks - 1.
-  Both are shapes. The paper counts positions inside the cache, so a text may be longer than the model's context. Here
+  Both are shapes. The paper counts positions in the cache, so a text may be longer than the model's context. Here
   keys are stored after RoPE with their positions in the text, so a text cannot be longer than the context.
   """
 

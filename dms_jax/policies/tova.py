@@ -12,13 +12,13 @@ from dms_jax.policies.budget import Budgeted
 @register
 @struct.dataclass
 class TOVA(Budgeted):
-  """Drops the token with the least attention from the newest query, itself included, when the budget is exceeded.
+  """Drops the token that the newest query attends to least, maybe its own, when the budget is exceeded.
 
   W = 0, as in the paper: no token is safe by being recent. The paper averages the attention over all heads of a layer,
-  whose heads then hold the same tokens (`per_layer`); by default a KV head averages over its own query heads.
+  which then hold the same tokens (`per_layer`); by default a KV head averages over its own query heads.
 
-  Prompts: the last query of a chunk decides which tokens fill the budget, as the paper does for a whole prompt (its
-  figure 2); `exact_prefill` lets every query of the prompt drop its own token.
+  Prompts: the last query of a chunk decides which tokens fill the budget; in the released code the last query of the
+  prompt does. With `exact_prefill` every query of the prompt drops a token.
   """
 
   per_layer: bool = struct.field(pytree_node=False, default=False)

@@ -47,18 +47,18 @@ class Calibration:
 class TriAttention(Periodic):
   """Keeps the tokens to which the mean query of each head would attend at future distances, and those of long keys.
 
-  Queries and keys before RoPE lie close to fixed centres. For a query head with mean query c, in complex numbers c_f
-  for RoPE's frequencies w_f, a key k at distance D scores the mean over d = 1, 2, 4, ..., `furthest` of
-  sum_f |c_f| |k_f| cos(w_f (D + d) + arg c_f - arg k_f), the trigonometric part, plus sum_f (E|q_f| - |c_f|) |k_f|, the
-  part of the norms, which counts where queries are less concentrated. Each query head's scores are standardised over
-  the held tokens, and a KV head takes the largest over its query heads.
+  Queries and keys before RoPE lie close to fixed centres. Let c_f be a query head's mean query, in complex numbers for
+  RoPE's frequencies w_f, and k_f a key, D before the next token. Its trigonometric score is the mean over d = 1, 2, 4,
+  ... up to `furthest` of sum_f |c_f| |k_f| cos(w_f (D + d) + arg c_f - arg k_f). Its norm score is
+  sum_f (E|q_f| - |c_f|) |k_f|, which counts where queries are less concentrated. The sum of both is standardised over
+  the held tokens of each query head, and a KV head takes the largest over its query heads.
 
   `calibration` is the file that experiments.calibrate_triattention writes for the model. `buffer` is the paper's beta,
   128 tokens. As in the released code no recent token is safe: W = 0, the newest alone stays.
 
-  Every KV head of every layer keeps tokens of its own (the code's per_layer_perhead selection); its other selections,
-  which heads or layers share, are not part of this. Prompt tokens compete like all others; by default the code keeps
-  them all and counts generated tokens alone.
+  Every KV head of every layer keeps tokens of its own (the code's per_layer_perhead_pruning); selections that heads or
+  layers share are not part of this. Prompt tokens compete like all others; by default the code keeps them all and
+  counts generated tokens alone.
   """
 
   calibration: str | None = struct.field(pytree_node=False, default=None)

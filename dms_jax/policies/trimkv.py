@@ -16,14 +16,14 @@ class TRIMKV(Budgeted):
   """Forgets the token outside the window with the least beta^(t - i), once a head holds `budget` tokens.
 
   beta in (0, 1) is the sigmoid of the gate's logit about token i, and t the position of the newest token held. Scores
-  are compared as (t - i) log beta, so their order changes with time: what is kept is scored anew at every eviction
-  from two statistics, log beta and the position. Attention itself is plain: the decay that training multiplies
-  into it (`retrofit.decay`) is there to learn beta. The paper protects no window: W = 0.
+  are compared as (t - i) log beta. Their order changes with time, so every eviction scores the held tokens anew from
+  two statistics, log beta and the position. Attention is plain: only training multiplies the decay into it
+  (`retrofit.decay`). The paper protects no window: W = 0.
 
   The gates are those of a retrofit with `retrofit.objective=trimkv`. Scores do not depend on attention, so a prompt
   read in chunks is read exactly as one token at a time; the released code cuts a whole chunk at once, and evicts only
-  every `buffer_size` tokens while decoding. Left out: the budget shared by all layers and heads (arXiv 2605.09649) and
-  scores that look several steps ahead.
+  every `buffer_size` tokens while decoding. The budget shared by all layers and heads (arXiv 2605.09649) and scores
+  that look several steps ahead are not part of this.
   """
 
   objective = "trimkv"

@@ -10,6 +10,6 @@ from dms_jax.policies.base import Policy, register
 @register
 @struct.dataclass
 class Vanilla(Policy):
-  """Keeps every token. `window` only sets the size of the ring; it changes no result."""
+  """Keeps every token; `window` sets the size of the ring and changes no result."""
 
   evicts = False

@@ -19,15 +19,15 @@ SMOOTHED = 5  # neighbouring tokens over which the released code averages attent
 class VaSE(WatchesWindow):
   """Keeps the tokens of the largest values, and a sample of the others by the attention they receive (section 3.2).
 
-  This is the paper's VaSE-AttnV. The window's W + 1 = 64 tokens stay. Of the tokens before it the first `sinks` of the
-  text stay, and those whose values have the largest range (greatest minus least channel), `large` x budget of them
-  together. The others are sampled without replacement until the budget is full; a token's probability is the attention
-  that it receives from the window's queries: softmax over the tokens before the window, mean over the queries, mean
-  over 5 neighbouring tokens, mean over the query heads of a KV head.
+  This is the paper's VaSE-AttnV. The window's W + 1 = 64 tokens stay. Before them `large` x budget tokens stay: the
+  first `sinks` of the text, then those whose values have the largest range (greatest minus least channel). The others
+  are sampled without replacement until the budget is full. A token's probability is the attention that it receives from
+  the window's queries: softmax over the tokens before the window, mean over the queries, mean over 5 neighbouring
+  tokens, mean over the query heads of a KV head.
 
-  Sampling takes the largest log-probability plus Gumbel noise, which is the same as drawing one by one. The noise is a
-  hash of (`seed`, layer, KV head, position, tokens read), so each cut draws anew and does not depend on the row or the
-  cache. Rows may have seeds of their own.
+  Sampling takes the largest sums of log-probability and Gumbel noise, which is the same as drawing one by one. The
+  noise is a hash of (`seed`, layer, KV head, position, tokens read), so each cut draws anew and does not depend on the
+  row or the cache. Rows may have seeds of their own.
 
   From the released code, where the paper is open: 4 sinks, 64 recent tokens, a cut every 64 tokens, and a quarter of
   the budget for large values (1,024 of 4,096). The variant VaSE-DKV is not part of this.

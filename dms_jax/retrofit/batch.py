@@ -1,4 +1,4 @@
-"""A batch of text, and the loss of what a student says about it."""
+"""A batch of text, a forward pass over it, and the student's loss on it."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ class Batch:
 
 
 def real_tokens(batch: Batch) -> Bool[Array, "B T"]:
-  """The tokens that are no padding."""
+  """Whether each token is no padding."""
   return jnp.ones(batch.tokens.shape, bool) if batch.segment_ids is None else batch.segment_ids > 0
 
 
 def run(model: Model, batch: Batch, config: RetrofitConfig, **options):
-  """`forward` of a batch."""
+  """`forward` over a batch, with other arguments in `options`."""
   return forward(model, batch.tokens, segment_ids=batch.segment_ids, remat=config.memory.remat, **options)
 
 
 def text_loss(
   kind: losses.Loss, hidden: Float[Array, "B T D"], student: Model, teacher: Model, batch: Batch, config: RetrofitConfig
 ) -> Float[Array, ""]:
-  """The loss `kind` of the student's states `hidden` before the final norm: nats, mean over the tokens that count."""
+  """The loss `kind`, nats, mean over the counted tokens; `hidden`: the student's states before the final norm."""
   c, ids, real = student.config, batch.segment_ids, real_tokens(batch)
   normed = lambda model, hidden: rms_norm(hidden, model.params["final_norm"], c.rms_norm_eps)
   # The token after an end of text does not depend on the text before, so ends of text are not counted.

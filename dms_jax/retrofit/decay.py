@@ -1,7 +1,7 @@
-"""Retention-gated attention of TRIM-KV: a key's score falls by log beta with every token since.
+"""Retention-gated attention of TRIM-KV: a key's score gains log beta (< 0) with every later token.
 
-Source: arXiv 2512.03324. Plain XLA: the scores of a block of queries exist at a time, and the
-backward pass computes them again.
+Source: arXiv 2512.03324. Plain XLA: the scores of one block of queries exist at a time, and the backward pass computes
+them again. The objective "dmc" shares `blocks` and `visible`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BLOCK = 512  # queries whose scores are in memory at once
 
 
 def blocks(each: Callable[[Int[Array, "Q"]], Array], length: int) -> Array:
-  """`each(queries)`, whose first axis is that of the queries, for blocks of queries 0 .. length - 1, end to end.
+  """`each(queries)` for blocks of queries 0 .. length - 1, end to end; its first axis is that of the queries.
 
   The backward pass calls `each` again. Queries past the end are padding, and their results are dropped.
   """
@@ -29,7 +29,7 @@ def blocks(each: Callable[[Int[Array, "Q"]], Array], length: int) -> Array:
 
 
 def visible(queries: Int[Array, "Q"], segment_ids: Int[Array, "B T"] | None, length: int) -> Bool[Array, "_ Q T"]:
-  """Whether each query sees each key, for the batch: keys up to itself, of its own document."""
+  """Whether each query sees each key: keys up to itself, of its own document; the first axis is B, or 1."""
   causal = (jnp.arange(length) <= queries[:, None])[None]
   if segment_ids is None:
     return causal

@@ -1,16 +1,16 @@
 """The objective "dmc": tokens append a slot or are merged into the last one (arXiv 2403.09636).
 
-Training relaxes the decisions as DMS does: alpha = sigmoid((logit + noise) / tau). Every token j has a slot, the mean
-of the keys (and values) up to it with running weights:
+Training relaxes the decisions as DMS does: alpha = sigmoid((logit + noise) / tau). Every token j has a slot s_j, a
+weighted mean of the keys up to it, and likewise of the values:
 
-    s_j = x_j / z_j,    x_j = alpha_j x_(j-1) + omega_j k_j,    z_j = alpha_j z_(j-1) + omega_j
+    s_j = y_j / z_j,    y_j = alpha_j y_(j-1) + omega_j k_j,    z_j = alpha_j z_(j-1) + omega_j
 
-Query i sees its window, the keys i - W .. i, as they are, and of the tokens before it the slots s_j, with log(1 -
-alpha_(j+1)) added to the score: a slot that the next token is merged into is gone. The newest of them, j = i - W - 1,
-is seen fully. With hard decisions this is what the policy `DMC` reads; its docstring says what differs from the paper.
-The losses are DMS's: distillation, or the next token's likelihood as in the paper (`loss.kind=lm`), and the compression
-loss of the share of merges below the target. The released code sums the last 12 tokens of a slot, here there is no
-limit; and the paper's phase at a fixed target is `schedule.steps` beyond the ramp.
+Query i sees the keys of its window, i - W .. i, as they are. Of the tokens before it sees the slots s_j, with
+log(1 - alpha_(j+1)) added to the score: a slot that the next token is merged into is gone. The newest slot,
+j = i - W - 1, gets no bias. With hard decisions this is what the policy `DMC` reads; its docstring says what differs
+from the paper. The losses are DMS's: distillation, or the next token's likelihood as in the paper (`loss.kind=lm`), and
+a compression loss where the share of merges is below the target. The released code sums the last 12 tokens of a slot;
+here there is no limit. The paper's phase at a fixed target is `schedule.steps` beyond the ramp.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pallas_kernels.common.xla_dot import einsum
 def slots(
   x: Float[Array, "B T K H"], alpha: Float[Array, "B K T"], omega: Float[Array, "B K T"]
 ) -> Float[Array, "B T K H"]:
-  """The running weighted means s_j of `x`, float32: tokens of one slot so far, by the relaxed decisions `alpha`."""
+  """The slots s_j of keys or values `x`, float32, by the relaxed decisions `alpha` and the importances `omega`."""
   keep, weight = (jnp.swapaxes(y, 1, 2)[..., None] for y in (alpha, omega))
   parts = jnp.concatenate([weight * x.astype(jnp.float32), weight], axis=-1)
 
@@ -49,7 +49,7 @@ def merging_attention(
   """Attention to the window's tokens and to the slots of the tokens before, as the module describes.
 
   Args:
-    z: float32, logits of the relaxed decisions, alpha = sigmoid(z).
+    z: float32, logits of the relaxed decisions, alpha = sigmoid(z); not the z_j of the module.
     omega: float32, importances, positive.
     window: W in tokens.
     segment_ids: documents that do not see each other, in contiguous runs.

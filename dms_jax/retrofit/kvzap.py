@@ -5,15 +5,15 @@ KV head, KVzip+, is the logarithm of
 
     max over tokens j of the repetition and query heads n of the group:   a_ji,n |W_O,n v_i| / |h_j|
 
-where a is the attention probability (KVzip, arXiv 2505.23416, has it alone), W_O,n head n's part of the output
+where a is the attention probability (all of KVzip's score, arXiv 2505.23416), W_O,n head n's part of the output
 projection, and h_j the attention's input at token j, after its norm, as in kvpress. The gates' logits at the tokens of
 the text are regressed on the scores by the mean squared error. No gradient passes through attention.
 
-kvpress trains on texts of 750 to 1,250 tokens, 500 tokens of each, an MLP with 512 hidden units (15 epochs of AdamW,
-learning rate 5e-3 falling by a cosine) or a linear regression (`dms.gate=linear`; here by the same gradient descent).
-Here a row is one text, even if it holds several documents, all its tokens count, and the gate has a norm of its own.
-Scores below FLOOR are raised to it, as a probability may round to 0. The log holds the error, the share of the variance
-within heads that it leaves explained, and the thresholds for CR 2, 4 and 8 of each batch.
+kvpress takes 500 tokens of each text of 750 to 1,250 tokens. It trains an MLP with 512 hidden units (15 epochs of
+AdamW, learning rate 5e-3 falling by a cosine) or a linear regression (`dms.gate=linear`, here by the same gradient
+descent). Here a row is one text, even if it holds several documents; all its tokens count, and the gate has a norm of
+its own. Scores before the logarithm are at least FLOOR, as a probability may round to 0. The log holds the error, the
+share of the variance within heads that is explained, and the thresholds for CR 2, 4 and 8 of each batch.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _TEXT = "dms_jax puts the text here"
 
 
 def frame(tokenizer: Tokenizer | None, config: RetrofitConfig, longest: int) -> tuple[Int[Array, "P"], Int[Array, "M"]]:
-  """Tokens before a text, and between it and its repetition: a turn of the user's and the start of the assistant's.
+  """Tokens before a text, and between it and its repetition: the user's turn and the start of the assistant's.
 
   Without a chat template there is nothing before, and the request and a line break between.
 
@@ -78,8 +78,8 @@ def scores(
 
   Args:
     layer: its parameters; `o_proj` [D, N, H] is read.
-    h: the attention's input.
-    q, k, v: after RoPE, of S tokens; the last `length` are the repetition.
+    h: the attention's input, after its norm.
+    q, k, v: of S tokens, q and k after RoPE; the last `length` tokens are the repetition.
     start, length: the text is the tokens start .. start + length - 1.
   """
   b, s, n, width = q.shape
@@ -139,5 +139,5 @@ def loss_fn(
 
 
 def _threshold(found: Float[Array, "L B K T"], cr: int) -> Float[Array, ""]:
-  """The policy's threshold that evicts all but 1/`cr` of a batch's tokens, the window aside, by the gates' logits."""
+  """The threshold below which all but 1/`cr` of the gates' logits of a batch lie, padding included."""
   return jnp.sort(found, axis=None)[int(found.size * (1 - 1 / cr))]

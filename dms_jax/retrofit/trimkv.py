@@ -1,16 +1,16 @@
 """The objective "trimkv": each token's retention, learned under a soft capacity (arXiv 2512.03324).
 
-The student attends with scores that fall by log beta of each key for every token since (`decay.decay_attention`). It is
-distilled from the original model and predicts the next token. The capacity loss, of each layer and KV head,
+The student attends with retention-gated attention (`decay.decay_attention`). It is distilled from the original model
+and predicts the next token. The capacity loss of each layer and KV head,
 
-    1/T sum over t of max(0, sum over i <= t of beta_i^(t - i) - M) / t
+    1/T sum over t of max(0, sum over i <= t of beta_i^(t - i) - M) / t,
 
 is averaged over layers, heads and rows; t counts from 1 in each document. The paper trains gates alone, with a forward
-KL (`loss.kind=forward_kl`), all weights 1, learning rate 2e-4, weight decay 0.01 and M of 512. Its gates are MLPs with
-512 hidden units, whose logits start at a large number, so that nothing decays at first: 18 in the paper, 8 to 10 in the
-released configs. Here it is 10 (`dms.offset=-10`): the gradient through a sigmoid at 18 is 1.5e-8 of what it was, which
-AdamW's epsilon swallows where texts are short. The gate has a norm of its own, in place of the attention's, and
-low-rank updates may be trained as well. Left out: gates tied across layers with one capacity for all (2605.09649).
+KL (`loss.kind=forward_kl`), all weights 1, learning rate 2e-4, weight decay 0.01 and, for mathematics, M of 512 tokens.
+Its gates are MLPs with 512 hidden units and a large bias, so that nothing decays at first: 18 in the paper, 10 by
+default in the released code. Here it is 10 (`dms.offset=-10`): at 18 the sigmoid's slope is 1.5e-8, which AdamW's
+epsilon swallows where texts are short. The gate has a norm of its own, in place of the attention's, and low-rank
+updates may be trained as well. Gates tied across layers with one capacity for all (2605.09649) are not part of this.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def capacity_loss(
 
   Args:
     sizes: soft cache sizes, in tokens.
-    position: of each token in its document, from 0.
+    position: each token's in its document, from 0; t is one more.
     capacity: M, in tokens.
   """
   over = jax.nn.relu(sizes - capacity) / (position + 1).astype(sizes.dtype)[:, None]

@@ -16,15 +16,15 @@ def slot_mass(
   logs: Float[Array, "P G"],
   sources: Sequence[tuple[int, int, Int[Array, "P"]] | None],
 ) -> tuple[jax.Array | None, ...]:
-  """The probability of each slot of each (row, KV head) pair, summed over its query heads, 0 for dead slots.
+  """The attention mass of each slot, summed over the G query heads; P counts (row, KV head) pairs.
 
   Args:
-    scores: float32, in units of log 2, of the G query heads in the first rows; those of dead slots may be anything.
-    logs: float32, log-sum-exp of each query head.
-    sources: (place of its first score, slots, live slots of each pair), or None.
+    scores: float32, natural scores / log 2, the G query heads in the first rows; arbitrary for dead slots.
+    logs: float32, natural log-sum-exp of each query head.
+    sources: the slot arrays: (index of the first score, number of slots, live slots of each pair), or None.
 
   Returns:
-    float32 [P, slots] of each source, or None.
+    for each source float32 [P, slots], 0 for dead slots, or None.
   """
 
   def of(first, slots, live):
