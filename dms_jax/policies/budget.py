@@ -50,6 +50,7 @@ def allowance(policy: Policy, tokens: int | Int[Array, "*shape"]) -> Int[Array, 
 
 def largest(scores: Float[Array, "B K X"], live: Bool[Array, "B K X"], count: Int[Array, "B"]) -> Bool[Array, "B K X"]:
   """Marks the `count` live tokens of each head with the largest scores; of equal scores the earlier token's wins."""
+  scores = jnp.maximum(scores, jnp.finfo(scores.dtype).min)  # a live score of -inf still comes before free slots
   order = jnp.argsort(jnp.where(live, -scores, jnp.inf), axis=-1, stable=True)
   rank = jnp.argsort(order, axis=-1)  # the inverse permutation
   return live & (rank < jnp.maximum(count, 0)[:, None, None])

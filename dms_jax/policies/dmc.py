@@ -5,8 +5,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Float
 
 from dms_jax.policies.base import Policy, Retired, per_row, register
+
+
+def weight_of(logits: Float[Array, "..."]) -> Float[Array, "..."]:
+  """The importance omega of tokens by their logits; above 0, so that a slot's weights never sum to 0."""
+  return jnp.maximum(jax.nn.sigmoid(-logits), 1e-9)
 
 
 @register
@@ -44,7 +50,7 @@ class DMC(Policy):
 
   def rate(self, logits):
     _, importance = jnp.split(logits, 2, axis=-2)
-    return {"weight": jax.nn.sigmoid(-importance)}
+    return {"weight": weight_of(importance)}
 
   def retire(self, leaving):
     # The newest archived token is the last live one: slots are filled in order, and none is given up.

@@ -63,5 +63,6 @@ class VaSE(WatchesWindow):
     attention = jnp.take_along_axis(front, place, axis=-1)
     head = jnp.arange(live.shape[1])[:, None]
     noise = uniform(per_row(self.seed, 2), candidates.layer, head, position, candidates.tokens[:, None, None])
-    gumbel = -jnp.log(-jnp.log(noise + jnp.float32(2**-25)))
+    noise = jnp.minimum(noise + jnp.float32(2**-25), jnp.float32(1 - 2**-24))  # float32 rounds the largest to 1
+    gumbel = -jnp.log(-jnp.log(noise))
     return jnp.where(protected, jnp.inf, jnp.log(attention) + gumbel)

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dms_jax.gates import gate_logits
 from dms_jax.model import Model
+from dms_jax.policies.dmc import weight_of
 from dms_jax.retrofit.batch import Batch, run
 from dms_jax.retrofit.config import RetrofitConfig
 from dms_jax.retrofit.decay import blocks, visible
@@ -95,7 +96,7 @@ def student(
   def attention(layer, x, q, k, v, noise):
     merges, importance = jnp.split(gate_logits(model.config, model.dms, layer, x, q), 2, axis=1)
     z = (merges + noise) / config.loss.tau
-    omega = jax.nn.sigmoid(-importance)
+    omega = weight_of(importance)
     return merging_attention(q, k, v, z, omega, model.dms.window, batch.segment_ids), z
 
   return run(model, batch, config, attention=attention, attention_inputs=noise)
