@@ -106,7 +106,7 @@ def test_trained_weights_for_methods_with_gates(models):
   ("names", "settings", "message"),
   [
     (["h3o"], {}, "--methods: unknown method 'h3o'; there are .*tova"),
-    (["dms"], {"retrofits": ()}, "--methods: dms needs gates that were trained for it: give --retrofit=FOLDER"),
+    (["dms"], {"retrofits": ()}, "--methods: dms needs gates that were trained for it: give --retrofit=FOLDER$"),
     (["tova"], {}, "--methods: tova needs a budget: give --cr=2,4,8, --budgets=512 .* or --tova.budget"),
     (["tova"], {"crs": (2.0,), "read": lambda name, cls: cls(budget=9)}, "--tova.budget=9 beside --cr or --budgets"),
     (["vanilla", "VANILLA"], {}, r"\['vanilla'\] would be the name of several methods"),
