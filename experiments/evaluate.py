@@ -26,6 +26,7 @@ resumes a killed run, chain by chain.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -89,12 +90,16 @@ class Config:
         raise ValueError(f"--{name}={value} must be {least} or more")
     for name, least, what in (
       ("lengths", 2, "2 or more tokens"), ("max_tokens", 1, "1 or more tokens"), ("budgets", 1, "1 or more tokens"),
-      ("cr", 1, "1 or more"),
+      ("cr", 1, "1 or more, and finite"),
     ):  # fmt: skip
-      if wrong := [value for value in getattr(self, name) if not value >= least]:
+      if wrong := [value for value in getattr(self, name) if not least <= value < math.inf]:
         raise ValueError(f"--{name}={wrong[0]} must be {what}")
       if len(set(getattr(self, name))) < len(getattr(self, name)):
         raise ValueError(f"--{name}={program.spell(getattr(self, name))}: a number twice")
+    if any(map(math.isnan, self.thresholds)):
+      raise ValueError(f"--thresholds={program.spell(self.thresholds)} must be numbers")
+    if self.kv_budget_gib is not None and not 0 < self.kv_budget_gib < math.inf:
+      raise ValueError(f"--kv_budget_gib={self.kv_budget_gib} must be a number above 0, or none")
     if Path(self.output).suffix in (".json", ".jsonl"):
       raise ValueError(f"--output={self.output} must be a folder: several files are written into it")
     for name in self.methods:
@@ -235,8 +240,9 @@ class Evaluation:
     self.config, self.chosen, self.folder, self.methods = config, chosen, folder, methods
     self.jobs, self.texts, self.original, self.tokenizer = jobs, texts, original, tokenizer
     self.baseline, self.estimate = baseline_of(methods), Estimate(0)
-    path = folder / SUMMARY
-    self.speed = json.loads(path.read_text()).get("tokens_per_s") if path.exists() else None  # of the last run
+    self.speed: float | None = None  # of the last run
+    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):  # a summary can be written anew
+      self.speed = float(json.loads((folder / SUMMARY).read_text()).get("tokens_per_s"))
     self.task_records = records.read(folder / RECORDS)
     self.text_records = records.read(folder / TEXTS)
     expected = {
@@ -251,7 +257,8 @@ class Evaluation:
     work = chains = there = 0
     for method in self.methods:
       for text in self.texts:
-        fitted(method.model, method.policy, method.given, [text.length])
+        if remark := fitted(method.model, method.policy, method.given, [text.length])[1]:
+          program.log(f"{method.label} on text {text.length}: {remark}")
         work += text.length * len(text.missing(method, self.text_records))
       for job in self.jobs:
         if remark := run.check(job, method):
@@ -373,10 +380,11 @@ def main() -> None:
   original = original.replace(dms=None) if config.retrofit else original
   methods = methods_of(config, original, program.read_flags)
   folder = Path(config.output) if config.output else program.results_dir("evaluate")
-  evaluation = Evaluation(config, chosen, folder, methods, jobs, texts, original, tokenizer)
-  program.save_json(folder / CONFIG, {"config": program.flag_values(), "environment": program.environment()})
-  evaluation.run()
-  program.finish(evaluation.save())
+  with files.locked("output", folder):
+    evaluation = Evaluation(config, chosen, folder, methods, jobs, texts, original, tokenizer)
+    program.save_json(folder / CONFIG, {"config": program.flag_values(), "environment": program.environment()})
+    evaluation.run()
+    program.finish(evaluation.save())
 
 
 if __name__ == "__main__":

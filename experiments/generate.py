@@ -195,7 +195,7 @@ def main() -> None:
   prompts = config.prompts()
   model, tokenizer = dms_jax.load(config.checkpoint, retrofit=config.retrofit, dtype=config.dtype)
   name = config.policy or (model.dms.objective if model.dms is not None else "vanilla")
-  policy = program.read_flags(name, policies.get(name))
+  policy = program.read_flags(name.lower(), policies.get(name))
   if config.requests is not None:
     program.finish(answer_requests(config, model, tokenizer, policy))
     return

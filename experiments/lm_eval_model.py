@@ -59,7 +59,7 @@ class Config:
   def __post_init__(self):
     if not self.tasks:
       raise ValueError("--tasks=NAME,... is needed: tasks of lm-evaluation-harness, or of --include_path")
-    if self.limit is not None and not (self.limit > 0 and (self.limit < 1 or self.limit == int(self.limit))):
+    if self.limit is not None and not (0 < self.limit < math.inf and (self.limit < 1 or self.limit == int(self.limit))):
       raise ValueError(f"--limit={self.limit} must be a whole number of samples, or a share between 0 and 1")
     if self.include_path is not None and not Path(self.include_path).is_dir():
       raise ValueError(f"--include_path={self.include_path}: no such folder; it should hold YAML tasks")

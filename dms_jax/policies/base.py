@@ -65,6 +65,11 @@ def per_row(number, trailing: int) -> Array:
   return number.reshape(number.shape + (1,) * trailing) if number.ndim else number
 
 
+def _too_large(number: int | float) -> bool:
+  """Whether a whole number is none of int32."""
+  return isinstance(number, int) and not -(2**31) <= number < 2**31
+
+
 def is_whole(number) -> bool:
   """Whether `number` is an integer and no bool, as a shape must be."""
   return isinstance(number, int | np.integer) and not isinstance(number, bool)
@@ -250,6 +255,12 @@ class Policy:
       raise ValueError(f"{type(self).__name__}: give window=")
     if not is_whole(policy.window) or policy.window < 0:
       raise ValueError(f"policy window={policy.window} must be 0 or more tokens, a whole number")
+    for field in dataclasses.fields(policy):
+      if field.name in ("budget", "cr"):
+        continue  # `check_budget` says more
+      if isinstance(value := getattr(policy, field.name), int | float) and (value != value or _too_large(value)):
+        most = f"at most {np.iinfo(np.int32).max}" if _too_large(value) else "a number"
+        raise ValueError(f"{type(policy).__name__}: {field.name}={value} must be {most}")
     return policy
 
   def fitted(self, config: Any) -> Policy:

@@ -93,13 +93,15 @@ class Periodic(Policy):
 def check_number(policy: Policy, name: str, least: float, most: float = math.inf, whole: bool = False) -> None:
   """Checks that the field `name` of a policy, one number or one a row, is between `least` and `most`.
 
+  Whole numbers are added to tokens in int32, so they stay below `FOREVER`.
+
   Raises:
     ValueError: it is not.
   """
-  number = jnp.asarray(getattr(policy, name))
+  number, most = jnp.asarray(getattr(policy, name)), int(FOREVER) - 1 if whole else most
   if not bool(jnp.all((number >= least) & (number <= most))) or (whole and bool(jnp.any(number % 1 != 0))):
     kind = "a whole number, " if whole else ""
-    limits = f"{least} or more" if most == math.inf else f"from {least} to {most}"
+    limits = f"{least} or more" if most == math.inf else f"from {int(least) if whole else least} to {most}"
     raise ValueError(f"{type(policy).__name__}: {name}={getattr(policy, name)} must be {kind}{limits}")
 
 

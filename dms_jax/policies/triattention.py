@@ -111,9 +111,12 @@ def save(path: str | Path, tables: Calibration, config: Any) -> None:
   """Writes a calibration of a model of this `ModelConfig` as an .npz file; a file at `path` is replaced."""
   arrays = {name: np.asarray(getattr(tables, name), np.float32) for name in ("centres", "norms", "frequencies")}
   part = Path(path).with_name(Path(path).name + ".part")
-  with open(part, "wb") as file:
-    np.savez(file, about=json.dumps(describe(config)), **arrays)
-  part.replace(path)
+  try:
+    with open(part, "wb") as file:
+      np.savez(file, about=json.dumps(describe(config)), **arrays)
+    part.replace(path)
+  finally:
+    part.unlink(missing_ok=True)
 
 
 def load(path: str | Path, config: Any) -> Calibration:
@@ -125,7 +128,7 @@ def load(path: str | Path, config: Any) -> Calibration:
   where = f"TriAttention: calibration={path}"
   try:
     with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-      about = json.loads(str(arrays["about"]))
+      about = dict(json.loads(str(arrays["about"])))
       tables = {name: np.asarray(arrays[name]) for name in ("centres", "norms", "frequencies")}
   except FileNotFoundError:
     raise ValueError(f"{where}: no such file; `python -m {PROGRAM}` writes it") from None
@@ -138,6 +141,8 @@ def load(path: str | Path, config: Any) -> Calibration:
   shapes = {"centres": (layers, n, h), "norms": (layers, n, h // 2), "frequencies": (1, h // 2)}
   if wrong := [name for name, shape in shapes.items() if tables[name].shape != shape]:
     raise ValueError(f"{where}: {wrong[0]} has shape {tables[wrong[0]].shape}, expected {shapes[wrong[0]]}; damaged")
+  if wrong := [name for name in tables if tables[name].dtype.kind != "f" or not np.isfinite(tables[name]).all()]:
+    raise ValueError(f"{where}: {wrong[0]} holds what is not a number; damaged, or the model computed NaN")
   if not np.allclose(tables["frequencies"][0], own, rtol=1e-5):
     raise ValueError(f"{where}: of a model with other RoPE frequencies")
   return Calibration(**{name: jnp.asarray(x, jnp.float32) for name, x in tables.items()})

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,51 @@ def cut_half_line(path: Path, start: bytes) -> None:
   whole = data.rfind(b"\n") + 1
   if (rest := data[whole:]) and rest[: len(start)] == start[: len(rest)]:
     os.truncate(path, whole)
+
+
+def append_text(path: Path, text: str) -> None:
+  """Appends to a file; makes it and its folder if they are missing.
+
+  Raises:
+    OSError: it cannot be written, such as on a full disk; names the file.
+  """
+  path.parent.mkdir(parents=True, exist_ok=True)
+  try:
+    with path.open("a", encoding="utf-8") as file:
+      file.write(text)
+  except OSError as error:
+    raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+@contextlib.contextmanager
+def locked(flag: str, folder: str | Path) -> Iterator[Path]:
+  """Makes a folder of results, and keeps other processes that lock it out until the block or this process ends.
+
+  Where the system or the file system has no locks, nothing is locked.
+
+  Raises:
+    ValueError: the folder cannot be made, or another process has locked it; names the flag.
+  """
+  try:
+    Path(folder).mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise ValueError(f"--{flag}={folder}: no folder can be made there ({error.strerror})") from None
+  try:
+    import fcntl
+  except ImportError:  # Windows
+    yield Path(folder)
+    return
+  handle = os.open(folder, os.O_RDONLY)
+  try:
+    try:
+      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise ValueError(f"--{flag}={folder}: another run writes there; let it end, or name another folder") from None
+    except OSError:  # a file system without locks
+      pass
+    yield Path(folder)
+  finally:
+    os.close(handle)
 
 
 def required(flag: str, value: str, what: str) -> Path:
@@ -80,6 +127,10 @@ def json_records(flag: str, path: str | Path, fields: Mapping[str, Any]) -> Iter
       record = json.loads(line)
     except json.JSONDecodeError as error:
       raise ValueError(f"{where}: not valid JSON ({error})") from None
+    except RecursionError:
+      raise ValueError(f"{where}: JSON nested too deeply") from None
+    if "\\ud" in line.lower() and re.search("[\ud800-\udfff]", json.dumps(record, ensure_ascii=False)):
+      raise ValueError(f"{where}: half of a surrogate pair (\\ud800 to \\udfff), which is no character")
     for name, kind in fields.items():
       if not isinstance(record, dict) or not isinstance(record.get(name), kind):
         raise ValueError(f"{where}: a record needs {name!r} ({getattr(kind, '__name__', kind)})")

@@ -157,7 +157,10 @@ def build(
       if not models and original.dms is not None and trained_for(original) == base:
         models = [("", original, origin)]
       if not models:
-        raise ValueError(f"--methods: {name} needs gates that were trained for it: give --retrofit=FOLDER")
+        others = "; ".join(f"{folder} has gates of {trained_for(model)}" for _, folder, model, _ in retrofits)
+        raise ValueError(
+          f"--methods: {name} needs gates that were trained for it: give --retrofit=FOLDER{others and f' ({others})'}"
+        )
     limits: Sequence[float | None] = (None,)
     if cls.uses_gates and (own_limit := getattr(policy, "threshold", None)) is not None:
       limits = thresholds or (own_limit,)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,9 +78,17 @@ class Record:
 
 def append(path: Path, records: Iterable[Record]) -> None:
   """Appends a line for each record; creates the file and its folder if they are missing."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with path.open("a", encoding="utf-8") as file:
-    file.write("".join(json.dumps(program.to_plain(record)) + "\n" for record in records))
+  files.append_text(path, "".join(json.dumps(program.to_plain(record)) + "\n" for record in records))
+
+
+def _numbers(where: str, values: Mapping[str, Any], field: str, empty: float | None = None) -> dict[str, float]:
+  """A field of numbers by name. Raises ValueError if one is not finite; null is `empty`, if that is a number."""
+  found = {name: empty if value is None else value for name, value in values[field].items()}
+  for name, value in found.items():
+    known = isinstance(value, int | float) and (math.isfinite(value) or empty is not None)
+    if not known:
+      raise ValueError(f"{where}: {name!r} of {field!r} must be a number, not {json.dumps(value)[:50]}")
+  return found
 
 
 def read(path: Path, flag: str = "output") -> list[Record]:
@@ -98,7 +107,12 @@ def read(path: Path, flag: str = "output") -> list[Record]:
   for where, values in files.json_records(flag, path, TYPES):
     if unknown := sorted(set(values) - set(TYPES)):
       raise ValueError(f"{where}: a record has no field {unknown[0]!r}")
-    record = Record(**values)
+    record = Record(**{**values, "grades": _numbers(where, values, "grades", math.nan)})
+    _numbers(where, values, "budget")
+    costs = {name: value for name in ("tokens", "reads", "peak") if (value := values.get(name)) is not None}
+    _numbers(where, {"costs": costs}, "costs")
+    if not 0 < record.achieved_cr < math.inf:
+      raise ValueError(f"{where}: 'achieved_cr' must be a number above 0")
     if record.key in found:
       raise ValueError(f"{where}: {record.method} on {record.task}, prompt {record.prompt}, is there already")
     found[record.key] = record

@@ -160,9 +160,7 @@ def trace(
 
 def append(path: Path, traces: Iterable[Trace]) -> None:
   """Appends a line for each trace; creates the file and its folder if they are missing."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with path.open("a", encoding="utf-8") as file:
-    file.write("".join(json.dumps(program.to_plain(each)) + "\n" for each in traces))
+  files.append_text(path, "".join(json.dumps(program.to_plain(each)) + "\n" for each in traces))
 
 
 def add(path: Path, job: Any, method: Method, tokenizer: Tokenizer, records: Sequence[Record], prompts: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,12 @@ def load(folder: Path) -> Run:
   config, summary = _object(folder / CONFIG, "it should hold the run's flags"), {}
   summary = _object(folder / SUMMARY, "it should hold the run's summary")
   found = records.read(path, "runs")
+  for record in found:
+    if wrong := [metric for metric, value in record.grades.items() if math.isnan(value)]:
+      raise ValueError(
+        f"--runs={path}: {record.method} on {record.task}, prompt {record.prompt}: {wrong[0]} is not a number; the "
+        "model computed NaN there, so its results mean nothing: run it apart, with --dtype=float32"
+      )
   tasks, rows, fields = {record.task for record in found}, summary.get("summary", []), set(Entry.__dataclass_fields__)
   try:
     entries = [Entry(**{key: value for key, value in row.items() if key in fields}) for row in rows]
@@ -198,6 +205,8 @@ def load(folder: Path) -> Run:
   if not found and not entries:
     raise ValueError(f"--runs={folder}: no results there: {RECORDS} is missing or empty")
   about = next((given for given in (config, summary) if "config" in given), {"config": config})
+  if wrong := [name for name in ("config", "environment") if not isinstance(about.get(name) or {}, dict)]:
+    raise ValueError(f"--runs={folder / CONFIG}: {wrong[0]!r} must be a JSON object")
   return Run(
     folder, about["config"] or {}, about.get("environment") or {}, found, entries,
     traces.read("runs", folder / traces.FILE),

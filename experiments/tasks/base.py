@@ -8,6 +8,7 @@ after a prompt, and the task grades its text.
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal, TypeVar
@@ -66,9 +67,9 @@ class TasksConfig:
   def __post_init__(self):
     if isinstance(self.chains, int):
       object.__setattr__(self, "chains", (self.chains,))
-    for name, least in (("limit", 0), ("temperature", 0)):
-      if (value := getattr(self, name)) < least:
-        raise ValueError(f"--{name}={value} must be {least} or more")
+    for name in ("limit", "temperature"):
+      if not 0 <= (value := getattr(self, name)) < math.inf:
+        raise ValueError(f"--{name}={value} must be 0 or more, and finite")
     if twice := sorted({name for name in self.tasks if self.tasks.count(name) > 1}):
       raise ValueError(f"--tasks: {twice[0]} is named twice")
     if min(self.chains, default=0) < 1:

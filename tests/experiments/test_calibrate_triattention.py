@@ -94,6 +94,14 @@ def test_damaged_files_are_refused(calibrated, tmp_path):
   np.savez(bad, about=json.dumps(triattention.describe(model.config)), centres=0, norms=0, frequencies=0)
   with pytest.raises(ValueError, match=r"centres has shape \(\), expected \(2, 4, 16\)"):
     check_policy(model, policies.TriAttention(budget=12, calibration=str(bad)))
+  whole = dict(np.load(folder / "tables.npz"))
+  for change, message in (
+    ({"norms": whole["norms"] * np.nan}, "norms holds what is not a number"),
+    ({"about": "[1]"}, "not a calibration, or damaged"), ({"about": "3"}, "not a calibration, or damaged"),
+  ):  # fmt: skip
+    np.savez(bad, **{**whole, **change})
+    with pytest.raises(ValueError, match=message):
+      check_policy(model, policies.TriAttention(budget=12, calibration=str(bad)))
 
 
 def test_flags_have_no_tables():

@@ -16,7 +16,7 @@ from dms_jax.evaluation import likelihood
 from dms_jax.evaluation.text import text_quality
 from dms_jax.tokenizer import byte_tokenizer
 from experiments import evaluate
-from experiments.common import program
+from experiments.common import files, program
 from experiments.methods import budgets, pareto, records, run, summary, trace
 from experiments.methods import method as methods
 from experiments.methods.budgets import Budget, fitted
@@ -106,7 +106,7 @@ def test_trained_weights_for_methods_with_gates(models):
   ("names", "settings", "message"),
   [
     (["h3o"], {}, "--methods: unknown method 'h3o'; there are .*tova"),
-    (["dms"], {"retrofits": ()}, "--methods: dms needs gates that were trained for it: give --retrofit=FOLDER"),
+    (["dms"], {"retrofits": ()}, "--methods: dms needs gates that were trained for it: give --retrofit=FOLDER$"),
     (["tova"], {}, "--methods: tova needs a budget: give --cr=2,4,8, --budgets=512 .* or --tova.budget"),
     (["tova"], {"crs": (2.0,), "read": lambda name, cls: cls(budget=9)}, "--tova.budget=9 beside --cr or --budgets"),
     (["vanilla", "VANILLA"], {}, r"\['vanilla'\] would be the name of several methods"),
@@ -305,6 +305,29 @@ def test_a_killed_run_gives_the_same_records(checkpoints, tmp_path, monkeypatch,
   settings[evaluate.Config] = dataclasses.replace(config, text=str(tmp_path / "text"), lengths=(99,))
   with pytest.raises(ValueError, match=r"--text=\S+ has 90 tokens, less than a chunk of --lengths=99"):
     evaluate.main()
+
+
+def test_a_folder_has_one_writer(tmp_path):
+  folder = tmp_path / "new" / "folder"
+  with files.locked("output", folder), pytest.raises(ValueError, match=f"--output={folder}: another run writes there"):
+    with files.locked("output", folder):
+      pass
+  with files.locked("output", folder):
+    assert not list(folder.iterdir())
+  (tmp_path / "file").write_text("")
+  with pytest.raises(ValueError, match=r"--output=\S+: no folder can be made there \(File exists\)"):
+    with files.locked("output", tmp_path / "file"):
+      pass
+
+
+@pytest.mark.parametrize(
+  ("setting", "value"),
+  [("cr", (math.inf,)), ("cr", (math.nan,)), ("cr", (0.5,)), ("budgets", (0,)), ("thresholds", (math.nan,)),
+   ("kv_budget_gib", math.inf), ("kv_budget_gib", math.nan), ("kv_budget_gib", 0.0)],
+)  # fmt: skip
+def test_numbers_that_cannot_be(setting, value):
+  with pytest.raises(ValueError, match=f"--{setting}="):
+    evaluate.Config(checkpoint="", methods=("tova",), **{setting: value})
 
 
 # The summary ----------------------------------------------------------------------------------------------------------

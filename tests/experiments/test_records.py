@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 
@@ -37,6 +38,12 @@ def test_a_file_of_records_grows_and_is_read_back(tmp_path):
   assert records.read(path) == [first, second] and len(path.read_text().splitlines()) == 2
 
 
+def test_a_full_disk_is_named():
+  if Path("/dev/full").exists():
+    with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
+      records.append(Path("/dev/full"), [record()])
+
+
 def test_a_line_that_was_cut_short_is_removed(tmp_path):
   path = tmp_path / "r.jsonl"
   records.append(path, [record(prompt=0), record(prompt=1)])
@@ -56,6 +63,13 @@ def test_a_line_that_was_cut_short_is_removed(tmp_path):
     (json.dumps({**vars(record(prompt=1)), "more": 1}), "line 2: a record has no field 'more'"),
     (json.dumps(vars(record())), "line 2: original on needle, prompt 0, is there already"),
     ("{", "line 2: not valid JSON"),
+    ("[" * 100_000, "line 2: JSON nested too deeply"),
+    (json.dumps(vars(record(prompt=1, text="\ud800"))), "line 2: half of a surrogate pair"),
+    (json.dumps(vars(record(prompt=1, score="1"))), """line 2: 'score' of 'grades' must be a number, not "1\""""),
+    (json.dumps(vars(record(prompt=1, budget={"cr": None}))), "line 2: 'cr' of 'budget' must be a number, not null"),
+    (json.dumps(vars(record(prompt=1, budget={"cr": [2]}))), "line 2: 'cr' of 'budget' must be a number, not [2]"),
+    (json.dumps(vars(record(prompt=1, reads=math.nan))), "line 2: 'reads' of 'costs' must be a number, not NaN"),
+    (json.dumps(vars(record(prompt=1, achieved_cr=0))), "line 2: 'achieved_cr' must be a number above 0"),
   ],
 )
 def test_what_is_no_record_is_named(tmp_path, line, message):
@@ -65,6 +79,12 @@ def test_what_is_no_record_is_named(tmp_path, line, message):
   with pytest.raises(ValueError, match=re.escape(message)) as caught:
     records.read(path)
   assert str(caught.value).startswith(f"--output={path}")
+
+
+def test_a_grade_that_is_no_number_stays_one(tmp_path):
+  records.append(tmp_path / "r.jsonl", [record(score=math.nan, text="\U0001f600")])
+  (found,) = records.read(tmp_path / "r.jsonl")
+  assert math.isnan(found.grades["score"]) and found.text == "\U0001f600"
 
 
 def test_records_of_other_settings_are_refused(tmp_path):

@@ -269,6 +269,8 @@ def broken(folder: Path, name: str, content: str) -> Path:
 @pytest.mark.parametrize(
   ("name", "content", "message"),
   [
+    ("config.json", '{"config": 1}', r"config\.json: 'config' must be a JSON object"),
+    ("records.jsonl", json.dumps(vars(record("h2o", 0, math.nan))) + "\n", "prompt 0: score is not a number"),
     ("config.json", "{", r"config\.json: not valid JSON"), ("config.json", "[]", "expected a JSON object, found list"),
     ("summary.json", '{"summary": [{"method": "x"}]}', r"summary\.json: 'summary' holds a row that is no entry"),
     ("records.jsonl", "", "no results there: records.jsonl is missing or empty"),
