@@ -208,6 +208,8 @@ def read(flag: str, path: Path) -> list[Trace]:
     is_share = lambda share: isinstance(share, int | float) and 0 <= share <= 1
     if not all(isinstance(row, list) and all(map(is_share, row)) for row in [each.held, *each.retention]):
       raise ValueError(f"{where}: 'held' and 'retention' must be shares from 0 to 1")
+    if not all(isinstance(token, str) for token in each.tokens):
+      raise ValueError(f"{where}: 'tokens' must be texts")
     if len(each.held) != len(each.tokens) or not each.retention or len({len(row) for row in each.retention}) != 1:
       raise ValueError(f"{where}: 'held' needs a share for each token, 'retention' one row of heads for each layer")
     found.append(each)

@@ -71,7 +71,7 @@ class TasksConfig:
       if not 0 <= (value := getattr(self, name)) < math.inf:
         raise ValueError(f"--{name}={value} must be 0 or more, and finite")
     if twice := sorted({name for name in self.tasks if self.tasks.count(name) > 1}):
-      raise ValueError(f"--tasks: {twice[0]} is named twice")
+      raise ValueError(f"--tasks: {twice[0]} is listed twice")
     if min(self.chains, default=0) < 1:
       raise ValueError(f"--chains={','.join(map(str, self.chains))} must be 1 or more")
     if not 0 < self.top_p <= 1:

@@ -311,6 +311,7 @@ def test_settings_that_cannot_be():
     (lambda: Needle(keys=21, values=2), "--needle.keys=21 x --needle.values=2"),
     (lambda: Tracking(hops=-1), "--tracking.hops=-1"),
     (lambda: TasksConfig(limit=-2), "--limit=-2"),
+    (lambda: TasksConfig(tasks=("needle", "gsm8k", "needle")), "--tasks: needle is listed twice"),
     (lambda: TasksConfig(temperature=float("nan")), "--temperature=nan"),
     (lambda: TasksConfig(temperature=float("inf")), "--temperature=inf"),
   ):

@@ -126,7 +126,7 @@ def test_traces_of_a_job_are_made_once(tmp_path):
     ({"held": [0.0, 2.0, 1.0]}, "must be shares from 0 to 1"), ({"held": [0.0]}, "a share for each token"),
     ({"retention": []}, "one row of heads for each layer"), ({"retention": [[0.5], [0.5, 1.0]]}, "one row of heads"),
     ({"tokens": "abc"}, "needs 'tokens'"), ({"retention": [0.5]}, "must be shares"),
-    ({"held": ["x"] * 3}, "must be shares"),
+    ({"held": ["x"] * 3}, "must be shares"), ({"tokens": [1, "b", "c"]}, "'tokens' must be texts"),
   ],
 )  # fmt: skip
 def test_what_is_no_trace_is_named(tmp_path, changes, message):
