@@ -59,13 +59,13 @@ class Tokenizer:
     text = json.dumps(self.settings, indent=2, ensure_ascii=False)
     (path / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
 
-  def encode(self, text: str) -> list[int]:
+  def encode(self, text: str, continues: bool = False) -> list[int]:
     """The token ids of a text, after BOS if the tokenizer adds BOS and the text does not already start with it.
 
-    The text of a special token becomes that token. No end token is added.
+    The text of a special token becomes that token. No end token is added. A text that `continues` another gets no BOS.
     """
     ids = self.backend.encode(text, add_special_tokens=False).ids
-    if self.adds_bos and ids[:1] != [self.bos_token_id]:
+    if self.adds_bos and not continues and ids[:1] != [self.bos_token_id]:
       ids = [self.bos_token_id, *ids]
     return ids
 

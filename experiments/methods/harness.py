@@ -187,9 +187,7 @@ class DmsJaxLM(TemplateLM):
 
   def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
     """Ids of a text; BOS comes first if the tokenizer adds it and `add_special_tokens` is not false."""
-    if add_special_tokens is False:
-      return self.tok.backend.encode(string, add_special_tokens=False).ids
-    return self.tok.encode(string)
+    return self.tok.encode(string, continues=add_special_tokens is False)
 
   @property
   def tokenizer_name(self) -> str:

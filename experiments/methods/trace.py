@@ -189,7 +189,7 @@ def add(path: Path, job: Any, method: Method, tokenizer: Tokenizer, records: Seq
     for place, row in enumerate(group.rows):
       policy, prompt = group.policy.replace(**group.of_row(place)), job.asked[row].tokens
       for record in [each for each in own if each.prompt == row and chain_of(each) not in there]:
-        ids = [*prompt, *tokenizer.backend.encode(record.text, add_special_tokens=False).ids]  # no BOS
+        ids = [*prompt, *tokenizer.encode(record.text, continues=True)]
         append(path, [trace(method.model, policy, tokenizer, ids, len(prompt), record)])
 
 

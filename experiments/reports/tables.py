@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.methods.summary import Entry
+from experiments.reports import styles
 from experiments.tasks.base import Task
 
 NUMBER = re.compile(r"([+-]?\.?\d.*)?|-")  # a cell of a column of numbers: one, with its unit; nothing; a dash
@@ -49,7 +50,7 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
 
 def with_error(metric: str, mean: float, error: float | None, sign: str = "") -> str:
   """A value and its standard error: "12.3 +- 0.4"; perplexity has three digits, nats three or four."""
-  digits = {"answer_loglik": 3, "perplexity": 3, "kl": 4}.get(metric, 1)
+  digits = styles.DIGITS.get(metric, 1)
   return f"{mean:{sign}.{digits}f}" + ("" if error is None else f" +- {error:.{digits}f}")
 
 
