@@ -6,6 +6,7 @@ from experiments.tasks.base import TASKS as TASKS
 from experiments.tasks.base import get as get
 from experiments.tasks.base import register as register
 from experiments.tasks.common_words import CommonWords as CommonWords
+from experiments.tasks.countdown import Countdown as Countdown
 from experiments.tasks.frequent_words import FrequentWords as FrequentWords
 from experiments.tasks.gpqa import GPQA as GPQA
 from experiments.tasks.gsm8k import GSM8K as GSM8K
