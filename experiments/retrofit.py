@@ -3,7 +3,11 @@
     python -m experiments.retrofit --checkpoint=checkpoints/smollm2-135m-instruct --output=runs/retrofit/mine \\
       --data.paths=text.txt,chats.jsonl --retrofit.schedule.steps=400 --retrofit.schedule.final_cr=4
 
-Without a data set the model samples its own: --data.self_text.rows=256. The paper's neuron recipe:
+Without a data set the model samples its own: --data.self_text.rows=256. A reasoner trained by
+experiments.train_reasoner reads problems of its families: --data.families=countdown,grids. A run trains for one CR; the
+ramp takes retrofit.schedule.steps_per_cr steps a unit, and the rest has flags of its own:
+--retrofit.schedule.final_cr=4 --retrofit.schedule.steps=0 --retrofit.schedule.hold_steps=20
+--retrofit.optimizer.decay_steps=60. The paper's neuron recipe:
 --dms.gate=neuron --retrofit.trainable=all --retrofit.schedule.fade_steps=2000. Low-rank updates of other projections:
 --lora.rank=16 --lora.targets=q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj.
 
@@ -27,6 +31,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import os
 import signal
@@ -47,9 +52,10 @@ from dms_jax.config import DMSConfig, LoRAConfig
 from dms_jax.model import Model
 from dms_jax.retrofit import DataConfig, RetrofitConfig, distributed, self_text
 from dms_jax.retrofit.config import check
-from dms_jax.retrofit.data import Packer, Source, load_sources
+from dms_jax.retrofit.data import Batches, Packer, Source, load_sources
 from dms_jax.retrofit.distributed import MeshConfig
 from dms_jax.retrofit.loop import LOG, Preempted, Run, train
+from dms_jax.retrofit.packing import StreamPacker, WholePacker
 from dms_jax.tokenizer import Tokenizer
 from experiments.bench import retrofit_step as retrofit_benchmark
 from experiments.common import program
@@ -139,6 +145,14 @@ def scalars(folder: Path) -> Callable[[dict], None]:
   return write
 
 
+def prepare_process(deterministic: bool) -> None:
+  """Before anything asks for a device: XLA's flags of a `deterministic` run, and Orbax's errors in one line."""
+  if deterministic:
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *DETERMINISTIC]).strip()
+  if not program.FLAGS.debug and not program.FLAGS["verbosity"].present:
+    absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax shows a traceback for each thread
+
+
 def say(message: str) -> None:
   """Logs a line, on process 0 only."""
   if distributed.leads():
@@ -175,9 +189,44 @@ def texts(base: Callable[[], Model], tokenizer: Tokenizer, data: DataConfig, dty
   return sources
 
 
+def rows(sources: list[Source], data: DataConfig, settings: RetrofitConfig) -> Packer:
+  """The rows of `sources`: slices, or whole documents."""
+  if not data.whole_documents:
+    return Packer(sources, data, settings)
+  packer = WholePacker(sources, data, settings)
+  if packer.left_out:
+    shown = [f"number {number} of {name} ({size:,})" for name, number, size in packer.left_out[:3]]
+    more = ", ..." if len(packer.left_out) > len(shown) else ""
+    say(f"  {len(packer.left_out):,} documents are left out, longer than a row of {settings.seq_len:,} tokens: "
+        f"{', '.join(shown)}{more}")  # fmt: skip
+  return packer
+
+
+def generated(data: DataConfig, tokenizer: Tokenizer, settings: RetrofitConfig) -> StreamPacker:
+  """Rows of problems of `data.families`, made as training goes on.
+
+  Raises:
+    ValueError: a family is unknown, or the tokenizer lacks words of its problems.
+  """
+  from experiments.tasks import reasoning  # all tasks, of which other runs need none
+
+  documents = functools.partial(reasoning.documents, data.families, longest=settings.seq_len)
+  lacking = sorted(set(reasoning.VOCABULARY) - set(tokenizer.backend.get_vocab(with_added_tokens=True)))
+  if lacking:
+    raise ValueError(
+      f"data.families={','.join(data.families)}: this model's tokenizer lacks {len(lacking)} of their words, such as "
+      f"{lacking[0]!r}; they are for models of experiments.train_reasoner"
+    )
+  packer = StreamPacker(documents, tokenizer, data, settings)
+  sizes = packer.sizes()
+  say(f"  {','.join(data.families)}: {sum(sizes) / len(sizes):,.0f} tokens a document, the longest of {len(sizes)} has "
+      f"{max(sizes):,}; {packer.workers} processes make them")  # fmt: skip
+  return packer
+
+
 def carry_out(
   run: Run,
-  sources: list[Source],
+  packer: Batches,
   tokenizer: Tokenizer,
   *,
   mesh: Mesh | None = None,
@@ -185,6 +234,8 @@ def carry_out(
   stop_after: int | None = None,
 ) -> dict:
   """Trains or resumes `run`, logs its progress and plots DIRECTORY/log.png; returns the last line of its log.
+
+  The packer is closed at the end.
 
   Raises:
     Preempted: a SIGTERM came; the state is saved. Other errors are those of `train`.
@@ -204,8 +255,7 @@ def carry_out(
 
   drawing = plots.pyplot() is not None
   draw = lambda step: plots.training(run.directory / "log.png", run.directory / LOG) if drawing else None
-  packer = Packer(sources, run.data, settings)
-  with asked_to_stop() as stop:
+  with contextlib.closing(packer), asked_to_stop() as stop:
     last = train(run, packer, tokenizer, mesh=mesh, report=report, saved=draw, stop=stop, stop_after=stop_after)
   if distributed.leads():
     draw(settings.schedule.steps)
@@ -215,14 +265,11 @@ def carry_out(
 def main() -> None:
   config = program.read_flags("", Config)
   settings, data = program.read_flags("retrofit", RetrofitConfig), program.read_flags("data", DataConfig)
-  dms, lora = gates_of(settings), program.read_flags("lora", LoRAConfig)
+  dms, lora = None if settings.objective == "lm" else gates_of(settings), program.read_flags("lora", LoRAConfig)
   devices = program.read_flags("mesh", MeshConfig)
-  if not program.FLAGS.debug and not program.FLAGS["verbosity"].present:
-    absl_logging.set_verbosity(
-      absl_logging.FATAL
-    )  # Orbax shows a traceback for each thread; this program prints one line
-  if config.deterministic:  # before anything asks for a device
-    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *DETERMINISTIC]).strip()
+  prepare_process(config.deterministic)
+  if settings.objective == "lm":
+    raise ValueError("--retrofit.objective=lm trains a model without gates: that is experiments.train_reasoner")
   if settings.trainable != "lora" and (
     given := [f"--lora.{f.name}" for f in dataclasses.fields(LoRAConfig) if program.FLAGS[f"lora.{f.name}"].present]
   ):
@@ -253,11 +300,14 @@ def main() -> None:
   base = checkpoint.load(config.checkpoint, mesh=mesh)
   tokenizer = Tokenizer.load(config.checkpoint)
   output, start = Path(config.output), time.perf_counter()
-  sources = texts(lambda: base, tokenizer, data, settings.memory.compute_dtype, output)
+  if data.families:
+    packer = generated(data, tokenizer, settings)
+  else:
+    packer = rows(texts(lambda: base, tokenizer, data, settings.memory.compute_dtype, output), data, settings)
   board = scalars(output / "tensorboard") if config.tensorboard and distributed.leads() else lambda line: None
   run = Run(base, dms, lora, settings, data, output)
   try:
-    last = carry_out(run, sources, tokenizer, mesh=mesh, board=board, stop_after=config.stop_after or None)
+    last = carry_out(run, packer, tokenizer, mesh=mesh, board=board, stop_after=config.stop_after or None)
   except Preempted as reason:
     say(str(reason))
     sys.exit(128 + signal.SIGTERM)
