@@ -148,8 +148,7 @@ model, tokenizer = dms_jax.load("FOLDER")
 {command}
 ```
 
-`log.jsonl` holds every {stride(len(lines))}th step, drawn from all of them in `log.png`; all settings are in
-`config.json`.
+`log.jsonl` holds one step in {stride(len(lines))}; `log.png` shows all of them. All settings are in `config.json`.
 """
 
 
@@ -177,6 +176,8 @@ def main() -> None:
   if not config.output:
     raise ValueError("give --output=FOLDER of the run")
   check(None, LoRAConfig(), settings)
+  if data.self_text.rows:
+    raise ValueError("--data.self_text: an untrained model has nothing to say; give --data.families or --data.paths")
   if not data.families and not data.whole_documents:
     raise ValueError("give --data.families, or --data.paths of documents with --data.whole_documents")
   retrofit.prepare_process(config.deterministic)

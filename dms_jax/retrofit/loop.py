@@ -313,7 +313,8 @@ def _line(config: RetrofitConfig, step: int, seconds: float, values: dict, heads
   """A line of the log; `heads` adds the gate rate of each head, [L][K]. Numbers that are not finite become null."""
   line = {"step": step, "tokens": (step + 1) * config.batch_size * config.seq_len, "seconds": round(seconds, 4)}
   rates = values.get("gate_rates")
-  line |= {n: float(x) if math.isfinite(x) else None for n, x in values.items() if n != "gate_rates"}
+  plain = lambda x: x if isinstance(x, int) else float(x) if math.isfinite(x) else None
+  line |= {n: plain(x) for n, x in values.items() if n != "gate_rates"}
   if heads and rates is not None:
     line["gate_rates"] = [[round(float(x), 4) for x in row] for row in rates]
   return line
