@@ -93,7 +93,8 @@ def check_trained(folder: Path, text: dict[str, str]) -> None:
 def train(one: Trial, base: Model, packer: Batches, tokenizer: Tokenizer) -> None:
   """Trains or resumes the trial's retrofit; then removes the training state."""
   run = Run(base, one.dms, one.lora, one.retrofit, one.data, one.folder)
-  last = retrofit.carry_out(run, packer, tokenizer)
+  with contextlib.closing(packer):
+    last = retrofit.carry_out(run, packer, tokenizer)
   seconds = sum(json.loads(line)["seconds"] for line in (one.folder / LOG).read_text().splitlines())
   about = {"tokens": last["tokens"], "minutes": seconds / 60, "last": last, "environment": program.environment()}
   program.save_json(one.folder / TRAINED, about)

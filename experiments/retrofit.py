@@ -7,7 +7,7 @@ Without a data set the model samples its own: --data.self_text.rows=256. A reaso
 experiments.train_reasoner reads problems of its families: --data.families=countdown,grids. A run trains for one CR; the
 ramp takes retrofit.schedule.steps_per_cr steps a unit, and the rest has flags of its own:
 --retrofit.schedule.final_cr=4 --retrofit.schedule.steps=0 --retrofit.schedule.hold_steps=20
---retrofit.optimizer.decay_steps=60. The paper's neuron recipe:
+--retrofit.optimizer.decay_steps=60. --crs=2,4,8 makes such a run for each of these CRs. The paper's neuron recipe:
 --dms.gate=neuron --retrofit.trainable=all --retrofit.schedule.fade_steps=2000. Low-rank updates of other projections:
 --lora.rank=16 --lora.targets=q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj.
 
@@ -75,6 +75,7 @@ DETERMINISTIC = ("--xla_gpu_deterministic_ops=true", "--xla_gpu_exclude_nondeter
 class Config:
   """Input, output and mode. The run stops after `stop_after` steps in total, as if interrupted; 0: at its end.
 
+  `crs` makes several runs, OUTPUT/cr2, OUTPUT/cr4, ..., one for each final CR; they share one compilation.
   `tensorboard` also writes OUTPUT/tensorboard (needs tensorboardX). `deterministic` restricts XLA to GPU operations
   with a fixed order of summation, so that a resumed run is bit-equal on a GPU too, but slower. CPUs and TPUs always
   use a fixed order. `benchmark` times `benchmark_steps` steps of the shape `preset` with random weights, without
@@ -83,6 +84,7 @@ class Config:
 
   checkpoint: str = ""
   output: str = ""
+  crs: tuple[float, ...] = ()
   stop_after: int = 0
   tensorboard: bool = False
   deterministic: bool = False
@@ -235,8 +237,6 @@ def carry_out(
 ) -> dict:
   """Trains or resumes `run`, logs its progress and plots DIRECTORY/log.png; returns the last line of its log.
 
-  The packer is closed at the end.
-
   Raises:
     Preempted: a SIGTERM came; the state is saved. Other errors are those of `train`.
   """
@@ -255,11 +255,16 @@ def carry_out(
 
   drawing = plots.pyplot() is not None
   draw = lambda step: plots.training(run.directory / "log.png", run.directory / LOG) if drawing else None
-  with contextlib.closing(packer), asked_to_stop() as stop:
+  with asked_to_stop() as stop:
     last = train(run, packer, tokenizer, mesh=mesh, report=report, saved=draw, stop=stop, stop_after=stop_after)
   if distributed.leads():
     draw(settings.schedule.steps)
   return last
+
+
+def for_cr(settings: RetrofitConfig, cr: float) -> RetrofitConfig:
+  """`settings` with another final CR, and as many steps as its ramp, hold and decay take."""
+  return dataclasses.replace(settings, schedule=dataclasses.replace(settings.schedule, final_cr=cr, steps=0))
 
 
 def main() -> None:
@@ -293,6 +298,8 @@ def main() -> None:
       print(retrofit_benchmark.table(config.preset, settings, result))
       program.finish(result)
     return
+  if config.crs and not settings.ramps:
+    raise ValueError(f"--crs: retrofit.objective={settings.objective} has no target CR")
   if not config.checkpoint or not config.output:
     raise ValueError("give --checkpoint=FOLDER of a model and --output=FOLDER of the run, or --benchmark")
   if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
@@ -304,17 +311,26 @@ def main() -> None:
     packer = generated(data, tokenizer, settings)
   else:
     packer = rows(texts(lambda: base, tokenizer, data, settings.memory.compute_dtype, output), data, settings)
-  board = scalars(output / "tensorboard") if config.tensorboard and distributed.leads() else lambda line: None
-  run = Run(base, dms, lora, settings, data, output)
+  runs = {output / f"cr{cr:g}": for_cr(settings, cr) for cr in config.crs} or {output: settings}
+  lasts = {}
   try:
-    last = carry_out(run, packer, tokenizer, mesh=mesh, board=board, stop_after=config.stop_after or None)
+    with contextlib.closing(packer):
+      for directory, schedule in runs.items():
+        if config.crs:
+          say(f"{directory}: {schedule.schedule.steps} steps")
+        board = scalars(directory / "tensorboard") if config.tensorboard and distributed.leads() else lambda line: None
+        run = Run(base, dms, lora, schedule, data, directory)
+        lasts[directory.name] = carry_out(
+          run, packer, tokenizer, mesh=mesh, board=board, stop_after=config.stop_after or None
+        )
   except Preempted as reason:
     say(str(reason))
     sys.exit(128 + signal.SIGTERM)
   if not distributed.leads():
     return
   minutes = (time.perf_counter() - start) / 60
-  program.finish({"output": str(output), "minutes": minutes, "device": jax.devices()[0].device_kind, "last": last})
+  about = {"output": str(output), "minutes": minutes, "device": jax.devices()[0].device_kind}
+  program.finish(about | ({"runs": lasts} if config.crs else {"last": lasts[output.name]}))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ problems, with the same --data.families.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -205,7 +206,8 @@ def main() -> None:
       f"tokens, {flops.total * settings.schedule.steps:.2e} FLOPs; the time left follows after the first steps"
     )
     try:
-      last = retrofit.carry_out(run, packer, tokenizer, stop_after=config.stop_after or None)
+      with contextlib.closing(packer):
+        last = retrofit.carry_out(run, packer, tokenizer, stop_after=config.stop_after or None)
     except Preempted as reason:
       program.log(str(reason))
       sys.exit(128 + signal.SIGTERM)

@@ -83,13 +83,15 @@ def test_a_stopped_training_goes_on_and_is_retrofitted(tmp_path):
   assert number(again["last"]) == number(whole["last"])
   base = tmp_path / "two" / "final"
   assert {p.name for p in base.iterdir()} >= {"config.json", "params", "tokenizer.json", "README.md", "log.jsonl"}
-  last = run(
-    "retrofit", f"--checkpoint={base}", f"--output={tmp_path / 'cr3'}", "--data.families=countdown", "--dms.window=4",
+  runs = run(
+    "retrofit", f"--checkpoint={base}", f"--output={tmp_path}", "--crs=2,3", "--data.families=countdown", "--dms.window=4",
     "--retrofit.trainable=all", "--retrofit.loss.kind=forward_kl", "--retrofit.batch_size=2", "--retrofit.seq_len=256",
-    "--retrofit.schedule.final_cr=3", "--retrofit.schedule.steps=0", "--retrofit.schedule.steps_per_cr=2",
-    "--retrofit.schedule.hold_steps=1", "--retrofit.optimizer.decay_steps=3", "--retrofit.saving.snapshots=false",
-  )["last"]  # fmt: skip
-  assert last["step"] == 7 and last["target_cr"] == 3.0 and last["filled"] > 0.8
+    "--retrofit.schedule.steps_per_cr=2", "--retrofit.schedule.steps=0", "--retrofit.schedule.hold_steps=1",
+    "--retrofit.optimizer.decay_steps=3", "--retrofit.saving.snapshots=false",
+  )["runs"]  # fmt: skip
+  assert {name: (last["step"], last["target_cr"]) for name, last in runs.items()} == {"cr2": (5, 2.0), "cr3": (7, 3.0)}
+  assert runs["cr3"]["filled"] > 0.8
   model, tokenizer = dms_jax.load(tmp_path / "cr3" / "final")
   assert model.dms.window == 4 and np.isfinite(model.params["embed"].astype("float32")).all()
-  assert tokenizer.encode("countdown") and not (tmp_path / "cr3" / "cr2").exists()
+  assert tokenizer.encode("countdown") and (tmp_path / "cr2" / "final").exists()
+  assert not (tmp_path / "cr3" / "cr2").exists()

@@ -1,4 +1,4 @@
-"""Training from scratch: masked loss, resumption, falling loss, a checkpoint that loads and generates."""
+"""Training from scratch: masked loss, resumption, a loss that falls, a checkpoint that generates."""
 
 from __future__ import annotations
 

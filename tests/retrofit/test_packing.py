@@ -1,4 +1,4 @@
-"""Whole documents in rows, the loss mask, and batches by worker processes: none lost, each once, prompts uncounted."""
+"""Whole documents in rows: none is lost or cut, prompts are masked, workers change nothing."""
 
 from __future__ import annotations
 
