@@ -84,7 +84,8 @@ def test_a_stopped_training_goes_on_and_is_retrofitted(tmp_path):
   base = tmp_path / "two" / "final"
   assert {p.name for p in base.iterdir()} >= {"config.json", "params", "tokenizer.json", "README.md", "log.jsonl"}
   runs = run(
-    "retrofit", f"--checkpoint={base}", f"--output={tmp_path}", "--crs=2,3", "--data.families=countdown", "--dms.window=4",
+    "retrofit", f"--checkpoint={base}", f"--output={tmp_path}", "--crs=2,3", "--data.families=countdown",
+    "--dms.window=4",
     "--retrofit.trainable=all", "--retrofit.loss.kind=forward_kl", "--retrofit.batch_size=2", "--retrofit.seq_len=256",
     "--retrofit.schedule.steps_per_cr=2", "--retrofit.schedule.steps=0", "--retrofit.schedule.hold_steps=1",
     "--retrofit.optimizer.decay_steps=3", "--retrofit.saving.snapshots=false",
