@@ -1,9 +1,9 @@
 """The base of families of generated problems that small models learn to solve by searching in writing.
 
-A family is a task whose problems come from a generator. A *trace* is what the model learns to write after a prompt: random
-attempts, one after another, until something is found; what is found is written down as a *note*, once; then the search
-goes on with the next part of the problem. The notes together give the answer, so the answer depends on tokens that lie
-far back in the text, among attempts that no longer matter.
+A family is a task whose problems come from a generator. A *trace* is what the model learns to write after a prompt:
+random attempts, one after another, until something is found. What is found is written down once, as a *note*; then the
+search goes on with the next part of the problem. The notes together give the answer, so the answer depends on tokens
+that lie far back in the text, among attempts that no longer matter.
 
 A text is words with single spaces between them, from one vocabulary for all families. Every word is one token.
 
@@ -12,6 +12,7 @@ Problems of tests and of training are disjoint: `is_test` hashes a problem's can
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -40,6 +41,9 @@ VOCABULARY: tuple[str, ...] = (
   "find", "go", "toll", "dead", "seen",
 )  # fmt: skip
 
+# Levels of every family: one easy part; several easy parts, for notes in short texts; middling; for tests; long.
+WEIGHTS = (1, 2, 2, 4, 2)  # how often a level occurs in training
+LONG = 6000  # the long level occurs in training only where documents may have more words than this
 TESTS = 16  # one canonical problem in so many is kept for tests
 TRIES = 100_000  # problems drawn in search of another test problem, before a level is said to have too few
 
@@ -146,20 +150,20 @@ def split(words: Sequence[str], separator: str) -> list[list[str]]:
 # Tasks ----------------------------------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
 class ReasoningTask(WritingTask):
   """Problems of one family at one level.
 
-  A family defines `LEVELS`, the settings of its levels from the easiest to the hardest, and `WEIGHTS`, how often each
-  occurs in training. A problem is a NamedTuple of numbers, strings and tuples of them. `problems`: test problems,
-  unless `--limit` says otherwise. `level`: number of the level.
+  A family defines `LEVELS`, the settings of its five levels from the easiest to the longest (see `WEIGHTS`). A problem
+  is a NamedTuple of numbers, strings and tuples of them. `problems`: test problems, unless `--limit` says otherwise.
+  `level`: number of the level.
   """
 
   LEVELS: ClassVar[tuple[Any, ...]]
-  WEIGHTS: ClassVar[tuple[float, ...]]
   metrics = ("accuracy",)
   new_tokens = 3840
-  problems: int
-  level: int
+  problems: int = 512
+  level: int = 3
 
   def __post_init__(self):
     self.least(problems=1, level=0)
@@ -246,7 +250,7 @@ def documents(
 ) -> Iterator[tuple[str, str]]:
   """Training documents `start` to `start + count - 1` of a seed, as (prompt, trace).
 
-  Each draws its family, its level by the family's `WEIGHTS`, a problem that is no test problem, and a trace. Document i
+  Each draws its family, its level by `WEIGHTS`, a problem that is no test problem, and a trace. Document i
   depends on (families, seed, longest, i) alone.
 
   Args:
@@ -257,11 +261,12 @@ def documents(
     ValueError: an unknown family.
   """
   tasks = [_levels(family) for family in families]
+  weights = WEIGHTS if longest > LONG else WEIGHTS[:-1]
   for number in range(start, start + count):
     rng = random.Random(f"{seed} {number}")
     levels = tasks[int(rng.random() * len(tasks))]
     while True:
-      task = rng.choices(levels, levels[0].WEIGHTS)[0]
+      task = rng.choices(levels[: len(weights)], weights)[0]
       problem = task.sample(rng)
       if is_test(task.key(problem)):
         continue
