@@ -1,4 +1,4 @@
-"""Countdown with several targets: chains of operations over a few numbers, one chain for each target."""
+"""Countdown with several targets: a chain of operations on given numbers for each target."""
 
 from __future__ import annotations
 
@@ -59,11 +59,12 @@ class Countdown(ReasoningTask):
   prompt is right if one of its W texts is.
   """
 
+  PROBLEM = Problem
   LEVELS = (
     Level((2, 3), (1, 1), (1, 2)),
     Level((3, 3), (2, 4), (1, 2)),
     Level((3, 4), (2, 3), (1, 3)),
-    Level((4, 4), (2, 4), (2, 3)),
+    Level((3, 4), (3, 4), (2, 3)),
     Level((5, 5), (4, 4), (3, 4)),
   )
   best_of_all = True
@@ -95,7 +96,7 @@ class Countdown(ReasoningTask):
   def write(self, problem: Problem, trace: Trace) -> bool:
     notes = []
     for target in problem.targets:
-      root = Step("", (0, tuple(problem.numbers), ""))
+      root = Step("", (0, problem.numbers, ""))
       found = trace.search(root, lambda step, target=target: _expand(step, target))
       if found is None:
         return False

@@ -6,7 +6,7 @@ import random
 from typing import NamedTuple
 
 from experiments.tasks.base import register
-from experiments.tasks.reasoning import LARGEST, ReasoningTask, Step, Trace, answer_words
+from experiments.tasks.reasoning import LARGEST, ReasoningTask, Step, Trace
 
 
 class Level(NamedTuple):
@@ -37,13 +37,16 @@ class Graphs(ReasoningTask):
   unique, so W texts vote.
   """
 
+  PROBLEM = Problem
   LEVELS = (
     Level((1, 3), (2, 3), (1, 1), 2),
     Level((2, 4), (2, 3), (2, 4), 3),
     Level((4, 6), (2, 3), (2, 3), 4),
-    Level((5, 8), (2, 3), (2, 4), 5),
+    Level((4, 8), (2, 3), (3, 4), 5),
     Level((8, 9), (3, 3), (4, 4), 5),
   )
+
+  size = 1
 
   def sample(self, rng: random.Random) -> Problem:
     level, chance = self.LEVELS[self.level], rng.random
@@ -73,14 +76,15 @@ class Graphs(ReasoningTask):
         return Problem(tuple((room, tuple(behind)) for room, behind in [lines[0], *rest]), goals)
 
   def key(self, problem: Problem) -> str:
-    doors = dict(problem.rooms)
+    rooms, goals = problem
+    doors = dict(rooms)
 
     def shape(room: int) -> str:
       if room not in doors:
-        return "!" if room in problem.goals else "."
+        return "!" if room in goals else "."
       return f"({''.join(shape(behind) for behind in doors[room])})"
 
-    return f"graphs {shape(problem.rooms[0][0])}"
+    return f"graphs {shape(rooms[0][0])}"
 
   def prompt(self, problem: Problem) -> str:
     lines = " ".join(f"{room} : {' '.join(map(str, behind))} ;" for room, behind in problem.rooms)
@@ -110,14 +114,15 @@ class Graphs(ReasoningTask):
     return True
 
   def check(self, problem: Problem, text: str) -> bool:
-    return answer_words(text) == [str(total(problem))]
+    return self.answer(text) == str(total(problem))
 
 
 def total(problem: Problem) -> int:
   """The sum of the tolls on the ways to the rooms sought."""
-  above = {behind: (room, toll) for room, doors in problem.rooms for toll, behind in enumerate(doors, start=1)}
+  rooms, goals = problem
+  above = {behind: (room, toll) for room, doors in rooms for toll, behind in enumerate(doors, start=1)}
   cost = 0
-  for room in problem.goals:
+  for room in goals:
     while room in above:
       room, toll = above[room]
       cost += toll

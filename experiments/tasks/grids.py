@@ -9,7 +9,7 @@ import random
 from typing import NamedTuple
 
 from experiments.tasks.base import register
-from experiments.tasks.reasoning import LETTERS, ReasoningTask, Step, Trace, answer_words
+from experiments.tasks.reasoning import LETTERS, ReasoningTask, Step, Trace
 
 SIZE = 4
 DIGITS = range(1, SIZE + 1)
@@ -86,13 +86,16 @@ class Grids(ReasoningTask):
   repeats in a column or box. Each grid has one solution, so W texts vote.
   """
 
+  PROBLEM = Problem
   LEVELS = (
     Level((1, 1), (1, 8)),
     Level((2, 4), (1, 4)),
     Level((2, 3), (4, 24)),
-    Level((2, 4), (4, 64)),
-    Level((4, 4), (48, 192)),
+    Level((3, 4), (2, 48)),
+    Level((4, 4), (32, 128)),
   )
+
+  size = 2
 
   def sample(self, rng: random.Random) -> Problem:
     level = self.LEVELS[self.level]
@@ -144,10 +147,10 @@ class Grids(ReasoningTask):
   def check(self, problem: Problem, text: str) -> bool:
     sums = [0, 0]
     for cells, asked in zip(*problem, strict=True):
-      filled = solution(tuple(cells))
+      filled = solution(cells)
       assert filled is not None
       sums = [total + filled[SIZE * asked + column] for column, total in enumerate(sums)]
-    return answer_words(text) == [str(total) for total in sums]
+    return self.answer(text) == " ".join(map(str, sums))
 
 
 @functools.cache

@@ -47,11 +47,12 @@ class Programs(ReasoningTask):
   that agrees with all examples counts, so a prompt is right if one of its W texts is.
   """
 
+  PROBLEM = Problem
   LEVELS = (
     Level((2, 4), (1, 1), (2, 3)),
     Level((2, 3), (2, 4), (2, 2)),
     Level((3, 6), (2, 3), (2, 3)),
-    Level((4, 8), (2, 4), (2, 3)),
+    Level((3, 8), (3, 4), (2, 3)),
     Level((9, 10), (4, 4), (2, 3)),
   )
   best_of_all = True
