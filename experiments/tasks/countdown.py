@@ -1,4 +1,4 @@
-"""Countdown with several targets: chains of operations over a few numbers, one chain for each target."""
+"""Countdown with several targets: a chain of operations on given numbers for each target."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from experiments.tasks.base import register
 from experiments.tasks.reasoning import LARGEST, ReasoningTask, Step, Trace, answer_words, compare, split
 
 NUMBERS = range(2, 21)  # the given numbers
+TRIES = 50  # chains drawn for the targets of a problem, before other numbers are drawn
 
 
 class Level(NamedTuple):
@@ -58,32 +59,32 @@ class Countdown(ReasoningTask):
   prompt is right if one of its W texts is.
   """
 
+  PROBLEM = Problem
   LEVELS = (
     Level((2, 3), (1, 1), (1, 2)),
-    Level((3, 3), (1, 2), (1, 2)),
+    Level((3, 3), (2, 4), (1, 2)),
     Level((3, 4), (2, 3), (1, 3)),
-    Level((4, 4), (2, 4), (2, 3)),
-    Level((4, 4), (4, 4), (3, 3)),
+    Level((3, 4), (3, 4), (2, 3)),
+    Level((5, 5), (4, 4), (3, 4)),
   )
-  WEIGHTS = (1, 1, 2, 4, 0)
   best_of_all = True
-  problems: int = 512
-  level: int = 3
 
   def sample(self, rng: random.Random) -> Problem:
-    level = self.LEVELS[self.level]
-    numbers = tuple(rng.sample(NUMBERS, rng.randint(*level.numbers)))
-    wanted, targets = rng.randint(*level.targets), []
-    while len(targets) < wanted:
-      value, left = numbers[int(rng.random() * len(numbers))], numbers
-      left = without(left, value)
-      for _ in range(rng.randint(*level.operations)):
-        if choices := moves(value, left):
-          _, number, value = choices[int(rng.random() * len(choices))]
-          left = without(left, number)
-      if value not in numbers and value not in targets:
-        targets.append(value)
-    return Problem(numbers, tuple(targets))
+    level, chance = self.LEVELS[self.level], rng.random
+    while True:
+      numbers = tuple(rng.sample(NUMBERS, rng.randint(*level.numbers)))
+      wanted, targets = rng.randint(*level.targets), []
+      for _ in range(TRIES):  # few numbers may reach too few targets
+        value = numbers[int(chance() * len(numbers))]
+        left = without(numbers, value)
+        for _ in range(rng.randint(*level.operations)):
+          if choices := moves(value, left):
+            _, number, value = choices[int(chance() * len(choices))]
+            left = without(left, number)
+        if value not in numbers and value not in targets:
+          targets.append(value)
+        if len(targets) == wanted:
+          return Problem(numbers, tuple(targets))
 
   def key(self, problem: Problem) -> str:
     return f"countdown {sorted(problem.numbers)} {sorted(problem.targets)}"
@@ -95,7 +96,7 @@ class Countdown(ReasoningTask):
   def write(self, problem: Problem, trace: Trace) -> bool:
     notes = []
     for target in problem.targets:
-      root = Step("", (0, tuple(problem.numbers), ""))
+      root = Step("", (0, problem.numbers, ""))
       found = trace.search(root, lambda step, target=target: _expand(step, target))
       if found is None:
         return False

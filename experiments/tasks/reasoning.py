@@ -1,9 +1,9 @@
-"""The base of families of generated problems that small models learn to solve by searching in writing.
+"""The base of families of generated problems that small models solve by searching in writing.
 
-A family is a task whose problems come from a generator. A *trace* is what the model learns to write after a prompt: random
-attempts, one after another, until something is found; what is found is written down as a *note*, once; then the search
-goes on with the next part of the problem. The notes together give the answer, so the answer depends on tokens that lie
-far back in the text, among attempts that no longer matter.
+A family is a task whose problems come from a generator. A *trace* is what the model learns to write after a prompt:
+random attempts, one after another, until something is found. What is found is written down once, as a *note*; then the
+search goes on with the next part of the problem. The notes together give the answer, so the answer depends on tokens
+that lie far back in the text, among attempts that no longer matter.
 
 A text is words with single spaces between them, from one vocabulary for all families. Every word is one token.
 
@@ -12,6 +12,7 @@ Problems of tests and of training are disjoint: `is_test` hashes a problem's can
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -19,6 +20,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
@@ -40,13 +42,19 @@ VOCABULARY: tuple[str, ...] = (
   "find", "go", "toll", "dead", "seen",
 )  # fmt: skip
 
+IDS = {word: i for i, word in enumerate(VOCABULARY)}  # token ids, as those of `tokenizer()`
+NUMBERS = frozenset(map(str, range(LARGEST + 1)))
+
+# Levels of every family: one easy part; several easy parts, for notes in short texts; middling; for tests; long.
+WEIGHTS = (1, 3, 2, 3, 2)  # how often a level occurs in training
+LONG = 6000  # the long level occurs in training only where documents may have more words than this
 TESTS = 16  # one canonical problem in so many is kept for tests
-TRIES = 100_000  # problems drawn in search of another test problem, before a level is said to have too few
+TRIES = 20_000  # problems drawn in search of another test problem, before a level is said to have too few
 
 
 def tokenizer() -> Tokenizer:
   """The tokenizer of `VOCABULARY`: the id of a word is its place there; texts start with `<bos>`."""
-  backend = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token=UNKNOWN))
+  backend = tokenizers.Tokenizer(models.WordLevel(IDS, unk_token=UNKNOWN))
   backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
   backend.add_special_tokens([PAD, BOS, END, UNKNOWN])
   names = {"bos_token": BOS, "eos_token": END, "pad_token": PAD, "unk_token": UNKNOWN}
@@ -146,20 +154,22 @@ def split(words: Sequence[str], separator: str) -> list[list[str]]:
 # Tasks ----------------------------------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
 class ReasoningTask(WritingTask):
   """Problems of one family at one level.
 
-  A family defines `LEVELS`, the settings of its levels from the easiest to the hardest, and `WEIGHTS`, how often each
-  occurs in training. A problem is a NamedTuple of numbers, strings and tuples of them. `problems`: test problems,
-  unless `--limit` says otherwise. `level`: number of the level.
+  A family defines `LEVELS`, the settings of its five levels from the easiest to the longest (see `WEIGHTS`). A problem
+  is a NamedTuple `PROBLEM` of numbers, strings and tuples of them. `size`: how many numbers an answer is; 0 if it is
+  something else. `problems`: test problems, unless `--limit` says otherwise. `level`: number of the level.
   """
 
   LEVELS: ClassVar[tuple[Any, ...]]
-  WEIGHTS: ClassVar[tuple[float, ...]]
+  PROBLEM: ClassVar[type]
+  size: ClassVar[int] = 0
   metrics = ("accuracy",)
   new_tokens = 3840
-  problems: int
-  level: int
+  problems: int = 512
+  level: int = 3
 
   def __post_init__(self):
     self.least(problems=1, level=0)
@@ -196,10 +206,16 @@ class ReasoningTask(WritingTask):
 
   def answer(self, text: str) -> str | None:
     words = answer_words(text)
-    return " ".join(words) if words else None
+    if not words or (self.size and (len(words) != self.size or not all(word in NUMBERS for word in words))):
+      return None
+    return " ".join(words)
 
   def grade(self, text: str, prompt: Prompt) -> dict[str, float]:
-    return {"accuracy": 100.0 * self.check(json.loads(prompt.references[0]), text)}
+    return {"accuracy": 100.0 * self.check(self.problem(prompt), text)}
+
+  def problem(self, prompt: Prompt) -> Any:
+    """The problem of a prompt."""
+    return self.PROBLEM(*_tuples(json.loads(prompt.references[0])))
 
   def tests(self, seed: int, count: int) -> list[Any]:
     """The first `count` test problems of a seed, no two alike; fewer are the start of more.
@@ -233,6 +249,27 @@ class ReasoningTask(WritingTask):
     return made
 
 
+def lengths(task: ReasoningTask, problems: int, chains: int, seed: int, longest: int = 8192) -> np.ndarray:
+  """Words of the traces of a searcher that makes no mistake, int64 [problems, chains], on test problems of a seed.
+
+  A text of L words is right if its trace has at most L. So the share of traces that are this short bounds the accuracy
+  of a model that has learned the search, and the share of problems with one such trace bounds that of W chains. A trace
+  longer than `longest` counts as `longest + 1`.
+  """
+  found = np.full((problems, chains), longest + 1)
+  for row, problem in enumerate(task.tests(seed, problems)):
+    for chain in range(chains):
+      text = task.trace(problem, random.Random(f"{seed} {row} {chain} lengths"), longest)
+      if text is not None:
+        found[row, chain] = text.count(" ") + 1
+  return found
+
+
+def _tuples(value: Any) -> Any:
+  """Tuples for the lists of a value read from JSON."""
+  return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
 @functools.cache
 def _levels(family: str) -> tuple[ReasoningTask, ...]:
   cls = get(family)
@@ -246,7 +283,7 @@ def documents(
 ) -> Iterator[tuple[str, str]]:
   """Training documents `start` to `start + count - 1` of a seed, as (prompt, trace).
 
-  Each draws its family, its level by the family's `WEIGHTS`, a problem that is no test problem, and a trace. Document i
+  Each draws its family, its level by `WEIGHTS`, a problem that is no test problem, and a trace. Document i
   depends on (families, seed, longest, i) alone.
 
   Args:
@@ -254,14 +291,15 @@ def documents(
     longest: most words of a document, `<bos>` and the end word included; a longer one is drawn again.
 
   Raises:
-    ValueError: an unknown family.
+    ValueError: an unknown family, or `longest` leaves room for too few documents.
   """
   tasks = [_levels(family) for family in families]
+  weights = WEIGHTS if longest > LONG else WEIGHTS[:-1]
   for number in range(start, start + count):
     rng = random.Random(f"{seed} {number}")
     levels = tasks[int(rng.random() * len(tasks))]
-    while True:
-      task = rng.choices(levels, levels[0].WEIGHTS)[0]
+    for _ in range(TRIES):
+      task = rng.choices(levels[: len(weights)], weights)[0]
       problem = task.sample(rng)
       if is_test(task.key(problem)):
         continue
@@ -270,3 +308,5 @@ def documents(
       if text is not None:
         yield prompt, text
         break
+    else:
+      raise ValueError(f"longest={longest}: no document of {task.name} is this short; give 512 or more")
