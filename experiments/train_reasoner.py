@@ -59,7 +59,7 @@ DEFAULTS: dict[str, Any] = {
   "optimizer": OptimizerConfig(1.5e-3, 150, -1, 0.03, beta2=0.98, weight_decay=0.1),
   "loss": LossConfig("lm"),
   "memory": MemoryConfig(loss_chunk=65536),
-  "saving": SavingConfig(save_every=500),
+  "saving": SavingConfig(save_every=1000),
 }
 LOG_LINES = 500  # of the log in the checkpoint
 LAST = 100  # steps whose mean loss the card states

@@ -1,4 +1,4 @@
-"""The trainer of reasoners: its default shapes, its card, a stopped run that goes on, a retrofit of what it writes."""
+"""The trainer of reasoners: default sizes, card, a stopped run that goes on, and its retrofits."""
 
 from __future__ import annotations
 
