@@ -56,10 +56,11 @@ class Run:
   directory: Path
 
   def settings(self, packer: Batches) -> dict[str, dict | None]:
-    """The settings that identify this run, as run.json holds them."""
+    """The settings that identify this run, as run.json holds them; the number of workers changes no batch."""
+    data = {name: value for name, value in to_json(self.data).items() if name != "workers"}
     return {
       "model": to_json(self.base.config), "dms": to_json(self.dms) if self.dms else None, "lora": to_json(self.lora),
-      "retrofit": to_json(self.config), "data": to_json(self.data), "text": packer.fingerprints(),
+      "retrofit": to_json(self.config), "data": data, "text": packer.fingerprints(),
     }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 
@@ -151,7 +152,9 @@ def test_the_loss_falls(whole):
 def test_a_stopped_run_goes_on_with_the_same_numbers(whole, tmp_path):
   train(*a_run(tmp_path), words(), stop_after=22)
   (tmp_path / "state" / "22").rename(tmp_path / "lost")  # as if killed before it was written: from step 15 on
-  train(*a_run(tmp_path), words())
+  run, packer = a_run(tmp_path)
+  more_workers = dataclasses.replace(run, data=dataclasses.replace(DATA, workers=3))  # of data, not of this packer
+  train(more_workers, packer, words())
   assert log(tmp_path) == log(whole)
   got, want = (checkpoint.load(directory / "final").params for directory in (tmp_path, whole))
   jax.tree.map(np.testing.assert_array_equal, got, want)
