@@ -64,7 +64,7 @@ class Countdown(ReasoningTask):
     Level((2, 3), (1, 1), (1, 2)),
     Level((3, 3), (2, 4), (1, 2)),
     Level((3, 4), (2, 3), (1, 3)),
-    Level((3, 4), (3, 4), (2, 3)),
+    Level((4, 4), (3, 4), (2, 3)),
     Level((5, 5), (4, 4), (3, 4)),
   )
   best_of_all = True

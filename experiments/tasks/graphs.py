@@ -1,4 +1,4 @@
-"""Rooms joined by one-way doors: random walks look for rooms, and the tolls on the ways there are added up."""
+"""Rooms joined by one-way doors: random walks find rooms, and the tolls of the ways are added up."""
 
 from __future__ import annotations
 
@@ -42,10 +42,9 @@ class Graphs(ReasoningTask):
     Level((1, 3), (2, 3), (1, 1), 2),
     Level((2, 4), (2, 3), (2, 4), 3),
     Level((4, 6), (2, 3), (2, 3), 4),
-    Level((4, 8), (2, 3), (3, 4), 5),
+    Level((5, 7), (3, 3), (3, 4), 4),
     Level((8, 9), (3, 3), (4, 4), 5),
   )
-
   size = 1
 
   def sample(self, rng: random.Random) -> Problem:

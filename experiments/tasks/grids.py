@@ -1,4 +1,4 @@
-"""Several 4x4 sudokus, solved one after the other by guessed rows; the answer adds up cells of all of them."""
+"""Several 4x4 sudokus, solved by guessed rows; the answer adds up cells of all of them."""
 
 from __future__ import annotations
 
@@ -91,10 +91,9 @@ class Grids(ReasoningTask):
     Level((1, 1), (1, 8)),
     Level((2, 4), (1, 4)),
     Level((2, 3), (4, 24)),
-    Level((3, 4), (2, 48)),
+    Level((3, 4), (4, 48)),
     Level((4, 4), (32, 128)),
   )
-
   size = 2
 
   def sample(self, rng: random.Random) -> Problem:

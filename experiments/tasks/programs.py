@@ -52,7 +52,7 @@ class Programs(ReasoningTask):
     Level((2, 4), (1, 1), (2, 3)),
     Level((2, 3), (2, 4), (2, 2)),
     Level((3, 6), (2, 3), (2, 3)),
-    Level((3, 8), (3, 4), (2, 3)),
+    Level((4, 8), (3, 4), (2, 3)),
     Level((9, 10), (4, 4), (2, 3)),
   )
   best_of_all = True

@@ -1,4 +1,4 @@
-"""Traces of the four families read again from their texts alone: every claim in them is worked out anew."""
+"""Traces of the four families read again from their texts alone: every claim is worked out anew."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Families of generated problems: traces against an oracle, grading, disjoint tests, lengths, windows."""
+"""Families of generated problems: traces against an oracle, grading, data, lengths, windows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.experiments import reasoning_oracle as oracle
 FAMILIES = ("countdown", "grids", "programs", "graphs")
 VERIFIED = {"countdown": oracle.countdown_right, "programs": oracle.programs_right}
 VOTED = {"grids": oracle.grids_answer, "graphs": oracle.graphs_answer}
-DIGEST = "a5def6bbf9b89bce"
+DIGEST = "c8e1111907528370"
 LENGTHS = (240, 480, 960, 1920, 3840)
 TOKENIZER = reasoning.tokenizer()
 family = pytest.mark.parametrize("family", FAMILIES)
@@ -174,11 +174,10 @@ def test_tests_and_training_are_disjoint(family):
     problem = get(family)(level=number % 4).sample(random.Random(number))
     seen.add(reasoning.is_test(task.key(problem)))
   assert seen == {False, True}
-  parsed = {"countdown": _countdown_key, "grids": _grids_key, "programs": _programs_key, "graphs": None}[family]
-  if parsed:
-    trained = {parsed(prompt) for prompt, _ in reasoning.documents([family], 11, 0, 1500, 1200)}
-    tested = {parsed(task.prompt(problem)) for problem in task.tests(42, 512)}
-    assert not trained & tested
+  of = {"countdown": _countdown_key, "grids": _grids_key, "programs": _programs_key, "graphs": _graphs_key}[family]
+  trained = {of(prompt) for prompt, _ in reasoning.documents([family], 11, 0, 1500, 1200)}
+  tested = {of(task.prompt(problem)) for problem in task.tests(42, 512)}
+  assert len(tested) == 512 and not trained & tested
 
 
 def _countdown_key(prompt: str) -> str:
@@ -193,6 +192,16 @@ def _grids_key(prompt: str) -> str:
 def _programs_key(prompt: str) -> str:
   operations, parts = oracle.programs_problem(prompt)
   return f"{sorted(operations)} {sorted(sorted(examples) for examples in parts.values())}"
+
+
+def _graphs_key(prompt: str) -> str:
+  """The doors on the way to every room: names do not matter."""
+  start, doors, goals = oracle.graphs_problem(prompt)
+  paths, open_ways = [], [((), start)]
+  for path, room in open_ways:
+    paths.append((path, room in goals))
+    open_ways += [((*path, door), behind) for door, behind in enumerate(doors.get(room, ()))]
+  return str(sorted(paths))
 
 
 def test_canonical_forms():
@@ -264,8 +273,8 @@ def test_accuracy_of_a_faultless_search_rises_with_length_and_chains(family):
   one = [100 * (found <= most).mean() for most in LENGTHS]
   eight = [100 * (found <= most).any(axis=1).mean() for most in LENGTHS]
   print(family, *(f"L {most}: {a:.0f} {b:.0f};" for most, a, b in zip(LENGTHS, one, eight, strict=True)))
-  assert 1 < one[0] < 15 and 85 < one[-1] <= 99.9 and min(np.diff(one)) > 5
-  assert 5 < eight[0] < 50 and eight[-2] > 95 and eight[1] - eight[0] > 15
+  assert 0.3 < one[0] < 10 and 80 < one[-1] < 99 and min(np.diff(one)) > 5
+  assert 2 < eight[0] < 50 and eight[-2] > 90 and eight[1] - eight[0] > 15
 
 
 @family
