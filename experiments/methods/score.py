@@ -12,16 +12,19 @@ from dms_jax.evaluation.text import text_quality
 from dms_jax.metrics import achieved_cr
 from dms_jax.model import Model
 from dms_jax.policies import DMS, Policy, Vanilla
-from experiments.methods.budgets import fitted
+from experiments.methods.budgets import Budget, fitted
 from experiments.methods.method import Method
 from experiments.methods.records import Record
 
 
-def masked(policy: Policy) -> float | Policy | None:
-  """None or a threshold if a mask on the whole text gives the same scores as a cache under `policy`, else `policy`."""
+def masked(policy: Policy, budget: Budget) -> float | Policy | None:
+  """None or a threshold if a mask on the whole text gives the same scores as a cache under `policy`, else `policy`.
+
+  A budget needs a cache, be it the policy's own or `budget`.
+  """
   if isinstance(policy, Vanilla):
     return None
-  if type(policy) is DMS and policy.window is None and not policy.bounded:
+  if type(policy) is DMS and policy.window is None and not policy.bounded and not budget.given:
     return policy.threshold
   return policy
 
@@ -35,7 +38,7 @@ def score(
   All questions of the job decide the blocks and their shapes; a resumed run thus gives the same numbers.
   """
   passages, spans = job.passages
-  limit = masked(method.policy)
+  limit = masked(method.policy, method.given)
   group_of: dict[int, tuple[Any, int]] = {}
   if isinstance(limit, Policy):
     groups, _ = fitted(method.model, method.policy, method.given, job.totals(0))
@@ -90,7 +93,7 @@ def score_text(
     wanted: their numbers; blocks of `batch` chunks are scored together, the same in a resumed run.
   """
   length = chunks.shape[1]
-  limit = masked(method.policy)
+  limit = masked(method.policy, method.given)
   if isinstance(limit, Policy):
     (group,), _ = fitted(method.model, method.policy, method.given, [length])
     settings: dict[str, Any] = {"model": method.model, "policy": group.policy}

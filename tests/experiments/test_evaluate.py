@@ -134,6 +134,9 @@ def test_questions_have_budgets_of_their_own(models, tmp_path, monkeypatch):
     ((alone,),) = likelihood.score([(models[0], policies.TOVA(budget=budget))], [passage], batch=2)
     assert record.grades["answer_loglik"] == pytest.approx(alone.logprobs.mean(), abs=2e-5)  # float32, other shapes
     assert record.achieved_cr == pytest.approx(len(passage.tokens) / budget)
+  hard = run.Method("dms_budget", models[1], policies.DMS(threshold=math.inf), given=Budget(cr=3.0))
+  for part in run.run(job, [hard], byte_tokenizer(), batch=2):
+    assert all(record.achieved_cr == pytest.approx(record.tokens / math.ceil(record.tokens / 3)) for record in part)
   again = run.run(job, [method], byte_tokenizer(), batch=2, done=made[:2])
   assert [record for part in again for record in part] == made[2:]  # to the bit
 
@@ -168,6 +171,8 @@ def test_chunks_of_a_text(models):
     if name != "vanilla":
       before = quality["perplexity_original"]
       assert perplexity.difference == pytest.approx(quality["perplexity"] - before, rel=1e-4)
+  hard = run.Method("dms_budget", models[1], policies.DMS(threshold=math.inf), given=Budget(cr=4.0))
+  assert [record.achieved_cr for record in score(hard, [0, 1])] == [4.0, 4.0]
   assert text.missing(bounded, found["tova"][:3] + found["dms"]) == [3]
   assert score(bounded, [3]) == found["tova"][3:]
   places = [("text a", 0, "a"), ("text b", 0, "b"), ("text b", 1, "b"), ("text b", 2, "b")]
