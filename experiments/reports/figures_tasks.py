@@ -16,7 +16,7 @@ def tasks(plt, entries: Sequence[Entry], baseline: str, title: str) -> Any:
   """A panel of score against length for each task with lengths, and bars for all other tasks."""
   short = short_names(list(dict.fromkeys(entry.method for entry in entries)))
   others = [method for method in short if method != baseline]
-  styles = {baseline: (f"{baseline}, dense", plots.DENSE)}
+  styles = {baseline: (short.get(baseline, baseline), plots.DENSE)}
   styles |= {method: (short[method], plots.METHODS[i % len(plots.METHODS)]) for i, method in enumerate(others)}
   panels = [
     (_curves, [entry for entry in entries if entry.task == task], task)

@@ -15,10 +15,9 @@ import numpy as np
 from experiments.common import program
 from experiments.methods import pareto
 from experiments.methods.records import Record
-from experiments.methods.summary import Entry
 from experiments.methods.trace import Trace
 from experiments.reports import charts, styles
-from experiments.reports.results import AXIS_NAMES, LOWER_COST, Panel, Point, Results, Setting
+from experiments.reports.results import AXES, AXIS_NAMES, Panel, Point, Results, Setting, time_remark
 from experiments.reports.tables import note
 from experiments.tasks.base import Task
 
@@ -132,7 +131,8 @@ def figures(panel: Panel, look: Mapping[str, styles.Style]) -> Table:
       point.setting.limit, f"{point.setting.chains}", f"{point.setting.max_tokens:,}", styles.named(metric),
       f"{e.samples:,}", styles.number(metric, e.mean), styles.number(metric, e.standard_error),
       styles.number(metric, e.difference, "+"), styles.number(metric, e.difference_se), f"{e.achieved_cr:.2f}",
-      "" if e.tokens is None else f"{e.tokens:,.0f}", *(f"{point.costs[axis]:,.0f}" for axis in panel.axes()),
+      "" if e.tokens is None else f"{e.tokens / e.chains:,.0f}",
+      *(styles.amount(point.costs[axis]) if axis in point.costs else "" for axis in panel.axes()),
     ], look[point.setting.method])
     for point in panel.points
     for metric, e in point.entries.items()
@@ -155,26 +155,30 @@ def margins(panel: Panel, look: Mapping[str, styles.Style], baseline: str) -> Ta
     f"Margin over {baseline} at equal cost, {styles.named(panel.metric)}: the mean distance of the two frontiers over "
     "the costs that both cover, linear in the cost. NA: they share no interval."
   )
-  return Table(caption, ["method", *(f"at equal {LOWER_COST[axis]}" for axis in axes)], rows) if rows else None
+  return Table(caption, ["method", *(f"at equal {AXES[axis]}" for axis in axes)], rows) if rows else None
 
 
-def text_table(entries: Sequence[Entry], look: Mapping[str, styles.Style], baseline: str) -> Table:
-  """Perplexity and divergence of methods on a text: a row for each length and method."""
-  cells: dict[tuple, dict[str, Entry]] = {}
-  for entry in entries:
-    where = entry.length or 0, list(look).index(entry.method), entry.method, styles.limit(entry.budget)
-    cells.setdefault(where, {})[entry.metric] = entry
-  rows = []
-  for (length, _, method, limit), metrics in sorted(cells.items(), key=lambda item: item[0][:2]):
-    any_ = next(iter(metrics.values()))
-    perplexity, kl = metrics.get("perplexity"), metrics.get("kl")
-    rows.append(Row(method, [
-      f"{length:,}" if length else "", styles.number("perplexity", perplexity and perplexity.mean),
-      styles.number("perplexity", perplexity and perplexity.difference, "+"), styles.number("kl", kl and kl.mean),
-      f"{any_.achieved_cr:.2f}",
-    ], look[method], limit))  # fmt: skip
-  columns = ["method", "T, tokens", "perplexity", f"difference from {baseline}", "KL, nats a token", "CR at T"]
-  return Table("Lower is better.", columns, rows)
+def text_tables(panels: Sequence[Panel], look: Mapping[str, styles.Style], baseline: str) -> list[tuple[str, Table]]:
+  """(model and text, table) of perplexity and divergence: a row for each length and method."""
+  titles, found = {}, []
+  for panel in panels:
+    titles.setdefault((panel.model, panel.task), []).append(panel)
+  number = lambda metric, entry, name, sign="": styles.number(metric, entry and getattr(entry, name), sign)
+  each = ("mean", ""), ("standard_error", ""), ("difference", "+"), ("difference_se", "")
+  for about, own in titles.items():
+    rows = []
+    for panel in sorted(own, key=lambda panel: panel.length or 0):
+      for point in sorted(panel.points, key=lambda point: list(look).index(point.setting.method)):
+        cells = [number(metric, point.entries.get(metric), *how) for metric in ("perplexity", "kl") for how in each]
+        length = f"{panel.length:,}" if panel.length else ""
+        cells = [length, f"{point.main.samples:,}", f"{point.main.achieved_cr:.2f}", *cells]
+        rows.append(Row(point.setting.method, cells, look[point.setting.method], point.setting.limit))
+    groups = [("", 4), ("perplexity", 4), ("KL from the original, nats a token", 4)]
+    caption = f"Lower is better. Differences are from {baseline}, paired chunk by chunk; SE is one standard error."
+    names = ["mean", "SE", "difference", "SE"]
+    name = ", ".join(about[len({model for model, _ in titles}) == 1 :])
+    found.append((name, Table(caption, ["method", "T, tokens", "chunks", "CR at T", *names, *names], rows, groups)))
+  return found
 
 
 # Charts ---------------------------------------------------------------------------------------------------------------
@@ -185,14 +189,15 @@ def _mark(panel: Panel, point: Point, axis: str) -> charts.Mark:
   error = entry.standard_error
   about = f"{point.setting}: {styles.number(panel.metric, entry.mean)}"
   about += "" if error is None else f" ± {styles.number(panel.metric, error)}"
-  return charts.Mark(cost, entry.mean, error, f"{about} ({styles.named(panel.metric)}), {cost:,.0f} {AXIS_NAMES[axis]}")
+  about += f" ({styles.named(panel.metric)}), {styles.amount(cost)} {AXIS_NAMES[axis]}"
+  return charts.Mark(cost, entry.mean, error, about)
 
 
 def tradeoff(panel: Panel, axis: str, look: Mapping[str, styles.Style], chance: float | None) -> dict[str, Any]:
   """The chart of a task's main metric against one cost."""
   series = []
-  for method in [name for name in look if any(point.setting.method == name for point in panel.points)]:
-    marks = [_mark(panel, point, axis) for point in panel.points if point.setting.method == method]
+  for method in [name for name in look if panel.drawn(axis, name)]:
+    marks = [_mark(panel, point, axis) for point in panel.drawn(axis, method)]
     edge = pareto.frontier([(mark.cost, mark.value) for mark in marks])
     series.append(charts.Series(short_name(method), look[method].number, look[method].marker, marks, edge))
   x, percent = f"{AXIS_NAMES[axis]}, log scale", styles.unit(panel.metric) == "%"
@@ -388,7 +393,7 @@ def render(results: Results, tasks: Mapping[str, type[Task]], title: str = "", p
     title=title or f"{', '.join(models)}: methods, tasks, budgets", models=models, results=results, look=look,
     marks=charts.MARKS, sections=_sections(results, tasks), maps=maps, even=even,
     chains=chains(results, prompts), shades=SHADES,
-    texts=[(model, text_table(entries, look, results.baseline)) for model, entries in results.texts], runs=runs,
-    count=sum(len(run.records) for run in results.runs),
+    texts=text_tables(results.texts, look, results.baseline), runs=runs, time_remark=time_remark(results.runs),
+    count=sum(len(run.records) + len(run.texts) for run in results.runs),
   )  # fmt: skip
   return f"{text.strip()}\n"

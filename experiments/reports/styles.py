@@ -8,6 +8,7 @@ without colour. Beyond the last colour, colours come again with other markers.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 # Each pair: on white, and on the page's dark background.
@@ -52,8 +53,10 @@ def unit(metric: str) -> str:
 
 
 def number(metric: str, value: float | None, sign: str = "") -> str:
-  """A value of a metric with the digits of its unit; "" for None."""
-  return "" if value is None else f"{value:{sign}.{DIGITS.get(metric, 1)}f}".replace("-", MINUS)
+  """A value of a metric with the digits of its unit; "" for None, and NaN and infinity as such."""
+  if value is None or math.isnan(value):
+    return "" if value is None else "NaN"
+  return f"{value:{sign}.{DIGITS.get(metric, 1)}f}".replace("-", MINUS).replace("inf", "∞")
 
 
 def named(metric: str) -> str:
@@ -72,6 +75,11 @@ def limit(budget: Mapping[str, float]) -> str:
   shown = {"cr": "CR {:g}", "budget": "{:,g} tokens", "threshold": "threshold {:g}"}
   named = {name: value for name, value in budget.items() if value or name != "threshold"}
   return ", ".join(shown.get(name, name + " {:g}").format(value) for name, value in named.items())
+
+
+def amount(value: float) -> str:
+  """A count in full, or a smaller number with three digits: "1,234", "0.0371"."""
+  return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def short(value: float | None) -> str:

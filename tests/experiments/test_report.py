@@ -18,7 +18,7 @@ import pytest
 
 from experiments.methods import pareto, records, trace
 from experiments.methods.records import Record
-from experiments.reports import charts, page, results, styles
+from experiments.reports import charts, page, results, runs, styles
 from experiments.tasks import TASKS
 
 ROOT = Path(__file__).parents[2]
@@ -174,22 +174,20 @@ def made_up() -> list[Record]:
 
 
 def write(folder: Path, found: list[Record], config: dict | None = None, traced: bool = False) -> Path:
-  records.append(folder / results.RECORDS, found)
+  records.append(folder / runs.RECORDS, found)
   given = {"checkpoint": "checkpoints/tiny", **(config or {})}
-  (folder / results.CONFIG).write_text(json.dumps({"config": given, "environment": {"device": "cpu", "jax": "0.1"}}))
+  (folder / runs.CONFIG).write_text(json.dumps({"config": given, "environment": {"device": "cpu", "jax": "0.1"}}))
   if traced:
     for method, budget, share in (("vanilla", {}, 1.0), ("dms", {"cr": 4.0}, 0.25)):
       held = [1.0 if share == 1 else i % 4 / 4 for i in range(12)]
-      about = dict(method=method, task="needle", length=512, budget=budget, chains=1, max_tokens=64, prompt=0, chain=0)
-      one = trace.Trace(
-        **about, read=8, tokens=[f"<t{i}> " for i in range(12)], held=held, retention=[[share, share**1.5], [share] * 2]
-      )
+      about = (method, "needle", 512, budget, 1, 64, 42, 0, 0)
+      one = trace.Trace(*about, 8, [f"<t{i}> " for i in range(12)], held, [[share, share**1.5], [share] * 2])
       trace.append(folder / trace.FILE, [one])
   return folder
 
 
 def test_each_setting_is_a_point_with_paired_differences(tmp_path):
-  found = results.collect([results.load(write(tmp_path / "a", made_up()))])
+  found = results.collect([runs.load(write(tmp_path / "a", made_up()))])
   assert found.baseline == "vanilla" and found.methods == ["vanilla", "dms", "h2o"]
   needle, mmlu, written = found.panels
   assert (needle.metric, mmlu.metric, needle.name) == ("score", "acc", "needle, T 512")
@@ -203,13 +201,13 @@ def test_each_setting_is_a_point_with_paired_differences(tmp_path):
   assert [(p.setting.chains, p.metric, p.main.mean, p.costs["reads"]) for p in written.points] == [
     (1, "accuracy", 37.5, 6000.0), (4, "majority@4", 50.0, 24000.0),
   ]  # fmt: skip
-  two = results.collect([results.load(write(tmp_path / "b", made_up(), {"chains": [1, 2, 4]}))]).panels[2]
+  two = results.collect([runs.load(write(tmp_path / "b", made_up(), {"chains": [1, 2, 4]}))]).panels[2]
   assert [point.setting.chains for point in two.points] == [1, 2, 4]
   assert mmlu.points[1].costs == {"held": 150.0}
 
 
 def test_a_baseline_of_equal_budget_is_preferred(tmp_path):
-  found = results.collect([results.load(write(tmp_path / "a", made_up()))], baseline="h2o")
+  found = results.collect([runs.load(write(tmp_path / "a", made_up()))], baseline="h2o")
   points = {str(point.setting): point.entries["score"] for point in found.panels[0].points}
   assert (
     points["dms, CR\u00a08, L\u00a064"].difference == 25.0 and points["dms, CR\u00a04, L\u00a064"].difference == 25.0
@@ -226,7 +224,7 @@ def test_the_metric_of_several_chains():
 def test_margins_compare_frontiers(tmp_path):
   cheap = [record("dms", i, 100.0 * (i < n), reads=100.0 * n, max_tokens=n) for n in (1, 2, 3) for i in range(4)]
   dear = [record("vanilla", i, 100.0 * (i < n), reads=150.0 * n, max_tokens=n) for n in (1, 2, 3) for i in range(4)]
-  (panel,) = results.collect([results.load(write(tmp_path / "a", cheap + dear))]).panels
+  (panel,) = results.collect([runs.load(write(tmp_path / "a", cheap + dear))]).panels
   # Over 150 .. 300: 25 x / 100 against 25 x / 150, so the gap is x / 12, its mean 225 / 12.
   assert panel.margin("reads", "dms", "vanilla") == pytest.approx(225 / 12)
 
@@ -236,7 +234,7 @@ def test_runs_are_joined(tmp_path):
   one = [record("vanilla", 0, 100.0), record("dms", 0, 100.0, 4.0, settings="p-r4")]
   two = [record("vanilla", 0, 100.0), record("dms", 0, 0.0, 4.0, settings="p-r8")]
   a, b = (
-    results.load(write(tmp_path / name, own, {"retrofit": [f"retrofits/cr{cr}"]}))
+    runs.load(write(tmp_path / name, own, {"retrofit": [f"retrofits/cr{cr}"]}))
     for name, own, cr in (("a", one, 4), ("b", two, 8))
   )
   found = results.collect([a, b])
@@ -254,9 +252,9 @@ def test_texts_come_from_the_summary(tmp_path):
     {"method": m, "task": "text", "length": 64, "metric": "kl", "samples": 2, "mean": 0.1} for m in ("vanilla", "dms")
   ]
   rows.append({**rows[0], "task": "needle"})  # has records
-  (folder / results.SUMMARY).write_text(json.dumps({"summary": rows}))
-  found = results.collect([results.load(folder)])
-  assert [(model, len(entries)) for model, entries in found.texts] == [("tiny", 2)]
+  (folder / runs.SUMMARY).write_text(json.dumps({"summary": rows}))
+  found = results.collect([runs.load(folder)])
+  assert [(panel.model, panel.name, len(panel.points)) for panel in found.texts] == [("tiny", "text, T 64", 2)]
   assert '<td class="n">0.1000</td>' in page.render(found, TASKS)
 
 
@@ -270,7 +268,6 @@ def broken(folder: Path, name: str, content: str) -> Path:
   ("name", "content", "message"),
   [
     ("config.json", '{"config": 1}', r"config\.json: 'config' must be a JSON object"),
-    ("records.jsonl", json.dumps(vars(record("h2o", 0, math.nan))) + "\n", "prompt 0: score is not a number"),
     ("config.json", "{", r"config\.json: not valid JSON"), ("config.json", "[]", "expected a JSON object, found list"),
     ("summary.json", '{"summary": [{"method": "x"}]}', r"summary\.json: 'summary' holds a row that is no entry"),
     ("records.jsonl", "", "no results there: records.jsonl is missing or empty"),
@@ -283,18 +280,18 @@ def test_a_folder_that_is_no_run_is_named(tmp_path, name, content, message):
   folder = broken(tmp_path / "a", name, content)
   before = {path: path.read_bytes() for path in folder.iterdir()}
   with pytest.raises(ValueError, match=message) as caught:
-    results.load(folder)
+    runs.load(folder)
   assert str(caught.value).startswith(f"--runs={folder}") and "\n" not in str(caught.value)
   assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path):
   with pytest.raises(ValueError, match="no such folder"):
-    results.load(tmp_path / "nothing")
-  run = results.load(write(tmp_path / "a", made_up()))
+    runs.load(tmp_path / "nothing")
+  run = runs.load(write(tmp_path / "a", made_up()))
   with pytest.raises(ValueError, match="--baseline=tova: no run has this method; there are vanilla, dms, h2o"):
     results.collect([run], "tova")
-  other = results.load(write(tmp_path / "b", [record("tova", 0, 1.0, settings="q-c")]))
+  other = runs.load(write(tmp_path / "b", [record("tova", 0, 1.0, settings="q-c")]))
   with pytest.raises(ValueError, match="tiny on needle have different prompts"):
     results.collect([run, other])
 
@@ -337,7 +334,7 @@ class Outline(html.parser.HTMLParser):
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory):
   folder = write(tmp_path_factory.mktemp("runs") / "a", made_up(), traced=True)
-  text = page.render(results.collect([results.load(folder)]), TASKS)
+  text = page.render(results.collect([runs.load(folder)]), TASKS)
   return text, Outline(text)
 
 
@@ -401,7 +398,7 @@ def test_retention_is_a_map_of_heads(shown):
 
 
 def test_without_traces_texts_are_shown_as_they_are(tmp_path):
-  text = page.render(results.collect([results.load(write(tmp_path / "a", made_up()))]), TASKS, title="A & B")
+  text = page.render(results.collect([runs.load(write(tmp_path / "a", made_up()))]), TASKS, title="A & B")
   assert "&lt;b&gt;dms&lt;/b&gt; &amp; 0" in text and "<b>" not in text
   assert "<title>A &amp; B</title>" in text and "--traces=2" in text
   Outline(text)
@@ -409,7 +406,7 @@ def test_without_traces_texts_are_shown_as_they_are(tmp_path):
 
 def test_sweeps_have_a_table_of_their_own(tmp_path):
   more = [record("vanilla", i, 50.0, task="swept", max_tokens=most) for most in (8, 16) for i in range(4)]
-  found = results.collect([results.load(write(tmp_path / "a", made_up() + more))])
+  found = results.collect([runs.load(write(tmp_path / "a", made_up() + more))])
   tables = page.overview(found.panels, styles.styles(found.methods, found.baseline), "scores", found.baseline)
   assert [len(table.groups) - 1 for table in tables] == [2, 1, 1]
   assert [row.detail for row in tables[1].rows] == ["W\u00a01, L\u00a032", "W\u00a04, L\u00a032"]
