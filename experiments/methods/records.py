@@ -94,7 +94,7 @@ def field_types(cls: type) -> dict[str, Any]:
   plain = lambda hint: int | float if hint is float else typing.get_origin(hint) or hint
   parts = lambda hint: typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
   hints = typing.get_type_hints(cls)
-  return {name: functools.reduce(operator.or_, map(plain, parts(hints[name]))) for name in cls.__dataclass_fields__}
+  return {name: functools.reduce(operator.or_, map(plain, parts(hint))) for name, hint in hints.items()}
 
 
 TYPES = field_types(Record)
@@ -124,7 +124,7 @@ def build(cls: type[T], where: str, values: Mapping[str, Any]) -> T:
   for field in dataclasses.fields(cls):
     if field.name not in values and field.default is dataclasses.MISSING:
       raise ValueError(f"{where}: a record needs {field.name!r}")
-  if unknown := sorted(set(values) - set(cls.__dataclass_fields__)):
+  if unknown := sorted(set(values) - {field.name for field in dataclasses.fields(cls)}):
     raise ValueError(f"{where}: a record has no field {unknown[0]!r}")
   return cls(**values)
 

@@ -271,7 +271,7 @@ def collect(runs: Sequence[Run], baseline: str = "") -> Results:
     ValueError: no method has the baseline's name, or the runs cannot be compared.
   """
   runs = told_apart(runs)
-  names = list(dict.fromkeys(each.method for run in runs for each in [*run.records, *run.texts, *run.entries]))
+  names = list(dict.fromkeys(method for run in runs for method in run.methods))
   if baseline and baseline not in names:
     raise ValueError(f"--baseline={baseline}: no run has this method; there are {', '.join(names)}")
   short = short_names(names)
@@ -304,9 +304,9 @@ def collect(runs: Sequence[Run], baseline: str = "") -> Results:
   for (model, about, length), chunks in texts.items():
     points = _points(chunks, base, (), False)
     shown.append(Panel(model, called[about], length, points[0].metric, points))
-  for (is_text, *where), own in unrecorded.items():
+  for (is_text, model, name, length), own in unrecorded.items():
     points = _points_of_entries(own, base)
-    (shown if is_text else panels).append(Panel(*where, points[0].metric, points))
+    (shown if is_text else panels).append(Panel(model, name, length, points[0].metric, points))
   return Results(
     runs, panels, shown, [(run.model, each) for run in runs for each in run.traces],
     sorted(dict.fromkeys(short.values()), key=lambda name: name != base), base, _not_numbers(runs),

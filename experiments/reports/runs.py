@@ -43,6 +43,12 @@ class Run:
     """The name of the model's checkpoint; "model" if unknown."""
     return Path(str(self.config.get("checkpoint") or "model")).name
 
+  @property
+  def methods(self) -> list[str]:
+    """The methods that have results, in order."""
+    found: list[Record | Entry] = [*self.records, *self.texts, *self.entries]
+    return list(dict.fromkeys(each.method for each in found))
+
   def listed(self, flag: str) -> list[Any]:
     """The values of a flag that takes several; none if it was not given."""
     given = self.config.get(flag) or []
