@@ -18,7 +18,6 @@ from pathlib import Path
 
 from experiments.common import files, program
 from experiments.reports import figures_report, page, results, runs, styles
-from experiments.tasks import TASKS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +75,11 @@ def margins(found: results.Results, log: bool) -> list[dict]:
 def write(found: results.Results, config: Config, output: Path) -> list[str]:
   """Writes the page and the pictures; returns their paths."""
   look = styles.styles(found.methods, found.baseline)
-  written = [write_text(output / "index.html", page.render(found, TASKS, config.title, config.prompts))]
+  written = [write_text(output / "index.html", page.render(found, config.title, config.prompts))]
   for panel in found.panels:
     name = re.sub(r"[^A-Za-z0-9]+", "-", f"{panel.model}-{panel.task}-{panel.length or ''}").strip("-")
-    chance = TASKS[panel.task].chance.get(panel.metric) if panel.task in TASKS else None
     picture = output / f"tradeoff-{name}.png"
-    written.append(figures_report.tradeoff(picture, panel, look, chance, f"{panel.model}, {panel.name}"))
+    written.append(figures_report.tradeoff(picture, panel, look, f"{panel.model}, {panel.name}"))
   title = "Share of a chain's tokens that each KV head holds at the end"
   maps = [each for each in page.retention(found) if page.uneven(each[2])]
   written.append(figures_report.retention(output / "retention.png", maps, title))

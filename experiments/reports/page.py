@@ -18,13 +18,12 @@ from experiments.methods.records import Record
 from experiments.methods.trace import Trace
 from experiments.reports import charts, styles
 from experiments.reports.results import AXES, AXIS_NAMES, Panel, Point, Results, Setting, time_remark
-from experiments.reports.tables import note
-from experiments.tasks.base import Task
 
 TEMPLATES = Path(__file__).parent / "templates"
 # Upper ends of the shades of a chain's text: shares of heads that hold a token; shade 0 is for tokens no head holds.
 # Methods that keep a fourth or an eighth of the tokens need fine steps at the low end.
 SHADES = (0.0, 0.1, 0.2, 0.35, 0.6, 1.0)
+SCORE = (("mean", "mean"), ("standard_error", "SE"), ("difference", "difference"), ("difference_se", "SE"))
 LONGEST = 22  # characters of a method's name in a chart
 
 
@@ -158,27 +157,33 @@ def margins(panel: Panel, look: Mapping[str, styles.Style], baseline: str) -> Ta
   return Table(caption, ["method", *(f"at equal {AXES[axis]}" for axis in axes)], rows) if rows else None
 
 
-def text_tables(panels: Sequence[Panel], look: Mapping[str, styles.Style], baseline: str) -> list[tuple[str, Table]]:
-  """(model and text, table) of perplexity and divergence: a row for each length and method."""
-  titles, found = {}, []
-  for panel in panels:
-    titles.setdefault((panel.model, panel.task), []).append(panel)
-  number = lambda metric, entry, name, sign="": styles.number(metric, entry and getattr(entry, name), sign)
-  each = ("mean", ""), ("standard_error", ""), ("difference", "+"), ("difference_se", "")
-  for about, own in titles.items():
-    rows = []
-    for panel in sorted(own, key=lambda panel: panel.length or 0):
-      for point in sorted(panel.points, key=lambda point: list(look).index(point.setting.method)):
-        cells = [number(metric, point.entries.get(metric), *how) for metric in ("perplexity", "kl") for how in each]
-        length = f"{panel.length:,}" if panel.length else ""
-        cells = [length, f"{point.main.samples:,}", f"{point.main.achieved_cr:.2f}", *cells]
-        rows.append(Row(point.setting.method, cells, look[point.setting.method], point.setting.limit))
-    groups = [("", 4), ("perplexity", 4), ("KL from the original, nats a token", 4)]
-    caption = f"Lower is better. Differences are from {baseline}, paired chunk by chunk; SE is one standard error."
-    names = ["mean", "SE", "difference", "SE"]
-    name = ", ".join(about[len({model for model, _ in titles}) == 1 :])
-    found.append((name, Table(caption, ["method", "T, tokens", "chunks", "CR at T", *names, *names], rows, groups)))
-  return found
+def text_table(panel: Panel, look: Mapping[str, styles.Style], baseline: str) -> Table:
+  """Perplexity and divergence of all settings on a text at one length.
+
+  Differences of the divergence are left out where the baseline is the original: they are the divergence.
+  """
+  points = sorted(panel.points, key=lambda point: list(look).index(point.setting.method))
+  value = lambda point, metric, field: getattr(point.entries[metric], field) if metric in point.entries else None
+  original = all(value(point, "kl", "mean") == 0 for point in points if point.setting.method == baseline)
+  columns = [
+    (metric, field, head)
+    for metric in ("perplexity", "kl") for field, head in SCORE
+    if any(value(point, metric, field) is not None for point in points)
+    and not (original and metric == "kl" and field.startswith("difference"))
+  ]  # fmt: skip
+  rows = []
+  for point in points:
+    signs = ["+" * (field == "difference") for _, field, _ in columns]
+    cells = [styles.number(m, value(point, m, field), sign) for (m, field, _), sign in zip(columns, signs, strict=True)]
+    cells.append(f"{point.main.achieved_cr:.2f}")
+    rows.append(Row(point.setting.method, cells, look[point.setting.method], point.setting.limit))
+  heads = {"perplexity": f"perplexity, {_problems(panel)}", "kl": "KL from the original, nats a token"}
+  widths = {metric: sum(each == metric for each, *_ in columns) for metric in heads}
+  groups = [("", 1), *((heads[metric], width) for metric, width in widths.items() if width), ("", 1)]
+  caption = "Lower is better. SE is one standard error over the n chunks. CR is that at the end of a chunk."
+  if any(field == "difference" for _, field, _ in columns):
+    caption += f" Differences are from {baseline}, paired chunk by chunk."
+  return Table(caption, ["setting", *(head for *_, head in columns), "CR"], rows, groups)
 
 
 # Charts ---------------------------------------------------------------------------------------------------------------
@@ -193,7 +198,7 @@ def _mark(panel: Panel, point: Point, axis: str) -> charts.Mark:
   return charts.Mark(cost, entry.mean, error, about)
 
 
-def tradeoff(panel: Panel, axis: str, look: Mapping[str, styles.Style], chance: float | None) -> dict[str, Any]:
+def tradeoff(panel: Panel, axis: str, look: Mapping[str, styles.Style]) -> dict[str, Any]:
   """The chart of a task's main metric against one cost."""
   series = []
   for method in [name for name in look if panel.drawn(axis, name)]:
@@ -201,7 +206,8 @@ def tradeoff(panel: Panel, axis: str, look: Mapping[str, styles.Style], chance: 
     edge = pareto.frontier([(mark.cost, mark.value) for mark in marks])
     series.append(charts.Series(short_name(method), look[method].number, look[method].marker, marks, edge))
   x, percent = f"{AXIS_NAMES[axis]}, log scale", styles.unit(panel.metric) == "%"
-  drawn = charts.tradeoff(series, x=x, y=styles.named(panel.metric), show=styles.short, chance=chance, percent=percent)
+  y, chance = styles.named(panel.metric), panel.chance
+  drawn = charts.tradeoff(series, x=x, y=y, show=styles.short, chance=chance, percent=percent)
   best = "; ".join(f"{each.name} up to {styles.number(panel.metric, each.frontier[-1][1])}" for each in series)
   alt = f"{panel.name}: {styles.named(panel.metric)} against {AXIS_NAMES[axis]}. {best}. The figures are in the tables."
   return {**drawn, "alt": alt}
@@ -293,11 +299,7 @@ def chains(results: Results, most: int) -> list[dict[str, Any]]:
       shape = setting.max_tokens, setting.chains
       if record.text is not None and record.chain == 0 and shape == largest[where[1], where[2]]:
         plain = {"title": str(setting), "style": look[setting.method], "grades": _grades(record), "prompt": []}
-        plain |= {
-          "written": [(len(SHADES) - 1, record.text)],
-          "summary": f"{record.tokens:,.0f} tokens",
-          "dense": False,
-        }
+        plain |= {"written": [(None, record.text)], "summary": f"{record.tokens:,.0f} tokens", "dense": False}
         groups.setdefault(tuple(where), []).append(plain)
   taken: dict[tuple, int] = {}
   shown = []
@@ -313,38 +315,22 @@ def chains(results: Results, most: int) -> list[dict[str, Any]]:
 # The page -------------------------------------------------------------------------------------------------------------
 
 
-def notes(panels: Sequence[Panel], baseline: str, tasks: Mapping[str, type[Task]]) -> list[str]:
-  """A sentence for each task on which the baseline is at chance or below the task's floor."""
-  found = []
-  for panel in panels:
-    base = next((p.main for p in panel.points if p.setting.method == baseline), None)
-    if base is not None and panel.task in tasks and (why := note(base, tasks[panel.task])):
-      found.append(f"{panel.name}: {why}, so differences between methods say little here.")
-  return found
-
-
-def _sections(results: Results, tasks: Mapping[str, type[Task]]) -> list[dict[str, Any]]:
-  """For each model its tables, charts and notes."""
-  look = styles.styles(results.methods, results.baseline)
+def _sections(results: Results) -> list[dict[str, Any]]:
+  """For each model its tables, charts and remarks."""
+  look, baseline = styles.styles(results.methods, results.baseline), results.baseline
   found = []
   for model in dict.fromkeys(panel.model for panel in results.panels):
     panels = [panel for panel in results.panels if panel.model == model]
-    warnings = notes(panels, results.baseline, tasks)
-    scores = overview(panels, look, "scores", results.baseline)
-    tradeoffs = []
-    for panel in panels:
-      task = tasks.get(panel.task)
-      chance = task.chance.get(panel.metric) if task else None
-      drawn = [tradeoff(panel, axis, look, chance) for axis in panel.axes()]
-      of_panel = [text for text in warnings if text.startswith(f"{panel.name}:")]
-      tradeoffs.append({
-        "panel": panel, "charts": drawn, "margins": margins(panel, look, results.baseline), "notes": of_panel,
-        "figures": figures(panel, look),
-      })  # fmt: skip
-    differences = overview(panels, look, "differences", results.baseline)
-    found.append(
-      {"model": model, "scores": scores, "differences": differences, "notes": warnings, "tradeoffs": tradeoffs}
-    )
+    found.append({
+      "model": model, "scores": overview(panels, look, "scores", baseline),
+      "differences": overview(panels, look, "differences", baseline),
+      "notes": [remark for panel in panels if (remark := panel.remark(baseline))],
+      "tradeoffs": [
+        {"panel": panel, "charts": [tradeoff(panel, axis, look) for axis in panel.axes()],
+         "margins": margins(panel, look, baseline), "note": panel.remark(baseline), "figures": figures(panel, look)}
+        for panel in panels
+      ],
+    })  # fmt: skip
   return found
 
 
@@ -368,11 +354,10 @@ def uneven(shares: np.ndarray) -> bool:
   return bool(np.ptp(shares) > 0.005)
 
 
-def render(results: Results, tasks: Mapping[str, type[Task]], title: str = "", prompts: int = 2) -> str:
+def render(results: Results, title: str = "", prompts: int = 2) -> str:
   """The page as HTML.
 
   Args:
-    tasks: the task classes by name, which have the scores of random answers.
     title: of the page; default the models' names.
     prompts: of each task, whose chains are shown.
   """
@@ -391,9 +376,8 @@ def render(results: Results, tasks: Mapping[str, type[Task]], title: str = "", p
   ]
   text = environment.get_template("report.html").render(
     title=title or f"{', '.join(models)}: methods, tasks, budgets", models=models, results=results, look=look,
-    marks=charts.MARKS, sections=_sections(results, tasks), maps=maps, even=even,
-    chains=chains(results, prompts), shades=SHADES,
-    texts=text_tables(results.texts, look, results.baseline), runs=runs, time_remark=time_remark(results.runs),
-    count=sum(len(run.records) + len(run.texts) for run in results.runs),
+    marks=charts.MARKS, sections=_sections(results), maps=maps, even=even, chains=chains(results, prompts),
+    texts=[(panel, text_table(panel, look, results.baseline)) for panel in results.texts], shades=SHADES, runs=runs,
+    count=sum(len(run.records) + len(run.texts) for run in results.runs), time_remark=time_remark(results.runs),
   )  # fmt: skip
   return f"{text.strip()}\n"

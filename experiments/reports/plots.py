@@ -205,7 +205,7 @@ def ablation(plt, rows: list[dict], x: str, title: str) -> Any:
     both.annotate(
       text, here, xytext=(5 * inwards, 5), textcoords="offset points", ha="left" if inwards > 0 else "right", fontsize=8
     )
-  divergence = "KL(original || retrofit), nats per token"
+  divergence = "KL from the original, nats a token"
   for axis, label in ((kl, divergence), (change, "perplexity change, %"), (cr, "achieved CR")):
     axis.set_ylabel(label)
     if x == "tokens":
@@ -217,7 +217,7 @@ def ablation(plt, rows: list[dict], x: str, title: str) -> Any:
   for axis, name in ((kl, "divergence"), (change, "perplexity"), (cr, "achieved compression"), (both, "trade-off")):
     axis.set_title(name)
     axis.grid(alpha=0.3)
-  both.set(xlabel="achieved CR", ylabel="KL, nats per token")
+  both.set(xlabel="achieved CR", ylabel=divergence)
   both.margins(0.12)
   figure.suptitle(title)
   if len(lines) > 1:

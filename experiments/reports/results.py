@@ -16,7 +16,7 @@ from experiments.methods.summary import COSTS, Entry, summarise
 from experiments.methods.trace import Trace
 from experiments.reports import styles
 from experiments.reports.runs import Run, content, told_apart
-from experiments.reports.tables import short_names
+from experiments.reports.tables import note, short_names
 from experiments.tasks import TASKS
 
 BASELINES = ("vanilla", "original")  # names of the dense method, in order of preference
@@ -108,6 +108,17 @@ class Panel:
   @property
   def name(self) -> str:
     return self.task if self.length is None else f"{self.task}, T {self.length:,}"
+
+  @property
+  def chance(self) -> float | None:
+    """The score of random answers; None if unknown."""
+    return TASKS[self.task].chance.get(self.metric) if self.task in TASKS else None
+
+  def remark(self, baseline: str) -> str:
+    """A sentence if the baseline is at chance or below the task's floor; "" if not."""
+    base = next((point.main for point in self.points if point.setting.method == baseline), None)
+    why = note(base, TASKS[self.task]) if base is not None and self.task in TASKS else ""
+    return why and f"{self.name}: {why}, so differences between methods say little here."
 
   def axes(self) -> list[str]:
     """The cost axes on which a point can be drawn."""

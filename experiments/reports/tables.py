@@ -90,11 +90,16 @@ def scores(entries: Sequence[Entry], baseline: str, tasks: Mapping[str, type[Tas
 
 
 def texts(entries: Sequence[Entry]) -> str:
-  """Perplexity and divergence of methods on a text, by length: a row for each method and length."""
+  """Perplexity and divergence of methods on a text, by length: a row for each method and length.
+
+  The change of the perplexity is from the one method without a difference, the baseline.
+  """
   short, cells = short_names(list(dict.fromkeys(entry.method for entry in entries))), {}
   for entry in entries:
     cells.setdefault((entry.length, entry.method), {})[entry.metric] = entry
   rows = []
+  bases = {short[method] for (_, method), metrics in cells.items() if metrics["perplexity"].difference is None}
+  change_from = f"change from {bases.pop()}" if len(bases) == 1 else "perplexity change"
   for (length, method), metrics in cells.items():
     perplexity, kl = metrics["perplexity"], metrics.get("kl")
     more = perplexity.difference
@@ -103,4 +108,4 @@ def texts(entries: Sequence[Entry]) -> str:
       f"{length:,}", short[method], f"{perplexity.mean:.3f}", "" if kl is None else f"{kl.mean:.4f}", change,
       f"{perplexity.achieved_cr:.2f}",
     ])  # fmt: skip
-  return markdown(["T", "method", "perplexity", "KL", "perplexity change", "CR at T"], rows)
+  return markdown(["T", "method", "perplexity", "KL", change_from, "CR at T"], rows)

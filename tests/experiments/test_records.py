@@ -13,7 +13,7 @@ import pytest
 from experiments.methods import records
 from experiments.methods.records import Record
 from experiments.methods.summary import Entry, curves, summarise
-from experiments.reports import tables
+from experiments.reports import figures_tasks, tables
 from experiments.tasks import TASKS
 
 ROOT = Path(__file__).parents[2]
@@ -191,6 +191,20 @@ def test_texts_are_tabled_by_length():
   lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables.texts(entries).splitlines()]
   assert lines[2] == ["1,024", "original", "20.000", "", "", "1.00"]
   assert lines[3] == ["1,024", "r", "21.000", "0.0312", "+5.00%", "3.50"]
+
+
+def test_a_baseline_has_its_name_wherever_it_stands(tmp_path, monkeypatch):
+  """No method but the dense one is called dense, and no change is without its baseline."""
+  plt = pytest.importorskip("matplotlib.pyplot")
+  drawn = []
+  monkeypatch.setattr(plt, "close", drawn.append)
+  entries = [Entry(method, "mmlu", None, "acc", 9, 30.0) for method in ("dms", "a/tova")]
+  assert figures_tasks.tasks(tmp_path / "tasks.png", entries, "a/tova", "")
+  assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["tova", "dms"]
+  monkeypatch.undo()
+  plt.close(drawn[0])
+  text = [Entry("tova", "text", 64, "perplexity", 9, 20.0), Entry("dms", "text", 64, "perplexity", 9, 21.0, 0.1, 1.0)]
+  assert "| change from tova |" in tables.texts(text) and "| perplexity change |" in tables.texts(text[1:])
 
 
 def test_one_module_imports_matplotlib():
