@@ -34,7 +34,7 @@ def tradeoff(plt, panel: Panel, look: Mapping[str, styles.Style], title: str) ->
       axis.errorbar(*zip(*pairs, strict=True), errors, **bars)
       hollow = [pair for pair in pairs if pair not in edge]
       drawn = dict(color=style.light, marker=MARKERS[style.marker], ms=6)
-      axis.plot(*zip(*edge, strict=True), **drawn, lw=2, label=method)
+      axis.plot(*zip(*edge, strict=True), **drawn, lw=2, ls="--" if style.again else "-", label=method)
       if hollow:
         axis.plot(*zip(*hollow, strict=True), **drawn, lw=0, mfc="w")
     if panel.chance is not None:

@@ -40,13 +40,14 @@ def short_name(name: str) -> str:
 class Row:
   """A row of a table: its name in the method's style, `detail` in small type after it, and its cells.
 
-  A cell is a text, or (text, True) to stress it.
+  A cell is a text, or (text, True) to stress it. A line parts rows of different `group`s.
   """
 
   name: str
   cells: list[Any]
   style: styles.Style | None = None
   detail: str = ""
+  group: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,9 +107,8 @@ def overview(panels: Sequence[Panel], look: Mapping[str, styles.Style], kind: st
         cells += [(styles.number(panel.metric, mean, "" if scores else "+"), clear), styles.number(panel.metric, error)]
         cells += [f"{entry.achieved_cr:.2f}" if entry else ""] * scores
       if any(text for text, _ in cells[:: 3 if scores else 2]):
-        rows.append(
-          Row(setting.method, cells, look[setting.method], setting.detail if not swept else setting.full_detail)
-        )
+        part = (setting.max_tokens, setting.chains) if swept else setting.method
+        rows.append(Row(setting.method, cells, look[setting.method], setting.detail(swept), part))
     each = ["score", "SE", "CR"] if scores else ["difference", "SE"]
     groups = [("", 1)] + [(f"{p.name}: {styles.named(p.metric)}, {_problems(p)}", len(each)) for p in group]
     caption = (
@@ -132,7 +132,7 @@ def figures(panel: Panel, look: Mapping[str, styles.Style]) -> Table:
       styles.number(metric, e.difference, "+"), styles.number(metric, e.difference_se), f"{e.achieved_cr:.2f}",
       "" if e.tokens is None else f"{e.tokens / e.chains:,.0f}",
       *(styles.amount(point.costs[axis]) if axis in point.costs else "" for axis in panel.axes()),
-    ], look[point.setting.method])
+    ], look[point.setting.method], group=point.setting.method)
     for point in panel.points
     for metric, e in point.entries.items()
   ]  # fmt: skip
@@ -176,7 +176,8 @@ def text_table(panel: Panel, look: Mapping[str, styles.Style], baseline: str) ->
     signs = ["+" * (field == "difference") for _, field, _ in columns]
     cells = [styles.number(m, value(point, m, field), sign) for (m, field, _), sign in zip(columns, signs, strict=True)]
     cells.append(f"{point.main.achieved_cr:.2f}")
-    rows.append(Row(point.setting.method, cells, look[point.setting.method], point.setting.limit))
+    method = point.setting.method
+    rows.append(Row(method, cells, look[method], point.setting.limit, method))
   heads = {"perplexity": f"perplexity, {_problems(panel)}", "kl": "KL from the original, nats a token"}
   widths = {metric: sum(each == metric for each, *_ in columns) for metric in heads}
   groups = [("", 1), *((heads[metric], width) for metric, width in widths.items() if width), ("", 1)]
@@ -204,7 +205,7 @@ def tradeoff(panel: Panel, axis: str, look: Mapping[str, styles.Style]) -> dict[
   for method in [name for name in look if panel.drawn(axis, name)]:
     marks = [_mark(panel, point, axis) for point in panel.drawn(axis, method)]
     edge = pareto.frontier([(mark.cost, mark.value) for mark in marks])
-    series.append(charts.Series(short_name(method), look[method].number, look[method].marker, marks, edge))
+    series.append(charts.Series(short_name(method), look[method], marks, edge))
   x, percent = f"{AXIS_NAMES[axis]}, log scale", styles.unit(panel.metric) == "%"
   y, chance = styles.named(panel.metric), panel.chance
   drawn = charts.tradeoff(series, x=x, y=y, show=styles.short, chance=chance, percent=percent)
@@ -273,9 +274,11 @@ def traced_chain(trace: Trace, style: styles.Style, record: Record | None) -> di
 
 
 def _grades(record: Record | None) -> str:
+  """A chain's grades and its time, for readers; "" for a chain without a record."""
   if record is None:
     return ""
-  return ", ".join(styles.told(name, value) for name, value in record.grades.items())
+  told = [styles.told(name, value) for name, value in record.grades.items()]
+  return ", ".join([*told, *([] if record.seconds is None else [f"{styles.amount(record.seconds)} s"])])
 
 
 def chains(results: Results, most: int) -> list[dict[str, Any]]:

@@ -53,23 +53,14 @@ class Setting:
     """The bound on its cache, for readers."""
     return styles.limit(dict(self.budget))
 
-  @property
-  def detail(self) -> str:
-    """All but the method, without what is self-evident."""
-    return self._detail(self.chains > 1)
-
-  @property
-  def full_detail(self) -> str:
-    """`detail` with W even if it is 1, for sweeps over W."""
-    return self._detail(True)
-
-  def _detail(self, chains: bool) -> str:
-    parts = [self.limit, f"W {self.chains}" if chains else ""]
+  def detail(self, swept: bool = False) -> str:
+    """All but the method, without what is self-evident; in a sweep over W that is said even if it is 1."""
+    parts = [self.limit, f"W {self.chains}" if swept or self.chains > 1 else ""]
     parts += [f"L {self.max_tokens:,}" if self.max_tokens else ""]
     return ", ".join(part.replace(" ", "\u00a0") for part in parts if part)
 
   def __str__(self) -> str:
-    return ", ".join(filter(None, [self.method, self.detail]))
+    return ", ".join(filter(None, [self.method, self.detail()]))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,12 +29,19 @@ LONG = {
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-  """How a method is drawn: its number (`m0` is the baseline's class on the page), colours and marker."""
+  """How a method is drawn: its number (`m0` is the baseline's class on the page), colours and marker.
+
+  `again`: an earlier method has its colour; its lines are dashed.
+  """
 
   number: int
   light: str
   dark: str
   marker: str
+
+  @property
+  def again(self) -> bool:
+    return self.number > len(PALETTE)
 
 
 def styles(methods: Sequence[str], baseline: str) -> dict[str, Style]:

@@ -66,7 +66,7 @@ def note(baseline: Entry, task: type[Task]) -> str:
 def scores(entries: Sequence[Entry], baseline: str, tasks: Mapping[str, type[Task]]) -> str:
   """Methods on tasks: each metric's score first, then its difference from the baseline.
 
-  Columns L (most new tokens), KV reads, peak tokens and seconds of a score's chains are shown if any entry has them.
+  Columns L (most new tokens), KV reads, peak tokens and seconds of a score's chains are shown if anything was written.
 
   Args:
     tasks: the task classes by name, which have the scores of random answers.
@@ -81,7 +81,7 @@ def scores(entries: Sequence[Entry], baseline: str, tasks: Mapping[str, type[Tas
       f"{entry.samples:,}", short[entry.method], with_error(entry.metric, entry.mean, entry.standard_error),
       "" if entry.difference is None else with_error(entry.metric, entry.difference, entry.difference_se, "+"),
       f"{entry.achieved_cr:.2f}", whole(entry.reads), whole(entry.peak),
-      "" if entry.seconds is None else styles.amount(entry.seconds),
+      "" if None in (entry.seconds, entry.peak) else styles.amount(entry.seconds),
       note(bases.get(where(entry), entry), tasks[entry.task]),
     ])  # fmt: skip
   names = ["task", "T", "L", "metric", "n", "method", "score", f"- {baseline}", "CR", *COSTS, "note"]

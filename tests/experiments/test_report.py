@@ -125,7 +125,8 @@ def test_labels_do_not_overlap():
 
 def test_a_chart_places_points_by_the_log_of_their_cost():
   marks = [charts.Mark(cost, value, 1.0, "") for cost, value in ((10, 0.0), (100, 50.0), (1000, 100.0))]
-  series = charts.Series("dms", 1, "square", marks, [(mark.cost, mark.value) for mark in marks])
+  look = styles.styles(["dms"], "vanilla")["dms"]
+  series = charts.Series("dms", look, marks, [(mark.cost, mark.value) for mark in marks])
   drawn = charts.tradeoff([series], x="reads", y="accuracy, %", show=styles.short, chance=25.0, percent=True)
   x, y = ([point[axis] for point in drawn["series"][0]["points"]] for axis in ("x", "y"))
   assert x[1] == pytest.approx((x[0] + x[2]) / 2) and drawn["left"] <= x[0] < x[2] <= drawn["right"]
