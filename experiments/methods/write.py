@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dms_jax import BudgetError, Generator
 from dms_jax.generation.detokenize import Detokenizer
@@ -15,7 +14,7 @@ from dms_jax.tokenizer import Tokenizer
 from experiments.methods.budgets import Group, fitted, most_tokens
 from experiments.methods.method import Method
 from experiments.methods.records import Record
-from experiments.methods.stopwatch import Stopwatch
+from experiments.methods.stopwatch import ChainTimes
 
 CHUNK = 256  # prompt tokens that one compiled call reads
 
@@ -41,52 +40,11 @@ def _generator(
   return generator
 
 
-def _warm_up(generator: Generator, prompt: Sequence[int], most: int, **request: Any) -> None:
-  """Writes the first decode block of a request and forgets it: what that compiles is in no chain's time."""
-  ticket = generator.submit(prompt, max_new_tokens=min(most, generator.decode_block + 1), **request)
-  while generator.busy:
-    generator.step()
-  del generator.results[ticket]
-
-
 def _text_until(tokens: Sequence[int], generator: Generator) -> str:
   """The text of a chain that ends after these tokens because of its length."""
   row = Detokenizer.create(generator.tokenizer, generator.stop_strings)
   row.advance(tokens, "length")
   return row.text
-
-
-class _Times:
-  """When the requests of a generator began, and how many tokens each chain had after every step."""
-
-  def __init__(self, generator: Generator):
-    self.generator, self.watch = generator, Stopwatch()
-    self.begun: dict[int, float] = {}  # by ticket
-    self.written: dict[tuple[int, int], tuple[list[int], list[float]]] = {}  # (ticket, chain) -> tokens, seconds
-
-  def step(self, tickets: Iterable[int]) -> None:
-    """A step of the generator, in which any of `tickets` may begin or write."""
-    start = self.watch.seconds
-    with self.watch.running():
-      self.generator.step()
-    for ticket in tickets:
-      result = self.generator.results[ticket]
-      if result.usage[0].prompt:  # it has begun
-        self.begun.setdefault(ticket, start)
-      for chain, tokens in enumerate(result.tokens):
-        counts, seconds = self.written.setdefault((ticket, chain), ([], []))
-        if ticket in self.begun and (not counts or len(tokens) > counts[-1]):
-          counts.append(len(tokens))
-          seconds.append(self.watch.seconds)
-
-  def until(self, ticket: int, chain: int, count: int) -> float:
-    """Seconds from the beginning of a chain that has just ended to its first `count` tokens.
-
-    They are linear between decode blocks, and at least those of the first block.
-    """
-    counts, seconds = self.written[ticket, chain]
-    end = self.watch.seconds if count >= counts[-1] else float(np.interp(count, counts, seconds))
-    return end - self.begun[ticket]
 
 
 def write(
@@ -120,7 +78,7 @@ def _write_group(
   cuts: dict[int, dict[int, list[int]]] = {}  # prompt -> chain -> most new tokens, in order
   for prompt, chain, cut in sorted(wanted):
     cuts.setdefault(prompt, {}).setdefault(chain, []).append(cut)
-  times = _Times(generator)
+  times = ChainTimes(generator)
 
   def step(run: Callable[..., None], *args: Any, **request: Any) -> None:
     try:
@@ -133,7 +91,7 @@ def _write_group(
       keys = jnp.stack([key_of(number, chain) for chain in chains]) if job.temperature else None
       prompt, request = job.asked[number].tokens, dict(chains=len(chains), key=keys, **group.of_row(place))
       if not running:
-        step(_warm_up, generator, prompt, most, **request)
+        step(times.warm_up, prompt, most, **request)
       running[generator.submit(prompt, max_new_tokens=most, **request)] = (number, chains)
   while generator.busy:
     step(times.step, running)

@@ -18,7 +18,7 @@ from dms_jax.evaluation.text import text_quality
 from dms_jax.tokenizer import byte_tokenizer
 from experiments import evaluate
 from experiments.common import files, program
-from experiments.methods import budgets, pareto, records, run, summary, trace, write
+from experiments.methods import budgets, pareto, records, run, stopwatch, summary, trace
 from experiments.methods import method as methods
 from experiments.methods.budgets import Budget, fitted
 from experiments.methods.estimate import Estimate, duration
@@ -231,7 +231,7 @@ def test_a_chain_has_the_seconds_of_its_steps(models, monkeypatch):
       yield
       self.seconds += 1.0
 
-  monkeypatch.setattr(write, "Stopwatch", Clock)
+  monkeypatch.setattr(stopwatch, "Stopwatch", Clock)
   job = echo(9, 40, 80, chains=(1,), limit=4)
   made = ran(job, run.Method("vanilla", models[0]))
   ended = [each for each in made if each.tokens - len(job.asked[each.prompt].tokens) < each.max_tokens - 1]
