@@ -48,6 +48,13 @@ class Config:
       raise ValueError(f"--runs: {twice[0]} is listed twice")
 
 
+def write_text(path: Path, text: str) -> str:
+  """Writes a text file atomically; makes the folder."""
+  with files.whole(path) as part:
+    part.write_text(text, encoding="utf-8")
+  return str(path)
+
+
 def margins(found: results.Results, log: bool) -> list[dict]:
   """Each method's margin over the baseline, by model, task and cost; None where frontiers share no interval."""
   return [
@@ -63,9 +70,8 @@ def margins(found: results.Results, log: bool) -> list[dict]:
 def write(found: results.Results, config: Config, output: Path) -> list[str]:
   """Writes the page and the pictures; returns their paths."""
   look = styles.styles(found.methods, found.baseline)
-  with files.whole(output / "index.html") as part:
-    part.write_text(page.render(found, TASKS, config.title, config.prompts), encoding="utf-8")
-  written: list[str | None] = [str(output / "index.html")]
+  html = page.render(found, TASKS, config.title, config.prompts)
+  written: list[str | None] = [write_text(output / "index.html", html)]
   for panel in found.panels:
     name = re.sub(r"[^A-Za-z0-9]+", "-", f"{panel.model}-{panel.task}-{panel.length or ''}").strip("-")
     chance = TASKS[panel.task].chance.get(panel.metric) if panel.task in TASKS else None
