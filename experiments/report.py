@@ -85,7 +85,10 @@ def write(found: results.Results, config: Config, output: Path) -> list[str]:
 
 def main() -> None:
   config = program.read_flags("", Config)
-  found = results.collect([runs.load(Path(folder)) for folder in config.runs], config.baseline)
+  try:
+    found = results.collect([runs.load(Path(folder)) for folder in config.runs], config.baseline)
+  except OSError as error:
+    raise ValueError(f"--runs: {error.filename} cannot be read ({error.strerror})") from None
   if found.warnings:
     more = f" and {len(found.warnings) - 3} more" if len(found.warnings) > 3 else ""
     program.log(f"warning: {'; '.join(found.warnings[:3])}{more}; such scores mean nothing, try --dtype=float32")

@@ -161,6 +161,16 @@ def test_what_cannot_be_written_names_the_flag(tmp_path, monkeypatch, output, me
   assert str(caught.value).startswith(f"--output={output}: ") and "\n" not in str(caught.value)
 
 
+def test_what_cannot_be_read_names_the_flag(monkeypatch):
+  def denied(folder):
+    raise PermissionError(13, "Permission denied", str(folder / "records.jsonl"))
+
+  monkeypatch.setattr(program, "read_flags", lambda prefix, cls: cls(("a",), "out"))
+  monkeypatch.setattr(runs, "load", denied)
+  with pytest.raises(ValueError, match=r"--runs: a/records.jsonl cannot be read \(Permission denied\)"):
+    report.main()
+
+
 def test_the_program_warns_in_one_line(tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
   write(tmp_path / "a", [record(f"m{i}", 0, math.nan) for i in range(5)])
