@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from experiments.methods import pareto
-from experiments.methods.method import label
 from experiments.methods.records import Record
 from experiments.methods.score import TEXT
 from experiments.methods.summary import COSTS, Entry, mean_cost, summarise
@@ -235,12 +234,13 @@ def _check_prompts(model: str, task: str, chains: Sequence[Record]) -> None:
 def _not_numbers(runs: Sequence[Run]) -> list[str]:
   """A sentence for each metric of each method on a task that some record or entry has no finite number for."""
   graded: dict[tuple, list[float]] = {}
+  name = lambda about: ", ".join(filter(None, [about.method, styles.limit(about.budget)]))
   for run in runs:
     for record in [*run.records, *run.texts]:
       for metric, value in record.grades.items():
-        graded.setdefault((label(record.method, record.budget), record.task, metric), []).append(value)
+        graded.setdefault((name(record), record.task, metric), []).append(value)
     for entry in run.entries:
-      graded.setdefault((entry.label, entry.task, entry.metric), []).append(entry.mean)
+      graded.setdefault((name(entry), entry.task, entry.metric), []).append(entry.mean)
   wrong = {about: sum(not math.isfinite(value) for value in values) for about, values in graded.items()}
   return [
     f"{method} on {task}: {metric} is no finite number in {count:,} of {len(graded[method, task, metric]):,} records"
