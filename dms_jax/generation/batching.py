@@ -171,8 +171,8 @@ class Generator:
       keep: store a host copy of each finished chain's cache in `Result.stored`, to continue from.
       continue_from: an earlier chain (an entry of `Result.stored`), or an output or conversation of one row. The prompt
         is then the next turn.
-      numbers: the policy's `budget` (tokens a head), `cr` or `threshold` for this request, if the generator's policy
-        has it; default the generator's. Other numbers compile nothing.
+      numbers: the policy's `budget` (tokens a head), `cr`, `threshold` or `sinks` (tokens) for this request, if the
+        generator's policy has it; default the generator's. Other numbers compile nothing.
 
     Raises:
       ValueError: bad arguments, a number out of range, a text longer than `max_length`, or a conversation of another

@@ -32,7 +32,7 @@ from jaxtyping import Array, Bool, Float, Int
 REGISTRY: dict[str, type[Policy]] = {}
 Stats = dict[str, Array]  # name -> float32 [..., slots]
 Memory = dict[str, Array]  # name -> float32 [..., B, K, own axes]
-NUMBERS = ("budget", "cr", "threshold")  # fields that bound a cache; "threshold" only where it is of gate logits
+NUMBERS = ("budget", "cr", "threshold", "sinks")  # fields that bound a cache; "threshold" only of gate logits
 
 
 def register(cls: type[Policy]) -> type[Policy]:
@@ -109,8 +109,8 @@ def of_rows(policy: Policy, batch: int, rows: Sequence[int]) -> Policy:
 
 
 def with_numbers(policy: Policy, numbers: Mapping[str, Sequence[int | float]]) -> Policy:
-  """`policy` with the numbers {name: [B]}, int32 for "budget", else float32; so nothing is compiled anew."""
-  dtypes = {name: jnp.int32 if name == "budget" else jnp.float32 for name in numbers}
+  """`policy` with the numbers {name: [B]}, int32 for tokens, else float32; so nothing is compiled anew."""
+  dtypes = {name: jnp.int32 if name in ("budget", "sinks") else jnp.float32 for name in numbers}
   return policy.replace(**{name: jnp.asarray(values, dtypes[name]) for name, values in numbers.items()})
 
 

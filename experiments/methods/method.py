@@ -12,7 +12,7 @@ from dms_jax import policies
 from dms_jax.model import Model
 from dms_jax.policies import Policy, Vanilla
 from experiments.common import program
-from experiments.methods.budgets import Budget, shaped, takes_budget
+from experiments.methods.budgets import Budget, Group, fitted, shaped, takes_budget
 
 HARD = "dms_budget"  # DMS under a budget in tokens, beside plain DMS, which holds what its gates keep
 
@@ -49,6 +49,10 @@ class Method:
   def label(self) -> str:
     """The name with the budget, for readers."""
     return label(self.name, self.budget)
+
+  def fitted(self, job: Any, most: int) -> tuple[list[Group], str]:
+    """The policy for each text of a `run.Job` with `most` new tokens, and a remark, as `budgets.fitted` gives them."""
+    return fitted(self.model, self.policy, self.given, job.totals(most))
 
 
 def label(name: str, budget: Mapping[str, float]) -> str:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dms_jax.evaluation import likelihood
 from dms_jax.tokenizer import Tokenizer
 from experiments.common import program
-from experiments.methods.budgets import fitted
 from experiments.methods.method import Method as Method
 from experiments.methods.method import check_names
 from experiments.methods.records import Record
@@ -120,7 +119,7 @@ def check(job: Job, method: Method) -> str:
   Raises:
     ValueError: the policy cannot keep to its budget.
   """
-  remarks = [fitted(method.model, method.policy, method.given, job.totals(most))[1] for most in job.max_tokens]
+  remarks = [method.fitted(job, most)[1] for most in job.max_tokens]
   return "; ".join(dict.fromkeys(filter(None, remarks)))
 
 

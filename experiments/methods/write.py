@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from dms_jax import BudgetError, Generator
 from dms_jax.generation.detokenize import Detokenizer
 from dms_jax.tokenizer import Tokenizer
-from experiments.methods.budgets import Group, fitted, most_tokens
+from experiments.methods.budgets import Group, most_tokens
 from experiments.methods.method import Method
 from experiments.methods.records import Record
 
@@ -59,7 +59,7 @@ def write(
   width = max(width, job.chains)
   for lengths in cuts:
     most = max(lengths)
-    groups, _ = fitted(method.model, method.policy, method.given, job.totals(most))
+    groups, _ = method.fitted(job, most)
     own = {key for key in wanted if key[2] in lengths}
     for group in groups:
       if own.intersection((row, chain, cut) for row in group.rows for chain in range(job.chains) for cut in lengths):

@@ -363,13 +363,17 @@ def uneven(shares: np.ndarray) -> bool:
   return bool(np.ptp(shares) > 0.005)
 
 
-def render(results: Results, tasks: Mapping[str, type[Task]], title: str = "", prompts: int = 2) -> str:
+def render(
+  results: Results, tasks: Mapping[str, type[Task]], title: str = "", prompts: int = 2, *,
+  template: str = "report.html", **more: Any,
+) -> str:  # fmt: skip
   """The page as HTML.
 
   Args:
     tasks: the task classes by name, which have the scores of random answers.
     title: of the page; default the models' names.
     prompts: of each task, whose chains are shown.
+    template: report.html, or a template that extends it; `more` is what its blocks need.
   """
   look = styles.styles(results.methods, results.baseline)
   environment = jinja2.Environment(
@@ -384,11 +388,11 @@ def render(results: Results, tasks: Mapping[str, type[Task]], title: str = "", p
     {"run": run, "config": json.dumps(program.to_plain(run.config), indent=2, ensure_ascii=False)}
     for run in results.runs
   ]
-  text = environment.get_template("report.html").render(
+  text = environment.get_template(template).render(
     title=title or f"{', '.join(models)}: methods, tasks, budgets", models=models, results=results, look=look,
     marks=charts.MARKS, sections=_sections(results, tasks), maps=maps, even=even,
     chains=chains(results, prompts), shades=SHADES,
     texts=[(model, text_table(entries, look, results.baseline)) for model, entries in results.texts], runs=runs,
-    count=sum(len(run.records) for run in results.runs),
+    count=sum(len(run.records) for run in results.runs), **more,
   )  # fmt: skip
   return f"{text.strip()}\n"
