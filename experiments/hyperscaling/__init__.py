@@ -1,1 +1,1 @@
-"""Hyper-scaling: sweeps over W chains, L tokens and CR, their frontiers, margins and page (arXiv 2506.05345)."""
+"""Hyper-scaling: sweeps over W chains, L tokens and CR, their frontiers, margins and page."""

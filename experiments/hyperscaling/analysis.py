@@ -1,10 +1,12 @@
-"""The analysis of sweeps: scores and costs of each setting, Pareto frontiers, and margins with bootstrap intervals.
+"""Scores and costs of each setting, Pareto frontiers, and margins with bootstrap intervals.
 
 A *setting* is a method with its CR, W chains and at most L new tokens. Its score and costs are means over problems of
 means over model seeds. A margin is the mean vertical distance of two frontiers over the largest interval of costs that
 both cover (arXiv 2506.05345, appendix G). Its interval is the percentile bootstrap over problems: every resample draws
-the problems of a family with replacement, the same for all settings and seeds, and takes its own frontiers. Families
-are resampled apart. What a family's seeds share, its problems, is thus resampled; the seeds themselves are not.
+the problems of a family with replacement, the same for all settings and seeds, and takes its own frontiers, over the
+costs that the frontiers of all problems share. (With an interval of costs of its own, a resample in which a saturated
+frontier happens to end early would be a mean over other costs.) Families are resampled apart. The seeds are not
+resampled.
 """
 
 from __future__ import annotations
@@ -111,7 +113,7 @@ class Margin:
     task: the family; "" for the mean over `families`.
     margin: points of 100; None where the frontiers share no interval.
     low, high: of the 95 % interval; None without a margin.
-    defined: share of the resamples in which there is a margin; the interval is theirs.
+    costs: the interval of costs that the frontiers share; None for a mean over families.
     seeds: the margin of each seed alone; empty for one seed.
     families: tasks that have a margin.
   """
@@ -124,7 +126,7 @@ class Margin:
   margin: float | None
   low: float | None = None
   high: float | None = None
-  defined: float = 0.0
+  costs: tuple[float, float] | None = None
   seeds: tuple[float | None, ...] = ()
   families: tuple[str, ...] = ()
 
@@ -152,9 +154,11 @@ class Resampled:
       self.made[method, axis] = pareto.frontiers(self.costs[axis][:, rows], self.scores[:, rows])
     return self.made[method, axis]
 
-  def margins(self, method: str, over: str, axis: str, scale: str) -> np.ndarray:
-    """[1 + R] margins; NaN where there is none."""
-    return pareto.margins(self.frontiers(method, axis), self.frontiers(over, axis), scale == "log")
+  def margins(self, method: str, over: str, axis: str, scale: str) -> tuple[np.ndarray, tuple[float, float]]:
+    """[1 + R] margins over the costs that the family's own frontiers share, NaN if they share none; those costs."""
+    a, b = self.frontiers(method, axis), self.frontiers(over, axis)
+    low, high = (float(end[0]) for end in pareto.common(a, b))
+    return pareto.margins(a, b, low, high, scale == "log"), (low, high)
 
 
 def comparisons(methods: Sequence[str]) -> list[tuple[str, str]]:
@@ -163,13 +167,12 @@ def comparisons(methods: Sequence[str]) -> list[tuple[str, str]]:
   return found + [(TRAINED, other) for other in methods if TRAINED in methods and other not in (TRAINED, DENSE)]
 
 
-def interval(draws: np.ndarray) -> tuple[float | None, float | None, float]:
-  """The 2.5th and 97.5th percentile of the draws that are numbers, and the share of those."""
-  there = draws[~np.isnan(draws)]
-  if not len(there):
-    return None, None, 0.0
-  low, high = np.percentile(there, [2.5, 97.5])
-  return float(low), float(high), len(there) / len(draws)
+def interval(draws: np.ndarray) -> tuple[float | None, float | None]:
+  """The 2.5th and the 97.5th percentile of the draws; None each without any."""
+  if not len(draws):
+    return None, None
+  low, high = np.percentile(draws, [2.5, 97.5])
+  return float(low), float(high)
 
 
 def margins(families: Sequence[Family], alone: Sequence[Sequence[Family]], resamples: int) -> list[Margin]:
@@ -192,20 +195,20 @@ def margins(families: Sequence[Family], alone: Sequence[Sequence[Family]], resam
     for task, each in by_name.items():
       if axis not in each.costs or method not in each.rows or over not in each.rows:
         continue
-      values = each.margins(method, over, axis, scale)
-      seeds[task] = tuple(number(own[task].margins(method, over, axis, scale)[0]) for own in single)
-      low, high, defined = interval(values[1:])
+      values, shared = each.margins(method, over, axis, scale)
+      seeds[task] = tuple(number(own[task].margins(method, over, axis, scale)[0][0]) for own in single)
       if np.isnan(values[0]):
         made.append(Margin(task, method, over, axis, scale, None, seeds=seeds[task]))
       else:
         draws[task] = values
-        made.append(Margin(task, method, over, axis, scale, float(values[0]), low, high, defined, seeds[task]))
+        low, high = interval(values[1:])
+        made.append(Margin(task, method, over, axis, scale, float(values[0]), low, high, shared, seeds[task]))
     if draws:
       mean = np.mean(list(draws.values()), axis=0)
-      low, high, defined = interval(mean[1:])
       of_seeds = [[seeds[task][n] for task in draws] for n in range(len(single))]
       both = tuple(None if None in own else float(np.mean(own)) for own in of_seeds)
-      made.append(Margin("", method, over, axis, scale, float(mean[0]), low, high, defined, both, tuple(draws)))
+      low, high = interval(mean[1:])
+      made.append(Margin("", method, over, axis, scale, float(mean[0]), low, high, seeds=both, families=tuple(draws)))
   return made
 
 

@@ -1,4 +1,4 @@
-"""Cells of a sweep: the chains of one method and CR at one L on one task as arrays, and their short form on disk.
+"""Cells of a sweep: the chains of a method at one CR and L as arrays; their short form on disk.
 
 A sweep has millions of records. Its analysis needs a few numbers of each, which `Cell` holds; `cells.npz` keeps them
 where the records are too large to be kept.

@@ -1,4 +1,4 @@
-"""The methods of a sweep: the dense cache, a retrofit for each CR, and baselines with the paper's budgets."""
+"""Methods of a sweep: dense, a retrofit for each CR, and baselines with the paper's budgets."""
 
 from __future__ import annotations
 

@@ -85,8 +85,9 @@ def render(
   equals = [(panel.name, tables.equal(panel, TRAINED, compare_cr)) for panel in panels]
   about = (
     "A margin is the mean vertical distance of two Pareto frontiers over the largest interval of costs that both cover "
-    f"(arXiv 2506.05345, appendix G). Intervals: {resamples:,} bootstrap resamples of each family's problems, "
-    f"each with its own frontiers; scores and costs are means over {len(sweeps)} model seed{'s' * (len(sweeps) > 1)}."
+    f"(arXiv 2506.05345, appendix G). Intervals: {resamples:,} bootstrap resamples of each family's problems, each "
+    "with its own frontiers over these costs. Scores and costs are means over "
+    f"{len(sweeps)} model seed{'s' * (len(sweeps) > 1)}."
   )
   more: dict[str, Any] = {
     "finding": finding(made),

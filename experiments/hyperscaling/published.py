@@ -1,4 +1,4 @@
-"""The paper's own margins, to stand beside measured ones (arXiv 2506.05345, NeurIPS 2025, tables 7 to 9)."""
+"""The paper's own margins, to stand beside measured ones (arXiv 2506.05345, tables 7 to 9)."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class Frontiers:
     return self.costs[:, 0], np.take_along_axis(self.costs, self.counts[:, None] - 1, axis=1)[:, 0]
 
   def at(self, costs: np.ndarray) -> np.ndarray:
-    """Each frontier at costs [R, Q] between its ends, linear between its points; [R, Q]."""
+    """Each frontier at costs [R, Q], linear between its points and constant beyond its ends; [R, Q]."""
     after = np.sum(self.costs[:, None, :] <= costs[:, :, None], axis=-1)  # points at or below each cost
     left = np.clip(after - 1, 0, None)
     right = np.minimum(after, self.counts[:, None] - 1)
@@ -101,21 +101,35 @@ def frontiers(costs: np.ndarray, values: np.ndarray) -> Frontiers:
   return Frontiers(np.where(beyond, np.inf, costs), np.where(beyond, last, values), counts)
 
 
-def margins(a: Frontiers, b: Frontiers, log: bool = False) -> np.ndarray:
-  """`margin` of each pair of frontiers, [R]; NaN where two share no interval of costs.
+def common(a: Frontiers, b: Frontiers) -> tuple[np.ndarray, np.ndarray]:
+  """The ends of the largest interval of costs that each pair of frontiers covers, [R] each; empty unless low < high."""
+  (a_low, a_high), (b_low, b_high) = a.ends(), b.ends()
+  return np.maximum(a_low, b_low), np.minimum(a_high, b_high)
+
+
+def margins(a: Frontiers, b: Frontiers, low: np.ndarray, high: np.ndarray, log: bool = False) -> np.ndarray:
+  """The mean of each pair's A(x) - B(x) over the costs low .. high, [R]; NaN where low is not below high.
+
+  Over `common`, each is `margin` of the pair. Before its first point a frontier is taken to be as high as there, and
+  after its last point as high as there: more budget buys no less.
+
+  Args:
+    low, high: broadcast against [R].
+    log: as for `margin`.
 
   Raises:
     ValueError: `log` and a cost that is not above 0.
   """
+  rows = len(a.counts)
+  low, high = (np.broadcast_to(np.asarray(end, float), rows) for end in (low, high))
   if log:
-    if min(a.costs.min(), b.costs.min()) <= 0:
+    if min(a.costs.min(), b.costs.min(), low.min()) <= 0:
       raise ValueError("a margin over log cost needs costs above 0")
     a, b = (dataclasses.replace(each, costs=np.log(each.costs)) for each in (a, b))
-  (a_low, a_high), (b_low, b_high) = a.ends(), b.ends()
-  low, high = np.maximum(a_low, b_low), np.minimum(a_high, b_high)
-  shared = low < high
-  inside = lambda costs: np.clip(costs, low[:, None], np.maximum(high, low)[:, None])
-  knots = np.sort(np.concatenate([inside(a.costs), inside(b.costs)], axis=1), axis=1)
+    low, high = np.log(low), np.log(high)
+  inside = lambda costs: np.clip(costs, low[:, None], np.maximum(low, high)[:, None])
+  ends = np.stack([low, np.maximum(low, high)], axis=1)
+  knots = np.sort(np.concatenate([ends, inside(a.costs), inside(b.costs)], axis=1), axis=1)
   gap = a.at(knots) - b.at(knots)  # linear between knots, so trapezoids are exact
   area = np.sum(np.diff(knots, axis=1) * (gap[:, 1:] + gap[:, :-1]) / 2, axis=1)
-  return np.divide(area, high - low, out=np.full(len(area), np.nan), where=shared)
+  return np.divide(area, high - low, out=np.full(rows, np.nan), where=low < high)

@@ -47,6 +47,10 @@ def plain_margin(a, b, log):
   return float(np.mean(np.interp(at, scale(xa), ya) - np.interp(at, scale(xb), yb)))
 
 
+def margins(a, b, log=False):
+  return pareto.margins(a, b, *pareto.common(a, b), log)
+
+
 def test_many_frontiers_by_hand():
   costs = np.array([[1.0, 3.0, 2.0, 4.0, 5.0, 1.0], [2.0, 1.0, 3.0, 4.0, 5.0, 6.0], [7.0, 7.0, 7.0, 7.0, 7.0, 7.0]])
   values = np.array(
@@ -60,12 +64,15 @@ def test_many_frontiers_by_hand():
     [10, 20, 30, 35, 40], [9] * 5, [3] * 5,
   ]  # fmt: skip
   flat = pareto.frontiers(np.array([[2.0, 6.0]] * 3), np.array([[10.0, 50.0]] * 3))  # on 2..5: 10 to 40
-  assert pareto.margins(found, flat)[0] == pytest.approx(((10 + 10) / 2 * 1 + (10 + 0) / 2 * 2) / 3)
-  assert np.isnan(pareto.margins(found, flat)[1:]).all()
+  assert margins(found, flat)[0] == pytest.approx(((10 + 10) / 2 * 1 + (10 + 0) / 2 * 2) / 3)
+  assert np.isnan(margins(found, flat)[1:]).all()
+  # Over 0..7: 10 before its first point, 40 after its last; the other is 10 up to 2, and 50 from 6.
+  own, steps = (10 + 2 * 20 + 2 * 35 + 2 * 40) / 7, (2 * 10 + 4 * 30 + 50) / 7
+  assert pareto.margins(found, flat, 0.0, 7.0)[0] == pytest.approx(own - steps)
   one, other = (pareto.frontiers(np.array([[1.0, 4.0]]), np.array([[0.0, top]])) for top in (2.0, 1.0))
-  assert pareto.margins(one, other, log=True)[0] == pytest.approx(0.5)
+  assert margins(one, other, log=True)[0] == pytest.approx(0.5)
   with pytest.raises(ValueError, match="costs above 0"):
-    pareto.margins(pareto.frontiers(np.array([[0.0, 1.0]]), np.array([[0.0, 1.0]])), one, log=True)
+    margins(pareto.frontiers(np.array([[0.0, 1.0]]), np.array([[0.0, 1.0]])), one, log=True)
 
 
 @pytest.mark.parametrize("log", [False, True])
@@ -75,7 +82,7 @@ def test_many_margins_are_those_of_each_row(log):
   # Rounded, so that costs and values are equal now and then.
   draw = lambda count: (np.round(10 ** rng.uniform(0, 1.5, (12, count)), 1), np.round(rng.random((12, count)), 1))
   (ca, va), (cb, vb) = draw(9), draw(5)
-  found = pareto.margins(pareto.frontiers(ca, va), pareto.frontiers(cb, vb), log)
+  found = margins(pareto.frontiers(ca, va), pareto.frontiers(cb, vb), log)
   for row, value in enumerate(found):
     a, b = ([*zip(c[row].tolist(), v[row].tolist(), strict=True)] for c, v in ((ca, va), (cb, vb)))
     plain, exact = plain_margin(a, b, log), pareto.margin(a, b, log)
@@ -197,16 +204,22 @@ def test_margins_and_intervals_by_their_definitions(vote):
   assert np.allclose(weights.sum(axis=1), 1) and np.allclose(weights[0], 1 / 40)
   assert (weights[1:] * 40 == np.round(weights[1:] * 40)).all()
   for (task, axis, scale), margin in made.items():
-    of = lambda which, row, axis=axis, scale=scale: pareto.margin(
-      plain_points(which, "dms", widths, vote, row, axis), plain_points(which, "vanilla", widths, vote, row, axis),
-      scale == "log",
-    )  # fmt: skip
-    draws = [of(sweeps, row) for row in weights[1:]]
-    # Costs are float32, whose last bit is 6e-8 of them; margins are below 100.
-    assert margin.margin == pytest.approx(of(sweeps, weights[0]), abs=1e-4)
-    assert (margin.low, margin.high) == pytest.approx(tuple(np.percentile(draws, [2.5, 97.5])), abs=1e-4)
-    assert margin.low < margin.margin < margin.high and margin.defined == 1.0
-    assert margin.seeds == pytest.approx([of([sweep], weights[0]) for sweep in sweeps], abs=1e-4)
+    pair = lambda which, row, axis=axis: [plain_points(which, m, widths, vote, row, axis) for m in ("dms", "vanilla")]
+    edges = [np.array(plain_frontier(points)).T for points in pair(sweeps, weights[0])]
+    low, high = max(edge[0][0] for edge in edges), min(edge[0][-1] for edge in edges)
+    draws = []
+    for row in weights[1:]:
+      # Both frontiers at midpoints of the costs of the estimate, constant beyond their own ends.
+      to, back = (np.log, np.exp) if scale == "log" else (np.asarray, np.asarray)
+      at = back(to(low) + (to(high) - to(low)) * (np.arange(20_000) + 0.5) / 20_000)
+      one, other = (np.interp(to(at), to(x), y) for x, y in (np.array(plain_frontier(p)).T for p in pair(sweeps, row)))
+      draws.append(np.mean(one - other))
+    # Costs are float32, whose last bit is 6e-8 of them; margins are below 100. Midpoints err by 1e-3 of a step.
+    exact = lambda which, pair=pair, scale=scale: pareto.margin(*pair(which, weights[0]), scale == "log")
+    assert margin.margin == pytest.approx(exact(sweeps), abs=1e-4)
+    assert (margin.low, margin.high) == pytest.approx(tuple(np.percentile(draws, [2.5, 97.5])), abs=5e-3)
+    assert margin.costs == (None if not task else pytest.approx((low, high), rel=1e-6))
+    assert margin.seeds == pytest.approx([exact([sweep]) for sweep in sweeps], abs=1e-4)
     assert margin.families == (() if task else ("echo",))
 
 
