@@ -8,7 +8,8 @@ Hyper-scaling (arXiv 2506.05345) is a claim about equal cost: a compressed cache
 program writes `--chains` W chains of every problem at every L of `--max_tokens` under each method, takes scores for
 fewer chains from subsets, and compares the Pareto frontiers of all (W, L, CR) of two methods by their mean distance.
 
-`--retrofit` are retrofits of the checkpoint with the CR that each was trained for, CR:FOLDER. The methods with a budget
+`--retrofit` are retrofits of the checkpoint with the CR that each was trained for, CR:FOLDER; NAME=CR:FOLDER is one of
+another kind, such as another window, and makes the method "dms NAME". The methods with a budget
 hold (prompt + L) / CR tokens a head, for each L anew, at every CR of `--cr`. `prompt_window` is StreamingLLM whose
 sinks are the whole prompt. TriAttention needs `--triattention.calibration=FILE`. Tasks are those of
 `experiments.evaluate` whose answers are right or wrong: chains vote by their answers, or the best counts where a
@@ -148,7 +149,8 @@ def analyse(config: Config, sweeps: Sequence[cells.Sweep], widths: Sequence[int]
   made = analysis.margins(found, alone, config.resamples)
   name = Path(str(sweeps[0].config.get("checkpoint") or sweeps[0].folder)).name
   panels = [analysis.panel(each, name) for each in found]
-  look = styles.styles(list(dict.fromkeys(method for each in found for method in each.methods)), methods_module.DENSE)
+  names = list(dict.fromkeys(method for each in found for method in each.methods))
+  look = styles.styles(methods_module.styled(names), methods_module.DENSE)
   print(f"{tables.headline(panels)}\n")
   for axis in panels[0].axes():
     if table := tables.margins(made, axis, "linear", look):

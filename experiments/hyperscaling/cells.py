@@ -225,5 +225,6 @@ def read(folder: Path, flag: str = "sets") -> tuple[Sweep, list[str]]:
 
 
 def order(names: Sequence[str], known: Sequence[str]) -> list[str]:
-  """Names in the order of `known`, those it lacks after them."""
-  return sorted(names, key=lambda name: known.index(name) if name in known else len(known))
+  """Names in the order of `known` and then of the alphabet; "dms NAME" comes after "dms"."""
+  place = lambda name: (known.index(first) if (first := name.split()[0]) in known else len(known), name)
+  return sorted(names, key=place)

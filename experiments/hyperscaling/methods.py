@@ -51,26 +51,30 @@ class PromptWindow(Method):
     return [Group(policy, list(range(len(prompts))), numbers)], remark if left < GRAIN else ""
 
 
-def split(retrofits: Sequence[str]) -> list[tuple[float, str]]:
-  """(CR, folder) of each entry CR:FOLDER of `--retrofit`, by rising CR.
+def split(retrofits: Sequence[str]) -> list[tuple[str, float, str]]:
+  """(method, CR, folder) of each entry [NAME=]CR:FOLDER of `--retrofit`, by method and rising CR.
+
+  Retrofits of a NAME, such as another window, are the method "dms NAME", beside plain "dms".
 
   Raises:
-    ValueError: an entry is of another form, or a CR comes twice.
+    ValueError: an entry is of another form, or a CR of a method comes twice.
   """
   found = []
   for entry in retrofits:
-    number, _, folder = entry.partition(":")
+    start, _, folder = entry.partition(":")
+    name, equals, number = start.rpartition("=")
     try:
       cr = float(number)
     except ValueError:
       cr = 0.0
-    if not (1 < cr < math.inf and folder):
-      raise ValueError(f"--retrofit={entry}: give CR:FOLDER, its CR and path, such as 8:runs/retrofit/cr8")
-    found.append((cr, folder))
-  crs = [cr for cr, _ in found]
-  if twice := sorted({cr for cr in crs if crs.count(cr) > 1}):
-    raise ValueError(f"--retrofit: two retrofits of CR {twice[0]:g}; a sweep has one of each")
-  return sorted(found)
+    if not (1 < cr < math.inf and folder) or bool(equals) != bool(name):
+      raise ValueError(f"--retrofit={entry}: give CR:FOLDER or NAME=CR:FOLDER, such as 8:runs/retrofit/cr8")
+    found.append((f"{TRAINED} {name}".strip(), cr, folder))
+  about = [each[:2] for each in found]
+  if twice := sorted({each for each in about if about.count(each) > 1}):
+    raise ValueError(f"--retrofit: two retrofits of CR {twice[0][1]:g} for {twice[0][0]}; give one of them a NAME=")
+  names = list(dict.fromkeys(name for name, _, _ in found))
+  return sorted(found, key=lambda each: (names.index(each[0]), each[1]))
 
 
 def check(names: Sequence[str], retrofits: Sequence[str], crs: Sequence[float]) -> None:
@@ -117,12 +121,12 @@ def build(
   for name in names:
     if name == TRAINED:
       policy = read(TRAINED, DMS)
-      for cr, folder in split(retrofits):
+      for own, cr, folder in split(retrofits):
         model = checkpoint.load_retrofitted(path, folder, dtype=dtype)
         if (objective := methods_module.trained_for(model)) != TRAINED:
           raise ValueError(f"--retrofit={cr:g}:{folder} has gates of {objective}, not of {TRAINED}")
         about: list[Any] = [base, checkpoint.fingerprint(folder), dtype, policy, cr]
-        found.append(Trained(name, model, policy, program.fingerprint(about), cr=cr))
+        found.append(Trained(own, model, policy, program.fingerprint(about), cr=cr))
     elif name == PROMPT:
       about = [origin, name, GRAIN]
       print_ = program.fingerprint(about)
@@ -131,3 +135,10 @@ def build(
       found += methods_module.build([name], original, origin, [], read, crs=crs)
   methods_module.check_names(found)
   return found
+
+
+def styled(methods: Sequence[str]) -> list[str]:
+  """Methods in the order in which they take colours: the third colour is the last to be used again, and is DMS's."""
+  others = [method for method in methods if method not in (DENSE, TRAINED)]
+  found = [*others[:2], *(method for method in methods if method == TRAINED), *others[2:]]
+  return [*(method for method in methods if method == DENSE), *found]

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments.hyperscaling import tables
-from experiments.hyperscaling.analysis import SCALES, Family, Margin
+from experiments.hyperscaling.analysis import Family, Margin
 from experiments.hyperscaling.cells import RECORDS, Sweep
-from experiments.hyperscaling.methods import DENSE, TRAINED
+from experiments.hyperscaling.methods import DENSE, TRAINED, styled
 from experiments.methods import pareto, records, trace
 from experiments.reports import page, styles
 from experiments.reports.results import AXES, LOWER_COST, Panel, Results, Run
@@ -72,9 +72,9 @@ def render(
     prompts: of each task, whose traced chains are shown.
   """
   methods = list(dict.fromkeys(method for found in families for method in found.methods))
-  look = styles.styles(methods, DENSE)
+  look = styles.styles(styled(methods), DENSE)
   axes = [axis for axis in AXES if any(axis in found.costs for found in families)]
-  margin_tables = [tables.margins(made, axis, scale, look) for scale in SCALES for axis in axes]
+  of_scale = lambda scale: [*filter(None, (tables.margins(made, axis, scale, look) for axis in axes))]
   frontiers = []
   for found, panel in zip(families, panels, strict=True):
     shown, chance = uncrowded(panel), TASKS[found.task].chance.get("accuracy") if found.task in TASKS else None
@@ -94,11 +94,12 @@ def render(
     "about": about,
     "frontiers": frontiers,
     "timed": "seconds" in axes,
-    "margin_tables": [*filter(None, margin_tables), *filter(None, [tables.of_seeds(made, look)])],
+    "margin_tables": [*of_scale("linear"), *filter(None, [tables.beside(made, look), tables.of_seeds(made, look)])],
+    "log_tables": of_scale("log"),
     "equals": [(name, t) for name, t in equals if t],
     "score_tables": [(p.name, tables.scores(p, look)) for p in panels],
   }
   return page.render(
-    results(sweeps, methods), TASKS, title or "Hyper-scaling: accuracy at equal cost", prompts,
+    results(sweeps, styled(methods)), TASKS, title or "Hyper-scaling: accuracy at equal cost", prompts,
     template="hyperscale.html", **more,
   )  # fmt: skip

@@ -34,25 +34,36 @@ def _clear(each: Margin | None) -> bool:
 
 
 def margins(made: Sequence[Margin], axis: str, scale: str, look: Look) -> Table | None:
-  """The margins on one axis: a row for each comparison; columns for the families, their mean, and the paper's."""
+  """The margins on one axis: a row for each comparison, a column for each family and their mean; None without any."""
   own = {(m.method, m.over, m.task): m for m in made if (m.axis, m.scale) == (axis, scale)}
   tasks = list(dict.fromkeys(task for _, _, task in own if task))
-  pairs = list(dict.fromkeys((method, over) for method, over, _ in own))
-  if not pairs:
-    return None
   rows = []
-  for method, over in pairs:
+  for method, over in dict.fromkeys((method, over) for method, over, _ in own):
     found = [own.get((method, over, task)) for task in ("", *tasks)]
-    paper = published.means(method, over, axis) if scale == "linear" else []
-    cells = [(said(each), _clear(each)) for each in found]
-    rows.append(Row(method, [*cells, *([signed(value) for value in paper] or [""] * 4)], look[method], f"over {over}"))
-  groups = [("", 1), ("here", 1 + len(tasks)), ("in the paper, mean over 1.5B, 7B and 32B", 4)]
+    rows.append(Row(method, [(said(each), _clear(each)) for each in found], look[method], f"over {over}"))
   caption = (
-    f"Margins at equal {LOWER_COST[axis]}, points of 100: the mean distance of two frontiers over the largest common "
-    f"interval of {LOWER_COST[axis]}, on a {scale} axis, with 95% bootstrap intervals over problems. Bold: the "
-    "interval excludes 0. NA: the frontiers share no interval."
+    f"At equal {LOWER_COST[axis]}, {scale} axis: points of 100, with 95% intervals. Bold: the interval excludes 0. "
+    f"{NONE}: the frontiers share no interval of costs."
   )
-  return Table(caption, ["comparison", "mean", *tasks, *published.TASKS], rows, groups)
+  return Table(caption, ["comparison", "mean", *tasks], rows) if rows else None
+
+
+def beside(made: Sequence[Margin], look: Look) -> Table | None:
+  """The comparisons that the paper has too, beside its own margins; None without any."""
+  rows = []
+  for (method, over, axis), _ in published.MARGINS.items():
+    own = [m for m in made if (m.task, m.method, m.over, m.axis, m.scale) == ("", method, over, axis, "linear")]
+    if own:
+      paper = published.means(method, over, axis)
+      there = [value for value in paper if value is not None]
+      cells = [LOWER_COST[axis], said(own[0]), signed(sum(there) / len(there)), *map(signed, paper)]
+      rows.append(Row(method, cells, look[method], f"over {over}"))
+  caption = (
+    "Beside the paper's margins (arXiv 2506.05345, tables 7 to 9), means over R1-distilled models of 1.5B, 7B and "
+    "32B; its time is that of throughput. Linear axis."
+  )
+  columns = ["comparison", "equal", "here, mean over families", "paper, mean", *published.TASKS]
+  return Table(caption, columns, rows, words=("equal",)) if rows else None
 
 
 def of_seeds(made: Sequence[Margin], look: Look) -> Table | None:

@@ -286,8 +286,9 @@ def test_equal_l_and_w_and_tables():
   made = analysis.margins([found], [], 100)
   look = hyperscale.styles.styles(["vanilla", "dms"], "vanilla")
   text = tables.plain(tables.margins(made, "reads", "linear", look))
-  assert "dms over vanilla" in text and "+12.5" in text  # the paper's mean on AIME24, by reads
-  assert "12.5" not in tables.plain(tables.margins(made, "reads", "log", look))
+  assert "dms over vanilla" in text and "| mean" in text and "echo" in text
+  paper = tables.plain(tables.beside(made, look))
+  assert "+12.5" in paper and "peak tokens" in paper and paper.count("dms over vanilla") == 3
   assert [round(value, 1) for value in published.means("dms", "vanilla", "reads")] == [12.5, 2.3, 5.8, 8.3]
   assert published.means("dms", "quest", "reads")[2] is None and published.means("rkv", "vanilla", "reads") == []
 
@@ -359,7 +360,13 @@ def test_the_methods_of_a_sweep(checkpoints):
   ]  # fmt: skip
   assert [method.given.follows_length for method in found] == [False] * 3 + [True] * 4
   assert found[1].checkpoint != found[2].checkpoint and found[1].model.dms is not None is found[0].model.dms
-  assert sweep_methods.split(["8:a:b", "2.5:c"]) == [(2.5, "c"), (8.0, "a:b")]
+  assert sweep_methods.split(["8:a:b", "w64=8:d", "2.5:c"]) == [
+    ("dms", 2.5, "c"), ("dms", 8.0, "a:b"), ("dms w64", 8.0, "d"),
+  ]  # fmt: skip
+  assert cells.order(["rkv", "dms w64", "vase", "dms", "keydiff"], sweep_methods.DEFAULT) == [
+    "dms", "dms w64", "rkv", "keydiff", "vase",
+  ]  # fmt: skip
+  assert sweep_methods.styled(["vanilla", "dms", "tova", "h2o", "quest"]) == ["vanilla", "tova", "h2o", "dms", "quest"]
 
 
 def test_the_sinks_of_prompt_window_are_the_prompt_of_each_request(checkpoints):
@@ -400,7 +407,8 @@ def test_the_sinks_of_prompt_window_are_the_prompt_of_each_request(checkpoints):
     (dict(methods=("vanilla", "dms")), "--methods, --retrofit: dms and its retrofits"),
     (dict(methods=("vanilla",), retrofit=("8:x",)), "--methods, --retrofit: dms and its retrofits"),
     (dict(methods=("vanilla", "dms"), retrofit=("x",)), "--retrofit=x: give CR:FOLDER"),
-    (dict(methods=("vanilla", "dms"), retrofit=("8:x", "8:y")), "--retrofit: two retrofits of CR 8"),
+    (dict(methods=("vanilla", "dms"), retrofit=("=8:x",)), "--retrofit==8:x: give CR:FOLDER or NAME=CR:FOLDER"),
+    (dict(methods=("vanilla", "dms"), retrofit=("8:x", "8:y")), "--retrofit: two retrofits of CR 8 for dms"),
     (dict(methods=("vanilla", "tova"), cr=()), "--cr=2,4,8 is needed: the budgets of tova"),
     (dict(methods=("vanilla",), cr=(1.0,)), "--cr, --compare_cr: 1 must be above 1"),
     (dict(methods=("vanilla",), max_tokens=(1,)), "--max_tokens=1 must be 2 or more tokens"),
