@@ -7,8 +7,8 @@ from flax import struct
 from jax import lax
 
 from dms_jax.policies.base import per_row, register
-from dms_jax.policies.budget import allowance, largest
-from dms_jax.policies.periodic import WatchesWindow, check_number, closed_ranks, shares
+from dms_jax.policies.budget import allowance, check_number, check_sinks, largest
+from dms_jax.policies.periodic import WatchesWindow, closed_ranks, shares
 from dms_jax.policies.random import uniform
 
 SMOOTHED = 5  # neighbouring tokens over which the released code averages attention
@@ -45,7 +45,7 @@ class VaSE(WatchesWindow):
   def resolved(self, window):
     policy = super().resolved(window)
     check_number(policy, "large", 0.0, 1.0)
-    check_number(policy, "sinks", 0.0, whole=True)
+    check_sinks(policy, policy.large)
     return policy
 
   def scores(self, candidates):

@@ -141,7 +141,7 @@ class WritingTask(Task):
     """The prompts of this task.
 
     Args:
-      length: T of a sized task.
+      length: T of a sized task, whose `prompts` takes one more argument: the most new tokens, to leave room for.
       max_positions: the model's context, which holds the prompt and the text written.
 
     Raises:
