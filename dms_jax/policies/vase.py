@@ -29,6 +29,8 @@ class VaSE(WatchesWindow):
   noise is a hash of (`seed`, layer, KV head, position, tokens read), so each cut draws anew and does not depend on the
   row or the cache. Rows may have seeds of their own.
 
+  A `budget` must have places for the sinks. With `cr` it grows with the text, and the first sinks come first.
+
   From the released code, where the paper is open: 4 sinks, 64 recent tokens, a cut every 64 tokens, and a quarter of
   the budget for large values (1,024 of 4,096). The variant VaSE-DKV is not part of this.
   """

@@ -53,6 +53,9 @@ class TasksConfig:
   (arXiv 2506.05345, table 2), which DeepSeek recommends for its R1 models too.
 
   `allow_code` permits tasks that run programs written by the model.
+
+  Attributes:
+    tasks: names, separated by commas.
   """
 
   tasks: tuple[str, ...] = ()
