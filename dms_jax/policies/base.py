@@ -227,6 +227,11 @@ class Policy:
     return False
 
   @property
+  def limited(self) -> bool:
+    """Whether it keeps to a budget: never exceeds one, or cuts what does."""
+    return self.bounded or self.prunes
+
+  @property
   def rewrites(self) -> bool:
     """Whether tokens that are archived change their slots while a row decodes, so that chains cannot share pages."""
     return self.overwrites or self.prunes
@@ -271,12 +276,19 @@ class Policy:
     """
     return self
 
-  def continues(self, held: type[Policy] | None) -> bool:
-    """Whether this policy can continue a conversation held by a policy of class `held` (None: unknown).
+  def by_row(self) -> Policy:
+    """This policy in a form whose window follows from none of its numbers, so that each row can have its own."""
+    return self
 
-    It can if `held` is its own class, or if neither class is `bounded`.
+  def continues(self, held: Policy | None) -> bool:
+    """Whether this policy can continue a conversation that the policy `held` has filled (None: unknown).
+
+    A policy that keeps to a budget continues what its own class has held within one, maybe another. One that keeps to
+    none continues what any such policy has held.
     """
-    return held is type(self) or not (self.bounded or held is None or held.bounded is True)
+    if held is None or self.limited != held.limited:
+      return False
+    return type(held) is type(self) or not self.limited
 
   def decide(
     self,

@@ -83,7 +83,8 @@ def prepare(
     if isinstance(task, WritingTask):
       most = tuple(sorted(set(max_tokens))) or (task.new_tokens,)
       for length in lengths if task.sized else (None,):
-        prompts = task.prompts(config, tokenizer, length, max_positions)
+        room = (most[-1],) if task.sized else ()
+        prompts = task.prompts(config, tokenizer, length, max_positions, *room)
         if not prompts:
           raise ValueError(f"--{task.name}.data holds no problem")
         longest = max(len(prompt.tokens) for prompt in prompts)

@@ -75,7 +75,8 @@ def test_budgets_below_the_least_are_raised_and_those_that_are_shapes_rounded(mo
 # Methods --------------------------------------------------------------------------------------------------------------
 
 
-def built(names, models, read=lambda name, cls: cls(), retrofits=("r",), **settings):
+def built(names, models, read=lambda name, cls: cls(), retrofits=None, **settings):
+  retrofits = (("r",) if "dms" in map(str.lower, names) else ()) if retrofits is None else retrofits
   loaded = [(*pair, models[1], pair[1]) for pair in methods.split_retrofits(retrofits)]
   return methods.build(names, models[0], "base", loaded, read, **settings)
 
@@ -112,6 +113,9 @@ def test_trained_weights_for_methods_with_gates(models):
     (["tova"], {}, "--methods: tova needs a budget: give --cr=2,4,8, --budgets=512 .* or --tova.budget"),
     (["tova"], {"crs": (2.0,), "read": lambda name, cls: cls(budget=9)}, "--tova.budget=9 beside --cr or --budgets"),
     (["vanilla", "VANILLA"], {}, r"\['vanilla'\] would be the name of several methods"),
+    (["tova", "vanilla"], {"retrofits": ("a/x",), "crs": (2.0,)}, "--retrofit=a/x: no method of .*tova,vanilla uses"),
+    (["dms"], {"retrofits": ("a/x", "dms:b/y")}, "--retrofit=a/x: no method of --methods=dms uses it; leave"),
+    (["dms"], {"retrofits": ("a/x", "kvzap:b/y")}, "--retrofit=kvzap:b/y: no method .* uses it; .* or add kvzap"),
     (["dms"], {"retrofits": ("a/x", "b/x")}, r"\['dms x'\] would be the name of several methods"),
   ],
 )
