@@ -2,11 +2,11 @@
 
     python -m experiments.report --runs=runs/evaluate/a,runs/evaluate/b --output=runs/report/a-b
 
-`--runs` are folders that `experiments.evaluate` wrote: records.jsonl, and if present config.json, summary.json and
-traces.jsonl. OUTPUT/index.html holds everything it shows and loads nothing. Its tables give scores first, then
-differences from `--baseline`, paired problem by problem. Its charts plot a task's score against KV reads and peak
-tokens, or tokens held if nothing was written, with each method's Pareto frontier. Tables give the margins between
-frontiers. PNGs show the charts where matplotlib is installed. OUTPUT/report.json has the margins.
+`--runs` are folders that `experiments.evaluate` wrote: records.jsonl or text.jsonl, and if present config.json,
+summary.json and traces.jsonl. OUTPUT/index.html holds everything it shows and loads nothing. Its tables give scores
+first, then differences from `--baseline`, paired problem by problem. Its charts plot a task's score against KV reads,
+peak tokens and seconds, or tokens held if nothing was written, with each method's Pareto frontier. Tables give the
+margins between frontiers. PNGs show the charts where matplotlib is installed. OUTPUT/report.json has the margins.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ import os
 import re
 from pathlib import Path
 
-from experiments.common import program
-from experiments.reports import figures_report, page, results, styles
-from experiments.tasks import TASKS
+from experiments.common import files, program
+from experiments.reports import figures_report, page, results, runs, styles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +43,8 @@ class Config:
       raise ValueError("--runs=DIR,DIR,... is needed: folders that experiments.evaluate wrote")
     if not self.output:
       raise ValueError("--output=FOLDER is needed: the page and pictures go there")
+    if Path(self.output).suffix in (".html", ".png", ".json") or Path(self.output).is_file():
+      raise ValueError(f"--output={self.output} must be a folder: a page and pictures are written into it")
     if self.prompts < 0:
       raise ValueError(f"--prompts={self.prompts} must be 0 or more")
     if twice := sorted({run for run in self.runs if self.runs.count(run) > 1}):
@@ -74,24 +75,37 @@ def margins(found: results.Results, log: bool) -> list[dict]:
   ]  # fmt: skip
 
 
-def main() -> None:
-  config = program.read_flags("", Config)
-  found = results.collect([results.load(Path(folder)) for folder in config.runs], config.baseline)
-  output, look = Path(config.output), styles.styles(found.methods, found.baseline)
-  written = [write_text(output / "index.html", page.render(found, TASKS, config.title, config.prompts))]
+def write(found: results.Results, config: Config, output: Path) -> list[str]:
+  """Writes the page and the pictures; returns their paths."""
+  look = styles.styles(found.methods, found.baseline)
+  written = [write_text(output / "index.html", page.render(found, config.title, config.prompts))]
   for panel in found.panels:
     name = re.sub(r"[^A-Za-z0-9]+", "-", f"{panel.model}-{panel.task}-{panel.length or ''}").strip("-")
-    chance = TASKS[panel.task].chance.get(panel.metric) if panel.task in TASKS else None
     picture = output / f"tradeoff-{name}.png"
-    written.append(figures_report.tradeoff(picture, panel, look, chance, f"{panel.model}, {panel.name}"))
+    written.append(figures_report.tradeoff(picture, panel, look, f"{panel.model}, {panel.name}"))
   title = "Share of a chain's tokens that each KV head holds at the end"
   maps = [each for each in page.retention(found) if page.uneven(each[2])]
   written.append(figures_report.retention(output / "retention.png", maps, title))
-  result = {
-    "written": [path for path in written if path], "baseline": found.baseline, "methods": found.methods,
-    "records": sum(len(run.records) for run in found.runs), "margins": margins(found, config.log_margins),
-  }  # fmt: skip
-  program.save_json(output / "report.json", {"config": program.flag_values(), **result})
+  return [path for path in written if path]
+
+
+def main() -> None:
+  config = program.read_flags("", Config)
+  found = results.collect([runs.load(Path(folder)) for folder in config.runs], config.baseline)
+  if found.warnings:
+    more = f" and {len(found.warnings) - 3} more" if len(found.warnings) > 3 else ""
+    program.log(f"warning: {'; '.join(found.warnings[:3])}{more}; such scores mean nothing, try --dtype=float32")
+  with files.locked("output", config.output) as output:
+    try:
+      written = write(found, config, output)
+      result = {
+        "written": written, "baseline": found.baseline, "methods": found.methods,
+        "records": sum(len(run.records) + len(run.texts) for run in found.runs), "warnings": found.warnings,
+        "margins": margins(found, config.log_margins),
+      }  # fmt: skip
+      program.save_json(output / "report.json", {"config": program.flag_values(), **result})
+    except OSError as error:
+      raise ValueError(f"--output={output}: cannot be written ({error}); name another folder, or make room") from None
   program.finish(result)
 
 

@@ -22,8 +22,8 @@ import numpy as np
 from experiments.hyperscaling.cells import Sweep, order
 from experiments.hyperscaling.methods import DEFAULT, DENSE, TRAINED
 from experiments.methods import pareto
-from experiments.methods.summary import Entry, standard_error
-from experiments.reports.results import AXES, Panel, Point, Setting
+from experiments.methods.summary import COSTS, Entry, standard_error
+from experiments.reports.results import Panel, Point, Setting
 
 SCALES = ("linear", "log")
 
@@ -84,7 +84,7 @@ def family(sweeps: Sequence[Sweep], task: str, widths: Sequence[int], vote: bool
   rank = {method: place for place, method in enumerate(order(list({key[1] for key in keys}), DEFAULT))}
   keys.sort(key=lambda key: (rank[key[1]], *key[2:]))
   timed = all(key in sweep.times for sweep in sweeps for key in keys)
-  settings, scores, costs, achieved = [], [], {axis: [] for axis in AXES}, []
+  settings, scores, costs, achieved = [], [], {axis: [] for axis in COSTS}, []
   mean = lambda values: np.mean(np.array(values, float), axis=0)
   for key in keys:
     cells = [each[key] for each in own]
@@ -187,7 +187,7 @@ def margins(families: Sequence[Family], alone: Sequence[Sequence[Family]], resam
   }
   single = [{f.task: Resampled(f, resampled(f.scores.shape[1], 0, 0)) for f in own} for own in alone]
   methods = list(dict.fromkeys(method for found in families for method in found.methods))
-  axes = [axis for axis in AXES if any(axis in found.costs for found in families)]
+  axes = [axis for axis in COSTS if any(axis in found.costs for found in families)]
   number = lambda value: None if np.isnan(value) else float(value)
   made = []
   for (method, over), axis, scale in itertools.product(comparisons(methods), axes, SCALES):

@@ -12,8 +12,8 @@ from experiments.hyperscaling.cells import RECORDS, Sweep
 from experiments.hyperscaling.methods import DENSE, TRAINED, styled
 from experiments.methods import pareto, records, trace
 from experiments.reports import page, styles
-from experiments.reports.results import AXES, LOWER_COST, Panel, Results, Run
-from experiments.tasks import TASKS
+from experiments.reports.results import AXES, Panel, Results
+from experiments.reports.runs import Run
 
 CROWD = 150  # points of a panel beyond which a chart shows only those on a frontier
 
@@ -39,7 +39,7 @@ def finding(made: Sequence[Margin]) -> str:
       (m for m in made if (m.task, m.method, m.over, m.axis, m.scale) == ("", TRAINED, DENSE, axis, "linear")), None
     )
     if mean is not None:
-      said.append(f"{tables.said(mean)} points at equal {LOWER_COST[axis]}")
+      said.append(f"{tables.said(mean)} points at equal {AXES[axis]}")
   return f"{TRAINED} over {DENSE}, mean over families with 95% intervals: {'; '.join(said)}." if said else ""
 
 
@@ -48,14 +48,14 @@ def results(sweeps: Sequence[Sweep], methods: Sequence[str]) -> Results:
   runs, traces = [], []
   for sweep in sweeps:
     own = trace.read("sets", sweep.folder / trace.FILE)
-    wanted = {trace.chain_of(each) for each in own}
+    wanted = {dataclasses.replace(each, seed=None).key for each in own}
     path = sweep.folder / RECORDS
     found = records.read(path, "sets") if own and path.exists() else []
-    kept = [record for record in found if trace.chain_of(record) in wanted]
-    runs.append(Run(sweep.folder, sweep.config, sweep.environment, kept, [], own))
+    kept = [record for record in found if dataclasses.replace(record, seed=None).key in wanted]
+    runs.append(Run(sweep.folder, sweep.config, sweep.environment, kept, [], [], own))
     if not traces:  # chains of one seed are enough
       traces = [(runs[-1].model, each) for each in own]
-  return Results(runs, [], [], traces, list(methods), DENSE)
+  return Results(runs, [], [], traces, list(methods), DENSE, [])
 
 
 def render(
@@ -77,10 +77,10 @@ def render(
   of_scale = lambda scale: [*filter(None, (tables.margins(made, axis, scale, look) for axis in axes))]
   frontiers = []
   for found, panel in zip(families, panels, strict=True):
-    shown, chance = uncrowded(panel), TASKS[found.task].chance.get("accuracy") if found.task in TASKS else None
+    shown = uncrowded(panel)
     how = "W chains vote" if found.vote else "right if any of W chains is"
     note = f"{found.scores.shape[1]} problems, {found.seeds} model{'s' * (found.seeds > 1)}; {how}"
-    charts = [page.tradeoff(shown, axis, look, chance) for axis in panel.axes()]
+    charts = [page.tradeoff(shown, axis, look) for axis in panel.axes()]
     frontiers.append({"name": panel.name, "note": note, "charts": charts})
   equals = [(panel.name, tables.equal(panel, TRAINED, compare_cr)) for panel in panels]
   about = (
@@ -100,6 +100,6 @@ def render(
     "score_tables": [(p.name, tables.scores(p, look)) for p in panels],
   }
   return page.render(
-    results(sweeps, styled(methods)), TASKS, title or "Hyper-scaling: accuracy at equal cost", prompts,
+    results(sweeps, styled(methods)), title or "Hyper-scaling: accuracy at equal cost", prompts,
     template="hyperscale.html", **more,
   )  # fmt: skip

@@ -15,6 +15,7 @@ from dms_jax.policies import DMS, Policy, Vanilla
 from experiments.methods.budgets import fitted
 from experiments.methods.method import Method
 from experiments.methods.records import Record
+from experiments.methods.stopwatch import Stopwatch
 
 TEXT = "text"  # the name under which the chunks of a text are recorded
 
@@ -52,13 +53,16 @@ def score(
       continue
     rows = [row for number in block for row in rows_of[number]]
     scored: dict[int, likelihood.Scored] = {}
+    watch = Stopwatch()
     if not isinstance(limit, Policy):
-      scored |= _scored(method.model, limit, rows, passages, batch)
+      with watch.running():
+        scored |= _scored(method.model, limit, rows, passages, batch)
     for group in dict.fromkeys(id(group_of[row][0]) for row in rows if group_of):
       own = [row for row in rows if id(group_of[row][0]) == group]
       shared, places = group_of[own[0]][0], [group_of[row][1] for row in own]
       policy = type(shared)(shared.policy, own, {k: [v[p] for p in places] for k, v in shared.numbers.items()})
-      scored |= _scored(method.model, policy.batched(), own, passages, batch)
+      with watch.running():
+        scored |= _scored(method.model, policy.batched(), own, passages, batch)
     found = []
     for number in sorted(lacking.intersection(block)):
       question, own = job.asked[number], rows_of[number]
@@ -68,7 +72,7 @@ def score(
       found.append(record(
         number, 0, 0, tokens=float(tokens.mean()), reads=None, peak=None,
         achieved_cr=1.0 if held is None else float(achieved_cr(held, tokens)),
-        grades={metric: grades[metric] for metric in job.task.metrics},
+        grades={metric: grades[metric] for metric in job.task.metrics}, seconds=watch.seconds / len(block),
       ))  # fmt: skip
     yield found
     tick(0)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dms_jax import BudgetError, Generator
 from dms_jax.generation.detokenize import Detokenizer
@@ -14,6 +15,7 @@ from dms_jax.tokenizer import Tokenizer
 from experiments.methods.budgets import Group, most_tokens
 from experiments.methods.method import Method
 from experiments.methods.records import Record
+from experiments.methods.stopwatch import Stopwatch
 
 CHUNK = 256  # prompt tokens that one compiled call reads
 
@@ -44,6 +46,39 @@ def _text_until(tokens: Sequence[int], generator: Generator) -> str:
   row = Detokenizer.create(generator.tokenizer, generator.stop_strings)
   row.advance(tokens, "length")
   return row.text
+
+
+class _Times:
+  """When the requests of a generator began, and how many tokens each chain had after every step."""
+
+  def __init__(self, generator: Generator):
+    self.generator, self.watch = generator, Stopwatch()
+    self.begun: dict[int, float] = {}  # by ticket
+    self.written: dict[tuple[int, int], tuple[list[int], list[float]]] = {}  # (ticket, chain) -> tokens, seconds
+
+  def step(self, tickets: Iterable[int]) -> None:
+    """A step of the generator, in which any of `tickets` may begin or write."""
+    start = self.watch.seconds
+    with self.watch.running():
+      self.generator.step()
+    for ticket in tickets:
+      result = self.generator.results[ticket]
+      if result.usage[0].prompt:  # it has begun
+        self.begun.setdefault(ticket, start)
+      for chain, tokens in enumerate(result.tokens):
+        counts, seconds = self.written.setdefault((ticket, chain), ([], []))
+        if ticket in self.begun and (not counts or len(tokens) > counts[-1]):
+          counts.append(len(tokens))
+          seconds.append(self.watch.seconds)
+
+  def until(self, ticket: int, chain: int, count: int) -> float:
+    """Seconds from the beginning of a chain that has just ended to its first `count` tokens.
+
+    They are linear between decode blocks, and at least those of the first block.
+    """
+    counts, seconds = self.written[ticket, chain]
+    end = self.watch.seconds if count >= counts[-1] else float(np.interp(count, counts, seconds))
+    return end - self.begun[ticket]
 
 
 def write(
@@ -84,9 +119,10 @@ def _write_group(
         job.asked[number].tokens, chains=len(chains), max_new_tokens=most, key=keys, **group.of_row(place)
       )
       running[ticket] = (number, chains)
+  times = _Times(generator)
   while generator.busy:
     try:
-      generator.step()
+      times.step(running)
     except BudgetError as error:
       raise ValueError(f"--kv_budget_gib: {method.label} on {job.name}: {error}") from None
     found = []
@@ -103,6 +139,7 @@ def _write_group(
           found.append(dict(
             prompt=number, chain=chain, most=cut, tokens=used["seen"], reads=used["reads"], peak=used["peak"],
             achieved_cr=used["seen"] / used["held"], text=text, answer=job.task.answer(text),
+            seconds=times.until(ticket, index, min(cut, len(tokens))),
           ))  # fmt: skip
       if result.finished:
         del running[ticket], generator.results[ticket]

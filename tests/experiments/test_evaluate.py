@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -17,7 +18,7 @@ from dms_jax.evaluation.text import text_quality
 from dms_jax.tokenizer import byte_tokenizer
 from experiments import evaluate
 from experiments.common import files, program
-from experiments.methods import budgets, pareto, records, run, summary, trace
+from experiments.methods import budgets, pareto, records, run, summary, trace, write
 from experiments.methods import method as methods
 from experiments.methods.budgets import Budget, fitted
 from experiments.methods.estimate import Estimate, duration
@@ -224,6 +225,26 @@ def test_a_shorter_chain_is_the_start_of_a_longer_one(models):
   assert ran(echo(4, 9), method, done=both[:5]) == both[5:]
 
 
+def test_a_chain_has_the_seconds_of_its_steps(models, monkeypatch):
+  """Each step takes a second: one for the prompt and 33 tokens, then one for 32 tokens each. Prompts wait in line."""
+
+  class Clock:
+    seconds = 0.0
+
+    @contextlib.contextmanager
+    def running(self):
+      yield
+      self.seconds += 1.0
+
+  monkeypatch.setattr(write, "Stopwatch", Clock)
+  made = ran(echo(9, 40, 80, chains=(1,), limit=4), run.Method("vanilla", models[0]))
+  ended = [record for record in made if record.tokens - len(echo().asked[record.prompt].tokens) < record.max_tokens - 1]
+  expected = {9: 1.0, 40: 1.0 + 7 / 32, 80: 3.0}
+  assert {record.seconds for record in made if record not in ended} == set(expected.values())
+  assert all(record.seconds == expected[record.max_tokens] for record in made if record not in ended)
+  assert all(1 <= record.seconds <= 3 for record in ended)
+
+
 def test_budgets_that_depend_on_the_length_are_written_apart(models):
   method = run.Method("tova", models[0], policies.TOVA(), given=Budget(cr=2.0))
   job = echo(4, 9)
@@ -295,6 +316,9 @@ def test_a_killed_run_gives_the_same_records(checkpoints, tmp_path, monkeypatch,
   assert [(each.method, each.prompt) for each in traced[0]] == [(name, 0) for name in ("vanilla", "dms", "tova")]
   assert traced[0] == traced[1] and min(traced[0][0].held) == 1 > min(traced[0][2].held)
   whole, resumed = (json.loads((tmp_path / folder / "summary.json").read_text()) for folder in ("whole", "killed"))
+  for found in (whole, resumed):  # times are not the same again
+    assert all(entry.pop("seconds") > 0 for entry in found["summary"] if entry["task"] != "text")
+    found["margins"] = [margin for margin in found["margins"] if margin["cost"] != "seconds"]
   assert whole["summary"] == resumed["summary"] and whole["margins"] == resumed["margins"]
   entries = {(e["method"], e["task"], e["metric"], e["max_tokens"]): e for e in whole["summary"]}
   assert {key[2] for key in entries if key[1] == "echo"} == {"accuracy", "pass@2", "majority@2"}
