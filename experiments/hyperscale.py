@@ -8,12 +8,11 @@ Hyper-scaling (arXiv 2506.05345) is a claim about equal cost: a compressed cache
 program writes `--chains` W chains of every problem at every L of `--max_tokens` under each method, takes scores for
 fewer chains from subsets, and compares the Pareto frontiers of all (W, L, CR) of two methods by their mean distance.
 
-`--retrofit` are retrofits of the checkpoint with the CR that each was trained for, CR:FOLDER; NAME=CR:FOLDER is one of
-another kind, such as another window, and makes the method "dms NAME". The methods with a budget
-hold (prompt + L) / CR tokens a head, for each L anew, at every CR of `--cr`. `prompt_window` is StreamingLLM whose
-sinks are the whole prompt. TriAttention needs `--triattention.calibration=FILE`. Tasks are those of
-`experiments.evaluate` whose answers are right or wrong: chains vote by their answers, or the best counts where a
-program or solution is verified.
+`--retrofit` are retrofits of the checkpoint with the CR that each was trained for, CR:FOLDER. NAME=CR:FOLDER is one of
+another kind, such as another window, and makes the method "dms NAME". The methods with a budget hold (prompt + L) / CR
+tokens a head, for each L anew, at every CR of `--cr`. `prompt_window` is StreamingLLM whose sinks are the whole prompt.
+TriAttention needs `--triattention.calibration=FILE`. Tasks are those of `experiments.evaluate` whose answers are right
+or wrong: chains vote by their answers, or the best counts where a program or solution is verified.
 
 The folder `--output` holds config.json, records.jsonl (as of `experiments.evaluate`, without most texts), cells.npz
 (what the analysis needs of them), traces.jsonl, times.jsonl, summary.json, index.html and pictures. The same command
@@ -51,10 +50,24 @@ WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """`max_tokens` are L; none: each task's own. `width` rows write together at most; `kv_budget_gib` bounds their cache.
+  """A sweep, or an analysis of sweeps.
 
-  Methods without a CR and those of `compare_cr` are traced on the first `traces` problems of each task, and DMS of this
-  CR is compared with the dense cache at equal L and W. `resamples` are those of the bootstrap.
+  Attributes:
+    checkpoint: folder of the model, as experiments.convert_weights or experiments.train_reasoner writes it.
+    methods: vanilla, dms, prompt_window, and names of policies with a budget.
+    retrofit: CR:FOLDER or NAME=CR:FOLDER of each retrofit.
+    cr: of the methods with a budget, which hold (prompt + L) / CR tokens a head.
+    max_tokens: L, the most new tokens of a chain; none: each task's own.
+    compare_cr: DMS of this CR is compared with the dense cache at equal L and W, and methods of this CR are traced.
+    width: most rows that write together; fewer where the cache memory is too small.
+    kv_budget_gib: cache memory of the rows that write; rows without room wait on the host.
+    timed: measure the seconds of a chain in the largest batch that fits --kv_budget_gib.
+    dtype: of the weights and the cache.
+    traces: of each task, problems whose first chain keeps its text and is traced.
+    resamples: of the bootstrap.
+    sets: folders of finished sweeps, one a model seed, to be analysed together.
+    title: of the page.
+    output: folder of the results; "": one in runs/hyperscale named after the flags.
   """
 
   checkpoint: str = ""

@@ -46,8 +46,8 @@ def check_number(policy: Policy, name: str, least: float, most: float = math.inf
   Raises:
     ValueError: it is not.
   """
-  number, most = jnp.asarray(getattr(policy, name)), int(FOREVER) - 1 if whole else most
-  if not bool(jnp.all((number >= least) & (number <= most))) or (whole and bool(jnp.any(number % 1 != 0))):
+  number, most = np.asarray(getattr(policy, name)), int(FOREVER) - 1 if whole else most
+  if not bool(np.all((number >= least) & (number <= most))) or (whole and bool(np.any(number % 1 != 0))):
     kind = "a whole number, " if whole else ""
     limits = f"{least} or more" if most == math.inf else f"from {int(least) if whole else least} to {most}"
     raise ValueError(f"{type(policy).__name__}: {name}={getattr(policy, name)} must be {kind}{limits}")
