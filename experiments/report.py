@@ -12,12 +12,12 @@ margins between frontiers. PNGs show the charts where matplotlib is installed. O
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from pathlib import Path
 
 from experiments.common import files, program
 from experiments.reports import figures_report, page, results, runs, styles
+from experiments.tasks import TASKS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,18 +51,6 @@ class Config:
       raise ValueError(f"--runs: {twice[0]} is listed twice")
 
 
-def write_text(path: Path, text: str) -> str:
-  """Writes a text file atomically; makes the folder."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(f".{path.name}")
-  try:
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-  finally:
-    part.unlink(missing_ok=True)
-  return str(path)
-
-
 def margins(found: results.Results, log: bool) -> list[dict]:
   """Each method's margin over the baseline, by model, task and cost; None where frontiers share no interval."""
   return [
@@ -78,11 +66,14 @@ def margins(found: results.Results, log: bool) -> list[dict]:
 def write(found: results.Results, config: Config, output: Path) -> list[str]:
   """Writes the page and the pictures; returns their paths."""
   look = styles.styles(found.methods, found.baseline)
-  written = [write_text(output / "index.html", page.render(found, config.title, config.prompts))]
+  with files.whole(output / "index.html") as part:
+    part.write_text(page.render(found, TASKS, config.title, config.prompts), encoding="utf-8")
+  written: list[str | None] = [str(output / "index.html")]
   for panel in found.panels:
     name = re.sub(r"[^A-Za-z0-9]+", "-", f"{panel.model}-{panel.task}-{panel.length or ''}").strip("-")
+    chance = TASKS[panel.task].chance.get(panel.metric) if panel.task in TASKS else None
     picture = output / f"tradeoff-{name}.png"
-    written.append(figures_report.tradeoff(picture, panel, look, f"{panel.model}, {panel.name}"))
+    written.append(figures_report.tradeoff(picture, panel, look, chance, f"{panel.model}, {panel.name}"))
   title = "Share of a chain's tokens that each KV head holds at the end"
   maps = [each for each in page.retention(found) if page.uneven(each[2])]
   written.append(figures_report.retention(output / "retention.png", maps, title))

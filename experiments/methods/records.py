@@ -75,8 +75,8 @@ class Record(Chain):
     answer: the canonical answer read from the text, for votes; None if there is none.
     seconds: wall time without compilation. Of a chain: from the step that begins to read its prompt to its end, while
       other chains run beside it, and with its waits. Of a question: that of the batch scored with it, over the batch's
-      questions; some methods are scored through their cache, others by a mask. None if unknown: for chunks of a text,
-      and in records of earlier versions.
+      questions; some methods are scored through their cache, others by a mask. None if unknown: where a batch was
+      compiled, for chunks of a text, and in records of earlier versions.
   """
 
   settings: str

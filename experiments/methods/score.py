@@ -63,6 +63,7 @@ def score(
       policy = type(shared)(shared.policy, own, {k: [v[p] for p in places] for k, v in shared.numbers.items()})
       with watch.running():
         scored |= _scored(method.model, policy.batched(), own, passages, batch)
+    seconds = watch.seconds / len(block) if watch.compiling < 0.01 * watch.seconds else None
     found = []
     for number in sorted(lacking.intersection(block)):
       question, own = job.asked[number], rows_of[number]
@@ -72,7 +73,7 @@ def score(
       found.append(record(
         number, 0, 0, tokens=float(tokens.mean()), reads=None, peak=None,
         achieved_cr=1.0 if held is None else float(achieved_cr(held, tokens)),
-        grades={metric: grades[metric] for metric in job.task.metrics}, seconds=watch.seconds / len(block),
+        grades={metric: grades[metric] for metric in job.task.metrics}, seconds=seconds,
       ))  # fmt: skip
     yield found
     tick(0)

@@ -30,7 +30,8 @@ class Entry:
     samples: number of prompts.
     mean, standard_error: over samples; the error is None for fewer than two samples or if none is estimated.
     difference, difference_se: method - baseline, paired sample by sample; None for the baseline itself.
-    tokens, reads, peak, seconds: `chains` times the mean over all chains (see `Record`); None if a chain has none.
+    tokens, reads, peak, seconds: `chains` times the mean over all chains (see `Record`); None if a chain has none. That
+      of seconds is over the chains that have them.
     achieved_cr: 1 / the mean over all chains of tokens held over tokens seen.
     chains: W chains that the metric takes; 1 for a mean over any number.
     budget: as in `Record`.
@@ -126,8 +127,12 @@ def _measures(chains: Sequence[Record], widths: Sequence[int]) -> dict[str, tupl
 # Entries --------------------------------------------------------------------------------------------------------------
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-  return None if None in values else float(np.mean(values))
+def mean_cost(chains: Sequence[Record], cost: str) -> float | None:
+  """The mean of a cost of these chains; None if it is unknown for one. Of times, those that are known are taken."""
+  values = [getattr(record, cost) for record in chains]
+  if cost == "seconds":
+    values = [value for value in values if value is not None]
+  return None if None in values or not values else float(np.mean(values))
 
 
 def _by_prompt(chains: Sequence[Record]) -> dict[int | str, list[Record]]:
@@ -187,7 +192,7 @@ def _entry(chains, metric, count, most, values, is_base, base) -> Entry:
       own_mean, base_mean = np.exp(both.mean(axis=0))
       difference = float(own_mean - base_mean)
       difference_se = standard_error(both @ np.array([own_mean, -base_mean]))
-  used = {name: _mean([getattr(record, name) for record in chains]) for name in ("tokens", *COSTS)}
+  used = {name: mean_cost(chains, name) for name in ("tokens", *COSTS)}
   return Entry(
     first.method, first.task, first.length, metric, len(own), mean, error, difference, difference_se, chains=count,
     max_tokens=most, achieved_cr=float(1 / np.mean([1 / record.achieved_cr for record in chains])), budget=first.budget,

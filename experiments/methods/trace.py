@@ -53,6 +53,11 @@ class Trace(Chain):
 FIELDS = field_types(Trace)
 
 
+def chain_of(about: Chain) -> tuple:
+  """Identifies the chain of a record or trace within a run: its key without the seed, which earlier traces lack."""
+  return dataclasses.replace(about, seed=None).key
+
+
 @partial(jax.jit, donate_argnames="cache")
 def _read(model: Model, policy: Policy, cache: caches.MaskedCache, tokens, lengths, remaining):
   return cached_forward(model, policy, cache, tokens, lengths, remaining=remaining)[1]
@@ -168,13 +173,12 @@ def add(path: Path, job: Any, method: Method, tokenizer: Tokenizer, records: Seq
   if not own:
     return
   files.cut_half_line(path, START)
-  there = {each.key for each in read("output", path)}
-  is_there = lambda record: record.key in there or dataclasses.replace(record, seed=None).key in there
-  groups, _ = method.fitted(job, most)
+  there = {chain_of(each) for each in read("output", path)}
+  groups, _ = fitted(method.model, method.policy, method.given, job.totals(most))
   for group in groups:
     for place, row in enumerate(group.rows):
       policy, prompt = group.policy.replace(**group.of_row(place)), job.asked[row].tokens
-      for record in [each for each in own if each.prompt == row and not is_there(each)]:
+      for record in [each for each in own if each.prompt == row and chain_of(each) not in there]:
         ids = [*prompt, *tokenizer.encode(record.text, continues=True)]
         append(path, [trace(method.model, policy, tokenizer, ids, len(prompt), record)])
 

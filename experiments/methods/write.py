@@ -41,6 +41,14 @@ def _generator(
   return generator
 
 
+def _warm_up(generator: Generator, prompt: Sequence[int], most: int, **request: Any) -> None:
+  """Writes the first decode block of a request and forgets it: what that compiles is in no chain's time."""
+  ticket = generator.submit(prompt, max_new_tokens=min(most, generator.decode_block + 1), **request)
+  while generator.busy:
+    generator.step()
+  del generator.results[ticket]
+
+
 def _text_until(tokens: Sequence[int], generator: Generator) -> str:
   """The text of a chain that ends after these tokens because of its length."""
   row = Detokenizer.create(generator.tokenizer, generator.stop_strings)
@@ -112,19 +120,23 @@ def _write_group(
   cuts: dict[int, dict[int, list[int]]] = {}  # prompt -> chain -> most new tokens, in order
   for prompt, chain, cut in sorted(wanted):
     cuts.setdefault(prompt, {}).setdefault(chain, []).append(cut)
+  times = _Times(generator)
+
+  def step(run: Callable[..., None], *args: Any, **request: Any) -> None:
+    try:
+      run(*args, **request)
+    except BudgetError as error:
+      raise ValueError(f"--kv_budget_gib: {method.label} on {job.name}: {error}") from None
+
   for place, number in enumerate(group.rows):
     if chains := list(cuts.get(number, ())):
       keys = jnp.stack([key_of(number, chain) for chain in chains]) if job.temperature else None
-      ticket = generator.submit(
-        job.asked[number].tokens, chains=len(chains), max_new_tokens=most, key=keys, **group.of_row(place)
-      )
-      running[ticket] = (number, chains)
-  times = _Times(generator)
+      prompt, request = job.asked[number].tokens, dict(chains=len(chains), key=keys, **group.of_row(place))
+      if not running:
+        step(_warm_up, generator, prompt, most, **request)
+      running[generator.submit(prompt, max_new_tokens=most, **request)] = (number, chains)
   while generator.busy:
-    try:
-      times.step(running)
-    except BudgetError as error:
-      raise ValueError(f"--kv_budget_gib: {method.label} on {job.name}: {error}") from None
+    step(times.step, running)
     found = []
     for ticket, (number, chains) in list(running.items()):
       result = generator.results[ticket]

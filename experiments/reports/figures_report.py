@@ -17,7 +17,7 @@ MARKERS = {
 
 
 @plots.picture
-def tradeoff(plt, panel: Panel, look: Mapping[str, styles.Style], title: str) -> Any:
+def tradeoff(plt, panel: Panel, look: Mapping[str, styles.Style], chance: float | None, title: str) -> Any:
   """The main metric of one task against each of its costs; a line is a method's frontier, hollow points are beaten."""
   axes_of = panel.axes()
   if not axes_of:
@@ -37,9 +37,9 @@ def tradeoff(plt, panel: Panel, look: Mapping[str, styles.Style], title: str) ->
       axis.plot(*zip(*edge, strict=True), **drawn, lw=2, ls="--" if style.again else "-", label=method)
       if hollow:
         axis.plot(*zip(*hollow, strict=True), **drawn, lw=0, mfc="w")
-    if panel.chance is not None:
-      axis.axhline(panel.chance, color="k", lw=0.8, ls="--", zorder=0)
-      axis.annotate(" chance", (0, panel.chance), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
+    if chance is not None:
+      axis.axhline(chance, color="k", lw=0.8, ls="--", zorder=0)
+      axis.annotate(" chance", (0, chance), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
     axis.set(xscale="log", xlabel=f"{AXIS_NAMES[cost]}, log scale")
     shown = charts.log_ticks(*axis.get_xlim())
     axis.set_xticks(shown, [styles.short(tick) for tick in shown])

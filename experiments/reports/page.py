@@ -17,7 +17,9 @@ from experiments.methods import pareto
 from experiments.methods.records import Record
 from experiments.methods.trace import Trace
 from experiments.reports import charts, styles
-from experiments.reports.results import AXES, AXIS_NAMES, Panel, Point, Results, Setting, time_remark
+from experiments.reports.results import AXIS_NAMES, LOWER_COST, Panel, Point, Results, Setting, time_remark
+from experiments.reports.tables import note
+from experiments.tasks.base import Task
 
 TEMPLATES = Path(__file__).parent / "templates"
 # Upper ends of the shades of a chain's text: shares of heads that hold a token; shade 0 is for tokens no head holds.
@@ -40,7 +42,7 @@ def short_name(name: str) -> str:
 class Row:
   """A row of a table: its name in the method's style, `detail` in small type after it, and its cells.
 
-  A cell is a text, or (text, True) to stress it. A line parts rows of different `group`s.
+  A cell is a text, or (text, True) to stress it. A line parts rows of different `group`s, by default their names.
   """
 
   name: str
@@ -48,6 +50,10 @@ class Row:
   style: styles.Style | None = None
   detail: str = ""
   group: Any = None
+
+  @property
+  def part(self) -> Any:
+    return self.name if self.group is None else self.group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +89,12 @@ def _problems(panel: Panel) -> str:
   return f"n = {min(counts):,}" if len(counts) == 1 else f"n = {min(counts):,} to {max(counts):,}"
 
 
+def _pairs(panels: Sequence[Panel], baseline: str, of: str) -> str:
+  """How differences from the baseline are made, in words; `of` names what is paired."""
+  budgets = {point.setting.budget for panel in panels for point in panel.points if point.setting.method == baseline}
+  return f"from {baseline}{' under the same budget' * (len(budgets) > 1)}, paired {of} by {of}"
+
+
 def overview(panels: Sequence[Panel], look: Mapping[str, styles.Style], kind: str, baseline: str) -> list[Table]:
   """Every setting on every task: main metrics ("scores"), or their differences from the baseline ("differences").
 
@@ -107,14 +119,14 @@ def overview(panels: Sequence[Panel], look: Mapping[str, styles.Style], kind: st
         cells += [(styles.number(panel.metric, mean, "" if scores else "+"), clear), styles.number(panel.metric, error)]
         cells += [f"{entry.achieved_cr:.2f}" if entry else ""] * scores
       if any(text for text, _ in cells[:: 3 if scores else 2]):
-        part = (setting.max_tokens, setting.chains) if swept else setting.method
+        part = (setting.max_tokens, setting.chains) if swept else None
         rows.append(Row(setting.method, cells, look[setting.method], setting.detail(swept), part))
     each = ["score", "SE", "CR"] if scores else ["difference", "SE"]
     groups = [("", 1)] + [(f"{p.name}: {styles.named(p.metric)}, {_problems(p)}", len(each)) for p in group]
     caption = (
       "SE is one standard error over problems. CR is the achieved compression: tokens seen over tokens held."
       if scores
-      else f"From {baseline}, paired problem by problem, with standard errors (SE). Bold: more than two of them from 0."
+      else f"Differences are {_pairs(group, baseline, 'problem')}. SE is one standard error. Bold: above 2 SE."
     )
     if any(point.setting.chains > 1 for panel in group for point in panel.points):
       caption += " Over W > 1 chains a score is that of their majority vote, for programs that of the best chain."
@@ -132,7 +144,7 @@ def figures(panel: Panel, look: Mapping[str, styles.Style]) -> Table:
       styles.number(metric, e.difference, "+"), styles.number(metric, e.difference_se), f"{e.achieved_cr:.2f}",
       "" if e.tokens is None else f"{e.tokens / e.chains:,.0f}",
       *(styles.amount(point.costs[axis]) if axis in point.costs else "" for axis in panel.axes()),
-    ], look[point.setting.method], group=point.setting.method)
+    ], look[point.setting.method])
     for point in panel.points
     for metric, e in point.entries.items()
   ]  # fmt: skip
@@ -154,7 +166,7 @@ def margins(panel: Panel, look: Mapping[str, styles.Style], baseline: str) -> Ta
     f"Margin over {baseline} at equal cost, {styles.named(panel.metric)}: the mean distance of the two frontiers over "
     "the costs that both cover, linear in the cost. NA: they share no interval."
   )
-  return Table(caption, ["method", *(f"at equal {AXES[axis]}" for axis in axes)], rows) if rows else None
+  return Table(caption, ["method", *(f"at equal {LOWER_COST[axis]}" for axis in axes)], rows) if rows else None
 
 
 def text_table(panel: Panel, look: Mapping[str, styles.Style], baseline: str) -> Table:
@@ -177,13 +189,13 @@ def text_table(panel: Panel, look: Mapping[str, styles.Style], baseline: str) ->
     cells = [styles.number(m, value(point, m, field), sign) for (m, field, _), sign in zip(columns, signs, strict=True)]
     cells.append(f"{point.main.achieved_cr:.2f}")
     method = point.setting.method
-    rows.append(Row(method, cells, look[method], point.setting.limit, method))
+    rows.append(Row(method, cells, look[method], point.setting.limit))
   heads = {"perplexity": f"perplexity, {_problems(panel)}", "kl": "KL from the original, nats a token"}
   widths = {metric: sum(each == metric for each, *_ in columns) for metric in heads}
   groups = [("", 1), *((heads[metric], width) for metric, width in widths.items() if width), ("", 1)]
   caption = "Lower is better. SE is one standard error over the n chunks. CR is that at the end of a chunk."
   if any(field == "difference" for _, field, _ in columns):
-    caption += f" Differences are from {baseline}, paired chunk by chunk."
+    caption += f" Differences are {_pairs([panel], baseline, 'chunk')}."
   return Table(caption, ["setting", *(head for *_, head in columns), "CR"], rows, groups)
 
 
@@ -199,7 +211,7 @@ def _mark(panel: Panel, point: Point, axis: str) -> charts.Mark:
   return charts.Mark(cost, entry.mean, error, about)
 
 
-def tradeoff(panel: Panel, axis: str, look: Mapping[str, styles.Style]) -> dict[str, Any]:
+def tradeoff(panel: Panel, axis: str, look: Mapping[str, styles.Style], chance: float | None) -> dict[str, Any]:
   """The chart of a task's main metric against one cost."""
   series = []
   for method in [name for name in look if panel.drawn(axis, name)]:
@@ -207,8 +219,7 @@ def tradeoff(panel: Panel, axis: str, look: Mapping[str, styles.Style]) -> dict[
     edge = pareto.frontier([(mark.cost, mark.value) for mark in marks])
     series.append(charts.Series(short_name(method), look[method], marks, edge))
   x, percent = f"{AXIS_NAMES[axis]}, log scale", styles.unit(panel.metric) == "%"
-  y, chance = styles.named(panel.metric), panel.chance
-  drawn = charts.tradeoff(series, x=x, y=y, show=styles.short, chance=chance, percent=percent)
+  drawn = charts.tradeoff(series, x=x, y=styles.named(panel.metric), show=styles.short, chance=chance, percent=percent)
   best = "; ".join(f"{each.name} up to {styles.number(panel.metric, each.frontier[-1][1])}" for each in series)
   alt = f"{panel.name}: {styles.named(panel.metric)} against {AXIS_NAMES[axis]}. {best}. The figures are in the tables."
   return {**drawn, "alt": alt}
@@ -318,21 +329,34 @@ def chains(results: Results, most: int) -> list[dict[str, Any]]:
 # The page -------------------------------------------------------------------------------------------------------------
 
 
-def _sections(results: Results) -> list[dict[str, Any]]:
-  """For each model its tables, charts and remarks."""
+def notes(panels: Sequence[Panel], baseline: str, tasks: Mapping[str, type[Task]]) -> dict[str, str]:
+  """A sentence for each task on which the baseline is at chance or below the task's floor, by the panel's name."""
+  found = {}
+  for panel in panels:
+    base = next((p.main for p in panel.points if p.setting.method == baseline), None)
+    if base is not None and panel.task in tasks and (why := note(base, tasks[panel.task])):
+      found[panel.name] = f"{panel.name}: {why}, so differences between methods say little here."
+  return found
+
+
+def _sections(results: Results, tasks: Mapping[str, type[Task]]) -> list[dict[str, Any]]:
+  """For each model its tables, charts and notes."""
   look, baseline = styles.styles(results.methods, results.baseline), results.baseline
   found = []
   for model in dict.fromkeys(panel.model for panel in results.panels):
     panels = [panel for panel in results.panels if panel.model == model]
+    remarks = notes(panels, baseline, tasks)
+    tradeoffs = []
+    for panel in panels:
+      chance = tasks[panel.task].chance.get(panel.metric) if panel.task in tasks else None
+      tradeoffs.append({
+        "panel": panel, "charts": [tradeoff(panel, axis, look, chance) for axis in panel.axes()],
+        "margins": margins(panel, look, baseline), "note": remarks.get(panel.name), "figures": figures(panel, look),
+      })  # fmt: skip
+    scores, differences = (overview(panels, look, kind, baseline) for kind in ("scores", "differences"))
     found.append({
-      "model": model, "scores": overview(panels, look, "scores", baseline),
-      "differences": overview(panels, look, "differences", baseline),
-      "notes": [remark for panel in panels if (remark := panel.remark(baseline))],
-      "tradeoffs": [
-        {"panel": panel, "charts": [tradeoff(panel, axis, look) for axis in panel.axes()],
-         "margins": margins(panel, look, baseline), "note": panel.remark(baseline), "figures": figures(panel, look)}
-        for panel in panels
-      ],
+      "model": model, "scores": scores, "differences": differences, "notes": list(remarks.values()),
+      "tradeoffs": tradeoffs,
     })  # fmt: skip
   return found
 
@@ -358,11 +382,13 @@ def uneven(shares: np.ndarray) -> bool:
 
 
 def render(
-  results: Results, title: str = "", prompts: int = 2, *, template: str = "report.html", **more: Any
+  results: Results, tasks: Mapping[str, type[Task]], title: str = "", prompts: int = 2, *,
+  template: str = "report.html", **more: Any,
 ) -> str:  # fmt: skip
   """The page as HTML.
 
   Args:
+    tasks: the task classes by name, which have the scores of random answers.
     title: of the page; default the models' names.
     prompts: of each task, whose chains are shown.
     template: report.html, or a template that extends it; `more` is what its blocks need.
@@ -382,7 +408,7 @@ def render(
   ]
   text = environment.get_template(template).render(
     title=title or f"{', '.join(models)}: methods, tasks, budgets", models=models, results=results, look=look,
-    marks=charts.MARKS, sections=_sections(results), maps=maps, even=even, chains=chains(results, prompts),
+    marks=charts.MARKS, sections=_sections(results, tasks), maps=maps, even=even, chains=chains(results, prompts),
     texts=[(panel, text_table(panel, look, results.baseline)) for panel in results.texts], shades=SHADES, runs=runs,
     count=sum(len(run.records) + len(run.texts) for run in results.runs), time_remark=time_remark(results.runs), **more,
   )  # fmt: skip

@@ -8,12 +8,11 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments.common import program
+from experiments.common import files, program
 from experiments.reports import styles
 
 METHODS = tuple(light for light, _ in styles.PALETTE)  # colours of compared methods, in order
@@ -44,14 +43,10 @@ def picture(build: Callable[..., Any]) -> Callable[..., str | None]:
   def draw(path: Path, *args, **settings) -> str | None:
     if (plt := pyplot()) is None or (figure := build(plt, *args, **settings)) is None:
       return None
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}")
     try:
-      figure.savefig(part, dpi=120, format="png")
-      os.replace(part, path)
+      with files.whole(Path(path)) as part:
+        figure.savefig(part, dpi=120, format="png")
     finally:
-      part.unlink(missing_ok=True)
       plt.close(figure)
     return str(path)
 

@@ -12,21 +12,19 @@ from experiments.methods import pareto
 from experiments.methods.method import label
 from experiments.methods.records import Record
 from experiments.methods.score import TEXT
-from experiments.methods.summary import COSTS, Entry, summarise
+from experiments.methods.summary import COSTS, Entry, mean_cost, summarise
 from experiments.methods.trace import Trace
 from experiments.reports import styles
 from experiments.reports.runs import Run, content, told_apart
-from experiments.reports.tables import note, short_names
+from experiments.reports.tables import short_names
 from experiments.tasks import TASKS
 
 BASELINES = ("vanilla", "original")  # names of the dense method, in order of preference
 MAIN = ("accuracy", "score", "acc_norm", "acc")  # a task's main metric is the first of these that it has
 # Costs of a prompt, summed over its chains. Questions, which write nothing, have "held" alone.
-AXES = {**dict(zip(COSTS, ("KV reads", "peak tokens", "time"), strict=True)), "held": "tokens held"}
-AXIS_NAMES = {
-  "reads": "KV reads a problem", "peak": "peak tokens a problem", "seconds": "seconds a problem",
-  "held": "tokens held at the end",
-}  # fmt: skip
+AXES = dict(zip(COSTS, ("KV reads a problem", "peak tokens a problem", "seconds a problem"), strict=True))
+AXIS_NAMES = {**AXES, "held": "tokens held at the end"}
+LOWER_COST = {"reads": "KV reads", "peak": "peak tokens", "seconds": "time", "held": "tokens held"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,20 +98,9 @@ class Panel:
   def name(self) -> str:
     return self.task if self.length is None else f"{self.task}, T {self.length:,}"
 
-  @property
-  def chance(self) -> float | None:
-    """The score of random answers; None if unknown."""
-    return TASKS[self.task].chance.get(self.metric) if self.task in TASKS else None
-
-  def remark(self, baseline: str) -> str:
-    """A sentence if the baseline is at chance or below the task's floor; "" if not."""
-    base = next((point.main for point in self.points if point.setting.method == baseline), None)
-    why = note(base, TASKS[self.task]) if base is not None and self.task in TASKS else ""
-    return why and f"{self.name}: {why}, so differences between methods say little here."
-
   def axes(self) -> list[str]:
     """The cost axes on which a point can be drawn."""
-    return [axis for axis in AXES if any(axis in p.costs and math.isfinite(p.main.mean) for p in self.points)]
+    return [axis for axis in AXIS_NAMES if any(axis in p.costs and math.isfinite(p.main.mean) for p in self.points)]
 
   def drawn(self, axis: str, method: str) -> list[Point]:
     """A method's points on one axis: those of known cost whose score is a finite number."""
@@ -145,7 +132,7 @@ class Results:
   traces: list[tuple[str, Trace]]
   methods: list[str]
   baseline: str
-  warnings: list[str]
+  warnings: list[str] = dataclasses.field(default_factory=list)
 
 
 # Settings and their results -------------------------------------------------------------------------------------------
@@ -169,8 +156,7 @@ def _costs(chains: Sequence[Record], width: int) -> dict[str, float]:
   """
   if any(record.peak is None for record in chains):
     return {"held": float(np.mean([record.tokens / record.achieved_cr for record in chains]))}
-  values = {axis: [getattr(record, axis) for record in chains] for axis in COSTS}
-  return {axis: float(width * np.mean(own)) for axis, own in values.items() if None not in own and np.mean(own) > 0}
+  return {axis: width * mean for axis in COSTS if (mean := mean_cost(chains, axis))}
 
 
 def main_metric(metrics: Sequence[str], best_of_all: bool = False) -> str:
@@ -326,5 +312,7 @@ def time_remark(runs: Sequence[Run]) -> str:
     found.append(f"The runs wrote on different devices or with different --width, so their times differ too ({about}).")
   timed = lambda run: all(record.seconds is not None for record in run.records if record.peak is not None)
   if without := ", ".join(run.folder.name for run in wrote if not timed(run)):
-    found.append(f"Some records of {without} have no times; settings that lack them are left out of the time charts.")
+    found.append(
+      f"Some records of {without} have no times. Means are over those that do; settings without any are left out."
+    )
   return " ".join(found)

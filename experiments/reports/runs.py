@@ -34,9 +34,9 @@ class Run:
   config: dict[str, Any]
   environment: dict[str, Any]
   records: list[Record]
-  texts: list[Record]
   entries: list[Entry]
   traces: list[Trace]
+  texts: list[Record] = dataclasses.field(default_factory=list)
 
   @property
   def model(self) -> str:
@@ -122,8 +122,8 @@ def load(folder: Path) -> Run:
   if wrong := [name for name in ("config", "environment") if not isinstance(about.get(name) or {}, dict)]:
     raise ValueError(f"--runs={folder / CONFIG}: {wrong[0]!r} must be a JSON object")
   return Run(
-    folder, about["config"] or {}, about.get("environment") or {}, found, texts, entries,
-    traces.read("runs", folder / traces.FILE),
+    folder, about["config"] or {}, about.get("environment") or {}, found, entries,
+    traces.read("runs", folder / traces.FILE), texts,
   )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from experiments.common import program
 from experiments.methods import pareto, records
 from experiments.methods.summary import summarise
 from experiments.reports import charts, page, results, runs, styles
+from experiments.tasks import TASKS
 from tests.report_runs import Outline, chunks, made_up, record, timed, write
 
 ROOT = Path(__file__).parents[2]
@@ -213,7 +214,7 @@ def test_texts_come_from_the_summary(tmp_path):
   (folder / runs.SUMMARY).write_text(json.dumps({"summary": rows}))
   found = results.collect([runs.load(folder)])
   assert [(panel.model, panel.name, len(panel.points)) for panel in found.texts] == [("tiny", "text, T 64", 2)]
-  assert '<td class="n">0.1000</td>' in page.render(found)
+  assert '<td class="n">0.1000</td>' in page.render(found, TASKS)
 
 
 @pytest.mark.parametrize("recorded", [True, False])
@@ -247,7 +248,7 @@ def test_differences_on_a_text_are_from_the_baseline_that_is_asked_for(tmp_path,
       assert divergence.difference_se == pytest.approx(spread.std(ddof=1) / math.sqrt(3))
     else:
       assert entry.difference_se is divergence.difference_se is None
-    text = page.render(found)
+    text = page.render(found, TASKS)
     Outline(text)
     assert f"Differences are from {baseline}, paired chunk by chunk" in text and "<h3>wiki.raw, T 64</h3>" in text
     section = text.partition('<h2 id="text">')[2].partition("</section>")[0]
@@ -263,7 +264,7 @@ def test_texts_of_other_content_are_apart(tmp_path):
   assert [(panel.name, panel.points[0].main.mean) for panel in found.texts] == [
     ("a.txt, T 64", pytest.approx(math.e)), ("b.txt, T 64", pytest.approx(math.e**2)),
   ]  # fmt: skip
-  assert found.methods == ["vanilla"] and "#scores" not in page.render(found)
+  assert found.methods == ["vanilla"] and "#scores" not in page.render(found, TASKS)
 
 
 # Times and grades that are no numbers ---------------------------------------------------------------------------------
@@ -276,7 +277,7 @@ def test_scores_are_drawn_against_time(tmp_path):
   assert panel.pairs("seconds", "dms") == [(0.125, 25.0), (0.25, 50.0), (0.375, 75.0)]
   # Over 0.25 .. 0.375 seconds: 200 x against 100 x.
   assert panel.margin("seconds", "dms", "vanilla") == pytest.approx(100 * 0.3125)
-  text = page.render(found)
+  text = page.render(found, TASKS)
   assert "seconds a problem, log scale" in text and "at equal time" in text and "0.125 seconds a problem" in text
   assert results.time_remark(found.runs) == ""
 
@@ -291,7 +292,7 @@ def test_times_of_unlike_runs_are_told_apart(tmp_path):
   (panel,) = found.panels
   assert panel.pairs("seconds", "old") == [] and len(panel.pairs("reads", "old")) == 3
   assert panel.margin("seconds", "old", "vanilla") is None
-  text = page.render(found)
+  text = page.render(found, TASKS)
   assert "different --width, so their times differ too (r0: cpu, width 8; r1: cpu, width 8; r2: cpu, width 64)" in text
   assert "Some records of r1 have no times" in text
   Outline(text)
@@ -313,7 +314,7 @@ def test_a_grade_that_is_no_number_is_shown_and_the_rest_stands(tmp_path, wrong)
   (panel,) = found.panels
   assert [value for _, value in panel.pairs("reads", "dms")] == [50.0, 75.0]
   assert panel.margin("seconds", "dms", "vanilla") == pytest.approx(100 * 0.3125)
-  shown = page.render(found)
+  shown = page.render(found, TASKS)
   Outline(shown)
   assert shown.count('<td class="n">NaN</td>') > 3 and f"{found.warnings[0]}; {found.warnings[1]}" in shown
   assert "nan" not in re.sub(r"<title>.*?</title>", "", shown)

@@ -16,6 +16,7 @@ import pytest
 from experiments import report
 from experiments.common import program
 from experiments.reports import figures_report, page, results, runs, styles
+from experiments.tasks import TASKS
 from tests.report_runs import Outline, made_up, record, timed, write
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory):
   folder = write(tmp_path_factory.mktemp("runs") / "a", made_up(), traced=True)
-  text = page.render(results.collect([runs.load(folder)]))
+  text = page.render(results.collect([runs.load(folder)]), TASKS)
   return text, Outline(text)
 
 
@@ -91,7 +92,7 @@ def test_retention_is_a_map_of_heads(shown):
 
 
 def test_without_traces_texts_are_shown_as_they_are(tmp_path):
-  text = page.render(results.collect([runs.load(write(tmp_path / "a", made_up()))]), title="A & B")
+  text = page.render(results.collect([runs.load(write(tmp_path / "a", made_up()))]), TASKS, title="A & B")
   assert "&lt;b&gt;dms&lt;/b&gt; &amp; 0" in text and "<b>" not in text
   assert "<title>A &amp; B</title>" in text and "--traces=2" in text
   Outline(text)
@@ -104,7 +105,7 @@ def test_sweeps_have_a_table_of_their_own(tmp_path):
   assert [len(table.groups) - 1 for table in tables] == [2, 1, 1]
   assert [row.detail for row in tables[1].rows] == ["W\u00a01, L\u00a032", "W\u00a04, L\u00a032"]
   assert [row.detail for row in tables[2].rows] == ["W\u00a01, L\u00a08", "W\u00a01, L\u00a016"]
-  Outline(page.render(found))
+  Outline(page.render(found, TASKS))
 
 
 # The program ----------------------------------------------------------------------------------------------------------
