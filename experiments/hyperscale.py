@@ -175,7 +175,8 @@ def analyse(config: Config, sweeps: Sequence[cells.Sweep], widths: Sequence[int]
   written = [write_text(folder / PAGE, html)]
   for panel in panels:
     picture = folder / f"frontiers-{re.sub(r'[^A-Za-z0-9]+', '-', panel.task)}.png"
-    written.append(figures_report.tradeoff(picture, page.uncrowded(panel), look, f"{name}, {panel.name}"))
+    shown, chance = page.uncrowded(panel), TASKS[panel.task].chance.get("accuracy") if panel.task in TASKS else None
+    written.append(figures_report.tradeoff(picture, shown, look, chance, f"{name}, {panel.name}"))
   for scale in analysis.SCALES:
     written.append(pictures.margins(folder / f"margins-{scale}.png", made, scale, name))
   result = {

@@ -12,8 +12,9 @@ from experiments.hyperscaling.cells import RECORDS, Sweep
 from experiments.hyperscaling.methods import DENSE, TRAINED, styled
 from experiments.methods import pareto, records, trace
 from experiments.reports import page, styles
-from experiments.reports.results import AXES, Panel, Results
+from experiments.reports.results import AXES, LOWER_COST, Panel, Results
 from experiments.reports.runs import Run
+from experiments.tasks import TASKS
 
 CROWD = 150  # points of a panel beyond which a chart shows only those on a frontier
 
@@ -39,7 +40,7 @@ def finding(made: Sequence[Margin]) -> str:
       (m for m in made if (m.task, m.method, m.over, m.axis, m.scale) == ("", TRAINED, DENSE, axis, "linear")), None
     )
     if mean is not None:
-      said.append(f"{tables.said(mean)} points at equal {AXES[axis]}")
+      said.append(f"{tables.said(mean)} points at equal {LOWER_COST[axis]}")
   return f"{TRAINED} over {DENSE}, mean over families with 95% intervals: {'; '.join(said)}." if said else ""
 
 
@@ -48,10 +49,10 @@ def results(sweeps: Sequence[Sweep], methods: Sequence[str]) -> Results:
   runs, traces = [], []
   for sweep in sweeps:
     own = trace.read("sets", sweep.folder / trace.FILE)
-    wanted = {dataclasses.replace(each, seed=None).key for each in own}
+    wanted = {trace.chain_of(each) for each in own}
     path = sweep.folder / RECORDS
     found = records.read(path, "sets") if own and path.exists() else []
-    kept = [record for record in found if dataclasses.replace(record, seed=None).key in wanted]
+    kept = [record for record in found if trace.chain_of(record) in wanted]
     runs.append(Run(sweep.folder, sweep.config, sweep.environment, kept, [], [], own))
     if not traces:  # chains of one seed are enough
       traces = [(runs[-1].model, each) for each in own]
@@ -80,7 +81,8 @@ def render(
     shown = uncrowded(panel)
     how = "W chains vote" if found.vote else "right if any of W chains is"
     note = f"{found.scores.shape[1]} problems, {found.seeds} model{'s' * (found.seeds > 1)}; {how}"
-    charts = [page.tradeoff(shown, axis, look) for axis in panel.axes()]
+    chance = TASKS[found.task].chance.get("accuracy") if found.task in TASKS else None
+    charts = [page.tradeoff(shown, axis, look, chance) for axis in panel.axes()]
     frontiers.append({"name": panel.name, "note": note, "charts": charts})
   equals = [(panel.name, tables.equal(panel, TRAINED, compare_cr)) for panel in panels]
   about = (
@@ -89,7 +91,13 @@ def render(
     "with its own frontiers over these costs. Scores and costs are means over "
     f"{len(sweeps)} model seed{'s' * (len(sweeps) > 1)}."
   )
+  seeds, problems = len(sweeps), sum(found.scores.shape[1] for found in families)
+  lead = (
+    f"{len(methods)} methods on {problems:,} problems of {len(families)} famil{'y' if len(families) == 1 else 'ies'}"
+  )
+  lead += f", {seeds} model seed{'s' * (seeds > 1)}. Differences are from {DENSE}."
   more: dict[str, Any] = {
+    "lead": lead,
     "finding": finding(made),
     "about": about,
     "frontiers": frontiers,
@@ -100,6 +108,6 @@ def render(
     "score_tables": [(p.name, tables.scores(p, look)) for p in panels],
   }
   return page.render(
-    results(sweeps, styled(methods)), title or "Hyper-scaling: accuracy at equal cost", prompts,
+    results(sweeps, styled(methods)), TASKS, title or "Hyper-scaling: accuracy at equal cost", prompts,
     template="hyperscale.html", **more,
   )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 
 from experiments.hyperscaling.analysis import Margin
 from experiments.reports import plots
-from experiments.reports.results import AXES
+from experiments.reports.results import LOWER_COST
 
 
 @plots.picture
@@ -36,7 +36,7 @@ def margins(plt, made: Sequence[Margin], scale: str, title: str) -> Any:
         y = at if each.task else row
         axis.plot([each.low, each.high], [y, y], color=color if each.task else plots.DENSE, lw=1 if each.task else 2)
     axis.axvline(0, color="k", lw=0.8)
-    axis.set(xlabel=f"margin at equal {AXES[cost]}, points of 100", ylim=(-len(pairs) + 0.4, 0.5))
+    axis.set(xlabel=f"margin at equal {LOWER_COST[cost]}, points of 100", ylim=(-len(pairs) + 0.4, 0.5))
     axis.set_yticks([-n for n in range(len(pairs))], [f"{method} over {over}" for method, over in pairs])
     axis.grid(alpha=0.25, axis="x")
     plots.bare(axis)

@@ -9,7 +9,7 @@ from experiments.hyperscaling.analysis import Margin
 from experiments.hyperscaling.methods import DENSE
 from experiments.reports import styles
 from experiments.reports.page import Row, Table
-from experiments.reports.results import AXES, Panel, Point, Setting
+from experiments.reports.results import LOWER_COST, Panel, Point, Setting
 from experiments.reports.tables import markdown
 
 Look = Mapping[str, styles.Style]
@@ -42,7 +42,7 @@ def margins(made: Sequence[Margin], axis: str, scale: str, look: Look) -> Table 
     found = [own.get((method, over, task)) for task in ("", *tasks)]
     rows.append(Row(method, [(said(each), _clear(each)) for each in found], look[method], f"over {over}"))
   caption = (
-    f"At equal {AXES[axis]}, {scale} axis: points of 100, with 95% intervals. Bold: the interval excludes 0. "
+    f"At equal {LOWER_COST[axis]}, {scale} axis: points of 100, with 95% intervals. Bold: the interval excludes 0. "
     f"{NONE}: the frontiers share no interval of costs."
   )
   return Table(caption, ["comparison", "mean", *tasks], rows) if rows else None
@@ -56,7 +56,7 @@ def beside(made: Sequence[Margin], look: Look) -> Table | None:
     if own:
       paper = published.means(method, over, axis)
       there = [value for value in paper if value is not None]
-      cells = [AXES[axis], said(own[0]), signed(sum(there) / len(there)), *map(signed, paper)]
+      cells = [LOWER_COST[axis], said(own[0]), signed(sum(there) / len(there)), *map(signed, paper)]
       rows.append(Row(method, cells, look[method], f"over {over}"))
   caption = (
     "Beside the paper's margins (arXiv 2506.05345, tables 7 to 9), means over R1-distilled models of 1.5B, 7B and "
@@ -72,7 +72,7 @@ def of_seeds(made: Sequence[Margin], look: Look) -> Table | None:
   if not own:
     return None
   rows = [
-    Row(m.method, [AXES[m.axis], signed(m.margin), *map(signed, m.seeds)], look[m.method], f"over {m.over}")
+    Row(m.method, [LOWER_COST[m.axis], signed(m.margin), *map(signed, m.seeds)], look[m.method], f"over {m.over}")
     for m in own
   ]
   names = [f"seed {number + 1}" for number in range(len(own[0].seeds))]

@@ -174,7 +174,7 @@ def add(path: Path, job: Any, method: Method, tokenizer: Tokenizer, records: Seq
     return
   files.cut_half_line(path, START)
   there = {chain_of(each) for each in read("output", path)}
-  groups, _ = fitted(method.model, method.policy, method.given, job.totals(most))
+  groups, _ = method.fitted(job, most)
   for group in groups:
     for place, row in enumerate(group.rows):
       policy, prompt = group.policy.replace(**group.of_row(place)), job.asked[row].tokens
