@@ -123,7 +123,9 @@ class Config:
     if self.file is not None:
       return [files.read_text("file", self.file)]
     if self.prompts_file is not None:
-      return [line for _, line in files.text_lines("prompts_file", self.prompts_file)]
+      if not (lines := [line for _, line in files.text_lines("prompts_file", self.prompts_file)]):
+        raise ValueError(f"--prompts_file={self.prompts_file}: holds no prompt")
+      return lines
     return []
 
 
