@@ -45,7 +45,6 @@ class Graphs(ReasoningTask):
     Level((5, 7), (3, 3), (3, 4), 4),
     Level((8, 9), (3, 3), (4, 4), 5),
   )
-
   size = 1
 
   def sample(self, rng: random.Random) -> Problem:

@@ -94,7 +94,6 @@ class Grids(ReasoningTask):
     Level((3, 4), (4, 48)),
     Level((4, 4), (32, 128)),
   )
-
   size = 2
 
   def sample(self, rng: random.Random) -> Problem:

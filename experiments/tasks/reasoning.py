@@ -283,8 +283,8 @@ def documents(
 ) -> Iterator[tuple[str, str]]:
   """Training documents `start` to `start + count - 1` of a seed, as (prompt, trace).
 
-  Each draws its family, its level by `WEIGHTS`, a problem that is no test problem, and a trace. Document i
-  depends on (families, seed, longest, i) alone.
+  Each draws its family, its level by `WEIGHTS`, a problem that is no test problem, and a trace. Document i depends on
+  (families, seed, longest, i) alone.
 
   Args:
     families: names of registered families, all equally likely.
