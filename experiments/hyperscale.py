@@ -39,7 +39,6 @@ from experiments.hyperscaling import analysis, cells, page, pictures, tables
 from experiments.hyperscaling import methods as methods_module
 from experiments.hyperscaling.sweep import Limits, Sweeping
 from experiments.methods import run
-from experiments.report import write_text
 from experiments.reports import figures_report, styles
 from experiments.tasks import TASKS, get
 from experiments.tasks.base import TasksConfig, WritingTask
@@ -172,7 +171,9 @@ def analyse(config: Config, sweeps: Sequence[cells.Sweep], widths: Sequence[int]
     sweeps, found, panels, made, compare_cr=config.compare_cr, resamples=config.resamples, title=config.title,
     prompts=config.traces,
   )  # fmt: skip
-  written = [write_text(folder / PAGE, html)]
+  with files.whole(folder / PAGE) as part:
+    part.write_text(html, encoding="utf-8")
+  written: list[str | None] = [str(folder / PAGE)]
   for panel in panels:
     picture = folder / f"frontiers-{re.sub(r'[^A-Za-z0-9]+', '-', panel.task)}.png"
     shown, chance = page.uncrowded(panel), TASKS[panel.task].chance.get("accuracy") if panel.task in TASKS else None

@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from experiments.common import files
 from experiments.methods import records
 from experiments.methods.records import Record
 from experiments.methods.summary import ACCURACY, subsets
@@ -160,7 +160,7 @@ def read_times(path: Path, flag: str = "output") -> dict[Key, dict[str, Any]]:
   number = int | float
   fields = {"task": str, "method": str, "cr": number, "max_tokens": int, "seconds": number, "gib": number}
   found = {}
-  for _, line in records.files.json_records(flag, path, fields) if path.exists() else ():
+  for _, line in files.json_records(flag, path, fields) if path.exists() else ():
     found[line["task"], line["method"], float(line["cr"]), line["max_tokens"]] = line
   return found
 
@@ -174,13 +174,8 @@ def save(path: Path, cells: Mapping[Key, Cell]) -> None:
     arrays[f"{number}.grades"] = cell.grades.astype(np.uint8) if whole else cell.grades
     arrays[f"{number}.votes"] = cell.votes
     arrays |= {f"{number}.{name}": getattr(cell, name) for name in COSTS}
-  part = path.with_name(f".{path.name}")
-  try:
-    with part.open("wb") as file:
-      np.savez_compressed(file, about=json.dumps(about), **arrays)
-    os.replace(part, path)
-  finally:
-    part.unlink(missing_ok=True)
+  with files.whole(path) as part, part.open("wb") as file:
+    np.savez_compressed(file, about=json.dumps(about), **arrays)
 
 
 def load(path: Path, flag: str) -> dict[Key, Cell]:

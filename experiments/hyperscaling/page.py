@@ -92,10 +92,8 @@ def render(
     f"{len(sweeps)} model seed{'s' * (len(sweeps) > 1)}."
   )
   seeds, problems = len(sweeps), sum(found.scores.shape[1] for found in families)
-  lead = (
-    f"{len(methods)} methods on {problems:,} problems of {len(families)} famil{'y' if len(families) == 1 else 'ies'}"
-  )
-  lead += f", {seeds} model seed{'s' * (seeds > 1)}. Differences are from {DENSE}."
+  kinds = "1 family" if len(families) == 1 else f"{len(families)} families"
+  lead = f"{len(methods)} methods on {problems:,} problems of {kinds}, {seeds} model seed{'s' * (seeds > 1)}."
   more: dict[str, Any] = {
     "lead": lead,
     "finding": finding(made),
