@@ -17,7 +17,8 @@ or wrong: chains vote by their answers, or the best counts where a program or so
 The folder `--output` holds config.json, records.jsonl (as of `experiments.evaluate`, without most texts), cells.npz
 (what the analysis needs of them), traces.jsonl, times.jsonl, summary.json, index.html and pictures. The same command
 resumes a killed run, chain by chain. `--timed` measures seconds of a chain in the largest batch that fits
-`--kv_budget_gib`, as a third axis of costs.
+`--kv_budget_gib`, as a third axis of costs. Records do not depend on that memory, so they may be made without it first,
+and times measured by a second call.
 
 Several model seeds are several runs. `--sets=runs/hyperscale/seed0,runs/hyperscale/seed1 --output=FOLDER`, without a
 checkpoint, analyses them together.

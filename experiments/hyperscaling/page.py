@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from experiments.common import files
 from experiments.hyperscaling import tables
 from experiments.hyperscaling.analysis import Family, Margin
 from experiments.hyperscaling.cells import RECORDS, Sweep
 from experiments.hyperscaling.methods import DENSE, TRAINED, styled
 from experiments.methods import pareto, records, trace
+from experiments.methods.records import Record
 from experiments.reports import page, styles
 from experiments.reports.results import AXES, LOWER_COST, Panel, Results
 from experiments.reports.runs import Run
@@ -19,12 +23,12 @@ from experiments.tasks import TASKS
 CROWD = 150  # points of a panel beyond which a chart shows only those on a frontier
 
 
-def uncrowded(panel: Panel) -> Panel:
-  """The panel, or of a large one the points that are on their method's frontier on some axis."""
+def uncrowded(panel: Panel, axes: Sequence[str] = ()) -> Panel:
+  """The panel, or of a large one the points that are on their method's frontier on one of these axes; none: on any."""
   if len(panel.points) <= CROWD:
     return panel
   shown = set()
-  for axis in panel.axes():
+  for axis in axes or panel.axes():
     for method in dict.fromkeys(point.setting.method for point in panel.points):
       edge = set(pareto.frontier(panel.pairs(axis, method)))
       own = [point for point in panel.points if point.setting.method == method]
@@ -44,15 +48,19 @@ def finding(made: Sequence[Margin]) -> str:
   return f"{TRAINED} over {DENSE}, mean over families with 95% intervals: {'; '.join(said)}." if said else ""
 
 
+def with_texts(path: Path) -> list[Record]:
+  """The records of a file that have texts, which in a sweep are few; none if it is missing."""
+  lines = files.text_lines("sets", path) if path.exists() else ()
+  return [records.build(Record, where, json.loads(line)) for where, line in lines if '"text": null' not in line]
+
+
 def results(sweeps: Sequence[Sweep], methods: Sequence[str]) -> Results:
   """The sweeps as `experiments.reports` shows them: traced chains, their records, and runs; without panels."""
   runs, traces = [], []
   for sweep in sweeps:
     own = trace.read("sets", sweep.folder / trace.FILE)
     wanted = {trace.chain_of(each) for each in own}
-    path = sweep.folder / RECORDS
-    found = records.read(path, "sets") if own and path.exists() else []
-    kept = [record for record in found if trace.chain_of(record) in wanted]
+    kept = [record for record in with_texts(sweep.folder / RECORDS) if trace.chain_of(record) in wanted] if own else []
     runs.append(Run(sweep.folder, sweep.config, sweep.environment, kept, [], [], own))
     if not traces:  # chains of one seed are enough
       traces = [(runs[-1].model, each) for each in own]
@@ -78,11 +86,10 @@ def render(
   of_scale = lambda scale: [*filter(None, (tables.margins(made, axis, scale, look) for axis in axes))]
   frontiers = []
   for found, panel in zip(families, panels, strict=True):
-    shown = uncrowded(panel)
     how = "W chains vote" if found.vote else "right if any of W chains is"
     note = f"{found.scores.shape[1]} problems, {found.seeds} model{'s' * (found.seeds > 1)}; {how}"
     chance = TASKS[found.task].chance.get("accuracy") if found.task in TASKS else None
-    charts = [page.tradeoff(shown, axis, look, chance) for axis in panel.axes()]
+    charts = [page.tradeoff(uncrowded(panel, [axis]), axis, look, chance) for axis in panel.axes()]
     frontiers.append({"name": panel.name, "note": note, "charts": charts})
   equals = [(panel.name, tables.equal(panel, TRAINED, compare_cr)) for panel in panels]
   about = (

@@ -16,7 +16,7 @@ from dms_jax import checkpoint, generate, policies
 from dms_jax.tokenizer import byte_tokenizer
 from experiments import hyperscale
 from experiments.common import program
-from experiments.hyperscaling import analysis, cells, published, tables, timing
+from experiments.hyperscaling import analysis, cells, page, published, tables, timing
 from experiments.hyperscaling import methods as sweep_methods
 from experiments.hyperscaling.cells import Cell, Sweep
 from experiments.methods import pareto, records, run, summary, trace
@@ -269,7 +269,7 @@ def test_families_without_a_common_interval_and_means_over_families():
   assert all(m.seeds == () for m in made.values())
 
 
-def test_equal_l_and_w_and_tables():
+def test_equal_l_and_w_and_tables(monkeypatch):
   sweep = synthetic(4, (("vanilla", 1.0, 1.0, 0.0), ("dms", 8.0, 0.2, 0.1)))
   found, _ = analysis.family([sweep], "echo", (1, 4), False)
   panel = analysis.panel(found, "tiny")
@@ -283,6 +283,13 @@ def test_equal_l_and_w_and_tables():
   table = tables.equal(panel, "dms", 8.0)
   assert [row.name for row in table.rows] == ["L 10", "L 20", "L 40"] and table.columns[1:] == ["W 1", "W 4"]
   assert tables.equal(panel, "dms", 4.0) is None
+  assert page.uncrowded(panel) is panel and len(panel.points) == 12
+  monkeypatch.setattr(page, "CROWD", 5)
+  for axis in ("reads", "peak"):
+    shown = page.uncrowded(panel, [axis])
+    assert [plain_frontier(shown.pairs(axis, name)) for name in ("vanilla", "dms")] == [
+      sorted(shown.pairs(axis, name)) for name in ("vanilla", "dms")
+    ] == [plain_frontier(panel.pairs(axis, name)) for name in ("vanilla", "dms")]  # fmt: skip
   made = analysis.margins([found], [], 100)
   look = hyperscale.styles.styles(["vanilla", "dms"], "vanilla")
   text = tables.plain(tables.margins(made, "reads", "linear", look))
@@ -505,6 +512,7 @@ def test_a_sweep_from_flags_to_page(checkpoints, tmp_path, monkeypatch, capfd):
     assert untimed(whole) == untimed(killed)
   assert len(whole["points"]) == 2 * 3 * 2 * 2 and all(point["seconds"] > 0 for point in whole["points"])
   traced = [trace.read("sets", tmp_path / name / trace.FILE) for name in ("whole", "killed")]
+  assert {r.key for r in page.with_texts(tmp_path / "whole" / cells.RECORDS)} == {r.key for r in kept}
   assert traced[0] == traced[1] and {each.method for each in traced[0]} == {"vanilla", "dms"}  # CR 2 is not compared
 
   # The cells alone, as they are kept where records are too large, and a second model seed beside them.
