@@ -18,6 +18,7 @@ from experiments.methods.records import Record
 from experiments.methods.stopwatch import Stopwatch
 
 CHUNK = 256  # prompt tokens that one compiled call reads
+ROUND = 64  # tokens to whose multiple the length of a cache is rounded up
 
 
 def _generator(
@@ -25,6 +26,8 @@ def _generator(
 ) -> Generator:
   """A generator for all prompts of a group; its shapes do not depend on which of them are done."""
   longest = max(len(job.asked[row].tokens) for row in group.rows) + most
+  # Rounded, so that tasks with prompts of similar lengths share their compiled programs.
+  longest = min(-(-longest // ROUND) * ROUND, method.model.config.max_position_embeddings)
   try:
     generator = Generator(
       method.model, policy=group.policy, width=width, max_length=longest, temperature=job.temperature,
