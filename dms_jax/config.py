@@ -85,7 +85,7 @@ class DMSConfig:
 
   `gate`: "neuron" reads the last channel of each group's first query head. The others read the residual stream after a
   norm of their own: "adapter" projects it, "linear" also adds a bias, "mlp" has one hidden layer of `hidden` units. A
-  gate logit is `scale * raw - offset`. Token t decides about token t - `shift`. `window` is W: an evicted token stays
+  gate logit is `scale` * raw - `offset`. Token t decides about token t - `shift`. `window` is W: an evicted token stays
   visible to the next W tokens. `granularity` "layer": KV head 0 decides for its whole layer. `eviction` "delayed"
   decides about a token on its arrival and evicts it W tokens later. "immediate", an ablation of the paper, decides when
   the token leaves the window and evicts it at once: token t decides about t - `shift` - W.
@@ -141,7 +141,7 @@ class DMSConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-  """Low-rank updates: each projection in `targets` becomes W + scale * B A; rank 0 means no updates."""
+  """Low-rank updates: each projection in `targets` becomes W + `scale` * B A; `rank` 0 means no updates."""
 
   rank: int = 0
   scale: float = 2.0

@@ -117,6 +117,7 @@ class Config:
 
   def load(self, retrofit: str) -> Model:
     """A retrofit of the checkpoint."""
+    files.check_retrofit("retrofit", retrofit, whole=True)
     return checkpoint.load_retrofitted(self.checkpoint, retrofit, dtype=self.dtype)
 
 

@@ -31,10 +31,6 @@ class H2O(Budgeted):
   observes = ("mass",)
   prompt_observes = ("mass",)
 
-  @property
-  def stats(self):  # type: ignore[override]
-    return ("score", "position") if self.halves else ("score",)
-
   def resolved(self, window):
     if self.window is not None:
       return super().resolved(window)
@@ -42,6 +38,9 @@ class H2O(Budgeted):
     if self.halves or self.budget is None or np.ndim(self.budget):
       return self.replace(window=0, halves=True).resolved(window)
     return self.replace(window=(int(self.budget) - 1) // 2).resolved(window)
+
+  def by_row(self):
+    return self.replace(halves=True) if self.window is None else self
 
   def observe(self, stats, seen):
     return {**stats, "score": stats["score"] + seen.mass}
@@ -62,4 +61,4 @@ class H2O(Budgeted):
   def _protected(self, stats, tokens):
     """The scores, infinite for the newest half of the budget once `tokens`, shaped [B, ...] like them, are seen."""
     first = (tokens - 1 - (self.capacity(tokens) - 1) // 2).astype(jnp.float32)
-    return {"score": jnp.where(stats["position"] >= first, jnp.inf, stats["score"])}
+    return {**stats, "score": jnp.where(stats["position"] >= first, jnp.inf, stats["score"])}

@@ -22,7 +22,8 @@ class Quest(Policy):
   pages within the budget, and all query heads of the KV head read the union: reads count distinct pages, as in arXiv
   2506.05345, and may exceed the budget.
 
-  `window` None makes the window one page. The window is always read; pages are selected from the archive alone.
+  A page has `page` slots. `window` None makes the window one page. The window is always read; pages are selected from
+  the archive alone.
   """
 
   window: int | None = struct.field(pytree_node=False, default=None)
