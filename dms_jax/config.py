@@ -27,8 +27,23 @@ class RopeScaling:
 class ModelConfig:
   """Architecture of a Llama-style decoder.
 
-  `family` is a name in `dms_jax.families`, the Hugging Face `model_type`. `qkv_bias`: q, k and v have biases (Qwen2).
-  `qk_norm`: each query and key head has an RMSNorm (Qwen3). Any of `eos_token_ids` ends a generated row.
+  Attributes:
+    family: a name in `dms_jax.families`, the Hugging Face `model_type`.
+    num_layers: number of layers, L.
+    d_model: channels of the residual stream, D.
+    d_ff: hidden units of an MLP.
+    num_heads: query heads, N, a multiple of the KV heads.
+    num_kv_heads: KV heads, K.
+    head_dim: channels of a head, H, even.
+    vocab_size: rows of the embedding, V.
+    max_position_embeddings: tokens of the longest text.
+    rope_theta: base of RoPE's frequencies.
+    rope_scaling: Llama 3.1's change of them; None for none.
+    rms_norm_eps: added to the mean square in a norm.
+    tie_embeddings: the embedding is the output projection too.
+    qkv_bias: q, k and v have biases (Qwen2).
+    qk_norm: each query and key head has an RMSNorm (Qwen3).
+    eos_token_ids: any of them ends a generated row.
   """
 
   family: str = "llama"
