@@ -84,7 +84,8 @@ def test_budgets_below_the_least_are_raised_and_those_that_are_shapes_rounded(mo
 
 
 def built(names, models, read=lambda name, cls: cls(), retrofits=None, **settings):
-  retrofits = (("r",) if "dms" in map(str.lower, names) else ()) if retrofits is None else retrofits
+  if retrofits is None:
+    retrofits = ("r",) if any(name.lower().startswith("dms") for name in names) else ()
   loaded = [(*pair, models[1], pair[1]) for pair in methods.split_retrofits(retrofits)]
   return methods.build(names, models[0], "base", loaded, read, **settings)
 
@@ -283,7 +284,7 @@ def test_a_killed_run_gives_the_same_records(checkpoints, tmp_path, monkeypatch,
   finished = []
   monkeypatch.setitem(TASKS, "echo", Echo)
   monkeypatch.setattr(program, "read_flags", lambda prefix, cls: settings[cls] if cls in settings else cls())
-  monkeypatch.setattr(program, "flag_values", lambda: {"checkpoint": base})
+  monkeypatch.setattr(program, "flag_values", lambda **_: {"checkpoint": base})
   monkeypatch.setattr(program, "finish", finished.append)
   evaluate.main()
   assert (
