@@ -219,7 +219,7 @@ class Generator:
       if number not in self.numbers:
         there = ", ".join(self.numbers) or "none"
         raise ValueError(f"{number}={value}: not a number of this {name} that a request can set; there are: {there}")
-      if np.ndim(value) or np.isnan(value):
+      if np.asarray(value).dtype.kind not in "iuf" or np.ndim(value) or np.isnan(value):
         raise ValueError(f"{number}={value} must be one number")
     found = self.numbers | numbers
     self.policy.replace(**found).resolved(None)

@@ -24,6 +24,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
@@ -65,9 +66,10 @@ def per_row(number, trailing: int) -> Array:
   return number.reshape(number.shape + (1,) * trailing) if number.ndim else number
 
 
-def _too_large(number: int | float) -> bool:
-  """Whether a whole number is none of int32."""
-  return isinstance(number, int) and not -(2**31) <= number < 2**31
+def _too_large(number: Any) -> bool:
+  """Whether a whole number, or one of an array of them, is none of int32."""
+  limits, values = np.iinfo(np.int32), np.asarray(number)
+  return values.dtype.kind in "iuO" and bool(((values < limits.min) | (values > limits.max)).any())
 
 
 def is_whole(number) -> bool:
@@ -263,8 +265,11 @@ class Policy:
     for field in dataclasses.fields(policy):
       if field.name in ("budget", "cr"):
         continue  # `check_budget` says more
-      if isinstance(value := getattr(policy, field.name), int | float) and (value != value or _too_large(value)):
-        most = f"at most {np.iinfo(np.int32).max}" if _too_large(value) else "a number"
+      value = getattr(policy, field.name)
+      if not isinstance(value, int | float | np.ndarray | np.generic | jax.Array) or np.ndim(value) > 1:
+        continue
+      if (large := _too_large(value)) or np.isnan(np.asarray(value, float)).any():
+        most = f"at most {np.iinfo(np.int32).max}" if large else "a number"
         raise ValueError(f"{type(policy).__name__}: {field.name}={value} must be {most}")
     return policy
 

@@ -17,8 +17,9 @@ class H2O(Budgeted):
 
   `window` None protects the newest half of the budget, as in the paper: the newest token and (budget - 1) / 2 before
   it, rounded down. For one budget in tokens they become the window. With a budget for each row, or with `cr`, their
-  number is no shape: then W = 0, and `halves` protects them by their positions. A token's sum starts with its own query
-  (algorithm 1). Attention is averaged over the query heads of a KV head; the paper has one query head a KV head.
+  number is no shape: then W = 0, and `halves` protects them by their positions. So it is in a `Generator`, whose
+  requests may have budgets of their own. A token's sum starts with its own query (algorithm 1). Attention is averaged
+  over the query heads of a KV head; the paper has one query head a KV head.
 
   Prompts: each query of a chunk adds its attention to every token it sees, then the head is cut to the budget (the
   released code reads the whole prompt densely and cuts once). Tokens that `exact_prefill` would have forgotten within

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from flax import struct
 
-from dms_jax.policies.base import Policy, per_row, register
+from dms_jax.policies.base import Policy, is_whole, per_row, register
 from dms_jax.policies.budget import allowance, check_budget
 from pallas_kernels.common.xla_dot import einsum
 
@@ -36,8 +36,8 @@ class Quest(Policy):
   evicts = False
 
   def resolved(self, window):
-    if self.page < 1:
-      raise ValueError(f"Quest: page={self.page} must be 1 or more slots")
+    if not is_whole(self.page) or self.page < 1:
+      raise ValueError(f"Quest: page={self.page} must be 1 or more slots, a whole number")
     if self.window is None:
       return self.replace(window=self.page - 1).resolved(window)
     if (self.window + 1) % self.page:

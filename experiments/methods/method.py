@@ -110,16 +110,19 @@ def budgets_of(name: str, policy: Policy, crs: Sequence[float], tokens: Sequence
   """
   if not takes_budget(policy) or name == "dms":
     return [Budget()]
-  own = [f"--{name}.{key}={value}" for key in ("budget", "cr") if (value := getattr(policy, key, None)) is not None]
+  flag = "dms" if name == HARD else name
+  own = [f"--{flag}.{key}={value}" for key in ("budget", "cr") if (value := getattr(policy, key, None)) is not None]
   if own and (crs or tokens):
     raise ValueError(f"{own[0]} beside --cr or --budgets: give one of them")
   if own:
     return [Budget()]
   if not (crs or tokens):
+    message = f"--methods: {name} needs a budget: give --cr=2,4,8, --budgets=512 (tokens) or --{flag}.budget"
+    if name == HARD:
+      raise ValueError(message)
     try:
       policy.resolved(window=0)  # such as StreamingLLM with a window
     except ValueError:
-      message = f"--methods: {name} needs a budget: give --cr=2,4,8, --budgets=512 (tokens) or --{name}.budget"
       raise ValueError(message) from None
     return [Budget()]
   return [*(Budget(cr=cr, rule=rule) for cr in crs), *(Budget(tokens=number) for number in tokens)]
@@ -184,5 +187,22 @@ def build(
         f"--retrofit={to}{to and ':'}{folder}: no method of --methods={','.join(names)} uses it; leave it out, or add "
         f"{to or trained_for(model)}"
       )
+  for flag, values, used_by in (
+    ("thresholds", thresholds, [m for m in found if m.policy.uses_gates and hasattr(m.policy, "threshold")]),
+    ("cr", crs, [m for m in found if m.given.cr is not None]),
+    ("budgets", tokens, [m for m in found if m.given.tokens is not None]),
+  ):
+    if values and not used_by:
+      raise ValueError(
+        f"--{flag}={program.spell(tuple(values))}: no method of --methods={','.join(names)} has any use for it"
+      )
   check_names(found)
   return found
+
+
+def idle_flags(given: Mapping[str, Any], methods: Sequence[str], tasks: Sequence[str]) -> list[str]:
+  """The flags among `given` that set a policy or task which is none of `methods` and `tasks`, as they were given."""
+  chosen = {"dms" if name.lower() == HARD else name.lower() for name in methods or ("dms",)} | set(tasks)
+  return [
+    f"--{flag}={program.spell(v)}" for flag, v in given.items() if "." in flag and flag.split(".")[0] not in chosen
+  ]

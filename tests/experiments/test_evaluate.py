@@ -87,7 +87,8 @@ def test_budgets_below_the_least_are_raised_and_those_that_are_shapes_rounded(mo
 
 
 def built(names, models, read=lambda name, cls: cls(), retrofits=None, **settings):
-  retrofits = (("r",) if "dms" in map(str.lower, names) else ()) if retrofits is None else retrofits
+  if retrofits is None:
+    retrofits = ("r",) if any(name.lower().startswith("dms") for name in names) else ()
   loaded = [(*pair, models[1], pair[1]) for pair in methods.split_retrofits(retrofits)]
   return methods.build(names, models[0], "base", loaded, read, **settings)
 
@@ -127,12 +128,23 @@ def test_trained_weights_for_methods_with_gates(models):
     (["tova", "vanilla"], {"retrofits": ("a/x",), "crs": (2.0,)}, "--retrofit=a/x: no method of .*tova,vanilla uses"),
     (["dms"], {"retrofits": ("a/x", "dms:b/y")}, "--retrofit=a/x: no method of --methods=dms uses it; leave"),
     (["dms"], {"retrofits": ("a/x", "kvzap:b/y")}, "--retrofit=kvzap:b/y: no method .* uses it; .* or add kvzap"),
+    (["dms_budget"], {}, "dms_budget needs a budget: give --cr=2,4,8, --budgets=512 .* or --dms.budget"),
+    (["dms_budget"], {"crs": (2.0,), "read": lambda name, cls: cls(budget=9)}, "--dms.budget=9 beside --cr or"),
+    (["vanilla", "tova"], {"crs": (2.0,), "thresholds": (1.0,)}, "--thresholds=1.0: no method of .*tova has any use"),
+    (["vanilla", "dms"], {"crs": (2.0, 4.0)}, "--cr=2.0,4.0: no method of --methods=vanilla,dms has any use for it"),
+    (["vanilla"], {"tokens": (64,)}, "--budgets=64: no method of --methods=vanilla has any use for it"),
     (["dms"], {"retrofits": ("a/x", "b/x")}, r"\['dms x'\] would be the name of several methods"),
   ],
 )
 def test_methods_that_cannot_be(models, names, settings, message):
   with pytest.raises(ValueError, match=message):
     built(names, models, **settings)
+
+
+def test_flags_that_change_nothing_are_named():
+  given = {"cr": (2.0,), "dms.threshold": 1.0, "h2o.window": 3, "gsm8k.shots": 0, "needle.keys": 2}
+  assert methods.idle_flags(given, ("TOVA", "dms_budget"), ("needle",)) == ["--h2o.window=3", "--gsm8k.shots=0"]
+  assert methods.idle_flags(given, (), ("needle", "gsm8k")) == ["--h2o.window=3"]
 
 
 # Questions and texts --------------------------------------------------------------------------------------------------
@@ -309,7 +321,7 @@ def test_a_killed_run_gives_the_same_records(checkpoints, tmp_path, monkeypatch,
   finished = []
   monkeypatch.setitem(TASKS, "echo", Echo)
   monkeypatch.setattr(program, "read_flags", lambda prefix, cls: settings[cls] if cls in settings else cls())
-  monkeypatch.setattr(program, "flag_values", lambda: {"checkpoint": base})
+  monkeypatch.setattr(program, "flag_values", lambda **_: {"checkpoint": base})
   monkeypatch.setattr(program, "finish", finished.append)
   evaluate.main()
   assert (

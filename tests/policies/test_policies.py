@@ -287,9 +287,11 @@ def test_a_row_without_room_sits_out(case):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cache_is_for_its_policy(kind):
   ones = jnp.ones(ROWS, jnp.int32)
-  with pytest.raises(ValueError, match=r"TOVA needs the statistics \['score'\], but the cache stores \[\]"):
+  with pytest.raises(ValueError, match=r"TOVA needs the statistics \['position', 'score'\], but the cache stores \[\]"):
     create(kind, policies.Vanilla()).plan(CASES["tova"], ones, 1)
-  with pytest.raises(ValueError, match=r"Vanilla needs the statistics \[\], but the cache stores \['score'\]"):
+  with pytest.raises(
+    ValueError, match=r"Vanilla needs the statistics \[\], but the cache stores \['position', 'score'\]"
+  ):
     create(kind, CASES["tova"]).plan(policies.Vanilla(), ones, 1)
   with pytest.raises(ValueError, match="window=3, but the cache has window=0"):
     create(kind, policies.Vanilla()).plan(CASES["quest"], ones, 1)

@@ -274,6 +274,7 @@ def test_dms_without_a_budget_is_what_it_was():
     ({}, policies.DMS(window=0, budget=4), r"DMS: window=0 must be 1 or more with these gates"),
     ({"eviction": "immediate"}, policies.DMS(budget=9), r"DMS: window=5 must be 6 or more with these gates"),
     ({}, policies.DMS(threshold=math.nan), "DMS: threshold=nan must be a number"),
+    ({}, policies.DMS(threshold=np.array([0.0, math.nan])), r"DMS: threshold=\[ 0. nan\] must be a number"),
     ({"objective": "kvzap"}, policies.KVzap(threshold=math.nan), "KVzap: threshold=nan must be a number"),
     (None, policies.KVzap(), "KVzap needs eviction gates and this model has none"),
   ],
