@@ -52,6 +52,12 @@ class ChainUsage:
       "reads": float(reads.sum()) / self.heads,
     }
 
+  def join(self) -> None:
+    """Makes one pair of all blocks, in arrays of its own."""
+    if self.steps:
+      held, reads = (np.concatenate([block[part] for block in self.steps]) for part in (0, 1))
+      self.steps = [(held, reads)]
+
 
 @dataclasses.dataclass
 class Result:
