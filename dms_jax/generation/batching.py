@@ -149,6 +149,7 @@ class Generator:
     self._begun: list[_Begun] = []
     self._news: list[News] = []
     self._stalled = np.zeros(width, bool)  # rows that found no free page
+    self._alone = False  # whether the last block had one row
     self._free: int | None = None  # pages that are free for certain; None: not known
 
   @property
@@ -338,6 +339,7 @@ class Generator:
     self.peak_tokens, self.peak_pages = max(self.peak_tokens, float(tokens)), max(self.peak_pages, int(pages))
     self._free = int(free)
     self._stalled = self.rows.occupied & (reasons == CAPACITY)
+    self._alone = self.rows.free == self.width - 1
     over = np.flatnonzero(self.rows.occupied & (reasons != RUNNING) & (reasons != CAPACITY)).tolist()
     flight.over = {row: REASONS[reasons[row]] for row in over}
     ended = [flight.chains[row] for row in over]
@@ -515,9 +517,13 @@ class Generator:
     """Resumes rows that found no free page, after the pool grew or the newest row was preempted."""
     if not self._stalled.any():
       return
-    if not self.memory.grow(int(self._stalled.sum()) * self.memory.heads):
+    needed = int(self._stalled.sum()) * self.memory.heads
+    last = self.rows.free == self.width - 1  # the pages of rows that ended beside it are free now
+    if (last and not self._alone) or self.memory.free_pages() >= needed:
+      pass
+    elif not self.memory.grow(needed):
       newest = max(self._running, key=lambda chain: chain.age)
-      if self.rows.free == self.width - 1:
+      if last:
         raise BudgetError(
           f"a text of {int(self.cache.seen[newest.row])} tokens fills {self.memory.extent}, even alone; its tokens so "
           "far are in `results`, and cancel(ticket) lets the others go on",

@@ -24,7 +24,7 @@ from dms_jax.cache import PagedCache
 from dms_jax.cache import rows as cache_rows
 from dms_jax.generation.pages import PagedRows
 from dms_jax.generation.prefill import Chunk, read_prompts
-from dms_jax.generation.results import ChainUsage
+from dms_jax.generation.results import ChainUsage, add_prompts
 from dms_jax.metrics import Counts, count
 from dms_jax.model import Model, cached_forward, last_logits
 from dms_jax.policies import Policy
@@ -206,9 +206,4 @@ def account(pending: list[tuple[Sequence[Prompt], Any, Counts]]) -> None:
   for (prompts, *_), (stalled, counts) in zip(pending, found, strict=True):
     if stalled is not None and stalled.any():
       raise RuntimeError("a prompt found no page, though pages for all its tokens were counted as free")
-    live, reads = counts.live.sum(axis=(0, 2)), counts.reads.sum(axis=(0, 2), dtype=np.int64)
-    for place, prompt in enumerate(prompts):
-      usage = prompt.usage
-      usage.prompt_held = int(live[place])
-      usage.prompt_peak = max(usage.prompt_peak, int(counts.held[:, place].max()))
-      usage.prompt_reads += int(reads[place])
+    add_prompts([prompt.usage for prompt in prompts], counts)
