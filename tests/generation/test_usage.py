@@ -114,8 +114,10 @@ def test_later_turns_count_from_what_is_held(model, prompts):
 def test_other_policies_count_alike_in_both_loops(model, prompts, name):
   policy = {"Quest": policies.Quest(page=4, cr=2.0, dense_layers=1), "TOVA": policies.TOVA(budget=9)}[name]
   out = dms_jax.generate(model, prompts, policy=policy, cache="masked", **SETTINGS)
-  generator = dms_jax.Generator(model, policy=policy, width=3, prefill_rows=2, page_size=4, pages=400, max_length=96, eos=False,
-                                prefill_chunk=CHUNK, decode_block=4)  # fmt: skip
+  generator = dms_jax.Generator(
+    model, policy=policy, width=3, prefill_rows=2, page_size=4, pages=400, max_length=96, eos=False,
+    prefill_chunk=CHUNK, decode_block=4,
+  )  # fmt: skip
   tickets = [generator.submit(prompt, max_new_tokens=NEW) for prompt in prompts]
   for _ in generator.run():
     pass
