@@ -33,49 +33,22 @@ from dms_jax.cache import PagedCache
 from dms_jax.cache.host import check_fits
 from dms_jax.execution import fastest_form
 from dms_jax.generation import decode as decoding
+from dms_jax.generation import recording
 from dms_jax.generation.conversation import Continuation, Conversation, continuation
-from dms_jax.generation.decode import CAPACITY, REASONS, RUNNING, Emitted
+from dms_jax.generation.decode import CAPACITY, REASONS, RUNNING
 from dms_jax.generation.detokenize import Detokenizer
 from dms_jax.generation.generate import Output
 from dms_jax.generation.pages import BudgetError, PagedRows
 from dms_jax.generation.prompts import prompt_ids
+from dms_jax.generation.recording import Begun, Flight, News
 from dms_jax.generation.results import ChainUsage, Result
-from dms_jax.generation.rows import Chain, Rows, extend, key_data
+from dms_jax.generation.rows import Chain, Rows, key_data
 from dms_jax.generation.sampling import Sampling
 from dms_jax.generation.stops import StopStrings, stop_criteria
-from dms_jax.generation.together import Prompt, PromptReader, account, default_rows
+from dms_jax.generation.together import Prompt, PromptReader, default_rows
 from dms_jax.model import Model, check_policy
 from dms_jax.policies import Policy, check_rows
 from dms_jax.policies.base import row_numbers
-
-News = tuple[int, int, list[int], str]  # ticket, chain, new tokens, new text
-
-
-@dataclasses.dataclass
-class _Flight:
-  """A decode block that was started, or the first tokens of chains that have no more.
-
-  Attributes:
-    chains: that of each row.
-    emitted, spent: its tokens, and tokens held and keys read by each step [steps, B], on the device; None for none.
-    outcome: (reason [B], tokens held, pages in use, pages free), on the device.
-    over: the reason of each chain that ended, by row.
-  """
-
-  chains: list[Chain | None]
-  emitted: Emitted | None
-  spent: tuple[Array, Array] | None
-  outcome: tuple
-  over: dict[int, str] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass
-class _Begun:
-  """Requests that have begun: their chains, first tokens (None for none), and what reading their prompts returned."""
-
-  groups: list[tuple[list[Chain], ChainUsage]]
-  emitted: Emitted | None
-  pending: list
 
 
 class Generator:
@@ -145,12 +118,13 @@ class Generator:
     self.results: dict[int, Result] = {}
     self.preemptions = self.tickets = self._ages = self.peak_pages = 0
     self.peak_tokens = 0.0  # held at once by all rows, mean over layers and heads
-    self._flight: _Flight | None = None
-    self._begun: list[_Begun] = []
+    self._flight: Flight | None = None
+    self._begun: list[Begun] = []
     self._news: list[News] = []
     self._stalled = np.zeros(width, bool)  # rows that found no free page
     self._alone = False  # whether the last block had one row
     self._free: int | None = None  # pages that are free for certain; None: not known
+    self._refused = (-1, 0)  # the last request that was tried alone, and the pages that were free then
 
   @property
   def cache(self) -> PagedCache:
@@ -323,7 +297,7 @@ class Generator:
         )  # fmt: skip
         spent = counts.held, counts.step_reads
       outcome = self.rows.state.reason, *self.memory.settle(self.rows.over())
-      self._flight = _Flight(list(self.chains), emitted, spent, outcome)
+      self._flight = Flight(list(self.chains), emitted, spent, outcome)
       for array in jax.tree.leaves((emitted, spent, outcome)):
         array.copy_to_host_async()
       if not short:
@@ -332,7 +306,7 @@ class Generator:
       self._record(self._settle())  # all ended with the token after their prompts
       self._admit()
 
-  def _settle(self) -> _Flight:
+  def _settle(self) -> Flight:
     """Waits for the block in flight, and empties the rows that ended in it."""
     flight, self._flight = self._flight, None
     reasons, tokens, pages, free = jax.device_get(flight.outcome)
@@ -416,16 +390,19 @@ class Generator:
   def _begin_alone(self, group: list[Chain]) -> bool:
     """Reads a request's prompt into a row, and forks the row for its chains.
 
-    False: pages ran out; the row is empty again, and the request is tried again later. While other rows run it needs
-    one spare page for each head: with fewer it would soon be preempted.
+    False: pages ran out; the row is empty again, and the request is tried again later. While other rows run it is not
+    tried where it would hardly fit: with fewer pages than a chunk and the chains take, or no more than last time.
 
     Raises:
       BudgetError: the request had the whole pool to itself.
     """
     first, rows = group[0], self.rows.empty(len(group))
-    if self.rows.occupied.any() and not self.memory.grows and self.memory.free_pages() < self.memory.heads:
-      return False
-    self._free = None
+    self._free, free, others = None, self.memory.free_pages(), bool(self.rows.occupied.any())
+    if others and not self.memory.grows:
+      again = self._refused[0] == first.ticket and free <= self._refused[1]
+      if again or free < self.reader.least(len(first.prompt), len(group)):
+        return False
+    self._refused = first.ticket, free
     for chain, row in zip(group, rows, strict=True):
       chain.row = row
     if first.stored is not None and not self.memory.restore(rows[0], first.stored):
@@ -438,7 +415,7 @@ class Generator:
     logits, read = self.reader.no_logits(self.width), True
     if not first.goes_on:
       prompt = Prompt(rows[0], first.prompt, first.numbers, usage, before)
-      logits, read = self.reader.alone(prompt, logits)
+      logits, read = self.reader.alone(prompt, logits, halve=not others)
     if not read or not self.memory.fork(rows[0], rows[1:], whole=self.policy.rewrites):
       return self._give_up(group)
     self._seat([(group, usage)], None if first.goes_on else logits, [])
@@ -459,7 +436,7 @@ class Generator:
     if logits is not None:
       sources = [group[0].row for group, _ in begun for _ in group]
       emitted = self.rows.first_tokens([chain.row for chain in chains], sources, logits, self.stop_criteria)
-    self._begun.append(_Begun(begun, emitted, pending))
+    self._begun.append(Begun(begun, emitted, pending))
 
   def _give_up(self, group: list[Chain]) -> bool:
     """Empties the row of a request that could not begin; False, or a BudgetError if it had the whole pool to itself."""
@@ -472,35 +449,15 @@ class Generator:
       raise BudgetError(message, group[0].ticket)
     return False
 
-  # Tokens, texts and usage --------------------------------------------------------------------------------------------
+  def _record(self, flight: Flight) -> None:
+    """Records a block: its tokens, texts and usage, and how chains ended."""
+    self._news += recording.record(flight, self.stream)
 
   def _record_begun(self) -> None:
     """Records the usage of prompts that were read, and the first tokens of their chains."""
     begun, self._begun = self._begun, []
     for some in begun:
-      account(some.pending)
-      chains: list[Chain | None] = [None] * self.width
-      for group, usage in some.groups:
-        for chain in group:
-          chain.result.usage[chain.index] = dataclasses.replace(usage, steps=[])
-          chains[chain.row] = chain
-      if some.emitted is not None:
-        self._record(_Flight(chains, some.emitted, None, ()))
-
-  def _record(self, flight: _Flight) -> None:
-    """Records the tokens, texts and usage of a block, and how chains ended."""
-    new = {} if flight.emitted is None else extend(flight.chains, flight.emitted, flight.spent)
-    for row in new | flight.over:
-      chain, tokens, reason, text = flight.chains[row], new.get(row, []), flight.over.get(row, "running"), ""
-      result, index, over = chain.result, chain.index, row in flight.over
-      if chain.detokenizer is not None and (self.stream or over):
-        text = chain.detokenizer.advance(result.tokens[index], reason)
-        result.text[index] = chain.detokenizer.text
-      if tokens or text:
-        self._news.append((chain.ticket, index, tokens, text))
-      if over:
-        result.finish_reason[index] = reason
-        result.usage[index].join()
+      self._news += recording.record_begun(some, self.width, self.stream)
 
   def _release(self, chains: list[Chain]) -> None:
     """Empties the rows of chains that have not ended."""

@@ -112,31 +112,6 @@ def _over(reason: Int[Array, "B"], keep: Bool[Array, "B"]) -> Bool[Array, "B"]:
   return (reason != RUNNING) & (reason != CAPACITY) & ~keep
 
 
-def extend(chains: Sequence[Chain | None], emitted: Emitted, spent: tuple[Array, Array] | None) -> dict[int, list[int]]:
-  """Adds the tokens of a block, and their usage, to the results of its rows' chains; waits for the block.
-
-  Args:
-    spent: tokens held and keys read by each step [steps, B]; None for tokens that no step made.
-
-  Returns:
-    The new tokens of each row that has any.
-  """
-  emitted, spent = jax.device_get((emitted, spent))
-  counts = emitted.valid.sum(axis=0)  # the valid steps of a row are its first
-  rows = [row for row in np.flatnonzero(counts).tolist() if chains[row] is not None]
-  tokens, logprobs = (x.T[rows].tolist() for x in (emitted.tokens, emitted.logprobs))
-  used = [] if spent is None else [x.T[rows] for x in spent]
-  new = {}
-  for place, (row, count) in enumerate(zip(rows, counts[rows].tolist(), strict=True)):
-    result, index = chains[row].result, chains[row].index
-    new[row] = tokens[place][:count]
-    result.tokens[index] += new[row]
-    result.logprobs[index] += logprobs[place][:count]
-    if used:
-      result.usage[index].steps.append((used[0][place, :count], used[1][place, :count]))
-  return new
-
-
 class Rows:
   """The rows' sampling states, the numbers of their policies, and their temperatures.
 
@@ -151,8 +126,8 @@ class Rows:
   """
 
   def __init__(self, policy: Policy, sampling: Sampling, width: int):
-    self.width, self.chains = width, [None] * width
-    self.chains: list[Chain | None]
+    self.width = width
+    self.chains: list[Chain | None] = [None] * width
     self.occupied, self._keep = np.zeros(width, bool), np.zeros(width, bool)
     self._numbers = {name: [value] * width for name, value in row_numbers(policy).items()}
     self.policy = with_numbers(policy, self._numbers)

@@ -5,7 +5,8 @@ pages that it knows follow from each prompt's own length, and only prompts with 
 read by the same programs whatever is read beside it.
 
 A prompt is read `together` with others only if pages for all its tokens are free for certain (`PromptReader.certain`);
-otherwise `alone`, in smaller chunks if need be, from a pool that grows if the budget allows it.
+otherwise `alone`, from a pool that grows if the budget allows it. Smaller chunks, which claim fewer pages, are a last
+resort, for a request that has the whole pool to itself: they sum in another order than whole ones.
 """
 
 from __future__ import annotations
@@ -116,6 +117,12 @@ class PromptReader:
       found, sure = found + 1, taken
     return found, sure
 
+  def least(self, tokens: int, chains: int) -> int:
+    """Pages below which reading a prompt alone is hardly worth a try: of its first chunk, and one a head and chain."""
+    cache = self.memory.cache
+    slots = min(tokens, self.chunk) - cache.ring
+    return self.memory.heads * (max(-(-slots // cache.page_size), 1) + chains - 1)
+
   def together(self, prompts: Sequence[Prompt], logits: Float[Array, "B V"]) -> tuple[Float[Array, "B V"], list]:
     """Reads prompts that are `certain` to find pages; waits for nothing.
 
@@ -139,28 +146,37 @@ class PromptReader:
       left = [prompt for prompt in left if len(prompt.ids) > first]
     return logits, pending
 
-  def alone(self, prompt: Prompt, logits: Float[Array, "B V"]) -> tuple[Float[Array, "B V"], bool]:
+  def alone(self, prompt: Prompt, logits: Float[Array, "B V"], halve: bool) -> tuple[Float[Array, "B V"], bool]:
     """Reads one prompt, while the pool grows within the budget; (logits, whether all of it was read).
 
     If not, pages ran out and the row is half read.
+
+    Args:
+      halve: read smaller chunks where pages lack for whole ones; they round otherwise.
     """
+    heads, size, total = self.memory.heads, self.memory.cache.page_size, len(prompt.ids)
+
+    def read(first: int, length: int, width: int | None = None) -> np.ndarray:
+      nonlocal logits
+      whole, places = self._shape(prompt, first, length)
+      chunk, after = prompt.ids[first : first + length], total - first - length
+      logits, stalled, counts = self._call([prompt], [chunk], [after], width or whole, places, logits)
+      account([([prompt], None, counts)])
+      return np.asarray(stalled)[:1]
 
     def feed(part: Chunk) -> np.ndarray:
-      nonlocal logits
-      first, length = int(part.start[0]), int(part.lengths[0])
-      width, places = self._shape(prompt, first, length) if part.tokens.shape[1] > 1 else (1, 0)
-      places = places or self._places(prompt.before + first + length)
-      logits, stalled, counts = self._call(
-        [prompt], [part.tokens[0, :length]], [int(part.remaining[0])], width, places, logits
-      )
-      stalled = np.asarray(stalled)[:1]
-      account([([prompt], None, counts)])
-      return stalled
+      return read(int(part.start[0]), int(part.lengths[0]), 1 if part.tokens.shape[1] == 1 else None)
 
-    cache = self.memory.cache
-    enlarge = lambda lengths: self.memory.grow(self.memory.heads * -(-int(lengths[0]) // cache.page_size))
-    read = read_prompts([prompt.ids], self.chunk, feed, enlarge=enlarge)
-    return logits, bool(read[0] == len(prompt.ids))
+    enlarge = lambda lengths: self.memory.grow(heads * -(-int(lengths[0]) // size))
+    if halve:
+      done = read_prompts([prompt.ids], self.chunk, feed, enlarge=enlarge)
+      return logits, bool(done[0] == total)
+    for first in range(0, total, self.chunk):
+      length = min(total - first, self.chunk)
+      while read(first, length).any():
+        if not enlarge(np.array([length])):
+          return logits, False
+    return logits, True
 
   def _call(
     self, prompts: Sequence[Prompt], chunks: Sequence[np.ndarray], after: Sequence[int], width: int, places: int, logits
