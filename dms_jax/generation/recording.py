@@ -1,4 +1,4 @@
-"""What a `Generator` records on the host while the device works: tokens, texts, usage, and how chains ended."""
+"""What a `Generator` records while the device works: tokens, texts, usage, how chains ended."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts of a `Generator` read together: several rows in one compiled call, each as if it were alone.
+"""Prompts of a `Generator`: several rows read in one compiled call, each as if it were alone.
 
 Every call reads the next chunk of up to `PromptReader.rows` prompts, and fewer leave rows empty. Its width T and the
 pages that it knows follow from each prompt's own length, and only prompts with equal ones share a call. So a prompt is

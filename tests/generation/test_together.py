@@ -1,4 +1,4 @@
-"""Prompts read together: exactly what reading them one by one gives, for all policies, within the same pages."""
+"""Prompts read together: exactly as one by one, for all policies; the host at work beside it."""
 
 from __future__ import annotations
 

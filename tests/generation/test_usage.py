@@ -1,4 +1,4 @@
-"""Usage of rows: tokens held and keys read by each step, from both loops, against the mask's decisions in numpy."""
+"""Tokens held and keys read by each step of each row, from both loops, against the mask in numpy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dispatch: the first able implementation, and a warning, once, where XLA takes over from a kernel of the device."""
+"""Dispatch: the first able implementation; one warning where XLA takes over from a kernel."""
 
 from __future__ import annotations
 
