@@ -34,7 +34,7 @@ from dms_jax.cache.host import check_fits
 from dms_jax.execution import fastest_form
 from dms_jax.generation import decode as decoding
 from dms_jax.generation import recording
-from dms_jax.generation.conversation import Continuation, Conversation, continuation
+from dms_jax.generation.conversation import Continuation, Conversation, continuation, place_like
 from dms_jax.generation.decode import CAPACITY, REASONS, RUNNING
 from dms_jax.generation.detokenize import Detokenizer
 from dms_jax.generation.generate import Output
@@ -110,8 +110,10 @@ class Generator:
       model, self.policy, batch=width, capacity=self.policy.window + 2, kind="paged", longest=self.max_length,
       page_size=page_size, page_format=page_format,
     )  # fmt: skip
+    cache = place_like(self.model, cache)
     self.memory = PagedRows(cache, budget=budget, budget_tokens=budget_tokens, pages=pages)
     self.rows = Rows(self.policy, Sampling.create(temperature, top_k, top_p), width)
+    self.rows.state = place_like(self.model, self.rows.state)
     self.reader = PromptReader(self.model, self.policy, self.memory, prefill_chunk, rows)
     self.waiting: collections.deque[list[Chain]] = collections.deque()
     self.preempted: list[Chain] = []

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dms_jax.cache import PagedCache
 from dms_jax.cache import rows as cache_rows
+from dms_jax.generation.conversation import place_like
 from dms_jax.generation.pages import PagedRows
 from dms_jax.generation.prefill import Chunk, read_prompts
 from dms_jax.generation.results import ChainUsage, add_prompts
@@ -89,7 +90,7 @@ class PromptReader:
 
   def no_logits(self, width: int) -> Float[Array, "B V"]:
     """A place for the logits after the prompts of `width` rows."""
-    return jnp.zeros((width, self.model.config.vocab_size), jnp.float32)
+    return place_like(self.model, jnp.zeros((width, self.model.config.vocab_size), jnp.float32))
 
   def certain(self, groups: Iterable[tuple[int, int]], free: int) -> tuple[int, int]:
     """How many of the first `groups`, (tokens of a prompt, chains that share it), surely find pages.

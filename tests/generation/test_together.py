@@ -203,3 +203,22 @@ def test_shared_pages_are_those_of_the_prompt(model):
   parts = 3 * sum((n - W - 1) % 4 > 0 for n in (19, 14))
   assert (owners == 3).sum() == full * heads and (owners == 1).sum() == parts * heads
   np.testing.assert_array_equal(generator.cache.seen, [19] * 3 + [14] * 3)
+
+
+def test_every_program_is_compiled_once(model):
+  """Whether or not the weights were placed on a device explicitly, as `load` does."""
+  from dms_jax.cache import rows as cache_rows
+  from dms_jax.generation import decode, pages, rows, together
+
+  programs = (
+    decode.decode_block, decode.first_token, together._prefill_rows, pages._settled, cache_rows.fork_row, rows._placed,
+    rows._first, rows._over, rows._reasons,
+  )  # fmt: skip
+  placed = jax.device_put(model, jax.devices()[0])
+  for program in programs:
+    program.clear_cache()
+  generator = Generator(placed, pages=400, **SIZES, prefill_rows=2)
+  for number in range(9):
+    generator.submit([1 + number] * (1 + number), max_new_tokens=7, chains=1 + number % 3, key=jax.random.key(number))
+  list(generator.run())
+  assert [program._cache_size() for program in programs] == [1] * len(programs)
