@@ -13,6 +13,8 @@ from jaxtyping import Array, Float, Int
 from dms_jax.config import ModelConfig
 from dms_jax.execution import Execution
 
+FEW_WORDS = 1024  # rows of an embedding whose gradient is a matrix product
+
 
 def rms_norm(x: Float[Array, "*batch C"], weight: Float[Array, "C"], eps: float) -> Float[Array, "*batch C"]:
   """x / rms(x) * weight over the last axis; statistics in float32, result in x's dtype."""
@@ -47,6 +49,28 @@ def apply_rope(x: Float[Array, "B T heads H"], tables: tuple[Array, Array]) -> F
   cos, sin = tables
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+@jax.custom_vjp
+def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+  """Rows of the embedding `table`.
+
+  With at most `FEW_WORDS` rows the gradient is a matrix product with float32 sums. Each row of so small a vocabulary
+  occurs thousands of times in a batch: a scatter would add its gradients one by one, on a GPU in the table's dtype.
+  """
+  return table[tokens]
+
+
+def _look_up_backward(saved: tuple[Array, Array], gradient: Float[Array, "B T D"]) -> tuple[Array, None]:
+  table, tokens = saved
+  if len(table) > FEW_WORDS:
+    return jnp.zeros_like(table).at[tokens].add(gradient), None
+  hot = tokens.reshape(-1, 1) == jnp.arange(len(table))
+  flat = gradient.reshape(-1, gradient.shape[-1])
+  return _contract(hot.astype(gradient.dtype), flat, 0, 0).astype(table.dtype), None
+
+
+look_up.defvjp(lambda table, tokens: (table[tokens], (table, tokens)), _look_up_backward)
 
 
 def linear(x: Array, weight: Array, num_inputs: int = 1, *, out_dtype=None) -> Array:

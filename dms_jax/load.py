@@ -1,4 +1,4 @@
-"""Loading a converted checkpoint."""
+"""Loading a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from typing import Any
 
 
 def load(path: str | Path, retrofit: str | Path | None = None, dtype: Any = None, merge: bool = True):
-  """Loads a converted checkpoint, ready to generate: (model, tokenizer).
+  """Loads a checkpoint, ready to generate: (model, tokenizer).
 
-  The model carries the tokenizer, so `generate` takes strings. Its layers are in the form that decodes fastest on this
-  machine (`execution.fastest_form`).
+  The model carries the tokenizer, so `generate` takes strings; without one in the folder it takes token ids alone. The
+  layers are in the form that decodes fastest on this machine (`execution.fastest_form`).
 
   Args:
-    path: folder written by `experiments.convert_weights`.
+    path: folder written by `experiments.convert_weights` or `experiments.train_reasoner`.
     retrofit: folder of eviction gates and low-rank updates to add; without it the model may have no gates.
     dtype: dtype of the weights and the KV cache; default as stored.
     merge: fold low-rank updates into the weights, so that the model decodes faster.
 
   Returns:
-    `Model` and `Tokenizer`.
+    `Model`, and `Tokenizer` or None.
 
   Raises:
     ValueError: a folder is missing or damaged, or the retrofit belongs to another model.
   """
   from dms_jax import checkpoint  # Orbax and tokenizers take a second to import
   from dms_jax.execution import fastest_form
-  from dms_jax.tokenizer import Tokenizer
+  from dms_jax.tokenizer import TOKENIZER_FILE, Tokenizer
 
-  tokenizer = Tokenizer.load(path)
   model = checkpoint.load(path, retrofit=retrofit, merge=merge, dtype=dtype)
+  tokenizer = Tokenizer.load(path) if (Path(path) / TOKENIZER_FILE).exists() else None
   return fastest_form(model.replace(tokenizer=tokenizer)), tokenizer

@@ -59,3 +59,10 @@ def held_tokens(evicted: Bool[Array, "*batch T"], window: int, lengths: Int[Arra
   end = evicted.shape[-1] if lengths is None else lengths[..., None]
   outside = index < end - (window + 1)
   return jnp.sum((index < end) & ~(outside & evicted), axis=-1, dtype=jnp.int32)
+
+
+def keys_read(evicted: Bool[Array, "*batch T"], window: int) -> Float[Array, "*batch"]:
+  """Keys that T queries see together, the sum of `visible`, float32."""
+  length = evicted.shape[-1]
+  blind = jnp.maximum(length - 1 - window - jnp.arange(length), 0)  # queries that do not see an evicted key
+  return length * (length + 1) / 2 - jnp.sum(jnp.where(evicted, blind, 0), axis=-1, dtype=jnp.float32)

@@ -24,7 +24,7 @@ from dms_jax.cache.base import Usage
 from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig
 from dms_jax.execution import Execution
 from dms_jax.gates import clear_neuron, gate_logits, step_gate_logits
-from dms_jax.layers import apply_rope, linear, mlp, project, rms_norm, rope_tables
+from dms_jax.layers import apply_rope, linear, look_up, mlp, project, rms_norm, rope_tables
 from dms_jax.params import Params, merge_lora, param_table
 from dms_jax.policies import Policy, Vanilla
 from dms_jax.sharding import constrain_rows, gather_layer
@@ -173,7 +173,7 @@ def embed(model: Model, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
   table = model.params["embed"]
   if table.dtype == jnp.bfloat16 and Execution.choose().embed_barrier:
     table, tokens = lax.optimization_barrier((table, tokens))
-  return table[tokens]
+  return look_up(table, tokens)
 
 
 @jax.named_scope("unembed")

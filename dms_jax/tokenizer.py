@@ -88,11 +88,13 @@ class Tokenizer:
   def token_bytes(self) -> list[bytes]:
     """The bytes of each token id. A special token has the bytes of its name; an unused id has none.
 
-    A SentencePiece model also drops the first space of a whole text, which belongs to no token.
+    A SentencePiece model or a vocabulary of whole words also drops the first space of a whole text, which belongs to no
+    token.
     """
     pieces = [b""] * self.vocab_size
     added = self.backend.get_added_tokens_decoder()
     byte_level = _uses_byte_level(self.backend)
+    space = b" " if self.backend.decoder is None else b""  # without a decoder, words are joined by spaces
     for piece, index in self.backend.get_vocab(with_added_tokens=True).items():
       if index in added:
         pieces[index] = added[index].content.encode()
@@ -101,7 +103,7 @@ class Tokenizer:
       elif _is_byte(piece):
         pieces[index] = bytes([int(piece[3:5], 16)])
       else:
-        pieces[index] = piece.replace("▁", " ").encode()
+        pieces[index] = space + piece.replace("▁", " ").encode()
     return pieces
 
   @functools.cached_property

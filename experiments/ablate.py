@@ -40,7 +40,7 @@ from dms_jax.config import read_json
 from dms_jax.evaluation.text import held_by_position, text_quality
 from dms_jax.model import Model
 from dms_jax.retrofit import DataConfig
-from dms_jax.retrofit.data import Packer, Source
+from dms_jax.retrofit.data import Batches, Source
 from dms_jax.retrofit.loop import LOG, RUN, STATE, Preempted, Run
 from dms_jax.tokenizer import Tokenizer
 from experiments import retrofit
@@ -90,10 +90,11 @@ def check_trained(folder: Path, text: dict[str, str]) -> None:
     )
 
 
-def train(one: Trial, base: Model, sources: list[Source], tokenizer: Tokenizer) -> None:
+def train(one: Trial, base: Model, packer: Batches, tokenizer: Tokenizer) -> None:
   """Trains or resumes the trial's retrofit; then removes the training state."""
   run = Run(base, one.dms, one.lora, one.retrofit, one.data, one.folder)
-  last = retrofit.carry_out(run, sources, tokenizer)
+  with contextlib.closing(packer):
+    last = retrofit.carry_out(run, packer, tokenizer)
   seconds = sum(json.loads(line)["seconds"] for line in (one.folder / LOG).read_text().splitlines())
   about = {"tokens": last["tokens"], "minutes": seconds / 60, "last": last, "environment": program.environment()}
   program.save_json(one.folder / TRAINED, about)
@@ -178,11 +179,15 @@ def run_all(wanted: list[Trial], config: Config, root: Path) -> tuple[dict[str, 
   def sources(data: DataConfig, dtype: str) -> list[Source]:
     return retrofit.texts(base, tokenizer, data, dtype, root / f"self_text-{program.fingerprint([data, dtype])}")
 
+  def packer(one: Trial) -> Batches:
+    if one.data.families:
+      return retrofit.generated(one.data, tokenizer, one.retrofit)
+    return retrofit.rows(sources(one.data, one.retrofit.memory.compute_dtype), one.data, one.retrofit)
+
   tokens = lambda one: read(one.eval.text, one.eval.max_tokens)
   check_texts(wanted, tokens)
   for one in {one.folder: one for one in wanted if one.eval.trained}.values():
-    packer = Packer(sources(one.data, one.retrofit.memory.compute_dtype), one.data, one.retrofit)
-    check_trained(one.folder, packer.fingerprints())
+    check_trained(one.folder, packer(one).fingerprints())
   results = {one.name: found for one in wanted if (found := finished(one, tokens(one))) is not None}
   todo = [one for one in wanted if one.name not in results]
   to_train = {one.folder: one for one in todo if one.eval.trained and not (one.folder / TRAINED).exists()}
@@ -203,7 +208,7 @@ def run_all(wanted: list[Trial], config: Config, root: Path) -> tuple[dict[str, 
     if folder in to_train:
       announce(one := to_train[folder], "training")
       with noted(failed, [each.name for each in members], folder):
-        train(one, base(), sources(one.data, one.retrofit.memory.compute_dtype), tokenizer)
+        train(one, base(), packer(one), tokenizer)
     model, loaded = None, None
     for one in members:
       if one.name in failed:

@@ -15,8 +15,8 @@ of gates without retraining.
 
 Tasks that write sample W chains of each prompt at `--temperature` and `--top_p`. `--chains=1,4,8` writes 8 and averages
 over subsets for 1 and 4. `--max_tokens=512,2048` are L, the most new tokens; each task has a default. Likelihood tasks
-score given continuations. `--text` is a file whose perplexity and KL(original || method), nats per token, are measured
-in chunks of T tokens (`--lengths`); a chunk's first token is not scored.
+score given continuations. `--text` names files whose perplexity and KL(original || method), nats per token, are
+measured in chunks of T tokens (`--lengths`), decoded token by token; a chunk's first token is not scored.
 
 Every method answers the same samples, chosen by `--seed`; differences are paired sample by sample. The folder
 `--output`, by default one in runs/evaluate named after the flags, holds config.json, records.jsonl (a line a chain or
@@ -47,7 +47,7 @@ from experiments.methods.budgets import fitted
 from experiments.methods.estimate import Estimate, duration
 from experiments.methods.method import Method
 from experiments.methods.records import Record
-from experiments.methods.score import TEXT, score_text
+from experiments.methods.score import score_text
 from experiments.methods.summary import Entry, summarise
 from experiments.reports import figures_tasks, plots, tables
 from experiments.tasks import TASKS, get
@@ -60,7 +60,7 @@ CONFIG, RECORDS, TEXTS, SUMMARY = "config.json", "records.jsonl", "text.jsonl", 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """The first `text_tokens` of the text are read; 0: all. `batch` rows are scored together, `width` write together.
+  """The first `text_tokens` of each text are read; 0: all. `batch` rows are scored together, `width` write together.
 
   `kv_budget_gib` bounds the cache of rows that write; rows without room wait on the host. The first `traces` prompts
   of each task are traced: which tokens each head holds when the first chain ends, for `experiments.report`.
@@ -73,7 +73,7 @@ class Config:
   budgets: tuple[int, ...] = ()
   budget_rule: Literal["paper", "seen"] = "paper"
   thresholds: tuple[float, ...] = ()
-  text: str = ""
+  text: tuple[str, ...] = ()
   text_tokens: int = 0
   lengths: tuple[int, ...] = (4096,)
   max_tokens: tuple[int, ...] = ()
@@ -166,45 +166,67 @@ def labelled(entries: list[Entry], baseline: str) -> list[Entry]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Text:
-  """A text in chunks of `length` tokens; a shorter last chunk is dropped."""
+class Texts:
+  """The texts of a run in chunks of T tokens, which are scored together.
 
-  tokens: np.ndarray
-  length: int
-  content: str
+  Fields:
+    chunks: int32 [n, T], text after text.
+    places: (name of the text, number of the chunk within it, fingerprint of the text) of each.
+  """
+
+  chunks: np.ndarray
+  places: list[tuple[str, int, str]]
 
   @property
-  def chunks(self) -> int:
-    return len(self.tokens) // self.length
+  def length(self) -> int:
+    return self.chunks.shape[1]
+
+  def settings(self, method: Method) -> dict[tuple, str]:
+    """{`Record.cell`: `Record.settings`} of a method's records."""
+    return {(*method.key, name, self.length): f"{content}-{method.checkpoint}" for name, _, content in self.places}
 
   def record(self, method: Method) -> Callable[..., Record]:
     """Makes the record of a chunk."""
-    return lambda chunk, chain, most, **found: Record(
-      method.name, TEXT, self.length, method.budget, chains=1, max_tokens=most, seed=0, prompt=chunk, chain=chain,
-      settings=f"{self.content}-{method.checkpoint}", **found,
-    )  # fmt: skip
+
+    def make(number: int, chain: int, most: int, **found) -> Record:
+      name, chunk, content = self.places[number]
+      return Record(
+        method.name, name, self.length, method.budget, chains=1, max_tokens=most, seed=0, prompt=chunk, chain=chain,
+        settings=f"{content}-{method.checkpoint}", **found,
+      )  # fmt: skip
+
+    return make
 
   def missing(self, method: Method, done: list[Record]) -> list[int]:
     """Numbers of the chunks without a record."""
-    own = *method.key, TEXT, self.length
-    there = {record.prompt for record in done if record.cell == own}
-    return [chunk for chunk in range(self.chunks) if chunk not in there]
+    own = *method.key, self.length
+    there = {(r.task, r.prompt) for r in done if (*r.cell[:2], r.length) == own}
+    return [number for number, place in enumerate(self.places) if place[:2] not in there]
 
 
-def read_texts(config: Config, tokenizer: Tokenizer, max_positions: int) -> list[Text]:
-  """The text of `--text` at every length; none without one.
+def read_texts(config: Config, tokenizer: Tokenizer, max_positions: int) -> list[Texts]:
+  """The texts of `--text` at every length; a shorter last chunk is dropped. None without a text.
 
   Raises:
-    ValueError: no such text, or it is shorter than a chunk.
+    ValueError: no such text, it is shorter than a chunk, or two have one name.
   """
-  if not config.text:
-    return []
-  tokens = np.asarray(tokenizer.encode(files.read_text("text", config.text)), np.int32)[: config.text_tokens or None]
-  if (longest := max(config.lengths)) > max_positions:
+  if config.text and (longest := max(config.lengths)) > max_positions:
     raise ValueError(f"--lengths={longest}: the model's context is {max_positions} tokens")
-  if len(tokens) < longest:
-    raise ValueError(f"--text={config.text} has {len(tokens)} tokens, less than a chunk of --lengths={longest}")
-  return [Text(tokens, length, program.fingerprint(tokens)) for length in config.lengths]
+  names = ["text"] if len(config.text) == 1 else [f"text {Path(path).stem}" for path in config.text]
+  if twice := sorted({name for name in names if names.count(name) > 1}):
+    raise ValueError(f"--text: several files would be called {twice[0]!r} in the results; rename one")
+  read = {}
+  for name, path in zip(names, config.text, strict=True):
+    read[name] = np.asarray(tokenizer.encode(files.read_text("text", path)), np.int32)[: config.text_tokens or None]
+    if len(read[name]) < longest:
+      raise ValueError(f"--text={path} has {len(read[name])} tokens, less than a chunk of --lengths={longest}")
+  found = []
+  for length in config.lengths if read else ():
+    parts = {name: tokens[: len(tokens) // length * length].reshape(-1, length) for name, tokens in read.items()}
+    about = {name: program.fingerprint(tokens) for name, tokens in read.items()}
+    places = [(name, chunk, about[name]) for name, part in parts.items() for chunk in range(len(part))]
+    found.append(Texts(np.concatenate(list(parts.values())), places))
+  return found
 
 
 def text_picture(path: Path, entries: list[Entry], title: str) -> str | None:
@@ -231,7 +253,7 @@ class Evaluation:
   """One folder of results: what is there, what is missing, and the summary of both."""
 
   def __init__(self, config: Config, chosen: TasksConfig, folder: Path, methods: list[Method], jobs: list[run.Job],
-               texts: list[Text], original: Model, tokenizer: Tokenizer):  # fmt: skip
+               texts: list[Texts], original: Model, tokenizer: Tokenizer):  # fmt: skip
     """Reads the records that exist.
 
     Raises:
@@ -249,8 +271,9 @@ class Evaluation:
       (*m.key, job.task.name, job.length): run.settings_of(job, m) for m in methods for job in jobs
     }  # fmt: skip
     records.check_settings(folder / RECORDS, self.task_records, expected)
-    expected = {(*m.key, TEXT, text.length): f"{text.content}-{m.checkpoint}" for m in methods for text in texts}
-    records.check_settings(folder / TEXTS, self.text_records, expected)
+    for text in texts:
+      for method in methods:
+        records.check_settings(folder / TEXTS, self.text_records, text.settings(method))
 
   def plan(self) -> int:
     """Checks every method on every task, logs what there is to do, and returns the work in tokens."""
@@ -268,9 +291,10 @@ class Evaluation:
         chains, there = chains + count, there + len(job.asked) * job.chains - count
         work += sum(job.work(method, prompt, most) for prompt, _, most in left)
     time = f", about {duration(work / self.speed)} at the speed of the last run" if work and self.speed else ""
-    cells = len(self.methods) * (len(self.jobs) + len(self.texts))
+    texts = len(self.config.text) * len(self.texts)
+    cells = len(self.methods) * (len(self.jobs) + texts)
     program.log(
-      f"{len(self.methods)} methods x {len(self.jobs)} tasks and {len(self.texts)} texts = {cells} cells: "
+      f"{len(self.methods)} methods x {len(self.jobs)} tasks and {texts} texts = {cells} cells: "
       f"{chains:,} chains and questions to do ({there:,} are there), up to {work:,} tokens{time}; results in "
       f"{self.folder}"
     )
@@ -299,7 +323,7 @@ class Evaluation:
       for method in self.methods:
         wanted = text.missing(method, self.text_records)
         parts = score_text(
-          self.original, method, text.tokens, text.length, wanted, text.record(method), batch=self.config.batch,
+          self.original, method, text.chunks, wanted, text.record(method), batch=self.config.batch,
           tick=lambda n, method=method, text=text: estimate.tick(f"text {text.length}, {method.label}", n),
         )  # fmt: skip
         for found in parts if wanted else ():
@@ -329,8 +353,8 @@ class Evaluation:
 
   def text_entries(self) -> list[Entry]:
     """The summary of the texts of this run, by length."""
-    lengths = [text.length for text in self.texts]
-    found = self.entries([record for record in self.text_records if record.length in lengths])
+    wanted = {(name, text.length) for text in self.texts for name, _, _ in text.places}
+    found = self.entries([record for record in self.text_records if (record.task, record.length) in wanted])
     return sorted(found, key=lambda entry: entry.length)
 
   def save(self) -> dict[str, Any]:
@@ -356,7 +380,9 @@ class Evaluation:
     drawn = []
     if text:
       shown = labelled(text, self.baseline)
-      drawn.append(text_picture(self.folder / "text.png", shown, Path(self.config.text).name))
+      for name in dict.fromkeys(entry.task for entry in shown):
+        own = [entry for entry in shown if entry.task == name]
+        drawn.append(text_picture(self.folder / f"{name.replace(' ', '-')}.png", own, name))
     plain = [entry for entry in tasks if "@" not in entry.metric and entry.max_tokens in (0, *self._last())]
     if plain:
       drawn.append(figures_tasks.tasks(self.folder / "tasks.png", labelled(plain, self.baseline), self.baseline, title))

@@ -3,7 +3,11 @@
     python -m experiments.retrofit --checkpoint=checkpoints/smollm2-135m-instruct --output=runs/retrofit/mine \\
       --data.paths=text.txt,chats.jsonl --retrofit.schedule.steps=400 --retrofit.schedule.final_cr=4
 
-Without a data set the model samples its own: --data.self_text.rows=256. The paper's neuron recipe:
+Without a data set the model samples its own: --data.self_text.rows=256. A reasoner trained by
+experiments.train_reasoner reads problems of its families: --data.families=countdown,grids. A run trains for one CR; the
+ramp takes retrofit.schedule.steps_per_cr steps a unit, and the rest has flags of its own:
+--retrofit.schedule.final_cr=4 --retrofit.schedule.steps=0 --retrofit.schedule.hold_steps=20
+--retrofit.optimizer.decay_steps=60. --crs=2,4,8 makes such a run for each of these CRs. The paper's neuron recipe:
 --dms.gate=neuron --retrofit.trainable=all --retrofit.schedule.fade_steps=2000. Low-rank updates of other projections:
 --lora.rank=16 --lora.targets=q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj.
 
@@ -27,6 +31,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import os
 import signal
@@ -47,9 +52,10 @@ from dms_jax.config import DMSConfig, LoRAConfig
 from dms_jax.model import Model
 from dms_jax.retrofit import DataConfig, RetrofitConfig, distributed, self_text
 from dms_jax.retrofit.config import check
-from dms_jax.retrofit.data import Packer, Source, load_sources
+from dms_jax.retrofit.data import Batches, Packer, Source, load_sources
 from dms_jax.retrofit.distributed import MeshConfig
 from dms_jax.retrofit.loop import LOG, Preempted, Run, train
+from dms_jax.retrofit.packing import StreamPacker, WholePacker
 from dms_jax.tokenizer import Tokenizer
 from experiments.bench import retrofit_step as retrofit_benchmark
 from experiments.common import program
@@ -69,6 +75,7 @@ DETERMINISTIC = ("--xla_gpu_deterministic_ops=true", "--xla_gpu_exclude_nondeter
 class Config:
   """Input, output and mode. The run stops after `stop_after` steps in total, as if interrupted; 0: at its end.
 
+  `crs` makes several runs, OUTPUT/cr2, OUTPUT/cr4, ..., one for each final CR; they share one compilation.
   `tensorboard` also writes OUTPUT/tensorboard (needs tensorboardX). `deterministic` restricts XLA to GPU operations
   with a fixed order of summation, so that a resumed run is bit-equal on a GPU too, but slower. CPUs and TPUs always
   use a fixed order. `benchmark` times `benchmark_steps` steps of the shape `preset` with random weights, without
@@ -77,6 +84,7 @@ class Config:
 
   checkpoint: str = ""
   output: str = ""
+  crs: tuple[float, ...] = ()
   stop_after: int = 0
   tensorboard: bool = False
   deterministic: bool = False
@@ -139,6 +147,14 @@ def scalars(folder: Path) -> Callable[[dict], None]:
   return write
 
 
+def prepare_process(deterministic: bool) -> None:
+  """Before anything asks for a device: XLA's flags of a `deterministic` run, and Orbax's errors in one line."""
+  if deterministic:
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *DETERMINISTIC]).strip()
+  if not program.FLAGS.debug and not program.FLAGS["verbosity"].present:
+    absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax shows a traceback for each thread
+
+
 def say(message: str) -> None:
   """Logs a line, on process 0 only."""
   if distributed.leads():
@@ -175,9 +191,44 @@ def texts(base: Callable[[], Model], tokenizer: Tokenizer, data: DataConfig, dty
   return sources
 
 
+def rows(sources: list[Source], data: DataConfig, settings: RetrofitConfig) -> Packer:
+  """The rows of `sources`: slices, or whole documents."""
+  if not data.whole_documents:
+    return Packer(sources, data, settings)
+  packer = WholePacker(sources, data, settings)
+  if packer.left_out:
+    shown = [f"number {number} of {name} ({size:,})" for name, number, size in packer.left_out[:3]]
+    more = ", ..." if len(packer.left_out) > len(shown) else ""
+    say(f"  {len(packer.left_out):,} documents are left out, longer than a row of {settings.seq_len:,} tokens: "
+        f"{', '.join(shown)}{more}")  # fmt: skip
+  return packer
+
+
+def generated(data: DataConfig, tokenizer: Tokenizer, settings: RetrofitConfig) -> StreamPacker:
+  """Rows of problems of `data.families`, made as training goes on.
+
+  Raises:
+    ValueError: a family is unknown, or the tokenizer lacks words of its problems.
+  """
+  from experiments.tasks import reasoning  # all tasks, of which other runs need none
+
+  documents = functools.partial(reasoning.documents, data.families, longest=settings.seq_len)
+  lacking = sorted(set(reasoning.VOCABULARY) - set(tokenizer.backend.get_vocab(with_added_tokens=True)))
+  if lacking:
+    raise ValueError(
+      f"data.families={','.join(data.families)}: this model's tokenizer lacks {len(lacking)} of their words, such as "
+      f"{lacking[0]!r}; they are for models of experiments.train_reasoner"
+    )
+  packer = StreamPacker(documents, tokenizer, data, settings)
+  sizes = packer.sizes()
+  say(f"  {','.join(data.families)}: {sum(sizes) / len(sizes):,.0f} tokens a document, the longest of {len(sizes)} has "
+      f"{max(sizes):,}; {packer.workers} processes make them")  # fmt: skip
+  return packer
+
+
 def carry_out(
   run: Run,
-  sources: list[Source],
+  packer: Batches,
   tokenizer: Tokenizer,
   *,
   mesh: Mesh | None = None,
@@ -204,7 +255,6 @@ def carry_out(
 
   drawing = plots.pyplot() is not None
   draw = lambda step: plots.training(run.directory / "log.png", run.directory / LOG) if drawing else None
-  packer = Packer(sources, run.data, settings)
   with asked_to_stop() as stop:
     last = train(run, packer, tokenizer, mesh=mesh, report=report, saved=draw, stop=stop, stop_after=stop_after)
   if distributed.leads():
@@ -212,17 +262,19 @@ def carry_out(
   return last
 
 
+def for_cr(settings: RetrofitConfig, cr: float) -> RetrofitConfig:
+  """`settings` with another final CR, and as many steps as its ramp, hold and decay take."""
+  return dataclasses.replace(settings, schedule=dataclasses.replace(settings.schedule, final_cr=cr, steps=0))
+
+
 def main() -> None:
   config = program.read_flags("", Config)
   settings, data = program.read_flags("retrofit", RetrofitConfig), program.read_flags("data", DataConfig)
-  dms, lora = gates_of(settings), program.read_flags("lora", LoRAConfig)
+  dms, lora = None if settings.objective == "lm" else gates_of(settings), program.read_flags("lora", LoRAConfig)
   devices = program.read_flags("mesh", MeshConfig)
-  if not program.FLAGS.debug and not program.FLAGS["verbosity"].present:
-    absl_logging.set_verbosity(
-      absl_logging.FATAL
-    )  # Orbax shows a traceback for each thread; this program prints one line
-  if config.deterministic:  # before anything asks for a device
-    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *DETERMINISTIC]).strip()
+  prepare_process(config.deterministic)
+  if settings.objective == "lm":
+    raise ValueError("--retrofit.objective=lm trains a model without gates: that is experiments.train_reasoner")
   if settings.trainable != "lora" and (
     given := [f"--lora.{f.name}" for f in dataclasses.fields(LoRAConfig) if program.FLAGS[f"lora.{f.name}"].present]
   ):
@@ -246,6 +298,8 @@ def main() -> None:
       print(retrofit_benchmark.table(config.preset, settings, result))
       program.finish(result)
     return
+  if config.crs and not settings.ramps:
+    raise ValueError(f"--crs: retrofit.objective={settings.objective} has no target CR")
   if not config.checkpoint or not config.output:
     raise ValueError("give --checkpoint=FOLDER of a model and --output=FOLDER of the run, or --benchmark")
   if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
@@ -253,18 +307,30 @@ def main() -> None:
   base = checkpoint.load(config.checkpoint, mesh=mesh)
   tokenizer = Tokenizer.load(config.checkpoint)
   output, start = Path(config.output), time.perf_counter()
-  sources = texts(lambda: base, tokenizer, data, settings.memory.compute_dtype, output)
-  board = scalars(output / "tensorboard") if config.tensorboard and distributed.leads() else lambda line: None
-  run = Run(base, dms, lora, settings, data, output)
+  if data.families:
+    packer = generated(data, tokenizer, settings)
+  else:
+    packer = rows(texts(lambda: base, tokenizer, data, settings.memory.compute_dtype, output), data, settings)
+  runs = {output / f"cr{cr:g}": for_cr(settings, cr) for cr in config.crs} or {output: settings}
+  lasts = {}
   try:
-    last = carry_out(run, sources, tokenizer, mesh=mesh, board=board, stop_after=config.stop_after or None)
+    with contextlib.closing(packer):
+      for directory, schedule in runs.items():
+        if config.crs:
+          say(f"{directory}: {schedule.schedule.steps} steps")
+        board = scalars(directory / "tensorboard") if config.tensorboard and distributed.leads() else lambda line: None
+        run = Run(base, dms, lora, schedule, data, directory)
+        lasts[directory.name] = carry_out(
+          run, packer, tokenizer, mesh=mesh, board=board, stop_after=config.stop_after or None
+        )
   except Preempted as reason:
     say(str(reason))
     sys.exit(128 + signal.SIGTERM)
   if not distributed.leads():
     return
   minutes = (time.perf_counter() - start) / 60
-  program.finish({"output": str(output), "minutes": minutes, "device": jax.devices()[0].device_kind, "last": last})
+  about = {"output": str(output), "minutes": minutes, "device": jax.devices()[0].device_kind}
+  program.finish(about | ({"runs": lasts} if config.crs else {"last": lasts[output.name]}))
 
 
 if __name__ == "__main__":

@@ -58,5 +58,5 @@ def test_settings_with_and_without_sections():
     from_json(RetrofitConfig, {"stepps": 3}, "x")
   with pytest.raises(ValueError, match=r"x: schedule: unknown field\(s\) \['stepps'\] for ScheduleConfig"):
     from_json(RetrofitConfig, {"schedule": {"stepps": 3}}, "x")
-  with pytest.raises(ValueError, match=r"x: retrofit\.schedule\.steps=0 must be at least 1"):
-    from_json(RetrofitConfig, {"steps": 0}, "x")
+  with pytest.raises(ValueError, match=r"x: retrofit\.schedule\.steps=-1 must be at least 1"):
+    from_json(RetrofitConfig, {"steps": -1}, "x")

@@ -10,7 +10,7 @@ import pytest
 
 from dms_jax import cache as caches
 from dms_jax import policies
-from dms_jax.config import DMSConfig, ModelConfig
+from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig
 from dms_jax.families import PRESETS
 from dms_jax.generation import decode as decoding
 from dms_jax.generation import together
@@ -18,6 +18,9 @@ from dms_jax.generation.sampling import Sampling
 from dms_jax.generation.stops import StopCriteria
 from dms_jax.model import Model, cached_forward
 from dms_jax.params import map_table, param_table
+from dms_jax.retrofit import LossConfig, MemoryConfig, RetrofitConfig
+from dms_jax.retrofit.loop import prepare
+from dms_jax.retrofit.step import Batch, init_state, train_step
 from pallas_kernels.common import compat
 from pallas_kernels.common.dispatch import log_once
 from tests.kernels.suite import needs_mosaic_gpu
@@ -40,6 +43,24 @@ def lowered_for_cuda(tokens: int, kind: str = "contiguous", policy=None, **optio
   arguments = Model(params, config, dms), policy, cache, struct((4, tokens), jnp.int32), struct((4,), jnp.int32)
   with compat.assume_hopper():
     return jax.jit(cached_forward, donate_argnums=2).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_training_without_gates_lowers_for_cuda():
+  """Packed documents, forward and backward: attention by the kernel, and no array of T x T scores."""
+  config, struct, rows, tokens = PRESETS["smollm2-135m"], jax.ShapeDtypeStruct, 2, 1024
+  settings = RetrofitConfig(
+    objective="lm", trainable="all", batch_size=rows, seq_len=tokens, loss=LossConfig("lm"), memory=MemoryConfig()
+  )
+  base = Model(map_table(lambda _, spec: struct(spec.shape, jnp.float32), param_table(config)), config)
+  student, teacher, trained = jax.eval_shape(lambda base: prepare(base, None, LoRAConfig(), settings), base)
+  state = jax.eval_shape(partial(init_state, settings), trained)
+  ids = struct((rows, tokens), jnp.int32)
+  batch, key = Batch(ids, ids, struct((rows, tokens), jnp.bool)), jax.eval_shape(lambda: jax.random.key(0))
+  with compat.assume_hopper(), jax.numpy_dtype_promotion("standard"):  # optax
+    lowered = train_step.trace(state, student, teacher, batch, key, settings).lower(lowering_platforms=("cuda",))
+  text = lowered.as_text()
+  assert all(f"window_bias_{name}" in text for name in ("forward", "dq", "dkv"))
+  assert f"{tokens}x{tokens}" not in text
 
 
 def test_prefill_of_a_model_lowers_for_cuda():

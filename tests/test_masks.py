@@ -97,5 +97,6 @@ def test_agrees_with_the_oracle(window, shift, decisions):
   np.testing.assert_array_equal(seen, oracle.visible(oracle.about(computed, shift), window))
   held = oracle.slot_reuse(computed, window, shift)
   assert int(masks.held_tokens(about, window)) == seen[-1].sum() == len(held[-1])
+  assert float(masks.keys_read(about, window)) == seen.sum()
   for i, positions in enumerate(held):
     assert set(positions) == set(np.flatnonzero(seen[i]))

@@ -23,24 +23,25 @@ POSITIONS = 1024  # positions whose logits [V] are in memory at once
 
 @partial(jax.jit, static_argnames=("window",))
 def _score(original: Model, model: Model | None, tokens: Int[Array, "B T"], threshold, window: int | None) -> dict:
-  """Sums over the scored positions of all rows (`_sums`), and `held`, tokens held at the end of each row."""
+  """Sums over scored positions (`_sums`); [L, B, K] each: `held`, tokens at the end of rows, and `reads`, keys read."""
   hidden = [forward(original, tokens)[0]]
-  held = None
+  held = reads = None
   if model is not None:
     eviction = Eviction(threshold=threshold, window=window) if model.dms else None
     states, logits = forward(model, tokens, eviction=eviction)
     hidden.append(states)
     if logits is not None:
       evicted = masks.about_key(logits > threshold, model.dms.lag(window), False)
-      held = masks.held_tokens(evicted, model.dms.window if window is None else window)
-  return {**_sums([original, model][: len(hidden)], hidden, tokens), "held": held}
+      window = model.dms.window if window is None else window
+      held, reads = masks.held_tokens(evicted, window), masks.keys_read(evicted, window)
+  return {**_sums([original, model][: len(hidden)], hidden, tokens), "held": held, "reads": reads}
 
 
 @partial(jax.jit, static_argnames=("chunk",))
 def _score_policy(
   original: Model, model: Model, policy: Policy, cache: caches.Cache, tokens: Int[Array, "B T"], chunk: int
 ) -> dict:
-  """`_score` with `model` reading `tokens` into `cache` under `policy`; adds `reads` [L, B, K], keys read."""
+  """`_score` with `model` reading `tokens` into `cache` under `policy`."""
   lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
   states, usage = decode_text(model, policy, cache, tokens, lengths, chunk=chunk)
   sums = _sums([original, model], [forward(original, tokens)[0], states], tokens)
@@ -136,9 +137,9 @@ def text_quality(
 
   Returns:
     `perplexity_original`, `perplexity`, `perplexity_change` (a share), `kl` = KL(original || model) in nats per token,
-    `achieved_cr` at T = `length`, `held_per_head` float [L, K] (mean tokens held), `chunks`; under a policy also
-    `reads_cr`, keys read by dense attention over keys read. `by_chunk`: arrays [chunks] of `nll_original`, `nll` and
-    `kl` in nats per token, and `held`, tokens held at the end, mean over layers and heads.
+    `achieved_cr` at T = `length`, `held_per_head` float [L, K] (mean tokens held), `reads_cr` (keys read by dense
+    attention over keys read), `chunks`. `by_chunk`: arrays [chunks] of `nll_original`, `nll` and `kl` in nats per
+    token, and, mean over layers and heads, `held`, tokens held at the end, and `reads`, keys read by all tokens.
 
   Raises:
     ValueError: the text is shorter than one chunk of `length`, or `chunk` is no positive number or has no policy.
@@ -154,7 +155,7 @@ def text_quality(
     check_rows(policy, None)
   rows = np.asarray(tokens[: chunks * length], np.int32).reshape(chunks, length)
   sums: dict[str, list[np.ndarray]] = {}
-  held = []
+  held, reads = [], []
   for start in progress(range(0, chunks, batch)):
     part = rows[start : start + batch]
     if policy is None:
@@ -164,7 +165,8 @@ def text_quality(
       out = jax.device_get(_score_policy(original, model, policy, cache, part, chunk))
     if out["held"] is not None:
       held.append(out["held"])
-    for name in set(out) - {"held"}:
+      reads.append(np.asarray(out["reads"], np.float64))
+    for name in set(out) - {"held", "reads"}:
       sums.setdefault(name, []).append(np.asarray(out[name], np.float64))
   totals = {name: float(sum(part.sum() for part in parts)) for name, parts in sums.items()}
   scored = chunks * (length - 1)
@@ -184,10 +186,9 @@ def text_quality(
     all_held = np.concatenate(held, axis=1)  # [L, chunks, K]
     result["achieved_cr"] = float(achieved_cr(all_held, np.full(chunks, length)))
     result["held_per_head"] = all_held.mean(axis=1)
-    result["by_chunk"]["held"] = all_held.mean(axis=(0, 2))
-  if policy is not None:
-    heads = model.config.num_layers * model.config.num_kv_heads
-    result["reads_cr"] = chunks * length * (length + 1) / 2 * heads / totals["reads"]
+    read = np.concatenate(reads, axis=1).mean(axis=(0, 2))
+    result["by_chunk"] |= {"held": all_held.mean(axis=(0, 2)), "reads": read}
+    result["reads_cr"] = length * (length + 1) / 2 / read.mean()
   return result
 
 

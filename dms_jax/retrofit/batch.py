@@ -14,10 +14,14 @@ from dms_jax.retrofit.config import RetrofitConfig
 
 @struct.dataclass
 class Batch:
-  """`tokens` int32 [B, T]; `segment_ids` int32 [B, T], 0 for padding (None: each row one document)."""
+  """`tokens` int32 [B, T]; `segment_ids` int32 [B, T], 0 for padding (None: each row one document).
+
+  `loss_mask` bool [B, T]: tokens whose prediction the loss counts, False on prompts and padding (None: all real ones).
+  """
 
   tokens: Int[Array, "B T"]
   segment_ids: Int[Array, "B T"] | None = None
+  loss_mask: Bool[Array, "B T"] | None = None
 
 
 def real_tokens(batch: Batch) -> Bool[Array, "B T"]:
@@ -33,14 +37,20 @@ def run(model: Model, batch: Batch, config: RetrofitConfig, **options):
 def text_loss(
   kind: losses.Loss, hidden: Float[Array, "B T D"], student: Model, teacher: Model, batch: Batch, config: RetrofitConfig
 ) -> Float[Array, ""]:
-  """The loss `kind`, nats, mean over the counted tokens; `hidden`: the student's states before the final norm."""
+  """The loss `kind`, nats, mean over the counted tokens; `hidden`: the student's states before the final norm.
+
+  Under a `loss_mask` the divergence from the teacher, too, counts only where the next token is in the mask.
+  """
   c, ids, real = student.config, batch.segment_ids, real_tokens(batch)
   normed = lambda model, hidden: rms_norm(hidden, model.params["final_norm"], c.rms_norm_eps)
   # The token after an end of text does not depend on the text before, so ends of text are not counted.
   counted = real & ~jnp.isin(batch.tokens, jnp.asarray(c.eos_token_ids, jnp.int32))
-  if kind == "lm":
+  if kind == "lm" or batch.loss_mask is not None:
     goes_on = jnp.arange(real.shape[1]) < real.shape[1] - 1
     counted = counted & (goes_on if ids is None else goes_on & (jnp.roll(ids, -1, axis=1) == ids))
+  if batch.loss_mask is not None:
+    counted = counted & jnp.roll(batch.loss_mask, -1, axis=1)
+  if kind == "lm":
     against = {"targets": jnp.roll(batch.tokens, -1, axis=1)}
   else:
     against = {"teacher": normed(teacher, run(teacher, batch, config)[0]), "teacher_head": output_head(teacher)}

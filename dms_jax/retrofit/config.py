@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from collections.abc import Callable
 from typing import Any, Literal, get_args, get_type_hints
 
-from dms_jax.config import DMSConfig, LoRAConfig, Objective
+import jax
+
+from dms_jax.config import DMSConfig, LoRAConfig
 
 # Ranges of single fields: {rule: (test of a value, names of the fields)}.
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -19,44 +22,82 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
   "be positive": (lambda x: x > 0, "optimizer.learning_rate optimizer.clip_norm loss.tau loss.bound"),
   "be 0 or more": (
     lambda x: x >= 0,
-    "optimizer.warmup_steps optimizer.weight_decay loss.compression_weight trimkv.lm_weight",
+    "schedule.hold_steps optimizer.warmup_steps optimizer.weight_decay loss.compression_weight trimkv.lm_weight",
   ),
   "lie in [0, 1)": (lambda x: 0.0 <= x < 1.0, "optimizer.beta1 optimizer.beta2 saving.ema_decay"),
+  "lie in [0, 1]": (lambda x: 0.0 <= x <= 1.0, "optimizer.final_rate"),
 }
 
 
+def traced(*leaves: str) -> Callable[[type], type]:
+  """Class decorator: the config is a pytree with the fields `leaves`; the others are static.
+
+  A jitted function that takes such a config compiles once for all values of its leaves.
+  """
+
+  def register(cls: type) -> type:
+    static = [f.name for f in dataclasses.fields(cls) if f.name not in leaves]
+
+    def unflatten(values, numbers):
+      config = object.__new__(cls)  # without the checks, which cannot read traced numbers
+      for name, value in zip((*leaves, *static), (*numbers, *values), strict=True):
+        object.__setattr__(config, name, value)
+      return config
+
+    flatten = lambda config: ([getattr(config, n) for n in leaves], tuple(getattr(config, n) for n in static))
+    jax.tree_util.register_pytree_node(cls, flatten, unflatten)
+    return cls
+
+  return register
+
+
+@traced("steps", "initial_cr", "final_cr", "steps_per_cr", "fade_steps", "hold_steps")
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
   """The length of a run, in optimizer steps, and its target compression ratio (CR) by step.
 
   In the first `fade_steps` steps the neuron gate's channel fades out of attention and nothing is evicted (phase 1 of
   arXiv 2506.05345, appendix C, of 2000 steps). Then the target CR rises linearly from `initial_cr` to `final_cr`, by 1
-  in `steps_per_cr` steps, and stays there. `steps` counts all steps. `zero_neuron` sets the borrowed weights to 0 after
-  the fading, so that every gate starts closed; it needs `trainable` "all".
+  in `steps_per_cr` steps, and stays there. `steps` counts all steps; 0 means those up to the final CR, `hold_steps` at
+  it, and the optimizer's `decay_steps`. `zero_neuron` sets the borrowed weights to 0 after the fading, so that every
+  gate starts closed; it needs `trainable` "all".
   """
 
   steps: int = 1000
+  hold_steps: int = 0
   initial_cr: float = 1.0
   final_cr: float = 8.0
   steps_per_cr: int = 100
   fade_steps: int = 0
   zero_neuron: bool = False
 
+  def step_of_cr(self, cr: float | int) -> int:
+    """The first step whose target is at least `cr`."""
+    return self.fade_steps + math.ceil((cr - self.initial_cr) * self.steps_per_cr)
 
+  @property
+  def ramp_steps(self) -> int:
+    """Steps before the first whose target is `final_cr`."""
+    return self.step_of_cr(self.final_cr)
+
+
+@traced("learning_rate", "warmup_steps", "decay_steps", "final_rate")
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
   """AdamW with clipping by the global norm. `learning_rate` is the peak: it rises linearly over `warmup_steps` steps
-  and falls linearly to 0 over the last `decay_steps`."""
+  and falls linearly over the last `decay_steps` (-1: all steps after the warm-up) to the share `final_rate` of it."""
 
   learning_rate: float = 1e-3
   warmup_steps: int = 20
   decay_steps: int = 0
+  final_rate: float = 0.0
   beta1: float = 0.9
   beta2: float = 0.95
   weight_decay: float = 0.0
   clip_norm: float = 1.0
 
 
+@traced("compression_weight")
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
   """The loss: that of `kind` plus `compression_weight` times the compression loss.
@@ -64,7 +105,7 @@ class LossConfig:
   `kind`: "reverse_kl" is KL(student || teacher), which NVIDIA's trainer computes; "forward_kl" KL(teacher || student);
   "lm" the next token's negative log-likelihood, without a teacher. `teacher`: "original" is the untouched model, "same"
   the current weights with eviction off. `tau` is the temperature of the relaxed decisions. A loss above `bound`, or one
-  that is not finite, ends the run.
+  that is not finite, ends the run. The loss of `kind` does not count the prediction of a document's prompt.
   """
 
   kind: Literal["reverse_kl", "forward_kl", "lm"] = "reverse_kl"
@@ -93,6 +134,9 @@ class MemoryConfig:
 class SavingConfig:
   """What a run writes. The training state is saved every `save_every` steps; the last `keep_states` are kept.
 
+  `snapshots` writes cr2, cr3, ... as the target reaches each CR, before anything is trained at it. A run of its own for
+  each CR, with `schedule.hold_steps` and `optimizer.decay_steps`, ends with a better model, and compiles nothing anew.
+
   `export`: exported checkpoints hold a small "retrofit" on top of the base, or a whole "model" with low-rank updates
   merged; "auto" means "model" if the base is trained, else "retrofit". With `ema_decay` above 0 they hold the
   exponential moving average of the trained parameters.
@@ -100,6 +144,7 @@ class SavingConfig:
 
   save_every: int = 100
   keep_states: int = 2
+  snapshots: bool = True
   export: Literal["auto", "retrofit", "model"] = "auto"
   ema_decay: float = 0.0
 
@@ -122,21 +167,22 @@ class KVzapConfig:
   prompt: str = "\n\nRepeat the previous context exactly."
 
 
+@traced("seed", "schedule", "optimizer", "loss")
 @dataclasses.dataclass(frozen=True)
 class RetrofitConfig:
   """How gates (and weights) are trained.
 
   `objective`: "dms" trains decisions to evict at a target CR; "trimkv" the retention of each token, under a soft
   capacity; "kvzap" regresses gates on scores of a reconstruction; "dmc" trains decisions to merge at a target CR. The
-  modules of these names in `dms_jax.retrofit` say how. `schedule`'s CR is for "dms" and "dmc", and `loss` is not used
-  by "kvzap".
+  modules of these names in `dms_jax.retrofit` say how. "lm" trains all weights of a model without gates to predict the
+  next token, as from scratch. `schedule`'s CR is for "dms" and "dmc", and `loss` is not used by "kvzap".
 
   `trainable`: "gates" alone, "lora" (gates and low-rank updates, base frozen) or "all" weights. A step takes
   `batch_size` rows of `seq_len` tokens, in `microbatches` parts whose gradients are accumulated. `seed` determines the
   data order, the initial gates and the noise.
   """
 
-  objective: Objective = "dms"
+  objective: Literal["dms", "trimkv", "kvzap", "dmc", "lm"] = "dms"
   trainable: Literal["gates", "lora", "all"] = "lora"
   batch_size: int = 2
   seq_len: int = 4096
@@ -151,6 +197,15 @@ class RetrofitConfig:
   kvzap: KVzapConfig = KVzapConfig()
 
   def __post_init__(self):
+    schedule, decay = self.schedule, max(self.optimizer.decay_steps, 0)
+    if schedule.hold_steps or schedule.steps == 0:
+      steps = schedule.ramp_steps + schedule.hold_steps + decay
+      if schedule.steps not in (0, steps):
+        raise ValueError(
+          f"retrofit.schedule.steps={schedule.steps} is not the ramp's {schedule.ramp_steps} steps + "
+          f"hold_steps={schedule.hold_steps} + optimizer.decay_steps={decay}: leave hold_steps out, or give steps=0"
+        )
+      object.__setattr__(self, "schedule", dataclasses.replace(schedule, steps=steps))
     for config, prefix in ((self, ""), *((getattr(self, name), f"{name}.") for name in _sections(self))):
       for name, annotation in get_type_hints(type(config)).items():
         if get_args(annotation) and (value := getattr(config, name)) not in get_args(annotation):
@@ -161,7 +216,8 @@ class RetrofitConfig:
           raise ValueError(f"retrofit.{name}={value!r} must {rule}")
     schedule = self.schedule
     for name in ("schedule.fade_steps", "optimizer.decay_steps"):
-      if not 0 <= (value := operator.attrgetter(name)(self)) <= schedule.steps:
+      least = -1 if name == "optimizer.decay_steps" else 0
+      if not least <= (value := operator.attrgetter(name)(self)) <= schedule.steps:
         raise ValueError(f"retrofit.{name}={value} must lie between 0 and steps={schedule.steps}")
     if not 1.0 <= schedule.initial_cr <= schedule.final_cr:
       raise ValueError(
@@ -216,12 +272,20 @@ def _sections(config: RetrofitConfig | type[RetrofitConfig]) -> list[str]:
   return [f.name for f in dataclasses.fields(config) if dataclasses.is_dataclass(f.default)]
 
 
-def check(dms: DMSConfig, lora: LoRAConfig, config: RetrofitConfig) -> None:
+def check(dms: DMSConfig | None, lora: LoRAConfig, config: RetrofitConfig) -> None:
   """Checks that the settings fit together.
 
   Raises:
     ValueError: they do not; the message names the flags.
   """
+  if config.objective == "lm" or dms is None:
+    needed = {"objective": "lm", "loss.kind": "lm", "trainable": "all"}
+    found = {name: operator.attrgetter(name)(config) for name in needed}
+    if dms is not None or found != needed:
+      spelled = lambda values: ", ".join(f"retrofit.{name}={value}" for name, value in values.items())
+      wrong = {name: value for name, value in found.items() if value != needed[name]}
+      raise ValueError(f"a model without gates is trained with {spelled(needed)}, not with {spelled(wrong) or 'gates'}")
+    return
   if dms.objective != config.objective:
     raise ValueError(f"dms.objective={dms.objective} follows retrofit.objective={config.objective}: leave it out")
   if config.objective == "kvzap" and config.trainable != "gates":
@@ -278,18 +342,32 @@ class DataConfig:
   """Text to train on. Paths are files, folders or globs; rows are sampled from them by `weights` (one a path, default
   equal).
 
-  A record of a `.jsonl` or `.json` list is a document: its `text`, its chat `messages` (through the model's template),
-  or its `fields`, joined by newlines. Any other file is one document. `self_text` adds text of the model's own as the
-  last path. Packed documents do not attend to each other unless `separate_documents` is False.
+  A record of a `.jsonl` or `.json` list is a document: its `text`, after its `prompt` if it has one, its chat
+  `messages` (through the model's template), or its `fields`, joined by newlines. Any other file is one document.
+  `self_text` adds text of the model's own as the last path. Packed documents do not attend to each other unless
+  `separate_documents` is False.
+
+  Rows are cut from the text anywhere. With `whole_documents` they hold whole documents, and padding behind the last;
+  documents longer than a row are left out. `families` takes generated problems of these families with their solutions,
+  whole, instead of paths; `workers` processes make them ahead of training (-1: one a core, 0: none).
   """
 
   paths: tuple[str, ...] = ()
   weights: tuple[float, ...] = ()
   fields: tuple[str, ...] = ("question", "answer")
   separate_documents: bool = True
+  whole_documents: bool = False
+  families: tuple[str, ...] = ()
+  workers: int = -1
   self_text: SelfTextConfig = SelfTextConfig()
 
   def __post_init__(self):
+    if self.workers < -1:
+      raise ValueError(f"data.workers={self.workers} must be -1 (one a core), 0 or more")
+    if self.families and (self.paths or self.self_text.rows):
+      raise ValueError("data.families are generated: leave data.paths and data.self_text out, or data.families")
+    if (self.families or self.whole_documents) and not self.separate_documents:
+      raise ValueError("data.separate_documents=false: whole documents of a row never see each other; leave it out")
     count = len(self.paths) + bool(self.self_text.rows)
     if self.weights and len(self.weights) != count:
       raise ValueError(f"data.weights has {len(self.weights)} numbers for {count} paths (self_text is the last)")

@@ -43,7 +43,9 @@ class StepFlops:
     return self.student + self.teacher
 
 
-def step_flops(config: ModelConfig, dms: DMSConfig, lora: LoRAConfig | None, retrofit: RetrofitConfig) -> StepFlops:
+def step_flops(
+  config: ModelConfig, dms: DMSConfig | None, lora: LoRAConfig | None, retrofit: RetrofitConfig
+) -> StepFlops:
   """FLOPs of one training step of `batch_size` rows of `seq_len` tokens.
 
   Per token, with N the number of weights of all projections and of the output head (the embedding look-up is free):

@@ -1,10 +1,12 @@
-"""Text to train on: documents from paths, packed into rows. A step's batch depends only on the seed and the step.
+"""Text to train on: documents from paths, cut into rows. A step's batch depends only on the seed and the step.
 
-A resumed run therefore reads the same rows as an uninterrupted one.
+A resumed run therefore reads the same rows as an uninterrupted one. `dms_jax/retrofit/packing.py` has rows of whole
+documents.
 """
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import glob
 import json
@@ -20,11 +22,15 @@ from dms_jax.retrofit.step import Batch
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """The tokens of one path, int32 [n], and the number of each token's document, int32 [n], from 1."""
+  """The tokens of one path, int32 [n], and the number of each token's document, int32 [n], from 1.
+
+  `loss_mask` bool [n], False on prompts; None if no document has one.
+  """
 
   name: str
   tokens: np.ndarray
   document: np.ndarray
+  loss_mask: np.ndarray | None = None
 
 
 def _files(pattern: str) -> list[Path]:
@@ -38,20 +44,22 @@ def _files(pattern: str) -> list[Path]:
   return found
 
 
-def _record_text(record, tokenizer, fields: tuple[str, ...], where: str) -> str:
+def _record_text(record, tokenizer, fields: tuple[str, ...], where: str) -> tuple[str, str]:
   if isinstance(record, dict):
     if isinstance(record.get("text"), str):
-      return record["text"]
+      if not isinstance(prompt := record.get("prompt", ""), str):
+        raise ValueError(f"{where}: `prompt` must be a string, found {type(prompt).__name__}")
+      return prompt, record["text"]
     if isinstance(record.get("messages"), list):
-      return tokenizer.chat(record["messages"], add_generation_prompt=False)
+      return "", tokenizer.chat(record["messages"], add_generation_prompt=False)
     if all(isinstance(record.get(f), str) for f in fields):
-      return "\n".join(record[f] for f in fields)
+      return "", "\n".join(record[f] for f in fields)
   keys = sorted(record) if isinstance(record, dict) else type(record).__name__
   raise ValueError(f"{where}: a record needs `text`, `messages` or the fields {fields} (data.fields); it has {keys}")
 
 
-def documents(path: Path, tokenizer, fields: tuple[str, ...]) -> Iterator[str]:
-  """The documents of one file; see `DataConfig`.
+def documents(path: Path, tokenizer, fields: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+  """The documents of one file, (prompt, text) each, the prompt mostly empty; see `DataConfig`.
 
   Raises:
     ValueError: the file is not UTF-8 or not JSON, or a record has no text; names the file and line.
@@ -71,11 +79,24 @@ def documents(path: Path, tokenizer, fields: tuple[str, ...]) -> Iterator[str]:
       for number, record in enumerate(records if isinstance(records, list) else [records]):
         yield _record_text(record, tokenizer, fields, f"{path}[{number}]")
     else:
-      yield text
+      yield "", text
   except UnicodeDecodeError as error:
     raise ValueError(f"{path}: not UTF-8 text ({error})") from None
   except json.JSONDecodeError as error:
     raise ValueError(f"{path}: not valid JSON ({error})") from None
+
+
+def encode(tokenizer, prompt: str, text: str) -> tuple[list[int], int]:
+  """(token ids of a document, how many of them are its prompt's); the end-of-text token is the last.
+
+  A document with a prompt that already ends with that token gets no second one. A document without text has no tokens.
+  """
+  end = list(tokenizer.eos_token_ids[:1])
+  if not prompt:
+    ids = tokenizer.encode(text)
+    return (ids + end if ids else []), 0
+  before, after = tokenizer.encode(prompt), tokenizer.encode(text, continues=True)
+  return before + after + (end if after[-1:] != end else []), len(before)
 
 
 def load_sources(config: DataConfig, tokenizer, self_text: Path | None = None) -> list[Source]:
@@ -94,24 +115,46 @@ def load_sources(config: DataConfig, tokenizer, self_text: Path | None = None) -
     raise ValueError(
       "data.paths is empty: name text, .jsonl files or folders, or let the model write: --data.self_text.rows=256"
     )
-  end = list(tokenizer.eos_token_ids[:1])
   sources = []
   for name, pattern in named:
-    pieces, numbers, number = [], [], 0
+    pieces, numbers, masks, number = [], [], [], 0
     for path in _files(pattern):
-      for text in documents(path, tokenizer, config.fields):
-        ids = tokenizer.encode(text)
+      for prompt, text in documents(path, tokenizer, config.fields):
+        ids, before = encode(tokenizer, prompt, text)
         if ids:
           number += 1
-          pieces.append(np.asarray(ids + end, np.int32))
-          numbers.append(np.full(len(pieces[-1]), number, np.int32))
+          pieces.append(np.asarray(ids, np.int32))
+          numbers.append(np.full(len(ids), number, np.int32))
+          masks.append(np.arange(len(ids)) >= before)
     if not pieces:
       raise ValueError(f"data.paths: {pattern!r} holds no text")
-    sources.append(Source(name, np.concatenate(pieces), np.concatenate(numbers)))
+    mask = np.concatenate(masks)
+    sources.append(Source(name, np.concatenate(pieces), np.concatenate(numbers), None if mask.all() else mask))
   return sources
 
 
-class Packer:
+class Batches(abc.ABC):
+  """The batches of a run, by step."""
+
+  config: RetrofitConfig
+
+  @abc.abstractmethod
+  def fingerprints(self) -> dict[str, str]:
+    """A description of the content of each source, by its name; a resumed run must find the same."""
+
+  @abc.abstractmethod
+  def batch(self, step: int, only: Sequence[int] | None = None) -> Batch:
+    """The batch of training step `step`; with `only`, just these of its rows, counted from 0."""
+
+  def notes(self, step: int) -> dict[str, float]:
+    """Figures about the batch of `step` for the log, once after `batch(step)`."""
+    return {}
+
+  def close(self) -> None:  # noqa: B027
+    """Ends the processes that make batches, if there are any."""
+
+
+class Packer(Batches):
   """Rows of `seq_len` tokens. Row r is a random slice of a source sampled by weight; both depend only on (seed, r)."""
 
   def __init__(self, sources: list[Source], data: DataConfig, config: RetrofitConfig):
@@ -121,26 +164,35 @@ class Packer:
           f"data.paths: {source.name!r} holds {len(source.tokens)} tokens, less than a row of "
           f"retrofit.seq_len={config.seq_len}: add text or shorten the rows"
         )
-    weights = np.asarray(data.weights or [1.0] * len(sources), np.float64)
-    self.sources, self.config, self.weights = sources, config, weights / weights.sum()
+    self._prepare(sources, data, config)
     # If no row can hold two documents, attention need not compare segments.
     self.separate = data.separate_documents and any(s.document[-1] > 1 for s in sources)
+    self.masked = any(s.loss_mask is not None for s in sources)
+
+  def _prepare(self, sources: list[Source], data: DataConfig, config: RetrofitConfig) -> None:
+    weights = np.asarray(data.weights or [1.0] * len(sources), np.float64)
+    self.sources, self.config, self.weights = sources, config, weights / weights.sum()
 
   def fingerprints(self) -> dict[str, str]:
     """Length and checksum of each source, by its name; a resumed run must find the same."""
-    return {s.name: f"{len(s.tokens)} tokens, CRC-32 {zlib.crc32(s.tokens.tobytes()):08x}" for s in self.sources}
 
-  def row(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, segment ids from 1) of row `number`, int32 [T] each."""
+    def crc(source: Source) -> int:
+      mask = b"" if source.loss_mask is None else source.loss_mask.tobytes()
+      return zlib.crc32(mask, zlib.crc32(source.tokens.tobytes()))
+
+    return {s.name: f"{len(s.tokens)} tokens, CRC-32 {crc(s):08x}" for s in self.sources}
+
+  def row(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(tokens int32 [T], segment ids int32 [T] from 1, loss mask bool [T]) of row `number`."""
     rng = np.random.default_rng([self.config.seed, number])
     source = self.sources[rng.choice(len(self.weights), p=self.weights)]
     start = int(rng.integers(0, len(source.tokens) - self.config.seq_len + 1))
     cut = slice(start, start + self.config.seq_len)
-    return source.tokens[cut], source.document[cut] - source.document[start] + 1
+    mask = np.ones(self.config.seq_len, bool) if source.loss_mask is None else source.loss_mask[cut]
+    return source.tokens[cut], source.document[cut] - source.document[start] + 1, mask
 
   def batch(self, step: int, only: Sequence[int] | None = None) -> Batch:
-    """The batch of training step `step`; with `only`, just these of its rows, counted from 0."""
     size = self.config.batch_size
     rows = [self.row(step * size + i) for i in (range(size) if only is None else only)]
-    tokens, segments = (np.stack(column) for column in zip(*rows, strict=True))
-    return Batch(tokens, segments if self.separate else None)
+    tokens, segments, mask = (np.stack(column) for column in zip(*rows, strict=True))
+    return Batch(tokens, segments if self.separate else None, mask if self.masked else None)

@@ -24,7 +24,7 @@ from orbax.checkpoint import multihost
 from dms_jax.model import Model
 from dms_jax.params import Params, param_table
 from dms_jax.retrofit.config import RetrofitConfig
-from dms_jax.retrofit.data import Packer
+from dms_jax.retrofit.data import Batches
 from dms_jax.retrofit.step import Batch, TrainState, init_state
 from dms_jax.sharding import make_mesh, tree_shardings
 
@@ -119,7 +119,7 @@ def place_state(config: RetrofitConfig, student: Model, trained: Params, mesh: M
   return jax.jit(make, out_shardings=tree_shardings(jax.eval_shape(make, trained), mesh, table))(trained)
 
 
-def feed(packer: Packer, step: int, mesh: Mesh) -> Batch:
+def feed(packer: Batches, step: int, mesh: Mesh) -> Batch:
   """The batch of training step `step` on the mesh; this process packs only the rows of its own devices."""
   sharding = NamedSharding(mesh, P("data"))
   shape = packer.config.batch_size, packer.config.seq_len

@@ -26,10 +26,10 @@ from dms_jax import checkpoint
 from dms_jax.config import DMSConfig, LoRAConfig, from_json, read_json, to_json
 from dms_jax.model import Model
 from dms_jax.params import Params, join_params, param_table, split_params
-from dms_jax.retrofit import distributed, kvzap, schedule
+from dms_jax.retrofit import distributed, kvzap
 from dms_jax.retrofit.config import DataConfig, RetrofitConfig, check
-from dms_jax.retrofit.data import Packer
-from dms_jax.retrofit.step import TrainState, cast_trained, init_retrofit, split_trained, train_step, zero_neuron
+from dms_jax.retrofit.data import Batches
+from dms_jax.retrofit.step import TrainState, init_retrofit, split_trained, train_step, trained_model, zero_neuron
 from dms_jax.sharding import make_mesh, tree_shardings
 
 LOG = "log.jsonl"
@@ -43,24 +43,30 @@ class Preempted(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A retrofit of the untouched model `base`, in `directory`: gates, low-rank updates and training settings."""
+  """A retrofit of the untouched model `base`, in `directory`: gates, low-rank updates and training settings.
+
+  Without gates (`dms` None) it is the training of `base` itself, under the objective "lm".
+  """
 
   base: Model
-  dms: DMSConfig
+  dms: DMSConfig | None
   lora: LoRAConfig
   config: RetrofitConfig
   data: DataConfig
   directory: Path
 
-  def settings(self, packer: Packer) -> dict[str, dict]:
-    """The settings that identify this run, as run.json holds them."""
+  def settings(self, packer: Batches) -> dict[str, dict | None]:
+    """The settings that identify this run, as run.json holds them; the number of workers changes no batch."""
+    data = {name: value for name, value in to_json(self.data).items() if name != "workers"}
     return {
-      "model": to_json(self.base.config), "dms": to_json(self.dms), "lora": to_json(self.lora),
-      "retrofit": to_json(self.config), "data": to_json(self.data), "text": packer.fingerprints(),
+      "model": to_json(self.base.config), "dms": to_json(self.dms) if self.dms else None, "lora": to_json(self.lora),
+      "retrofit": to_json(self.config), "data": data, "text": packer.fingerprints(),
     }  # fmt: skip
 
 
-def prepare(base: Model, dms: DMSConfig, lora: LoRAConfig, config: RetrofitConfig) -> tuple[Model, Model, Params]:
+def prepare(
+  base: Model, dms: DMSConfig | None, lora: LoRAConfig, config: RetrofitConfig
+) -> tuple[Model, Model, Params]:
   """(student without the trained parameters, teacher, trained parameters).
 
   Frozen weights are cast to the compute dtype. Trained parameters start as stored, or freshly initialised where the
@@ -84,7 +90,7 @@ def prepare(base: Model, dms: DMSConfig, lora: LoRAConfig, config: RetrofitConfi
   return student.replace(params=join_params(cast(frozen), teacher.params)), teacher, trained  # one copy serves both
 
 
-def _claim_directory(directory: Path, settings: dict[str, dict]) -> None:
+def _claim_directory(directory: Path, settings: dict[str, dict | None]) -> None:
   """Writes run.json, or checks that an existing one has the same settings."""
   path = directory / RUN
   if not path.exists():
@@ -92,8 +98,10 @@ def _claim_directory(directory: Path, settings: dict[str, dict]) -> None:
     checkpoint.write_text(path, json.dumps(settings, indent=1))
     return
   found = read_json(path)
-  for name, cls in (("retrofit", RetrofitConfig), ("dms", DMSConfig)):  # of an earlier version: with today's fields
-    found[name] = to_json(from_json(cls, found.get(name) or {}, f"{path}: {name}"))
+  # of an earlier version: with today's fields
+  for name, cls in (("retrofit", RetrofitConfig), ("dms", DMSConfig), ("data", DataConfig)):
+    if settings[name] is not None:
+      found[name] = to_json(from_json(cls, found.get(name) or {}, f"{path}: {name}"))
   if differ := _differences(found, settings):
     raise ValueError(f"{directory} holds a run with other settings ({'; '.join(differ)}); choose another --output")
 
@@ -174,8 +182,7 @@ def export(run: Run, student: Model, state: TrainState, path: Path, tokenizer=No
   if config.whole_model and config.trainable != "all":
     model = student.replace(params=join_params(student.params, run.base.params, trained)).merged()
   else:
-    trained = cast_trained(student, trained, jnp.dtype(config.memory.compute_dtype))
-    model = student.replace(params=join_params(student.params, trained))
+    model = trained_model(student, trained, jnp.dtype(config.memory.compute_dtype))
   groups = ("base", "gate", "lora") if config.whole_model else ("gate", "lora")
   with distributed.together():
     checkpoint.save(path, model, tokenizer if config.whole_model else None, groups=groups, metadata=metadata)
@@ -183,7 +190,7 @@ def export(run: Run, student: Model, state: TrainState, path: Path, tokenizer=No
 
 def train(
   run: Run,
-  packer: Packer,
+  packer: Batches,
   tokenizer=None,
   *,
   mesh: Mesh | None = None,
@@ -196,8 +203,8 @@ def train(
   """Trains `run` to its end, resuming from the last checkpoint in its directory if there is one.
 
   Writes into `run.directory`: run.json (settings), log.jsonl (one line a step), state/ (the latest training states,
-  Orbax), and cr2/, cr3/, ... and final/: a usable checkpoint whenever the target reaches a whole CR, and at the end.
-  Objectives without a target CR (`RetrofitConfig.ramps`) write final/ alone.
+  Orbax), and cr2/, cr3/, ... and final/: a usable checkpoint whenever the target reaches a whole CR (if
+  `saving.snapshots`), and at the end. Objectives without a target CR (`RetrofitConfig.ramps`) write final/ alone.
 
   Args:
     mesh: the devices to train on (`distributed.create_mesh`); default one device. Every process must call; only process
@@ -233,8 +240,8 @@ def train(
   frame = None
   if config.objective == "kvzap":
     frame = kvzap.frame(tokenizer, config, run.base.config.max_position_embeddings)
-  crs = range(2, math.floor(config.schedule.final_cr) + 1) if config.ramps else ()
-  usable = {schedule.step_of_cr(config, cr): cr for cr in crs}
+  crs = range(2, math.floor(config.schedule.final_cr) + 1) if config.ramps and config.saving.snapshots else ()
+  usable = {config.schedule.step_of_cr(cr): cr for cr in crs}
 
   def write(name: str, done: int) -> None:
     about = {"step": done, "retrofit": settings["retrofit"], "data": settings["data"]}
@@ -270,7 +277,7 @@ def train(
           seconds = (time.perf_counter() - clock) / len(pending)
           with distributed.together():
             for (at, _), value in zip(pending, values, strict=True):
-              line = _line(config, at, seconds, value, heads=kept and at == step)
+              line = _line(config, at, seconds, value | packer.notes(at), heads=kept and at == step)
               log.write(json.dumps(line) + "\n")
               _check_finite(config, line, directory)
               if leads:
@@ -307,7 +314,8 @@ def _line(config: RetrofitConfig, step: int, seconds: float, values: dict, heads
   """A line of the log; `heads` adds the gate rate of each head, [L][K]. Numbers that are not finite become null."""
   line = {"step": step, "tokens": (step + 1) * config.batch_size * config.seq_len, "seconds": round(seconds, 4)}
   rates = values.get("gate_rates")
-  line |= {n: float(x) if math.isfinite(x) else None for n, x in values.items() if n != "gate_rates"}
+  plain = lambda x: x if isinstance(x, int) else float(x) if math.isfinite(x) else None
+  line |= {n: plain(x) for n, x in values.items() if n != "gate_rates"}
   if heads and rates is not None:
     line["gate_rates"] = [[round(float(x), 4) for x in row] for row in rates]
   return line

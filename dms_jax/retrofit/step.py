@@ -56,9 +56,9 @@ def split_trained(model: Model, trainable: str) -> tuple[Params, Params]:
 
 
 def optimizer(config: RetrofitConfig) -> optax.GradientTransformation:
-  """AdamW with clipping by global norm."""
+  """AdamW with clipping by global norm; the numbers of `config`'s schedules may be traced."""
   o = config.optimizer
-  adamw = optax.adamw(schedule.learning_rate(config), o.beta1, o.beta2, weight_decay=o.weight_decay)
+  adamw = optax.adamw(partial(schedule.learning_rate, config), o.beta1, o.beta2, weight_decay=o.weight_decay)
   return optax.chain(optax.clip_by_global_norm(o.clip_norm), adamw)
 
 
@@ -74,6 +74,15 @@ def cast_trained(model: Model, trained: Params, dtype) -> Params:
   table = param_table(model.config, model.dms, model.lora)
   cast = lambda path, x: x if table[path].group == "gate" else x.astype(dtype)
   return unflatten({path: cast(path, x) for path, x in flatten(trained).items()})
+
+
+def trained_model(model: Model, trained: Params, dtype) -> Model:
+  """`model` with the parameters `trained` so far, in `dtype` (see `cast_trained`), in buffers of its own.
+
+  It outlives the next step, which deletes the buffers of the state that it is given.
+  """
+  copied = jax.tree.map(jnp.copy, trained)
+  return model.replace(params=join_params(model.params, cast_trained(model, copied, dtype)))
 
 
 def zero_neuron(model: Model, state: TrainState) -> TrainState:
@@ -140,7 +149,14 @@ def _compression_metrics(dms: DMSConfig, logits: Float[Array, "L B K T"], real: 
   return {"gate_rate": rates.mean(), "gate_rates": rates, "held_share": held_share(held, jnp.maximum(tokens, 1))}
 
 
-@partial(jax.jit, static_argnames=("config", "fading"), donate_argnames=("state",))
+def lm_loss(student: Model, batch: Batch, config: RetrofitConfig) -> tuple[Float[Array, ""], dict[str, Array]]:
+  """The next token's negative log-likelihood under a model without gates, of the objective "lm"."""
+  hidden, _ = run(student, batch, config)
+  loss = text_loss("lm", hidden, student, student, batch, config)
+  return loss, {"nll": loss}
+
+
+@partial(jax.jit, static_argnames=("fading",), donate_argnames=("state",))
 def train_step(
   state: TrainState,
   student: Model,
@@ -159,6 +175,7 @@ def train_step(
     state: donated.
     student: holds the frozen parameters only; the trained ones come from `state`.
     key: the run's random key; the noise of a step depends only on it and on `state.step`.
+    config: the numbers of its schedules are traced (`config.traced`): another CR, hold or decay compiles nothing.
     fading: whether the step belongs to phase 1 (`ScheduleConfig.fade_steps`).
     frame: tokens before a text and between it and its repetition, for the objective "kvzap" (`kvzap.frame`).
   """
@@ -173,6 +190,8 @@ def train_step(
     original = teacher
     if config.loss.teacher == "same":
       original = whole.replace(params=jax.lax.stop_gradient(whole.params))
+    if config.objective == "lm":
+      return lm_loss(whole, part, config)
     if config.objective == "trimkv":
       return trimkv.loss_fn(whole, original, part, config)
     if config.objective == "kvzap":
@@ -204,7 +223,7 @@ def train_step(
     taken = state.step.astype(jnp.float32)
     decay = jnp.minimum(config.saving.ema_decay, (1.0 + taken) / (10.0 + taken))
     ema = optax.incremental_update(trained, ema, 1.0 - decay)
-  metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": schedule.learning_rate(config)(state.step)}
+  metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": schedule.learning_rate(config, state.step)}
   return placed((TrainState(state.step + 1, trained, opt_state, ema), metrics))
 
 

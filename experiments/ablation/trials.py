@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from dms_jax import policies
 from dms_jax.config import DMSConfig, LoRAConfig
-from dms_jax.retrofit import DataConfig, RetrofitConfig, schedule
+from dms_jax.retrofit import DataConfig, RetrofitConfig
 from dms_jax.retrofit.config import check
 from experiments import retrofit
 from experiments.ablation import sweeps
@@ -137,7 +137,8 @@ def trial(said: dict[str, Any], whole: dict[str, Any], base: str, root: Path) ->
       if settings.trainable != "lora" and (given := [flag for flag in said if flag.startswith("lora.")]):
         raise ValueError(f"retrofit.trainable={settings.trainable!r} has no low-rank updates for {given} to change")
       last, crs = settings.schedule.steps, range(2, int(settings.schedule.final_cr) + 1)
-      saved = ["final", *(f"cr{cr}" for cr in crs if schedule.step_of_cr(settings, cr) <= last)]
+      crs = crs if settings.saving.snapshots else ()
+      saved = ["final", *(f"cr{cr}" for cr in crs if settings.schedule.step_of_cr(cr) <= last)]
       if evaluation.checkpoint not in saved:
         raise ValueError(f"eval.checkpoint={evaluation.checkpoint!r} is none of {saved}, which a run saves")
   except ValueError as error:

@@ -2,7 +2,8 @@
 
 The model has random weights and no gates. A cache is created in the state after a text of `tokens` tokens, in which
 every head holds the budget (`experiments.bench.synthetic`). Steps are timed in compiled decode blocks, each from the
-same state, so no text is read and none grows.
+same state, so no text is read and none grows. A policy that cuts its heads every `buffer` tokens is timed over as many
+steps, which include one cut; the budget bounds what a head holds just before it.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from dms_jax.cache.base import rounded
 from dms_jax.generation import decode as decoding
 from dms_jax.generation.decode import StopCriteria
 from dms_jax.generation.sampling import Sampling
-from dms_jax.model import Model
+from dms_jax.layers import rope_frequencies
+from dms_jax.model import Model, check_policy
 from dms_jax.policies import Policy, Vanilla
+from dms_jax.policies.periodic import Periodic
+from dms_jax.policies.triattention import Calibration
 from experiments.bench import synthetic
 from experiments.bench.generate_points import Energy, clock, copied, small
 
@@ -39,7 +43,24 @@ def held_tokens(policy: Policy, tokens: int, budget: int) -> int:
   """Tokens that each head holds after a text of `tokens` tokens."""
   if not policy.evicts:
     return tokens
+  if isinstance(policy, Periodic):
+    return policy.budget + policy.buffer  # the first step cuts it
   return int(policy.capacity(tokens)) if policy.bounded else budget
+
+
+def with_budget(name: str, model: Model, budget: int) -> Policy:
+  """The policy called `name`, under which a head of `model` holds at most `budget` tokens; a calibration is random."""
+  cls, config = policies.get(name), model.config
+  policy: Policy = cls(**{"budget": budget})
+  if isinstance(policy, Periodic):
+    buffer = min(policy.buffer, max(budget // 4, 1))
+    policy = policy.replace(budget=budget - buffer, buffer=buffer)
+  if name == "triattention":
+    draw = np.random.default_rng(0).normal
+    centres = draw(size=(config.num_layers, config.num_heads, config.head_dim)).astype(np.float32)
+    norms = np.abs(centres[..., : config.head_dim // 2]) + 1
+    policy = policy.replace(tables=Calibration(centres, norms, np.asarray(rope_frequencies(config))[None]))
+  return policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,13 +77,13 @@ class Steps:
   steps: int = 16
   seconds: float = 0.5
 
-  def cache_shape(self, policy: Policy, kind: str, held: int) -> Cache:
-    """A cache with room for the tokens that a decode block adds."""
-    model, longest = self.model, rounded(held + self.steps)
+  def cache_shape(self, policy: Policy, kind: str, held: int, steps: int) -> Cache:
+    """A cache with room for the tokens that a decode block of `steps` steps adds."""
+    model, longest = self.model, rounded(held + steps)
     if kind == "contiguous":
       return synthetic.slots_shape(model, policy, batch=self.rows, longest=longest)
     page, config = policy.page or PAGE, model.config
-    archived = max(held - policy.window - 1, 0) + self.steps
+    archived = max(held - policy.window - 1, 0) + steps
     pages = self.rows * config.num_layers * config.num_kv_heads * -(-archived // page)
     return synthetic.pages_shape(model, policy, batch=self.rows, longest=longest, pages=pages, page=page)
 
@@ -72,10 +93,11 @@ class Steps:
     Raises:
       RuntimeError: rows without room.
     """
-    policy = policy.resolved(0)
-    before = self.tokens - self.steps
+    policy = check_policy(self.model, policy)
+    steps = policy.buffer if isinstance(policy, Periodic) else self.steps
+    before = self.tokens - steps
     held = held_tokens(policy, before, self.budget)
-    shape = self.cache_shape(policy, kind, held)
+    shape = self.cache_shape(policy, kind, held, steps)
     cache = synthetic.filled(shape, self.model, policy, tokens=before, held=held)
     begin = copied((small(cache), synthetic.running_rows(self.rows)))
     sampling, criteria = Sampling(), StopCriteria(jnp.zeros(0, jnp.int32))
@@ -83,7 +105,7 @@ class Steps:
     def decode_block(cache: Cache) -> tuple[Cache, Any]:
       fresh, rows = copied(begin)
       cache, _, emitted, counts = decoding.decode_block(
-        self.model, policy, cache.replace(**fresh), rows, sampling, criteria, steps=self.steps, history=False
+        self.model, policy, cache.replace(**fresh), rows, sampling, criteria, steps=steps, history=False
       )
       return cache, (emitted, counts)
 
@@ -93,7 +115,7 @@ class Steps:
     live = float(np.asarray(counts.live).mean())
     best, _, _ = clock(decode_block, cache, self.seconds, Energy())
     return {
-      "ms": best / self.steps * 1e3, "tokens_per_s": self.rows * self.steps / best, "CR": self.tokens / live,
+      "ms": best / steps * 1e3, "tokens_per_s": self.rows * steps / best, "CR": self.tokens / live,
       "cache_bytes": synthetic.nbytes(shape),
     }  # fmt: skip
 
@@ -104,6 +126,5 @@ class Steps:
 
   def against_dense(self, name: str, kind: str) -> dict[str, Any]:
     """`measure` of the policy called `name`, and of the dense cache."""
-    settings: dict[str, Any] = {"budget": self.budget}
-    row = self.measure(policies.get(name)(**settings), kind)
+    row = self.measure(with_budget(name, self.model, self.budget), kind)
     return row | {"dense_ms": self.dense["ms"], "dense_ratio": self.dense["ms"] / row["ms"]}

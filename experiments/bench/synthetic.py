@@ -146,7 +146,7 @@ def filled(
   shape: Cache, model: Model, policy: Policy, *, tokens: int, held: int | None = None, shared: bool = False,
   seed: int = 0,
 ) -> Cache:  # fmt: skip
-  """A cache of these shapes after `tokens` tokens of each row; statistics and summaries of pages are random.
+  """A cache of these shapes after `tokens` tokens of each row; statistics, memories and summaries are random.
 
   Args:
     held: tokens that every head holds, more than the window; default: those that the policy's decisions leave.
@@ -165,6 +165,7 @@ def filled(
     kv=noise(shape.kv, seed),
     stats={name: noise(stat, seed + 2) for name, stat in shape.stats.items()},
     summaries=noise(shape.summaries, seed + 3),
+    memory={name: noise(memory, seed + 4) for name, memory in shape.memory.items()},
     archived=jnp.asarray(every(archived)),
     evicted=jnp.asarray(every(evicted)),
     seen=jnp.full(batch, tokens, jnp.int32),

@@ -29,7 +29,7 @@ class Record:
 
   Fields:
     method: the method's name.
-    task: the task's name.
+    task: the task's name; "text" for chunks of a text, with the file's name if there are several.
     length: T, requested tokens of the prompt; None if the task fixes the length.
     budget: the bound on the method's cache, by name: `budget` (tokens a head), `cr`, `threshold`; empty without one.
     chains: W, all chains of the prompt.
@@ -39,7 +39,7 @@ class Record:
     chain: this chain's number, from 0.
     settings: fingerprints of the task's prompts and of the checkpoint, which together decide the outcome.
     tokens: tokens seen by the cache: all but the last one written; for a question the mean over its rows.
-    reads: KV reads of all decode steps, mean over layers and heads; None if nothing was decoded.
+    reads: KV reads of all decode steps, of a text of all its tokens, mean over layers and heads; None for questions.
     peak: most tokens held at once, mean over layers and heads; None if nothing was decoded.
     achieved_cr: tokens seen over tokens held at the end of the chain.
     grades: {metric: per cent}, or nats a token: `answer_loglik`; `nll`, `kl`: less is better.

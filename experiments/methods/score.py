@@ -16,8 +16,6 @@ from experiments.methods.budgets import fitted
 from experiments.methods.method import Method
 from experiments.methods.records import Record
 
-TEXT = "text"  # the name under which the chunks of a text are recorded
-
 
 def masked(policy: Policy) -> float | Policy | None:
   """None or a threshold if a mask on the whole text gives the same scores as a cache under `policy`, else `policy`."""
@@ -82,15 +80,16 @@ def _scored(
 
 
 def score_text(
-  original: Model, method: Method, tokens: np.ndarray, length: int, wanted: Sequence[int],
+  original: Model, method: Method, chunks: np.ndarray, wanted: Sequence[int],
   record: Callable[..., Record], *, batch: int, tick: Callable[[int], None],
 ) -> Iterator[list[Record]]:  # fmt: skip
-  """Scores chunks of a text: `nll` and `kl` = KL(original || method), nats per token; lower is better.
+  """Scores chunks of texts: `nll` and `kl` = KL(original || method), nats per token; lower is better.
 
   Args:
-    length: tokens of a chunk.
-    wanted: numbers of the chunks; blocks of `batch` chunks are scored together, the same in a resumed run.
+    chunks: int [n, T].
+    wanted: their numbers; blocks of `batch` chunks are scored together, the same in a resumed run.
   """
+  length = chunks.shape[1]
   limit = masked(method.policy)
   if isinstance(limit, Policy):
     (group,), _ = fitted(method.model, method.policy, method.given, [length])
@@ -99,18 +98,19 @@ def score_text(
     settings = {"model": None if method.model is original else method.model}
   else:
     settings = {"model": method.model, "threshold": limit}
-  for start in range(0, len(tokens) // length, batch):
-    block = range(start, min(start + batch, len(tokens) // length))
+  for start in range(0, len(chunks), batch):
+    block = range(start, min(start + batch, len(chunks)))
     if not set(block).intersection(wanted):
       continue
-    part = tokens[block.start * length : block.stop * length]
+    part = chunks[start : block.stop].reshape(-1)
     found = text_quality(original, tokens=part, length=length, batch=batch, **settings)["by_chunk"]
     held = found.get("held", np.full(len(block), length))
+    reads = found.get("reads", np.full(len(block), length * (length + 1) / 2))
     nll = found.get("nll", found["nll_original"])
     kl = found.get("kl", np.zeros(len(block)))
     yield [
       record(
-        number, 0, 0, tokens=length, reads=None, peak=None, achieved_cr=float(length / held[i]),
+        number, 0, 0, tokens=length, reads=float(reads[i]), peak=None, achieved_cr=float(length / held[i]),
         grades={"nll": float(nll[i]), "kl": float(kl[i])},
       )
       for i, number in enumerate(block)

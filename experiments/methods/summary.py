@@ -13,7 +13,6 @@ import numpy as np
 from experiments.methods import pareto
 from experiments.methods.method import label
 from experiments.methods.records import Record
-from experiments.methods.score import TEXT
 
 ACCURACY = "accuracy"  # the metric of answers that are right, 100, or wrong, 0
 SUBSETS = 500  # subsets of chains that vote; of more, so many are sampled
@@ -177,7 +176,7 @@ def _entry(chains, metric, count, most, values, is_base, base) -> Entry:
   difference = difference_se = None
   if not is_base and len(paired):
     difference, difference_se = float(paired.mean()), standard_error(paired)
-  if first.task == TEXT and metric == "nll":
+  if metric == "nll":
     metric, mean, error = "perplexity", math.exp(mean), None if error is None else error * math.exp(mean)
     if difference is not None:  # of exponentials of means; its error by the delta method, paired
       both = np.array([(values[prompt], base[prompt]) for prompt in values if prompt in base])

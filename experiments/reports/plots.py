@@ -100,7 +100,9 @@ def live_tokens(plt, dense: dict, dms: dict, *, read: int, title: str) -> Any:
 
 @picture
 def training(plt, log: Path) -> Any:
-  """A retrofit's log: loss, target and achieved compression, gates, and the gate rate of every layer and head.
+  """A training's log: loss, target and achieved compression, gates, and the gate rate of every layer and head.
+
+  Without a target only the loss is drawn.
 
   Args:
     log: the lines of log.jsonl, a JSON object for each step; lines with `gate_rates` [L][K] give the lower row. Nothing
@@ -111,20 +113,22 @@ def training(plt, log: Path) -> Any:
     return None
   steps, heads = [line["step"] for line in lines], [line for line in lines if "gate_rates" in line]
   column = lambda name: [math.nan if line.get(name) is None else line[name] for line in lines]
-  top = ["loss", "cr", "gates"]
+  ramps = "target_cr" in lines[-1]
+  top = ["loss", "cr", "gates"] if ramps else ["loss"]
   layout = [top, ["heads", "heads", "layers"]] if heads else [top]
-  figure, axes = plt.subplot_mosaic(layout, figsize=(15, 4.2 * len(layout)), layout="constrained")
+  figure, axes = plt.subplot_mosaic(layout, figsize=(15 if ramps else 7, 4.2 * len(layout)), layout="constrained")
   name, label = ("kl", "KL, nats per token") if "kl" in lines[-1] else ("nll", "next token, nats")
   axes["loss"].plot(steps, column(name), lw=0.6, color=DMS)
   axes["loss"].set(title="distillation loss" if name == "kl" else "language-model loss", ylabel=label)
   if max(column(name), default=0) > 0:
     axes["loss"].set_yscale("log")
-  axes["cr"].plot(steps, column("target_cr"), "k--", label="target (share of decisions)")
-  axes["cr"].plot(steps, column("achieved_cr"), lw=0.6, color=DMS, label="achieved at the row length")
-  axes["cr"].set(title="compression", ylabel="CR")
-  axes["gates"].plot(steps, column("gate_rate"), lw=0.6, color=DMS, label="decisions that evict")
-  axes["gates"].plot(steps, column("compression_loss"), lw=0.6, color=DENSE, label="compression loss")
-  axes["gates"].set(title="gates", ylim=(0, 1))
+  if ramps:
+    axes["cr"].plot(steps, column("target_cr"), "k--", label="target (share of decisions)")
+    axes["cr"].plot(steps, column("achieved_cr"), lw=0.6, color=DMS, label="achieved at the row length")
+    axes["cr"].set(title="compression", ylabel="CR")
+    axes["gates"].plot(steps, column("gate_rate"), lw=0.6, color=DMS, label="decisions that evict")
+    axes["gates"].plot(steps, column("compression_loss"), lw=0.6, color=DENSE, label="compression loss")
+    axes["gates"].set(title="gates", ylim=(0, 1))
   for axis in (axes[part] for part in top):
     axis.set_xlabel("step")
     axis.grid(alpha=0.3)

@@ -89,17 +89,19 @@ def scores(entries: Sequence[Entry], baseline: str, tasks: Mapping[str, type[Tas
 
 
 def texts(entries: Sequence[Entry]) -> str:
-  """Perplexity and divergence of methods on a text, by length: a row for each method and length."""
+  """Perplexity and divergence of methods on texts, by length: a row for each text, length and method."""
   short, cells = short_names(list(dict.fromkeys(entry.method for entry in entries))), {}
   for entry in entries:
-    cells.setdefault((entry.length, entry.method), {})[entry.metric] = entry
+    cells.setdefault((entry.task, entry.length, entry.method), {})[entry.metric] = entry
   rows = []
-  for (length, method), metrics in cells.items():
+  for (name, length, method), metrics in cells.items():
     perplexity, kl = metrics["perplexity"], metrics.get("kl")
     more = perplexity.difference
     change = "" if more is None else f"{more / (perplexity.mean - more):+.2%}"
     rows.append([
-      f"{length:,}", short[method], f"{perplexity.mean:.3f}", "" if kl is None else f"{kl.mean:.4f}", change,
-      f"{perplexity.achieved_cr:.2f}",
+      name.removeprefix("text "), f"{length:,}", short[method], f"{perplexity.mean:.3f}",
+      "" if kl is None else with_error("kl", kl.mean, kl.standard_error), change, f"{perplexity.achieved_cr:.2f}",
+      "" if perplexity.reads is None else f"{length * (length + 1) / 2 / perplexity.reads:.2f}",
     ])  # fmt: skip
-  return markdown(["T", "method", "perplexity", "KL", "perplexity change", "CR at T"], rows)
+  names = ["text", "T", "method", "perplexity", "KL", "perplexity change", "CR at T", "CR of reads"]
+  return markdown(names, rows)

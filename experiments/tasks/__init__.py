@@ -6,8 +6,11 @@ from experiments.tasks.base import TASKS as TASKS
 from experiments.tasks.base import get as get
 from experiments.tasks.base import register as register
 from experiments.tasks.common_words import CommonWords as CommonWords
+from experiments.tasks.countdown import Countdown as Countdown
 from experiments.tasks.frequent_words import FrequentWords as FrequentWords
 from experiments.tasks.gpqa import GPQA as GPQA
+from experiments.tasks.graphs import Graphs as Graphs
+from experiments.tasks.grids import Grids as Grids
 from experiments.tasks.gsm8k import GSM8K as GSM8K
 from experiments.tasks.gsm8k_cot import GSM8KCoT as GSM8KCoT
 from experiments.tasks.hellaswag import HellaSwag as HellaSwag
@@ -19,4 +22,5 @@ from experiments.tasks.needle import Needle as Needle
 from experiments.tasks.needle import NeedleMultiKey as NeedleMultiKey
 from experiments.tasks.needle import NeedleMultiQuery as NeedleMultiQuery
 from experiments.tasks.needle import NeedleMultiValue as NeedleMultiValue
+from experiments.tasks.programs import Programs as Programs
 from experiments.tasks.tracking import Tracking as Tracking

@@ -31,7 +31,7 @@ def test_chunks_under_dms_equal_the_mask(model, tokens):
   original = tiny.model()
   masked = text_quality(original, model, tokens, LENGTH)
   chunked = text_quality(original, model, tokens, LENGTH, policy=policies.DMS(), chunk=CHUNK)
-  for name in ("perplexity_original", "perplexity", "kl", "achieved_cr"):
+  for name in ("perplexity_original", "perplexity", "kl", "achieved_cr", "reads_cr"):
     assert chunked[name] == pytest.approx(masked[name], rel=2e-5), name
   np.testing.assert_array_equal(chunked["held_per_head"], masked["held_per_head"])
   assert chunked["kl"] > 0.01 and chunked["achieved_cr"] > 1.1

@@ -139,12 +139,12 @@ def test_questions_have_budgets_of_their_own(models, tmp_path, monkeypatch):
 
 
 def test_chunks_of_a_text(models):
-  tokens = np.asarray(tiny.tokens(models[0].config, 1, 100))[0]
-  text = evaluate.Text(tokens, 24, "t")
-  score = lambda method, wanted: [
+  tokens = np.asarray(tiny.tokens(models[0].config, 1, 96))[0]
+  text = evaluate.Texts(tokens.reshape(4, 24), [("text", chunk, "t") for chunk in range(4)])
+  score = lambda method, wanted, text=text: [
     record
     for part in evaluate.score_text(
-      models[0], method, tokens, 24, wanted, text.record(method), batch=2, tick=lambda n: None
+      models[0], method, text.chunks, wanted, text.record(method), batch=2, tick=lambda n: None
     )
     for record in part
   ]
@@ -164,11 +164,18 @@ def test_chunks_of_a_text(models):
     assert perplexity.mean == pytest.approx(quality.get("perplexity", quality["perplexity_original"]), rel=1e-5)
     assert perplexity.achieved_cr == pytest.approx(quality.get("achieved_cr", 1.0)) and perplexity.samples == 4
     assert entries[name, "kl"].mean == pytest.approx(quality.get("kl", 0.0), abs=1e-6)
+    assert 24 * 25 / 2 / perplexity.reads == pytest.approx(quality.get("reads_cr", 1.0))
     if name != "vanilla":
       before = quality["perplexity_original"]
       assert perplexity.difference == pytest.approx(quality["perplexity"] - before, rel=1e-4)
   assert text.missing(bounded, found["tova"][:3] + found["dms"]) == [3]
   assert score(bounded, [3]) == found["tova"][3:]
+  places = [("text a", 0, "a"), ("text b", 0, "b"), ("text b", 1, "b"), ("text b", 2, "b")]
+  several = evaluate.Texts(text.chunks, places)  # the same chunks, of two texts
+  made = score(bounded, several.missing(bounded, found["tova"]), several)
+  assert [(record.task, record.prompt) for record in made] == [place[:2] for place in places]
+  assert [record.grades for record in made] == [record.grades for record in found["tova"]]
+  assert several.missing(bounded, made[2:]) == [0, 1]
 
 
 # Chains ---------------------------------------------------------------------------------------------------------------
@@ -249,7 +256,7 @@ def test_a_killed_run_gives_the_same_records(checkpoints, tmp_path, monkeypatch,
   (tmp_path / "text").write_text("abc, def. " * 9)
   config = evaluate.Config(
     checkpoint=base, retrofit=(retrofit,), methods=("vanilla", "dms", "tova"), cr=(2.0,), max_tokens=(4, 9), width=3,
-    batch=2, text=str(tmp_path / "text"), lengths=(24,), dtype="float32", output=str(tmp_path / "whole"), traces=1,
+    batch=2, text=(str(tmp_path / "text"),), lengths=(24,), dtype="float32", output=str(tmp_path / "whole"), traces=1,
   )  # fmt: skip
   settings = {
     evaluate.Config: config, TasksConfig: TasksConfig(("echo", "gsm8k"), limit=3, chains=(1, 2), temperature=1.0),
@@ -302,7 +309,7 @@ def test_a_killed_run_gives_the_same_records(checkpoints, tmp_path, monkeypatch,
   settings[GSM8K] = GSM8K(settings[GSM8K].data, shots=1)
   with pytest.raises(ValueError, match="holds records of vanilla on gsm8k made with other settings"):
     evaluate.main()
-  settings[evaluate.Config] = dataclasses.replace(config, text=str(tmp_path / "text"), lengths=(99,))
+  settings[evaluate.Config] = dataclasses.replace(config, text=(str(tmp_path / "text"),), lengths=(99,))
   with pytest.raises(ValueError, match=r"--text=\S+ has 90 tokens, less than a chunk of --lengths=99"):
     evaluate.main()
 

@@ -110,6 +110,7 @@ BY_THE_NEURON = {"schedule__fade_steps": 2}
 IN_THE_DATA = {"batch_size": 3, "seq_len": 12, "seed": 1}
 IN_THE_LOOP = {
   "schedule__steps",
+  "saving__snapshots",
   "saving__save_every",
   "saving__keep_states",
   "loss__bound",
@@ -117,11 +118,13 @@ IN_THE_LOOP = {
   "schedule__zero_neuron",
 }  # tests/test_survival.py
 OF_THE_MACHINE = {"memory__compute_dtype": "bfloat16"}
+OF_THE_SCHEDULE = {"schedule__hold_steps", "optimizer__final_rate"}  # tests/test_step.py
 OF_OTHERS = {"objective", "trimkv__capacity", "trimkv__lm_weight", "kvzap__prompt"}  # tests/test_objectives.py
 
 
 def test_every_field_is_accounted_for():
-  known = {*IN_THE_STEP, *SAME_RESULT, *BY_THE_NEURON, *IN_THE_DATA, *IN_THE_LOOP, *OF_THE_MACHINE, *OF_OTHERS}
+  known = {*IN_THE_STEP, *SAME_RESULT, *BY_THE_NEURON, *IN_THE_DATA, *IN_THE_LOOP, *OF_THE_MACHINE}
+  known |= {*OF_THE_SCHEDULE, *OF_OTHERS}
   fields = lambda config: {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
   sections = {name: value for name, value in fields(BASE).items() if dataclasses.is_dataclass(value)}
   assert known == {*fields(BASE)} - {*sections} | {f"{n}__{field}" for n, s in sections.items() for field in fields(s)}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dms_jax import testing as tiny
-from dms_jax.config import DMSConfig, LoRAConfig
+from dms_jax.config import DMSConfig, LoRAConfig, from_json, to_json
 from dms_jax.layers import rms_norm
 from dms_jax.model import Eviction, forward
 from dms_jax.params import flatten, param_table
@@ -25,6 +25,7 @@ from dms_jax.retrofit.step import (
   loss_fn,
   split_trained,
   train_step,
+  trained_model,
 )
 from tests.helpers import changed, load_golden
 
@@ -144,6 +145,10 @@ def test_hard_decisions_carry_the_sigmoid_gradient():
   np.testing.assert_allclose(grad, sigmoid * (1 - sigmoid), rtol=1e-5)
 
 
+def ids_equal(batch, b, t):
+  return batch.segment_ids is None or batch.segment_ids[b, t] == batch.segment_ids[b, t + 1]
+
+
 def numpy_losses(model, batch, noise, cr, config):
   """Both losses in plain numpy from the model's states and z."""
   hidden, z = quick_forward(
@@ -159,6 +164,9 @@ def numpy_losses(model, batch, noise, cr, config):
   tokens = np.asarray(batch.tokens)
   real = np.ones(tokens.shape, bool) if batch.segment_ids is None else np.asarray(batch.segment_ids) > 0
   counted = real & ~np.isin(tokens, model.config.eos_token_ids)
+  if batch.loss_mask is not None:  # the next token is in the mask and in the same document
+    for b, t in np.argwhere(counted):
+      counted[b, t] = t + 1 < tokens.shape[1] and batch.loss_mask[b, t + 1] and ids_equal(batch, b, t)
   fraction = [(np.asarray(z)[:, b][..., real[b]] > 0).mean() for b in range(len(tokens))]
   return kl[counted].mean(), np.mean([max(1 - 1 / cr - f, 0) for f in fraction])
 
@@ -173,9 +181,11 @@ def test_losses_with_eos_padding_and_packing(gate, granularity):
   ids = np.ones((3, 24), np.int32)
   ids[1, 10:] = 2
   ids[2, 17:] = 0
-  batch = Batch(tokens, jnp.asarray(ids))
+  prompts = np.ones((3, 24), bool)
+  prompts[0, :4], prompts[1, 10:15], prompts[2, 17:] = False, False, False
   noise = logistic_noise(jax.random.key(1), (cfg.num_layers, 3, cfg.num_kv_heads, 24))
-  for cr in (1.2, 8.0):  # below and above what the random gates evict
+  for cr, mask in ((1.2, None), (8.0, jnp.asarray(prompts))):  # below and above what the random gates evict
+    batch = Batch(tokens, jnp.asarray(ids), mask)
     _, metrics = quick_loss(model, model, batch, noise, jnp.float32(cr), FLOAT32)
     kl, compression = numpy_losses(model, batch, noise, cr, FLOAT32)
     np.testing.assert_allclose(metrics["kl"], kl, rtol=1e-4)
@@ -262,11 +272,54 @@ def test_schedules():
   faded = changed(config, schedule__fade_steps=40)
   assert [float(schedule.target_cr(faded, s)) for s in (0, 40, 90, 340)] == [1.0, 1.0, 1.5, 4.0]
   np.testing.assert_allclose([schedule.neuron_kept(faded, s) for s in (0, 10, 40)], [1.0, 0.75, 0.0])
-  assert schedule.step_of_cr(faded, 4) == 340
+  assert faded.schedule.step_of_cr(4) == 340
   assert [float(schedule.target_cr(config, s)) for s in (0, 50, 300, 700, 999)] == [1.0, 1.5, 4.0, 8.0, 8.0]
-  assert schedule.step_of_cr(config, 4) == 300
-  rate = schedule.learning_rate(config)
-  np.testing.assert_allclose([rate(0), rate(9), rate(500), rate(950)], np.asarray([0.1, 1, 1, 0.5]) * 1e-3, rtol=1e-5)
+  assert config.schedule.step_of_cr(4) == 300
+  rates = lambda config, *steps: np.asarray([float(schedule.learning_rate(config, step)) for step in steps]) * 1e3
+  np.testing.assert_allclose(rates(config, 0, 9, 500, 950), [0.1, 1, 1, 0.5], rtol=1e-5)
+  falling = changed(config, optimizer__decay_steps=-1, optimizer__final_rate=0.1)
+  np.testing.assert_allclose(rates(falling, 0, 9, 10, 505, 1000), [0.1, 1, 1, 0.55, 0.1], rtol=1e-5)
+  constant = changed(config, optimizer__warmup_steps=0, optimizer__decay_steps=0)
+  np.testing.assert_allclose(rates(constant, 0, 999), 1.0, rtol=1e-5)
+
+
+def test_steps_of_a_run_for_one_cr():
+  """Ramp, hold and decay add up to the steps; a resumed run reads them back."""
+  schedule = ScheduleConfig(steps=0, final_cr=3.5, steps_per_cr=40, hold_steps=20)
+  config = changed(RetrofitConfig(), schedule=schedule, optimizer__decay_steps=60)
+  assert config.schedule.steps == 100 + 20 + 60
+  assert from_json(RetrofitConfig, to_json(config)) == config
+  assert changed(RetrofitConfig(), schedule=ScheduleConfig(steps=0)).schedule.steps == 700
+  with pytest.raises(
+    ValueError, match=r"schedule\.steps=180 is not the ramp's 120 steps \+ hold_steps=20 \+ optim.*=60"
+  ):
+    changed(config, schedule__final_cr=4.0)
+
+
+@pytest.mark.standard_promotion  # optax
+def test_another_schedule_compiles_nothing():
+  """Target CR, hold, decay, learning rate and seed are traced; the step follows them."""
+  counted = jax.jit(train_step.__wrapped__, static_argnames=("fading",), compiler_options=tiny.QUICK)
+  batch, lines = Batch(tiny.tokens(tiny.config(), 2, 24)), []
+  for overrides in (
+    {}, {"schedule__final_cr": 5.0}, {"schedule__initial_cr": 3.0, "schedule__steps_per_cr": 3, "seed": 5},
+    {"schedule__steps": 60, "optimizer__decay_steps": 60}, {"optimizer__learning_rate": 1e-4},
+    {"optimizer__warmup_steps": 1}, {"loss__compression_weight": 0.5},
+  ):  # fmt: skip
+    config, student, teacher, state = _set_up("lora", **overrides)
+    state, metrics = counted(state, student, teacher, batch, jax.random.key(0), config)
+    lines.append([float(metrics[name]) for name in ("target_cr", "learning_rate", "loss")])
+    expected = schedule.target_cr(config, 0), schedule.learning_rate(config, 0)
+    np.testing.assert_allclose(lines[-1][:2], np.asarray(expected, np.float32), rtol=1e-6)
+  assert counted._cache_size() == 1 and len({tuple(line) for line in lines}) == 4
+
+
+def test_a_trained_model_outlives_the_next_step():
+  """The state's buffers are deleted by the next step; those of the model are its own, gates and float32 too."""
+  _, student, _, state = _set_up("all")
+  kept = trained_model(student, state.trained, jnp.float32)
+  jax.tree.map(lambda x: x.delete(), state.trained)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(kept.params))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,224 @@
+"""Trains a small reasoner from scratch on problems with search traces.
+
+    python -m experiments.train_reasoner --output=runs/reasoner
+    python -m experiments.train_reasoner --output=runs/small --model.num_layers=4 --model.d_model=256 \\
+      --model.d_ff=704 --model.num_heads=4
+
+A Llama of 7.2 M parameters reads 330 M tokens of generated problems (--data.families), each a prompt and a trace that
+searches and then answers; the loss counts traces alone. Rows of --retrofit.seq_len tokens hold whole documents that do
+not see each other. Worker processes make them ahead of the device (--data.workers). No test problem is among them.
+
+The training is a retrofit's without gates, with the same flags and the same loop: the same command resumes a killed run
+from its last checkpoint with the same numbers (--deterministic: on a GPU bit by bit), and on SIGTERM the run saves its
+state and exits with 143. It writes OUTPUT/{run.json, log.jsonl, log.png, state/, final/}; final/ is a checkpoint for
+`dms_jax.load` with its tokenizer, a card (README.md) and the log. experiments.retrofit then retrofits it on the same
+problems, with the same --data.families.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import signal
+import statistics
+import sys
+from typing import Any
+
+import jax
+
+from dms_jax.checkpoint import write_text
+from dms_jax.config import LoRAConfig, ModelConfig
+from dms_jax.model import Model
+from dms_jax.params import count_params, init_params, param_table
+from dms_jax.retrofit import (
+  DataConfig,
+  LossConfig,
+  MemoryConfig,
+  OptimizerConfig,
+  RetrofitConfig,
+  SavingConfig,
+  ScheduleConfig,
+)
+from dms_jax.retrofit.config import check
+from dms_jax.retrofit.cost import step_flops
+from dms_jax.retrofit.loop import LOG, Preempted, Run
+from dms_jax.tokenizer import Tokenizer
+from experiments import retrofit
+from experiments.common import files, program
+from experiments.reports import tables
+
+FAMILIES = ("countdown", "grids", "programs", "graphs")
+DEFAULTS: dict[str, Any] = {
+  "objective": "lm",
+  "trainable": "all",
+  "batch_size": 32,
+  "seq_len": 2048,
+  "schedule": ScheduleConfig(steps=5000),
+  "optimizer": OptimizerConfig(1.5e-3, 150, -1, 0.03, beta2=0.98, weight_decay=0.1),
+  "loss": LossConfig("lm"),
+  "memory": MemoryConfig(loss_chunk=65536),
+  "saving": SavingConfig(save_every=1000),
+}
+LOG_LINES = 500  # of the log in the checkpoint
+LAST = 100  # steps whose mean loss the card states
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Output and mode. The run stops after `stop_after` steps in total, as if interrupted; 0: at its end.
+
+  `deterministic` restricts XLA to GPU operations with a fixed order of summation.
+  """
+
+  output: str = ""
+  stop_after: int = 0
+  deterministic: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """The model's shape, as in `ModelConfig`; the vocabulary is that of the problems."""
+
+  family: str = "llama"
+  num_layers: int = 6
+  d_model: int = 320
+  d_ff: int = 896
+  num_heads: int = 6
+  num_kv_heads: int = 2
+  head_dim: int = 64
+  max_position_embeddings: int = 16384
+  rope_theta: float = 10000.0
+  tie_embeddings: bool = True
+
+  def __post_init__(self):
+    for name in ("num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads", "head_dim", "max_position_embeddings"):
+      if (value := getattr(self, name)) < 1:
+        raise ValueError(f"--model.{name}={value} must be at least 1")
+
+  def config(self, tokenizer: Tokenizer) -> ModelConfig:
+    """The model's config. Any value that `ModelConfig` refuses is a ValueError that names it."""
+    return ModelConfig(
+      **dataclasses.asdict(self), vocab_size=tokenizer.vocab_size, eos_token_ids=tokenizer.eos_token_ids
+    )
+
+
+def untrained(config: ModelConfig, seed: int) -> Model:
+  """A model with random weights, normal with standard deviation 0.02, float32."""
+  return Model(init_params(param_table(config), jax.random.fold_in(jax.random.key(seed), 2)), config)
+
+
+def card(run: Run, tokenizer: Tokenizer, lines: list[dict]) -> str:
+  """The text of the checkpoint's README.md, from the run's settings and its log `lines`."""
+  model, settings = run.base.config, run.config
+  last, flags = lines[-1], program.flag_values(changed_only=True)
+  command = " \\\n  ".join(
+    ["python -m experiments.train_reasoner", *(f"--{n}={program.spell(v)}" for n, v in flags.items())]
+  )
+  loss = statistics.fmean(line["nll"] for line in lines[-LAST:])
+  filled = statistics.fmean(line["filled"] for line in lines if "filled" in line) if "filled" in last else 1.0
+  rows = [
+    ("parameters", f"{count_params(param_table(model)):,}, {settings.memory.compute_dtype}"),
+    ("layers, width, feed-forward", f"{model.num_layers}, {model.d_model}, {model.d_ff}"),
+    ("query heads, KV heads, head size", f"{model.num_heads}, {model.num_kv_heads}, {model.head_dim}"),
+    ("vocabulary", f"{tokenizer.vocab_size} words"),
+    ("problems", ", ".join(run.data.families or run.data.paths)),
+    ("steps x rows x tokens", f"{settings.schedule.steps:,} x {settings.batch_size} x {settings.seq_len:,}"),
+    ("tokens read, padding included", f"{last['tokens']:,}"),
+    ("share of a row that is no padding", f"{filled:.3f}"),
+    ("documents left out, longer than a row", f"{sum(line.get('left_out', 0) for line in lines):,}"),
+    (f"loss, nats per trace token, mean of the last {min(LAST, len(lines))} steps", f"{loss:.4f}"),
+    ("seconds of steps", f"{sum(line['seconds'] for line in lines):,.0f}"),
+    ("device", f"{jax.devices()[0].device_kind}, jax {jax.__version__}"),
+    ("seed", str(settings.seed)),
+  ]
+  return f"""# A small reasoner
+
+A decoder of the {model.family} family, trained from scratch on generated problems with search traces. The loss counted
+traces alone. No problem of the tests, which are told apart by a hash, was in training.
+
+```python
+import dms_jax
+model, tokenizer = dms_jax.load("FOLDER")
+```
+
+{tables.markdown(["", "value"], rows)}
+
+```
+{command}
+```
+
+`log.jsonl` holds one step in {stride(len(lines))}; `log.png` shows all of them. All settings are in `config.json`.
+"""
+
+
+def stride(steps: int) -> int:
+  """Steps from one line of the checkpoint's log to the next."""
+  return max(1, steps // LOG_LINES)
+
+
+def write_card(run: Run, tokenizer: Tokenizer) -> None:
+  """Adds README.md, log.jsonl and log.png to the checkpoint."""
+  folder = run.directory / "final"
+  written = (run.directory / LOG).read_text().splitlines()
+  kept = [
+    line for number, line in enumerate(written) if not number % stride(len(written)) or number == len(written) - 1
+  ]
+  write_text(folder / LOG, "\n".join(kept) + "\n")
+  write_text(folder / "README.md", card(run, tokenizer, [json.loads(line) for line in written]))
+  if (picture := run.directory / "log.png").exists():
+    shutil.copyfile(picture, folder / picture.name)
+
+
+def main() -> None:
+  config, shape = program.read_flags("", Config), program.read_flags("model", Shape)
+  settings, data = program.read_flags("retrofit", RetrofitConfig), program.read_flags("data", DataConfig)
+  if not config.output:
+    raise ValueError("give --output=FOLDER of the run")
+  check(None, LoRAConfig(), settings)
+  if data.self_text.rows:
+    raise ValueError("--data.self_text: an untrained model has nothing to say; give --data.families or --data.paths")
+  if not data.families and not data.whole_documents:
+    raise ValueError("give --data.families, or --data.paths of documents with --data.whole_documents")
+  retrofit.prepare_process(config.deterministic)
+  from experiments.tasks import reasoning  # all tasks, which take a while to import
+
+  tokenizer = reasoning.tokenizer()
+  architecture = shape.config(tokenizer)
+  if settings.seq_len > architecture.max_position_embeddings:
+    raise ValueError(
+      f"--retrofit.seq_len={settings.seq_len} is more than --model.max_position_embeddings="
+      f"{architecture.max_position_embeddings}"
+    )
+  base = untrained(architecture, settings.seed)
+  with files.locked("output", config.output) as output:
+    if data.families:
+      packer = retrofit.generated(data, tokenizer, settings)
+    else:
+      packer = retrofit.rows(
+        retrofit.texts(lambda: base, tokenizer, data, settings.memory.compute_dtype, output), data, settings
+      )
+    run = Run(base, None, LoRAConfig(), settings, data, output)
+    flops = step_flops(architecture, None, None, settings)
+    program.log(
+      f"{count_params(param_table(architecture)):,} parameters, {settings.schedule.steps:,} steps of {flops.tokens:,} "
+      f"tokens, {flops.total * settings.schedule.steps:.2e} FLOPs; the time left follows after the first steps"
+    )
+    try:
+      with contextlib.closing(packer):
+        last = retrofit.carry_out(run, packer, tokenizer, stop_after=config.stop_after or None)
+    except Preempted as reason:
+      program.log(str(reason))
+      sys.exit(128 + signal.SIGTERM)
+    if last["step"] + 1 == settings.schedule.steps:
+      write_card(run, tokenizer)
+  program.finish({"output": str(output), "last": last})
+
+
+if __name__ == "__main__":
+  program.define_flags("", Config)
+  program.define_flags("model", Shape)
+  program.define_flags("retrofit", RetrofitConfig, **DEFAULTS)
+  program.define_flags("data", DataConfig, families=FAMILIES)
+  program.run(main)

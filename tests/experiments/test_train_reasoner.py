@@ -1,0 +1,98 @@
+"""The trainer of reasoners: default sizes, card, a stopped run that goes on, and its retrofits."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import dms_jax
+from dms_jax import testing as tiny
+from dms_jax.config import LoRAConfig
+from dms_jax.params import count_params, param_table
+from dms_jax.retrofit import DataConfig, MemoryConfig, RetrofitConfig, ScheduleConfig, loop
+from dms_jax.retrofit.loop import Run, train
+from dms_jax.retrofit.packing import StreamPacker
+from experiments import train_reasoner
+from experiments.tasks import reasoning
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_default_settings_and_sizes():
+  """Those of the published figures: 7.2 M parameters, 32 x 2,048 tokens a step; the decay covers all later steps."""
+  tokenizer = reasoning.tokenizer()
+  shape = train_reasoner.Shape().config(tokenizer)
+  assert shape.vocab_size == len(reasoning.VOCABULARY) and shape.eos_token_ids == tokenizer.eos_token_ids
+  assert abs(count_params(param_table(shape)) - (7_131_200 + 320 * shape.vocab_size)) <= 1
+  settings = RetrofitConfig(**train_reasoner.DEFAULTS)
+  assert settings.batch_size * settings.seq_len == 65_536 and settings.objective == "lm"
+  with pytest.raises(ValueError, match=r"--model\.d_ff=0"):
+    train_reasoner.Shape(d_ff=0)
+
+
+@pytest.mark.standard_promotion  # optax
+def test_the_card_and_the_log_of_a_checkpoint(tmp_path, monkeypatch):
+  settings = RetrofitConfig(**{
+    **train_reasoner.DEFAULTS, "batch_size": 2, "seq_len": 256, "schedule": ScheduleConfig(steps=5),
+    "memory": MemoryConfig(compute_dtype="float32"),
+  })  # fmt: skip
+  step = jax.jit(loop.train_step.__wrapped__, static_argnames=("fading",), compiler_options=tiny.QUICK)
+  monkeypatch.setattr(loop, "train_step", step)
+  monkeypatch.setattr(train_reasoner, "LOG_LINES", 2)
+  tokenizer, data = reasoning.tokenizer(), DataConfig(families=("countdown",), workers=0)
+  shape = train_reasoner.Shape(num_layers=1, d_model=16, d_ff=16, num_heads=2, num_kv_heads=1, head_dim=8)
+  run = Run(train_reasoner.untrained(shape.config(tokenizer), 0), None, LoRAConfig(), settings, data, tmp_path)
+  documents = functools.partial(reasoning.documents, data.families, longest=256)
+  train(run, StreamPacker(documents, tokenizer, data, settings), tokenizer)
+  monkeypatch.setattr(train_reasoner.program, "flag_values", lambda changed_only: {"output": "x"})
+  train_reasoner.write_card(run, tokenizer)
+  card = (tmp_path / "final" / "README.md").read_text()
+  assert "| 5 x 2 x 256 " in card and "| countdown " in card and "train_reasoner \\\n  --output=x" in card
+  assert [json.loads(line)["step"] for line in (tmp_path / "final" / "log.jsonl").read_text().splitlines()] == [0, 2, 4]
+  model, tokenizer = dms_jax.load(tmp_path / "final")
+  assert model.config == run.base.config and tokenizer.vocab_size == model.config.vocab_size
+
+
+def run(program: str, *flags: str) -> dict:
+  """The last line of a program's output."""
+  command = [sys.executable, "-m", f"experiments.{program}", *flags]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+  assert done.returncode == 0, done.stderr
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_a_stopped_training_goes_on_and_is_retrofitted(tmp_path):
+  flags = [
+    "--data.families=countdown", "--retrofit.batch_size=2", "--retrofit.seq_len=256", "--model.num_layers=1",
+    "--model.d_model=32", "--model.d_ff=32", "--model.num_heads=2", "--model.num_kv_heads=1", "--model.head_dim=16",
+    "--retrofit.schedule.steps=8", "--retrofit.optimizer.warmup_steps=2", "--retrofit.memory.compute_dtype=float32",
+  ]  # fmt: skip
+  whole = run("train_reasoner", *flags, f"--output={tmp_path / 'whole'}", "--data.workers=0")
+  assert run("train_reasoner", *flags, f"--output={tmp_path / 'two'}", "--stop_after=3")["last"]["step"] == 2
+  assert not (tmp_path / "two" / "final").exists()
+  again = run("train_reasoner", *flags, f"--output={tmp_path / 'two'}")
+  number = lambda last: {name: value for name, value in last.items() if name != "seconds"}
+  assert number(again["last"]) == number(whole["last"])
+  base = tmp_path / "two" / "final"
+  assert {p.name for p in base.iterdir()} >= {"config.json", "params", "tokenizer.json", "README.md", "log.jsonl"}
+  runs = run(
+    "retrofit", f"--checkpoint={base}", f"--output={tmp_path}", "--crs=2,3", "--data.families=countdown",
+    "--dms.window=4",
+    "--retrofit.trainable=all", "--retrofit.loss.kind=forward_kl", "--retrofit.batch_size=2", "--retrofit.seq_len=256",
+    "--retrofit.schedule.steps_per_cr=2", "--retrofit.schedule.steps=0", "--retrofit.schedule.hold_steps=1",
+    "--retrofit.optimizer.decay_steps=3", "--retrofit.saving.snapshots=false",
+  )["runs"]  # fmt: skip
+  assert {name: (last["step"], last["target_cr"]) for name, last in runs.items()} == {"cr2": (5, 2.0), "cr3": (7, 3.0)}
+  assert runs["cr3"]["filled"] > 0.8
+  model, tokenizer = dms_jax.load(tmp_path / "cr3" / "final")
+  assert model.dms.window == 4 and np.isfinite(model.params["embed"].astype("float32")).all()
+  assert tokenizer.encode("countdown") and (tmp_path / "cr2" / "final").exists()
+  assert not (tmp_path / "cr3" / "cr2").exists()
