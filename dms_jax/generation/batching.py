@@ -14,7 +14,8 @@ pages are, their prompts read together (`generation.together`). When pages run o
 it; otherwise the newest chain is preempted to host memory and restored later.
 
 The next decode block starts before the host looks at the tokens of the last one, so lists and texts are made while the
-device works. What the device waits for takes the host a millisecond at a thousand rows, once in a block.
+device works. The device waits for which rows ended, and for requests to begin; at 2,048 rows the first takes the host
+0.13 ms a block (one shared core of an AMD EPYC).
 """
 
 from __future__ import annotations
