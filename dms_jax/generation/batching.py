@@ -288,8 +288,8 @@ class Generator:
 
   def _launch(self) -> None:
     """Resumes stalled rows, begins requests, and starts a decode block if any row runs."""
-    self._resume_stalled()
-    self._admit()
+    if not self._resume_stalled():  # their pages must not go to others
+      self._admit()
     while self.rows.occupied.any():
       short = all(chain is None or (chain.limit - chain.start == 1 and not chain.goes_on) for chain in self.chains)
       emitted = spent = None
@@ -473,10 +473,10 @@ class Generator:
 
   # Preemption ---------------------------------------------------------------------------------------------------------
 
-  def _resume_stalled(self) -> None:
-    """Resumes rows that found no free page, after the pool grew or the newest row was preempted."""
+  def _resume_stalled(self) -> bool:
+    """Resumes rows that found no free page, after the pool grew or the newest row was preempted; whether there were."""
     if not self._stalled.any():
-      return
+      return False
     needed = int(self._stalled.sum()) * self.memory.heads
     last = self.rows.free == self.width - 1  # the pages of rows that ended beside it are free now
     if (last and not self._alone) or self.memory.free_pages() >= needed:
@@ -493,6 +493,7 @@ class Generator:
     self._free = None
     self.rows.resume(self._stalled)
     self._stalled[:] = False
+    return True
 
   def _preempt(self, chain: Chain) -> None:
     """Moves a row to the host, unless its chain ends in the block in flight."""
