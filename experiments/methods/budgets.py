@@ -100,15 +100,16 @@ def _least(model: Model, policy: Policy, most: int) -> int:
 def fitted(model: Model, policy: Policy, budget: Budget, totals: Sequence[int]) -> tuple[list[Group], str]:
   """The policy for each text.
 
-  A CR's budget below the least that the policy takes, such as its window and sinks, is raised to it; one in tokens is
-  refused. Where budgets change shapes (a window that is half of the budget), they are rounded to a multiple of `GRAIN`
-  tokens.
+  A budget bounds all that a head holds, so a policy that cuts it every `buffer` tokens cuts to the budget less the
+  buffer, which is at most a quarter of the smallest budget. (Under the rule "seen" the buffer comes on top.) A CR's
+  budget below the least that the policy takes, such as its window and sinks, is raised to it; one in tokens is refused.
+  Where budgets change shapes (a window that is half of the budget), they are rounded to a multiple of `GRAIN` tokens.
 
   Args:
     totals: tokens of each text, the most new ones included.
 
   Returns:
-    The groups, and a remark about raised or rounded budgets, or those below the policy's buffer; "" for none.
+    The groups, and a remark about raised or rounded budgets, or a smaller buffer; "" for none.
 
   Raises:
     ValueError: the policy cannot keep to such a budget.
@@ -125,18 +126,22 @@ def fitted(model: Model, policy: Policy, budget: Budget, totals: Sequence[int]) 
   # A budget beyond the longest text keeps everything, as that text's length does; but it may be a shape.
   longest = max(totals)
   wanted = [min(budget.tokens, longest) if budget.cr is None else math.ceil(total / budget.cr) for total in totals]
+  remarks, buffer = [], 0
+  if isinstance(policy, Periodic):
+    buffer = min(int(np.max(policy.buffer)), max(min(wanted) // 4, 1))
+    if buffer < np.max(policy.buffer):
+      remarks.append(f"cut every {buffer} tokens instead of {policy.buffer}, a quarter of the smallest budget")
+    policy = policy.replace(buffer=buffer)
   if budget.tokens is not None:
     try:
-      check_policy(model, policy.replace(budget=budget.tokens))
+      check_policy(model, policy.replace(budget=budget.tokens - buffer))
     except ValueError as error:
-      raise ValueError(f"--budgets={budget.tokens}: {error}") from None
+      less = f", less a buffer of {buffer} tokens" if buffer else ""
+      raise ValueError(f"--budgets={budget.tokens}{less}: {error}") from None
   least = _least(model, policy, 1 << 20)
-  tokens = [max(number, least) for number in wanted]
-  remarks = []
-  if raised := 0 if budget.cr is None else sum(number < least for number in wanted):
-    remarks.append(f"{raised} of {len(wanted)} budgets raised to {least} tokens, the least that {name} takes")
-  if isinstance(policy, Periodic) and (small := [number for number in tokens if number < np.max(policy.buffer)]):
-    remarks.append(f"{len(small)} of {len(tokens)} budgets below its buffer of {policy.buffer} tokens, held too")
+  tokens = [max(number - buffer, least) for number in wanted]
+  if raised := 0 if budget.cr is None else sum(number - buffer < least for number in wanted):
+    remarks.append(f"{raised} of {len(wanted)} budgets raised to {least + buffer} tokens, the least that {name} takes")
   note = "; ".join(remarks)
   if len(set(tokens)) > 1:
     try:  # numbers of rows that share one compiled policy

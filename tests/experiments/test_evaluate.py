@@ -68,14 +68,15 @@ def test_budgets_below_the_least_are_raised_and_those_that_are_shapes_rounded(mo
     fitted(models[0], policies.StreamingLLM(), Budget(cr=4.0, rule="seen"), [9])
   with pytest.raises(ValueError, match="--budgets=10: H2O: budget=10 tokens must be 51 or more at window=50"):
     fitted(models[0], policies.H2O(window=50), Budget(tokens=10), [400])
-  with pytest.raises(ValueError, match="--budgets=128: VaSE: sinks=60 must be 32 or fewer: a budget of 128 tokens"):
+  with pytest.raises(ValueError, match="--budgets=128, less a buffer of 32 tokens: VaSE: sinks=60 must be"):
     fitted(models[0], policies.VaSE(sinks=60), Budget(tokens=128), [400])
   (group,), remark = fitted(models[0], policies.H2O(), Budget(tokens=10**6), [400, 41])
   assert group.policy.window == 199 and remark == ""  # not 499,999
   (group,), remark = fitted(models[0], policies.SnapKV(), Budget(tokens=64), [9])
   assert group.numbers == {"budget": [32]} and remark == ""  # a text that any budget holds whole
   groups, remark = fitted(models[0], policies.RKV(), Budget(cr=4.0), [400, 800])
-  assert remark == "1 of 2 budgets below its buffer of 128 tokens, held too"
+  assert remark == "cut every 25 tokens instead of 128, a quarter of the smallest budget"
+  assert groups[0].policy.buffer == 25 and groups[0].numbers == {"budget": [75, 175]}  # a head holds 100, 200
   with pytest.raises(ValueError, match="SnapKV: pool=4 must be an odd"):
     fitted(models[0], policies.SnapKV(pool=4), Budget(cr=4.0), [9])
   assert budgets.most_tokens(group.policy, group.numbers, 400) == 400  # the whole prompt, until it is cut
