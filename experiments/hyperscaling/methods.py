@@ -132,7 +132,7 @@ def build(
       print_ = program.fingerprint(about)
       found += [PromptWindow(name, original, StreamingLLM(), print_, Budget(cr=float(cr))) for cr in crs]
     else:
-      found += methods_module.build([name], original, origin, [], read, crs=crs)
+      found += methods_module.build([name], original, origin, [], read, crs=() if name == DENSE else crs)
   methods_module.check_names(found)
   return found
 

@@ -167,7 +167,7 @@ def test_the_program_tunes_the_cases_asked_for(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(kernel_tuning, "tune", tune)
   config = tune_kernels.Config(cases=("decode_b32",), table=tmp_path / "t.json")
   monkeypatch.setattr(program, "read_flags", lambda prefix, cls: config)
-  monkeypatch.setattr(program, "flag_values", lambda: {})
+  monkeypatch.setattr(program, "flag_values", lambda changed_only=False: {})
   tune_kernels.main()
   assert tried == [(name, tmp_path / "t.json") for name in ("decode_b32_cr8", "decode_b32_cr1")]
   assert json.loads(capsys.readouterr().out)["classes"] == ["decode decode_b32_cr1", "decode decode_b32_cr8"]

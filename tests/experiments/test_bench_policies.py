@@ -12,7 +12,7 @@ from experiments.common import program
 
 def run(config, monkeypatch, capsys):
   monkeypatch.setattr(program, "read_flags", lambda prefix, cls: config)
-  monkeypatch.setattr(program, "flag_values", lambda: {})
+  monkeypatch.setattr(program, "flag_values", lambda changed_only=False: {})
   bench_policies.main()
   rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
   assert json.loads((config.output / "policies.json").read_text())["rows"] == rows
