@@ -22,7 +22,7 @@ def masked(policy: Policy) -> float | Policy | None:
   if isinstance(policy, Vanilla):
     return None
   if type(policy) is DMS and policy.window is None and not policy.bounded:
-    return policy.threshold
+    return float(policy.limit)
   return policy
 
 
