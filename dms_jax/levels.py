@@ -25,6 +25,11 @@ class Levels:
   slope: float
   pivot: float
 
+  @property
+  def ranged(self) -> bool:
+    """Whether there is more than one CR; where not, training is that for one CR, read at 0."""
+    return self.low < self.high
+
   def threshold(self, cr: float | Float[Array, "*rows"]) -> Float[Array, "*rows"]:
     """The threshold of each CR, float32; outside `low` .. `high` that of the nearer end. At `pivot` it is exactly 0."""
     cr = jnp.clip(jnp.asarray(cr, jnp.float32), jnp.float32(self.low), jnp.float32(self.high))

@@ -221,10 +221,11 @@ def level_threshold(cr, low, high, slope, pivot):
   return slope * (odds(1 / min(max(cr, low), high)) - odds(1 / pivot))
 
 
-def row_compression(logits, noise, crs, thresholds, mask, *, window=0, held=False):
+def row_compression(logits, noise, crs, thresholds, mask, *, window=0, held=False, two_sided=False):
   """(loss, evicted shares [B]): each row's shortfall against its own target, mean over rows; logits [L, B, K, T].
 
-  With `held` the target is the share that leaves 1/cr of the row's tokens once the last W + 1 are held anyway.
+  With `held` the target is the share that leaves 1/cr of the row's tokens once the last W + 1 are held anyway; with
+  `two_sided` an excess counts like a shortfall.
   """
   losses, shares = [], []
   for b, (cr, threshold) in enumerate(zip(crs, thresholds, strict=True)):
@@ -235,5 +236,5 @@ def row_compression(logits, noise, crs, thresholds, mask, *, window=0, held=Fals
     if held:
       outside = len(real) - (window + 1)
       target = min((len(real) - len(real) / cr) / outside, 1.0) if outside > 0 else 0.0
-    losses.append(max(target - shares[-1], 0.0))
+    losses.append(abs(target - shares[-1]) if two_sided else max(target - shares[-1], 0.0))
   return sum(losses) / len(losses), np.array(shares)

@@ -114,6 +114,8 @@ class LossConfig:
 
   `counts`: what the compression loss holds against the target, "evicted" the share of decisions to evict, as the paper,
   or "held" the tokens held at the end of a row, so that those of the window count too: the achieved CR at its length.
+  `penalty`: "shortfall", as the paper, costs a row what it evicts too little; "distance" also what it evicts too much,
+  so that gates for a range of ratios keep to each of them.
   """
 
   kind: Literal["reverse_kl", "forward_kl", "lm"] = "reverse_kl"
@@ -122,6 +124,7 @@ class LossConfig:
   tau: float = 0.1
   bound: float = 100.0
   counts: Literal["evicted", "held"] = "evicted"
+  penalty: Literal["shortfall", "distance"] = "shortfall"
 
 
 @dataclasses.dataclass(frozen=True)

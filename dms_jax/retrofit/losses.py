@@ -283,15 +283,16 @@ def held_target(cr: Float[Array, "*rows"], mask: Bool[Array, "B T"], window: int
   return jnp.where(outside > 0, jnp.minimum(share, 1.0), 0.0)
 
 
-def compression_loss(fraction: Float[Array, "B"], cr: Float[Array, "*rows"]) -> Float[Array, ""]:
-  """Mean over rows of relu((1 - 1/CR) - evicted fraction); a row that evicts more than that costs nothing.
+def compression_loss(
+  fraction: Float[Array, "B"], cr: Float[Array, "*rows"], target: Float[Array, "B"] | None = None,
+  penalty: Literal["shortfall", "distance"] = "shortfall",
+) -> Float[Array, ""]:  # fmt: skip
+  """Mean over rows of relu(target - evicted fraction); a row that evicts more than that costs nothing.
 
   Args:
     cr: one number, or one a row [B].
+    target: the share to evict; None means 1 - 1/CR.
+    penalty: "distance" is |target - evicted fraction|.
   """
-  return shortfall(fraction, 1.0 - 1.0 / cr)
-
-
-def shortfall(fraction: Float[Array, "B"], target: Float[Array, "*rows"]) -> Float[Array, ""]:
-  """Mean over rows of relu(target - evicted fraction)."""
-  return jnp.mean(jax.nn.relu(target - fraction))
+  target = 1.0 - 1.0 / cr if target is None else target
+  return jnp.mean(jax.nn.relu(target - fraction) if penalty == "shortfall" else jnp.abs(target - fraction))

@@ -116,13 +116,14 @@ def loss_fn(
 
   Args:
     noise: logistic noise of the relaxed decisions.
-    cr: target compression ratio; one a row [B] for gates for a range of ratios, which are read at its threshold.
+    cr: target compression ratio; one a row [B] for gates for a range of ratios, which are read at its threshold. A
+      single one is read at 0.
     neuron_kept: the share of the borrowed channel that is left, in phase 1 alone. In phase 1 nothing is evicted and
       there is no compression loss.
   """
   real = real_tokens(batch)
-  fading, levels = neuron_kept is not None, student.dms.levels
-  threshold = 0.0 if levels is None else levels.threshold(cr)
+  fading = neuron_kept is not None
+  threshold = student.dms.levels.threshold(cr) if jnp.ndim(cr) else 0.0
   if config.objective == "dmc":
     hidden, z = dmc.student(student, batch, noise, config)
   else:
@@ -130,12 +131,10 @@ def loss_fn(
     hidden, z = run(student, batch, config, eviction=eviction, neuron_kept=neuron_kept)
   distance = text_loss(config.loss.kind, hidden, student, teacher, batch, config)
   fraction = losses.evicted_fraction(z, real)
-  if fading:
-    compression = jnp.float32(0.0)
-  elif config.loss.counts == "held":
-    compression = losses.shortfall(fraction, losses.held_target(cr, real, student.dms.window))
-  else:
-    compression = losses.compression_loss(fraction, cr)
+  compression = jnp.float32(0.0)
+  if not fading:
+    target = losses.held_target(cr, real, student.dms.window) if config.loss.counts == "held" else None
+    compression = losses.compression_loss(fraction, cr, target, config.loss.penalty)
   return distance + config.loss.compression_weight * compression, {
     "nll" if config.loss.kind == "lm" else "kl": distance,
     "compression_loss": compression,
@@ -192,6 +191,9 @@ def train_step(
   cr = schedule.target_cr(config, state.step)
   kept = schedule.neuron_kept(config, state.step) if fading else None
 
+  levels = None if student.dms is None else student.dms.levels
+  ranged = levels is not None and levels.ranged
+
   def loss_of(trained, part: Batch, index):
     cast = cast_trained(student, trained, dtype)
     whole = student.replace(params=join_params(student.params, cast))
@@ -206,8 +208,8 @@ def train_step(
       return kvzap.loss_fn(whole, part, frame, config)
     shape = (whole.config.num_layers, part.tokens.shape[0], whole.config.num_kv_heads, part.tokens.shape[1])
     own = jax.random.fold_in(jax.random.fold_in(key, state.step), index)
-    levels, targets = whole.dms.levels, cr
-    if levels is not None:
+    targets = cr
+    if ranged:
       targets = schedule.row_targets(config, levels, state.step, jax.random.fold_in(own, 1), shape[1])
     return loss_fn(whole, original, part, logistic_noise(own, shape), targets, config, kept)
 
@@ -226,7 +228,7 @@ def train_step(
   if config.ramps:
     metrics["achieved_cr"] = 1.0 / metrics.pop("held_share")
     kept_target = metrics.pop("kept_target")
-    metrics["target_cr"] = cr if student.dms.levels is None else 1.0 / kept_target
+    metrics["target_cr"] = 1.0 / kept_target if ranged else cr
   updates, opt_state = optimizer(config).update(grads, state.opt_state, state.trained)
   trained = optax.apply_updates(state.trained, updates)
   ema = state.ema

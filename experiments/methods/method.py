@@ -184,7 +184,7 @@ def build(
     for suffix, model, about in models:
       for limit in limits:
         at = policy if limit is None else policy.replace(threshold=limit)
-        for at, budget in runs_of(name, at, model, crs, tokens, rule):
+        for level, budget in runs_of(name, at, model, crs, tokens, rule):
           fields = {field.name: field for field in dataclasses.fields(level)}
           more = {k: v for k, v in shaped(name, budget).items() if getattr(level, k) == fields[k].default}
           own_policy = level.replace(**more)
