@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 
@@ -30,7 +31,7 @@ class Levels:
     """Whether there is more than one CR; where not, training is that for one CR, read at 0."""
     return self.low < self.high
 
-  def threshold(self, cr: float | Float[Array, "*rows"]) -> Float[Array, "*rows"]:
+  def threshold(self, cr: ArrayLike) -> Float[Array, "*rows"]:
     """The threshold of each CR, float32; outside `low` .. `high` that of the nearer end. At `pivot` it is exactly 0."""
     cr = jnp.clip(jnp.asarray(cr, jnp.float32), jnp.float32(self.low), jnp.float32(self.high))
     pivot = jnp.float32(self.pivot)
