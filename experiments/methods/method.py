@@ -35,7 +35,7 @@ class Method:
   @property
   def budget(self) -> dict[str, float]:
     """The bound on its cache, under the policy's own names."""
-    names = ("budget", "cr", "threshold") if self.policy.uses_gates else ("budget", "cr")
+    names = self.policy.numbers if self.policy.uses_gates else ("budget", "cr")
     found = {name: getattr(self.policy, name, None) for name in names}
     found = {name: float(value) for name, value in found.items() if value is not None and math.isfinite(value)}
     return self.given.named() | found

@@ -69,7 +69,7 @@ def test_requests_have_levels_of_their_own(together):
   assert [generator.results[ticket].tokens[0] for ticket in tickets] == together.tokens
   with pytest.raises(ValueError, match=r"DMS: cr=20 must lie between 1.5 and 12"):
     generator.submit(PROMPTS[0], cr=20)
-  with pytest.raises(ValueError, match="threshold=1.0: not a number of this DMS"):
+  with pytest.raises(ValueError, match=r"threshold=1.0: not a number of this DMS"):
     generator.submit(PROMPTS[0], threshold=1.0)
 
 
@@ -115,5 +115,5 @@ def test_methods_of_one_retrofit_have_a_level_for_each_cr():
   assert group.numbers == {"cr": [2.0, 2.0]} and not note and len({m.checkpoint for m in found}) == 3
   assert [masked(m.policy) for m in build()] == [0.0]
   assert [masked(m.policy) for m in build(thresholds=(-1.0, 2.0))] == [-1.0, 2.0]
-  with pytest.raises(ValueError, match="DMS: cr=16.0 must lie between"):
+  with pytest.raises(ValueError, match=r"DMS: cr=16.0 must lie between"):
     build(crs=(16,))

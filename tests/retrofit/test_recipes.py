@@ -93,7 +93,6 @@ IN_THE_STEP = {
   "loss__teacher": "same",
   "loss__compression_weight": 0.5,
   "loss__counts": "held",
-  "loss__penalty": "distance",
   "optimizer__learning_rate": 1e-3,
   "optimizer__warmup_steps": 3,
   "optimizer__decay_steps": 6,
@@ -121,7 +120,7 @@ IN_THE_LOOP = {
 }  # tests/test_survival.py
 OF_THE_MACHINE = {"memory__compute_dtype": "bfloat16"}
 OF_THE_SCHEDULE = {"schedule__hold_steps", "optimizer__final_rate"}  # tests/test_step.py
-OF_LEVELS = {"schedule__targets"}  # tests/test_elastic.py
+OF_LEVELS = {"schedule__targets", "loss__penalty"}  # tests/test_elastic.py
 OF_OTHERS = {"objective", "trimkv__capacity", "trimkv__lm_weight", "kvzap__prompt"}  # tests/test_objectives.py
 
 
