@@ -1,4 +1,4 @@
-"""DMS read at a level: rows with CRs of their own, every cache against the mask, requests, methods, refusals."""
+"""DMS read at a level: rows with CRs of their own against the mask, requests, methods, refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gates for a range of ratios: thresholds, targets and losses of rows against numpy; one target is the special case."""
+"""Gates for a range of ratios against numpy; the paper's one target is their special case."""
 
 from __future__ import annotations
 
