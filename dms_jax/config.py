@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
+
+from dms_jax.levels import Levels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +107,11 @@ class DMSConfig:
   visible to the next W tokens. `granularity` "layer": KV head 0 decides for its whole layer. `eviction` "delayed"
   decides about a token on its arrival and evicts it W tokens later. "immediate", an ablation of the paper, decides when
   the token leaves the window and evicts it at once: token t decides about t - `shift` - W.
+
+  `elastic` is the lowest and the highest CR of gates that one retrofit trains for all ratios between; none means one
+  ratio. Such gates are read at a threshold for each CR (`levels.Levels`): `elastic_slope`, by default 4, is its slope,
+  and `elastic_pivot`, by default 4 or the nearest end, the CR whose threshold is 0. The default `offset` is then that
+  at which untrained gates evict as rarely at the lowest CR as those for one ratio do.
   """
 
   gate: Literal["adapter", "neuron", "linear", "mlp"] = None  # type: ignore[assignment]
@@ -115,10 +123,18 @@ class DMSConfig:
   eviction: Literal["delayed", "immediate"] = "delayed"
   objective: Objective = "dms"
   hidden: int = 512
+  elastic: tuple[float, ...] = ()
+  elastic_slope: float = None  # type: ignore[assignment]
+  elastic_pivot: float = None  # type: ignore[assignment]
 
   def __post_init__(self):
     if self.objective not in GATE_DEFAULTS:
       raise ValueError(f"dms.objective={self.objective!r} is not one of {sorted(GATE_DEFAULTS)}")
+    self._check_elastic()
+    if self.elastic and self.offset is None:
+      (low, _), pivot = self.elastic, self.elastic_pivot
+      highest = 0.0 if low == pivot else -self.elastic_slope * math.log((low - 1) / (pivot - 1))
+      object.__setattr__(self, "offset", GATE_DEFAULTS["dms"]["offset"] - highest)
     for name, value in GATE_DEFAULTS[self.objective].items():
       if getattr(self, name) is None:
         object.__setattr__(self, name, value)
@@ -144,6 +160,36 @@ class DMSConfig:
       raise ValueError(f"dms.window={self.window} must be 0 or more tokens")
     if self.eviction not in ("delayed", "immediate"):
       raise ValueError(f"dms.eviction={self.eviction!r} must be 'delayed' or 'immediate'")
+
+  def _check_elastic(self) -> None:
+    """Fills in the numbers of the levels; a ValueError if they are out of range."""
+    given = {name: getattr(self, name) for name in ("elastic_slope", "elastic_pivot")}
+    if not self.elastic:
+      for name, value in given.items():
+        if value is not None:
+          raise ValueError(f"dms.{name}={value} is of gates for a range of ratios: give dms.elastic=LOWEST,HIGHEST too")
+      return
+    if len(self.elastic) != 2 or not 1 < self.elastic[0] <= self.elastic[1] < math.inf:
+      spelled = ",".join(f"{value:g}" for value in self.elastic)
+      raise ValueError(f"dms.elastic={spelled} must be two compression ratios above 1, the lowest and the highest")
+    if self.objective != "dms":
+      raise ValueError(f"dms.elastic is for retrofit.objective=dms, not for {self.objective}")
+    low, high = self.elastic
+    defaults = {"elastic_slope": 4.0, "elastic_pivot": min(max(4.0, low), high)}
+    for name, value in given.items():
+      object.__setattr__(self, name, defaults[name] if value is None else value)
+    if not 0 <= self.elastic_slope < math.inf:
+      raise ValueError(f"dms.elastic_slope={self.elastic_slope} must be 0 or more")
+    if not low <= self.elastic_pivot <= high:
+      raise ValueError(f"dms.elastic_pivot={self.elastic_pivot} must lie in dms.elastic={low:g},{high:g}")
+
+  @property
+  def levels(self) -> Levels | None:
+    """The threshold of each CR; None for gates of one ratio."""
+    if not self.elastic:
+      return None
+    low, high = self.elastic
+    return Levels(low, high, self.elastic_slope, self.elastic_pivot)
 
   def lag(self, window: int | None = None) -> int:
     """Tokens from the one that a decision is about to the one that computes it; 0 to W + 1.

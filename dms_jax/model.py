@@ -27,6 +27,7 @@ from dms_jax.gates import clear_neuron, gate_logits, step_gate_logits
 from dms_jax.layers import apply_rope, linear, look_up, mlp, project, rms_norm, rope_tables
 from dms_jax.params import Params, merge_lora, param_table
 from dms_jax.policies import Policy, Vanilla
+from dms_jax.policies.base import per_row
 from dms_jax.sharding import constrain_rows, gather_layer
 from pallas_kernels import window_bias
 
@@ -193,13 +194,14 @@ class Eviction:
   """How gates act in `forward`: by hard decisions, or by the soft training mask (arXiv 2506.05345, figure 2b).
 
   Attributes:
-    threshold: a token is evicted where its logit is above, without `noise`.
+    threshold: a token is evicted where its logit is above; with `noise` it is taken off the logit. One number, or one a
+      row [B].
     noise: float32 [L, B, K, T], added to the logits, token by token. With noise the mask is soft, without it hard.
     tau: temperature of the soft mask.
     window: W in tokens; None takes the model's.
   """
 
-  threshold: float = 0.0
+  threshold: float | Float[Array, "*rows"] = 0.0
   noise: Float[Array, "L B K T"] | None = None
   tau: float = 0.1
   window: int | None = struct.field(pytree_node=False, default=None)
@@ -231,8 +233,8 @@ def forward(
 
   Returns:
     (hidden, z). `hidden` are the states before the final norm, in the model's dtype (see `unembed`). `z` [L, B, K, T],
-    float32, are the gate logits, or (logits + noise) / tau with noise, indexed by the token that computed them; None
-    without gates; under `attention` what it returned, stacked by layer.
+    float32, are the gate logits, or (logits - threshold + noise) / tau with noise, indexed by the token that computed
+    them; None without gates; under `attention` what it returned, stacked by layer.
 
   Raises:
     ValueError: `eviction` for a model without gates, or with gates of another objective than DMS's.
@@ -249,16 +251,18 @@ def forward(
   if noise is not None and dms.granularity == "layer":
     noise = jnp.broadcast_to(noise[:, :, :1], noise.shape)
 
+  threshold = 0.0 if eviction is None else per_row(eviction.threshold, 2)
+
   def attend(carry, index, noise_l, q, k, v, logits):
     if eviction is None:
       return window_bias_attention(q, k, v, None, 0, segment_ids), carry, logits
     window = dms.window if eviction.window is None else eviction.window
     if noise_l is not None:
-      z = (logits + noise_l) / eviction.tau
+      z = (logits - threshold + noise_l) / eviction.tau
       bias = masks.soft_bias(z, dms.lag(window))
     else:
       z = logits
-      bias = masks.hard_bias(masks.about_key(z > eviction.threshold, dms.lag(window), False))
+      bias = masks.hard_bias(masks.about_key(z > threshold, dms.lag(window), False))
     return window_bias_attention(q, k, v, bias, window, segment_ids), carry, z
 
   def attend_by(carry, index, xs, q, k, v, x):
@@ -407,6 +411,8 @@ def check_policy(model: Model, policy: Policy | None) -> Policy:
       f"{type(policy).__name__} reads gates trained with retrofit.objective={policy.objective}; this model's were "
       f"trained with {model.dms.objective}: load another retrofit, or use another policy"
     )
+  if policy.uses_gates:
+    policy = policy.for_gates(model.dms)
   policy = policy.resolved(model.dms.window if model.dms is not None else None)
   if policy.gate_stats and policy.window < model.lag(policy.window):
     raise ValueError(

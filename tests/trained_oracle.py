@@ -208,3 +208,33 @@ def merging(q, k, v, z, omega, window, segments):
         values.append(value)
       out[i, n] = oracle._softmax(np.array(scores)) @ np.array(values)
   return out
+
+
+# Gates for a range of compression ratios ------------------------------------------------------------------------------
+
+
+def level_threshold(cr, low, high, slope, pivot):
+  """The threshold of CR `cr`: `slope` times the log-odds of keeping 1/cr, less those of keeping 1/pivot."""
+  if low == high:
+    return 0.0
+  odds = lambda kept: math.log(kept / (1 - kept))
+  return slope * (odds(1 / min(max(cr, low), high)) - odds(1 / pivot))
+
+
+def row_compression(logits, noise, crs, thresholds, mask, *, window=0, held=False, two_sided=False):
+  """(loss, evicted shares [B]): each row's shortfall against its own target, mean over rows; logits [L, B, K, T].
+
+  With `held` the target is the share that leaves 1/cr of the row's tokens once the last W + 1 are held anyway; with
+  `two_sided` an excess counts like a shortfall.
+  """
+  losses, shares = [], []
+  for b, (cr, threshold) in enumerate(zip(crs, thresholds, strict=True)):
+    real = [t for t in range(mask.shape[1]) if mask[b, t]]
+    cells = [(l, k, t) for l in range(len(logits)) for k in range(logits.shape[2]) for t in real]
+    shares.append(sum(logits[l, b, k, t] - threshold + noise[l, b, k, t] > 0 for l, k, t in cells) / len(cells))
+    target = 1 - 1 / cr
+    if held:
+      outside = len(real) - (window + 1)
+      target = min((len(real) - len(real) / cr) / outside, 1.0) if outside > 0 else 0.0
+    losses.append(abs(target - shares[-1]) if two_sided else max(target - shares[-1], 0.0))
+  return sum(losses) / len(losses), np.array(shares)

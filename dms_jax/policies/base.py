@@ -30,6 +30,8 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from dms_jax.config import DMSConfig
+
 REGISTRY: dict[str, type[Policy]] = {}
 Stats = dict[str, Array]  # name -> float32 [..., slots]
 Memory = dict[str, Array]  # name -> float32 [..., B, K, own axes]
@@ -93,7 +95,7 @@ def check_rows(policy: Policy, batch: int | None) -> None:
 def row_numbers(policy: Policy) -> dict[str, Any]:
   """Those of NUMBERS that are traced leaves of `policy` and not None, by name: each row may have its own."""
   traced = [field.name for field in dataclasses.fields(policy) if field.metadata.get("pytree_node", True)]
-  found = {name: getattr(policy, name) for name in NUMBERS if name in traced}
+  found = {name: getattr(policy, name) for name in policy.numbers if name in traced}
   if not policy.uses_gates:
     found.pop("threshold", None)
   return {name: value for name, value in found.items() if value is not None}
@@ -280,6 +282,15 @@ class Policy:
       ValueError: the tables are of another model.
     """
     return self
+
+  def for_gates(self, dms: DMSConfig) -> Policy:
+    """This policy with what it needs to know of the gates that it reads; called before `resolved`."""
+    return self
+
+  @property
+  def numbers(self) -> tuple[str, ...]:
+    """The names of NUMBERS that may act."""
+    return NUMBERS
 
   def by_row(self) -> Policy:
     """This policy in a form whose window follows from none of its numbers, so that each row can have its own."""

@@ -61,6 +61,10 @@ class ScheduleConfig:
   in `steps_per_cr` steps, and stays there. `steps` counts all steps; 0 means those up to the final CR, `hold_steps` at
   it, and the optimizer's `decay_steps`. `zero_neuron` sets the borrowed weights to 0 after the fading, so that every
   gate starts closed; it needs `trainable` "all".
+
+  With `dms.elastic`, `final_cr` is its highest CR, and every row of a batch draws its own target, between the lowest
+  and the highest CR that the ramp has reached. `targets` is their distribution: "log_uniform", "uniform", or
+  "uniform_kept", in which 1/CR, the share that is kept, is uniform.
   """
 
   steps: int = 1000
@@ -70,6 +74,7 @@ class ScheduleConfig:
   steps_per_cr: int = 100
   fade_steps: int = 0
   zero_neuron: bool = False
+  targets: Literal["log_uniform", "uniform", "uniform_kept"] = "log_uniform"
 
   def step_of_cr(self, cr: float | int) -> int:
     """The first step whose target is at least `cr`."""
@@ -112,6 +117,11 @@ class LossConfig:
   "lm" the next token's negative log-likelihood, without a teacher. `teacher`: "original" is the untouched model, "same"
   the current weights with eviction off. `tau` is the temperature of the relaxed decisions. A loss above `bound`, or one
   that is not finite, ends the run. The loss of `kind` does not count the prediction of a document's prompt.
+
+  `counts`: what the compression loss holds against the target, "evicted" the share of decisions to evict, as the paper,
+  or "held" the tokens held at the end of a row, so that those of the window count too: the achieved CR at its length.
+  `penalty`: "shortfall", as the paper, costs a row what it evicts too little; "distance" also what it evicts too much,
+  so that gates for a range of ratios keep to each of them.
   """
 
   kind: Literal["reverse_kl", "forward_kl", "lm"] = "reverse_kl"
@@ -119,6 +129,8 @@ class LossConfig:
   compression_weight: float = 1.0
   tau: float = 0.1
   bound: float = 100.0
+  counts: Literal["evicted", "held"] = "evicted"
+  penalty: Literal["shortfall", "distance"] = "shortfall"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,6 +312,11 @@ def check(dms: DMSConfig | None, lora: LoRAConfig, config: RetrofitConfig) -> No
     )
   if config.trainable == "lora" and not lora.rank:
     raise ValueError("retrofit.trainable='lora' needs lora.rank above 0")
+  if dms.elastic and config.schedule.final_cr != dms.elastic[1]:
+    raise ValueError(
+      f"retrofit.schedule.final_cr={config.schedule.final_cr:g} must be the highest CR of "
+      f"dms.elastic={dms.elastic[0]:g},{dms.elastic[1]:g}"
+    )
   if dms.gate != "neuron":
     for name in ("fade_steps", "zero_neuron"):
       if getattr(config.schedule, name):

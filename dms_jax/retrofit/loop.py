@@ -204,7 +204,8 @@ def train(
 
   Writes into `run.directory`: run.json (settings), log.jsonl (one line a step), state/ (the latest training states,
   Orbax), and cr2/, cr3/, ... and final/: a usable checkpoint whenever the target reaches a whole CR (if
-  `saving.snapshots`), and at the end. Objectives without a target CR (`RetrofitConfig.ramps`) write final/ alone.
+  `saving.snapshots`), and at the end. Objectives without a target CR (`RetrofitConfig.ramps`), and
+  gates for a range of ratios, write final/ alone.
 
   Args:
     mesh: the devices to train on (`distributed.create_mesh`); default one device. Every process must call; only process
@@ -240,7 +241,9 @@ def train(
   frame = None
   if config.objective == "kvzap":
     frame = kvzap.frame(tokenizer, config, run.base.config.max_position_embeddings)
-  crs = range(2, math.floor(config.schedule.final_cr) + 1) if config.ramps and config.saving.snapshots else ()
+  # Gates for a range of ratios serve all of it only at the end.
+  snapshots = config.ramps and config.saving.snapshots and not (run.dms and run.dms.elastic)
+  crs = range(2, math.floor(config.schedule.final_cr) + 1) if snapshots else ()
   usable = {config.schedule.step_of_cr(cr): cr for cr in crs}
 
   def write(name: str, done: int) -> None:

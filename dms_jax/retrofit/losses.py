@@ -271,6 +271,28 @@ def evicted_fraction(z: Float[Array, "L B K T"], mask: Bool[Array, "B T"]) -> Fl
   return hard.sum(axis=(0, 2, 3)) / count.astype(z.dtype)
 
 
-def compression_loss(fraction: Float[Array, "B"], cr: Float[Array, ""]) -> Float[Array, ""]:
-  """Mean over rows of relu((1 - 1/CR) - evicted fraction); a row that evicts more than that costs nothing."""
-  return jnp.mean(jax.nn.relu((1.0 - 1.0 / cr) - fraction))
+def held_target(cr: Float[Array, "*rows"], mask: Bool[Array, "B T"], window: int) -> Float[Array, "B"]:
+  """Share of decisions to evict that leaves 1/CR of each row's n real tokens held at its end.
+
+  The last W + 1 are held whatever is decided, so that it is (n - n/CR) / (n - W - 1), and 1 at most; 0 for a row within
+  the window. A row of several documents counts as one text.
+  """
+  tokens = mask.sum(axis=1).astype(jnp.float32)
+  outside = tokens - (window + 1)
+  share = (tokens - tokens / cr) / jnp.maximum(outside, 1.0)
+  return jnp.where(outside > 0, jnp.minimum(share, 1.0), 0.0)
+
+
+def compression_loss(
+  fraction: Float[Array, "B"], cr: Float[Array, "*rows"], target: Float[Array, "B"] | None = None,
+  penalty: Literal["shortfall", "distance"] = "shortfall",
+) -> Float[Array, ""]:  # fmt: skip
+  """Mean over rows of relu(target - evicted fraction); a row that evicts more than that costs nothing.
+
+  Args:
+    cr: one number, or one a row [B].
+    target: the share to evict; None means 1 - 1/CR.
+    penalty: "distance" is |target - evicted fraction|.
+  """
+  target = 1.0 - 1.0 / cr if target is None else target
+  return jnp.mean(jax.nn.relu(target - fraction) if penalty == "shortfall" else jnp.abs(target - fraction))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
+from dms_jax.levels import Levels
 from dms_jax.retrofit.config import RetrofitConfig
 
 
@@ -15,6 +18,27 @@ def target_cr(config: RetrofitConfig, step):
   s = config.schedule
   taken = jnp.maximum(jnp.asarray(step, jnp.float32) - s.fade_steps, 0.0)
   return jnp.minimum(s.initial_cr + taken / s.steps_per_cr, s.final_cr)
+
+
+def row_targets(config: RetrofitConfig, levels: Levels, step, key: jax.Array, rows: int) -> Float[Array, "B"]:
+  """Target CR of each row of a batch at `step`, float32, drawn from `key` by `schedule.targets`.
+
+  The range ends at the ramp's `target_cr` until that reaches the levels' highest CR; before the lowest, all rows have
+  the ramp's. Rows are stratified: one lies in each of B equally likely parts of the range, in random order.
+  """
+  reached = target_cr(config, step)
+  low, high = (jnp.minimum(jnp.float32(end), reached) for end in (levels.low, levels.high))
+  order, place = jax.random.split(key)
+  strata = jax.random.permutation(order, rows).astype(jnp.float32)
+  u = (strata + jax.random.uniform(place, (rows,), jnp.float32)) / rows
+  match config.schedule.targets:
+    case "uniform":
+      drawn = low + (high - low) * u
+    case "uniform_kept":
+      drawn = 1.0 / (1.0 / low + (1.0 / high - 1.0 / low) * u)
+    case _:
+      drawn = low * (high / low) ** u
+  return jnp.where(low == high, low, jnp.clip(drawn, low, high))
 
 
 def neuron_kept(config: RetrofitConfig, step):

@@ -108,7 +108,7 @@ def loss_fn(
   teacher: Model,
   batch: Batch,
   noise: Float[Array, "L B K T"],
-  cr: Float[Array, ""],
+  cr: Float[Array, "*rows"],
   config: RetrofitConfig,
   neuron_kept: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
@@ -116,24 +116,30 @@ def loss_fn(
 
   Args:
     noise: logistic noise of the relaxed decisions.
-    cr: target compression ratio.
+    cr: target compression ratio; one a row [B] for gates for a range of ratios, which are read at its threshold. A
+      single one is read at 0.
     neuron_kept: the share of the borrowed channel that is left, in phase 1 alone. In phase 1 nothing is evicted and
       there is no compression loss.
   """
   real = real_tokens(batch)
   fading = neuron_kept is not None
+  threshold = student.dms.levels.threshold(cr) if jnp.ndim(cr) else 0.0
   if config.objective == "dmc":
     hidden, z = dmc.student(student, batch, noise, config)
   else:
-    eviction = None if fading else Eviction(noise=noise, tau=config.loss.tau)
+    eviction = None if fading else Eviction(threshold, noise, config.loss.tau)
     hidden, z = run(student, batch, config, eviction=eviction, neuron_kept=neuron_kept)
   distance = text_loss(config.loss.kind, hidden, student, teacher, batch, config)
   fraction = losses.evicted_fraction(z, real)
-  compression = jnp.float32(0.0) if fading else losses.compression_loss(fraction, cr)
+  compression = jnp.float32(0.0)
+  if not fading:
+    target = losses.held_target(cr, real, student.dms.window) if config.loss.counts == "held" else None
+    compression = losses.compression_loss(fraction, cr, target, config.loss.penalty)
   return distance + config.loss.compression_weight * compression, {
     "nll" if config.loss.kind == "lm" else "kl": distance,
     "compression_loss": compression,
     "evicted_fraction": fraction.mean(),
+    "kept_target": jnp.mean(1.0 / cr),
     **_compression_metrics(student.dms, z if fading else z * config.loss.tau - noise, real),
   }
 
@@ -174,7 +180,8 @@ def train_step(
   Args:
     state: donated.
     student: holds the frozen parameters only; the trained ones come from `state`.
-    key: the run's random key; the noise of a step depends only on it and on `state.step`.
+    key: the run's random key; the noise of a step, and the target CR of its rows where the gates are for a range of
+      ratios, depend only on it and on `state.step`.
     config: the numbers of its schedules are traced (`config.traced`): another CR, hold or decay compiles nothing.
     fading: whether the step belongs to phase 1 (`ScheduleConfig.fade_steps`).
     frame: tokens before a text and between it and its repetition, for the objective "kvzap" (`kvzap.frame`).
@@ -183,6 +190,9 @@ def train_step(
   placed = partial(constrain, table=param_table(student.config, student.dms, student.lora))
   cr = schedule.target_cr(config, state.step)
   kept = schedule.neuron_kept(config, state.step) if fading else None
+
+  levels = None if student.dms is None else student.dms.levels
+  ranged = levels is not None and levels.ranged
 
   def loss_of(trained, part: Batch, index):
     cast = cast_trained(student, trained, dtype)
@@ -197,8 +207,11 @@ def train_step(
     if config.objective == "kvzap":
       return kvzap.loss_fn(whole, part, frame, config)
     shape = (whole.config.num_layers, part.tokens.shape[0], whole.config.num_kv_heads, part.tokens.shape[1])
-    noise = logistic_noise(jax.random.fold_in(jax.random.fold_in(key, state.step), index), shape)
-    return loss_fn(whole, original, part, noise, cr, config, kept)
+    own = jax.random.fold_in(jax.random.fold_in(key, state.step), index)
+    targets = cr
+    if ranged:
+      targets = schedule.row_targets(config, levels, state.step, jax.random.fold_in(own, 1), shape[1])
+    return loss_fn(whole, original, part, logistic_noise(own, shape), targets, config, kept)
 
   count = config.microbatches
   parts = jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), batch)
@@ -214,7 +227,8 @@ def train_step(
   metrics = jax.tree.map(lambda x: x.mean(axis=0), metrics)
   if config.ramps:
     metrics["achieved_cr"] = 1.0 / metrics.pop("held_share")
-    metrics["target_cr"] = cr
+    kept_target = metrics.pop("kept_target")
+    metrics["target_cr"] = 1.0 / kept_target if ranged else cr
   updates, opt_state = optimizer(config).update(grads, state.opt_state, state.trained)
   trained = optax.apply_updates(state.trained, updates)
   ema = state.ema

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dms_jax.model import Model, check_policy
-from dms_jax.policies import Policy
+from dms_jax.policies import DMS, Policy
 from dms_jax.policies.base import row_numbers, with_numbers
 from dms_jax.policies.periodic import Periodic
 
@@ -121,7 +121,8 @@ def fitted(model: Model, policy: Policy, budget: Budget, totals: Sequence[int]) 
   if budget.cr is not None and budget.rule == "seen":
     if not any(field.name == "cr" for field in dataclasses.fields(policy)):
       raise ValueError(f"--budget_rule=seen: {name} has no budget that grows with the text; take --budget_rule=paper")
-    policy = check_policy(model, policy.replace(cr=float(budget.cr)))
+    hard = {"hard": True} if isinstance(policy, DMS) else {}
+    policy = check_policy(model, policy.replace(cr=float(budget.cr), **hard))
     return [Group(policy, everything, {"cr": [float(budget.cr)] * len(totals)})], ""
   # A budget beyond the longest text keeps everything, as that text's length does; but it may be a shape.
   longest = max(totals)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dms_jax import policies
-from dms_jax.model import Model
-from dms_jax.policies import Policy, Vanilla
+from dms_jax.model import Model, check_policy
+from dms_jax.policies import DMS, Policy, Vanilla
 from experiments.common import program
 from experiments.methods.budgets import Budget, Group, fitted, shaped, takes_budget
 
@@ -35,7 +35,7 @@ class Method:
   @property
   def budget(self) -> dict[str, float]:
     """The bound on its cache, under the policy's own names."""
-    names = ("budget", "cr", "threshold") if self.policy.uses_gates else ("budget", "cr")
+    names = self.policy.numbers if self.policy.uses_gates else ("budget", "cr")
     found = {name: getattr(self.policy, name, None) for name in names}
     found = {name: float(value) for name, value in found.items() if value is not None and math.isfinite(value)}
     return self.given.named() | found
@@ -128,6 +128,23 @@ def budgets_of(name: str, policy: Policy, crs: Sequence[float], tokens: Sequence
   return [*(Budget(cr=cr, rule=rule) for cr in crs), *(Budget(tokens=number) for number in tokens)]
 
 
+def runs_of(
+  name: str, policy: Policy, model: Model, crs: Sequence[float], tokens: Sequence[int], rule: Any
+) -> list[tuple[Policy, Budget]]:
+  """The policies and budgets that a method runs under: `budgets_of`, or DMS at a level for each CR.
+
+  The levels are of gates that were trained for a range of ratios; `--thresholds` takes their place.
+
+  Raises:
+    ValueError: as `budgets_of`, or the gates were not trained for a CR.
+  """
+  if not (isinstance(policy, DMS) and name == "dms" and model.dms is not None and model.dms.elastic):
+    return [(policy, budget) for budget in budgets_of(name, policy, crs, tokens, rule)]
+  by_flags = policy.cr is not None or policy.threshold != 0
+  levels = [policy] if by_flags or not crs else [policy.replace(cr=float(cr)) for cr in crs]
+  return [(check_policy(model, level).replace(window=policy.window), Budget()) for level in levels]
+
+
 def trained_for(model: Model) -> str:
   """The policy whose objective trained a model's gates."""
   return getattr(model.dms, "objective", "dms")
@@ -175,10 +192,10 @@ def build(
     for suffix, model, about in models:
       for limit in limits:
         at = policy if limit is None else policy.replace(threshold=limit)
-        for budget in budgets_of(name, at, crs, tokens, rule):
-          fields = {field.name: field for field in dataclasses.fields(at)}
-          more = {k: v for k, v in shaped(name, budget).items() if getattr(at, k) == fields[k].default}
-          own_policy = at.replace(**more)
+        for level, budget in runs_of(name, at, model, crs, tokens, rule):
+          fields = {field.name: field for field in dataclasses.fields(level)}
+          more = {k: v for k, v in shaped(name, budget).items() if getattr(level, k) == fields[k].default}
+          own_policy = level.replace(**more)
           print_ = program.fingerprint([about, type(own_policy).__name__, own_policy, budget.rule if budget.cr else ""])
           found.append(Method(f"{name} {suffix}".strip(), model, own_policy, print_, budget))
   for to, folder, model, _ in retrofits:
@@ -189,7 +206,7 @@ def build(
       )
   for flag, values, used_by in (
     ("thresholds", thresholds, [m for m in found if m.policy.uses_gates and hasattr(m.policy, "threshold")]),
-    ("cr", crs, [m for m in found if m.given.cr is not None]),
+    ("cr", crs, [m for m in found if m.given.cr is not None or getattr(m.policy, "cr", None) in crs]),
     ("budgets", tokens, [m for m in found if m.given.tokens is not None]),
   ):
     if values and not used_by:

@@ -26,7 +26,7 @@ def masked(policy: Policy, budget: Budget) -> float | Policy | None:
   if isinstance(policy, Vanilla):
     return None
   if type(policy) is DMS and policy.window is None and not policy.bounded and not budget.given:
-    return policy.threshold
+    return float(policy.limit)
   return policy
 
 

@@ -108,7 +108,7 @@ GATES = tiny.dms(window=3, scale=1.0, offset=0.0)
 # What holds the same whether it is read in turns or in one go; its name, its gates, and the policy.
 IN_ONE_GO = {
   "dms-budget": (GATES, policies.DMS(budget=9)),
-  "dms-cr": (GATES, policies.DMS(cr=2.5, threshold=0.5)),
+  "dms-cr": (GATES, policies.DMS(cr=2.5, threshold=0.5, hard=True)),
   "rkv": (None, policies.RKV(budget=10, buffer=4, window=3, exact_prefill=True)),
   "streaming": (None, policies.StreamingLLM(window=5, sinks=2)),
 }

@@ -25,7 +25,7 @@ MARGIN = 1e-4  # relative; choices closer than this are left to the float64 orac
 CASES = {
   "dms": policies.DMS(window=3, budget=10),
   "dms-budget-alone": policies.DMS(window=2, budget=9, threshold=math.inf),
-  "dms-cr": policies.DMS(window=1, cr=2.5, threshold=0.5),
+  "dms-cr": policies.DMS(window=1, cr=2.5, threshold=0.5, hard=True),
   "dms-all-window": policies.DMS(window=5, budget=6),
   "dms-rows": policies.DMS(window=2, budget=np.array([7, 12, 9]), threshold=np.array([0.0, math.inf, 1.0])),
   "trimkv": policies.TRIMKV(budget=9),

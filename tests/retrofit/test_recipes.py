@@ -92,6 +92,7 @@ IN_THE_STEP = {
   "loss__kind": "forward_kl",
   "loss__teacher": "same",
   "loss__compression_weight": 0.5,
+  "loss__counts": "held",
   "optimizer__learning_rate": 1e-3,
   "optimizer__warmup_steps": 3,
   "optimizer__decay_steps": 6,
@@ -119,12 +120,13 @@ IN_THE_LOOP = {
 }  # tests/test_survival.py
 OF_THE_MACHINE = {"memory__compute_dtype": "bfloat16"}
 OF_THE_SCHEDULE = {"schedule__hold_steps", "optimizer__final_rate"}  # tests/test_step.py
+OF_LEVELS = {"schedule__targets", "loss__penalty"}  # tests/test_elastic.py
 OF_OTHERS = {"objective", "trimkv__capacity", "trimkv__lm_weight", "kvzap__prompt"}  # tests/test_objectives.py
 
 
 def test_every_field_is_accounted_for():
   known = {*IN_THE_STEP, *SAME_RESULT, *BY_THE_NEURON, *IN_THE_DATA, *IN_THE_LOOP, *OF_THE_MACHINE}
-  known |= {*OF_THE_SCHEDULE, *OF_OTHERS}
+  known |= {*OF_THE_SCHEDULE, *OF_OTHERS, *OF_LEVELS}
   fields = lambda config: {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
   sections = {name: value for name, value in fields(BASE).items() if dataclasses.is_dataclass(value)}
   assert known == {*fields(BASE)} - {*sections} | {f"{n}__{field}" for n, s in sections.items() for field in fields(s)}

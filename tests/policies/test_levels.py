@@ -1,0 +1,119 @@
+"""DMS read at a level: rows with CRs of their own against the mask, requests, methods, refusals."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dms_jax
+from dms_jax import masks, policies
+from dms_jax import testing as tiny
+from dms_jax.model import Eviction, check_policy, forward, unembed
+from dms_jax.policies.base import of_rows, row_numbers
+from experiments.methods import method
+from experiments.methods.budgets import fitted
+from experiments.methods.score import masked
+
+CRS, LENGTH, NEW = (1.5, 3.0, 6.0, 12.0), 29, 6
+GATES = tiny.dms(window=3, scale=20.0, offset=0.0, elastic=(1.5, 12.0))
+MODEL = tiny.model(gates=GATES)
+PROMPTS = [tiny.tokens(MODEL.config, 1, LENGTH - 2 * i, seed=i)[0].tolist() for i in range(len(CRS))]
+generate = functools.partial(dms_jax.generate, max_new_tokens=NEW, eos=False, decode_block=4, prefill_chunk=8)
+
+
+@pytest.fixture(scope="module")
+def together():
+  return generate(MODEL, PROMPTS, policy=policies.DMS(cr=np.array(CRS)), cache="contiguous")
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "masked", "paged"])
+def test_rows_of_every_level_are_the_mask(kind, together):
+  """Tokens and tokens held of each row: those of the whole text under the mask at its threshold; the levels differ."""
+  out = (
+    together if kind == "contiguous" else generate(MODEL, PROMPTS, policy=policies.DMS(cr=np.array(CRS)), cache=kind)
+  )
+  held_shares = []
+  for row, (cr, prompt) in enumerate(zip(CRS, PROMPTS, strict=True)):
+    limit = float(GATES.levels.threshold(cr))
+    text = jnp.asarray([prompt + out.tokens[row]], jnp.int32)
+    hidden, logits = forward(MODEL, text, eviction=Eviction(threshold=limit))
+    chosen = np.asarray(unembed(MODEL, hidden)[0]).argmax(axis=-1)
+    assert chosen[len(prompt) - 1 : -1].tolist() == out.tokens[row]
+    evicted = masks.about_key(logits[..., :-1] > limit, GATES.lag(), False)
+    held = np.asarray(masks.held_tokens(evicted, GATES.window))[:, 0]
+    np.testing.assert_array_equal(np.asarray(out.metrics.live)[:, row], held)
+    held_shares.append(held.mean() / (text.shape[1] - 1))
+  assert (np.diff(held_shares) < 0).all()
+
+
+def test_a_row_is_itself_alone(together):
+  """Other CRs and prompts beside it change nothing, in the same shapes."""
+  for row, cr in enumerate(CRS):
+    order = [row, *(i for i in range(len(CRS)) if i != row)]
+    others = np.array([cr, *np.roll([CRS[i] for i in order[1:]], 1)])
+    alone = generate(MODEL, [PROMPTS[i] for i in order], policy=policies.DMS(cr=others), cache="contiguous")
+    assert alone.tokens[0] == together.tokens[row]
+    np.testing.assert_array_equal(np.asarray(alone.metrics.live)[:, 0], np.asarray(together.metrics.live)[:, row])
+
+
+def test_requests_have_levels_of_their_own(together):
+  """`submit(cr=)` answers as `generate`, whatever the generator's own; without it, the ratio whose threshold is 0."""
+  generator = dms_jax.Generator(MODEL, width=4, page_size=4, eos=False, prefill_chunk=8, decode_block=4)
+  assert generator.numbers == {"cr": 4.0}
+  tickets = [generator.submit(p, max_new_tokens=NEW, cr=cr) for p, cr in zip(PROMPTS, CRS, strict=True)]
+  list(generator.run())
+  assert [generator.results[ticket].tokens[0] for ticket in tickets] == together.tokens
+  with pytest.raises(ValueError, match=r"DMS: cr=20 must lie between 1.5 and 12"):
+    generator.submit(PROMPTS[0], cr=20)
+  with pytest.raises(ValueError, match=r"threshold=1.0: not a number of this DMS"):
+    generator.submit(PROMPTS[0], threshold=1.0)
+
+
+def test_numbers_of_levels():
+  plain = check_policy(MODEL, policies.DMS())
+  assert plain.cr == 4.0 and float(plain.limit) == 0.0 and row_numbers(plain) == {"cr": 4.0}
+  assert not plain.bounded and plain.data_dependent and check_policy(MODEL, plain) == plain
+  raw = check_policy(MODEL, policies.DMS(threshold=2.0))
+  assert raw.cr is None and raw.limit == 2.0 and row_numbers(raw) == {"threshold": 2.0}
+  rows = of_rows(check_policy(MODEL, policies.DMS(cr=np.array([2.0, 6.0]))), 2, [1, 1, 0])
+  np.testing.assert_array_equal(rows.limit, GATES.levels.threshold(jnp.asarray([6.0, 6.0, 2.0])))
+  both = check_policy(MODEL, policies.DMS(cr=6.0, budget=9))
+  assert both.bounded and int(both.capacity(50)) == 9 and row_numbers(both) == {"budget": 9, "cr": 6.0}
+  hard = check_policy(MODEL, policies.DMS(cr=2.5, hard=True, threshold=math.inf))
+  assert hard.bounded and int(hard.capacity(50)) == 20 and hard.limit == math.inf
+
+
+@pytest.mark.parametrize(
+  ("gates", "policy", "message"),
+  [
+    (tiny.dms(), policies.DMS(cr=4), "DMS: cr=4 needs gates trained for a range of ratios"),
+    (GATES, policies.DMS(cr=13.0), "DMS: cr=13.0 must lie between 1.5 and 12"),
+    (GATES, policies.DMS(cr=np.array([2.0, 1.0])), r"DMS: cr=\[2. 1.\] must lie between 1.5 and 12"),
+    (GATES, policies.DMS(cr=math.nan), "DMS: cr=nan must lie between"),
+    (GATES, policies.DMS(cr=4.0, threshold=1.0), "DMS: cr=4.0 sets the threshold: leave threshold=1.0 out"),
+    (GATES, policies.DMS(cr="4"), "DMS: cr=4 must be a number"),
+    (GATES, policies.DMS(hard=True), "DMS: hard=True makes a limit of cr=: give it too"),
+  ],
+)  # fmt: skip
+def test_refusals(gates, policy, message):
+  with pytest.raises(ValueError, match=message):
+    check_policy(tiny.model(gates=gates), policy)
+
+
+def test_methods_of_one_retrofit_have_a_level_for_each_cr():
+  """`--methods=dms --cr=2,4,8`: three levels of one retrofit, each a mask at its threshold; --thresholds is raw."""
+  read = lambda name, cls: cls()
+  build = functools.partial(method.build, ["dms"], tiny.model(), "o", [("", "elastic", MODEL, "r")], read)
+  found = build(crs=(2, 4, 8))
+  assert [m.label for m in found] == ["dms, CR 2", "dms, CR 4", "dms, CR 8"]
+  assert [masked(m.policy, m.given) for m in found] == [float(GATES.levels.threshold(cr)) for cr in (2, 4, 8)]
+  (group,), note = fitted(MODEL, found[0].policy, found[0].given, [20, 30])
+  assert group.numbers == {"cr": [2.0, 2.0]} and not note and len({m.checkpoint for m in found}) == 3
+  assert [masked(m.policy, m.given) for m in build()] == [0.0]
+  assert [masked(m.policy, m.given) for m in build(thresholds=(-1.0, 2.0))] == [-1.0, 2.0]
+  with pytest.raises(ValueError, match=r"DMS: cr=16.0 must lie between"):
+    build(crs=(16,))
