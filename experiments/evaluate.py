@@ -46,7 +46,7 @@ from experiments.methods import records, run, summary, trace
 from experiments.methods.budgets import fitted
 from experiments.methods.estimate import Estimate, duration
 from experiments.methods.method import Method
-from experiments.methods.records import Record
+from experiments.methods.records import TEXT, Record
 from experiments.methods.score import score_text
 from experiments.methods.summary import Entry, summarise
 from experiments.reports import figures_tasks, plots, tables
@@ -212,7 +212,7 @@ def read_texts(config: Config, tokenizer: Tokenizer, max_positions: int) -> list
   """
   if config.text and (longest := max(config.lengths)) > max_positions:
     raise ValueError(f"--lengths={longest}: the model's context is {max_positions} tokens")
-  names = ["text"] if len(config.text) == 1 else [f"text {Path(path).stem}" for path in config.text]
+  names = [TEXT] if len(config.text) == 1 else [f"{TEXT} {Path(path).stem}" for path in config.text]
   if twice := sorted({name for name in names if names.count(name) > 1}):
     raise ValueError(f"--text: several files would be called {twice[0]!r} in the results; rename one")
   read = {}

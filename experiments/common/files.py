@@ -38,6 +38,21 @@ def append_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+  """The path of a file to write, which replaces `path` when the block ends, and goes if the block fails.
+
+  Makes the folder.
+  """
+  path.parent.mkdir(parents=True, exist_ok=True)
+  part = path.with_name(f".{path.name}")
+  try:
+    yield part
+    os.replace(part, path)
+  finally:
+    part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def locked(flag: str, folder: str | Path) -> Iterator[Path]:
   """Makes a folder of results, and keeps other processes that lock it out until the block or this process ends.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -17,7 +18,7 @@ from dms_jax.evaluation.text import text_quality
 from dms_jax.tokenizer import byte_tokenizer
 from experiments import evaluate
 from experiments.common import files, program
-from experiments.methods import budgets, pareto, records, run, summary, trace
+from experiments.methods import budgets, pareto, records, run, stopwatch, summary, trace
 from experiments.methods import method as methods
 from experiments.methods.budgets import Budget, fitted
 from experiments.methods.estimate import Estimate, duration
@@ -134,8 +135,12 @@ def test_questions_have_budgets_of_their_own(models, tmp_path, monkeypatch):
     ((alone,),) = likelihood.score([(models[0], policies.TOVA(budget=budget))], [passage], batch=2)
     assert record.grades["answer_loglik"] == pytest.approx(alone.logprobs.mean(), abs=2e-5)  # float32, other shapes
     assert record.achieved_cr == pytest.approx(len(passage.tokens) / budget)
-  again = run.run(job, [method], byte_tokenizer(), batch=2, done=made[:2])
-  assert [record for part in again for record in part] == made[2:]  # to the bit
+  hard = run.Method("dms_budget", models[1], policies.DMS(threshold=math.inf), given=Budget(cr=3.0))
+  for part in run.run(job, [hard], byte_tokenizer(), batch=2):
+    assert all(record.achieved_cr == pytest.approx(record.tokens / math.ceil(record.tokens / 3)) for record in part)
+  again = [record for part in run.run(job, [method], byte_tokenizer(), batch=2, done=made[:2]) for record in part]
+  assert again == made[2:]  # to the bit
+  assert again[0].seconds > 0  # what it runs was compiled before
 
 
 def test_chunks_of_a_text(models):
@@ -168,6 +173,8 @@ def test_chunks_of_a_text(models):
     if name != "vanilla":
       before = quality["perplexity_original"]
       assert perplexity.difference == pytest.approx(quality["perplexity"] - before, rel=1e-4)
+  hard = run.Method("dms_budget", models[1], policies.DMS(threshold=math.inf), given=Budget(cr=4.0))
+  assert [record.achieved_cr for record in score(hard, [0, 1])] == [4.0, 4.0]
   assert text.missing(bounded, found["tova"][:3] + found["dms"]) == [3]
   assert score(bounded, [3]) == found["tova"][3:]
   places = [("text a", 0, "a"), ("text b", 0, "b"), ("text b", 1, "b"), ("text b", 2, "b")]
@@ -223,6 +230,27 @@ def test_a_shorter_chain_is_the_start_of_a_longer_one(models):
   assert all(a.text.startswith(b.text) and a.reads > b.reads for a, b in zip(long, short, strict=True))
   assert len({record.text for record in both}) > 6 and {r.answer for r in both} == {r.text[:1].lower() for r in both}
   assert ran(echo(4, 9), method, done=both[:5]) == both[5:]
+
+
+def test_a_chain_has_the_seconds_of_its_steps(models, monkeypatch):
+  """Each step takes a second: one for the prompt and 33 tokens, then one for 32 tokens each. Prompts wait in line."""
+
+  class Clock:
+    seconds = 0.0
+
+    @contextlib.contextmanager
+    def running(self):
+      yield
+      self.seconds += 1.0
+
+  monkeypatch.setattr(stopwatch, "Stopwatch", Clock)
+  job = echo(9, 40, 80, chains=(1,), limit=4)
+  made = ran(job, run.Method("vanilla", models[0]))
+  ended = [each for each in made if each.tokens - len(job.asked[each.prompt].tokens) < each.max_tokens - 1]
+  expected = {9: 1.0, 40: 1.0 + 7 / 32, 80: 3.0}
+  assert {record.seconds for record in made if record not in ended} == set(expected.values())
+  assert all(record.seconds == expected[record.max_tokens] for record in made if record not in ended)
+  assert all(1 <= record.seconds <= 3 for record in ended)
 
 
 def test_budgets_that_depend_on_the_length_are_written_apart(models):
@@ -296,6 +324,10 @@ def test_a_killed_run_gives_the_same_records(checkpoints, tmp_path, monkeypatch,
   assert [(each.method, each.prompt) for each in traced[0]] == [(name, 0) for name in ("vanilla", "dms", "tova")]
   assert traced[0] == traced[1] and min(traced[0][0].held) == 1 > min(traced[0][2].held)
   whole, resumed = (json.loads((tmp_path / folder / "summary.json").read_text()) for folder in ("whole", "killed"))
+  for found in (whole, resumed):  # times are not the same again
+    times = {(entry["task"], entry["metric"]): entry.pop("seconds") for entry in found["summary"]}
+    assert times["echo", "pass@2"] > 0 and times["text", "kl"] is None
+    found["margins"] = [margin for margin in found["margins"] if margin["cost"] != "seconds"]
   assert whole["summary"] == resumed["summary"] and whole["margins"] == resumed["margins"]
   entries = {(e["method"], e["task"], e["metric"], e["max_tokens"]): e for e in whole["summary"]}
   assert {key[2] for key in entries if key[1] == "echo"} == {"accuracy", "pass@2", "majority@2"}
