@@ -368,7 +368,7 @@ def _sequential_prefill(
   model: Model, policy: Policy, cache: Cache, tokens: Array, lengths: Array, override: Array | None
 ):
   """`cached_forward` of a chunk as a scan over its tokens, one decode step each, for policies with `exact_prefill`."""
-  stalled = lengths > cache.free_tokens(policy)
+  stalled = lengths > cache.free_tokens(policy, lengths > 0)
   lengths = jnp.where(stalled, 0, lengths)
 
   def step(cache, inputs):

@@ -10,14 +10,19 @@ import pytest
 
 from dms_jax import cache as caches
 from dms_jax import policies
-from dms_jax.config import DMSConfig, LoRAConfig
+from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig
 from dms_jax.families import PRESETS
+from dms_jax.generation import decode as decoding
+from dms_jax.generation import together
+from dms_jax.generation.sampling import Sampling
+from dms_jax.generation.stops import StopCriteria
 from dms_jax.model import Model, cached_forward
 from dms_jax.params import map_table, param_table
 from dms_jax.retrofit import LossConfig, MemoryConfig, RetrofitConfig
 from dms_jax.retrofit.loop import prepare
 from dms_jax.retrofit.step import Batch, init_state, train_step
 from pallas_kernels.common import compat
+from pallas_kernels.common.dispatch import log_once
 from tests.kernels.suite import needs_mosaic_gpu
 
 pytestmark = needs_mosaic_gpu
@@ -81,3 +86,51 @@ OBSERVERS = [(policies.H2O(budget=513), "contiguous"), (policies.TOVA(budget=512
 def test_decode_step_that_observes_mass_lowers_for_cuda(policy, kind):
   """The kernel also returns the attention mass that these policies watch."""
   assert "_mass_64x" in lowered_for_cuda(1, kind, policy)
+
+
+WIDTH, HEADS = 2048, 2  # rows of a sweep, KV heads of a small reasoner
+
+
+def on_a_gpu(tree):
+  """Shapes as on a GPU: bfloat16 is not stored as bits."""
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if x.dtype == jnp.uint16 else x.dtype), tree)
+
+
+@pytest.fixture(scope="module")
+def sweep():
+  """The shapes of a `Generator` of 2,048 rows on a model of 7 M parameters: (model, policy, cache, rows' states)."""
+  config = ModelConfig(
+    num_layers=6, d_model=320, d_ff=896, num_heads=6, num_kv_heads=HEADS, head_dim=64, vocab_size=128
+  )
+  gates, struct = DMSConfig(window=16), jax.ShapeDtypeStruct
+  params = map_table(lambda _, spec: struct(spec.shape, jnp.bfloat16), param_table(config, gates))
+  model = jax.eval_shape(lambda params: Model(params, config, gates).unstacked(), params)
+  policy = policies.DMS(window=16, threshold=struct((WIDTH,), jnp.float32))
+  make = lambda: caches.for_model(model, policy, batch=WIDTH, capacity=18, kind="paged", longest=2048)
+  cache = on_a_gpu(jax.eval_shape(make))
+  column, keys = struct((WIDTH,), jnp.int32), jax.eval_shape(lambda: jax.random.split(jax.random.key(0), WIDTH))
+  return model, policy, cache, decoding.DecodeState(column, keys, column, column, column, column)
+
+
+def test_decode_block_of_many_rows_lowers_for_cuda(sweep, caplog):
+  """2,048 rows of two KV heads take the kernel for pages in every layer; nothing falls back to XLA."""
+  model, policy, cache, rows = sweep
+  sampling = Sampling(jax.ShapeDtypeStruct((WIDTH,), jnp.float32))
+  stop = StopCriteria(jax.ShapeDtypeStruct((1,), jnp.int32))
+  with compat.assume_hopper(), caplog.at_level("INFO", "pallas_kernels"):
+    log_once.cache_clear()
+    traced = decoding.decode_block.trace(model, policy, cache, rows, sampling, stop, steps=4, history=False)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  assert text.count("decode_pages32_") >= model.config.num_layers
+  assert not [record.getMessage() for record in caplog.records if "XLA takes over" in record.getMessage()]
+
+
+def test_prompts_read_together_lower_for_cuda(sweep):
+  model, policy, cache, _ = sweep
+  struct, reads = jax.ShapeDtypeStruct, 32
+  column = struct((reads,), jnp.int32)
+  arguments = model, policy.replace(threshold=struct((reads,), jnp.float32)), cache, column
+  logits = struct((WIDTH, model.config.vocab_size), jnp.float32)
+  with compat.assume_hopper():
+    traced = together._prefill_rows.trace(*arguments, struct((reads, 64), jnp.int32), column, column, logits, places=8)
+    assert "prefill_" in traced.lower(lowering_platforms=("cuda",)).as_text()

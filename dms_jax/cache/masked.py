@@ -77,7 +77,7 @@ class MaskedCache(Common):
   def layer_state(self):
     return self.evicted
 
-  def free_tokens(self, policy):
+  def free_tokens(self, policy, rows=None):
     """Tokens that each row can take, int32 [B]: its free slots."""
     return self.slots - self.seen
 

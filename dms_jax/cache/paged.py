@@ -177,15 +177,16 @@ class PagedCache(RingCache):
     pad = lambda x: jnp.pad(x, ((0, pages - x.shape[0]), (0, 0), (0, 0)))
     return self.replace(store=jax.tree.map(pad, self.store), table=self.table.replace(pool=pool))
 
-  def free_tokens(self, policy):
+  def free_tokens(self, policy, rows=None):
     """Tokens that each row can take for certain, int32 [B], whatever the other rows take.
 
-    Each head counts on its own pages and an equal share of the free ones. A row whose policy never needs more slots
-    than these can take ENDLESS tokens.
+    Each head counts on its own pages and an equal share of the free ones; only heads of `rows` share. A row whose
+    policy never needs more slots than these can take ENDLESS tokens.
     """
     layers, batch, heads = self.archived.shape
+    sharing = batch if rows is None else jnp.maximum(jnp.sum(rows), 1)
     places = jnp.minimum(
-      self.table.owned + self.table.pool.count // (layers * batch * heads), self.table.pages.shape[3]
+      self.table.owned + self.table.pool.count // (layers * sharing * heads), self.table.pages.shape[3]
     )
     slots = places * self.page_size
     room = jnp.min(slots - self.archived, axis=(0, 2)) + jnp.maximum(self.ring - self.seen, 0)

@@ -108,7 +108,7 @@ class RingCache(Common):
     """Live slots, int32 [L, B, K]."""
     return jnp.minimum(self.seen, self.ring)[:, None] + self.archived
 
-  def free_tokens(self, policy):
+  def free_tokens(self, policy, rows=None):
     """Tokens that each row can take for certain, int32 [B]: if all are kept, or more by the policy's `reach`."""
     free = self.slots - self.ring - jnp.max(self.archived, axis=(0, 2))
     return jnp.maximum(free + jnp.maximum(self.ring - self.seen, 0), policy.reach(self.slots) - self.seen)

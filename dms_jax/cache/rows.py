@@ -1,4 +1,4 @@
-"""Rows of a PagedCache coming and going: one row alone, rows that share a prompt, rows released."""
+"""Rows of a PagedCache coming and going: some rows alone, rows that share a prompt, rows released."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from dms_jax.cache.paged import PagedCache, Table
 from dms_jax.cache.ring import RingCache
 
 BY_ROW = ("kv", "evicted", "archived", "stats", "summaries", "memory")  # fields whose arrays are [L, B, ...]
+TOGETHER = 32  # rows that a fork copies at once where each copies one page a head: their copies take little memory
 
 
 def row_fields(cache: RingCache, take: Callable, archive: int) -> dict:
@@ -25,21 +26,26 @@ def row_fields(cache: RingCache, take: Callable, archive: int) -> dict:
   return fields
 
 
-def take_row(cache: PagedCache, row: Int[Array, ""], places: int) -> PagedCache:
-  """Row `row` as a cache with B = 1 on the same pool; its heads have at most `places` pages."""
-  take = lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1, axis=1)
+def take_rows(cache: PagedCache, rows: Int[Array, "R"], places: int) -> PagedCache:
+  """The rows `rows` as a cache of R rows on the same pool, whose heads have at most `places` pages.
+
+  A number past the last row gives an empty row.
+  """
+  take = lambda x: jnp.take(x, rows, axis=1, mode="fill", fill_value=0)
   fields = row_fields(cache, take, places * cache.page_size)
   table = cache.table.replace(pages=take(cache.table.pages)[..., :places], owned=take(cache.table.owned))
-  return cache.replace(**fields, seen=jax.lax.dynamic_slice_in_dim(cache.seen, row, 1), table=table)
+  return cache.replace(**fields, seen=jnp.take(cache.seen, rows, mode="fill", fill_value=0), table=table)
 
 
-def put_row(cache: PagedCache, row: Int[Array, ""], one: PagedCache) -> PagedCache:
-  """`cache` with row `row` and the pool taken from `one`, the later state of `take_row(cache, row, ...)`."""
-  put = lambda x, part: jax.lax.dynamic_update_slice(x, part, (0, row) + (0,) * (x.ndim - 2))
-  fields = {name: jax.tree.map(put, getattr(cache, name), getattr(one, name)) for name in BY_ROW}
-  table = Table(put(cache.table.pages, one.table.pages), put(cache.table.owned, one.table.owned), one.table.pool)
-  seen = jax.lax.dynamic_update_slice_in_dim(cache.seen, one.seen, row, axis=0)
-  return cache.replace(**fields, seen=seen, table=table, store=one.store)
+def put_rows(cache: PagedCache, rows: Int[Array, "R"], part: PagedCache) -> PagedCache:
+  """`cache` with the rows `rows` and the pool of `part`, the later state of `take_rows(cache, rows, ...)`."""
+
+  def put(x, new):
+    return x.at[(slice(None), rows, *(slice(size) for size in new.shape[2:]))].set(new, mode="drop")
+
+  fields = {name: jax.tree.map(put, getattr(cache, name), getattr(part, name)) for name in BY_ROW}
+  table = Table(put(cache.table.pages, part.table.pages), put(cache.table.owned, part.table.owned), part.table.pool)
+  return cache.replace(**fields, seen=cache.seen.at[rows].set(part.seen, mode="drop"), table=table, store=part.store)
 
 
 @partial(jax.jit, donate_argnames="cache")
@@ -59,40 +65,53 @@ def free_rows(cache: PagedCache, rows: Bool[Array, "B"]) -> PagedCache:
 
 @partial(jax.jit, static_argnames="whole", donate_argnames="cache")
 def fork_row(
-  cache: PagedCache, source: Int[Array, ""], rows: Bool[Array, "B"], whole: bool = False
+  cache: PagedCache, source: Int[Array, "*B"], rows: Bool[Array, "B"], whole: bool = False
 ) -> tuple[PagedCache, Bool[Array, ""]]:
-  """Copies row `source` to the empty rows marked in `rows`: full pages are shared, ring and last page copied.
+  """Copies rows to the empty rows marked in `rows`: full pages are shared, ring and last page copied.
 
   Args:
     cache: donated.
+    source: the row that is copied, or that of each marked row [B].
     whole: copy all pages, for a policy that `rewrites` old ones.
 
   Returns:
     (cache, whether the pool had enough free pages, bool []). Without enough the cache is unchanged.
   """
   table, size, none = cache.table, cache.page_size, cache.pages
+  source = jnp.broadcast_to(source, rows.shape)
   place = jnp.arange(table.pages.shape[3])
-  of_source = lambda x: jax.lax.dynamic_slice_in_dim(x, source, 1, axis=1)
-  pages, owned, archived = of_source(table.pages), of_source(table.owned), of_source(cache.archived)
+  pages, owned, archived = (x[:, source] for x in (table.pages, table.owned, cache.archived))
   used = -(-archived // size)
   full = jnp.zeros_like(archived) if whole else archived // size
-  copied = (place >= full[..., None]) & (place < used[..., None])  # [L, 1, K, M]
+  copied = (place >= full[..., None]) & (place < used[..., None])  # [L, B, K, M]
   wanted = rows[:, None, None] & copied
   enough = jnp.sum(wanted) <= table.pool.count
   rows = rows & enough
   pool, new = pools.take(table.pool, wanted & enough)
   shared = rows[:, None, None] & (place < full[..., None])
   pool = pools.share(pool, jnp.where(shared, pages, none))
-  at = jnp.where(rows[:, None, None] & copied, new, none)
+  old, to = jnp.clip(pages, 0, none - 1), jnp.where(wanted & enough, new, none)
+  if not whole:  # the last page alone
+    last = jnp.minimum(full, place.size - 1)[..., None]
+    old, to = jnp.take_along_axis(old, last, axis=-1), jnp.take_along_axis(to, last, axis=-1)
+  marked = jnp.argsort(~rows, stable=True)  # the marked rows come first
+  count, together = jnp.sum(rows), 1 if whole else min(TOGETHER, rows.size)
 
-  def copied_row(b, store):
-    """`store` with the page copies of row `b`. Copying all rows at once might take the memory of a second pool."""
-    to = jax.lax.dynamic_index_in_dim(at, b, 1, keepdims=False)
-    return jax.tree.map(lambda x: x.at[to].set(x[jnp.clip(pages[:, 0], 0, none - 1)], mode="drop"), store)
+  def copied_rows(index, state):
+    """The fields and the store with the copies of some rows. All at once might take the memory of a second pool."""
+    fields, store = state
+    place = index * together + jnp.arange(together)
+    row = jnp.take(marked, place, mode="clip")
+    target = jnp.where(place < count, row, rows.size)
+    fields = jax.tree.map(lambda x: x.at[:, target].set(x[:, source[row]], mode="drop"), fields)
+    page = jnp.where((place < count)[:, None, None], to[:, row], none)
+    return fields, jax.tree.map(lambda x: x.at[page].set(x[old[:, row]], mode="drop"), store)
 
-  store = jax.lax.fori_loop(0, rows.shape[0], copied_row, cache.store)
-  to = lambda x: jnp.where(rows.reshape(-1, *(1,) * (x.ndim - 2)), of_source(x), x)
-  table = Table(jnp.where(shared, pages, jnp.where(wanted & enough, new, table.pages)), to(table.owned), pool)
-  table = table.replace(owned=jnp.where(rows[:, None], jnp.minimum(owned, used), table.owned))
-  fields = {name: jax.tree.map(to, getattr(cache, name)) for name in BY_ROW}
+  fields = {name: getattr(cache, name) for name in BY_ROW}
+  fields, store = jax.lax.fori_loop(0, -(-count // together), copied_rows, (fields, cache.store))
+  table = Table(
+    jnp.where(shared, pages, jnp.where(wanted & enough, new, table.pages)),
+    jnp.where(rows[:, None], jnp.minimum(owned, used), table.owned),
+    pool,
+  )
   return cache.replace(**fields, seen=jnp.where(rows, cache.seen[source], cache.seen), table=table, store=store), enough

@@ -30,9 +30,10 @@ from dms_jax.generation.decode import LENGTH, REASONS, RUNNING, DecodeState, Emi
 from dms_jax.generation.detokenize import Detokenizer
 from dms_jax.generation.prefill import Chunk, read_prompts
 from dms_jax.generation.prompts import Prompts, check_lengths, prompt_ids
+from dms_jax.generation.results import ChainUsage, Used, add_prompts
 from dms_jax.generation.sampling import Sampling, row_keys
 from dms_jax.generation.stops import StopStrings, stop_criteria
-from dms_jax.metrics import Metrics
+from dms_jax.metrics import Counts, Metrics
 from dms_jax.model import Model, check_policy
 from dms_jax.policies import Policy
 
@@ -40,13 +41,14 @@ Stream = Callable[[int, list[int], str], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Output:
+class Output(Used):
   """What `generate` returns; lists have one entry a row.
 
   `text`: cut before a stop string; None without a tokenizer. `tokens`: all generated tokens, including the EOS or stop
   string that ended the row. `logprobs`: log-probabilities of the tokens by the raw logits, nats. `finish_reason`:
   "eos", "stop", "length", or "capacity" if a fixed `capacity` was full (pass `continue_from` and a larger one to
-  continue). `conversation`: what a later turn needs; its `cache` holds all tokens but the last.
+  continue). `conversation`: what a later turn needs; its `cache` holds all tokens but the last. `usage`: tokens held
+  and keys read by each step of each row, and `seen`, `held`, `peak` and `reads` its sums.
   """
 
   tokens: list[list[int]]
@@ -55,6 +57,7 @@ class Output:
   metrics: Metrics
   conversation: Conversation
   text: list[str] | None = None
+  usage: list[ChainUsage] = dataclasses.field(default_factory=list)
 
 
 def generate(
@@ -80,6 +83,9 @@ def generate(
   history: bool = False,
 ) -> Output:
   """Continues each prompt by up to `max_new_tokens` tokens.
+
+  All rows begin together, and a row that has ended keeps its place and its memory until the last one ends: a step costs
+  what it costs with all rows running. `Generator` gives the place to another request.
 
   Args:
     prompts: a string, strings, ids, lists of ids, or an id matrix [B, T], whose padding (on any side) `mask` excludes.
@@ -143,6 +149,9 @@ def generate(
     most = int(np.max(policy.capacity(most)))  # slots that suffice for any evictions
   store = _start(model, policy, cache, capacity, past, batch, most, prefill_chunk)
 
+  # A row without a prompt in this turn has its pending token alone, which decoding feeds.
+  goes_on = np.array([past is not None and past.pending[row] >= 0 and len(new) == 1 for row, new in enumerate(ids)])
+  usage = _usage(model, past, np.where(goes_on, seen, lengths), ~goes_on & (max_new_tokens > 0))
   metrics = Metrics.zero(model.config.num_layers, batch, model.config.num_kv_heads)
   state = place_like(
     model,
@@ -155,13 +164,11 @@ def generate(
       reason=jnp.full(batch, RUNNING if max_new_tokens else LENGTH, jnp.int32),
     ),
   )
-  written = [_Row(Detokenizer.create(tokenizer, strings)) for _ in ids]
+  written = [_Row(Detokenizer.create(tokenizer, strings), own) for own in usage]
   reason = np.asarray(state.reason)
-  # A row without a prompt in this turn has its pending token alone, which decoding feeds.
-  goes_on = np.array([past is not None and past.pending[row] >= 0 and len(new) == 1 for row, new in enumerate(ids)])
   if not goes_on.all():
     new = [row[:0] if going else row for row, going in zip(ids, goes_on, strict=True)]
-    store, logits, metrics = _read(model, policy, store, new, metrics, prefill_chunk, capacity, most)
+    store, logits, metrics = _read(model, policy, store, new, metrics, usage, prefill_chunk, capacity, most)
     if max_new_tokens:
       resting = state.replace(reason=jnp.where(goes_on, LENGTH, state.reason))
       state, emitted = decoding.first_token(resting, logits, sampling, criteria)
@@ -176,7 +183,9 @@ def generate(
     )
     metrics = metrics.add(counts, decode=True)
     steps += int(emitted.valid.any(axis=1).sum())
-    reason = _write(written, emitted, state, stream)
+    reason = _write(written, emitted, state, stream, counts)
+  for own in usage:
+    own.join()
   tokens = [row.tokens for row in written]
   metrics = metrics.replace(
     seen=np.asarray(store.seen).astype(np.int64),
@@ -189,7 +198,22 @@ def generate(
   reasons = [REASONS[r] for r in np.asarray(state.reason)]
   text = None if tokenizer is None else [row.text(why) for row, why in zip(written, reasons, strict=True)]
   conversation = Conversation(store, pending, state.count, policy)
-  return Output(tokens, [row.logprobs for row in written], reasons, metrics, conversation, text)
+  return Output(tokens, [row.logprobs for row in written], reasons, metrics, conversation, text, usage)
+
+
+def _usage(model, past, read, sampled) -> list[ChainUsage]:
+  """The usage of rows that begin.
+
+  Args:
+    read: tokens [B] that each row will have read before its first decode step.
+    sampled: rows [B] whose first token follows their prompt.
+  """
+  held = np.zeros(len(read), np.int64) if past is None else np.asarray(past.cache.live()).sum(axis=(0, 2))
+  heads = model.config.num_layers * model.config.num_kv_heads
+  return [
+    ChainUsage(heads, int(total), int(before), int(before), sampled=int(first))
+    for total, before, first in zip(read, held, sampled, strict=True)
+  ]
 
 
 def _start(model, policy, kind, capacity, past, batch, most, chunk) -> Cache:
@@ -206,7 +230,7 @@ def _start(model, policy, kind, capacity, past, batch, most, chunk) -> Cache:
   return place_like(model, store)
 
 
-def _read(model, policy, store, ids, metrics, chunk, capacity, most) -> tuple[Cache, Array, Metrics]:
+def _read(model, policy, store, ids, metrics, usage, chunk, capacity, most) -> tuple[Cache, Array, Metrics]:
   """Reads all prompts; returns (cache, logits [B, V] after them, metrics)."""
   logits = place_like(model, jnp.zeros((len(ids), model.config.vocab_size), jnp.float32))
 
@@ -222,7 +246,9 @@ def _read(model, policy, store, ids, metrics, chunk, capacity, most) -> tuple[Ca
     store, logits, stalled, counts = decoding.prefill_chunk(
       model, policy, store, part.tokens, part.lengths, part.remaining, logits
     )
+    counts = jax.device_get(counts)
     metrics = metrics.add(counts, decode=False)
+    add_prompts(usage, counts)
     return np.asarray(stalled)
 
   read = read_prompts(ids, chunk, feed, fitting=fitting)
@@ -243,6 +269,7 @@ class _Row:
   """The tokens that a row has generated so far."""
 
   detokenizer: Detokenizer | None
+  usage: ChainUsage
   tokens: list[int] = dataclasses.field(default_factory=list)
   logprobs: list[float] = dataclasses.field(default_factory=list)
 
@@ -252,13 +279,22 @@ class _Row:
     return self.detokenizer.text
 
 
-def _write(written: list[_Row], emitted: Emitted, state: DecodeState, stream: Stream | None) -> np.ndarray:
-  """Appends a decode block's tokens, streams them, and returns each row's reason [B]."""
-  emitted, reason = jax.device_get((emitted, state.reason))
+def _write(
+  written: list[_Row], emitted: Emitted, state: DecodeState, stream: Stream | None, counts: Counts | None = None
+) -> np.ndarray:
+  """Appends a decode block's tokens and usage, streams the tokens, and returns each row's reason [B].
+
+  Args:
+    counts: of the block; None for tokens that no step made.
+  """
+  spent = None if counts is None else (counts.held, counts.step_reads)
+  emitted, reason, spent = jax.device_get((emitted, state.reason, spent))
   for b, (row, valid) in enumerate(zip(written, emitted.valid.T, strict=True)):
     new = emitted.tokens[valid, b].tolist()
     row.tokens += new
     row.logprobs += emitted.logprobs[valid, b].tolist()
+    if new and spent is not None:
+      row.usage.steps.append((spent[0][valid, b], spent[1][valid, b]))
     if stream is None:
       continue
     text = "" if row.detokenizer is None else row.detokenizer.advance(row.tokens, REASONS[reason[b]])

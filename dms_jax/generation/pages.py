@@ -13,13 +13,6 @@ from dms_jax.cache import PagedCache
 from dms_jax.cache import rows as cache_rows
 from dms_jax.cache.base import GROWTH
 from dms_jax.cache.host import HostRow, offload_row, restore_row
-from dms_jax.generation.prefill import Chunk, read_prompts
-from dms_jax.generation.results import ChainUsage
-from dms_jax.metrics import Counts, count
-from dms_jax.model import Model, cached_forward, last_logits
-from dms_jax.policies import Policy
-
-PLACES = 8  # least pages of a head that a prompt's program knows
 
 
 class BudgetError(ValueError):
@@ -33,20 +26,12 @@ class BudgetError(ValueError):
     self.ticket = ticket
 
 
-@partial(jax.jit, static_argnames="places", donate_argnames="cache")
-def _prefill_row(
-  model: Model, policy: Policy, cache: PagedCache, row: Int[Array, ""], tokens: Int[Array, "1 T"],
-  length: Int[Array, "1"], remaining: Int[Array, "1"], *, places: int,
-) -> tuple[PagedCache, Float[Array, "1 V"], Bool[Array, "1"], Counts]:  # fmt: skip
-  """`decode.prefill_chunk` for one row: (cache, logits after the chunk, whether the row had no space, counts)."""
-  one = cache_rows.take_row(cache, row, places)
-  out, one = cached_forward(model, policy, one, tokens, length, remaining=remaining)
-  return cache_rows.put_row(cache, row, one), last_logits(model, out), out.stalled, count(out.seen)
-
-
-@jax.jit
-def _usage(cache: PagedCache) -> tuple[Float[Array, ""], Int[Array, ""]]:
-  return jnp.sum(jnp.mean(cache.live().astype(jnp.float32), axis=(0, 2))), cache.pages - cache.table.pool.count
+@partial(jax.jit, donate_argnames="cache")
+def _settled(cache: PagedCache, over: Bool[Array, "B"]) -> tuple[PagedCache, tuple]:
+  tokens = jnp.sum(jnp.mean(cache.live().astype(jnp.float32), axis=(0, 2)))
+  pages = cache.pages - cache.table.pool.count
+  cache = cache_rows.free_rows(cache, over)
+  return cache, (tokens, pages, cache.table.pool.count)
 
 
 class PagedRows:
@@ -98,14 +83,24 @@ class PagedRows:
     cache = self.cache
     return f"budget={self.budget} bytes ({cache.pages} pages of {cache.page_size} slots for {self.heads} heads)"
 
-  def usage(self) -> tuple[float, int]:
-    """(tokens held by all rows, mean over layers and heads; pages in use, each shared page counted once)."""
-    tokens, pages = jax.device_get(_usage(self.cache))
-    return float(tokens), int(pages)
+  def settle(self, over: Bool[Array, "B"]) -> tuple[Float[Array, ""], Int[Array, ""], Int[Array, ""]]:
+    """Empties the rows `over`; waits for nothing.
+
+    Returns:
+      (tokens held before by all rows, mean over layers and heads; pages in use before, each shared page counted once;
+      pages free afterwards), on the device.
+    """
+    self.cache, found = _settled(self.cache, over)
+    return found
 
   def free_pages(self) -> int:
     """Pages that no row owns."""
     return int(self.cache.table.pool.count)
+
+  @property
+  def grows(self) -> bool:
+    """Whether the budget leaves room for a larger pool beside the old one."""
+    return self.limit is None or self.limit > 2 * self.cache.pages
 
   def grow(self, lacking: int) -> bool:
     """Adds `lacking` pages or more to the pool; false if the old and the new pool together exceed the budget."""
@@ -129,40 +124,6 @@ class PagedRows:
     if wanted > self.cache.pages:
       self.cache = self.cache.with_pages(wanted)
 
-  def read(
-    self, model: Model, policy: Policy, row: int, ids: Int[np.ndarray, "T"], chunk: int, usage: ChainUsage
-  ) -> Float[Array, "1 V"] | None:
-    """Reads a prompt into a row; returns the logits after it. None: pages ran out, and the row is half read.
-
-    Args:
-      policy: for one row.
-      usage: filled in for the prompt.
-    """
-    logits = None
-
-    def feed(part: Chunk) -> np.ndarray:
-      nonlocal logits
-      places = self._places(int(self.cache.seen[row]) + int(part.lengths[0]))
-      self.cache, logits, stalled, counts = _prefill_row(
-        model, policy, self.cache, jnp.int32(row), part.tokens, part.lengths, part.remaining, places=places
-      )
-      counts = jax.device_get(counts)
-      usage.prompt_held = int(counts.live.sum())
-      usage.prompt_peak = max(usage.prompt_peak, int(counts.held.max()))
-      usage.prompt_reads += int(counts.reads.sum(dtype=np.int64))
-      return np.asarray(stalled)
-
-    enlarge = lambda lengths: self.grow(self.heads * -(-int(lengths[0]) // self.cache.page_size))
-    usage.prompt = int(self.cache.seen[row]) + len(ids)
-    read = read_prompts([ids], chunk, feed, enlarge=enlarge)
-    return logits if read[0] == len(ids) else None
-
-  def _places(self, tokens: int) -> int:
-    """Pages a head may need for `tokens` tokens, rounded up to a power of two of at least PLACES: few compilations."""
-    most = self.cache.table.pages.shape[3]
-    needed = max(-(-tokens // self.cache.page_size), PLACES)
-    return min(1 << (needed - 1).bit_length(), most)
-
   def fork(self, row: int, others: list[int], whole: bool) -> bool:
     """Forks `row` into the empty rows `others`; false if pages ran out.
 
@@ -177,6 +138,10 @@ class PagedRows:
       if not self.grow(len(others) * pages):
         return False
     return True
+
+  def fork_all(self, sources: Int[np.ndarray, "B"], rows: Bool[np.ndarray, "B"], whole: bool) -> None:
+    """Forks row `sources[b]` into each empty row b of `rows`, for which there are pages; waits for nothing."""
+    self.cache, _ = cache_rows.fork_row(self.cache, sources, rows, whole=whole)
 
   def free(self, rows: list[int]) -> None:
     """Empties rows and frees each page that no other row shares."""

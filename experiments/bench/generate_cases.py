@@ -10,6 +10,7 @@ SmolLM2's shape each head holds as many tokens as in the CR 8 retrofit on a text
     energy        joules a token by NVML: equal rows, and as many as the budget holds
     first_token   time from a prompt on the host to its first token there, read in chunks
     scaling       tokens/s against the bytes of a cache, and of chains that share a prompt
+    generator     a `Generator` of many rows of a small model: the host's part of a step and of a request, tokens/s
     transformers  transformers' `generate` with a static cache and torch.compile, in a separate process
 """
 
@@ -25,12 +26,16 @@ import jax
 
 from dms_jax.config import ModelConfig
 from dms_jax.families import PRESETS
-from experiments.bench import synthetic
+from experiments.bench import generator_points, synthetic
 from experiments.bench.cases import Bar, apart, llama_config
 from experiments.bench.generate_points import KINDS, Bench, Energy, Kind, Point, Programs, Shape, bytes_in_use, report
 
 GATES = Path(__file__).parents[1] / "results/ablate/compression/ablation.json"  # what heads hold, for SmolLM2
 RETROFIT = "smollm2-135m-cr8"
+REASONER = ModelConfig(
+  num_layers=6, d_model=320, d_ff=896, num_heads=6, num_kv_heads=2, head_dim=64, vocab_size=128,
+  max_position_embeddings=4096,
+)  # fmt: skip
 IN_ROOFLINE = (Bar("of_roofline", 0.75),)
 
 
@@ -46,6 +51,7 @@ class Setup:
     memory_rows: rows of the memory cases; many, because an allocator rounds each array up by as much as 128 MiB.
     quantised: (shape, rows, tokens) of the comparison of an 8-bit archive with a dense cache in 16 bits.
     retrofitted: (rows, tokens) of SmolLM2's shape.
+    served: (shape, widths, new tokens of a chain) of the generators.
   """
 
   shape: Shape
@@ -61,6 +67,7 @@ class Setup:
   new_tokens: int = 48
   retrofitted: tuple[int, int] = (32, 8192)
   energy_seconds: float = 2.0
+  served: tuple[Shape, tuple[int, ...], int] = (Shape(REASONER, window=16, page=16), (256, 1024, 2048), 960)
 
   @property
   def context(self) -> int:
@@ -74,7 +81,7 @@ SMALL = Setup(
   Shape(TINY, window=4, cr=4, dtype="float32", page=4, steps=2), contexts=(64, 96), batches=(1, 2), dense_tokens=128,
   budget=2**17, width=2, prompts=((24, 1e3), (48, 1e3)), chunk=16, memory_rows=2,
   quantised=(Shape(TINY, window=1, cr=8, dtype="float32", page=4), 2, 96), new_tokens=4, retrofitted=(2, 96),
-  energy_seconds=0.05,
+  energy_seconds=0.05, served=(Shape(TINY, window=4, cr=4, dtype="float32", page=4), (4,), 40),
 )  # fmt: skip
 
 
@@ -130,7 +137,7 @@ class Suite:
     """All cases by name, in the order in which they run."""
     return {
       **self._memory(), **self._steps(), **self._concurrency(), **self._energy(), **self._first_tokens(),
-      **self._scaling(), **self._transformers(),
+      **self._scaling(), **self._generator(), **self._transformers(),
     }  # fmt: skip
 
   # Points ---------------------------------------------------------------------------------------------------------
@@ -296,6 +303,15 @@ class Suite:
     return {
       "scaling_budget": Measurement(of_budget, by_budget, (), self._start(every)),
       "scaling_chains": Measurement(of_chains, by_chains, (), self._start(chains)),
+    }
+
+  def _generator(self) -> dict[str, Measurement]:
+    shape, widths, tokens = self.setup.served
+    return {
+      f"generator_{width}": Measurement(
+        {"case": f"B{width}, {tokens} new tokens"}, lambda width=width: generator_points.measure(shape, width, tokens)
+      )
+      for width in widths
     }
 
   def _transformers(self) -> dict[str, Measurement]:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels.common.dispatch import Expected
 from pallas_kernels.common.platform import platform, setting
 
 try:
@@ -46,13 +47,17 @@ def interpreting() -> bool:
 
 
 def require_hopper() -> None:
-  """Raises NotImplementedError, with the reason, where Mosaic GPU kernels for Hopper cannot run."""
+  """Raises NotImplementedError, with the reason, where Mosaic GPU kernels for Hopper cannot run.
+
+  It is `Expected` on another device than a GPU.
+  """
+  refusal = NotImplementedError if platform() == "gpu" else Expected
   if not HAS_MOSAIC_GPU:
-    raise NotImplementedError(f"jax {jax.__version__} is older than 0.11, the first whose Mosaic GPU is supported")
+    raise refusal(f"jax {jax.__version__} is older than 0.11, the first whose Mosaic GPU is supported")
   if _interpreting.get() or _assumed.get():
     return
   if platform() != "gpu":
-    raise NotImplementedError(f"needs a Hopper GPU, the default device is a {platform()}")
+    raise Expected(f"needs a Hopper GPU, the default device is a {platform()}")
   capability = str(getattr(jax.devices()[0], "compute_capability", "unknown"))
   if capability.split(".")[0] != "9":
     raise NotImplementedError(f"needs a Hopper GPU (compute capability 9.0), this one has {capability}")

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.common.dispatch import Expected
 from pallas_kernels.common.platform import platform, setting
 
 _interpreting = contextvars.ContextVar("interpreting_tpu", default=False)
@@ -62,9 +63,9 @@ def interpreting() -> bool:
 
 
 def require_tpu() -> None:
-  """Raises NotImplementedError, with the reason, where Mosaic TPU kernels cannot run."""
+  """Raises `Expected`, with the reason, where Mosaic TPU kernels cannot run."""
   if not _interpreting.get() and platform() != "tpu":
-    raise NotImplementedError(f"needs a TPU, the device is a {platform()}")
+    raise Expected(f"needs a TPU, the device is a {platform()}")
 
 
 def tile(dtype) -> int:

@@ -8,10 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
+class Expected(NotImplementedError):
+  """A refusal that slows nothing down: another device than the kernel's, or a case that XLA does as well."""
+
+
 @functools.cache
-def log_once(message: str) -> None:
+def log_once(message: str, level: int = logging.INFO) -> None:
   """Logs a message, the first time that it comes."""
-  logging.getLogger("pallas_kernels").info("%s", message)
+  logging.getLogger("pallas_kernels").log(level, "%s", message)
 
 
 def call(
@@ -19,7 +23,8 @@ def call(
 ) -> Any:
   """Calls the first of `implementations` (in order, or those named by `choice`) that accepts the case.
 
-  An implementation refuses a case with NotImplementedError and its reason; each reason is logged once.
+  An implementation refuses a case with NotImplementedError and its reason; each reason is logged once. It is a warning
+  if "xla" takes over from a kernel of this device, unless the refusal was `Expected`.
 
   Raises:
     ValueError: `choice` names an unknown implementation.
@@ -29,13 +34,18 @@ def call(
   unknown = [n for n in names if n not in implementations]
   if unknown:
     raise ValueError(f"{operation}: unknown implementation {unknown}; there are {list(implementations)}")
-  reasons = []
+  reasons, slow = [], []
   for name in names:
     try:
-      return implementations[name](*args, **kwargs)
+      result = implementations[name](*args, **kwargs)
     except NotImplementedError as error:
       reasons.append(f"{operation}/{name}: {error}")
       log_once(reasons[-1])
+      slow += [] if isinstance(error, Expected) else reasons[-1:]
+      continue
+    for reason in slow if name == "xla" else ():
+      log_once(f"{reason}; XLA takes over, which is slower", logging.WARNING)
+    return result
   raise NotImplementedError("; ".join(reasons))
 
 

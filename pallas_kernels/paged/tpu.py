@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common import compat_tpu
+from pallas_kernels.common.dispatch import Expected
 from pallas_kernels.paged.pages import pages_at
 
 TILE = compat_tpu.tile(jnp.int8)  # slots that memory keeps together
@@ -29,7 +30,8 @@ def write_pages(pool, table, slots, rows):
   compat_tpu.require_tpu()
   page = pool.shape[1]
   if page % TILE or pool.dtype.itemsize != 1:
-    raise NotImplementedError(f"pages of {page} slots in {pool.dtype}: must be 8 bits, a multiple of {TILE}")
+    refusal = Expected if pool.dtype.itemsize != 1 else NotImplementedError
+    raise refusal(f"pages of {page} slots in {pool.dtype}: must be 8 bits, a multiple of {TILE}")
   flat = lambda x, n: x.reshape(-1, *x.shape[x.ndim - n :])
   table, slots, rows = flat(table, 1), flat(slots, 1), flat(rows, 2)
   archives, most, _ = rows.shape

@@ -1,0 +1,226 @@
+"""Prompts of a `Generator`: several rows read in one compiled call, each as if it were alone.
+
+Every call reads the next chunk of up to `PromptReader.rows` prompts, and fewer leave rows empty. Its width T and the
+pages that it knows follow from each prompt's own length, and only prompts with equal ones share a call. So a prompt is
+read by the same programs whatever is read beside it.
+
+A prompt is read `together` with others only if pages for all its tokens are free for certain (`PromptReader.certain`);
+otherwise `alone`, from a pool that grows if the budget allows it. Smaller chunks, which claim fewer pages, are a last
+resort, for a request that has the whole pool to itself: they sum in another order than whole ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from dms_jax.cache import PagedCache
+from dms_jax.cache import rows as cache_rows
+from dms_jax.generation.conversation import place_like
+from dms_jax.generation.pages import PagedRows
+from dms_jax.generation.prefill import Chunk, read_prompts
+from dms_jax.generation.results import ChainUsage, add_prompts
+from dms_jax.metrics import Counts, count
+from dms_jax.model import Model, cached_forward, last_logits
+from dms_jax.policies import Policy
+from dms_jax.policies.base import with_numbers
+
+PLACES = 8  # least pages of a head that a prompt's program knows
+LEAST_WIDTH = 16  # least width of a chunk's program
+MOST_ROWS = 64  # most prompts of a call by default: more bring no speed
+
+
+@partial(jax.jit, static_argnames="places", donate_argnames=("cache", "logits"))
+def _prefill_rows(
+  model: Model, policy: Policy, cache: PagedCache, rows: Int[Array, "R"], tokens: Int[Array, "R T"],
+  lengths: Int[Array, "R"], remaining: Int[Array, "R"], logits: Float[Array, "B V"], *, places: int,
+) -> tuple[PagedCache, Float[Array, "B V"], Bool[Array, "R"], Counts]:  # fmt: skip
+  """`decode.prefill_chunk` for the rows `rows`, those past the last row being none."""
+  part = cache_rows.take_rows(cache, rows, places)
+  out, part = cached_forward(model, policy, part, tokens, lengths, remaining=remaining)
+  ended = (out.lengths > 0) & (remaining == 0)
+  logits = logits.at[jnp.where(ended, rows, len(logits))].set(last_logits(model, out), mode="drop")
+  return cache_rows.put_rows(cache, rows, part), logits, out.stalled, count(out.seen)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+  """A prompt to be read into an empty row, or one that continues what the row holds.
+
+  Attributes:
+    row: where it is read.
+    ids: its tokens, int32.
+    numbers: of the policy.
+    usage: filled in for the prompt.
+    before: tokens that the row holds already.
+  """
+
+  row: int
+  ids: np.ndarray
+  numbers: dict[str, int | float]
+  usage: ChainUsage
+  before: int = 0
+
+
+def default_rows(width: int) -> int:
+  """Prompts that one call reads in a batch of `width` rows: a 64th of them, because so many rows end in a block."""
+  return min(max(width // 64, 1), MOST_ROWS)
+
+
+class PromptReader:
+  """Reads prompts into the rows of a paged cache.
+
+  Args:
+    model: in its fastest form.
+    policy: with scalar numbers, which those of the prompts replace.
+    memory: the rows.
+    chunk: most tokens of a prompt that one call reads.
+    rows: most prompts that one call reads.
+  """
+
+  def __init__(self, model: Model, policy: Policy, memory: PagedRows, chunk: int, rows: int):
+    self.model, self.policy, self.memory, self.chunk, self.rows = model, policy, memory, chunk, rows
+
+  def no_logits(self, width: int) -> Float[Array, "B V"]:
+    """A place for the logits after the prompts of `width` rows."""
+    return place_like(self.model, jnp.zeros((width, self.model.config.vocab_size), jnp.float32))
+
+  def certain(self, groups: Iterable[tuple[int, int]], free: int) -> tuple[int, int]:
+    """How many of the first `groups`, (tokens of a prompt, chains that share it), surely find pages.
+
+    Args:
+      free: pages that no row owns.
+
+    Returns:
+      (groups, the most pages that they take).
+    """
+    cache, heads, found, most, sure = self.memory.cache, self.memory.heads, 0, 0, 0
+    for tokens, chains in groups:
+      slots = min(tokens, int(np.max(self.policy.capacity(tokens)))) if self.policy.compacts else tokens
+      own = heads * max(-(-(slots - cache.ring) // cache.page_size), 0)
+      needed = own + (chains - 1) * (own if self.policy.rewrites else min(own, heads))
+      if not self.policy.exact_prefill:
+        taken = sure + needed
+      elif tokens <= self.chunk:  # rows find room by equal shares of the free pages
+        most = max(most, needed)
+        taken = most * (found + 1)
+      else:
+        break
+      if taken > free:
+        break
+      found, sure = found + 1, taken
+    return found, sure
+
+  def least(self, tokens: int, chains: int) -> int:
+    """Pages below which reading a prompt alone is hardly worth a try: of its first chunk, and one a head and chain."""
+    cache = self.memory.cache
+    slots = min(tokens, self.chunk) - cache.ring
+    return self.memory.heads * (max(-(-slots // cache.page_size), 1) + chains - 1)
+
+  def together(self, prompts: Sequence[Prompt], logits: Float[Array, "B V"]) -> tuple[Float[Array, "B V"], list]:
+    """Reads prompts that are `certain` to find pages; waits for nothing.
+
+    Returns:
+      (logits, replaced for the prompts' rows; what `account` takes).
+    """
+    left, first, pending = list(prompts), 0, []
+    while left:
+      calls: dict[tuple[int, int], list[Prompt]] = {}
+      for prompt in left:
+        calls.setdefault(self._shape(prompt, first, min(len(prompt.ids) - first, self.chunk)), []).append(prompt)
+      for (width, places), alike in calls.items():
+        for start in range(0, len(alike), self.rows):
+          part = alike[start : start + self.rows]
+          lengths = [min(len(prompt.ids) - first, self.chunk) for prompt in part]
+          chunks = [prompt.ids[first : first + length] for prompt, length in zip(part, lengths, strict=True)]
+          after = [len(prompt.ids) - first - length for prompt, length in zip(part, lengths, strict=True)]
+          logits, stalled, counts = self._call(part, chunks, after, width, places, logits)
+          pending.append((part, stalled, counts))
+      first += self.chunk
+      left = [prompt for prompt in left if len(prompt.ids) > first]
+    return logits, pending
+
+  def alone(self, prompt: Prompt, logits: Float[Array, "B V"], halve: bool) -> tuple[Float[Array, "B V"], bool]:
+    """Reads one prompt, while the pool grows within the budget; (logits, whether all of it was read).
+
+    If not, pages ran out and the row is half read.
+
+    Args:
+      halve: read smaller chunks where pages lack for whole ones; they round otherwise.
+    """
+    heads, size, total = self.memory.heads, self.memory.cache.page_size, len(prompt.ids)
+
+    def read(first: int, length: int, width: int | None = None) -> np.ndarray:
+      nonlocal logits
+      whole, places = self._shape(prompt, first, length)
+      chunk, after = prompt.ids[first : first + length], total - first - length
+      logits, stalled, counts = self._call([prompt], [chunk], [after], width or whole, places, logits)
+      account([([prompt], None, counts)])
+      return np.asarray(stalled)[:1]
+
+    def feed(part: Chunk) -> np.ndarray:
+      return read(int(part.start[0]), int(part.lengths[0]), 1 if part.tokens.shape[1] == 1 else None)
+
+    enlarge = lambda lengths: self.memory.grow(heads * -(-int(lengths[0]) // size))
+    if halve:
+      done = read_prompts([prompt.ids], self.chunk, feed, enlarge=enlarge)
+      return logits, bool(done[0] == total)
+    for first in range(0, total, self.chunk):
+      length = min(total - first, self.chunk)
+      while read(first, length).any():
+        if not enlarge(np.array([length])):
+          return logits, False
+    return logits, True
+
+  def _call(
+    self, prompts: Sequence[Prompt], chunks: Sequence[np.ndarray], after: Sequence[int], width: int, places: int, logits
+  ) -> tuple[Any, Any, Counts]:
+    """One compiled call for some prompts: (logits, which rows had no space, counts)."""
+    rows = np.full(self.rows, len(logits), np.int32)
+    tokens, lengths = np.zeros((self.rows, width), np.int32), np.zeros(self.rows, np.int32)
+    remaining = np.zeros(self.rows, np.int32)
+    for place, (prompt, chunk) in enumerate(zip(prompts, chunks, strict=True)):
+      rows[place], lengths[place], remaining[place] = prompt.row, len(chunk), after[place]
+      tokens[place, : len(chunk)] = chunk
+    none = [prompts[0].numbers] * (self.rows - len(prompts))
+    numbers = [*(prompt.numbers for prompt in prompts), *none]
+    policy = with_numbers(self.policy, {name: [own[name] for own in numbers] for name in numbers[0]})
+    self.memory.cache, logits, stalled, counts = _prefill_rows(
+      self.model, policy, self.memory.cache, rows, tokens, lengths, remaining, logits, places=places
+    )
+    return logits, stalled, counts
+
+  def _shape(self, prompt: Prompt, first: int, length: int) -> tuple[int, int]:
+    """(width, pages of a head) of the program that reads `length` tokens of a prompt from its token `first`.
+
+    The width is that of a whole chunk, a quarter or a 16th of it: few compilations.
+    """
+    widths = (-(-self.chunk // 16), -(-self.chunk // 4), self.chunk)
+    width = next(width for width in widths if width >= min(max(length, LEAST_WIDTH), self.chunk))
+    return width, self._places(prompt.before + first + length)
+
+  def _places(self, tokens: int) -> int:
+    """Pages a head may need for `tokens` tokens, rounded up to a power of two of at least PLACES: few compilations."""
+    cache = self.memory.cache
+    needed = max(-(-tokens // cache.page_size), PLACES)
+    return min(1 << (needed - 1).bit_length(), cache.table.pages.shape[3])
+
+
+def account(pending: list[tuple[Sequence[Prompt], Any, Counts]]) -> None:
+  """Adds what calls have read and held to the usage of their prompts.
+
+  Raises:
+    RuntimeError: a prompt that was certain to find pages found none.
+  """
+  found = jax.device_get([(stalled, counts) for _, stalled, counts in pending])
+  for (prompts, *_), (stalled, counts) in zip(pending, found, strict=True):
+    if stalled is not None and stalled.any():
+      raise RuntimeError("a prompt found no page, though pages for all its tokens were counted as free")
+    add_prompts([prompt.usage for prompt in prompts], counts)

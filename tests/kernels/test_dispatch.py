@@ -1,0 +1,42 @@
+"""Dispatch: the first able implementation; one warning where XLA takes over from a kernel."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from pallas_kernels.common import dispatch
+
+
+def refusing(error: Exception):
+  def implementation():
+    raise error
+
+  return implementation
+
+
+def warnings_of(caplog, implementations, choice=None) -> list[str]:
+  dispatch.log_once.cache_clear()
+  with caplog.at_level(logging.INFO, "pallas_kernels"):
+    caplog.clear()
+    assert [dispatch.call("decode", implementations, choice) for _ in range(2)] == ["done"] * 2
+  return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+def test_a_slow_fallback_warns_once(caplog):
+  slow, other = refusing(NotImplementedError("head size 7")), refusing(dispatch.Expected("needs a TPU"))
+  done = lambda: "done"
+  assert warnings_of(caplog, {"gpu": slow, "tpu": other, "xla": done}) == [
+    "decode/gpu: head size 7; XLA takes over, which is slower"
+  ]
+  assert len(caplog.records) == 3  # both refusals too, for those who read them
+  assert warnings_of(caplog, {"tpu": other, "xla": done}) == []
+  assert warnings_of(caplog, {"gpu": slow, "tpu": done, "xla": done}) == []  # another kernel
+  assert warnings_of(caplog, {"gpu": slow, "xla": done}, "xla") == []  # as chosen
+
+
+def test_all_reasons_are_given():
+  with pytest.raises(NotImplementedError, match=r"decode/gpu: head size 7; decode/tpu: needs a TPU"):
+    implementations = {"gpu": NotImplementedError("head size 7"), "tpu": dispatch.Expected("needs a TPU")}
+    dispatch.call("decode", {name: refusing(error) for name, error in implementations.items()}, None)
