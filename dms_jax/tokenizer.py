@@ -49,8 +49,6 @@ class Tokenizer:
       backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises plain Exception
       raise ValueError(f"{file}: not a tokenizer ({error}); the file is damaged or was cut short") from None
-    backend.no_truncation()  # they are for batches of fixed length; prompts are whole and have no padding
-    backend.no_padding()
     settings = read_json(path / SETTINGS_FILE) if (path / SETTINGS_FILE).exists() else {}
     beside = path / (SETTINGS_FILE if settings else TOKENIZER_FILE)
     added = settings.get("added_tokens_decoder")
@@ -64,6 +62,12 @@ class Tokenizer:
         settings["chat_template"] = (path / TEMPLATE_FILE).read_text(encoding="utf-8")
       except UnicodeDecodeError as error:
         raise ValueError(f"{path / TEMPLATE_FILE}: not UTF-8 text ({error})") from None
+    for name in ("add_bos_token", "add_eos_token"):
+      settings.pop(name, None)
+    if backend.padding is not None:
+      settings.setdefault("pad_token", backend.padding["pad_token"])
+    backend.no_truncation()  # both are for batches of fixed length; prompts are whole and have no padding
+    backend.no_padding()
     _check_settings(beside, settings)
     _add_tokens(beside, backend, settings, added)
     backend.encode_special_tokens = bool(settings.get("split_special_tokens"))
@@ -208,13 +212,12 @@ class Tokenizer:
 
   @functools.cached_property
   def prefix_ids(self) -> list[int]:
-    """The tokens before each text. The settings decide; if they do not say, the tokenizer's post-processor does.
+    """The tokens before each text: those of the post-processor, unless the settings hold `add_bos_token`.
 
-    The settings say it with `add_bos_token`, and with `add_eos_token` alone that there is no BOS.
+    Beside a tokenizer.json that setting counts for nothing, and `load` drops it.
     """
-    if "add_bos_token" in self.settings or "add_eos_token" in self.settings:
-      wanted = self.settings.get("add_bos_token") and self.bos_token_id is not None
-      return [self.bos_token_id] if wanted else []
+    if (wanted := self.settings.get("add_bos_token")) is not None:
+      return [self.bos_token_id] if wanted and self.bos_token_id is not None else []
     if self.backend.post_processor is None:
       return []
     whole = self.backend.encode(" a", add_special_tokens=True)
@@ -317,8 +320,11 @@ def _add_tokens(file: Path, backend: tokenizers.Tokenizer, settings: dict[str, A
     if _content(value) not in known:
       new.append(token(value, special=True))
       known.add(new[-1].content)
+  contents = {_content(value) for value in named}
+  if "added_tokens_decoder" not in settings:  # then a name alone makes a token of tokenizer.json special
+    new = [*(own for own in there if own.content in contents and not own.special), *new]
   for one in new:
-    one.special = one.special or one.content in {_content(value) for value in named}
+    one.special = one.special or one.content in contents
   backend.add_tokens(new)
 
 

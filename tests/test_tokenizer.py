@@ -90,7 +90,6 @@ def bos_tokenizer(post_processor: bool, **settings) -> Tokenizer:
     (False, {"add_bos_token": True}, True),  # R1 distillations: the settings say so
     (True, {"add_bos_token": False}, False),
     (True, {"add_bos_token": None}, True),
-    (True, {"bos_token": None}, False),
   ],
 )
 def test_bos_only_where_the_model_has_it(post_processor, settings, adds):

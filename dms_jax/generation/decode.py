@@ -24,6 +24,8 @@ from dms_jax.policies import Policy
 
 RUNNING, STOP, EOS, LENGTH, CAPACITY, NAN = range(6)
 REASONS = ("running", "stop", "eos", "length", "capacity", "nan")
+NOT_FINITE = "the logits are not finite"
+NOT_FINITE_ADVICE = "weights hold NaN or infinity, or their dtype overflows: check the checkpoint, or load as float32"
 
 
 @struct.dataclass

@@ -12,6 +12,7 @@ from dms_jax.generation.stops import Matcher, StopStrings
 from dms_jax.tokenizer import clean
 
 REPLACEMENT = "\ufffd"  # the decoder's text for bytes that are not a whole UTF-8 character
+LONGEST = 1024  # tokens of the prompt that are looked at
 CONTEXT = 4  # tokens of the prompt, or bytes; no UTF-8 character has more bytes
 
 
@@ -136,7 +137,7 @@ class Detokenizer:
     """
     if tokenizer is None:
       return None
-    context, pieces = [int(token) for token in context], getattr(tokenizer, "byte_pieces", None)
+    context, pieces = [int(token) for token in context[-LONGEST:]], getattr(tokenizer, "byte_pieces", None)
     source = _Windows(tokenizer, context) if pieces is None else _Bytes(pieces, context)
     return cls(source, getattr(tokenizer, "cleans", False), None if strings is None else strings.matcher())
 

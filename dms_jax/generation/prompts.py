@@ -134,8 +134,6 @@ def check_lengths(
       names = " cannot go on under ".join(type(p).__name__ for p in (past.policy, policy))
       raise ValueError(f"policy: a conversation held under {names}, as their caches hold different tokens")
     past.cache.check(policy)
-  if capacity is not None and capacity < 1:
-    raise ValueError(f"capacity={capacity} must be 1 or more")
   if masked or not policy.data_dependent:
     needed = total if masked else int(np.max(policy.capacity(total)))
     if capacity is not None and needed > capacity:
