@@ -307,24 +307,25 @@ def _add_tokens(file: Path, backend: tokenizers.Tokenizer, settings: dict[str, A
     listed = [value for _, value in sorted((int(index), value) for index, value in added.items())]
   except (AttributeError, TypeError, ValueError):
     raise ValueError(f"{file}: added_tokens_decoder must be an object of ids and tokens") from None
-  there = backend.get_added_tokens_decoder().values()
+  names = [name for name in settings if name.endswith("_token") and isinstance(_content(settings[name]), str)]
+  named = [settings[name] for name in (*_TEMPLATE_TOKENS, *sorted(set(names) - set(_TEMPLATE_TOKENS))) if name in names]
+  contents = {_content(value) for value in named}
+  there = list(backend.get_added_tokens_decoder().values())
   known, same = {own.content for own in there}, {repr(own) for own in there}
-  new = [one for one in map(token, listed) if repr(one) not in same]
+  listed = [token(value) for value in listed]
+  if "added_tokens_decoder" not in settings:
+    listed = [*there, *(one for one in listed if one.content not in known)]
+  for one in listed:
+    one.special = one.special or one.content in contents
+  new = [one for one in listed if repr(one) not in same]
   known |= {one.content for one in new}
   extra = settings.get("extra_special_tokens", settings.get("additional_special_tokens")) or []
   if not isinstance(extra, list | dict):
     raise ValueError(f"{file}: extra_special_tokens={extra!r:.80} must be a list of tokens")
-  names = [name for name in settings if name.endswith("_token") and isinstance(_content(settings[name]), str)]
-  named = [settings[name] for name in (*_TEMPLATE_TOKENS, *sorted(set(names) - set(_TEMPLATE_TOKENS))) if name in names]
   for value in (*named, *(extra.values() if isinstance(extra, dict) else extra)):
     if _content(value) not in known:
       new.append(token(value, special=True))
       known.add(new[-1].content)
-  contents = {_content(value) for value in named}
-  if "added_tokens_decoder" not in settings:  # then a name alone makes a token of tokenizer.json special
-    new = [*(own for own in there if own.content in contents and not own.special), *new]
-  for one in new:
-    one.special = one.special or one.content in contents
   backend.add_tokens(new)
 
 
