@@ -168,9 +168,7 @@ def _compile(template: str):
   def raise_exception(message):
     raise jinja2.TemplateError(message)
 
-  environment = Environment(
-    trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, Generation]
-  )
+  environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, Generation])
   formatting = environment.filters["format"]
   environment.filters = {name: bounded(own) for name, own in environment.filters.items()}
   environment.filters["tojson"] = tojson

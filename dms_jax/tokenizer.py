@@ -243,6 +243,14 @@ class Tokenizer:
     return value.get("content") if isinstance(value, dict) else value
 
 
+def _no_text(value: Any) -> str:
+  """What is wrong with something that cannot be encoded."""
+  if not isinstance(value, str):
+    return f"{value!r:.80} is no text"
+  index = next((i for i, ch in enumerate(value) if "\ud800" <= ch <= "\udfff"), 0)
+  return f"character {index} of the text is half of a surrogate pair ({value[index]!r}), which is no character"
+
+
 def clean(text: str) -> str:
   """A text without the spaces that a tokenizer of words puts before punctuation and contractions."""
   for spaced in (" .", " ?", " !", " ,"):
@@ -299,6 +307,8 @@ def _add_tokens(file: Path, backend: tokenizers.Tokenizer, settings: dict[str, A
   def token(value: Any, **more: Any) -> tokenizers.AddedToken:
     try:
       given = {name: value[name] for name in fields if name in value} if isinstance(value, dict) else {"content": value}
+      if not given.get("content"):
+        raise TypeError
       return tokenizers.AddedToken(**{**more, **given})
     except TypeError:
       raise ValueError(f"{file}: {value!r:.80} is no token; it needs a text as content") from None

@@ -127,13 +127,13 @@ class Detokenizer:
   _ended: bool = False
 
   @classmethod
-  def create(cls, tokenizer: Any, strings: StopStrings | None, context: Sequence[int] = ()) -> Detokenizer | None:
+  def create(cls, tokenizer: Any, strings: StopStrings | None, context: Any = ()) -> Detokenizer | None:
     """The detokenizer of a new row; None without a tokenizer.
 
     Args:
       tokenizer: has `decode(ids)`, and may have `byte_pieces`, `hidden_ids`, `fallback_ids` and `cleans` of
         `Tokenizer`.
-      context: the tokens before those to be decoded, or the last of them.
+      context: ids of the tokens before those to be decoded, a sequence or an array.
     """
     if tokenizer is None:
       return None

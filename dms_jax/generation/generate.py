@@ -27,7 +27,14 @@ from dms_jax.execution import fastest_form
 from dms_jax.generation import decode as decoding
 from dms_jax.generation.conversation import Conversation, conversation_of, place_like
 from dms_jax.generation.decode import (
-  LENGTH, NAN, NOT_FINITE, NOT_FINITE_ADVICE, REASONS, RUNNING, DecodeState, Emitted,
+  LENGTH,
+  NAN,
+  NOT_FINITE,
+  NOT_FINITE_ADVICE,
+  REASONS,
+  RUNNING,
+  DecodeState,
+  Emitted,
 )  # fmt: skip
 from dms_jax.generation.detokenize import Detokenizer
 from dms_jax.generation.prefill import Chunk, read_prompts

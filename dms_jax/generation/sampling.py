@@ -16,7 +16,6 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-
 SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 MOST_K = 2**24  # counts are exact in float32 up to here, beyond any vocabulary
 
@@ -27,7 +26,7 @@ def _number(name: str, value: Any, meaning: str) -> float:
   try:
     return float(value)
   except OverflowError:  # a whole number beyond all floats
-    return math.copysign(math.inf, value)
+    return math.inf if value > 0 else -math.inf
   except (TypeError, ValueError):
     raise ValueError(f"{name}={value!r:.80} must be {meaning}") from None
 
@@ -45,7 +44,7 @@ class Sampling:
   top_p: float | None = None
 
   @classmethod
-  def create(cls, temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None) -> Sampling:
+  def create(cls, temperature: Any = 0.0, top_k: Any = None, top_p: Any = None) -> Sampling:
     """Checked settings; temperature 0 is greedy, and top-k and top-p then change nothing.
 
     Raises:
@@ -56,7 +55,7 @@ class Sampling:
       raise ValueError(f"temperature={temperature} must be 0 (greedy) or a positive number")
     if top_k is not None:
       k = _number("top_k", top_k, "a whole number of 1 or more, or None for no limit")
-      if not k >= 1 or (math.isfinite(k) and k % 1) or isinstance(top_k, float) and math.isinf(top_k):
+      if not k >= 1 or (math.isfinite(k) and k % 1) or (isinstance(top_k, float) and math.isinf(top_k)):
         raise ValueError(f"top_k={top_k} must be a whole number of 1 or more, or None for no limit")
       top_k = int(min(k, MOST_K))
     if top_p is not None:
@@ -85,7 +84,7 @@ def as_key(key: Any) -> jax.Array:
     raise ValueError(f"key: an array of {key.dtype} {key.shape} is no key: pass jax.random.key(seed)") from None
 
 
-def row_keys(key: jax.Array, batch: int) -> Key[Array, "B"]:
+def row_keys(key: Any, batch: int) -> Key[Array, "B"]:
   """One key a row: `key` itself if it is already a batch of `batch` keys, else `fold_in(key, row)`.
 
   Raises:

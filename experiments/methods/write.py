@@ -40,7 +40,7 @@ def _generator(
   return generator
 
 
-def _text_until(tokens: Sequence[int], generator: Generator, prompt: Sequence[int]) -> str:
+def _text_until(tokens: Sequence[int], generator: Generator, prompt: Any) -> str:
   """The text of a chain that ends after these tokens because of its length."""
   row = Detokenizer.create(generator.tokenizer, generator.stop_strings, prompt)
   row.advance(tokens, "length")
