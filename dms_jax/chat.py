@@ -1,4 +1,4 @@
-"""Chat templates: Jinja in a sandbox, with what Hugging Face's templates use, within bounds of time and size."""
+"""Chat templates: Jinja in a sandbox, with what transformers provides, bounded in time and size."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _compile(template: str):
   class Generation(jinja2.ext.Extension):
     """`{% generation %} .. {% endgeneration %}` marks an assistant's text for training; the text itself stays."""
 
-    tags = {"generation"}
+    tags = frozenset(("generation",))
 
     def parse(self, parser):
       line = next(parser.stream).lineno

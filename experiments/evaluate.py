@@ -117,6 +117,7 @@ class Config:
 
   def load(self, retrofit: str) -> Model:
     """A retrofit of the checkpoint."""
+    files.check_retrofit("retrofit", retrofit, whole=True)
     return checkpoint.load_retrofitted(self.checkpoint, retrofit, dtype=self.dtype)
 
 
@@ -397,6 +398,8 @@ def main() -> None:
   config, chosen = program.read_flags("", Config), program.read_flags("", TasksConfig)
   if not config.text and not chosen.tasks:
     raise ValueError("nothing to evaluate on: give --text=PATH, --tasks=needle,hellaswag,... or both")
+  if idle := methods_module.idle_flags(program.flag_values(changed_only=True), config.methods, chosen.tasks):
+    program.log(f"note: {', '.join(idle)}: set what is none of --methods and --tasks, and change nothing")
   tokenizer = Tokenizer.load(config.checkpoint)
   max_positions = checkpoint.read_config(config.checkpoint)[1].max_position_embeddings
   tasks = [program.read_flags(name, get(name)) for name in chosen.tasks]

@@ -26,6 +26,9 @@ class Config:
 
   `prompts`: prompts of each task whose chains are shown. `log_margins`: margins in report.json are means over log cost;
   those of the page are means over cost.
+
+  Attributes:
+    title: of the page.
   """
 
   runs: tuple[str, ...]

@@ -177,7 +177,8 @@ def test_templates_that_raise_or_do_not_end(template, says, monkeypatch):
 def test_settings_of_other_types_are_refused(tmp_path):
   byte_tokenizer().save(tmp_path)
   for settings, says in (
-    ({"bos_token": 5}, "bos_token=5"), ({"chat_template": 5}, "chat_template"), ({"chat_template": [5]}, "chat_template"),
+    ({"bos_token": 5}, "bos_token=5"), ({"chat_template": 5}, "chat_template"),
+    ({"chat_template": [5]}, "chat_template"),
     ({"added_tokens_decoder": [1]}, "added_tokens_decoder"), ({"added_tokens_decoder": {"1": {}}}, "is no token"),
     ({"extra_special_tokens": 7}, "extra_special_tokens"), ({"x": "\ud800"}, "surrogate"),
   ):  # fmt: skip

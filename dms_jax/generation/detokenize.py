@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
-import os
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -185,7 +185,8 @@ class Detokenizer:
     tail = self.stop.visible
     if reason == "stop":  # where the decoder drops spaces, the text has fewer than the stop string
       text = tail.decode("utf-8", "replace")
-      return len(os.path.commonprefix([self._held[::-1], text[::-1]]))
+      pairs = zip(reversed(self._held), reversed(text), strict=False)
+      return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
     if reason != "running" or not tail:
       return 0
     if self._raw or not self.source.whole:

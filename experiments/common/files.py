@@ -97,6 +97,31 @@ def required(flag: str, value: str, what: str) -> Path:
   return path
 
 
+def check_retrofit(flag: str, folder: str | Path | None, whole: bool = False) -> None:
+  """Checks that a folder, if one is given, holds a retrofit.
+
+  Args:
+    whole: a whole model that has gates will do.
+
+  Raises:
+    ValueError: it holds none; names the flag.
+  """
+  if folder is None:
+    return
+  from dms_jax import checkpoint  # here, as most programs that read files load no model
+
+  path, where = Path(folder), f"--{flag}={folder}"
+  try:
+    values, _, gates, _ = checkpoint.read_config(path)
+  except ValueError as error:
+    final = path / "final"
+    advice = f"; the retrofit of this run is {final}" if checkpoint.is_checkpoint(final) else ""
+    raise ValueError(f"{where}: not a retrofit, a folder that experiments.retrofit writes ({error}){advice}") from None
+  if "base" in values["groups"] and not (whole and gates is not None):
+    what = "a whole model" if gates is not None else "a model without gates"
+    raise ValueError(f"{where}: {what}, not a retrofit; give it as --checkpoint, or leave --{flag} out")
+
+
 def read_text(flag: str, path: str | Path) -> str:
   """The text of a UTF-8 file, decompressed if it is a .bz2 file.
 

@@ -91,19 +91,18 @@ def vote(answers: Sequence[str | None]) -> int | None:
   return answers.index(max(counts, key=counts.__getitem__)) if counts else None
 
 
-def majority(grades: Sequence[float], answers: Sequence[str | None], width: int) -> float:
-  """The grade of the answer that `width` chains vote for, mean over all subsets of chains.
-
-  Of more than `SUBSETS` subsets that many are sampled, always the same. No answer gives 0.
-  """
-  count = len(grades)
+def subsets(count: int, width: int) -> Iterable[Sequence[int]]:
+  """All subsets of `width` of `count` chains; of more than `SUBSETS` that many are sampled, always the same."""
   if math.comb(count, width) <= SUBSETS:
-    subsets: Iterable[Sequence[int]] = itertools.combinations(range(count), width)
-  else:
-    rng = random.Random(f"{count} {width}")
-    subsets = [sorted(rng.sample(range(count), width)) for _ in range(SUBSETS)]
+    return itertools.combinations(range(count), width)
+  rng = random.Random(f"{count} {width}")
+  return [sorted(rng.sample(range(count), width)) for _ in range(SUBSETS)]
+
+
+def majority(grades: Sequence[float], answers: Sequence[str | None], width: int) -> float:
+  """The grade of the answer that `width` chains vote for, mean over `subsets` of chains. No answer gives 0."""
   found = []
-  for subset in subsets:
+  for subset in subsets(len(grades), width):
     winner = vote([answers[i] for i in subset])
     found.append(0.0 if winner is None else grades[subset[winner]])
   return float(np.mean(found))

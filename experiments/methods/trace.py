@@ -26,7 +26,6 @@ from dms_jax.model import Model, cached_forward, check_policy
 from dms_jax.policies import Policy
 from dms_jax.tokenizer import Tokenizer
 from experiments.common import files, program
-from experiments.methods.budgets import fitted
 from experiments.methods.method import Method
 from experiments.methods.records import START, Chain, Record, build, field_types
 
@@ -175,7 +174,7 @@ def add(path: Path, job: Any, method: Method, tokenizer: Tokenizer, records: Seq
     return
   files.cut_half_line(path, START)
   there = {chain_of(each) for each in read("output", path)}
-  groups, _ = fitted(method.model, method.policy, method.given, job.totals(most))
+  groups, _ = method.fitted(job, most)
   for group in groups:
     for place, row in enumerate(group.rows):
       policy, prompt = group.policy.replace(**group.of_row(place)), job.asked[row].tokens

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from dms_jax import BudgetError, Generator
 from dms_jax.generation.detokenize import Detokenizer
 from dms_jax.tokenizer import Tokenizer
-from experiments.methods.budgets import Group, fitted, most_tokens
+from experiments.methods.budgets import Group, most_tokens
 from experiments.methods.method import Method
 from experiments.methods.records import Record
 from experiments.methods.stopwatch import ChainTimes
 
 CHUNK = 256  # prompt tokens that one compiled call reads
+ROUND = 64  # tokens to whose multiple the length of a cache is rounded up
 
 
 def _generator(
@@ -24,6 +25,8 @@ def _generator(
 ) -> Generator:
   """A generator for all prompts of a group; its shapes do not depend on which of them are done."""
   longest = max(len(job.asked[row].tokens) for row in group.rows) + most
+  # Rounded, so that tasks with prompts of similar lengths share their compiled programs.
+  longest = min(-(-longest // ROUND) * ROUND, method.model.config.max_position_embeddings)
   try:
     generator = Generator(
       method.model, policy=group.policy, width=width, max_length=longest, temperature=job.temperature,
@@ -60,7 +63,7 @@ def write(
   width = max(width, job.chains)
   for lengths in cuts:
     most = max(lengths)
-    groups, _ = fitted(method.model, method.policy, method.given, job.totals(most))
+    groups, _ = method.fitted(job, most)
     own = {key for key in wanted if key[2] in lengths}
     for group in groups:
       if own.intersection((row, chain, cut) for row in group.rows for chain in range(job.chains) for cut in lengths):

@@ -233,7 +233,7 @@ def heat_map(name: str, style: styles.Style, shares: np.ndarray, chains: int) ->
     chains: chains that the shares are means of.
   """
   layers, heads = shares.shape
-  cell = max(6.0, min(22.0, 400 / layers))
+  cell = max(6.0, min(36.0, 400 / layers))
   means = shares.mean(axis=1)
   alt = (
     f"{name}: heads hold {shares.mean():.0%} of the tokens on average; layer {means.argmin()} the least, "

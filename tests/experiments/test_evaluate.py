@@ -57,13 +57,25 @@ def test_budgets_below_the_least_are_raised_and_those_that_are_shapes_rounded(mo
   assert group.numbers == {"budget": [100, 32, 32]}
   assert remark == "2 of 3 budgets raised to 32 tokens, the least that SnapKV takes"
   groups, remark = fitted(models[0], policies.StreamingLLM(), Budget(cr=4.0), [400, 404, 100, 9])
-  assert [(g.rows, g.policy.window, g.numbers) for g in groups] == [([0, 1], 91, {}), ([2], 27, {}), ([3], 0, {})]
+  assert [(g.rows, g.policy.window, g.numbers) for g in groups] == [
+    ([0, 1], 91, {"sinks": [4, 4]}), ([2], 27, {"sinks": [4]}), ([3], 0, {"sinks": [4]}),
+  ]  # fmt: skip
   assert remark == (
     "1 of 4 budgets raised to 5 tokens, the least that StreamingLLM takes; "
     "budgets rounded to multiples of 16 tokens, as they are shapes of StreamingLLM"
   )
   with pytest.raises(ValueError, match="--budget_rule=seen: StreamingLLM has no budget that grows with the text"):
     fitted(models[0], policies.StreamingLLM(), Budget(cr=4.0, rule="seen"), [9])
+  with pytest.raises(ValueError, match="--budgets=10: H2O: budget=10 tokens must be 51 or more at window=50"):
+    fitted(models[0], policies.H2O(window=50), Budget(tokens=10), [400])
+  with pytest.raises(ValueError, match="--budgets=128: VaSE: sinks=60 must be 32 or fewer: a budget of 128 tokens"):
+    fitted(models[0], policies.VaSE(sinks=60), Budget(tokens=128), [400])
+  (group,), remark = fitted(models[0], policies.H2O(), Budget(tokens=10**6), [400, 41])
+  assert group.policy.window == 199 and remark == ""  # not 499,999
+  (group,), remark = fitted(models[0], policies.SnapKV(), Budget(tokens=64), [9])
+  assert group.numbers == {"budget": [32]} and remark == ""  # a text that any budget holds whole
+  groups, remark = fitted(models[0], policies.RKV(), Budget(cr=4.0), [400, 800])
+  assert remark == "1 of 2 budgets below its buffer of 128 tokens, held too"
   with pytest.raises(ValueError, match="SnapKV: pool=4 must be an odd"):
     fitted(models[0], policies.SnapKV(pool=4), Budget(cr=4.0), [9])
   assert budgets.most_tokens(group.policy, group.numbers, 400) == 400  # the whole prompt, until it is cut
@@ -74,7 +86,9 @@ def test_budgets_below_the_least_are_raised_and_those_that_are_shapes_rounded(mo
 # Methods --------------------------------------------------------------------------------------------------------------
 
 
-def built(names, models, read=lambda name, cls: cls(), retrofits=("r",), **settings):
+def built(names, models, read=lambda name, cls: cls(), retrofits=None, **settings):
+  if retrofits is None:
+    retrofits = ("r",) if any(name.lower().startswith("dms") for name in names) else ()
   loaded = [(*pair, models[1], pair[1]) for pair in methods.split_retrofits(retrofits)]
   return methods.build(names, models[0], "base", loaded, read, **settings)
 
@@ -111,12 +125,26 @@ def test_trained_weights_for_methods_with_gates(models):
     (["tova"], {}, "--methods: tova needs a budget: give --cr=2,4,8, --budgets=512 .* or --tova.budget"),
     (["tova"], {"crs": (2.0,), "read": lambda name, cls: cls(budget=9)}, "--tova.budget=9 beside --cr or --budgets"),
     (["vanilla", "VANILLA"], {}, r"\['vanilla'\] would be the name of several methods"),
+    (["tova", "vanilla"], {"retrofits": ("a/x",), "crs": (2.0,)}, "--retrofit=a/x: no method of .*tova,vanilla uses"),
+    (["dms"], {"retrofits": ("a/x", "dms:b/y")}, "--retrofit=a/x: no method of --methods=dms uses it; leave"),
+    (["dms"], {"retrofits": ("a/x", "kvzap:b/y")}, "--retrofit=kvzap:b/y: no method .* uses it; .* or add kvzap"),
+    (["dms_budget"], {}, "dms_budget needs a budget: give --cr=2,4,8, --budgets=512 .* or --dms.budget"),
+    (["dms_budget"], {"crs": (2.0,), "read": lambda name, cls: cls(budget=9)}, "--dms.budget=9 beside --cr or"),
+    (["vanilla", "tova"], {"crs": (2.0,), "thresholds": (1.0,)}, "--thresholds=1.0: no method of .*tova has any use"),
+    (["vanilla", "dms"], {"crs": (2.0, 4.0)}, "--cr=2.0,4.0: no method of --methods=vanilla,dms has any use for it"),
+    (["vanilla"], {"tokens": (64,)}, "--budgets=64: no method of --methods=vanilla has any use for it"),
     (["dms"], {"retrofits": ("a/x", "b/x")}, r"\['dms x'\] would be the name of several methods"),
   ],
 )
 def test_methods_that_cannot_be(models, names, settings, message):
   with pytest.raises(ValueError, match=message):
     built(names, models, **settings)
+
+
+def test_flags_that_change_nothing_are_named():
+  given = {"cr": (2.0,), "dms.threshold": 1.0, "h2o.window": 3, "gsm8k.shots": 0, "needle.keys": 2}
+  assert methods.idle_flags(given, ("TOVA", "dms_budget"), ("needle",)) == ["--h2o.window=3", "--gsm8k.shots=0"]
+  assert methods.idle_flags(given, (), ("needle", "gsm8k")) == ["--h2o.window=3"]
 
 
 # Questions and texts --------------------------------------------------------------------------------------------------
@@ -293,7 +321,7 @@ def test_a_killed_run_gives_the_same_records(checkpoints, tmp_path, monkeypatch,
   finished = []
   monkeypatch.setitem(TASKS, "echo", Echo)
   monkeypatch.setattr(program, "read_flags", lambda prefix, cls: settings[cls] if cls in settings else cls())
-  monkeypatch.setattr(program, "flag_values", lambda: {"checkpoint": base})
+  monkeypatch.setattr(program, "flag_values", lambda **_: {"checkpoint": base})
   monkeypatch.setattr(program, "finish", finished.append)
   evaluate.main()
   assert (

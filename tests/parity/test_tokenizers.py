@@ -1,4 +1,4 @@
-"""Tokenizers of every kind against transformers: ids and texts, whatever the files beside tokenizer.json say."""
+"""Tokenizers of every kind against transformers: ids and texts, whatever their files say."""
 
 from __future__ import annotations
 
