@@ -34,7 +34,7 @@ def test_what_is_no_prompt_is_refused(prompts):
 
 def test_prompts_of_any_whole_numbers():
   for prompts in ([1, 2], [[1, 2]], np.array([[1, 2]], np.uint64), np.array([1, 2], np.int8), jnp.array([[1, 2]])):
-    (row,) = prompt_ids(MODEL, prompts, None, None, None)
+    (row,) = check(MODEL, prompts, None, None, None)
     assert row.tolist() == [1, 2] and row.dtype == np.int32
 
 
