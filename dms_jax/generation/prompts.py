@@ -61,16 +61,16 @@ def prompt_ids(
     if tokenizer is None:
       raise ValueError("prompts: strings need a tokenizer, and this model brings none; pass tokenizer=")
     prompts = [_encoded(tokenizer, row, p, pending is not None) for row, p in enumerate(prompts)]
-  prompts = [_ids(row, p, model.config.vocab_size) for row, p in enumerate(prompts)]
+  rows = [_ids(row, p, model.config.vocab_size) for row, p in enumerate(prompts)]
   if pending is not None:
-    if len(pending) != len(prompts):
-      raise ValueError(f"prompts: {len(prompts)}, but the conversation to continue has {len(pending)} rows")
+    if len(pending) != len(rows):
+      raise ValueError(f"prompts: {len(rows)}, but the conversation to continue has {len(pending)} rows")
     before = [np.array([p] if p >= 0 else [], np.int32) for p in pending]
-    prompts = [np.concatenate(parts) for parts in zip(before, prompts, strict=True)]
-  for row, values in enumerate(prompts):
+    rows = [np.concatenate(parts) for parts in zip(before, rows, strict=True)]
+  for row, values in enumerate(rows):
     if not values.size:
       raise ValueError(f"prompts[{row}] is empty; give it at least one token")
-  return prompts
+  return rows
 
 
 def _encoded(tokenizer: Any, row: int, prompt: Any, later: bool) -> Any:

@@ -77,7 +77,7 @@ def as_key(key: Any) -> jax.Array:
   if not isinstance(key, jax.Array | np.ndarray):
     raise ValueError(f"key={key!r:.80} is no key: pass jax.random.key(seed)")
   if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-    return key
+    return jnp.asarray(key)
   try:
     return jax.random.wrap_key_data(key)
   except (TypeError, ValueError):
