@@ -414,6 +414,9 @@ def check_policy(model: Model, policy: Policy | None) -> Policy:
   if policy.uses_gates:
     policy = policy.for_gates(model.dms)
   policy = policy.resolved(model.dms.window if model.dms is not None else None)
+  most = max(model.config.max_position_embeddings, model.dms.window if model.dms is not None else 0)
+  if policy.window > most:  # its slots would never be used
+    raise ValueError(f"{type(policy).__name__}: window={policy.window} must be at most {most}, the model's context")
   if policy.gate_stats and policy.window < model.lag(policy.window):
     raise ValueError(
       f"{type(policy).__name__}: window={policy.window} must be {model.lag(policy.window)} or more with these gates: a "

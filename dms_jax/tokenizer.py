@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from dms_jax import chat
 from dms_jax.config import read_json
 
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"
 SPECIAL_FILE = "special_tokens_map.json"
+ADDED_FILE = "added_tokens.json"
 TEMPLATE_FILE = "chat_template.jinja"  # newer checkpoints; older ones have the template in the settings
 _TEMPLATE_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -30,10 +32,12 @@ class Tokenizer:
 
   @classmethod
   def load(cls, path: str | Path) -> Tokenizer:
-    """Reads the tokenizer of a checkpoint or Hugging Face directory.
+    """Reads the tokenizer of a checkpoint or Hugging Face directory, as transformers' class of any fast tokenizer does.
+
+    A special or added token that only the files beside tokenizer.json name is added to the vocabulary.
 
     Raises:
-      ValueError: there is no tokenizer, or a file is damaged.
+      ValueError: there is no tokenizer, or a file is damaged or holds a value of another type.
     """
     path = Path(path)
     file = path / TOKENIZER_FILE
@@ -46,10 +50,27 @@ class Tokenizer:
     except Exception as error:  # the library raises plain Exception
       raise ValueError(f"{file}: not a tokenizer ({error}); the file is damaged or was cut short") from None
     settings = read_json(path / SETTINGS_FILE) if (path / SETTINGS_FILE).exists() else {}
-    if (path / SPECIAL_FILE).exists():  # older directories name special tokens only here
-      settings = {**read_json(path / SPECIAL_FILE), **settings}
+    beside = path / (SETTINGS_FILE if settings else TOKENIZER_FILE)
+    added = settings.get("added_tokens_decoder")
+    if added is None:  # older directories have files of their own, which then decide
+      if (path / SPECIAL_FILE).exists():
+        settings = {**settings, **read_json(path / SPECIAL_FILE)}
+        beside = path / SPECIAL_FILE
+      added = _older_added(path / ADDED_FILE, settings) if (path / ADDED_FILE).exists() else {}
     if (path / TEMPLATE_FILE).exists():
-      settings["chat_template"] = (path / TEMPLATE_FILE).read_text(encoding="utf-8")
+      try:
+        settings["chat_template"] = (path / TEMPLATE_FILE).read_text(encoding="utf-8")
+      except UnicodeDecodeError as error:
+        raise ValueError(f"{path / TEMPLATE_FILE}: not UTF-8 text ({error})") from None
+    for name in ("add_bos_token", "add_eos_token"):
+      settings.pop(name, None)
+    if backend.padding is not None:
+      settings.setdefault("pad_token", backend.padding["pad_token"])
+    backend.no_truncation()  # both are for batches of fixed length; prompts are whole and have no padding
+    backend.no_padding()
+    _check_settings(beside, settings)
+    _add_tokens(beside, backend, settings, added)
+    backend.encode_special_tokens = bool(settings.get("split_special_tokens"))
     return cls(backend, settings)
 
   def save(self, path: str | Path) -> None:
@@ -60,30 +81,53 @@ class Tokenizer:
     (path / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
 
   def encode(self, text: str, continues: bool = False) -> list[int]:
-    """The token ids of a text, after BOS if the tokenizer adds BOS and the text does not already start with it.
+    """The token ids of a text, after the tokens that the tokenizer puts before texts, such as BOS.
 
-    The text of a special token becomes that token. No end token is added. A text that `continues` another gets no BOS.
-    """
-    ids = self.backend.encode(text, add_special_tokens=False).ids
-    if self.adds_bos and not continues and ids[:1] != [self.bos_token_id]:
-      ids = [self.bos_token_id, *ids]
-    return ids
-
-  def decode(self, ids: list[int], skip_special: bool = True) -> str:
-    """The text of `ids`. `skip_special` leaves out special tokens. Bytes that are not UTF-8 become U+FFFD."""
-    return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
-
-  def chat(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
-    """The text of a conversation in the model's chat template; a message is {"role": ..., "content": ...}.
+    They are not doubled if the text itself starts with them. The text of a special token becomes that token. No end
+    token is added. A text that `continues` another gets no BOS.
 
     Raises:
-      ValueError: the tokenizer has no template, or the template refuses the messages.
+      ValueError: it is no text, or holds half of a surrogate pair, which is no character.
+    """
+    try:
+      ids = self.backend.encode(text, add_special_tokens=False).ids
+    except (TypeError, UnicodeEncodeError):
+      raise ValueError(_no_text(text)) from None
+    first = [] if continues else self.prefix_ids
+    return ids if ids[: len(first)] == first else [*first, *ids]
+
+  def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+    """The text of `ids`. `skip_special` leaves out special tokens. Bytes that are not UTF-8 become U+FFFD.
+
+    Raises:
+      ValueError: an id is negative or beyond 32 bits. Other ids outside the vocabulary have no text.
+    """
+    text = self.raw_text(ids, skip_special)
+    return clean(text) if self.cleans else text
+
+  def raw_text(self, ids: Sequence[int], skip_special: bool = True) -> str:
+    """The text of `ids` before `clean`."""
+    try:
+      return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+    except OverflowError:
+      raise ValueError(f"ids: {min(ids)} to {max(ids)} must lie in 0..{self.vocab_size - 1}") from None
+
+  def chat(self, messages: list[dict], add_generation_prompt: bool = True, **arguments: Any) -> str:
+    """The text of a conversation in the model's chat template; a message is {"role": ..., "content": ...}.
+
+    Args:
+      arguments: variables of the template, such as `enable_thinking=False` for Qwen3, `tools` or `documents`.
+
+    Raises:
+      ValueError: the tokenizer has no template, or the template refuses the messages, fails, or does not end.
     """
     if (template := self._template) is None:
       raise ValueError("this tokenizer has no chat template: it belongs to a base model; pass plain text instead")
-    tokens = {name: text for name in _TEMPLATE_TOKENS if (text := self._special(name)) is not None}
+    if not isinstance(messages, list | tuple):
+      raise ValueError(f"messages={messages!r:.80} must be a list of messages")
+    tokens = {name: self._special(name) for name in self.settings if name.endswith("_token")}
     given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
-    return _render(template, {**given, **tokens})
+    return chat.render(template, {**given, **{n: text for n, text in tokens.items() if text is not None}, **arguments})
 
   def token_bytes(self) -> list[bytes]:
     """The bytes of each token id. A special token has the bytes of its name; an unused id has none.
@@ -93,18 +137,43 @@ class Tokenizer:
     """
     pieces = [b""] * self.vocab_size
     added = self.backend.get_added_tokens_decoder()
+    decoder = _decoder(self.backend)
     byte_level = _uses_byte_level(self.backend)
-    space = b" " if self.backend.decoder is None else b""  # without a decoder, words are joined by spaces
     for piece, index in self.backend.get_vocab(with_added_tokens=True).items():
-      if index in added:
+      if index in added and (added[index].special or not byte_level):
         pieces[index] = added[index].content.encode()
       elif byte_level:
-        pieces[index] = b"".join(_byte_of_char().get(ch) or ch.encode() for ch in piece)
+        pieces[index] = _bytes_of_chars(piece)
       elif _is_byte(piece):
         pieces[index] = bytes([int(piece[3:5], 16)])
       else:
-        pieces[index] = space + piece.replace("▁", " ").encode()
+        pieces[index] = _spaced(piece, decoder).encode()
     return pieces
+
+  @functools.cached_property
+  def byte_pieces(self) -> list[bytes] | None:
+    """The bytes that each id adds to a text, none for special tokens; None if texts are not just bytes joined.
+
+    The text of ids is then that of their bytes, as UTF-8.
+    """
+    if self.cleans or (json.loads(self.backend.to_str())["decoder"] or {}).get("type") != "ByteLevel":
+      return None
+    pieces = self.token_bytes()
+    for index in self.hidden_ids:
+      pieces[index] = b""
+    return pieces
+
+  @functools.cached_property
+  def hidden_ids(self) -> frozenset[int]:
+    """Ids of special tokens, which `decode` leaves out."""
+    return frozenset(index for index, token in self.backend.get_added_tokens_decoder().items() if token.special)
+
+  @property
+  def cleans(self) -> bool:
+    """Whether `decode` ends with `clean`. The settings decide; for a BPE model they must do so explicitly."""
+    bpe = isinstance(self.backend.model, models.BPE)
+    forced = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+    return bool(self.settings.get("clean_up_tokenization_spaces")) and (not bpe or bool(self.settings.get(forced)))
 
   @functools.cached_property
   def fallback_ids(self) -> frozenset[int]:
@@ -116,8 +185,7 @@ class Tokenizer:
     added = self.backend.get_added_tokens_decoder()
     vocab = {} if _uses_byte_level(self.backend) else self.backend.get_vocab(with_added_tokens=True)
     single = {index for piece, index in vocab.items() if index not in added and _is_byte(piece)}
-    special = {index for index, token in added.items() if token.special}
-    return frozenset(single | special) if single else frozenset()
+    return self.hidden_ids | single if single else frozenset()
 
   @functools.cached_property
   def vocab_size(self) -> int:
@@ -139,19 +207,34 @@ class Tokenizer:
 
   @functools.cached_property
   def adds_bos(self) -> bool:
-    """Whether texts start with BOS. The settings decide; if they do not say, the tokenizer's post-processor does."""
-    if self.bos_token_id is None:
-      return False
+    """Whether texts start with BOS."""
+    return self.bos_token_id is not None and self.prefix_ids[:1] == [self.bos_token_id]
+
+  @functools.cached_property
+  def prefix_ids(self) -> list[int]:
+    """The tokens before each text: those of the post-processor, unless the settings hold `add_bos_token`.
+
+    Beside a tokenizer.json that setting counts for nothing, and `load` drops it.
+    """
     if (wanted := self.settings.get("add_bos_token")) is not None:
-      return bool(wanted)
-    return self.backend.encode("", add_special_tokens=True).ids[:1] == [self.bos_token_id]
+      return [self.bos_token_id] if wanted and self.bos_token_id is not None else []
+    if self.backend.post_processor is None:
+      return []
+    whole = self.backend.encode(" a", add_special_tokens=True)
+    if all(owner is None for owner in whole.sequence_ids):  # a vocabulary without these characters
+      whole = self.backend.encode(next(iter(self.backend.get_vocab(with_added_tokens=False)), ""))
+    first = next((i for i, owner in enumerate(whole.sequence_ids) if owner is not None), 0)
+    return whole.ids[:first]
 
   @property
   def _template(self) -> str | None:
     template = self.settings.get("chat_template")
     if isinstance(template, list):  # named templates; "default" is for plain chats
-      named = {t["name"]: t["template"] for t in template}
-      template = named.get("default", next(iter(named.values()), None))
+      template = {t["name"]: t["template"] for t in template}
+    if isinstance(template, dict):
+      if "default" not in template and len(template) > 1:
+        raise ValueError(f"this tokenizer has chat templates {sorted(template)} and none of them is called 'default'")
+      template = template.get("default", next(iter(template.values()), None))
     return template
 
   def _special(self, name: str) -> str | None:
@@ -160,37 +243,103 @@ class Tokenizer:
     return value.get("content") if isinstance(value, dict) else value
 
 
-def _render(template: str, values: dict) -> str:
-  try:
-    import jinja2
-  except ImportError:
-    raise ValueError("chat templates need jinja2: pip install jinja2") from None
-  try:
-    compiled = _compile(template)
-  except jinja2.TemplateError as error:
-    raise ValueError(f"the chat template is not valid: {error}") from None
-  try:
-    return compiled.render(values)
-  except (jinja2.TemplateError, TypeError) as error:
-    raise ValueError(f"the chat template refuses these messages: {error}") from None
+def _no_text(value: Any) -> str:
+  """What is wrong with something that cannot be encoded."""
+  if not isinstance(value, str):
+    return f"{value!r:.80} is no text"
+  index = next((i for i, ch in enumerate(value) if "\ud800" <= ch <= "\udfff"), 0)
+  return f"character {index} of the text is half of a surrogate pair ({value[index]!r}), which is no character"
 
 
-@functools.lru_cache(maxsize=8)
-def _compile(template: str):
-  """A chat template compiled in a sandbox, with the filters and functions that Hugging Face provides."""
-  import jinja2.ext
-  import jinja2.sandbox
+def clean(text: str) -> str:
+  """A text without the spaces that a tokenizer of words puts before punctuation and contractions."""
+  for spaced in (" .", " ?", " !", " ,"):
+    text = text.replace(spaced, spaced[1])
+  text = text.replace(" ' ", "'")
+  for spaced in (" n't", " 'm", " 's", " 've", " 're"):
+    text = text.replace(spaced, spaced[1:])
+  return text
 
-  def raise_exception(message):
-    raise jinja2.TemplateError(message)
 
-  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+# Files beside tokenizer.json ------------------------------------------------------------------------------------------
+
+
+def _older_added(file: Path, settings: dict[str, Any]) -> dict[int, dict]:
+  """The tokens of added_tokens.json, {text: id}, as `added_tokens_decoder` lists them."""
+  special = {_content(settings.get(name)) for name in _TEMPLATE_TOKENS}
+  more = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+  special |= {_content(token) for token in more} if isinstance(more, list) else set()
+  values = read_json(file)
+  if wrong := next((text for text, index in values.items() if type(index) is not int), None):
+    raise ValueError(f"{file}: {wrong!r} has the id {values[wrong]!r}, which is no whole number")
+  return {
+    index: {"content": text, "normalized": text not in special, "special": text in special}
+    for text, index in values.items()
+  }
+
+
+def _check_settings(file: Path, settings: dict[str, Any]) -> None:
+  """Raises ValueError where a value of the settings has another type than its readers expect."""
+  for name, value in settings.items():
+    if name.endswith("_token") and not name.startswith("add_") and not isinstance(_content(value), str | None):
+      raise ValueError(f"{file}: {name}={value!r:.80} must be a text or an object with content")
+  template = settings.get("chat_template")
+  named = isinstance(template, list) and all(
+    isinstance(t, dict) and isinstance(t.get("name"), str) and isinstance(t.get("template"), str) for t in template
   )
-  environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-  environment.globals["raise_exception"] = raise_exception
-  environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-  return environment.from_string(template)
+  of_texts = isinstance(template, dict) and all(isinstance(text, str) for text in template.values())
+  if not (template is None or isinstance(template, str) or named or of_texts):
+    raise ValueError(f"{file}: chat_template must be a text, or a list of objects with name and template")
+  try:
+    json.dumps(settings, ensure_ascii=False).encode()
+  except UnicodeEncodeError:
+    raise ValueError(f"{file}: half of a surrogate pair (\\ud800 to \\udfff), which is no character") from None
+
+
+def _content(token: Any) -> Any:
+  return token.get("content") if isinstance(token, dict) else token
+
+
+def _add_tokens(file: Path, backend: tokenizers.Tokenizer, settings: dict[str, Any], added: Any) -> None:
+  """Adds the tokens that only the settings name, as transformers does: first those with an id, in its order."""
+  fields = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+
+  def token(value: Any, **more: Any) -> tokenizers.AddedToken:
+    try:
+      given = {name: value[name] for name in fields if name in value} if isinstance(value, dict) else {"content": value}
+      if not given.get("content"):
+        raise TypeError
+      return tokenizers.AddedToken(**{**more, **given})
+    except TypeError:
+      raise ValueError(f"{file}: {value!r:.80} is no token; it needs a text as content") from None
+
+  try:
+    listed = [value for _, value in sorted((int(index), value) for index, value in added.items())]
+  except (AttributeError, TypeError, ValueError):
+    raise ValueError(f"{file}: added_tokens_decoder must be an object of ids and tokens") from None
+  names = [name for name in settings if name.endswith("_token") and isinstance(_content(settings[name]), str)]
+  named = [settings[name] for name in (*_TEMPLATE_TOKENS, *sorted(set(names) - set(_TEMPLATE_TOKENS))) if name in names]
+  contents = {_content(value) for value in named}
+  there = list(backend.get_added_tokens_decoder().values())
+  known, same = {own.content for own in there}, {repr(own) for own in there}
+  listed = [token(value) for value in listed]
+  if "added_tokens_decoder" not in settings:
+    listed = [*there, *(one for one in listed if one.content not in known)]
+  for one in listed:
+    one.special = one.special or one.content in contents
+  new = [one for one in listed if repr(one) not in same]
+  known |= {one.content for one in new}
+  extra = settings.get("extra_special_tokens", settings.get("additional_special_tokens")) or []
+  if not isinstance(extra, list | dict):
+    raise ValueError(f"{file}: extra_special_tokens={extra!r:.80} must be a list of tokens")
+  for value in (*named, *(extra.values() if isinstance(extra, dict) else extra)):
+    if _content(value) not in known:
+      new.append(token(value, special=True))
+      known.add(new[-1].content)
+  backend.add_tokens(new)
+
+
+# Vocabularies ---------------------------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=1)
@@ -211,11 +360,38 @@ def _is_byte(piece: str) -> bool:
   return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
 
 
+def _bytes_of_chars(piece: str) -> bytes:
+  """A piece in GPT-2's alphabet as bytes; one with other characters is plain text."""
+  found = [_byte_of_char().get(ch) for ch in piece]
+  return piece.encode() if None in found else b"".join(found)
+
+
+def _decoder(backend: tokenizers.Tokenizer) -> list[dict[str, Any]]:
+  """The steps of the decoder, as tokenizer.json has them."""
+  decoder = json.loads(backend.to_str())["decoder"] or {"type": None}
+  return decoder.get("decoders", [decoder])
+
+
 def _uses_byte_level(backend: tokenizers.Tokenizer) -> bool:
   """Whether the vocabulary is written in GPT-2's byte alphabet."""
-  decoder = json.loads(backend.to_str()).get("decoder") or {}
-  kinds = {decoder.get("type"), *(d.get("type") for d in decoder.get("decoders", ()))}
-  return "ByteLevel" in kinds
+  return any(step["type"] == "ByteLevel" for step in _decoder(backend))
+
+
+def _spaced(piece: str, decoder: list[dict[str, Any]]) -> str:
+  """A piece with the spaces that the decoder gives it inside a text."""
+  for step in decoder:
+    kind = step["type"]
+    if kind is None:  # without a decoder, words are joined by spaces
+      return " " + piece
+    if kind == "WordPiece":
+      return piece.removeprefix(step["prefix"]) if piece.startswith(step["prefix"]) else " " + piece
+    if kind == "BPEDecoder":
+      return piece.replace(step["suffix"], " ")
+    if kind == "Metaspace":
+      piece = piece.replace(step["replacement"], " ")
+    if kind == "Replace" and "String" in step["pattern"]:
+      piece = piece.replace(step["pattern"]["String"], step["content"])
+  return piece
 
 
 def bpe_tokenizer(

@@ -10,6 +10,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+from dms_jax import chat
 from dms_jax.tokenizer import Tokenizer, bpe_tokenizer, byte_tokenizer
 
 
@@ -90,7 +91,6 @@ def bos_tokenizer(post_processor: bool, **settings) -> Tokenizer:
     (False, {"add_bos_token": True}, True),  # R1 distillations: the settings say so
     (True, {"add_bos_token": False}, False),
     (True, {"add_bos_token": None}, True),
-    (True, {"bos_token": None}, False),
   ],
 )
 def test_bos_only_where_the_model_has_it(post_processor, settings, adds):
@@ -136,6 +136,80 @@ def test_chat_template_missing_or_broken():
     byte_tokenizer().chat([{"role": "user", "content": "hi"}])
   with pytest.raises(ValueError, match="chat template"):
     bos_tokenizer(False, chat_template="{% for %}").chat([])
+
+
+def test_template_arguments():
+  template = "{% if enable_thinking is defined and not enable_thinking %}<no>{% endif %}{{ tools }}"
+  tokenizer = bos_tokenizer(False, chat_template=template)
+  assert tokenizer.chat([]) == "None"
+  assert tokenizer.chat([], enable_thinking=False, tools=[1]) == "<no>[1]"
+  marked = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+  assert bos_tokenizer(False, chat_template=marked).chat([{"content": "é"}]) == "é"
+  plain = "{{ messages | tojson(ensure_ascii=true) }}"
+  assert bos_tokenizer(False, chat_template=plain).chat([{"a": "é"}]) == '[{"a": "\\u00e9"}]'
+
+
+@pytest.mark.parametrize(
+  ("template", "says"),
+  [
+    ("{{ 1 / 0 }}", "division by zero"),
+    ("{{ messages[7].content }}", "no element 7"),
+    ("{{ raise_exception('no\nway') }}", "refuses these messages: no way"),
+    ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+    ("{% for i in range(10**9) %}{% endfor %}", "stopped"),
+    ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "stopped: it ran"),
+    ("{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}", "stopped: it ran"),
+    ("{% set n = namespace(s='a') %}{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}", "stopped"),
+    ("{% set n = namespace(s='a') %}{% for i in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}", "stopped"),
+    ("{{ 'a' * 10**12 }}", "stopped"),
+    ("{{ 9**9**9 }}", "stopped"),
+    ("{{ 'a' | indent(10**12) }}", "stopped"),
+    ("{{ '%999999999d' % 1 }}", "stopped"),
+  ],
+)
+def test_templates_that_raise_or_do_not_end(template, says, monkeypatch):
+  monkeypatch.setattr(chat, "SECONDS", 0.2)
+  with pytest.raises(ValueError, match=says) as error:
+    bos_tokenizer(False, chat_template=template).chat([{"content": "x"}])
+  assert "\n" not in str(error.value)
+
+
+def test_settings_of_other_types_are_refused(tmp_path):
+  byte_tokenizer().save(tmp_path)
+  for settings, says in (
+    ({"bos_token": 5}, "bos_token=5"), ({"chat_template": 5}, "chat_template"),
+    ({"chat_template": [5]}, "chat_template"),
+    ({"added_tokens_decoder": [1]}, "added_tokens_decoder"), ({"added_tokens_decoder": {"1": {}}}, "is no token"),
+    ({"extra_special_tokens": 7}, "extra_special_tokens"), ({"x": "\ud800"}, "surrogate"),
+  ):  # fmt: skip
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=says):
+      Tokenizer.load(tmp_path)
+
+
+def test_text_and_ids_that_are_none():
+  with pytest.raises(ValueError, match="character 1 of the text is half of a surrogate pair"):
+    byte_tokenizer().encode("a\ud800b")
+  with pytest.raises(ValueError, match="ids"):
+    byte_tokenizer().decode([-1])
+
+
+def test_blocks_of_truncation_and_padding_do_not_act(tmp_path):
+  backend = byte_tokenizer().backend
+  backend.enable_truncation(2)
+  backend.enable_padding(length=9, pad_id=256, pad_token="<eos>")
+  backend.save(str(tmp_path / "tokenizer.json"))
+  assert Tokenizer.load(tmp_path).encode("abcd") == list(b"abcd")
+
+
+def test_tokens_that_only_the_settings_name(tmp_path):
+  """Special tokens of tokenizer_config.json get the next ids; ids and texts know them."""
+  byte_tokenizer().save(tmp_path)
+  values = {"eos_token": "<eos>", "bos_token": "<s>", "added_tokens_decoder": {"257": {"content": "<x>"}}}
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(values))
+  tokenizer = Tokenizer.load(tmp_path)
+  assert tokenizer.encode("a<x><s>") == [97, 257, 258] and tokenizer.bos_token_id == 258
+  assert tokenizer.decode([97, 257, 258]) == "a<x>"
 
 
 def test_chat_template_is_sandboxed():

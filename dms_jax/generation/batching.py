@@ -49,7 +49,7 @@ from dms_jax.generation.stops import StopStrings, stop_criteria
 from dms_jax.generation.together import Prompt, PromptReader, default_rows
 from dms_jax.model import Model, check_policy
 from dms_jax.policies import Policy, check_rows
-from dms_jax.policies.base import row_numbers
+from dms_jax.policies.base import is_whole, row_numbers
 
 
 class Generator:
@@ -92,8 +92,8 @@ class Generator:
     for name, value in (
       ("width", width), ("prefill_chunk", prefill_chunk), ("prefill_rows", rows), ("decode_block", decode_block)
     ):  # fmt: skip
-      if value < 1:
-        raise ValueError(f"{name}={value} must be 1 or more")
+      if not is_whole(value) or value < 1:
+        raise ValueError(f"{name}={value!r:.80} must be 1 or more, a whole number")
     self.tokenizer = model.tokenizer if tokenizer is None else tokenizer
     self.model = fastest_form(model.replace(tokenizer=None))
     self.policy = check_policy(model, None if policy is None else policy.by_row())
@@ -168,10 +168,10 @@ class Generator:
       ValueError: bad arguments, a number out of range, a text longer than `max_length`, or a conversation of another
         model or policy.
     """
-    if not 1 <= chains <= self.width:
-      raise ValueError(f"chains={chains} must lie between 1 and the width {self.width}")
-    if max_new_tokens < 1:
-      raise ValueError(f"max_new_tokens={max_new_tokens} must be 1 or more")
+    if not is_whole(chains) or not 1 <= chains <= self.width:
+      raise ValueError(f"chains={chains!r:.80} must lie between 1 and the width {self.width}")
+    if not is_whole(max_new_tokens) or max_new_tokens < 1:
+      raise ValueError(f"max_new_tokens={max_new_tokens!r:.80} must be 1 or more, a whole number")
     temperature = self.temperature if temperature is None else temperature
     Sampling.create(temperature)
     if temperature and self.rows.sampling.temperature is None:
@@ -184,6 +184,7 @@ class Generator:
     pending = None if past is None else np.array([past.pending])
     ids = prompt_ids(self.model, [[] if prompt is None else prompt], None, self.tokenizer, pending)[0]
     total = len(ids) + max_new_tokens + (0 if past is None else int(past.cache.seen))
+    total -= 1  # the last token is sampled and not read
     if total > self.max_length:
       raise ValueError(
         f"prompt and max_new_tokens={max_new_tokens} need {total} positions; max_length={self.max_length}"
@@ -194,7 +195,7 @@ class Generator:
     group = [
       Chain(
         self.tickets, index, own, start + max_new_tokens, start, ids, temperature, numbers, keep, goes_on,
-        Detokenizer.create(self.tokenizer, self.stop_strings), result,
+        Detokenizer.create(self.tokenizer, self.stop_strings, ids), result,
       )
       for index, own in enumerate(own_keys)
     ]  # fmt: skip

@@ -22,8 +22,10 @@ from dms_jax.metrics import Counts, count
 from dms_jax.model import Model, cached_forward, last_logits
 from dms_jax.policies import Policy
 
-RUNNING, STOP, EOS, LENGTH, CAPACITY = range(5)
-REASONS = ("running", "stop", "eos", "length", "capacity")
+RUNNING, STOP, EOS, LENGTH, CAPACITY, NAN = range(6)
+REASONS = ("running", "stop", "eos", "length", "capacity", "nan")
+NOT_FINITE = "the logits are not finite"
+NOT_FINITE_ADVICE = "weights hold NaN or infinity, or their dtype overflows: check the checkpoint, or load as float32"
 
 
 @struct.dataclass
@@ -55,8 +57,13 @@ class Emitted:
 def choose(
   rows: DecodeState, logits: Float[Array, "B V"], active: Bool[Array, "B"], sampling: Sampling, stop: StopCriteria
 ) -> tuple[DecodeState, Emitted]:
-  """Samples the next token of the active rows; a row ends at an EOS token, a stop string or its limit."""
+  """Samples the next token of the active rows; a row ends at an EOS token, a stop string or its limit.
+
+  A row whose logits are not finite ends without a token, with reason NAN.
+  """
   token, logprob = sample(logits, rows.keys, rows.count, sampling)
+  broken, asked = ~jnp.isfinite(logprob), active
+  active = active & ~broken
   token = jnp.where(active, token, rows.token)
   total = rows.count + active.astype(jnp.int32)
   reason = jnp.where(total >= rows.limit, LENGTH, RUNNING)
@@ -66,7 +73,8 @@ def choose(
     following = stop.table[state, token].astype(jnp.int32)
     reason = jnp.where(following < 0, STOP, reason)
     state = jnp.where(active, jnp.maximum(following, 0), state)
-  rows = rows.replace(token=token, count=total, stop_state=state, reason=jnp.where(active, reason, rows.reason))
+  reason = jnp.where(active, reason, jnp.where(asked, NAN, rows.reason))
+  rows = rows.replace(token=token, count=total, stop_state=state, reason=reason)
   return rows, Emitted(token[None], logprob[None], active[None])
 
 

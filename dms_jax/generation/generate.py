@@ -26,7 +26,16 @@ from dms_jax.cache.base import rounded
 from dms_jax.execution import fastest_form
 from dms_jax.generation import decode as decoding
 from dms_jax.generation.conversation import Conversation, conversation_of, place_like
-from dms_jax.generation.decode import LENGTH, REASONS, RUNNING, DecodeState, Emitted
+from dms_jax.generation.decode import (
+  LENGTH,
+  NAN,
+  NOT_FINITE,
+  NOT_FINITE_ADVICE,
+  REASONS,
+  RUNNING,
+  DecodeState,
+  Emitted,
+)  # fmt: skip
 from dms_jax.generation.detokenize import Detokenizer
 from dms_jax.generation.prefill import Chunk, read_prompts
 from dms_jax.generation.prompts import Prompts, check_lengths, prompt_ids
@@ -36,6 +45,7 @@ from dms_jax.generation.stops import StopStrings, stop_criteria
 from dms_jax.metrics import Counts, Metrics
 from dms_jax.model import Model, check_policy
 from dms_jax.policies import Policy
+from dms_jax.policies.base import is_whole
 
 Stream = Callable[[int, list[int], str], None]
 
@@ -117,7 +127,8 @@ def generate(
 
   Raises:
     ValueError: bad arguments, or prompts that are empty or do not fit the context or `capacity`. It comes before any
-      work, unless evictions depend on the data and a fixed capacity turns out too small for a prompt.
+      work, unless evictions depend on the data and a fixed capacity turns out too small for a prompt, or a row's logits
+      are not finite.
   """
   tokenizer = model.tokenizer if tokenizer is None else tokenizer
   model = fastest_form(model.replace(tokenizer=None))
@@ -129,8 +140,14 @@ def generate(
     ("prefill_chunk", prefill_chunk, 1),
     ("decode_block", decode_block, 1),
   ):
-    if value < least:
-      raise ValueError(f"{name}={value} must be {least} or more")
+    if not is_whole(value) or value < least:
+      raise ValueError(f"{name}={value!r:.80} must be {least} or more, a whole number")
+  longest = model.config.max_position_embeddings  # no more tokens are ever read, decoded or held
+  prefill_chunk, decode_block = min(prefill_chunk, longest), min(decode_block, longest)
+  if capacity is not None:
+    if not is_whole(capacity) or capacity < 1:
+      raise ValueError(f"capacity={capacity!r:.80} must be 1 or more slots, a whole number")
+    capacity = min(capacity, rounded(longest))
   strings = StopStrings.create(stop, tokenizer)
   criteria = stop_criteria(model, tokenizer, strings, eos)
   past = conversation_of(continue_from)
@@ -164,7 +181,7 @@ def generate(
       reason=jnp.full(batch, RUNNING if max_new_tokens else LENGTH, jnp.int32),
     ),
   )
-  written = [_Row(Detokenizer.create(tokenizer, strings), own) for own in usage]
+  written = [_Row(Detokenizer.create(tokenizer, strings, new), own) for new, own in zip(ids, usage, strict=True)]
   reason = np.asarray(state.reason)
   if not goes_on.all():
     new = [row[:0] if going else row for row, going in zip(ids, goes_on, strict=True)]
@@ -184,6 +201,10 @@ def generate(
     metrics = metrics.add(counts, decode=True)
     steps += int(emitted.valid.any(axis=1).sum())
     reason = _write(written, emitted, state, stream, counts)
+  if (broken := np.flatnonzero(reason == NAN)).size:
+    raise ValueError(
+      f"prompts[{broken[0]}]: {NOT_FINITE}, after {len(written[broken[0]].tokens)} new tokens; {NOT_FINITE_ADVICE}"
+    )
   for own in usage:
     own.join()
   tokens = [row.tokens for row in written]

@@ -40,12 +40,19 @@ def prompt_ids(
     prompts = [prompts]
   elif hasattr(prompts, "ndim"):
     prompts = np.atleast_2d(np.asarray(prompts))
+  elif not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray):
+    raise ValueError(f"prompts: {type(prompts).__name__}; pass a string, strings, ids, lists of ids, or an id matrix")
   if mask is not None or (hasattr(prompts, "ndim") and prompts.ndim == 2):
-    matrix = np.asarray(prompts)
-    mask = np.ones(matrix.shape, bool) if mask is None else np.asarray(mask).astype(bool)
+    try:
+      matrix = np.asarray(prompts)
+    except ValueError:
+      raise ValueError("mask: needs prompts as an id matrix [B, T]; these have different lengths") from None
+    mask = np.ones(matrix.shape, bool) if mask is None else np.asarray(mask)
     if matrix.ndim != 2 or mask.shape != matrix.shape:
       raise ValueError(f"mask {mask.shape} does not fit prompts {matrix.shape}; both must be [B, T]")
-    prompts = [row[keep] for row, keep in zip(matrix, mask, strict=True)]
+    if mask.dtype != bool and not np.isin(mask, (0, 1)).all():
+      raise ValueError(f"mask: {mask.dtype} values that are not 0 or 1; pass bool [B, T]")
+    prompts = [row[keep] for row, keep in zip(matrix, mask.astype(bool), strict=True)]
   elif len(prompts) and all(isinstance(p, int | np.integer) for p in prompts):
     prompts = [prompts]
   if not len(prompts):
@@ -53,20 +60,46 @@ def prompt_ids(
   if any(isinstance(p, str) for p in prompts):
     if tokenizer is None:
       raise ValueError("prompts: strings need a tokenizer, and this model brings none; pass tokenizer=")
-    prompts = [tokenizer.encode(p) if isinstance(p, str) else p for p in prompts]
-    if pending is not None and tokenizer.adds_bos:  # a later turn does not begin a text
-      prompts = [p[1:] if p[:1] == [tokenizer.bos_token_id] else p for p in prompts]
+    prompts = [_encoded(tokenizer, row, p, pending is not None) for row, p in enumerate(prompts)]
+  rows = [_ids(row, p, model.config.vocab_size) for row, p in enumerate(prompts)]
   if pending is not None:
-    if len(pending) != len(prompts):
-      raise ValueError(f"prompts: {len(prompts)}, but the conversation to continue has {len(pending)} rows")
-    prompts = [[*([p] if p >= 0 else []), *ids] for p, ids in zip(pending, prompts, strict=True)]
-  rows = [np.asarray(p, np.int32).reshape(-1) for p in prompts]
+    if len(pending) != len(rows):
+      raise ValueError(f"prompts: {len(rows)}, but the conversation to continue has {len(pending)} rows")
+    before = [np.array([p] if p >= 0 else [], np.int32) for p in pending]
+    rows = [np.concatenate(parts) for parts in zip(before, rows, strict=True)]
   for row, values in enumerate(rows):
     if not values.size:
       raise ValueError(f"prompts[{row}] is empty; give it at least one token")
-    if values.min() < 0 or values.max() >= model.config.vocab_size:
-      raise ValueError(f"prompts[{row}] has token ids outside 0..{model.config.vocab_size - 1}")
   return rows
+
+
+def _encoded(tokenizer: Any, row: int, prompt: Any, later: bool) -> Any:
+  """The ids of a string; a later turn does not begin a text. Ids stay as they are."""
+  if not isinstance(prompt, str):
+    return prompt
+  try:
+    ids = tokenizer.encode(prompt)
+  except ValueError as error:
+    raise ValueError(f"prompts[{row}]: {error}") from None
+  first = getattr(tokenizer, "prefix_ids", []) if later else []
+  return ids[len(first) :] if ids[: len(first)] == first else ids
+
+
+def _ids(row: int, prompt: Any, vocab_size: int) -> Int[np.ndarray, "T"]:
+  """One row's ids as int32, checked before they are converted, which would cut and wrap them."""
+  try:
+    ids = np.asarray(prompt)
+  except ValueError:
+    raise ValueError(f"prompts[{row}] is nested; a row is a list of token ids") from None
+  if ids.ndim != 1:
+    raise ValueError(f"prompts[{row}] has shape {ids.shape}; a row is a list of token ids")
+  if ids.size and ids.dtype.kind not in "iu":  # whole numbers beyond 64 bits are objects
+    wrong = next((one for one in ids.tolist() if type(one) is not int), None)
+    if wrong is not None:
+      raise ValueError(f"prompts[{row}] holds {wrong!r:.80}; token ids are whole numbers")
+  if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
+    raise ValueError(f"prompts[{row}] has token ids outside 0..{vocab_size - 1}")
+  return ids.astype(np.int32)
 
 
 def check_lengths(
@@ -87,9 +120,10 @@ def check_lengths(
   row = int(lengths.argmax())
   what = f"prompts[{row}]: {lengths[row]} tokens with earlier turns, and max_new_tokens={max_new_tokens},"
   total = int(lengths[row]) + max_new_tokens
-  if total > model.config.max_position_embeddings:
+  positions = total - (max_new_tokens > 0)  # the last token is sampled and not read
+  if positions > model.config.max_position_embeddings:
     raise ValueError(
-      f"{what} need {total} positions; the model has max_position_embeddings={model.config.max_position_embeddings}"
+      f"{what} need {positions} positions; the model has max_position_embeddings={model.config.max_position_embeddings}"
     )
   masked = kind == "masked"
   if past is not None:
@@ -100,8 +134,6 @@ def check_lengths(
     except ValueError as error:
       raise ValueError(f"policy: {error}") from None
     past.cache.check(policy)
-  if capacity is not None and capacity < 1:
-    raise ValueError(f"capacity={capacity} must be 1 or more")
   if masked or not policy.data_dependent:
     needed = total if masked else int(np.max(policy.capacity(total)))
     if capacity is not None and needed > capacity:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 from jaxtyping import Array
 
-from dms_jax.generation.decode import Emitted
+from dms_jax.generation.decode import NOT_FINITE, NOT_FINITE_ADVICE, Emitted
 from dms_jax.generation.results import ChainUsage
 from dms_jax.generation.rows import Chain
 from dms_jax.generation.together import account
@@ -87,6 +88,9 @@ def record(flight: Flight, stream: bool) -> list[News]:
       news.append((chain.ticket, index, tokens, text))
     if over:
       result.finish_reason[index] = reason
+      if reason == "nan":
+        where = f"ticket {chain.ticket}, chain {index}"
+        warnings.warn(f"{where}: {NOT_FINITE}; {NOT_FINITE_ADVICE}", RuntimeWarning, stacklevel=2)
       result.usage[index].join()
   return news
 

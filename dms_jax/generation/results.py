@@ -106,8 +106,9 @@ class Used:
 class Result(Used):
   """The outcome of one ticket: each list has one entry a chain.
 
-  `tokens` and `logprobs` (nats) as in `Output`. `finish_reason`: as in `Output`, or "running" or "cancelled". `text`:
-  None without a tokenizer. `usage`: cache usage by step, and `seen`, `held`, `peak` and `reads` its sums. `stored`:
+  `tokens` and `logprobs` (nats) as in `Output`. `finish_reason`: as in `Output`, "running", "cancelled", or "nan" where
+  logits are not finite (with a warning). `text`: None without a tokenizer. `usage`: cache usage by step, and `seen`,
+  `held`, `peak` and `reads` its sums. `stored`:
   with `keep=True` the chain's cache on the host, to continue from; else None. A chain of a thousand tokens takes about
   80 KB here, so a long run pops each result from `Generator.results` once it has ended.
   """

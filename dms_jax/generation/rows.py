@@ -17,7 +17,7 @@ from dms_jax.generation import decode as decoding
 from dms_jax.generation.decode import CAPACITY, LENGTH, RUNNING, DecodeState, Emitted
 from dms_jax.generation.detokenize import Detokenizer
 from dms_jax.generation.results import Result
-from dms_jax.generation.sampling import Sampling, row_keys
+from dms_jax.generation.sampling import Sampling, as_key, row_keys
 from dms_jax.generation.stops import StopCriteria
 from dms_jax.policies import Policy
 from dms_jax.policies.base import row_numbers, with_numbers
@@ -79,8 +79,7 @@ def key_data(key: jax.Array | None, chains: int) -> list[np.ndarray | None]:
   """
   if key is None:
     return [None] * chains
-  if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-    key = jax.random.wrap_key_data(key)
+  key = as_key(key)
   return list(np.asarray(_key_data(key, chains=chains, single=chains == 1 and key.ndim == 0)))
 
 

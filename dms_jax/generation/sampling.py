@@ -7,12 +7,28 @@ the batch, or on pauses.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
+
+SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+MOST_K = 2**24  # counts are exact in float32 up to here, beyond any vocabulary
+
+
+def _number(name: str, value: Any, meaning: str) -> float:
+  if isinstance(value, str | bytes) or np.ndim(value) or isinstance(value, bool | np.bool_):
+    raise ValueError(f"{name}={value!r:.80} must be {meaning}")
+  try:
+    return float(value)
+  except OverflowError:  # a whole number beyond all floats
+    return math.inf if value > 0 else -math.inf
+  except (TypeError, ValueError):
+    raise ValueError(f"{name}={value!r:.80} must be {meaning}") from None
 
 
 @struct.dataclass
@@ -28,31 +44,53 @@ class Sampling:
   top_p: float | None = None
 
   @classmethod
-  def create(cls, temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None) -> Sampling:
+  def create(cls, temperature: Any = 0.0, top_k: Any = None, top_p: Any = None) -> Sampling:
     """Checked settings; temperature 0 is greedy, and top-k and top-p then change nothing.
 
     Raises:
       ValueError: a setting out of range.
     """
-    if not (math.isfinite(temperature) and temperature >= 0):
+    number = _number("temperature", temperature, "0 (greedy) or a positive number")
+    if not (math.isfinite(number) and number >= 0):
       raise ValueError(f"temperature={temperature} must be 0 (greedy) or a positive number")
-    if top_k is not None and (int(top_k) != top_k or top_k < 1):
-      raise ValueError(f"top_k={top_k} must be a whole number of 1 or more, or None for no limit")
-    if top_p is not None and not 0 < top_p <= 1:
-      raise ValueError(f"top_p={top_p} must be above 0 and at most 1, or None for no limit")
-    if temperature == 0:
+    if top_k is not None:
+      k = _number("top_k", top_k, "a whole number of 1 or more, or None for no limit")
+      if not k >= 1 or (math.isfinite(k) and k % 1) or (isinstance(top_k, float) and math.isinf(top_k)):
+        raise ValueError(f"top_k={top_k} must be a whole number of 1 or more, or None for no limit")
+      top_k = int(min(k, MOST_K))
+    if top_p is not None:
+      p = _number("top_p", top_p, "above 0 and at most 1, or None for no limit")
+      if not 0 < p <= 1:
+        raise ValueError(f"top_p={top_p} must be above 0 and at most 1, or None for no limit")
+      top_p = max(p, SMALLEST)
+    if number == 0:
       return cls()
-    return cls(float(temperature), None if top_k is None else int(top_k), None if top_p is None else float(top_p))
+    return cls(min(max(number, SMALLEST), LARGEST), top_k, top_p)
 
 
-def row_keys(key: jax.Array, batch: int) -> Key[Array, "B"]:
+def as_key(key: Any) -> jax.Array:
+  """A key, or a batch of keys, of any kind that JAX has.
+
+  Raises:
+    ValueError: it is none.
+  """
+  if not isinstance(key, jax.Array | np.ndarray):
+    raise ValueError(f"key={key!r:.80} is no key: pass jax.random.key(seed)")
+  if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    return jnp.asarray(key)
+  try:
+    return jax.random.wrap_key_data(key)
+  except (TypeError, ValueError):
+    raise ValueError(f"key: an array of {key.dtype} {key.shape} is no key: pass jax.random.key(seed)") from None
+
+
+def row_keys(key: Any, batch: int) -> Key[Array, "B"]:
   """One key a row: `key` itself if it is already a batch of `batch` keys, else `fold_in(key, row)`.
 
   Raises:
-    ValueError: a batch of keys of another length.
+    ValueError: no key, or a batch of keys of another length.
   """
-  if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-    key = jax.random.wrap_key_data(key)
+  key = as_key(key)
   if key.ndim == 0:
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
   if key.shape != (batch,):
@@ -64,12 +102,11 @@ def chain_keys(key: jax.Array | None, chains: int) -> list[jax.Array | None]:
   """A key for each chain: its own of a batch of keys, else `fold_in(key, chain)`; a single chain has `key` itself.
 
   Raises:
-    ValueError: a batch of keys of another length.
+    ValueError: no key, or a batch of keys of another length.
   """
   if key is None:
     return [None] * chains
-  if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-    key = jax.random.wrap_key_data(key)
+  key = as_key(key)
   if chains == 1 and key.ndim == 0:
     return [key]
   return list(row_keys(key, chains))
@@ -94,17 +131,21 @@ def largest_threshold(values: Float[Array, "B V"], weights: Float[Array, "B V"],
 
 
 def filtered(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-  """Logits divided by the temperature; -inf for tokens that top-k or top-p excludes."""
+  """Logits less the row's largest, divided by the temperature; -inf for tokens that top-k or top-p excludes.
+
+  The largest is 0, so no quotient overflows at a small temperature.
+  """
   temperature = jnp.asarray(sampling.temperature, logits.dtype)
   if temperature.ndim:
     temperature = jnp.where(temperature > 0, temperature, 1.0)[:, None]
-  logits = logits / temperature
+  logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
   if sampling.top_k is not None:
     keep = largest_threshold(logits, jnp.ones_like(logits), jnp.asarray(sampling.top_k, logits.dtype))
     logits = jnp.where(keep, logits, -jnp.inf)
   if sampling.top_p is not None:
-    keep = largest_threshold(logits, jax.nn.softmax(logits, axis=-1), jnp.asarray(sampling.top_p, logits.dtype))
-    logits = jnp.where(keep, logits, -jnp.inf)
+    need = jnp.asarray(sampling.top_p, logits.dtype)
+    keep = largest_threshold(logits, jax.nn.softmax(logits, axis=-1), need)
+    logits = jnp.where(keep | (need >= 1), logits, -jnp.inf)  # a rounded sum may reach 1 too early
   return logits
 
 

@@ -11,6 +11,7 @@ On the host a `Matcher` follows the same automaton and tells where a stop string
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -42,10 +43,12 @@ def build(stops: Sequence[str]) -> Automaton:
   """The automaton of some stop strings.
 
   Raises:
-    ValueError: an empty stop string.
+    ValueError: an empty stop string, or one with half of a surrogate pair.
   """
   if any(not s for s in stops):
     raise ValueError("stop: a stop string is empty")
+  if halves := [s for s in stops if any("\ud800" <= ch <= "\udfff" for ch in s)]:
+    raise ValueError(f"stop={halves[0]!r}: half of a surrogate pair, which is no character")
   children: list[dict[int, int]] = [{}]
   depth, ends = [0], [0]
   for stop in stops:
@@ -108,25 +111,37 @@ class Matcher:
 
   automaton: Automaton
   pieces: Sequence[bytes]  # bytes of each token id
+  hidden: frozenset[int] = frozenset()  # ids of special tokens, whose bytes match, but are in no text
   tail: bytes = b""
   found: bool = False
   _state: int = 0
+  _shown: bytes = b""  # for each byte of the tail, 1 if it is in the text
+
+  @property
+  def visible(self) -> bytes:
+    """The bytes of the tail that are in the text."""
+    return self.tail if all(self._shown) else bytes(b for b, shown in zip(self.tail, self._shown, strict=True) if shown)
 
   def feed(self, tokens: Sequence[int]) -> None:
     """Takes the row's next tokens; ids past `pieces` have no bytes."""
     for token in tokens:
-      self._feed(self.pieces[token] if token < len(self.pieces) else b"")
+      self._feed(self.pieces[token] if token < len(self.pieces) else b"", token not in self.hidden)
 
-  def _feed(self, data: bytes) -> None:
+  def _feed(self, data: bytes, shown: bool = True) -> None:
     before, self.tail = len(self.tail), self.tail + data
+    self._shown += bytes([shown]) * len(data)
     if self.found:
       return
     for index, byte in enumerate(data, start=1):
       self._state = int(self.automaton.step[self._state, byte])
       if length := int(self.automaton.ends[self._state]):
-        self.tail, self.found = self.tail[before + index - length :], True
+        self.found = True
+        self._cut(before + index - length)
         return
-    self.tail = self.tail[len(self.tail) - int(self.automaton.depth[self._state]) :]
+    self._cut(len(self.tail) - int(self.automaton.depth[self._state]))
+
+  def _cut(self, start: int) -> None:
+    self.tail, self._shown = self.tail[start:], self._shown[start:]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,24 +150,27 @@ class StopStrings:
 
   automaton: Automaton
   pieces: Sequence[bytes]
+  hidden: frozenset[int] = frozenset()
 
   @classmethod
   def create(cls, texts: str | Sequence[str], tokenizer: Any) -> StopStrings | None:
     """The stop strings `texts`; None if there are none.
 
     Raises:
-      ValueError: an empty text, or no tokenizer.
+      ValueError: an empty text, something else than texts, or no tokenizer.
     """
+    if not isinstance(texts, str | list | tuple) or not all(isinstance(text, str) for text in texts):
+      raise ValueError(f"stop={texts!r:.80} must be a text or a list of texts")
     texts = (texts,) if isinstance(texts, str) else tuple(texts)
     if not texts:
       return None
     if tokenizer is None:
       raise ValueError("stop: stop strings need a tokenizer; pass tokenizer=")
-    return cls(build(texts), tokenizer.token_bytes())
+    return cls(build(texts), tokenizer.token_bytes(), getattr(tokenizer, "hidden_ids", frozenset()))
 
   def matcher(self) -> Matcher:
     """The matcher of a new row."""
-    return Matcher(self.automaton, self.pieces)
+    return Matcher(self.automaton, self.pieces, self.hidden)
 
 
 @struct.dataclass
@@ -168,12 +186,21 @@ def stop_criteria(model: Model, tokenizer: Any, strings: StopStrings | None, eos
 
   Args:
     eos: ids that end a row; true: the end tokens of the tokenizer and the model's config; false: none.
+
+  Raises:
+    ValueError: ids that are no whole numbers, or outside the vocabulary.
   """
-  if isinstance(eos, bool):
+  size = model.config.vocab_size
+  if isinstance(eos, bool | np.bool_):
     ids = set(model.config.eos_token_ids) | set(getattr(tokenizer, "eos_token_ids", ())) if eos else set()
   else:
-    ids = set(eos)
+    try:
+      ids = {operator.index(one) for one in eos}
+    except TypeError:
+      raise ValueError(f"eos={eos!r:.80} must be true, false, or a list of token ids") from None
+    if outside := sorted(one for one in ids if not 0 <= one < size):
+      raise ValueError(f"eos={outside}: outside the vocabulary, 0..{size - 1}")
   table = None
   if strings is not None:
-    table = jnp.asarray(token_table(strings.automaton, strings.pieces, model.config.vocab_size))
+    table = jnp.asarray(token_table(strings.automaton, strings.pieces[:size], size))
   return StopCriteria(jnp.asarray(np.array(sorted(ids), np.int32)), table)

@@ -173,6 +173,8 @@ def answer(
         if chain not in done.get(request.id, ()):
           file.write(json.dumps(program.to_plain(_row(request, chain, result, prints[request.id]))) + "\n")
       file.flush()
+      for ticket in [ticket for ticket, result in generator.results.items() if result.finished]:
+        del generator.results[ticket]  # a long file would fill the memory
       if lacking is not None:
         request = next(request for (ticket, _), request in running.items() if ticket == lacking.ticket)
         raise ValueError(

@@ -43,9 +43,9 @@ def _generator(
   return generator
 
 
-def _text_until(tokens: Sequence[int], generator: Generator) -> str:
+def _text_until(tokens: Sequence[int], generator: Generator, prompt: Any) -> str:
   """The text of a chain that ends after these tokens because of its length."""
-  row = Detokenizer.create(generator.tokenizer, generator.stop_strings)
+  row = Detokenizer.create(generator.tokenizer, generator.stop_strings, prompt)
   row.advance(tokens, "length")
   return row.text
 
@@ -107,7 +107,9 @@ def _write_group(
         chains[index] = -1
         tokens, usage = result.tokens[index], result.usage[index]
         for cut in cuts[number][chain]:
-          text = result.text[index] if len(tokens) <= cut else _text_until(tokens[:cut], generator)
+          text = result.text[index]
+          if len(tokens) > cut:
+            text = _text_until(tokens[:cut], generator, job.asked[number].tokens)
           used = usage.until(cut)
           found.append(dict(
             prompt=number, chain=chain, most=cut, tokens=used["seen"], reads=used["reads"], peak=used["peak"],

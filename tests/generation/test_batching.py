@@ -261,7 +261,7 @@ def test_a_row_beyond_the_budget_is_an_error_and_the_rest_goes_on(model):
   [
     (dict(chains=4), "chains=4 must lie between 1 and the width 3"),
     (dict(max_new_tokens=0), "max_new_tokens=0 must be 1 or more"),
-    (dict(max_new_tokens=95), "need 97 positions; max_length=96"),
+    (dict(max_new_tokens=96), "need 97 positions; max_length=96"),
   ],
 )
 def test_bad_requests_are_named(model, arguments, message):

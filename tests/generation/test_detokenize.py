@@ -12,8 +12,8 @@ import tokenizers
 from tokenizers import decoders, models
 
 from dms_jax.generation import stops
-from dms_jax.generation.detokenize import Detokenizer
-from dms_jax.tokenizer import Tokenizer, byte_tokenizer
+from dms_jax.generation.detokenize import Detokenizer, boundary
+from dms_jax.tokenizer import Tokenizer, byte_tokenizer, clean
 
 BYTES = [f"<0x{b:02X}>" for b in (0x20, 0x61, 0x80, 0xA9, 0xC3, 0xE2, 0x82, 0xAC, 0xF0, 0x9F, 0xFF)]
 WORDS = ["▁", "▁▁", "▁a", "a", "b", "é", "▁bé", "a▁", "\n", "�", "ab▁a", *BYTES]
@@ -53,8 +53,9 @@ def cut(tokenizer: Tokenizer, tokens: list[int], reason: str, strings: stops.Sto
     return text
   matcher = strings.matcher()
   matcher.feed(tokens)
-  tail = matcher.tail.decode("utf-8", "replace")
-  return text[: len(text) - len(tail)] if text.endswith(tail) else text
+  tail = matcher.visible.decode("utf-8", "replace")
+  same = next((n for n in range(min(len(text), len(tail))) if text[-1 - n] != tail[-1 - n]), min(len(text), len(tail)))
+  return text[: len(text) - same]  # decoders of words drop spaces that stop strings have
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "llama", "gemma", "metaspace", "wordpiece"])
@@ -86,6 +87,57 @@ def test_pieces_add_up_to_the_text(kind, data):
   assert "".join(pieces) == reader.text == cut(own, tokens, reason, strings)
 
 
+def prompt_then(own: Tokenizer, prompt: list[int], tokens: list[int], block: int) -> str:
+  reader, text = Detokenizer.create(own, None, prompt), ""
+  for end in range(0, len(tokens), block):
+    text += reader.advance(tokens[:end])
+  return text + reader.advance(tokens, "length")
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "llama", "gemma", "metaspace", "wordpiece"])
+@hypothesis.settings(max_examples=120)
+@hypothesis.given(data=st.data())
+def test_prompt_and_pieces_are_the_text_of_all_ids(kind, data):
+  own = tokenizer(kind)
+  ids = [*b"ab .", *"é€😀".encode(), 0xFF, 256] if kind == "byte-level" else list(range(own.vocab_size))
+  cleans = kind in ("metaspace", "wordpiece") and data.draw(st.booleans())
+  own = dataclasses.replace(own, settings={**own.settings, "clean_up_tokenization_spaces": cleans})
+  prompt, tokens = (data.draw(st.lists(st.sampled_from(ids), max_size=14)) for _ in range(2))
+  before, both = own.decode(prompt), own.decode(prompt + tokens)
+  if both.startswith(before):  # else a character, or a space that is dropped, lies across the border
+    assert before + prompt_then(own, prompt, tokens, data.draw(st.integers(1, 5))) == both
+
+
+def test_the_first_space_after_a_prompt_stays():
+  """Llama 2's decoder drops the first space of a text: that of the prompt, not that of the answer."""
+  own = tokenizer("llama")
+  prompt, answer = [own.backend.token_to_id(piece) for piece in ("▁a", "▁bé")]
+  assert own.decode([answer]) == "bé"
+  assert prompt_then(own, [prompt], [answer], 1) == " bé" and own.decode([prompt, answer]) == "a bé"
+
+
+@hypothesis.given(st.text(" .'ntsmvera!,?", max_size=12), st.text(" .'ntsmvera!,?", max_size=12))
+def test_texts_are_cleaned_in_parts(first, second):
+  end = boundary(first)
+  assert clean(first[:end]) + clean(first[end:] + second) == clean(first + second)
+
+
+@pytest.mark.parametrize(
+  ("text", "stop", "want"),
+  [("ab<eos>", "b<eos>", "a"), ("ab<eos>cd", "b<eos>c", "a"), ("ab<eos>", "<eos>", "ab"), ("ab", "b", "a")],
+)
+def test_stop_strings_with_special_tokens_are_cut(text, stop, want):
+  own = byte_tokenizer()
+  strings = stops.StopStrings.create([stop], own)
+  tokens = own.encode(text)
+  for block in (1, len(tokens)):
+    reader = Detokenizer.create(own, strings)
+    for end in range(block, len(tokens), block):
+      reader.advance(tokens[:end])
+    reader.advance(tokens, "stop")
+    assert reader.text == want
+
+
 @dataclasses.dataclass(frozen=True)
 class Counting:
   """Counts the ids that are decoded."""
@@ -108,6 +160,20 @@ def test_the_cost_is_linear(block):
   reader.advance(tokens, "length")
   assert reader.text == text
   assert sum(counting.counts) <= 4 * len(tokens) and max(counting.counts) <= 4 * block + 6
+
+
+@pytest.mark.parametrize("piece", ["<eos>", "<0x61>", "<0xFF>", "▁", "▁a"])
+def test_no_token_makes_windows_grow(piece):
+  """Runs of special tokens, of byte tokens and of spaces: the ids that are decoded stay linear."""
+  own, seen = tokenizer("llama"), []
+  reader = Detokenizer.create(own, None)
+  decode = reader.source.decode
+  reader.source.decode = lambda ids: seen.append(len(ids)) or decode(ids)
+  tokens = [own.backend.token_to_id(piece)] * 400
+  for end in range(1, len(tokens)):
+    reader.advance(tokens[:end])
+  reader.advance(tokens, "length")
+  assert reader.text == own.decode(tokens) and sum(seen) <= 8 * len(tokens)
 
 
 def test_what_may_become_a_stop_string_is_held_back():

@@ -108,6 +108,34 @@ def test_numbers_are_traced():
   assert len(traces) == 1
 
 
+@pytest.mark.parametrize(
+  "settings",
+  [
+    dict(temperature=1e-50), dict(temperature=1e-40), dict(temperature=1e-38), dict(temperature=1.0, top_p=1e-50),
+    dict(temperature=1.0, top_p=1e-40), dict(temperature=1e-38, top_k=5, top_p=0.9), dict(temperature=1.0, top_k=1),
+    dict(temperature=1e300, top_k=1),
+  ],
+)  # fmt: skip
+def test_extreme_numbers_leave_the_likeliest_token(settings):
+  logits = 30 * jax.random.normal(jax.random.key(2), (16, 50))
+  for sampling in (own := Sampling.create(**settings), own.replace(temperature=jnp.full(16, own.temperature))):
+    tokens, logprobs = sample(logits, row_keys(jax.random.key(0), 16), jnp.zeros(16, jnp.int32), sampling)
+    np.testing.assert_array_equal(tokens, np.argmax(logits, axis=-1))
+    assert np.isfinite(logprobs).all()
+
+
+@pytest.mark.parametrize("settings", [dict(temperature=1e300), dict(temperature=1e38, top_p=1.0, top_k=10**400)])
+def test_an_endless_temperature_draws_evenly(settings):
+  got = jax.nn.softmax(filtered(jnp.array([[-50.0, 0.0, 30.0, 80.0]]), Sampling.create(**settings))[0])
+  np.testing.assert_allclose(got, 0.25, rtol=1e-6)  # float32
+
+
+@pytest.mark.parametrize("key", [5, "5", [1, 2], np.float32(2.0)])
+def test_what_is_no_key_is_refused(key):
+  with pytest.raises(ValueError, match="key"):
+    row_keys(key, 2)
+
+
 def test_keys():
   key = jax.random.key(7)
   assert row_keys(key, 3).shape == (3,)
@@ -129,6 +157,16 @@ def test_keys():
     (dict(temperature=1.0, top_k=0), "top_k"),
     (dict(temperature=1.0, top_p=0.0), "top_p"),
     (dict(temperature=0.0, top_p=1.5), "top_p"),
+    (dict(temperature="0.5"), "temperature"),
+    (dict(temperature=None), "temperature"),
+    (dict(temperature=[1.0]), "temperature"),
+    (dict(temperature=10**400), "temperature"),
+    (dict(temperature=1.0, top_k=float("inf")), "top_k"),
+    (dict(temperature=1.0, top_k=float("nan")), "top_k"),
+    (dict(temperature=1.0, top_k=2.5), "top_k"),
+    (dict(temperature=1.0, top_k=True), "top_k"),
+    (dict(temperature=1.0, top_k="5"), "top_k"),
+    (dict(temperature=1.0, top_p="0.9"), "top_p"),
   ],
 )
 def test_settings_out_of_range_are_refused(settings, culprit):
