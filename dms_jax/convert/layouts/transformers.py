@@ -51,9 +51,7 @@ def gates(path: Path, values: dict) -> DMSConfig | None:
   """
   if (path / GATES_CONFIG).exists():  # written by `export`
     return from_json(DMSConfig, read_json(path / GATES_CONFIG), str(path / GATES_CONFIG))
-  if (path / fastdms.METADATA).exists():
-    return fastdms.gates(read_json(path / fastdms.METADATA), str(path))
-  return nvidia.gates(values, str(path))
+  return fastdms.find(path) or nvidia.gates(values, str(path))
 
 
 def is_ignored(config: ModelConfig, name: str) -> bool:
