@@ -182,7 +182,8 @@ def _rope(values: dict, longest: int, problems: list[str]) -> tuple[float, RopeS
   if values.get("original_max_position_embeddings") is not None:
     given["original_max_position_embeddings"] = values["original_max_position_embeddings"]
   kinds = {f.name: int if f.name == "original_max_position_embeddings" else float for f in fields(RopeScaling)}
-  if bad := [name for name, kind in kinds.items() if not is_number(given.get(name)) or given[name] != kind(given[name])]:
+  fits = lambda name, kind: is_number(given.get(name)) and given[name] == kind(given[name])
+  if bad := [name for name, kind in kinds.items() if not fits(name, kind)]:
     problems.append(f"rope_scaling of type llama3 needs the number(s) {bad}")
     return theta, None
   try:

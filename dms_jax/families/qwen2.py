@@ -17,9 +17,12 @@ QWEN2 = register(
     architecture="Qwen2ForCausalLM",
     # config.json may give the width of a sliding window that is switched off, or that starts behind the last layer.
     defaults={
-      "max_position_embeddings": 32768, "vocab_size": 151936, "use_sliding_window": False, "sliding_window": 4096,
+      "max_position_embeddings": 32768,
+      "vocab_size": 151936,
+      "use_sliding_window": False,
+      "sliding_window": 4096,
       "max_window_layers": 28,
-    },  # fmt: skip
+    },
     own_keys={"use_sliding_window": False},
     qkv_bias=True,
     presets={

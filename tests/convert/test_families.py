@@ -148,7 +148,10 @@ REFUSED = {
   "mistral": (dict(model_type="mistral"), ["model_type 'mistral'; supported are llama, qwen2, qwen3"]),
   "nothing": (dict(model_type=None), ["model_type None"]),
   "sliding": (dict(sliding_window=4096), ["sliding window attention (sliding_window=4096)"]),
-  "sliding qwen": (dict(model_type="qwen2", use_sliding_window=True, max_window_layers=1), ["sliding window attention"]),
+  "sliding qwen": (
+    dict(model_type="qwen2", use_sliding_window=True, max_window_layers=1),
+    ["sliding window attention"],
+  ),
   "sliding layers": (dict(layer_types=["full_attention", "sliding_attention"]), ["sliding window attention"]),
   "experts": (dict(model_type="qwen3_moe", num_experts=128), ["mixture of experts (num_experts)", "'qwen3_moe'"]),
   "mixtral": (dict(model_type="mixtral", num_local_experts=8), ["mixture of experts"]),
@@ -212,7 +215,7 @@ def test_values_of_wrong_types(key, harmless):
     if any(value is h or (type(value) is type(h) and value == h) for h in harmless):
       config_from_hf(hf_values(**{key: value}), "x")
       continue
-    with pytest.raises(ValueError, match="^x: ") as error:
+    with pytest.raises(ValueError, match=r"^x: ") as error:
       config_from_hf(hf_values(**{key: value}), "x")
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
