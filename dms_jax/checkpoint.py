@@ -264,9 +264,8 @@ def atomic_directory(path: str | Path, replaces=is_replaceable) -> Iterator[Path
     else:
       shutil.rmtree(leftover, ignore_errors=True)
   if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or replaces(path))):
-    raise ValueError(
-      f"{path}: exists and is not something this program wrote, or holds more; choose another place or remove it"
-    )
+    what = "exists and is not something this program wrote, or holds other files, too"
+    raise ValueError(f"{path}: {what}; choose another place or remove it")
   mark = f"{secrets.token_hex(4)}-{os.getpid()}"
   partial = path.parent / f".{path.name}.partial-{mark}"
   partial.mkdir()
