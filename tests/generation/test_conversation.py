@@ -309,7 +309,7 @@ def test_arrays_that_claim_more_than_the_file(model, saved, tmp_path):
           start, end = data.index(b"(", 20), data.index(b")", 20) + 1
           data = data[:start] + write() + data[end:].replace(b" " * (22 - (end - start)), b"", 1)
         new.writestr(entry, data, zipfile.ZIP_DEFLATED if write is None else zipfile.ZIP_STORED)
-    with pytest.raises(ValueError, match="claims .* bytes and has|is compressed") as error:
+    with pytest.raises(ValueError, match=r"claims .* bytes and has|is compressed") as error:
       dms_jax.load_conversation(path, model)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
