@@ -6,11 +6,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL := checkpoints/smollm2-135m-instruct
 DEMO_FLAGS ?=
+REASONER := experiments/results/reasoner
+HYPERSCALE_FLAGS ?=
 PYTEST_FLAGS ?=
 PYTEST = $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-parity test-tpu lint format tree hooks clean
+.PHONY: help demo hyperscale test test-all test-parity test-tpu lint format tree hooks clean
 .DELETE_ON_ERROR:
 
 help:  ## print this list
@@ -18,6 +20,11 @@ help:  ## print this list
 
 demo: $(VENV)/.demo $(MODEL)  ## fetch SmolLM2, answer and read 4,096 tokens, dense and with DMS; DEMO_FLAGS=...
 	$(BIN)/python -m experiments.demo --checkpoint=$(MODEL) $(DEMO_FLAGS)
+
+hyperscale: $(VENV)/.demo  ## the shipped reasoner, dense against DMS and prompt + window; REASONER=folder HYPERSCALE_FLAGS=...
+	$(BIN)/python -m experiments.hyperscale --checkpoint=$(REASONER)/dense --retrofit=8:$(REASONER)/cr8 \
+	  --methods=vanilla,dms,prompt_window --cr=8 --tasks=programs --limit=16 --chains=1,2,4 --max_tokens=160,320,640 \
+	  --width=64 --dtype=float32 --output=runs/hyperscale/make $(HYPERSCALE_FLAGS)
 
 test: $(VENV)/.test  ## the test suite, without torch; PYTEST_FLAGS=... narrows it
 	$(PYTEST) -m "not tpu and not slow" $(PYTEST_FLAGS)

@@ -32,6 +32,7 @@ DESCRIBED = {
   "colab/01_quickstart.ipynb": "install, convert, generate dense and compressed, look at the memory",
   "experiments/LOG.md": "dated results, disappointing ones too",
   "experiments/reports/templates/report.html": "the page of experiments.report, in Jinja",
+  "experiments/reports/templates/hyperscale.html": "the page of experiments.hyperscale; it extends report.html",
 }
 FOLDERS = {
   "experiments/configs": "sweeps for experiments.ablate; each opens with its command, cost and expected result",

@@ -41,8 +41,23 @@ class RopeScaling:
 class ModelConfig:
   """Architecture of a Llama-style decoder.
 
-  `family` is a name in `dms_jax.families`, the Hugging Face `model_type`. `qkv_bias`: q, k and v have biases (Qwen2).
-  `qk_norm`: each query and key head has an RMSNorm (Qwen3). Any of `eos_token_ids` ends a generated row.
+  Attributes:
+    family: a name in `dms_jax.families`, the Hugging Face `model_type`.
+    num_layers: number of layers, L.
+    d_model: channels of the residual stream, D.
+    d_ff: hidden units of an MLP.
+    num_heads: query heads, N, a multiple of the KV heads.
+    num_kv_heads: KV heads, K.
+    head_dim: channels of a head, H, even.
+    vocab_size: rows of the embedding, V.
+    max_position_embeddings: tokens of the longest text.
+    rope_theta: base of RoPE's frequencies.
+    rope_scaling: Llama 3.1's change of them; None for none.
+    rms_norm_eps: added to the mean square in a norm.
+    tie_embeddings: the embedding is the output projection too.
+    qkv_bias: q, k and v have biases (Qwen2).
+    qk_norm: each query and key head has an RMSNorm (Qwen3).
+    eos_token_ids: any of them ends a generated row.
   """
 
   family: str = "llama"
@@ -110,7 +125,7 @@ class DMSConfig:
 
   `gate`: "neuron" reads the last channel of each group's first query head. The others read the residual stream after a
   norm of their own: "adapter" projects it, "linear" also adds a bias, "mlp" has one hidden layer of `hidden` units. A
-  gate logit is `scale * raw - offset`. Token t decides about token t - `shift`. `window` is W: an evicted token stays
+  gate logit is `scale` * raw - `offset`. Token t decides about token t - `shift`. `window` is W: an evicted token stays
   visible to the next W tokens. `granularity` "layer": KV head 0 decides for its whole layer. `eviction` "delayed"
   decides about a token on its arrival and evicts it W tokens later. "immediate", an ablation of the paper, decides when
   the token leaves the window and evicts it at once: token t decides about t - `shift` - W.
@@ -168,7 +183,7 @@ class DMSConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-  """Low-rank updates: each projection in `targets` becomes W + scale * B A; rank 0 means no updates."""
+  """Low-rank updates: each projection in `targets` becomes W + `scale` * B A; `rank` 0 means no updates."""
 
   rank: int = 0
   scale: float = 2.0

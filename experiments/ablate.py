@@ -75,7 +75,7 @@ def check_texts(wanted: list[Trial], tokens: Callable[[Trial], np.ndarray]) -> N
     if not Path(one.eval.text).is_file():
       raise ValueError(f"eval.text={one.eval.text}: no such file")
     if one.eval.retrofit and one.eval.policy == "dms":
-      checkpoint.read_config(one.eval.retrofit)
+      files.check_retrofit("eval.retrofit", one.eval.retrofit, whole=True)
     if len(tokens(one)) < one.eval.length:
       raise ValueError(f"eval.text={one.eval.text}: {len(tokens(one))} tokens, less than eval.length={one.eval.length}")
 

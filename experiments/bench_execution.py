@@ -41,6 +41,10 @@ class Config:
   `tricks`: fields to switch off, "a+b" for two at once; default: each field that is on. `chunk`: if not 0, a chunk of
   `chunk` tokens of one prompt is timed instead of a decode step. `steps`: decode steps of a compiled block. Each
   program is timed in `rounds` rounds of `seconds` each. `workers`: programs compiled at once.
+
+  Attributes:
+    shape: name of a model's shape in `dms_jax.families.PRESETS`.
+    window: W of the gates, in tokens.
   """
 
   shape: str = "smollm2-135m"

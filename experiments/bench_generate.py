@@ -42,7 +42,7 @@ from dms_jax.model import Model
 from dms_jax.tokenizer import Tokenizer
 from experiments.bench import cases as cases_of
 from experiments.bench import generate_cases
-from experiments.common import program
+from experiments.common import files, program
 from experiments.reports import figures_bench, tables
 from pallas_kernels.common import bench
 
@@ -53,6 +53,10 @@ class Config:
 
   `cases` (names, prefixes of names, or "all") are measured at `scale` instead of a checkpoint. No case starts later
   than `seconds`. `workers` programs are compiled in parallel.
+
+  Attributes:
+    dtypes: types of weights and cache, each measured.
+    against_transformers: also measure transformers, in PyTorch.
   """
 
   checkpoint: str | None = None
@@ -308,6 +312,7 @@ def main() -> None:
   if config.cases:
     run_cases(config)
     return
+  files.check_retrofit("retrofit", config.retrofit)
   tokenizer = Tokenizer.load(config.checkpoint)
   prompt = prompt_ids(config, tokenizer)
   results = []

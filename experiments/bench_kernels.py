@@ -32,8 +32,9 @@ from pallas_kernels.common import bench
 class Config:
   """Settings of a run.
 
-  Fields:
+  Attributes:
     cases: names or prefixes of names; none: all but growth.
+    growth: also measure decode time by compression, length and batch.
     implementation: of the kernels. Default: "gpu" on a GPU, so that an unsupported case is an error, else the
       dispatcher's choice.
     seconds: no case starts later than this.

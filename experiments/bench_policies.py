@@ -48,10 +48,15 @@ COLUMNS = ("name", "case", "ms", "dense_ms", "dense_ratio", "exact_ms", "ratio",
 class Config:
   """Settings of a run.
 
-  Fields:
+  Attributes:
     cases: names or prefixes of names; none: all.
-    policies: read `rows` prompts of `tokens` tokens under `budget`, tokens a head; the best of `rounds` counts.
+    preset: name of the model's shape in `dms_jax.families.PRESETS`.
+    policies: policies that read prompts.
+    rows, tokens, budget: prompts read together, tokens of each, and tokens that a head may hold meanwhile.
     step_policies: policies whose decode steps are timed; none: all that take a budget and need no gates.
+    step_rows, step_tokens: rows of a timed decode step, and tokens that each has read.
+    cr: of decode steps: tokens read for each one that a head holds.
+    rounds: times that each case is timed; the best counts.
     seconds: of the run, after which no case starts.
   """
 

@@ -21,7 +21,7 @@ from experiments.common import program
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """`source` and `output`. `dtype`: float32, bfloat16 or float16; default the source's, float32 if it is quantised."""
+  """Input and output. `dtype`: float32, bfloat16 or float16; default the source's, float32 if it is quantised."""
 
   source: str
   output: str

@@ -29,7 +29,7 @@ from dms_jax.metrics import Metrics, count, kl_divergence
 from dms_jax.model import Model, cached_forward, check_policy, unembed
 from dms_jax.policies import DMS, Policy, Vanilla
 from dms_jax.tokenizer import Tokenizer
-from experiments.common import program
+from experiments.common import files, program
 from experiments.reports import plots, tables
 
 ROOT = Path(__file__).parent.parent
@@ -39,7 +39,11 @@ STRIDES = 4  # sizes a cache grows through; each is compiled once, but attention
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """`tokens` are read in chunks of `chunk`, then `new_tokens` are written."""
+  """`tokens` are read in chunks of `chunk`, then `new_tokens` are written.
+
+  Attributes:
+    threshold: of the eviction gates; higher keeps more.
+  """
 
   checkpoint: str = "checkpoints/smollm2-135m-instruct"
   retrofit: str = "experiments/results/retrofit/smollm2-135m-cr4"
@@ -215,11 +219,12 @@ def table(dense: dict, dms: dict) -> str:
 
 def main() -> None:
   config, start = program.read_flags("", Config), time.perf_counter()
+  files.check_retrofit("retrofit", config.retrofit)
   program.log(f"loading {config.checkpoint} and {config.retrofit}")
   tokenizer = Tokenizer.load(config.checkpoint)
   original = checkpoint.load(config.checkpoint, dtype=config.dtype).replace(dms=None)
   model = checkpoint.load(config.checkpoint, retrofit=config.retrofit, dtype=config.dtype)
-  text = Path(config.text).read_text(encoding="utf-8") if config.text else own_text()
+  text = files.read_text("text", config.text) if config.text else own_text()
   tokens = np.asarray(tokenizer.encode(text), np.int32)[: config.tokens]
   if len(tokens) < config.tokens:
     raise ValueError(f"--text={config.text}: {len(tokens)} tokens, fewer than --tokens={config.tokens}")

@@ -46,7 +46,7 @@ from experiments.methods import records, run, summary, trace
 from experiments.methods.budgets import fitted
 from experiments.methods.estimate import Estimate, duration
 from experiments.methods.method import Method
-from experiments.methods.records import Record
+from experiments.methods.records import TEXT, Record
 from experiments.methods.score import score_text
 from experiments.methods.summary import Entry, summarise
 from experiments.reports import figures_tasks, plots, tables
@@ -117,6 +117,7 @@ class Config:
 
   def load(self, retrofit: str) -> Model:
     """A retrofit of the checkpoint."""
+    files.check_retrofit("retrofit", retrofit, whole=True)
     return checkpoint.load_retrofitted(self.checkpoint, retrofit, dtype=self.dtype)
 
 
@@ -212,7 +213,7 @@ def read_texts(config: Config, tokenizer: Tokenizer, max_positions: int) -> list
   """
   if config.text and (longest := max(config.lengths)) > max_positions:
     raise ValueError(f"--lengths={longest}: the model's context is {max_positions} tokens")
-  names = ["text"] if len(config.text) == 1 else [f"text {Path(path).stem}" for path in config.text]
+  names = [TEXT] if len(config.text) == 1 else [f"{TEXT} {Path(path).stem}" for path in config.text]
   if twice := sorted({name for name in names if names.count(name) > 1}):
     raise ValueError(f"--text: several files would be called {twice[0]!r} in the results; rename one")
   read = {}
@@ -397,6 +398,8 @@ def main() -> None:
   config, chosen = program.read_flags("", Config), program.read_flags("", TasksConfig)
   if not config.text and not chosen.tasks:
     raise ValueError("nothing to evaluate on: give --text=PATH, --tasks=needle,hellaswag,... or both")
+  if idle := methods_module.idle_flags(program.flag_values(changed_only=True), config.methods, chosen.tasks):
+    program.log(f"note: {', '.join(idle)}: set what is none of --methods and --tasks, and change nothing")
   tokenizer = Tokenizer.load(config.checkpoint)
   max_positions = checkpoint.read_config(config.checkpoint)[1].max_position_embeddings
   tasks = [program.read_flags(name, get(name)) for name in chosen.tasks]

@@ -16,6 +16,7 @@ from dms_jax import checkpoint
 from dms_jax.convert import export
 from dms_jax.tokenizer import TOKENIZER_FILE, Tokenizer
 from experiments.common import program
+from experiments.common.files import check_retrofit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Config:
 
 def main() -> None:
   config = program.read_flags("", Config)
+  check_retrofit("retrofit", config.retrofit)
   model = checkpoint.load(config.checkpoint, retrofit=config.retrofit)
   holds_tokenizer = (Path(config.checkpoint) / TOKENIZER_FILE).exists()
   tokenizer = Tokenizer.load(config.checkpoint) if holds_tokenizer else None

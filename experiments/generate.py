@@ -35,11 +35,22 @@ from pallas_kernels.paged import FORMATS
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """`samples` continuations of each prompt; the default `policy` is dms for a model with gates, else vanilla.
+  """The prompt, the model, and how it writes.
 
-  Settings of requests: `width`, rows at once; `chains` of a request that gives none; a budget in GiB, or in tokens a
-  head that all rows together hold outside their windows; `output`, by default REQUESTS with the ending .results.jsonl;
-  `page_format`, which quantises the pages. `cache` is paged for requests, otherwise `dms_jax.generate`'s default.
+  Attributes:
+    requests: a file of requests, a JSON object a line.
+    output: results of requests; default REQUESTS with the ending .results.jsonl.
+    width: rows of requests that write together.
+    chains: of a request that gives no number.
+    page_format: quantises the pages of requests: int8 or float8.
+    system: the system message of a chat.
+    policy: name of an eviction policy; default the one that the gates were trained for, vanilla without gates.
+    samples: continuations of each prompt.
+    stop: strings that end a text and are cut off, separated by commas; a backslash and n are a line feed.
+    eos: whether the model's end tokens end a text.
+    cache: kind of cache; paged for requests, otherwise by default as `dms_jax.generate` chooses.
+    capacity: slots of a head; default as many as are needed.
+    stream: print the text as it is written.
   """
 
   checkpoint: str
@@ -112,7 +123,9 @@ class Config:
     if self.file is not None:
       return [files.read_text("file", self.file)]
     if self.prompts_file is not None:
-      return [line for _, line in files.text_lines("prompts_file", self.prompts_file)]
+      if not (lines := [line for _, line in files.text_lines("prompts_file", self.prompts_file)]):
+        raise ValueError(f"--prompts_file={self.prompts_file}: holds no prompt")
+      return lines
     return []
 
 
@@ -193,6 +206,7 @@ def answer_requests(config: Config, model, tokenizer, policy) -> dict:
 def main() -> None:
   config = program.read_flags("", Config)
   prompts = config.prompts()
+  files.check_retrofit("retrofit", config.retrofit)
   model, tokenizer = dms_jax.load(config.checkpoint, retrofit=config.retrofit, dtype=config.dtype)
   name = config.policy or (model.dms.objective if model.dms is not None else "vanilla")
   policy = program.read_flags(name.lower(), policies.get(name))

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dms_jax import policies
-from experiments.common import program
+from experiments.common import files, program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,9 @@ class Config:
   `cr` divides the tokens of a text (prompt and most new ones), `budget` is tokens a head: `Budget`. `chat` applies the
   chat template, with the system message `system` if given. `max_gen_toks`: most new tokens where a task sets none.
   `unsafe` allows tasks that run code written by the model.
+
+  Attributes:
+    tasks: names of the harness's tasks, separated by commas.
   """
 
   checkpoint: str
@@ -102,6 +105,7 @@ def evaluate(config: Config, policy: policies.Policy | None) -> dict[str, Any]:
 
 def main() -> None:
   config = program.read_flags("", Config)
+  files.check_retrofit("retrofit", config.retrofit, whole=True)
   name = config.policy
   policy = None if name is None else program.read_flags(name.lower(), policies.get(name))
   start = time.monotonic()

@@ -2,22 +2,21 @@
 
     python -m experiments.report --runs=runs/evaluate/a,runs/evaluate/b --output=runs/report/a-b
 
-`--runs` are folders that `experiments.evaluate` wrote: records.jsonl, and if present config.json, summary.json and
-traces.jsonl. OUTPUT/index.html holds everything it shows and loads nothing. Its tables give scores first, then
-differences from `--baseline`, paired problem by problem. Its charts plot a task's score against KV reads and peak
-tokens, or tokens held if nothing was written, with each method's Pareto frontier. Tables give the margins between
-frontiers. PNGs show the charts where matplotlib is installed. OUTPUT/report.json has the margins.
+`--runs` are folders that `experiments.evaluate` wrote: records.jsonl or text.jsonl, and if present config.json,
+summary.json and traces.jsonl. OUTPUT/index.html holds everything it shows and loads nothing. Its tables give scores
+first, then differences from `--baseline`, paired problem by problem. Its charts plot a task's score against KV reads,
+peak tokens and seconds, or tokens held if nothing was written, with each method's Pareto frontier. Tables give the
+margins between frontiers. PNGs show the charts where matplotlib is installed. OUTPUT/report.json has the margins.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from pathlib import Path
 
-from experiments.common import program
-from experiments.reports import figures_report, page, results, styles
+from experiments.common import files, program
+from experiments.reports import figures_report, page, results, runs, styles
 from experiments.tasks import TASKS
 
 
@@ -27,6 +26,9 @@ class Config:
 
   `prompts`: prompts of each task whose chains are shown. `log_margins`: margins in report.json are means over log cost;
   those of the page are means over cost.
+
+  Attributes:
+    title: of the page.
   """
 
   runs: tuple[str, ...]
@@ -41,6 +43,8 @@ class Config:
       raise ValueError("--runs=DIR,DIR,... is needed: folders that experiments.evaluate wrote")
     if not self.output:
       raise ValueError("--output=FOLDER is needed: the page and pictures go there")
+    if Path(self.output).suffix in (".html", ".png", ".json") or Path(self.output).is_file():
+      raise ValueError(f"--output={self.output} must be a folder: a page and pictures are written into it")
     if self.prompts < 0:
       raise ValueError(f"--prompts={self.prompts} must be 0 or more")
     if twice := sorted({run for run in self.runs if self.runs.count(run) > 1}):
@@ -49,13 +53,8 @@ class Config:
 
 def write_text(path: Path, text: str) -> str:
   """Writes a text file atomically; makes the folder."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(f".{path.name}")
-  try:
+  with files.whole(path) as part:
     part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-  finally:
-    part.unlink(missing_ok=True)
   return str(path)
 
 
@@ -71,11 +70,11 @@ def margins(found: results.Results, log: bool) -> list[dict]:
   ]  # fmt: skip
 
 
-def main() -> None:
-  config = program.read_flags("", Config)
-  found = results.collect([results.load(Path(folder)) for folder in config.runs], config.baseline)
-  output, look = Path(config.output), styles.styles(found.methods, found.baseline)
-  written = [write_text(output / "index.html", page.render(found, TASKS, config.title, config.prompts))]
+def write(found: results.Results, config: Config, output: Path) -> list[str]:
+  """Writes the page and the pictures; returns their paths."""
+  look = styles.styles(found.methods, found.baseline)
+  html = page.render(found, TASKS, config.title, config.prompts)
+  written: list[str | None] = [write_text(output / "index.html", html)]
   for panel in found.panels:
     name = re.sub(r"[^A-Za-z0-9]+", "-", f"{panel.model}-{panel.task}-{panel.length or ''}").strip("-")
     chance = TASKS[panel.task].chance.get(panel.metric) if panel.task in TASKS else None
@@ -84,11 +83,29 @@ def main() -> None:
   title = "Share of a chain's tokens that each KV head holds at the end"
   maps = [each for each in page.retention(found) if page.uneven(each[2])]
   written.append(figures_report.retention(output / "retention.png", maps, title))
-  result = {
-    "written": [path for path in written if path], "baseline": found.baseline, "methods": found.methods,
-    "records": sum(len(run.records) for run in found.runs), "margins": margins(found, config.log_margins),
-  }  # fmt: skip
-  program.save_json(output / "report.json", {"config": program.flag_values(), **result})
+  return [path for path in written if path]
+
+
+def main() -> None:
+  config = program.read_flags("", Config)
+  try:
+    found = results.collect([runs.load(Path(folder)) for folder in config.runs], config.baseline)
+  except OSError as error:
+    raise ValueError(f"--runs: {error.filename} cannot be read ({error.strerror})") from None
+  if found.warnings:
+    more = f" and {len(found.warnings) - 3} more" if len(found.warnings) > 3 else ""
+    program.log(f"warning: {'; '.join(found.warnings[:3])}{more}; such scores mean nothing, try --dtype=float32")
+  with files.locked("output", config.output) as output:
+    try:
+      written = write(found, config, output)
+      result = {
+        "written": written, "baseline": found.baseline, "methods": found.methods,
+        "records": sum(len(run.records) + len(run.texts) for run in found.runs), "warnings": found.warnings,
+        "margins": margins(found, config.log_margins),
+      }  # fmt: skip
+      program.save_json(output / "report.json", {"config": program.flag_values(), **result})
+    except OSError as error:
+      raise ValueError(f"--output={output}: cannot be written ({error}); name another folder, or make room") from None
   program.finish(result)
 
 

@@ -34,7 +34,7 @@ from dms_jax.config import DMSConfig, ModelConfig
 from dms_jax.generation.batching import Generator
 from dms_jax.model import Model
 from dms_jax.params import init_params, param_table
-from experiments.common import program
+from experiments.common import files, program
 from experiments.reports import plots
 
 
@@ -42,7 +42,13 @@ from experiments.reports import plots
 class Config:
   """`budget_tokens`: tokens that a head may hold in all rows together; default: one text of the greatest length.
   `check`: conversations to run again alone. `warm_up`: share of the time; after it memory and the number of live arrays
-  may grow by at most the share `growth`."""
+  may grow by at most the share `growth`.
+
+  Attributes:
+    minutes: of the run.
+    longest_prompt, longest_answer: most tokens of a turn's prompt, and of its answer.
+    turns: most turns of a conversation.
+  """
 
   checkpoint: str | None = None
   retrofit: str | None = None
@@ -315,6 +321,7 @@ def run(config: Config) -> tuple[dict[str, Any], dict[str, list]]:
 
 def main() -> None:
   config = program.read_flags("", Config)
+  files.check_retrofit("retrofit", config.retrofit)
   result, samples = run(config)
   folder = Path(config.output)
   folder.mkdir(parents=True, exist_ok=True)

@@ -79,7 +79,16 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """The model's shape, as in `ModelConfig`; the vocabulary is that of the problems."""
+  """The model's shape, as in `ModelConfig`; the vocabulary is that of the problems.
+
+  Attributes:
+    family: name of a model family in `dms_jax.families`.
+    num_layers, d_model, d_ff: layers, and widths of the residual stream and of the feed-forward layers.
+    num_heads, num_kv_heads, head_dim: query heads, KV heads, and the size of each.
+    max_position_embeddings: the longest text, in tokens.
+    rope_theta: base of RoPE's wavelengths.
+    tie_embeddings: whether the output layer shares the embedding's weights.
+  """
 
   family: str = "llama"
   num_layers: int = 6

@@ -31,7 +31,7 @@ from dms_jax.cache import PagedCache
 from dms_jax.cache.host import HostRow, check_fits
 from dms_jax.execution import fastest_form
 from dms_jax.generation import decode as decoding
-from dms_jax.generation.conversation import Continuation, Conversation, continuation
+from dms_jax.generation.conversation import Continuation, Conversation, check_continues, continuation
 from dms_jax.generation.decode import CAPACITY, LENGTH, REASONS, RUNNING, DecodeState, Emitted
 from dms_jax.generation.detokenize import Detokenizer
 from dms_jax.generation.generate import Output
@@ -108,7 +108,7 @@ class Generator:
         raise ValueError(f"{name}={value} must be 1 or more")
     self.tokenizer = model.tokenizer if tokenizer is None else tokenizer
     self.model = fastest_form(model.replace(tokenizer=None))
-    self.policy = check_policy(model, policy)
+    self.policy = check_policy(model, None if policy is None else policy.by_row())
     check_rows(self.policy, None)
     self.numbers = row_numbers(self.policy)
     self._row_policy = with_numbers(self.policy, {name: [value] * width for name, value in self.numbers.items()})
@@ -171,8 +171,8 @@ class Generator:
       keep: store a host copy of each finished chain's cache in `Result.stored`, to continue from.
       continue_from: an earlier chain (an entry of `Result.stored`), or an output or conversation of one row. The prompt
         is then the next turn.
-      numbers: the policy's `budget` (tokens a head), `cr` or `threshold` for this request, if the generator's policy
-        has it; default the generator's. Other numbers compile nothing.
+      numbers: the policy's `budget` (tokens a head), `cr`, `threshold` or `sinks` (tokens) for this request, if the
+        generator's policy has it; default the generator's. Other numbers compile nothing.
 
     Raises:
       ValueError: bad arguments, a number out of range, a text longer than `max_length`, or a conversation of another
@@ -190,7 +190,7 @@ class Generator:
       raise ValueError("sampling at temperature > 0 needs key=jax.random.key(seed)")
     own_keys = chain_keys(key, chains)
     numbers = self._checked(numbers)
-    past = None if continue_from is None else self._fitting(continuation(continue_from))
+    past = None if continue_from is None else self._fitting(continuation(continue_from), numbers)
     pending = None if past is None else np.array([past.pending])
     ids = prompt_ids(self.model, [[] if prompt is None else prompt], None, self.tokenizer, pending)[0]
     total = len(ids) + max_new_tokens + (0 if past is None else int(past.cache.seen))
@@ -219,21 +219,19 @@ class Generator:
       if number not in self.numbers:
         there = ", ".join(self.numbers) or "none"
         raise ValueError(f"{number}={value}: not a number of this {name} that a request can set; there are: {there}")
-      if np.ndim(value) or np.isnan(value):
+      if np.asarray(value).dtype.kind not in "iuf" or np.ndim(value) or np.isnan(value):
         raise ValueError(f"{number}={value} must be one number")
     found = self.numbers | numbers
     self.policy.replace(**found).resolved(None)
     return found
 
-  def _fitting(self, past: Continuation) -> Continuation:
-    """`past` with pages of this pool's size; a ValueError if this generator cannot continue it."""
-    if not self.policy.continues(type(past.policy)):
-      names = [type(p).__name__ for p in (past.policy, self.policy)]
-      raise ValueError(
-        f"continue_from: held under {names[0]}, cannot go on under {names[1]}: they hold different tokens"
-      )
+  def _fitting(self, past: Continuation, numbers: dict[str, int | float]) -> Continuation:
+    """`past` with pages of this pool's size; a ValueError if this generator cannot continue it with `numbers`."""
+    row = past.cache
+    tokens = np.array([min(int(row.seen), row.window + 1) + int(row.archived.max(initial=0))])
     try:
-      check_fits(self.cache, past.cache)
+      check_continues(self.policy.replace(**numbers), past.policy, tokens, np.array([int(row.seen)]))
+      check_fits(self.cache, row)
     except ValueError as error:
       raise ValueError(f"continue_from: {error}") from None
     return dataclasses.replace(past, cache=past.cache.repaged(self.cache.page_size))

@@ -13,6 +13,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Int
 
@@ -83,6 +84,40 @@ def continuation(past: Any) -> Continuation:
   if past.batch != 1:
     raise ValueError(f"continue_from: a conversation of {past.batch} rows; pick one with .row(index)")
   return past.row(0)
+
+
+def check_continues(policy: Policy, held: Policy, tokens: Int[np.ndarray, "B"], seen: Int[np.ndarray, "B"]) -> None:
+  """Checks that `policy` can go on where the policy `held` stopped.
+
+  Args:
+    tokens: that the fullest head of each row holds.
+    seen: tokens that each row has read.
+
+  Raises:
+    ValueError: their caches hold other tokens, or `policy` would need a larger budget for what is held.
+  """
+  names = [type(p).__name__ for p in (held, policy)]
+  if not policy.continues(held):
+    how = [" with a budget" if p.limited else " without a budget" for p in (held, policy)]
+    how = how if names[0] == names[1] else ["", ""]
+    raise ValueError(
+      f"a conversation held under {names[0]}{how[0]} cannot go on under {names[1]}{how[1]}, as their caches hold "
+      "different tokens"
+    )
+  if held.window != policy.window:
+    raise ValueError(
+      f"policy window={policy.window}, but the conversation has window={held.window}; its own policy is that of "
+      "`conversation.policy`"
+    )
+  if policy.prunes or not policy.bounded:
+    return
+  allowed = np.broadcast_to(np.asarray(policy.capacity(seen)), seen.shape)
+  if (over := np.flatnonzero(tokens > allowed)).size:
+    row = over[0]
+    raise ValueError(
+      f"a conversation that holds {tokens[row]} tokens a head after {seen[row]} cannot go on under {names[1]} with "
+      f"{allowed[row]}: give a budget of {tokens[row]} or more"
+    )
 
 
 def place_like(model: Model, tree):

@@ -247,15 +247,14 @@ def _policy(path, header, model: Model, given: Policy | None) -> Policy:
   """The policy that continues a conversation; it must be compatible with the policy that filled the cache."""
   name, numbers = header["policy"]["name"], header["policy"]["numbers"]
   try:
-    if given is None:
-      rows = {name: np.asarray(value) for name, value in numbers.items() if isinstance(value, list)}
-      given = policies.get(name)(**{**numbers, **rows})
-    resolved = check_policy(model, given)
+    rows = {name: np.asarray(value) for name, value in numbers.items() if isinstance(value, list)}
+    held = policies.get(name)(**{**numbers, **rows})
+    resolved = check_policy(model, held if given is None else given)
   except (ValueError, TypeError, OverflowError) as error:
     raise ValueError(f"{path}: policy: {' '.join(str(error).split())}") from None
   if resolved.window != header["window"]:
     raise ValueError(f"{path}: policy window is {header['window']} there and {resolved.window} here")
-  if type(resolved).__name__ != name and not resolved.continues(policies.REGISTRY.get(name.lower())):
+  if not resolved.continues(held):
     raise ValueError(
       f"{path}: policy is {name} there and {type(resolved).__name__} here; their caches hold other tokens"
     )
@@ -292,7 +291,7 @@ def _read_rows(path: str | Path, header: dict, stats: tuple[str, ...], memory: d
           parts[name] = _checked(f"array '{index}.{name}'", parts[name], want)
         if not masked and most - header["window"] - 1 > about["seen"]:
           raise ValueError(f"array '{index}.archived' counts more than the {about['seen']} tokens seen")
-        parts["stats"] = _read_stats(arrays, index, stats, lead, 0 if masked else most)
+        parts["stats"] = _read_stats(arrays, index, stats, lead, 0 if masked else most, about["seen"], header["window"])
         parts["memory"] = {}
         for name, axes in memory.items():
           array = arrays[key] if (key := f"{index}.memory.{name}") in arrays else None
@@ -346,19 +345,31 @@ class _Arrays:
       return np.lib.format.read_array(stream, allow_pickle=False)
 
 
-def _read_stats(arrays, index: int, names: tuple[str, ...], lead: tuple[int, int], least: int) -> dict[str, np.ndarray]:
-  """The statistics `names` of row `index`, float32 [L, K, S], where S is at least `least`."""
+def _read_stats(
+  arrays, index: int, names: tuple[str, ...], lead: tuple[int, int], least: int, seen: int, window: int
+) -> dict[str, np.ndarray]:
+  """The statistics `names` of row `index`, float32 [L, K, S], where S is at least `least`; 0 for a masked cache."""
   stats = {}
   for name in names:
     key = f"{index}.stats.{name}"
     if name == "score" and key not in arrays:
       key = f"{index}.scores"  # version 0.1
+    if name == "position" and key not in arrays and "score" in stats:  # version 0.1
+      stats[name] = _positions(stats["score"].shape, seen, window if least else seen)
+      continue
     stats[name] = _checked(
       f"array '{key}'", arrays[key] if key in arrays else None, ((*lead, None), np.dtype(np.float32))
     )
     if stats[name].shape[2] < least:
       raise ValueError(f"array '{key}' has {stats[name].shape[2]} slots of {least}")
   return stats
+
+
+def _positions(shape: tuple[int, int, int], seen: int, window: int) -> np.ndarray:
+  """Positions of the tokens in the slots of a row, float32 [L, K, S]; archived ones count as in the order of slots."""
+  slots, ring = np.arange(shape[2]), window + 1
+  in_ring = seen - 1 - (seen - 1 - slots) % ring
+  return np.broadcast_to(np.where(slots < ring, in_ring, slots - ring), shape).astype(np.float32)
 
 
 def _dtype(path, header, name: str) -> np.dtype:

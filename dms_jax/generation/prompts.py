@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from dms_jax import cache as caches
-from dms_jax.generation.conversation import Conversation
+from dms_jax.generation.conversation import Conversation, check_continues
 from dms_jax.model import Model
 from dms_jax.policies import Policy, check_rows
 
@@ -94,11 +94,11 @@ def check_lengths(
   masked = kind == "masked"
   if past is not None:
     masked = isinstance(past.cache, caches.MaskedCache)
-    if past.cache.window != policy.window:
-      raise ValueError(f"policy window={policy.window}, but the conversation has window={past.cache.window}")
-    if not policy.continues(type(past.policy)):
-      names = " cannot go on under ".join(type(p).__name__ for p in (past.policy, policy))
-      raise ValueError(f"policy: a conversation held under {names}, as their caches hold different tokens")
+    held, seen = np.asarray(past.cache.live()).max(axis=(0, 2)), np.asarray(past.cache.seen)
+    try:
+      check_continues(policy, past.policy, held, seen)
+    except ValueError as error:
+      raise ValueError(f"policy: {error}") from None
     past.cache.check(policy)
   if capacity is not None and capacity < 1:
     raise ValueError(f"capacity={capacity} must be 1 or more")

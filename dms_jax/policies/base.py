@@ -24,6 +24,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
@@ -32,7 +33,7 @@ from jaxtyping import Array, Bool, Float, Int
 REGISTRY: dict[str, type[Policy]] = {}
 Stats = dict[str, Array]  # name -> float32 [..., slots]
 Memory = dict[str, Array]  # name -> float32 [..., B, K, own axes]
-NUMBERS = ("budget", "cr", "threshold")  # fields that bound a cache; "threshold" only where it is of gate logits
+NUMBERS = ("budget", "cr", "threshold", "sinks")  # fields that bound a cache; "threshold" only of gate logits
 
 
 def register(cls: type[Policy]) -> type[Policy]:
@@ -65,9 +66,10 @@ def per_row(number, trailing: int) -> Array:
   return number.reshape(number.shape + (1,) * trailing) if number.ndim else number
 
 
-def _too_large(number: int | float) -> bool:
-  """Whether a whole number is none of int32."""
-  return isinstance(number, int) and not -(2**31) <= number < 2**31
+def _too_large(number: Any) -> bool:
+  """Whether a whole number, or one of an array of them, is none of int32."""
+  limits, values = np.iinfo(np.int32), np.asarray(number)
+  return values.dtype.kind in "iuO" and bool(((values < limits.min) | (values > limits.max)).any())
 
 
 def is_whole(number) -> bool:
@@ -109,8 +111,8 @@ def of_rows(policy: Policy, batch: int, rows: Sequence[int]) -> Policy:
 
 
 def with_numbers(policy: Policy, numbers: Mapping[str, Sequence[int | float]]) -> Policy:
-  """`policy` with the numbers {name: [B]}, int32 for "budget", else float32; so nothing is compiled anew."""
-  dtypes = {name: jnp.int32 if name == "budget" else jnp.float32 for name in numbers}
+  """`policy` with the numbers {name: [B]}, int32 for tokens, else float32; so nothing is compiled anew."""
+  dtypes = {name: jnp.int32 if name in ("budget", "sinks") else jnp.float32 for name in numbers}
   return policy.replace(**{name: jnp.asarray(values, dtypes[name]) for name, values in numbers.items()})
 
 
@@ -227,6 +229,11 @@ class Policy:
     return False
 
   @property
+  def limited(self) -> bool:
+    """Whether it keeps to a budget: never exceeds one, or cuts what does."""
+    return self.bounded or self.prunes
+
+  @property
   def rewrites(self) -> bool:
     """Whether tokens that are archived change their slots while a row decodes, so that chains cannot share pages."""
     return self.overwrites or self.prunes
@@ -258,8 +265,11 @@ class Policy:
     for field in dataclasses.fields(policy):
       if field.name in ("budget", "cr"):
         continue  # `check_budget` says more
-      if isinstance(value := getattr(policy, field.name), int | float) and (value != value or _too_large(value)):
-        most = f"at most {np.iinfo(np.int32).max}" if _too_large(value) else "a number"
+      value = getattr(policy, field.name)
+      if not isinstance(value, int | float | np.ndarray | np.generic | jax.Array) or np.ndim(value) > 1:
+        continue
+      if (large := _too_large(value)) or np.isnan(np.asarray(value, float)).any():
+        most = f"at most {np.iinfo(np.int32).max}" if large else "a number"
         raise ValueError(f"{type(policy).__name__}: {field.name}={value} must be {most}")
     return policy
 
@@ -271,12 +281,19 @@ class Policy:
     """
     return self
 
-  def continues(self, held: type[Policy] | None) -> bool:
-    """Whether this policy can continue a conversation held by a policy of class `held` (None: unknown).
+  def by_row(self) -> Policy:
+    """This policy in a form whose window follows from none of its numbers, so that each row can have its own."""
+    return self
 
-    It can if `held` is its own class, or if neither class is `bounded`.
+  def continues(self, held: Policy | None) -> bool:
+    """Whether this policy can continue a conversation that the policy `held` has filled (None: unknown).
+
+    A policy that keeps to a budget continues what its own class has held within one, maybe another. One that keeps to
+    none continues what any such policy has held.
     """
-    return held is type(self) or not (self.bounded or held is None or held.bounded is True)
+    if held is None or self.limited != held.limited:
+      return False
+    return type(held) is type(self) or not self.limited
 
   def decide(
     self,

@@ -43,11 +43,11 @@ class DMS(Budgeted):
 
   @property
   def stats(self):  # type: ignore[override]
-    return ("score",) if self.bounded else ()
+    return Budgeted.stats if self.bounded else ()
 
   @property
   def gate_stats(self):  # type: ignore[override]
-    return self.stats
+    return ("score",) if self.bounded else ()
 
   @property
   def compacts(self):

@@ -9,7 +9,8 @@ from jaxtyping import Array, Bool, Float
 
 from dms_jax.layers import rope_frequencies
 from dms_jax.policies.base import per_row, register
-from dms_jax.policies.periodic import Periodic, check_number, shares
+from dms_jax.policies.budget import check_number, check_sinks
+from dms_jax.policies.periodic import Periodic, shares
 from dms_jax.policies.rotation import conjugate, mean_rotation, rotation, turned
 from pallas_kernels.common.xla_dot import einsum
 
@@ -50,7 +51,7 @@ class ExpectedAttention(Periodic):
     policy = super().resolved(window)
     check_number(policy, "future", 1.0, whole=True)
     check_number(policy, "epsilon", 0.0)
-    check_number(policy, "sinks", 0.0, whole=True)
+    check_sinks(policy)
     return policy
 
   def memory(self, group, head_dim):

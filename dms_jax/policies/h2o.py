@@ -17,8 +17,9 @@ class H2O(Budgeted):
 
   `window` None protects the newest half of the budget, as in the paper: the newest token and (budget - 1) / 2 before
   it, rounded down. For one budget in tokens they become the window. With a budget for each row, or with `cr`, their
-  number is no shape: then W = 0, and `halves` protects them by their positions. A token's sum starts with its own query
-  (algorithm 1). Attention is averaged over the query heads of a KV head; the paper has one query head a KV head.
+  number is no shape: then W = 0, and `halves` protects them by their positions. So it is in a `Generator`, whose
+  requests may have budgets of their own. A token's sum starts with its own query (algorithm 1). Attention is averaged
+  over the query heads of a KV head; the paper has one query head a KV head.
 
   Prompts: each query of a chunk adds its attention to every token it sees, then the head is cut to the budget (the
   released code reads the whole prompt densely and cuts once). Tokens that `exact_prefill` would have forgotten within
@@ -31,10 +32,6 @@ class H2O(Budgeted):
   observes = ("mass",)
   prompt_observes = ("mass",)
 
-  @property
-  def stats(self):  # type: ignore[override]
-    return ("score", "position") if self.halves else ("score",)
-
   def resolved(self, window):
     if self.window is not None:
       return super().resolved(window)
@@ -42,6 +39,9 @@ class H2O(Budgeted):
     if self.halves or self.budget is None or np.ndim(self.budget):
       return self.replace(window=0, halves=True).resolved(window)
     return self.replace(window=(int(self.budget) - 1) // 2).resolved(window)
+
+  def by_row(self):
+    return self.replace(halves=True) if self.window is None else self
 
   def observe(self, stats, seen):
     return {**stats, "score": stats["score"] + seen.mass}
@@ -62,4 +62,4 @@ class H2O(Budgeted):
   def _protected(self, stats, tokens):
     """The scores, infinite for the newest half of the budget once `tokens`, shaped [B, ...] like them, are seen."""
     first = (tokens - 1 - (self.capacity(tokens) - 1) // 2).astype(jnp.float32)
-    return {"score": jnp.where(stats["position"] >= first, jnp.inf, stats["score"])}
+    return {**stats, "score": jnp.where(stats["position"] >= first, jnp.inf, stats["score"])}

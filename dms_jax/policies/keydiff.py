@@ -29,4 +29,4 @@ class KeyDiff(Budgeted):
     unit = keys / jnp.where(norm > 0, norm, 1.0)
     anchor = jnp.sum(unit, axis=2, keepdims=True)  # its length does not matter to a cosine
     length = jnp.sqrt(jnp.sum(anchor * anchor, axis=-1))
-    return {"score": -jnp.sum(unit * anchor, axis=-1) / jnp.where(length > 0, length, 1.0)}
+    return {**stats, "score": -jnp.sum(unit * anchor, axis=-1) / jnp.where(length > 0, length, 1.0)}

@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
-import math
-
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from dms_jax.policies.base import Candidates, Policy, per_row
-from dms_jax.policies.budget import FOREVER, allowance, check_budget, largest
+from dms_jax.policies.budget import Limited, check_number, largest
 from pallas_kernels.common.xla_dot import einsum
 
 
 @struct.dataclass
-class Periodic(Policy):
+class Periodic(Limited):
   """Cuts a head that holds `budget` + `buffer` tokens to its `budget`; the window's W + 1 tokens always stay.
 
   The cut comes before a decode step, so after the first cut a head holds `budget` + 1 to `budget` + `buffer` tokens
-  while a token attends. `cr` sets the budget to `tokens seen / cr`, rounded up. `budget`, `cr` and `buffer` may be one
-  number a row [B].
+  while a token attends. `budget`, `cr` and `buffer` may be one number a row [B].
 
   Prompts: the prompt is read densely, in chunks, and cut to the budget at its end, as if pruning were due there; a head
-  holds the whole prompt until then. `exact_prefill` reads it one token at a time and prunes it like generated text, so
-  that a head never holds more than `budget` + `buffer` tokens.
+  holds the whole prompt until then. In a later turn of a conversation the end of its prompt cuts everything held so
+  far. `exact_prefill` reads prompts one token at a time and prunes them like generated text, so that a head never holds
+  more than `budget` + `buffer` tokens, and turns of a conversation hold what one text in one go holds.
 
   A subclass defines `scores`.
+
+  Attributes:
+    buffer: tokens beyond the budget at which a head is cut.
   """
 
   window: int | None = struct.field(pytree_node=False, default=0)
-  budget: int | None = None
-  cr: float | None = None
   buffer: int = 128
-  exact_prefill: bool = struct.field(pytree_node=False, default=False)
 
   prunes = True
 
@@ -40,13 +38,8 @@ class Periodic(Policy):
   def bounded(self):  # type: ignore[override]
     return self.exact_prefill
 
-  @property
-  def compacts(self):
-    return not self.exact_prefill
-
   def resolved(self, window):
     policy = super().resolved(window)
-    check_budget(policy, policy.window + 1)
     check_number(policy, "buffer", 1.0, whole=True)
     return policy
 
@@ -58,51 +51,22 @@ class Periodic(Policy):
     """
     raise NotImplementedError(f"{type(self).__name__} has no scores")
 
+  def spare(self, tokens):
+    return per_row(self.buffer, max(jnp.ndim(tokens) - 1, 0)).astype(jnp.int32)
+
   def due(self, tokens, held):
-    return jnp.any(held >= (self._least(tokens) + self._buffer(tokens))[:, None], axis=(0, 2))
+    return jnp.any(held >= (self.least(tokens) + self.spare(tokens))[:, None], axis=(0, 2))
 
   def compact(self, candidates: Candidates) -> Bool[Array, "B K X"]:
-    count = self._least(candidates.tokens) - (self.window + 1)
+    count = self.least(candidates.tokens) - (self.window + 1)
     kept = largest(self.scores(candidates), candidates.live, count)
     return jnp.where((candidates.remaining == 0)[:, None, None], kept, candidates.live)
 
   def capacity(self, tokens):
-    tokens = jnp.asarray(tokens, jnp.int32)
-    return jnp.minimum(tokens, self._least(tokens) + self._buffer(tokens)) if self.exact_prefill else tokens
+    return super().capacity(tokens) if self.exact_prefill else Policy.capacity(self, tokens)
 
   def reach(self, slots):
-    if not self.exact_prefill:
-      return jnp.int32(slots)
-    kept = slots - self._buffer(0)  # tokens that the budget may allow
-    if self.budget is not None:
-      return jnp.where(self._least(0) <= kept, FOREVER, slots)
-    tokens = (
-      kept.astype(jnp.float32) * jnp.asarray(self.cr, jnp.float32) - 1
-    )  # one less, as both this and `allowance` are rounded
-    tokens = jnp.minimum(tokens, jnp.float32(FOREVER)).astype(jnp.int32)
-    return jnp.where(kept > self.window, jnp.maximum(tokens, slots), slots)
-
-  def _least(self, tokens: int | Int[Array, "..."]) -> Int[Array, "..."]:
-    """Tokens that a head holds after a cut."""
-    return jnp.maximum(allowance(self, tokens), self.window + 1)
-
-  def _buffer(self, tokens: int | Int[Array, "..."]) -> Int[Array, "..."]:
-    return per_row(self.buffer, max(jnp.ndim(tokens) - 1, 0)).astype(jnp.int32)
-
-
-def check_number(policy: Policy, name: str, least: float, most: float = math.inf, whole: bool = False) -> None:
-  """Checks that the field `name` of a policy, one number or one a row, is between `least` and `most`.
-
-  Whole numbers are added to tokens in int32, so they stay below `FOREVER`.
-
-  Raises:
-    ValueError: it is not.
-  """
-  number, most = jnp.asarray(getattr(policy, name)), int(FOREVER) - 1 if whole else most
-  if not bool(jnp.all((number >= least) & (number <= most))) or (whole and bool(jnp.any(number % 1 != 0))):
-    kind = "a whole number, " if whole else ""
-    limits = f"{least} or more" if most == math.inf else f"from {int(least) if whole else least} to {most}"
-    raise ValueError(f"{type(policy).__name__}: {name}={getattr(policy, name)} must be {kind}{limits}")
+    return super().reach(slots) if self.exact_prefill else Policy.reach(self, slots)
 
 
 def recent_queries(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from flax import struct
 
-from dms_jax.policies.base import Policy, per_row, register
+from dms_jax.policies.base import Policy, is_whole, per_row, register
 from dms_jax.policies.budget import allowance, check_budget
 from pallas_kernels.common.xla_dot import einsum
 
@@ -22,7 +22,8 @@ class Quest(Policy):
   pages within the budget, and all query heads of the KV head read the union: reads count distinct pages, as in arXiv
   2506.05345, and may exceed the budget.
 
-  `window` None makes the window one page. The window is always read; pages are selected from the archive alone.
+  A page has `page` slots. `window` None makes the window one page. The window is always read; pages are selected from
+  the archive alone.
   """
 
   window: int | None = struct.field(pytree_node=False, default=None)
@@ -35,8 +36,8 @@ class Quest(Policy):
   evicts = False
 
   def resolved(self, window):
-    if self.page < 1:
-      raise ValueError(f"Quest: page={self.page} must be 1 or more slots")
+    if not is_whole(self.page) or self.page < 1:
+      raise ValueError(f"Quest: page={self.page} must be 1 or more slots, a whole number")
     if self.window is None:
       return self.replace(window=self.page - 1).resolved(window)
     if (self.window + 1) % self.page:

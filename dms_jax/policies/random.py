@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from dms_jax.policies.base import per_row, register
-from dms_jax.policies.budget import Budgeted
+from dms_jax.policies.budget import Budgeted, check_sinks
 
 
 @register
@@ -21,10 +21,16 @@ class Random(Budgeted):
   seed: int = 0
   sinks: int = 0
 
+  def resolved(self, window):
+    policy = super().resolved(window)
+    check_sinks(policy)
+    return policy
+
   def admit(self, layer, position):
     head = jnp.broadcast_to(jnp.arange(position.shape[1])[:, None], position.shape)
     score = uniform(per_row(self.seed, 2), layer, head, position)
-    return {"score": jnp.where(position < per_row(self.sinks, 2).astype(position.dtype), jnp.inf, score)}
+    score = jnp.where(position < per_row(self.sinks, 2).astype(position.dtype), jnp.inf, score)
+    return {**super().admit(layer, position), "score": score}
 
 
 def uniform(*counters):

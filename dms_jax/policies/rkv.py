@@ -8,7 +8,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from dms_jax.policies.base import is_whole, per_row, register
-from dms_jax.policies.periodic import WatchesWindow, check_number, closed_ranks, shares
+from dms_jax.policies.budget import check_number
+from dms_jax.policies.periodic import WatchesWindow, closed_ranks, shares
 from pallas_kernels.common.xla_dot import einsum
 
 BLOCK = 256  # keys that are compared with all others at once

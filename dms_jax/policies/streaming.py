@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from dms_jax.policies.base import Policy, per_row, register
+from dms_jax.policies.base import Policy, is_whole, per_row, register
+from dms_jax.policies.budget import FOREVER, check_number
 
 
 @register
@@ -28,10 +29,11 @@ class StreamingLLM(Policy):
   def resolved(self, window):
     if (self.window is None) == (self.budget is None):
       raise ValueError("StreamingLLM: give either window= or budget= (tokens, sinks included)")
-    if np.min(self.sinks) < 0:
-      raise ValueError(f"StreamingLLM: sinks={self.sinks} must be 0 or more tokens")
+    check_number(self, "sinks", 0.0, whole=True)
     if self.window is not None:
       return super().resolved(window)
+    if not is_whole(self.budget) or np.ndim(self.sinks):
+      raise ValueError(f"StreamingLLM: budget={self.budget} and sinks={self.sinks} must each be one whole number")
     if self.budget <= self.sinks:
       raise ValueError(f"StreamingLLM: budget={self.budget} tokens must be more than its sinks={self.sinks}")
     return self.replace(window=int(self.budget - self.sinks - 1), budget=None)
@@ -43,4 +45,4 @@ class StreamingLLM(Policy):
     return jnp.minimum(jnp.asarray(tokens, jnp.int32), jnp.asarray(self.sinks, jnp.int32) + self.window + 1)
 
   def reach(self, slots):
-    return jnp.where(jnp.asarray(self.sinks, jnp.int32) + self.window + 1 <= slots, jnp.int32(2**30), slots)
+    return jnp.where(jnp.asarray(self.sinks, jnp.int32) + self.window + 1 <= slots, FOREVER, slots)

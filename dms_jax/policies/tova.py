@@ -33,4 +33,4 @@ class TOVA(Budgeted):
     mass = seen.mass
     if self.per_layer:
       mass = jnp.broadcast_to(jnp.mean(mass, axis=1, keepdims=True), mass.shape)
-    return {"score": mass}
+    return {**stats, "score": mass}

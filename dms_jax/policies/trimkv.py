@@ -40,7 +40,7 @@ class TRIMKV(Budgeted):
 
   def retire(self, leaving):
     newest = (leaving.tokens - 2).astype(jnp.float32)  # the token that this step reads does not count yet
-    score = lambda stats, t: {"score": (t - stats["position"]) * stats["log_beta"]}
+    score = lambda stats, t: {**stats, "score": (t - stats["position"]) * stats["log_beta"]}
     return super().retire(
       leaving.replace(stats=score(leaving.stats, newest), archive_stats=score(leaving.archive_stats, newest[..., None]))
     )

@@ -7,8 +7,8 @@ from flax import struct
 from jax import lax
 
 from dms_jax.policies.base import per_row, register
-from dms_jax.policies.budget import allowance, largest
-from dms_jax.policies.periodic import WatchesWindow, check_number, closed_ranks, shares
+from dms_jax.policies.budget import allowance, check_number, check_sinks, largest
+from dms_jax.policies.periodic import WatchesWindow, closed_ranks, shares
 from dms_jax.policies.random import uniform
 
 SMOOTHED = 5  # neighbouring tokens over which the released code averages attention
@@ -29,6 +29,8 @@ class VaSE(WatchesWindow):
   noise is a hash of (`seed`, layer, KV head, position, tokens read), so each cut draws anew and does not depend on the
   row or the cache. Rows may have seeds of their own.
 
+  A `budget` must have places for the sinks. With `cr` it grows with the text, and the first sinks come first.
+
   From the released code, where the paper is open: 4 sinks, 64 recent tokens, a cut every 64 tokens, and a quarter of
   the budget for large values (1,024 of 4,096). The variant VaSE-DKV is not part of this.
   """
@@ -45,7 +47,7 @@ class VaSE(WatchesWindow):
   def resolved(self, window):
     policy = super().resolved(window)
     check_number(policy, "large", 0.0, 1.0)
-    check_number(policy, "sinks", 0.0, whole=True)
+    check_sinks(policy, policy.large)
     return policy
 
   def scores(self, candidates):

@@ -85,7 +85,13 @@ class ScheduleConfig:
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
   """AdamW with clipping by the global norm. `learning_rate` is the peak: it rises linearly over `warmup_steps` steps
-  and falls linearly over the last `decay_steps` (-1: all steps after the warm-up) to the share `final_rate` of it."""
+  and falls linearly over the last `decay_steps` (-1: all steps after the warm-up) to the share `final_rate` of it.
+
+  Attributes:
+    beta1, beta2: decay of the means of gradients and of their squares.
+    weight_decay: a step's share of the learning rate times the weight, taken off the weight.
+    clip_norm: greatest norm of all gradients together.
+  """
 
   learning_rate: float = 1e-3
   warmup_steps: int = 20
@@ -339,7 +345,7 @@ class SelfTextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """Text to train on. Paths are files, folders or globs; rows are sampled from them by `weights` (one a path, default
+  """Text to train on. `paths` are files, folders or globs; rows are sampled from them by `weights` (one a path, default
   equal).
 
   A record of a `.jsonl` or `.json` list is a document: its `text`, after its `prompt` if it has one, its chat

@@ -38,6 +38,21 @@ def append_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+  """The path of a file to write, which replaces `path` when the block ends, and goes if the block fails.
+
+  Makes the folder.
+  """
+  path.parent.mkdir(parents=True, exist_ok=True)
+  part = path.with_name(f".{path.name}")
+  try:
+    yield part
+    os.replace(part, path)
+  finally:
+    part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def locked(flag: str, folder: str | Path) -> Iterator[Path]:
   """Makes a folder of results, and keeps other processes that lock it out until the block or this process ends.
 
@@ -80,6 +95,31 @@ def required(flag: str, value: str, what: str) -> Path:
   if not path.exists():
     raise ValueError(f"--{flag}={value}: nothing there; it should be {what}")
   return path
+
+
+def check_retrofit(flag: str, folder: str | Path | None, whole: bool = False) -> None:
+  """Checks that a folder, if one is given, holds a retrofit.
+
+  Args:
+    whole: a whole model that has gates will do.
+
+  Raises:
+    ValueError: it holds none; names the flag.
+  """
+  if folder is None:
+    return
+  from dms_jax import checkpoint  # here, as most programs that read files load no model
+
+  path, where = Path(folder), f"--{flag}={folder}"
+  try:
+    values, _, gates, _ = checkpoint.read_config(path)
+  except ValueError as error:
+    final = path / "final"
+    advice = f"; the retrofit of this run is {final}" if checkpoint.is_checkpoint(final) else ""
+    raise ValueError(f"{where}: not a retrofit, a folder that experiments.retrofit writes ({error}){advice}") from None
+  if "base" in values["groups"] and not (whole and gates is not None):
+    what = "a whole model" if gates is not None else "a model without gates"
+    raise ValueError(f"{where}: {what}, not a retrofit; give it as --checkpoint, or leave --{flag} out")
 
 
 def read_text(flag: str, path: str | Path) -> str:

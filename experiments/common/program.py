@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import inspect
 import json
 import logging
 import math
@@ -113,6 +114,80 @@ def parse_value(annotation: Any, text: str) -> Any:
     raise ValueError(f"{text!r} is not a {describe(annotation)}") from None
 
 
+class Common:
+  """Flags that mean the same in every program, where its own docstrings say nothing else.
+
+  Attributes:
+    checkpoint: folder of a model, as experiments.convert_weights writes it.
+    retrofit: folder of a retrofit of the checkpoint: gates and low-rank updates.
+    dtype: type of weights and cache; none: the checkpoint's.
+    text: a text file.
+    output: path of the results.
+    overwrite: replace what is at the output.
+    seed: of all random choices.
+    policy: name of an eviction policy, whose settings are flags of their own.
+    cr: compression ratio (CR), tokens for each one that a head may hold.
+    budget: tokens that a head may hold.
+    budget_rule: of a CR: a budget of (prompt + most new tokens) / CR for each text ("paper"), or (tokens seen) / CR.
+    window: W, tokens before the newest one that stay visible.
+    batch: rows that are computed together.
+    width: rows that write together.
+    kv_budget_gib: most GiB of the cache of all rows; none: unlimited.
+    kv_budget_tokens: most tokens that a head may hold in all rows together, outside their windows.
+    page_size: slots of a page.
+    chunk, prefill_chunk: prompt tokens that one compiled call reads.
+    decode_block: decode steps of one compiled call.
+    max_length: most tokens of a text, prompt and answer; none: the model's context.
+    tokens: tokens of a text.
+    new_tokens, max_new_tokens: most tokens that are written.
+    temperature: of sampling; 0 is greedy.
+    top_k: sample from so many likeliest tokens; none: from all.
+    top_p: sample from the fewest likeliest tokens whose probabilities reach it; 1 or none: from all.
+    scale: "small" shrinks all cases, to try the program.
+  """
+
+
+def help_text(cls: type, name: str) -> str:
+  """What a docstring says about the field `name` of a dataclass; "" for nothing.
+
+  It is the field's line under "Attributes:" in the docstring of the class or of a base; else the sentences there that
+  name the field in backticks; else those of the module's docstring that name the flag; else the line of `Common`.
+  """
+  docs = [_docstring(base.__dict__.get("__doc__")) for base in cls.__mro__[:-1]]
+  lines = (found for _, lines in docs if (found := lines.get(name)))
+  sentences = (found for prose, _ in docs if (found := _sentences(prose, f"`{name}`")))
+  if found := next(lines, None) or next(sentences, None):
+    return found.removeprefix(f"{name}: ")
+  prose = re.sub(r"(?m)^ .*\n?", "", _docstring(sys.modules[cls.__module__].__doc__)[0])
+  return _sentences(prose, rf"--{name}\b") or _docstring(Common.__doc__)[1].get(name, "")
+
+
+def _docstring(text: str | None) -> tuple[str, dict[str, str]]:
+  """(prose, {field: description}) of a docstring; a line `a, b: text` under "Attributes:" describes both fields."""
+  before, _, section = inspect.cleandoc(text or "").partition("\nAttributes:\n")
+  section, _, after = section.partition("\n\n")
+  found: dict[str, str] = {}
+  names: list[str] = []
+  for line in section.split("\n"):
+    if start := re.fullmatch(r"  (\w+(?:, \w+)*): (.*)", line):
+      names = start[1].split(", ")
+      found |= dict.fromkeys(names, start[2])
+    else:
+      found |= {name: f"{found[name]} {line.strip()}" for name in names}
+  return f"{before}\n\n{after}", {name: _plain(said) for name, said in found.items()}
+
+
+def _sentences(text: str, pattern: str) -> str:
+  """The sentences of a text in which `pattern` occurs; a clause after a semicolon that names a field counts as one."""
+  parts = re.split(r"(?<=\.)\s+(?=[A-Z`\"])|;\s+(?=`\w+`)|\n\n", text)
+  return _plain(" ".join(part.rstrip().removesuffix(".") + "." for part in parts if re.search(pattern, part)))
+
+
+def _plain(text: str) -> str:
+  """A docstring's words for --help: no backticks, one line."""
+  return " ".join(text.replace("`", "").split())
+
+
 def define_flags(prefix: str, cls: type, **overrides: Any) -> None:
   """Defines a flag `--prefix.field` for every field of dataclass `cls`; a dataclass field adds a level to the name.
 
@@ -135,7 +210,7 @@ def define_flags(prefix: str, cls: type, **overrides: Any) -> None:
       continue
     default = overrides.get(name, _default(field))
     required = default is dataclasses.MISSING
-    text = field.metadata.get("help", f"{cls.__name__}.{name}") + (" (required)" if required else "")
+    text = (help_text(cls, name) or f"{cls.__name__}.{name}") + (" (required)" if required else "")
     default = None if required else default
     if annotation is bool:
       flags.DEFINE_boolean(flag, default, text)

@@ -12,6 +12,7 @@ import numpy as np
 from dms_jax.model import Model, check_policy
 from dms_jax.policies import Policy
 from dms_jax.policies.base import row_numbers, with_numbers
+from dms_jax.policies.periodic import Periodic
 
 RULES = ("paper", "seen")
 GRAIN = 16  # tokens; budgets that set shapes are rounded to a multiple, because each shape is compiled
@@ -99,14 +100,15 @@ def _least(model: Model, policy: Policy, most: int) -> int:
 def fitted(model: Model, policy: Policy, budget: Budget, totals: Sequence[int]) -> tuple[list[Group], str]:
   """The policy for each text.
 
-  A budget below the least that the policy takes, such as its window and sinks, is raised to it. Where budgets change
-  shapes (a window that is half of the budget), they are rounded to a multiple of `GRAIN` tokens.
+  A CR's budget below the least that the policy takes, such as its window and sinks, is raised to it; one in tokens is
+  refused. Where budgets change shapes (a window that is half of the budget), they are rounded to a multiple of `GRAIN`
+  tokens.
 
   Args:
     totals: tokens of each text, the most new ones included.
 
   Returns:
-    The groups, and a remark about budgets that were raised or rounded; "" if none was.
+    The groups, and a remark about raised or rounded budgets, or those below the policy's buffer; "" for none.
 
   Raises:
     ValueError: the policy cannot keep to such a budget.
@@ -120,12 +122,21 @@ def fitted(model: Model, policy: Policy, budget: Budget, totals: Sequence[int]) 
       raise ValueError(f"--budget_rule=seen: {name} has no budget that grows with the text; take --budget_rule=paper")
     policy = check_policy(model, policy.replace(cr=float(budget.cr)))
     return [Group(policy, everything, {"cr": [float(budget.cr)] * len(totals)})], ""
-  wanted = [budget.tokens if budget.cr is None else math.ceil(total / budget.cr) for total in totals]
+  # A budget beyond the longest text keeps everything, as that text's length does; but it may be a shape.
+  longest = max(totals)
+  wanted = [min(budget.tokens, longest) if budget.cr is None else math.ceil(total / budget.cr) for total in totals]
+  if budget.tokens is not None:
+    try:
+      check_policy(model, policy.replace(budget=budget.tokens))
+    except ValueError as error:
+      raise ValueError(f"--budgets={budget.tokens}: {error}") from None
   least = _least(model, policy, 1 << 20)
   tokens = [max(number, least) for number in wanted]
   remarks = []
-  if raised := sum(number < least for number in wanted):
+  if raised := 0 if budget.cr is None else sum(number < least for number in wanted):
     remarks.append(f"{raised} of {len(wanted)} budgets raised to {least} tokens, the least that {name} takes")
+  if isinstance(policy, Periodic) and (small := [number for number in tokens if number < np.max(policy.buffer)]):
+    remarks.append(f"{len(small)} of {len(tokens)} budgets below its buffer of {policy.buffer} tokens, held too")
   note = "; ".join(remarks)
   if len(set(tokens)) > 1:
     try:  # numbers of rows that share one compiled policy

@@ -222,7 +222,7 @@ class DmsJaxLM(TemplateLM):
 
   def _scored(self, passages: Sequence[Passage]) -> Iterator[tuple[list[int], list[Scored]]]:
     """(numbers of passages, their scores) of each batch; a batch holds passages of one `size_class`."""
-    limit = masked(self.policy) if not self.budget.given else self.policy
+    limit = masked(self.policy, self.budget)
     if isinstance(limit, Policy):
       groups, _ = fitted(self.dms_model, self.policy, self.budget, [len(row.tokens) for row in passages])
     else:

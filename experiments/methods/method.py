@@ -12,7 +12,7 @@ from dms_jax import policies
 from dms_jax.model import Model
 from dms_jax.policies import Policy, Vanilla
 from experiments.common import program
-from experiments.methods.budgets import Budget, shaped, takes_budget
+from experiments.methods.budgets import Budget, Group, fitted, shaped, takes_budget
 
 HARD = "dms_budget"  # DMS under a budget in tokens, beside plain DMS, which holds what its gates keep
 
@@ -21,7 +21,7 @@ HARD = "dms_budget"  # DMS under a budget in tokens, beside plain DMS, which hol
 class Method:
   """A named model under a policy.
 
-  Fields:
+  Attributes:
     policy: with its own settings; `given` fills in its budget for each text.
     checkpoint: fingerprint of all that decides its results beside the task: checkpoint, settings, rule of budgets.
   """
@@ -49,6 +49,10 @@ class Method:
   def label(self) -> str:
     """The name with the budget, for readers."""
     return label(self.name, self.budget)
+
+  def fitted(self, job: Any, most: int) -> tuple[list[Group], str]:
+    """The policy for each text of a `run.Job` with `most` new tokens, and a remark, as `budgets.fitted` gives them."""
+    return fitted(self.model, self.policy, self.given, job.totals(most))
 
 
 def label(name: str, budget: Mapping[str, float]) -> str:
@@ -106,16 +110,19 @@ def budgets_of(name: str, policy: Policy, crs: Sequence[float], tokens: Sequence
   """
   if not takes_budget(policy) or name == "dms":
     return [Budget()]
-  own = [f"--{name}.{key}={value}" for key in ("budget", "cr") if (value := getattr(policy, key, None)) is not None]
+  flag = "dms" if name == HARD else name
+  own = [f"--{flag}.{key}={value}" for key in ("budget", "cr") if (value := getattr(policy, key, None)) is not None]
   if own and (crs or tokens):
     raise ValueError(f"{own[0]} beside --cr or --budgets: give one of them")
   if own:
     return [Budget()]
   if not (crs or tokens):
+    message = f"--methods: {name} needs a budget: give --cr=2,4,8, --budgets=512 (tokens) or --{flag}.budget"
+    if name == HARD:
+      raise ValueError(message)
     try:
       policy.resolved(window=0)  # such as StreamingLLM with a window
     except ValueError:
-      message = f"--methods: {name} needs a budget: give --cr=2,4,8, --budgets=512 (tokens) or --{name}.budget"
       raise ValueError(message) from None
     return [Budget()]
   return [*(Budget(cr=cr, rule=rule) for cr in crs), *(Budget(tokens=number) for number in tokens)]
@@ -142,9 +149,9 @@ def build(
     read: makes a policy from its flags.
 
   Raises:
-    ValueError: an unknown method, one without gates or without a budget, or two of one name.
+    ValueError: an unknown method, one without gates or without a budget, two of one name, or a retrofit that none uses.
   """
-  found = []
+  found, used = [], set()
   for given in names:
     name, cls = policy_class(given)
     policy = read("dms" if name == HARD else name, cls)
@@ -153,6 +160,7 @@ def build(
       base = "dms" if name == HARD else name
       own = [each for each in retrofits if each[0] in (name, base)]
       own = own or [each for each in retrofits if not each[0] and trained_for(each[2]) == base]
+      used |= {each[:2] for each in own}
       models = [(Path(folder).name if len(own) > 1 else "", model, about) for _, folder, model, about in own]
       if not models and original.dms is not None and trained_for(original) == base:
         models = [("", original, origin)]
@@ -173,5 +181,28 @@ def build(
           own_policy = at.replace(**more)
           print_ = program.fingerprint([about, type(own_policy).__name__, own_policy, budget.rule if budget.cr else ""])
           found.append(Method(f"{name} {suffix}".strip(), model, own_policy, print_, budget))
+  for to, folder, model, _ in retrofits:
+    if (to, folder) not in used:
+      raise ValueError(
+        f"--retrofit={to}{to and ':'}{folder}: no method of --methods={','.join(names)} uses it; leave it out, or add "
+        f"{to or trained_for(model)}"
+      )
+  for flag, values, used_by in (
+    ("thresholds", thresholds, [m for m in found if m.policy.uses_gates and hasattr(m.policy, "threshold")]),
+    ("cr", crs, [m for m in found if m.given.cr is not None]),
+    ("budgets", tokens, [m for m in found if m.given.tokens is not None]),
+  ):
+    if values and not used_by:
+      raise ValueError(
+        f"--{flag}={program.spell(tuple(values))}: no method of --methods={','.join(names)} has any use for it"
+      )
   check_names(found)
   return found
+
+
+def idle_flags(given: Mapping[str, Any], methods: Sequence[str], tasks: Sequence[str]) -> list[str]:
+  """The flags among `given` that set a policy or task which is none of `methods` and `tasks`, as they were given."""
+  chosen = {"dms" if name.lower() == HARD else name.lower() for name in methods or ("dms",)} | set(tasks)
+  return [
+    f"--{flag}={program.spell(v)}" for flag, v in given.items() if "." in flag and flag.split(".")[0] not in chosen
+  ]

@@ -7,25 +7,26 @@ records only grows, so the same command again resumes a killed run: records in t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
+import operator
+import types
+import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.common import files, program
 
+T = typing.TypeVar("T", bound="Chain")
+TEXT = "text"  # the task of a text's chunks; "text NAME" if there are several texts
 START = b'{"method": '  # first bytes of every record
-TYPES: dict[str, Any] = {
-  "method": str, "task": str, "length": int | None, "budget": dict, "chains": int, "max_tokens": int, "seed": int,
-  "prompt": int | str, "chain": int, "settings": str, "tokens": int | float, "reads": int | float | None,
-  "peak": int | float | None, "achieved_cr": int | float, "grades": dict, "text": str | None, "answer": str | None,
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
-  """One chain of one method on one prompt.
+class Chain:
+  """What names one chain of one method on one prompt, or one question that it scores.
 
   Fields:
     method: the method's name.
@@ -34,17 +35,9 @@ class Record:
     budget: the bound on the method's cache, by name: `budget` (tokens a head), `cr`, `threshold`; empty without one.
     chains: W, all chains of the prompt.
     max_tokens: L, most tokens that a chain writes; 0 if given continuations are scored.
-    seed: of the prompts and of sampling.
+    seed: of the prompts and of sampling; None if unknown.
     prompt: the prompt's number or name within its task.
     chain: this chain's number, from 0.
-    settings: fingerprints of the task's prompts and of the checkpoint, which together decide the outcome.
-    tokens: tokens seen by the cache: all but the last one written; for a question the mean over its rows.
-    reads: KV reads of all decode steps, of a text of all its tokens, mean over layers and heads; None for questions.
-    peak: most tokens held at once, mean over layers and heads; None if nothing was decoded.
-    achieved_cr: tokens seen over tokens held at the end of the chain.
-    grades: {metric: per cent}, or nats a token: `answer_loglik`; `nll`, `kl`: less is better.
-    text: the text written; None if given continuations were scored.
-    answer: the canonical answer read from the text, for votes; None if there is none.
   """
 
   method: str
@@ -53,17 +46,9 @@ class Record:
   budget: dict[str, float]
   chains: int
   max_tokens: int
-  seed: int
+  seed: int | None
   prompt: int | str
   chain: int
-  settings: str
-  tokens: float
-  reads: float | None
-  peak: float | None
-  achieved_cr: float
-  grades: dict[str, float]
-  text: str | None = None
-  answer: str | None = None
 
   @property
   def cell(self) -> tuple:
@@ -74,6 +59,47 @@ class Record:
   def key(self) -> tuple:
     """Identifies the chain; a resumed run skips the keys in its file."""
     return *self.cell, self.chains, self.max_tokens, self.seed, self.prompt, self.chain
+
+
+@dataclasses.dataclass(frozen=True)
+class Record(Chain):
+  """The outcome of one chain. Records are equal if all but their `seconds` are.
+
+  Fields:
+    settings: fingerprints of the task's prompts and of the checkpoint, which together decide the outcome.
+    tokens: tokens seen by the cache: all but the last one written; for a question the mean over its rows.
+    reads: KV reads of all decode steps, of a text of all its tokens, mean over layers and heads; None for questions.
+    peak: most tokens held at once, mean over layers and heads; None if nothing was decoded.
+    achieved_cr: tokens seen over tokens held at the end of the chain.
+    grades: {metric: per cent}, or nats a token: `answer_loglik`; `nll`, `kl`: less is better.
+    text: the text written; None if given continuations were scored.
+    answer: the canonical answer read from the text, for votes; None if there is none.
+    seconds: wall time without compilation. Of a chain: from the step that begins to read its prompt to its end, while
+      other chains run beside it, and with its waits. Of a question: that of the batch scored with it, over the batch's
+      questions; some methods are scored through their cache, others by a mask. None if unknown: where a batch was
+      compiled, for chunks of a text, and in records of earlier versions.
+  """
+
+  settings: str
+  tokens: float
+  reads: float | None
+  peak: float | None
+  achieved_cr: float
+  grades: dict[str, float]
+  text: str | None = None
+  answer: str | None = None
+  seconds: float | None = dataclasses.field(default=None, compare=False)
+
+
+def field_types(cls: type) -> dict[str, Any]:
+  """{name: type} of a dataclass's fields as they are read from JSON, for `isinstance`: a float may be written 1."""
+  plain = lambda hint: int | float if hint is float else typing.get_origin(hint) or hint
+  parts = lambda hint: typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+  hints = typing.get_type_hints(cls)
+  return {name: functools.reduce(operator.or_, map(plain, parts(hint))) for name, hint in hints.items()}
+
+
+TYPES = field_types(Record)
 
 
 def append(path: Path, records: Iterable[Record]) -> None:
@@ -91,6 +117,20 @@ def _numbers(where: str, values: Mapping[str, Any], field: str, empty: float | N
   return found
 
 
+def build(cls: type[T], where: str, values: Mapping[str, Any]) -> T:
+  """A record or trace from the values of a line of types `field_types(cls)`.
+
+  Raises:
+    ValueError: a field is missing or unknown; names the line.
+  """
+  for field in dataclasses.fields(cls):
+    if field.name not in values and field.default is dataclasses.MISSING:
+      raise ValueError(f"{where}: a record needs {field.name!r}")
+  if unknown := sorted(set(values) - {field.name for field in dataclasses.fields(cls)}):
+    raise ValueError(f"{where}: a record has no field {unknown[0]!r}")
+  return cls(**values)
+
+
 def read(path: Path, flag: str = "output") -> list[Record]:
   """The records of a file, in order; none if it is missing. A last line that was cut short is removed from the file.
 
@@ -105,11 +145,9 @@ def read(path: Path, flag: str = "output") -> list[Record]:
   files.cut_half_line(path, START)
   found: dict[tuple, Record] = {}
   for where, values in files.json_records(flag, path, TYPES):
-    if unknown := sorted(set(values) - set(TYPES)):
-      raise ValueError(f"{where}: a record has no field {unknown[0]!r}")
-    record = Record(**{**values, "grades": _numbers(where, values, "grades", math.nan)})
+    record = build(Record, where, {**values, "grades": _numbers(where, values, "grades", math.nan)})
     _numbers(where, values, "budget")
-    costs = {name: value for name in ("tokens", "reads", "peak") if (value := values.get(name)) is not None}
+    costs = {name: value for name in ("tokens", "reads", "peak", "seconds") if (value := values.get(name)) is not None}
     _numbers(where, {"costs": costs}, "costs")
     if not 0 < record.achieved_cr < math.inf:
       raise ValueError(f"{where}: 'achieved_cr' must be a number above 0")

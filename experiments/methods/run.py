@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dms_jax.evaluation import likelihood
 from dms_jax.tokenizer import Tokenizer
 from experiments.common import program
-from experiments.methods.budgets import fitted
 from experiments.methods.method import Method as Method
 from experiments.methods.method import check_names
 from experiments.methods.records import Record
@@ -84,7 +83,8 @@ def prepare(
     if isinstance(task, WritingTask):
       most = tuple(sorted(set(max_tokens))) or (task.new_tokens,)
       for length in lengths if task.sized else (None,):
-        prompts = task.prompts(config, tokenizer, length, max_positions)
+        room = (most[-1],) if task.sized else ()
+        prompts = task.prompts(config, tokenizer, length, max_positions, *room)
         if not prompts:
           raise ValueError(f"--{task.name}.data holds no problem")
         longest = max(len(prompt.tokens) for prompt in prompts)
@@ -120,7 +120,7 @@ def check(job: Job, method: Method) -> str:
   Raises:
     ValueError: the policy cannot keep to its budget.
   """
-  remarks = [fitted(method.model, method.policy, method.given, job.totals(most))[1] for most in job.max_tokens]
+  remarks = [method.fitted(job, most)[1] for most in job.max_tokens]
   return "; ".join(dict.fromkeys(filter(None, remarks)))
 
 

@@ -12,16 +12,20 @@ from dms_jax.evaluation.text import text_quality
 from dms_jax.metrics import achieved_cr
 from dms_jax.model import Model
 from dms_jax.policies import DMS, Policy, Vanilla
-from experiments.methods.budgets import fitted
+from experiments.methods.budgets import Budget, fitted
 from experiments.methods.method import Method
 from experiments.methods.records import Record
+from experiments.methods.stopwatch import Stopwatch
 
 
-def masked(policy: Policy) -> float | Policy | None:
-  """None or a threshold if a mask on the whole text gives the same scores as a cache under `policy`, else `policy`."""
+def masked(policy: Policy, budget: Budget) -> float | Policy | None:
+  """None or a threshold if a mask on the whole text gives the same scores as a cache under `policy`, else `policy`.
+
+  A budget needs a cache, be it the policy's own or `budget`.
+  """
   if isinstance(policy, Vanilla):
     return None
-  if type(policy) is DMS and policy.window is None and not policy.bounded:
+  if type(policy) is DMS and policy.window is None and not policy.bounded and not budget.given:
     return policy.threshold
   return policy
 
@@ -35,7 +39,7 @@ def score(
   All questions of the job decide the blocks and their shapes; a resumed run thus gives the same numbers.
   """
   passages, spans = job.passages
-  limit = masked(method.policy)
+  limit = masked(method.policy, method.given)
   group_of: dict[int, tuple[Any, int]] = {}
   if isinstance(limit, Policy):
     groups, _ = fitted(method.model, method.policy, method.given, job.totals(0))
@@ -50,13 +54,17 @@ def score(
       continue
     rows = [row for number in block for row in rows_of[number]]
     scored: dict[int, likelihood.Scored] = {}
+    watch = Stopwatch()
     if not isinstance(limit, Policy):
-      scored |= _scored(method.model, limit, rows, passages, batch)
+      with watch.running():
+        scored |= _scored(method.model, limit, rows, passages, batch)
     for group in dict.fromkeys(id(group_of[row][0]) for row in rows if group_of):
       own = [row for row in rows if id(group_of[row][0]) == group]
       shared, places = group_of[own[0]][0], [group_of[row][1] for row in own]
       policy = type(shared)(shared.policy, own, {k: [v[p] for p in places] for k, v in shared.numbers.items()})
-      scored |= _scored(method.model, policy.batched(), own, passages, batch)
+      with watch.running():
+        scored |= _scored(method.model, policy.batched(), own, passages, batch)
+    seconds = watch.seconds / len(block) if watch.compiling < 0.01 * watch.seconds else None
     found = []
     for number in sorted(lacking.intersection(block)):
       question, own = job.asked[number], rows_of[number]
@@ -66,7 +74,7 @@ def score(
       found.append(record(
         number, 0, 0, tokens=float(tokens.mean()), reads=None, peak=None,
         achieved_cr=1.0 if held is None else float(achieved_cr(held, tokens)),
-        grades={metric: grades[metric] for metric in job.task.metrics},
+        grades={metric: grades[metric] for metric in job.task.metrics}, seconds=seconds,
       ))  # fmt: skip
     yield found
     tick(0)
@@ -90,7 +98,7 @@ def score_text(
     wanted: their numbers; blocks of `batch` chunks are scored together, the same in a resumed run.
   """
   length = chunks.shape[1]
-  limit = masked(method.policy)
+  limit = masked(method.policy, method.given)
   if isinstance(limit, Policy):
     (group,), _ = fitted(method.model, method.policy, method.given, [length])
     settings: dict[str, Any] = {"model": method.model, "policy": group.policy}

@@ -15,6 +15,7 @@ from experiments.methods.method import label
 from experiments.methods.records import Record
 
 ACCURACY = "accuracy"  # the metric of answers that are right, 100, or wrong, 0
+COSTS = ("reads", "peak", "seconds")  # fields of a record: what a chain costs
 SUBSETS = 500  # subsets of chains that vote; of more, so many are sampled
 
 
@@ -28,7 +29,8 @@ class Entry:
     samples: number of prompts.
     mean, standard_error: over samples; the error is None for fewer than two samples or if none is estimated.
     difference, difference_se: method - baseline, paired sample by sample; None for the baseline itself.
-    tokens, reads, peak: `chains` times the mean over all chains (see `Record`).
+    tokens, reads, peak, seconds: `chains` times the mean over all chains (see `Record`); None if a chain has none. That
+      of seconds is over the chains that have them.
     achieved_cr: 1 / the mean over all chains of tokens held over tokens seen.
     chains: W chains that the metric takes; 1 for a mean over any number.
     budget: as in `Record`.
@@ -47,6 +49,7 @@ class Entry:
   tokens: float | None = None
   reads: float | None = None
   peak: float | None = None
+  seconds: float | None = None
   chains: int = 1
   max_tokens: int = 0
   budget: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -58,7 +61,7 @@ class Entry:
 
 
 def standard_error(values: np.ndarray) -> float | None:
-  """The standard error of the mean of independent samples; None for fewer than two."""
+  """The standard error of the mean of independent samples; None for fewer than two, NaN if one is not finite."""
   return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
@@ -88,19 +91,18 @@ def vote(answers: Sequence[str | None]) -> int | None:
   return answers.index(max(counts, key=counts.__getitem__)) if counts else None
 
 
-def majority(grades: Sequence[float], answers: Sequence[str | None], width: int) -> float:
-  """The grade of the answer that `width` chains vote for, mean over all subsets of chains.
-
-  Of more than `SUBSETS` subsets that many are sampled, always the same. No answer gives 0.
-  """
-  count = len(grades)
+def subsets(count: int, width: int) -> Iterable[Sequence[int]]:
+  """All subsets of `width` of `count` chains; of more than `SUBSETS` that many are sampled, always the same."""
   if math.comb(count, width) <= SUBSETS:
-    subsets: Iterable[Sequence[int]] = itertools.combinations(range(count), width)
-  else:
-    rng = random.Random(f"{count} {width}")
-    subsets = [sorted(rng.sample(range(count), width)) for _ in range(SUBSETS)]
+    return itertools.combinations(range(count), width)
+  rng = random.Random(f"{count} {width}")
+  return [sorted(rng.sample(range(count), width)) for _ in range(SUBSETS)]
+
+
+def majority(grades: Sequence[float], answers: Sequence[str | None], width: int) -> float:
+  """The grade of the answer that `width` chains vote for, mean over `subsets` of chains. No answer gives 0."""
   found = []
-  for subset in subsets:
+  for subset in subsets(len(grades), width):
     winner = vote([answers[i] for i in subset])
     found.append(0.0 if winner is None else grades[subset[winner]])
   return float(np.mean(found))
@@ -124,8 +126,12 @@ def _measures(chains: Sequence[Record], widths: Sequence[int]) -> dict[str, tupl
 # Entries --------------------------------------------------------------------------------------------------------------
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-  return None if None in values else float(np.mean(values))
+def mean_cost(chains: Sequence[Record], cost: str) -> float | None:
+  """The mean of a cost of these chains; None if it is unknown for one. Of times, those that are known are taken."""
+  values = [getattr(record, cost) for record in chains]
+  if cost == "seconds":
+    values = [value for value in values if value is not None]
+  return None if None in values or not values else float(np.mean(values))
 
 
 def _by_prompt(chains: Sequence[Record]) -> dict[int | str, list[Record]]:
@@ -136,6 +142,7 @@ def _by_prompt(chains: Sequence[Record]) -> dict[int | str, list[Record]]:
   return found
 
 
+@np.errstate(invalid="ignore", over="ignore")  # a grade that is NaN or infinite makes NaN or infinite entries
 def summarise(records: Sequence[Record], baseline: str, widths: Sequence[int] = ()) -> list[Entry]:
   """Entries of all records; differences from `baseline` are over the prompts that both methods answered.
 
@@ -177,13 +184,14 @@ def _entry(chains, metric, count, most, values, is_base, base) -> Entry:
   if not is_base and len(paired):
     difference, difference_se = float(paired.mean()), standard_error(paired)
   if metric == "nll":
-    metric, mean, error = "perplexity", math.exp(mean), None if error is None else error * math.exp(mean)
+    metric, mean = "perplexity", float(np.exp(mean))
+    error = None if error is None else error * mean
     if difference is not None:  # of exponentials of means; its error by the delta method, paired
       both = np.array([(values[prompt], base[prompt]) for prompt in values if prompt in base])
       own_mean, base_mean = np.exp(both.mean(axis=0))
       difference = float(own_mean - base_mean)
       difference_se = standard_error(both @ np.array([own_mean, -base_mean]))
-  used = {name: _mean([getattr(record, name) for record in chains]) for name in ("tokens", "reads", "peak")}
+  used = {name: mean_cost(chains, name) for name in ("tokens", *COSTS)}
   return Entry(
     first.method, first.task, first.length, metric, len(own), mean, error, difference, difference_se, chains=count,
     max_tokens=most, achieved_cr=float(1 / np.mean([1 / record.achieved_cr for record in chains])), budget=first.budget,
@@ -199,26 +207,26 @@ def curves(entries: Sequence[Entry], cost: str, best_of_all: bool = False) -> di
 
   Args:
     entries: of one task and length.
-    cost: "reads" or "peak", of all W chains together.
+    cost: one of COSTS, of all W chains together.
     best_of_all: W chains count as their best one, pass@W, instead of their majority.
   """
   found: dict[str, list[tuple[float, float]]] = {}
   for entry in entries:
     wanted = {ACCURACY, f"{'pass' if best_of_all else 'majority'}@{entry.chains}"}
     value = getattr(entry, cost)
-    if value is not None and (entry.metric in wanted or entry.metric == "score"):
+    if value is not None and math.isfinite(entry.mean) and (entry.metric in wanted or entry.metric == "score"):
       found.setdefault(entry.method, []).append((value, entry.mean))
   return found
 
 
 def margins(entries: Sequence[Entry], baseline: str, best_of_all: bool = False) -> list[dict]:
-  """The margin of each method's Pareto frontier over the baseline's (arXiv 2506.05345, appendix G), by reads and peak.
+  """The margin of each method's Pareto frontier over the baseline's (arXiv 2506.05345, appendix G), by each cost.
 
   Args:
     entries: of one task and length.
   """
   found = []
-  for cost in ("reads", "peak"):
+  for cost in COSTS:
     points = curves(entries, cost, best_of_all)
     for method, own in points.items():
       if method != baseline and baseline in points:

@@ -26,23 +26,17 @@ from dms_jax.model import Model, cached_forward, check_policy
 from dms_jax.policies import Policy
 from dms_jax.tokenizer import Tokenizer
 from experiments.common import files, program
-from experiments.methods.budgets import fitted
 from experiments.methods.method import Method
-from experiments.methods.records import START, Record
+from experiments.methods.records import START, Chain, Record, build, field_types
 
 FILE = "traces.jsonl"
-FIELDS = {
-  "method": str, "task": str, "length": int | None, "budget": dict, "chains": int, "max_tokens": int,
-  "prompt": int | str, "chain": int, "read": int, "tokens": list, "held": list, "retention": list,
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
-class Trace:
+class Trace(Chain):
   """What the cache holds at the end of one chain.
 
   Fields:
-    method, task, length, budget, chains, max_tokens, prompt, chain: of the chain's `Record`.
     read: tokens of the prompt; the others are written.
     tokens: text of each token. A character of several tokens stands at the last of them.
     held: for each token the share of (layer, KV head) pairs that hold it, 0 to 1. The window counts as held. A token
@@ -50,24 +44,18 @@ class Trace:
     retention: [L][K], share of the chain's tokens that each KV head holds, 0 to 1.
   """
 
-  method: str
-  task: str
-  length: int | None
-  budget: dict[str, float]
-  chains: int
-  max_tokens: int
-  prompt: int | str
-  chain: int
   read: int
   tokens: list[str]
   held: list[float]
   retention: list[list[float]]
 
 
-def chain_of(about: Record | Trace) -> tuple:
-  """Identifies the chain of a record or trace within a run."""
-  budget = tuple(sorted(about.budget.items()))
-  return about.method, budget, about.task, about.length, about.chains, about.max_tokens, about.prompt, about.chain
+FIELDS = field_types(Trace)
+
+
+def chain_of(about: Chain) -> tuple:
+  """Identifies the chain of a record or trace within a run: its key without the seed, which earlier traces lack."""
+  return dataclasses.replace(about, seed=None).key
 
 
 @partial(jax.jit, donate_argnames="cache")
@@ -149,10 +137,12 @@ def trace(
     record: of the chain.
   """
   held = held_at_end(model, policy, tokens, read, chunk=chunk)
-  about = {f.name: getattr(record, f.name) for f in dataclasses.fields(Trace) if hasattr(record, f.name)}
-  about |= {"read": read, "tokens": pieces(tokenizer, tokens)}
+  about = {field.name: getattr(record, field.name) for field in dataclasses.fields(Chain)}
   share = lambda values: np.round(values.astype(float), 4).tolist()
-  return Trace(**{**about, "held": share(held.mean(axis=(0, 1))), "retention": share(held.mean(axis=2))})
+  return Trace(
+    **about, read=read, tokens=pieces(tokenizer, tokens), held=share(held.mean(axis=(0, 1))),
+    retention=share(held.mean(axis=2)),
+  )  # fmt: skip
 
 
 # The file -------------------------------------------------------------------------------------------------------------
@@ -184,7 +174,7 @@ def add(path: Path, job: Any, method: Method, tokenizer: Tokenizer, records: Seq
     return
   files.cut_half_line(path, START)
   there = {chain_of(each) for each in read("output", path)}
-  groups, _ = fitted(method.model, method.policy, method.given, job.totals(most))
+  groups, _ = method.fitted(job, most)
   for group in groups:
     for place, row in enumerate(group.rows):
       policy, prompt = group.policy.replace(**group.of_row(place)), job.asked[row].tokens
@@ -194,7 +184,7 @@ def add(path: Path, job: Any, method: Method, tokenizer: Tokenizer, records: Seq
 
 
 def read(flag: str, path: Path) -> list[Trace]:
-  """The traces of a file; none if it is missing.
+  """The traces of a file; none if it is missing. Those of earlier versions have no seed.
 
   Args:
     flag: the flag that named the file's folder, for errors.
@@ -204,7 +194,7 @@ def read(flag: str, path: Path) -> list[Trace]:
   """
   found = []
   for where, values in files.json_records(flag, path, FIELDS) if path.exists() else ():
-    each = Trace(**{name: values[name] for name in FIELDS})
+    each = build(Trace, where, {"seed": None, **values})
     is_share = lambda share: isinstance(share, int | float) and 0 <= share <= 1
     if not all(isinstance(row, list) and all(map(is_share, row)) for row in [each.held, *each.retention]):
       raise ValueError(f"{where}: 'held' and 'retention' must be shares from 0 to 1")

@@ -11,11 +11,13 @@ import jax.numpy as jnp
 from dms_jax import BudgetError, Generator
 from dms_jax.generation.detokenize import Detokenizer
 from dms_jax.tokenizer import Tokenizer
-from experiments.methods.budgets import Group, fitted, most_tokens
+from experiments.methods.budgets import Group, most_tokens
 from experiments.methods.method import Method
 from experiments.methods.records import Record
+from experiments.methods.stopwatch import ChainTimes
 
 CHUNK = 256  # prompt tokens that one compiled call reads
+ROUND = 64  # tokens to whose multiple the length of a cache is rounded up
 
 
 def _generator(
@@ -23,6 +25,8 @@ def _generator(
 ) -> Generator:
   """A generator for all prompts of a group; its shapes do not depend on which of them are done."""
   longest = max(len(job.asked[row].tokens) for row in group.rows) + most
+  # Rounded, so that tasks with prompts of similar lengths share their compiled programs.
+  longest = min(-(-longest // ROUND) * ROUND, method.model.config.max_position_embeddings)
   try:
     generator = Generator(
       method.model, policy=group.policy, width=width, max_length=longest, temperature=job.temperature,
@@ -59,7 +63,7 @@ def write(
   width = max(width, job.chains)
   for lengths in cuts:
     most = max(lengths)
-    groups, _ = fitted(method.model, method.policy, method.given, job.totals(most))
+    groups, _ = method.fitted(job, most)
     own = {key for key in wanted if key[2] in lengths}
     for group in groups:
       if own.intersection((row, chain, cut) for row in group.rows for chain in range(job.chains) for cut in lengths):
@@ -77,18 +81,23 @@ def _write_group(
   cuts: dict[int, dict[int, list[int]]] = {}  # prompt -> chain -> most new tokens, in order
   for prompt, chain, cut in sorted(wanted):
     cuts.setdefault(prompt, {}).setdefault(chain, []).append(cut)
+  times = ChainTimes(generator)
+
+  def step(run: Callable[..., None], *args: Any, **request: Any) -> None:
+    try:
+      run(*args, **request)
+    except BudgetError as error:
+      raise ValueError(f"--kv_budget_gib: {method.label} on {job.name}: {error}") from None
+
   for place, number in enumerate(group.rows):
     if chains := list(cuts.get(number, ())):
       keys = jnp.stack([key_of(number, chain) for chain in chains]) if job.temperature else None
-      ticket = generator.submit(
-        job.asked[number].tokens, chains=len(chains), max_new_tokens=most, key=keys, **group.of_row(place)
-      )
-      running[ticket] = (number, chains)
+      prompt, request = job.asked[number].tokens, dict(chains=len(chains), key=keys, **group.of_row(place))
+      if not running:
+        step(times.warm_up, prompt, most, **request)
+      running[generator.submit(prompt, max_new_tokens=most, **request)] = (number, chains)
   while generator.busy:
-    try:
-      generator.step()
-    except BudgetError as error:
-      raise ValueError(f"--kv_budget_gib: {method.label} on {job.name}: {error}") from None
+    step(times.step, running)
     found = []
     for ticket, (number, chains) in list(running.items()):
       result = generator.results[ticket]
@@ -103,6 +112,7 @@ def _write_group(
           found.append(dict(
             prompt=number, chain=chain, most=cut, tokens=used["seen"], reads=used["reads"], peak=used["peak"],
             achieved_cr=used["seen"] / used["held"], text=text, answer=job.task.answer(text),
+            seconds=times.until(ticket, index, min(cut, len(tokens))),
           ))  # fmt: skip
       if result.finished:
         del running[ticket], generator.results[ticket]

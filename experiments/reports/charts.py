@@ -35,8 +35,7 @@ class Series:
   """The results of one method, and its frontier [(cost, value)]."""
 
   name: str
-  style: int
-  marker: str
+  style: styles.Style
   marks: Sequence[Mark]
   frontier: Sequence[tuple[float, float]]
 
@@ -126,8 +125,7 @@ def tradeoff(
     ]  # fmt: skip
     last = across(max(cost for cost, _ in each.frontier))
     drawn.append({
-      "name": each.name, "style": each.style, "again": each.style > len(styles.PALETTE),
-      "mark": MARKS[each.marker], "path": path, "points": points,
+      "name": each.name, "style": each.style, "mark": MARKS[each.style.marker], "path": path, "points": points,
       "label": {"x": right + 10, "y": label, "from": (last + 6, end), "to": (right + 7, label)},
     })  # fmt: skip
   step = levels[1] - levels[0]

@@ -26,15 +26,15 @@ def tradeoff(plt, panel: Panel, look: Mapping[str, styles.Style], chance: float 
     1, len(axes_of), figsize=(5.6 * len(axes_of), 4.6), layout="constrained", squeeze=False, sharey=True
   )
   for axis, cost in zip(axes[0], axes_of, strict=True):
-    for method in [name for name in look if panel.pairs(cost, name)]:
+    for method in [name for name in look if panel.drawn(cost, name)]:
       style, pairs = look[method], panel.pairs(cost, method)
-      errors = [p.main.standard_error or 0.0 for p in panel.points if p.setting.method == method]
+      errors = [point.main.standard_error or 0.0 for point in panel.drawn(cost, method)]
       edge = pareto.frontier(pairs)
       bars = dict(fmt="none", ecolor=style.light, elinewidth=1, capsize=2, alpha=0.6)
       axis.errorbar(*zip(*pairs, strict=True), errors, **bars)
       hollow = [pair for pair in pairs if pair not in edge]
       drawn = dict(color=style.light, marker=MARKERS[style.marker], ms=6)
-      axis.plot(*zip(*edge, strict=True), **drawn, lw=2, label=method)
+      axis.plot(*zip(*edge, strict=True), **drawn, lw=2, ls="--" if style.again else "-", label=method)
       if hollow:
         axis.plot(*zip(*hollow, strict=True), **drawn, lw=0, mfc="w")
     if chance is not None:

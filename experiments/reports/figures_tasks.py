@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments.methods.summary import Entry
-from experiments.reports import plots
+from experiments.reports import plots, styles
 from experiments.reports.tables import short_names
 from experiments.tasks.retrieval import RetrievalTask
 
@@ -15,9 +15,9 @@ from experiments.tasks.retrieval import RetrievalTask
 def tasks(plt, entries: Sequence[Entry], baseline: str, title: str) -> Any:
   """A panel of score against length for each task with lengths, and bars for all other tasks."""
   short = short_names(list(dict.fromkeys(entry.method for entry in entries)))
-  others = [method for method in short if method != baseline]
-  styles = {baseline: (f"{baseline}, dense", plots.DENSE)}
-  styles |= {method: (short[method], plots.METHODS[i % len(plots.METHODS)]) for i, method in enumerate(others)}
+  look = {
+    method: (short.get(method, method), style.light) for method, style in styles.styles(list(short), baseline).items()
+  }
   panels = [
     (_curves, [entry for entry in entries if entry.task == task], task)
     for task in sorted({entry.task for entry in entries if entry.length is not None})
@@ -35,7 +35,7 @@ def tasks(plt, entries: Sequence[Entry], baseline: str, title: str) -> Any:
   for axis in axes.flat[len(panels) :]:
     axis.remove()
   for axis, (draw, own, name) in zip(axes.flat, panels, strict=False):
-    draw(axis, own, baseline, styles)
+    draw(axis, own, baseline, look)
     axis.set_title(name)
     axis.grid(alpha=0.25)
     plots.bare(axis)
@@ -45,10 +45,10 @@ def tasks(plt, entries: Sequence[Entry], baseline: str, title: str) -> Any:
   return figure
 
 
-def _curves(axis: Any, entries: Sequence[Entry], baseline: str, styles: dict[str, tuple[str, str]]) -> None:
+def _curves(axis: Any, entries: Sequence[Entry], baseline: str, look: dict[str, tuple[str, str]]) -> None:
   """Score against length, a line for each method, its achieved CR at each point."""
   lengths = sorted({entry.length for entry in entries})
-  for place, (method, (name, color)) in enumerate(styles.items()):
+  for place, (method, (name, color)) in enumerate(look.items()):
     own = sorted((entry for entry in entries if entry.method == method), key=lambda entry: entry.length)
     x = [1.04**place * entry.length for entry in own]  # shifted, because equal scores would hide each other
     errors = [entry.standard_error or 0.0 for entry in own]
@@ -69,15 +69,15 @@ def _curves(axis: Any, entries: Sequence[Entry], baseline: str, styles: dict[str
   axis.set(xlabel="prompt tokens", ylabel="references found, per cent")
 
 
-def _bars(axis: Any, entries: Sequence[Entry], baseline: str, styles: dict[str, tuple[str, str]]) -> None:
+def _bars(axis: Any, entries: Sequence[Entry], baseline: str, look: dict[str, tuple[str, str]]) -> None:
   """A bar for each method with its standard error; above it the achieved CR of its cache."""
   groups = list(dict.fromkeys((entry.task, entry.metric) for entry in entries))
-  width = 0.8 / len(styles)
+  width = 0.8 / len(look)
   for place, group in enumerate(groups):
     found = {entry.method: entry for entry in entries if (entry.task, entry.metric) == group}
-    own = [found[method] for method in styles if method in found]
+    own = [found[method] for method in look if method in found]
     for i, entry in enumerate(own):
-      name, color = styles[entry.method]
+      name, color = look[entry.method]
       x, error = place + (i - (len(own) - 1) / 2) * width, entry.standard_error or 0.0
       axis.bar(x, entry.mean, 0.92 * width, yerr=error, capsize=4, color=color, label=None if place else name)
       if entry.method != baseline:

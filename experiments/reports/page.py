@@ -15,10 +15,9 @@ import numpy as np
 from experiments.common import program
 from experiments.methods import pareto
 from experiments.methods.records import Record
-from experiments.methods.summary import Entry
 from experiments.methods.trace import Trace
 from experiments.reports import charts, styles
-from experiments.reports.results import AXIS_NAMES, LOWER_COST, Panel, Point, Results, Setting
+from experiments.reports.results import AXIS_NAMES, LOWER_COST, Panel, Point, Results, Setting, time_remark
 from experiments.reports.tables import note
 from experiments.tasks.base import Task
 
@@ -26,6 +25,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 # Upper ends of the shades of a chain's text: shares of heads that hold a token; shade 0 is for tokens no head holds.
 # Methods that keep a fourth or an eighth of the tokens need fine steps at the low end.
 SHADES = (0.0, 0.1, 0.2, 0.35, 0.6, 1.0)
+SCORE = (("mean", "mean"), ("standard_error", "SE"), ("difference", "difference"), ("difference_se", "SE"))
 LONGEST = 22  # characters of a method's name in a chart
 
 
@@ -42,13 +42,18 @@ def short_name(name: str) -> str:
 class Row:
   """A row of a table: its name in the method's style, `detail` in small type after it, and its cells.
 
-  A cell is a text, or (text, True) to stress it.
+  A cell is a text, or (text, True) to stress it. A line parts rows of different `group`s, by default their names.
   """
 
   name: str
   cells: list[Any]
   style: styles.Style | None = None
   detail: str = ""
+  group: Any = None
+
+  @property
+  def part(self) -> Any:
+    return self.name if self.group is None else self.group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +89,12 @@ def _problems(panel: Panel) -> str:
   return f"n = {min(counts):,}" if len(counts) == 1 else f"n = {min(counts):,} to {max(counts):,}"
 
 
+def _pairs(panels: Sequence[Panel], baseline: str, of: str) -> str:
+  """How differences from the baseline are made, in words; `of` names what is paired."""
+  budgets = {point.setting.budget for panel in panels for point in panel.points if point.setting.method == baseline}
+  return f"from {baseline}{' under the same budget' * (len(budgets) > 1)}, paired {of} by {of}"
+
+
 def overview(panels: Sequence[Panel], look: Mapping[str, styles.Style], kind: str, baseline: str) -> list[Table]:
   """Every setting on every task: main metrics ("scores"), or their differences from the baseline ("differences").
 
@@ -108,15 +119,14 @@ def overview(panels: Sequence[Panel], look: Mapping[str, styles.Style], kind: st
         cells += [(styles.number(panel.metric, mean, "" if scores else "+"), clear), styles.number(panel.metric, error)]
         cells += [f"{entry.achieved_cr:.2f}" if entry else ""] * scores
       if any(text for text, _ in cells[:: 3 if scores else 2]):
-        rows.append(
-          Row(setting.method, cells, look[setting.method], setting.detail if not swept else setting.full_detail)
-        )
+        part = (setting.max_tokens, setting.chains) if swept else None
+        rows.append(Row(setting.method, cells, look[setting.method], setting.detail(swept), part))
     each = ["score", "SE", "CR"] if scores else ["difference", "SE"]
     groups = [("", 1)] + [(f"{p.name}: {styles.named(p.metric)}, {_problems(p)}", len(each)) for p in group]
     caption = (
       "SE is one standard error over problems. CR is the achieved compression: tokens seen over tokens held."
       if scores
-      else f"From {baseline}, paired problem by problem, with standard errors (SE). Bold: more than two of them from 0."
+      else f"Differences are {_pairs(group, baseline, 'problem')}. SE is one standard error. Bold: above 2 SE."
     )
     if any(point.setting.chains > 1 for panel in group for point in panel.points):
       caption += " Over W > 1 chains a score is that of their majority vote, for programs that of the best chain."
@@ -132,7 +142,8 @@ def figures(panel: Panel, look: Mapping[str, styles.Style]) -> Table:
       point.setting.limit, f"{point.setting.chains}", f"{point.setting.max_tokens:,}", styles.named(metric),
       f"{e.samples:,}", styles.number(metric, e.mean), styles.number(metric, e.standard_error),
       styles.number(metric, e.difference, "+"), styles.number(metric, e.difference_se), f"{e.achieved_cr:.2f}",
-      "" if e.tokens is None else f"{e.tokens:,.0f}", *(f"{point.costs[axis]:,.0f}" for axis in panel.axes()),
+      "" if e.tokens is None else f"{e.tokens / e.chains:,.0f}",
+      *(styles.amount(point.costs[axis]) if axis in point.costs else "" for axis in panel.axes()),
     ], look[point.setting.method])
     for point in panel.points
     for metric, e in point.entries.items()
@@ -158,23 +169,34 @@ def margins(panel: Panel, look: Mapping[str, styles.Style], baseline: str) -> Ta
   return Table(caption, ["method", *(f"at equal {LOWER_COST[axis]}" for axis in axes)], rows) if rows else None
 
 
-def text_table(entries: Sequence[Entry], look: Mapping[str, styles.Style], baseline: str) -> Table:
-  """Perplexity and divergence of methods on a text: a row for each length and method."""
-  cells: dict[tuple, dict[str, Entry]] = {}
-  for entry in entries:
-    where = entry.length or 0, list(look).index(entry.method), entry.method, styles.limit(entry.budget)
-    cells.setdefault(where, {})[entry.metric] = entry
+def text_table(panel: Panel, look: Mapping[str, styles.Style], baseline: str) -> Table:
+  """Perplexity and divergence of all settings on a text at one length.
+
+  Differences of the divergence are left out where the baseline is the original: they are the divergence.
+  """
+  points = sorted(panel.points, key=lambda point: list(look).index(point.setting.method))
+  value = lambda point, metric, field: getattr(point.entries[metric], field) if metric in point.entries else None
+  original = all(value(point, "kl", "mean") == 0 for point in points if point.setting.method == baseline)
+  columns = [
+    (metric, field, head)
+    for metric in ("perplexity", "kl") for field, head in SCORE
+    if any(value(point, metric, field) is not None for point in points)
+    and not (original and metric == "kl" and field.startswith("difference"))
+  ]  # fmt: skip
   rows = []
-  for (length, _, method, limit), metrics in sorted(cells.items(), key=lambda item: item[0][:2]):
-    any_ = next(iter(metrics.values()))
-    perplexity, kl = metrics.get("perplexity"), metrics.get("kl")
-    rows.append(Row(method, [
-      f"{length:,}" if length else "", styles.number("perplexity", perplexity and perplexity.mean),
-      styles.number("perplexity", perplexity and perplexity.difference, "+"), styles.number("kl", kl and kl.mean),
-      f"{any_.achieved_cr:.2f}",
-    ], look[method], limit))  # fmt: skip
-  columns = ["method", "T, tokens", "perplexity", f"difference from {baseline}", "KL, nats a token", "CR at T"]
-  return Table("Lower is better.", columns, rows)
+  for point in points:
+    signs = ["+" * (field == "difference") for _, field, _ in columns]
+    cells = [styles.number(m, value(point, m, field), sign) for (m, field, _), sign in zip(columns, signs, strict=True)]
+    cells.append(f"{point.main.achieved_cr:.2f}")
+    method = point.setting.method
+    rows.append(Row(method, cells, look[method], point.setting.limit))
+  heads = {"perplexity": f"perplexity, {_problems(panel)}", "kl": "KL from the original, nats a token"}
+  widths = {metric: sum(each == metric for each, *_ in columns) for metric in heads}
+  groups = [("", 1), *((heads[metric], width) for metric, width in widths.items() if width), ("", 1)]
+  caption = "Lower is better. SE is one standard error over the n chunks. CR is that at the end of a chunk."
+  if any(field == "difference" for _, field, _ in columns):
+    caption += f" Differences are {_pairs([panel], baseline, 'chunk')}."
+  return Table(caption, ["setting", *(head for *_, head in columns), "CR"], rows, groups)
 
 
 # Charts ---------------------------------------------------------------------------------------------------------------
@@ -185,16 +207,17 @@ def _mark(panel: Panel, point: Point, axis: str) -> charts.Mark:
   error = entry.standard_error
   about = f"{point.setting}: {styles.number(panel.metric, entry.mean)}"
   about += "" if error is None else f" ± {styles.number(panel.metric, error)}"
-  return charts.Mark(cost, entry.mean, error, f"{about} ({styles.named(panel.metric)}), {cost:,.0f} {AXIS_NAMES[axis]}")
+  about += f" ({styles.named(panel.metric)}), {styles.amount(cost)} {AXIS_NAMES[axis]}"
+  return charts.Mark(cost, entry.mean, error, about)
 
 
 def tradeoff(panel: Panel, axis: str, look: Mapping[str, styles.Style], chance: float | None) -> dict[str, Any]:
   """The chart of a task's main metric against one cost."""
   series = []
-  for method in [name for name in look if any(point.setting.method == name for point in panel.points)]:
-    marks = [_mark(panel, point, axis) for point in panel.points if point.setting.method == method]
+  for method in [name for name in look if panel.drawn(axis, name)]:
+    marks = [_mark(panel, point, axis) for point in panel.drawn(axis, method)]
     edge = pareto.frontier([(mark.cost, mark.value) for mark in marks])
-    series.append(charts.Series(short_name(method), look[method].number, look[method].marker, marks, edge))
+    series.append(charts.Series(short_name(method), look[method], marks, edge))
   x, percent = f"{AXIS_NAMES[axis]}, log scale", styles.unit(panel.metric) == "%"
   drawn = charts.tradeoff(series, x=x, y=styles.named(panel.metric), show=styles.short, chance=chance, percent=percent)
   best = "; ".join(f"{each.name} up to {styles.number(panel.metric, each.frontier[-1][1])}" for each in series)
@@ -210,7 +233,7 @@ def heat_map(name: str, style: styles.Style, shares: np.ndarray, chains: int) ->
     chains: chains that the shares are means of.
   """
   layers, heads = shares.shape
-  cell = max(6.0, min(22.0, 400 / layers))
+  cell = max(6.0, min(36.0, 400 / layers))
   means = shares.mean(axis=1)
   alt = (
     f"{name}: heads hold {shares.mean():.0%} of the tokens on average; layer {means.argmin()} the least, "
@@ -262,9 +285,11 @@ def traced_chain(trace: Trace, style: styles.Style, record: Record | None) -> di
 
 
 def _grades(record: Record | None) -> str:
+  """A chain's grades and its time, for readers; "" for a chain without a record."""
   if record is None:
     return ""
-  return ", ".join(styles.told(name, value) for name, value in record.grades.items())
+  told = [styles.told(name, value) for name, value in record.grades.items()]
+  return ", ".join([*told, *([] if record.seconds is None else [f"{styles.amount(record.seconds)} s"])])
 
 
 def chains(results: Results, most: int) -> list[dict[str, Any]]:
@@ -288,11 +313,7 @@ def chains(results: Results, most: int) -> list[dict[str, Any]]:
       shape = setting.max_tokens, setting.chains
       if record.text is not None and record.chain == 0 and shape == largest[where[1], where[2]]:
         plain = {"title": str(setting), "style": look[setting.method], "grades": _grades(record), "prompt": []}
-        plain |= {
-          "written": [(len(SHADES) - 1, record.text)],
-          "summary": f"{record.tokens:,.0f} tokens",
-          "dense": False,
-        }
+        plain |= {"written": [(None, record.text)], "summary": f"{record.tokens:,.0f} tokens", "dense": False}
         groups.setdefault(tuple(where), []).append(plain)
   taken: dict[tuple, int] = {}
   shown = []
@@ -308,38 +329,35 @@ def chains(results: Results, most: int) -> list[dict[str, Any]]:
 # The page -------------------------------------------------------------------------------------------------------------
 
 
-def notes(panels: Sequence[Panel], baseline: str, tasks: Mapping[str, type[Task]]) -> list[str]:
-  """A sentence for each task on which the baseline is at chance or below the task's floor."""
-  found = []
+def notes(panels: Sequence[Panel], baseline: str, tasks: Mapping[str, type[Task]]) -> dict[str, str]:
+  """A sentence for each task on which the baseline is at chance or below the task's floor, by the panel's name."""
+  found = {}
   for panel in panels:
     base = next((p.main for p in panel.points if p.setting.method == baseline), None)
     if base is not None and panel.task in tasks and (why := note(base, tasks[panel.task])):
-      found.append(f"{panel.name}: {why}, so differences between methods say little here.")
+      found[panel.name] = f"{panel.name}: {why}, so differences between methods say little here."
   return found
 
 
 def _sections(results: Results, tasks: Mapping[str, type[Task]]) -> list[dict[str, Any]]:
   """For each model its tables, charts and notes."""
-  look = styles.styles(results.methods, results.baseline)
+  look, baseline = styles.styles(results.methods, results.baseline), results.baseline
   found = []
   for model in dict.fromkeys(panel.model for panel in results.panels):
     panels = [panel for panel in results.panels if panel.model == model]
-    warnings = notes(panels, results.baseline, tasks)
-    scores = overview(panels, look, "scores", results.baseline)
+    remarks = notes(panels, baseline, tasks)
     tradeoffs = []
     for panel in panels:
-      task = tasks.get(panel.task)
-      chance = task.chance.get(panel.metric) if task else None
-      drawn = [tradeoff(panel, axis, look, chance) for axis in panel.axes()]
-      of_panel = [text for text in warnings if text.startswith(f"{panel.name}:")]
+      chance = tasks[panel.task].chance.get(panel.metric) if panel.task in tasks else None
       tradeoffs.append({
-        "panel": panel, "charts": drawn, "margins": margins(panel, look, results.baseline), "notes": of_panel,
-        "figures": figures(panel, look),
+        "panel": panel, "charts": [tradeoff(panel, axis, look, chance) for axis in panel.axes()],
+        "margins": margins(panel, look, baseline), "note": remarks.get(panel.name), "figures": figures(panel, look),
       })  # fmt: skip
-    differences = overview(panels, look, "differences", results.baseline)
-    found.append(
-      {"model": model, "scores": scores, "differences": differences, "notes": warnings, "tradeoffs": tradeoffs}
-    )
+    scores, differences = (overview(panels, look, kind, baseline) for kind in ("scores", "differences"))
+    found.append({
+      "model": model, "scores": scores, "differences": differences, "notes": list(remarks.values()),
+      "tradeoffs": tradeoffs,
+    })  # fmt: skip
   return found
 
 
@@ -363,13 +381,17 @@ def uneven(shares: np.ndarray) -> bool:
   return bool(np.ptp(shares) > 0.005)
 
 
-def render(results: Results, tasks: Mapping[str, type[Task]], title: str = "", prompts: int = 2) -> str:
+def render(
+  results: Results, tasks: Mapping[str, type[Task]], title: str = "", prompts: int = 2, *,
+  template: str = "report.html", **more: Any,
+) -> str:  # fmt: skip
   """The page as HTML.
 
   Args:
     tasks: the task classes by name, which have the scores of random answers.
     title: of the page; default the models' names.
     prompts: of each task, whose chains are shown.
+    template: report.html, or a template that extends it; `more` is what its blocks need.
   """
   look = styles.styles(results.methods, results.baseline)
   environment = jinja2.Environment(
@@ -384,11 +406,10 @@ def render(results: Results, tasks: Mapping[str, type[Task]], title: str = "", p
     {"run": run, "config": json.dumps(program.to_plain(run.config), indent=2, ensure_ascii=False)}
     for run in results.runs
   ]
-  text = environment.get_template("report.html").render(
+  text = environment.get_template(template).render(
     title=title or f"{', '.join(models)}: methods, tasks, budgets", models=models, results=results, look=look,
-    marks=charts.MARKS, sections=_sections(results, tasks), maps=maps, even=even,
-    chains=chains(results, prompts), shades=SHADES,
-    texts=[(model, text_table(entries, look, results.baseline)) for model, entries in results.texts], runs=runs,
-    count=sum(len(run.records) for run in results.runs),
+    marks=charts.MARKS, sections=_sections(results, tasks), maps=maps, even=even, chains=chains(results, prompts),
+    texts=[(panel, text_table(panel, look, results.baseline)) for panel in results.texts], shades=SHADES, runs=runs,
+    count=sum(len(run.records) + len(run.texts) for run in results.runs), time_remark=time_remark(results.runs), **more,
   )  # fmt: skip
   return f"{text.strip()}\n"

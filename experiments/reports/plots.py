@@ -8,12 +8,11 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments.common import program
+from experiments.common import files, program
 from experiments.reports import styles
 
 METHODS = tuple(light for light, _ in styles.PALETTE)  # colours of compared methods, in order
@@ -44,14 +43,10 @@ def picture(build: Callable[..., Any]) -> Callable[..., str | None]:
   def draw(path: Path, *args, **settings) -> str | None:
     if (plt := pyplot()) is None or (figure := build(plt, *args, **settings)) is None:
       return None
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}")
     try:
-      figure.savefig(part, dpi=120, format="png")
-      os.replace(part, path)
+      with files.whole(Path(path)) as part:
+        figure.savefig(part, dpi=120, format="png")
     finally:
-      part.unlink(missing_ok=True)
       plt.close(figure)
     return str(path)
 
@@ -98,57 +93,72 @@ def live_tokens(plt, dense: dict, dms: dict, *, read: int, title: str) -> Any:
   return figure
 
 
+# What a retrofit's log may hold, by picture: {column: (name, colour)}. Objectives log some of it.
+TRAINING = {
+  "loss": {
+    "kl": ("KL, nats a token", DMS), "nll": ("next token, nats", METHODS[1]),
+    "mse": ("squared error of gate logits", METHODS[3]),
+  },
+  "compression": {"target_cr": ("target CR (share of decisions)", "k"), "achieved_cr": ("CR at the row length", DMS)},
+  "gates": {
+    "gate_rate": ("decisions that evict", DMS), "compression_loss": ("compression loss", DENSE),
+    "capacity_loss": ("capacity loss", DENSE), "retention": ("retention a token", METHODS[3]),
+    "explained": ("explained share of the scores' variance", DMS),
+  },
+}  # fmt: skip
+
+
 @picture
 def training(plt, log: Path) -> Any:
-  """A training's log: loss, target and achieved compression, gates, and the gate rate of every layer and head.
+  """A retrofit's log: losses, target and achieved compression, gates, and the gate rate of every layer and head.
 
-  Without a target only the loss is drawn.
+  What an objective does not log is not drawn.
 
   Args:
     log: the lines of log.jsonl, a JSON object for each step; lines with `gate_rates` [L][K] give the lower row. Nothing
       is drawn before the first step.
   """
   lines = [json.loads(line) for line in log.read_text().splitlines()]
-  if not lines:
-    return None
   steps, heads = [line["step"] for line in lines], [line for line in lines if "gate_rates" in line]
   column = lambda name: [math.nan if line.get(name) is None else line[name] for line in lines]
-  ramps = "target_cr" in lines[-1]
-  top = ["loss", "cr", "gates"] if ramps else ["loss"]
-  layout = [top, ["heads", "heads", "layers"]] if heads else [top]
-  figure, axes = plt.subplot_mosaic(layout, figsize=(15 if ramps else 7, 4.2 * len(layout)), layout="constrained")
-  name, label = ("kl", "KL, nats per token") if "kl" in lines[-1] else ("nll", "next token, nats")
-  axes["loss"].plot(steps, column(name), lw=0.6, color=DMS)
-  axes["loss"].set(title="distillation loss" if name == "kl" else "language-model loss", ylabel=label)
-  if max(column(name), default=0) > 0:
-    axes["loss"].set_yscale("log")
-  if ramps:
-    axes["cr"].plot(steps, column("target_cr"), "k--", label="target (share of decisions)")
-    axes["cr"].plot(steps, column("achieved_cr"), lw=0.6, color=DMS, label="achieved at the row length")
-    axes["cr"].set(title="compression", ylabel="CR")
-    axes["gates"].plot(steps, column("gate_rate"), lw=0.6, color=DMS, label="decisions that evict")
-    axes["gates"].plot(steps, column("compression_loss"), lw=0.6, color=DENSE, label="compression loss")
-    axes["gates"].set(title="gates", ylim=(0, 1))
-  for axis in (axes[part] for part in top):
-    axis.set_xlabel("step")
+  panels = {
+    title: {label: (values, color) for name, (label, color) in columns.items()
+            if any(map(math.isfinite, values := column(name)))}
+    for title, columns in TRAINING.items()
+  }  # fmt: skip
+  panels = {title: drawn for title, drawn in panels.items() if drawn}
+  if not panels:
+    return None
+  rows = 2 if heads else 1
+  figure = plt.figure(figsize=(5 * max(len(panels), 2 * (rows > 1)), 4.2 * rows), layout="constrained")
+  parts = figure.subfigures(rows, 1, squeeze=False)[:, 0]
+  for axis, (title, drawn) in zip(parts[0].subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    for label, (values, color) in drawn.items():
+      axis.plot(steps, values, color, lw=0.6, ls="--" if color == "k" else "-", label=label)
+    known = [value for values, _ in drawn.values() for value in values if math.isfinite(value)]
+    if title == "loss" and min(known) > 0:
+      axis.set_yscale("log")
+    if title == "gates" and 0 <= min(known) and max(known) <= 1:
+      axis.set_ylim(0, 1)
+    axis.set(title=title, xlabel="step")
     axis.grid(alpha=0.3)
-    if axis.get_legend_handles_labels()[0]:
-      axis.legend()
+    axis.legend()
   if heads:
     shade = dict(vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto", interpolation="nearest", origin="lower")
+    by_head, by_layer = parts[1].subplots(1, 2, width_ratios=(2, 1))
     last = list(zip(*heads[-1]["gate_rates"], strict=True))  # [K][L]
-    image = axes["heads"].imshow(last, **shade)
-    axes["heads"].set(
+    image = by_head.imshow(last, **shade)
+    by_head.set(
       title=f"decisions that evict, step {heads[-1]['step']}", xlabel="layer", ylabel="KV head", yticks=range(len(last))
     )
     means = [[sum(layer) / len(layer) for layer in line["gate_rates"]] for line in heads]  # [checkpoints][L]
-    axes["layers"].imshow(list(zip(*means, strict=True)), **shade)
+    by_layer.imshow(list(zip(*means, strict=True)), **shade)
     shown = range(0, len(heads), max(1, len(heads) // 6))
-    axes["layers"].set_xticks(shown, [str(heads[i]["step"] + 1) for i in shown])
-    axes["layers"].set(title="the same over training, mean over heads", xlabel="steps", ylabel="layer")
-    for axis in (axes["heads"].xaxis, axes["layers"].yaxis):
+    by_layer.set_xticks(shown, [str(heads[i]["step"] + 1) for i in shown])
+    by_layer.set(title="the same over training, mean over heads", xlabel="steps", ylabel="layer")
+    for axis in (by_head.xaxis, by_layer.yaxis):
       axis.get_major_locator().set_params(integer=True)
-    figure.colorbar(image, ax=[axes["heads"], axes["layers"]], label="share of tokens")
+    parts[1].colorbar(image, ax=[by_head, by_layer], label="share of tokens")
   return figure
 
 
@@ -190,7 +200,7 @@ def ablation(plt, rows: list[dict], x: str, title: str) -> Any:
     both.annotate(
       text, here, xytext=(5 * inwards, 5), textcoords="offset points", ha="left" if inwards > 0 else "right", fontsize=8
     )
-  divergence = "KL(original || retrofit), nats per token"
+  divergence = "KL from the original, nats a token"
   for axis, label in ((kl, divergence), (change, "perplexity change, %"), (cr, "achieved CR")):
     axis.set_ylabel(label)
     if x == "tokens":
@@ -202,7 +212,7 @@ def ablation(plt, rows: list[dict], x: str, title: str) -> Any:
   for axis, name in ((kl, "divergence"), (change, "perplexity"), (cr, "achieved compression"), (both, "trade-off")):
     axis.set_title(name)
     axis.grid(alpha=0.3)
-  both.set(xlabel="achieved CR", ylabel="KL, nats per token")
+  both.set(xlabel="achieved CR", ylabel=divergence)
   both.margins(0.12)
   figure.suptitle(title)
   if len(lines) > 1:

@@ -3,53 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from experiments.methods import pareto, records
-from experiments.methods import trace as traces
+from experiments.methods import pareto
 from experiments.methods.records import Record
-from experiments.methods.summary import Entry, summarise
+from experiments.methods.summary import COSTS, Entry, mean_cost, summarise
 from experiments.methods.trace import Trace
 from experiments.reports import styles
+from experiments.reports.runs import Run, content, is_text, told_apart
 from experiments.reports.tables import short_names
 from experiments.tasks import TASKS
 
-CONFIG, RECORDS, SUMMARY = "config.json", "records.jsonl", "summary.json"
 BASELINES = ("vanilla", "original")  # names of the dense method, in order of preference
 MAIN = ("accuracy", "score", "acc_norm", "acc")  # a task's main metric is the first of these that it has
-# Costs of a prompt: fields of a record, summed over the prompt's chains. No record has `seconds` yet.
-AXES = {"reads": "KV reads a problem", "peak": "peak tokens a problem", "seconds": "seconds a problem"}
+# Costs of a prompt, summed over its chains. Questions, which write nothing, have "held" alone.
+AXES = dict(zip(COSTS, ("KV reads a problem", "peak tokens a problem", "seconds a problem"), strict=True))
 AXIS_NAMES = {**AXES, "held": "tokens held at the end"}
 LOWER_COST = {"reads": "KV reads", "peak": "peak tokens", "seconds": "time", "held": "tokens held"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-  """The content of one folder that `experiments.evaluate` wrote.
-
-  Fields:
-    config: flags of the run; empty if unknown.
-    environment: versions and device; empty if unknown.
-    entries: results that have no records, such as a text's perplexity.
-  """
-
-  folder: Path
-  config: dict[str, Any]
-  environment: dict[str, Any]
-  records: list[Record]
-  entries: list[Entry]
-  traces: list[Trace]
-
-  @property
-  def model(self) -> str:
-    """The name of the model's checkpoint; "model" if unknown."""
-    return Path(str(self.config.get("checkpoint") or "model")).name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +35,8 @@ class Setting:
   max_tokens: int
 
   @classmethod
-  def of(cls, about: Record | Trace) -> Setting:
-    """The setting of a record or trace."""
+  def of(cls, about: Record | Trace | Entry) -> Setting:
+    """The setting of a record, a trace or an entry."""
     return cls(about.method, tuple(sorted(about.budget.items())), about.chains, about.max_tokens)
 
   @property
@@ -76,23 +49,14 @@ class Setting:
     """The bound on its cache, for readers."""
     return styles.limit(dict(self.budget))
 
-  @property
-  def detail(self) -> str:
-    """All but the method, without what is self-evident."""
-    return self._detail(self.chains > 1)
-
-  @property
-  def full_detail(self) -> str:
-    """`detail` with W even if it is 1, for sweeps over W."""
-    return self._detail(True)
-
-  def _detail(self, chains: bool) -> str:
-    parts = [self.limit, f"W {self.chains}" if chains else ""]
+  def detail(self, swept: bool = False) -> str:
+    """All but the method, without what is self-evident; in a sweep over W that is said even if it is 1."""
+    parts = [self.limit, f"W {self.chains}" if swept or self.chains > 1 else ""]
     parts += [f"L {self.max_tokens:,}" if self.max_tokens else ""]
     return ", ".join(part.replace(" ", "\u00a0") for part in parts if part)
 
   def __str__(self) -> str:
-    return ", ".join(filter(None, [self.method, self.detail]))
+    return ", ".join(filter(None, [self.method, self.detail()]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +81,7 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-  """All settings on one task, at one length, with one model.
+  """All settings on one task, or on one text under its name, at one length, with one model.
 
   `metric` is the task's main metric; over several chains points show their vote, or the best of them.
   """
@@ -133,13 +97,17 @@ class Panel:
     return self.task if self.length is None else f"{self.task}, T {self.length:,}"
 
   def axes(self) -> list[str]:
-    """The cost axes that every point has."""
-    return [axis for axis in (*AXES, "held") if all(axis in point.costs for point in self.points)]
+    """The cost axes on which a point can be drawn."""
+    return [axis for axis in AXIS_NAMES if any(axis in p.costs and math.isfinite(p.main.mean) for p in self.points)]
+
+  def drawn(self, axis: str, method: str) -> list[Point]:
+    """A method's points on one axis: those of known cost whose score is a finite number."""
+    own = [point for point in self.points if point.setting.method == method and axis in point.costs]
+    return [point for point in own if math.isfinite(point.main.mean)]
 
   def pairs(self, axis: str, method: str) -> list[tuple[float, float]]:
     """(cost, value) of a method's points on one axis."""
-    own = [point for point in self.points if point.setting.method == method]
-    return [(point.costs[axis], point.main.mean) for point in own]
+    return [(point.costs[axis], point.main.mean) for point in self.drawn(axis, method)]
 
   def margin(self, axis: str, method: str, baseline: str, log: bool = False) -> float | None:
     """The mean of the method's frontier minus the baseline's over the costs that both cover; None without any."""
@@ -148,104 +116,21 @@ class Panel:
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-  """What a report shows; `texts` are (model, entries of texts), `traces` (model, trace)."""
+  """What a report shows.
+
+  Fields:
+    panels, texts: of tasks, and of texts.
+    traces: (model, trace) each.
+    warnings: sentences about scores that are no numbers.
+  """
 
   runs: list[Run]
   panels: list[Panel]
-  texts: list[tuple[str, list[Entry]]]
+  texts: list[Panel]
   traces: list[tuple[str, Trace]]
   methods: list[str]
   baseline: str
-
-
-# Reading --------------------------------------------------------------------------------------------------------------
-
-
-def _object(path: Path, what: str) -> dict[str, Any]:
-  """The JSON object in a file; empty if the file is missing."""
-  if not path.exists():
-    return {}
-  try:
-    found = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
-    raise ValueError(f"--runs={path}: not valid JSON ({error}); {what}") from None
-  if not isinstance(found, dict):
-    raise ValueError(f"--runs={path}: expected a JSON object, found {type(found).__name__}; {what}")
-  return found
-
-
-def load(folder: Path) -> Run:
-  """Reads a folder of `experiments.evaluate`. Nothing in it changes.
-
-  Raises:
-    ValueError: the folder is missing, holds no results, or a file in it is malformed; one line that names the file.
-  """
-  if not folder.is_dir():
-    raise ValueError(f"--runs={folder}: no such folder; it should be one that experiments.evaluate wrote")
-  path = folder / RECORDS
-  if path.exists() and path.read_bytes()[-1:] not in (b"\n", b""):
-    raise ValueError(
-      f"--runs={path}: its last line is unfinished; let the run end, or start the same command again to resume it"
-    )
-  config, summary = _object(folder / CONFIG, "it should hold the run's flags"), {}
-  summary = _object(folder / SUMMARY, "it should hold the run's summary")
-  found = records.read(path, "runs")
-  for record in found:
-    if wrong := [metric for metric, value in record.grades.items() if math.isnan(value)]:
-      raise ValueError(
-        f"--runs={path}: {record.method} on {record.task}, prompt {record.prompt}: {wrong[0]} is not a number; the "
-        "model computed NaN there, so its results mean nothing: run it apart, with --dtype=float32"
-      )
-  tasks, rows, fields = {record.task for record in found}, summary.get("summary", []), set(Entry.__dataclass_fields__)
-  try:
-    entries = [Entry(**{key: value for key, value in row.items() if key in fields}) for row in rows]
-  except (TypeError, AttributeError) as error:
-    raise ValueError(f"--runs={folder / SUMMARY}: 'summary' holds a row that is no entry ({error})") from None
-  entries = [entry for entry in entries if entry.task not in tasks]
-  if not found and not entries:
-    raise ValueError(f"--runs={folder}: no results there: {RECORDS} is missing or empty")
-  about = next((given for given in (config, summary) if "config" in given), {"config": config})
-  if wrong := [name for name in ("config", "environment") if not isinstance(about.get(name) or {}, dict)]:
-    raise ValueError(f"--runs={folder / CONFIG}: {wrong[0]!r} must be a JSON object")
-  return Run(
-    folder, about["config"] or {}, about.get("environment") or {}, found, entries,
-    traces.read("runs", folder / traces.FILE),
-  )  # fmt: skip
-
-
-def _widths(run: Run) -> list[int]:
-  """The numbers W of chains that a run was asked for."""
-  given = run.config.get("chains") or []
-  return [int(width) for width in (given if isinstance(given, list) else [given])]
-
-
-def _told_apart(runs: Sequence[Run]) -> list[Run]:
-  """The runs with method names that mean one thing each, without records that an earlier run holds already.
-
-  A method that two runs ran with different checkpoints, on the same task and setting, gets its retrofit or its run's
-  folder added to its name.
-  """
-  seen: dict[tuple, str] = {}
-  clashing = set()
-  for run in runs:
-    for record in run.records:
-      if seen.setdefault((run.model, *record.key), record.settings) != record.settings:
-        clashing.add((run.model, record.method))
-  retrofits = [str(run.config.get("retrofit") or "") for run in runs]
-  distinct = len(set(retrofits)) == len(runs) and all(retrofits)
-  taken: set[tuple] = set()
-  found = []
-  for run in runs:
-    retrofit = run.config.get("retrofit")
-    of_retrofit = distinct and (isinstance(retrofit, str) or len(retrofit) == 1)
-    origin = Path(retrofit if isinstance(retrofit, str) else retrofit[0]).name if of_retrofit else run.folder.name
-    name = lambda method, run=run, origin=origin: f"{method} ({origin})" if (run.model, method) in clashing else method
-    renamed = [dataclasses.replace(record, method=name(record.method)) for record in run.records]
-    fresh = [record for record in renamed if (run.model, *record.key) not in taken]
-    taken |= {(run.model, *record.key) for record in fresh}
-    own = [dataclasses.replace(each, method=name(each.method)) for each in run.traces]
-    found.append(dataclasses.replace(run, records=fresh, traces=own))
-  return found
+  warnings: list[str] = dataclasses.field(default_factory=list)
 
 
 # Settings and their results -------------------------------------------------------------------------------------------
@@ -265,16 +150,11 @@ def _baseline(settings: Sequence[Setting], own: Setting, baseline: str) -> Setti
 def _costs(chains: Sequence[Record], width: int) -> dict[str, float]:
   """The cost of `width` chains of a prompt on each axis; an axis that a record lacks is left out.
 
-  Questions whose choices are only scored read nothing while decoding. They have "held", tokens held at the end.
+  Questions whose choices are only scored have "held", tokens held at the end; the time of scoring is not the method's.
   """
-  found = {}
-  for axis in AXES:
-    values = [getattr(record, axis, None) for record in chains]
-    if None not in values and np.mean(values) > 0:
-      found[axis] = float(width * np.mean(values))
-  if "peak" not in found:
-    found["held"] = float(np.mean([record.tokens / record.achieved_cr for record in chains]))
-  return found
+  if any(record.peak is None for record in chains):
+    return {"held": float(np.mean([record.tokens / record.achieved_cr for record in chains]))}
+  return {axis: width * mean for axis in COSTS if (mean := mean_cost(chains, axis))}
 
 
 def main_metric(metrics: Sequence[str], best_of_all: bool = False) -> str:
@@ -315,16 +195,57 @@ def _points(chains: Sequence[Record], baseline: str, widths: Sequence[int], best
   return sorted(points.values(), key=lambda point: (place(point), point.setting.chains, point.setting.max_tokens))
 
 
+def _points_of_entries(entries: Sequence[Entry], baseline: str) -> list[Point]:
+  """Points of entries that have no records; differences are those of means, with errors only as far as they are known.
+
+  Their summary may have had another baseline.
+  """
+  by_setting: dict[Setting, dict[str, Entry]] = {}
+  for entry in entries:
+    by_setting.setdefault(Setting.of(entry), {})[entry.metric] = entry
+  points = []
+  for setting, own in by_setting.items():
+    base = _baseline(list(by_setting), setting, baseline)
+    bases = {} if base in (None, setting) else by_setting[base]
+    for metric, entry in own.items():
+      other = bases.get(metric)
+      paired = other is not None and other.samples == entry.samples
+      difference = entry.mean - other.mean if paired else None
+      known = paired and entry.difference is not None and math.isclose(entry.difference, difference, rel_tol=1e-6)
+      error = entry.difference_se if known else None
+      own[metric] = dataclasses.replace(entry, difference=difference, difference_se=error)
+    points.append(Point(setting, own, main_metric(list(own)), {}))
+  return points
+
+
 def _check_prompts(model: str, task: str, chains: Sequence[Record]) -> None:
   """Raises ValueError if settings of equal W and L answered different prompts, whose pairing would mean nothing."""
   asked: dict[tuple, str] = {}
   for record in chains:
-    content = record.settings.rpartition("-")[0]
-    if asked.setdefault((record.chains, record.max_tokens), content) != content:
+    about = content(record)
+    if asked.setdefault((record.chains, record.max_tokens), about) != about:
       raise ValueError(
         f"--runs: the runs of {model} on {task} have different prompts, settings or data (--limit, --seed, "
         "--temperature, ...), so they cannot be compared; report them apart"
       )
+
+
+def _not_numbers(runs: Sequence[Run]) -> list[str]:
+  """A sentence for each metric of each method on a task that some record or entry has no finite number for."""
+  graded: dict[tuple, list[float]] = {}
+  name = lambda about: ", ".join(filter(None, [about.method, styles.limit(about.budget)]))
+  for run in runs:
+    for record in [*run.records, *run.texts]:
+      for metric, value in record.grades.items():
+        graded.setdefault((name(record), record.task, metric), []).append(value)
+    for entry in run.entries:
+      graded.setdefault((name(entry), entry.task, entry.metric), []).append(entry.mean)
+  wrong = {about: sum(not math.isfinite(value) for value in values) for about, values in graded.items()}
+  return [
+    f"{method} on {task}: {metric} is no finite number in {count:,} of {len(graded[method, task, metric]):,} records"
+    for (method, task, metric), count in wrong.items()
+    if count
+  ]
 
 
 def collect(runs: Sequence[Run], baseline: str = "") -> Results:
@@ -336,34 +257,61 @@ def collect(runs: Sequence[Run], baseline: str = "") -> Results:
   Raises:
     ValueError: no method has the baseline's name, or the runs cannot be compared.
   """
-  runs = _told_apart(runs)
-  names = dict.fromkeys(record.method for run in runs for record in run.records)
-  names |= dict.fromkeys(entry.method for run in runs for entry in run.entries)
+  runs = told_apart(runs)
+  names = list(dict.fromkeys(method for run in runs for method in run.methods))
   if baseline and baseline not in names:
     raise ValueError(f"--baseline={baseline}: no run has this method; there are {', '.join(names)}")
-  baseline = baseline or next((name for name in BASELINES if name in names), next(iter(names)))
-  short = short_names(list(names))
-  renamed = lambda found: [dataclasses.replace(each, method=short.get(each.method, each.method)) for each in found]
-  runs = [
-    dataclasses.replace(run, **{name: renamed(getattr(run, name)) for name in ("records", "entries", "traces")})
-    for run in runs
-  ]
-  groups: dict[tuple, list[Record]] = {}
-  texts: dict[str, list[Entry]] = {}
+  short = short_names(names)
+  base = short[baseline or next((name for name in BASELINES if name in names), names[0])]
+  runs = [run.renamed(lambda method: short.get(method, method)) for run in runs]
+  tasks: dict[tuple, list[Record]] = {}
+  texts: dict[tuple, list[Record]] = {}
+  unrecorded: dict[tuple, list[Entry]] = {}
+  called: dict[str, str] = {}  # a text's content -> its name
   for run in runs:
     for record in run.records:
-      groups.setdefault((run.model, record.task, record.length), []).append(record)
+      tasks.setdefault((run.model, record.task, record.length), []).append(record)
+    for record in run.texts:
+      name = run.text(record.task)
+      name = name if name not in called.values() else f"{name} ({run.folder.name})"
+      called.setdefault(content(record), name)
+      texts.setdefault((run.model, content(record), record.length), []).append(record)
     for entry in run.entries:
-      if entry not in texts.setdefault(run.model, []):
-        texts[run.model].append(entry)
-  widths = sorted({width for run in runs for width in _widths(run)})
+      where = is_text(entry.task), run.model, run.text(entry.task), entry.length
+      if entry not in unrecorded.setdefault(where, []):
+        unrecorded[where].append(entry)
+  widths = sorted({width for run in runs for width in run.listed("chains") if isinstance(width, int)})
   panels = []
-  for (model, task, length), chains in groups.items():
+  for (model, task, length), chains in tasks.items():
     _check_prompts(model, task, chains)
-    best_of_all = getattr(TASKS.get(task), "best_of_all", False)
-    points = _points(chains, short[baseline], widths, best_of_all)
+    points = _points(chains, base, widths, getattr(TASKS.get(task), "best_of_all", False))
     single = next((point for point in points if point.setting.chains == 1), points[0])
     panels.append(Panel(model, task, length, single.metric, points))
-  found = [(run.model, each) for run in runs for each in run.traces]
-  methods = sorted(short.values(), key=lambda name: name != short[baseline])
-  return Results(runs, panels, list(texts.items()), found, methods, short[baseline])
+  shown = []
+  for (model, about, length), chunks in texts.items():
+    points = _points(chunks, base, (), False)
+    shown.append(Panel(model, called[about], length, points[0].metric, points))
+  for (of_text, model, name, length), own in unrecorded.items():
+    points = _points_of_entries(own, base)
+    (shown if of_text else panels).append(Panel(model, name, length, points[0].metric, points))
+  return Results(
+    runs, panels, shown, [(run.model, each) for run in runs for each in run.traces],
+    sorted(dict.fromkeys(short.values()), key=lambda name: name != base), base, _not_numbers(runs),
+  )  # fmt: skip
+
+
+def time_remark(runs: Sequence[Run]) -> str:
+  """What keeps the times of runs from being compared; "" if nothing does."""
+  wrote = [run for run in runs if any(record.peak is not None for record in run.records)]
+  machine = lambda run: f"{run.environment.get('device', 'device unknown')}, width {run.config.get('width', 'unknown')}"
+  where = {run.folder.name: machine(run) for run in wrote}
+  found = []
+  if len(set(where.values())) > 1:
+    about = "; ".join(f"{name}: {machine}" for name, machine in where.items())
+    found.append(f"The runs wrote on different devices or with different --width, so their times differ too ({about}).")
+  timed = lambda run: all(record.seconds is not None for record in run.records if record.peak is not None)
+  if without := ", ".join(run.folder.name for run in wrote if not timed(run)):
+    found.append(
+      f"Some records of {without} have no times. Means are over those that do; settings without any are left out."
+    )
+  return " ".join(found)

@@ -8,6 +8,7 @@ without colour. Beyond the last colour, colours come again with other markers.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 # Each pair: on white, and on the page's dark background.
@@ -28,12 +29,19 @@ LONG = {
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-  """How a method is drawn: its number (`m0` is the baseline's class on the page), colours and marker."""
+  """How a method is drawn: its number (`m0` is the baseline's class on the page), colours and marker.
+
+  `again`: an earlier method has its colour; its lines are dashed.
+  """
 
   number: int
   light: str
   dark: str
   marker: str
+
+  @property
+  def again(self) -> bool:
+    return self.number > len(PALETTE)
 
 
 def styles(methods: Sequence[str], baseline: str) -> dict[str, Style]:
@@ -52,8 +60,10 @@ def unit(metric: str) -> str:
 
 
 def number(metric: str, value: float | None, sign: str = "") -> str:
-  """A value of a metric with the digits of its unit; "" for None."""
-  return "" if value is None else f"{value:{sign}.{DIGITS.get(metric, 1)}f}".replace("-", MINUS)
+  """A value of a metric with the digits of its unit; "" for None, and NaN and infinity as such."""
+  if value is None or math.isnan(value):
+    return "" if value is None else "NaN"
+  return f"{value:{sign}.{DIGITS.get(metric, 1)}f}".replace("-", MINUS).replace("inf", "∞")
 
 
 def named(metric: str) -> str:
@@ -72,6 +82,11 @@ def limit(budget: Mapping[str, float]) -> str:
   shown = {"cr": "CR {:g}", "budget": "{:,g} tokens", "threshold": "threshold {:g}"}
   named = {name: value for name, value in budget.items() if value or name != "threshold"}
   return ", ".join(shown.get(name, name + " {:g}").format(value) for name, value in named.items())
+
+
+def amount(value: float) -> str:
+  """A count in full, or a smaller number with three digits: "1,234", "0.0371"."""
+  return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def short(value: float | None) -> str:

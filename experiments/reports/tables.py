@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.methods.summary import Entry
+from experiments.methods.summary import COSTS, Entry
 from experiments.reports import styles
 from experiments.tasks.base import Task
 
-NUMBER = re.compile(r"([+-]?\.?\d.*)?|-")  # a cell of a column of numbers: one, with its unit; nothing; a dash
+NUMBER = re.compile(r"([+-]?(\.?\d|nan|inf).*)?|-")  # a cell of numbers: one, with its unit; nothing; a dash
 
 
 def markdown(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -66,7 +66,7 @@ def note(baseline: Entry, task: type[Task]) -> str:
 def scores(entries: Sequence[Entry], baseline: str, tasks: Mapping[str, type[Task]]) -> str:
   """Methods on tasks: each metric's score first, then its difference from the baseline.
 
-  Columns L (most new tokens), KV reads and peak tokens of a score's chains are shown if any entry has them.
+  Columns L (most new tokens), KV reads, peak tokens and seconds of a score's chains are shown if anything was written.
 
   Args:
     tasks: the task classes by name, which have the scores of random answers.
@@ -81,19 +81,25 @@ def scores(entries: Sequence[Entry], baseline: str, tasks: Mapping[str, type[Tas
       f"{entry.samples:,}", short[entry.method], with_error(entry.metric, entry.mean, entry.standard_error),
       "" if entry.difference is None else with_error(entry.metric, entry.difference, entry.difference_se, "+"),
       f"{entry.achieved_cr:.2f}", whole(entry.reads), whole(entry.peak),
+      "" if None in (entry.seconds, entry.peak) else styles.amount(entry.seconds),
       note(bases.get(where(entry), entry), tasks[entry.task]),
     ])  # fmt: skip
-  names = ["task", "T", "L", "metric", "n", "method", "score", f"- {baseline}", "CR", "reads", "peak", "note"]
-  shown = [i for i, name in enumerate(names) if name not in ("L", "reads", "peak") or any(row[i] for row in rows)]
+  names = ["task", "T", "L", "metric", "n", "method", "score", f"- {baseline}", "CR", *COSTS, "note"]
+  shown = [i for i, name in enumerate(names) if name not in ("L", *COSTS) or any(row[i] for row in rows)]
   return markdown([names[i] for i in shown], [[row[i] for i in shown] for row in rows])
 
 
 def texts(entries: Sequence[Entry]) -> str:
-  """Perplexity and divergence of methods on texts, by length: a row for each text, length and method."""
+  """Perplexity and divergence of methods on texts, by length: a row for each text, length and method.
+
+  The change of the perplexity is from the one method without a difference, the baseline.
+  """
   short, cells = short_names(list(dict.fromkeys(entry.method for entry in entries))), {}
   for entry in entries:
     cells.setdefault((entry.task, entry.length, entry.method), {})[entry.metric] = entry
   rows = []
+  bases = {short[method] for (_, _, method), metrics in cells.items() if metrics["perplexity"].difference is None}
+  change_from = f"change from {bases.pop()}" if len(bases) == 1 else "perplexity change"
   for (name, length, method), metrics in cells.items():
     perplexity, kl = metrics["perplexity"], metrics.get("kl")
     more = perplexity.difference
@@ -103,5 +109,5 @@ def texts(entries: Sequence[Entry]) -> str:
       "" if kl is None else with_error("kl", kl.mean, kl.standard_error), change, f"{perplexity.achieved_cr:.2f}",
       "" if perplexity.reads is None else f"{length * (length + 1) / 2 / perplexity.reads:.2f}",
     ])  # fmt: skip
-  names = ["text", "T", "method", "perplexity", "KL", "perplexity change", "CR at T", "CR of reads"]
+  names = ["text", "T", "method", "perplexity", "KL", change_from, "CR at T", "CR of reads"]
   return markdown(names, rows)

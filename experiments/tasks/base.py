@@ -53,6 +53,9 @@ class TasksConfig:
   (arXiv 2506.05345, table 2), which DeepSeek recommends for its R1 models too.
 
   `allow_code` permits tasks that run programs written by the model.
+
+  Attributes:
+    tasks: names, separated by commas.
   """
 
   tasks: tuple[str, ...] = ()
@@ -141,7 +144,7 @@ class WritingTask(Task):
     """The prompts of this task.
 
     Args:
-      length: T of a sized task.
+      length: T of a sized task, whose `prompts` takes one more argument: the most new tokens, to leave room for.
       max_positions: the model's context, which holds the prompt and the text written.
 
     Raises:

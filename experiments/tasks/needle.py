@@ -97,9 +97,13 @@ def words_of(flag: str, path: str) -> tuple[str, ...]:
 
 @register
 class Needle(RetrievalTask):
-  """`keys` hidden, `values` of each key, `queries` (keys asked for), kinds of keys and values, and the haystack.
+  """A needle in a haystack.
 
-  `essay`: a text file that is the haystack, in place of `haystack`; it is repeated where it is too short.
+  Attributes:
+    keys, values, queries: keys hidden, values of each, and keys asked for.
+    key_kind, value_kind: what keys and values are.
+    haystack: repeated sentences ("noise"), or facts of other keys ("needles").
+    essay: a text file that is the haystack, in place of `haystack`; it is repeated where it is too short.
   """
 
   keys: int = 1

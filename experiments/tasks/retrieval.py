@@ -43,8 +43,8 @@ class RetrievalTask(WritingTask):
     """
     raise NotImplementedError
 
-  def prompts(self, config, tokenizer, length, max_positions):
-    return prompts(self, config, tokenizer, length, max_positions)
+  def prompts(self, config, tokenizer, length, max_positions, new_tokens=None):
+    return prompts(self, config, tokenizer, length, max_positions, new_tokens)
 
   def grade(self, text, prompt):
     return {"score": 100 * share_found(text, prompt.references)}
@@ -64,22 +64,27 @@ def most_units(count: Callable[[int], int], limit: int, smallest: int, largest: 
 
 
 def prompts(
-  task: RetrievalTask, config: TasksConfig, tokenizer: Tokenizer, length: int, max_positions: int
-) -> list[Prompt]:
-  """The prompts of one length: as much noise as fits `length` and leaves the context room for the task's L.
+  task: RetrievalTask, config: TasksConfig, tokenizer: Tokenizer, length: int, max_positions: int,
+  new_tokens: int | None = None,
+) -> list[Prompt]:  # fmt: skip
+  """The prompts of one length: as much noise as fits `length` and leaves the context room for the answer.
 
   Prompt i hides the same facts at every length. The answer is not part of the length, unlike in RULER.
 
+  Args:
+    new_tokens: L, the most new tokens; None: the task's own.
+
   Raises:
-    ValueError: `length` is too short for the task, or exceeds the model's context.
+    ValueError: `length` is too short for the task, exceeds the model's context, or leaves no room for the answer.
   """
+  new_tokens = task.new_tokens if new_tokens is None else new_tokens
   if length > max_positions:
     raise ValueError(f"--lengths={length}: the model's context is {max_positions} tokens")
 
   def fit(build: Callable[[int], str], limit: int, smallest: int, largest: int | None = None) -> int:
     return max(smallest, most_units(lambda n: len(tokenizer.encode(build(n))), limit, smallest, largest))
 
-  limit = min(length, max_positions - task.new_tokens)
+  limit = min(length, max_positions - new_tokens)
   made = []
   for number in range(config.limit or SAMPLES):
     hidden = task.sample(random.Random(f"{config.seed} {task.name} {number}"), length, fit)
@@ -87,6 +92,11 @@ def prompts(
     text = build(fit(build, limit, hidden.smallest, hidden.largest))
     tokens = tokenizer.encode(text)
     if len(tokens) > limit:
+      if limit < length:
+        raise ValueError(
+          f"--max_tokens={new_tokens} leaves prompts of {task.name} {max(limit, 0)} of the context's {max_positions} "
+          f"tokens: its shortest has {len(tokens)}"
+        )
       raise ValueError(f"--lengths={length} is too short for {task.name}: its shortest prompt has {len(tokens)} tokens")
     made.append(Prompt(text, tokens, hidden.references))
   return made

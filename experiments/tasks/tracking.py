@@ -58,7 +58,7 @@ def haystack(rng: random.Random, count: int, hops: int, letters: int) -> Haystac
 
 @register
 class Tracking(RetrievalTask):
-  """Settings: chains of assignments hidden in the text, and hops, the assignments after the first of each chain."""
+  """Settings: `chains` of assignments hidden in the text, and `hops`, the assignments after the first of each chain."""
 
   chains: int = 1
   hops: int = 4

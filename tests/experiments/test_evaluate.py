@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -17,7 +18,7 @@ from dms_jax.evaluation.text import text_quality
 from dms_jax.tokenizer import byte_tokenizer
 from experiments import evaluate
 from experiments.common import files, program
-from experiments.methods import budgets, pareto, records, run, summary, trace
+from experiments.methods import budgets, pareto, records, run, stopwatch, summary, trace
 from experiments.methods import method as methods
 from experiments.methods.budgets import Budget, fitted
 from experiments.methods.estimate import Estimate, duration
@@ -56,13 +57,25 @@ def test_budgets_below_the_least_are_raised_and_those_that_are_shapes_rounded(mo
   assert group.numbers == {"budget": [100, 32, 32]}
   assert remark == "2 of 3 budgets raised to 32 tokens, the least that SnapKV takes"
   groups, remark = fitted(models[0], policies.StreamingLLM(), Budget(cr=4.0), [400, 404, 100, 9])
-  assert [(g.rows, g.policy.window, g.numbers) for g in groups] == [([0, 1], 91, {}), ([2], 27, {}), ([3], 0, {})]
+  assert [(g.rows, g.policy.window, g.numbers) for g in groups] == [
+    ([0, 1], 91, {"sinks": [4, 4]}), ([2], 27, {"sinks": [4]}), ([3], 0, {"sinks": [4]}),
+  ]  # fmt: skip
   assert remark == (
     "1 of 4 budgets raised to 5 tokens, the least that StreamingLLM takes; "
     "budgets rounded to multiples of 16 tokens, as they are shapes of StreamingLLM"
   )
   with pytest.raises(ValueError, match="--budget_rule=seen: StreamingLLM has no budget that grows with the text"):
     fitted(models[0], policies.StreamingLLM(), Budget(cr=4.0, rule="seen"), [9])
+  with pytest.raises(ValueError, match="--budgets=10: H2O: budget=10 tokens must be 51 or more at window=50"):
+    fitted(models[0], policies.H2O(window=50), Budget(tokens=10), [400])
+  with pytest.raises(ValueError, match="--budgets=128: VaSE: sinks=60 must be 32 or fewer: a budget of 128 tokens"):
+    fitted(models[0], policies.VaSE(sinks=60), Budget(tokens=128), [400])
+  (group,), remark = fitted(models[0], policies.H2O(), Budget(tokens=10**6), [400, 41])
+  assert group.policy.window == 199 and remark == ""  # not 499,999
+  (group,), remark = fitted(models[0], policies.SnapKV(), Budget(tokens=64), [9])
+  assert group.numbers == {"budget": [32]} and remark == ""  # a text that any budget holds whole
+  groups, remark = fitted(models[0], policies.RKV(), Budget(cr=4.0), [400, 800])
+  assert remark == "1 of 2 budgets below its buffer of 128 tokens, held too"
   with pytest.raises(ValueError, match="SnapKV: pool=4 must be an odd"):
     fitted(models[0], policies.SnapKV(pool=4), Budget(cr=4.0), [9])
   assert budgets.most_tokens(group.policy, group.numbers, 400) == 400  # the whole prompt, until it is cut
@@ -73,7 +86,9 @@ def test_budgets_below_the_least_are_raised_and_those_that_are_shapes_rounded(mo
 # Methods --------------------------------------------------------------------------------------------------------------
 
 
-def built(names, models, read=lambda name, cls: cls(), retrofits=("r",), **settings):
+def built(names, models, read=lambda name, cls: cls(), retrofits=None, **settings):
+  if retrofits is None:
+    retrofits = ("r",) if any(name.lower().startswith("dms") for name in names) else ()
   loaded = [(*pair, models[1], pair[1]) for pair in methods.split_retrofits(retrofits)]
   return methods.build(names, models[0], "base", loaded, read, **settings)
 
@@ -110,12 +125,26 @@ def test_trained_weights_for_methods_with_gates(models):
     (["tova"], {}, "--methods: tova needs a budget: give --cr=2,4,8, --budgets=512 .* or --tova.budget"),
     (["tova"], {"crs": (2.0,), "read": lambda name, cls: cls(budget=9)}, "--tova.budget=9 beside --cr or --budgets"),
     (["vanilla", "VANILLA"], {}, r"\['vanilla'\] would be the name of several methods"),
+    (["tova", "vanilla"], {"retrofits": ("a/x",), "crs": (2.0,)}, "--retrofit=a/x: no method of .*tova,vanilla uses"),
+    (["dms"], {"retrofits": ("a/x", "dms:b/y")}, "--retrofit=a/x: no method of --methods=dms uses it; leave"),
+    (["dms"], {"retrofits": ("a/x", "kvzap:b/y")}, "--retrofit=kvzap:b/y: no method .* uses it; .* or add kvzap"),
+    (["dms_budget"], {}, "dms_budget needs a budget: give --cr=2,4,8, --budgets=512 .* or --dms.budget"),
+    (["dms_budget"], {"crs": (2.0,), "read": lambda name, cls: cls(budget=9)}, "--dms.budget=9 beside --cr or"),
+    (["vanilla", "tova"], {"crs": (2.0,), "thresholds": (1.0,)}, "--thresholds=1.0: no method of .*tova has any use"),
+    (["vanilla", "dms"], {"crs": (2.0, 4.0)}, "--cr=2.0,4.0: no method of --methods=vanilla,dms has any use for it"),
+    (["vanilla"], {"tokens": (64,)}, "--budgets=64: no method of --methods=vanilla has any use for it"),
     (["dms"], {"retrofits": ("a/x", "b/x")}, r"\['dms x'\] would be the name of several methods"),
   ],
 )
 def test_methods_that_cannot_be(models, names, settings, message):
   with pytest.raises(ValueError, match=message):
     built(names, models, **settings)
+
+
+def test_flags_that_change_nothing_are_named():
+  given = {"cr": (2.0,), "dms.threshold": 1.0, "h2o.window": 3, "gsm8k.shots": 0, "needle.keys": 2}
+  assert methods.idle_flags(given, ("TOVA", "dms_budget"), ("needle",)) == ["--h2o.window=3", "--gsm8k.shots=0"]
+  assert methods.idle_flags(given, (), ("needle", "gsm8k")) == ["--h2o.window=3"]
 
 
 # Questions and texts --------------------------------------------------------------------------------------------------
@@ -134,8 +163,12 @@ def test_questions_have_budgets_of_their_own(models, tmp_path, monkeypatch):
     ((alone,),) = likelihood.score([(models[0], policies.TOVA(budget=budget))], [passage], batch=2)
     assert record.grades["answer_loglik"] == pytest.approx(alone.logprobs.mean(), abs=2e-5)  # float32, other shapes
     assert record.achieved_cr == pytest.approx(len(passage.tokens) / budget)
-  again = run.run(job, [method], byte_tokenizer(), batch=2, done=made[:2])
-  assert [record for part in again for record in part] == made[2:]  # to the bit
+  hard = run.Method("dms_budget", models[1], policies.DMS(threshold=math.inf), given=Budget(cr=3.0))
+  for part in run.run(job, [hard], byte_tokenizer(), batch=2):
+    assert all(record.achieved_cr == pytest.approx(record.tokens / math.ceil(record.tokens / 3)) for record in part)
+  again = [record for part in run.run(job, [method], byte_tokenizer(), batch=2, done=made[:2]) for record in part]
+  assert again == made[2:]  # to the bit
+  assert again[0].seconds > 0  # what it runs was compiled before
 
 
 def test_chunks_of_a_text(models):
@@ -168,6 +201,8 @@ def test_chunks_of_a_text(models):
     if name != "vanilla":
       before = quality["perplexity_original"]
       assert perplexity.difference == pytest.approx(quality["perplexity"] - before, rel=1e-4)
+  hard = run.Method("dms_budget", models[1], policies.DMS(threshold=math.inf), given=Budget(cr=4.0))
+  assert [record.achieved_cr for record in score(hard, [0, 1])] == [4.0, 4.0]
   assert text.missing(bounded, found["tova"][:3] + found["dms"]) == [3]
   assert score(bounded, [3]) == found["tova"][3:]
   places = [("text a", 0, "a"), ("text b", 0, "b"), ("text b", 1, "b"), ("text b", 2, "b")]
@@ -225,6 +260,27 @@ def test_a_shorter_chain_is_the_start_of_a_longer_one(models):
   assert ran(echo(4, 9), method, done=both[:5]) == both[5:]
 
 
+def test_a_chain_has_the_seconds_of_its_steps(models, monkeypatch):
+  """Each step takes a second: one for the prompt and 33 tokens, then one for 32 tokens each. Prompts wait in line."""
+
+  class Clock:
+    seconds = 0.0
+
+    @contextlib.contextmanager
+    def running(self):
+      yield
+      self.seconds += 1.0
+
+  monkeypatch.setattr(stopwatch, "Stopwatch", Clock)
+  job = echo(9, 40, 80, chains=(1,), limit=4)
+  made = ran(job, run.Method("vanilla", models[0]))
+  ended = [each for each in made if each.tokens - len(job.asked[each.prompt].tokens) < each.max_tokens - 1]
+  expected = {9: 1.0, 40: 1.0 + 7 / 32, 80: 3.0}
+  assert {record.seconds for record in made if record not in ended} == set(expected.values())
+  assert all(record.seconds == expected[record.max_tokens] for record in made if record not in ended)
+  assert all(1 <= record.seconds <= 3 for record in ended)
+
+
 def test_budgets_that_depend_on_the_length_are_written_apart(models):
   method = run.Method("tova", models[0], policies.TOVA(), given=Budget(cr=2.0))
   job = echo(4, 9)
@@ -265,7 +321,7 @@ def test_a_killed_run_gives_the_same_records(checkpoints, tmp_path, monkeypatch,
   finished = []
   monkeypatch.setitem(TASKS, "echo", Echo)
   monkeypatch.setattr(program, "read_flags", lambda prefix, cls: settings[cls] if cls in settings else cls())
-  monkeypatch.setattr(program, "flag_values", lambda: {"checkpoint": base})
+  monkeypatch.setattr(program, "flag_values", lambda **_: {"checkpoint": base})
   monkeypatch.setattr(program, "finish", finished.append)
   evaluate.main()
   assert (
@@ -296,6 +352,10 @@ def test_a_killed_run_gives_the_same_records(checkpoints, tmp_path, monkeypatch,
   assert [(each.method, each.prompt) for each in traced[0]] == [(name, 0) for name in ("vanilla", "dms", "tova")]
   assert traced[0] == traced[1] and min(traced[0][0].held) == 1 > min(traced[0][2].held)
   whole, resumed = (json.loads((tmp_path / folder / "summary.json").read_text()) for folder in ("whole", "killed"))
+  for found in (whole, resumed):  # times are not the same again
+    times = {(entry["task"], entry["metric"]): entry.pop("seconds") for entry in found["summary"]}
+    assert times["echo", "pass@2"] > 0 and times["text", "kl"] is None
+    found["margins"] = [margin for margin in found["margins"] if margin["cost"] != "seconds"]
   assert whole["summary"] == resumed["summary"] and whole["margins"] == resumed["margins"]
   entries = {(e["method"], e["task"], e["metric"], e["max_tokens"]): e for e in whole["summary"]}
   assert {key[2] for key in entries if key[1] == "echo"} == {"accuracy", "pass@2", "majority@2"}

@@ -210,6 +210,8 @@ def test_flags_are_checked(flags, message):
     generate.Config(checkpoint="x", **flags)
   with pytest.raises(ValueError, match="no such file"):
     generate.Config(checkpoint="x", file="/nowhere/at/all").prompts()
+  with pytest.raises(ValueError, match="--prompts_file=/dev/null: holds no prompt"):
+    generate.Config(checkpoint="x", prompts_file="/dev/null").prompts()
 
 
 class Marked:

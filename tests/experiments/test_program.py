@@ -5,16 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import runpy
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pytest
 
+from dms_jax import checkpoint
+from dms_jax import testing as tiny
 from experiments.common import program
+from experiments.common.files import check_retrofit
+from tests.helpers import save_checkpoints
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = sorted(p.stem for p in (ROOT / "experiments").glob("*.py") if "\nif __name__ == " in p.read_text())
@@ -51,6 +57,56 @@ TOY = """
     program.define_flags("dms", DMSConfig, window=64)
     program.run(main)
 """
+
+
+@dataclasses.dataclass(frozen=True)
+class _Base:
+  """A base. The `size` of it; `place` counts from 0. Nothing about the third.
+
+  Attributes:
+    rate, share: in tokens
+      a second.
+    kept: by the base.
+  """
+
+  size: int = 0
+  place: int = 0
+  rate: int = 0
+  share: int = 0
+  kept: int = 0
+  seed: int = 0
+  unsaid: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Derived(_Base):
+  """`size`: its own. Another `kept` in a sentence loses to the line."""
+
+
+def test_help_is_what_docstrings_say():
+  expected = {
+    "size": "its own.", "place": "place counts from 0.", "rate": "in tokens a second.", "share": "in tokens a second.",
+    "kept": "by the base.", "seed": "of all random choices.", "unsaid": "",
+  }  # fmt: skip
+  assert {name: program.help_text(_Derived, name) for name in expected} == expected
+  assert program.help_text(_Base, "size") == "The size of it."
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_flag_says_what_it_does(name, monkeypatch):
+  """A line or a sentence of a docstring, no name of a field alone."""
+  texts = {}
+  monkeypatch.setattr(sys, "argv", [name])
+  monkeypatch.setattr(program, "run", lambda main: None)
+  monkeypatch.setattr(program.flags, "DEFINE_boolean", lambda flag, default, text: texts.update({flag: text}))
+  define = lambda parser, flag, default, text, serializer: texts.update({flag: text})
+  monkeypatch.setattr(program.flags, "DEFINE", define)
+  monkeypatch.setattr(program.flags, "mark_flag_as_required", lambda flag: None)
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore", RuntimeWarning)  # the program is imported already
+    runpy.run_module(f"experiments.{name}", run_name="__main__", alter_sys=True)
+  assert texts
+  assert not [flag for flag, text in texts.items() if len(text.removesuffix(" (required)").split()) < 2]
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +174,7 @@ def test_help_lists_the_program_s_flags(toy):
   text = toy("--help").stdout
   for flag in ("--output", "--dms.window", "--lora.rank", "--profile", "--[no]debug"):
     assert flag in text
+  assert "--lora.rank: rank 0 means no updates. (default" in " ".join(text.split())
   assert "adapter | neuron" in text and "whole number or none" in text
 
 
@@ -189,3 +246,24 @@ def test_every_program_has_help_and_refuses_unknown_flags(name):
   assert "--profile" in shown.stdout and f"experiments.{name}" in shown.stdout, shown.stderr
   refused = subprocess.run([*command, "--no_such_flag=1"], env=env, capture_output=True, text=True, timeout=120)
   assert refused.returncode == 1 and "no_such_flag" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_a_folder_that_is_no_retrofit_is_refused_by_its_flag(tmp_path):
+  base, retrofit = save_checkpoints(tmp_path)
+  gated = tmp_path / "whole"
+  checkpoint.save(gated, tiny.model(gates=tiny.dms()))
+  (tmp_path / "run" / "final").mkdir(parents=True)
+  for name in ("config.json", "params"):
+    (tmp_path / "run" / "final" / name).symlink_to(retrofit / name)
+  check_retrofit("retrofit", None)
+  check_retrofit("retrofit", retrofit)
+  check_retrofit("retrofit", gated, whole=True)
+  for folder, whole, message in (
+    (tmp_path / "nowhere", True, r"nowhere: not a retrofit, .* \(.*nowhere: no such checkpoint directory\)$"),
+    (tmp_path / "run", False, r"run: not a retrofit, .*no such file.*; the retrofit of this run is .*run/final$"),
+    (base, True, "base: a model without gates, not a retrofit; give it as --checkpoint, or leave --retrofit out"),
+    (gated, False, "whole: a whole model, not a retrofit"),
+  ):
+    with pytest.raises(ValueError, match=f"--retrofit=.*{message}") as error:
+      check_retrofit("retrofit", folder, whole)
+    assert "\n" not in str(error.value)

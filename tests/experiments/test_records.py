@@ -12,8 +12,8 @@ import pytest
 
 from experiments.methods import records
 from experiments.methods.records import Record
-from experiments.methods.summary import Entry, summarise
-from experiments.reports import tables
+from experiments.methods.summary import Entry, curves, summarise
+from experiments.reports import figures_tasks, tables
 from experiments.tasks import TASKS
 
 ROOT = Path(__file__).parents[2]
@@ -38,6 +38,17 @@ def test_a_file_of_records_grows_and_is_read_back(tmp_path):
   assert records.read(path) == [first, second] and len(path.read_text().splitlines()) == 2
 
 
+def test_times_are_optional_and_no_part_of_the_outcome(tmp_path):
+  """Files of earlier versions have no times; a chain written again has another."""
+  path = tmp_path / "r.jsonl"
+  old = {name: value for name, value in vars(record()).items() if name != "seconds"}
+  path.write_text(json.dumps(old) + "\n" + json.dumps(vars(record(prompt=1, seconds=1.5))) + "\n")
+  found = records.read(path)
+  assert [each.seconds for each in found] == [None, 1.5] and found == [record(), record(prompt=1, seconds=9.0)]
+  entries = [summarise(part, "original")[0] for part in (found[1:], found)]  # a mean over those that are known
+  assert [entry.seconds for entry in entries] == [1.5, 1.5]
+
+
 def test_a_full_disk_is_named():
   if Path("/dev/full").exists():
     with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
@@ -60,6 +71,9 @@ def test_a_line_that_was_cut_short_is_removed(tmp_path):
   [
     ("[]", "line 2: a record needs 'method'"),
     (json.dumps({"method": "x"}), "line 2: a record needs 'task'"),
+    (json.dumps({k: v for k, v in vars(record(prompt=1)).items() if k != "length"}), "line 2: a record needs 'length'"),
+    (json.dumps({k: v for k, v in vars(record(prompt=1)).items() if k != "seed"}), "line 2: a record needs 'seed'"),
+    (json.dumps(vars(record(prompt=1, seconds=math.inf))), "line 2: 'seconds' of 'costs' must be a number"),
     (json.dumps({**vars(record(prompt=1)), "more": 1}), "line 2: a record has no field 'more'"),
     (json.dumps(vars(record())), "line 2: original on needle, prompt 0, is there already"),
     ("{", "line 2: not valid JSON"),
@@ -126,6 +140,26 @@ def test_means_over_chains_and_over_what_both_answered():
   assert entry.achieved_cr == pytest.approx(3.0) and entry.reads is None and entry.peak == 20.0
 
 
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_a_grade_that_is_no_number_spoils_its_own_method_alone(wrong):
+  found = [record(method, i, 100.0 * i) for method in ("original", "fine") for i in range(3)]
+  found += [record("broken", i, wrong if i == 1 else 100.0) for i in range(3)]
+  original, fine, broken = summarise(found, "original")
+  assert (original.mean, fine.mean, fine.difference) == (100.0, 100.0, 0.0)
+  assert not any(map(math.isfinite, (broken.mean, broken.difference, broken.standard_error, broken.difference_se)))
+  shown = tables.scores([original, fine, broken], "original", TASKS).splitlines()
+  assert f" {wrong} +- nan |" in shown[4] and len(set(map(len, shown))) == 1
+  text = [
+    record(method, i, task="text", grades={"nll": wrong if method == "broken" and not i else 2.0, "kl": 0.0})
+    for method in ("original", "broken") for i in range(2)
+  ]  # fmt: skip
+  entries = {(e.method, e.metric): e for e in summarise(text, "original")}
+  assert entries["original", "perplexity"].mean == pytest.approx(math.e**2)
+  assert entries["broken", "perplexity"].mean in (0, math.inf) or math.isnan(entries["broken", "perplexity"].mean)
+  scored = [dataclasses.replace(e, reads=1.0) for e in (original, fine, broken)]
+  assert set(curves(scored, "reads")) == {"original", "fine"}
+
+
 # Tables and figures ---------------------------------------------------------------------------------------------------
 
 
@@ -151,12 +185,26 @@ def test_names_are_short_while_they_differ():
 def test_texts_are_tabled_by_length():
   entries = [
     Entry("original", "text", 1024, "perplexity", 9, 20.0),
-    Entry("a/r", "text", 1024, "perplexity", 9, 21.0, difference=1.0, achieved_cr=3.5),
-    Entry("a/r", "text", 1024, "kl", 9, 0.0312, achieved_cr=3.5),
+    Entry("a/r", "text", 1024, "perplexity", 9, 21.0, difference=1.0, achieved_cr=3.5, reads=1024 * 1025 / 4),
+    Entry("a/r", "text", 1024, "kl", 9, 0.0312, 0.0021, achieved_cr=3.5),
   ]
   lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables.texts(entries).splitlines()]
-  assert lines[2] == ["1,024", "original", "20.000", "", "", "1.00"]
-  assert lines[3] == ["1,024", "r", "21.000", "0.0312", "+5.00%", "3.50"]
+  assert lines[2] == ["text", "1,024", "original", "20.000", "", "", "1.00", ""]
+  assert lines[3] == ["text", "1,024", "r", "21.000", "0.0312 +- 0.0021", "+5.00%", "3.50", "2.00"]
+
+
+def test_a_baseline_has_its_name_wherever_it_stands(tmp_path, monkeypatch):
+  """No method but the dense one is called dense, and no change is without its baseline."""
+  plt = pytest.importorskip("matplotlib.pyplot")
+  drawn = []
+  monkeypatch.setattr(plt, "close", drawn.append)
+  entries = [Entry(method, "mmlu", None, "acc", 9, 30.0) for method in ("dms", "a/tova")]
+  assert figures_tasks.tasks(tmp_path / "tasks.png", entries, "a/tova", "")
+  assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["tova", "dms"]
+  monkeypatch.undo()
+  plt.close(drawn[0])
+  text = [Entry("tova", "text", 64, "perplexity", 9, 20.0), Entry("dms", "text", 64, "perplexity", 9, 21.0, 0.1, 1.0)]
+  assert "| change from tova |" in tables.texts(text) and "| perplexity change |" in tables.texts(text[1:])
 
 
 def test_one_module_imports_matplotlib():

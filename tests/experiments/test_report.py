@@ -1,25 +1,22 @@
-"""The report: margins, styles, charts, results of several runs, refusals, the page, the program."""
+"""The report: margins, styles, charts, results of several runs, times, refusals."""
 
 from __future__ import annotations
 
 import dataclasses
-import html.parser
-import itertools
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from experiments.methods import pareto, records, trace
-from experiments.methods.records import Record
-from experiments.reports import charts, page, results, styles
+from experiments.common import program
+from experiments.methods import pareto, records
+from experiments.methods.summary import summarise
+from experiments.reports import charts, page, results, runs, styles
 from experiments.tasks import TASKS
+from tests.report_runs import Outline, chunks, made_up, record, timed, write
 
 ROOT = Path(__file__).parents[2]
 
@@ -129,7 +126,8 @@ def test_labels_do_not_overlap():
 
 def test_a_chart_places_points_by_the_log_of_their_cost():
   marks = [charts.Mark(cost, value, 1.0, "") for cost, value in ((10, 0.0), (100, 50.0), (1000, 100.0))]
-  series = charts.Series("dms", 1, "square", marks, [(mark.cost, mark.value) for mark in marks])
+  look = styles.styles(["dms"], "vanilla")["dms"]
+  series = charts.Series("dms", look, marks, [(mark.cost, mark.value) for mark in marks])
   drawn = charts.tradeoff([series], x="reads", y="accuracy, %", show=styles.short, chance=25.0, percent=True)
   x, y = ([point[axis] for point in drawn["series"][0]["points"]] for axis in ("x", "y"))
   assert x[1] == pytest.approx((x[0] + x[2]) / 2) and drawn["left"] <= x[0] < x[2] <= drawn["right"]
@@ -147,49 +145,8 @@ def test_a_chart_places_points_by_the_log_of_their_cost():
 # Results of runs ------------------------------------------------------------------------------------------------------
 
 
-def record(method: str, prompt: int, score: float, cr: float | None = None, **changes) -> Record:
-  base = Record(
-    method, "needle", 512, {} if cr is None else {"cr": cr}, 1, 64, 42, prompt, 0, "p-c", 600, 6000 / (cr or 1),
-    600 / (cr or 1), cr or 1.0, {"score": score}, text=f"<b>{method}</b> & {prompt}",
-  )  # fmt: skip
-  return dataclasses.replace(base, **changes)
-
-
-def made_up() -> list[Record]:
-  """Made-up records: two budgets of two methods beside the dense one, a task at chance, and two chains of a third."""
-  found = [record("vanilla", i, 100.0 * (i < 3)) for i in range(4)]
-  found += [record("dms", i, 100.0 * (i < 3 - (cr > 4)), cr) for cr in (4.0, 8.0) for i in range(4)]
-  found += [record("h2o", i, 100.0 * (i < 2 - (cr > 4)), cr) for cr in (4.0, 8.0) for i in range(4)]
-  likelihood = dict(task="mmlu", length=None, max_tokens=0, reads=None, peak=None, text=None)
-  for i in range(8):
-    for method, cr in (("vanilla", None), ("dms", 4.0)):
-      found.append(record(method, i, 0, cr, grades={"acc": 100.0 * (i % 4 == 0), "answer_loglik": -1.5}, **likelihood))
-  chains = dict(task="written", length=None, chains=4, max_tokens=32)
-  for i in range(2):
-    for chain in range(4):  # the first problem is solved by three chains of four, which agree, the second by none
-      right = i == 0 and chain != 1
-      graded = dict(grades={"accuracy": 100.0 * right}, answer="7" if right else None)
-      found.append(record("vanilla", i, 0, chain=chain, **chains, **graded))
-  return found
-
-
-def write(folder: Path, found: list[Record], config: dict | None = None, traced: bool = False) -> Path:
-  records.append(folder / results.RECORDS, found)
-  given = {"checkpoint": "checkpoints/tiny", **(config or {})}
-  (folder / results.CONFIG).write_text(json.dumps({"config": given, "environment": {"device": "cpu", "jax": "0.1"}}))
-  if traced:
-    for method, budget, share in (("vanilla", {}, 1.0), ("dms", {"cr": 4.0}, 0.25)):
-      held = [1.0 if share == 1 else i % 4 / 4 for i in range(12)]
-      about = dict(method=method, task="needle", length=512, budget=budget, chains=1, max_tokens=64, prompt=0, chain=0)
-      one = trace.Trace(
-        **about, read=8, tokens=[f"<t{i}> " for i in range(12)], held=held, retention=[[share, share**1.5], [share] * 2]
-      )
-      trace.append(folder / trace.FILE, [one])
-  return folder
-
-
 def test_each_setting_is_a_point_with_paired_differences(tmp_path):
-  found = results.collect([results.load(write(tmp_path / "a", made_up()))])
+  found = results.collect([runs.load(write(tmp_path / "a", made_up()))])
   assert found.baseline == "vanilla" and found.methods == ["vanilla", "dms", "h2o"]
   needle, mmlu, written = found.panels
   assert (needle.metric, mmlu.metric, needle.name) == ("score", "acc", "needle, T 512")
@@ -203,13 +160,13 @@ def test_each_setting_is_a_point_with_paired_differences(tmp_path):
   assert [(p.setting.chains, p.metric, p.main.mean, p.costs["reads"]) for p in written.points] == [
     (1, "accuracy", 37.5, 6000.0), (4, "majority@4", 50.0, 24000.0),
   ]  # fmt: skip
-  two = results.collect([results.load(write(tmp_path / "b", made_up(), {"chains": [1, 2, 4]}))]).panels[2]
+  two = results.collect([runs.load(write(tmp_path / "b", made_up(), {"chains": [1, 2, 4]}))]).panels[2]
   assert [point.setting.chains for point in two.points] == [1, 2, 4]
   assert mmlu.points[1].costs == {"held": 150.0}
 
 
 def test_a_baseline_of_equal_budget_is_preferred(tmp_path):
-  found = results.collect([results.load(write(tmp_path / "a", made_up()))], baseline="h2o")
+  found = results.collect([runs.load(write(tmp_path / "a", made_up()))], baseline="h2o")
   points = {str(point.setting): point.entries["score"] for point in found.panels[0].points}
   assert (
     points["dms, CR\u00a08, L\u00a064"].difference == 25.0 and points["dms, CR\u00a04, L\u00a064"].difference == 25.0
@@ -226,7 +183,7 @@ def test_the_metric_of_several_chains():
 def test_margins_compare_frontiers(tmp_path):
   cheap = [record("dms", i, 100.0 * (i < n), reads=100.0 * n, max_tokens=n) for n in (1, 2, 3) for i in range(4)]
   dear = [record("vanilla", i, 100.0 * (i < n), reads=150.0 * n, max_tokens=n) for n in (1, 2, 3) for i in range(4)]
-  (panel,) = results.collect([results.load(write(tmp_path / "a", cheap + dear))]).panels
+  (panel,) = results.collect([runs.load(write(tmp_path / "a", cheap + dear))]).panels
   # Over 150 .. 300: 25 x / 100 against 25 x / 150, so the gap is x / 12, its mean 225 / 12.
   assert panel.margin("reads", "dms", "vanilla") == pytest.approx(225 / 12)
 
@@ -236,7 +193,7 @@ def test_runs_are_joined(tmp_path):
   one = [record("vanilla", 0, 100.0), record("dms", 0, 100.0, 4.0, settings="p-r4")]
   two = [record("vanilla", 0, 100.0), record("dms", 0, 0.0, 4.0, settings="p-r8")]
   a, b = (
-    results.load(write(tmp_path / name, own, {"retrofit": [f"retrofits/cr{cr}"]}))
+    runs.load(write(tmp_path / name, own, {"retrofit": [f"retrofits/cr{cr}"]}))
     for name, own, cr in (("a", one, 4), ("b", two, 8))
   )
   found = results.collect([a, b])
@@ -254,10 +211,116 @@ def test_texts_come_from_the_summary(tmp_path):
     {"method": m, "task": "text", "length": 64, "metric": "kl", "samples": 2, "mean": 0.1} for m in ("vanilla", "dms")
   ]
   rows.append({**rows[0], "task": "needle"})  # has records
-  (folder / results.SUMMARY).write_text(json.dumps({"summary": rows}))
-  found = results.collect([results.load(folder)])
-  assert [(model, len(entries)) for model, entries in found.texts] == [("tiny", 2)]
+  (folder / runs.SUMMARY).write_text(json.dumps({"summary": rows}))
+  found = results.collect([runs.load(folder)])
+  assert [(panel.model, panel.name, len(panel.points)) for panel in found.texts] == [("tiny", "text, T 64", 2)]
   assert '<td class="n">0.1000</td>' in page.render(found, TASKS)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_differences_on_a_text_are_from_the_baseline_that_is_asked_for(tmp_path, recorded):
+  """From the chunks, paired; from a summary alone only as far as its means tell."""
+  nll = {"vanilla": [1.0, 2.0, 3.0], "dms": [1.1, 2.1, 3.4], "h2o": [1.2, 2.5, 3.2]}
+  kl = {"vanilla": [0.0] * 3, "dms": [0.1, 0.2, 0.6], "h2o": [0.3, 0.3, 0.3]}
+  made = [
+    each
+    for name, cr in (("vanilla", None), ("dms", 4.0), ("h2o", 4.0))
+    for each in chunks(name, cr, nll[name], kl[name])
+  ]
+  folder = write(tmp_path / "a", made_up() if recorded else [], {"text": "data/wiki.raw"})
+  if recorded:
+    records.append(folder / runs.TEXTS, made)
+  (folder / runs.SUMMARY).write_text(json.dumps(program.to_plain({"summary": summarise(made, "vanilla")})))
+  for baseline in ("vanilla", "h2o"):
+    found = results.collect([runs.load(folder)], baseline)
+    (panel,) = found.texts
+    assert panel.name == "wiki.raw, T 64"
+    points = {point.setting.method: point.entries for point in panel.points}
+    own, base = (np.array(nll[name]) for name in ("dms", baseline))
+    entry, divergence = points["dms"]["perplexity"], points["dms"]["kl"]
+    assert entry.difference == pytest.approx(np.exp(own.mean()) - np.exp(base.mean()))
+    assert divergence.difference == pytest.approx(np.mean(kl["dms"]) - np.mean(kl[baseline]))
+    assert points[baseline]["perplexity"].difference is None
+    if recorded or baseline == "vanilla":
+      spread = own * np.exp(own.mean()) - base * np.exp(base.mean())  # to first order
+      assert entry.difference_se == pytest.approx(spread.std(ddof=1) / math.sqrt(3))
+      spread = np.subtract(kl["dms"], kl[baseline])
+      assert divergence.difference_se == pytest.approx(spread.std(ddof=1) / math.sqrt(3))
+    else:
+      assert entry.difference_se is divergence.difference_se is None
+    text = page.render(found, TASKS)
+    Outline(text)
+    assert f"Differences are from {baseline}, paired chunk by chunk" in text and "<h3>wiki.raw, T 64</h3>" in text
+    section = text.partition('<h2 id="text">')[2].partition("</section>")[0]
+    assert section.count(">difference</th>") == (1 if baseline == "vanilla" else 2)
+
+
+def test_texts_of_other_content_are_apart(tmp_path):
+  one, two = chunks("vanilla", None, [1.0], [0.0]), chunks("vanilla", None, [2.0], [0.0], "u-c")
+  folders = [write(tmp_path / name, [], {"text": f"{name}.txt"}) for name in ("a", "b")]
+  for folder, made in zip(folders, (one, two), strict=True):
+    records.append(folder / runs.TEXTS, made)
+  found = results.collect([runs.load(folder) for folder in folders])
+  assert [(panel.name, panel.points[0].main.mean) for panel in found.texts] == [
+    ("a.txt, T 64", pytest.approx(math.e)), ("b.txt, T 64", pytest.approx(math.e**2)),
+  ]  # fmt: skip
+  assert found.methods == ["vanilla"] and "#scores" not in page.render(found, TASKS)
+
+
+# Times and grades that are no numbers ---------------------------------------------------------------------------------
+
+
+def test_scores_are_drawn_against_time(tmp_path):
+  found = results.collect([runs.load(write(tmp_path / "a", timed(), {"width": 8}))])
+  (panel,) = found.panels
+  assert panel.axes() == ["reads", "peak", "seconds"]
+  assert panel.pairs("seconds", "dms") == [(0.125, 25.0), (0.25, 50.0), (0.375, 75.0)]
+  # Over 0.25 .. 0.375 seconds: 200 x against 100 x.
+  assert panel.margin("seconds", "dms", "vanilla") == pytest.approx(100 * 0.3125)
+  text = page.render(found, TASKS)
+  assert "seconds a problem, log scale" in text and "at equal time" in text and "0.125 seconds a problem" in text
+  assert results.time_remark(found.runs) == ""
+
+
+def test_times_of_unlike_runs_are_told_apart(tmp_path):
+  old = [dataclasses.replace(each, method="old", seconds=None) for each in timed() if each.method == "dms"]
+  wide = [dataclasses.replace(each, method="wide") for each in timed()]
+  given = ((timed(), 8), (old, 8), (wide, 64))
+  found = results.collect(
+    [runs.load(write(tmp_path / f"r{i}", own, {"width": width})) for i, (own, width) in enumerate(given)]
+  )
+  (panel,) = found.panels
+  assert panel.pairs("seconds", "old") == [] and len(panel.pairs("reads", "old")) == 3
+  assert panel.margin("seconds", "old", "vanilla") is None
+  text = page.render(found, TASKS)
+  assert "different --width, so their times differ too (r0: cpu, width 8; r1: cpu, width 8; r2: cpu, width 64)" in text
+  assert "Some records of r1 have no times" in text
+  Outline(text)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_grade_that_is_no_number_is_shown_and_the_rest_stands(tmp_path, wrong):
+  made = timed()
+  made[12] = dataclasses.replace(made[12], grades={"score": wrong})  # of dms, L 1
+  text = chunks("vanilla", None, [1.0, 2.0], [0.0, 0.0]) + chunks("dms", 4.0, [1.0, wrong], [0.1, wrong])
+  folder = write(tmp_path / "a", made)
+  records.append(folder / runs.TEXTS, text)
+  found = results.collect([runs.load(folder)])
+  assert found.warnings == [
+    "dms, CR 4 on needle: score is no finite number in 1 of 12 records",
+    "dms, CR 4 on text: nll is no finite number in 1 of 2 records",
+    "dms, CR 4 on text: kl is no finite number in 1 of 2 records",
+  ]
+  (panel,) = found.panels
+  assert [value for _, value in panel.pairs("reads", "dms")] == [50.0, 75.0]
+  assert panel.margin("seconds", "dms", "vanilla") == pytest.approx(100 * 0.3125)
+  shown = page.render(found, TASKS)
+  Outline(shown)
+  assert shown.count('<td class="n">NaN</td>') > 3 and f"{found.warnings[0]}; {found.warnings[1]}" in shown
+  assert "nan" not in re.sub(r"<title>.*?</title>", "", shown)
+
+
+WRONG_ENTRY = {"method": "x", "task": "t", "length": 1, "metric": "m", "samples": 1}
 
 
 def broken(folder: Path, name: str, content: str) -> Path:
@@ -270,171 +333,32 @@ def broken(folder: Path, name: str, content: str) -> Path:
   ("name", "content", "message"),
   [
     ("config.json", '{"config": 1}', r"config\.json: 'config' must be a JSON object"),
-    ("records.jsonl", json.dumps(vars(record("h2o", 0, math.nan))) + "\n", "prompt 0: score is not a number"),
     ("config.json", "{", r"config\.json: not valid JSON"), ("config.json", "[]", "expected a JSON object, found list"),
     ("summary.json", '{"summary": [{"method": "x"}]}', r"summary\.json: 'summary' holds a row that is no entry"),
     ("records.jsonl", "", "no results there: records.jsonl is missing or empty"),
     ("records.jsonl", '{"method": "x"}\n', "line 1: a record needs 'task'"),
     ("records.jsonl", '{"method": ', "its last line is unfinished"),
     ("traces.jsonl", "{}\n", "line 1: a record needs 'method'"),
+    ("text.jsonl", "{}\n", "line 1: a record needs 'method'"),
+    ("text.jsonl", '{"method": ', "its last line is unfinished"),
+    ("summary.json", json.dumps({"summary": [{**WRONG_ENTRY, "mean": "x"}]}), "'mean' and 'samples' must be numbers"),
   ],
 )  # fmt: skip
 def test_a_folder_that_is_no_run_is_named(tmp_path, name, content, message):
   folder = broken(tmp_path / "a", name, content)
   before = {path: path.read_bytes() for path in folder.iterdir()}
   with pytest.raises(ValueError, match=message) as caught:
-    results.load(folder)
+    runs.load(folder)
   assert str(caught.value).startswith(f"--runs={folder}") and "\n" not in str(caught.value)
   assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path):
   with pytest.raises(ValueError, match="no such folder"):
-    results.load(tmp_path / "nothing")
-  run = results.load(write(tmp_path / "a", made_up()))
+    runs.load(tmp_path / "nothing")
+  run = runs.load(write(tmp_path / "a", made_up()))
   with pytest.raises(ValueError, match="--baseline=tova: no run has this method; there are vanilla, dms, h2o"):
     results.collect([run], "tova")
-  other = results.load(write(tmp_path / "b", [record("tova", 0, 1.0, settings="q-c")]))
+  other = runs.load(write(tmp_path / "b", [record("tova", 0, 1.0, settings="q-c")]))
   with pytest.raises(ValueError, match="tiny on needle have different prompts"):
     results.collect([run, other])
-
-
-# The page -------------------------------------------------------------------------------------------------------------
-
-
-class Outline(html.parser.HTMLParser):
-  """Tags, their attributes and the text of a page; checks that tags are closed in order."""
-
-  VOID = ("meta", "path", "link", "img", "br")
-
-  def __init__(self, text: str):
-    super().__init__()
-    self.open: list[str] = []
-    self.tags: list[tuple[str, dict]] = []
-    self.words: list[tuple[str, str]] = []
-    self.feed(text)
-    assert not self.open
-
-  def handle_starttag(self, tag, attrs):
-    self.tags.append((tag, dict(attrs)))
-    if tag not in self.VOID:
-      self.open.append(tag)
-
-  def handle_startendtag(self, tag, attrs):
-    self.tags.append((tag, dict(attrs)))
-
-  def handle_endtag(self, tag):
-    assert self.open.pop() == tag
-
-  def handle_data(self, data):
-    if self.open and data.strip():
-      self.words.append((self.open[-1], data.strip()))
-
-  def all(self, tag):
-    return [attrs for name, attrs in self.tags if name == tag]
-
-
-@pytest.fixture(scope="module")
-def shown(tmp_path_factory):
-  folder = write(tmp_path_factory.mktemp("runs") / "a", made_up(), traced=True)
-  text = page.render(results.collect([results.load(folder)]), TASKS)
-  return text, Outline(text)
-
-
-def test_the_page_stands_alone(shown):
-  text, outline = shown
-  assert not outline.all("script") and not outline.all("link") and "url(" not in text and "@import" not in text
-  for _, attrs in outline.tags:
-    assert "src" not in attrs and attrs.get("href", "#").startswith("#")
-    assert not any(name.startswith("on") for name in attrs)
-  ids = [attrs["id"] for _, attrs in outline.tags if "id" in attrs]
-  assert len(ids) == len(set(ids))
-  for _, attrs in outline.tags:
-    assert attrs.get("aria-labelledby", ids[0]) in ids and attrs.get("href", f"#{ids[0]}")[1:] in ids
-
-
-def test_the_page_is_accessible(shown):
-  text, outline = shown
-  assert outline.all("html")[0]["lang"] == "en" and len(outline.all("h1")) == 1 and len(outline.all("main")) == 1
-  assert any(attrs.get("name") == "viewport" for attrs in outline.all("meta"))
-  for picture in outline.all("svg"):
-    assert picture.get("aria-hidden") == "true" or (picture["role"] == "img" and len(picture["aria-label"]) > 20)
-  assert all("scope" in attrs for attrs in outline.all("th"))
-  tables = outline.all("table")
-  assert tables and all("aria-labelledby" in attrs for attrs in tables)
-  assert all(attrs.get("tabindex") == "0" for attrs in outline.all("div") if "scroll" in attrs.get("class", ""))
-  levels = [int(tag[1]) for tag, _ in outline.tags if re.fullmatch(r"h[1-4]", tag)]
-  assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
-  assert "prefers-color-scheme: dark" in text
-
-
-def test_scores_come_first_and_units_stand_in_heads(shown):
-  text, outline = shown
-  sections = re.findall(r'<h2 id="(\w+)">', text)
-  assert sections == ["scores", "differences", "tradeoffs", "retention", "chains", "runs"]
-  heads = [word for tag, word in outline.words if tag == "th"]
-  assert "needle, T 512: references found, %, n = 4" in heads and "peak tokens a problem" in heads
-  cells = [word for tag, word in outline.words if tag in ("td", "strong")]
-  assert {"75.0", "25.0", "\u221225.0", "4.00"} <= set(cells)
-  assert not any("\u00b1" in cell for cell in cells)  # one quantity a cell
-
-
-def test_a_task_at_chance_says_so(shown):
-  _, outline = shown
-  notes = [word for tag, word in outline.words if tag == "p" and "at chance" in word]
-  assert notes and all(note.startswith("mmlu: vanilla at chance (25)") for note in notes)
-
-
-def test_forgotten_tokens_are_greyed(shown):
-  text, _ = shown
-  assert '<span class="h0">&lt;t0&gt; </span>' in text and '<span class="h3">&lt;t1&gt; </span>' in text
-  assert "<t0>" not in text and "A head holds 38% of them at the end; 25% are held by no head." in text
-  assert page.level(0.0) == 0 and page.level(0.001) == 1 and page.level(1.0) == len(page.SHADES) - 1
-  assert page.spans(["a", "b", "c"], [0.0, 0.0, 1.0]) == [(0, "ab"), (5, "c")]
-
-
-def test_retention_is_a_map_of_heads(shown):
-  _, outline = shown
-  cells = outline.all("rect")
-  assert [float(cell["fill-opacity"]) for cell in cells] == [0.25, 0.125, 0.25, 0.25]
-  assert "dms, CR 4: 22% held" in [word for tag, word in outline.words if tag == "h3"]
-
-
-def test_without_traces_texts_are_shown_as_they_are(tmp_path):
-  text = page.render(results.collect([results.load(write(tmp_path / "a", made_up()))]), TASKS, title="A & B")
-  assert "&lt;b&gt;dms&lt;/b&gt; &amp; 0" in text and "<b>" not in text
-  assert "<title>A &amp; B</title>" in text and "--traces=2" in text
-  Outline(text)
-
-
-def test_sweeps_have_a_table_of_their_own(tmp_path):
-  more = [record("vanilla", i, 50.0, task="swept", max_tokens=most) for most in (8, 16) for i in range(4)]
-  found = results.collect([results.load(write(tmp_path / "a", made_up() + more))])
-  tables = page.overview(found.panels, styles.styles(found.methods, found.baseline), "scores", found.baseline)
-  assert [len(table.groups) - 1 for table in tables] == [2, 1, 1]
-  assert [row.detail for row in tables[1].rows] == ["W\u00a01, L\u00a032", "W\u00a04, L\u00a032"]
-  assert [row.detail for row in tables[2].rows] == ["W\u00a01, L\u00a08", "W\u00a01, L\u00a016"]
-  Outline(page.render(found, TASKS))
-
-
-# The program ----------------------------------------------------------------------------------------------------------
-
-
-def test_the_program_writes_a_page_pictures_and_margins(tmp_path):
-  write(tmp_path / "a", made_up(), traced=True)
-  command = [sys.executable, "-m", "experiments.report", f"--output={tmp_path}/out"]
-  env = {**os.environ, "PYTHONPATH": str(ROOT)}
-  run = lambda *more: subprocess.run(
-    [*command, *more], env=env, capture_output=True, text=True, timeout=300, cwd=tmp_path
-  )
-  done = run(f"--runs={tmp_path}/a")
-  assert done.returncode == 0, done.stderr
-  line = json.loads(done.stdout.splitlines()[-1])
-  names = [Path(path).name for path in line["written"]]
-  assert names[0] == "index.html" and {"tradeoff-tiny-needle-512.png", "retention.png"} <= set(names)
-  assert all((tmp_path / "out" / name).stat().st_size > 1000 for name in names)
-  assert json.loads((tmp_path / "out/report.json").read_text())["margins"] == line["margins"]
-  (tmp_path / "empty").mkdir()
-  refused = run(f"--runs={tmp_path}/a,{tmp_path}/empty")
-  assert refused.returncode == 1 and refused.stdout == "" and refused.stderr.count("\n") == 1
-  assert f"error: --runs={tmp_path}/empty: no results there" in refused.stderr

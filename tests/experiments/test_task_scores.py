@@ -187,7 +187,9 @@ def checkpoints(tmp_path_factory):
 def test_a_retrofit_may_be_a_whole_model(checkpoints):
   base, retrofit = map(str, checkpoints)
   config = evaluate.Config(checkpoint=base)
-  assert config.load(retrofit).dms is not None and config.load(base).dms is None
+  assert config.load(retrofit).dms is not None
+  with pytest.raises(ValueError, match=f"--retrofit={base}: a model without gates, not a retrofit; give it as --check"):
+    config.load(base)
 
 
 def test_every_model_has_a_name_of_its_own(models, tmp_path):

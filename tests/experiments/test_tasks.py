@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from dms_jax.tokenizer import byte_tokenizer
+from experiments.methods import run
 from experiments.tasks import get, retrieval
 from experiments.tasks.base import TasksConfig, sampled, shots_of
 from experiments.tasks.gsm8k import GSM8K
@@ -147,6 +148,18 @@ def test_lengths_that_cannot_be():
     retrieval.prompts(get("tracking")(), TasksConfig(limit=1), byte_tokenizer(), 300, 8192)
   with pytest.raises(ValueError, match="--lengths=9000: the model's context is 8192 tokens"):
     retrieval.prompts(get("needle")(), TasksConfig(limit=1), byte_tokenizer(), 9000, 8192)
+
+
+def test_prompts_leave_room_for_the_answer_that_is_asked_for():
+  """`--max_tokens`, where it is given, in place of the task's own L: larger or smaller."""
+  task, config, lengths = get("needle")(), TasksConfig(limit=1), {}
+  for most in ((), (4,), (100, 300)):
+    (job,) = run.prepare([task], config, (1024,), byte_tokenizer(), 1024, most)
+    lengths[most] = len(job.asked[0].tokens)
+    assert 1024 - 100 < lengths[most] + (most or (task.new_tokens,))[-1] <= 1024
+  assert lengths[100, 300] < lengths[()] < lengths[4,]
+  with pytest.raises(ValueError, match="--max_tokens=900 leaves prompts of needle 124 of the context's 1024 tokens"):
+    run.prepare([task], config, (1024,), byte_tokenizer(), 1024, (900,))
 
 
 def test_the_first_prompt_of_the_default_seed():

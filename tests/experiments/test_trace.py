@@ -87,7 +87,8 @@ def test_bytes_that_are_no_text_are_replaced():
 
 # The file -------------------------------------------------------------------------------------------------------------
 
-ONE = trace.Trace("dms", "needle", None, {"cr": 4.0}, 1, 9, 0, 0, 2, ["a", "b", "c"], [0.0, 0.5, 1.0], [[0.5], [1.0]])
+ABOUT = ("dms", "needle", None, {"cr": 4.0}, 1, 9, 42, 0, 0)
+ONE = trace.Trace(*ABOUT, 2, ["a", "b", "c"], [0.0, 0.5, 1.0], [[0.5], [1.0]])
 
 
 def test_a_file_of_traces_grows_and_is_read_back(tmp_path):
@@ -96,6 +97,12 @@ def test_a_file_of_traces_grows_and_is_read_back(tmp_path):
   trace.append(path, [ONE])
   trace.append(path, [ONE])
   assert trace.read("runs", path) == [ONE, ONE]
+
+
+def test_a_trace_of_an_earlier_version_has_no_seed(tmp_path):
+  path = tmp_path / trace.FILE
+  path.write_text(json.dumps({name: value for name, value in vars(ONE).items() if name != "seed"}) + "\n")
+  assert trace.read("runs", path) == [dataclasses.replace(ONE, seed=None)]
 
 
 def test_traces_of_a_job_are_made_once(tmp_path):
@@ -118,6 +125,10 @@ def test_traces_of_a_job_are_made_once(tmp_path):
   assert held == [min(len(text) + 12, 2 * (len(text) + 7)) // 2 for text in texts[:2]]
   trace.add(path, dataclasses.replace(job, max_tokens=(0,)), method, tokenizer, made, prompts=2)
   assert trace.read("runs", path) == found
+  path.unlink()
+  trace.append(path, [dataclasses.replace(each, seed=None) for each in found])  # of an earlier version
+  trace.add(path, job, method, tokenizer, made, prompts=2)
+  assert len(trace.read("runs", path)) == 2
 
 
 @pytest.mark.parametrize(
@@ -125,7 +136,7 @@ def test_traces_of_a_job_are_made_once(tmp_path):
   [
     ({"held": [0.0, 2.0, 1.0]}, "must be shares from 0 to 1"), ({"held": [0.0]}, "a share for each token"),
     ({"retention": []}, "one row of heads for each layer"), ({"retention": [[0.5], [0.5, 1.0]]}, "one row of heads"),
-    ({"tokens": "abc"}, "needs 'tokens'"), ({"retention": [0.5]}, "must be shares"),
+    ({"tokens": "abc"}, "needs 'tokens'"), ({"more": 1}, "no field 'more'"), ({"retention": [0.5]}, "must be shares"),
     ({"held": ["x"] * 3}, "must be shares"), ({"tokens": [1, "b", "c"]}, "'tokens' must be texts"),
   ],
 )  # fmt: skip

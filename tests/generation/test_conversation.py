@@ -143,7 +143,7 @@ def test_a_generator_s_rows(model, tmp_path, archive):
     other.submit([1], continue_from=both, key=jax.random.key(0))
   with pytest.raises(ValueError, match="row 2: the conversation has 2"):
     both.row(2)
-  with pytest.raises(ValueError, match="continue_from: held under DMS, cannot go on under TOVA"):
+  with pytest.raises(ValueError, match="continue_from: a conversation held under DMS cannot go on under TOVA"):
     Generator(model, policy=policies.TOVA(budget=9, window=WINDOW), **settings).submit(
       [1], continue_from=past, key=jax.random.key(0)
     )

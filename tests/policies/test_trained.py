@@ -32,6 +32,7 @@ CASES = {
   "trimkv-window": policies.TRIMKV(window=3, budget=11),
   "trimkv-cr": policies.TRIMKV(cr=2.5),
   "kvzap": policies.KVzap(window=3, threshold=-0.5),
+  "tied": policies.DMS(window=2, budget=9),  # gate logits of -2, -1, 0 and so on: of equal ones the later token goes
 }
 # Every cache for each method; the variants of its numbers in one cache, and in all of them at length.
 EVERYWHERE = [
@@ -88,7 +89,7 @@ def sampled(case):
     rng = np.random.default_rng(seed)
     text, steps = cache_driver.Text.draw(shape, rng, 0.0), events_of(seed)
     logits = rng.standard_normal((LAYERS, ROWS, HEADS, LENGTH)).astype(np.float32)
-    logits = logits + 2 if case.startswith("trimkv") else logits
+    logits = logits + 2 if case.startswith("trimkv") else np.round(logits - 1) if case == "tied" else logits
     runs, out = {}, np.zeros(text.q.shape)
     for l, b in np.ndindex(LAYERS, ROWS):
       total = sum(int(n[b]) for _, n, _ in steps)
@@ -96,7 +97,7 @@ def sampled(case):
       q = q.reshape(total, HEADS, GROUP, HEAD)
       runs[l, b] = by_formula(policy, b, logits[l, b, :, :total].astype(float))
       out[l, b, :total] = policy_oracle.attend(q, k, v, runs[l, b]).reshape(total, HEADS * GROUP, HEAD)
-    if min(run.margin for run in runs.values()) > MARGIN:
+    if case == "tied" or min(run.margin for run in runs.values()) > MARGIN:
       return text, logits, steps, runs, out
   raise AssertionError(f"{case}: near ties in every text")
 
@@ -254,7 +255,10 @@ def test_dms_without_a_budget_is_what_it_was():
   assert policy.data_dependent and int(policy.capacity(50)) == int(policy.reach(50)) == 50
   with_budget = policies.DMS(window=4, budget=9)
   assert with_budget.bounded and not with_budget.data_dependent and int(with_budget.capacity(50)) == 9
-  assert policies.Vanilla().continues(policies.DMS) and not with_budget.continues(policies.Vanilla)
+  assert policies.Vanilla().continues(policy) and policy.continues(policies.KVzap()) and policy.continues(policy)
+  assert not with_budget.continues(policies.Vanilla()) and not policies.Vanilla().continues(with_budget)
+  assert not with_budget.continues(policy) and not policy.continues(with_budget) and with_budget.continues(with_budget)
+  assert not policy.continues(None)
 
 
 @pytest.mark.parametrize(
@@ -270,6 +274,7 @@ def test_dms_without_a_budget_is_what_it_was():
     ({}, policies.DMS(window=0, budget=4), r"DMS: window=0 must be 1 or more with these gates"),
     ({"eviction": "immediate"}, policies.DMS(budget=9), r"DMS: window=5 must be 6 or more with these gates"),
     ({}, policies.DMS(threshold=math.nan), "DMS: threshold=nan must be a number"),
+    ({}, policies.DMS(threshold=np.array([0.0, math.nan])), r"DMS: threshold=\[ 0. nan\] must be a number"),
     ({"objective": "kvzap"}, policies.KVzap(threshold=math.nan), "KVzap: threshold=nan must be a number"),
     (None, policies.KVzap(), "KVzap needs eviction gates and this model has none"),
   ],

@@ -10,6 +10,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from dms_jax import testing as tiny
@@ -89,25 +90,40 @@ def test_benchmark(monkeypatch):
     retrofit_benchmark.preset("gpt-5")
 
 
-@pytest.mark.parametrize("name", ["kl", "nll"])
+DMS_LINE = {"target_cr": 2.0, "achieved_cr": 1.0, "gate_rate": 0.5, "compression_loss": 0.1}
+KVZAP_LINE = {"loss": 3.0, "mse": 3.0, "explained": -4.0, "score": -9.0, "threshold_cr2": -8.0, "grad_norm": 1.0}
+
+
+@pytest.mark.parametrize(
+  ("lines", "titles"),
+  [
+    ([{"kl": 0.1, **DMS_LINE}] * 3, ["loss", "compression", "gates"]),
+    ([{"nll": 0.0, **DMS_LINE}, {"nll": None, **DMS_LINE, "achieved_cr": None}], ["loss", "compression", "gates"]),
+    ([KVZAP_LINE] * 2, ["loss", "gates"]),
+    ([{"kl": 0.1, "nll": 2.0, "capacity_loss": 3.0, "retention": 0.9}] * 2, ["loss", "gates"]),
+    ([{"loss": 0.1}], []), ([], []),
+  ],
+)  # fmt: skip
 @pytest.mark.parametrize("heads", [False, True])
-def test_picture_of_a_log(tmp_path, name, heads):
-  """With and without heads, and with a diverged last step; only the plot is written."""
-  pytest.importorskip("matplotlib")
-  lines = [
-    {"step": i, name: 0.1 * i, "target_cr": 1.0 + i, "achieved_cr": 1.0, "gate_rate": 0.5, "compression_loss": 0.1}
-    | ({"gate_rates": [[0.1, 0.9], [0.5, 0.5], [0.2, 1.0]]} if heads and i % 2 else {})
-    for i in range(4)
-  ]
-  lines.append(
-    {"step": 4, name: None, "target_cr": 5.0, "achieved_cr": None, "gate_rate": 0.5, "compression_loss": 0.1}
+def test_picture_of_a_log(tmp_path, monkeypatch, lines, titles, heads):
+  """Only what the objective logs is drawn: with and without heads, and with a diverged step."""
+  plt = pytest.importorskip("matplotlib.pyplot")
+  rates = {"gate_rates": [[0.1, 0.9], [0.5, 0.5], [0.2, 1.0]]} if heads else {}
+  (tmp_path / "log.jsonl").write_text(
+    "".join(json.dumps({"step": i, **line, **rates}) + "\n" for i, line in enumerate(lines))
   )
-  (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  drawn = []
+  monkeypatch.setattr(plt, "close", drawn.append)
   picture = tmp_path / "log.png"
-  assert plots.training(picture, tmp_path / "log.jsonl") == str(picture)
-  assert picture.read_bytes()[:4] == b"\x89PNG" and len(list(tmp_path.iterdir())) == 2
-  (tmp_path / "log.jsonl").write_text("")
-  assert plots.training(picture, tmp_path / "log.jsonl") is None
+  assert plots.training(picture, tmp_path / "log.jsonl") == (str(picture) if titles else None)
+  if titles:
+    axes = [axis for axis in drawn[0].axes if axis.lines]
+    assert [axis.get_title() for axis in axes] == titles and all(axis.get_legend() for axis in axes)
+    assert all(np.isfinite(line.get_ydata()).any() for axis in axes for line in axis.lines)
+    assert len(drawn[0].axes) == len(titles) + 3 * heads  # two maps and their scale
+    assert picture.read_bytes()[:4] == b"\x89PNG" and len(list(tmp_path.iterdir())) == 2
+    monkeypatch.undo()
+    plt.close(drawn[0])
 
 
 def test_a_first_sigterm_asks_and_the_handler_is_put_back():

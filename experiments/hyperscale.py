@@ -1,0 +1,221 @@
+"""Sweeps W chains, L tokens and CR over methods and tasks; frontiers and margins as in the paper.
+
+    python -m experiments.hyperscale --checkpoint=CHECKPOINT --retrofit=4:runs/retrofit/cr4,8:runs/retrofit/cr8 \\
+      --methods=vanilla,dms,streamingllm,prompt_window,tova,quest --cr=2,4,8 --tasks=countdown,grids \\
+      --max_tokens=240,480,960,1920 --width=2048 --output=runs/hyperscale/seed0
+
+Hyper-scaling (arXiv 2506.05345) is a claim about equal cost: a compressed cache pays for more and longer chains. The
+program writes `--chains` W chains of every problem at every L of `--max_tokens` under each method, takes scores for
+fewer chains from subsets, and compares the Pareto frontiers of all (W, L, CR) of two methods by their mean distance.
+
+`--retrofit` are retrofits of the checkpoint with the CR that each was trained for, CR:FOLDER. NAME=CR:FOLDER is one of
+another kind, such as another window, and makes the method "dms NAME". The methods with a budget hold (prompt + L) / CR
+tokens a head, for each L anew, at every CR of `--cr`. `prompt_window` is StreamingLLM whose sinks are the whole prompt.
+TriAttention needs `--triattention.calibration=FILE`. Tasks are those of `experiments.evaluate` whose answers are right
+or wrong: chains vote by their answers, or the best counts where a program or solution is verified.
+
+The folder `--output` holds config.json, records.jsonl (as of `experiments.evaluate`, without most texts), cells.npz
+(what the analysis needs of them), traces.jsonl, times.jsonl, summary.json, index.html and pictures. The same command
+resumes a killed run, chain by chain. `--timed` measures seconds of a chain in the largest batch that fits
+`--kv_budget_gib`, as a third axis of costs. Records do not depend on that memory, so they may be made without it first,
+and times measured by a second call.
+
+Several model seeds are several runs. `--sets=runs/hyperscale/seed0,runs/hyperscale/seed1 --output=FOLDER`, without a
+checkpoint, analyses them together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from dms_jax import checkpoint, policies
+from dms_jax.tokenizer import Tokenizer
+from experiments.common import files, program
+from experiments.hyperscaling import analysis, cells, page, pictures, tables
+from experiments.hyperscaling import methods as methods_module
+from experiments.hyperscaling.sweep import Limits, Sweeping
+from experiments.methods import run
+from experiments.reports import figures_report, styles
+from experiments.tasks import TASKS, get
+from experiments.tasks.base import TasksConfig, WritingTask
+
+CONFIG, SUMMARY, PAGE = "config.json", "summary.json", "index.html"
+WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """A sweep, or an analysis of sweeps.
+
+  Attributes:
+    checkpoint: folder of the model, as experiments.convert_weights or experiments.train_reasoner writes it.
+    methods: vanilla, dms, prompt_window, and names of policies with a budget.
+    retrofit: CR:FOLDER or NAME=CR:FOLDER of each retrofit.
+    cr: of the methods with a budget, which hold (prompt + L) / CR tokens a head.
+    max_tokens: L, the most new tokens of a chain; none: each task's own.
+    compare_cr: DMS of this CR is compared with the dense cache at equal L and W, and methods of this CR are traced.
+    width: most rows that write together; fewer where the cache memory is too small.
+    kv_budget_gib: cache memory of the rows that write; rows without room wait on the host.
+    timed: measure the seconds of a chain in the largest batch that fits --kv_budget_gib.
+    dtype: of the weights and the cache.
+    traces: of each task, problems whose first chain keeps its text and is traced.
+    resamples: of the bootstrap.
+    sets: folders of finished sweeps, one a model seed, to be analysed together.
+    title: of the page.
+    output: folder of the results; "": one in runs/hyperscale named after the flags.
+  """
+
+  checkpoint: str = ""
+  methods: tuple[str, ...] = methods_module.DEFAULT
+  retrofit: tuple[str, ...] = ()
+  cr: tuple[float, ...] = (2.0, 4.0, 8.0)
+  max_tokens: tuple[int, ...] = ()
+  compare_cr: float = 8.0
+  width: int = 64
+  kv_budget_gib: float | None = None
+  timed: bool = False
+  dtype: Literal["bfloat16", "float32"] = "bfloat16"
+  traces: int = 1
+  resamples: int = 2000
+  sets: tuple[str, ...] = ()
+  title: str = ""
+  output: str = ""
+
+  def __post_init__(self):
+    if bool(self.checkpoint) == bool(self.sets):
+      raise ValueError("give either --checkpoint=FOLDER, to make a sweep, or --sets=FOLDER,FOLDER, to analyse sweeps")
+    if self.sets and not self.output:
+      raise ValueError("--output=FOLDER is needed with --sets: the analysis goes there")
+    if twice := sorted({folder for folder in self.sets if self.sets.count(folder) > 1}):
+      raise ValueError(f"--sets: {twice[0]} is listed twice")
+    for name, least in (("width", 1), ("traces", 0), ("resamples", 100)):
+      if (value := getattr(self, name)) < least:
+        raise ValueError(f"--{name}={value} must be {least} or more")
+    if wrong := [cr for cr in (*self.cr, self.compare_cr) if not 1 < cr < math.inf]:
+      raise ValueError(f"--cr, --compare_cr: {wrong[0]:g} must be above 1, and finite")
+    if wrong := [most for most in self.max_tokens if most < 2]:
+      raise ValueError(f"--max_tokens={wrong[0]} must be 2 or more tokens")
+    for name in ("cr", "max_tokens"):
+      if len(set(getattr(self, name))) < len(getattr(self, name)):
+        raise ValueError(f"--{name}={program.spell(getattr(self, name))}: a number twice")
+    if self.kv_budget_gib is not None and not 0 < self.kv_budget_gib < math.inf:
+      raise ValueError(f"--kv_budget_gib={self.kv_budget_gib} must be a number above 0, or none")
+    if self.timed and self.kv_budget_gib is None:
+      raise ValueError("--timed needs --kv_budget_gib: the cache memory that all batches share")
+    if self.checkpoint:
+      methods_module.check(self.methods, self.retrofit, self.cr)
+
+
+def check_tasks(tasks: Sequence[Any]) -> None:
+  """Raises ValueError if a task is none that a model writes and that has right answers."""
+  if not tasks:
+    raise ValueError("--tasks=NAME,NAME is needed: the families of problems")
+  for task in tasks:
+    if not isinstance(task, WritingTask) or task.sized or "accuracy" not in task.metrics:
+      raise ValueError(f"--tasks={task.name}: a sweep needs tasks whose written answers are right or wrong")
+
+
+def make(config: Config, chosen: TasksConfig, folder: Path) -> dict[str, Any]:
+  """Makes the records, traces and times of one sweep that its folder lacks; returns what was made."""
+  tasks = [program.read_flags(name, get(name)) for name in chosen.tasks]
+  check_tasks(tasks)
+  tokenizer = Tokenizer.load(config.checkpoint)
+  most = checkpoint.read_config(config.checkpoint)[1].max_position_embeddings
+  jobs = run.prepare(tasks, chosen, (), tokenizer, most, config.max_tokens)
+  original = checkpoint.load(config.checkpoint, dtype=config.dtype).replace(dms=None)
+  found = methods_module.build(
+    config.methods, config.checkpoint, original, config.retrofit, config.cr, config.dtype, program.read_flags
+  )
+  memory = None if config.kv_budget_gib is None else int(config.kv_budget_gib * 2**30)
+  sweeping = Sweeping(
+    folder, jobs, found, tokenizer, Limits(config.width, memory, config.traces, config.compare_cr)
+  )  # fmt: skip
+  program.save_json(folder / CONFIG, {"config": program.flag_values(), "environment": program.environment()})
+  made = sweeping.run()
+  if config.timed:
+    sweeping.time(config.kv_budget_gib)
+  return made
+
+
+def analyse(config: Config, sweeps: Sequence[cells.Sweep], widths: Sequence[int], folder: Path) -> dict[str, Any]:
+  """Writes the page and pictures of sweeps that are seeds of one another; returns the summary."""
+  remarks: list[str] = []
+
+  def families(of: Sequence[cells.Sweep]) -> list[analysis.Family]:
+    found = []
+    for task in of[0].tasks:
+      vote = not (task in TASKS and getattr(TASKS[task], "best_of_all", False))
+      each, notes = analysis.family(of, task, widths, vote)
+      found.append(each)
+      remarks.extend(notes)
+    return found
+
+  found = families(sweeps)
+  for remark in dict.fromkeys(remarks):
+    program.log(remark)
+  alone = [families([sweep]) for sweep in sweeps] if len(sweeps) > 1 else []
+  made = analysis.margins(found, alone, config.resamples)
+  name = Path(str(sweeps[0].config.get("checkpoint") or sweeps[0].folder)).name
+  panels = [analysis.panel(each, name) for each in found]
+  names = list(dict.fromkeys(method for each in found for method in each.methods))
+  look = styles.styles(methods_module.styled(names), methods_module.DENSE)
+  print(f"{tables.headline(panels)}\n")
+  for axis in panels[0].axes():
+    if table := tables.margins(made, axis, "linear", look):
+      print(f"{table.caption}\n{tables.plain(table)}\n", flush=True)
+  html = page.render(
+    sweeps, found, panels, made, compare_cr=config.compare_cr, resamples=config.resamples, title=config.title,
+    prompts=config.traces,
+  )  # fmt: skip
+  with files.whole(folder / PAGE) as part:
+    part.write_text(html, encoding="utf-8")
+  written: list[str | None] = [str(folder / PAGE)]
+  for panel in panels:
+    picture = folder / f"frontiers-{re.sub(r'[^A-Za-z0-9]+', '-', panel.task)}.png"
+    shown, chance = page.uncrowded(panel), TASKS[panel.task].chance.get("accuracy") if panel.task in TASKS else None
+    written.append(figures_report.tradeoff(picture, shown, look, chance, f"{name}, {panel.name}"))
+  for scale in analysis.SCALES:
+    written.append(pictures.margins(folder / f"margins-{scale}.png", made, scale, name))
+  result = {
+    "folder": str(folder), "seeds": [str(sweep.folder) for sweep in sweeps], "written": [*filter(None, written)],
+    "remarks": list(dict.fromkeys(remarks)), **analysis.to_json(panels, made),
+  }  # fmt: skip
+  program.save_json(folder / SUMMARY, {"config": program.flag_values(), "environment": program.environment(), **result})
+  return result
+
+
+def main() -> None:
+  config, chosen = program.read_flags("", Config), program.read_flags("", TasksConfig)
+  folder = Path(config.output) if config.output else program.results_dir("hyperscale")
+  made: dict[str, Any] = {}
+  with files.locked("output", folder):
+    if config.checkpoint:
+      made = make(config, chosen, folder)
+    read = [cells.read(Path(each)) for each in config.sets or (str(folder),)]
+    for remark in [remark for _, remarks in read for remark in remarks]:
+      program.log(remark)
+    sweeps = [sweep for sweep, _ in read]
+    if not all(sweep.cells for sweep in sweeps):
+      raise ValueError(f"--sets: {next(s.folder for s in sweeps if not s.cells)} holds no complete cell")
+    if config.checkpoint:
+      cells.save(folder / cells.CELLS, sweeps[0].cells)
+    fewest = min(cell.chains for sweep in sweeps for cell in sweep.cells.values())
+    widths = [width for width in chosen.chains if width <= fewest]
+    result = analyse(config, sweeps, widths, folder)
+    dense_margins = [m for m in result["margins"] if m.scale == "linear" and not m.task]
+    short = {"folder": result["folder"], "written": result["written"], "margins": dense_margins}
+    program.finish({**short, **made})
+
+
+if __name__ == "__main__":
+  program.define_flags("", Config)
+  program.define_flags("", TasksConfig, chains=WIDTHS, temperature=0.8)
+  for kind in (TASKS, policies.REGISTRY):
+    for name, cls in kind.items():
+      program.define_flags(name, cls)
+  program.run(main)

@@ -1,0 +1,225 @@
+"""Cells of a sweep: the chains of a method at one CR and L as arrays; their short form on disk.
+
+A sweep has millions of records. Its analysis needs a few numbers of each, which `Cell` holds; `cells.npz` keeps them
+where the records are too large to be kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.common import files
+from experiments.methods import records
+from experiments.methods.records import Record
+from experiments.methods.summary import ACCURACY, subsets
+
+RECORDS, CELLS, TIMES = "records.jsonl", "cells.npz", "times.jsonl"
+Key = tuple[str, str, float, int]  # task, method, CR (1: unbounded), L
+COSTS = ("tokens", "reads", "peak", "held")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """The chains of P problems, W each, under one method and CR with at most L new tokens.
+
+  Fields:
+    problems: P numbers or names.
+    grades: float32 [P, W], 0 to 100.
+    votes: int16 [P, W], the answer's number among the answers to its problem; -1: no answer.
+    tokens, reads, peak: float32 [P], of a chain, means over the chains of each problem (`Record`).
+    held: float32 [P], tokens that a head holds at the end of a chain, mean over layers, heads and chains.
+    content: fingerprint of the prompts.
+  """
+
+  problems: tuple[int | str, ...]
+  grades: np.ndarray
+  votes: np.ndarray
+  tokens: np.ndarray
+  reads: np.ndarray
+  peak: np.ndarray
+  held: np.ndarray
+  content: str
+
+  @property
+  def chains(self) -> int:
+    return self.grades.shape[1]
+
+  def scores(self, width: int, vote: bool) -> np.ndarray:
+    """The score of each problem over `width` chains, the mean over all subsets of the cell's chains; float64 [P].
+
+    Args:
+      vote: the chains vote, as `summary.majority`; otherwise the best of them counts, as `summary.best_of`.
+    """
+    count = self.chains
+    grades = self.grades.astype(float)
+    if not 1 <= width <= count:
+      raise ValueError(f"--chains={width}: the records have {count} chains of a problem")
+    if width == 1:
+      return grades.mean(axis=1)
+    if not vote:
+      weights = [math.comb(i, width - 1) / math.comb(count, width) for i in range(count)]
+      return np.sort(grades, axis=1) @ np.array(weights)
+    total, number = np.zeros(len(grades)), 0
+    for subset in subsets(count, width):
+      votes = self.votes[:, list(subset)]
+      agree = (votes[:, :, None] == votes[:, None, :]) & (votes >= 0)[:, :, None]
+      support = agree.sum(axis=-1)
+      winner = np.argmax(support, axis=1)[:, None]  # of the largest the first
+      won = np.take_along_axis(grades[:, list(subset)], winner, axis=1)[:, 0]
+      total, number = total + np.where(support.max(axis=1) > 0, won, 0.0), number + 1
+    return total / number
+
+
+def key_of(record: Record) -> Key:
+  """The cell of a record."""
+  return record.task, record.method, float(record.budget.get("cr", 1.0)), record.max_tokens
+
+
+def _cell(chains: Mapping[int | str, list[Record]]) -> Cell:
+  """The cell of complete problems."""
+  problems = tuple(sorted(chains, key=lambda name: (isinstance(name, str), name)))
+  grades, votes, costs = [], [], []
+  for problem in problems:
+    own = sorted(chains[problem], key=lambda record: record.chain)
+    names: dict[str, int] = {}
+    grades.append([record.grades[ACCURACY] for record in own])
+    votes.append([-1 if r.answer is None else names.setdefault(r.answer, len(names)) for r in own])
+    each = [(r.tokens, r.reads or 0.0, r.peak or r.tokens, r.tokens / r.achieved_cr) for r in own]
+    costs.append(np.mean(each, axis=0))
+  tokens, reads, peak, held = np.array(costs, np.float32).T
+  content = next(iter(chains.values()))[0].settings.rpartition("-")[0]
+  return Cell(problems, np.array(grades, np.float32), np.array(votes, np.int16), tokens, reads, peak, held, content)
+
+
+def of_records(found: Iterable[Record]) -> tuple[dict[Key, Cell], list[str]]:
+  """The cells of records that are complete, and a remark for each one that is not.
+
+  A cell is complete if every problem of its task has all its chains. Records whose grades have no accuracy, such as the
+  questions of likelihood tasks, belong to no cell.
+
+  Raises:
+    ValueError: the records of a cell have different numbers of chains, seeds or prompts.
+  """
+  groups: dict[Key, dict[int | str, list[Record]]] = {}
+  asked: dict[str, set[int | str]] = {}
+  for record in found:
+    if ACCURACY in record.grades and record.max_tokens:
+      groups.setdefault(key_of(record), {}).setdefault(record.prompt, []).append(record)
+      asked.setdefault(record.task, set()).add(record.prompt)
+  cells, remarks = {}, []
+  for key, chains in groups.items():
+    kinds = {(r.chains, r.seed, r.settings) for own in chains.values() for r in own}
+    name = f"{key[1]}, CR {key[2]:g}, L {key[3]} on {key[0]}"
+    if len(kinds) > 1:
+      raise ValueError(f"{name}: records of different --chains, --seed, prompts or checkpoints; give each a folder")
+    width = next(iter(kinds))[0]
+    whole = {problem: own for problem, own in chains.items() if len(own) == width}
+    if len(whole) < len(asked[key[0]]):
+      remarks.append(f"{name} is left out: {len(whole)} of {len(asked[key[0]])} problems are complete")
+    else:
+      cells[key] = _cell(whole)
+  return cells, remarks
+
+
+# One sweep ------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+  """The cells of one sweep, which is one model seed.
+
+  Fields:
+    times: seconds of a chain in the largest batch that fits, by cell; empty if not measured.
+    config, environment: flags, versions and device; empty if unknown.
+  """
+
+  folder: Path
+  cells: dict[Key, Cell]
+  times: dict[Key, float]
+  config: dict[str, Any]
+  environment: dict[str, Any]
+
+  @property
+  def tasks(self) -> list[str]:
+    return list(dict.fromkeys(key[0] for key in self.cells))
+
+
+def read_times(path: Path, flag: str = "output") -> dict[Key, dict[str, Any]]:
+  """The lines of a file of times by cell; empty if it is missing. A later line of a cell replaces an earlier one.
+
+  Raises:
+    ValueError: a line is malformed; the message names it.
+  """
+  number = int | float
+  fields = {"task": str, "method": str, "cr": number, "max_tokens": int, "seconds": number, "gib": number}
+  found = {}
+  for _, line in files.json_records(flag, path, fields) if path.exists() else ():
+    found[line["task"], line["method"], float(line["cr"]), line["max_tokens"]] = line
+  return found
+
+
+def save(path: Path, cells: Mapping[Key, Cell]) -> None:
+  """Writes cells as a compressed .npz file, atomically."""
+  about = [{"key": list(key), "problems": list(cell.problems), "content": cell.content} for key, cell in cells.items()]
+  arrays = {}
+  for number, cell in enumerate(cells.values()):
+    whole = bool((cell.grades == np.round(cell.grades)).all())
+    arrays[f"{number}.grades"] = cell.grades.astype(np.uint8) if whole else cell.grades
+    arrays[f"{number}.votes"] = cell.votes
+    arrays |= {f"{number}.{name}": getattr(cell, name) for name in COSTS}
+  with files.whole(path) as part, part.open("wb") as file:
+    np.savez_compressed(file, about=json.dumps(about), **arrays)
+
+
+def load(path: Path, flag: str) -> dict[Key, Cell]:
+  """Reads cells that `save` wrote.
+
+  Raises:
+    ValueError: the file is damaged or of another kind; names the flag.
+  """
+  try:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+      found = {}
+      for number, each in enumerate(json.loads(str(arrays["about"]))):
+        task, method, cr, most = each["key"]
+        own = {name: arrays[f"{number}.{name}"] for name in ("grades", "votes", *COSTS)}
+        own["grades"] = own["grades"].astype(np.float32)
+        found[task, method, float(cr), int(most)] = Cell(tuple(each["problems"]), content=each["content"], **own)
+      return found
+  except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+    raise ValueError(f"--{flag}={path}: not cells of a sweep, or damaged ({type(error).__name__}: {error})") from None
+
+
+def read(folder: Path, flag: str = "sets") -> tuple[Sweep, list[str]]:
+  """A finished sweep from its records, or from its cells if it has no records; and remarks.
+
+  Raises:
+    ValueError: the folder has neither, or a file is malformed.
+  """
+  about: dict[str, Any] = {}
+  if (folder / "config.json").exists():
+    try:
+      about = json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+      raise ValueError(f"--{flag}={folder / 'config.json'}: not valid JSON ({error})") from None
+  if (folder / RECORDS).exists():
+    cells, remarks = of_records(records.read(folder / RECORDS, flag))
+  elif (folder / CELLS).exists():
+    cells, remarks = load(folder / CELLS, flag), []
+  else:
+    raise ValueError(f"--{flag}={folder}: neither {RECORDS} nor {CELLS} there; give folders of experiments.hyperscale")
+  times = {key: float(line["seconds"]) for key, line in read_times(folder / TIMES, flag).items()}
+  return Sweep(folder, cells, times, about.get("config") or {}, about.get("environment") or {}), remarks
+
+
+def order(names: Sequence[str], known: Sequence[str]) -> list[str]:
+  """Names in the order of `known` and then of the alphabet; "dms NAME" comes after "dms"."""
+  place = lambda name: (known.index(first) if (first := name.split()[0]) in known else len(known), name)
+  return sorted(names, key=place)

@@ -1,0 +1,144 @@
+"""Methods of a sweep: dense, a retrofit for each CR, and baselines with the paper's budgets."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from dms_jax import checkpoint
+from dms_jax.model import Model, check_policy
+from dms_jax.policies import DMS, Policy, StreamingLLM
+from experiments.common import program
+from experiments.methods import method as methods_module
+from experiments.methods.budgets import GRAIN, Budget, Group
+from experiments.methods.method import Method
+
+DENSE, TRAINED, PROMPT = "vanilla", "dms", "prompt_window"
+# The order of tables and charts. TriAttention is named by flag, as it needs a calibration of its model.
+DEFAULT = (DENSE, TRAINED, "streamingllm", PROMPT, "tova", "h2o", "quest", "rkv")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained(Method):
+  """A retrofit under DMS, recorded under the CR that it was trained for."""
+
+  cr: float = 1.0
+
+  @property
+  def budget(self):
+    return {"cr": self.cr} | super().budget
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptWindow(Method):
+  """StreamingLLM whose sinks are the whole prompt.
+
+  A request of a prompt of p tokens holds the prompt and the window. All requests share the window, which is a shape:
+  the mean of what the paper's budgets, (p + L) / CR, leave beside the prompt, and at least GRAIN tokens.
+  """
+
+  def fitted(self, job, most):
+    prompts = [len(prompt.tokens) for prompt in job.asked]
+    left = np.mean([math.ceil((prompt + most) / self.given.cr) - prompt for prompt in prompts])
+    held = max(round(float(left)), GRAIN)
+    policy = check_policy(self.model, StreamingLLM(window=held - 1, sinks=prompts[0]))
+    remark = f"L {most}: the budget leaves {left:.0f} tokens beside the prompt, the window holds {held}"
+    numbers: dict[str, list[float]] = {"sinks": [*prompts]}
+    return [Group(policy, list(range(len(prompts))), numbers)], remark if left < GRAIN else ""
+
+
+def split(retrofits: Sequence[str]) -> list[tuple[str, float, str]]:
+  """(method, CR, folder) of each entry [NAME=]CR:FOLDER of `--retrofit`, by method and rising CR.
+
+  Retrofits of a NAME, such as another window, are the method "dms NAME", beside plain "dms".
+
+  Raises:
+    ValueError: an entry is of another form, or a CR of a method comes twice.
+  """
+  found = []
+  for entry in retrofits:
+    start, _, folder = entry.partition(":")
+    name, equals, number = start.rpartition("=")
+    try:
+      cr = float(number)
+    except ValueError:
+      cr = 0.0
+    if not (1 < cr < math.inf and folder) or bool(equals) != bool(name):
+      raise ValueError(f"--retrofit={entry}: give CR:FOLDER or NAME=CR:FOLDER, such as 8:runs/retrofit/cr8")
+    found.append((f"{TRAINED} {name}".strip(), cr, folder))
+  about = [each[:2] for each in found]
+  if twice := sorted({each for each in about if about.count(each) > 1}):
+    raise ValueError(f"--retrofit: two retrofits of CR {twice[0][1]:g} for {twice[0][0]}; give one of them a NAME=")
+  names = list(dict.fromkeys(name for name, _, _ in found))
+  return sorted(found, key=lambda each: (names.index(each[0]), each[1]))
+
+
+def check(names: Sequence[str], retrofits: Sequence[str], crs: Sequence[float]) -> None:
+  """Checks the methods of a sweep by their names alone, before anything is loaded.
+
+  Raises:
+    ValueError: the dense method is missing, a method is unknown, listed twice, or lacks its retrofits or CRs.
+  """
+  if twice := sorted({name for name in names if list(names).count(name) > 1}):
+    raise ValueError(f"--methods: {twice[0]} is listed twice")
+  if DENSE not in names:
+    raise ValueError(f"--methods: {DENSE} is missing; margins are over the dense cache")
+  pairs = split(retrofits)
+  if (TRAINED in names) != bool(pairs):
+    raise ValueError(f"--methods, --retrofit: {TRAINED} and its retrofits, --retrofit=8:FOLDER, go together")
+  for name in names:
+    if name in (DENSE, TRAINED, PROMPT):
+      continue
+    if methods_module.policy_class(name)[1].uses_gates:
+      raise ValueError(f"--methods={name}: a sweep has no gates but those of {TRAINED}; experiments.evaluate runs it")
+  bounded = [name for name in names if name not in (DENSE, TRAINED)]
+  if bounded and not crs:
+    raise ValueError(f"--cr=2,4,8 is needed: the budgets of {bounded[0]}")
+
+
+def build(
+  names: Sequence[str], path: str, original: Model, retrofits: Sequence[str], crs: Sequence[float], dtype: str,
+  read: Callable[[str, type[Policy]], Policy] = lambda name, cls: cls(),
+) -> list[Method]:  # fmt: skip
+  """The methods of a sweep: the dense one, each retrofit, and every other method at each CR.
+
+  Args:
+    path: the checkpoint's folder.
+    original: its model, without gates.
+    read: makes a policy from its flags.
+
+  Raises:
+    ValueError: as `check`; or a retrofit was trained for another policy.
+  """
+  check(names, retrofits, crs)
+  base = checkpoint.fingerprint(path)
+  origin = program.fingerprint([base, base, dtype])
+  found: list[Method] = []
+  for name in names:
+    if name == TRAINED:
+      policy = read(TRAINED, DMS)
+      for own, cr, folder in split(retrofits):
+        model = checkpoint.load_retrofitted(path, folder, dtype=dtype)
+        if (objective := methods_module.trained_for(model)) != TRAINED:
+          raise ValueError(f"--retrofit={cr:g}:{folder} has gates of {objective}, not of {TRAINED}")
+        about: list[Any] = [base, checkpoint.fingerprint(folder), dtype, policy, cr]
+        found.append(Trained(own, model, policy, program.fingerprint(about), cr=cr))
+    elif name == PROMPT:
+      about = [origin, name, GRAIN]
+      print_ = program.fingerprint(about)
+      found += [PromptWindow(name, original, StreamingLLM(), print_, Budget(cr=float(cr))) for cr in crs]
+    else:
+      found += methods_module.build([name], original, origin, [], read, crs=crs)
+  methods_module.check_names(found)
+  return found
+
+
+def styled(methods: Sequence[str]) -> list[str]:
+  """Methods in the order in which they take colours: the third colour is the last to be used again, and is DMS's."""
+  others = [method for method in methods if method not in (DENSE, TRAINED)]
+  found = [*others[:2], *(method for method in methods if method == TRAINED), *others[2:]]
+  return [*(method for method in methods if method == DENSE), *found]

@@ -1,0 +1,118 @@
+"""The page of a sweep: margins, frontiers, tables, and what each head retains. It extends the page of reports."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.common import files
+from experiments.hyperscaling import tables
+from experiments.hyperscaling.analysis import Family, Margin
+from experiments.hyperscaling.cells import RECORDS, Sweep
+from experiments.hyperscaling.methods import DENSE, TRAINED, styled
+from experiments.methods import pareto, records, trace
+from experiments.methods.records import Record
+from experiments.reports import page, styles
+from experiments.reports.results import AXES, LOWER_COST, Panel, Results
+from experiments.reports.runs import Run
+from experiments.tasks import TASKS
+
+CROWD = 150  # points of a panel beyond which a chart shows only those on a frontier
+
+
+def uncrowded(panel: Panel, axes: Sequence[str] = ()) -> Panel:
+  """The panel, or of a large one the points that are on their method's frontier on one of these axes; none: on any."""
+  if len(panel.points) <= CROWD:
+    return panel
+  shown = set()
+  for axis in axes or panel.axes():
+    for method in dict.fromkeys(point.setting.method for point in panel.points):
+      edge = set(pareto.frontier(panel.pairs(axis, method)))
+      own = [point for point in panel.points if point.setting.method == method]
+      shown |= {point.setting for point in own if (point.costs[axis], point.main.mean) in edge}
+  return dataclasses.replace(panel, points=[point for point in panel.points if point.setting in shown])
+
+
+def finding(made: Sequence[Margin]) -> str:
+  """What the sweep found, in a sentence or two; "" without a margin of DMS over the dense cache."""
+  said = []
+  for axis in AXES:
+    mean = next(
+      (m for m in made if (m.task, m.method, m.over, m.axis, m.scale) == ("", TRAINED, DENSE, axis, "linear")), None
+    )
+    if mean is not None:
+      said.append(f"{tables.said(mean)} points at equal {LOWER_COST[axis]}")
+  return f"{TRAINED} over {DENSE}, mean over families with 95% intervals: {'; '.join(said)}." if said else ""
+
+
+def with_texts(path: Path) -> list[Record]:
+  """The records of a file that have texts, which in a sweep are few; none if it is missing."""
+  lines = files.text_lines("sets", path) if path.exists() else ()
+  return [records.build(Record, where, json.loads(line)) for where, line in lines if '"text": null' not in line]
+
+
+def results(sweeps: Sequence[Sweep], methods: Sequence[str]) -> Results:
+  """The sweeps as `experiments.reports` shows them: traced chains, their records, and runs; without panels."""
+  runs, traces = [], []
+  for sweep in sweeps:
+    own = trace.read("sets", sweep.folder / trace.FILE)
+    wanted = {trace.chain_of(each) for each in own}
+    kept = [record for record in with_texts(sweep.folder / RECORDS) if trace.chain_of(record) in wanted] if own else []
+    runs.append(Run(sweep.folder, sweep.config, sweep.environment, kept, [], [], own))
+    if not traces:  # chains of one seed are enough
+      traces = [(runs[-1].model, each) for each in own]
+  return Results(runs, [], [], traces, list(methods), DENSE, [])
+
+
+def render(
+  sweeps: Sequence[Sweep], families: Sequence[Family], panels: Sequence[Panel], made: Sequence[Margin], *,
+  compare_cr: float, resamples: int, title: str, prompts: int,
+) -> str:  # fmt: skip
+  """The page as HTML.
+
+  Args:
+    panels: of `families`.
+    made: their margins.
+    compare_cr: the CR that is compared at equal L and W.
+    title: of the page; "": a default.
+    prompts: of each task, whose traced chains are shown.
+  """
+  methods = list(dict.fromkeys(method for found in families for method in found.methods))
+  look = styles.styles(styled(methods), DENSE)
+  axes = [axis for axis in AXES if any(axis in found.costs for found in families)]
+  of_scale = lambda scale: [*filter(None, (tables.margins(made, axis, scale, look) for axis in axes))]
+  frontiers = []
+  for found, panel in zip(families, panels, strict=True):
+    how = "W chains vote" if found.vote else "right if any of W chains is"
+    note = f"{found.scores.shape[1]} problems, {found.seeds} model{'s' * (found.seeds > 1)}; {how}"
+    chance = TASKS[found.task].chance.get("accuracy") if found.task in TASKS else None
+    charts = [page.tradeoff(uncrowded(panel, [axis]), axis, look, chance) for axis in panel.axes()]
+    frontiers.append({"name": panel.name, "note": note, "charts": charts})
+  equals = [(panel.name, tables.equal(panel, TRAINED, compare_cr)) for panel in panels]
+  about = (
+    "A margin is the mean vertical distance of two Pareto frontiers over the largest interval of costs that both cover "
+    f"(arXiv 2506.05345, appendix G). Intervals: {resamples:,} bootstrap resamples of each family's problems, each "
+    "with its own frontiers over these costs. Scores and costs are means over "
+    f"{len(sweeps)} model seed{'s' * (len(sweeps) > 1)}."
+  )
+  seeds, problems = len(sweeps), sum(found.scores.shape[1] for found in families)
+  kinds = "1 family" if len(families) == 1 else f"{len(families)} families"
+  lead = f"{len(methods)} methods on {problems:,} problems of {kinds}, {seeds} model seed{'s' * (seeds > 1)}."
+  more: dict[str, Any] = {
+    "lead": lead,
+    "finding": finding(made),
+    "about": about,
+    "frontiers": frontiers,
+    "timed": "seconds" in axes,
+    "margin_tables": [*of_scale("linear"), *filter(None, [tables.beside(made, look), tables.of_seeds(made, look)])],
+    "log_tables": of_scale("log"),
+    "equals": [(name, t) for name, t in equals if t],
+    "score_tables": [(p.name, tables.scores(p, look)) for p in panels],
+  }
+  return page.render(
+    results(sweeps, styled(methods)), TASKS, title or "Hyper-scaling: accuracy at equal cost", prompts,
+    template="hyperscale.html", **more,
+  )  # fmt: skip
