@@ -1,4 +1,4 @@
-"""Damaged files of every kind are refused in one line that names the file, and at once."""
+"""Damaged files of every kind are refused in one line that names the file, and at once.
 
 `DMS_FUZZ=100000 DMS_FUZZ_SEED=7 python -m pytest tests/test_fuzz.py` runs more inputs, and others.
 """
