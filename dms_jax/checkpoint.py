@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import glob
 import json
 import os
 import secrets
 import shutil
+import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,7 +27,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig, from_json, read_json, to_json
+from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig, from_json, is_number, read_json, shown, to_json
 from dms_jax.model import Model
 from dms_jax.params import GROUPS, Params, ParamSpec, flatten, join_params, param_table, split_params, unflatten
 from dms_jax.sharding import param_shardings
@@ -33,6 +35,7 @@ from dms_jax.tokenizer import Tokenizer
 
 CONFIG = "config.json"
 PARAMS = "params"
+CARD = ("README.md", "log.jsonl", "log.png")  # experiments.train_reasoner adds them
 FORMAT = 1
 
 
@@ -72,8 +75,8 @@ def save(
       context = ocp.Context()
       # A whole model is not compressed: that would halve its size, but take ten times longer.
       context.array.saving.use_compression = "base" not in groups
-      with context:
-        ocp.save(directory / PARAMS, unflatten(flat))
+      with context, _without_patterns(directory) as plain, _clear_full_disk(path):
+        ocp.save(plain / PARAMS, unflatten(flat))
     if jax.process_index():  # process 0 writes the rest
       return
     if flat:
@@ -92,7 +95,7 @@ def save(
       "metadata": metadata or {},
       "files": {name: list(entry) for name, entry in _fingerprints(directory / PARAMS).items()},
     }
-    (directory / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
+    (directory / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def load(
@@ -179,16 +182,27 @@ def read_config(path: str | Path) -> tuple[dict, ModelConfig, DMSConfig | None, 
     theirs = "a Hugging Face directory; run experiments.convert_weights on it"
     raise ValueError(f"{file}: not a dms_jax checkpoint but {theirs if 'model_type' in values else 'something else'}")
   if values["format"] != FORMAT:
-    raise ValueError(f"{file}: format {values['format']}; this version reads {FORMAT}")
+    raise ValueError(f"{file}: format {shown(values['format'])}; this version reads {FORMAT}")
   if missing := [k for k in ("model", "dms", "lora", "groups", "files") if k not in values]:
     raise ValueError(f"{file}: field(s) {missing} missing; the file is damaged")
+  if not (isinstance(values["groups"], list) and all(group in GROUPS for group in values["groups"])):
+    raise ValueError(f"{file}: field 'groups' should be a list of {', '.join(GROUPS)}; the file is damaged")
+  files = values["files"]
+  if not isinstance(files, dict) or not all(_is_entry(name, entry) for name, entry in files.items()):
+    raise ValueError(f"{file}: field 'files' should hold a size and a checksum for each file; the file is damaged")
   configs = []
   for name, cls in (("model", ModelConfig), ("dms", DMSConfig), ("lora", LoRAConfig)):
     given = values[name]
     if not isinstance(given, dict) and not (given is None and name != "model"):
-      raise ValueError(f"{file}: field {name!r} should be an object, found {given!r}")
+      raise ValueError(f"{file}: field {name!r} should be an object, found {shown(given)}")
     configs.append(None if given is None else from_json(cls, given, f"{file}: {name}"))
   return values, *configs
+
+
+def _is_entry(name: str, entry: Any) -> bool:
+  """Whether an entry of "files" is the path of a file in `params` and its [bytes, CRC-32]."""
+  inside = not Path(name).is_absolute() and ".." not in Path(name).parts and "\0" not in name
+  return inside and isinstance(entry, list) and len(entry) == 2 and all(is_number(n, int) for n in entry)
 
 
 def fingerprint(path: str | Path) -> str:
@@ -209,8 +223,29 @@ def is_checkpoint(path: str | Path) -> bool:
     return False
 
 
+def is_damaged(path: str | Path) -> bool:
+  """Whether a checkpoint's config.json cannot be read, or a parameter file is missing or of another size."""
+  try:
+    files = read_config(path)[0]["files"]
+  except ValueError:
+    return True
+  there = {name: Path(path) / PARAMS / name for name in files}
+  return any(not file.is_file() or file.stat().st_size != files[name][0] for name, file in there.items())
+
+
+def is_replaceable(path: Path) -> bool:
+  """Whether a folder holds a checkpoint and nothing else, so that a new one may take its place."""
+  if not is_checkpoint(path):
+    return False
+  names = {CONFIG, PARAMS, *CARD, "tokenizer.json", "tokenizer_config.json"}
+  files = read_json(path / CONFIG).get("files")
+  listed = set(files) if isinstance(files, dict) else set()
+  found = {p.relative_to(path / PARAMS).as_posix() for p in (path / PARAMS).rglob("*") if not p.is_dir()}
+  return {p.name for p in path.iterdir()} <= names and found <= listed
+
+
 @contextlib.contextmanager
-def atomic_directory(path: str | Path, replaces=is_checkpoint) -> Iterator[Path]:
+def atomic_directory(path: str | Path, replaces=is_replaceable) -> Iterator[Path]:
   """A temporary directory that becomes `path` when the block succeeds, and is removed when it fails.
 
   Args:
@@ -221,7 +256,7 @@ def atomic_directory(path: str | Path, replaces=is_checkpoint) -> Iterator[Path]
   """
   path = Path(path).absolute()
   path.parent.mkdir(parents=True, exist_ok=True)
-  for leftover in sorted(path.parent.glob(f".{path.name}.partial-*")):  # left by a killed process
+  for leftover in sorted(path.parent.glob(f".{glob.escape(path.name)}.partial-*")):  # left by a killed process
     if _is_running(leftover.name.rpartition("-")[2]):
       continue
     if "-old-" in leftover.name and not path.exists():  # the process was killed between the two renames below
@@ -229,7 +264,8 @@ def atomic_directory(path: str | Path, replaces=is_checkpoint) -> Iterator[Path]
     else:
       shutil.rmtree(leftover, ignore_errors=True)
   if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or replaces(path))):
-    raise ValueError(f"{path}: exists and is not something this program wrote; choose another place or remove it")
+    what = "exists and is not something this program wrote, or holds other files, too"
+    raise ValueError(f"{path}: {what}; choose another place or remove it")
   mark = f"{secrets.token_hex(4)}-{os.getpid()}"
   partial = path.parent / f".{path.name}.partial-{mark}"
   partial.mkdir()
@@ -301,8 +337,8 @@ def _read_params(
   """Reads and checks the tensors of `table`. `dtype` applies to the base; other groups keep the stored dtype."""
   directory = (path / PARAMS).absolute()  # Orbax refuses relative paths
   _check_files(path, values["files"])
-  with _clear_errors(directory):
-    stored = flatten(ocp.metadata(directory).metadata)
+  with _without_patterns(directory) as plain, _clear_errors(directory):
+    stored = flatten(ocp.metadata(plain).metadata)
   problems = [_difference(set(stored), set(table))] if set(stored) != set(table) else []
   problems += [
     f"{name} has shape {tuple(stored[name].shape)}, the config means {spec.shape}"
@@ -318,8 +354,48 @@ def _read_params(
     kind = stored[name].dtype if dtype is None or spec.group != "base" else jnp.dtype(dtype)
     return jax.ShapeDtypeStruct(spec.shape, kind, sharding=shardings[name])
 
-  with _clear_errors(directory):
-    return ocp.load(directory, unflatten({name: abstract(name, spec) for name, spec in table.items()}))
+  with _without_patterns(directory) as plain, _clear_errors(directory):
+    return ocp.load(plain, unflatten({name: abstract(name, spec) for name, spec in table.items()}))
+
+
+@contextlib.contextmanager
+def _without_patterns(directory: Path) -> Iterator[Path]:
+  """`directory` by a name without `[`, `]`, `*` and `?`, which Orbax takes for a pattern: a link, if need be."""
+  directory = directory.absolute()
+  if not glob.has_magic(str(directory)):
+    yield directory
+    return
+  with tempfile.TemporaryDirectory(prefix="dms_jax-") as folder:
+    link = Path(folder) / "link"
+    link.symlink_to(directory, target_is_directory=True)
+    yield link
+
+
+@contextlib.contextmanager
+def _clear_full_disk(path: str | Path) -> Iterator[None]:
+  """Turns a library's pages of errors into one OSError where the disk is full."""
+  try:
+    yield
+  except Exception as error:
+    full = "No space left" in str(error) or "Disk quota exceeded" in str(error) or "RESOURCE_EXHAUSTED" in str(error)
+    if not full:
+      raise
+    raise OSError(f"{path}: the disk is full; nothing was written") from None
+
+
+def check_writable(path: str | Path) -> None:
+  """Checks, before the work, that a folder can be made at `path`.
+
+  Raises:
+    ValueError: it cannot: a parent is a file, or the disk is read-only or full.
+  """
+  parent = Path(path).absolute().parent
+  try:
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=parent) as file:
+      file.write(bytes(4096))
+  except OSError as error:
+    raise ValueError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
 
 
 @contextlib.contextmanager
@@ -341,15 +417,20 @@ def _fingerprints(directory: Path) -> dict[str, tuple[int, int]]:
   files = sorted(p for p in directory.rglob("*") if p.is_file())
 
   def fingerprint(file: Path) -> tuple[int, int]:
-    crc = 0
-    with file.open("rb") as stream:
-      while block := stream.read(1 << 22):
-        crc = zlib.crc32(block, crc)
-    return file.stat().st_size, crc
+    return file.stat().st_size, crc32(file)
 
   names = [p.relative_to(directory).as_posix() for p in files]
   with concurrent.futures.ThreadPoolExecutor() as pool:
     return dict(zip(names, pool.map(fingerprint, files), strict=True))
+
+
+def crc32(file: Path) -> int:
+  """CRC-32 of a file's content."""
+  crc = 0
+  with file.open("rb") as stream:
+    while block := stream.read(1 << 22):
+      crc = zlib.crc32(block, crc)
+  return crc
 
 
 def _check_files(path: Path, expected: dict[str, list[int]]) -> None:

@@ -10,10 +10,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import types
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from dms_jax.levels import Levels
+
+_LARGEST = 2**31 - 1  # of a size: positions and shapes are int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +27,17 @@ class RopeScaling:
   low_freq_factor: float = 1.0
   high_freq_factor: float = 4.0
   original_max_position_embeddings: int = 8192
+
+  def __post_init__(self):
+    for name in ("factor", "low_freq_factor", "high_freq_factor"):
+      if not 1e-3 <= getattr(self, name) <= 1e6:
+        raise ValueError(f"rope_scaling.{name}={getattr(self, name)} must be between 0.001 and a million")
+    if self.high_freq_factor <= self.low_freq_factor:
+      factors = f"high_freq_factor={self.high_freq_factor}, low_freq_factor={self.low_freq_factor}"
+      raise ValueError(f"rope_scaling: {factors}: the first must be larger")
+    if not 1 <= self.original_max_position_embeddings <= _LARGEST:
+      length = self.original_max_position_embeddings
+      raise ValueError(f"rope_scaling.original_max_position_embeddings={length} must be 1 to {_LARGEST} tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +84,17 @@ class ModelConfig:
     from dms_jax import families  # imports this module
 
     families.get(self.family)
+    for name in (
+      "num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "max_position_embeddings",
+    ):  # fmt: skip
+      if not 1 <= getattr(self, name) <= _LARGEST:
+        raise ValueError(f"{name}={getattr(self, name)} must be 1 to {_LARGEST}")
+    if not 1 <= self.rope_theta <= 1e15:
+      raise ValueError(f"rope_theta={self.rope_theta} must be between 1 and 1e15")
+    if not 1e-30 <= self.rms_norm_eps < 1:  # float32 holds 1e-38
+      raise ValueError(f"rms_norm_eps={self.rms_norm_eps} must be at least 1e-30 and below 1")
+    if outside := [i for i in self.eos_token_ids if not 0 <= i < self.vocab_size]:
+      raise ValueError(f"eos_token_ids: {outside} are outside the vocabulary of {self.vocab_size} tokens")
     if self.num_heads % self.num_kv_heads:
       raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
     if self.head_dim % 2:
@@ -158,6 +183,8 @@ class DMSConfig:
       raise ValueError(f"dms.shift={self.shift} must be 1 (NVIDIA's checkpoints and ours) or 0 (shisa-ai's)")
     if self.window < 0:
       raise ValueError(f"dms.window={self.window} must be 0 or more tokens")
+    if self.window > 2**30:
+      raise ValueError(f"dms.window={self.window}: at most {2**30} tokens")
     if self.eviction not in ("delayed", "immediate"):
       raise ValueError(f"dms.eviction={self.eviction!r} must be 'delayed' or 'immediate'")
 
@@ -218,40 +245,107 @@ def to_json(config: Any) -> dict:
   return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def from_json(cls: type, values: dict, source: str = "config") -> Any:
-  """Builds config `cls` from JSON values. A class method `cls.upgraded`, if there is one, first converts older values.
+def from_json(cls: type, values: Any, source: str = "config") -> Any:
+  """Builds config `cls` from JSON values, each of which must be of its field's type.
+
+  A class method `cls.upgraded`, if there is one, first converts older values. A whole number stands for a float. Floats
+  are finite.
 
   Raises:
-    ValueError: a key is unknown, or the config refuses a value; the message names `source`.
+    ValueError: a key is unknown, a value is of another type, or the config refuses it; the message names `source`.
   """
-  values = cls.upgraded(values) if hasattr(cls, "upgraded") else dict(values)
+  if not isinstance(values, dict):
+    raise ValueError(f"{source}: should be an object, found {shown(values)}")
+  try:
+    values = cls.upgraded(values) if hasattr(cls, "upgraded") else dict(values)
+  except (AttributeError, KeyError, TypeError) as error:
+    raise ValueError(f"{source}: values of an earlier version cannot be read ({error})") from None
   hints = get_type_hints(cls)
+  defaults = {f.name: f.default for f in dataclasses.fields(cls)}
   if unknown := sorted(set(values) - set(hints)):
     raise ValueError(f"{source}: unknown field(s) {unknown} for {cls.__name__}; it has {sorted(hints)}")
   for name, value in values.items():
-    nested = next((t for t in (hints[name], *get_args(hints[name])) if dataclasses.is_dataclass(t)), None)
-    if isinstance(value, list):
-      values[name] = tuple(value)
-    elif nested is not None and value is not None:
-      values[name] = from_json(nested, value, f"{source}: {name}")
+    if value is not None or defaults[name] is not None:
+      values[name] = typed(hints[name], value, source, name)
   try:
     return cls(**values)
   except (TypeError, ValueError) as error:
     raise ValueError(f"{source}: {error}") from None
 
 
+def typed(hint: Any, value: Any, source: str, name: str) -> Any:
+  """A JSON value as `hint` means it: lists become tuples, whole numbers floats, objects configs.
+
+  Raises:
+    ValueError: the value is of another type, an integer of more than 64 bits, or a float that is not finite.
+  """
+  kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+  for kind in kinds:
+    if kind is Any or (kind is type(None) and value is None):
+      return value
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+      return from_json(kind, value, f"{source}: {name}")
+    if get_origin(kind) is Literal and type(value) in {type(choice) for choice in get_args(kind)}:
+      return value
+    if kind in (bool, str) and isinstance(value, kind):
+      return value
+    if kind is int and is_number(value, int) and abs(value) < 2**63:
+      return value
+    if get_origin(kind) is tuple and isinstance(value, list | tuple):
+      members = get_args(kind)
+      if members[-1] is Ellipsis:
+        members = members[:1] * len(value)
+      if len(members) == len(value):
+        return tuple(typed(m, v, source, f"{name}[{i}]") for i, (m, v) in enumerate(zip(members, value, strict=True)))
+    if kind is Path and isinstance(value, str | Path):
+      return Path(value)
+  if float in kinds and is_number(value):
+    return float(value)
+  wanted = " or ".join(getattr(kind, "__name__", str(kind)) if kind is not type(None) else "null" for kind in kinds)
+  raise ValueError(f"{source}: {name} should be {wanted}, found {shown(value)}")
+
+
+def is_number(value: Any, kinds: type | types.UnionType = int | float) -> bool:
+  """Whether a value of a JSON file is a finite number; `true` and `false` are none."""
+  return isinstance(value, kinds) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def shown(value: Any) -> str:
+  """A value of a file as a message shows it: short, and on one line."""
+  if isinstance(value, dict | list) and value:
+    return f"a {type(value).__name__} of {len(value)}"
+  text = f"a number of {value.bit_length()} bits" if isinstance(value, int) and abs(value) > 2**64 else repr(value)
+  return text if len(text) <= 80 else text[:77] + "..."
+
+
 def read_json(path: str | Path) -> dict:
-  """Reads one JSON object.
+  """Reads one JSON object, in UTF-8 whatever the locale. It is the one reader of JSON files in this package.
 
   Raises:
     ValueError: the file is missing or damaged, or is not a JSON object; the message names it.
   """
   try:
-    values = json.loads(Path(path).read_text())
+    data = Path(path).read_bytes()
   except FileNotFoundError:
     raise ValueError(f"{path}: no such file") from None
-  except (UnicodeDecodeError, json.JSONDecodeError) as error:
-    raise ValueError(f"{path}: not valid JSON ({error}); the file is damaged or was cut short") from None
+  except OSError as error:
+    raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+  return parse_json(data, str(path))
+
+
+def parse_json(data: bytes | str, source: str) -> dict:
+  """One JSON object from its text; bytes are UTF-8, with or without a byte order mark.
+
+  Raises:
+    ValueError: it is not valid JSON, is nested too deep, or is not an object; the message names `source`.
+  """
+  try:
+    values = json.loads(data if isinstance(data, str) else data.decode("utf-8-sig"))
+  except RecursionError:
+    raise ValueError(f"{source}: JSON nested too deep; the file is damaged") from None
+  except ValueError as error:  # of UTF-8, of JSON, or of a number with too many digits
+    reason = f"not valid JSON ({shown(str(error))[1:-1]})"
+    raise ValueError(f"{source}: {reason}; the file is damaged or was cut short") from None
   if not isinstance(values, dict):
-    raise ValueError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    raise ValueError(f"{source}: expected a JSON object, found {type(values).__name__}")
   return values

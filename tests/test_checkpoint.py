@@ -325,6 +325,56 @@ def test_what_is_not_ours_is_not_replaced(tmp_path, gated):
   assert checkpoint.is_checkpoint(tmp_path / "empty")
 
 
+def test_paths_with_brackets(tmp_path, gated):
+  """Orbax takes them for patterns."""
+  path = tmp_path / "a[b]" / "m[1]*"
+  checkpoint.save(path, gated)
+  same(checkpoint.load(path, merge=False).params, gated.params)
+  (path.parent / f".m[1]*.partial-{dead_pid()}").mkdir()
+  (path.parent / f".m1.partial-{dead_pid()}").mkdir()
+  checkpoint.save(path, gated)
+  assert visible(path.parent) == [next(n for n in visible(path.parent) if n.startswith(".m1")), path.name]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "params/mine", "params/state/mine", "more/mine"])
+def test_a_checkpoint_with_foreign_files_is_not_replaced(saved, gated, name):
+  (saved / name).parent.mkdir(exist_ok=True)
+  (saved / name).write_text("mine")
+  with pytest.raises(ValueError, match="is not something this program wrote, or holds other files, too"):
+    checkpoint.save(saved, gated)
+  assert (saved / name).read_text() == "mine"
+
+
+def test_a_full_disk_is_one_line(tmp_path, gated, monkeypatch):
+  def fail(path, params):
+    raise ValueError("RESOURCE_EXHAUSTED: Error writing\n" + "line\n" * 200)
+
+  monkeypatch.setattr(checkpoint.ocp, "save", fail)
+  with pytest.raises(OSError, match="m: the disk is full; nothing was written") as error:
+    checkpoint.save(tmp_path / "m", gated)
+  assert "\n" not in str(error.value) and not visible(tmp_path)
+
+
+def test_an_output_that_cannot_be_written(tmp_path):
+  (tmp_path / "file").write_text("text")
+  with pytest.raises(ValueError, match="file/m: cannot be written"):
+    checkpoint.check_writable(tmp_path / "file" / "m")
+  with pytest.raises(ValueError, match="cannot be written"):
+    checkpoint.check_writable("/proc/m")
+  checkpoint.check_writable(tmp_path / "new" / "m")
+
+
+def test_fields_of_other_types(saved):
+  values = json.loads((saved / "config.json").read_text())
+  for name, wrong in (
+    ("groups", "base"), ("groups", [3]), ("files", [1]), ("files", {"a": 3}), ("files", {"../a": [1, 2]}),
+    ("files", {"a": [1, None]}), ("model", {"num_layers": "two"}), ("format", [1]),
+  ):  # fmt: skip
+    (saved / "config.json").write_text(json.dumps({**values, name: wrong}))
+    with pytest.raises(ValueError, match=rf"config\.json: .*({name}|num_layers)"):
+      checkpoint.load(saved)
+
+
 def dead_pid() -> int:
   process = subprocess.Popen([sys.executable, "-c", ""])
   process.wait()
@@ -353,7 +403,9 @@ def test_killed_between_the_two_renames(saved, gated):
 
 def test_configs_travel_whole(tmp_path):
   """Every field of every config survives, at values other than its default."""
-  small = dict(num_layers=1, d_model=32, d_ff=32, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=11)
+  small = dict(
+    num_layers=1, d_model=32, d_ff=32, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=11, eos_token_ids=(3, 7)
+  )
   config = dataclasses.replace(PRESETS["llama-3.2-1b"], **small)
   dms = DMSConfig("adapter", 7, 50.0, 2.5, 0, "layer")
   lora = LoRAConfig(2, 0.5, ("v_proj", "up_proj"))

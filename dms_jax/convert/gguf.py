@@ -7,6 +7,7 @@ back to Hugging Face's half-split order.
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ import tokenizers
 from tokenizers import Regex, normalizers, pre_tokenizers, processors
 
 from dms_jax import families
-from dms_jax.checkpoint import first_line
-from dms_jax.config import ModelConfig, RopeScaling
+from dms_jax.config import ModelConfig, RopeScaling, is_number, shown
+from dms_jax.convert import gguf_file
 from dms_jax.convert.tensors import Tensors, check_layers, hf_names
 from dms_jax.families.base import refusals
 from dms_jax.layers import rope_frequencies
@@ -56,10 +57,12 @@ class _PreTokenizer:
     return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
+_QWEN2 = _PreTokenizer(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}", nfc=True)
 _LLAMA3 = _PreTokenizer(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}", ignore_merges=True, adds_bos=True)
 _PRE_TOKENIZERS = {
   "smollm": _PreTokenizer(None),
-  "qwen2": _PreTokenizer(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}", nfc=True),
+  "qwen2": _QWEN2,
+  "deepseek-r1-qwen": _QWEN2,  # as in llama.cpp; these files ask for BOS themselves
   "llama-bpe": _LLAMA3,
   "llama3": _LLAMA3,
   "llama-v3": _LLAMA3,
@@ -73,73 +76,103 @@ def read(path: str | Path) -> tuple[ModelConfig, Tensors, Tokenizer]:
   Raises:
     ValueError: the file is not GGUF, is cut short or damaged, or its model is not supported.
   """
-  reader = _open(path)
-  fields = _Fields(reader, str(path))
-  config = _config(fields, {t.name: t for t in reader.tensors})
-  return config, _tensors(reader, config, str(path)), _tokenizer(fields)
+  metadata, entries = _read_parts(Path(path))
+  fields = _Fields(metadata, str(path))
+  try:
+    config = _config(fields, {entry.name: entry for entry in entries})
+    return config, _tensors(entries, config, str(path)), _tokenizer(fields)
+  except RecursionError:  # of a tokenizer
+    raise ValueError(f"{path}: metadata nested too deep; the file is damaged") from None
 
 
-def _open(path: str | Path):
-  try:
-    from gguf import GGUFReader
-  except ImportError:
-    raise ValueError(f"{path}: reading GGUF needs the gguf package: pip install 'dms_jax[convert]'") from None
-  try:
-    return GGUFReader(path)
-  except FileNotFoundError:
-    raise ValueError(f"{path}: no such file") from None
-  except Exception as error:  # the reader checks little and raises any kind of error
-    reason = f"not a readable GGUF file ({first_line(error)}); it is damaged or was cut short"
-    raise ValueError(f"{path}: {reason}") from None
+def _read_parts(path: Path) -> tuple[dict[str, Any], list[gguf_file.Entry]]:
+  """Metadata and tensors of a file; of its parts, if llama.cpp split it into NAME-00001-of-00005.gguf and so on."""
+  metadata, entries = gguf_file.read(path)
+  count = metadata.get("split.count", 1)
+  if count in (0, 1):
+    return metadata, entries
+  named = re.fullmatch(r"(.*)-00001-of-(\d{5})\.gguf", path.name)
+  if metadata.get("split.no") != 0 or not named or int(named[2]) != count:
+    raise ValueError(
+      f"{path}: one of {shown(count)} parts of a split GGUF file; pass the first, NAME-00001-of-..., beside the "
+      "others, or join them with llama-gguf-split --merge"
+    )
+  for number in range(2, count + 1):
+    part = path.with_name(f"{named[1]}-{number:05}-of-{count:05}.gguf")
+    theirs, more = gguf_file.read(part)
+    if (theirs.get("split.no"), theirs.get("split.count")) != (number - 1, count):
+      raise ValueError(f"{part}: not part {number} of {count}, as its name says")
+    entries += more
+  wanted, names = metadata.get("split.tensors.count", len(entries)), {entry.name for entry in entries}
+  if not len(names) == len(entries) == wanted:
+    found = f"{len(entries)}, {len(names)} of them different"
+    raise ValueError(f"{path}: {shown(wanted)} tensors in {count} parts wanted, found {found}")
+  return metadata, entries
 
 
 class _Fields:
   """The metadata of a GGUF file; errors name the missing or malformed key."""
 
-  def __init__(self, reader, path: str):
-    self.path, self._fields = path, reader.fields
+  def __init__(self, metadata: dict[str, Any], path: str):
+    self.path, self._metadata = path, metadata
     self.arch = self.get("general.architecture", str)
 
   def get(self, key: str, kind: type | tuple = object, default: Any = ...) -> Any:
     key = key.format(arch=getattr(self, "arch", ""))
-    field = self._fields.get(key)
-    if field is None:
+    if (value := self._metadata.get(key)) is None:
       if default is ...:
         raise ValueError(f"{self.path}: metadata key {key} is missing")
       return default
-    try:
-      value = field.contents()
-    except Exception as error:
-      raise ValueError(f"{self.path}: metadata key {key} cannot be read ({error}); the file is damaged") from None
-    if kind is float and isinstance(value, int | float):
+    if kind is float and is_number(value):
       return float(str(np.float32(value)))  # the shortest decimal: 1e-05, not 9.999999747378752e-06
-    if not isinstance(value, kind):
-      raise ValueError(f"{self.path}: metadata key {key} is {type(value).__name__} and should be {kind.__name__}")
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+      wanted = f"{type(value).__name__} and should be {kind.__name__}" if kind is not float else f"{value}, no number"
+      raise ValueError(f"{self.path}: metadata key {key} is {wanted}")
     return value
+
+  def token_id(self, name: str) -> int | None:
+    """The id of a special token; None without, which some files write as -1.
+
+    Raises:
+      ValueError: the id is outside the vocabulary.
+    """
+    index = self.get(f"tokenizer.ggml.{name}_token_id", int, None)
+    if index is None or index in (-1, 2**32 - 1):
+      return None
+    if not 0 <= index < (size := len(self.get("tokenizer.ggml.tokens", list))):
+      raise ValueError(f"{self.path}: {name}_token_id {index} is outside the vocabulary of {size}; the file is damaged")
+    return index
 
 
 def _config(fields: _Fields, tensors: dict) -> ModelConfig:
   reasons = []
   if fields.arch not in families.FAMILIES:
     reasons.append(f"architecture {fields.arch!r}; supported are {', '.join(families.FAMILIES)}")
-  given = lambda key: [key] if fields.get(f"{{arch}}.{key}", default=0) else []
+  given = lambda key: [key] if fields.get(f"{{arch}}.{key}", default=0) not in (0, [], "") else []
   reasons += refusals(*map(given, ("expert_count", "attention.kv_lora_rank", "attention.sliding_window")))
   scaling_type = fields.get("{arch}.rope.scaling.type", default="none")
-  if scaling_type not in ("none", ""):
-    reasons.append(f"RoPE scaling of type {scaling_type!r}")
+  plain = scaling_type == "linear" and fields.get("{arch}.rope.scaling.factor", float, 1.0) == 1  # divides by 1
+  if scaling_type not in ("none", "") and not plain:
+    reasons.append(f"RoPE scaling of type {shown(scaling_type)}")
+  if (factor := fields.get("{arch}.rope.scale_linear", float, 1.0)) not in (0, 1):  # of old files
+    reasons.append(f"RoPE scaling by {factor}")
   if reasons:
     raise ValueError(f"{fields.path}: not supported: {'; '.join(reasons)}")
   heads, width = fields.get("{arch}.attention.head_count", int), fields.get("{arch}.embedding_length", int)
-  head_dim = fields.get("{arch}.rope.dimension_count", int, width // max(heads, 1))
-  eos = [fields.get(f"tokenizer.ggml.{name}_token_id", int, None) for name in ("eos", "eot", "eom")]
+  rotated = fields.get("{arch}.rope.dimension_count", int, None)
+  head_dim = fields.get("{arch}.attention.key_length", int, rotated or width // max(heads, 1))
+  if rotated not in (None, head_dim):
+    raise ValueError(f"{fields.path}: not supported: RoPE on {rotated} of {head_dim} channels")
+  eos = [fields.token_id(name) for name in ("eos", "eot", "eom")]
+  tokens = fields.get("tokenizer.ggml.tokens", list)
   values = dict(
     num_layers=fields.get("{arch}.block_count", int),
     d_model=width,
     d_ff=fields.get("{arch}.feed_forward_length", int),
     num_heads=heads,
     num_kv_heads=fields.get("{arch}.attention.head_count_kv", int, heads),
-    head_dim=fields.get("{arch}.attention.key_length", int, head_dim),
-    vocab_size=int(tensors["token_embd.weight"].shape[-1]) if "token_embd.weight" in tensors else 1,
+    head_dim=head_dim,
+    vocab_size=tensors["token_embd.weight"].shape[0] if "token_embd.weight" in tensors else len(tokens),
     max_position_embeddings=fields.get("{arch}.context_length", int),
     rope_theta=fields.get("{arch}.rope.freq_base", float, 10000.0),
     rms_norm_eps=fields.get("{arch}.attention.layer_norm_rms_epsilon", float),
@@ -157,19 +190,19 @@ def _config(fields: _Fields, tensors: dict) -> ModelConfig:
 
 def _scaling(config: ModelConfig, tensor) -> RopeScaling:
   """The llama3 scaling that gives the file's factors; llama.cpp stores one factor a frequency, not the parameters."""
-  factors = np.asarray(tensor.data, np.float32).reshape(-1)
+  factors = tensor.values().reshape(-1)
   plain = rope_frequencies(config)
+  if factors.shape != plain.shape or not np.isfinite(factors).all():
+    raise ValueError(f"{_ROPE_FREQS} is to hold {plain.size} finite factors; the file is damaged")
   scaling = RopeScaling(factor=float(factors.max()))
   expected = plain / rope_frequencies(dataclasses.replace(config, rope_scaling=scaling))
-  if factors.shape != plain.shape or not np.allclose(factors, expected, rtol=1e-4):
+  if not np.allclose(factors, expected, rtol=1e-4):
     raise ValueError(f"{_ROPE_FREQS} is not Llama 3.1's scaling of 8192 trained positions: not supported")
   return scaling
 
 
-def _tensors(reader, config: ModelConfig, path: str) -> Tensors:
-  from gguf import dequantize
-
-  check_layers(config.num_layers, len(reader.tensors), path)
+def _tensors(found: list[gguf_file.Entry], config: ModelConfig, path: str) -> Tensors:
+  check_layers(config.num_layers, len(found), path)
   paired = families.get(config.family).paired_rope
   heads = {"layers/q_proj": config.num_heads, "layers/k_proj": config.num_kv_heads} if paired else {}
   of_name = {}  # GGUF name -> (Hugging Face name, number of heads whose rows are in pairs or 0)
@@ -178,19 +211,19 @@ def _tensors(reader, config: ModelConfig, path: str) -> Tensors:
       own = _NAMES[param] if layer is None else f"blk.{layer}.{_NAMES[param]}"
       of_name[own] = (name, heads.get(param, 0))
   entries, shapes = {}, {}
-  for tensor in reader.tensors:
+  for tensor in found:
     if tensor.name == _ROPE_FREQS:
       continue
     name, permuted = of_name.get(tensor.name, (tensor.name, 0))
     entries[name] = (tensor, permuted)
-    shapes[name] = tuple(int(n) for n in reversed(tensor.shape))
+    shapes[name] = tensor.shape
 
   def read_tensor(name: str) -> np.ndarray:
     tensor, permuted = entries[name]
     try:
-      value = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32).reshape(shapes[name])
-    except (NotImplementedError, ValueError) as error:
-      raise ValueError(f"{path}: tensor {tensor.name} of type {tensor.tensor_type.name}: {error}") from None
+      value = tensor.values()
+    except ValueError as error:
+      raise ValueError(f"{path}: {error}") from None
     if permuted:
       rows, inputs = value.shape
       value = value.reshape(permuted, rows // permuted // 2, 2, inputs).swapaxes(1, 2).reshape(rows, inputs)
@@ -209,7 +242,13 @@ def _tokenizer(fields: _Fields) -> Tokenizer:
   rules = _PRE_TOKENIZERS[pre]
   tokens = fields.get("tokenizer.ggml.tokens", list)
   types = fields.get("tokenizer.ggml.token_type", list, [1] * len(tokens))
-  merges = [tuple(merge.split(" ", 1)) for merge in fields.get("tokenizer.ggml.merges", list)]
+  merges = fields.get("tokenizer.ggml.merges", list)
+  for name, texts in (("tokens", tokens), ("merges", merges)):
+    if not all(isinstance(text, str) for text in texts):
+      raise ValueError(f"{fields.path}: tokenizer.ggml.{name} are no texts; the file is damaged")
+  merges = [tuple(merge.split(" ", 1)) for merge in merges]
+  if len(set(tokens)) != len(tokens):
+    raise ValueError(f"{fields.path}: {len(tokens) - len(set(tokens))} tokens are there twice; the file is damaged")
   if len(types) != len(tokens):
     raise ValueError(f"{fields.path}: {len(types)} token types for {len(tokens)} tokens; the file is damaged")
   try:
@@ -228,10 +267,7 @@ def _tokenizer(fields: _Fields) -> Tokenizer:
     "add_bos_token": fields.get("tokenizer.ggml.add_bos_token", bool, rules.adds_bos),
   }
   for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-    index = fields.get(f"tokenizer.ggml.{key}_token_id", int, None)
-    if index is not None:
-      if not 0 <= index < len(tokens):
-        raise ValueError(f"{fields.path}: {key}_token_id {index} is outside the vocabulary; the file is damaged")
+    if (index := fields.token_id(key)) is not None:
       settings[f"{name}_token"] = tokens[index]
   if (template := fields.get("tokenizer.chat_template", str, None)) is not None:
     settings["chat_template"] = template

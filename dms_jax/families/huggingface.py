@@ -1,16 +1,16 @@
 """Hugging Face's config.json <-> `ModelConfig`, for every family; other models are refused by name.
 
 Both spellings are read: transformers 4 (`rope_theta`, `rope_scaling`, `torch_dtype`) and transformers 5
-(`rope_parameters`, `dtype`). The spelling of transformers 4 is written, because both versions accept it.
+(`rope_parameters`, `dtype`). Where a file holds both, `rope_scaling` is used, as in transformers 5. The spelling of
+transformers 4 is written, because both versions accept it.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, fields
-from types import UnionType
 from typing import Any
 
-from dms_jax.config import ModelConfig, RopeScaling
+from dms_jax.config import ModelConfig, RopeScaling, is_number, shown
 from dms_jax.families import base
 
 # Sizes: config.json's keys and our fields, in config.json's order.
@@ -35,22 +35,25 @@ def config_from_hf(values: dict, source: str, generation: dict | None = None) ->
   family = base.FAMILIES.get(str(values.get("model_type")))
   if family is not None:
     values = {**family.defaults, **values}
+  problems = _wrong_types(values)
+  if problems:
+    raise ValueError(f"{source}: {'; '.join(problems)}")
   if reasons := _unsupported(values, family):
     raise ValueError(f"{source}: not supported: {'; '.join(reasons)}")
-  problems: list[str] = []
   sizes: dict[str, int] = {}
   for theirs, ours in _SIZES.items():
     heads = sizes.get("num_heads", 1)
     default = {"num_kv_heads": heads, "head_dim": max(sizes.get("d_model", 1) // heads, 1)}.get(ours)
     sizes[ours] = _number(values, theirs, int, problems, default)
-  theta, scaling = _rope(values, problems)
+  theta, scaling = _rope(values, sizes["max_position_embeddings"], problems)
+  generation_eos = _token_ids(generation or {}, "generation_config.json: eos_token_id", problems)
   shape = dict(
     **sizes,
     rope_theta=theta,
     rope_scaling=scaling,
     rms_norm_eps=_number(values, "rms_norm_eps", float, problems, 1e-6),
-    tie_embeddings=bool(values.get("tie_word_embeddings", False)),
-    eos_token_ids=_token_ids((generation or {}).get("eos_token_id")) or _token_ids(values.get("eos_token_id")),
+    tie_embeddings=bool(values.get("tie_word_embeddings")),
+    eos_token_ids=_token_ids(values, "eos_token_id", problems) if generation_eos == () else generation_eos,
   )
   if problems:
     raise ValueError(f"{source}: {'; '.join(problems)}")
@@ -86,75 +89,124 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict:
   }
 
 
+_FLAGS = ("tie_word_embeddings", "use_sliding_window", "attention_bias", "mlp_bias")
+
+
+def _wrong_types(values: dict) -> list[str]:
+  """A line for each switch, list or object of the file that is something else: read as true, it would mislead."""
+  problems = [
+    f"{name} should be true or false, found {shown(values[name])}"
+    for name in _FLAGS
+    if not isinstance(values.get(name), bool | None)
+  ]
+  kinds = values.get("layer_types")
+  if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
+    problems.append(f"layer_types should be a list of names, found {shown(kinds)}")
+  elif kinds and is_number(values.get("num_hidden_layers"), int) and len(kinds) != values["num_hidden_layers"]:
+    problems.append(f"layer_types names {len(kinds)} layers of {values['num_hidden_layers']}")
+  for name in ("rope_parameters", "rope_scaling"):
+    if not isinstance(values.get(name), dict | None):
+      problems.append(f"{name} should be an object, found {shown(values[name])}")
+  for name in ("sliding_window", "max_window_layers"):
+    if not (values.get(name) is None or is_number(values[name], int)):
+      problems.append(f"{name} should be a whole number, found {shown(values[name])}")
+  return problems
+
+
 def _unsupported(values: dict, family: base.Family | None) -> list[str]:
   """Every reason why this model is not supported, with the keys of config.json."""
   name = values.get("model_type")
   given = lambda *keys: [key for key in keys if values.get(key)]
   experts = given("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
   if not experts and ("moe" in str(name).lower() or name == "mixtral"):
-    experts = [f"model_type {name!r}"]
-  slides = values.get("sliding_window") is not None and values.get("use_sliding_window", True)
-  slides = slides or values.get("use_sliding_window")
-  slides = slides or any(kind != "full_attention" for kind in values.get("layer_types") or [])
-  sliding = [f"sliding_window={values.get('sliding_window')}"] if slides else []
+    experts = [f"model_type {shown(name)}"]
+  sliding = [f"sliding_window={values.get('sliding_window')}"] if _slides(values) else []
   reasons = base.refusals(experts, given("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim"), sliding)
   if family is None:
-    reasons.append(f"model_type {name!r}; supported are {', '.join(base.FAMILIES)}")
-  if (rope_type := _rope_type(values)) not in ("default", "llama3"):
-    reasons.append(f"RoPE scaling of type {rope_type!r}; supported are 'default' and 'llama3'")
-  if values.get("partial_rotary_factor", 1.0) != 1.0:
-    reasons.append(f"partial_rotary_factor={values['partial_rotary_factor']}")
+    reasons.append(f"model_type {shown(name)}; supported are {', '.join(base.FAMILIES)}")
+  settings = _rope_settings(values)
+  rope_type = _rope_type(settings)
+  plain = rope_type == "linear" and settings.get("factor") in (1, 1.0)  # positions divided by 1
+  if rope_type not in ("default", "llama3") and not plain:
+    reasons.append(f"RoPE scaling of type {shown(rope_type)}; supported are 'default' and 'llama3'")
+  if (rotated := settings.get("partial_rotary_factor", values.get("partial_rotary_factor"))) not in (None, 1, 1.0):
+    reasons.append(f"partial_rotary_factor={shown(rotated)}")
   if values.get("attention_bias") and not (family and family.qkv_bias):
     reasons.append("attention_bias=true")
   if values.get("mlp_bias"):
     reasons.append("mlp_bias=true")
   if (activation := values.get("hidden_act", "silu")) not in ("silu", "swish"):
-    reasons.append(f"hidden_act={activation!r}; supported is 'silu'")
+    reasons.append(f"hidden_act={shown(activation)}; supported is 'silu'")
   if values.get("quantization_config"):
     method = values["quantization_config"]
     method = method.get("quant_method") if isinstance(method, dict) else method
-    reasons.append(f"quantized weights (quantization_config, method {method!r}); convert the unquantized model")
+    reasons.append(f"quantized weights (quantization_config, method {shown(method)}); convert the unquantized model")
   return reasons
 
 
+def _slides(values: dict) -> bool:
+  """Whether any layer has a sliding window: those that `layer_types` names, else those from `max_window_layers` on."""
+  if values.get("layer_types"):
+    return any(kind != "full_attention" for kind in values["layer_types"])
+  if values.get("sliding_window") is None or values.get("use_sliding_window") is False:
+    return False
+  first, layers = values.get("max_window_layers"), values.get("num_hidden_layers")
+  return not (is_number(first, int) and is_number(layers, int) and first >= layers)
+
+
 def _rope_settings(values: dict) -> dict:
-  """transformers 5's rope_parameters, or transformers 4's rope_scaling."""
-  settings = values.get("rope_parameters") or values.get("rope_scaling") or {}
-  return settings if isinstance(settings, dict) else {"rope_type": settings}
+  """transformers 4's rope_scaling, else transformers 5's rope_parameters; keyed by layer type, those of full attention.
+
+  transformers reads the keyed form of a Llama as no settings at all; here it is read as it is meant.
+  """
+  settings = values.get("rope_scaling") or values.get("rope_parameters") or {}
+  if isinstance(settings.get("full_attention"), dict):
+    return settings["full_attention"]
+  if keyed := [name for name, value in settings.items() if isinstance(value, dict)]:
+    return {"rope_type": f"{keyed[0]}: ..."}  # of other layers: refused by this name
+  return settings
 
 
-def _rope_type(values: dict) -> str:
-  settings = _rope_settings(values)
+def _rope_type(settings: dict) -> Any:
   return settings.get("rope_type") or settings.get("type") or "default"
 
 
-def _rope(values: dict, problems: list[str]) -> tuple[float, RopeScaling | None]:
+def _rope(values: dict, longest: int, problems: list[str]) -> tuple[float, RopeScaling | None]:
+  """The base frequency and the scaling; `longest`: max_position_embeddings."""
   settings = _rope_settings(values)
-  theta = {"rope_theta": values.get("rope_theta", 10000.0), **settings}
-  theta = _number(theta, "rope_theta", float, problems)
-  if _rope_type(values) != "llama3":
+  theta = {"rope_theta": values.get("rope_theta")} | {k: v for k, v in settings.items() if v is not None}
+  theta = _number(theta, "rope_theta", float, problems, 10000.0)
+  if _rope_type(settings) != "llama3":
     return theta, None
+  given = {"original_max_position_embeddings": longest, **settings}
+  if values.get("original_max_position_embeddings") is not None:
+    given["original_max_position_embeddings"] = values["original_max_position_embeddings"]
   kinds = {f.name: int if f.name == "original_max_position_embeddings" else float for f in fields(RopeScaling)}
-  if bad := [name for name in kinds if not is_number(settings.get(name))]:
+  fits = lambda name, kind: is_number(given.get(name)) and given[name] == kind(given[name])
+  if bad := [name for name, kind in kinds.items() if not fits(name, kind)]:
     problems.append(f"rope_scaling of type llama3 needs the number(s) {bad}")
     return theta, None
-  return theta, RopeScaling(**{name: kind(settings[name]) for name, kind in kinds.items()})
-
-
-def is_number(value: Any, kinds: type | UnionType = int | float) -> bool:
-  """Whether a value of a JSON file is a number; `true` and `false` are none."""
-  return isinstance(value, kinds) and not isinstance(value, bool)
+  try:
+    return theta, RopeScaling(**{name: kind(given[name]) for name, kind in kinds.items()})
+  except ValueError as error:
+    problems.append(str(error))
+    return theta, None
 
 
 def _number(values: dict, name: str, kind: type, problems: list[str], default: Any = None):
   """A positive number, the default where the value is null or missing; else a line in `problems`, and 1."""
   value = default if values.get(name) is None else values[name]
-  if is_number(value, int if kind is int else int | float) and value > 0:
+  if is_number(value, int if kind is int else int | float) and 0 < value and (kind is float or value < 2**31):
     return kind(value)
-  problems.append(f"{name} should be a positive number, found {value!r}")
+  problems.append(f"{name} should be a positive number, found {shown(value)}")
   return kind(1)
 
 
-def _token_ids(value: Any) -> tuple[int, ...]:
-  """The ids of an eos_token_id, which is null, one id or a list."""
-  return () if value is None else tuple(int(i) for i in value) if isinstance(value, list) else (int(value),)
+def _token_ids(values: dict, name: str, problems: list[str]) -> tuple[int, ...]:
+  """The ids of an eos_token_id, which is null, one id or a list; `name` ends in the key."""
+  value = values.get(name.rpartition(" ")[2])
+  ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
+  if all(is_number(i, int) for i in ids):
+    return tuple(dict.fromkeys(ids))
+  problems.append(f"{name} should be a token id or a list of them, found {shown(value)}")
+  return ()

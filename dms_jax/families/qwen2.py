@@ -15,8 +15,14 @@ QWEN2 = register(
   Family(
     name="qwen2",
     architecture="Qwen2ForCausalLM",
-    # config.json may give the width of a sliding window that is switched off.
-    defaults={"max_position_embeddings": 32768, "vocab_size": 151936, "use_sliding_window": False},
+    # config.json may give the width of a sliding window that is switched off, or that starts behind the last layer.
+    defaults={
+      "max_position_embeddings": 32768,
+      "vocab_size": 151936,
+      "use_sliding_window": False,
+      "sliding_window": 4096,
+      "max_window_layers": 28,
+    },
     own_keys={"use_sliding_window": False},
     qkv_bias=True,
     presets={

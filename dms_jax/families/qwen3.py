@@ -14,8 +14,15 @@ QWEN3 = register(
   Family(
     name="qwen3",
     architecture="Qwen3ForCausalLM",
-    # config.json may give the width of a sliding window that is switched off.
-    defaults={"max_position_embeddings": 32768, "vocab_size": 151936, "head_dim": 128, "use_sliding_window": False},
+    # config.json may give the width of a sliding window that is switched off, or that starts behind the last layer.
+    defaults={
+      "max_position_embeddings": 32768,
+      "vocab_size": 151936,
+      "head_dim": 128,
+      "use_sliding_window": False,
+      "sliding_window": 4096,
+      "max_window_layers": 28,
+    },
     own_keys={"attention_bias": False, "use_sliding_window": False},
     qk_norm=True,
     presets={

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from dms_jax import policies
 from dms_jax.cache import PagedCache
 from dms_jax.cache.base import storage_dtype
 from dms_jax.cache.host import HostRow, check_fits, restore_row
-from dms_jax.config import read_json
+from dms_jax.config import is_number, read_json, shown
 from dms_jax.generation.conversation import Continuation, Conversation, conversation_of, place_like
 from dms_jax.model import Model, check_policy
 from dms_jax.policies import Policy
@@ -84,7 +86,7 @@ def save_conversation(path: str | Path, past: Any) -> None:
       "format": FORMAT, "cache": kind, "slots": slots, **pool, **model,
       "policy": {"name": type(policy).__name__, "numbers": numbers}, "rows": about,
     }  # fmt: skip
-    (folder / HEADER).write_text(json.dumps(header, indent=2) + "\n")
+    (folder / HEADER).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
 
 
 def load_conversation(
@@ -102,6 +104,7 @@ def load_conversation(
     ValueError: no such folder, a damaged or foreign file, another model or policy, or too small a `capacity`.
   """
   header = _header(path)
+  _check_sizes(path, header, model)
   kind, resolved = cache or header["cache"], _policy(path, header, model, policy)
   if kind not in caches.KINDS:
     raise ValueError(f"unknown cache {kind!r}; there are {sorted(caches.KINDS)}")
@@ -154,9 +157,9 @@ def load_conversation(
 
 
 def is_cache(path: str | Path) -> bool:
-  """Whether a folder holds a conversation."""
+  """Whether a folder holds a conversation and nothing else, so that a new one may take its place."""
   try:
-    return "rows" in read_json(Path(path) / HEADER)
+    return "rows" in read_json(Path(path) / HEADER) and {f.name for f in Path(path).iterdir()} <= {HEADER, ROWS}
   except ValueError:
     return False
 
@@ -199,38 +202,56 @@ def _header(path: str | Path) -> dict[str, Any]:
   file = Path(path) / HEADER
   header = read_json(file)
   if header.get("format", FORMAT) != FORMAT:
-    raise ValueError(f"{file}: format {header['format']}; this version reads {FORMAT}")
-  header["cache"] = KINDS_0_1.get(header.get("cache"), header.get("cache"))
+    raise ValueError(f"{file}: format {shown(header['format'])}; this version reads {FORMAT}")
+  if header.get("cache") in list(KINDS_0_1):
+    header["cache"] = KINDS_0_1[header["cache"]]
   kinds = {
     "format": int, "cache": str, "slots": int, "layers": int, "kv_heads": int, "head_dim": int, "dtype": str,
     "archive": str, "window": int, "shift": int, "policy_page": int, "policy": dict, "rows": list,
   }  # fmt: skip
   for name, kind in kinds.items():
-    if not isinstance(header.get(name), kind):
+    if not isinstance(header.get(name), kind) or (kind is int and not is_number(header[name], int)):
       raise ValueError(f"{file}: field {name!r} is missing or not {kind.__name__}; not a saved cache, or damaged")
   if not isinstance(header["policy"].get("name"), str) or not isinstance(header["policy"].get("numbers"), dict):
     raise ValueError(f"{file}: field 'policy' has no name and numbers; damaged")
   numbers = ("seen", "pending", "generated")
   for index, row in enumerate(header["rows"]):
-    if not isinstance(row, dict) or not all(isinstance(row.get(name), int) for name in numbers):
+    if not isinstance(row, dict) or not all(is_number(row.get(name), int) for name in numbers):
       raise ValueError(f"{file}: rows[{index}] must have whole numbers {', '.join(numbers)}; damaged")
   for name in ("page", "pages"):
-    if name in header and not (isinstance(header[name], int) and header[name] > 0):
+    if name in header and not (is_number(header[name], int) and 0 < header[name] < 2**31):
       raise ValueError(f"{file}: field {name!r} must be a positive whole number; damaged")
   if not header["rows"]:
     raise ValueError(f"{file}: field 'rows' is empty; damaged")
   return header
 
 
+def _check_sizes(path: str | Path, header: dict, model: Model) -> None:
+  """Raises ValueError where a count of the header is more than the model can hold: nothing is allocated before."""
+  file, rows = Path(path) / HEADER, header["rows"]
+  longest = 4 * model.config.max_position_embeddings + 4096  # a cache may be larger than the text, if not many times
+  for name in ("slots", "window", "page", "policy_page"):
+    if not 0 <= header.get(name, 0) <= min(longest, 2**31 - 1):
+      raise ValueError(f"{file}: field {name!r} is {shown(header[name])}, not 0 to {longest}; damaged")
+  heads = header["layers"] * header["kv_heads"] * len(rows)
+  if header.get("pages", 0) > heads * longest:
+    raise ValueError(f"{file}: field 'pages' is {shown(header['pages'])}, for {heads} heads; damaged")
+  for index, row in enumerate(rows):
+    limits = {"seen": (0, longest), "generated": (0, 2**31 - 1), "pending": (-1, model.config.vocab_size - 1)}
+    for name, (least, limit) in limits.items():
+      if not least <= row[name] <= limit:
+        raise ValueError(f"{file}: rows[{index}]: {name} is {shown(row[name])}, not {least} to {limit}; damaged")
+
+
 def _policy(path, header, model: Model, given: Policy | None) -> Policy:
   """The policy that continues a conversation; it must be compatible with the policy that filled the cache."""
   name, numbers = header["policy"]["name"], header["policy"]["numbers"]
-  rows = {name: np.asarray(value) for name, value in numbers.items() if isinstance(value, list)}
   try:
+    rows = {name: np.asarray(value) for name, value in numbers.items() if isinstance(value, list)}
     held = policies.get(name)(**{**numbers, **rows})
     resolved = check_policy(model, held if given is None else given)
-  except (ValueError, TypeError) as error:
-    raise ValueError(f"{path}: policy: {error}") from None
+  except (ValueError, TypeError, OverflowError) as error:
+    raise ValueError(f"{path}: policy: {' '.join(str(error).split())}") from None
   if resolved.window != header["window"]:
     raise ValueError(f"{path}: policy window is {header['window']} there and {resolved.window} here")
   if not resolved.continues(held):
@@ -249,7 +270,8 @@ def _read_rows(path: str | Path, header: dict, stats: tuple[str, ...], memory: d
   own, cells = (_dtype(path, header, name) for name in ("dtype", "archive"))
   masked, page = header["cache"] == "masked", header["policy_page"]
   try:
-    with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+    with zipfile.ZipFile(file) as archive:
+      arrays = _Arrays(archive, file.stat().st_size)
       for index, about in enumerate(header["rows"]):
         parts = {name: arrays[key] if (key := f"{index}.{name}") in arrays else None for name in ARRAYS}
         ring = about["seen"] if masked else min(about["seen"], header["window"] + 1)
@@ -267,6 +289,8 @@ def _read_rows(path: str | Path, header: dict, stats: tuple[str, ...], memory: d
         }
         for name, want in expected.items():
           parts[name] = _checked(f"array '{index}.{name}'", parts[name], want)
+        if not masked and most - header["window"] - 1 > about["seen"]:
+          raise ValueError(f"array '{index}.archived' counts more than the {about['seen']} tokens seen")
         parts["stats"] = _read_stats(arrays, index, stats, lead, 0 if masked else most, about["seen"], header["window"])
         parts["memory"] = {}
         for name, axes in memory.items():
@@ -288,11 +312,37 @@ def _read_rows(path: str | Path, header: dict, stats: tuple[str, ...], memory: d
         )
   except FileNotFoundError:
     raise ValueError(f"{file}: no such file") from None
-  except (zipfile.BadZipFile, EOFError, OSError, KeyError) as error:
+  except (zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, NotImplementedError, RuntimeError) as error:
     raise ValueError(f"{file}: damaged or cut short ({' '.join(str(error).split())[:100]}); save it again") from None
   except ValueError as error:
     raise ValueError(f"{file}: {error}; not what {HEADER} means, or damaged") from None
   return rows
+
+
+class _Arrays:
+  """The arrays of rows.npz by name; none is read that claims to be larger than the file."""
+
+  def __init__(self, archive: zipfile.ZipFile, size: int):
+    self.archive, self.size, self.names = archive, size, set(archive.namelist())
+
+  def __contains__(self, name: str) -> bool:
+    return f"{name}.npy" in self.names
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    about = self.archive.getinfo(f"{name}.npy")
+    if about.compress_type != zipfile.ZIP_STORED or about.file_size > self.size:
+      raise ValueError(f"array '{name}' is compressed, or of {about.file_size} bytes in a file of {self.size}")
+    with self.archive.open(about) as stream:
+      version = np.lib.format.read_magic(stream)
+      if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"array '{name}' is of format {version}")
+      one = version == (1, 0)
+      header = np.lib.format.read_array_header_1_0(stream) if one else np.lib.format.read_array_header_2_0(stream)
+      claimed = math.prod(header[0]) * header[2].itemsize
+      if header[2].hasobject or claimed != about.file_size - stream.tell():
+        raise ValueError(f"array '{name}' claims {claimed} bytes and has {about.file_size - stream.tell()}")
+      stream.seek(0)
+      return np.lib.format.read_array(stream, allow_pickle=False)
 
 
 def _read_stats(

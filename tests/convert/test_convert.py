@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import dms_jax
 from dms_jax import checkpoint
 from dms_jax import testing as tiny
 from dms_jax.config import DMSConfig, LoRAConfig, RopeScaling
@@ -165,6 +167,63 @@ def test_harmless_extras(tmp_path):
   same(checkpoint.load(convert(str(path), tmp_path / "ours")).params, model.params)
 
 
+def test_a_tied_head_that_differs(tmp_path):
+  """It is used, with a warning, as in transformers 5."""
+  model = tiny.model(CONFIGS["llama-tied"])
+  path = export(tmp_path / "hf", model)
+  tensors = load_file(path / "model.safetensors")
+  tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+  save_file(tensors, path / "model.safetensors")
+  with pytest.warns(UserWarning, match=r"lm_head\.weight is there and differs: it is used"):
+    loaded = checkpoint.load(convert(str(path), tmp_path / "ours"))
+  assert not loaded.config.tie_embeddings
+  np.testing.assert_array_equal(loaded.params["lm_head"], tensors["lm_head.weight"])
+
+
+def test_one_tensor_in_two_shards(tmp_path):
+  path = export(tmp_path / "hf", tiny.model(CONFIGS["llama"]), shard_bytes=20_000)
+  first, second, *_ = sorted(path.glob("model-*.safetensors"))
+  save_file({**load_file(second), **load_file(first)}, second)
+  with pytest.raises(ValueError, match=f"tensor .* is in {first.name} and in {second.name}"):
+    convert(str(path), tmp_path / "ours")
+
+
+def test_names_and_files_that_other_tools_take(hf, tmp_path):
+  """Prefixes of torch.compile, none of the head's, counters, an adapter and a stale index beside the weights."""
+  expected = checkpoint.load(convert(str(hf), tmp_path / "ours")).params
+  tensors = load_file(hf / "model.safetensors")
+  save_file(tensors, hf / "adapter_model.safetensors")
+  save_file(tensors, hf / "consolidated.00.safetensors")
+  (hf / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+  counters = {"model.layers.0.steps": np.int64([3]), "model.mask": np.bool_([True])}
+  for number, rename in enumerate(
+    (
+      lambda name: f"_orig_mod.{name}",
+      lambda name: name.replace("model.layers.0.", "model.layers.0._orig_mod."),
+      lambda name: name.removeprefix("model."),
+    )
+  ):
+    save_file({rename(n): t for n, t in tensors.items()} | counters, hf / "model.safetensors")
+    same(checkpoint.load(convert(str(hf), tmp_path / f"ours{number}")).params, expected)
+  (hf / "model.safetensors").unlink()
+  with pytest.raises(ValueError, match=r"shard\(s\) .* are missing"):
+    convert(str(hf), tmp_path / "other")
+  (hf / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../model.safetensors"}}')
+  with pytest.raises(ValueError, match=r"'\.\./model\.safetensors' is no name of a file beside it"):
+    convert(str(hf), tmp_path / "other")
+
+
+def test_a_tokenizer_with_one_more_token(hf, tmp_path):
+  """An added token without a row in the embedding is a warning; a text that holds it is refused."""
+  tokenizer = sized_tokenizer(97)
+  tokenizer.backend.add_special_tokens(["<pad>"])
+  tokenizer.save(hf)
+  with pytest.warns(UserWarning, match=r"1 added token\(s\) of the tokenizer have no row in the embedding of 97"):
+    model, tokenizer = dms_jax.load(convert(str(hf), tmp_path / "ours"))
+  with pytest.raises(ValueError, match=r"prompts\[0\] has token ids outside 0\.\.96"):
+    dms_jax.generate(model, ["A<pad>"], max_new_tokens=1)
+
+
 def test_all_wrong_tensors_together(hf, tmp_path):
   tensors = load_file(hf / "model.safetensors")
   del tensors["model.norm.weight"], tensors["model.layers.1.mlp.up_proj.weight"]
@@ -249,6 +308,39 @@ def test_finished_output_is_kept(hf, tmp_path, monkeypatch):
   assert (output / "config.json").stat().st_mtime_ns == before
   convert(str(hf), output, "bfloat16", overwrite=True)
   assert checkpoint.load(output).dtype == jnp.bfloat16
+
+
+def test_a_source_that_changed_is_not_finished(hf, tmp_path):
+  output = convert(str(hf), tmp_path / "ours")
+  file = hf / "model.safetensors"
+  os.utime(file, ns=(1, 1))  # another time, the same content
+  assert api.is_finished(str(hf), output)
+  values = bytearray(file.read_bytes())
+  values[-1] ^= 1
+  file.write_bytes(values)
+  assert not api.is_finished(str(hf), output)
+  with pytest.raises(ValueError, match="another version of this source; pass --overwrite"):
+    convert(str(hf), output)
+  convert(str(hf), output, overwrite=True)
+  assert api.is_finished(str(hf), output)
+  file.unlink()
+  assert not api.is_finished(str(hf), output)
+  shutil.rmtree(hf)
+  assert api.is_finished(str(hf), output)  # nothing to compare with
+
+
+def test_an_output_without_its_parameters_is_converted_again(hf, tmp_path):
+  output = convert(str(hf), tmp_path / "ours")
+  shutil.rmtree(output / "params")
+  assert not api.is_finished(str(hf), output)
+  assert checkpoint.load(convert(str(hf), output)).config == CONFIGS["llama"]
+
+
+def test_an_output_that_cannot_be_written_is_noticed_first(hf, tmp_path, monkeypatch):
+  monkeypatch.setattr(api, "fetch", lambda source: pytest.fail("read before"))
+  (tmp_path / "file").write_text("text")
+  with pytest.raises(ValueError, match="cannot be written"):
+    convert(str(hf), tmp_path / "file" / "ours")
 
 
 def test_failure_leaves_nothing(hf, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from dms_jax.config import DMSConfig, RopeScaling
 from dms_jax.convert.layouts import fastdms, nvidia, transformers
 from dms_jax.families import PRESETS, Family, base, register
 from dms_jax.families.huggingface import config_from_hf, config_to_hf
+from dms_jax.gates import gate_logits
 from dms_jax.params import abstract_params, count_params, param_table
 
 LLAMA3 = RopeScaling(8.0, 1.0, 4.0, 64)
@@ -67,6 +68,48 @@ def test_transformers_5_style():
   assert config_from_hf(values, "x") == LLAMA
 
 
+def test_settings_keyed_by_layer_type():
+  """As transformers 5 writes them for models whose layers may differ."""
+  values = config_to_hf(LLAMA, "float32")
+  settings = {**values.pop("rope_scaling"), "rope_theta": values.pop("rope_theta")}
+  values["rope_parameters"] = {"full_attention": settings, "sliding_attention": {"rope_theta": 7.0}}
+  assert config_from_hf(values, "x") == LLAMA
+  values["rope_parameters"] = {"sliding_attention": settings}
+  with pytest.raises(ValueError, match="RoPE scaling of type 'sliding_attention"):
+    config_from_hf(values, "x")
+  values["rope_parameters"] = {"full_attention": {**settings, "partial_rotary_factor": 0.5}}
+  with pytest.raises(ValueError, match=r"partial_rotary_factor=0\.5"):
+    config_from_hf(values, "x")
+
+
+def test_two_settings_of_rope():
+  """rope_scaling is used, as in transformers 5; the theta inside the settings precedes the one beside them."""
+  values = hf_values(rope_parameters={"rope_type": "default", "rope_theta": 7.0}, rope_theta=3e4)
+  assert config_from_hf(values, "x") == dataclasses.replace(LLAMA, rope_theta=3e4)
+  values["rope_scaling"]["rope_theta"] = 2e4
+  assert config_from_hf(values, "x") == dataclasses.replace(LLAMA, rope_theta=2e4)
+  values.update(rope_scaling=None, rope_parameters={"rope_type": "linear", "factor": 1.0})
+  assert config_from_hf(values, "x") == dataclasses.replace(LLAMA, rope_scaling=None, rope_theta=3e4)
+
+
+def test_trained_length_of_llama3_scaling():
+  """Beside the settings before inside, and max_position_embeddings where neither says it, as in transformers 5."""
+  values = hf_values()
+  values["rope_scaling"].pop("original_max_position_embeddings")
+  assert config_from_hf(values, "x").rope_scaling.original_max_position_embeddings == LLAMA.max_position_embeddings
+  assert config_from_hf({**values, "original_max_position_embeddings": 48}, "x").rope_scaling == dataclasses.replace(
+    LLAMA3, original_max_position_embeddings=48
+  )
+
+
+def test_a_sliding_window_that_no_layer_has():
+  for values in (
+    dict(max_window_layers=2), dict(layer_types=["full_attention"] * 2, max_window_layers=0), dict(sliding_window=None)
+  ):  # fmt: skip
+    values = hf_values(model_type="qwen2", use_sliding_window=True, **values)
+    assert config_from_hf(values, "x").family == "qwen2"
+
+
 def test_what_config_json_leaves_out():
   """The defaults of transformers' classes, and the older name of a rope type."""
   minimal = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4)
@@ -105,7 +148,10 @@ REFUSED = {
   "mistral": (dict(model_type="mistral"), ["model_type 'mistral'; supported are llama, qwen2, qwen3"]),
   "nothing": (dict(model_type=None), ["model_type None"]),
   "sliding": (dict(sliding_window=4096), ["sliding window attention (sliding_window=4096)"]),
-  "sliding qwen": (dict(model_type="qwen2", use_sliding_window=True, sliding_window=9), ["sliding window attention"]),
+  "sliding qwen": (
+    dict(model_type="qwen2", use_sliding_window=True, max_window_layers=1),
+    ["sliding window attention"],
+  ),
   "sliding layers": (dict(layer_types=["full_attention", "sliding_attention"]), ["sliding window attention"]),
   "experts": (dict(model_type="qwen3_moe", num_experts=128), ["mixture of experts (num_experts)", "'qwen3_moe'"]),
   "mixtral": (dict(model_type="mixtral", num_local_experts=8), ["mixture of experts"]),
@@ -146,6 +192,54 @@ def test_malformed_configs():
     config_from_hf(hf_values(num_key_value_heads=3), "x")
 
 
+WRONG = [None, True, "8", "", -1, 0, 1.5, float("nan"), float("inf"), 1e308, 10**30, [], [1], {}, {"a": 1}]
+SIZES = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"]
+
+
+@pytest.mark.parametrize(
+  ("key", "harmless"),
+  [(name, []) for name in SIZES]
+  + [
+    ("num_key_value_heads", [None]), ("head_dim", [None]), ("max_position_embeddings", []),
+    ("rms_norm_eps", [None]), ("rope_theta", [None, 1.5]), ("eos_token_id", [None, 0, [], [1]]),
+    ("tie_word_embeddings", [None, True]), ("use_sliding_window", [None, True]), ("mlp_bias", [None]),
+    ("layer_types", [None, []]), ("rope_scaling", [None, {}, {"a": 1}]), ("sliding_window", [None]),
+    ("partial_rotary_factor", [None, True]), ("hidden_act", []), ("model_type", []),
+  ],
+)  # fmt: skip
+def test_values_of_wrong_types(key, harmless):
+  """Each is refused in one line, or is what transformers takes for the default."""
+  for value in WRONG:
+    if key == "max_position_embeddings" and value is None:
+      value = "2048"
+    if any(value is h or (type(value) is type(h) and value == h) for h in harmless):
+      config_from_hf(hf_values(**{key: value}), "x")
+      continue
+    with pytest.raises(ValueError, match=r"^x: ") as error:
+      config_from_hf(hf_values(**{key: value}), "x")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (dict(rope_theta=1e-300), "rope_theta=1e-300 must be between 1 and 1e15"),
+    (dict(rms_norm_eps=2.0), r"rms_norm_eps=2\.0 must be at least 1e-30 and below 1"),
+    (dict(eos_token_id=-5), r"\[-5\] are outside the vocabulary of 97"),
+    (dict(eos_token_id=[1, 97]), r"\[97\] are outside the vocabulary of 97"),
+    (dict(rope_scaling={"rope_type": "llama3", **dataclasses.asdict(LLAMA3), "factor": 0}), r"rope_scaling\.factor=0"),
+    (
+      dict(rope_scaling={"rope_type": "llama3", **dataclasses.asdict(LLAMA3), "high_freq_factor": 1.0}),
+      "the first must be larger",
+    ),
+    (dict(layer_types=["full_attention"]), "layer_types names 1 layers of 2"),
+  ],
+)
+def test_absurd_numbers(changes, message):
+  with pytest.raises(ValueError, match=message):
+    config_from_hf(hf_values(**changes), "x")
+
+
 def test_gates_of_released_checkpoints(tmp_path):
   """NVIDIA's keys (shift 1, neuron or adapter) and FastDMS's metadata (shift 0), which takes precedence."""
   keys = dict(dms_alpha_scale=100.0, dms_initial_alpha_offset=5.0, dms_window_size=512, dms_cr=8)
@@ -165,3 +259,34 @@ def test_gates_of_released_checkpoints(tmp_path):
     nvidia.gates(dict(keys, dms_window_size="big"), "x")
   with pytest.raises(ValueError, match=r"dms\.granularity"):
     nvidia.gates(dict(keys, dms_alpha_per="token"), "x")
+  for name in ("dms_window_size", "dms_alpha_scale", "dms_initial_alpha_offset"):
+    for value in (float("nan"), float("inf"), True, "5", [5], 10**40):
+      with pytest.raises(ValueError, match=f"x: {name} should be a number"):
+        nvidia.gates(dict(keys, **{name: value}), "x")
+  with pytest.raises(ValueError, match="x: dms_disable_eviction should be true or false, found 'no'"):
+    nvidia.gates(dict(keys, dms_disable_eviction="no"), "x")
+  with pytest.raises(ValueError, match="config should be an object, found 3"):
+    fastdms.gates({"config": 3}, "x")
+
+
+def test_eviction_switched_off():
+  """dms_disable_eviction: the channel of the gate stays out of attention, and no token is evicted."""
+  keys = dict(dms_alpha_scale=100.0, dms_initial_alpha_offset=5.0, dms_window_size=4, dms_disable_eviction=True)
+  gates = nvidia.gates(hf_values(**keys), "x")
+  assert gates == DMSConfig("neuron", 4, 100.0, nvidia.NEVER, 1, "head")
+  on = nvidia.gates(hf_values(**{**keys, "dms_disable_eviction": False}), "x")
+  model = tiny.model(LLAMA, gates)
+  q = jnp.full((1, 3, 4, 8), 3.0)
+  assert (gate_logits(LLAMA, on, {}, q[..., 0, :], q) > 0).all()
+  assert (gate_logits(LLAMA, gates, {}, q[..., 0, :], q) < 0).all() and model.dms == gates
+
+
+def test_the_output_of_fastdms_training(tmp_path):
+  """OUT/final beside OUT/training_log.json, whose config holds the gates' settings; other logs of this name do not."""
+  (tmp_path / "final").mkdir()
+  log = tmp_path / "training_log.json"
+  log.write_text(json.dumps({"config": {"window_size": 64, "alpha_scale": 50.0, "alpha_offset": 4.0, "target_cr": 8}}))
+  assert transformers.gates(tmp_path / "final", hf_values()) == DMSConfig("neuron", 64, 50.0, 4.0, 0, "head")
+  for content in ("[1]", "{", '{"config": {"lr": 1}}', '{"config": 3}'):
+    log.write_text(content)
+    assert transformers.gates(tmp_path / "final", hf_values()) is None

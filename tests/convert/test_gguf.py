@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType, GGUFWriter, quants
 from dms_jax import checkpoint
 from dms_jax import testing as tiny
 from dms_jax.config import ModelConfig, RopeScaling
-from dms_jax.convert import convert, gguf, sources
+from dms_jax.convert import convert, gguf, gguf_file, sources
 from dms_jax.layers import rope_frequencies
 from dms_jax.params import flatten, param_table
 from dms_jax.tokenizer import Tokenizer, _char_of_byte
@@ -42,6 +42,7 @@ def write(
   drop=(),
   tensors=None,
   without=(),
+  blocks=(),
   **metadata,
 ) -> dict[str, np.ndarray]:
   """Writes a random model as llama.cpp's converter would; returns its tensors in our layout, as they were written.
@@ -49,7 +50,7 @@ def write(
   Args:
     quantize: type of the matrices; others stay float32.
     drop: metadata keys to leave out, by suffix.
-    tensors: more tensors; `without` leaves out some.
+    tensors: more tensors; `without` leaves out some; `blocks`, {name: (bytes, type)}, are quantised already.
     metadata: more keys, "__" for "." and "arch" for the architecture.
   """
   c, arch = config, config.family
@@ -101,6 +102,8 @@ def write(
     written[name] = stored
   for label, value in (tensors or {}).items():
     writer.add_tensor(label, value)
+  for label, (value, kind) in dict(blocks).items():
+    writer.add_tensor(label, value, raw_dtype=GGMLQuantizationType[kind])
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()
@@ -199,6 +202,16 @@ def test_special_tokens(tmp_path):
     (dict(pre="gpt-4o"), "tokenizer 'gpt2' with pre-tokenizer 'gpt-4o' is not supported from GGUF"),
     (dict(tokenizer__ggml__model="llama"), "tokenizer 'llama' with pre-tokenizer"),
     (dict(drop=("block_count",)), r"metadata key llama\.block_count is missing"),
+    (dict(arch__rope__freq_base=float("nan")), "rope_theta=nan must be between"),
+    (dict(arch__rope__freq_base=0.0), r"rope_theta=0\.0 must be between"),
+    (dict(arch__attention__layer_norm_rms_epsilon=float("inf")), "rms_norm_eps=inf must be"),
+    (dict(arch__context_length=0), "max_position_embeddings=0 must be 1 to"),
+    (dict(arch__context_length=True), "context_length is bool and should be int"),
+    (dict(arch__attention__head_count=0), "num_heads=0 must be 1 to"),
+    (dict(arch__rope__dimension_count=8), "RoPE on 8 of 16 channels"),
+    (dict(arch__rope__scaling__type="linear", arch__rope__scaling__factor=2.0), "RoPE scaling of type 'linear'"),
+    (dict(arch__rope__scale_linear=2.0), "RoPE scaling by 2.0"),
+    (dict(tensors={"rope_freqs.weight": np.full(8, np.nan, np.float32)}), "is to hold 8 finite factors"),
     (dict(arch__block_count=10**9), "1000000000 layers, but only 21 tensors"),
     (dict(arch__block_count="two"), r"metadata key llama\.block_count is str and should be int"),
     (dict(arch__attention__head_count_kv=3), "num_heads=4 is not a multiple of num_kv_heads=3"),
@@ -234,6 +247,126 @@ def test_cut_short_anywhere(tmp_path):
     with pytest.raises(ValueError, match=r"cut\.gguf: "):
       convert(str(tmp_path / "cut.gguf"), tmp_path / "ours")
   assert sorted(p.name for p in tmp_path.iterdir()) == ["cut.gguf", "m.gguf"]
+
+
+def test_what_the_table_says_must_fit_the_file(tmp_path):
+  """One tensor fewer in the header, another last size, a byte too many: else weights would be read from elsewhere."""
+  write(tmp_path / "m.gguf", FAMILIES["llama"])
+  whole = (tmp_path / "m.gguf").read_bytes()
+  count = int.from_bytes(whole[8:16], "little")
+  last = whole.index(b"output.weight")
+  for data, message in (
+    (whole[:8] + (count - 1).to_bytes(8, "little") + whole[16:], "should be at|end at"),
+    (whole[:8] + (count + 1).to_bytes(8, "little") + whole[16:], "not a readable GGUF file"),
+    (whole + b"\0", "tensors end at"),
+    (
+      whole[:last] + whole[last:].replace((64).to_bytes(8, "little"), (32).to_bytes(8, "little"), 1),
+      "should be|end at",
+    ),
+    (whole.replace(b"output_norm.weight", b"attn_normx.weight\0", 1), "."),
+  ):
+    assert len(data) >= len(whole)
+    (tmp_path / "bad.gguf").write_bytes(data)
+    with pytest.raises(ValueError, match=rf"bad\.gguf: .*({message})"):
+      convert(str(tmp_path / "bad.gguf"), tmp_path / "ours")
+
+
+def test_arrays_without_end(tmp_path):
+  """Arrays of unknown types, of arrays, or of more values than the file has bytes are refused at once."""
+  write(tmp_path / "m.gguf", FAMILIES["llama"])
+  whole = (tmp_path / "m.gguf").read_bytes()
+  at = whole.index(b"tokenizer.ggml.token_type") + len(b"tokenizer.ggml.token_type") + 4
+  for kind, length, message in (
+    (5, 2**60, "1152921504606846976 values at byte"), (9, 2**60, "an array of type 9"), (77, 3, "an array of type 77"),
+    (8, 2**40, "1099511627776 strings"), (5, 2**63, "9223372036854775808 values"),
+  ):  # fmt: skip
+    data = whole[:at] + kind.to_bytes(4, "little") + length.to_bytes(8, "little") + whole[at + 12 :]
+    (tmp_path / "bad.gguf").write_bytes(data)
+    with pytest.raises(ValueError, match=f"bad.gguf: .*{message}"):
+      gguf.read(tmp_path / "bad.gguf")
+
+
+def test_split_files(tmp_path):
+  """llama.cpp's parts are read together; one alone, or another's part, is refused by name."""
+  config = FAMILIES["llama"]
+  whole = tmp_path / "m.gguf"
+  written = write(whole, config)
+  entries = gguf_file.read(whole)[1]
+  parts = [tmp_path / f"m-0000{i}-of-00002.gguf" for i in (1, 2)]
+  names = {entry.name for entry in entries[:7]}
+  write(parts[0], config, without=[e.name for e in entries[7:]], split__no=0, split__count=2, split__tensors__count=21)
+  write(parts[1], config, without=names, split__no=1, split__count=2)
+  model = loaded(parts[0], tmp_path)
+  jax.tree.map(np.testing.assert_array_equal, flatten(model.params), written)
+  with pytest.raises(ValueError, match="one of 2 parts of a split GGUF file; pass the first"):
+    convert(str(parts[1]), tmp_path / "other")
+  write(parts[1], config, without=names | {entries[-1].name}, split__no=1, split__count=2)
+  with pytest.raises(ValueError, match="21 tensors in 2 parts wanted, found 20"):
+    convert(str(parts[0]), tmp_path / "other")
+  parts[1].unlink()
+  with pytest.raises(ValueError, match=r"m-00002-of-00002\.gguf: no such file"):
+    convert(str(parts[0]), tmp_path / "other")
+
+
+def halves(data: bytes) -> list[float]:
+  return np.frombuffer(data, "<f2").astype(float).tolist()
+
+
+def q4_k(block: bytes) -> list[float]:
+  """Q4_K of ggml-quants.c, a super-block of 144 bytes: 256 values in 8 sub-blocks, 6-bit scales and minima."""
+  (scale, least), packed, low = halves(block[:4]), block[4:16], block[16:]
+  values = []
+  for j in range(8):
+    if j < 4:
+      s, m = packed[j] & 63, packed[j + 4] & 63
+    else:
+      s = (packed[j + 4] & 15) | ((packed[j - 4] >> 6) << 4)
+      m = (packed[j + 4] >> 4) | ((packed[j] >> 6) << 4)
+    for i in range(32):
+      byte = low[32 * (j // 2) + i]
+      values.append(scale * s * (byte >> 4 if j % 2 else byte & 15) - least * m)
+  return values
+
+
+def q6_k(block: bytes) -> list[float]:
+  """Q6_K, a super-block of 210 bytes: 4 low bits, 2 high bits, 16 scales of 8 bits, one of 16."""
+  low, high, scales, (scale,) = block[:128], block[128:192], np.frombuffer(block[192:208], np.int8), halves(block[208:])
+  values = [0.0] * 256
+  for half in range(2):
+    for i in range(32):
+      a, b, h = low[64 * half + i], low[64 * half + 32 + i], high[32 * half + i]
+      four = (a & 15) | (h & 3) << 4, (b & 15) | (h >> 2 & 3) << 4, a >> 4 | (h >> 4 & 3) << 4, b >> 4 | (h >> 6) << 4
+      for part, q in enumerate(four):
+        values[128 * half + 32 * part + i] = scale * int(scales[8 * half + 2 * part + i // 16]) * (q - 32)
+  return values
+
+
+@pytest.mark.parametrize(("kind", "size", "of_block", "at"), [("Q4_K", 144, q4_k, (0, 2)), ("Q6_K", 210, q6_k, (208,))])
+def test_k_quants(tmp_path, kind, size, of_block, at):
+  """Random super-blocks against the format written out in plain Python."""
+  config = tiny.config(**SIZES | dict(d_model=256, d_ff=256))
+  rng = np.random.default_rng(0)
+  blocks = rng.integers(0, 256, (256, size), dtype=np.uint8)  # one row of 256 weights each
+  for place in at:
+    blocks[:, place : place + 2] = rng.normal(size=(256, 1)).astype("<f2").view(np.uint8)
+  write(tmp_path / "m.gguf", config, without=("blk.0.ffn_up.weight",), blocks={"blk.0.ffn_up.weight": (blocks, kind)})
+  model = loaded(tmp_path / "m.gguf", tmp_path)
+  expected = np.array([of_block(row.tobytes()) for row in blocks])
+  np.testing.assert_allclose(model.params["layers"]["up_proj"][0], expected, rtol=1e-6)
+
+
+def test_special_ids_of_minus_one(tmp_path):
+  """Some files write -1, in 32 bits, for a special token that the model lacks."""
+  absent = {f"tokenizer__ggml__{name}_token_id": 2**32 - 1 for name in ("padding", "unknown", "eot")}
+  tokenizer = tokenizer_of(tmp_path, "deepseek-r1-qwen", tokenizer__ggml__add_bos_token=True, **absent)
+  assert "pad_token" not in tokenizer.settings and "unk_token" not in tokenizer.settings
+  assert spelled(tokenizer, "12 the") == ["<bos>", "1", "2", " t", "he"]  # digits as Qwen2 splits them
+  assert tokenizer.encode("e\u0301", continues=True) == tokenizer.encode("é", continues=True)
+
+
+def test_linear_scaling_by_one(tmp_path):
+  write(tmp_path / "m.gguf", FAMILIES["llama"], arch__rope__scaling__type="linear", arch__rope__scaling__factor=1.0)
+  assert loaded(tmp_path / "m.gguf", tmp_path).config == FAMILIES["llama"]
 
 
 def test_garbled_anywhere(tmp_path):

@@ -273,3 +273,51 @@ def test_damaged_arrays_are_one_line(model, saved, tmp_path):
   (other / HEADER).write_text("{}")
   with zipfile.ZipFile(other / ROWS, "w"), pytest.raises(ValueError, match="field 'format' is missing"):
     dms_jax.load_conversation(other, model)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (lambda h: h.update(slots=10**12), "field 'slots' is 1000000000000, not 0 to"),
+    (lambda h: h.update(slots=-3), "field 'slots' is -3"),
+    (lambda h: h.update(window=2**40), "field 'window' is 1099511627776"),
+    (lambda h: h.update(pages=2**30), "field 'pages' is 1073741824, for"),
+    (lambda h: h.update(page=2**20), "field 'page' is 1048576"),
+    (lambda h: h["rows"][0].update(seen=2**31), r"rows\[0\]: seen is 2147483648"),
+    (lambda h: h["rows"][0].update(pending=10**6), r"rows\[0\]: pending is 1000000, not -1 to"),
+    (lambda h: h["rows"][0].update(generated=-1), r"rows\[0\]: generated is -1"),
+    (lambda h: h["rows"][0].update(seen=True), r"rows\[0\] must have whole numbers"),
+    (lambda h: h.update(layers=True), "field 'layers' is missing or not int"),
+    (lambda h: h.update(cache=[]), "field 'cache' is missing or not str"),
+  ],
+)
+def test_edited_counts_allocate_nothing(model, saved, tmp_path, change, message):
+  path = rewritten(saved, tmp_path / "edited", change)
+  with pytest.raises(ValueError, match=message) as error:
+    dms_jax.load_conversation(path, model)
+  assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_arrays_that_claim_more_than_the_file(model, saved, tmp_path):
+  """A shape of terabytes, or a compressed array, is refused before it is read."""
+  for name, write in (("shape", lambda: b"(2, 1099511627776, 16)"), ("compressed", None)):
+    path = rewritten(saved, tmp_path / name, lambda header: None)
+    with zipfile.ZipFile(saved / ROWS) as old, zipfile.ZipFile(path / ROWS, "w") as new:
+      for entry in old.namelist():
+        data = old.read(entry)
+        if entry == "0.kv.npy" and write is not None:
+          start, end = data.index(b"(", 20), data.index(b")", 20) + 1
+          data = data[:start] + write() + data[end:].replace(b" " * (22 - (end - start)), b"", 1)
+        new.writestr(entry, data, zipfile.ZIP_DEFLATED if write is None else zipfile.ZIP_STORED)
+    with pytest.raises(ValueError, match=r"claims .* bytes and has|is compressed") as error:
+      dms_jax.load_conversation(path, model)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_foreign_files_are_not_replaced(saved, tmp_path, model):
+  past = dms_jax.load_conversation(saved, model)
+  folder = rewritten(saved, tmp_path / "mine", lambda header: None)
+  (folder / "notes.txt").write_text("mine")
+  with pytest.raises(ValueError, match="not something this program wrote, or holds other files"):
+    dms_jax.save_conversation(folder, past)
+  assert (folder / "notes.txt").read_text() == "mine"

@@ -1,4 +1,4 @@
-"""Prompts, keys and numbers that are none are refused in one line; logits that are not finite are not silent."""
+"""Bad prompts, keys and numbers are refused in one line; logits that are not finite are reported."""
 
 from __future__ import annotations
 

@@ -1,11 +1,38 @@
-"""FastDMS's layout: a neuron gate in dms_metadata.json; each token decides about itself."""
+"""FastDMS's layout: a neuron gate in a file of its own; each token decides about itself.
+
+Released checkpoints hold dms_metadata.json. FastDMS's trainer writes the weights to OUT/final/, with a plain
+config.json, and the settings of the gates to OUT/training_log.json. As in its loader, either file comes before the keys
+of config.json.
+"""
 
 from __future__ import annotations
 
-from dms_jax.config import DMSConfig
+from pathlib import Path
+
+from dms_jax.config import DMSConfig, read_json, shown
 from dms_jax.convert.layouts import nvidia
 
-METADATA = "dms_metadata.json"
+METADATA, LOG = "dms_metadata.json", "training_log.json"
+
+
+def find(path: Path) -> DMSConfig | None:
+  """The gates of the checkpoint folder `path`; None without a file that holds them.
+
+  Raises:
+    ValueError: as `gates`.
+  """
+  if (path / METADATA).exists():
+    return gates(read_json(path / METADATA), str(path))
+  log = path.absolute().parent / LOG
+  if not log.is_file():
+    return None
+  try:
+    settings = read_json(log).get("config")
+  except ValueError:  # other trainers write files of this name, too
+    return None
+  if isinstance(settings, dict) and {"alpha_scale", "alpha_offset", "window_size"} & set(settings):
+    return gates({"config": settings}, str(log))
+  return None
 
 
 def gates(metadata: dict, source: str) -> DMSConfig:
@@ -18,5 +45,8 @@ def gates(metadata: dict, source: str) -> DMSConfig:
     ValueError: a value cannot be read, or the gates are of another kind.
   """
   if "sidecar" in metadata or metadata.get("schema_version", 1) not in (1, None):
-    raise ValueError(f"{source}: {METADATA} of schema {metadata.get('schema_version')}: sidecar gates differ")
+    version = shown(metadata.get("schema_version"))
+    raise ValueError(f"{source}: {METADATA} of schema {version}: sidecar gates differ")
+  if not isinstance(metadata.get("config", {}), dict):
+    raise ValueError(f"{source}: {METADATA}: config should be an object, found {shown(metadata['config'])}")
   return nvidia.from_keys({**metadata, **metadata.get("config", {})}, source, "neuron", shift=0, window=256)

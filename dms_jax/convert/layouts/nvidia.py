@@ -6,10 +6,14 @@ decides about token t - 1.
 
 from __future__ import annotations
 
-from typing import Literal
+import dataclasses
+from typing import Any, Literal
 
-from dms_jax.config import DMSConfig
-from dms_jax.families.huggingface import is_number
+from dms_jax.config import DMSConfig, is_number, shown
+
+# The offset of gates that never evict (`dms_disable_eviction`): no logit is above it. The neuron's channel is still
+# left out of attention, as in NVIDIA's code.
+NEVER = 1e30
 
 
 def gates(values: dict, source: str) -> DMSConfig | None:
@@ -23,7 +27,11 @@ def gates(values: dict, source: str) -> DMSConfig | None:
   """
   if not any(name.startswith("dms_") for name in values):
     return None
-  return from_keys(values, source, "adapter" if values.get("dms_separate_alpha") else "neuron", shift=1, window=512)
+  for name in ("dms_separate_alpha", "dms_disable_eviction"):
+    if not isinstance(values.get(name), bool | None):
+      raise ValueError(f"{source}: {name} should be true or false, found {shown(values[name])}")
+  gates = from_keys(values, source, "adapter" if values.get("dms_separate_alpha") else "neuron", shift=1, window=512)
+  return dataclasses.replace(gates, offset=NEVER) if values.get("dms_disable_eviction") else gates
 
 
 def from_keys(values: dict, source: str, gate: Literal["adapter", "neuron"], shift: int, window: int) -> DMSConfig:
@@ -36,20 +44,25 @@ def from_keys(values: dict, source: str, gate: Literal["adapter", "neuron"], shi
     ValueError: a value cannot be read.
   """
 
-  def number(default: int | float, *names: str) -> int | float:
+  def number(default: int | float, *names: str) -> Any:
     value = next((values[n] for n in names if values.get(n) is not None), default)
-    if not is_number(value):
-      raise ValueError(f"{source}: {names[0]} should be a number, found {value!r}")
+    if not is_number(value) or abs(value) > 1e9:
+      raise ValueError(f"{source}: {names[0]} should be a number, found {shown(value)}")
     return value
 
   window = number(window, "dms_window_size", "window_size")
   if window != int(window):
     raise ValueError(f"{source}: dms_window_size={window} is not a whole number of tokens")
-  return DMSConfig(
-    gate=gate,
-    window=int(window),
-    scale=float(number(100.0, "dms_alpha_scale", "alpha_scale")),
-    offset=float(number(5.0, "dms_initial_alpha_offset", "dms_alpha_offset", "alpha_offset")),
-    shift=shift,
-    granularity=values.get("dms_alpha_per") or "head",
-  )
+  if not (scale := number(100.0, "dms_alpha_scale", "alpha_scale")):
+    raise ValueError(f"{source}: dms_alpha_scale=0: every gate would say the same")
+  try:
+    return DMSConfig(
+      gate=gate,
+      window=int(window),
+      scale=float(scale),
+      offset=float(number(5.0, "dms_initial_alpha_offset", "dms_alpha_offset", "alpha_offset")),
+      shift=shift,
+      granularity=values.get("dms_alpha_per") or "head",
+    )
+  except ValueError as error:
+    raise ValueError(f"{source}: {error}") from None

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
+import math
 import re
+import warnings
 from collections import Counter
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
-from dms_jax.checkpoint import atomic_directory
-from dms_jax.config import DMSConfig, ModelConfig, from_json, read_json, to_json
+from dms_jax.checkpoint import atomic_directory, first_line
+from dms_jax.config import DMSConfig, ModelConfig, from_json, read_json, shown, to_json
 from dms_jax.convert.layouts import fastdms, nvidia
 from dms_jax.convert.tensors import DTYPES, NO_PICKLES, Progress, Tensors, from_params, tensor_bytes
 from dms_jax.families.huggingface import config_from_hf, config_to_hf
@@ -20,11 +23,14 @@ from dms_jax.model import Model
 from dms_jax.params import param_table
 from dms_jax.tokenizer import TOKENIZER_FILE, Tokenizer
 
-INDEX, GENERATION = "model.safetensors.index.json", "generation_config.json"
+WEIGHTS, INDEX, GENERATION = "model.safetensors", "model.safetensors.index.json", "generation_config.json"
 GATES, GATES_CONFIG = "dms_gates.safetensors", "dms_config.json"
 SHARD_BYTES = 5 * 10**9
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _ROPE_TABLE = re.compile(r".*\.rotary_emb\.inv_freq")
+_BUFFERS = ("I64", "BOOL")  # types of counters, position ids and masks, which no weight has
+_OTHERS = re.compile(r"(adapter_model|consolidated(\.\d+)?|dms_gates)\.safetensors")  # beside the model's own
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def read(path: str | Path) -> tuple[ModelConfig, DMSConfig | None, Tensors, Tokenizer | None]:
@@ -40,7 +46,20 @@ def read(path: str | Path) -> tuple[ModelConfig, DMSConfig | None, Tensors, Toke
   generation = read_json(path / GENERATION) if (path / GENERATION).exists() else None
   config, dms = config_from_hf(values, str(path / "config.json"), generation), gates(path, values)
   tokenizer = Tokenizer.load(path) if (path / TOKENIZER_FILE).exists() else None
-  return config, dms, _open_tensors(path), tokenizer
+  tensors = _open_tensors(path)
+  if config.tie_embeddings and _has_own_head(tensors):
+    config = dataclasses.replace(config, tie_embeddings=False)
+    differs = f"config.json ties the output head to the embedding, but {_HEAD} is there and differs"
+    warnings.warn(f"{path}: {differs}: it is used", stacklevel=2)
+  return config, dms, tensors, tokenizer
+
+
+def _has_own_head(tensors: Tensors) -> bool:
+  """Whether an output head is stored that is not the embedding: as in transformers, it is then used."""
+  head, embedding = tensors.shapes.get(_HEAD), tensors.shapes.get(_EMBEDDING)
+  if head is None or embedding is None:
+    return False
+  return head != embedding or not np.array_equal(tensors.read(_HEAD), tensors.read(_EMBEDDING))
 
 
 def gates(path: Path, values: dict) -> DMSConfig | None:
@@ -51,33 +70,43 @@ def gates(path: Path, values: dict) -> DMSConfig | None:
   """
   if (path / GATES_CONFIG).exists():  # written by `export`
     return from_json(DMSConfig, read_json(path / GATES_CONFIG), str(path / GATES_CONFIG))
-  if (path / fastdms.METADATA).exists():
-    return fastdms.gates(read_json(path / fastdms.METADATA), str(path))
-  return nvidia.gates(values, str(path))
+  return fastdms.find(path) or nvidia.gates(values, str(path))
 
 
 def is_ignored(config: ModelConfig, name: str) -> bool:
   """Whether a tensor is redundant, as the RoPE tables and tied output heads that older checkpoints store."""
-  return bool(_ROPE_TABLE.fullmatch(name)) or (config.tie_embeddings and name == "lm_head.weight")
+  return bool(_ROPE_TABLE.fullmatch(name)) or (config.tie_embeddings and name == _HEAD)
 
 
 def _weight_files(path: Path) -> list[Path]:
+  """The files of weights: one, or the index's; model.safetensors is preferred, as in transformers."""
+  gates = [path / GATES] * (path / GATES).is_file()
+  if (path / WEIGHTS).is_file():
+    return [path / WEIGHTS, *gates]
   if (path / INDEX).exists():
     index = read_json(path / INDEX).get("weight_map")
-    if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
+    if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
       raise ValueError(f"{path / INDEX}: no weight_map in it; the file is damaged")
+    if outside := [name for name in set(index.values()) if name in ("", ".", "..") or Path(name).name != name]:
+      raise ValueError(f"{path / INDEX}: {shown(outside[0])} is no name of a file beside it")
     files = [path / name for name in sorted(set(index.values()))]
     if missing := [f.name for f in files if not f.is_file()]:
       raise ValueError(f"{path}: shard(s) {missing} named by {INDEX} are missing; fetch them again")
   else:
-    files = sorted(f for f in path.glob("*.safetensors") if f.name != GATES)
+    files = sorted(f for f in path.glob("*.safetensors") if not _OTHERS.fullmatch(f.name))
     pickles = sorted(f.name for f in path.glob("pytorch_model*.bin"))
     if not files:
       found = f"only {', '.join(pickles)}: {NO_PICKLES}" if pickles else "no .safetensors file in it"
       raise ValueError(f"{path}: {found}")
     if (n := len(files)) > 1:
       raise ValueError(f"{path}: {n} .safetensors files and no {INDEX} that says what is where; fetch it again")
-  return files + [path / GATES] * (path / GATES).is_file()
+  return files + gates
+
+
+def _plain_name(name: str) -> str:
+  """A tensor's name without what torch.compile adds, and with the `model.` that a model without its head leaves out."""
+  name = name.replace("_orig_mod.", "")
+  return f"model.{name}" if name.startswith(("embed_tokens.", "layers.", "norm.")) else name
 
 
 def _open_tensors(path: Path) -> Tensors:
@@ -85,24 +114,35 @@ def _open_tensors(path: Path) -> Tensors:
     from safetensors import SafetensorError, safe_open
   except ImportError:
     raise ValueError(f"{path}: reading it needs safetensors: pip install 'dms_jax[convert]'") from None
-  where, shapes, sizes, refused = {}, {}, Counter(), []
+  where, files, shapes, sizes, refused = {}, {}, {}, Counter(), []
   for file in _weight_files(path):
     try:
       handle = safe_open(file, framework="np")
       entries = {name: handle.get_slice(name) for name in handle.keys()}
-    except (SafetensorError, OSError) as error:
-      raise ValueError(f"{file}: not a readable safetensors file ({error}); it is damaged or was cut short") from None
-    for name, entry in entries.items():
-      where[name], shapes[name] = handle, tuple(entry.get_shape())
-      if (kind := entry.get_dtype()) not in _DTYPES:
+    except (SafetensorError, OSError, OverflowError) as error:
+      reason = f"not a readable safetensors file ({first_line(error)})"
+      raise ValueError(f"{file}: {reason}; it is damaged or was cut short") from None
+    for stored, entry in entries.items():
+      name, kind = _plain_name(stored), entry.get_dtype()
+      if kind in _BUFFERS and not name.endswith((".weight", ".bias")):
+        continue
+      if name in where:
+        raise ValueError(f"{path}: tensor {name} is in {files[name]} and in {file.name}; remove the one that is older")
+      where[name], files[name], shapes[name] = (handle, stored), file.name, tuple(entry.get_shape())
+      if kind not in _DTYPES:
         refused.append(f"{name} ({kind})")
       else:
-        sizes[_DTYPES[kind]] += int(np.prod(shapes[name]))
+        sizes[_DTYPES[kind]] += math.prod(shapes[name])
   if refused:
     more = f" and {len(refused) - 8} more" if len(refused) > 8 else ""
     raise ValueError(f"{path}: tensors are to be F32, F16 or BF16; found {', '.join(refused[:8])}{more}")
   dtype = sizes.most_common(1)[0][0] if sizes else "float32"
-  return Tensors(str(path), shapes, lambda name: where[name].get_tensor(name), dtype)
+
+  def read_tensor(name: str) -> np.ndarray:
+    handle, stored = where[name]
+    return handle.get_tensor(stored)
+
+  return Tensors(str(path), shapes, read_tensor, dtype)
 
 
 def export(
@@ -193,4 +233,4 @@ def _is_export(path: Path) -> bool:
 
 
 def _write_json(path: Path, values: dict) -> None:
-  path.write_text(json.dumps(values, indent=2) + "\n")
+  path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
