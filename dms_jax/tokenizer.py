@@ -240,7 +240,8 @@ class Tokenizer:
   def _special(self, name: str) -> str | None:
     """The text of a special token, which the settings hold as text or as {"content": text, ...}."""
     value = self.settings.get(name)
-    return value.get("content") if isinstance(value, dict) else value
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) else None
 
 
 def _no_text(value: Any) -> str:

@@ -125,7 +125,7 @@ def fitted(model: Model, policy: Policy, budget: Budget, totals: Sequence[int]) 
     policy = check_policy(model, policy.replace(cr=float(budget.cr), **hard))
     return [Group(policy, everything, {"cr": [float(budget.cr)] * len(totals)})], ""
   # A budget beyond the longest text keeps everything, as that text's length does; but it may be a shape.
-  longest = max(totals)
+  longest, context = max(totals), model.config.max_position_embeddings
   wanted = [min(budget.tokens, longest) if budget.cr is None else math.ceil(total / budget.cr) for total in totals]
   remarks, buffer = [], 0
   if isinstance(policy, Periodic):
@@ -135,11 +135,11 @@ def fitted(model: Model, policy: Policy, budget: Budget, totals: Sequence[int]) 
     policy = policy.replace(buffer=buffer)
   if budget.tokens is not None:
     try:
-      check_policy(model, policy.replace(budget=budget.tokens - buffer))
+      check_policy(model, policy.replace(budget=min(budget.tokens, context) - buffer))
     except ValueError as error:
       less = f", less a buffer of {buffer} tokens" if buffer else ""
       raise ValueError(f"--budgets={budget.tokens}{less}: {error}") from None
-  least = _least(model, policy, 1 << 20)
+  least = _least(model, policy, context)
   tokens = [max(number - buffer, least) for number in wanted]
   if raised := 0 if budget.cr is None else sum(number - buffer < least for number in wanted):
     remarks.append(f"{raised} of {len(wanted)} budgets raised to {least + buffer} tokens, the least that {name} takes")

@@ -413,7 +413,7 @@ def test_a_chunk_needs_no_second_cache(kind, dtype):
     (dict(max_new_tokens=-1), "max_new_tokens=-1"),
     (dict(prefill_chunk=0), "prefill_chunk=0"),
     (dict(decode_block=0), "decode_block=0"),
-    (dict(max_new_tokens=2047, capacity=None), "max_position_embeddings=2048"),
+    (dict(max_new_tokens=2048, capacity=None), "max_position_embeddings=2048"),
     (dict(capacity=0, max_new_tokens=4), "capacity=0"),
     (dict(cache="masked", capacity=9, max_new_tokens=8), "capacity=9"),
     (dict(policy=Vanilla(), capacity=9, max_new_tokens=8), "capacity=9"),
