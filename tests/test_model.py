@@ -426,6 +426,9 @@ ELSEWHERE = {
   "eos_token_ids": "tests/generation/test_generate.py",
   "objective": "tests/retrofit/test_objectives.py",
   "hidden": "tests/retrofit/test_objectives.py",
+  "elastic": "tests/retrofit/test_elastic.py",
+  "elastic_slope": "tests/retrofit/test_elastic.py",
+  "elastic_pivot": "tests/retrofit/test_elastic.py",
 }
 CHANGES = {
   "family": None,  # a name: qkv_bias and qk_norm are what differ (tests/test_params.py: names)

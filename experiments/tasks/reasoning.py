@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import tokenizers
-from tokenizers import models, pre_tokenizers
+from tokenizers import models, pre_tokenizers, processors
 
 from dms_jax.tokenizer import Tokenizer
 from experiments.tasks.base import Prompt, TasksConfig, WritingTask, get
@@ -57,8 +57,9 @@ def tokenizer() -> Tokenizer:
   backend = tokenizers.Tokenizer(models.WordLevel(IDS, unk_token=UNKNOWN))
   backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
   backend.add_special_tokens([PAD, BOS, END, UNKNOWN])
+  backend.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, IDS[BOS])])
   names = {"bos_token": BOS, "eos_token": END, "pad_token": PAD, "unk_token": UNKNOWN}
-  return Tokenizer(backend, {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True, **names})
+  return Tokenizer(backend, {"tokenizer_class": "PreTrainedTokenizerFast", **names})
 
 
 def is_test(key: str) -> bool:

@@ -237,7 +237,7 @@ def test_tokenizer(tmp_path):
     for end in range(50, len(written), 50):
       pieces += row.advance(written[:end])
     assert pieces + row.advance(written, "eos") == trace.removesuffix(" <eos>")
-  assert TOKENIZER.token_bytes()[5] == b"1"
+  assert TOKENIZER.token_bytes()[5] == b" 1"  # words are joined by spaces
 
 
 def test_a_model_answers_under_a_policy():

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import models, pre_tokenizers
+from tokenizers import models, pre_tokenizers, processors
 
 import dms_jax
 from dms_jax import checkpoint
@@ -66,7 +66,9 @@ def words() -> Tokenizer:
   backend = tokenizers.Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<eos>"))
   backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
   backend.add_special_tokens(["<eos>", "<bos>"])
-  return Tokenizer(backend, {"eos_token": "<eos>", "bos_token": "<bos>", "add_bos_token": True})
+  start = ("<bos>", WORDS.index("<bos>"))
+  backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[start])
+  return Tokenizer(backend, {"eos_token": "<eos>", "bos_token": "<bos>"})
 
 
 def model() -> Model:
