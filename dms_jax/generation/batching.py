@@ -44,7 +44,7 @@ from dms_jax.generation.prompts import prompt_ids
 from dms_jax.generation.recording import Begun, Flight, News
 from dms_jax.generation.results import ChainUsage, Result
 from dms_jax.generation.rows import Chain, Rows, key_data
-from dms_jax.generation.sampling import Sampling
+from dms_jax.generation.sampling import Sampling, as_key
 from dms_jax.generation.stops import StopStrings, stop_criteria
 from dms_jax.generation.together import Prompt, PromptReader, default_rows
 from dms_jax.model import Model, check_policy
@@ -179,6 +179,10 @@ class Generator:
     if temperature and key is None:
       raise ValueError("sampling at temperature > 0 needs key=jax.random.key(seed)")
     own_keys = key_data(key, chains)
+    if key is not None and (own := self.rows.state.keys) is not None:
+      given, kind = (jax.random.key_impl(each) for each in (as_key(key), own))
+      if given != kind:
+        raise ValueError(f"key: it is of kind {given}, and this generator samples with keys of kind {kind}")
     numbers = self._checked(numbers) if numbers else self.numbers
     past = None if continue_from is None else self._fitting(continuation(continue_from), numbers)
     pending = None if past is None else np.array([past.pending])
@@ -235,12 +239,13 @@ class Generator:
     if ticket not in self.results:
       raise ValueError(f"ticket={ticket}: there is none")
     self._land()
+    mine = [chain for group in self.waiting for chain in group] + self.preempted + self._running
+    detokenizers = {chain.index: chain.detokenizer for chain in mine if chain.ticket == ticket}
     self._news = [news for news in self._news if news[0] != ticket]
     self.waiting = collections.deque(group for group in self.waiting if group[0].ticket != ticket)
     self.preempted = [chain for chain in self.preempted if chain.ticket != ticket]
     self._release([chain for chain in self._running if chain.ticket == ticket])
-    result = self.results[ticket]
-    result.finish_reason = ["cancelled" if r == "running" else r for r in result.finish_reason]
+    recording.cancel(self.results[ticket], detokenizers)
 
   @property
   def busy(self) -> bool:
@@ -310,8 +315,9 @@ class Generator:
 
   def _settle(self) -> Flight:
     """Waits for the block in flight, and empties the rows that ended in it."""
-    flight, self._flight = self._flight, None
-    reasons, tokens, pages, free = jax.device_get(flight.outcome)
+    flight = self._flight
+    reasons, tokens, pages, free = jax.device_get(flight.outcome)  # an interrupt while it waits loses nothing
+    self._flight = None
     self.peak_tokens, self.peak_pages = max(self.peak_tokens, float(tokens)), max(self.peak_pages, int(pages))
     self._free = int(free)
     self._stalled = self.rows.occupied & (reasons == CAPACITY)
@@ -360,7 +366,7 @@ class Generator:
         break
       groups.append(group)
       rows -= len(group)
-    sizes = [(len(group[0].prompt), len(group)) for group in groups]
+    sizes = [(len(group[0].prompt), len(group), group[0].numbers) for group in groups]
     for _ in range(2):  # what is known to be free may be less than what is
       exact = self._free is None
       if exact:
@@ -491,7 +497,7 @@ class Generator:
       self._preempt(newest)
     self._free = None
     self.rows.resume(self._stalled)
-    self._stalled[:] = False
+    self._stalled = np.zeros(self.width, bool)  # the old array may still be read
     return True
 
   def _preempt(self, chain: Chain) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 from jaxtyping import Array
 
 from dms_jax.generation.decode import NOT_FINITE, NOT_FINITE_ADVICE, Emitted
-from dms_jax.generation.results import ChainUsage
+from dms_jax.generation.detokenize import Detokenizer
+from dms_jax.generation.results import ChainUsage, Result
 from dms_jax.generation.rows import Chain
 from dms_jax.generation.together import account
 
@@ -93,6 +94,22 @@ def record(flight: Flight, stream: bool) -> list[News]:
         warnings.warn(f"{where}: {NOT_FINITE}; {NOT_FINITE_ADVICE}", RuntimeWarning, stacklevel=2)
       result.usage[index].join()
   return news
+
+
+def cancel(result: Result, detokenizers: Mapping[int, Detokenizer | None]) -> None:
+  """Ends the running chains of a result with reason "cancelled", with the texts of their tokens so far.
+
+  Args:
+    detokenizers: of these chains, by index.
+  """
+  for index, detokenizer in detokenizers.items():
+    if result.finish_reason[index] != "running":
+      continue
+    if detokenizer is not None:
+      detokenizer.advance(result.tokens[index], "cancelled")
+      result.text[index] = detokenizer.text
+    result.finish_reason[index] = "cancelled"
+    result.usage[index].join()
 
 
 def record_begun(begun: Begun, width: int, stream: bool) -> list[News]:

@@ -12,7 +12,7 @@ resort, for a request that has the whole pool to itself: they sum in another ord
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -92,18 +92,20 @@ class PromptReader:
     """A place for the logits after the prompts of `width` rows."""
     return place_like(self.model, jnp.zeros((width, self.model.config.vocab_size), jnp.float32))
 
-  def certain(self, groups: Iterable[tuple[int, int]], free: int) -> tuple[int, int]:
-    """How many of the first `groups`, (tokens of a prompt, chains that share it), surely find pages.
+  def certain(self, groups: Iterable[tuple[int, int, Mapping[str, Any]]], free: int) -> tuple[int, int]:
+    """How many of the first `groups` surely find pages.
 
     Args:
+      groups: (tokens of a prompt, chains that share it, the policy's numbers for them) of each.
       free: pages that no row owns.
 
     Returns:
       (groups, the most pages that they take).
     """
     cache, heads, found, most, sure = self.memory.cache, self.memory.heads, 0, 0, 0
-    for tokens, chains in groups:
-      slots = min(tokens, int(np.max(self.policy.capacity(tokens)))) if self.policy.compacts else tokens
+    for tokens, chains, numbers in groups:
+      policy = self.policy.replace(**numbers)
+      slots = min(tokens, int(np.max(policy.capacity(tokens)))) if policy.compacts else tokens
       own = heads * max(-(-(slots - cache.ring) // cache.page_size), 0)
       needed = own + (chains - 1) * (own if self.policy.rewrites else min(own, heads))
       if not self.policy.exact_prefill:

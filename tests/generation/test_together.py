@@ -113,7 +113,8 @@ def test_certain_counts_pages(model):
   """What it allows fits for certain, and one page less refuses the last request."""
   generator = Generator(model, **SIZES, policy=policies.Vanilla(window=W), pages=400)
   heads = generator.memory.heads
-  groups = [(4, 1), (5, 1), (19, 2), (8, 3)]  # 0, 1, 4 and 1 pages a head; another chain copies its last one
+  # 0, 1, 4 and 1 pages a head; another chain copies its last one
+  groups = [(4, 1, {}), (5, 1, {}), (19, 2, {}), (8, 3, {})]
   pages = [0, heads, heads * (4 + 1), heads * (1 + 2)]
   for count in range(1, 5):
     taken = sum(pages[:count])
@@ -121,7 +122,26 @@ def test_certain_counts_pages(model):
     if taken:
       assert generator.reader.certain(groups[:count], taken - 1)[0] == count - 1
   exact = Generator(model, **SIZES, policy=policies.TOVA(budget=9, exact_prefill=True), pages=400).reader
-  assert exact.certain([(8, 1), (12, 1)], 1000)[0] == 2 and exact.certain([(8, 1), (17, 1)], 1000)[0] == 1
+  assert [exact.certain([(8, 1, {}), (n, 1, {})], 1000)[0] for n in (12, 17)] == [2, 1]
+  bounded = Generator(model, **SIZES, policy=policies.TOVA(budget=9, window=W), pages=400).reader
+  pages = [bounded.certain([(30, 1, {"budget": budget})], 1000)[1] for budget in (9, 29)]
+  assert pages == [heads * -(-(budget - W - 1) // 4) for budget in (9, 29)]  # the request's budget, not the generator's
+
+
+def test_a_cancelled_chain_has_the_text_of_its_tokens(model):
+  """Whether texts stream or not; a key of another kind is refused before anything is queued."""
+  texts = []
+  for stream in (True, False):
+    generator = Generator(model, **SIZES, pages=400, stream=stream, tokenizer=byte_tokenizer())
+    with pytest.raises(ValueError, match=r"key: it is of kind \S*rbg"):
+      generator.submit([5, 6, 7], max_new_tokens=9, key=jax.random.key(0, impl="rbg"))
+    ticket = generator.submit([5, 6, 7], max_new_tokens=40, key=jax.random.key(0))
+    generator.step()
+    generator.cancel(ticket)
+    result = generator.results[ticket]
+    assert result.finish_reason == ["cancelled"] and result.tokens[0] and not generator.busy
+    texts.append((result.tokens, result.text))
+  assert texts[0] == texts[1] and texts[0][1][0]
 
 
 def test_rows_of_a_call():
