@@ -11,7 +11,15 @@ from experiments.bench import flex_attention, flex_step
 from experiments.bench.cases import llama_config
 
 SHAPE = dataclasses.replace(
-  PRESETS["llama-3.2-1b"], num_layers=2, d_model=32, d_ff=48, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=61
+  PRESETS["llama-3.2-1b"],
+  num_layers=2,
+  d_model=32,
+  d_ff=48,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=8,
+  vocab_size=61,
+  eos_token_ids=(),
 )
 
 
