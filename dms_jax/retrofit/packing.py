@@ -257,6 +257,8 @@ class StreamPacker(Batches):
         self._ahead.append((number, self._pool.submit(_batch_in_worker, number)))
       return self._ahead.popleft()[1].result()
     except BrokenProcessPool:
+      for process in list((self._pool._processes or {}).values()):
+        process.kill()  # they ignore the SIGTERM with which the pool ends them, and `close` waits for them
       self.close()
       raise OSError(
         f"a worker process that makes training data ended ({self.workers} of them; out of memory?): run the command "
