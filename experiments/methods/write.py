@@ -31,7 +31,7 @@ def _generator(
     generator = Generator(
       method.model, policy=group.policy, width=width, max_length=longest, temperature=job.temperature,
       top_p=None if job.top_p == 1 else job.top_p, stop=job.task.stop, budget=memory, prefill_chunk=CHUNK,
-      tokenizer=tokenizer,
+      tokenizer=tokenizer, stream=False,
     )  # fmt: skip
   except BudgetError as error:
     raise ValueError(f"--kv_budget_gib, with --width={width}: {error}") from None
