@@ -1,29 +1,36 @@
-"""The layout of transformers: safetensors, config.json and tokenizer files."""
+"""The layout of transformers: safetensors, config.json and tokenizer files.
+
+It is read with the gates of every layout that holds a whole model: `gates` tells them apart by their files.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import re
 import warnings
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 
-from dms_jax.checkpoint import atomic_directory
-from dms_jax.config import DMSConfig, ModelConfig, from_json, read_json, to_json
+from dms_jax.config import DMSConfig, ModelConfig, from_json, read_json
 from dms_jax.convert.layouts import fastdms, nvidia
-from dms_jax.convert.safetensors_file import GATES, INDEX, open_tensors
-from dms_jax.convert.tensors import DTYPES, Progress, Tensors, from_params, tensor_bytes
-from dms_jax.families.huggingface import config_from_hf, config_to_hf
+from dms_jax.convert.safetensors_file import GATES, open_tensors
+from dms_jax.convert.tensors import Progress, Tensors
+from dms_jax.convert.writing import (
+  GATES_CONFIG,
+  GENERATION,
+  About,
+  base_tensors,
+  write_card,
+  write_configs,
+  write_gates,
+  write_weights,
+)
+from dms_jax.families.huggingface import config_from_hf
 from dms_jax.model import Model
-from dms_jax.params import param_table
 from dms_jax.tokenizer import TOKENIZER_FILE, Tokenizer
 
-GENERATION, GATES_CONFIG = "generation_config.json", "dms_config.json"
-SHARD_BYTES = 5 * 10**9
+NAME = "transformers"
 _ROPE_TABLE = re.compile(r".*\.rotary_emb\.inv_freq")
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -73,92 +80,43 @@ def is_ignored(config: ModelConfig, name: str) -> bool:
   return bool(_ROPE_TABLE.fullmatch(name)) or (config.tie_embeddings and name == _HEAD)
 
 
-def export(
-  path: str | Path,
+def write(
+  directory: Path,
   model: Model,
-  tokenizer: Tokenizer | None = None,
+  tokenizer: Tokenizer | None,
   *,
-  dtype: str | None = None,
-  overwrite: bool = False,
-  shard_bytes: int = SHARD_BYTES,
+  dtype: str,
+  shard_bytes: int,
   progress: Progress | None = None,
-) -> Path:
-  """Writes a directory that transformers loads, atomically; returns `path`.
+  about: About = About(),
+) -> None:
+  """Writes the dense model, low-rank updates merged, as transformers loads it, and the gates in files of their own.
 
-  Low-rank updates are merged. Gates are written to separate files, which plain transformers ignores: dms_config.json,
-  and dms_gates.safetensors with the adapter's tensors under NVIDIA's names. `read` reads both.
-
-  Args:
-    dtype: dtype of the weights, "float32", "bfloat16" or "float16"; default the model's.
-    overwrite: replace an earlier export.
-    shard_bytes: most bytes of one safetensors file.
-    progress: called as progress(done, total, file name).
-
-  Raises:
-    ValueError: `path` exists and may not be replaced, or dtype is unknown.
+  Plain transformers ignores those files: dms_config.json, and dms_gates.safetensors with the gates' tensors in float32,
+  under NVIDIA's names. `read` reads both.
   """
-  try:
-    from safetensors.numpy import save_file
-  except ImportError:
-    raise ValueError("writing safetensors needs the safetensors package: pip install 'dms_jax[convert]'") from None
   model = model.merged()
-  dtype = str(model.dtype) if dtype is None else dtype
-  if dtype not in DTYPES:
-    raise ValueError(f"dtype={dtype!r} is not one of {DTYPES}")
-  path = Path(path)
-  if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
-    raise ValueError(f"{path}: exists already; choose another place or pass --overwrite")
-  table = param_table(model.config, model.dms)
-  groups = {g: {n: s for n, s in table.items() if s.group == g} for g in ("base", "gate")}
-  with atomic_directory(path, replaces=_is_export) as directory:
-    _write_weights(directory, list(from_params(groups["base"], model.params, jnp.dtype(dtype))), shard_bytes, progress)
-    if model.dms is not None:
-      _write_json(directory / GATES_CONFIG, to_json(model.dms))
-    if groups["gate"]:  # float32: they are small, and a rounded logit can flip a decision
-      adapter = {name: read_one() for name, _, read_one in from_params(groups["gate"], model.params, jnp.float32)}
-      save_file(adapter, directory / GATES, metadata={"format": "pt"})
-    values = config_to_hf(model.config, dtype)
-    _write_json(directory / GENERATION, {"eos_token_id": values["eos_token_id"]})
-    if tokenizer is not None:
-      tokenizer.save(directory)
-      values["bos_token_id"] = tokenizer.bos_token_id
-    _write_json(directory / "config.json", values)
-  return path
+  write_weights(directory, base_tensors(model, dtype), dtype, shard_bytes, progress)
+  write_gates(directory, model)
+  write_configs(directory, model, tokenizer, dtype)
+  write_card(directory, NAME, model, about, loading=_LOADING, missing=_missing(model))
 
 
-def _write_weights(directory: Path, tensors: list, shard_bytes: int, progress: Progress | None) -> None:
-  from safetensors.numpy import save_file
+_LOADING = """    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-  dtype = tensors[0][2]().dtype
-  shards: list[list] = [[]]
-  free = shard_bytes
-  for entry in tensors:
-    size = tensor_bytes(entry[1], dtype)
-    if size > free and shards[-1]:
-      shards.append([])
-      free = shard_bytes
-    shards[-1].append(entry)
-    free -= size
-  total = len(shards)
-  numbered = [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
-  names = numbered if total > 1 else ["model.safetensors"]
-  for i, (name, shard) in enumerate(zip(names, shards, strict=True)):
-    save_file({n: read_one() for n, _, read_one in shard}, directory / name, metadata={"format": "pt"})
-    if progress is not None:
-      progress(i + 1, total, name)
-  if total > 1:
-    weight_map = {n: name for name, shard in zip(names, shards, strict=True) for n, _, _ in shard}
-    size = sum(tensor_bytes(shape, dtype) for _, shape, _ in tensors)
-    _write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER", dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
+"""
 
 
-def _is_export(path: Path) -> bool:
-  """Whether a directory holds only files that `export` writes."""
-  ours = re.compile(r"(model.*\.safetensors(\.index\.json)?|(config|generation_config|tokenizer.*|dms_.*)\.\w+)")
-  with contextlib.suppress(ValueError):
-    return "architectures" in read_json(path / "config.json") and all(ours.fullmatch(f.name) for f in path.iterdir())
-  return False
-
-
-def _write_json(path: Path, values: dict) -> None:
-  path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+def _missing(model: Model) -> list[str]:
+  """What plain transformers makes nothing of."""
+  if model.dms is None:
+    return []
+  lost = [f"Plain transformers evicts nothing: it ignores {GATES_CONFIG} and {GATES}, which hold the gates."]
+  if model.dms.gate == "neuron":
+    lost.append(
+      "Plain transformers attends with the query channel that the neuron gate borrows, and dms_jax sets it to 0: their "
+      "answers differ, even without eviction, until transformers' attention clears that channel too."
+    )
+  return lost
