@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dms_jax.checkpoint import atomic_directory
 from dms_jax.config import read_json
-from dms_jax.convert.layouts import LAYOUTS
+from dms_jax.convert.layouts import LAYOUTS, peft
 from dms_jax.convert.tensors import DTYPES, Progress
 from dms_jax.convert.writing import CARD, MARK, SHARD_BYTES, About
 from dms_jax.model import Model
@@ -37,7 +37,8 @@ def export(
 
   Args:
     layout: a name in `layouts.LAYOUTS`.
-    dtype: dtype of the weights, "float32", "bfloat16" or "float16"; default the model's.
+    dtype: dtype of the weights, "float32", "bfloat16" or "float16"; default the model's (the low-rank updates'
+      for "peft").
     overwrite: replace an earlier export.
     shard_bytes: most bytes of one safetensors file.
     progress: called as progress(done, total, file name).
@@ -50,7 +51,8 @@ def export(
     raise ValueError("writing safetensors needs the safetensors package: pip install 'dms_jax[convert]'")
   if layout not in LAYOUTS:
     raise ValueError(f"--layout={layout}: must be one of {', '.join(LAYOUTS)}")
-  dtype = str(model.dtype) if dtype is None else dtype
+  if dtype is None:
+    dtype = peft.own_dtype(model) if layout == peft.NAME else str(model.dtype)
   if dtype not in DTYPES:
     raise ValueError(f"dtype={dtype!r} is not one of {DTYPES}")
   path = Path(path)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
-from dms_jax.config import to_json
+from dms_jax.config import DMSConfig, to_json
 from dms_jax.convert.safetensors_file import GATES, INDEX, WEIGHTS
 from dms_jax.convert.tensors import Progress, from_params, tensor_bytes
 from dms_jax.families.huggingface import config_to_hf
@@ -21,6 +21,14 @@ from dms_jax.tokenizer import Tokenizer
 SHARD_BYTES = 5 * 10**9
 GENERATION, GATES_CONFIG, CARD = "generation_config.json", "dms_config.json", "README.md"
 MARK = "Written by dms_jax"  # in every README.md of an export
+# The offset of gates that never evict (`dms_disable_eviction`): no logit is above it. The neuron's channel is still
+# left out of attention, as in NVIDIA's code.
+NEVER = 1e30
+# Of the neuron gate, in README.md.
+PLAIN_NEURON = (
+  "Plain transformers evicts nothing and attends with the query channel that the neuron gate borrows. DMS sets it to "
+  "0, so their answers differ, even without eviction."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,14 +40,84 @@ class About:
     base: hub id or folder of the model that was retrofitted; None if unknown.
   """
 
-  cr: float | None = None
+  cr: int | float | None = None
   base: str | None = None
 
 
-def refuse(layout: str, reasons: Iterable[str]) -> None:
-  """Raises one ValueError that lists why the layout cannot hold the model; does nothing without a reason."""
-  if reasons := list(reasons):
+def require(
+  layout: str,
+  model: Model,
+  *,
+  families: Sequence[str],
+  gate: str,
+  shift: int,
+  granularities: Sequence[str] = ("head",),
+  least_window: int = 0,
+  may_be_off: bool = False,
+) -> DMSConfig:
+  """The gates of the model, which are DMS's own and of the given kind.
+
+  Args:
+    families: those that the layout's own code has.
+    least_window: the smallest W that it takes.
+    may_be_off: whether the layout can say that eviction is switched off (an offset of `keys.NEVER`).
+
+  Raises:
+    ValueError: they are not, or the family is another; one line with every reason.
+  """
+  d = model.dms
+  reasons = []
+  if model.config.family not in families:
+    reasons.append(f"family {model.config.family!r}; its code has {' and '.join(families)}")
+  if d is None:
+    reasons.append("no gates; --layout=transformers holds a model without")
+  elif d.objective != "dms":
+    reasons.append(f"gates of retrofit.objective={d.objective}; --layout=transformers holds them")
+  else:
+    if d.gate != gate:
+      reasons.append(f"gate {d.gate!r}; it holds {gate!r}")
+    if d.eviction != "delayed":
+      reasons.append(f"eviction {d.eviction!r}; it means 'delayed'")
+    if d.shift != shift:
+      about = "the token before" if shift else "the token itself"
+      why = "the logit about a token is computed from another token, so no change of weights makes them equal"
+      reasons.append(f"shift {d.shift}; its decisions are about {about}, shift {shift}: {why}")
+    if d.granularity not in granularities:
+      reasons.append(f"granularity {d.granularity!r}; it has {' and '.join(map(repr, granularities))}")
+    if d.window < least_window:
+      reasons.append(f"window {d.window}; its code takes {least_window} or more")
+    if d.elastic:
+      low, high = d.elastic
+      reasons.append(f"gates for a range of ratios; choose one with --cr, from {low:g} to {high:g}")
+    if d.offset == NEVER and not may_be_off:
+      reasons.append("eviction switched off; it has no such switch")
+  if reasons or d is None:
     raise ValueError(f"--layout={layout} cannot hold this model: {'; '.join(reasons)}")
+  return d
+
+
+def one_ratio(model: Model, about: About) -> Model:
+  """The model with gates for a range of ratios read at the one that `about` names: its threshold joins the offset.
+
+  Other gates are left as they are, as are those for a range if `about` names no ratio.
+
+  Raises:
+    ValueError: the ratio is outside the range.
+  """
+  d = model.dms
+  if d is None or d.levels is None or about.cr is None:
+    return model
+  low, high = d.elastic
+  if not low <= about.cr <= high:
+    raise ValueError(f"--cr={about.cr:g}: these gates are for ratios from {low:g} to {high:g}")
+  offset = d.offset + float(d.levels.threshold(about.cr))
+  fixed = dataclasses.replace(d, elastic=(), elastic_slope=None, elastic_pivot=None, offset=offset)
+  return model.replace(dms=fixed)
+
+
+def whole(value: int | float) -> int | float:
+  """A number as JSON readers that want an integer take it, where it is one."""
+  return int(value) if value == int(value) else value
 
 
 def base_tensors(model: Model, dtype: str) -> list:

@@ -13,12 +13,16 @@ from pathlib import Path
 import numpy as np
 
 from dms_jax.config import DMSConfig, ModelConfig, from_json, read_json
+from dms_jax.convert import pickles
 from dms_jax.convert.layouts import fastdms, nvidia
+from dms_jax.convert.layouts.keys import Gates
 from dms_jax.convert.safetensors_file import GATES, open_tensors
 from dms_jax.convert.tensors import Progress, Tensors
 from dms_jax.convert.writing import (
+  CARD,
   GATES_CONFIG,
   GENERATION,
+  PLAIN_NEURON,
   About,
   base_tensors,
   write_card,
@@ -42,18 +46,20 @@ def read(path: str | Path) -> tuple[ModelConfig, DMSConfig | None, Tensors, Toke
     ValueError: a file is missing or damaged, or the model is not supported.
   """
   path = Path(path)
+  if not (path / "config.json").exists() and (pickled := pickles.find(path)):
+    raise ValueError(pickles.refusal(path, pickled))
   values = read_json(path / "config.json")
   if "format" in values and "model_type" not in values:
     raise ValueError(f"{path}: already a dms_jax checkpoint; nothing to convert")
   generation = read_json(path / GENERATION) if (path / GENERATION).exists() else None
-  config, dms = config_from_hf(values, str(path / "config.json"), generation), gates(path, values)
+  config, found = config_from_hf(values, str(path / "config.json"), generation), gates(path, values)
   tokenizer = Tokenizer.load(path) if (path / TOKENIZER_FILE).exists() else None
   tensors = open_tensors(path)
   if config.tie_embeddings and _has_own_head(tensors):
     config = dataclasses.replace(config, tie_embeddings=False)
     differs = f"config.json ties the output head to the embedding, but {_HEAD} is there and differs"
     warnings.warn(f"{path}: {differs}: it is used", stacklevel=2)
-  return config, dms, tensors, tokenizer
+  return config, None if found is None else found.dms, tensors, tokenizer
 
 
 def _has_own_head(tensors: Tensors) -> bool:
@@ -64,15 +70,35 @@ def _has_own_head(tensors: Tensors) -> bool:
   return head != embedding or not np.array_equal(tensors.read(_HEAD), tensors.read(_EMBEDDING))
 
 
-def gates(path: Path, values: dict) -> DMSConfig | None:
+def gates(path: Path, values: dict) -> Gates | None:
   """The gates of the directory `path`, whose config.json holds `values`; None without any.
 
   Raises:
     ValueError: a value cannot be read, or the gates are of another kind.
   """
-  if (path / GATES_CONFIG).exists():  # written by `export`
-    return from_json(DMSConfig, read_json(path / GATES_CONFIG), str(path / GATES_CONFIG))
-  return fastdms.find(path) or nvidia.gates(values, str(path))
+  if (path / GATES_CONFIG).exists():  # written by `write`
+    dms = from_json(DMSConfig, read_json(path / GATES_CONFIG), str(path / GATES_CONFIG))
+    return Gates(dms, NAME, GATES_CONFIG)
+  return fastdms.find(path) or nvidia.read(values, str(path))
+
+
+def base_name(path: Path, values: dict, found: Gates | None) -> str | None:
+  """The model that the one in `path` was made from, as its files name it; None if they do not.
+
+  They are dms_metadata.json or training_log.json, the `base_model` of README.md, or `_name_or_path` of config.json.
+
+  Args:
+    values: content of config.json.
+    found: the gates.
+  """
+  if found is not None and found.base is not None:
+    return found.base
+  if (path / CARD).is_file():
+    card = (path / CARD).read_text(encoding="utf-8", errors="replace")
+    if named := re.search(r"^base_model:\s*(?:-\s*)?[\"']?([\w./-]+)", card, re.MULTILINE):
+      return named[1]
+  name = values.get("_name_or_path")
+  return name if isinstance(name, str) and name else None
 
 
 def is_ignored(config: ModelConfig, name: str) -> bool:
@@ -113,10 +139,7 @@ def _missing(model: Model) -> list[str]:
   """What plain transformers makes nothing of."""
   if model.dms is None:
     return []
-  lost = [f"Plain transformers evicts nothing: it ignores {GATES_CONFIG} and {GATES}, which hold the gates."]
+  lost = [f"Eviction, for others: plain transformers ignores {GATES_CONFIG} and {GATES}, which hold the gates."]
   if model.dms.gate == "neuron":
-    lost.append(
-      "Plain transformers attends with the query channel that the neuron gate borrows, and dms_jax sets it to 0: their "
-      "answers differ, even without eviction, until transformers' attention clears that channel too."
-    )
+    lost.append(PLAIN_NEURON)
   return lost
