@@ -1,4 +1,4 @@
-"""What is read from other projects' directories: gates, shift and window, base, tokenizer; refusals."""
+"""Reading other projects' directories: gates, shift and window, base, tokenizer; refusals."""
 
 from __future__ import annotations
 
