@@ -14,8 +14,7 @@ from dms_jax.config import read_json
 from dms_jax.convert import gguf
 from dms_jax.convert.layouts import transformers
 from dms_jax.convert.sources import fetch
-from dms_jax.convert.tensors import DTYPES, NO_PICKLES, Progress, to_params
-from dms_jax.model import Model
+from dms_jax.convert.tensors import DTYPES, NO_PICKLES, Progress, to_slices
 from dms_jax.params import param_table
 
 
@@ -63,15 +62,14 @@ def convert(
     dms, (config, tensors, tokenizer) = None, gguf.read(path)
   ignore = lambda name: transformers.is_ignored(config, name)
   asked, dtype = dtype, dtype or tensors.dtype
-  params = to_params(param_table(config, dms), tensors, jnp.dtype(dtype), ignore=ignore, progress=progress)
+  slices = to_slices(param_table(config, dms), tensors, jnp.dtype(dtype), ignore=ignore, progress=progress)
   if tokenizer is not None and (known := tokenizer.vocab_size) > config.vocab_size:
     if tokenizer.backend.get_vocab_size(with_added_tokens=False) > config.vocab_size:
       raise ValueError(f"{source}: the tokenizer has {known} tokens and the model {config.vocab_size}: not its own")
     added = f"{known - config.vocab_size} added token(s) of the tokenizer have no row in the embedding"
     warnings.warn(f"{source}: {added} of {config.vocab_size}; a text that holds one is refused", stacklevel=2)
-  model = Model(params, config, dms)
   about = {"source": source, "asked_dtype": asked, "source_files": _files(source)}
-  checkpoint.save(output, model, tokenizer, metadata=about)
+  checkpoint.save_slices(output, slices, config, dms, dtype, tokenizer, metadata=about)
   return output
 
 
