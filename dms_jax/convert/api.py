@@ -14,9 +14,8 @@ from dms_jax.config import ModelConfig, read_json
 from dms_jax.convert import gguf, pickles
 from dms_jax.convert.layouts import peft, transformers
 from dms_jax.convert.sources import TOKENIZER_FILES, fetch
-from dms_jax.convert.tensors import DTYPES, Progress, to_params
+from dms_jax.convert.tensors import DTYPES, Progress, to_slices
 from dms_jax.families.huggingface import config_from_hf
-from dms_jax.model import Model
 from dms_jax.params import abstract_params, join_params, param_table
 from dms_jax.tokenizer import Tokenizer
 
@@ -82,7 +81,7 @@ def convert(
     dms, (config, tensors, own) = None, gguf.read(path)
   ignore = lambda name: transformers.is_ignored(config, name)
   dtype = dtype or tensors.dtype
-  params = to_params(param_table(config, dms), tensors, jnp.dtype(dtype), ignore=ignore, progress=progress)
+  slices = to_slices(param_table(config, dms), tensors, jnp.dtype(dtype), ignore=ignore, progress=progress)
   if tokenizer is not None:
     own = Tokenizer.load(fetch(tokenizer, TOKENIZER_FILES, "tokenizer"))
   if own is not None and (known := own.vocab_size) > config.vocab_size:
@@ -90,8 +89,7 @@ def convert(
       raise ValueError(f"{source}: the tokenizer has {known} tokens and the model {config.vocab_size}: not its own")
     added = f"{known - config.vocab_size} added token(s) of the tokenizer have no row in the embedding"
     warnings.warn(f"{source}: {added} of {config.vocab_size}; a text that holds one is refused", stacklevel=2)
-  model = Model(params, config, dms)
-  checkpoint.save(output, model, own, metadata=about)
+  checkpoint.save_slices(output, slices, config, dms, dtype, own, metadata=about)
   return output
 
 
@@ -142,7 +140,8 @@ def is_finished(
     return False
   if any(given not in (None, metadata.get(name)) for name, given in (("base", base), ("tokenizer", tokenizer))):
     return False
-  asked = (metadata.get("asked_dtype"), checkpoint.read_config(output)[0].get("dtype"))
+  held = checkpoint.read_config(output)[0].get("dtype")  # a list where the gates' differs from the weights'
+  asked = (metadata.get("asked_dtype"), *(held if isinstance(held, list) else [held]))
   return dtype in asked and not _changed(source, output)
 
 

@@ -66,18 +66,19 @@ def open_tensors(path: Path, only: list[Path] | None = None) -> Tensors:
   where, files, shapes, sizes, refused = {}, {}, {}, Counter(), []
   for file in _weight_files(path) if only is None else only:
     try:
-      handle = safe_open(file, framework="np")
-      entries = {name: handle.get_slice(name) for name in handle.keys()}
+      with safe_open(file, framework="np") as handle:
+        slices = {name: handle.get_slice(name) for name in handle.keys()}
+        entries = {name: (one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
     except (SafetensorError, OSError, OverflowError) as error:
       reason = f"not a readable safetensors file ({first_line(error)})"
       raise ValueError(f"{file}: {reason}; it is damaged or was cut short") from None
-    for stored, entry in entries.items():
-      name, kind = _plain_name(stored), entry.get_dtype()
+    for stored, (kind, shape) in entries.items():
+      name = _plain_name(stored)
       if kind in _BUFFERS and not name.endswith((".weight", ".bias")):
         continue
       if name in where:
         raise ValueError(f"{path}: tensor {name} is in {files[name]} and in {file.name}; remove the one that is older")
-      where[name], files[name], shapes[name] = (handle, stored), file.name, tuple(entry.get_shape())
+      where[name], files[name], shapes[name] = (file, stored), file.name, shape
       if kind not in _DTYPES:
         refused.append(f"{name} ({kind})")
       else:
@@ -88,7 +89,8 @@ def open_tensors(path: Path, only: list[Path] | None = None) -> Tensors:
   dtype = sizes.most_common(1)[0][0] if sizes else "float32"
 
   def read_tensor(name: str) -> np.ndarray:
-    handle, stored = where[name]
-    return handle.get_tensor(stored)
+    file, stored = where[name]
+    with safe_open(file, framework="np") as handle:  # a file that stays open stays in memory, page by page
+      return handle.get_tensor(stored)
 
   return Tensors(str(path), shapes, read_tensor, dtype)
