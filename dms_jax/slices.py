@@ -1,4 +1,4 @@
-"""Parameters on disk by slices: written as they come, read when asked for, never a whole model in memory.
+"""Parameters on disk by slices, written as they come: no whole model is ever in memory.
 
 A slice is one layer of a layered parameter, or a whole parameter without layers. The folder is one that Orbax reads:
 Orbax writes it for a single element of each parameter, and TensorStore, in which Orbax stores arrays, then puts an
