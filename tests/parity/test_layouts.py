@@ -1,4 +1,4 @@
-"""Exported layouts, read by torch, transformers and PEFT: strict keys, decisions and logits by each project's rule."""
+"""Exported layouts read by torch, transformers and PEFT: keys, decisions, logits by their rules."""
 
 from __future__ import annotations
 
