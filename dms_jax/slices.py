@@ -22,8 +22,8 @@ Slice = tuple[str, int | None, np.ndarray]  # path in the parameter table, layer
 
 STATE = "state"  # Orbax's folder of arrays
 CHUNK_BYTES = 2**26  # most bytes of a chunk, which is read and written as one
-FILE_BYTES = 2**28  # bytes of a file before the next one is begun: they are held in memory until then
-IN_FLIGHT_BYTES = 2**26  # slices that wait to be written, beside the last one
+FILE_BYTES = 2**27  # bytes of a file before the next one is begun: they are held in memory until then
+IN_FLIGHT_BYTES = 2**27  # slices that wait to be written, beside the last one
 
 
 def write(directory: Path, table: dict[str, ParamSpec], dtype: np.dtype, slices: Iterable[Slice]) -> None:
