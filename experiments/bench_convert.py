@@ -1,14 +1,14 @@
 """Measures memory and time of conversion and export, against a plain copy of the same bytes.
 
-    python -m experiments.bench_convert                            # random weights of Llama 3.2 1B: 2.5 GB, 5 GB of disk
+    python -m experiments.bench_convert            # random weights of Llama 3.2 1B: 2.5 GB, on 5 GB of disk
     python -m experiments.bench_convert --preset=llama-3.1-8b --layers=4 --shard_bytes=1000000000
 
-Writes random bfloat16 weights of the preset's shape as a sharded Hugging Face directory into OUTPUT, and removes them at
-the end. A copy (`cp -r` and `sync`), `experiments.convert_weights` and `experiments.export_torch` each run in a process
-of their own. Peak memory is that of the process (VmHWM, mapped files and libraries included; RssAnon, sampled every 5
-ms, without them) less that of a process that only imports the program; so are seconds. The bar is 1.3 times the largest shard plus one
-layer. `needed` is what the shapes of a preset need, by what `dms_jax.slices` holds at a time. Writes
-OUTPUT/convert.json and prints a table; the last line is one JSON object.
+Writes random bfloat16 weights of the preset's shape as a sharded Hugging Face directory into OUTPUT, and removes them
+at the end. A copy (`cp -r` and `sync`), `experiments.convert_weights` and `experiments.export_torch` each run in a
+process of their own. Peak memory is that of the process (VmHWM, mapped files and libraries included; RssAnon, sampled
+every 5 ms, without them) less that of a process that only imports the program; so are seconds. The bar is 1.3 times the
+largest shard plus one layer. `needed` is what the shapes of a preset need, by what `dms_jax.slices` holds at a time.
+Writes OUTPUT/convert.json and prints a table; the last line is one JSON object.
 """
 
 from __future__ import annotations

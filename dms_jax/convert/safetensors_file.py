@@ -12,7 +12,8 @@ import numpy as np
 
 from dms_jax.checkpoint import first_line
 from dms_jax.config import read_json, shown
-from dms_jax.convert.tensors import NO_PICKLES, Tensors
+from dms_jax.convert import pickles
+from dms_jax.convert.tensors import Tensors
 
 WEIGHTS, INDEX, GATES = "model.safetensors", "model.safetensors.index.json", "dms_gates.safetensors"
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -37,10 +38,9 @@ def _weight_files(path: Path) -> list[Path]:
       raise ValueError(f"{path}: shard(s) {missing} named by {INDEX} are missing; fetch them again")
   else:
     files = sorted(f for f in path.glob("*.safetensors") if not _OTHERS.fullmatch(f.name))
-    pickles = sorted(f.name for f in path.glob("pytorch_model*.bin"))
     if not files:
-      found = f"only {', '.join(pickles)}: {NO_PICKLES}" if pickles else "no .safetensors file in it"
-      raise ValueError(f"{path}: {found}")
+      pickled = pickles.find(path)
+      raise ValueError(pickles.refusal(path, pickled) if pickled else f"{path}: no .safetensors file in it")
     if (n := len(files)) > 1:
       raise ValueError(f"{path}: {n} .safetensors files and no {INDEX} that says what is where; fetch it again")
   return files + gates
@@ -52,8 +52,11 @@ def _plain_name(name: str) -> str:
   return f"model.{name}" if name.startswith(("embed_tokens.", "layers.", "norm.")) else name
 
 
-def open_tensors(path: Path) -> Tensors:
+def open_tensors(path: Path, only: list[Path] | None = None) -> Tensors:
   """The tensors of the safetensors files of a Hugging Face directory; a tensor is read when it is asked for.
+
+  Args:
+    only: the files to open; default those of the model's weights and gates.
 
   Raises:
     ValueError: a file is missing or damaged, or a tensor is of another dtype or is there twice.
@@ -63,7 +66,7 @@ def open_tensors(path: Path) -> Tensors:
   except ImportError:
     raise ValueError(f"{path}: reading it needs safetensors: pip install 'dms_jax[convert]'") from None
   where, files, shapes, kinds, sizes, refused = {}, {}, {}, {}, Counter(), []
-  for file in _weight_files(path):
+  for file in _weight_files(path) if only is None else only:
     try:
       with safe_open(file, framework="np") as handle:
         slices = {name: handle.get_slice(name) for name in handle.keys()}
@@ -96,7 +99,7 @@ def open_tensors(path: Path) -> Tensors:
     value, rows = np.empty(shape, kinds[name]), max(1, _BLOCK * shape[0] // math.prod(shape))
     for start in range(0, shape[0], rows):
       end = min(start + rows, shape[0])
-      with safe_open(file, framework="np") as handle:  # the file is mapped: what is read stays in memory while it is open
+      with safe_open(file, framework="np") as handle:  # mapped: what is read stays in memory while the file is open
         value[start:end] = handle.get_slice(stored)[start:end]
     return value
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
-from dms_jax.params import Params, ParamSpec, flatten
+from dms_jax.params import Params, ParamSpec, flatten, unflatten
 from dms_jax.slices import Slice
 
 DTYPES = ("float32", "bfloat16", "float16")  # dtypes of stored weights
@@ -83,6 +83,18 @@ def to_slices(
         progress(done, len(found), name)
 
   return read()
+
+
+def to_params(table: dict[str, ParamSpec], tensors: Tensors, dtype, *, progress: Progress | None = None) -> Params:
+  """The parameters of `table` as numpy arrays of `dtype`, layers stacked.
+
+  Raises:
+    ValueError: as `to_slices`.
+  """
+  flat = {path: np.empty(spec.shape, dtype) for path, spec in table.items()}
+  for path, layer, value in to_slices(table, tensors, dtype, progress=progress):
+    flat[path][... if layer is None else layer] = value
+  return unflatten(flat)
 
 
 def _finite(tensors: Tensors, name: str, dtype) -> np.ndarray:
