@@ -59,7 +59,7 @@ def main() -> None:
     raise ValueError(f"--shard_bytes={config.shard_bytes}: must be at least 1")
   if config.cr is not None and not 1 <= config.cr < 1e6:
     raise ValueError(f"--cr={config.cr:g}: must be at least 1")
-  model = checkpoint.load(config.checkpoint, retrofit=config.retrofit, merge=False)
+  model = checkpoint.load(config.checkpoint, retrofit=config.retrofit, merge=False, stored=True)
   holds_tokenizer = (Path(config.checkpoint) / TOKENIZER_FILE).exists()
   tokenizer = Tokenizer.load(config.checkpoint) if holds_tokenizer else None
   about = About(config.cr, config.base)
