@@ -68,29 +68,29 @@ def require(
   d = model.dms
   reasons = []
   if model.config.family not in families:
-    reasons.append(f"family {model.config.family!r}; its code has {' and '.join(families)}")
+    reasons.append(f"family {model.config.family!r} (its code has {' and '.join(families)})")
   if d is None:
-    reasons.append("no gates; --layout=transformers holds a model without")
+    reasons.append("no gates (--layout=transformers holds a model without)")
   elif d.objective != "dms":
-    reasons.append(f"gates of retrofit.objective={d.objective}; --layout=transformers holds them")
+    reasons.append(f"gates of retrofit.objective={d.objective} (--layout=transformers holds them)")
   else:
     if d.gate != gate:
-      reasons.append(f"gate {d.gate!r}; it holds {gate!r}")
+      reasons.append(f"gate {d.gate!r} (it holds {gate!r})")
     if d.eviction != "delayed":
-      reasons.append(f"eviction {d.eviction!r}; it means 'delayed'")
+      reasons.append(f"eviction {d.eviction!r} (it means 'delayed')")
     if d.shift != shift:
       about = "the token before" if shift else "the token itself"
       why = "the logit about a token is computed from another token, so no change of weights makes them equal"
-      reasons.append(f"shift {d.shift}; its decisions are about {about}, shift {shift}: {why}")
+      reasons.append(f"shift {d.shift} (its decisions are about {about}, shift {shift}; {why})")
     if d.granularity not in granularities:
-      reasons.append(f"granularity {d.granularity!r}; it has {' and '.join(map(repr, granularities))}")
+      reasons.append(f"granularity {d.granularity!r} (it has {' and '.join(map(repr, granularities))})")
     if d.window < least_window:
-      reasons.append(f"window {d.window}; its code takes {least_window} or more")
+      reasons.append(f"window {d.window} (its code takes {least_window} or more)")
     if d.elastic:
       low, high = d.elastic
-      reasons.append(f"gates for a range of ratios; choose one with --cr, from {low:g} to {high:g}")
+      reasons.append(f"gates for a range of ratios (choose one with --cr, from {low:g} to {high:g})")
     if d.offset == NEVER and not may_be_off:
-      reasons.append("eviction switched off; it has no such switch")
+      reasons.append("eviction switched off (it has no such switch)")
   if reasons or d is None:
     raise ValueError(f"--layout={layout} cannot hold this model: {'; '.join(reasons)}")
   return d
@@ -202,12 +202,13 @@ def write_configs(
 
 
 def write_card(
-  directory: Path, layout: str, model: Model, about: About, *, loading: str, missing: Sequence[str]
+  directory: Path, layout: str, model: Model, about: About, *, loading: str, missing: Sequence[str], reading: str = ""
 ) -> None:
   """Writes README.md: what the folder holds, how to load it, and what the layout cannot hold.
 
   Args:
     loading: an indented block of code, or text.
+    reading: more flags of the program that reads the folder back.
     missing: a sentence for each thing that the layout cannot hold, or that its reader does otherwise than dms_jax.
   """
   d = model.dms
@@ -226,7 +227,7 @@ def write_card(
     listed(f"{name}: {value}" for name, value in facts.items() if value is not None),
     "## Loading",
     loading.strip("\n"),
-    "`python -m experiments.convert_weights --source=THIS_FOLDER --output=CHECKPOINT` reads it back.",
+    f"`python -m experiments.convert_weights --source=THIS_FOLDER{reading} --output=CHECKPOINT` reads it back.",
     "## What this layout does not hold",
     listed(missing or ["Nothing is lost."]),
   ]

@@ -294,21 +294,21 @@ def test_goldens_of_nvidia_unchanged(tmp_path, kind):
 
 LATE = "no change of weights makes them equal"
 REFUSED = {
-  "no gates": ("model_optimizer", QWEN3, None, "no gates; --layout=transformers holds a model without"),
-  "family": ("model_optimizer", FAMILIES["llama"], ADAPTER, "family 'llama'; its code has qwen3"),
-  "family of the hub": ("nvidia_neuron", FAMILIES["qwen2"], NEURON, "family 'qwen2'; its code has qwen3"),
+  "no gates": ("model_optimizer", QWEN3, None, r"no gates \(--layout=transformers holds a model without\)"),
+  "family": ("model_optimizer", FAMILIES["llama"], ADAPTER, r"family 'llama' \(its code has qwen3\)"),
+  "family of the hub": ("nvidia_neuron", FAMILIES["qwen2"], NEURON, r"family 'qwen2' \(its code has qwen3\)"),
   "family of fastdms": ("fastdms", FAMILIES["qwen2"], tiny.dms(gate="neuron", shift=0), "its code has llama and qwen3"),
-  "neuron": ("model_optimizer", QWEN3, NEURON, "gate 'neuron'; it holds 'adapter'"),
-  "adapter": ("nvidia_neuron", QWEN3, ADAPTER, "gate 'adapter'; it holds 'neuron'"),
-  "adapter of fastdms": ("fastdms", QWEN3, tiny.dms(shift=0), "gate 'adapter'; it holds 'neuron'"),
-  "mlp": ("model_optimizer", QWEN3, DMSConfig("mlp", shift=1), "gate 'mlp'; it holds 'adapter'"),
-  "shift 0": ("model_optimizer", QWEN3, tiny.dms(shift=0), f"about the token before, shift 1: .*{LATE}"),
+  "neuron": ("model_optimizer", QWEN3, NEURON, r"gate 'neuron' \(it holds 'adapter'\)"),
+  "adapter": ("nvidia_neuron", QWEN3, ADAPTER, r"gate 'adapter' \(it holds 'neuron'\)"),
+  "adapter of fastdms": ("fastdms", QWEN3, tiny.dms(shift=0), r"gate 'adapter' \(it holds 'neuron'\)"),
+  "mlp": ("model_optimizer", QWEN3, DMSConfig("mlp", shift=1), r"gate 'mlp' \(it holds 'adapter'\)"),
+  "shift 0": ("model_optimizer", QWEN3, tiny.dms(shift=0), f"about the token before, shift 1; .*{LATE}"),
   "shift 0 neuron": ("nvidia_neuron", QWEN3, tiny.dms(gate="neuron", shift=0), LATE),
-  "shift 1": ("fastdms", FAMILIES["llama"], NEURON, f"about the token itself, shift 0: .*{LATE}"),
+  "shift 1": ("fastdms", FAMILIES["llama"], NEURON, f"about the token itself, shift 0; .*{LATE}"),
   "granularity": ("nvidia_neuron", QWEN3, tiny.dms(gate="neuron", granularity="layer"), "granularity 'layer'"),
   "immediate": ("model_optimizer", QWEN3, tiny.dms(eviction="immediate"), "eviction 'immediate'"),
-  "window": ("model_optimizer", QWEN3, tiny.dms(window=1), "window 1; its code takes 2 or more"),
-  "window of the hub": ("nvidia_neuron", QWEN3, tiny.dms(gate="neuron", window=0), "window 0; its code takes 2"),
+  "window": ("model_optimizer", QWEN3, tiny.dms(window=1), r"window 1 \(its code takes 2 or more\)"),
+  "window of the hub": ("nvidia_neuron", QWEN3, tiny.dms(gate="neuron", window=0), r"window 0 \(its code takes 2"),
   "objective": ("model_optimizer", QWEN3, DMSConfig(objective="trimkv"), r"gates of retrofit\.objective=trimkv"),
   "elastic": ("model_optimizer", QWEN3, tiny.dms(elastic=(2.0, 8.0)), "choose one with --cr, from 2 to 8"),
   "off": ("nvidia_neuron", QWEN3, tiny.dms(gate="neuron", offset=NEVER), "eviction switched off"),
@@ -329,7 +329,7 @@ def test_every_reason_is_named(tmp_path):
   gates = tiny.dms(gate="neuron", shift=0, window=0, granularity="layer")
   with pytest.raises(ValueError, match=r"family .*; gate .*; shift .*; window ") as error:
     export(tmp_path / "out", tiny.model(FAMILIES["llama"], gates), layout="model_optimizer")
-  assert str(error.value).count(";") == 7
+  assert [word in str(error.value) for word in ("'llama'", "'neuron'", "shift 0", "window 0")] == [True] * 4
   with pytest.raises(ValueError, match=f"--layout=gguf: must be one of {', '.join(LAYOUTS)}"):
     export(tmp_path / "out", tiny.model(), layout="gguf")
 

@@ -43,7 +43,7 @@ _LOADING = """    from peft import PeftModel
     base = AutoModelForCausalLM.from_pretrained("BASE_MODEL", dtype="auto")
     model = PeftModel.from_pretrained(base, "THIS_FOLDER")
 
-In dms_jax this folder is a retrofit. It is read with `--base=BASE_MODEL` and loaded with `--retrofit`.
+For dms_jax this folder is a retrofit, which --retrofit loads on top of its base.
 """
 
 
@@ -76,7 +76,7 @@ def write(
     tokenizer.save(directory)
   if progress is not None:
     progress(1, 1, WEIGHTS)
-  write_card(directory, NAME, model, about, loading=_LOADING, missing=_missing(model))
+  write_card(directory, NAME, model, about, loading=_LOADING, missing=_missing(model), reading=" --base=BASE")
 
 
 def own_dtype(model: Model) -> str:
