@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 
@@ -42,6 +42,12 @@ class About:
 
   cr: int | float | None = None
   base: str | None = None
+
+
+def refuse(layout: str, reasons: Sequence[str]) -> None:
+  """Raises one ValueError that lists why the layout cannot hold the model; does nothing without a reason."""
+  if reasons:
+    raise ValueError(f"--layout={layout} cannot hold this model: {'; '.join(reasons)}")
 
 
 def require(
@@ -91,9 +97,8 @@ def require(
       reasons.append(f"gates for a range of ratios (choose one with --cr, from {low:g} to {high:g})")
     if d.offset == NEVER and not may_be_off:
       reasons.append("eviction switched off (it has no such switch)")
-  if reasons or d is None:
-    raise ValueError(f"--layout={layout} cannot hold this model: {'; '.join(reasons)}")
-  return d
+  refuse(layout, reasons)
+  return cast(DMSConfig, d)  # None is one of the reasons
 
 
 def one_ratio(model: Model, about: About) -> Model:
@@ -141,7 +146,7 @@ def write_weights(
   """Writes model.safetensors; above `shard_bytes` model-00001-of-N.safetensors and their index. One shard is in memory.
 
   Args:
-    tensors: (name, shape, read) of each tensor, all of `dtype`.
+    tensors: (name, shape, read) of each tensor, almost all of `dtype`.
     shard_bytes: most bytes of one file; a larger tensor gets a file of its own.
     progress: called as progress(done, total, file name).
   """
@@ -157,20 +162,23 @@ def write_weights(
   total = len(shards)
   numbered = [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
   names = numbered if total > 1 else [WEIGHTS]
+  written = 0
   for i, (name, shard) in enumerate(zip(names, shards, strict=True)):
-    write_tensors(directory / name, shard)
+    written += write_tensors(directory / name, shard)
     if progress is not None:
       progress(i + 1, total, name)
   if total > 1:
     weight_map = {n: name for name, shard in zip(names, shards, strict=True) for n, _, _ in shard}
-    write_json(directory / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
+    write_json(directory / INDEX, {"metadata": {"total_size": written}, "weight_map": weight_map})
 
 
-def write_tensors(path: Path, tensors: Sequence) -> None:
-  """Writes one safetensors file of (name, shape, read) entries."""
+def write_tensors(path: Path, tensors: Sequence) -> int:
+  """Writes one safetensors file of (name, shape, read) entries; returns the bytes of the tensors."""
   from safetensors.numpy import save_file
 
-  save_file({name: read_one() for name, _, read_one in tensors}, path, metadata={"format": "pt"})
+  arrays = {name: read_one() for name, _, read_one in tensors}
+  save_file(arrays, path, metadata={"format": "pt"})
+  return sum(array.nbytes for array in arrays.values())
 
 
 def write_gates(directory: Path, model: Model) -> None:
