@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from dms_jax.convert.layouts import transformers
+from dms_jax.convert.layouts import dms_torch, transformers
 from dms_jax.convert.tensors import Progress
 from dms_jax.convert.writing import About
 from dms_jax.model import Model
@@ -46,4 +46,4 @@ class Layout(Protocol):
     """
 
 
-LAYOUTS: dict[str, Layout] = {transformers.NAME: transformers}
+LAYOUTS: dict[str, Layout] = {layout.NAME: layout for layout in (transformers, dms_torch)}
