@@ -20,6 +20,8 @@ from dms_jax.config import LoRAConfig, RopeScaling
 from dms_jax.convert import convert, export
 from dms_jax.params import flatten
 from dms_jax.tokenizer import byte_tokenizer
+from experiments import bench_dms_torch
+from experiments.common import program
 from tests import oracle
 from tests.helpers import GATES, load_golden
 
@@ -470,3 +472,25 @@ def test_files_that_are_refused(code, transformers, monkeypatch, tmp_path):
   monkeypatch.setattr(transformers, "__version__", "4.57.1")
   with pytest.raises(ImportError, match=r"needs transformers 5 and torch 2.4 or newer, found transformers 4\.57\.1"):
     importlib.reload(code)
+
+
+# The benchmark --------------------------------------------------------------------------------------------------------
+
+
+def test_benchmark(transformers, capsys, monkeypatch, tmp_path):
+  """It runs at tiny shapes, and compares the stock model with the one that evicts."""
+  model = tiny.model(tiny.config(vocab_size=257), tiny.dms(window=3, **GATE))
+  export(tmp_path / "hf", model, byte_tokenizer(), layout="dms_torch")
+  (tmp_path / "text").write_text("A text of some length. " * 20)
+  monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+  config = bench_dms_torch.Config(
+    tmp_path / "hf", tmp_path / "text", rows=(1, 2), prompt_tokens=40, new_tokens=3, output=tmp_path
+  )
+  monkeypatch.setattr(program, "read_flags", lambda prefix, cls: config)
+  monkeypatch.setattr(program, "flag_values", lambda changed_only=False: {})
+  bench_dms_torch.main()
+  results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+  names = [(row["model"], row["rows"]) for row in results]
+  assert names == [(name, rows) for name in ("LlamaForCausalLM", "DMSLlamaForCausalLM") for rows in (1, 2)]
+  assert results[0]["KV bytes"] == 2 * 2 * 2 * 16 * 4 * 42 and results[0]["tokens held"] == 42
+  assert results[2]["achieved CR"] == pytest.approx(42 / results[2]["tokens held"]) and results[2]["tokens held"] < 40

@@ -6,6 +6,7 @@ tests are skipped.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,7 @@ def pair(torch, transformers, tmp_path_factory):
 @pytest.fixture
 def held(pair, monkeypatch):
   """Tokens that each head holds after each forward pass in torch, [L, B, K]."""
-  counts, cache_class = [], __import__("sys").modules[type(pair[1]).__module__].DMSCache
+  counts, cache_class = [], sys.modules[type(pair[1]).__module__].DMSCache
   advance = cache_class.advance
 
   def record(cache, chunk):
