@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from dms_jax.convert.layouts import fastdms, model_optimizer, nvidia_neuron, peft, transformers
+from dms_jax.convert.layouts import dms_torch, fastdms, model_optimizer, nvidia_neuron, peft, transformers
 from dms_jax.convert.tensors import Progress
 from dms_jax.convert.writing import About
 from dms_jax.model import Model
@@ -52,4 +52,5 @@ LAYOUTS: dict[str, Layout] = {
   nvidia_neuron.NAME: nvidia_neuron,
   fastdms.NAME: fastdms,
   peft.NAME: peft,
+  dms_torch.NAME: dms_torch,
 }  # fmt: skip
