@@ -239,7 +239,8 @@ def write_card(
     "## What this layout does not hold",
     listed(missing or ["Nothing is lost."]),
   ]
-  text = "\n\n".join(sections) + "\n"
+  front = "" if about.base is None else f"---\nbase_model: {about.base}\n---\n\n"  # as the Hugging Face hub reads it
+  text = front + "\n\n".join(sections) + "\n"
   (directory / CARD).write_text(text, encoding="utf-8")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from dms_jax.params import flatten, param_table
 from dms_jax.tokenizer import byte_tokenizer
 from tests.helpers import GATES, GOLDENS
 
+ROOT = Path(__file__).parents[2]
 FAMILIES = {
   "llama": tiny.config(tie_embeddings=False, eos_token_ids=(2,)),
   "qwen2": tiny.config(family="qwen2", qkv_bias=True, rms_norm_eps=1e-6),
@@ -110,6 +113,7 @@ def test_each_layout_both_ways(tmp_path, name, dtype):
   found = checkpoint.read_config(output)[0]["metadata"]["gates"]
   assert (found["layout"], found["shift"], found["window"]) == (layout, gates.shift, gates.window)
   assert found.get("cr") == (None if layout == "transformers" else 4)
+  assert checkpoint.read_config(output)[0]["metadata"]["base_model"] == "some/base"
 
 
 @pytest.mark.parametrize("gates", [None, ADAPTER, NEURON, tiny.dms(elastic=(2.0, 8.0))])
@@ -358,3 +362,40 @@ def test_another_layout_takes_the_place_of_an_export(tmp_path):
   (path / "notes.txt").write_text("mine")
   with pytest.raises(ValueError, match="not something this program wrote"):
     export(path, model, layout="peft", overwrite=True)
+
+
+# Programs -------------------------------------------------------------------------------------------------------------
+
+
+def run_program(name: str, *flags: str) -> subprocess.CompletedProcess:
+  return subprocess.run(
+    [sys.executable, "-m", f"experiments.{name}", *flags], cwd=ROOT, capture_output=True, text=True, timeout=300
+  )
+
+
+@pytest.mark.slow
+def test_programs(tmp_path):
+  """A checkpoint and its retrofit -> PEFT's folder -> the retrofit; a layout that does not fit is one line of error."""
+  config = dataclasses.replace(FAMILIES["llama"], vocab_size=257)
+  model = tiny.model(config, ADAPTER, LORA)
+  checkpoint.save(tmp_path / "base", model, byte_tokenizer(), groups=("base",), metadata={"source": "some/base"})
+  noted = {"retrofit": {"schedule": {"final_cr": 4.4}}}
+  checkpoint.save(tmp_path / "retrofit", model, groups=("gate", "lora"), metadata=noted)
+  folders = {"checkpoint": "base", "retrofit": "retrofit", "output": "out"}
+  export_flags = [f"--{flag}={tmp_path / name}" for flag, name in folders.items()]
+  done = run_program("export_torch", *export_flags, "--layout=fastdms")
+  assert done.returncode == 1 and "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+  assert "--layout=fastdms cannot hold this model: gate 'adapter'" in done.stderr.splitlines()[-1]
+  done = run_program("export_torch", *export_flags, "--layout=peft")
+  assert done.returncode == 0, done.stderr
+  line = json.loads(done.stdout.splitlines()[-1])
+  assert (line["layout"], line["cr"], line["base"]) == ("peft", 4.4, "some/base")
+  ours = f"--output={tmp_path / 'again'}"
+  done = run_program("convert_weights", f"--source={tmp_path / 'out'}", f"--base={tmp_path / 'base'}", ours)
+  assert done.returncode == 0, done.stderr
+  line = json.loads(done.stdout.splitlines()[-1])
+  assert (line["groups"], line["gates"], line["layout"]) == (["gate", "lora"], "adapter", "peft")
+  assert "gates: gate adapter, window 5, shift 1" in done.stderr
+  loaded = checkpoint.load(tmp_path / "base", retrofit=tmp_path / "again", merge=False)
+  for path, value in flatten(model.params).items():
+    np.testing.assert_array_equal(flatten(loaded.params)[path], value)
