@@ -1,4 +1,4 @@
-"""Parameters by slices: what Orbax loads, chunks, memory while converting and exporting, layers read from disk."""
+"""Parameters by slices: what Orbax loads, chunks, memory of conversion and export, layers on disk."""
 
 from __future__ import annotations
 
