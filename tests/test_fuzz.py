@@ -25,7 +25,7 @@ from dms_jax import checkpoint
 from dms_jax import testing as tiny
 from dms_jax.convert import export, gguf
 from dms_jax.convert.layouts import transformers
-from dms_jax.convert.tensors import to_params
+from dms_jax.convert.tensors import to_slices
 from dms_jax.params import flatten, param_table
 from dms_jax.tokenizer import byte_tokenizer
 
@@ -100,12 +100,12 @@ def garbled_json(data: bytes, rng: np.random.Generator) -> bytes:
 def read_huggingface(path: Path) -> None:
   config, dms, tensors, _ = transformers.read(path)
   ignore = lambda name: transformers.is_ignored(config, name)
-  to_params(param_table(config, dms), tensors, np.float32, ignore=ignore)
+  list(to_slices(param_table(config, dms), tensors, np.float32, ignore=ignore))
 
 
 def read_gguf(path: Path) -> None:
   config, tensors, _ = gguf.read(path / "m.gguf")
-  to_params(param_table(config), tensors, np.float32)
+  list(to_slices(param_table(config), tensors, np.float32))
 
 
 def write_gguf(path: Path) -> None:
@@ -150,7 +150,7 @@ def sources(tmp_path_factory) -> dict[str, tuple[int, Path, str, Callable, Calla
   out = dms_jax.generate(model, [[1, 2, 3]] * 2, policy=dms_jax.Vanilla(window=2), max_new_tokens=5, eos=False)
   dms_jax.save_conversation(root / "cache", out)
   values = json.loads((root / "hf" / "config.json").read_text())
-  values |= {"layer_types": ["full_attention"], "dms_window_size": 8, "dms_alpha_scale": 100.0, "sliding_window": None}
+  values |= {"layer_types": ["full_attention"], "dms_window_size": 8, "dms_shift": 1, "sliding_window": None}
   values |= {"rope_scaling": None, "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}}
   (root / "hf" / "config.json").write_text(json.dumps(values))
   conversation = lambda path: dms_jax.load_conversation(path, model)
