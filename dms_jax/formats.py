@@ -1,4 +1,4 @@
-"""Schemas of the files that dms_jax writes, the version that wrote a file, and the refusal of newer ones.
+"""Schemas of the files that dms_jax writes, the version in each, and the refusal of newer ones.
 
 Every file that describes a folder states its schema ("format") and the version of dms_jax that wrote it ("version").
 Earlier schemas stay readable: `tests/goldens` holds a folder of each, which tests load.
