@@ -141,7 +141,7 @@ def train_step(
   norm = update(state, torch.autograd.grad(loss, state.trained.values()), rate, retrofit.clip_norm)
   state.step += 1
   figures = {"loss": loss, **parts, "grad_norm": norm}
-  return {name: float(x) for name, x in figures.items()} | {"target_cr": cr, "learning_rate": rate}
+  return {name: x.item() for name, x in figures.items()} | {"target_cr": cr, "learning_rate": rate}
 
 
 def update(state: State, grads: tuple[Tensor, ...], rate: float, clip_norm: float) -> Tensor:
