@@ -16,7 +16,7 @@ import secrets
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig, from_json, is_num
 from dms_jax.model import Model
 from dms_jax.params import GROUPS, Params, ParamSpec, flatten, join_params, param_table, split_params, unflatten
 from dms_jax.sharding import param_shardings
+from dms_jax.slices import Slice, dtype_of
+from dms_jax.slices import write as write_slices
 from dms_jax.tokenizer import Tokenizer
 
 CONFIG = "config.json"
@@ -77,25 +79,60 @@ def save(
       context.array.saving.use_compression = "base" not in groups
       with context, _without_patterns(directory) as plain, _clear_full_disk(path):
         ocp.save(plain / PARAMS, unflatten(flat))
-    if jax.process_index():  # process 0 writes the rest
-      return
-    if flat:
-      # Orbax writes the name of the folder, which is temporary, into these files.
-      for note in (directory / PARAMS).glob("commit_success*.txt"):
-        note.write_text("saved\n")
-    if tokenizer is not None:
-      tokenizer.save(directory)
-    values = {
-      "format": FORMAT,
-      "model": to_json(model.config),
-      "dms": to_json(model.dms) if "gate" in groups else None,
-      "lora": to_json(model.lora) if "lora" in groups else None,
-      "groups": groups,
-      "dtype": dtypes[0] if len(dtypes) == 1 else dtypes,
-      "metadata": metadata or {},
-      "files": {name: list(entry) for name, entry in _fingerprints(directory / PARAMS).items()},
-    }
-    (directory / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    if jax.process_index() == 0:
+      _describe(directory, model.config, model.dms, model.lora, groups, dtypes, tokenizer, metadata)
+
+
+def save_slices(
+  path: str | Path,
+  slices: Iterable[Slice],
+  config: ModelConfig,
+  dms: DMSConfig | None,
+  dtype: Any,
+  tokenizer: Tokenizer | None = None,
+  *,
+  metadata: dict[str, Any] | None = None,
+) -> None:
+  """Writes a checkpoint of a base, and gates if `dms` is given, as its slices come; otherwise as `save`.
+
+  Memory: `slices.write`. One process writes.
+
+  Args:
+    slices: every slice of the parameters once, in any order, of `slices.dtype_of(spec, dtype)`.
+
+  Raises:
+    ValueError: `path` holds something other than a checkpoint.
+  """
+  dtype, table = jnp.dtype(dtype), param_table(config, dms)
+  groups = [g for g in GROUPS if g == "base" or (g == "gate" and dms is not None)]
+  with atomic_directory(path) as directory:
+    with _without_patterns(directory) as plain, _clear_full_disk(path):
+      write_slices(plain / PARAMS, table, dtype, slices)
+    dtypes = sorted({dtype_of(spec, dtype).name for spec in table.values()})
+    _describe(directory, config, dms, None, groups, dtypes, tokenizer, metadata)
+
+
+def _describe(
+  directory: Path, config: ModelConfig, dms: DMSConfig | None, lora: LoRAConfig | None, groups: Sequence[str],
+  dtypes: list[str], tokenizer: Tokenizer | None, metadata: dict[str, Any] | None,
+) -> None:  # fmt: skip
+  """Writes what a checkpoint in `directory` holds beside its parameters: config.json and the tokenizer."""
+  # Orbax writes the name of the folder, which is temporary, into these files.
+  for note in (directory / PARAMS).glob("commit_success*.txt"):
+    note.write_text("saved\n")
+  if tokenizer is not None:
+    tokenizer.save(directory)
+  values = {
+    "format": FORMAT,
+    "model": to_json(config),
+    "dms": to_json(dms) if "gate" in groups else None,
+    "lora": to_json(lora) if "lora" in groups else None,
+    "groups": groups,
+    "dtype": dtypes[0] if len(dtypes) == 1 else dtypes,
+    "metadata": metadata or {},
+    "files": {name: list(entry) for name, entry in _fingerprints(directory / PARAMS).items()},
+  }
+  (directory / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def load(

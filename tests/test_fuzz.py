@@ -25,7 +25,7 @@ from dms_jax import checkpoint
 from dms_jax import testing as tiny
 from dms_jax.convert import export, gguf
 from dms_jax.convert.layouts import transformers
-from dms_jax.convert.tensors import to_params
+from dms_jax.convert.tensors import to_slices
 from dms_jax.params import flatten, param_table
 from dms_jax.tokenizer import byte_tokenizer
 
@@ -100,12 +100,12 @@ def garbled_json(data: bytes, rng: np.random.Generator) -> bytes:
 def read_huggingface(path: Path) -> None:
   config, dms, tensors, _ = transformers.read(path)
   ignore = lambda name: transformers.is_ignored(config, name)
-  to_params(param_table(config, dms), tensors, np.float32, ignore=ignore)
+  list(to_slices(param_table(config, dms), tensors, np.float32, ignore=ignore))
 
 
 def read_gguf(path: Path) -> None:
   config, tensors, _ = gguf.read(path / "m.gguf")
-  to_params(param_table(config), tensors, np.float32)
+  list(to_slices(param_table(config), tensors, np.float32))
 
 
 def write_gguf(path: Path) -> None:
