@@ -91,9 +91,14 @@ def require(
       reasons.append(f"gates for a range of ratios; choose one with --cr, from {low:g} to {high:g}")
     if d.offset == NEVER and not may_be_off:
       reasons.append("eviction switched off; it has no such switch")
-  if reasons or d is None:
-    raise ValueError(f"--layout={layout} cannot hold this model: {'; '.join(reasons)}")
+  refuse(layout, reasons)
   return d
+
+
+def refuse(layout: str, reasons: Sequence[str]) -> None:
+  """Raises one ValueError that lists why the layout cannot hold the model; does nothing without a reason."""
+  if reasons:
+    raise ValueError(f"--layout={layout} cannot hold this model: {'; '.join(reasons)}")
 
 
 def one_ratio(model: Model, about: About) -> Model:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from dms_jax.convert.layouts import fastdms, model_optimizer, nvidia_neuron, peft, transformers
+from dms_jax.convert.layouts import dms_torch, fastdms, model_optimizer, nvidia_neuron, peft, transformers
 from dms_jax.convert.tensors import Progress
 from dms_jax.convert.writing import About
 from dms_jax.model import Model
@@ -48,6 +48,7 @@ class Layout(Protocol):
 
 LAYOUTS: dict[str, Layout] = {
   transformers.NAME: transformers,
+  dms_torch.NAME: dms_torch,
   model_optimizer.NAME: model_optimizer,
   nvidia_neuron.NAME: nvidia_neuron,
   fastdms.NAME: fastdms,
