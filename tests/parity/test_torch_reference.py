@@ -492,15 +492,15 @@ CACHES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(params=CACHES, ids=lambda case: "-".join(map(str, case)))
-def gated(request):
-  gate, granularity, window, shift = request.param
+def gated_model(gate, granularity, window, shift):
   dms = tiny.dms(gate=gate, granularity=granularity, window=window, shift=shift, offset=0.0)
   return tiny.model(tiny.neuron_config() if gate == "neuron" else tiny.config(), dms)
 
 
-def test_decoding_equals_the_masked_formula(gated):
+@pytest.mark.parametrize("case", CACHES, ids=lambda case: "-".join(map(str, case)))
+def test_decoding_equals_the_masked_formula(case):
   """Token by token, the ring and archive give the logits of the mask over the whole text, and hold what it says."""
+  gated = gated_model(*case)
   weights, config, dms = twin_of(gated)
   tokens = to_torch(tiny.tokens(gated.config, 2, 30))
   with torch.no_grad():
@@ -515,18 +515,20 @@ def test_decoding_equals_the_masked_formula(gated):
   assert 1 < 30 / cache.live().float().mean() < 30
 
 
-def test_decoding_equals_generate(gated):
+@pytest.mark.parametrize("case", CACHES[::2], ids=lambda case: "-".join(map(str, case)))
+def test_decoding_equals_generate(case):
   """Prompts padded on the left, two turns: tokens of both, and the tokens that each head holds."""
+  gated, settings = gated_model(*case), dict(eos=False, cache="contiguous", capacity=64, decode_block=6)
   weights, config, dms = twin_of(gated)
   prompts, mask = np.array(tiny.tokens(gated.config, 3, 20)), np.ones((3, 20), bool)
   mask[0, :7], mask[2, :13] = False, False
-  first = dms_jax.generate(gated, prompts, mask=mask, max_new_tokens=12, eos=False)
+  first = dms_jax.generate(gated, prompts, mask=mask, max_new_tokens=12, **settings)
   tokens, cache = twin_decode.generate(weights, config, dms, to_torch(prompts), 12, mask=torch.from_numpy(mask))
   assert tokens.tolist() == first.tokens
   np.testing.assert_array_equal(cache.live(), first.metrics.live)
 
   following = np.array(tiny.tokens(gated.config, 3, 9, seed=1))
-  second = dms_jax.generate(gated, following, max_new_tokens=10, eos=False, continue_from=first)
+  second = dms_jax.generate(gated, following, max_new_tokens=10, continue_from=first, **{**settings, "cache": None})
   turn = torch.cat([tokens[:, -1:], to_torch(following)], dim=1)
   more, cache = twin_decode.generate(weights, config, dms, turn, 10, cache=cache)
   assert more.tolist() == second.tokens
