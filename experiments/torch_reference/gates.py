@@ -1,7 +1,7 @@
 """Eviction gates in PyTorch: both gates, offset, shift and granularity.
 
-Mirrors dms_jax/gates.py. Source: arXiv 2506.05345, section 3.1 (equation 1) and appendix C; the scale
-of 100 and the shift are the released code's. A gate gives one logit per KV head and token:
+Mirrors dms_jax/gates.py. Source: arXiv 2506.05345, section 3.1 (equation 1) and appendix C; the scale of 100 and
+the shift are the released code's. A gate gives one logit per KV head and token:
 
     logit = scale * raw - offset,    a token is evicted where logit > threshold
 
@@ -37,6 +37,10 @@ class DMSConfig:
   offset: float = 5.0
   shift: int = 1
   granularity: str = "head"
+
+  def __post_init__(self):
+    if self.gate not in ("adapter", "neuron") or self.granularity not in ("head", "layer") or self.shift not in (0, 1):
+      raise ValueError(f"{self}: gate is 'adapter' or 'neuron', granularity 'head' or 'layer', shift 0 or 1")
 
 
 def gate_logits(dms: DMSConfig, layer: dict[str, Tensor], x: Tensor, q: Tensor, heads: int, eps: float) -> Tensor:

@@ -1,8 +1,10 @@
 """A Llama, Qwen2 or Qwen3 decoder with gates in PyTorch, float32.
 
-Mirrors dms_jax/model.py and dms_jax/layers.py. Weights are a flat dictionary under Hugging Face's names: the
-safetensors files of a checkpoint are all it takes. Low-rank updates are `NAME.lora_A.weight` [R, in] and
-`NAME.lora_B.weight` [out, R] beside `NAME.weight`: its projection becomes W + lora_scale * B A.
+Mirrors dms_jax/model.py and dms_jax/layers.py. Source of gates and masks: arXiv 2506.05345, section 3.1.
+
+Weights are a flat dictionary under Hugging Face's names: the safetensors files of a checkpoint are all it takes.
+Low-rank updates are `NAME.lora_A.weight` [R, in] and `NAME.lora_B.weight` [out, R] beside `NAME.weight`: its
+projection becomes W + lora_scale * B A.
 """
 
 from __future__ import annotations
@@ -45,9 +47,18 @@ class ModelConfig:
 
   @classmethod
   def from_hf(cls, values: dict) -> ModelConfig:
-    """From the content of config.json, in the spelling of transformers 4 or 5."""
-    rope = {"rope_theta": values.get("rope_theta", 10000.0)} | values.get("rope_parameters", {})
+    """From the content of config.json, in the spelling of transformers 4 or 5.
+
+    Raises:
+      ValueError: the model is of another family, or its RoPE is scaled in another way than Llama 3.1's.
+    """
+    rope = {"rope_theta": values.get("rope_theta", 10000.0)} | (values.get("rope_parameters") or {})
     scaling = values.get("rope_scaling") or rope
+    kind, scaled = values.get("model_type"), scaling.get("rope_type", "default")
+    if kind not in ("llama", "qwen2", "qwen3") or scaled not in ("default", "llama3"):
+      raise ValueError(
+        f"config.json: model_type={kind!r}, rope_type={scaled!r}: not a Llama, Qwen2 or Qwen3 as they are"
+      )
     eos = values.get("eos_token_id")
     return cls(
       num_layers=values["num_hidden_layers"],
@@ -55,7 +66,7 @@ class ModelConfig:
       num_kv_heads=values.get("num_key_value_heads", values["num_attention_heads"]),
       head_dim=values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"],
       rope_theta=rope["rope_theta"],
-      rope_scaling=scaling if scaling.get("rope_type", "default") == "llama3" else None,
+      rope_scaling=scaling if scaled == "llama3" else None,
       rms_norm_eps=values.get("rms_norm_eps", 1e-6),
       eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
     )

@@ -45,6 +45,12 @@ class RetrofitConfig:
   weight_decay: float = 0.0
   clip_norm: float = 1.0
 
+  def __post_init__(self):
+    if self.trainable not in ("gates", "lora", "all") or self.kind not in ("reverse_kl", "forward_kl"):
+      raise ValueError(
+        f"trainable={self.trainable!r} is 'gates', 'lora' or 'all'; kind={self.kind!r} is 'reverse_kl' or 'forward_kl'"
+      )
+
 
 def target_cr(config: RetrofitConfig, step: int) -> float:
   """Target CR at `step`, counted from 0: it rises by 1 in `steps_per_cr` steps once the neuron has faded."""

@@ -1,7 +1,7 @@
 """One retrofit step in PyTorch: teacher, student, noise, losses, gradients and AdamW.
 
-Mirrors dms_jax/retrofit/step.py. Source: arXiv 2506.05345, section 3.1 (objective), section 4
-(schedule) and appendix C (phase 1 of a borrowed neuron).
+Mirrors dms_jax/retrofit/step.py. Source: arXiv 2506.05345, section 3.1 (objective), section 4 (schedule) and
+appendix C (phase 1 of a borrowed neuron).
 
     z = (logit + noise) / tau,  noise = the difference of two Gumbels, which is logistic
     loss = KL(student || teacher) + relu((1 - 1/CR) - evicted fraction)

@@ -393,6 +393,17 @@ def test_a_gate_without_weights_cannot_be_trained_alone():
       twin_step.init_state(weights, twin_schedule.RetrofitConfig(trainable=trainable))
 
 
+def test_settings_that_mean_nothing_are_refused():
+  for make in (
+    lambda: twin_gates.DMSConfig(gate="neurons"), lambda: twin_gates.DMSConfig(shift=2),
+    lambda: twin_schedule.RetrofitConfig(kind="kl"), lambda: twin_schedule.RetrofitConfig(trainable="none"),
+    lambda: twin_model.ModelConfig.from_hf({"model_type": "mixtral"}),
+    lambda: twin_model.ModelConfig.from_hf({"model_type": "qwen3", "rope_scaling": {"rope_type": "yarn"}}),
+  ):  # fmt: skip
+    with pytest.raises(ValueError):
+      make()
+
+
 # NVIDIA's figures -----------------------------------------------------------------------------------------------------
 
 
@@ -492,6 +503,9 @@ CACHES = [
 ]  # fmt: skip
 
 
+GENERATE = dict(eos=False, cache="contiguous", capacity=64, decode_block=6)  # few shapes to compile
+
+
 def gated_model(gate, granularity, window, shift):
   dms = tiny.dms(gate=gate, granularity=granularity, window=window, shift=shift, offset=0.0)
   return tiny.model(tiny.neuron_config() if gate == "neuron" else tiny.config(), dms)
@@ -518,17 +532,17 @@ def test_decoding_equals_the_masked_formula(case):
 @pytest.mark.parametrize("case", CACHES[::2], ids=lambda case: "-".join(map(str, case)))
 def test_decoding_equals_generate(case):
   """Prompts padded on the left, two turns: tokens of both, and the tokens that each head holds."""
-  gated, settings = gated_model(*case), dict(eos=False, cache="contiguous", capacity=64, decode_block=6)
+  gated = gated_model(*case)
   weights, config, dms = twin_of(gated)
   prompts, mask = np.array(tiny.tokens(gated.config, 3, 20)), np.ones((3, 20), bool)
   mask[0, :7], mask[2, :13] = False, False
-  first = dms_jax.generate(gated, prompts, mask=mask, max_new_tokens=12, **settings)
+  first = dms_jax.generate(gated, prompts, mask=mask, max_new_tokens=12, **GENERATE)
   tokens, cache = twin_decode.generate(weights, config, dms, to_torch(prompts), 12, mask=torch.from_numpy(mask))
   assert tokens.tolist() == first.tokens
   np.testing.assert_array_equal(cache.live(), first.metrics.live)
 
   following = np.array(tiny.tokens(gated.config, 3, 9, seed=1))
-  second = dms_jax.generate(gated, following, max_new_tokens=10, continue_from=first, **{**settings, "cache": None})
+  second = dms_jax.generate(gated, following, max_new_tokens=10, continue_from=first, **{**GENERATE, "cache": None})
   turn = torch.cat([tokens[:, -1:], to_torch(following)], dim=1)
   more, cache = twin_decode.generate(weights, config, dms, turn, 10, cache=cache)
   assert more.tolist() == second.tokens
@@ -537,13 +551,16 @@ def test_decoding_equals_generate(case):
 
 
 def test_a_threshold_trades_compression():
-  model = tiny.model(gates=tiny.dms(offset=0.0))
+  model = gated_model(*CACHES[0])
   weights, config, dms = twin_of(model)
-  prompts = np.array(tiny.tokens(model.config, 1, 30))
-  out = dms_jax.generate(model, prompts, policy=dms_jax.DMS(threshold=8.0), max_new_tokens=5, eos=False)
-  tokens, cache = twin_decode.generate(weights, config, dms, to_torch(prompts), 5, threshold=8.0)
-  assert tokens.tolist() == out.tokens
-  np.testing.assert_array_equal(cache.live(), out.metrics.live)
+  prompts, counts = np.array(tiny.tokens(model.config, 3, 20)), {}
+  for threshold in (-8.0, 8.0):
+    out = dms_jax.generate(model, prompts, policy=dms_jax.DMS(threshold=threshold), max_new_tokens=12, **GENERATE)
+    tokens, cache = twin_decode.generate(weights, config, dms, to_torch(prompts), 12, threshold=threshold)
+    assert tokens.tolist() == out.tokens
+    np.testing.assert_array_equal(cache.live(), out.metrics.live)
+    counts[threshold] = cache.live().sum()
+  assert counts[-8.0] < counts[8.0]
 
 
 # The page -------------------------------------------------------------------------------------------------------------
@@ -576,4 +593,4 @@ def test_it_is_plain_torch():
     source = inspect.getsource(module)
     imported = {line.split()[1].split(".")[0] for line in source.splitlines() if line.startswith(("import ", "from "))}
     assert imported <= {"__future__", "collections", "dataclasses", "math", "torch", "experiments"}, module.__name__
-    assert "Mirrors dms_jax/" in module.__doc__ and "2506.05345" in module.__doc__ + twin_package.__doc__
+    assert "Mirrors dms_jax/" in module.__doc__ and "2506.05345" in module.__doc__
