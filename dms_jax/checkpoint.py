@@ -32,6 +32,7 @@ from dms_jax.model import Model
 from dms_jax.params import GROUPS, Params, ParamSpec, flatten, join_params, param_table, split_params, unflatten
 from dms_jax.sharding import param_shardings
 from dms_jax.slices import Slice, dtype_of
+from dms_jax.slices import read as read_slices
 from dms_jax.slices import write as write_slices
 from dms_jax.tokenizer import Tokenizer
 
@@ -137,7 +138,7 @@ def _describe(
 
 def load(
   path: str | Path, *, retrofit: str | Path | None = None, merge: bool = True, dtype: Any = None,
-  mesh: Mesh | None = None,
+  mesh: Mesh | None = None, stored: bool = False,
 ) -> Model:  # fmt: skip
   """Loads a model, and optionally a retrofit on top of it.
 
@@ -148,6 +149,8 @@ def load(
     dtype: dtype of the weights; default as stored. Gates and separate updates keep the stored dtype.
     mesh: each of its devices reads only its shards (`sharding.param_shardings`), and every process must call this.
       Without a mesh this process's first device gets all parameters.
+    stored: the base's parameters stay on disk (`params.StoredParam`), to be read layer by layer by an export. Files of
+      the checkpoint are checked now, and must stay.
 
   Raises:
     ValueError: a file is missing, cut short or damaged, or the retrofit belongs to another model.
@@ -158,7 +161,7 @@ def load(
   apart = lora is None or not (merge or retrofit is not None)
   # Weights to be merged are read in the stored dtype, so that they are rounded only once.
   early = dtype if apart and retrofit is None else None
-  params = _read_params(Path(path), values, param_table(base, dms, lora), early, mesh)
+  params = _read_params(Path(path), values, param_table(base, dms, lora), early, mesh, stored)
   model = Model(params, base, dms, lora)
   if not apart:
     model = model.merged()
@@ -369,26 +372,33 @@ def _is_running(pid: str) -> bool:
 
 
 def _read_params(
-  path: Path, values: dict, table: dict[str, ParamSpec], dtype: Any = None, mesh: Mesh | None = None
-) -> Params:
+  path: Path, values: dict, table: dict[str, ParamSpec], dtype: Any = None, mesh: Mesh | None = None,
+  stored: bool = False,
+) -> Params:  # fmt: skip
   """Reads and checks the tensors of `table`. `dtype` applies to the base; other groups keep the stored dtype."""
   directory = (path / PARAMS).absolute()  # Orbax refuses relative paths
   _check_files(path, values["files"])
   with _without_patterns(directory) as plain, _clear_errors(directory):
-    stored = flatten(ocp.metadata(plain).metadata)
-  problems = [_difference(set(stored), set(table))] if set(stored) != set(table) else []
+    found = flatten(ocp.metadata(plain).metadata)
+  problems = [_difference(set(found), set(table))] if set(found) != set(table) else []
   problems += [
-    f"{name} has shape {tuple(stored[name].shape)}, the config means {spec.shape}"
+    f"{name} has shape {tuple(found[name].shape)}, the config means {spec.shape}"
     for name, spec in table.items()
-    if name in stored and tuple(stored[name].shape) != spec.shape
+    if name in found and tuple(found[name].shape) != spec.shape
   ]
   if problems:
     raise ValueError(f"{path}: parameters and config.json do not fit: {'; '.join(problems)}")
+  if stored:
+    with _clear_errors(directory):
+      kept = read_slices(directory, table)
+    in_dtype = lambda value: value if dtype is None else value.astype(jnp.dtype(dtype))
+    place = lambda name, value: in_dtype(value) if table[name].group == "base" else jnp.asarray(value)
+    return unflatten({name: place(name, value) for name, value in kept.items()})
   alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   shardings = dict.fromkeys(table, alone) if mesh is None else flatten(param_shardings(mesh, table))
 
   def abstract(name: str, spec: ParamSpec) -> jax.ShapeDtypeStruct:
-    kind = stored[name].dtype if dtype is None or spec.group != "base" else jnp.dtype(dtype)
+    kind = found[name].dtype if dtype is None or spec.group != "base" else jnp.dtype(dtype)
     return jax.ShapeDtypeStruct(spec.shape, kind, sharding=shardings[name])
 
   with _without_patterns(directory) as plain, _clear_errors(directory):

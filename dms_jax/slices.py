@@ -1,4 +1,4 @@
-"""Parameters on disk by slices: written as they come, read when asked for, never a whole model in memory.
+"""Parameters on disk by slices: written as they come, read when asked for; no model in memory.
 
 A slice is one layer of a layered parameter, or a whole parameter without layers. The folder is one that Orbax reads:
 Orbax writes it for a single element of each parameter, and TensorStore, in which Orbax stores arrays, then puts an
@@ -16,14 +16,15 @@ import numpy as np
 import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
-from dms_jax.params import ParamSpec, map_table
+from dms_jax.params import ParamSpec, StoredParam, map_table
 
 Slice = tuple[str, int | None, np.ndarray]  # path in the parameter table, layer (None without layers), value
 
 STATE = "state"  # Orbax's folder of arrays
 CHUNK_BYTES = 2**26  # most bytes of a chunk, which is read and written as one
-FILE_BYTES = 2**28  # bytes of a file before the next one is begun: they are held in memory until then
-IN_FLIGHT_BYTES = 2**26  # slices that wait to be written, beside the last one
+FILE_BYTES = 2**27  # bytes of a file before the next one is begun: they are held in memory until then
+IN_FLIGHT_BYTES = 2**27  # slices that wait to be written, beside the last one
+_NODES = {"cache_pool#ocdbt": {"total_bytes_limit": 2**26}}  # for the index of the files
 
 
 def dtype_of(spec: ParamSpec, dtype: np.dtype) -> np.dtype:
@@ -43,7 +44,7 @@ def write(directory: Path, table: dict[str, ParamSpec], dtype: np.dtype, slices:
     slices: every slice of the table once, in any order.
   """
   ocp.save(directory, map_table(lambda _, spec: np.zeros((1,) * len(spec.shape), dtype_of(spec, dtype)), table))
-  context = ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": 2**26}})
+  context = ts.Context(_NODES)
   opening = {}
   for path, spec in table.items():
     kind = dtype_of(spec, dtype)
@@ -73,6 +74,31 @@ def write(directory: Path, table: dict[str, ParamSpec], dtype: np.dtype, slices:
   finally:
     for future, _ in pending:  # nothing is written any more once this function has ended
       future.exception()
+
+
+def read(directory: Path, table: dict[str, ParamSpec]) -> dict[str, StoredParam]:
+  """The parameters of `table` that Orbax stores in `directory`, by path; a layer is read when it is asked for.
+
+  Where a chunk holds several layers, as in checkpoints that Orbax wrote, the last one read stays in memory.
+  """
+  arrays = _open(directory, table, chunk_bytes=0)
+  chunks = {path: array.chunk_layout.read_chunk.shape for path, array in arrays.items()}
+  if shared := [path for path, spec in table.items() if spec.layered and chunks[path][0] > 1]:
+    most = max(math.prod(chunks[path]) * arrays[path].dtype.numpy_dtype.itemsize for path in shared)
+    arrays |= _open(directory, shared, chunk_bytes=most + 2**20)  # TensorStore's notes of a chunk count too
+
+  def stored(array: ts.TensorStore) -> StoredParam:
+    one = lambda layer: array if layer is None else array[layer]
+    return StoredParam(array.shape, array.dtype.numpy_dtype, lambda layer: one(layer).read().result())
+
+  return {path: stored(array) for path, array in arrays.items()}
+
+
+def _open(directory: Path, paths: Iterable[str], chunk_bytes: int) -> dict[str, ts.TensorStore]:
+  """The arrays of the parameters `paths`; `chunk_bytes` of what is read of them stay in memory."""
+  context = ts.Context({**_NODES, "cache_pool": {"total_bytes_limit": chunk_bytes}})
+  opening = {path: ts.open(_spec(directory, path), open=True, read=True, context=context) for path in paths}
+  return {path: future.result() for path, future in opening.items()}
 
 
 def chunk_shape(spec: ParamSpec, dtype: np.dtype) -> list[int]:

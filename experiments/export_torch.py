@@ -10,6 +10,7 @@
 | nvidia_neuron | as nvidia/Qwen3-8B-DMS-8x: Qwen3, neuron gate, shift 1, settings in config.json |
 | fastdms | FastDMS: Llama or Qwen3, neuron gate, shift 0, settings in dms_metadata.json |
 | peft | the low-rank updates alone, for PEFT; gates beside them, as for transformers |
+| dms_torch | weights, gates and a file of code, with which transformers 5 evicts: trust_remote_code=True |
 
 All but peft merge low-rank updates into the weights. A layout that cannot hold the model refuses it and says why. The
 README.md of the folder says how to load it and what it does not hold. experiments.convert_weights reads each back.
@@ -35,10 +36,10 @@ from experiments.common.files import check_retrofit
 class Config:
   """Input and output. `dtype`: float32, bfloat16 or float16; default the checkpoint's.
 
-  `layout`: transformers, model_optimizer, nvidia_neuron, fastdms or peft. `shard_bytes`: most bytes of one file of
-  weights. `cr`: the compression ratio that the gates were trained for, which some layouts note; default as the retrofit
-  notes it. Gates for a range of ratios are fixed at it, but for transformers and peft. `base`: name of the base model,
-  which fastdms, peft and README.md note; default the hub id that the checkpoint was converted from.
+  `layout`: transformers, model_optimizer, nvidia_neuron, fastdms, peft or dms_torch. `shard_bytes`: most bytes of one
+  file of weights. `cr`: the compression ratio that the gates were trained for, which some layouts note; default as the
+  retrofit notes it. Gates for a range of ratios are fixed at it in the layouts that hold one ratio. `base`: name of the
+  base model, which fastdms, peft and README.md note; default the hub id that the checkpoint was converted from.
   """
 
   checkpoint: str
@@ -59,7 +60,7 @@ def main() -> None:
     raise ValueError(f"--shard_bytes={config.shard_bytes}: must be at least 1")
   if config.cr is not None and not 1 <= config.cr < 1e6:
     raise ValueError(f"--cr={config.cr:g}: must be at least 1")
-  model = checkpoint.load(config.checkpoint, retrofit=config.retrofit, merge=False)
+  model = checkpoint.load(config.checkpoint, retrofit=config.retrofit, merge=False, stored=True)
   holds_tokenizer = (Path(config.checkpoint) / TOKENIZER_FILE).exists()
   tokenizer = Tokenizer.load(config.checkpoint) if holds_tokenizer else None
   about = About(config.cr, config.base)

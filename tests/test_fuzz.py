@@ -150,7 +150,7 @@ def sources(tmp_path_factory) -> dict[str, tuple[int, Path, str, Callable, Calla
   out = dms_jax.generate(model, [[1, 2, 3]] * 2, policy=dms_jax.Vanilla(window=2), max_new_tokens=5, eos=False)
   dms_jax.save_conversation(root / "cache", out)
   values = json.loads((root / "hf" / "config.json").read_text())
-  values |= {"layer_types": ["full_attention"], "dms_window_size": 8, "dms_alpha_scale": 100.0, "sliding_window": None}
+  values |= {"layer_types": ["full_attention"], "dms_window_size": 8, "dms_shift": 1, "sliding_window": None}
   values |= {"rope_scaling": None, "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}}
   (root / "hf" / "config.json").write_text(json.dumps(values))
   conversation = lambda path: dms_jax.load_conversation(path, model)

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
 from dms_jax.checkpoint import first_line
@@ -16,6 +17,7 @@ from dms_jax.convert.tensors import Tensors
 
 WEIGHTS, INDEX, GATES = "model.safetensors", "model.safetensors.index.json", "dms_gates.safetensors"
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_BLOCK = 2**24  # numbers that are read at a time
 _BUFFERS = ("I64", "BOOL")  # types of counters, position ids and masks, which no weight has
 _OTHERS = re.compile(r"(adapter_model|consolidated(\.\d+)?|dms_gates)\.safetensors")  # beside the model's own
 
@@ -63,7 +65,7 @@ def open_tensors(path: Path, only: list[Path] | None = None) -> Tensors:
     from safetensors import SafetensorError, safe_open
   except ImportError:
     raise ValueError(f"{path}: reading it needs safetensors: pip install 'dms_jax[convert]'") from None
-  where, files, shapes, sizes, refused = {}, {}, {}, Counter(), []
+  where, files, shapes, kinds, sizes, refused = {}, {}, {}, {}, Counter(), []
   for file in _weight_files(path) if only is None else only:
     try:
       with safe_open(file, framework="np") as handle:
@@ -82,15 +84,23 @@ def open_tensors(path: Path, only: list[Path] | None = None) -> Tensors:
       if kind not in _DTYPES:
         refused.append(f"{name} ({kind})")
       else:
-        sizes[_DTYPES[kind]] += math.prod(shapes[name])
+        kinds[name] = jnp.dtype(_DTYPES[kind])
+        sizes[_DTYPES[kind]] += math.prod(shape)
   if refused:
     more = f" and {len(refused) - 8} more" if len(refused) > 8 else ""
     raise ValueError(f"{path}: tensors are to be F32, F16 or BF16; found {', '.join(refused[:8])}{more}")
   dtype = sizes.most_common(1)[0][0] if sizes else "float32"
 
   def read_tensor(name: str) -> np.ndarray:
-    file, stored = where[name]
-    with safe_open(file, framework="np") as handle:  # a file that stays open stays in memory, page by page
-      return handle.get_tensor(stored)
+    (file, stored), shape = where[name], shapes[name]
+    if math.prod(shape) <= _BLOCK:
+      with safe_open(file, framework="np") as handle:
+        return handle.get_tensor(stored)
+    value, rows = np.empty(shape, kinds[name]), max(1, _BLOCK * shape[0] // math.prod(shape))
+    for start in range(0, shape[0], rows):
+      end = min(start + rows, shape[0])
+      with safe_open(file, framework="np") as handle:  # mapped: what is read stays in memory while the file is open
+        value[start:end] = handle.get_slice(stored)[start:end]
+    return value
 
   return Tensors(str(path), shapes, read_tensor, dtype)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
-from dms_jax.params import Params, ParamSpec, flatten
+from dms_jax.params import Params, ParamSpec, flatten, unflatten
 from dms_jax.slices import Slice, dtype_of
 
 DTYPES = ("float32", "bfloat16", "float16")  # dtypes of stored weights
@@ -84,6 +84,18 @@ def to_slices(
         progress(done, len(found), name)
 
   return read()
+
+
+def to_params(table: dict[str, ParamSpec], tensors: Tensors, dtype, *, progress: Progress | None = None) -> Params:
+  """The parameters of `table` as numpy arrays, layers stacked; gates are float32, the others of `dtype`.
+
+  Raises:
+    ValueError: as `to_slices`.
+  """
+  flat = {path: np.empty(spec.shape, dtype_of(spec, np.dtype(dtype))) for path, spec in table.items()}
+  for path, layer, value in to_slices(table, tensors, dtype, progress=progress):
+    flat[path][... if layer is None else layer] = value
+  return unflatten(flat)
 
 
 def _finite(tensors: Tensors, name: str, dtype) -> np.ndarray:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 
@@ -44,6 +44,12 @@ class About:
   base: str | None = None
 
 
+def refuse(layout: str, reasons: Sequence[str]) -> None:
+  """Raises one ValueError that lists why the layout cannot hold the model; does nothing without a reason."""
+  if reasons:
+    raise ValueError(f"--layout={layout} cannot hold this model: {'; '.join(reasons)}")
+
+
 def require(
   layout: str,
   model: Model,
@@ -68,37 +74,31 @@ def require(
   d = model.dms
   reasons = []
   if model.config.family not in families:
-    reasons.append(f"family {model.config.family!r}; its code has {' and '.join(families)}")
+    reasons.append(f"family {model.config.family!r} (its code has {' and '.join(families)})")
   if d is None:
-    reasons.append("no gates; --layout=transformers holds a model without")
+    reasons.append("no gates (--layout=transformers holds a model without)")
   elif d.objective != "dms":
-    reasons.append(f"gates of retrofit.objective={d.objective}; --layout=transformers holds them")
+    reasons.append(f"gates of retrofit.objective={d.objective} (--layout=transformers holds them)")
   else:
     if d.gate != gate:
-      reasons.append(f"gate {d.gate!r}; it holds {gate!r}")
+      reasons.append(f"gate {d.gate!r} (it holds {gate!r})")
     if d.eviction != "delayed":
-      reasons.append(f"eviction {d.eviction!r}; it means 'delayed'")
+      reasons.append(f"eviction {d.eviction!r} (it means 'delayed')")
     if d.shift != shift:
       about = "the token before" if shift else "the token itself"
       why = "the logit about a token is computed from another token, so no change of weights makes them equal"
-      reasons.append(f"shift {d.shift}; its decisions are about {about}, shift {shift}: {why}")
+      reasons.append(f"shift {d.shift} (its decisions are about {about}, shift {shift}; {why})")
     if d.granularity not in granularities:
-      reasons.append(f"granularity {d.granularity!r}; it has {' and '.join(map(repr, granularities))}")
+      reasons.append(f"granularity {d.granularity!r} (it has {' and '.join(map(repr, granularities))})")
     if d.window < least_window:
-      reasons.append(f"window {d.window}; its code takes {least_window} or more")
+      reasons.append(f"window {d.window} (its code takes {least_window} or more)")
     if d.elastic:
       low, high = d.elastic
-      reasons.append(f"gates for a range of ratios; choose one with --cr, from {low:g} to {high:g}")
+      reasons.append(f"gates for a range of ratios (choose one with --cr, from {low:g} to {high:g})")
     if d.offset == NEVER and not may_be_off:
-      reasons.append("eviction switched off; it has no such switch")
+      reasons.append("eviction switched off (it has no such switch)")
   refuse(layout, reasons)
-  return d
-
-
-def refuse(layout: str, reasons: Sequence[str]) -> None:
-  """Raises one ValueError that lists why the layout cannot hold the model; does nothing without a reason."""
-  if reasons:
-    raise ValueError(f"--layout={layout} cannot hold this model: {'; '.join(reasons)}")
+  return cast(DMSConfig, d)  # None is one of the reasons
 
 
 def one_ratio(model: Model, about: About) -> Model:
@@ -146,7 +146,7 @@ def write_weights(
   """Writes model.safetensors; above `shard_bytes` model-00001-of-N.safetensors and their index. One shard is in memory.
 
   Args:
-    tensors: (name, shape, read) of each tensor, all of `dtype`.
+    tensors: (name, shape, read) of each tensor, almost all of `dtype`.
     shard_bytes: most bytes of one file; a larger tensor gets a file of its own.
     progress: called as progress(done, total, file name).
   """
@@ -162,20 +162,23 @@ def write_weights(
   total = len(shards)
   numbered = [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
   names = numbered if total > 1 else [WEIGHTS]
+  written = 0
   for i, (name, shard) in enumerate(zip(names, shards, strict=True)):
-    write_tensors(directory / name, shard)
+    written += write_tensors(directory / name, shard)
     if progress is not None:
       progress(i + 1, total, name)
   if total > 1:
     weight_map = {n: name for name, shard in zip(names, shards, strict=True) for n, _, _ in shard}
-    write_json(directory / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
+    write_json(directory / INDEX, {"metadata": {"total_size": written}, "weight_map": weight_map})
 
 
-def write_tensors(path: Path, tensors: Sequence) -> None:
-  """Writes one safetensors file of (name, shape, read) entries."""
+def write_tensors(path: Path, tensors: Sequence) -> int:
+  """Writes one safetensors file of (name, shape, read) entries; returns the bytes of the tensors."""
   from safetensors.numpy import save_file
 
-  save_file({name: read_one() for name, _, read_one in tensors}, path, metadata={"format": "pt"})
+  arrays = {name: read_one() for name, _, read_one in tensors}
+  save_file(arrays, path, metadata={"format": "pt"})
+  return sum(array.nbytes for array in arrays.values())
 
 
 def write_gates(directory: Path, model: Model) -> None:
@@ -207,12 +210,13 @@ def write_configs(
 
 
 def write_card(
-  directory: Path, layout: str, model: Model, about: About, *, loading: str, missing: Sequence[str]
+  directory: Path, layout: str, model: Model, about: About, *, loading: str, missing: Sequence[str], reading: str = ""
 ) -> None:
   """Writes README.md: what the folder holds, how to load it, and what the layout cannot hold.
 
   Args:
     loading: an indented block of code, or text.
+    reading: more flags of the program that reads the folder back.
     missing: a sentence for each thing that the layout cannot hold, or that its reader does otherwise than dms_jax.
   """
   d = model.dms
@@ -231,11 +235,12 @@ def write_card(
     listed(f"{name}: {value}" for name, value in facts.items() if value is not None),
     "## Loading",
     loading.strip("\n"),
-    "`python -m experiments.convert_weights --source=THIS_FOLDER --output=CHECKPOINT` reads it back.",
+    f"`python -m experiments.convert_weights --source=THIS_FOLDER{reading} --output=CHECKPOINT` reads it back.",
     "## What this layout does not hold",
     listed(missing or ["Nothing is lost."]),
   ]
-  text = "\n\n".join(sections) + "\n"
+  front = "" if about.base is None else f"---\nbase_model: {about.base}\n---\n\n"  # as the Hugging Face hub reads it
+  text = front + "\n\n".join(sections) + "\n"
   (directory / CARD).write_text(text, encoding="utf-8")
 
 

@@ -48,9 +48,9 @@ class Layout(Protocol):
 
 LAYOUTS: dict[str, Layout] = {
   transformers.NAME: transformers,
-  dms_torch.NAME: dms_torch,
   model_optimizer.NAME: model_optimizer,
   nvidia_neuron.NAME: nvidia_neuron,
   fastdms.NAME: fastdms,
   peft.NAME: peft,
+  dms_torch.NAME: dms_torch,
 }  # fmt: skip

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig, from_json, is_number, read_json, shown
 from dms_jax.convert.layouts.keys import Gates
 from dms_jax.convert.safetensors_file import GATES, open_tensors
-from dms_jax.convert.tensors import Progress, Tensors, from_params, to_slices
+from dms_jax.convert.tensors import Progress, Tensors, from_params, to_params
 from dms_jax.convert.writing import (
   GATES_CONFIG,
   PLAIN_NEURON,
@@ -29,7 +28,7 @@ from dms_jax.convert.writing import (
   write_tensors,
 )
 from dms_jax.model import Model
-from dms_jax.params import Params, ParamSpec, join_params, param_table, unflatten
+from dms_jax.params import Params, ParamSpec, join_params, param_table
 from dms_jax.tokenizer import Tokenizer
 
 NAME = "peft"
@@ -44,7 +43,7 @@ _LOADING = """    from peft import PeftModel
     base = AutoModelForCausalLM.from_pretrained("BASE_MODEL", dtype="auto")
     model = PeftModel.from_pretrained(base, "THIS_FOLDER")
 
-In dms_jax this folder is a retrofit. It is read with `--base=BASE_MODEL` and loaded with `--retrofit`.
+For dms_jax this folder is a retrofit, which --retrofit loads on top of its base.
 """
 
 
@@ -77,7 +76,7 @@ def write(
     tokenizer.save(directory)
   if progress is not None:
     progress(1, 1, WEIGHTS)
-  write_card(directory, NAME, model, about, loading=_LOADING, missing=_missing(model))
+  write_card(directory, NAME, model, about, loading=_LOADING, missing=_missing(model), reading=" --base=BASE")
 
 
 def own_dtype(model: Model) -> str:
@@ -117,7 +116,7 @@ def read(
     table = _table(config, lora)
   except ValueError as error:
     raise ValueError(f"{path / CONFIG}: {error}") from None
-  params = _params(table, tensors, dtype, progress)
+  params = to_params(table, tensors, jnp.dtype(dtype or tensors.dtype), progress=progress)
   gates, dms = None, None
   if (path / GATES_CONFIG).exists():
     dms = from_json(DMSConfig, read_json(path / GATES_CONFIG), str(path / GATES_CONFIG))
@@ -133,18 +132,7 @@ def _gate_params(path: Path, config: ModelConfig, dms: DMSConfig) -> Params:
   if not (path / GATES).is_file():
     raise ValueError(f"{path}: {GATES_CONFIG} describes gates with tensors, and {GATES} is missing; fetch it again")
   tensors = open_tensors(path, [path / GATES])
-  return _params(table, tensors)
-
-
-def _params(
-  table: dict[str, ParamSpec], tensors: Tensors, dtype: str | None = None, progress: Progress | None = None
-) -> Params:
-  """The parameters of `table` as numpy arrays, layers stacked."""
-  flat: dict[str, np.ndarray] = {}
-  for path, layer, value in to_slices(table, tensors, jnp.dtype(dtype or tensors.dtype), progress=progress):
-    whole = flat.setdefault(path, np.empty(table[path].shape, value.dtype))
-    whole[... if layer is None else layer] = value
-  return unflatten(flat)
+  return to_params(table, tensors, jnp.float32)
 
 
 def _open(path: Path) -> Tensors:
