@@ -1,4 +1,4 @@
-"""Times an export in the layout dms_torch in transformers: with evictions, and its dense weights in the stock model.
+"""Times an export in the layout dms_torch in transformers, beside the stock model of its weights.
 
     python -m experiments.bench_dms_torch --export=export/smollm2-cr4 --text=wiki.test.raw
 

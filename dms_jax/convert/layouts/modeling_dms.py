@@ -1,4 +1,4 @@
-"""Llama, Qwen2 and Qwen3 with Dynamic Memory Sparsification (DMS), for transformers 5: one file, plain PyTorch.
+"""Llama, Qwen2 and Qwen3 that evict from their KV cache (DMS), for transformers 5; plain PyTorch.
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
     model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
@@ -10,10 +10,10 @@
 
 A conversation goes on with `model.generate(all tokens so far, attention_mask=..., cache=out.cache)`.
 
-DMS (arXiv 2506.05345) teaches a model which entries of its KV cache it can forget. Each KV head of each layer computes
-one *gate logit* a token. Above the threshold, the token `shift` places before is evicted *for this head*: it stays
-visible for a window of W more tokens, and then its slot is free for another token. With i the position of a query and
-j that of a key:
+Dynamic Memory Sparsification (DMS, arXiv 2506.05345) teaches a model which entries of its KV cache it can forget. Each
+KV head of each layer computes one *gate logit* a token. Above the threshold, the token `shift` places before is evicted
+for this head: it stays visible for a window of W more tokens, and then its slot is free for another token. With i the
+position of a query and j that of a key:
 
     key j is visible to query i  if and only if  j <= i and (i - j <= W or not evicted[j])
 
