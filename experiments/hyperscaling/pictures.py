@@ -12,8 +12,11 @@ from experiments.reports.results import LOWER_COST
 
 @plots.picture
 def margins(plt, made: Sequence[Margin], scale: str, title: str) -> Any:
-  """A panel for each axis: the margin of every comparison, a mean over families, and those of the families as dots."""
-  shown = [each for each in made if each.scale == scale and each.margin is not None]
+  """A panel for each axis: the margin of every comparison, a mean over families, and those of the families as dots.
+
+  Over the costs that both frontiers cover. A mean that lacks families says over how many it is.
+  """
+  shown = [each for each in made if (each.scale, each.ends) == (scale, "frontier") and each.margin is not None]
   axes_of = list(dict.fromkeys(each.axis for each in shown))
   if not axes_of:
     return None
@@ -32,6 +35,10 @@ def margins(plt, made: Sequence[Margin], scale: str, title: str) -> Any:
         axis.plot(each.margin, at, "o", ms=4, color=color, label=each.task)
       else:
         axis.plot(each.margin, row, "D", ms=6, color=plots.DENSE, label="mean")
+        if each.without:
+          many = len(each.families) + len(each.without)
+          axis.annotate(f"{len(each.families)} of {many}", (each.margin, row), (0, 6), textcoords="offset points",
+                        fontsize=7, ha="center")  # fmt: skip
       if each.low is not None:
         y = at if each.task else row
         axis.plot([each.low, each.high], [y, y], color=color if each.task else plots.DENSE, lw=1 if each.task else 2)
