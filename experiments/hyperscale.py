@@ -30,6 +30,7 @@ checkpoint, analyses them together.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -162,27 +163,30 @@ def analyse(config: Config, sweeps: Sequence[cells.Sweep], widths: Sequence[int]
   for remark in remarks:
     program.log(remark)
   made = analysis.margins(found, config.resamples)
-  name = Path(str(sweeps[0].config.get("checkpoint") or sweeps[0].folder)).name
+  path = Path(str(sweeps[0].config.get("checkpoint") or sweeps[0].folder))
+  name = path.parent.name if path.name == "final" and path.parent.name else path.name
   panels = [analysis.panel(each, name) for each in found]
   names = list(dict.fromkeys(method for each in found for method in each.methods))
   look = styles.styles(methods_module.styled(names), methods_module.DENSE)
-  print(f"{tables.headline(panels)}\n")
+  print(f"{tables.headline(panels)}\n\n{tables.LEGEND}\n")
   for axis in panels[0].axes():
     for table in filter(None, (tables.margins(made, axis, "linear", "frontier", look), tables.ways(made, axis, look))):
       print(f"{table.caption}\n{tables.plain(table)}\n", flush=True)
+  written: list[str | None] = []
+  for scale, ends in itertools.product(analysis.SCALES, analysis.ENDS):
+    picture = folder / f"margins-{scale}{'' if ends == 'frontier' else f'-{ends}'}.png"
+    written.append(pictures.margins(picture, made, scale, ends, name))
   html = page.render(
     sweeps, found, panels, made, compare_cr=config.compare_cr, resamples=config.resamples, title=config.title,
-    prompts=config.traces,
+    prompts=config.traces, picture=Path(written[0]) if written[0] else None,
   )  # fmt: skip
   with files.whole(folder / PAGE) as part:
     part.write_text(html, encoding="utf-8")
-  written: list[str | None] = [str(folder / PAGE)]
+  written.append(str(folder / PAGE))
   for panel in panels:
     picture = folder / f"frontiers-{re.sub(r'[^A-Za-z0-9]+', '-', panel.task)}.png"
     shown, chance = page.uncrowded(panel), TASKS[panel.task].chance.get("accuracy") if panel.task in TASKS else None
     written.append(figures_report.tradeoff(picture, shown, look, chance, f"{name}, {panel.name}"))
-  for scale in analysis.SCALES:
-    written.append(pictures.margins(folder / f"margins-{scale}.png", made, scale, name))
   result = {
     "folder": str(folder), "seeds": [str(sweep.folder) for sweep in sweeps], "written": [*filter(None, written)],
     "remarks": remarks, **analysis.to_json(panels, made),

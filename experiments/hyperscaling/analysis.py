@@ -192,8 +192,13 @@ class Resampled:
     return np.maximum(own.min(axis=1), other.min(axis=1)), np.minimum(own.max(axis=1), other.max(axis=1))
 
   def margins(self, method: str, over: str, axis: str, scale: str, ends: str) -> tuple[np.ndarray, tuple[float, float]]:
-    """[1 + R] margins, each over its own interval of costs, NaN without one; and the family's own interval."""
+    """[1 + R] margins, each over its own interval of costs, NaN without one; and the family's own interval.
+
+    Chains that end with their first token cost no reads: then there are no margins on a log axis.
+    """
     low, high = self.shared(method, over, axis, ends)
+    if scale == "log" and min(self.costs[axis][:, self.rows[name]].min() for name in (method, over)) <= 0:
+      return np.full(len(low), np.nan), (float(low[0]), float(high[0]))
     made = pareto.margins(self.frontiers(method, axis), self.frontiers(over, axis), low, high, scale == "log")
     return made, (float(low[0]), float(high[0]))
 

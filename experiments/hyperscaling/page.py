@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import itertools
 import json
@@ -70,7 +71,7 @@ def results(sweeps: Sequence[Sweep], methods: Sequence[str]) -> Results:
 
 def render(
   sweeps: Sequence[Sweep], families: Sequence[Family], panels: Sequence[Panel], made: Sequence[Margin], *,
-  compare_cr: float, resamples: int, title: str, prompts: int,
+  compare_cr: float, resamples: int, title: str, prompts: int, picture: Path | None = None,
 ) -> str:  # fmt: skip
   """The page as HTML.
 
@@ -80,6 +81,7 @@ def render(
     compare_cr: the CR that is compared at equal L and W.
     title: of the page; "": a default.
     prompts: of each task, whose traced chains are shown.
+    picture: a PNG of the margins; None for none.
   """
   methods = list(dict.fromkeys(method for found in families for method in found.methods))
   look = styles.styles(styled(methods), DENSE)
@@ -98,8 +100,9 @@ def render(
     "A margin is the mean vertical distance of two Pareto frontiers over the largest interval of costs that both cover "
     f"(arXiv 2506.05345, appendix G). Intervals: {resamples:,} bootstrap resamples of each family's problems, each "
     "with frontiers and costs of its own. Scores and costs are means over "
-    f"{len(sweeps)} model seed{'s' * (len(sweeps) > 1)}. Other definitions of the interval and the axis of costs stand "
-    "below."
+    f"{len(sweeps)} model seed{'s' * (len(sweeps) > 1)}. Where frontiers are saturated, the costs that both cover jump "
+    "from resample to resample: an interval is then wide, and may leave out its margin. Margins over all costs at "
+    f"which both methods were measured, and on a log axis, stand below. {tables.LEGEND}"
   )
   seeds, problems = len(sweeps), sum(found.scores.shape[1] for found in families)
   kinds = "1 family" if len(families) == 1 else f"{len(families)} families"
@@ -110,14 +113,13 @@ def render(
     "about": about,
     "frontiers": frontiers,
     "timed": "seconds" in axes,
-    "margin_tables": [
-      *of("linear", "frontier"),
-      *filter(None, [tables.beside(made, look), tables.of_seeds(made, look)]),
-    ],
+    "margin_tables": [*of("linear", "frontier"), *filter(None, [tables.beside(made, look)])],
     "other_tables": [
       *filter(None, (tables.ways(made, axis, look) for axis in axes)),
+      *filter(None, [tables.of_seeds(made, look)]),
       *(t for how in others for t in of(*how)),
     ],
+    "picture": picture and base64.b64encode(picture.read_bytes()).decode(),
     "equals": [(name, t) for name, t in equals if t],
     "score_tables": [(p.name, tables.scores(p, look)) for p in panels],
   }

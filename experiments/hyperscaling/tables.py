@@ -37,6 +37,12 @@ def said(each: Margin | None) -> str:
   return signed(each.margin) + interval + (f" ({each.resolved:.0%})" if rare else "")
 
 
+LEGEND = (
+  f"Bold: the 95% interval excludes 0. {NONE}: there are no such costs. A share behind an interval is that of the "
+  "resamples that have a margin, where some have none."
+)
+
+
 def over_families(mean: Margin) -> str:
   """Over how many families a mean is, and which have no margin: "4", "3, not grids"."""
   return f"{len(mean.families)}" + (f", not {', '.join(mean.without)}" if mean.without else "")
@@ -52,20 +58,19 @@ def _cell(each: Margin | None) -> tuple[str, bool]:
 
 
 def margins(made: Sequence[Margin], axis: str, scale: str, ends: str, look: Look) -> Table | None:
-  """The margins on one axis: a row for each comparison, a column for each family and their mean; None without any."""
+  """The margins on one axis: a row for each comparison, its mean with the interval, and each family; None without."""
   own = {(m.method, m.over, m.task): m for m in made if (m.axis, m.scale, m.ends) == (axis, scale, ends)}
   tasks = list(dict.fromkeys(task for _, _, task in own if task))
   rows = []
   for method, over in dict.fromkeys((method, over) for method, over, _ in own):
     mean = own.get((method, over, ""))
-    found = [_cell(own.get((method, over, task))) for task in tasks]
+    each = [own.get((method, over, task)) for task in tasks]
+    found = [(NONE if m is None else signed(m.margin), _clear(m)) for m in each]
     families = "" if mean is None else over_families(mean)
     rows.append(Row(method, [_cell(mean), families, *found], look[method], f"over {over}"))
-  caption = (
-    f"At equal {LOWER_COST[axis]}, {scale} axis, {ENDS[ends]}: points of 100, with 95% intervals. Bold: the interval "
-    f"excludes 0. {NONE}: there are no such costs. (83%): the share of the resamples that have a margin."
-  )
-  return Table(caption, ["comparison", "mean", "families", *tasks], rows, words=("families",)) if rows else None
+  caption = f"At equal {LOWER_COST[axis]}, {scale} axis, {ENDS[ends]}: points of 100."
+  columns = ["comparison", "mean and 95% interval", "over families", *tasks]
+  return Table(caption, columns, rows, words=("over families",)) if rows else None
 
 
 def ways(made: Sequence[Margin], axis: str, look: Look) -> Table | None:

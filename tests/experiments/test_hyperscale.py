@@ -12,13 +12,16 @@ import jax
 import numpy as np
 import pytest
 
-from dms_jax import checkpoint, generate, policies
+from dms_jax import Generator, checkpoint, generate, policies
+from dms_jax import testing as tiny
+from dms_jax.model import check_policy
 from dms_jax.tokenizer import byte_tokenizer
 from experiments import hyperscale
 from experiments.common import program
-from experiments.hyperscaling import cells, page, timing
+from experiments.hyperscaling import analysis, cells, page, timing
 from experiments.hyperscaling import methods as sweep_methods
 from experiments.methods import records, run, trace
+from experiments.methods.write import _shared
 from experiments.tasks import TASKS
 from experiments.tasks.base import Prompt, TasksConfig, WritingTask
 from tests.helpers import save_checkpoints
@@ -87,7 +90,43 @@ def test_the_methods_of_a_sweep(checkpoints):
   assert cells.order(["rkv", "dms w64", "vase", "dms", "keydiff"], sweep_methods.DEFAULT) == [
     "dms", "dms w64", "rkv", "keydiff", "vase",
   ]  # fmt: skip
+  assert found[-1].policy.dense_layers == 0 and found[-1].policy.page == 16 and found[-1].policy.each_head
   assert sweep_methods.styled(["vanilla", "dms", "tova", "h2o", "quest"]) == ["vanilla", "tova", "h2o", "dms", "quest"]
+
+
+def test_elastic_gates_are_read_at_the_cr_of_their_label(monkeypatch):
+  """One retrofit for all CRs from 2 to 8, listed once for each: its thresholds differ, and so do its records."""
+  model = tiny.model(tiny.config(), tiny.dms(elastic=(2.0, 8.0)))
+  monkeypatch.setattr(checkpoint, "load_retrofitted", lambda path, folder, dtype: model)
+  monkeypatch.setattr(checkpoint, "fingerprint", lambda folder: folder)
+  original, entries = model.replace(dms=None), ("2:gates", "8:gates")
+  build = lambda entries, read: sweep_methods.build(("vanilla", "dms"), "base", original, entries, (), "float32", read)
+  read = lambda name, cls: cls()
+  _, low, high = build(entries, read)
+  assert [each.budget["cr"] for each in (low, high)] == [2.0, 8.0] and low.checkpoint != high.checkpoint
+  limits = [float(check_policy(each.model, each.policy).limit) for each in (low, high)]
+  assert limits == pytest.approx([float(model.dms.levels.threshold(cr)) for cr in (2.0, 8.0)]) and limits[0] > limits[1]
+  with pytest.raises(ValueError, match=r"--retrofit=16:gates: .* must lie between 2 and 8"):
+    build(("16:gates",), read)
+  with pytest.raises(ValueError, match=r"--retrofit=2:gates has elastic gates, .* leave --dms.cr and --dms.threshold"):
+    build(entries, lambda name, cls: cls(threshold=1.0) if name == "dms" else cls())
+
+
+@pytest.mark.parametrize(("name", "settings"), [("vanilla", {}), ("tova", {"budget": 12}), ("dms", {})])
+def test_chains_hold_what_they_share_of_their_prompt_once(checkpoints, name, settings):
+  """Tokens in the pages that the chains of a prompt share, by the page table; none where a policy rewrites pages.
+
+  Pages of one slot, so that all tokens outside the window can be shared.
+  """
+  model = checkpoint.load_retrofitted(*map(str, checkpoints), dtype="float32")
+  policy = policies.get(name)(**settings)
+  generator = Generator(model, policy=policy, width=3, max_length=64, page_size=1, tokenizer=byte_tokenizer())
+  ticket = generator.submit("abcdefgh" * 4, chains=3, max_new_tokens=8)
+  generator.step()
+  owners = np.asarray(generator.cache.table.pool.owners)
+  usage = generator.results[ticket].usage[1]
+  assert _shared(usage, generator.policy) == np.sum(owners == 3) / usage.heads
+  assert (_shared(usage, generator.policy) > 0) == (name != "tova")
 
 
 def test_the_sinks_of_prompt_window_are_the_prompt_of_each_request(checkpoints):
@@ -137,6 +176,7 @@ def test_the_sinks_of_prompt_window_are_the_prompt_of_each_request(checkpoints):
     (dict(methods=("vanilla",), timed=True), "--timed needs --kv_budget_gib"),
     (dict(methods=("vanilla",), kv_budget_gib=math.nan), "--kv_budget_gib=nan must be a number above 0"),
     (dict(methods=("vanilla",), resamples=3), "--resamples=3 must be 100 or more"),
+    (dict(methods=("vanilla",), timed_problems=-1), "--timed_problems=-1 must be 0 or more"),
     (dict(methods=("vanilla",), sets=("x",)), "give either --checkpoint=FOLDER"),
     (dict(checkpoint="", sets=("x",)), "--output=FOLDER is needed with --sets"),
     (dict(checkpoint="", sets=("x", "x"), output="y"), "--sets: x is listed twice"),
@@ -195,7 +235,11 @@ def test_a_sweep_from_flags_to_page(checkpoints, tmp_path, monkeypatch, capfd):
   hyperscale.main()
   shown = capfd.readouterr()
   assert "3 methods and CRs x 2 tasks: 72 records to make (0 are there)" in shown.err
-  assert "12 cells to time in 0.01 GiB" in shown.err and "letters, 3 problems" in shown.out
+  assert "12 cells to time in 0.01 GiB of cache, each with all chains of up to 3 problems" in shown.err
+  times = cells.read_times(tmp_path / "whole" / cells.TIMES)[0.01]
+  assert {(line["problems"], line["chains"]) for line in times.values()} == {(3, 6)} and len(times) == 12
+  assert all(line["full"] == (line["rows"] < 6) and line["rows"] >= 2 for line in times.values())
+  assert "letters, 3 problems" in shown.out
   assert finished[-1]["records_made"] == 72
   assert {m.axis for m in finished[-1]["margins"]} <= {"reads", "peak", "seconds"}
 
@@ -239,6 +283,7 @@ def test_a_sweep_from_flags_to_page(checkpoints, tmp_path, monkeypatch, capfd):
   )
   hyperscale.main()
   both = json.loads((tmp_path / "both" / "summary.json").read_text())
+  assert {(m["scale"], m["ends"]) for m in both["margins"]} == {*itertools.product(analysis.SCALES, analysis.ENDS)}
   assert [{**p, "standard_error": None, "difference_se": None} for p in both["points"]] == [
     pytest.approx({**p, "standard_error": None, "difference_se": None}) for p in whole["points"]
   ]
@@ -248,7 +293,8 @@ def test_a_sweep_from_flags_to_page(checkpoints, tmp_path, monkeypatch, capfd):
   for part in ("Both &lt;seeds&gt;", *parts):
     assert part in html, part
   assert "http" not in html.replace("http://www.w3.org", "") and html.count("<svg") > 6
-  for name in ("margins-linear.png", "frontiers-letters.png"):
+  assert "data:image/png;base64," in html
+  for name in ("margins-linear.png", "margins-log-measured.png", "frontiers-letters.png"):
     assert (tmp_path / "both" / name).read_bytes()[:4] == b"\x89PNG"
 
   settings[hyperscale.Config] = dataclasses.replace(config, dtype="bfloat16")

@@ -310,7 +310,8 @@ def test_families_without_a_common_interval_and_means_over_families():
   look = styles.styles(["vanilla", "dms", "tova"], "vanilla")
   shown = tables.plain(tables.margins(every, "reads", "log", "frontier", look)).split("\n")
   (cells_of,) = [[cell.strip(" *") for cell in line.split("|")] for line in shown if "| dms over vanilla" in line]
-  assert cells_of[3:6] == ["1, not b", tables.said(made["echo", "dms", "vanilla"]), "NA"]
+  echo = made["echo", "dms", "vanilla"]
+  assert cells_of[2:6] == [tables.said(echo), "1, not b", tables.signed(echo.margin), "NA"]
   over = [made[task, "dms", "tova"] for task in ("echo", "b", "")]
   assert over[2].margin == pytest.approx((over[0].margin + over[1].margin) / 2)
   # Families are resampled apart, so the interval of their mean is narrower than their mean interval.
@@ -357,6 +358,14 @@ def test_seeds_must_fit_together():
   fewer = dataclasses.replace(one, cells={k: c for k, c in one.cells.items() if k[3] != 40})
   found, remarks = analysis.family([one, fewer], "echo", (1,), False)
   assert remarks == ["echo: 2 cells are left out, as some seeds lack them"] and len(found.settings) == 4
+
+
+def test_chains_that_cost_nothing_have_no_margin_on_a_log_axis():
+  settings = [Setting(name, (), 1, i) for name in ("vanilla", "dms") for i in range(2)]
+  scores = np.array([[0.0, 100.0], [100.0, 100.0]] * 2)
+  found = analysis.Family("a", False, settings, scores, {"reads": np.array([[0.0, 0.0], [4.0, 4.0]] * 2)}, np.ones(4))
+  made = {(m.scale, m.ends): m.margin for m in analysis.margins([found], 100) if m.task}
+  assert made["linear", "measured"] == 0.0 and made["log", "measured"] is made["log", "frontier"] is None
 
 
 def test_times_of_some_seeds_or_of_other_memory_are_left_out():

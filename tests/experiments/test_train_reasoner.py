@@ -66,15 +66,9 @@ def test_the_card_and_the_log_of_a_checkpoint(tmp_path, monkeypatch):
   train_reasoner.write_card(run, tokenizer)
   card = (tmp_path / "final" / "README.md").read_text()
   (left_out,) = re.findall(r"left out, longer than a row *\| *(\d+) ", card)
-  assert int(left_out) == sum(
-    json.loads(line)["left_out"] for line in (tmp_path / "log.jsonl").read_text().splitlines()
-  )
-  assert (
-    int(left_out) > 0
-    and "| 5 x 2 x 256 " in card
-    and "| countdown " in card
-    and "train_reasoner \\\n  --output=x" in card
-  )
+  lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+  assert int(left_out) == sum(line["left_out"] for line in lines) > 0
+  assert "| 5 x 2 x 256 " in card and "| countdown " in card and "train_reasoner \\\n  --output=x" in card
   assert [json.loads(line)["step"] for line in (tmp_path / "final" / "log.jsonl").read_text().splitlines()] == [0, 2, 4]
   model, tokenizer = dms_jax.load(tmp_path / "final")
   assert model.config == run.base.config and tokenizer.vocab_size == model.config.vocab_size
