@@ -93,6 +93,7 @@ class Countdown(ReasoningTask):
     """The given numbers, which no problem of training has, and the targets.
 
     Shared with training: a target's chain need not use all numbers, so other given numbers may have the same chain.
+    After 40,000 documents half of the chains of tests have been noted; all those of a problem, in 7 % of them.
     """
     return f"{_form(problem.numbers)} {sorted(problem.targets)}"
 

@@ -20,8 +20,7 @@ from experiments import hyperscale
 from experiments.common import program
 from experiments.hyperscaling import analysis, cells, page, timing
 from experiments.hyperscaling import methods as sweep_methods
-from experiments.methods import records, run, trace
-from experiments.methods.write import _shared
+from experiments.methods import records, run, trace, write
 from experiments.tasks import TASKS
 from experiments.tasks.base import Prompt, TasksConfig, WritingTask
 from tests.helpers import save_checkpoints
@@ -125,8 +124,8 @@ def test_chains_hold_what_they_share_of_their_prompt_once(checkpoints, name, set
   generator.step()
   owners = np.asarray(generator.cache.table.pool.owners)
   usage = generator.results[ticket].usage[1]
-  assert _shared(usage, generator.policy) == np.sum(owners == 3) / usage.heads
-  assert (_shared(usage, generator.policy) > 0) == (name != "tova")
+  assert write._shared(usage, generator.policy) == np.sum(owners == 3) / usage.heads
+  assert (write._shared(usage, generator.policy) > 0) == (name != "tova")
 
 
 def test_the_sinks_of_prompt_window_are_the_prompt_of_each_request(checkpoints):
@@ -304,3 +303,21 @@ def test_a_sweep_from_flags_to_page(checkpoints, tmp_path, monkeypatch, capfd):
   settings[TasksConfig] = dataclasses.replace(settings[TasksConfig], chains=(1, 3))
   with pytest.raises(ValueError, match="holds records of 2 chains at seed 42"):
     hyperscale.main()
+
+
+def test_the_timed_batch_fills_the_memory(checkpoints, monkeypatch):
+  """As many rows as hold their chains together: hardly one waits on the host, and most of the memory is used."""
+  (method,) = built(checkpoints, ("vanilla",))
+  job, made = letters(60, chains=(8,)), []
+  found = [record for part in run.run(job, [method], byte_tokenizer(), width=8) for record in part]
+  (cell,) = cells.of_records(found)[0].values()
+  create = write.generator_of
+  monkeypatch.setattr(write, "generator_of", lambda *about: made.append(create(*about)) or made[-1])
+  empty = create(job, method, method.fitted(job, 60)[0][0], byte_tokenizer(), 60, 8, None).memory
+  memory = int(13.5 * timing.row_bytes(empty, cell))
+  took = timing.seconds_a_chain(job, method, 60, cell, byte_tokenizer(), memory, 3, lambda tokens: None)
+  assert (took["rows"], took["chains"], took["full"]) == (13, 24, True) and made[-1].width == 13
+  used = made[-1].cache.fixed_bytes + made[-1].peak_pages * made[-1].cache.page_bytes
+  assert made[-1].preemptions <= 2 and 0.6 * memory < used <= memory
+  took = timing.seconds_a_chain(job, method, 60, cell, byte_tokenizer(), 4 * memory, 2, lambda tokens: None)
+  assert (took["rows"], took["chains"], took["full"]) == (16, 16, False)
