@@ -142,6 +142,13 @@ def together(peak, shared, width: int):
   return width * peak - (width - 1) * shared
 
 
+def total_cost(chains: Sequence[Record], cost: str, width: int) -> float | None:
+  """The cost of `width` chains of a prompt together, as these chains' mean has it; None if it is unknown for one."""
+  if (mean := mean_cost(chains, cost)) is None:
+    return None
+  return together(mean, mean_cost(chains, "shared") or 0.0, width) if cost == "peak" else width * mean
+
+
 def _by_prompt(chains: Sequence[Record]) -> dict[int | str, list[Record]]:
   """The chains of each prompt, in order."""
   found: dict[int | str, list[Record]] = {}
@@ -199,10 +206,7 @@ def _entry(chains, metric, count, most, values, is_base, base) -> Entry:
       own_mean, base_mean = np.exp(both.mean(axis=0))
       difference = float(own_mean - base_mean)
       difference_se = standard_error(both @ np.array([own_mean, -base_mean]))
-  used = {name: mean_cost(chains, name) for name in ("tokens", *COSTS)}
-  costs = {name: None if value is None else count * value for name, value in used.items()}
-  if costs["peak"] is not None:
-    costs["peak"] = together(used["peak"], mean_cost(chains, "shared") or 0.0, count)
+  costs = {name: total_cost(chains, name, count) for name in ("tokens", *COSTS)}
   return Entry(
     first.method, first.task, first.length, metric, len(own), mean, error, difference, difference_se, chains=count,
     max_tokens=most, achieved_cr=float(1 / np.mean([1 / record.achieved_cr for record in chains])), budget=first.budget,

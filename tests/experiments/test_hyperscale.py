@@ -119,7 +119,9 @@ def test_chains_hold_what_they_share_of_their_prompt_once(checkpoints, name, set
   """
   model = checkpoint.load_retrofitted(*map(str, checkpoints), dtype="float32")
   policy = policies.get(name)(**settings)
-  generator = Generator(model, policy=policy, width=3, max_length=64, page_size=1, tokenizer=byte_tokenizer())
+  generator = Generator(
+    model, policy=policy, width=3, max_length=64, page_size=1, eos=False, decode_block=1, tokenizer=byte_tokenizer()
+  )
   ticket = generator.submit("abcdefgh" * 4, chains=3, max_new_tokens=8)
   generator.step()
   owners = np.asarray(generator.cache.table.pool.owners)
