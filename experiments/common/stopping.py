@@ -1,13 +1,15 @@
 """SIGINT (Ctrl-C) and SIGTERM: a program ends within seconds, with one line and exit code 130 or 143.
 
-Python runs its handlers in the main thread, between two of its instructions: not while a program is compiled, and an
-exception raised in a callback of a library is lost. So a thread watches the signals as well. It ends a process whose
-main thread has not ended GRACE seconds after a signal, and any process at a second signal. Nothing depends on a clean
-end: every file on disk is whole at any moment, as after a SIGKILL.
+Python runs its handlers in the main thread, between two of its instructions: not while a program is compiled. An
+exception that a handler raises within the callback of a weak reference, of which JAX's caches have many, is lost. So a
+thread watches the signals as well. It has a lost exception raised again. It ends a process whose main thread has not
+ended GRACE seconds after a signal, and any process at a second signal. Nothing depends on a clean end: every file on
+disk is whole at any moment, as after a SIGKILL.
 """
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import select
@@ -37,12 +39,13 @@ class _State:
     phase: "none" before `install`; "start" until `run`, while nothing is at stake; "run"; "end" after the last line.
     number: of the first signal; 0 before it.
     saves: whether a loop runs that looks at `number` and saves what it has.
+    lost: whether a `Stopped` was raised in vain.
     forward: a handler that takes SIGINT in place of this process; None: none does.
     kept: what an interruption leaves behind, the innermost last.
   """
 
   def __init__(self):
-    self.phase, self.number, self.saves = "none", 0, False
+    self.phase, self.number, self.saves, self.lost = "none", 0, False, False
     self.forward: Callable[[], None] | None = None
     self.kept: list[str] = []
 
@@ -60,6 +63,7 @@ def install() -> None:
   for number in SIGNALS:
     if signal.getsignal(number) is not signal.SIG_IGN:
       signal.signal(number, _handle)
+  sys.unraisablehook = _unraisable(sys.unraisablehook)
   _state.phase = "start"
   threading.Thread(target=_watch, args=(ends[0],), name="signals", daemon=True).start()
 
@@ -148,26 +152,41 @@ def _handle(number: int, frame) -> None:
     if _state.phase == "start":
       _say(_line(number, "it had not begun; run the command again"))
     os._exit(128 + number)
-  if _state.number:  # the watching thread decides
+  if _state.number and not _state.lost:  # the watching thread decides
     return
   if _state.forward is not None and number == signal.SIGINT:
     _state.forward()
     return
-  _state.number = number
+  _state.number, _state.lost = _state.number or number, False
   if _state.saves:
     _say(f"{signal.Signals(number).name}: saving after this step; once more ends at once")
     return
-  raise Stopped(number=number)
+  raise Stopped(number=_state.number)
+
+
+def _unraisable(before: Callable) -> Callable:
+  """A hook for exceptions that Python cannot raise, which keeps quiet about `Stopped`."""
+
+  def hook(lost) -> None:
+    if isinstance(lost.exc_value, Stopped):
+      _state.lost = True  # raised here, it would be lost again
+    else:
+      before(lost)
+
+  return hook
 
 
 def _watch(pipe: int) -> None:
   """Runs in a thread: ends the process at a second signal, or GRACE seconds after one that the main thread missed."""
-  first, since = 0, 0.0
+  first, since, again = 0, 0.0, 0  # `again` signals of our own are on their way through the pipe
   while True:
     if first and not _state.saves:
       since = since or time.monotonic()
       if time.monotonic() - since > GRACE:
         _leave(first)
+      if _state.lost:
+        again += 1
+        _thread.interrupt_main(first)
     if not select.select([pipe], [], [], 0.05 if first else None)[0]:
       continue
     for number in os.read(pipe, 64):
@@ -175,6 +194,8 @@ def _watch(pipe: int) -> None:
         continue
       if not first:
         first, began = number, time.monotonic()
+      elif again:
+        again -= 1
       elif time.monotonic() - began > APART:
         _leave(number)
 

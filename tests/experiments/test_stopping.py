@@ -47,6 +47,20 @@ def work(case):
         time.sleep(1)
       except BaseException:
         pass
+  if case == "weak":
+    import weakref
+
+    class Thing:
+      pass
+
+    def slow(reference):
+      ready()
+      time.sleep(1)
+
+    thing = Thing()
+    reference = weakref.ref(thing, slow)
+    del thing
+    time.sleep(60)
   if case == "saving":
     steps(1)
   if case == "first step":  # such as its compilation
@@ -94,7 +108,7 @@ def ended(process: subprocess.Popen) -> tuple[int, list[str]]:
 
 
 @pytest.mark.parametrize("number", stopping.SIGNALS)
-@pytest.mark.parametrize("case", ["python", "deaf", "first step"])
+@pytest.mark.parametrize("case", ["python", "deaf", "weak", "first step"])
 def test_it_ends_in_one_line_that_says_what_is_kept(case, number):
   process = start(case)
   process.send_signal(number)
