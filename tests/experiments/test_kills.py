@@ -193,7 +193,8 @@ def killed(process: subprocess.Popen, output: Path, delay: float | None) -> bool
   "convert_weights", "generate", "self_text", "retrofit", "evaluate", "hyperscale", "ablate", "train_reasoner",
 ])  # fmt: skip
 def test_killed_again_and_again_it_ends_with_the_same_results(inputs, tmp_path, name):
-  whole = tmp_path / "whole"
+  kind = ".jsonl" if name in ("generate", "self_text") else ""
+  whole = tmp_path / f"whole{kind}"
   process = start(name, inputs, whole, at=0)
   while process.poll() is None and not any(path.exists() for path in lock_of(whole)):
     time.sleep(0.01)
@@ -207,7 +208,7 @@ def test_killed_again_and_again_it_ends_with_the_same_results(inputs, tmp_path, 
   rng = random.Random(f"{SEED} {name}")
   done = runs = 0
   while done < KILLS or runs == 0:
-    output = tmp_path / f"run{runs:03d}"
+    output = tmp_path / f"run{runs:03d}{kind}"
     while True:
       event = done < KILLS and rng.random() < 0.5
       process = start(name, inputs, output, rng.randint(1, writes) if event else -1)
