@@ -63,7 +63,9 @@ def convert(
     dms, (config, tensors, tokenizer) = None, gguf.read(path)
   ignore = lambda name: transformers.is_ignored(config, name)
   asked, dtype = dtype, dtype or tensors.dtype
-  params = to_params(param_table(config, dms), tensors, jnp.dtype(dtype), ignore=ignore, progress=progress)
+  table = param_table(config, dms)
+  checkpoint.check_room(output, checkpoint.nbytes(table, dtype))
+  params = to_params(table, tensors, jnp.dtype(dtype), ignore=ignore, progress=progress)
   if tokenizer is not None and (known := tokenizer.vocab_size) > config.vocab_size:
     if tokenizer.backend.get_vocab_size(with_added_tokens=False) > config.vocab_size:
       raise ValueError(f"{source}: the tokenizer has {known} tokens and the model {config.vocab_size}: not its own")

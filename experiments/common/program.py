@@ -320,6 +320,9 @@ def run(
         raise
       message = " ".join(str(error).split()) or type(error).__name__
       log(f"error: {message}  (--debug shows where)")
+      if outputs.is_full(error):  # Orbax's native threads print a traceback for each write that they have not ended
+        sys.stdout.flush()
+        os._exit(1)
       code = 1
     else:
       code = 0

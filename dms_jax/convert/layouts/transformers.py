@@ -14,7 +14,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from dms_jax.checkpoint import atomic_directory, first_line
+from dms_jax.checkpoint import atomic_directory, check_room, first_line, nbytes
 from dms_jax.config import DMSConfig, ModelConfig, from_json, read_json, shown, to_json
 from dms_jax.convert.layouts import fastdms, nvidia
 from dms_jax.convert.tensors import DTYPES, NO_PICKLES, Progress, Tensors, from_params, tensor_bytes
@@ -182,6 +182,7 @@ def export(
     raise ValueError(f"{path}: exists already; choose another place or pass --overwrite")
   table = param_table(model.config, model.dms)
   groups = {g: {n: s for n, s in table.items() if s.group == g} for g in ("base", "gate")}
+  check_room(path, nbytes(groups["base"], dtype) + nbytes(groups["gate"], jnp.float32))
   with atomic_directory(path, replaces=_is_export) as directory:
     _write_weights(directory, list(from_params(groups["base"], model.params, jnp.dtype(dtype))), shard_bytes, progress)
     if model.dms is not None:
