@@ -1,4 +1,4 @@
-"""Where a program writes: one writer at a time, found writable before the work, and a full disk in one line."""
+"""Where a program writes: one writer at a time, writable before the work, a full disk in one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SIGINT (Ctrl-C) and SIGTERM: a program ends within seconds, with one line and exit code 130 or 143.
+"""SIGINT (Ctrl-C) and SIGTERM: a program ends within seconds, in one line, with code 130 or 143.
 
 Python runs its handlers in the main thread, between two of its instructions: not while a program is compiled. An
 exception that a handler raises within the callback of a weak reference, of which JAX's caches have many, is lost. So a

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments: the same command then ends with the results of a run that nobody disturbed.
+"""SIGKILL at random moments: the same command then ends with the results of an undisturbed run.
 
 A run is killed at a random moment after it has taken its output, or when it begins a random one of its writes there
 (opening a file to write, renaming, making a folder). The next run goes on in the same output and may be killed, too; a

@@ -1,4 +1,4 @@
-"""Outputs: one writer at a time, whoever dies; a place that takes nothing is refused; a full disk in one line."""
+"""Outputs: one writer at a time, whoever dies; places that take nothing; a full disk in one line."""
 
 from __future__ import annotations
 

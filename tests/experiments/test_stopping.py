@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: a program ends within seconds, in one line, even where its main thread does not answer."""
+"""SIGINT and SIGTERM: a program ends within seconds, even where its main thread does not answer."""
 
 from __future__ import annotations
 
