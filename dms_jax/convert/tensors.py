@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Iterator
 
 import jax
@@ -56,7 +57,9 @@ def to_params(
     ignore: whether a tensor name outside the table may be present.
 
   Raises:
-    ValueError: tensors are missing, unexpected or of wrong shape (the message lists all), or hold NaN or infinity.
+    ValueError: tensors are missing, unexpected or of wrong shape (the message lists all), or overflow `dtype`.
+
+  NaN and infinity stay, with one warning: they may lie in rows that no text reads, and other programs load such files.
   """
   check_layers(max(spec.shape[0] for spec in table.values() if spec.layered), len(tensors.shapes), tensors.source)
   wanted = {name: spec for path, spec in table.items() for name, _ in hf_names(path, spec)}
@@ -69,26 +72,32 @@ def to_params(
   if problems:
     shown = "; ".join(problems[:40]) + (f"; and {len(problems) - 40} more" if len(problems) > 40 else "")
     raise ValueError(f"{tensors.source}: {len(problems)} tensor(s) do not fit config.json: {shown}")
-  flat, done = {}, 0
+  flat, done, broken = {}, 0, {}
   for path, spec in table.items():
     value = np.empty(spec.shape, dtype)
     for name, layer in hf_names(path, spec):
-      value[... if layer is None else layer] = _finite(tensors, name, dtype).reshape(spec.shape[spec.layered :])
+      value[... if layer is None else layer] = _cast(tensors, name, dtype, broken).reshape(spec.shape[spec.layered :])
       done += 1
       if progress is not None:
         progress(done, len(wanted), name)
     flat[path] = value
+  if broken:
+    names = ", ".join(list(broken)[:8]) + (f" and {len(broken) - 8} more" if len(broken) > 8 else "")
+    count = f"{sum(broken.values())} values of {len(broken)} tensor(s) are NaN or infinite"
+    warnings.warn(f"{tensors.source}: {count}, and a text that meets them fails: {names}", stacklevel=2)
   return unflatten(flat)
 
 
-def _finite(tensors: Tensors, name: str, dtype) -> np.ndarray:
+def _cast(tensors: Tensors, name: str, dtype, broken: dict[str, int]) -> np.ndarray:
+  """One tensor in `dtype`; `broken` counts its values that are not finite."""
   value = tensors.read(name)
-  if not np.isfinite(value.astype(np.float32, copy=False)).all():
-    raise ValueError(f"{tensors.source}: tensor {name} holds NaN or infinity; the file is damaged")
-  with np.errstate(over="ignore"):
+  with np.errstate(all="ignore"):
     cast = value.astype(dtype, copy=False)
-  if not np.isfinite(cast.astype(np.float32, copy=False)).all():
-    raise ValueError(f"{tensors.source}: tensor {name} overflows {np.dtype(dtype).name}; choose float32 or bfloat16")
+  finite = np.isfinite(cast.astype(np.float32, copy=False))
+  if not finite.all():
+    if np.isfinite(value[~finite].astype(np.float32, copy=False)).any():
+      raise ValueError(f"{tensors.source}: tensor {name} overflows {np.dtype(dtype).name}; choose float32 or bfloat16")
+    broken[name] = finite.size - int(finite.sum())
   return cast
 
 
