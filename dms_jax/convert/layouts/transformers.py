@@ -5,31 +5,26 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import re
 import warnings
-from collections import Counter
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
-from dms_jax.checkpoint import atomic_directory, first_line
-from dms_jax.config import DMSConfig, ModelConfig, from_json, read_json, shown, to_json
+from dms_jax.checkpoint import atomic_directory
+from dms_jax.config import DMSConfig, ModelConfig, from_json, read_json, to_json
 from dms_jax.convert.layouts import fastdms, nvidia
-from dms_jax.convert.tensors import DTYPES, NO_PICKLES, Progress, Tensors, from_params, tensor_bytes
+from dms_jax.convert.safetensors_file import GATES, INDEX, open_tensors
+from dms_jax.convert.tensors import DTYPES, Progress, Tensors, from_params, tensor_bytes
 from dms_jax.families.huggingface import config_from_hf, config_to_hf
 from dms_jax.model import Model
 from dms_jax.params import param_table
 from dms_jax.tokenizer import TOKENIZER_FILE, Tokenizer
 
-WEIGHTS, INDEX, GENERATION = "model.safetensors", "model.safetensors.index.json", "generation_config.json"
-GATES, GATES_CONFIG = "dms_gates.safetensors", "dms_config.json"
+GENERATION, GATES_CONFIG = "generation_config.json", "dms_config.json"
 SHARD_BYTES = 5 * 10**9
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _ROPE_TABLE = re.compile(r".*\.rotary_emb\.inv_freq")
-_BUFFERS = ("I64", "BOOL")  # types of counters, position ids and masks, which no weight has
-_OTHERS = re.compile(r"(adapter_model|consolidated(\.\d+)?|dms_gates)\.safetensors")  # beside the model's own
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -46,7 +41,7 @@ def read(path: str | Path) -> tuple[ModelConfig, DMSConfig | None, Tensors, Toke
   generation = read_json(path / GENERATION) if (path / GENERATION).exists() else None
   config, dms = config_from_hf(values, str(path / "config.json"), generation), gates(path, values)
   tokenizer = Tokenizer.load(path) if (path / TOKENIZER_FILE).exists() else None
-  tensors = _open_tensors(path)
+  tensors = open_tensors(path)
   if config.tie_embeddings and _has_own_head(tensors):
     config = dataclasses.replace(config, tie_embeddings=False)
     differs = f"config.json ties the output head to the embedding, but {_HEAD} is there and differs"
@@ -76,73 +71,6 @@ def gates(path: Path, values: dict) -> DMSConfig | None:
 def is_ignored(config: ModelConfig, name: str) -> bool:
   """Whether a tensor is redundant, as the RoPE tables and tied output heads that older checkpoints store."""
   return bool(_ROPE_TABLE.fullmatch(name)) or (config.tie_embeddings and name == _HEAD)
-
-
-def _weight_files(path: Path) -> list[Path]:
-  """The files of weights: one, or the index's; model.safetensors is preferred, as in transformers."""
-  gates = [path / GATES] * (path / GATES).is_file()
-  if (path / WEIGHTS).is_file():
-    return [path / WEIGHTS, *gates]
-  if (path / INDEX).exists():
-    index = read_json(path / INDEX).get("weight_map")
-    if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
-      raise ValueError(f"{path / INDEX}: no weight_map in it; the file is damaged")
-    if outside := [name for name in set(index.values()) if name in ("", ".", "..") or Path(name).name != name]:
-      raise ValueError(f"{path / INDEX}: {shown(outside[0])} is no name of a file beside it")
-    files = [path / name for name in sorted(set(index.values()))]
-    if missing := [f.name for f in files if not f.is_file()]:
-      raise ValueError(f"{path}: shard(s) {missing} named by {INDEX} are missing; fetch them again")
-  else:
-    files = sorted(f for f in path.glob("*.safetensors") if not _OTHERS.fullmatch(f.name))
-    pickles = sorted(f.name for f in path.glob("pytorch_model*.bin"))
-    if not files:
-      found = f"only {', '.join(pickles)}: {NO_PICKLES}" if pickles else "no .safetensors file in it"
-      raise ValueError(f"{path}: {found}")
-    if (n := len(files)) > 1:
-      raise ValueError(f"{path}: {n} .safetensors files and no {INDEX} that says what is where; fetch it again")
-  return files + gates
-
-
-def _plain_name(name: str) -> str:
-  """A tensor's name without what torch.compile adds, and with the `model.` that a model without its head leaves out."""
-  name = name.replace("_orig_mod.", "")
-  return f"model.{name}" if name.startswith(("embed_tokens.", "layers.", "norm.")) else name
-
-
-def _open_tensors(path: Path) -> Tensors:
-  try:
-    from safetensors import SafetensorError, safe_open
-  except ImportError:
-    raise ValueError(f"{path}: reading it needs safetensors: pip install 'dms_jax[convert]'") from None
-  where, files, shapes, sizes, refused = {}, {}, {}, Counter(), []
-  for file in _weight_files(path):
-    try:
-      handle = safe_open(file, framework="np")
-      entries = {name: handle.get_slice(name) for name in handle.keys()}
-    except (SafetensorError, OSError, OverflowError) as error:
-      reason = f"not a readable safetensors file ({first_line(error)})"
-      raise ValueError(f"{file}: {reason}; it is damaged or was cut short") from None
-    for stored, entry in entries.items():
-      name, kind = _plain_name(stored), entry.get_dtype()
-      if kind in _BUFFERS and not name.endswith((".weight", ".bias")):
-        continue
-      if name in where:
-        raise ValueError(f"{path}: tensor {name} is in {files[name]} and in {file.name}; remove the one that is older")
-      where[name], files[name], shapes[name] = (handle, stored), file.name, tuple(entry.get_shape())
-      if kind not in _DTYPES:
-        refused.append(f"{name} ({kind})")
-      else:
-        sizes[_DTYPES[kind]] += math.prod(shapes[name])
-  if refused:
-    more = f" and {len(refused) - 8} more" if len(refused) > 8 else ""
-    raise ValueError(f"{path}: tensors are to be F32, F16 or BF16; found {', '.join(refused[:8])}{more}")
-  dtype = sizes.most_common(1)[0][0] if sizes else "float32"
-
-  def read_tensor(name: str) -> np.ndarray:
-    handle, stored = where[name]
-    return handle.get_tensor(stored)
-
-  return Tensors(str(path), shapes, read_tensor, dtype)
 
 
 def export(

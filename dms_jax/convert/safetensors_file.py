@@ -1,0 +1,91 @@
+"""Tensors of safetensors files: which files of a folder hold the weights; headers, checked."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from dms_jax.checkpoint import first_line
+from dms_jax.config import read_json, shown
+from dms_jax.convert.tensors import NO_PICKLES, Tensors
+
+WEIGHTS, INDEX, GATES = "model.safetensors", "model.safetensors.index.json", "dms_gates.safetensors"
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_BUFFERS = ("I64", "BOOL")  # types of counters, position ids and masks, which no weight has
+_OTHERS = re.compile(r"(adapter_model|consolidated(\.\d+)?|dms_gates)\.safetensors")  # beside the model's own
+
+
+def _weight_files(path: Path) -> list[Path]:
+  """The files of weights: one, or the index's; model.safetensors is preferred, as in transformers."""
+  gates = [path / GATES] * (path / GATES).is_file()
+  if (path / WEIGHTS).is_file():
+    return [path / WEIGHTS, *gates]
+  if (path / INDEX).exists():
+    index = read_json(path / INDEX).get("weight_map")
+    if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
+      raise ValueError(f"{path / INDEX}: no weight_map in it; the file is damaged")
+    if outside := [name for name in set(index.values()) if name in ("", ".", "..") or Path(name).name != name]:
+      raise ValueError(f"{path / INDEX}: {shown(outside[0])} is no name of a file beside it")
+    files = [path / name for name in sorted(set(index.values()))]
+    if missing := [f.name for f in files if not f.is_file()]:
+      raise ValueError(f"{path}: shard(s) {missing} named by {INDEX} are missing; fetch them again")
+  else:
+    files = sorted(f for f in path.glob("*.safetensors") if not _OTHERS.fullmatch(f.name))
+    pickles = sorted(f.name for f in path.glob("pytorch_model*.bin"))
+    if not files:
+      found = f"only {', '.join(pickles)}: {NO_PICKLES}" if pickles else "no .safetensors file in it"
+      raise ValueError(f"{path}: {found}")
+    if (n := len(files)) > 1:
+      raise ValueError(f"{path}: {n} .safetensors files and no {INDEX} that says what is where; fetch it again")
+  return files + gates
+
+
+def _plain_name(name: str) -> str:
+  """A tensor's name without what torch.compile adds, and with the `model.` that a model without its head leaves out."""
+  name = name.replace("_orig_mod.", "")
+  return f"model.{name}" if name.startswith(("embed_tokens.", "layers.", "norm.")) else name
+
+
+def open_tensors(path: Path) -> Tensors:
+  """The tensors of the safetensors files of a Hugging Face directory; a tensor is read when it is asked for.
+
+  Raises:
+    ValueError: a file is missing or damaged, or a tensor is of another dtype or is there twice.
+  """
+  try:
+    from safetensors import SafetensorError, safe_open
+  except ImportError:
+    raise ValueError(f"{path}: reading it needs safetensors: pip install 'dms_jax[convert]'") from None
+  where, files, shapes, sizes, refused = {}, {}, {}, Counter(), []
+  for file in _weight_files(path):
+    try:
+      handle = safe_open(file, framework="np")
+      entries = {name: handle.get_slice(name) for name in handle.keys()}
+    except (SafetensorError, OSError, OverflowError) as error:
+      reason = f"not a readable safetensors file ({first_line(error)})"
+      raise ValueError(f"{file}: {reason}; it is damaged or was cut short") from None
+    for stored, entry in entries.items():
+      name, kind = _plain_name(stored), entry.get_dtype()
+      if kind in _BUFFERS and not name.endswith((".weight", ".bias")):
+        continue
+      if name in where:
+        raise ValueError(f"{path}: tensor {name} is in {files[name]} and in {file.name}; remove the one that is older")
+      where[name], files[name], shapes[name] = (handle, stored), file.name, tuple(entry.get_shape())
+      if kind not in _DTYPES:
+        refused.append(f"{name} ({kind})")
+      else:
+        sizes[_DTYPES[kind]] += math.prod(shapes[name])
+  if refused:
+    more = f" and {len(refused) - 8} more" if len(refused) > 8 else ""
+    raise ValueError(f"{path}: tensors are to be F32, F16 or BF16; found {', '.join(refused[:8])}{more}")
+  dtype = sizes.most_common(1)[0][0] if sizes else "float32"
+
+  def read_tensor(name: str) -> np.ndarray:
+    handle, stored = where[name]
+    return handle.get_tensor(stored)
+
+  return Tensors(str(path), shapes, read_tensor, dtype)
