@@ -362,7 +362,7 @@ def save_json(path: str | Path, value: Any) -> Path:
   path.parent.mkdir(parents=True, exist_ok=True)
   handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
   try:
-    with os.fdopen(handle, "w") as file:
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
       file.write(json.dumps(to_plain(value), indent=2) + "\n")
     os.chmod(temporary, 0o644)
     os.replace(temporary, path)
