@@ -210,29 +210,29 @@ def readers(tmp_path_factory) -> dict[str, Reader]:
   ours = partial(Reader, whole=root / "ours")
   template = "the chat template"
   return {
-    "safetensors": Reader(60, root / "hf", "model.safetensors", garbled, read_huggingface),
-    "safetensors header": Reader(80, root / "hf", "model.safetensors", garbled_header, read_huggingface),
-    "config": Reader(130, root / "hf", "config.json", garbled_json, read_huggingface),
+    "safetensors": Reader(50, root / "hf", "model.safetensors", garbled, read_huggingface),
+    "safetensors header": Reader(60, root / "hf", "model.safetensors", garbled_header, read_huggingface),
+    "config": Reader(90, root / "hf", "config.json", garbled_json, read_huggingface),
     "generation config": Reader(15, root / "hf", "generation_config.json", garbled_json, read_huggingface),
-    "index": Reader(30, root / "shards", "model.safetensors.index.json", garbled_json, read_huggingface),
-    "gates": Reader(25, root / "gates", "dms_config.json", garbled_json, read_huggingface),
+    "index": Reader(20, root / "shards", "model.safetensors.index.json", garbled_json, read_huggingface),
+    "gates": Reader(20, root / "gates", "dms_config.json", garbled_json, read_huggingface),
     "gate tensors": Reader(20, root / "gates", "dms_gates.safetensors", garbled, read_huggingface),
-    "fastdms": Reader(25, root / "fastdms", "dms_metadata.json", garbled_json, read_huggingface),
+    "fastdms": Reader(20, root / "fastdms", "dms_metadata.json", garbled_json, read_huggingface),
     "training log": Reader(
       15, root / "trained", "training_log.json", garbled_json, lambda path: read_huggingface(path / "final"), refuses=0
     ),
-    "gguf": Reader(100, root / "gguf", "m.gguf", garbled, read_gguf, said=template),
-    "split gguf": Reader(30, root / "split", ".", garbled, read_gguf, said=template),
-    "tokenizer": Reader(60, root / "tokenizer", "tokenizer.json", garbled_json, read_tokenizer),
+    "gguf": Reader(75, root / "gguf", "m.gguf", garbled, read_gguf, said=template),
+    "split gguf": Reader(25, root / "split", ".", garbled, read_gguf, said=template),
+    "tokenizer": Reader(50, root / "tokenizer", "tokenizer.json", garbled_json, read_tokenizer),
     "words": Reader(20, root / "words", "tokenizer.json", garbled_json, read_tokenizer),
-    "tokenizer settings": Reader(40, root / "tokenizer", "tokenizer_config.json", garbled_json, read_tokenizer),
+    "tokenizer settings": Reader(30, root / "tokenizer", "tokenizer_config.json", garbled_json, read_tokenizer),
     "older settings": Reader(15, root / "older", "tokenizer_config.json", garbled_json, read_tokenizer),
     "special tokens": Reader(15, root / "older", "special_tokens_map.json", garbled_json, read_tokenizer),
     "added tokens": Reader(15, root / "older", "added_tokens.json", garbled_json, read_tokenizer),
     "template": Reader(
       20, root / "tokenizer", "chat_template.jinja", garbled, read_tokenizer, said=template, refuses=0
     ),
-    "own config": ours(40, name="config.json", change=garbled_json, read=checkpoint.read_config),
+    "own config": ours(30, name="config.json", change=garbled_json, read=checkpoint.read_config),
     "own": ours(5, name="config.json", change=garbled_json, read=checkpoint.load),
     "orbax": ours(5, name="params", change=garbled, read=checkpoint.load, after=files_fit),
     "orbax damaged": ours(5, name="params", change=garbled, read=checkpoint.load),

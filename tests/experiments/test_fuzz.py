@@ -163,7 +163,7 @@ def readers(tmp_path_factory) -> dict[str, Reader]:
   )
   mmlu = lambda part: dataclasses.replace(of_task(10, "mmlu", garbled_cells, "mmlu", ".", shots=2), name=part)
   return {
-    "requests": Reader(30, root / "requests", "r.jsonl", garbled_lines, read_requests),
+    "requests": Reader(20, root / "requests", "r.jsonl", garbled_lines, read_requests),
     "answers": Reader(15, root / "answers", "r.jsonl", garbled_lines, answers),
     "prompts": Reader(5, root / "prompts", "p.txt", garbled, prompts, refuses=0),
     "aime24": of_task(10, "problems", garbled_lines, "aime24", "p.jsonl"),
@@ -176,10 +176,10 @@ def readers(tmp_path_factory) -> dict[str, Reader]:
     "hellaswag text": of_task(5, "hellaswag", garbled, "hellaswag", "h.txt", shots=1),
     "mmlu test": mmlu("test"),
     "mmlu dev": mmlu("dev"),
-    "humaneval": of_task(20, "code", garbled_lines, "humaneval", "h.jsonl"),
-    "livecodebench": of_task(20, "contests", garbled_lines, "livecodebench", "l.jsonl"),
+    "humaneval": of_task(15, "code", garbled_lines, "humaneval", "h.jsonl"),
+    "livecodebench": of_task(15, "contests", garbled_lines, "livecodebench", "l.jsonl"),
     "parquet": of_task(15, "rows", garbled, "arc_challenge", "a.parquet"),
-    "records": Reader(25, root / "run", runs.RECORDS, garbled_lines, read_run, said="--runs"),
+    "records": Reader(20, root / "run", runs.RECORDS, garbled_lines, read_run, said="--runs"),
     "traces": Reader(10, root / "run", "traces.jsonl", garbled_lines, read_run, said="--runs"),
     "run's flags": Reader(10, root / "run", runs.CONFIG, garbled_json, read_run, refuses=0.1),
     "summary": Reader(10, root / "run", runs.SUMMARY, garbled_json, read_run, refuses=0.1),
