@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import shutil
 import statistics
 from pathlib import Path
@@ -43,7 +42,7 @@ from dms_jax.retrofit import (
 )
 from dms_jax.retrofit.config import check
 from dms_jax.retrofit.cost import step_flops
-from dms_jax.retrofit.loop import LOG, Run
+from dms_jax.retrofit.loop import LOG, Run, read_log
 from dms_jax.tokenizer import Tokenizer
 from experiments import retrofit
 from experiments.common import program
@@ -160,12 +159,12 @@ def stride(steps: int) -> int:
 def write_card(run: Run, tokenizer: Tokenizer) -> None:
   """Adds README.md, log.jsonl and log.png to the checkpoint."""
   folder = run.directory / "final"
-  written = (run.directory / LOG).read_text().splitlines()
+  written = (run.directory / LOG).read_text(encoding="utf-8").splitlines()
   kept = [
     line for number, line in enumerate(written) if not number % stride(len(written)) or number == len(written) - 1
   ]
   write_text(folder / LOG, "\n".join(kept) + "\n")
-  write_text(folder / "README.md", card(run, tokenizer, [json.loads(line) for line in written]))
+  write_text(folder / "README.md", card(run, tokenizer, read_log(run.directory / LOG)))
   if (picture := run.directory / "log.png").exists():
     shutil.copyfile(picture, folder / picture.name)
 

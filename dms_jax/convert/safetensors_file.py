@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -34,8 +35,9 @@ def _weight_files(path: Path) -> list[Path]:
     if outside := [name for name in set(index.values()) if name in ("", ".", "..") or Path(name).name != name]:
       raise ValueError(f"{path / INDEX}: {shown(outside[0])} is no name of a file beside it")
     files = [path / name for name in sorted(set(index.values()))]
-    if missing := [f.name for f in files if not f.is_file()]:
-      raise ValueError(f"{path}: shard(s) {missing} named by {INDEX} are missing; fetch them again")
+    if missing := [f.name[:80] for f in files if not os.path.isfile(f)]:  # false for names that no file can have
+      more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+      raise ValueError(f"{path}: shard(s) {missing[:8]}{more} named by {INDEX} are missing; fetch them again")
   else:
     files = sorted(f for f in path.glob("*.safetensors") if not _OTHERS.fullmatch(f.name))
     if not files:
