@@ -47,6 +47,7 @@ def test_checkpoint_and_retrofit(sample):
   assert 0 < np.mean(logits > 0) < 1
 
 
+@pytest.mark.standard_promotion  # of optax
 @pytest.mark.parametrize("sample", ["v0_2", "schema_2"])
 def test_a_run_goes_on(sample, tmp_path, monkeypatch):
   """A run that stopped after step 3 of 6 ends with the losses that its own version logged for steps 3 to 5."""
