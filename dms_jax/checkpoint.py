@@ -508,7 +508,7 @@ def crc32(file: Path) -> int:
   """CRC-32 of a file's content."""
   crc = 0
   with file.open("rb") as stream:
-    while block := stream.read(1 << 22):
+    while block := stream.read(1 << 20):
       crc = zlib.crc32(block, crc)
   return crc
 

@@ -1,4 +1,4 @@
-"""Benchmark of conversion: its source converts, its memory is the process's, its needs add up."""
+"""The benchmark of conversion: its source converts, memory is the process's, needs add up."""
 
 from __future__ import annotations
 
