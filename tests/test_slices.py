@@ -20,8 +20,8 @@ from dms_jax.convert import convert, export
 from dms_jax.families import PRESETS
 from dms_jax.params import StoredParam, flatten, param_table
 
-# Wide enough that arrays outweigh what Python allocates: a layer is 10.5 MB, all parameters are 63 MB.
-WIDE = tiny.config(num_layers=6, d_model=512, d_ff=1024, num_heads=8, num_kv_heads=8, head_dim=64)
+# Wide enough that arrays outweigh what Python allocates: a layer is 10.5 MB, all parameters are 84 MB.
+WIDE = tiny.config(num_layers=8, d_model=512, d_ff=1024, num_heads=8, num_kv_heads=8, head_dim=64)
 
 
 def slices_of(model):
@@ -118,7 +118,7 @@ def peak_bytes(action) -> int:
 
 
 def test_memory(tmp_path, monkeypatch):
-  """Conversion and export hold less than 1.3 times the largest shard and a layer, of a model several times as large."""
+  """Conversion and export hold at most 1.3 times the largest shard and a layer, of a model several times as large."""
   monkeypatch.setattr(slices, "IN_FLIGHT_BYTES", 0)
   model = tiny.model(WIDE)
   export(tmp_path / "hf", model, shard_bytes=2**23)
