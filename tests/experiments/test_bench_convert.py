@@ -1,4 +1,4 @@
-"""The benchmark of conversion: its source is a model that converts, its memory is the process's, its needs add up."""
+"""The benchmark of conversion: its source converts, memory is the process's, needs add up."""
 
 from __future__ import annotations
 
