@@ -38,7 +38,7 @@ DESCRIBED = {
 FOLDERS = {
   "experiments/configs": "sweeps for experiments.ablate; each opens with its command, cost and expected result",
   "experiments/results": "measured figures, pictures and retrofits, each with its command; README.md has the tables",
-  "tests/goldens": "reference outputs of NVIDIA's PyTorch DMS, and files written by version 0.1",
+  "tests/goldens": "reference outputs of NVIDIA's PyTorch DMS, and files of every schema",
 }
 
 

@@ -27,7 +27,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
+from dms_jax import formats
 from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig, from_json, is_number, read_json, shown, to_json
+from dms_jax.gates import convention
 from dms_jax.model import Model
 from dms_jax.params import GROUPS, Params, ParamSpec, flatten, join_params, param_table, split_params, unflatten
 from dms_jax.sharding import param_shardings
@@ -39,7 +41,6 @@ from dms_jax.tokenizer import Tokenizer
 CONFIG = "config.json"
 PARAMS = "params"
 CARD = ("README.md", "log.jsonl", "log.png")  # experiments.train_reasoner adds them
-FORMAT = 1
 
 
 def save(
@@ -124,9 +125,10 @@ def _describe(
   if tokenizer is not None:
     tokenizer.save(directory)
   values = {
-    "format": FORMAT,
+    **formats.stamp("checkpoint"),
     "model": to_json(config),
     "dms": to_json(dms) if "gate" in groups else None,
+    "gates": convention(dms) if "gate" in groups else None,
     "lora": to_json(lora) if "lora" in groups else None,
     "groups": groups,
     "dtype": dtypes[0] if len(dtypes) == 1 else dtypes,
@@ -221,8 +223,7 @@ def read_config(path: str | Path) -> tuple[dict, ModelConfig, DMSConfig | None, 
   if "format" not in values:
     theirs = "a Hugging Face directory; run experiments.convert_weights on it"
     raise ValueError(f"{file}: not a dms_jax checkpoint but {theirs if 'model_type' in values else 'something else'}")
-  if values["format"] != FORMAT:
-    raise ValueError(f"{file}: format {shown(values['format'])}; this version reads {FORMAT}")
+  schema = formats.check("checkpoint", values, file)
   if missing := [k for k in ("model", "dms", "lora", "groups", "files") if k not in values]:
     raise ValueError(f"{file}: field(s) {missing} missing; the file is damaged")
   if not (isinstance(values["groups"], list) and all(group in GROUPS for group in values["groups"])):
@@ -236,7 +237,18 @@ def read_config(path: str | Path) -> tuple[dict, ModelConfig, DMSConfig | None, 
     if not isinstance(given, dict) and not (given is None and name != "model"):
       raise ValueError(f"{file}: field {name!r} should be an object, found {shown(given)}")
     configs.append(None if given is None else from_json(cls, given, f"{file}: {name}"))
+  if schema > 1 and configs[1] is not None:
+    _check_convention(file, values.get("gates"), convention(configs[1]))
   return values, *configs
+
+
+def _check_convention(file: Path, theirs: Any, ours: dict[str, str]) -> None:
+  """Raises ValueError where a checkpoint's gates do not mean what this version's do."""
+  theirs = theirs if isinstance(theirs, dict) else {}
+  names = [name for name in theirs | ours if theirs.get(name) != ours.get(name)]
+  differ = [f"{name} is {shown(theirs.get(name))} there and {shown(ours.get(name))} here" for name in names]
+  if names:
+    raise ValueError(f"{file}: gates of another convention: {'; '.join(differ)}; use the dms_jax that wrote it")
 
 
 def _is_entry(name: str, entry: Any) -> bool:

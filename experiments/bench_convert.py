@@ -135,15 +135,15 @@ def layer_bytes(table: dict[str, ParamSpec]) -> int:
 def needed(model: ModelConfig) -> dict[str, float]:
   """Gigabytes by the shapes of a model in bfloat16: all weights, the largest stacked parameter, the bar, the need.
 
-  The bar is for shards of 5 GB. The need is three times the largest slice (mapped, read, being written) and what
-  `slices.write` holds beside it.
+  The bar is for shards of 5 GB. The need of a conversion is twice the largest slice (one is read while one is written)
+  and what `slices.write` holds beside it; an export needs a shard.
   """
   table = param_table(model)
   sizes = [math.prod(spec.shape) * DTYPE.itemsize for spec in table.values()]
   largest = max(math.prod(spec.shape[spec.layered :]) for spec in table.values()) * DTYPE.itemsize
   found = {
     "weights": sum(sizes), "largest_parameter": max(sizes), "layer": layer_bytes(table), "largest_slice": largest,
-    "bar": BAR * 5e9 + layer_bytes(table), "need": 3 * largest + slices.FILE_BYTES + slices.IN_FLIGHT_BYTES,
+    "bar": BAR * 5e9 + layer_bytes(table), "need": 2 * largest + slices.FILE_BYTES + slices.IN_FLIGHT_BYTES,
   }  # fmt: skip
   return {name: value / 1e9 for name, value in found.items()}
 
@@ -179,10 +179,8 @@ def measure(config: Config) -> list[dict[str, Any]]:
       imports("convert_weights"), bar, size,
     )  # fmt: skip
     shutil.rmtree(source)
-    row(
-      "export", [*run, "experiments.export_torch", f"--checkpoint={ours}", f"--output={back}"],
-      imports("export_torch"), bar, size,
-    )  # fmt: skip
+    places = [f"--checkpoint={ours}", f"--output={back}", f"--shard_bytes={config.shard_bytes}"]
+    row("export", [*run, "experiments.export_torch", *places], imports("export_torch"), bar, size)
   finally:
     for folder in (source, copy, ours, back):
       shutil.rmtree(folder, ignore_errors=True)

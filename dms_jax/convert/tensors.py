@@ -92,8 +92,9 @@ def to_params(table: dict[str, ParamSpec], tensors: Tensors, dtype, *, progress:
   Raises:
     ValueError: as `to_slices`.
   """
+  slices = to_slices(table, tensors, dtype, progress=progress)  # checks the shapes before memory is asked for
   flat = {path: np.empty(spec.shape, dtype_of(spec, np.dtype(dtype))) for path, spec in table.items()}
-  for path, layer, value in to_slices(table, tensors, dtype, progress=progress):
+  for path, layer, value in slices:
     flat[path][... if layer is None else layer] = value
   return unflatten(flat)
 

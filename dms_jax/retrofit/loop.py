@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from dms_jax import checkpoint
+from dms_jax import checkpoint, formats
 from dms_jax.config import DMSConfig, LoRAConfig, from_json, read_json, to_json
 from dms_jax.model import Model
 from dms_jax.params import Params, join_params, param_table, split_params
@@ -95,9 +95,10 @@ def _claim_directory(directory: Path, settings: dict[str, dict | None]) -> None:
   path = directory / RUN
   if not path.exists():
     directory.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(path, json.dumps(settings, indent=1))
+    checkpoint.write_text(path, json.dumps({**formats.stamp("run"), **settings}, indent=1))
     return
   found = read_json(path)
+  formats.check("run", found, path)
   # of an earlier version: with today's fields
   for name, cls in (("retrofit", RetrofitConfig), ("dms", DMSConfig), ("data", DataConfig)):
     if settings[name] is not None:

@@ -275,6 +275,7 @@ ADAPTERS = {
   "pissa": (dict(init_lora_weights="pissa_niter_16"), "which changes the base's weights, too"),
   "rank": (dict(r="8"), "r should be a positive number, found '8'"),
   "alpha": (dict(lora_alpha=None), "lora_alpha should be a number, found None"),
+  "absurd rank": (dict(r=10**12), "the config means (1000000000000, 32)"),
   "rank of the tensors": (dict(r=3), r"lora_A.weight has shape (2, 32), the config means (3, 32)"),
 }
 
