@@ -44,7 +44,9 @@ LEGEND = (
 
 
 def over_families(mean: Margin) -> str:
-  """Over how many families a mean is, and which have no margin: "4", "3, not grids"."""
+  """Over how many families a mean is, and which have no margin: "4", "3, not grids", "none"."""
+  if not mean.families:
+    return "none"
   return f"{len(mean.families)}" + (f", not {', '.join(mean.without)}" if mean.without else "")
 
 
