@@ -1,8 +1,9 @@
 """Checkpoints on disk: DIR/{config.json, params/ (Orbax), tokenizer.json, tokenizer_config.json}.
 
 A checkpoint holds some of three groups of parameters: "base", "gate" (eviction gates) and "lora" (low-rank updates). A
-checkpoint without the base is a *retrofit*: small, and loaded on top of its base model. config.json also lists every
-parameter file with its size and checksum, so damage is detected before any parameter is read.
+checkpoint without the base is a *retrofit*: small, and loaded on top of its base model. config.json also states the
+schema and the version that wrote it (`formats`), what the gates' numbers mean (`gates.convention`), and every parameter
+file with its size and checksum, so damage is detected before any parameter is read.
 """
 
 from __future__ import annotations
@@ -487,7 +488,7 @@ def crc32(file: Path) -> int:
   """CRC-32 of a file's content."""
   crc = 0
   with file.open("rb") as stream:
-    while block := stream.read(1 << 22):
+    while block := stream.read(1 << 20):
       crc = zlib.crc32(block, crc)
   return crc
 

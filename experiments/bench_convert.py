@@ -20,6 +20,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -106,17 +107,19 @@ def watched(command: list[str]) -> dict[str, float]:
     RuntimeError: it fails.
   """
   begin, before, peaks = time.perf_counter(), cpu_seconds(), {"VmHWM": 0, "RssAnon": 0}
-  process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-  status = Path(f"/proc/{process.pid}/status")
-  while process.poll() is None:
-    for line in status.read_text().splitlines():
-      name, _, value = line.partition(":")
-      if name in peaks:
-        peaks[name] = max(peaks[name], 1024 * int(value.split()[0]))
-    time.sleep(0.005)
-  said = process.stdout.read() if process.stdout else ""
-  if process.returncode:
-    raise RuntimeError(f"{' '.join(command)}: {said.strip().splitlines()[-1] if said.strip() else 'failed'}")
+  with tempfile.TemporaryFile("w+") as said:
+    process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
+    status = Path(f"/proc/{process.pid}/status")
+    while process.poll() is None:
+      for line in status.read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name in peaks:
+          peaks[name] = max(peaks[name], 1024 * int(value.split()[0]))
+      time.sleep(0.005)
+    if process.returncode:
+      said.seek(0)
+      lines = said.read().strip().splitlines() or ["failed"]
+      raise RuntimeError(f"{' '.join(command)}: {lines[-1]}")
   took = {"seconds": time.perf_counter() - begin, "cpu_seconds": cpu_seconds() - before}
   return took | {"peak": peaks["VmHWM"], "anonymous": peaks["RssAnon"]}
 

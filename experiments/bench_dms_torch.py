@@ -67,7 +67,8 @@ def measure(model: Any, ids: Any, config: Config) -> dict[str, Any]:
   run(2)
   prefill = min(run(1)[0] for _ in range(config.rounds))
   timed = [run(config.new_tokens) for _ in range(config.rounds)]
-  cache = timed[-1][1].cache
+  out = timed[-1][1]
+  cache = out.cache if "cache" in out else out.past_key_values  # its earlier name
   seen = ids.shape[1] + config.new_tokens - 1
   evicts = hasattr(cache, "live")
   live = cache.live().double() if evicts else torch.full((1,), float(seen))

@@ -17,7 +17,7 @@ import dms_jax
 from dms_jax import checkpoint
 from dms_jax import testing as tiny
 from dms_jax.config import LoRAConfig, RopeScaling
-from dms_jax.convert import convert, export
+from dms_jax.convert import convert, export, layouts
 from dms_jax.params import flatten
 from dms_jax.tokenizer import byte_tokenizer
 from experiments import bench_dms_torch
@@ -150,6 +150,7 @@ def test_threshold(torch, load):
     results = check_chunks(torch, model, theirs, rows, CHUNKS["mixed"], threshold=threshold)
     held.append(sum(seen[..., -1].sum() for _, seen in results))
   assert held[0] < held[1]
+  assert load(model, dms_threshold=0.6).config.dms_threshold == 0.6
   theirs.config.dms_disable_eviction = True
   check_chunks(torch, model, theirs, rows, CHUNKS["mixed"], evict=False)
 
@@ -361,8 +362,8 @@ def test_golden(torch, load, monkeypatch, kind):
 
 
 def test_auto_class(transformers, load, monkeypatch, tmp_path):
-  """transformers finds the code in the folder; untrusted, it loads the dense model; its own save loads again."""
-  model = dms_model("qwen3")
+  """transformers finds the code in the folder; untrusted, it loads the dense model; its own save is read by both."""
+  model = dms_model("qwen3", shift=0)
   plain = load(model)
   path = tmp_path / "hf"
   monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -375,6 +376,9 @@ def test_auto_class(transformers, load, monkeypatch, tmp_path):
   assert type(auto(path, False)).__name__ == "Qwen3ForCausalLM"
   theirs.save_pretrained(tmp_path / "saved")
   np.testing.assert_array_equal(logits(auto(tmp_path / "saved", True)), logits(plain))
+  again = checkpoint.load(convert(str(tmp_path / "saved"), tmp_path / "ours"))
+  assert again.dms == model.dms
+  jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
 
 
 @pytest.mark.parametrize("gate", ["adapter", "neuron"])
@@ -388,6 +392,7 @@ def test_back_to_jax(tmp_path, family, gate):
   assert len(list(path.glob("*.safetensors"))) > 1
   again = checkpoint.load(convert(str(path), tmp_path / "ours"))
   assert (again.config, again.dms) == (model.config, model.dms)
+  assert layouts.transformers.gates(path, json.loads((path / "config.json").read_text())).layout == "dms_torch"
   jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
   assert (tmp_path / "ours" / "tokenizer.json").exists()
 

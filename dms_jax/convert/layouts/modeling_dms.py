@@ -8,7 +8,8 @@
     out.cache.live()        # tokens held, [layers, rows, KV heads]; `out.past_key_values` in earlier versions
     out.cache.nbytes        # bytes of its keys and values
 
-A conversation goes on with `model.generate(all tokens so far, attention_mask=..., cache=out.cache)`.
+A conversation goes on with `model.generate(all tokens so far, attention_mask=..., cache=out.cache)`. What a row has
+read cannot be taken back: a row that ends early reads padding until all have ended, and its mask must go on to show it.
 
 Dynamic Memory Sparsification (DMS, arXiv 2506.05345) teaches a model which entries of its KV cache it can forget. Each
 KV head of each layer computes one *gate logit* a token. Above the threshold, the token `shift` places before is evicted

@@ -78,7 +78,7 @@ def gates(path: Path, values: dict) -> Gates | None:
   """
   if (path / GATES_CONFIG).exists():  # written by `write`
     dms = from_json(DMSConfig, read_json(path / GATES_CONFIG), str(path / GATES_CONFIG))
-    return Gates(dms, NAME, GATES_CONFIG)
+    return Gates(dms, "dms_torch" if (path / "modeling_dms.py").exists() else NAME, GATES_CONFIG)
   return fastdms.find(path) or nvidia.read(values, str(path))
 
 
