@@ -39,7 +39,7 @@ def said(each: Margin | None) -> str:
 
 LEGEND = (
   f"Bold: the 95% interval excludes 0. {NONE}: there are no such costs. A share behind an interval is that of the "
-  "resamples that have a margin, where some have none."
+  "resamples that have a margin, where some have none; below 95% nothing is bold."
 )
 
 
@@ -51,8 +51,9 @@ def over_families(mean: Margin) -> str:
 
 
 def _clear(each: Margin | None) -> bool:
-  """Whether the interval excludes 0."""
-  return each is not None and each.low is not None and (each.low > 0 or each.high < 0)
+  """Whether the interval excludes 0, and hardly a resample lacks a margin."""
+  known = each is not None and each.low is not None and (each.resolved is None or each.resolved >= 0.95)
+  return known and (each.low > 0 or each.high < 0)
 
 
 def _cell(each: Margin | None) -> tuple[str, bool]:

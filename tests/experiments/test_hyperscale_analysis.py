@@ -311,6 +311,9 @@ def test_families_without_a_common_interval_and_means_over_families():
   shown = tables.plain(tables.margins(every, "reads", "log", "frontier", look)).split("\n")
   (cells_of,) = [[cell.strip(" *") for cell in line.split("|")] for line in shown if "| dms over vanilla" in line]
   echo = made["echo", "dms", "vanilla"]
+  rare = dataclasses.replace(echo, margin=2.0, low=1.0, high=3.0, resolved=0.83)
+  assert tables.said(rare) == "+2.0 [+1.0, +3.0] (83%)" and not tables._clear(rare)
+  assert tables._clear(dataclasses.replace(rare, resolved=0.97)) and tables.over_families(rare) == "none"
   assert cells_of[2:6] == [tables.said(echo), "1, not b", tables.signed(echo.margin), "NA"]
   over = [made[task, "dms", "tova"] for task in ("echo", "b", "")]
   assert over[2].margin == pytest.approx((over[0].margin + over[1].margin) / 2)
