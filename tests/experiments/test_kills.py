@@ -32,7 +32,7 @@ from dms_jax.params import flatten, param_table
 from dms_jax.tokenizer import byte_tokenizer
 from tests.helpers import save_checkpoints, write_gsm8k
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(0)]
 
 ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("DMS_KILLS", "2"))
@@ -217,6 +217,7 @@ def test_killed_again_and_again_it_ends_with_the_same_results(inputs, tmp_path, 
       if not killed(process, output, rng.random() * took if done < KILLS and not event else None):
         break
       done += 1
+      print(f"{name}: kill {done}, {'at a write' if event else 'at a moment'}", flush=True)
     found = content(output)
     assert found.keys() == expected.keys()
     for key, value in expected.items():
