@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ class Tokenizer:
       )
     with _clear_errors(f"{file}: not a tokenizer", "the file is damaged or was cut short"):
       backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    _check_bounds(file, backend)
     settings = read_json(path / SETTINGS_FILE) if (path / SETTINGS_FILE).exists() else {}
     beside = path / (SETTINGS_FILE if settings else TOKENIZER_FILE)
     _check_settings(beside, settings)
@@ -322,6 +324,34 @@ def _check_settings(file: Path, settings: dict[str, Any]) -> None:
     raise ValueError(f"{file}: chat_template must be a text, or a list of objects with name and template")
   if has_half_pair(settings):
     raise ValueError(f"{file}: {HALF_PAIR}")
+
+
+GROWTH = 1000  # most times its length that a text may have after the tokenizer's replacements; spaces grow threefold
+LONGEST_WORD = 1000  # characters of a word that a vocabulary of word pieces is searched for, in quadratic time
+HOLES = 2**16  # ids without a token
+
+
+def _check_bounds(file: Path, backend: tokenizers.Tokenizer) -> None:
+  """Raises ValueError where a small file would take endless memory or time of the library.
+
+  The library itself bounds how long it searches a text for a regular expression.
+  """
+  values = json.loads(backend.to_str())
+  for part in ("normalizer", "decoder"):
+    if _growth(values[part] or {}) > GROWTH:
+      raise ValueError(f"{file}: its {part} makes texts more than {GROWTH} times longer; the file is damaged")
+  if (longest := values["model"].get("max_input_chars_per_word", 0)) > LONGEST_WORD:
+    raise ValueError(f"{file}: max_input_chars_per_word={longest} is more than {LONGEST_WORD}; the file is damaged")
+  vocab = backend.get_vocab(with_added_tokens=True)
+  if (largest := max(vocab.values(), default=0)) > 4 * len(vocab) + HOLES:
+    raise ValueError(f"{file}: id {largest} in a vocabulary of {len(vocab)} tokens; the file is damaged")
+
+
+def _growth(step: dict[str, Any]) -> int:
+  """Times its length that a normalizer or decoder, as tokenizer.json has it, may make of a text of one character."""
+  if "normalizers" in step or "decoders" in step:
+    return math.prod(map(_growth, step.get("normalizers", step.get("decoders"))))
+  return max(len(step.get("content") or ""), 1) if step.get("type") == "Replace" else 1 + len(step.get("prepend", ""))
 
 
 def _content(token: Any) -> Any:

@@ -235,7 +235,11 @@ def read(folder: Path, flag: str = "sets") -> tuple[Sweep, list[str]]:
     if wrong := [name for name in ("config", "environment") if not isinstance(about.get(name) or {}, dict)]:
       raise ValueError(f"--{flag}={folder / 'config.json'}: {wrong[0]!r} must be a JSON object")
   if (folder / RECORDS).exists():
-    cells, remarks = of_records(records.read(folder / RECORDS, flag))
+    found = records.read(folder / RECORDS, flag)
+    try:
+      cells, remarks = of_records(found)
+    except ValueError as error:
+      raise ValueError(f"--{flag}={folder}: {error}") from None
   elif (folder / CELLS).exists():
     cells, remarks = load(folder / CELLS, flag), []
   else:
