@@ -3,7 +3,8 @@
     python -m experiments.retrofit --checkpoint=checkpoints/smollm2-135m-instruct --output=runs/retrofit/mine \\
       --data.paths=text.txt,chats.jsonl --retrofit.schedule.steps=400 --retrofit.schedule.final_cr=4
 
-Without a data set the model samples its own: --data.self_text.rows=256. A reasoner trained by
+Without a data set the model samples its own: --data.self_text.rows=256. --data.recall_text.rows=1024 adds made-up
+documents whose end asks for what their middle said. A reasoner trained by
 experiments.train_reasoner reads problems of its families: --data.families=countdown,grids. A run trains for one CR; the
 ramp takes retrofit.schedule.steps_per_cr steps a unit, and the rest has flags of its own:
 --retrofit.schedule.final_cr=4 --retrofit.schedule.steps=0 --retrofit.schedule.hold_steps=20
@@ -33,6 +34,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import json
 import os
 import signal
 import sys
@@ -50,7 +52,7 @@ from jax.sharding import Mesh
 from dms_jax import checkpoint
 from dms_jax.config import DMSConfig, LoRAConfig
 from dms_jax.model import Model
-from dms_jax.retrofit import DataConfig, RetrofitConfig, distributed, self_text
+from dms_jax.retrofit import DataConfig, RetrofitConfig, distributed, recall_text, self_text
 from dms_jax.retrofit.config import check
 from dms_jax.retrofit.data import Batches, Packer, Source, load_sources
 from dms_jax.retrofit.distributed import MeshConfig
@@ -181,8 +183,17 @@ def own_text(
 
 
 def texts(base: Callable[[], Model], tokenizer: Tokenizer, data: DataConfig, dtype: str, folder: Path) -> list[Source]:
-  """All text of `data`, tokenized; text sampled from the model `base()` is kept in `folder`."""
-  written = own_text(base, tokenizer, data, dtype, folder)
+  """All text of `data`, tokenized; `folder` keeps what the model `base()` sampled and what was made up."""
+  written = {}
+  if (path := own_text(base, tokenizer, data, dtype, folder)) is not None:
+    written["self_text"] = path
+  if data.recall_text.rows:
+    written["recall_text"] = folder / "recall_text.jsonl"
+    with distributed.together():
+      if distributed.leads():
+        own = [] if path is None else [json.loads(line)["text"] for line in path.read_text("utf-8").splitlines()]
+        progress = lambda items: program.progress(items, desc="making documents")
+        recall_text.write(tokenizer, data.recall_text, written["recall_text"], filler=own, progress=progress)
   say("reading and tokenizing text")
   with distributed.together():
     sources = load_sources(data, tokenizer, written)
