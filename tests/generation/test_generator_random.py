@@ -1,4 +1,4 @@
-"""Generator: random requests, budgets, stops, cancellations and continuations, each against `generate` alone."""
+"""Generator: random requests, budgets, stops, cancellations, later turns, against `generate` alone."""
 
 from __future__ import annotations
 
