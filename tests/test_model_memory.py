@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from dms_jax import cache as caches
@@ -14,8 +17,10 @@ from dms_jax import policies
 from dms_jax import testing as tiny
 from dms_jax.config import DMSConfig
 from dms_jax.families import PRESETS
-from dms_jax.model import Eviction, Model, cached_forward, forward
+from dms_jax.layers import rope_frequencies
+from dms_jax.model import Eviction, Model, cached_forward, check_policy, forward
 from dms_jax.params import abstract_params, param_table
+from dms_jax.policies.triattention import Calibration
 
 
 def abstract_step(cfg, dtype, *, batch, capacity, window, listed, kind="contiguous"):
@@ -56,6 +61,57 @@ def test_a_decode_step_of_smollm2_copies_no_cache(dtype):
   cfg = dataclasses.replace(PRESETS["smollm2-135m"], num_layers=2)
   small, large = (abstract_step(cfg, dtype, batch=8, capacity=s, window=256, listed=True) for s in (4096, 8192))
   assert large[0].temp_size_in_bytes - small[0].temp_size_in_bytes < 1e-3 * (large[1] - small[1])
+
+
+LAYERS, ROWS, SLOTS = 4, 8, 8192
+
+
+def with_budget(name: str, cfg) -> policies.Policy:
+  """The policy called `name`; one that takes a budget has half of the slots."""
+  cls = policies.get(name)
+  if name == "streamingllm":
+    return cls(window=255, sinks=4)
+  policy = cls(**({"budget": SLOTS // 2} if "budget" in {field.name for field in dataclasses.fields(cls)} else {}))
+  if name == "triattention":
+    shape = cfg.num_layers, cfg.num_heads, cfg.head_dim
+    norms = np.ones((*shape[:2], cfg.head_dim // 2), np.float32)
+    tables = Calibration(np.ones(shape, np.float32), norms, np.asarray(rope_frequencies(cfg))[None])
+    policy = policy.replace(tables=tables)
+  return policy
+
+
+FAST = [("keydiff", "loop"), ("h2o", "loop"), ("keydiff", "scan")]
+
+
+@pytest.mark.parametrize("name, form", [
+  case if case in FAST else pytest.param(*case, marks=pytest.mark.slow)
+  for case in itertools.product(sorted(policies.REGISTRY), ("scan", "loop"))
+])  # fmt: skip
+def test_no_policy_copies_the_cache_in_a_decode_step(name, form):
+  """Temporaries below 1 % of the cache, and as many as the policy's numbers of each slot, which it compares.
+
+  On a CPU a sum over keys is a call of a library, for which KeyDiff's keys of one layer are copied. A cut, which comes
+  every 64 or 128 steps, takes the space of six layers. Nothing as large as all keys and values is copied in any step.
+  """
+  cfg = tiny.config(num_layers=LAYERS, d_model=64, d_ff=64, num_heads=8, num_kv_heads=4, head_dim=64)
+  policy = with_budget(name, cfg)
+  model = tiny.model(cfg, DMSConfig(window=64, objective=policy.objective) if policy.uses_gates else None)
+  model = model.unstacked() if form == "loop" else model
+  policy = check_policy(model, policy)
+  cache = jax.eval_shape(lambda: caches.for_model(model, policy, batch=ROWS, capacity=SLOTS, kind="contiguous"))
+  tokens, lengths = jax.ShapeDtypeStruct((ROWS, 1), jnp.int32), jax.ShapeDtypeStruct((ROWS,), jnp.int32)
+  program = jax.jit(cached_forward, donate_argnums=2).lower(model, policy, cache, tokens, lengths).compile()
+  size = cache.kv.size * cache.kv.dtype.itemsize
+  allowed = 0.01 * size + sum(stat.size * stat.dtype.itemsize for stat in cache.stats.values())
+  if "keys" in policy.observes:
+    allowed += 0.55 * size / LAYERS
+  if policy.prunes:
+    allowed += 6 * size / LAYERS
+  taken = program.memory_analysis().temp_size_in_bytes
+  assert taken < allowed, f"{taken:,} bytes beside a cache of {size:,}"
+  assert program.memory_analysis().alias_size_in_bytes >= size
+  whole = ",".join(map(str, cache.kv.shape))
+  assert not re.findall(rf"= \w+\[{whole}\]\S* copy\(", program.as_text())
 
 
 def test_the_backward_pass_keeps_products_and_attention_alone():

@@ -68,6 +68,9 @@ class ContiguousCache(RingCache):
   def _archive(self, carry, reserved, layer):
     return floats(carry.kv[layer, :, :, self.ring :])
 
+  def _all_slots(self, carry, reserved, layer):
+    return floats(carry.kv[layer])
+
   def _archive_at(self, carry, reserved, layer, index):
     b, k, _ = index.shape
     return floats(carry.kv[layer, jnp.arange(b)[:, None, None], jnp.arange(k)[:, None], self.ring + index])

@@ -61,6 +61,8 @@ class LayerCarry:
     memory: the policy's memory, [L, B, K, own axes] each.
     archive: the pages' `Store`, if archives lie in pages, else None.
     leaving: [L, B, K, 2H], stored keys and values that leave the rings; only if the model's layers are a list.
+    unobserved: (archived, queries, mass) of each layer that the policy will observe once all layers have written; only
+      if the model's layers are a list.
   """
 
   kv: jax.Array
@@ -69,6 +71,7 @@ class LayerCarry:
   memory: dict[str, jax.Array]
   archive: Any = None
   leaving: jax.Array | None = None
+  unobserved: tuple = ()
 
 
 @struct.dataclass
@@ -165,8 +168,11 @@ class RingCache(Common):
   # In a layer ---------------------------------------------------------------------------------------------------------
 
   def _decided_ahead(self, policy) -> bool:
-    """Whether an earlier step decided about the token that leaves the ring: if W >= lag, or nothing is evicted."""
-    return self.window >= self.lag or not policy.evicts
+    """Whether the decision about the token that leaves the ring is known before the layers.
+
+    An earlier step made it if W >= lag; without gates the policy knows it, or evicts nothing by decisions.
+    """
+    return self.window >= self.lag or policy.known_ahead or not policy.evicts
 
   def can_decide_late(self, policy):
     return self._decided_ahead(policy) and not (policy.uses_keys or policy.gate_stats)
@@ -232,18 +238,23 @@ class RingCache(Common):
       out, read = self._selected(plan, policy, layer, carry, reserved, archived, q)
     elif policy.observes:
       out, mass = self._attended(carry, reserved, layer, q[:, 0], in_ring, archived, mass="mass" in policy.observes)
-      carry = self._observed(plan, policy, layer, carry, reserved, in_ring, archived, q, mass)
+      if isinstance(layer, int) and {"keys", "values"} & set(policy.observes):
+        # Nothing that a later layer writes would depend on this read of the cache, so XLA would copy the cache first.
+        carry = carry.replace(unobserved=(*carry.unobserved, (archived, q, mass)))
+        if layer + 1 == len(carry.kv):
+          carry = self._all_observed(plan, policy, carry, reserved)
+      else:
+        carry = self._observed(plan, policy, carry, reserved, layer, archived, q, mass)
     else:
       out, _ = self._attended(carry, reserved, layer, q[:, 0], in_ring, archived)
     decided = None if evict is None else evict[..., 0]
     return out[:, None], carry, (archived, decided), Usage(live, jnp.where(active[:, None], read, 0))
 
-  def _observed(self, plan, policy, layer, carry, reserved, in_ring, archived, q, mass):
+  def _observed(self, plan, policy, carry, reserved, layer, archived, q, mass):
     """`carry` with the statistics of one layer after `policy.observe` in a decode step."""
-    index, rows = jnp.arange(self.slots), None
+    index, in_ring, rows = jnp.arange(self.slots), jnp.minimum(plan.seen + plan.lengths, self.ring)[:, None], None
     if {"keys", "values"} & set(policy.observes):
-      own = floats(carry.kv[layer, :, :, : self.ring])
-      rows = jnp.concatenate([own, self._archive(carry, reserved, layer)], axis=2)
+      rows = self._all_slots(carry, reserved, layer)
     before = {name: stat[layer] for name, stat in carry.stats.items()}
     seen = observation(
       policy.observes, mass=mass, rows=rows, q=q, stats=before, lengths=plan.lengths,
@@ -254,6 +265,16 @@ class RingCache(Common):
     active = (plan.lengths > 0)[:, None, None]
     after = {name: jnp.where(active, after[name], stat) for name, stat in before.items()}
     return carry.replace(stats={name: stat.at[layer].set(after[name]) for name, stat in carry.stats.items()})
+
+  def _all_observed(self, plan, policy, carry, reserved):
+    """`carry` with the statistics of all layers after `policy.observe`, one layer at a time to save memory."""
+    waiting, carry = jax.tree.map(lambda *layers: jnp.stack(layers), *carry.unobserved), carry.replace(unobserved=())
+
+    def body(layer, stats):
+      own = jax.tree.map(lambda x: x[layer], waiting)
+      return self._observed(plan, policy, carry.replace(stats=stats), reserved, layer, *own).stats
+
+    return carry.replace(stats=jax.lax.fori_loop(0, len(carry.kv), body, carry.stats))
 
   def _summarised(self, policy, layer, carry, reserved, archived, page):
     """`carry` with the summary of archive page `page` int32 [B, K] recomputed; a number past the end is ignored."""
@@ -380,6 +401,11 @@ class RingCache(Common):
   def _archive(self, carry: LayerCarry, reserved, layer) -> Float[Array, "B K A 2*H"]:
     """The whole archive of a layer, as numbers; free slots hold arbitrary ones."""
     raise NotImplementedError
+
+  def _all_slots(self, carry: LayerCarry, reserved, layer) -> Float[Array, "B K S width"]:
+    """The ring and the archive of a layer, as numbers; free slots hold arbitrary ones."""
+    own = floats(carry.kv[layer, :, :, : self.ring])
+    return jnp.concatenate([own, self._archive(carry, reserved, layer)], axis=2)
 
   def _archive_at(self, carry: LayerCarry, reserved, layer, index: Int[Array, "B K X"]) -> Float[Array, "B K X 2*H"]:
     """The archive slots `index` of a layer, as numbers; an index past the end gives arbitrary ones."""

@@ -21,7 +21,7 @@ device works. The device waits for which rows ended, and for requests to begin; 
 from __future__ import annotations
 
 import collections
-import dataclasses
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -31,25 +31,23 @@ from jaxtyping import Array, Float
 
 from dms_jax import cache as caches
 from dms_jax.cache import PagedCache
-from dms_jax.cache.host import check_fits
 from dms_jax.execution import fastest_form
 from dms_jax.generation import decode as decoding
 from dms_jax.generation import recording
-from dms_jax.generation.conversation import Continuation, Conversation, check_continues, continuation, place_like
+from dms_jax.generation.conversation import Continuation, Conversation, place_like
 from dms_jax.generation.decode import CAPACITY, REASONS, RUNNING
-from dms_jax.generation.detokenize import Detokenizer
 from dms_jax.generation.generate import Output
 from dms_jax.generation.pages import BudgetError, PagedRows
-from dms_jax.generation.prompts import prompt_ids
 from dms_jax.generation.recording import Begun, Flight, News
+from dms_jax.generation.requests import Request, Terms
 from dms_jax.generation.results import ChainUsage, Result
-from dms_jax.generation.rows import Chain, Rows, key_data
-from dms_jax.generation.sampling import Sampling, as_key
+from dms_jax.generation.rows import Chain, Rows
+from dms_jax.generation.sampling import Sampling
 from dms_jax.generation.stops import StopStrings, stop_criteria
 from dms_jax.generation.together import Prompt, PromptReader, default_rows
 from dms_jax.model import Model, check_policy
 from dms_jax.policies import Policy, check_rows
-from dms_jax.policies.base import is_whole, row_numbers
+from dms_jax.policies.base import is_whole
 
 
 class Generator:
@@ -98,13 +96,12 @@ class Generator:
     self.model = fastest_form(model.replace(tokenizer=None))
     self.policy = check_policy(model, None if policy is None else policy.by_row())
     check_rows(self.policy, None)
-    self.numbers = row_numbers(self.policy)
-    self.width, self.decode_block, self.stream = width, decode_block, stream
     longest = model.config.max_position_embeddings
     self.max_length = longest if max_length is None else max_length
     if not 0 < self.max_length <= longest:
       raise ValueError(f"max_length={max_length} must lie between 1 and the model's {longest} positions")
-    self.temperature = temperature
+    prefill_chunk, self.decode_block = min(prefill_chunk, self.max_length), min(decode_block, self.max_length)
+    self.width, self.stream = width, stream
     self.stop_strings = StopStrings.create(stop, self.tokenizer)
     self.stop_criteria = stop_criteria(self.model, self.tokenizer, self.stop_strings, eos)
     cache = caches.for_model(
@@ -115,6 +112,10 @@ class Generator:
     self.memory = PagedRows(cache, budget=budget, budget_tokens=budget_tokens, pages=pages)
     self.rows = Rows(self.policy, Sampling.create(temperature, top_k, top_p), width)
     self.rows.state = place_like(self.model, self.rows.state)
+    self.terms = Terms(
+      self.model, self.tokenizer, self.stop_strings, self.policy, temperature, self.rows.state.keys, width,
+      self.max_length,
+    )  # fmt: skip
     self.reader = PromptReader(self.model, self.policy, self.memory, prefill_chunk, rows)
     self.waiting: collections.deque[list[Chain]] = collections.deque()
     self.preempted: list[Chain] = []
@@ -122,8 +123,8 @@ class Generator:
     self.preemptions = self.tickets = self._ages = self.peak_pages = 0
     self.peak_tokens = 0.0  # held at once by all rows, mean over layers and heads
     self._flight: Flight | None = None
-    self._begun: list[Begun] = []
-    self._news: list[News] = []
+    self._unrecorded: list[Begun | Flight] = []  # in order
+    self._news: collections.deque[News] = collections.deque()
     self._stalled = np.zeros(width, bool)  # rows that found no free page
     self._alone = False  # whether the last block had one row
     self._free: int | None = None  # pages that are free for certain; None: not known
@@ -142,6 +143,11 @@ class Generator:
   def budget(self) -> int | None:
     """Most bytes of the cache; None: unlimited."""
     return self.memory.budget
+
+  @property
+  def numbers(self) -> dict[str, int | float]:
+    """The policy's numbers that a request can set, with their defaults."""
+    return self.terms.numbers
 
   # Requests -----------------------------------------------------------------------------------------------------------
 
@@ -168,89 +174,33 @@ class Generator:
       ValueError: bad arguments, a number out of range, a text longer than `max_length`, or a conversation of another
         model or policy.
     """
-    if not is_whole(chains) or not 1 <= chains <= self.width:
-      raise ValueError(f"chains={chains!r:.80} must lie between 1 and the width {self.width}")
-    if not is_whole(max_new_tokens) or max_new_tokens < 1:
-      raise ValueError(f"max_new_tokens={max_new_tokens!r:.80} must be 1 or more, a whole number")
-    temperature = self.temperature if temperature is None else temperature
-    Sampling.create(temperature)
-    if temperature and self.rows.sampling.temperature is None:
-      raise ValueError(f"temperature={temperature}: this generator is greedy; give it a temperature, then requests too")
-    if temperature and key is None:
-      raise ValueError("sampling at temperature > 0 needs key=jax.random.key(seed)")
-    own_keys = key_data(key, chains)
-    if key is not None and (own := self.rows.state.keys) is not None:
-      given, kind = (jax.random.key_impl(each) for each in (as_key(key), own))
-      if given != kind:
-        raise ValueError(f"key: it is of kind {given}, and this generator samples with keys of kind {kind}")
-    numbers = self._checked(numbers) if numbers else self.numbers
-    past = None if continue_from is None else self._fitting(continuation(continue_from), numbers)
-    pending = None if past is None else np.array([past.pending])
-    ids = prompt_ids(self.model, [[] if prompt is None else prompt], None, self.tokenizer, pending)[0]
-    total = len(ids) + max_new_tokens + (0 if past is None else int(past.cache.seen))
-    total -= 1  # the last token is sampled and not read
-    if total > self.max_length:
-      raise ValueError(
-        f"prompt and max_new_tokens={max_new_tokens} need {total} positions; max_length={self.max_length}"
-      )
-    start = 0 if past is None else past.generated
-    goes_on = past is not None and past.pending >= 0 and len(ids) == 1
-    result = Result.empty(chains, self.tokenizer is not None, self.memory.heads)
-    group = [
-      Chain(
-        self.tickets, index, own, start + max_new_tokens, start, ids, temperature, numbers, keep, goes_on,
-        Detokenizer.create(self.tokenizer, self.stop_strings, ids), result,
-      )
-      for index, own in enumerate(own_keys)
-    ]  # fmt: skip
-    if past is not None:
-      group[0].stored = past.cache
-    self.results[self.tickets] = result
+    request = Request(prompt, chains, max_new_tokens, key, temperature, keep, continue_from, numbers)
+    group = self.terms.chains(request, self.tickets, self.memory)
+    self.results[self.tickets] = group[0].result
     self.waiting.append(group)
     self.tickets += 1
     return self.tickets - 1
-
-  def _checked(self, numbers: dict[str, int | float]) -> dict[str, int | float]:
-    """The policy's numbers for a request: the generator's, replaced by `numbers`; a ValueError if one is bad."""
-    name = type(self.policy).__name__
-    for number, value in numbers.items():
-      if number not in self.numbers:
-        there = ", ".join(self.numbers) or "none"
-        raise ValueError(f"{number}={value}: not a number of this {name} that a request can set; there are: {there}")
-      if np.asarray(value).dtype.kind not in "iuf" or np.ndim(value) or np.isnan(value):
-        raise ValueError(f"{number}={value} must be one number")
-    found = self.numbers | numbers
-    self.policy.replace(**found).resolved(None)
-    return found
-
-  def _fitting(self, past: Continuation, numbers: dict[str, int | float]) -> Continuation:
-    """`past` with pages of this pool's size; a ValueError if this generator cannot continue it with `numbers`."""
-    row = past.cache
-    tokens = np.array([min(int(row.seen), row.window + 1) + int(row.archived.max(initial=0))])
-    try:
-      check_continues(self.policy.replace(**numbers), past.policy, tokens, np.array([int(row.seen)]))
-      check_fits(self.cache, row)
-    except ValueError as error:
-      raise ValueError(f"continue_from: {error}") from None
-    return dataclasses.replace(past, cache=past.cache.repaged(self.cache.page_size))
 
   def cancel(self, ticket: int) -> None:
     """Ends all chains of a ticket with reason "cancelled"; their tokens so far stay in the result."""
     if ticket not in self.results:
       raise ValueError(f"ticket={ticket}: there is none")
     self._land()
-    mine = [chain for group in self.waiting for chain in group] + self.preempted + self._running
-    detokenizers = {chain.index: chain.detokenizer for chain in mine if chain.ticket == ticket}
-    self._news = [news for news in self._news if news[0] != ticket]
+    groups = [*self.waiting, self.preempted, self._running, *(entry.chains for entry in self._unrecorded)]
+    mine = {chain.index: chain for group in groups for chain in group if chain and chain.ticket == ticket}
+    for chain in mine.values():
+      chain.silent = True  # what is not recorded yet is recorded without texts and news
+    self._news = collections.deque(news for news in self._news if news[0] != ticket)
     self.waiting = collections.deque(group for group in self.waiting if group[0].ticket != ticket)
     self.preempted = [chain for chain in self.preempted if chain.ticket != ticket]
     self._release([chain for chain in self._running if chain.ticket == ticket])
-    recording.cancel(self.results[ticket], detokenizers)
+    self._record()  # an error is that of another request, and comes again with the next step
+    recording.cancel(mine.values())
 
   @property
   def busy(self) -> bool:
     """Whether any request is unfinished, or `step` has anything left to return."""
-    return bool(self.waiting or self.preempted or self.rows.occupied.any() or self._news)
+    return bool(self.waiting or self.preempted or self.rows.occupied.any() or self._unrecorded or self._news)
 
   @property
   def chains(self) -> list[Chain | None]:
@@ -262,9 +212,14 @@ class Generator:
     return self.rows.running
 
   def run(self) -> Iterator[News]:
-    """Steps until every request has ended; yields (ticket, chain, new tokens, new text) after each decode block."""
+    """Steps until every request has ended; yields (ticket, chain, new tokens, new text) after each decode block.
+
+    What a loop that was left has not taken comes with the next `run` or `step`.
+    """
     while self.busy:
-      yield from self.step()
+      self._advance()
+      while self._news:
+        yield self._news.popleft()
 
   def step(self) -> list[News]:
     """Runs one decode block, after the requests that fit have begun; returns what `run` yields.
@@ -272,21 +227,34 @@ class Generator:
     When it returns, the next block is already running, with the requests that were waiting before; a later one begins
     with the block after that.
 
+    An error or interrupt loses nothing: a later step goes on where this one stopped. If a request is the cause, the
+    error names its ticket, and after `cancel(ticket)` the other requests continue.
+
     Raises:
-      BudgetError: a row exceeds the whole budget. After `cancel(ticket)` the other requests continue.
+      BudgetError: a row exceeds the whole budget.
+      Exception: what the tokenizer raised for some text; the tokens are in `results`.
     """
-    if self._flight is None:
+    self._advance()
+    news, self._news = self._news, collections.deque()
+    return list(news)
+
+  def _advance(self) -> None:
+    """`step`, whose news are in `_news`."""
+    failed, first = None, self._flight is None
+    if first:
       self._launch()
-      self._record_begun()
+    if first and self._flight is not None:
+      failed = self._record()  # while the device works
     if self._flight is not None:
-      flight = self._settle()
+      self._settle()
       try:
         self._launch()
-      finally:  # while the device works
-        self._record(flight)
-        self._record_begun()
-    news, self._news = self._news, []
-    return news
+      finally:
+        failed = self._record() or failed
+    else:
+      failed = self._record()
+    if failed is not None:
+      raise failed
 
   # Between decode blocks ----------------------------------------------------------------------------------------------
 
@@ -303,44 +271,57 @@ class Generator:
           steps=self.decode_block, history=False,
         )  # fmt: skip
         spent = counts.held, counts.step_reads
-      outcome = self.rows.state.reason, *self.memory.settle(self.rows.over())
-      self._flight = Flight(list(self.chains), emitted, spent, outcome)
+      self._flight = Flight(list(self.chains), emitted, spent)
+      outcome = self._outcome(self._flight)
       for array in jax.tree.leaves((emitted, spent, outcome)):
         array.copy_to_host_async()
       if not short:
         return
-      self._record_begun()
-      self._record(self._settle())  # all ended with the token after their prompts
+      self._settle()  # all ended with the token after their prompts
       self._admit()
 
-  def _settle(self) -> Flight:
-    """Waits for the block in flight, and empties the rows that ended in it."""
+  def _outcome(self, flight: Flight) -> tuple[Array, ...]:
+    """`Flight.outcome`; the first call empties the rows that ended, as far as nothing is kept of them."""
+    if not flight.outcome:
+      flight.outcome = self.rows.state.reason, *self.memory.settle(self.rows.over())
+    return flight.outcome
+
+  def _settle(self) -> None:
+    """Waits for the block in flight, and empties the rows that ended in it; an interrupt loses nothing."""
     flight = self._flight
-    reasons, tokens, pages, free = jax.device_get(flight.outcome)  # an interrupt while it waits loses nothing
-    self._flight = None
+    reasons, tokens, pages, free = jax.device_get(self._outcome(flight))
     self.peak_tokens, self.peak_pages = max(self.peak_tokens, float(tokens)), max(self.peak_pages, int(pages))
     self._free = int(free)
     self._stalled = self.rows.occupied & (reasons == CAPACITY)
     self._alone = self.rows.free == self.width - 1
     over = np.flatnonzero(self.rows.occupied & (reasons != RUNNING) & (reasons != CAPACITY)).tolist()
-    flight.over = {row: REASONS[reasons[row]] for row in over}
     ended = [flight.chains[row] for row in over]
-    for chain in ended:
+    for row, chain in zip(over, ended, strict=True):
       if chain.keep:
-        last = self.rows.of(chain.row)
+        last = self.rows.of(row)
         policy = self.policy.replace(**chain.numbers)
-        stored = Continuation(self.memory.offload(chain.row), last["token"], last["count"], policy)
+        stored = Continuation(self.memory.offload(row), last["token"], last["count"], policy)
         chain.result.stored[chain.index] = stored
-    if kept := [chain.row for chain in ended if chain.keep]:
+    if kept := [row for row, chain in zip(over, ended, strict=True) if chain.keep]:
       self.memory.free(kept)
       self._free = None
+    flight.over |= {row: REASONS[reasons[row]] for row in over}
     self.rows.vacate(ended)
-    return flight
+    self._unrecorded.append(flight)
+    self._flight = None
 
   def _land(self) -> None:
-    """Waits for the block in flight and records it; no other is started."""
+    """Waits for the block in flight; no other is started."""
     if self._flight is not None:
-      self._record(self._settle())
+      self._settle()
+
+  def _record(self) -> Exception | None:
+    """Records requests that have begun and blocks that have landed, in order; the error of one that could not be."""
+    failed = None
+    for some in self._unrecorded:
+      failed = some.record(self.stream, self._news) or failed
+    self._unrecorded = [some for some in self._unrecorded if not some.recorded]
+    return failed
 
   def _admit(self) -> None:
     """Restores preempted chains, oldest first, then begins waiting requests, while rows and pages are free."""
@@ -349,14 +330,24 @@ class Generator:
         return
       self.preempted.remove(chain)
     while self.waiting and self.rows.free >= len(self.waiting[0]):
-      if groups := self._certain():
+      groups = self._certain()
+      with self._beginning(groups or [self.waiting[0]]):
+        if groups:
+          self._begin_together(groups)
+        elif not self._begin_alone(self.waiting[0]):
+          return
+
+  @contextlib.contextmanager
+  def _beginning(self, groups: list[list[Chain]]) -> Iterator[None]:
+    """Takes requests that have begun from those that wait; where an error keeps them from it, empties their rows."""
+    try:
+      yield
+    finally:
+      if self._unrecorded and groups[0][0] in self._unrecorded[-1].chains:
         for _ in groups:
           self.waiting.popleft()
-        self._begin_together(groups)
-      elif self._begin_alone(self.waiting[0]):
-        self.waiting.popleft()
       else:
-        return
+        self._release([chain for group in groups for chain in group if chain.row is not None])
 
   def _certain(self) -> list[list[Chain]]:
     """The first waiting requests that find rows, and for certain pages."""
@@ -410,7 +401,6 @@ class Generator:
       again = self._refused[0] == first.ticket and free <= self._refused[1]
       if again or free < self.reader.least(len(first.prompt), len(group)):
         return False
-    self._refused = first.ticket, free
     for chain, row in zip(group, rows, strict=True):
       chain.row = row
     if first.stored is not None and not self.memory.restore(rows[0], first.stored):
@@ -436,19 +426,20 @@ class Generator:
       logits: after the prompt, in the row of each request's first chain; None for a request without a prompt.
     """
     chains = [chain for group, _ in begun for chain in group]
-    for chain in chains:
-      self._ages += 1
-      chain.age, chain.stored = self._ages, None
     self.rows.place(chains)
     emitted = None
     if logits is not None:
       sources = [group[0].row for group, _ in begun for _ in group]
       emitted = self.rows.first_tokens([chain.row for chain in chains], sources, logits, self.stop_criteria)
-    self._begun.append(Begun(begun, emitted, pending))
+    for chain in chains:
+      self._ages += 1
+      chain.age, chain.stored = self._ages, None
+    self._unrecorded.append(Begun(begun, pending, Flight(self.rows.only(chains), emitted, None)))
 
   def _give_up(self, group: list[Chain]) -> bool:
     """Empties the row of a request that could not begin; False, or a BudgetError if it had the whole pool to itself."""
     self.memory.free([group[0].row])
+    self._refused = group[0].ticket, self.memory.free_pages()  # which include those that the pool has grown by
     for chain in group:
       chain.row = None
     if not self.rows.occupied.any() and not self.preempted:
@@ -456,16 +447,6 @@ class Generator:
       message = f"{tokens} tokens of prompt and its chains do not fit {self.memory.extent}, even alone"
       raise BudgetError(message, group[0].ticket)
     return False
-
-  def _record(self, flight: Flight) -> None:
-    """Records a block: its tokens, texts and usage, and how chains ended."""
-    self._news += recording.record(flight, self.stream)
-
-  def _record_begun(self) -> None:
-    """Records the usage of prompts that were read, and the first tokens of their chains."""
-    begun, self._begun = self._begun, []
-    for some in begun:
-      self._news += recording.record_begun(some, self.width, self.stream)
 
   def _release(self, chains: list[Chain]) -> None:
     """Empties the rows of chains that have not ended."""

@@ -7,12 +7,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dms_jax.cache import PagedCache
 from dms_jax.cache import rows as cache_rows
 from dms_jax.cache.base import GROWTH
 from dms_jax.cache.host import HostRow, offload_row, restore_row
+
+PART = 256  # pages that are copied from the host at once
 
 
 class BudgetError(ValueError):
@@ -32,6 +34,23 @@ def _settled(cache: PagedCache, over: Bool[Array, "B"]) -> tuple[PagedCache, tup
   pages = cache.pages - cache.table.pool.count
   cache = cache_rows.free_rows(cache, over)
   return cache, (tokens, pages, cache.table.pool.count)
+
+
+@partial(jax.jit, donate_argnames="new")
+def _filled(new: Shaped[Array, "P ..."], part: Shaped[Array, "n ..."], first: Int[Array, ""]) -> Shaped[Array, "P ..."]:
+  return jax.lax.dynamic_update_slice_in_dim(new, part, first, 0)
+
+
+def _regrown(x: Shaped[Array, "P ..."], pages: int) -> Shaped[Array, "pages ..."]:
+  """`x` with `pages` pages, by way of host memory: the old array, deleted, and the new one never exist at once."""
+  content, sharding, count = np.asarray(x), x.sharding, len(x)
+  x.delete()
+  new = jax.device_put(jnp.zeros((pages, *content.shape[1:]), content.dtype), sharding)
+  part = min(PART, count)
+  for first in range(0, count, part):
+    first = min(first, count - part)  # equal parts compile once
+    new = _filled(new, content[first : first + part], jnp.int32(first))
+  return new
 
 
 class PagedRows:
@@ -99,17 +118,26 @@ class PagedRows:
 
   @property
   def grows(self) -> bool:
-    """Whether the budget leaves room for a larger pool beside the old one."""
-    return self.limit is None or self.limit > 2 * self.cache.pages
+    """Whether the budget leaves room for a larger pool."""
+    return self.limit is None or self.limit > self.cache.pages
 
   def grow(self, lacking: int) -> bool:
-    """Adds `lacking` pages or more to the pool; false if the old and the new pool together exceed the budget."""
+    """Adds `lacking` pages or more to the pool, or as many as the budget still allows; false if it allows none.
+
+    Where the old and the new pool together exceed the budget, the pages pass through host memory.
+    """
+    if not self.grows:
+      return False
     pages = max(self.cache.pages + lacking, int(self.cache.pages * GROWTH))
     if self.limit is not None:
-      pages = min(pages, self.limit - self.cache.pages)  # the old pool exists until it is copied
-      if pages < self.cache.pages + lacking:
-        return False
-    self.cache = self.cache.with_pages(pages)
+      pages = min(pages, self.limit)
+    if self.limit is None or self.cache.pages + pages <= self.limit:
+      self.cache = self.cache.with_pages(pages)
+    else:
+      store = jax.tree.map(lambda x: _regrown(x, pages), self.cache.store)
+      self.cache = self.cache.replace(
+        store=store, table=self.cache.table.replace(pool=self.cache.table.pool.grow(pages))
+      )
     return True
 
   def reserve(self, slots: int, extra: int = 0) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,9 +34,12 @@ class Chain:
     start: tokens generated in earlier turns.
     numbers: of the policy.
     goes_on: without a prompt of this turn: its one token is that sampled last, which a decode step reads.
+    new_detokenizer: makes the `detokenizer` of its text, None without a tokenizer.
     row: None while it waits.
     stored: the row on the host, to be restored.
     token, count, stop_state: of `DecodeState`, as the row starts or is restored.
+    failed: the record whose text could not be made, and the error.
+    silent: it was cancelled: no more texts and news.
   """
 
   ticket: int
@@ -49,7 +52,7 @@ class Chain:
   numbers: dict[str, int | float]
   keep: bool
   goes_on: bool
-  detokenizer: Detokenizer | None
+  new_detokenizer: Callable[[], Detokenizer | None]
   result: Result
   age: int = 0
   row: int | None = None
@@ -57,6 +60,9 @@ class Chain:
   token: int = 0
   count: int = 0
   stop_state: int = 0
+  detokenizer: Detokenizer | None = None
+  failed: tuple[Any, Exception] | None = None
+  silent: bool = False
 
   def __post_init__(self):
     self.token, self.count = int(self.prompt[-1]), self.start
@@ -157,6 +163,13 @@ class Rows:
     mask = np.zeros(self.width, bool)
     mask[list(rows)] = True
     return mask
+
+  def only(self, chains: Sequence[Chain]) -> list[Chain | None]:
+    """These chains, each at the place of its row."""
+    found: list[Chain | None] = [None] * self.width
+    for chain in chains:
+      found[chain.row] = chain
+    return found
 
   def place(self, chains: Sequence[Chain]) -> None:
     """Puts chains into their rows, to run."""

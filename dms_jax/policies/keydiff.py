@@ -24,9 +24,12 @@ class KeyDiff(Budgeted):
   prompt_observes = ("keys",)
 
   def observe(self, stats, seen):
-    keys = jnp.where(seen.live[..., None], seen.keys.astype(jnp.float32), 0.0)
-    norm = jnp.sqrt(jnp.sum(keys * keys, axis=-1, keepdims=True))
-    unit = keys / jnp.where(norm > 0, norm, 1.0)
-    anchor = jnp.sum(unit, axis=2, keepdims=True)  # its length does not matter to a cosine
+    # Sums over the keys as they lie in the cache: XLA reads them three times and copies them never.
+    keys, live = seen.keys.astype(jnp.float32), seen.live[..., None]
+    over = lambda x, axis: jnp.sum(jnp.where(live, x, 0.0), axis=axis)
+    norm = jnp.sqrt(over(keys * keys, -1))
+    inverse = 1 / jnp.where(norm > 0, norm, 1.0)
+    anchor = over(keys * inverse[..., None], 2)  # its length does not matter to a cosine
     length = jnp.sqrt(jnp.sum(anchor * anchor, axis=-1))
-    return {**stats, "score": -jnp.sum(unit * anchor, axis=-1) / jnp.where(length > 0, length, 1.0)}
+    cosine = over(keys * anchor[:, :, None], -1) * inverse / jnp.where(length > 0, length, 1.0)[..., None]
+    return {**stats, "score": -cosine}

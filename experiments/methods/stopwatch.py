@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from dms_jax import Generator
+from dms_jax.generation.recording import News
 
 COMPILATION = "/jax/core/compile/"  # events of tracing, lowering and compiling, or loading what was compiled before
 
@@ -70,20 +71,17 @@ class ChainTimes:
       self.generator.step()
     del self.generator.results[ticket]
 
-  def step(self, tickets: Iterable[int]) -> None:
-    """A step of the generator, in which any of `tickets` may begin or write."""
+  def step(self) -> list[News]:
+    """A step of the generator; returns its news, which name all chains that have written or ended."""
     start = self.watch.seconds
     with self.watch.running():
-      self.generator.step()
-    for ticket in tickets:
-      result = self.generator.results[ticket]
-      if result.usage[0].prompt:  # it has begun
-        self.begun.setdefault(ticket, start)
-      for chain, tokens in enumerate(result.tokens):
-        counts, seconds = self.written.setdefault((ticket, chain), ([], []))
-        if ticket in self.begun and (not counts or len(tokens) > counts[-1]):
-          counts.append(len(tokens))
-          seconds.append(self.watch.seconds)
+      news = self.generator.step()
+    for ticket, chain, tokens, _ in news:
+      self.begun.setdefault(ticket, start)
+      counts, seconds = self.written.setdefault((ticket, chain), ([], []))
+      counts.append((counts[-1] if counts else 0) + len(tokens))
+      seconds.append(self.watch.seconds)
+    return news
 
   def until(self, ticket: int, chain: int, count: int) -> float:
     """Seconds from the beginning of a chain that has just ended to its first `count` tokens.

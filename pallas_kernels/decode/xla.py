@@ -39,19 +39,21 @@ def product(subscripts: str, a, b):
   return jnp.stack([einsum(one, a[:, :, g], b) for g in range(a.shape[2])], axis=2)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Source:
   """Slots of a `format` read by blocks, `blocks` of them up to the longest live prefix.
 
   read(i) gives block i: (cells [B, K, block, 2H], scales [B, K, block, 2] or None, live bool [B, K, block]).
-  empty() and add(mass, i, of_block) sum the attention that each slot gets.
+  put(kept, i, scores) writes those of block i [B, K, G, block] into `kept` [B, K, G, room], -inf at first; the first
+  `slots` of the room are the slots in order.
   """
 
   format: PageFormat
   blocks: Any
   read: Callable
-  empty: Callable
-  add: Callable
+  put: Callable
+  slots: int
+  room: int
 
 
 def contiguous(kv, layer, lengths) -> Source:
@@ -66,12 +68,11 @@ def contiguous(kv, layer, lengths) -> Source:
     index = start(i) + jnp.arange(block)
     return slots, None, (index >= i * block) & (index < lengths[..., None])
 
-  def add(mass, i, part):
-    before = lax.dynamic_slice_in_dim(mass, start(i), block, 2)
-    return lax.dynamic_update_slice_in_dim(mass, before + part, start(i), 2)
+  def put(kept, i, scores):  # a slot of the block before is masked here, so its score is -inf
+    before = lax.dynamic_slice_in_dim(kept, start(i), block, 3)
+    return lax.dynamic_update_slice_in_dim(kept, jnp.maximum(before, scores), start(i), 3)
 
-  blocks = (lengths.max() + block - 1) // block
-  return Source(format_of(kv.dtype), blocks, read, lambda: jnp.zeros((b, k, s)), add)
+  return Source(format_of(kv.dtype), (lengths.max() + block - 1) // block, read, put, s, s)
 
 
 def paged(pages, layer) -> Source:
@@ -91,12 +92,9 @@ def paged(pages, layer) -> Source:
     scales = None if pages.scales is None else rows(pages.scales, 2)
     return rows(pages.pool, pages.pool.shape[2]), scales, live
 
-  def add(mass, i, part):
-    index = i * several + jnp.arange(several)
-    return mass.at[:, :, index].add(part.reshape(b, k, several, page), mode="drop")
-
+  put = lambda kept, i, scores: lax.dynamic_update_slice_in_dim(kept, scores, i * block, 3)
   blocks = (pages.lengths.max() + block - 1) // block
-  return Source(pages.format, blocks, read, lambda: jnp.zeros((b, k, most, page)), add)
+  return Source(pages.format, blocks, read, put, most * page, -(-most // several) * block)
 
 
 def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, mass: bool = False):
@@ -132,8 +130,14 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
     return scores, values, None if scales is None else scales[:, :, None, :, 1]
 
   def attend(source, state):
+    """The softmax's state after a source, and the scores of its slots [B, K, G, slots] if `mass`.
+
+    The scores are kept, because a second read of the cache would have no place among the writes of later layers: XLA
+    would copy the cache for it.
+    """
+
     def body(i, state):
-      top, total, acc = state
+      (top, total, acc), kept = state
       scores, values, scales = scores_of(source, i)
       new_top = jnp.maximum(top, scores.max(axis=-1))
       safe = jnp.where(new_top == -jnp.inf, 0.0, new_top)
@@ -141,20 +145,17 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
       scale = jnp.exp(top - safe)
       scaled = weights if scales is None else weights * scales
       part = product("bkgs,bksh->bkgh", scaled.astype(values.dtype), values)[..., -h:]
-      return new_top, total * scale + weights.sum(axis=-1), acc * scale[..., None] + part
+      state = new_top, total * scale + weights.sum(axis=-1), acc * scale[..., None] + part
+      return state, source.put(kept, i, scores) if mass else None
 
-    return _loop(source.blocks, body, state)
-
-  def mass_of(source, logs):
-    def body(i, mass):
-      scores, _, _ = scores_of(source, i)
-      return source.add(mass, i, jnp.exp(scores - logs[..., None]).sum(axis=2))
-
-    return _loop(source.blocks, body, source.empty())
+    kept = jnp.full((b, k, n // k, source.room), -jnp.inf) if mass else None
+    state, kept = _loop(source.blocks, body, (state, kept))
+    return state, kept[..., : source.slots] if mass else None
 
   state = jnp.full((b, k, n // k), -jnp.inf), jnp.zeros((b, k, n // k)), jnp.zeros((b, k, n // k, h))
+  scores = {}
   for source in sources:
-    state = attend(source, state)
+    state, scores[source] = attend(source, state)
   top, total, acc = state
   out = acc / jnp.where(total == 0, 1.0, total)[..., None]
   out = jax.lax.reshape(out, (b, n, h)).astype(q.dtype)
@@ -166,8 +167,8 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
     results.append(logs.reshape(b, n))
   if mass:
     finite = jnp.where(total == 0, 0.0, logs)
-    masses = [None if source is None else mass_of(source, finite) for source in (of_kv, of_pages)]
-    results.append(tuple(None if x is None else x.reshape(b, k, -1) for x in masses))
+    mass_of = lambda source: jnp.exp(scores[source] - finite[..., None]).sum(axis=2)
+    results.append(tuple(None if source is None else mass_of(source) for source in (of_kv, of_pages)))
   return tuple(results)
 
 

@@ -7,42 +7,30 @@ import dataclasses
 import jax.numpy as jnp
 import pytest
 
-from dms_jax.generation.batching import Generator
 from experiments import bench_generate, soak
 
 SHORT = soak.Config(
   minutes=0.05, width=3, longest_prompt=12, longest_answer=12, turns=2, page_size=4, prefill_chunk=16, decode_block=4,
-  check=3, growth=10.0,
+  check=3, growth=10.0, slowing=10.0, servers=("dms", "dms", "tova"),
 )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def ran():
-  """(generator, outcome) of three seconds of traffic, and what is open then."""
-  model = soak.served_model(SHORT)
-  generator = Generator(
-    model,
-    width=3,
-    max_length=48,
-    temperature=1.0,
-    eos=False,
-    page_size=4,
-    budget_tokens=48,
-    prefill_chunk=16,
-    decode_block=4,
-  )
-  return generator, soak.soak(generator, SHORT, soak.Traffic(SHORT, 128), 60 * SHORT.minutes)
+  """(servers, outcome) of three seconds of traffic, and what is open then."""
+  servers = soak.made(SHORT)
+  return servers, soak.soak(servers, SHORT, soak.Traffic(SHORT, 257), 60 * SHORT.minutes)
 
 
 def test_what_was_served_is_sound(ran, tmp_path):
-  generator, outcome = ran
-  result = soak.verdict(generator, SHORT, outcome)
+  servers, outcome = ran
+  result = soak.verdict(servers, SHORT, outcome)
   held = {
     name: ok for name, ok in result["checks"].items() if name != "something_was_preempted"
   }  # there was little time
   assert all(held.values()), result
   assert result["conversations_checked"] == len(outcome["kept"]) > 0 and result["lost_pages"] == 0
-  assert result["requests"] >= 3 and result["tokens"] > 0
+  assert result["requests"] >= 3 and result["tokens"] > 0 and result["characters"] > 0
   lengths = {len(values) for values in outcome["samples"].values()}
   assert lengths == {result["steps"]} and outcome["samples"]["pages"][-1] == 0
   series = soak.over_time(outcome["samples"], 5)
@@ -52,17 +40,17 @@ def test_what_was_served_is_sound(ran, tmp_path):
 
 
 def test_other_tokens_are_seen(ran):
-  generator, outcome = ran
-  talk = outcome["kept"][0]
-  assert soak.alone(generator, talk)
+  talk = ran[1]["kept"][0]
+  assert soak.alone(talk)
   turn = talk.turns[-1]
-  tokens, logprobs = turn.answers[0]
-  other = dataclasses.replace(turn, answers=[([*tokens[:-1], tokens[-1] ^ 1], logprobs), *turn.answers[1:]])
-  assert not soak.alone(generator, soak.Talk([*talk.turns[:-1], other]))
+  tokens, logprobs, text, reason = turn.answers[0]
+  for other in (([*tokens[:-1], tokens[-1] ^ 1], logprobs, text, reason), (tokens, logprobs, text + "a", reason)):
+    changed = dataclasses.replace(turn, answers=[other, *turn.answers[1:]])
+    assert not soak.alone(soak.Talk([*talk.turns[:-1], changed]))
 
 
 def test_lost_pages_are_seen(ran):
-  generator, _ = ran
+  generator = ran[0][0].generator
   cache = generator.cache
   assert soak.lost_pages(generator) == 0
   pool = cache.table.pool
@@ -75,6 +63,7 @@ def test_lost_pages_are_seen(ran):
 def made_up(**columns) -> dict:
   """What a soak of 100 steps leaves: all flat, but for `columns`."""
   flat = {"memory": [2**20] * 100, "device": [None] * 100, "arrays": [50] * 100}
+  flat |= {"tokens": [10 * i for i in range(100)], "busy": [0.2 * i for i in range(100)]}
   return {"samples": {"seconds": list(range(100)), **flat, **columns}, "counts": {"preemptions": 1}, "kept": []}
 
 
@@ -89,6 +78,8 @@ def made_up(**columns) -> dict:
     (dict(memory=[2**20 + 2**12 * i for i in range(100)]), {"memory_flat"}),
     (dict(device=[2**20] * 100), set()),
     (dict(device=[2**20 + 2**12 * i for i in range(100)]), {"device_flat"}),
+    (dict(busy=[0.002 * i * i for i in range(100)]), {"time_flat"}),
+    (dict(tokens=[0] * 100), set()),
   ],
 )
 def test_growth_is_seen(ran, columns, failed):
@@ -103,13 +94,17 @@ def test_flags_are_checked():
     soak.Config(retrofit="x")
   with pytest.raises(ValueError, match="--kernels"):
     soak.Config(kernels=True, checkpoint="x")
+  with pytest.raises(ValueError, match="unknown policy 'lru'"):
+    soak.Config(servers=("lru",))
+  with pytest.raises(ValueError, match="--servers=dms:int3: the page format must be one of"):
+    soak.Config(servers=("dms:int3",))
   for flag, value in (("minutes", 0), ("warm_up", 1.0), ("width", 0)):
     with pytest.raises(ValueError, match=f"--{flag}={value}"):
       soak.Config(**{flag: value})
 
 
 def test_a_model_for_kernels():
-  model = soak.served_model(soak.Config(kernels=True))
+  model, _ = soak.served_model(soak.Config(kernels=True))
   assert model.dtype == jnp.bfloat16 and model.config.head_dim == 64
 
 
@@ -121,7 +116,7 @@ def test_the_first_difference():
 
 @pytest.mark.slow
 def test_widths_are_compared():
-  model = soak.served_model(SHORT)
+  model, _ = soak.served_model(SHORT)
   found = bench_generate.width_divergence(
     model, [[1, 2, 3], [4]], 3, new_tokens=5, prefill_chunk=16, decode_block=4, page_size=4, max_length=48, pages=48
   )

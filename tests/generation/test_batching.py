@@ -11,6 +11,7 @@ from dms_jax import policies
 from dms_jax import testing as tiny
 from dms_jax.config import DMSConfig
 from dms_jax.generation import batching as serving
+from dms_jax.generation import pages as memories
 from dms_jax.generation.batching import Generator
 from dms_jax.generation.pages import BudgetError
 from tests.helpers import check_pages
@@ -188,7 +189,7 @@ def test_streams_what_it_results_in(model):
 
 @pytest.mark.slow
 def test_a_growing_pool_changes_nothing(model):
-  """Without a budget it starts at a page a head and grows; with one, only while old and new pool fit together."""
+  """Without a budget it starts at a page a head and grows; with one up to the budget, then rows are preempted."""
   requests = [(prompt(model, 20, s), dict(max_new_tokens=20)) for s in range(4)]
   keeps = dict(policy=policies.Vanilla(window=3))
   expected = alone(model, requests, **keeps)
@@ -203,7 +204,52 @@ def test_a_growing_pool_changes_nothing(model):
     for ticket, one in enumerate(expected):
       assert_same(results[ticket], one)
   assert generator.cache.pages > first and generator.preemptions == 0
-  assert first < limited.cache.pages <= 90 - first and limited.preemptions
+  assert first < limited.cache.pages <= 90 and limited.preemptions
+
+
+def test_a_pool_beyond_half_the_budget_grows_through_the_host(model, monkeypatch):
+  """One text takes all pages of the budget, to the last; the old pool is gone before the new one exists."""
+  request = (prompt(model, 20), dict(max_new_tokens=20))
+  keeps = dict(policy=policies.Vanilla(window=3))
+  (expected,) = alone(model, [request], **keeps)
+  pages = 4 * -(-(39 - 4) // PAGE)  # of 4 heads: all tokens but the newest and the window's
+  empty = Generator(model, **SIZES, **keeps).cache
+  stores, grown = [], memories._regrown
+
+  def watched(x, count):
+    new = grown(x, count)
+    assert x.is_deleted()
+    stores.append(count)
+    return new
+
+  monkeypatch.setattr(memories, "_regrown", watched)
+  for lacking in (0, 1):
+    budget = empty.fixed_bytes + (pages - lacking) * empty.page_bytes
+    generator = Generator(model, budget=budget, pages=empty.pages, **SIZES, **keeps)
+    generator.submit(request[0], **request[1])
+    if lacking:
+      with pytest.raises(BudgetError, match="fills budget"):
+        finish(generator)
+      assert expected.tokens[0][: len(generator.results[0].tokens[0])] == generator.results[0].tokens[0]
+    else:
+      assert_same(finish(generator)[0], expected)
+    assert generator.cache.pages == pages - lacking == stores[-1]
+
+
+def test_a_request_that_does_not_fit_is_not_read_in_every_block(model):
+  """It waits until more pages are free than when it was last tried, though the pool could grow a little."""
+  keeps = dict(policy=policies.Vanilla(window=3), **SIZES)
+  empty = Generator(model, **keeps).cache
+  budget = empty.fixed_bytes + 70 * empty.page_bytes
+  generator = Generator(model, budget=budget, pages=30, **keeps)
+  calls, call = [], generator.reader._call
+  generator.reader._call = lambda prompts, *rest: calls.append(prompts[0].ids.size) or call(prompts, *rest)
+  generator.submit(prompt(model, 10), max_new_tokens=50)
+  generator.step()
+  generator.submit(prompt(model, 40, 1), max_new_tokens=4)
+  results = finish(generator)
+  assert [r.finish_reason for r in results.values()] == [["length"]] * 2
+  assert calls.count(40) <= 2 * 5  # chunks of 8: tried once beside the other text, and once alone
 
 
 @pytest.mark.slow
@@ -269,6 +315,15 @@ def test_bad_requests_are_named(model, arguments, message):
   with pytest.raises(ValueError, match=message):
     generator.submit([1, 2], **arguments)
   assert not generator.busy
+
+
+def test_no_program_is_larger_than_a_text(model):
+  """Chunks and blocks longer than the longest text are cut to it; the results are the same."""
+  generator = Generator(model, width=2, max_length=12, prefill_chunk=256, decode_block=64, pages=60, page_size=PAGE)
+  assert (generator.reader.chunk, generator.decode_block) == (12, 12)
+  generator.submit(prompt(model, 7), max_new_tokens=6)
+  expected = dms_jax.generate(model, [prompt(model, 7)], max_new_tokens=6)
+  assert finish(generator)[0].tokens == expected.tokens
 
 
 def test_bad_settings_are_named(model):
