@@ -88,6 +88,7 @@ def prepare(
   dtype = jnp.dtype(config.memory.compute_dtype)
   cast = lambda params: jax.tree.map(lambda x: x.astype(dtype), params)
   table = param_table(base.config)
+  base = base.stacked()  # `load` may give a list of layers
   base = base.replace(params=split_params(base.params, lambda path: path in table)[0], dms=None, lora=None)
   student = base.replace(dms=dms, lora=lora if config.trainable == "lora" else None)
   fresh = init_retrofit(student, jax.random.key(config.seed), jnp.float32)
