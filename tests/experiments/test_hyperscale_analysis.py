@@ -1,4 +1,4 @@
-"""The analysis of a sweep: frontiers, margins and their intervals against plain numpy; cells and tables."""
+"""Sweeps analysed: frontiers, margins, intervals against plain numpy; cells and tables."""
 
 from __future__ import annotations
 
