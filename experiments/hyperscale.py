@@ -39,7 +39,7 @@ from typing import Any, Literal
 
 from dms_jax import checkpoint, policies
 from dms_jax.tokenizer import Tokenizer
-from experiments.common import files, program
+from experiments.common import files, outputs, program
 from experiments.hyperscaling import analysis, cells, page, pictures, tables
 from experiments.hyperscaling import methods as methods_module
 from experiments.hyperscaling.sweep import Limits, Sweeping
@@ -199,7 +199,7 @@ def main() -> None:
   config, chosen = program.read_flags("", Config), program.read_flags("", TasksConfig)
   folder = Path(config.output) if config.output else program.results_dir("hyperscale")
   made: dict[str, Any] = {}
-  with files.locked("output", folder):
+  with outputs.locked("output", folder):
     if config.checkpoint:
       made = make(config, chosen, folder)
     read = [cells.read(Path(each)) for each in config.sets or (str(folder),)]

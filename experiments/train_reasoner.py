@@ -10,21 +10,19 @@ not see each other; a document longer than a row is left out, and counted. Worke
 device (--data.workers). No part of a test problem is among them.
 
 The training is a retrofit's without gates, with the same flags and the same loop: the same command resumes a killed run
-from its last checkpoint with the same numbers (--deterministic: on a GPU bit by bit), and on SIGTERM the run saves its
-state and exits with 143. It writes OUTPUT/{run.json, log.jsonl, log.png, state/, final/}; final/ is a checkpoint for
-`dms_jax.load` with its tokenizer, a card (README.md) and the log. experiments.retrofit then retrofits it on the same
-problems, with the same --data.families.
+from its last checkpoint with the same numbers (--deterministic: on a GPU bit by bit). On SIGINT (Ctrl-C) and SIGTERM
+the run saves its state after the step and exits with 130 and 143. It writes OUTPUT/{run.json, log.jsonl, log.png,
+state/, final/}; final/ is a checkpoint for `dms_jax.load` with its tokenizer, a card (README.md) and the log.
+experiments.retrofit then retrofits it on the same problems, with the same --data.families.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import shutil
-import signal
 import statistics
-import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -44,10 +42,10 @@ from dms_jax.retrofit import (
 )
 from dms_jax.retrofit.config import check
 from dms_jax.retrofit.cost import step_flops
-from dms_jax.retrofit.loop import LOG, Preempted, Run
+from dms_jax.retrofit.loop import LOG, Run, read_log
 from dms_jax.tokenizer import Tokenizer
 from experiments import retrofit
-from experiments.common import files, program
+from experiments.common import program
 from experiments.reports import tables
 
 FAMILIES = ("countdown", "grids", "programs", "graphs")
@@ -161,12 +159,12 @@ def stride(steps: int) -> int:
 def write_card(run: Run, tokenizer: Tokenizer) -> None:
   """Adds README.md, log.jsonl and log.png to the checkpoint."""
   folder = run.directory / "final"
-  written = (run.directory / LOG).read_text().splitlines()
+  written = (run.directory / LOG).read_text(encoding="utf-8").splitlines()
   kept = [
     line for number, line in enumerate(written) if not number % stride(len(written)) or number == len(written) - 1
   ]
   write_text(folder / LOG, "\n".join(kept) + "\n")
-  write_text(folder / "README.md", card(run, tokenizer, [json.loads(line) for line in written]))
+  write_text(folder / "README.md", card(run, tokenizer, read_log(run.directory / LOG)))
   if (picture := run.directory / "log.png").exists():
     shutil.copyfile(picture, folder / picture.name)
 
@@ -192,27 +190,23 @@ def main() -> None:
       f"{model.max_position_embeddings}"
     )
   base = untrained(model, settings.seed)
-  with files.locked("output", config.output) as output:
-    if data.families:
-      packer = retrofit.generated(data, tokenizer, settings)
-    else:
-      packer = retrofit.rows(
-        retrofit.texts(lambda: base, tokenizer, data, settings.memory.compute_dtype, output), data, settings
-      )
-    run = Run(base, None, LoRAConfig(), settings, data, output)
-    flops = step_flops(model, None, None, settings)
-    program.log(
-      f"{count_params(param_table(model)):,} parameters, {settings.schedule.steps:,} steps of {flops.tokens:,} "
-      f"tokens, {flops.total * settings.schedule.steps:.2e} FLOPs; the time left follows after the first steps"
+  output = Path(config.output)
+  if data.families:
+    packer = retrofit.generated(data, tokenizer, settings)
+  else:
+    packer = retrofit.rows(
+      retrofit.texts(lambda: base, tokenizer, data, settings.memory.compute_dtype, output), data, settings
     )
-    try:
-      with contextlib.closing(packer):
-        last = retrofit.carry_out(run, packer, tokenizer, stop_after=config.stop_after or None)
-    except Preempted as reason:
-      program.log(str(reason))
-      sys.exit(128 + signal.SIGTERM)
-    if last["step"] + 1 == settings.schedule.steps:
-      write_card(run, tokenizer)
+  run = Run(base, None, LoRAConfig(), settings, data, output)
+  flops = step_flops(model, None, None, settings)
+  program.log(
+    f"{count_params(param_table(model)):,} parameters, {settings.schedule.steps:,} steps of {flops.tokens:,} "
+    f"tokens, {flops.total * settings.schedule.steps:.2e} FLOPs; the time left follows after the first steps"
+  )
+  with contextlib.closing(packer):
+    last = retrofit.carry_out(run, packer, tokenizer, stop_after=config.stop_after or None)
+  if last["step"] + 1 == settings.schedule.steps:
+    write_card(run, tokenizer)
   program.finish({"output": str(output), "last": last})
 
 
@@ -221,4 +215,4 @@ if __name__ == "__main__":
   program.define_flags("model", ModelConfig, **SHAPE)
   program.define_flags("retrofit", RetrofitConfig, **DEFAULTS)
   program.define_flags("data", DataConfig, families=FAMILIES)
-  program.run(main)
+  program.run(main, writes="folder", goes_on=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import multiprocessing
@@ -17,7 +18,7 @@ import os
 import signal
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -187,6 +188,19 @@ def _start_worker(stream: Stream) -> None:
   threading.Thread(target=follow, daemon=True).start()
 
 
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[None]:
+  """SIGINT and SIGTERM wait in this thread, and for ever in processes started meanwhile, unless they take them up."""
+  if not hasattr(signal, "pthread_sigmask"):
+    yield
+    return
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _batch_in_worker(step: int):
   return _stream.batch(step)
 
@@ -252,8 +266,9 @@ class StreamPacker(Batches):
     try:
       first = self._ahead[-1][0] + 1 if self._ahead else step
       last = max(min(step + 2 * self.workers, self.config.schedule.steps), step + 1)
-      for number in range(first, last):
-        self._ahead.append((number, self._pool.submit(_batch_in_worker, number)))
+      with _signals_held_back():  # a worker that starts does not ignore them yet
+        for number in range(first, last):
+          self._ahead.append((number, self._pool.submit(_batch_in_worker, number)))
       return self._ahead.popleft()[1].result()
     except BrokenProcessPool:
       for process in list((self._pool._processes or {}).values()):

@@ -9,12 +9,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dms_jax.config import json_value, read_json
+from dms_jax.npz import DAMAGE, Arrays
 from experiments.common import files
 from experiments.methods import records
 from experiments.methods.records import Record
@@ -193,16 +196,28 @@ def load(path: Path, flag: str) -> dict[Key, Cell]:
     ValueError: the file is damaged or of another kind; names the flag.
   """
   try:
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-      found = {}
-      for number, each in enumerate(json.loads(str(arrays["about"]))):
+    with zipfile.ZipFile(path) as archive:
+      arrays, found = Arrays(archive, path, packed=True), {}
+      for number, each in enumerate(json_value(str(arrays["about"]), "about")):
         task, method, cr, most = each["key"]
         own = {name: arrays[f"{number}.{name}"] for name in ("grades", "votes", *COSTS)}
         own["grades"] = own["grades"].astype(np.float32)
-        found[task, method, float(cr), int(most)] = Cell(tuple(each["problems"]), content=each["content"], **own)
+        cell = Cell(tuple(each["problems"]), content=each["content"], **own)
+        found[task, method, float(cr), int(most)] = _checked(cell)
       return found
-  except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-    raise ValueError(f"--{flag}={path}: not cells of a sweep, or damaged ({type(error).__name__}: {error})") from None
+  except (*DAMAGE, ValueError, TypeError, OverflowError) as error:
+    reason = " ".join(str(error).split())[:100]
+    raise ValueError(f"--{flag}={path}: not cells of a sweep, or damaged ({type(error).__name__}: {reason})") from None
+
+
+def _checked(cell: Cell) -> Cell:
+  """The cell; a ValueError if an array of it does not fit the others."""
+  shape = len(cell.problems), cell.grades.shape[-1] if cell.grades.ndim else 0
+  if not (cell.grades.shape == cell.votes.shape == shape and cell.grades.size and cell.votes.dtype.kind == "i"):
+    raise ValueError(f"grades {cell.grades.shape} and votes {cell.votes.shape} of {len(cell.problems)} problems")
+  if wrong := [name for name in COSTS if (x := getattr(cell, name)).shape != shape[:1] or x.dtype.kind != "f"]:
+    raise ValueError(f"{wrong[0]} of shape {getattr(cell, wrong[0]).shape} for {len(cell.problems)} problems")
+  return cell
 
 
 def read(folder: Path, flag: str = "sets") -> tuple[Sweep, list[str]]:
@@ -214,11 +229,17 @@ def read(folder: Path, flag: str = "sets") -> tuple[Sweep, list[str]]:
   about: dict[str, Any] = {}
   if (folder / "config.json").exists():
     try:
-      about = json.loads((folder / "config.json").read_text())
+      about = read_json(folder / "config.json")
     except ValueError as error:
-      raise ValueError(f"--{flag}={folder / 'config.json'}: not valid JSON ({error})") from None
+      raise ValueError(f"--{flag}={error}") from None
+    if wrong := [name for name in ("config", "environment") if not isinstance(about.get(name) or {}, dict)]:
+      raise ValueError(f"--{flag}={folder / 'config.json'}: {wrong[0]!r} must be a JSON object")
   if (folder / RECORDS).exists():
-    cells, remarks = of_records(records.read(folder / RECORDS, flag))
+    found = records.read(folder / RECORDS, flag)
+    try:
+      cells, remarks = of_records(found)
+    except ValueError as error:
+      raise ValueError(f"--{flag}={folder}: {error}") from None
   elif (folder / CELLS).exists():
     cells, remarks = load(folder / CELLS, flag), []
   else:

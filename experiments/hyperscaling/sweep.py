@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dms_jax.config import read_json
 from dms_jax.tokenizer import Tokenizer
 from experiments.common import files, program
 from experiments.hyperscaling import cells, timing
@@ -103,8 +104,8 @@ class Sweeping:
   def speed(self) -> float | None:
     """Tokens a second of the last run in this folder; None before the first."""
     try:
-      return float(json.loads((self.folder / SPEED).read_text())["tokens_per_s"])
-    except (OSError, ValueError, KeyError, TypeError):
+      return float(read_json(self.folder / SPEED)["tokens_per_s"])
+    except (ValueError, KeyError, TypeError, OverflowError):
       return None
 
   def run(self) -> dict[str, Any]:

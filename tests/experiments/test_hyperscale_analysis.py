@@ -1,4 +1,4 @@
-"""Sweeps analysed: frontiers, margins, intervals against plain numpy; cells and tables."""
+"""The analysis of a sweep: margins and intervals against plain numpy; cells and tables."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def test_a_line_that_was_cut_short_is_removed(tmp_path):
     (json.dumps({**vars(record(prompt=1)), "more": 1}), "line 2: a record has no field 'more'"),
     (json.dumps(vars(record())), "line 2: original on needle, prompt 0, is there already"),
     ("{", "line 2: not valid JSON"),
-    ("[" * 100_000, "line 2: JSON nested too deeply"),
+    ("[" * 100_000, "line 2: JSON nested too deep"),
     (json.dumps(vars(record(prompt=1, text="\ud800"))), "line 2: half of a surrogate pair"),
     (json.dumps(vars(record(prompt=1, score="1"))), """line 2: 'score' of 'grades' must be a number, not "1\""""),
     (json.dumps(vars(record(prompt=1, budget={"cr": None}))), "line 2: 'cr' of 'budget' must be a number, not null"),
