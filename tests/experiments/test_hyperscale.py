@@ -307,6 +307,7 @@ def test_a_sweep_from_flags_to_page(checkpoints, tmp_path, monkeypatch, capfd):
     hyperscale.main()
 
 
+@pytest.mark.slow
 def test_the_timed_batch_fills_the_memory(checkpoints, monkeypatch):
   """As many rows as hold their chains together: hardly one waits on the host, and most of the memory is used."""
   (method,) = built(checkpoints, ("vanilla",))
