@@ -30,6 +30,7 @@ DESCRIBED = {
   "pyproject.toml": "build system, ruff, mypy",
   "setup.cfg": "package, dependencies, pytest",
   "colab/01_quickstart.ipynb": "install, convert, generate dense and compressed, look at the memory",
+  "colab/06_to_pytorch.ipynb": "train gates, export three layouts, evict in transformers, compare with dms_jax",
   "experiments/LOG.md": "dated results, disappointing ones too",
   "experiments/reports/templates/report.html": "the page of experiments.report, in Jinja",
   "experiments/reports/templates/hyperscale.html": "the page of experiments.hyperscale; it extends report.html",

@@ -12,6 +12,7 @@ import concurrent.futures
 import contextlib
 import glob
 import json
+import math
 import os
 import secrets
 import shutil
@@ -456,6 +457,26 @@ def check_writable(path: str | Path) -> None:
       file.write(bytes(4096))
   except OSError as error:
     raise ValueError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
+
+
+def check_room(path: str | Path, size: int) -> None:
+  """Checks, before the work, that the disk of `path`, which need not exist, has room for `size` more bytes.
+
+  Raises:
+    ValueError: it has not.
+  """
+  place = Path(path).absolute()
+  while not place.exists():
+    place = place.parent
+  disk = shutil.disk_usage(place)
+  if 0 < disk.total and disk.free < size:  # some network file systems do not tell
+    need, free = (f"{count / 1e6:,.1f} MB" for count in (size, disk.free))
+    raise ValueError(f"{path}: about {need} will be written, and the disk has {free} free; make room or choose another")
+
+
+def nbytes(table: dict[str, ParamSpec], dtype: Any) -> int:
+  """Bytes of the parameters of a table in one dtype."""
+  return sum(math.prod(spec.shape) for spec in table.values()) * jnp.dtype(dtype).itemsize
 
 
 @contextlib.contextmanager

@@ -105,4 +105,4 @@ def base_name(metadata: Mapping[str, Any]) -> str | None:
 
 if __name__ == "__main__":
   program.define_flags("", Config)
-  program.run(main)
+  program.run(main, writes="file")

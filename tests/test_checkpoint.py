@@ -381,6 +381,19 @@ def test_an_output_that_cannot_be_written(tmp_path):
   checkpoint.check_writable(tmp_path / "new" / "m")
 
 
+def test_a_disk_without_room_is_refused_before_the_work(tmp_path, monkeypatch):
+  table = param_table(tiny.config())
+  size = checkpoint.nbytes(table, "bfloat16")
+  assert size == 2 * sum(x.size for x in jax.tree.leaves(tiny.model().params))
+  usage = shutil.disk_usage(tmp_path)
+  monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=size))
+  checkpoint.check_room(tmp_path / "not" / "there", size)
+  with pytest.raises(ValueError, match=r"not/there: about \S+ MB will be written, and the disk has \S+ MB free"):
+    checkpoint.check_room(tmp_path / "not" / "there", size + 1)
+  monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(total=0, free=0))  # it does not tell
+  checkpoint.check_room(tmp_path, size)
+
+
 def test_fields_of_other_types(saved):
   values = json.loads((saved / "config.json").read_text())
   for name, wrong in (

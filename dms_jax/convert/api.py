@@ -81,7 +81,9 @@ def convert(
     dms, (config, tensors, own) = None, gguf.read(path)
   ignore = lambda name: transformers.is_ignored(config, name)
   dtype = dtype or tensors.dtype
-  slices = to_slices(param_table(config, dms), tensors, jnp.dtype(dtype), ignore=ignore, progress=progress)
+  table = param_table(config, dms)
+  checkpoint.check_room(output, checkpoint.nbytes(table, dtype))
+  slices = to_slices(table, tensors, jnp.dtype(dtype), ignore=ignore, progress=progress)
   if tokenizer is not None:
     own = Tokenizer.load(fetch(tokenizer, TOKENIZER_FILES, "tokenizer"))
   if own is not None and (known := own.vocab_size) > config.vocab_size:

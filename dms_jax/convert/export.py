@@ -7,12 +7,13 @@ import importlib.util
 import re
 from pathlib import Path
 
-from dms_jax.checkpoint import atomic_directory
+from dms_jax.checkpoint import atomic_directory, check_room, nbytes
 from dms_jax.config import read_json
 from dms_jax.convert.layouts import LAYOUTS, peft
 from dms_jax.convert.tensors import DTYPES, Progress
 from dms_jax.convert.writing import CARD, MARK, SHARD_BYTES, About
 from dms_jax.model import Model
+from dms_jax.params import param_table
 from dms_jax.tokenizer import Tokenizer
 
 _OURS = re.compile(
@@ -45,7 +46,8 @@ def export(
     about: what the files say of the model and no parameter holds.
 
   Raises:
-    ValueError: `path` exists and may not be replaced, dtype or layout is unknown, or the layout cannot hold the model.
+    ValueError: `path` exists and may not be replaced, the disk has no room, dtype or layout is unknown, or the layout
+      cannot hold the model.
   """
   if importlib.util.find_spec("safetensors") is None:
     raise ValueError("writing safetensors needs the safetensors package: pip install 'dms_jax[convert]'")
@@ -58,6 +60,9 @@ def export(
   path = Path(path)
   if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
     raise ValueError(f"{path}: exists already; choose another place or pass --overwrite")
+  groups = ("gate", "lora") if layout == peft.NAME else ("base", "gate")
+  table = param_table(model.config, model.dms, model.lora)
+  check_room(path, nbytes({name: spec for name, spec in table.items() if spec.group in groups}, dtype))
   with atomic_directory(path, replaces=_is_export) as directory:
     LAYOUTS[layout].write(
       directory, model.stacked(), tokenizer, dtype=dtype, shard_bytes=shard_bytes, progress=progress, about=about

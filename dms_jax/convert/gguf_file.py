@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from dms_jax.config import shown
+
 _SCALARS = {  # value type: struct's format
   0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<B", 10: "<Q", 11: "<q", 12: "<d",
 }  # fmt: skip
@@ -108,6 +110,12 @@ class _Stream:
   def string(self) -> str:
     return str(self.take(self.count(1, "characters")), "utf-8")
 
+  def name(self) -> str:
+    """A string that names something."""
+    if not (name := self.string()).isprintable():
+      raise ValueError(f"the name {shown(name)} before byte {self.place}")
+    return name
+
   def value(self) -> Any:
     kind = self.scalar("<I")
     if kind != _ARRAY:
@@ -145,13 +153,13 @@ def _parse(file: Path, stream: _Stream, kinds: Any, sizes: dict) -> tuple[dict[s
   tensors = stream.count(24, "tensors")
   metadata: dict[str, Any] = {}
   for _ in range(stream.count(13, "metadata keys")):
-    key = stream.string()
+    key = stream.name()
     if key in metadata:
       raise ValueError(f"metadata key {key} is there twice")
     metadata[key] = stream.value()
   table: dict[str, tuple] = {}
   for _ in range(tensors):
-    name = stream.string()
+    name = stream.name()
     if (axes := stream.scalar("<I")) > _MOST_AXES:
       raise ValueError(f"tensor {name} has {axes} axes")
     shape = tuple(reversed([stream.scalar("<Q") for _ in range(axes)]))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -34,8 +37,9 @@ def _weight_files(path: Path) -> list[Path]:
     if outside := [name for name in set(index.values()) if name in ("", ".", "..") or Path(name).name != name]:
       raise ValueError(f"{path / INDEX}: {shown(outside[0])} is no name of a file beside it")
     files = [path / name for name in sorted(set(index.values()))]
-    if missing := [f.name for f in files if not f.is_file()]:
-      raise ValueError(f"{path}: shard(s) {missing} named by {INDEX} are missing; fetch them again")
+    if missing := [f.name[:80] for f in files if not os.path.isfile(f)]:  # false for names that no file can have
+      more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+      raise ValueError(f"{path}: shard(s) {missing[:8]}{more} named by {INDEX} are missing; fetch them again")
   else:
     files = sorted(f for f in path.glob("*.safetensors") if not _OTHERS.fullmatch(f.name))
     if not files:
@@ -44,6 +48,24 @@ def _weight_files(path: Path) -> list[Path]:
     if (n := len(files)) > 1:
       raise ValueError(f"{path}: {n} .safetensors files and no {INDEX} that says what is where; fetch it again")
   return files + gates
+
+
+def _check_names(file: Path) -> None:
+  """Raises ValueError if the header of a readable file names a tensor twice, as the library allows, or oddly."""
+  with file.open("rb") as stream:
+    header = stream.read(int.from_bytes(stream.read(8), "little"))
+  json.loads(header, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """A JSON object from its pairs; a ValueError if a key is there twice or is no printable text."""
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    keys = [key for key, _ in pairs]
+    raise ValueError(f"its header holds {shown(next(key for key in keys if keys.count(key) > 1))} twice")
+  if odd := [key for key in found if not key.isprintable()]:
+    raise ValueError(f"its header holds the name {shown(odd[0])}")
+  return found
 
 
 def _plain_name(name: str) -> str:
@@ -71,7 +93,8 @@ def open_tensors(path: Path, only: list[Path] | None = None) -> Tensors:
       with safe_open(file, framework="np") as handle:
         slices = {name: handle.get_slice(name) for name in handle.keys()}
         entries = {name: (one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
-    except (SafetensorError, OSError, OverflowError) as error:
+      _check_names(file)
+    except (SafetensorError, OSError, OverflowError, ValueError) as error:
       reason = f"not a readable safetensors file ({first_line(error)})"
       raise ValueError(f"{file}: {reason}; it is damaged or was cut short") from None
     for stored, (kind, shape) in entries.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Iterator
 
 import jax
@@ -59,7 +60,9 @@ def to_slices(
 
   Raises:
     ValueError: tensors are missing, unexpected or of wrong shape (the message lists all); later, while slices are
-      read: a tensor holds NaN or infinity.
+      read: a tensor overflows `dtype`.
+
+  NaN and infinity stay, with one warning: they may lie in rows that no text reads, and other programs load such files.
   """
   check_layers(max(spec.shape[0] for spec in table.values() if spec.layered), len(tensors.shapes), tensors.source)
   wanted = {name: (path, layer) for path, spec in table.items() for name, layer in hf_names(path, spec)}
@@ -75,13 +78,18 @@ def to_slices(
     raise ValueError(f"{tensors.source}: {len(problems)} tensor(s) do not fit config.json: {shown}")
 
   def read() -> Iterator[Slice]:
-    found = [name for name in tensors.shapes if name in wanted]
+    found, broken = [name for name in tensors.shapes if name in wanted], {}
     for done, name in enumerate(found, 1):
       path, layer = wanted[name]
       spec = table[path]
-      yield path, layer, _finite(tensors, name, dtype_of(spec, np.dtype(dtype))).reshape(spec.shape[spec.layered :])
+      value = _cast(tensors, name, dtype_of(spec, np.dtype(dtype)), broken)
+      yield path, layer, value.reshape(spec.shape[spec.layered :])
       if progress is not None:
         progress(done, len(found), name)
+    if broken:
+      names = ", ".join(list(broken)[:8]) + (f" and {len(broken) - 8} more" if len(broken) > 8 else "")
+      count = f"{sum(broken.values())} values of {len(broken)} tensor(s) are NaN or infinite"
+      warnings.warn(f"{tensors.source}: {count}, and a text that meets them fails: {names}", stacklevel=2)
 
   return read()
 
@@ -99,16 +107,17 @@ def to_params(table: dict[str, ParamSpec], tensors: Tensors, dtype, *, progress:
   return unflatten(flat)
 
 
-def _finite(tensors: Tensors, name: str, dtype) -> np.ndarray:
+def _cast(tensors: Tensors, name: str, dtype, broken: dict[str, int]) -> np.ndarray:
+  """One tensor in `dtype`; `broken` counts its values that are not finite."""
   value = tensors.read(name)
-  if not _all_finite(value):
-    raise ValueError(f"{tensors.source}: tensor {name} holds NaN or infinity; the file is damaged")
-  if value.dtype == dtype:
-    return value
-  with np.errstate(over="ignore"):
-    cast = value.astype(dtype)
-  if not _all_finite(cast):
+  with np.errstate(all="ignore"):
+    cast = value.astype(dtype, copy=False)
+  if _all_finite(cast):
+    return cast
+  finite = np.isfinite(cast.astype(np.float32, copy=False))
+  if np.isfinite(value[~finite].astype(np.float32, copy=False)).any():
     raise ValueError(f"{tensors.source}: tensor {name} overflows {np.dtype(dtype).name}; choose float32 or bfloat16")
+  broken[name] = finite.size - int(finite.sum())
   return cast
 
 

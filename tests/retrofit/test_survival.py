@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -247,3 +248,18 @@ def test_the_neuron_is_zeroed_between_the_phases(tmp_path):
 def test_keep_states_and_save_every_count(tmp_path):
   train(*a_run(tmp_path, saving__save_every=1, saving__keep_states=4, schedule__steps=6))
   assert states(tmp_path) == [3, 4, 5, 6]
+
+
+def test_a_disk_without_room_for_states_and_checkpoints_is_refused_before_the_run(tmp_path, whole, monkeypatch):
+  run, packer = a_run(tmp_path / "run")
+  usage, checked = shutil.disk_usage(tmp_path), []
+  check = checkpoint.check_room
+  monkeypatch.setattr(checkpoint, "check_room", lambda path, size: checked.append(size) or check(path, size))
+  monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=0))
+  with pytest.raises(ValueError, match=r"run: about \S+ MB will be written, and the disk has 0.0 MB free; make room"):
+    train(run, packer)
+  assert not (tmp_path / "run").exists()
+  trained = 4 * sum(math.prod(spec.shape) for spec in table(whole[0] / "final").values())  # float32
+  assert checked == [checked[0]] and 3 * 3 * trained < checked[0] < 3 * 3 * trained + 3 * trained + 1000
+  train(*a_run(whole[0]))  # a finished run writes nothing more
+  assert checked[1:] == [0]
