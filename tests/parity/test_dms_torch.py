@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import sys
 
 import jax
 import numpy as np
@@ -455,7 +456,7 @@ def test_calls_that_are_refused(torch, transformers, load, code):
   refused("hides tokens that the cache has read", lambda: theirs(tokens[:, 10:], attention_mask=hidden, cache=cache))
 
 
-def test_files_that_are_refused(code, transformers, monkeypatch, tmp_path):
+def test_files_that_are_refused(code, monkeypatch, tmp_path):
   """Gates or settings that are missing; versions that the code does not know."""
   from safetensors.numpy import load_file, save_file
 
@@ -474,7 +475,7 @@ def test_files_that_are_refused(code, transformers, monkeypatch, tmp_path):
   with pytest.raises(ValueError, match="dms_window_size=-1 should be 0 or more tokens; dms_alpha_scale=None should be"):
     code.DMSLlamaForCausalLM.from_pretrained(path)
   monkeypatch.syspath_prepend(path)
-  monkeypatch.setattr(transformers, "__version__", "4.57.1")
+  monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.1")  # transformers replaces its own module
   with pytest.raises(ImportError, match=r"needs transformers 5 and torch 2.4 or newer, found transformers 4\.57\.1"):
     importlib.reload(code)
 
