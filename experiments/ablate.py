@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import shlex
 import shutil
 import sys
@@ -39,7 +38,7 @@ from dms_jax.evaluation.text import held_by_position, text_quality
 from dms_jax.model import Model
 from dms_jax.retrofit import DataConfig
 from dms_jax.retrofit.data import Batches, Source
-from dms_jax.retrofit.loop import LOG, RUN, STATE, Run
+from dms_jax.retrofit.loop import LOG, RUN, STATE, Run, read_log
 from dms_jax.tokenizer import Tokenizer
 from experiments import retrofit
 from experiments.ablation import sweeps
@@ -93,7 +92,7 @@ def train(one: Trial, base: Model, packer: Batches, tokenizer: Tokenizer) -> Non
   run = Run(base, one.dms, one.lora, one.retrofit, one.data, one.folder)
   with contextlib.closing(packer):
     last = retrofit.carry_out(run, packer, tokenizer)
-  seconds = sum(json.loads(line)["seconds"] for line in (one.folder / LOG).read_text().splitlines())
+  seconds = sum(line["seconds"] for line in read_log(one.folder / LOG))
   about = {"tokens": last["tokens"], "minutes": seconds / 60, "last": last, "environment": program.environment()}
   program.save_json(one.folder / TRAINED, about)
   shutil.rmtree(one.folder / STATE, ignore_errors=True)

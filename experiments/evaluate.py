@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +36,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dms_jax import DMS, Vanilla, checkpoint, policies
+from dms_jax.config import read_json
 from dms_jax.model import Model
 from dms_jax.policies import Policy
 from dms_jax.tokenizer import Tokenizer
@@ -264,8 +264,8 @@ class Evaluation:
     self.jobs, self.texts, self.original, self.tokenizer = jobs, texts, original, tokenizer
     self.baseline, self.estimate = baseline_of(methods), Estimate(0)
     self.speed: float | None = None  # of the last run
-    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):  # a summary can be written anew
-      self.speed = float(json.loads((folder / SUMMARY).read_text()).get("tokens_per_s"))
+    with contextlib.suppress(ValueError, TypeError, OverflowError):  # a summary can be written anew
+      self.speed = float(read_json(folder / SUMMARY).get("tokens_per_s"))
     self.task_records = records.read(folder / RECORDS)
     self.text_records = records.read(folder / TEXTS)
     expected = {

@@ -55,7 +55,7 @@ from dms_jax.retrofit.config import check
 from dms_jax.retrofit.data import Batches, Packer, Source, load_sources
 from dms_jax.retrofit.distributed import MeshConfig
 from dms_jax.retrofit.loop import LOG, Preempted, Run, train
-from dms_jax.retrofit.packing import StreamPacker, WholePacker
+from dms_jax.retrofit.packing import FIRST, StreamPacker, WholePacker
 from dms_jax.tokenizer import Tokenizer
 from experiments.bench import retrofit_step as retrofit_benchmark
 from experiments.common import outputs, program, stopping
@@ -224,8 +224,9 @@ def generated(data: DataConfig, tokenizer: Tokenizer, settings: RetrofitConfig) 
     )
   packer = StreamPacker(documents, tokenizer, data, settings)
   sizes = packer.sizes()
-  say(f"  {','.join(data.families)}: {sum(sizes) / len(sizes):,.0f} tokens a document, the longest of {len(sizes)} has "
-      f"{max(sizes):,}; {packer.workers} processes make them")  # fmt: skip
+  mean = f"{sum(sizes) / len(sizes):,.0f} tokens a document, " if sizes else ""
+  say(f"  {','.join(data.families)}: {mean}{packer.workers} processes make them; {FIRST - len(sizes)} of the first "
+      f"{FIRST} are longer than a row of {settings.seq_len:,} tokens: such are left out")  # fmt: skip
   return packer
 
 

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from dms_jax import checkpoint
-from dms_jax.config import DMSConfig, LoRAConfig, from_json, read_json, to_json
+from dms_jax import checkpoint, formats
+from dms_jax.config import DMSConfig, LoRAConfig, from_json, is_number, parse_json, read_json, to_json
 from dms_jax.model import Model
 from dms_jax.params import Params, join_params, param_table, split_params
 from dms_jax.retrofit import distributed, kvzap
@@ -104,9 +104,10 @@ def _claim_directory(directory: Path, settings: dict[str, dict | None]) -> None:
   path = directory / RUN
   if not path.exists():
     directory.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(path, json.dumps(settings, indent=1))
+    checkpoint.write_text(path, json.dumps({**formats.stamp("run"), **settings}, indent=1))
     return
   found = read_json(path)
+  formats.check("run", found, path)
   # of an earlier version: with today's fields
   for name, cls in (("retrofit", RetrofitConfig), ("dms", DMSConfig), ("data", DataConfig)):
     if settings[name] is not None:
@@ -153,18 +154,29 @@ def _trim_log(path: Path, step: int) -> None:
   if not path.exists():
     return
   kept = []
-  for line in path.read_text().splitlines():
-    try:
-      if json.loads(line)["step"] < step:
+  for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    with contextlib.suppress(ValueError):
+      if _step(line, str(path))["step"] < step:
         kept.append(line + "\n")
-    except (json.JSONDecodeError, KeyError):
-      continue
   checkpoint.write_text(path, "".join(kept))
 
 
-def _last_line(path: Path) -> dict:
-  lines = path.read_text().splitlines() if path.exists() else []
-  return json.loads(lines[-1]) if lines else {}
+def _step(line: str, where: str) -> dict:
+  """A line of a log, which is of one step; a ValueError names `where` if it is none."""
+  values = parse_json(line, where)
+  if not is_number(values.get("step"), int):
+    raise ValueError(f"{where}: no line of a retrofit's log: it needs a whole number 'step'")
+  return values
+
+
+def read_log(path: Path) -> list[dict]:
+  """The lines of log.jsonl, one a step; none if it is missing.
+
+  Raises:
+    ValueError: a line is none of a log; names the file and line.
+  """
+  lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+  return [_step(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
 
 
 @contextlib.contextmanager
@@ -291,10 +303,10 @@ def train(
       if leads:
         _trim_log(directory / LOG, first)
     last = config.schedule.steps if stop_after is None else min(stop_after, config.schedule.steps)
-    line, pending, clock = _last_line(directory / LOG), [], time.perf_counter()
+    line, pending, clock = (read_log(directory / LOG) or [{}])[-1], [], time.perf_counter()
     if first < last and stop():
       raise Preempted(f"stopped before step {first}; nothing is lost")
-    with open(directory / LOG if leads else os.devnull, "a") as log:
+    with open(directory / LOG if leads else os.devnull, "a", encoding="utf-8") as log:
       for step in range(first, last):
         if config.schedule.zero_neuron and step == config.schedule.fade_steps:
           state = zero_neuron(student, state)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import bz2
 import contextlib
-import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from dms_jax.config import HALF_PAIR, has_half_pair, json_value
 
 
 def cut_half_line(path: Path, start: bytes) -> None:
@@ -96,6 +96,9 @@ def check_retrofit(flag: str, folder: str | Path | None, whole: bool = False) ->
     raise ValueError(f"{where}: {what}, not a retrofit; give it as --checkpoint, or leave --{flag} out")
 
 
+UNPACKED = 100  # most times the size of a .bz2 file that its text may have; texts have about four
+
+
 def read_text(flag: str, path: str | Path) -> str:
   """The text of a UTF-8 file, decompressed if it is a .bz2 file.
 
@@ -107,13 +110,35 @@ def read_text(flag: str, path: str | Path) -> str:
     raise ValueError(f"--{flag}={path}: a folder, where a file is expected")
   try:
     data = path.read_bytes()
-    return (bz2.decompress(data) if path.suffix == ".bz2" else data).decode("utf-8")
+    data = _unpacked(data) if path.suffix == ".bz2" else data
   except FileNotFoundError:
     raise ValueError(f"--{flag}={path}: no such file") from None
-  except UnicodeDecodeError as error:
-    raise ValueError(f"--{flag}={path}: not UTF-8 text ({error})") from None
   except (OSError, ValueError) as error:
     raise ValueError(f"--{flag}={path}: cannot be read ({error}); the file is damaged or was cut short") from None
+  try:
+    return data.decode("utf-8")
+  except UnicodeDecodeError as error:
+    line = data.count(b"\n", 0, error.start) + 1
+    raise ValueError(f"--{flag}={path}: not UTF-8 text in line {line} ({error})") from None
+
+
+def _unpacked(data: bytes) -> bytes:
+  """The content of a .bz2 file, which may hold several streams; never more than `UNPACKED` times its size."""
+  most, parts, size = UNPACKED * len(data) + 2**20, [], 0
+  while data:
+    stream = bz2.BZ2Decompressor()
+    try:
+      parts.append(stream.decompress(data, most - size + 1))
+    except OSError:
+      if parts:  # what follows the last stream is no stream: as bz2, it is left out
+        break
+      raise
+    if (size := size + len(parts[-1])) > most:
+      raise ValueError(f"it unpacks to more than {UNPACKED} times its size")
+    if not stream.eof:
+      raise ValueError("it ends early")
+    data = stream.unused_data
+  return b"".join(parts)
 
 
 def text_lines(flag: str, path: str | Path) -> Iterator[tuple[str, str]]:
@@ -127,24 +152,26 @@ def text_lines(flag: str, path: str | Path) -> Iterator[tuple[str, str]]:
       yield f"--{flag}={path}, line {number}", line.removesuffix("\r")
 
 
-def json_records(flag: str, path: str | Path, fields: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def json_records(
+  flag: str, path: str | Path, fields: Mapping[str, Any], left_out: list[str] | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
   """(where, record) of each line of a JSON-lines file that is not blank.
 
   Args:
     fields: the name and type of each field that every record must hold.
+    left_out: gets the places of records that hold half of a surrogate pair, which are then left out.
 
   Raises:
-    ValueError: a line is not a JSON object, or a field is missing or of another type; names the flag and line.
+    ValueError: a line is not a JSON object, a field is missing or of another type, or a text is none; names the flag
+      and line.
   """
   for where, line in text_lines(flag, path):
-    try:
-      record = json.loads(line)
-    except json.JSONDecodeError as error:
-      raise ValueError(f"{where}: not valid JSON ({error})") from None
-    except RecursionError:
-      raise ValueError(f"{where}: JSON nested too deeply") from None
-    if "\\ud" in line.lower() and re.search("[\ud800-\udfff]", json.dumps(record, ensure_ascii=False)):
-      raise ValueError(f"{where}: half of a surrogate pair (\\ud800 to \\udfff), which is no character")
+    record = json_value(line, where)
+    if "\\ud" in line.lower() and has_half_pair(record):
+      if left_out is None:
+        raise ValueError(f"{where}: {HALF_PAIR}")
+      left_out.append(where)
+      continue
     for name, kind in fields.items():
       if not isinstance(record, dict) or not isinstance(record.get(name), kind):
         raise ValueError(f"{where}: a record needs {name!r} ({getattr(kind, '__name__', kind)})")

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 
+from dms_jax.config import HALF_PAIR
 from dms_jax.generation.batching import BudgetError, Generator
 from experiments.common import files, program
 
@@ -47,11 +48,14 @@ def read_requests(
 ) -> list[Request]:
   """All requests of a file. The arguments are defaults for lines without them; default keys derive from `seed`.
 
+  A line that holds half of a surrogate pair gets no answer; it is logged, and the other lines keep their places.
+
   Raises:
     ValueError: no such file, a line that is not a request, or an id used twice; the message names the line.
   """
-  requests, seen = [], {}
-  for index, (at, values) in enumerate(files.json_records("requests", path, {})):
+  requests, seen, left_out = [], {}, []
+  for at, values in files.json_records("requests", path, {}, left_out):
+    index = len(requests) + len(left_out)
     _check(at, values)
     request = Request(
       values.get("id", index),
@@ -67,6 +71,8 @@ def read_requests(
       raise ValueError(f"{at}: id {request.id!r} is that of {seen[request.id]} too")
     seen[request.id] = at.rpartition(", ")[2]
     requests.append(request)
+  for at in left_out:
+    program.log(f"{at}: {HALF_PAIR}; it gets no answer")
   if not requests:
     raise ValueError(f"--requests={path}: holds no request")
   return requests
@@ -97,7 +103,10 @@ def _text(at: str, values: dict, tokenizer) -> str:
   messages = values["messages"]
   if not messages or not all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages):
     raise ValueError(f"{at}: messages must be objects with role and content")
-  return tokenizer.chat(messages)
+  try:
+    return tokenizer.chat(messages)
+  except ValueError as error:
+    raise ValueError(f"{at}: {error}") from None
 
 
 def finished_chains(path: Path, asked: Mapping[str | int, str]) -> dict[str | int, set[int]]:

@@ -200,6 +200,15 @@ def test_a_run_of_version_0_1_goes_on(tmp_path, whole):
   check_finished(tmp_path, whole)
 
 
+def test_a_run_of_a_newer_version_is_refused(tmp_path):
+  train(*a_run(tmp_path), stop_after=1)
+  settings = json.loads((tmp_path / loop.RUN).read_text())
+  assert settings["format"] == 2 and settings["version"]
+  (tmp_path / loop.RUN).write_text(json.dumps({**settings, "format": 3, "version": "9.0"}))
+  with pytest.raises(ValueError, match=r"run\.json: written by dms_jax 9\.0, schema 3; this version reads up to 2"):
+    train(*a_run(tmp_path))
+
+
 def test_another_text_is_refused(tmp_path, whole):
   with pytest.raises(ValueError, match=r"text\.text: '300 tokens, CRC-32 \w+' there"):
     train(*a_run(whole[0], seed=5))
