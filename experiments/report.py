@@ -16,7 +16,7 @@ import dataclasses
 import re
 from pathlib import Path
 
-from experiments.common import files, program
+from experiments.common import files, outputs, program
 from experiments.reports import figures_report, page, results, runs, styles
 from experiments.tasks import TASKS
 
@@ -96,20 +96,20 @@ def main() -> None:
   if found.warnings:
     more = f" and {len(found.warnings) - 3} more" if len(found.warnings) > 3 else ""
     program.log(f"warning: {'; '.join(found.warnings[:3])}{more}; such scores mean nothing, try --dtype=float32")
-  output = Path(config.output)
-  try:
-    written = write(found, config, output)
-    result = {
-      "written": written, "baseline": found.baseline, "methods": found.methods,
-      "records": sum(len(run.records) + len(run.texts) for run in found.runs), "warnings": found.warnings,
-      "margins": margins(found, config.log_margins),
-    }  # fmt: skip
-    program.save_json(output / "report.json", {"config": program.flag_values(), **result})
-  except OSError as error:
-    raise ValueError(f"--output={output}: cannot be written ({error}); name another folder, or make room") from None
+  with outputs.locked("output", config.output, goes_on=False) as output:
+    try:
+      written = write(found, config, output)
+      result = {
+        "written": written, "baseline": found.baseline, "methods": found.methods,
+        "records": sum(len(run.records) + len(run.texts) for run in found.runs), "warnings": found.warnings,
+        "margins": margins(found, config.log_margins),
+      }  # fmt: skip
+      program.save_json(output / "report.json", {"config": program.flag_values(), **result})
+    except OSError as error:
+      raise ValueError(f"--output={output}: cannot be written ({error}); name another folder, or make room") from None
   program.finish(result)
 
 
 if __name__ == "__main__":
   program.define_flags("", Config)
-  program.run(main, writes="folder")
+  program.run(main)
