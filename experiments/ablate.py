@@ -156,7 +156,7 @@ def noted(failed: dict[str, str], names: list[str], folder: Path) -> Iterator[No
     failed |= dict.fromkeys(names, f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
     program.log(f"  failed: {failed[names[0]]}")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / ERROR).write_text(traceback.format_exc())
+    (folder / ERROR).write_text(traceback.format_exc(), encoding="utf-8", errors="backslashreplace")
 
 
 def run_all(wanted: list[Trial], config: Config, root: Path) -> tuple[dict[str, dict], dict[str, str]]:
@@ -270,7 +270,7 @@ def main() -> None:
     x = config.x or (axis(found) if len(groups) == 1 else "run")
     shown, pictures = as_table(found), draw(found, x, title, root)
     print(f"\n{shown}\n", flush=True)
-    (root / "table.md").write_text(f"{shown}\n\n    {command}\n")
+    checkpoint.write_text(root / "table.md", f"{shown}\n\n    {command}\n")
   if failed:
     lines = "\n".join(f"  {name}: {error}" for name, error in failed.items())
     program.log(f"{len(failed)} of {len(wanted)} runs failed (traceback in each folder's error.txt):\n{lines}")
