@@ -17,6 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from dms_jax.levels import Levels
 
 _LARGEST = 2**31 - 1  # of a size: positions and shapes are int32
+NO_FLAG = {"flag": False}  # metadata of a field that no program sets from its command line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,15 +71,15 @@ class ModelConfig:
   num_heads: int = 4
   num_kv_heads: int = 2
   head_dim: int = 16
-  vocab_size: int = 256
+  vocab_size: int = dataclasses.field(default=256, metadata=NO_FLAG)
   max_position_embeddings: int = 2048
   rope_theta: float = 10000.0
-  rope_scaling: RopeScaling | None = None
+  rope_scaling: RopeScaling | None = dataclasses.field(default=None, metadata=NO_FLAG)
   rms_norm_eps: float = 1e-5
   tie_embeddings: bool = True
   qkv_bias: bool = False
   qk_norm: bool = False
-  eos_token_ids: tuple[int, ...] = ()
+  eos_token_ids: tuple[int, ...] = dataclasses.field(default=(), metadata=NO_FLAG)
 
   def __post_init__(self):
     from dms_jax import families  # imports this module

@@ -22,6 +22,7 @@ SETTINGS_FILE = "tokenizer_config.json"
 SPECIAL_FILE = "special_tokens_map.json"
 ADDED_FILE = "added_tokens.json"
 TEMPLATE_FILE = "chat_template.jinja"  # newer checkpoints; older ones have the template in the settings
+LONG = 1 << 16  # characters, which take about 0.2 s
 _TEMPLATE_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -98,7 +99,12 @@ class Tokenizer:
     """
     try:
       with _clear_errors("the tokenizer fails on this text"):
-        ids = self.backend.encode(text, add_special_tokens=False).ids
+        if (
+          isinstance(text, str) and len(text) > LONG
+        ):  # `encode` holds Python's lock: no thread runs, no Ctrl-C is seen
+          ids = self.backend.encode_batch([text], add_special_tokens=False)[0].ids
+        else:
+          ids = self.backend.encode(text, add_special_tokens=False).ids
     except (TypeError, UnicodeEncodeError):
       raise ValueError(_no_text(text)) from None
     first = [] if continues else self.prefix_ids

@@ -5,8 +5,9 @@
 `--runs` are folders that `experiments.evaluate` wrote: records.jsonl or text.jsonl, and if present config.json,
 summary.json and traces.jsonl. OUTPUT/index.html holds everything it shows and loads nothing. Its tables give scores
 first, then differences from `--baseline`, paired problem by problem. Its charts plot a task's score against KV reads,
-peak tokens and seconds, or tokens held if nothing was written, with each method's Pareto frontier. Tables give the
-margins between frontiers. PNGs show the charts where matplotlib is installed. OUTPUT/report.json has the margins.
+peak tokens and seconds, or tokens held if nothing was written, and a text's KL against tokens held and KV reads, with
+each method's Pareto frontier. Tables give the margins between frontiers. PNGs show the charts where matplotlib is
+installed. OUTPUT/report.json has the margins.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def write(found: results.Results, config: Config, output: Path) -> list[str]:
   look = styles.styles(found.methods, found.baseline)
   html = page.render(found, TASKS, config.title, config.prompts)
   written: list[str | None] = [write_text(output / "index.html", html)]
-  for panel in found.panels:
+  for panel in [*found.panels, *filter(None, (text.divergence() for text in found.texts))]:
     name = re.sub(r"[^A-Za-z0-9]+", "-", f"{panel.model}-{panel.task}-{panel.length or ''}").strip("-")
     chance = TASKS[panel.task].chance.get(panel.metric) if panel.task in TASKS else None
     picture = output / f"tradeoff-{name}.png"
@@ -95,20 +96,20 @@ def main() -> None:
   if found.warnings:
     more = f" and {len(found.warnings) - 3} more" if len(found.warnings) > 3 else ""
     program.log(f"warning: {'; '.join(found.warnings[:3])}{more}; such scores mean nothing, try --dtype=float32")
-  with files.locked("output", config.output) as output:
-    try:
-      written = write(found, config, output)
-      result = {
-        "written": written, "baseline": found.baseline, "methods": found.methods,
-        "records": sum(len(run.records) + len(run.texts) for run in found.runs), "warnings": found.warnings,
-        "margins": margins(found, config.log_margins),
-      }  # fmt: skip
-      program.save_json(output / "report.json", {"config": program.flag_values(), **result})
-    except OSError as error:
-      raise ValueError(f"--output={output}: cannot be written ({error}); name another folder, or make room") from None
+  output = Path(config.output)
+  try:
+    written = write(found, config, output)
+    result = {
+      "written": written, "baseline": found.baseline, "methods": found.methods,
+      "records": sum(len(run.records) + len(run.texts) for run in found.runs), "warnings": found.warnings,
+      "margins": margins(found, config.log_margins),
+    }  # fmt: skip
+    program.save_json(output / "report.json", {"config": program.flag_values(), **result})
+  except OSError as error:
+    raise ValueError(f"--output={output}: cannot be written ({error}); name another folder, or make room") from None
   program.finish(result)
 
 
 if __name__ == "__main__":
   program.define_flags("", Config)
-  program.run(main)
+  program.run(main, writes="folder")

@@ -22,7 +22,7 @@ from dms_jax import testing as tiny
 from dms_jax.config import LoRAConfig
 from dms_jax.convert import export, gguf
 from dms_jax.convert.layouts import transformers
-from dms_jax.convert.tensors import to_params
+from dms_jax.convert.tensors import to_slices
 from dms_jax.layers import rope_frequencies
 from dms_jax.params import flatten, param_table
 from dms_jax.policies import triattention
@@ -45,12 +45,12 @@ TEMPLATE = (
 def read_huggingface(path: Path) -> None:
   config, dms, tensors, _ = transformers.read(path)
   ignore = lambda name: transformers.is_ignored(config, name)
-  to_params(param_table(config, dms), tensors, np.float32, ignore=ignore)
+  list(to_slices(param_table(config, dms), tensors, np.float32, ignore=ignore))
 
 
 def read_gguf(path: Path) -> None:
   config, tensors, tokenizer = gguf.read(next(iter(sorted(path.glob("*.gguf")))))
-  to_params(param_table(config), tensors, np.float32)
+  list(to_slices(param_table(config), tensors, np.float32))
   use(tokenizer)
 
 
@@ -198,7 +198,7 @@ def readers(tmp_path_factory) -> dict[str, Reader]:
   (root / "calibration").mkdir()
   triattention.save(root / "calibration" / "t.npz", triattention.Calibration(*tables), CONFIG)
   values = json.loads((root / "hf" / "config.json").read_text())
-  values |= {"layer_types": ["full_attention"], "dms_window_size": 8, "dms_alpha_scale": 100.0, "sliding_window": None}
+  values |= {"layer_types": ["full_attention"], "dms_window_size": 8, "dms_shift": 1, "sliding_window": None}
   values |= {"rope_scaling": None, "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}}
   (root / "hf" / "config.json").write_text(json.dumps(values))
   conversation = lambda path: dms_jax.load_conversation(path, model)

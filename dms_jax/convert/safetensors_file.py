@@ -10,14 +10,17 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from dms_jax.checkpoint import first_line
 from dms_jax.config import read_json, shown
-from dms_jax.convert.tensors import NO_PICKLES, Tensors
+from dms_jax.convert import pickles
+from dms_jax.convert.tensors import Tensors
 
 WEIGHTS, INDEX, GATES = "model.safetensors", "model.safetensors.index.json", "dms_gates.safetensors"
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_BLOCK = 2**24  # numbers that are read at a time
 _BUFFERS = ("I64", "BOOL")  # types of counters, position ids and masks, which no weight has
 _OTHERS = re.compile(r"(adapter_model|consolidated(\.\d+)?|dms_gates)\.safetensors")  # beside the model's own
 
@@ -39,10 +42,9 @@ def _weight_files(path: Path) -> list[Path]:
       raise ValueError(f"{path}: shard(s) {missing[:8]}{more} named by {INDEX} are missing; fetch them again")
   else:
     files = sorted(f for f in path.glob("*.safetensors") if not _OTHERS.fullmatch(f.name))
-    pickles = sorted(f.name for f in path.glob("pytorch_model*.bin"))
     if not files:
-      found = f"only {', '.join(pickles)}: {NO_PICKLES}" if pickles else "no .safetensors file in it"
-      raise ValueError(f"{path}: {found}")
+      pickled = pickles.find(path)
+      raise ValueError(pickles.refusal(path, pickled) if pickled else f"{path}: no .safetensors file in it")
     if (n := len(files)) > 1:
       raise ValueError(f"{path}: {n} .safetensors files and no {INDEX} that says what is where; fetch it again")
   return files + gates
@@ -72,8 +74,11 @@ def _plain_name(name: str) -> str:
   return f"model.{name}" if name.startswith(("embed_tokens.", "layers.", "norm.")) else name
 
 
-def open_tensors(path: Path) -> Tensors:
+def open_tensors(path: Path, only: list[Path] | None = None) -> Tensors:
   """The tensors of the safetensors files of a Hugging Face directory; a tensor is read when it is asked for.
+
+  Args:
+    only: the files to open; default those of the model's weights and gates.
 
   Raises:
     ValueError: a file is missing or damaged, or a tensor is of another dtype or is there twice.
@@ -82,33 +87,43 @@ def open_tensors(path: Path) -> Tensors:
     from safetensors import SafetensorError, safe_open
   except ImportError:
     raise ValueError(f"{path}: reading it needs safetensors: pip install 'dms_jax[convert]'") from None
-  where, files, shapes, sizes, refused = {}, {}, {}, Counter(), []
-  for file in _weight_files(path):
+  where, files, shapes, kinds, sizes, refused = {}, {}, {}, {}, Counter(), []
+  for file in _weight_files(path) if only is None else only:
     try:
-      handle = safe_open(file, framework="np")
-      entries = {name: handle.get_slice(name) for name in handle.keys()}
+      with safe_open(file, framework="np") as handle:
+        slices = {name: handle.get_slice(name) for name in handle.keys()}
+        entries = {name: (one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
       _check_names(file)
     except (SafetensorError, OSError, OverflowError, ValueError) as error:
       reason = f"not a readable safetensors file ({first_line(error)})"
       raise ValueError(f"{file}: {reason}; it is damaged or was cut short") from None
-    for stored, entry in entries.items():
-      name, kind = _plain_name(stored), entry.get_dtype()
+    for stored, (kind, shape) in entries.items():
+      name = _plain_name(stored)
       if kind in _BUFFERS and not name.endswith((".weight", ".bias")):
         continue
       if name in where:
         raise ValueError(f"{path}: tensor {name} is in {files[name]} and in {file.name}; remove the one that is older")
-      where[name], files[name], shapes[name] = (handle, stored), file.name, tuple(entry.get_shape())
+      where[name], files[name], shapes[name] = (file, stored), file.name, shape
       if kind not in _DTYPES:
         refused.append(f"{name} ({kind})")
       else:
-        sizes[_DTYPES[kind]] += math.prod(shapes[name])
+        kinds[name] = jnp.dtype(_DTYPES[kind])
+        sizes[_DTYPES[kind]] += math.prod(shape)
   if refused:
     more = f" and {len(refused) - 8} more" if len(refused) > 8 else ""
     raise ValueError(f"{path}: tensors are to be F32, F16 or BF16; found {', '.join(refused[:8])}{more}")
   dtype = sizes.most_common(1)[0][0] if sizes else "float32"
 
   def read_tensor(name: str) -> np.ndarray:
-    handle, stored = where[name]
-    return handle.get_tensor(stored)
+    (file, stored), shape = where[name], shapes[name]
+    if math.prod(shape) <= _BLOCK:
+      with safe_open(file, framework="np") as handle:
+        return handle.get_tensor(stored)
+    value, rows = np.empty(shape, kinds[name]), max(1, _BLOCK * shape[0] // math.prod(shape))
+    for start in range(0, shape[0], rows):
+      end = min(start + rows, shape[0])
+      with safe_open(file, framework="np") as handle:  # mapped: what is read stays in memory while the file is open
+        value[start:end] = handle.get_slice(stored)[start:end]
+    return value
 
   return Tensors(str(path), shapes, read_tensor, dtype)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dms_jax import cache as caches
-from dms_jax import policies
+from dms_jax import formats, policies
 from dms_jax.cache import PagedCache
 from dms_jax.cache.base import storage_dtype
 from dms_jax.cache.host import HostRow, check_fits, restore_row
@@ -33,7 +33,7 @@ from dms_jax.npz import DAMAGE, Arrays
 from dms_jax.policies import Policy
 from pallas_kernels.paged import FORMATS, format_of
 
-HEADER, ROWS, FORMAT = "cache.json", "rows.npz", 1
+HEADER, ROWS = "cache.json", "rows.npz"
 # The arrays of a row, by their names in the file and in `HostRow`.
 ARRAYS = ("kv", "evicted", "archived", "pages", "scales", "summaries")
 # Version 0.1's names of caches that were renamed.
@@ -82,7 +82,7 @@ def save_conversation(path: str | Path, past: Any) -> None:
     numbers = {f.name: getattr(policy, f.name) for f in fields}
     numbers = {name: None if value is None else np.asarray(value).tolist() for name, value in numbers.items()}
     header = {
-      "format": FORMAT, "cache": kind, "slots": slots, **pool, **model,
+      **formats.stamp("conversation"), "cache": kind, "slots": slots, **pool, **model,
       "policy": {"name": type(policy).__name__, "numbers": numbers}, "rows": about,
     }  # fmt: skip
     (folder / HEADER).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
@@ -200,8 +200,7 @@ def _header(path: str | Path) -> dict[str, Any]:
     raise ValueError(f"{path}: no such folder of a saved cache")
   file = Path(path) / HEADER
   header = read_json(file)
-  if header.get("format", FORMAT) != FORMAT:
-    raise ValueError(f"{file}: format {shown(header['format'])}; this version reads {FORMAT}")
+  formats.check("conversation", header, file)
   if header.get("cache") in list(KINDS_0_1):
     header["cache"] = KINDS_0_1[header["cache"]]
   kinds = {

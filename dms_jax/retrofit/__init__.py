@@ -5,6 +5,7 @@ from dms_jax.retrofit.config import KVzapConfig as KVzapConfig
 from dms_jax.retrofit.config import LossConfig as LossConfig
 from dms_jax.retrofit.config import MemoryConfig as MemoryConfig
 from dms_jax.retrofit.config import OptimizerConfig as OptimizerConfig
+from dms_jax.retrofit.config import RecallTextConfig as RecallTextConfig
 from dms_jax.retrofit.config import RetrofitConfig as RetrofitConfig
 from dms_jax.retrofit.config import SavingConfig as SavingConfig
 from dms_jax.retrofit.config import ScheduleConfig as ScheduleConfig

@@ -360,6 +360,31 @@ class SelfTextConfig:
       raise ValueError(f"self_text.top_p={self.top_p} must lie in (0, 1]")
 
 
+RECALL = ("facts", "aliases", "records", "events", "quotes", "dialogue")  # kinds of `recall_text`
+
+
+@dataclasses.dataclass(frozen=True)
+class RecallTextConfig:
+  """Made-up documents whose end asks for what their middle said; `rows` of them, 0 means none.
+
+  A document has about `tokens[0]` to `tokens[1]` tokens, log-uniform. The `kinds` take turns. Half of the documents
+  hide their facts in lines of `self_text`, if that is written, the others in made-up sentences.
+  """
+
+  rows: int = 0
+  tokens: tuple[int, ...] = (256, 4096)
+  kinds: tuple[str, ...] = RECALL
+  seed: int = 0
+
+  def __post_init__(self):
+    if self.rows < 0:
+      raise ValueError(f"recall_text.rows={self.rows} must be at least 0")
+    if len(self.tokens) != 2 or not 1 <= self.tokens[0] <= self.tokens[1]:
+      raise ValueError(f"recall_text.tokens={self.tokens} must be the least and the most tokens of a document")
+    if not self.kinds or (unknown := sorted(set(self.kinds) - set(RECALL))):
+      raise ValueError(f"recall_text.kinds={unknown if self.kinds else ()}: there are {', '.join(RECALL)}")
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
   """Text to train on. `paths` are files, folders or globs; rows are sampled from them by `weights` (one a path, default
@@ -367,8 +392,8 @@ class DataConfig:
 
   A record of a `.jsonl` or `.json` list is a document: its `text`, after its `prompt` if it has one, its chat
   `messages` (through the model's template), or its `fields`, joined by newlines. Any other file is one document.
-  `self_text` adds text of the model's own as the last path. Packed documents do not attend to each other unless
-  `separate_documents` is False.
+  `self_text` adds text of the model's own as the last path, and `recall_text` made-up documents after it. Packed
+  documents do not attend to each other unless `separate_documents` is False.
 
   Rows are cut from the text anywhere. With `whole_documents` they hold whole documents, and padding behind the last;
   documents longer than a row are left out. `families` takes generated problems of these families with their solutions,
@@ -383,16 +408,21 @@ class DataConfig:
   families: tuple[str, ...] = ()
   workers: int = -1
   self_text: SelfTextConfig = SelfTextConfig()
+  recall_text: RecallTextConfig = RecallTextConfig()
 
   def __post_init__(self):
     if self.workers < -1:
       raise ValueError(f"data.workers={self.workers} must be -1 (one a core), 0 or more")
-    if self.families and (self.paths or self.self_text.rows):
-      raise ValueError("data.families are generated: leave data.paths and data.self_text out, or data.families")
+    if self.families and (self.paths or self.self_text.rows or self.recall_text.rows):
+      raise ValueError(
+        "data.families are generated: leave data.paths, data.self_text and data.recall_text out, or data.families"
+      )
     if (self.families or self.whole_documents) and not self.separate_documents:
       raise ValueError("data.separate_documents=false: whole documents of a row never see each other; leave it out")
-    count = len(self.paths) + bool(self.self_text.rows)
+    count = len(self.paths) + bool(self.self_text.rows) + bool(self.recall_text.rows)
     if self.weights and len(self.weights) != count:
-      raise ValueError(f"data.weights has {len(self.weights)} numbers for {count} paths (self_text is the last)")
+      raise ValueError(
+        f"data.weights has {len(self.weights)} numbers for {count} paths (self_text and then recall_text are the last)"
+      )
     if any(w <= 0 for w in self.weights):
       raise ValueError(f"data.weights={self.weights} must be positive")

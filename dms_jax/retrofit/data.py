@@ -11,7 +11,7 @@ import dataclasses
 import glob
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -136,18 +136,17 @@ def encode(tokenizer, prompt: str, text: str) -> tuple[list[int], int]:
   return before + after + (end if after[-1:] != end else []), len(before)
 
 
-def load_sources(config: DataConfig, tokenizer, self_text: Path | None = None) -> list[Source]:
+def load_sources(config: DataConfig, tokenizer, written: Mapping[str, Path] | None = None) -> list[Source]:
   """Reads and tokenizes every path. Each document ends with the tokenizer's end-of-text token.
 
   Args:
-    self_text: the file written for `config.self_text`; it becomes the last source.
+    written: the files written for `config.self_text` and `config.recall_text`, by name; they become the last sources.
 
   Raises:
     ValueError: there is no text, or a file cannot be read.
   """
-  named = [(pattern, pattern) for pattern in config.paths] + (
-    [] if self_text is None else [("self_text", str(self_text))]
-  )
+  named = [(pattern, pattern) for pattern in config.paths]
+  named += [(name, str(path)) for name, path in (written or {}).items()]
   if not named:
     raise ValueError(
       "data.paths is empty: name text, .jsonl files or folders, or let the model write: --data.self_text.rows=256"

@@ -1,4 +1,4 @@
-"""Reads files that a flag names, whole or line by line; an error names the flag and the line."""
+"""Reads files that a flag names, whole or line by line; writes files whole, or lines at their end."""
 
 from __future__ import annotations
 
@@ -24,16 +24,19 @@ def cut_half_line(path: Path, start: bytes) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-  """Appends to a file; makes it and its folder if they are missing.
+  """Appends to a file, all or nothing; makes it and its folder if they are missing.
 
   Raises:
     OSError: it cannot be written, such as on a full disk; names the file.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
+  before = path.stat().st_size if path.exists() else None
   try:
     with path.open("a", encoding="utf-8") as file:
       file.write(text)
   except OSError as error:
+    with contextlib.suppress(OSError):  # it may not have been made
+      path.unlink() if before is None else os.truncate(path, before)
     raise OSError(error.errno, error.strerror, str(path)) from None
 
 
@@ -41,46 +44,17 @@ def append_text(path: Path, text: str) -> None:
 def whole(path: Path) -> Iterator[Path]:
   """The path of a file to write, which replaces `path` when the block ends, and goes if the block fails.
 
-  Makes the folder.
+  Makes the folder. The content is on the disk before the name is, should the machine lose its power.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
   part = path.with_name(f".{path.name}")
   try:
     yield part
+    with part.open("rb+") as file:
+      os.fsync(file.fileno())
     os.replace(part, path)
   finally:
     part.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def locked(flag: str, folder: str | Path) -> Iterator[Path]:
-  """Makes a folder of results, and keeps other processes that lock it out until the block or this process ends.
-
-  Where the system or the file system has no locks, nothing is locked.
-
-  Raises:
-    ValueError: the folder cannot be made, or another process has locked it; names the flag.
-  """
-  try:
-    Path(folder).mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise ValueError(f"--{flag}={folder}: no folder can be made there ({error.strerror})") from None
-  try:
-    import fcntl
-  except ImportError:  # Windows
-    yield Path(folder)
-    return
-  handle = os.open(folder, os.O_RDONLY)
-  try:
-    try:
-      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise ValueError(f"--{flag}={folder}: another run writes there; let it end, or name another folder") from None
-    except OSError:  # a file system without locks
-      pass
-    yield Path(folder)
-  finally:
-    os.close(handle)
 
 
 def required(flag: str, value: str, what: str) -> Path:

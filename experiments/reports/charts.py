@@ -84,6 +84,7 @@ def tradeoff(
   show: Callable[[float], str],
   chance: float | None = None,
   percent: bool = False,
+  log: bool = False,
 ) -> dict:
   """A chart of value against cost on a log axis, as coordinates for the page's template.
 
@@ -92,6 +93,7 @@ def tradeoff(
     show: writes a number of the cost axis.
     chance: value of random answers, drawn as a dashed line.
     percent: values lie between 0 and 100, and so does their axis.
+    log: the axis of values is logarithmic too; they are above 0.
 
   Returns:
     The chart's size, axes, ticks, and for each series its frontier's path, marks with error bars, and its label.
@@ -102,23 +104,29 @@ def tradeoff(
   marks = [mark for each in series for mark in each.marks]
   low, high = min(mark.cost for mark in marks), max(mark.cost for mark in marks)
   low, high = (low / 1.1, high * 1.1) if high < 1.3 * low else (low / 1.06, high * 1.06)
-  bars = [(mark.value - (mark.error or 0), mark.value + (mark.error or 0)) for mark in marks]
+  under = lambda mark: max(mark.value - mark.error, mark.value / 3 if log else -math.inf)  # an error bar's lower end
+  bars = [(under(mark), mark.value + mark.error) if mark.error else (mark.value, mark.value) for mark in marks]
   values = [value for bar in bars for value in bar] + ([] if chance is None else [chance])
   span = max(values) - min(values)
   spare = max(0.04 * span, 5 - span / 2) if percent else max(0.04 * span, 0.01 * max(map(abs, values)), 1e-3)
-  least, most = min(values) - spare, max(values) + spare
-  levels = ticks(max(least, 0.0), min(most, 100.0)) if percent else ticks(least, most)
+  if log:
+    least, most = min(values) / 1.15, max(values) * 1.15
+    levels, scale = log_ticks(least, most), math.log
+  else:
+    least, most = min(values) - spare, max(values) + spare
+    levels, scale = ticks(max(least, 0.0), min(most, 100.0)) if percent else ticks(least, most), float
+    least, most = levels[0], levels[-1]
   across = lambda cost: LEFT + (right - LEFT) * math.log(cost / low) / math.log(high / low)
-  up = lambda value: bottom - (bottom - TOP) * (value - levels[0]) / (levels[-1] - levels[0])
+  up = lambda value: bottom - (bottom - TOP) * (scale(value) - scale(least)) / (scale(most) - scale(least))
   drawn = []
-  ends = [up(max(value for _, value in each.frontier)) for each in series]
+  ends = [up(each.frontier[-1][1]) for each in series]
   labels = spread(ends, LINE, TOP + 2, bottom - 4)
   for each, end, label in zip(series, ends, labels, strict=True):
     path = "".join(f"{'L' if i else 'M'}{across(c):.1f},{up(v):.1f}" for i, (c, v) in enumerate(each.frontier))
     points = [
       {
         "x": across(mark.cost), "y": up(mark.value), "about": mark.about,
-        "error": mark.error and (up(mark.value + mark.error), up(mark.value - mark.error)),
+        "error": mark.error and (up(mark.value + mark.error), up(under(mark))),
         "best": (mark.cost, mark.value) in each.frontier,
       }
       for mark in each.marks
@@ -128,11 +136,11 @@ def tradeoff(
       "name": each.name, "style": each.style, "mark": MARKS[each.style.marker], "path": path, "points": points,
       "label": {"x": right + 10, "y": label, "from": (last + 6, end), "to": (right + 7, label)},
     })  # fmt: skip
-  step = levels[1] - levels[0]
-  digits = max(0, -math.floor(math.log10(step) + 1e-9))
+  digits = max(0, -math.floor(math.log10(levels[1] - levels[0]) + 1e-9))
+  level = (lambda tick: f"{tick:g}") if log else (lambda tick: f"{tick:,.{digits}f}".replace("-", styles.MINUS))
   return {
     "width": WIDTH, "height": height, "left": LEFT, "right": right, "top": TOP, "bottom": bottom, "x": x, "y": y,
     "across": [(across(tick), show(tick)) for tick in log_ticks(low, high)],
-    "up": [(up(tick), f"{tick:,.{digits}f}".replace("-", styles.MINUS)) for tick in levels],
+    "up": [(up(tick), level(tick)) for tick in levels],
     "chance": None if chance is None else (up(chance), f"chance {chance:g}"), "series": drawn,
   }  # fmt: skip

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.methods import pareto
 from experiments.reports import charts, plots, styles
-from experiments.reports.results import AXIS_NAMES, Panel
+from experiments.reports.results import Panel
 
 MARKERS = {
   "circle": "o", "square": "s", "triangle": "^", "diamond": "D", "wedge": "v", "cross": "P", "hexagon": "h", "bar": "_",
@@ -29,7 +28,7 @@ def tradeoff(plt, panel: Panel, look: Mapping[str, styles.Style], chance: float 
     for method in [name for name in look if panel.drawn(cost, name)]:
       style, pairs = look[method], panel.pairs(cost, method)
       errors = [point.main.standard_error or 0.0 for point in panel.drawn(cost, method)]
-      edge = pareto.frontier(pairs)
+      edge = panel.frontier(cost, method)
       bars = dict(fmt="none", ecolor=style.light, elinewidth=1, capsize=2, alpha=0.6)
       axis.errorbar(*zip(*pairs, strict=True), errors, **bars)
       hollow = [pair for pair in pairs if pair not in edge]
@@ -40,12 +39,15 @@ def tradeoff(plt, panel: Panel, look: Mapping[str, styles.Style], chance: float 
     if chance is not None:
       axis.axhline(chance, color="k", lw=0.8, ls="--", zorder=0)
       axis.annotate(" chance", (0, chance), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
-    axis.set(xscale="log", xlabel=f"{AXIS_NAMES[cost]}, log scale")
+    axis.set(xscale="log", xlabel=f"{panel.axis_name(cost)}, log scale")
     shown = charts.log_ticks(*axis.get_xlim())
     axis.set_xticks(shown, [styles.short(tick) for tick in shown])
     axis.minorticks_off()
     axis.grid(alpha=0.25)
     plots.bare(axis)
+  if panel.metric in styles.LOWER:
+    axes[0][0].set_yscale("log")
+    axes[0][0].yaxis.set_major_formatter("{x:g}")
   axes[0][0].set_ylabel(styles.named(panel.metric))
   handles, labels = axes[0][0].get_legend_handles_labels()
   figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False)

@@ -13,11 +13,10 @@ import jinja2
 import numpy as np
 
 from experiments.common import program
-from experiments.methods import pareto
 from experiments.methods.records import Record
 from experiments.methods.trace import Trace
 from experiments.reports import charts, styles
-from experiments.reports.results import AXIS_NAMES, LOWER_COST, Panel, Point, Results, Setting, time_remark
+from experiments.reports.results import LOWER_COST, Panel, Point, Results, Setting, time_remark
 from experiments.reports.tables import note
 from experiments.tasks.base import Task
 
@@ -149,7 +148,7 @@ def figures(panel: Panel, look: Mapping[str, styles.Style]) -> Table:
     for metric, e in point.entries.items()
   ]  # fmt: skip
   columns = ["method", "bound on the cache", "W, chains", "L, new tokens", "metric", "problems", "score", "SE"]
-  columns += ["difference", "SE of difference", "CR", "tokens a chain", *(AXIS_NAMES[axis] for axis in panel.axes())]
+  columns += ["difference", "SE of difference", "CR", "tokens a chain", *map(panel.axis_name, panel.axes())]
   return Table(f"All figures of {panel.name}", columns, rows)
 
 
@@ -207,7 +206,7 @@ def _mark(panel: Panel, point: Point, axis: str) -> charts.Mark:
   error = entry.standard_error
   about = f"{point.setting}: {styles.number(panel.metric, entry.mean)}"
   about += "" if error is None else f" ± {styles.number(panel.metric, error)}"
-  about += f" ({styles.named(panel.metric)}), {styles.amount(cost)} {AXIS_NAMES[axis]}"
+  about += f" ({styles.named(panel.metric)}), {styles.amount(cost)} {panel.axis_name(axis)}"
   return charts.Mark(cost, entry.mean, error, about)
 
 
@@ -216,12 +215,13 @@ def tradeoff(panel: Panel, axis: str, look: Mapping[str, styles.Style], chance: 
   series = []
   for method in [name for name in look if panel.drawn(axis, name)]:
     marks = [_mark(panel, point, axis) for point in panel.drawn(axis, method)]
-    edge = pareto.frontier([(mark.cost, mark.value) for mark in marks])
-    series.append(charts.Series(short_name(method), look[method], marks, edge))
-  x, percent = f"{AXIS_NAMES[axis]}, log scale", styles.unit(panel.metric) == "%"
-  drawn = charts.tradeoff(series, x=x, y=styles.named(panel.metric), show=styles.short, chance=chance, percent=percent)
-  best = "; ".join(f"{each.name} up to {styles.number(panel.metric, each.frontier[-1][1])}" for each in series)
-  alt = f"{panel.name}: {styles.named(panel.metric)} against {AXIS_NAMES[axis]}. {best}. The figures are in the tables."
+    series.append(charts.Series(short_name(method), look[method], marks, panel.frontier(axis, method)))
+  cost, name, lower = panel.axis_name(axis), styles.named(panel.metric), panel.metric in styles.LOWER
+  x, y, percent = f"{cost}, log scale", name + ", log scale" * lower, styles.unit(panel.metric) == "%"
+  drawn = charts.tradeoff(series, x=x, y=y, show=styles.short, chance=chance, percent=percent, log=lower)
+  best = [(each.name, styles.number(panel.metric, each.frontier[-1][1])) for each in series]
+  told = "; ".join(f"{who} {'down' if lower else 'up'} to {value}" for who, value in best)
+  alt = f"{panel.name}: {name} against {cost}. {told}. The figures are in the tables."
   return {**drawn, "alt": alt}
 
 
@@ -361,6 +361,16 @@ def _sections(results: Results, tasks: Mapping[str, type[Task]]) -> list[dict[st
   return found
 
 
+def _texts(results: Results, look: Mapping[str, styles.Style]) -> list[dict[str, Any]]:
+  """For each text its table and its charts of the KL."""
+  found = []
+  for panel in results.texts:
+    shown = panel.divergence()
+    drawn = [] if shown is None else [tradeoff(shown, axis, look, None) for axis in shown.axes()]
+    found.append({"panel": panel, "table": text_table(panel, look, results.baseline), "charts": drawn})
+  return found
+
+
 def retention(results: Results) -> list[tuple[str, str, np.ndarray, int]]:
   """(name, method, shares [L, K], chains) of each traced setting: means over its chains. Dense ones are left out."""
   groups: dict[tuple, list[np.ndarray]] = {}
@@ -409,7 +419,7 @@ def render(
   text = environment.get_template(template).render(
     title=title or f"{', '.join(models)}: methods, tasks, budgets", models=models, results=results, look=look,
     marks=charts.MARKS, sections=_sections(results, tasks), maps=maps, even=even, chains=chains(results, prompts),
-    texts=[(panel, text_table(panel, look, results.baseline)) for panel in results.texts], shades=SHADES, runs=runs,
+    texts=_texts(results, look), shades=SHADES, runs=runs,
     count=sum(len(run.records) + len(run.texts) for run in results.runs), time_remark=time_remark(results.runs), **more,
   )  # fmt: skip
   return f"{text.strip()}\n"

@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.methods import pareto
 from experiments.methods.records import Record
-from experiments.methods.summary import COSTS, Entry, mean_cost, summarise
+from experiments.methods.summary import COSTS, Entry, mean_cost, summarise, total_cost
 from experiments.methods.trace import Trace
 from experiments.reports import styles
 from experiments.reports.runs import Run, content, is_text, told_apart
@@ -96,6 +96,10 @@ class Panel:
   def name(self) -> str:
     return self.task if self.length is None else f"{self.task}, T {self.length:,}"
 
+  def axis_name(self, axis: str) -> str:
+    """A cost axis for readers; a text's costs are those of a chunk."""
+    return AXIS_NAMES[axis].replace("problem", "chunk") if self.metric in styles.LOWER else AXIS_NAMES[axis]
+
   def axes(self) -> list[str]:
     """The cost axes on which a point can be drawn."""
     return [axis for axis in AXIS_NAMES if any(axis in p.costs and math.isfinite(p.main.mean) for p in self.points)]
@@ -108,6 +112,25 @@ class Panel:
   def pairs(self, axis: str, method: str) -> list[tuple[float, float]]:
     """(cost, value) of a method's points on one axis."""
     return [(point.costs[axis], point.main.mean) for point in self.drawn(axis, method)]
+
+  def frontier(self, axis: str, method: str) -> list[tuple[float, float]]:
+    """The (cost, value) pairs of a method that none of its cheaper ones beats, by rising cost."""
+    sign = -1 if self.metric in styles.LOWER else 1
+    return [
+      (cost, sign * value) for cost, value in pareto.frontier([(c, sign * v) for c, v in self.pairs(axis, method)])
+    ]
+
+  def divergence(self) -> Panel | None:
+    """This text's panel of the KL from the original; None where no method but the original itself has one.
+
+    A KL of 0, the original's own, has no place on a logarithmic axis.
+    """
+    points = [
+      dataclasses.replace(point, metric="kl")
+      for point in self.points
+      if "kl" in point.entries and point.entries["kl"].mean > 0
+    ]
+    return dataclasses.replace(self, metric="kl", points=points) if points else None
 
   def margin(self, axis: str, method: str, baseline: str, log: bool = False) -> float | None:
     """The mean of the method's frontier minus the baseline's over the costs that both cover; None without any."""
@@ -150,11 +173,13 @@ def _baseline(settings: Sequence[Setting], own: Setting, baseline: str) -> Setti
 def _costs(chains: Sequence[Record], width: int) -> dict[str, float]:
   """The cost of `width` chains of a prompt on each axis; an axis that a record lacks is left out.
 
-  Questions whose choices are only scored have "held", tokens held at the end; the time of scoring is not the method's.
+  Questions whose choices are only scored have "held", tokens held at the end; chunks of a text have "reads", too. The
+  time of scoring is not the method's.
   """
   if any(record.peak is None for record in chains):
-    return {"held": float(np.mean([record.tokens / record.achieved_cr for record in chains]))}
-  return {axis: width * mean for axis in COSTS if (mean := mean_cost(chains, axis))}
+    held = {"held": float(np.mean([record.tokens / record.achieved_cr for record in chains]))}
+    return held if (reads := mean_cost(chains, "reads")) is None else {**held, "reads": reads}
+  return {axis: cost for axis in COSTS if (cost := total_cost(chains, axis, width))}
 
 
 def main_metric(metrics: Sequence[str], best_of_all: bool = False) -> str:

@@ -19,6 +19,7 @@ PALETTE = (
 )  # fmt: skip
 MARKERS = ("circle", "square", "triangle", "diamond", "wedge", "cross", "hexagon", "bar")  # names of `charts.MARKS`
 UNITS = {"answer_loglik": "nats a token", "kl": "nats a token", "perplexity": ""}
+LOWER = ("perplexity", "kl")  # metrics of which less is better
 MINUS = "\u2212"
 DIGITS = {"answer_loglik": 3, "perplexity": 3, "kl": 4}
 LONG = {

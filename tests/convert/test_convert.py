@@ -501,7 +501,7 @@ def test_programs(hf, tmp_path):
   assert json.loads(done.stdout.splitlines()[-1])["gates"] == "adapter"
   assert_nothing_left(
     tmp_path / "out", "config.json", "dms_config.json", "dms_gates.safetensors", "generation_config.json",
-    "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    "README.md", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
   )  # fmt: skip
   done = run_program("convert_weights", f"--source={hf / 'config.json'}", f"--output={tmp_path / 'bad'}")
   assert done.returncode == 1 and "Traceback" not in done.stderr

@@ -255,6 +255,29 @@ def test_differences_on_a_text_are_from_the_baseline_that_is_asked_for(tmp_path,
     assert section.count(">difference</th>") == (1 if baseline == "vanilla" else 2)
 
 
+def test_divergence_on_a_text_is_drawn_with_the_lowest_as_best(tmp_path):
+  """A frontier of the KL falls with the cost; the original's KL of 0 has no place on a log axis."""
+  made = [dataclasses.replace(each, reads=100.0) for each in chunks("vanilla", None, [1.0, 2.0], [0.0, 0.0])]
+  for cr, kl, reads in ((8.0, 0.4, 20.0), (4.0, 0.5, 30.0), (2.0, 0.1, 60.0)):
+    made += [dataclasses.replace(each, reads=reads) for each in chunks("dms", cr, [1.1, 2.1], [kl, kl + 0.02])]
+  folder = write(tmp_path / "a", made[:1], {"text": "wiki.raw"})
+  records.append(folder / runs.TEXTS, made)
+  (panel,) = (found := results.collect([runs.load(folder)])).texts
+  shown = panel.divergence()
+  assert shown.axes() == ["reads", "held"] and shown.axis_name("reads") == "KV reads a chunk"
+  assert {point.setting.method for point in shown.points} == {"dms"}
+  assert shown.frontier("reads", "dms") == [(20.0, pytest.approx(0.41)), (60.0, pytest.approx(0.11))]
+  assert [cost for cost, _ in shown.frontier("held", "dms")] == [600 / 8, 600 / 2]
+  drawn = page.tradeoff(shown, "reads", styles.styles(found.methods, found.baseline), None)
+  assert drawn["y"] == "KL from the original, nats a token, log scale" and "dms down to 0.1100" in drawn["alt"]
+  by_cost = sorted(drawn["series"][0]["points"], key=lambda point: point["x"])
+  assert [point["best"] for point in by_cost] == [True, False, True]
+  up = [point["y"] for point in by_cost]  # downwards on the page
+  assert (up[2] - up[0]) / (up[1] - up[0]) == pytest.approx(math.log(0.11 / 0.41) / math.log(0.51 / 0.41))
+  section = page.render(found, TASKS).partition('<h2 id="text">')[2].partition("</section>")[0]
+  assert section.count('<svg class="chart') == 2
+
+
 def test_texts_of_other_content_are_apart(tmp_path):
   one, two = chunks("vanilla", None, [1.0], [0.0]), chunks("vanilla", None, [2.0], [0.0], "u-c")
   folders = [write(tmp_path / name, [], {"text": f"{name}.txt"}) for name in ("a", "b")]

@@ -91,7 +91,7 @@ def test_an_interrupted_writer_goes_on_and_leaves_nothing_behind(tmp_path, write
   assert path.read_text() == text and len(calls) == 4
   assert {p.name for p in tmp_path.iterdir()} == {"whole.jsonl", "again.jsonl"}
 
-  sources = load_sources(DataConfig(self_text=config), tokenizer, path)
+  sources = load_sources(DataConfig(self_text=config), tokenizer, {"self_text": path})
   assert [(s.name, int(s.document[-1])) for s in sources] == [("self_text", 6)]
 
 
