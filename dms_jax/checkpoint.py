@@ -30,7 +30,17 @@ from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from dms_jax import formats
-from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig, from_json, is_number, read_json, shown, to_json
+from dms_jax.config import (
+  DMSConfig,
+  LoRAConfig,
+  ModelConfig,
+  from_json,
+  has_half_pair,
+  is_number,
+  read_json,
+  shown,
+  to_json,
+)
 from dms_jax.gates import convention
 from dms_jax.model import Model
 from dms_jax.params import GROUPS, Params, ParamSpec, flatten, join_params, param_table, split_params, unflatten
@@ -421,9 +431,12 @@ def _read_params(
 
 @contextlib.contextmanager
 def _without_patterns(directory: Path) -> Iterator[Path]:
-  """`directory` by a name without `[`, `]`, `*` and `?`, which Orbax takes for a pattern: a link, if need be."""
+  """`directory` by a name that Orbax takes: a link, if need be.
+
+  It takes `[`, `]`, `*` and `?` for a pattern, and no name that the locale (such as C) cannot decode.
+  """
   directory = directory.absolute()
-  if not glob.has_magic(str(directory)):
+  if not (glob.has_magic(str(directory)) or has_half_pair(str(directory))):
     yield directory
     return
   with tempfile.TemporaryDirectory(prefix="dms_jax-") as folder:

@@ -83,7 +83,8 @@ class Tokenizer:
   def save(self, path: str | Path) -> None:
     """Writes tokenizer.json and tokenizer_config.json (template included) into directory `path`."""
     path = Path(path)
-    self.backend.save(str(path / TOKENIZER_FILE))
+    # The library cannot save where the locale has no name for the path.
+    (path / TOKENIZER_FILE).write_text(self.backend.to_str(pretty=True), encoding="utf-8")
     text = json.dumps(self.settings, indent=2, ensure_ascii=False)
     (path / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
 

@@ -117,7 +117,7 @@ class Config:
 
   def stops(self) -> tuple[str, ...]:
     """`stop` with each backslash and n replaced by a line feed."""
-    return tuple(text.replace("\\n", "\n") for text in self.stop)
+    return tuple(program.as_text(text).replace("\\n", "\n") for text in self.stop)
 
   @property
   def results(self) -> Path:
@@ -127,7 +127,7 @@ class Config:
   def prompts(self) -> list[str]:
     """The prompts of the flags; none when turns come from standard input."""
     if self.prompt is not None:
-      return [self.prompt]
+      return [program.as_text(self.prompt)]
     if self.file is not None:
       return [files.read_text("file", self.file)]
     if self.prompts_file is not None:
@@ -145,7 +145,7 @@ def user_turns() -> Iterator[str]:
     if not (line := sys.stdin.readline()):
       return
     if line.strip():
-      yield line.strip()
+      yield program.as_text(line.strip())
 
 
 def next_turn(tokenizer, messages: list[dict], ended: bool) -> str:
@@ -227,7 +227,7 @@ def main() -> None:
     program.finish(summary)
     return
   model, tokenizer, policy = load(config)
-  system = [] if config.system is None else [{"role": "system", "content": config.system}]
+  system = [] if config.system is None else [{"role": "system", "content": program.as_text(config.system)}]
 
   def ask(texts: list[str], past: Output | None = None) -> tuple[Output, dict]:
     key = jax.random.fold_in(jax.random.key(config.seed), len(rows))

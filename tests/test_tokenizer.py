@@ -162,6 +162,17 @@ def test_template_arguments():
     ("{% set n = namespace(s='a') %}{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}", "stopped"),
     ("{% set n = namespace(s='a') %}{% for i in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}", "stopped"),
     ("{{ 'a' * 10**12 }}", "stopped"),
+    ("{% set n = namespace(x=1) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}", "stopped"),
+    ("{% set n = namespace(x=1) %}{% for i in range(60) %}{% set n.x = dict(a=n.x, b=n.x) %}{% endfor %}", "stopped"),
+    ("{% set n = namespace(x=1) %}{% for i in range(60) %}{% set n.x = [n.x] * 2 %}{% endfor %}{{ n.x }}", "stopped"),
+    ("{{ ('a' * 10**7) | replace('a', 'b' * 1000) }}", "stopped"),
+    ("{{ ('a' * 10**7).replace('a', 'b' * 1000) }}", "stopped"),
+    ("{{ range(99999) | map('string') | join('x' * 10**7) }}", "stopped"),
+    ("{{ '{:{}}'.format('a', 10**10) }}", "stopped"),
+    ("{{ '%*d' % (10**10, 1) }}", "stopped"),
+    ("{{ ('{0}' * 10**6).format('a' * 10**7) }}", "stopped"),
+    ("{{ ('\t' * 10**6).expandtabs(10**6) }}", "stopped"),
+    ("{{ [1] | slice(10**7) | list | length }}", "stopped"),
     ("{{ 9**9**9 }}", "stopped"),
     ("{{ 'a' | indent(10**12) }}", "stopped"),
     ("{{ '%999999999d' % 1 }}", "stopped"),
@@ -244,3 +255,39 @@ def test_unused_ids_have_no_bytes():
   vocab = {"a": 0, "b": 5}
   backend = bpe_tokenizer(vocab, [], pre_tokenizers.ByteLevel(add_prefix_space=False))
   assert Tokenizer(backend).token_bytes() == [b"a", b"", b"", b"", b"", b"b"]
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (dict(normalizer={"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1001}), "1000 times longer"),
+    (
+      dict(normalizer={"type": "Sequence", "normalizers": [
+        {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}] * 12}),
+      "1000 times longer",
+    ),
+    (dict(added_tokens=[{"id": 2**32 - 1, "content": "x", "special": True, "single_word": False, "lstrip": False,
+                         "rstrip": False, "normalized": False}]), "is no token|id .* in a vocabulary|not a tokenizer"),
+    (dict(pre_tokenizer={"type": "Split", "pattern": {"Regex": "(?<x>\\g<x>)"}, "behavior": "Isolated",
+                         "invert": False}), "never ending recursion"),
+  ],
+)  # fmt: skip
+def test_tokenizers_that_would_not_end_are_refused(tmp_path, changes, message):
+  values = json.loads(byte_tokenizer().backend.to_str())
+  (tmp_path / "tokenizer.json").write_text(json.dumps({**values, **changes}))
+  if "added_tokens" in changes:  # the library gives it the next id
+    assert Tokenizer.load(tmp_path).vocab_size <= 2**16
+    return
+  with pytest.raises(ValueError, match=message) as caught:
+    Tokenizer.load(tmp_path)
+  assert str(tmp_path / "tokenizer.json") in str(caught.value)
+
+
+def test_a_pattern_that_backtracks_for_ever_is_given_up(tmp_path):
+  values = json.loads(byte_tokenizer().backend.to_str())
+  values["pre_tokenizer"] = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+  (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+  tokenizer = Tokenizer.load(tmp_path)
+  assert len(tokenizer.encode("aaa")) == 3
+  with pytest.raises(ValueError, match="the tokenizer fails on this text"):
+    tokenizer.encode("a" * 2000 + "!")

@@ -82,7 +82,7 @@ def convert(
   ignore = lambda name: transformers.is_ignored(config, name)
   dtype = dtype or tensors.dtype
   table = param_table(config, dms)
-  slices = to_slices(table, tensors, jnp.dtype(dtype), ignore=ignore, progress=progress)
+  slices = to_slices(table, tensors, jnp.dtype(dtype), ignore=ignore, progress=progress)  # first: sizes may be absurd
   checkpoint.check_room(output, checkpoint.nbytes(table, dtype))
   if tokenizer is not None:
     own = Tokenizer.load(fetch(tokenizer, TOKENIZER_FILES, "tokenizer"))

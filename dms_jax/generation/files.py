@@ -219,6 +219,8 @@ def _header(path: str | Path) -> dict[str, Any]:
   for name in ("page", "pages"):
     if name in header and not (is_number(header[name], int) and 0 < header[name] < 2**31):
       raise ValueError(f"{file}: field {name!r} must be a positive whole number; damaged")
+  if header["cache"] not in caches.KINDS:
+    raise ValueError(f"{file}: field 'cache' is {shown(header['cache'])}, not one of {sorted(caches.KINDS)}; damaged")
   if not header["rows"]:
     raise ValueError(f"{file}: field 'rows' is empty; damaged")
   return header

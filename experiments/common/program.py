@@ -242,6 +242,14 @@ def read_flags(prefix: str, cls: type, values: Mapping[str, Any] | None = None) 
   return cls(**fields)
 
 
+def as_text(value: str) -> str:
+  """A text of the command line or of standard input as UTF-8, where the locale (such as C) could not decode it."""
+  try:
+    return os.fsencode(value).decode("utf-8")
+  except UnicodeError:
+    return value
+
+
 def flag_types(prefix: str, cls: type) -> dict[str, Any]:
   """{name: annotation} of the flags that `define_flags(prefix, cls)` makes."""
   hints, found = typing.get_type_hints(cls), {}
@@ -291,6 +299,9 @@ def run(
     writes: what `--output` names, if it is given; no other run may write there meanwhile (`outputs.locked`).
     goes_on: whether the same command goes on after an interruption.
   """
+  for stream in (sys.stdout, sys.stderr):
+    if hasattr(stream, "reconfigure"):  # a text that the locale cannot write ends no run
+      stream.reconfigure(errors="backslashreplace")
   flags.DEFINE_string("profile", None, "write a jax.profiler trace of the run to this folder")
   flags.DEFINE_boolean("debug", False, "show the traceback of an error")
 

@@ -312,19 +312,82 @@ def halves(data: bytes) -> list[float]:
   return np.frombuffer(data, "<f2").astype(float).tolist()
 
 
+def q8_0(block: bytes) -> list[float]:
+  """Q8_0 of ggml-quants.c, 34 bytes: 32 values of 8 bits."""
+  return [halves(block[:2])[0] * int(q) for q in np.frombuffer(block[2:], np.int8)]
+
+
+def fives(high: bytes, low: bytes) -> list[int]:
+  """32 numbers of 5 bits: the fifth bits in order, the others in the low and then in the high halves of 16 bytes."""
+  fifth = int.from_bytes(high, "little")
+  return [(byte & 15 if i < 16 else byte >> 4) | (fifth >> i & 1) << 4 for i, byte in enumerate(low * 2)]
+
+
+def q5_0(block: bytes) -> list[float]:
+  """Q5_0, 22 bytes: 32 values of 5 bits about 16."""
+  return [halves(block[:2])[0] * (q - 16) for q in fives(block[2:6], block[6:])]
+
+
+def q5_1(block: bytes) -> list[float]:
+  """Q5_1, 24 bytes: 32 values of 5 bits above a least one."""
+  scale, least = halves(block[:4])
+  return [scale * q + least for q in fives(block[4:8], block[8:])]
+
+
+def q2_k(block: bytes) -> list[float]:
+  """Q2_K, a super-block of 84 bytes: 256 values in 16 sub-blocks, 4-bit scales and minima."""
+  packed, low, (scale, least) = block[:16], block[16:80], halves(block[80:])
+  values = []
+  for j in range(16):  # 16 values each; 8 sub-blocks share 32 bytes
+    half, shift, side = j // 8, j % 8 // 2 * 2, j % 2
+    for i in range(16):
+      q = low[32 * half + 16 * side + i] >> shift & 3
+      values.append(scale * (packed[j] & 15) * q - least * (packed[j] >> 4))
+  return values
+
+
+def q3_k(block: bytes) -> list[float]:
+  """Q3_K, a super-block of 110 bytes: 256 values in 16 sub-blocks, third bits apart, 6-bit scales about 32."""
+  third, low, packed, (scale,) = block[:32], block[32:96], block[96:108], halves(block[108:])
+  values = []
+  for j in range(16):
+    half, part, side = j // 8, j % 8 // 2, j % 2
+    own = (packed[j % 8] >> 4 * (j // 8) & 15) | (packed[8 + j % 4] >> 2 * (j // 4) & 3) << 4
+    for i in range(16):
+      q = low[32 * half + 16 * side + i] >> 2 * part & 3
+      bit = third[16 * side + i] >> (4 * half + part) & 1
+      values.append(scale * (own - 32) * (q - (0 if bit else 4)))
+  return values
+
+
+def sixes(packed: bytes, j: int) -> tuple[int, int]:
+  """(scale, minimum) of sub-block j, 6 bits each, of 8 in 12 bytes."""
+  if j < 4:
+    return packed[j] & 63, packed[j + 4] & 63
+  high = packed[j - 4] >> 6 << 4, packed[j] >> 6 << 4
+  return packed[j + 4] & 15 | high[0], packed[j + 4] >> 4 | high[1]
+
+
 def q4_k(block: bytes) -> list[float]:
-  """Q4_K of ggml-quants.c, a super-block of 144 bytes: 256 values in 8 sub-blocks, 6-bit scales and minima."""
+  """Q4_K, a super-block of 144 bytes: 256 values in 8 sub-blocks, 6-bit scales and minima."""
   (scale, least), packed, low = halves(block[:4]), block[4:16], block[16:]
   values = []
   for j in range(8):
-    if j < 4:
-      s, m = packed[j] & 63, packed[j + 4] & 63
-    else:
-      s = (packed[j + 4] & 15) | ((packed[j - 4] >> 6) << 4)
-      m = (packed[j + 4] >> 4) | ((packed[j] >> 6) << 4)
+    s, m = sixes(packed, j)
     for i in range(32):
-      byte = low[32 * (j // 2) + i]
-      values.append(scale * s * (byte >> 4 if j % 2 else byte & 15) - least * m)
+      values.append(scale * s * (low[32 * (j // 2) + i] >> 4 * (j % 2) & 15) - least * m)
+  return values
+
+
+def q5_k(block: bytes) -> list[float]:
+  """Q5_K, a super-block of 176 bytes: as Q4_K, with bit j of 32 bytes as the fifth bit of sub-block j."""
+  (scale, least), packed, fifth, low = halves(block[:4]), block[4:16], block[16:48], block[48:]
+  values = []
+  for j in range(8):
+    s, m = sixes(packed, j)
+    for i in range(32):
+      q = (low[32 * (j // 2) + i] >> 4 * (j % 2) & 15) | (fifth[i] >> j & 1) << 4
+      values.append(scale * s * q - least * m)
   return values
 
 
@@ -341,17 +404,26 @@ def q6_k(block: bytes) -> list[float]:
   return values
 
 
-@pytest.mark.parametrize(("kind", "size", "of_block", "at"), [("Q4_K", 144, q4_k, (0, 2)), ("Q6_K", 210, q6_k, (208,))])
-def test_k_quants(tmp_path, kind, size, of_block, at):
-  """Random super-blocks against the format written out in plain Python."""
-  config = tiny.config(**SIZES | dict(d_model=256, d_ff=256))
+QUANTS = {  # type: (bytes of a block, its values in plain Python, places of its float16 numbers)
+  "Q8_0": (34, q8_0, (0,)), "Q5_0": (22, q5_0, (0,)), "Q5_1": (24, q5_1, (0, 2)), "Q2_K": (84, q2_k, (80, 82)),
+  "Q3_K": (110, q3_k, (108,)), "Q4_K": (144, q4_k, (0, 2)), "Q5_K": (176, q5_k, (0, 2)), "Q6_K": (210, q6_k, (208,)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", QUANTS)
+def test_quantised_blocks(tmp_path, kind):
+  """Random blocks against each format written out in plain Python: products of so few bits are exact in float32."""
+  size, of_block, at = QUANTS[kind]
+  config = tiny.config(**SIZES | dict(d_model=256, d_ff=64))
   rng = np.random.default_rng(0)
-  blocks = rng.integers(0, 256, (256, size), dtype=np.uint8)  # one row of 256 weights each
+  row = 256 // len(of_block(bytes(size)))  # blocks of a row of 256 weights
+  blocks = rng.integers(0, 256, (64, row, size), dtype=np.uint8)
   for place in at:
-    blocks[:, place : place + 2] = rng.normal(size=(256, 1)).astype("<f2").view(np.uint8)
-  write(tmp_path / "m.gguf", config, without=("blk.0.ffn_up.weight",), blocks={"blk.0.ffn_up.weight": (blocks, kind)})
+    blocks[..., place : place + 2] = rng.normal(size=(64, row, 1)).astype("<f2").view(np.uint8)
+  data = {"blk.0.ffn_up.weight": (blocks.reshape(64, -1), kind)}
+  write(tmp_path / "m.gguf", config, without=tuple(data), blocks=data)
   model = loaded(tmp_path / "m.gguf", tmp_path)
-  expected = np.array([of_block(row.tobytes()) for row in blocks])
+  expected = np.array([of_block(block.tobytes()) for block in blocks.reshape(-1, size)]).reshape(64, 256)
   np.testing.assert_allclose(model.params["layers"]["up_proj"][0], expected, rtol=1e-6)
 
 

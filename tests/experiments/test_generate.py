@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import dms_jax
+from dms_jax.tokenizer import byte_tokenizer
 from experiments import bench_generate, generate
 from experiments.common import files
 from experiments.common import requests as request_file
@@ -256,3 +257,52 @@ def test_engines_are_measured_in_turns():
   results = bench_generate.measure(engines, config)
   assert calls[4:] == [("a", 1), ("a", 4), ("b", 1), ("b", 4)] * 2
   assert [r["engine"] for r in results] == ["a", "b"] and len(results[0]["tokens"]) == 4
+
+
+def test_a_request_with_half_a_surrogate_pair_is_left_out(tmp_path, capsys):
+  """The others keep their places, which are their ids and decide their keys."""
+  lines = [{"prompt": "a"}, {"prompt": "\ud800"}, {"prompt": "c"}]
+  whole = [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}]
+  arguments = dict(max_new_tokens=4, chains=1, temperature=1.0, seed=3, width=2)
+  found = []
+  for each in (lines, whole):
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, each)))
+    found.append({r.id: r for r in request_file.read_requests(tmp_path / "r.jsonl", byte_tokenizer(), **arguments)})
+  assert list(found[0]) == [0, 2] and list(found[1]) == [0, 1, 2]
+  assert all(found[0][i].fingerprint({}) == found[1][i].fingerprint({}) for i in (0, 2))
+  assert f"--requests={tmp_path / 'r.jsonl'}, line 2: half of a surrogate pair" in capsys.readouterr().err
+
+
+LOCALE = """
+import sys
+from pathlib import Path
+from dms_jax import checkpoint, testing
+from dms_jax.tokenizer import Tokenizer, byte_tokenizer
+from experiments.common import files, program
+
+def main():
+  folder = Path(sys.argv[0])
+  checkpoint.save(folder, testing.model(testing.config(vocab_size=257)), byte_tokenizer())
+  checkpoint.load(folder)
+  text = files.read_text("text", folder.parent / "t.txt")
+  assert Tokenizer.load(folder).decode(Tokenizer.load(folder).encode(text)) == text == program.as_text(sys.argv[2])
+  print(text)
+
+sys.argv[0], sys.argv[1:] = sys.argv[1], ["--", *sys.argv[2:]]
+sys.argv, rest = sys.argv[:1], sys.argv
+program.app.run = lambda guarded: (sys.__setattr__("argv", rest), program.FLAGS(rest[:1]), guarded(rest[:1]))
+program.run(main)
+"""
+
+
+def test_under_a_locale_without_unicode(tmp_path):
+  """Files are UTF-8 there too, paths of other characters work, and what cannot be printed is escaped."""
+  folder, text = tmp_path / "Größe", "Straße ☃"
+  folder.mkdir()
+  (folder / "t.txt").write_text(text, encoding="utf-8")
+  env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "JAX_PLATFORMS": "cpu"}
+  done = subprocess.run(
+    [sys.executable, "-c", LOCALE, folder / "ours", text], env=env, capture_output=True, check=False
+  )
+  assert done.returncode == 0, done.stderr.decode(errors="replace")[-2000:]
+  assert done.stdout.decode("ascii").strip() == text.encode("ascii", "backslashreplace").decode()

@@ -16,7 +16,7 @@ from dms_jax.layers import rms_norm
 from dms_jax.model import Eviction, forward
 from dms_jax.params import flatten, param_table
 from dms_jax.retrofit import DataConfig, RetrofitConfig, ScheduleConfig, losses, schedule
-from dms_jax.retrofit.data import Packer, Source, load_sources
+from dms_jax.retrofit.data import Packer, Source, documents, load_sources
 from dms_jax.retrofit.step import (
   Batch,
   _compression_metrics,
@@ -403,3 +403,17 @@ def test_padding_counts_as_no_compression():
   dms = tiny.dms(window=3)
   alone, beside = _compression_metrics(dms, logits, jnp.ones((1, 12), bool)), _compression_metrics(dms, padded, real)
   assert float(alone["held_share"]) == float(beside["held_share"]) < 1
+
+
+def test_half_a_surrogate_pair_leaves_its_line_out(tmp_path):
+  """JSON can write it, and other programs do; it is no character. Lines in their raw bytes are no UTF-8 either."""
+  lines = [{"text": "a"}, {"text": "b\ud800"}, {"text": "c", "prompt": "\udfff"}, {"text": "d"}]
+  (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, lines)))
+  (tmp_path / "y.txt").write_bytes(b"one\n\xed\xa0\x80 two\nthree")
+  (tmp_path / "z.json").write_text(json.dumps(lines))
+  for name, texts, named in (
+    ("x.jsonl", ["a", "d"], "line 2, 3"), ("y.txt", ["one\nthree"], "line 2"), ("z.json", ["a", "d"], "record 1, 2"),
+  ):  # fmt: skip
+    with pytest.warns(UserWarning, match=f"{name}: {named}: half of a surrogate pair .* left out") as warned:
+      assert [text for _, text in documents(tmp_path / name, Letters(), ())] == texts
+    assert len(warned) == 1
