@@ -155,7 +155,8 @@ class Flight:
       chain = self.chains[row]
       before, blocks = len(chain.result.tokens[chain.index]), len(chain.result.usage[chain.index].steps)
       reason = self.over.get(row, "running")
-      entries.append(Entry(chain, *new.get(row, ([], [], None)), reason, before, blocks))
+      ids, logs, steps = new.get(row, ([], [], None))
+      entries.append(Entry(chain, ids, logs, steps, reason, before, blocks))
     return entries
 
 
