@@ -23,8 +23,8 @@ demo: $(VENV)/.demo $(MODEL)  ## fetch SmolLM2, answer and read 4,096 tokens, de
 
 hyperscale: $(VENV)/.demo  ## the shipped reasoner, dense against DMS and prompt + window; REASONER=folder HYPERSCALE_FLAGS=...
 	$(BIN)/python -m experiments.hyperscale --checkpoint=$(REASONER)/dense --retrofit=8:$(REASONER)/cr8 \
-	  --methods=vanilla,dms,prompt_window --cr=8 --tasks=programs --limit=16 --chains=1,2,4 --max_tokens=160,320,640 \
-	  --width=64 --dtype=float32 --output=runs/hyperscale/make $(HYPERSCALE_FLAGS)
+	  --methods=vanilla,dms,prompt_window --cr=8 --tasks=programs --programs.level=2 --limit=16 --chains=1,2,4 \
+	  --max_tokens=160,320,640 --width=64 --dtype=float32 --output=runs/hyperscale/make $(HYPERSCALE_FLAGS)
 
 test: $(VENV)/.test  ## the test suite, without torch; PYTEST_FLAGS=... narrows it
 	$(PYTEST) -m "not tpu and not slow" $(PYTEST_FLAGS)

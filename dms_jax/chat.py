@@ -8,11 +8,11 @@ import json
 import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 SECONDS = 2.0  # a real template takes milliseconds
-CHARACTERS = 2**26  # of a text that a template makes, beyond those of its messages
+CHARACTERS = 2**24  # of a text that a template makes, beyond those of its messages
 _clock = threading.local()
 
 
@@ -73,6 +73,29 @@ def _check(size: int) -> None:
     raise _TooMuch(f"it ran for {SECONDS:g} seconds")
 
 
+# Bounds ---------------------------------------------------------------------------------------------------------------
+
+
+def _size(value: Any, known: dict[int, int] | None = None) -> int:
+  """Characters and entries of a value written out. Lists that hold one list twice count it twice, in linear time."""
+  if isinstance(value, str | bytes):
+    return len(value)
+  if not isinstance(value, list | tuple | set | frozenset | Mapping):
+    return 1
+  known = {} if known is None else known
+  if id(value) not in known:
+    known[id(value)] = 0
+    parts = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
+    known[id(value)] = 1 + sum(_size(part, known) for part in parts)
+  return known[id(value)]
+
+
+def _made(value: Any) -> Any:
+  """A value that a template makes."""
+  _check(_size(value))
+  return value
+
+
 def _joined(*values: Any) -> str:
   """The operator ~."""
   texts = [str(value) for value in values]
@@ -80,21 +103,42 @@ def _joined(*values: Any) -> str:
   return "".join(texts)
 
 
+def _concatenated(parts: Iterable[str]) -> str:
+  """The text of a macro or a block."""
+  parts = list(parts)
+  _check(sum(map(len, parts)))
+  return "".join(parts)
+
+
 def _check_numbers(*values: Any) -> None:
   """Widths and counts, which decide how long a text a method or filter makes."""
   for value in values:
     if isinstance(value, int) and abs(value) > CHARACTERS:
-      raise _TooMuch(f"it calls something with the number {value}")
+      raise _TooMuch("it calls something with a number above what a text may hold")
 
 
-def _check_format(form: Any) -> None:
-  """The widths in a format string."""
-  if isinstance(form, str) and (width := re.search(r"[%:][^\s\w]{0,3}\d{7,}", form)):
-    raise _TooMuch(f"it formats with the width {width[0]}")
+def _check_format(form: Any, *values: Any) -> None:
+  """A format string: the widths in it and in its values, and each value in each of its places."""
+  if isinstance(form, str):
+    if width := re.search(r"[%:][^\s\w]{0,3}\d{7,}", form):
+      raise _TooMuch(f"it formats with the width {width[0][:20]}")
+    _check_numbers(*values)
+    _check(len(form) + max(form.count("{"), form.count("%")) * max((_size(value) for value in values), default=0))
 
 
-def _length(value: Any) -> int:
-  return len(value) if isinstance(value, str | bytes | list | tuple) else 0
+def _check_growth(name: str, value: Any, args: Sequence[Any]) -> None:
+  """What the method or filter `name` makes of a value, where it may be much more than the value and its arguments."""
+  texts = [arg for arg in args if isinstance(arg, str)]
+  widest = max([1, *(abs(arg) for arg in args if isinstance(arg, int)), *map(_size, args)])
+  if name == "replace" and isinstance(value, str) and len(texts) > 1:
+    _check(len(value) + value.count(texts[0]) * len(texts[1]))
+  elif name == "join":
+    parts, between = (args[0] if args else (), value) if isinstance(value, str) and args else (value, "".join(texts))
+    _check(_size(parts) + _size(between) * (len(parts) if isinstance(parts, Sized) else 1))
+  elif name in ("batch", "slice"):
+    _check(256 * widest)
+  elif name in ("expandtabs", "translate", "indent", "wordwrap", "tojson", "urlize"):
+    _check(_size(value) * widest)
 
 
 @functools.lru_cache(maxsize=8)
@@ -103,6 +147,7 @@ def _compile(template: str):
   import jinja2.ext
   import jinja2.nodes as nodes
   import jinja2.sandbox
+  import jinja2.utils
   import jinja2.visitor
 
   class Generation(jinja2.ext.Extension):
@@ -115,7 +160,7 @@ def _compile(template: str):
       return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
 
   class Bounded(jinja2.visitor.NodeTransformer):
-    """Checks the bounds at each turn of a loop, each call of a macro, and each ~."""
+    """Checks the bounds at each turn of a loop, each call of a macro, each list, tuple or dictionary, and each ~."""
 
     def visit_For(self, node, *args, **kwargs):
       self.generic_visit(node, *args, **kwargs)
@@ -129,36 +174,65 @@ def _compile(template: str):
       self.generic_visit(node, *args, **kwargs)
       return nodes.Call(nodes.EnvironmentAttribute("joined"), node.nodes, [], None, None).set_lineno(node.lineno)
 
+    def visit_List(self, node, *args, **kwargs):
+      self.generic_visit(node, *args, **kwargs)
+      if getattr(node, "ctx", "load") != "load":  # names on the left of a =
+        return node
+      return nodes.Call(nodes.EnvironmentAttribute("made"), [node], [], None, None).set_lineno(node.lineno)
+
+    visit_Tuple = visit_Dict = visit_List
+
+  class Namespace(jinja2.utils.Namespace):
+    """Its text is no text of what it holds, which may be itself."""
+
+    def __repr__(self):
+      return "<Namespace>"
+
   class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(("+", "*", "**", "%"))
     tick = staticmethod(lambda: _check(0))
     joined = staticmethod(_joined)
+    made = staticmethod(_made)
+    concat = staticmethod(_concatenated)
 
     def call_binop(self, context, operator, left, right):
+      numbers = isinstance(left, int) and isinstance(right, int)
       if operator == "+":
-        _check(_length(left) + _length(right))
+        _check(_size(left) + _size(right))
+      elif operator == "*" and numbers:
+        _check(left.bit_length() + right.bit_length())
       elif operator == "*":
-        _check(max(_length(left), 1) * right if _length(left) and isinstance(right, int) else 0)
-        _check(max(_length(right), 1) * left if _length(right) and isinstance(left, int) else 0)
+        _check(_size(left) * right if isinstance(right, int) else _size(right) * left if isinstance(left, int) else 0)
       elif operator == "**" and max(abs(left), abs(right)) > 1024:
-        raise _TooMuch(f"it takes {left} to the power of {right}")
+        raise _TooMuch("it takes a power of numbers above 1024")
       elif operator == "%":
-        _check_format(left)
+        _check_format(left, *(right if isinstance(right, tuple) else [right]))
       return super().call_binop(context, operator, left, right)
 
     def call(self, context, function, *args, **kwargs):
-      _check_numbers(*args, *kwargs.values())
-      if getattr(function, "__name__", "") in ("format", "format_map"):
-        _check_format(getattr(function, "__self__", None))
-      return super().call(context, function, *args, **kwargs)
+      name, given = getattr(function, "__name__", ""), [*args, *kwargs.values()]
+      owner = getattr(getattr(function, "__wrapped__", function), "__self__", None)  # the sandbox wraps str.format
+      _check_numbers(*given)
+      if name in ("format", "format_map"):
+        _check_format(owner, *given)
+      elif isinstance(owner, str):
+        _check_growth(name, owner, given)
+      return _made(super().call(context, function, *args, **kwargs))
 
-  def bounded(function):
+  def bounded(name, function):
+    marked = any(hasattr(function, kind) for kind in ("jinja_pass_arg", "contextfilter"))  # has the context first
+
     @functools.wraps(function)
-    def call(value, *args, **kwargs):
-      _check_numbers(*args, *kwargs.values())
-      if function is formatting:
-        _check_format(value)
-      return function(value, *args, **kwargs)
+    def call(*args, **kwargs):
+      first = args[:1] if marked else ()
+      value, *given = args[len(first) :]
+      _check_numbers(*given, *kwargs.values())
+      if name == "format":
+        _check_format(value, *given, *kwargs.values())
+      elif name == "join" and not isinstance(value, Sized) and isinstance(value, Iterable):
+        value = list(value)
+      _check_growth(name, value, [*given, *kwargs.values()])
+      return _made(function(*first, value, *given, **kwargs))
 
     return call
 
@@ -168,10 +242,12 @@ def _compile(template: str):
   def raise_exception(message):
     raise jinja2.TemplateError(message)
 
+  def strftime_now(form):
+    if len(form) > 1000:
+      raise _TooMuch("it formats the time with more than 1,000 characters")
+    return datetime.datetime.now().strftime(form)
+
   environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, Generation])
-  formatting = environment.filters["format"]
-  environment.filters = {name: bounded(own) for name, own in environment.filters.items()}
-  environment.filters["tojson"] = tojson
-  environment.globals["raise_exception"] = raise_exception
-  environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+  environment.filters = {name: bounded(name, own) for name, own in {**environment.filters, "tojson": tojson}.items()}
+  environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now, "namespace": Namespace}
   return environment.from_string(Bounded().visit(environment.parse(template)))

@@ -1,8 +1,9 @@
 """Checkpoints on disk: DIR/{config.json, params/ (Orbax), tokenizer.json, tokenizer_config.json}.
 
 A checkpoint holds some of three groups of parameters: "base", "gate" (eviction gates) and "lora" (low-rank updates). A
-checkpoint without the base is a *retrofit*: small, and loaded on top of its base model. config.json also lists every
-parameter file with its size and checksum, so damage is detected before any parameter is read.
+checkpoint without the base is a *retrofit*: small, and loaded on top of its base model. config.json also states the
+schema and the version that wrote it (`formats`), what the gates' numbers mean (`gates.convention`), and every parameter
+file with its size and checksum, so damage is detected before any parameter is read.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import concurrent.futures
 import contextlib
 import glob
 import json
+import math
 import os
 import secrets
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +29,20 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
+from dms_jax import formats
 from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig, from_json, is_number, read_json, shown, to_json
+from dms_jax.gates import convention
 from dms_jax.model import Model
 from dms_jax.params import GROUPS, Params, ParamSpec, flatten, join_params, param_table, split_params, unflatten
 from dms_jax.sharding import param_shardings
+from dms_jax.slices import Slice, dtype_of
+from dms_jax.slices import read as read_slices
+from dms_jax.slices import write as write_slices
 from dms_jax.tokenizer import Tokenizer
 
 CONFIG = "config.json"
 PARAMS = "params"
 CARD = ("README.md", "log.jsonl", "log.png")  # experiments.train_reasoner adds them
-FORMAT = 1
 
 
 def save(
@@ -77,30 +83,66 @@ def save(
       context.array.saving.use_compression = "base" not in groups
       with context, _without_patterns(directory) as plain, _clear_full_disk(path):
         ocp.save(plain / PARAMS, unflatten(flat))
-    if jax.process_index():  # process 0 writes the rest
-      return
-    if flat:
-      # Orbax writes the name of the folder, which is temporary, into these files.
-      for note in (directory / PARAMS).glob("commit_success*.txt"):
-        note.write_text("saved\n")
-    if tokenizer is not None:
-      tokenizer.save(directory)
-    values = {
-      "format": FORMAT,
-      "model": to_json(model.config),
-      "dms": to_json(model.dms) if "gate" in groups else None,
-      "lora": to_json(model.lora) if "lora" in groups else None,
-      "groups": groups,
-      "dtype": dtypes[0] if len(dtypes) == 1 else dtypes,
-      "metadata": metadata or {},
-      "files": {name: list(entry) for name, entry in _fingerprints(directory / PARAMS).items()},
-    }
-    (directory / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    if jax.process_index() == 0:
+      _describe(directory, model.config, model.dms, model.lora, groups, dtypes, tokenizer, metadata)
+
+
+def save_slices(
+  path: str | Path,
+  slices: Iterable[Slice],
+  config: ModelConfig,
+  dms: DMSConfig | None,
+  dtype: Any,
+  tokenizer: Tokenizer | None = None,
+  *,
+  metadata: dict[str, Any] | None = None,
+) -> None:
+  """Writes a checkpoint of a base, and gates if `dms` is given, as its slices come; otherwise as `save`.
+
+  Memory: `slices.write`. One process writes.
+
+  Args:
+    slices: every slice of the parameters once, in any order, of `slices.dtype_of(spec, dtype)`.
+
+  Raises:
+    ValueError: `path` holds something other than a checkpoint.
+  """
+  dtype, table = jnp.dtype(dtype), param_table(config, dms)
+  groups = [g for g in GROUPS if g == "base" or (g == "gate" and dms is not None)]
+  with atomic_directory(path) as directory:
+    with _without_patterns(directory) as plain, _clear_full_disk(path):
+      write_slices(plain / PARAMS, table, dtype, slices)
+    dtypes = sorted({dtype_of(spec, dtype).name for spec in table.values()})
+    _describe(directory, config, dms, None, groups, dtypes, tokenizer, metadata)
+
+
+def _describe(
+  directory: Path, config: ModelConfig, dms: DMSConfig | None, lora: LoRAConfig | None, groups: Sequence[str],
+  dtypes: list[str], tokenizer: Tokenizer | None, metadata: dict[str, Any] | None,
+) -> None:  # fmt: skip
+  """Writes what a checkpoint in `directory` holds beside its parameters: config.json and the tokenizer."""
+  # Orbax writes the name of the folder, which is temporary, into these files.
+  for note in (directory / PARAMS).glob("commit_success*.txt"):
+    note.write_text("saved\n")
+  if tokenizer is not None:
+    tokenizer.save(directory)
+  values = {
+    **formats.stamp("checkpoint"),
+    "model": to_json(config),
+    "dms": to_json(dms) if "gate" in groups else None,
+    "gates": convention(dms) if "gate" in groups else None,
+    "lora": to_json(lora) if "lora" in groups else None,
+    "groups": groups,
+    "dtype": dtypes[0] if len(dtypes) == 1 else dtypes,
+    "metadata": metadata or {},
+    "files": {name: list(entry) for name, entry in _fingerprints(directory / PARAMS).items()},
+  }
+  (directory / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def load(
   path: str | Path, *, retrofit: str | Path | None = None, merge: bool = True, dtype: Any = None,
-  mesh: Mesh | None = None,
+  mesh: Mesh | None = None, stored: bool = False,
 ) -> Model:  # fmt: skip
   """Loads a model, and optionally a retrofit on top of it.
 
@@ -111,6 +153,8 @@ def load(
     dtype: dtype of the weights; default as stored. Gates and separate updates keep the stored dtype.
     mesh: each of its devices reads only its shards (`sharding.param_shardings`), and every process must call this.
       Without a mesh this process's first device gets all parameters.
+    stored: the base's parameters stay on disk (`params.StoredParam`), to be read layer by layer by an export. Files of
+      the checkpoint are checked now, and must stay.
 
   Raises:
     ValueError: a file is missing, cut short or damaged, or the retrofit belongs to another model.
@@ -121,7 +165,7 @@ def load(
   apart = lora is None or not (merge or retrofit is not None)
   # Weights to be merged are read in the stored dtype, so that they are rounded only once.
   early = dtype if apart and retrofit is None else None
-  params = _read_params(Path(path), values, param_table(base, dms, lora), early, mesh)
+  params = _read_params(Path(path), values, param_table(base, dms, lora), early, mesh, stored)
   model = Model(params, base, dms, lora)
   if not apart:
     model = model.merged()
@@ -181,8 +225,7 @@ def read_config(path: str | Path) -> tuple[dict, ModelConfig, DMSConfig | None, 
   if "format" not in values:
     theirs = "a Hugging Face directory; run experiments.convert_weights on it"
     raise ValueError(f"{file}: not a dms_jax checkpoint but {theirs if 'model_type' in values else 'something else'}")
-  if values["format"] != FORMAT:
-    raise ValueError(f"{file}: format {shown(values['format'])}; this version reads {FORMAT}")
+  schema = formats.check("checkpoint", values, file)
   if missing := [k for k in ("model", "dms", "lora", "groups", "files") if k not in values]:
     raise ValueError(f"{file}: field(s) {missing} missing; the file is damaged")
   if not (isinstance(values["groups"], list) and all(group in GROUPS for group in values["groups"])):
@@ -196,7 +239,18 @@ def read_config(path: str | Path) -> tuple[dict, ModelConfig, DMSConfig | None, 
     if not isinstance(given, dict) and not (given is None and name != "model"):
       raise ValueError(f"{file}: field {name!r} should be an object, found {shown(given)}")
     configs.append(None if given is None else from_json(cls, given, f"{file}: {name}"))
+  if schema > 1 and configs[1] is not None:
+    _check_convention(file, values.get("gates"), convention(configs[1]))
   return values, *configs
+
+
+def _check_convention(file: Path, theirs: Any, ours: dict[str, str]) -> None:
+  """Raises ValueError where a checkpoint's gates do not mean what this version's do."""
+  theirs = theirs if isinstance(theirs, dict) else {}
+  names = [name for name in theirs | ours if theirs.get(name) != ours.get(name)]
+  differ = [f"{name} is {shown(theirs.get(name))} there and {shown(ours.get(name))} here" for name in names]
+  if names:
+    raise ValueError(f"{file}: gates of another convention: {'; '.join(differ)}; use the dms_jax that wrote it")
 
 
 def _is_entry(name: str, entry: Any) -> bool:
@@ -332,26 +386,33 @@ def _is_running(pid: str) -> bool:
 
 
 def _read_params(
-  path: Path, values: dict, table: dict[str, ParamSpec], dtype: Any = None, mesh: Mesh | None = None
-) -> Params:
+  path: Path, values: dict, table: dict[str, ParamSpec], dtype: Any = None, mesh: Mesh | None = None,
+  stored: bool = False,
+) -> Params:  # fmt: skip
   """Reads and checks the tensors of `table`. `dtype` applies to the base; other groups keep the stored dtype."""
   directory = (path / PARAMS).absolute()  # Orbax refuses relative paths
   _check_files(path, values["files"])
   with _without_patterns(directory) as plain, _clear_errors(directory):
-    stored = flatten(ocp.metadata(plain).metadata)
-  problems = [_difference(set(stored), set(table))] if set(stored) != set(table) else []
+    found = flatten(ocp.metadata(plain).metadata)
+  problems = [_difference(set(found), set(table))] if set(found) != set(table) else []
   problems += [
-    f"{name} has shape {tuple(stored[name].shape)}, the config means {spec.shape}"
+    f"{name} has shape {tuple(found[name].shape)}, the config means {spec.shape}"
     for name, spec in table.items()
-    if name in stored and tuple(stored[name].shape) != spec.shape
+    if name in found and tuple(found[name].shape) != spec.shape
   ]
   if problems:
     raise ValueError(f"{path}: parameters and config.json do not fit: {'; '.join(problems)}")
+  if stored:
+    with _clear_errors(directory):
+      kept = read_slices(directory, table)
+    in_dtype = lambda value: value if dtype is None else value.astype(jnp.dtype(dtype))
+    place = lambda name, value: in_dtype(value) if table[name].group == "base" else jnp.asarray(value)
+    return unflatten({name: place(name, value) for name, value in kept.items()})
   alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   shardings = dict.fromkeys(table, alone) if mesh is None else flatten(param_shardings(mesh, table))
 
   def abstract(name: str, spec: ParamSpec) -> jax.ShapeDtypeStruct:
-    kind = stored[name].dtype if dtype is None or spec.group != "base" else jnp.dtype(dtype)
+    kind = found[name].dtype if dtype is None or spec.group != "base" else jnp.dtype(dtype)
     return jax.ShapeDtypeStruct(spec.shape, kind, sharding=shardings[name])
 
   with _without_patterns(directory) as plain, _clear_errors(directory):
@@ -398,6 +459,26 @@ def check_writable(path: str | Path) -> None:
     raise ValueError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
 
 
+def check_room(path: str | Path, size: int) -> None:
+  """Checks, before the work, that the disk of `path`, which need not exist, has room for `size` more bytes.
+
+  Raises:
+    ValueError: it has not.
+  """
+  place = Path(path).absolute()
+  while not place.exists():
+    place = place.parent
+  disk = shutil.disk_usage(place)
+  if 0 < disk.total and disk.free < size:  # some network file systems do not tell
+    need, free = (f"{count / 1e6:,.1f} MB" for count in (size, disk.free))
+    raise ValueError(f"{path}: about {need} will be written, and the disk has {free} free; make room or choose another")
+
+
+def nbytes(table: dict[str, ParamSpec], dtype: Any) -> int:
+  """Bytes of the parameters of a table in one dtype."""
+  return sum(math.prod(spec.shape) for spec in table.values()) * jnp.dtype(dtype).itemsize
+
+
 @contextlib.contextmanager
 def _clear_errors(directory: Path) -> Iterator[None]:
   """Turns Orbax's errors into one line that says what to do."""
@@ -428,7 +509,7 @@ def crc32(file: Path) -> int:
   """CRC-32 of a file's content."""
   crc = 0
   with file.open("rb") as stream:
-    while block := stream.read(1 << 22):
+    while block := stream.read(1 << 20):
       crc = zlib.crc32(block, crc)
   return crc
 

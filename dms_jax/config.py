@@ -17,6 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from dms_jax.levels import Levels
 
 _LARGEST = 2**31 - 1  # of a size: positions and shapes are int32
+NO_FLAG = {"flag": False}  # metadata of a field that no program sets from its command line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,15 +71,15 @@ class ModelConfig:
   num_heads: int = 4
   num_kv_heads: int = 2
   head_dim: int = 16
-  vocab_size: int = 256
+  vocab_size: int = dataclasses.field(default=256, metadata=NO_FLAG)
   max_position_embeddings: int = 2048
   rope_theta: float = 10000.0
-  rope_scaling: RopeScaling | None = None
+  rope_scaling: RopeScaling | None = dataclasses.field(default=None, metadata=NO_FLAG)
   rms_norm_eps: float = 1e-5
   tie_embeddings: bool = True
   qkv_bias: bool = False
   qk_norm: bool = False
-  eos_token_ids: tuple[int, ...] = ()
+  eos_token_ids: tuple[int, ...] = dataclasses.field(default=(), metadata=NO_FLAG)
 
   def __post_init__(self):
     from dms_jax import families  # imports this module
@@ -337,15 +338,36 @@ def parse_json(data: bytes | str, source: str) -> dict:
   """One JSON object from its text; bytes are UTF-8, with or without a byte order mark.
 
   Raises:
-    ValueError: it is not valid JSON, is nested too deep, or is not an object; the message names `source`.
+    ValueError: as `json_value`, or it is not an object; the message names `source`.
+  """
+  values = json_value(data, source)
+  if not isinstance(values, dict):
+    raise ValueError(f"{source}: expected a JSON object, found {type(values).__name__}")
+  return values
+
+
+def json_value(data: bytes | str, source: str) -> Any:
+  """Any JSON value from its text, such as a line of a file; bytes are UTF-8, with or without a byte order mark.
+
+  Raises:
+    ValueError: it is not valid JSON, or is nested too deep; the message names `source`.
   """
   try:
-    values = json.loads(data if isinstance(data, str) else data.decode("utf-8-sig"))
+    return json.loads(data if isinstance(data, str) else data.decode("utf-8-sig"))
   except RecursionError:
     raise ValueError(f"{source}: JSON nested too deep; the file is damaged") from None
   except ValueError as error:  # of UTF-8, of JSON, or of a number with too many digits
     reason = f"not valid JSON ({shown(str(error))[1:-1]})"
     raise ValueError(f"{source}: {reason}; the file is damaged or was cut short") from None
-  if not isinstance(values, dict):
-    raise ValueError(f"{source}: expected a JSON object, found {type(values).__name__}")
-  return values
+
+
+HALF_PAIR = "half of a surrogate pair (\\ud800 to \\udfff), which is no character"
+
+
+def has_half_pair(value: Any) -> bool:
+  """Whether a text, or any text in a JSON value, holds half of a surrogate pair: JSON can write it, UTF-8 cannot."""
+  try:
+    (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
+  except UnicodeEncodeError:
+    return True
+  return False

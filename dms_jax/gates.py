@@ -25,6 +25,16 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+def convention(dms: DMSConfig) -> dict[str, str]:
+  """What the numbers of `dms` mean, as checkpoints state it: a reader that means something else would evict others."""
+  meaning = {"logit": "scale * raw - offset", "about": "token t - shift, by token t"}
+  if dms.gate == "neuron":
+    meaning["raw"] = "last channel of the first query head of a group, after its norm and before RoPE; then 0"
+  if dms.objective == "dms":
+    meaning |= {"evicted": "logit > threshold", "visible": "j <= i and (i - j <= window or not evicted[j])"}
+  return meaning
+
+
 def gate_logits(
   config: ModelConfig,
   dms: DMSConfig,

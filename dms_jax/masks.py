@@ -61,8 +61,13 @@ def held_tokens(evicted: Bool[Array, "*batch T"], window: int, lengths: Int[Arra
   return jnp.sum((index < end) & ~(outside & evicted), axis=-1, dtype=jnp.int32)
 
 
+def causal_reads(length):
+  """Keys that T queries see together where nothing is evicted, T (T + 1) / 2."""
+  return length * (length + 1) / 2
+
+
 def keys_read(evicted: Bool[Array, "*batch T"], window: int) -> Float[Array, "*batch"]:
   """Keys that T queries see together, the sum of `visible`, float32."""
   length = evicted.shape[-1]
   blind = jnp.maximum(length - 1 - window - jnp.arange(length), 0)  # queries that do not see an evicted key
-  return length * (length + 1) / 2 - jnp.sum(jnp.where(evicted, blind, 0), axis=-1, dtype=jnp.float32)
+  return causal_reads(length) - jnp.sum(jnp.where(evicted, blind, 0), axis=-1, dtype=jnp.float32)

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig
 
@@ -43,6 +44,28 @@ class ParamSpec:
   @property
   def layered(self) -> bool:
     return self.axes[0] == "layers"
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredParam:
+  """A parameter on disk in the place of an array: `stored[layer]`, or `np.asarray(stored)`, reads it.
+
+  `read(layer)` returns a numpy array of one layer, without L; of the whole parameter where layer is None.
+  """
+
+  shape: tuple[int, ...]
+  dtype: Any
+  read: Callable[[int | None], Any]
+
+  def __getitem__(self, layer: int) -> Any:
+    return self.read(layer)
+
+  def __array__(self, dtype=None, copy=None) -> np.ndarray:
+    return np.asarray(self.read(None), dtype)
+
+  def astype(self, dtype) -> StoredParam:
+    """The same values in `dtype`, cast as they are read."""
+    return StoredParam(self.shape, jnp.dtype(dtype), lambda layer: self.read(layer).astype(dtype))
 
 
 def param_table(
@@ -175,17 +198,34 @@ def join_params(*trees: Params) -> Params:
 
 
 def merge_lora(params: Params, lora: LoRAConfig | None) -> Params:
-  """Parameters with low-rank updates folded into their projections, in float32, rounded once."""
+  """Parameters with low-rank updates folded into their projections, in float32, rounded once.
+
+  A projection on disk stays there: each layer's update is folded in when the layer is read.
+  """
   flat = flatten(params)
   for path in [p for p in flat if p.endswith("_lora_a")]:
     a, b = flat.pop(path), flat.pop(path[: -len("a")] + "b")
     target = path[: -len("_lora_a")]
+    fold = lambda w, layers=..., a=a, b=b: _folded(w, a[layers], b[layers], lora.scale)
     w = flat[target]
-    update = jnp.einsum(
-      "lor,lri->loi",
-      b.reshape(b.shape[0], -1, b.shape[-1]).astype(jnp.float32),
-      a.reshape(a.shape[0], a.shape[1], -1).astype(jnp.float32),
-      precision=jax.lax.Precision.HIGHEST,
-    )
-    flat[target] = (w.astype(jnp.float32) + lora.scale * update.reshape(w.shape)).astype(w.dtype)
+    flat[target] = _folded_when_read(w, fold) if isinstance(w, StoredParam) else fold(w)
   return unflatten(flat)
+
+
+def _folded_when_read(stored: StoredParam, fold: Callable) -> StoredParam:
+  def read(layer: int | None):
+    value = stored.read(layer)
+    return np.asarray(fold(value) if layer is None else fold(value[None], slice(layer, layer + 1))[0])
+
+  return StoredParam(stored.shape, stored.dtype, read)
+
+
+def _folded(w, a, b, scale: float):
+  """Projections w [L, ...] with the update scale * b a of each layer; b [L, outputs..., R], a [L, R, inputs...]."""
+  update = jnp.einsum(
+    "lor,lri->loi",
+    b.reshape(b.shape[0], -1, b.shape[-1]).astype(jnp.float32),
+    a.reshape(a.shape[0], a.shape[1], -1).astype(jnp.float32),
+    precision=jax.lax.Precision.HIGHEST,
+  )
+  return (w.astype(jnp.float32) + scale * update.reshape(w.shape)).astype(w.dtype)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,14 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from dms_jax import chat
-from dms_jax.config import read_json
+from dms_jax.config import HALF_PAIR, has_half_pair, read_json, shown
 
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"
 SPECIAL_FILE = "special_tokens_map.json"
 ADDED_FILE = "added_tokens.json"
 TEMPLATE_FILE = "chat_template.jinja"  # newer checkpoints; older ones have the template in the settings
+LONG = 1 << 16  # characters, which take about 0.2 s
 _TEMPLATE_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -45,17 +48,19 @@ class Tokenizer:
       raise ValueError(
         f"{path}: no {TOKENIZER_FILE} there, so text cannot be tokenized; convert the model with its own"
       )
-    try:
+    with _clear_errors(f"{file}: not a tokenizer", "the file is damaged or was cut short"):
       backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
-    except Exception as error:  # the library raises plain Exception
-      raise ValueError(f"{file}: not a tokenizer ({error}); the file is damaged or was cut short") from None
+    _check_bounds(file, backend)
     settings = read_json(path / SETTINGS_FILE) if (path / SETTINGS_FILE).exists() else {}
     beside = path / (SETTINGS_FILE if settings else TOKENIZER_FILE)
+    _check_settings(beside, settings)
     added = settings.get("added_tokens_decoder")
     if added is None:  # older directories have files of their own, which then decide
       if (path / SPECIAL_FILE).exists():
-        settings = {**settings, **read_json(path / SPECIAL_FILE)}
+        special = read_json(path / SPECIAL_FILE)
         beside = path / SPECIAL_FILE
+        _check_settings(beside, special)
+        settings = {**settings, **special}
       added = _older_added(path / ADDED_FILE, settings) if (path / ADDED_FILE).exists() else {}
     if (path / TEMPLATE_FILE).exists():
       try:
@@ -68,10 +73,12 @@ class Tokenizer:
       settings.setdefault("pad_token", backend.padding["pad_token"])
     backend.no_truncation()  # both are for batches of fixed length; prompts are whole and have no padding
     backend.no_padding()
-    _check_settings(beside, settings)
     _add_tokens(beside, backend, settings, added)
     backend.encode_special_tokens = bool(settings.get("split_special_tokens"))
-    return cls(backend, settings)
+    tokenizer = cls(backend, settings)
+    with _clear_errors(f"{file}: no text can be tokenized", "the file is damaged"):
+      backend.decode(tokenizer.encode(" a"))
+    return tokenizer
 
   def save(self, path: str | Path) -> None:
     """Writes tokenizer.json and tokenizer_config.json (template included) into directory `path`."""
@@ -90,7 +97,13 @@ class Tokenizer:
       ValueError: it is no text, or holds half of a surrogate pair, which is no character.
     """
     try:
-      ids = self.backend.encode(text, add_special_tokens=False).ids
+      with _clear_errors("the tokenizer fails on this text"):
+        if (
+          isinstance(text, str) and len(text) > LONG
+        ):  # `encode` holds Python's lock: no thread runs, no Ctrl-C is seen
+          ids = self.backend.encode_batch([text], add_special_tokens=False)[0].ids
+        else:
+          ids = self.backend.encode(text, add_special_tokens=False).ids
     except (TypeError, UnicodeEncodeError):
       raise ValueError(_no_text(text)) from None
     first = [] if continues else self.prefix_ids
@@ -244,6 +257,19 @@ class Tokenizer:
     return value if isinstance(value, str) else None
 
 
+@contextlib.contextmanager
+def _clear_errors(what: str, advice: str = "") -> Iterator[None]:
+  """Turns what the library raises, plain exceptions and panics, into a ValueError of one line."""
+  try:
+    yield
+  except (TypeError, UnicodeEncodeError, MemoryError):  # of what was asked of it
+    raise
+  except BaseException as error:
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+      raise
+    raise ValueError(f"{what} ({' '.join(str(error).split())[:200]})" + (advice and f"; {advice}")) from None
+
+
 def _no_text(value: Any) -> str:
   """What is wrong with something that cannot be encoded."""
   if not isinstance(value, str):
@@ -271,8 +297,9 @@ def _older_added(file: Path, settings: dict[str, Any]) -> dict[int, dict]:
   more = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
   special |= {_content(token) for token in more} if isinstance(more, list) else set()
   values = read_json(file)
-  if wrong := next((text for text, index in values.items() if type(index) is not int), None):
-    raise ValueError(f"{file}: {wrong!r} has the id {values[wrong]!r}, which is no whole number")
+  for text, index in values.items():
+    if type(index) is not int or not text or has_half_pair(text):
+      raise ValueError(f"{file}: {shown(text)} with the id {shown(index)} is no token, a text with a whole number")
   return {
     index: {"content": text, "normalized": text not in special, "special": text in special}
     for text, index in values.items()
@@ -284,6 +311,10 @@ def _check_settings(file: Path, settings: dict[str, Any]) -> None:
   for name, value in settings.items():
     if name.endswith("_token") and not name.startswith("add_") and not isinstance(_content(value), str | None):
       raise ValueError(f"{file}: {name}={value!r:.80} must be a text or an object with content")
+    if name in ("extra_special_tokens", "additional_special_tokens") and not (
+      isinstance(value, list | dict | None) and all(isinstance(_content(token), str) for token in _extra({name: value}))
+    ):
+      raise ValueError(f"{file}: {name}={value!r:.80} must be a list of tokens")
   template = settings.get("chat_template")
   named = isinstance(template, list) and all(
     isinstance(t, dict) and isinstance(t.get("name"), str) and isinstance(t.get("template"), str) for t in template
@@ -291,14 +322,46 @@ def _check_settings(file: Path, settings: dict[str, Any]) -> None:
   of_texts = isinstance(template, dict) and all(isinstance(text, str) for text in template.values())
   if not (template is None or isinstance(template, str) or named or of_texts):
     raise ValueError(f"{file}: chat_template must be a text, or a list of objects with name and template")
-  try:
-    json.dumps(settings, ensure_ascii=False).encode()
-  except UnicodeEncodeError:
-    raise ValueError(f"{file}: half of a surrogate pair (\\ud800 to \\udfff), which is no character") from None
+  if has_half_pair(settings):
+    raise ValueError(f"{file}: {HALF_PAIR}")
+
+
+GROWTH = 1000  # most times its length that a text may have after the tokenizer's replacements; spaces grow threefold
+LONGEST_WORD = 1000  # characters of a word that a vocabulary of word pieces is searched for, in quadratic time
+HOLES = 2**16  # ids without a token
+
+
+def _check_bounds(file: Path, backend: tokenizers.Tokenizer) -> None:
+  """Raises ValueError where a small file would take endless memory or time of the library.
+
+  The library itself bounds how long it searches a text for a regular expression.
+  """
+  values = json.loads(backend.to_str())
+  for part in ("normalizer", "decoder"):
+    if _growth(values[part] or {}) > GROWTH:
+      raise ValueError(f"{file}: its {part} makes texts more than {GROWTH} times longer; the file is damaged")
+  if (longest := values["model"].get("max_input_chars_per_word", 0)) > LONGEST_WORD:
+    raise ValueError(f"{file}: max_input_chars_per_word={longest} is more than {LONGEST_WORD}; the file is damaged")
+  vocab = backend.get_vocab(with_added_tokens=True)
+  if (largest := max(vocab.values(), default=0)) > 4 * len(vocab) + HOLES:
+    raise ValueError(f"{file}: id {largest} in a vocabulary of {len(vocab)} tokens; the file is damaged")
+
+
+def _growth(step: dict[str, Any]) -> int:
+  """Times its length that a normalizer or decoder, as tokenizer.json has it, may make of a text of one character."""
+  if "normalizers" in step or "decoders" in step:
+    return math.prod(map(_growth, step.get("normalizers", step.get("decoders"))))
+  return max(len(step.get("content") or ""), 1) if step.get("type") == "Replace" else 1 + len(step.get("prepend", ""))
 
 
 def _content(token: Any) -> Any:
   return token.get("content") if isinstance(token, dict) else token
+
+
+def _extra(settings: dict[str, Any]) -> list[Any]:
+  """The special tokens without a role; newer files name them."""
+  extra = settings.get("extra_special_tokens", settings.get("additional_special_tokens")) or []
+  return list(extra.values() if isinstance(extra, dict) else extra)
 
 
 def _add_tokens(file: Path, backend: tokenizers.Tokenizer, settings: dict[str, Any], added: Any) -> None:
@@ -330,10 +393,7 @@ def _add_tokens(file: Path, backend: tokenizers.Tokenizer, settings: dict[str, A
     one.special = one.special or one.content in contents
   new = [one for one in listed if repr(one) not in same]
   known |= {one.content for one in new}
-  extra = settings.get("extra_special_tokens", settings.get("additional_special_tokens")) or []
-  if not isinstance(extra, list | dict):
-    raise ValueError(f"{file}: extra_special_tokens={extra!r:.80} must be a list of tokens")
-  for value in (*named, *(extra.values() if isinstance(extra, dict) else extra)):
+  for value in (*named, *_extra(settings)):
     if _content(value) not in known:
       new.append(token(value, special=True))
       known.add(new[-1].content)

@@ -1,1 +1,8 @@
 """Programs, each run as `python -m experiments.NAME --flag=...`, and packages that they share."""
+
+import sys
+
+if sys.argv[:1] == ["-m"]:  # a program is about to be imported, which takes a second or two
+  from experiments.common import stopping
+
+  stopping.install()

@@ -19,10 +19,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import shlex
 import shutil
-import signal
 import sys
 import time
 import traceback
@@ -33,7 +31,6 @@ from typing import Any
 
 import numpy as np
 from absl import flags
-from absl import logging as absl_logging
 
 from dms_jax import checkpoint
 from dms_jax.config import read_json
@@ -41,13 +38,13 @@ from dms_jax.evaluation.text import held_by_position, text_quality
 from dms_jax.model import Model
 from dms_jax.retrofit import DataConfig
 from dms_jax.retrofit.data import Batches, Source
-from dms_jax.retrofit.loop import LOG, RUN, STATE, Preempted, Run
+from dms_jax.retrofit.loop import LOG, RUN, STATE, Run, read_log
 from dms_jax.tokenizer import Tokenizer
 from experiments import retrofit
 from experiments.ablation import sweeps
 from experiments.ablation.report import as_table, axis, draw, rows
 from experiments.ablation.trials import SECTIONS, TRAINED, TYPES, Trial, trials
-from experiments.common import files, program
+from experiments.common import files, outputs, program
 
 ERROR = "error.txt"
 
@@ -95,7 +92,7 @@ def train(one: Trial, base: Model, packer: Batches, tokenizer: Tokenizer) -> Non
   run = Run(base, one.dms, one.lora, one.retrofit, one.data, one.folder)
   with contextlib.closing(packer):
     last = retrofit.carry_out(run, packer, tokenizer)
-  seconds = sum(json.loads(line)["seconds"] for line in (one.folder / LOG).read_text().splitlines())
+  seconds = sum(line["seconds"] for line in read_log(one.folder / LOG))
   about = {"tokens": last["tokens"], "minutes": seconds / 60, "last": last, "environment": program.environment()}
   program.save_json(one.folder / TRAINED, about)
   shutil.rmtree(one.folder / STATE, ignore_errors=True)
@@ -151,13 +148,13 @@ def noted(failed: dict[str, str], names: list[str], folder: Path) -> Iterator[No
   """Records an error as the result of the trials `names`, so that the other runs continue."""
   try:
     yield
-  except Preempted:
-    raise
   except Exception as error:
+    if outputs.is_full(error):  # every run would fail
+      raise
     failed |= dict.fromkeys(names, f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
     program.log(f"  failed: {failed[names[0]]}")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / ERROR).write_text(traceback.format_exc())
+    checkpoint.write_text(folder / ERROR, traceback.format_exc())
 
 
 def run_all(wanted: list[Trial], config: Config, root: Path) -> tuple[dict[str, dict], dict[str, str]]:
@@ -165,7 +162,7 @@ def run_all(wanted: list[Trial], config: Config, root: Path) -> tuple[dict[str, 
 
   Raises:
     ValueError: an input is missing; it is raised before the first run.
-    Preempted: a SIGTERM came; the run's state is saved.
+    Stopped: SIGINT or SIGTERM came; the run's state is saved.
   """
   tokenizer = Tokenizer.load(config.checkpoint)
   base = functools.cache(lambda: checkpoint.load(config.checkpoint))
@@ -245,8 +242,6 @@ def main() -> None:
   file = program.FLAGS.sweep_file
   groups = (read_sweep_file(file) if file else []) + program.FLAGS.sweep
   config = program.read_flags("", Config)
-  if not program.FLAGS.debug and not program.FLAGS["verbosity"].present:
-    absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax's threads also log errors that are raised
   if not config.checkpoint:
     raise ValueError("give --checkpoint=FOLDER of a model")
   swept = list(dict.fromkeys(flag for group in groups for each in sweeps.product(group, TYPES) for flag in each))
@@ -258,11 +253,13 @@ def main() -> None:
     raise ValueError(f"--x={config.x} is neither what varies, {varying}, nor 'tokens' or 'run'")
   if config.x == "tokens" and not all(one.eval.trained for one in wanted):
     raise ValueError("--x=tokens: nothing is trained under eval.retrofit or another eval.policy")
-  try:
-    results, failed = run_all(wanted, config, root)
-  except Preempted as reason:
-    program.log(str(reason))
-    sys.exit(128 + signal.SIGTERM)
+  with outputs.locked("output", root):
+    carry_out(config, wanted, groups, root, start)
+
+
+def carry_out(config: Config, wanted: list[Trial], groups: list[str], root: Path, start: float) -> None:
+  """Runs the trials, and writes and prints what came of them; exits with 1 if one failed."""
+  results, failed = run_all(wanted, config, root)
   found, shown, pictures = rows(wanted, results), "", []
   command = f"python -m experiments.ablate {shlex.join(sys.argv[1:])}"
   if found:
@@ -271,7 +268,7 @@ def main() -> None:
     x = config.x or (axis(found) if len(groups) == 1 else "run")
     shown, pictures = as_table(found), draw(found, x, title, root)
     print(f"\n{shown}\n", flush=True)
-    (root / "table.md").write_text(f"{shown}\n\n    {command}\n")
+    checkpoint.write_text(root / "table.md", f"{shown}\n\n    {command}\n")
   if failed:
     lines = "\n".join(f"  {name}: {error}" for name, error in failed.items())
     program.log(f"{len(failed)} of {len(wanted)} runs failed (traceback in each folder's error.txt):\n{lines}")

@@ -211,7 +211,7 @@ def prompt_ids(config: Config, tokenizer, count: int = 1) -> list[int]:
   if config.text is not None and not Path(config.text).is_file():
     raise ValueError(f"--text={config.text}: no such file")
   source = Path(config.text) if config.text else Path(dms_jax.__file__).parent / "model.py"
-  ids = tokenizer.encode(source.read_text())
+  ids = tokenizer.encode(files.read_text("text", source))
   wanted = count * config.prompt_tokens
   return (ids * -(-wanted // len(ids)))[:wanted]
 
@@ -343,4 +343,4 @@ def main() -> None:
 
 if __name__ == "__main__":
   program.define_flags("", Config)
-  program.run(main)
+  program.run(main, writes="folder")

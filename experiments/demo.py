@@ -273,4 +273,4 @@ def main() -> None:
 
 if __name__ == "__main__":
   program.define_flags("", Config)
-  program.run(main)
+  program.run(main, writes="folder")

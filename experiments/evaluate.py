@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -37,10 +36,11 @@ from typing import Any, Literal
 import numpy as np
 
 from dms_jax import DMS, Vanilla, checkpoint, policies
+from dms_jax.config import read_json
 from dms_jax.model import Model
 from dms_jax.policies import Policy
 from dms_jax.tokenizer import Tokenizer
-from experiments.common import files, program
+from experiments.common import files, outputs, program
 from experiments.methods import method as methods_module
 from experiments.methods import records, run, summary, trace
 from experiments.methods.budgets import fitted
@@ -264,8 +264,8 @@ class Evaluation:
     self.jobs, self.texts, self.original, self.tokenizer = jobs, texts, original, tokenizer
     self.baseline, self.estimate = baseline_of(methods), Estimate(0)
     self.speed: float | None = None  # of the last run
-    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):  # a summary can be written anew
-      self.speed = float(json.loads((folder / SUMMARY).read_text()).get("tokens_per_s"))
+    with contextlib.suppress(ValueError, TypeError, OverflowError):  # a summary can be written anew
+      self.speed = float(read_json(folder / SUMMARY).get("tokens_per_s"))
     self.task_records = records.read(folder / RECORDS)
     self.text_records = records.read(folder / TEXTS)
     expected = {
@@ -400,16 +400,16 @@ def main() -> None:
     raise ValueError("nothing to evaluate on: give --text=PATH, --tasks=needle,hellaswag,... or both")
   if idle := methods_module.idle_flags(program.flag_values(changed_only=True), config.methods, chosen.tasks):
     program.log(f"note: {', '.join(idle)}: set what is none of --methods and --tasks, and change nothing")
-  tokenizer = Tokenizer.load(config.checkpoint)
-  max_positions = checkpoint.read_config(config.checkpoint)[1].max_position_embeddings
-  tasks = [program.read_flags(name, get(name)) for name in chosen.tasks]
-  jobs = run.prepare(tasks, chosen, config.lengths, tokenizer, max_positions, config.max_tokens)
-  texts = read_texts(config, tokenizer, max_positions)
-  original = checkpoint.load(config.checkpoint, dtype=config.dtype)
-  original = original.replace(dms=None) if config.retrofit else original
-  methods = methods_of(config, original, program.read_flags)
   folder = Path(config.output) if config.output else program.results_dir("evaluate")
-  with files.locked("output", folder):
+  with outputs.locked("output", folder):
+    tokenizer = Tokenizer.load(config.checkpoint)
+    max_positions = checkpoint.read_config(config.checkpoint)[1].max_position_embeddings
+    tasks = [program.read_flags(name, get(name)) for name in chosen.tasks]
+    jobs = run.prepare(tasks, chosen, config.lengths, tokenizer, max_positions, config.max_tokens)
+    texts = read_texts(config, tokenizer, max_positions)
+    original = checkpoint.load(config.checkpoint, dtype=config.dtype)
+    original = original.replace(dms=None) if config.retrofit else original
+    methods = methods_of(config, original, program.read_flags)
     evaluation = Evaluation(config, chosen, folder, methods, jobs, texts, original, tokenizer)
     program.save_json(folder / CONFIG, {"config": program.flag_values(), "environment": program.environment()})
     evaluation.run()

@@ -28,7 +28,10 @@ import jax
 import dms_jax
 from dms_jax import policies
 from dms_jax.generation.generate import Output
-from experiments.common import files, program
+from dms_jax.model import Model
+from dms_jax.policies import Policy
+from dms_jax.tokenizer import Tokenizer
+from experiments.common import files, outputs, program
 from experiments.common import requests as request_file
 from pallas_kernels.paged import FORMATS
 
@@ -116,6 +119,11 @@ class Config:
     """`stop` with each backslash and n replaced by a line feed."""
     return tuple(text.replace("\\n", "\n") for text in self.stop)
 
+  @property
+  def results(self) -> Path:
+    """The file of the results of requests."""
+    return Path(self.output or Path(self.requests).with_suffix(".results.jsonl"))
+
   def prompts(self) -> list[str]:
     """The prompts of the flags; none when turns come from standard input."""
     if self.prompt is not None:
@@ -195,24 +203,30 @@ def answer_requests(config: Config, model, tokenizer, policy) -> dict:
     )  # fmt: skip
   except dms_jax.BudgetError as error:
     raise ValueError(f"--kv_budget_gib or --kv_budget_tokens, with --width={config.width}: {error}") from None
-  output = Path(config.output or Path(config.requests).with_suffix(".results.jsonl"))
   deciding = ("checkpoint", "retrofit", "dtype", "top_k", "top_p", "stop", "eos", "page_format")
   settings = {name: getattr(config, name) for name in deciding}
   settings["policy"] = (type(policy).__name__, policy)
-  summary = request_file.answer(generator, asked, output, settings)
-  return {"output": str(output), **summary}
+  summary = request_file.answer(generator, asked, config.results, settings)
+  return {"output": str(config.results), **summary}
+
+
+def load(config: Config) -> tuple[Model, Tokenizer, Policy]:
+  """What writes."""
+  model, tokenizer = dms_jax.load(config.checkpoint, retrofit=config.retrofit, dtype=config.dtype)
+  name = config.policy or (model.dms.objective if model.dms is not None else "vanilla")
+  return model, tokenizer, program.read_flags(name.lower(), policies.get(name))
 
 
 def main() -> None:
   config = program.read_flags("", Config)
   prompts = config.prompts()
   files.check_retrofit("retrofit", config.retrofit)
-  model, tokenizer = dms_jax.load(config.checkpoint, retrofit=config.retrofit, dtype=config.dtype)
-  name = config.policy or (model.dms.objective if model.dms is not None else "vanilla")
-  policy = program.read_flags(name.lower(), policies.get(name))
   if config.requests is not None:
-    program.finish(answer_requests(config, model, tokenizer, policy))
+    with outputs.locked("output", config.results, "file"):
+      summary = answer_requests(config, *load(config))
+    program.finish(summary)
     return
+  model, tokenizer, policy = load(config)
   system = [] if config.system is None else [{"role": "system", "content": config.system}]
 
   def ask(texts: list[str], past: Output | None = None) -> tuple[Output, dict]:

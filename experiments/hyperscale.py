@@ -8,17 +8,20 @@ Hyper-scaling (arXiv 2506.05345) is a claim about equal cost: a compressed cache
 program writes `--chains` W chains of every problem at every L of `--max_tokens` under each method, takes scores for
 fewer chains from subsets, and compares the Pareto frontiers of all (W, L, CR) of two methods by their mean distance.
 
-`--retrofit` are retrofits of the checkpoint with the CR that each was trained for, CR:FOLDER. NAME=CR:FOLDER is one of
-another kind, such as another window, and makes the method "dms NAME". The methods with a budget hold (prompt + L) / CR
-tokens a head, for each L anew, at every CR of `--cr`. `prompt_window` is StreamingLLM whose sinks are the whole prompt.
-TriAttention needs `--triattention.calibration=FILE`. Tasks are those of `experiments.evaluate` whose answers are right
-or wrong: chains vote by their answers, or the best counts where a program or solution is verified.
+`--retrofit` are retrofits of the checkpoint with the CR that each was trained for, CR:FOLDER. One for a range of CRs
+is listed once for each CR at which it is read. NAME=CR:FOLDER is a retrofit of another kind, such as another window; it
+makes the method "dms NAME". The methods with a budget hold (prompt + L) / CR tokens a head, for each L anew, at every
+CR of `--cr`. `prompt_window` is StreamingLLM whose sinks are the whole prompt. TriAttention needs
+`--triattention.calibration=FILE`. Quest selects pages in every layer, as the paper names none that reads all of them;
+--quest.dense_layers=2 keeps two whole, as Quest's authors do with models of 32. Tasks are those of
+`experiments.evaluate` whose answers are right or wrong: chains vote by their answers, or the best counts where a
+program or solution is verified.
 
 The folder `--output` holds config.json, records.jsonl (as of `experiments.evaluate`, without most texts), cells.npz
 (what the analysis needs of them), traces.jsonl, times.jsonl, summary.json, index.html and pictures. The same command
 resumes a killed run, chain by chain. `--timed` measures seconds of a chain in the largest batch that fits
-`--kv_budget_gib`, as a third axis of costs. Records do not depend on that memory, so they may be made without it first,
-and times measured by a second call.
+`--kv_budget_gib`, as a third axis of costs; all methods write the same chains. Records do not depend on that memory, so
+they may be made without it first, and times measured by a second call.
 
 Several model seeds are several runs. `--sets=runs/hyperscale/seed0,runs/hyperscale/seed1 --output=FOLDER`, without a
 checkpoint, analyses them together.
@@ -27,6 +30,7 @@ checkpoint, analyses them together.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -35,7 +39,7 @@ from typing import Any, Literal
 
 from dms_jax import checkpoint, policies
 from dms_jax.tokenizer import Tokenizer
-from experiments.common import files, program
+from experiments.common import files, outputs, program
 from experiments.hyperscaling import analysis, cells, page, pictures, tables
 from experiments.hyperscaling import methods as methods_module
 from experiments.hyperscaling.sweep import Limits, Sweeping
@@ -56,12 +60,14 @@ class Config:
     checkpoint: folder of the model, as experiments.convert_weights or experiments.train_reasoner writes it.
     methods: vanilla, dms, prompt_window, and names of policies with a budget.
     retrofit: CR:FOLDER or NAME=CR:FOLDER of each retrofit.
-    cr: of the methods with a budget, which hold (prompt + L) / CR tokens a head.
+    cr: of the methods with a budget, which hold (prompt + L) / CR tokens a head. They go beyond the retrofits' CRs, so
+      that no frontier is cut off at small budgets.
     max_tokens: L, the most new tokens of a chain; none: each task's own.
     compare_cr: DMS of this CR is compared with the dense cache at equal L and W, and methods of this CR are traced.
     width: most rows that write together; fewer where the cache memory is too small.
     kv_budget_gib: cache memory of the rows that write; rows without room wait on the host.
     timed: measure the seconds of a chain in the largest batch that fits --kv_budget_gib.
+    timed_problems: problems of each task whose chains are timed, the same for all methods; 0: all.
     dtype: of the weights and the cache.
     traces: of each task, problems whose first chain keeps its text and is traced.
     resamples: of the bootstrap.
@@ -73,12 +79,13 @@ class Config:
   checkpoint: str = ""
   methods: tuple[str, ...] = methods_module.DEFAULT
   retrofit: tuple[str, ...] = ()
-  cr: tuple[float, ...] = (2.0, 4.0, 8.0)
+  cr: tuple[float, ...] = (2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
   max_tokens: tuple[int, ...] = ()
   compare_cr: float = 8.0
   width: int = 64
   kv_budget_gib: float | None = None
   timed: bool = False
+  timed_problems: int = 0
   dtype: Literal["bfloat16", "float32"] = "bfloat16"
   traces: int = 1
   resamples: int = 2000
@@ -93,7 +100,7 @@ class Config:
       raise ValueError("--output=FOLDER is needed with --sets: the analysis goes there")
     if twice := sorted({folder for folder in self.sets if self.sets.count(folder) > 1}):
       raise ValueError(f"--sets: {twice[0]} is listed twice")
-    for name, least in (("width", 1), ("traces", 0), ("resamples", 100)):
+    for name, least in (("width", 1), ("traces", 0), ("resamples", 100), ("timed_problems", 0)):
       if (value := getattr(self, name)) < least:
         raise ValueError(f"--{name}={value} must be {least} or more")
     if wrong := [cr for cr in (*self.cr, self.compare_cr) if not 1 < cr < math.inf]:
@@ -138,52 +145,51 @@ def make(config: Config, chosen: TasksConfig, folder: Path) -> dict[str, Any]:
   program.save_json(folder / CONFIG, {"config": program.flag_values(), "environment": program.environment()})
   made = sweeping.run()
   if config.timed:
-    sweeping.time(config.kv_budget_gib)
+    sweeping.time(config.kv_budget_gib, config.timed_problems)
   return made
 
 
 def analyse(config: Config, sweeps: Sequence[cells.Sweep], widths: Sequence[int], folder: Path) -> dict[str, Any]:
   """Writes the page and pictures of sweeps that are seeds of one another; returns the summary."""
   remarks: list[str] = []
-
-  def families(of: Sequence[cells.Sweep]) -> list[analysis.Family]:
-    found = []
-    for task in of[0].tasks:
-      vote = not (task in TASKS and getattr(TASKS[task], "best_of_all", False))
-      each, notes = analysis.family(of, task, widths, vote)
-      found.append(each)
-      remarks.extend(notes)
-    return found
-
-  found = families(sweeps)
-  for remark in dict.fromkeys(remarks):
+  found = []
+  for task in sweeps[0].tasks:
+    vote = not (task in TASKS and getattr(TASKS[task], "best_of_all", False))
+    each, notes = analysis.family(sweeps, task, widths, vote)
+    found.append(each)
+    remarks.extend(notes)
+  if lacking := sorted({task for sweep in sweeps for task in sweep.tasks} - set(sweeps[0].tasks)):
+    remarks.append(f"{', '.join(lacking)}: left out, as some seeds lack them")
+  for remark in remarks:
     program.log(remark)
-  alone = [families([sweep]) for sweep in sweeps] if len(sweeps) > 1 else []
-  made = analysis.margins(found, alone, config.resamples)
-  name = Path(str(sweeps[0].config.get("checkpoint") or sweeps[0].folder)).name
+  made = analysis.margins(found, config.resamples)
+  path = Path(str(sweeps[0].config.get("checkpoint") or sweeps[0].folder))
+  name = path.parent.name if path.name == "final" and path.parent.name else path.name
   panels = [analysis.panel(each, name) for each in found]
   names = list(dict.fromkeys(method for each in found for method in each.methods))
   look = styles.styles(methods_module.styled(names), methods_module.DENSE)
-  print(f"{tables.headline(panels)}\n")
+  print(f"{tables.headline(panels)}\n\n{tables.LEGEND}\n")
   for axis in panels[0].axes():
-    if table := tables.margins(made, axis, "linear", look):
+    for table in filter(None, (tables.margins(made, axis, "linear", "frontier", look), tables.ways(made, axis, look))):
       print(f"{table.caption}\n{tables.plain(table)}\n", flush=True)
+  written: list[str | None] = []
+  for scale, ends in itertools.product(analysis.SCALES, analysis.ENDS):
+    picture = folder / f"margins-{scale}{'' if ends == 'frontier' else f'-{ends}'}.png"
+    written.append(pictures.margins(picture, made, scale, ends, name))
   html = page.render(
     sweeps, found, panels, made, compare_cr=config.compare_cr, resamples=config.resamples, title=config.title,
-    prompts=config.traces,
+    prompts=config.traces, picture=Path(written[0]) if written[0] else None,
   )  # fmt: skip
   with files.whole(folder / PAGE) as part:
     part.write_text(html, encoding="utf-8")
-  written: list[str | None] = [str(folder / PAGE)]
+  written.append(str(folder / PAGE))
   for panel in panels:
     picture = folder / f"frontiers-{re.sub(r'[^A-Za-z0-9]+', '-', panel.task)}.png"
     shown, chance = page.uncrowded(panel), TASKS[panel.task].chance.get("accuracy") if panel.task in TASKS else None
     written.append(figures_report.tradeoff(picture, shown, look, chance, f"{name}, {panel.name}"))
-  for scale in analysis.SCALES:
-    written.append(pictures.margins(folder / f"margins-{scale}.png", made, scale, name))
   result = {
     "folder": str(folder), "seeds": [str(sweep.folder) for sweep in sweeps], "written": [*filter(None, written)],
-    "remarks": list(dict.fromkeys(remarks)), **analysis.to_json(panels, made),
+    "remarks": remarks, **analysis.to_json(panels, made),
   }  # fmt: skip
   program.save_json(folder / SUMMARY, {"config": program.flag_values(), "environment": program.environment(), **result})
   return result
@@ -193,7 +199,7 @@ def main() -> None:
   config, chosen = program.read_flags("", Config), program.read_flags("", TasksConfig)
   folder = Path(config.output) if config.output else program.results_dir("hyperscale")
   made: dict[str, Any] = {}
-  with files.locked("output", folder):
+  with outputs.locked("output", folder):
     if config.checkpoint:
       made = make(config, chosen, folder)
     read = [cells.read(Path(each)) for each in config.sets or (str(folder),)]
@@ -207,8 +213,8 @@ def main() -> None:
     fewest = min(cell.chains for sweep in sweeps for cell in sweep.cells.values())
     widths = [width for width in chosen.chains if width <= fewest]
     result = analyse(config, sweeps, widths, folder)
-    dense_margins = [m for m in result["margins"] if m.scale == "linear" and not m.task]
-    short = {"folder": result["folder"], "written": result["written"], "margins": dense_margins}
+    means = [m for m in result["margins"] if (m.task, m.scale, m.ends) == ("", "linear", "frontier")]
+    short = {"folder": result["folder"], "written": result["written"], "margins": means}
     program.finish({**short, **made})
 
 
@@ -217,5 +223,5 @@ if __name__ == "__main__":
   program.define_flags("", TasksConfig, chains=WIDTHS, temperature=0.8)
   for kind in (TASKS, policies.REGISTRY):
     for name, cls in kind.items():
-      program.define_flags(name, cls)
+      program.define_flags(name, cls, **methods_module.SETTINGS.get(name, {}))
   program.run(main)

@@ -121,4 +121,4 @@ if __name__ == "__main__":
   program.define_flags("", Config)
   for policy_name, policy_class in policies.REGISTRY.items():
     program.define_flags(policy_name, policy_class)
-  program.run(main)
+  program.run(main, writes="file")

@@ -96,20 +96,20 @@ def main() -> None:
   if found.warnings:
     more = f" and {len(found.warnings) - 3} more" if len(found.warnings) > 3 else ""
     program.log(f"warning: {'; '.join(found.warnings[:3])}{more}; such scores mean nothing, try --dtype=float32")
-  with files.locked("output", config.output) as output:
-    try:
-      written = write(found, config, output)
-      result = {
-        "written": written, "baseline": found.baseline, "methods": found.methods,
-        "records": sum(len(run.records) + len(run.texts) for run in found.runs), "warnings": found.warnings,
-        "margins": margins(found, config.log_margins),
-      }  # fmt: skip
-      program.save_json(output / "report.json", {"config": program.flag_values(), **result})
-    except OSError as error:
-      raise ValueError(f"--output={output}: cannot be written ({error}); name another folder, or make room") from None
+  output = Path(config.output)
+  try:
+    written = write(found, config, output)
+    result = {
+      "written": written, "baseline": found.baseline, "methods": found.methods,
+      "records": sum(len(run.records) + len(run.texts) for run in found.runs), "warnings": found.warnings,
+      "margins": margins(found, config.log_margins),
+    }  # fmt: skip
+    program.save_json(output / "report.json", {"config": program.flag_values(), **result})
+  except OSError as error:
+    raise ValueError(f"--output={output}: cannot be written ({error}); name another folder, or make room") from None
   program.finish(result)
 
 
 if __name__ == "__main__":
   program.define_flags("", Config)
-  program.run(main)
+  program.run(main, writes="folder")

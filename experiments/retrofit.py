@@ -17,10 +17,11 @@ The gates of other methods, for the policies of the same name:
   --retrofit.objective=kvzap --retrofit.trainable=gates --retrofit.seq_len=1024 --dms.window=128
   --retrofit.objective=dmc --retrofit.loss.kind=lm --dms.window=0
 
-The same command resumes an interrupted run from its last checkpoint with the same numbers. On SIGTERM the run saves
-its state and exits with 143. It writes OUTPUT/{run.json, log.jsonl, state/, cr2/, cr3/, ..., final/, log.png}; each crN
-and final is a retrofit for `dms_jax.load(checkpoint, retrofit=...)`, or a whole model (--retrofit.saving.export).
---benchmark times steps instead: see experiments/bench/retrofit_step.py.
+The same command resumes an interrupted run from its last checkpoint with the same numbers. On SIGINT (Ctrl-C) and
+SIGTERM the run saves its state after the step and exits with 130 and 143. It writes OUTPUT/{run.json, log.jsonl,
+state/, cr2/, cr3/, ..., final/, log.png}; each crN and final is a retrofit for `dms_jax.load(checkpoint,
+retrofit=...)`, or a whole model (--retrofit.saving.export). --benchmark times steps instead: see
+experiments/bench/retrofit_step.py.
 
 Several devices: --mesh.data=4 --mesh.tensor=2 (fully sharded data parallelism, tensor parallelism). Several hosts with
 OUTPUT on a shared file system: the same command on each, with --mesh.coordinator=HOST:PORT --mesh.processes=2
@@ -37,8 +38,6 @@ import importlib.util
 import json
 import os
 import signal
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -46,7 +45,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import logging as absl_logging
 from jax.sharding import Mesh
 
 from dms_jax import checkpoint
@@ -57,10 +55,10 @@ from dms_jax.retrofit.config import check
 from dms_jax.retrofit.data import Batches, Packer, Source, load_sources
 from dms_jax.retrofit.distributed import MeshConfig
 from dms_jax.retrofit.loop import LOG, Preempted, Run, train
-from dms_jax.retrofit.packing import StreamPacker, WholePacker
+from dms_jax.retrofit.packing import FIRST, StreamPacker, WholePacker
 from dms_jax.tokenizer import Tokenizer
 from experiments.bench import retrofit_step as retrofit_benchmark
-from experiments.common import program
+from experiments.common import outputs, program, stopping
 from experiments.reports import plots
 
 # The configs of a retrofit by flag prefix, with defaults that differ from the dataclass's.
@@ -109,27 +107,23 @@ def gates_of(settings: RetrofitConfig, values: Mapping[str, Any] | None = None) 
   return program.read_flags("dms", DMSConfig, given | {"dms.objective": settings.objective})
 
 
-@contextlib.contextmanager
-def asked_to_stop() -> Iterator[Callable[[], bool]]:
-  """Yields a function that returns true after a SIGTERM; a second SIGTERM ends the program at once.
+def asked_to_stop() -> contextlib.AbstractContextManager[Callable[[], bool]]:
+  """A context that yields a function, which tells whether SIGINT or SIGTERM asked the run to save and end.
 
-  With several processes JAX handles the signal, and all stop after the same step.
+  With several processes JAX handles SIGTERM, and all stop after the same step; SIGINT to one of them does the same.
   """
-  if jax.process_count() > 1:
-    yield lambda: False
-    return
-  asked = threading.Event()
+  several = jax.process_count() > 1
+  return stopping.saving(functools.partial(os.kill, os.getpid(), signal.SIGTERM) if several else None)
 
-  def handle(number, frame):
-    asked.set()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    program.log("SIGTERM: saving after this step")
 
-  before = signal.signal(signal.SIGTERM, handle)
-  try:
-    yield asked.is_set
-  finally:
-    signal.signal(signal.SIGTERM, before)
+@contextlib.contextmanager
+def written_alone(folder: Path) -> Iterator[None]:
+  """Keeps other runs from writing to a folder (`outputs.locked`); process 0 does so for all processes of this run."""
+  with contextlib.ExitStack() as stack:
+    with distributed.together():
+      if distributed.leads():
+        stack.enter_context(outputs.locked("output", folder))
+    yield
 
 
 def scalars(folder: Path) -> Callable[[dict], None]:
@@ -150,11 +144,9 @@ def scalars(folder: Path) -> Callable[[dict], None]:
 
 
 def prepare_process(deterministic: bool) -> None:
-  """Before anything asks for a device: XLA's flags of a `deterministic` run, and Orbax's errors in one line."""
+  """Before anything asks for a device: XLA's flags of a `deterministic` run."""
   if deterministic:
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *DETERMINISTIC]).strip()
-  if not program.FLAGS.debug and not program.FLAGS["verbosity"].present:
-    absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax shows a traceback for each thread
 
 
 def say(message: str) -> None:
@@ -232,8 +224,9 @@ def generated(data: DataConfig, tokenizer: Tokenizer, settings: RetrofitConfig) 
     )
   packer = StreamPacker(documents, tokenizer, data, settings)
   sizes = packer.sizes()
-  say(f"  {','.join(data.families)}: {sum(sizes) / len(sizes):,.0f} tokens a document, the longest of {len(sizes)} has "
-      f"{max(sizes):,}; {packer.workers} processes make them")  # fmt: skip
+  mean = f"{sum(sizes) / len(sizes):,.0f} tokens a document, " if sizes else ""
+  say(f"  {','.join(data.families)}: {mean}{packer.workers} processes make them; {FIRST - len(sizes)} of the first "
+      f"{FIRST} are longer than a row of {settings.seq_len:,} tokens: such are left out")  # fmt: skip
   return packer
 
 
@@ -249,7 +242,7 @@ def carry_out(
   """Trains or resumes `run`, logs its progress and plots DIRECTORY/log.png; returns the last line of its log.
 
   Raises:
-    Preempted: a SIGTERM came; the state is saved. Other errors are those of `train`.
+    Stopped: SIGINT or SIGTERM came; the state is saved. Other errors are those of `train`.
   """
   settings, shown = run.config, [time.perf_counter()]
 
@@ -266,8 +259,11 @@ def carry_out(
 
   drawing = plots.pyplot() is not None
   draw = lambda step: plots.training(run.directory / "log.png", run.directory / LOG) if drawing else None
-  with asked_to_stop() as stop:
-    last = train(run, packer, tokenizer, mesh=mesh, report=report, saved=draw, stop=stop, stop_after=stop_after)
+  try:
+    with asked_to_stop() as stop:
+      last = train(run, packer, tokenizer, mesh=mesh, report=report, saved=draw, stop=stop, stop_after=stop_after)
+  except Preempted as reason:
+    raise stopping.Stopped(f"{run.directory}: {reason}") from None
   if distributed.leads():
     draw(settings.schedule.steps)
   return last
@@ -315,28 +311,26 @@ def main() -> None:
     raise ValueError("give --checkpoint=FOLDER of a model and --output=FOLDER of the run, or --benchmark")
   if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
     raise ValueError("--tensorboard needs tensorboardX: pip install 'dms_jax[tensorboard]'")
-  base = checkpoint.load(config.checkpoint, mesh=mesh)
-  tokenizer = Tokenizer.load(config.checkpoint)
   output, start = Path(config.output), time.perf_counter()
-  if data.families:
-    packer = generated(data, tokenizer, settings)
-  else:
-    packer = rows(texts(lambda: base, tokenizer, data, settings.memory.compute_dtype, output), data, settings)
   runs = {output / f"cr{cr:g}": for_cr(settings, cr) for cr in config.crs} or {output: settings}
   lasts = {}
-  try:
+  with written_alone(output):
+    base = checkpoint.load(config.checkpoint, mesh=mesh)
+    tokenizer = Tokenizer.load(config.checkpoint)
+    if data.families:
+      packer = generated(data, tokenizer, settings)
+    else:
+      packer = rows(texts(lambda: base, tokenizer, data, settings.memory.compute_dtype, output), data, settings)
     with contextlib.closing(packer):
       for directory, schedule in runs.items():
         if config.crs:
           say(f"{directory}: {schedule.schedule.steps} steps")
         board = scalars(directory / "tensorboard") if config.tensorboard and distributed.leads() else lambda line: None
         run = Run(base, dms, lora, schedule, data, directory)
-        lasts[directory.name] = carry_out(
-          run, packer, tokenizer, mesh=mesh, board=board, stop_after=config.stop_after or None
-        )
-  except Preempted as reason:
-    say(str(reason))
-    sys.exit(128 + signal.SIGTERM)
+        with written_alone(directory) if config.crs else contextlib.nullcontext():
+          lasts[directory.name] = carry_out(
+            run, packer, tokenizer, mesh=mesh, board=board, stop_after=config.stop_after or None
+          )
   if not distributed.leads():
     return
   minutes = (time.perf_counter() - start) / 60

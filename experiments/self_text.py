@@ -46,4 +46,4 @@ def main() -> None:
 if __name__ == "__main__":
   program.define_flags("", Config)
   program.define_flags("", SelfTextConfig, rows=256)
-  program.run(main)
+  program.run(main, writes="file", goes_on=True)

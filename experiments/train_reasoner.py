@@ -6,24 +6,23 @@
 
 A Llama of 7.2 M parameters reads 330 M tokens of generated problems (--data.families), each a prompt and a trace that
 searches and then answers; the loss counts traces alone. Rows of --retrofit.seq_len tokens hold whole documents that do
-not see each other. Worker processes make them ahead of the device (--data.workers). No test problem is among them.
+not see each other; a document longer than a row is left out, and counted. Worker processes make them ahead of the
+device (--data.workers). No part of a test problem is among them.
 
 The training is a retrofit's without gates, with the same flags and the same loop: the same command resumes a killed run
-from its last checkpoint with the same numbers (--deterministic: on a GPU bit by bit), and on SIGTERM the run saves its
-state and exits with 143. It writes OUTPUT/{run.json, log.jsonl, log.png, state/, final/}; final/ is a checkpoint for
-`dms_jax.load` with its tokenizer, a card (README.md) and the log. experiments.retrofit then retrofits it on the same
-problems, with the same --data.families.
+from its last checkpoint with the same numbers (--deterministic: on a GPU bit by bit). On SIGINT (Ctrl-C) and SIGTERM
+the run saves its state after the step and exits with 130 and 143. It writes OUTPUT/{run.json, log.jsonl, log.png,
+state/, final/}; final/ is a checkpoint for `dms_jax.load` with its tokenizer, a card (README.md) and the log.
+experiments.retrofit then retrofits it on the same problems, with the same --data.families.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import shutil
-import signal
 import statistics
-import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -43,23 +42,32 @@ from dms_jax.retrofit import (
 )
 from dms_jax.retrofit.config import check
 from dms_jax.retrofit.cost import step_flops
-from dms_jax.retrofit.loop import LOG, Preempted, Run
+from dms_jax.retrofit.loop import LOG, Run, read_log
 from dms_jax.tokenizer import Tokenizer
 from experiments import retrofit
-from experiments.common import files, program
+from experiments.common import program
 from experiments.reports import tables
 
 FAMILIES = ("countdown", "grids", "programs", "graphs")
 DEFAULTS: dict[str, Any] = {
   "objective": "lm",
   "trainable": "all",
-  "batch_size": 32,
-  "seq_len": 2048,
+  "batch_size": 16,
+  "seq_len": 4096,  # the longest trace that a model is asked for, 3,840 tokens, with its prompt
   "schedule": ScheduleConfig(steps=5000),
   "optimizer": OptimizerConfig(1.5e-3, 150, -1, 0.03, beta2=0.98, weight_decay=0.1),
   "loss": LossConfig("lm"),
   "memory": MemoryConfig(loss_chunk=65536),
   "saving": SavingConfig(save_every=1000),
+}
+SHAPE: dict[str, Any] = {  # 7.2 M parameters
+  "num_layers": 6,
+  "d_model": 320,
+  "d_ff": 896,
+  "num_heads": 6,
+  "num_kv_heads": 2,
+  "head_dim": 64,
+  "max_position_embeddings": 16384,
 }
 LOG_LINES = 500  # of the log in the checkpoint
 LAST = 100  # steps whose mean loss the card states
@@ -77,40 +85,21 @@ class Config:
   deterministic: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
-class Shape:
-  """The model's shape, as in `ModelConfig`; the vocabulary is that of the problems.
+def architecture(tokenizer: Tokenizer, shape: ModelConfig) -> ModelConfig:
+  """`shape` with the vocabulary and the end words of the problems."""
+  return dataclasses.replace(shape, vocab_size=tokenizer.vocab_size, eos_token_ids=tokenizer.eos_token_ids)
 
-  Attributes:
-    family: name of a model family in `dms_jax.families`.
-    num_layers, d_model, d_ff: layers, and widths of the residual stream and of the feed-forward layers.
-    num_heads, num_kv_heads, head_dim: query heads, KV heads, and the size of each.
-    max_position_embeddings: the longest text, in tokens.
-    rope_theta: base of RoPE's wavelengths.
-    tie_embeddings: whether the output layer shares the embedding's weights.
+
+def read_shape() -> ModelConfig:
+  """The flags --model.*, all of `ModelConfig` but those that follow from the vocabulary.
+
+  Raises:
+    ValueError: `ModelConfig` refuses a value; names the flag.
   """
-
-  family: str = "llama"
-  num_layers: int = 6
-  d_model: int = 320
-  d_ff: int = 896
-  num_heads: int = 6
-  num_kv_heads: int = 2
-  head_dim: int = 64
-  max_position_embeddings: int = 16384
-  rope_theta: float = 10000.0
-  tie_embeddings: bool = True
-
-  def __post_init__(self):
-    for name in ("num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads", "head_dim", "max_position_embeddings"):
-      if (value := getattr(self, name)) < 1:
-        raise ValueError(f"--model.{name}={value} must be at least 1")
-
-  def config(self, tokenizer: Tokenizer) -> ModelConfig:
-    """The model's config. Any value that `ModelConfig` refuses is a ValueError that names it."""
-    return ModelConfig(
-      **dataclasses.asdict(self), vocab_size=tokenizer.vocab_size, eos_token_ids=tokenizer.eos_token_ids
-    )
+  try:
+    return program.read_flags("model", ModelConfig)
+  except ValueError as error:
+    raise ValueError(f"--model.{error}") from None
 
 
 def untrained(config: ModelConfig, seed: int) -> Model:
@@ -145,7 +134,7 @@ def card(run: Run, tokenizer: Tokenizer, lines: list[dict]) -> str:
   return f"""# A small reasoner
 
 A decoder of the {model.family} family, trained from scratch on generated problems with search traces. The loss counted
-traces alone. No problem of the tests, which are told apart by a hash, was in training.
+traces alone. No part of a test problem was in training: a hash of each part tells them apart.
 
 ```python
 import dms_jax
@@ -170,18 +159,18 @@ def stride(steps: int) -> int:
 def write_card(run: Run, tokenizer: Tokenizer) -> None:
   """Adds README.md, log.jsonl and log.png to the checkpoint."""
   folder = run.directory / "final"
-  written = (run.directory / LOG).read_text().splitlines()
+  written = (run.directory / LOG).read_text(encoding="utf-8").splitlines()
   kept = [
     line for number, line in enumerate(written) if not number % stride(len(written)) or number == len(written) - 1
   ]
   write_text(folder / LOG, "\n".join(kept) + "\n")
-  write_text(folder / "README.md", card(run, tokenizer, [json.loads(line) for line in written]))
+  write_text(folder / "README.md", card(run, tokenizer, read_log(run.directory / LOG)))
   if (picture := run.directory / "log.png").exists():
     shutil.copyfile(picture, folder / picture.name)
 
 
 def main() -> None:
-  config, shape = program.read_flags("", Config), program.read_flags("model", Shape)
+  config, shape = program.read_flags("", Config), read_shape()
   settings, data = program.read_flags("retrofit", RetrofitConfig), program.read_flags("data", DataConfig)
   if not config.output:
     raise ValueError("give --output=FOLDER of the run")
@@ -194,40 +183,36 @@ def main() -> None:
   from experiments.tasks import reasoning  # all tasks, which take a while to import
 
   tokenizer = reasoning.tokenizer()
-  architecture = shape.config(tokenizer)
-  if settings.seq_len > architecture.max_position_embeddings:
+  model = architecture(tokenizer, shape)
+  if settings.seq_len > model.max_position_embeddings:
     raise ValueError(
       f"--retrofit.seq_len={settings.seq_len} is more than --model.max_position_embeddings="
-      f"{architecture.max_position_embeddings}"
+      f"{model.max_position_embeddings}"
     )
-  base = untrained(architecture, settings.seed)
-  with files.locked("output", config.output) as output:
-    if data.families:
-      packer = retrofit.generated(data, tokenizer, settings)
-    else:
-      packer = retrofit.rows(
-        retrofit.texts(lambda: base, tokenizer, data, settings.memory.compute_dtype, output), data, settings
-      )
-    run = Run(base, None, LoRAConfig(), settings, data, output)
-    flops = step_flops(architecture, None, None, settings)
-    program.log(
-      f"{count_params(param_table(architecture)):,} parameters, {settings.schedule.steps:,} steps of {flops.tokens:,} "
-      f"tokens, {flops.total * settings.schedule.steps:.2e} FLOPs; the time left follows after the first steps"
+  base = untrained(model, settings.seed)
+  output = Path(config.output)
+  if data.families:
+    packer = retrofit.generated(data, tokenizer, settings)
+  else:
+    packer = retrofit.rows(
+      retrofit.texts(lambda: base, tokenizer, data, settings.memory.compute_dtype, output), data, settings
     )
-    try:
-      with contextlib.closing(packer):
-        last = retrofit.carry_out(run, packer, tokenizer, stop_after=config.stop_after or None)
-    except Preempted as reason:
-      program.log(str(reason))
-      sys.exit(128 + signal.SIGTERM)
-    if last["step"] + 1 == settings.schedule.steps:
-      write_card(run, tokenizer)
+  run = Run(base, None, LoRAConfig(), settings, data, output)
+  flops = step_flops(model, None, None, settings)
+  program.log(
+    f"{count_params(param_table(model)):,} parameters, {settings.schedule.steps:,} steps of {flops.tokens:,} "
+    f"tokens, {flops.total * settings.schedule.steps:.2e} FLOPs; the time left follows after the first steps"
+  )
+  with contextlib.closing(packer):
+    last = retrofit.carry_out(run, packer, tokenizer, stop_after=config.stop_after or None)
+  if last["step"] + 1 == settings.schedule.steps:
+    write_card(run, tokenizer)
   program.finish({"output": str(output), "last": last})
 
 
 if __name__ == "__main__":
   program.define_flags("", Config)
-  program.define_flags("model", Shape)
+  program.define_flags("model", ModelConfig, **SHAPE)
   program.define_flags("retrofit", RetrofitConfig, **DEFAULTS)
   program.define_flags("data", DataConfig, families=FAMILIES)
-  program.run(main)
+  program.run(main, writes="folder", goes_on=True)

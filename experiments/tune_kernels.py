@@ -17,7 +17,7 @@ from pathlib import Path
 
 from experiments.bench import cases, kernel_tuning
 from experiments.bench.kernel_cases import CASES
-from experiments.common import program
+from experiments.common import outputs, program
 from pallas_kernels.common import tuned
 
 
@@ -36,8 +36,9 @@ def main() -> None:
   environment, end = program.environment(), time.monotonic() + config.seconds
   about = {"date": datetime.date.today().isoformat(), "device": environment["device"], "jax": environment["jax"]}
   classes: set[tuple[str, str]] = set()
-  for name in cases.chosen(CASES, config.cases):
-    kernel_tuning.tune(name, CASES[name], config.table, end, about, classes)
+  with outputs.locked("table", config.table, "file", goes_on=False):
+    for name in cases.chosen(CASES, config.cases):
+      kernel_tuning.tune(name, CASES[name], config.table, end, about, classes)
   program.finish({"classes": sorted(map(" ".join, classes)), "table": str(config.table)})
 
 

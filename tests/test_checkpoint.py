@@ -75,8 +75,10 @@ def test_there_and_back(tmp_path, family, dtype):
 
 def test_config_file(saved, gated):
   values = json.loads((saved / "config.json").read_text())
-  assert list(values) == ["format", "model", "dms", "lora", "groups", "dtype", "metadata", "files"]
-  assert values["format"] == 1 and values["groups"] == ["base", "gate", "lora"] and values["dtype"] == "float32"
+  assert list(values) == [
+    "format", "version", "model", "dms", "gates", "lora", "groups", "dtype", "metadata", "files",
+  ]  # fmt: skip
+  assert values["format"] == 2 and values["groups"] == ["base", "gate", "lora"] and values["dtype"] == "float32"
   assert values["metadata"] == {"seed": 3}
   assert values["model"]["rope_scaling"] is None and values["dms"]["offset"] == 4.0 and values["lora"]["rank"] == 3
   assert Tokenizer.load(saved).encode("hi") == [104, 105]
@@ -226,7 +228,7 @@ def test_damaged_config(saved):
     (whole[:200], "not valid JSON"),
     ("[]", "expected a JSON object"),
     ("\0\0", "not valid JSON"),
-    (whole.replace('"format": 1', '"format": 2'), "format 2; this version reads 1"),
+    (whole.replace('"format": 2', '"format": 0'), "format 0 is no schema of dms_jax"),
     (whole.replace('"groups"', '"group"'), r"field\(s\) \['groups'\] missing"),
     (whole.replace('"d_ff"', '"ffn"'), r"unknown field\(s\) \['ffn'\] for ModelConfig"),
     (whole.replace('"window": 5', '"window": -5'), "dms.window=-5 must be 0 or more"),
@@ -236,10 +238,25 @@ def test_damaged_config(saved):
     with pytest.raises(ValueError, match=message):
       checkpoint.load(saved)
   values = json.loads(whole)
+  newer = {**values, "format": 9, "version": "7.1"}
+  (saved / "config.json").write_text(json.dumps(newer))
+  with pytest.raises(ValueError, match=r"by dms_jax 7\.1, schema 9; this version reads up to 2: pip install -U"):
+    checkpoint.load(saved)
   for name, wrong in (("model", 3), ("dms", "yes"), ("lora", [1])):
     (saved / "config.json").write_text(json.dumps({**values, name: wrong}))
     with pytest.raises(ValueError, match=f"field '{name}' should be an object"):
       checkpoint.load(saved)
+
+
+def test_gates_of_another_convention(saved):
+  """What a gate's numbers mean is stated, and checked; schema 1 states nothing."""
+  stated = json.loads((saved / "config.json").read_text())["gates"]
+  assert stated["logit"] == "scale * raw - offset" and "raw" not in stated
+  edit(saved, gates={"evicted": "logit < threshold"})
+  with pytest.raises(ValueError, match="convention: evicted is 'logit < threshold' there and 'logit > threshold' here"):
+    checkpoint.load(saved)
+  edit(saved, format=1)
+  checkpoint.load(saved)
 
 
 def test_every_file_cut_or_garbled(saved):
@@ -362,6 +379,19 @@ def test_an_output_that_cannot_be_written(tmp_path):
   with pytest.raises(ValueError, match="cannot be written"):
     checkpoint.check_writable("/proc/m")
   checkpoint.check_writable(tmp_path / "new" / "m")
+
+
+def test_a_disk_without_room_is_refused_before_the_work(tmp_path, monkeypatch):
+  table = param_table(tiny.config())
+  size = checkpoint.nbytes(table, "bfloat16")
+  assert size == 2 * sum(x.size for x in jax.tree.leaves(tiny.model().params))
+  usage = shutil.disk_usage(tmp_path)
+  monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=size))
+  checkpoint.check_room(tmp_path / "not" / "there", size)
+  with pytest.raises(ValueError, match=r"not/there: about \S+ MB will be written, and the disk has \S+ MB free"):
+    checkpoint.check_room(tmp_path / "not" / "there", size + 1)
+  monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(total=0, free=0))  # it does not tell
+  checkpoint.check_room(tmp_path, size)
 
 
 def test_fields_of_other_types(saved):

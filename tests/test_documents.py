@@ -97,5 +97,8 @@ def test_every_target_has_help():
 )
 def test_packages_import_only_what_lies_below_them(package, others):
   for path in (ROOT / package).rglob("*.py"):
+    if path.name == "modeling_dms.py":  # data: exports copy it, for transformers to run
+      continue
     found = re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.MULTILINE)
     assert not set(found) & set(others), f"{path.relative_to(ROOT)} imports {set(found) & set(others)}"
+    assert not re.search(r"import.*modeling_dms", path.read_text())

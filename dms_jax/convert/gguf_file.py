@@ -7,12 +7,15 @@ after another in the order of their table, each padded to the alignment, and end
 from __future__ import annotations
 
 import dataclasses
+import math
 import mmap
 import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from dms_jax.config import shown
 
 _SCALARS = {  # value type: struct's format
   0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<B", 10: "<Q", 11: "<q", 12: "<d",
@@ -24,12 +27,19 @@ _MOST_AXES = 4
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """One tensor: name, shape (outputs first, as numpy's), the name of its type, and its bytes."""
+  """One tensor: name, shape (outputs first, as numpy's), type, and where its bytes are; rows [..., bytes of a row]."""
 
   name: str
   shape: tuple[int, ...]
   kind: Any  # gguf.GGMLQuantizationType
-  data: np.ndarray  # uint8
+  rows: tuple[int, ...]
+  file: Path
+  offset: int
+
+  @property
+  def data(self) -> np.ndarray:
+    """The bytes, uint8 of shape `rows`, read from the file: a mapped file would stay in memory, page by page."""
+    return np.fromfile(self.file, np.uint8, math.prod(self.rows), offset=self.offset).reshape(self.rows)
 
   def values(self) -> np.ndarray:
     """The tensor in float32.
@@ -38,7 +48,7 @@ class Entry:
       ValueError: its type cannot be decoded.
     """
     if self.kind.name in _PLAIN:
-      return self.data.view(_PLAIN[self.kind.name]).astype(np.float32).reshape(self.shape)
+      return self.data.view(_PLAIN[self.kind.name]).astype(np.float32, copy=False).reshape(self.shape)
     from gguf import dequantize
 
     try:
@@ -49,7 +59,7 @@ class Entry:
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], list[Entry]]:
-  """(metadata, tensors) of a GGUF file. Tensors are views of the mapped file.
+  """(metadata, tensors) of a GGUF file; a tensor is read when its values are asked for.
 
   Raises:
     ValueError: the file is not GGUF, is cut short or damaged; the message names it.
@@ -66,7 +76,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], list[Entry]]:
   except (OSError, ValueError) as error:  # a folder, or an empty file
     raise ValueError(f"{path}: not a readable GGUF file ({error})") from None
   try:
-    return _parse(_Stream(data), GGMLQuantizationType, GGML_QUANT_SIZES)
+    return _parse(Path(path), _Stream(data), GGMLQuantizationType, GGML_QUANT_SIZES)
   except ValueError as error:
     raise ValueError(f"{path}: not a readable GGUF file ({error}); it is damaged or was cut short") from None
 
@@ -100,6 +110,12 @@ class _Stream:
   def string(self) -> str:
     return str(self.take(self.count(1, "characters")), "utf-8")
 
+  def name(self) -> str:
+    """A string that names something."""
+    if not (name := self.string()).isprintable():
+      raise ValueError(f"the name {shown(name)} before byte {self.place}")
+    return name
+
   def value(self) -> Any:
     kind = self.scalar("<I")
     if kind != _ARRAY:
@@ -127,7 +143,7 @@ def _numpy(form: str) -> str:
   return ("f" if form[1] in "fd" else "i" if form[1].islower() else "u") + str(struct.calcsize(form))
 
 
-def _parse(stream: _Stream, kinds: Any, sizes: dict) -> tuple[dict[str, Any], list[Entry]]:
+def _parse(file: Path, stream: _Stream, kinds: Any, sizes: dict) -> tuple[dict[str, Any], list[Entry]]:
   if bytes(stream.take(4)) != b"GGUF":
     raise ValueError("it does not start with GGUF")
   version = stream.scalar("<I")
@@ -137,13 +153,13 @@ def _parse(stream: _Stream, kinds: Any, sizes: dict) -> tuple[dict[str, Any], li
   tensors = stream.count(24, "tensors")
   metadata: dict[str, Any] = {}
   for _ in range(stream.count(13, "metadata keys")):
-    key = stream.string()
+    key = stream.name()
     if key in metadata:
       raise ValueError(f"metadata key {key} is there twice")
     metadata[key] = stream.value()
   table: dict[str, tuple] = {}
   for _ in range(tensors):
-    name = stream.string()
+    name = stream.name()
     if (axes := stream.scalar("<I")) > _MOST_AXES:
       raise ValueError(f"tensor {name} has {axes} axes")
     shape = tuple(reversed([stream.scalar("<Q") for _ in range(axes)]))
@@ -155,11 +171,11 @@ def _parse(stream: _Stream, kinds: Any, sizes: dict) -> tuple[dict[str, Any], li
   if not isinstance(alignment, int) or not 0 < alignment <= 2**20 or alignment & (alignment - 1):
     raise ValueError(f"general.alignment={alignment!r} is not a power of two")
   stream.take(min(-stream.place % alignment, stream.left))
-  return metadata, _entries(stream.data[stream.place :], table, alignment, sizes)
+  return metadata, _entries(file, stream.place, stream.left, table, alignment, sizes)
 
 
-def _entries(data: memoryview, table: dict[str, tuple], alignment: int, sizes: dict) -> list[Entry]:
-  """The tensors of `table`, {name: (shape, kind, offset)}, in `data`, which they must fill."""
+def _entries(file: Path, start: int, held: int, table: dict[str, tuple], alignment: int, sizes: dict) -> list[Entry]:
+  """The tensors of `table`, {name: (shape, kind, offset)}, in the `held` bytes from `start`, which they must fill."""
   entries, expected, end = [], 0, 0
   for name, (shape, kind, offset) in table.items():
     block, size = sizes[kind]
@@ -171,11 +187,11 @@ def _entries(data: memoryview, table: dict[str, tuple], alignment: int, sizes: d
     if offset != expected:
       raise ValueError(f"tensor {name} is at {offset} and should be at {expected}")
     end = offset + elements // block * size
-    if end > len(data):
-      raise ValueError(f"tensor {name} ends at {end}, and the file has {len(data)} bytes of tensors")
+    if end > held:
+      raise ValueError(f"tensor {name} ends at {end}, and the file has {held} bytes of tensors")
     rows = (*shape[:-1], shape[-1] // block * size) if shape else (size,)
-    entries.append(Entry(name, shape, kind, np.frombuffer(data[offset:end], np.uint8).reshape(rows)))
+    entries.append(Entry(name, shape, kind, rows, file, start + offset))
     expected = end + -end % alignment
-  if len(data) > expected:
-    raise ValueError(f"its tensors end at {end}, and the file has {len(data)} bytes of tensors")
+  if held > expected:
+    raise ValueError(f"its tensors end at {end}, and the file has {held} bytes of tensors")
   return entries

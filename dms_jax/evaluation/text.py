@@ -188,7 +188,7 @@ def text_quality(
     result["held_per_head"] = all_held.mean(axis=1)
     read = np.concatenate(reads, axis=1).mean(axis=(0, 2))
     result["by_chunk"] |= {"held": all_held.mean(axis=(0, 2)), "reads": read}
-    result["reads_cr"] = length * (length + 1) / 2 / read.mean()
+    result["reads_cr"] = masks.causal_reads(length) / read.mean()
   return result
 
 

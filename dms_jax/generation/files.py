@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +22,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from dms_jax import cache as caches
-from dms_jax import policies
+from dms_jax import formats, policies
 from dms_jax.cache import PagedCache
 from dms_jax.cache.base import storage_dtype
 from dms_jax.cache.host import HostRow, check_fits, restore_row
 from dms_jax.config import is_number, read_json, shown
 from dms_jax.generation.conversation import Continuation, Conversation, conversation_of, place_like
 from dms_jax.model import Model, check_policy
+from dms_jax.npz import DAMAGE, Arrays
 from dms_jax.policies import Policy
 from pallas_kernels.paged import FORMATS, format_of
 
-HEADER, ROWS, FORMAT = "cache.json", "rows.npz", 1
+HEADER, ROWS = "cache.json", "rows.npz"
 # The arrays of a row, by their names in the file and in `HostRow`.
 ARRAYS = ("kv", "evicted", "archived", "pages", "scales", "summaries")
 # Version 0.1's names of caches that were renamed.
@@ -83,7 +82,7 @@ def save_conversation(path: str | Path, past: Any) -> None:
     numbers = {f.name: getattr(policy, f.name) for f in fields}
     numbers = {name: None if value is None else np.asarray(value).tolist() for name, value in numbers.items()}
     header = {
-      "format": FORMAT, "cache": kind, "slots": slots, **pool, **model,
+      **formats.stamp("conversation"), "cache": kind, "slots": slots, **pool, **model,
       "policy": {"name": type(policy).__name__, "numbers": numbers}, "rows": about,
     }  # fmt: skip
     (folder / HEADER).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
@@ -201,8 +200,7 @@ def _header(path: str | Path) -> dict[str, Any]:
     raise ValueError(f"{path}: no such folder of a saved cache")
   file = Path(path) / HEADER
   header = read_json(file)
-  if header.get("format", FORMAT) != FORMAT:
-    raise ValueError(f"{file}: format {shown(header['format'])}; this version reads {FORMAT}")
+  formats.check("conversation", header, file)
   if header.get("cache") in list(KINDS_0_1):
     header["cache"] = KINDS_0_1[header["cache"]]
   kinds = {
@@ -271,7 +269,7 @@ def _read_rows(path: str | Path, header: dict, stats: tuple[str, ...], memory: d
   masked, page = header["cache"] == "masked", header["policy_page"]
   try:
     with zipfile.ZipFile(file) as archive:
-      arrays = _Arrays(archive, file.stat().st_size)
+      arrays = Arrays(archive, file)
       for index, about in enumerate(header["rows"]):
         parts = {name: arrays[key] if (key := f"{index}.{name}") in arrays else None for name in ARRAYS}
         ring = about["seen"] if masked else min(about["seen"], header["window"] + 1)
@@ -312,37 +310,11 @@ def _read_rows(path: str | Path, header: dict, stats: tuple[str, ...], memory: d
         )
   except FileNotFoundError:
     raise ValueError(f"{file}: no such file") from None
-  except (zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, NotImplementedError, RuntimeError) as error:
+  except DAMAGE as error:
     raise ValueError(f"{file}: damaged or cut short ({' '.join(str(error).split())[:100]}); save it again") from None
   except ValueError as error:
     raise ValueError(f"{file}: {error}; not what {HEADER} means, or damaged") from None
   return rows
-
-
-class _Arrays:
-  """The arrays of rows.npz by name; none is read that claims to be larger than the file."""
-
-  def __init__(self, archive: zipfile.ZipFile, size: int):
-    self.archive, self.size, self.names = archive, size, set(archive.namelist())
-
-  def __contains__(self, name: str) -> bool:
-    return f"{name}.npy" in self.names
-
-  def __getitem__(self, name: str) -> np.ndarray:
-    about = self.archive.getinfo(f"{name}.npy")
-    if about.compress_type != zipfile.ZIP_STORED or about.file_size > self.size:
-      raise ValueError(f"array '{name}' is compressed, or of {about.file_size} bytes in a file of {self.size}")
-    with self.archive.open(about) as stream:
-      version = np.lib.format.read_magic(stream)
-      if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"array '{name}' is of format {version}")
-      one = version == (1, 0)
-      header = np.lib.format.read_array_header_1_0(stream) if one else np.lib.format.read_array_header_2_0(stream)
-      claimed = math.prod(header[0]) * header[2].itemsize
-      if header[2].hasobject or claimed != about.file_size - stream.tell():
-        raise ValueError(f"array '{name}' claims {claimed} bytes and has {about.file_size - stream.tell()}")
-      stream.seek(0)
-      return np.lib.format.read_array(stream, allow_pickle=False)
 
 
 def _read_stats(

@@ -13,7 +13,9 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float
 
+from dms_jax.config import parse_json
 from dms_jax.layers import rope_frequencies
+from dms_jax.npz import DAMAGE, Arrays
 from dms_jax.policies.base import is_whole, register
 from dms_jax.policies.periodic import Periodic
 from dms_jax.policies.rotation import rotation, turned
@@ -127,12 +129,13 @@ def load(path: str | Path, config: Any) -> Calibration:
   """
   where = f"TriAttention: calibration={path}"
   try:
-    with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-      about = dict(json.loads(str(arrays["about"])))
-      tables = {name: np.asarray(arrays[name]) for name in ("centres", "norms", "frequencies")}
+    with zipfile.ZipFile(path) as archive:
+      arrays = Arrays(archive, Path(path))
+      about = parse_json(str(arrays["about"]), "about")
+      tables = {name: arrays[name] for name in ("centres", "norms", "frequencies")}
   except FileNotFoundError:
     raise ValueError(f"{where}: no such file; `python -m {PROGRAM}` writes it") from None
-  except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, TypeError) as error:
+  except (*DAMAGE, ValueError) as error:
     raise ValueError(f"{where}: not a calibration, or damaged ({' '.join(str(error).split())[:100]})") from None
   others = [f"{n} {about.get(n)!r} there, {own!r} here" for n, own in describe(config).items() if about.get(n) != own]
   if others:

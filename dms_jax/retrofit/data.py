@@ -9,13 +9,14 @@ from __future__ import annotations
 import abc
 import dataclasses
 import glob
-import json
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from dms_jax.config import HALF_PAIR, has_half_pair, json_value
 from dms_jax.retrofit.config import DataConfig, RetrofitConfig
 from dms_jax.retrofit.step import Batch
 
@@ -51,39 +52,75 @@ def _record_text(record, tokenizer, fields: tuple[str, ...], where: str) -> tupl
         raise ValueError(f"{where}: `prompt` must be a string, found {type(prompt).__name__}")
       return prompt, record["text"]
     if isinstance(record.get("messages"), list):
-      return "", tokenizer.chat(record["messages"], add_generation_prompt=False)
+      try:
+        return "", tokenizer.chat(record["messages"], add_generation_prompt=False)
+      except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     if all(isinstance(record.get(f), str) for f in fields):
       return "", "\n".join(record[f] for f in fields)
   keys = sorted(record) if isinstance(record, dict) else type(record).__name__
   raise ValueError(f"{where}: a record needs `text`, `messages` or the fields {fields} (data.fields); it has {keys}")
 
 
+def read_text(path: Path) -> str:
+  """The text of a UTF-8 file. Lines that hold half of a surrogate pair are left out, with one warning that names them.
+
+  Raises:
+    ValueError: the file cannot be read, or is not UTF-8; names the file.
+  """
+  text = _decoded(path)
+  if not has_half_pair(text):
+    return text
+  lines = text.split("\n")
+  wrong = {number for number, line in enumerate(lines, 1) if has_half_pair(line)}
+  warn_left_out(path, sorted(wrong))
+  return "\n".join(line for number, line in enumerate(lines, 1) if number not in wrong)
+
+
+def _decoded(path: Path) -> str:
+  try:
+    return path.read_text(encoding="utf-8", errors="surrogatepass")
+  except UnicodeDecodeError as error:
+    line = error.object.count(b"\n", 0, error.start) + 1
+    raise ValueError(f"{path}:{line}: not UTF-8 text ({error})") from None
+  except OSError as error:
+    raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def warn_left_out(path: str | Path, numbers: Sequence[int], what: str = "line") -> None:
+  """One warning that names the lines or records of a file that are left out; none if there are none."""
+  if numbers:
+    named = ", ".join(map(str, numbers[:8])) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
+    warnings.warn(f"{path}: {what} {named}: {HALF_PAIR}; left out", stacklevel=3)
+
+
 def documents(path: Path, tokenizer, fields: tuple[str, ...]) -> Iterator[tuple[str, str]]:
   """The documents of one file, (prompt, text) each, the prompt mostly empty; see `DataConfig`.
+
+  Records and lines of text that hold half of a surrogate pair are left out, with one warning a file.
 
   Raises:
     ValueError: the file is not UTF-8 or not JSON, or a record has no text; names the file and line.
   """
-  try:
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".jsonl":
-      for number, line in enumerate(text.split("\n"), 1):  # records may hold other line separators
-        if line.strip():
-          try:
-            record = json.loads(line)
-          except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not valid JSON ({error})") from None
-          yield _record_text(record, tokenizer, fields, f"{path}:{number}")
-    elif path.suffix == ".json":
-      records = json.loads(text)
-      for number, record in enumerate(records if isinstance(records, list) else [records]):
-        yield _record_text(record, tokenizer, fields, f"{path}[{number}]")
+  if path.suffix not in (".jsonl", ".json"):
+    yield "", read_text(path)
+    return
+  text, left_out, what = _decoded(path), [], "line"
+  if path.suffix == ".jsonl":
+    lines = enumerate(text.split("\n"), 1)  # records may hold other line separators
+    records = (
+      (number, f"{path}:{number}", json_value(line, f"{path}:{number}")) for number, line in lines if line.strip()
+    )
+  else:
+    values, what = json_value(text, str(path)), "record"
+    listed = values if isinstance(values, list) else [values]
+    records = ((number, f"{path}[{number}]", record) for number, record in enumerate(listed))
+  for number, where, record in records:
+    if has_half_pair(record):
+      left_out.append(number)
     else:
-      yield "", text
-  except UnicodeDecodeError as error:
-    raise ValueError(f"{path}: not UTF-8 text ({error})") from None
-  except json.JSONDecodeError as error:
-    raise ValueError(f"{path}: not valid JSON ({error})") from None
+      yield _record_text(record, tokenizer, fields, where)
+  warn_left_out(path, left_out, what)
 
 
 def encode(tokenizer, prompt: str, text: str) -> tuple[list[int], int]:

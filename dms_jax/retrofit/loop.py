@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,22 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from dms_jax import checkpoint
-from dms_jax.config import DMSConfig, LoRAConfig, from_json, read_json, to_json
+from dms_jax import checkpoint, formats
+from dms_jax.config import DMSConfig, LoRAConfig, from_json, is_number, parse_json, read_json, to_json
 from dms_jax.model import Model
 from dms_jax.params import Params, join_params, param_table, split_params
 from dms_jax.retrofit import distributed, kvzap
 from dms_jax.retrofit.config import DataConfig, RetrofitConfig, check
 from dms_jax.retrofit.data import Batches
-from dms_jax.retrofit.step import TrainState, init_retrofit, split_trained, train_step, trained_model, zero_neuron
+from dms_jax.retrofit.step import (
+  TrainState,
+  init_retrofit,
+  init_state,
+  split_trained,
+  train_step,
+  trained_model,
+  zero_neuron,
+)
 from dms_jax.sharding import make_mesh, tree_shardings
 
 LOG = "log.jsonl"
@@ -95,9 +104,10 @@ def _claim_directory(directory: Path, settings: dict[str, dict | None]) -> None:
   path = directory / RUN
   if not path.exists():
     directory.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(path, json.dumps(settings, indent=1))
+    checkpoint.write_text(path, json.dumps({**formats.stamp("run"), **settings}, indent=1))
     return
   found = read_json(path)
+  formats.check("run", found, path)
   # of an earlier version: with today's fields
   for name, cls in (("retrofit", RetrofitConfig), ("dms", DMSConfig), ("data", DataConfig)):
     if settings[name] is not None:
@@ -118,23 +128,55 @@ def _differences(found: Any, settings: dict, prefix: str = "") -> list[str]:
   return lines
 
 
+def _bytes_to_write(run: Run, trained: Params, names: list[str]) -> int:
+  """About the bytes that a run will add to its directory: states, of which one more than are kept, and checkpoints.
+
+  Args:
+    names: of all checkpoints of the run.
+  """
+  directory = Path(run.directory)
+  missing = [name for name in names if not (directory / name / "config.json").exists()]
+  if not missing:
+    return 0
+  config, table = run.config, param_table(run.base.config)
+  size = _nbytes(jax.eval_shape(partial(init_state, config), trained))
+  there = sum(path.name.isdigit() for path in (directory / STATE).glob("*"))
+  updates = checkpoint.nbytes(table, config.memory.compute_dtype) if config.whole_model else _nbytes(trained)
+  return max(config.saving.keep_states + 1 - there, 1) * size + len(missing) * updates
+
+
+def _nbytes(tree: Any) -> int:
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
 def _trim_log(path: Path, step: int) -> None:
   """Drops the lines of steps that will be repeated, and a line cut short by a kill."""
   if not path.exists():
     return
   kept = []
-  for line in path.read_text().splitlines():
-    try:
-      if json.loads(line)["step"] < step:
+  for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    with contextlib.suppress(ValueError):
+      if _step(line, str(path))["step"] < step:
         kept.append(line + "\n")
-    except (json.JSONDecodeError, KeyError):
-      continue
   checkpoint.write_text(path, "".join(kept))
 
 
-def _last_line(path: Path) -> dict:
-  lines = path.read_text().splitlines() if path.exists() else []
-  return json.loads(lines[-1]) if lines else {}
+def _step(line: str, where: str) -> dict:
+  """A line of a log, which is of one step; a ValueError names `where` if it is none."""
+  values = parse_json(line, where)
+  if not is_number(values.get("step"), int):
+    raise ValueError(f"{where}: no line of a retrofit's log: it needs a whole number 'step'")
+  return values
+
+
+def read_log(path: Path) -> list[dict]:
+  """The lines of log.jsonl, one a step; none if it is missing.
+
+  Raises:
+    ValueError: a line is none of a log; names the file and line.
+  """
+  lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+  return [_step(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
 
 
 @contextlib.contextmanager
@@ -221,7 +263,8 @@ def train(
     The last line of the log.
 
   Raises:
-    ValueError: the directory holds a run with other settings, or the settings are inconsistent.
+    ValueError: the directory holds a run with other settings, the settings are inconsistent, or the disk has not the
+      room that the run will take.
     FloatingPointError: the loss or its gradient is not finite, or the loss is above its bound. Earlier checkpoints are
       kept, and the log ends with that step.
     OSError: the disk is full; the last complete checkpoint is kept.
@@ -233,18 +276,19 @@ def train(
   run = dataclasses.replace(run, base=run.base.replace(params=jax.device_put(run.base.params, places)))
   student, teacher, trained = prepare(run.base, run.dms, run.lora, config)
   settings = run.settings(packer)
+  # Gates for a range of ratios serve all of it only at the end.
+  snapshots = config.ramps and config.saving.snapshots and not (run.dms and run.dms.elastic)
+  crs = range(2, math.floor(config.schedule.final_cr) + 1) if snapshots else ()
+  usable = {config.schedule.step_of_cr(cr): cr for cr in crs}
   with _writing(directory), distributed.together():
     if leads:
+      checkpoint.check_room(directory, _bytes_to_write(run, trained, [f"cr{cr}" for cr in crs] + ["final"]))
       _claim_directory(directory, settings)
   state = distributed.place_state(config, student, trained, mesh)
   key = jax.random.fold_in(jax.random.key(config.seed), 1)
   frame = None
   if config.objective == "kvzap":
     frame = kvzap.frame(tokenizer, config, run.base.config.max_position_embeddings)
-  # Gates for a range of ratios serve all of it only at the end.
-  snapshots = config.ramps and config.saving.snapshots and not (run.dms and run.dms.elastic)
-  crs = range(2, math.floor(config.schedule.final_cr) + 1) if snapshots else ()
-  usable = {config.schedule.step_of_cr(cr): cr for cr in crs}
 
   def write(name: str, done: int) -> None:
     about = {"step": done, "retrofit": settings["retrofit"], "data": settings["data"]}
@@ -259,10 +303,10 @@ def train(
       if leads:
         _trim_log(directory / LOG, first)
     last = config.schedule.steps if stop_after is None else min(stop_after, config.schedule.steps)
-    line, pending, clock = _last_line(directory / LOG), [], time.perf_counter()
+    line, pending, clock = (read_log(directory / LOG) or [{}])[-1], [], time.perf_counter()
     if first < last and stop():
       raise Preempted(f"stopped before step {first}; nothing is lost")
-    with open(directory / LOG if leads else os.devnull, "a") as log:
+    with open(directory / LOG if leads else os.devnull, "a", encoding="utf-8") as log:
       for step in range(first, last):
         if config.schedule.zero_neuron and step == config.schedule.fade_steps:
           state = zero_neuron(student, state)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import multiprocessing
@@ -17,7 +18,7 @@ import os
 import signal
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -28,8 +29,8 @@ from dms_jax.retrofit.data import Batches, Packer, Source, encode
 from dms_jax.retrofit.step import Batch
 
 # documents(seed, start, count) -> (prompt, text) of documents start, start + 1, ...; picklable. Document i depends only
-# on (seed, i).
-Documents = Callable[[int, int, int], Iterable[tuple[str, str]]]
+# on (seed, i). The text is None where the generator gave up because the document would be longer than a row.
+Documents = Callable[[int, int, int], Iterable[tuple[str, str | None]]]
 FIRST = 64  # documents that stand for all in fingerprints
 HOPELESS = 64  # documents in a row that are too long, after which the generator is given up
 
@@ -123,8 +124,8 @@ class Stream:
   batch_size: int
   seq_len: int
 
-  def batch(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[tuple[int, int]]]:
-    """(tokens, segment ids, loss mask, [B, T] each; (number, tokens) of the documents left out) of batch `step`.
+  def batch(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """(tokens, segment ids, loss mask, [B, T] each; how many documents were left out) of batch `step`.
 
     The batch holds documents step * B * T, step * B * T + 1, ...: as many as fit whole, in this order, but for those
     longer than a row.
@@ -134,12 +135,12 @@ class Stream:
     """
     most = self.batch_size * self.seq_len
     drawn: list[Document] = []
-    left_out: list[tuple[int, int]] = []
+    left_out: list[int] = []
     total = 0
     for number, (prompt, text) in enumerate(self.documents(self.seed, step * most, most), step * most):
-      tokens, before = encode(self.tokenizer, prompt, text)
-      if len(tokens) > self.seq_len:
-        left_out.append((number, len(tokens)))
+      tokens, before = ([], 0) if text is None else encode(self.tokenizer, prompt, text)
+      if text is None or len(tokens) > self.seq_len:
+        left_out.append(number)
         if not drawn and len(left_out) == HOPELESS:
           break
         continue
@@ -148,10 +149,9 @@ class Stream:
       if total >= most:
         break
     if not drawn:
-      shortest = min((size for _, size in left_out), default=0)
       raise ValueError(
-        f"data.families: no document fits into a row of retrofit.seq_len={self.seq_len} tokens; the shortest of "
-        f"{len(left_out)} has {shortest}"
+        f"data.families: no document fits into a row of retrofit.seq_len={self.seq_len} tokens; all of the first "
+        f"{len(left_out)} are longer"
       )
     lengths = [len(d.tokens) for d in drawn]
     # The largest number of documents that fit: one document fits, and all of them may not.
@@ -166,7 +166,7 @@ class Stream:
     packed += [[]] * (self.batch_size - len(packed))
     rows = [filled([drawn[i] for i in row], self.seq_len) for row in packed]
     ids, segments, mask = (np.stack(column) for column in zip(*rows, strict=True))
-    return ids, segments, mask, [(number, size) for number, size in left_out if number < drawn[least - 1].number]
+    return ids, segments, mask, sum(number < drawn[least - 1].number for number in left_out)
 
 
 _stream: Stream | None = None  # of a worker process
@@ -188,6 +188,19 @@ def _start_worker(stream: Stream) -> None:
   threading.Thread(target=follow, daemon=True).start()
 
 
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[None]:
+  """SIGINT and SIGTERM wait in this thread, and for ever in processes started meanwhile, unless they take them up."""
+  if not hasattr(signal, "pthread_sigmask"):
+    yield
+    return
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _batch_in_worker(step: int):
   return _stream.batch(step)
 
@@ -201,26 +214,27 @@ class StreamPacker(Batches):
   """Rows of whole generated documents, made by worker processes ahead of the device that trains on them.
 
   A batch depends only on (seed, step), however many workers there are. `left_out` counts the documents so far that were
-  longer than a row; `longest` is the number and the tokens of the longest of them.
+  longer than a row.
   """
 
   def __init__(self, documents: Documents, tokenizer, data: DataConfig, config: RetrofitConfig):
     self.stream = Stream(documents, tokenizer, config.seed, config.batch_size, config.seq_len)
     self.config, self.name = config, ",".join(data.families)
     self.workers = available_cores() if data.workers < 0 else data.workers
-    self.left_out, self.longest = 0, (0, 0)
+    self.left_out = 0
     self._notes: dict[int, dict[str, float]] = {}
     self._pool: concurrent.futures.ProcessPoolExecutor | None = None
     self._ahead: collections.deque[tuple[int, concurrent.futures.Future]] = collections.deque()
 
   @functools.cached_property
   def _first(self) -> list[list[int]]:
-    """The token ids of the first documents."""
-    return [encode(self.stream.tokenizer, *d)[0] for d in self.stream.documents(self.config.seed, 0, FIRST)]
+    """The token ids of the first documents; of those whose generator gave up, none."""
+    documents = self.stream.documents(self.config.seed, 0, FIRST)
+    return [[] if text is None else encode(self.stream.tokenizer, prompt, text)[0] for prompt, text in documents]
 
   def sizes(self) -> list[int]:
-    """Tokens of each of the first documents."""
-    return [len(ids) for ids in self._first]
+    """Tokens of each of the first documents that fit into a row."""
+    return [len(ids) for ids in self._first if 0 < len(ids) <= self.config.seq_len]
 
   def fingerprints(self) -> dict[str, str]:
     """A checksum of the first documents: another version of a generator is another text."""
@@ -229,9 +243,8 @@ class StreamPacker(Batches):
 
   def batch(self, step: int, only: Sequence[int] | None = None) -> Batch:
     *arrays, left_out = self._made(step) if self.workers else self.stream.batch(step)
-    self.left_out += len(left_out)
-    self.longest = max(self.longest, *left_out, key=lambda x: x[1]) if left_out else self.longest
-    self._notes[step] = {"filled": round(float(np.mean(arrays[1] > 0)), 4), "left_out": len(left_out)}
+    self.left_out += left_out
+    self._notes[step] = {"filled": round(float(np.mean(arrays[1] > 0)), 4), "left_out": left_out}
     return Batch(*(x if only is None else x[list(only)] for x in arrays))
 
   def notes(self, step: int) -> dict[str, float]:
@@ -253,8 +266,9 @@ class StreamPacker(Batches):
     try:
       first = self._ahead[-1][0] + 1 if self._ahead else step
       last = max(min(step + 2 * self.workers, self.config.schedule.steps), step + 1)
-      for number in range(first, last):
-        self._ahead.append((number, self._pool.submit(_batch_in_worker, number)))
+      with _signals_held_back():  # a worker that starts does not ignore them yet
+        for number in range(first, last):
+          self._ahead.append((number, self._pool.submit(_batch_in_worker, number)))
       return self._ahead.popleft()[1].result()
     except BrokenProcessPool:
       for process in list((self._pool._processes or {}).values()):

@@ -14,12 +14,13 @@ import jax
 import numpy as np
 
 from dms_jax.checkpoint import write_text
-from dms_jax.config import read_json, to_json
+from dms_jax.config import has_half_pair, json_value, read_json, to_json
 from dms_jax.execution import fastest_form
 from dms_jax.generation.generate import generate
 from dms_jax.model import Model
 from dms_jax.policies import Vanilla
 from dms_jax.retrofit.config import SelfTextConfig
+from dms_jax.retrofit.data import read_text, warn_left_out
 from dms_jax.tokenizer import Tokenizer
 
 QUESTION_TOKENS = 128  # the most tokens of a question that the model asks itself
@@ -47,31 +48,38 @@ def prompts(config: SelfTextConfig, tokenizer: Tokenizer) -> list[list[int] | st
     starts = rng.integers(0, len(ids) - config.prefix_tokens, config.rows - asked)
     rows += [ids[s : s + config.prefix_tokens].tolist() for s in starts]
   if asked:
-    lines = [line for line in _read(config.questions, "questions").split("\n") if line.strip()]
+    source = f"questions={config.questions}"
+    lines = [(n, x) for n, x in enumerate(_read(config.questions, "questions").split("\n"), 1) if x.strip()]
+    escaped = {n for n, x in lines if "\\ud" in x.lower() and has_half_pair(json_value(x, f"{source}, line {n}"))}
+    warn_left_out(source, sorted(escaped))
+    lines = [(n, x) for n, x in lines if n not in escaped]
     if not lines:
-      raise ValueError(f"questions={config.questions} is empty")
+      raise ValueError(f"{source} is empty")
     for index in rng.choice(len(lines), asked, replace=asked > len(lines)):
-      where = f"questions={config.questions}, record {index + 1}"
-      try:
-        record = json.loads(lines[index])
-      except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not valid JSON ({error})") from None
-      if not isinstance(record, dict) or not (record.get("messages") or record.get(config.question_field)):
-        raise ValueError(f"{where}: neither `messages` nor `{config.question_field}` (question_field)")
-      messages = record.get("messages") or [{"role": "user", "content": record[config.question_field]}]
-      if messages[-1].get("role") == "assistant":  # the model gives its own answer
+      number, line = lines[index]
+      where = f"{source}, line {number}"
+      record = json_value(line, where)
+      question = record.get(config.question_field) if isinstance(record, dict) else None
+      messages = record.get("messages") if isinstance(record, dict) else None
+      if not (messages and isinstance(messages, list)) and not (question and isinstance(question, str)):
+        raise ValueError(f"{where}: neither a list `messages` nor a text `{config.question_field}` (question_field)")
+      messages = messages or [{"role": "user", "content": question}]
+      if isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":  # the model gives its own answer
         messages = messages[:-1]
-      rows.append(tokenizer.encode(tokenizer.chat(messages)))
+      try:
+        rows.append(tokenizer.encode(tokenizer.chat(messages)))
+      except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
   return rows
 
 
 def _read(path: str, name: str) -> str:
+  if not Path(path).is_file():
+    raise ValueError(f"{name}={path}: no such file")
   try:
-    return Path(path).read_text(encoding="utf-8")
-  except (FileNotFoundError, IsADirectoryError):
-    raise ValueError(f"{name}={path}: no such file") from None
-  except UnicodeDecodeError as error:
-    raise ValueError(f"{name}={path}: not UTF-8 text ({error})") from None
+    return read_text(Path(path))
+  except ValueError as error:
+    raise ValueError(f"{name}={error}") from None
 
 
 def user_opening(tokenizer: Tokenizer) -> str | None:
@@ -119,7 +127,7 @@ def write(
       cut = slice(first, first + config.batch)
       records = _sample(model, tokenizer, config, rows[cut], keys[cut])
       write_text(part, "".join(json.dumps(r) + "\n" for r in records))
-  records = [json.loads(line) for part in parts for line in part.read_text().splitlines()]
+  records = [json.loads(line) for part in parts for line in part.read_text(encoding="utf-8").splitlines()]
   write_text(path, "".join(json.dumps({"text": r["text"]}) + "\n" for r in records))
   shutil.rmtree(folder)
   return sum(r["sampled"] for r in records)

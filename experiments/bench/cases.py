@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from dms_jax.config import ModelConfig
+from dms_jax.config import ModelConfig, read_json
 from dms_jax.families.huggingface import config_to_hf
 from experiments.common import program
 
@@ -107,9 +107,17 @@ def judged(row: dict[str, Any], bars: tuple[Bar, ...]) -> dict[str, Any]:
   return row | {"bar": ", ".join(map(str, bars)), "reached": all(bar.reached(row) for bar in bars)}
 
 
+def _rows(path: Path) -> list[dict]:
+  """The rows of a file of results; none if it is missing."""
+  rows = read_json(path).get("rows") if path.exists() else []
+  if not isinstance(rows, list) or not all(isinstance(row, dict) and isinstance(row.get("name"), str) for row in rows):
+    raise ValueError(f"--output={path}: no list of rows with names in it; move the file away")
+  return rows
+
+
 def merged(path: Path, rows: dict[str, dict], order: Iterable[str]) -> list[dict]:
   """The rows of the file at `path` merged with `rows`, which replace rows of the same name unless they failed."""
-  old = {row["name"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
+  old = {row["name"]: row for row in _rows(path)}
   for name, row in rows.items():
     if measured(row) or not measured(old.get(name, {"error": "none"})):
       old[name] = row
@@ -119,7 +127,7 @@ def merged(path: Path, rows: dict[str, dict], order: Iterable[str]) -> list[dict
 
 def check_same(path: Path, about: dict) -> None:
   """Raises ValueError where the file at `path` holds rows of another device or scale, which must not be mixed."""
-  for row in json.loads(path.read_text())["rows"] if path.exists() else ():
+  for row in _rows(path):
     for name in ("device", "scale"):
       if row.get(name) != about[name]:
         raise ValueError(

@@ -117,7 +117,7 @@ class Suite:
     if self._retrofitted is None:
       shape = self.setup.shape
       if shape.config is not TINY:
-        runs = json.loads(GATES.read_text())["runs"]
+        runs = json.loads(GATES.read_text(encoding="utf-8"))["runs"]
         found = next(run for run in runs if run["run"].endswith(RETROFIT))
         held = tuple(map(tuple, found["held_per_head"]))
         shape = Shape(PRESETS["smollm2-135m"], window=64, held=held, held_at=found["length"])

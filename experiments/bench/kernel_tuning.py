@@ -118,6 +118,6 @@ def tune(name: str, work: Decode | Text, path: Path, end: float, about: dict, do
     return
   measured = f"{about['date']}, jax {about['jax']}, {name}: {work}"
   entry = {"blocks": dataclasses.asdict(best), "us": us, "measured": measured}
-  table = json.loads(path.read_text()) if path.exists() else {}
+  table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
   program.save_json(path, tuned.merged(table, about["device"], operation, shapes, entry))
   tuned.table.cache_clear()

@@ -1,15 +1,15 @@
-"""Reads files that a flag names, whole or line by line; an error names the flag and the line."""
+"""Reads files that a flag names, whole or line by line; writes files whole, or lines at their end."""
 
 from __future__ import annotations
 
 import bz2
 import contextlib
-import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from dms_jax.config import HALF_PAIR, has_half_pair, json_value
 
 
 def cut_half_line(path: Path, start: bytes) -> None:
@@ -24,16 +24,19 @@ def cut_half_line(path: Path, start: bytes) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-  """Appends to a file; makes it and its folder if they are missing.
+  """Appends to a file, all or nothing; makes it and its folder if they are missing.
 
   Raises:
     OSError: it cannot be written, such as on a full disk; names the file.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
+  before = path.stat().st_size if path.exists() else None
   try:
     with path.open("a", encoding="utf-8") as file:
       file.write(text)
   except OSError as error:
+    with contextlib.suppress(OSError):  # it may not have been made
+      path.unlink() if before is None else os.truncate(path, before)
     raise OSError(error.errno, error.strerror, str(path)) from None
 
 
@@ -41,46 +44,17 @@ def append_text(path: Path, text: str) -> None:
 def whole(path: Path) -> Iterator[Path]:
   """The path of a file to write, which replaces `path` when the block ends, and goes if the block fails.
 
-  Makes the folder.
+  Makes the folder. The content is on the disk before the name is, should the machine lose its power.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
   part = path.with_name(f".{path.name}")
   try:
     yield part
+    with part.open("rb+") as file:
+      os.fsync(file.fileno())
     os.replace(part, path)
   finally:
     part.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def locked(flag: str, folder: str | Path) -> Iterator[Path]:
-  """Makes a folder of results, and keeps other processes that lock it out until the block or this process ends.
-
-  Where the system or the file system has no locks, nothing is locked.
-
-  Raises:
-    ValueError: the folder cannot be made, or another process has locked it; names the flag.
-  """
-  try:
-    Path(folder).mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise ValueError(f"--{flag}={folder}: no folder can be made there ({error.strerror})") from None
-  try:
-    import fcntl
-  except ImportError:  # Windows
-    yield Path(folder)
-    return
-  handle = os.open(folder, os.O_RDONLY)
-  try:
-    try:
-      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise ValueError(f"--{flag}={folder}: another run writes there; let it end, or name another folder") from None
-    except OSError:  # a file system without locks
-      pass
-    yield Path(folder)
-  finally:
-    os.close(handle)
 
 
 def required(flag: str, value: str, what: str) -> Path:
@@ -122,6 +96,9 @@ def check_retrofit(flag: str, folder: str | Path | None, whole: bool = False) ->
     raise ValueError(f"{where}: {what}, not a retrofit; give it as --checkpoint, or leave --{flag} out")
 
 
+UNPACKED = 100  # most times the size of a .bz2 file that its text may have; texts have about four
+
+
 def read_text(flag: str, path: str | Path) -> str:
   """The text of a UTF-8 file, decompressed if it is a .bz2 file.
 
@@ -133,13 +110,35 @@ def read_text(flag: str, path: str | Path) -> str:
     raise ValueError(f"--{flag}={path}: a folder, where a file is expected")
   try:
     data = path.read_bytes()
-    return (bz2.decompress(data) if path.suffix == ".bz2" else data).decode("utf-8")
+    data = _unpacked(data) if path.suffix == ".bz2" else data
   except FileNotFoundError:
     raise ValueError(f"--{flag}={path}: no such file") from None
-  except UnicodeDecodeError as error:
-    raise ValueError(f"--{flag}={path}: not UTF-8 text ({error})") from None
   except (OSError, ValueError) as error:
     raise ValueError(f"--{flag}={path}: cannot be read ({error}); the file is damaged or was cut short") from None
+  try:
+    return data.decode("utf-8")
+  except UnicodeDecodeError as error:
+    line = data.count(b"\n", 0, error.start) + 1
+    raise ValueError(f"--{flag}={path}: not UTF-8 text in line {line} ({error})") from None
+
+
+def _unpacked(data: bytes) -> bytes:
+  """The content of a .bz2 file, which may hold several streams; never more than `UNPACKED` times its size."""
+  most, parts, size = UNPACKED * len(data) + 2**20, [], 0
+  while data:
+    stream = bz2.BZ2Decompressor()
+    try:
+      parts.append(stream.decompress(data, most - size + 1))
+    except OSError:
+      if parts:  # what follows the last stream is no stream: as bz2, it is left out
+        break
+      raise
+    if (size := size + len(parts[-1])) > most:
+      raise ValueError(f"it unpacks to more than {UNPACKED} times its size")
+    if not stream.eof:
+      raise ValueError("it ends early")
+    data = stream.unused_data
+  return b"".join(parts)
 
 
 def text_lines(flag: str, path: str | Path) -> Iterator[tuple[str, str]]:
@@ -153,24 +152,26 @@ def text_lines(flag: str, path: str | Path) -> Iterator[tuple[str, str]]:
       yield f"--{flag}={path}, line {number}", line.removesuffix("\r")
 
 
-def json_records(flag: str, path: str | Path, fields: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def json_records(
+  flag: str, path: str | Path, fields: Mapping[str, Any], left_out: list[str] | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
   """(where, record) of each line of a JSON-lines file that is not blank.
 
   Args:
     fields: the name and type of each field that every record must hold.
+    left_out: gets the places of records that hold half of a surrogate pair, which are then left out.
 
   Raises:
-    ValueError: a line is not a JSON object, or a field is missing or of another type; names the flag and line.
+    ValueError: a line is not a JSON object, a field is missing or of another type, or a text is none; names the flag
+      and line.
   """
   for where, line in text_lines(flag, path):
-    try:
-      record = json.loads(line)
-    except json.JSONDecodeError as error:
-      raise ValueError(f"{where}: not valid JSON ({error})") from None
-    except RecursionError:
-      raise ValueError(f"{where}: JSON nested too deeply") from None
-    if "\\ud" in line.lower() and re.search("[\ud800-\udfff]", json.dumps(record, ensure_ascii=False)):
-      raise ValueError(f"{where}: half of a surrogate pair (\\ud800 to \\udfff), which is no character")
+    record = json_value(line, where)
+    if "\\ud" in line.lower() and has_half_pair(record):
+      if left_out is None:
+        raise ValueError(f"{where}: {HALF_PAIR}")
+      left_out.append(where)
+      continue
     for name, kind in fields.items():
       if not isinstance(record, dict) or not isinstance(record.get(name), kind):
         raise ValueError(f"{where}: a record needs {name!r} ({getattr(kind, '__name__', kind)})")

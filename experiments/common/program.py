@@ -28,9 +28,10 @@ import logging
 import math
 import os
 import re
+import signal
 import sys
-import tempfile
 import time
+import traceback
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -40,6 +41,8 @@ from typing import Any, Literal
 import jax
 from absl import app, flags
 from absl import logging as absl_logging
+
+from experiments.common import files, outputs, stopping
 
 FLAGS = flags.FLAGS
 flags.disclaim_key_flags()  # flags belong to the program that calls `define_flags`, so that its --help lists them
@@ -275,37 +278,57 @@ def flag_values(changed_only: bool = False) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------ run
 
 
-def run(main: Callable[[], None]) -> None:
-  """Parses the command line, runs `main()` and exits: 0, or 1 with one line on stderr for bad input.
+def run(
+  main: Callable[[], None], writes: Literal["nothing", "folder", "file"] = "nothing", goes_on: bool = False
+) -> None:
+  """Parses the command line, runs `main()` and exits: 0, or with one line on stderr 1 for bad input or a full disk, 130
+  after SIGINT (Ctrl-C) and 143 after SIGTERM (`stopping`).
 
   Every program gets `--profile=DIR` (a jax.profiler trace of the whole run) and `--debug` (tracebacks).
   Compiled programs are kept in JAX_COMPILATION_CACHE_DIR, by default ~/.cache/dms_jax/xla.
+
+  Args:
+    writes: what `--output` names, if it is given; no other run may write there meanwhile (`outputs.locked`).
+    goes_on: whether the same command goes on after an interruption.
   """
   flags.DEFINE_string("profile", None, "write a jax.profiler trace of the run to this folder")
   flags.DEFINE_boolean("debug", False, "show the traceback of an error")
 
   def guarded(argv: list[str]) -> None:
-    if not FLAGS["verbosity"].present:
-      absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax logs every step of a save
+    stopping.run()
+    if not FLAGS["verbosity"].present:  # Orbax logs every step of a save, and a traceback of every thread that fails
+      absl_logging.set_verbosity(absl_logging.WARNING if FLAGS.debug else absl_logging.FATAL)
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # it lists absent accelerators
     enable_compilation_cache()
-    trace = jax.profiler.trace(FLAGS.profile) if FLAGS.profile else contextlib.nullcontext()
     try:
       if argv[1:]:
         raise ValueError(f"unexpected argument(s) {argv[1:]}: every option is a flag, --name=value")
-      with trace:
+      with contextlib.ExitStack() as stack:
+        if writes != "nothing" and FLAGS.output:
+          stack.enter_context(outputs.locked("output", FLAGS.output, writes, goes_on))
+        if FLAGS.profile:
+          stack.enter_context(jax.profiler.trace(FLAGS.profile))
         main()
-    except (ValueError, OSError, NotImplementedError, FloatingPointError) as error:
+    except KeyboardInterrupt as stop:
       if FLAGS.debug:
+        traceback.print_exc()
+      log(stopping.line(stop))
+      code = 128 + getattr(stop, "number", signal.SIGINT)
+    except Exception as error:
+      expected = isinstance(error, ValueError | OSError | NotImplementedError | FloatingPointError)
+      if FLAGS.debug or not (expected or outputs.is_full(error)):
         raise
       message = " ".join(str(error).split()) or type(error).__name__
-      print(f"error: {message}  (--debug shows where)", file=sys.stderr)
-      sys.exit(1)
-    except KeyboardInterrupt:
-      if FLAGS.debug:
-        raise
-      print("interrupted", file=sys.stderr)
-      sys.exit(130)
+      log(f"error: {message}  (--debug shows where)")
+      if outputs.is_full(error):  # Orbax's native threads print a traceback for each write that they have not ended
+        sys.stdout.flush()
+        os._exit(1)
+      code = 1
+    else:
+      code = 0
+    stopping.end()
+    if code:
+      sys.exit(code)
 
   app.run(guarded)
 
@@ -358,22 +381,14 @@ def finish(result: dict[str, Any], config: Any = None) -> None:
 
 def save_json(path: str | Path, value: Any) -> Path:
   """Writes `value` as indented JSON, atomically; makes the folder."""
-  path = Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-  try:
-    with os.fdopen(handle, "w") as file:
-      file.write(json.dumps(to_plain(value), indent=2) + "\n")
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
-  except BaseException:
-    Path(temporary).unlink(missing_ok=True)
-    raise
+  text = json.dumps(to_plain(value), indent=2) + "\n"
+  with files.whole(path := Path(path)) as part:
+    part.write_text(text, encoding="utf-8")
   return path
 
 
 def results_dir(name: str, config: Any = None, root: str | Path = "runs") -> Path:
-  """Makes the folder of one run, ROOT/NAME/CHANGED-FINGERPRINT: changed settings and a fingerprint of all.
+  """The folder of one run, ROOT/NAME/CHANGED-FINGERPRINT: changed settings and a fingerprint of all.
 
   Args:
     config: a dataclass or dict; default the program's flags. The same config gives the same folder.
@@ -385,9 +400,7 @@ def results_dir(name: str, config: Any = None, root: str | Path = "runs") -> Pat
     changed = {f.name: whole[f.name] for f in dataclasses.fields(config) if whole[f.name] != _default(f)}
   else:
     whole = changed = dict(config)
-  folder = Path(root) / name / f"{label(changed)}-{fingerprint(whole)}"
-  folder.mkdir(parents=True, exist_ok=True)
-  return folder
+  return Path(root) / name / f"{label(changed)}-{fingerprint(whole)}"
 
 
 def fingerprint(values: Any) -> str:

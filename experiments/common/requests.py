@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 
+from dms_jax.config import HALF_PAIR
 from dms_jax.generation.batching import BudgetError, Generator
 from experiments.common import files, program
 
@@ -47,11 +48,14 @@ def read_requests(
 ) -> list[Request]:
   """All requests of a file. The arguments are defaults for lines without them; default keys derive from `seed`.
 
+  A line that holds half of a surrogate pair gets no answer; it is logged, and the other lines keep their places.
+
   Raises:
     ValueError: no such file, a line that is not a request, or an id used twice; the message names the line.
   """
-  requests, seen = [], {}
-  for index, (at, values) in enumerate(files.json_records("requests", path, {})):
+  requests, seen, left_out = [], {}, []
+  for at, values in files.json_records("requests", path, {}, left_out):
+    index = len(requests) + len(left_out)
     _check(at, values)
     request = Request(
       values.get("id", index),
@@ -67,6 +71,8 @@ def read_requests(
       raise ValueError(f"{at}: id {request.id!r} is that of {seen[request.id]} too")
     seen[request.id] = at.rpartition(", ")[2]
     requests.append(request)
+  for at in left_out:
+    program.log(f"{at}: {HALF_PAIR}; it gets no answer")
   if not requests:
     raise ValueError(f"--requests={path}: holds no request")
   return requests
@@ -97,7 +103,10 @@ def _text(at: str, values: dict, tokenizer) -> str:
   messages = values["messages"]
   if not messages or not all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages):
     raise ValueError(f"{at}: messages must be objects with role and content")
-  return tokenizer.chat(messages)
+  try:
+    return tokenizer.chat(messages)
+  except ValueError as error:
+    raise ValueError(f"{at}: {error}") from None
 
 
 def finished_chains(path: Path, asked: Mapping[str | int, str]) -> dict[str | int, set[int]]:
@@ -141,7 +150,7 @@ def answer(
     ValueError: `output` is not a results file of these requests, or a request exceeds the whole budget. Chains that
       ended before are written.
   """
-  output.parent.mkdir(parents=True, exist_ok=True)
+  files.append_text(output, "")
   prints = {request.id: request.fingerprint(settings) for request in requests}
   done = finished_chains(output, prints)
   left = [request for request in requests if len(done.get(request.id, ())) < request.chains]
@@ -160,33 +169,32 @@ def answer(
     except ValueError as error:
       raise ValueError(f"request {request.id!r}: {error}") from None
     running |= {(ticket, chain): request for chain in range(request.chains)}
-  with output.open("a", encoding="utf-8") as file:
-    while generator.busy:
-      lacking = None
-      try:
-        generator.step()
-      except BudgetError as error:
-        lacking = error
-      for ticket, chain in [at for at in running if generator.results[at[0]].finish_reason[at[1]] != "running"]:
-        result, request = generator.results[ticket], running.pop((ticket, chain))
-        written, tokens = written + 1, tokens + len(result.tokens[chain])
-        if chain not in done.get(request.id, ()):
-          file.write(json.dumps(program.to_plain(_row(request, chain, result, prints[request.id]))) + "\n")
-      file.flush()
-      for ticket in [ticket for ticket, result in generator.results.items() if result.finished]:
-        del generator.results[ticket]  # a long file would fill the memory
-      if lacking is not None:
-        request = next(request for (ticket, _), request in running.items() if ticket == lacking.ticket)
-        raise ValueError(
-          f"request {request.id!r} does not fit the budget of {generator.budget} bytes, even alone: give a larger "
-          f"--kv_budget_gib or --kv_budget_tokens; the {written} rows that ended before are in {output}"
-        )
-      if time.monotonic() - shown > 5:
-        shown = time.monotonic()
-        program.log(
-          f"{written}/{total} rows, {sum(c is not None for c in generator.chains)} running, "
-          f"{len(generator.waiting) + len(generator.preempted)} waiting, {tokens / (shown - start):.1f} tokens/s"
-        )
+  while generator.busy:
+    lacking, lines = None, []
+    try:
+      generator.step()
+    except BudgetError as error:
+      lacking = error
+    for ticket, chain in [at for at in running if generator.results[at[0]].finish_reason[at[1]] != "running"]:
+      result, request = generator.results[ticket], running.pop((ticket, chain))
+      written, tokens = written + 1, tokens + len(result.tokens[chain])
+      if chain not in done.get(request.id, ()):
+        lines.append(json.dumps(program.to_plain(_row(request, chain, result, prints[request.id]))) + "\n")
+    files.append_text(output, "".join(lines))
+    for ticket in [ticket for ticket, result in generator.results.items() if result.finished]:
+      del generator.results[ticket]  # a long file would fill the memory
+    if lacking is not None:
+      request = next(request for (ticket, _), request in running.items() if ticket == lacking.ticket)
+      raise ValueError(
+        f"request {request.id!r} does not fit the budget of {generator.budget} bytes, even alone: give a larger "
+        f"--kv_budget_gib or --kv_budget_tokens; the {written} rows that ended before are in {output}"
+      )
+    if time.monotonic() - shown > 5:
+      shown = time.monotonic()
+      program.log(
+        f"{written}/{total} rows, {sum(c is not None for c in generator.chains)} running, "
+        f"{len(generator.waiting) + len(generator.preempted)} waiting, {tokens / (shown - start):.1f} tokens/s"
+      )
   seconds = time.monotonic() - start
   cache = generator.cache
   return {

@@ -93,10 +93,12 @@ class _Worker:
       return None
 
   def _start(self) -> None:
+    from experiments.common import stopping  # the worker, which runs this file as a script, cannot import it
+
     self.close()
     check()
     self.connection, theirs = multiprocessing.Pipe()
-    with theirs:
+    with theirs, stopping.held_back():  # Ctrl-C is for this process
       self.process = subprocess.Popen(
         [sys.executable, "-P", "-W", "ignore", __file__, str(theirs.fileno()), str(STEP_S)],
         pass_fds=[theirs.fileno()],

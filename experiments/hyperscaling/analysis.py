@@ -1,12 +1,17 @@
 """Scores and costs of each setting, Pareto frontiers, and margins with bootstrap intervals.
 
 A *setting* is a method with its CR, W chains and at most L new tokens. Its score and costs are means over problems of
-means over model seeds. A margin is the mean vertical distance of two frontiers over the largest interval of costs that
-both cover (arXiv 2506.05345, appendix G). Its interval is the percentile bootstrap over problems: every resample draws
-the problems of a family with replacement, the same for all settings and seeds, and takes its own frontiers, over the
-costs that the frontiers of all problems share. (With an interval of costs of its own, a resample in which a saturated
-frontier happens to end early would be a mean over other costs.) Families are resampled apart. The seeds are not
-resampled.
+means over model seeds. A margin is the mean vertical distance of two frontiers over an interval of costs, on a linear
+or a log axis. There are two intervals (`ENDS`):
+
+* "frontier", the paper's (arXiv 2506.05345, appendix G): the largest that both frontiers cover. A frontier ends where
+  no costlier setting scores higher, so a method that saturates early shortens the interval.
+* "measured": from the costlier of both methods' cheapest settings to the cheaper of their costliest ones, whether or
+  not those are on a frontier. After its last point a frontier is as high as there: more budget buys no less.
+
+The interval of a margin is the percentile bootstrap over problems. Every resample draws the problems of a family with
+replacement, the same for all settings and seeds, and repeats the whole computation: scores, costs, frontiers, and ends.
+Families are resampled apart. The seeds are not resampled.
 """
 
 from __future__ import annotations
@@ -19,13 +24,14 @@ from typing import Any
 
 import numpy as np
 
-from experiments.hyperscaling.cells import Sweep, order
+from experiments.hyperscaling.cells import Key, Sweep, order
 from experiments.hyperscaling.methods import DEFAULT, DENSE, TRAINED
 from experiments.methods import pareto
-from experiments.methods.summary import COSTS, Entry, standard_error
+from experiments.methods.summary import COSTS, Entry, standard_error, together
 from experiments.reports.results import Panel, Point, Setting
 
 SCALES = ("linear", "log")
+ENDS = ("frontier", "measured")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +44,7 @@ class Family:
     scores: float64 [S, P], by setting and problem, 0 to 100: means over seeds.
     costs: float64 [S, P] by axis, of the W chains of a problem together.
     achieved: [S], tokens seen over tokens held at the end of a chain.
-    seeds: number of models.
+    alone: the family of each seed by itself, with the same settings and costs; empty for one seed.
   """
 
   task: str
@@ -47,7 +53,12 @@ class Family:
   scores: np.ndarray
   costs: dict[str, np.ndarray]
   achieved: np.ndarray
-  seeds: int
+  alone: tuple[Family, ...] = ()
+
+  @property
+  def seeds(self) -> int:
+    """Number of models."""
+    return max(1, len(self.alone))
 
   @property
   def methods(self) -> list[str]:
@@ -83,23 +94,38 @@ def family(sweeps: Sequence[Sweep], task: str, widths: Sequence[int], vote: bool
     )
   rank = {method: place for place, method in enumerate(order(list({key[1] for key in keys}), DEFAULT))}
   keys.sort(key=lambda key: (rank[key[1]], *key[2:]))
-  timed = all(key in sweep.times for sweep in sweeps for key in keys)
-  settings, scores, costs, achieved = [], [], {axis: [] for axis in COSTS}, []
+  sizes = {sweep.gib for sweep in sweeps}
+  timed = len(sizes) == 1 and all(key in sweep.times for sweep in sweeps for key in keys)
+  if not timed and any(sweep.times for sweep in sweeps):
+    why = "some cells lack them" if len(sizes) == 1 else "the sweeps' are of different memory"
+    remarks.append(f"{task}: times are left out, as {why} (--timed, --kv_budget_gib)")
+  alone = tuple(_alone(sweep, keys, task, sorted(set(widths)), vote, timed) for sweep in sweeps)
+  if len(alone) == 1:
+    return alone[0], remarks
   mean = lambda values: np.mean(np.array(values, float), axis=0)
-  for key in keys:
-    cells = [each[key] for each in own]
-    ratio = float(np.sum([cell.tokens for cell in cells]) / np.sum([cell.held for cell in cells]))
-    each_chain = {axis: mean([getattr(cell, axis) for cell in cells]) for axis in ("reads", "peak")}
+  costs = {axis: mean([each.costs[axis] for each in alone]) for axis in alone[0].costs}
+  held = np.repeat(
+    [sum(float(np.sum(cells[key].tokens)) for cells in own) / sum(float(np.sum(cells[key].held)) for cells in own)
+     for key in keys], len(set(widths)),
+  )  # fmt: skip
+  return Family(task, vote, alone[0].settings, mean([each.scores for each in alone]), costs, held, alone), remarks
+
+
+def _alone(sweep: Sweep, keys: Sequence[Key], task: str, widths: Sequence[int], vote: bool, timed: bool) -> Family:
+  """The settings of the cells `keys` in one sweep."""
+  settings, scores, achieved = [], [], []
+  costs: dict[str, list[np.ndarray]] = {axis: [] for axis in COSTS if timed or axis != "seconds"}
+  for key, width in itertools.product(keys, widths):
+    cell = sweep.cells[key]
+    settings.append(Setting(key[1], (("cr", key[2]),) if key[2] > 1 else (), width, key[3]))
+    scores.append(cell.scores(width, vote))
+    achieved.append(float(np.sum(cell.tokens) / np.sum(cell.held)))
+    costs["reads"].append(width * cell.reads.astype(float))
+    costs["peak"].append(together(cell.peak.astype(float), cell.shared.astype(float), width))
     if timed:
-      each_chain["seconds"] = np.full_like(each_chain["reads"], mean([sweep.times[key] for sweep in sweeps]))
-    for width in sorted(set(widths)):
-      settings.append(Setting(key[1], (("cr", key[2]),) if key[2] > 1 else (), width, key[3]))
-      scores.append(mean([cell.scores(width, vote) for cell in cells]))
-      achieved.append(ratio)
-      for axis, values in each_chain.items():
-        costs[axis].append(width * values)
-  found = {axis: np.array(values) for axis, values in costs.items() if values}
-  return Family(task, vote, settings, np.array(scores), found, np.array(achieved), len(sweeps)), remarks
+      costs["seconds"].append(np.full(len(cell.problems), width * sweep.times[key]))
+  found = {axis: np.array(values) for axis, values in costs.items()}
+  return Family(task, vote, settings, np.array(scores), found, np.array(achieved))
 
 
 # Margins --------------------------------------------------------------------------------------------------------------
@@ -107,15 +133,16 @@ def family(sweeps: Sequence[Sweep], task: str, widths: Sequence[int], vote: bool
 
 @dataclasses.dataclass(frozen=True)
 class Margin:
-  """The margin of one method over another on one axis and scale.
+  """The margin of one method over another on one axis, scale and interval of costs (`ENDS`).
 
   Fields:
     task: the family; "" for the mean over `families`.
-    margin: points of 100; None where the frontiers share no interval.
+    margin: points of 100; None where there is no interval of costs.
     low, high: of the 95 % interval; None without a margin.
-    costs: the interval of costs that the frontiers share; None for a mean over families.
+    costs: the ends of the interval of costs; None for a mean over families.
     seeds: the margin of each seed alone; empty for one seed.
-    families: tasks that have a margin.
+    families, without: tasks that have a margin, and those that have both methods but none; of a mean.
+    resolved: share of the resamples that have a margin; the interval is of these.
   """
 
   task: str
@@ -123,12 +150,15 @@ class Margin:
   over: str
   axis: str
   scale: str
+  ends: str
   margin: float | None
   low: float | None = None
   high: float | None = None
   costs: tuple[float, float] | None = None
   seeds: tuple[float | None, ...] = ()
   families: tuple[str, ...] = ()
+  without: tuple[str, ...] = ()
+  resolved: float | None = None
 
 
 def resampled(problems: int, resamples: int, seed: int) -> np.ndarray:
@@ -154,11 +184,23 @@ class Resampled:
       self.made[method, axis] = pareto.frontiers(self.costs[axis][:, rows], self.scores[:, rows])
     return self.made[method, axis]
 
-  def margins(self, method: str, over: str, axis: str, scale: str) -> tuple[np.ndarray, tuple[float, float]]:
-    """[1 + R] margins over the costs that the family's own frontiers share, NaN if they share none; those costs."""
-    a, b = self.frontiers(method, axis), self.frontiers(over, axis)
-    low, high = (float(end[0]) for end in pareto.common(a, b))
-    return pareto.margins(a, b, low, high, scale == "log"), (low, high)
+  def shared(self, method: str, over: str, axis: str, ends: str) -> tuple[np.ndarray, np.ndarray]:
+    """The ends of the interval of costs in every resample, [1 + R] each; empty unless the first is the smaller."""
+    if ends == "frontier":
+      return pareto.common(self.frontiers(method, axis), self.frontiers(over, axis))
+    own, other = (self.costs[axis][:, self.rows[name]] for name in (method, over))
+    return np.maximum(own.min(axis=1), other.min(axis=1)), np.minimum(own.max(axis=1), other.max(axis=1))
+
+  def margins(self, method: str, over: str, axis: str, scale: str, ends: str) -> tuple[np.ndarray, tuple[float, float]]:
+    """[1 + R] margins, each over its own interval of costs, NaN without one; and the family's own interval.
+
+    Chains that end with their first token cost no reads: then there are no margins on a log axis.
+    """
+    low, high = self.shared(method, over, axis, ends)
+    if scale == "log" and min(self.costs[axis][:, self.rows[name]].min() for name in (method, over)) <= 0:
+      return np.full(len(low), np.nan), (float(low[0]), float(high[0]))
+    made = pareto.margins(self.frontiers(method, axis), self.frontiers(over, axis), low, high, scale == "log")
+    return made, (float(low[0]), float(high[0]))
 
 
 def comparisons(methods: Sequence[str]) -> list[tuple[str, str]]:
@@ -167,48 +209,56 @@ def comparisons(methods: Sequence[str]) -> list[tuple[str, str]]:
   return found + [(TRAINED, other) for other in methods if TRAINED in methods and other not in (TRAINED, DENSE)]
 
 
-def interval(draws: np.ndarray) -> tuple[float | None, float | None]:
-  """The 2.5th and the 97.5th percentile of the draws; None each without any."""
-  if not len(draws):
-    return None, None
-  low, high = np.percentile(draws, [2.5, 97.5])
-  return float(low), float(high)
+def interval(draws: np.ndarray) -> tuple[float | None, float | None, float]:
+  """(2.5th, 97.5th percentile of the draws that are numbers, None each without any; the share of such draws)."""
+  known = draws[~np.isnan(draws)]
+  if not len(known):
+    return None, None, 0.0
+  low, high = np.percentile(known, [2.5, 97.5])
+  return float(low), float(high), len(known) / len(draws)
 
 
-def margins(families: Sequence[Family], alone: Sequence[Sequence[Family]], resamples: int) -> list[Margin]:
-  """The margins of all comparisons on every axis and scale: of each family, then means over families.
+def margins(families: Sequence[Family], resamples: int) -> list[Margin]:
+  """The margins of all comparisons on every axis, scale and interval of costs: of each family, then means over them.
+
+  A mean is over the families that have a margin, in the estimate and in each resample; it names the others.
 
   Args:
-    alone: the families of each seed by itself; empty for one seed.
     resamples: R of the bootstrap.
   """
   by_name = {
     found.task: Resampled(found, resampled(found.scores.shape[1], resamples, n)) for n, found in enumerate(families)
   }
-  single = [{f.task: Resampled(f, resampled(f.scores.shape[1], 0, 0)) for f in own} for own in alone]
+  single = {f.task: [Resampled(each, resampled(f.scores.shape[1], 0, 0)) for each in f.alone] for f in families}
   methods = list(dict.fromkeys(method for found in families for method in found.methods))
   axes = [axis for axis in COSTS if any(axis in found.costs for found in families)]
   number = lambda value: None if np.isnan(value) else float(value)
   made = []
-  for (method, over), axis, scale in itertools.product(comparisons(methods), axes, SCALES):
-    draws, seeds = {}, {}
+  for (method, over), axis, scale, ends in itertools.product(comparisons(methods), axes, SCALES, ENDS):
+    draws, seeds, without = {}, {}, []
     for task, each in by_name.items():
       if axis not in each.costs or method not in each.rows or over not in each.rows:
         continue
-      values, shared = each.margins(method, over, axis, scale)
-      seeds[task] = tuple(number(own[task].margins(method, over, axis, scale)[0][0]) for own in single)
+      values, shared = each.margins(method, over, axis, scale, ends)
+      seeds[task] = tuple(number(own.margins(method, over, axis, scale, ends)[0][0]) for own in single[task])
       if np.isnan(values[0]):
-        made.append(Margin(task, method, over, axis, scale, None, seeds=seeds[task]))
-      else:
-        draws[task] = values
-        low, high = interval(values[1:])
-        made.append(Margin(task, method, over, axis, scale, float(values[0]), low, high, shared, seeds[task]))
-    if draws:
-      mean = np.mean(list(draws.values()), axis=0)
-      of_seeds = [[seeds[task][n] for task in draws] for n in range(len(single))]
-      both = tuple(None if None in own else float(np.mean(own)) for own in of_seeds)
-      low, high = interval(mean[1:])
-      made.append(Margin("", method, over, axis, scale, float(mean[0]), low, high, seeds=both, families=tuple(draws)))
+        without.append(task)
+        made.append(Margin(task, method, over, axis, scale, ends, None, seeds=seeds[task]))
+        continue
+      draws[task] = values
+      low, high, known = interval(values[1:])
+      made.append(Margin(task, method, over, axis, scale, ends, float(values[0]), low, high, shared, seeds[task],
+                         resolved=known))  # fmt: skip
+    if not draws:
+      if without:
+        made.append(Margin("", method, over, axis, scale, ends, None, without=tuple(without)))
+      continue
+    mean = np.mean(list(draws.values()), axis=0)
+    of_seeds = zip(*(seeds[task] for task in draws), strict=True)
+    both = tuple(None if None in own else float(np.mean(own)) for own in of_seeds)
+    low, high, known = interval(mean[1:])
+    made.append(Margin("", method, over, axis, scale, ends, float(mean[0]), low, high, seeds=both,
+                       families=tuple(draws), without=tuple(without), resolved=known))  # fmt: skip
   return made
 
 

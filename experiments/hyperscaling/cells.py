@@ -9,12 +9,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dms_jax.config import json_value, read_json
+from dms_jax.npz import DAMAGE, Arrays
 from experiments.common import files
 from experiments.methods import records
 from experiments.methods.records import Record
@@ -22,7 +25,7 @@ from experiments.methods.summary import ACCURACY, subsets
 
 RECORDS, CELLS, TIMES = "records.jsonl", "cells.npz", "times.jsonl"
 Key = tuple[str, str, float, int]  # task, method, CR (1: unbounded), L
-COSTS = ("tokens", "reads", "peak", "held")
+COSTS = ("tokens", "reads", "peak", "held", "shared")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Cell:
     votes: int16 [P, W], the answer's number among the answers to its problem; -1: no answer.
     tokens, reads, peak: float32 [P], of a chain, means over the chains of each problem (`Record`).
     held: float32 [P], tokens that a head holds at the end of a chain, mean over layers, heads and chains.
+    shared: float32 [P], those of the prompt among them that its chains hold in common.
     content: fingerprint of the prompts.
   """
 
@@ -45,6 +49,7 @@ class Cell:
   reads: np.ndarray
   peak: np.ndarray
   held: np.ndarray
+  shared: np.ndarray
   content: str
 
   @property
@@ -91,11 +96,12 @@ def _cell(chains: Mapping[int | str, list[Record]]) -> Cell:
     names: dict[str, int] = {}
     grades.append([record.grades[ACCURACY] for record in own])
     votes.append([-1 if r.answer is None else names.setdefault(r.answer, len(names)) for r in own])
-    each = [(r.tokens, r.reads or 0.0, r.peak or r.tokens, r.tokens / r.achieved_cr) for r in own]
+    each = [(r.tokens, r.reads or 0.0, r.peak or r.tokens, r.tokens / r.achieved_cr, r.shared or 0.0) for r in own]
     costs.append(np.mean(each, axis=0))
-  tokens, reads, peak, held = np.array(costs, np.float32).T
+  tokens, reads, peak, held, shared = np.array(costs, np.float32).T
   content = next(iter(chains.values()))[0].settings.rpartition("-")[0]
-  return Cell(problems, np.array(grades, np.float32), np.array(votes, np.int16), tokens, reads, peak, held, content)
+  each_chain = np.array(grades, np.float32), np.array(votes, np.int16)
+  return Cell(problems, *each_chain, tokens, reads, peak, held, shared, content)
 
 
 def of_records(found: Iterable[Record]) -> tuple[dict[Key, Cell], list[str]]:
@@ -136,8 +142,9 @@ class Sweep:
   """The cells of one sweep, which is one model seed.
 
   Fields:
-    times: seconds of a chain in the largest batch that fits, by cell; empty if not measured.
+    times: seconds of a chain in the largest batch that fits `gib` GiB of cache, by cell; empty if not measured.
     config, environment: flags, versions and device; empty if unknown.
+    gib: None without times.
   """
 
   folder: Path
@@ -145,23 +152,27 @@ class Sweep:
   times: dict[Key, float]
   config: dict[str, Any]
   environment: dict[str, Any]
+  gib: float | None = None
 
   @property
   def tasks(self) -> list[str]:
     return list(dict.fromkeys(key[0] for key in self.cells))
 
 
-def read_times(path: Path, flag: str = "output") -> dict[Key, dict[str, Any]]:
-  """The lines of a file of times by cell; empty if it is missing. A later line of a cell replaces an earlier one.
+def read_times(path: Path, flag: str = "output") -> dict[float, dict[Key, dict[str, Any]]]:
+  """The lines of a file of times by GiB of cache and by cell; empty if it is missing.
+
+  The memory that was measured last comes last. A later line of a cell replaces an earlier one of the same memory.
 
   Raises:
     ValueError: a line is malformed; the message names it.
   """
   number = int | float
   fields = {"task": str, "method": str, "cr": number, "max_tokens": int, "seconds": number, "gib": number}
-  found = {}
+  found: dict[float, dict[Key, dict[str, Any]]] = {}
   for _, line in files.json_records(flag, path, fields) if path.exists() else ():
-    found[line["task"], line["method"], float(line["cr"]), line["max_tokens"]] = line
+    own = found[float(line["gib"])] = found.pop(float(line["gib"]), {})
+    own[line["task"], line["method"], float(line["cr"]), line["max_tokens"]] = line
   return found
 
 
@@ -185,16 +196,28 @@ def load(path: Path, flag: str) -> dict[Key, Cell]:
     ValueError: the file is damaged or of another kind; names the flag.
   """
   try:
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-      found = {}
-      for number, each in enumerate(json.loads(str(arrays["about"]))):
+    with zipfile.ZipFile(path) as archive:
+      arrays, found = Arrays(archive, path, packed=True), {}
+      for number, each in enumerate(json_value(str(arrays["about"]), "about")):
         task, method, cr, most = each["key"]
         own = {name: arrays[f"{number}.{name}"] for name in ("grades", "votes", *COSTS)}
         own["grades"] = own["grades"].astype(np.float32)
-        found[task, method, float(cr), int(most)] = Cell(tuple(each["problems"]), content=each["content"], **own)
+        cell = Cell(tuple(each["problems"]), content=each["content"], **own)
+        found[task, method, float(cr), int(most)] = _checked(cell)
       return found
-  except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-    raise ValueError(f"--{flag}={path}: not cells of a sweep, or damaged ({type(error).__name__}: {error})") from None
+  except (*DAMAGE, ValueError, TypeError, OverflowError) as error:
+    reason = " ".join(str(error).split())[:100]
+    raise ValueError(f"--{flag}={path}: not cells of a sweep, or damaged ({type(error).__name__}: {reason})") from None
+
+
+def _checked(cell: Cell) -> Cell:
+  """The cell; a ValueError if an array of it does not fit the others."""
+  shape = len(cell.problems), cell.grades.shape[-1] if cell.grades.ndim else 0
+  if not (cell.grades.shape == cell.votes.shape == shape and cell.grades.size and cell.votes.dtype.kind == "i"):
+    raise ValueError(f"grades {cell.grades.shape} and votes {cell.votes.shape} of {len(cell.problems)} problems")
+  if wrong := [name for name in COSTS if (x := getattr(cell, name)).shape != shape[:1] or x.dtype.kind != "f"]:
+    raise ValueError(f"{wrong[0]} of shape {getattr(cell, wrong[0]).shape} for {len(cell.problems)} problems")
+  return cell
 
 
 def read(folder: Path, flag: str = "sets") -> tuple[Sweep, list[str]]:
@@ -206,17 +229,27 @@ def read(folder: Path, flag: str = "sets") -> tuple[Sweep, list[str]]:
   about: dict[str, Any] = {}
   if (folder / "config.json").exists():
     try:
-      about = json.loads((folder / "config.json").read_text())
+      about = read_json(folder / "config.json")
     except ValueError as error:
-      raise ValueError(f"--{flag}={folder / 'config.json'}: not valid JSON ({error})") from None
+      raise ValueError(f"--{flag}={error}") from None
+    if wrong := [name for name in ("config", "environment") if not isinstance(about.get(name) or {}, dict)]:
+      raise ValueError(f"--{flag}={folder / 'config.json'}: {wrong[0]!r} must be a JSON object")
   if (folder / RECORDS).exists():
-    cells, remarks = of_records(records.read(folder / RECORDS, flag))
+    found = records.read(folder / RECORDS, flag)
+    try:
+      cells, remarks = of_records(found)
+    except ValueError as error:
+      raise ValueError(f"--{flag}={folder}: {error}") from None
   elif (folder / CELLS).exists():
     cells, remarks = load(folder / CELLS, flag), []
   else:
     raise ValueError(f"--{flag}={folder}: neither {RECORDS} nor {CELLS} there; give folders of experiments.hyperscale")
-  times = {key: float(line["seconds"]) for key, line in read_times(folder / TIMES, flag).items()}
-  return Sweep(folder, cells, times, about.get("config") or {}, about.get("environment") or {}), remarks
+  config, measured = about.get("config") or {}, read_times(folder / TIMES, flag)
+  gib = config.get("kv_budget_gib") if config.get("kv_budget_gib") in measured else next(reversed(measured), None)
+  times = {key: float(line["seconds"]) for key, line in measured.get(gib, {}).items()}
+  if times and (small := sum(not line.get("full", True) for line in measured[gib].values())):
+    remarks = [*remarks, f"{folder}: {small} of {len(times)} times are of all chains at once, which leave memory free"]
+  return Sweep(folder, cells, times, config, about.get("environment") or {}, gib), remarks
 
 
 def order(names: Sequence[str], known: Sequence[str]) -> list[str]:

@@ -20,11 +20,14 @@ from experiments.methods.method import Method
 DENSE, TRAINED, PROMPT = "vanilla", "dms", "prompt_window"
 # The order of tables and charts. TriAttention is named by flag, as it needs a calibration of its model.
 DEFAULT = (DENSE, TRAINED, "streamingllm", PROMPT, "tova", "h2o", "quest", "rkv")
+# Settings of a sweep's policies that differ from their own defaults. The paper names no layer that Quest reads whole
+# (arXiv 2506.05345, appendix H.1). The two that Quest's authors keep of 32 would be a third of a reasoner of 6.
+SETTINGS: dict[str, dict[str, Any]] = {"quest": {"dense_layers": 0}}
 
 
 @dataclasses.dataclass(frozen=True)
 class Trained(Method):
-  """A retrofit under DMS, recorded under the CR that it was trained for."""
+  """A retrofit under DMS, recorded under the CR that it was trained for, or at which elastic gates are read."""
 
   cr: float = 1.0
 
@@ -102,7 +105,7 @@ def check(names: Sequence[str], retrofits: Sequence[str], crs: Sequence[float]) 
 
 def build(
   names: Sequence[str], path: str, original: Model, retrofits: Sequence[str], crs: Sequence[float], dtype: str,
-  read: Callable[[str, type[Policy]], Policy] = lambda name, cls: cls(),
+  read: Callable[[str, type[Policy]], Policy] = lambda name, cls: cls(**SETTINGS.get(name, {})),
 ) -> list[Method]:  # fmt: skip
   """The methods of a sweep: the dense one, each retrofit, and every other method at each CR.
 
@@ -112,7 +115,8 @@ def build(
     read: makes a policy from its flags.
 
   Raises:
-    ValueError: as `check`; or a retrofit was trained for another policy.
+    ValueError: as `check`; or a retrofit was trained for another policy or for other CRs, or flags of DMS set the
+      threshold of elastic gates, which the CR of `--retrofit` sets.
   """
   check(names, retrofits, crs)
   base = checkpoint.fingerprint(path)
@@ -125,8 +129,9 @@ def build(
         model = checkpoint.load_retrofitted(path, folder, dtype=dtype)
         if (objective := methods_module.trained_for(model)) != TRAINED:
           raise ValueError(f"--retrofit={cr:g}:{folder} has gates of {objective}, not of {TRAINED}")
-        about: list[Any] = [base, checkpoint.fingerprint(folder), dtype, policy, cr]
-        found.append(Trained(own, model, policy, program.fingerprint(about), cr=cr))
+        level = _at(model, policy, cr, folder)
+        about: list[Any] = [base, checkpoint.fingerprint(folder), dtype, level, cr]
+        found.append(Trained(own, model, level, program.fingerprint(about), cr=cr))
     elif name == PROMPT:
       about = [origin, name, GRAIN]
       print_ = program.fingerprint(about)
@@ -135,6 +140,24 @@ def build(
       found += methods_module.build([name], original, origin, [], read, crs=() if name == DENSE else crs)
   methods_module.check_names(found)
   return found
+
+
+def _at(model: Model, policy: DMS, cr: float, folder: str) -> DMS:
+  """The policy under which a retrofit's gates are read for a CR: elastic ones at its level, others as they are.
+
+  Raises:
+    ValueError: elastic gates were not trained for this CR, or flags set their threshold.
+  """
+  if not model.dms.elastic:
+    return policy
+  if policy.cr is not None or policy.threshold != 0:
+    raise ValueError(f"--retrofit={cr:g}:{folder} has elastic gates, read at CR {cr:g}: leave --dms.cr and "
+                     "--dms.threshold out")  # fmt: skip
+  try:
+    check_policy(model, level := policy.replace(cr=cr))
+  except ValueError as error:
+    raise ValueError(f"--retrofit={cr:g}:{folder}: {error}") from None
+  return level
 
 
 def styled(methods: Sequence[str]) -> list[str]:

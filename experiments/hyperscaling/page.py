@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.common import files
-from experiments.hyperscaling import tables
+from experiments.hyperscaling import analysis, tables
 from experiments.hyperscaling.analysis import Family, Margin
 from experiments.hyperscaling.cells import RECORDS, Sweep
 from experiments.hyperscaling.methods import DENSE, TRAINED, styled
@@ -40,11 +42,11 @@ def finding(made: Sequence[Margin]) -> str:
   """What the sweep found, in a sentence or two; "" without a margin of DMS over the dense cache."""
   said = []
   for axis in AXES:
-    mean = next(
-      (m for m in made if (m.task, m.method, m.over, m.axis, m.scale) == ("", TRAINED, DENSE, axis, "linear")), None
-    )
-    if mean is not None:
-      said.append(f"{tables.said(mean)} points at equal {LOWER_COST[axis]}")
+    about = ("", TRAINED, DENSE, axis, "linear", "frontier")
+    mean = next((m for m in made if (m.task, m.method, m.over, m.axis, m.scale, m.ends) == about), None)
+    if mean is not None and mean.margin is not None:
+      few = f" (over {tables.over_families(mean)})" if mean.without else ""
+      said.append(f"{tables.said(mean)} points at equal {LOWER_COST[axis]}{few}")
   return f"{TRAINED} over {DENSE}, mean over families with 95% intervals: {'; '.join(said)}." if said else ""
 
 
@@ -69,7 +71,7 @@ def results(sweeps: Sequence[Sweep], methods: Sequence[str]) -> Results:
 
 def render(
   sweeps: Sequence[Sweep], families: Sequence[Family], panels: Sequence[Panel], made: Sequence[Margin], *,
-  compare_cr: float, resamples: int, title: str, prompts: int,
+  compare_cr: float, resamples: int, title: str, prompts: int, picture: Path | None = None,
 ) -> str:  # fmt: skip
   """The page as HTML.
 
@@ -79,11 +81,13 @@ def render(
     compare_cr: the CR that is compared at equal L and W.
     title: of the page; "": a default.
     prompts: of each task, whose traced chains are shown.
+    picture: a PNG of the margins; None for none.
   """
   methods = list(dict.fromkeys(method for found in families for method in found.methods))
   look = styles.styles(styled(methods), DENSE)
   axes = [axis for axis in AXES if any(axis in found.costs for found in families)]
-  of_scale = lambda scale: [*filter(None, (tables.margins(made, axis, scale, look) for axis in axes))]
+  of = lambda scale, ends: [*filter(None, (tables.margins(made, axis, scale, ends, look) for axis in axes))]
+  others = [how for how in itertools.product(analysis.SCALES, analysis.ENDS) if how != ("linear", "frontier")]
   frontiers = []
   for found, panel in zip(families, panels, strict=True):
     how = "W chains vote" if found.vote else "right if any of W chains is"
@@ -95,8 +99,10 @@ def render(
   about = (
     "A margin is the mean vertical distance of two Pareto frontiers over the largest interval of costs that both cover "
     f"(arXiv 2506.05345, appendix G). Intervals: {resamples:,} bootstrap resamples of each family's problems, each "
-    "with its own frontiers over these costs. Scores and costs are means over "
-    f"{len(sweeps)} model seed{'s' * (len(sweeps) > 1)}."
+    "with frontiers and costs of its own. Scores and costs are means over "
+    f"{len(sweeps)} model seed{'s' * (len(sweeps) > 1)}. Where frontiers are saturated, the costs that both cover jump "
+    "from resample to resample: an interval is then wide, and may leave out its margin. Margins over all costs at "
+    f"which both methods were measured, and on a log axis, stand below. {tables.LEGEND}"
   )
   seeds, problems = len(sweeps), sum(found.scores.shape[1] for found in families)
   kinds = "1 family" if len(families) == 1 else f"{len(families)} families"
@@ -107,8 +113,13 @@ def render(
     "about": about,
     "frontiers": frontiers,
     "timed": "seconds" in axes,
-    "margin_tables": [*of_scale("linear"), *filter(None, [tables.beside(made, look), tables.of_seeds(made, look)])],
-    "log_tables": of_scale("log"),
+    "margin_tables": [*of("linear", "frontier"), *filter(None, [tables.beside(made, look)])],
+    "other_tables": [
+      *filter(None, (tables.ways(made, axis, look) for axis in axes)),
+      *filter(None, [tables.of_seeds(made, look)]),
+      *(t for how in others for t in of(*how)),
+    ],
+    "picture": picture and base64.b64encode(picture.read_bytes()).decode(),
     "equals": [(name, t) for name, t in equals if t],
     "score_tables": [(p.name, tables.scores(p, look)) for p in panels],
   }

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dms_jax.config import read_json
 from dms_jax.tokenizer import Tokenizer
 from experiments.common import files, program
 from experiments.hyperscaling import cells, timing
@@ -69,6 +70,10 @@ class Sweeping:
             "--chains and --seed, or another folder"
           )
 
+  def problems(self, task: str) -> int:
+    """Problems of a task."""
+    return next((len(job.asked) for job in self.jobs if job.task.name == task), 0)
+
   def of(self, job: Job, method: Method) -> list[Record]:
     """The records of a method on a job."""
     return self.there.setdefault((*method.key, job.task.name, job.length), [])
@@ -99,8 +104,8 @@ class Sweeping:
   def speed(self) -> float | None:
     """Tokens a second of the last run in this folder; None before the first."""
     try:
-      return float(json.loads((self.folder / SPEED).read_text())["tokens_per_s"])
-    except (OSError, ValueError, KeyError, TypeError):
+      return float(read_json(self.folder / SPEED)["tokens_per_s"])
+    except (ValueError, KeyError, TypeError, OverflowError):
       return None
 
   def run(self) -> dict[str, Any]:
@@ -126,11 +131,17 @@ class Sweeping:
           trace.add(self.folder / trace.FILE, job, method, self.tokenizer, done, limits.traces)
     return {"records_made": made, "tokens_made": estimate.done, "tokens_per_s": estimate.speed or self.speed}
 
-  def time(self, gib: float) -> None:
-    """Times every method at every L in the largest batch that fits `gib` GiB of cache, where that is not done yet."""
+  def time(self, gib: float, problems: int) -> None:
+    """Times every method at every L in the largest batch that fits `gib` GiB of cache, where that is not done yet.
+
+    Args:
+      problems: the first so many of each task are written, all chains of each, by every method; 0: all.
+    """
     path = self.folder / cells.TIMES
     files.cut_half_line(path, b'{"task": ')
-    there = {key for key, line in cells.read_times(path).items() if line["gib"] == gib}
+    limit = problems or max((len(job.asked) for job in self.jobs), default=0)
+    measured = cells.read_times(path).get(gib, {})
+    there = {key for key, line in measured.items() if line.get("problems") == min(limit, self.problems(key[0]))}
     found = cells.of_records(record for own in self.there.values() for record in own)[0]
     wanted = [
       (job, method, most, key)
@@ -141,15 +152,16 @@ class Sweeping:
     ]
     if wanted:
       program.log(
-        f"{len(wanted)} cells to time in {gib:g} GiB of cache, each in {timing.BATCHES} full batches of chains"
+        f"{len(wanted)} cells to time in {gib:g} GiB of cache, each with all chains of up to {limit} problems"
       )
     estimate = Estimate(len(wanted))
     for job, method, most, key in wanted:
       what = f"timing {method.label}, L {most}, on {job.name}"
       took = timing.seconds_a_chain(
-        job, method, most, found[key], self.tokenizer, int(gib * 2**30), self.limits.width,
+        job, method, most, found[key], self.tokenizer, int(gib * 2**30), limit,
         lambda tokens, what=what: estimate.tick(what),
       )  # fmt: skip
       about = dict(zip(("task", "method", "cr", "max_tokens"), key, strict=True))
+      about["problems"] = min(limit, len(job.asked))
       files.append_text(path, json.dumps({**about, "gib": gib, **took}) + "\n")
       estimate.add(1)

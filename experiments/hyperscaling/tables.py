@@ -14,6 +14,10 @@ from experiments.reports.tables import markdown
 
 Look = Mapping[str, styles.Style]
 NONE = "NA"
+ENDS = {
+  "frontier": "over the costs that both frontiers cover",
+  "measured": "over the costs at which both methods were measured",
+}
 
 
 def signed(value: float | None) -> str:
@@ -22,53 +26,96 @@ def signed(value: float | None) -> str:
 
 
 def said(each: Margin | None) -> str:
-  """A margin and its interval: "+12.3 [+10.1, +14.0]"; "NA" without one."""
+  """A margin and its interval: "+12.3 [+10.1, +14.0]"; "NA" without one.
+
+  "(83%)" behind it is the share of the resamples that have a margin, where it is below 99.5 %.
+  """
   if each is None or each.margin is None:
     return NONE
-  return signed(each.margin) + ("" if each.low is None else f" [{signed(each.low)}, {signed(each.high)}]")
+  interval = "" if each.low is None else f" [{signed(each.low)}, {signed(each.high)}]"
+  rare = each.resolved is not None and round(100 * each.resolved) < 100
+  return signed(each.margin) + interval + (f" ({each.resolved:.0%})" if rare else "")
+
+
+LEGEND = (
+  f"Bold: the 95% interval excludes 0. {NONE}: there are no such costs. A share behind an interval is that of the "
+  "resamples that have a margin, where some have none; below 95% nothing is bold."
+)
+
+
+def over_families(mean: Margin) -> str:
+  """Over how many families a mean is, and which have no margin: "4", "3, not grids", "none"."""
+  if not mean.families:
+    return "none"
+  return f"{len(mean.families)}" + (f", not {', '.join(mean.without)}" if mean.without else "")
 
 
 def _clear(each: Margin | None) -> bool:
-  """Whether the interval excludes 0."""
-  return each is not None and each.low is not None and (each.low > 0 or each.high < 0)
+  """Whether the interval excludes 0, and hardly a resample lacks a margin."""
+  known = each is not None and each.low is not None and (each.resolved is None or each.resolved >= 0.95)
+  return known and (each.low > 0 or each.high < 0)
 
 
-def margins(made: Sequence[Margin], axis: str, scale: str, look: Look) -> Table | None:
-  """The margins on one axis: a row for each comparison, a column for each family and their mean; None without any."""
-  own = {(m.method, m.over, m.task): m for m in made if (m.axis, m.scale) == (axis, scale)}
+def _cell(each: Margin | None) -> tuple[str, bool]:
+  return said(each), _clear(each)
+
+
+def margins(made: Sequence[Margin], axis: str, scale: str, ends: str, look: Look) -> Table | None:
+  """The margins on one axis: a row for each comparison, its mean with the interval, and each family; None without."""
+  own = {(m.method, m.over, m.task): m for m in made if (m.axis, m.scale, m.ends) == (axis, scale, ends)}
   tasks = list(dict.fromkeys(task for _, _, task in own if task))
   rows = []
   for method, over in dict.fromkeys((method, over) for method, over, _ in own):
-    found = [own.get((method, over, task)) for task in ("", *tasks)]
-    rows.append(Row(method, [(said(each), _clear(each)) for each in found], look[method], f"over {over}"))
+    mean = own.get((method, over, ""))
+    each = [own.get((method, over, task)) for task in tasks]
+    found = [(NONE if m is None else signed(m.margin), _clear(m)) for m in each]
+    families = "" if mean is None else over_families(mean)
+    rows.append(Row(method, [_cell(mean), families, *found], look[method], f"over {over}"))
+  caption = f"At equal {LOWER_COST[axis]}, {scale} axis, {ENDS[ends]}: points of 100."
+  columns = ["comparison", "mean and 95% interval", "over families", *tasks]
+  return Table(caption, columns, rows, words=("over families",)) if rows else None
+
+
+def ways(made: Sequence[Margin], axis: str, look: Look) -> Table | None:
+  """The mean margins on one axis by all definitions: each axis of costs over each interval of costs; None without."""
+  how = list(dict.fromkeys((m.scale, m.ends) for m in made))
+  own = {(m.method, m.over, m.scale, m.ends): m for m in made if (m.axis, m.task) == (axis, "")}
+  rows = []
+  for method, over in dict.fromkeys((method, over) for method, over, *_ in own):
+    found = [_cell(own.get((method, over, *each))) for each in how]
+    rows.append(Row(method, found, look[method], f"over {over}"))
   caption = (
-    f"At equal {LOWER_COST[axis]}, {scale} axis: points of 100, with 95% intervals. Bold: the interval excludes 0. "
-    f"{NONE}: the frontiers share no interval of costs."
+    f"Mean margins at equal {LOWER_COST[axis]} by definition. Both: {ENDS['frontier']}. All: {ENDS['measured']}, where "
+    "a frontier goes on level. The paper does not say whether its axis is linear."
   )
-  return Table(caption, ["comparison", "mean", *tasks], rows) if rows else None
+  names = {"frontier": "both", "measured": "all"}
+  columns = ["comparison", *(f"{scale}, {names[ends]}" for scale, ends in how)]
+  return Table(caption, columns, rows) if rows else None
 
 
 def beside(made: Sequence[Margin], look: Look) -> Table | None:
   """The comparisons that the paper has too, beside its own margins; None without any."""
   rows = []
   for (method, over, axis), _ in published.MARGINS.items():
-    own = [m for m in made if (m.task, m.method, m.over, m.axis, m.scale) == ("", method, over, axis, "linear")]
+    about = ("", method, over, axis, "linear", "frontier")
+    own = [m for m in made if (m.task, m.method, m.over, m.axis, m.scale, m.ends) == about]
     if own:
       paper = published.means(method, over, axis)
       there = [value for value in paper if value is not None]
-      cells = [LOWER_COST[axis], said(own[0]), signed(sum(there) / len(there)), *map(signed, paper)]
+      mean = signed(sum(there) / len(there))
+      cells = [LOWER_COST[axis], said(own[0]), over_families(own[0]), mean, *map(signed, paper)]
       rows.append(Row(method, cells, look[method], f"over {over}"))
   caption = (
     "Beside the paper's margins (arXiv 2506.05345, tables 7 to 9), means over R1-distilled models of 1.5B, 7B and "
-    "32B; its time is that of throughput. Linear axis."
+    f"32B; its time is that of throughput. Linear axis, {ENDS['frontier']}."
   )
-  columns = ["comparison", "equal", "here, mean over families", "paper, mean", *published.TASKS]
-  return Table(caption, columns, rows, words=("equal",)) if rows else None
+  columns = ["comparison", "equal", "here, mean", "families", "paper, mean", *published.TASKS]
+  return Table(caption, columns, rows, words=("equal", "families")) if rows else None
 
 
 def of_seeds(made: Sequence[Margin], look: Look) -> Table | None:
   """The mean margins of each model seed alone, linear axis; None for one seed."""
-  own = [m for m in made if not m.task and m.scale == "linear" and len(m.seeds) > 1]
+  own = [m for m in made if (m.task, m.scale, m.ends) == ("", "linear", "frontier") and len(m.seeds) > 1]
   if not own:
     return None
   rows = [
@@ -76,7 +123,10 @@ def of_seeds(made: Sequence[Margin], look: Look) -> Table | None:
     for m in own
   ]
   names = [f"seed {number + 1}" for number in range(len(own[0].seeds))]
-  caption = "Mean margins of each model seed alone, linear axis. Seeds are averaged before frontiers are taken."
+  caption = (
+    f"Mean margins of each model seed alone, linear axis, {ENDS['frontier']} of that seed. Seeds are averaged before "
+    "frontiers are taken."
+  )
   return Table(caption, ["comparison", "equal", "together", *names], rows, words=("equal",))
 
 

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+
 from dms_jax import BudgetError
-from dms_jax.model import Model
+from dms_jax.generation.pages import PagedRows
 from dms_jax.tokenizer import Tokenizer
 from experiments.hyperscaling.cells import Cell
 from experiments.methods.method import Method
 from experiments.methods.records import Record
 from experiments.methods.run import Job
-from experiments.methods.write import write
-
-FILL = 0.9  # share of the memory that the tokens of full rows may take; the rest is for pages that are partly empty
-BATCHES = 2  # chains that are timed, in full batches
+from experiments.methods.write import generator_of, write
 
 
 class _WarmUp(Exception):
@@ -30,7 +29,7 @@ class _Ungraded:
   def __init__(self, task: Any):
     self.stop = task.stop
 
-  def grades(self, written: Sequence[Any]) -> list[dict[str, float]]:
+  def grades(self, written: Any) -> list[dict[str, float]]:
     return [{} for _ in written]
 
   def answer(self, text: str) -> None:
@@ -59,31 +58,49 @@ def narrowing(begin: Callable[[int], Iterator[list[Record]]], width: int, least:
     width //= 2
 
 
-def rows(model: Model, cell: Cell, memory: int, least: int, most: int) -> int:
-  """The rows of a batch: as many as hold their mean peak in FILL of `memory` bytes, from `least` to `most`."""
-  cfg = model.config
-  token = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * model.params["embed"].dtype.itemsize
-  return int(min(max(FILL * memory / (token * float(cell.peak.mean())), least), most))
+def row_bytes(rows: PagedRows, cell: Cell) -> float:
+  """Bytes of the cache that a chain takes at its peak, mean over the chains of a cell.
+
+  They are its ring, its tables, and the pages of its heads, the last of which is half full on average.
+
+  Args:
+    rows: empty, of the method that wrote the cell.
+  """
+  cache = rows.cache
+  width, ring = cache.seen.shape[0], cache.window + 1
+  chains = cell.chains
+  once = cell.shared * (chains - 1) / chains  # of the prompt: the chains of a problem share its pages
+  archived = np.maximum(cell.peak - np.minimum(cell.peak, ring) - once, 0)
+  pages = rows.heads * float(np.mean(archived / cache.page_size + 0.5))
+  return cache.fixed_bytes / width + max(pages, rows.heads) * cache.page_bytes
 
 
 def seconds_a_chain(
-  job: Job, method: Method, most: int, cell: Cell, tokenizer: Tokenizer, memory: int, width: int,
+  job: Job, method: Method, most: int, cell: Cell, tokenizer: Tokenizer, memory: int, problems: int,
   tick: Callable[[int], None],
 ) -> dict[str, float]:  # fmt: skip
-  """Writes BATCHES full batches of a job's chains, compiled before; nothing is graded or recorded.
+  """Writes all chains of a job's first problems in the largest batch that fits; nothing is graded or recorded.
+
+  What is compiled was compiled before. The largest batch holds as many chains as can be at their peaks together, so
+  none has to wait on the host; it has all chains if the memory holds more.
 
   Args:
     most: L, the most new tokens.
     cell: the records of the same chains, which say how many tokens they hold.
     memory: bytes of the cache.
-    width: most rows of a batch.
+    problems: the same for all methods, so that they write the same chains.
 
   Returns:
-    seconds (of a chain: wall-clock over chains), chains timed, rows of a batch.
+    seconds (of a chain: wall-clock over chains), chains written, rows of a batch, and `full`: whether the batch was as
+    large as fits, and not limited by the number of chains.
   """
-  batch = rows(method.model, cell, memory, job.chains, width)
   timed = dataclasses.replace(job, task=_Ungraded(job.task), max_tokens=(most,))
-  wanted = timed.keys[: max(BATCHES * batch, job.chains)]
+  wanted = [key for key in timed.keys if key[0] < problems]
+  groups, _ = method.fitted(timed, most)
+  empty = generator_of(timed, method, max(groups, key=lambda group: len(group.rows)), tokenizer, most, job.chains, None)
+  fitting = int(memory / row_bytes(empty.memory, cell))
+  del empty
+  batch = max(min(fitting, len(wanted)), job.chains)
   made = lambda prompt, chain, most, **found: (prompt, chain)
 
   def warm(tokens: int) -> None:
@@ -104,4 +121,5 @@ def seconds_a_chain(
       batch //= 2
   start = time.perf_counter()
   count = sum(len(found) for found in begin(tick))
-  return {"seconds": (time.perf_counter() - start) / count, "chains": count, "rows": batch}
+  seconds = (time.perf_counter() - start) / count
+  return {"seconds": seconds, "chains": count, "rows": batch, "full": batch < len(wanted)}

@@ -70,6 +70,8 @@ class Record(Chain):
     tokens: tokens seen by the cache: all but the last one written; for a question the mean over its rows.
     reads: KV reads of all decode steps, of a text of all its tokens, mean over layers and heads; None for questions.
     peak: most tokens held at once, mean over layers and heads; None if nothing was decoded.
+    shared: tokens of the prompt among them that all chains of the prompt hold in common: those outside the window that
+      the prompt leaves, mean over layers and heads; 0 under a policy that rewrites them. None in earlier versions.
     achieved_cr: tokens seen over tokens held at the end of the chain.
     grades: {metric: per cent}, or nats a token: `answer_loglik`; `nll`, `kl`: less is better.
     text: the text written; None if given continuations were scored.
@@ -89,6 +91,7 @@ class Record(Chain):
   text: str | None = None
   answer: str | None = None
   seconds: float | None = dataclasses.field(default=None, compare=False)
+  shared: float | None = None
 
 
 def field_types(cls: type) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from dms_jax.evaluation import likelihood
 from dms_jax.evaluation.text import text_quality
+from dms_jax.masks import causal_reads
 from dms_jax.metrics import achieved_cr
 from dms_jax.model import Model
 from dms_jax.policies import DMS, Policy, Vanilla
@@ -113,7 +114,7 @@ def score_text(
     part = chunks[start : block.stop].reshape(-1)
     found = text_quality(original, tokens=part, length=length, batch=batch, **settings)["by_chunk"]
     held = found.get("held", np.full(len(block), length))
-    reads = found.get("reads", np.full(len(block), length * (length + 1) / 2))
+    reads = found.get("reads", np.full(len(block), causal_reads(length)))
     nll = found.get("nll", found["nll_original"])
     kl = found.get("kl", np.zeros(len(block)))
     yield [

@@ -30,7 +30,7 @@ class Entry:
     mean, standard_error: over samples; the error is None for fewer than two samples or if none is estimated.
     difference, difference_se: method - baseline, paired sample by sample; None for the baseline itself.
     tokens, reads, peak, seconds: `chains` times the mean over all chains (see `Record`); None if a chain has none. That
-      of seconds is over the chains that have them.
+      of seconds is over the chains that have them. Peak tokens count what chains share once (`together`).
     achieved_cr: 1 / the mean over all chains of tokens held over tokens seen.
     chains: W chains that the metric takes; 1 for a mean over any number.
     budget: as in `Record`.
@@ -134,6 +134,21 @@ def mean_cost(chains: Sequence[Record], cost: str) -> float | None:
   return None if None in values or not values else float(np.mean(values))
 
 
+def together(peak, shared, width: int):
+  """Peak tokens of `width` chains of a prompt: each one's own, and once what they share (`Record.shared`).
+
+  It is as if all chains held their most at the same time.
+  """
+  return width * peak - (width - 1) * shared
+
+
+def total_cost(chains: Sequence[Record], cost: str, width: int) -> float | None:
+  """The cost of `width` chains of a prompt together, as these chains' mean has it; None if it is unknown for one."""
+  if (mean := mean_cost(chains, cost)) is None:
+    return None
+  return together(mean, mean_cost(chains, "shared") or 0.0, width) if cost == "peak" else width * mean
+
+
 def _by_prompt(chains: Sequence[Record]) -> dict[int | str, list[Record]]:
   """The chains of each prompt, in order."""
   found: dict[int | str, list[Record]] = {}
@@ -191,11 +206,11 @@ def _entry(chains, metric, count, most, values, is_base, base) -> Entry:
       own_mean, base_mean = np.exp(both.mean(axis=0))
       difference = float(own_mean - base_mean)
       difference_se = standard_error(both @ np.array([own_mean, -base_mean]))
-  used = {name: mean_cost(chains, name) for name in ("tokens", *COSTS)}
+  costs = {name: total_cost(chains, name, count) for name in ("tokens", *COSTS)}
   return Entry(
     first.method, first.task, first.length, metric, len(own), mean, error, difference, difference_se, chains=count,
     max_tokens=most, achieved_cr=float(1 / np.mean([1 / record.achieved_cr for record in chains])), budget=first.budget,
-    **{name: None if value is None else count * value for name, value in used.items()},
+    **costs,
   )  # fmt: skip
 
 

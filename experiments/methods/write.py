@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 from dms_jax import BudgetError, Generator
 from dms_jax.generation.detokenize import Detokenizer
+from dms_jax.generation.results import ChainUsage
+from dms_jax.policies import Policy
 from dms_jax.tokenizer import Tokenizer
 from experiments.methods.budgets import Group, most_tokens
 from experiments.methods.method import Method
@@ -20,7 +22,7 @@ CHUNK = 256  # prompt tokens that one compiled call reads
 ROUND = 64  # tokens to whose multiple the length of a cache is rounded up
 
 
-def _generator(
+def generator_of(
   job: Any, method: Method, group: Group, tokenizer: Tokenizer, most: int, width: int, memory: int | None
 ) -> Generator:
   """A generator for all prompts of a group; its shapes do not depend on which of them are done."""
@@ -50,6 +52,12 @@ def _text_until(tokens: Sequence[int], generator: Generator, prompt: Any) -> str
   return row.text
 
 
+def _shared(usage: ChainUsage, policy: Policy) -> float:
+  """`Record.shared`: chains copy the window of their prompt, and share what lies before it unless it is rewritten."""
+  window = min(usage.prompt, policy.window + 1)
+  return 0.0 if policy.rewrites else usage.prompt_held / usage.heads - window
+
+
 def write(
   job: Any, method: Method, wanted: Sequence[tuple[int, int, int]], tokenizer: Tokenizer,
   record: Callable[..., Record], *, width: int, memory: int | None, tick: Callable[[int], None],
@@ -76,9 +84,14 @@ def _write_group(
 ) -> Iterator[list[Record]]:  # fmt: skip
   """`write` for the prompts of one group, up to `most` new tokens."""
   key_of = lambda number, chain: jax.random.fold_in(jax.random.fold_in(jax.random.key(job.seed), number), chain)
+<<<<<<< HEAD
   generator = _generator(job, method, group, tokenizer, most, width, memory)
   running: dict[int, tuple[int, list[int]]] = {}  # ticket -> prompt, its chains
   ended: dict[int, int] = {}  # ticket -> chains that have ended
+=======
+  generator = generator_of(job, method, group, tokenizer, most, width, memory)
+  running: dict[int, tuple[int, list[int]]] = {}  # ticket -> prompt, its chains; an ended chain is -1
+>>>>>>> main
   cuts: dict[int, dict[int, list[int]]] = {}  # prompt -> chain -> most new tokens, in order
   for prompt, chain, cut in sorted(wanted):
     cuts.setdefault(prompt, {}).setdefault(chain, []).append(cut)
@@ -99,6 +112,7 @@ def _write_group(
       running[generator.submit(prompt, max_new_tokens=most, **request)] = (number, chains)
   unfinished = 0  # tokens of the chains that have not ended
   while generator.busy:
+<<<<<<< HEAD
     found, news = [], step(times.step)
     unfinished += sum(len(new) for _, _, new, _ in news)
     for ticket, index in dict.fromkeys((ticket, index) for ticket, index, *_ in news):
@@ -119,6 +133,29 @@ def _write_group(
         ))  # fmt: skip
       ended[ticket] = ended.get(ticket, 0) + 1
       if ended[ticket] == len(chains):
+=======
+    step(times.step, running)
+    found = []
+    for ticket, (number, chains) in list(running.items()):
+      result = generator.results[ticket]
+      for index, chain in enumerate(chains):
+        if chain < 0 or result.finish_reason[index] == "running":
+          continue
+        chains[index] = -1
+        tokens, usage = result.tokens[index], result.usage[index]
+        for cut in cuts[number][chain]:
+          text = result.text[index]
+          if len(tokens) > cut:
+            text = _text_until(tokens[:cut], generator, job.asked[number].tokens)
+          used = usage.until(cut)
+          found.append(dict(
+            prompt=number, chain=chain, most=cut, tokens=used["seen"], reads=used["reads"], peak=used["peak"],
+            shared=_shared(usage, generator.policy),
+            achieved_cr=used["seen"] / used["held"], text=text, answer=job.task.answer(text),
+            seconds=times.until(ticket, index, min(cut, len(tokens))),
+          ))  # fmt: skip
+      if result.finished:
+>>>>>>> main
         del running[ticket], generator.results[ticket]
     if found:
       grades = job.task.grades([(each["text"], job.asked[each["prompt"]]) for each in found])

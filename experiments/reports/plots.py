@@ -6,12 +6,12 @@ matplotlib is optional: without it a figure is skipped, and the log says so.
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dms_jax.config import is_number, parse_json
 from experiments.common import files, program
 from experiments.reports import styles
 
@@ -118,7 +118,10 @@ def training(plt, log: Path) -> Any:
     log: the lines of log.jsonl, a JSON object for each step; lines with `gate_rates` [L][K] give the lower row. Nothing
       is drawn before the first step.
   """
-  lines = [json.loads(line) for line in log.read_text().splitlines()]
+  written = log.read_text(encoding="utf-8").splitlines()
+  lines = [parse_json(line, f"{log}:{number}") for number, line in enumerate(written, 1)]
+  if wrong := [number for number, line in enumerate(lines, 1) if not is_number(line.get("step"), int)]:
+    raise ValueError(f"{log}:{wrong[0]}: no line of a log: it needs a whole number 'step'")
   steps, heads = [line["step"] for line in lines], [line for line in lines if "gate_rates" in line]
   column = lambda name: [math.nan if line.get(name) is None else line[name] for line in lines]
   panels = {

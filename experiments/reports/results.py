@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.methods import pareto
 from experiments.methods.records import Record
-from experiments.methods.summary import COSTS, Entry, mean_cost, summarise
+from experiments.methods.summary import COSTS, Entry, mean_cost, summarise, total_cost
 from experiments.methods.trace import Trace
 from experiments.reports import styles
 from experiments.reports.runs import Run, content, is_text, told_apart
@@ -179,7 +179,7 @@ def _costs(chains: Sequence[Record], width: int) -> dict[str, float]:
   if any(record.peak is None for record in chains):
     held = {"held": float(np.mean([record.tokens / record.achieved_cr for record in chains]))}
     return held if (reads := mean_cost(chains, "reads")) is None else {**held, "reads": reads}
-  return {axis: width * mean for axis in COSTS if (mean := mean_cost(chains, axis))}
+  return {axis: cost for axis in COSTS if (cost := total_cost(chains, axis, width))}
 
 
 def main_metric(metrics: Sequence[str], best_of_all: bool = False) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dms_jax.config import is_number, read_json
 from experiments.methods import records
 from experiments.methods import trace as traces
 from experiments.methods.records import TEXT, Record
@@ -68,12 +68,9 @@ def _object(path: Path, what: str) -> dict[str, Any]:
   if not path.exists():
     return {}
   try:
-    found = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
-    raise ValueError(f"--runs={path}: not valid JSON ({error}); {what}") from None
-  if not isinstance(found, dict):
-    raise ValueError(f"--runs={path}: expected a JSON object, found {type(found).__name__}; {what}")
-  return found
+    return read_json(path)
+  except ValueError as error:
+    raise ValueError(f"--runs={error}; {what}") from None
 
 
 def _records(path: Path) -> list[Record]:
@@ -89,15 +86,21 @@ def _records(path: Path) -> list[Record]:
 
 def _entries(path: Path, summary: dict[str, Any]) -> list[Entry]:
   """The entries of a summary; a mean that was no number is NaN."""
-  fields, found = set(Entry.__dataclass_fields__), []
-  try:
-    for row in summary.get("summary", []):
-      entry = Entry(**{key: value for key, value in row.items() if key in fields})
-      if not (isinstance(entry.mean, int | float | None) and isinstance(entry.samples, int)):
-        raise TypeError("'mean' and 'samples' must be numbers")
-      found.append(dataclasses.replace(entry, mean=math.nan if entry.mean is None else entry.mean))
-  except (TypeError, AttributeError) as error:
-    raise ValueError(f"--runs={path}: 'summary' holds a row that is no entry ({error})") from None
+  types, found = records.field_types(Entry), []
+  rows = summary.get("summary", [])
+  if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+    raise ValueError(f"--runs={path}: 'summary' must be a list of entries")
+  for number, row in enumerate(rows):
+    given = {name: value for name, value in row.items() if name in types}
+    given |= {name: math.nan for name in ("mean", "achieved_cr") if name in given and given[name] is None}
+    wrong = [name for name, value in given.items() if isinstance(value, bool) or not isinstance(value, types[name])]
+    if not wrong and not all(map(is_number, given.get("budget", {}).values())):
+      wrong = ["budget"]
+    missing = [f.name for f in dataclasses.fields(Entry) if f.name not in given and f.default is f.default_factory]
+    if wrong or missing:
+      what = f"{wrong[0]!r} is of another type" if wrong else f"{missing[0]!r} is missing"
+      raise ValueError(f"--runs={path}: 'summary' holds a row that is no entry, number {number}: {what}")
+    found.append(Entry(**given))
   return found
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dms_jax.masks import causal_reads
 from experiments.methods.summary import COSTS, Entry
 from experiments.reports import styles
 from experiments.tasks.base import Task
@@ -107,7 +108,7 @@ def texts(entries: Sequence[Entry]) -> str:
     rows.append([
       name.removeprefix("text "), f"{length:,}", short[method], f"{perplexity.mean:.3f}",
       "" if kl is None else with_error("kl", kl.mean, kl.standard_error), change, f"{perplexity.achieved_cr:.2f}",
-      "" if perplexity.reads is None else f"{length * (length + 1) / 2 / perplexity.reads:.2f}",
+      "" if perplexity.reads is None else f"{causal_reads(length) / perplexity.reads:.2f}",
     ])  # fmt: skip
   names = ["text", "T", "method", "perplexity", "KL", change_from, "CR at T", "CR of reads"]
   return markdown(names, rows)

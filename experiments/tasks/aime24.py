@@ -14,8 +14,8 @@ from experiments.tasks.sources import records
 def _integer(answer: str | int, where: str) -> str:
   """The answer without leading zeros."""
   text = str(answer).strip()
-  if not (text.isascii() and text.isdigit() and int(text) <= 999):
-    raise ValueError(f"{where}: the answer must be an integer from 0 to 999, not {answer!r}")
+  if not (text.isascii() and text.isdigit() and len(text) < 9 and int(text) <= 999):
+    raise ValueError(f"{where}: the answer must be an integer from 0 to 999, not {answer!r:.80}")
   return str(int(text))
 
 

@@ -24,7 +24,7 @@ def _choices(record: dict[str, Any], where: str) -> tuple[str, list[str], list[s
   if isinstance(choices, list):
     whole = all(isinstance(choice, dict) for choice in choices)
     choices = {key: [choice.get(key) for choice in choices] for key in ("text", "label")} if whole else None
-  texts, labels = ((choices or {}).get(key) for key in ("text", "label"))
+  texts, labels = (choices.get(key) if isinstance(choices, dict) else None for key in ("text", "label"))
   lists = all(isinstance(each, list) and all(isinstance(item, str) for item in each) for each in (texts, labels))
   if not isinstance(question, str) or not lists or len(texts) != len(labels) or len(texts) < 2:
     raise ValueError(f"{where}: a record needs a question, and choices with 'text' and 'label'")

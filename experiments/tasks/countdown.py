@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import random
 from typing import NamedTuple
 
 from experiments.tasks.base import register
-from experiments.tasks.reasoning import LARGEST, ReasoningTask, Step, Trace, answer_words, compare, split
+from experiments.tasks.reasoning import LARGEST, ReasoningTask, Step, Trace, answer_words, compare, drawn, split
 
 NUMBERS = range(2, 21)  # the given numbers
 TRIES = 50  # chains drawn for the targets of a problem, before other numbers are drawn
@@ -69,10 +68,11 @@ class Countdown(ReasoningTask):
   )
   best_of_all = True
 
-  def sample(self, rng: random.Random) -> Problem:
+  def sample(self, rng, keep=lambda part: True):
     level, chance = self.LEVELS[self.level], rng.random
+    draw = lambda: tuple(rng.sample(NUMBERS, rng.randint(*level.numbers)))
     while True:
-      numbers = tuple(rng.sample(NUMBERS, rng.randint(*level.numbers)))
+      numbers = drawn(draw, _form, keep)
       wanted, targets = rng.randint(*level.targets), []
       for _ in range(TRIES):  # few numbers may reach too few targets
         value = numbers[int(chance() * len(numbers))]
@@ -86,8 +86,16 @@ class Countdown(ReasoningTask):
         if len(targets) == wanted:
           return Problem(numbers, tuple(targets))
 
+  def parts(self, problem: Problem) -> list[str]:
+    return [_form(problem.numbers)]
+
   def key(self, problem: Problem) -> str:
-    return f"countdown {sorted(problem.numbers)} {sorted(problem.targets)}"
+    """The given numbers, which no problem of training has, and the targets.
+
+    Shared with training: a target's chain need not use all numbers, so other given numbers may have the same chain.
+    After 40,000 documents half of the chains of tests have been noted; all those of a problem, in 7 % of them.
+    """
+    return f"{_form(problem.numbers)} {sorted(problem.targets)}"
 
   def prompt(self, problem: Problem) -> str:
     numbers, targets = (" ".join(map(str, each)) for each in problem)
@@ -112,6 +120,11 @@ class Countdown(ReasoningTask):
     return len(parts) == len(targets) and all(
       _reaches(part, numbers, target) for part, target in zip(parts, targets, strict=True)
     )
+
+
+def _form(numbers: tuple[int, ...]) -> str:
+  """The canonical form of the given numbers."""
+  return f"countdown {sorted(numbers)}"
 
 
 def _expand(step: Step, target: int) -> list[Step]:

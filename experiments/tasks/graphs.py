@@ -6,7 +6,7 @@ import random
 from typing import NamedTuple
 
 from experiments.tasks.base import register
-from experiments.tasks.reasoning import LARGEST, ReasoningTask, Step, Trace
+from experiments.tasks.reasoning import LARGEST, ReasoningTask, Step, Trace, drawn
 
 
 class Level(NamedTuple):
@@ -47,7 +47,10 @@ class Graphs(ReasoningTask):
   )
   size = 1
 
-  def sample(self, rng: random.Random) -> Problem:
+  def sample(self, rng, keep=lambda part: True):
+    return drawn(lambda: self._draw(rng), self._form, keep)
+
+  def _draw(self, rng: random.Random) -> Problem:
     level, chance = self.LEVELS[self.level], rng.random
     while True:
       count, wanted = rng.randint(*level.rooms), rng.randint(*level.goals)
@@ -74,7 +77,18 @@ class Graphs(ReasoningTask):
         rng.shuffle(rest)
         return Problem(tuple((room, tuple(behind)) for room, behind in [lines[0], *rest]), goals)
 
+  def parts(self, problem: Problem) -> list[str]:
+    return [self._form(problem)]
+
+  def _form(self, problem: Problem) -> str:
+    """The canonical form of the doors alone."""
+    return self.key(problem._replace(goals=()))
+
   def key(self, problem: Problem) -> str:
+    """The tree of doors, which no problem of training has, and where in it the rooms sought are.
+
+    Shared with training: the way to a room, a few doors.
+    """
     rooms, goals = problem
     doors = dict(rooms)
 

@@ -9,7 +9,7 @@ import random
 from typing import NamedTuple
 
 from experiments.tasks.base import register
-from experiments.tasks.reasoning import LETTERS, ReasoningTask, Step, Trace
+from experiments.tasks.reasoning import LETTERS, ReasoningTask, Step, Trace, drawn
 
 SIZE = 4
 DIGITS = range(1, SIZE + 1)
@@ -96,10 +96,11 @@ class Grids(ReasoningTask):
   )
   size = 2
 
-  def sample(self, rng: random.Random) -> Problem:
+  def sample(self, rng, keep=lambda part: True):
     level = self.LEVELS[self.level]
     count = rng.randint(*level.grids)
-    grids = tuple(self._grid(rng, *level.ways) for _ in range(count))
+    draw = lambda: self._grid(rng, *level.ways)
+    grids = tuple(drawn(draw, _form, keep) for _ in range(count))
     return Problem(grids, tuple(int(rng.random() * SIZE) for _ in range(count)))
 
   def _grid(self, rng: random.Random, least: int, most: int) -> tuple[int, ...]:
@@ -114,7 +115,14 @@ class Grids(ReasoningTask):
       if solution(tuple(cells)) is not None:
         return tuple(cells)
 
+  def parts(self, problem: Problem) -> list[str]:
+    return [_form(cells) for cells in problem.grids]
+
   def key(self, problem: Problem) -> str:
+    """The clues of the grids, no one of which is in training, and the rows asked for.
+
+    Shared with training: the 288 filled grids, other clues of which are there.
+    """
     return f"grids {sorted(zip(*problem, strict=True))}"
 
   def prompt(self, problem: Problem) -> str:
@@ -150,6 +158,11 @@ class Grids(ReasoningTask):
       assert filled is not None
       sums = [total + filled[SIZE * asked + column] for column, total in enumerate(sums)]
     return self.answer(text) == " ".join(map(str, sums))
+
+
+def _form(cells: tuple[int, ...]) -> str:
+  """The canonical form of a grid's clues."""
+  return f"grids {cells}"
 
 
 @functools.cache

@@ -39,21 +39,23 @@ STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # HumanEval's paper, sec
 DONE = ("[DONE]",)
 
 
+def parsed(code: str) -> ast.Module | None:
+  """A module; None if it is no Python, or nested too deep."""
+  try:
+    return ast.parse(code)
+  except (SyntaxError, ValueError, RecursionError, MemoryError):
+    return None
+
+
 def completed(prompt: str) -> str:
   """HumanEval's prompt as a module: its last function has a docstring alone, or gets `pass`."""
-  try:
-    ast.parse(prompt)
-  except SyntaxError:
-    return f"{prompt}\n    pass\n"
-  return prompt
+  return f"{prompt}\n    pass\n" if parsed(prompt) is None else prompt
 
 
 def defined(code: str) -> list[str]:
   """Names of the functions that a module defines; none if it is no Python."""
-  try:
-    return [node.name for node in ast.parse(code).body if isinstance(node, ast.FunctionDef)]
-  except (SyntaxError, ValueError):
-    return []
+  module = parsed(code)
+  return [] if module is None else [node.name for node in module.body if isinstance(node, ast.FunctionDef)]
 
 
 @functools.cache
@@ -86,16 +88,17 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def _mbpp(where: str, record: dict[str, Any]) -> dict[str, Any]:
   text, tests = record.get("text", record.get("prompt")), record["test_list"]
-  imports = record.get("test_imports", [])
-  if not isinstance(text, str) or not all(isinstance(line, str) for line in (*tests, *imports)) or not tests:
-    raise ValueError(f"{where}: a record of MBPP needs 'text' or 'prompt', and texts in 'test_list'")
-  try:
-    called = {node.id for test in tests for node in ast.walk(ast.parse(test)) if isinstance(node, ast.Name)}
-  except SyntaxError as error:
-    raise ValueError(f"{where}: 'test_list' is not Python ({error})") from None
-  if not (calls := [name for name in defined(record.get("code", "")) if name in called]):
+  code, before, imports = record.get("code", ""), record.get("test_setup_code", ""), record.get("test_imports", [])
+  listed = isinstance(imports, list) and all(isinstance(line, str) for line in (*tests, *imports))
+  if not all(isinstance(each, str) for each in (text, code, before)) or not listed or not tests:
+    raise ValueError(f"{where}: a record of MBPP needs a text 'text' or 'prompt' and 'code', and texts in 'test_list'")
+  modules = [parsed(test) for test in tests]
+  if None in modules:
+    raise ValueError(f"{where}: 'test_list' is not Python ({tests[modules.index(None)][:80]!r})")
+  called = {node.id for module in modules for node in ast.walk(module) if isinstance(node, ast.Name)}
+  if not (calls := [name for name in defined(code) if name in called]):
     raise ValueError(f"{where}: 'test_list' calls no function that 'code' defines")
-  setup = "\n".join([*imports, record.get("test_setup_code", "")])
+  setup = "\n".join([*imports, before])
   question = MBPP_QUESTION.format(text=text.strip(), tests="\n".join(tests))
   return {
     "name": f"MBPP/{record['task_id']}", "kind": "mbpp", "question": question, "before": "", "calls": calls,

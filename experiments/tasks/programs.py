@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-import random
 from typing import NamedTuple
 
 from experiments.tasks.base import register
-from experiments.tasks.reasoning import LARGEST, LETTERS, ReasoningTask, Step, Trace, answer_words, compare, split
+from experiments.tasks.reasoning import (
+  LARGEST,
+  LETTERS,
+  ReasoningTask,
+  Step,
+  Trace,
+  answer_words,
+  compare,
+  drawn,
+  split,
+)
 
 # Every operation maps 0..63 to 0..63; results are taken modulo 64.
 OPERATIONS = {
@@ -57,17 +66,26 @@ class Programs(ReasoningTask):
   )
   best_of_all = True
 
-  def sample(self, rng: random.Random) -> Problem:
+  def sample(self, rng, keep=lambda part: True):
     level, chance = self.LEVELS[self.level], rng.random
     operations = tuple(rng.sample(list(OPERATIONS), rng.randint(*level.operations)))
-    programs = []
-    for _ in range(rng.randint(*level.programs)):
+
+    def examples() -> tuple[tuple[int, int], ...]:
       first, second = (RESULTS[operations[int(chance() * len(operations))]] for _ in range(2))
       inputs = rng.sample(range(LARGEST + 1), rng.randint(*level.examples))
-      programs.append(tuple((x, second[first[x]]) for x in inputs))
-    return Problem(operations, tuple(programs))
+      return tuple((x, second[first[x]]) for x in inputs)
+
+    programs = tuple(drawn(examples, _form, keep) for _ in range(rng.randint(*level.programs)))
+    return Problem(operations, programs)
+
+  def parts(self, problem: Problem) -> list[str]:
+    return [_form(examples) for examples in problem.programs]
 
   def key(self, problem: Problem) -> str:
+    """The operations, and the examples of the programs, which no program of training has.
+
+    Shared with training: the programs themselves, 100 pairs of operations, with other examples.
+    """
     return f"programs {sorted(problem.operations)} {sorted(sorted(examples) for examples in problem.programs)}"
 
   def prompt(self, problem: Problem) -> str:
@@ -98,6 +116,11 @@ class Programs(ReasoningTask):
       and all(RESULTS[part[2]][RESULTS[part[1]][x]] == y for x, y in examples)
       for letter, part, examples in zip(LETTERS, parts, programs, strict=False)
     )
+
+
+def _form(examples: tuple[tuple[int, int], ...]) -> str:
+  """The canonical form of a program's examples."""
+  return f"programs {sorted(examples)}"
 
 
 def _expand(step: Step, letter: str, operations: tuple[str, ...], examples: tuple[tuple[int, int], ...]) -> list[Step]:

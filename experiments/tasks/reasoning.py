@@ -7,7 +7,9 @@ that lie far back in the text, among attempts that no longer matter.
 
 A text is words with single spaces between them, from one vocabulary for all families. Every word is one token.
 
-Problems of tests and of training are disjoint: `is_test` hashes a problem's canonical form.
+Problems of tests and of training have no part in common: `is_test` hashes the canonical form of each part. All parts of
+a test problem are kept for tests, and no part of a training problem is. What they share is smaller than a part, because
+there is little of it: see `key` of each family.
 """
 
 from __future__ import annotations
@@ -48,8 +50,8 @@ NUMBERS = frozenset(map(str, range(LARGEST + 1)))
 # Levels of every family: one easy part; several easy parts, for notes in short texts; middling; for tests; long.
 WEIGHTS = (1, 3, 2, 3, 2)  # how often a level occurs in training
 LONG = 6000  # the long level occurs in training only where documents may have more words than this
-TESTS = 16  # one canonical problem in so many is kept for tests
-TRIES = 20_000  # problems drawn in search of another test problem, before a level is said to have too few
+TESTS = 16  # one part in so many is kept for tests
+TRIES = 20_000  # parts drawn in search of one to keep, or problems in search of a new one, before there are too few
 
 
 def tokenizer() -> Tokenizer:
@@ -62,9 +64,33 @@ def tokenizer() -> Tokenizer:
   return Tokenizer(backend, {"tokenizer_class": "PreTrainedTokenizerFast", **names})
 
 
-def is_test(key: str) -> bool:
-  """Whether the problem with this canonical form belongs to the tests; all others belong to training."""
-  return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") % TESTS == 0
+Keep = Callable[[str], bool]  # whether a part of this canonical form is wanted
+
+
+def is_test(part: str) -> bool:
+  """Whether problems with a part of this canonical form belong to the tests; all others belong to training."""
+  return int.from_bytes(hashlib.blake2b(part.encode(), digest_size=8).digest(), "big") % TESTS == 0
+
+
+def is_training(part: str) -> bool:
+  """Whether problems with a part of this canonical form belong to training."""
+  return not is_test(part)
+
+
+class TooFew(ValueError):
+  """No part that is wanted was found."""
+
+
+def drawn(draw: Callable[[], Any], form: Callable[[Any], str], keep: Keep) -> Any:
+  """The first of the parts that `draw` gives whose canonical form, `form(part)`, is wanted.
+
+  Raises:
+    TooFew: there is none among `TRIES`.
+  """
+  for _ in range(TRIES):
+    if keep(form(part := draw())):
+      return part
+  raise TooFew
 
 
 # Search ---------------------------------------------------------------------------------------------------------------
@@ -177,8 +203,16 @@ class ReasoningTask(WritingTask):
     if self.level >= len(self.LEVELS):
       raise ValueError(f"--{self.name}.level={self.level} must be below {len(self.LEVELS)}")
 
-  def sample(self, rng: random.Random) -> Any:
-    """A random problem of this level."""
+  def sample(self, rng: random.Random, keep: Keep = lambda part: True) -> Any:
+    """A random problem of this level, all of whose parts are wanted.
+
+    Raises:
+      TooFew: no such part was found.
+    """
+    raise NotImplementedError
+
+  def parts(self, problem: Any) -> list[str]:
+    """The canonical form of each part by which problems of tests and of training are told apart."""
     raise NotImplementedError
 
   def key(self, problem: Any) -> str:
@@ -225,15 +259,15 @@ class ReasoningTask(WritingTask):
       ValueError: the level has too few.
     """
     rng, found = random.Random(f"{seed} {self.name} {self.level} tests"), {}
-    tries = 0
-    while len(found) < count:
-      problem = self.sample(rng)
-      if is_test(key := self.key(problem)) and key not in found:
-        found[key], tries = problem, 0
-      elif (tries := tries + 1) == TRIES:
-        raise ValueError(
-          f"--{self.name}.level={self.level} has only {len(found)} test problems: ask for fewer, or raise the level"
-        )
+    draw = lambda: self.sample(rng, is_test)
+    try:
+      while len(found) < count:
+        problem = drawn(draw, self.key, lambda key: key not in found)
+        found[self.key(problem)] = problem
+    except TooFew:
+      raise ValueError(
+        f"--{self.name}.level={self.level} has only {len(found)} test problems: ask for fewer, or raise the level"
+      ) from None
     return list(found.values())
 
   def prompts(self, config: TasksConfig, tokenizer: Tokenizer, length: int, max_positions: int) -> list[Prompt]:
@@ -281,33 +315,26 @@ def _levels(family: str) -> tuple[ReasoningTask, ...]:
 
 def documents(
   families: Sequence[str], seed: int, start: int, count: int, longest: int = 4096
-) -> Iterator[tuple[str, str]]:
+) -> Iterator[tuple[str, str | None]]:
   """Training documents `start` to `start + count - 1` of a seed, as (prompt, trace).
 
-  Each draws its family, its level by `WEIGHTS`, a problem that is no test problem, and a trace. Document i depends on
-  (families, seed, longest, i) alone.
+  Each draws its family, its level by `WEIGHTS`, a problem without parts of test problems, and a trace. Document i
+  depends on (families, seed, longest, i) alone.
 
   Args:
     families: names of registered families, all equally likely.
-    longest: most words of a document, `<bos>` and the end word included; a longer one is drawn again.
+    longest: most words of a document, `<bos>` and the end word included. The trace of a longer one is None: it is not
+      written to its end, and whoever packs rows counts it.
 
   Raises:
-    ValueError: an unknown family, or `longest` leaves room for too few documents.
+    ValueError: an unknown family.
   """
   tasks = [_levels(family) for family in families]
   weights = WEIGHTS if longest > LONG else WEIGHTS[:-1]
   for number in range(start, start + count):
     rng = random.Random(f"{seed} {number}")
     levels = tasks[int(rng.random() * len(tasks))]
-    for _ in range(TRIES):
-      task = rng.choices(levels[: len(weights)], weights)[0]
-      problem = task.sample(rng)
-      if is_test(task.key(problem)):
-        continue
-      prompt = task.prompt(problem)
-      text = task.trace(problem, rng, longest - prompt.count(" ") - 2)
-      if text is not None:
-        yield prompt, text
-        break
-    else:
-      raise ValueError(f"longest={longest}: no document of {task.name} is this short; give 512 or more")
+    task = rng.choices(levels[: len(weights)], weights)[0]
+    problem = task.sample(rng, is_training)
+    prompt = task.prompt(problem)
+    yield prompt, task.trace(problem, rng, longest - prompt.count(" ") - 2)

@@ -86,7 +86,7 @@ def _rows(flag: str, path: Path, fields: Mapping[str, Any]) -> list[tuple[str, d
     raise ValueError(f"--{flag}={path}: Parquet files need pyarrow: pip install 'dms_jax[hub]'") from None
   try:
     rows = parquet.read_table(path).to_pylist()
-  except (OSError, ArrowException) as error:
+  except (OSError, ValueError, ArrowException) as error:
     raise ValueError(f"--{flag}={path}: not a Parquet file ({' '.join(str(error).split())})") from None
   for number, row in enumerate(rows, 1):
     for name, kind in fields.items():

@@ -26,7 +26,7 @@ T = TypeVar("T")
 @functools.cache
 def table(path: Path = FILE) -> dict[str, Any]:
   """{kind of device: {operation: {class of shapes: {"blocks": sizes, "us": microseconds, ...}}}}."""
-  return json.loads(path.read_text())
+  return json.loads(path.read_text(encoding="utf-8"))
 
 
 def shape_class(**sizes: int | str) -> str:

@@ -252,12 +252,24 @@ def test_damaged_safetensors(hf, tmp_path):
     file.write_bytes(data)
     with pytest.raises(ValueError, match=r"model\.safetensors: not a readable safetensors file"):
       convert(str(hf), tmp_path / "ours")
-  values = bytearray(whole)
-  values[header : header + 4] = b"\xff\xff\xff\xff"  # a NaN
-  file.write_bytes(bytes(values))
-  with pytest.raises(ValueError, match="holds NaN or infinity"):
-    convert(str(hf), tmp_path / "ours")
   assert_nothing_left(tmp_path, "hf")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_values_that_are_not_finite_are_kept_and_named_once(hf, tmp_path, dtype):
+  tensors = load_file(hf / "model.safetensors")
+  names = "model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"
+  for name, value in zip(names, (np.nan, -np.inf), strict=True):
+    tensors[name][:2, 3] = value
+  save_file(tensors, hf / "model.safetensors")
+  with pytest.warns(UserWarning) as warned:
+    model = checkpoint.load(convert(str(hf), tmp_path / "ours", dtype))
+  (line,) = [str(w.message) for w in warned]
+  assert line.startswith(f"{hf}: 4 values of 2 tensor(s) are NaN or infinite") and line.endswith(
+    ": " + ", ".join(names)
+  )
+  np.testing.assert_array_equal(np.isnan(model.params["embed"]).nonzero(), ([0, 1], [3, 3]))
+  assert np.isneginf(np.asarray(model.params["layers"]["up_proj"][0], np.float32)).sum() == 2
 
 
 def test_other_kinds_of_files(hf, tmp_path):
@@ -286,8 +298,12 @@ def test_float16_overflow(hf, tmp_path):
   tensors = load_file(hf / "model.safetensors")
   tensors["model.norm.weight"] = tensors["model.norm.weight"] * 0 + 1e5
   save_file(tensors, hf / "model.safetensors")
-  with pytest.raises(ValueError, match=r"model\.norm\.weight overflows float16"):
-    convert(str(hf), tmp_path / "ours", "float16")
+  for first in (1e5, np.nan):  # what is not finite already hides no overflow
+    tensors["model.norm.weight"][0] = first
+    save_file(tensors, hf / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.norm\.weight overflows float16"):
+      convert(str(hf), tmp_path / "ours", "float16")
+  assert_nothing_left(tmp_path, "hf")
   with pytest.raises(ValueError, match="--dtype=int8: must be one of float32, bfloat16, float16"):
     convert(str(hf), tmp_path / "ours", "int8")
 
@@ -485,7 +501,7 @@ def test_programs(hf, tmp_path):
   assert json.loads(done.stdout.splitlines()[-1])["gates"] == "adapter"
   assert_nothing_left(
     tmp_path / "out", "config.json", "dms_config.json", "dms_gates.safetensors", "generation_config.json",
-    "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    "README.md", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
   )  # fmt: skip
   done = run_program("convert_weights", f"--source={hf / 'config.json'}", f"--output={tmp_path / 'bad'}")
   assert done.returncode == 1 and "Traceback" not in done.stderr

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from dms_jax import testing as tiny
-from dms_jax.config import DMSConfig, RopeScaling
-from dms_jax.convert.layouts import fastdms, nvidia, transformers
+from dms_jax.config import RopeScaling
 from dms_jax.families import PRESETS, Family, base, register
 from dms_jax.families.huggingface import config_from_hf, config_to_hf
-from dms_jax.gates import gate_logits
 from dms_jax.params import abstract_params, count_params, param_table
 
 LLAMA3 = RopeScaling(8.0, 1.0, 4.0, 64)
@@ -238,55 +235,3 @@ def test_values_of_wrong_types(key, harmless):
 def test_absurd_numbers(changes, message):
   with pytest.raises(ValueError, match=message):
     config_from_hf(hf_values(**changes), "x")
-
-
-def test_gates_of_released_checkpoints(tmp_path):
-  """NVIDIA's keys (shift 1, neuron or adapter) and FastDMS's metadata (shift 0), which takes precedence."""
-  keys = dict(dms_alpha_scale=100.0, dms_initial_alpha_offset=5.0, dms_window_size=512, dms_cr=8)
-  assert nvidia.gates(hf_values(**keys), "x") == DMSConfig("neuron", 512, 100.0, 5.0, 1, "head")
-  student = dict(keys, dms_separate_alpha=True, dms_alpha_per="layer", dms_window_size=256, dms_alpha_scale=50)
-  assert nvidia.gates(hf_values(**student), "x") == DMSConfig("adapter", 256, 50.0, 5.0, 1, "layer")
-  assert nvidia.gates(hf_values(), "x") is None and transformers.gates(tmp_path, hf_values()) is None
-  for metadata in (
-    {"window_size": 128, "alpha_offset": 4.25},
-    {"config": {"dms_window_size": 128, "alpha_offset": 4.25}},
-  ):
-    (tmp_path / fastdms.METADATA).write_text(json.dumps(metadata))
-    assert transformers.gates(tmp_path, hf_values(**keys)) == DMSConfig("neuron", 128, 100.0, 4.25, 0, "head")
-  with pytest.raises(ValueError, match="sidecar"):
-    fastdms.gates({"schema_version": 2, "sidecar": {}}, "x")
-  with pytest.raises(ValueError, match="x: dms_window_size should be a number, found 'big'"):
-    nvidia.gates(dict(keys, dms_window_size="big"), "x")
-  with pytest.raises(ValueError, match=r"dms\.granularity"):
-    nvidia.gates(dict(keys, dms_alpha_per="token"), "x")
-  for name in ("dms_window_size", "dms_alpha_scale", "dms_initial_alpha_offset"):
-    for value in (float("nan"), float("inf"), True, "5", [5], 10**40):
-      with pytest.raises(ValueError, match=f"x: {name} should be a number"):
-        nvidia.gates(dict(keys, **{name: value}), "x")
-  with pytest.raises(ValueError, match="x: dms_disable_eviction should be true or false, found 'no'"):
-    nvidia.gates(dict(keys, dms_disable_eviction="no"), "x")
-  with pytest.raises(ValueError, match="config should be an object, found 3"):
-    fastdms.gates({"config": 3}, "x")
-
-
-def test_eviction_switched_off():
-  """dms_disable_eviction: the channel of the gate stays out of attention, and no token is evicted."""
-  keys = dict(dms_alpha_scale=100.0, dms_initial_alpha_offset=5.0, dms_window_size=4, dms_disable_eviction=True)
-  gates = nvidia.gates(hf_values(**keys), "x")
-  assert gates == DMSConfig("neuron", 4, 100.0, nvidia.NEVER, 1, "head")
-  on = nvidia.gates(hf_values(**{**keys, "dms_disable_eviction": False}), "x")
-  model = tiny.model(LLAMA, gates)
-  q = jnp.full((1, 3, 4, 8), 3.0)
-  assert (gate_logits(LLAMA, on, {}, q[..., 0, :], q) > 0).all()
-  assert (gate_logits(LLAMA, gates, {}, q[..., 0, :], q) < 0).all() and model.dms == gates
-
-
-def test_the_output_of_fastdms_training(tmp_path):
-  """OUT/final beside OUT/training_log.json, whose config holds the gates' settings; other logs of this name do not."""
-  (tmp_path / "final").mkdir()
-  log = tmp_path / "training_log.json"
-  log.write_text(json.dumps({"config": {"window_size": 64, "alpha_scale": 50.0, "alpha_offset": 4.0, "target_cr": 8}}))
-  assert transformers.gates(tmp_path / "final", hf_values()) == DMSConfig("neuron", 64, 50.0, 4.0, 0, "head")
-  for content in ("[1]", "{", '{"config": {"lr": 1}}', '{"config": 3}'):
-    log.write_text(content)
-    assert transformers.gates(tmp_path / "final", hf_values()) is None

@@ -17,7 +17,7 @@ from dms_jax.evaluation import likelihood
 from dms_jax.evaluation.text import text_quality
 from dms_jax.tokenizer import byte_tokenizer
 from experiments import evaluate
-from experiments.common import files, program
+from experiments.common import program
 from experiments.methods import budgets, pareto, records, run, stopwatch, summary, trace
 from experiments.methods import method as methods
 from experiments.methods.budgets import Budget, fitted
@@ -373,19 +373,6 @@ def test_a_killed_run_gives_the_same_records(checkpoints, tmp_path, monkeypatch,
   settings[evaluate.Config] = dataclasses.replace(config, text=(str(tmp_path / "text"),), lengths=(99,))
   with pytest.raises(ValueError, match=r"--text=\S+ has 90 tokens, less than a chunk of --lengths=99"):
     evaluate.main()
-
-
-def test_a_folder_has_one_writer(tmp_path):
-  folder = tmp_path / "new" / "folder"
-  with files.locked("output", folder), pytest.raises(ValueError, match=f"--output={folder}: another run writes there"):
-    with files.locked("output", folder):
-      pass
-  with files.locked("output", folder):
-    assert not list(folder.iterdir())
-  (tmp_path / "file").write_text("")
-  with pytest.raises(ValueError, match=r"--output=\S+: no folder can be made there \(File exists\)"):
-    with files.locked("output", tmp_path / "file"):
-      pass
 
 
 @pytest.mark.parametrize(

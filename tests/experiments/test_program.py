@@ -212,7 +212,7 @@ class RunConfig:
 def test_results_dir_is_named_from_the_config(tmp_path):
   default = program.results_dir("retrofit", RunConfig(), tmp_path)
   other = program.results_dir("retrofit", RunConfig("checkpoints/big", 20), tmp_path)
-  assert default.is_dir() and default.name.startswith("default-")
+  assert not default.exists() and default.name.startswith("default-")
   assert other.name.startswith("model=big,steps=20-")
   assert other == program.results_dir("retrofit", RunConfig("checkpoints/big", 20), tmp_path)
   assert other != program.results_dir("retrofit", RunConfig("elsewhere/big", 20), tmp_path)

@@ -12,7 +12,7 @@ import pytest
 
 from experiments.methods import records
 from experiments.methods.records import Record
-from experiments.methods.summary import Entry, curves, summarise
+from experiments.methods.summary import Entry, curves, summarise, total_cost
 from experiments.reports import figures_tasks, tables
 from experiments.tasks import TASKS
 
@@ -77,7 +77,7 @@ def test_a_line_that_was_cut_short_is_removed(tmp_path):
     (json.dumps({**vars(record(prompt=1)), "more": 1}), "line 2: a record has no field 'more'"),
     (json.dumps(vars(record())), "line 2: original on needle, prompt 0, is there already"),
     ("{", "line 2: not valid JSON"),
-    ("[" * 100_000, "line 2: JSON nested too deeply"),
+    ("[" * 100_000, "line 2: JSON nested too deep"),
     (json.dumps(vars(record(prompt=1, text="\ud800"))), "line 2: half of a surrogate pair"),
     (json.dumps(vars(record(prompt=1, score="1"))), """line 2: 'score' of 'grades' must be a number, not "1\""""),
     (json.dumps(vars(record(prompt=1, budget={"cr": None}))), "line 2: 'cr' of 'budget' must be a number, not null"),
@@ -228,3 +228,14 @@ def test_a_foreign_file_keeps_its_last_line(tmp_path):
   with pytest.raises(ValueError):
     records.read(path)
   assert path.read_text() == "first line\nno end of line"
+
+
+def test_chains_that_share_a_prompt_hold_it_once():
+  """Three chains of 20, 20 and 26 tokens, 5 of them in common: 22 on average, 22 + 2 x 17 together."""
+  each = dict(chains=3, shared=5.0, grades={"accuracy": 100.0})
+  found = [record(chain=chain, peak=peak, **each) for chain, peak in enumerate((20.0, 20.0, 26.0))]
+  peaks = {entry.chains: entry.peak for entry in summarise(found, "original")}
+  assert peaks == {1: 22.0, 3: 56.0}
+  assert [total_cost(found, name, 2) for name in ("peak", "reads")] == [39.0, 2 * found[0].reads]
+  earlier = [dataclasses.replace(each, shared=None) for each in found]
+  assert total_cost(earlier, "peak", 3) == 66.0

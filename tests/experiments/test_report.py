@@ -364,7 +364,7 @@ def broken(folder: Path, name: str, content: str) -> Path:
     ("traces.jsonl", "{}\n", "line 1: a record needs 'method'"),
     ("text.jsonl", "{}\n", "line 1: a record needs 'method'"),
     ("text.jsonl", '{"method": ', "its last line is unfinished"),
-    ("summary.json", json.dumps({"summary": [{**WRONG_ENTRY, "mean": "x"}]}), "'mean' and 'samples' must be numbers"),
+    ("summary.json", json.dumps({"summary": [{**WRONG_ENTRY, "mean": "x"}]}), "number 0: 'mean' is of another type"),
   ],
 )  # fmt: skip
 def test_a_folder_that_is_no_run_is_named(tmp_path, name, content, message):

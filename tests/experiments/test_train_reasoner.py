@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,27 +15,35 @@ import pytest
 
 import dms_jax
 from dms_jax import testing as tiny
-from dms_jax.config import LoRAConfig
+from dms_jax.config import LoRAConfig, ModelConfig
 from dms_jax.params import count_params, param_table
 from dms_jax.retrofit import DataConfig, MemoryConfig, RetrofitConfig, ScheduleConfig, loop
 from dms_jax.retrofit.loop import Run, train
 from dms_jax.retrofit.packing import StreamPacker
 from experiments import train_reasoner
-from experiments.tasks import reasoning
+from experiments.tasks import get, reasoning
+from experiments.tasks.base import TasksConfig
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_default_settings_and_sizes():
-  """Those of the published figures: 7.2 M parameters, 32 x 2,048 tokens a step; the decay covers all later steps."""
+  """7.2 M parameters, 16 x 4,096 tokens a step; a row holds the longest text that a sweep asks for."""
   tokenizer = reasoning.tokenizer()
-  shape = train_reasoner.Shape().config(tokenizer)
+  shape = train_reasoner.architecture(tokenizer, ModelConfig(**train_reasoner.SHAPE))
   assert shape.vocab_size == len(reasoning.VOCABULARY) and shape.eos_token_ids == tokenizer.eos_token_ids
   assert abs(count_params(param_table(shape)) - (7_131_200 + 320 * shape.vocab_size)) <= 1
   settings = RetrofitConfig(**train_reasoner.DEFAULTS)
-  assert settings.batch_size * settings.seq_len == 65_536 and settings.objective == "lm"
-  with pytest.raises(ValueError, match=r"--model\.d_ff=0"):
-    train_reasoner.Shape(d_ff=0)
+  assert (settings.batch_size, settings.seq_len) == (16, 4096) and settings.objective == "lm"
+  for family in train_reasoner.FAMILIES:
+    prompts = get(family)().prompts(TasksConfig(limit=64), tokenizer, 0, 4096)
+    assert max(len(prompt.tokens) for prompt in prompts) + get(family).new_tokens <= settings.seq_len
+
+
+def test_a_shape_that_cannot_be_names_its_flag(monkeypatch):
+  monkeypatch.setattr(train_reasoner.program, "read_flags", lambda prefix, cls: cls(d_ff=0))
+  with pytest.raises(ValueError, match=r"^--model\.d_ff=0 must be 1 to"):
+    train_reasoner.read_shape()
 
 
 @pytest.mark.standard_promotion  # optax
@@ -47,13 +56,17 @@ def test_the_card_and_the_log_of_a_checkpoint(tmp_path, monkeypatch):
   monkeypatch.setattr(loop, "train_step", step)
   monkeypatch.setattr(train_reasoner, "LOG_LINES", 2)
   tokenizer, data = reasoning.tokenizer(), DataConfig(families=("countdown",), workers=0)
-  shape = train_reasoner.Shape(num_layers=1, d_model=16, d_ff=16, num_heads=2, num_kv_heads=1, head_dim=8)
-  run = Run(train_reasoner.untrained(shape.config(tokenizer), 0), None, LoRAConfig(), settings, data, tmp_path)
+  shape = ModelConfig(num_layers=1, d_model=16, d_ff=16, num_heads=2, num_kv_heads=1, head_dim=8)
+  base = train_reasoner.untrained(train_reasoner.architecture(tokenizer, shape), 0)
+  run = Run(base, None, LoRAConfig(), settings, data, tmp_path)
   documents = functools.partial(reasoning.documents, data.families, longest=256)
   train(run, StreamPacker(documents, tokenizer, data, settings), tokenizer)
   monkeypatch.setattr(train_reasoner.program, "flag_values", lambda changed_only: {"output": "x"})
   train_reasoner.write_card(run, tokenizer)
   card = (tmp_path / "final" / "README.md").read_text()
+  (left_out,) = re.findall(r"left out, longer than a row *\| *(\d+) ", card)
+  lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+  assert int(left_out) == sum(line["left_out"] for line in lines) > 0
   assert "| 5 x 2 x 256 " in card and "| countdown " in card and "train_reasoner \\\n  --output=x" in card
   assert [json.loads(line)["step"] for line in (tmp_path / "final" / "log.jsonl").read_text().splitlines()] == [0, 2, 4]
   model, tokenizer = dms_jax.load(tmp_path / "final")

@@ -1,4 +1,4 @@
-"""Conversations that version 0.1 saved go on with the tokens that it would have chosen."""
+"""Conversations of every schema go on with the tokens that their own version would have chosen."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ import pytest
 import dms_jax
 from dms_jax.cache import ContiguousCache, MaskedCache, PagedCache
 
-SAVED = Path(__file__).parents[1] / "goldens" / "v0_1"
-EXPECTED = json.loads((SAVED / "expected.json").read_text())
-KINDS = {"paged": PagedCache, "slots": ContiguousCache, "masked": MaskedCache}
+GOLDENS = Path(__file__).parents[1] / "goldens"
+SAMPLES = ("v0_1", "v0_2", "schema_2")
+EXPECTED = {sample: json.loads((GOLDENS / sample / "expected.json").read_text()) for sample in SAMPLES}
+KINDS = {"paged": PagedCache, "slots": ContiguousCache, "contiguous": ContiguousCache, "masked": MaskedCache}
 
 
 @pytest.fixture(scope="module")
-def model():
-  return dms_jax.load(SAVED / "checkpoint", retrofit=SAVED / "retrofit")[0]
+def models():
+  folders = {sample: GOLDENS / sample for sample in SAMPLES}
+  return {name: dms_jax.load(path / "checkpoint", retrofit=path / "retrofit")[0] for name, path in folders.items()}
 
 
-@pytest.mark.parametrize("name", sorted(EXPECTED))
-def test_a_conversation_of_0_1_goes_on(model, name, tmp_path):
-  expected, folder = EXPECTED[name], SAVED / f"conversation_{name}"
+@pytest.mark.parametrize("sample, name", [(sample, name) for sample in EXPECTED for name in sorted(EXPECTED[sample])])
+def test_a_conversation_goes_on(models, sample, name, tmp_path):
+  model, expected, folder = models[sample], EXPECTED[sample][name], GOLDENS / sample / f"conversation_{name}"
   past = dms_jax.load_conversation(folder, model)
   assert type(past.cache) is KINDS[json.loads((folder / "cache.json").read_text())["cache"]]
   out = dms_jax.generate(model, continue_from=past, max_new_tokens=12, eos=False)

@@ -73,7 +73,7 @@ def test_generated_documents_stay_whole_and_in_order():
     notes = packer.notes(step)
     assert notes["left_out"] == len(too_long) and packer.notes(step) == {}
     assert notes["filled"] == round(float((batch.segment_ids > 0).mean()), 4) > 0.6
-  assert packer.left_out > 0 and packer.longest[1] > 40
+  assert packer.left_out > 0
   assert set(packer.fingerprints()) == {"sums"}
   with pytest.raises(ValueError, match=r"data\.families: no document fits into a row of retrofit\.seq_len=3 tokens"):
     StreamPacker(sums, byte_tokenizer(), DataConfig(workers=0), RetrofitConfig(batch_size=1, seq_len=3)).batch(0)

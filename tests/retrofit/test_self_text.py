@@ -49,8 +49,8 @@ def test_prompts_of_every_source(tmp_path, writer):
   "fields, content, message",
   [
     ({"prefixes": "x"}, "short", "5 tokens, no more than one prefix"),
-    ({"questions": "x"}, '{"title": 1}', "record 1: neither `messages` nor `question`"),
-    ({"questions": "x"}, '{"ti', "record 1: not valid JSON"),
+    ({"questions": "x"}, '{"title": 1}', "line 1: neither a list `messages` nor a text `question`"),
+    ({"questions": "x"}, '{"ti', "line 1: not valid JSON"),
     ({"questions": "x"}, "", "is empty"),
     ({"questions": "x"}, None, "no such file"),
   ],

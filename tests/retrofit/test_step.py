@@ -366,7 +366,7 @@ def test_sources_of_every_kind(tmp_path):
   for name, content, culprit in (
     ("bad.jsonl", '{"text": "a"}\n{"te', "bad.jsonl:2: not valid JSON"),
     ("keys.jsonl", '{"title": "a"}', r"keys.jsonl:1.*title"),
-    ("latin.txt", b"\xff\xfe\xfa", "latin.txt: not UTF-8"),
+    ("latin.txt", b"\xff\xfe\xfa", "latin.txt:1: not UTF-8"),
   ):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -199,6 +200,15 @@ def test_a_run_of_version_0_1_goes_on(tmp_path, whole):
   check_finished(tmp_path, whole)
 
 
+def test_a_run_of_a_newer_version_is_refused(tmp_path):
+  train(*a_run(tmp_path), stop_after=1)
+  settings = json.loads((tmp_path / loop.RUN).read_text())
+  assert settings["format"] == 2 and settings["version"]
+  (tmp_path / loop.RUN).write_text(json.dumps({**settings, "format": 3, "version": "9.0"}))
+  with pytest.raises(ValueError, match=r"run\.json: written by dms_jax 9\.0, schema 3; this version reads up to 2"):
+    train(*a_run(tmp_path))
+
+
 def test_another_text_is_refused(tmp_path, whole):
   with pytest.raises(ValueError, match=r"text\.text: '300 tokens, CRC-32 \w+' there"):
     train(*a_run(whole[0], seed=5))
@@ -238,3 +248,18 @@ def test_the_neuron_is_zeroed_between_the_phases(tmp_path):
 def test_keep_states_and_save_every_count(tmp_path):
   train(*a_run(tmp_path, saving__save_every=1, saving__keep_states=4, schedule__steps=6))
   assert states(tmp_path) == [3, 4, 5, 6]
+
+
+def test_a_disk_without_room_for_states_and_checkpoints_is_refused_before_the_run(tmp_path, whole, monkeypatch):
+  run, packer = a_run(tmp_path / "run")
+  usage, checked = shutil.disk_usage(tmp_path), []
+  check = checkpoint.check_room
+  monkeypatch.setattr(checkpoint, "check_room", lambda path, size: checked.append(size) or check(path, size))
+  monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=0))
+  with pytest.raises(ValueError, match=r"run: about \S+ MB will be written, and the disk has 0.0 MB free; make room"):
+    train(run, packer)
+  assert not (tmp_path / "run").exists()
+  trained = 4 * sum(math.prod(spec.shape) for spec in table(whole[0] / "final").values())  # float32
+  assert checked == [checked[0]] and 3 * 3 * trained < checked[0] < 3 * 3 * trained + 3 * trained + 1000
+  train(*a_run(whole[0]))  # a finished run writes nothing more
+  assert checked[1:] == [0]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
 import types
 
@@ -124,15 +122,6 @@ def test_picture_of_a_log(tmp_path, monkeypatch, lines, titles, heads):
     assert picture.read_bytes()[:4] == b"\x89PNG" and len(list(tmp_path.iterdir())) == 2
     monkeypatch.undo()
     plt.close(drawn[0])
-
-
-def test_a_first_sigterm_asks_and_the_handler_is_put_back():
-  before = signal.getsignal(signal.SIGTERM)
-  with retrofit.asked_to_stop() as stop:
-    assert not stop()
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert stop() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a second one would end it
-  assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_tensorboard_gets_the_numbers_and_forgets_what_an_interrupted_run_wrote_beyond(monkeypatch, tmp_path):

@@ -1,35 +1,41 @@
-"""The layout of transformers: safetensors, config.json and tokenizer files."""
+"""The layout of transformers: safetensors, config.json and tokenizer files.
+
+It is read with the gates of every layout that holds a whole model: `gates` tells them apart by their files.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
-import math
 import re
 import warnings
-from collections import Counter
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 
-from dms_jax.checkpoint import atomic_directory, first_line
-from dms_jax.config import DMSConfig, ModelConfig, from_json, read_json, shown, to_json
+from dms_jax.config import DMSConfig, ModelConfig, from_json, read_json
+from dms_jax.convert import pickles
 from dms_jax.convert.layouts import fastdms, nvidia
-from dms_jax.convert.tensors import DTYPES, NO_PICKLES, Progress, Tensors, from_params, tensor_bytes
-from dms_jax.families.huggingface import config_from_hf, config_to_hf
+from dms_jax.convert.layouts.keys import Gates
+from dms_jax.convert.safetensors_file import GATES, open_tensors
+from dms_jax.convert.tensors import Progress, Tensors
+from dms_jax.convert.writing import (
+  CARD,
+  GATES_CONFIG,
+  GENERATION,
+  PLAIN_NEURON,
+  About,
+  base_tensors,
+  write_card,
+  write_configs,
+  write_gates,
+  write_weights,
+)
+from dms_jax.families.huggingface import config_from_hf
 from dms_jax.model import Model
-from dms_jax.params import param_table
 from dms_jax.tokenizer import TOKENIZER_FILE, Tokenizer
 
-WEIGHTS, INDEX, GENERATION = "model.safetensors", "model.safetensors.index.json", "generation_config.json"
-GATES, GATES_CONFIG = "dms_gates.safetensors", "dms_config.json"
-SHARD_BYTES = 5 * 10**9
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+NAME = "transformers"
 _ROPE_TABLE = re.compile(r".*\.rotary_emb\.inv_freq")
-_BUFFERS = ("I64", "BOOL")  # types of counters, position ids and masks, which no weight has
-_OTHERS = re.compile(r"(adapter_model|consolidated(\.\d+)?|dms_gates)\.safetensors")  # beside the model's own
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -40,18 +46,20 @@ def read(path: str | Path) -> tuple[ModelConfig, DMSConfig | None, Tensors, Toke
     ValueError: a file is missing or damaged, or the model is not supported.
   """
   path = Path(path)
+  if not (path / "config.json").exists() and (pickled := pickles.find(path)):
+    raise ValueError(pickles.refusal(path, pickled))
   values = read_json(path / "config.json")
   if "format" in values and "model_type" not in values:
     raise ValueError(f"{path}: already a dms_jax checkpoint; nothing to convert")
   generation = read_json(path / GENERATION) if (path / GENERATION).exists() else None
-  config, dms = config_from_hf(values, str(path / "config.json"), generation), gates(path, values)
+  config, found = config_from_hf(values, str(path / "config.json"), generation), gates(path, values)
   tokenizer = Tokenizer.load(path) if (path / TOKENIZER_FILE).exists() else None
-  tensors = _open_tensors(path)
+  tensors = open_tensors(path)
   if config.tie_embeddings and _has_own_head(tensors):
     config = dataclasses.replace(config, tie_embeddings=False)
     differs = f"config.json ties the output head to the embedding, but {_HEAD} is there and differs"
     warnings.warn(f"{path}: {differs}: it is used", stacklevel=2)
-  return config, dms, tensors, tokenizer
+  return config, None if found is None else found.dms, tensors, tokenizer
 
 
 def _has_own_head(tensors: Tensors) -> bool:
@@ -62,15 +70,35 @@ def _has_own_head(tensors: Tensors) -> bool:
   return head != embedding or not np.array_equal(tensors.read(_HEAD), tensors.read(_EMBEDDING))
 
 
-def gates(path: Path, values: dict) -> DMSConfig | None:
+def gates(path: Path, values: dict) -> Gates | None:
   """The gates of the directory `path`, whose config.json holds `values`; None without any.
 
   Raises:
     ValueError: a value cannot be read, or the gates are of another kind.
   """
-  if (path / GATES_CONFIG).exists():  # written by `export`
-    return from_json(DMSConfig, read_json(path / GATES_CONFIG), str(path / GATES_CONFIG))
-  return fastdms.find(path) or nvidia.gates(values, str(path))
+  if (path / GATES_CONFIG).exists():  # written by `write`
+    dms = from_json(DMSConfig, read_json(path / GATES_CONFIG), str(path / GATES_CONFIG))
+    return Gates(dms, "dms_torch" if (path / "modeling_dms.py").exists() else NAME, GATES_CONFIG)
+  return fastdms.find(path) or nvidia.read(values, str(path))
+
+
+def base_name(path: Path, values: dict, found: Gates | None) -> str | None:
+  """The model that the one in `path` was made from, as its files name it; None if they do not.
+
+  They are dms_metadata.json or training_log.json, the `base_model` of README.md, or `_name_or_path` of config.json.
+
+  Args:
+    values: content of config.json.
+    found: the gates.
+  """
+  if found is not None and found.base is not None:
+    return found.base
+  if (path / CARD).is_file():
+    card = (path / CARD).read_text(encoding="utf-8", errors="replace")
+    if named := re.search(r"^base_model:\s*(?:-\s*)?[\"']?([\w./-]+)", card, re.MULTILINE):
+      return named[1]
+  name = values.get("_name_or_path")
+  return name if isinstance(name, str) and name else None
 
 
 def is_ignored(config: ModelConfig, name: str) -> bool:
@@ -78,159 +106,40 @@ def is_ignored(config: ModelConfig, name: str) -> bool:
   return bool(_ROPE_TABLE.fullmatch(name)) or (config.tie_embeddings and name == _HEAD)
 
 
-def _weight_files(path: Path) -> list[Path]:
-  """The files of weights: one, or the index's; model.safetensors is preferred, as in transformers."""
-  gates = [path / GATES] * (path / GATES).is_file()
-  if (path / WEIGHTS).is_file():
-    return [path / WEIGHTS, *gates]
-  if (path / INDEX).exists():
-    index = read_json(path / INDEX).get("weight_map")
-    if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
-      raise ValueError(f"{path / INDEX}: no weight_map in it; the file is damaged")
-    if outside := [name for name in set(index.values()) if name in ("", ".", "..") or Path(name).name != name]:
-      raise ValueError(f"{path / INDEX}: {shown(outside[0])} is no name of a file beside it")
-    files = [path / name for name in sorted(set(index.values()))]
-    if missing := [f.name for f in files if not f.is_file()]:
-      raise ValueError(f"{path}: shard(s) {missing} named by {INDEX} are missing; fetch them again")
-  else:
-    files = sorted(f for f in path.glob("*.safetensors") if not _OTHERS.fullmatch(f.name))
-    pickles = sorted(f.name for f in path.glob("pytorch_model*.bin"))
-    if not files:
-      found = f"only {', '.join(pickles)}: {NO_PICKLES}" if pickles else "no .safetensors file in it"
-      raise ValueError(f"{path}: {found}")
-    if (n := len(files)) > 1:
-      raise ValueError(f"{path}: {n} .safetensors files and no {INDEX} that says what is where; fetch it again")
-  return files + gates
-
-
-def _plain_name(name: str) -> str:
-  """A tensor's name without what torch.compile adds, and with the `model.` that a model without its head leaves out."""
-  name = name.replace("_orig_mod.", "")
-  return f"model.{name}" if name.startswith(("embed_tokens.", "layers.", "norm.")) else name
-
-
-def _open_tensors(path: Path) -> Tensors:
-  try:
-    from safetensors import SafetensorError, safe_open
-  except ImportError:
-    raise ValueError(f"{path}: reading it needs safetensors: pip install 'dms_jax[convert]'") from None
-  where, files, shapes, sizes, refused = {}, {}, {}, Counter(), []
-  for file in _weight_files(path):
-    try:
-      handle = safe_open(file, framework="np")
-      entries = {name: handle.get_slice(name) for name in handle.keys()}
-    except (SafetensorError, OSError, OverflowError) as error:
-      reason = f"not a readable safetensors file ({first_line(error)})"
-      raise ValueError(f"{file}: {reason}; it is damaged or was cut short") from None
-    for stored, entry in entries.items():
-      name, kind = _plain_name(stored), entry.get_dtype()
-      if kind in _BUFFERS and not name.endswith((".weight", ".bias")):
-        continue
-      if name in where:
-        raise ValueError(f"{path}: tensor {name} is in {files[name]} and in {file.name}; remove the one that is older")
-      where[name], files[name], shapes[name] = (handle, stored), file.name, tuple(entry.get_shape())
-      if kind not in _DTYPES:
-        refused.append(f"{name} ({kind})")
-      else:
-        sizes[_DTYPES[kind]] += math.prod(shapes[name])
-  if refused:
-    more = f" and {len(refused) - 8} more" if len(refused) > 8 else ""
-    raise ValueError(f"{path}: tensors are to be F32, F16 or BF16; found {', '.join(refused[:8])}{more}")
-  dtype = sizes.most_common(1)[0][0] if sizes else "float32"
-
-  def read_tensor(name: str) -> np.ndarray:
-    handle, stored = where[name]
-    return handle.get_tensor(stored)
-
-  return Tensors(str(path), shapes, read_tensor, dtype)
-
-
-def export(
-  path: str | Path,
+def write(
+  directory: Path,
   model: Model,
-  tokenizer: Tokenizer | None = None,
+  tokenizer: Tokenizer | None,
   *,
-  dtype: str | None = None,
-  overwrite: bool = False,
-  shard_bytes: int = SHARD_BYTES,
+  dtype: str,
+  shard_bytes: int,
   progress: Progress | None = None,
-) -> Path:
-  """Writes a directory that transformers loads, atomically; returns `path`.
+  about: About = About(),
+) -> None:
+  """Writes the dense model, low-rank updates merged, as transformers loads it, and the gates in files of their own.
 
-  Low-rank updates are merged. Gates are written to separate files, which plain transformers ignores: dms_config.json,
-  and dms_gates.safetensors with the adapter's tensors under NVIDIA's names. `read` reads both.
-
-  Args:
-    dtype: dtype of the weights, "float32", "bfloat16" or "float16"; default the model's.
-    overwrite: replace an earlier export.
-    shard_bytes: most bytes of one safetensors file.
-    progress: called as progress(done, total, file name).
-
-  Raises:
-    ValueError: `path` exists and may not be replaced, or dtype is unknown.
+  Plain transformers ignores those files: dms_config.json, and dms_gates.safetensors with the gates' tensors in float32,
+  under NVIDIA's names. `read` reads both.
   """
-  try:
-    from safetensors.numpy import save_file
-  except ImportError:
-    raise ValueError("writing safetensors needs the safetensors package: pip install 'dms_jax[convert]'") from None
   model = model.merged()
-  dtype = str(model.dtype) if dtype is None else dtype
-  if dtype not in DTYPES:
-    raise ValueError(f"dtype={dtype!r} is not one of {DTYPES}")
-  path = Path(path)
-  if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
-    raise ValueError(f"{path}: exists already; choose another place or pass --overwrite")
-  table = param_table(model.config, model.dms)
-  groups = {g: {n: s for n, s in table.items() if s.group == g} for g in ("base", "gate")}
-  with atomic_directory(path, replaces=_is_export) as directory:
-    _write_weights(directory, list(from_params(groups["base"], model.params, jnp.dtype(dtype))), shard_bytes, progress)
-    if model.dms is not None:
-      _write_json(directory / GATES_CONFIG, to_json(model.dms))
-    if groups["gate"]:  # float32: they are small, and a rounded logit can flip a decision
-      adapter = {name: read_one() for name, _, read_one in from_params(groups["gate"], model.params, jnp.float32)}
-      save_file(adapter, directory / GATES, metadata={"format": "pt"})
-    values = config_to_hf(model.config, dtype)
-    _write_json(directory / GENERATION, {"eos_token_id": values["eos_token_id"]})
-    if tokenizer is not None:
-      tokenizer.save(directory)
-      values["bos_token_id"] = tokenizer.bos_token_id
-    _write_json(directory / "config.json", values)
-  return path
+  write_weights(directory, base_tensors(model, dtype), dtype, shard_bytes, progress)
+  write_gates(directory, model)
+  write_configs(directory, model, tokenizer, dtype)
+  write_card(directory, NAME, model, about, loading=_LOADING, missing=_missing(model))
 
 
-def _write_weights(directory: Path, tensors: list, shard_bytes: int, progress: Progress | None) -> None:
-  from safetensors.numpy import save_file
+_LOADING = """    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-  dtype = tensors[0][2]().dtype
-  shards: list[list] = [[]]
-  free = shard_bytes
-  for entry in tensors:
-    size = tensor_bytes(entry[1], dtype)
-    if size > free and shards[-1]:
-      shards.append([])
-      free = shard_bytes
-    shards[-1].append(entry)
-    free -= size
-  total = len(shards)
-  numbered = [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
-  names = numbered if total > 1 else ["model.safetensors"]
-  for i, (name, shard) in enumerate(zip(names, shards, strict=True)):
-    save_file({n: read_one() for n, _, read_one in shard}, directory / name, metadata={"format": "pt"})
-    if progress is not None:
-      progress(i + 1, total, name)
-  if total > 1:
-    weight_map = {n: name for name, shard in zip(names, shards, strict=True) for n, _, _ in shard}
-    size = sum(tensor_bytes(shape, dtype) for _, shape, _ in tensors)
-    _write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER", dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
+"""
 
 
-def _is_export(path: Path) -> bool:
-  """Whether a directory holds only files that `export` writes."""
-  ours = re.compile(r"(model.*\.safetensors(\.index\.json)?|(config|generation_config|tokenizer.*|dms_.*)\.\w+)")
-  with contextlib.suppress(ValueError):
-    return "architectures" in read_json(path / "config.json") and all(ours.fullmatch(f.name) for f in path.iterdir())
-  return False
-
-
-def _write_json(path: Path, values: dict) -> None:
-  path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+def _missing(model: Model) -> list[str]:
+  """What plain transformers makes nothing of."""
+  if model.dms is None:
+    return []
+  lost = [f"Eviction, for others: plain transformers ignores {GATES_CONFIG} and {GATES}, which hold the gates."]
+  if model.dms.gate == "neuron":
+    lost.append(PLAIN_NEURON)
+  return lost

@@ -1,0 +1,129 @@
+"""Tensors of safetensors files: which files of a folder hold the weights; headers, checked."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from dms_jax.checkpoint import first_line
+from dms_jax.config import read_json, shown
+from dms_jax.convert import pickles
+from dms_jax.convert.tensors import Tensors
+
+WEIGHTS, INDEX, GATES = "model.safetensors", "model.safetensors.index.json", "dms_gates.safetensors"
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_BLOCK = 2**24  # numbers that are read at a time
+_BUFFERS = ("I64", "BOOL")  # types of counters, position ids and masks, which no weight has
+_OTHERS = re.compile(r"(adapter_model|consolidated(\.\d+)?|dms_gates)\.safetensors")  # beside the model's own
+
+
+def _weight_files(path: Path) -> list[Path]:
+  """The files of weights: one, or the index's; model.safetensors is preferred, as in transformers."""
+  gates = [path / GATES] * (path / GATES).is_file()
+  if (path / WEIGHTS).is_file():
+    return [path / WEIGHTS, *gates]
+  if (path / INDEX).exists():
+    index = read_json(path / INDEX).get("weight_map")
+    if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
+      raise ValueError(f"{path / INDEX}: no weight_map in it; the file is damaged")
+    if outside := [name for name in set(index.values()) if name in ("", ".", "..") or Path(name).name != name]:
+      raise ValueError(f"{path / INDEX}: {shown(outside[0])} is no name of a file beside it")
+    files = [path / name for name in sorted(set(index.values()))]
+    if missing := [f.name[:80] for f in files if not os.path.isfile(f)]:  # false for names that no file can have
+      more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+      raise ValueError(f"{path}: shard(s) {missing[:8]}{more} named by {INDEX} are missing; fetch them again")
+  else:
+    files = sorted(f for f in path.glob("*.safetensors") if not _OTHERS.fullmatch(f.name))
+    if not files:
+      pickled = pickles.find(path)
+      raise ValueError(pickles.refusal(path, pickled) if pickled else f"{path}: no .safetensors file in it")
+    if (n := len(files)) > 1:
+      raise ValueError(f"{path}: {n} .safetensors files and no {INDEX} that says what is where; fetch it again")
+  return files + gates
+
+
+def _check_names(file: Path) -> None:
+  """Raises ValueError if the header of a readable file names a tensor twice, as the library allows, or oddly."""
+  with file.open("rb") as stream:
+    header = stream.read(int.from_bytes(stream.read(8), "little"))
+  json.loads(header, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """A JSON object from its pairs; a ValueError if a key is there twice or is no printable text."""
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    keys = [key for key, _ in pairs]
+    raise ValueError(f"its header holds {shown(next(key for key in keys if keys.count(key) > 1))} twice")
+  if odd := [key for key in found if not key.isprintable()]:
+    raise ValueError(f"its header holds the name {shown(odd[0])}")
+  return found
+
+
+def _plain_name(name: str) -> str:
+  """A tensor's name without what torch.compile adds, and with the `model.` that a model without its head leaves out."""
+  name = name.replace("_orig_mod.", "")
+  return f"model.{name}" if name.startswith(("embed_tokens.", "layers.", "norm.")) else name
+
+
+def open_tensors(path: Path, only: list[Path] | None = None) -> Tensors:
+  """The tensors of the safetensors files of a Hugging Face directory; a tensor is read when it is asked for.
+
+  Args:
+    only: the files to open; default those of the model's weights and gates.
+
+  Raises:
+    ValueError: a file is missing or damaged, or a tensor is of another dtype or is there twice.
+  """
+  try:
+    from safetensors import SafetensorError, safe_open
+  except ImportError:
+    raise ValueError(f"{path}: reading it needs safetensors: pip install 'dms_jax[convert]'") from None
+  where, files, shapes, kinds, sizes, refused = {}, {}, {}, {}, Counter(), []
+  for file in _weight_files(path) if only is None else only:
+    try:
+      with safe_open(file, framework="np") as handle:
+        slices = {name: handle.get_slice(name) for name in handle.keys()}
+        entries = {name: (one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
+      _check_names(file)
+    except (SafetensorError, OSError, OverflowError, ValueError) as error:
+      reason = f"not a readable safetensors file ({first_line(error)})"
+      raise ValueError(f"{file}: {reason}; it is damaged or was cut short") from None
+    for stored, (kind, shape) in entries.items():
+      name = _plain_name(stored)
+      if kind in _BUFFERS and not name.endswith((".weight", ".bias")):
+        continue
+      if name in where:
+        raise ValueError(f"{path}: tensor {name} is in {files[name]} and in {file.name}; remove the one that is older")
+      where[name], files[name], shapes[name] = (file, stored), file.name, shape
+      if kind not in _DTYPES:
+        refused.append(f"{name} ({kind})")
+      else:
+        kinds[name] = jnp.dtype(_DTYPES[kind])
+        sizes[_DTYPES[kind]] += math.prod(shape)
+  if refused:
+    more = f" and {len(refused) - 8} more" if len(refused) > 8 else ""
+    raise ValueError(f"{path}: tensors are to be F32, F16 or BF16; found {', '.join(refused[:8])}{more}")
+  dtype = sizes.most_common(1)[0][0] if sizes else "float32"
+
+  def read_tensor(name: str) -> np.ndarray:
+    (file, stored), shape = where[name], shapes[name]
+    if math.prod(shape) <= _BLOCK:
+      with safe_open(file, framework="np") as handle:
+        return handle.get_tensor(stored)
+    value, rows = np.empty(shape, kinds[name]), max(1, _BLOCK * shape[0] // math.prod(shape))
+    for start in range(0, shape[0], rows):
+      end = min(start + rows, shape[0])
+      with safe_open(file, framework="np") as handle:  # mapped: what is read stays in memory while the file is open
+        value[start:end] = handle.get_slice(stored)[start:end]
+    return value
+
+  return Tensors(str(path), shapes, read_tensor, dtype)
