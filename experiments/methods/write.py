@@ -84,14 +84,9 @@ def _write_group(
 ) -> Iterator[list[Record]]:  # fmt: skip
   """`write` for the prompts of one group, up to `most` new tokens."""
   key_of = lambda number, chain: jax.random.fold_in(jax.random.fold_in(jax.random.key(job.seed), number), chain)
-<<<<<<< HEAD
-  generator = _generator(job, method, group, tokenizer, most, width, memory)
+  generator = generator_of(job, method, group, tokenizer, most, width, memory)
   running: dict[int, tuple[int, list[int]]] = {}  # ticket -> prompt, its chains
   ended: dict[int, int] = {}  # ticket -> chains that have ended
-=======
-  generator = generator_of(job, method, group, tokenizer, most, width, memory)
-  running: dict[int, tuple[int, list[int]]] = {}  # ticket -> prompt, its chains; an ended chain is -1
->>>>>>> main
   cuts: dict[int, dict[int, list[int]]] = {}  # prompt -> chain -> most new tokens, in order
   for prompt, chain, cut in sorted(wanted):
     cuts.setdefault(prompt, {}).setdefault(chain, []).append(cut)
@@ -112,7 +107,6 @@ def _write_group(
       running[generator.submit(prompt, max_new_tokens=most, **request)] = (number, chains)
   unfinished = 0  # tokens of the chains that have not ended
   while generator.busy:
-<<<<<<< HEAD
     found, news = [], step(times.step)
     unfinished += sum(len(new) for _, _, new, _ in news)
     for ticket, index in dict.fromkeys((ticket, index) for ticket, index, *_ in news):
@@ -128,34 +122,12 @@ def _write_group(
         used = usage.until(cut)
         found.append(dict(
           prompt=number, chain=chain, most=cut, tokens=used["seen"], reads=used["reads"], peak=used["peak"],
+          shared=_shared(usage, generator.policy),
           achieved_cr=used["seen"] / used["held"], text=text, answer=job.task.answer(text),
           seconds=times.until(ticket, index, min(cut, len(tokens))),
         ))  # fmt: skip
       ended[ticket] = ended.get(ticket, 0) + 1
       if ended[ticket] == len(chains):
-=======
-    step(times.step, running)
-    found = []
-    for ticket, (number, chains) in list(running.items()):
-      result = generator.results[ticket]
-      for index, chain in enumerate(chains):
-        if chain < 0 or result.finish_reason[index] == "running":
-          continue
-        chains[index] = -1
-        tokens, usage = result.tokens[index], result.usage[index]
-        for cut in cuts[number][chain]:
-          text = result.text[index]
-          if len(tokens) > cut:
-            text = _text_until(tokens[:cut], generator, job.asked[number].tokens)
-          used = usage.until(cut)
-          found.append(dict(
-            prompt=number, chain=chain, most=cut, tokens=used["seen"], reads=used["reads"], peak=used["peak"],
-            shared=_shared(usage, generator.policy),
-            achieved_cr=used["seen"] / used["held"], text=text, answer=job.task.answer(text),
-            seconds=times.until(ticket, index, min(cut, len(tokens))),
-          ))  # fmt: skip
-      if result.finished:
->>>>>>> main
         del running[ticket], generator.results[ticket]
     if found:
       grades = job.task.grades([(each["text"], job.asked[each["prompt"]]) for each in found])
