@@ -88,14 +88,9 @@ except KeyboardInterrupt as stop:
 """
 
 
-def start(case: str, **options) -> subprocess.Popen:
+def start(case: str) -> subprocess.Popen:
   process = subprocess.Popen(
-    [sys.executable, "-c", PROGRAM, case],
-    cwd=ROOT,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-    **options,
+    [sys.executable, "-c", PROGRAM, case], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
   )
   assert process.stdout.readline() == "ready\n", process.communicate()[1]
   return process
@@ -144,7 +139,13 @@ def test_a_second_one_ends_a_loop_that_is_stuck():
 
 
 def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored():
-  process = start("python", preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+  before = signal.signal(
+    signal.SIGINT, signal.SIG_IGN
+  )  # inherited: a function to run after the fork is no way beside JAX
+  try:
+    process = start("python")
+  finally:
+    signal.signal(signal.SIGINT, before)
   process.send_signal(signal.SIGINT)
   time.sleep(0.5)
   assert process.poll() is None
