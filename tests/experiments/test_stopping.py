@@ -139,9 +139,7 @@ def test_a_second_one_ends_a_loop_that_is_stuck():
 
 
 def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored():
-  before = signal.signal(
-    signal.SIGINT, signal.SIG_IGN
-  )  # inherited: a function to run after the fork is no way beside JAX
+  before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # is inherited; JAX warns of functions run after a fork
   try:
     process = start("python")
   finally:
