@@ -90,6 +90,7 @@ FAST = [("keydiff", "loop"), ("h2o", "loop"), ("keydiff", "scan")]
 def test_no_policy_copies_the_cache_in_a_decode_step(name, form):
   """Temporaries below 1 % of the cache, and as many as the policy's numbers of each slot, which it compares.
 
+  Where a policy asks for mass, attention keeps the scores and weights of one layer, two float32 a query head and slot.
   On a CPU a sum over keys is a call of a library, for which KeyDiff's keys of one layer are copied. A cut, which comes
   every 64 or 128 steps, takes the space of six layers. Nothing as large as all keys and values is copied in any step.
   """
@@ -103,6 +104,8 @@ def test_no_policy_copies_the_cache_in_a_decode_step(name, form):
   program = jax.jit(cached_forward, donate_argnums=2).lower(model, policy, cache, tokens, lengths).compile()
   size = cache.kv.size * cache.kv.dtype.itemsize
   allowed = 0.01 * size + sum(stat.size * stat.dtype.itemsize for stat in cache.stats.values())
+  if "mass" in policy.observes:
+    allowed += 2 * ROWS * cfg.num_heads * SLOTS * 4
   if "keys" in policy.observes:
     allowed += 0.55 * size / LAYERS
   if policy.prunes:

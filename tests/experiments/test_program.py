@@ -97,7 +97,7 @@ def test_every_flag_says_what_it_does(name, monkeypatch):
   """A line or a sentence of a docstring, no name of a field alone."""
   texts = {}
   monkeypatch.setattr(sys, "argv", [name])
-  monkeypatch.setattr(program, "run", lambda main: None)
+  monkeypatch.setattr(program, "run", lambda main, **_: None)
   monkeypatch.setattr(program.flags, "DEFINE_boolean", lambda flag, default, text: texts.update({flag: text}))
   define = lambda parser, flag, default, text, serializer: texts.update({flag: text})
   monkeypatch.setattr(program.flags, "DEFINE", define)

@@ -30,7 +30,7 @@ def test_what_was_served_is_sound(ran, tmp_path):
   }  # there was little time
   assert all(held.values()), result
   assert result["conversations_checked"] == len(outcome["kept"]) > 0 and result["lost_pages"] == 0
-  assert result["requests"] >= 3 and result["tokens"] > 0 and result["characters"] > 0
+  assert result["requests"] > 0 and result["tokens"] > 0 and result["characters"] > 0
   lengths = {len(values) for values in outcome["samples"].values()}
   assert lengths == {result["steps"]} and outcome["samples"]["pages"][-1] == 0
   series = soak.over_time(outcome["samples"], 5)

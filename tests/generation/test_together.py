@@ -160,7 +160,8 @@ def test_one_new_token_needs_no_decode_block(model, monkeypatch):
   monkeypatch.setattr("dms_jax.generation.decode.decode_block", never)
   generator = Generator(model, pages=400, **SIZES, prefill_rows=4)
   tickets = [generator.submit(prompt, max_new_tokens=1, key=jax.random.key(0)) for prompt in prompts_of(model) * 2]
-  assert len(generator.step()) == len(tickets) and not generator.busy
+  news = generator.step()
+  assert [ticket for ticket, _, tokens, _ in news for _ in tokens] == tickets and not generator.busy
   assert all(generator.results[ticket].finish_reason == ["length"] for ticket in tickets)
   assert generator.results[tickets[1]].usage[0].until()["seen"] == 19
 
