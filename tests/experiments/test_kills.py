@@ -114,23 +114,9 @@ def start(name: str, inputs: Path, output: Path, at: int = -1) -> subprocess.Pop
 
 # What is compared -----------------------------------------------------------------------------------------------------
 
-TIMES = {
-  "seconds",
-  "tokens_per_s",
-  "minutes",
-  "environment",
-  "speed",
-  "date",
-  "folder",
-  "output",
-  "command",
-  "config",
-  "written",
-  "pictures",
-  "seeds",
-  "directory",
-  "retrofit_crc32",
-}  # fmt: skip  (of a config.json that lists Orbax's files, whose names are random)
+# Among them the CRC of a config.json that lists Orbax's files, whose names are random.
+TIMES = {"seconds", "tokens_per_s", "minutes", "environment", "speed", "date", "folder", "output", "command", "config",
+         "written", "pictures", "seeds", "directory", "retrofit_crc32"}  # fmt: skip
 
 
 def plain(value: Any) -> Any:
