@@ -170,14 +170,15 @@ def _cut(
     memory={name: x[layer] for name, x in carry.memory.items()},
   )  # fmt: skip
   stays = live & policy.compact(candidates)
-  # The barrier makes attention read the archive before the write; a read after the write would copy the cache.
-  out, stays, stats, carry = lax.optimization_barrier((out, stays, stats, carry))
+  # The barrier makes attention read the archive before the write; a read after the write would copy the cache. So would
+  # a write that reads its rows from the archive itself, into which XLA would fuse the two.
+  out, stays, stats, archive, own, carry = lax.optimization_barrier((out, stays, stats, archive, window.rows, carry))
   moved = moves(jnp.where(active[:, None, None], stays, live), slots - ring, in_order)
 
   in_ring = jnp.broadcast_to(jnp.where(window.stays, window.slot, slots)[:, None], leaves.shape)
   elsewhere = ordered(in_ring, jnp.full(in_archive.shape, slots, in_ring.dtype))
   target = jnp.where(moved.target < slots - ring, ring + moved.target, elsewhere)
-  stored = ordered(window.rows, packed(archive, window.rows.dtype))
+  stored = ordered(own, packed(archive, own.dtype))
   carry = cache._written(carry, reserved, layer, target, stored, in_order)
   for name, stat in stats.items():
     held = carry.stats[name].at[layer, :, :, ring:].set(stat[..., : slots - ring])

@@ -209,10 +209,12 @@ class PromptReader:
     return width, self._places(prompt.before + first + length)
 
   def _places(self, tokens: int) -> int:
-    """Pages a head may need for `tokens` tokens, rounded up to a power of two of at least PLACES: few compilations."""
+    """Pages a head may need for `tokens` tokens, rounded up to PLACES times a power of 4: few compilations."""
     cache = self.memory.cache
-    needed = max(-(-tokens // cache.page_size), PLACES)
-    return min(1 << (needed - 1).bit_length(), cache.table.pages.shape[3])
+    needed, most = -(-tokens // cache.page_size), PLACES
+    while most < needed:
+      most *= 4
+    return min(most, cache.table.pages.shape[3])
 
 
 def account(pending: list[tuple[Sequence[Prompt], Any, Counts]]) -> None:
