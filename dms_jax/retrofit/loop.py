@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from dms_jax import checkpoint, formats
-from dms_jax.config import DMSConfig, LoRAConfig, from_json, has_half_pair, is_number, parse_json, read_json, to_json
+from dms_jax.config import DMSConfig, LoRAConfig, from_json, is_number, parse_json, read_json, to_json
 from dms_jax.model import Model
 from dms_jax.params import Params, join_params, param_table, split_params
 from dms_jax.retrofit import distributed, kvzap
@@ -351,12 +351,11 @@ def train(
 @contextlib.contextmanager
 def _states(directory: Path, config: RetrofitConfig) -> Iterator[ocp.training.Checkpointer]:
   """The checkpoints of the training state; the context ends when the last one is written."""
-  if has_half_pair(str(directory)):
-    raise ValueError(f"{directory}: the locale cannot decode this name, nor Orbax take it; choose another folder")
   keep = ocp.training.preservation_policies.LatestN(config.saving.keep_states)
-  with ocp.training.Checkpointer(
-    directory.absolute() / STATE, preservation_policy=keep, cleanup_tmp_directories=True
-  ) as checkpointer:
+  with (
+    checkpoint.plain_name(directory) as plain,
+    ocp.training.Checkpointer(plain / STATE, preservation_policy=keep, cleanup_tmp_directories=True) as checkpointer,
+  ):
     yield checkpointer
 
 
