@@ -50,7 +50,7 @@ from dms_jax.policies import Policy
 from dms_jax.policies.periodic import Periodic
 from dms_jax.tokenizer import byte_tokenizer
 from experiments.common import files, program
-from experiments.reports import plots
+from experiments.reports import figures_bench
 from pallas_kernels.paged.format import FORMATS
 
 
@@ -212,11 +212,14 @@ def compiled() -> Iterator[Callable[[], int]]:
     jax.monitoring.unregister_event_duration_listener(note)
 
 
-def by_file(past: Continuation, model: Model, policy: Policy) -> Continuation:
-  """The conversation, saved and loaded."""
+def by_file(past: Continuation, generator: Generator) -> Continuation:
+  """A conversation of a generator, saved and loaded, into a cache of one size: every other size would be compiled."""
   with tempfile.TemporaryDirectory() as folder:
     dms_jax.save_conversation(Path(folder) / "past", past)
-    return dms_jax.load_conversation(Path(folder) / "past", model, policy=policy).row(0)
+    loaded = dms_jax.load_conversation(
+      Path(folder) / "past", generator.model, policy=past.policy, capacity=generator.max_length
+    )
+    return loaded.row(0)
 
 
 def refuses(server: Server, talk: Talk, request: tuple[list[int], dict[str, Any]]) -> bool:
@@ -283,7 +286,7 @@ def soak(servers: list[Server], config: Config, traffic: Traffic, count: Callabl
             counts["accepted"] += not refuses(servers[other], talk, traffic.request(servers[other], talk))
             other = number
           if draw.random() < 0.1:
-            talk.past = by_file(talk.past, generator.model, talk.past.policy)
+            talk.past = by_file(talk.past, generator)
             counts["saved"] += 1
           counts["moved"] += other != number
           ask(other, talk)
@@ -403,51 +406,6 @@ def verdict(servers: list[Server], config: Config, outcome: dict[str, Any]) -> d
   }  # fmt: skip
 
 
-def over_time(samples: dict[str, list], bins: int = 120) -> dict[str, list]:
-  """[least, mean, greatest] of the samples in each of `bins` equal parts of the time, and `seconds`, their ends."""
-  at = np.asarray(samples["seconds"])
-  ends = np.linspace(0, at[-1], bins + 1)[1:]
-  part = np.minimum(np.searchsorted(ends, at), bins - 1)
-  found = [i for i in range(bins) if (part == i).any()]
-  result = {"seconds": [round(float(ends[i]), 1) for i in found]}
-  for name in ("pages", "running", "waiting", "memory", "programs"):
-    values = np.array([x or 0 for x in samples[name]], float)
-    groups = [values[part == i] for i in found]
-    result[name] = [[float(g.min()), round(float(g.mean()), 2), float(g.max())] for g in groups]
-  return result
-
-
-def picture(path: Path, series: dict[str, list], begin: float, pages: int, title: str) -> str | None:
-  """Pages in use, rows, memory and compiled programs over time, as mean and range; None without matplotlib."""
-  if (plt := plots.pyplot()) is None:
-    return None
-  figure, axes = plt.subplots(4, 1, figsize=(9, 9), sharex=True, layout="constrained")
-
-  def draw(axis, name: str, color: str, label: str, scale: float = 1.0):
-    least, mean, most = np.array(series[name]).T / scale
-    axis.fill_between(series["seconds"], least, most, color=color, alpha=0.2, lw=0)
-    axis.plot(series["seconds"], mean, color=color, lw=1.6, label=label)
-
-  draw(axes[0], "pages", plots.DMS, "in use: mean and range")
-  axes[0].axhline(pages, color=plots.DENSE, lw=0.8, ls="--", label="the pool")
-  draw(axes[1], "waiting", plots.DENSE, "waiting, or on the host")
-  draw(axes[1], "running", plots.DMS, "in the batch")
-  draw(axes[2], "memory", plots.DMS, "of the process", 2**20)
-  draw(axes[3], "programs", plots.DMS, "compiled so far")
-  for axis, label in zip(axes, ("pages", "rows", "memory, MiB", "programs"), strict=True):
-    axis.axvspan(0, begin, color=plots.DENSE, alpha=0.12, lw=0)
-    axis.set(ylabel=label, ylim=(0, None), xlim=(0, series["seconds"][-1]))
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderaxespad=0)
-  axes[0].text(0, 1.02, "shaded: warm-up", transform=axes[0].transAxes, color=plots.DENSE, fontsize="small")
-  axes[3].set_xlabel("seconds")
-  figure.suptitle(title)
-  figure.savefig(path, dpi=110)
-  plt.close(figure)
-  return str(path)
-
-
 def served_model(config: Config) -> tuple[Model, Any]:
   """The checkpoint's model and tokenizer, or a tiny one with random weights whose gates evict about half.
 
@@ -512,8 +470,8 @@ def main() -> None:
   title = (
     f"{config.minutes:g} minutes of random traffic on {name}, width {config.width}, {jax.devices()[0].device_kind}"
   )
-  series = over_time(samples)
-  image = picture(folder / "soak.png", series, result["warm_up_seconds"], result["pages"], title)
+  series = figures_bench.over_time(samples)
+  image = figures_bench.soak(folder / "soak.png", series, result["warm_up_seconds"], result["pages"], title)
   report = {"config": program.flag_values(), "environment": program.environment(), **result, "over_time": series}
   program.save_json(folder / "soak.json", report)
   program.finish({**result, "picture": image})

@@ -42,6 +42,7 @@ import jax
 from absl import app, flags
 from absl import logging as absl_logging
 
+from dms_jax.config import as_text
 from experiments.common import files, outputs, stopping
 
 FLAGS = flags.FLAGS
@@ -242,14 +243,6 @@ def read_flags(prefix: str, cls: type, values: Mapping[str, Any] | None = None) 
   return cls(**fields)
 
 
-def as_text(value: str) -> str:
-  """A text of the command line or of standard input as UTF-8, where the locale (such as C) could not decode it."""
-  try:
-    return os.fsencode(value).decode("utf-8")
-  except UnicodeError:
-    return value
-
-
 def flag_types(prefix: str, cls: type) -> dict[str, Any]:
   """{name: annotation} of the flags that `define_flags(prefix, cls)` makes."""
   hints, found = typing.get_type_hints(cls), {}
@@ -368,7 +361,7 @@ def environment() -> dict[str, Any]:
 
 
 def to_plain(value: Any) -> Any:
-  """`value` as plain JSON: dataclasses, paths, tuples and arrays converted, non-finite numbers as null."""
+  """`value` as plain JSON: dataclasses, paths, tuples and arrays converted, non-finite numbers as null, UTF-8."""
   if dataclasses.is_dataclass(value) and not isinstance(value, type):
     return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
   if isinstance(value, dict):
@@ -379,7 +372,7 @@ def to_plain(value: Any) -> Any:
     return to_plain(value.tolist())
   if isinstance(value, float):
     return value if math.isfinite(value) else None
-  return value if value is None or isinstance(value, bool | int | str) else str(value)
+  return value if value is None or isinstance(value, bool | int) else as_text(str(value))
 
 
 def finish(result: dict[str, Any], config: Any = None) -> None:

@@ -47,6 +47,3 @@ def test_the_same_results_as_under_utf_8(inputs, tmp_path, name):
   if name == "retrofit":
     trained = checkpoint.load(inputs / "base", retrofit=output / "final")
     assert trained.tokenizer.decode(trained.tokenizer.encode("Straße ☃ 漢字")) == "Straße ☃ 漢字"
-  if name == "generate":
-    prompts = [json.loads(line)["prompt"] for line in output.read_text(encoding="utf-8").splitlines()]
-    assert sorted(prompts) == sorted(f"{word} {i}" for i, word in enumerate(WORDS))
