@@ -312,13 +312,15 @@ def is_replaceable(path: Path) -> bool:
 def atomic_directory(path: str | Path, replaces=is_replaceable) -> Iterator[Path]:
   """A temporary directory that becomes `path` when the block succeeds, and is removed when it fails.
 
+  Where `path` is a link, what it points to is replaced, and the link stays.
+
   Args:
     replaces: whether an existing directory may be replaced; an empty one always may.
 
   Raises:
     ValueError: `path` holds something that must not be replaced.
   """
-  path = Path(path).absolute()
+  path = Path(os.path.realpath(path))
   path.parent.mkdir(parents=True, exist_ok=True)
   for leftover in sorted(path.parent.glob(f".{glob.escape(path.name)}.partial-*")):  # left by a killed process
     if _is_running(leftover.name.rpartition("-")[2]):
@@ -351,7 +353,8 @@ def atomic_directory(path: str | Path, replaces=is_replaceable) -> Iterator[Path
 
 
 def write_text(path: Path, text: str) -> None:
-  """Writes a small file atomically; an older one is replaced."""
+  """Writes a small file atomically; an older one, or what a link points to, is replaced."""
+  path = Path(os.path.realpath(path))
   partial = path.with_name(f".{path.name}.part")
   try:
     partial.write_text(text, encoding="utf-8")
@@ -463,7 +466,7 @@ def check_writable(path: str | Path) -> None:
   Raises:
     ValueError: it cannot: a parent is a file, or the disk is read-only or full.
   """
-  parent = Path(path).absolute().parent
+  parent = Path(os.path.realpath(path)).parent
   try:
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=parent) as file:

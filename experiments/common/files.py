@@ -44,8 +44,15 @@ def append_text(path: Path, text: str) -> None:
 def whole(path: Path) -> Iterator[Path]:
   """The path of a file to write, which replaces `path` when the block ends, and goes if the block fails.
 
-  Makes the folder. The content is on the disk before the name is, should the machine lose its power.
+  Makes the folder. Where `path` is a link, what it points to is replaced. The content is on the disk before the name
+  is, should the machine lose its power.
+
+  Raises:
+    ValueError: there is something else than a file, such as a device.
   """
+  path = Path(os.path.realpath(path))
+  if path.exists() and not path.is_file():
+    raise ValueError(f"{path}: exists and is no file; choose another place")
   path.parent.mkdir(parents=True, exist_ok=True)
   part = path.with_name(f".{path.name}")
   try:
