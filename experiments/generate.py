@@ -139,8 +139,8 @@ class Config:
 
 
 def user_turns() -> Iterator[str]:
-  """Lines of standard input, with a prompt on a terminal."""
-  while True:
+  """Lines of standard input, with a prompt on a terminal; none where it is closed."""
+  while sys.stdin is not None:
     if sys.stdin.isatty():
       print("> ", end="", file=sys.stderr, flush=True)
     if not (line := sys.stdin.readline()):

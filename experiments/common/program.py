@@ -338,9 +338,19 @@ def run(
 
 
 def enable_compilation_cache() -> None:
-  """Keeps compiled programs on disk, in JAX_COMPILATION_CACHE_DIR; an empty value turns the cache off."""
+  """Keeps compiled programs on disk, in JAX_COMPILATION_CACHE_DIR; an empty value turns the cache off.
+
+  There is none by default where the user has no home folder, or one that cannot be written.
+  """
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "dms_jax" / "xla"))
+    try:
+      folder = Path.home() / ".cache" / "dms_jax" / "xla"
+      folder.mkdir(parents=True, exist_ok=True)
+    except (RuntimeError, OSError):
+      return
+    if not os.access(folder, os.W_OK):
+      return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
   if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small ones add up
 

@@ -201,6 +201,16 @@ def _watch(pipe: int) -> None:
 
 
 def _leave(number: int) -> None:
+  _unlink_semaphores()
   if _state.phase != "end":
     _say(_line(number))
   os._exit(128 + number)
+
+
+def _unlink_semaphores() -> None:
+  """Those shared with worker processes, which multiprocessing would report as leaked, after the last line."""
+  util, synchronize = (sys.modules.get(f"multiprocessing.{name}") for name in ("util", "synchronize"))
+  with contextlib.suppress(Exception):
+    for finalizer in list(util._finalizer_registry.values()):
+      if finalizer._callback is synchronize.SemLock._cleanup:
+        finalizer()

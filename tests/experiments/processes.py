@@ -47,6 +47,7 @@ def hook(event, args):
     count += 1
     if count == at:
       act()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 if not at:
   atexit.register(lambda: print("writes", count, file=sys.stderr))
 sys.argv = sys.argv[4:]
