@@ -359,7 +359,17 @@ def json_value(data: bytes | str, source: str) -> Any:
     raise ValueError(f"{source}: JSON nested too deep; the file is damaged") from None
   except ValueError as error:  # of UTF-8, of JSON, or of a number with too many digits
     reason = f"not valid JSON ({shown(str(error))[1:-1]})"
-    raise ValueError(f"{source}: {reason}; the file is damaged or was cut short") from None
+    raise ValueError(f"{source}: {reason}; {damage(data)}") from None
+
+
+def damage(content: bytes | str) -> str:
+  """What is wrong with a file that cannot be read, and what to do, from its content or the start of it."""
+  start = bytes(content[:99], "utf-8", "replace") if isinstance(content, str) else content[:99]
+  if start.startswith(b"version https://git-lfs"):
+    return "it is a pointer of Git LFS: run git lfs pull in the clone"
+  if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+    return "it is a web page, such as a server answers in place of a file: fetch it again"
+  return "the file is damaged or was cut short"
 
 
 def as_text(value: Any) -> Any:

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from dms_jax import checkpoint, formats
-from dms_jax.config import DMSConfig, LoRAConfig, from_json, is_number, parse_json, read_json, to_json
+from dms_jax.config import DMSConfig, LoRAConfig, as_text, from_json, is_number, parse_json, read_json, to_json
 from dms_jax.model import Model
 from dms_jax.params import Params, join_params, param_table, split_params
 from dms_jax.retrofit import distributed, kvzap
@@ -69,7 +69,7 @@ class Run:
     data = {name: value for name, value in to_json(self.data).items() if name != "workers"}
     return {
       "model": to_json(self.base.config), "dms": to_json(self.dms) if self.dms else None, "lora": to_json(self.lora),
-      "retrofit": to_json(self.config), "data": data, "text": packer.fingerprints(),
+      "retrofit": to_json(self.config), "data": data, "text": as_text(packer.fingerprints()),
     }  # fmt: skip
 
 
