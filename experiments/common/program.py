@@ -318,6 +318,8 @@ def run(
         traceback.print_exc()
       log(stopping.line(stop))
       code = 128 + getattr(stop, "number", signal.SIGINT)
+      if not jax.distributed.is_initialized():  # its processes end together
+        stopping.leave(code)
     except Exception as error:
       expected = isinstance(error, ValueError | OSError | NotImplementedError | FloatingPointError)
       if FLAGS.debug or not (expected or outputs.is_full(error)):

@@ -1,4 +1,4 @@
-"""Programs as processes of their own on tiny inputs, what they leave behind, and hooks at their writes.
+"""Programs as processes on tiny inputs, what they leave behind, and hooks at their writes.
 
 Equal in two outputs are: records, results and log lines but for their seconds, regardless of the order of records;
 every parameter, bit by bit; all other files but for times, speeds and what describes the machine.

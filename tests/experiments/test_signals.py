@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM to programs that are at work: one line, the exit code, and the same results after going on."""
+"""SIGINT and SIGTERM to programs at work: one line, the exit code, the same results in the end."""
 
 from __future__ import annotations
 
