@@ -306,7 +306,7 @@ def train(
     last = config.schedule.steps if stop_after is None else min(stop_after, config.schedule.steps)
     line, pending, clock = (read_log(directory / LOG) or [{}])[-1], [], time.perf_counter()
     if first < last and stop():
-      raise Preempted(f"stopped before step {first}; nothing is lost")
+      raise Preempted(f"stopped before step {first}; nothing is lost, and the same command goes on")
     with open(directory / LOG if leads else os.devnull, "a", encoding="utf-8") as log:
       for step in range(first, last):
         if config.schedule.zero_neuron and step == config.schedule.fade_steps:
