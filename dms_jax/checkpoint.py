@@ -91,7 +91,7 @@ def save(
       context = ocp.Context()
       # A whole model is not compressed: that would halve its size, but take ten times longer.
       context.array.saving.use_compression = "base" not in groups
-      with context, _without_patterns(directory) as plain, _clear_full_disk(path):
+      with context, plain_name(directory) as plain, _clear_full_disk(path):
         ocp.save(plain / PARAMS, unflatten(flat))
     if jax.process_index() == 0:
       _describe(directory, model.config, model.dms, model.lora, groups, dtypes, tokenizer, metadata)
@@ -120,7 +120,7 @@ def save_slices(
   dtype, table = jnp.dtype(dtype), param_table(config, dms)
   groups = [g for g in GROUPS if g == "base" or (g == "gate" and dms is not None)]
   with atomic_directory(path) as directory:
-    with _without_patterns(directory) as plain, _clear_full_disk(path):
+    with plain_name(directory) as plain, _clear_full_disk(path):
       write_slices(plain / PARAMS, table, dtype, slices)
     dtypes = sorted({dtype_of(spec, dtype).name for spec in table.values()})
     _describe(directory, config, dms, None, groups, dtypes, tokenizer, metadata)
@@ -312,13 +312,15 @@ def is_replaceable(path: Path) -> bool:
 def atomic_directory(path: str | Path, replaces=is_replaceable) -> Iterator[Path]:
   """A temporary directory that becomes `path` when the block succeeds, and is removed when it fails.
 
+  Where `path` is a link, what it points to is replaced, and the link stays.
+
   Args:
     replaces: whether an existing directory may be replaced; an empty one always may.
 
   Raises:
     ValueError: `path` holds something that must not be replaced.
   """
-  path = Path(path).absolute()
+  path = Path(os.path.realpath(path))
   path.parent.mkdir(parents=True, exist_ok=True)
   for leftover in sorted(path.parent.glob(f".{glob.escape(path.name)}.partial-*")):  # left by a killed process
     if _is_running(leftover.name.rpartition("-")[2]):
@@ -351,7 +353,8 @@ def atomic_directory(path: str | Path, replaces=is_replaceable) -> Iterator[Path
 
 
 def write_text(path: Path, text: str) -> None:
-  """Writes a small file atomically; an older one is replaced."""
+  """Writes a small file atomically; an older one, or what a link points to, is replaced."""
+  path = Path(os.path.realpath(path))
   partial = path.with_name(f".{path.name}.part")
   try:
     partial.write_text(text, encoding="utf-8")
@@ -402,7 +405,7 @@ def _read_params(
   """Reads and checks the tensors of `table`. `dtype` applies to the base; other groups keep the stored dtype."""
   directory = (path / PARAMS).absolute()  # Orbax refuses relative paths
   _check_files(path, values["files"])
-  with _without_patterns(directory) as plain, _clear_errors(directory):
+  with plain_name(directory) as plain, _clear_errors(directory):
     found = flatten(ocp.metadata(plain).metadata)
   problems = [_difference(set(found), set(table))] if set(found) != set(table) else []
   problems += [
@@ -425,12 +428,12 @@ def _read_params(
     kind = found[name].dtype if dtype is None or spec.group != "base" else jnp.dtype(dtype)
     return jax.ShapeDtypeStruct(spec.shape, kind, sharding=shardings[name])
 
-  with _without_patterns(directory) as plain, _clear_errors(directory):
+  with plain_name(directory) as plain, _clear_errors(directory):
     return ocp.load(plain, unflatten({name: abstract(name, spec) for name, spec in table.items()}))
 
 
 @contextlib.contextmanager
-def _without_patterns(directory: Path) -> Iterator[Path]:
+def plain_name(directory: Path) -> Iterator[Path]:
   """`directory` by a name that Orbax takes: a link, if need be.
 
   It takes `[`, `]`, `*` and `?` for a pattern, and no name that the locale (such as C) cannot decode.
@@ -463,7 +466,7 @@ def check_writable(path: str | Path) -> None:
   Raises:
     ValueError: it cannot: a parent is a file, or the disk is read-only or full.
   """
-  parent = Path(path).absolute().parent
+  parent = Path(os.path.realpath(path)).parent
   try:
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=parent) as file:

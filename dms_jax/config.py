@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import types
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -242,8 +243,8 @@ class LoRAConfig:
 
 
 def to_json(config: Any) -> dict:
-  """A config dataclass as plain JSON values."""
-  return json.loads(json.dumps(dataclasses.asdict(config)))
+  """A config dataclass as plain JSON values; paths are the same text in every locale."""
+  return as_text(json.loads(json.dumps(dataclasses.asdict(config))))
 
 
 def from_json(cls: type, values: Any, source: str = "config") -> Any:
@@ -358,7 +359,32 @@ def json_value(data: bytes | str, source: str) -> Any:
     raise ValueError(f"{source}: JSON nested too deep; the file is damaged") from None
   except ValueError as error:  # of UTF-8, of JSON, or of a number with too many digits
     reason = f"not valid JSON ({shown(str(error))[1:-1]})"
-    raise ValueError(f"{source}: {reason}; the file is damaged or was cut short") from None
+    raise ValueError(f"{source}: {reason}; {damage(data)}") from None
+
+
+def damage(content: bytes | str) -> str:
+  """What is wrong with a file that cannot be read, and what to do, from its content or the start of it."""
+  start = bytes(content[:99], "utf-8", "replace") if isinstance(content, str) else content[:99]
+  if start.startswith(b"version https://git-lfs"):
+    return "it is a pointer of Git LFS: run git lfs pull in the clone"
+  if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+    return "it is a web page, such as a server answers in place of a file: fetch it again"
+  return "the file is damaged or was cut short"
+
+
+def as_text(value: Any) -> Any:
+  """A text of the command line or of standard input, or a JSON value with such texts, as UTF-8 in every locale.
+
+  Where the locale (such as C) cannot decode a character, Python holds its bytes as halves of surrogate pairs.
+  """
+  if isinstance(value, str):
+    try:
+      return os.fsencode(value).decode("utf-8")
+    except UnicodeError:
+      return value
+  if isinstance(value, dict):
+    return {as_text(key): as_text(each) for key, each in value.items()}
+  return [as_text(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 HALF_PAIR = "half of a surrogate pair (\\ud800 to \\udfff), which is no character"

@@ -15,7 +15,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from dms_jax import chat
-from dms_jax.config import HALF_PAIR, has_half_pair, read_json, shown
+from dms_jax.config import HALF_PAIR, damage, has_half_pair, read_json, shown
 
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"
@@ -48,8 +48,9 @@ class Tokenizer:
       raise ValueError(
         f"{path}: no {TOKENIZER_FILE} there, so text cannot be tokenized; convert the model with its own"
       )
-    with _clear_errors(f"{file}: not a tokenizer", "the file is damaged or was cut short"):
-      backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    content = file.read_bytes()
+    with _clear_errors(f"{file}: not a tokenizer", damage(content)):
+      backend = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
     _check_bounds(file, backend)
     settings = read_json(path / SETTINGS_FILE) if (path / SETTINGS_FILE).exists() else {}
     beside = path / (SETTINGS_FILE if settings else TOKENIZER_FILE)

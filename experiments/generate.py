@@ -27,6 +27,7 @@ import jax
 
 import dms_jax
 from dms_jax import policies
+from dms_jax.config import as_text
 from dms_jax.generation.generate import Output
 from dms_jax.model import Model
 from dms_jax.policies import Policy
@@ -117,7 +118,7 @@ class Config:
 
   def stops(self) -> tuple[str, ...]:
     """`stop` with each backslash and n replaced by a line feed."""
-    return tuple(program.as_text(text).replace("\\n", "\n") for text in self.stop)
+    return tuple(as_text(text).replace("\\n", "\n") for text in self.stop)
 
   @property
   def results(self) -> Path:
@@ -127,7 +128,7 @@ class Config:
   def prompts(self) -> list[str]:
     """The prompts of the flags; none when turns come from standard input."""
     if self.prompt is not None:
-      return [program.as_text(self.prompt)]
+      return [as_text(self.prompt)]
     if self.file is not None:
       return [files.read_text("file", self.file)]
     if self.prompts_file is not None:
@@ -138,14 +139,14 @@ class Config:
 
 
 def user_turns() -> Iterator[str]:
-  """Lines of standard input, with a prompt on a terminal."""
-  while True:
+  """Lines of standard input, with a prompt on a terminal; none where it is closed."""
+  while sys.stdin is not None:
     if sys.stdin.isatty():
       print("> ", end="", file=sys.stderr, flush=True)
     if not (line := sys.stdin.readline()):
       return
     if line.strip():
-      yield program.as_text(line.strip())
+      yield as_text(line.strip())
 
 
 def next_turn(tokenizer, messages: list[dict], ended: bool) -> str:
@@ -227,7 +228,7 @@ def main() -> None:
     program.finish(summary)
     return
   model, tokenizer, policy = load(config)
-  system = [] if config.system is None else [{"role": "system", "content": program.as_text(config.system)}]
+  system = [] if config.system is None else [{"role": "system", "content": as_text(config.system)}]
 
   def ask(texts: list[str], past: Output | None = None) -> tuple[Output, dict]:
     key = jax.random.fold_in(jax.random.key(config.seed), len(rows))

@@ -5,14 +5,15 @@
 
 Each of `--servers` is a `Generator` with a policy and, after a colon, a page format; they take turns. Requests of
 random lengths arrive at random times, some with several chains, some sampled, some with a budget or threshold of their
-own. Texts are made, and stop strings end some. Some conversations go on with another turn, in any generator of the same
-policy and format, whose pages have another size; some requests are cancelled. The pools are too small for all rows, so
-rows are preempted to the host and restored. Without `--checkpoint` the model is tiny and random; `--kernels` gives it
-sizes that GPU kernels support.
+own. Texts are made, and stop strings end some. Some conversations go on with another turn, in any generator that can
+continue them, which may have another policy or pages of another size; some are saved and loaded before. A generator
+that cannot continue one must refuse it. Some requests are cancelled. The pools are too small for all rows, so rows are
+preempted to the host and restored. Without `--checkpoint` the model is tiny and random; `--kernels` gives it sizes that
+GPU kernels support.
 
-At the end every page must be free. The memory of host and device and the processor's time for a token must not have
-grown since the warm-up. A sample of finished conversations must be bit-equal to the same requests run alone at the same
-width.
+The traffic warms up until no program has been compiled for a while. From then on the memory of host and device and the
+processor's time for a token must not grow. At the end every page must be free. A sample of finished conversations must
+be bit-equal to the same requests run alone at the same width.
 
     python -m experiments.soak --kernels --page_size=32 --minutes=1.5        # on a GPU
 
@@ -22,11 +23,15 @@ Writes OUTPUT/{soak.json, soak.png}; the last line is one JSON object, and the e
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
+import math
 import os
 import random
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,24 +43,27 @@ import dms_jax
 from dms_jax import policies
 from dms_jax.config import DMSConfig, ModelConfig
 from dms_jax.generation.batching import Generator
+from dms_jax.generation.conversation import Continuation
 from dms_jax.model import Model
 from dms_jax.params import init_params, param_table
 from dms_jax.policies import Policy
 from dms_jax.policies.periodic import Periodic
 from dms_jax.tokenizer import byte_tokenizer
 from experiments.common import files, program
-from experiments.reports import plots
+from experiments.reports import figures_bench
 from pallas_kernels.paged.format import FORMATS
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
   """`budget_tokens`: tokens that a head may hold in all rows together; default: one text of the greatest length.
-  `check`: conversations to run again alone. `warm_up`: share of the time; after it memory and the number of live arrays
-  may grow by at most the share `growth`, and the process's seconds a token, on all cores, by the share `slowing`.
+  `check`: conversations to run again alone. After the warm-up memory and the number of live arrays may grow by at most
+  the share `growth`, and the process's seconds a token, on all cores, by the share `slowing`.
 
   Attributes:
-    minutes: of the run.
+    minutes: of measured traffic.
+    warm_up: most minutes of traffic before.
+    quiet: rounds, each a step of every server, without a new compiled program that end the warm-up.
     servers: a policy and a page format each, such as dms:int8; every second one of a kind has pages twice as large.
     stop: strings that end a text.
     longest_prompt, longest_answer: most tokens of a turn's prompt, and of its answer.
@@ -66,9 +74,9 @@ class Config:
   retrofit: str | None = None
   kernels: bool = False
   minutes: float = 10.0
-  servers: tuple[str, ...] = ("dms", "dms", "dms:int8", "tova", "tova")
+  servers: tuple[str, ...] = ("dms", "vanilla", "dms:int8", "dms:int8", "tova", "tova")
   stop: tuple[str, ...] = ("e", "zq")
-  width: int = 8
+  width: int = 16
   budget_tokens: int | None = None
   longest_prompt: int = 96
   longest_answer: int = 96
@@ -77,7 +85,8 @@ class Config:
   prefill_chunk: int = 32
   decode_block: int = 8
   check: int = 12
-  warm_up: float = 0.3
+  warm_up: float = 20.0
+  quiet: int = 300
   growth: float = 0.05
   slowing: float = 0.3
   seed: int = 0
@@ -95,16 +104,23 @@ class Config:
       policies.get(name.partition(":")[0])
       if (form := name.partition(":")[2]) and form not in FORMATS:
         raise ValueError(f"--servers={name}: the page format must be one of {sorted(FORMATS)}")
-    if not 0 < self.warm_up < 1:
-      raise ValueError(f"--warm_up={self.warm_up} must lie between 0 and 1")
+    for name in ("warm_up", "quiet"):
+      if getattr(self, name) < 0:
+        raise ValueError(f"--{name}={getattr(self, name)} must be 0 or more")
 
 
 @dataclasses.dataclass(frozen=True)
 class Server:
-  """A generator; `name` is that of its policy and page format. Conversations go from one to any other of its name."""
+  """A generator; `name` is that of its policy and page format."""
 
   name: str
   generator: Generator
+
+  def continues(self, other: Server) -> bool:
+    """Whether a conversation of `other` can go on here."""
+    mine, theirs = self.generator.policy, other.generator.policy
+    formats = {server.name.partition(":")[2] for server in (self, other)}
+    return len(formats) == 1 and mine.continues(theirs) and mine.window == theirs.window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,11 +148,13 @@ class Traffic:
     self.config, self.vocab, self.random = config, vocab, random.Random(config.seed)
 
   def request(self, server: Server, talk: Talk) -> tuple[list[int], dict[str, Any]]:
-    """A prompt and the arguments of `submit`, with `seed` in place of the key; later turns keep the first's numbers."""
+    """A prompt and the arguments of `submit`, with `seed` in place of the key; later turns keep a policy's numbers."""
     draw, config = self.random, self.config
     prompt = [draw.randrange(self.vocab) for _ in range(draw.randint(1, config.longest_prompt))]
     chains = min(draw.choice((1, 1, 1, 2, 3)), config.width)
-    numbers = talk.turns[0].options["numbers"] if talk.turns else self._numbers(server.generator)
+    last = talk.turns[-1] if talk.turns else None
+    kept = last is not None and last.server.name == server.name
+    numbers = last.options["numbers"] if kept else self._numbers(server.generator)
     return prompt, dict(
       chains=chains, max_new_tokens=draw.randint(1, config.longest_answer), temperature=draw.choice((0.0, 0.9)),
       seed=draw.randrange(2**31), numbers=numbers,
@@ -178,15 +196,59 @@ def device_memory() -> int | None:
   return stats["bytes_in_use"] if stats else None
 
 
-def soak(servers: list[Server], config: Config, traffic: Traffic, seconds: float) -> dict[str, Any]:
-  """Serves `seconds` of traffic, then finishes all requests: {samples of every round, counts, ended conversations}."""
+@contextlib.contextmanager
+def compiled() -> Iterator[Callable[[], int]]:
+  """Yields a function that counts the programs compiled, or loaded as compiled before, in this block."""
+  count = 0
+
+  def note(event: str, duration: float, **about: str | int) -> None:
+    nonlocal count
+    count += event == "/jax/core/compile/backend_compile_duration"
+
+  jax.monitoring.register_event_duration_secs_listener(note)
+  try:
+    yield lambda: count
+  finally:
+    jax.monitoring.unregister_event_duration_listener(note)
+
+
+def by_file(past: Continuation, generator: Generator) -> Continuation:
+  """A conversation of a generator, saved and loaded, into a cache of one size: every other size would be compiled."""
+  with tempfile.TemporaryDirectory() as folder:
+    dms_jax.save_conversation(Path(folder) / "past", past)
+    loaded = dms_jax.load_conversation(
+      Path(folder) / "past", generator.model, policy=past.policy, capacity=generator.max_length
+    )
+    return loaded.row(0)
+
+
+def refuses(server: Server, talk: Talk, request: tuple[list[int], dict[str, Any]]) -> bool:
+  """Whether a generator that cannot continue a conversation refuses it, and is left as it was."""
+  tickets = set(server.generator.results)
+  try:
+    submit(server.generator, *request, talk.past)
+  except ValueError as error:
+    return "\n" not in str(error) and set(server.generator.results) == tickets
+  return False
+
+
+def soak(servers: list[Server], config: Config, traffic: Traffic, count: Callable[[], int]) -> dict[str, Any]:
+  """Serves traffic, then finishes all requests.
+
+  Args:
+    count: of the programs compiled so far.
+
+  Returns:
+    {"samples": of every round, "begin": seconds of the warm-up, "counts", "kept": ended conversations}.
+  """
   draw, talks = traffic.random, {}  # (server's number, ticket) -> talk, prompt, options
   counts: collections.Counter[str] = collections.Counter()
   kept: list[Talk] = []
-  columns = ("seconds", "pages", "running", "waiting", "memory", "device", "arrays", "tokens", "busy")
+  columns = ("seconds", "pages", "running", "waiting", "memory", "device", "arrays", "tokens", "busy", "programs")
   samples: dict[str, list] = {name: [] for name in columns}
   generators = [server.generator for server in servers]
   start = shown = time.monotonic()
+  begin, seconds, changed, programs = None, math.inf, 0, count()
 
   def ask(number: int, talk: Talk) -> None:
     prompt, options = traffic.request(servers[number], talk)
@@ -218,7 +280,14 @@ def soak(servers: list[Server], config: Config, traffic: Traffic, seconds: float
         talk.turns.append(Turn(server, prompt, options, answers(result)))
         if now < seconds and len(talk.turns) < config.turns and draw.random() < 0.4:
           talk.past = result.stored[0]
-          other = draw.choice([at for at, one in enumerate(servers) if one.name == server.name])
+          other = draw.randrange(len(servers))
+          if not servers[other].continues(server):
+            counts["refused"] += 1
+            counts["accepted"] += not refuses(servers[other], talk, traffic.request(servers[other], talk))
+            other = number
+          if draw.random() < 0.1:
+            talk.past = by_file(talk.past, generator)
+            counts["saved"] += 1
           counts["moved"] += other != number
           ask(other, talk)
           continue
@@ -232,18 +301,23 @@ def soak(servers: list[Server], config: Config, traffic: Traffic, seconds: float
       now, sum(g.cache.pages - int(g.cache.table.pool.count) for g in generators),
       sum(len(g._running) for g in generators),
       sum(sum(map(len, g.waiting)) + len(g.preempted) for g in generators), memory(), device_memory(),
-      len(jax.live_arrays()), counts["tokens"], time.process_time(),
+      len(jax.live_arrays()), counts["tokens"], time.process_time(), count(),
     )  # fmt: skip
     for name, value in zip(columns, row, strict=True):
       samples[name].append(value)
+    if count() > programs:
+      programs, changed = count(), len(samples["seconds"])
+    if begin is None and (len(samples["seconds"]) - changed >= config.quiet or now >= 60 * config.warm_up):
+      begin, seconds = now, now + 60 * config.minutes
+      program.log(f"warm after {now:.0f} s, {programs} programs")
     if time.monotonic() - shown > 10:
       shown = time.monotonic()
       program.log(
         f"{now:.0f}/{seconds:.0f} s: {counts['rows']} rows ended, {row[2]} running, {row[3]} waiting, {row[1]} pages, "
-        f"{sum(g.preemptions for g in generators)} preemptions, {(row[4] or 0) / 2**20:.0f} MiB"
+        f"{sum(g.preemptions for g in generators)} preemptions, {programs} programs, {(row[4] or 0) / 2**20:.0f} MiB"
       )
   counts["preemptions"] = sum(generator.preemptions for generator in generators)
-  return {"samples": samples, "counts": dict(counts), "kept": kept}
+  return {"samples": samples, "begin": begin, "counts": dict(counts), "kept": kept}
 
 
 def alone(talk: Talk) -> bool:
@@ -268,32 +342,32 @@ def lost_pages(generator: Generator) -> int:
   return int(max(generator.cache.pages - free.size, (pool.owners != 0).sum()))
 
 
-def slowing(samples: dict[str, list], warm_up: float) -> float | None:
+def slowing(samples: dict[str, list], begin: float) -> float | None:
   """Relative growth of the process's seconds a token, from the first third after the warm-up to the last third.
 
   They are those of all cores, so that other work on the machine matters little; None where hardly a token was written.
   """
   at, tokens, busy = (np.asarray(samples[name], float) for name in ("seconds", "tokens", "busy"))
-  begin = int(np.searchsorted(at, warm_up * at[-1]))
-  third = (len(at) - 1 - begin) // 3
+  first = int(np.searchsorted(at, begin))
+  third = (len(at) - 1 - first) // 3
   if third < 1:
     return None
-  spans = [(begin, begin + third), (len(at) - 1 - third, len(at) - 1)]
+  spans = [(first, first + third), (len(at) - 1 - third, len(at) - 1)]
   written = [tokens[b] - tokens[a] for a, b in spans]
   before, after = ((busy[b] - busy[a]) / max(count, 1) for (a, b), count in zip(spans, written, strict=True))
   return float(after / before - 1) if min(written) > 0 and before > 0 else None
 
 
-def growth(values: list[float | None], seconds: list[float], warm_up: float) -> float | None:
-  """Relative growth of the median, from the first tenth of the time after the warm-up to the last tenth.
+def growth(values: list[float | None], seconds: list[float], begin: float) -> float | None:
+  """Relative growth of the median, from the first tenth of the samples after the warm-up to the last tenth.
 
   Args:
     values: a sample of every step, None if the system does not report it.
-    seconds: the time of each sample.
+    seconds: the time of each sample; `begin`: that of the warm-up's end.
   """
   if values[0] is None:
     return None
-  first = next(i for i, at in enumerate(seconds) if at >= warm_up * seconds[-1])
+  first = next(i for i, at in enumerate(seconds) if at >= begin)
   few = max((len(values) - first) // 10, 1)
   before, after = (float(np.median(values[i : i + few])) for i in (first, len(values) - few))
   return after / before - 1
@@ -301,14 +375,15 @@ def growth(values: list[float | None], seconds: list[float], warm_up: float) -> 
 
 def verdict(servers: list[Server], config: Config, outcome: dict[str, Any]) -> dict[str, Any]:
   """The checks, and whether each of them held."""
-  samples, kept = outcome["samples"], outcome["kept"]
+  samples, kept, begin = outcome["samples"], outcome["kept"], outcome["begin"]
   generators = [server.generator for server in servers]
   every = lambda: sum(lost_pages(generator) for generator in generators)
   lost = every()
   memory_growth, device_growth, arrays_growth = (
-    growth(samples[name], samples["seconds"], config.warm_up) for name in ("memory", "device", "arrays")
+    growth(samples[name], samples["seconds"], begin) for name in ("memory", "device", "arrays")
   )
-  slower = slowing(samples, config.warm_up)
+  slower = slowing(samples, begin)
+  late = samples["programs"][-1] - samples["programs"][int(np.searchsorted(samples["seconds"], begin))]
   same = [alone(talk) for talk in program.progress(kept, desc="alone")]
   checks = {
     "no_page_lost": lost == 0 and every() == 0,
@@ -317,58 +392,18 @@ def verdict(servers: list[Server], config: Config, outcome: dict[str, Any]) -> d
     "arrays_flat": arrays_growth <= config.growth,
     "time_flat": slower is None or slower <= config.slowing,
     "bit_equal_alone": all(same),
+    "others_refused": outcome["counts"].get("accepted", 0) == 0,
     "something_was_preempted": outcome["counts"]["preemptions"] > 0,
   }
   return {
     "passed": all(checks.values()), "checks": checks, "lost_pages": lost, "memory_growth": memory_growth,
     "device_growth": device_growth, "arrays_growth": arrays_growth, "slowing": slower,
+    "warm_up_seconds": round(begin, 1), "programs": samples["programs"][-1], "programs_after_warm_up": late,
     "conversations_checked": len(same), "turns_checked": sum(len(talk.turns) for talk in kept),
     "rows_checked": sum(len(turn.answers) for talk in kept for turn in talk.turns), **outcome["counts"],
     "steps": len(samples["seconds"]), "pages": sum(generator.cache.pages for generator in generators),
     "cache_bytes": sum(generator.cache.nbytes for generator in generators),
   }  # fmt: skip
-
-
-def over_time(samples: dict[str, list], bins: int = 120) -> dict[str, list]:
-  """[least, mean, greatest] of the samples in each of `bins` equal parts of the time, and `seconds`, their ends."""
-  at = np.asarray(samples["seconds"])
-  ends = np.linspace(0, at[-1], bins + 1)[1:]
-  part = np.minimum(np.searchsorted(ends, at), bins - 1)
-  found = [i for i in range(bins) if (part == i).any()]
-  result = {"seconds": [round(float(ends[i]), 1) for i in found]}
-  for name in ("pages", "running", "waiting", "memory"):
-    values = np.array([x or 0 for x in samples[name]], float)
-    groups = [values[part == i] for i in found]
-    result[name] = [[float(g.min()), round(float(g.mean()), 2), float(g.max())] for g in groups]
-  return result
-
-
-def picture(path: Path, series: dict[str, list], pages: int, title: str) -> str | None:
-  """Pages in use, rows, and memory over time, each as mean and range; None without matplotlib."""
-  if (plt := plots.pyplot()) is None:
-    return None
-  figure, axes = plt.subplots(3, 1, figsize=(9, 7.5), sharex=True, layout="constrained")
-
-  def draw(axis, name: str, color: str, label: str, scale: float = 1.0):
-    least, mean, most = np.array(series[name]).T / scale
-    axis.fill_between(series["seconds"], least, most, color=color, alpha=0.2, lw=0)
-    axis.plot(series["seconds"], mean, color=color, lw=1.6, label=label)
-
-  draw(axes[0], "pages", plots.DMS, "in use: mean and range")
-  axes[0].axhline(pages, color=plots.DENSE, lw=0.8, ls="--", label="the pool")
-  draw(axes[1], "waiting", plots.DENSE, "waiting, or on the host")
-  draw(axes[1], "running", plots.DMS, "in the batch")
-  draw(axes[2], "memory", plots.DMS, "of the process", 2**20)
-  for axis, label in zip(axes, ("pages", "rows", "memory, MiB"), strict=True):
-    axis.set(ylabel=label, ylim=(0, None), xlim=(0, series["seconds"][-1]))
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderaxespad=0)
-  axes[2].set_xlabel("seconds")
-  figure.suptitle(title)
-  figure.savefig(path, dpi=110)
-  plt.close(figure)
-  return str(path)
 
 
 def served_model(config: Config) -> tuple[Model, Any]:
@@ -387,9 +422,11 @@ def served_model(config: Config) -> tuple[Model, Any]:
   return model, byte_tokenizer()
 
 
-def policy_of(name: str, budget: int) -> Policy:
-  """The policy called `name`, which holds at most `budget` tokens a head if it has a budget."""
+def policy_of(name: str, budget: int, window: int) -> Policy:
+  """The policy called `name`, with at most `budget` tokens a head if it has a budget; the dense one with `window`."""
   cls = policies.get(name)
+  if cls is policies.Vanilla:
+    return cls(window=window)
   if "budget" not in {field.name for field in dataclasses.fields(cls)} or cls.uses_gates:
     return cls()
   policy = cls(**{"budget": budget})
@@ -405,9 +442,9 @@ def made(config: Config) -> list[Server]:
   for name in config.servers:
     policy, _, form = name.partition(":")
     servers.append(Server(name, Generator(
-      model, policy=policy_of(policy, longest // 4), width=config.width, max_length=longest, temperature=1.0, eos=False,
-      stop=config.stop, page_size=config.page_size * (1 + seen[name] % 2), page_format=form or None,
-      budget_tokens=config.budget_tokens or longest, prefill_chunk=config.prefill_chunk,
+      model, policy=policy_of(policy, longest // 4, model.dms.window), width=config.width, max_length=longest,
+      temperature=1.0, eos=False, stop=config.stop, page_size=config.page_size * (1 + seen[name] % 2),
+      page_format=form or None, budget_tokens=config.budget_tokens or longest, prefill_chunk=config.prefill_chunk,
       decode_block=config.decode_block, tokenizer=tokenizer,
     )))  # fmt: skip
     seen[name] += 1
@@ -418,7 +455,8 @@ def run(config: Config) -> tuple[dict[str, Any], dict[str, list]]:
   """(verdict, samples) of a soak."""
   servers = made(config)
   vocabulary = servers[0].generator.model.config.vocab_size
-  outcome = soak(servers, config, Traffic(config, vocabulary), 60 * config.minutes)
+  with compiled() as count:
+    outcome = soak(servers, config, Traffic(config, vocabulary), count)
   return verdict(servers, config, outcome), outcome["samples"]
 
 
@@ -432,8 +470,8 @@ def main() -> None:
   title = (
     f"{config.minutes:g} minutes of random traffic on {name}, width {config.width}, {jax.devices()[0].device_kind}"
   )
-  series = over_time(samples)
-  image = picture(folder / "soak.png", series, result["pages"], title)
+  series = figures_bench.over_time(samples)
+  image = figures_bench.soak(folder / "soak.png", series, result["warm_up_seconds"], result["pages"], title)
   report = {"config": program.flag_values(), "environment": program.environment(), **result, "over_time": series}
   program.save_json(folder / "soak.json", report)
   program.finish({**result, "picture": image})

@@ -342,6 +342,26 @@ def test_what_is_not_ours_is_not_replaced(tmp_path, gated):
   assert checkpoint.is_checkpoint(tmp_path / "empty")
 
 
+def test_links_stay(tmp_path, gated):
+  """As where checkpoints lie on another disk: what a link points to is replaced."""
+  disk = tmp_path / "disk"
+  (disk / "empty").mkdir(parents=True)
+  checkpoint.save(disk / "old", gated)
+  for name in ("empty", "old", "new"):
+    link = tmp_path / name
+    link.symlink_to(disk / name)
+    checkpoint.check_writable(link)
+    checkpoint.save(link, gated)
+    assert link.is_symlink() and checkpoint.is_checkpoint(disk / name)
+    same(checkpoint.load(link, merge=False).params, gated.params)
+  checkpoint.write_text(tmp_path / "text", "1")
+  (tmp_path / "again").symlink_to(tmp_path / "text")
+  checkpoint.write_text(tmp_path / "again", "2")
+  assert (tmp_path / "again").is_symlink() and (tmp_path / "text").read_text() == "2"
+  assert visible(disk) == ["empty", "new", "old"]
+  assert visible(tmp_path) == ["again", "disk", "empty", "new", "old", "text"]
+
+
 def test_paths_with_brackets(tmp_path, gated):
   """Orbax takes them for patterns."""
   path = tmp_path / "a[b]" / "m[1]*"

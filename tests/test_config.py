@@ -10,8 +10,9 @@ import sys
 
 import pytest
 
-from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig, RopeScaling, from_json, read_json, to_json
+from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig, RopeScaling, as_text, from_json, read_json, to_json
 from dms_jax.families import PRESETS
+from dms_jax.retrofit import DataConfig
 
 
 @pytest.mark.parametrize(
@@ -122,6 +123,15 @@ def test_json_that_no_parser_likes(tmp_path):
     read_json(tmp_path)
   path.write_text('{"a": "é"}', encoding="utf-8-sig")
   assert read_json(path) == {"a": "é"}
+
+
+def test_a_path_is_the_same_text_in_every_locale():
+  """Python holds what a locale cannot decode as halves of surrogate pairs."""
+  for held in ("Stra\udcc3\udc9fe", "Straße"):
+    assert as_text({held: 1}) == {"Straße": 1}
+    assert as_text({"paths": [held], "count": 2, "none": None}) == {"paths": ["Straße"], "count": 2, "none": None}
+    assert to_json(DataConfig(paths=(held,)))["paths"] == ["Straße"]
+  assert as_text("\ud83d") == "\ud83d" and as_text("\udcff") == "\udcff"
 
 
 def test_json_is_utf8_in_every_locale(tmp_path):

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dms_jax.config import shown
+from dms_jax.config import damage, shown
 
 _SCALARS = {  # value type: struct's format
   0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<B", 10: "<Q", 11: "<q", 12: "<d",
@@ -78,7 +78,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], list[Entry]]:
   try:
     return _parse(Path(path), _Stream(data), GGMLQuantizationType, GGML_QUANT_SIZES)
   except ValueError as error:
-    raise ValueError(f"{path}: not a readable GGUF file ({error}); it is damaged or was cut short") from None
+    raise ValueError(f"{path}: not a readable GGUF file ({error}); {damage(bytes(data[:99]))}") from None
 
 
 class _Stream:

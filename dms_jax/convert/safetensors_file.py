@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dms_jax.checkpoint import first_line
-from dms_jax.config import read_json, shown
+from dms_jax.config import damage, read_json, shown
 from dms_jax.convert import pickles
 from dms_jax.convert.tensors import Tensors
 
@@ -74,6 +74,14 @@ def _plain_name(name: str) -> str:
   return f"model.{name}" if name.startswith(("embed_tokens.", "layers.", "norm.")) else name
 
 
+def _damage_of(file: Path) -> str:
+  try:
+    with file.open("rb") as stream:
+      return damage(stream.read(99))
+  except OSError as error:
+    return f"it cannot be read ({error.strerror})"
+
+
 def open_tensors(path: Path, only: list[Path] | None = None) -> Tensors:
   """The tensors of the safetensors files of a Hugging Face directory; a tensor is read when it is asked for.
 
@@ -96,7 +104,7 @@ def open_tensors(path: Path, only: list[Path] | None = None) -> Tensors:
       _check_names(file)
     except (SafetensorError, OSError, OverflowError, ValueError) as error:
       reason = f"not a readable safetensors file ({first_line(error)})"
-      raise ValueError(f"{file}: {reason}; it is damaged or was cut short") from None
+      raise ValueError(f"{file}: {reason}; {_damage_of(file)}") from None
     for stored, (kind, shape) in entries.items():
       name = _plain_name(stored)
       if kind in _BUFFERS and not name.endswith((".weight", ".bias")):

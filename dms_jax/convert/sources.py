@@ -43,8 +43,15 @@ TOKENIZER_FILES = ("*.json", "*.jinja")
 
 
 def cache_dir() -> Path:
-  """The folder of downloads: $DMS_CACHE, or ~/.cache/dms_jax."""
-  return Path(os.environ.get("DMS_CACHE") or Path.home() / ".cache" / "dms_jax")
+  """The folder of downloads: $DMS_CACHE, or ~/.cache/dms_jax.
+
+  Raises:
+    ValueError: there is neither.
+  """
+  try:
+    return Path(os.environ.get("DMS_CACHE") or Path.home() / ".cache" / "dms_jax")
+  except RuntimeError:  # such as a user that the system does not know, in a container
+    raise ValueError("no home folder for downloads: set DMS_CACHE to a folder") from None
 
 
 def fetch(source: str, files: tuple[str, ...] = _HUB_FILES, flag: str = "source") -> Path:

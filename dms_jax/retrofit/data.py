@@ -63,7 +63,9 @@ def _record_text(record, tokenizer, fields: tuple[str, ...], where: str) -> tupl
 
 
 def read_text(path: Path) -> str:
-  """The text of a UTF-8 file. Lines that hold half of a surrogate pair are left out, with one warning that names them.
+  """The text of a UTF-8 file without a byte order mark.
+
+  Lines that hold half of a surrogate pair are left out, with one warning that names them.
 
   Raises:
     ValueError: the file cannot be read, or is not UTF-8; names the file.
@@ -79,7 +81,9 @@ def read_text(path: Path) -> str:
 
 def _decoded(path: Path) -> str:
   try:
-    return path.read_text(encoding="utf-8", errors="surrogatepass")
+    if path.is_char_device():  # such as /dev/zero, which has no end
+      raise ValueError(f"{path}: a device, where a file is expected")
+    return path.read_text(encoding="utf-8-sig", errors="surrogatepass")
   except UnicodeDecodeError as error:
     line = error.object.count(b"\n", 0, error.start) + 1
     raise ValueError(f"{path}:{line}: not UTF-8 text ({error})") from None

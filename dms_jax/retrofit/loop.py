@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from dms_jax import checkpoint, formats
-from dms_jax.config import DMSConfig, LoRAConfig, from_json, has_half_pair, is_number, parse_json, read_json, to_json
+from dms_jax.config import DMSConfig, LoRAConfig, as_text, from_json, is_number, parse_json, read_json, to_json
 from dms_jax.model import Model
 from dms_jax.params import Params, join_params, param_table, split_params
 from dms_jax.retrofit import distributed, kvzap
@@ -69,7 +69,7 @@ class Run:
     data = {name: value for name, value in to_json(self.data).items() if name != "workers"}
     return {
       "model": to_json(self.base.config), "dms": to_json(self.dms) if self.dms else None, "lora": to_json(self.lora),
-      "retrofit": to_json(self.config), "data": data, "text": packer.fingerprints(),
+      "retrofit": to_json(self.config), "data": data, "text": as_text(packer.fingerprints()),
     }  # fmt: skip
 
 
@@ -306,7 +306,7 @@ def train(
     last = config.schedule.steps if stop_after is None else min(stop_after, config.schedule.steps)
     line, pending, clock = (read_log(directory / LOG) or [{}])[-1], [], time.perf_counter()
     if first < last and stop():
-      raise Preempted(f"stopped before step {first}; nothing is lost")
+      raise Preempted(f"stopped before step {first}; nothing is lost, and the same command goes on")
     with open(directory / LOG if leads else os.devnull, "a", encoding="utf-8") as log:
       for step in range(first, last):
         if config.schedule.zero_neuron and step == config.schedule.fade_steps:
@@ -351,12 +351,11 @@ def train(
 @contextlib.contextmanager
 def _states(directory: Path, config: RetrofitConfig) -> Iterator[ocp.training.Checkpointer]:
   """The checkpoints of the training state; the context ends when the last one is written."""
-  if has_half_pair(str(directory)):
-    raise ValueError(f"{directory}: the locale cannot decode this name, nor Orbax take it; choose another folder")
   keep = ocp.training.preservation_policies.LatestN(config.saving.keep_states)
-  with ocp.training.Checkpointer(
-    directory.absolute() / STATE, preservation_policy=keep, cleanup_tmp_directories=True
-  ) as checkpointer:
+  with (
+    checkpoint.plain_name(directory) as plain,
+    ocp.training.Checkpointer(plain / STATE, preservation_policy=keep, cleanup_tmp_directories=True) as checkpointer,
+  ):
     yield checkpointer
 
 

@@ -271,8 +271,6 @@ class StreamPacker(Batches):
           self._ahead.append((number, self._pool.submit(_batch_in_worker, number)))
       return self._ahead.popleft()[1].result()
     except BrokenProcessPool:
-      for process in list((self._pool._processes or {}).values()):
-        process.kill()  # they ignore the SIGTERM with which the pool ends them, and `close` waits for them
       self.close()
       raise OSError(
         f"a worker process that makes training data ended ({self.workers} of them; out of memory?): run the command "
@@ -281,6 +279,8 @@ class StreamPacker(Batches):
 
   def close(self) -> None:
     if self._pool is not None:
+      for process in list((self._pool._processes or {}).values()):
+        process.kill()  # nobody wants the batch that it makes, and it ignores the SIGTERM with which the pool ends it
       self._pool.shutdown(wait=True, cancel_futures=True)
       self._pool = None
     self._ahead.clear()

@@ -44,8 +44,15 @@ def append_text(path: Path, text: str) -> None:
 def whole(path: Path) -> Iterator[Path]:
   """The path of a file to write, which replaces `path` when the block ends, and goes if the block fails.
 
-  Makes the folder. The content is on the disk before the name is, should the machine lose its power.
+  Makes the folder. Where `path` is a link, what it points to is replaced. The content is on the disk before the name
+  is, should the machine lose its power.
+
+  Raises:
+    ValueError: there is something else than a file, such as a device.
   """
+  path = Path(os.path.realpath(path))
+  if path.exists() and not path.is_file():
+    raise ValueError(f"{path}: exists and is no file; choose another place")
   path.parent.mkdir(parents=True, exist_ok=True)
   part = path.with_name(f".{path.name}")
   try:
@@ -100,7 +107,7 @@ UNPACKED = 100  # most times the size of a .bz2 file that its text may have; tex
 
 
 def read_text(flag: str, path: str | Path) -> str:
-  """The text of a UTF-8 file, decompressed if it is a .bz2 file.
+  """The text of a UTF-8 file without a byte order mark, decompressed if it is a .bz2 file.
 
   Raises:
     ValueError: the file is missing, a folder, damaged, or not UTF-8; names the flag.
@@ -108,6 +115,8 @@ def read_text(flag: str, path: str | Path) -> str:
   path = Path(path)
   if path.is_dir():
     raise ValueError(f"--{flag}={path}: a folder, where a file is expected")
+  if path.is_char_device():  # such as /dev/zero, which has no end
+    raise ValueError(f"--{flag}={path}: a device, where a file is expected")
   try:
     data = path.read_bytes()
     data = _unpacked(data) if path.suffix == ".bz2" else data
@@ -116,7 +125,7 @@ def read_text(flag: str, path: str | Path) -> str:
   except (OSError, ValueError) as error:
     raise ValueError(f"--{flag}={path}: cannot be read ({error}); the file is damaged or was cut short") from None
   try:
-    return data.decode("utf-8")
+    return data.decode("utf-8-sig")
   except UnicodeDecodeError as error:
     line = data.count(b"\n", 0, error.start) + 1
     raise ValueError(f"--{flag}={path}: not UTF-8 text in line {line} ({error})") from None

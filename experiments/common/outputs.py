@@ -40,7 +40,8 @@ def locked(
     ValueError: another run writes there, or nothing can be written there; names the flag.
   """
   path = Path(path)
-  file = path / LOCK if kind == "folder" else path.with_name(f".{path.name}{LOCK}")
+  real = Path(os.path.realpath(path))  # by whatever name: one lock
+  file = real / LOCK if kind == "folder" else real.with_name(f".{real.name}{LOCK}")
   where, made = f"--{flag}={path}", not file.parent.exists()
   kept = f"what was finished is in {path}" if kind == "folder" or goes_on else f"{path} is as it was before"
   again = f"the same command {'goes on' if goes_on else 'begins again'}"

@@ -42,6 +42,7 @@ import jax
 from absl import app, flags
 from absl import logging as absl_logging
 
+from dms_jax.config import as_text
 from experiments.common import files, outputs, stopping
 
 FLAGS = flags.FLAGS
@@ -242,14 +243,6 @@ def read_flags(prefix: str, cls: type, values: Mapping[str, Any] | None = None) 
   return cls(**fields)
 
 
-def as_text(value: str) -> str:
-  """A text of the command line or of standard input as UTF-8, where the locale (such as C) could not decode it."""
-  try:
-    return os.fsencode(value).decode("utf-8")
-  except UnicodeError:
-    return value
-
-
 def flag_types(prefix: str, cls: type) -> dict[str, Any]:
   """{name: annotation} of the flags that `define_flags(prefix, cls)` makes."""
   hints, found = typing.get_type_hints(cls), {}
@@ -325,6 +318,8 @@ def run(
         traceback.print_exc()
       log(stopping.line(stop))
       code = 128 + getattr(stop, "number", signal.SIGINT)
+      if not jax.distributed.is_initialized():  # its processes end together
+        stopping.leave(code)
     except Exception as error:
       expected = isinstance(error, ValueError | OSError | NotImplementedError | FloatingPointError)
       if FLAGS.debug or not (expected or outputs.is_full(error)):
@@ -345,9 +340,19 @@ def run(
 
 
 def enable_compilation_cache() -> None:
-  """Keeps compiled programs on disk, in JAX_COMPILATION_CACHE_DIR; an empty value turns the cache off."""
+  """Keeps compiled programs on disk, in JAX_COMPILATION_CACHE_DIR; an empty value turns the cache off.
+
+  There is none by default where the user has no home folder, or one that cannot be written.
+  """
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "dms_jax" / "xla"))
+    try:
+      folder = Path.home() / ".cache" / "dms_jax" / "xla"
+      folder.mkdir(parents=True, exist_ok=True)
+    except (RuntimeError, OSError):
+      return
+    if not os.access(folder, os.W_OK):
+      return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
   if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small ones add up
 
@@ -368,7 +373,7 @@ def environment() -> dict[str, Any]:
 
 
 def to_plain(value: Any) -> Any:
-  """`value` as plain JSON: dataclasses, paths, tuples and arrays converted, non-finite numbers as null."""
+  """`value` as plain JSON: dataclasses, paths, tuples and arrays converted, non-finite numbers as null, UTF-8."""
   if dataclasses.is_dataclass(value) and not isinstance(value, type):
     return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
   if isinstance(value, dict):
@@ -379,7 +384,7 @@ def to_plain(value: Any) -> Any:
     return to_plain(value.tolist())
   if isinstance(value, float):
     return value if math.isfinite(value) else None
-  return value if value is None or isinstance(value, bool | int | str) else str(value)
+  return value if value is None or isinstance(value, bool | int) else as_text(str(value))
 
 
 def finish(result: dict[str, Any], config: Any = None) -> None:

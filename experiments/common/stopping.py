@@ -79,6 +79,15 @@ def end() -> None:
   _state.phase = "end"
 
 
+def leave(code: int) -> None:
+  """Ends the process, whose last line is said, at once: Python would wait for threads, and die of another signal."""
+  end()
+  _unlink_semaphores()
+  with contextlib.suppress(Exception):
+    sys.stdout.flush()
+  os._exit(code)
+
+
 def line(stop: KeyboardInterrupt) -> str:
   """What a program says last."""
   number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
@@ -201,6 +210,16 @@ def _watch(pipe: int) -> None:
 
 
 def _leave(number: int) -> None:
+  _unlink_semaphores()
   if _state.phase != "end":
     _say(_line(number))
   os._exit(128 + number)
+
+
+def _unlink_semaphores() -> None:
+  """Those shared with worker processes, which multiprocessing would report as leaked, after the last line."""
+  util, synchronize = (sys.modules.get(f"multiprocessing.{name}") for name in ("util", "synchronize"))
+  with contextlib.suppress(Exception):
+    for finalizer in list(util._finalizer_registry.values()):
+      if finalizer._callback is synchronize.SemLock._cleanup:
+        finalizer()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from experiments.reports import plots
 
 
@@ -149,5 +151,47 @@ def scaling(plt, rows: list[dict], title: str) -> Any:
     axis.yaxis.set_major_formatter("{x:g}")
     if axis.lines:
       axis.legend(frameon=False)
+  figure.suptitle(title)
+  return figure
+
+
+def over_time(samples: dict[str, list], bins: int = 120) -> dict[str, list]:
+  """[least, mean, greatest] of the samples in each of `bins` equal parts of the time, and `seconds`, their ends."""
+  at = np.asarray(samples["seconds"])
+  ends = np.linspace(0, at[-1], bins + 1)[1:]
+  part = np.minimum(np.searchsorted(ends, at), bins - 1)
+  found = [i for i in range(bins) if (part == i).any()]
+  result = {"seconds": [round(float(ends[i]), 1) for i in found]}
+  for name in ("pages", "running", "waiting", "memory", "programs"):
+    values = np.array([x or 0 for x in samples[name]], float)
+    groups = [values[part == i] for i in found]
+    result[name] = [[float(g.min()), round(float(g.mean()), 2), float(g.max())] for g in groups]
+  return result
+
+
+@plots.picture
+def soak(plt, series: dict[str, list], begin: float, pages: int, title: str) -> Any:
+  """Pages in use, rows, memory and compiled programs over time, as mean and range; the warm-up is shaded."""
+  figure, axes = plt.subplots(4, 1, figsize=(9, 9), sharex=True, layout="constrained")
+
+  def draw(axis, name: str, color: str, label: str, scale: float = 1.0):
+    least, mean, most = np.array(series[name]).T / scale
+    axis.fill_between(series["seconds"], least, most, color=color, alpha=0.2, lw=0)
+    axis.plot(series["seconds"], mean, color=color, lw=1.6, label=label)
+
+  draw(axes[0], "pages", plots.DMS, "in use: mean and range")
+  axes[0].axhline(pages, color=plots.DENSE, lw=0.8, ls="--", label="the pool")
+  draw(axes[1], "waiting", plots.DENSE, "waiting, or on the host")
+  draw(axes[1], "running", plots.DMS, "in the batch")
+  draw(axes[2], "memory", plots.DMS, "of the process", 2**20)
+  draw(axes[3], "programs", plots.DMS, "compiled so far")
+  for axis, label in zip(axes, ("pages", "rows", "memory, MiB", "programs"), strict=True):
+    axis.axvspan(0, begin, color=plots.DENSE, alpha=0.12, lw=0)
+    axis.set(ylabel=label, ylim=(0, None), xlim=(0, series["seconds"][-1]))
+    axis.grid(alpha=0.25)
+    plots.bare(axis)
+    axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderaxespad=0)
+  axes[0].text(0, 1.02, "shaded: warm-up", transform=axes[0].transAxes, color=plots.DENSE, fontsize="small")
+  axes[3].set_xlabel("seconds")
   figure.suptitle(title)
   return figure

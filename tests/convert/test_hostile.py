@@ -212,6 +212,29 @@ def test_json_nested_100_000_deep(hf, tmp_path, name, text):
   assert name in refused(hf, tmp_path / "out")
 
 
+# Other things in a file's place ---------------------------------------------------------------------------------------
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n"
+
+
+@pytest.mark.parametrize(
+  ("content", "advice"),
+  [
+    (POINTER, "git lfs pull"), ("<!DOCTYPE html>\n<html>log in</html>\n" * 9, "web page"),
+    ("\n <HTML>log in</HTML>", "web page"), ("null", None),
+  ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "m.gguf"])
+def test_what_a_clone_or_a_proxy_leaves_in_place_of_a_file(hf, tmp_path, name, content, advice):
+  from dms_jax.tokenizer import byte_tokenizer
+
+  byte_tokenizer().save(hf)
+  (hf / name).write_text(content)
+  message = refused(hf / name if name == "m.gguf" else hf, tmp_path / "out")
+  assert name in message and (advice or "") in message
+  assert ("git lfs" in message) == (content == POINTER) and ("web page" in message) == ("html" in content.lower())
+
+
 # Weights that are not finite ------------------------------------------------------------------------------------------
 
 

@@ -146,10 +146,14 @@ def test_a_line_ends_with_a_line_feed_alone(tmp_path):
   (tmp_path / "p.txt").write_bytes("\r\n\n".join(texts).encode())
   config = generate.Config(checkpoint="x", prompts_file=str(tmp_path / "p.txt"))
   assert config.prompts() == texts
+  (tmp_path / "p.txt").write_text("\n".join(texts), encoding="utf-8-sig")  # as editors of Windows write it
+  assert config.prompts() == texts
   (tmp_path / "p.txt").write_bytes("caf\xe9".encode("latin-1"))
   with pytest.raises(ValueError, match=r"--prompts_file=.*p.txt: not UTF-8"):
     config.prompts()
   assert list(files.text_lines("x", tmp_path / "r.jsonl"))[1][0] == f"--x={tmp_path / 'r.jsonl'}, line 2"
+  with pytest.raises(ValueError, match="--x=/dev/zero: a device"):  # which has no end
+    files.read_text("x", "/dev/zero")
 
 
 class Scripted:
@@ -277,6 +281,7 @@ LOCALE = """
 import sys
 from pathlib import Path
 from dms_jax import checkpoint, testing
+from dms_jax.config import as_text
 from dms_jax.tokenizer import Tokenizer, byte_tokenizer
 from experiments.common import files, program
 
@@ -285,7 +290,7 @@ def main():
   checkpoint.save(folder, testing.model(testing.config(vocab_size=257)), byte_tokenizer())
   checkpoint.load(folder)
   text = files.read_text("text", folder.parent / "t.txt")
-  assert Tokenizer.load(folder).decode(Tokenizer.load(folder).encode(text)) == text == program.as_text(sys.argv[2])
+  assert Tokenizer.load(folder).decode(Tokenizer.load(folder).encode(text)) == text == as_text(sys.argv[2])
   print(text)
 
 sys.argv[0], sys.argv[1:] = sys.argv[1], ["--", *sys.argv[2:]]

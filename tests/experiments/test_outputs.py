@@ -40,6 +40,16 @@ def holder(path: Path, kind: str, child: str = ""):
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
+def test_one_writer_by_whatever_name(tmp_path, kind):
+  """A link, with or without what it points to, is its target."""
+  (tmp_path / "link").symlink_to(tmp_path / "new" / "x")
+  with outputs.locked("output", tmp_path / "link", kind):
+    with pytest.raises(ValueError, match="another run writes"), outputs.locked("output", tmp_path / "new" / "x", kind):
+      pass
+  assert (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
 def test_one_writer_until_it_ends_or_is_killed(tmp_path, kind):
   path = tmp_path / "new" / "x.jsonl"
   with holder(path, kind, "child") as other:
@@ -160,3 +170,8 @@ def test_files_are_whole_or_absent(tmp_path):
     raise KeyboardInterrupt
   assert not list(tmp_path.iterdir())
   assert json.loads(program.save_json(tmp_path / "b.json", {"a": 1}).read_text()) == {"a": 1}
+  (tmp_path / "link").symlink_to(tmp_path / "b.json")
+  program.save_json(tmp_path / "link", {"a": 2})
+  assert (tmp_path / "link").is_symlink() and json.loads((tmp_path / "b.json").read_text()) == {"a": 2}
+  with pytest.raises(ValueError, match="/dev/null: exists and is no file"):  # root could replace it
+    program.save_json("/dev/null", {})

@@ -18,6 +18,8 @@ import pytest
 
 from dms_jax import checkpoint
 from dms_jax import testing as tiny
+from dms_jax.convert import sources
+from experiments import generate
 from experiments.common import program
 from experiments.common.files import check_retrofit
 from tests.helpers import save_checkpoints
@@ -246,6 +248,31 @@ def test_every_program_has_help_and_refuses_unknown_flags(name):
   assert "--profile" in shown.stdout and f"experiments.{name}" in shown.stdout, shown.stderr
   refused = subprocess.run([*command, "--no_such_flag=1"], env=env, capture_output=True, text=True, timeout=120)
   assert refused.returncode == 1 and "no_such_flag" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_a_user_without_a_home_folder(monkeypatch, tmp_path):
+  """As in containers: programs compile anew, downloads ask for a folder; a closed standard input holds no turn."""
+  kept = []
+  monkeypatch.setattr(program.jax.config, "update", lambda name, value: kept.append(value))
+  for name in ("JAX_COMPILATION_CACHE_DIR", "DMS_CACHE"):
+    monkeypatch.delenv(name, raising=False)
+  monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+  for home, folders in ((tmp_path, [str(tmp_path / ".cache" / "dms_jax" / "xla")]), ("/proc", []), ("/dev/null", [])):
+    monkeypatch.setenv("HOME", str(home))
+    kept.clear()
+    program.enable_compilation_cache()
+    assert kept == folders
+
+  def nobody():
+    raise RuntimeError("Could not determine home directory.")
+
+  monkeypatch.setattr(Path, "home", nobody)
+  program.enable_compilation_cache()
+  assert not kept
+  with pytest.raises(ValueError, match="no home folder for downloads: set DMS_CACHE"):
+    sources.cache_dir()
+  monkeypatch.setattr(sys, "stdin", None)
+  assert list(generate.user_turns()) == []
 
 
 def test_a_folder_that_is_no_retrofit_is_refused_by_its_flag(tmp_path):

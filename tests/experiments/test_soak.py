@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import bench_generate, soak
+from experiments.reports import figures_bench
 
 SHORT = soak.Config(
-  minutes=0.05, width=3, longest_prompt=12, longest_answer=12, turns=2, page_size=4, prefill_chunk=16, decode_block=4,
-  check=3, growth=10.0, slowing=10.0, servers=("dms", "dms", "tova"),
+  minutes=0.05, warm_up=0.0, width=3, longest_prompt=12, longest_answer=12, turns=2, page_size=4, prefill_chunk=16,
+  decode_block=4, check=3, growth=10.0, slowing=10.0, servers=("dms", "vanilla", "tova"),
 )  # fmt: skip
 
 
@@ -19,7 +20,8 @@ SHORT = soak.Config(
 def ran():
   """(servers, outcome) of three seconds of traffic, and what is open then."""
   servers = soak.made(SHORT)
-  return servers, soak.soak(servers, SHORT, soak.Traffic(SHORT, 257), 60 * SHORT.minutes)
+  with soak.compiled() as count:
+    return servers, soak.soak(servers, SHORT, soak.Traffic(SHORT, 257), count)
 
 
 def test_what_was_served_is_sound(ran, tmp_path):
@@ -33,10 +35,34 @@ def test_what_was_served_is_sound(ran, tmp_path):
   assert result["requests"] > 0 and result["tokens"] > 0 and result["characters"] > 0
   lengths = {len(values) for values in outcome["samples"].values()}
   assert lengths == {result["steps"]} and outcome["samples"]["pages"][-1] == 0
-  series = soak.over_time(outcome["samples"], 5)
+  series = figures_bench.over_time(outcome["samples"], 5)
   assert series["pages"][-1][0] == 0 and all(least <= mean <= most for least, mean, most in series["running"])
-  image = soak.picture(tmp_path / "soak.png", series, result["pages"], "a test")
+  assert result["programs"] > 0 and series["programs"][-1][2] == result["programs"]
+  image = figures_bench.soak(tmp_path / "soak.png", series, outcome["begin"], result["pages"], "a test")
   assert image is None or (tmp_path / "soak.png").stat().st_size > 1000
+
+
+def test_a_conversation_goes_on_where_it_can(ran):
+  """With another policy, by way of a file too; a generator that cannot continue it refuses it and is left as it was."""
+  dms, vanilla, tova = ran[0]
+  assert vanilla.continues(dms) and dms.continues(vanilla)
+  assert not tova.continues(dms) and not dms.continues(tova)
+  assert not soak.Server("dms:int8", dms.generator).continues(dms)
+  options = dict(chains=1, max_new_tokens=3, temperature=0.0, seed=0, numbers={})
+  talk = soak.Talk([])
+  for server, by_file in ((dms, False), (vanilla, True)):
+    ticket = soak.submit(server.generator, [1, 2, 3], options, talk.past)
+    list(server.generator.run())
+    result = server.generator.results.pop(ticket)
+    talk.turns.append(soak.Turn(server, [1, 2, 3], options, soak.answers(result)))
+    talk.past = result.stored[0]
+    if by_file:
+      talk.past = soak.by_file(talk.past, server.generator)
+  assert soak.refuses(tova, talk, ([4], options)) and not tova.generator.busy
+  assert not soak.refuses(dms, talk, ([4], options)) and dms.generator.busy
+  list(dms.generator.run())
+  dms.generator.results.clear()
+  assert soak.alone(talk)
 
 
 def test_other_tokens_are_seen(ran):
@@ -62,9 +88,10 @@ def test_lost_pages_are_seen(ran):
 
 def made_up(**columns) -> dict:
   """What a soak of 100 steps leaves: all flat, but for `columns`."""
-  flat = {"memory": [2**20] * 100, "device": [None] * 100, "arrays": [50] * 100}
+  flat = {"memory": [2**20] * 100, "device": [None] * 100, "arrays": [50] * 100, "programs": [7] * 100}
   flat |= {"tokens": [10 * i for i in range(100)], "busy": [0.2 * i for i in range(100)]}
-  return {"samples": {"seconds": list(range(100)), **flat, **columns}, "counts": {"preemptions": 1}, "kept": []}
+  samples = {"seconds": list(range(100)), **flat, **columns}
+  return {"samples": samples, "begin": 30, "counts": {"preemptions": 1}, "kept": []}
 
 
 @pytest.mark.parametrize(
@@ -98,7 +125,7 @@ def test_flags_are_checked():
     soak.Config(servers=("lru",))
   with pytest.raises(ValueError, match="--servers=dms:int3: the page format must be one of"):
     soak.Config(servers=("dms:int3",))
-  for flag, value in (("minutes", 0), ("warm_up", 1.0), ("width", 0)):
+  for flag, value in (("minutes", 0), ("warm_up", -1.0), ("width", 0)):
     with pytest.raises(ValueError, match=f"--{flag}={value}"):
       soak.Config(**{flag: value})
 

@@ -75,6 +75,10 @@ def work(case):
       time.sleep(60)
 
 stopping.install()
+if sys.argv[1] == "semaphore":
+  import multiprocessing
+  held = multiprocessing.get_context("spawn").Semaphore()
+  sys.argv[1] = "deaf"
 if sys.argv[1] == "start":
   ready()
   time.sleep(60)
@@ -108,6 +112,13 @@ def test_it_ends_in_one_line_that_says_what_is_kept(case, number):
   process = start(case)
   process.send_signal(number)
   assert ended(process) == (128 + number, [f"stopped by {number.name}: {KEPT}"])
+
+
+def test_a_semaphore_is_no_further_line():
+  """multiprocessing reports those shared with workers that a process did not unlink."""
+  process = start("semaphore")
+  process.send_signal(signal.SIGTERM)
+  assert ended(process) == (143, [f"stopped by SIGTERM: {KEPT}"])
 
 
 def test_before_it_has_begun_nothing_is_at_stake():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -417,3 +418,12 @@ def test_half_a_surrogate_pair_leaves_its_line_out(tmp_path):
     with pytest.warns(UserWarning, match=f"{name}: {named}: half of a surrogate pair .* left out") as warned:
       assert [text for _, text in documents(tmp_path / name, Letters(), ())] == texts
     assert len(warned) == 1
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+  """Editors of Windows write it; a device has no end."""
+  for name, content in (("a.txt", "text"), ("b.jsonl", '{"text": "text"}\n'), ("c.json", '[{"text": "text"}]')):
+    (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    assert [text for _, text in documents(tmp_path / name, Letters(), ())] == ["text"]
+  with pytest.raises(ValueError, match="/dev/zero: a device"):
+    next(documents(Path("/dev/zero"), Letters(), ()))
