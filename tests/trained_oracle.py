@@ -44,6 +44,31 @@ def gated(evicted, score, *, window, capacity=None):
   return Run(held, held, margin)
 
 
+def under_pressure(about, thresholds, *, window, capacity=None):
+  """Tokens held while each token attends, as in `gated`, where the threshold falls as the text is read.
+
+  Where it falls, archived tokens above it go, before the next token is read.
+
+  Args:
+    about: gate logits [K, T], by the token that they are about.
+    thresholds: [T], in force while each token is read.
+    capacity: tokens of the archive and the window allowed; None: any number.
+  """
+  held = []
+  for logits in about:
+    archive, sets = [], []
+    for t, limit in enumerate(thresholds):
+      archive = [j for j in archive if logits[j] <= limit]
+      left = t - window - 1
+      if left >= 0 and logits[left] <= limit:
+        archive.append(left)
+        if capacity is not None and len(archive) > capacity - window - 1:
+          archive.remove(max(archive, key=lambda j, logits=logits: (logits[j], j)))
+      sets.append(set(archive) | set(range(max(t - window, 0), t + 1)))
+    held.append(sets)
+  return Run(held, held)
+
+
 def dmc(q, k, v, merges, omega, *, window):
   """Attended values [T, K, G, H] and tokens held [K, T], one token at a time (2403.09636).
 

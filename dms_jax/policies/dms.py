@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jaxtyping import Array, Float
@@ -29,11 +30,15 @@ class DMS(Budgeted):
   is evicted before the archive is full. Logits do not depend on attention, so in a prompt read in chunks each query
   sees exactly what it would see if the prompt were read one token at a time. With a limit, W must be at least the
   gates' lag (1 for `shift` 1), because a token needs its logit when it leaves the window.
+
+  `scored` stores the logit of each token held, 4 bytes for each slot, so that a row can give tokens up later in the
+  order of their logits (`Generator(on_pressure="compress")`). Without it, and without a limit, no logit is stored.
   """
 
   window: int | None = struct.field(pytree_node=False, default=None)
   threshold: float = 0.0
   hard: bool = struct.field(pytree_node=False, default=False)
+  scored: bool = struct.field(pytree_node=False, default=False)
   levels: Levels | None = struct.field(pytree_node=False, default=None, metadata={"flag": False})
 
   uses_gates = True
@@ -66,11 +71,11 @@ class DMS(Budgeted):
 
   @property
   def stats(self):  # type: ignore[override]
-    return Budgeted.stats if self.bounded else ()
+    return Budgeted.stats if self.bounded else self.gate_stats
 
   @property
   def gate_stats(self):  # type: ignore[override]
-    return ("score",) if self.bounded else ()
+    return ("score",) if self.bounded or self.scored else ()
 
   @property
   def compacts(self):
@@ -89,6 +94,12 @@ class DMS(Budgeted):
     resolve = Budgeted.resolved if self.bounded else Policy.resolved
     limits = self.replace(cr=None) if self.by_level else self
     return resolve(limits, window).replace(cr=self.cr)
+
+  def lowered(self, threshold: Float[Array, "*rows"]) -> DMS:
+    """This policy with `threshold`, unless its own is lower; for elastic gates at the nearest level that they have."""
+    if self.by_level:
+      return self.replace(cr=jnp.maximum(self.cr, self.levels.cr(threshold)))
+    return self.replace(threshold=jnp.minimum(self.threshold, threshold))
 
   def _check_level(self) -> None:
     """A ValueError unless the gates were trained for every `cr`, and no threshold is given beside it."""

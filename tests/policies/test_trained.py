@@ -109,35 +109,6 @@ def create(kind, policy):
   return caches.create(kind, config, batch=ROWS, capacity=capacity, policy=policy, lag=lag_of(policy), **options)
 
 
-@functools.partial(jax.jit, compiler_options=tiny.QUICK)
-def step(cache, policy, q, k, v, logits, lengths, remaining):
-  """`cache_driver.step` from gate logits [L, B, K, T] instead of decisions."""
-  plan = cache.plan(policy, lengths, q.shape[2], remaining)
-  about = (plan.seen[:, None] + jnp.arange(q.shape[2]) - cache.lag)[:, None]
-  about = jnp.broadcast_to(about, (ROWS, HEADS, q.shape[2]))
-
-  def layer(carry, inputs):
-    index, state, q, k, v, logits = inputs
-    evict = policy.decide(logits, index, about)
-    rated = {"logits": logits} if policy.gate_stats else {}
-    out, carry, state, seen = cache.attend(plan, policy, index, carry, state, q, k, v, evict, **rated)
-    return carry, (out, state, seen)
-
-  xs = jnp.arange(LAYERS), cache.layer_state(), q, k, v, logits
-  carry, (out, states, seen) = jax.lax.scan(layer, cache.layer_carry(), xs)
-  return out, seen, plan.stalled, cache.commit(plan, carry, states)
-
-
-def feed(policy, cache, text, logits, start, width, lengths, remaining):
-  """One step; the padding is NaN, and so is what dead slots hold."""
-  q, k, v, _, real = cache_driver.inputs(text, start, lengths, width)
-  take = np.minimum(start[:, None] + np.arange(width), LENGTH - 1)
-  own = np.stack([logits[:, b][:, :, take[b]] for b in range(ROWS)], axis=1)
-  own = np.where((np.arange(width) < lengths[:, None])[:, None], own, np.nan)
-  remaining = None if remaining is None else jnp.asarray(remaining, jnp.int32)
-  return step(cache_driver.poison(cache), policy, q, k, v, jnp.asarray(own), real, remaining)
-
-
 @pytest.mark.parametrize(("case", "kind"), EVERYWHERE)
 def test_policy_is_its_formula(case, kind):
   """Attention, tokens held, slots and reads after every chunk and decode step: as one token at a time.
@@ -147,7 +118,7 @@ def test_policy_is_its_formula(case, kind):
   policy, (text, logits, steps, runs, expected) = CASES[case], sampled(case)
   cache, start = create(kind, policy), np.zeros(ROWS, int)
   for width, lengths, remaining in steps:
-    out, usage, stalled, cache = feed(policy, cache, text, logits, start, width, lengths, remaining)
+    out, usage, stalled, cache = cache_driver.feed_logits(policy, cache, text, logits, start, width, lengths, remaining)
     assert not stalled.any()
     live, end = np.asarray(cache.live()), start + lengths
     positions = cache_driver.held(cache) if kind != "masked" else None
@@ -194,7 +165,7 @@ def test_merged_tokens_are_the_formula(window, kind):
   assert held[..., -1].max() < LENGTH - 8
   while (start < ends).any():
     lengths = ((rng.random(ROWS) < 0.8) & (start < ends)).astype(int)
-    out, usage, stalled, cache = feed(policy, cache, text, logits, start, 1, lengths, None)
+    out, usage, stalled, cache = cache_driver.feed_logits(policy, cache, text, logits, start, 1, lengths, None)
     assert not stalled.any()
     for b in np.flatnonzero(lengths):
       np.testing.assert_allclose(out[:, b, 0], expected[:, b, start[b]], atol=5e-6, rtol=5e-6)
