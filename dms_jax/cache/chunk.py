@@ -99,7 +99,9 @@ def attend(
     queries = queries_of(q, heads)
     carry = carry.replace(memory=policy.remember(carry.memory, layer, queries, plan.seen, plan.lengths))
   if replayed is not None:
-    out, carry = replay.write(cache, plan, layer, carry, window, stats, replayed, out)
+    out, carry = replay.write(
+      cache, plan, layer, carry, window, stats, replayed, archive if policy.removes else None, out
+    )
     archived = replayed.archived
   elif policy.compacts:
     # From here on the archive comes first, in slot order: text order, unless the policy overwrites archived tokens.

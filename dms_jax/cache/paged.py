@@ -242,8 +242,9 @@ class PagedCache(RingCache):
   def commit(self, plan, carry, states, evict=None):
     cache = super().commit(plan, carry, states, evict)
     cache = cache.replace(table=plan.placement.reserved)
-    # A chunk has taken pages as if it evicted nothing.
-    return cache.without_idle_pages() if plan.placement.step is None else cache
+    step = plan.placement.step
+    # A chunk has taken pages as if it evicted nothing; a step may have removed tokens.
+    return cache.without_idle_pages() if step is None or step.closing is not None else cache
 
   def without_idle_pages(self) -> PagedCache:
     """The same tokens; pages of heads in which no token lies are given back to the pool."""
