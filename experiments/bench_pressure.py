@@ -6,8 +6,8 @@
 
 All requests are submitted at once and answered greedily. A first run without a limit is the unhurried one: its answers,
 and the most pages that it owned. At a load of 1.5 the pool has that number of pages divided by 1.5. Each load is
-measured under both modes of `Generator(on_pressure=)`; every run is made twice and the second is reported, because the
-first compiles. Latency is the time from submission to the last token, waiting included.
+measured under both modes of `Generator(on_pressure=)`, after runs that compile. Latency is the time from submission to
+the last token, waiting included.
 
 KL is KL(unhurried || under pressure) in nats: each answer is read again, token by token, once at its own level
 throughout, and once with what its chain gave up, where it gave it up; means are over the tokens of answers. `equal` is
@@ -31,6 +31,7 @@ from jaxtyping import Float
 import dms_jax
 from dms_jax import cache as caches
 from dms_jax import testing
+from dms_jax.cache.pool import Pool
 from dms_jax.cache.release import release
 from dms_jax.generation.batching import Generator
 from dms_jax.generation.pressure import MODES
@@ -146,7 +147,9 @@ def _release(cache, policy: DMS):
   return release(cache, jnp.full(1, -policy.limit), in_order=not policy.overwrites)[0]
 
 
-def logits_of(model: Model, policy: DMS, tokens: list[int], given_up: list[GivenUp], most: int) -> Float[jax.Array, "T V"]:
+def logits_of(
+  model: Model, policy: DMS, tokens: list[int], given_up: list[GivenUp], most: int
+) -> Float[jax.Array, "T V"]:
   """Logits after each token of a text, which gives up tokens where a chain did.
 
   Args:
@@ -202,33 +205,43 @@ def summary(calm: list[Result], results: list[Result], kl: list[np.ndarray]) -> 
   }
 
 
+def limit_pages(generator: Generator, pages: int) -> None:
+  """Leaves an idle generator `pages` pages. The arrays keep their shapes, so that nothing is compiled anew."""
+  table = generator.cache.table
+  pool = Pool.create(generator.cache.pages).replace(count=jnp.int32(pages))
+  generator.cache = generator.cache.replace(table=table.replace(pool=pool))
+  generator._free = None
+
+
 def measure(config: Config, model: Model, policy: DMS, asked: list[tuple[list[int], int]]) -> list[dict[str, Any]]:
   """A row for each load and mode; the first is the unhurried run."""
+  longest = max(len(prompt) + new for prompt, new in asked)
   settings = dict(
-    policy=policy, width=config.width, max_length=max(len(prompt) + new for prompt, new in asked), eos=False,
-    page_size=config.page_size, page_format=config.page_format, prefill_chunk=config.prefill_chunk,
-    decode_block=config.decode_block, stream=False,
+    policy=policy, width=config.width, max_length=longest, eos=False, page_size=config.page_size,
+    page_format=config.page_format, prefill_chunk=config.prefill_chunk, decode_block=config.decode_block, stream=False,
   )  # fmt: skip
-  generator = Generator(model, **settings)
-  serve(generator, asked)
-  calm, times = serve(generator, asked)
-  pages, empty = generator.peak_pages, Generator(model, **settings).cache
-  none = [np.zeros(1)] * len(calm)
-  rows = [{"load": 0.0, "mode": "unhurried", "pages": pages, **times, **summary(calm, calm, none)}]
+  empty = Generator(model, **settings).cache
+  most = empty.archived.size * -(-longest // empty.page_size)
+  generators = {mode: Generator(model, on_pressure=mode, pages=most, **settings) for mode in MODES}
+  for generator in generators.values():
+    generator.memory.limit = most
+  calm, _ = serve(generators["preempt"], asked)
+  pages = generators["preempt"].peak_pages
+  calm, times = serve(generators["preempt"], asked)
+  rows = [{"load": 0.0, "mode": "unhurried", "pages": pages, **times, **summary(calm, calm, [np.zeros(1)] * len(calm))}]
+  few = {load: max(int(pages / load), empty.pages) for load in config.loads}
+  for generator in generators.values():  # compiles what only short pools need
+    limit_pages(generator, min(few.values()))
+    serve(generator, asked)
   for load in program.progress(config.loads, desc="loads"):
-    for mode in MODES:
-      few = max(int(pages / load), empty.pages)
-      base = Generator(model, on_pressure=mode, **settings).cache
-      generator = Generator(
-        model, on_pressure=mode, budget=base.fixed_bytes + few * base.page_bytes, pages=few, **settings
-      )  # fmt: skip
-      serve(generator, asked)
+    for mode, generator in generators.items():
+      limit_pages(generator, few[load])
       results, times = serve(generator, asked)
-      lost = generator.cache.pages - int(generator.cache.table.pool.count)
-      if lost:
+      if lost := few[load] - int(generator.cache.table.pool.count):
         raise RuntimeError(f"load {load}, {mode}: {lost} pages are owned, though no row is left")
       about = summary(calm, results, differences(model, policy, asked, results))
-      rows.append({"load": load, "mode": mode, "pages": few, "cache_bytes": generator.cache.nbytes, **times, **about})
+      size = generator.cache.fixed_bytes + few[load] * generator.cache.page_bytes
+      rows.append({"load": load, "mode": mode, "pages": few[load], "cache_bytes": size, **times, **about})
       program.log(tables.of_mappings(rows[-1:], COLUMNS))
   return rows
 

@@ -75,7 +75,8 @@ def forward(
 
   Args:
     tokens: [T]. segments: [T] ids of documents that never see each other; positions restart in each.
-    threshold: a number, or that of each query [T], which may only fall. evict: False leaves everything visible. override: bool [L, K, T] decisions used instead of the gates'.
+    threshold: a number, or that of each query [T], which may only fall. evict: False leaves everything visible.
+    override: bool [L, K, T] decisions used instead of the gates'.
     noise: [L, K, T], the soft training mask: log(1 - sigmoid((logit + noise) / tau)) on keys beyond the window.
 
   Returns:

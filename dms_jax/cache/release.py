@@ -39,9 +39,7 @@ def score_floor(cache: PagedCache, share: float | Float[Array, ""]) -> Float[Arr
   return jnp.where(given > 0, least, -jnp.inf)
 
 
-def release(
-  cache: PagedCache, floor: Float[Array, "B"], in_order: bool = True
-) -> tuple[PagedCache, Int[Array, "B"]]:
+def release(cache: PagedCache, floor: Float[Array, "B"], in_order: bool = True) -> tuple[PagedCache, Int[Array, "B"]]:
   """Gives up the tokens whose score is below `floor`, in every layer and head.
 
   Args:

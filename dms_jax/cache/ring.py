@@ -261,12 +261,14 @@ class RingCache(Common):
 
   def _closed(self, carry, reserved, layer, own: Closing):
     """`carry` with the gaps of a layer's archives closed."""
-    rows, head, none = jnp.arange(own.source.shape[0])[:, None, None], jnp.arange(own.source.shape[1])[:, None], self.slots
+    (b, heads, _), ring, slots = own.source.shape, self.ring, self.slots
+    rows, head = jnp.arange(b)[:, None, None], jnp.arange(heads)[:, None]
     moved = packed(self._archive_at(carry, reserved, layer, own.source), carry.kv.dtype)
     moved, carry = jax.lax.optimization_barrier((moved, carry))  # read before the write
-    source, target = (jnp.where(x < none - self.ring, x + self.ring, none) for x in (own.source, own.target))
+    target = jnp.where(own.target < slots - ring, own.target + ring, slots)
+    source = jnp.minimum(own.source + ring, slots - 1)
     stats = {
-      name: x.at[layer, rows, head, target].set(x[layer, rows, head, jnp.minimum(source, none - 1)], mode="drop")
+      name: x.at[layer, rows, head, target].set(x[layer, rows, head, source], mode="drop")
       for name, x in carry.stats.items()
     }
     return self._written(carry, reserved, layer, target, moved, in_order=False).replace(stats=stats)

@@ -335,7 +335,7 @@ class Generator:
       self._begun()
 
   def _begun(self) -> bool:
-    """Restores preempted chains, oldest first, then begins waiting requests; False where one finds a row but no pages."""
+    """Restores preempted chains, oldest first, then begins requests; False where one finds a row but no pages."""
     for chain in sorted(self.preempted, key=lambda chain: chain.age):
       if not self.rows.free:
         return True
@@ -498,7 +498,7 @@ class Generator:
   def _compress(self, needed: int | None = None) -> bool:
     """Compresses chains once, or until `needed` pages are free; whether any was compressed."""
     some = False
-    while self.on_pressure == "compress" and (not some or needed is not None and self.memory.free_pages() < needed):
+    while self.on_pressure == "compress" and (not some or (needed is not None and self.memory.free_pages() < needed)):
       if not pressure.compress(self.policy, self.rows, self.memory):
         break
       some, self._free = True, None

@@ -1,4 +1,4 @@
-"""Generator(on_pressure="compress"): what rows give up, against a float64 oracle; nothing where pages last."""
+"""Generator under pressure: what rows give up, against a float64 oracle; nothing where pages last."""
 
 from __future__ import annotations
 
@@ -82,7 +82,8 @@ def test_rows_under_pressure_are_the_oracle_with_a_falling_threshold(case):
       numbers = one.numbers
       limits[one.seen :] = numbers["threshold"] if case != "elastic" else model.dms.levels.threshold(numbers["cr"])
     assert (np.diff(limits) <= 0).all() and limits[-1] < limits[0]
-    logits, gates, seen = oracle.forward(weights, model.config, model.dms, whole, window=window, threshold=limits + 2e-5)
+    options = dict(window=window, threshold=limits + 2e-5)
+    logits, gates, seen = oracle.forward(weights, model.config, model.dms, whole, **options)
     for place, token in enumerate(tokens, len(text) - 1):
       best = np.sort(logits[place])[-2:]
       if best[1] - best[0] > 1e-3:

@@ -161,7 +161,7 @@ def test_the_heads_of_a_layer_share_the_budget():
   """Their mean never exceeds it; some head holds more while another holds less."""
   for case in ("shared", "shared-rows", "shared-cr"):
     policy, (*_, runs, _), uneven = CASES[case], sampled(case), False
-    for (l, b), run in runs.items():
+    for (_, b), run in runs.items():
       sizes = np.array([[len(tokens) for tokens in held] for held in run.held])
       budget = [
         row_of(policy.budget, b) if policy.budget is not None else max(math.ceil((t + 1) / policy.cr), 2)
