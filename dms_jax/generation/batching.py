@@ -497,12 +497,10 @@ class Generator:
 
   def _compress(self, needed: int | None = None) -> bool:
     """Compresses chains once, or until `needed` pages are free; whether any was compressed."""
-    some = False
-    while self.on_pressure == "compress" and (not some or (needed is not None and self.memory.free_pages() < needed)):
-      if not pressure.compress(self.policy, self.rows, self.memory):
-        break
-      some, self._free = True, None
-    return some
+    if self.on_pressure == "preempt" or not pressure.relieve(self.policy, self.rows, self.memory, needed):
+      return False
+    self._free = None
+    return True
 
   def _preempt(self, chain: Chain) -> None:
     """Moves a row to the host, unless its chain ends in the block in flight."""

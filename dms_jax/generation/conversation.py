@@ -111,7 +111,9 @@ def check_continues(policy: Policy, held: Policy, tokens: Int[np.ndarray, "B"], 
     )
   if policy.prunes or not policy.bounded:
     return
-  allowed = np.broadcast_to(np.asarray(policy.capacity(seen)), seen.shape)
+  if held.removes:  # a full head says nothing about the others
+    tokens = np.broadcast_to(np.asarray(held.mean_capacity(seen)), seen.shape)
+  allowed = np.broadcast_to(np.asarray(policy.mean_capacity(seen)), seen.shape)
   if (over := np.flatnonzero(tokens > allowed)).size:
     row = over[0]
     raise ValueError(

@@ -85,3 +85,11 @@ def compress(policy: DMS, rows: Rows, memory: PagedRows) -> bool:
     chain.result.given_up[chain.index].append(given)
   rows.renumber(chains)
   return bool(chains)
+
+
+def relieve(policy: DMS, rows: Rows, memory: PagedRows, needed: int | None = None) -> bool:
+  """Compresses chains once, or until `needed` pages are free or none can be compressed; whether any was."""
+  some = False
+  while (not some or (needed is not None and memory.free_pages() < needed)) and compress(policy, rows, memory):
+    some = True
+  return some

@@ -462,6 +462,10 @@ class Policy:
     """The most slots that a head needs for a text of `tokens` tokens, the window's W + 1 included; int32."""
     return jnp.asarray(tokens, jnp.int32)
 
+  def mean_capacity(self, tokens: int | Int[Array, "..."]) -> Int[Array, "..."]:
+    """`capacity`, but the mean over the heads of a layer where they share it."""
+    return self.capacity(tokens)
+
   def reach(self, slots: int) -> Int[Array, "..."]:
     """The inverse of `capacity`: tokens of the longest text for which `slots` slots a head suffice; int32."""
     return jnp.int32(slots)

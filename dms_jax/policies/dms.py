@@ -183,5 +183,8 @@ class DMS(Budgeted):
   def capacity(self, tokens):
     return super().capacity(tokens) if self.bounded else Policy.capacity(self, tokens)
 
+  def mean_capacity(self, tokens):
+    return jnp.minimum(tokens, super().least(tokens)) if self.shares else self.capacity(tokens)
+
   def reach(self, slots):
     return super().reach(slots) if self.bounded else Policy.reach(self, slots)

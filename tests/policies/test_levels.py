@@ -121,6 +121,17 @@ def test_requests_have_levels_of_their_own(together):
     generator.submit(PROMPTS[0], threshold=1.0)
 
 
+def test_a_shared_limit_can_go_on_with_more_alone():
+  """A later turn under another shared limit: larger ones go on, a smaller one is refused."""
+  policy = policies.DMS(budget=9, limit_over="layer")
+  first = generate(MODEL, PROMPTS[:1], policy=policy, cache="contiguous")
+  for budget in (9, 12):
+    later = generate(MODEL, [[5, 6]], policy=policy.replace(budget=budget), continue_from=first)
+    assert np.asarray(later.metrics.live).mean(axis=-1).max() <= budget
+  with pytest.raises(ValueError, match="holds 9 tokens a head after 34 cannot go on under DMS with 8"):
+    generate(MODEL, [[5, 6]], policy=policy.replace(budget=8), continue_from=first)
+
+
 def test_numbers_of_levels():
   plain = check_policy(MODEL, policies.DMS())
   assert plain.cr == 4.0 and float(plain.limit) == 0.0 and row_numbers(plain) == {"cr": 4.0}

@@ -248,7 +248,7 @@ def test_requests_are_answered_as_alone(case):
 
 def test_dms_without_a_budget_is_what_it_was():
   policy = policies.DMS(window=4)
-  assert jax.tree.leaves(policy) == [0.0]
+  assert jax.tree.leaves(policy) == [0.0] and not policy.gate_stats and not policy.removes
   assert not (policy.bounded or policy.overwrites or policy.compacts or policy.replays or policy.stats)
   assert policy.data_dependent and int(policy.capacity(50)) == int(policy.reach(50)) == 50
   with_budget = policies.DMS(window=4, budget=9)
