@@ -229,7 +229,7 @@ def measure(config: Config, model: Model, policy: DMS, asked: list[tuple[list[in
   pages = generators["preempt"].peak_pages
   calm, times = serve(generators["preempt"], asked)
   rows = [{"load": 0.0, "mode": "unhurried", "pages": pages, **times, **summary(calm, calm, [np.zeros(1)] * len(calm))}]
-  few = {load: max(int(pages / load), empty.pages) for load in config.loads}
+  few = {load: min(max(int(pages / load), empty.pages), most) for load in config.loads}
   for generator in generators.values():  # compiles what only short pools need
     limit_pages(generator, min(few.values()))
     serve(generator, asked)
