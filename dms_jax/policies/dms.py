@@ -184,6 +184,7 @@ class DMS(Budgeted):
     return super().capacity(tokens) if self.bounded else Policy.capacity(self, tokens)
 
   def mean_capacity(self, tokens):
+    tokens = jnp.asarray(tokens, jnp.int32)
     return jnp.minimum(tokens, super().least(tokens)) if self.shares else self.capacity(tokens)
 
   def reach(self, slots):
