@@ -36,3 +36,11 @@ class Levels:
     cr = jnp.clip(jnp.asarray(cr, jnp.float32), jnp.float32(self.low), jnp.float32(self.high))
     pivot = jnp.float32(self.pivot)
     return jnp.where(cr == pivot, jnp.float32(0.0), -self.slope * jnp.log((cr - 1.0) / (pivot - 1.0)))
+
+  def cr(self, threshold: ArrayLike) -> Float[Array, "*rows"]:
+    """The CR of each threshold, float32, within `low` .. `high`: the inverse of `threshold`, but for rounding."""
+    low, high = jnp.float32(self.low), jnp.float32(self.high)
+    if not self.slope:  # every CR has the same threshold
+      return jnp.broadcast_to(high, jnp.shape(threshold))
+    threshold = jnp.asarray(threshold, jnp.float32)
+    return jnp.clip(1.0 + (self.pivot - 1.0) * jnp.exp(-threshold / self.slope), low, high)

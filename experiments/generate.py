@@ -47,6 +47,7 @@ class Config:
     width: rows of requests that write together.
     chains: of a request that gives no number.
     page_format: quantises the pages of requests: int8 or float8.
+    on_pressure: of requests, when pages run out: preempt the newest chain, or compress all (DMS alone).
     system: the system message of a chat.
     policy: name of an eviction policy; default the one that the gates were trained for, vanilla without gates.
     samples: continuations of each prompt.
@@ -70,6 +71,7 @@ class Config:
   kv_budget_gib: float | None = None
   kv_budget_tokens: int | None = None
   page_format: str | None = None
+  on_pressure: Literal["preempt", "compress"] = "preempt"
   chat: bool = False
   system: str | None = None
   policy: str | None = None
@@ -108,7 +110,7 @@ class Config:
       if self.cache not in (None, "paged"):
         raise ValueError(f"--cache={self.cache} does not go with --requests, which share one pool of pages")
     else:
-      for name in ("output", "width", "chains", "kv_budget_gib", "kv_budget_tokens", "page_format"):
+      for name in ("output", "width", "chains", "kv_budget_gib", "kv_budget_tokens", "page_format", "on_pressure"):
         if getattr(self, name) != getattr(type(self), name):
           raise ValueError(f"--{name} is for --requests")
     if self.page_format not in (None, *FORMATS):
@@ -201,11 +203,14 @@ def answer_requests(config: Config, model, tokenizer, policy) -> dict:
       budget=None if config.kv_budget_gib is None else int(config.kv_budget_gib * 2**30),
       budget_tokens=config.kv_budget_tokens, stop=config.stops(), eos=config.eos,
       page_format=config.page_format, prefill_chunk=config.prefill_chunk, decode_block=config.decode_block,
+      on_pressure=config.on_pressure,
     )  # fmt: skip
   except dms_jax.BudgetError as error:
     raise ValueError(f"--kv_budget_gib or --kv_budget_tokens, with --width={config.width}: {error}") from None
   deciding = ("checkpoint", "retrofit", "dtype", "top_k", "top_p", "stop", "eos", "page_format")
   settings = {name: getattr(config, name) for name in deciding}
+  if config.on_pressure != "preempt":
+    settings["on_pressure"] = config.on_pressure
   settings["policy"] = (type(policy).__name__, policy)
   summary = request_file.answer(generator, asked, config.results, settings)
   return {"output": str(config.results), **summary}

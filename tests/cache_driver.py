@@ -117,6 +117,35 @@ def inputs(text: Text, start, lengths, width):
 
 
 @functools.partial(jax.jit, compiler_options=tiny.QUICK)
+def step_by_logits(cache, policy, q, k, v, logits, lengths, remaining):
+  """`step` from gate logits [L, B, K, T] instead of decisions."""
+  plan = cache.plan(policy, lengths, q.shape[2], remaining)
+  about = (plan.seen[:, None] + jnp.arange(q.shape[2]) - cache.lag)[:, None]
+  about = jnp.broadcast_to(about, logits.shape[1:])
+
+  def layer(carry, inputs):
+    index, state, q, k, v, logits = inputs
+    evict = policy.decide(logits, index, about)
+    rated = {"logits": logits} if policy.gate_stats else {}
+    out, carry, state, seen = cache.attend(plan, policy, index, carry, state, q, k, v, evict, **rated)
+    return carry, (out, state, seen)
+
+  xs = jnp.arange(LAYERS), cache.layer_state(), q, k, v, logits
+  carry, (out, states, seen) = jax.lax.scan(layer, cache.layer_carry(), xs)
+  return out, seen, plan.stalled, cache.commit(plan, carry, states)
+
+
+def feed_logits(policy, cache, text, logits, start, width, lengths, remaining):
+  """One step from gate logits [L, B, K, T]; the padding is NaN, and so is what dead slots hold."""
+  q, k, v, _, real = inputs(text, start, lengths, width)
+  take = np.minimum(start[:, None] + np.arange(width), logits.shape[-1] - 1)
+  own = np.stack([logits[:, b][:, :, take[b]] for b in range(ROWS)], axis=1)
+  own = np.where((np.arange(width) < lengths[:, None])[:, None], own, np.nan)
+  remaining = None if remaining is None else jnp.asarray(remaining, jnp.int32)
+  return step_by_logits(poison(cache), policy, q, k, v, jnp.asarray(own), real, remaining)
+
+
+@functools.partial(jax.jit, compiler_options=tiny.QUICK)
 def poison(cache):
   """NaN in every slot that holds nothing, and of pages in those that nobody owns."""
   live = cache.seen[:, None] if isinstance(cache, caches.MaskedCache) else cache.live()

@@ -75,7 +75,8 @@ def forward(
 
   Args:
     tokens: [T]. segments: [T] ids of documents that never see each other; positions restart in each.
-    evict: False leaves everything visible. override: bool [L, K, T] decisions used instead of the gates'.
+    threshold: a number, or that of each query [T], which may only fall. evict: False leaves everything visible.
+    override: bool [L, K, T] decisions used instead of the gates'.
     noise: [L, K, T], the soft training mask: log(1 - sigmoid((logit + noise) / tau)) on keys beyond the window.
 
   Returns:
@@ -134,8 +135,12 @@ def forward(
             soft[t] = -np.logaddexp(0, z[t + dms.shift])
           bias = np.where(far, soft[None], 0.0)
         else:
-          decisions = logit[kv] > threshold if override is None else np.asarray(override[layer, kv])
-          mask = causal & visible(about(decisions, dms.shift), window)
+          if np.ndim(threshold):
+            rows = [visible(about(logit[kv] > limit, dms.shift), window)[i] for i, limit in enumerate(threshold)]
+            mask = causal & np.stack(rows)
+          else:
+            decisions = logit[kv] > threshold if override is None else np.asarray(override[layer, kv])
+            mask = causal & visible(about(decisions, dms.shift), window)
       seen.append(mask)
       for head in range(kv * group, (kv + 1) * group):
         scores = q[:, head] @ k[:, kv].T / math.sqrt(config.head_dim) + bias

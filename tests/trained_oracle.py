@@ -44,6 +44,58 @@ def gated(evicted, score, *, window, capacity=None):
   return Run(held, held, margin)
 
 
+def sharing(about, threshold, *, window, budget):
+  """Tokens held while each token attends, where the heads of a layer share a limit of `budget` tokens a head.
+
+  After the tokens that leave the windows have been archived, those with the highest gate logits go while the heads hold
+  more than K * `budget` together; of equal ones the later token, then that of the first head.
+
+  Args:
+    about: gate logits [K, T], by the token that they are about.
+    budget: tokens seen -> tokens a head.
+  """
+  heads, length = about.shape
+  archive: list[tuple[int, int]] = []
+  held, margin = [[] for _ in range(heads)], math.inf
+  for t in range(length):
+    left = t - window - 1
+    if left >= 0:
+      archive += [(head, left) for head in range(heads) if about[head, left] <= threshold]
+    while len(archive) > heads * max(budget(t + 1) - window - 1, 0):
+      order = sorted(archive, key=lambda at: (-about[at], -at[1], at[0]))
+      if len(order) > 1:
+        margin = min(margin, abs(about[order[0]] - about[order[1]]))
+      archive.remove(order[0])
+    for head in range(heads):
+      held[head].append({j for of, j in archive if of == head} | set(range(max(t - window, 0), t + 1)))
+  return Run(held, held, margin)
+
+
+def under_pressure(about, thresholds, *, window, capacity=None):
+  """Tokens held while each token attends, as in `gated`, where the threshold falls as the text is read.
+
+  Where it falls, archived tokens above it go, before the next token is read.
+
+  Args:
+    about: gate logits [K, T], by the token that they are about.
+    thresholds: [T], in force while each token is read.
+    capacity: tokens of the archive and the window allowed; None: any number.
+  """
+  held = []
+  for logits in about:
+    archive, sets = [], []
+    for t, limit in enumerate(thresholds):
+      archive = [j for j in archive if logits[j] <= limit]
+      left = t - window - 1
+      if left >= 0 and logits[left] <= limit:
+        archive.append(left)
+        if capacity is not None and len(archive) > capacity - window - 1:
+          archive.remove(max(archive, key=lambda j, logits=logits: (logits[j], j)))
+      sets.append(set(archive) | set(range(max(t - window, 0), t + 1)))
+    held.append(sets)
+  return Run(held, held)
+
+
 def dmc(q, k, v, merges, omega, *, window):
   """Attended values [T, K, G, H] and tokens held [K, T], one token at a time (2403.09636).
 

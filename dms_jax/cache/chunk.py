@@ -64,7 +64,10 @@ def attend(
     # Write before the archive is read: in the other order XLA may copy the whole cache twice in every layer. The read
     # is the same, because appended tokens lie behind the `archived` slots that count below.
     to_archive = ring + archived[..., None] + jnp.cumsum(leaves, axis=-1) - 1
-    carry = cache._written(carry, reserved, layer, jnp.where(leaves, to_archive, ring_slot), window.rows)
+    target = jnp.where(leaves, to_archive, ring_slot)
+    carry = cache._written(carry, reserved, layer, target, window.rows)
+    held = {n: x.at[layer, rows, head, target].set(stats[n], mode="drop") for n, x in carry.stats.items()}
+    carry = carry.replace(stats=held)
 
   replayed = None
   if policy.replays:
@@ -96,7 +99,9 @@ def attend(
     queries = queries_of(q, heads)
     carry = carry.replace(memory=policy.remember(carry.memory, layer, queries, plan.seen, plan.lengths))
   if replayed is not None:
-    out, carry = replay.write(cache, plan, layer, carry, window, stats, replayed, out)
+    out, carry = replay.write(
+      cache, plan, layer, carry, window, stats, replayed, archive if policy.removes else None, out
+    )
     archived = replayed.archived
   elif policy.compacts:
     # From here on the archive comes first, in slot order: text order, unless the policy overwrites archived tokens.

@@ -1,4 +1,4 @@
-"""Compaction: the archive after a policy has said which of its tokens stay.
+"""Compaction: the archive after a policy has said which of its tokens stay, or which few go.
 
 After compaction the live slots are a prefix of the archive. An archived token whose slot lies in this prefix keeps it;
 the other tokens that stay fill the free slots in order. So a token moves at most once. Where the archive must remain in
@@ -50,3 +50,34 @@ def moves(stays: Bool[Array, "B K X"], slots: int, in_order: bool = False) -> Mo
   moving = stays & ~settled
   nth = jnp.where(moving, jnp.cumsum(moving, axis=-1) - 1, count - 1)
   return Moves(jnp.where(moving, jnp.take_along_axis(holes, nth, axis=-1), slots), archived)
+
+
+@struct.dataclass
+class Closing:
+  """How the last tokens of an archive take the places of removed ones.
+
+  Attributes:
+    source, target: int32 [..., R], archive slots; R tokens or fewer move, and those that do not have slot A twice.
+    removed: int32 [...], tokens removed.
+  """
+
+  source: Int[Array, "*heads R"]
+  target: Int[Array, "*heads R"]
+  removed: Int[Array, "*heads"]
+
+
+def closing(removed: Int[Array, "*heads R"], archived: Int[Array, "*heads"], slots: int) -> Closing:
+  """The moves that close the gaps which removed tokens leave.
+
+  Args:
+    removed: archive slots, each once; A for none.
+    archived: tokens in the archive before.
+    slots: A.
+  """
+  count = jnp.sum(removed < slots, axis=-1, dtype=jnp.int32)
+  after = (archived - count)[..., None]
+  last = after + jnp.arange(removed.shape[-1])  # the slots that are free afterwards
+  moves = (last < archived[..., None]) & ~jnp.any(last[..., None] == removed[..., None, :], axis=-1)
+  source = jnp.sort(jnp.where(moves, last, slots), axis=-1)
+  target = jnp.sort(jnp.where(removed < after, removed, slots), axis=-1)
+  return Closing(source, target, count)

@@ -127,7 +127,11 @@ class MaskedCache(Common):
     gone = there & ~retired.keep if retired.merge is None else there & (~retired.keep | (slot >= 0))
     forgotten = jnp.where(gone, at[..., 0], self.slots)
     if retired.merge is None:
-      return Dropped(jnp.stack(jnp.broadcast_arrays(forgotten, taken), axis=-1))
+      dropped = jnp.stack(jnp.broadcast_arrays(forgotten, taken), axis=-1)
+      if retired.removed is not None:
+        removed = jnp.where(there[..., None], retired.removed, self.slots)
+        dropped = jnp.concatenate([dropped, removed], axis=-1)
+      return Dropped(dropped)
     return Dropped(forgotten[..., None], taken, retired.merge)
 
   def _merged(self, dropped, left, layer, kv, stats):

@@ -241,14 +241,18 @@ class PagedCache(RingCache):
 
   def commit(self, plan, carry, states, evict=None):
     cache = super().commit(plan, carry, states, evict)
-    table = plan.placement.reserved
-    if plan.placement.step is None:  # a chunk has taken pages as if it evicted nothing
-      used = -(-cache.archived // self.page_size)
-      place = jnp.arange(table.pages.shape[3])
-      idle = (place >= used[..., None]) & (place < table.owned[..., None])
-      pool = pools.give_back(table.pool, jnp.where(idle, table.pages, self.pages))
-      table = Table(table.pages, jnp.minimum(table.owned, used), pool)
-    return cache.replace(table=table)
+    cache = cache.replace(table=plan.placement.reserved)
+    step = plan.placement.step
+    # A chunk has taken pages as if it evicted nothing; a step may have removed tokens.
+    return cache.without_idle_pages() if step is None or step.closing is not None else cache
+
+  def without_idle_pages(self) -> PagedCache:
+    """The same tokens; pages of heads in which no token lies are given back to the pool."""
+    table, used = self.table, -(-self.archived // self.page_size)
+    place = jnp.arange(table.pages.shape[3])
+    idle = (place >= used[..., None]) & (place < table.owned[..., None])
+    pool = pools.give_back(table.pool, jnp.where(idle, table.pages, self.pages))
+    return self.replace(table=Table(table.pages, jnp.minimum(table.owned, used), pool))
 
   def _written(self, carry, reserved, layer, target, rows, in_order=True):
     carry = carry.replace(archive=self._stored(carry.archive, reserved.pages[layer], target, rows, in_order))

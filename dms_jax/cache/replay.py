@@ -15,7 +15,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from dms_jax.attention import NEVER
-from dms_jax.cache.base import Plan
+from dms_jax.cache.base import Plan, packed
+from dms_jax.cache.compact import closing
 from dms_jax.policies import Leaving, Policy, Retired
 from dms_jax.policies.base import Stats
 
@@ -30,13 +31,13 @@ class Replayed:
 
   Attributes:
     last: int32 [B, K, XA], position of the last query that sees the token; NEVER if it is not forgotten.
-    place: int32 [B, K, X], the archive slot of each token of the window; A for none.
+    place: int32 [B, K, XA], the archive slot of each token; A for none.
     archived: int32 [B, K], tokens in the archive.
     stats: float32 [B, K, A] each, of the archive.
   """
 
   last: Int[Array, "B K XA"]
-  place: Int[Array, "B K X"]
+  place: Int[Array, "B K XA"]
   archived: Int[Array, "B K"]
   stats: Stats
 
@@ -49,14 +50,14 @@ def _retire(policy: Policy, **leaving: Any) -> Retired:
   if retired.merge is not None:
     raise ValueError(f"{type(policy).__name__}: a policy that merges tokens cannot replay a chunk")
   slot = jnp.full_like(retired.keep, -1, jnp.int32) if retired.slot is None else retired.slot
-  return Retired(retired.keep[0], slot[0])
+  return Retired(retired.keep[0], slot[0], removed=None if retired.removed is None else retired.removed[0])
 
 
-def _deaths(victims: Int[Array, "T B K"], seen: Int[Array, "B"], count: int) -> Int[Array, "B K XA"]:
-  """Position of the last query that sees each of `count` tokens; token `victims[a]` is forgotten before query a."""
-  width, b, heads = victims.shape
-  rows, head = jnp.arange(b)[:, None], jnp.arange(heads)
-  before = seen[:, None] + jnp.arange(width)[:, None, None] - 1
+def _deaths(victims: Int[Array, "T B K V"], seen: Int[Array, "B"], count: int) -> Int[Array, "B K XA"]:
+  """Position of the last query that sees each of `count` tokens; tokens `victims[a]` are forgotten before query a."""
+  width, b, heads, _ = victims.shape
+  rows, head = jnp.arange(b)[:, None, None], jnp.arange(heads)[:, None]
+  before = seen[:, None, None] + jnp.arange(width)[:, None, None, None] - 1
   last = jnp.full((b, heads, count), NEVER, jnp.int32)
   return last.at[rows, head, victims].set(jnp.broadcast_to(before, victims.shape), mode="drop")
 
@@ -90,17 +91,31 @@ def replay(
     target = jnp.where(keep, jnp.where(appends, archived, retired.slot), slots)
     before = jnp.take_along_axis(owner, jnp.where(keep & ~appends, retired.slot, 0)[..., None], -1, mode="clip")
     victim = jnp.where(keep, jnp.where(appends, count + slots, before[..., 0]), jnp.where(there, a, count + slots))
-    put = lambda x, value: x.at[rows, head, target].set(value, mode="drop")
+    gaps, victims = None, victim[..., None]
+    if retired.removed is not None:
+      gaps = closing(jnp.where(there[..., None], retired.removed, slots), archived, slots)
+      gone = jnp.take_along_axis(owner, retired.removed, -1, mode="clip")
+      gone = jnp.where(there[..., None] & (retired.removed < slots), gone, count + slots)
+      victims = jnp.concatenate([victims, gone], axis=-1)
+
+    def put(x, value):
+      x = x.at[rows, head, target].set(value, mode="drop")
+      if gaps is None:
+        return x
+      moved = jnp.take_along_axis(x, gaps.source, -1, mode="clip")
+      return x.at[rows[..., None], head[:, None], gaps.target].set(moved, mode="drop")
+
     of_archive = {name: put(stat, leaving[name]) for name, stat in of_archive.items()}
-    return (archived + (keep & appends).astype(jnp.int32), put(owner, a), of_archive), victim
+    archived = archived + (keep & appends).astype(jnp.int32)
+    return (archived if gaps is None else archived - gaps.removed, put(owner, a), of_archive), victims
 
   owner = jnp.broadcast_to(count + index, (b, heads, slots)).astype(jnp.int32)  # the token in each slot
   if not slots:  # nothing to take an index of
     owner = jnp.zeros((b, heads, 1), jnp.int32)
   init = archived, owner, {name: stat[layer, :, :, ring:] for name, stat in carry.stats.items()}
   (archived, owner, of_archive), victims = lax.scan(step, init, jnp.arange(width))
-  owner = jnp.where(jnp.arange(owner.shape[-1]) < archived[..., None], owner, count)
-  place = jnp.full((b, heads, count), slots, jnp.int32)
+  owner = jnp.where(jnp.arange(owner.shape[-1]) < archived[..., None], owner, count + slots)
+  place = jnp.full((b, heads, count + slots), slots, jnp.int32)
   to = jnp.broadcast_to(jnp.arange(owner.shape[-1], dtype=jnp.int32), owner.shape)
   place = place.at[rows[..., None], head[:, None], owner].set(to, mode="drop")
   return Replayed(_deaths(victims, plan.seen, count + slots), place, archived, of_archive)
@@ -108,16 +123,27 @@ def replay(
 
 def write(
   cache: RingCache, plan: Plan, layer, carry: LayerCarry, window: Window, stats: Stats, replayed: Replayed,
-  out: Float[Array, "B T N H"],
+  archive: Float[Array, "B K A width"] | None, out: Float[Array, "B T N H"],
 ):  # fmt: skip
-  """Writes the window's tokens where the replay put them: (out, carry). `out` is returned behind a barrier."""
+  """Writes tokens where the replay put them: (out, carry). `out` is returned behind a barrier.
+
+  Args:
+    archive: where archived tokens may have moved; None: only the window's tokens have.
+  """
   ring, slots, (b, heads, _) = cache.ring, cache.slots, window.evicted.shape
   rows, head = jnp.arange(b)[:, None, None], jnp.arange(heads)[:, None]
-  # The barrier makes attention read the archive before the write; a read after the write would copy the cache.
-  out, replayed, stats, carry = lax.optimization_barrier((out, replayed, stats, carry))
+  # The barrier makes attention read the archive before the write; a read after the write, or one that XLA fuses into it,
+  # would copy the cache.
+  waited = (out, replayed, stats, archive, window.rows, carry)
+  out, replayed, stats, archive, stored, carry = lax.optimization_barrier(waited)
   in_ring = jnp.broadcast_to(jnp.where(window.stays, window.slot, slots)[:, None], window.evicted.shape)
-  target = jnp.where(replayed.place < slots - ring, ring + replayed.place, in_ring)
-  carry = cache._written(carry, plan.placement.reserved, layer, target, window.rows, in_order=False)
+  place, count = replayed.place, in_ring.shape[-1]
+  target = jnp.where(place[..., :count] < slots - ring, ring + place[..., :count], in_ring)
+  if archive is not None:
+    moves = (place[..., count:] != jnp.arange(slots - ring)) & (place[..., count:] < slots - ring)
+    target = jnp.concatenate([target, jnp.where(moves, ring + place[..., count:], slots)], axis=-1)
+    stored = jnp.concatenate([stored, packed(archive, stored.dtype)], axis=2)
+  carry = cache._written(carry, plan.placement.reserved, layer, target, stored, in_order=False)
   for name, stat in stats.items():
     held = carry.stats[name].at[layer, :, :, ring:].set(replayed.stats[name])
     held = held.at[layer, rows, head, in_ring].set(stat, mode="drop")
@@ -149,9 +175,11 @@ def masked(
       archive_stats=stats,
     )  # fmt: skip
     there = (a < plan.lengths)[:, None] & (left >= 0)
-    victim = jnp.where(retired.keep, jnp.where(retired.slot < 0, slots, retired.slot), left)
-    victim = jnp.where(there, victim, slots)
-    return evicted.at[rows, head, victim].set(True, mode="drop"), victim
+    victims = jnp.where(retired.keep, jnp.where(retired.slot < 0, slots, retired.slot), left)[..., None]
+    if retired.removed is not None:
+      victims = jnp.concatenate([victims, retired.removed], axis=-1)
+    victims = jnp.where(there[..., None], victims, slots)
+    return evicted.at[rows[..., None], head[:, None], victims].set(True, mode="drop"), victims
 
   evicted, victims = lax.scan(step, evicted, jnp.arange(width))
   return evicted, _deaths(victims, plan.seen, slots)

@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dms_jax.cache import chunk
 from dms_jax.cache.base import Common, Plan, Usage, blended, observation, packed, queries_of, rows_of
+from dms_jax.cache.compact import Closing, closing
 from dms_jax.policies import Leaving
 from pallas_kernels.paged.format import floats
 
@@ -35,6 +36,7 @@ class Step:
   target: jax.Array  # int32, the slot that the token moves to; S if it is forgotten
   grows: jax.Array  # bool, whether the move adds a slot to the archive
   merge: jax.Array | None = None  # float32, the leaving token's share of the slot, 1 where it is not merged
+  closing: Closing | None = None  # of the gaps that other removed tokens leave
 
 
 @struct.dataclass
@@ -162,7 +164,11 @@ class RingCache(Common):
     fits, reserved = self._reserved(grows.astype(jnp.int32), 1)
     target = jnp.where(keep & fits[:, None], ring + jnp.where(grows, self.archived, place), slots)
     merge = None if retired.merge is None else jnp.where(place < 0, 1.0, retired.merge)
-    step = Step(target, grows & fits[:, None], merge)
+    closes = None
+    if retired.removed is not None:
+      removed = jnp.where((displaced & fits[:, None])[..., None], retired.removed, slots - ring)
+      closes = closing(removed, self.archived, slots - ring)
+    step = Step(target, grows & fits[:, None], merge, closes)
     return Plan(self.seen, jnp.where(fits, lengths, 0), ~fits, None, Placement(step, reserved))
 
   # In a layer ---------------------------------------------------------------------------------------------------------
@@ -213,6 +219,9 @@ class RingCache(Common):
         old = self._archive_at(carry, reserved, layer, (target - ring)[..., None])[:, :, 0]
         displaced = blended(old, displaced, step.merge[layer])
       carry = self._exchanged(carry, reserved, layer, target, displaced, newest, new[:, :, 0])
+    if step.closing is not None:
+      own = jax.tree.map(lambda x: x[layer], step.closing)
+      carry, archived = self._closed(carry, reserved, layer, own), archived - own.removed
     if policy.stats:
       admitted = policy.admit(layer, jnp.broadcast_to(plan.seen[:, None, None], (*target.shape, 1)))
       at = (layer, rows[..., None], head[:, None], jnp.stack([target, newest], -1))
@@ -249,6 +258,20 @@ class RingCache(Common):
       out, _ = self._attended(carry, reserved, layer, q[:, 0], in_ring, archived)
     decided = None if evict is None else evict[..., 0]
     return out[:, None], carry, (archived, decided), Usage(live, jnp.where(active[:, None], read, 0))
+
+  def _closed(self, carry, reserved, layer, own: Closing):
+    """`carry` with the gaps of a layer's archives closed."""
+    (b, heads, _), ring, slots = own.source.shape, self.ring, self.slots
+    rows, head = jnp.arange(b)[:, None, None], jnp.arange(heads)[:, None]
+    moved = packed(self._archive_at(carry, reserved, layer, own.source), carry.kv.dtype)
+    moved, carry = jax.lax.optimization_barrier((moved, carry))  # read before the write
+    target = jnp.where(own.target < slots - ring, own.target + ring, slots)
+    source = jnp.minimum(own.source + ring, slots - 1)
+    stats = {
+      name: x.at[layer, rows, head, target].set(x[layer, rows, head, source], mode="drop")
+      for name, x in carry.stats.items()
+    }
+    return self._written(carry, reserved, layer, target, moved, in_order=False).replace(stats=stats)
 
   def _observed(self, plan, policy, carry, reserved, layer, archived, q, mass):
     """`carry` with the statistics of one layer after `policy.observe` in a decode step."""

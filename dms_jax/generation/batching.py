@@ -11,7 +11,9 @@ The compiled width is fixed. A chain's tokens are bit-equal to those of its run 
 `prefill_rows`: they do not depend on the other rows and their numbers, on its own row, or on preemptions. Between two
 decode blocks the host learns which rows ended: their pages are free, and waiting requests begin while both rows and
 pages are, their prompts read together (`generation.together`). When pages run out, the pool grows if the budget allows
-it; otherwise the newest chain is preempted to host memory and restored later.
+it; otherwise the newest chain is preempted to host memory and restored later. With `on_pressure="compress"` running
+chains give up tokens instead, as long as they can: `generation.pressure` states the rule, `Result.given_up` what each
+chain lost. While pages last, it changes no bit.
 
 The next decode block starts before the host looks at the tokens of the last one, so lists and texts are made while the
 device works. The device waits for which rows ended, and for requests to begin; at 2,048 rows the first takes the host
@@ -33,7 +35,7 @@ from dms_jax import cache as caches
 from dms_jax.cache import PagedCache
 from dms_jax.execution import fastest_form
 from dms_jax.generation import decode as decoding
-from dms_jax.generation import recording
+from dms_jax.generation import pressure, recording
 from dms_jax.generation.conversation import Continuation, Conversation, place_like
 from dms_jax.generation.decode import CAPACITY, REASONS, RUNNING
 from dms_jax.generation.generate import Output
@@ -59,6 +61,8 @@ class Generator:
     width: rows decoded together.
     budget: most bytes of the cache, not the policy's `budget` in tokens; None: unlimited.
     budget_tokens: the budget as tokens that a head may hold outside the windows, summed over rows, mean over heads.
+    on_pressure: what happens when pages run out: "preempt", or "compress", for DMS alone; it then stores the logit of
+      each token held (`DMS.scored`).
     pages: initial pages of the pool; default as many as fit the budget, or one for each head of each row without a
       budget.
     max_length: most tokens of a text, prompt and answer; default the model's context.
@@ -85,6 +89,7 @@ class Generator:
     top_p: float | None = None, stop: str | Sequence[str] = (), eos: bool | Sequence[int] = True,
     page_size: int | None = None, pages: int | None = None, page_format: str | None = None, prefill_chunk: int = 256,
     prefill_rows: int | None = None, decode_block: int = 32, stream: bool = True, tokenizer: Any = None,
+    on_pressure: str = "preempt",
   ):  # fmt: skip
     rows = default_rows(width) if prefill_rows is None else prefill_rows
     for name, value in (
@@ -94,7 +99,8 @@ class Generator:
         raise ValueError(f"{name}={value!r:.80} must be 1 or more, a whole number")
     self.tokenizer = model.tokenizer if tokenizer is None else tokenizer
     self.model = fastest_form(model.replace(tokenizer=None))
-    self.policy = check_policy(model, None if policy is None else policy.by_row())
+    policy = check_policy(model, None if policy is None else policy.by_row())
+    self.policy, self.on_pressure = pressure.prepared(model, policy, on_pressure), on_pressure
     check_rows(self.policy, None)
     longest = model.config.max_position_embeddings
     self.max_length = longest if max_length is None else max_length
@@ -324,10 +330,17 @@ class Generator:
     return failed
 
   def _admit(self) -> None:
-    """Restores preempted chains, oldest first, then begins waiting requests, while rows and pages are free."""
+    """Begins what waits; if pages lack for it, once more after others were compressed."""
+    if not self._begun() and self._compress():
+      self._begun()
+
+  def _begun(self) -> bool:
+    """Restores preempted chains, oldest first, then begins requests; False where one finds a row but no pages."""
     for chain in sorted(self.preempted, key=lambda chain: chain.age):
-      if not self.rows.free or not self._restore(chain):
-        return
+      if not self.rows.free:
+        return True
+      if not self._restore(chain):
+        return False
       self.preempted.remove(chain)
     while self.waiting and self.rows.free >= len(self.waiting[0]):
       groups = self._certain()
@@ -335,7 +348,8 @@ class Generator:
         if groups:
           self._begin_together(groups)
         elif not self._begin_alone(self.waiting[0]):
-          return
+          return False
+    return True
 
   @contextlib.contextmanager
   def _beginning(self, groups: list[list[Chain]]) -> Iterator[None]:
@@ -467,7 +481,7 @@ class Generator:
     last = self.rows.free == self.width - 1  # the pages of rows that ended beside it are free now
     if (last and not self._alone) or self.memory.free_pages() >= needed:
       pass
-    elif not self.memory.grow(needed):
+    elif not self.memory.grow(needed) and not self._compress(needed):
       newest = max(self._running, key=lambda chain: chain.age)
       if last:
         raise BudgetError(
@@ -479,6 +493,13 @@ class Generator:
     self._free = None
     self.rows.resume(self._stalled)
     self._stalled = np.zeros(self.width, bool)  # the old array may still be read
+    return True
+
+  def _compress(self, needed: int | None = None) -> bool:
+    """Compresses chains once, or until `needed` pages are free; whether any was compressed."""
+    if self.on_pressure == "preempt" or not pressure.relieve(self.policy, self.rows, self.memory, needed):
+      return False
+    self._free = None
     return True
 
   def _preempt(self, chain: Chain) -> None:

@@ -13,6 +13,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jaxtyping import Array, Int
@@ -111,7 +112,10 @@ def check_continues(policy: Policy, held: Policy, tokens: Int[np.ndarray, "B"], 
     )
   if policy.prunes or not policy.bounded:
     return
-  allowed = np.broadcast_to(np.asarray(policy.capacity(seen)), seen.shape)
+  limit = lambda policy: np.broadcast_to(np.asarray(policy.mean_capacity(jnp.asarray(seen, jnp.int32))), seen.shape)
+  if held.removes:  # a full head says nothing about the others
+    tokens = limit(held)
+  allowed = limit(policy)
   if (over := np.flatnonzero(tokens > allowed)).size:
     row = over[0]
     raise ValueError(

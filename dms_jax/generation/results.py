@@ -64,6 +64,21 @@ class ChainUsage:
       self.steps = [(held, reads)]
 
 
+@dataclasses.dataclass(frozen=True)
+class GivenUp:
+  """What a chain gave up at once, so that others found pages (`Generator(on_pressure="compress")`).
+
+  Attributes:
+    seen: tokens that it had read.
+    tokens: given up, mean over layers and KV heads.
+    numbers: of its policy, from then on.
+  """
+
+  seen: int
+  tokens: float
+  numbers: dict[str, int | float]
+
+
 def add_prompts(usages: Sequence[ChainUsage], counts: Counts) -> None:
   """Adds a chunk of the prompts of rows 0, 1, .. of a call to their usage; `counts` on the host."""
   live, reads = counts.live.sum(axis=(0, 2)), counts.reads.sum(axis=(0, 2), dtype=np.int64)
@@ -109,7 +124,8 @@ class Result(Used):
   `tokens` and `logprobs` (nats) as in `Output`. `finish_reason`: as in `Output`, "running", "cancelled", or "nan" where
   logits are not finite (with a warning). `text`: None without a tokenizer. `usage`: cache usage by step, and `seen`,
   `held`, `peak` and `reads` its sums. `stored`:
-  with `keep=True` the chain's cache on the host, to continue from; else None. A chain of a thousand tokens takes about
+  with `keep=True` the chain's cache on the host, to continue from; else None. `given_up`: what it gave up under
+  pressure, in order; empty if nothing. A chain of a thousand tokens takes about
   80 KB here, so a long run pops each result from `Generator.results` once it has ended.
   """
 
@@ -119,6 +135,7 @@ class Result(Used):
   text: list[str] | None
   usage: list[ChainUsage]
   stored: list[Continuation | None]
+  given_up: list[list[GivenUp]]
 
   @classmethod
   def empty(cls, chains: int, text: bool, heads: int) -> Result:
@@ -126,7 +143,7 @@ class Result(Used):
     lists = [[] for _ in range(chains)]
     texts = [""] * chains if text else None
     usage = [ChainUsage(heads) for _ in lists]
-    return cls(lists, [[] for _ in lists], ["running"] * chains, texts, usage, [None] * chains)
+    return cls(lists, [[] for _ in lists], ["running"] * chains, texts, usage, [None] * chains, [[] for _ in lists])
 
   @property
   def finished(self) -> bool:

@@ -33,6 +33,7 @@ class Chain:
     limit: most tokens, those of earlier turns included.
     start: tokens generated in earlier turns.
     numbers: of the policy.
+    compressed: times that it has given up tokens (`generation.pressure`).
     goes_on: without a prompt of this turn: its one token is that sampled last, which a decode step reads.
     new_detokenizer: makes the `detokenizer` of its text, None without a tokenizer.
     row: None while it waits.
@@ -55,6 +56,7 @@ class Chain:
   new_detokenizer: Callable[[], Detokenizer | None]
   result: Result
   age: int = 0
+  compressed: int = 0
   row: int | None = None
   stored: HostRow | None = None
   token: int = 0
@@ -185,15 +187,20 @@ class Rows:
       self._temperature[rows] = [chain.temperature for chain in chains]
       self.sampling = self.sampling.replace(temperature=jnp.asarray(self._temperature.copy()))
     self.state = _placed(self.state, self.marked(rows), data, fields)
-    changed = False
     for chain in chains:
       self.chains[chain.row], self._keep[chain.row] = chain, chain.keep
+    self.renumber(chains)
+    self.occupied[rows] = True
+
+  def renumber(self, chains: Sequence[Chain]) -> None:
+    """Gives rows the policy's numbers of their chains."""
+    changed = False
+    for chain in chains:
       for name, value in chain.numbers.items():
         changed |= self._numbers[name][chain.row] != value
         self._numbers[name][chain.row] = value
     if changed:
       self.policy = with_numbers(self.policy, self._numbers)
-    self.occupied[rows] = True
 
   def vacate(self, chains: Sequence[Chain]) -> None:
     """Takes chains out of their rows, whose state must not be that of a running row."""

@@ -142,11 +142,14 @@ class Retired:
     slot: the archive slot to overwrite or to merge into, or -1 to append; None appends all.
     merge: m in 0 .. 1: key and value of `slot` become (1 - m) old + m leaving, its statistics their sums. None: the
       slot is overwritten.
+    removed: other archive slots whose tokens are forgotten, each once, in any order, A for none; the archive's last
+      tokens take their places. None: none are.
   """
 
   keep: Bool[Array, "L B K"]
   slot: Int[Array, "L B K"] | None = None
   merge: Float[Array, "L B K"] | None = None
+  removed: Int[Array, "L B K R"] | None = None
 
 
 @struct.dataclass
@@ -221,6 +224,7 @@ class Policy:
   remembers = False  # the policy has a memory of its own, arrays for each layer, row and KV head
   prunes = False  # before a decode step, `compact` cuts the rows that are `due`; the archive stays in text order
   overwrites = False  # `retire` may overwrite archived tokens or merge into them, so chains cannot share pages
+  removes = False  # `retire` may remove archived tokens besides; such a policy overwrites, too
   replays = False  # a chunk of a prompt calls `retire` for one token after another, and equals as many decode steps
   exact_prefill = False  # prompts are read one token at a time, by decode steps inside one compiled loop
   page = 0  # slots of a page that is selected as a whole; 0: everything is read
@@ -457,6 +461,10 @@ class Policy:
   def capacity(self, tokens: int | Int[Array, "..."]) -> Int[Array, "..."]:
     """The most slots that a head needs for a text of `tokens` tokens, the window's W + 1 included; int32."""
     return jnp.asarray(tokens, jnp.int32)
+
+  def mean_capacity(self, tokens: int | Int[Array, "..."]) -> Int[Array, "..."]:
+    """`capacity`, but the mean over the heads of a layer where they share it."""
+    return self.capacity(tokens)
 
   def reach(self, slots: int) -> Int[Array, "..."]:
     """The inverse of `capacity`: tokens of the longest text for which `slots` slots a head suffice; int32."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jaxtyping import Array, Float
 
 from dms_jax.levels import Levels
-from dms_jax.policies.base import Policy, per_row, register
+from dms_jax.policies.base import Leaving, Policy, Retired, per_row, register
 from dms_jax.policies.budget import Budgeted
 
 
@@ -29,11 +32,21 @@ class DMS(Budgeted):
   is evicted before the archive is full. Logits do not depend on attention, so in a prompt read in chunks each query
   sees exactly what it would see if the prompt were read one token at a time. With a limit, W must be at least the
   gates' lag (1 for `shift` 1), because a token needs its logit when it leaves the window.
+
+  `limit_over` says whose limit it is: with "head" no head ever holds more; with "layer" the KV heads of a layer share
+  theirs, so that their mean is never more, and the highest logit of all of them goes. A limit over layers cannot be
+  kept within a chunk, as a layer does not know the logits of later ones.
+
+  `scored` stores the logit of each token held, 4 bytes for each slot, so that a row can give tokens up later in the
+  order of their logits (`Generator(on_pressure="compress")`). Without it, and without a limit, no logit is stored.
   """
 
   window: int | None = struct.field(pytree_node=False, default=None)
   threshold: float = 0.0
   hard: bool = struct.field(pytree_node=False, default=False)
+  limit_over: Literal["head", "layer"] = struct.field(pytree_node=False, default="head")
+  kv_heads: int | None = struct.field(pytree_node=False, default=None, metadata={"flag": False})
+  scored: bool = struct.field(pytree_node=False, default=False)
   levels: Levels | None = struct.field(pytree_node=False, default=None, metadata={"flag": False})
 
   uses_gates = True
@@ -61,20 +74,32 @@ class DMS(Budgeted):
     return self.bounded
 
   @property
+  def shares(self) -> bool:
+    """Whether the heads of a layer share a limit."""
+    return self.bounded and self.limit_over == "layer"
+
+  @property
+  def removes(self):  # type: ignore[override]
+    return self.shares
+
+  @property
   def replays(self):  # type: ignore[override]
     return self.bounded
 
   @property
   def stats(self):  # type: ignore[override]
-    return Budgeted.stats if self.bounded else ()
+    return Budgeted.stats if self.bounded else self.gate_stats
 
   @property
   def gate_stats(self):  # type: ignore[override]
-    return ("score",) if self.bounded else ()
+    return ("score",) if self.bounded or self.scored else ()
 
   @property
   def compacts(self):
     return self.bounded and not self.exact_prefill
+
+  def fitted(self, config):
+    return self.replace(kv_heads=config.num_kv_heads) if self.shares else self
 
   def for_gates(self, dms):
     policy = self.replace(levels=dms.levels)
@@ -82,6 +107,8 @@ class DMS(Budgeted):
     return policy.replace(cr=dms.elastic_pivot) if dms.elastic and plain else policy
 
   def resolved(self, window):
+    if self.limit_over not in ("head", "layer"):
+      raise ValueError(f'DMS: limit_over={self.limit_over!r:.80} must be "head" or "layer"')
     if self.by_level:
       self._check_level()
     elif self.hard and self.cr is None:
@@ -89,6 +116,12 @@ class DMS(Budgeted):
     resolve = Budgeted.resolved if self.bounded else Policy.resolved
     limits = self.replace(cr=None) if self.by_level else self
     return resolve(limits, window).replace(cr=self.cr)
+
+  def lowered(self, threshold: Float[Array, "*rows"]) -> DMS:
+    """This policy with `threshold`, unless its own is lower; for elastic gates at the nearest level that they have."""
+    if self.by_level:
+      return self.replace(cr=jnp.maximum(self.cr, self.levels.cr(threshold)))
+    return self.replace(threshold=jnp.minimum(self.threshold, threshold))
 
   def _check_level(self) -> None:
     """A ValueError unless the gates were trained for every `cr`, and no threshold is given beside it."""
@@ -102,6 +135,7 @@ class DMS(Budgeted):
     cr, low, high = np.asarray(self.cr), self.levels.low, self.levels.high
     if cr.dtype.kind not in "iuf" or cr.ndim > 1 or not cr.size:
       raise ValueError(f"DMS: cr={self.cr} must be a number, or an array of one a row")
+    cr = cr.astype(np.float32)
     if not ((cr >= np.float32(low)) & (cr <= np.float32(high))).all():
       raise ValueError(f"DMS: cr={self.cr} must lie between {low:g} and {high:g}, for which these gates were trained")
 
@@ -112,10 +146,46 @@ class DMS(Budgeted):
     return {"score": -logits}
 
   def retire(self, leaving):
+    if self.shares:
+      return self._retired_together(leaving)
     return super().retire(leaving) if self.bounded else Policy.retire(self, leaving)
+
+  def _retired_together(self, leaving: Leaving) -> Retired:
+    """`retire` where heads share a limit: of a layer's tokens that exceed it, those with the highest logits go.
+
+    Of equal ones the later token goes, then that of the first head. As many go in a step as enter, K at most.
+    """
+    heads, slots = leaving.live.shape[2:]
+    enters, most = ~leaving.evicted, heads * (super().least(leaving.tokens) - (self.window + 1))[:, 0]
+    excess = jnp.sum(leaving.archived + enters.astype(jnp.int32), axis=-1) - most  # [L, B]
+    every = lambda x, own: jnp.concatenate([x, own[..., None]], axis=-1).reshape(*x.shape[:2], -1)
+    scores = every(
+      jnp.where(leaving.live, leaving.archive_stats["score"], jnp.inf),
+      jnp.where(enters, leaving.stats["score"], jnp.inf),
+    )
+    position, gone = every(leaving.archive_stats["position"], leaving.stats["position"]), []
+    for count in range(heads):
+      least = jnp.min(scores, axis=-1, keepdims=True)
+      latest = jnp.argmax(jnp.where(scores == least, position, -1), axis=-1)
+      gone.append(jnp.where(count < excess, latest, scores.shape[-1]))
+      scores = jnp.where(jnp.arange(scores.shape[-1]) == gone[-1][..., None], jnp.inf, scores)
+    head, slot = jnp.divmod(jnp.stack(gone, axis=-1).astype(jnp.int32)[:, :, None], slots + 1)
+    slot = jnp.where(head == jnp.arange(heads)[:, None], slot, slots + 1)  # [L, B, K, K]
+    keep, removed = enters & ~jnp.any(slot == slots, axis=-1), jnp.sort(jnp.minimum(slot, slots), axis=-1)
+    over = keep & (removed[..., 0] < slots)  # the leaving token takes the first of the places
+    rest = jnp.pad(removed[..., 1:], ((0, 0),) * 3 + ((0, 1),), constant_values=slots)
+    return Retired(keep, jnp.where(over, removed[..., 0], -1), removed=jnp.where(over[..., None], rest, removed))
+
+  def least(self, tokens):
+    own, ring = super().least(tokens), self.window + 1
+    return ring + self.kv_heads * (own - ring) if self.shares else own
 
   def capacity(self, tokens):
     return super().capacity(tokens) if self.bounded else Policy.capacity(self, tokens)
+
+  def mean_capacity(self, tokens):
+    tokens = jnp.asarray(tokens, jnp.int32)
+    return jnp.minimum(tokens, super().least(tokens)) if self.shares else self.capacity(tokens)
 
   def reach(self, slots):
     return super().reach(slots) if self.bounded else Policy.reach(self, slots)

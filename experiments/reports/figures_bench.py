@@ -195,3 +195,24 @@ def soak(plt, series: dict[str, list], begin: float, pages: int, title: str) -> 
   axes[3].set_xlabel("seconds")
   figure.suptitle(title)
   return figure
+
+
+@plots.picture
+def pressure(plt, rows: list[dict], title: str) -> Any:
+  """Latency, throughput and KL of a Generator against its load, compressing and preempting."""
+  modes = [name for name in ("preempt", "compress") if any(row["mode"] == name for row in rows)]
+  if not modes:
+    return None
+  figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
+  panels = (("latency_s", "mean latency, s"), ("tokens_per_s", "tokens/s"), ("kl", "KL to unhurried decoding, nats"))
+  for axis, (key, label) in zip(axes, panels, strict=True):
+    for mode, color in zip(modes, (plots.DENSE, plots.DMS), strict=False):
+      points = sorted((100 * row["load"], row[key]) for row in rows if row["mode"] == mode)
+      axis.plot(*zip(*points, strict=True), "o-", color=color, label=mode)
+    axis.set(xlabel="load, % of the pool's pages", ylabel=label)
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.25)
+    plots.bare(axis)
+  axes[0].legend(frameon=False)
+  figure.suptitle(title, fontsize=10)
+  return figure

@@ -26,6 +26,7 @@ SIZES = dict(prefill_chunk=8, decode_block=4, eos=False)
 POLICIES = {
   "h2o": policies.H2O(budget=17, window=WINDOW), "quest": policies.Quest(page=PAGE, budget=16),
   "expected": policies.ExpectedAttention(budget=17, buffer=4, window=WINDOW),  # its memory is saved, too
+  "shared": policies.DMS(budget=17, limit_over="layer"), "scored": policies.DMS(threshold=0.5, scored=True),
 }  # fmt: skip
 
 
@@ -63,6 +64,7 @@ SLOW = pytest.mark.slow
   ("contiguous", "float32", None), ("paged", "bfloat16", None), ("paged", "float32", "h2o"),
   ("paged", "float32", "expected"), pytest.param("masked", "float32", "expected", marks=SLOW),
   pytest.param("contiguous", "bfloat16", None, marks=SLOW), pytest.param("masked", "float32", None, marks=SLOW),
+  pytest.param("contiguous", "float32", "shared", marks=SLOW), pytest.param("paged", "float32", "scored", marks=SLOW),
   pytest.param("contiguous", "float32", "quest", marks=SLOW), pytest.param("paged", "float32", "quest", marks=SLOW),
 ])  # fmt: skip
 def test_what_was_saved_goes_on_as_if_it_had_stayed(model, tmp_path, kind, dtype, case):

@@ -12,6 +12,7 @@ import pytest
 import dms_jax
 from dms_jax import masks, policies
 from dms_jax import testing as tiny
+from dms_jax.generation import decode
 from dms_jax.model import Eviction, check_policy, forward, unembed
 from dms_jax.policies.base import of_rows, row_numbers
 from experiments.methods import method
@@ -50,14 +51,61 @@ def test_rows_of_every_level_are_the_mask(kind, together):
   assert (np.diff(held_shares) < 0).all()
 
 
-def test_a_row_is_itself_alone(together):
-  """Other CRs and prompts beside it change nothing, in the same shapes."""
-  for row, cr in enumerate(CRS):
-    order = [row, *(i for i in range(len(CRS)) if i != row)]
-    others = np.array([cr, *np.roll([CRS[i] for i in order[1:]], 1)])
-    alone = generate(MODEL, [PROMPTS[i] for i in order], policy=policies.DMS(cr=others), cache="contiguous")
-    assert alone.tokens[0] == together.tokens[row]
-    np.testing.assert_array_equal(np.asarray(alone.metrics.live)[:, 0], np.asarray(together.metrics.live)[:, row])
+@pytest.mark.parametrize(
+  ("kind", "budgets", "over"),
+  [
+    ("contiguous", None, "head"), ("paged", (9, 14, 30, 7), "head"), ("contiguous", (9, 14, 30, 7), "layer"),
+    *(
+      pytest.param(kind, budgets, over, marks=pytest.mark.slow)
+      for kind in ("contiguous", "masked", "paged") for budgets, over in ((None, "head"), ((9, 14, 30, 7), "head"))
+      if (kind, budgets) not in (("contiguous", None), ("paged", (9, 14, 30, 7)))
+    ),
+    pytest.param("paged", (9, 14, 30, 7), "layer", marks=pytest.mark.slow),
+    pytest.param("masked", (9, 14, 30, 7), "layer", marks=pytest.mark.slow),
+  ],
+)  # fmt: skip
+def test_a_row_is_itself_alone(kind, budgets, over):
+  """To the bit, whatever CRs, budgets and prompts are beside it; other numbers compile nothing."""
+
+  def run(order, crs, limits):
+    limits = None if budgets is None else np.array(limits)
+    policy = policies.DMS(cr=np.array(crs), budget=limits, limit_over=over)
+    return generate(MODEL, [PROMPTS[i] for i in order], policy=policy, cache=kind, capacity=64)
+
+  rows, limits = range(len(CRS)), budgets or (0,) * len(CRS)
+  whole = run(rows, CRS, limits)
+  programs = decode.decode_block, decode.prefill_chunk
+  compiled = [program._cache_size() for program in programs]
+  for row in rows:
+    others = [i for i in rows if i != row]
+    beside = run(
+      [row, *others], [CRS[row], *(CRS[i - 1] for i in others)], [limits[row], *(limits[i - 1] for i in others)]
+    )
+    assert beside.tokens[0] == whole.tokens[row] and beside.logprobs[0] == whole.logprobs[row]
+    np.testing.assert_array_equal(np.asarray(beside.metrics.live)[:, 0], np.asarray(whole.metrics.live)[:, row])
+  assert [program._cache_size() for program in programs] == compiled
+
+
+def test_requests_have_budgets_of_their_own():
+  """`submit(cr=, budget=)` answers as `generate` with these numbers for its rows; compiling nothing for others."""
+  budgets = (9, 14, 30, 7)
+  together = generate(MODEL, PROMPTS, policy=policies.DMS(cr=np.array(CRS), budget=np.array(budgets)), cache="paged")
+  options = dict(policy=policies.DMS(budget=20), width=4, page_size=4, eos=False, prefill_chunk=8, decode_block=4)
+  generator = dms_jax.Generator(MODEL, pages=200, **options)
+  assert generator.numbers == {"budget": 20, "cr": 4.0}
+  generator.submit(PROMPTS[0], max_new_tokens=NEW)
+  list(generator.run())
+  compiled = decode.decode_block._cache_size()
+  numbers = zip(PROMPTS, CRS, budgets, strict=True)
+  tickets = [generator.submit(p, max_new_tokens=NEW, cr=cr, budget=budget) for p, cr, budget in numbers]
+  list(generator.run())
+  assert decode.decode_block._cache_size() == compiled
+  results = [generator.results[ticket] for ticket in tickets]
+  assert [result.tokens[0] for result in results] == together.tokens
+  for result, budget in zip(results, budgets, strict=True):
+    assert result.held[0] <= budget and result.usage[0].prompt_peak <= budget * result.usage[0].heads
+  with pytest.raises(ValueError, match="DMS: budget=3 tokens must be 4 or more at window=3"):
+    generator.submit(PROMPTS[0], budget=3)
 
 
 def test_requests_have_levels_of_their_own(together):
@@ -71,6 +119,17 @@ def test_requests_have_levels_of_their_own(together):
     generator.submit(PROMPTS[0], cr=20)
   with pytest.raises(ValueError, match=r"threshold=1.0: not a number of this DMS"):
     generator.submit(PROMPTS[0], threshold=1.0)
+
+
+def test_a_shared_limit_can_go_on_with_more_alone():
+  """A later turn under another shared limit: larger ones go on, a smaller one is refused."""
+  policy = policies.DMS(budget=9, limit_over="layer")
+  first = generate(MODEL, PROMPTS[:1], policy=policy, cache="contiguous")
+  for budget in (9, 12):
+    later = generate(MODEL, [[5, 6]], policy=policy.replace(budget=budget), continue_from=first)
+    assert np.asarray(later.metrics.live).mean(axis=-1).max() <= budget
+  with pytest.raises(ValueError, match="holds 9 tokens a head after 34 cannot go on under DMS with 8"):
+    generate(MODEL, [[5, 6]], policy=policy.replace(budget=8), continue_from=first)
 
 
 def test_numbers_of_levels():
@@ -96,6 +155,7 @@ def test_numbers_of_levels():
     (GATES, policies.DMS(cr=math.nan), "DMS: cr=nan must lie between"),
     (GATES, policies.DMS(cr=4.0, threshold=1.0), "DMS: cr=4.0 sets the threshold: leave threshold=1.0 out"),
     (GATES, policies.DMS(cr="4"), "DMS: cr=4 must be a number"),
+    (GATES, policies.DMS(budget=9, limit_over="row"), 'DMS: limit_over=.row. must be "head" or "layer"'),
     (GATES, policies.DMS(hard=True), "DMS: hard=True makes a limit of cr=: give it too"),
   ],
 )  # fmt: skip

@@ -63,6 +63,8 @@ def test_thresholds_are_the_formula(numbers):
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-6 * numbers[2])
   within = got[(crs >= numbers[0]) & (crs <= numbers[1])]
   assert (np.diff(within) < 0).all() and float(levels.threshold(numbers[3])) == 0.0
+  back, inside = np.asarray(jax.jit(levels.cr)(got)), np.clip(crs, numbers[0], numbers[1])
+  np.testing.assert_allclose(back, inside, rtol=1e-5)
   for count in (1, 2, 3, 5, 17):  # a row's threshold does not depend on its neighbours
     rows = jax.jit(levels.threshold)(jnp.asarray(crs[:count], jnp.float32))
     np.testing.assert_array_equal(rows, got[:count])

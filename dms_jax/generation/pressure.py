@@ -1,0 +1,95 @@
+"""Pressure: rows of a `Generator` that give up tokens, so that others find pages.
+
+Under `on_pressure="compress"` a pool is short when a row finds no free page, or when a waiting or preempted chain finds
+a row but too few pages, and the budget lets the pool grow no further. Then the running chains that have been compressed
+least often, all of them, are compressed once more:
+
+1.  A chain gives up `SHARE` of its archived tokens, those with the highest gate logits, over all its layers and heads.
+2.  Its new tokens are read at the threshold of the highest logit that it has kept; with elastic gates at the level of
+    that threshold. Tokens of its window are decided anew at it.
+
+So it holds what it would hold had it been read at that threshold from the start, but for pages that it shares with
+other chains: their tokens stay. For rows without pages this is repeated until each has one for each head; for waiting
+chains it is done once a decode block. A chain is compressed at most `MOST` times, and not beyond the highest level of
+elastic gates. If none is left to be compressed, the newest chain is preempted. A chain stays compressed until it ends.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from dms_jax.cache import PagedCache
+from dms_jax.cache.release import release, score_floor
+from dms_jax.cache.rows import put_rows, take_rows
+from dms_jax.generation.pages import PagedRows
+from dms_jax.generation.results import GivenUp
+from dms_jax.generation.rows import Chain, Rows
+from dms_jax.model import Model, check_policy
+from dms_jax.policies import DMS, Policy
+from dms_jax.policies.base import row_numbers, with_numbers
+
+SHARE = 0.2  # of the archived tokens, in one compression: 1.25 times fewer are left
+MOST = 6  # compressions of a chain: at most a factor of 1.25^6 = 3.8
+MODES = ("preempt", "compress")
+
+
+def prepared(model: Model, policy: Policy, on_pressure: str) -> Policy:
+  """`policy`, checked; with what compression needs, if that is asked for.
+
+  Raises:
+    ValueError: an unknown mode, or a policy without gate logits to go by.
+  """
+  if on_pressure not in MODES:
+    raise ValueError(f"on_pressure={on_pressure!r:.80} must be one of {MODES}")
+  if on_pressure == "preempt":
+    return policy
+  if not isinstance(policy, DMS):
+    raise ValueError(f'on_pressure="compress" goes by gate logits, which {type(policy).__name__} has not: use DMS')
+  return check_policy(model, policy.replace(scored=True))
+
+
+@partial(jax.jit, donate_argnames="cache")
+def _compressed(cache: PagedCache, policy: DMS, row: Int[Array, "1"]):
+  """(cache, the row's numbers afterwards, tokens that it gave up, tokens that it has seen); `policy` is the row's."""
+  part = take_rows(cache, row, cache.table.pages.shape[3])
+  harder = policy.lowered(-score_floor(part, SHARE))
+  part, lost = release(part, -harder.limit, in_order=not policy.overwrites)
+  return put_rows(cache, row, part), row_numbers(harder), lost, part.seen
+
+
+def _raisable(policy: DMS, chain: Chain) -> bool:
+  """Whether a chain can be compressed once more."""
+  return chain.compressed < MOST and not (policy.by_level and chain.numbers["cr"] >= policy.levels.high)
+
+
+def compress(policy: DMS, rows: Rows, memory: PagedRows) -> bool:
+  """Compresses the running chains that have been least often, all of them; False if none can be.
+
+  Args:
+    policy: with scalar numbers.
+  """
+  chains = [chain for chain in rows.running if _raisable(policy, chain)]
+  least = min((chain.compressed for chain in chains), default=0)
+  chains, found = [chain for chain in chains if chain.compressed == least], []
+  for chain in chains:
+    own = with_numbers(policy, {name: [value] for name, value in chain.numbers.items()})
+    memory.cache, *outcome = _compressed(memory.cache, own, jnp.asarray([chain.row], jnp.int32))
+    found.append(outcome)
+  for chain, (numbers, lost, seen) in zip(chains, jax.device_get(found), strict=True):
+    chain.numbers, chain.compressed = {name: value[0].item() for name, value in numbers.items()}, least + 1
+    given = GivenUp(int(seen[0]), int(lost[0]) / memory.heads, chain.numbers)
+    chain.result.given_up[chain.index].append(given)
+  rows.renumber(chains)
+  return bool(chains)
+
+
+def relieve(policy: DMS, rows: Rows, memory: PagedRows, needed: int | None = None) -> bool:
+  """Compresses chains once, or until `needed` pages are free or none can be compressed; whether any was."""
+  some = False
+  while (not some or (needed is not None and memory.free_pages() < needed)) and compress(policy, rows, memory):
+    some = True
+  return some
