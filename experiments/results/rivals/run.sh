@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Every command behind this folder's tables, spread over the GPUs at hand. What is done is not done again: call it again after a kill.
 #
-#   bash experiments/results/rivals/run.sh train texts seen tasks steps
+#   bash experiments/results/rivals/run.sh train texts seen tasks needle steps
 #
 # train: the rivals' own retrofits, and DMS with maths in its mix; texts: KL and perplexity; seen: the same at CR x of what was
-# seen; tasks: needle, variable tracking, HellaSwag, GSM8K likelihood; steps: decode steps against the dense cache.
+# seen; tasks: variable tracking, HellaSwag, GSM8K likelihood; needle: in 4,096 tokens; steps: decode steps against the dense cache.
 #
 #   MODEL  checkpoint, default checkpoints/smollm2-135m-instruct     OUT   results, default runs/rivals
 #   DATA   folder with wiki.test.raw, wikitext2_train_5k.txt, gsm8k/{train,test}.jsonl, math500.jsonl, maths.txt and code.txt (the
@@ -16,11 +16,11 @@ MODEL=${MODEL:-checkpoints/smollm2-135m-instruct} DATA=${DATA:-data} OUT=${OUT:-
 IFS=, read -ra gpus <<<"${GPUS:-0}"
 shipped=experiments/results/retrofit/smollm2-135m
 text_size="--text_tokens=98304 --lengths=4096 --batch=72"
-task_size="--lengths=640,4096 --limit=300 --batch=32"
+task_size="--lengths=640 --limit=200 --width=32 --batch=64" needle_size="--lengths=4096 --limit=100 --width=32"
 steps() { echo "$1"; }
 rows= passage=
 if [[ -n "${SMALL:-}" ]]; then
-  text_size="--text_tokens=256 --lengths=128 --batch=2" task_size="--lengths=256 --limit=2 --batch=2 --hellaswag.shots=1 --gsm8k.shots=1"
+  text_size="--text_tokens=256 --lengths=128 --batch=2" task_size="--lengths=640 --limit=2 --batch=2 --hellaswag.shots=1 --gsm8k.shots=1" needle_size="--lengths=256 --limit=2"
   steps() { echo 3; }
   rows="--retrofit.seq_len=64 --retrofit.batch_size=2" passage="--max_tokens=64 --length=64"
 fi
@@ -80,11 +80,12 @@ for stage in "$@"; do
     train) train ;;
     texts) score texts "$texts" ;;
     seen) score seen "--budget_rule=seen $texts" ;;
-    tasks) score tasks "--tasks=needle,tracking,hellaswag,gsm8k --gsm8k.data=$DATA/gsm8k/test.jsonl --hellaswag.data=$DATA/hellaswag_val_full.txt.bz2 $task_size" ;;
+    needle) score needle "--tasks=needle $needle_size" ;;
+    tasks) score tasks "--tasks=tracking,hellaswag,gsm8k --gsm8k.data=$DATA/gsm8k/test.jsonl --hellaswag.data=$DATA/hellaswag_val_full.txt.bz2 $task_size" ;;
     steps)
       for preset in smollm2-135m llama-3.2-1b; do
         python -m experiments.bench_policies --cases=step --preset=$preset --output="$OUT/steps_$preset" ${SMALL:+--scale=small}
       done ;;
-    *) echo "unknown stage $stage; there are train, texts, seen, tasks, steps" >&2; exit 2 ;;
+    *) echo "unknown stage $stage; there are train, texts, seen, tasks, needle, steps" >&2; exit 2 ;;
   esac
 done
