@@ -228,6 +228,7 @@ def rewritten(source, target, change):
     ("archive", "int3", "archive='int3' is no type of numbers"),
     ("archive", "float64", r"array '0.pages' holds float32, expected float64"),
     ("page", 0, "field 'page' must be a positive whole number"),
+    ("layers", -1, "field 'layers' is -1, not 0 to"),
     ("policy", {"name": "Nobody", "numbers": {}}, "policy: unknown policy 'Nobody'"),
     ("policy", {"name": "DMS", "numbers": {"treshold": 1}}, "policy: .*treshold"),
   ],
