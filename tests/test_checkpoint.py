@@ -232,6 +232,7 @@ def test_damaged_config(saved):
     (whole.replace('"groups"', '"group"'), r"field\(s\) \['groups'\] missing"),
     (whole.replace('"d_ff"', '"ffn"'), r"unknown field\(s\) \['ffn'\] for ModelConfig"),
     (whole.replace('"window": 5', '"window": -5'), "dms.window=-5 must be 0 or more"),
+    (whole.replace('"q_proj"', '"x_proj"'), "config.json: lora.targets: 'x_proj' is not a projection of this model"),
     (whole.replace('"files": {', '"files": {"state/gone": [1, 2],'), "state/gone is missing"),
   ]:
     (saved / "config.json").write_text(text)

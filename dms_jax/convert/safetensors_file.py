@@ -17,7 +17,7 @@ import numpy as np
 from dms_jax.checkpoint import first_line
 from dms_jax.config import read_json, shown
 from dms_jax.convert import pickles
-from dms_jax.convert.tensors import Output, Tensors, tensor_bytes
+from dms_jax.convert.tensors import Output, Tensors
 
 WEIGHTS, INDEX, GATES = "model.safetensors", "model.safetensors.index.json", "dms_gates.safetensors"
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -138,9 +138,9 @@ def write_tensors(path: Path, tensors: Sequence[Output]) -> int:
   kinds = {name: kind for kind, name in _DTYPES.items()}
   header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
   end = 0
-  for name, shape, dtype, _ in ordered:
-    begin, end = end, end + tensor_bytes(shape, dtype)
-    header[name] = {"dtype": kinds[dtype.name], "shape": shape, "data_offsets": [begin, end]}
+  for tensor in ordered:
+    begin, end = end, end + tensor.nbytes
+    header[tensor.name] = {"dtype": kinds[tensor.dtype.name], "shape": tensor.shape, "data_offsets": [begin, end]}
   text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
   text += b" " * (-len(text) % 8)
   with path.open("wb") as stream:

@@ -139,7 +139,7 @@ class Output(NamedTuple):
 
   @property
   def nbytes(self) -> int:
-    return math.prod(self.shape) * self.dtype.itemsize
+    return tensor_bytes(self.shape, self.dtype)
 
 
 def from_params(table: dict[str, ParamSpec], params: Params, dtype=None) -> Iterator[Output]:
