@@ -251,6 +251,10 @@ def read_config(path: str | Path) -> tuple[dict, ModelConfig, DMSConfig | None, 
     configs.append(None if given is None else from_json(cls, given, f"{file}: {name}"))
   if schema > 1 and configs[1] is not None:
     _check_convention(file, values.get("gates"), convention(configs[1]))
+  try:
+    param_table(*configs)
+  except ValueError as error:  # such as updates of a projection that the model does not have
+    raise ValueError(f"{file}: {error}") from None
   return values, *configs
 
 

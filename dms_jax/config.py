@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import os
+import sys
 import types
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -351,10 +352,10 @@ def json_value(data: bytes | str, source: str) -> Any:
   """Any JSON value from its text, such as a line of a file; bytes are UTF-8, with or without a byte order mark.
 
   Raises:
-    ValueError: it is not valid JSON, or is nested too deep; the message names `source`.
+    ValueError: it is not valid JSON, is nested too deep, or holds a number beyond float64; the message names `source`.
   """
   try:
-    return json.loads(data if isinstance(data, str) else data.decode("utf-8-sig"))
+    return json.loads(data if isinstance(data, str) else data.decode("utf-8-sig"), parse_int=_whole_number)
   except RecursionError:
     raise ValueError(f"{source}: JSON nested too deep; the file is damaged") from None
   except ValueError as error:  # of UTF-8, of JSON, or of a number with too many digits
@@ -385,6 +386,13 @@ def as_text(value: Any) -> Any:
   if isinstance(value, dict):
     return {as_text(key): as_text(each) for key, each in value.items()}
   return [as_text(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _whole_number(text: str) -> int:
+  """A whole number of JSON; a ValueError if it has so many digits that no float is as large."""
+  if len(text) > sys.float_info.max_10_exp:
+    raise ValueError(f"a number of {len(text)} digits")
+  return int(text)
 
 
 HALF_PAIR = "half of a surrogate pair (\\ud800 to \\udfff), which is no character"

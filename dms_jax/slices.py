@@ -115,6 +115,8 @@ def chunk_shape(spec: ParamSpec, dtype: np.dtype) -> list[int]:
 
 def _spec(directory: Path, path: str) -> dict:
   """TensorStore's description of a parameter that Orbax stores in `directory`."""
+  if ".." in directory.parts:  # which TensorStore refuses
+    directory = directory.resolve()
   files = {"driver": "file", "path": f"{directory / STATE}/"}
   whole = files | {"file_io_locking": {"mode": "non_atomic"}}  # names of data files are random: no two writers meet
   kvstore = {

@@ -338,15 +338,15 @@ def _check_bounds(file: Path, backend: tokenizers.Tokenizer) -> None:
 
   The library itself bounds how long it searches a text for a regular expression.
   """
-  values = json.loads(backend.to_str())
+  vocab = backend.get_vocab(with_added_tokens=True)
+  if (largest := max(vocab.values(), default=0)) > 4 * len(vocab) + HOLES:
+    raise ValueError(f"{file}: id {largest} in a vocabulary of {len(vocab)} tokens; the file is damaged")
+  values = json.loads(backend.to_str())  # which counts up to the largest id
   for part in ("normalizer", "decoder"):
     if _growth(values[part] or {}) > GROWTH:
       raise ValueError(f"{file}: its {part} makes texts more than {GROWTH} times longer; the file is damaged")
   if (longest := values["model"].get("max_input_chars_per_word", 0)) > LONGEST_WORD:
     raise ValueError(f"{file}: max_input_chars_per_word={longest} is more than {LONGEST_WORD}; the file is damaged")
-  vocab = backend.get_vocab(with_added_tokens=True)
-  if (largest := max(vocab.values(), default=0)) > 4 * len(vocab) + HOLES:
-    raise ValueError(f"{file}: id {largest} in a vocabulary of {len(vocab)} tokens; the file is damaged")
 
 
 def _growth(step: dict[str, Any]) -> int:

@@ -139,7 +139,7 @@ def needed(model: ModelConfig) -> dict[str, float]:
   """Gigabytes by the shapes of a model in bfloat16: all weights, the largest stacked parameter, the bar, the need.
 
   The bar is for shards of 5 GB. The need of a conversion is twice the largest slice (one is read while one is written)
-  and what `slices.write` holds beside it; an export needs a shard.
+  and what `slices.write` holds beside it; an export needs less.
   """
   table = param_table(model)
   sizes = [math.prod(spec.shape) * DTYPE.itemsize for spec in table.values()]

@@ -35,7 +35,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
-import json
 import os
 import signal
 import time
@@ -52,7 +51,7 @@ from dms_jax.config import DMSConfig, LoRAConfig
 from dms_jax.model import Model
 from dms_jax.retrofit import DataConfig, RetrofitConfig, distributed, recall_text, self_text
 from dms_jax.retrofit.config import check
-from dms_jax.retrofit.data import Batches, Packer, Source, load_sources
+from dms_jax.retrofit.data import Batches, Packer, Source, documents, load_sources
 from dms_jax.retrofit.distributed import MeshConfig
 from dms_jax.retrofit.loop import LOG, Preempted, Run, train
 from dms_jax.retrofit.packing import FIRST, StreamPacker, WholePacker
@@ -183,7 +182,7 @@ def texts(base: Callable[[], Model], tokenizer: Tokenizer, data: DataConfig, dty
     written["recall_text"] = folder / "recall_text.jsonl"
     with distributed.together():
       if distributed.leads():
-        own = [] if path is None else [json.loads(line)["text"] for line in path.read_text("utf-8").splitlines()]
+        own = [] if path is None else [text for _, text in documents(path, tokenizer, data.fields)]
         progress = lambda items: program.progress(items, desc="making documents")
         recall_text.write(tokenizer, data.recall_text, written["recall_text"], filler=own, progress=progress)
   say("reading and tokenizing text")

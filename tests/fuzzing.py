@@ -27,9 +27,9 @@ MEGABYTES = 64  # of one input beyond three times its file: what a compilation t
 CHARACTERS = 6000  # of a message, which may list forty tensors
 
 VALUES = [
-  None, True, False, 0, -1, 1, 2, 3, 255, 2**31, 2**32 - 1, 2**63, 2**64, 10**40, 0.0, 0.5, -0.0, 1e-300, 1e300,
-  float("nan"), float("inf"), "", "x", "0", "llama", "\ud800", "../x", "\0", "é\u2028", " ", "a\nb", [], [0], [None],
-  {}, {"a": 1}, [[[[]]]], ["x"], {"": None}, "(a*)*b", "{{ 1", "9" * 5000,
+  None, True, False, 0, -1, 1, 2, 3, 255, 2**31, 2**32 - 1, 2**63, 2**64, 10**40, 10**400, 0.0, 0.5, -0.0, 1e-300,
+  1e300, -1e300, float("nan"), float("inf"), "", "x", "0", "llama", "\ud800", "../x", "\0", "é\u2028", " ", "a\nb", [],
+  [0], [None], {}, {"a": 1}, [[[[]]]], ["x"], {"": None}, "(a*)*b", "{{ 1", "9" * 5000,
 ]  # fmt: skip
 
 

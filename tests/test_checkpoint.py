@@ -232,16 +232,22 @@ def test_damaged_config(saved):
     (whole.replace('"groups"', '"group"'), r"field\(s\) \['groups'\] missing"),
     (whole.replace('"d_ff"', '"ffn"'), r"unknown field\(s\) \['ffn'\] for ModelConfig"),
     (whole.replace('"window": 5', '"window": -5'), "dms.window=-5 must be 0 or more"),
+    (whole.replace('"q_proj"', '"x_proj"'), "config.json: lora.targets: 'x_proj' is not a projection of this model"),
     (whole.replace('"files": {', '"files": {"state/gone": [1, 2],'), "state/gone is missing"),
   ]:
     (saved / "config.json").write_text(text)
     with pytest.raises(ValueError, match=message):
       checkpoint.load(saved)
   values = json.loads(whole)
-  newer = {**values, "format": 9, "version": "7.1"}
-  (saved / "config.json").write_text(json.dumps(newer))
-  with pytest.raises(ValueError, match=r"by dms_jax 7\.1, schema 9; this version reads up to 2: pip install -U"):
-    checkpoint.load(saved)
+  for version, wanted in (
+    ("7.1", "'dms_jax>=7.1'"),
+    ("0.3.0rc1", "'dms_jax>=0.3.0rc1'"),
+    ("; rm x", "dms_jax"),
+    (7, "dms_jax"),
+  ):
+    (saved / "config.json").write_text(json.dumps({**values, "format": 9, "version": version}))
+    with pytest.raises(ValueError, match=f"schema 9; this version reads up to 2: pip install -U {wanted}$"):
+      checkpoint.load(saved)
   for name, wrong in (("model", 3), ("dms", "yes"), ("lora", [1])):
     (saved / "config.json").write_text(json.dumps({**values, name: wrong}))
     with pytest.raises(ValueError, match=f"field '{name}' should be an object"):

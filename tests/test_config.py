@@ -114,6 +114,7 @@ def test_json_that_no_parser_likes(tmp_path):
     ("[" * 100_000, "nested too deep"),
     ('{"a":' * 100_000, "nested too deep"),
     ('{"a": ' + "9" * 5000 + "}", "not valid JSON"),
+    ('{"a": -' + "9" * 308 + "}", "a number of 309 digits"),
   ):
     path.write_text(content)
     with pytest.raises(ValueError, match=rf"c\.json: .*{message}") as error:
@@ -121,6 +122,8 @@ def test_json_that_no_parser_likes(tmp_path):
     assert "\n" not in str(error.value)
   with pytest.raises(ValueError, match="cannot be read"):
     read_json(tmp_path)
+  path.write_text('{"a": ' + "9" * 308 + "}")
+  assert float(read_json(path)["a"]) == 1e308  # the largest: each is also a float
   path.write_text('{"a": "é"}', encoding="utf-8-sig")
   assert read_json(path) == {"a": "é"}
 

@@ -6,7 +6,10 @@ and others.
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -19,16 +22,15 @@ from gguf import GGUFWriter
 import dms_jax
 from dms_jax import checkpoint
 from dms_jax import testing as tiny
-from dms_jax.config import LoRAConfig
-from dms_jax.convert import export, gguf
-from dms_jax.convert.layouts import transformers
+from dms_jax.config import LoRAConfig, to_json
+from dms_jax.convert import convert, export, gguf
+from dms_jax.convert.layouts import peft, transformers
 from dms_jax.convert.tensors import to_slices
 from dms_jax.layers import rope_frequencies
 from dms_jax.params import flatten, param_table
 from dms_jax.policies import triattention
-from dms_jax.retrofit import DataConfig, SelfTextConfig
+from dms_jax.retrofit import DataConfig, RetrofitConfig, SelfTextConfig, loop, self_text
 from dms_jax.retrofit.data import load_sources
-from dms_jax.retrofit.self_text import prompts
 from dms_jax.tokenizer import Tokenizer, byte_tokenizer
 from tests.fuzzing import Reader, garbled, garbled_header, garbled_json, garbled_lines
 
@@ -46,6 +48,21 @@ def read_huggingface(path: Path) -> None:
   config, dms, tensors, _ = transformers.read(path)
   ignore = lambda name: transformers.is_ignored(config, name)
   list(to_slices(param_table(config, dms), tensors, np.float32, ignore=ignore))
+
+
+def read_peft(path: Path) -> None:
+  peft.base_name(path)
+  peft.read(path, CONFIG)
+
+
+def convert_whole(path: Path) -> None:
+  """A conversion from start to end, which leaves nothing if it is refused."""
+  output = path.with_name("converted")
+  try:
+    convert(str(path), output)
+    shutil.rmtree(output)
+  finally:
+    assert {p.name for p in path.parent.iterdir()} == {path.name}, "left something beside the source"
 
 
 def read_gguf(path: Path) -> None:
@@ -69,9 +86,17 @@ def read_tokenizer(path: Path) -> None:
   use(Tokenizer.load(path))
 
 
+def read_state(path: Path) -> None:
+  """What a resumed retrofit reads beside its training state."""
+  loop._claim_directory(path, RUN)
+  loop.read_log(path / loop.LOG)
+
+
 def read_text(path: Path, names=("*.jsonl", "*.json", "*.txt")) -> None:
   load_sources(DataConfig(paths=tuple(str(path / name) for name in names)), byte_tokenizer())
 
+
+RUN = {"retrofit": to_json(RetrofitConfig()), "dms": to_json(tiny.dms()), "data": to_json(DataConfig()), "lora": None}
 
 # Whole files ----------------------------------------------------------------------------------------------------------
 
@@ -182,13 +207,21 @@ def readers(tmp_path_factory) -> dict[str, Reader]:
   (root / "fastdms" / "dms_metadata.json").write_text(json.dumps(metadata))
   export(root / "trained" / "final", model)
   (root / "trained" / "training_log.json").write_text(json.dumps({"config": metadata, "log": [1.0, 2.0]}))
+  qwen3 = tiny.model(dataclasses.replace(CONFIG, family="qwen3", qk_norm=True), tiny.dms())
+  export(root / "student", qwen3, layout="model_optimizer")
+  retrofitted = tiny.model(CONFIG, tiny.dms(), LoRAConfig(rank=2))
+  export(root / "peft", retrofitted, layout="peft")
+  loop._claim_directory(root / "run", RUN)
+  steps = "".join(json.dumps({"step": step, "loss": 1.5, "seconds": 0.1}) + "\n" for step in range(3))
+  (root / "run" / loop.LOG).write_text(steps)
+  (root / "rows").mkdir()
+  (root / "rows" / "0.jsonl").write_text("".join(json.dumps({"text": "one", "sampled": 3}) + "\n" for _ in range(3)))
   for name, parts in (("gguf", 1), ("split", 2)):
     (root / name).mkdir()
     write_gguf(root / name, parts)
   write_tokenizers(root)
   write_text(root)
   checkpoint.save(root / "ours", gated)
-  retrofitted = tiny.model(CONFIG, tiny.dms(), LoRAConfig(rank=2))
   checkpoint.save(root / "retrofit", retrofitted, groups=("gate", "lora"))
   checkpoint.save(root / "base", model)
   out = dms_jax.generate(model, [[1, 2, 3]] * 2, policy=dms_jax.Vanilla(window=2), max_new_tokens=5, eos=False)
@@ -203,7 +236,7 @@ def readers(tmp_path_factory) -> dict[str, Reader]:
   (root / "hf" / "config.json").write_text(json.dumps(values))
   conversation = lambda path: dms_jax.load_conversation(path, model)
   on_base = lambda path: checkpoint.load(root / "base", retrofit=path)
-  questions = lambda path: prompts(
+  questions = lambda path: self_text.prompts(
     SelfTextConfig(rows=3, questions=str(path / "q.jsonl")),
     Tokenizer(byte_tokenizer().backend, {"chat_template": TEMPLATE}),
   )
@@ -221,6 +254,15 @@ def readers(tmp_path_factory) -> dict[str, Reader]:
     "training log": Reader(
       15, root / "trained", "training_log.json", garbled_json, lambda path: read_huggingface(path / "final"), refuses=0
     ),
+    "student": Reader(20, root / "student", "config.json", garbled_json, read_huggingface, refuses=0.2),
+    "student's tensors": Reader(15, root / "student", "model.safetensors", garbled_header, read_huggingface),
+    "adapter": Reader(20, root / "peft", "adapter_config.json", garbled_json, read_peft, refuses=0.1),
+    "adapter's tensors": Reader(15, root / "peft", "adapter_model.safetensors", garbled_header, read_peft),
+    "adapter's gates": Reader(10, root / "peft", "dms_config.json", garbled_json, read_peft),
+    "conversion": Reader(5, root / "shards", ".", garbled, convert_whole),
+    "run": Reader(10, root / "run", loop.RUN, garbled_json, read_state),
+    "log": Reader(10, root / "run", loop.LOG, garbled_lines, read_state),
+    "sampled rows": Reader(10, root / "rows", "0.jsonl", garbled_lines, lambda p: self_text._finished(p / "0.jsonl")),
     "gguf": Reader(75, root / "gguf", "m.gguf", garbled, read_gguf, said=template),
     "split gguf": Reader(25, root / "split", ".", garbled, read_gguf, said=template),
     "tokenizer": Reader(50, root / "tokenizer", "tokenizer.json", garbled_json, read_tokenizer),
@@ -250,9 +292,10 @@ def readers(tmp_path_factory) -> dict[str, Reader]:
 
 NAMES = (
   "safetensors", "safetensors header", "config", "generation config", "index", "gates", "gate tensors", "fastdms",
-  "training log", "gguf", "split gguf", "tokenizer", "words", "tokenizer settings", "older settings", "special tokens",
-  "added tokens", "template", "own config", "own", "orbax", "orbax damaged", "retrofit", "retrofit's orbax",
-  "conversation", "rows", "calibration", "text lines", "text object", "plain text", "questions",
+  "training log", "student", "student's tensors", "adapter", "adapter's tensors", "adapter's gates", "conversion",
+  "run", "log", "sampled rows", "gguf", "split gguf", "tokenizer", "words", "tokenizer settings", "older settings",
+  "special tokens", "added tokens", "template", "own config", "own", "orbax", "orbax damaged", "retrofit",
+  "retrofit's orbax", "conversation", "rows", "calibration", "text lines", "text object", "plain text", "questions",
 )  # fmt: skip
 
 
@@ -262,6 +305,7 @@ NAMES = (
 def test_damaged_files_are_refused_in_one_line(readers, tmp_path, name):
   with jax.numpy_dtype_promotion("standard"):
     readers[name].check(tmp_path / "damaged")
+  gc.collect()  # here, or Python reports them in a later test
 
 
 def test_every_reader_is_named(readers):

@@ -168,3 +168,14 @@ def test_a_stored_parameter_is_an_array_when_asked(tmp_path):
   assert stored.shape == whole.shape and stored.dtype == whole.dtype
   np.testing.assert_array_equal(np.asarray(stored), whole)
   np.testing.assert_array_equal(stored[1], whole[1])
+
+
+def test_folders_named_from_another(tmp_path, monkeypatch):
+  """`../NAME`: converted, and exported layer by layer."""
+  model = tiny.model()
+  export(tmp_path / "hf", model)
+  (tmp_path / "here").mkdir()
+  monkeypatch.chdir(tmp_path / "here")
+  loaded = checkpoint.load(convert("../hf", "../ours"), stored=True)
+  export("../again", loaded)
+  assert read_only(tmp_path / "hf") == read_only(tmp_path / "again")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import hypothesis
 import hypothesis.strategies as st
@@ -281,6 +282,20 @@ def test_tokenizers_that_would_not_end_are_refused(tmp_path, changes, message):
   with pytest.raises(ValueError, match=message) as caught:
     Tokenizer.load(tmp_path)
   assert str(tmp_path / "tokenizer.json") in str(caught.value)
+
+
+@pytest.mark.parametrize("index", [2**31, 2**32 - 1])
+def test_an_absurd_id_is_refused_at_once(tmp_path, index):
+  """The library needs seconds and gigabytes to count up to it, which is not asked of it."""
+  values = json.loads(byte_tokenizer().backend.to_str())
+  values["model"]["vocab"]["a"] = index
+  (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+  start = time.process_time()
+  with pytest.raises(
+    ValueError, match=rf"tokenizer\.json: id {index} in a vocabulary of 257 tokens; the file is damaged"
+  ):
+    Tokenizer.load(tmp_path)
+  assert time.process_time() - start < 2
 
 
 def test_a_pattern_that_backtracks_for_ever_is_given_up(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import re
 from pathlib import Path
 
@@ -49,8 +48,6 @@ def export(
     ValueError: `path` exists and may not be replaced, the disk has no room, dtype or layout is unknown, or the layout
       cannot hold the model.
   """
-  if importlib.util.find_spec("safetensors") is None:
-    raise ValueError("writing safetensors needs the safetensors package: pip install 'dms_jax[convert]'")
   if layout not in LAYOUTS:
     raise ValueError(f"--layout={layout}: must be one of {', '.join(LAYOUTS)}")
   if dtype is None:

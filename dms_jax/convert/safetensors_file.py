@@ -1,4 +1,4 @@
-"""Tensors of safetensors files: which files of a folder hold the weights; headers, checked."""
+"""Safetensors files: which of a folder hold the weights; headers, checked; tensors, one at a time."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,10 @@ import numpy as np
 from dms_jax.checkpoint import first_line
 from dms_jax.config import damage, read_json, shown
 from dms_jax.convert import pickles
-from dms_jax.convert.tensors import Tensors
+from dms_jax.convert.tensors import Output, Tensors
 
 WEIGHTS, INDEX, GATES = "model.safetensors", "model.safetensors.index.json", "dms_gates.safetensors"
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_BLOCK = 2**24  # numbers that are read at a time
 _BUFFERS = ("I64", "BOOL")  # types of counters, position ids and masks, which no weight has
 _OTHERS = re.compile(r"(adapter_model|consolidated(\.\d+)?|dms_gates)\.safetensors")  # beside the model's own
 
@@ -50,11 +50,16 @@ def _weight_files(path: Path) -> list[Path]:
   return files + gates
 
 
-def _check_names(file: Path) -> None:
-  """Raises ValueError if the header of a readable file names a tensor twice, as the library allows, or oddly."""
+def _places(file: Path) -> dict[str, int]:
+  """Where each tensor of a file begins, in bytes. The library has checked the header.
+
+  Raises:
+    ValueError: the header names a tensor twice, which the library allows, or oddly.
+  """
   with file.open("rb") as stream:
-    header = stream.read(int.from_bytes(stream.read(8), "little"))
-  json.loads(header, object_pairs_hook=_once)
+    size = int.from_bytes(stream.read(8), "little")
+    header = json.loads(stream.read(size), object_pairs_hook=_once)
+  return {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -101,7 +106,7 @@ def open_tensors(path: Path, only: list[Path] | None = None) -> Tensors:
       with safe_open(file, framework="np") as handle:
         slices = {name: handle.get_slice(name) for name in handle.keys()}
         entries = {name: (one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
-      _check_names(file)
+      places = _places(file)
     except (SafetensorError, OSError, OverflowError, ValueError) as error:
       reason = f"not a readable safetensors file ({first_line(error)})"
       raise ValueError(f"{file}: {reason}; {_damage_of(file)}") from None
@@ -111,7 +116,7 @@ def open_tensors(path: Path, only: list[Path] | None = None) -> Tensors:
         continue
       if name in where:
         raise ValueError(f"{path}: tensor {name} is in {files[name]} and in {file.name}; remove the one that is older")
-      where[name], files[name], shapes[name] = (file, stored), file.name, shape
+      where[name], files[name], shapes[name] = (file, places[stored]), file.name, shape
       if kind not in _DTYPES:
         refused.append(f"{name} ({kind})")
       else:
@@ -123,15 +128,31 @@ def open_tensors(path: Path, only: list[Path] | None = None) -> Tensors:
   dtype = sizes.most_common(1)[0][0] if sizes else "float32"
 
   def read_tensor(name: str) -> np.ndarray:
-    (file, stored), shape = where[name], shapes[name]
-    if math.prod(shape) <= _BLOCK:
-      with safe_open(file, framework="np") as handle:
-        return handle.get_tensor(stored)
-    value, rows = np.empty(shape, kinds[name]), max(1, _BLOCK * shape[0] // math.prod(shape))
-    for start in range(0, shape[0], rows):
-      end = min(start + rows, shape[0])
-      with safe_open(file, framework="np") as handle:  # mapped: what is read stays in memory while the file is open
-        value[start:end] = handle.get_slice(stored)[start:end]
+    file, begin = where[name]
+    value = np.empty(shapes[name], kinds[name])
+    with file.open("rb") as stream:  # the library maps files instead, which takes ten times as long
+      stream.seek(begin)
+      if stream.readinto(value.reshape(-1).view(np.uint8)) < value.nbytes:
+        raise ValueError(f"{file}: shorter than when it was opened, at tensor {name}; fetch it again")
     return value
 
   return Tensors(str(path), shapes, read_tensor, dtype)
+
+
+def write_tensors(path: Path, tensors: Sequence[Output]) -> int:
+  """Writes one file; returns the bytes of its tensors. One of them is in memory, where the library would need all."""
+  # In the library's order: wide numbers first, so that each tensor begins at a multiple of its dtype's size.
+  ordered = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
+  kinds = {name: kind for kind, name in _DTYPES.items()}
+  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+  end = 0
+  for tensor in ordered:
+    begin, end = end, end + tensor.nbytes
+    header[tensor.name] = {"dtype": kinds[tensor.dtype.name], "shape": tensor.shape, "data_offsets": [begin, end]}
+  text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+  text += b" " * (-len(text) % 8)
+  with path.open("wb") as stream:
+    stream.write(len(text).to_bytes(8, "little") + text)
+    for tensor in ordered:
+      stream.write(tensor.read().reshape(-1).view(np.uint8))
+  return end

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -128,19 +129,32 @@ def _all_finite(value: np.ndarray, block: int = 2**18) -> bool:
   return all(np.isfinite(one.astype(np.float32, copy=False)).all() for one in blocks)
 
 
-def from_params(
-  table: dict[str, ParamSpec], params: Params, dtype=None
-) -> Iterator[tuple[str, tuple[int, ...], Callable]]:
-  """(name, shape, read) of every Hugging Face tensor; `read()` returns a contiguous numpy array of `dtype`."""
+class Output(NamedTuple):
+  """A tensor to be written; `read()` returns it as a contiguous numpy array."""
+
+  name: str
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  read: Callable[[], np.ndarray]
+
+  @property
+  def nbytes(self) -> int:
+    return tensor_bytes(self.shape, self.dtype)
+
+
+def from_params(table: dict[str, ParamSpec], params: Params, dtype=None) -> Iterator[Output]:
+  """Every Hugging Face tensor, in `dtype`; default the parameter's."""
   flat = flatten(params)
   for path, spec in table.items():
+    kind = np.dtype(dtype or flat[path].dtype)
     for name, layer in hf_names(path, spec):
-      yield name, spec.hf_shape, lambda path=path, layer=layer, spec=spec: _one(flat[path], layer, spec, dtype)
+      read = lambda path=path, layer=layer, spec=spec, kind=kind: _one(flat[path], layer, spec, kind)
+      yield Output(name, spec.hf_shape, kind, read)
 
 
-def _one(value, layer: int | None, spec: ParamSpec, dtype) -> np.ndarray:
+def _one(value, layer: int | None, spec: ParamSpec, dtype: np.dtype) -> np.ndarray:
   one = np.asarray(jax.device_get(value if layer is None else value[layer]))
-  return np.ascontiguousarray(one.reshape(spec.hf_shape).astype(dtype or one.dtype, copy=False))
+  return np.ascontiguousarray(one.reshape(spec.hf_shape).astype(dtype, copy=False))
 
 
 def tensor_bytes(shape: tuple[int, ...], dtype) -> int:

@@ -11,8 +11,8 @@ from typing import Any, cast
 import jax.numpy as jnp
 
 from dms_jax.config import DMSConfig, to_json
-from dms_jax.convert.safetensors_file import GATES, INDEX, WEIGHTS
-from dms_jax.convert.tensors import Progress, from_params, tensor_bytes
+from dms_jax.convert.safetensors_file import GATES, INDEX, WEIGHTS, write_tensors
+from dms_jax.convert.tensors import Output, Progress, from_params
 from dms_jax.families.huggingface import config_to_hf
 from dms_jax.model import Model
 from dms_jax.params import param_table
@@ -125,40 +125,38 @@ def whole(value: int | float) -> int | float:
   return int(value) if value == int(value) else value
 
 
-def base_tensors(model: Model, dtype: str) -> list:
-  """(name, shape, read) of the weights without gates, under Hugging Face's names, for `write_weights`."""
+def base_tensors(model: Model, dtype: str) -> list[Output]:
+  """The weights without gates, under Hugging Face's names, for `write_weights`."""
   return _tensors(model, "base", dtype)
 
 
-def gate_tensors(model: Model, dtype: str = "float32") -> list:
-  """(name, shape, read) of the gates' tensors, under NVIDIA's names; none for the neuron gate."""
+def gate_tensors(model: Model, dtype: str = "float32") -> list[Output]:
+  """The gates' tensors, under NVIDIA's names; none for the neuron gate."""
   return _tensors(model, "gate", dtype)
 
 
-def _tensors(model: Model, group: str, dtype: str) -> list:
+def _tensors(model: Model, group: str, dtype: str) -> list[Output]:
   table = {n: spec for n, spec in param_table(model.config, model.dms).items() if spec.group == group}
   return list(from_params(table, model.params, jnp.dtype(dtype)))
 
 
 def write_weights(
-  directory: Path, tensors: Sequence, dtype: str, shard_bytes: int, progress: Progress | None = None
+  directory: Path, tensors: Sequence[Output], shard_bytes: int, progress: Progress | None = None
 ) -> None:
-  """Writes model.safetensors; above `shard_bytes` model-00001-of-N.safetensors and their index. One shard is in memory.
+  """Writes model.safetensors; above `shard_bytes` model-00001-of-N.safetensors and their index.
 
   Args:
-    tensors: (name, shape, read) of each tensor, almost all of `dtype`.
     shard_bytes: most bytes of one file; a larger tensor gets a file of its own.
     progress: called as progress(done, total, file name).
   """
-  sizes = [tensor_bytes(shape, jnp.dtype(dtype)) for _, shape, _ in tensors]
-  shards: list[list] = [[]]
+  shards: list[list[Output]] = [[]]
   free = shard_bytes
-  for entry, size in zip(tensors, sizes, strict=True):
-    if size > free and shards[-1]:
+  for tensor in tensors:
+    if tensor.nbytes > free and shards[-1]:
       shards.append([])
       free = shard_bytes
-    shards[-1].append(entry)
-    free -= size
+    shards[-1].append(tensor)
+    free -= tensor.nbytes
   total = len(shards)
   numbered = [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
   names = numbered if total > 1 else [WEIGHTS]
@@ -168,17 +166,8 @@ def write_weights(
     if progress is not None:
       progress(i + 1, total, name)
   if total > 1:
-    weight_map = {n: name for name, shard in zip(names, shards, strict=True) for n, _, _ in shard}
+    weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
     write_json(directory / INDEX, {"metadata": {"total_size": written}, "weight_map": weight_map})
-
-
-def write_tensors(path: Path, tensors: Sequence) -> int:
-  """Writes one safetensors file of (name, shape, read) entries; returns the bytes of the tensors."""
-  from safetensors.numpy import save_file
-
-  arrays = {name: read_one() for name, _, read_one in tensors}
-  save_file(arrays, path, metadata={"format": "pt"})
-  return sum(array.nbytes for array in arrays.values())
 
 
 def write_gates(directory: Path, model: Model) -> None:

@@ -230,7 +230,7 @@ def _check_sizes(path: str | Path, header: dict, model: Model) -> None:
   """Raises ValueError where a count of the header is more than the model can hold: nothing is allocated before."""
   file, rows = Path(path) / HEADER, header["rows"]
   longest = 4 * model.config.max_position_embeddings + 4096  # a cache may be larger than the text, if not many times
-  for name in ("slots", "window", "page", "policy_page"):
+  for name in ("slots", "window", "page", "policy_page", "layers", "kv_heads", "head_dim"):
     if not 0 <= header.get(name, 0) <= min(longest, 2**31 - 1):
       raise ValueError(f"{file}: field {name!r} is {shown(header[name])}, not 0 to {longest}; damaged")
   heads = header["layers"] * header["kv_heads"] * len(rows)

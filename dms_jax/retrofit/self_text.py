@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from dms_jax.checkpoint import write_text
-from dms_jax.config import has_half_pair, json_value, read_json, to_json
+from dms_jax.config import has_half_pair, is_number, json_value, parse_json, read_json, to_json
 from dms_jax.execution import fastest_form
 from dms_jax.generation.generate import generate
 from dms_jax.model import Model
@@ -127,10 +127,21 @@ def write(
       cut = slice(first, first + config.batch)
       records = _sample(model, tokenizer, config, rows[cut], keys[cut])
       write_text(part, "".join(json.dumps(r) + "\n" for r in records))
-  records = [json.loads(line) for part in parts for line in part.read_text(encoding="utf-8").splitlines()]
+  records = [record for part in parts for record in _finished(part)]
   write_text(path, "".join(json.dumps({"text": r["text"]}) + "\n" for r in records))
   shutil.rmtree(folder)
   return sum(r["sampled"] for r in records)
+
+
+def _finished(part: Path) -> list[dict]:
+  """The records of a finished batch; a ValueError names a damaged line."""
+  records = []
+  for number, line in enumerate(read_text(part).splitlines(), 1):
+    record = parse_json(line, f"{part}:{number}")
+    if not isinstance(record.get("text"), str) or not is_number(record.get("sampled"), int):
+      raise ValueError(f"{part}:{number}: needs a text and a number `sampled`; remove the file to sample it again")
+    records.append(record)
+  return records
 
 
 def _sample(model: Model, tokenizer: Tokenizer, config: SelfTextConfig, rows: list, keys: jax.Array) -> list[dict]:

@@ -17,10 +17,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dms_jax.config import shown
 from experiments.common import files, program
 
 T = typing.TypeVar("T", bound="Chain")
 TEXT = "text"  # the task of a text's chunks; "text NAME" if there are several texts
+MOST = 1e15  # of a number in a record: quotients of two still fit float32
 START = b'{"method": '  # first bytes of every record
 
 
@@ -111,11 +113,14 @@ def append(path: Path, records: Iterable[Record]) -> None:
 
 
 def _numbers(where: str, values: Mapping[str, Any], field: str, empty: float | None = None) -> dict[str, float]:
-  """A field of numbers by name. Raises ValueError if one is not finite; null is `empty`, if that is a number."""
+  """A field of numbers by name. Raises ValueError if one is not finite or huge; null is `empty`, if that is a number.
+
+  With an `empty`, numbers that are not finite stay.
+  """
   found = {name: empty if value is None else value for name, value in values[field].items()}
   for name, value in found.items():
-    known = isinstance(value, int | float) and (math.isfinite(value) or empty is not None)
-    if not known:
+    stays = empty is not None and isinstance(value, float) and not math.isfinite(value)
+    if not (isinstance(value, int | float) and abs(value) <= MOST) and not stays:
       raise ValueError(f"{where}: {name!r} of {field!r} must be a number, not {json.dumps(value)[:50]}")
   return found
 
@@ -150,10 +155,11 @@ def read(path: Path, flag: str = "output") -> list[Record]:
   for where, values in files.json_records(flag, path, TYPES):
     record = build(Record, where, {**values, "grades": _numbers(where, values, "grades", math.nan)})
     _numbers(where, values, "budget")
-    costs = {name: value for name in ("tokens", "reads", "peak", "seconds") if (value := values.get(name)) is not None}
-    _numbers(where, {"costs": costs}, "costs")
-    if not 0 < record.achieved_cr < math.inf:
-      raise ValueError(f"{where}: 'achieved_cr' must be a number above 0")
+    for name in ("tokens", "reads", "peak", "shared", "seconds"):
+      if (value := values.get(name)) is not None and not 0 <= value <= MOST:
+        raise ValueError(f"{where}: {name!r} must be a number of 0 to {MOST:g}, not {shown(value)}")
+    if not 1 / MOST <= record.achieved_cr <= MOST:
+      raise ValueError(f"{where}: 'achieved_cr' must be a number above 0, to {MOST:g}")
     if record.key in found:
       raise ValueError(f"{where}: {record.method} on {record.task}, prompt {record.prompt}, is there already")
     found[record.key] = record

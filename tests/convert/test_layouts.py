@@ -20,7 +20,8 @@ from dms_jax import testing as tiny
 from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig
 from dms_jax.convert import About, convert, export
 from dms_jax.convert.layouts import LAYOUTS
-from dms_jax.convert.writing import NEVER
+from dms_jax.convert.safetensors_file import WEIGHTS
+from dms_jax.convert.writing import NEVER, SHARD_BYTES
 from dms_jax.model import Model
 from dms_jax.params import flatten, param_table
 from dms_jax.tokenizer import byte_tokenizer
@@ -66,18 +67,19 @@ def gated(
 # Round trips ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("shard_bytes", [10_000, SHARD_BYTES], ids=["shards", "single"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_shards_both_ways(tmp_path, family, dtype):
-  """Model -> shards -> checkpoint -> shards: tensors, index and configs the same to the byte."""
+def test_weights_both_ways(tmp_path, family, dtype, shard_bytes):
+  """Model -> safetensors -> checkpoint -> safetensors: tensors, index and configs the same to the byte."""
   model = gated(FAMILIES[family], None, dtype=dtype)
-  first = export(tmp_path / "first", model, shard_bytes=10_000)
-  assert len(list(first.glob("model-*.safetensors"))) > 3
+  first = export(tmp_path / "first", model, shard_bytes=shard_bytes)
+  assert len(list(first.glob("model-*.safetensors"))) > 3 or (shard_bytes == SHARD_BYTES and (first / WEIGHTS).exists())
   loaded = checkpoint.load(convert(str(first), tmp_path / "ours"))
   assert loaded.config == model.config and loaded.dtype == dtype
   for name, value in flatten(loaded.params).items():
     np.testing.assert_array_equal(value, flatten(model.params)[name])
-  assert_same(first, export(tmp_path / "second", loaded, shard_bytes=10_000))
+  assert_same(first, export(tmp_path / "second", loaded, shard_bytes=shard_bytes))
 
 
 CASES = {
@@ -93,10 +95,14 @@ CASES = {
   "nvidia_neuron-window": ("nvidia_neuron", QWEN3, NEURON),
   "fastdms": ("fastdms", FAMILIES["llama"], tiny.dms(gate="neuron", shift=0)),
   "fastdms-qwen3": ("fastdms", QWEN3, tiny.dms(gate="neuron", shift=0, window=0)),
+  "dms_torch": ("dms_torch", FAMILIES["llama"], ADAPTER),
+  "dms_torch-layer": ("dms_torch", QWEN3, tiny.dms(granularity="layer", shift=0, window=0)),
+  "dms_torch-neuron": ("dms_torch", FAMILIES["qwen2"], NEURON),
+  "dms_torch-elastic": ("dms_torch", FAMILIES["llama"], tiny.dms(elastic=(2.0, 8.0))),
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", CASES)
 def test_each_layout_both_ways(tmp_path, name, dtype):
   """Layout -> checkpoint -> layout: every file the same to the byte, float32 gates beside bfloat16 weights too."""
@@ -112,12 +118,12 @@ def test_each_layout_both_ways(tmp_path, name, dtype):
   assert_same(first, export(tmp_path / "second", loaded, layout=layout, about=ABOUT, shard_bytes=20_000))
   found = checkpoint.read_config(output)[0]["metadata"]["gates"]
   assert (found["layout"], found["shift"], found["window"]) == (layout, gates.shift, gates.window)
-  assert found.get("cr") == (None if layout == "transformers" else 4)
+  assert found.get("cr") == (None if layout in ("transformers", "dms_torch") else 4)
   assert checkpoint.read_config(output)[0]["metadata"]["base_model"] == "some/base"
 
 
 @pytest.mark.parametrize("gates", [None, ADAPTER, NEURON, tiny.dms(elastic=(2.0, 8.0))])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_adapters_both_ways(tmp_path, gates, dtype):
   """PEFT's folder -> retrofit -> the same folder, and the retrofit on its base is the model that was exported."""
   model = gated(FAMILIES["llama"], gates, LORA, dtype)

@@ -20,6 +20,8 @@ from dms_jax.convert.writing import NEVER
 from dms_jax.families.huggingface import config_to_hf
 from dms_jax.gates import gate_logits
 from dms_jax.tokenizer import Tokenizer, byte_tokenizer
+from experiments import convert_weights
+from experiments.common import program
 
 LLAMA = tiny.config()
 HUB_MAP = {"AutoConfig": "configuration_qwen3_dms.Qwen3Config"}  # of nvidia/Qwen3-8B-DMS-8x
@@ -184,6 +186,20 @@ def test_the_base_that_files_name(tmp_path, card, config, expected):
   (path / "README.md").write_text(card)
   edit(path / "config.json", **config)
   assert noted(convert(str(path), tmp_path / "ours"))["base_model"] == expected
+
+
+def test_the_program_says_what_it_assumes_and_whose_tokenizer_is_missing(tmp_path, monkeypatch, capsys):
+  """The hub's checkpoint has no tokenizer files, and its config.json does not state the shift."""
+  qwen3 = tiny.config(family="qwen3", qk_norm=True, tie_embeddings=False)
+  model = tiny.model(qwen3, tiny.dms(gate="neuron", window=16))
+  path = export(tmp_path / "hf", model, layout="nvidia_neuron", about=About(cr=8, base="Qwen/Qwen3-8B"))
+  config = convert_weights.Config(str(path), str(tmp_path / "ours"))
+  monkeypatch.setattr(program, "read_flags", lambda prefix, cls: config)
+  convert_weights.main()
+  said = capsys.readouterr().err
+  assert "gates: gate neuron, window 16, shift 1, scale 100.0, offset 5.0" in said
+  assert "assumed: shift 1: NVIDIA's code decides about the token before" in said
+  assert "with the tokenizer of Qwen/Qwen3-8B: --tokenizer=Qwen/Qwen3-8B --overwrite" in said
 
 
 # Pickles --------------------------------------------------------------------------------------------------------------

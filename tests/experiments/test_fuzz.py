@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import base64
+import bz2
 import dataclasses
 import json
 import pickle
@@ -107,6 +108,8 @@ def write_tasks(root: Path) -> None:
   marked = {"activity_label": "Cooking", "ctx_a": "Take [step] it.", "ctx_b": "you", "endings": [*"abcd"], "label": 3}
   lines(root / "hellaswag" / "h.jsonl", marked, marked)
   (root / "hellaswag" / "h.txt").write_text(SIX_LINES)
+  (root / "packed").mkdir()
+  (root / "packed" / "h.txt.bz2").write_bytes(bz2.compress(SIX_LINES.encode()))
   write_mmlu(root / "mmlu")
   about = {"task_id": "HumanEval/0", "prompt": 'def double(x):\n    """Twice."""\n', "entry_point": "double"}
   mbpp = {"task_id": 7, "text": "Add.", "code": "def add(a, b):\n  return a + b", "test_setup_code": ""}
@@ -174,6 +177,7 @@ def readers(tmp_path_factory) -> dict[str, Reader]:
     "gsm8k_cot": of_task(10, "gsm8k", garbled_lines, "gsm8k_cot", "g.jsonl", shots=1),
     "hellaswag": of_task(10, "hellaswag", garbled_lines, "hellaswag", "h.jsonl", shots=1),
     "hellaswag text": of_task(5, "hellaswag", garbled, "hellaswag", "h.txt", shots=1),
+    "packed text": of_task(10, "packed", garbled, "hellaswag", "h.txt.bz2", shots=1),
     "mmlu test": mmlu("test"),
     "mmlu dev": mmlu("dev"),
     "humaneval": of_task(15, "code", garbled_lines, "humaneval", "h.jsonl"),
@@ -194,8 +198,8 @@ def readers(tmp_path_factory) -> dict[str, Reader]:
 
 NAMES = (
   "requests", "answers", "prompts", "aime24", "math500", "arc_challenge", "gpqa", "gsm8k", "gsm8k_cot", "hellaswag",
-  "hellaswag text", "mmlu test", "mmlu dev", "humaneval", "livecodebench", "parquet", "records", "traces",
-  "run's flags", "summary", "cells", "times", "sweep's flags", "records of a sweep", "ablation", "bench",
+  "hellaswag text", "packed text", "mmlu test", "mmlu dev", "humaneval", "livecodebench", "parquet", "records",
+  "traces", "run's flags", "summary", "cells", "times", "sweep's flags", "records of a sweep", "ablation", "bench",
 )  # fmt: skip
 
 

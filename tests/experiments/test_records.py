@@ -73,7 +73,7 @@ def test_a_line_that_was_cut_short_is_removed(tmp_path):
     (json.dumps({"method": "x"}), "line 2: a record needs 'task'"),
     (json.dumps({k: v for k, v in vars(record(prompt=1)).items() if k != "length"}), "line 2: a record needs 'length'"),
     (json.dumps({k: v for k, v in vars(record(prompt=1)).items() if k != "seed"}), "line 2: a record needs 'seed'"),
-    (json.dumps(vars(record(prompt=1, seconds=math.inf))), "line 2: 'seconds' of 'costs' must be a number"),
+    (json.dumps(vars(record(prompt=1, seconds=math.inf))), "line 2: 'seconds' must be a number of 0 to 1e+15, not inf"),
     (json.dumps({**vars(record(prompt=1)), "more": 1}), "line 2: a record has no field 'more'"),
     (json.dumps(vars(record())), "line 2: original on needle, prompt 0, is there already"),
     ("{", "line 2: not valid JSON"),
@@ -82,7 +82,12 @@ def test_a_line_that_was_cut_short_is_removed(tmp_path):
     (json.dumps(vars(record(prompt=1, score="1"))), """line 2: 'score' of 'grades' must be a number, not "1\""""),
     (json.dumps(vars(record(prompt=1, budget={"cr": None}))), "line 2: 'cr' of 'budget' must be a number, not null"),
     (json.dumps(vars(record(prompt=1, budget={"cr": [2]}))), "line 2: 'cr' of 'budget' must be a number, not [2]"),
-    (json.dumps(vars(record(prompt=1, reads=math.nan))), "line 2: 'reads' of 'costs' must be a number, not NaN"),
+    (json.dumps(vars(record(prompt=1, reads=math.nan))), "line 2: 'reads' must be a number of 0 to 1e+15, not nan"),
+    (json.dumps(vars(record(prompt=1, shared=10**40))), "line 2: 'shared' must be a number of 0 to 1e+15"),
+    (
+      json.dumps(vars(record(prompt=1, achieved_cr=1e-300))),
+      "line 2: 'achieved_cr' must be a number above 0, to 1e+15",
+    ),
     (json.dumps(vars(record(prompt=1, achieved_cr=0))), "line 2: 'achieved_cr' must be a number above 0"),
   ],
 )

@@ -167,7 +167,7 @@ def test_half_precision_to_the_bit(pair, transformers, tmp_path, dtype):
   hf = load_hf(transformers, export(tmp_path / "hf", model, dtype=dtype, shard_bytes=20_000), dtype)
   assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 1
   state = hf.state_dict()
-  for name, _, read in from_params(param_table(model.config), model.params, jnp.dtype(dtype)):
+  for name, _, _, read in from_params(param_table(model.config), model.params, jnp.dtype(dtype)):
     np.testing.assert_array_equal(state[name].float().numpy(), read().astype(np.float32), err_msg=name)
 
 

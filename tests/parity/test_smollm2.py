@@ -69,7 +69,7 @@ def their_tokenizer(gguf, transformers):
 def test_every_tensor_to_the_bit(model, theirs):
   state = theirs.state_dict()
   names = []
-  for name, _, read in from_params(param_table(model.config), model.params):
+  for name, _, _, read in from_params(param_table(model.config), model.params):
     np.testing.assert_array_equal(read().view(np.uint32), state[name].numpy().view(np.uint32), err_msg=name)
     names.append(name)
   assert len(names) == 272

@@ -49,7 +49,7 @@ def write(
   """
   refuse(NAME, _reasons(model.dms))
   model = model.merged()
-  write_weights(directory, base_tensors(model, dtype) + gate_tensors(model), dtype, shard_bytes, progress)
+  write_weights(directory, base_tensors(model, dtype) + gate_tensors(model), shard_bytes, progress)
   write_json(directory / GATES_CONFIG, to_json(model.dms))
   architecture = f"DMS{base.get(model.config.family).architecture}"
   write_configs(

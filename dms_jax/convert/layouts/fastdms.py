@@ -122,7 +122,7 @@ def write(
     settings["target_cr"] = config["dms_cr"] = whole(about.cr)
   if about.base is not None:
     settings["base_model"] = about.base
-  write_weights(directory, base_tensors(model, dtype), dtype, shard_bytes, progress)
+  write_weights(directory, base_tensors(model, dtype), shard_bytes, progress)
   write_configs(directory, model, tokenizer, dtype, **config)
   write_json(directory / METADATA, {**settings, "shift": 0})
   write_card(directory, NAME, model, about, loading=_LOADING, missing=_MISSING)

@@ -69,7 +69,7 @@ def write(
     least_window=nvidia.LEAST_WINDOW, may_be_off=True,
   )  # fmt: skip
   model = model.merged()
-  write_weights(directory, [*base_tensors(model, dtype), *gate_tensors(model, dtype)], dtype, shard_bytes, progress)
+  write_weights(directory, [*base_tensors(model, dtype), *gate_tensors(model, dtype)], shard_bytes, progress)
   write_configs(
     directory, model, tokenizer, dtype,
     architectures=...,

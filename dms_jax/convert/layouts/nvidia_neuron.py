@@ -61,7 +61,7 @@ def write(
   model = one_ratio(model, about)
   dms = require(NAME, model, families=("qwen3",), gate="neuron", shift=1, least_window=nvidia.LEAST_WINDOW)
   model = model.merged()
-  write_weights(directory, base_tensors(model, dtype), dtype, shard_bytes, progress)
+  write_weights(directory, base_tensors(model, dtype), shard_bytes, progress)
   # Model-Optimizer's code, which loads these checkpoints too, asserts that its page is smaller than the window.
   page: dict[str, Any] = {}
   if dms.window <= nvidia.BLOCK:

@@ -122,7 +122,7 @@ def write(
   under NVIDIA's names. `read` reads both.
   """
   model = model.merged()
-  write_weights(directory, base_tensors(model, dtype), dtype, shard_bytes, progress)
+  write_weights(directory, base_tensors(model, dtype), shard_bytes, progress)
   write_gates(directory, model)
   write_configs(directory, model, tokenizer, dtype)
   write_card(directory, NAME, model, about, loading=_LOADING, missing=_missing(model))
