@@ -365,6 +365,19 @@ def test_lines_that_are_no_values():
       wire.result(wire.dumps(("raised", name, "text")))
 
 
+@pytest.mark.parametrize("kind", ["set", "frozenset", "dict"])
+def test_items_that_collide_do_not_keep_their_reader_busy(kind):
+  """Multiples of 2^61 - 1 all have the hash 0: the time of a set of them grows with its square, 2 s for 20,000."""
+  items = [str(number * (2**61 - 1)) for number in range(1, 20_000)]
+  items = [f"[{item}, 0]" for item in items] if kind == "dict" else items
+  line = f'{{"tuple": ["returned", {{"{kind}": [{", ".join(items)}]}}]}}\n'.encode()
+  start = time.process_time()
+  with pytest.raises(wire.WireError, match="made to collide"):
+    wire.result(line)
+  assert time.process_time() - start < 1
+  assert wire.loads(wire.dumps(set(range(20_000)))) == set(range(20_000))
+
+
 # The filter, followed by hand -----------------------------------------------------------------------------------------
 
 
