@@ -314,6 +314,12 @@ def test_fakes(name):
 
 
 @confined
+def test_a_program_ends_no_loop_of_the_tests():
+  assert verdict("def f(x): raise StopIteration", "assert all(map(lambda x: f(x) == 2 * x, (1, 2)))") != "passed"
+  assert verdict("def f(x): return x + x", "assert all(map(lambda x: f(x) == 2 * x, (1, 2)))") == "passed"
+
+
+@confined
 def test_tests_that_are_wrong_themselves():
   assert verdict("def f(x): return x", "assert False, 'no call'") == "AssertionError: no call"
   assert verdict("def f(x): return x", "assert f(1) ==").startswith("SyntaxError")
@@ -360,7 +366,12 @@ def test_lines_that_are_no_values():
   for value in ({"tuple": (1,)}, (), ("returned",), ("raised", 1, 2), 1):
     with pytest.raises(wire.WireError, match="not an answer"):
       wire.result(wire.dumps(value))
-  for name, kind in (("KeyError", KeyError), ("UnicodeDecodeError", RuntimeError), ("exec", RuntimeError)):
+  for name, kind in (
+    ("KeyError", KeyError),
+    ("UnicodeDecodeError", RuntimeError),
+    ("exec", RuntimeError),
+    ("StopIteration", RuntimeError),
+  ):
     with pytest.raises(kind):
       wire.result(wire.dumps(("raised", name, "text")))
 
