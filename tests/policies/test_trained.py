@@ -165,10 +165,17 @@ def test_policy_is_its_formula(case, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", ["dms", "trimkv", "kvzap"])
+@pytest.mark.parametrize("case", ["dms", "trimkv", "kvzap", "dmc"])
 def test_a_row_does_not_depend_on_its_neighbours(case, kind):
   """Bit for bit, whatever other rows hold and whether they take part."""
-  policy, (text, logits, steps, *_) = CASES[case], sampled(case)
+  policy = (CASES | MERGES)[case]
+  if case in MERGES:  # which reads one token at a time
+    rng = np.random.default_rng(0)
+    text = cache_driver.Text.draw(cache_driver.Shape(0, 0, HEADS, GROUP, 2, LENGTH), rng, 0.0)
+    logits = rng.standard_normal((LAYERS, ROWS, 2 * HEADS, LENGTH)).astype(np.float32)
+    steps = [(1, (rng.random(ROWS) < 0.8).astype(int), None) for _ in range(LENGTH)]
+  else:
+    text, logits, steps, *_ = sampled(case)
   alone, together, start = create(kind, policy), create(kind, policy), np.zeros(ROWS, int)
   for width, lengths, remaining in steps:
     only = np.where(np.arange(ROWS) == 1, lengths, 0)
