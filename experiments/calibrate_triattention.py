@@ -111,6 +111,7 @@ def calibrate(model: Model, tokens: Int[np.ndarray, "n"], *, length: int, chunk:
 def main() -> None:
   config = program.read_flags("", Config)
   text = files.read_text("text", config.text)
+  files.check_checkpoint("checkpoint", config.checkpoint)
   files.check_retrofit("retrofit", config.retrofit)
   # Layers stay stacked, so that one is compiled, not all.
   model = checkpoint.load(config.checkpoint, retrofit=config.retrofit, dtype=config.dtype)

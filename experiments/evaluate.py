@@ -402,6 +402,7 @@ def main() -> None:
     program.log(f"note: {', '.join(idle)}: set what is none of --methods and --tasks, and change nothing")
   folder = Path(config.output) if config.output else program.results_dir("evaluate")
   with outputs.locked("output", folder):
+    files.check_checkpoint("checkpoint", config.checkpoint)
     tokenizer = Tokenizer.load(config.checkpoint)
     max_positions = checkpoint.read_config(config.checkpoint)[1].max_position_embeddings
     tasks = [program.read_flags(name, get(name)) for name in chosen.tasks]

@@ -131,6 +131,7 @@ def make(config: Config, chosen: TasksConfig, folder: Path) -> dict[str, Any]:
   """Makes the records, traces and times of one sweep that its folder lacks; returns what was made."""
   tasks = [program.read_flags(name, get(name)) for name in chosen.tasks]
   check_tasks(tasks)
+  files.check_checkpoint("checkpoint", config.checkpoint)
   tokenizer = Tokenizer.load(config.checkpoint)
   most = checkpoint.read_config(config.checkpoint)[1].max_position_embeddings
   jobs = run.prepare(tasks, chosen, (), tokenizer, most, config.max_tokens)

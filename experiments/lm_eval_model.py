@@ -105,6 +105,7 @@ def evaluate(config: Config, policy: policies.Policy | None) -> dict[str, Any]:
 
 def main() -> None:
   config = program.read_flags("", Config)
+  files.check_checkpoint("checkpoint", config.checkpoint)
   files.check_retrofit("retrofit", config.retrofit, whole=True)
   name = config.policy
   policy = None if name is None else program.read_flags(name.lower(), policies.get(name))

@@ -115,8 +115,12 @@ def random(q, k, *, seed, layer, sinks, budget, window):
   return Run(held, held)
 
 
-def quest(q, k, *, page, pages, window, dense):
-  """Page bounds sum_h max(q min, q max) (2406.10774, algorithm 1), for the pages older than the window."""
+def quest(q, k, *, page, pages, window, dense, each_head=False):
+  """Page bounds sum_h max(q min, q max) (2406.10774, algorithm 1), for the pages older than the window.
+
+  A KV head reads the pages of the largest bounds over its query heads; with `each_head` every query head has pages of
+  its own, and the KV head reads them all.
+  """
   held = [[set(range(t + 1)) for t in range(len(q))] for _ in range(k.shape[1])]
   read, margin = [], math.inf
   for head in range(k.shape[1]):
@@ -124,16 +128,16 @@ def quest(q, k, *, page, pages, window, dense):
     for t in range(len(q)):
       older = max(t - window, 0)
       parts = [range(p, min(p + page, older)) for p in range(0, older, page)]
-      bounds = []
-      for part in parts:
-        low, high = k[part, head].min(axis=0), k[part, head].max(axis=0)
-        bounds.append(max(np.maximum(query * low, query * high).sum() for query in q[t, head]))
-      order = sorted(range(len(parts)), key=lambda p: (-bounds[p], p))
-      many = len(parts) if dense else pages(t)
-      if many < len(parts):
-        last, next_ = bounds[order[many - 1]], bounds[order[many]]
-        margin = min(margin, (last - next_) / abs(last))
-      read[-1].append({j for p in order[:many] for j in parts[p]} | set(range(older, t + 1)))
+      ends = [(k[part, head].min(axis=0), k[part, head].max(axis=0)) for part in parts]
+      by_query = [[np.maximum(query * low, query * high).sum() for low, high in ends] for query in q[t, head]]
+      many, chosen = len(parts) if dense else pages(t), set()
+      for bounds in by_query if each_head else [np.max(by_query, axis=0)]:
+        order = sorted(range(len(parts)), key=lambda p, bounds=bounds: (-bounds[p], p))
+        chosen |= set(order[:many])
+        if many < len(parts):
+          last, next_ = bounds[order[many - 1]], bounds[order[many]]
+          margin = min(margin, (last - next_) / abs(last))
+      read[-1].append({j for p in chosen for j in parts[p]} | set(range(older, t + 1)))
   return Run(held, read, margin)
 
 
@@ -211,9 +215,22 @@ def last_mass(scores, weights, held):
   return [dict(of_head) for of_head in weights[-1]]
 
 
+def mean_of_heads(scores, weights, held):
+  """TOVA in a layer whose heads hold the same tokens: the last query's attention, mean over KV heads."""
+  return [{j: float(np.mean([of_head[j] for of_head in weights[-1]])) for j in weights[-1][0]} for _ in weights[-1]]
+
+
 def key_similarity(k):
   """KeyDiff: from the keys held."""
   return lambda scores, weights, held: [keydiff(k[:, head], positions) for head, positions in enumerate(held)]
+
+
+# (policy, keys, values) -> `rescore` of `budgeted`, by the name of a policy that derives from `Budgeted`
+RESCORE = {
+  "H2O": lambda policy, k, v: add_mass,
+  "TOVA": lambda policy, k, v: mean_of_heads if policy.per_layer else last_mass,
+  "KeyDiff": lambda policy, k, v: key_similarity(k),
+}
 
 
 def snapkv(q, k, *, prompt, window, budget, pool):
@@ -396,7 +413,17 @@ def vase(q, k, v, *, layer, window, budget, large, sinks, seed):
 
 
 def by_policy(policy, layer, q, k, v, events):
-  """The run of a policy that derives from `Periodic`, by its own numbers."""
+  """The run of a policy by its own numbers; it derives from `Periodic`, or from `Budgeted` and has a `RESCORE`.
+
+  Args:
+    events: [(length, tokens of the prompt still to come; None for a decode step)].
+  """
+  if rescore := RESCORE.get(type(policy).__name__):
+    return budgeted(
+      q, k, [(length, remaining is not None) for length, remaining in events], window=policy.window,
+      capacity=lambda tokens: int(policy.capacity(tokens)), rescore=rescore(policy, k, v),
+      halves=getattr(policy, "halves", False),
+    )  # fmt: skip
   number = lambda name: float(getattr(policy, name))
   budget = lambda tokens: policy.budget if policy.budget is not None else math.ceil(tokens / policy.cr)
   match type(policy).__name__:
@@ -416,4 +443,6 @@ def by_policy(policy, layer, q, k, v, events):
     case "VaSE":
       options = dict(large=policy.large, sinks=policy.sinks, seed=policy.seed)
       score = vase(q, k, v, layer=layer, window=policy.window, budget=budget, **options)
+    case name:
+      raise NotImplementedError(f"{name}: write its scores here, or in RESCORE")
   return periodic(q, k, events, window=policy.window, budget=budget, buffer=policy.buffer, score=score)

@@ -78,6 +78,24 @@ def required(flag: str, value: str, what: str) -> Path:
   return path
 
 
+def check_checkpoint(flag: str, folder: str | Path) -> None:
+  """Checks that a folder holds a whole model.
+
+  Raises:
+    ValueError: it holds none; names the flag.
+  """
+  from dms_jax import checkpoint  # here, as most programs that read files load no model
+
+  try:
+    groups = checkpoint.read_config(folder)[0]["groups"]
+  except ValueError as error:
+    raise ValueError(
+      f"--{flag}={folder}: not a checkpoint, a folder that experiments.convert_weights writes ({error})"
+    ) from None
+  if "base" not in groups:
+    raise ValueError(f"--{flag}={folder}: a retrofit; give it as --retrofit, and its base model as --{flag}")
+
+
 def check_retrofit(flag: str, folder: str | Path | None, whole: bool = False) -> None:
   """Checks that a folder, if one is given, holds a retrofit.
 

@@ -279,6 +279,17 @@ def flag_values(changed_only: bool = False) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------ run
 
 
+def by_flag(message: str) -> str:
+  """An error about a setting of a policy or task, "RKV: pool=4 must be odd", by its flag: "--rkv.pool=4 must be odd".
+
+  Other messages, and those about what is no flag of this program, stay as they are.
+  """
+  found = re.match(r"(\w+): (give (?:either )?)?(\w+)=", message)
+  if found is None or (flag := f"{found[1].lower()}.{found[3]}") not in FLAGS:
+    return message
+  return f"{found[2] or ''}--{flag}={message[found.end() :]}"
+
+
 def run(
   main: Callable[[], None], writes: Literal["nothing", "folder", "file"] = "nothing", goes_on: bool = False
 ) -> None:
@@ -325,7 +336,7 @@ def run(
       if FLAGS.debug or not (expected or outputs.is_full(error)):
         raise
       message = " ".join(str(error).split()) or type(error).__name__
-      log(f"error: {message}  (--debug shows where)")
+      log(f"error: {by_flag(message)}  (--debug shows where)")
       if outputs.is_full(error):  # Orbax's native threads print a traceback for each write that they have not ended
         sys.stdout.flush()
         os._exit(1)

@@ -200,9 +200,11 @@ def build(
           found.append(Method(f"{name} {suffix}".strip(), model, own_policy, print_, budget))
   for to, folder, model, _ in retrofits:
     if (to, folder) not in used:
+      dense = to and not policy_class(to)[1].uses_gates
       raise ValueError(
-        f"--retrofit={to}{to and ':'}{folder}: no method of --methods={','.join(names)} uses it; leave it out, or add "
-        f"{to or trained_for(model)}"
+        f"--retrofit={to}{to and ':'}{folder}: "
+        + (f"{to} reads no gates" if dense else f"no method of --methods={','.join(names)} uses it")
+        + ("; leave it out" if dense else f"; leave it out, or add {to or trained_for(model)}")
       )
   for flag, values, used_by in (
     ("thresholds", thresholds, [m for m in found if m.policy.uses_gates and hasattr(m.policy, "threshold")]),

@@ -20,7 +20,7 @@ from experiments.tasks import TASKS
 BASELINES = ("vanilla", "original")  # names of the dense method, in order of preference
 MAIN = ("accuracy", "score", "acc_norm", "acc")  # a task's main metric is the first of these that it has
 # Costs of a prompt, summed over its chains. Questions, which write nothing, have "held" alone.
-AXES = dict(zip(COSTS, ("KV reads a problem", "peak tokens a problem", "seconds a problem"), strict=True))
+AXES = dict(zip(COSTS, ("KV reads a problem", "peak tokens a problem", "chain-seconds a problem"), strict=True))
 AXIS_NAMES = {**AXES, "held": "tokens held at the end"}
 LOWER_COST = {"reads": "KV reads", "peak": "peak tokens", "seconds": "time", "held": "tokens held"}
 

@@ -49,6 +49,8 @@ def read(path: Path) -> list[Question]:
       questions.append(Question(clean(context), tuple(clean(e) for e in record["endings"]), answer))
     return questions
   lines = read_text(FLAG, path).removesuffix("\n").split("\n")
+  if lines == [""]:
+    raise ValueError(f"--{FLAG}={path}: holds no record")
   if len(lines) % 6:
     raise ValueError(f"--{FLAG}={path}, line {len(lines)}: the last record is not whole; a record has 6 lines")
   for first in range(0, len(lines), 6):

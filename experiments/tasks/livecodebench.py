@@ -156,6 +156,8 @@ def read(files: tuple[Path, ...], start: datetime.date, end: datetime.date, plat
       fields = ("question_content", "starter_code", "public_test_cases", "private_test_cases")
       kept = {field: record[field] for field in fields}
       found.append(kept | {"name": str(record.get("question_id", where)), "where": where, "function": name})
+  if not count:
+    raise ValueError(f"--{FLAG}={','.join(map(str, files))}: holds no record")
   if not found:
     raise ValueError(
       f"--{FLAG}={','.join(map(str, files))}: none of its {count} problems is from {start} to {end} "
@@ -190,7 +192,10 @@ class LiveCodeBench(CodeTask):
     files = []
     for each in self.data.split(","):
       place = located(FLAG, each.strip(), what, ("*.jsonl",))
-      files += sorted(place.glob("*.jsonl")) if place.is_dir() else [place]
+      own = sorted(place.glob("*.jsonl")) if place.is_dir() else [place]
+      if not own:
+        raise ValueError(f"--{FLAG}={place}: no *.jsonl there; it should be {what}")
+      files += own
     return read(tuple(files), *window, self.platform)
 
   def count(self) -> int:

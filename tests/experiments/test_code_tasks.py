@@ -254,6 +254,14 @@ def test_livecodebench_s_bad_files(tmp_path):
       prompts(LiveCodeBench(data=lines(tmp_path / f"{number}.jsonl", STDIN | change)))
 
 
+@confined
+def test_livecodebench_s_empty_files(tmp_path):
+  for path, message in ((lines(tmp_path / "none.jsonl"), "holds no record"), (tmp_path / "sub", r"no \*.jsonl there")):
+    (tmp_path / "sub").mkdir(exist_ok=True)
+    with pytest.raises(ValueError, match=f"^--livecodebench.data={path}: {message}"):
+      prompts(LiveCodeBench(data=str(path)))
+
+
 # What both share ------------------------------------------------------------------------------------------------------
 
 

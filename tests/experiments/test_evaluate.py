@@ -128,6 +128,7 @@ def test_trained_weights_for_methods_with_gates(models):
     (["vanilla", "VANILLA"], {}, r"\['vanilla'\] would be the name of several methods"),
     (["tova", "vanilla"], {"retrofits": ("a/x",), "crs": (2.0,)}, "--retrofit=a/x: no method of .*tova,vanilla uses"),
     (["dms"], {"retrofits": ("a/x", "dms:b/y")}, "--retrofit=a/x: no method of --methods=dms uses it; leave"),
+    (["tova"], {"retrofits": ("tova:a/x",), "crs": (2.0,)}, "--retrofit=tova:a/x: tova reads no gates; leave it out$"),
     (["dms"], {"retrofits": ("a/x", "kvzap:b/y")}, "--retrofit=kvzap:b/y: no method .* uses it; .* or add kvzap"),
     (["dms_budget"], {}, "dms_budget needs a budget: give --cr=2,4,8, --budgets=512 .* or --dms.budget"),
     (["dms_budget"], {"crs": (2.0,), "read": lambda name, cls: cls(budget=9)}, "--dms.budget=9 beside --cr or"),

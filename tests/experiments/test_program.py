@@ -21,7 +21,7 @@ from dms_jax import testing as tiny
 from dms_jax.convert import sources
 from experiments import generate
 from experiments.common import program
-from experiments.common.files import check_retrofit
+from experiments.common.files import check_checkpoint, check_retrofit
 from tests.helpers import save_checkpoints
 
 ROOT = Path(__file__).parents[2]
@@ -166,6 +166,19 @@ def test_bad_input_is_one_line_and_exit_code_1(toy, arguments, message):
   assert "Traceback" not in done.stderr
 
 
+def test_settings_in_errors_are_named_by_their_flags(monkeypatch):
+  monkeypatch.setattr(program, "FLAGS", {"rkv.pool", "h2o.budget", "triattention.calibration"})
+  for message, shown in (
+    ("RKV: pool=4 must be odd", "--rkv.pool=4 must be odd"),
+    ("TriAttention: give calibration=FILE, which", "give --triattention.calibration=FILE, which"),
+    ("H2O: give either budget= (tokens) or cr=", "give either --h2o.budget= (tokens) or cr="),
+    ("RKV: importance=2 must be", "RKV: importance=2 must be"),
+    ("--budgets=8: H2O: budget=8 tokens", "--budgets=8: H2O: budget=8 tokens"),
+    ("no such file: x=1", "no such file: x=1"),
+  ):
+    assert program.by_flag(message) == shown
+
+
 def test_a_bug_keeps_its_traceback_and_debug_shows_any(toy):
   assert "Traceback" in toy("--output=x", "--text=bug").stderr
   done = toy("--output=x", "--text=missing", "--debug")
@@ -275,7 +288,7 @@ def test_a_user_without_a_home_folder(monkeypatch, tmp_path):
   assert list(generate.user_turns()) == []
 
 
-def test_a_folder_that_is_no_retrofit_is_refused_by_its_flag(tmp_path):
+def test_a_folder_of_another_kind_is_refused_by_its_flag(tmp_path):
   base, retrofit = save_checkpoints(tmp_path)
   gated = tmp_path / "whole"
   checkpoint.save(gated, tiny.model(gates=tiny.dms()))
@@ -293,4 +306,12 @@ def test_a_folder_that_is_no_retrofit_is_refused_by_its_flag(tmp_path):
   ):
     with pytest.raises(ValueError, match=f"--retrofit=.*{message}") as error:
       check_retrofit("retrofit", folder, whole)
+    assert "\n" not in str(error.value)
+  check_checkpoint("checkpoint", gated)
+  for folder, message in (
+    (tmp_path, r": not a checkpoint, a folder that experiments.convert_weights writes \(.*no such file.*\)$"),
+    (retrofit, ": a retrofit; give it as --retrofit, and its base model as --checkpoint"),
+  ):
+    with pytest.raises(ValueError, match=f"--checkpoint={folder}{message}") as error:
+      check_checkpoint("checkpoint", folder)
     assert "\n" not in str(error.value)

@@ -301,7 +301,9 @@ def test_scores_are_drawn_against_time(tmp_path):
   # Over 0.25 .. 0.375 seconds: 200 x against 100 x.
   assert panel.margin("seconds", "dms", "vanilla") == pytest.approx(100 * 0.3125)
   text = page.render(found, TASKS)
-  assert "seconds a problem, log scale" in text and "at equal time" in text and "0.125 seconds a problem" in text
+  assert (
+    "chain-seconds a problem, log scale" in text and "at equal time" in text and "0.125 chain-seconds a problem" in text
+  )
   assert results.time_remark(found.runs) == ""
 
 

@@ -314,6 +314,12 @@ def test_fakes(name):
 
 
 @confined
+def test_a_program_ends_no_loop_of_the_tests():
+  assert verdict("def f(x): raise StopIteration", "assert all(map(lambda x: f(x) == 2 * x, (1, 2)))") != "passed"
+  assert verdict("def f(x): return x + x", "assert all(map(lambda x: f(x) == 2 * x, (1, 2)))") == "passed"
+
+
+@confined
 def test_tests_that_are_wrong_themselves():
   assert verdict("def f(x): return x", "assert False, 'no call'") == "AssertionError: no call"
   assert verdict("def f(x): return x", "assert f(1) ==").startswith("SyntaxError")
@@ -360,9 +366,27 @@ def test_lines_that_are_no_values():
   for value in ({"tuple": (1,)}, (), ("returned",), ("raised", 1, 2), 1):
     with pytest.raises(wire.WireError, match="not an answer"):
       wire.result(wire.dumps(value))
-  for name, kind in (("KeyError", KeyError), ("UnicodeDecodeError", RuntimeError), ("exec", RuntimeError)):
+  for name, kind in (
+    ("KeyError", KeyError),
+    ("UnicodeDecodeError", RuntimeError),
+    ("exec", RuntimeError),
+    ("StopIteration", RuntimeError),
+  ):
     with pytest.raises(kind):
       wire.result(wire.dumps(("raised", name, "text")))
+
+
+@pytest.mark.parametrize("kind", ["set", "frozenset", "dict"])
+def test_items_that_collide_do_not_keep_their_reader_busy(kind):
+  """Multiples of 2^61 - 1 all have the hash 0: the time of a set of them grows with its square, 2 s for 20,000."""
+  items = [str(number * (2**61 - 1)) for number in range(1, 20_000)]
+  items = [f"[{item}, 0]" for item in items] if kind == "dict" else items
+  line = f'{{"tuple": ["returned", {{"{kind}": [{", ".join(items)}]}}]}}\n'.encode()
+  start = time.process_time()
+  with pytest.raises(wire.WireError, match="made to collide"):
+    wire.result(line)
+  assert time.process_time() - start < 1
+  assert wire.loads(wire.dumps(set(range(20_000)))) == set(range(20_000))
 
 
 # The filter, followed by hand -----------------------------------------------------------------------------------------

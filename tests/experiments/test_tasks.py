@@ -276,6 +276,10 @@ def broken(text: str, line: int, new: str | None) -> str:
     ("hellaswag", "h.txt", broken(SIX_LINES, 5, " "), "line 5: empty"),
     ("hellaswag", "h.txt.bz2", "not bzip2", "cannot be read"),
     ("hellaswag", "h.jsonl", '{"a"', "line 1: not valid JSON"),
+    ("hellaswag", "h.jsonl", "", "holds no record"),
+    ("hellaswag", "h.txt", "", "holds no record"),
+    ("gsm8k", "g.jsonl", "", "holds no record"),
+    ("mmlu", "dev/anatomy_dev.csv", "", "has 0 dev questions of anatomy"),
     ("hellaswag", "h.jsonl", "\n" + json.dumps({**MARKED, "endings": ["a"]}), "line 2: 'endings' must be four texts"),
     ("hellaswag", "h.jsonl", json.dumps({**MARKED, "label": ""}), "line 1: the answer must be 0, 1, 2 or 3, not ''"),
     (

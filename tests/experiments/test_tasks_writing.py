@@ -198,6 +198,8 @@ PROBLEM = {"problem": "p", "answer": "5"}
     ("gpqa", ",".join(COLUMNS) + '\n"q\n",r,1,2,3\nq,r,1,2\n', "line 4: 'Incorrect Answer 3' is empty"),
     ("gpqa", ",".join(COLUMNS) + '\n"q\n', "line 2: not CSV"),
     ("arc_challenge", "", ": holds no record"),
+    ("aime24", "", ": holds no record"),
+    ("gsm8k_cot", "", ": holds no record"),
     ("arc_challenge", json.dumps({**OF_THE_HUB, "answerKey": "D"}), "answerKey must be one of A, B, C, not 'D'"),
     ("arc_challenge", json.dumps({**OF_THE_HUB, "choices": ["x"]}), "line 1: a record needs a question, and choices"),
     ("arc_challenge", json.dumps({**OFFICIAL, "question": {"stem": "Why?"}}), "line 1: a record needs a question"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +26,16 @@ def test_registry():
   assert policies.REGISTRY.keys() == NAMES
   with pytest.raises(ValueError, match=r"unknown policy 'h3o'; there are \['dmc', 'dms', 'expectedattention', 'h2o'"):
     policies.get("h3o")
+
+
+def test_every_policy_is_compared_with_plain_numpy():
+  """Each is a case of a test that compares attention, tokens held and reads in every cache, in rows that pause."""
+  compared = set()
+  for name in ("test_policies.py", "test_prompts.py", "test_trained.py"):
+    for node in ast.parse((Path(__file__).parent / name).read_text()).body:
+      if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in ("CASES", "MERGES"):
+        compared |= {each.attr.lower() for each in ast.walk(node.value) if isinstance(each, ast.Attribute)}
+  assert compared >= NAMES
 
 
 def positions(*shape):

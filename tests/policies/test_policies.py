@@ -15,7 +15,6 @@ from flax import struct
 from dms_jax import cache as caches
 from dms_jax import policies
 from dms_jax.config import ModelConfig
-from dms_jax.policies.periodic import Periodic
 from tests import cache_driver, policy_oracle
 from tests.cache_driver import fitted
 
@@ -47,17 +46,12 @@ def by_papers(policy, layer, q, k, v):
     case policies.Random():
       options = dict(seed=policy.seed, sinks=policy.sinks, budget=policy.budget, window=policy.window)
       return policy_oracle.random(q, k, layer=layer, **options)
-    case policies.KeyDiff():
-      options = dict(window=policy.window, capacity=lambda n: int(policy.capacity(n)))
-      return policy_oracle.budgeted(q, k, [(1, False)] * len(q), rescore=policy_oracle.key_similarity(k), **options)
     case policies.Quest():
       budget = lambda t: policy.budget if policy.budget is not None else math.ceil((t + 1) / policy.cr)
       pages = lambda t: max((budget(t) - policy.window - 1) // policy.page, 1)
-      options = dict(page=policy.page, pages=pages, window=policy.window)
+      options = dict(page=policy.page, pages=pages, window=policy.window, each_head=policy.each_head)
       return policy_oracle.quest(q, k, dense=layer < policy.dense_layers, **options)
-    case Periodic():
-      return policy_oracle.by_policy(policy, layer, q, k, v, [(1, None)] * len(q))
-  raise NotImplementedError(policy)
+  return policy_oracle.by_policy(policy, layer, q, k, v, [(1, None)] * len(q))
 
 
 CASES = {
@@ -77,6 +71,7 @@ CASES = {
   "random-sinks": policies.Random(budget=9, window=0, seed=2**31 - 1, sinks=2),
   "quest": policies.Quest(window=3, page=4, budget=16, dense_layers=1),
   "quest-cr": policies.Quest(window=7, page=4, cr=2.0, dense_layers=0),
+  "quest-heads": policies.Quest(window=3, page=4, budget=12, dense_layers=1, each_head=True),
   "h2o-half": policies.H2O(cr=2.5, window=0, halves=True),
   "h2o-half-1": policies.H2O(budget=2, window=0, halves=True),
   "rkv": policies.RKV(budget=10, buffer=4, window=3, exact_prefill=True),

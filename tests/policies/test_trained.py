@@ -41,6 +41,7 @@ CASES = {
   "kvzap": policies.KVzap(window=3, threshold=-0.5),
   "tied": policies.DMS(window=2, budget=9),  # gate logits of -2, -1, 0 and so on: of equal ones the later token goes
 }
+MERGES = {"dmc": policies.DMC(window=0), "dmc-window": policies.DMC(window=3)}
 # Every cache for each method; the variants of its numbers in one cache, and in all of them at length.
 EVERYWHERE = [
   pytest.param(case, kind, marks=[pytest.mark.slow] * ("-" in case and kind != "contiguous"))
@@ -144,6 +145,28 @@ def test_policy_is_its_formula(case, kind):
     start = end
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", ["dms", "trimkv", "kvzap", "dmc"])
+def test_a_row_does_not_depend_on_its_neighbours(case, kind):
+  """Bit for bit, whatever other rows hold and whether they take part."""
+  policy = (CASES | MERGES)[case]
+  if case in MERGES:  # which reads one token at a time
+    rng = np.random.default_rng(0)
+    text = cache_driver.Text.draw(cache_driver.Shape(0, 0, HEADS, GROUP, 2, LENGTH), rng, 0.0)
+    logits = rng.standard_normal((LAYERS, ROWS, 2 * HEADS, LENGTH)).astype(np.float32)
+    steps = [(1, (rng.random(ROWS) < 0.8).astype(int), None) for _ in range(LENGTH)]
+  else:
+    text, logits, steps, *_ = sampled(case)
+  alone, together, start = create(kind, policy), create(kind, policy), np.zeros(ROWS, int)
+  for width, lengths, remaining in steps:
+    only = np.where(np.arange(ROWS) == 1, lengths, 0)
+    first, *_, alone = feed(policy, alone, text, logits, start, width, only, remaining)
+    second, *_, together = feed(policy, together, text, logits, start, width, lengths, remaining)
+    np.testing.assert_array_equal(first[:, 1, : lengths[1]], second[:, 1, : lengths[1]])
+    np.testing.assert_array_equal(alone.live()[:, 1], together.live()[:, 1])
+    start = start + lengths
+
+
 def test_the_budget_is_never_exceeded():
   """And it binds: the cases would hold more without it."""
   for case in ("dms", "dms-rows", "trimkv", "trimkv-cr"):
@@ -173,10 +196,10 @@ def test_the_heads_of_a_layer_share_the_budget():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("window", [0, pytest.param(3, marks=pytest.mark.slow)])
-def test_merged_tokens_are_the_formula(window, kind):
+@pytest.mark.parametrize("case", ["dmc", pytest.param("dmc-window", marks=pytest.mark.slow)])
+def test_merged_tokens_are_the_formula(case, kind):
   """DMC: attention and tokens held after every step; float32 sums of weighted means. Rows pause and end apart."""
-  policy, shape = policies.DMC(window=window), cache_driver.Shape(0, 0, HEADS, GROUP, 2, LENGTH)
+  policy, shape = MERGES[case], cache_driver.Shape(0, 0, HEADS, GROUP, 2, LENGTH)
   rng = np.random.default_rng(0)
   text = cache_driver.Text.draw(shape, rng, 0.0)
   logits = rng.standard_normal((LAYERS, ROWS, 2 * HEADS, LENGTH)).astype(np.float32)
@@ -185,7 +208,9 @@ def test_merged_tokens_are_the_formula(window, kind):
   for l, b in np.ndindex(LAYERS, ROWS):
     q, k, v = (x[l, b].astype(float) for x in (text.q, text.k, text.v))
     merges, omega = logits[l, b, :HEADS] > 0, 1 / (1 + np.exp(logits[l, b, HEADS:].astype(float)))
-    out, held[l, b] = trained_oracle.dmc(q.reshape(LENGTH, HEADS, GROUP, HEAD), k, v, merges, omega, window=window)
+    out, held[l, b] = trained_oracle.dmc(
+      q.reshape(LENGTH, HEADS, GROUP, HEAD), k, v, merges, omega, window=policy.window
+    )
     expected[l, b] = out.reshape(expected[l, b].shape)
   assert held[..., -1].max() < LENGTH - 8
   while (start < ends).any():
