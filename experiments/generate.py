@@ -68,10 +68,10 @@ class Config:
   chains: int = 1
   kv_budget_gib: float | None = None
   kv_budget_tokens: int | None = None
-  page_format: str | None = None
+  page_format: str | None = dataclasses.field(default=None, metadata={"choices": FORMATS})
   chat: bool = False
   system: str | None = None
-  policy: str | None = None
+  policy: str | None = dataclasses.field(default=None, metadata={"choices": policies.REGISTRY})
   samples: int = 1
   max_new_tokens: int = 256
   temperature: float = 0.0

@@ -41,7 +41,7 @@ class Config:
   checkpoint: str
   retrofit: str | None = None
   dtype: Literal["float32", "bfloat16"] | None = None
-  policy: str | None = None
+  policy: str | None = dataclasses.field(default=None, metadata={"choices": policies.REGISTRY})
   cr: float | None = None
   budget: int | None = None
   budget_rule: Literal["paper", "seen"] = "paper"

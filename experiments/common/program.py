@@ -42,9 +42,10 @@ import jax
 from absl import app, flags
 from absl import logging as absl_logging
 
-from experiments.common import files, outputs, stopping
+from experiments.common import early, files, outputs, stopping, usage
 
 FLAGS = flags.FLAGS
+_own: list[type] = []  # dataclasses of flags without a prefix
 flags.disclaim_key_flags()  # flags belong to the program that calls `define_flags`, so that its --help lists them
 
 
@@ -54,12 +55,21 @@ flags.disclaim_key_flags()  # flags belong to the program that calls `define_fla
 class _Parser(flags.ArgumentParser):
   """Parses one field's annotation: str, int, float, bool, Path, Literal, tuple[X, ...] and `X | None`."""
 
-  def __init__(self, annotation: Any):
-    self.annotation = annotation
-    self.syntactic_help = describe(annotation)
+  def __init__(self, annotation: Any, choices: Iterable[str] | None = None):
+    self.annotation, self.choices = annotation, choices
+    self.syntactic_help = describe(annotation) if choices is None else " | ".join(choices)
 
   def parse(self, argument: Any) -> Any:
-    return parse_value(self.annotation, argument) if isinstance(argument, str) else argument
+    if not isinstance(argument, str):
+      return argument
+    value = parse_value(self.annotation, argument)
+    if self.choices is None or value is None:
+      return value
+    return tuple(map(self._choice, value)) if isinstance(value, tuple) else self._choice(value)
+
+  def _choice(self, word: str) -> str:
+    """One of the choices, which may be written in any case."""
+    return chosen(word, {name.lower(): name for name in self.choices or ()}, word.lower())
 
   def flag_type(self) -> str:
     return describe(self.annotation)
@@ -100,10 +110,7 @@ def parse_value(annotation: Any, text: str) -> Any:
   if inner := _optional(annotation):
     return None if text.lower() == "none" else parse_value(inner, text)
   if typing.get_origin(annotation) is Literal:
-    choices = {str(choice): choice for choice in typing.get_args(annotation)}
-    if text not in choices:
-      raise ValueError(f"{text!r} is not one of {list(choices)}")
-    return choices[text]
+    return chosen(text, {str(choice): choice for choice in typing.get_args(annotation)})
   if typing.get_origin(annotation) is tuple:
     item = typing.get_args(annotation)[0]
     return tuple(parse_value(item, part.strip()) for part in text.split(",") if part.strip())
@@ -115,6 +122,18 @@ def parse_value(annotation: Any, text: str) -> Any:
     return annotation(text)
   except ValueError:
     raise ValueError(f"{text!r} is not a {describe(annotation)}") from None
+
+
+def chosen(word: str, choices: Mapping[str, Any], key: str | None = None) -> Any:
+  """The choice called `word`, or `key`, where choices are compared in another spelling.
+
+  Raises:
+    ValueError: there is none; the message lists all, and the closest.
+  """
+  key = word if key is None else key
+  if key not in choices:
+    raise ValueError(f"{word!r} is unknown{usage.suggestion(key, choices) or ';'} there are {', '.join(choices)}")
+  return choices[key]
 
 
 class Common:
@@ -194,6 +213,8 @@ def _plain(text: str) -> str:
 def define_flags(prefix: str, cls: type, **overrides: Any) -> None:
   """Defines a flag `--prefix.field` for every field of dataclass `cls`; a dataclass field adds a level to the name.
 
+  A field with `metadata={"choices": names}` takes those names alone, in any case.
+
   Args:
     prefix: "" for the program's own flags.
     overrides: defaults that replace the dataclass's; a field without a default becomes a required flag.
@@ -201,6 +222,9 @@ def define_flags(prefix: str, cls: type, **overrides: Any) -> None:
   Raises:
     TypeError: an override names no field, or an annotation cannot be written on a command line.
   """
+  usage.group(prefix, cls)
+  if not prefix:
+    _own.append(cls)
   hints = typing.get_type_hints(cls)
   fields = {field.name: field for field in _flag_fields(cls)}
   if unknown := sorted(set(overrides) - set(fields)):
@@ -218,7 +242,8 @@ def define_flags(prefix: str, cls: type, **overrides: Any) -> None:
     if annotation is bool:
       flags.DEFINE_boolean(flag, default, text)
     else:
-      flags.DEFINE(_Parser(annotation), flag, default, text, serializer=_Serializer())
+      parser = _Parser(annotation, field.metadata.get("choices"))
+      flags.DEFINE(parser, flag, default, text, serializer=_Serializer())
     if required:
       flags.mark_flag_as_required(flag)
 
@@ -304,6 +329,11 @@ def run(
       stream.reconfigure(errors="backslashreplace")
   flags.DEFINE_string("profile", None, "write a jax.profiler trace of the run to this folder")
   flags.DEFINE_boolean("debug", False, "show the traceback of an error")
+  if early.checking:
+    usage.parse(sys.argv)
+    if not FLAGS.debug:
+      _check()
+    sys.exit(early.GO_ON)
 
   def guarded(argv: list[str]) -> None:
     stopping.run()
@@ -312,8 +342,6 @@ def run(
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # it lists absent accelerators
     enable_compilation_cache()
     try:
-      if argv[1:]:
-        raise ValueError(f"unexpected argument(s) {argv[1:]}: every option is a flag, --name=value")
       with contextlib.ExitStack() as stack:
         if writes != "nothing" and FLAGS.output:
           stack.enter_context(outputs.locked("output", FLAGS.output, writes, goes_on))
@@ -341,7 +369,16 @@ def run(
     if code:
       sys.exit(code)
 
-  app.run(guarded)
+  app.run(guarded, flags_parser=usage.parse)
+
+
+def _check() -> None:
+  """Has the dataclasses of the program's own flags check their values, and ends the program if one refuses."""
+  for cls in _own:
+    try:
+      read_flags("", cls)
+    except ValueError as error:
+      usage.refuse(" ".join(str(error).split()))
 
 
 def enable_compilation_cache() -> None:

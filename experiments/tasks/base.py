@@ -58,7 +58,7 @@ class TasksConfig:
     tasks: names, separated by commas.
   """
 
-  tasks: tuple[str, ...] = ()
+  tasks: tuple[str, ...] = dataclasses.field(default=(), metadata={"choices": TASKS})
   limit: int = 0
   seed: int = 42
   template: Literal["auto", "chat", "raw"] = "auto"

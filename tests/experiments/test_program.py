@@ -35,8 +35,15 @@ TOY = """
 
   @dataclasses.dataclass(frozen=True)
   class Config:
+    '''Of a toy.
+
+    Attributes:
+      output: where results go.
+    '''
+
     output: Path
     text: str = ""
+    method: str | None = dataclasses.field(default=None, metadata={"choices": ("h2o", "tova")})
     steps: int | None = None
     rate: float = 0.5
     kind: Literal["one", "two"] = "one"
@@ -125,14 +132,15 @@ def toy(tmp_path_factory):
 
 def test_flags_reach_the_dataclasses_and_the_last_line_is_json(toy):
   done = toy(
-    "--output=a/b", "--steps=7", "--rate=2", "--kind=two", "--sizes=4,5", "--fast", "--lora.rank=8",
+    "--output=a/b", "--steps=7", "--rate=2", "--kind=two", "--sizes=4,5", "--fast", "--method=TOVA",
+    "--lora.rank=8",
     "--lora.targets=q_proj", "--dms.window=16", "--dms.gate=neuron",
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   line = json.loads(done.stdout.splitlines()[-1])
   assert line["config_"] == {
-    "output": "a/b", "text": "", "steps": 7, "rate": 2.0, "kind": "two", "sizes": [4, 5], "fast": True,
-    "lora": {"rank": 8, "scale": 2.0, "targets": ["q_proj"]},
+    "output": "a/b", "text": "", "method": "tova", "steps": 7, "rate": 2.0, "kind": "two", "sizes": [4, 5],
+    "fast": True, "lora": {"rank": 8, "scale": 2.0, "targets": ["q_proj"]},
   }  # fmt: skip
   assert line["dms"]["window"] == 16 and line["dms"]["gate"] == "neuron" and line["dms"]["shift"] == 1
   assert line["config"]["dms.window"] == 16 and line["config"]["lora.rank"] == 8
@@ -148,13 +156,17 @@ def test_defaults_are_the_dataclass_s_unless_overridden(toy):
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    (["--output=x", "--dms.windw=3"], "Unknown command line flag 'dms.windw'. Did you mean: dms.window ?"),
+    (["--output=x", "--dms.windw=3"], "error: there is no flag --dms.windw; did you mean --dms.window?"),
     (["--output=x", "--dms.window=many"], "flag --dms.window=many: 'many' is not a whole number"),
-    (["--output=x", "--kind=three"], "flag --kind=three: 'three' is not one of ['one', 'two']"),
+    (["--output=x", "--kind=three"], "flag --kind=three: 'three' is unknown; there are one, two"),
+    (["--output=x", "--kind=tow"], "flag --kind=tow: 'tow' is unknown; did you mean 'two'? there are one, two"),
+    (["--output=x", "--method=H3O"], "flag --method=H3O: 'H3O' is unknown; did you mean 'h2o'? there are h2o, tova"),
+    (["--output=x", "--window=3"], "error: there is no flag --window; did you mean --dms.window"),
+    (["--output=x", "--fast=maybe"], "flag --fast=maybe: 'maybe' is not true or false"),
     (["--output=x", "--dms.window=-1"], "error: dms.window=-1 must be 0 or more tokens"),
     (["--output=x", "stray"], "error: unexpected argument(s) ['stray']"),
     (["--output=x", "--text=missing"], "error: [Errno 2] No such file or directory: 'no/such/file'"),
-    ([], "Flag --output must have a value other than None"),
+    ([], "error: --output is needed: where results go"),
   ],
 )
 def test_bad_input_is_one_line_and_exit_code_1(toy, arguments, message):
@@ -172,10 +184,12 @@ def test_a_bug_keeps_its_traceback_and_debug_shows_any(toy):
 
 def test_help_lists_the_program_s_flags(toy):
   text = toy("--help").stdout
-  for flag in ("--output", "--dms.window", "--lora.rank", "--profile", "--[no]debug"):
+  for flag in ("--output=...", "--dms.window=64", "--lora.rank=3", "--profile=none", "--debug=false", "--sizes=1,2"):
     assert flag in text
-  assert "--lora.rank: rank 0 means no updates. (default" in " ".join(text.split())
-  assert "adapter | neuron" in text and "whole number or none" in text
+  words = " ".join(text.split())
+  assert "--lora.rank=3 rank 0 means no updates." in words
+  assert "adapter | neuron" in words and "h2o | tova" in words
+  assert words.index("Flags, as --name=value:") < words.index("lora: ") < words.index("dms: ")
 
 
 def test_profile_writes_a_trace(toy, tmp_path):
@@ -238,14 +252,31 @@ def test_progress_yields_everything_and_says_how_far(capsys):
   assert lines[0].startswith("reading: 1/3") and lines[-1].startswith("reading: 3/3, 0 s left")
 
 
+SPY = """
+import atexit, sys
+loaded = lambda: [name for name in ("jax", "numpy", "flax") if name in sys.modules]
+atexit.register(lambda: print("LOADED", loaded(), file=sys.stderr))
+"""
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_every_program_has_help_and_refuses_unknown_flags(name):
-  env = {**os.environ, "PYTHONPATH": str(ROOT)}
-  command = [sys.executable, "-m", f"experiments.{name}"]
-  shown = subprocess.run([*command, "--help"], env=env, capture_output=True, text=True, timeout=120)
-  assert "--profile" in shown.stdout and f"experiments.{name}" in shown.stdout, shown.stderr
-  refused = subprocess.run([*command, "--no_such_flag=1"], env=env, capture_output=True, text=True, timeout=120)
-  assert refused.returncode == 1 and "no_such_flag" in refused.stderr and "Traceback" not in refused.stderr
+def test_every_program_answers_help_and_wrong_flags_before_it_imports_jax(name, tmp_path):
+  """A wrong name, a wrong value and --help: by the child that `experiments.common.early` forks."""
+  (tmp_path / "sitecustomize.py").write_text(SPY)
+  env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+
+  def answer(*arguments):
+    command = [sys.executable, "-m", f"experiments.{name}", *arguments]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    said, loaded = done.stderr.rsplit("LOADED ", 1)
+    assert loaded.strip() == "[]" and "Traceback" not in said, said
+    return done.returncode, done.stdout, said
+
+  code, page, said = answer("--help")
+  assert code == 0 and "--profile" in page and f"experiments.{name}" in page and not said
+  assert answer("--no_such_flag=1") == (1, "", "error: there is no flag --no_such_flag; --help lists all\n")
+  assert answer("--debg") == (1, "", "error: there is no flag --debg; did you mean --debug?\n")
+  assert answer("--debug=perhaps") == (1, "", "error: flag --debug=perhaps: 'perhaps' is not true or false\n")
 
 
 def test_a_folder_that_is_no_retrofit_is_refused_by_its_flag(tmp_path):
