@@ -1,7 +1,7 @@
 """Evaluates methods on tasks and texts at budgets, with W chains of L tokens, by flags.
 
     python -m experiments.evaluate --checkpoint=checkpoints/smollm2-135m-instruct \\
-      --retrofit=experiments/results/retrofit/smollm2-135m-cr4 --methods=vanilla,dms,tova,snapkv,quest --cr=2,4 \\
+      --retrofit=smollm2-135m-cr4 --methods=vanilla,dms,tova,snapkv,quest --cr=2,4 \\
       --tasks=needle,gsm8k --lengths=1024 --gsm8k.data=test.jsonl --limit=100 --text=wiki.test.raw
 
 `--methods` are names of policies. Policies that read gates run the weights of `--retrofit` (folders separated by

@@ -1,7 +1,7 @@
 """Generates text from a checkpoint, streaming it to the terminal.
 
     python -m experiments.generate --checkpoint=checkpoints/smollm2-135m-instruct \\
-      --retrofit=experiments/results/retrofit/smollm2-135m-cr4 --chat --prompt="Why is the sky blue?"
+      --retrofit=smollm2-135m-cr4 --chat --prompt="Why is the sky blue?"
 
 The prompt is `--prompt` or the text of `--file`; `--prompts_file` has one prompt a line. With `--chat` a prompt is a
 user's message; without a prompt, standard input gives the turns of a conversation. `--policy=vanilla` keeps the whole

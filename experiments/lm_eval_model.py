@@ -1,7 +1,7 @@
 """Runs tasks of lm-evaluation-harness on a model under a policy (extra `lmeval`).
 
     python -m experiments.lm_eval_model --checkpoint=checkpoints/smollm2-135m-instruct --tasks=hellaswag --limit=100 \\
-      --retrofit=experiments/results/retrofit/smollm2-135m-cr4 --batch=8
+      --retrofit=smollm2-135m-cr4 --batch=8
 
 Without `--policy` a model with gates runs under DMS, and one without gates keeps every token. `--cr=4` or
 `--budget=512` bounds the cache of a policy that has a budget; its other settings are flags (`--h2o.window=16`).

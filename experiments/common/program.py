@@ -42,6 +42,7 @@ import jax
 from absl import app, flags
 from absl import logging as absl_logging
 
+from dms_jax import compilation
 from experiments.common import early, files, outputs, stopping, usage
 
 FLAGS = flags.FLAGS
@@ -141,7 +142,7 @@ class Common:
 
   Attributes:
     checkpoint: folder of a model, as experiments.convert_weights writes it.
-    retrofit: folder of a retrofit of the checkpoint: gates and low-rank updates.
+    retrofit: folder, or shipped name, of a retrofit of the checkpoint: gates and low-rank updates.
     dtype: type of weights and cache; none: the checkpoint's.
     text: a text file.
     output: path of the results.
@@ -303,8 +304,8 @@ def _default(field: dataclasses.Field) -> Any:
 
 
 def flag_values(changed_only: bool = False) -> dict[str, Any]:
-  """{name: value} of the running program's own flags, without `--profile` and `--debug`."""
-  own = [f for f in FLAGS.get_key_flags_for_module(sys.argv[0]) if f.name not in ("profile", "debug")]
+  """{name: value} of the running program's own flags, without those of every program."""
+  own = [f for f in FLAGS.get_key_flags_for_module(sys.argv[0]) if f.name not in usage.SHARED]
   return {f.name: f.value for f in own if not changed_only or f.value != f.default}
 
 
@@ -317,8 +318,8 @@ def run(
   """Parses the command line, runs `main()` and exits: 0, or with one line on stderr 1 for bad input or a full disk, 130
   after SIGINT (Ctrl-C) and 143 after SIGTERM (`stopping`).
 
-  Every program gets `--profile=DIR` (a jax.profiler trace of the whole run) and `--debug` (tracebacks).
-  Compiled programs are kept in JAX_COMPILATION_CACHE_DIR, by default ~/.cache/dms_jax/xla.
+  Every program gets `--profile=DIR` (a jax.profiler trace of the whole run), `--compiled=DIR` (where compiled programs
+  are kept, by default as `dms_jax.keep_compiled` says) and `--debug` (tracebacks).
 
   Args:
     writes: what `--output` names, if it is given; no other run may write there meanwhile (`outputs.locked`).
@@ -328,6 +329,7 @@ def run(
     if hasattr(stream, "reconfigure"):  # a text that the locale cannot write ends no run
       stream.reconfigure(errors="backslashreplace")
   flags.DEFINE_string("profile", None, "write a jax.profiler trace of the run to this folder")
+  flags.DEFINE_string("compiled", "~/.cache/dms_jax/xla", "folder of compiled programs, kept for the next run; or none")
   flags.DEFINE_boolean("debug", False, "show the traceback of an error")
   if early.checking:
     usage.parse(sys.argv)
@@ -340,7 +342,7 @@ def run(
     if not FLAGS["verbosity"].present:  # Orbax logs every step of a save, and a traceback of every thread that fails
       absl_logging.set_verbosity(absl_logging.WARNING if FLAGS.debug else absl_logging.FATAL)
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # it lists absent accelerators
-    enable_compilation_cache()
+    _keep_compiled()
     try:
       with contextlib.ExitStack() as stack:
         if writes != "nothing" and FLAGS.output:
@@ -381,12 +383,15 @@ def _check() -> None:
       usage.refuse(" ".join(str(error).split()))
 
 
-def enable_compilation_cache() -> None:
-  """Keeps compiled programs on disk, in JAX_COMPILATION_CACHE_DIR; an empty value turns the cache off."""
-  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "dms_jax" / "xla"))
-  if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small ones add up
+def _keep_compiled() -> None:
+  """Keeps compiled programs as `--compiled` says, and says when the first one takes long."""
+  folder = FLAGS.compiled if FLAGS["compiled"].present else None
+  kept = None
+  if folder == "none":
+    jax.config.update("jax_enable_compilation_cache", False)
+  else:
+    kept = compilation.keep_compiled(folder, lambda message: log(f"warning: {message}"))
+  compilation.announce(kept, log)
 
 
 def environment() -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import NoReturn
 from absl import flags
 
 FLAGS = flags.FLAGS
+SHARED = ("profile", "compiled", "debug")  # flags of every program, which change no result
 HELP = ("--help", "-help", "-h", "--helpshort", "--helpfull")
 _groups: dict[str, type] = {}  # of flags PREFIX.field: their dataclass
 
@@ -91,7 +92,7 @@ def help_page() -> str:
 
 def _order(flag: flags.Flag) -> tuple[bool, bool]:
   """The required ones first, then as defined; those of every program last."""
-  return flag.name in ("profile", "debug"), not (flag.help or "").endswith("(required)")
+  return flag.name in SHARED, not (flag.help or "").endswith("(required)")
 
 
 def _heading(prefix: str) -> str:

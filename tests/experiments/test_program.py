@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import dataclasses
 import json
 import os
@@ -16,7 +17,7 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from dms_jax import checkpoint
+from dms_jax import checkpoint, shipped
 from dms_jax import testing as tiny
 from experiments.common import program
 from experiments.common.files import check_retrofit
@@ -277,6 +278,37 @@ def test_every_program_answers_help_and_wrong_flags_before_it_imports_jax(name, 
   assert answer("--no_such_flag=1") == (1, "", "error: there is no flag --no_such_flag; --help lists all\n")
   assert answer("--debg") == (1, "", "error: there is no flag --debg; did you mean --debug?\n")
   assert answer("--debug=perhaps") == (1, "", "error: flag --debug=perhaps: 'perhaps' is not true or false\n")
+
+
+def test_every_program_is_a_console_script_that_answers_early(tmp_path):
+  setup = configparser.ConfigParser()
+  setup.read(ROOT / "setup.cfg")
+  lines = setup["options.entry_points"]["console_scripts"].split("\n")
+  assert [line for line in lines if line] == [
+    f"dms-{name.replace('_', '-')} = experiments.common.scripts:{name}" for name in PROGRAMS
+  ]
+  script = tmp_path / "dms-report"
+  script.write_text(f"import sys\n{SPY}\nfrom experiments.common.scripts import report\nsys.exit(report())\n")
+  for flag, code, said in (
+    ("--help", 0, ""),
+    ("--outptu=x", 1, "error: there is no flag --outptu; did you mean --output?"),
+  ):
+    done = subprocess.run(
+      [sys.executable, str(script), flag], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+      timeout=120,
+    )  # fmt: skip
+    assert done.returncode == code and done.stderr.startswith(said) and "LOADED []" in done.stderr, done.stderr
+
+
+def test_a_shipped_retrofit_is_found_by_name(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert {"smollm2-135m-cr4", "smollm2-135m-cr8"} <= set(shipped.names())
+  assert shipped.find("smollm2-135m-cr4") == shipped.FOLDER / "smollm2-135m-cr4"
+  check_retrofit("retrofit", "smollm2-135m-cr4")
+  with pytest.raises(ValueError, match=r"--retrofit=smollm2-135m-cr5: .*; shipped are smollm2-135m-cr4, "):
+    check_retrofit("retrofit", "smollm2-135m-cr5")
+  (tmp_path / "smollm2-135m-cr4").mkdir()  # a folder here comes first
+  assert shipped.find("smollm2-135m-cr4") == Path("smollm2-135m-cr4")
 
 
 def test_a_folder_that_is_no_retrofit_is_refused_by_its_flag(tmp_path):
