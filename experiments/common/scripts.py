@@ -1,4 +1,4 @@
-"""The console scripts `dms-NAME`: each is the program `experiments.NAME`, run as `python -m` runs it."""
+"""The console scripts `dms-NAME`: each runs the program `experiments.NAME` as `python -m` does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a program says about its flags: --help in groups, and one line with the right spelling for a wrong flag."""
+"""What a program says of its flags: --help in groups, and the right spelling for a wrong flag."""
 
 from __future__ import annotations
 
