@@ -1,4 +1,4 @@
-"""Time to the first answer: cold, with nothing compiled before, and warm, with compiled programs on disk.
+"""Time to the first answer: cold, with nothing compiled, and warm, with compiled programs on disk.
 
     python -m experiments.bench_start --checkpoint=checkpoints/smollm2-135m-instruct --retrofit=smollm2-135m-cr4
 

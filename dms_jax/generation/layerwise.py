@@ -1,4 +1,4 @@
-"""A chunk of a prompt, its layers one after another by one compiled function (`Execution.layers_apart`)."""
+"""A chunk of a prompt, layer by layer through one compiled function (`Execution.layers_apart`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The steps of a first session, timed; this module imports nothing that takes time before they begin."""
+"""The steps of a first session, timed; what takes time to import is imported in the first of them."""
 
 from __future__ import annotations
 

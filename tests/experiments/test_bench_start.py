@@ -1,4 +1,4 @@
-"""The benchmark of a first session: every step is timed cold and warm, and numbers compile nothing new."""
+"""The benchmark of a first session: steps are timed cold and warm; numbers compile nothing new."""
 
 from __future__ import annotations
 

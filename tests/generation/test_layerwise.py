@@ -1,4 +1,4 @@
-"""Chunks of a prompt whose layers run one after another: equal to one program of all layers, and compiled once."""
+"""Chunks of a prompt read layer by layer: equal to one program of all layers, and compiled once."""
 
 from __future__ import annotations
 
