@@ -62,6 +62,8 @@ class Execution:
       to compile, and is compiled once for all layers of a list.
     layers_apart: the host calls one compiled function for each layer of a prompt's chunk, on a CPU, from MANY_LAYERS
       layers in a list up. The function is compiled once for all layers. A chunk takes far longer than its calls.
+    skipped_filters: one program samples with and without top-k and top-p, on a CPU: at run time it skips a filter that
+      excludes nothing, and setting one does not compile. A GPU would wait for the host to decide.
     replicated_writes: on a mesh of TPUs every device writes the whole pool of pages, because a kernel is not
       partitioned automatically.
   """
@@ -76,6 +78,7 @@ class Execution:
   embed_barrier: bool = False
   jitted_attention: bool = False
   layers_apart: bool = False
+  skipped_filters: bool = False
   replicated_writes: bool = False
 
   @classmethod
@@ -100,6 +103,7 @@ class Execution:
       embed_barrier=cpu,
       jitted_attention=gpu,
       layers_apart=cpu and model is not None and model.config.num_layers >= MANY_LAYERS,
+      skipped_filters=cpu,
       replicated_writes=tpu,
     )
     chosen |= _overrides.value

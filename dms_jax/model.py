@@ -406,7 +406,7 @@ def chunk_layer(
   state = jax.tree.map(lambda leaf: leaf[index], cache.layer_state())
   rope = rope_tables(model.config, positions)
   (x, carry), (state, seen, _) = _layer(model, layer, index, (state, None), (x, cache.layer_carry()), rope, attend, how)
-  return cache.carried(carry), x, (state, seen)
+  return cache.with_carry(carry), x, (state, seen)
 
 
 def end_chunk(cache: Cache, plan: Plan, x: Array, layers: list[tuple[Any, Usage]]) -> tuple[StepOutput, Cache]:

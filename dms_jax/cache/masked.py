@@ -77,7 +77,7 @@ class MaskedCache(Common):
   def layer_state(self):
     return self.evicted
 
-  def carried(self, carry):
+  def with_carry(self, carry):
     kv, stats, memory = carry
     return self.replace(kv=kv, stats=stats, memory=memory)
 
@@ -255,4 +255,4 @@ class MaskedCache(Common):
 
   def commit(self, plan, carry, states, evict=None):
     assert evict is None, "decisions go to attend: can_decide_late is False"
-    return self.carried(carry).replace(evicted=states, seen=plan.seen + plan.lengths)
+    return self.with_carry(carry).replace(evicted=states, seen=plan.seen + plan.lengths)

@@ -107,7 +107,7 @@ class RingCache(Common):
   def layer_state(self):
     return self.archived, self.evicted
 
-  def carried(self, carry):
+  def with_carry(self, carry):
     return self._after(carry)
 
   def live(self):
