@@ -64,6 +64,21 @@ class Config:
 
   `kv_budget_gib` bounds the cache of rows that write; rows without room wait on the host. The first `traces` prompts
   of each task are traced: which tokens each head holds when the first chain ends, for `experiments.report`.
+
+  Attributes:
+    methods: names of policies; without any, the original is compared with each retrofit under DMS.
+    retrofit: folders or shipped names, separated by commas; dms:FOLDER is for one method.
+    cr: compression ratios that bound each method with a budget, such as 2,4,8.
+    budgets: tokens a head that bound each method with a budget, such as 512.
+    budget_rule: of a CR: (prompt + most new tokens) / CR for each text ("paper"), or (tokens seen) / CR.
+    thresholds: eviction thresholds of gates, swept without retraining.
+    text: files whose perplexity and KL (original || method, nats a token) are measured.
+    text_tokens: first tokens of each text that are read; 0: all.
+    lengths: T, tokens of a text's chunk.
+    max_tokens: L, most new tokens, such as 512,2048; each task has a default.
+    batch: rows that are scored together.
+    traces: first prompts of each task that are traced for experiments.report.
+    output: folder of records, summary and pictures; default one in runs/evaluate named after the flags.
   """
 
   checkpoint: str

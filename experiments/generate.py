@@ -41,10 +41,14 @@ class Config:
   """The prompt, the model, and how it writes.
 
   Attributes:
+    prompt: text to continue, or with --chat a message to answer.
+    file: text file that holds the prompt.
+    prompts_file: text file with one prompt a line.
+    chat: prompts are messages; without a prompt, standard input gives the turns.
     requests: a file of requests, a JSON object a line.
     output: results of requests; default REQUESTS with the ending .results.jsonl.
     width: rows of requests that write together.
-    chains: of a request that gives no number.
+    chains: texts written for a request that gives no number.
     page_format: quantises the pages of requests: int8 or float8.
     system: the system message of a chat.
     policy: name of an eviction policy; default the one that the gates were trained for, vanilla without gates.

@@ -9,6 +9,7 @@ code. In any other case, also when a blank does not do, the program starts as us
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.abc
 import importlib.machinery
@@ -116,6 +117,7 @@ def check(module: str) -> None:
     code = end.code if isinstance(end.code, int) else GO_ON
   except BaseException:  # a blank did not do: the program itself checks
     pass
-  sys.stdout.flush()
-  sys.stderr.flush()
+  for stream in (sys.stdout, sys.stderr):
+    with contextlib.suppress(OSError):  # a reader such as head may have gone
+      stream.flush()
   os._exit(code)

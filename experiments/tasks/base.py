@@ -56,6 +56,10 @@ class TasksConfig:
 
   Attributes:
     tasks: names, separated by commas.
+    limit: samples of each task and length; 0: the whole data set, or 500 generated samples.
+    template: form of retrieval prompts; auto: chat where the tokenizer has a template.
+    chains: W, texts written for each prompt, such as 1,2,4.
+    allow_code: run programs that the model writes.
   """
 
   tasks: tuple[str, ...] = dataclasses.field(default=(), metadata={"choices": TASKS})
