@@ -96,6 +96,7 @@ def test_named_parts_of_the_package_exist(name):
       assert issubclass(getattr(dms_jax, policy), dms_jax.Policy), f"{name} lists the policy {policy}"
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # the readme leaves a file open, for brevity
 def test_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
   """Every block, in order and in one namespace, with a tiny model in place of the one that it names."""
   base, retrofit = save_checkpoints(tmp_path)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from dms_jax import checkpoint
 from dms_jax import testing as tiny
 from dms_jax.tokenizer import byte_tokenizer
@@ -11,6 +13,7 @@ from experiments import bench_start
 from experiments.common import program
 
 
+@pytest.mark.slow
 def test_numbers_compile_nothing_and_a_warm_start_reads_all(tmp_path, monkeypatch, capsys):
   model = tiny.model(tiny.config(vocab_size=257, max_position_embeddings=512), tiny.dms())
   checkpoint.save(tmp_path / "model", model, byte_tokenizer())
