@@ -61,8 +61,8 @@ class Execution:
     jitted_attention: attention is a jitted function inside the program, on a GPU. Its kernel takes seconds to lower and
       to compile, and is compiled once for all layers of a list.
     layers_apart: the host calls one compiled function for each layer of a prompt's chunk, on a CPU, from MANY_LAYERS
-      layers in a list up. SmolLM2's chunk of 256 tokens compiles in about 3 instead of 20 s of CPU time; the calls take
-      some milliseconds of the second that a chunk takes.
+      layers in a list up. SmolLM2's chunk of 256 tokens is compiled in 3.4 instead of 20 s of CPU time, and again for a
+      grown pool in 0.7 instead of 19; it then takes 0.9 s either way.
     skipped_filters: one program samples with and without top-k and top-p, on a CPU: at run time it skips a filter that
       excludes nothing, and setting one does not compile. A GPU would wait for the host to decide.
     replicated_writes: on a mesh of TPUs every device writes the whole pool of pages, because a kernel is not
