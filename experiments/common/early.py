@@ -20,6 +20,8 @@ import sys
 import types
 from typing import Any
 
+from experiments.common import stopping
+
 GO_ON = 64  # exit code of a child that has nothing to say
 checking = False  # in the child
 
@@ -101,6 +103,7 @@ def check(module: str) -> None:
   if not hasattr(os, "fork"):
     return
   if child := os.fork():
+    stopping.install()  # now, as the child shall not have its thread
     _, status = os.waitpid(child, 0)
     if os.WIFEXITED(status) and (code := os.WEXITSTATUS(status)) != GO_ON:
       sys.exit(code)
