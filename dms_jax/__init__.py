@@ -17,6 +17,7 @@ and `top_p`. `stream(row, tokens, text)` is called during generation. See `gener
 
 from __future__ import annotations
 
+from dms_jax.compilation import keep_compiled as keep_compiled
 from dms_jax.config import DMSConfig as DMSConfig
 from dms_jax.config import LoRAConfig as LoRAConfig
 from dms_jax.config import ModelConfig as ModelConfig

@@ -29,7 +29,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from dms_jax import formats
+from dms_jax import formats, shipped
 from dms_jax.config import (
   DMSConfig,
   LoRAConfig,
@@ -194,12 +194,14 @@ def load_retrofitted(path: str | Path, retrofit: str | Path, *, dtype: Any = Non
   Raises:
     ValueError: as `load`.
   """
+  retrofit = shipped.find(retrofit)
   if "base" in read_config(retrofit)[0]["groups"]:
     return load(retrofit, dtype=dtype)
   return load(path, retrofit=retrofit, dtype=dtype)
 
 
 def _apply_retrofit(model: Model, path: str | Path, retrofit: str | Path, mesh: Mesh | None) -> Model:
+  retrofit = shipped.find(retrofit)
   values, config, dms, lora = read_config(retrofit)
   if "base" in values["groups"]:
     raise ValueError(f"{retrofit}: a whole model, not a retrofit; load it by itself, without {path}")

@@ -14,7 +14,8 @@ def load(path: str | Path, retrofit: str | Path | None = None, dtype: Any = None
 
   Args:
     path: folder written by `experiments.convert_weights` or `experiments.train_reasoner`.
-    retrofit: folder of eviction gates and low-rank updates to add; without it the model may have no gates.
+    retrofit: folder of eviction gates and low-rank updates to add, or the name of one that is shipped, such as
+      "smollm2-135m-cr4"; without it the model may have no gates.
     dtype: dtype of the weights and the KV cache; default as stored.
     merge: fold low-rank updates into the weights, so that the model decodes faster.
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dms_jax import masks, policies
 from dms_jax.attention import window_bias_attention
 from dms_jax.cache import Cache
-from dms_jax.cache.base import Usage
+from dms_jax.cache.base import Plan, Usage
 from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig
 from dms_jax.execution import Execution
 from dms_jax.gates import clear_neuron, gate_logits, step_gate_logits
@@ -116,6 +116,23 @@ def _attention_inputs(
   return (clear_neuron(c, q, neuron_kept) if neuron else q), k, v, gates
 
 
+def _layer(
+  model: Model, layer: dict, index: Array | int, xs: Any, state: tuple[Array, Any], rope: tuple[Array, Array],
+  attend: Attend, how: Execution, neuron_kept: Array | None = None,
+) -> tuple[tuple[Array, Any], Any]:  # fmt: skip
+  """One layer, from `state` (x, carry) to ((x, carry), ys)."""
+  x, carry = state
+  scale = model.lora.scale if model.lora else 0.0
+  with jax.named_scope("attention"):
+    q, k, v, gates = _attention_inputs(model, layer, x, rope, how, neuron_kept)
+    attended, carry, ys = attend(carry, index, xs, q, k, v, gates)
+    x = x + project(attended, layer, "o_proj", 2, lora_scale=scale)
+  with jax.named_scope("mlp"):
+    h = rms_norm(x, layer["mlp_norm"], model.config.rms_norm_eps)
+    x = x + mlp(layer, h, scale)
+  return (constrain_rows(x), carry), ys
+
+
 def _run_layers(
   model: Model,
   x: Array,
@@ -139,20 +156,11 @@ def _run_layers(
   """
   table = param_table(model.config, model.dms, model.lora) if gather else {}
   rope = rope_tables(model.config, positions)
-  scale = model.lora.scale if model.lora else 0.0
 
   def body(state, inputs):
-    x, carry = state
     index, layer, xs_l = inputs
     layer = gather_layer(layer, table) if gather else layer
-    with jax.named_scope("attention"):
-      q, k, v, gates = _attention_inputs(model, layer, x, rope, how, neuron_kept)
-      attended, carry, ys = attend(carry, index, xs_l, q, k, v, gates)
-      x = x + project(attended, layer, "o_proj", 2, lora_scale=scale)
-    with jax.named_scope("mlp"):
-      h = rms_norm(x, layer["mlp_norm"], model.config.rms_norm_eps)
-      x = x + mlp(layer, h, scale)
-    return (constrain_rows(x), carry), ys
+    return _layer(model, layer, index, xs_l, state, rope, attend, how, neuron_kept)
 
   x, layers = constrain_rows(x), model.params["layers"]
   if isinstance(layers, list):
@@ -330,27 +338,13 @@ def cached_forward(
   """
   if policy.exact_prefill and tokens.shape[1] > 1:
     return _sequential_prefill(model, policy, cache, tokens, lengths, override)
-  if policy.prunes and not cache.takes_chunk(policy, tokens.shape[1], remaining):
-    with jax.named_scope("prune"):
-      cache = cache.prune(policy, lengths > 0)
-  plan = cache.plan(policy, lengths, tokens.shape[1], remaining)
-  positions = plan.seen[:, None] + jnp.arange(tokens.shape[1])
-  heads = (tokens.shape[0], model.config.num_kv_heads, tokens.shape[1])
-  about = jnp.broadcast_to((positions - cache.lag)[:, None], heads)
+  cache, plan = _planned(policy, cache, tokens, lengths, remaining)
   rows, layers = tokens.shape[0], model.params["layers"]
   how = Execution.choose(model, *tokens.shape)
   late = how.late_gates and plan.remaining is None and cache.can_decide_late(policy)
   how = dataclasses.replace(how, late_gates=late)
   padded = partial(_pad_rows, least=how.least_rows)
-
-  def attend(carry, index, xs, q, k, v, gates):
-    state, override = xs
-    q, k, v, gates = jax.tree.map(lambda y: y[:rows], (q, k, v, gates))
-    of_tokens = jnp.swapaxes(k, 1, 2) if policy.uses_keys else None
-    evict = None if how.late_gates else policy.decide(gates, index, about, of_tokens) if override is None else override
-    rated = {"logits": gates} if policy.gate_stats else {}
-    out, carry, state, seen = cache.attend(plan, policy, index, carry, state, q, k, v, evict, **rated)
-    return padded(out), carry, (state, seen, gates)
+  positions, about, attend = _attend_cache(model, policy, cache, plan, tokens, how)
 
   x, xs = embed(model, padded(tokens)), (cache.layer_state(), override)
   x, carry, (states, seen, logits) = _run_layers(model, x, padded(positions), attend, how, cache.layer_carry(), xs)
@@ -361,6 +355,65 @@ def cached_forward(
     index, about = jnp.arange(len(layers))[:, None, None, None], jnp.broadcast_to(about, logits.shape)
     evict = policy.decide(logits, index, about) if override is None else override
   return StepOutput(x[:rows], seen, logits, plan.lengths, plan.stalled), cache.commit(plan, carry, states, evict)
+
+
+def _planned(policy: Policy, cache: Cache, tokens, lengths, remaining) -> tuple[Cache, Plan]:
+  """The cache, pruned where that is due, and the plan of a step."""
+  if policy.prunes and not cache.takes_chunk(policy, tokens.shape[1], remaining):
+    with jax.named_scope("prune"):
+      cache = cache.prune(policy, lengths > 0)
+  return cache, cache.plan(policy, lengths, tokens.shape[1], remaining)
+
+
+def _attend_cache(model: Model, policy: Policy, cache: Cache, plan: Plan, tokens, how: Execution):
+  """(positions of the tokens [B, T], those that they decide about [B, K, T], attention to the cache in a layer)."""
+  rows = tokens.shape[0]
+  positions = plan.seen[:, None] + jnp.arange(tokens.shape[1])
+  heads = (rows, model.config.num_kv_heads, tokens.shape[1])
+  about = jnp.broadcast_to((positions - cache.lag)[:, None], heads)
+
+  def attend(carry, index, xs, q, k, v, gates):
+    state, override = xs
+    q, k, v, gates = jax.tree.map(lambda y: y[:rows], (q, k, v, gates))
+    of_tokens = jnp.swapaxes(k, 1, 2) if policy.uses_keys else None
+    evict = None if how.late_gates else policy.decide(gates, index, about, of_tokens) if override is None else override
+    rated = {"logits": gates} if policy.gate_stats else {}
+    out, carry, state, seen = cache.attend(plan, policy, index, carry, state, q, k, v, evict, **rated)
+    return _pad_rows(out, how.least_rows), carry, (state, seen, gates)
+
+  return positions, about, attend
+
+
+def begin_chunk(model: Model, policy: Policy, cache: Cache, tokens, lengths, remaining) -> tuple[Cache, Plan, Array]:
+  """The first part of `cached_forward` of a chunk: (cache, plan, embeddings), for `chunk_layer`."""
+  cache, plan = _planned(policy, cache, tokens, lengths, remaining)
+  return cache, plan, constrain_rows(embed(model, tokens))
+
+
+def chunk_layer(
+  model: Model, policy: Policy, cache: Cache, plan: Plan, layer: dict, index: Int[Array, ""], tokens, x: Array
+) -> tuple[Cache, Array, tuple[Any, Usage]]:
+  """One layer of a chunk: (cache, x, (state, usage)), the last for `end_chunk`.
+
+  Args:
+    model: its own layers are not read.
+    layer: parameters of the layer.
+    index: of the layer.
+    tokens: int32 [B, T], of the chunk.
+  """
+  how = Execution.choose(model, *tokens.shape)
+  positions, _, attend = _attend_cache(model, policy, cache, plan, tokens, how)
+  state = jax.tree.map(lambda leaf: leaf[index], cache.layer_state())
+  rope = rope_tables(model.config, positions)
+  (x, carry), (state, seen, _) = _layer(model, layer, index, (state, None), (x, cache.layer_carry()), rope, attend, how)
+  return cache.with_carry(carry), x, (state, seen)
+
+
+def end_chunk(cache: Cache, plan: Plan, x: Array, layers: list[tuple[Any, Usage]]) -> tuple[StepOutput, Cache]:
+  """The last part of `cached_forward` of a chunk, from what its layers returned."""
+  states, seen = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+  output = StepOutput(x, seen, None, plan.lengths, plan.stalled)
+  return output, cache.commit(plan, cache.layer_carry(), states)
 
 
 def _pad_rows(x: Array, least: int) -> Array:

@@ -1,7 +1,7 @@
 """Prefill and decode speed of a checkpoint, dense and with DMS, against transformers.
 
     python -m experiments.bench_generate --checkpoint=checkpoints/smollm2-135m-instruct \\
-      --retrofit=experiments/results/retrofit/smollm2-135m-cr4 --against_transformers
+      --retrofit=smollm2-135m-cr4 --against_transformers
 
 Each engine reads one row of `--prompt_tokens` tokens and writes `--new_tokens` greedily, after a warm-up that compiles.
 Engines take turns for `--repeats` rounds, and medians are reported. Prefill is the time to the first token, decode the

@@ -46,7 +46,7 @@ class Config:
   """
 
   checkpoint: str = "checkpoints/smollm2-135m-instruct"
-  retrofit: str = "experiments/results/retrofit/smollm2-135m-cr4"
+  retrofit: str = "smollm2-135m-cr4"
   text: str = ""
   tokens: int = 4096
   new_tokens: int = 128

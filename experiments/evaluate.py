@@ -1,7 +1,7 @@
 """Evaluates methods on tasks and texts at budgets, with W chains of L tokens, by flags.
 
     python -m experiments.evaluate --checkpoint=checkpoints/smollm2-135m-instruct \\
-      --retrofit=experiments/results/retrofit/smollm2-135m-cr4 --methods=vanilla,dms,tova,snapkv,quest --cr=2,4 \\
+      --retrofit=smollm2-135m-cr4 --methods=vanilla,dms,tova,snapkv,quest --cr=2,4 \\
       --tasks=needle,gsm8k --lengths=1024 --gsm8k.data=test.jsonl --limit=100 --text=wiki.test.raw
 
 `--methods` are names of policies. Policies that read gates run the weights of `--retrofit` (folders separated by
@@ -64,6 +64,21 @@ class Config:
 
   `kv_budget_gib` bounds the cache of rows that write; rows without room wait on the host. The first `traces` prompts
   of each task are traced: which tokens each head holds when the first chain ends, for `experiments.report`.
+
+  Attributes:
+    methods: names of policies; without any, the original is compared with each retrofit under DMS.
+    retrofit: folders or shipped names, separated by commas; dms:FOLDER is for one method.
+    cr: compression ratios that bound each method with a budget, such as 2,4,8.
+    budgets: tokens a head that bound each method with a budget, such as 512.
+    budget_rule: of a CR: (prompt + most new tokens) / CR for each text ("paper"), or (tokens seen) / CR.
+    thresholds: eviction thresholds of gates, swept without retraining.
+    text: files whose perplexity and KL (original || method, nats a token) are measured.
+    text_tokens: first tokens of each text that are read; 0: all.
+    lengths: T, tokens of a text's chunk.
+    max_tokens: L, most new tokens, such as 512,2048; each task has a default.
+    batch: rows that are scored together.
+    traces: first prompts of each task that are traced for experiments.report.
+    output: folder of records, summary and pictures; default one in runs/evaluate named after the flags.
   """
 
   checkpoint: str

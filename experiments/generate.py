@@ -1,7 +1,7 @@
 """Generates text from a checkpoint, streaming it to the terminal.
 
     python -m experiments.generate --checkpoint=checkpoints/smollm2-135m-instruct \\
-      --retrofit=experiments/results/retrofit/smollm2-135m-cr4 --chat --prompt="Why is the sky blue?"
+      --retrofit=smollm2-135m-cr4 --chat --prompt="Why is the sky blue?"
 
 The prompt is `--prompt` or the text of `--file`; `--prompts_file` has one prompt a line. With `--chat` a prompt is a
 user's message; without a prompt, standard input gives the turns of a conversation. `--policy=vanilla` keeps the whole
@@ -42,10 +42,14 @@ class Config:
   """The prompt, the model, and how it writes.
 
   Attributes:
+    prompt: text to continue, or with --chat a message to answer.
+    file: text file that holds the prompt.
+    prompts_file: text file with one prompt a line.
+    chat: prompts are messages; without a prompt, standard input gives the turns.
     requests: a file of requests, a JSON object a line.
     output: results of requests; default REQUESTS with the ending .results.jsonl.
     width: rows of requests that write together.
-    chains: of a request that gives no number.
+    chains: texts written for a request that gives no number.
     page_format: quantises the pages of requests: int8 or float8.
     on_pressure: of requests, when pages run out: preempt the newest chain, or compress all (DMS alone).
     system: the system message of a chat.
@@ -70,11 +74,11 @@ class Config:
   chains: int = 1
   kv_budget_gib: float | None = None
   kv_budget_tokens: int | None = None
-  page_format: str | None = None
+  page_format: str | None = dataclasses.field(default=None, metadata={"choices": FORMATS})
   on_pressure: Literal["preempt", "compress"] = "preempt"
   chat: bool = False
   system: str | None = None
-  policy: str | None = None
+  policy: str | None = dataclasses.field(default=None, metadata={"choices": policies.REGISTRY})
   samples: int = 1
   max_new_tokens: int = 256
   temperature: float = 0.0

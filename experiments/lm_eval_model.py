@@ -1,7 +1,7 @@
 """Runs tasks of lm-evaluation-harness on a model under a policy (extra `lmeval`).
 
     python -m experiments.lm_eval_model --checkpoint=checkpoints/smollm2-135m-instruct --tasks=hellaswag --limit=100 \\
-      --retrofit=experiments/results/retrofit/smollm2-135m-cr4 --batch=8
+      --retrofit=smollm2-135m-cr4 --batch=8
 
 Without `--policy` a model with gates runs under DMS, and one without gates keeps every token. `--cr=4` or
 `--budget=512` bounds the cache of a policy that has a budget; its other settings are flags (`--h2o.window=16`).
@@ -41,7 +41,7 @@ class Config:
   checkpoint: str
   retrofit: str | None = None
   dtype: Literal["float32", "bfloat16"] | None = None
-  policy: str | None = None
+  policy: str | None = dataclasses.field(default=None, metadata={"choices": policies.REGISTRY})
   cr: float | None = None
   budget: int | None = None
   budget_rule: Literal["paper", "seen"] = "paper"

@@ -1,7 +1,7 @@
 """Soak test of `Generator`: random requests under a tight budget, checked for losses and leaks.
 
     python -m experiments.soak --checkpoint=checkpoints/smollm2-135m-instruct \\
-      --retrofit=experiments/results/retrofit/smollm2-135m-cr4 --minutes=10
+      --retrofit=smollm2-135m-cr4 --minutes=10
 
 Each of `--servers` is a `Generator` with a policy and, after a colon, a page format; they take turns. Requests of
 random lengths arrive at random times, some with several chains, some sampled, some with a budget or threshold of their

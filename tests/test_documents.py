@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+import dms_jax
+from tests.helpers import save_checkpoints
+
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "WORKSPACE.md", "experiments/results/README.md")
 LINKING = sorted(str(p.relative_to(ROOT)) for p in [*ROOT.glob("*.md"), *(ROOT / "experiments").rglob("*.md")])
@@ -78,6 +81,35 @@ def test_every_program_is_in_the_readme():
   for path in (ROOT / "experiments").glob("*.py"):
     if "\nif __name__ == " in path.read_text():
       assert f"| `{path.stem}` |" in text, f"README's table of programs lacks {path.stem}"
+
+
+@pytest.mark.parametrize("name", ("README.md", "WORKSPACE.md"))
+def test_named_parts_of_the_package_exist(name):
+  text = (ROOT / name).read_text()
+  for dotted in set(re.findall(r"\bdms_jax\.([A-Za-z_]+)(?![A-Za-z_]*\.(?:git|py)\b)", text)):
+    module = ROOT / "dms_jax" / dotted  # a name of the package, or a module or room in it
+    assert hasattr(dms_jax, dotted) or module.with_suffix(".py").exists() or module.is_dir(), (
+      f"{name}: dms_jax.{dotted}"
+    )
+  if listed := re.search(r"Other policies: (.*?)\.\s", text, re.DOTALL):
+    for policy in re.findall(r"`(\w+)`", listed[1]):
+      assert issubclass(getattr(dms_jax, policy), dms_jax.Policy), f"{name} lists the policy {policy}"
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # the readme leaves a file open, for brevity
+def test_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+  """Every block, in order and in one namespace, with a tiny model in place of the one that it names."""
+  base, retrofit = save_checkpoints(tmp_path)
+  (tmp_path / "checkpoints").mkdir()
+  base.rename(tmp_path / "checkpoints" / "smollm2-135m-instruct")
+  retrofit.rename(tmp_path / "smollm2-135m-cr4")  # a folder of this name comes before the shipped retrofit
+  (tmp_path / "LICENSE").write_text("Licensed under a short licence. " * 4)
+  monkeypatch.chdir(tmp_path)
+  blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+  namespace: dict = {}
+  for block in blocks:
+    exec(compile(block, "README.md", "exec"), namespace)
+  assert blocks and "Vanilla: " in (printed := capsys.readouterr().out) and "DMS: " in printed
 
 
 def test_every_target_has_help():

@@ -23,7 +23,8 @@ OFF = Execution()
 # Each field switched on, on any device.
 ON = dict(
   layers="loop", least_rows=5, late_gates=True, fused_gate=True, weights_left=FEW_ROWS,
-  matvec_parts=3, bits_storage=True, embed_barrier=True, jitted_attention=True, replicated_writes=True,
+  matvec_parts=3, bits_storage=True, embed_barrier=True, jitted_attention=True, layers_apart=True,
+  skipped_filters=True, replicated_writes=True,
 )  # fmt: skip
 step = jax.jit(cached_forward, compiler_options=tiny.QUICK)
 
@@ -121,6 +122,7 @@ def test_each_choice_changes_the_program():
 
   with override(**vars(OFF)):
     plain = program()
-  for name in ON.keys() - {"replicated_writes"}:  # acts on a mesh alone: see tests/test_sharding.py
+  # Others act elsewhere: see tests/test_sharding.py, tests/generation/test_layerwise.py and test_sampling.py there.
+  for name in ON.keys() - {"replicated_writes", "layers_apart", "skipped_filters"}:
     with override(**vars(OFF) | {name: ON[name]}):
       assert program() != plain, name

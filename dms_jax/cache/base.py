@@ -89,6 +89,7 @@ class Cache(Protocol):
       a text of `most` tokens needs.
     check: ValueError if the cache was made for another policy.
     layer_carry, layer_state: the initial `carry`, and the `state` of all layers.
+    with_carry: the cache with the arrays of a `carry`, between two layers.
     takes_chunk: whether a step is a chunk of a prompt; ValueError if the policy refuses chunks.
     can_decide_late: whether a decode step may pass its decisions to `commit`.
   """
@@ -110,6 +111,7 @@ class Cache(Protocol):
   def check(self, policy: Policy) -> None: ...
   def layer_carry(self) -> Any: ...
   def layer_state(self) -> Any: ...
+  def with_carry(self, carry: Any) -> Cache: ...
   def plan(
     self, policy: Policy, lengths: Int[Array, "B"], num_tokens: int, remaining: Int[Array, "B"] | None = None
   ) -> Plan:

@@ -77,6 +77,10 @@ class MaskedCache(Common):
   def layer_state(self):
     return self.evicted
 
+  def with_carry(self, carry):
+    kv, stats, memory = carry
+    return self.replace(kv=kv, stats=stats, memory=memory)
+
   def free_tokens(self, policy, rows=None):
     """Tokens that each row can take, int32 [B]: its free slots."""
     return self.slots - self.seen
@@ -255,5 +259,4 @@ class MaskedCache(Common):
 
   def commit(self, plan, carry, states, evict=None):
     assert evict is None, "decisions go to attend: can_decide_late is False"
-    kv, stats, memory = carry
-    return self.replace(kv=kv, stats=stats, memory=memory, evicted=states, seen=plan.seen + plan.lengths)
+    return self.with_carry(carry).replace(evicted=states, seen=plan.seen + plan.lengths)

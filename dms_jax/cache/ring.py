@@ -109,6 +109,9 @@ class RingCache(Common):
   def layer_state(self):
     return self.archived, self.evicted
 
+  def with_carry(self, carry):
+    return self._after(carry)
+
   def live(self):
     """Live slots, int32 [L, B, K]."""
     return jnp.minimum(self.seen, self.ring)[:, None] + self.archived

@@ -37,6 +37,7 @@ from dms_jax.generation.decode import (
   Emitted,
 )  # fmt: skip
 from dms_jax.generation.detokenize import Detokenizer
+from dms_jax.generation.layerwise import read_chunk
 from dms_jax.generation.prefill import Chunk, read_prompts
 from dms_jax.generation.prompts import Prompts, check_lengths, prompt_ids
 from dms_jax.generation.results import ChainUsage, Used, add_prompts
@@ -264,9 +265,7 @@ def _read(model, policy, store, ids, metrics, usage, chunk, capacity, most) -> t
 
   def feed(part: Chunk) -> np.ndarray:
     nonlocal store, logits, metrics
-    store, logits, stalled, counts = decoding.prefill_chunk(
-      model, policy, store, part.tokens, part.lengths, part.remaining, logits
-    )
+    store, logits, stalled, counts = read_chunk(model, policy, store, part.tokens, part.lengths, part.remaining, logits)
     counts = jax.device_get(counts)
     metrics = metrics.add(counts, decode=False)
     add_prompts(usage, counts)

@@ -16,6 +16,8 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from dms_jax.execution import Execution
+
 SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 MOST_K = 2**24  # counts are exact in float32 up to here, beyond any vocabulary
 
@@ -35,7 +37,8 @@ def _number(name: str, value: Any, meaning: str) -> float:
 class Sampling:
   """How to sample. `temperature` None means greedy; a float32 array [B] gives each row its own, 0 for greedy.
 
-  The numbers are traced: another number does not recompile, a change to or from None does. Filters act in the order
+  The numbers are traced: another number does not recompile, a change to or from None does; `create` leaves no None but
+  for greedy sampling under `Execution.skipped_filters`. Filters act in the order
   temperature, top-k, top-p, as in transformers. A filter also keeps every token that ties with its last kept token.
   """
 
@@ -65,6 +68,8 @@ class Sampling:
       top_p = max(p, SMALLEST)
     if number == 0:
       return cls()
+    if Execution.choose().skipped_filters:
+      top_k, top_p = MOST_K if top_k is None else top_k, 1.0 if top_p is None else top_p
     return cls(min(max(number, SMALLEST), LARGEST), top_k, top_p)
 
 
@@ -139,13 +144,22 @@ def filtered(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B
   if temperature.ndim:
     temperature = jnp.where(temperature > 0, temperature, 1.0)[:, None]
   logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
-  if sampling.top_k is not None:
+
+  def likeliest(logits):
     keep = largest_threshold(logits, jnp.ones_like(logits), jnp.asarray(sampling.top_k, logits.dtype))
-    logits = jnp.where(keep, logits, -jnp.inf)
-  if sampling.top_p is not None:
+    return jnp.where(keep, logits, -jnp.inf)
+
+  def nucleus(logits):
     need = jnp.asarray(sampling.top_p, logits.dtype)
     keep = largest_threshold(logits, jax.nn.softmax(logits, axis=-1), need)
-    logits = jnp.where(keep | (need >= 1), logits, -jnp.inf)  # a rounded sum may reach 1 too early
+    return jnp.where(keep | (need >= 1), logits, -jnp.inf)  # a rounded sum may reach 1 too early
+
+  skips = Execution.choose().skipped_filters
+  act = lambda acts, filter_, x: lax.cond(acts, filter_, lambda x: x, x) if skips else filter_(x)
+  if sampling.top_k is not None:
+    logits = act(jnp.asarray(sampling.top_k) < logits.shape[-1], likeliest, logits)
+  if sampling.top_p is not None:
+    logits = act(jnp.asarray(sampling.top_p) < 1, nucleus, logits)
   return logits
 
 

@@ -107,14 +107,16 @@ def check_retrofit(flag: str, folder: str | Path | None, whole: bool = False) ->
   """
   if folder is None:
     return
-  from dms_jax import checkpoint  # here, as most programs that read files load no model
+  from dms_jax import checkpoint, shipped  # here, as most programs that read files load no model
 
-  path, where = Path(folder), f"--{flag}={folder}"
+  path, where = shipped.find(folder), f"--{flag}={folder}"
   try:
     values, _, gates, _ = checkpoint.read_config(path)
   except ValueError as error:
     final = path / "final"
     advice = f"; the retrofit of this run is {final}" if checkpoint.is_checkpoint(final) else ""
+    if not path.exists() and len(path.parts) == 1:
+      advice = f"; shipped are {', '.join(shipped.names())}"
     raise ValueError(f"{where}: not a retrofit, a folder that experiments.retrofit writes ({error}){advice}") from None
   if "base" in values["groups"] and not (whole and gates is not None):
     what = "a whole model" if gates is not None else "a model without gates"

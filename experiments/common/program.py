@@ -42,10 +42,12 @@ import jax
 from absl import app, flags
 from absl import logging as absl_logging
 
+from dms_jax import compilation
 from dms_jax.config import as_text
-from experiments.common import files, outputs, stopping
+from experiments.common import early, files, outputs, stopping, usage
 
 FLAGS = flags.FLAGS
+_own: list[type] = []  # dataclasses of flags without a prefix
 flags.disclaim_key_flags()  # flags belong to the program that calls `define_flags`, so that its --help lists them
 
 
@@ -55,12 +57,21 @@ flags.disclaim_key_flags()  # flags belong to the program that calls `define_fla
 class _Parser(flags.ArgumentParser):
   """Parses one field's annotation: str, int, float, bool, Path, Literal, tuple[X, ...] and `X | None`."""
 
-  def __init__(self, annotation: Any):
-    self.annotation = annotation
-    self.syntactic_help = describe(annotation)
+  def __init__(self, annotation: Any, choices: Iterable[str] | None = None):
+    self.annotation, self.choices = annotation, choices
+    self.syntactic_help = describe(annotation) if choices is None else " | ".join(choices)
 
   def parse(self, argument: Any) -> Any:
-    return parse_value(self.annotation, argument) if isinstance(argument, str) else argument
+    if not isinstance(argument, str):
+      return argument
+    value = parse_value(self.annotation, argument)
+    if self.choices is None or value is None:
+      return value
+    return tuple(map(self._choice, value)) if isinstance(value, tuple) else self._choice(value)
+
+  def _choice(self, word: str) -> str:
+    """One of the choices, which may be written in any case."""
+    return chosen(word, {name.lower(): name for name in self.choices or ()}, word.lower())
 
   def flag_type(self) -> str:
     return describe(self.annotation)
@@ -101,10 +112,7 @@ def parse_value(annotation: Any, text: str) -> Any:
   if inner := _optional(annotation):
     return None if text.lower() == "none" else parse_value(inner, text)
   if typing.get_origin(annotation) is Literal:
-    choices = {str(choice): choice for choice in typing.get_args(annotation)}
-    if text not in choices:
-      raise ValueError(f"{text!r} is not one of {list(choices)}")
-    return choices[text]
+    return chosen(text, {str(choice): choice for choice in typing.get_args(annotation)})
   if typing.get_origin(annotation) is tuple:
     item = typing.get_args(annotation)[0]
     return tuple(parse_value(item, part.strip()) for part in text.split(",") if part.strip())
@@ -118,12 +126,24 @@ def parse_value(annotation: Any, text: str) -> Any:
     raise ValueError(f"{text!r} is not a {describe(annotation)}") from None
 
 
+def chosen(word: str, choices: Mapping[str, Any], key: str | None = None) -> Any:
+  """The choice called `word`, or `key`, where choices are compared in another spelling.
+
+  Raises:
+    ValueError: there is none; the message lists all, and the closest.
+  """
+  key = word if key is None else key
+  if key not in choices:
+    raise ValueError(f"{word!r} is unknown{usage.suggestion(key, choices) or ';'} there are {', '.join(choices)}")
+  return choices[key]
+
+
 class Common:
   """Flags that mean the same in every program, where its own docstrings say nothing else.
 
   Attributes:
     checkpoint: folder of a model, as experiments.convert_weights writes it.
-    retrofit: folder of a retrofit of the checkpoint: gates and low-rank updates.
+    retrofit: folder, or shipped name, of a retrofit of the checkpoint: gates and low-rank updates.
     dtype: type of weights and cache; none: the checkpoint's.
     text: a text file.
     output: path of the results.
@@ -195,6 +215,8 @@ def _plain(text: str) -> str:
 def define_flags(prefix: str, cls: type, **overrides: Any) -> None:
   """Defines a flag `--prefix.field` for every field of dataclass `cls`; a dataclass field adds a level to the name.
 
+  A field with `metadata={"choices": names}` takes those names alone, in any case.
+
   Args:
     prefix: "" for the program's own flags.
     overrides: defaults that replace the dataclass's; a field without a default becomes a required flag.
@@ -202,6 +224,9 @@ def define_flags(prefix: str, cls: type, **overrides: Any) -> None:
   Raises:
     TypeError: an override names no field, or an annotation cannot be written on a command line.
   """
+  usage.group(prefix, cls)
+  if not prefix:
+    _own.append(cls)
   hints = typing.get_type_hints(cls)
   fields = {field.name: field for field in _flag_fields(cls)}
   if unknown := sorted(set(overrides) - set(fields)):
@@ -219,7 +244,8 @@ def define_flags(prefix: str, cls: type, **overrides: Any) -> None:
     if annotation is bool:
       flags.DEFINE_boolean(flag, default, text)
     else:
-      flags.DEFINE(_Parser(annotation), flag, default, text, serializer=_Serializer())
+      parser = _Parser(annotation, field.metadata.get("choices"))
+      flags.DEFINE(parser, flag, default, text, serializer=_Serializer())
     if required:
       flags.mark_flag_as_required(flag)
 
@@ -271,8 +297,8 @@ def _default(field: dataclasses.Field) -> Any:
 
 
 def flag_values(changed_only: bool = False) -> dict[str, Any]:
-  """{name: value} of the running program's own flags, without `--profile` and `--debug`."""
-  own = [f for f in FLAGS.get_key_flags_for_module(sys.argv[0]) if f.name not in ("profile", "debug")]
+  """{name: value} of the running program's own flags, without those of every program."""
+  own = [f for f in FLAGS.get_key_flags_for_module(sys.argv[0]) if f.name not in usage.SHARED]
   return {f.name: f.value for f in own if not changed_only or f.value != f.default}
 
 
@@ -296,8 +322,8 @@ def run(
   """Parses the command line, runs `main()` and exits: 0, or with one line on stderr 1 for bad input or a full disk, 130
   after SIGINT (Ctrl-C) and 143 after SIGTERM (`stopping`).
 
-  Every program gets `--profile=DIR` (a jax.profiler trace of the whole run) and `--debug` (tracebacks).
-  Compiled programs are kept in JAX_COMPILATION_CACHE_DIR, by default ~/.cache/dms_jax/xla.
+  Every program gets `--profile=DIR` (a jax.profiler trace of the whole run), `--compiled=DIR` (where compiled programs
+  are kept, by default as `dms_jax.keep_compiled` says) and `--debug` (tracebacks).
 
   Args:
     writes: what `--output` names, if it is given; no other run may write there meanwhile (`outputs.locked`).
@@ -307,17 +333,21 @@ def run(
     if hasattr(stream, "reconfigure"):  # a text that the locale cannot write ends no run
       stream.reconfigure(errors="backslashreplace")
   flags.DEFINE_string("profile", None, "write a jax.profiler trace of the run to this folder")
+  flags.DEFINE_string("compiled", "~/.cache/dms_jax/xla", "folder of compiled programs, kept for the next run; or none")
   flags.DEFINE_boolean("debug", False, "show the traceback of an error")
+  if early.checking:
+    usage.parse(sys.argv)
+    if not FLAGS.debug:
+      _check()
+    sys.exit(early.GO_ON)
 
   def guarded(argv: list[str]) -> None:
     stopping.run()
     if not FLAGS["verbosity"].present:  # Orbax logs every step of a save, and a traceback of every thread that fails
       absl_logging.set_verbosity(absl_logging.WARNING if FLAGS.debug else absl_logging.FATAL)
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # it lists absent accelerators
-    enable_compilation_cache()
+    _keep_compiled()
     try:
-      if argv[1:]:
-        raise ValueError(f"unexpected argument(s) {argv[1:]}: every option is a flag, --name=value")
       with contextlib.ExitStack() as stack:
         if writes != "nothing" and FLAGS.output:
           stack.enter_context(outputs.locked("output", FLAGS.output, writes, goes_on))
@@ -347,25 +377,27 @@ def run(
     if code:
       sys.exit(code)
 
-  app.run(guarded)
+  app.run(guarded, flags_parser=usage.parse)
 
 
-def enable_compilation_cache() -> None:
-  """Keeps compiled programs on disk, in JAX_COMPILATION_CACHE_DIR; an empty value turns the cache off.
-
-  There is none by default where the user has no home folder, or one that cannot be written.
-  """
-  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+def _check() -> None:
+  """Has the dataclasses of the program's own flags check their values, and ends the program if one refuses."""
+  for cls in _own:
     try:
-      folder = Path.home() / ".cache" / "dms_jax" / "xla"
-      folder.mkdir(parents=True, exist_ok=True)
-    except (RuntimeError, OSError):
-      return
-    if not os.access(folder, os.W_OK):
-      return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-  if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small ones add up
+      read_flags("", cls)
+    except ValueError as error:
+      usage.refuse(" ".join(str(error).split()))
+
+
+def _keep_compiled() -> None:
+  """Keeps compiled programs as `--compiled` says, and says when the first one takes long."""
+  folder = FLAGS.compiled if FLAGS["compiled"].present else None
+  kept = None
+  if folder == "none":
+    jax.config.update("jax_enable_compilation_cache", False)
+  else:
+    kept = compilation.keep_compiled(folder, lambda message: log(f"warning: {message}"))
+  compilation.announce(kept, log)
 
 
 def environment() -> dict[str, Any]:

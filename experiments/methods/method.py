@@ -11,7 +11,7 @@ from typing import Any
 from dms_jax import policies
 from dms_jax.model import Model, check_policy
 from dms_jax.policies import DMS, Policy, Vanilla
-from experiments.common import program
+from experiments.common import program, usage
 from experiments.methods.budgets import Budget, Group, fitted, shaped, takes_budget
 
 HARD = "dms_budget"  # DMS under a budget in tokens, beside plain DMS, which holds what its gates keep
@@ -82,7 +82,8 @@ def policy_class(name: str) -> tuple[str, type[Policy]]:
   base = "dms" if lower == HARD and takes_budget(policies.REGISTRY["dms"]) else lower
   if base not in policies.REGISTRY:
     there = sorted([*policies.REGISTRY, *([HARD] if takes_budget(policies.REGISTRY["dms"]) else [])])
-    raise ValueError(f"--methods: unknown method {name!r}; there are {', '.join(there)}")
+    hint = usage.suggestion(lower, there) or ";"
+    raise ValueError(f"--methods: unknown method {name!r}{hint} there are {', '.join(there)}")
   return lower, policies.REGISTRY[base]
 
 

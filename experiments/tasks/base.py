@@ -56,9 +56,13 @@ class TasksConfig:
 
   Attributes:
     tasks: names, separated by commas.
+    limit: samples of each task and length; 0: the whole data set, or 500 generated samples.
+    template: form of retrieval prompts; auto: chat where the tokenizer has a template.
+    chains: W, texts written for each prompt, such as 1,2,4.
+    allow_code: run programs that the model writes.
   """
 
-  tasks: tuple[str, ...] = ()
+  tasks: tuple[str, ...] = dataclasses.field(default=(), metadata={"choices": TASKS})
   limit: int = 0
   seed: int = 42
   template: Literal["auto", "chat", "raw"] = "auto"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import dataclasses
 import json
 import os
@@ -16,7 +17,7 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from dms_jax import checkpoint
+from dms_jax import checkpoint, shipped
 from dms_jax import testing as tiny
 from dms_jax.convert import sources
 from experiments import generate
@@ -37,8 +38,15 @@ TOY = """
 
   @dataclasses.dataclass(frozen=True)
   class Config:
+    '''Of a toy.
+
+    Attributes:
+      output: where results go.
+    '''
+
     output: Path
     text: str = ""
+    method: str | None = dataclasses.field(default=None, metadata={"choices": ("h2o", "tova")})
     steps: int | None = None
     rate: float = 0.5
     kind: Literal["one", "two"] = "one"
@@ -127,18 +135,19 @@ def toy(tmp_path_factory):
 
 def test_flags_reach_the_dataclasses_and_the_last_line_is_json(toy):
   done = toy(
-    "--output=a/b", "--steps=7", "--rate=2", "--kind=two", "--sizes=4,5", "--fast", "--lora.rank=8",
+    "--output=a/b", "--steps=7", "--rate=2", "--kind=two", "--sizes=4,5", "--fast", "--method=TOVA",
+    "--lora.rank=8",
     "--lora.targets=q_proj", "--dms.window=16", "--dms.gate=neuron",
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   line = json.loads(done.stdout.splitlines()[-1])
   assert line["config_"] == {
-    "output": "a/b", "text": "", "steps": 7, "rate": 2.0, "kind": "two", "sizes": [4, 5], "fast": True,
-    "lora": {"rank": 8, "scale": 2.0, "targets": ["q_proj"]},
+    "output": "a/b", "text": "", "method": "tova", "steps": 7, "rate": 2.0, "kind": "two", "sizes": [4, 5],
+    "fast": True, "lora": {"rank": 8, "scale": 2.0, "targets": ["q_proj"]},
   }  # fmt: skip
   assert line["dms"]["window"] == 16 and line["dms"]["gate"] == "neuron" and line["dms"]["shift"] == 1
   assert line["config"]["dms.window"] == 16 and line["config"]["lora.rank"] == 8
-  assert line["environment"]["jax"] and "profile" not in line["config"]
+  assert line["environment"]["jax"] and not {"profile", "compiled"} & line["config"].keys()
 
 
 def test_defaults_are_the_dataclass_s_unless_overridden(toy):
@@ -150,13 +159,17 @@ def test_defaults_are_the_dataclass_s_unless_overridden(toy):
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    (["--output=x", "--dms.windw=3"], "Unknown command line flag 'dms.windw'. Did you mean: dms.window ?"),
+    (["--output=x", "--dms.windw=3"], "error: there is no flag --dms.windw; did you mean --dms.window?"),
     (["--output=x", "--dms.window=many"], "flag --dms.window=many: 'many' is not a whole number"),
-    (["--output=x", "--kind=three"], "flag --kind=three: 'three' is not one of ['one', 'two']"),
+    (["--output=x", "--kind=three"], "flag --kind=three: 'three' is unknown; there are one, two"),
+    (["--output=x", "--kind=tow"], "flag --kind=tow: 'tow' is unknown; did you mean 'two'? there are one, two"),
+    (["--output=x", "--method=H3O"], "flag --method=H3O: 'H3O' is unknown; did you mean 'h2o'? there are h2o, tova"),
+    (["--output=x", "--window=3"], "error: there is no flag --window; did you mean --dms.window"),
+    (["--output=x", "--fast=maybe"], "flag --fast=maybe: 'maybe' is not true or false"),
     (["--output=x", "--dms.window=-1"], "error: dms.window=-1 must be 0 or more tokens"),
     (["--output=x", "stray"], "error: unexpected argument(s) ['stray']"),
     (["--output=x", "--text=missing"], "error: [Errno 2] No such file or directory: 'no/such/file'"),
-    ([], "Flag --output must have a value other than None"),
+    ([], "error: --output is needed: where results go"),
   ],
 )
 def test_bad_input_is_one_line_and_exit_code_1(toy, arguments, message):
@@ -187,14 +200,16 @@ def test_a_bug_keeps_its_traceback_and_debug_shows_any(toy):
 
 def test_help_lists_the_program_s_flags(toy):
   text = toy("--help").stdout
-  for flag in ("--output", "--dms.window", "--lora.rank", "--profile", "--[no]debug"):
+  for flag in ("--output=...", "--dms.window=64", "--lora.rank=3", "--profile=none", "--debug=false", "--sizes=1,2"):
     assert flag in text
-  assert "--lora.rank: rank 0 means no updates. (default" in " ".join(text.split())
-  assert "adapter | neuron" in text and "whole number or none" in text
+  words = " ".join(text.split())
+  assert "--lora.rank=3 rank 0 means no updates." in words
+  assert "adapter | neuron" in words and "h2o | tova" in words
+  assert words.index("Flags, as --name=value:") < words.index("lora: ") < words.index("dms: ")
 
 
 def test_profile_writes_a_trace(toy, tmp_path):
-  assert toy("--output=x", f"--profile={tmp_path}").returncode == 0
+  assert toy("--output=x", f"--profile={tmp_path}", "--compiled=none").returncode == 0
   assert list(tmp_path.rglob("*.xplane.pb"))
 
 
@@ -253,35 +268,85 @@ def test_progress_yields_everything_and_says_how_far(capsys):
   assert lines[0].startswith("reading: 1/3") and lines[-1].startswith("reading: 3/3, 0 s left")
 
 
+SPY = """
+import atexit, sys
+loaded = lambda: [name for name in ("jax", "numpy", "flax") if name in sys.modules]
+atexit.register(lambda: print("LOADED", loaded(), file=sys.stderr))
+"""
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_every_program_has_help_and_refuses_unknown_flags(name):
-  env = {**os.environ, "PYTHONPATH": str(ROOT)}
-  command = [sys.executable, "-m", f"experiments.{name}"]
-  shown = subprocess.run([*command, "--help"], env=env, capture_output=True, text=True, timeout=120)
-  assert "--profile" in shown.stdout and f"experiments.{name}" in shown.stdout, shown.stderr
-  refused = subprocess.run([*command, "--no_such_flag=1"], env=env, capture_output=True, text=True, timeout=120)
-  assert refused.returncode == 1 and "no_such_flag" in refused.stderr and "Traceback" not in refused.stderr
+def test_every_program_answers_help_and_wrong_flags_before_it_imports_jax(name, tmp_path):
+  """A wrong name, a wrong value and --help: by the child that `experiments.common.early` forks."""
+  (tmp_path / "sitecustomize.py").write_text(SPY)
+  env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+
+  def answer(*arguments):
+    command = [sys.executable, "-m", f"experiments.{name}", *arguments]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    said, loaded = done.stderr.rsplit("LOADED ", 1)
+    assert loaded.strip() == "[]" and "Traceback" not in said, said
+    return done.returncode, done.stdout, said
+
+  code, page, said = answer("--help")
+  assert code == 0 and "--profile" in page and f"experiments.{name}" in page and not said
+  assert answer("--no_such_flag=1") == (1, "", "error: there is no flag --no_such_flag; --help lists all\n")
+  assert answer("--debg") == (1, "", "error: there is no flag --debg; did you mean --debug?\n")
+  assert answer("--debug=perhaps") == (1, "", "error: flag --debug=perhaps: 'perhaps' is not true or false\n")
+
+
+def test_every_program_is_a_console_script_that_answers_early(tmp_path):
+  setup = configparser.ConfigParser()
+  setup.read(ROOT / "setup.cfg")
+  lines = setup["options.entry_points"]["console_scripts"].split("\n")
+  assert [line for line in lines if line] == [
+    f"dms-{name.replace('_', '-')} = experiments.common.scripts:{name}" for name in PROGRAMS
+  ]
+  script = tmp_path / "dms-report"
+  script.write_text(f"import sys\n{SPY}\nfrom experiments.common.scripts import report\nsys.exit(report())\n")
+  for flag, code, said in (
+    ("--help", 0, ""),
+    ("--outptu=x", 1, "error: there is no flag --outptu; did you mean --output?"),
+  ):
+    done = subprocess.run(
+      [sys.executable, str(script), flag], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+      timeout=120,
+    )  # fmt: skip
+    assert done.returncode == code and done.stderr.startswith(said) and "LOADED []" in done.stderr, done.stderr
+
+
+def test_a_shipped_retrofit_is_found_by_name(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert {"smollm2-135m-cr4", "smollm2-135m-cr8"} <= set(shipped.names())
+  assert shipped.find("smollm2-135m-cr4") == shipped.FOLDER / "smollm2-135m-cr4"
+  check_retrofit("retrofit", "smollm2-135m-cr4")
+  with pytest.raises(ValueError, match=r"--retrofit=smollm2-135m-cr5: .*; shipped are smollm2-135m-cr4, "):
+    check_retrofit("retrofit", "smollm2-135m-cr5")
+  (tmp_path / "smollm2-135m-cr4").mkdir()  # a folder here comes first
+  assert shipped.find("smollm2-135m-cr4") == Path("smollm2-135m-cr4")
 
 
 def test_a_user_without_a_home_folder(monkeypatch, tmp_path):
-  """As in containers: programs compile anew, downloads ask for a folder; a closed standard input holds no turn."""
-  kept = []
-  monkeypatch.setattr(program.jax.config, "update", lambda name, value: kept.append(value))
+  """As in containers: programs compile anew and say so, downloads ask for a folder; a closed standard input holds no turn."""
+  kept, said = [], []
+  monkeypatch.setattr(compilation.jax.config, "update", lambda name, value: kept.append(value))
   for name in ("JAX_COMPILATION_CACHE_DIR", "DMS_CACHE"):
     monkeypatch.delenv(name, raising=False)
   monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-  for home, folders in ((tmp_path, [str(tmp_path / ".cache" / "dms_jax" / "xla")]), ("/proc", []), ("/dev/null", [])):
+  for home, there in ((tmp_path, True), ("/proc", False), ("/dev/null", False)):
     monkeypatch.setenv("HOME", str(home))
-    kept.clear()
-    program.enable_compilation_cache()
-    assert kept == folders
+    folder = Path(home, ".cache", "dms_jax", "xla")
+    assert compilation.keep_compiled(say=said.append) == (folder if there else None)
+    assert kept.pop() == (str(folder) if there else None)
+    assert bool(said) != there
+  said.clear()
 
-  def nobody():
+  def nobody(path):
     raise RuntimeError("Could not determine home directory.")
 
-  monkeypatch.setattr(Path, "home", nobody)
-  program.enable_compilation_cache()
-  assert not kept
+  monkeypatch.setattr(Path, "expanduser", nobody)
+  assert compilation.keep_compiled(say=said.append) is None and "no home folder" in said[0] and not kept
+  monkeypatch.setattr(Path, "home", lambda: nobody(None))
   with pytest.raises(ValueError, match="no home folder for downloads: set DMS_CACHE"):
     sources.cache_dir()
   monkeypatch.setattr(sys, "stdin", None)

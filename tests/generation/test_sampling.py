@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from dms_jax import execution
 from dms_jax.generation.sampling import Sampling, filtered, largest_threshold, row_keys, sample
 
 
@@ -106,6 +107,26 @@ def test_numbers_are_traced():
   for settings in ((0.5, 3, 0.9), (0.7, 4, 0.5), (2.0, 1, 1.0)):
     draw(logits, keys, Sampling.create(*settings))
   assert len(traces) == 1
+
+
+def test_filters_that_exclude_nothing_are_skipped_in_one_program():
+  """`Execution.skipped_filters`: the same tokens, and no new program where a filter comes or goes."""
+  traces = []
+
+  @jax.jit
+  def draw(sampling):
+    traces.append(1)
+    return sample(logits, keys, jnp.zeros(64, jnp.int32), sampling)[0]
+
+  keys, logits = row_keys(jax.random.key(0), 64), jax.random.normal(jax.random.key(1), (64, 9))
+  choices = ((0.5, 3, 0.9), (1.0,), (1.0, 2), (1.0, None, 0.6), (1.0, 100, 0.6), (1.0, 9, 1.0))
+  found = []
+  for skips in (False, True):
+    traces.clear()
+    with execution.override(skipped_filters=skips):
+      found.append([draw(Sampling.create(*settings)) for settings in choices])
+    assert len(traces) == (1 if skips else 4)
+  np.testing.assert_array_equal(*found)
 
 
 @pytest.mark.parametrize(
