@@ -132,8 +132,8 @@ def write(
   """
   ring, slots, (b, heads, _) = cache.ring, cache.slots, window.evicted.shape
   rows, head = jnp.arange(b)[:, None, None], jnp.arange(heads)[:, None]
-  # The barrier makes attention read the archive before the write; a read after the write, or one that XLA fuses into it,
-  # would copy the cache.
+  # The barrier makes attention read the archive before the write; a read after the write, or one that XLA fuses into
+  # it, would copy the cache.
   waited = (out, replayed, stats, archive, window.rows, carry)
   out, replayed, stats, archive, stored, carry = lax.optimization_barrier(waited)
   in_ring = jnp.broadcast_to(jnp.where(window.stays, window.slot, slots)[:, None], window.evicted.shape)

@@ -327,7 +327,7 @@ def test_a_shipped_retrofit_is_found_by_name(tmp_path, monkeypatch):
 
 
 def test_a_user_without_a_home_folder(monkeypatch, tmp_path):
-  """As in containers: programs compile anew and say so, downloads ask for a folder; a closed standard input holds no turn."""
+  """As in containers: programs compile anew and say so, downloads ask for a folder; a closed input holds no turn."""
   kept, said = [], []
   monkeypatch.setattr(compilation.jax.config, "update", lambda name, value: kept.append(value))
   for name in ("JAX_COMPILATION_CACHE_DIR", "DMS_CACHE"):
