@@ -121,7 +121,7 @@ def step_by_logits(cache, policy, q, k, v, logits, lengths, remaining):
   """`step` from gate logits [L, B, K, T] instead of decisions."""
   plan = cache.plan(policy, lengths, q.shape[2], remaining)
   about = (plan.seen[:, None] + jnp.arange(q.shape[2]) - cache.lag)[:, None]
-  about = jnp.broadcast_to(about, logits.shape[1:])
+  about = jnp.broadcast_to(about, (k.shape[1], k.shape[3], k.shape[2]))  # logits may be several a head
 
   def layer(carry, inputs):
     index, state, q, k, v, logits = inputs

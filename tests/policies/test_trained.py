@@ -160,8 +160,8 @@ def test_a_row_does_not_depend_on_its_neighbours(case, kind):
   alone, together, start = create(kind, policy), create(kind, policy), np.zeros(ROWS, int)
   for width, lengths, remaining in steps:
     only = np.where(np.arange(ROWS) == 1, lengths, 0)
-    first, *_, alone = feed(policy, alone, text, logits, start, width, only, remaining)
-    second, *_, together = feed(policy, together, text, logits, start, width, lengths, remaining)
+    first, *_, alone = cache_driver.feed_logits(policy, alone, text, logits, start, width, only, remaining)
+    second, *_, together = cache_driver.feed_logits(policy, together, text, logits, start, width, lengths, remaining)
     np.testing.assert_array_equal(first[:, 1, : lengths[1]], second[:, 1, : lengths[1]])
     np.testing.assert_array_equal(alone.live()[:, 1], together.live()[:, 1])
     start = start + lengths
