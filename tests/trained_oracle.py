@@ -273,11 +273,11 @@ def level_threshold(cr, low, high, slope, pivot):
   return slope * (odds(1 / min(max(cr, low), high)) - odds(1 / pivot))
 
 
-def row_compression(logits, noise, crs, thresholds, mask, *, window=0, held=False, two_sided=False):
+def row_compression(logits, noise, crs, thresholds, mask, *, window=0, held=False, penalty="shortfall", tolerance=0.0):
   """(loss, evicted shares [B]): each row's shortfall against its own target, mean over rows; logits [L, B, K, T].
 
-  With `held` the target is the share that leaves 1/cr of the row's tokens once the last W + 1 are held anyway; with
-  `two_sided` an excess counts like a shortfall.
+  With `held` the target is the share that leaves 1/cr of the row's tokens once the last W + 1 are held anyway. Under
+  "distance" an excess counts, too, and under "ratio" the logarithm of the shares kept, none below 1/64.
   """
   losses, shares = [], []
   for b, (cr, threshold) in enumerate(zip(crs, thresholds, strict=True)):
@@ -288,5 +288,9 @@ def row_compression(logits, noise, crs, thresholds, mask, *, window=0, held=Fals
     if held:
       outside = len(real) - (window + 1)
       target = min((len(real) - len(real) / cr) / outside, 1.0) if outside > 0 else 0.0
-    losses.append(abs(target - shares[-1]) if two_sided else max(target - shares[-1], 0.0))
+    if penalty == "ratio":
+      ratio = max(1 - shares[-1], 1 / 64) / max(1 - target, 1 / 64)
+      losses.append(max(math.log(max(ratio, 1 / ratio) / (1 + tolerance)), 0.0))
+    else:
+      losses.append(abs(target - shares[-1]) if penalty == "distance" else max(target - shares[-1], 0.0))
   return sum(losses) / len(losses), np.array(shares)

@@ -121,7 +121,8 @@ class LossConfig:
   `counts`: what the compression loss holds against the target, "evicted" the share of decisions to evict, as the paper,
   or "held" the tokens held at the end of a row, so that those of the window count too: the achieved CR at its length.
   `penalty`: "shortfall", as the paper, costs a row what it evicts too little; "distance" also what it evicts too much,
-  so that gates for a range of ratios keep to each of them.
+  so that gates for a range of ratios keep to each of them. "ratio" is the logarithm of kept over target, so that all
+  ratios count alike; a ratio within 1 + `tolerance` of 1 costs nothing.
   """
 
   kind: Literal["reverse_kl", "forward_kl", "lm"] = "reverse_kl"
@@ -130,7 +131,14 @@ class LossConfig:
   tau: float = 0.1
   bound: float = 100.0
   counts: Literal["evicted", "held"] = "evicted"
-  penalty: Literal["shortfall", "distance"] = "shortfall"
+  penalty: Literal["shortfall", "distance", "ratio"] = "shortfall"
+  tolerance: float = 0.0
+
+  def __post_init__(self):
+    if not 0 <= self.tolerance < math.inf:
+      raise ValueError(f"loss.tolerance={self.tolerance} must be a number, 0 or more")
+    if self.tolerance and self.penalty != "ratio":
+      raise ValueError(f"loss.tolerance={self.tolerance} is for loss.penalty=ratio, not for {self.penalty}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -134,7 +134,7 @@ def loss_fn(
   compression = jnp.float32(0.0)
   if not fading:
     target = losses.held_target(cr, real, student.dms.window) if config.loss.counts == "held" else None
-    compression = losses.compression_loss(fraction, cr, target, config.loss.penalty)
+    compression = losses.compression_loss(fraction, cr, target, config.loss.penalty, config.loss.tolerance)
   return distance + config.loss.compression_weight * compression, {
     "nll" if config.loss.kind == "lm" else "kl": distance,
     "compression_loss": compression,

@@ -39,7 +39,7 @@ class _Blank(types.ModuleType):
     self.__path__: list[str] = []
 
   def __getattr__(self, name: str) -> Any:
-    if name.startswith("__"):
+    if name.startswith("__") and "version" not in name:
       raise AttributeError(name)
     return {"dataclass": _dataclass, "field": _field}.get(name) or _Blank()
 

@@ -79,11 +79,11 @@ def test_ranks_of_the_formulas_distribution_are_calibrated():
 
 
 @pytest.mark.parametrize("counts", ["evicted", "held"])
-@pytest.mark.parametrize("penalty", ["shortfall", "distance"])
-def test_row_losses_against_numpy(counts, penalty):
+@pytest.mark.parametrize("penalty, tolerance", [("shortfall", 0.0), ("distance", 0.0), ("ratio", 0.0), ("ratio", 0.2)])
+def test_row_losses_against_numpy(counts, penalty, tolerance):
   """Each row's own threshold and target, with padding; and every gradient is finite."""
   dms = gates(LOW, HIGH)
-  config = changed(BASE, loss__counts=counts, loss__penalty=penalty)
+  config = changed(BASE, loss__counts=counts, loss__penalty=penalty, loss__tolerance=tolerance)
   student, teacher, state = set_up(dms, config)
   crs, tokens = np.array([1.5, 3.0, 6.0, 12.0], np.float32), tiny.tokens(SMALL, 4, 16)
   segments = np.ones((4, 16), np.int32)
@@ -103,7 +103,7 @@ def test_row_losses_against_numpy(counts, penalty):
   logits = np.asarray(z) * config.loss.tau - np.asarray(noise) + np.reshape(thresholds, (-1, 1, 1))
   want, shares = trained_oracle.row_compression(
     logits, np.asarray(noise), crs, thresholds, segments > 0, window=dms.window, held=counts == "held",
-    two_sided=penalty == "distance",
+    penalty=penalty, tolerance=tolerance,
   )  # fmt: skip
   assert 0 < want and len(set(shares)) > 1
   np.testing.assert_allclose(metrics["compression_loss"], want, atol=1e-6)
