@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from dms_jax import checkpoint, shipped
+from dms_jax import checkpoint, compilation, shipped
 from dms_jax import testing as tiny
 from dms_jax.convert import sources
 from experiments import generate
