@@ -436,6 +436,8 @@ def policy_of(name: str, budget: int, window: int) -> Policy:
 def made(config: Config) -> list[Server]:
   """The servers, all of one model."""
   model, tokenizer = served_model(config)
+  if model.dms is None:
+    raise ValueError(f"--checkpoint={config.checkpoint} has no eviction gates: give --retrofit=FOLDER")
   longest = config.turns * (config.longest_prompt + config.longest_answer)
   seen: collections.Counter[str] = collections.Counter()
   servers = []

@@ -13,7 +13,8 @@ decode blocks the host learns which rows ended: their pages are free, and waitin
 pages are, their prompts read together (`generation.together`). When pages run out, the pool grows if the budget allows
 it; otherwise the newest chain is preempted to host memory and restored later. With `on_pressure="compress"` running
 chains give up tokens instead, as long as they can: `generation.pressure` states the rule, `Result.given_up` what each
-chain lost. While pages last, it changes no bit.
+chain lost. While pages last, it changes tokens by rounding at most, and on a CPU not at all: gates are then computed in
+each layer (`Execution.late_gates` is off).
 
 The next decode block starts before the host looks at the tokens of the last one, so lists and texts are made while the
 device works. The device waits for which rows ended, and for requests to begin; at 2,048 rows the first takes the host
@@ -247,6 +248,8 @@ class Generator:
   def _advance(self) -> None:
     """`step`, whose news are in `_news`."""
     failed, first = None, self._flight is None
+    if self.rows.compressed:  # left by an interrupt
+      pressure.record(self.rows, self.memory)
     if first:
       self._launch()
     if first and self._flight is not None:
@@ -496,7 +499,7 @@ class Generator:
     return True
 
   def _compress(self, needed: int | None = None) -> bool:
-    """Compresses chains once, or until `needed` pages are free; whether any was compressed."""
+    """Compresses chains once, or until `needed` pages are free; whether pages came free."""
     if self.on_pressure == "preempt" or not pressure.relieve(self.policy, self.rows, self.memory, needed):
       return False
     self._free = None

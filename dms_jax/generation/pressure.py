@@ -8,8 +8,8 @@ least often, all of them, are compressed once more:
 2.  Its new tokens are read at the threshold of the highest logit that it has kept; with elastic gates at the level of
     that threshold. Tokens of its window are decided anew at it.
 
-So it holds what it would hold had it been read at that threshold from the start, but for pages that it shares with
-other chains: their tokens stay. For rows without pages this is repeated until each has one for each head; for waiting
+It then holds the tokens whose logits lie below that threshold, and those in pages that it shares with other chains. For
+rows without pages this is repeated until each has one for each head; for waiting
 chains it is done once a decode block. A chain is compressed at most `MOST` times, and not beyond the highest level of
 elastic gates. If none is left to be compressed, the newest chain is preempted. A chain stays compressed until it ends.
 """
@@ -20,6 +20,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 from dms_jax.cache import PagedCache
@@ -63,7 +64,8 @@ def _compressed(cache: PagedCache, policy: DMS, row: Int[Array, "1"]):
 
 def _raisable(policy: DMS, chain: Chain) -> bool:
   """Whether a chain can be compressed once more."""
-  return chain.compressed < MOST and not (policy.by_level and chain.numbers["cr"] >= policy.levels.high)
+  highest = np.float32(policy.levels.high) if policy.by_level else np.inf  # a chain's numbers come from the device
+  return chain.compressed < MOST and not (policy.by_level and chain.numbers["cr"] >= highest)
 
 
 def compress(policy: DMS, rows: Rows, memory: PagedRows) -> bool:
@@ -74,22 +76,33 @@ def compress(policy: DMS, rows: Rows, memory: PagedRows) -> bool:
   """
   chains = [chain for chain in rows.running if _raisable(policy, chain)]
   least = min((chain.compressed for chain in chains), default=0)
-  chains, found = [chain for chain in chains if chain.compressed == least], []
+  chains = [chain for chain in chains if chain.compressed == least]
   for chain in chains:
     own = with_numbers(policy, {name: [value] for name, value in chain.numbers.items()})
     memory.cache, *outcome = _compressed(memory.cache, own, jnp.asarray([chain.row], jnp.int32))
-    found.append(outcome)
-  for chain, (numbers, lost, seen) in zip(chains, jax.device_get(found), strict=True):
-    chain.numbers, chain.compressed = {name: value[0].item() for name, value in numbers.items()}, least + 1
-    given = GivenUp(int(seen[0]), int(lost[0]) / memory.heads, chain.numbers)
-    chain.result.given_up[chain.index].append(given)
-  rows.renumber(chains)
+    rows.compressed.append((chain, outcome))
+  record(rows, memory)
   return bool(chains)
 
 
+def record(rows: Rows, memory: PagedRows) -> None:
+  """Gives compressed chains their new numbers, and reports what they gave up; after an interrupt, by the next step."""
+  found = jax.device_get([outcome for _, outcome in rows.compressed])
+  chains = [chain for chain, _ in rows.compressed]
+  for chain, (numbers, *_) in zip(chains, found, strict=True):
+    chain.numbers = {name: value[0].item() for name, value in numbers.items()}
+  rows.renumber(chains)
+  for chain, (_, lost, seen) in zip(chains, found, strict=True):
+    rows.compressed.pop(0)
+    chain.compressed += 1
+    if lost[0]:
+      given = GivenUp(int(seen[0]), int(lost[0]) / memory.heads, chain.numbers)
+      chain.result.given_up[chain.index].append(given)
+
+
 def relieve(policy: DMS, rows: Rows, memory: PagedRows, needed: int | None = None) -> bool:
-  """Compresses chains once, or until `needed` pages are free or none can be compressed; whether any was."""
-  some = False
+  """Compresses chains once, or until `needed` pages are free or none can be compressed; whether pages came free."""
+  some, before = False, memory.free_pages()
   while (not some or (needed is not None and memory.free_pages() < needed)) and compress(policy, rows, memory):
     some = True
-  return some
+  return memory.free_pages() > before

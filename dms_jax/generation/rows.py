@@ -130,10 +130,12 @@ class Rows:
     state, policy, sampling: of all rows, for compiled calls.
     chains: the chain in each row, None in an empty one.
     occupied: bool [B], rows with a chain.
+    compressed: chains that have given up tokens, with what is to be reported about it (`generation.pressure`).
   """
 
   def __init__(self, policy: Policy, sampling: Sampling, width: int):
     self.width = width
+    self.compressed: list[tuple[Chain, list]] = []
     self.chains: list[Chain | None] = [None] * width
     self.occupied, self._keep = np.zeros(width, bool), np.zeros(width, bool)
     self._numbers = {name: [value] * width for name, value in row_numbers(policy).items()}

@@ -49,6 +49,9 @@ class _Blank(types.ModuleType):
   def __iter__(self):
     return iter(())
 
+  def __bool__(self):
+    raise TypeError("a blank decides nothing")
+
   def __index__(self):
     return 1
 

@@ -54,7 +54,7 @@ def whole(path: Path) -> Iterator[Path]:
   if path.exists() and not path.is_file():
     raise ValueError(f"{path}: exists and is no file; choose another place")
   path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(f".{path.name}")
+  part = path.with_name(f".part.{path.name}")  # keeps the ending, which says what to write
   try:
     yield part
     with part.open("rb+") as file:
