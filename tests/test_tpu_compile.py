@@ -16,7 +16,7 @@ from dms_jax.config import DMSConfig
 from dms_jax.families import PRESETS
 from dms_jax.generation.decode import DecodeState, StopCriteria, decode_block, prefill_chunk
 from dms_jax.generation.sampling import Sampling
-from dms_jax.model import Model, cached_forward, check_policy, last_logits
+from dms_jax.model import Model, cached_forward, last_logits
 from dms_jax.params import abstract_params, param_table
 from tests import tpu
 
@@ -150,22 +150,3 @@ def test_generation_compiles(device):
   sampling = abstract(Sampling(jnp.float32(0.7), None, jnp.float32(0.95)), device)
   stop_criteria = StopCriteria(array((1,), jnp.int32, device))
   decode_block.lower(model, policy, cache, rows, sampling, stop_criteria, steps=8, history=False).compile()
-
-
-@pytest.mark.parametrize("name", ["h2o", "vase"])
-def test_a_cut_copies_no_pool(name):
-  """A chunk after which heads are cut to their budget: temporaries do not grow with the pool."""
-  device = tpu.devices("v5e:2x2")[0]
-  config = tiny.config(num_layers=4, d_model=64, d_ff=64, num_heads=8, num_kv_heads=4, head_dim=64)
-  model, policy = parts(device, config=config)[0].replace(dms=None), policies.get(name)(budget=256)
-  policy = check_policy(model, policy)
-  options = dict(batch=2, capacity=512, longest=1024, policy=policy, lag=1, dtype=jnp.bfloat16)
-  arguments = (array((2, 256), jnp.int32, device), array((2,), jnp.int32, device))
-  step, temporaries, sizes = jax.jit(cached_forward, donate_argnums=2), [], []
-  for pages in (10000, 20000):
-    make = lambda pages=pages: caches.create("paged", config, **options).with_pages(pages)
-    cache = abstract(jax.eval_shape(make), device)
-    temporaries.append(step.lower(model, policy, cache, *arguments).compile().memory_analysis().temp_size_in_bytes)
-    sizes.append(cache.store.pages.size * 2)
-  print(f"{name}: {temporaries} bytes of temporaries beside pages of {sizes}")
-  assert temporaries[1] - temporaries[0] < 0.05 * (sizes[1] - sizes[0]), f"{temporaries} bytes beside {sizes}"
