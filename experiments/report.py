@@ -105,7 +105,7 @@ def main() -> None:
         "margins": margins(found, config.log_margins),
       }  # fmt: skip
       program.save_json(output / "report.json", {"config": program.flag_values(), **result})
-    except OSError as error:
+    except (OSError, files.NoFileError) as error:
       raise ValueError(f"--output={output}: cannot be written ({error}); name another folder, or make room") from None
   program.finish(result)
 

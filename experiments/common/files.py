@@ -40,6 +40,10 @@ def append_text(path: Path, text: str) -> None:
     raise OSError(error.errno, error.strerror, str(path)) from None
 
 
+class NoFileError(ValueError):
+  """Something else than a file stands where one is to be written."""
+
+
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
   """The path of a file to write, which replaces `path` when the block ends, and goes if the block fails.
@@ -48,11 +52,11 @@ def whole(path: Path) -> Iterator[Path]:
   is, should the machine lose its power.
 
   Raises:
-    ValueError: there is something else than a file, such as a device.
+    NoFileError: there is something else than a file, such as a device.
   """
   path = Path(os.path.realpath(path))
   if path.exists() and not path.is_file():
-    raise ValueError(f"{path}: exists and is no file; choose another place")
+    raise NoFileError(f"{path}: exists and is no file; choose another place")
   path.parent.mkdir(parents=True, exist_ok=True)
   part = path.with_name(f".part.{path.name}")  # keeps the ending, which says what to write
   try:

@@ -171,7 +171,7 @@ class Scripted:
 
   def step(self):
     self.results[0] = dms_jax.generation.batching.Result(
-      [[1, 2]], [[-1.0, -2.0]], ["length"], ["ab"], [dms_jax.generation.results.ChainUsage(4)], [None]
+      [[1, 2]], [[-1.0, -2.0]], ["length"], ["ab"], [dms_jax.generation.results.ChainUsage(4)], [None], [[]]
     )
     raise dms_jax.BudgetError("too much", 1)
 
@@ -212,13 +212,14 @@ def test_bad_input_is_one_line(base):
     (dict(requests="a", kv_budget_gib=1.0, kv_budget_tokens=5), "give either --kv_budget_gib or --kv_budget_tokens"),
   ],
 )
-def test_flags_are_checked(flags, message):
+def test_flags_are_checked(flags, message, tmp_path):
   with pytest.raises(ValueError, match=message):
     generate.Config(checkpoint="x", **flags)
   with pytest.raises(ValueError, match="no such file"):
     generate.Config(checkpoint="x", file="/nowhere/at/all").prompts()
-  with pytest.raises(ValueError, match="--prompts_file=/dev/null: holds no prompt"):
-    generate.Config(checkpoint="x", prompts_file="/dev/null").prompts()
+  (tmp_path / "empty").touch()
+  with pytest.raises(ValueError, match="--prompts_file=.*empty: holds no prompt"):
+    generate.Config(checkpoint="x", prompts_file=str(tmp_path / "empty")).prompts()
 
 
 class Marked:
@@ -297,7 +298,7 @@ def main():
 
 sys.argv[0], sys.argv[1:] = sys.argv[1], ["--", *sys.argv[2:]]
 sys.argv, rest = sys.argv[:1], sys.argv
-program.app.run = lambda guarded: (sys.__setattr__("argv", rest), program.FLAGS(rest[:1]), guarded(rest[:1]))
+program.app.run = lambda guarded, **_: (sys.__setattr__("argv", rest), program.FLAGS(rest[:1]), guarded(rest[:1]))
 program.run(main)
 """
 
