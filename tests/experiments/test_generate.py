@@ -218,7 +218,7 @@ def test_flags_are_checked(flags, message, tmp_path):
   with pytest.raises(ValueError, match="no such file"):
     generate.Config(checkpoint="x", file="/nowhere/at/all").prompts()
   (tmp_path / "empty").touch()
-  with pytest.raises(ValueError, match="--prompts_file=.*empty: holds no prompt"):
+  with pytest.raises(ValueError, match=r"--prompts_file=.*empty: holds no prompt"):
     generate.Config(checkpoint="x", prompts_file=str(tmp_path / "empty")).prompts()
 
 
