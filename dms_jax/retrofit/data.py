@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import glob
+import os
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -81,7 +82,7 @@ def read_text(path: Path) -> str:
 
 def _decoded(path: Path) -> str:
   try:
-    if path.is_char_device():  # such as /dev/zero, which has no end
+    if path.is_char_device() and str(path) != os.devnull:  # such as /dev/zero, which has no end
       raise ValueError(f"{path}: a device, where a file is expected")
     return path.read_text(encoding="utf-8-sig", errors="surrogatepass")
   except UnicodeDecodeError as error:

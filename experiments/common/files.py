@@ -139,7 +139,7 @@ def read_text(flag: str, path: str | Path) -> str:
   path = Path(path)
   if path.is_dir():
     raise ValueError(f"--{flag}={path}: a folder, where a file is expected")
-  if path.is_char_device():  # such as /dev/zero, which has no end
+  if path.is_char_device() and str(path) != os.devnull:  # such as /dev/zero, which has no end
     raise ValueError(f"--{flag}={path}: a device, where a file is expected")
   try:
     data = path.read_bytes()
