@@ -26,10 +26,10 @@ hyperscale: $(VENV)/.demo  ## a reasoner, dense against DMS and prompt + window;
 	  --methods=vanilla,dms,prompt_window --cr=8 --tasks=programs --programs.level=2 --limit=16 --chains=1,2,4 \
 	  --max_tokens=160,320,640 --width=64 --dtype=float32 --output=runs/hyperscale/make $(HYPERSCALE_FLAGS)
 
-test: $(VENV)/.test  ## the test suite, without torch; PYTEST_FLAGS=... narrows it
-	$(PYTEST) -m "not tpu and not slow" $(PYTEST_FLAGS)
+test: $(VENV)/.test  ## the test suite, compiled quickly, without torch; PYTEST_FLAGS=... narrows it
+	DMS_QUICK=1 $(PYTEST) -m "not tpu and not slow" $(PYTEST_FLAGS)
 
-test-all: $(VENV)/.test  ## also kernels interpreted on the CPU with race detection, and long tests
+test-all: $(VENV)/.test  ## compiled as in use; also kernels interpreted on the CPU with race detection, and long tests
 	$(PYTEST) -m "not tpu" $(PYTEST_FLAGS)
 
 test-parity: $(VENV)/.parity  ## compare with torch, transformers and lm-evaluation-harness

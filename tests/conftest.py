@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax: the suite means the same on every machine
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "dms_jax" / "xla"))
+if os.environ.get("DMS_QUICK"):  # `make test`, most of whose time would be compilation; as `dms_jax.testing.QUICK`
+  old = tuple(map(int, importlib.metadata.version("jax").split(".")[:2])) < (0, 11)
+  more = " --xla_cpu_use_fusion_emitters=false" if old else ""
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0{more}".strip()
 
 import hypothesis
 import jax
