@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax: the suite means the same on every machine
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "dms_jax" / "xla"))
-if os.environ.get("DMS_QUICK"):  # `make test`, most of whose time would be compilation; as `dms_jax.testing.QUICK`
-  old = tuple(map(int, importlib.metadata.version("jax").split(".")[:2])) < (0, 11)
-  more = " --xla_cpu_use_fusion_emitters=false" if old else ""
-  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0{more}".strip()
 
 import hypothesis
 import jax
@@ -23,6 +18,12 @@ import tests.typecheck  # noqa: F401  (the hook looks it up by name)
 
 # Before the packages: each annotated function then checks the shapes and types of its arguments and result.
 install_import_hook(["dms_jax", "pallas_kernels"], "tests.typecheck.check")
+
+if os.environ.get("DMS_QUICK"):  # `make test`, most of whose time would be compilation; no backend has started yet
+  from dms_jax.testing import QUICK
+
+  quick = [f"--{name}={str(value).lower()}" for name, value in QUICK.items()]
+  os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *quick]).strip()
 
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

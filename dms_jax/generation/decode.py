@@ -19,7 +19,7 @@ from dms_jax.cache import Cache
 from dms_jax.generation.sampling import Sampling, sample
 from dms_jax.generation.stops import StopCriteria
 from dms_jax.metrics import Counts, count
-from dms_jax.model import Model, cached_forward, last_logits
+from dms_jax.model import Model, StepOutput, cached_forward, last_logits
 from dms_jax.policies import Policy
 
 RUNNING, STOP, EOS, LENGTH, CAPACITY, NAN = range(6)
@@ -99,9 +99,14 @@ def prefill_chunk(
     The cache, the logits, which rows had no space and read nothing, and counts.
   """
   out, cache = cached_forward(model, policy, cache, tokens, lengths, remaining=remaining)
-  last = (lengths > 0) & (remaining == 0)
-  logits = jnp.where(last[:, None], last_logits(model, out), logits)
-  return cache, logits, out.stalled, count(out.seen)
+  return cache, chunk_logits(model, out, lengths, remaining, logits), out.stalled, count(out.seen)
+
+
+def chunk_logits(
+  model: Model, out: StepOutput, lengths: Int[Array, "B"], remaining: Int[Array, "B"], logits: Float[Array, "B V"]
+) -> Float[Array, "B V"]:
+  """`logits`, replaced for the rows whose prompt ends in this chunk."""
+  return jnp.where(((lengths > 0) & (remaining == 0))[:, None], last_logits(model, out), logits)
 
 
 @jax.jit

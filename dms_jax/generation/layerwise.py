@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
@@ -15,7 +14,7 @@ from dms_jax.cache.base import Plan, Usage
 from dms_jax.execution import Execution
 from dms_jax.generation import decode as decoding
 from dms_jax.metrics import Counts, count
-from dms_jax.model import Model, StepOutput, begin_chunk, chunk_layer, end_chunk, last_logits
+from dms_jax.model import Model, begin_chunk, chunk_layer, end_chunk
 from dms_jax.policies import Policy
 
 _begin = jax.jit(begin_chunk, donate_argnames="cache")
@@ -54,11 +53,4 @@ def _end(
   lengths: Int[Array, "B"], remaining: Int[Array, "B"], logits: Float[Array, "B V"],
 ) -> tuple[Cache, Float[Array, "B V"], Bool[Array, "B"], Counts]:  # fmt: skip
   out, cache = end_chunk(cache, plan, x, layers)
-  return cache, chunk_logits(model, out, lengths, remaining, logits), out.stalled, count(out.seen)
-
-
-def chunk_logits(
-  model: Model, out: StepOutput, lengths: Int[Array, "B"], remaining: Int[Array, "B"], logits: Float[Array, "B V"]
-) -> Float[Array, "B V"]:
-  """`logits`, replaced for the rows whose prompt ends in this chunk."""
-  return jnp.where(((lengths > 0) & (remaining == 0))[:, None], last_logits(model, out), logits)
+  return cache, decoding.chunk_logits(model, out, lengths, remaining, logits), out.stalled, count(out.seen)

@@ -9,9 +9,9 @@ least often, all of them, are compressed once more:
     that threshold. Tokens of its window are decided anew at it.
 
 It then holds the tokens whose logits lie below that threshold, and those in pages that it shares with other chains. For
-rows without pages this is repeated until each has one for each head; for waiting
-chains it is done once a decode block. A chain is compressed at most `MOST` times, and not beyond the highest level of
-elastic gates. If none is left to be compressed, the newest chain is preempted. A chain stays compressed until it ends.
+rows without pages this is repeated until each has one for each head; for waiting chains it is done once a decode block.
+A chain is compressed at most `MOST` times, and not beyond the highest level of elastic gates. If none is left to be
+compressed, the newest chain is preempted. A chain stays compressed until it ends.
 """
 
 from __future__ import annotations

@@ -333,7 +333,7 @@ def run(
     if hasattr(stream, "reconfigure"):  # a text that the locale cannot write ends no run
       stream.reconfigure(errors="backslashreplace")
   flags.DEFINE_string("profile", None, "write a jax.profiler trace of the run to this folder")
-  flags.DEFINE_string("compiled", "~/.cache/dms_jax/xla", "folder of compiled programs, kept for the next run; or none")
+  flags.DEFINE_string("compiled", compilation.FOLDER, "folder of compiled programs, kept for the next run; or none")
   flags.DEFINE_boolean("debug", False, "show the traceback of an error")
   if early.checking:
     usage.parse(sys.argv)

@@ -11,9 +11,8 @@ import jax
 import numpy as np
 
 from dms_jax import Generator
+from dms_jax.compilation import EVENTS
 from dms_jax.generation.recording import News
-
-COMPILATION = "/jax/core/compile/"  # events of tracing, lowering and compiling, or loading what was compiled before
 
 
 class Stopwatch:
@@ -33,7 +32,7 @@ class Stopwatch:
     spans: list[tuple[float, float]] = []  # of compilation, disjoint and in order
 
     def note(event: str, duration: float, **about: str | int) -> None:
-      if event.startswith(COMPILATION):
+      if event.startswith(EVENTS):
         end = time.perf_counter()
         start = max(end - duration, begun)
         while spans and spans[-1][1] > start:  # it happened within this span

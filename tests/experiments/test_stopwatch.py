@@ -25,7 +25,7 @@ def test_compilation_does_not_count(monkeypatch):
         jax.monitoring.record_event_duration_secs(name, seconds)
       clock[0] += 1.0
 
-  kinds = [f"{stopwatch.COMPILATION}{name}" for name in ("jaxpr_trace_duration", "backend_compile_duration")]
+  kinds = [f"{stopwatch.EVENTS}{name}" for name in ("jaxpr_trace_duration", "backend_compile_duration")]
   spend([(12.0, 1.0, kinds[0]), (13.0, 2.5, kinds[0]), (14.0, 9.0, "/jax/other"), (20.0, 2.0, kinds[1])])
   assert (watch.seconds, watch.compiling) == pytest.approx((11.0 - 2.5 - 2.0, 4.5))
   clock[0] = 30.0
