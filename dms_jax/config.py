@@ -24,15 +24,34 @@ NO_FLAG = {"flag": False}  # metadata of a field that no program sets from its c
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-  """Llama 3.1's frequency scaling (`rope_type` "llama3"); lengths are in tokens."""
+  """A change of RoPE's frequencies for longer texts; lengths are in tokens.
+
+  Attributes:
+    factor: by which the context grows.
+    low_freq_factor, high_freq_factor: of "llama3".
+    original_max_position_embeddings: the length before, of "llama3" and "yarn".
+    kind: config.json's `rope_type`. "linear" divides every frequency, "llama3" (Llama 3.1) and "yarn" (arXiv
+      2309.00071) those of long waves alone.
+    beta_fast, beta_slow: rotations over the original length between which "yarn" blends.
+    attention_factor: multiplies the cosines and sines of "yarn"; default 0.1 ln(factor) + 1.
+    truncate: whether "yarn" rounds the blended channels to whole ones.
+  """
 
   factor: float = 8.0
   low_freq_factor: float = 1.0
   high_freq_factor: float = 4.0
   original_max_position_embeddings: int = 8192
+  kind: Literal["llama3", "linear", "yarn"] = "llama3"
+  beta_fast: float = 32.0
+  beta_slow: float = 1.0
+  attention_factor: float = None  # type: ignore[assignment]
+  truncate: bool = True
 
   def __post_init__(self):
-    for name in ("factor", "low_freq_factor", "high_freq_factor"):
+    if self.attention_factor is None:
+      grown = 0.1 * math.log(self.factor) + 1 if self.kind == "yarn" and self.factor > 1 else 1.0
+      object.__setattr__(self, "attention_factor", grown)
+    for name in ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor"):
       if not 1e-3 <= getattr(self, name) <= 1e6:
         raise ValueError(f"rope_scaling.{name}={getattr(self, name)} must be between 0.001 and a million")
     if self.high_freq_factor <= self.low_freq_factor:
@@ -45,7 +64,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """Architecture of a Llama-style decoder.
+  """Architecture of a decoder: Llama's, with the differences that its family or its config.json names.
 
   Attributes:
     family: a name in `dms_jax.families`, the Hugging Face `model_type`.
@@ -58,11 +77,18 @@ class ModelConfig:
     vocab_size: rows of the embedding, V.
     max_position_embeddings: tokens of the longest text.
     rope_theta: base of RoPE's frequencies.
-    rope_scaling: Llama 3.1's change of them; None for none.
+    rope_scaling: a change of them for longer texts; None for none.
+    rope_fraction: share of a head's channels, the first ones, that RoPE turns.
+    rope_layers: by layer, whether it has RoPE (SmolLM3); empty for all.
     rms_norm_eps: added to the mean square in a norm.
     tie_embeddings: the embedding is the output projection too.
     qkv_bias: q, k and v have biases (Qwen2).
     qk_norm: each query and key head has an RMSNorm (Qwen3).
+    qk_norm_over: "head", or "all": one RMSNorm over all query heads together, and one over all key heads (OLMo-2).
+    norms: whether attention and MLP are normed "before" (what they read) or "after" (what they add, OLMo-2).
+    embed_scale, residual_scale: factors of the embeddings, and of what attention and MLP add (Granite).
+    attention_scale: factor of attention scores; None for head_dim ** -0.5.
+    logit_divisor: divides the logits (Granite).
     eos_token_ids: any of them ends a generated row.
   """
 
@@ -77,10 +103,18 @@ class ModelConfig:
   max_position_embeddings: int = 2048
   rope_theta: float = 10000.0
   rope_scaling: RopeScaling | None = dataclasses.field(default=None, metadata=NO_FLAG)
+  rope_fraction: float = dataclasses.field(default=1.0, metadata=NO_FLAG)
+  rope_layers: tuple[bool, ...] = dataclasses.field(default=(), metadata=NO_FLAG)
   rms_norm_eps: float = 1e-5
   tie_embeddings: bool = True
   qkv_bias: bool = False
   qk_norm: bool = False
+  qk_norm_over: Literal["head", "all"] = dataclasses.field(default="head", metadata=NO_FLAG)
+  norms: Literal["before", "after"] = dataclasses.field(default="before", metadata=NO_FLAG)
+  embed_scale: float = dataclasses.field(default=1.0, metadata=NO_FLAG)
+  residual_scale: float = dataclasses.field(default=1.0, metadata=NO_FLAG)
+  attention_scale: float | None = dataclasses.field(default=None, metadata=NO_FLAG)
+  logit_divisor: float = dataclasses.field(default=1.0, metadata=NO_FLAG)
   eos_token_ids: tuple[int, ...] = dataclasses.field(default=(), metadata=NO_FLAG)
 
   def __post_init__(self):
@@ -102,6 +136,25 @@ class ModelConfig:
       raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
     if self.head_dim % 2:
       raise ValueError(f"head_dim={self.head_dim} is odd; rotary embeddings need pairs of channels")
+    if not 0 < self.rope_fraction <= 1 or self.rotated % 2 or not self.rotated:
+      raise ValueError(f"rope_fraction={self.rope_fraction}: RoPE must turn an even number of {self.head_dim} channels")
+    if self.rope_layers and len(self.rope_layers) != self.num_layers:
+      raise ValueError(f"rope_layers has {len(self.rope_layers)} entries for num_layers={self.num_layers}")
+    for name in ("embed_scale", "residual_scale", "logit_divisor", "attention_scale"):
+      value = getattr(self, name)
+      if value is not None and not 1e-6 <= value <= 1e6:
+        raise ValueError(f"{name}={value} must be between a millionth and a million")
+
+  @property
+  def rotated(self) -> int:
+    """Channels of a head that RoPE turns."""
+    return int(self.head_dim * self.rope_fraction)
+
+  @property
+  def plain_rope(self) -> bool:
+    """Whether RoPE turns all channels of every layer and changes no length: a policy can turn keys back."""
+    factor = 1.0 if self.rope_scaling is None else self.rope_scaling.attention_factor
+    return self.rotated == self.head_dim and all(self.rope_layers) and factor == 1.0
 
   @property
   def group_size(self) -> int:

@@ -1,4 +1,4 @@
-"""The building blocks of a Llama-style decoder as pure functions: RMSNorm, RoPE, projections, MLP."""
+"""The building blocks of a decoder as pure functions: norms, RoPE, projections, MLP."""
 
 from __future__ import annotations
 
@@ -23,11 +23,30 @@ def rms_norm(x: Float[Array, "*batch C"], weight: Float[Array, "C"], eps: float)
   return weight.astype(x.dtype) * (x32 * scale).astype(x.dtype)
 
 
+def norm_heads(config: ModelConfig, x: Float[Array, "B T heads H"], weight: Array) -> Float[Array, "B T heads H"]:
+  """The RMSNorm of query or key heads: each by itself, or all together."""
+  if config.qk_norm_over == "head":
+    return rms_norm(x, weight, config.rms_norm_eps)
+  return rms_norm(x.reshape(*x.shape[:2], -1), weight.reshape(-1), config.rms_norm_eps).reshape(x.shape)
+
+
+def scaled(x: Array, factor: float) -> Array:
+  """`factor` x in x's dtype; no operation if the factor is 1."""
+  return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
+
+
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
-  """RoPE's radians per position for each channel pair, float32 [H/2], with Llama 3.1's scaling if configured."""
-  half = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
+  """RoPE's radians per position for each pair of channels that it turns, float32 [H/2], scaled if configured."""
+  half = np.arange(0, config.rotated, 2, dtype=np.float32) / config.rotated
   freq = (1.0 / (np.float32(config.rope_theta) ** half)).astype(np.float32)
-  if (s := config.rope_scaling) is not None:
+  if (s := config.rope_scaling) is None:
+    return freq
+  if s.kind == "linear":
+    freq = freq / np.float32(s.factor)
+  elif s.kind == "yarn":
+    kept = _yarn_kept(config)
+    freq = freq / np.float32(s.factor) * (1 - kept) + freq * kept
+  else:
     wavelength = 2 * math.pi / freq
     low, high = (s.original_max_position_embeddings / f for f in (s.low_freq_factor, s.high_freq_factor))
     smooth = (s.original_max_position_embeddings / wavelength - s.low_freq_factor) / (
@@ -38,15 +57,47 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
   return freq.astype(np.float32)
 
 
+def _yarn_kept(config: ModelConfig) -> np.ndarray:
+  """YaRN's share of each frequency that stays, float32 [H/2]: 1 for short waves, 0 for long ones."""
+  s, size = config.rope_scaling, config.rotated
+  assert s is not None
+
+  def channel(rotations: float) -> float:
+    """The channel pair whose wave turns so often within the original length."""
+    turns = s.original_max_position_embeddings / (rotations * 2 * math.pi)
+    return size * math.log(turns) / (2 * math.log(config.rope_theta))
+
+  low, high = channel(s.beta_fast), channel(s.beta_slow)
+  if s.truncate:
+    low, high = math.floor(low), math.ceil(high)
+  low, high = max(low, 0), min(high, size - 1)
+  ramp = (np.arange(size // 2, dtype=np.float32) - low) / (high - low if high != low else 0.001)
+  return 1 - np.clip(ramp, 0, 1).astype(np.float32)
+
+
 def rope_tables(config: ModelConfig, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
   """(cos, sin) of RoPE, each float32 [B, T, 1, H/2]; computed once per step for all layers."""
   angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config)
-  return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+  factor = 1.0 if config.rope_scaling is None else config.rope_scaling.attention_factor
+  return scaled(jnp.cos(angles)[:, :, None], factor), scaled(jnp.sin(angles)[:, :, None], factor)
+
+
+def layer_rope(config: ModelConfig, tables: tuple[Array, Array], index: Array | int) -> tuple[Array, Array]:
+  """The tables of one layer: those given, or of a turn by nothing if the layer has no RoPE."""
+  if not config.rope_layers:
+    return tables
+  turns, (cos, sin) = jnp.asarray(config.rope_layers)[index], tables
+  return jnp.where(turns, cos, 1.0), jnp.where(turns, sin, 0.0)
 
 
 def apply_rope(x: Float[Array, "B T heads H"], tables: tuple[Array, Array]) -> Float[Array, "B T heads H"]:
-  """Rotates channels c and c + H/2 as a pair (Hugging Face's half-split convention), in float32; returns x's dtype."""
+  """Rotates channels c and c + H/2 as a pair (Hugging Face's half-split convention), in float32; returns x's dtype.
+
+  Channels past the tables' stay.
+  """
   cos, sin = tables
+  if (turned := 2 * cos.shape[-1]) < x.shape[-1]:
+    return jnp.concatenate([apply_rope(x[..., :turned], tables), x[..., turned:]], axis=-1)
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 

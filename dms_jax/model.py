@@ -24,7 +24,18 @@ from dms_jax.cache.base import Plan, Usage
 from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig
 from dms_jax.execution import Execution
 from dms_jax.gates import clear_neuron, gate_logits, step_gate_logits
-from dms_jax.layers import apply_rope, linear, look_up, mlp, project, rms_norm, rope_tables
+from dms_jax.layers import (
+  apply_rope,
+  layer_rope,
+  linear,
+  look_up,
+  mlp,
+  norm_heads,
+  project,
+  rms_norm,
+  rope_tables,
+  scaled,
+)
 from dms_jax.params import Params, merge_lora, param_table
 from dms_jax.policies import Policy, Vanilla
 from dms_jax.policies.base import per_row
@@ -97,14 +108,14 @@ def _attention_inputs(
   c, dms = model.config, model.dms
   neuron = dms is not None and dms.gate == "neuron"
   scale = model.lora.scale if model.lora else 0.0
-  h = rms_norm(x, layer["attn_norm"], c.rms_norm_eps)
+  h = normed(c, layer, "attn_norm", x)
   # The neuron gate reads its channel of q before rounding.
   q = project(h, layer, "q_proj", lora_scale=scale, out_dtype=jnp.float32 if neuron else None)
   k, v = (project(h, layer, name, lora_scale=scale) for name in ("k_proj", "v_proj"))
   if c.qkv_bias:
     q, k, v = (y + layer[name].astype(y.dtype) for y, name in ((q, "q_bias"), (k, "k_bias"), (v, "v_bias")))
   if c.qk_norm:
-    q, k = rms_norm(q, layer["q_norm"], c.rms_norm_eps), rms_norm(k, layer["k_norm"], c.rms_norm_eps)
+    q, k = norm_heads(c, q, layer["q_norm"]), norm_heads(c, k, layer["k_norm"])
   gates = None
   if dms is not None:
     with jax.named_scope("gates"):
@@ -113,7 +124,14 @@ def _attention_inputs(
   if neuron:
     q = clear_neuron(c, q, neuron_kept)
   q, k = apply_rope(q, rope), apply_rope(k, rope)
+  if c.attention_scale is not None:  # attention itself multiplies scores by H ** -0.5
+    q = scaled(q, c.attention_scale * c.head_dim**0.5)
   return (clear_neuron(c, q, neuron_kept) if neuron else q), k, v, gates
+
+
+def normed(config: ModelConfig, layer: dict, name: str, x: Array) -> Array:
+  """x after the layer's norm `name`; x itself in a model without that norm."""
+  return rms_norm(x, layer[name], config.rms_norm_eps) if name in layer else x
 
 
 def _layer(
@@ -122,14 +140,16 @@ def _layer(
 ) -> tuple[tuple[Array, Any], Any]:  # fmt: skip
   """One layer, from `state` (x, carry) to ((x, carry), ys)."""
   x, carry = state
-  scale = model.lora.scale if model.lora else 0.0
+  c, scale = model.config, model.lora.scale if model.lora else 0.0
+  rope = layer_rope(c, rope, index)
   with jax.named_scope("attention"):
     q, k, v, gates = _attention_inputs(model, layer, x, rope, how, neuron_kept)
     attended, carry, ys = attend(carry, index, xs, q, k, v, gates)
-    x = x + project(attended, layer, "o_proj", 2, lora_scale=scale)
+    added = project(attended, layer, "o_proj", 2, lora_scale=scale)
+    x = x + scaled(normed(c, layer, "attn_post_norm", added), c.residual_scale)
   with jax.named_scope("mlp"):
-    h = rms_norm(x, layer["mlp_norm"], model.config.rms_norm_eps)
-    x = x + mlp(layer, h, scale)
+    added = mlp(layer, normed(c, layer, "mlp_norm", x), scale)
+    x = x + scaled(normed(c, layer, "mlp_post_norm", added), c.residual_scale)
   return (constrain_rows(x), carry), ys
 
 
@@ -182,14 +202,19 @@ def embed(model: Model, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
   table = model.params["embed"]
   if table.dtype == jnp.bfloat16 and Execution.choose().embed_barrier:
     table, tokens = lax.optimization_barrier((table, tokens))
-  return look_up(table, tokens)
+  return scaled(look_up(table, tokens), model.config.embed_scale)
 
 
 @jax.named_scope("unembed")
 def unembed(model: Model, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
   """Final norm and output head: logits, float32."""
+  return linear(head_inputs(model, x), output_head(model), out_dtype=jnp.float32)
+
+
+def head_inputs(model: Model, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+  """The states, after the final norm, whose products with the output head are the logits."""
   x = rms_norm(x, model.params["final_norm"], model.config.rms_norm_eps)
-  return linear(x, output_head(model), out_dtype=jnp.float32)
+  return scaled(x, 1 / model.config.logit_divisor)
 
 
 def output_head(model: Model) -> Float[Array, "V D"]:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dms_jax import families
 from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig
 
 Params = dict[str, Any]  # {"embed": [V, D], "layers": {name: [L, ...]}, "final_norm": [D], ("lm_head": [V, D])}
@@ -31,6 +32,7 @@ class ParamSpec:
   The last `num_inputs` axes are contracted with activations. The others are outputs; vectors have only outputs.
   `hf_name` holds `{layer}` for layered tensors; None means that Hugging Face checkpoints do not contain the tensor
   (low-rank updates are merged on export). `hf_shape` is one layer's shape there, with outputs and inputs flattened.
+  Parameters of one `hf_name` are consecutive rows of one tensor there, in the order of the table.
   """
 
   shape: tuple[int, ...]
@@ -79,6 +81,7 @@ def param_table(
     "gate_heads": 2 * c.num_kv_heads,
   }  # fmt: skip
   table: dict[str, ParamSpec] = {}
+  names = families.get(c.family).names
 
   def add(path, outputs, inputs, init, hf_name, group: Group = "base"):
     axes, layered = (*outputs, *inputs), path.startswith("layers/")
@@ -86,24 +89,31 @@ def param_table(
     table[path] = ParamSpec(
       shape=(c.num_layers,) * layered + tuple(sizes[a] for a in axes),
       axes=("layers",) * layered + axes,
-      num_inputs=len(inputs), init=init, group=group, hf_name=hf_name, hf_shape=tuple(sides),
+      num_inputs=len(inputs), init=init, group=group, hf_name=names.get(path, hf_name), hf_shape=tuple(sides),
     )  # fmt: skip
 
   layer, attn = "model.layers.{layer}.", "model.layers.{layer}.self_attn."
   vector, no_inputs = ("embed",), ()
   add("embed", ("vocab",), ("embed",), "normal", "model.embed_tokens.weight")
-  add("layers/attn_norm", vector, no_inputs, "ones", layer + "input_layernorm.weight")
+  if c.norms == "before":
+    add("layers/attn_norm", vector, no_inputs, "ones", layer + "input_layernorm.weight")
   for name, heads in (("q", "heads"), ("k", "kv_heads"), ("v", "kv_heads")):
     add(f"layers/{name}_proj", (heads, "head_dim"), ("embed",), "normal", f"{attn}{name}_proj.weight")
     if c.qkv_bias:
       add(f"layers/{name}_bias", (heads, "head_dim"), no_inputs, "zeros", f"{attn}{name}_proj.bias")
     if c.qk_norm and name != "v":
-      add(f"layers/{name}_norm", ("head_dim",), no_inputs, "ones", f"{attn}{name}_norm.weight")
+      normed = ("head_dim",) if c.qk_norm_over == "head" else (heads, "head_dim")
+      add(f"layers/{name}_norm", normed, no_inputs, "ones", f"{attn}{name}_norm.weight")
   add("layers/o_proj", ("embed",), ("heads", "head_dim"), "normal", attn + "o_proj.weight")
-  add("layers/mlp_norm", vector, no_inputs, "ones", layer + "post_attention_layernorm.weight")
+  if c.norms == "before":
+    add("layers/mlp_norm", vector, no_inputs, "ones", layer + "post_attention_layernorm.weight")
+  else:
+    add("layers/attn_post_norm", vector, no_inputs, "ones", layer + "post_attention_layernorm.weight")
   add("layers/gate_proj", ("ff",), ("embed",), "normal", layer + "mlp.gate_proj.weight")
   add("layers/up_proj", ("ff",), ("embed",), "normal", layer + "mlp.up_proj.weight")
   add("layers/down_proj", ("embed",), ("ff",), "normal", layer + "mlp.down_proj.weight")
+  if c.norms == "after":
+    add("layers/mlp_post_norm", vector, no_inputs, "ones", layer + "post_feedforward_layernorm.weight")
   add("final_norm", vector, no_inputs, "ones", "model.norm.weight")
   if not c.tie_embeddings:
     add("lm_head", ("vocab",), ("embed",), "normal", "lm_head.weight")

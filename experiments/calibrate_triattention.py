@@ -27,11 +27,10 @@ from jaxtyping import Array, Float, Int
 
 from dms_jax import cache as caches
 from dms_jax import checkpoint
-from dms_jax.layers import rope_frequencies
 from dms_jax.model import Model, cached_forward
 from dms_jax.policies import Policy
 from dms_jax.policies import triattention as tables
-from dms_jax.policies.rotation import conjugate, rotation, turned
+from dms_jax.policies.rotation import conjugate, frequencies, rotation, turned
 from dms_jax.tokenizer import Tokenizer
 from experiments.common import files, program
 
@@ -91,7 +90,7 @@ def calibrate(model: Model, tokens: Int[np.ndarray, "n"], *, length: int, chunk:
     chunk: tokens read at once.
   """
   config, sums = model.config, {"queries": np.zeros(()), "norms": np.zeros(())}
-  policy = Statistics(window=0, frequencies=jnp.asarray(rope_frequencies(config))[None])
+  policy = Statistics(window=0, frequencies=frequencies(config, "TriAttention"))
   length = min(length, len(tokens))
   chunk = min(chunk, length)
   for passage in program.progress(range(0, len(tokens), length), desc="reading"):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from dms_jax import checkpoint
+from dms_jax import checkpoint, families
 from dms_jax import testing as tiny
 from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig
 from dms_jax.model import Model
@@ -63,6 +63,23 @@ def changed(config: Any, **changes: Any) -> Any:
   return dataclasses.replace(
     config, **{n: v[""] if "" in v else changed(getattr(config, n), **v) for n, v in fields.items()}
   )
+
+
+_SHAPE = dict(num_layers=2, d_model=32, d_ff=48, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=97)
+
+
+def family(name: str, **changes: Any) -> ModelConfig:
+  """A tiny config of a family whose layers differ from Llama's."""
+  return families.get(name).config(**{**_SHAPE, **changes})
+
+
+OTHER_FAMILIES = {
+  "phi3": family("phi3", tie_embeddings=False),
+  "phi3-partial": family("phi3", rope_fraction=0.75, tie_embeddings=False),
+  "olmo2": family("olmo2", tie_embeddings=False),
+  "granite": family("granite", embed_scale=3.0, residual_scale=0.4, attention_scale=0.1, logit_divisor=2.0),
+  "smollm3": family("smollm3", num_layers=3, rope_layers=(True, False, True)),
+}
 
 
 # Checkpoints ----------------------------------------------------------------------------------------------------------

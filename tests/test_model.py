@@ -429,6 +429,7 @@ ELSEWHERE = {
   "elastic": "tests/retrofit/test_elastic.py",
   "elastic_slope": "tests/retrofit/test_elastic.py",
   "elastic_pivot": "tests/retrofit/test_elastic.py",
+  "norms": "tests/parity/test_families.py",  # another parameter table
 }
 CHANGES = {
   "family": None,  # a name: qkv_bias and qk_norm are what differ (tests/test_params.py: names)
@@ -437,6 +438,9 @@ CHANGES = {
   "qkv_bias": True, "qk_norm": True, "factor": 8.0, "low_freq_factor": 1.7, "high_freq_factor": 5.0,
   "original_max_position_embeddings": 64, "gate": "neuron", "window": 2, "scale": 20.0, "offset": 60.0, "shift": 0,
   "granularity": "layer", "eviction": "immediate", "rank": 3, "targets": ("q_proj",), "lora.scale": 0.5,
+  "rope_fraction": 0.5, "rope_layers": (True, False), "qk_norm_over": "all", "embed_scale": 3.0, "residual_scale": 0.5,
+  "attention_scale": 0.1, "logit_divisor": 2.0, "kind": "linear", "beta_fast": 8.0, "beta_slow": 0.5,
+  "attention_factor": 1.5, "truncate": False,
 }  # fmt: skip
 
 
@@ -466,6 +470,10 @@ def test_no_dead_field(kind, field):
       parts[kind] = dataclasses.replace(parts[kind], **{field: value}, **extra)
     elif field == "num_kv_heads":
       parts[kind] = dataclasses.replace(parts[kind], num_heads=8)
+    if field in ("beta_fast", "beta_slow", "truncate"):
+      parts[kind] = dataclasses.replace(parts[kind], kind="yarn", original_max_position_embeddings=500)
+    if field == "qk_norm_over":
+      parts[kind] = dataclasses.replace(parts[kind], qk_norm=True)
     cfg = dataclasses.replace(parts["model"], rope_scaling=parts["rope"]) if kind == "rope" else parts["model"]
     model = tiny.model(cfg, parts["dms"], parts["lora"] if kind == "lora" else None)
     hidden, _ = whole(model, jnp.arange(30)[None] % 97, eviction=Eviction(threshold=0.0))

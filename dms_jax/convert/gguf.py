@@ -59,13 +59,17 @@ class _PreTokenizer:
 
 _QWEN2 = _PreTokenizer(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}", nfc=True)
 _LLAMA3 = _PreTokenizer(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}", ignore_merges=True, adds_bos=True)
+_CL100K = _PreTokenizer(_LLAMA3.split)
 _PRE_TOKENIZERS = {
   "smollm": _PreTokenizer(None),
+  "refact": _PreTokenizer(None),  # Granite's
   "qwen2": _QWEN2,
   "deepseek-r1-qwen": _QWEN2,  # as in llama.cpp; these files ask for BOS themselves
   "llama-bpe": _LLAMA3,
   "llama3": _LLAMA3,
   "llama-v3": _LLAMA3,
+  "smaug-bpe": _CL100K,  # SmolLM3's, among others
+  "dbrx": _CL100K,  # Phi-4's and OLMo 2's
 }
 _CONTROL, _USER_DEFINED = 3, 4  # token types
 
@@ -146,8 +150,9 @@ class _Fields:
 
 def _config(fields: _Fields, tensors: dict) -> ModelConfig:
   reasons = []
-  if fields.arch not in families.FAMILIES:
-    reasons.append(f"architecture {fields.arch!r}; supported are {', '.join(families.FAMILIES)}")
+  known = [name for name, family in families.FAMILIES.items() if family.gguf is not None]
+  if fields.arch not in known:
+    reasons.append(f"architecture {fields.arch!r}; supported are {', '.join(known)}")
   given = lambda key: [key] if fields.get(f"{{arch}}.{key}", default=0) not in (0, [], "") else []
   reasons += refusals(*map(given, ("expert_count", "attention.kv_lora_rank", "attention.sliding_window")))
   scaling_type = fields.get("{arch}.rope.scaling.type", default="none")
@@ -161,7 +166,8 @@ def _config(fields: _Fields, tensors: dict) -> ModelConfig:
   heads, width = fields.get("{arch}.attention.head_count", int), fields.get("{arch}.embedding_length", int)
   rotated = fields.get("{arch}.rope.dimension_count", int, None)
   head_dim = fields.get("{arch}.attention.key_length", int, rotated or width // max(heads, 1))
-  if rotated not in (None, head_dim):
+  family = families.get(fields.arch)
+  if rotated not in (None, head_dim) and not (family.partial_rope and 0 < rotated < head_dim):
     raise ValueError(f"{fields.path}: not supported: RoPE on {rotated} of {head_dim} channels")
   eos = [fields.token_id(name) for name in ("eos", "eot", "eom")]
   tokens = fields.get("tokenizer.ggml.tokens", list)
@@ -178,9 +184,11 @@ def _config(fields: _Fields, tensors: dict) -> ModelConfig:
     rms_norm_eps=fields.get("{arch}.attention.layer_norm_rms_epsilon", float),
     tie_embeddings="output.weight" not in tensors,
     eos_token_ids=tuple(dict.fromkeys(i for i in eos if i is not None)),
+    **({} if rotated is None else {"rope_fraction": rotated / head_dim}),
+    **{ours: fields.get(f"{{arch}}.{theirs}", float) for theirs, ours in family.gguf_keys.items()},
   )
   try:
-    config = families.get(fields.arch).config(**values)
+    config = family.config(**values, **family.read({"num_hidden_layers": values["num_layers"]}))
     if _ROPE_FREQS in tensors:
       config = dataclasses.replace(config, rope_scaling=_scaling(config, tensors[_ROPE_FREQS]))
   except (ValueError, ZeroDivisionError) as error:
@@ -203,12 +211,13 @@ def _scaling(config: ModelConfig, tensor) -> RopeScaling:
 
 def _tensors(found: list[gguf_file.Entry], config: ModelConfig, path: str) -> Tensors:
   check_layers(config.num_layers, len(found), path)
-  paired = families.get(config.family).paired_rope
+  family = families.get(config.family)
+  names, paired = _NAMES | (family.gguf or {}), family.paired_rope
   heads = {"layers/q_proj": config.num_heads, "layers/k_proj": config.num_kv_heads} if paired else {}
   of_name = {}  # GGUF name -> (Hugging Face name, number of heads whose rows are in pairs or 0)
   for param, spec in param_table(config).items():
     for name, layer in hf_names(param, spec):
-      own = _NAMES[param] if layer is None else f"blk.{layer}.{_NAMES[param]}"
+      own = names[param] if layer is None else f"blk.{layer}.{names[param]}"
       of_name[own] = (name, heads.get(param, 0))
   entries, shapes = {}, {}
   for tensor in found:

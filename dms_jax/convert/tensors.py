@@ -45,6 +45,25 @@ def hf_names(path: str, spec: ParamSpec) -> Iterator[tuple[str, int | None]]:
     yield from ((spec.hf_name if layer is None else spec.hf_name.format(layer=layer), layer) for layer in layers)
 
 
+class Part(NamedTuple):
+  """A parameter's slice that is `rows` of a Hugging Face tensor; `layer` is None if the parameter is not layered."""
+
+  path: str
+  layer: int | None
+  rows: slice
+
+
+def hf_tensors(table: dict[str, ParamSpec]) -> dict[str, tuple[tuple[int, ...], list[Part]]]:
+  """(shape, parts) of every Hugging Face tensor, by name; most have one part, the whole."""
+  tensors: dict[str, tuple[tuple[int, ...], list[Part]]] = {}
+  for path, spec in table.items():
+    for name, layer in hf_names(path, spec):
+      (start, *_), parts = tensors.get(name, ((0,), []))
+      stop = start + spec.hf_shape[0]
+      tensors[name] = (stop, *spec.hf_shape[1:]), [*parts, Part(path, layer, slice(start, stop))]
+  return tensors
+
+
 def to_slices(
   table: dict[str, ParamSpec],
   tensors: Tensors,
@@ -66,8 +85,8 @@ def to_slices(
   NaN and infinity stay, with one warning: they may lie in rows that no text reads, and other programs load such files.
   """
   check_layers(max(spec.shape[0] for spec in table.values() if spec.layered), len(tensors.shapes), tensors.source)
-  wanted = {name: (path, layer) for path, spec in table.items() for name, layer in hf_names(path, spec)}
-  shapes = {name: table[path].hf_shape for name, (path, _) in wanted.items()}
+  wanted = hf_tensors(table)
+  shapes = {name: shape for name, (shape, _) in wanted.items()}
   problems = [f"missing {name} {shape}" for name, shape in shapes.items() if name not in tensors.shapes]
   for name, shape in tensors.shapes.items():
     if name not in wanted and not ignore(name):
@@ -81,10 +100,11 @@ def to_slices(
   def read() -> Iterator[Slice]:
     found, broken = [name for name in tensors.shapes if name in wanted], {}
     for done, name in enumerate(found, 1):
-      path, layer = wanted[name]
-      spec = table[path]
-      value = _cast(tensors, name, dtype_of(spec, np.dtype(dtype)), broken)
-      yield path, layer, value.reshape(spec.shape[spec.layered :])
+      _, parts = wanted[name]
+      value = _cast(tensors, name, dtype_of(table[parts[0].path], np.dtype(dtype)), broken)
+      for path, layer, rows in parts:
+        spec = table[path]
+        yield path, layer, value[rows].reshape(spec.shape[spec.layered :])
       if progress is not None:
         progress(done, len(found), name)
     if broken:
@@ -145,11 +165,14 @@ class Output(NamedTuple):
 def from_params(table: dict[str, ParamSpec], params: Params, dtype=None) -> Iterator[Output]:
   """Every Hugging Face tensor, in `dtype`; default the parameter's."""
   flat = flatten(params)
-  for path, spec in table.items():
-    kind = np.dtype(dtype or flat[path].dtype)
-    for name, layer in hf_names(path, spec):
-      read = lambda path=path, layer=layer, spec=spec, kind=kind: _one(flat[path], layer, spec, kind)
-      yield Output(name, spec.hf_shape, kind, read)
+  for name, (shape, parts) in hf_tensors(table).items():
+    kind = np.dtype(dtype or flat[parts[0].path].dtype)
+
+    def read(parts=parts, kind=kind) -> np.ndarray:
+      values = [_one(flat[path], layer, table[path], kind) for path, layer, _ in parts]
+      return values[0] if len(values) == 1 else np.concatenate(values)
+
+    yield Output(name, shape, kind, read)
 
 
 def _one(value, layer: int | None, spec: ParamSpec, dtype: np.dtype) -> np.ndarray:

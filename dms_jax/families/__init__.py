@@ -5,9 +5,14 @@ from dms_jax.families.base import FAMILIES as FAMILIES
 from dms_jax.families.base import Family as Family
 from dms_jax.families.base import get as get
 from dms_jax.families.base import register as register
+from dms_jax.families.granite import GRANITE as GRANITE
 from dms_jax.families.llama import LLAMA as LLAMA
+from dms_jax.families.mistral import MISTRAL as MISTRAL
+from dms_jax.families.olmo2 import OLMO2 as OLMO2
+from dms_jax.families.phi3 import PHI3 as PHI3
 from dms_jax.families.qwen2 import QWEN2 as QWEN2
 from dms_jax.families.qwen3 import QWEN3 as QWEN3
+from dms_jax.families.smollm3 import SMOLLM3 as SMOLLM3
 
 # Public sizes, as their config.json files state them.
 PRESETS: dict[str, ModelConfig] = {

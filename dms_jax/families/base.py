@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from dms_jax.config import ModelConfig
@@ -17,7 +18,16 @@ class Family:
     architecture: the class in transformers.
     defaults: values that the transformers class assumes for keys missing from config.json.
     own_keys: keys written to config.json for this family only.
-    qkv_bias, qk_norm: see `ModelConfig`.
+    fixed: fields of `ModelConfig` that all models of the family share.
+    keys: keys of config.json for numbers that are fields of `ModelConfig`, which other families lack.
+    read: further fields of `ModelConfig`, from config.json.
+    write: further keys of config.json, from the `ModelConfig`; the inverse of `read`.
+    partial_rope: whether its class in transformers may turn a part of the channels (`partial_rotary_factor`).
+    rope_types: values of `rope_type` that its class in transformers knows.
+    names: Hugging Face's tensor names that differ from Llama's, by path in the parameter table. Parameters of the same
+      name are consecutive rows of one tensor, in the order of the table.
+    gguf: GGUF's tensor names that differ from Llama's, likewise; None if GGUF has no such architecture.
+    gguf_keys: metadata keys of GGUF, after the architecture's name, for the fields of `keys`.
     paired_rope: whether GGUF files store rows of q and k in pairs, for interleaved RoPE.
     presets: public sizes, as the fields of a `ModelConfig`.
   """
@@ -26,14 +36,21 @@ class Family:
   architecture: str
   defaults: dict[str, Any]
   own_keys: dict[str, Any]
-  qkv_bias: bool = False
-  qk_norm: bool = False
+  fixed: dict[str, Any] = dataclasses.field(default_factory=dict)
+  keys: dict[str, str] = dataclasses.field(default_factory=dict)
+  read: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: {}
+  write: Callable[[ModelConfig], dict[str, Any]] = lambda config: {}
+  partial_rope: bool = False
+  rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
+  names: dict[str, str] = dataclasses.field(default_factory=dict)
+  gguf: dict[str, str] | None = dataclasses.field(default_factory=dict)
+  gguf_keys: dict[str, str] = dataclasses.field(default_factory=dict)
   paired_rope: bool = False
   presets: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
   def config(self, **fields: Any) -> ModelConfig:
     """The config of a model of this family; `fields` are the fields of `ModelConfig` that the family does not fix."""
-    return ModelConfig(family=self.name, qkv_bias=self.qkv_bias, qk_norm=self.qk_norm, **fields)
+    return ModelConfig(family=self.name, **self.fixed, **fields)
 
 
 FAMILIES: dict[str, Family] = {}

@@ -7,7 +7,7 @@ transformers 4 is written, because both versions accept it.
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+import math
 from typing import Any
 
 from dms_jax.config import ModelConfig, RopeScaling, is_number, shown
@@ -19,6 +19,13 @@ _SIZES = {
   "num_attention_heads": "num_heads", "num_key_value_heads": "num_kv_heads", "head_dim": "head_dim",
   "vocab_size": "vocab_size", "max_position_embeddings": "max_position_embeddings",
 }  # fmt: skip
+# Settings of each `rope_type`: names of fields of `RopeScaling`, which are config.json's, too.
+_LENGTH = "original_max_position_embeddings"
+_SCALINGS = {
+  "llama3": ("factor", "low_freq_factor", "high_freq_factor", _LENGTH),
+  "linear": ("factor",),
+  "yarn": ("factor", _LENGTH, "beta_fast", "beta_slow", "attention_factor", "truncate"),
+}
 
 
 def config_from_hf(values: dict, source: str, generation: dict | None = None) -> ModelConfig:
@@ -54,11 +61,13 @@ def config_from_hf(values: dict, source: str, generation: dict | None = None) ->
     rms_norm_eps=_number(values, "rms_norm_eps", float, problems, 1e-6),
     tie_embeddings=bool(values.get("tie_word_embeddings")),
     eos_token_ids=_token_ids(values, "eos_token_id", problems) if generation_eos == () else generation_eos,
+    rope_fraction=_rotated(values),
+    **{ours: _number(values, theirs, float, problems, 1.0) for theirs, ours in family.keys.items()},
   )
   if problems:
     raise ValueError(f"{source}: {'; '.join(problems)}")
   try:
-    return family.config(**shape)
+    return family.config(**shape, **family.read(values))
   except ValueError as error:
     raise ValueError(f"{source}: {error}") from None
 
@@ -76,7 +85,9 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict:
     "model_type": c.family,
     **{theirs: getattr(c, ours) for theirs, ours in _SIZES.items()},
     "rope_theta": c.rope_theta,
-    "rope_scaling": None if c.rope_scaling is None else {"rope_type": "llama3", **asdict(c.rope_scaling)},
+    "rope_scaling": None if (s := c.rope_scaling) is None else {
+      "rope_type": s.kind, **{name: getattr(s, name) for name in _SCALINGS[s.kind]},
+    },
     "rms_norm_eps": c.rms_norm_eps,
     "tie_word_embeddings": c.tie_embeddings,
     "hidden_act": "silu",
@@ -85,8 +96,11 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict:
     "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
     "use_cache": True,
     "torch_dtype": dtype,
+    **({} if c.rope_fraction == 1 else {"partial_rotary_factor": c.rope_fraction}),
     **family.own_keys,
-  }
+    **{theirs: getattr(c, ours) for theirs, ours in family.keys.items()},
+    **family.write(c),
+  }  # fmt: skip
 
 
 _FLAGS = ("tie_word_embeddings", "use_sliding_window", "attention_bias", "mlp_bias")
@@ -125,13 +139,13 @@ def _unsupported(values: dict, family: base.Family | None) -> list[str]:
   if family is None:
     reasons.append(f"model_type {shown(name)}; supported are {', '.join(base.FAMILIES)}")
   settings = _rope_settings(values)
-  rope_type = _rope_type(settings)
-  plain = rope_type == "linear" and settings.get("factor") in (1, 1.0)  # positions divided by 1
-  if rope_type not in ("default", "llama3") and not plain:
-    reasons.append(f"RoPE scaling of type {shown(rope_type)}; supported are 'default' and 'llama3'")
-  if (rotated := settings.get("partial_rotary_factor", values.get("partial_rotary_factor"))) not in (None, 1, 1.0):
+  rope_type, rope_types = _rope_type(settings), family.rope_types if family else ("default", *_SCALINGS)
+  if rope_type not in rope_types:
+    reasons.append(f"RoPE scaling of type {shown(rope_type)}; supported are {', '.join(map(repr, rope_types))}")
+  rotated = settings.get("partial_rotary_factor", values.get("partial_rotary_factor"))
+  if rotated not in (None, 1, 1.0) and not (family and family.partial_rope and is_number(rotated)):
     reasons.append(f"partial_rotary_factor={shown(rotated)}")
-  if values.get("attention_bias") and not (family and family.qkv_bias):
+  if values.get("attention_bias") and not (family and family.fixed.get("qkv_bias")):
     reasons.append("attention_bias=true")
   if values.get("mlp_bias"):
     reasons.append("mlp_bias=true")
@@ -149,6 +163,9 @@ def _slides(values: dict) -> bool:
   if values.get("layer_types"):
     return any(kind != "full_attention" for kind in values["layer_types"])
   if values.get("sliding_window") is None or values.get("use_sliding_window") is False:
+    return False
+  longest = values.get("max_position_embeddings")
+  if is_number(longest, int) and values["sliding_window"] >= longest:  # no text is so long
     return False
   first, layers = values.get("max_window_layers"), values.get("num_hidden_layers")
   return not (is_number(first, int) and is_number(layers, int) and first >= layers)
@@ -171,26 +188,54 @@ def _rope_type(settings: dict) -> Any:
   return settings.get("rope_type") or settings.get("type") or "default"
 
 
+def _rotated(values: dict) -> float:
+  """The share of a head's channels that RoPE turns."""
+  rotated = _rope_settings(values).get("partial_rotary_factor", values.get("partial_rotary_factor"))
+  return float(rotated) if is_number(rotated) else 1.0
+
+
 def _rope(values: dict, longest: int, problems: list[str]) -> tuple[float, RopeScaling | None]:
   """The base frequency and the scaling; `longest`: max_position_embeddings."""
-  settings = _rope_settings(values)
+  settings, kind = _rope_settings(values), _rope_type(_rope_settings(values))
   theta = {"rope_theta": values.get("rope_theta")} | {k: v for k, v in settings.items() if v is not None}
   theta = _number(theta, "rope_theta", float, problems, 10000.0)
-  if _rope_type(settings) != "llama3":
+  if kind not in _SCALINGS:
     return theta, None
-  given = {"original_max_position_embeddings": longest, **settings}
-  if values.get("original_max_position_embeddings") is not None:
-    given["original_max_position_embeddings"] = values["original_max_position_embeddings"]
-  kinds = {f.name: int if f.name == "original_max_position_embeddings" else float for f in fields(RopeScaling)}
-  fits = lambda name, kind: is_number(given.get(name)) and given[name] == kind(given[name])
-  if bad := [name for name, kind in kinds.items() if not fits(name, kind)]:
-    problems.append(f"rope_scaling of type llama3 needs the number(s) {bad}")
+  given = {_LENGTH: longest, **settings}
+  if values.get(_LENGTH) is not None:
+    given[_LENGTH] = values[_LENGTH]
+  if kind == "yarn":
+    given = _yarn(given, longest)
+  wanted = {name: {_LENGTH: int, "truncate": bool}.get(name, float) for name in _SCALINGS[kind]}
+
+  def fits(name: str, kind: type) -> bool:
+    value = given.get(name)
+    return isinstance(value, bool) if kind is bool else is_number(value) and value == kind(value)
+
+  if bad := [name for name, kind in wanted.items() if not fits(name, kind)]:
+    problems.append(f"rope_scaling of type {kind} needs the number(s) {bad}")
+    return theta, None
+  if kind == "linear" and given["factor"] == 1:  # positions divided by 1
     return theta, None
   try:
-    return theta, RopeScaling(**{name: kind(given[name]) for name, kind in kinds.items()})
+    return theta, RopeScaling(kind=kind, **{name: kind(given[name]) for name, kind in wanted.items()})
   except ValueError as error:
     problems.append(str(error))
     return theta, None
+
+
+def _yarn(given: dict, longest: int) -> dict:
+  """YaRN's settings with what may be left out, as transformers fills it in."""
+  given = {"truncate": True, **given, "beta_fast": given.get("beta_fast") or 32.0}
+  given["beta_slow"] = given.get("beta_slow") or 1.0
+  if given.get("factor") is None and is_number(given[_LENGTH]) and given[_LENGTH] > 0:
+    given["factor"] = longest / given[_LENGTH]
+  factor, scales = given.get("factor"), [given.get(name) for name in ("mscale", "mscale_all_dim")]
+  if given.get("attention_factor") is None and is_number(factor) and factor > 0:
+    grown = lambda scale: 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
+    first, second = (grown(s) for s in scales) if all(is_number(s) and s for s in scales) else (grown(1), 1.0)
+    given["attention_factor"] = first / second
+  return given
 
 
 def _number(values: dict, name: str, kind: type, problems: list[str], default: Any = None):

@@ -24,7 +24,7 @@ QWEN2 = register(
       "max_window_layers": 28,
     },
     own_keys={"use_sliding_window": False},
-    qkv_bias=True,
+    fixed={"qkv_bias": True},
     presets={
       "qwen2.5-0.5b": size(24, 896, 4864, 14, 2, 64, **_SMALL),
       "qwen2.5-1.5b": size(28, 1536, 8960, 12, 2, 128, **_SMALL),

@@ -24,7 +24,7 @@ QWEN3 = register(
       "max_window_layers": 28,
     },
     own_keys={"attention_bias": False, "use_sliding_window": False},
-    qk_norm=True,
+    fixed={"qk_norm": True},
     presets={
       "qwen3-0.6b": size(28, 1024, 3072, 16, 8, 128, **_SMALL),
       "qwen3-1.7b": size(28, 2048, 6144, 16, 8, 128, **_SMALL),

@@ -7,11 +7,10 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from dms_jax.layers import rope_frequencies
 from dms_jax.policies.base import per_row, register
 from dms_jax.policies.budget import check_number, check_sinks
 from dms_jax.policies.periodic import Periodic, shares
-from dms_jax.policies.rotation import conjugate, mean_rotation, rotation, turned
+from dms_jax.policies.rotation import conjugate, frequencies, mean_rotation, rotation, turned
 from pallas_kernels.common.xla_dot import einsum
 
 
@@ -45,7 +44,7 @@ class ExpectedAttention(Periodic):
   compact_observes = ("keys", "values")
 
   def fitted(self, config):
-    return self.replace(frequencies=jnp.asarray(rope_frequencies(config))[None])
+    return self.replace(frequencies=frequencies(config, "ExpectedAttention"))
 
   def resolved(self, window):
     policy = super().resolved(window)

@@ -5,6 +5,20 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dms_jax.config import ModelConfig
+from dms_jax.layers import rope_frequencies
+
+
+def frequencies(config: ModelConfig, policy: str) -> Float[Array, "1 half"]:
+  """RoPE's frequencies of a model whose keys `policy` turns.
+
+  Raises:
+    ValueError: RoPE is not the same turn of all channels in all layers.
+  """
+  if not config.plain_rope:
+    raise ValueError(f"{policy} turns keys by RoPE, and in this {config.family} model not all are turned alike")
+  return jnp.asarray(rope_frequencies(config))[None]
+
 
 def turned(x: Float[Array, "*n H"], turn: tuple[Array, Array]) -> Float[Array, "*n H"]:
   """Channels c and c + H/2, as a complex number, times `turn` = (re, im), each [..., H/2]; float32."""

@@ -6,8 +6,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from dms_jax.layers import rms_norm
-from dms_jax.model import Model, forward, output_head
+from dms_jax.model import Model, forward, head_inputs, output_head
 from dms_jax.retrofit import losses
 from dms_jax.retrofit.config import RetrofitConfig
 
@@ -42,7 +41,6 @@ def text_loss(
   Under a `loss_mask` the divergence from the teacher, too, counts only where the next token is in the mask.
   """
   c, ids, real = student.config, batch.segment_ids, real_tokens(batch)
-  normed = lambda model, hidden: rms_norm(hidden, model.params["final_norm"], c.rms_norm_eps)
   # The token after an end of text does not depend on the text before, so ends of text are not counted.
   counted = real & ~jnp.isin(batch.tokens, jnp.asarray(c.eos_token_ids, jnp.int32))
   if kind == "lm" or batch.loss_mask is not None:
@@ -53,8 +51,8 @@ def text_loss(
   if kind == "lm":
     against = {"targets": jnp.roll(batch.tokens, -1, axis=1)}
   else:
-    against = {"teacher": normed(teacher, run(teacher, batch, config)[0]), "teacher_head": output_head(teacher)}
+    against = {"teacher": head_inputs(teacher, run(teacher, batch, config)[0]), "teacher_head": output_head(teacher)}
   return losses.vocabulary_loss(
-    kind, normed(student, hidden), output_head(student), counted, **against,
+    kind, head_inputs(student, hidden), output_head(student), counted, **against,
     chunk=config.memory.loss_chunk, vocab_chunk=config.memory.vocab_chunk, train_head=config.trainable == "all",
   )  # fmt: skip

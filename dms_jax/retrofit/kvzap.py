@@ -27,8 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from dms_jax.attention import window_bias_attention
 from dms_jax.gates import gate_logits
-from dms_jax.layers import rms_norm
-from dms_jax.model import Model, forward
+from dms_jax.model import Model, forward, normed
 from dms_jax.retrofit.batch import Batch, real_tokens
 from dms_jax.retrofit.config import RetrofitConfig
 from pallas_kernels.common.xla_dot import einsum
@@ -118,7 +117,7 @@ def loss_fn(
 
   def attention(layer, x, q, k, v):
     x, q, k, v = lax.stop_gradient((x, q, k, v))
-    h = rms_norm(x, layer["attn_norm"], c.rms_norm_eps)
+    h = normed(c, layer, "attn_norm", x)
     target = lax.stop_gradient(scores(layer, h, q, k, v, start, t))
     part = slice(start, start + t)
     found = gate_logits(c, dms, layer, x[:, part], q[:, part])

@@ -17,6 +17,17 @@ from dms_jax.params import abstract_params, count_params, param_table
 LLAMA3 = RopeScaling(8.0, 1.0, 4.0, 64)
 LLAMA = tiny.config(rope_theta=500000.0, rope_scaling=LLAMA3, eos_token_ids=(3, 4))
 PARAMETERS = {
+  "granite-3.3-2b": 2_533_539_840,
+  "granite-3.3-8b": 8_170_864_640,
+  "mistral-7b-v0.3": 7_248_023_552,
+  "mistral-nemo-12b": 12_247_782_400,
+  "mistral-small-24b": 23_572_403_200,
+  "olmo-2-1b": 1_484_916_736,
+  "olmo-2-7b": 7_298_617_344,
+  "olmo-2-13b": 13_716_198_400,
+  "olmo-2-32b": 32_234_279_936,
+  "phi-4": 14_659_507_200,
+  "smollm3-3b": 3_075_098_624,
   "smollm2-135m": 134_515_008,
   "llama-2-7b": 6_738_415_616,
   "llama-3-8b": 8_030_261_248,
@@ -101,7 +112,8 @@ def test_trained_length_of_llama3_scaling():
 
 def test_a_sliding_window_that_no_layer_has():
   for values in (
-    dict(max_window_layers=2), dict(layer_types=["full_attention"] * 2, max_window_layers=0), dict(sliding_window=None)
+    dict(max_window_layers=2), dict(layer_types=["full_attention"] * 2, max_window_layers=0), dict(sliding_window=None),
+    dict(sliding_window=2048),  # no text is longer
   ):  # fmt: skip
     values = hf_values(model_type="qwen2", use_sliding_window=True, **values)
     assert config_from_hf(values, "x").family == "qwen2"
@@ -123,9 +135,11 @@ def test_what_config_json_leaves_out():
 
 def test_a_family_is_one_registration(monkeypatch):
   """A family that is registered is read and written; nothing else names it."""
-  toy = Family("toy", "ToyForCausalLM", defaults={"vocab_size": 97, "head_dim": 8}, own_keys={"toy": 1}, qk_norm=True)
+  toy = Family(
+    "toy", "ToyForCausalLM", defaults={"vocab_size": 97, "head_dim": 8}, own_keys={"toy": 1}, fixed={"qk_norm": True}
+  )
   monkeypatch.setattr(base, "FAMILIES", dict(base.FAMILIES))
-  with pytest.raises(ValueError, match=r"model\.family='toy' is not one of llama, qwen2, qwen3"):
+  with pytest.raises(ValueError, match=r"model\.family='toy' is not one of \w+"):
     tiny.config(family="toy")
   register(toy)
   config = tiny.config(family="toy", qk_norm=True, head_dim=8)
@@ -142,27 +156,28 @@ def test_end_tokens():
 
 
 REFUSED = {
-  "mistral": (dict(model_type="mistral"), ["model_type 'mistral'; supported are llama, qwen2, qwen3"]),
+  "falcon": (dict(model_type="falcon"), ["model_type 'falcon'; supported are granite, llama, mistral"]),
+  "mistral 0.1": (dict(model_type="mistral", sliding_window=1024), ["sliding window attention (sliding_window=1024)"]),
+  "phi-3 of 128K": (dict(model_type="phi3", rope_scaling={"type": "longrope"}), ["RoPE scaling of type 'longrope'"]),
   "nothing": (dict(model_type=None), ["model_type None"]),
-  "sliding": (dict(sliding_window=4096), ["sliding window attention (sliding_window=4096)"]),
+  "sliding": (dict(sliding_window=1024), ["sliding window attention (sliding_window=1024)"]),
   "sliding qwen": (
-    dict(model_type="qwen2", use_sliding_window=True, max_window_layers=1),
+    dict(model_type="qwen2", use_sliding_window=True, sliding_window=1024, max_window_layers=1),
     ["sliding window attention"],
   ),
   "sliding layers": (dict(layer_types=["full_attention", "sliding_attention"]), ["sliding window attention"]),
   "experts": (dict(model_type="qwen3_moe", num_experts=128), ["mixture of experts (num_experts)", "'qwen3_moe'"]),
   "mixtral": (dict(model_type="mixtral", num_local_experts=8), ["mixture of experts"]),
   "mla": (dict(model_type="deepseek_v3", kv_lora_rank=512), ["multi-head latent attention, MLA (kv_lora_rank)"]),
-  "yarn": (dict(rope_scaling={"type": "yarn", "factor": 4.0}), ["RoPE scaling of type 'yarn'"]),
-  "linear": (dict(rope_scaling=None, rope_parameters={"rope_type": "linear", "factor": 2.0}), ["'linear'"]),
+  "dynamic": (dict(rope_scaling={"type": "dynamic", "factor": 4.0}), ["RoPE scaling of type 'dynamic'"]),
   "partial": (dict(partial_rotary_factor=0.5), ["partial_rotary_factor=0.5"]),
   "bias": (dict(attention_bias=True, mlp_bias=True), ["attention_bias=true", "mlp_bias=true"]),
   "bias of qwen3": (dict(model_type="qwen3", attention_bias=True), ["attention_bias=true"]),
   "gelu": (dict(hidden_act="gelu"), ["hidden_act='gelu'"]),
   "quantized": (dict(quantization_config={"quant_method": "gptq"}), ["quantized weights", "'gptq'"]),
   "all at once": (
-    dict(model_type="mixtral", num_local_experts=8, sliding_window=1, hidden_act="relu", rope_scaling={"type": "yarn"}),
-    ["mixture of experts", "model_type 'mixtral'", "sliding window", "'relu'", "'yarn'"],
+    dict(model_type="mixtral", num_local_experts=8, sliding_window=1, hidden_act="relu", rope_scaling={"type": "ntk"}),
+    ["mixture of experts", "model_type 'mixtral'", "sliding window", "'relu'", "'ntk'"],
   ),
 }
 
@@ -200,7 +215,7 @@ SIZES = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention
     ("num_key_value_heads", [None]), ("head_dim", [None]), ("max_position_embeddings", []),
     ("rms_norm_eps", [None]), ("rope_theta", [None, 1.5]), ("eos_token_id", [None, 0, [], [1]]),
     ("tie_word_embeddings", [None, True]), ("use_sliding_window", [None, True]), ("mlp_bias", [None]),
-    ("layer_types", [None, []]), ("rope_scaling", [None, {}, {"a": 1}]), ("sliding_window", [None]),
+    ("layer_types", [None, []]), ("rope_scaling", [None, {}, {"a": 1}]), ("sliding_window", [None, 10**30]),
     ("partial_rotary_factor", [None, True]), ("hidden_act", []), ("model_type", []),
   ],
 )  # fmt: skip

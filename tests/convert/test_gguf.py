@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFWriter, quants
 
-from dms_jax import checkpoint
+from dms_jax import checkpoint, families
 from dms_jax import testing as tiny
 from dms_jax.config import ModelConfig, RopeScaling
 from dms_jax.convert import convert, gguf, gguf_file, sources
 from dms_jax.layers import rope_frequencies
 from dms_jax.params import flatten, param_table
 from dms_jax.tokenizer import Tokenizer, _char_of_byte
+from tests.helpers import family
 
 TOKENS = [*_char_of_byte(), "Ġt", "he", "12", "123", "1234", "<user>", "<bos>", "<eos>", "<eot>"]
 MERGES = ["Ġ t", "h e", "1 2", "12 3", "123 4"]
@@ -30,7 +31,17 @@ FAMILIES = {
   "qwen2": tiny.config(family="qwen2", qkv_bias=True, rms_norm_eps=1e-6, rope_theta=1e6, **SIZES),
   "qwen3": tiny.config(family="qwen3", qk_norm=True, tie_embeddings=False, head_dim=32, **SIZES),
 }
-PRE = {"llama": "smollm", "qwen2": "qwen2", "qwen3": "qwen2"}
+OTHERS = {
+  "phi3": family("phi3", tie_embeddings=False, **SIZES),
+  "phi3-partial": family("phi3", rope_fraction=0.75, **SIZES),
+  "olmo2": family("olmo2", tie_embeddings=False, **SIZES),
+  "granite": family("granite", embed_scale=3.0, residual_scale=0.4, attention_scale=0.1, logit_divisor=2.0, **SIZES),
+  "smollm3": family("smollm3", num_layers=4, rope_layers=(True, True, True, False), **SIZES),
+}
+PRE = {
+  "llama": "smollm", "qwen2": "qwen2", "qwen3": "qwen2", "phi3": "dbrx", "olmo2": "dbrx", "granite": "refact",
+  "smollm3": "smaug-bpe",
+}  # fmt: skip
 
 
 def write(
@@ -70,6 +81,12 @@ def write(
       continue
     kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     kinds[type(value)](key, value)
+  own = families.get(arch)
+  for key, name in own.gguf_keys.items():
+    writer.add_float32(f"{arch}.{key}", getattr(c, name))
+  if c.rope_fraction != 1:
+    writer.add_uint32(f"{arch}.rope.dimension_count", c.rotated)
+  names, fused = gguf._NAMES | own.gguf, {}
   writer.add_token_list(TOKENS)
   writer.add_token_types(TYPES)
   writer.add_token_merges(MERGES)
@@ -77,16 +94,15 @@ def write(
   for name, value in flatten(tiny.model(config).params).items():
     value = np.asarray(value)
     stored = np.zeros_like(value)
-    own = gguf._NAMES[name]
     for layer in range(c.num_layers) if name.startswith("layers/") else [None]:
       one = value if layer is None else value[layer]
       spec = param_table(config)[name]
       matrix = one.reshape(spec.hf_shape)
-      permute = arch == "llama" and name in ("layers/q_proj", "layers/k_proj")
+      permute = own.paired_rope and name in ("layers/q_proj", "layers/k_proj")
       if permute:  # as llama.cpp's convert_hf_to_gguf.py does
         heads = one.shape[0]
         matrix = matrix.reshape(heads, 2, c.head_dim // 2, -1).swapaxes(1, 2).reshape(matrix.shape)
-      label = own if layer is None else f"blk.{layer}.{own}"
+      label = names[name] if layer is None else f"blk.{layer}.{names[name]}"
       if quantize is not None and matrix.ndim == 2:
         data = quants.quantize(matrix, quantize)
         back = quants.dequantize(data, quantize)
@@ -94,12 +110,16 @@ def write(
           writer.add_tensor(label, data, raw_dtype=quantize)
       else:
         back = matrix
-        if label not in without:
+        if list(names.values()).count(names[name]) > 1:  # consecutive rows of one tensor
+          fused.setdefault(label, []).append(matrix)
+        elif label not in without:
           writer.add_tensor(label, matrix)
       if permute:
         back = back.reshape(heads, c.head_dim // 2, 2, -1).swapaxes(1, 2).reshape(back.shape)
       stored[... if layer is None else layer] = back.reshape(one.shape)
     written[name] = stored
+  for label, parts in fused.items():
+    writer.add_tensor(label, np.concatenate(parts))
   for label, value in (tensors or {}).items():
     writer.add_tensor(label, value)
   for label, (value, kind) in dict(blocks).items():
@@ -119,6 +139,14 @@ def loaded(path: Path, folder: Path, **kwargs):
 @pytest.mark.parametrize("kind", [None, "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"])
 def test_families_and_quantisations(tmp_path, config, kind):
   written = write(tmp_path / "m.gguf", config, quantize=None if kind is None else GGMLQuantizationType[kind])
+  model = loaded(tmp_path / "m.gguf", tmp_path)
+  assert model.config == config
+  jax.tree.map(np.testing.assert_array_equal, flatten(model.params), written)
+
+
+@pytest.mark.parametrize("config", OTHERS.values(), ids=OTHERS)
+def test_other_families(tmp_path, config):
+  written = write(tmp_path / "m.gguf", config)
   model = loaded(tmp_path / "m.gguf", tmp_path)
   assert model.config == config
   jax.tree.map(np.testing.assert_array_equal, flatten(model.params), written)
@@ -232,7 +260,7 @@ def test_unknown_architecture(tmp_path):
   write(tmp_path / "m.gguf", FAMILIES["llama"])
   data = (tmp_path / "m.gguf").read_bytes()
   (tmp_path / "m.gguf").write_bytes(data.replace(b"llama", b"gemma"))
-  with pytest.raises(ValueError, match="architecture 'gemma'; supported are llama, qwen2, qwen3"):
+  with pytest.raises(ValueError, match="architecture 'gemma'; supported are granite, llama, olmo2"):
     convert(str(tmp_path / "m.gguf"), tmp_path / "ours")
 
 

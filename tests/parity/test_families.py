@@ -20,11 +20,13 @@ from dms_jax.execution import Execution
 from dms_jax.layers import mlp, rms_norm, rope_tables
 from dms_jax.model import _attention_inputs, embed, forward, unembed
 from dms_jax.params import param_table
+from tests.helpers import OTHER_FAMILIES
 
 # Sums of at most 64 products of numbers of size 1, in float32 and in another order.
 MODULE, LOGITS = 2e-5, 1e-4
 
 LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+YARN = RopeScaling(factor=4.0, original_max_position_embeddings=32, kind="yarn", beta_fast=8.0)
 CONFIGS = {
   "llama": tiny.config(tie_embeddings=False),
   "llama-multi-head": tiny.config(num_kv_heads=4, tie_embeddings=False, rms_norm_eps=1e-6),
@@ -34,14 +36,17 @@ CONFIGS = {
   "qwen2-tied": tiny.config(family="qwen2", qkv_bias=True, num_kv_heads=1),
   "qwen3": tiny.config(family="qwen3", qk_norm=True, tie_embeddings=False, head_dim=32, rms_norm_eps=1e-6),
   "qwen3-tied": tiny.config(family="qwen3", qk_norm=True, num_kv_heads=4),
+  "llama-linear-rope": tiny.config(rope_scaling=RopeScaling(factor=4.0, kind="linear"), tie_embeddings=False),
+  "llama-yarn-rope": tiny.config(rope_scaling=YARN, tie_embeddings=False),
+  "mistral": tiny.config(family="mistral", tie_embeddings=False),
 }
 LENGTH = 80  # beyond the llama3 scaling's 32 trained positions
 
 
-@pytest.fixture(scope="module", params=sorted(CONFIGS))
+@pytest.fixture(scope="module", params=[*CONFIGS, *OTHER_FAMILIES])
 def pair(request, tmp_path_factory, transformers):
   """(our model, transformers' model from the directory we export, that directory, tokens [2, T])."""
-  config = CONFIGS[request.param]
+  config = (CONFIGS | OTHER_FAMILIES)[request.param]
   model = tiny.model(config)
   path = export(tmp_path_factory.mktemp("pair") / "hf", model)
   return model, load_hf(transformers, path), path, tiny.tokens(config, 2, LENGTH)
@@ -69,6 +74,7 @@ def our_logits(model, tokens) -> np.ndarray:
   return np.asarray(jax.jit(lambda m, t: unembed(m, forward(m, t)[0]))(model, tokens))
 
 
+@pytest.mark.parametrize("pair", CONFIGS, indirect=True)
 def test_modules(pair, torch):
   model, hf, _, tokens = pair
   c, inner = model.config, hf.model
@@ -109,7 +115,7 @@ def test_each_layer(pair, torch):
     states = hf.model(to_torch(tokens).long(), output_hidden_states=True).hidden_states
   for count in range(1, model.config.num_layers):  # the last of `states` is already normed; logits compare it
     part = model.replace(
-      config=dataclasses.replace(model.config, num_layers=count),
+      config=dataclasses.replace(model.config, num_layers=count, rope_layers=model.config.rope_layers[:count]),
       params={**model.params, "layers": {n: w[:count] for n, w in model.params["layers"].items()}},
     )
     np.testing.assert_allclose(forward(part, tokens)[0], states[count].numpy(), atol=LOGITS)

@@ -27,6 +27,7 @@ from dms_jax.model import Model
 from dms_jax.tokenizer import Tokenizer
 
 NAME = "dms_torch"
+_FAMILIES = ("llama", "qwen2", "qwen3")  # of modeling_dms.py
 CODE = Path(__file__).with_name("modeling_dms.py")
 
 
@@ -45,9 +46,11 @@ def write(
   Gates are float32. dms_config.json holds them for `transformers.read`, with what the code in PyTorch does not use.
 
   Raises:
-    ValueError: the model has no gates, or gates whose decisions the code does not know.
+    ValueError: the code lacks the family, or the model has no gates, or gates whose decisions the code does not know.
   """
-  refuse(NAME, _reasons(model.dms))
+  family = model.config.family
+  known = [] if family in _FAMILIES else [f"family {family!r} (its code has {', '.join(_FAMILIES)})"]
+  refuse(NAME, known + _reasons(model.dms))
   model = model.merged()
   write_weights(directory, base_tensors(model, dtype) + gate_tensors(model), shard_bytes, progress)
   write_json(directory / GATES_CONFIG, to_json(model.dms))

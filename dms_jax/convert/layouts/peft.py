@@ -144,6 +144,9 @@ def _table(config: ModelConfig, lora: LoRAConfig) -> dict[str, ParamSpec]:
   for path, spec in table.items():
     if spec.group == "lora":
       target, _, side = path.rpartition("_lora_")
+      if sum(other.hf_name == table[target].hf_name for other in table.values()) > 1:
+        fused = f"{config.family} models hold {target.removeprefix('layers/')} with others in one tensor"
+        raise ValueError(f"layout {NAME}: {fused}, whose update PEFT's adapters do not divide: not supported")
       module = str(table[target].hf_name).removesuffix(".weight")
       named[path] = dataclasses.replace(spec, hf_name=f"{_PREFIX}{module}.lora_{side.upper()}.weight")
   return named

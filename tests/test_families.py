@@ -1,0 +1,53 @@
+"""Families whose layers differ from Llama's: a retrofit reaches its CR, and the cache then equals the mask."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dms_jax import cache as caches
+from dms_jax import policies
+from dms_jax import testing as tiny
+from dms_jax.config import LoRAConfig
+from dms_jax.model import Eviction, cached_forward, forward, unembed
+from dms_jax.retrofit import RetrofitConfig
+from dms_jax.retrofit.loop import prepare
+from dms_jax.retrofit.step import Batch, init_state, train_step, trained_model
+from tests.helpers import OTHER_FAMILIES, changed, close
+
+ROWS, LENGTH, CHUNK, CR = 2, 40, 16, 2.0
+CONFIG = changed(
+  RetrofitConfig(batch_size=ROWS, seq_len=LENGTH), memory__compute_dtype="float32", schedule__initial_cr=CR,
+  schedule__final_cr=CR, schedule__steps=30, optimizer__learning_rate=0.02, optimizer__warmup_steps=0,
+)  # fmt: skip
+train = jax.jit(train_step.__wrapped__, compiler_options=tiny.QUICK)
+whole = jax.jit(lambda model, tokens: forward(model, tokens, eviction=Eviction()), compiler_options=tiny.QUICK)
+step = jax.jit(cached_forward, compiler_options=tiny.QUICK)
+logits = jax.jit(unembed, compiler_options=tiny.QUICK)
+
+
+@pytest.mark.parametrize("name", [name for name in OTHER_FAMILIES if name != "phi3"])  # its layers are Llama's
+def test_retrofit_reaches_its_ratio(name):
+  """By gates and low-rank updates; the trained model then reads a text in chunks and steps as it does at once."""
+  base, tokens = tiny.model(OTHER_FAMILIES[name]), tiny.tokens(OTHER_FAMILIES[name], ROWS, LENGTH)
+  student, teacher, trained = prepare(base, tiny.dms(), LoRAConfig(rank=2), CONFIG)
+  state, batch = init_state(CONFIG, trained), Batch(tokens)
+  with jax.numpy_dtype_promotion("standard"):  # optax
+    for _ in range(CONFIG.schedule.steps):
+      state, metrics = train(state, student, teacher, batch, jax.random.key(0), CONFIG)
+  assert metrics["evicted_fraction"] > 0.9 * (1 - 1 / CR) and np.isfinite(metrics["loss"])
+
+  model = trained_model(student, state.trained, jnp.float32)
+  hidden, z = whole(model, tokens)
+  expected, decisions = logits(model, hidden), z > 0
+  assert 0.1 < decisions.mean() < 0.99
+  policy = policies.DMS(window=model.dms.window)
+  cache = caches.for_model(model, policy, batch=ROWS, capacity=LENGTH, longest=LENGTH, page_size=8)
+  widths = [CHUNK, CHUNK, *[1] * (LENGTH - 2 * CHUNK)]
+  for start, width in zip(np.cumsum([0, *widths]), widths, strict=False):
+    now = slice(int(start), int(start) + width)
+    part = tokens[:, now], jnp.full(ROWS, width, jnp.int32), decisions[..., now]
+    out, cache = step(model, policy, cache, *part)
+    close(logits(model, out.hidden), expected[:, now])
