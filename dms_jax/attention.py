@@ -30,6 +30,19 @@ from pallas_kernels.prefill import NEVER as NEVER
 _choice: contextvars.ContextVar[str | Sequence[str] | None] = contextvars.ContextVar("attention", default=None)
 
 
+_softcap: contextvars.ContextVar[float | None] = contextvars.ContextVar("softcap", default=None)
+
+
+@contextlib.contextmanager
+def soft_capped(softcap: float | None):
+  """Caps the scores of every attention traced inside, as `ModelConfig.attention_softcap` says."""
+  token = _softcap.set(softcap)
+  try:
+    yield
+  finally:
+    _softcap.reset(token)
+
+
 @contextlib.contextmanager
 def use(implementation: str | Sequence[str] | None):
   """Names the implementation ("xla", ...) of every attention traced inside, or several in order of preference."""
@@ -103,7 +116,7 @@ def _chosen(attend: Callable, *args, arrays: dict[str, Any], **options):
 
   Under `Execution.jitted_attention` the call is a jitted function of its own.
   """
-  choice = _choice.get()
+  choice, options = _choice.get(), {**options, "softcap": _softcap.get()}
   if not Execution.choose().jitted_attention:
     return attend(*args, **arrays, implementation=choice, **options)
   choice = choice if choice is None or isinstance(choice, str) else tuple(choice)
@@ -173,7 +186,9 @@ def window_bias_attention(q, k, v, bias, window, segment_ids=None):
   """
 
   def call(q, k, v, bias, segment_ids):
-    return window_bias.window_bias_attention(q, k, v, bias, window, segment_ids, implementation=_choice.get())
+    return window_bias.window_bias_attention(
+      q, k, v, bias, window, segment_ids, softcap=_softcap.get(), implementation=_choice.get()
+    )
 
   tokens = lambda rows, heads: P(rows, None, heads)
   specs = lambda rows, heads: (*(tokens(rows, heads),) * 3, P(rows, heads), P(rows))

@@ -80,15 +80,22 @@ class ModelConfig:
     rope_scaling: a change of them for longer texts; None for none.
     rope_fraction: share of a head's channels, the first ones, that RoPE turns.
     rope_layers: by layer, whether it has RoPE (SmolLM3); empty for all.
+    sliding_window: tokens that a sliding layer sees, the newest included; None without such layers.
+    sliding_layers: by layer, whether it slides; some layer does not.
+    local_rope_theta: base of the frequencies of sliding layers, not scaled; None if all layers have the same RoPE.
     rms_norm_eps: added to the mean square in a norm.
     tie_embeddings: the embedding is the output projection too.
     qkv_bias: q, k and v have biases (Qwen2).
     qk_norm: each query and key head has an RMSNorm (Qwen3).
     qk_norm_over: "head", or "all": one RMSNorm over all query heads together, and one over all key heads (OLMo-2).
-    norms: whether attention and MLP are normed "before" (what they read) or "after" (what they add, OLMo-2).
+    norms: whether attention and MLP are normed "before" (what they read), "after" (what they add, OLMo-2) or "both".
+    norm_plus_one: a norm multiplies by 1 + its weight, in float32 (Gemma).
+    activation: of the MLP's gate.
     embed_scale, residual_scale: factors of the embeddings, and of what attention and MLP add (Granite).
     attention_scale: factor of attention scores; None for head_dim ** -0.5.
     logit_divisor: divides the logits (Granite).
+    attention_softcap, logit_softcap: bounds c of attention scores and of logits x, which become c tanh(x / c) (Gemma
+      2); None for none.
     eos_token_ids: any of them ends a generated row.
   """
 
@@ -103,19 +110,26 @@ class ModelConfig:
   max_position_embeddings: int = 2048
   rope_theta: float = 10000.0
   rope_scaling: RopeScaling | None = dataclasses.field(default=None, metadata=NO_FLAG)
-  rope_fraction: float = dataclasses.field(default=1.0, metadata=NO_FLAG)
-  rope_layers: tuple[bool, ...] = dataclasses.field(default=(), metadata=NO_FLAG)
   rms_norm_eps: float = 1e-5
   tie_embeddings: bool = True
   qkv_bias: bool = False
   qk_norm: bool = False
+  eos_token_ids: tuple[int, ...] = dataclasses.field(default=(), metadata=NO_FLAG)
+  rope_fraction: float = dataclasses.field(default=1.0, metadata=NO_FLAG)
+  rope_layers: tuple[bool, ...] = dataclasses.field(default=(), metadata=NO_FLAG)
+  sliding_window: int | None = dataclasses.field(default=None, metadata=NO_FLAG)
+  sliding_layers: tuple[bool, ...] = dataclasses.field(default=(), metadata=NO_FLAG)
+  local_rope_theta: float | None = dataclasses.field(default=None, metadata=NO_FLAG)
   qk_norm_over: Literal["head", "all"] = dataclasses.field(default="head", metadata=NO_FLAG)
-  norms: Literal["before", "after"] = dataclasses.field(default="before", metadata=NO_FLAG)
+  norms: Literal["before", "after", "both"] = dataclasses.field(default="before", metadata=NO_FLAG)
+  norm_plus_one: bool = dataclasses.field(default=False, metadata=NO_FLAG)
+  activation: Literal["silu", "gelu_tanh"] = dataclasses.field(default="silu", metadata=NO_FLAG)
   embed_scale: float = dataclasses.field(default=1.0, metadata=NO_FLAG)
   residual_scale: float = dataclasses.field(default=1.0, metadata=NO_FLAG)
   attention_scale: float | None = dataclasses.field(default=None, metadata=NO_FLAG)
   logit_divisor: float = dataclasses.field(default=1.0, metadata=NO_FLAG)
-  eos_token_ids: tuple[int, ...] = dataclasses.field(default=(), metadata=NO_FLAG)
+  attention_softcap: float | None = dataclasses.field(default=None, metadata=NO_FLAG)
+  logit_softcap: float | None = dataclasses.field(default=None, metadata=NO_FLAG)
 
   def __post_init__(self):
     from dms_jax import families  # imports this module
@@ -140,10 +154,38 @@ class ModelConfig:
       raise ValueError(f"rope_fraction={self.rope_fraction}: RoPE must turn an even number of {self.head_dim} channels")
     if self.rope_layers and len(self.rope_layers) != self.num_layers:
       raise ValueError(f"rope_layers has {len(self.rope_layers)} entries for num_layers={self.num_layers}")
-    for name in ("embed_scale", "residual_scale", "logit_divisor", "attention_scale"):
+    self._check_sliding()
+    for name in (
+      "embed_scale",
+      "residual_scale",
+      "logit_divisor",
+      "attention_scale",
+      "attention_softcap",
+      "logit_softcap",
+    ):
       value = getattr(self, name)
       if value is not None and not 1e-6 <= value <= 1e6:
         raise ValueError(f"{name}={value} must be between a millionth and a million")
+
+  def _check_sliding(self) -> None:
+    """A ValueError if the sliding layers are malformed, or if no other layer is there for a policy."""
+    if (self.sliding_window is None) != (not self.sliding_layers):
+      raise ValueError("give sliding_window and sliding_layers together, or neither")
+    if self.sliding_window is None:
+      return
+    if not 2 <= self.sliding_window <= 2**30:
+      raise ValueError(f"sliding_window={self.sliding_window} must be 2 to {2**30} tokens")
+    if len(self.sliding_layers) != self.num_layers:
+      raise ValueError(f"sliding_layers has {len(self.sliding_layers)} entries for num_layers={self.num_layers}")
+    if all(self.sliding_layers):
+      raise ValueError("every layer slides: no layer keeps tokens that a policy could evict")
+    if self.local_rope_theta is not None and not 1 <= self.local_rope_theta <= 1e15:
+      raise ValueError(f"local_rope_theta={self.local_rope_theta} must be between 1 and 1e15")
+
+  @property
+  def ring_window(self) -> int | None:
+    """The window W of sliding layers, in which the newest token is not counted; None without such layers."""
+    return None if self.sliding_window is None else self.sliding_window - 1
 
   @property
   def rotated(self) -> int:
@@ -154,7 +196,8 @@ class ModelConfig:
   def plain_rope(self) -> bool:
     """Whether RoPE turns all channels of every layer and changes no length: a policy can turn keys back."""
     factor = 1.0 if self.rope_scaling is None else self.rope_scaling.attention_factor
-    return self.rotated == self.head_dim and all(self.rope_layers) and factor == 1.0
+    alike = all(self.rope_layers) and self.local_rope_theta is None
+    return self.rotated == self.head_dim and alike and factor == 1.0
 
   @property
   def group_size(self) -> int:

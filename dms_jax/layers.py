@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
@@ -13,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from dms_jax.config import ModelConfig
 from dms_jax.execution import Execution
 
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}  # JAX's GELU is approximated by tanh
 FEW_WORDS = 1024  # rows of an embedding whose gradient is a matrix product
 
 
@@ -23,11 +25,18 @@ def rms_norm(x: Float[Array, "*batch C"], weight: Float[Array, "C"], eps: float)
   return weight.astype(x.dtype) * (x32 * scale).astype(x.dtype)
 
 
+def norm(config: ModelConfig, x: Float[Array, "*batch C"], weight: Float[Array, "C"]) -> Float[Array, "*batch C"]:
+  """The model's RMSNorm."""
+  if not config.norm_plus_one:
+    return rms_norm(x, weight, config.rms_norm_eps)
+  return rms_norm(x.astype(jnp.float32), 1 + weight.astype(jnp.float32), config.rms_norm_eps).astype(x.dtype)
+
+
 def norm_heads(config: ModelConfig, x: Float[Array, "B T heads H"], weight: Array) -> Float[Array, "B T heads H"]:
   """The RMSNorm of query or key heads: each by itself, or all together."""
   if config.qk_norm_over == "head":
-    return rms_norm(x, weight, config.rms_norm_eps)
-  return rms_norm(x.reshape(*x.shape[:2], -1), weight.reshape(-1), config.rms_norm_eps).reshape(x.shape)
+    return norm(config, x, weight)
+  return norm(config, x.reshape(*x.shape[:2], -1), weight.reshape(-1)).reshape(x.shape)
 
 
 def scaled(x: Array, factor: float) -> Array:
@@ -76,14 +85,24 @@ def _yarn_kept(config: ModelConfig) -> np.ndarray:
 
 
 def rope_tables(config: ModelConfig, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
-  """(cos, sin) of RoPE, each float32 [B, T, 1, H/2]; computed once per step for all layers."""
+  """(cos, sin) of RoPE, each float32 [B, T, 1, H/2]; computed once per step for all layers.
+
+  With a RoPE of its own in sliding layers, each is [2, B, T, 1, H/2]: that of the other layers, and theirs.
+  """
+  if config.local_rope_theta is not None:
+    local = dataclasses.replace(config, rope_theta=config.local_rope_theta, rope_scaling=None)
+    both = [rope_tables(dataclasses.replace(each, local_rope_theta=None), positions) for each in (config, local)]
+    return jnp.stack([cos for cos, _ in both]), jnp.stack([sin for _, sin in both])
   angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config)
   factor = 1.0 if config.rope_scaling is None else config.rope_scaling.attention_factor
   return scaled(jnp.cos(angles)[:, :, None], factor), scaled(jnp.sin(angles)[:, :, None], factor)
 
 
 def layer_rope(config: ModelConfig, tables: tuple[Array, Array], index: Array | int) -> tuple[Array, Array]:
-  """The tables of one layer: those given, or of a turn by nothing if the layer has no RoPE."""
+  """The tables of one layer, out of `rope_tables`; of a turn by nothing if it has no RoPE."""
+  if config.local_rope_theta is not None:
+    slides, (cos, sin) = jnp.asarray(config.sliding_layers, jnp.int32)[index], tables
+    return cos[slides], sin[slides]
   if not config.rope_layers:
     return tables
   turns, (cos, sin) = jnp.asarray(config.rope_layers)[index], tables
@@ -207,8 +226,10 @@ def project(x: Array, layer: dict, name: str, num_inputs: int = 1, *, lora_scale
   return checkpoint_name(y, name)
 
 
-def mlp(layer: dict, x: Float[Array, "B T D"], lora_scale: float = 0.0) -> Float[Array, "B T D"]:
-  """SwiGLU feed-forward: down(silu(gate(x)) * up(x))."""
+def mlp(
+  layer: dict, x: Float[Array, "B T D"], lora_scale: float = 0.0, activation: str = "silu"
+) -> Float[Array, "B T D"]:
+  """Gated feed-forward, SwiGLU with "silu": down(activation(gate(x)) * up(x))."""
   gate = project(x, layer, "gate_proj", lora_scale=lora_scale)
   up = project(x, layer, "up_proj", lora_scale=lora_scale)
-  return project(jax.nn.silu(gate) * up, layer, "down_proj", lora_scale=lora_scale)
+  return project(ACTIVATIONS[activation](gate) * up, layer, "down_proj", lora_scale=lora_scale)

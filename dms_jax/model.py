@@ -18,29 +18,19 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from dms_jax import masks, policies
-from dms_jax.attention import window_bias_attention
+from dms_jax.attention import soft_capped, window_bias_attention
 from dms_jax.cache import Cache
 from dms_jax.cache.base import Plan, Usage
 from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig
 from dms_jax.execution import Execution
 from dms_jax.gates import clear_neuron, gate_logits, step_gate_logits
-from dms_jax.layers import (
-  apply_rope,
-  layer_rope,
-  linear,
-  look_up,
-  mlp,
-  norm_heads,
-  project,
-  rms_norm,
-  rope_tables,
-  scaled,
-)
+from dms_jax.layers import apply_rope, layer_rope, linear, look_up, mlp, norm, norm_heads, project, rope_tables, scaled
 from dms_jax.params import Params, merge_lora, param_table
 from dms_jax.policies import Policy, Vanilla
 from dms_jax.policies.base import per_row
 from dms_jax.sharding import constrain_rows, gather_layer
 from pallas_kernels import window_bias
+from pallas_kernels.common import xla_dot
 
 # The activations of each layer that the backward pass keeps: projections and attention. Norms, RoPE and SwiGLU are
 # cheaper to recompute than to write and read; the down projection is part of the next layer's input, kept anyway.
@@ -131,7 +121,7 @@ def _attention_inputs(
 
 def normed(config: ModelConfig, layer: dict, name: str, x: Array) -> Array:
   """x after the layer's norm `name`; x itself in a model without that norm."""
-  return rms_norm(x, layer[name], config.rms_norm_eps) if name in layer else x
+  return norm(config, x, layer[name]) if name in layer else x
 
 
 def _layer(
@@ -144,11 +134,12 @@ def _layer(
   rope = layer_rope(c, rope, index)
   with jax.named_scope("attention"):
     q, k, v, gates = _attention_inputs(model, layer, x, rope, how, neuron_kept)
-    attended, carry, ys = attend(carry, index, xs, q, k, v, gates)
+    with soft_capped(c.attention_softcap):
+      attended, carry, ys = attend(carry, index, xs, q, k, v, gates)
     added = project(attended, layer, "o_proj", 2, lora_scale=scale)
     x = x + scaled(normed(c, layer, "attn_post_norm", added), c.residual_scale)
   with jax.named_scope("mlp"):
-    added = mlp(layer, normed(c, layer, "mlp_norm", x), scale)
+    added = mlp(layer, normed(c, layer, "mlp_norm", x), scale, c.activation)
     x = x + scaled(normed(c, layer, "mlp_post_norm", added), c.residual_scale)
   return (constrain_rows(x), carry), ys
 
@@ -208,12 +199,13 @@ def embed(model: Model, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
 @jax.named_scope("unembed")
 def unembed(model: Model, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
   """Final norm and output head: logits, float32."""
-  return linear(head_inputs(model, x), output_head(model), out_dtype=jnp.float32)
+  logits = linear(head_inputs(model, x), output_head(model), out_dtype=jnp.float32)
+  return xla_dot.soft_capped(logits, model.config.logit_softcap)
 
 
 def head_inputs(model: Model, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
   """The states, after the final norm, whose products with the output head are the logits."""
-  x = rms_norm(x, model.params["final_norm"], model.config.rms_norm_eps)
+  x = norm(model.config, x, model.params["final_norm"])
   return scaled(x, 1 / model.config.logit_divisor)
 
 
@@ -284,11 +276,15 @@ def forward(
   if noise is not None and dms.granularity == "layer":
     noise = jnp.broadcast_to(noise[:, :, :1], noise.shape)
 
-  threshold = 0.0 if eviction is None else per_row(eviction.threshold, 2)
+  threshold, slides = 0.0 if eviction is None else per_row(eviction.threshold, 2), model.config.ring_window
+  if eviction is not None and slides is not None and eviction.window not in (None, slides):
+    raise ValueError(f"Eviction.window={eviction.window}: with sliding layers it must be their window, {slides}")
 
   def attend(carry, index, noise_l, q, k, v, logits):
     if eviction is None:
-      return window_bias_attention(q, k, v, None, 0, segment_ids), carry, logits
+      bias = None if slides is None else jnp.zeros((k.shape[0], k.shape[2], k.shape[1]))
+      bias = slid(model.config, index, bias, -jnp.inf)
+      return window_bias_attention(q, k, v, bias, slides or 0, segment_ids), carry, logits
     window = dms.window if eviction.window is None else eviction.window
     if noise_l is not None:
       z = (logits - threshold + noise_l) / eviction.tau
@@ -296,6 +292,7 @@ def forward(
     else:
       z = logits
       bias = masks.hard_bias(masks.about_key(z > threshold, dms.lag(window), False))
+    bias = slid(model.config, index, bias, -jnp.inf)
     return window_bias_attention(q, k, v, bias, window, segment_ids), carry, z
 
   def attend_by(carry, index, xs, q, k, v, x):
@@ -310,6 +307,13 @@ def forward(
     model, embed(model, tokens), positions, attend, how, xs=xs, remat=remat, neuron_kept=neuron_kept, gather=True
   )
   return x, z
+
+
+def slid(config: ModelConfig, index: Array | int, x: Array | None, value: Any) -> Array | None:
+  """`x` of a layer, or `value` throughout in a sliding layer, which evicts every token that leaves its window."""
+  if not config.sliding_layers:
+    return x
+  return jnp.where(jnp.asarray(config.sliding_layers)[index], jnp.asarray(value, x.dtype), x)
 
 
 def segment_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -378,7 +382,7 @@ def cached_forward(
     with jax.named_scope("gates"):
       logits = step_gate_logits(model.config, model.dms, layers, logits)
     index, about = jnp.arange(len(layers))[:, None, None, None], jnp.broadcast_to(about, logits.shape)
-    evict = policy.decide(logits, index, about) if override is None else override
+    evict = slid(model.config, index, policy.decide(logits, index, about) if override is None else override, True)
   return StepOutput(x[:rows], seen, logits, plan.lengths, plan.stalled), cache.commit(plan, carry, states, evict)
 
 
@@ -402,6 +406,7 @@ def _attend_cache(model: Model, policy: Policy, cache: Cache, plan: Plan, tokens
     q, k, v, gates = jax.tree.map(lambda y: y[:rows], (q, k, v, gates))
     of_tokens = jnp.swapaxes(k, 1, 2) if policy.uses_keys else None
     evict = None if how.late_gates else policy.decide(gates, index, about, of_tokens) if override is None else override
+    evict = evict if evict is None else slid(model.config, index, evict, True)
     rated = {"logits": gates} if policy.gate_stats else {}
     out, carry, state, seen = cache.attend(plan, policy, index, carry, state, q, k, v, evict, **rated)
     return _pad_rows(out, how.least_rows), carry, (state, seen, gates)
@@ -491,7 +496,15 @@ def check_policy(model: Model, policy: Policy | None) -> Policy:
     )
   if policy.uses_gates:
     policy = policy.for_gates(model.dms)
-  policy = policy.resolved(model.dms.window if model.dms is not None else None)
+  slides = model.config.ring_window
+  if slides is not None and not policy.evicts:  # its window changes no result
+    policy = policy.replace(window=slides)
+  policy = policy.resolved(model.dms.window if model.dms is not None else slides)
+  if slides is not None and (policy.window != slides or policy.compacts or policy.prunes or policy.page):
+    raise ValueError(
+      f"{type(policy).__name__}: window={policy.window}: this {model.config.family} model has layers that slide over "
+      f"{slides + 1} tokens; it takes DMS, Vanilla or StreamingLLM with window={slides}, which their rings hold"
+    )
   most = max(model.config.max_position_embeddings, model.dms.window if model.dms is not None else 0)
   if policy.window > most:  # its slots would never be used
     raise ValueError(f"{type(policy).__name__}: window={policy.window} must be at most {most}, the model's context")

@@ -75,6 +75,8 @@ def param_table(
 ) -> dict[str, ParamSpec]:
   """Every tensor of a model, by path ("embed", "layers/q_proj", ...), in a fixed order."""
   c = config
+  if dms is not None:
+    _check_gates(c, dms)
   sizes = {
     "vocab": c.vocab_size, "embed": c.d_model, "ff": c.d_ff, "heads": c.num_heads, "kv_heads": c.num_kv_heads,
     "head_dim": c.head_dim, "rank": lora.rank if lora else 0, "gate_ff": dms.hidden if dms else 0,
@@ -92,29 +94,31 @@ def param_table(
       num_inputs=len(inputs), init=init, group=group, hf_name=names.get(path, hf_name), hf_shape=tuple(sides),
     )  # fmt: skip
 
+  ones = "zeros" if c.norm_plus_one else "ones"
   layer, attn = "model.layers.{layer}.", "model.layers.{layer}.self_attn."
   vector, no_inputs = ("embed",), ()
   add("embed", ("vocab",), ("embed",), "normal", "model.embed_tokens.weight")
-  if c.norms == "before":
-    add("layers/attn_norm", vector, no_inputs, "ones", layer + "input_layernorm.weight")
+  if c.norms != "after":
+    add("layers/attn_norm", vector, no_inputs, ones, layer + "input_layernorm.weight")
   for name, heads in (("q", "heads"), ("k", "kv_heads"), ("v", "kv_heads")):
     add(f"layers/{name}_proj", (heads, "head_dim"), ("embed",), "normal", f"{attn}{name}_proj.weight")
     if c.qkv_bias:
       add(f"layers/{name}_bias", (heads, "head_dim"), no_inputs, "zeros", f"{attn}{name}_proj.bias")
     if c.qk_norm and name != "v":
       normed = ("head_dim",) if c.qk_norm_over == "head" else (heads, "head_dim")
-      add(f"layers/{name}_norm", normed, no_inputs, "ones", f"{attn}{name}_norm.weight")
+      add(f"layers/{name}_norm", normed, no_inputs, ones, f"{attn}{name}_norm.weight")
   add("layers/o_proj", ("embed",), ("heads", "head_dim"), "normal", attn + "o_proj.weight")
-  if c.norms == "before":
-    add("layers/mlp_norm", vector, no_inputs, "ones", layer + "post_attention_layernorm.weight")
-  else:
-    add("layers/attn_post_norm", vector, no_inputs, "ones", layer + "post_attention_layernorm.weight")
+  if c.norms != "before":
+    add("layers/attn_post_norm", vector, no_inputs, ones, layer + "post_attention_layernorm.weight")
+  if c.norms != "after":
+    before_mlp = "pre_feedforward_layernorm" if c.norms == "both" else "post_attention_layernorm"
+    add("layers/mlp_norm", vector, no_inputs, ones, f"{layer}{before_mlp}.weight")
   add("layers/gate_proj", ("ff",), ("embed",), "normal", layer + "mlp.gate_proj.weight")
   add("layers/up_proj", ("ff",), ("embed",), "normal", layer + "mlp.up_proj.weight")
   add("layers/down_proj", ("embed",), ("ff",), "normal", layer + "mlp.down_proj.weight")
-  if c.norms == "after":
-    add("layers/mlp_post_norm", vector, no_inputs, "ones", layer + "post_feedforward_layernorm.weight")
-  add("final_norm", vector, no_inputs, "ones", "model.norm.weight")
+  if c.norms != "before":
+    add("layers/mlp_post_norm", vector, no_inputs, ones, layer + "post_feedforward_layernorm.weight")
+  add("final_norm", vector, no_inputs, ones, "model.norm.weight")
   if not c.tie_embeddings:
     add("lm_head", ("vocab",), ("embed",), "normal", "lm_head.weight")
   if dms is not None and dms.gate != "neuron":  # names as in NVIDIA's Model-Optimizer student, which has adapters
@@ -138,6 +142,19 @@ def param_table(
       add(f"layers/{target}_lora_a", ("rank",), inputs, "fan_in", None, "lora")
       add(f"layers/{target}_lora_b", outputs, ("rank",), "zeros", None, "lora")
   return table
+
+
+def _check_gates(config: ModelConfig, dms: DMSConfig) -> None:
+  """A ValueError for gates that a model with sliding layers cannot have; theirs are there, and unused."""
+  if (slides := config.ring_window) is None:
+    return
+  about = f"a {config.family} model with layers that slide over {slides + 1} tokens"
+  if dms.objective != "dms" or dms.gate == "neuron":  # the neuron's channel would be cleared in sliding layers too
+    raise ValueError(
+      f"retrofit.objective={dms.objective}, dms.gate={dms.gate!r}: {about} takes DMS's other gates alone"
+    )
+  if dms.window != slides:
+    raise ValueError(f"dms.window={dms.window}: {about} needs dms.window={slides}: all layers have rings of one size")
 
 
 def unflatten(flat: dict[str, Any]) -> Params:

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from dms_jax import checkpoint, families
 from dms_jax import testing as tiny
-from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig
+from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig, RopeScaling
 from dms_jax.model import Model
 from dms_jax.params import map_table, param_table
 from dms_jax.tokenizer import byte_tokenizer
@@ -78,6 +78,25 @@ OTHER_FAMILIES = {
   "phi3-partial": family("phi3", rope_fraction=0.75, tie_embeddings=False),
   "olmo2": family("olmo2", tie_embeddings=False),
   "granite": family("granite", embed_scale=3.0, residual_scale=0.4, attention_scale=0.1, logit_divisor=2.0),
+  "gemma2": family(
+    "gemma2",
+    sliding_window=6,
+    sliding_layers=(True, False),
+    embed_scale=32**0.5,
+    attention_scale=0.25,
+    attention_softcap=2.0,
+    logit_softcap=3.0,
+  ),
+  "gemma3": family(
+    "gemma3_text",
+    num_layers=3,
+    sliding_window=6,
+    sliding_layers=(True, False, True),
+    embed_scale=32**0.5,
+    attention_scale=0.25,
+    local_rope_theta=100.0,
+    rope_scaling=RopeScaling(4.0, kind="linear"),
+  ),
   "smollm3": family("smollm3", num_layers=3, rope_layers=(True, False, True)),
 }
 

@@ -11,11 +11,11 @@ from dms_jax import cache as caches
 from dms_jax import policies
 from dms_jax import testing as tiny
 from dms_jax.config import LoRAConfig
-from dms_jax.model import Eviction, cached_forward, forward, unembed
+from dms_jax.model import Eviction, cached_forward, check_policy, forward, unembed
 from dms_jax.retrofit import RetrofitConfig
 from dms_jax.retrofit.loop import prepare
 from dms_jax.retrofit.step import Batch, init_state, train_step, trained_model
-from tests.helpers import OTHER_FAMILIES, changed, close
+from tests.helpers import OTHER_FAMILIES, changed, close, family
 
 ROWS, LENGTH, CHUNK, CR = 2, 40, 16, 2.0
 CONFIG = changed(
@@ -28,11 +28,28 @@ step = jax.jit(cached_forward, compiler_options=tiny.QUICK)
 logits = jax.jit(unembed, compiler_options=tiny.QUICK)
 
 
+def test_sliding_layers_bound_windows_and_gates():
+  """All layers have rings of one size, the sliding layers' windows; other windows and policies are refused by name."""
+  config = OTHER_FAMILIES["gemma3"]
+  with pytest.raises(ValueError, match=r"dms\.window=7: a gemma3_text model .* over 6 tokens needs dms\.window=5"):
+    tiny.model(config, tiny.dms(window=7))
+  with pytest.raises(ValueError, match=r"dms\.gate='neuron': a gemma3_text model"):
+    tiny.model(config, tiny.dms(gate="neuron"))
+  model = tiny.model(config)
+  assert check_policy(model, None).window == 5
+  for policy in (policies.StreamingLLM(window=6), policies.TOVA(budget=9)):
+    with pytest.raises(ValueError, match=f"{type(policy).__name__}: window=.* takes DMS, Vanilla or StreamingLLM with"):
+      check_policy(model, policy)
+  with pytest.raises(ValueError, match="every layer slides"):
+    family("gemma3_text", sliding_window=6, sliding_layers=(True, True))
+
+
 @pytest.mark.parametrize("name", [name for name in OTHER_FAMILIES if name != "phi3"])  # its layers are Llama's
 def test_retrofit_reaches_its_ratio(name):
   """By gates and low-rank updates; the trained model then reads a text in chunks and steps as it does at once."""
-  base, tokens = tiny.model(OTHER_FAMILIES[name]), tiny.tokens(OTHER_FAMILIES[name], ROWS, LENGTH)
-  student, teacher, trained = prepare(base, tiny.dms(), LoRAConfig(rank=2), CONFIG)
+  config = OTHER_FAMILIES[name]
+  base, tokens = tiny.model(config), tiny.tokens(config, ROWS, LENGTH)
+  student, teacher, trained = prepare(base, tiny.dms(window=config.ring_window or 5), LoRAConfig(rank=2), CONFIG)
   state, batch = init_state(CONFIG, trained), Batch(tokens)
   with jax.numpy_dtype_promotion("standard"):  # optax
     for _ in range(CONFIG.schedule.steps):
@@ -51,3 +68,8 @@ def test_retrofit_reaches_its_ratio(name):
     part = tokens[:, now], jnp.full(ROWS, width, jnp.int32), decisions[..., now]
     out, cache = step(model, policy, cache, *part)
     close(logits(model, out.hidden), expected[:, now])
+  for layer in np.flatnonzero(config.sliding_layers):  # exactly their windows, and the metrics count them
+    assert (out.seen.live[layer] == config.sliding_window).all() and (
+      out.seen.reads[layer] == config.sliding_window
+    ).all()
+    assert (cache.live()[layer] == config.sliding_window).all()

@@ -430,6 +430,7 @@ ELSEWHERE = {
   "elastic_slope": "tests/retrofit/test_elastic.py",
   "elastic_pivot": "tests/retrofit/test_elastic.py",
   "norms": "tests/parity/test_families.py",  # another parameter table
+  "norm_plus_one": "tests/parity/test_families.py",  # and other initial weights
 }
 CHANGES = {
   "family": None,  # a name: qkv_bias and qk_norm are what differ (tests/test_params.py: names)
@@ -440,7 +441,8 @@ CHANGES = {
   "granularity": "layer", "eviction": "immediate", "rank": 3, "targets": ("q_proj",), "lora.scale": 0.5,
   "rope_fraction": 0.5, "rope_layers": (True, False), "qk_norm_over": "all", "embed_scale": 3.0, "residual_scale": 0.5,
   "attention_scale": 0.1, "logit_divisor": 2.0, "kind": "linear", "beta_fast": 8.0, "beta_slow": 0.5,
-  "attention_factor": 1.5, "truncate": False,
+  "attention_factor": 1.5, "truncate": False, "activation": "gelu_tanh", "sliding_window": 4,
+  "sliding_layers": (False, True), "local_rope_theta": 10.0, "attention_softcap": 1.0, "logit_softcap": 1.0,
 }  # fmt: skip
 
 
@@ -465,15 +467,18 @@ def test_no_dead_field(kind, field):
   results = []
   for changed in (False, True):
     parts = dict(configs)
+    if field in ("beta_fast", "beta_slow", "truncate"):
+      parts[kind] = dataclasses.replace(parts[kind], kind="yarn", original_max_position_embeddings=500)
+    if field == "qk_norm_over":
+      parts[kind] = dataclasses.replace(parts[kind], qk_norm=True)
+    if field in ("sliding_window", "sliding_layers", "local_rope_theta"):
+      parts[kind] = dataclasses.replace(parts[kind], sliding_window=6, sliding_layers=(True, False))
     if changed:
       extra = {"num_heads": 8} if field == "num_kv_heads" else {}
       parts[kind] = dataclasses.replace(parts[kind], **{field: value}, **extra)
     elif field == "num_kv_heads":
       parts[kind] = dataclasses.replace(parts[kind], num_heads=8)
-    if field in ("beta_fast", "beta_slow", "truncate"):
-      parts[kind] = dataclasses.replace(parts[kind], kind="yarn", original_max_position_embeddings=500)
-    if field == "qk_norm_over":
-      parts[kind] = dataclasses.replace(parts[kind], qk_norm=True)
+    parts["dms"] = dataclasses.replace(parts["dms"], window=parts["model"].ring_window or parts["dms"].window)
     cfg = dataclasses.replace(parts["model"], rope_scaling=parts["rope"]) if kind == "rope" else parts["model"]
     model = tiny.model(cfg, parts["dms"], parts["lora"] if kind == "lora" else None)
     hidden, _ = whole(model, jnp.arange(30)[None] % 97, eviction=Eviction(threshold=0.0))

@@ -9,14 +9,15 @@ from dms_jax.cache.base import Plan as Plan
 from dms_jax.cache.contiguous import ContiguousCache as ContiguousCache
 from dms_jax.cache.masked import MaskedCache as MaskedCache
 from dms_jax.cache.paged import PagedCache as PagedCache
+from dms_jax.config import ModelConfig
 from dms_jax.policies import Policy
 
 KINDS = {"masked": MaskedCache, "contiguous": ContiguousCache, "paged": PagedCache}
 
 
-def default_kind(policy: Policy) -> str:
+def default_kind(policy: Policy, config: ModelConfig) -> str:
   """The default kind of cache: "paged" if heads may hold different numbers of tokens, else "contiguous"."""
-  return "paged" if policy.data_dependent else "contiguous"
+  return "paged" if policy.data_dependent or config.sliding_layers else "contiguous"
 
 
 def for_model(
@@ -37,7 +38,7 @@ def for_model(
   Raises:
     ValueError: `kind` is unknown, or `PagedCache.create` refuses an option.
   """
-  kind, lag = kind or default_kind(policy), model.lag(policy.window)
+  kind, lag = kind or default_kind(policy, model.config), model.lag(policy.window)
   sizes = dict(batch=batch, capacity=capacity, longest=longest)
   return create(kind, model.config, lag=lag, policy=policy, dtype=model.dtype, **sizes, **options)
 

@@ -23,6 +23,8 @@ class Family:
     read: further fields of `ModelConfig`, from config.json.
     write: further keys of config.json, from the `ModelConfig`; the inverse of `read`.
     partial_rope: whether its class in transformers may turn a part of the channels (`partial_rotary_factor`).
+    slides: whether its class in transformers has layers with sliding windows that are supported here.
+    activation_key: config.json's key for the MLP's activation.
     rope_types: values of `rope_type` that its class in transformers knows.
     names: Hugging Face's tensor names that differ from Llama's, by path in the parameter table. Parameters of the same
       name are consecutive rows of one tensor, in the order of the table.
@@ -41,6 +43,8 @@ class Family:
   read: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: {}
   write: Callable[[ModelConfig], dict[str, Any]] = lambda config: {}
   partial_rope: bool = False
+  slides: bool = False
+  activation_key: str = "hidden_act"
   rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
   names: dict[str, str] = dataclasses.field(default_factory=dict)
   gguf: dict[str, str] | None = dataclasses.field(default_factory=dict)

@@ -19,6 +19,7 @@ _SIZES = {
   "num_attention_heads": "num_heads", "num_key_value_heads": "num_kv_heads", "head_dim": "head_dim",
   "vocab_size": "vocab_size", "max_position_embeddings": "max_position_embeddings",
 }  # fmt: skip
+_ACTIVATIONS = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh",)}  # our name and theirs
 # Settings of each `rope_type`: names of fields of `RopeScaling`, which are config.json's, too.
 _LENGTH = "original_max_position_embeddings"
 _SCALINGS = {
@@ -90,7 +91,7 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict:
     },
     "rms_norm_eps": c.rms_norm_eps,
     "tie_word_embeddings": c.tie_embeddings,
-    "hidden_act": "silu",
+    family.activation_key: _ACTIVATIONS[c.activation][0],
     "attention_dropout": 0.0,
     "bos_token_id": None,
     "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
@@ -121,7 +122,7 @@ def _wrong_types(values: dict) -> list[str]:
   for name in ("rope_parameters", "rope_scaling"):
     if not isinstance(values.get(name), dict | None):
       problems.append(f"{name} should be an object, found {shown(values[name])}")
-  for name in ("sliding_window", "max_window_layers"):
+  for name in ("sliding_window", "max_window_layers", "sliding_window_pattern"):
     if not (values.get(name) is None or is_number(values[name], int)):
       problems.append(f"{name} should be a whole number, found {shown(values[name])}")
   return problems
@@ -134,7 +135,8 @@ def _unsupported(values: dict, family: base.Family | None) -> list[str]:
   experts = given("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
   if not experts and ("moe" in str(name).lower() or name == "mixtral"):
     experts = [f"model_type {shown(name)}"]
-  sliding = [f"sliding_window={values.get('sliding_window')}"] if _slides(values) else []
+  slides = _slides(values) and not (family and family.slides)
+  sliding = [f"sliding_window={values.get('sliding_window')}"] if slides else []
   reasons = base.refusals(experts, given("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim"), sliding)
   if family is None:
     reasons.append(f"model_type {shown(name)}; supported are {', '.join(base.FAMILIES)}")
@@ -149,8 +151,9 @@ def _unsupported(values: dict, family: base.Family | None) -> list[str]:
     reasons.append("attention_bias=true")
   if values.get("mlp_bias"):
     reasons.append("mlp_bias=true")
-  if (activation := values.get("hidden_act", "silu")) not in ("silu", "swish"):
-    reasons.append(f"hidden_act={shown(activation)}; supported is 'silu'")
+  key, known = (family.activation_key, family.fixed.get("activation", "silu")) if family else ("hidden_act", "silu")
+  if (activation := values.get(key, _ACTIVATIONS[known][0])) not in _ACTIVATIONS[known]:
+    reasons.append(f"{key}={shown(activation)}; supported is {_ACTIVATIONS[known][0]!r}")
   if values.get("quantization_config"):
     method = values["quantization_config"]
     method = method.get("quant_method") if isinstance(method, dict) else method

@@ -153,7 +153,7 @@ def generate(
   criteria = stop_criteria(model, tokenizer, strings, eos)
   past = conversation_of(continue_from)
   policy = check_policy(model, past.policy if policy is None and past is not None else policy)
-  cache = cache or caches.default_kind(policy)
+  cache = cache or caches.default_kind(policy, model.config)
   ids = prompt_ids(model, prompts, mask, tokenizer, None if past is None else np.asarray(past.pending))
   batch = len(ids)
   if past is None:
@@ -245,7 +245,7 @@ def _start(model, policy, kind, capacity, past, batch, most, chunk) -> Cache:
     copy = jax.tree.map(jnp.copy, past.cache)
     return copy if capacity is None else copy.with_capacity(capacity, longest)
   if capacity is None:  # start with half of `most`; with an eighth in pages, which grow with less waste
-    small = policy.data_dependent and kind != "masked"
+    small = (policy.data_dependent or model.config.sliding_layers) and kind != "masked"
     start = chunk + most // 8 if kind == "paged" else max(chunk, most // 2)
     capacity = rounded(min(policy.window + 1 + start, most) if small else most)
   store = caches.for_model(model, policy, batch=batch, capacity=capacity, kind=kind, longest=longest)

@@ -55,4 +55,5 @@ def text_loss(
   return losses.vocabulary_loss(
     kind, head_inputs(student, hidden), output_head(student), counted, **against,
     chunk=config.memory.loss_chunk, vocab_chunk=config.memory.vocab_chunk, train_head=config.trainable == "all",
+    softcap=c.logit_softcap,
   )  # fmt: skip

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dms_jax.layers import linear
 from dms_jax.metrics import kl_divergence as kl_divergence
 from dms_jax.sharding import row_and_head_axes
+from pallas_kernels.common.xla_dot import soft_capped
 
 Loss = Literal["reverse_kl", "forward_kl", "lm"]
 LOWEST = -1e30  # the initial running maximum; finite, so that differences of maxima are finite
@@ -39,6 +40,7 @@ def vocabulary_loss(
   chunk: int = 4096,
   vocab_chunk: int = 8192,
   train_head: bool = True,
+  softcap: float | None = None,
 ) -> Float[Array, ""]:
   """Mean loss in nats over the positions of `mask`: divergence from the teacher, or -log p(target) for "lm".
 
@@ -52,11 +54,12 @@ def vocabulary_loss(
     targets: the next tokens, for "lm".
     chunk, vocab_chunk: positions and tokens of the vocabulary at a time.
     train_head: whether the student's head gets a gradient; False saves its cost.
+    softcap: `ModelConfig.logit_softcap`, of both models.
   """
   weights = mask.astype(jnp.float32)
   weights = weights / jnp.maximum(weights.sum(), 1.0)
   constants = lax.stop_gradient((teacher, teacher_head, targets, weights))
-  return _chunked(kind, chunk, vocab_chunk, train_head, student, student_head, constants)
+  return _chunked(kind, chunk, vocab_chunk, train_head, softcap, student, student_head, constants)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +113,9 @@ def _vocabulary(size: int, chunk: int) -> tuple[int, int]:
   return count, min(size, -(-width // 128) * 128)
 
 
-def _logits(index: Array, width: int, *pairs: tuple[Array, Array]) -> tuple[Array, Array, list[Array]]:
+def _logits(
+  index: Array, width: int, softcap: float | None, *pairs: tuple[Array, Array]
+) -> tuple[Array, Array, list[Array]]:
   """Chunk `index` of the vocabulary for C positions.
 
   Returns:
@@ -121,7 +126,8 @@ def _logits(index: Array, width: int, *pairs: tuple[Array, Array]) -> tuple[Arra
   start = jnp.minimum(index * width, size - width)
   new = start + jnp.arange(width) >= index * width  # others were in the chunk before
   cut = [lax.dynamic_slice_in_dim(head, start, width) for _, head in pairs]
-  return start, new, [linear(x, head, out_dtype=jnp.float32) for (x, _), head in zip(pairs, cut, strict=True)]
+  logits = [linear(x, head, out_dtype=jnp.float32) for (x, _), head in zip(pairs, cut, strict=True)]
+  return start, new, [soft_capped(y, softcap) for y in logits]
 
 
 def _pairs(kind: Loss, x, head, constants) -> list[tuple[Array, Array]]:
@@ -132,7 +138,9 @@ def _pairs(kind: Loss, x, head, constants) -> list[tuple[Array, Array]]:
   return [(x, head), (teacher, teacher_head)][:: 1 if kind == "reverse_kl" else -1]
 
 
-def _statistics(split: _Split, kind: Loss, vocab_chunk: int, x, head, constants) -> tuple[Array, list[Array]]:
+def _statistics(
+  split: _Split, kind: Loss, vocab_chunk: int, softcap: float | None, x, head, constants
+) -> tuple[Array, list[Array]]:
   """Losses of C positions, and the log-sum-exp [C] of each pair's logits, in one pass over the vocabulary.
 
   A divergence is accumulated relative to the running maxima m of the two models' logits, so that no large terms cancel:
@@ -149,7 +157,7 @@ def _statistics(split: _Split, kind: Loss, vocab_chunk: int, x, head, constants)
 
   def step(carry, index):
     tops, sums, u = carry
-    start, new, logits = _logits(index, width, *pairs)
+    start, new, logits = _logits(index, width, softcap, *pairs)
     logits = [jnp.where(new, y, -jnp.inf) for y in logits]
     higher = [jnp.maximum(m, y.max(axis=1)) for m, y in zip(tops, logits, strict=True)]
     centred = [y - m[:, None] for y, m in zip(logits, higher, strict=True)]
@@ -176,19 +184,23 @@ def _statistics(split: _Split, kind: Loss, vocab_chunk: int, x, head, constants)
   return losses, [m + z for m, z in zip(tops, logs, strict=True)]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _chunked(kind: Loss, chunk: int, vocab_chunk: int, train_head: bool, x, head, constants) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
+def _chunked(
+  kind: Loss, chunk: int, vocab_chunk: int, train_head: bool, softcap: float | None, x, head, constants
+) -> Array:
   """Weighted sum of losses; x [B, T, D]; constants: teacher [B, T, D] or None, its head, targets and weights [B, T]."""
-  return _forward(kind, chunk, vocab_chunk, train_head, x, head, constants)[0]
+  return _forward(kind, chunk, vocab_chunk, train_head, softcap, x, head, constants)[0]
 
 
-def _forward(kind: Loss, chunk: int, vocab_chunk: int, train_head: bool, x, head, constants) -> tuple[Array, Any]:
+def _forward(
+  kind: Loss, chunk: int, vocab_chunk: int, train_head: bool, softcap: float | None, x, head, constants
+) -> tuple[Array, Any]:
   def shard(split, x, head, constants):
     teacher, teacher_head, targets, weights = constants
 
     def part(total, xs):
       x, teacher, targets, weights = xs
-      losses, logs = _statistics(split, kind, vocab_chunk, x, head, (teacher, teacher_head, targets))
+      losses, logs = _statistics(split, kind, vocab_chunk, softcap, x, head, (teacher, teacher_head, targets))
       return total + jnp.sum(weights * losses), (losses, logs)
 
     total, statistics = lax.scan(part, jnp.float32(0), tuple(_in_chunks(chunk, x, teacher, targets, weights)))
@@ -198,7 +210,9 @@ def _forward(kind: Loss, chunk: int, vocab_chunk: int, train_head: bool, x, head
   return total, (x, head, constants, statistics)
 
 
-def _backward(kind: Loss, chunk: int, vocab_chunk: int, train_head: bool, saved, cotangent) -> tuple:
+def _backward(
+  kind: Loss, chunk: int, vocab_chunk: int, train_head: bool, softcap: float | None, saved, cotangent
+) -> tuple:
   x, head, constants, statistics = saved
 
   def scattered(split: _Split) -> str | tuple[str, ...] | None:
@@ -217,7 +231,7 @@ def _backward(kind: Loss, chunk: int, vocab_chunk: int, train_head: bool, saved,
 
       def step(carry, index):
         x_grad, head_grad = carry
-        start, new, logits = _logits(index, width, *pairs)
+        start, new, logits = _logits(index, width, softcap, *pairs)
         logp = [y - z[:, None] for y, z in zip(logits, logs, strict=True)]
         if kind == "lm":
           here = first + start + jnp.arange(width) == targets[:, None]
@@ -226,6 +240,8 @@ def _backward(kind: Loss, chunk: int, vocab_chunk: int, train_head: bool, saved,
           g = jnp.exp(logp[0]) * (logp[0] - logp[1] - losses[:, None])
         else:
           g = jnp.exp(logp[1]) - jnp.exp(logp[0])
+        if softcap is not None:  # the slope of the cap, at the student's logits
+          g = g * (1 - jnp.square(logits[1 if kind == "forward_kl" else 0] / softcap))
         # Rounded like the activations that it multiplies: a float32 product would be many times slower on a GPU or TPU.
         g = jnp.where(new, g * (cotangent * weights)[:, None], 0.0).astype(x.dtype)
         rows = lax.dynamic_slice_in_dim(head, start, width)

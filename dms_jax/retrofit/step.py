@@ -6,6 +6,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
@@ -130,7 +131,9 @@ def loss_fn(
     eviction = None if fading else Eviction(threshold, noise, config.loss.tau)
     hidden, z = run(student, batch, config, eviction=eviction, neuron_kept=neuron_kept)
   distance = text_loss(config.loss.kind, hidden, student, teacher, batch, config)
-  fraction = losses.evicted_fraction(z, real)
+  slides = np.asarray(student.config.sliding_layers, bool)
+  gated = z[np.flatnonzero(~slides)] if slides.size else z  # the gates of sliding layers decide nothing
+  fraction = losses.evicted_fraction(gated, real)
   compression = jnp.float32(0.0)
   if not fading:
     target = losses.held_target(cr, real, student.dms.window) if config.loss.counts == "held" else None
@@ -140,19 +143,33 @@ def loss_fn(
     "compression_loss": compression,
     "evicted_fraction": fraction.mean(),
     "kept_target": jnp.mean(1.0 / cr),
-    **_compression_metrics(student.dms, z if fading else z * config.loss.tau - noise, real),
+    **_compression_metrics(student.dms, z if fading else z * config.loss.tau - noise, real, slides),
   }
 
 
-def _compression_metrics(dms: DMSConfig, logits: Float[Array, "L B K T"], real: Bool[Array, "B T"]) -> dict[str, Array]:
-  """Metrics of hard decisions without noise: gate rate, overall and by head, and share of tokens held at the end."""
+def _compression_metrics(
+  dms: DMSConfig, logits: Float[Array, "L B K T"], real: Bool[Array, "B T"], slides: np.ndarray = np.zeros(0, bool)
+) -> dict[str, Array]:
+  """Metrics of hard decisions without noise: gate rate, overall and by head, and share of tokens held at the end.
+
+  Args:
+    slides: which layers slide; empty for none. They count among those that hold tokens, not among those with gates.
+  """
   if dms.granularity == "layer":
     logits = jnp.broadcast_to(logits[:, :, :1], logits.shape)
   evicted = masks.about_key(logits > 0, dms.lag(), False) & real[None, :, None]
   tokens = real.sum(axis=1, dtype=jnp.int32)
-  held = masks.held_tokens(evicted, dms.window, tokens[:, None])
+  if slides.size:
+    held = masks.held_tokens(evicted | slides[:, None, None, None], dms.window, tokens[:, None])
+    evicted = evicted & ~slides[:, None, None, None]
+  else:
+    held = masks.held_tokens(evicted, dms.window, tokens[:, None])
   rates = jnp.mean(evicted.astype(jnp.float32), axis=(1, 3))
-  return {"gate_rate": rates.mean(), "gate_rates": rates, "held_share": held_share(held, jnp.maximum(tokens, 1))}
+  return {
+    "gate_rate": rates[np.flatnonzero(~slides)].mean() if slides.size else rates.mean(),
+    "gate_rates": rates,
+    "held_share": held_share(held, jnp.maximum(tokens, 1)),
+  }
 
 
 def lm_loss(student: Model, batch: Batch, config: RetrofitConfig) -> tuple[Float[Array, ""], dict[str, Array]]:

@@ -68,6 +68,12 @@ def supports_head_size(size: int) -> None:
     raise NotImplementedError(f"head size {size}: only 64 and 128")
 
 
+def supports_no_softcap(softcap: float | None) -> None:
+  """Raises NotImplementedError for scores that are capped."""
+  if softcap is not None:
+    raise NotImplementedError(f"soft-capping of scores at {softcap:g}")
+
+
 def check(condition: bool, message: str) -> None:
   """Raises ValueError(message) unless `condition`; for static shape checks."""
   if not condition:

@@ -1,4 +1,4 @@
-"""The matrix product of the XLA implementations."""
+"""The matrix product and the soft-capping of the XLA implementations."""
 
 from __future__ import annotations
 
@@ -17,3 +17,8 @@ def einsum(subscripts: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> A
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
   precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
   return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32, precision=precision)
+
+
+def soft_capped(scores, softcap: float | None):
+  """Scores within -softcap .. softcap: softcap tanh(scores / softcap); None leaves them."""
+  return scores if softcap is None else softcap * jnp.tanh(scores / softcap)

@@ -22,6 +22,7 @@ def decode_attention(
   pages: Pages | None = None,
   lse: bool = False,
   mass: bool = False,
+  softcap: float | None = None,
   implementation: str | Sequence[str] | None = None,
 ) -> Float[Array, "B N H"] | tuple:
   """Attention of one query per row over the live slots of each KV head of one layer, in one softmax.
@@ -37,6 +38,7 @@ def decode_attention(
     lse: also return the logarithm of each query's sum of exponentials, float32 [B, N], -inf if nothing is live.
     mass: also return the attention probability of each slot, summed over the query heads of its group: the pair
       (float32 [B, K, S], float32 [B, K, M * page]) for `kv` and `pages`, None for a missing source, 0 for dead slots.
+    softcap: scores s, before any mask or bias, become softcap tanh(s / softcap) (Gemma 2); None leaves them.
     implementation: None for the first able one, else a name or names in order.
 
   Returns:
@@ -58,7 +60,7 @@ def decode_attention(
   if pages is not None:
     check_pages(pages, b, n, h, None if kv is None else kv.shape)
   return dispatch.call(
-    "decode", IMPLEMENTATIONS, implementation, q, kv, layer, lengths, pages=pages, lse=lse, mass=mass
+    "decode", IMPLEMENTATIONS, implementation, q, kv, layer, lengths, pages=pages, lse=lse, mass=mass, softcap=softcap
   )
 
 

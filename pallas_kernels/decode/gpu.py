@@ -36,7 +36,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.common import compat, tuned, warpgroup
+from pallas_kernels.common import compat, dispatch, tuned, warpgroup
 from pallas_kernels.common.compat import plgpu
 from pallas_kernels.common.softmax import LOG2E, LOWEST
 from pallas_kernels.decode.gpu_common import Blocks, Tile, Variant, chunks_of, find, merge
@@ -91,7 +91,9 @@ def processors() -> int:
   return int(getattr(jax.devices()[0], "core_count", 132))
 
 
-def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, mass: bool = False, blocks=None):
+def decode_attention(
+  q, kv, layer, lengths, *, pages=None, lse: bool = False, mass: bool = False, softcap=None, blocks=None
+):
   """See `api.decode_attention`; bfloat16 or float16, head size 64 or 128, groups up to 8.
 
   The slots of `kv` must be a multiple of 8, since a copy by TMA begins at a tile of 8 rows. Pages must divide a block
@@ -99,9 +101,10 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
   More than `MOST_PAIRS` pairs of row and KV head take several calls of the kernel, each with some of the rows.
 
   Raises:
-    NotImplementedError: another device, dtype or shape.
+    NotImplementedError: another device, dtype or shape; scores that are capped.
   """
   compat.require_hopper()
+  dispatch.supports_no_softcap(softcap)
   b, n, h = q.shape
   layers, _, k = (kv if kv is not None else pages.table).shape[:3]
   group = n // k

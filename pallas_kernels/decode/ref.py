@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 
-def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, mass: bool = False):
+def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, mass: bool = False, softcap=None):
   """softmax(q k^T / sqrt(H)) v over the live slots of each (row, KV head): a prefix of kv, then the archive in pages.
 
   Args: q [B, N, H], kv [L, B, K, S, 2H] or None, layer int, lengths [B, K] or None, pages a `Pages` or None. All in
@@ -31,6 +31,7 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
       if not len(slots):
         continue
       scores = slots[:, :h] @ q[row, head] / np.sqrt(h)
+      scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
       weights = np.exp(scores - scores.max())
       out[row, head] = weights @ slots[:, h:] / weights.sum()
       logs[row, head] = scores.max() + np.log(weights.sum())

@@ -31,7 +31,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.common import compat_tpu
+from pallas_kernels.common import compat_tpu, dispatch
 from pallas_kernels.common.softmax import LOG2E, LOWEST
 from pallas_kernels.decode.mass import slot_mass
 
@@ -75,7 +75,9 @@ def default_blocks(head_dim: int, dtype, workers: int) -> Blocks:
   return Blocks(block, 8, 0 if workers == 1 else 2048 // block, workers)
 
 
-def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, mass: bool = False, blocks=None):
+def decode_attention(
+  q, kv, layer, lengths, *, pages=None, lse: bool = False, mass: bool = False, softcap=None, blocks=None
+):
   """See `api.decode_attention`; bfloat16 or float32, head size 64 or 128, groups up to 8.
 
   The slots of `kv` should be a multiple of the rows of a tile (bfloat16 16, float32 8), and must be if they are more
@@ -86,9 +88,10 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
     blocks: `Blocks`, by default `default_blocks`.
 
   Raises:
-    NotImplementedError: another device, dtype or shape.
+    NotImplementedError: another device, dtype or shape; scores that are capped.
   """
   compat_tpu.require_tpu()
+  dispatch.supports_no_softcap(softcap)
   b, n, h = q.shape
   k = (kv if kv is not None else pages.table).shape[2]
   group, pairs, rows = n // k, b * k, compat_tpu.tile(q.dtype)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.common.platform import platform
-from pallas_kernels.common.xla_dot import einsum
+from pallas_kernels.common.xla_dot import einsum, soft_capped
 from pallas_kernels.paged.format import PageFormat, format_of
 
 # Slots read at a time. A block is the only copy made of the cache, so it bounds the temporaries.
@@ -97,7 +97,7 @@ def paged(pages, layer) -> Source:
   return Source(pages.format, blocks, read, put, most * page, -(-most // several) * block)
 
 
-def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, mass: bool = False):
+def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, mass: bool = False, softcap=None):
   """See `api.decode_attention`. A block past a row's prefix changes nothing, not even a bit, in that row."""
   b, n, h = q.shape
   of_kv = None if kv is None else contiguous(kv, layer, lengths)
@@ -126,6 +126,7 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
     scores = product("bkgh,bksh->bkgs", queries, keys) * h**-0.5
     if scales is not None:
       scores = scores * scales[:, :, None, :, 0]
+    scores = soft_capped(scores, softcap)
     scores = jnp.where(live[:, :, None], scores, -jnp.inf)
     return scores, values, None if scales is None else scales[:, :, None, :, 1]
 

@@ -22,6 +22,7 @@ def prefill_attention(
   *,
   lse: bool = False,
   query_weights: Float[Array, "B T"] | None = None,
+  softcap: float | None = None,
   implementation: str | Sequence[str] | None = None,
 ) -> Float[Array, "B T N H"] | tuple:
   """Attention in which key j is visible to query i iff `k_first[j] <= q_pos[i] <= k_last[j]`.
@@ -37,6 +38,7 @@ def prefill_attention(
     query_weights: float32; also return the mass of each key, float32 [B, K, S]: the attention probability that it gets
       from the G query heads of its KV head, summed over queries, each times its weight. Keys that no query sees have 0.
       Queries of weight 0 cost little.
+    softcap: scores s, before any mask or bias, become softcap tanh(s / softcap) (Gemma 2); None leaves them.
 
   Returns:
     out in q's dtype, or the tuple (out, log-sum-exp if asked for, mass if asked for).
@@ -54,5 +56,8 @@ def prefill_attention(
   dispatch.check(k_first.shape == k_last.shape == (b, k, s), f"{found}: not [B,K,S]")
   if query_weights is not None:
     dispatch.check(query_weights.shape == (b, t), f"query_weights {query_weights.shape} must be [B, T] = {(b, t)}")
-  args, options = (q, keys, values, q_pos, k_first, k_last), {"lse": lse, "query_weights": query_weights}
+  args, options = (
+    (q, keys, values, q_pos, k_first, k_last),
+    {"lse": lse, "query_weights": query_weights, "softcap": softcap},
+  )
   return dispatch.call("prefill", IMPLEMENTATIONS, implementation, *args, **options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 
-def prefill_attention(q, keys, values, q_pos, k_first, k_last, *, lse: bool = False, query_weights=None):
+def prefill_attention(q, keys, values, q_pos, k_first, k_last, *, lse: bool = False, query_weights=None, softcap=None):
   """Key j is visible to query i iff k_first[j] <= q_pos[i] <= k_last[j]; a query that sees nothing gives zeros.
 
   Args: q [B, T, N, H], keys and values [B, K, S, H], q_pos [B, T], k_first and k_last [B, K, S], query_weights [B, T]
@@ -23,6 +23,7 @@ def prefill_attention(q, keys, values, q_pos, k_first, k_last, *, lse: bool = Fa
         if not seen.any():
           continue
         scores = np.asarray(keys[row, kv], np.float64)[seen] @ q[row, i, head] / np.sqrt(h)
+        scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
         weights = np.exp(scores - scores.max())
         out[row, i, head] = weights @ np.asarray(values[row, kv], np.float64)[seen] / weights.sum()
         logs[row, i, head] = scores.max() + np.log(weights.sum())

@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.common.xla_dot import einsum
+from pallas_kernels.common.xla_dot import einsum, soft_capped
 
 # At most this many queries and keys have their scores in memory at once.
 BLOCK, KEYS = 256, 256
 WEIGHTED = 64  # queries at a time in the second pass: fewer, since often only a few last ones have a weight
 
 
-def prefill_attention(q, keys, values, q_pos, k_first, k_last, *, lse: bool = False, query_weights=None):
+def prefill_attention(q, keys, values, q_pos, k_first, k_last, *, lse: bool = False, query_weights=None, softcap=None):
   """See `api.prefill_attention`. Invisible keys at the end change nothing, not even a bit, and cost next to nothing.
 
   The mass takes a second pass over the keys, by blocks of queries that have a weight.
@@ -37,6 +37,7 @@ def prefill_attention(q, keys, values, q_pos, k_first, k_last, *, lse: bool = Fa
     first = jnp.where(start + jnp.arange(width) >= i * width, first, jnp.iinfo(jnp.int32).max)
     rows, pb = qb.shape[3], pb[:, None, :, None]
     scores = einsum("bkmh,bksh->bkms", qb.reshape(b, k, g * rows, h), kb) * h**-0.5
+    scores = soft_capped(scores, softcap)
     visible = ((first[:, :, None] <= pb) & (pb <= last[:, :, None]))[:, :, None]
     return jnp.where(visible, scores.reshape(b, k, g, rows, width), -jnp.inf), first, last
 

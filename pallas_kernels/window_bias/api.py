@@ -25,6 +25,7 @@ def window_bias_attention(
   window: int,
   segment_ids: Int[Array, "B T"] | None = None,
   *,
+  softcap: float | None = None,
   implementation: str | Sequence[str] | None = None,
 ) -> Float[Array, "B T N H"]:
   """Causal attention; `bias[b, k, j]` is added to the scores of key j for queries i with i - j > window.
@@ -36,6 +37,7 @@ def window_bias_attention(
     bias: float32, -inf allowed; None adds nothing.
     window: W in tokens, inclusive: a key W back is still free of bias.
     segment_ids: tokens of different ids never see each other; ids must be contiguous runs.
+    softcap: scores s, before any mask or bias, become softcap tanh(s / softcap) (Gemma 2); None leaves them.
 
   Raises:
     ValueError: shapes that do not fit, or an unknown implementation.
@@ -46,4 +48,6 @@ def window_bias_attention(
   dispatch.check(n % heads == 0, f"N={n} query heads are not a multiple of K={heads} KV heads")
   dispatch.check(bias is None or bias.shape == (b, heads, t), f"bias {getattr(bias, 'shape', None)}: not [B, K, T]")
   dispatch.check(segment_ids is None or segment_ids.shape == (b, t), "segment_ids must be [B, T]")
-  return dispatch.call("window_bias", IMPLEMENTATIONS, implementation, q, k, v, bias, window, segment_ids)
+  return dispatch.call(
+    "window_bias", IMPLEMENTATIONS, implementation, q, k, v, bias, window, segment_ids, softcap=softcap
+  )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 
-def window_bias_attention(q, k, v, bias, window, segment_ids) -> np.ndarray:
+def window_bias_attention(q, k, v, bias, window, segment_ids, softcap=None) -> np.ndarray:
   """softmax(q k^T / sqrt(H) + bias[j] where i - j > window), causal and within a segment, times v.
 
   Args: q [B, T, N, H], k and v [B, T, K, H], bias [B, K, T] or None, segment_ids [B, T] or None. Returns float64.
@@ -22,6 +22,7 @@ def window_bias_attention(q, k, v, bias, window, segment_ids) -> np.ndarray:
       visible = visible & (ids[:, None] == ids[None])
     for head in range(n):
       scores = q[row, :, head] @ k[row, :, head // group].T / np.sqrt(h)
+      scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
       if bias is not None:
         scores = scores + np.where(i - j > window, np.asarray(bias[row, head // group], np.float64)[None], 0.0)
       scores = np.where(visible, scores, -np.inf)

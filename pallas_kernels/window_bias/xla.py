@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common.xla_dot import einsum
+from pallas_kernels.common.xla_dot import einsum, soft_capped
 from pallas_kernels.window_bias.common import padded, saved
 
 # Queries whose scores are in memory at once, and the number of unrolled stages. Within a stage every block reads the
@@ -16,7 +16,7 @@ BLOCK = 512
 STAGES = 8
 
 
-def window_bias_attention(q, k, v, bias, window, segment_ids):
+def window_bias_attention(q, k, v, bias, window, segment_ids, softcap=None):
   """See `api.window_bias_attention`."""
   b, t, n, h = q.shape
   heads = k.shape[2]
@@ -32,6 +32,7 @@ def window_bias_attention(q, k, v, bias, window, segment_ids):
   def one(qb, number, end):
     """Queries of block `number` against keys 0 .. end-1."""
     scores = einsum("btkgh,bskh->bkgts", qb, k[:, :end]) * h**-0.5
+    scores = soft_capped(scores, softcap)
     i = number * block + jnp.arange(block)[:, None]
     j = jnp.arange(end)[None]
     visible = (j <= i)[None]

@@ -17,6 +17,11 @@ from dms_jax.params import abstract_params, count_params, param_table
 LLAMA3 = RopeScaling(8.0, 1.0, 4.0, 64)
 LLAMA = tiny.config(rope_theta=500000.0, rope_scaling=LLAMA3, eos_token_ids=(3, 4))
 PARAMETERS = {
+  "gemma-2-2b": 2_614_341_888,
+  "gemma-2-9b": 9_241_705_984,
+  "gemma-2-27b": 27_227_128_320,
+  "gemma-3-270m": 268_098_176,
+  "gemma-3-1b": 999_885_952,
   "granite-3.3-2b": 2_533_539_840,
   "granite-3.3-8b": 8_170_864_640,
   "mistral-7b-v0.3": 7_248_023_552,
@@ -156,8 +161,9 @@ def test_end_tokens():
 
 
 REFUSED = {
-  "falcon": (dict(model_type="falcon"), ["model_type 'falcon'; supported are granite, llama, mistral"]),
+  "falcon": (dict(model_type="falcon"), ["model_type 'falcon'; supported are gemma3_text, gemma2"]),
   "mistral 0.1": (dict(model_type="mistral", sliding_window=1024), ["sliding window attention (sliding_window=1024)"]),
+  "gemma 3 of images": (dict(model_type="gemma3"), ["model_type 'gemma3'"]),
   "phi-3 of 128K": (dict(model_type="phi3", rope_scaling={"type": "longrope"}), ["RoPE scaling of type 'longrope'"]),
   "nothing": (dict(model_type=None), ["model_type None"]),
   "sliding": (dict(sliding_window=1024), ["sliding window attention (sliding_window=1024)"]),

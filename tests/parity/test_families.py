@@ -109,13 +109,19 @@ def test_modules(pair, torch):
     close(v, theirs[2])
 
 
+def first_layers(config, count):
+  by_layer = {name: getattr(config, name)[:count] for name in ("rope_layers", "sliding_layers")}
+  return dataclasses.replace(config, num_layers=count, **by_layer)
+
+
 def test_each_layer(pair, torch):
   model, hf, _, tokens = pair
   with torch.no_grad():
     states = hf.model(to_torch(tokens).long(), output_hidden_states=True).hidden_states
-  for count in range(1, model.config.num_layers):  # the last of `states` is already normed; logits compare it
+  first = 1 + next((index for index, slides in enumerate(model.config.sliding_layers) if not slides), 0)
+  for count in range(first, model.config.num_layers):  # the last of `states` is already normed; logits compare it
     part = model.replace(
-      config=dataclasses.replace(model.config, num_layers=count, rope_layers=model.config.rope_layers[:count]),
+      config=first_layers(model.config, count),
       params={**model.params, "layers": {n: w[:count] for n, w in model.params["layers"].items()}},
     )
     np.testing.assert_allclose(forward(part, tokens)[0], states[count].numpy(), atol=LOGITS)

@@ -1,0 +1,105 @@
+"""Gemma 3 without images: one layer in six sees the whole text, the others slide; norms on both sides.
+
+Left out: the models that read images (model_type "gemma3"), and attention in both directions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dms_jax.config import ModelConfig, is_number, shown
+from dms_jax.families.base import Family, register, size
+
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+PERIOD = 6  # every sixth layer sees the whole text
+
+
+def pattern(layers: int, period: int) -> tuple[bool, ...]:
+  """By layer, whether it slides: all but every `period`-th."""
+  return tuple(index % period != 0 for index in range(1, layers + 1))
+
+
+def read_layers(values: dict[str, Any], period: int) -> dict[str, Any]:
+  """Fields that Gemma's generations share, from config.json: sliding layers and the scales that its sizes give.
+
+  Args:
+    period: that of the layers where the file says nothing of it.
+
+  Raises:
+    ValueError: a value is malformed or not supported.
+  """
+  layers, kinds = values["num_hidden_layers"], values.get("layer_types")
+  every = values.get("sliding_window_pattern") or period
+  if every < 1:
+    raise ValueError(f"sliding_window_pattern={shown(every)} must be a positive number")
+  slides = tuple(kind == _SLIDING for kind in kinds) if kinds else pattern(layers, every)
+  if kinds and (other := set(kinds) - {_SLIDING, _FULL}):
+    raise ValueError(f"layer_types names {sorted(other)}; supported are {_SLIDING} and {_FULL}")
+  scalar = values.get("query_pre_attn_scalar", 256)
+  if not is_number(scalar) or scalar <= 0:
+    raise ValueError(f"query_pre_attn_scalar should be a positive number, found {shown(scalar)}")
+  if values.get("use_bidirectional_attention"):
+    raise ValueError("use_bidirectional_attention=true: not supported")
+  fields = {"embed_scale": values["hidden_size"] ** 0.5, "attention_scale": scalar**-0.5}
+  return fields | ({"sliding_window": values["sliding_window"], "sliding_layers": slides} if any(slides) else {})
+
+
+def write_layers(config: ModelConfig) -> dict[str, Any]:
+  """The inverse of `read_layers`."""
+  c = config
+  assert c.attention_scale is not None
+  return {
+    "sliding_window": c.sliding_window,
+    "layer_types": [_SLIDING if slides else _FULL for slides in c.sliding_layers or (False,) * c.num_layers],
+    "query_pre_attn_scalar": round(c.attention_scale**-2),
+  }
+
+
+def _read(values: dict[str, Any]) -> dict[str, Any]:
+  settings = (values.get("rope_parameters") or {}).get(_SLIDING) or {}
+  theta = settings.get("rope_theta") or values.get("rope_local_base_freq") or 10000.0
+  if settings.get("rope_type", "default") != "default":
+    raise ValueError(f"RoPE scaling of type {shown(settings['rope_type'])} in sliding layers: not supported")
+  if not is_number(theta):
+    raise ValueError(f"rope_local_base_freq should be a positive number, found {shown(theta)}")
+  fields = read_layers(values, PERIOD)
+  return fields | ({"local_rope_theta": float(theta)} if "sliding_layers" in fields else {})
+
+
+def _write(config: ModelConfig) -> dict[str, Any]:
+  return {**write_layers(config), "rope_local_base_freq": config.local_rope_theta or 10000.0}
+
+
+def _preset(layers: int, d_model: int, d_ff: int, heads: int, kv_heads: int) -> dict[str, Any]:
+  return size(
+    layers, d_model, d_ff, heads, kv_heads, 256, vocab_size=262144, max_position_embeddings=32768, rope_theta=1e6,
+    local_rope_theta=1e4, rms_norm_eps=1e-6, tie_embeddings=True, sliding_window=512,
+    sliding_layers=pattern(layers, PERIOD), embed_scale=d_model**0.5, attention_scale=1 / 16, eos_token_ids=(1, 106),
+  )  # fmt: skip
+
+
+GEMMA3 = register(
+  Family(
+    name="gemma3_text",
+    architecture="Gemma3ForCausalLM",
+    defaults={
+      "max_position_embeddings": 131072,
+      "vocab_size": 262208,
+      "hidden_size": 2304,
+      "num_key_value_heads": 4,
+      "head_dim": 256,
+      "rope_theta": 1e6,
+      "sliding_window": 4096,
+      "tie_word_embeddings": True,
+    },
+    own_keys={"attention_bias": False},
+    fixed={"norms": "both", "norm_plus_one": True, "activation": "gelu_tanh", "qk_norm": True},
+    read=_read,
+    write=_write,
+    slides=True,
+    activation_key="hidden_activation",
+    rope_types=("default", "linear"),
+    gguf=None,
+    presets={"gemma-3-270m": _preset(18, 640, 2048, 4, 1), "gemma-3-1b": _preset(26, 1152, 6912, 4, 1)},
+  )
+)
