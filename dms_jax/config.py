@@ -78,7 +78,7 @@ class ModelConfig:
     max_position_embeddings: tokens of the longest text.
     rope_theta: base of RoPE's frequencies.
     rope_scaling: a change of them for longer texts; None for none.
-    rope_fraction: share of a head's channels, the first ones, that RoPE turns.
+    rope_fraction: share of a head's channels, the first ones, that RoPE turns; 0 for a model without RoPE.
     rope_layers: by layer, whether it has RoPE (SmolLM3); empty for all.
     sliding_window: tokens that a sliding layer sees, the newest included; None without such layers.
     sliding_layers: by layer, whether it slides; some layer does not.
@@ -90,7 +90,12 @@ class ModelConfig:
     qk_norm_over: "head", or "all": one RMSNorm over all query heads together, and one over all key heads (OLMo-2).
     norms: whether attention and MLP are normed "before" (what they read), "after" (what they add, OLMo-2) or "both".
     norm_plus_one: a norm multiplies by 1 + its weight, in float32 (Gemma).
-    activation: of the MLP's gate.
+    layer_norm: norms are LayerNorms with biases, not RMSNorms (GPT-2).
+    activation: of the MLP, or of its gate.
+    gated_mlp: the MLP's hidden units are multiplied by a gate.
+    proj_bias: the attention's output and the MLP's projections have biases (GPT-2).
+    parallel: attention and MLP read the same residual stream (GPT-NeoX).
+    learned_positions: an embedding of each position is added to the token's (GPT-2).
     embed_scale, residual_scale: factors of the embeddings, and of what attention and MLP add (Granite).
     attention_scale: factor of attention scores; None for head_dim ** -0.5.
     logit_divisor: divides the logits (Granite).
@@ -123,7 +128,12 @@ class ModelConfig:
   qk_norm_over: Literal["head", "all"] = dataclasses.field(default="head", metadata=NO_FLAG)
   norms: Literal["before", "after", "both"] = dataclasses.field(default="before", metadata=NO_FLAG)
   norm_plus_one: bool = dataclasses.field(default=False, metadata=NO_FLAG)
-  activation: Literal["silu", "gelu_tanh"] = dataclasses.field(default="silu", metadata=NO_FLAG)
+  layer_norm: bool = dataclasses.field(default=False, metadata=NO_FLAG)
+  activation: Literal["silu", "gelu_tanh", "gelu"] = dataclasses.field(default="silu", metadata=NO_FLAG)
+  gated_mlp: bool = dataclasses.field(default=True, metadata=NO_FLAG)
+  proj_bias: bool = dataclasses.field(default=False, metadata=NO_FLAG)
+  parallel: bool = dataclasses.field(default=False, metadata=NO_FLAG)
+  learned_positions: bool = dataclasses.field(default=False, metadata=NO_FLAG)
   embed_scale: float = dataclasses.field(default=1.0, metadata=NO_FLAG)
   residual_scale: float = dataclasses.field(default=1.0, metadata=NO_FLAG)
   attention_scale: float | None = dataclasses.field(default=None, metadata=NO_FLAG)
@@ -150,7 +160,7 @@ class ModelConfig:
       raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
     if self.head_dim % 2:
       raise ValueError(f"head_dim={self.head_dim} is odd; rotary embeddings need pairs of channels")
-    if not 0 < self.rope_fraction <= 1 or self.rotated % 2 or not self.rotated:
+    if not 0 <= self.rope_fraction <= 1 or self.rotated % 2:
       raise ValueError(f"rope_fraction={self.rope_fraction}: RoPE must turn an even number of {self.head_dim} channels")
     if self.rope_layers and len(self.rope_layers) != self.num_layers:
       raise ValueError(f"rope_layers has {len(self.rope_layers)} entries for num_layers={self.num_layers}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from dms_jax.config import ModelConfig
 from dms_jax.execution import Execution
 
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}  # JAX's GELU is approximated by tanh
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu, "gelu": partial(jax.nn.gelu, approximate=False)}
 FEW_WORDS = 1024  # rows of an embedding whose gradient is a matrix product
 
 
@@ -25,8 +26,15 @@ def rms_norm(x: Float[Array, "*batch C"], weight: Float[Array, "C"], eps: float)
   return weight.astype(x.dtype) * (x32 * scale).astype(x.dtype)
 
 
-def norm(config: ModelConfig, x: Float[Array, "*batch C"], weight: Float[Array, "C"]) -> Float[Array, "*batch C"]:
-  """The model's RMSNorm."""
+def norm(
+  config: ModelConfig, x: Float[Array, "*batch C"], weight: Float[Array, "C"], bias: Float[Array, "C"] | None = None
+) -> Float[Array, "*batch C"]:
+  """The model's norm; a LayerNorm has a bias."""
+  if config.layer_norm:
+    x32 = x.astype(jnp.float32)
+    x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    y = rms_norm(x32, weight.astype(jnp.float32), config.rms_norm_eps)  # of what has no mean
+    return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
   if not config.norm_plus_one:
     return rms_norm(x, weight, config.rms_norm_eps)
   return rms_norm(x.astype(jnp.float32), 1 + weight.astype(jnp.float32), config.rms_norm_eps).astype(x.dtype)
@@ -115,7 +123,9 @@ def apply_rope(x: Float[Array, "B T heads H"], tables: tuple[Array, Array]) -> F
   Channels past the tables' stay.
   """
   cos, sin = tables
-  if (turned := 2 * cos.shape[-1]) < x.shape[-1]:
+  if (turned := 2 * cos.shape[-1]) == 0:
+    return x
+  if turned < x.shape[-1]:
     return jnp.concatenate([apply_rope(x[..., :turned], tables), x[..., turned:]], axis=-1)
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
@@ -226,10 +236,18 @@ def project(x: Array, layer: dict, name: str, num_inputs: int = 1, *, lora_scale
   return checkpoint_name(y, name)
 
 
+def biased(y: Array, layer: dict, name: str) -> Array:
+  """y plus the layer's bias `name`; y itself in a model without it."""
+  return y + layer[name].astype(y.dtype) if name in layer else y
+
+
 def mlp(
   layer: dict, x: Float[Array, "B T D"], lora_scale: float = 0.0, activation: str = "silu"
 ) -> Float[Array, "B T D"]:
-  """Gated feed-forward, SwiGLU with "silu": down(activation(gate(x)) * up(x))."""
+  """Gated feed-forward, SwiGLU with "silu": down(activation(gate(x)) * up(x)); down(activation(up(x))) without a gate."""
+  if "gate_proj" not in layer:
+    up = biased(project(x, layer, "up_proj", lora_scale=lora_scale), layer, "up_bias")
+    return biased(project(ACTIVATIONS[activation](up), layer, "down_proj", lora_scale=lora_scale), layer, "down_bias")
   gate = project(x, layer, "gate_proj", lora_scale=lora_scale)
   up = project(x, layer, "up_proj", lora_scale=lora_scale)
   return project(ACTIVATIONS[activation](gate) * up, layer, "down_proj", lora_scale=lora_scale)

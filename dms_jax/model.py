@@ -24,7 +24,19 @@ from dms_jax.cache.base import Plan, Usage
 from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig
 from dms_jax.execution import Execution
 from dms_jax.gates import clear_neuron, gate_logits, step_gate_logits
-from dms_jax.layers import apply_rope, layer_rope, linear, look_up, mlp, norm, norm_heads, project, rope_tables, scaled
+from dms_jax.layers import (
+  apply_rope,
+  biased,
+  layer_rope,
+  linear,
+  look_up,
+  mlp,
+  norm,
+  norm_heads,
+  project,
+  rope_tables,
+  scaled,
+)
 from dms_jax.params import Params, merge_lora, param_table
 from dms_jax.policies import Policy, Vanilla
 from dms_jax.policies.base import per_row
@@ -121,7 +133,7 @@ def _attention_inputs(
 
 def normed(config: ModelConfig, layer: dict, name: str, x: Array) -> Array:
   """x after the layer's norm `name`; x itself in a model without that norm."""
-  return norm(config, x, layer[name]) if name in layer else x
+  return norm(config, x, layer[name], layer.get(f"{name}_bias")) if name in layer else x
 
 
 def _layer(
@@ -136,10 +148,10 @@ def _layer(
     q, k, v, gates = _attention_inputs(model, layer, x, rope, how, neuron_kept)
     with soft_capped(c.attention_softcap):
       attended, carry, ys = attend(carry, index, xs, q, k, v, gates)
-    added = project(attended, layer, "o_proj", 2, lora_scale=scale)
-    x = x + scaled(normed(c, layer, "attn_post_norm", added), c.residual_scale)
+    added = biased(project(attended, layer, "o_proj", 2, lora_scale=scale), layer, "o_bias")
+    read, x = x, x + scaled(normed(c, layer, "attn_post_norm", added), c.residual_scale)
   with jax.named_scope("mlp"):
-    added = mlp(layer, normed(c, layer, "mlp_norm", x), scale, c.activation)
+    added = mlp(layer, normed(c, layer, "mlp_norm", read if c.parallel else x), scale, c.activation)
     x = x + scaled(normed(c, layer, "mlp_post_norm", added), c.residual_scale)
   return (constrain_rows(x), carry), ys
 
@@ -188,12 +200,13 @@ def _run_layers(
 
 
 @jax.named_scope("embed")
-def embed(model: Model, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-  """Token embeddings, in the model's dtype."""
+def embed(model: Model, tokens: Int[Array, "B T"], positions: Int[Array, "B T"] | None = None) -> Float[Array, "B T D"]:
+  """Token embeddings, in the model's dtype; with those of the positions, if the model has learned such."""
   table = model.params["embed"]
   if table.dtype == jnp.bfloat16 and Execution.choose().embed_barrier:
     table, tokens = lax.optimization_barrier((table, tokens))
-  return scaled(look_up(table, tokens), model.config.embed_scale)
+  x = scaled(look_up(table, tokens), model.config.embed_scale)
+  return x + jnp.take(model.params["positions"], positions, axis=0, mode="clip") if "positions" in model.params else x
 
 
 @jax.named_scope("unembed")
@@ -205,7 +218,7 @@ def unembed(model: Model, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]
 
 def head_inputs(model: Model, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
   """The states, after the final norm, whose products with the output head are the logits."""
-  x = norm(model.config, x, model.params["final_norm"])
+  x = normed(model.config, model.params, "final_norm", x)
   return scaled(x, 1 / model.config.logit_divisor)
 
 
@@ -304,7 +317,15 @@ def forward(
   if attention is not None:
     attend, how, xs = attend_by, dataclasses.replace(how, late_gates=True), (model.params["layers"], attention_inputs)
   x, _, z = _run_layers(
-    model, embed(model, tokens), positions, attend, how, xs=xs, remat=remat, neuron_kept=neuron_kept, gather=True
+    model,
+    embed(model, tokens, positions),
+    positions,
+    attend,
+    how,
+    xs=xs,
+    remat=remat,
+    neuron_kept=neuron_kept,
+    gather=True,
   )
   return x, z
 
@@ -375,7 +396,7 @@ def cached_forward(
   padded = partial(_pad_rows, least=how.least_rows)
   positions, about, attend = _attend_cache(model, policy, cache, plan, tokens, how)
 
-  x, xs = embed(model, padded(tokens)), (cache.layer_state(), override)
+  x, xs = embed(model, padded(tokens), padded(positions)), (cache.layer_state(), override)
   x, carry, (states, seen, logits) = _run_layers(model, x, padded(positions), attend, how, cache.layer_carry(), xs)
   evict = None
   if how.late_gates:
@@ -394,10 +415,14 @@ def _planned(policy: Policy, cache: Cache, tokens, lengths, remaining) -> tuple[
   return cache, cache.plan(policy, lengths, tokens.shape[1], remaining)
 
 
+def _positions(plan: Plan, tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
+  return plan.seen[:, None] + jnp.arange(tokens.shape[1])
+
+
 def _attend_cache(model: Model, policy: Policy, cache: Cache, plan: Plan, tokens, how: Execution):
   """(positions of the tokens [B, T], those that they decide about [B, K, T], attention to the cache in a layer)."""
   rows = tokens.shape[0]
-  positions = plan.seen[:, None] + jnp.arange(tokens.shape[1])
+  positions = _positions(plan, tokens)
   heads = (rows, model.config.num_kv_heads, tokens.shape[1])
   about = jnp.broadcast_to((positions - cache.lag)[:, None], heads)
 
@@ -417,7 +442,7 @@ def _attend_cache(model: Model, policy: Policy, cache: Cache, plan: Plan, tokens
 def begin_chunk(model: Model, policy: Policy, cache: Cache, tokens, lengths, remaining) -> tuple[Cache, Plan, Array]:
   """The first part of `cached_forward` of a chunk: (cache, plan, embeddings), for `chunk_layer`."""
   cache, plan = _planned(policy, cache, tokens, lengths, remaining)
-  return cache, plan, constrain_rows(embed(model, tokens))
+  return cache, plan, constrain_rows(embed(model, tokens, _positions(plan, tokens)))
 
 
 def chunk_layer(

@@ -32,7 +32,8 @@ class ParamSpec:
   The last `num_inputs` axes are contracted with activations. The others are outputs; vectors have only outputs.
   `hf_name` holds `{layer}` for layered tensors; None means that Hugging Face checkpoints do not contain the tensor
   (low-rank updates are merged on export). `hf_shape` is one layer's shape there, with outputs and inputs flattened.
-  Parameters of one `hf_name` are consecutive rows of one tensor there, in the order of the table.
+  Parameters of one `hf_name` are parts of one tensor there, in the order of the table; `hf_layout` says how, as
+  `Family.layout`.
   """
 
   shape: tuple[int, ...]
@@ -42,6 +43,7 @@ class ParamSpec:
   group: Group
   hf_name: str | None
   hf_shape: tuple[int, ...]
+  hf_layout: Literal["rows", "columns", "heads"] = "rows"
 
   @property
   def layered(self) -> bool:
@@ -80,10 +82,11 @@ def param_table(
   sizes = {
     "vocab": c.vocab_size, "embed": c.d_model, "ff": c.d_ff, "heads": c.num_heads, "kv_heads": c.num_kv_heads,
     "head_dim": c.head_dim, "rank": lora.rank if lora else 0, "gate_ff": dms.hidden if dms else 0,
-    "gate_heads": 2 * c.num_kv_heads,
+    "gate_heads": 2 * c.num_kv_heads, "positions": c.max_position_embeddings,
   }  # fmt: skip
   table: dict[str, ParamSpec] = {}
-  names = families.get(c.family).names
+  family = families.get(c.family)
+  names = family.names
 
   def add(path, outputs, inputs, init, hf_name, group: Group = "base"):
     axes, layered = (*outputs, *inputs), path.startswith("layers/")
@@ -92,12 +95,18 @@ def param_table(
       shape=(c.num_layers,) * layered + tuple(sizes[a] for a in axes),
       axes=("layers",) * layered + axes,
       num_inputs=len(inputs), init=init, group=group, hf_name=names.get(path, hf_name), hf_shape=tuple(sides),
+      hf_layout=family.layout if layered and group == "base" else "rows",
     )  # fmt: skip
 
   ones = "zeros" if c.norm_plus_one else "ones"
   layer, attn = "model.layers.{layer}.", "model.layers.{layer}.self_attn."
   vector, no_inputs = ("embed",), ()
+  norm_biases = (
+    (lambda path: add(f"{path}_bias", vector, no_inputs, "zeros", None)) if c.layer_norm else lambda path: None
+  )
   add("embed", ("vocab",), ("embed",), "normal", "model.embed_tokens.weight")
+  if c.learned_positions:
+    add("positions", ("positions",), ("embed",), "normal", None)
   if c.norms != "after":
     add("layers/attn_norm", vector, no_inputs, ones, layer + "input_layernorm.weight")
   for name, heads in (("q", "heads"), ("k", "kv_heads"), ("v", "kv_heads")):
@@ -108,17 +117,26 @@ def param_table(
       normed = ("head_dim",) if c.qk_norm_over == "head" else (heads, "head_dim")
       add(f"layers/{name}_norm", normed, no_inputs, ones, f"{attn}{name}_norm.weight")
   add("layers/o_proj", ("embed",), ("heads", "head_dim"), "normal", attn + "o_proj.weight")
+  if c.proj_bias:
+    add("layers/o_bias", vector, no_inputs, "zeros", None)
   if c.norms != "before":
     add("layers/attn_post_norm", vector, no_inputs, ones, layer + "post_attention_layernorm.weight")
   if c.norms != "after":
     before_mlp = "pre_feedforward_layernorm" if c.norms == "both" else "post_attention_layernorm"
     add("layers/mlp_norm", vector, no_inputs, ones, f"{layer}{before_mlp}.weight")
-  add("layers/gate_proj", ("ff",), ("embed",), "normal", layer + "mlp.gate_proj.weight")
+  if c.gated_mlp:
+    add("layers/gate_proj", ("ff",), ("embed",), "normal", layer + "mlp.gate_proj.weight")
   add("layers/up_proj", ("ff",), ("embed",), "normal", layer + "mlp.up_proj.weight")
   add("layers/down_proj", ("embed",), ("ff",), "normal", layer + "mlp.down_proj.weight")
+  if c.proj_bias:
+    add("layers/up_bias", ("ff",), no_inputs, "zeros", None)
+    add("layers/down_bias", vector, no_inputs, "zeros", None)
+  for path in [path for path in table if path in ("layers/attn_norm", "layers/mlp_norm")]:
+    norm_biases(path)
   if c.norms != "before":
     add("layers/mlp_post_norm", vector, no_inputs, ones, layer + "post_feedforward_layernorm.weight")
   add("final_norm", vector, no_inputs, ones, "model.norm.weight")
+  norm_biases("final_norm")
   if not c.tie_embeddings:
     add("lm_head", ("vocab",), ("embed",), "normal", "lm_head.weight")
   if dms is not None and dms.gate != "neuron":  # names as in NVIDIA's Model-Optimizer student, which has adapters

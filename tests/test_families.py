@@ -1,4 +1,4 @@
-"""Families whose layers differ from Llama's: a retrofit reaches its CR, and the cache then equals the mask."""
+"""Families whose layers are not Llama's: a retrofit reaches its CR; the cache then equals the mask."""
 
 from __future__ import annotations
 

@@ -430,6 +430,10 @@ ELSEWHERE = {
   "elastic_slope": "tests/retrofit/test_elastic.py",
   "elastic_pivot": "tests/retrofit/test_elastic.py",
   "norms": "tests/parity/test_families.py",  # another parameter table
+  "layer_norm": "tests/parity/test_families.py",
+  "gated_mlp": "tests/parity/test_families.py",
+  "proj_bias": "tests/parity/test_families.py",
+  "learned_positions": "tests/parity/test_families.py",
   "norm_plus_one": "tests/parity/test_families.py",  # and other initial weights
 }
 CHANGES = {
@@ -441,7 +445,7 @@ CHANGES = {
   "granularity": "layer", "eviction": "immediate", "rank": 3, "targets": ("q_proj",), "lora.scale": 0.5,
   "rope_fraction": 0.5, "rope_layers": (True, False), "qk_norm_over": "all", "embed_scale": 3.0, "residual_scale": 0.5,
   "attention_scale": 0.1, "logit_divisor": 2.0, "kind": "linear", "beta_fast": 8.0, "beta_slow": 0.5,
-  "attention_factor": 1.5, "truncate": False, "activation": "gelu_tanh", "sliding_window": 4,
+  "attention_factor": 1.5, "truncate": False, "activation": "gelu_tanh", "parallel": True, "sliding_window": 4,
   "sliding_layers": (False, True), "local_rope_theta": 10.0, "attention_softcap": 1.0, "logit_softcap": 1.0,
 }  # fmt: skip
 

@@ -68,8 +68,9 @@ def test_low_rank_updates_are_of_projections(target):
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_consistent(name):
   """Axes fit shapes, names are unique, and Hugging Face's shapes have the same number of elements."""
-  table = param_table(PRESETS[name], DMSConfig(), LoRAConfig(rank=4))
-  shared = families.get(PRESETS[name].family).names  # several parameters may be rows of one tensor
+  config = PRESETS[name]
+  table = param_table(config, DMSConfig(window=config.ring_window or 256), LoRAConfig(rank=4))
+  shared = families.get(config.family).names  # several parameters may be rows of one tensor
   names = [spec.hf_name for path, spec in table.items() if spec.hf_name and path not in shared]
   assert len(set(names)) == len(names)
   for path, spec in table.items():

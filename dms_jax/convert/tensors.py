@@ -45,23 +45,41 @@ def hf_names(path: str, spec: ParamSpec) -> Iterator[tuple[str, int | None]]:
     yield from ((spec.hf_name if layer is None else spec.hf_name.format(layer=layer), layer) for layer in layers)
 
 
-class Part(NamedTuple):
-  """A parameter's slice that is `rows` of a Hugging Face tensor; `layer` is None if the parameter is not layered."""
-
-  path: str
-  layer: int | None
-  rows: slice
+Part = tuple[str, int | None]  # path and layer of a parameter's slice that a Hugging Face tensor holds
 
 
-def hf_tensors(table: dict[str, ParamSpec]) -> dict[str, tuple[tuple[int, ...], list[Part]]]:
-  """(shape, parts) of every Hugging Face tensor, by name; most have one part, the whole."""
-  tensors: dict[str, tuple[tuple[int, ...], list[Part]]] = {}
+def hf_tensors(table: dict[str, ParamSpec]) -> dict[str, list[Part]]:
+  """The parts of every Hugging Face tensor, by name; most have one, the whole."""
+  tensors: dict[str, list[Part]] = {}
   for path, spec in table.items():
     for name, layer in hf_names(path, spec):
-      (start, *_), parts = tensors.get(name, ((0,), []))
-      stop = start + spec.hf_shape[0]
-      tensors[name] = (stop, *spec.hf_shape[1:]), [*parts, Part(path, layer, slice(start, stop))]
+      tensors.setdefault(name, []).append((path, layer))
   return tensors
+
+
+def hf_shape(specs: list[ParamSpec]) -> tuple[int, ...]:
+  """The shape of a Hugging Face tensor of these parts."""
+  shape = sum(spec.hf_shape[0] for spec in specs), *specs[0].hf_shape[1:]
+  return shape[::-1] if specs[0].hf_layout == "columns" else shape
+
+
+def joined(values: list[np.ndarray], specs: list[ParamSpec]) -> np.ndarray:
+  """A Hugging Face tensor from its parts, each of its `hf_shape`."""
+  if specs[0].hf_layout == "heads" and len(values) > 1:
+    heads = [value.reshape(spec.shape[1], -1, *value.shape[1:]) for value, spec in zip(values, specs, strict=True)]
+    return np.concatenate(heads, axis=1).reshape(hf_shape(specs))
+  whole = values[0] if len(values) == 1 else np.concatenate(values)
+  return whole.T if specs[0].hf_layout == "columns" else whole
+
+
+def parted(value: np.ndarray, specs: list[ParamSpec]) -> list[np.ndarray]:
+  """The parts of a Hugging Face tensor, each of its `hf_shape`; the inverse of `joined`."""
+  if specs[0].hf_layout == "heads" and len(specs) > 1:
+    heads = value.reshape(specs[0].shape[1], len(specs), -1, *value.shape[1:])
+    return [heads[:, index].reshape(spec.hf_shape) for index, spec in enumerate(specs)]
+  value = value.T if specs[0].hf_layout == "columns" else value
+  stops = np.cumsum([spec.hf_shape[0] for spec in specs])
+  return [value[stop - spec.hf_shape[0] : stop] for stop, spec in zip(stops, specs, strict=True)]
 
 
 def to_slices(
@@ -86,7 +104,7 @@ def to_slices(
   """
   check_layers(max(spec.shape[0] for spec in table.values() if spec.layered), len(tensors.shapes), tensors.source)
   wanted = hf_tensors(table)
-  shapes = {name: shape for name, (shape, _) in wanted.items()}
+  shapes = {name: hf_shape([table[path] for path, _ in parts]) for name, parts in wanted.items()}
   problems = [f"missing {name} {shape}" for name, shape in shapes.items() if name not in tensors.shapes]
   for name, shape in tensors.shapes.items():
     if name not in wanted and not ignore(name):
@@ -100,11 +118,10 @@ def to_slices(
   def read() -> Iterator[Slice]:
     found, broken = [name for name in tensors.shapes if name in wanted], {}
     for done, name in enumerate(found, 1):
-      _, parts = wanted[name]
-      value = _cast(tensors, name, dtype_of(table[parts[0].path], np.dtype(dtype)), broken)
-      for path, layer, rows in parts:
-        spec = table[path]
-        yield path, layer, value[rows].reshape(spec.shape[spec.layered :])
+      parts, specs = wanted[name], [table[path] for path, _ in wanted[name]]
+      value = _cast(tensors, name, dtype_of(specs[0], np.dtype(dtype)), broken)
+      for (path, layer), spec, part in zip(parts, specs, parted(value, specs), strict=True):
+        yield path, layer, part.reshape(spec.shape[spec.layered :])
       if progress is not None:
         progress(done, len(found), name)
     if broken:
@@ -165,14 +182,15 @@ class Output(NamedTuple):
 def from_params(table: dict[str, ParamSpec], params: Params, dtype=None) -> Iterator[Output]:
   """Every Hugging Face tensor, in `dtype`; default the parameter's."""
   flat = flatten(params)
-  for name, (shape, parts) in hf_tensors(table).items():
-    kind = np.dtype(dtype or flat[parts[0].path].dtype)
+  for name, parts in hf_tensors(table).items():
+    specs = [table[path] for path, _ in parts]
+    kind = np.dtype(dtype or flat[parts[0][0]].dtype)
 
-    def read(parts=parts, kind=kind) -> np.ndarray:
-      values = [_one(flat[path], layer, table[path], kind) for path, layer, _ in parts]
-      return values[0] if len(values) == 1 else np.concatenate(values)
+    def read(parts=parts, specs=specs, kind=kind) -> np.ndarray:
+      values = [_one(flat[path], layer, spec, kind) for (path, layer), spec in zip(parts, specs, strict=True)]
+      return np.ascontiguousarray(joined(values, specs))
 
-    yield Output(name, shape, kind, read)
+    yield Output(name, hf_shape(specs), kind, read)
 
 
 def _one(value, layer: int | None, spec: ParamSpec, dtype: np.dtype) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from dms_jax.config import ModelConfig
 
@@ -24,10 +24,15 @@ class Family:
     write: further keys of config.json, from the `ModelConfig`; the inverse of `read`.
     partial_rope: whether its class in transformers may turn a part of the channels (`partial_rotary_factor`).
     slides: whether its class in transformers has layers with sliding windows that are supported here.
-    activation_key: config.json's key for the MLP's activation.
     rope_types: values of `rope_type` that its class in transformers knows.
+    renamed: keys of config.json, by the name that Llama's has for the same thing.
+    wide: hidden units of an MLP for each channel of the residual stream, where config.json leaves them out.
+    layout: how a layer's projections are stored by Hugging Face: "rows" as [outputs, inputs], "columns" as [inputs,
+      outputs]; "heads" as rows in which the parts of a tensor alternate, head by head.
+    prefix: what some files leave out of tensor names; None for nothing.
+    ignored: tensors that older files hold and that no model reads, as a regular expression.
     names: Hugging Face's tensor names that differ from Llama's, by path in the parameter table. Parameters of the same
-      name are consecutive rows of one tensor, in the order of the table.
+      name are parts of one tensor, in the order of the table.
     gguf: GGUF's tensor names that differ from Llama's, likewise; None if GGUF has no such architecture.
     gguf_keys: metadata keys of GGUF, after the architecture's name, for the fields of `keys`.
     paired_rope: whether GGUF files store rows of q and k in pairs, for interleaved RoPE.
@@ -44,8 +49,12 @@ class Family:
   write: Callable[[ModelConfig], dict[str, Any]] = lambda config: {}
   partial_rope: bool = False
   slides: bool = False
-  activation_key: str = "hidden_act"
   rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
+  renamed: dict[str, str] = dataclasses.field(default_factory=dict)
+  wide: int | None = None
+  layout: Literal["rows", "columns", "heads"] = "rows"
+  prefix: str | None = None
+  ignored: str | None = None
   names: dict[str, str] = dataclasses.field(default_factory=dict)
   gguf: dict[str, str] | None = dataclasses.field(default_factory=dict)
   gguf_keys: dict[str, str] = dataclasses.field(default_factory=dict)

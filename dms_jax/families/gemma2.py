@@ -1,4 +1,4 @@
-"""Gemma 2: every other layer slides, scores and logits are capped, norms stand on both sides of each part."""
+"""Gemma 2: every other layer slides, scores and logits are capped, norms on both sides of a part."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ GEMMA2 = register(
     read=_read,
     write=_write,
     slides=True,
-    activation_key="hidden_activation",
+    renamed={"hidden_act": "hidden_activation"},
     rope_types=("default",),
     gguf=None,
     presets={

@@ -1,4 +1,4 @@
-"""Gemma 3 without images: one layer in six sees the whole text, the others slide; norms on both sides.
+"""Gemma 3 without images: five sliding layers for each global one, norms on both sides of a part.
 
 Left out: the models that read images (model_type "gemma3"), and attention in both directions.
 """
@@ -97,7 +97,7 @@ GEMMA3 = register(
     read=_read,
     write=_write,
     slides=True,
-    activation_key="hidden_activation",
+    renamed={"hidden_act": "hidden_activation"},
     rope_types=("default", "linear"),
     gguf=None,
     presets={"gemma-3-270m": _preset(18, 640, 2048, 4, 1), "gemma-3-1b": _preset(26, 1152, 6912, 4, 1)},

@@ -1,4 +1,4 @@
-"""Granite 3: Llama's layers with factors of embeddings, residual stream, attention scores and logits."""
+"""Granite 3: Llama's layers with factors of embeddings, residuals, attention scores and logits."""
 
 from __future__ import annotations
 

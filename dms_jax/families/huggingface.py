@@ -19,7 +19,8 @@ _SIZES = {
   "num_attention_heads": "num_heads", "num_key_value_heads": "num_kv_heads", "head_dim": "head_dim",
   "vocab_size": "vocab_size", "max_position_embeddings": "max_position_embeddings",
 }  # fmt: skip
-_ACTIVATIONS = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh",)}  # our name and theirs
+# Our name and theirs.
+_ACTIVATIONS = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh", "gelu_new"), "gelu": ("gelu",)}
 # Settings of each `rope_type`: names of fields of `RopeScaling`, which are config.json's, too.
 _LENGTH = "original_max_position_embeddings"
 _SCALINGS = {
@@ -43,6 +44,7 @@ def config_from_hf(values: dict, source: str, generation: dict | None = None) ->
   family = base.FAMILIES.get(str(values.get("model_type")))
   if family is not None:
     values = {**family.defaults, **values}
+    values |= {key: values[own] for key, own in family.renamed.items() if values.get(own) is not None}
   problems = _wrong_types(values)
   if problems:
     raise ValueError(f"{source}: {'; '.join(problems)}")
@@ -51,7 +53,10 @@ def config_from_hf(values: dict, source: str, generation: dict | None = None) ->
   sizes: dict[str, int] = {}
   for theirs, ours in _SIZES.items():
     heads = sizes.get("num_heads", 1)
-    default = {"num_kv_heads": heads, "head_dim": max(sizes.get("d_model", 1) // heads, 1)}.get(ours)
+    width = sizes.get("d_model", 1)
+    default = {"num_kv_heads": heads, "head_dim": max(width // heads, 1)}.get(ours)
+    if ours == "d_ff" and family.wide is not None:
+      default = family.wide * width
     sizes[ours] = _number(values, theirs, int, problems, default)
   theta, scaling = _rope(values, sizes["max_position_embeddings"], problems)
   generation_eos = _token_ids(generation or {}, "generation_config.json: eos_token_id", problems)
@@ -62,11 +67,14 @@ def config_from_hf(values: dict, source: str, generation: dict | None = None) ->
     rms_norm_eps=_number(values, "rms_norm_eps", float, problems, 1e-6),
     tie_embeddings=bool(values.get("tie_word_embeddings")),
     eos_token_ids=_token_ids(values, "eos_token_id", problems) if generation_eos == () else generation_eos,
-    rope_fraction=_rotated(values),
+    **({} if "rope_fraction" in family.fixed else {"rope_fraction": _rotated(values)}),
     **{ours: _number(values, theirs, float, problems, 1.0) for theirs, ours in family.keys.items()},
   )
   if problems:
-    raise ValueError(f"{source}: {'; '.join(problems)}")
+    lines = "; ".join(problems)
+    for name, own in family.renamed.items():
+      lines = lines.replace(name, own)
+    raise ValueError(f"{source}: {lines}")
   try:
     return family.config(**shape, **family.read(values))
   except ValueError as error:
@@ -81,7 +89,7 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict:
   """
   c, family = config, base.get(config.family)
   eos = list(c.eos_token_ids)
-  return {
+  values = {
     "architectures": [family.architecture],
     "model_type": c.family,
     **{theirs: getattr(c, ours) for theirs, ours in _SIZES.items()},
@@ -91,17 +99,18 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict:
     },
     "rms_norm_eps": c.rms_norm_eps,
     "tie_word_embeddings": c.tie_embeddings,
-    family.activation_key: _ACTIVATIONS[c.activation][0],
+    "hidden_act": _ACTIVATIONS[c.activation][0],
     "attention_dropout": 0.0,
     "bos_token_id": None,
     "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
     "use_cache": True,
     "torch_dtype": dtype,
-    **({} if c.rope_fraction == 1 else {"partial_rotary_factor": c.rope_fraction}),
+    **({} if c.rope_fraction in (0, 1) else {"partial_rotary_factor": c.rope_fraction}),
     **family.own_keys,
     **{theirs: getattr(c, ours) for theirs, ours in family.keys.items()},
     **family.write(c),
   }  # fmt: skip
+  return {family.renamed.get(name, name): value for name, value in values.items() if value is not ...}
 
 
 _FLAGS = ("tie_word_embeddings", "use_sliding_window", "attention_bias", "mlp_bias")
@@ -151,8 +160,10 @@ def _unsupported(values: dict, family: base.Family | None) -> list[str]:
     reasons.append("attention_bias=true")
   if values.get("mlp_bias"):
     reasons.append("mlp_bias=true")
-  key, known = (family.activation_key, family.fixed.get("activation", "silu")) if family else ("hidden_act", "silu")
-  if (activation := values.get(key, _ACTIVATIONS[known][0])) not in _ACTIVATIONS[known]:
+  key, known = (family.renamed.get("hidden_act", "hidden_act"), family.fixed.get("activation", "silu")) if family else (
+    "hidden_act", "silu"
+  )  # fmt: skip
+  if (activation := values.get("hidden_act", _ACTIVATIONS[known][0])) not in _ACTIVATIONS[known]:
     reasons.append(f"{key}={shown(activation)}; supported is {_ACTIVATIONS[known][0]!r}")
   if values.get("quantization_config"):
     method = values["quantization_config"]

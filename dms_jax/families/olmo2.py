@@ -1,4 +1,4 @@
-"""OLMo 2: norms after attention and MLP instead of before, and one norm over all query and over all key heads."""
+"""OLMo 2: norms after attention and MLP instead of before; all query heads share one norm, and all keys."""
 
 from __future__ import annotations
 

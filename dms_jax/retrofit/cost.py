@@ -60,7 +60,11 @@ def step_flops(
   """
   table = param_table(config, dms, lora)
   sizes = {path: math.prod(spec.shape) for path, spec in table.items() if spec.num_inputs}
-  base = sum(size for path, size in sizes.items() if table[path].group == "base" and path not in ("embed", "lm_head"))
+  base = sum(
+    size
+    for path, size in sizes.items()
+    if table[path].group == "base" and path not in ("embed", "positions", "lm_head")
+  )
   base += config.vocab_size * config.d_model
   added = sum(size for path, size in sizes.items() if table[path].group != "base")
   attention = 2 * retrofit.seq_len * config.num_heads * config.head_dim * config.num_layers

@@ -17,6 +17,18 @@ from dms_jax.params import abstract_params, count_params, param_table
 LLAMA3 = RopeScaling(8.0, 1.0, 4.0, 64)
 LLAMA = tiny.config(rope_theta=500000.0, rope_scaling=LLAMA3, eos_token_ids=(3, 4))
 PARAMETERS = {
+  "gpt2": 124_439_808,
+  "gpt2-medium": 354_823_168,
+  "gpt2-large": 774_030_080,
+  "gpt2-xl": 1_557_611_200,
+  "pythia-70m": 70_426_624,
+  "pythia-160m": 162_322_944,
+  "pythia-410m": 405_334_016,
+  "pythia-1b": 1_011_781_632,
+  "pythia-1.4b": 1_414_647_808,
+  "pythia-2.8b": 2_775_208_960,
+  "pythia-6.9b": 6_857_302_016,
+  "pythia-12b": 11_846_072_320,
   "gemma-2-2b": 2_614_341_888,
   "gemma-2-9b": 9_241_705_984,
   "gemma-2-27b": 27_227_128_320,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dms_jax import families
 from dms_jax.config import DMSConfig, ModelConfig, from_json, read_json
 from dms_jax.convert import pickles
 from dms_jax.convert.layouts import fastdms, nvidia
@@ -54,20 +55,35 @@ def read(path: str | Path) -> tuple[ModelConfig, DMSConfig | None, Tensors, Toke
   generation = read_json(path / GENERATION) if (path / GENERATION).exists() else None
   config, found = config_from_hf(values, str(path / "config.json"), generation), gates(path, values)
   tokenizer = Tokenizer.load(path) if (path / TOKENIZER_FILE).exists() else None
-  tensors = open_tensors(path)
-  if config.tie_embeddings and _has_own_head(tensors):
+  tensors = _with_prefix(open_tensors(path), families.get(config.family).prefix)
+  head, embedding = _head_names(config)
+  if config.tie_embeddings and _has_own_head(tensors, head, embedding):
     config = dataclasses.replace(config, tie_embeddings=False)
-    differs = f"config.json ties the output head to the embedding, but {_HEAD} is there and differs"
+    differs = f"config.json ties the output head to the embedding, but {head} is there and differs"
     warnings.warn(f"{path}: {differs}: it is used", stacklevel=2)
   return config, None if found is None else found.dms, tensors, tokenizer
 
 
-def _has_own_head(tensors: Tensors) -> bool:
+def _with_prefix(tensors: Tensors, prefix: str | None) -> Tensors:
+  """The tensors under names with the prefix, which files of the model without its head leave out."""
+  if prefix is None or any(name.startswith(prefix) for name in tensors.shapes):
+    return tensors
+  shapes = {prefix + name: shape for name, shape in tensors.shapes.items()}
+  return dataclasses.replace(tensors, shapes=shapes, read=lambda name: tensors.read(name.removeprefix(prefix)))
+
+
+def _head_names(config: ModelConfig) -> tuple[str, str]:
+  """Hugging Face's names of the output head and of the embedding."""
+  names = families.get(config.family).names
+  return names.get("lm_head", _HEAD), names.get("embed", _EMBEDDING)
+
+
+def _has_own_head(tensors: Tensors, head: str, embedding: str) -> bool:
   """Whether an output head is stored that is not the embedding: as in transformers, it is then used."""
-  head, embedding = tensors.shapes.get(_HEAD), tensors.shapes.get(_EMBEDDING)
-  if head is None or embedding is None:
+  shapes = [tensors.shapes.get(name) for name in (head, embedding)]
+  if None in shapes:
     return False
-  return head != embedding or not np.array_equal(tensors.read(_HEAD), tensors.read(_EMBEDDING))
+  return shapes[0] != shapes[1] or not np.array_equal(tensors.read(head), tensors.read(embedding))
 
 
 def gates(path: Path, values: dict) -> Gates | None:
@@ -103,7 +119,10 @@ def base_name(path: Path, values: dict, found: Gates | None) -> str | None:
 
 def is_ignored(config: ModelConfig, name: str) -> bool:
   """Whether a tensor is redundant, as the RoPE tables and tied output heads that older checkpoints store."""
-  return bool(_ROPE_TABLE.fullmatch(name)) or (config.tie_embeddings and name == _HEAD)
+  ignored = families.get(config.family).ignored
+  if ignored is not None and re.fullmatch(ignored, name):
+    return True
+  return bool(_ROPE_TABLE.fullmatch(name)) or (config.tie_embeddings and name == _head_names(config)[0])
 
 
 def write(
