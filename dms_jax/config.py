@@ -94,6 +94,9 @@ class ModelConfig:
     activation: of the MLP, or of its gate.
     gated_mlp: the MLP's hidden units are multiplied by a gate.
     proj_bias: the attention's output and the MLP's projections have biases (GPT-2).
+    num_experts: MLPs of a layer, E, of `d_ff` hidden units each; 0 for one MLP without a router.
+    experts_per_token: of them, those that a token reads.
+    norm_experts: the weights of a token's experts are divided by their sum.
     parallel: attention and MLP read the same residual stream (GPT-NeoX).
     learned_positions: an embedding of each position is added to the token's (GPT-2).
     embed_scale, residual_scale: factors of the embeddings, and of what attention and MLP add (Granite).
@@ -132,6 +135,9 @@ class ModelConfig:
   activation: Literal["silu", "gelu_tanh", "gelu"] = dataclasses.field(default="silu", metadata=NO_FLAG)
   gated_mlp: bool = dataclasses.field(default=True, metadata=NO_FLAG)
   proj_bias: bool = dataclasses.field(default=False, metadata=NO_FLAG)
+  num_experts: int = dataclasses.field(default=0, metadata=NO_FLAG)
+  experts_per_token: int = dataclasses.field(default=0, metadata=NO_FLAG)
+  norm_experts: bool = dataclasses.field(default=False, metadata=NO_FLAG)
   parallel: bool = dataclasses.field(default=False, metadata=NO_FLAG)
   learned_positions: bool = dataclasses.field(default=False, metadata=NO_FLAG)
   embed_scale: float = dataclasses.field(default=1.0, metadata=NO_FLAG)
@@ -165,6 +171,8 @@ class ModelConfig:
     if self.rope_layers and len(self.rope_layers) != self.num_layers:
       raise ValueError(f"rope_layers has {len(self.rope_layers)} entries for num_layers={self.num_layers}")
     self._check_sliding()
+    if not (0 < self.experts_per_token <= self.num_experts <= 2**16 or self.num_experts == self.experts_per_token == 0):
+      raise ValueError(f"experts_per_token={self.experts_per_token} must be 1 to num_experts={self.num_experts}")
     for name in (
       "embed_scale",
       "residual_scale",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -15,7 +16,11 @@ from jaxtyping import Array, Float, Int
 from dms_jax.config import ModelConfig
 from dms_jax.execution import Execution
 
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu, "gelu": partial(jax.nn.gelu, approximate=False)}
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+  "silu": jax.nn.silu,
+  "gelu_tanh": jax.nn.gelu,
+  "gelu": partial(jax.nn.gelu, approximate=False),
+}
 FEW_WORDS = 1024  # rows of an embedding whose gradient is a matrix product
 
 
@@ -244,7 +249,7 @@ def biased(y: Array, layer: dict, name: str) -> Array:
 def mlp(
   layer: dict, x: Float[Array, "B T D"], lora_scale: float = 0.0, activation: str = "silu"
 ) -> Float[Array, "B T D"]:
-  """Gated feed-forward, SwiGLU with "silu": down(activation(gate(x)) * up(x)); down(activation(up(x))) without a gate."""
+  """Feed-forward: down(activation(gate(x)) * up(x)), which is SwiGLU with "silu", or down(activation(up(x)))."""
   if "gate_proj" not in layer:
     up = biased(project(x, layer, "up_proj", lora_scale=lora_scale), layer, "up_bias")
     return biased(project(ACTIVATIONS[activation](up), layer, "down_proj", lora_scale=lora_scale), layer, "down_bias")

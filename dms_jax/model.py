@@ -23,6 +23,7 @@ from dms_jax.cache import Cache
 from dms_jax.cache.base import Plan, Usage
 from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig
 from dms_jax.execution import Execution
+from dms_jax.experts import expert_mlp
 from dms_jax.gates import clear_neuron, gate_logits, step_gate_logits
 from dms_jax.layers import (
   apply_rope,
@@ -151,7 +152,8 @@ def _layer(
     added = biased(project(attended, layer, "o_proj", 2, lora_scale=scale), layer, "o_bias")
     read, x = x, x + scaled(normed(c, layer, "attn_post_norm", added), c.residual_scale)
   with jax.named_scope("mlp"):
-    added = mlp(layer, normed(c, layer, "mlp_norm", read if c.parallel else x), scale, c.activation)
+    h = normed(c, layer, "mlp_norm", read if c.parallel else x)
+    added = expert_mlp(c, layer, h) if c.num_experts else mlp(layer, h, scale, c.activation)
     x = x + scaled(normed(c, layer, "mlp_post_norm", added), c.residual_scale)
   return (constrain_rows(x), carry), ys
 

@@ -30,7 +30,7 @@ class ParamSpec:
   """One tensor: shape (with a leading L if `layered`), logical axes, initialiser, group and Hugging Face name.
 
   The last `num_inputs` axes are contracted with activations. The others are outputs; vectors have only outputs.
-  `hf_name` holds `{layer}` for layered tensors; None means that Hugging Face checkpoints do not contain the tensor
+  `hf_name` holds `{layer}` for layered tensors, and `{expert}` for those of one expert; None means that Hugging Face checkpoints do not contain the tensor
   (low-rank updates are merged on export). `hf_shape` is one layer's shape there, with outputs and inputs flattened.
   Parameters of one `hf_name` are parts of one tensor there, in the order of the table; `hf_layout` says how, as
   `Family.layout`.
@@ -48,6 +48,11 @@ class ParamSpec:
   @property
   def layered(self) -> bool:
     return self.axes[0] == "layers"
+
+  @property
+  def by_expert(self) -> bool:
+    """Whether each expert of a layer has a tensor of its own in Hugging Face checkpoints."""
+    return self.hf_name is not None and "{expert}" in self.hf_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +88,7 @@ def param_table(
     "vocab": c.vocab_size, "embed": c.d_model, "ff": c.d_ff, "heads": c.num_heads, "kv_heads": c.num_kv_heads,
     "head_dim": c.head_dim, "rank": lora.rank if lora else 0, "gate_ff": dms.hidden if dms else 0,
     "gate_heads": 2 * c.num_kv_heads, "positions": c.max_position_embeddings,
+    "experts": c.num_experts,
   }  # fmt: skip
   table: dict[str, ParamSpec] = {}
   family = families.get(c.family)
@@ -90,7 +96,8 @@ def param_table(
 
   def add(path, outputs, inputs, init, hf_name, group: Group = "base"):
     axes, layered = (*outputs, *inputs), path.startswith("layers/")
-    sides = [math.prod(sizes[a] for a in side) for side in (outputs, inputs) if side]
+    apart = ("experts",) if hf_name is not None and "{expert}" in hf_name else ()
+    sides = [math.prod(sizes[a] for a in side if a not in apart) for side in (outputs, inputs) if side]
     table[path] = ParamSpec(
       shape=(c.num_layers,) * layered + tuple(sizes[a] for a in axes),
       axes=("layers",) * layered + axes,
@@ -124,10 +131,13 @@ def param_table(
   if c.norms != "after":
     before_mlp = "pre_feedforward_layernorm" if c.norms == "both" else "post_attention_layernorm"
     add("layers/mlp_norm", vector, no_inputs, ones, f"{layer}{before_mlp}.weight")
+  mlp, each = (layer + "mlp.experts.{expert}.", ("experts",)) if c.num_experts else (layer + "mlp.", ())
+  if c.num_experts:
+    add("layers/router", ("experts",), ("embed",), "normal", layer + "mlp.gate.weight")
   if c.gated_mlp:
-    add("layers/gate_proj", ("ff",), ("embed",), "normal", layer + "mlp.gate_proj.weight")
-  add("layers/up_proj", ("ff",), ("embed",), "normal", layer + "mlp.up_proj.weight")
-  add("layers/down_proj", ("embed",), ("ff",), "normal", layer + "mlp.down_proj.weight")
+    add("layers/gate_proj", (*each, "ff"), ("embed",), "normal", mlp + "gate_proj.weight")
+  add("layers/up_proj", (*each, "ff"), ("embed",), "normal", mlp + "up_proj.weight")
+  add("layers/down_proj", (*each, "embed"), ("ff",), "normal", mlp + "down_proj.weight")
   if c.proj_bias:
     add("layers/up_bias", ("ff",), no_inputs, "zeros", None)
     add("layers/down_bias", vector, no_inputs, "zeros", None)
@@ -155,6 +165,8 @@ def param_table(
       base = table.get(f"layers/{target}")
       if base is None or not base.num_inputs:
         raise ValueError(f"lora.targets: {target!r} is not a projection of this model")
+      if "experts" in base.axes:
+        raise ValueError(f"lora.targets: {target!r} is of experts and their router, which have no low-rank updates")
       axes = base.axes[1:]
       outputs, inputs = axes[: -base.num_inputs], axes[-base.num_inputs :]
       add(f"layers/{target}_lora_a", ("rank",), inputs, "fan_in", None, "lora")

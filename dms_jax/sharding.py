@@ -37,6 +37,7 @@ class ShardingRules:
   gate_ff: str | None = None
   gate_heads: str | None = None
   positions: str | None = None
+  experts: str | None = None
 
 
 def make_mesh(data: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -18,7 +18,8 @@ from orbax.checkpoint import v1 as ocp
 
 from dms_jax.params import ParamSpec, StoredParam, map_table
 
-Slice = tuple[str, int | None, np.ndarray]  # path in the parameter table, layer (None without layers), value
+# Path in the parameter table, layer (None without layers; with the expert where each has a slice), value.
+Slice = tuple[str, int | tuple[int, int] | None, np.ndarray]
 
 STATE = "state"  # Orbax's folder of arrays
 CHUNK_BYTES = 2**26  # most bytes of a chunk, which is read and written as one
@@ -106,7 +107,8 @@ def chunk_shape(spec: ParamSpec, dtype: np.dtype) -> list[int]:
 
   Chunks thus end where the shards of a mesh do, so that a device reads little more than its shard.
   """
-  shape = [1 if spec.layered and axis == 0 else size for axis, size in enumerate(spec.shape)]
+  apart = {"layers", *(["experts"] if spec.by_expert else [])}
+  shape = [1 if axis in apart else size for axis, size in zip(spec.axes, spec.shape, strict=True)]
   while math.prod(shape) * dtype.itemsize > CHUNK_BYTES:
     longest = shape.index(max(shape))
     shape[longest] = -(-shape[longest] // 2)

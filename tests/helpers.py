@@ -78,6 +78,9 @@ OTHER_FAMILIES = {
   "phi3-partial": family("phi3", rope_fraction=0.75, tie_embeddings=False),
   "olmo2": family("olmo2", tie_embeddings=False),
   "granite": family("granite", embed_scale=3.0, residual_scale=0.4, attention_scale=0.1, logit_divisor=2.0),
+  "qwen3_moe": family(
+    "qwen3_moe", tie_embeddings=False, d_ff=24, num_experts=5, experts_per_token=2, norm_experts=True
+  ),
   "gpt2": family("gpt2", num_kv_heads=4, head_dim=8),
   "gpt_neox": family("gpt_neox", num_kv_heads=4, rope_fraction=0.25, parallel=True, tie_embeddings=False),
   "gemma2": family(

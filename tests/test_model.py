@@ -431,6 +431,9 @@ ELSEWHERE = {
   "elastic_pivot": "tests/retrofit/test_elastic.py",
   "norms": "tests/parity/test_families.py",  # another parameter table
   "layer_norm": "tests/parity/test_families.py",
+  "num_experts": "tests/parity/test_families.py",
+  "experts_per_token": "tests/parity/test_families.py",
+  "norm_experts": "tests/parity/test_families.py",
   "gated_mlp": "tests/parity/test_families.py",
   "proj_bias": "tests/parity/test_families.py",
   "learned_positions": "tests/parity/test_families.py",

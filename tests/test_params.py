@@ -77,7 +77,7 @@ def test_presets_are_consistent(name):
     assert len(spec.axes) == len(spec.shape)
     assert spec.layered == path.startswith("layers/") == bool(spec.hf_name is None or "{layer}" in spec.hf_name)
     per_layer = math.prod(spec.shape) // (spec.shape[0] if spec.layered else 1)
-    assert per_layer == math.prod(spec.hf_shape)
+    assert per_layer == math.prod(spec.hf_shape) * (config.num_experts if spec.by_expert else 1)
   leaves = jax.tree.leaves(abstract_params(table, jnp.bfloat16))
   assert sum(leaf.size for leaf in leaves) == count_params(table) and {leaf.dtype.name for leaf in leaves} == {
     "bfloat16"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -38,14 +39,21 @@ def check_layers(num_layers: int, tensors: int, source: str) -> None:
     raise ValueError(f"{source}: {num_layers} layers, but only {tensors} tensors: damaged, or not all of the model")
 
 
-def hf_names(path: str, spec: ParamSpec) -> Iterator[tuple[str, int | None]]:
+Index = int | tuple[int, int] | None  # of a slice of a parameter: layer, (layer, expert), or None for the whole
+
+
+def hf_names(path: str, spec: ParamSpec) -> Iterator[tuple[str, Index]]:
   """(name, layer) of each Hugging Face tensor of the parameter; layer is None if it is not layered."""
-  if spec.hf_name is not None:
+  if spec.by_expert:
+    name = str(spec.hf_name)
+    pairs = itertools.product(range(spec.shape[0]), range(spec.shape[1]))
+    yield from ((name.format(layer=layer, expert=expert), (layer, expert)) for layer, expert in pairs)
+  elif spec.hf_name is not None:
     layers = range(spec.shape[0]) if spec.layered else [None]
     yield from ((spec.hf_name if layer is None else spec.hf_name.format(layer=layer), layer) for layer in layers)
 
 
-Part = tuple[str, int | None]  # path and layer of a parameter's slice that a Hugging Face tensor holds
+Part = tuple[str, Index]  # path and layer of a parameter's slice that a Hugging Face tensor holds
 
 
 def hf_tensors(table: dict[str, ParamSpec]) -> dict[str, list[Part]]:
@@ -121,7 +129,7 @@ def to_slices(
       parts, specs = wanted[name], [table[path] for path, _ in wanted[name]]
       value = _cast(tensors, name, dtype_of(specs[0], np.dtype(dtype)), broken)
       for (path, layer), spec, part in zip(parts, specs, parted(value, specs), strict=True):
-        yield path, layer, part.reshape(spec.shape[spec.layered :])
+        yield path, layer, part.reshape(spec.shape[spec.layered + spec.by_expert :])
       if progress is not None:
         progress(done, len(found), name)
     if broken:
@@ -193,7 +201,7 @@ def from_params(table: dict[str, ParamSpec], params: Params, dtype=None) -> Iter
     yield Output(name, hf_shape(specs), kind, read)
 
 
-def _one(value, layer: int | None, spec: ParamSpec, dtype: np.dtype) -> np.ndarray:
+def _one(value, layer: Index, spec: ParamSpec, dtype: np.dtype) -> np.ndarray:
   one = np.asarray(jax.device_get(value if layer is None else value[layer]))
   return np.ascontiguousarray(one.reshape(spec.hf_shape).astype(dtype, copy=False))
 

@@ -16,6 +16,7 @@ from dms_jax.families.olmo2 import OLMO2 as OLMO2
 from dms_jax.families.phi3 import PHI3 as PHI3
 from dms_jax.families.qwen2 import QWEN2 as QWEN2
 from dms_jax.families.qwen3 import QWEN3 as QWEN3
+from dms_jax.families.qwen3_moe import QWEN3_MOE as QWEN3_MOE
 from dms_jax.families.smollm3 import SMOLLM3 as SMOLLM3
 
 # Public sizes, as their config.json files state them.

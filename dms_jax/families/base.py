@@ -23,6 +23,7 @@ class Family:
     read: further fields of `ModelConfig`, from config.json.
     write: further keys of config.json, from the `ModelConfig`; the inverse of `read`.
     partial_rope: whether its class in transformers may turn a part of the channels (`partial_rotary_factor`).
+    experts: whether its layers may be mixtures of experts.
     slides: whether its class in transformers has layers with sliding windows that are supported here.
     rope_types: values of `rope_type` that its class in transformers knows.
     renamed: keys of config.json, by the name that Llama's has for the same thing.
@@ -48,6 +49,7 @@ class Family:
   read: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: {}
   write: Callable[[ModelConfig], dict[str, Any]] = lambda config: {}
   partial_rope: bool = False
+  experts: bool = False
   slides: bool = False
   rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
   renamed: dict[str, str] = dataclasses.field(default_factory=dict)

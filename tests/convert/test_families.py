@@ -17,6 +17,8 @@ from dms_jax.params import abstract_params, count_params, param_table
 LLAMA3 = RopeScaling(8.0, 1.0, 4.0, 64)
 LLAMA = tiny.config(rope_theta=500000.0, rope_scaling=LLAMA3, eos_token_ids=(3, 4))
 PARAMETERS = {
+  "qwen3-30b-a3b": 30_532_122_624,
+  "qwen3-235b-a22b": 235_093_634_560,
   "gpt2": 124_439_808,
   "gpt2-medium": 354_823_168,
   "gpt2-large": 774_030_080,
@@ -76,7 +78,8 @@ def test_presets(name):
   assert count_params(table) == PARAMETERS[name]
   tree = abstract_params(table, jnp.bfloat16)
   assert sum(leaf.size for leaf in jax.tree.leaves(tree)) == PARAMETERS[name]
-  assert tree["layers"]["down_proj"].shape == (config.num_layers, config.d_model, config.d_ff)
+  each = (config.num_experts,) if config.num_experts else ()
+  assert tree["layers"]["down_proj"].shape == (config.num_layers, *each, config.d_model, config.d_ff)
   assert config_from_hf(config_to_hf(config, "bfloat16"), name) == config
 
 
@@ -184,7 +187,7 @@ REFUSED = {
     ["sliding window attention"],
   ),
   "sliding layers": (dict(layer_types=["full_attention", "sliding_attention"]), ["sliding window attention"]),
-  "experts": (dict(model_type="qwen3_moe", num_experts=128), ["mixture of experts (num_experts)", "'qwen3_moe'"]),
+  "experts": (dict(model_type="qwen2_moe", num_experts=128), ["mixture of experts (num_experts)", "'qwen2_moe'"]),
   "mixtral": (dict(model_type="mixtral", num_local_experts=8), ["mixture of experts"]),
   "mla": (dict(model_type="deepseek_v3", kv_lora_rank=512), ["multi-head latent attention, MLA (kv_lora_rank)"]),
   "dynamic": (dict(rope_scaling={"type": "dynamic", "factor": 4.0}), ["RoPE scaling of type 'dynamic'"]),

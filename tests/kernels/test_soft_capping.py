@@ -1,4 +1,4 @@
-"""Soft-capping of scores: XLA equals the oracles, and the kernels refuse it by name, so that XLA takes over."""
+"""Soft-capping of scores: XLA equals the oracles; the kernels refuse it by name, and XLA takes over."""
 
 from __future__ import annotations
 

@@ -1,0 +1,66 @@
+"""Qwen3's mixtures of experts: a router and many small MLPs in each layer.
+
+Left out: models in which some layers have one MLP (`mlp_only_layers`, `decoder_sparse_step`). GGUF calls the family
+"qwen3moe" and is not read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dms_jax.config import ModelConfig, is_number, shown
+from dms_jax.families.base import Family, register, size
+
+_KEYS = {"num_experts": "num_experts", "num_experts_per_tok": "experts_per_token"}
+_QWEN3 = dict(
+  vocab_size=151936, max_position_embeddings=40960, rope_theta=1e6, rms_norm_eps=1e-6, tie_embeddings=False,
+  num_experts=128, experts_per_token=8, norm_experts=True, eos_token_ids=(151645, 151643),
+)  # fmt: skip
+
+
+def _read(values: dict[str, Any]) -> dict[str, Any]:
+  if values.get("decoder_sparse_step", 1) != 1 or values.get("mlp_only_layers"):
+    raise ValueError("layers with one MLP (decoder_sparse_step, mlp_only_layers) beside experts: not supported")
+  values = {
+    "num_experts": values.get("num_local_experts", 128),
+    "num_experts_per_tok": 8,
+    **values,
+  }  # of transformers 5
+  found = {ours: values[theirs] for theirs, ours in _KEYS.items()}
+  if bad := [theirs for theirs, ours in _KEYS.items() if not is_number(found[ours], int)]:
+    raise ValueError(f"{', '.join(bad)} should be whole numbers")
+  if not isinstance(norm := values.get("norm_topk_prob", False), bool):
+    raise ValueError(f"norm_topk_prob should be true or false, found {shown(norm)}")
+  return {**found, "norm_experts": norm}
+
+
+def _write(config: ModelConfig) -> dict[str, Any]:
+  counts = {theirs: getattr(config, ours) for theirs, ours in _KEYS.items()}
+  return {**counts, "norm_topk_prob": config.norm_experts, "decoder_sparse_step": 1, "mlp_only_layers": []}
+
+
+QWEN3_MOE = register(
+  Family(
+    name="qwen3_moe",
+    architecture="Qwen3MoeForCausalLM",
+    defaults={
+      "max_position_embeddings": 32768,
+      "vocab_size": 151936,
+      "num_key_value_heads": 4,
+      "moe_intermediate_size": 768,
+      "use_sliding_window": False,
+      "sliding_window": 4096,
+    },
+    own_keys={"attention_bias": False, "use_sliding_window": False},
+    fixed={"qk_norm": True},
+    read=_read,
+    write=_write,
+    renamed={"intermediate_size": "moe_intermediate_size"},
+    experts=True,
+    gguf=None,
+    presets={
+      "qwen3-30b-a3b": size(48, 2048, 768, 32, 4, 128, **_QWEN3),
+      "qwen3-235b-a22b": size(94, 4096, 1536, 64, 4, 128, **_QWEN3),
+    },
+  )
+)
