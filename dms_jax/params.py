@@ -30,10 +30,10 @@ class ParamSpec:
   """One tensor: shape (with a leading L if `layered`), logical axes, initialiser, group and Hugging Face name.
 
   The last `num_inputs` axes are contracted with activations. The others are outputs; vectors have only outputs.
-  `hf_name` holds `{layer}` for layered tensors, and `{expert}` for those of one expert; None means that Hugging Face checkpoints do not contain the tensor
-  (low-rank updates are merged on export). `hf_shape` is one layer's shape there, with outputs and inputs flattened.
-  Parameters of one `hf_name` are parts of one tensor there, in the order of the table; `hf_layout` says how, as
-  `Family.layout`.
+  `hf_name` holds `{layer}` for layered tensors, and `{expert}` for those of one expert; None means that Hugging Face
+  checkpoints do not contain the tensor (low-rank updates are merged on export). `hf_shape` is the shape there of one
+  layer or expert, with outputs and inputs flattened. Parameters of one `hf_name` are parts of one tensor there, in the
+  order of the table; `hf_layout` says how, as `Family.layout`.
   """
 
   shape: tuple[int, ...]

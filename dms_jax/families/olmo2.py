@@ -1,4 +1,4 @@
-"""OLMo 2: norms after attention and MLP, not before; one norm for all query heads, one for all keys."""
+"""OLMo 2: norms after attention and MLP, not before; one norm for all queries, one for all keys."""
 
 from __future__ import annotations
 

@@ -21,11 +21,8 @@ _QWEN3 = dict(
 def _read(values: dict[str, Any]) -> dict[str, Any]:
   if values.get("decoder_sparse_step", 1) != 1 or values.get("mlp_only_layers"):
     raise ValueError("layers with one MLP (decoder_sparse_step, mlp_only_layers) beside experts: not supported")
-  values = {
-    "num_experts": values.get("num_local_experts", 128),
-    "num_experts_per_tok": 8,
-    **values,
-  }  # of transformers 5
+  count = values.get("num_local_experts", 128)  # transformers 5 writes this name
+  values = {"num_experts": count, "num_experts_per_tok": 8, **values}
   found = {ours: values[theirs] for theirs, ours in _KEYS.items()}
   if bad := [theirs for theirs, ours in _KEYS.items() if not is_number(found[ours], int)]:
     raise ValueError(f"{', '.join(bad)} should be whole numbers")

@@ -1,4 +1,4 @@
-"""Soft-capping of scores: XLA equals the oracles; the kernels refuse it by name, and XLA takes over."""
+"""Soft-capping of scores: XLA equals the oracles; the kernels refuse it by name."""
 
 from __future__ import annotations
 
