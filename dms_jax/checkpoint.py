@@ -207,9 +207,9 @@ def _apply_retrofit(model: Model, path: str | Path, retrofit: str | Path, mesh: 
     raise ValueError(f"{retrofit}: a whole model, not a retrofit; load it by itself, without {path}")
   # Fine-tuned versions of the base may differ in `eos_token_ids` and `max_position_embeddings`.
   ours, theirs = (to_json(c) for c in (model.config, config))
-  differ = [k for k in ours if ours[k] != theirs[k] and k not in ("eos_token_ids", "max_position_embeddings")]
-  if differ:
-    values = ", ".join(f"{k} is {theirs[k]} there and {ours[k]} here" for k in differ)
+  may_differ = ("eos_token_ids", "max_position_embeddings")
+  if differ := [k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k) and k not in may_differ]:
+    values = ", ".join(f"{k} is {getattr(config, k)} there and {getattr(model.config, k)} here" for k in differ)
     raise ValueError(f"{retrofit}: a retrofit of another model than {path}: {values}")
   table = {n: s for n, s in param_table(config, dms, lora).items() if s.group in ("gate", "lora")}
   added = _read_params(Path(retrofit), values, table, mesh=mesh) if table else {}

@@ -20,6 +20,8 @@ from dms_jax.levels import Levels
 
 _LARGEST = 2**31 - 1  # of a size: positions and shapes are int32
 NO_FLAG = {"flag": False}  # metadata of a field that no program sets from its command line
+# Of a field that files leave out at its default, as those of earlier versions do, which read such files too.
+_LATER = NO_FLAG | {"later": True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,17 +43,18 @@ class RopeScaling:
   low_freq_factor: float = 1.0
   high_freq_factor: float = 4.0
   original_max_position_embeddings: int = 8192
-  kind: Literal["llama3", "linear", "yarn"] = "llama3"
-  beta_fast: float = 32.0
-  beta_slow: float = 1.0
-  attention_factor: float = None  # type: ignore[assignment]
-  truncate: bool = True
+  kind: Literal["llama3", "linear", "yarn"] = dataclasses.field(default="llama3", metadata=_LATER)
+  beta_fast: float = dataclasses.field(default=32.0, metadata=_LATER)
+  beta_slow: float = dataclasses.field(default=1.0, metadata=_LATER)
+  attention_factor: float | None = dataclasses.field(default=None, metadata=_LATER)
+  truncate: bool = dataclasses.field(default=True, metadata=_LATER)
 
   def __post_init__(self):
-    if self.attention_factor is None:
-      grown = 0.1 * math.log(self.factor) + 1 if self.kind == "yarn" and self.factor > 1 else 1.0
-      object.__setattr__(self, "attention_factor", grown)
-    for name in ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor"):
+    if self.attention_factor is None and self.kind == "yarn":
+      object.__setattr__(self, "attention_factor", 0.1 * math.log(self.factor) + 1 if self.factor > 1 else 1.0)
+    if self.attention_factor is not None and not 1e-3 <= self.attention_factor <= 1e6:
+      raise ValueError(f"rope_scaling.attention_factor={self.attention_factor} must be between 0.001 and a million")
+    for name in ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
       if not 1e-3 <= getattr(self, name) <= 1e6:
         raise ValueError(f"rope_scaling.{name}={getattr(self, name)} must be between 0.001 and a million")
     if self.high_freq_factor <= self.low_freq_factor:
@@ -123,29 +126,29 @@ class ModelConfig:
   qkv_bias: bool = False
   qk_norm: bool = False
   eos_token_ids: tuple[int, ...] = dataclasses.field(default=(), metadata=NO_FLAG)
-  rope_fraction: float = dataclasses.field(default=1.0, metadata=NO_FLAG)
-  rope_layers: tuple[bool, ...] = dataclasses.field(default=(), metadata=NO_FLAG)
-  sliding_window: int | None = dataclasses.field(default=None, metadata=NO_FLAG)
-  sliding_layers: tuple[bool, ...] = dataclasses.field(default=(), metadata=NO_FLAG)
-  local_rope_theta: float | None = dataclasses.field(default=None, metadata=NO_FLAG)
-  qk_norm_over: Literal["head", "all"] = dataclasses.field(default="head", metadata=NO_FLAG)
-  norms: Literal["before", "after", "both"] = dataclasses.field(default="before", metadata=NO_FLAG)
-  norm_plus_one: bool = dataclasses.field(default=False, metadata=NO_FLAG)
-  layer_norm: bool = dataclasses.field(default=False, metadata=NO_FLAG)
-  activation: Literal["silu", "gelu_tanh", "gelu"] = dataclasses.field(default="silu", metadata=NO_FLAG)
-  gated_mlp: bool = dataclasses.field(default=True, metadata=NO_FLAG)
-  proj_bias: bool = dataclasses.field(default=False, metadata=NO_FLAG)
-  num_experts: int = dataclasses.field(default=0, metadata=NO_FLAG)
-  experts_per_token: int = dataclasses.field(default=0, metadata=NO_FLAG)
-  norm_experts: bool = dataclasses.field(default=False, metadata=NO_FLAG)
-  parallel: bool = dataclasses.field(default=False, metadata=NO_FLAG)
-  learned_positions: bool = dataclasses.field(default=False, metadata=NO_FLAG)
-  embed_scale: float = dataclasses.field(default=1.0, metadata=NO_FLAG)
-  residual_scale: float = dataclasses.field(default=1.0, metadata=NO_FLAG)
-  attention_scale: float | None = dataclasses.field(default=None, metadata=NO_FLAG)
-  logit_divisor: float = dataclasses.field(default=1.0, metadata=NO_FLAG)
-  attention_softcap: float | None = dataclasses.field(default=None, metadata=NO_FLAG)
-  logit_softcap: float | None = dataclasses.field(default=None, metadata=NO_FLAG)
+  rope_fraction: float = dataclasses.field(default=1.0, metadata=_LATER)
+  rope_layers: tuple[bool, ...] = dataclasses.field(default=(), metadata=_LATER)
+  sliding_window: int | None = dataclasses.field(default=None, metadata=_LATER)
+  sliding_layers: tuple[bool, ...] = dataclasses.field(default=(), metadata=_LATER)
+  local_rope_theta: float | None = dataclasses.field(default=None, metadata=_LATER)
+  qk_norm_over: Literal["head", "all"] = dataclasses.field(default="head", metadata=_LATER)
+  norms: Literal["before", "after", "both"] = dataclasses.field(default="before", metadata=_LATER)
+  norm_plus_one: bool = dataclasses.field(default=False, metadata=_LATER)
+  layer_norm: bool = dataclasses.field(default=False, metadata=_LATER)
+  activation: Literal["silu", "gelu_tanh", "gelu"] = dataclasses.field(default="silu", metadata=_LATER)
+  gated_mlp: bool = dataclasses.field(default=True, metadata=_LATER)
+  proj_bias: bool = dataclasses.field(default=False, metadata=_LATER)
+  num_experts: int = dataclasses.field(default=0, metadata=_LATER)
+  experts_per_token: int = dataclasses.field(default=0, metadata=_LATER)
+  norm_experts: bool = dataclasses.field(default=False, metadata=_LATER)
+  parallel: bool = dataclasses.field(default=False, metadata=_LATER)
+  learned_positions: bool = dataclasses.field(default=False, metadata=_LATER)
+  embed_scale: float = dataclasses.field(default=1.0, metadata=_LATER)
+  residual_scale: float = dataclasses.field(default=1.0, metadata=_LATER)
+  attention_scale: float | None = dataclasses.field(default=None, metadata=_LATER)
+  logit_divisor: float = dataclasses.field(default=1.0, metadata=_LATER)
+  attention_softcap: float | None = dataclasses.field(default=None, metadata=_LATER)
+  logit_softcap: float | None = dataclasses.field(default=None, metadata=_LATER)
 
   def __post_init__(self):
     from dms_jax import families  # imports this module
@@ -213,7 +216,7 @@ class ModelConfig:
   @property
   def plain_rope(self) -> bool:
     """Whether RoPE turns all channels of every layer and changes no length: a policy can turn keys back."""
-    factor = 1.0 if self.rope_scaling is None else self.rope_scaling.attention_factor
+    factor = 1.0 if self.rope_scaling is None else self.rope_scaling.attention_factor or 1.0
     alike = all(self.rope_layers) and self.local_rope_theta is None
     return self.rotated == self.head_dim and alike and factor == 1.0
 
@@ -359,7 +362,17 @@ class LoRAConfig:
 
 def to_json(config: Any) -> dict:
   """A config dataclass as plain JSON values; paths are the same text in every locale."""
-  return as_text(json.loads(json.dumps(dataclasses.asdict(config))))
+  return as_text(json.loads(json.dumps(_written(config))))
+
+
+def _written(value: Any) -> Any:
+  """`dataclasses.asdict` without the fields that are `_LATER` and have their defaults."""
+  if dataclasses.is_dataclass(value):
+    pairs = [(field, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    return {f.name: _written(own) for f, own in pairs if not (f.metadata.get("later") and own == f.default)}
+  if isinstance(value, dict):
+    return {key: _written(own) for key, own in value.items()}
+  return [_written(own) for own in value] if isinstance(value, list | tuple) else value
 
 
 def from_json(cls: type, values: Any, source: str = "config") -> Any:

@@ -107,7 +107,7 @@ def rope_tables(config: ModelConfig, positions: Int[Array, "B T"]) -> tuple[Arra
     both = [rope_tables(dataclasses.replace(each, local_rope_theta=None), positions) for each in (config, local)]
     return jnp.stack([cos for cos, _ in both]), jnp.stack([sin for _, sin in both])
   angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config)
-  factor = 1.0 if config.rope_scaling is None else config.rope_scaling.attention_factor
+  factor = 1.0 if config.rope_scaling is None else config.rope_scaling.attention_factor or 1.0
   return scaled(jnp.cos(angles)[:, :, None], factor), scaled(jnp.sin(angles)[:, :, None], factor)
 
 

@@ -29,7 +29,7 @@ def test_json_both_ways(config):
 @pytest.mark.parametrize(
   "cls, values, message",
   [
-    (ModelConfig, dict(family="gpt2"), "gpt2"),
+    (ModelConfig, dict(family="gpt5"), "gpt5"),
     (ModelConfig, dict(num_heads=6, num_kv_heads=4), "num_heads=6.*num_kv_heads=4"),
     (ModelConfig, dict(head_dim=15), "head_dim=15"),
     (DMSConfig, dict(gate="lstm"), "dms.gate='lstm'"),
