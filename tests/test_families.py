@@ -11,6 +11,7 @@ from dms_jax import cache as caches
 from dms_jax import policies
 from dms_jax import testing as tiny
 from dms_jax.config import LoRAConfig
+from dms_jax.convert import export
 from dms_jax.model import Eviction, cached_forward, check_policy, forward, unembed
 from dms_jax.retrofit import RetrofitConfig
 from dms_jax.retrofit.loop import prepare
@@ -26,6 +27,19 @@ train = jax.jit(train_step.__wrapped__, compiler_options=tiny.QUICK)
 whole = jax.jit(lambda model, tokens: forward(model, tokens, eviction=Eviction()), compiler_options=tiny.QUICK)
 step = jax.jit(cached_forward, compiler_options=tiny.QUICK)
 logits = jax.jit(unembed, compiler_options=tiny.QUICK)
+
+
+def test_what_is_left_out_is_refused_by_name(tmp_path):
+  moe, phi3, granite = (OTHER_FAMILIES[name] for name in ("qwen3_moe", "phi3-partial", "granite"))
+  with pytest.raises(ValueError, match=r"lora\.targets: 'gate_proj' is of experts"):
+    tiny.model(moe, None, LoRAConfig(2, targets=("gate_proj",)))
+  with pytest.raises(ValueError, match="phi3 models hold q_proj with others in one tensor"):
+    export(tmp_path / "peft", tiny.model(phi3, tiny.dms(), LoRAConfig(2)), layout="peft")
+  with pytest.raises(ValueError, match=r"family 'granite' \(its code has llama, qwen2, qwen3\)"):
+    export(tmp_path / "torch", tiny.model(granite, tiny.dms()), layout="dms_torch")
+  with pytest.raises(ValueError, match="ExpectedAttention turns keys by RoPE, and in this phi3 model not all"):
+    check_policy(tiny.model(phi3), policies.ExpectedAttention(budget=20))
+  assert not list(tmp_path.iterdir())
 
 
 def test_sliding_layers_bound_windows_and_gates():
