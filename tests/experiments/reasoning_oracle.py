@@ -133,7 +133,7 @@ def grids_problem(prompt: str) -> list[tuple[str, list[list[int]], int]]:
   while words.peek() != "start":
     letter, rows = words.next(), []
     for i in range(4):
-      words.take(f"r{i + 1}")
+      words.take(f"{letter}{i + 1}")
       rows.append([0 if (w := words.next()) == "." else int(w) for _ in range(4)])
     words.take("ask")
     found.append((letter, rows, int(words.next()[1]) - 1))
@@ -188,10 +188,11 @@ def grids(prompt: str, trace: str) -> list[str]:
     assert len(solutions) == 1
     rows: list[tuple[int, ...]] = []
     while words.peek() == "try":
-      words.take("try", letter)
+      words.take("try")
       rows = []
       while True:
-        words.take(f"r{len(rows) + 1}")
+        place = len(rows)
+        words.take(f"{letter}{place + 1}", *(str(digit or ".") for digit in clues[place]), "=")
         row = tuple(words.number() for _ in range(4))
         assert sorted(row) == [1, 2, 3, 4]
         assert all(c in (0, d) for c, d in zip(clues[len(rows)], row, strict=True))
@@ -286,15 +287,18 @@ def programs_right(prompt: str, text: str) -> bool:
 
 def graphs_problem(prompt: str) -> tuple[int, dict[int, list[int]], list[int]]:
   """The start, the rooms behind the doors of each room, the rooms sought."""
-  words, doors = Words(prompt), {}
+  words, doors, kinds = Words(prompt), {}, {}
   words.take("graphs")
   while words.peek() != "find":
-    room = words.number()
-    words.take(":")
-    doors[room] = [int(w) for w in words.until(";")]
+    room, door, behind = (words.number() for _ in range(3))
+    doors.setdefault(room, []).append(behind)
+    assert door == len(doors[room]) and behind not in kinds
+    kinds[behind] = words.next()
     words.take(";")
   words.take("find")
-  return next(iter(doors)), doors, [int(w) for w in words.until("start")]
+  goals = [int(w) for w in words.until("start")]
+  assert kinds == {room: "goal" if room in goals else "door" if room in doors else "dead" for room in kinds}
+  return next(iter(doors)), doors, goals
 
 
 def ways(room: int, goal: int, doors: dict[int, list[int]]) -> list[int]:
@@ -316,21 +320,21 @@ def graphs(prompt: str, trace: str) -> list[str]:
   start, doors, goals = graphs_problem(prompt)
   words, notes = Words(trace), {}
   while words.peek() == "try":
-    words.take("try", start)
+    words.take("try")
     room, toll = start, 0
     while room in doors:
-      words.take("go")
-      door = words.number()
-      room, toll = doors[room][door - 1], toll + door
-      words.take(room, "toll", toll)
+      door = int(words.words[words.at + 1])
+      behind, toll = doors[room][door - 1], toll + door
+      words.take(room, door, behind, "goal" if behind in goals else "door" if behind in doors else "dead", "toll", toll)
+      room = behind
     if room not in goals:
-      words.take("dead", ";")
+      words.take(";")
     elif room in notes:
-      words.take("goal", "seen", ";")
+      words.take("seen", ";")
     else:
       notes[room] = toll
       left = [goal for goal in goals if goal not in notes] or ["none"]
-      words.take("goal", "note", room, toll, "left", *left, ";")
+      words.take("note", room, toll, "left", *left, ";")
       assert (words.peek() == "try") == (left != ["none"])
   total = 0
   for i, goal in enumerate(goals):

@@ -20,7 +20,7 @@ from tests.experiments import reasoning_oracle as oracle
 FAMILIES = ("countdown", "grids", "programs", "graphs")
 VERIFIED = {"countdown": oracle.countdown_right, "programs": oracle.programs_right}
 VOTED = {"grids": oracle.grids_answer, "graphs": oracle.graphs_answer}
-DIGEST = "ec3223f3fdc763b8"
+DIGEST = "52253b619a518cc5"
 LENGTHS = (240, 480, 960, 1920, 3840)
 TOKENIZER = reasoning.tokenizer()
 family = pytest.mark.parametrize("family", FAMILIES)
