@@ -260,7 +260,10 @@ def carry_out(
   draw = lambda step: plots.training(run.directory / "log.png", run.directory / LOG) if drawing else None
   try:
     with asked_to_stop() as stop:
-      last = train(run, packer, tokenizer, mesh=mesh, report=report, saved=draw, stop=stop, stop_after=stop_after)
+      last = train(
+        run, packer, tokenizer, mesh=mesh, report=report, saved=draw, stop=stop, stop_after=stop_after,
+        progress=functools.partial(program.progress, desc="measuring thresholds"),
+      )  # fmt: skip
   except Preempted as reason:
     raise stopping.Stopped(f"{run.directory}: {reason}") from None
   if distributed.leads():
