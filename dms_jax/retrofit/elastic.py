@@ -1,4 +1,4 @@
-"""Gates for a range of compression ratios (CR): the thresholds at which a batch evicts what its rows ask for.
+"""Gates for a range of compression ratios (CR): the thresholds that give each row its own.
 
 No paper has them. Each row of a batch has a target CR of its own, and so a share of decisions to evict. A first pass
 reads the batch dense, without a gradient for anything but the gates, and gives their logits. A row's threshold is the
