@@ -14,15 +14,18 @@ from dms_jax.levels import Levels
 from dms_jax.model import Eviction, forward
 from dms_jax.params import flatten, join_params, unflatten
 from dms_jax.retrofit import (
+  DataConfig,
   LossConfig,
   MemoryConfig,
   OptimizerConfig,
   RetrofitConfig,
   ScheduleConfig,
   elastic,
+  loop,
   losses,
   schedule,
 )
+from dms_jax.retrofit.data import Packer, Source
 from dms_jax.retrofit.loop import prepare
 from dms_jax.retrofit.step import Batch, init_state, logistic_noise, loss_fn, train_step
 from tests import trained_oracle
@@ -177,6 +180,27 @@ def test_a_resumed_run_draws_the_same_targets():
   jax.tree.map(np.testing.assert_array_equal, first + second, lines)
   for step, line in enumerate(lines):
     assert min(LOW, 1.0 + step) <= line["target_cr"] <= 1.0 + step
+
+
+@pytest.mark.standard_promotion  # optax
+@pytest.mark.slow
+def test_a_run_ends_with_thresholds_of_what_it_exports(tmp_path, monkeypatch):
+  """final/ holds those that `calibrated` finds for it on the batches after the last step; nothing else is exported."""
+  monkeypatch.setattr(loop, "train_step", quick_step)
+  config = changed(BASE, schedule__steps=2, saving__calibration=2, saving__ema_decay=0.5)
+  data, tokens = DataConfig(paths=("text",)), np.random.default_rng(0).integers(0, SMALL.vocab_size, 300)
+  packer = Packer([Source("text", tokens.astype(np.int32), np.ones(300, np.int32))], data, config)
+  shown = []
+  progress = lambda batches: (shown.append(batch) or batch for batch in batches)
+  base = tiny.model(SMALL)
+  loop.train(loop.Run(base, gates(LOW, HIGH), LoRAConfig(rank=2), config, data, tmp_path), packer, progress=progress)
+  checkpoint.save(tmp_path / "base", base)
+  found = checkpoint.load(tmp_path / "base", retrofit=tmp_path / "final")
+  again = elastic.calibrated(found, [packer.batch(2), packer.batch(3)], config)
+  assert len(shown) == 2 and not list(tmp_path.glob("cr*"))
+  np.testing.assert_allclose(
+    found.dms.elastic_thresholds, again.dms.elastic_thresholds, atol=0.02
+  )  # updates are merged
 
 
 @pytest.mark.parametrize("targets", ["log_uniform", "uniform", "uniform_kept"])
