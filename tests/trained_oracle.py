@@ -285,12 +285,3 @@ def threshold_of_share(noisy, mask, share):
   """The value of `noisy` [L, B, K, T], pads left out, above which `share` of its values lie."""
   values = sorted((v for l in noisy for b, row in enumerate(l) for k in row for v in k[mask[b]]), reverse=True)
   return values[min(round(share * len(values)), len(values) - 1)]
-
-
-def relaxed_threshold(noisy, tau, share):
-  """The threshold at which the mean of sigmoid((value - threshold) / tau) is `share`, by bisection."""
-  low, high = noisy.min() - 40 * tau, noisy.max() + 40 * tau
-  for _ in range(200):
-    middle = (low + high) / 2
-    low, high = (middle, high) if (1 / (1 + np.exp((middle - noisy) / tau))).mean() > share else (low, middle)
-  return low

@@ -5,10 +5,9 @@ reads the batch dense, without a gradient for anything but the gates, and gives 
 quantile of the batch's noisy logits at which its share is above, so that the ratio needs no penalty: the loss is the
 distillation's alone. The second pass evicts at these thresholds.
 
-Raising all logits of a row raises its threshold with them and changes no decision. The gradient knows that: a
-threshold's derivative is that of the quantile's relaxation, the mean of the row's logits weighted by the slope of their
-relaxed decisions, so that what a step changes is the order of the tokens. Gates read the residual stream, but send no
-gradient into it: low-rank updates serve the distillation alone.
+Raising all logits of a row raises its threshold with them and changes no decision. The gradient knows that: a threshold
+has the derivative of the mean of its row's logits, so that what a step changes is the order of the tokens. Gates read
+the residual stream, but send no gradient into it: low-rank updates serve the distillation alone.
 
 At the end of a run `calibrated` measures the thresholds at which the gates are read from then on, without noise.
 """
@@ -59,23 +58,13 @@ def quantiles(
 
 
 def thresholds(
-  logits: Float[Array, "L B K T"],
-  noise: Float[Array, "L B K T"],
-  counted: Bool[Array, "B T"],
-  share: Float[Array, "B"],
-  tau: float | Float[Array, ""],
+  logits: Float[Array, "L B K T"], noise: Float[Array, "L B K T"], counted: Bool[Array, "B T"], share: Float[Array, "B"]
 ) -> Float[Array, "B"]:
-  """The threshold of each row: the quantile of all rows' noisy logits, with the derivative of the row's own.
-
-  That derivative keeps the row's relaxed share, the mean of sigmoid((logit + noise - threshold) / tau), as it is.
-  """
-  noisy = jax.lax.stop_gradient(logits + noise)
-  values = quantiles(noisy, counted, share)
-  evicts = jax.nn.sigmoid((noisy - values[:, None, None]) / tau)
-  weights = jnp.where(counted[:, None], evicts * (1.0 - evicts), 0.0)
-  total = jnp.maximum(weights.sum(axis=(0, 2, 3)), jnp.finfo(jnp.float32).tiny)
-  moved = jnp.sum(weights * (logits - jax.lax.stop_gradient(logits)), axis=(0, 2, 3)) / total
-  return values + moved
+  """The threshold of each row: the quantile of all rows' noisy logits, with the derivative of its own logits' mean."""
+  values = quantiles(jax.lax.stop_gradient(logits + noise), counted, share)
+  count = jnp.maximum(counted.sum(axis=1), 1) * (logits.shape[0] * logits.shape[2])
+  mean = jnp.where(counted[:, None], logits, 0.0).sum(axis=(0, 2, 3)) / count.astype(jnp.float32)
+  return values + (mean - jax.lax.stop_gradient(mean))
 
 
 def student(
@@ -91,7 +80,7 @@ def student(
   if dms.granularity == "layer":
     noise = jnp.broadcast_to(noise[:, :, :1], noise.shape)
   _, logits = run(_gates_alone(model), batch, config)
-  limit = thresholds(logits, noise, real, shares(config, cr, real, dms.window), tau)
+  limit = thresholds(logits, noise, real, shares(config, cr, real, dms.window))
 
   def attention(layer, x, q, k, v, noise):
     own = gate_logits(model.config, dms, layer, jax.lax.stop_gradient(x), q)
