@@ -179,7 +179,10 @@ def _fitting(clues: tuple[int, ...]) -> list[Row]:
 
 
 def _expand(step: Step, shown: list[str], fitting: list[list[Row]]) -> list[Step]:
-  """The guesses of the next row, after its name and clues `shown`; a state is the rows so far, or None after a clash."""
+  """The guesses of the next row, after its name and clues `shown`.
+
+  A step's state is the rows so far, or None after a clash.
+  """
   rows = step.state
   if rows is None:
     return []
