@@ -39,7 +39,7 @@ VOCABULARY: tuple[str, ...] = (
   "countdown", "grids", "programs", "graphs",
   "start", "try", "note", "list", "answer", "goal", "below", "above", "equal", "left", "none", ":", ";", ",", "=",
   "numbers", "targets", "+", "-", "*",
-  *LETTERS, *(f"{letter}{row}" for letter in LETTERS for row in range(1, 5)), ".", "ask", "ok", "clash",
+  *LETTERS, *(f"{letter}{row}" for letter in LETTERS for row in range(1, 5)), ".", "ok", "clash",
   "ops", "->", "inc", "dec", "up", "down", "double", "triple", "half", "third", "flip", "square",
   "find", "toll", "door", "dead", "seen",
 )  # fmt: skip

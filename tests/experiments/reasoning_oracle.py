@@ -126,17 +126,16 @@ def countdown_right(prompt: str, text: str) -> bool:
 # Grids ----------------------------------------------------------------------------------------------------------------
 
 
-def grids_problem(prompt: str) -> list[tuple[str, list[list[int]], int]]:
-  """For each grid: its letter, its four rows with 0 for an empty cell, the row asked (0..3)."""
+def grids_problem(prompt: str) -> list[tuple[str, list[list[int]]]]:
+  """For each grid: its letter, its four rows with 0 for an empty cell."""
   words, found = Words(prompt), []
   words.take("grids")
   while words.peek() != "start":
-    letter, rows = words.next(), []
+    letter, rows = words.peek()[0], []
     for i in range(4):
       words.take(f"{letter}{i + 1}")
       rows.append([0 if (w := words.next()) == "." else int(w) for _ in range(4)])
-    words.take("ask")
-    found.append((letter, rows, int(words.next()[1]) - 1))
+    found.append((letter, rows))
     words.take(";")
   assert [letter for letter, *_ in found] == list("abcd")[: len(found)]
   return found
@@ -161,9 +160,9 @@ def solve(clues: list[list[int]]) -> list[list[tuple[int, ...]]]:
 
 def grids_answer(prompt: str) -> str:
   first = second = 0
-  for _, clues, asked in grids_problem(prompt):
+  for _, clues in grids_problem(prompt):
     (filled,) = solve(clues)
-    first, second = first + filled[asked][0], second + filled[asked][1]
+    first, second = first + filled[3][0], second + filled[3][1]
   return f"{first} {second}"
 
 
@@ -183,7 +182,7 @@ def first_clash(rows: list[tuple[int, ...]]) -> int:
 def grids(prompt: str, trace: str) -> list[str]:
   """Checks a trace and returns the notes."""
   words, notes = Words(trace), []
-  for letter, clues, asked in grids_problem(prompt):
+  for letter, clues in grids_problem(prompt):
     solutions = solve(clues)
     assert len(solutions) == 1
     rows: list[tuple[int, ...]] = []
@@ -205,7 +204,7 @@ def grids(prompt: str, trace: str) -> list[str]:
           words.take(";")
           break
     assert rows == solutions[0]
-    notes.append(f"{letter} {rows[asked][0]} {rows[asked][1]}")
+    notes.append(f"{letter} {rows[3][0]} {rows[3][1]}")
     words.take("note", *notes[-1].split(" "), ";")
   sums = [0, 0]
   for i, note in enumerate(notes):
