@@ -8,6 +8,7 @@ low-rank width.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -254,9 +255,9 @@ class DMSConfig:
   the token leaves the window and evicts it at once: token t decides about t - `shift` - W.
 
   `elastic` is the lowest and the highest CR of gates that one retrofit trains for all ratios between; none means one
-  ratio. Such gates are read at a threshold for each CR (`levels.Levels`): `elastic_slope`, by default 4, is its slope,
-  and `elastic_pivot`, by default 4 or the nearest end, the CR whose threshold is 0. The default `offset` is then that
-  at which untrained gates evict as rarely at the lowest CR as those for one ratio do.
+  ratio. Such gates are read at a threshold for each CR: `elastic_thresholds` are those of CRs from the lowest to the
+  highest (`levels.Levels`), which a retrofit measures at its end. Before, they are those of a logistic distribution of
+  scale 4 whose threshold for CR 4, or the nearest end, is 0.
   """
 
   gate: Literal["adapter", "neuron", "linear", "mlp"] = None  # type: ignore[assignment]
@@ -269,17 +270,12 @@ class DMSConfig:
   objective: Objective = "dms"
   hidden: int = 512
   elastic: tuple[float, ...] = ()
-  elastic_slope: float = None  # type: ignore[assignment]
-  elastic_pivot: float = None  # type: ignore[assignment]
+  elastic_thresholds: tuple[float, ...] = ()
 
   def __post_init__(self):
     if self.objective not in GATE_DEFAULTS:
       raise ValueError(f"dms.objective={self.objective!r} is not one of {sorted(GATE_DEFAULTS)}")
     self._check_elastic()
-    if self.elastic and self.offset is None:
-      (low, _), pivot = self.elastic, self.elastic_pivot
-      highest = 0.0 if low == pivot else -self.elastic_slope * math.log((low - 1) / (pivot - 1))
-      object.__setattr__(self, "offset", GATE_DEFAULTS["dms"]["offset"] - highest)
     for name, value in GATE_DEFAULTS[self.objective].items():
       if getattr(self, name) is None:
         object.__setattr__(self, name, value)
@@ -309,12 +305,11 @@ class DMSConfig:
       raise ValueError(f"dms.eviction={self.eviction!r} must be 'delayed' or 'immediate'")
 
   def _check_elastic(self) -> None:
-    """Fills in the numbers of the levels; a ValueError if they are out of range."""
-    given = {name: getattr(self, name) for name in ("elastic_slope", "elastic_pivot")}
+    """Fills in the thresholds of untrained gates; a ValueError if the numbers are out of range."""
+    table = self.elastic_thresholds
     if not self.elastic:
-      for name, value in given.items():
-        if value is not None:
-          raise ValueError(f"dms.{name}={value} is of gates for a range of ratios: give dms.elastic=LOWEST,HIGHEST too")
+      if table:
+        raise ValueError("dms.elastic_thresholds are of gates for a range of ratios: give dms.elastic=LOWEST,HIGHEST")
       return
     if len(self.elastic) != 2 or not 1 < self.elastic[0] <= self.elastic[1] < math.inf:
       spelled = ",".join(f"{value:g}" for value in self.elastic)
@@ -322,13 +317,21 @@ class DMSConfig:
     if self.objective != "dms":
       raise ValueError(f"dms.elastic is for retrofit.objective=dms, not for {self.objective}")
     low, high = self.elastic
-    defaults = {"elastic_slope": 4.0, "elastic_pivot": min(max(4.0, low), high)}
-    for name, value in given.items():
-      object.__setattr__(self, name, defaults[name] if value is None else value)
-    if not 0 <= self.elastic_slope < math.inf:
-      raise ValueError(f"dms.elastic_slope={self.elastic_slope} must be 0 or more")
-    if not low <= self.elastic_pivot <= high:
-      raise ValueError(f"dms.elastic_pivot={self.elastic_pivot} must lie in dms.elastic={low:g},{high:g}")
+    if not table:
+      untrained = Levels.logistic(low, high, slope=4.0, zero=Levels(low, high, ()).usual)
+      object.__setattr__(self, "elastic_thresholds", untrained.thresholds)
+    elif (len(table) < 2 and low < high) or any(not a >= b for a, b in itertools.pairwise(table)):
+      raise ValueError("dms.elastic_thresholds must be two or more numbers that never rise")
+
+  @classmethod
+  def upgraded(cls, values: dict) -> dict:
+    """JSON `values` with this version's thresholds; files of before hold the slope and the zero of a logistic one."""
+    values = dict(values)
+    slope, zero = values.pop("elastic_slope", None), values.pop("elastic_pivot", None)
+    if slope is not None and values.get("elastic"):
+      low, high = values["elastic"]
+      values["elastic_thresholds"] = list(Levels.logistic(low, high, slope, zero).thresholds)
+    return values
 
   @property
   def levels(self) -> Levels | None:
@@ -336,7 +339,7 @@ class DMSConfig:
     if not self.elastic:
       return None
     low, high = self.elastic
-    return Levels(low, high, self.elastic_slope, self.elastic_pivot)
+    return Levels(low, high, self.elastic_thresholds)
 
   def lag(self, window: int | None = None) -> int:
     """Tokens from the one that a decision is about to the one that computes it; 0 to W + 1.

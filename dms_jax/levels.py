@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
@@ -13,34 +15,55 @@ from jaxtyping import Array, Float
 class Levels:
   """Thresholds of gates that were trained for every CR c from `low` to `high`; no paper has them.
 
-      threshold(c) = slope * (logit(1/c) - logit(1/pivot)) = -slope * log((c - 1) / (pivot - 1))
-
-  A gate that evicts the share 1 - 1/c of its tokens at threshold(c), for every c, has logits of a logistic
-  distribution of scale `slope`: the logit of a token is its calibrated rank. Noise in training is logistic of scale 1,
-  so that `slope` is the spread of the ranks against the noise. The threshold falls from infinity at c = 1, where every
-  token stays, to minus infinity. It is 0 at `pivot`.
+  `thresholds` are those of the CRs whose log(c - 1), the log-odds of evicting, are equally spaced from the lowest to
+  the highest; between them they are linear in it. The threshold never rises with c. One CR alone has one threshold.
   """
 
   low: float
   high: float
-  slope: float
-  pivot: float
+  thresholds: tuple[float, ...]
+
+  @classmethod
+  def logistic(cls, low: float, high: float, slope: float, zero: float) -> Levels:
+    """Thresholds -slope * log((c - 1) / (zero - 1)), at which logits of a logistic distribution evict 1 - 1/c."""
+    if low == high:
+      return cls(low, high, (0.0,))
+    return cls(low, high, tuple(-slope * math.log((c - 1.0) / (zero - 1.0)) + 0.0 for c in (low, high)))
 
   @property
   def ranged(self) -> bool:
     """Whether there is more than one CR; where not, training is that for one CR, read at 0."""
     return self.low < self.high
 
+  @property
+  def usual(self) -> float:
+    """The CR at which the gates are read where none is given: 4, or the nearest end."""
+    return min(max(4.0, self.low), self.high)
+
+  @staticmethod
+  def ratios(low: float, high: float, count: int) -> list[float]:
+    """The CRs of `count` thresholds."""
+    odds = np.linspace(math.log(low - 1.0), math.log(high - 1.0), count)
+    return [min(max(float(c), low), high) for c in 1.0 + np.exp(odds)]
+
   def threshold(self, cr: ArrayLike) -> Float[Array, "*rows"]:
-    """The threshold of each CR, float32; outside `low` .. `high` that of the nearer end. At `pivot` it is exactly 0."""
+    """The threshold of each CR, float32; outside `low` .. `high` that of the nearer end."""
     cr = jnp.clip(jnp.asarray(cr, jnp.float32), jnp.float32(self.low), jnp.float32(self.high))
-    pivot = jnp.float32(self.pivot)
-    return jnp.where(cr == pivot, jnp.float32(0.0), -self.slope * jnp.log((cr - 1.0) / (pivot - 1.0)))
+    return jnp.interp(jnp.log(cr - 1.0), self._odds(), jnp.asarray(self.thresholds, jnp.float32))
 
   def cr(self, threshold: ArrayLike) -> Float[Array, "*rows"]:
-    """The CR of each threshold, float32, within `low` .. `high`: the inverse of `threshold`, but for rounding."""
+    """The CR of each threshold, float32, within `low` .. `high`: the inverse of `threshold`, but for rounding.
+
+    Where CRs share a threshold it is one of them; the highest if all do.
+    """
     low, high = jnp.float32(self.low), jnp.float32(self.high)
-    if not self.slope:  # every CR has the same threshold
+    if len(set(self.thresholds)) == 1:
       return jnp.broadcast_to(high, jnp.shape(threshold))
-    threshold = jnp.asarray(threshold, jnp.float32)
-    return jnp.clip(1.0 + (self.pivot - 1.0) * jnp.exp(-threshold / self.slope), low, high)
+    falling = -jnp.asarray(self.thresholds, jnp.float32)
+    odds = jnp.interp(-jnp.asarray(threshold, jnp.float32), falling, self._odds())
+    return jnp.clip(1.0 + jnp.exp(odds), low, high)
+
+  def _odds(self) -> Float[Array, "S"]:
+    """log(c - 1) of the thresholds' CRs."""
+    ends = math.log(self.low - 1.0), math.log(self.high - 1.0)
+    return jnp.asarray(np.linspace(*ends, len(self.thresholds)), jnp.float32)

@@ -8,7 +8,8 @@ documents whose end asks for what their middle said. A reasoner trained by
 experiments.train_reasoner reads problems of its families: --data.families=countdown,grids. A run trains for one CR; the
 ramp takes retrofit.schedule.steps_per_cr steps a unit, and the rest has flags of its own:
 --retrofit.schedule.final_cr=4 --retrofit.schedule.steps=0 --retrofit.schedule.hold_steps=20
---retrofit.optimizer.decay_steps=60. --crs=2,4,8 makes such a run for each of these CRs. The paper's neuron recipe:
+--retrofit.optimizer.decay_steps=60. --crs=2,4,8 makes such a run for each of these CRs. One run for all of a range:
+--dms.elastic=1.5,12 --retrofit.schedule.final_cr=12 --retrofit.loss.counts=held. The paper's neuron recipe:
 --dms.gate=neuron --retrofit.trainable=all --retrofit.schedule.fade_steps=2000. Low-rank updates of other projections:
 --lora.rank=16 --lora.targets=q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj.
 
@@ -260,7 +261,10 @@ def carry_out(
   draw = lambda step: plots.training(run.directory / "log.png", run.directory / LOG) if drawing else None
   try:
     with asked_to_stop() as stop:
-      last = train(run, packer, tokenizer, mesh=mesh, report=report, saved=draw, stop=stop, stop_after=stop_after)
+      last = train(
+        run, packer, tokenizer, mesh=mesh, report=report, saved=draw, stop=stop, stop_after=stop_after,
+        progress=functools.partial(program.progress, desc="measuring thresholds"),
+      )  # fmt: skip
   except Preempted as reason:
     raise stopping.Stopped(f"{run.directory}: {reason}") from None
   if distributed.leads():

@@ -265,32 +265,23 @@ def merging(q, k, v, z, omega, window, segments):
 # Gates for a range of compression ratios ------------------------------------------------------------------------------
 
 
-def level_threshold(cr, low, high, slope, pivot):
-  """The threshold of CR `cr`: `slope` times the log-odds of keeping 1/cr, less those of keeping 1/pivot."""
-  if low == high:
-    return 0.0
-  odds = lambda kept: math.log(kept / (1 - kept))
-  return slope * (odds(1 / min(max(cr, low), high)) - odds(1 / pivot))
+def level_threshold(cr, low, high, table):
+  """The threshold of CR `cr`: linear in log(c - 1) between those of `table`, from the lowest CR to the highest."""
+  place = (math.log(min(max(cr, low), high) - 1) - math.log(low - 1)) / (math.log(high - 1) - math.log(low - 1))
+  left = min(int(place * (len(table) - 1)), len(table) - 2)
+  part = place * (len(table) - 1) - left
+  return table[left] * (1 - part) + table[left + 1] * part
 
 
-def row_compression(logits, noise, crs, thresholds, mask, *, window=0, held=False, penalty="shortfall", tolerance=0.0):
-  """(loss, evicted shares [B]): each row's shortfall against its own target, mean over rows; logits [L, B, K, T].
+def evicting_share(cr, tokens, window, held):
+  """Share of a row's decisions that evict at CR `cr`; with `held`, once the last W + 1 tokens are held anyway."""
+  outside = tokens - (window + 1)
+  if not held:
+    return 1 - 1 / cr
+  return min((tokens - tokens / cr) / outside, 1.0) if outside > 0 else 0.0
 
-  With `held` the target is the share that leaves 1/cr of the row's tokens once the last W + 1 are held anyway. Under
-  "distance" an excess counts, too, and under "ratio" the logarithm of the shares kept, none below 1/64.
-  """
-  losses, shares = [], []
-  for b, (cr, threshold) in enumerate(zip(crs, thresholds, strict=True)):
-    real = [t for t in range(mask.shape[1]) if mask[b, t]]
-    cells = [(l, k, t) for l in range(len(logits)) for k in range(logits.shape[2]) for t in real]
-    shares.append(sum(logits[l, b, k, t] - threshold + noise[l, b, k, t] > 0 for l, k, t in cells) / len(cells))
-    target = 1 - 1 / cr
-    if held:
-      outside = len(real) - (window + 1)
-      target = min((len(real) - len(real) / cr) / outside, 1.0) if outside > 0 else 0.0
-    if penalty == "ratio":
-      ratio = max(1 - shares[-1], 1 / 64) / max(1 - target, 1 / 64)
-      losses.append(max(math.log(max(ratio, 1 / ratio) / (1 + tolerance)), 0.0))
-    else:
-      losses.append(abs(target - shares[-1]) if penalty == "distance" else max(target - shares[-1], 0.0))
-  return sum(losses) / len(losses), np.array(shares)
+
+def threshold_of_share(noisy, mask, share):
+  """The value of `noisy` [L, B, K, T], pads left out, above which `share` of its values lie."""
+  values = sorted((v for l in noisy for b, row in enumerate(l) for k in row for v in k[mask[b]]), reverse=True)
+  return values[min(round(share * len(values)), len(values) - 1)]

@@ -116,7 +116,7 @@ def one_ratio(model: Model, about: About) -> Model:
   if not low <= about.cr <= high:
     raise ValueError(f"--cr={about.cr:g}: these gates are for ratios from {low:g} to {high:g}")
   offset = d.offset + float(d.levels.threshold(about.cr))
-  fixed = dataclasses.replace(d, elastic=(), elastic_slope=None, elastic_pivot=None, offset=offset)
+  fixed = dataclasses.replace(d, elastic=(), elastic_thresholds=(), offset=offset)
   return model.replace(dms=fixed)
 
 

@@ -24,7 +24,7 @@ class DMS(Budgeted):
 
   `cr` sets the threshold for gates that were trained for a range of compression ratios (`DMSConfig.elastic`): the share
   1 - 1/cr of the tokens is evicted, more of them in some texts, heads and layers and fewer in others. It is one number
-  or one a row [B], default the ratio whose threshold is 0. Gates for one ratio have no such dial.
+  or one a row [B], default 4 or the nearest end of the range. Gates for one ratio have no such dial.
 
   `budget` (tokens a head, the window's W + 1 included) adds a hard limit, which the paper does not have; with `hard`
   `cr` is one too, of any gates: tokens seen for each one allowed. The score is then the negative logit: where the
@@ -104,7 +104,7 @@ class DMS(Budgeted):
   def for_gates(self, dms):
     policy = self.replace(levels=dms.levels)
     plain = not self.hard and self.cr is None and np.ndim(self.threshold) == 0 and self.threshold == 0
-    return policy.replace(cr=dms.elastic_pivot) if dms.elastic and plain else policy
+    return policy.replace(cr=dms.levels.usual) if dms.elastic and plain else policy
 
   def resolved(self, window):
     if self.limit_over not in ("head", "layer"):

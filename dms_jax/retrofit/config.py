@@ -17,7 +17,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
   "be at least 1": (
     lambda x: x >= 1,
     "batch_size seq_len microbatches schedule.steps schedule.steps_per_cr memory.loss_chunk memory.vocab_chunk "
-    "saving.save_every saving.keep_states trimkv.capacity",
+    "saving.save_every saving.keep_states saving.calibration trimkv.capacity",
   ),
   "be positive": (lambda x: x > 0, "optimizer.learning_rate optimizer.clip_norm loss.tau loss.bound"),
   "be 0 or more": (
@@ -63,8 +63,9 @@ class ScheduleConfig:
   gate starts closed; it needs `trainable` "all".
 
   With `dms.elastic`, `final_cr` is its highest CR, and every row of a batch draws its own target, between the lowest
-  and the highest CR that the ramp has reached. `targets` is their distribution: "log_uniform", "uniform", or
-  "uniform_kept", in which 1/CR, the share that is kept, is uniform.
+  and the highest CR that the ramp has reached. The batch is read at thresholds that meet these targets, so that there
+  is no compression loss. `targets` is their distribution: "log_uniform", "uniform", or "uniform_kept", in which 1/CR,
+  the share that is kept, is uniform.
   """
 
   steps: int = 1000
@@ -120,9 +121,6 @@ class LossConfig:
 
   `counts`: what the compression loss holds against the target, "evicted" the share of decisions to evict, as the paper,
   or "held" the tokens held at the end of a row, so that those of the window count too: the achieved CR at its length.
-  `penalty`: "shortfall", as the paper, costs a row what it evicts too little; "distance" also what it evicts too much,
-  so that gates for a range of ratios keep to each of them. "ratio" is the logarithm of kept over target, so that all
-  ratios count alike; a ratio within 1 + `tolerance` of 1 costs nothing.
   """
 
   kind: Literal["reverse_kl", "forward_kl", "lm"] = "reverse_kl"
@@ -131,14 +129,12 @@ class LossConfig:
   tau: float = 0.1
   bound: float = 100.0
   counts: Literal["evicted", "held"] = "evicted"
-  penalty: Literal["shortfall", "distance", "ratio"] = "shortfall"
-  tolerance: float = 0.0
 
-  def __post_init__(self):
-    if not 0 <= self.tolerance < math.inf:
-      raise ValueError(f"loss.tolerance={self.tolerance} must be a number, 0 or more")
-    if self.tolerance and self.penalty != "ratio":
-      raise ValueError(f"loss.tolerance={self.tolerance} is for loss.penalty=ratio, not for {self.penalty}")
+  @classmethod
+  def upgraded(cls, values: dict) -> dict:
+    """JSON `values` without the penalties that gates for a range of ratios had before; others had the paper's alone."""
+    gone = {"penalty": "shortfall", "tolerance": 0.0}
+    return {name: value for name, value in values.items() if name not in gone or value != gone[name]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +161,8 @@ class SavingConfig:
 
   `export`: exported checkpoints hold a small "retrofit" on top of the base, or a whole "model" with low-rank updates
   merged; "auto" means "model" if the base is trained, else "retrofit". With `ema_decay` above 0 they hold the
-  exponential moving average of the trained parameters.
+  exponential moving average of the trained parameters. The thresholds of gates for a range of ratios are measured for
+  them at the end, on `calibration` batches after the last that trained.
   """
 
   save_every: int = 100
@@ -173,6 +170,7 @@ class SavingConfig:
   snapshots: bool = True
   export: Literal["auto", "retrofit", "model"] = "auto"
   ema_decay: float = 0.0
+  calibration: int = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,6 +322,10 @@ def check(dms: DMSConfig | None, lora: LoRAConfig, config: RetrofitConfig) -> No
     raise ValueError(
       f"retrofit.schedule.final_cr={config.schedule.final_cr:g} must be the highest CR of "
       f"dms.elastic={dms.elastic[0]:g},{dms.elastic[1]:g}"
+    )
+  if dms.elastic and dms.gate == "neuron":
+    raise ValueError(
+      "dms.elastic with dms.gate='neuron': gates for a range of ratios need weights of their own; use 'adapter'"
     )
   if dms.gate != "neuron":
     for name in ("fade_steps", "zero_neuron"):

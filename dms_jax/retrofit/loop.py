@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from dms_jax import checkpoint, formats
 from dms_jax.config import DMSConfig, LoRAConfig, as_text, from_json, is_number, parse_json, read_json, to_json
 from dms_jax.model import Model
 from dms_jax.params import Params, join_params, param_table, split_params
-from dms_jax.retrofit import distributed, kvzap
+from dms_jax.retrofit import distributed, elastic, kvzap
 from dms_jax.retrofit.config import DataConfig, RetrofitConfig, check
 from dms_jax.retrofit.data import Batches
 from dms_jax.retrofit.step import (
@@ -212,11 +212,22 @@ def _disk_is_full(error: BaseException | None) -> bool:
   return False
 
 
-def export(run: Run, student: Model, state: TrainState, path: Path, tokenizer=None, **metadata) -> None:
+def export(
+  run: Run,
+  student: Model,
+  state: TrainState,
+  path: Path,
+  tokenizer=None,
+  calibrated: Callable[[Model], Model] = lambda model: model,
+  **metadata,
+) -> None:
   """Writes the trained parameters as a checkpoint: a retrofit, or the whole model (`SavingConfig.export`).
 
   Gates are float32; low-rank updates and trained weights have the compute dtype. Updates are merged in float32, into
   the weights as stored.
+
+  Args:
+    calibrated: sets the thresholds of the exported gates.
   """
   if (path / "config.json").exists():  # a resumed run reaches this step again, with the same numbers
     return
@@ -226,6 +237,7 @@ def export(run: Run, student: Model, state: TrainState, path: Path, tokenizer=No
     model = student.replace(params=join_params(student.params, run.base.params, trained)).merged()
   else:
     model = trained_model(student, trained, jnp.dtype(config.memory.compute_dtype))
+  model = calibrated(model)
   groups = ("base", "gate", "lora") if config.whole_model else ("gate", "lora")
   with distributed.together():
     checkpoint.save(path, model, tokenizer if config.whole_model else None, groups=groups, metadata=metadata)
@@ -239,6 +251,7 @@ def train(
   mesh: Mesh | None = None,
   report: Callable[[dict], Any] = lambda line: None,
   saved: Callable[[int], Any] = lambda step: None,
+  progress: Callable[[Sequence], Iterable] = iter,
   stop: Callable[[], bool] = lambda: False,
   log_every: int = 10,
   stop_after: int | None = None,
@@ -255,6 +268,7 @@ def train(
       0 calls `report` and `saved`.
     report: called with every line of the log.
     saved: called with the number of steps done, after each save of the state has started.
+    progress: iterates over the batches of the last calibration, and may show how far it is.
     stop: called before the first step and after every step; if it returns true, the run saves and raises `Preempted`.
       Several processes stop by `distributed.preempted`.
     log_every: steps between fetches of metrics from the device.
@@ -279,6 +293,7 @@ def train(
   settings = run.settings(packer)
   # Gates for a range of ratios serve all of it only at the end.
   snapshots = config.ramps and config.saving.snapshots and not (run.dms and run.dms.elastic)
+  ranged = run.dms is not None and run.dms.levels is not None and run.dms.levels.ranged
   crs = range(2, math.floor(config.schedule.final_cr) + 1) if snapshots else ()
   usable = {config.schedule.step_of_cr(cr): cr for cr in crs}
   with _writing(directory), distributed.together():
@@ -293,7 +308,12 @@ def train(
 
   def write(name: str, done: int) -> None:
     about = {"step": done, "retrofit": settings["retrofit"], "data": settings["data"]}
-    export(run, student, state, directory / name, tokenizer, **about)
+    export(run, student, state, directory / name, tokenizer, calibrated if ranged else lambda model: model, **about)
+
+  def calibrated(model: Model) -> Model:
+    steps = range(config.schedule.steps, config.schedule.steps + config.saving.calibration)
+    with jax.set_mesh(mesh):
+      return elastic.calibrated(model, [distributed.feed(packer, step, mesh) for step in steps], config, progress)
 
   with _writing(directory), _states(directory, config) as checkpointer:
     if checkpointer.latest is not None:

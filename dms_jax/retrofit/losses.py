@@ -274,9 +274,6 @@ def _backward(
 _chunked.defvjp(_forward, _backward)
 
 
-LEAST_KEPT = 1 / 64  # share of tokens; keeps the logarithm finite
-
-
 def hard_decisions(z: Float[Array, "..."]) -> Float[Array, "..."]:
   """1 where z > 0, otherwise 0, with the gradient of sigmoid(z): a straight-through estimator."""
   soft = jax.nn.sigmoid(z)
@@ -303,19 +300,13 @@ def held_target(cr: Float[Array, "*rows"], mask: Bool[Array, "B T"], window: int
 
 
 def compression_loss(
-  fraction: Float[Array, "B"], cr: Float[Array, "*rows"], target: Float[Array, "B"] | None = None,
-  penalty: Literal["shortfall", "distance", "ratio"] = "shortfall", tolerance: float = 0.0,
-) -> Float[Array, ""]:  # fmt: skip
+  fraction: Float[Array, "B"], cr: Float[Array, "*rows"], target: Float[Array, "B"] | None = None
+) -> Float[Array, ""]:
   """Mean over rows of relu(target - evicted fraction); a row that evicts more than that costs nothing.
 
   Args:
     cr: one number, or one a row [B].
     target: the share to evict; None means 1 - 1/CR.
-    penalty: "distance" is |target - evicted fraction|; "ratio" is relu(|log(kept / target kept)| - log(1 + tolerance)),
-      where shares kept are at least `LEAST_KEPT`.
   """
   target = 1.0 - 1.0 / cr if target is None else target
-  if penalty == "ratio":
-    log_kept = lambda share: jnp.log(jnp.maximum(1.0 - share, LEAST_KEPT))
-    return jnp.mean(jax.nn.relu(jnp.abs(log_kept(fraction) - log_kept(target)) - jnp.log1p(tolerance)))
-  return jnp.mean(jax.nn.relu(target - fraction) if penalty == "shortfall" else jnp.abs(target - fraction))
+  return jnp.mean(jax.nn.relu(target - fraction))

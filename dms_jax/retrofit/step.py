@@ -16,7 +16,7 @@ from dms_jax.config import DMSConfig
 from dms_jax.metrics import held_share
 from dms_jax.model import Eviction, Model
 from dms_jax.params import Group, Params, flatten, init_params, join_params, param_table, split_params, unflatten
-from dms_jax.retrofit import dmc, kvzap, losses, schedule, trimkv
+from dms_jax.retrofit import dmc, elastic, kvzap, losses, schedule, trimkv
 from dms_jax.retrofit.batch import Batch as Batch
 from dms_jax.retrofit.batch import real_tokens, run, text_loss
 from dms_jax.retrofit.config import RetrofitConfig
@@ -117,27 +117,28 @@ def loss_fn(
 
   Args:
     noise: logistic noise of the relaxed decisions.
-    cr: target compression ratio; one a row [B] for gates for a range of ratios, which are read at its threshold. A
-      single one is read at 0.
+    cr: target compression ratio; one a row [B] for gates for a range of ratios, whose loss is the first term alone:
+      the thresholds at which they are read give each row its ratio. A single one is read at 0.
     neuron_kept: the share of the borrowed channel that is left, in phase 1 alone. In phase 1 nothing is evicted and
       there is no compression loss.
   """
   real = real_tokens(batch)
   fading = neuron_kept is not None
-  threshold = student.dms.levels.threshold(cr) if jnp.ndim(cr) else 0.0
   if config.objective == "dmc":
     hidden, z = dmc.student(student, batch, noise, config)
+  elif jnp.ndim(cr):
+    hidden, z = elastic.student(student, batch, noise, cr, config)
   else:
-    eviction = None if fading else Eviction(threshold, noise, config.loss.tau)
+    eviction = None if fading else Eviction(0.0, noise, config.loss.tau)
     hidden, z = run(student, batch, config, eviction=eviction, neuron_kept=neuron_kept)
   distance = text_loss(config.loss.kind, hidden, student, teacher, batch, config)
   slides = np.asarray(student.config.sliding_layers, bool)
   gated = z[np.flatnonzero(~slides)] if slides.size else z  # the gates of sliding layers decide nothing
   fraction = losses.evicted_fraction(gated, real)
   compression = jnp.float32(0.0)
-  if not fading:
+  if not fading and not jnp.ndim(cr):
     target = losses.held_target(cr, real, student.dms.window) if config.loss.counts == "held" else None
-    compression = losses.compression_loss(fraction, cr, target, config.loss.penalty, config.loss.tolerance)
+    compression = losses.compression_loss(fraction, cr, target)
   return distance + config.loss.compression_weight * compression, {
     "nll" if config.loss.kind == "lm" else "kl": distance,
     "compression_loss": compression,

@@ -32,7 +32,9 @@ class Problem(NamedTuple):
 class Graphs(ReasoningTask):
   """Find the rooms sought by random walks from the start; the answer is the sum of the tolls on the ways to them.
 
-  The toll of a door is its number: the first costs 1, the second 2, the third 3. A walk ends in a room without doors.
+  The prompt lists every door: its room, its number, the room behind, and whether that has doors, is dead or a goal. A
+  walk copies the doors that it takes. The toll of a door is its number: the first costs 1, the second 2, the third 3. A
+  walk ends in a room without doors.
   A room sought is noted with its toll when a walk reaches it for the first time; later it is only `seen`. Each toll is
   unique, so W texts vote.
   """
@@ -100,8 +102,13 @@ class Graphs(ReasoningTask):
     return f"graphs {shape(rooms[0][0])}"
 
   def prompt(self, problem: Problem) -> str:
-    lines = " ".join(f"{room} : {' '.join(map(str, behind))} ;" for room, behind in problem.rooms)
-    return f"graphs {lines} find {' '.join(map(str, problem.goals))} start"
+    doors, goals = dict(problem.rooms), problem.goals
+    lines = " ".join(
+      f"{room} {door} {behind} {_kind(behind, doors, goals)} ;"
+      for room, rooms in problem.rooms
+      for door, behind in enumerate(rooms, start=1)
+    )
+    return f"graphs {lines} find {' '.join(map(str, goals))} start"
 
   def write(self, problem: Problem, trace: Trace) -> bool:
     doors, start = dict(problem.rooms), problem.rooms[0][0]
@@ -142,16 +149,21 @@ def total(problem: Problem) -> int:
   return cost
 
 
+def _kind(room: int, doors: dict[int, tuple[int, ...]], goals: tuple[int, ...]) -> str:
+  """The word for what a room is."""
+  return "goal" if room in goals else "door" if room in doors else "dead"
+
+
 def _expand(step: Step, start: int, doors: dict[int, tuple[int, ...]], goals: tuple[int, ...]) -> list[Step]:
   """What lies behind the doors of a room; a step's state is the room and the toll so far."""
   room, toll = step.state
   made = []
   for door, behind in enumerate(doors.get(room, ()), start=1):
-    text = f"go {door} {behind} toll {toll + door}"
+    kind = _kind(behind, doors, goals)
+    text = f"{room} {door} {behind} {kind} toll {toll + door}"
     if room == start:
-      text = f"try {start} {text}"
-    if behind in goals:
-      made.append(Step(f"{text} goal", (behind, toll + door), True))
-    else:
-      made.append(Step(text if behind in doors else f"{text} dead ;", (behind, toll + door)))
+      text = f"try {text}"
+    if kind == "dead":
+      text = f"{text} ;"
+    made.append(Step(text, (behind, toll + door), kind == "goal"))
   return made

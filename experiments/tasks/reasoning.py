@@ -39,9 +39,9 @@ VOCABULARY: tuple[str, ...] = (
   "countdown", "grids", "programs", "graphs",
   "start", "try", "note", "list", "answer", "goal", "below", "above", "equal", "left", "none", ":", ";", ",", "=",
   "numbers", "targets", "+", "-", "*",
-  *LETTERS, "r1", "r2", "r3", "r4", ".", "ask", "ok", "clash",
+  *LETTERS, *(f"{letter}{row}" for letter in LETTERS for row in range(1, 5)), ".", "ok", "clash",
   "ops", "->", "inc", "dec", "up", "down", "double", "triple", "half", "third", "flip", "square",
-  "find", "go", "toll", "dead", "seen",
+  "find", "toll", "door", "dead", "seen",
 )  # fmt: skip
 
 IDS = {word: i for i, word in enumerate(VOCABULARY)}  # token ids, as those of `tokenizer()`

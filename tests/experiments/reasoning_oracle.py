@@ -126,17 +126,16 @@ def countdown_right(prompt: str, text: str) -> bool:
 # Grids ----------------------------------------------------------------------------------------------------------------
 
 
-def grids_problem(prompt: str) -> list[tuple[str, list[list[int]], int]]:
-  """For each grid: its letter, its four rows with 0 for an empty cell, the row asked (0..3)."""
+def grids_problem(prompt: str) -> list[tuple[str, list[list[int]]]]:
+  """For each grid: its letter, its four rows with 0 for an empty cell."""
   words, found = Words(prompt), []
   words.take("grids")
   while words.peek() != "start":
-    letter, rows = words.next(), []
+    letter, rows = words.peek()[0], []
     for i in range(4):
-      words.take(f"r{i + 1}")
+      words.take(f"{letter}{i + 1}")
       rows.append([0 if (w := words.next()) == "." else int(w) for _ in range(4)])
-    words.take("ask")
-    found.append((letter, rows, int(words.next()[1]) - 1))
+    found.append((letter, rows))
     words.take(";")
   assert [letter for letter, *_ in found] == list("abcd")[: len(found)]
   return found
@@ -161,9 +160,9 @@ def solve(clues: list[list[int]]) -> list[list[tuple[int, ...]]]:
 
 def grids_answer(prompt: str) -> str:
   first = second = 0
-  for _, clues, asked in grids_problem(prompt):
+  for _, clues in grids_problem(prompt):
     (filled,) = solve(clues)
-    first, second = first + filled[asked][0], second + filled[asked][1]
+    first, second = first + filled[3][0], second + filled[3][1]
   return f"{first} {second}"
 
 
@@ -183,15 +182,16 @@ def first_clash(rows: list[tuple[int, ...]]) -> int:
 def grids(prompt: str, trace: str) -> list[str]:
   """Checks a trace and returns the notes."""
   words, notes = Words(trace), []
-  for letter, clues, asked in grids_problem(prompt):
+  for letter, clues in grids_problem(prompt):
     solutions = solve(clues)
     assert len(solutions) == 1
     rows: list[tuple[int, ...]] = []
     while words.peek() == "try":
-      words.take("try", letter)
+      words.take("try")
       rows = []
       while True:
-        words.take(f"r{len(rows) + 1}")
+        place = len(rows)
+        words.take(f"{letter}{place + 1}", *(str(digit or ".") for digit in clues[place]), "=")
         row = tuple(words.number() for _ in range(4))
         assert sorted(row) == [1, 2, 3, 4]
         assert all(c in (0, d) for c, d in zip(clues[len(rows)], row, strict=True))
@@ -204,7 +204,7 @@ def grids(prompt: str, trace: str) -> list[str]:
           words.take(";")
           break
     assert rows == solutions[0]
-    notes.append(f"{letter} {rows[asked][0]} {rows[asked][1]}")
+    notes.append(f"{letter} {rows[3][0]} {rows[3][1]}")
     words.take("note", *notes[-1].split(" "), ";")
   sums = [0, 0]
   for i, note in enumerate(notes):
@@ -286,15 +286,18 @@ def programs_right(prompt: str, text: str) -> bool:
 
 def graphs_problem(prompt: str) -> tuple[int, dict[int, list[int]], list[int]]:
   """The start, the rooms behind the doors of each room, the rooms sought."""
-  words, doors = Words(prompt), {}
+  words, doors, kinds = Words(prompt), {}, {}
   words.take("graphs")
   while words.peek() != "find":
-    room = words.number()
-    words.take(":")
-    doors[room] = [int(w) for w in words.until(";")]
+    room, door, behind = (words.number() for _ in range(3))
+    doors.setdefault(room, []).append(behind)
+    assert door == len(doors[room]) and behind not in kinds
+    kinds[behind] = words.next()
     words.take(";")
   words.take("find")
-  return next(iter(doors)), doors, [int(w) for w in words.until("start")]
+  goals = [int(w) for w in words.until("start")]
+  assert kinds == {room: "goal" if room in goals else "door" if room in doors else "dead" for room in kinds}
+  return next(iter(doors)), doors, goals
 
 
 def ways(room: int, goal: int, doors: dict[int, list[int]]) -> list[int]:
@@ -316,21 +319,21 @@ def graphs(prompt: str, trace: str) -> list[str]:
   start, doors, goals = graphs_problem(prompt)
   words, notes = Words(trace), {}
   while words.peek() == "try":
-    words.take("try", start)
+    words.take("try")
     room, toll = start, 0
     while room in doors:
-      words.take("go")
-      door = words.number()
-      room, toll = doors[room][door - 1], toll + door
-      words.take(room, "toll", toll)
+      door = int(words.words[words.at + 1])
+      behind, toll = doors[room][door - 1], toll + door
+      words.take(room, door, behind, "goal" if behind in goals else "door" if behind in doors else "dead", "toll", toll)
+      room = behind
     if room not in goals:
-      words.take("dead", ";")
+      words.take(";")
     elif room in notes:
-      words.take("goal", "seen", ";")
+      words.take("seen", ";")
     else:
       notes[room] = toll
       left = [goal for goal in goals if goal not in notes] or ["none"]
-      words.take("goal", "note", room, toll, "left", *left, ";")
+      words.take("note", room, toll, "left", *left, ";")
       assert (words.peek() == "try") == (left != ["none"])
   total = 0
   for i, goal in enumerate(goals):

@@ -20,7 +20,7 @@ WIDTH, PAGE = 3, 4
 SIZES = dict(width=WIDTH, page_size=PAGE, prefill_chunk=8, decode_block=4, max_length=96, eos=False)
 GATES = {
   "one ratio": tiny.dms(window=3, scale=3.0, offset=1.0),
-  "elastic": tiny.dms(window=3, scale=20.0, offset=0.0, elastic=(1.2, 12.0), elastic_slope=8.0),
+  "elastic": tiny.dms(window=3, scale=20.0, offset=0.0, elastic=(1.2, 12.0), elastic_thresholds=(21.6, -10.4)),
 }
 COMPRESS = dict(on_pressure="compress")
 

@@ -13,7 +13,19 @@ from dms_jax.config import DMSConfig, LoRAConfig, from_json, to_json
 from dms_jax.levels import Levels
 from dms_jax.model import Eviction, forward
 from dms_jax.params import flatten, join_params, unflatten
-from dms_jax.retrofit import LossConfig, MemoryConfig, OptimizerConfig, RetrofitConfig, ScheduleConfig, losses, schedule
+from dms_jax.retrofit import (
+  DataConfig,
+  LossConfig,
+  MemoryConfig,
+  OptimizerConfig,
+  RetrofitConfig,
+  ScheduleConfig,
+  elastic,
+  loop,
+  losses,
+  schedule,
+)
+from dms_jax.retrofit.data import Packer, Source
 from dms_jax.retrofit.loop import prepare
 from dms_jax.retrofit.step import Batch, init_state, logistic_noise, loss_fn, train_step
 from tests import trained_oracle
@@ -54,36 +66,48 @@ def steps_of(dms: DMSConfig, config: RetrofitConfig, steps: int = 3, begun=None)
   return state, lines
 
 
-@pytest.mark.parametrize("numbers", [(1.5, 12.0, 4.0, 4.0), (1.1, 30.0, 2.5, 1.1), (3.0, 3.0, 4.0, 3.0)])
-def test_thresholds_are_the_formula(numbers):
-  """Float32 against float64: the logarithm of a ratio, they fall strictly, and are 0 at the pivot."""
-  levels, crs = Levels(*numbers), np.geomspace(1.0, 40.0, 41)
+@pytest.mark.parametrize("ends", [(1.5, 12.0), (1.1, 30.0)])
+def test_thresholds_are_linear_in_the_log_odds(ends):
+  """Float32 against float64 between the ends and beyond; the inverse; a row does not depend on its neighbours."""
+  table = tuple(np.sort(np.random.default_rng(0).normal(0, 5, 7))[::-1].tolist())
+  levels, crs = Levels(*ends, table), np.geomspace(1.01, 40.0, 41)
   got = np.asarray(jax.jit(levels.threshold)(jnp.asarray(crs, jnp.float32)))
-  want = [trained_oracle.level_threshold(c, *numbers) for c in crs]
-  np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-6 * numbers[2])
-  within = got[(crs >= numbers[0]) & (crs <= numbers[1])]
-  assert (np.diff(within) < 0).all() and float(levels.threshold(numbers[3])) == 0.0
-  back, inside = np.asarray(jax.jit(levels.cr)(got)), np.clip(crs, numbers[0], numbers[1])
-  np.testing.assert_allclose(back, inside, rtol=1e-5)
-  for count in (1, 2, 3, 5, 17):  # a row's threshold does not depend on its neighbours
-    rows = jax.jit(levels.threshold)(jnp.asarray(crs[:count], jnp.float32))
-    np.testing.assert_array_equal(rows, got[:count])
+  np.testing.assert_allclose(got, [trained_oracle.level_threshold(c, *ends, table) for c in crs], atol=1e-4)
+  np.testing.assert_allclose(levels.threshold(np.asarray(Levels.ratios(*ends, 7))), table, atol=1e-4)
+  back = np.asarray(jax.jit(levels.cr)(got))
+  np.testing.assert_allclose(back, np.clip(crs, *ends), rtol=1e-4)
+  for count in (1, 2, 3, 5, 17):
+    np.testing.assert_array_equal(jax.jit(levels.threshold)(jnp.asarray(crs[:count], jnp.float32)), got[:count])
+  assert float(Levels(*ends, (1.0, 1.0)).cr(1.0)) == ends[1] and Levels(*ends, table).usual == 4.0
 
 
-def test_ranks_of_the_formulas_distribution_are_calibrated():
-  """Logits of the logistic distribution of scale `slope`: at threshold(c) the share 1 - 1/c is above."""
-  levels = Levels(1.5, 12.0, 4.0, 2.0)
+def test_ranks_of_the_logistic_distribution_are_calibrated():
+  """Untrained levels: of logits of scale 4 the share 1 - 1/c is above threshold(c), which is 0 at 2."""
+  levels = Levels.logistic(1.5, 12.0, 4.0, 2.0)
   logits = 4.0 * np.random.default_rng(0).logistic(size=200_000)  # standard error 0.001
   for c in (1.5, 2.0, 4.0, 12.0):
     assert abs((logits > float(levels.threshold(c))).mean() - (1 - 1 / c)) < 0.005
 
 
-@pytest.mark.parametrize("counts", ["evicted", "held"])
-@pytest.mark.parametrize("penalty, tolerance", [("shortfall", 0.0), ("distance", 0.0), ("ratio", 0.0), ("ratio", 0.2)])
-def test_row_losses_against_numpy(counts, penalty, tolerance):
-  """Each row's own threshold and target, with padding; and every gradient is finite."""
-  dms = gates(LOW, HIGH)
-  config = changed(BASE, loss__counts=counts, loss__penalty=penalty, loss__tolerance=tolerance)
+def test_thresholds_of_a_batch_against_numpy():
+  """Values: every share of the counted logits, 0 and 1 too. Derivative: that of the mean of the row's own."""
+  rng = np.random.default_rng(0)
+  logits, noise, move = (rng.normal(size=(2, 3, 2, 40)).astype(np.float32) for _ in range(3))
+  counted = np.ones((3, 40), bool)
+  counted[1, 25:] = False
+  share = np.array([0.0, 0.4, 1.0], np.float32)
+  of = lambda logits: elastic.thresholds(logits, jnp.asarray(noise), jnp.asarray(counted), jnp.asarray(share))
+  values, moved = jax.jvp(of, (jnp.asarray(logits),), (jnp.asarray(move),))
+  assert values.tolist() == [trained_oracle.threshold_of_share(logits + noise, counted, p) for p in share]
+  means = [move[:, row][..., counted[row]].mean(dtype=np.float64) for row in range(3)]
+  np.testing.assert_allclose(moved, means, atol=1e-6)
+
+
+@pytest.mark.parametrize("counts, granularity", [("evicted", "head"), ("held", "layer")])
+def test_a_batch_evicts_what_its_rows_ask_for(counts, granularity):
+  """Thresholds of a dense pass under numpy's; no loss but the distillation's; raising all logits changes nothing."""
+  dms = gates(LOW, HIGH, gate="linear", granularity=granularity)
+  config = changed(BASE, loss__counts=counts)
   student, teacher, state = set_up(dms, config)
   crs, tokens = np.array([1.5, 3.0, 6.0, 12.0], np.float32), tiny.tokens(SMALL, 4, 16)
   segments = np.ones((4, 16), np.int32)
@@ -94,22 +118,39 @@ def test_row_losses_against_numpy(counts, penalty, tolerance):
     whole = student.replace(params=join_params(student.params, trained))
     return loss_fn(whole, teacher, batch, noise, jnp.asarray(crs), config)
 
-  (_, metrics), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(state.trained)
+  (value, metrics), grads = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=tiny.QUICK)(state.trained)
   whole = student.replace(params=join_params(student.params, state.trained))
-  numbers = dms.elastic_slope, dms.elastic_pivot
-  thresholds = [trained_oracle.level_threshold(float(c), LOW, HIGH, *numbers) for c in crs]
-  eviction = Eviction(jnp.asarray(thresholds, jnp.float32), noise, config.loss.tau)
-  _, z = forward(whole, tokens, segment_ids=batch.segment_ids, eviction=eviction)
-  logits = np.asarray(z) * config.loss.tau - np.asarray(noise) + np.reshape(thresholds, (-1, 1, 1))
-  want, shares = trained_oracle.row_compression(
-    logits, np.asarray(noise), crs, thresholds, segments > 0, window=dms.window, held=counts == "held",
-    penalty=penalty, tolerance=tolerance,
-  )  # fmt: skip
-  assert 0 < want and len(set(shares)) > 1
-  np.testing.assert_allclose(metrics["compression_loss"], want, atol=1e-6)
-  np.testing.assert_allclose(metrics["evicted_fraction"], shares.mean(), atol=1e-6)
-  assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
-  assert np.any(flatten(grads)["layers/dms_proj"])
+  logits = forward(whole, tokens, segment_ids=batch.segment_ids)[1]
+  own = noise if granularity == "head" else np.repeat(np.asarray(noise)[:, :, :1], 2, axis=2)
+  share = [trained_oracle.evicting_share(c, n, 3, counts == "held") for c, n in zip(crs, (16, 11, 16, 2), strict=True)]
+  limits = [trained_oracle.threshold_of_share(np.asarray(logits + own), segments > 0, p) for p in share]
+  eviction = Eviction(jnp.asarray(limits, jnp.float32), noise, config.loss.tau)
+  z = np.asarray(forward(whole, tokens, segment_ids=batch.segment_ids, eviction=eviction)[1])
+  evicted = [(z[:, b][..., segments[b] > 0] > 0).mean() for b in range(4)]
+  np.testing.assert_allclose(metrics["evicted_fraction"], np.mean(evicted), atol=1e-6)
+  assert float(value) == float(metrics["kl"]) > 0 and float(metrics["compression_loss"]) == 0.0
+  grads = flatten(grads)
+  assert all(np.isfinite(g).all() for g in grads.values()) and np.any(grads["layers/dms_proj"])
+  bias = np.asarray(grads["layers/dms_bias"])
+  assert abs(bias.sum()) < 1e-4 * np.abs(bias).sum()
+
+
+@pytest.mark.parametrize("counts", ["evicted", "held"])
+def test_calibrated_thresholds_hold_what_is_asked(counts):
+  """On the batches that measured them, hard decisions without noise evict each CR's share, at every level."""
+  config = changed(BASE, loss__counts=counts, seq_len=64)
+  model = tiny.model(SMALL, gates(LOW, HIGH))
+  batches = [Batch(tiny.tokens(SMALL, 4, 64, seed=i)) for i in range(3)]
+  shown = []
+  found = elastic.calibrated(model, batches, config, lambda items: (shown.append(x) or x for x in items)).dms
+  assert len(shown) == 3 and len(found.elastic_thresholds) == elastic.LEVELS and found.elastic == (LOW, HIGH)
+  assert (np.diff(found.elastic_thresholds) <= 0).all()
+  logits = jax.jit(lambda batch, limit: forward(model, batch.tokens, eviction=Eviction(threshold=limit))[1])
+  for cr in (LOW, 4.0, HIGH):
+    limit = found.levels.threshold(cr)
+    share = np.mean([np.asarray(logits(batch, limit)) > limit for batch in batches])
+    want = trained_oracle.evicting_share(cr, 64, 3, counts == "held")
+    assert abs(share - want) < 0.01  # a row's edges lie 1/1024 apart; logits depend on what is evicted
 
 
 @pytest.mark.standard_promotion  # optax
@@ -135,10 +176,31 @@ def test_a_resumed_run_draws_the_same_targets():
     assert min(LOW, 1.0 + step) <= line["target_cr"] <= 1.0 + step
 
 
+@pytest.mark.standard_promotion  # optax
+@pytest.mark.slow
+def test_a_run_ends_with_thresholds_of_what_it_exports(tmp_path, monkeypatch):
+  """final/ holds those that `calibrated` finds for it on the batches after the last step; nothing else is exported."""
+  monkeypatch.setattr(loop, "train_step", quick_step)
+  config = changed(BASE, schedule__steps=2, saving__calibration=2, saving__ema_decay=0.5)
+  data, tokens = DataConfig(paths=("text",)), np.random.default_rng(0).integers(0, SMALL.vocab_size, 300)
+  packer = Packer([Source("text", tokens.astype(np.int32), np.ones(300, np.int32))], data, config)
+  shown = []
+  progress = lambda batches: (shown.append(batch) or batch for batch in batches)
+  base = tiny.model(SMALL)
+  loop.train(loop.Run(base, gates(LOW, HIGH), LoRAConfig(rank=2), config, data, tmp_path), packer, progress=progress)
+  checkpoint.save(tmp_path / "base", base)
+  found = checkpoint.load(tmp_path / "base", retrofit=tmp_path / "final")
+  again = elastic.calibrated(found, [packer.batch(2), packer.batch(3)], config)
+  assert len(shown) == 2 and not list(tmp_path.glob("cr*"))
+  np.testing.assert_allclose(
+    found.dms.elastic_thresholds, again.dms.elastic_thresholds, atol=0.02
+  )  # updates are merged
+
+
 @pytest.mark.parametrize("targets", ["log_uniform", "uniform", "uniform_kept"])
 def test_targets_of_rows(targets):
   """Mean of the uniform quantity over many keys, one row in each part of the range; the ramp widens the range."""
-  config, levels = changed(BASE, schedule__targets=targets), Levels(LOW, HIGH, 4.0, 4.0)
+  config, levels = changed(BASE, schedule__targets=targets), Levels(LOW, HIGH, (0.0,))
   draw = jax.jit(lambda step, key: schedule.row_targets(config, levels, step, key, 4))
   crs = np.stack([draw(100, jax.random.key(i)) for i in range(100)])
   scale = {"log_uniform": np.log, "uniform": lambda x: x, "uniform_kept": lambda x: -1 / x}[targets]
@@ -150,15 +212,20 @@ def test_targets_of_rows(targets):
     assert (drawn >= low).all() and (drawn <= high).all() and (low < high or (drawn == low).all())
 
 
-def test_configs_keep_the_numbers(tmp_path):
-  """JSON and a checkpoint give them back; gates of one ratio are as ever, and start as open as the lowest level's."""
-  dms = DMSConfig(elastic=(1.5, 12.0), window=3)
-  assert dms.levels == Levels(1.5, 12.0, 4.0, 4.0) and from_json(DMSConfig, to_json(dms)) == dms
-  assert dms.offset == pytest.approx(5.0 - float(dms.levels.threshold(1.5)))
-  assert DMSConfig().levels is None and DMSConfig().offset == 5.0
-  assert DMSConfig(elastic=(6.0, 9.0)).elastic_pivot == 6.0 and DMSConfig(elastic=(2.0, 2.0)).offset == 5.0
-  old = {name: value for name, value in to_json(DMSConfig()).items() if not name.startswith("elastic")}
-  assert from_json(DMSConfig, old) == DMSConfig()
+def test_configs_keep_the_thresholds(tmp_path):
+  """JSON and a checkpoint give them back; gates of one ratio are as ever; earlier files hold a slope and a zero."""
+  dms = DMSConfig(elastic=(1.5, 12.0), window=3, elastic_thresholds=(3.5, 1.0, -2.0))
+  assert dms.levels == Levels(1.5, 12.0, (3.5, 1.0, -2.0)) and from_json(DMSConfig, to_json(dms)) == dms
+  assert DMSConfig().levels is None and DMSConfig(elastic=(1.5, 12.0)).offset == DMSConfig().offset == 5.0
+  assert DMSConfig(elastic=(6.0, 9.0)).levels.usual == 6.0 and DMSConfig(elastic=(2.0, 2.0)).elastic_thresholds == (
+    0.0,
+  )
+  old = {name: value for name, value in to_json(dms).items() if name != "elastic_thresholds"}
+  earlier = from_json(DMSConfig, old | {"elastic_slope": 3.0, "elastic_pivot": 2.0}).levels
+  crs = np.geomspace(1.5, 12.0, 9)
+  np.testing.assert_allclose(earlier.threshold(crs), -3.0 * np.log(crs - 1.0), atol=1e-4)
+  one = {name: value for name, value in to_json(DMSConfig()).items() if not name.startswith("elastic")}
+  assert from_json(DMSConfig, one | {"elastic": [], "elastic_slope": None, "elastic_pivot": None}) == DMSConfig()
   checkpoint.save(tmp_path / "base", tiny.model(SMALL))
   checkpoint.save(tmp_path / "retrofit", tiny.model(SMALL, dms, LoRAConfig(rank=2)), groups=("gate", "lora"))
   assert checkpoint.load(tmp_path / "base", retrofit=tmp_path / "retrofit").dms == dms
@@ -170,9 +237,9 @@ def test_configs_keep_the_numbers(tmp_path):
     ({"elastic": (2.0,)}, "dms.elastic=2 must be two compression ratios above 1"),
     ({"elastic": (1.0, 4.0)}, "dms.elastic=1,4 must be two"),
     ({"elastic": (4.0, 2.0)}, "dms.elastic=4,2 must be two"),
-    ({"elastic": (2.0, 4.0), "elastic_pivot": 5.0}, "dms.elastic_pivot=5.0 must lie in dms.elastic=2,4"),
-    ({"elastic": (2.0, 4.0), "elastic_slope": -1.0}, "dms.elastic_slope=-1.0 must be 0 or more"),
-    ({"elastic_slope": 4.0}, "dms.elastic_slope=4.0 is of gates for a range of ratios"),
+    ({"elastic": (2.0, 4.0), "elastic_thresholds": (1.0, 2.0)}, "dms.elastic_thresholds must be two or more numbers"),
+    ({"elastic": (2.0, 4.0), "elastic_thresholds": (1.0,)}, "dms.elastic_thresholds must be two or more numbers"),
+    ({"elastic_thresholds": (1.0, 0.0)}, "dms.elastic_thresholds are of gates for a range of ratios"),
     ({"elastic": (2.0, 4.0), "objective": "dmc"}, "dms.elastic is for retrofit.objective=dms"),
   ],
 )
@@ -181,9 +248,16 @@ def test_refused_numbers_are_named(wrong, message):
     DMSConfig(**wrong)
 
 
-def test_the_ramp_ends_at_the_highest_ratio():
-  with pytest.raises(ValueError, match=r"retrofit.schedule.final_cr=8 must be the highest CR of dms.elastic=1.5,12"):
-    prepare(tiny.model(SMALL), gates(1.5, 12.0), LoRAConfig(rank=2), changed(BASE, schedule__final_cr=8.0))
+@pytest.mark.parametrize(
+  ("dms", "config", "message"),
+  [
+    ({}, {"schedule__final_cr": 8.0}, r"retrofit.schedule.final_cr=8 must be the highest CR of dms.elastic=1.5,12"),
+    ({"gate": "neuron"}, {"trainable": "all"}, "dms.elastic with dms.gate='neuron': gates for a range of ratios need"),
+  ],
+)
+def test_settings_that_do_not_fit_are_named(dms, config, message):
+  with pytest.raises(ValueError, match=message):
+    prepare(tiny.model(SMALL), gates(1.5, 12.0, **dms), LoRAConfig(rank=2), changed(BASE, **config))
 
 
 def test_rows_of_one_target_are_a_single_target():

@@ -120,7 +120,7 @@ IN_THE_LOOP = {
 }  # tests/test_survival.py
 OF_THE_MACHINE = {"memory__compute_dtype": "bfloat16"}
 OF_THE_SCHEDULE = {"schedule__hold_steps", "optimizer__final_rate"}  # tests/test_step.py
-OF_LEVELS = {"schedule__targets", "loss__penalty", "loss__tolerance"}  # tests/test_elastic.py
+OF_LEVELS = {"schedule__targets", "saving__calibration"}  # tests/test_elastic.py
 OF_OTHERS = {"objective", "trimkv__capacity", "trimkv__lm_weight", "kvzap__prompt"}  # tests/test_objectives.py
 
 

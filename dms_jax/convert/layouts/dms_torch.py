@@ -72,7 +72,7 @@ def settings(dms: DMSConfig) -> dict:
     "dms_initial_alpha_offset": dms.offset,
     "dms_alpha_per": dms.granularity,
     "dms_shift": dms.shift,
-    "dms_threshold": 0.0,
+    "dms_threshold": float(dms.levels.threshold(dms.levels.usual)) if dms.levels else 0.0,
     "dms_disable_eviction": False,
   }
 
@@ -106,7 +106,7 @@ def _missing(model: Model) -> list[str]:
   """What the code in PyTorch does otherwise than dms_jax."""
   missing = ["Only the policy of the gates, DMS, is there, and neither kernels nor caches of fewer bits."]
   if (levels := model.dms.levels) is not None:
-    ratios = sorted({levels.low, levels.pivot, levels.high})
+    ratios = sorted({levels.low, levels.usual, levels.high})
     listed = ", ".join(f"{float(levels.threshold(cr)):g} for a ratio of {cr:g}" for cr in ratios)
     missing.append(f"The compression ratio is no argument; set `model.config.dms_threshold` to {listed}.")
   return missing
