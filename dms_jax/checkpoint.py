@@ -243,6 +243,8 @@ def read_config(path: str | Path) -> tuple[dict, ModelConfig, DMSConfig | None, 
   if not (isinstance(values["groups"], list) and all(group in GROUPS for group in values["groups"])):
     raise ValueError(f"{file}: field 'groups' should be a list of {', '.join(GROUPS)}; the file is damaged")
   files = values["files"]
+  if not isinstance(values.setdefault("metadata", {}), dict):
+    raise ValueError(f"{file}: field 'metadata' should be an object, found {shown(values['metadata'])}")
   if not isinstance(files, dict) or not all(_is_entry(name, entry) for name, entry in files.items()):
     raise ValueError(f"{file}: field 'files' should hold a size and a checksum for each file; the file is damaged")
   configs = []

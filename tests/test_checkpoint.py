@@ -424,7 +424,7 @@ def test_fields_of_other_types(saved):
   values = json.loads((saved / "config.json").read_text())
   for name, wrong in (
     ("groups", "base"), ("groups", [3]), ("files", [1]), ("files", {"a": 3}), ("files", {"../a": [1, 2]}),
-    ("files", {"a": [1, None]}), ("model", {"num_layers": "two"}), ("format", [1]),
+    ("files", {"a": [1, None]}), ("metadata", [1]), ("model", {"num_layers": "two"}), ("format", [1]),
   ):  # fmt: skip
     (saved / "config.json").write_text(json.dumps({**values, name: wrong}))
     with pytest.raises(ValueError, match=rf"config\.json: .*({name}|num_layers)"):

@@ -89,7 +89,7 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict:
   }
 
 
-_FLAGS = ("tie_word_embeddings", "use_sliding_window", "attention_bias", "mlp_bias")
+_FLAGS = ("tie_word_embeddings", "use_sliding_window", "attention_bias", "mlp_bias", "is_causal")
 
 
 def _wrong_types(values: dict) -> list[str]:
@@ -135,6 +135,8 @@ def _unsupported(values: dict, family: base.Family | None) -> list[str]:
     reasons.append("attention_bias=true")
   if values.get("mlp_bias"):
     reasons.append("mlp_bias=true")
+  if values.get("is_causal") is False:  # of models that embed texts
+    reasons.append("is_causal=false: tokens see later ones")
   if (activation := values.get("hidden_act", "silu")) not in ("silu", "swish"):
     reasons.append(f"hidden_act={shown(activation)}; supported is 'silu'")
   if values.get("quantization_config"):
