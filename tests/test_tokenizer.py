@@ -197,8 +197,11 @@ def test_templates_that_raise_or_do_not_end(template, says, monkeypatch):
 
 def test_what_templates_format():
   template = "{{ '{:>4} {:.1f}'.format('a', 2.5) }} {{ '%-2s|%04.1f' % ('a', 2.5) }} {{ 'Of 20240101: %s' % 'x' }}"
-  written = bos_tokenizer(False, chat_template=template + " {{ 2.345 | round(2) }} {{ messages | map('trim') | join }}")
-  assert written.chat([" a ", "b"]) == "   a 2.5 a |02.5 Of 20240101: x 2.35 ab"
+  written = bos_tokenizer(
+    False,
+    chat_template=template + " {{ 2.345 | round(2) }} {{ messages | map(attribute='content') | map('trim') | join }}",
+  )
+  assert written.chat([{"content": " a "}, {"content": "b"}]) == "   a 2.5 a |02.5 Of 20240101: x 2.35 ab"
   long = [{"content": "x" * 3 * chat.CHARACTERS}]  # bounds grow with what there is to write
   assert len(bos_tokenizer(False, chat_template="{{ messages[0].content * 3 }}").chat(long)) == 9 * chat.CHARACTERS
 

@@ -63,7 +63,7 @@ def test_what_is_no_file_is_not_read(hf, tmp_path, name, make):
 def test_sources_that_are_none(tmp_path, monkeypatch, source):
   monkeypatch.chdir(tmp_path)
   os.mkfifo("a pipe")
-  with pytest.raises(ValueError, match="a device|no such file") as caught:
+  with pytest.raises(ValueError, match=r"a device|no such file") as caught:
     convert(source, tmp_path / "out")
   assert len(str(caught.value)) < 300 and [p.name for p in tmp_path.iterdir()] == ["a pipe"]
 

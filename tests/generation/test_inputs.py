@@ -14,9 +14,13 @@ from dms_jax.generation.prompts import prompt_ids
 from dms_jax.policies import DMS, StreamingLLM
 
 MODEL = tiny.model(tiny.config(max_position_embeddings=32))
+GATED = tiny.model(MODEL.config, tiny.dms())
 
 
-check = inspect.unwrap(prompt_ids)  # without the checks of types that only tests have
+check, generate = (
+  inspect.unwrap(prompt_ids),
+  inspect.unwrap(dms_jax.generate),
+)  # without the checks of types that only tests have
 
 
 @pytest.mark.parametrize(
@@ -43,12 +47,14 @@ def test_prompts_of_any_whole_numbers():
   [
     (dict(decode_block=0), "decode_block=0"), (dict(capacity=0), "capacity=0"), (dict(eos=[97]), "eos"),
     (dict(eos=[2**32]), "eos"), (dict(policy=StreamingLLM(window=10**6, budget=10**7)), "window"),
-    (dict(stop="x"), "tokenizer"),
+    (dict(stop="x"), "tokenizer"), (dict(policy="dms"), "policy='dms' must be a policy, such as"),
+    (dict(policy=DMS), "must be a policy"), (dict(policy=DMS(threshold="0")), "DMS: threshold='0' must be a number"),
+    (dict(continue_from="chat"), "continue_from='chat' must be"), (dict(stream=5), "stream=5 must be a function"),
   ],
 )  # fmt: skip
 def test_arguments_out_of_range(arguments, says):
   with pytest.raises(ValueError, match=says):
-    dms_jax.generate(MODEL, [[1, 2]], max_new_tokens=1, **arguments)
+    generate(GATED if "policy" in arguments else MODEL, [[1, 2]], max_new_tokens=1, **arguments)
 
 
 def test_a_threshold_that_is_no_number():
