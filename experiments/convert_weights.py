@@ -86,4 +86,4 @@ def main() -> None:
 
 if __name__ == "__main__":
   program.define_flags("", Config)
-  program.run(main, writes="file")
+  program.run(main, writes="tree")

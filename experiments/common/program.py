@@ -121,7 +121,10 @@ def parse_value(annotation: Any, text: str) -> Any:
       raise ValueError(f"{text!r} is not true or false")
     return text.lower() in ("true", "1")
   try:
-    return annotation(text)
+    value = annotation(text)
+    if value != value:  # NaN, which passes every check that it is no smaller or no larger than something
+      raise ValueError
+    return value
   except ValueError:
     raise ValueError(f"{text!r} is not a {describe(annotation)}") from None
 
@@ -317,7 +320,7 @@ def by_flag(message: str) -> str:
 
 
 def run(
-  main: Callable[[], None], writes: Literal["nothing", "folder", "file"] = "nothing", goes_on: bool = False
+  main: Callable[[], None], writes: Literal["nothing", "folder", "file", "tree"] = "nothing", goes_on: bool = False
 ) -> None:
   """Parses the command line, runs `main()` and exits: 0, or with one line on stderr 1 for bad input or a full disk, 130
   after SIGINT (Ctrl-C) and 143 after SIGTERM (`stopping`).

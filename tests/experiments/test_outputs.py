@@ -39,7 +39,7 @@ def holder(path: Path, kind: str, child: str = ""):
     process.kill()
 
 
-@pytest.mark.parametrize("kind", ["folder", "file"])
+@pytest.mark.parametrize("kind", ["folder", "file", "tree"])
 def test_one_writer_by_whatever_name(tmp_path, kind):
   """A link, with or without what it points to, is its target."""
   (tmp_path / "link").symlink_to(tmp_path / "new" / "x")
@@ -106,6 +106,9 @@ def test_a_place_that_takes_nothing_is_refused(tmp_path, monkeypatch):
   (tmp_path / "file").write_text("")
   for path in (tmp_path / "file", tmp_path / "file" / "below"):
     with pytest.raises(ValueError, match=r"--output=\S+: no folder can be made there"), outputs.locked("output", path):
+      pass
+  with pytest.raises(ValueError, match=r"--output=\S+: a folder, where a file is"):
+    with outputs.locked("output", tmp_path, "file"):
       pass
   if Path("/proc/self").exists():
     with pytest.raises(ValueError, match="--output=/proc/x: not writable"), outputs.locked("output", "/proc/x", "file"):

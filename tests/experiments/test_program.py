@@ -231,6 +231,8 @@ def test_optional_values_parse_both_ways():
   assert program.parse_value(tuple[float, ...], "1, 2.5,") == (1.0, 2.5)
   with pytest.raises(ValueError, match="true or false"):
     program.parse_value(bool, "maybe")
+  with pytest.raises(ValueError, match="'nan' is not a number"):
+    program.parse_value(float | None, "nan")
 
 
 @dataclasses.dataclass(frozen=True)
