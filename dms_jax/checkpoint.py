@@ -227,11 +227,15 @@ def _cast_base(model: Model, dtype: jnp.dtype) -> Model:
 def read_config(path: str | Path) -> tuple[dict, ModelConfig, DMSConfig | None, LoRAConfig | None]:
   """(all values, ModelConfig, DMSConfig, LoRAConfig) of a checkpoint's config.json.
 
+  Args:
+    path: a folder, or the name of a retrofit that is shipped.
+
   Raises:
     ValueError: there is no checkpoint, its format is newer, or a file is damaged.
   """
-  file = Path(path) / CONFIG
-  if not Path(path).is_dir():
+  path = shipped.find(path)
+  file = path / CONFIG
+  if not path.is_dir():
     raise ValueError(f"{path}: no such checkpoint directory")
   values = read_json(file)
   if "format" not in values:
@@ -284,7 +288,7 @@ def fingerprint(path: str | Path) -> str:
     ValueError: as `read_config`.
   """
   read_config(path)
-  return f"{zlib.crc32((Path(path) / CONFIG).read_bytes()):08x}"
+  return f"{zlib.crc32((shipped.find(path) / CONFIG).read_bytes()):08x}"
 
 
 def is_checkpoint(path: str | Path) -> bool:

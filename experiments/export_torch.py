@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dms_jax import checkpoint, shipped
+from dms_jax import checkpoint
 from dms_jax.config import is_number
 from dms_jax.convert import About, export
 from dms_jax.convert.api import noted_gates
@@ -58,16 +58,15 @@ class Config:
 def main() -> None:
   config = program.read_flags("", Config)
   check_retrofit("retrofit", config.retrofit)
-  retrofit = None if config.retrofit is None else shipped.find(config.retrofit)
   if config.shard_bytes < 1:
     raise ValueError(f"--shard_bytes={config.shard_bytes}: must be at least 1")
   if config.cr is not None and not 1 <= config.cr < 1e6:
     raise ValueError(f"--cr={config.cr:g}: must be at least 1")
-  model = checkpoint.load(config.checkpoint, retrofit=retrofit, merge=False, stored=True)
+  model = checkpoint.load(config.checkpoint, retrofit=config.retrofit, merge=False, stored=True)
   holds_tokenizer = (Path(config.checkpoint) / TOKENIZER_FILE).exists()
   tokenizer = Tokenizer.load(config.checkpoint) if holds_tokenizer else None
   about = About(config.cr, config.base)
-  noted = [checkpoint.read_config(path)[0]["metadata"] for path in (retrofit, config.checkpoint) if path]
+  noted = [checkpoint.read_config(path)[0]["metadata"] for path in (config.retrofit, config.checkpoint) if path]
   if about.cr is None and model.dms is not None and not model.dms.elastic:
     about = dataclasses.replace(about, cr=next((cr for values in noted if (cr := trained_ratio(values))), None))
   if about.base is None:

@@ -322,6 +322,7 @@ def test_a_shipped_retrofit_is_found_by_name(tmp_path, monkeypatch):
   assert {"smollm2-135m-cr4", "smollm2-135m-cr8"} <= set(shipped.names())
   assert shipped.find("smollm2-135m-cr4") == shipped.FOLDER / "smollm2-135m-cr4"
   check_retrofit("retrofit", "smollm2-135m-cr4")
+  assert checkpoint.fingerprint("smollm2-135m-cr4") == checkpoint.fingerprint(shipped.FOLDER / "smollm2-135m-cr4")
   with pytest.raises(ValueError, match=r"--retrofit=smollm2-135m-cr5: .*; shipped are smollm2-135m-cr4, "):
     check_retrofit("retrofit", "smollm2-135m-cr5")
   (tmp_path / "smollm2-135m-cr4").mkdir()  # a folder here comes first
