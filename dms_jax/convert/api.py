@@ -11,7 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from dms_jax import checkpoint
+from dms_jax import checkpoint, disk
 from dms_jax.config import ModelConfig, read_json, shown
 from dms_jax.convert import gguf, pickles
 from dms_jax.convert.layouts import peft, transformers
@@ -61,7 +61,7 @@ def convert(
   if held and not overwrite and not checkpoint.is_damaged(output):
     what = "another version of this source" if _changed(source, output) else "this source with other flags"
     raise ValueError(f"--output={output}: exists and holds something else, {what}; pass --overwrite to replace it")
-  checkpoint.check_writable(output)
+  disk.check_writable(output)
   path = fetch(source)
   about = {"source": source, "asked_dtype": dtype, "source_files": _files(source)}
   about |= {name: value for name, value in (("base", base), ("tokenizer", tokenizer)) if value is not None}
@@ -85,7 +85,7 @@ def convert(
   dtype = dtype or tensors.dtype
   table = param_table(config, dms)
   slices = to_slices(table, tensors, jnp.dtype(dtype), ignore=ignore, progress=progress)  # first: sizes may be absurd
-  checkpoint.check_room(output, checkpoint.nbytes(table, dtype))
+  disk.check_room(output, checkpoint.nbytes(table, dtype))
   if tokenizer is not None:
     own = Tokenizer.load(fetch(tokenizer, TOKENIZER_FILES, "tokenizer"))
   if own is not None and (known := own.vocab_size) > config.vocab_size:

@@ -42,9 +42,9 @@ import jax
 from absl import app, flags
 from absl import logging as absl_logging
 
-from dms_jax import compilation
+from dms_jax import compilation, disk
 from dms_jax.config import as_text
-from experiments.common import early, files, outputs, stopping, usage
+from experiments.common import early, outputs, stopping, usage
 
 FLAGS = flags.FLAGS
 _own: list[type] = []  # dataclasses of flags without a prefix
@@ -444,7 +444,7 @@ def finish(result: dict[str, Any], config: Any = None) -> None:
 def save_json(path: str | Path, value: Any) -> Path:
   """Writes `value` as indented JSON, atomically; makes the folder."""
   text = json.dumps(to_plain(value), indent=2) + "\n"
-  with files.whole(path := Path(path)) as part:
+  with disk.whole(path := Path(path)) as part:
     part.write_text(text, encoding="utf-8")
   return path
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.common import files, outputs, program, stopping
+from dms_jax import disk
+from experiments.common import outputs, program, stopping
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
@@ -168,7 +169,7 @@ def test_a_full_disk_leaves_files_as_they_were(tmp_path):
 
 
 def test_files_are_whole_or_absent(tmp_path):
-  with pytest.raises(KeyboardInterrupt), files.whole(tmp_path / "a.txt") as part:
+  with pytest.raises(KeyboardInterrupt), disk.whole(tmp_path / "a.txt") as part:
     part.write_text("half")
     raise KeyboardInterrupt
   assert not list(tmp_path.iterdir())
