@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import json
 import re
+import string
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 SECONDS = 2.0  # a real template takes milliseconds
-CHARACTERS = 2**24  # of a text that a template makes, beyond those of its messages
+CHARACTERS = 2**22  # of a text that a template makes, beyond a few times those that it is given
+KEPT = 16  # times that: all texts that it makes on the way
+DIGITS = 1000  # to which a number is rounded
 _clock = threading.local()
 
 
@@ -24,7 +28,7 @@ def render(template: str, values: Mapping[str, Any]) -> str:
   """The text of a chat template.
 
   Templates come with checkpoints, so they run in a sandbox. One that runs for more than `SECONDS` or makes a text of
-  more than `CHARACTERS` characters is stopped.
+  more than `CHARACTERS` characters, or four times those of its variables if that is more, is stopped.
 
   Args:
     values: its variables, `messages` among them.
@@ -33,16 +37,13 @@ def render(template: str, values: Mapping[str, Any]) -> str:
     ValueError: the template is no valid Jinja, refuses the messages, fails, or exceeds a bound.
   """
   try:
-    import jinja2
+    compiled = _compile(template)
   except ImportError:
     raise ValueError("chat templates need jinja2: pip install jinja2") from None
-  try:
-    compiled = _compile(template)
-  except (jinja2.TemplateError, RecursionError) as error:
+  except Exception as error:  # of Jinja, or of Python, which compiles what Jinja makes of it
     raise ValueError(f"the chat template is not valid: {_line(error)}") from None
   _clock.end, parts, size = time.monotonic() + SECONDS, [], 0
-  most = CHARACTERS + sum(len(m["content"]) for m in values["messages"] if _has_text(m))
-  _clock.most = most
+  _clock.most, _clock.made = max(CHARACTERS, 4 * _size(dict(values))), 0
   try:
     for part in compiled.generate(values):
       parts.append(part)
@@ -55,10 +56,6 @@ def render(template: str, values: Mapping[str, Any]) -> str:
   except Exception as error:  # whatever its code raises
     raise ValueError(f"the chat template refuses these messages: {_line(error)}") from None
   return "".join(parts)
-
-
-def _has_text(message: Any) -> bool:
-  return isinstance(message, Mapping) and isinstance(message.get("content"), str)
 
 
 def _line(error: Exception) -> str:
@@ -90,9 +87,23 @@ def _size(value: Any, known: dict[int, int] | None = None) -> int:
   return known[id(value)]
 
 
+# Filters that call something for each entry, and maybe return none.
+_ONE_BY_ONE = ("map", "select", "reject", "selectattr", "rejectattr", "sum", "min", "max", "unique", "groupby")
+
+
+def _ticking(values: Iterable[Any]) -> Iterator[Any]:
+  """The values, in as much time as there is."""
+  for value in values:
+    _check(0)
+    yield value
+
+
 def _made(value: Any) -> Any:
-  """A value that a template makes."""
+  """A value that a template makes, which may keep it: all of them together are bounded, too."""
   _check(_size(value))
+  _clock.made += len(value) if isinstance(value, Sized) else 1
+  if _clock.made > KEPT * _clock.most:
+    raise _TooMuch(f"it makes texts of more than {KEPT * _clock.most} characters in all")
   return value
 
 
@@ -100,14 +111,14 @@ def _joined(*values: Any) -> str:
   """The operator ~."""
   texts = [str(value) for value in values]
   _check(sum(map(len, texts)))
-  return "".join(texts)
+  return _made("".join(texts))
 
 
 def _concatenated(parts: Iterable[str]) -> str:
   """The text of a macro or a block."""
   parts = list(parts)
   _check(sum(map(len, parts)))
-  return "".join(parts)
+  return _made("".join(parts))
 
 
 def _check_numbers(*values: Any) -> None:
@@ -118,12 +129,22 @@ def _check_numbers(*values: Any) -> None:
 
 
 def _check_format(form: Any, *values: Any) -> None:
-  """A format string: the widths in it and in its values, and each value in each of its places."""
+  """A format string: the widths and precisions in it and in its values, and each value in each of its places."""
   if isinstance(form, str):
-    if width := re.search(r"[%:][^\s\w]{0,3}\d{7,}", form):
-      raise _TooMuch(f"it formats with the width {width[0][:20]}")
     _check_numbers(*values)
-    _check(len(form) + max(form.count("{"), form.count("%")) * max((_size(value) for value in values), default=0))
+    specs = re.findall(r"%(?:\([^)]*\))?([^a-zA-Z%]*)", form)
+    with contextlib.suppress(ValueError):  # no format string for braces
+      specs += [spec for _, _, spec, _ in string.Formatter().parse(form) if spec]
+    numbers = [number for spec in specs for number in re.findall(r"\d+", spec)]
+    if any(len(number) > 9 for number in numbers):
+      raise _TooMuch("it formats with a width of more than 9 digits")
+    # A width that is a value: the largest, which a list or a dictionary does not show.
+    held = any(isinstance(value, list | tuple | Mapping) for value in values)
+    widest = CHARACTERS if held else max((abs(value) for value in values if isinstance(value, int)), default=0)
+    widths = sum(map(int, numbers)) + sum(widest for spec in specs if "*" in spec or "{" in spec)
+    _check(
+      len(form) + widths + max(form.count("{"), form.count("%")) * max((_size(value) for value in values), default=0)
+    )
 
 
 def _check_growth(name: str, value: Any, args: Sequence[Any]) -> None:
@@ -137,6 +158,9 @@ def _check_growth(name: str, value: Any, args: Sequence[Any]) -> None:
     _check(_size(parts) + _size(between) * (len(parts) if isinstance(parts, Sized) else 1))
   elif name in ("batch", "slice"):
     _check(256 * widest)
+  elif name == "round":
+    if any(abs(arg) > DIGITS for arg in args if isinstance(arg, int)):
+      raise _TooMuch(f"it rounds to more than {DIGITS} digits")
   elif name in ("expandtabs", "translate", "indent", "wordwrap", "tojson", "urlize"):
     _check(_size(value) * widest)
 
@@ -207,7 +231,7 @@ def _compile(template: str):
         raise _TooMuch("it takes a power of numbers above 1024")
       elif operator == "%":
         _check_format(left, *(right if isinstance(right, tuple) else [right]))
-      return super().call_binop(context, operator, left, right)
+      return _made(super().call_binop(context, operator, left, right))
 
     def call(self, context, function, *args, **kwargs):
       name, given = getattr(function, "__name__", ""), [*args, *kwargs.values()]
@@ -231,6 +255,8 @@ def _compile(template: str):
         _check_format(value, *given, *kwargs.values())
       elif name == "join" and not isinstance(value, Sized) and isinstance(value, Iterable):
         value = list(value)
+      elif name in _ONE_BY_ONE and isinstance(value, Iterable):
+        value = _ticking(value)
       _check_growth(name, value, [*given, *kwargs.values()])
       return _made(function(*first, value, *given, **kwargs))
 
@@ -249,5 +275,6 @@ def _compile(template: str):
 
   environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, Generation])
   environment.filters = {name: bounded(name, own) for name, own in {**environment.filters, "tojson": tojson}.items()}
+  del environment.globals["lipsum"]  # texts of any length
   environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now, "namespace": Namespace}
   return environment.from_string(Bounded().visit(environment.parse(template)))

@@ -10,13 +10,9 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import glob
 import json
 import math
 import os
-import secrets
-import shutil
-import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -29,18 +25,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from dms_jax import formats, shipped
-from dms_jax.config import (
-  DMSConfig,
-  LoRAConfig,
-  ModelConfig,
-  from_json,
-  has_half_pair,
-  is_number,
-  read_json,
-  shown,
-  to_json,
-)
+from dms_jax import disk, formats, shipped
+from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig, from_json, is_number, read_json, shown, to_json
 from dms_jax.gates import convention
 from dms_jax.model import Model
 from dms_jax.params import GROUPS, Params, ParamSpec, flatten, join_params, param_table, split_params, unflatten
@@ -91,7 +77,7 @@ def save(
       context = ocp.Context()
       # A whole model is not compressed: that would halve its size, but take ten times longer.
       context.array.saving.use_compression = "base" not in groups
-      with context, plain_name(directory) as plain, _clear_full_disk(path):
+      with context, disk.plain_name(directory) as plain, disk.clear_full_disk(path):
         ocp.save(plain / PARAMS, unflatten(flat))
     if jax.process_index() == 0:
       _describe(directory, model.config, model.dms, model.lora, groups, dtypes, tokenizer, metadata)
@@ -119,8 +105,8 @@ def save_slices(
   """
   dtype, table = jnp.dtype(dtype), param_table(config, dms)
   groups = [g for g in GROUPS if g == "base" or (g == "gate" and dms is not None)]
-  with atomic_directory(path) as directory:
-    with plain_name(directory) as plain, _clear_full_disk(path):
+  with disk.atomic_directory(path, is_replaceable) as directory:
+    with disk.plain_name(directory) as plain, disk.clear_full_disk(path):
       write_slices(plain / PARAMS, table, dtype, slices)
     dtypes = sorted({dtype_of(spec, dtype).name for spec in table.values()})
     _describe(directory, config, dms, None, groups, dtypes, tokenizer, metadata)
@@ -227,11 +213,15 @@ def _cast_base(model: Model, dtype: jnp.dtype) -> Model:
 def read_config(path: str | Path) -> tuple[dict, ModelConfig, DMSConfig | None, LoRAConfig | None]:
   """(all values, ModelConfig, DMSConfig, LoRAConfig) of a checkpoint's config.json.
 
+  Args:
+    path: a folder, or the name of a retrofit that is shipped.
+
   Raises:
     ValueError: there is no checkpoint, its format is newer, or a file is damaged.
   """
-  file = Path(path) / CONFIG
-  if not Path(path).is_dir():
+  path = shipped.find(path)
+  file = path / CONFIG
+  if not path.is_dir():
     raise ValueError(f"{path}: no such checkpoint directory")
   values = read_json(file)
   if "format" not in values:
@@ -243,6 +233,8 @@ def read_config(path: str | Path) -> tuple[dict, ModelConfig, DMSConfig | None, 
   if not (isinstance(values["groups"], list) and all(group in GROUPS for group in values["groups"])):
     raise ValueError(f"{file}: field 'groups' should be a list of {', '.join(GROUPS)}; the file is damaged")
   files = values["files"]
+  if not isinstance(values.setdefault("metadata", {}), dict):
+    raise ValueError(f"{file}: field 'metadata' should be an object, found {shown(values['metadata'])}")
   if not isinstance(files, dict) or not all(_is_entry(name, entry) for name, entry in files.items()):
     raise ValueError(f"{file}: field 'files' should hold a size and a checksum for each file; the file is damaged")
   configs = []
@@ -282,7 +274,7 @@ def fingerprint(path: str | Path) -> str:
     ValueError: as `read_config`.
   """
   read_config(path)
-  return f"{zlib.crc32((Path(path) / CONFIG).read_bytes()):08x}"
+  return f"{zlib.crc32((shipped.find(path) / CONFIG).read_bytes()):08x}"
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -315,72 +307,17 @@ def is_replaceable(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def atomic_directory(path: str | Path, replaces=is_replaceable) -> Iterator[Path]:
-  """A temporary directory that becomes `path` when the block succeeds, and is removed when it fails.
-
-  Where `path` is a link, what it points to is replaced, and the link stays.
-
-  Args:
-    replaces: whether an existing directory may be replaced; an empty one always may.
-
-  Raises:
-    ValueError: `path` holds something that must not be replaced.
-  """
-  path = Path(os.path.realpath(path))
-  path.parent.mkdir(parents=True, exist_ok=True)
-  for leftover in sorted(path.parent.glob(f".{glob.escape(path.name)}.partial-*")):  # left by a killed process
-    if _is_running(leftover.name.rpartition("-")[2]):
-      continue
-    if "-old-" in leftover.name and not path.exists():  # the process was killed between the two renames below
-      leftover.rename(path)
-    else:
-      shutil.rmtree(leftover, ignore_errors=True)
-  if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or replaces(path))):
-    what = "exists and is not something this program wrote, or holds other files, too"
-    raise ValueError(f"{path}: {what}; choose another place or remove it")
-  mark = f"{secrets.token_hex(4)}-{os.getpid()}"
-  partial = path.parent / f".{path.name}.partial-{mark}"
-  partial.mkdir()
-  try:
-    yield partial
-    if path.exists():
-      old = partial.with_name(f".{path.name}.partial-old-{mark}")
-      path.rename(old)
-      try:
-        partial.rename(path)
-      except OSError:
-        old.rename(path)
-        raise
-      shutil.rmtree(old)
-    else:
-      partial.rename(path)
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
-
-
-def write_text(path: Path, text: str) -> None:
-  """Writes a small file atomically; an older one, or what a link points to, is replaced."""
-  path = Path(os.path.realpath(path))
-  partial = path.with_name(f".{path.name}.part")
-  try:
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-  finally:
-    partial.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
 def _directory_of_all(path: str | Path) -> Iterator[Path]:
-  """The `atomic_directory` of process 0, yielded on every process."""
+  """The `disk.atomic_directory` of process 0, yielded on every process."""
   if jax.process_count() == 1:
-    with atomic_directory(path) as directory:
+    with disk.atomic_directory(path, is_replaceable) as directory:
       yield directory
     return
   with contextlib.ExitStack() as stack:
     name, failure = b"", None
     try:
       if jax.process_index() == 0:
-        name = os.fsencode(stack.enter_context(atomic_directory(path)))
+        name = os.fsencode(stack.enter_context(disk.atomic_directory(path, is_replaceable)))
     except Exception as error:  # tell the other processes before raising it
       failure = error
     told = multihost_utils.broadcast_one_to_all(np.frombuffer(name.ljust(4096, b"\0"), np.uint8))
@@ -391,19 +328,6 @@ def _directory_of_all(path: str | Path) -> Iterator[Path]:
     yield Path(os.fsdecode(name))
 
 
-def _is_running(pid: str) -> bool:
-  """Whether another process with this id runs. A folder with our own id is from an earlier process of the same id."""
-  try:
-    if int(pid) == os.getpid():
-      return False
-    os.kill(int(pid), 0)
-  except (ValueError, ProcessLookupError):
-    return False
-  except PermissionError:
-    return True
-  return True
-
-
 def _read_params(
   path: Path, values: dict, table: dict[str, ParamSpec], dtype: Any = None, mesh: Mesh | None = None,
   stored: bool = False,
@@ -411,7 +335,7 @@ def _read_params(
   """Reads and checks the tensors of `table`. `dtype` applies to the base; other groups keep the stored dtype."""
   directory = (path / PARAMS).absolute()  # Orbax refuses relative paths
   _check_files(path, values["files"])
-  with plain_name(directory) as plain, _clear_errors(directory):
+  with disk.plain_name(directory) as plain, _clear_errors(directory):
     found = flatten(ocp.metadata(plain).metadata)
   problems = [_difference(set(found), set(table))] if set(found) != set(table) else []
   problems += [
@@ -434,66 +358,8 @@ def _read_params(
     kind = found[name].dtype if dtype is None or spec.group != "base" else jnp.dtype(dtype)
     return jax.ShapeDtypeStruct(spec.shape, kind, sharding=shardings[name])
 
-  with plain_name(directory) as plain, _clear_errors(directory):
+  with disk.plain_name(directory) as plain, _clear_errors(directory):
     return ocp.load(plain, unflatten({name: abstract(name, spec) for name, spec in table.items()}))
-
-
-@contextlib.contextmanager
-def plain_name(directory: Path) -> Iterator[Path]:
-  """`directory` by a name that Orbax takes: a link, if need be.
-
-  It takes `[`, `]`, `*` and `?` for a pattern, and no name that the locale (such as C) cannot decode.
-  """
-  directory = directory.absolute()
-  if not (glob.has_magic(str(directory)) or has_half_pair(str(directory))):
-    yield directory
-    return
-  with tempfile.TemporaryDirectory(prefix="dms_jax-") as folder:
-    link = Path(folder) / "link"
-    link.symlink_to(directory, target_is_directory=True)
-    yield link
-
-
-@contextlib.contextmanager
-def _clear_full_disk(path: str | Path) -> Iterator[None]:
-  """Turns a library's pages of errors into one OSError where the disk is full."""
-  try:
-    yield
-  except Exception as error:
-    full = "No space left" in str(error) or "Disk quota exceeded" in str(error) or "RESOURCE_EXHAUSTED" in str(error)
-    if not full:
-      raise
-    raise OSError(f"{path}: the disk is full; nothing was written") from None
-
-
-def check_writable(path: str | Path) -> None:
-  """Checks, before the work, that a folder can be made at `path`.
-
-  Raises:
-    ValueError: it cannot: a parent is a file, or the disk is read-only or full.
-  """
-  parent = Path(os.path.realpath(path)).parent
-  try:
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=parent) as file:
-      file.write(bytes(4096))
-  except OSError as error:
-    raise ValueError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
-
-
-def check_room(path: str | Path, size: int) -> None:
-  """Checks, before the work, that the disk of `path`, which need not exist, has room for `size` more bytes.
-
-  Raises:
-    ValueError: it has not.
-  """
-  place = Path(path).absolute()
-  while not place.exists():
-    place = place.parent
-  disk = shutil.disk_usage(place)
-  if 0 < disk.total and disk.free < size:  # some network file systems do not tell
-    need, free = (f"{count / 1e6:,.1f} MB" for count in (size, disk.free))
-    raise ValueError(f"{path}: about {need} will be written, and the disk has {free} free; make room or choose another")
 
 
 def nbytes(table: dict[str, ParamSpec], dtype: Any) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import jax
 FOLDER = "~/.cache/dms_jax/xla"
 PATIENCE = 2.0  # seconds of compiling that need no word
 EVENTS = "/jax/core/compile/"  # tracing, lowering, and compiling or reading what was compiled before
+PROGRAM = EVENTS + "backend_compile_duration"  # once for each program
 
 
 def keep_compiled(folder: str | Path | None = None, say: Callable[[str], None] = warnings.warn) -> Path | None:
@@ -50,6 +52,22 @@ def keep_compiled(folder: str | Path | None = None, say: Callable[[str], None] =
   # A damaged entry or a full disk costs time alone; JAX would say so for every program.
   warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
   return where
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Callable[[], int]]:
+  """Yields a function that counts the programs compiled, or loaded as compiled before, in this block."""
+  count = 0
+
+  def note(event: str, duration: float, **about: str | int) -> None:
+    nonlocal count
+    count += event == PROGRAM
+
+  jax.monitoring.register_event_duration_secs_listener(note)
+  try:
+    yield lambda: count
+  finally:
+    jax.monitoring.unregister_event_duration_listener(note)
 
 
 def announce(

@@ -20,6 +20,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from dms_jax.levels import Levels
 
 _LARGEST = 2**31 - 1  # of a size: positions and shapes are int32
+_LARGEST_FACTOR = 1e9  # of logits and updates: products stay within float32
+# The offset of gates that never evict (`dms_disable_eviction`): no logit is above it. The neuron's channel is still
+# left out of attention, as in NVIDIA's code.
+NEVER = 1e30
 NO_FLAG = {"flag": False}  # metadata of a field that no program sets from its command line
 # Of a field that files leave out at its default, as those of earlier versions do, which read such files too.
 _LATER = NO_FLAG | {"later": True}
@@ -297,6 +301,9 @@ class DMSConfig:
       raise ValueError(f"dms.granularity={self.granularity!r} must be 'head' or 'layer'")
     if self.shift not in (0, 1):
       raise ValueError(f"dms.shift={self.shift} must be 1 (NVIDIA's checkpoints and ours) or 0 (shisa-ai's)")
+    for name, most in (("scale", _LARGEST_FACTOR), ("offset", NEVER)):
+      if not abs(getattr(self, name)) <= most:
+        raise ValueError(f"dms.{name}={getattr(self, name)} must be between -{most:g} and {most:g}")
     if self.window < 0:
       raise ValueError(f"dms.window={self.window} must be 0 or more tokens")
     if self.window > 2**30:
@@ -361,6 +368,8 @@ class LoRAConfig:
   def __post_init__(self):
     if self.rank < 0:
       raise ValueError(f"lora.rank={self.rank} must be 0 or more")
+    if not abs(self.scale) <= _LARGEST_FACTOR:
+      raise ValueError(f"lora.scale={self.scale} must be between -{_LARGEST_FACTOR:g} and {_LARGEST_FACTOR:g}")
 
 
 def to_json(config: Any) -> dict:
@@ -457,13 +466,23 @@ def read_json(path: str | Path) -> dict:
   Raises:
     ValueError: the file is missing or damaged, or is not a JSON object; the message names it.
   """
+  return parse_json(read_file(path), str(path))
+
+
+def read_file(path: str | Path) -> bytes:
+  """The content of a small file that others wrote.
+
+  Raises:
+    ValueError: it is missing, or cannot be read, or is a pipe or a device, which may have no end; the message names it.
+  """
   try:
-    data = Path(path).read_bytes()
+    if (path := Path(path)).exists() and not (path.is_file() or path.is_dir()):
+      raise ValueError(f"{path}: a pipe or a device, where a file is expected")
+    return path.read_bytes()
   except FileNotFoundError:
     raise ValueError(f"{path}: no such file") from None
   except OSError as error:
     raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-  return parse_json(data, str(path))
 
 
 def parse_json(data: bytes | str, source: str) -> dict:

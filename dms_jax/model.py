@@ -40,7 +40,7 @@ from dms_jax.layers import (
 )
 from dms_jax.params import Params, merge_lora, param_table
 from dms_jax.policies import Policy, Vanilla
-from dms_jax.policies.base import per_row
+from dms_jax.policies.base import check_kind, per_row
 from dms_jax.sharding import constrain_rows, gather_layer
 from pallas_kernels import window_bias
 from pallas_kernels.common import xla_dot
@@ -510,8 +510,9 @@ def check_policy(model: Model, policy: Policy | None) -> Policy:
   Raises:
     ValueError: the policy needs gates and the model has none or others, or its numbers are invalid.
   """
-  policy = policy or (policies.get(model.dms.objective)() if model.dms is not None else Vanilla())
-  policy = policy.fitted(model.config)
+  if policy is None:
+    policy = policies.get(model.dms.objective)() if model.dms is not None else Vanilla()
+  policy = check_kind(policy).fitted(model.config)
   if policy.uses_gates and model.dms is None:
     raise ValueError(
       f"{type(policy).__name__} needs eviction gates and this model has none: load a retrofit, or use dms_jax.Vanilla()"

@@ -15,7 +15,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from dms_jax import chat
-from dms_jax.config import HALF_PAIR, damage, has_half_pair, read_json, shown
+from dms_jax.config import HALF_PAIR, damage, has_half_pair, read_file, read_json, shown
 
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"
@@ -48,7 +48,7 @@ class Tokenizer:
       raise ValueError(
         f"{path}: no {TOKENIZER_FILE} there, so text cannot be tokenized; convert the model with its own"
       )
-    content = file.read_bytes()
+    content = read_file(file)
     with _clear_errors(f"{file}: not a tokenizer", damage(content)):
       backend = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
     _check_bounds(file, backend)
@@ -65,7 +65,7 @@ class Tokenizer:
       added = _older_added(path / ADDED_FILE, settings) if (path / ADDED_FILE).exists() else {}
     if (path / TEMPLATE_FILE).exists():
       try:
-        settings["chat_template"] = (path / TEMPLATE_FILE).read_text(encoding="utf-8")
+        settings["chat_template"] = read_file(path / TEMPLATE_FILE).decode("utf-8")
       except UnicodeDecodeError as error:
         raise ValueError(f"{path / TEMPLATE_FILE}: not UTF-8 text ({error})") from None
     for name in ("add_bos_token", "add_eos_token"):

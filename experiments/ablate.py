@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from dms_jax import checkpoint
+from dms_jax import checkpoint, disk
 from dms_jax.config import read_json
 from dms_jax.evaluation.text import held_by_position, text_quality
 from dms_jax.model import Model
@@ -154,7 +154,7 @@ def noted(failed: dict[str, str], names: list[str], folder: Path) -> Iterator[No
     failed |= dict.fromkeys(names, f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
     program.log(f"  failed: {failed[names[0]]}")
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(folder / ERROR, traceback.format_exc())
+    disk.write_text(folder / ERROR, traceback.format_exc())
 
 
 def run_all(wanted: list[Trial], config: Config, root: Path) -> tuple[dict[str, dict], dict[str, str]]:
@@ -268,7 +268,7 @@ def carry_out(config: Config, wanted: list[Trial], groups: list[str], root: Path
     x = config.x or (axis(found) if len(groups) == 1 else "run")
     shown, pictures = as_table(found), draw(found, x, title, root)
     print(f"\n{shown}\n", flush=True)
-    checkpoint.write_text(root / "table.md", f"{shown}\n\n    {command}\n")
+    disk.write_text(root / "table.md", f"{shown}\n\n    {command}\n")
   if failed:
     lines = "\n".join(f"  {name}: {error}" for name, error in failed.items())
     program.log(f"{len(failed)} of {len(wanted)} runs failed (traceback in each folder's error.txt):\n{lines}")

@@ -21,7 +21,7 @@ import time
 
 from dms_jax import checkpoint
 from dms_jax.convert import convert
-from dms_jax.convert.api import is_finished
+from dms_jax.convert.api import is_finished, noted_gates
 from dms_jax.params import count_params, param_table
 from dms_jax.tokenizer import TOKENIZER_FILE
 from experiments.common import program
@@ -58,11 +58,12 @@ def main() -> None:
   program.log(f"{config.output}: already converted" if done else f"converting {config.source}")
   output = convert(config.source, config.output, config.dtype, overwrite=config.overwrite, progress=progress, **extra)
   values, model, dms, lora = checkpoint.read_config(output)
-  found = values["metadata"].get("gates") or {}
+  found = noted_gates(values["metadata"])
   if found:
-    shown = ", ".join(f"{name} {found[name]}" for name in ("gate", "window", "shift", "scale", "offset", "granularity"))
-    program.log(f"gates: {shown}; from {found['file']}, layout {found['layout']}")
-    for setting in found["assumed"]:
+    names = ("gate", "window", "shift", "scale", "offset", "granularity")
+    shown = ", ".join(f"{name} {found.get(name)}" for name in names)
+    program.log(f"gates: {shown}; from {found.get('file')}, layout {found.get('layout')}")
+    for setting in found.get("assumed") or ():
       program.log(f"assumed: {setting}")
   retrofit = "base" not in values["groups"]
   if not retrofit and not (output / TOKENIZER_FILE).exists():
@@ -85,4 +86,4 @@ def main() -> None:
 
 if __name__ == "__main__":
   program.define_flags("", Config)
-  program.run(main, writes="file")
+  program.run(main, writes="tree")

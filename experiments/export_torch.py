@@ -25,7 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from dms_jax import checkpoint
+from dms_jax.config import is_number
 from dms_jax.convert import About, export
+from dms_jax.convert.api import noted_gates
 from dms_jax.convert.writing import SHARD_BYTES
 from dms_jax.tokenizer import TOKENIZER_FILE, Tokenizer
 from experiments.common import program
@@ -89,20 +91,19 @@ def trained_ratio(metadata: Mapping[str, Any]) -> float | None:
 
   A retrofit notes the end of its ramp, a converted checkpoint what its source said.
   """
-  if (cr := (metadata.get("gates") or {}).get("cr")) is not None:
-    return float(cr)
-  retrofit = metadata.get("retrofit") or {}
-  cr = retrofit.get("schedule", retrofit).get("final_cr")
-  return None if cr is None else float(cr)
+  retrofit = metadata.get("retrofit")
+  settings = retrofit.get("schedule", retrofit) if isinstance(retrofit, dict) else None
+  noted = [noted_gates(metadata).get("cr"), settings.get("final_cr") if isinstance(settings, dict) else None]
+  return next((float(cr) for cr in noted if is_number(cr) and cr >= 1), None)
 
 
 def base_name(metadata: Mapping[str, Any]) -> str | None:
   """The hub id of the base model that a converted checkpoint's metadata notes; None if it notes none."""
-  names = [(metadata.get("gates") or {}).get("base"), metadata.get("base_model"), metadata.get("source")]
+  names = [noted_gates(metadata).get("base"), metadata.get("base_model"), metadata.get("source")]
   is_hub_id = lambda name: isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)
   return next((name for name in names if is_hub_id(name) and not Path(name).exists()), None)
 
 
 if __name__ == "__main__":
   program.define_flags("", Config)
-  program.run(main, writes="file")
+  program.run(main, writes="tree")

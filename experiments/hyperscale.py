@@ -37,7 +37,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from dms_jax import checkpoint, policies
+from dms_jax import checkpoint, disk, policies
 from dms_jax.tokenizer import Tokenizer
 from experiments.common import files, outputs, program
 from experiments.hyperscaling import analysis, cells, page, pictures, tables
@@ -181,7 +181,7 @@ def analyse(config: Config, sweeps: Sequence[cells.Sweep], widths: Sequence[int]
     sweeps, found, panels, made, compare_cr=config.compare_cr, resamples=config.resamples, title=config.title,
     prompts=config.traces, picture=Path(written[0]) if written[0] else None,
   )  # fmt: skip
-  with files.whole(folder / PAGE) as part:
+  with disk.whole(folder / PAGE) as part:
     part.write_text(html, encoding="utf-8")
   written.append(str(folder / PAGE))
   for panel in panels:

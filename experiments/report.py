@@ -16,7 +16,8 @@ import dataclasses
 import re
 from pathlib import Path
 
-from experiments.common import files, outputs, program
+from dms_jax import disk
+from experiments.common import outputs, program
 from experiments.reports import figures_report, page, results, runs, styles
 from experiments.tasks import TASKS
 
@@ -54,7 +55,7 @@ class Config:
 
 def write_text(path: Path, text: str) -> str:
   """Writes a text file atomically; makes the folder."""
-  with files.whole(path) as part:
+  with disk.whole(path) as part:
     part.write_text(text, encoding="utf-8")
   return str(path)
 
@@ -105,7 +106,7 @@ def main() -> None:
         "margins": margins(found, config.log_margins),
       }  # fmt: skip
       program.save_json(output / "report.json", {"config": program.flag_values(), **result})
-    except (OSError, files.NoFileError) as error:
+    except (OSError, disk.NoFileError) as error:
       raise ValueError(f"--output={output}: cannot be written ({error}); name another folder, or make room") from None
   program.finish(result)
 

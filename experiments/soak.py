@@ -23,7 +23,6 @@ Writes OUTPUT/{soak.json, soak.png}; the last line is one JSON object, and the e
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import math
 import os
@@ -31,7 +30,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import dms_jax
-from dms_jax import policies
+from dms_jax import compilation, policies
 from dms_jax.config import DMSConfig, ModelConfig
 from dms_jax.generation.batching import Generator
 from dms_jax.generation.conversation import Continuation
@@ -194,22 +193,6 @@ def device_memory() -> int | None:
   """Bytes in use on the device; None if the runtime does not report them."""
   stats = jax.devices()[0].memory_stats()
   return stats["bytes_in_use"] if stats else None
-
-
-@contextlib.contextmanager
-def compiled() -> Iterator[Callable[[], int]]:
-  """Yields a function that counts the programs compiled, or loaded as compiled before, in this block."""
-  count = 0
-
-  def note(event: str, duration: float, **about: str | int) -> None:
-    nonlocal count
-    count += event == "/jax/core/compile/backend_compile_duration"
-
-  jax.monitoring.register_event_duration_secs_listener(note)
-  try:
-    yield lambda: count
-  finally:
-    jax.monitoring.unregister_event_duration_listener(note)
 
 
 def by_file(past: Continuation, generator: Generator) -> Continuation:
@@ -457,7 +440,7 @@ def run(config: Config) -> tuple[dict[str, Any], dict[str, list]]:
   """(verdict, samples) of a soak."""
   servers = made(config)
   vocabulary = servers[0].generator.model.config.vocab_size
-  with compiled() as count:
+  with compilation.counted() as count:
     outcome = soak(servers, config, Traffic(config, vocabulary), count)
   return verdict(servers, config, outcome), outcome["samples"]
 

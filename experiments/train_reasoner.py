@@ -27,8 +27,8 @@ from typing import Any
 
 import jax
 
-from dms_jax.checkpoint import write_text
 from dms_jax.config import LoRAConfig, ModelConfig
+from dms_jax.disk import write_text
 from dms_jax.model import Model
 from dms_jax.params import count_params, init_params, param_table
 from dms_jax.retrofit import (

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dms_jax import checkpoint
+from dms_jax import checkpoint, disk
 from dms_jax import testing as tiny
 from dms_jax.config import DMSConfig, LoRAConfig
 from dms_jax.families import PRESETS
@@ -350,21 +350,21 @@ def test_what_is_not_ours_is_not_replaced(tmp_path, gated):
 
 def test_links_stay(tmp_path, gated):
   """As where checkpoints lie on another disk: what a link points to is replaced."""
-  disk = tmp_path / "disk"
-  (disk / "empty").mkdir(parents=True)
-  checkpoint.save(disk / "old", gated)
+  there = tmp_path / "disk"
+  (there / "empty").mkdir(parents=True)
+  checkpoint.save(there / "old", gated)
   for name in ("empty", "old", "new"):
     link = tmp_path / name
-    link.symlink_to(disk / name)
-    checkpoint.check_writable(link)
+    link.symlink_to(there / name)
+    disk.check_writable(link)
     checkpoint.save(link, gated)
-    assert link.is_symlink() and checkpoint.is_checkpoint(disk / name)
+    assert link.is_symlink() and checkpoint.is_checkpoint(there / name)
     same(checkpoint.load(link, merge=False).params, gated.params)
-  checkpoint.write_text(tmp_path / "text", "1")
+  disk.write_text(tmp_path / "text", "1")
   (tmp_path / "again").symlink_to(tmp_path / "text")
-  checkpoint.write_text(tmp_path / "again", "2")
+  disk.write_text(tmp_path / "again", "2")
   assert (tmp_path / "again").is_symlink() and (tmp_path / "text").read_text() == "2"
-  assert visible(disk) == ["empty", "new", "old"]
+  assert visible(there) == ["empty", "new", "old"]
   assert visible(tmp_path) == ["again", "disk", "empty", "new", "old", "text"]
 
 
@@ -401,10 +401,10 @@ def test_a_full_disk_is_one_line(tmp_path, gated, monkeypatch):
 def test_an_output_that_cannot_be_written(tmp_path):
   (tmp_path / "file").write_text("text")
   with pytest.raises(ValueError, match="file/m: cannot be written"):
-    checkpoint.check_writable(tmp_path / "file" / "m")
+    disk.check_writable(tmp_path / "file" / "m")
   with pytest.raises(ValueError, match="cannot be written"):
-    checkpoint.check_writable("/proc/m")
-  checkpoint.check_writable(tmp_path / "new" / "m")
+    disk.check_writable("/proc/m")
+  disk.check_writable(tmp_path / "new" / "m")
 
 
 def test_a_disk_without_room_is_refused_before_the_work(tmp_path, monkeypatch):
@@ -413,18 +413,18 @@ def test_a_disk_without_room_is_refused_before_the_work(tmp_path, monkeypatch):
   assert size == 2 * sum(x.size for x in jax.tree.leaves(tiny.model().params))
   usage = shutil.disk_usage(tmp_path)
   monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=size))
-  checkpoint.check_room(tmp_path / "not" / "there", size)
+  disk.check_room(tmp_path / "not" / "there", size)
   with pytest.raises(ValueError, match=r"not/there: about \S+ MB will be written, and the disk has \S+ MB free"):
-    checkpoint.check_room(tmp_path / "not" / "there", size + 1)
+    disk.check_room(tmp_path / "not" / "there", size + 1)
   monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(total=0, free=0))  # it does not tell
-  checkpoint.check_room(tmp_path, size)
+  disk.check_room(tmp_path, size)
 
 
 def test_fields_of_other_types(saved):
   values = json.loads((saved / "config.json").read_text())
   for name, wrong in (
     ("groups", "base"), ("groups", [3]), ("files", [1]), ("files", {"a": 3}), ("files", {"../a": [1, 2]}),
-    ("files", {"a": [1, None]}), ("model", {"num_layers": "two"}), ("format", [1]),
+    ("files", {"a": [1, None]}), ("metadata", [1]), ("model", {"num_layers": "two"}), ("format", [1]),
   ):  # fmt: skip
     (saved / "config.json").write_text(json.dumps({**values, name: wrong}))
     with pytest.raises(ValueError, match=rf"config\.json: .*({name}|num_layers)"):
@@ -451,7 +451,7 @@ def test_killed_between_the_two_renames(saved, gated):
   folder, pid = saved.parent, dead_pid()
   saved.rename(folder / f".whole.partial-old-{pid}")
   (folder / f".whole.partial-{pid}").mkdir()
-  with pytest.raises(RuntimeError), checkpoint.atomic_directory(saved):
+  with pytest.raises(RuntimeError), disk.atomic_directory(saved, checkpoint.is_replaceable):
     raise RuntimeError  # the next save fails too; the old checkpoint is restored nevertheless
   assert visible(folder) == ["whole"]
   same(checkpoint.load(saved, merge=False).params, gated.params)

@@ -23,7 +23,7 @@ import dms_jax
 from dms_jax import checkpoint
 from dms_jax import testing as tiny
 from dms_jax.config import LoRAConfig, to_json
-from dms_jax.convert import convert, export, gguf
+from dms_jax.convert import api, convert, export, gguf
 from dms_jax.convert.layouts import peft, transformers
 from dms_jax.convert.tensors import to_slices
 from dms_jax.layers import rope_frequencies
@@ -224,6 +224,7 @@ def readers(tmp_path_factory) -> dict[str, Reader]:
   checkpoint.save(root / "ours", gated)
   checkpoint.save(root / "retrofit", retrofitted, groups=("gate", "lora"))
   checkpoint.save(root / "base", model)
+  convert(str(root / "shards"), root / "converted")
   out = dms_jax.generate(model, [[1, 2, 3]] * 2, policy=dms_jax.Vanilla(window=2), max_new_tokens=5, eos=False)
   dms_jax.save_conversation(root / "cache", out)
   shape = CONFIG.num_layers, CONFIG.num_heads, CONFIG.head_dim
@@ -260,6 +261,14 @@ def readers(tmp_path_factory) -> dict[str, Reader]:
     "adapter's tensors": Reader(15, root / "peft", "adapter_model.safetensors", garbled_header, read_peft),
     "adapter's gates": Reader(10, root / "peft", "dms_config.json", garbled_json, read_peft),
     "conversion": Reader(5, root / "shards", ".", garbled, convert_whole),
+    "converted before": Reader(
+      10,
+      root / "converted",
+      "config.json",
+      garbled_json,
+      lambda path: api.is_finished(str(root / "shards"), path),
+      refuses=0,
+    ),
     "run": Reader(10, root / "run", loop.RUN, garbled_json, read_state),
     "log": Reader(10, root / "run", loop.LOG, garbled_lines, read_state),
     "sampled rows": Reader(10, root / "rows", "0.jsonl", garbled_lines, lambda p: self_text._finished(p / "0.jsonl")),
@@ -293,9 +302,10 @@ def readers(tmp_path_factory) -> dict[str, Reader]:
 NAMES = (
   "safetensors", "safetensors header", "config", "generation config", "index", "gates", "gate tensors", "fastdms",
   "training log", "student", "student's tensors", "adapter", "adapter's tensors", "adapter's gates", "conversion",
-  "run", "log", "sampled rows", "gguf", "split gguf", "tokenizer", "words", "tokenizer settings", "older settings",
-  "special tokens", "added tokens", "template", "own config", "own", "orbax", "orbax damaged", "retrofit",
-  "retrofit's orbax", "conversation", "rows", "calibration", "text lines", "text object", "plain text", "questions",
+  "converted before", "run", "log", "sampled rows", "gguf", "split gguf", "tokenizer", "words", "tokenizer settings",
+  "older settings", "special tokens", "added tokens", "template", "own config", "own", "orbax", "orbax damaged",
+  "retrofit", "retrofit's orbax", "conversation", "rows", "calibration", "text lines", "text object", "plain text",
+  "questions",
 )  # fmt: skip
 
 

@@ -177,6 +177,15 @@ def test_template_arguments():
     ("{{ 9**9**9 }}", "stopped"),
     ("{{ 'a' | indent(10**12) }}", "stopped"),
     ("{{ '%999999999d' % 1 }}", "stopped"),
+    ("{{ ('%5.9999999f' * 100) % ((1.5,) * 100) }}", "stopped"),
+    ("{{ ('{0:{1}}' * 1000).format('a', 4000000) }}", "stopped"),
+    ("{{ '{:1>9999999}'.format('a') }}", "stopped"),
+    ("{{ ('{1:{0[w]}}' * 3).format({'w': 4000000}, 5) }}", "stopped"),
+    ("{{ 5 | round(-4000000) }}", "stopped: it rounds"),
+    ("{{ range(99999) | reject('in', range(99999) | list) | list }}", "stopped: it ran"),
+    ("{% set n = namespace() %}" + "".join(f"{{% set n.a{i} = 'a' * 4000000 %}}" for i in range(20)), "in all"),
+    ("{{ lipsum(10**6) }}", "undefined"),
+    ("{% break %}", "not valid: 'break' outside loop"),
   ],
 )
 def test_templates_that_raise_or_do_not_end(template, says, monkeypatch):
@@ -184,6 +193,17 @@ def test_templates_that_raise_or_do_not_end(template, says, monkeypatch):
   with pytest.raises(ValueError, match=says) as error:
     bos_tokenizer(False, chat_template=template).chat([{"content": "x"}])
   assert "\n" not in str(error.value)
+
+
+def test_what_templates_format():
+  template = "{{ '{:>4} {:.1f}'.format('a', 2.5) }} {{ '%-2s|%04.1f' % ('a', 2.5) }} {{ 'Of 20240101: %s' % 'x' }}"
+  written = bos_tokenizer(
+    False,
+    chat_template=template + " {{ 2.345 | round(2) }} {{ messages | map(attribute='content') | map('trim') | join }}",
+  )
+  assert written.chat([{"content": " a "}, {"content": "b"}]) == "   a 2.5 a |02.5 Of 20240101: x 2.35 ab"
+  long = [{"content": "x" * 3 * chat.CHARACTERS}]  # bounds grow with what there is to write
+  assert len(bos_tokenizer(False, chat_template="{{ messages[0].content * 3 }}").chat(long)) == 9 * chat.CHARACTERS
 
 
 def test_settings_of_other_types_are_refused(tmp_path):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
-from dms_jax import checkpoint
-from dms_jax.config import ModelConfig, read_json
+from dms_jax import checkpoint, disk
+from dms_jax.config import ModelConfig, read_json, shown
 from dms_jax.convert import gguf, pickles
 from dms_jax.convert.layouts import peft, transformers
 from dms_jax.convert.sources import TOKENIZER_FILES, fetch
@@ -59,7 +61,7 @@ def convert(
   if held and not overwrite and not checkpoint.is_damaged(output):
     what = "another version of this source" if _changed(source, output) else "this source with other flags"
     raise ValueError(f"--output={output}: exists and holds something else, {what}; pass --overwrite to replace it")
-  checkpoint.check_writable(output)
+  disk.check_writable(output)
   path = fetch(source)
   about = {"source": source, "asked_dtype": dtype, "source_files": _files(source)}
   about |= {name: value for name, value in (("base", base), ("tokenizer", tokenizer)) if value is not None}
@@ -83,7 +85,7 @@ def convert(
   dtype = dtype or tensors.dtype
   table = param_table(config, dms)
   slices = to_slices(table, tensors, jnp.dtype(dtype), ignore=ignore, progress=progress)  # first: sizes may be absurd
-  checkpoint.check_room(output, checkpoint.nbytes(table, dtype))
+  disk.check_room(output, checkpoint.nbytes(table, dtype))
   if tokenizer is not None:
     own = Tokenizer.load(fetch(tokenizer, TOKENIZER_FILES, "tokenizer"))
   if own is not None and (known := own.vocab_size) > config.vocab_size:
@@ -114,8 +116,8 @@ def _convert_adapter(
 def _base_config(path: Path, base: str | None) -> ModelConfig:
   """The config of an adapter's base, which the flag names, else the adapter if it is a local folder."""
   named = peft.base_name(path)
-  if base is None and (named is None or not Path(named).is_dir()):
-    example = named or "FOLDER"
+  if base is None and (named is None or not os.path.isdir(named)):  # false for names that no folder can have
+    example = shown(named)[1:-1] if named else "FOLDER"
     raise ValueError(f"{path}: an adapter of PEFT, without its base; pass --base={example}, a folder or a hub id")
   folder = fetch(base or str(named), ("config.json", "generation_config.json"), "base")
   if not folder.is_dir():
@@ -157,6 +159,12 @@ def _metadata(output: str | Path) -> dict[str, Any]:
   return metadata if isinstance(metadata, dict) else {}
 
 
+def noted_gates(metadata: Mapping[str, Any]) -> dict[str, Any]:
+  """What a checkpoint's metadata say of the gates that a conversion found (`keys.Gates.report`); empty without any."""
+  gates = metadata.get("gates")
+  return gates if isinstance(gates, dict) else {}
+
+
 def _source_files(source: str) -> list[Path]:
   """The files that a conversion of a local source reads; none of a remote one."""
   path = Path(source)
@@ -181,7 +189,9 @@ def _changed(source: str, output: str | Path) -> bool:
   if sorted(before) != [f.name for f in files]:
     return True
   for file in files:
-    size, time, crc = before[file.name]
+    if not isinstance(noted := before[file.name], list) or len(noted) != 3:
+      return True
+    size, time, crc = noted
     if file.stat().st_size != size or (file.stat().st_mtime_ns != time and checkpoint.crc32(file) != crc):
       return True
   return False

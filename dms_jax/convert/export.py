@@ -6,7 +6,8 @@ import contextlib
 import re
 from pathlib import Path
 
-from dms_jax.checkpoint import atomic_directory, check_room, nbytes
+from dms_jax import disk
+from dms_jax.checkpoint import nbytes
 from dms_jax.config import read_json
 from dms_jax.convert.layouts import LAYOUTS, peft
 from dms_jax.convert.tensors import DTYPES, Progress
@@ -59,8 +60,8 @@ def export(
     raise ValueError(f"{path}: exists already; choose another place or pass --overwrite")
   groups = ("gate", "lora") if layout == peft.NAME else ("base", "gate")
   table = param_table(model.config, model.dms, model.lora)
-  check_room(path, nbytes({name: spec for name, spec in table.items() if spec.group in groups}, dtype))
-  with atomic_directory(path, replaces=_is_export) as directory:
+  disk.check_room(path, nbytes({name: spec for name, spec in table.items() if spec.group in groups}, dtype))
+  with disk.atomic_directory(path, replaces=_is_export) as directory:
     LAYOUTS[layout].write(
       directory, model.stacked(), tokenizer, dtype=dtype, shard_bytes=shard_bytes, progress=progress, about=about
     )

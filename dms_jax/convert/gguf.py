@@ -155,12 +155,15 @@ def _config(fields: _Fields, tensors: dict) -> ModelConfig:
     reasons.append(f"architecture {fields.arch!r}; supported are {', '.join(known)}")
   given = lambda key: [key] if fields.get(f"{{arch}}.{key}", default=0) not in (0, [], "") else []
   reasons += refusals(*map(given, ("expert_count", "attention.kv_lora_rank", "attention.sliding_window")))
-  scaling_type = fields.get("{arch}.rope.scaling.type", default="none")
-  plain = scaling_type == "linear" and fields.get("{arch}.rope.scaling.factor", float, 1.0) == 1  # divides by 1
+  factor = fields.get("{arch}.rope.scaling.factor", float, 0.0)
+  scaling_type = fields.get("{arch}.rope.scaling.type", default="linear" if factor else "none")  # as in llama.cpp
+  plain = scaling_type == "linear" and factor in (0, 1)  # divides by 1
   if scaling_type not in ("none", "") and not plain:
     reasons.append(f"RoPE scaling of type {shown(scaling_type)}")
-  if (factor := fields.get("{arch}.rope.scale_linear", float, 1.0)) not in (0, 1):  # of old files
-    reasons.append(f"RoPE scaling by {factor}")
+  if (old := fields.get("{arch}.rope.scale_linear", float, 1.0)) not in (0, 1):  # of old files
+    reasons.append(f"RoPE scaling by {old}")
+  if not fields.get("{arch}.attention.causal", bool, True):
+    reasons.append("attention.causal=false: tokens see later ones")
   if reasons:
     raise ValueError(f"{fields.path}: not supported: {'; '.join(reasons)}")
   heads, width = fields.get("{arch}.attention.head_count", int), fields.get("{arch}.embedding_length", int)

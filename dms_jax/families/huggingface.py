@@ -113,7 +113,7 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict:
   return {family.renamed.get(name, name): value for name, value in values.items() if value is not ...}
 
 
-_FLAGS = ("tie_word_embeddings", "use_sliding_window", "attention_bias", "mlp_bias")
+_FLAGS = ("tie_word_embeddings", "use_sliding_window", "attention_bias", "mlp_bias", "is_causal")
 
 
 def _wrong_types(values: dict) -> list[str]:
@@ -162,6 +162,8 @@ def _unsupported(values: dict, family: base.Family | None) -> list[str]:
     reasons.append("attention_bias=true")
   if values.get("mlp_bias"):
     reasons.append("mlp_bias=true")
+  if values.get("is_causal") is False:  # of models that embed texts
+    reasons.append("is_causal=false: tokens see later ones")
   key, known = (family.renamed.get("hidden_act", "hidden_act"), family.fixed.get("activation", "silu")) if family else (
     "hidden_act", "silu"
   )  # fmt: skip

@@ -50,7 +50,7 @@ from dms_jax.generation.stops import StopStrings, stop_criteria
 from dms_jax.generation.together import Prompt, PromptReader, default_rows
 from dms_jax.model import Model, check_policy
 from dms_jax.policies import Policy, check_rows
-from dms_jax.policies.base import is_whole
+from dms_jax.policies.base import check_kind, is_whole
 
 
 class Generator:
@@ -100,7 +100,7 @@ class Generator:
         raise ValueError(f"{name}={value!r:.80} must be 1 or more, a whole number")
     self.tokenizer = model.tokenizer if tokenizer is None else tokenizer
     self.model = fastest_form(model.replace(tokenizer=None))
-    policy = check_policy(model, None if policy is None else policy.by_row())
+    policy = check_policy(model, None if policy is None else check_kind(policy).by_row())
     self.policy, self.on_pressure = pressure.prepared(model, policy, on_pressure), on_pressure
     check_rows(self.policy, None)
     longest = model.config.max_position_embeddings

@@ -77,11 +77,13 @@ def continuation(past: Any) -> Continuation:
   """The one row of an `Output`, a `Conversation` or a `Continuation`.
 
   Raises:
-    ValueError: there are several rows.
+    ValueError: there are several rows, or it is none of these.
   """
   past = conversation_of(past)
-  if not isinstance(past, Conversation):
+  if isinstance(past, Continuation):
     return past
+  if not isinstance(past, Conversation):
+    raise ValueError(f"continue_from={past!r:.80} must be an earlier chain, output or conversation")
   if past.batch != 1:
     raise ValueError(f"continue_from: a conversation of {past.batch} rows; pick one with .row(index)")
   return past.row(0)

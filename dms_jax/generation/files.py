@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dms_jax import cache as caches
-from dms_jax import formats, policies
+from dms_jax import disk, formats, policies
 from dms_jax.cache import PagedCache
 from dms_jax.cache.base import storage_dtype
 from dms_jax.cache.host import HostRow, check_fits, restore_row
@@ -51,8 +51,6 @@ def save_conversation(path: str | Path, past: Any) -> None:
   Raises:
     ValueError: there is nothing to save, the rows are of different kinds, or `path` is not a conversation.
   """
-  from dms_jax.checkpoint import atomic_directory  # Orbax takes a second to import
-
   past = conversation_of(past)
   if isinstance(past, Conversation):
     count, row_of = past.batch, past.row
@@ -68,7 +66,7 @@ def save_conversation(path: str | Path, past: Any) -> None:
     count, row_of, policy, first = len(rows), rows.__getitem__, rows[0].policy, rows[0].cache
     kind = "masked" if first.masked else "paged"
     slots, pool = max(_slots(row.cache) for row in rows), {"page": first.page_size}
-  with atomic_directory(path, replaces=is_cache) as folder:
+  with disk.atomic_directory(path, replaces=is_cache) as folder:
     about, model = [], {}
     with zipfile.ZipFile(folder / ROWS, "w", zipfile.ZIP_STORED) as file:
       for index in range(count):

@@ -151,7 +151,11 @@ def generate(
     capacity = min(capacity, rounded(longest))
   strings = StopStrings.create(stop, tokenizer)
   criteria = stop_criteria(model, tokenizer, strings, eos)
+  if stream is not None and not callable(stream):
+    raise ValueError(f"stream={stream!r:.80} must be a function of (row, new tokens, new text)")
   past = conversation_of(continue_from)
+  if not isinstance(past, Conversation | None):
+    raise ValueError(f"continue_from={past!r:.80} must be an earlier output or conversation")
   policy = check_policy(model, past.policy if policy is None and past is not None else policy)
   cache = cache or caches.default_kind(policy, model.config)
   ids = prompt_ids(model, prompts, mask, tokenizer, None if past is None else np.asarray(past.pending))

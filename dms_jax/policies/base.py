@@ -92,6 +92,13 @@ def check_rows(policy: Policy, batch: int | None) -> None:
     raise ValueError(f"{type(policy).__name__}: {field.name} has shape {np.shape(value)}, and must be {wanted}")
 
 
+def check_kind(policy: Any) -> Policy:
+  """`policy`; a ValueError if it is something else, such as a policy's name or class."""
+  if not isinstance(policy, Policy):
+    raise ValueError(f"policy={policy!r:.80} must be a policy, such as dms_jax.DMS()")
+  return policy
+
+
 def row_numbers(policy: Policy) -> dict[str, Any]:
   """Those of NUMBERS that are traced leaves of `policy` and not None, by name: each row may have its own."""
   traced = [field.name for field in dataclasses.fields(policy) if field.metadata.get("pytree_node", True)]
@@ -272,6 +279,8 @@ class Policy:
       if field.name in ("budget", "cr"):
         continue  # `check_budget` says more
       value = getattr(policy, field.name)
+      if isinstance(field.default, int | float) and (value is None or isinstance(value, str | bytes)):
+        raise ValueError(f"{type(policy).__name__}: {field.name}={value!r:.80} must be a number")
       if not isinstance(value, int | float | np.ndarray | np.generic | jax.Array) or np.ndim(value) > 1:
         continue
       if (large := _too_large(value)) or np.isnan(np.asarray(value, float)).any():

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from dms_jax import checkpoint, formats
+from dms_jax import checkpoint, disk, formats
 from dms_jax.config import DMSConfig, LoRAConfig, as_text, from_json, is_number, parse_json, read_json, to_json
 from dms_jax.model import Model
 from dms_jax.params import Params, join_params, param_table, split_params
@@ -105,7 +105,7 @@ def _claim_directory(directory: Path, settings: dict[str, dict | None]) -> None:
   path = directory / RUN
   if not path.exists():
     directory.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(path, json.dumps({**formats.stamp("run"), **settings}, indent=1))
+    disk.write_text(path, json.dumps({**formats.stamp("run"), **settings}, indent=1))
     return
   found = read_json(path)
   formats.check("run", found, path)
@@ -159,7 +159,7 @@ def _trim_log(path: Path, step: int) -> None:
     with contextlib.suppress(ValueError):
       if _step(line, str(path))["step"] < step:
         kept.append(line + "\n")
-  checkpoint.write_text(path, "".join(kept))
+  disk.write_text(path, "".join(kept))
 
 
 def _step(line: str, where: str) -> dict:
@@ -298,7 +298,7 @@ def train(
   usable = {config.schedule.step_of_cr(cr): cr for cr in crs}
   with _writing(directory), distributed.together():
     if leads:
-      checkpoint.check_room(directory, _bytes_to_write(run, trained, [f"cr{cr}" for cr in crs] + ["final"]))
+      disk.check_room(directory, _bytes_to_write(run, trained, [f"cr{cr}" for cr in crs] + ["final"]))
       _claim_directory(directory, settings)
   state = distributed.place_state(config, student, trained, mesh)
   key = jax.random.fold_in(jax.random.key(config.seed), 1)
@@ -373,7 +373,7 @@ def _states(directory: Path, config: RetrofitConfig) -> Iterator[ocp.training.Ch
   """The checkpoints of the training state; the context ends when the last one is written."""
   keep = ocp.training.preservation_policies.LatestN(config.saving.keep_states)
   with (
-    checkpoint.plain_name(directory) as plain,
+    disk.plain_name(directory) as plain,
     ocp.training.Checkpointer(plain / STATE, preservation_policy=keep, cleanup_tmp_directories=True) as checkpointer,
   ):
     yield checkpointer

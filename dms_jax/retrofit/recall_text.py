@@ -26,7 +26,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from dms_jax.checkpoint import write_text
+from dms_jax.disk import write_text
 from dms_jax.retrofit.config import RecallTextConfig
 from dms_jax.tokenizer import Tokenizer
 

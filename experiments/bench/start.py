@@ -15,15 +15,15 @@ def measure(
 ) -> list[dict[str, Any]]:
   """The steps of one process, which must be new, with their seconds; `folder` keeps compiled programs."""
   rows: list[dict[str, Any]] = []
-  programs = 0
+  count: Callable[[], int] = lambda: 0  # programs compiled so far
 
   def timed(name: str, f: Callable[[], Any]) -> Any:
-    wall, cpu, before = time.perf_counter(), time.process_time(), programs
+    wall, cpu, before = time.perf_counter(), time.process_time(), count()
     if not rows:  # with the start of the interpreter
       cpu = 0.0
     found = f()
     row = {"step": name, "s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
-    rows.append(row | {"programs": programs - before})
+    rows.append(row | {"programs": count() - before})
     return found
 
   def imported() -> Any:
@@ -32,36 +32,35 @@ def measure(
     dms_jax.keep_compiled(folder)
     return dms_jax
 
-  def compiled(event: str, duration: float, **about: str | int) -> None:
-    nonlocal programs
-    programs += event == "/jax/core/compile/backend_compile_duration"
-
   dms_jax = timed("import dms_jax", imported)
   import jax
 
-  jax.monitoring.register_event_duration_secs_listener(compiled)
-  model, tokenizer = timed("load the model", lambda: dms_jax.load(checkpoint, retrofit=retrofit, dtype=dtype))
+  from dms_jax import compilation
 
-  def chat(text: str) -> str:
-    return tokenizer.chat([{"role": "user", "content": text}]) if tokenizer.settings.get("chat_template") else text
+  with compilation.counted() as programs:
+    count = programs
+    model, tokenizer = timed("load the model", lambda: dms_jax.load(checkpoint, retrofit=retrofit, dtype=dtype))
 
-  short, longer, key = chat(SHORT), chat(LONGER), jax.random.key(0)
-  answer = lambda prompts=short, **settings: dms_jax.generate(
-    model, prompts, max_new_tokens=max_new_tokens, eos=False, **settings
-  )
-  timed("first answer", answer)
-  if steps == "first":
-    return rows
-  timed("the same again", answer)
-  timed("another prompt", lambda: answer(longer))
-  if model.dms is not None:
-    timed("another threshold", lambda: answer(policy=dms_jax.DMS(threshold=1.0)))
-  timed("temperature 0.7", lambda: answer(key=key, temperature=0.7))
-  timed("temperature 1", lambda: answer(key=key, temperature=1.0))
-  timed("temperature 1, top_k 50", lambda: answer(key=key, temperature=1.0, top_k=50))
-  timed("temperature 1, top_k 10", lambda: answer(key=key, temperature=1.0, top_k=10))
-  timed("two rows", lambda: answer([short, longer]))
-  timed("Vanilla", lambda: answer(policy=dms_jax.Vanilla()))
-  timed("TOVA, budget 128", lambda: answer(policy=dms_jax.TOVA(budget=128)))
-  timed("TOVA, budget 96", lambda: answer(policy=dms_jax.TOVA(budget=96)))
+    def chat(text: str) -> str:
+      return tokenizer.chat([{"role": "user", "content": text}]) if tokenizer.settings.get("chat_template") else text
+
+    short, longer, key = chat(SHORT), chat(LONGER), jax.random.key(0)
+    answer = lambda prompts=short, **settings: dms_jax.generate(
+      model, prompts, max_new_tokens=max_new_tokens, eos=False, **settings
+    )
+    timed("first answer", answer)
+    if steps == "first":
+      return rows
+    timed("the same again", answer)
+    timed("another prompt", lambda: answer(longer))
+    if model.dms is not None:
+      timed("another threshold", lambda: answer(policy=dms_jax.DMS(threshold=1.0)))
+    timed("temperature 0.7", lambda: answer(key=key, temperature=0.7))
+    timed("temperature 1", lambda: answer(key=key, temperature=1.0))
+    timed("temperature 1, top_k 50", lambda: answer(key=key, temperature=1.0, top_k=50))
+    timed("temperature 1, top_k 10", lambda: answer(key=key, temperature=1.0, top_k=10))
+    timed("two rows", lambda: answer([short, longer]))
+    timed("Vanilla", lambda: answer(policy=dms_jax.Vanilla()))
+    timed("TOVA, budget 128", lambda: answer(policy=dms_jax.TOVA(budget=128)))
+    timed("TOVA, budget 96", lambda: answer(policy=dms_jax.TOVA(budget=96)))
   return rows

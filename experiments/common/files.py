@@ -40,34 +40,6 @@ def append_text(path: Path, text: str) -> None:
     raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-class NoFileError(ValueError):
-  """Something else than a file stands where one is to be written."""
-
-
-@contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
-  """The path of a file to write, which replaces `path` when the block ends, and goes if the block fails.
-
-  Makes the folder. Where `path` is a link, what it points to is replaced. The content is on the disk before the name
-  is, should the machine lose its power.
-
-  Raises:
-    NoFileError: there is something else than a file, such as a device.
-  """
-  path = Path(os.path.realpath(path))
-  if path.exists() and not path.is_file():
-    raise NoFileError(f"{path}: exists and is no file; choose another place")
-  path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(f".part.{path.name}")  # keeps the ending, which says what to write
-  try:
-    yield part
-    with part.open("rb+") as file:
-      os.fsync(file.fileno())
-    os.replace(part, path)
-  finally:
-    part.unlink(missing_ok=True)
-
-
 def required(flag: str, value: str, what: str) -> Path:
   """The path that a flag gives; `what` describes it in errors.
 

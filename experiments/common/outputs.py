@@ -24,13 +24,13 @@ BLOCK = 4096  # bytes; a disk without room for a block takes no file
 
 @contextlib.contextmanager
 def locked(
-  flag: str, path: str | Path, kind: Literal["folder", "file"] = "folder", goes_on: bool = True
+  flag: str, path: str | Path, kind: Literal["folder", "file", "tree"] = "folder", goes_on: bool = True
 ) -> Iterator[Path]:
   """Keeps other runs from writing to `path` until the block or this process ends, however it ends.
 
   The lock is one of the operating system on a small file that says who writes: `path`/.lock in a folder, made if it is
-  missing, and .NAME.lock beside a file or a folder that is written as a whole. A file system without locks gets a
-  warning.
+  missing, and .NAME.lock beside a file or a "tree", a folder that is written as a whole. A file system without locks
+  gets a warning.
 
   Args:
     flag: names the path.
@@ -44,6 +44,8 @@ def locked(
   file = real / LOCK if kind == "folder" else real.with_name(f".{real.name}{LOCK}")
   where, made = f"--{flag}={path}", not file.parent.exists()
   kept = f"what was finished is in {path}" if kind == "folder" or goes_on else f"{path} is as it was before"
+  if kind == "file" and real.is_dir():
+    raise ValueError(f"{where}: a folder, where a file is to be written; name another place")
   again = f"the same command {'goes on' if goes_on else 'begins again'}"
   try:
     handle = _lock(file, where)

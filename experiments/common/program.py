@@ -42,9 +42,9 @@ import jax
 from absl import app, flags
 from absl import logging as absl_logging
 
-from dms_jax import compilation
+from dms_jax import compilation, disk
 from dms_jax.config import as_text
-from experiments.common import early, files, outputs, stopping, usage
+from experiments.common import early, outputs, stopping, usage
 
 FLAGS = flags.FLAGS
 _own: list[type] = []  # dataclasses of flags without a prefix
@@ -121,7 +121,10 @@ def parse_value(annotation: Any, text: str) -> Any:
       raise ValueError(f"{text!r} is not true or false")
     return text.lower() in ("true", "1")
   try:
-    return annotation(text)
+    value = annotation(text)
+    if value != value:  # NaN, which passes every check that it is no smaller or no larger than something
+      raise ValueError
+    return value
   except ValueError:
     raise ValueError(f"{text!r} is not a {describe(annotation)}") from None
 
@@ -317,7 +320,7 @@ def by_flag(message: str) -> str:
 
 
 def run(
-  main: Callable[[], None], writes: Literal["nothing", "folder", "file"] = "nothing", goes_on: bool = False
+  main: Callable[[], None], writes: Literal["nothing", "folder", "file", "tree"] = "nothing", goes_on: bool = False
 ) -> None:
   """Parses the command line, runs `main()` and exits: 0, or with one line on stderr 1 for bad input or a full disk, 130
   after SIGINT (Ctrl-C) and 143 after SIGTERM (`stopping`).
@@ -441,7 +444,7 @@ def finish(result: dict[str, Any], config: Any = None) -> None:
 def save_json(path: str | Path, value: Any) -> Path:
   """Writes `value` as indented JSON, atomically; makes the folder."""
   text = json.dumps(to_plain(value), indent=2) + "\n"
-  with files.whole(path := Path(path)) as part:
+  with disk.whole(path := Path(path)) as part:
     part.write_text(text, encoding="utf-8")
   return path
 

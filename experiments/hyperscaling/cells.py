@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from dms_jax import disk
 from dms_jax.config import json_value, read_json
 from dms_jax.npz import DAMAGE, Arrays
 from experiments.common import files
@@ -185,7 +186,7 @@ def save(path: Path, cells: Mapping[Key, Cell]) -> None:
     arrays[f"{number}.grades"] = cell.grades.astype(np.uint8) if whole else cell.grades
     arrays[f"{number}.votes"] = cell.votes
     arrays |= {f"{number}.{name}": getattr(cell, name) for name in COSTS}
-  with files.whole(path) as part, part.open("wb") as file:
+  with disk.whole(path) as part, part.open("wb") as file:
     np.savez_compressed(file, about=json.dumps(about), **arrays)
 
 

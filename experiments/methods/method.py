@@ -11,7 +11,7 @@ from typing import Any
 from dms_jax import policies
 from dms_jax.model import Model, check_policy
 from dms_jax.policies import DMS, Policy, Vanilla
-from experiments.common import program, usage
+from experiments.common import program
 from experiments.methods.budgets import Budget, Group, fitted, shaped, takes_budget
 
 HARD = "dms_budget"  # DMS under a budget in tokens, beside plain DMS, which holds what its gates keep
@@ -78,13 +78,13 @@ def policy_class(name: str) -> tuple[str, type[Policy]]:
   Raises:
     ValueError: there is no such method; the message lists them.
   """
-  lower = name.lower()
-  base = "dms" if lower == HARD and takes_budget(policies.REGISTRY["dms"]) else lower
-  if base not in policies.REGISTRY:
-    there = sorted([*policies.REGISTRY, *([HARD] if takes_budget(policies.REGISTRY["dms"]) else [])])
-    hint = usage.suggestion(lower, there) or ";"
-    raise ValueError(f"--methods: unknown method {name!r}{hint} there are {', '.join(there)}")
-  return lower, policies.REGISTRY[base]
+  there, lower = dict(policies.REGISTRY), name.lower()
+  if takes_budget(there["dms"]):
+    there[HARD] = there["dms"]
+  try:
+    return lower, program.chosen(name, dict(sorted(there.items())), lower)
+  except ValueError as error:
+    raise ValueError(f"--methods: {error}") from None
 
 
 def split_retrofits(retrofits: Sequence[str]) -> list[tuple[str, str]]:

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dms_jax import disk
 from dms_jax.config import is_number, parse_json
-from experiments.common import files, program
+from experiments.common import program
 from experiments.reports import styles
 
 METHODS = tuple(light for light, _ in styles.PALETTE)  # colours of compared methods, in order
@@ -44,7 +45,7 @@ def picture(build: Callable[..., Any]) -> Callable[..., str | None]:
     if (plt := pyplot()) is None or (figure := build(plt, *args, **settings)) is None:
       return None
     try:
-      with files.whole(Path(path)) as part:
+      with disk.whole(Path(path)) as part:
         figure.savefig(part, dpi=120, format="png")
     finally:
       plt.close(figure)

@@ -345,6 +345,15 @@ def test_a_source_that_changed_is_not_finished(hf, tmp_path):
   assert api.is_finished(str(hf), output)  # nothing to compare with
 
 
+@pytest.mark.parametrize("noted", [5, [1, 2], None])
+def test_a_note_of_another_kind_is_another_version(hf, tmp_path, noted):
+  output = convert(str(hf), tmp_path / "ours")
+  values = json.loads((output / "config.json").read_text())
+  values["metadata"]["source_files"]["model.safetensors"] = noted
+  (output / "config.json").write_text(json.dumps(values))
+  assert not api.is_finished(str(hf), output)
+
+
 def test_an_output_without_its_parameters_is_converted_again(hf, tmp_path):
   output = convert(str(hf), tmp_path / "ours")
   shutil.rmtree(output / "params")

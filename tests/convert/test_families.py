@@ -195,6 +195,7 @@ REFUSED = {
   "bias": (dict(attention_bias=True, mlp_bias=True), ["attention_bias=true", "mlp_bias=true"]),
   "bias of qwen3": (dict(model_type="qwen3", attention_bias=True), ["attention_bias=true"]),
   "gelu": (dict(hidden_act="gelu"), ["hidden_act='gelu'"]),
+  "both ways": (dict(is_causal=False), ["is_causal=false"]),
   "quantized": (dict(quantization_config={"quant_method": "gptq"}), ["quantized weights", "'gptq'"]),
   "all at once": (
     dict(model_type="mixtral", num_local_experts=8, sliding_window=1, hidden_act="relu", rope_scaling={"type": "ntk"}),

@@ -239,6 +239,8 @@ def test_special_tokens(tmp_path):
     (dict(arch__rope__dimension_count=8), "RoPE on 8 of 16 channels"),
     (dict(arch__rope__scaling__type="linear", arch__rope__scaling__factor=2.0), "RoPE scaling of type 'linear'"),
     (dict(arch__rope__scale_linear=2.0), "RoPE scaling by 2.0"),
+    (dict(arch__rope__scaling__factor=2.0), "RoPE scaling of type 'linear'"),  # llama.cpp's default type
+    (dict(arch__attention__causal=False), "attention.causal=false"),
     (dict(tensors={"rope_freqs.weight": np.full(8, np.nan, np.float32)}), "is to hold 8 finite factors"),
     (dict(arch__block_count=10**9), "1000000000 layers, but only 21 tensors"),
     (dict(arch__block_count="two"), r"metadata key llama\.block_count is str and should be int"),

@@ -16,6 +16,7 @@ from dms_jax import checkpoint, load_conversation
 from dms_jax import testing as tiny
 from dms_jax.convert import convert, export
 from dms_jax.policies import triattention
+from dms_jax.tokenizer import byte_tokenizer
 
 CONFIG = tiny.config(num_layers=2, tie_embeddings=False)
 INDEX = "model.safetensors.index.json"
@@ -44,6 +45,27 @@ def refused(source: Path, output: Path) -> str:
   assert str(source.parent) in message and source.name in message  # a file may be named beside its folder
   assert "\n" not in message and not output.exists() and len(message) < 1000
   return message
+
+
+@pytest.mark.parametrize(
+  "name", ["config.json", "model.safetensors", "generation_config.json", "dms_config.json", "chat_template.jinja"]
+)
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_not_read(hf, tmp_path, name, make):
+  """A pipe, which nobody may ever fill, or a folder."""
+  byte_tokenizer().save(hf)
+  (hf / name).unlink(missing_ok=True)
+  make(hf / name)
+  refused(hf, tmp_path / "out")
+
+
+@pytest.mark.parametrize("source", ["a pipe", "/dev/zero", "", "a" * 5000])
+def test_sources_that_are_none(tmp_path, monkeypatch, source):
+  monkeypatch.chdir(tmp_path)
+  os.mkfifo("a pipe")
+  with pytest.raises(ValueError, match=r"a device|no such file") as caught:
+    convert(source, tmp_path / "out")
+  assert len(str(caught.value)) < 300 and [p.name for p in tmp_path.iterdir()] == ["a pipe"]
 
 
 # Pickles --------------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from dms_jax.convert.writing import NEVER, SHARD_BYTES
 from dms_jax.model import Model
 from dms_jax.params import flatten, param_table
 from dms_jax.tokenizer import byte_tokenizer
+from experiments import export_torch
 from tests.helpers import GATES, GOLDENS
 
 ROOT = Path(__file__).parents[2]
@@ -120,6 +121,14 @@ def test_each_layout_both_ways(tmp_path, name, dtype):
   assert (found["layout"], found["shift"], found["window"]) == (layout, gates.shift, gates.window)
   assert found.get("cr") == (None if layout in ("transformers", "dms_torch") else 4)
   assert checkpoint.read_config(output)[0]["metadata"]["base_model"] == "some/base"
+
+
+@pytest.mark.parametrize("gates", [None, [1], "x", {"cr": "8", "base": 5}, {"cr": 0.5, "base": "a\nb/c"}])
+@pytest.mark.parametrize("retrofit", [None, 3, {"schedule": 5}, {"final_cr": None}, {"schedule": {"final_cr": 4}}])
+def test_what_a_checkpoint_notes_may_be_anything(gates, retrofit):
+  metadata = {"gates": gates, "retrofit": retrofit, "base_model": 7, "source": ["x"]}
+  wanted = 4 if isinstance(retrofit, dict) and isinstance(retrofit.get("schedule"), dict) else None
+  assert export_torch.trained_ratio(metadata) == wanted and export_torch.base_name(metadata) is None
 
 
 @pytest.mark.parametrize("gates", [None, ADAPTER, NEURON, tiny.dms(elastic=(2.0, 8.0))])

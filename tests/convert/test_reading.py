@@ -253,6 +253,10 @@ def test_an_adapter_needs_its_base(adapter, tmp_path):
   edit(path / "adapter_config.json", base_model_name_or_path="Qwen/Qwen3-8B")
   with pytest.raises(ValueError, match=r"pass --base=Qwen/Qwen3-8B, a folder or a hub id"):
     convert(str(path), tmp_path / "ours")
+  for name, said in (("x\ny", r"x\\ny"), ("a" * 5000, r"a{30,99}\.\."), ("\0", r"\\x00"), (5, "FOLDER")):
+    edit(path / "adapter_config.json", base_model_name_or_path=name)
+    with pytest.raises(ValueError, match=rf"pass --base={said}, a folder or a hub id$"):
+      convert(str(path), tmp_path / "ours")
   with pytest.raises(ValueError, match="--base=nowhere: no such file or directory"):
     convert(str(path), tmp_path / "ours", base="nowhere")
   with pytest.raises(ValueError, match="a retrofit; pass the model that it was made for"):
@@ -290,6 +294,7 @@ ADAPTERS = {
   "layers": (dict(layers_to_transform=[0]), "layers_to_transform=a list of 1"),
   "pissa": (dict(init_lora_weights="pissa_niter_16"), "which changes the base's weights, too"),
   "rank": (dict(r="8"), "r should be a positive number, found '8'"),
+  "absurd alpha": (dict(lora_alpha=1e200), "lora.scale=5e+199 must be between"),
   "alpha": (dict(lora_alpha=None), "lora_alpha should be a number, found None"),
   "absurd rank": (dict(r=10**12), "the config means (1000000000000, 32)"),
   "rank of the tensors": (dict(r=3), r"lora_A.weight has shape (2, 32), the config means (3, 32)"),

@@ -121,7 +121,7 @@ def test_trained_weights_for_methods_with_gates(models):
 @pytest.mark.parametrize(
   ("names", "settings", "message"),
   [
-    (["h3o"], {}, "--methods: unknown method 'h3o'; did you mean 'h2o'. there are .*tova"),
+    (["h3o"], {}, "--methods: 'h3o' is unknown; did you mean 'h2o'. there are .*tova"),
     (["dms"], {"retrofits": ()}, "--methods: dms needs gates that were trained for it: give --retrofit=FOLDER$"),
     (["tova"], {}, "--methods: tova needs a budget: give --cr=2,4,8, --budgets=512 .* or --tova.budget"),
     (["tova"], {"crs": (2.0,), "read": lambda name, cls: cls(budget=9)}, "--tova.budget=9 beside --cr or --budgets"),

@@ -163,7 +163,7 @@ def test_the_sinks_of_prompt_window_are_the_prompt_of_each_request(checkpoints):
   [
     (dict(methods=("dms",)), "--methods: vanilla is missing"),
     (dict(methods=("vanilla", "vanilla")), "--methods: vanilla is listed twice"),
-    (dict(methods=("vanilla", "h3o")), "--methods: unknown method 'h3o'"),
+    (dict(methods=("vanilla", "h3o")), "--methods: 'h3o' is unknown"),
     (dict(methods=("vanilla", "trimkv")), "--methods=trimkv: a sweep has no gates but those of dms"),
     (dict(methods=("vanilla", "dms")), "--methods, --retrofit: dms and its retrofits"),
     (dict(methods=("vanilla",), retrofit=("8:x",)), "--methods, --retrofit: dms and its retrofits"),

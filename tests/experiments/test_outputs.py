@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.common import files, outputs, program, stopping
+from dms_jax import disk
+from experiments.common import outputs, program, stopping
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
@@ -39,7 +40,7 @@ def holder(path: Path, kind: str, child: str = ""):
     process.kill()
 
 
-@pytest.mark.parametrize("kind", ["folder", "file"])
+@pytest.mark.parametrize("kind", ["folder", "file", "tree"])
 def test_one_writer_by_whatever_name(tmp_path, kind):
   """A link, with or without what it points to, is its target."""
   (tmp_path / "link").symlink_to(tmp_path / "new" / "x")
@@ -107,6 +108,9 @@ def test_a_place_that_takes_nothing_is_refused(tmp_path, monkeypatch):
   for path in (tmp_path / "file", tmp_path / "file" / "below"):
     with pytest.raises(ValueError, match=r"--output=\S+: no folder can be made there"), outputs.locked("output", path):
       pass
+  with pytest.raises(ValueError, match=r"--output=\S+: a folder, where a file is"):
+    with outputs.locked("output", tmp_path, "file"):
+      pass
   if Path("/proc/self").exists():
     with pytest.raises(ValueError, match="--output=/proc/x: not writable"), outputs.locked("output", "/proc/x", "file"):
       pass
@@ -165,7 +169,7 @@ def test_a_full_disk_leaves_files_as_they_were(tmp_path):
 
 
 def test_files_are_whole_or_absent(tmp_path):
-  with pytest.raises(KeyboardInterrupt), files.whole(tmp_path / "a.txt") as part:
+  with pytest.raises(KeyboardInterrupt), disk.whole(tmp_path / "a.txt") as part:
     part.write_text("half")
     raise KeyboardInterrupt
   assert not list(tmp_path.iterdir())

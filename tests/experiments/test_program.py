@@ -231,6 +231,8 @@ def test_optional_values_parse_both_ways():
   assert program.parse_value(tuple[float, ...], "1, 2.5,") == (1.0, 2.5)
   with pytest.raises(ValueError, match="true or false"):
     program.parse_value(bool, "maybe")
+  with pytest.raises(ValueError, match="'nan' is not a number"):
+    program.parse_value(float | None, "nan")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,6 +322,7 @@ def test_a_shipped_retrofit_is_found_by_name(tmp_path, monkeypatch):
   assert {"smollm2-135m-cr4", "smollm2-135m-cr8"} <= set(shipped.names())
   assert shipped.find("smollm2-135m-cr4") == shipped.FOLDER / "smollm2-135m-cr4"
   check_retrofit("retrofit", "smollm2-135m-cr4")
+  assert checkpoint.fingerprint("smollm2-135m-cr4") == checkpoint.fingerprint(shipped.FOLDER / "smollm2-135m-cr4")
   with pytest.raises(ValueError, match=r"--retrofit=smollm2-135m-cr5: .*; shipped are smollm2-135m-cr4, "):
     check_retrofit("retrofit", "smollm2-135m-cr5")
   (tmp_path / "smollm2-135m-cr4").mkdir()  # a folder here comes first

@@ -7,6 +7,7 @@ import dataclasses
 import jax.numpy as jnp
 import pytest
 
+from dms_jax import compilation
 from experiments import bench_generate, soak
 from experiments.reports import figures_bench
 
@@ -20,7 +21,7 @@ SHORT = soak.Config(
 def ran():
   """(servers, outcome) of three seconds of traffic, and what is open then."""
   servers = soak.made(SHORT)
-  with soak.compiled() as count:
+  with compilation.counted() as count:
     return servers, soak.soak(servers, SHORT, soak.Traffic(SHORT, 257), count)
 
 

@@ -244,7 +244,7 @@ def test_settings_of_the_program_that_cannot_be():
     ({"methods": ("vanilla",), "budgets": (8, 8)}, "--budgets=8,8: a number twice"),
     ({"output": "a/b.json"}, "--output=a/b.json must be a folder"),
     ({"cr": (2.0,)}, "--cr bounds methods: name them"),
-    ({"methods": ("DMS", "h3o")}, "--methods: unknown method 'h3o'; did you mean 'h2o'. there are dmc, dms"),
+    ({"methods": ("DMS", "h3o")}, "--methods: 'h3o' is unknown; did you mean 'h2o'. there are dmc, dms"),
     ({"lengths": (64, 1)}, "--lengths=1 must be 2 or more"),
   ):
     with pytest.raises(ValueError, match=message):

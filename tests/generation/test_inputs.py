@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 import dms_jax
+from dms_jax import model as models
 from dms_jax import testing as tiny
 from dms_jax.generation.prompts import prompt_ids
 from dms_jax.policies import DMS, StreamingLLM
 
 MODEL = tiny.model(tiny.config(max_position_embeddings=32))
-
-
-check = inspect.unwrap(prompt_ids)  # without the checks of types that only tests have
+# Without the checks of types that only tests have.
+check, generate, check_policy = map(inspect.unwrap, (prompt_ids, dms_jax.generate, models.check_policy))
 
 
 @pytest.mark.parametrize(
@@ -44,15 +44,22 @@ def test_prompts_of_any_whole_numbers():
     (dict(decode_block=0), "decode_block=0"), (dict(capacity=0), "capacity=0"), (dict(eos=[97]), "eos"),
     (dict(eos=[2**32]), "eos"), (dict(policy=StreamingLLM(window=10**6, budget=10**7)), "window"),
     (dict(stop="x"), "tokenizer"),
+    (dict(continue_from="chat"), "continue_from='chat' must be"), (dict(stream=5), "stream=5 must be a function"),
   ],
 )  # fmt: skip
 def test_arguments_out_of_range(arguments, says):
   with pytest.raises(ValueError, match=says):
-    dms_jax.generate(MODEL, [[1, 2]], max_new_tokens=1, **arguments)
+    generate(MODEL, [[1, 2]], max_new_tokens=1, **arguments)
+
+
+@pytest.mark.parametrize("policy", ["dms", DMS, 5, [DMS()]])
+def test_what_is_no_policy(policy):
+  with pytest.raises(ValueError, match=r"policy=.* must be a policy, such as dms_jax\.DMS\(\)"):
+    check_policy(MODEL, policy)
 
 
 def test_a_threshold_that_is_no_number():
-  for threshold in (float("nan"), np.float32("nan")):
+  for threshold in (float("nan"), np.float32("nan"), "0", None):
     with pytest.raises(ValueError, match="threshold"):
       DMS(threshold=threshold).resolved(5)
 

@@ -468,12 +468,17 @@ def test_files_that_are_refused(code, monkeypatch, tmp_path):
     ValueError, match=r"hf: 2 tensors of the gates are missing, such as model\.layers\.1\..*fetch it again"
   ):
     code.DMSLlamaForCausalLM.from_pretrained(path)
-  values = json.loads((path / "config.json").read_text())
-  values["dms_window_size"] = -1
-  del values["dms_alpha_scale"]
-  (path / "config.json").write_text(json.dumps(values))
-  with pytest.raises(ValueError, match="dms_window_size=-1 should be 0 or more tokens; dms_alpha_scale=None should be"):
-    code.DMSLlamaForCausalLM.from_pretrained(path)
+  whole = json.loads((path / "config.json").read_text())
+  for changes, message in (
+    ({"dms_window_size": -1, "dms_alpha_scale": None}, "dms_window_size=-1 should .*; dms_alpha_scale=None should be"),
+    ({"dms_window_size": True, "dms_shift": True}, "dms_window_size=True should .*; dms_shift=True should be"),
+    ({"dms_threshold": float("nan")}, "dms_threshold=nan should be"),
+    ({"dms_alpha_scale": float("inf")}, "dms_alpha_scale=inf should be"),
+    ({"dms_disable_eviction": "no"}, "dms_disable_eviction='no' should be true or false"),
+  ):
+    (path / "config.json").write_text(json.dumps(whole | changes))
+    with pytest.raises(ValueError, match=message):
+      code.DMSLlamaForCausalLM.from_pretrained(path)
   monkeypatch.syspath_prepend(path)
   monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.1")  # transformers replaces its own module
   with pytest.raises(ImportError, match=r"needs transformers 5 and torch 2.4 or newer, found transformers 4\.57\.1"):

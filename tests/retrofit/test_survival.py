@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dms_jax import checkpoint
+from dms_jax import checkpoint, disk
 from dms_jax import testing as tiny
 from dms_jax.config import LoRAConfig
 from dms_jax.params import flatten
@@ -253,8 +253,8 @@ def test_keep_states_and_save_every_count(tmp_path):
 def test_a_disk_without_room_for_states_and_checkpoints_is_refused_before_the_run(tmp_path, whole, monkeypatch):
   run, packer = a_run(tmp_path / "run")
   usage, checked = shutil.disk_usage(tmp_path), []
-  check = checkpoint.check_room
-  monkeypatch.setattr(checkpoint, "check_room", lambda path, size: checked.append(size) or check(path, size))
+  check = disk.check_room
+  monkeypatch.setattr(disk, "check_room", lambda path, size: checked.append(size) or check(path, size))
   monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=0))
   with pytest.raises(ValueError, match=r"run: about \S+ MB will be written, and the disk has 0.0 MB free; make room"):
     train(run, packer)

@@ -100,17 +100,19 @@ class Settings:
       shift=read("dms_shift", 1),
       threshold=math.inf if read("dms_disable_eviction") else read("dms_threshold", 0.0),
     )
-    number = lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+    whole = lambda value: isinstance(value, int) and not isinstance(value, bool)
     wrong = [
       f"{name}={getattr(config, name, None)!r} should be {what}"
       for name, right, what in (
         ("dms_separate_alpha", isinstance(settings.adapter, bool), "true or false"),
-        ("dms_window_size", isinstance(settings.window, int) and settings.window >= 0, "0 or more tokens"),
-        ("dms_alpha_scale", number(settings.scale), "a number"),
-        ("dms_initial_alpha_offset", number(settings.offset), "a number"),
+        ("dms_window_size", whole(settings.window) and settings.window >= 0, "0 or more tokens"),
+        ("dms_alpha_scale", number(settings.scale) and math.isfinite(settings.scale), "a number"),
+        ("dms_initial_alpha_offset", number(settings.offset) and math.isfinite(settings.offset), "a number"),
         ("dms_alpha_per", settings.per in ("head", "layer"), "'head' or 'layer'"),
-        ("dms_shift", settings.shift in (0, 1), "0 or 1"),
+        ("dms_shift", whole(settings.shift) and settings.shift in (0, 1), "0 or 1"),
         ("dms_threshold", number(settings.threshold), "a number"),
+        ("dms_disable_eviction", isinstance(read("dms_disable_eviction"), bool | None), "true or false"),
       )
       if not right
     ]

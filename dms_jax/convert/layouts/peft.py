@@ -103,11 +103,12 @@ def read(
     ValueError: a file is missing or damaged, the adapter is no plain LoRA, or it does not fit the base.
   """
   tensors = _open(path)
-  lora = _lora(read_json(path / CONFIG), tensors.shapes, str(path / CONFIG))
+  values, source = read_json(path / CONFIG), str(path / CONFIG)
+  rank, scale, targets = _lora(values, tensors.shapes, source)
   try:
-    table = _table(config, lora)
+    table = _table(config, lora := LoRAConfig(rank, scale, targets))
   except ValueError as error:
-    raise ValueError(f"{path / CONFIG}: {error}") from None
+    raise ValueError(f"{source}: {error}") from None
   params = to_params(table, tensors, jnp.dtype(dtype or tensors.dtype), progress=progress)
   gates, dms = None, None
   if (path / GATES_CONFIG).exists():
@@ -175,8 +176,8 @@ def _config(lora: LoRAConfig, about: About) -> dict[str, Any]:
   }
 
 
-def _lora(values: dict, shapes: dict[str, tuple[int, ...]], source: str) -> LoRAConfig:
-  """The updates that adapter_config.json and the tensors' names describe."""
+def _lora(values: dict, shapes: dict[str, tuple[int, ...]], source: str) -> tuple[int, float, tuple[str, ...]]:
+  """(rank, scale, targets) of the updates that adapter_config.json and the tensors' names describe."""
   reasons = []
   if values.get("peft_type") != "LORA":
     reasons.append(f"peft_type {shown(values.get('peft_type'))}; supported is 'LORA'")
@@ -206,7 +207,7 @@ def _lora(values: dict, shapes: dict[str, tuple[int, ...]], source: str) -> LoRA
   order = list(named) if isinstance(named, list) and found == set(map(str, named)) else _ORDER
   targets = (*(name for name in order if name in found), *sorted(found - set(order)))
   scale = alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
-  return LoRAConfig(rank, scale, targets)
+  return rank, scale, targets
 
 
 _ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
