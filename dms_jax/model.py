@@ -15,12 +15,14 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from dms_jax import masks, policies
 from dms_jax.attention import window_bias_attention
 from dms_jax.cache import Cache
 from dms_jax.cache.base import Plan, Usage
+from dms_jax.collectives import gathered, looked_up, summed
 from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig
 from dms_jax.execution import Execution
 from dms_jax.gates import clear_neuron, gate_logits, step_gate_logits
@@ -45,6 +47,7 @@ class Model:
     dms: settings of the eviction gates; None for a model without gates.
     lora: the low-rank updates in `params` that are not merged into the weights; None for none.
     tokenizer: needed for prompts that are strings; compared by identity. It changes no computation.
+    mesh: the devices that decode together, each with its shard of `params` (`spmd.place`); None for one device.
   """
 
   params: Params
@@ -52,6 +55,7 @@ class Model:
   dms: DMSConfig | None = struct.field(pytree_node=False, default=None)
   lora: LoRAConfig | None = struct.field(pytree_node=False, default=None)
   tokenizer: Any = struct.field(pytree_node=False, default=None)
+  mesh: Mesh | None = struct.field(pytree_node=False, default=None)
 
   @property
   def dtype(self) -> jnp.dtype:
@@ -126,10 +130,10 @@ def _layer(
   with jax.named_scope("attention"):
     q, k, v, gates = _attention_inputs(model, layer, x, rope, how, neuron_kept)
     attended, carry, ys = attend(carry, index, xs, q, k, v, gates)
-    x = x + project(attended, layer, "o_proj", 2, lora_scale=scale)
+    x = x + summed(project(attended, layer, "o_proj", 2, lora_scale=scale))
   with jax.named_scope("mlp"):
     h = rms_norm(x, layer["mlp_norm"], model.config.rms_norm_eps)
-    x = x + mlp(layer, h, scale)
+    x = x + summed(mlp(layer, h, scale))
   return (constrain_rows(x), carry), ys
 
 
@@ -182,14 +186,14 @@ def embed(model: Model, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
   table = model.params["embed"]
   if table.dtype == jnp.bfloat16 and Execution.choose().embed_barrier:
     table, tokens = lax.optimization_barrier((table, tokens))
-  return look_up(table, tokens)
+  return looked_up(table, tokens, model.config.vocab_size, look_up)
 
 
 @jax.named_scope("unembed")
 def unembed(model: Model, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
   """Final norm and output head: logits, float32."""
   x = rms_norm(x, model.params["final_norm"], model.config.rms_norm_eps)
-  return linear(x, output_head(model), out_dtype=jnp.float32)
+  return gathered(linear(x, output_head(model), out_dtype=jnp.float32), model.config.vocab_size)
 
 
 def output_head(model: Model) -> Float[Array, "V D"]:

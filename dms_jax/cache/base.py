@@ -191,12 +191,12 @@ class Common:
   @property
   def slots(self) -> int:
     """Slots a head."""
-    return self.kv.shape[3]
+    return self.kv.shape[-2]
 
   @property
   def slot_bytes(self) -> int:
     """Bytes of one token's key and value in `kv`."""
-    return self.kv.shape[4] * self.kv.dtype.itemsize
+    return self.kv.shape[-1] * self.kv.dtype.itemsize
 
   def bytes_live(self) -> int:
     """Bytes of the keys and values held."""

@@ -18,10 +18,11 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Int
 
-from dms_jax.cache import Cache
+from dms_jax.cache import Cache, ShardedCache
 from dms_jax.cache.host import HostRow, offload_row
 from dms_jax.model import Model
 from dms_jax.policies import Policy
+from dms_jax.spmd import place_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Conversation:
   generated so far; a row's next random draw has this number. `policy`: the policy that filled `cache`.
   """
 
-  cache: Cache
+  cache: Cache | ShardedCache
   pending: Int[Array, "B"]
   generated: Int[Array, "B"]
   policy: Policy
@@ -127,8 +128,11 @@ def check_continues(policy: Policy, held: Policy, tokens: Int[np.ndarray, "B"], 
 def place_like(model: Model, tree):
   """Puts `tree` on the model's devices.
 
-  An argument with a placement in one call and none in the next would compile the call twice.
+  An argument with a placement in one call and none in the next would compile the call twice. On a mesh the arrays of
+  `tree` begin with an axis of rows; a cache lies there already.
   """
+  if model.mesh is not None:
+    return tree if isinstance(tree, ShardedCache) else place_rows(model.mesh, tree)
   sharding = model.params["embed"].sharding
   if isinstance(sharding, jax.sharding.NamedSharding):
     sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())

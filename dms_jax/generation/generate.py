@@ -47,6 +47,7 @@ from dms_jax.metrics import Counts, Metrics
 from dms_jax.model import Model, check_policy
 from dms_jax.policies import Policy
 from dms_jax.policies.base import is_whole
+from dms_jax.spmd import check as check_mesh
 
 Stream = Callable[[int, list[int], str], None]
 
@@ -165,6 +166,8 @@ def generate(
   most = int(lengths.max()) + max(max_new_tokens - 1, 0)
   if cache != "masked" and (past is None or not isinstance(past.cache, caches.MaskedCache)):
     most = int(np.max(policy.capacity(most)))  # slots that suffice for any evictions
+  if model.mesh is not None:
+    check_mesh(model, model.mesh, policy)
   store = _start(model, policy, cache, capacity, past, batch, most, prefill_chunk)
 
   # A row without a prompt in this turn has its pending token alone, which decoding feeds.
@@ -238,7 +241,7 @@ def _usage(model, past, read, sampled) -> list[ChainUsage]:
   ]
 
 
-def _start(model, policy, kind, capacity, past, batch, most, chunk) -> Cache:
+def _start(model, policy, kind, capacity, past, batch, most, chunk) -> Cache | caches.ShardedCache:
   """An empty cache, or a copy of the conversation's cache, because compiled calls donate their cache."""
   longest = rounded(most)  # few shapes, because each is compiled
   if past is not None:
@@ -252,7 +255,7 @@ def _start(model, policy, kind, capacity, past, batch, most, chunk) -> Cache:
   return place_like(model, store)
 
 
-def _read(model, policy, store, ids, metrics, usage, chunk, capacity, most) -> tuple[Cache, Array, Metrics]:
+def _read(model, policy, store, ids, metrics, usage, chunk, capacity, most) -> tuple[Cache | caches.ShardedCache, Array, Metrics]:
   """Reads all prompts; returns (cache, logits [B, V] after them, metrics)."""
   logits = place_like(model, jnp.zeros((len(ids), model.config.vocab_size), jnp.float32))
 

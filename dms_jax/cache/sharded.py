@@ -1,0 +1,201 @@
+"""ShardedCache: the cache of a mesh, one ordinary cache for each device's rows and KV heads.
+
+Rows are split over the mesh axis "data", KV heads over "tensor". Every device has its own slots, and in pages its own
+pool, table and free pages; no array is copied to another device. In compiled code each device works on its own cache
+(`dms_jax.spmd`). This module is the host's view: the face of `Cache` outside compiled code, in global rows and heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Bool, Int
+
+from dms_jax.cache.base import Cache, Common, rounded
+from dms_jax.cache.paged import PagedCache
+from dms_jax.collectives import among
+from dms_jax.policies.base import Policy, of_rows, row_numbers
+
+DEVICE = P("data", "tensor")  # of an array whose first two axes are those of the mesh
+
+
+def stacked(own: Any) -> Any:
+  """One device's arrays with the two axes of the mesh, of size 1, in front."""
+  return jax.tree.map(lambda x: x[None, None], own)
+
+
+def rows_and_scalars(tree: Any) -> Any:
+  """The partition of each array of a step: those with an axis of rows, which comes first, are split over "data"."""
+  return jax.tree.map(lambda x: P("data") if jnp.ndim(x) else P(), tree)
+
+
+def policy_specs(policy: Policy) -> Policy:
+  """The partition of a policy's numbers, which may be one a row; tables are whole on every device."""
+  return jax.tree.map(lambda x: P("data") if jnp.ndim(x) == 1 else P(), policy)
+
+
+@struct.dataclass
+class ShardedCache:
+  """`shards` is a cache whose arrays have two axes more, those of the mesh: [data, tensor, ...].
+
+  Entry (d, t) of each array is that of device (d, t), which holds rows d B / data .. and KV heads t K / tensor ..
+  """
+
+  shards: Cache
+  mesh: Mesh = struct.field(pytree_node=False)
+
+  @classmethod
+  def create(cls, mesh: Mesh, batch: int, make: Callable[[int, int], Cache]) -> ShardedCache:
+    """An empty cache; `make(rows, devices)` makes that of one device, for its rows and its part of the KV heads.
+
+    Raises:
+      ValueError: the mesh does not divide the rows.
+    """
+    data, tensor = mesh.shape["data"], mesh.shape["tensor"]
+    if batch % data:
+      raise ValueError(f"mesh.data={data} does not divide {batch} rows: give a multiple of {data} rows")
+    empty = lambda: jax.tree.map(
+      lambda x: jnp.broadcast_to(x, (data, tensor, *x.shape)), make(batch // data, tensor)
+    )
+    return cls(jax.jit(empty, out_shardings=NamedSharding(mesh, DEVICE))(), mesh)
+
+  @property
+  def own(self) -> Cache:
+    """The cache of one device, as shapes."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[2:], x.dtype), self.shards)
+
+  def local(self) -> Cache:
+    """The cache of the device that is traced, inside `jax.shard_map` with the partition `DEVICE`."""
+    return jax.tree.map(lambda x: x[0, 0], self.shards)
+
+  # The face of a cache --------------------------------------------------------------------------------------------------
+
+  @property
+  def window(self) -> int:
+    return self.shards.window
+
+  @property
+  def lag(self) -> int:
+    return self.shards.lag
+
+  @property
+  def slots(self) -> int:
+    return self.own.slots
+
+  @property
+  def batch(self) -> int:
+    """B, rows of all devices."""
+    return self.mesh.shape["data"] * self.rows
+
+  @property
+  def rows(self) -> int:
+    """Rows of each device."""
+    return self.shards.seen.shape[2]
+
+  @property
+  def seen(self) -> Int[np.ndarray, "B"]:
+    return np.asarray(self.shards.seen)[:, 0].reshape(-1)
+
+  @property
+  def nbytes(self) -> int:
+    """Bytes of all devices' arrays."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(self.shards))
+
+  @property
+  def device_bytes(self) -> int:
+    """Bytes of each device's arrays."""
+    return self.nbytes // self.mesh.size
+
+  def live(self) -> Int[np.ndarray, "L B K"]:
+    return self.whole(np.asarray(_live(self)))
+
+  def whole(self, x: np.ndarray) -> np.ndarray:
+    """An array [data, tensor, L, B, K, ...] of devices as one of all rows and heads, [L, B, K, ...]."""
+    x = np.moveaxis(x, (0, 1), (1, 3))
+    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], x.shape[3] * x.shape[4], *x.shape[5:])
+
+  def bytes_live(self) -> int:
+    own, total = self.own, int(self.live().sum()) * self.shards.slot_bytes
+    if isinstance(own, PagedCache):
+      total += int(np.asarray(self.shards.archived).sum()) * (own.archive_slot_bytes - own.slot_bytes)
+    return total
+
+  def check(self, policy: Policy) -> None:
+    self.own.check(policy)
+
+  def free_tokens(self, policy: Policy, rows: Bool[np.ndarray, "B"] | None = None) -> Int[np.ndarray, "B"]:
+    rows = np.ones(self.batch, bool) if rows is None else rows
+    return np.asarray(_free_tokens(self, policy, rows)).min(axis=1).reshape(-1)
+
+  def grow(self, slots: int) -> ShardedCache:
+    return self.replace(shards=_grown(self, slots=slots))
+
+  def with_capacity(self, capacity: int, longest: int) -> ShardedCache:
+    """The same tokens with `capacity` slots a head, in pages a mean over the heads of each device."""
+    return self.replace(shards=_with_capacity(self, capacity=capacity, longest=longest))
+
+  def with_pages(self, pages: int) -> ShardedCache:
+    """The same cache with `pages` pages in each device's pool."""
+    return self.replace(shards=_with_pages(self, pages=pages))
+
+  def ensure_capacity(self, policy: Policy, coming: Int[np.ndarray, "B"], most: int) -> ShardedCache:
+    """As a cache of one device does; every device's pool grows like that which lacks most."""
+    if not isinstance(own := self.own, PagedCache):
+      return Common.ensure_capacity(self, policy, coming, most)
+    table, rows = self.shards.table, self.rows
+    archived, owned, seen, free = jax.device_get((self.shards.archived, table.owned, self.shards.seen, table.pool.count))
+    pages, varies = own.pages, any(np.ndim(number) for number in row_numbers(policy).values())
+    for d, t in np.ndindex(self.mesh.devices.shape):
+      part = np.arange(d * rows, (d + 1) * rows)
+      its = of_rows(policy, self.batch, part) if varies else policy
+      pages = max(pages, own.pages_for(its, coming[part], most, *(x[d, t] for x in (archived, owned, seen, free))))
+    cache = self.grow(max(rounded(most), self.slots))
+    return cache if pages == own.pages else cache.with_pages(pages)
+
+
+def each(cache: ShardedCache, fn: Callable, *args: Any, specs: tuple = ()) -> Any:
+  """`fn(its cache, *args)` on every device, in compiled code; arrays of the result are [data, tensor, ...].
+
+  Args:
+    specs: partitions of `args`; default `rows_and_scalars`.
+  """
+
+  def body(cache, *args):
+    with among(cache.mesh.shape["tensor"]):
+      return stacked(fn(cache.local(), *args))
+
+  specs = specs or tuple(policy_specs(x) if isinstance(x, Policy) else rows_and_scalars(x) for x in args)
+  return jax.shard_map(body, mesh=cache.mesh, in_specs=(DEVICE, *specs), out_specs=DEVICE, check_vma=False)(cache, *args)
+
+
+@jax.jit
+def _live(cache: ShardedCache):
+  return each(cache, lambda own: own.live())
+
+
+@jax.jit
+def _free_tokens(cache: ShardedCache, policy: Policy, rows):
+  return each(cache, lambda own, policy, rows: own.free_tokens(policy, rows), policy, rows)
+
+
+@partial(jax.jit, static_argnames="slots")
+def _grown(cache: ShardedCache, *, slots: int):
+  return each(cache, lambda own: own.grow(slots))
+
+
+@partial(jax.jit, static_argnames=("capacity", "longest"))
+def _with_capacity(cache: ShardedCache, *, capacity: int, longest: int):
+  return each(cache, lambda own: own.with_capacity(capacity, longest))
+
+
+@partial(jax.jit, static_argnames="pages")
+def _with_pages(cache: ShardedCache, *, pages: int):
+  return each(cache, lambda own: own.with_pages(pages))
