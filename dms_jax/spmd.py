@@ -21,8 +21,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dms_jax import cache as caches
-from dms_jax.cache.sharded import DEVICE, ShardedCache, policy_specs, rows_and_scalars, stacked
+from dms_jax.cache.base import Common
+from dms_jax.cache.sharded import DEVICE, ShardedCache, policy_specs, rows_and_scalars
 from dms_jax.collectives import among, summed
 from dms_jax.metrics import Counts
 from dms_jax.model import Model
@@ -106,7 +106,7 @@ def _result(out: Any, mesh: Mesh) -> Any:
   """One result of a device: a cache as its shard, counts summed over all heads."""
   if isinstance(out, Counts):
     return out.replace(held=summed(out.held), step_reads=None if out.step_reads is None else summed(out.step_reads))
-  return ShardedCache(stacked(out), mesh) if isinstance(out, tuple(caches.KINDS.values())) else out
+  return ShardedCache.of_device(out, mesh) if isinstance(out, Common) else out
 
 
 def on_mesh(*out: Any, whole: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:

@@ -24,12 +24,7 @@ from dms_jax.cache.paged import PagedCache
 from dms_jax.collectives import among
 from dms_jax.policies.base import Policy, of_rows, row_numbers
 
-DEVICE = P("data", "tensor")  # of an array whose first two axes are those of the mesh
-
-
-def stacked(own: Any) -> Any:
-  """One device's arrays with the two axes of the mesh, of size 1, in front."""
-  return jax.tree.map(lambda x: x[None, None], own)
+DEVICE = P(("data", "tensor"))  # of an array in which those of all devices follow one another
 
 
 def rows_and_scalars(tree: Any) -> Any:
@@ -44,9 +39,10 @@ def policy_specs(policy: Policy) -> Policy:
 
 @struct.dataclass
 class ShardedCache:
-  """`shards` is a cache whose arrays have two axes more, those of the mesh: [data, tensor, ...].
+  """`shards` is a cache whose arrays are those of all devices, one after another along their first axis.
 
-  Entry (d, t) of each array is that of device (d, t), which holds rows d B / data .. and KV heads t K / tensor ..
+  Device (d, t) holds rows d B / data .. and KV heads t K / tensor .. . Another axis for the devices would be of size 1
+  on each, and XLA copies a whole cache to remove it.
   """
 
   shards: Cache
@@ -62,19 +58,28 @@ class ShardedCache:
     data, tensor = mesh.shape["data"], mesh.shape["tensor"]
     if batch % data:
       raise ValueError(f"mesh.data={data} does not divide {batch} rows: give a multiple of {data} rows")
-    empty = lambda: jax.tree.map(
-      lambda x: jnp.broadcast_to(x, (data, tensor, *x.shape)), make(batch // data, tensor)
-    )
-    return cls(jax.jit(empty, out_shardings=NamedSharding(mesh, DEVICE))(), mesh)
+    own = lambda: cls.of_device(make(batch // data, tensor), mesh)
+    return jax.jit(jax.shard_map(own, mesh=mesh, in_specs=(), out_specs=DEVICE, check_vma=False))()
+
+  @classmethod
+  def of_device(cls, own: Cache, mesh: Mesh) -> ShardedCache:
+    """The cache of the device that is traced as its part of the whole, inside `jax.shard_map`."""
+    return cls(_with_count(own, lambda count: count[None]), mesh)
+
+  def local(self) -> Cache:
+    """The inverse of `of_device`."""
+    return _with_count(self.shards, lambda count: count[0])
 
   @property
   def own(self) -> Cache:
     """The cache of one device, as shapes."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[2:], x.dtype), self.shards)
+    size = self.mesh.size
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(x) // size, *x.shape[1:]), x.dtype), self.shards)
+    return _with_count(shapes, lambda count: jax.ShapeDtypeStruct((), count.dtype))
 
-  def local(self) -> Cache:
-    """The cache of the device that is traced, inside `jax.shard_map` with the partition `DEVICE`."""
-    return jax.tree.map(lambda x: x[0, 0], self.shards)
+  def by_device(self, x: Any) -> np.ndarray:
+    """An array of all devices on the host, [data, tensor, ...]."""
+    return np.asarray(x).reshape(*self.mesh.devices.shape, -1, *x.shape[1:])
 
   # The face of a cache --------------------------------------------------------------------------------------------------
 
@@ -98,11 +103,11 @@ class ShardedCache:
   @property
   def rows(self) -> int:
     """Rows of each device."""
-    return self.shards.seen.shape[2]
+    return len(self.shards.seen) // self.mesh.size
 
   @property
   def seen(self) -> Int[np.ndarray, "B"]:
-    return np.asarray(self.shards.seen)[:, 0].reshape(-1)
+    return self.by_device(self.shards.seen)[:, 0].reshape(-1)
 
   @property
   def nbytes(self) -> int:
@@ -115,11 +120,11 @@ class ShardedCache:
     return self.nbytes // self.mesh.size
 
   def live(self) -> Int[np.ndarray, "L B K"]:
-    return self.whole(np.asarray(_live(self)))
+    return self.whole(_live(self))
 
-  def whole(self, x: np.ndarray) -> np.ndarray:
-    """An array [data, tensor, L, B, K, ...] of devices as one of all rows and heads, [L, B, K, ...]."""
-    x = np.moveaxis(x, (0, 1), (1, 3))
+  def whole(self, x: Any) -> np.ndarray:
+    """An array [L, B, K, ...] of devices as one of all rows and heads, on the host."""
+    x = np.moveaxis(self.by_device(x), (0, 1), (1, 3))
     return x.reshape(x.shape[0], x.shape[1] * x.shape[2], x.shape[3] * x.shape[4], *x.shape[5:])
 
   def bytes_live(self) -> int:
@@ -133,47 +138,58 @@ class ShardedCache:
 
   def free_tokens(self, policy: Policy, rows: Bool[np.ndarray, "B"] | None = None) -> Int[np.ndarray, "B"]:
     rows = np.ones(self.batch, bool) if rows is None else rows
-    return np.asarray(_free_tokens(self, policy, rows)).min(axis=1).reshape(-1)
+    return self.by_device(_free_tokens(self, policy, rows)).min(axis=1).reshape(-1)
 
   def grow(self, slots: int) -> ShardedCache:
-    return self.replace(shards=_grown(self, slots=slots))
+    return _grown(self, slots=slots)
 
   def with_capacity(self, capacity: int, longest: int) -> ShardedCache:
     """The same tokens with `capacity` slots a head, in pages a mean over the heads of each device."""
-    return self.replace(shards=_with_capacity(self, capacity=capacity, longest=longest))
+    return _with_capacity(self, capacity=capacity, longest=longest)
 
   def with_pages(self, pages: int) -> ShardedCache:
     """The same cache with `pages` pages in each device's pool."""
-    return self.replace(shards=_with_pages(self, pages=pages))
+    return _with_pages(self, pages=pages)
 
   def ensure_capacity(self, policy: Policy, coming: Int[np.ndarray, "B"], most: int) -> ShardedCache:
     """As a cache of one device does; every device's pool grows like that which lacks most."""
     if not isinstance(own := self.own, PagedCache):
       return Common.ensure_capacity(self, policy, coming, most)
     table, rows = self.shards.table, self.rows
-    archived, owned, seen, free = jax.device_get((self.shards.archived, table.owned, self.shards.seen, table.pool.count))
+    parts = (self.shards.archived, table.owned, self.shards.seen, table.pool.count)
+    archived, owned, seen, free = map(self.by_device, jax.device_get(parts))
     pages, varies = own.pages, any(np.ndim(number) for number in row_numbers(policy).values())
     for d, t in np.ndindex(self.mesh.devices.shape):
       part = np.arange(d * rows, (d + 1) * rows)
       its = of_rows(policy, self.batch, part) if varies else policy
-      pages = max(pages, own.pages_for(its, coming[part], most, *(x[d, t] for x in (archived, owned, seen, free))))
+      pages = max(pages, own.pages_for(its, coming[part], most, *(x[d, t] for x in (archived, owned, seen)), free[d, t, 0]))
     cache = self.grow(max(rounded(most), self.slots))
     return cache if pages == own.pages else cache.with_pages(pages)
 
 
 def each(cache: ShardedCache, fn: Callable, *args: Any, specs: tuple = ()) -> Any:
-  """`fn(its cache, *args)` on every device, in compiled code; arrays of the result are [data, tensor, ...].
+  """`fn(its cache, *args)` on every device, in compiled code; arrays of the result follow one another.
 
   Args:
+    fn: a cache in its result is one of `ShardedCache`.
     specs: partitions of `args`; default `rows_and_scalars`.
   """
 
   def body(cache, *args):
     with among(cache.mesh.shape["tensor"]):
-      return stacked(fn(cache.local(), *args))
+      out = fn(cache.local(), *args)
+      return ShardedCache.of_device(out, cache.mesh) if isinstance(out, Common) else out
 
   specs = specs or tuple(policy_specs(x) if isinstance(x, Policy) else rows_and_scalars(x) for x in args)
   return jax.shard_map(body, mesh=cache.mesh, in_specs=(DEVICE, *specs), out_specs=DEVICE, check_vma=False)(cache, *args)
+
+
+def _with_count(cache: Cache, change: Callable) -> Cache:
+  """`cache` with its only scalar changed: the free pages of a pool."""
+  if not isinstance(cache, PagedCache):
+    return cache
+  pool = cache.table.pool
+  return cache.replace(table=cache.table.replace(pool=pool.replace(count=change(pool.count))))
 
 
 @jax.jit
