@@ -17,6 +17,16 @@ from dms_jax.policies import Policy
 KINDS = {"masked": MaskedCache, "contiguous": ContiguousCache, "paged": PagedCache}
 
 
+def of_device(cache: Cache | ShardedCache) -> Cache:
+  """The cache of one device, on a mesh as shapes: its kind and sizes."""
+  return cache.own if isinstance(cache, ShardedCache) else cache
+
+
+def kind_of(cache: Cache | ShardedCache) -> str:
+  """The name of a cache's kind."""
+  return next(name for name, kind in KINDS.items() if isinstance(of_device(cache), kind))
+
+
 def default_kind(policy: Policy) -> str:
   """The default kind of cache: "paged" if heads may hold different numbers of tokens, else "contiguous"."""
   return "paged" if policy.data_dependent else "contiguous"

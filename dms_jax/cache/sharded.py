@@ -77,6 +77,21 @@ class ShardedCache:
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(x) // size, *x.shape[1:]), x.dtype), self.shards)
     return _with_count(shapes, lambda count: jax.ShapeDtypeStruct((), count.dtype))
 
+  @property
+  def data(self) -> int:
+    """Devices that split rows."""
+    return self.mesh.shape["data"]
+
+  @property
+  def tensor(self) -> int:
+    """Devices that split KV heads."""
+    return self.mesh.shape["tensor"]
+
+  def on_devices(self, tree: Any, data: int) -> list[Any]:
+    """What each device of one row of the mesh holds of the arrays of `each`, on the host."""
+    part = lambda device: lambda x: next(np.asarray(s.data) for s in x.addressable_shards if s.device == device)
+    return [jax.tree.map(part(device), tree) for device in self.mesh.devices[data]]
+
   def by_device(self, x: Any) -> np.ndarray:
     """An array of all devices on the host, [data, tensor, ...]."""
     return np.asarray(x).reshape(*self.mesh.devices.shape, -1, *x.shape[1:])
@@ -98,7 +113,7 @@ class ShardedCache:
   @property
   def batch(self) -> int:
     """B, rows of all devices."""
-    return self.mesh.shape["data"] * self.rows
+    return self.data * self.rows
 
   @property
   def rows(self) -> int:

@@ -25,7 +25,7 @@ from dms_jax.cache import Cache
 from dms_jax.cache.base import rounded
 from dms_jax.execution import fastest_form
 from dms_jax.generation import decode as decoding
-from dms_jax.generation.conversation import Conversation, conversation_of, place_like
+from dms_jax.generation.conversation import Conversation, conversation_of, moved, place_like
 from dms_jax.generation.decode import (
   LENGTH,
   NAN,
@@ -153,6 +153,8 @@ def generate(
   strings = StopStrings.create(stop, tokenizer)
   criteria = stop_criteria(model, tokenizer, strings, eos)
   past = conversation_of(continue_from)
+  if past is not None:
+    past = moved(model, past)
   policy = check_policy(model, past.policy if policy is None and past is not None else policy)
   cache = cache or caches.default_kind(policy)
   ids = prompt_ids(model, prompts, mask, tokenizer, None if past is None else np.asarray(past.pending))
@@ -164,7 +166,7 @@ def generate(
   lengths = seen + [len(row) for row in ids]
   check_lengths(model, policy, cache, capacity, past, lengths, max_new_tokens)
   most = int(lengths.max()) + max(max_new_tokens - 1, 0)
-  if cache != "masked" and (past is None or not isinstance(past.cache, caches.MaskedCache)):
+  if cache != "masked" and (past is None or caches.kind_of(past.cache) != "masked"):
     most = int(np.max(policy.capacity(most)))  # slots that suffice for any evictions
   if model.mesh is not None:
     check_mesh(model, model.mesh, policy)
