@@ -54,7 +54,7 @@ def gathered(logits: Float[Array, "*rows V"], vocab: int) -> Float[Array, "*rows
   return lax.all_gather(logits, AXIS, axis=logits.ndim - 1, tiled=True)
 
 
-def on_all(mine: Bool[Array, "B"]) -> Bool[Array, "B"]:
+def on_all(mine: Bool[Array, "*rows"]) -> Bool[Array, "*rows"]:
   """Whether a row is marked on every device."""
   return lax.psum((~mine).astype(jnp.int32), AXIS) == 0 if devices() > 1 else mine
 

@@ -205,7 +205,7 @@ class Common:
   @property
   def nbytes(self) -> int:
     """Bytes of all arrays."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
   def with_capacity(self, capacity, longest):
     """The same tokens in a cache of `capacity` slots a head; only paged caches use `longest`.

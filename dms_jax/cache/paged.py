@@ -129,7 +129,7 @@ class PagedCache(RingCache):
   @property
   def page_bytes(self) -> int:
     """Bytes that a page adds to the cache: its slots, their scales, and its places in the pool's lists."""
-    lists = sum(leaf.nbytes // self.pages for leaf in (self.table.pool.free, self.table.pool.owners))
+    lists = sum(leaf.dtype.itemsize for leaf in (self.table.pool.free, self.table.pool.owners))
     return self.page_size * self.archive_slot_bytes + lists
 
   @property

@@ -7,6 +7,7 @@ pool, table and free pages; no array is copied to another device. In compiled co
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -186,17 +187,33 @@ def each(cache: ShardedCache, fn: Callable, *args: Any, specs: tuple = ()) -> An
   """`fn(its cache, *args)` on every device, in compiled code; arrays of the result follow one another.
 
   Args:
-    fn: a cache in its result is one of `ShardedCache`.
+    fn: caches in its result become `ShardedCache`, scalars entries of an array.
     specs: partitions of `args`; default `rows_and_scalars`.
   """
 
   def body(cache, *args):
     with among(cache.mesh.shape["tensor"]):
       out = fn(cache.local(), *args)
-      return ShardedCache.of_device(out, cache.mesh) if isinstance(out, Common) else out
+    kept = lambda x: ShardedCache.of_device(x, cache.mesh) if isinstance(x, Common) else jnp.atleast_1d(x)
+    return jax.tree.map(kept, out, is_leaf=lambda x: isinstance(x, Common))
 
   specs = specs or tuple(policy_specs(x) if isinstance(x, Policy) else rows_and_scalars(x) for x in args)
   return jax.shard_map(body, mesh=cache.mesh, in_specs=(DEVICE, *specs), out_specs=DEVICE, check_vma=False)(cache, *args)
+
+
+def on_each(fn: Callable) -> Callable:
+  """A decorator of compiled functions whose first argument is a cache: `each` where that is a `ShardedCache`.
+
+  Keyword arguments are static.
+  """
+
+  @functools.wraps(fn)
+  def call(cache: Cache | ShardedCache, *args: Any, **static: Any) -> Any:
+    if not isinstance(cache, ShardedCache):
+      return fn(cache, *args, **static)
+    return each(cache, functools.partial(fn, **static), *args)
+
+  return call
 
 
 def _with_count(cache: Cache, change: Callable) -> Cache:
