@@ -165,7 +165,7 @@ class PagedRows:
   def free_pages(self) -> Int[np.ndarray, "pools"]:
     """Pages of each pool that no row owns."""
     count = (self.cache.shards if isinstance(self.cache, ShardedCache) else self.cache).table.pool.count
-    return np.reshape(count, (self.pools, -1)).min(axis=1)
+    return np.asarray(count).reshape(self.pools, -1).min(axis=1)
 
   @property
   def grows(self) -> bool:
