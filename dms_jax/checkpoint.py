@@ -187,18 +187,21 @@ def load(
   return model if dtype is None else _cast_base(model, jnp.dtype(dtype))
 
 
-def load_retrofitted(path: str | Path, retrofit: str | Path, *, dtype: Any = None) -> Model:
+def load_retrofitted(path: str | Path, retrofit: str | Path, **how: Any) -> Model:
   """The retrofitted model: `retrofit` on top of the base at `path`.
 
   A `retrofit` that is a whole model (`SavingConfig.export`) is loaded alone.
+
+  Args:
+    how: `dtype`, `mesh` and `rules` of `load`.
 
   Raises:
     ValueError: as `load`.
   """
   retrofit = shipped.find(retrofit)
   if "base" in read_config(retrofit)[0]["groups"]:
-    return load(retrofit, dtype=dtype)
-  return load(path, retrofit=retrofit, dtype=dtype)
+    return load(retrofit, **how)
+  return load(path, retrofit=retrofit, **how)
 
 
 def _apply_retrofit(
