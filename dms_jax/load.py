@@ -18,13 +18,13 @@ def load(path: str | Path, retrofit: str | Path | None = None, dtype: Any = None
       "smollm2-135m-cr4"; without it the model may have no gates.
     dtype: dtype of the weights and the KV cache; default as stored.
     merge: fold low-rank updates into the weights, so that the model decodes faster.
-    mesh: the devices that generate together (`dms_jax.make_mesh`); each reads its shard of the weights (`dms_jax.spmd`).
+    mesh: the devices that generate together (`dms_jax.make_mesh`); each reads its shard of the weights alone.
 
   Returns:
     `Model`, and `Tokenizer` or None.
 
   Raises:
-    ValueError: a folder is missing or damaged, the retrofit belongs to another model, or the mesh cannot split the model.
+    ValueError: a folder is missing or damaged, the retrofit belongs to another model, or the mesh cannot split it.
   """
   from dms_jax import checkpoint  # Orbax and tokenizers take a second to import
   from dms_jax.execution import fastest_form

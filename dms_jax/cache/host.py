@@ -232,10 +232,10 @@ def restore_row(cache: Cache | ShardedCache, row: int, stored: HostRow) -> tuple
   """
   check_fits(cache, stored)
   if not isinstance(cache, ShardedCache):
-    prepared = _prepared(cache, stored)
-    if isinstance(cache, PagedCache) and int(cache.table.pool.count) < prepared.used.sum():
+    whole = _prepared(cache, stored)
+    if isinstance(cache, PagedCache) and int(cache.table.pool.count) < whole.used.sum():
       return cache, False
-    return _restored(cache, jnp.int32(row), prepared), True
+    return _restored(cache, jnp.int32(row), whole), True
   own, (device, place) = cache.own, divmod(row, cache.rows)
   heads = np.arange(stored.kv.shape[1]).reshape(cache.tensor, -1)
   parts = [stored.of_heads(slice(part[0], part[-1] + 1)) for part in heads]

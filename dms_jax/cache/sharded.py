@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Int
 
@@ -97,7 +97,7 @@ class ShardedCache:
     """An array of all devices on the host, [data, tensor, ...]."""
     return np.asarray(x).reshape(*self.mesh.devices.shape, -1, *x.shape[1:])
 
-  # The face of a cache --------------------------------------------------------------------------------------------------
+  # The face of a cache ------------------------------------------------------------------------------------------------
 
   @property
   def window(self) -> int:
@@ -178,7 +178,10 @@ class ShardedCache:
     for d, t in np.ndindex(self.mesh.devices.shape):
       part = np.arange(d * rows, (d + 1) * rows)
       its = of_rows(policy, self.batch, part) if varies else policy
-      pages = max(pages, own.pages_for(its, coming[part], most, *(x[d, t] for x in (archived, owned, seen)), free[d, t, 0]))
+      needed = own.pages_for(
+        its, coming[part], most, archived[d, t], owned[d, t], seen[d, t], free[d, t, 0]
+      )  # fmt: skip
+      pages = max(pages, needed)
     cache = self.grow(max(rounded(most), self.slots))
     return cache if pages == own.pages else cache.with_pages(pages)
 
@@ -198,7 +201,9 @@ def each(cache: ShardedCache, fn: Callable, *args: Any, specs: tuple = ()) -> An
     return jax.tree.map(kept, out, is_leaf=lambda x: isinstance(x, Common))
 
   specs = specs or tuple(policy_specs(x) if isinstance(x, Policy) else rows_and_scalars(x) for x in args)
-  return jax.shard_map(body, mesh=cache.mesh, in_specs=(DEVICE, *specs), out_specs=DEVICE, check_vma=False)(cache, *args)
+  return jax.shard_map(body, mesh=cache.mesh, in_specs=(DEVICE, *specs), out_specs=DEVICE, check_vma=False)(
+    cache, *args
+  )
 
 
 def on_each(fn: Callable) -> Callable:

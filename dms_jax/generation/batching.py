@@ -66,8 +66,8 @@ class Generator:
       heads.
     on_pressure: what happens when pages run out: "preempt", or "compress", for DMS alone; it then stores the logit of
       each token held (`DMS.scored`).
-    pages: initial pages of the pool, on a mesh of each device's; default as many as fit the budget, or one for each head of each row without a
-      budget.
+    pages: initial pages of the pool, on a mesh of each device's; default as many as fit the budget, or one for each
+      head of each row without a budget.
     max_length: most tokens of a text, prompt and answer; default the model's context.
     temperature, top_k, top_p, stop, eos: for all requests, as for `generate`. If the temperature is not 0, a request
       may set its own.

@@ -257,7 +257,9 @@ def _start(model, policy, kind, capacity, past, batch, most, chunk) -> Cache | c
   return place_like(model, store)
 
 
-def _read(model, policy, store, ids, metrics, usage, chunk, capacity, most) -> tuple[Cache | caches.ShardedCache, Array, Metrics]:
+def _read(
+  model, policy, store, ids, metrics, usage, chunk, capacity, most
+) -> tuple[Cache | caches.ShardedCache, Array, Metrics]:
   """Reads all prompts; returns (cache, logits [B, V] after them, metrics)."""
   logits = place_like(model, jnp.zeros((len(ids), model.config.vocab_size), jnp.float32))
 

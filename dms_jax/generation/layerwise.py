@@ -22,8 +22,8 @@ _layer = jax.jit(chunk_layer, donate_argnames=("cache", "x"))
 
 
 def read_chunk(
-  model: Model, policy: Policy, cache: Cache | ShardedCache, tokens: Int[np.ndarray, "B T"], lengths: Int[np.ndarray, "B"],
-  remaining: Int[np.ndarray, "B"], logits: Float[Array, "B V"],
+  model: Model, policy: Policy, cache: Cache | ShardedCache, tokens: Int[np.ndarray, "B T"],
+  lengths: Int[np.ndarray, "B"], remaining: Int[np.ndarray, "B"], logits: Float[Array, "B V"],
 ) -> tuple[Cache | ShardedCache, Float[Array, "B V"], Bool[Array, "B"], Counts]:  # fmt: skip
   """`decode.prefill_chunk`, layer by layer where `Execution` says so; consumes `cache` and `logits` as well."""
   apart = model.mesh is None and Execution.choose(model, *tokens.shape).layers_apart

@@ -80,7 +80,12 @@ class PagedRows:
   """
 
   def __init__(
-    self, cache: PagedCache | ShardedCache, *, budget: int | None = None, budget_tokens: int | None = None, pages: int | None = None
+    self,
+    cache: PagedCache | ShardedCache,
+    *,
+    budget: int | None = None,
+    budget_tokens: int | None = None,
+    pages: int | None = None,
   ):
     """Takes an empty cache that has one page for each head of each row, and enlarges its pool.
 
