@@ -14,6 +14,7 @@ from dms_jax.cache import PagedCache, ShardedCache
 from dms_jax.cache import rows as cache_rows
 from dms_jax.cache.base import GROWTH
 from dms_jax.cache.host import HostRow, offload_row, restore_row
+from dms_jax.cache.pool import Pool
 from dms_jax.cache.sharded import on_each
 
 PART = 256  # pages that are copied from the host at once
@@ -39,11 +40,11 @@ def _settled(cache: PagedCache, over: Bool[Array, "B"]) -> tuple[PagedCache, tup
   return cache, (tokens, pages, cache.table.pool.count)
 
 
-@partial(jax.jit, static_argnames="pages", donate_argnames="cache")
+@partial(jax.jit, static_argnames="pages")
 @on_each
-def _listed(cache: PagedCache, *, pages: int) -> PagedCache:
-  """`cache` with a pool that counts `pages` pages, and the contents of those before."""
-  return cache.replace(table=cache.table.replace(pool=cache.table.pool.grow(pages)))
+def _grown_pool(cache: PagedCache, *, pages: int) -> Pool:
+  """The owners of `pages` pages, those of the cache first."""
+  return cache.table.pool.grow(pages)
 
 
 @partial(jax.jit, donate_argnames="new")
@@ -191,10 +192,11 @@ class PagedRows:
     if self.limit is None or before + pages <= self.limit:
       self.cache = self.cache.with_pages(pages)
       return True
-    self.cache = cache = _listed(self.cache, pages=pages)
-    arrays = cache.shards if isinstance(cache, ShardedCache) else cache
-    arrays = arrays.replace(store=jax.tree.map(lambda x: _regrown(x, pages), arrays.store))
-    self.cache = cache.replace(shards=arrays) if isinstance(cache, ShardedCache) else arrays
+    sharded, pool = isinstance(self.cache, ShardedCache), _grown_pool(self.cache, pages=pages)
+    arrays = self.cache.shards if sharded else self.cache
+    store = jax.tree.map(lambda x: _regrown(x, pages), arrays.store)
+    arrays = arrays.replace(store=store, table=arrays.table.replace(pool=pool))
+    self.cache = self.cache.replace(shards=arrays) if sharded else arrays
     return True
 
   def reserve(self, slots: int, extra: int = 0) -> None:

@@ -21,6 +21,6 @@ def test_on_eight_devices(name):
   quick = [f"--{flag}={str(value).lower()}" for flag, value in QUICK.items()]
   flags = " ".join(["--xla_force_host_platform_device_count=8", *quick])
   env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-  command = [sys.executable, "-m", "tests.mesh_cases", name]
+  command = [sys.executable, "-W", "error", "-m", "tests.mesh_cases", name]
   done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
   assert done.returncode == 0 and "equal" in done.stdout, done.stderr[-3000:]
