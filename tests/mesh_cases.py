@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 import tempfile
@@ -10,20 +11,25 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 import dms_jax
 from dms_jax import cache as caches
-from dms_jax import checkpoint, policies, spmd
+from dms_jax import checkpoint, execution, policies, spmd
 from dms_jax import testing as tiny
-from dms_jax.config import LoRAConfig
+from dms_jax.config import DMSConfig, LoRAConfig
 from dms_jax.execution import fastest_form
+from dms_jax.families import PRESETS
 from dms_jax.generation import decode as decoding
 from dms_jax.generation.batching import Generator
 from dms_jax.generation.conversation import place_like
 from dms_jax.generation.sampling import Sampling
 from dms_jax.generation.stops import StopCriteria
 from dms_jax.model import Model, check_policy
+from dms_jax.params import abstract_params, param_table
+from dms_jax.retrofit.distributed import MeshConfig
 from dms_jax.sharding import make_mesh
+from experiments import mesh_memory
 
 WINDOW = 5
 CONFIG = tiny.config(num_heads=8, num_kv_heads=4, vocab_size=96)
@@ -141,6 +147,34 @@ def programs() -> None:
       assert sizes.temp_size_in_bytes < 0.1 * cache.device_bytes
 
 
+def a_large_model() -> None:
+  """70B, 32 chains of 128K tokens at CR 8: the arguments of a compiled decode block are what mesh_memory foresees."""
+  config, devices = mesh_memory.Config(), MeshConfig(tensor=8)
+  mesh, shape, dms = make_mesh(tensor=8), PRESETS[config.preset], DMSConfig(window=config.window)
+  table = param_table(shape, dms)
+  put = lambda tree, spec: jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)), tree
+  )
+  model = Model(abstract_params(table, jnp.bfloat16), shape, dms, mesh=mesh)
+  specs = spmd.model_specs(model, mesh)
+  model = model.replace(params=jax.tree.map(put, model.params, specs))
+  policy, column = check_policy(model, None), jax.ShapeDtypeStruct((config.rows,), jnp.int32)
+  slots = -(-config.tokens // int(config.cr))
+  make = lambda: caches.for_model(model, policy, batch=config.rows, capacity=slots, longest=config.tokens, kind="paged")
+  cache = put(jax.eval_shape(make), spmd.CACHE)
+  rows = put(decoding.DecodeState(column, None, column, column, column, column), spmd.ROWS)
+  stop = StopCriteria(jnp.zeros(1, jnp.int32))
+  with execution.override(bits_storage=False):
+    lowered = decoding.decode_block.lower(model, policy, cache, rows, Sampling(), stop, steps=2, history=False)
+  arguments = lowered.compile().memory_analysis().argument_size_in_bytes
+  found = mesh_memory.measure(config, devices)
+  expected = found["bytes"]["weights"] + found["bytes"]["cache"]
+  assert abs(arguments / expected - 1) < 0.05 and found["fits"], (arguments, expected)
+  on_tpu = mesh_memory.measure(dataclasses.replace(config, device_gib=95), MeshConfig(data=2, tensor=8))
+  assert on_tpu["fits"] and not mesh_memory.measure(dataclasses.replace(config, cr=1), devices)["fits"]
+  print({name: round(size / 2**30, 2) for name, size in found["bytes"].items()}, arguments / 2**30)
+
+
 def requests_of_a_generator() -> None:
   """The same tokens as alone on one device, though pages run out on the mesh and rows are preempted."""
   model = one_device(tiny.dms(window=3))
@@ -201,7 +235,7 @@ def refusals() -> None:
 
 CASES = {
   case.__name__: case
-  for case in (caches_of_all_kinds, other_policies, moves, programs, requests_of_a_generator, refusals)
+  for case in (caches_of_all_kinds, other_policies, moves, programs, requests_of_a_generator, refusals, a_large_model)
 }
 
 if __name__ == "__main__":

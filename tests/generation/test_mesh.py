@@ -13,7 +13,7 @@ from dms_jax.testing import QUICK
 from tests.mesh_cases import CASES
 
 ROOT = Path(__file__).parents[2]
-SLOW = {"other_policies"}
+SLOW = {"other_policies", "a_large_model"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CASES])
