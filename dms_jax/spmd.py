@@ -1,4 +1,4 @@
-"""One program on every device of a mesh: what generation runs on one device, each on its own rows and heads.
+"""Generation on a mesh: every device runs the program of one, on its own rows and heads.
 
     mesh = dms_jax.make_mesh(data=2, tensor=4)
     model, tokenizer = dms_jax.load(path, mesh=mesh)

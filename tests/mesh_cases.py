@@ -1,4 +1,4 @@
-"""Generation on eight simulated devices against one; `tests/generation/test_mesh.py` runs each case in a process."""
+"""Generation on eight simulated devices against one, in processes of `tests/generation/test_mesh.py`."""
 
 from __future__ import annotations
 
