@@ -1,4 +1,4 @@
-"""Generation on eight simulated devices against one, in processes of `tests/generation/test_mesh.py`."""
+"""Generation on eight simulated devices against one, in processes of generation/test_mesh.py."""
 
 from __future__ import annotations
 
