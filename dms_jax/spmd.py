@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -60,17 +60,17 @@ def check(model: Model, mesh: Mesh, policy: Policy | None = None) -> None:
 
 
 def model_specs(model: Model, mesh: Mesh) -> Params:
-  """The partition of every parameter, for layers that are stacked or a list."""
-  specs: Params = {"layers": {}}
-  for path, spec in param_table(model.config, model.dms, model.lora).items():
-    name, part = path.rpartition("/")[2], partition_spec(path, spec, mesh, DECODING)
-    if not spec.layered:
-      specs[name] = part
-    else:
-      specs["layers"][name] = P(*part[1:]) if isinstance(model.params["layers"], list) else part
-  if isinstance(model.params["layers"], list):
-    specs["layers"] = [specs["layers"]] * len(model.params["layers"])
-  return specs
+  """The partition of every parameter, for layers that are stacked or a list; gates that are not used are whole."""
+  table = param_table(model.config, model.dms, model.lora)
+  specs = {path: partition_spec(path, spec, mesh, DECODING) for path, spec in table.items()}
+  layers, listed = model.params["layers"], isinstance(model.params["layers"], list)
+
+  def of_layer(names: Iterable[str]) -> Params:
+    parts = {name: specs.get(f"layers/{name}", P()) for name in names}
+    return {name: P(*part[1:]) if listed else part for name, part in parts.items()}
+
+  own = [of_layer(layer) for layer in layers] if listed else of_layer(layers)
+  return {name: own if name == "layers" else specs.get(name, P()) for name in model.params}
 
 
 def place(model: Model, mesh: Mesh | None) -> Model:

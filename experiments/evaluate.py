@@ -434,8 +434,8 @@ def main() -> None:
     mesh = mesh_flags.read()
     if mesh is not None and (config.text or config.traces or not all(isinstance(t, WritingTask) for t in tasks)):
       raise ValueError("--mesh: tasks that write run on several devices; texts, likelihood tasks and traces on one")
-    original = place(checkpoint.load(config.checkpoint, dtype=config.dtype, mesh=mesh, rules=DECODING), mesh)
-    original = original.replace(dms=None) if config.retrofit else original
+    original = checkpoint.load(config.checkpoint, dtype=config.dtype, mesh=mesh, rules=DECODING)
+    original = place(original.replace(dms=None) if config.retrofit else original, mesh)
     methods = methods_of(config, original, program.read_flags)
     evaluation = Evaluation(config, chosen, folder, methods, jobs, texts, original, tokenizer)
     program.save_json(folder / CONFIG, {"config": program.flag_values(), "environment": program.environment()})

@@ -143,8 +143,8 @@ def make(config: Config, chosen: TasksConfig, folder: Path) -> dict[str, Any]:
   mesh = mesh_flags.read()
   if mesh is not None and (config.timed or config.traces):
     raise ValueError("--mesh: --timed and --traces run on one device; leave them out, or the mesh")
-  original = place(checkpoint.load(config.checkpoint, dtype=config.dtype, mesh=mesh, rules=DECODING), mesh)
-  original = original.replace(dms=None)
+  original = checkpoint.load(config.checkpoint, dtype=config.dtype, mesh=mesh, rules=DECODING)
+  original = place(original.replace(dms=None), mesh)
   found = methods_module.build(
     config.methods, config.checkpoint, original, config.retrofit, config.cr, config.dtype, program.read_flags
   )

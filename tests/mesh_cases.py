@@ -87,7 +87,11 @@ def other_policies() -> None:
   generates("contiguous", 2, 2, policies.H2O(budget=12, window=5))
 
 
-def moves() -> None:
+def moves_of_other_kinds() -> None:
+  moves(("contiguous", "masked"))
+
+
+def moves(kinds: tuple[str, ...] = ("paged",)) -> None:
   """A checkpoint is loaded to its shards; conversations go on over meshes, in memory and from disk."""
   folder = Path(tempfile.mkdtemp())
   checkpoint.save(folder / "model", tiny.model(CONFIG, tiny.dms(window=WINDOW), LoRAConfig(rank=2, scale=0.1)))
@@ -97,7 +101,7 @@ def moves() -> None:
   assert layer["q_proj"].addressable_shards[0].data.shape[0] == CONFIG.num_heads // 4
   assert len(many.params["embed"].addressable_shards[0].data) == CONFIG.vocab_size // 4
   turn = [[3, 4]] * 8
-  for kind in ("paged", "contiguous", "masked"):
+  for kind in kinds:
     alone, begun = (dms_jax.generate(model, PROMPTS, cache=kind, **SETTINGS) for model in (one, many))
     want = dms_jax.generate(one, turn, continue_from=alone, **SETTINGS)
     dms_jax.save_conversation(folder / kind, begun)
@@ -175,7 +179,11 @@ def a_large_model() -> None:
   print({name: round(size / 2**30, 2) for name, size in found["bytes"].items()}, arguments / 2**30)
 
 
-def requests_of_a_generator() -> None:
+def requests_over_heads() -> None:
+  requests_of_a_generator(1, 4)
+
+
+def requests_of_a_generator(data: int = 2, tensor: int = 2) -> None:
   """The same tokens as alone on one device, though pages run out on the mesh and rows are preempted."""
   model = one_device(tiny.dms(window=3))
   sizes = dict(page_size=4, prefill_chunk=8, decode_block=4, max_length=96, eos=False, temperature=0.8)
@@ -199,20 +207,19 @@ def requests_of_a_generator() -> None:
     return generator, [generator.results[ticket] for ticket in tickets]
 
   _, want = answer(model, 3, pages=400)
-  for data, tensor in ((1, 4), (2, 2)):
-    mesh = make_mesh(data, tensor)
-    placed = spmd.place(model, mesh)
-    memory = Generator(placed, width=2 * data, **sizes).memory
-    longest = max(memory.pages_of(stored.cache) for one in want for stored in one.stored)
-    budget = memory.own.fixed_bytes + (longest + 2 * memory.pool_heads) * memory.own.page_bytes
-    few = dict(pages=memory.own.pages) if data > 1 else {}  # the pools grow, at last by way of host memory
-    generator, results = answer(placed, 2 * data, budget=budget, **few)
-    assert generator.preemptions and generator.cache.device_bytes <= budget
-    for got, one in zip(results, want, strict=True):
-      assert got.tokens == one.tokens and got.finish_reason == one.finish_reason
-      assert [used.until() for used in got.usage] == [used.until() for used in one.usage]
-      for mine, theirs in zip(got.stored, one.stored, strict=True):
-        np.testing.assert_array_equal(mine.cache.archived, theirs.cache.archived)
+  mesh = make_mesh(data, tensor)
+  placed = spmd.place(model, mesh)
+  memory = Generator(placed, width=2 * data, **sizes).memory
+  longest = max(memory.pages_of(stored.cache) for one in want for stored in one.stored)
+  budget = memory.own.fixed_bytes + (longest + 2 * memory.pool_heads) * memory.own.page_bytes
+  few = dict(pages=memory.own.pages) if data > 1 else {}  # the pools grow, at last by way of host memory
+  generator, results = answer(placed, 2 * data, budget=budget, **few)
+  assert generator.preemptions and generator.cache.device_bytes <= budget
+  for got, one in zip(results, want, strict=True):
+    assert got.tokens == one.tokens and got.finish_reason == one.finish_reason
+    assert [used.until() for used in got.usage] == [used.until() for used in one.usage]
+    for mine, theirs in zip(got.stored, one.stored, strict=True):
+      np.testing.assert_array_equal(mine.cache.archived, theirs.cache.archived)
 
 
 def refusals() -> None:
@@ -233,10 +240,9 @@ def refusals() -> None:
       call()
 
 
-CASES = {
-  case.__name__: case
-  for case in (caches_of_all_kinds, other_policies, moves, programs, requests_of_a_generator, refusals, a_large_model)
-}
+QUICK = caches_of_all_kinds, programs, moves, requests_of_a_generator, refusals
+SLOW = other_policies, moves_of_other_kinds, requests_over_heads, a_large_model
+CASES = {case.__name__: case for case in (*QUICK, *SLOW)}
 
 if __name__ == "__main__":
   assert jax.device_count() == 8

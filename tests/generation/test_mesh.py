@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from dms_jax.testing import QUICK
-from tests.mesh_cases import CASES
+from dms_jax import testing as tiny
+from tests import mesh_cases
 
 ROOT = Path(__file__).parents[2]
-SLOW = {"other_policies", "a_large_model"}
+SLOW = [pytest.param(case.__name__, marks=pytest.mark.slow) for case in mesh_cases.SLOW]
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CASES])
+@pytest.mark.parametrize("name", [*(case.__name__ for case in mesh_cases.QUICK), *SLOW])
 def test_on_eight_devices(name):
-  quick = [f"--{flag}={str(value).lower()}" for flag, value in QUICK.items()]
+  quick = [f"--{flag}={str(value).lower()}" for flag, value in tiny.QUICK.items()]
   flags = " ".join(["--xla_force_host_platform_device_count=8", *quick])
   env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
   command = [sys.executable, "-W", "error", "-m", "tests.mesh_cases", name]
