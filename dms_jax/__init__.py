@@ -13,6 +13,8 @@
 
 Prompts are strings, lists of ids or a padded id matrix with its `mask`. Sampling takes `key`, `temperature`, `top_k`
 and `top_p`. `stream(row, tokens, text)` is called during generation. See `generate` for all arguments.
+
+    model, tokenizer = dms_jax.load("checkpoints/qwen3-8b", mesh=dms_jax.make_mesh(data=2, tensor=4))  # `dms_jax.spmd`
 """
 
 from __future__ import annotations
@@ -50,3 +52,4 @@ from dms_jax.policies import StreamingLLM as StreamingLLM
 from dms_jax.policies import TriAttention as TriAttention
 from dms_jax.policies import Vanilla as Vanilla
 from dms_jax.policies import VaSE as VaSE
+from dms_jax.sharding import make_mesh as make_mesh

@@ -30,7 +30,7 @@ from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig, from_json, is_num
 from dms_jax.gates import convention
 from dms_jax.model import Model
 from dms_jax.params import GROUPS, Params, ParamSpec, flatten, join_params, param_table, split_params, unflatten
-from dms_jax.sharding import param_shardings
+from dms_jax.sharding import ShardingRules, param_shardings
 from dms_jax.slices import Slice, dtype_of
 from dms_jax.slices import read as read_slices
 from dms_jax.slices import write as write_slices
@@ -138,7 +138,7 @@ def _describe(
 
 def load(
   path: str | Path, *, retrofit: str | Path | None = None, merge: bool = True, dtype: Any = None,
-  mesh: Mesh | None = None, stored: bool = False,
+  mesh: Mesh | None = None, rules: ShardingRules | None = None, stored: bool = False,
 ) -> Model:  # fmt: skip
   """Loads a model, and optionally a retrofit on top of it.
 
@@ -149,6 +149,7 @@ def load(
     dtype: dtype of the weights; default as stored. Gates and separate updates keep the stored dtype.
     mesh: each of its devices reads only its shards (`sharding.param_shardings`), and every process must call this.
       Without a mesh this process's first device gets all parameters.
+    rules: how the mesh splits parameters; default those of training.
     stored: the base's parameters stay on disk (`params.StoredParam`), to be read layer by layer by an export. Files of
       the checkpoint are checked now, and must stay.
 
@@ -161,32 +162,37 @@ def load(
   apart = lora is None or not (merge or retrofit is not None)
   # Weights to be merged are read in the stored dtype, so that they are rounded only once.
   early = dtype if apart and retrofit is None else None
-  params = _read_params(Path(path), values, param_table(base, dms, lora), early, mesh, stored)
+  params = _read_params(Path(path), values, param_table(base, dms, lora), early, mesh, rules, stored)
   model = Model(params, base, dms, lora)
   if not apart:
     model = model.merged()
   if retrofit is not None:
-    model = _apply_retrofit(model, path, retrofit, mesh)
+    model = _apply_retrofit(model, path, retrofit, mesh, rules)
     if merge and model.lora is not None:
       model = model.merged()
   return model if dtype is None else _cast_base(model, jnp.dtype(dtype))
 
 
-def load_retrofitted(path: str | Path, retrofit: str | Path, *, dtype: Any = None) -> Model:
+def load_retrofitted(path: str | Path, retrofit: str | Path, **how: Any) -> Model:
   """The retrofitted model: `retrofit` on top of the base at `path`.
 
   A `retrofit` that is a whole model (`SavingConfig.export`) is loaded alone.
+
+  Args:
+    how: `dtype`, `mesh` and `rules` of `load`.
 
   Raises:
     ValueError: as `load`.
   """
   retrofit = shipped.find(retrofit)
   if "base" in read_config(retrofit)[0]["groups"]:
-    return load(retrofit, dtype=dtype)
-  return load(path, retrofit=retrofit, dtype=dtype)
+    return load(retrofit, **how)
+  return load(path, retrofit=retrofit, **how)
 
 
-def _apply_retrofit(model: Model, path: str | Path, retrofit: str | Path, mesh: Mesh | None) -> Model:
+def _apply_retrofit(
+  model: Model, path: str | Path, retrofit: str | Path, mesh: Mesh | None, rules: ShardingRules | None
+) -> Model:
   retrofit = shipped.find(retrofit)
   values, config, dms, lora = read_config(retrofit)
   if "base" in values["groups"]:
@@ -198,7 +204,7 @@ def _apply_retrofit(model: Model, path: str | Path, retrofit: str | Path, mesh: 
     values = ", ".join(f"{k} is {getattr(config, k)} there and {getattr(model.config, k)} here" for k in differ)
     raise ValueError(f"{retrofit}: a retrofit of another model than {path}: {values}")
   table = {n: s for n, s in param_table(config, dms, lora).items() if s.group in ("gate", "lora")}
-  added = _read_params(Path(retrofit), values, table, mesh=mesh) if table else {}
+  added = _read_params(Path(retrofit), values, table, mesh=mesh, rules=rules) if table else {}
   own = param_table(model.config)
   kept, _ = split_params(model.params, own.__contains__)
   return Model(join_params(kept, added), model.config, dms, lora)
@@ -330,7 +336,7 @@ def _directory_of_all(path: str | Path) -> Iterator[Path]:
 
 def _read_params(
   path: Path, values: dict, table: dict[str, ParamSpec], dtype: Any = None, mesh: Mesh | None = None,
-  stored: bool = False,
+  rules: ShardingRules | None = None, stored: bool = False,
 ) -> Params:  # fmt: skip
   """Reads and checks the tensors of `table`. `dtype` applies to the base; other groups keep the stored dtype."""
   directory = (path / PARAMS).absolute()  # Orbax refuses relative paths
@@ -352,7 +358,7 @@ def _read_params(
     place = lambda name, value: in_dtype(value) if table[name].group == "base" else jnp.asarray(value)
     return unflatten({name: place(name, value) for name, value in kept.items()})
   alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  shardings = dict.fromkeys(table, alone) if mesh is None else flatten(param_shardings(mesh, table))
+  shardings = dict.fromkeys(table, alone) if mesh is None else flatten(param_shardings(mesh, table, rules))
 
   def abstract(name: str, spec: ParamSpec) -> jax.ShapeDtypeStruct:
     kind = found[name].dtype if dtype is None or spec.group != "base" else jnp.dtype(dtype)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 
-def load(path: str | Path, retrofit: str | Path | None = None, dtype: Any = None, merge: bool = True):
+def load(path: str | Path, retrofit: str | Path | None = None, dtype: Any = None, merge: bool = True, mesh: Any = None):
   """Loads a checkpoint, ready to generate: (model, tokenizer).
 
   The model carries the tokenizer, so `generate` takes strings; without one in the folder it takes token ids alone. The
@@ -18,17 +18,20 @@ def load(path: str | Path, retrofit: str | Path | None = None, dtype: Any = None
       "smollm2-135m-cr4"; without it the model may have no gates.
     dtype: dtype of the weights and the KV cache; default as stored.
     merge: fold low-rank updates into the weights, so that the model decodes faster.
+    mesh: the devices that generate together (`dms_jax.make_mesh`); each reads its shard of the weights alone.
 
   Returns:
     `Model`, and `Tokenizer` or None.
 
   Raises:
-    ValueError: a folder is missing or damaged, or the retrofit belongs to another model.
+    ValueError: a folder is missing or damaged, the retrofit belongs to another model, or the mesh cannot split it.
   """
   from dms_jax import checkpoint  # Orbax and tokenizers take a second to import
   from dms_jax.execution import fastest_form
+  from dms_jax.sharding import DECODING
+  from dms_jax.spmd import place
   from dms_jax.tokenizer import TOKENIZER_FILE, Tokenizer
 
-  model = checkpoint.load(path, retrofit=retrofit, merge=merge, dtype=dtype)
+  model = checkpoint.load(path, retrofit=retrofit, merge=merge, dtype=dtype, mesh=mesh, rules=DECODING)
   tokenizer = Tokenizer.load(path) if (Path(path) / TOKENIZER_FILE).exists() else None
-  return fastest_form(model.replace(tokenizer=tokenizer)), tokenizer
+  return fastest_form(place(model.replace(tokenizer=tokenizer), mesh)), tokenizer

@@ -15,12 +15,14 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from dms_jax import masks, policies
 from dms_jax.attention import soft_capped, window_bias_attention
 from dms_jax.cache import Cache
 from dms_jax.cache.base import Plan, Usage
+from dms_jax.collectives import gathered, looked_up, summed
 from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig
 from dms_jax.execution import Execution
 from dms_jax.experts import expert_mlp
@@ -59,6 +61,7 @@ class Model:
     dms: settings of the eviction gates; None for a model without gates.
     lora: the low-rank updates in `params` that are not merged into the weights; None for none.
     tokenizer: needed for prompts that are strings; compared by identity. It changes no computation.
+    mesh: the devices that decode together, each with its shard of `params` (`spmd.place`); None for one device.
   """
 
   params: Params
@@ -66,6 +69,7 @@ class Model:
   dms: DMSConfig | None = struct.field(pytree_node=False, default=None)
   lora: LoRAConfig | None = struct.field(pytree_node=False, default=None)
   tokenizer: Any = struct.field(pytree_node=False, default=None)
+  mesh: Mesh | None = struct.field(pytree_node=False, default=None)
 
   @property
   def dtype(self) -> jnp.dtype:
@@ -149,11 +153,11 @@ def _layer(
     q, k, v, gates = _attention_inputs(model, layer, x, rope, how, neuron_kept)
     with soft_capped(c.attention_softcap):
       attended, carry, ys = attend(carry, index, xs, q, k, v, gates)
-    added = biased(project(attended, layer, "o_proj", 2, lora_scale=scale), layer, "o_bias")
+    added = biased(summed(project(attended, layer, "o_proj", 2, lora_scale=scale)), layer, "o_bias")
     read, x = x, x + scaled(normed(c, layer, "attn_post_norm", added), c.residual_scale)
   with jax.named_scope("mlp"):
     h = normed(c, layer, "mlp_norm", read if c.parallel else x)
-    added = expert_mlp(c, layer, h) if c.num_experts else mlp(layer, h, scale, c.activation)
+    added = summed(expert_mlp(c, layer, h) if c.num_experts else mlp(layer, h, scale, c.activation))
     x = x + scaled(normed(c, layer, "mlp_post_norm", added), c.residual_scale)
   return (constrain_rows(x), carry), ys
 
@@ -207,7 +211,7 @@ def embed(model: Model, tokens: Int[Array, "B T"], positions: Int[Array, "B T"] 
   table = model.params["embed"]
   if table.dtype == jnp.bfloat16 and Execution.choose().embed_barrier:
     table, tokens = lax.optimization_barrier((table, tokens))
-  x = scaled(look_up(table, tokens), model.config.embed_scale)
+  x = scaled(looked_up(table, tokens, model.config.vocab_size, look_up), model.config.embed_scale)
   return x + jnp.take(model.params["positions"], positions, axis=0, mode="clip") if "positions" in model.params else x
 
 
@@ -215,7 +219,7 @@ def embed(model: Model, tokens: Int[Array, "B T"], positions: Int[Array, "B T"] 
 def unembed(model: Model, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
   """Final norm and output head: logits, float32."""
   logits = linear(head_inputs(model, x), output_head(model), out_dtype=jnp.float32)
-  return xla_dot.soft_capped(logits, model.config.logit_softcap)
+  return xla_dot.soft_capped(gathered(logits, model.config.vocab_size), model.config.logit_softcap)
 
 
 def head_inputs(model: Model, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:

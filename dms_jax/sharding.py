@@ -23,7 +23,10 @@ class ShardingRules:
   A tensor uses each mesh axis once.
 
   The default is tensor parallelism over "tensor" (heads, feed-forward, vocabulary) and fully sharded data parallelism
-  over "data" (model width).
+  over "data" (model width). `DECODING` is tensor parallelism alone.
+
+  Attributes:
+    spread: a mesh axis that the rules leave unused in a matrix splits its widest axis.
   """
 
   layers: str | None = None
@@ -38,6 +41,10 @@ class ShardingRules:
   gate_heads: str | None = None
   positions: str | None = None
   experts: str | None = None
+  spread: bool = True
+
+
+DECODING = ShardingRules(embed=None, spread=False)
 
 
 def make_mesh(data: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -68,12 +75,12 @@ def partition_spec(path: str, spec: ParamSpec, mesh: Mesh | AbstractMesh, rules:
   """The partition of one tensor.
 
   The rules leave a mesh axis unused if they map no axis of the tensor to it, or none whose size is a multiple. In a
-  matrix such a mesh axis splits the widest axis that it divides. If it divides none, the tensor is replicated over the
-  mesh axis and the reason is logged.
+  matrix such a mesh axis splits the widest axis that it divides, under `ShardingRules.spread`. If it divides none, the
+  tensor is replicated over the mesh axis and the reason is logged.
   """
   parts = _by_rules(spec, mesh, rules)
-  wanted = {name for name in vars(rules).values() if name is not None and mesh.shape[name] > 1}
-  for name in sorted(wanted) if spec.num_inputs else ():  # vectors are small
+  wanted = {name for name in vars(rules).values() if isinstance(name, str) and mesh.shape[name] > 1}
+  for name in sorted(wanted) if spec.num_inputs and rules.spread else ():  # vectors are small
     if any(name in part for part in parts):
       continue
     shards = [size // math.prod(mesh.shape[n] for n in part) for size, part in zip(spec.shape, parts, strict=True)]
@@ -140,8 +147,13 @@ def constrain_rows(x: jax.Array) -> jax.Array:
 def rows_per_device(rows: int) -> int:
   """Rows of activations on each device, out of `rows`; see `constrain_rows`."""
   mesh = jax.sharding.get_abstract_mesh()
-  data = 1 if mesh.empty else mesh.shape.get("data", 1)
+  data = 1 if mesh.empty or _manual(mesh) else mesh.shape.get("data", 1)
   return rows if rows % data else rows // data
+
+
+def _manual(mesh: AbstractMesh) -> bool:
+  """Whether the code being traced runs on each device of `mesh` on its own."""
+  return AxisType.Manual in mesh.axis_types
 
 
 def gather_layer(layer: dict[str, jax.Array], table: dict[str, ParamSpec]) -> dict[str, jax.Array]:
@@ -151,7 +163,7 @@ def gather_layer(layer: dict[str, jax.Array], table: dict[str, ParamSpec]) -> di
   gradients are scattered directly to the stored shards. Without this the partitioner may move activations instead.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
+  if mesh.empty or mesh.size == 1 or _manual(mesh):
     return layer
   rules = ShardingRules()
 

@@ -22,6 +22,9 @@ Every method answers the same samples, chosen by `--seed`; differences are paire
 `--output`, by default one in runs/evaluate named after the flags, holds config.json, records.jsonl (a line a chain or
 question), text.jsonl (a line a chunk), traces.jsonl (with `--traces`), summary.json and pictures. The same command
 resumes a killed run, chain by chain.
+
+Several devices: --mesh.data=2 --mesh.tensor=4 splits the rows and KV heads of tasks that write. The chains of a prompt
+stay together, so `--width` is rounded up to as many for each row of devices; --kv_budget_gib is each device's.
 """
 
 from __future__ import annotations
@@ -34,13 +37,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from jax.sharding import Mesh
 
 from dms_jax import DMS, Vanilla, checkpoint, policies
 from dms_jax.config import read_json
 from dms_jax.model import Model
 from dms_jax.policies import Policy
+from dms_jax.sharding import DECODING
+from dms_jax.spmd import place
 from dms_jax.tokenizer import Tokenizer
 from experiments.common import files, outputs, program
+from experiments.common import mesh as mesh_flags
 from experiments.methods import method as methods_module
 from experiments.methods import records, run, summary, trace
 from experiments.methods.budgets import fitted
@@ -51,7 +58,7 @@ from experiments.methods.score import score_text
 from experiments.methods.summary import Entry, summarise
 from experiments.reports import figures_tasks, plots, tables
 from experiments.tasks import TASKS, get
-from experiments.tasks.base import TasksConfig
+from experiments.tasks.base import TasksConfig, WritingTask
 
 ORIGINAL = "original"  # the name of the dense method where `--methods` names none
 VANILLA = "vanilla"  # its name among `--methods`
@@ -130,10 +137,11 @@ class Config:
     plain = not threshold and len(self.thresholds) < 2
     return str(Path(retrofit)) if plain else f"{Path(retrofit)} at {threshold:.12g}"
 
-  def load(self, retrofit: str) -> Model:
+  def load(self, retrofit: str, mesh: Mesh | None = None) -> Model:
     """A retrofit of the checkpoint."""
     files.check_retrofit("retrofit", retrofit, whole=True)
-    return checkpoint.load_retrofitted(self.checkpoint, retrofit, dtype=self.dtype)
+    how = dict(dtype=self.dtype, mesh=mesh, rules=DECODING)
+    return place(checkpoint.load_retrofitted(self.checkpoint, retrofit, **how), mesh)
 
 
 def methods_of(
@@ -147,7 +155,7 @@ def methods_of(
   base = checkpoint.fingerprint(config.checkpoint)
   about = lambda path: program.fingerprint([base, checkpoint.fingerprint(path), config.dtype])
   pairs = methods_module.split_retrofits(config.retrofit)
-  loaded = [(name, path, config.load(path), about(path)) for name, path in pairs]
+  loaded = [(name, path, config.load(path, original.mesh), about(path)) for name, path in pairs]
   if config.methods:
     return methods_module.build(
       config.methods, original, about(config.checkpoint), loaded, read, crs=config.cr, tokens=config.budgets,
@@ -423,8 +431,11 @@ def main() -> None:
     tasks = [program.read_flags(name, get(name)) for name in chosen.tasks]
     jobs = run.prepare(tasks, chosen, config.lengths, tokenizer, max_positions, config.max_tokens)
     texts = read_texts(config, tokenizer, max_positions)
-    original = checkpoint.load(config.checkpoint, dtype=config.dtype)
-    original = original.replace(dms=None) if config.retrofit else original
+    mesh = mesh_flags.read()
+    if mesh is not None and (config.text or config.traces or not all(isinstance(t, WritingTask) for t in tasks)):
+      raise ValueError("--mesh: tasks that write run on several devices; texts, likelihood tasks and traces on one")
+    original = checkpoint.load(config.checkpoint, dtype=config.dtype, mesh=mesh, rules=DECODING)
+    original = place(original.replace(dms=None) if config.retrofit else original, mesh)
     methods = methods_of(config, original, program.read_flags)
     evaluation = Evaluation(config, chosen, folder, methods, jobs, texts, original, tokenizer)
     program.save_json(folder / CONFIG, {"config": program.flag_values(), "environment": program.environment()})
@@ -438,4 +449,5 @@ if __name__ == "__main__":
   for kind in (TASKS, policies.REGISTRY):
     for name, cls in kind.items():
       program.define_flags(name, cls)
+  mesh_flags.define()
   program.run(main)

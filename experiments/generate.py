@@ -12,6 +12,9 @@ JSON object with all rows and their cost.
 
 answers a file of requests (fields: `experiments/common/requests.py`) in one pool of pages. Rows are written to
 `--output` as they end. The same command again resumes a run that was cut short.
+
+Several devices: --mesh.data=2 --mesh.tensor=4 splits rows (prompts, `--width`) and KV heads; --kv_budget_gib is each
+device's.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from dms_jax.model import Model
 from dms_jax.policies import Policy
 from dms_jax.tokenizer import Tokenizer
 from experiments.common import files, outputs, program
+from experiments.common import mesh as mesh_flags
 from experiments.common import requests as request_file
 from pallas_kernels.paged import FORMATS
 
@@ -222,7 +226,9 @@ def answer_requests(config: Config, model, tokenizer, policy) -> dict:
 
 def load(config: Config) -> tuple[Model, Tokenizer, Policy]:
   """What writes."""
-  model, tokenizer = dms_jax.load(config.checkpoint, retrofit=config.retrofit, dtype=config.dtype)
+  model, tokenizer = dms_jax.load(
+    config.checkpoint, retrofit=config.retrofit, dtype=config.dtype, mesh=mesh_flags.read()
+  )
   name = config.policy or (model.dms.objective if model.dms is not None else "vanilla")
   return model, tokenizer, program.read_flags(name.lower(), policies.get(name))
 
@@ -278,4 +284,5 @@ if __name__ == "__main__":
   program.define_flags("", Config)
   for policy_name, policy_class in policies.REGISTRY.items():
     program.define_flags(policy_name, policy_class)
+  mesh_flags.define()
   program.run(main)

@@ -23,6 +23,8 @@ resumes a killed run, chain by chain. `--timed` measures seconds of a chain in t
 `--kv_budget_gib`, as a third axis of costs; all methods write the same chains. Records do not depend on that memory, so
 they may be made without it first, and times measured by a second call.
 
+Several devices: --mesh.data=2 --mesh.tensor=4, as of `experiments.evaluate`.
+
 Several model seeds are several runs. `--sets=runs/hyperscale/seed0,runs/hyperscale/seed1 --output=FOLDER`, without a
 checkpoint, analyses them together.
 """
@@ -38,8 +40,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dms_jax import checkpoint, disk, policies
+from dms_jax.sharding import DECODING
+from dms_jax.spmd import place
 from dms_jax.tokenizer import Tokenizer
 from experiments.common import files, outputs, program
+from experiments.common import mesh as mesh_flags
 from experiments.hyperscaling import analysis, cells, page, pictures, tables
 from experiments.hyperscaling import methods as methods_module
 from experiments.hyperscaling.sweep import Limits, Sweeping
@@ -135,7 +140,11 @@ def make(config: Config, chosen: TasksConfig, folder: Path) -> dict[str, Any]:
   tokenizer = Tokenizer.load(config.checkpoint)
   most = checkpoint.read_config(config.checkpoint)[1].max_position_embeddings
   jobs = run.prepare(tasks, chosen, (), tokenizer, most, config.max_tokens)
-  original = checkpoint.load(config.checkpoint, dtype=config.dtype).replace(dms=None)
+  mesh = mesh_flags.read()
+  if mesh is not None and (config.timed or config.traces):
+    raise ValueError("--mesh: --timed and --traces run on one device; leave them out, or the mesh")
+  original = checkpoint.load(config.checkpoint, dtype=config.dtype, mesh=mesh, rules=DECODING)
+  original = place(original.replace(dms=None), mesh)
   found = methods_module.build(
     config.methods, config.checkpoint, original, config.retrofit, config.cr, config.dtype, program.read_flags
   )
@@ -225,4 +234,5 @@ if __name__ == "__main__":
   for kind in (TASKS, policies.REGISTRY):
     for name, cls in kind.items():
       program.define_flags(name, cls, **methods_module.SETTINGS.get(name, {}))
+  mesh_flags.define()
   program.run(main)

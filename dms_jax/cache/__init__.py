@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 
 from dms_jax.cache.base import Cache as Cache
@@ -9,10 +11,21 @@ from dms_jax.cache.base import Plan as Plan
 from dms_jax.cache.contiguous import ContiguousCache as ContiguousCache
 from dms_jax.cache.masked import MaskedCache as MaskedCache
 from dms_jax.cache.paged import PagedCache as PagedCache
+from dms_jax.cache.sharded import ShardedCache as ShardedCache
 from dms_jax.config import ModelConfig
 from dms_jax.policies import Policy
 
 KINDS = {"masked": MaskedCache, "contiguous": ContiguousCache, "paged": PagedCache}
+
+
+def of_device(cache: Cache | ShardedCache) -> Cache:
+  """The cache of one device, on a mesh as shapes: its kind and sizes."""
+  return cache.own if isinstance(cache, ShardedCache) else cache
+
+
+def kind_of(cache: Cache | ShardedCache) -> str:
+  """The name of a cache's kind."""
+  return next(name for name, kind in KINDS.items() if isinstance(of_device(cache), kind))
 
 
 def default_kind(policy: Policy, config: ModelConfig) -> str:
@@ -22,11 +35,11 @@ def default_kind(policy: Policy, config: ModelConfig) -> str:
 
 def for_model(
   model, policy: Policy, *, batch: int, capacity: int, kind: str | None = None, longest: int | None = None, **options
-) -> Cache:
+) -> Cache | ShardedCache:
   """An empty cache for `batch` rows of a model under a policy whose window is known (`model.check_policy`).
 
   Args:
-    model: a `Model`; its layers, KV heads, head size, dtype and the lag of its gates' decisions matter.
+    model: a `Model`; its layers, KV heads, head size, dtype, mesh and the lag of its gates' decisions matter.
     policy: a cache is made for the policy's window, statistics and page.
     batch: B, the number of rows.
     capacity: slots of each head, its ring of W + 1 included. A paged cache has so many on average over heads and rows;
@@ -39,8 +52,15 @@ def for_model(
     ValueError: `kind` is unknown, or `PagedCache.create` refuses an option.
   """
   kind, lag = kind or default_kind(policy, model.config), model.lag(policy.window)
-  sizes = dict(batch=batch, capacity=capacity, longest=longest)
-  return create(kind, model.config, lag=lag, policy=policy, dtype=model.dtype, **sizes, **options)
+
+  def make(rows: int, devices: int) -> Cache:
+    """The cache of `rows` rows and one of `devices` parts of the heads."""
+    config, heads = model.config, (model.config.num_heads // devices, model.config.num_kv_heads // devices)
+    config = dataclasses.replace(config, num_heads=heads[0], num_kv_heads=heads[1])
+    sizes = dict(batch=rows, capacity=capacity, longest=longest)
+    return create(kind, config, lag=lag, policy=policy, dtype=model.dtype, **sizes, **options)
+
+  return make(batch, 1) if model.mesh is None else ShardedCache.create(model.mesh, batch, make)
 
 
 def create(

@@ -191,12 +191,12 @@ class Common:
   @property
   def slots(self) -> int:
     """Slots a head."""
-    return self.kv.shape[3]
+    return self.kv.shape[-2]
 
   @property
   def slot_bytes(self) -> int:
     """Bytes of one token's key and value in `kv`."""
-    return self.kv.shape[4] * self.kv.dtype.itemsize
+    return self.kv.shape[-1] * self.kv.dtype.itemsize
 
   def bytes_live(self) -> int:
     """Bytes of the keys and values held."""
@@ -205,7 +205,7 @@ class Common:
   @property
   def nbytes(self) -> int:
     """Bytes of all arrays."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
   def with_capacity(self, capacity, longest):
     """The same tokens in a cache of `capacity` slots a head; only paged caches use `longest`.

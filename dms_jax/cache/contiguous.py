@@ -8,6 +8,7 @@ from flax import struct
 from dms_jax.attention import decode_attention
 from dms_jax.cache.base import empty_memory, storage_dtype
 from dms_jax.cache.ring import RingCache
+from dms_jax.collectives import on_all
 from pallas_kernels.paged.format import floats
 from pallas_kernels.paged.pages import Pages
 
@@ -54,7 +55,7 @@ class ContiguousCache(RingCache):
     )
 
   def _reserved(self, new, most):
-    return jnp.all((new == 0) | (self.ring + self.archived + new <= self.slots), axis=(0, 2)), None
+    return on_all(jnp.all((new == 0) | (self.ring + self.archived + new <= self.slots), axis=(0, 2))), None
 
   def _written(self, carry, reserved, layer, target, rows, in_order=True):
     b, k, _ = target.shape

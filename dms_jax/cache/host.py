@@ -7,12 +7,14 @@ Masked caches are the exception: they keep evicted tokens, so they exchange rows
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Shaped
 
 from dms_jax.cache import pool as pools
@@ -21,6 +23,7 @@ from dms_jax.cache.contiguous import ContiguousCache
 from dms_jax.cache.masked import MaskedCache
 from dms_jax.cache.paged import PagedCache, Store, Table
 from dms_jax.cache.rows import BY_ROW, row_fields
+from dms_jax.cache.sharded import ShardedCache, each
 
 
 @struct.dataclass
@@ -80,6 +83,15 @@ class HostRow:
 
     return self.replace(pages=moved(self.pages), scales=None if self.scales is None else moved(self.scales))
 
+  def of_heads(self, heads: slice) -> HostRow:
+    """The same row of some KV heads of each layer."""
+    mine = np.zeros(self.archived.shape, bool)
+    mine[:, heads] = True
+    pages = np.repeat(mine.ravel(), -(-self.archived.ravel() // self.page_size))
+    fields = {name: jax.tree.map(lambda x: x[:, heads], getattr(self, name)) for name in BY_ROW}
+    scales = None if self.scales is None else self.scales[pages]
+    return self.replace(**fields, pages=self.pages[pages], scales=scales)
+
 
 def live_slots(counts: Shaped[np.ndarray, "heads"], page: int) -> Bool[np.ndarray, "slots"]:
   """Which slots are in use when the pages of all heads lie one after another.
@@ -93,8 +105,10 @@ def live_slots(counts: Shaped[np.ndarray, "heads"], page: int) -> Bool[np.ndarra
   return place < np.repeat(counts, slots)
 
 
-def offload_row(cache: Cache, row: int) -> HostRow:
+def offload_row(cache: Cache | ShardedCache, row: int) -> HostRow:
   """A host copy of row `row`; the cache is unchanged."""
+  if isinstance(cache, ShardedCache):
+    return _offload_sharded(cache, row)
   get = lambda x: np.asarray(jax.device_get(x[:, row]))
   same = dict(seen=np.asarray(cache.seen[row]), window=cache.window, lag=cache.lag)
   if isinstance(cache, MaskedCache):
@@ -127,13 +141,63 @@ def offload_row(cache: Cache, row: int) -> HostRow:
   return HostRow(**fields, pages=pages, scales=scales, page=cache.page, masked=False, **same)
 
 
-def check_fits(cache: Cache, stored: HostRow) -> None:
+def _offload_sharded(cache: ShardedCache, row: int) -> HostRow:
+  """`offload_row` of a cache on a mesh: its heads from the devices that hold them."""
+  own, (device, place) = cache.own, divmod(row, cache.rows)
+  same = dict(seen=np.asarray(cache.seen[row]), window=own.window, lag=own.lag)
+  masked, size = isinstance(own, MaskedCache), own.page_size if isinstance(own, PagedCache) else 1
+  archived = None if masked else cache.whole(cache.shards.archived)[:, row]
+  most = max(int(same["seen"]) if masked else int((-(-archived // size)).max()), 1)
+  places = min(_power_of_two(most), own.slots if masked else (own.slots - own.ring) // size)  # few shapes
+  most = min(most, places)
+  taken = cache.on_devices(_taken(cache, np.int32(place), places=places), device)
+  fields = jax.tree.map(lambda *heads: np.concatenate(heads, axis=1), *taken)
+  if masked:
+    cut = lambda x: x[:, :, : int(same["seen"])]
+    kv, width = cut(fields["kv"]), fields["kv"].shape[-1]
+    return HostRow(
+      kv=kv, evicted=cut(fields["evicted"]), archived=np.zeros(kv.shape[:2], np.int32), memory=fields["memory"],
+      stats=jax.tree.map(cut, fields["stats"]), pages=np.zeros((0, 1, width), kv.dtype), scales=None, summaries=None,
+      page=0, masked=True, **same,
+    )  # fmt: skip
+  mine = np.arange(places) < -(-archived // size)[..., None]
+  pages, scales = fields.pop("pages")[mine], fields.pop("scales")
+  fields["stats"] = {name: x[..., : own.ring + most * size] for name, x in fields["stats"].items()}
+  if fields["summaries"] is not None:
+    fields["summaries"] = fields["summaries"][..., : -(-most * size // own.page), :]
+  scales = None if scales is None else scales[mine].reshape(-1, size, 2)
+  return HostRow(**fields, pages=pages, scales=scales, page=own.page, masked=False, **same)
+
+
+@partial(jax.jit, static_argnames="places")
+def _taken(cache: ShardedCache, row, *, places: int) -> dict:
+  """The arrays of a device's row `row`, with `places` pages or slots of each head."""
+
+  def take(own, row):
+    get = lambda x: x[:, row]
+    if isinstance(own, MaskedCache):
+      fields = {name: jax.tree.map(get, getattr(own, name)) for name in ("kv", "evicted", "stats", "memory")}
+      return {n: x if n == "memory" else jax.tree.map(lambda x: x[:, :, :places], x) for n, x in fields.items()}
+    paged = isinstance(own, PagedCache)
+    fields = row_fields(own, get, places * (own.page_size if paged else 1))
+    if paged:
+      numbers = jnp.clip(get(own.table.pages)[..., :places], 0, own.pages - 1)
+      pages, scales = (None if x is None else x[numbers] for x in (own.store.pages, own.store.scales))
+    else:
+      pages, scales = fields["kv"][:, :, own.ring :][:, :, :places, None], None
+    return {**fields, "kv": fields["kv"][:, :, : own.ring], "pages": pages, "scales": scales}
+
+  return each(cache, take, row)
+
+
+def check_fits(cache: Cache | ShardedCache, stored: HostRow) -> None:
   """Checks that a stored row fits `cache` in everything but its size.
 
   Raises:
     ValueError: the row is of another model, window, policy or kind of cache.
   """
-  heads = cache.kv.shape[0], cache.kv.shape[2]
+  cache, parts = (cache.own, cache.tensor) if isinstance(cache, ShardedCache) else (cache, 1)
+  heads = cache.kv.shape[0], cache.kv.shape[2] * parts
   cells = cache.store.pages.dtype if isinstance(cache, PagedCache) else cache.kv.dtype
   masked = isinstance(cache, MaskedCache)
   for name, theirs, ours in (
@@ -147,7 +211,14 @@ def check_fits(cache: Cache, stored: HostRow) -> None:
       raise ValueError(f"a stored row with {name} {theirs} does not fit a cache with {ours}")
 
 
-def restore_row(cache: Cache, row: int, stored: HostRow) -> tuple[Cache, bool]:
+def device_pages(cache: PagedCache | ShardedCache, rows: Sequence[HostRow]) -> int:
+  """Pages that these rows, in order, take of a device's pool; the most of all devices."""
+  own, data, tensor = (cache.own, cache.data, cache.tensor) if isinstance(cache, ShardedCache) else (cache, 1, 1)
+  used = np.stack([-(-row.archived // own.page_size) for row in rows])
+  return int(used.reshape(data, -1, used.shape[1], tensor, used.shape[2] // tensor).sum(axis=(1, 2, 4)).max())
+
+
+def restore_row(cache: Cache | ShardedCache, row: int, stored: HostRow) -> tuple[Cache | ShardedCache, bool]:
   """Writes a host copy into row `row`, which must be empty.
 
   Args:
@@ -160,8 +231,58 @@ def restore_row(cache: Cache, row: int, stored: HostRow) -> tuple[Cache, bool]:
     ValueError: the row is of another model, window, archive format or policy, or too long for a head of the cache.
   """
   check_fits(cache, stored)
+  if not isinstance(cache, ShardedCache):
+    whole = _prepared(cache, stored)
+    if isinstance(cache, PagedCache) and int(cache.table.pool.count) < whole.used.sum():
+      return cache, False
+    return _restored(cache, jnp.int32(row), whole), True
+  own, (device, place) = cache.own, divmod(row, cache.rows)
+  heads = np.arange(stored.kv.shape[1]).reshape(cache.tensor, -1)
+  parts = [stored.of_heads(slice(part[0], part[-1] + 1)) for part in heads]
+  prepared = [_prepared(own, part) for part in parts]
+  if isinstance(own, PagedCache):
+    free = cache.by_device(cache.shards.table.pool.count)[device, :, 0]
+    if any(free[t] < part.used.sum() for t, part in enumerate(prepared)):
+      return cache, False
+    longest = max(len(part.pages) for part in prepared)
+    prepared = [part.padded(longest) for part in prepared]
+  places = np.full(cache.data, cache.rows, np.int32)  # none, on devices of other rows
+  places[device] = place
+  whole = jax.tree.map(lambda *heads: np.concatenate(heads), *(part.replace(seen=part.seen[None]) for part in prepared))
+  return _restored_sharded(cache, places, whole), True
+
+
+@struct.dataclass
+class Prepared:
+  """The arrays of a stored row as a cache takes them.
+
+  Attributes:
+    fields: of the cache by name, without the axis of rows.
+    seen: int32 [], tokens of the text.
+    used: int32 [L, K], pages of each head; None without pages.
+    pages, scales: of all heads, ordered as in `HostRow`, then padding; None without.
+  """
+
+  fields: dict
+  seen: np.ndarray
+  used: np.ndarray | None = None
+  pages: np.ndarray | None = None
+  scales: np.ndarray | None = None
+
+  def padded(self, pages: int) -> Prepared:
+    """The same with `pages` pages."""
+    pad = lambda x: None if x is None else _fitted(x, 0, pages)
+    return self.replace(pages=pad(self.pages), scales=pad(self.scales))
+
+
+def _prepared(cache: Cache, stored: HostRow) -> Prepared:
+  """A stored row that fits `cache` in everything but its size, for `_restored`; of `cache` shapes matter alone.
+
+  Raises:
+    ValueError: the row is too long.
+  """
   if isinstance(cache, MaskedCache):
-    return _restored_masked(cache, row, stored), True
+    return _prepared_masked(cache, stored)
   size = cache.page_size if isinstance(cache, PagedCache) else 1
   most, places = int(stored.archived.max(initial=0)), (cache.slots - cache.ring) // size
   if most > places * size:
@@ -174,16 +295,14 @@ def restore_row(cache: Cache, row: int, stored: HostRow) -> tuple[Cache, bool]:
   for name, full in (("stats", cache.slots), ("summaries", pages)):
     fields[name] = jax.tree.map(lambda x, full=full: _fitted(x, 2, full), fields[name])
   if isinstance(cache, ContiguousCache):
-    slots = np.zeros(cache.kv[:, row].shape, stored.kv.dtype)
+    slots = np.zeros((*stored.kv.shape[:2], cache.slots, stored.kv.shape[3]), stored.kv.dtype)
     slots[:, :, : cache.ring] = stored.kv
     slots[:, :, cache.ring :][np.arange(places) < stored.archived[..., None]] = stored.pages[:, 0]
-    return _restored(cache, jnp.int32(row), {**fields, "kv": slots}, stored.seen), True
-  if int(cache.table.pool.count) < used.sum():
-    return cache, False
+    return Prepared({**fields, "kv": slots}, stored.seen)
   # `offload_row` ordered the pages by head. They are padded to a power of two, so that few shapes are compiled.
-  pad = lambda x: None if x is None else _fitted(x, 0, _power_of_two(len(x)))
   fields["kv"] = _fitted(stored.kv, 2, cache.kv.shape[3])
-  return _restored_pages(cache, jnp.int32(row), fields, stored.seen, used, pad(stored.pages), pad(stored.scales)), True
+  prepared = Prepared(fields, stored.seen, used, stored.pages, stored.scales)
+  return prepared.padded(_power_of_two(len(stored.pages)))
 
 
 def _fitted(x: np.ndarray, axis: int, size: int) -> np.ndarray:
@@ -193,23 +312,39 @@ def _fitted(x: np.ndarray, axis: int, size: int) -> np.ndarray:
   return np.take(np.pad(x, widths), np.arange(size), axis=axis) if x.shape[axis] > size else np.pad(x, widths)
 
 
-def _restored_masked(cache: MaskedCache, row: int, stored: HostRow) -> MaskedCache:
+def _prepared_masked(cache: MaskedCache, stored: HostRow) -> Prepared:
   if int(stored.seen) > cache.slots:
     raise ValueError(f"a stored row of {int(stored.seen)} tokens does not fit a cache of {cache.slots}")
   fields = {name: getattr(stored, name) for name in ("kv", "evicted", "stats")}
   fields = jax.tree.map(lambda x: _fitted(x, 2, cache.slots), fields)
-  return _restored(cache, jnp.int32(row), {**fields, "memory": stored.memory}, stored.seen)
+  return Prepared({**fields, "memory": stored.memory}, stored.seen)
 
 
 @partial(jax.jit, donate_argnames="cache")
-def _restored(cache, row, fields, seen):
+def _restored_sharded(cache: ShardedCache, places, stored: Prepared) -> ShardedCache:
+  """`_restored` on the devices whose row `places` [data] exists; `stored` holds the heads of all devices of a row."""
+
+  def put(own, place, stored):
+    row = place[0]
+    if stored.used is not None:
+      stored = stored.replace(used=jnp.where(row < len(own.seen), stored.used, 0))
+    return _put(own, row, stored.replace(seen=stored.seen[0]))
+
+  return each(cache, put, places, stored, specs=(P("data"), P("tensor")))
+
+
+def _put(cache, row, stored: Prepared):
   at = lambda x, new: x.at[:, row].set(new)
-  fields = {name: jax.tree.map(at, getattr(cache, name), new) for name, new in fields.items()}
-  return cache.replace(**fields, seen=cache.seen.at[row].set(seen))
+  if stored.used is not None:
+    cache = _put_pages(cache, row, stored.used, stored.pages, stored.scales)
+  fields = {name: jax.tree.map(at, getattr(cache, name), new) for name, new in stored.fields.items()}
+  return cache.replace(**fields, seen=cache.seen.at[row].set(stored.seen))
 
 
-@partial(jax.jit, donate_argnames="cache")
-def _restored_pages(cache, row, fields, seen, used, pages, scales):
+_restored = jax.jit(_put, donate_argnames="cache")
+
+
+def _put_pages(cache, row, used, pages, scales):
   table, place = cache.table, jnp.arange(cache.table.pages.shape[3])
   mine = place < used[..., None]
   pool, numbers = pools.take(table.pool, mine)
@@ -220,7 +355,7 @@ def _restored_pages(cache, row, fields, seen, used, pages, scales):
   scales = None if scales is None else scales.reshape(len(scales), *cache.store.scales.shape[1:])
   store = Store(put(cache.store.pages, pages), put(cache.store.scales, scales))
   table = Table(at(table.pages, numbers), at(table.owned, used), pool)
-  return _restored(cache.replace(table=table, store=store), row, fields, seen)
+  return cache.replace(table=table, store=store)
 
 
 def _power_of_two(n: int) -> int:

@@ -24,6 +24,7 @@ from dms_jax.cache.base import (
   rows_of,
   storage_dtype,
 )
+from dms_jax.collectives import on_any
 from dms_jax.policies import Candidates, Leaving
 from pallas_kernels.paged.format import floats
 
@@ -230,7 +231,7 @@ class MaskedCache(Common):
     return evicted, policy.renew(memory, layer, active & (remaining == 0)) if policy.remembers else memory
 
   def prune(self, policy, active):
-    due = active & policy.due(self.seen, self.live())
+    due = active & on_any(policy.due(self.seen, self.live()))
 
     def body(layer, state):
       evicted, memory = state

@@ -19,6 +19,7 @@ from dms_jax.cache import pool as pools
 from dms_jax.cache.base import empty_memory, packed, rounded, storage_dtype
 from dms_jax.cache.pool import Pool
 from dms_jax.cache.ring import RingCache
+from dms_jax.collectives import on_all
 from pallas_kernels.paged.format import FORMATS, PageFormat, floats, format_of, scale_places
 from pallas_kernels.paged.pages import Pages, pages_at, places
 
@@ -123,16 +124,17 @@ class PagedCache(RingCache):
   def bytes_live(self) -> int:
     """Bytes of the keys and values held, with their scales; pages shared by rows count for each row."""
     in_ring = int(jnp.sum(jnp.minimum(self.seen, self.ring))) * self.archived.size // self.seen.size
-    return in_ring * self.slot_bytes + int(jnp.sum(self.archived)) * self._archive_slot_bytes
+    return in_ring * self.slot_bytes + int(jnp.sum(self.archived)) * self.archive_slot_bytes
 
   @property
   def page_bytes(self) -> int:
     """Bytes that a page adds to the cache: its slots, their scales, and its places in the pool's lists."""
-    lists = sum(leaf.nbytes // self.pages for leaf in (self.table.pool.free, self.table.pool.owners))
-    return self.page_size * self._archive_slot_bytes + lists
+    lists = sum(leaf.dtype.itemsize for leaf in (self.table.pool.free, self.table.pool.owners))
+    return self.page_size * self.archive_slot_bytes + lists
 
   @property
-  def _archive_slot_bytes(self) -> int:
+  def archive_slot_bytes(self) -> int:
+    """Bytes of one archived token's key and value, with their scales."""
     return self.store.format.slot_bytes(self.kv.shape[-1] // 2)
 
   @property
@@ -199,21 +201,26 @@ class PagedCache(RingCache):
     A pool that lacks pages takes the lacking ones or doubles, whichever is more. It stops doubling at the pages that
     all rows will need for `most` tokens each, if every head keeps tokens at its rate so far.
     """
-    cache, size, ring = self.grow(max(rounded(most), self.slots)), self.page_size, self.ring
+    cache = self.grow(max(rounded(most), self.slots))
     archived, owned, seen, free = jax.device_get((self.archived, self.table.owned, self.seen, self.table.pool.count))
-    bound = (
-      np.asarray(policy.capacity(jnp.asarray(seen + coming, jnp.int32))) - ring
-    )  # slots of a head, whatever is kept
+    pages = self.pages_for(policy, coming, most, archived, owned, seen, free)
+    return cache if pages == self.pages else cache.with_pages(pages)
+
+  def pages_for(self, policy, coming, most, archived, owned, seen, free) -> int:
+    """The pages of the pool that `ensure_capacity` gives, from the content of the arrays, numpy, that it depends on."""
+    size, ring = self.page_size, self.ring
+    # slots of a head, whatever is kept
+    bound = np.asarray(policy.capacity(jnp.asarray(seen + coming, jnp.int32))) - ring
     entering = np.maximum(seen + coming - ring, 0) - np.maximum(seen - ring, 0)
     after = np.minimum(archived + entering[:, None], np.maximum(bound[:, None], archived))
     lack = int(np.maximum(-(-after // size) - owned, 0).sum()) - int(free)
     if lack <= 0:
-      return cache
+      return self.pages
     rate = archived / np.maximum(seen - ring, 1)[:, None]
     whole = np.minimum(np.maximum(rate * (most - ring), archived), most - ring)
     foreseen = int((-(-whole // size)).sum() + (-(-after // size) - archived // size).sum())
     pages, few = self.pages + max(lack, min(self.pages, foreseen - self.pages)), SHAPES * archived.size
-    return cache.with_pages(-(-pages // few) * few)
+    return -(-pages // few) * few
 
   # Where the archive lies ---------------------------------------------------------------------------------------------
 
@@ -224,7 +231,7 @@ class PagedCache(RingCache):
     table, size = self.table, self.page_size
     lacking = jnp.where(new > 0, jnp.maximum(-(-(self.archived + new) // size) - table.owned, 0), 0)
     fits = jnp.all(table.owned + lacking <= table.pages.shape[3], axis=(0, 2))
-    room = fits & _granted(jnp.where(fits, jnp.sum(lacking, axis=(0, 2)), 0), table.pool.count)
+    room = on_all(fits & _granted(jnp.where(fits, jnp.sum(lacking, axis=(0, 2)), 0), table.pool.count))
     lacking = jnp.where(room[:, None], lacking, 0)
     place = jnp.arange(-(-most // size))
     pool, pages = pools.take(table.pool, place < lacking[..., None])

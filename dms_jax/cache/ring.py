@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from dms_jax.cache import chunk
 from dms_jax.cache.base import Common, Plan, Usage, blended, observation, packed, queries_of, rows_of
 from dms_jax.cache.compact import Closing, closing
+from dms_jax.collectives import on_any
 from dms_jax.policies import Leaving
 from pallas_kernels.paged.format import floats
 
@@ -355,7 +356,7 @@ class RingCache(Common):
     return self.replace(kv=carry.kv, stats=carry.stats, summaries=carry.summaries, memory=carry.memory, **fields)
 
   def prune(self, policy, active):
-    due = active & policy.due(self.seen, self.live())
+    due = active & on_any(policy.due(self.seen, self.live()))
     # A loop over all layers or none: XLA updates its carry in place, where a `cond` may copy the cache.
     layers = jnp.where(jnp.any(due), len(self.kv), 0)
     body = lambda layer, state: chunk.pruned(self, policy, layer, due, *state)

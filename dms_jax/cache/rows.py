@@ -12,6 +12,8 @@ from jaxtyping import Array, Bool, Int
 from dms_jax.cache import pool as pools
 from dms_jax.cache.paged import PagedCache, Table
 from dms_jax.cache.ring import RingCache
+from dms_jax.cache.sharded import on_each
+from dms_jax.collectives import on_all
 
 BY_ROW = ("kv", "evicted", "archived", "stats", "summaries", "memory")  # fields whose arrays are [L, B, ...]
 TOGETHER = 32  # rows that a fork copies at once where each copies one page a head: their copies take little memory
@@ -49,6 +51,7 @@ def put_rows(cache: PagedCache, rows: Int[Array, "R"], part: PagedCache) -> Page
 
 
 @partial(jax.jit, donate_argnames="cache")
+@on_each
 def free_rows(cache: PagedCache, rows: Bool[Array, "B"]) -> PagedCache:
   """`cache`, donated, with the rows marked in `rows` emptied; pages that no other row shares become free."""
   table, none = cache.table, cache.pages
@@ -64,6 +67,7 @@ def free_rows(cache: PagedCache, rows: Bool[Array, "B"]) -> PagedCache:
 
 
 @partial(jax.jit, static_argnames="whole", donate_argnames="cache")
+@on_each
 def fork_row(
   cache: PagedCache, source: Int[Array, "*B"], rows: Bool[Array, "B"], whole: bool = False
 ) -> tuple[PagedCache, Bool[Array, ""]]:
@@ -71,7 +75,7 @@ def fork_row(
 
   Args:
     cache: donated.
-    source: the row that is copied, or that of each marked row [B].
+    source: the row that is copied, or that of each marked row [B]; on a mesh by its place among a device's rows.
     whole: copy all pages, for a policy that `rewrites` old ones.
 
   Returns:
@@ -85,7 +89,7 @@ def fork_row(
   full = jnp.zeros_like(archived) if whole else archived // size
   copied = (place >= full[..., None]) & (place < used[..., None])  # [L, B, K, M]
   wanted = rows[:, None, None] & copied
-  enough = jnp.sum(wanted) <= table.pool.count
+  enough = on_all(jnp.sum(wanted) <= table.pool.count)
   rows = rows & enough
   pool, new = pools.take(table.pool, wanted & enough)
   shared = rows[:, None, None] & (place < full[..., None])

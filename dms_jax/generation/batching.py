@@ -33,7 +33,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dms_jax import cache as caches
-from dms_jax.cache import PagedCache
+from dms_jax.cache import PagedCache, ShardedCache
 from dms_jax.execution import fastest_form
 from dms_jax.generation import decode as decoding
 from dms_jax.generation import pressure, recording
@@ -51,6 +51,7 @@ from dms_jax.generation.together import Prompt, PromptReader, default_rows
 from dms_jax.model import Model, check_policy
 from dms_jax.policies import Policy, check_rows
 from dms_jax.policies.base import check_kind, is_whole
+from dms_jax.spmd import check as check_mesh
 
 
 class Generator:
@@ -59,13 +60,14 @@ class Generator:
   Args:
     model: as from `dms_jax.load`.
     policy: as for `generate`, with scalar numbers: the defaults of requests.
-    width: rows decoded together.
-    budget: most bytes of the cache, not the policy's `budget` in tokens; None: unlimited.
-    budget_tokens: the budget as tokens that a head may hold outside the windows, summed over rows, mean over heads.
+    width: rows decoded together. A mesh splits them over "data", and with them the chains of a request.
+    budget: most bytes of the cache on each device, not the policy's `budget` in tokens; None: unlimited.
+    budget_tokens: the budget as tokens that a head may hold outside the windows, summed over a device's rows, mean over
+      heads.
     on_pressure: what happens when pages run out: "preempt", or "compress", for DMS alone; it then stores the logit of
       each token held (`DMS.scored`).
-    pages: initial pages of the pool; default as many as fit the budget, or one for each head of each row without a
-      budget.
+    pages: initial pages of the pool, on a mesh of each device's; default as many as fit the budget, or one for each
+      head of each row without a budget.
     max_length: most tokens of a text, prompt and answer; default the model's context.
     temperature, top_k, top_p, stop, eos: for all requests, as for `generate`. If the temperature is not 0, a request
       may set its own.
@@ -92,7 +94,8 @@ class Generator:
     prefill_rows: int | None = None, decode_block: int = 32, stream: bool = True, tokenizer: Any = None,
     on_pressure: str = "preempt",
   ):  # fmt: skip
-    rows = default_rows(width) if prefill_rows is None else prefill_rows
+    pools = 1 if model.mesh is None else model.mesh.shape["data"]
+    rows = default_rows(width // pools) if prefill_rows is None else prefill_rows
     for name, value in (
       ("width", width), ("prefill_chunk", prefill_chunk), ("prefill_rows", rows), ("decode_block", decode_block)
     ):  # fmt: skip
@@ -103,6 +106,8 @@ class Generator:
     policy = check_policy(model, None if policy is None else check_kind(policy).by_row())
     self.policy, self.on_pressure = pressure.prepared(model, policy, on_pressure), on_pressure
     check_rows(self.policy, None)
+    if model.mesh is not None:
+      check_mesh(model, model.mesh, self.policy)
     longest = model.config.max_position_embeddings
     self.max_length = longest if max_length is None else max_length
     if not 0 < self.max_length <= longest:
@@ -117,11 +122,11 @@ class Generator:
     )  # fmt: skip
     cache = place_like(self.model, cache)
     self.memory = PagedRows(cache, budget=budget, budget_tokens=budget_tokens, pages=pages)
-    self.rows = Rows(self.policy, Sampling.create(temperature, top_k, top_p), width)
+    self.rows = Rows(self.policy, Sampling.create(temperature, top_k, top_p), width, pools)
     self.rows.state = place_like(self.model, self.rows.state)
     self.terms = Terms(
-      self.model, self.tokenizer, self.stop_strings, self.policy, temperature, self.rows.state.keys, width,
-      self.max_length,
+      self.model, self.tokenizer, self.stop_strings, self.policy, temperature, self.rows.state.keys,
+      width // pools, self.max_length,
     )  # fmt: skip
     self.reader = PromptReader(self.model, self.policy, self.memory, prefill_chunk, rows)
     self.waiting: collections.deque[list[Chain]] = collections.deque()
@@ -133,22 +138,22 @@ class Generator:
     self._unrecorded: list[Begun | Flight] = []  # in order
     self._news: collections.deque[News] = collections.deque()
     self._stalled = np.zeros(width, bool)  # rows that found no free page
-    self._alone = False  # whether the last block had one row
-    self._free: int | None = None  # pages that are free for certain; None: not known
+    self._alone = np.zeros(pools, bool)  # whether a pool had one row in the last block
+    self._free: np.ndarray | None = None  # pages of each pool that are free for certain; None: not known
     self._refused = (-1, 0)  # the last request that was tried alone, and the pages that were free then
 
   @property
-  def cache(self) -> PagedCache:
+  def cache(self) -> PagedCache | ShardedCache:
     """The cache of all rows."""
     return self.memory.cache
 
   @cache.setter
-  def cache(self, cache: PagedCache) -> None:
+  def cache(self, cache: PagedCache | ShardedCache) -> None:
     self.memory.cache = cache
 
   @property
   def budget(self) -> int | None:
-    """Most bytes of the cache; None: unlimited."""
+    """Most bytes of the cache on each device; None: unlimited."""
     return self.memory.budget
 
   @property
@@ -298,11 +303,11 @@ class Generator:
   def _settle(self) -> None:
     """Waits for the block in flight, and empties the rows that ended in it; an interrupt loses nothing."""
     flight = self._flight
-    reasons, tokens, pages, free = jax.device_get(self._outcome(flight))
-    self.peak_tokens, self.peak_pages = max(self.peak_tokens, float(tokens)), max(self.peak_pages, int(pages))
-    self._free = int(free)
+    reasons, *found = jax.device_get(self._outcome(flight))
+    tokens, pages, self._free = self.memory.settled(*found)
+    self.peak_tokens, self.peak_pages = max(self.peak_tokens, tokens), max(self.peak_pages, pages)
     self._stalled = self.rows.occupied & (reasons == CAPACITY)
-    self._alone = self.rows.free == self.width - 1
+    self._alone = self.rows.by_pool(self.rows.occupied).sum(axis=1) == 1
     over = np.flatnonzero(self.rows.occupied & (reasons != RUNNING) & (reasons != CAPACITY)).tolist()
     ended = [flight.chains[row] for row in over]
     for row, chain in zip(over, ended, strict=True):
@@ -340,16 +345,16 @@ class Generator:
   def _begun(self) -> bool:
     """Restores preempted chains, oldest first, then begins requests; False where one finds a row but no pages."""
     for chain in sorted(self.preempted, key=lambda chain: chain.age):
-      if not self.rows.free:
+      if not self.rows.free.any():
         return True
       if not self._restore(chain):
         return False
       self.preempted.remove(chain)
-    while self.waiting and self.rows.free >= len(self.waiting[0]):
-      groups = self._certain()
+    while self.waiting and self.rows.free.max() >= len(self.waiting[0]):
+      groups, pools = self._certain()
       with self._beginning(groups or [self.waiting[0]]):
         if groups:
-          self._begin_together(groups)
+          self._begin_together(groups, pools)
         elif not self._begin_alone(self.waiting[0]):
           return False
     return True
@@ -366,33 +371,38 @@ class Generator:
       else:
         self._release([chain for group in groups for chain in group if chain.row is not None])
 
-  def _certain(self) -> list[list[Chain]]:
-    """The first waiting requests that find rows, and for certain pages."""
-    groups, rows = [], self.rows.free
-    for group in self.waiting:
-      if group[0].stored is not None or len(group) > rows:
-        break
-      groups.append(group)
-      rows -= len(group)
-    sizes = [(len(group[0].prompt), len(group), group[0].numbers) for group in groups]
+  def _certain(self) -> tuple[list[list[Chain]], list[int]]:
+    """The first waiting requests that find rows, and for certain pages; and their pools, those with most empty rows."""
     for _ in range(2):  # what is known to be free may be less than what is
       exact = self._free is None
       if exact:
         self._free = self.memory.free_pages()
-      count, taken = self.reader.certain(sizes, self._free)
-      if count or exact:
+      groups, pools, rows = [], [], self.rows.free
+      claims = [self.reader.claims(int(free)) for free in self._free]
+      for group in self.waiting:
+        if group[0].stored is not None:
+          break
+        sizes = len(group[0].prompt), len(group), group[0].numbers
+        fitting = [pool for pool in np.argsort(-rows, kind="stable").tolist() if rows[pool] >= len(group)]
+        pool = next((pool for pool in fitting if claims[pool].add(*sizes)), None)
+        if pool is None:
+          break
+        groups.append(group)
+        pools.append(pool)
+        rows[pool] -= len(group)
+      if groups or exact:
         break
       self._free = None
-    self._free -= taken
-    return groups[:count]
+    self._free = self._free - [claim.taken for claim in claims]
+    return groups, pools
 
-  def _begin_together(self, groups: list[list[Chain]]) -> None:
+  def _begin_together(self, groups: list[list[Chain]], pools: list[int]) -> None:
     """Reads the prompts of requests that are certain to find pages, and forks rows for their chains."""
-    rows = self.rows.empty(sum(map(len, groups)))
+    rows = [self.rows.empty(self.width, pool) for pool in range(self.rows.pools)]
     sources = np.arange(self.width, dtype=np.int32)
     prompts = []
-    for group in groups:
-      own, rows = rows[: len(group)], rows[len(group) :]
+    for group, pool in zip(groups, pools, strict=True):
+      own, rows[pool] = rows[pool][: len(group)], rows[pool][len(group) :]
       for chain, row in zip(group, own, strict=True):
         chain.row = row
       sources[own] = own[0]
@@ -412,8 +422,9 @@ class Generator:
     Raises:
       BudgetError: the request had the whole pool to itself.
     """
-    first, rows = group[0], self.rows.empty(len(group))
-    self._free, free, others = None, self.memory.free_pages(), bool(self.rows.occupied.any())
+    first, pool = group[0], self._pool(len(group))
+    rows = self.rows.empty(len(group), pool)
+    self._free, free, others = None, int(self.memory.free_pages()[pool]), self._occupied(pool)
     if others and not self.memory.grows:
       again = self._refused[0] == first.ticket and free <= self._refused[1]
       if again or free < self.reader.least(len(first.prompt), len(group)):
@@ -455,15 +466,25 @@ class Generator:
 
   def _give_up(self, group: list[Chain]) -> bool:
     """Empties the row of a request that could not begin; False, or a BudgetError if it had the whole pool to itself."""
+    pool = self.rows.pool_of(group[0].row)
     self.memory.free([group[0].row])
-    self._refused = group[0].ticket, self.memory.free_pages()  # which include those that the pool has grown by
+    # These include the pages that the pool has grown by.
+    self._refused = group[0].ticket, int(self.memory.free_pages()[pool])
     for chain in group:
       chain.row = None
-    if not self.rows.occupied.any() and not self.preempted:
+    if not self._occupied(pool) and not self.preempted:
       tokens = len(group[0].prompt)
       message = f"{tokens} tokens of prompt and its chains do not fit {self.memory.extent}, even alone"
       raise BudgetError(message, group[0].ticket)
     return False
+
+  def _pool(self, rows: int) -> int:
+    """Of the pools with `rows` empty rows, that with the most free pages."""
+    return int(np.argmax(np.where(self.rows.free >= rows, self.memory.free_pages(), -1)))
+
+  def _occupied(self, pool: int) -> bool:
+    """Whether a row of a pool has a chain."""
+    return bool(self.rows.by_pool(self.rows.occupied)[pool].any())
 
   def _release(self, chains: list[Chain]) -> None:
     """Empties the rows of chains that have not ended."""
@@ -480,19 +501,21 @@ class Generator:
     """Resumes rows that found no free page, after the pool grew or the newest row was preempted; whether there were."""
     if not self._stalled.any():
       return False
-    needed = int(self._stalled.sum()) * self.memory.heads
-    last = self.rows.free == self.width - 1  # the pages of rows that ended beside it are free now
-    if (last and not self._alone) or self.memory.free_pages() >= needed:
-      pass
-    elif not self.memory.grow(needed) and not self._compress(needed):
-      newest = max(self._running, key=lambda chain: chain.age)
-      if last:
-        raise BudgetError(
-          f"a text of {int(self.cache.seen[newest.row])} tokens fills {self.memory.extent}, even alone; its tokens so "
-          "far are in `results`, and cancel(ticket) lets the others go on",
-          newest.ticket,
-        )
-      self._preempt(newest)
+    for pool, stalled in enumerate(self.rows.by_pool(self._stalled).sum(axis=1).tolist()):
+      needed = stalled * self.memory.pool_heads
+      running = [chain for chain in self._running if self.rows.pool_of(chain.row) == pool]
+      last = len(running) == 1  # the pages of rows that ended beside it are free now
+      if not stalled or (last and not self._alone[pool]) or self.memory.free_pages()[pool] >= needed:
+        continue
+      if not self.memory.grow(needed) and not self._compress(needed):
+        newest = max(running, key=lambda chain: chain.age)
+        if last:
+          raise BudgetError(
+            f"a text of {int(self.cache.seen[newest.row])} tokens fills {self.memory.extent}, even alone; its tokens "
+            "so far are in `results`, and cancel(ticket) lets the others go on",
+            newest.ticket,
+          )
+        self._preempt(newest)
     self._free = None
     self.rows.resume(self._stalled)
     self._stalled = np.zeros(self.width, bool)  # the old array may still be read
@@ -522,9 +545,10 @@ class Generator:
 
     While other rows run it needs one spare page for each head: with fewer it would soon be preempted again.
     """
-    (row,) = self.rows.empty(1)
-    spare = self.memory.heads if self.rows.occupied.any() else 0
-    if self.memory.free_pages() < len(chain.stored.pages) + spare or not self.memory.restore(row, chain.stored):
+    pool = self._pool(1)
+    (row,) = self.rows.empty(1, pool)
+    needed = self.memory.pages_of(chain.stored) + (self.memory.pool_heads if self._occupied(pool) else 0)
+    if self.memory.free_pages()[pool] < needed or not self.memory.restore(row, chain.stored):
       return False
     chain.row, chain.stored, self._free = row, None, None
     self.rows.place([chain])

@@ -18,10 +18,13 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Int
 
-from dms_jax.cache import Cache
-from dms_jax.cache.host import HostRow, offload_row
+from dms_jax import cache as caches
+from dms_jax.cache import Cache, ShardedCache
+from dms_jax.cache.host import HostRow, device_pages, offload_row, restore_row
 from dms_jax.model import Model
 from dms_jax.policies import Policy
+from dms_jax.spmd import place_rows
+from pallas_kernels.paged import FORMATS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Conversation:
   generated so far; a row's next random draw has this number. `policy`: the policy that filled `cache`.
   """
 
-  cache: Cache
+  cache: Cache | ShardedCache
   pending: Int[Array, "B"]
   generated: Int[Array, "B"]
   policy: Policy
@@ -89,6 +92,36 @@ def continuation(past: Any) -> Continuation:
   return past.row(0)
 
 
+def moved(model: Model, past: Conversation) -> Conversation:
+  """The same conversation on the model's devices, by way of host memory if it lies on others.
+
+  Raises:
+    ValueError: the mesh does not divide the rows, or the cache is of another model.
+  """
+  mesh = past.cache.mesh if isinstance(past.cache, ShardedCache) else None
+  if mesh == model.mesh:
+    return past
+  own, kind = caches.of_device(past.cache), caches.kind_of(past.cache)
+  options = {}
+  if kind == "paged":
+    formats = {form.dtype.name: name for name, form in FORMATS.items()}
+    options = dict(page_size=own.page_size, page_format=formats.get(own.store.pages.dtype.name))
+  rows, capacity = [offload_row(past.cache, row) for row in range(past.batch)], own.slots
+  least = past.policy.window + 2 if kind == "paged" else capacity
+  cache = caches.for_model(
+    model, past.policy, batch=past.batch, capacity=least, kind=kind, longest=capacity, **options
+  )  # fmt: skip
+  if kind == "paged":
+    cache = cache.with_pages(max(caches.of_device(cache).pages, device_pages(cache, rows)))
+  for index, row in enumerate(rows):
+    cache, _ = restore_row(cache, index, row)
+  column = lambda x: jnp.asarray(np.asarray(x))
+  cache, (pending, generated) = (
+    place_like(model, tree) for tree in (cache, (column(past.pending), column(past.generated)))
+  )
+  return Conversation(cache, pending, generated, past.policy)
+
+
 def check_continues(policy: Policy, held: Policy, tokens: Int[np.ndarray, "B"], seen: Int[np.ndarray, "B"]) -> None:
   """Checks that `policy` can go on where the policy `held` stopped.
 
@@ -129,8 +162,11 @@ def check_continues(policy: Policy, held: Policy, tokens: Int[np.ndarray, "B"], 
 def place_like(model: Model, tree):
   """Puts `tree` on the model's devices.
 
-  An argument with a placement in one call and none in the next would compile the call twice.
+  An argument with a placement in one call and none in the next would compile the call twice. On a mesh the arrays of
+  `tree` begin with an axis of rows; a cache lies there already.
   """
+  if model.mesh is not None:
+    return tree if isinstance(tree, ShardedCache) else place_rows(model.mesh, tree)
   sharding = model.params["embed"].sharding
   if isinstance(sharding, jax.sharding.NamedSharding):
     sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())

@@ -15,12 +15,14 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from dms_jax import spmd
 from dms_jax.cache import Cache
 from dms_jax.generation.sampling import Sampling, sample
 from dms_jax.generation.stops import StopCriteria
 from dms_jax.metrics import Counts, count
 from dms_jax.model import Model, StepOutput, cached_forward, last_logits
 from dms_jax.policies import Policy
+from dms_jax.spmd import on_mesh
 
 RUNNING, STOP, EOS, LENGTH, CAPACITY, NAN = range(6)
 REASONS = ("running", "stop", "eos", "length", "capacity", "nan")
@@ -79,6 +81,7 @@ def choose(
 
 
 @partial(jax.jit, donate_argnames=("cache", "logits"))
+@on_mesh(spmd.CACHE, spmd.ROWS, spmd.ROWS, spmd.COUNTS)
 def prefill_chunk(
   model: Model,
   policy: Policy,
@@ -118,6 +121,7 @@ def first_token(
 
 
 @partial(jax.jit, static_argnames=("steps", "history"), donate_argnames=("cache", "rows"))
+@on_mesh(spmd.CACHE, spmd.ROWS, spmd.STEPS, spmd.COUNTS, whole=("stop",))
 def decode_block(
   model: Model,
   policy: Policy,

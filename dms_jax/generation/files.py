@@ -23,9 +23,9 @@ import numpy as np
 
 from dms_jax import cache as caches
 from dms_jax import disk, formats, policies
-from dms_jax.cache import PagedCache
+from dms_jax.cache import ShardedCache
 from dms_jax.cache.base import storage_dtype
-from dms_jax.cache.host import HostRow, check_fits, restore_row
+from dms_jax.cache.host import HostRow, check_fits, device_pages, restore_row
 from dms_jax.config import is_number, read_json, shown
 from dms_jax.generation.conversation import Continuation, Conversation, conversation_of, place_like
 from dms_jax.model import Model, check_policy
@@ -54,9 +54,10 @@ def save_conversation(path: str | Path, past: Any) -> None:
   past = conversation_of(past)
   if isinstance(past, Conversation):
     count, row_of = past.batch, past.row
-    kind = next(name for name, kind in caches.KINDS.items() if isinstance(past.cache, kind))
+    kind, own = caches.kind_of(past.cache), caches.of_device(past.cache)
     slots, policy = past.cache.slots, past.policy
-    pool = {"page": past.cache.page_size, "pages": past.cache.pages} if kind == "paged" else {}
+    devices = past.cache.mesh.size if isinstance(past.cache, ShardedCache) else 1
+    pool = {"page": own.page_size, "pages": own.pages * devices} if kind == "paged" else {}
   else:
     rows = [past] if isinstance(past, Continuation) else list(past)
     if not rows or not all(isinstance(row, Continuation) for row in rows):
@@ -134,9 +135,10 @@ def load_conversation(
     model, resolved, batch=len(rows), capacity=capacity or least, kind=kind, longest=max(longest, capacity or 0),
     **options,
   )  # fmt: skip
-  if isinstance(store, PagedCache) and capacity is None:
-    used = sum(int((-(-row.archived // store.page_size)).sum()) for row in rows)
-    store = store.with_pages(max(store.pages, header.get("pages", 0), used))
+  if kind == "paged" and capacity is None:
+    devices = 1 if model.mesh is None else model.mesh.size
+    pages = -(-header.get("pages", 0) // devices)
+    store = store.with_pages(max(caches.of_device(store).pages, pages, device_pages(store, rows)))
   for index, row in enumerate(rows):
     advice = ""
     try:
@@ -149,8 +151,8 @@ def load_conversation(
     if not enough:
       raise ValueError(f"{path}: row {index}: capacity={capacity} slots a head are too few pages; give a larger one")
   column = lambda name: jnp.asarray(np.array([about[name] for about in abouts], np.int32))
-  store, pending, generated = place_like(model, (store, column("pending"), column("generated")))
-  return Conversation(store, pending, generated, resolved)
+  pending, generated = place_like(model, (column("pending"), column("generated")))
+  return Conversation(place_like(model, store), pending, generated, resolved)
 
 
 def is_cache(path: str | Path) -> bool:

@@ -25,7 +25,7 @@ from dms_jax.cache import Cache
 from dms_jax.cache.base import rounded
 from dms_jax.execution import fastest_form
 from dms_jax.generation import decode as decoding
-from dms_jax.generation.conversation import Conversation, conversation_of, place_like
+from dms_jax.generation.conversation import Conversation, conversation_of, moved, place_like
 from dms_jax.generation.decode import (
   LENGTH,
   NAN,
@@ -47,6 +47,7 @@ from dms_jax.metrics import Counts, Metrics
 from dms_jax.model import Model, check_policy
 from dms_jax.policies import Policy
 from dms_jax.policies.base import is_whole
+from dms_jax.spmd import check as check_mesh
 
 Stream = Callable[[int, list[int], str], None]
 
@@ -156,6 +157,8 @@ def generate(
   past = conversation_of(continue_from)
   if not isinstance(past, Conversation | None):
     raise ValueError(f"continue_from={past!r:.80} must be an earlier output or conversation")
+  if past is not None:
+    past = moved(model, past)
   policy = check_policy(model, past.policy if policy is None and past is not None else policy)
   cache = cache or caches.default_kind(policy, model.config)
   ids = prompt_ids(model, prompts, mask, tokenizer, None if past is None else np.asarray(past.pending))
@@ -167,8 +170,10 @@ def generate(
   lengths = seen + [len(row) for row in ids]
   check_lengths(model, policy, cache, capacity, past, lengths, max_new_tokens)
   most = int(lengths.max()) + max(max_new_tokens - 1, 0)
-  if cache != "masked" and (past is None or not isinstance(past.cache, caches.MaskedCache)):
+  if cache != "masked" and (past is None or caches.kind_of(past.cache) != "masked"):
     most = int(np.max(policy.capacity(most)))  # slots that suffice for any evictions
+  if model.mesh is not None:
+    check_mesh(model, model.mesh, policy)
   store = _start(model, policy, cache, capacity, past, batch, most, prefill_chunk)
 
   # A row without a prompt in this turn has its pending token alone, which decoding feeds.
@@ -242,7 +247,7 @@ def _usage(model, past, read, sampled) -> list[ChainUsage]:
   ]
 
 
-def _start(model, policy, kind, capacity, past, batch, most, chunk) -> Cache:
+def _start(model, policy, kind, capacity, past, batch, most, chunk) -> Cache | caches.ShardedCache:
   """An empty cache, or a copy of the conversation's cache, because compiled calls donate their cache."""
   longest = rounded(most)  # few shapes, because each is compiled
   if past is not None:
@@ -256,7 +261,9 @@ def _start(model, policy, kind, capacity, past, batch, most, chunk) -> Cache:
   return place_like(model, store)
 
 
-def _read(model, policy, store, ids, metrics, usage, chunk, capacity, most) -> tuple[Cache, Array, Metrics]:
+def _read(
+  model, policy, store, ids, metrics, usage, chunk, capacity, most
+) -> tuple[Cache | caches.ShardedCache, Array, Metrics]:
   """Reads all prompts; returns (cache, logits [B, V] after them, metrics)."""
   logits = place_like(model, jnp.zeros((len(ids), model.config.vocab_size), jnp.float32))
 

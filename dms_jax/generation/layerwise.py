@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from dms_jax.cache import Cache
+from dms_jax.cache import Cache, ShardedCache
 from dms_jax.cache.base import Plan, Usage
 from dms_jax.execution import Execution
 from dms_jax.generation import decode as decoding
@@ -22,11 +22,12 @@ _layer = jax.jit(chunk_layer, donate_argnames=("cache", "x"))
 
 
 def read_chunk(
-  model: Model, policy: Policy, cache: Cache, tokens: Int[np.ndarray, "B T"], lengths: Int[np.ndarray, "B"],
-  remaining: Int[np.ndarray, "B"], logits: Float[Array, "B V"],
-) -> tuple[Cache, Float[Array, "B V"], Bool[Array, "B"], Counts]:  # fmt: skip
+  model: Model, policy: Policy, cache: Cache | ShardedCache, tokens: Int[np.ndarray, "B T"],
+  lengths: Int[np.ndarray, "B"], remaining: Int[np.ndarray, "B"], logits: Float[Array, "B V"],
+) -> tuple[Cache | ShardedCache, Float[Array, "B V"], Bool[Array, "B"], Counts]:  # fmt: skip
   """`decode.prefill_chunk`, layer by layer where `Execution` says so; consumes `cache` and `logits` as well."""
-  if policy.exact_prefill or not Execution.choose(model, *tokens.shape).layers_apart:
+  apart = model.mesh is None and Execution.choose(model, *tokens.shape).layers_apart
+  if policy.exact_prefill or not apart:
     return decoding.prefill_chunk(model, policy, cache, tokens, lengths, remaining, logits)
   head, cache, plan, x, layers = run_layers(model, policy, cache, tokens, lengths, remaining)
   return _end(head, cache, plan, x, layers, lengths, remaining, logits)

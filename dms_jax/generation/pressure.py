@@ -48,6 +48,8 @@ def prepared(model: Model, policy: Policy, on_pressure: str) -> Policy:
     raise ValueError(f"on_pressure={on_pressure!r:.80} must be one of {MODES}")
   if on_pressure == "preempt":
     return policy
+  if model.mesh is not None:
+    raise ValueError('on_pressure="compress" runs on one device: on a mesh use "preempt"')
   if not isinstance(policy, DMS):
     raise ValueError(f'on_pressure="compress" goes by gate logits, which {type(policy).__name__} has not: use DMS')
   return check_policy(model, policy.replace(scored=True))
@@ -102,7 +104,7 @@ def record(rows: Rows, memory: PagedRows) -> None:
 
 def relieve(policy: DMS, rows: Rows, memory: PagedRows, needed: int | None = None) -> bool:
   """Compresses chains once, or until `needed` pages are free or none can be compressed; whether pages came free."""
-  some, before = False, memory.free_pages()
-  while (not some or (needed is not None and memory.free_pages() < needed)) and compress(policy, rows, memory):
+  some, before = False, memory.free_pages().min()
+  while (not some or (needed is not None and memory.free_pages().min() < needed)) and compress(policy, rows, memory):
     some = True
-  return memory.free_pages() > before
+  return bool(memory.free_pages().min() > before)

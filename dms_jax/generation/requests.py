@@ -47,7 +47,8 @@ class Terms:
     policy: with scalar numbers, the defaults of requests.
     temperature: the default; 0: every request is greedy.
     keys: sampling keys of the kind that requests must give; None if greedy.
-    width, max_length: the most chains of a request, and tokens of a text.
+    width, max_length: the most chains of a request, and tokens of a text. On a mesh the chains of a request lie on the
+      devices of the same rows.
   """
 
   model: Model
@@ -72,7 +73,8 @@ class Terms:
     """
     chains, most = request.chains, request.max_new_tokens
     if not is_whole(chains) or not 1 <= chains <= self.width:
-      raise ValueError(f"chains={chains!r:.80} must lie between 1 and the width {self.width}")
+      split = "" if self.model.mesh is None else " of a device"
+      raise ValueError(f"chains={chains!r:.80} must lie between 1 and the width {self.width}{split}")
     if not is_whole(most) or most < 1:
       raise ValueError(f"max_new_tokens={most!r:.80} must be 1 or more, a whole number")
     temperature = self.temperature if request.temperature is None else request.temperature
@@ -129,12 +131,12 @@ class Terms:
 
   def _fitting(self, given: Any, numbers: Mapping[str, int | float], memory: PagedRows) -> Continuation:
     """The continuation `given` with pages of the pool's size; a ValueError if it cannot go on here with `numbers`."""
-    past, cache = continuation(given), memory.cache
+    past, cache = continuation(given), memory.own
     row = past.cache
     tokens = np.array([min(int(row.seen), row.window + 1) + int(row.archived.max(initial=0))])
     try:
       check_continues(self.policy.replace(**numbers), past.policy, tokens, np.array([int(row.seen)]))
-      check_fits(cache, row)
+      check_fits(memory.cache, row)
     except ValueError as error:
       raise ValueError(f"continue_from: {error}") from None
     return dataclasses.replace(past, cache=past.cache.repaged(cache.page_size))

@@ -130,11 +130,12 @@ class Rows:
     state, policy, sampling: of all rows, for compiled calls.
     chains: the chain in each row, None in an empty one.
     occupied: bool [B], rows with a chain.
+    pools: pools of pages that the rows are split over (`PagedRows.pools`).
     compressed: chains that have given up tokens, with what is to be reported about it (`generation.pressure`).
   """
 
-  def __init__(self, policy: Policy, sampling: Sampling, width: int):
-    self.width = width
+  def __init__(self, policy: Policy, sampling: Sampling, width: int, pools: int = 1):
+    self.width, self.pools = width, pools
     self.compressed: list[tuple[Chain, list]] = []
     self.chains: list[Chain | None] = [None] * width
     self.occupied, self._keep = np.zeros(width, bool), np.zeros(width, bool)
@@ -153,14 +154,23 @@ class Rows:
     """The chains in rows."""
     return [chain for chain in self.chains if chain is not None]
 
-  def empty(self, count: int) -> list[int]:
-    """The first `count` rows without a chain."""
-    return np.flatnonzero(~self.occupied)[:count].tolist()
+  def pool_of(self, row: int) -> int:
+    """The pool of a row."""
+    return row // (self.width // self.pools)
+
+  def empty(self, count: int, pool: int = 0) -> list[int]:
+    """The first `count` rows of a pool without a chain."""
+    first = pool * (self.width // self.pools)
+    return (first + np.flatnonzero(~self.by_pool(self.occupied)[pool])[:count]).tolist()
+
+  def by_pool(self, rows: np.ndarray) -> np.ndarray:
+    """An array [B] as [pools, rows of a pool]."""
+    return rows.reshape(self.pools, -1)
 
   @property
-  def free(self) -> int:
-    """Rows without a chain."""
-    return self.width - int(self.occupied.sum())
+  def free(self) -> np.ndarray:
+    """Rows of each pool without a chain, int [pools]."""
+    return (~self.by_pool(self.occupied)).sum(axis=1)
 
   def marked(self, rows: Sequence[int]) -> Bool[np.ndarray, "B"]:
     """True for `rows`."""

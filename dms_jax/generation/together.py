@@ -4,7 +4,7 @@ Every call reads the next chunk of up to `PromptReader.rows` prompts, and fewer 
 pages that it knows follow from each prompt's own length, and only prompts with equal ones share a call. So a prompt is
 read by the same programs whatever is read beside it.
 
-A prompt is read `together` with others only if pages for all its tokens are free for certain (`PromptReader.certain`);
+A prompt is read `together` with others only if pages for all its tokens are free for certain (`Claims`);
 otherwise `alone`, from a pool that grows if the budget allows it. Smaller chunks, which claim fewer pages, are a last
 resort, for a request that has the whole pool to itself: they sum in another order than whole ones.
 """
@@ -12,7 +12,7 @@ resort, for a request that has the whole pool to itself: they sum in another ord
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from dms_jax import spmd
 from dms_jax.cache import PagedCache
 from dms_jax.cache import rows as cache_rows
 from dms_jax.generation.conversation import place_like
@@ -31,6 +32,7 @@ from dms_jax.metrics import Counts, count
 from dms_jax.model import Model, cached_forward, last_logits
 from dms_jax.policies import Policy
 from dms_jax.policies.base import with_numbers
+from dms_jax.spmd import on_mesh
 
 PLACES = 8  # least pages of a head that a prompt's program knows
 LEAST_WIDTH = 16  # least width of a chunk's program
@@ -38,11 +40,12 @@ MOST_ROWS = 64  # most prompts of a call by default: more bring no speed
 
 
 @partial(jax.jit, static_argnames="places", donate_argnames=("cache", "logits"))
+@on_mesh(spmd.CACHE, spmd.ROWS, spmd.ROWS, spmd.COUNTS)
 def _prefill_rows(
   model: Model, policy: Policy, cache: PagedCache, rows: Int[Array, "R"], tokens: Int[Array, "R T"],
   lengths: Int[Array, "R"], remaining: Int[Array, "R"], logits: Float[Array, "B V"], *, places: int,
 ) -> tuple[PagedCache, Float[Array, "B V"], Bool[Array, "R"], Counts]:  # fmt: skip
-  """`decode.prefill_chunk` for the rows `rows`, those past the last row being none."""
+  """`decode.prefill_chunk` for the rows `rows`, those past the last row being none; on a mesh R rows of each pool."""
   part = cache_rows.take_rows(cache, rows, places)
   out, part = cached_forward(model, policy, part, tokens, lengths, remaining=remaining)
   ended = (out.lengths > 0) & (remaining == 0)
@@ -92,42 +95,18 @@ class PromptReader:
     """A place for the logits after the prompts of `width` rows."""
     return place_like(self.model, jnp.zeros((width, self.model.config.vocab_size), jnp.float32))
 
-  def certain(self, groups: Iterable[tuple[int, int, Mapping[str, Any]]], free: int) -> tuple[int, int]:
-    """How many of the first `groups` surely find pages.
-
-    Args:
-      groups: (tokens of a prompt, chains that share it, the policy's numbers for them) of each.
-      free: pages that no row owns.
-
-    Returns:
-      (groups, the most pages that they take).
-    """
-    cache, heads, found, most, sure = self.memory.cache, self.memory.heads, 0, 0, 0
-    for tokens, chains, numbers in groups:
-      policy = self.policy.replace(**numbers)
-      slots = min(tokens, int(np.max(policy.capacity(tokens)))) if policy.compacts else tokens
-      own = heads * max(-(-(slots - cache.ring) // cache.page_size), 0)
-      needed = own + (chains - 1) * (own if self.policy.rewrites else min(own, heads))
-      if not self.policy.exact_prefill:
-        taken = sure + needed
-      elif tokens <= self.chunk:  # rows find room by equal shares of the free pages
-        most = max(most, needed)
-        taken = most * (found + 1)
-      else:
-        break
-      if taken > free:
-        break
-      found, sure = found + 1, taken
-    return found, sure
+  def claims(self, free: int) -> Claims:
+    """Nothing claimed yet of `free` pages of a pool."""
+    return Claims(self, free)
 
   def least(self, tokens: int, chains: int) -> int:
     """Pages below which reading a prompt alone is hardly worth a try: of its first chunk, and one a head and chain."""
-    cache = self.memory.cache
+    cache = self.memory.own
     slots = min(tokens, self.chunk) - cache.ring
-    return self.memory.heads * (max(-(-slots // cache.page_size), 1) + chains - 1)
+    return self.memory.pool_heads * (max(-(-slots // cache.page_size), 1) + chains - 1)
 
   def together(self, prompts: Sequence[Prompt], logits: Float[Array, "B V"]) -> tuple[Float[Array, "B V"], list]:
-    """Reads prompts that are `certain` to find pages; waits for nothing.
+    """Reads prompts that are certain to find pages (`Claims`); waits for nothing.
 
     Returns:
       (logits, replaced for the prompts' rows; what `account` takes).
@@ -138,13 +117,12 @@ class PromptReader:
       for prompt in left:
         calls.setdefault(self._shape(prompt, first, min(len(prompt.ids) - first, self.chunk)), []).append(prompt)
       for (width, places), alike in calls.items():
-        for start in range(0, len(alike), self.rows):
-          part = alike[start : start + self.rows]
+        for part in self._parts(alike):
           lengths = [min(len(prompt.ids) - first, self.chunk) for prompt in part]
           chunks = [prompt.ids[first : first + length] for prompt, length in zip(part, lengths, strict=True)]
           after = [len(prompt.ids) - first - length for prompt, length in zip(part, lengths, strict=True)]
           logits, stalled, counts = self._call(part, chunks, after, width, places, logits)
-          pending.append((part, stalled, counts))
+          pending.append((part, self._places_of(part), stalled, counts))
       first += self.chunk
       left = [prompt for prompt in left if len(prompt.ids) > first]
     return logits, pending
@@ -157,15 +135,16 @@ class PromptReader:
     Args:
       halve: read smaller chunks where pages lack for whole ones; they round otherwise.
     """
-    heads, size, total = self.memory.heads, self.memory.cache.page_size, len(prompt.ids)
+    heads, size, total = self.memory.pool_heads, self.memory.own.page_size, len(prompt.ids)
+    place = self._places_of([prompt])
 
     def read(first: int, length: int, width: int | None = None) -> np.ndarray:
       nonlocal logits
       whole, places = self._shape(prompt, first, length)
       chunk, after = prompt.ids[first : first + length], total - first - length
       logits, stalled, counts = self._call([prompt], [chunk], [after], width or whole, places, logits)
-      account([([prompt], None, counts)])
-      return np.asarray(stalled)[:1]
+      account([([prompt], place, None, counts)])
+      return np.asarray(stalled)[place]
 
     def feed(part: Chunk) -> np.ndarray:
       return read(int(part.start[0]), int(part.lengths[0]), 1 if part.tokens.shape[1] == 1 else None)
@@ -184,20 +163,34 @@ class PromptReader:
   def _call(
     self, prompts: Sequence[Prompt], chunks: Sequence[np.ndarray], after: Sequence[int], width: int, places: int, logits
   ) -> tuple[Any, Any, Counts]:
-    """One compiled call for some prompts: (logits, which rows had no space, counts)."""
-    rows = np.full(self.rows, len(logits), np.int32)
-    tokens, lengths = np.zeros((self.rows, width), np.int32), np.zeros(self.rows, np.int32)
-    remaining = np.zeros(self.rows, np.int32)
-    for place, (prompt, chunk) in enumerate(zip(prompts, chunks, strict=True)):
-      rows[place], lengths[place], remaining[place] = prompt.row, len(chunk), after[place]
-      tokens[place, : len(chunk)] = chunk
-    none = [prompts[0].numbers] * (self.rows - len(prompts))
-    numbers = [*(prompt.numbers for prompt in prompts), *none]
+    """One compiled call for some prompts: (logits, which rows had no space, counts), by `_places_of` the prompts."""
+    count, own = self.rows * self.memory.pools, self.memory.pool_rows
+    rows, tokens = np.full(count, own, np.int32), np.zeros((count, width), np.int32)
+    lengths, remaining = np.zeros(count, np.int32), np.zeros(count, np.int32)
+    numbers = [prompts[0].numbers] * count
+    for prompt, place, chunk, left in zip(prompts, self._places_of(prompts), chunks, after, strict=True):
+      rows[place], lengths[place], remaining[place] = prompt.row % own, len(chunk), left
+      tokens[place, : len(chunk)], numbers[place] = chunk, prompt.numbers
     policy = with_numbers(self.policy, {name: [own[name] for own in numbers] for name in numbers[0]})
     self.memory.cache, logits, stalled, counts = _prefill_rows(
       self.model, policy, self.memory.cache, rows, tokens, lengths, remaining, logits, places=places
     )
     return logits, stalled, counts
+
+  def _parts(self, prompts: Sequence[Prompt]) -> Iterator[list[Prompt]]:
+    """The prompts of one call after another: up to `rows` of each pool."""
+    pools = [[p for p in prompts if p.row // self.memory.pool_rows == pool] for pool in range(self.memory.pools)]
+    for start in range(0, max(map(len, pools)), self.rows):
+      yield [prompt for pool in pools for prompt in pool[start : start + self.rows]]
+
+  def _places_of(self, prompts: Sequence[Prompt]) -> list[int]:
+    """The row of a call that reads each of its prompts: those of pool p begin at p * `rows`."""
+    places, following = [], [pool * self.rows for pool in range(self.memory.pools)]
+    for prompt in prompts:
+      pool = prompt.row // self.memory.pool_rows
+      places.append(following[pool])
+      following[pool] += 1
+    return places
 
   def _shape(self, prompt: Prompt, first: int, length: int) -> tuple[int, int]:
     """(width, pages of a head) of the program that reads `length` tokens of a prompt from its token `first`.
@@ -210,21 +203,63 @@ class PromptReader:
 
   def _places(self, tokens: int) -> int:
     """Pages a head may need for `tokens` tokens, rounded up to PLACES times a power of 4: few compilations."""
-    cache = self.memory.cache
+    cache = self.memory.own
     needed, most = -(-tokens // cache.page_size), PLACES
     while most < needed:
       most *= 4
     return min(most, cache.table.pages.shape[3])
 
 
-def account(pending: list[tuple[Sequence[Prompt], Any, Counts]]) -> None:
-  """Adds what calls have read and held to the usage of their prompts.
+@dataclasses.dataclass
+class Claims:
+  """Prompts that surely find pages in one pool, counted one by one.
+
+  Attributes:
+    free: pages of the pool that no row owns.
+    taken: the most pages that the prompts counted so far take.
+    found: their number.
+  """
+
+  reader: PromptReader
+  free: int
+  taken: int = 0
+  found: int = 0
+  _most: int = 0
+
+  def add(self, tokens: int, chains: int, numbers: Mapping[str, Any]) -> bool:
+    """Counts a prompt in if it surely finds pages, too.
+
+    Args:
+      tokens, chains: of the prompt, and that share it.
+      numbers: the policy's for them.
+    """
+    cache, heads, policy = self.reader.memory.own, self.reader.memory.pool_heads, self.reader.policy
+    its = policy.replace(**numbers)
+    slots = min(tokens, int(np.max(its.capacity(tokens)))) if its.compacts else tokens
+    own = heads * max(-(-(slots - cache.ring) // cache.page_size), 0)
+    needed = own + (chains - 1) * (own if policy.rewrites else min(own, heads))
+    if policy.exact_prefill:  # rows find room by equal shares of the free pages
+      if tokens > self.reader.chunk:
+        return False
+      needed = max(self._most, needed)
+      taken = needed * (self.found + 1)
+    else:
+      taken = self.taken + needed
+    if taken > self.free:
+      return False
+    self.found, self.taken, self._most = self.found + 1, taken, needed
+    return True
+
+
+def account(pending: list[tuple[Sequence[Prompt], Sequence[int], Any, Counts]]) -> None:
+  """Adds what calls have read and held to the usage of their prompts, by the row of the call that read each.
 
   Raises:
     RuntimeError: a prompt that was certain to find pages found none.
   """
-  found = jax.device_get([(stalled, counts) for _, stalled, counts in pending])
-  for (prompts, *_), (stalled, counts) in zip(pending, found, strict=True):
-    if stalled is not None and stalled.any():
+  found = jax.device_get([(stalled, counts) for *_, stalled, counts in pending])
+  for (prompts, places, *_), (stalled, counts) in zip(pending, found, strict=True):
+    if stalled is not None and stalled[places].any():
       raise RuntimeError("a prompt found no page, though pages for all its tokens were counted as free")
-    add_prompts([prompt.usage for prompt in prompts], counts)
+    live, reads, held = counts.live[:, places], counts.reads[:, places], counts.held[:, places]
+    add_prompts([prompt.usage for prompt in prompts], counts.replace(live=live, reads=reads, held=held))

@@ -79,6 +79,10 @@ class DMS(Budgeted):
     return self.bounded and self.limit_over == "layer"
 
   @property
+  def joins_heads(self):  # type: ignore[override]
+    return self.shares
+
+  @property
   def removes(self):  # type: ignore[override]
     return self.shares
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from flax import struct
 
+from dms_jax.collectives import head_numbers
 from dms_jax.policies.base import per_row, register
 from dms_jax.policies.budget import Budgeted, check_sinks
 
@@ -27,7 +28,7 @@ class Random(Budgeted):
     return policy
 
   def admit(self, layer, position):
-    head = jnp.broadcast_to(jnp.arange(position.shape[1])[:, None], position.shape)
+    head = jnp.broadcast_to(head_numbers(position.shape[1])[:, None], position.shape)
     score = uniform(per_row(self.seed, 2), layer, head, position)
     score = jnp.where(position < per_row(self.sinks, 2).astype(position.dtype), jnp.inf, score)
     return {**super().admit(layer, position), "score": score}

@@ -26,6 +26,10 @@ class TOVA(Budgeted):
   observes = ("mass",)
   prompt_observes = ("mass",)
 
+  @property
+  def joins_heads(self):  # type: ignore[override]
+    return self.per_layer
+
   def query_weights(self, lengths, remaining, width):
     return (jnp.arange(width) == lengths[:, None] - 1).astype(jnp.float32)
 

@@ -13,6 +13,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float
 
+from dms_jax.collectives import devices, own_heads
 from dms_jax.config import parse_json
 from dms_jax.layers import rope_frequencies
 from dms_jax.npz import DAMAGE, Arrays
@@ -89,7 +90,8 @@ class TriAttention(Periodic):
     tables, held = self.tables, candidates.held
     b, heads, _, h = candidates.keys.shape
     keys = jnp.where(held[..., None], candidates.keys, 0).astype(jnp.float32)
-    own = lambda table: table[candidates.layer].reshape(heads, -1, table.shape[-1])  # [K, G, ...]
+    group = tables.centres.shape[1] // (heads * devices())
+    own = lambda table: own_heads(table[candidates.layer], heads * group).reshape(heads, group, -1)  # [K, G, ...]
     centres, norms = own(tables.centres), own(tables.norms)
     # A key after RoPE holds its position, so that of the query alone turns the centre.
     now = rotation(tables.frequencies, candidates.tokens[:, None, None])  # [B, 1, 1, H/2]

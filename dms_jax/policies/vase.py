@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
+from dms_jax.collectives import head_numbers
 from dms_jax.policies.base import per_row, register
 from dms_jax.policies.budget import allowance, check_number, check_sinks, largest
 from dms_jax.policies.periodic import WatchesWindow, closed_ranks, shares
@@ -63,7 +64,7 @@ class VaSE(WatchesWindow):
     front, place = closed_ranks(attention, live, 0.0)
     front = lax.reduce_window(front, 0.0, lax.add, (1, 1, SMOOTHED), (1, 1, 1), "SAME") / SMOOTHED
     attention = jnp.take_along_axis(front, place, axis=-1)
-    head = jnp.arange(live.shape[1])[:, None]
+    head = head_numbers(live.shape[1])[:, None]
     noise = uniform(per_row(self.seed, 2), candidates.layer, head, position, candidates.tokens[:, None, None])
     noise = jnp.minimum(noise + jnp.float32(2**-25), jnp.float32(1 - 2**-24))  # float32 rounds the largest to 1
     gumbel = -jnp.log(-jnp.log(noise))

@@ -196,11 +196,12 @@ def answer(
         f"{len(generator.waiting) + len(generator.preempted)} waiting, {tokens / (shown - start):.1f} tokens/s"
       )
   seconds = time.monotonic() - start
-  cache = generator.cache
+  cache, own = generator.cache, generator.memory.own
   return {
     "requests": len(requests), "requests_now": len(left), "rows": sum(r.chains for r in requests), "rows_now": written,
     "new_tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / seconds, "peak_tokens": generator.peak_tokens,
-    "peak_bytes": cache.fixed_bytes + generator.peak_pages * cache.page_bytes, "cache_bytes": cache.nbytes,
+    "peak_bytes": cache.nbytes // own.nbytes * own.fixed_bytes + generator.peak_pages * own.page_bytes,
+    "cache_bytes": cache.nbytes,
     "preemptions": generator.preemptions,
   }  # fmt: skip
 

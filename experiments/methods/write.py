@@ -68,7 +68,8 @@ def write(
   the most new tokens, each number is written apart.
   """
   cuts = [(most,) for most in job.max_tokens] if method.given.follows_length else [job.max_tokens]
-  width = max(width, job.chains)
+  pools = 1 if method.model.mesh is None else method.model.mesh.shape["data"]  # a prompt's chains share one
+  width = pools * max(-(-width // pools), job.chains)
   for lengths in cuts:
     most = max(lengths)
     groups, _ = method.fitted(job, most)

@@ -109,6 +109,13 @@ def test_in_few_pages_some_prompts_wait_or_are_read_alone(model, case):
   assert max(joint) > 1
 
 
+def certain(reader, groups, free):
+  """(how many of the first `groups` surely find pages, the pages that they take)."""
+  claims = reader.claims(free)
+  all(claims.add(*group) for group in groups)
+  return claims.found, claims.taken
+
+
 def test_certain_counts_pages(model):
   """What it allows fits for certain, and one page less refuses the last request."""
   generator = Generator(model, **SIZES, policy=policies.Vanilla(window=W), pages=400)
@@ -118,13 +125,13 @@ def test_certain_counts_pages(model):
   pages = [0, heads, heads * (4 + 1), heads * (1 + 2)]
   for count in range(1, 5):
     taken = sum(pages[:count])
-    assert generator.reader.certain(groups[:count], taken) == (count, taken)
+    assert certain(generator.reader, groups[:count], taken) == (count, taken)
     if taken:
-      assert generator.reader.certain(groups[:count], taken - 1)[0] == count - 1
+      assert certain(generator.reader, groups[:count], taken - 1)[0] == count - 1
   exact = Generator(model, **SIZES, policy=policies.TOVA(budget=9, exact_prefill=True), pages=400).reader
-  assert [exact.certain([(8, 1, {}), (n, 1, {})], 1000)[0] for n in (12, 17)] == [2, 1]
+  assert [certain(exact, [(8, 1, {}), (n, 1, {})], 1000)[0] for n in (12, 17)] == [2, 1]
   bounded = Generator(model, **SIZES, policy=policies.TOVA(budget=9, window=W), pages=400).reader
-  pages = [bounded.certain([(30, 1, {"budget": budget})], 1000)[1] for budget in (9, 29)]
+  pages = [certain(bounded, [(30, 1, {"budget": budget})], 1000)[1] for budget in (9, 29)]
   assert pages == [heads * -(-(budget - W - 1) // 4) for budget in (9, 29)]  # the request's budget, not the generator's
 
 

@@ -1,0 +1,152 @@
+"""Generation on a mesh: every device runs the program of one, on its own rows and heads.
+
+    mesh = dms_jax.make_mesh(data=2, tensor=4)
+    model, tokenizer = dms_jax.load(path, mesh=mesh)
+    out = dms_jax.generate(model, prompts)  # `prompts` of a multiple of 2 rows
+
+The mesh axis "data" splits rows; every device along it holds the same weights. "tensor" splits KV heads with their
+queries, feed-forward and vocabulary (`sharding.DECODING`). Inside `jax.shard_map` a device sees a smaller model and an
+ordinary cache, whose pool and pages are its own; `dms_jax.collectives` is all that it learns from others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dms_jax.cache.base import Common
+from dms_jax.cache.sharded import DEVICE, ShardedCache, policy_specs, rows_and_scalars
+from dms_jax.collectives import among, summed
+from dms_jax.metrics import Counts
+from dms_jax.model import Model
+from dms_jax.params import Params, param_table
+from dms_jax.policies import Policy
+from dms_jax.sharding import DECODING, partition_spec
+
+ROWS, STEPS, HEADS = P("data"), P(None, "data"), P(None, "data", "tensor")  # [B], [steps, B], [L, B, K]
+CACHE = DEVICE
+COUNTS = Counts(HEADS, HEADS, STEPS, P(None, None, "data", "tensor"), STEPS)
+
+
+def check(model: Model, mesh: Mesh, policy: Policy | None = None) -> None:
+  """Checks that a mesh can split a model, and its heads under `policy`.
+
+  Raises:
+    ValueError: it cannot.
+  """
+  if set(mesh.axis_names) != {"data", "tensor"}:
+    raise ValueError(f"a mesh of axes {mesh.axis_names}; `dms_jax.make_mesh` makes one of data and tensor")
+  if any(device.process_index != jax.process_index() for device in mesh.devices.flat):
+    raise ValueError(f"a mesh of {mesh.size} devices of several processes: generation runs on those of one")
+  if (tensor := mesh.shape["tensor"]) == 1:
+    return
+  config, dms = model.config, model.dms
+  for name, size in (("KV heads", config.num_kv_heads), ("channels of the feed-forward", config.d_ff)):
+    if size % tensor:
+      raise ValueError(f"mesh.tensor={tensor} does not divide the {size} {name} of this model: split rows by mesh.data")
+  if dms is not None and (dms.granularity == "layer" or dms.objective == "dmc"):
+    what = "granularity=layer" if dms.granularity == "layer" else "objective=dmc"
+    raise ValueError(f"mesh.tensor={tensor} cannot split the heads of gates of {what}: split rows by mesh.data")
+  if config.proj_bias or config.qk_norm_over == "all":
+    what = "biases after projections" if config.proj_bias else "a norm over all heads"
+    raise ValueError(f"mesh.tensor={tensor} cannot split layers with {what} ({config.family}): split rows by mesh.data")
+  if policy is not None and policy.joins_heads:
+    name = type(policy).__name__
+    raise ValueError(f"mesh.tensor={tensor}: the KV heads of a layer decide together here ({name}): use mesh.data")
+
+
+def model_specs(model: Model, mesh: Mesh) -> Params:
+  """The partition of every parameter, for layers that are stacked or a list; gates that are not used are whole."""
+  table = param_table(model.config, model.dms, model.lora)
+  specs = {path: partition_spec(path, spec, mesh, DECODING) for path, spec in table.items()}
+  layers, listed = model.params["layers"], isinstance(model.params["layers"], list)
+
+  def of_layer(names: Iterable[str]) -> Params:
+    parts = {name: specs.get(f"layers/{name}", P()) for name in names}
+    return {name: P(*part[1:]) if listed else part for name, part in parts.items()}
+
+  own = [of_layer(layer) for layer in layers] if listed else of_layer(layers)
+  return {name: own if name == "layers" else specs.get(name, P()) for name in model.params}
+
+
+def place(model: Model, mesh: Mesh | None) -> Model:
+  """The model on the devices of a mesh, each with its shard; None: unchanged.
+
+  Raises:
+    ValueError: the mesh cannot split the model.
+  """
+  if mesh is None:
+    return model
+  check(model, mesh)
+  shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), model_specs(model, mesh))
+  return model.replace(params=jax.device_put(model.params, shardings), mesh=mesh)
+
+
+def place_rows(mesh: Mesh, tree: Any) -> Any:
+  """Arrays of rows [B, ...] on the devices of their rows, and scalars on all."""
+  return jax.device_put(tree, jax.tree.map(lambda spec: NamedSharding(mesh, spec), rows_and_scalars(tree)))
+
+
+def _own_model(model: Model) -> Model:
+  """The model that one device runs."""
+  config, tensor = model.config, model.mesh.shape["tensor"]
+  heads = dict(num_heads=config.num_heads // tensor, num_kv_heads=config.num_kv_heads // tensor)
+  return model.replace(config=dataclasses.replace(config, **heads), mesh=None)
+
+
+def _own(arg: Any) -> Any:
+  return arg.local() if isinstance(arg, ShardedCache) else _own_model(arg) if isinstance(arg, Model) else arg
+
+
+def _result(out: Any, mesh: Mesh) -> Any:
+  """One result of a device: a cache as its shard, counts summed over all heads."""
+  if isinstance(out, Counts):
+    return out.replace(held=summed(out.held), step_reads=None if out.step_reads is None else summed(out.step_reads))
+  return ShardedCache.of_device(out, mesh) if isinstance(out, Common) else out
+
+
+def on_mesh(*out: Any, whole: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
+  """A decorator of compiled functions whose first argument is the model: on a mesh each device runs them.
+
+  Args:
+    out: the partition of each result.
+    whole: names of arguments that are not split by rows. Keyword arguments are static.
+  """
+
+  def decorate(fn: Callable) -> Callable:
+    kinds = inspect.signature(fn).parameters.values()
+    names = [kind.name for kind in kinds if kind.kind is kind.POSITIONAL_OR_KEYWORD]
+
+    def specs_of(name: str, arg: Any) -> Any:
+      if isinstance(arg, ShardedCache):
+        return DEVICE
+      if isinstance(arg, Model):
+        return arg.replace(params=model_specs(arg, arg.mesh))
+      if isinstance(arg, Policy):
+        return policy_specs(arg)
+      return P() if name in whole else rows_and_scalars(arg)
+
+    @functools.wraps(fn)
+    def call(model: Model, *args: Any, **static: Any) -> Any:
+      if model.mesh is None:
+        return fn(model, *args, **static)
+      mesh = model.mesh
+
+      def body(*args):
+        with among(mesh.shape["tensor"]):
+          return tuple(_result(x, mesh) for x in fn(*map(_own, args), **static))
+
+      args = (model, *args)
+      specs = tuple(specs_of(name, arg) for name, arg in zip(names, args, strict=True))
+      return jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(*args)
+
+    return call
+
+  return decorate

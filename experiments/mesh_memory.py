@@ -1,0 +1,118 @@
+"""Bytes that generation takes on each device of a mesh, by shapes: no device, no weights.
+
+    python -m experiments.mesh_memory --preset=llama-3.1-70b --rows=32 --tokens=131072 --cr=8 \\
+      --mesh.data=1 --mesh.tensor=8 --device_gib=80                                # 8 H100
+    python -m experiments.mesh_memory --mesh.data=2 --mesh.tensor=8 --device_gib=95  # TPU v5p 4x4
+
+Weights and caches are those of `dms_jax.spmd`: rows are split over `data`, KV heads, feed-forward and vocabulary over
+`tensor`. A paged cache holds one in `cr` of `tokens` tokens a head, with tables for all of them. Beside both, a step
+takes the logits of its rows, and a chunk of a prompt two copies of one layer's archives, as if they were full. Smaller
+arrays are left out, so a device fits that keeps a tenth of its memory free. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, NamedSharding
+
+from dms_jax import cache as caches
+from dms_jax.config import DMSConfig
+from dms_jax.families import PRESETS
+from dms_jax.params import param_table
+from dms_jax.policies import DMS
+from dms_jax.retrofit.distributed import MeshConfig
+from dms_jax.sharding import DECODING, partition_spec
+from experiments.common import program
+
+FREE = 0.1  # share of a device's memory that stays free
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """What is generated, and on what.
+
+  Attributes:
+    preset: name of the model's shape in `dms_jax.families.PRESETS`.
+    rows: chains decoded together, on all devices.
+    tokens: of each chain, prompt and answer.
+    cr: tokens seen for each one held.
+    window: W of the gates in tokens.
+    dtype: of weights and cache.
+    page_format: quantises the pages of the cache: int8 or float8.
+    device_gib: memory of a device.
+  """
+
+  preset: str = dataclasses.field(default="llama-3.1-70b", metadata={"choices": PRESETS})
+  rows: int = 32
+  tokens: int = 131072
+  cr: float = 8.0
+  window: int = 256
+  dtype: str = "bfloat16"
+  page_format: str | None = None
+  device_gib: float = 80.0
+
+  def __post_init__(self):
+    if self.preset not in PRESETS:
+      raise ValueError(f"--preset={self.preset} is not one of {', '.join(sorted(PRESETS))}")
+    for name in ("rows", "tokens", "window", "device_gib"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"--{name}={getattr(self, name)} must be 1 or more")
+    if self.cr < 1:
+      raise ValueError(f"--cr={self.cr:g} must be 1 or more")
+
+
+def measure(config: Config, devices: MeshConfig) -> dict[str, Any]:
+  """Bytes on each device, and whether they fit.
+
+  Raises:
+    ValueError: the mesh divides neither rows nor heads, channels and vocabulary.
+  """
+  data, tensor, model = devices.data, devices.tensor, PRESETS[config.preset]
+  if config.rows % data:
+    raise ValueError(f"--mesh.data={data} does not divide --rows={config.rows}")
+  for name in ("num_kv_heads", "d_ff"):
+    if getattr(model, name) % tensor:
+      raise ValueError(f"--mesh.tensor={tensor} does not divide {name}={getattr(model, name)} of {config.preset}")
+  mesh, dtype = AbstractMesh((data, tensor), ("data", "tensor")), jnp.dtype(config.dtype)
+  table = param_table(model, DMSConfig(window=config.window))
+  shards = [NamedSharding(mesh, partition_spec(p, s, mesh, DECODING)).shard_shape(s.shape) for p, s in table.items()]
+  heads = dict(num_heads=model.num_heads // tensor, num_kv_heads=model.num_kv_heads // tensor)
+  own, rows = dataclasses.replace(model, **heads), config.rows // data
+  make = partial(
+    caches.create, "paged", own, batch=rows, capacity=math.ceil(config.tokens / config.cr), lag=1, dtype=dtype,
+    policy=DMS(window=config.window), longest=config.tokens, page_format=config.page_format,
+  )  # fmt: skip
+  parts = {
+    "weights": sum(map(math.prod, shards)) * dtype.itemsize,
+    "cache": jax.eval_shape(make).nbytes,
+    "logits": rows * model.vocab_size * 4,
+    "prompt chunk": 2 * rows * own.num_kv_heads * config.tokens * 2 * own.head_dim * dtype.itemsize,
+  }
+  total, memory = sum(parts.values()), config.device_gib * 2**30
+  return {
+    "devices": data * tensor, "mesh": {"data": data, "tensor": tensor}, "bytes": parts, "total": total,
+    "share": total / memory, "fits": total <= (1 - FREE) * memory,
+  }  # fmt: skip
+
+
+def main() -> None:
+  config, devices = program.read_flags("", Config), program.read_flags("mesh", MeshConfig)
+  found = measure(config, devices)
+  what = f"{config.preset}, {config.rows} chains of {config.tokens:,} tokens at CR {config.cr:g}"
+  print(f"{what}, data {devices.data} x tensor {devices.tensor}: GiB on each of {found['devices']} devices")
+  for name, size in (*found["bytes"].items(), ("total", found["total"])):
+    print(f"  {name:<14}{size / 2**30:8.2f}")
+  print(f"  {found['share']:.0%} of {config.device_gib:g} GiB: {'fits' if found['fits'] else 'does not fit'}")
+  program.finish(found)
+
+
+if __name__ == "__main__":
+  program.define_flags("", Config)
+  program.define_flags("mesh", MeshConfig)
+  program.run(main)

@@ -1,0 +1,26 @@
+"""Generation on a mesh equals one device, in processes of eight simulated devices."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dms_jax import testing as tiny
+from tests import mesh_cases
+
+ROOT = Path(__file__).parents[2]
+SLOW = [pytest.param(case.__name__, marks=pytest.mark.slow) for case in mesh_cases.SLOW]
+
+
+@pytest.mark.parametrize("name", [*(case.__name__ for case in mesh_cases.QUICK), *SLOW])
+def test_on_eight_devices(name):
+  quick = [f"--{flag}={str(value).lower()}" for flag, value in tiny.QUICK.items()]
+  flags = " ".join(["--xla_force_host_platform_device_count=8", *quick])
+  env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+  command = [sys.executable, "-W", "error", "-m", "tests.mesh_cases", name]
+  done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+  assert done.returncode == 0 and "equal" in done.stdout, done.stderr[-3000:]

@@ -1,0 +1,250 @@
+"""Generation on eight simulated devices against one, in processes of generation/test_mesh.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+import dms_jax
+from dms_jax import cache as caches
+from dms_jax import checkpoint, execution, policies, spmd
+from dms_jax import testing as tiny
+from dms_jax.config import DMSConfig, LoRAConfig
+from dms_jax.execution import fastest_form
+from dms_jax.families import PRESETS
+from dms_jax.generation import decode as decoding
+from dms_jax.generation.batching import Generator
+from dms_jax.generation.conversation import place_like
+from dms_jax.generation.sampling import Sampling
+from dms_jax.generation.stops import StopCriteria
+from dms_jax.model import Model, check_policy
+from dms_jax.params import abstract_params, param_table
+from dms_jax.retrofit.distributed import MeshConfig
+from dms_jax.sharding import make_mesh
+from experiments import mesh_memory
+
+WINDOW = 5
+CONFIG = tiny.config(num_heads=8, num_kv_heads=4, vocab_size=96)
+SETTINGS = dict(max_new_tokens=12, eos=False, prefill_chunk=8, decode_block=8)
+PROMPTS = [tiny.tokens(CONFIG, 1, n, n)[0].tolist() for n in (1, 19, 8, 5, 3, 12, 30, 7)]
+
+
+def one_device(gates=None) -> Model:
+  return fastest_form(tiny.model(CONFIG, gates or tiny.dms(window=WINDOW)))
+
+
+def owned(cache) -> np.ndarray:
+  """Pages of each head [L, B, K]."""
+  return cache.whole(cache.shards.table.owned) if isinstance(cache, caches.ShardedCache) else cache.table.owned
+
+
+def check_pools(cache) -> None:
+  """On every device each page is free or owned, as often as its table says."""
+  parts = cache.shards.table.pages, cache.shards.table.owned, cache.shards.table.pool.owners
+  pages, own, owners = map(cache.by_device, parts)
+  for at in np.ndindex(cache.mesh.devices.shape):
+    listed = pages[at][np.arange(pages.shape[-1]) < own[at][..., None]]
+    np.testing.assert_array_equal(np.bincount(listed, minlength=owners.shape[-1]), owners[at])
+
+
+def assert_same(many, one) -> None:
+  """Tokens, tokens held and keys read are equal; log-probabilities by rounding: sums run in another order."""
+  assert many.tokens == one.tokens
+  np.testing.assert_allclose(many.logprobs, one.logprobs, atol=3e-5)
+  for name in ("seen", "live", "decode_reads", "prompt_reads", "peak", "bytes_live"):
+    np.testing.assert_array_equal(getattr(many.metrics, name), getattr(one.metrics, name), err_msg=name)
+  if caches.kind_of(one.conversation.cache) == "paged":
+    np.testing.assert_array_equal(owned(many.conversation.cache), owned(one.conversation.cache))
+
+
+def generates(kind: str, data: int, tensor: int, policy: policies.Policy | None = None, **settings) -> None:
+  model = one_device()
+  run = lambda model: dms_jax.generate(model, PROMPTS, policy=policy, cache=kind, **{**SETTINGS, **settings})
+  assert_same(run(spmd.place(model, make_mesh(data, tensor))), run(model))
+
+
+def caches_of_all_kinds() -> None:
+  generates("paged", 8, 1)
+  generates("contiguous", 1, 2)
+  generates("masked", 2, 4)
+  generates("paged", 2, 4)
+
+
+def other_policies() -> None:
+  """Heads that sample by their number, statistics of attention, a memory, pages that are selected, sampled tokens."""
+  sampled = dict(temperature=0.8, key=jax.random.key(3))
+  generates("paged", 2, 4, policies.Random(budget=12, window=4), **sampled)
+  generates("contiguous", 1, 4, policies.Quest(budget=16, page=4, window=3, dense_layers=0))
+  generates("paged", 1, 4, policies.RKV(budget=14, window=3, buffer=4))
+  generates("contiguous", 2, 2, policies.H2O(budget=12, window=5))
+
+
+def moves_of_other_kinds() -> None:
+  moves(("contiguous", "masked"))
+
+
+def moves(kinds: tuple[str, ...] = ("paged",)) -> None:
+  """A checkpoint is loaded to its shards; conversations go on over meshes, in memory and from disk."""
+  folder = Path(tempfile.mkdtemp())
+  checkpoint.save(folder / "model", tiny.model(CONFIG, tiny.dms(window=WINDOW), LoRAConfig(rank=2, scale=0.1)))
+  mesh = make_mesh(2, 4)
+  (one, _), (many, _) = dms_jax.load(folder / "model"), dms_jax.load(folder / "model", mesh=mesh)
+  layer = many.params["layers"][0]
+  assert layer["q_proj"].addressable_shards[0].data.shape[0] == CONFIG.num_heads // 4
+  assert len(many.params["embed"].addressable_shards[0].data) == CONFIG.vocab_size // 4
+  turn = [[3, 4]] * 8
+  for kind in kinds:
+    alone, begun = (dms_jax.generate(model, PROMPTS, cache=kind, **SETTINGS) for model in (one, many))
+    want = dms_jax.generate(one, turn, continue_from=alone, **SETTINGS)
+    dms_jax.save_conversation(folder / kind, begun)
+    for model, past in (
+      (many, begun), (one, begun), (many, alone),
+      (one, dms_jax.load_conversation(folder / kind, one)), (many, dms_jax.load_conversation(folder / kind, many)),
+    ):  # fmt: skip
+      got = dms_jax.generate(model, turn, continue_from=past, **SETTINGS)
+      assert got.tokens == want.tokens
+      np.testing.assert_array_equal(got.metrics.live, want.metrics.live)
+
+
+def decode_block(model: Model, kind: str, batch: int, capacity: int):
+  """(compiled program, cache) of two decode steps."""
+  policy, column = check_policy(model, None), lambda: jnp.zeros(batch, jnp.int32)
+  cache = caches.for_model(model, policy, batch=batch, capacity=capacity, kind=kind)
+  rows = place_like(model, decoding.DecodeState(column(), None, column(), column() + 4, column(), column()))
+  stop = StopCriteria(jnp.zeros(1, jnp.int32))
+  lowered = decoding.decode_block.lower(model, policy, cache, rows, Sampling(), stop, steps=2, history=False)
+  return lowered.compile(), cache
+
+
+def programs() -> None:
+  """Two sums a layer over "tensor", none over "data"; a device's memory is its share, and no cache is copied."""
+  mesh = make_mesh(2, 4)
+  model = spmd.place(tiny.model(CONFIG, tiny.dms(window=WINDOW)).unstacked(), mesh)
+  for kind in ("paged", "contiguous", "masked"):
+    program, cache = decode_block(model, kind, 8, 8192)
+    text = program.as_text()
+    found = re.findall(r"= (.*?) (all-\w+|reduce-scatter|collective-permute|collective-broadcast)(?:-start)?\(", text)
+    assert {name for _, name in found} <= {"all-reduce", "all-gather"}, found
+    activations = [shape for shape, _ in found if shape.startswith(f"f32[4,1,{CONFIG.d_model}]")]
+    assert len(activations) == 2 * CONFIG.num_layers + 1  # and the embedding
+    gathers = [shape for shape, name in found if name == "all-gather"]
+    assert len(gathers) == 1 and gathers[0].startswith(f"f32[4,{CONFIG.vocab_size}]")
+    # Once a step whether each of 4 rows found slots; after the block the counts of 2 steps and 4 rows.
+    rest = [shape for shape, name in found if name == "all-reduce" and shape not in activations]
+    assert all(re.fullmatch(r"\(?(s32\[(4|2,4)\]\{[\d,]*\}(, )?)+\)?", shape) for shape in rest), rest
+    groups = set(re.findall(r"replica_groups=(\{\{.*?\}\}|\[\S+)", text))
+    assert groups <= {"{{0,1,2,3},{4,5,6,7}}", "[2,4]<=[8]"}, groups
+    sizes = program.memory_analysis()
+    share = cache.device_bytes + sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(model))
+    whole = cache.nbytes + sum(x.nbytes for x in jax.tree.leaves(model)) * 2  # each of 2 rows of devices holds all
+    assert abs(share / (whole / 8) - 1) < 0.05 and abs(sizes.argument_size_in_bytes / share - 1) < 0.05
+    assert sizes.alias_size_in_bytes >= cache.device_bytes
+    if kind != "masked":  # whose attention reads all slots into an array of its own
+      assert sizes.temp_size_in_bytes < 0.1 * cache.device_bytes
+
+
+def a_large_model() -> None:
+  """70B, 32 chains of 128K tokens at CR 8: the arguments of a compiled decode block are what mesh_memory foresees."""
+  config, devices = mesh_memory.Config(), MeshConfig(tensor=8)
+  mesh, shape, dms = make_mesh(tensor=8), PRESETS[config.preset], DMSConfig(window=config.window)
+  table = param_table(shape, dms)
+  put = lambda tree, spec: jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)), tree
+  )
+  model = Model(abstract_params(table, jnp.bfloat16), shape, dms, mesh=mesh)
+  specs = spmd.model_specs(model, mesh)
+  model = model.replace(params=jax.tree.map(put, model.params, specs))
+  policy, column = check_policy(model, None), jax.ShapeDtypeStruct((config.rows,), jnp.int32)
+  slots = -(-config.tokens // int(config.cr))
+  make = lambda: caches.for_model(model, policy, batch=config.rows, capacity=slots, longest=config.tokens, kind="paged")
+  cache = put(jax.eval_shape(make), spmd.CACHE)
+  rows = put(decoding.DecodeState(column, None, column, column, column, column), spmd.ROWS)
+  stop = StopCriteria(jnp.zeros(1, jnp.int32))
+  with execution.override(bits_storage=False):
+    lowered = decoding.decode_block.lower(model, policy, cache, rows, Sampling(), stop, steps=2, history=False)
+  arguments = lowered.compile().memory_analysis().argument_size_in_bytes
+  found = mesh_memory.measure(config, devices)
+  expected = found["bytes"]["weights"] + found["bytes"]["cache"]
+  assert abs(arguments / expected - 1) < 0.05 and found["fits"], (arguments, expected)
+  on_tpu = mesh_memory.measure(dataclasses.replace(config, device_gib=95), MeshConfig(data=2, tensor=8))
+  assert on_tpu["fits"] and not mesh_memory.measure(dataclasses.replace(config, cr=1), devices)["fits"]
+  print({name: round(size / 2**30, 2) for name, size in found["bytes"].items()}, arguments / 2**30)
+
+
+def requests_over_heads() -> None:
+  requests_of_a_generator(1, 4)
+
+
+def requests_of_a_generator(data: int = 2, tensor: int = 2) -> None:
+  """The same tokens as alone on one device, though pages run out on the mesh and rows are preempted."""
+  model = one_device(tiny.dms(window=3))
+  sizes = dict(page_size=4, prefill_chunk=8, decode_block=4, max_length=96, eos=False, temperature=0.8)
+  rng, requests = np.random.default_rng(0), []
+  for seed in range(6):
+    length, new, chains = (int(rng.integers(*limits)) for limits in ((1, 40), (1, 40), (1, 3)))
+    requests.append((tiny.tokens(CONFIG, 1, length, seed)[0].tolist(), new, chains, jax.random.key(seed)))
+
+  def answer(model, width, **budget):
+    generator = Generator(model, width=width, **sizes, **budget)
+    tickets = []
+    for ids, new, chains, key in requests:
+      tickets.append(generator.submit(ids, max_new_tokens=new, chains=chains, key=key, keep=True))
+      for _ in range(2):
+        generator.step()
+    while generator.busy:
+      generator.step()
+      if model.mesh is not None:
+        check_pools(generator.cache)
+    assert not generator.cache.live().any()
+    return generator, [generator.results[ticket] for ticket in tickets]
+
+  _, want = answer(model, 3, pages=400)
+  mesh = make_mesh(data, tensor)
+  placed = spmd.place(model, mesh)
+  memory = Generator(placed, width=2 * data, **sizes).memory
+  longest = max(memory.pages_of(stored.cache) for one in want for stored in one.stored)
+  budget = memory.own.fixed_bytes + (longest + 2 * memory.pool_heads) * memory.own.page_bytes
+  few = dict(pages=memory.own.pages) if data > 1 else {}  # the pools grow, at last by way of host memory
+  generator, results = answer(placed, 2 * data, budget=budget, **few)
+  assert generator.preemptions and generator.cache.device_bytes <= budget
+  for got, one in zip(results, want, strict=True):
+    assert got.tokens == one.tokens and got.finish_reason == one.finish_reason
+    assert [used.until() for used in got.usage] == [used.until() for used in one.usage]
+    for mine, theirs in zip(got.stored, one.stored, strict=True):
+      np.testing.assert_array_equal(mine.cache.archived, theirs.cache.archived)
+
+
+def refusals() -> None:
+  import pytest
+
+  model, mesh = one_device(), make_mesh(2, 4)
+  placed = spmd.place(model, mesh)
+  for message, call in (
+    ("mesh.tensor=8 does not divide the 4 KV heads", lambda: spmd.place(model, make_mesh(1, 8))),
+    ("mesh.data=2 does not divide 3 rows", lambda: dms_jax.generate(placed, PROMPTS[:3], **SETTINGS)),
+    ("granularity=layer", lambda: spmd.place(one_device(tiny.dms(granularity="layer")), mesh)),
+    (r"decide together here \(TOVA\)", lambda: dms_jax.generate(
+      placed, PROMPTS, policy=policies.TOVA(budget=9, per_layer=True), **SETTINGS)),
+    ("the width 2 of a device", lambda: Generator(placed, width=4).submit([1], chains=3)),
+    ('on a mesh use "preempt"', lambda: Generator(placed, width=4, on_pressure="compress")),
+  ):  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+      call()
+
+
+QUICK = caches_of_all_kinds, programs, moves, requests_of_a_generator, refusals
+SLOW = other_policies, moves_of_other_kinds, requests_over_heads, a_large_model
+CASES = {case.__name__: case for case in (*QUICK, *SLOW)}
+
+if __name__ == "__main__":
+  assert jax.device_count() == 8
+  CASES[sys.argv[1]]()
+  print("equal")
