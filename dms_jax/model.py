@@ -414,11 +414,15 @@ def some_layers(
   """
   how = dataclasses.replace(Execution.choose(model, *x.shape[:2]), late_gates=False, least_rows=0)
   positions, _, attend = _attend_cache(model, policy, cache, plan, x.shape[:2], how)
-  rope, outs = rope_tables(model.config, positions), []
+  rope, states, outs = rope_tables(model.config, positions), cache.layer_state(), []
+
+  @jax.jit  # traced and lowered once; XLA puts it in line
+  def one(layer, index, x, carry, rope, states):
+    state = jax.tree.map(lambda leaf: leaf[index], states), None
+    return _layer(model, layer, index, state, (x, carry), rope, attend, how)
+
   for offset, layer in enumerate(layers):
-    index = first + offset
-    state = jax.tree.map(lambda leaf, index=index: leaf[index], cache.layer_state())
-    (x, carry), (state, seen, _) = _layer(model, layer, index, (state, None), (x, carry), rope, attend, how)
+    (x, carry), (state, seen, _) = one(layer, first + offset, x, carry, rope, states)
     outs.append((state, seen))
   return carry, x, outs
 
