@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 LEAST_ROWS = 8  # value of `Execution.least_rows`, where it is on
 LATE_ROWS = 32  # most rows for `Execution.late_gates`
 FEW_ROWS = 16  # most rows for `Execution.weights_left`
-MANY_LAYERS = 8  # fewest layers for `Execution.layers_apart`
+MANY_LAYERS = 8  # fewest layers for `Execution.layers_apart` and `Execution.step_layers`
+PART = 6  # most layers for `Execution.step_layers`
 
 _overrides = jax.make_user_context(())
 
@@ -63,6 +64,10 @@ class Execution:
     layers_apart: the host calls one compiled function for each layer of a prompt's chunk, on a CPU, from MANY_LAYERS
       layers in a list up. SmolLM2's chunk of 256 tokens is compiled in 3.4 instead of 20 s of CPU time, and again for a
       grown pool in 0.7 instead of 19; it then takes 0.9 s either way.
+    step_layers: layers of a decode step that one compiled function computes, on a CPU, from MANY_LAYERS layers in a
+      list up; the host calls it for each part of the layers. 0: a block of steps is one program. SmolLM2's block of
+      32 steps takes 18 to 22 s of CPU time to compile, parts of 6 layers 4 s; a step takes as long either way. Only
+      `generate` does this, and not for policies that merge or remove archived tokens, nor in a masked cache.
     skipped_filters: one program samples with and without top-k and top-p, on a CPU: at run time it skips a filter that
       excludes nothing, and setting one does not compile. A GPU would wait for the host to decide.
     replicated_writes: on a mesh of TPUs every device writes the whole pool of pages, because a kernel is not
@@ -79,6 +84,7 @@ class Execution:
   embed_barrier: bool = False
   jitted_attention: bool = False
   layers_apart: bool = False
+  step_layers: int = 0
   skipped_filters: bool = False
   replicated_writes: bool = False
 
@@ -87,10 +93,11 @@ class Execution:
     """The choices for a step of `tokens` tokens for each of `rows` rows, under the current mesh and overrides.
 
     Args:
-      model: None leaves `late_gates` and `layers_apart` off, the choices that depend on the model.
+      model: None leaves `late_gates`, `layers_apart` and `step_layers` off, the choices that depend on the model.
       rows, tokens: B and T of the step; with 0, fields that act in decode steps alone stay off.
     """
     kind, decodes = platform(), tokens == 1
+    many = model is not None and model.config.num_layers >= MANY_LAYERS
     cpu, gpu, tpu = (kind == name for name in ("cpu", "gpu", "tpu"))
     alone = gpu and row_and_head_axes(rows, 1) is None
     chosen: dict[str, Any] = dict(
@@ -103,17 +110,25 @@ class Execution:
       bits_storage=cpu,
       embed_barrier=cpu,
       jitted_attention=gpu,
-      layers_apart=cpu and model is not None and model.config.num_layers >= MANY_LAYERS,
+      layers_apart=cpu and many,
+      step_layers=_part(model.config.num_layers) if cpu and many else 0,
       skipped_filters=cpu,
       replicated_writes=tpu,
     )
     chosen |= _overrides.value
     if not decodes:
-      chosen |= dict(least_rows=0, late_gates=False, fused_gate=False)
+      chosen |= dict(least_rows=0, late_gates=False, fused_gate=False, step_layers=0)
     listed = model is not None and isinstance(model.params["layers"], list)
     chosen["layers_apart"] = bool(chosen["layers_apart"]) and listed and tokens > 1
+    chosen["step_layers"] = chosen["step_layers"] if listed else 0
     chosen["late_gates"] = bool(chosen["late_gates"]) and model is not None and _listed_adapters(model)
     return cls(**chosen)
+
+
+def _part(layers: int) -> int:
+  """The most layers, up to PART, into which `layers` divide; PART where that is fewer than half of it."""
+  size = max(size for size in range(1, PART + 1) if layers % size == 0)
+  return size if 2 * size >= PART else PART
 
 
 def _listed_adapters(model: Model) -> bool:

@@ -400,7 +400,7 @@ def cached_forward(
   late = how.late_gates and plan.remaining is None and cache.can_decide_late(policy)
   how = dataclasses.replace(how, late_gates=late)
   padded = partial(_pad_rows, least=how.least_rows)
-  positions, about, attend = _attend_cache(model, policy, cache, plan, tokens, how)
+  positions, about, attend = _attend_cache(model, policy, cache, plan, tokens.shape, how)
 
   x, xs = embed(model, padded(tokens), padded(positions)), (cache.layer_state(), override)
   x, carry, (states, seen, logits) = _run_layers(model, x, padded(positions), attend, how, cache.layer_carry(), xs)
@@ -421,15 +421,17 @@ def _planned(policy: Policy, cache: Cache, tokens, lengths, remaining) -> tuple[
   return cache, cache.plan(policy, lengths, tokens.shape[1], remaining)
 
 
-def _positions(plan: Plan, tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
-  return plan.seen[:, None] + jnp.arange(tokens.shape[1])
+def _positions(plan: Plan, width: int) -> Int[Array, "B T"]:
+  return plan.seen[:, None] + jnp.arange(width)
 
 
-def _attend_cache(model: Model, policy: Policy, cache: Cache, plan: Plan, tokens, how: Execution):
+def _attend_cache(
+  model: Model, policy: Policy, cache: Cache, plan: Plan, shape: tuple[int, int], how: Execution
+):  # fmt: skip
   """(positions of the tokens [B, T], those that they decide about [B, K, T], attention to the cache in a layer)."""
-  rows = tokens.shape[0]
-  positions = _positions(plan, tokens)
-  heads = (rows, model.config.num_kv_heads, tokens.shape[1])
+  rows, width = shape
+  positions = _positions(plan, width)
+  heads = (rows, model.config.num_kv_heads, width)
   about = jnp.broadcast_to((positions - cache.lag)[:, None], heads)
 
   def attend(carry, index, xs, q, k, v, gates):
@@ -446,32 +448,48 @@ def _attend_cache(model: Model, policy: Policy, cache: Cache, plan: Plan, tokens
 
 
 def begin_chunk(model: Model, policy: Policy, cache: Cache, tokens, lengths, remaining) -> tuple[Cache, Plan, Array]:
-  """The first part of `cached_forward` of a chunk: (cache, plan, embeddings), for `chunk_layer`."""
+  """The first part of `cached_forward`: (cache, plan, embeddings), for `chunk_layer` or `some_layers`."""
   cache, plan = _planned(policy, cache, tokens, lengths, remaining)
-  return cache, plan, constrain_rows(embed(model, tokens, _positions(plan, tokens)))
+  return cache, plan, constrain_rows(embed(model, tokens, _positions(plan, tokens.shape[1])))
 
 
 def chunk_layer(
-  model: Model, policy: Policy, cache: Cache, plan: Plan, layer: dict, index: Int[Array, ""], tokens, x: Array
+  model: Model, policy: Policy, cache: Cache, plan: Plan, layer: dict, index: Int[Array, ""], x: Array
 ) -> tuple[Cache, Array, tuple[Any, Usage]]:
-  """One layer of a chunk: (cache, x, (state, usage)), the last for `end_chunk`.
+  """One layer of a chunk: (cache, x, (state, usage)), the last for `end_chunk`; `some_layers` has the arguments."""
+  carry, x, (out,) = some_layers(model, policy, cache, plan, [layer], index, x, cache.layer_carry())
+  return cache.with_carry(carry), x, out
+
+
+def some_layers(
+  model: Model, policy: Policy, cache: Cache, plan: Plan, layers: list[dict], first: Int[Array, ""],
+  x: Float[Array, "B T D"], carry: Any,
+) -> tuple[Any, Array, list[tuple[Any, Usage]]]:  # fmt: skip
+  """Some layers of a chunk or a decode step: (carry, x, (state, usage) of each).
 
   Args:
     model: its own layers are not read.
-    layer: parameters of the layer.
-    index: of the layer.
-    tokens: int32 [B, T], of the chunk.
+    layers: parameters of each.
+    first: index of the first.
+    carry: of the cache, whose own arrays it replaces.
   """
-  how = Execution.choose(model, *tokens.shape)
-  positions, _, attend = _attend_cache(model, policy, cache, plan, tokens, how)
-  state = jax.tree.map(lambda leaf: leaf[index], cache.layer_state())
-  rope = rope_tables(model.config, positions)
-  (x, carry), (state, seen, _) = _layer(model, layer, index, (state, None), (x, cache.layer_carry()), rope, attend, how)
-  return cache.with_carry(carry), x, (state, seen)
+  how = dataclasses.replace(Execution.choose(model, *x.shape[:2]), late_gates=False, least_rows=0)
+  positions, _, attend = _attend_cache(model, policy, cache, plan, x.shape[:2], how)
+  rope, states, outs = rope_tables(model.config, positions), cache.layer_state(), []
+
+  @jax.jit  # traced and lowered once; XLA puts it in line
+  def one(layer, index, x, carry, rope, states):
+    state = jax.tree.map(lambda leaf: leaf[index], states), None
+    return _layer(model, layer, index, state, (x, carry), rope, attend, how)
+
+  for offset, layer in enumerate(layers):
+    (x, carry), (state, seen, _) = one(layer, first + offset, x, carry, rope, states)
+    outs.append((state, seen))
+  return carry, x, outs
 
 
 def end_chunk(cache: Cache, plan: Plan, x: Array, layers: list[tuple[Any, Usage]]) -> tuple[StepOutput, Cache]:
-  """The last part of `cached_forward` of a chunk, from what its layers returned."""
+  """The last part of `cached_forward`, from what its layers returned."""
   states, seen = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
   output = StepOutput(x, seen, None, plan.lengths, plan.stalled)
   return output, cache.commit(plan, cache.layer_carry(), states)

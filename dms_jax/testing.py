@@ -18,7 +18,7 @@ STDDEV = 0.12
 
 # Compiler options for functions that run a few times on many shapes: compilation takes a quarter of the time, a run
 # takes longer.
-QUICK = {"xla_backend_optimization_level": 0}
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
 if jax.__version_info__ < (0, 11):
   QUICK["xla_cpu_use_fusion_emitters"] = False
 

@@ -31,7 +31,7 @@ from experiments.reports import tables
 
 BASE = "none"  # the step with nothing switched off
 # These fields affect compile time or meshes. `tricks` can name one to switch it off, too.
-NOT_TIMED = ("jitted_attention", "layers_apart", "skipped_filters", "replicated_writes")
+NOT_TIMED = ("jitted_attention", "layers_apart", "step_layers", "skipped_filters", "replicated_writes")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -88,10 +88,12 @@ class Cache(Protocol):
     ensure_capacity: the cache, grown if `coming` more tokens a row, numpy int [B], might not fit, but never beyond what
       a text of `most` tokens needs.
     check: ValueError if the cache was made for another policy.
-    layer_carry, layer_state: the initial `carry`, and the `state` of all layers.
+    layer_carry, layer_state: the initial `carry`, and the `state` of all layers. `leaving`: see `begin_parts`.
     with_carry: the cache with the arrays of a `carry`, between two layers.
     takes_chunk: whether a step is a chunk of a prompt; ValueError if the policy refuses chunks.
     can_decide_late: whether a decode step may pass its decisions to `commit`.
+    steps_in_parts: whether a decode step may be several programs of some layers each (`Execution.step_layers`), between
+      `begin_parts` and `end_parts`.
   """
 
   seen: Int[Array, "B"]
@@ -109,7 +111,7 @@ class Cache(Protocol):
   def with_capacity(self, capacity: int, longest: int) -> Cache: ...
   def ensure_capacity(self, policy: Policy, coming: Any, most: int) -> Cache: ...
   def check(self, policy: Policy) -> None: ...
-  def layer_carry(self) -> Any: ...
+  def layer_carry(self, leaving: Any = None) -> Any: ...
   def layer_state(self) -> Any: ...
   def with_carry(self, carry: Any) -> Cache: ...
   def plan(
@@ -129,6 +131,15 @@ class Cache(Protocol):
 
   def takes_chunk(self, policy: Policy, num_tokens: int, remaining: Int[Array, "B"] | None) -> bool: ...
   def can_decide_late(self, policy: Policy) -> bool: ...
+  def steps_in_parts(self, policy: Policy) -> bool: ...
+  def begin_parts(self, plan: Plan, policy: Policy) -> tuple[Cache, Any]:
+    """(the cache with the tokens that leave the windows of all layers moved, these tokens), before the first part."""
+    ...
+
+  def end_parts(self, plan: Plan, policy: Policy, unobserved: list) -> Cache:
+    """The cache once the policy has observed what the parts' layers left unobserved, after the last part."""
+    ...
+
   def attend(
     self, plan: Plan, policy: Policy, layer: Int[Array, ""], carry: Any, state: Any, q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], evict: Bool[Array, "B K T"] | None,
@@ -242,6 +253,18 @@ class Common:
   def can_decide_late(self, policy: Policy) -> bool:
     """Whether a decode step may pass its decisions to `commit` instead of `attend`."""
     return False
+
+  def steps_in_parts(self, policy: Policy) -> bool:
+    """Whether a decode step may be several programs of some layers each."""
+    return False
+
+  def begin_parts(self, plan: Plan, policy: Policy) -> tuple[Cache, Any]:
+    """See `Cache`."""
+    raise NotImplementedError
+
+  def end_parts(self, plan: Plan, policy: Policy, unobserved: list) -> Cache:
+    """See `Cache`."""
+    raise NotImplementedError
 
   def check(self, policy: Policy) -> None:
     """Checks that the cache was made for a policy like `policy`.

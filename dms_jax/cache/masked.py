@@ -72,7 +72,7 @@ class MaskedCache(Common):
       lag=lag,
     )
 
-  def layer_carry(self):
+  def layer_carry(self, leaving=None):
     return self.kv, self.stats, self.memory
 
   def layer_state(self):

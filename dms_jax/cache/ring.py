@@ -65,7 +65,7 @@ class LayerCarry:
     archive: the pages' `Store`, if archives lie in pages, else None.
     leaving: [L, B, K, 2H], stored keys and values that leave the rings; only if the model's layers are a list.
     unobserved: (archived, queries, mass) of each layer that the policy will observe once all layers have written; only
-      if the model's layers are a list.
+      if the model's layers are a list. A program of some layers has its own alone.
   """
 
   kv: jax.Array
@@ -104,8 +104,8 @@ class RingCache(Common):
     if policy.page != self.page:
       raise ValueError(f"{type(policy).__name__} selects pages of {policy.page} slots, the cache has {self.page}")
 
-  def layer_carry(self):
-    return LayerCarry(self.kv, self.stats, self.summaries, self.memory, self._store())
+  def layer_carry(self, leaving=None):
+    return LayerCarry(self.kv, self.stats, self.summaries, self.memory, self._store(), leaving)
 
   def layer_state(self):
     return self.archived, self.evicted
@@ -187,6 +187,22 @@ class RingCache(Common):
   def can_decide_late(self, policy):
     return self._decided_ahead(policy) and not (policy.uses_keys or policy.gate_stats)
 
+  def steps_in_parts(self, policy):
+    return self._decided_ahead(policy) and not (policy.merges or policy.removes)
+
+  def begin_parts(self, plan, policy):
+    step = plan.placement.step
+    if step.merge is not None or step.closing is not None:
+      raise ValueError(f"{type(policy).__name__}.retire merges or removes tokens: set merges or removes of its class")
+    carry = self._all_left(plan, self.layer_carry())
+    return self.with_carry(carry), carry.leaving
+
+  def end_parts(self, plan, policy, unobserved):
+    if not unobserved:
+      return self
+    carry = self.layer_carry().replace(unobserved=tuple(unobserved))
+    return self.with_carry(self._all_observed(plan, policy, carry, plan.placement.reserved))
+
   def attend(self, plan, policy, layer, carry, state, q, k, v, evict, logits=None):
     if plan.placement.step is None:
       return chunk.attend(self, plan, policy, layer, carry, state, q, k, v, evict, logits)
@@ -206,13 +222,12 @@ class RingCache(Common):
 
     newest = jnp.broadcast_to(jnp.where(active[:, None], slot, slots), target.shape)
     new = rows_of(k, v, carry.kv.dtype)
-    if known and isinstance(layer, int) and step.merge is None:
+    listed = isinstance(layer, int) or carry.leaving is not None
+    if known and listed and step.merge is None:
       # Layers are a list: one write before the first layer moves the leaving tokens of all layers. This saves kernels:
       # a step on a GPU is many small ones.
-      if layer == 0:
-        lead = jnp.ix_(*(jnp.arange(n) for n in step.target.shape))
-        leaving = jax.lax.optimization_barrier(carry.kv[(*lead, slot)])
-        carry = self._moved(carry.replace(leaving=leaving), reserved, step.target, leaving)
+      if carry.leaving is None:
+        carry = self._all_left(plan, carry)
       # Stalled rows write, too: their old row. So the write depends on the read of `leaving`, follows it, and needs no
       # copy of the cache.
       stays = jnp.where(active[:, None, None], new[:, :, 0], carry.leaving[layer])
@@ -251,10 +266,10 @@ class RingCache(Common):
       out, read = self._selected(plan, policy, layer, carry, reserved, archived, q)
     elif policy.observes:
       out, mass = self._attended(carry, reserved, layer, q[:, 0], in_ring, archived, mass="mass" in policy.observes)
-      if isinstance(layer, int) and {"keys", "values"} & set(policy.observes):
+      if listed and {"keys", "values"} & set(policy.observes):
         # Nothing that a later layer writes would depend on this read of the cache, so XLA would copy the cache first.
         carry = carry.replace(unobserved=(*carry.unobserved, (archived, q, mass)))
-        if layer + 1 == len(carry.kv):
+        if isinstance(layer, int) and layer + 1 == len(carry.kv):
           carry = self._all_observed(plan, policy, carry, reserved)
       else:
         carry = self._observed(plan, policy, carry, reserved, layer, archived, q, mass)
@@ -262,6 +277,13 @@ class RingCache(Common):
       out, _ = self._attended(carry, reserved, layer, q[:, 0], in_ring, archived)
     decided = None if evict is None else evict[..., 0]
     return out[:, None], carry, (archived, decided), Usage(live, jnp.where(active[:, None], read, 0))
+
+  def _all_left(self, plan, carry):
+    """`carry` after the write that moves the leaving tokens of all layers in a decode step."""
+    step, slot = plan.placement.step, (plan.seen % self.ring)[:, None]
+    lead = jnp.ix_(*(jnp.arange(n) for n in step.target.shape))
+    leaving = jax.lax.optimization_barrier(carry.kv[(*lead, slot)])
+    return self._moved(carry.replace(leaving=leaving), plan.placement.reserved, step.target, leaving)
 
   def _closed(self, carry, reserved, layer, own: Closing):
     """`carry` with the gaps of a layer's archives closed."""

@@ -142,14 +142,23 @@ def decode_block(
     cache, rows, reads, _ = state
     running = rows.reason == RUNNING
     out, cache = cached_forward(model, policy, cache, rows.token[:, None], running.astype(jnp.int32))
-    fed = running & ~out.stalled
-    rows = rows.replace(reason=jnp.where(running & out.stalled, CAPACITY, rows.reason))
-    rows, emitted = choose(rows, last_logits(model, out), fed, sampling, stop)
-    now, step_reads = count(out.seen), jnp.sum(out.seen.reads, axis=(0, 2))
-    emitted = jax.tree.map(lambda x: x[0], emitted)
-    return (cache, rows, reads + now.reads, now.live), (emitted, now.held[0], step_reads, now.live if history else None)
+    rows, emitted, now = after_step(model, out, rows, sampling, stop)
+    emitted, held, step_reads = jax.tree.map(lambda x: x[0], (emitted, now.held, now.step_reads))
+    return (cache, rows, reads + now.reads, now.live), (emitted, held, step_reads, now.live if history else None)
 
   zeros = jnp.zeros((model.config.num_layers, rows.token.shape[0], model.config.num_kv_heads), jnp.int32)
   state = (cache, rows, zeros, zeros)
   (cache, rows, reads, live), (emitted, held, step_reads, history) = lax.scan(step, state, length=steps)
   return cache, rows, emitted, Counts(live, reads, held, history, step_reads)
+
+
+def after_step(
+  model: Model, out: StepOutput, rows: DecodeState, sampling: Sampling, stop: StopCriteria
+) -> tuple[DecodeState, Emitted, Counts]:
+  """(rows, their new tokens, counts) after one decode step; a row without space ends with reason CAPACITY."""
+  running = rows.reason == RUNNING
+  fed = running & ~out.stalled
+  rows = rows.replace(reason=jnp.where(running & out.stalled, CAPACITY, rows.reason))
+  rows, emitted = choose(rows, last_logits(model, out), fed, sampling, stop)
+  now = count(out.seen)
+  return rows, emitted, now.replace(step_reads=jnp.sum(out.seen.reads, axis=(0, 2))[None])

@@ -37,6 +37,7 @@ from dms_jax.generation.decode import (
   Emitted,
 )  # fmt: skip
 from dms_jax.generation.detokenize import Detokenizer
+from dms_jax.generation.layerwise import decode_block as decode_steps
 from dms_jax.generation.layerwise import read_chunk
 from dms_jax.generation.prefill import Chunk, read_prompts
 from dms_jax.generation.prompts import Prompts, check_lengths, prompt_ids
@@ -205,7 +206,7 @@ def generate(
   while (reason == RUNNING).any():
     if capacity is None:
       store = store.ensure_capacity(policy, np.where(reason == RUNNING, decode_block, 0), most)
-    store, state, emitted, counts = decoding.decode_block(
+    store, state, emitted, counts = decode_steps(
       model, policy, store, state, sampling, criteria, steps=decode_block, history=history
     )
     metrics = metrics.add(counts, decode=True)

@@ -1,4 +1,7 @@
-"""A chunk of a prompt, layer by layer through one compiled function (`Execution.layers_apart`)."""
+"""Prompt chunks and decode steps whose layers the host calls: few are compiled and serve all.
+
+See `Execution.layers_apart` and `Execution.step_layers`.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,12 @@ from dms_jax.cache import Cache, ShardedCache
 from dms_jax.cache.base import Plan, Usage
 from dms_jax.execution import Execution
 from dms_jax.generation import decode as decoding
+from dms_jax.generation.conversation import place_like
+from dms_jax.generation.decode import RUNNING, DecodeState, Emitted
+from dms_jax.generation.sampling import Sampling
+from dms_jax.generation.stops import StopCriteria
 from dms_jax.metrics import Counts, count
-from dms_jax.model import Model, begin_chunk, chunk_layer, end_chunk
+from dms_jax.model import Model, begin_chunk, chunk_layer, end_chunk, some_layers
 from dms_jax.policies import Policy
 
 _begin = jax.jit(begin_chunk, donate_argnames="cache")
@@ -38,12 +45,11 @@ def run_layers(
   remaining: Int[np.ndarray, "B"],
 ) -> tuple[Model, Cache, Plan, Float[Array, "B T D"], list[tuple[Any, Usage]]]:  # fmt: skip
   """(the model without its layers, and what `model.end_chunk` takes) after all layers of a chunk."""
-  layers = model.params["layers"]
-  head = model.replace(params={**model.params, "layers": []})
+  head, layers = _apart(model)
   cache, plan, x = _begin(head, policy, cache, tokens, lengths, remaining)
   outs = []
   for index, layer in enumerate(layers):
-    cache, x, out = _layer(head, policy, cache, plan, layer, np.int32(index), tokens, x)
+    cache, x, out = _layer(head, policy, cache, plan, layer, np.int32(index), x)
     outs.append(out)
   return head, cache, plan, x, outs
 
@@ -55,3 +61,84 @@ def _end(
 ) -> tuple[Cache, Float[Array, "B V"], Bool[Array, "B"], Counts]:  # fmt: skip
   out, cache = end_chunk(cache, plan, x, layers)
   return cache, decoding.chunk_logits(model, out, lengths, remaining, logits), out.stalled, count(out.seen)
+
+
+def _apart(model: Model) -> tuple[Model, list[dict]]:
+  """(the model without its layers, its layers)."""
+  return model.replace(params={**model.params, "layers": []}), model.params["layers"]
+
+
+# Decode steps ---------------------------------------------------------------------------------------------------------
+
+
+def decode_block(
+  model: Model, policy: Policy, cache: Cache, rows: DecodeState, sampling: Sampling, stop: StopCriteria, *, steps: int,
+  history: bool,
+) -> tuple[Cache, DecodeState, Emitted, Counts]:  # fmt: skip
+  """`decode.decode_block`, in parts of each step where `Execution` says so; consumes `cache` and `rows` as well.
+
+  An interrupt may lose both.
+  """
+  batch = rows.token.shape[0]
+  size = Execution.choose(model, batch, 1).step_layers
+  if not size or not cache.steps_in_parts(policy):
+    return decoding.decode_block(model, policy, cache, rows, sampling, stop, steps=steps, history=history)
+  head, layers = _apart(model)
+  made = place_like(model, _blank(model, batch, steps, history))
+  for step in range(steps):
+    cache, plan, leaving, x = _begin_step(head, policy, cache, rows)
+    outs, unobserved = [], []
+    for first in range(0, len(layers), size):
+      part = layers[first : first + size]
+      cache, x, own, waiting = _step_layers(head, policy, cache, plan, leaving, part, np.int32(first), x)
+      outs, unobserved = outs + own, unobserved + list(waiting)
+    cache, rows, made = _end_step(
+      head, policy, cache, plan, x, outs, unobserved, rows, sampling, stop, made, np.int32(step)
+    )
+  return cache, rows, *made
+
+
+def _blank(model: Model, batch: int, steps: int, history: bool) -> tuple[Emitted, Counts]:
+  """The results of a block in which no step has been made."""
+  heads = (model.config.num_layers, batch, model.config.num_kv_heads)
+  zeros = lambda *shape, dtype=np.int32: np.zeros(shape, dtype)
+  of_steps = lambda dtype=np.int32: zeros(steps, batch, dtype=dtype)
+  tokens, logprobs, valid = place_like(model, (of_steps(), of_steps(np.float32), of_steps(bool)))
+  counts = zeros(*heads), zeros(*heads), of_steps(), zeros(steps, *heads) if history else None, of_steps()
+  return Emitted(tokens, logprobs, valid), Counts(*place_like(model, counts))
+
+
+@partial(jax.jit, donate_argnames="cache")
+def _begin_step(model: Model, policy: Policy, cache: Cache, rows: DecodeState):
+  """(cache, plan, what leaves the windows, embeddings) of the rows that run."""
+  running = (rows.reason == RUNNING).astype(np.int32)
+  cache, plan, x = begin_chunk(model, policy, cache, rows.token[:, None], running, None)
+  cache, leaving = cache.begin_parts(plan, policy)
+  return cache, plan, leaving, x
+
+
+@partial(jax.jit, donate_argnames=("cache", "x"))
+def _step_layers(
+  model: Model, policy: Policy, cache: Cache, plan: Plan, leaving: Array, layers: list[dict], first: Int[Array, ""],
+  x: Float[Array, "B 1 D"],
+):  # fmt: skip
+  """(cache, x, (state, usage) of each layer, what the policy has not observed yet)."""
+  carry, x, outs = some_layers(model, policy, cache, plan, layers, first, x, cache.layer_carry(leaving))
+  return cache.with_carry(carry), x, outs, carry.unobserved
+
+
+@partial(jax.jit, donate_argnames=("cache", "rows", "made"))
+def _end_step(
+  model: Model, policy: Policy, cache: Cache, plan: Plan, x: Float[Array, "B 1 D"], layers: list[tuple[Any, Usage]],
+  unobserved: list, rows: DecodeState, sampling: Sampling, stop: StopCriteria, made: tuple[Emitted, Counts],
+  step: Int[Array, ""],
+) -> tuple[Cache, DecodeState, tuple[Emitted, Counts]]:  # fmt: skip
+  out, cache = end_chunk(cache.end_parts(plan, policy, unobserved), plan, x, layers)
+  rows, emitted, now = decoding.after_step(model, out, rows, sampling, stop)
+  before, counts = made
+  put = lambda array, value: None if array is None else array.at[step].set(value)
+  counts = Counts(
+    now.live, counts.reads + now.reads, put(counts.held, now.held[0]), put(counts.history, now.live),
+    put(counts.step_reads, now.step_reads[0]),
+  )  # fmt: skip
+  return cache, rows, (jax.tree.map(lambda array, value: put(array, value[0]), before, emitted), counts)

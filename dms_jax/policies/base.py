@@ -231,6 +231,7 @@ class Policy:
   remembers = False  # the policy has a memory of its own, arrays for each layer, row and KV head
   prunes = False  # before a decode step, `compact` cuts the rows that are `due`; the archive stays in text order
   overwrites = False  # `retire` may overwrite archived tokens or merge into them, so chains cannot share pages
+  merges = False  # `retire` may merge into archived tokens
   removes = False  # `retire` may remove archived tokens besides; such a policy overwrites, too
   replays = False  # a chunk of a prompt calls `retire` for one token after another, and equals as many decode steps
   exact_prefill = False  # prompts are read one token at a time, by decode steps inside one compiled loop

@@ -39,7 +39,7 @@ class DMC(Policy):
 
   objective = "dmc"
   uses_gates = True
-  overwrites = True
+  overwrites = merges = True
   exact_prefill = True
   stats = ("weight",)
   gate_stats = ("weight",)

@@ -5,6 +5,8 @@ Here caches are driven directly (`cache_driver`); `test_model.py` does the same 
 
 from __future__ import annotations
 
+import os
+
 import hypothesis
 import hypothesis.strategies as st
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ from tests.cache_driver import ATOL, KINDS, LAYERS, ROWS, SHAPES, Shape, Text, i
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@hypothesis.settings(max_examples=6)
+@hypothesis.settings(max_examples=3 if os.environ.get("DMS_QUICK") else 6)
 @hypothesis.given(shape=SHAPES, seeds=st.lists(st.integers(0, 2**31), min_size=4, max_size=4))
 def test_cache_is_mask(kind, shape, seeds):
   """Outputs, counts and what is held equal the masked formula and the released slot reuse, after every step.
@@ -31,8 +33,10 @@ def test_cache_is_mask(kind, shape, seeds):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("window", [0, 1, 40])
-@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize(
+  ("window", "shift"),
+  [(0, 0), (0, 1), (1, 1), (40, 1), *(pytest.param(window, 0, marks=pytest.mark.slow) for window in (1, 40))],
+)
 @pytest.mark.parametrize("rate", [0.0, 1.0])
 def test_extreme_windows(kind, window, shift, rate):
   """The smallest windows, and one longer than half the text; nothing evicted and everything."""

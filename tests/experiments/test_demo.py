@@ -125,7 +125,7 @@ def test_settings_are_checked():
 def test_the_program_from_checkpoints_to_its_last_line(tmp_path):
   base, retrofit = save_checkpoints(tmp_path)
   command = [
-    sys.executable, "-m", "experiments.demo", f"--checkpoint={base}", f"--retrofit={retrofit}", "--tokens=400",
+    sys.executable, "-m", "experiments.demo", f"--checkpoint={base}", f"--retrofit={retrofit}", "--tokens=150",
     "--new_tokens=12", "--chunk=64", f"--output={tmp_path / 'out'}",
   ]  # fmt: skip
   env = {**os.environ, "PYTHONPATH": str(report.ROOT)}
@@ -133,12 +133,12 @@ def test_the_program_from_checkpoints_to_its_last_line(tmp_path):
   assert done.returncode == 0, done.stderr
   line = json.loads(done.stdout.splitlines()[-1])
   assert line["dense"]["achieved_cr"] == 1.0 and line["dms"]["achieved_cr"] > 1 and line["dms"]["kl"] > 0
-  assert line["dense"]["seen_tokens"] == line["dms"]["seen_tokens"] == [411]
-  assert line["config"]["tokens"] == 400 and set(line["answers"]) == {"dense", "dms"}
+  assert line["dense"]["seen_tokens"] == line["dms"]["seen_tokens"] == [161]
+  assert line["config"]["tokens"] == 150 and set(line["answers"]) == {"dense", "dms"}
   assert Path(line["picture"]).read_bytes().startswith(b"\x89PNG")
   saved = json.loads((tmp_path / "out" / "report.json").read_text())
-  assert len(saved["dms"]["live_mean"]) == len(saved["dms"]["position"]) == 7 + 12
+  assert len(saved["dms"]["live_mean"]) == len(saved["dms"]["position"]) == 3 + 12
   assert "perplexity of what was read" in done.stdout
 
   short = subprocess.run([*command, "--text=/dev/null"], env=env, capture_output=True, text=True, timeout=300)
-  assert short.returncode == 1 and "error: --text=/dev/null: 0 tokens, fewer than --tokens=400" in short.stderr
+  assert short.returncode == 1 and "error: --text=/dev/null: 0 tokens, fewer than --tokens=150" in short.stderr

@@ -1,4 +1,4 @@
-"""Chunks of a prompt read layer by layer: equal to one program of all layers, and compiled once."""
+"""Prompt chunks and decode steps in parts: equal to one program of all layers, compiled once."""
 
 from __future__ import annotations
 
@@ -20,39 +20,61 @@ PROMPTS = [list(range(1, 40)), list(range(7, 21)), list(range(3, 70))]
     (dms_jax.DMS(window=5), "paged"), (dms_jax.DMS(window=5), "masked"), (dms_jax.Vanilla(), "contiguous"),
     (dms_jax.SnapKV(budget=20, window=7), "contiguous"), (dms_jax.TOVA(budget=16), "contiguous"),
     (dms_jax.H2O(budget=16), "paged"), (dms_jax.Quest(budget=32, page=8), "contiguous"),
+    (dms_jax.KeyDiff(budget=16), "contiguous"),
   ],
 )  # fmt: skip
 def test_layer_by_layer_is_all_layers_at_once(policy, kind):
-  model = tiny.model(gates=tiny.dms())
-  runs = []
-  for apart in (False, True):
-    with execution.override(layers="loop", layers_apart=apart):
+  """Three layers: decode steps take two, then one."""
+  model = tiny.model(tiny.config(num_layers=3), tiny.dms())
+  runs, sizes = [], layerwise._step_layers._cache_size()
+  for apart, size in ((False, 0), (True, 2)):
+    with execution.override(layers="loop", layers_apart=apart, step_layers=size):
       out = dms_jax.generate(
-        model, PROMPTS, policy=policy, cache=kind, max_new_tokens=6, eos=False, prefill_chunk=16, decode_block=3
-      )
+        model, PROMPTS, policy=policy, cache=kind, max_new_tokens=6, eos=False, prefill_chunk=16, decode_block=3,
+        history=True,
+      )  # fmt: skip
     runs.append(out)
+  assert layerwise._step_layers._cache_size() > sizes or kind == "masked"
   whole, apart = runs
   assert whole.tokens == apart.tokens
   np.testing.assert_allclose(np.array(apart.logprobs), np.array(whole.logprobs), atol=1e-5)
-  np.testing.assert_array_equal(apart.metrics.achieved_cr, whole.metrics.achieved_cr)
+  for name in ("achieved_cr", "history", "decode_reads", "peak", "live"):
+    np.testing.assert_array_equal(getattr(apart.metrics, name), getattr(whole.metrics, name))
+  for one, other in zip(apart.usage, whole.usage, strict=True):
+    jax.tree.map(np.testing.assert_array_equal, vars(one), vars(other))
   np.testing.assert_array_equal(
     np.asarray(apart.conversation.cache.live()), np.asarray(whole.conversation.cache.live())
   )
 
 
-def test_one_program_serves_all_layers_and_numbers():
-  model = tiny.model(gates=tiny.dms())
+def test_one_program_serves_all_layers_numbers_and_samplings():
+  model = tiny.model(tiny.config(num_layers=4), tiny.dms())
   layerwise._layer.clear_cache()
-  with execution.override(layers="loop", layers_apart=True):
-    for threshold, length in ((0.0, 40), (1.0, 40), (0.5, 64)):
+  layerwise._step_layers.clear_cache()
+  layerwise._end_step.clear_cache()
+  with execution.override(layers="loop", layers_apart=True, step_layers=2):
+    for threshold, length, sampling in (
+      (0.0, 40, {}), (1.0, 40, dict(temperature=0.7, key=jax.random.key(0))),
+      (0.5, 64, dict(temperature=1.0, top_k=3, key=jax.random.key(0))),
+    ):  # fmt: skip
       policy = dms_jax.DMS(window=5, threshold=threshold)
-      dms_jax.generate(model, [list(range(length))], policy=policy, max_new_tokens=0, prefill_chunk=16)
-  assert layerwise._layer._cache_size() == 1
+      settings = dict(max_new_tokens=3, prefill_chunk=16, decode_block=2, capacity=80, eos=False)
+      dms_jax.generate(model, [list(range(length))], policy=policy, **settings, **sampling)
+  assert layerwise._layer._cache_size() == layerwise._step_layers._cache_size() == 1
+  assert layerwise._end_step._cache_size() == 2  # greedy and sampled
 
 
 def test_only_models_of_many_layers_on_a_cpu():
   model = tiny.model()
-  choose = lambda tokens: execution.Execution.choose(execution.fastest_form(model), 1, tokens).layers_apart
-  assert jax.default_backend() == "cpu" and not choose(16)
-  with execution.override(layers_apart=True):
-    assert choose(16) and not choose(1)
+  choose = lambda tokens: execution.Execution.choose(execution.fastest_form(model), 1, tokens)
+  assert jax.default_backend() == "cpu" and not choose(16).layers_apart and not choose(1).step_layers
+  with execution.override(layers_apart=True, step_layers=2):
+    assert choose(16).layers_apart and not choose(1).layers_apart
+    assert choose(1).step_layers == 2 and not choose(16).step_layers
+    assert not execution.Execution.choose(model, 1, 1).step_layers  # stacked layers
+
+
+def test_few_sizes_of_parts_for_a_step():
+  """All parts of a step have one size, for which two programs would be compiled otherwise, unless it is small."""
+  sizes = {count: execution._part(count) for count in (16, 22, 24, 28, 30, 32, 36, 48, 80)}
+  assert sizes == {16: 4, 22: 6, 24: 6, 28: 4, 30: 6, 32: 4, 36: 6, 48: 6, 80: 5}

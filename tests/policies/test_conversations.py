@@ -192,7 +192,7 @@ def test_a_request_s_budget_decides_over_h2o_s_half():
   model = tiny.model()
   prompt = tiny.tokens(model.config, 1, 23)[0].tolist()
   settings = dict(eos=False, prefill_chunk=8, decode_block=4)
-  generator = dms_jax.Generator(model, policy=policies.H2O(budget=16), width=2, page_size=4, **settings)
+  generator = dms_jax.Generator(model, policy=policies.H2O(budget=16), width=2, page_size=4, pages=200, **settings)
   tickets = {n: generator.submit(prompt, max_new_tokens=12, budget=n) for n in (7, 30)}
   list(generator.run())
   for budget, ticket in tickets.items():

@@ -110,7 +110,7 @@ def test_requests_have_budgets_of_their_own():
 
 def test_requests_have_levels_of_their_own(together):
   """`submit(cr=)` answers as `generate`, whatever the generator's own; without it, the ratio whose threshold is 0."""
-  generator = dms_jax.Generator(MODEL, width=4, page_size=4, eos=False, prefill_chunk=8, decode_block=4)
+  generator = dms_jax.Generator(MODEL, width=4, page_size=4, pages=200, eos=False, prefill_chunk=8, decode_block=4)
   assert generator.numbers == {"cr": 4.0}
   tickets = [generator.submit(p, max_new_tokens=NEW, cr=cr) for p, cr in zip(PROMPTS, CRS, strict=True)]
   list(generator.run())

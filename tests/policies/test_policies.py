@@ -121,8 +121,15 @@ def feed(policy, cache, text, start, lengths, width):
   return cache_driver.step(cache_driver.poison(cache), policy, *rest, evict, lengths)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", CASES)
+# Every cache for each method; the variants of its numbers in one cache, and in all of them at length.
+EVERYWHERE = [
+  pytest.param(case, kind, marks=[pytest.mark.slow] * (("-" in case or case == "tied") and kind != "contiguous"))
+  for case in CASES
+  for kind in KINDS
+]
+
+
+@pytest.mark.parametrize(("case", "kind"), EVERYWHERE)
 def test_policy_is_its_paper(case, kind):
   """Attention, tokens held, slots and reads after every step; rows pause at random and end at different lengths.
 

@@ -263,7 +263,7 @@ def test_requests_are_answered_as_alone(case):
   gates, policy = GENERATED[case]
   model, options = tiny.model(gates=gates), dict(eos=False, prefill_chunk=8, decode_block=4)
   prompts = [tiny.tokens(model.config, 1, n, seed=n)[0].tolist() for n in (29, 11)]
-  generator = dms_jax.Generator(model, policy=policy, width=3, page_size=4, **options)
+  generator = dms_jax.Generator(model, policy=policy, width=3, page_size=4, pages=200, **options)
   tickets = [generator.submit(p, max_new_tokens=8, chains=n) for p, n in zip(prompts, (2, 1), strict=True)]
   list(generator.run())
   alone = dms_jax.generate(model, prompts, policy=policy, max_new_tokens=8, **options)
