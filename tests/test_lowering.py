@@ -132,5 +132,5 @@ def test_prompts_read_together_lower_for_cuda(sweep):
   arguments = model, policy.replace(threshold=struct((reads,), jnp.float32)), cache, column
   logits = struct((WIDTH, model.config.vocab_size), jnp.float32)
   with compat.assume_hopper():
-    traced = together._prefill_rows.trace(*arguments, struct((reads, 64), jnp.int32), column, column, logits, places=8)
+    traced = together._whole.trace(*arguments, struct((reads, 64), jnp.int32), column, column, logits, places=8)
     assert "prefill_" in traced.lower(lowering_platforms=("cuda",)).as_text()

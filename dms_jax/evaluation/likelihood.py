@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dms_jax import masks
 from dms_jax.cache import Cache
 from dms_jax.evaluation.text import cache_for_text, decode_text
-from dms_jax.generation.decode import prefill_chunk
+from dms_jax.generation.layerwise import read_chunk
 from dms_jax.generation.prefill import Chunk, read_prompts
 from dms_jax.model import Eviction, Model, check_policy, forward, unembed
 from dms_jax.policies import Policy
@@ -203,7 +203,7 @@ def policy_logprobs(
 
   def feed(part: Chunk) -> np.ndarray:
     nonlocal cache, logits
-    cache, logits, stalled, _ = prefill_chunk(model, policy, cache, part.tokens, part.lengths, part.remaining, logits)
+    cache, logits, stalled, _ = read_chunk(model, policy, cache, part.tokens, part.lengths, part.remaining, logits)
     return np.asarray(stalled)
 
   done = read_prompts(prompts, chunk, feed)

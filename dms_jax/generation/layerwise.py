@@ -5,7 +5,12 @@ See `Execution.layers_apart` and `Execution.step_layers`.
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import jax
@@ -24,6 +29,8 @@ from dms_jax.metrics import Counts, count
 from dms_jax.model import Model, begin_chunk, chunk_layer, end_chunk, some_layers
 from dms_jax.policies import Policy
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 _begin = jax.jit(begin_chunk, donate_argnames="cache")
 _layer = jax.jit(chunk_layer, donate_argnames=("cache", "x"))
 
@@ -33,11 +40,40 @@ def read_chunk(
   lengths: Int[np.ndarray, "B"], remaining: Int[np.ndarray, "B"], logits: Float[Array, "B V"],
 ) -> tuple[Cache | ShardedCache, Float[Array, "B V"], Bool[Array, "B"], Counts]:  # fmt: skip
   """`decode.prefill_chunk`, layer by layer where `Execution` says so; consumes `cache` and `logits` as well."""
-  apart = model.mesh is None and Execution.choose(model, *tokens.shape).layers_apart
-  if policy.exact_prefill or not apart:
+  if not reads_apart(model, policy, tokens.shape):
     return decoding.prefill_chunk(model, policy, cache, tokens, lengths, remaining, logits)
   head, cache, plan, x, layers = run_layers(model, policy, cache, tokens, lengths, remaining)
   return _end(head, cache, plan, x, layers, lengths, remaining, logits)
+
+
+def reads_apart(model: Model, policy: Policy, shape: tuple[int, int]) -> bool:
+  """Whether a chunk of `shape` [B, T] is read layer by layer; on a mesh it is not."""
+  return model.mesh is None and not policy.exact_prefill and Execution.choose(model, *shape).layers_apart
+
+
+@contextlib.contextmanager
+def unbroken() -> Iterator[None]:
+  """Holds back SIGINT and SIGTERM until the block ends: between two programs of a chunk no cache is whole.
+
+  Only the main thread gets signals; elsewhere nothing changes.
+  """
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
+  caught: list[tuple[int, FrameType | None]] = []
+  before = {number: handler for number in SIGNALS if (handler := signal.getsignal(number)) is not None}
+  for number in before:
+    signal.signal(number, lambda *args: caught.append(args))
+  try:
+    yield
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+    for number, frame in caught[:1]:
+      if callable(handler := before[number]):
+        handler(number, frame)
+      elif handler == signal.SIG_DFL:
+        signal.raise_signal(number)
 
 
 def run_layers(
@@ -80,7 +116,7 @@ def decode_block(
   An interrupt may lose both.
   """
   batch = rows.token.shape[0]
-  size = Execution.choose(model, batch, 1).step_layers
+  size = Execution.choose(model, batch, 1).step_layers if model.mesh is None else 0
   if not size or not cache.steps_in_parts(policy):
     return decoding.decode_block(model, policy, cache, rows, sampling, stop, steps=steps, history=history)
   head, layers = _apart(model)

@@ -1,4 +1,4 @@
-"""Prompts of a `Generator`: several rows read in one compiled call, each as if it were alone.
+"""Prompts of a `Generator`: several rows read in one call, each as if it were alone.
 
 Every call reads the next chunk of up to `PromptReader.rows` prompts, and fewer leave rows empty. Its width T and the
 pages that it knows follow from each prompt's own length, and only prompts with equal ones share a call. So a prompt is
@@ -22,14 +22,16 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dms_jax import spmd
-from dms_jax.cache import PagedCache
+from dms_jax.cache import PagedCache, ShardedCache
 from dms_jax.cache import rows as cache_rows
+from dms_jax.cache.base import Plan, Usage
 from dms_jax.generation.conversation import place_like
+from dms_jax.generation.layerwise import reads_apart, run_layers, unbroken
 from dms_jax.generation.pages import PagedRows
 from dms_jax.generation.prefill import Chunk, read_prompts
 from dms_jax.generation.results import ChainUsage, add_prompts
 from dms_jax.metrics import Counts, count
-from dms_jax.model import Model, cached_forward, last_logits
+from dms_jax.model import Model, StepOutput, cached_forward, end_chunk, last_logits
 from dms_jax.policies import Policy
 from dms_jax.policies.base import with_numbers
 from dms_jax.spmd import on_mesh
@@ -39,15 +41,55 @@ LEAST_WIDTH = 16  # least width of a chunk's program
 MOST_ROWS = 64  # most prompts of a call by default: more bring no speed
 
 
+def _prefill_rows(
+  model: Model, policy: Policy, cache: PagedCache | ShardedCache, rows: Int[np.ndarray, "R"],
+  tokens: Int[np.ndarray, "R T"], lengths: Int[np.ndarray, "R"], remaining: Int[np.ndarray, "R"],
+  logits: Float[Array, "B V"], *, places: int,
+) -> tuple[PagedCache | ShardedCache, Float[Array, "B V"], Bool[Array, "R"], Counts]:  # fmt: skip
+  """`layerwise.read_chunk` for the rows `rows`, those past the last row being none; on a mesh R rows of each pool.
+
+  It consumes `cache` and `logits`.
+  """
+  if not reads_apart(model, policy, tokens.shape):
+    return _whole(model, policy, cache, rows, tokens, lengths, remaining, logits, places=places)
+  part, others = _take(cache, rows, places=places)
+  head, part, plan, x, layers = run_layers(model, policy, part, tokens, lengths, remaining)
+  cache, part = others.replace(store=part.store), part.replace(store=None)
+  return _put(head, cache, part, plan, x, layers, rows, remaining, logits)
+
+
 @partial(jax.jit, static_argnames="places", donate_argnames=("cache", "logits"))
 @on_mesh(spmd.CACHE, spmd.ROWS, spmd.ROWS, spmd.COUNTS)
-def _prefill_rows(
+def _whole(
   model: Model, policy: Policy, cache: PagedCache, rows: Int[Array, "R"], tokens: Int[Array, "R T"],
   lengths: Int[Array, "R"], remaining: Int[Array, "R"], logits: Float[Array, "B V"], *, places: int,
 ) -> tuple[PagedCache, Float[Array, "B V"], Bool[Array, "R"], Counts]:  # fmt: skip
-  """`decode.prefill_chunk` for the rows `rows`, those past the last row being none; on a mesh R rows of each pool."""
+  """`_prefill_rows` in one program."""
   part = cache_rows.take_rows(cache, rows, places)
   out, part = cached_forward(model, policy, part, tokens, lengths, remaining=remaining)
+  return _results(model, cache, part, out, rows, remaining, logits)
+
+
+@partial(jax.jit, static_argnames="places", donate_argnames="cache")
+def _take(cache: PagedCache, rows: Int[Array, "R"], *, places: int) -> tuple[PagedCache, PagedCache]:
+  """(the rows `rows` with the pool, `cache` without its pool)."""
+  return cache_rows.take_rows(cache, rows, places), cache.replace(store=None)
+
+
+@partial(jax.jit, donate_argnames=("cache", "logits"))
+def _put(
+  model: Model, cache: PagedCache, part: PagedCache, plan: Plan, x: Float[Array, "R T D"],
+  layers: list[tuple[Any, Usage]], rows: Int[Array, "R"], remaining: Int[Array, "R"], logits: Float[Array, "B V"],
+) -> tuple[PagedCache, Float[Array, "B V"], Bool[Array, "R"], Counts]:  # fmt: skip
+  """The end of `_prefill_rows` after all layers: `part` is without its pool, which `cache` has."""
+  out, part = end_chunk(part.replace(store=cache.store), plan, x, layers)
+  return _results(model, cache, part, out, rows, remaining, logits)
+
+
+def _results(
+  model: Model, cache: PagedCache, part: PagedCache, out: StepOutput, rows: Array, remaining: Array, logits: Array
+) -> tuple[PagedCache, Array, Array, Counts]:
+  """What `_prefill_rows` returns, from the later state `part` of its rows."""
   ended = (out.lengths > 0) & (remaining == 0)
   logits = logits.at[jnp.where(ended, rows, len(logits))].set(last_logits(model, out), mode="drop")
   return cache_rows.put_rows(cache, rows, part), logits, out.stalled, count(out.seen)
@@ -163,7 +205,7 @@ class PromptReader:
   def _call(
     self, prompts: Sequence[Prompt], chunks: Sequence[np.ndarray], after: Sequence[int], width: int, places: int, logits
   ) -> tuple[Any, Any, Counts]:
-    """One compiled call for some prompts: (logits, which rows had no space, counts), by `_places_of` the prompts."""
+    """One call for some prompts: (logits, which rows had no space, counts), by `_places_of` the prompts."""
     count, own = self.rows * self.memory.pools, self.memory.pool_rows
     rows, tokens = np.full(count, own, np.int32), np.zeros((count, width), np.int32)
     lengths, remaining = np.zeros(count, np.int32), np.zeros(count, np.int32)
@@ -172,9 +214,10 @@ class PromptReader:
       rows[place], lengths[place], remaining[place] = prompt.row % own, len(chunk), left
       tokens[place, : len(chunk)], numbers[place] = chunk, prompt.numbers
     policy = with_numbers(self.policy, {name: [own[name] for own in numbers] for name in numbers[0]})
-    self.memory.cache, logits, stalled, counts = _prefill_rows(
-      self.model, policy, self.memory.cache, rows, tokens, lengths, remaining, logits, places=places
-    )
+    with unbroken():
+      self.memory.cache, logits, stalled, counts = _prefill_rows(
+        self.model, policy, self.memory.cache, rows, tokens, lengths, remaining, logits, places=places
+      )
     return logits, stalled, counts
 
   def _parts(self, prompts: Sequence[Prompt]) -> Iterator[list[Prompt]]:

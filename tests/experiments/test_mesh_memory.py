@@ -1,4 +1,4 @@
-"""mesh_memory: 70B at CR 8 fits eight devices and dense does not; what a mesh cannot split is refused."""
+"""Bytes on each device of a mesh: as compiled, as stated, and what fits where."""
 
 from __future__ import annotations
 

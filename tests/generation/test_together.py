@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+
 import jax
 import numpy as np
 import pytest
 
-from dms_jax import policies
+from dms_jax import execution, policies
 from dms_jax import testing as tiny
 from dms_jax.config import DMSConfig
+from dms_jax.generation import layerwise
 from dms_jax.generation.batching import Generator
 from dms_jax.generation.together import default_rows
 from dms_jax.tokenizer import byte_tokenizer
@@ -239,7 +242,7 @@ def test_every_program_is_compiled_once(model):
   from dms_jax.generation import decode, pages, rows, together
 
   programs = (
-    decode.decode_block, decode.first_token, together._prefill_rows, pages._settled, cache_rows.fork_row, rows._placed,
+    decode.decode_block, decode.first_token, together._whole, pages._settled, cache_rows.fork_row, rows._placed,
     rows._first, rows._over, rows._reasons,
   )  # fmt: skip
   placed = jax.device_put(model, jax.devices()[0])
@@ -250,3 +253,41 @@ def test_every_program_is_compiled_once(model):
     generator.submit([1 + number] * (1 + number), max_new_tokens=7, chains=1 + number % 3, key=jax.random.key(number))
   list(generator.run())
   assert [program._cache_size() for program in programs] == [1] * len(programs)
+
+
+@pytest.mark.parametrize("name", ["dms", "snapkv", "quest"])
+def test_layer_by_layer_is_all_layers_at_once(model, name):
+  """Prompts of several requests through one compiled layer, in a pool that grows."""
+  policy, numbers = CASES[name]
+  runs, sizes = [], layerwise._layer._cache_size()
+  for apart in (False, True):
+    with execution.override(layers="loop", layers_apart=apart):
+      runs.append(served(model, policy=policy, numbers=numbers, pages=60))
+  assert layerwise._layer._cache_size() > sizes
+  for whole, one in zip(*(run.values() for run in runs), strict=True):
+    assert whole.tokens == one.tokens
+    np.testing.assert_allclose(np.concatenate(one.logprobs), np.concatenate(whole.logprobs), atol=1e-5)
+    for own, other in zip(one.usage, whole.usage, strict=True):
+      jax.tree.map(np.testing.assert_array_equal, vars(own), vars(other))
+
+
+def test_ctrl_c_between_the_layers_of_a_chunk_waits_for_its_end(model, monkeypatch):
+  """The interrupt comes after the chunk: the generator goes on and writes what it would have written."""
+  call = layerwise._layer
+
+  def interrupting(*args):
+    monkeypatch.setattr(layerwise, "_layer", call)
+    signal.raise_signal(signal.SIGINT)
+    return call(*args)
+
+  with execution.override(layers="loop", layers_apart=True):
+    expected = [result.tokens for result in served(model).values()]
+    generator = Generator(model, **SIZES, pages=400, prefill_rows=4)
+    for place, prompt in enumerate(prompts_of(model)):
+      generator.submit(prompt, max_new_tokens=6, chains=1 + (place == 1), key=jax.random.key(place))
+    monkeypatch.setattr(layerwise, "_layer", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+      generator.step()
+    while generator.busy:
+      generator.step()
+  assert [result.tokens for result in generator.results.values()] == expected
