@@ -285,3 +285,21 @@ def threshold_of_share(noisy, mask, share):
   """The value of `noisy` [L, B, K, T], pads left out, above which `share` of its values lie."""
   values = sorted((v for l in noisy for b, row in enumerate(l) for k in row for v in k[mask[b]]), reverse=True)
   return values[min(round(share * len(values)), len(values) - 1)]
+
+
+def threshold_derivative(logits, mask, threshold, move):
+  """Change of the threshold, per unit of `move`, that keeps the share of logits above it over all logistic noise.
+
+  By bisection and a central difference, in float64; the share is the mean probability 1 / (1 + exp(threshold - logit)).
+  """
+  rows = [(l, b, k) for l in range(logits.shape[0]) for b in range(logits.shape[1]) for k in range(logits.shape[2])]
+  values, moves = (np.concatenate([np.asarray(x[at], np.float64)[mask[at[1]]] for at in rows]) for x in (logits, move))
+  share = lambda x, at: np.mean(1 / (1 + np.exp(at - x)))
+  ends = []
+  for step in (-1e-4, 1e-4):
+    low, high = threshold - 1.0, threshold + 1.0
+    for _ in range(60):
+      middle = (low + high) / 2
+      low, high = (middle, high) if share(values + step * moves, middle) > share(values, threshold) else (low, middle)
+    ends.append(low)
+  return (ends[1] - ends[0]) / 2e-4

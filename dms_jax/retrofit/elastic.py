@@ -5,9 +5,11 @@ reads the batch dense, without a gradient for anything but the gates, and gives 
 quantile of the batch's noisy logits at which its share is above, so that the ratio needs no penalty: the loss is the
 distillation's alone. The second pass evicts at these thresholds.
 
-Raising all logits of a row raises its threshold with them and changes no decision. The gradient knows that: a threshold
-has the derivative of the mean of its row's logits, so that what a step changes is the order of the tokens. Gates read
-the residual stream, but send no gradient into it: low-rank updates serve the distillation alone.
+The derivative of a threshold is that of the quantile over all noise: of the mean of the logits near it. So raising all
+logits raises it with them and changes no decision, and what a step changes is the order of the tokens. Tokens whose
+decision is certain get no gradient, as under the paper's loss. A mean over all tokens would push them further at every
+step, until most heads evict all or nothing. Gates read the residual stream, but send no gradient into it: low-rank
+updates serve the distillation alone.
 
 At the end of a run `calibrated` measures the thresholds at which the gates are read from then on, without noise.
 """
@@ -58,12 +60,24 @@ def quantiles(
 
 
 def thresholds(
-  logits: Float[Array, "L B K T"], noise: Float[Array, "L B K T"], counted: Bool[Array, "B T"], share: Float[Array, "B"]
-) -> Float[Array, "B"]:
-  """The threshold of each row: the quantile of all rows' noisy logits, with the derivative of its own logits' mean."""
-  values = quantiles(jax.lax.stop_gradient(logits + noise), counted, share)
-  count = jnp.maximum(counted.sum(axis=1), 1) * (logits.shape[0] * logits.shape[2])
-  mean = jnp.where(counted[:, None], logits, 0.0).sum(axis=(0, 2, 3)) / count.astype(jnp.float32)
+  logits: Float[Array, "L B K T"], noise: Float[Array, "L B K T"], counted: Bool[Array, "B T"], share: Float[Array, "S"]
+) -> Float[Array, "S"]:
+  """The thresholds above which each share of all rows' noisy logits lies, with the derivative of the logits at them.
+
+  It is the derivative of the quantile over all noise: that of the mean of the logits, each weighted by the density of
+  logistic noise that lifts it to the threshold.
+  """
+  fixed = jax.lax.stop_gradient(logits)
+  values = quantiles(fixed + noise, counted, share)
+  lowest = jnp.finfo(jnp.float32).min  # not -inf: a batch of padding has no weight to divide by
+
+  @jax.checkpoint
+  def at(value: Float[Array, ""]) -> Float[Array, ""]:
+    away = fixed - value
+    density = jnp.where(counted[:, None], jax.nn.log_sigmoid(away) + jax.nn.log_sigmoid(-away), lowest)
+    return jnp.sum(jax.nn.softmax(density, axis=None) * jnp.where(counted[:, None], logits, 0.0))
+
+  mean = jax.lax.map(at, values)
   return values + (mean - jax.lax.stop_gradient(mean))
 
 

@@ -90,7 +90,7 @@ def test_ranks_of_the_logistic_distribution_are_calibrated():
 
 
 def test_thresholds_of_a_batch_against_numpy():
-  """Values: every share of the counted logits, 0 and 1 too. Derivative: that of the mean of the row's own."""
+  """Values: every share of the counted logits, 0 and 1 too. Derivative: the share over all noise stays the same."""
   rng = np.random.default_rng(0)
   logits, noise, move = (rng.normal(size=(2, 3, 2, 40)).astype(np.float32) for _ in range(3))
   counted = np.ones((3, 40), bool)
@@ -99,8 +99,21 @@ def test_thresholds_of_a_batch_against_numpy():
   of = lambda logits: elastic.thresholds(logits, jnp.asarray(noise), jnp.asarray(counted), jnp.asarray(share))
   values, moved = jax.jvp(of, (jnp.asarray(logits),), (jnp.asarray(move),))
   assert values.tolist() == [trained_oracle.threshold_of_share(logits + noise, counted, p) for p in share]
-  means = [move[:, row][..., counted[row]].mean(dtype=np.float64) for row in range(3)]
-  np.testing.assert_allclose(moved, means, atol=1e-6)
+  want = [trained_oracle.threshold_derivative(logits, counted, float(x), move) for x in values]
+  np.testing.assert_allclose(moved, want, atol=1e-5)
+
+
+def test_certain_decisions_send_no_gradient_through_a_threshold():
+  """A head far from its threshold has none; where no logit is near one, its derivative still moves with all of them."""
+  logits = np.random.default_rng(0).normal(size=(1, 3, 2, 40)).astype(np.float32)
+  counted, share = jnp.ones((3, 40), bool), jnp.asarray([0.3, 0.7, 0.9], jnp.float32)
+  of = lambda logits: elastic.thresholds(logits, jnp.zeros(logits.shape), counted, share)
+  slopes = jax.jit(jax.jacrev(of))
+  far = np.asarray(slopes(jnp.asarray(logits + [[[[0.0], [1000.0]]]], jnp.float32)))
+  assert (far[1:, :, :, 1] == 0.0).all() and (far[0, :, :, 0] == 0.0).all()
+  np.testing.assert_allclose(far.sum(axis=(1, 2, 3, 4)), 1.0, atol=1e-5)
+  gap = np.asarray(slopes(jnp.asarray(1000.0 * logits)))
+  np.testing.assert_allclose(gap.sum(axis=(1, 2, 3, 4)), 1.0, atol=1e-5)
 
 
 @pytest.mark.parametrize("counts, granularity", [("evicted", "head"), ("held", "layer")])
