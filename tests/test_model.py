@@ -427,8 +427,7 @@ ELSEWHERE = {
   "objective": "tests/retrofit/test_objectives.py",
   "hidden": "tests/retrofit/test_objectives.py",
   "elastic": "tests/retrofit/test_elastic.py",
-  "elastic_slope": "tests/retrofit/test_elastic.py",
-  "elastic_pivot": "tests/retrofit/test_elastic.py",
+  "elastic_thresholds": "tests/retrofit/test_elastic.py",
   "norms": "tests/parity/test_families.py",  # another parameter table
   "layer_norm": "tests/parity/test_families.py",
   "num_experts": "tests/parity/test_families.py",

@@ -96,7 +96,7 @@ def test_the_methods_of_a_sweep(checkpoints):
 def test_elastic_gates_are_read_at_the_cr_of_their_label(monkeypatch):
   """One retrofit for all CRs from 2 to 8, listed once for each: its thresholds differ, and so do its records."""
   model = tiny.model(tiny.config(), tiny.dms(elastic=(2.0, 8.0)))
-  monkeypatch.setattr(checkpoint, "load_retrofitted", lambda path, folder, dtype: model)
+  monkeypatch.setattr(checkpoint, "load_retrofitted", lambda path, folder, **how: model)
   monkeypatch.setattr(checkpoint, "fingerprint", lambda folder: folder)
   original, entries = model.replace(dms=None), ("2:gates", "8:gates")
   build = lambda entries, read: sweep_methods.build(("vanilla", "dms"), "base", original, entries, (), "float32", read)

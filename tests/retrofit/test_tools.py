@@ -84,7 +84,7 @@ def test_benchmark(monkeypatch):
     retrofit_benchmark.flex_steps(cfg, DMSConfig("neuron"), LoRAConfig(2), config, 1)
   with pytest.raises(ValueError, match=r"benchmark_steps=0"):
     retrofit_benchmark.benchmark(cfg, DMSConfig(), LoRAConfig(2), config, 0)
-  with pytest.raises(ValueError, match=r"--preset='gpt-5' is not one of \['llama"):
+  with pytest.raises(ValueError, match=r"--preset='gpt-5' is not one of \['gemma"):
     retrofit_benchmark.preset("gpt-5")
 
 
