@@ -46,7 +46,7 @@ dms --methods=dms --retrofit=$OUT/cr2/final,$shipped-cr4,$shipped-cr8
 dms_maths --methods=dms --retrofit=$OUT/maths4/final,$OUT/maths8/final
 dms_budget --methods=dms_budget --retrofit=$shipped-cr8 --cr=2,4,8
 dms_lazy --methods=dms_budget --retrofit=$shipped-cr8 --cr=2,4,8 --thresholds=inf
-kvzap --methods=kvzap --retrofit=$OUT/kvzap/final --thresholds=-4.63,-3.2,-2 --kvzap.window=64
+kvzap --methods=kvzap --retrofit=$OUT/kvzap/final --thresholds=-4.52,-3.07,-1.43 --kvzap.window=64
 trimkv --methods=trimkv --retrofit=$OUT/trimkv/final --cr=2,4,8
 dmc --methods=dmc --retrofit=$OUT/dmc/final
 END
@@ -64,9 +64,9 @@ calibrate calibrate_triattention --text=$DATA/wikitext2_train_5k.txt --output=$O
 maths8 retrofit --output=$OUT/maths8 $maths $one --retrofit.schedule.steps=$(steps 2450) --retrofit.schedule.final_cr=9.3 --retrofit.schedule.steps_per_cr=120 --retrofit.optimizer.decay_steps=$(steps 800) --lora.rank=16 --dms.window=64 $rows
 maths4 retrofit --output=$OUT/maths4 $maths $one --retrofit.schedule.steps=$(steps 1600) --retrofit.schedule.final_cr=4.4 --retrofit.schedule.steps_per_cr=150 --retrofit.optimizer.decay_steps=$(steps 600) --lora.rank=16 --dms.window=64 $rows
 cr2 retrofit --output=$OUT/cr2 $mix $one --retrofit.schedule.steps=$(steps 800) --retrofit.schedule.final_cr=2.15 --retrofit.schedule.steps_per_cr=300 --retrofit.optimizer.decay_steps=$(steps 300) --lora.rank=16 --dms.window=64 $rows
-trimkv retrofit --output=$OUT/trimkv $mix --data.separate_documents=false --retrofit.objective=trimkv --retrofit.trainable=gates --retrofit.loss.kind=forward_kl --retrofit.trimkv.capacity=512 --retrofit.batch_size=4 --retrofit.schedule.steps=$(steps 1200) --dms.hidden=256 $rows
+trimkv retrofit --output=$OUT/trimkv $mix --data.separate_documents=false --retrofit.objective=trimkv --retrofit.trainable=gates --retrofit.loss.kind=forward_kl --retrofit.seq_len=2048 --retrofit.batch_size=2 --retrofit.trimkv.capacity=256 --retrofit.schedule.steps=$(steps 700) --dms.hidden=256 $rows
 kvzap retrofit --output=$OUT/kvzap $mix --retrofit.objective=kvzap --retrofit.trainable=gates --retrofit.seq_len=1024 --retrofit.batch_size=4 --retrofit.schedule.steps=$(steps 800) --dms.gate=mlp --dms.hidden=256 --dms.window=64 $rows
-dmc retrofit --output=$OUT/dmc $mix --retrofit.objective=dmc --retrofit.loss.kind=lm --dms.window=0 --retrofit.seq_len=2048 --retrofit.batch_size=4 --retrofit.schedule.steps=$(steps 1400) --retrofit.schedule.final_cr=4 --retrofit.schedule.steps_per_cr=300 --retrofit.optimizer.learning_rate=0.0003 --retrofit.optimizer.decay_steps=$(steps 400) $rows
+dmc retrofit --output=$OUT/dmc $mix --retrofit.objective=dmc --retrofit.loss.kind=lm --dms.window=0 --retrofit.seq_len=1024 --retrofit.batch_size=4 --retrofit.schedule.steps=$(steps 800) --retrofit.schedule.final_cr=4 --retrofit.schedule.steps_per_cr=150 --retrofit.optimizer.learning_rate=0.0003 --retrofit.optimizer.decay_steps=$(steps 250) $rows
 END
 }
 
