@@ -25,7 +25,7 @@ _LARGEST_FACTOR = 1e9  # of logits and updates: products stay within float32
 # left out of attention, as in NVIDIA's code.
 NEVER = 1e30
 NO_FLAG = {"flag": False}  # metadata of a field that no program sets from its command line
-# Of a field that files leave out at its default, as those of earlier versions do, which read such files too.
+# Metadata of a field that files leave out at its default, so that earlier versions, which lack the field, read them.
 _LATER = NO_FLAG | {"later": True}
 
 

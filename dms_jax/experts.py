@@ -31,9 +31,8 @@ def expert_mlp(config: ModelConfig, layer: dict, x: Float[Array, "B T D"]) -> Fl
   gate = checkpoint_name(_products(sorted_rows, layer["gate_proj"], sizes), "gate_proj")
   up = checkpoint_name(_products(sorted_rows, layer["up_proj"], sizes), "up_proj")
   out = _products(ACTIVATIONS[c.activation](gate) * up, layer["down_proj"], sizes)
-  out = out[jnp.argsort(order)].reshape(
-    len(rows), each, -1
-  )  # back in the order of tokens; a scatter would add at random
+  # Back in the order of tokens; a scatter would add at random.
+  out = out[jnp.argsort(order)].reshape(len(rows), each, -1)
   return jnp.sum(out.astype(jnp.float32) * weights[..., None], axis=1).astype(x.dtype).reshape(x.shape)
 
 

@@ -22,7 +22,7 @@ from dms_jax import masks, policies
 from dms_jax.attention import soft_capped, window_bias_attention
 from dms_jax.cache import Cache
 from dms_jax.cache.base import Plan, Usage
-from dms_jax.collectives import gathered, looked_up, summed
+from dms_jax.collectives import gathered, looked_up, on_any, summed
 from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig
 from dms_jax.execution import Execution
 from dms_jax.experts import expert_mlp
@@ -343,6 +343,16 @@ def slid(config: ModelConfig, index: Array | int, x: Array | None, value: Any) -
   return jnp.where(jnp.asarray(config.sliding_layers)[index], jnp.asarray(value, x.dtype), x)
 
 
+def evicted_keys(
+  model: Model, logits: Float[Array, "L B K T"], threshold: Any, window: int | None = None
+) -> Bool[Array, "L B K T"]:
+  """Which tokens are evicted once their windows have passed: by the gates, and all of a sliding layer."""
+  evicted = masks.about_key(logits > threshold, model.dms.lag(window), False)
+  if not model.config.sliding_layers:
+    return evicted
+  return evicted | jnp.asarray(model.config.sliding_layers)[:, None, None, None]
+
+
 def segment_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
   """Positions, int32, that count from 0 at the start of each run of equal ids."""
   index = jnp.arange(segment_ids.shape[1])
@@ -504,7 +514,7 @@ def _sequential_prefill(
   model: Model, policy: Policy, cache: Cache, tokens: Array, lengths: Array, override: Array | None
 ):
   """`cached_forward` of a chunk as a scan over its tokens, one decode step each, for policies with `exact_prefill`."""
-  stalled = lengths > cache.free_tokens(policy, lengths > 0)
+  stalled = on_any(lengths > cache.free_tokens(policy, lengths > 0))
   lengths = jnp.where(stalled, 0, lengths)
 
   def step(cache, inputs):
@@ -550,7 +560,8 @@ def check_policy(model: Model, policy: Policy | None) -> Policy:
   if slides is not None and not policy.evicts:  # its window changes no result
     policy = policy.replace(window=slides)
   policy = policy.resolved(model.dms.window if model.dms is not None else slides)
-  if slides is not None and (policy.window != slides or policy.compacts or policy.prunes or policy.page):
+  moves = policy.compacts or policy.exact_prefill or policy.prunes or policy.page
+  if slides is not None and (policy.window != slides or moves):
     raise ValueError(
       f"{type(policy).__name__}: window={policy.window}: this {model.config.family} model has layers that slide over "
       f"{slides + 1} tokens; it takes DMS, Vanilla or StreamingLLM with window={slides}, which their rings hold"

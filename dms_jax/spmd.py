@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 from dms_jax.cache.base import Common
 from dms_jax.cache.sharded import DEVICE, ShardedCache, policy_specs, rows_and_scalars
 from dms_jax.collectives import among, summed
+from dms_jax.config import ModelConfig
 from dms_jax.metrics import Counts
 from dms_jax.model import Model
 from dms_jax.params import Params, param_table
@@ -47,19 +48,28 @@ def check(model: Model, mesh: Mesh, policy: Policy | None = None) -> None:
     raise ValueError(f"a mesh of {mesh.size} devices of several processes: generation runs on those of one")
   if (tensor := mesh.shape["tensor"]) == 1:
     return
-  config, dms = model.config, model.dms
-  for name, size in (("KV heads", config.num_kv_heads), ("channels of the feed-forward", config.d_ff)):
-    if size % tensor:
-      raise ValueError(f"mesh.tensor={tensor} does not divide the {size} {name} of this model: split rows by mesh.data")
+  check_heads(model.config, tensor)
+  dms = model.dms
   if dms is not None and (dms.granularity == "layer" or dms.objective == "dmc"):
     what = "granularity=layer" if dms.granularity == "layer" else "objective=dmc"
     raise ValueError(f"mesh.tensor={tensor} cannot split the heads of gates of {what}: split rows by mesh.data")
-  if config.proj_bias or config.qk_norm_over == "all":
-    what = "biases after projections" if config.proj_bias else "a norm over all heads"
-    raise ValueError(f"mesh.tensor={tensor} cannot split layers with {what} ({config.family}): split rows by mesh.data")
   if policy is not None and policy.joins_heads:
     name = type(policy).__name__
     raise ValueError(f"mesh.tensor={tensor}: the KV heads of a layer decide together here ({name}): use mesh.data")
+
+
+def check_heads(config: ModelConfig, tensor: int) -> None:
+  """Checks that `tensor` > 1 devices can share the heads and the feed-forward of a layer.
+
+  Raises:
+    ValueError: they cannot.
+  """
+  for name, size in (("KV heads", config.num_kv_heads), ("channels of the feed-forward", config.d_ff)):
+    if size % tensor:
+      raise ValueError(f"mesh.tensor={tensor} does not divide the {size} {name} of this model: split rows by mesh.data")
+  if config.proj_bias or config.qk_norm_over == "all":
+    what = "biases after projections" if config.proj_bias else "a norm over all heads"
+    raise ValueError(f"mesh.tensor={tensor} cannot split layers with {what} ({config.family}): split rows by mesh.data")
 
 
 def model_specs(model: Model, mesh: Mesh) -> Params:

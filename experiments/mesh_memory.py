@@ -28,6 +28,7 @@ from dms_jax.params import param_table
 from dms_jax.policies import DMS
 from dms_jax.retrofit.distributed import MeshConfig
 from dms_jax.sharding import DECODING, partition_spec
+from dms_jax.spmd import check_heads
 from experiments.common import program
 
 FREE = 0.1  # share of a device's memory that stays free
@@ -42,7 +43,7 @@ class Config:
     rows: chains decoded together, on all devices.
     tokens: of each chain, prompt and answer.
     cr: tokens seen for each one held.
-    window: W of the gates in tokens.
+    window: W of the gates in tokens; none: 256, or that of layers that slide.
     dtype: of weights and cache.
     page_format: quantises the pages of the cache: int8 or float8.
     device_gib: memory of a device.
@@ -52,7 +53,7 @@ class Config:
   rows: int = 32
   tokens: int = 131072
   cr: float = 8.0
-  window: int = 256
+  window: int | None = None
   dtype: str = "bfloat16"
   page_format: str | None = None
   device_gib: float = 80.0
@@ -61,8 +62,8 @@ class Config:
     if self.preset not in PRESETS:
       raise ValueError(f"--preset={self.preset} is not one of {', '.join(sorted(PRESETS))}")
     for name in ("rows", "tokens", "window", "device_gib"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"--{name}={getattr(self, name)} must be 1 or more")
+      if (value := getattr(self, name)) is not None and value < 1:
+        raise ValueError(f"--{name}={value} must be 1 or more")
     if self.cr < 1:
       raise ValueError(f"--cr={self.cr:g} must be 1 or more")
 
@@ -76,17 +77,17 @@ def measure(config: Config, devices: MeshConfig) -> dict[str, Any]:
   data, tensor, model = devices.data, devices.tensor, PRESETS[config.preset]
   if config.rows % data:
     raise ValueError(f"--mesh.data={data} does not divide --rows={config.rows}")
-  for name in ("num_kv_heads", "d_ff"):
-    if getattr(model, name) % tensor:
-      raise ValueError(f"--mesh.tensor={tensor} does not divide {name}={getattr(model, name)} of {config.preset}")
+  if tensor > 1:
+    check_heads(model, tensor)
   mesh, dtype = AbstractMesh((data, tensor), ("data", "tensor")), jnp.dtype(config.dtype)
-  table = param_table(model, DMSConfig(window=config.window))
+  window = config.window or model.ring_window or 256
+  table = param_table(model, DMSConfig(window=window))
   shards = [NamedSharding(mesh, partition_spec(p, s, mesh, DECODING)).shard_shape(s.shape) for p, s in table.items()]
   heads = dict(num_heads=model.num_heads // tensor, num_kv_heads=model.num_kv_heads // tensor)
   own, rows = dataclasses.replace(model, **heads), config.rows // data
   make = partial(
     caches.create, "paged", own, batch=rows, capacity=math.ceil(config.tokens / config.cr), lag=1, dtype=dtype,
-    policy=DMS(window=config.window), longest=config.tokens, page_format=config.page_format,
+    policy=DMS(window=window), longest=config.tokens, page_format=config.page_format,
   )  # fmt: skip
   parts = {
     "weights": sum(map(math.prod, shards)) * dtype.itemsize,

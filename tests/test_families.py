@@ -49,6 +49,8 @@ def test_sliding_layers_bound_windows_and_gates():
     tiny.model(config, tiny.dms(window=7))
   with pytest.raises(ValueError, match=r"dms\.gate='neuron': a gemma3_text model"):
     tiny.model(config, tiny.dms(gate="neuron"))
+  with pytest.raises(ValueError, match=r"dms\.elastic=2,8: a gemma3_text model .* takes gates for one ratio"):
+    tiny.model(config, tiny.dms(window=5, elastic=(2.0, 8.0)))
   model = tiny.model(config)
   assert check_policy(model, None).window == 5
   for policy in (policies.StreamingLLM(window=6), policies.TOVA(budget=9)):

@@ -17,10 +17,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dms_jax import masks
 from dms_jax.cache import Cache
-from dms_jax.evaluation.text import cache_for_text, decode_text
+from dms_jax.evaluation.text import cache_for_text, check_one_device, decode_text
 from dms_jax.generation.layerwise import read_chunk
 from dms_jax.generation.prefill import Chunk, read_prompts
-from dms_jax.model import Eviction, Model, check_policy, forward, unembed
+from dms_jax.model import Eviction, Model, check_policy, evicted_keys, forward, unembed
 from dms_jax.policies import Policy
 from dms_jax.policies.base import of_rows
 from dms_jax.tokenizer import Tokenizer
@@ -156,7 +156,7 @@ def token_logprobs(
   scored = _target_logprobs(model, hidden, positions, targets)
   if eviction is None:
     return *scored, None
-  evicted = masks.about_key(z > threshold, model.dms.lag(), False)
+  evicted = evicted_keys(model, z, threshold)
   return *scored, masks.held_tokens(evicted, model.dms.window, lengths[:, None])
 
 
@@ -233,8 +233,10 @@ def score(
       calls of their own, then share compilations.
 
   Raises:
-    ValueError: a policy that the model cannot follow.
+    ValueError: a policy that the model cannot follow, or a model on a mesh.
   """
+  for model, _ in models:
+    check_one_device(model)
   models = [(model, check_policy(model, limit) if isinstance(limit, Policy) else limit) for model, limit in models]
   like = rows if shaped_like is None else shaped_like
   width = -(-max(len(row.targets) for row in like) // TARGETS) * TARGETS

@@ -15,7 +15,7 @@ from dms_jax import cache as caches
 from dms_jax import masks
 from dms_jax.cache.base import Usage
 from dms_jax.metrics import achieved_cr, kl_divergence
-from dms_jax.model import Eviction, Model, cached_forward, check_policy, forward, unembed
+from dms_jax.model import Eviction, Model, cached_forward, check_policy, evicted_keys, forward, unembed
 from dms_jax.policies import Policy, check_rows
 
 POSITIONS = 1024  # positions whose logits [V] are in memory at once
@@ -31,7 +31,7 @@ def _score(original: Model, model: Model | None, tokens: Int[Array, "B T"], thre
     states, logits = forward(model, tokens, eviction=eviction)
     hidden.append(states)
     if logits is not None:
-      evicted = masks.about_key(logits > threshold, model.dms.lag(window), False)
+      evicted = evicted_keys(model, logits, threshold, window)
       window = model.dms.window if window is None else window
       held, reads = masks.held_tokens(evicted, window), masks.keys_read(evicted, window)
   return {**_sums([original, model][: len(hidden)], hidden, tokens), "held": held, "reads": reads}
@@ -70,6 +70,12 @@ def _sums(models: list[Model], hidden: list[Float[Array, "B T D"]], tokens: Int[
 
   sums = jax.lax.map(part, ([split(h[:, :-1]) for h in hidden], split(tokens[:, 1:]), real))
   return jax.tree.map(lambda values: jnp.sum(values, axis=0), sums)
+
+
+def check_one_device(model: Model) -> None:
+  """Raises ValueError for a model on a mesh."""
+  if model.mesh is not None:
+    raise ValueError("texts and likelihoods are scored on one device: load the model without mesh=")
 
 
 def cache_for_text(model: Model, policy: Policy, batch: int, length: int) -> caches.Cache:
@@ -142,10 +148,14 @@ def text_quality(
     token, and, mean over layers and heads, `held`, tokens held at the end, and `reads`, keys read by all tokens.
 
   Raises:
-    ValueError: the text is shorter than one chunk of `length`, or `chunk` is no positive number or has no policy.
+    ValueError: the text is shorter than one chunk of `length`, or `chunk` is no positive number or has no policy;
+      or a model is on a mesh.
   """
   if chunk < 1 or (chunk > 1 and policy is None):
     raise ValueError(f"chunk={chunk} must be 1 or more, and 1 without a policy: the whole text is then read at once")
+  for each in (original, model):
+    if each is not None:
+      check_one_device(each)
   chunks = len(tokens) // length
   if not chunks or length < 2:
     raise ValueError(f"the text has {len(tokens)} tokens: too short for a chunk of {length} (at least 2)")
@@ -196,7 +206,7 @@ def text_quality(
 def _held_at(model: Model, tokens: Int[Array, "B T"], ends: Int[Array, "P"], threshold, window: int | None) -> Array:
   """Tokens that each head holds after the first `ends` [P] tokens of each row, int32 [P, L, B, K]."""
   _, logits = forward(model, tokens, eviction=Eviction(threshold=threshold, window=window))
-  evicted = masks.about_key(logits > threshold, model.dms.lag(window), False)
+  evicted = evicted_keys(model, logits, threshold, window)
   before = jnp.cumsum(evicted, axis=-1, dtype=jnp.int32) - evicted.astype(jnp.int32)  # evicted before each token
   outside = jnp.maximum(ends - 1 - (model.dms.window if window is None else window), 0)
   return ends[:, None, None, None] - jnp.moveaxis(before[..., outside], -1, 0)
@@ -221,6 +231,7 @@ def held_by_position(
   Raises:
     ValueError: the model has no gates, the text is shorter than one chunk, or there are more points than tokens.
   """
+  check_one_device(model)
   chunks = len(tokens) // length
   if not chunks or not 0 < points <= length:
     raise ValueError(f"{points} positions of chunks of {length} tokens, in a text of {len(tokens)}: too few tokens")

@@ -1,4 +1,4 @@
-"""Phi-3 and Phi-4: q, k and v in one tensor, gate and up in another, RoPE on part of the channels.
+"""Phi-4, and Phi-3's layers: q, k and v in one tensor, gate and up in another, partial RoPE.
 
 Left out: the LongRoPE of Phi-4-mini and of the versions for 128K tokens, and the sliding window of Phi-3-mini-4k.
 """

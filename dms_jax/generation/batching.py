@@ -239,8 +239,9 @@ class Generator:
     When it returns, the next block is already running, with the requests that were waiting before; a later one begins
     with the block after that.
 
-    An error or interrupt loses nothing: a later step goes on where this one stopped. If a request is the cause, the
-    error names its ticket, and after `cancel(ticket)` the other requests continue.
+    An interrupt loses nothing, nor does an error of a text or of the budget: a later step goes on where this one
+    stopped. If a request is the cause, the error names its ticket, and after `cancel(ticket)` the other requests
+    continue. An error of the device, such as no memory, loses the cache.
 
     Raises:
       BudgetError: a row exceeds the whole budget.

@@ -60,19 +60,29 @@ def unbroken() -> Iterator[None]:
   if threading.current_thread() is not threading.main_thread():
     yield
     return
-  caught: list[tuple[int, FrameType | None]] = []
   before = {number: handler for number in SIGNALS if (handler := signal.getsignal(number)) is not None}
-  for number in before:
-    signal.signal(number, lambda *args: caught.append(args))
+  caught: list[tuple[int, FrameType | None]] = []
+  over = False
+
+  def hold(number: int, frame: FrameType | None) -> None:
+    handler = before[number]
+    if over and callable(handler):
+      handler(number, frame)
+    else:
+      caught.append((number, frame))
+
   try:
+    for number in before:
+      signal.signal(number, hold)
     yield
   finally:
+    over = True
     for number, handler in before.items():
       signal.signal(number, handler)
     for number, frame in caught[:1]:
-      if callable(handler := before[number]):
-        handler(number, frame)
-      elif handler == signal.SIG_DFL:
+      if callable(own := before[number]):
+        own(number, frame)
+      elif own == signal.SIG_DFL:
         signal.raise_signal(number)
 
 

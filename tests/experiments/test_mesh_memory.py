@@ -21,7 +21,10 @@ def test_a_large_model_fits_compressed():
 
 @pytest.mark.parametrize(
   "devices, message",
-  [(MeshConfig(data=3), "--mesh.data=3 does not divide --rows=32"), (MeshConfig(tensor=16), "num_kv_heads=8")],
+  [
+    (MeshConfig(data=3), "--mesh.data=3 does not divide --rows=32"),
+    (MeshConfig(tensor=16), "mesh.tensor=16 does not divide the 8 KV heads"),
+  ],
 )
 def test_refusals(devices, message):
   with pytest.raises(ValueError, match=message):

@@ -107,6 +107,6 @@ def _missing(model: Model) -> list[str]:
   missing = ["Only the policy of the gates, DMS, is there, and neither kernels nor caches of fewer bits."]
   if (levels := model.dms.levels) is not None:
     ratios = sorted({levels.low, levels.usual, levels.high})
-    listed = ", ".join(f"{float(levels.threshold(cr)):g} for a ratio of {cr:g}" for cr in ratios)
+    listed = ", ".join(f"{round(float(levels.threshold(cr)), 5) + 0.0:g} for a ratio of {cr:g}" for cr in ratios)
     missing.append(f"The compression ratio is no argument; set `model.config.dms_threshold` to {listed}.")
   return missing

@@ -148,6 +148,8 @@ def _table(config: ModelConfig, lora: LoRAConfig) -> dict[str, ParamSpec]:
       if sum(other.hf_name == table[target].hf_name for other in table.values()) > 1:
         fused = f"{config.family} models hold {target.removeprefix('layers/')} with others in one tensor"
         raise ValueError(f"layout {NAME}: {fused}, whose update PEFT's adapters do not divide: not supported")
+      if not str(table[target].hf_name).endswith(f".{(module := target.removeprefix('layers/'))}.weight"):
+        raise ValueError(f"layout {NAME}: {config.family} models have no module {module}: not supported")
       module = str(table[target].hf_name).removesuffix(".weight")
       named[path] = dataclasses.replace(spec, hf_name=f"{_PREFIX}{module}.lora_{side.upper()}.weight")
   return named
