@@ -109,7 +109,7 @@ def load_conversation(
   config, lag = model.config, model.lag(resolved.window)
   dtype, archive = jnp.dtype(model.dtype).name, header["archive"]
   differences = [
-    f"{name} is {header[name]} there and {ours} here"
+    f"{name} is {shown(header[name])} there and {shown(ours)} here"
     for name, ours in (
       ("layers", config.num_layers),
       ("kv_heads", config.num_kv_heads),
@@ -122,7 +122,8 @@ def load_conversation(
   if differences:
     raise ValueError(f"{path}: a cache of another model: {', '.join(differences)}")
   if (kind == "masked") != (header["cache"] == "masked") or (kind == "contiguous" and archive != dtype):
-    raise ValueError(f"{path}: cache={kind!r} cannot take what a {header['cache']} cache of {archive} holds")
+    saved = f"a {shown(header['cache'])} cache of {shown(archive)}"
+    raise ValueError(f"{path}: cache={kind!r} cannot take what {saved} holds")
   memory = resolved.memory(config.num_heads // config.num_kv_heads, config.head_dim)
   rows, abouts = _read_rows(path, header, resolved.stats, memory), header["rows"]
   needed = max(_slots(row) for row in rows)

@@ -186,7 +186,7 @@ def test_another_model_or_policy_is_refused(model, saved):
   for other, message in (
     (tiny.model(tiny.config(num_layers=3), DMSConfig(window=WINDOW)), "layers is 2 there and 3 here"),
     (tiny.model(tiny.config(num_kv_heads=4), DMSConfig(window=WINDOW)), "kv_heads is 2 there and 4 here"),
-    (jax.tree.map(lambda x: x.astype(jnp.bfloat16), model), "dtype is float32 there and bfloat16 here"),
+    (jax.tree.map(lambda x: x.astype(jnp.bfloat16), model), "dtype is 'float32' there and 'bfloat16' here"),
     (tiny.model(), "policy: DMS needs eviction gates and this model has none"),
   ):
     with refused(message) as error:
@@ -196,7 +196,7 @@ def test_another_model_or_policy_is_refused(model, saved):
     (dict(policy=policies.DMS(window=8)), "policy window is 3 there and 8 here"),
     (dict(policy=policies.TOVA(budget=9, window=WINDOW)), "policy is DMS there and TOVA here"),
     (dict(policy=policies.Quest(page=PAGE, budget=16)), "policy page is 0 there and 4 here"),
-    (dict(cache="masked"), "cache='masked' cannot take what a paged cache"),
+    (dict(cache="masked"), "cache='masked' cannot take what a 'paged' cache"),
     (dict(cache="paper"), "unknown cache 'paper'"),
     (
       dict(cache="contiguous", capacity=6),
