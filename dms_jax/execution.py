@@ -119,9 +119,10 @@ class Execution:
     chosen |= _overrides.value
     if not decodes:
       chosen |= dict(least_rows=0, late_gates=False, fused_gate=False, step_layers=0)
-    listed = model is not None and isinstance(model.params["layers"], list)
-    chosen["layers_apart"] = bool(chosen["layers_apart"]) and listed and tokens > 1
-    chosen["step_layers"] = chosen["step_layers"] if listed else 0
+    # On a mesh a program is `shard_map` of a whole chunk or step.
+    divided = model is not None and model.mesh is None and isinstance(model.params["layers"], list)
+    chosen["layers_apart"] = bool(chosen["layers_apart"]) and divided and tokens > 1
+    chosen["step_layers"] = chosen["step_layers"] if divided else 0
     chosen["late_gates"] = bool(chosen["late_gates"]) and model is not None and _listed_adapters(model)
     return cls(**chosen)
 

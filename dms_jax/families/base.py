@@ -104,3 +104,24 @@ def size(
     num_layers=num_layers, d_model=d_model, d_ff=d_ff, num_heads=num_heads, num_kv_heads=num_kv_heads,
     head_dim=head_dim, **others,
   )  # fmt: skip
+
+
+def with_biases(
+  layer: str, modules: dict[str, str], *, fused: str, norms: tuple[str, str], final_norm: str
+) -> dict[str, str]:
+  """Names of tensors whose modules all have biases, with q, k and v in one; an argument of `Family.names`.
+
+  Args:
+    layer: prefix of a layer's names.
+    modules: those of the projections "o", "up" and "down".
+    fused: the module of q, k and v.
+    norms: the modules of a layer's norms, attention's and the MLP's.
+    final_norm: the last norm's module, by its whole name.
+  """
+  modules = {f"layers/{name}": layer + module for name, module in (dict.fromkeys("qkv", fused) | modules).items()}
+  normed = dict(zip(("layers/attn_norm", "layers/mlp_norm"), (layer + norm for norm in norms), strict=True))
+  normed["final_norm"] = final_norm
+  names = {f"{path}_proj": f"{module}.weight" for path, module in modules.items()}
+  names |= {f"{path}_bias": f"{module}.bias" for path, module in modules.items()}
+  names |= {path: f"{module}.weight" for path, module in normed.items()}
+  return names | {f"{path}_bias": f"{module}.bias" for path, module in normed.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dms_jax.families.base import Family, register, size
+from dms_jax.families.base import Family, register, size, with_biases
 
 _LAYER = "transformer.h.{layer}."
 _MODULES = {"o": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}
@@ -64,16 +64,7 @@ GPT2 = register(
     names={
       "embed": "transformer.wte.weight",
       "positions": "transformer.wpe.weight",
-      **{f"layers/{name}_proj": _LAYER + "attn.c_attn.weight" for name in "qkv"},
-      **{f"layers/{name}_bias": _LAYER + "attn.c_attn.bias" for name in "qkv"},
-      **{f"layers/{name}_proj": f"{_LAYER}{module}.weight" for name, module in _MODULES.items()},
-      **{f"layers/{name}_bias": f"{_LAYER}{module}.bias" for name, module in _MODULES.items()},
-      "layers/attn_norm": _LAYER + "ln_1.weight",
-      "layers/attn_norm_bias": _LAYER + "ln_1.bias",
-      "layers/mlp_norm": _LAYER + "ln_2.weight",
-      "layers/mlp_norm_bias": _LAYER + "ln_2.bias",
-      "final_norm": "transformer.ln_f.weight",
-      "final_norm_bias": "transformer.ln_f.bias",
+      **with_biases(_LAYER, _MODULES, fused="attn.c_attn", norms=("ln_1", "ln_2"), final_norm="transformer.ln_f"),
     },
     gguf=None,
     presets={

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dms_jax.config import ModelConfig, shown
-from dms_jax.families.base import Family, register, size
+from dms_jax.families.base import Family, register, size, with_biases
 
 _LAYER = "gpt_neox.layers.{layer}."
 _MODULES = {"o": "attention.dense", "up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}
@@ -49,16 +49,13 @@ GPT_NEOX = register(
     ignored=r".*\.attention\.((masked_)?bias|rotary_emb\.inv_freq)",
     names={
       "embed": "gpt_neox.embed_in.weight",
-      **{f"layers/{name}_proj": _LAYER + "attention.query_key_value.weight" for name in "qkv"},
-      **{f"layers/{name}_bias": _LAYER + "attention.query_key_value.bias" for name in "qkv"},
-      **{f"layers/{name}_proj": f"{_LAYER}{module}.weight" for name, module in _MODULES.items()},
-      **{f"layers/{name}_bias": f"{_LAYER}{module}.bias" for name, module in _MODULES.items()},
-      "layers/attn_norm": _LAYER + "input_layernorm.weight",
-      "layers/attn_norm_bias": _LAYER + "input_layernorm.bias",
-      "layers/mlp_norm": _LAYER + "post_attention_layernorm.weight",
-      "layers/mlp_norm_bias": _LAYER + "post_attention_layernorm.bias",
-      "final_norm": "gpt_neox.final_layer_norm.weight",
-      "final_norm_bias": "gpt_neox.final_layer_norm.bias",
+      **with_biases(
+        _LAYER,
+        _MODULES,
+        fused="attention.query_key_value",
+        norms=("input_layernorm", "post_attention_layernorm"),
+        final_norm="gpt_neox.final_layer_norm",
+      ),
       "lm_head": "embed_out.weight",
     },
     gguf=None,

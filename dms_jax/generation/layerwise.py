@@ -47,8 +47,8 @@ def read_chunk(
 
 
 def reads_apart(model: Model, policy: Policy, shape: tuple[int, int]) -> bool:
-  """Whether a chunk of `shape` [B, T] is read layer by layer; on a mesh it is not."""
-  return model.mesh is None and not policy.exact_prefill and Execution.choose(model, *shape).layers_apart
+  """Whether a chunk of `shape` [B, T] is read layer by layer."""
+  return not policy.exact_prefill and Execution.choose(model, *shape).layers_apart
 
 
 @contextlib.contextmanager
@@ -126,7 +126,7 @@ def decode_block(
   An interrupt may lose both.
   """
   batch = rows.token.shape[0]
-  size = Execution.choose(model, batch, 1).step_layers if model.mesh is None else 0
+  size = Execution.choose(model, batch, 1).step_layers
   if not size or not cache.steps_in_parts(policy):
     return decoding.decode_block(model, policy, cache, rows, sampling, stop, steps=steps, history=history)
   head, layers = _apart(model)
