@@ -21,10 +21,10 @@ help:  ## print this list
 demo: $(VENV)/.demo $(MODEL)  ## fetch SmolLM2, answer and read 4,096 tokens, dense and with DMS; DEMO_FLAGS=...
 	$(BIN)/python -m experiments.demo --checkpoint=$(MODEL) $(DEMO_FLAGS)
 
-hyperscale: $(VENV)/.demo  ## a reasoner, dense against DMS and prompt + window; REASONER=folder (experiments.train_reasoner)
-	$(BIN)/python -m experiments.hyperscale --checkpoint=$(REASONER)/dense --retrofit=8:$(REASONER)/cr8 \
-	  --methods=vanilla,dms,prompt_window --cr=8 --tasks=programs --programs.level=2 --limit=16 --chains=1,2,4 \
-	  --max_tokens=160,320,640 --width=64 --dtype=float32 --output=runs/hyperscale/make $(HYPERSCALE_FLAGS)
+hyperscale: $(VENV)/.demo  ## the shipped reasoner, dense against DMS and prompt + window; HYPERSCALE_FLAGS=...
+	$(BIN)/python -m experiments.hyperscale --checkpoint=$(REASONER)/dense --retrofit=4:$(REASONER)/cr4 \
+	  --methods=vanilla,dms,prompt_window --cr=4 --compare_cr=4 --tasks=programs --programs.level=1 --limit=12 --chains=1,2,4 \
+	  --max_tokens=160,320,480 --width=48 --dtype=float32 --output=runs/hyperscale/make $(HYPERSCALE_FLAGS)
 
 test: $(VENV)/.test  ## the test suite, compiled quickly, without torch; PYTEST_FLAGS=... narrows it
 	DMS_QUICK=1 $(PYTEST) -m "not tpu and not slow" $(PYTEST_FLAGS)

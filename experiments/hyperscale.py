@@ -19,14 +19,16 @@ program or solution is verified.
 
 The folder `--output` holds config.json, records.jsonl (as of `experiments.evaluate`, without most texts), cells.npz
 (what the analysis needs of them), traces.jsonl, times.jsonl, summary.json, index.html and pictures. The same command
-resumes a killed run, chain by chain. `--timed` measures seconds of a chain in the largest batch that fits
+resumes a killed run, chain by chain. cells.npz, config.json, traces.jsonl and texts.jsonl are the short form: the
+analysis needs no more. `--timed` measures seconds of a chain in the largest batch that fits
 `--kv_budget_gib`, as a third axis of costs; all methods write the same chains. Records do not depend on that memory, so
 they may be made without it first, and times measured by a second call.
 
 Several devices: --mesh.data=2 --mesh.tensor=4, as of `experiments.evaluate`.
 
 Several model seeds are several runs. `--sets=runs/hyperscale/seed0,runs/hyperscale/seed1 --output=FOLDER`, without a
-checkpoint, analyses them together.
+checkpoint, analyses them together, `--methods` some of their methods. A set may be made in parts, methods or tasks
+apart, say on several GPUs: it is then the folder of its parts' outputs.
 """
 
 from __future__ import annotations
@@ -76,7 +78,7 @@ class Config:
     dtype: of the weights and the cache.
     traces: of each task, problems whose first chain keeps its text and is traced.
     resamples: of the bootstrap.
-    sets: folders of finished sweeps, one a model seed, to be analysed together.
+    sets: folders of finished sweeps, or of the parts of one, one a model seed, to be analysed together.
     title: of the page.
     output: folder of the results; "": one in runs/hyperscale named after the flags.
   """
@@ -216,10 +218,13 @@ def main() -> None:
     for remark in [remark for _, remarks in read for remark in remarks]:
       program.log(remark)
     sweeps = [sweep for sweep, _ in read]
+    if not config.checkpoint and "methods" in program.flag_values(changed_only=True):
+      sweeps = [cells.only(sweep, config.methods) for sweep in sweeps]
     if not all(sweep.cells for sweep in sweeps):
       raise ValueError(f"--sets: {next(s.folder for s in sweeps if not s.cells)} holds no complete cell")
     if config.checkpoint:
       cells.save(folder / cells.CELLS, sweeps[0].cells)
+      cells.save_texts(folder)
     fewest = min(cell.chains for sweep in sweeps for cell in sweep.cells.values())
     widths = [width for width in chosen.chains if width <= fewest]
     result = analyse(config, sweeps, widths, folder)

@@ -210,9 +210,9 @@ def _serve(connection: Connection) -> None:
   sys.setrecursionlimit(3000)  # deeper nesting is an error instead of a full stack
   with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-  connection.send_bytes(b"ready")
   kinds: dict[str, Callable] = {"correct": _correct, "answer": _answer}
-  with contextlib.suppress(EOFError, OSError):
+  with contextlib.suppress(EOFError, OSError):  # a parent that was killed
+    connection.send_bytes(b"ready")
     while True:
       kind, *texts = json.loads(connection.recv_bytes())
       # Should the parent be gone, nobody kills the process: it ends itself by the time that it computes.

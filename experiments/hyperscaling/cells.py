@@ -25,6 +25,7 @@ from experiments.methods.records import Record
 from experiments.methods.summary import ACCURACY, subsets
 
 RECORDS, CELLS, TIMES = "records.jsonl", "cells.npz", "times.jsonl"
+TEXTS = "texts.jsonl"  # the few records with texts, which stay where the records are too large to be kept
 Key = tuple[str, str, float, int]  # task, method, CR (1: unbounded), L
 COSTS = ("tokens", "reads", "peak", "held", "shared")
 
@@ -123,7 +124,7 @@ def of_records(found: Iterable[Record]) -> tuple[dict[Key, Cell], list[str]]:
   cells, remarks = {}, []
   for key, chains in groups.items():
     kinds = {(r.chains, r.seed, r.settings) for own in chains.values() for r in own}
-    name = f"{key[1]}, CR {key[2]:g}, L {key[3]} on {key[0]}"
+    name = _name(key)
     if len(kinds) > 1:
       raise ValueError(f"{name}: records of different --chains, --seed, prompts or checkpoints; give each a folder")
     width = next(iter(kinds))[0]
@@ -146,6 +147,7 @@ class Sweep:
     times: seconds of a chain in the largest batch that fits `gib` GiB of cache, by cell; empty if not measured.
     config, environment: flags, versions and device; empty if unknown.
     gib: None without times.
+    parts: folders of a sweep made in parts.
   """
 
   folder: Path
@@ -154,6 +156,7 @@ class Sweep:
   config: dict[str, Any]
   environment: dict[str, Any]
   gib: float | None = None
+  parts: tuple[Path, ...] = ()
 
   @property
   def tasks(self) -> list[str]:
@@ -224,9 +227,80 @@ def _checked(cell: Cell) -> Cell:
 def read(folder: Path, flag: str = "sets") -> tuple[Sweep, list[str]]:
   """A finished sweep from its records, or from its cells if it has no records; and remarks.
 
+  A folder with neither is a sweep made in parts, say each on a GPU of its own, if there are sweeps in it; see `join`.
+
   Raises:
-    ValueError: the folder has neither, or a file is malformed.
+    ValueError: the folder has none of them, or a file is malformed.
   """
+  if not any((folder / name).exists() for name in (RECORDS, CELLS)):
+    holds = lambda path: any((path / name).exists() for name in (RECORDS, CELLS))
+    if parts := sorted(path for path in folder.glob("*/") if holds(path)):
+      return join(folder, [_read(part, flag) for part in parts], flag)
+  return _read(folder, flag)
+
+
+def join(folder: Path, parts: Sequence[tuple[Sweep, list[str]]], flag: str = "sets") -> tuple[Sweep, list[str]]:
+  """One sweep of parts, which have other methods, CRs or tasks of the same model; and remarks.
+
+  A cell of fewer problems than the largest of its task is left out: its part was not finished.
+
+  Raises:
+    ValueError: two parts disagree on a cell or on a task's prompts, or have times at different memories.
+  """
+  cells: dict[Key, Cell] = {}
+  times: dict[Key, float] = {}
+  remarks = [remark for _, own in parts for remark in own]
+  for sweep, _ in parts:
+    for key, cell in sweep.cells.items():
+      if key in cells and not np.array_equal(cells[key].grades, cell.grades):
+        raise ValueError(f"--{flag}={sweep.folder}: {_name(key)} is in another part too, with other grades")
+      cells[key] = cell
+    times |= sweep.times
+  for task in {key[0] for key in cells}:
+    own = {key: cell for key, cell in cells.items() if key[0] == task}
+    if len({cell.content for cell in own.values()}) > 1:
+      raise ValueError(f"--{flag}={folder}: its parts have different prompts of {task}")
+    most = max(len(cell.problems) for cell in own.values())
+    for key, cell in own.items():
+      if len(cell.problems) < most:
+        remarks.append(f"{_name(key)} is left out: {len(cell.problems)} of {most} problems are complete")
+        del cells[key]
+  gibs = {sweep.gib for sweep, _ in parts if sweep.times}
+  if len(gibs) > 1:
+    raise ValueError(f"--{flag}={folder}: its parts were timed at different --kv_budget_gib: {sorted(gibs)}")
+  first, folders = parts[0][0], tuple(sweep.folder for sweep, _ in parts)
+  return Sweep(folder, cells, times, first.config, first.environment, next(iter(gibs), None), folders), remarks
+
+
+def only(sweep: Sweep, methods: Sequence[str]) -> Sweep:
+  """The cells of some methods alone.
+
+  Raises:
+    ValueError: the sweep has none of a method.
+  """
+  known = list(dict.fromkeys(key[1] for key in sweep.cells))
+  if missing := [name for name in methods if name not in known]:
+    raise ValueError(f"--methods: {sweep.folder} has no {missing[0]!r}; there are {', '.join(known)}")
+  return dataclasses.replace(sweep, cells={key: cell for key, cell in sweep.cells.items() if key[1] in methods})
+
+
+def save_texts(folder: Path) -> None:
+  """Writes the lines of a folder's records that have texts to a file of their own, atomically."""
+  with disk.whole(folder / TEXTS) as part, part.open("w", encoding="utf-8") as file:
+    file.writelines(f"{line}\n" for _, line in files.text_lines("output", folder / RECORDS) if has_text(line))
+
+
+def has_text(line: str) -> bool:
+  """Whether a line of records has a text; few lines of a sweep do, so that most need not be parsed."""
+  return '"text": null' not in line
+
+
+def _name(key: Key) -> str:
+  return f"{key[1]}, CR {key[2]:g}, L {key[3]} on {key[0]}"
+
+
+def _read(folder: Path, flag: str) -> tuple[Sweep, list[str]]:
+  """The sweep of one folder."""
   about: dict[str, Any] = {}
   if (folder / "config.json").exists():
     try:

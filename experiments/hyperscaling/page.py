@@ -13,7 +13,7 @@ from typing import Any
 from experiments.common import files
 from experiments.hyperscaling import analysis, tables
 from experiments.hyperscaling.analysis import Family, Margin
-from experiments.hyperscaling.cells import RECORDS, Sweep
+from experiments.hyperscaling.cells import RECORDS, TEXTS, Sweep, has_text
 from experiments.hyperscaling.methods import DENSE, TRAINED, styled
 from experiments.methods import pareto, records, trace
 from experiments.methods.records import Record
@@ -50,19 +50,22 @@ def finding(made: Sequence[Margin]) -> str:
   return f"{TRAINED} over {DENSE}, mean over families with 95% intervals: {'; '.join(said)}." if said else ""
 
 
-def with_texts(path: Path) -> list[Record]:
-  """The records of a file that have texts, which in a sweep are few; none if it is missing."""
-  lines = files.text_lines("sets", path) if path.exists() else ()
-  return [records.build(Record, where, json.loads(line)) for where, line in lines if '"text": null' not in line]
+def with_texts(folder: Path) -> list[Record]:
+  """The records of a sweep that have texts, which are few; none if neither records nor texts are there."""
+  path = next((folder / name for name in (RECORDS, TEXTS) if (folder / name).exists()), None)
+  lines = files.text_lines("sets", path) if path else ()
+  return [records.build(Record, where, json.loads(line)) for where, line in lines if has_text(line)]
 
 
 def results(sweeps: Sequence[Sweep], methods: Sequence[str]) -> Results:
   """The sweeps as `experiments.reports` shows them: traced chains, their records, and runs; without panels."""
   runs, traces = [], []
   for sweep in sweeps:
-    own = trace.read("sets", sweep.folder / trace.FILE)
+    folders = sweep.parts or (sweep.folder,)
+    own = [each for folder in folders for each in trace.read("sets", folder / trace.FILE)]
+    own = [each for each in own if each.method in methods]
     wanted = {trace.chain_of(each) for each in own}
-    kept = [record for record in with_texts(sweep.folder / RECORDS) if trace.chain_of(record) in wanted] if own else []
+    kept = [r for folder in folders for r in with_texts(folder) if trace.chain_of(r) in wanted] if own else []
     runs.append(Run(sweep.folder, sweep.config, sweep.environment, kept, [], [], own))
     if not traces:  # chains of one seed are enough
       traces = [(runs[-1].model, each) for each in own]

@@ -145,6 +145,39 @@ def test_cells_of_records(tmp_path):
     cells.of_records([*made, record(2, 0, 0.0, None, chains=1)])
 
 
+def save_part(folder, found):
+  folder.mkdir(parents=True)
+  cells.save(folder / cells.CELLS, cells.of_records(found)[0])
+
+
+def test_a_sweep_in_parts(tmp_path):
+  right = lambda p, c, *rest, **more: record(p, c, 100.0 * (c == p), "ab"[c], *rest, chains=2, **more)
+  every = [(p, c) for p in (0, 1) for c in (0, 1)]
+  save_part(tmp_path / "s/dense", [right(*each) for each in every])
+  save_part(tmp_path / "s/dms", [right(*each, *how) for each in every for how in ((), ("dms", 4.0))])
+  save_part(tmp_path / "s/tova", [right(0, c, "tova", 2.0) for c in (0, 1)])  # not finished
+  sweep, remarks = cells.read(tmp_path / "s")
+  assert list(sweep.cells) == [("echo", "vanilla", 1.0, 9), ("echo", "dms", 4.0, 9)]
+  assert remarks == ["tova, CR 2, L 9 on echo is left out: 1 of 2 problems are complete"]
+  assert sweep.parts == tuple(tmp_path / "s" / name for name in ("dense", "dms", "tova"))
+  assert list(cells.only(sweep, ["dms"]).cells) == [("echo", "dms", 4.0, 9)]
+  with pytest.raises(ValueError, match=r"--methods: \S+ has no 'h2o'; there are vanilla, dms"):
+    cells.only(sweep, ["dms", "h2o"])
+  save_part(tmp_path / "s/other", [record(p, c, 0.0, None, chains=2) for p, c in every])
+  with pytest.raises(ValueError, match=r"vanilla, CR 1, L 9 on echo is in another part too, with other grades"):
+    cells.read(tmp_path / "s")
+
+
+def test_records_with_texts_stay_without_the_others(tmp_path):
+  kept = record(1, 0, 0.0, None, text="a b")
+  lines = [json.dumps(dataclasses.asdict(each)) for each in (record(0, 0, 0.0, None), kept)]
+  (tmp_path / cells.RECORDS).write_text("\n".join(lines) + "\n")
+  cells.save_texts(tmp_path)
+  assert [each.prompt for each in page.with_texts(tmp_path)] == [1]
+  (tmp_path / cells.RECORDS).unlink()
+  assert page.with_texts(tmp_path) == [kept]
+
+
 # Families and intervals -----------------------------------------------------------------------------------------------
 
 
