@@ -33,6 +33,7 @@ from dms_jax.retrofit.step import Batch
 Documents = Callable[[int, int, int], Iterable[tuple[str, str | None]]]
 FIRST = 64  # documents that stand for all in fingerprints
 HOPELESS = 64  # documents in a row that are too long, after which the generator is given up
+GRACE = 10.0  # seconds that a worker process goes on after SIGTERM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,20 +173,31 @@ class Stream:
 _stream: Stream | None = None  # of a worker process
 
 
-def _start_worker(stream: Stream) -> None:
-  """Runs in each worker: signals are its parent's business, and it ends when its parent does, however that ends."""
+def _start_worker(stream: Stream, grace: float) -> None:
+  """Runs in each worker: signals are its parent's business, and it ends when its parent does, however that ends.
+
+  SIGTERM leaves the parent `grace` seconds to use what the worker makes. A worker cannot ignore it altogether: where
+  another one died, the pool sends it and waits for the worker, from Python 3.12.2 on with the lock that `submit` needs.
+  """
   global _stream
   _stream = stream
   os.environ["TOKENIZERS_PARALLELISM"] = "false"
-  for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, signal.SIG_IGN)
   parent = multiprocessing.parent_process()
 
   def follow():
     parent.join()
     os._exit(1)
 
+  def end_later(number, frame):
+    signal.signal(number, signal.SIG_IGN)  # a second one does not start the time again
+    signal.setitimer(signal.ITIMER_REAL, grace)  # SIGALRM ends a process that does not handle it
+
   threading.Thread(target=follow, daemon=True).start()
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  signal.signal(signal.SIGTERM, end_later)
+  if hasattr(signal, "pthread_sigmask"):
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))  # held back until here
 
 
 @contextlib.contextmanager
@@ -258,7 +270,7 @@ class StreamPacker(Batches):
         self.workers,
         mp_context=multiprocessing.get_context("spawn"),  # JAX has threads, which do not survive a fork
         initializer=_start_worker,
-        initargs=(self.stream,),
+        initargs=(self.stream, GRACE),
       )
     if self._ahead and self._ahead[0][0] != step:
       while self._ahead:
@@ -266,7 +278,7 @@ class StreamPacker(Batches):
     try:
       first = self._ahead[-1][0] + 1 if self._ahead else step
       last = max(min(step + 2 * self.workers, self.config.schedule.steps), step + 1)
-      with _signals_held_back():  # a worker that starts does not ignore them yet
+      with _signals_held_back():  # a worker that starts does not handle them yet
         for number in range(first, last):
           self._ahead.append((number, self._pool.submit(_batch_in_worker, number)))
       return self._ahead.popleft()[1].result()
@@ -280,7 +292,7 @@ class StreamPacker(Batches):
   def close(self) -> None:
     if self._pool is not None:
       for process in list((self._pool._processes or {}).values()):
-        process.kill()  # nobody wants the batch that it makes, and it ignores the SIGTERM with which the pool ends it
+        process.kill()  # nobody wants the batch that it makes, for which it would go on after the pool's SIGTERM
       self._pool.shutdown(wait=True, cancel_futures=True)
       self._pool = None
     self._ahead.clear()

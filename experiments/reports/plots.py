@@ -258,3 +258,40 @@ def compression(plt, runs: list[dict], title: str) -> Any:
     along.legend(frameon=False)
   figure.suptitle(title)
   return figure
+
+
+@picture
+def levels(plt, rows: list[dict], retrofit: str) -> Any:
+  """KL against achieved CR: one curve a text for gates read at several levels, a mark for each retrofit of one CR.
+
+  Args:
+    rows: each with `method`, `text`, `achieved_cr`, `mean` and `standard_error` of its KL, in nats a token; a row of
+      `retrofit` also with its `budget`, {"cr": the CR asked for}.
+    retrofit: the method whose rows are the curves.
+  """
+  figure, axis = plt.subplots(figsize=(8, 5.4), layout="constrained")
+  texts = list(dict.fromkeys(row["text"] for row in rows))
+  others = list(dict.fromkeys(row["method"] for row in rows if row["method"] != retrofit))
+  for text, color in zip(texts, METHODS, strict=False):
+    curve = sorted((r["achieved_cr"], r["mean"], r["standard_error"]) for r in rows
+                   if (r["method"], r["text"]) == (retrofit, text))  # fmt: skip
+    axis.errorbar(*zip(*curve, strict=True), color=color, marker="o", ms=4, lw=1.6, capsize=2, label=text)
+    for method, marker in zip(others, "sD^vP", strict=False):
+      for row in (r for r in rows if (r["method"], r["text"]) == (method, text)):
+        axis.errorbar(
+          row["achieved_cr"], row["mean"], row["standard_error"], color=color, marker=marker, ms=8, mfc="w", capsize=2
+        )
+  axis.set(title=f"{retrofit}: one retrofit read at several CRs", xlabel="achieved CR", ylabel="KL, nats a token")
+  axis.set(xscale="log", yscale="log")
+  asked = sorted({row["budget"]["cr"] for row in rows if row["method"] == retrofit})
+  axis.set_xticks(asked, [f"{cr:g}" for cr in asked])
+  axis.set_xticks([], minor=True)
+  axis.set_yticks(shown := [0.01, 0.02, 0.05, 0.1], [f"{kl:g}" for kl in shown])
+  axis.set_yticks([], minor=True)
+  axis.grid(alpha=0.25)
+  bare(axis)
+  handles, _ = axis.get_legend_handles_labels()
+  handles += [plt.Line2D([], [], color=DENSE, marker=marker, ms=8, mfc="w", lw=0, label=method)
+              for method, marker in zip(others, "sD^vP", strict=False)]  # fmt: skip
+  axis.legend(handles=handles, frameon=False)
+  return figure

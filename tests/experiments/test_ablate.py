@@ -280,6 +280,20 @@ def test_picture_of_compression(tmp_path):
   assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_picture_of_levels(tmp_path):
+  pytest.importorskip("matplotlib")
+  row = lambda method, text, cr, kl: {
+    "method": method,
+    "text": text,
+    "achieved_cr": cr,
+    "mean": kl,
+    "standard_error": kl / 9,
+  }
+  rows = [{**row("elastic", text, cr, 0.01 * cr), "budget": {"cr": cr}} for text in "ab" for cr in (2.0, 1.5, 4.0)]
+  plots.levels(tmp_path / "l.png", [*rows, row("cr 3", "a", 3.1, 0.03)], "elastic")
+  assert (tmp_path / "l.png").read_bytes()[:4] == b"\x89PNG"
+
+
 # ------------------------------------------------------------------------------------------------------- a whole one
 
 # Without matplotlib, whose pictures take longer than these runs; and ends itself with SIGKILL when it begins to write a

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import multiprocessing.connection
 import os
 import random
 import signal
+import time
 
 import jax
 import numpy as np
 import pytest
 
-from dms_jax.retrofit import DataConfig, RetrofitConfig, ScheduleConfig
+from dms_jax.retrofit import DataConfig, RetrofitConfig, ScheduleConfig, packing
 from dms_jax.retrofit.data import Packer, load_sources
 from dms_jax.retrofit.packing import StreamPacker, WholePacker, best_fit
 from dms_jax.tokenizer import byte_tokenizer
@@ -79,20 +81,34 @@ def test_generated_documents_stay_whole_and_in_order():
     StreamPacker(sums, byte_tokenizer(), DataConfig(workers=0), RetrofitConfig(batch_size=1, seq_len=3)).batch(0)
 
 
-def test_workers_change_no_batch_and_end_with_their_parent():
-  data = lambda workers: DataConfig(families=("sums",), workers=workers)
-  alone = StreamPacker(sums, byte_tokenizer(), data(0), CONFIG)
-  with contextlib.closing(StreamPacker(sums, byte_tokenizer(), data(2), CONFIG)) as packer:
+def with_workers(workers: int) -> StreamPacker:
+  return StreamPacker(sums, byte_tokenizer(), DataConfig(families=("sums",), workers=workers), CONFIG)
+
+
+def test_workers_change_no_batch_and_go_on_after_sigterm():
+  alone = with_workers(0)
+  with contextlib.closing(with_workers(2)) as packer:
     for step in (0, 1, 2, 4, 5, 0):  # in order, a step skipped, and back
       jax.tree.map(np.testing.assert_array_equal, packer.batch(step), alone.batch(step))
       assert packer.notes(step) == alone.notes(step)
     rows = packer.batch(1, only=[2, 0])
     jax.tree.map(lambda x, whole: np.testing.assert_array_equal(x, whole[[2, 0]]), rows, alone.batch(1))
-    pids = list(packer._pool._processes)
-    for pid in pids:
+    for pid in packer._pool._processes:
       os.kill(pid, signal.SIGTERM)  # the parent's business
-    packer.batch(2)
-    os.kill(pids[0], signal.SIGKILL)
+    jax.tree.map(np.testing.assert_array_equal, packer.batch(2), alone.batch(2))
+
+
+def test_a_worker_that_ends_is_told_in_one_line_and_the_others_end(monkeypatch):
+  """SIGTERM ends a worker after the grace; then the pool sends it to the others, and waits for them."""
+  monkeypatch.setattr(packing, "GRACE", 0.5)
+  with contextlib.closing(with_workers(2)) as packer:
+    packer.batch(0)
+    workers = list(packer._pool._processes.values())
+    start = time.monotonic()
+    os.kill(workers[0].pid, signal.SIGTERM)
+    assert multiprocessing.connection.wait([workers[0].sentinel], timeout=60)
+    assert time.monotonic() - start >= packing.GRACE
+    assert multiprocessing.connection.wait([workers[1].sentinel], timeout=60)  # nobody has killed it
     with pytest.raises(OSError, match=r"a worker process .* ended .*--data\.workers"):
       for step in [0, 3] * 100:
         packer.batch(step)

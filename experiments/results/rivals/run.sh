@@ -8,7 +8,7 @@
 #
 #   MODEL  checkpoint, default checkpoints/smollm2-135m-instruct     OUT   results, default runs/rivals
 #   DATA   folder with wiki.test.raw, wikitext2_train_5k.txt, gsm8k/{train,test}.jsonl, math500.jsonl, maths.txt and code.txt (the
-#          texts of README), math_train.json (problems), hellaswag_val_full.txt.bz2
+#          texts of README), math_train.jsonl (field problem), hellaswag_val_full.txt.bz2
 #   GPUS   ids, default 0      EACH  evaluations that share a GPU, default 3      SMALL=1  a few tokens, to try the script
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
