@@ -64,6 +64,8 @@ def _prepare(tile: Tile, blocks: Blocks, weighted: bool, q, keys, values, q_pos,
   plan = planning.make(positions, k_first, k_last, block=blocks.kv, grain=GRAIN)
   rows = tile.arrange(positions, -2).reshape(*positions.shape[:2], WARPGROUPS, ROWS)
   keys, values = (planning.gather(x, plan.source) for x in (keys, values))
+  # TMA reads zeros past the end and writes nothing there, but tiles memory by 8 rows; the interpreter needs all rows.
+  pad = pad if compat.interpreting() else -t % 8
   q = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0)))
   return (q, keys, values, rows, plan.bounds, plan.ranges), plan.row if weighted else None
 
@@ -71,7 +73,8 @@ def _prepare(tile: Tile, blocks: Blocks, weighted: bool, q, keys, values, q_pos,
 def _attend(tile: Tile, blocks: Blocks, lse: bool, q, keys, values, rows, bounds, ranges):
   """(out [B, T, N, H], log-sum-exp float32 [B, parts, tiles, 2, 64] in units of log 2, if asked for).
 
-  q [B, T, N, H], keys and values [B, K, R, H], rows [B, tiles, 2, 64]: positions; bounds, ranges: see `Plan`.
+  q [B, T, N, H], T a multiple of 8; keys and values [B, K, R, H], rows [B, tiles, 2, 64]: positions; bounds, ranges:
+  see `Plan`.
   """
   b, _, n, h = q.shape
   tiles, group = rows.shape[1], n // keys.shape[1]
