@@ -10,14 +10,8 @@ streams its blocks by TMA, several in flight across the ends of chunks, page num
 one partial result a chunk: sum of values, maximum and sum of weights. A second kernel merges a pair's partial results
 in order; so a result depends on its own slots alone, whichever workers computed the parts.
 
-The tensor cores need at least 64 rows and eight columns: slots, then the values' channels, are the rows, and the
-group's queries the columns. The scores of a block are then four numbers a thread, and reading it takes all the time.
-
-Queries, weights and widened blocks are overwritten in place. The barriers of `reduce_columns` and `commit_smem`, and
-those that Pallas puts before stores and copies, separate their readers from the next writer.
-
-Pages of 8 bits are converted to q's dtype, exactly, in shared memory, from where the tensor cores read all operands; a
-slot's two scales multiply its score and its weight. All scores are in units of log 2.
+Two divisions need no second kernel (`gpu_division`). Where no pair can have a second chunk, its worker writes the
+result. With `Blocks.cluster`, a cluster of blocks of threads shares the slots of each pair and merges in shared memory.
 
 For the mass of slots the kernel also stores its scores, float32, and XLA turns them into probabilities by the
 log-sum-exp of all chunks, which no worker knows. A slot costs 4G bytes to store, 4G to read and 4 for its mass; a
