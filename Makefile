@@ -9,7 +9,7 @@ DEMO_FLAGS ?=
 REASONER := experiments/results/reasoner
 HYPERSCALE_FLAGS ?=
 PYTEST_FLAGS ?=
-PYTEST = $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile
+PYTEST = $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help demo hyperscale test test-all test-parity test-tpu lint format tree hooks clean
