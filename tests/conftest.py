@@ -1,4 +1,4 @@
-"""Hooks and fixtures of every test: what its process sets up, strict numpy semantics, programs for absent TPUs."""
+"""Hooks and fixtures of every test: numpy's semantics of dtypes, programs for absent TPUs."""
 
 from __future__ import annotations
 

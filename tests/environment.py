@@ -1,7 +1,4 @@
-"""What every process that runs tests sets up, once: CPU, compilation, shape and type checks, random cases.
-
-To be imported before jax, dms_jax and pallas_kernels.
-"""
+"""What a process that runs tests sets up once: CPU, compilation, type checks, random cases."""
 
 from __future__ import annotations
 
@@ -11,7 +8,11 @@ import threading
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax: the suite means the same on every machine
+# All compiled programs are kept: for the other worker, for the processes that tests start, and for the next run.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "dms_jax" / "xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+os.environ["PYTHONDONTWRITEBYTECODE"] = ""  # the first process that a test starts compiles the packages for all
 
 import hypothesis
 import jax
@@ -28,10 +29,6 @@ if os.environ.get("DMS_QUICK"):  # `make test`, most of whose time would be comp
 
   quick = [f"--{name}={str(value).lower()}" for name, value in QUICK.items()]
   os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *quick]).strip()
-
-# All compiled programs are kept, for the other workers and for the next run.
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 # Derandomised, so that a failure is a fact about the commit; HYPOTHESIS_PROFILE=explore draws afresh and more.
 hypothesis.settings.register_profile(
