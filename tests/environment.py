@@ -71,12 +71,12 @@ class Programs:
     self.made += event == "/jax/core/compile/backend_compile_duration"
 
   def forget_too_many(self):
-    """A process may have 65,530 mappings of memory, and programs take some: at half of them all are forgotten."""
+    """A process may have 65,530 mappings of memory: programs take them, and memory. At a quarter, all are forgotten."""
     maps = Path("/proc/self/maps")  # Linux only, where the limit is
     if self.made - self.counted < 500 or not maps.exists():
       return
     self.counted = self.made
-    if maps.read_bytes().count(b"\n") > 32_000:
+    if maps.read_bytes().count(b"\n") > 16_000:
       jax.clear_caches()
 
 
