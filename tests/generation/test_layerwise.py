@@ -17,10 +17,14 @@ PROMPTS = [list(range(1, 40)), list(range(7, 21)), list(range(3, 70))]
 @pytest.mark.parametrize(
   ("policy", "kind"),
   [
-    (dms_jax.DMS(window=5), "paged"), (dms_jax.DMS(window=5), "masked"), (dms_jax.Vanilla(), "contiguous"),
-    (dms_jax.SnapKV(budget=20, window=7), "contiguous"), (dms_jax.TOVA(budget=16), "contiguous"),
-    (dms_jax.H2O(budget=16), "paged"), (dms_jax.Quest(budget=32, page=8), "contiguous"),
-    (dms_jax.KeyDiff(budget=16), "contiguous"),
+    (dms_jax.DMS(window=5), "paged"), (dms_jax.SnapKV(budget=20, window=7), "contiguous"),
+    (dms_jax.H2O(budget=16), "paged"), *(
+      pytest.param(policy, kind, marks=pytest.mark.slow)
+      for policy, kind in (
+        (dms_jax.DMS(window=5), "masked"), (dms_jax.Vanilla(), "contiguous"), (dms_jax.TOVA(budget=16), "contiguous"),
+        (dms_jax.Quest(budget=32, page=8), "contiguous"), (dms_jax.KeyDiff(budget=16), "contiguous"),
+      )
+    ),
   ],
 )  # fmt: skip
 def test_layer_by_layer_is_all_layers_at_once(policy, kind):
