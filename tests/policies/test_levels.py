@@ -25,7 +25,9 @@ CRS, LENGTH, NEW = (1.5, 3.0, 6.0, 12.0), 29, 6
 GATES = tiny.dms(window=3, scale=20.0, offset=0.0, elastic=(1.5, 12.0))
 MODEL = tiny.model(gates=GATES)
 PROMPTS = [tiny.tokens(MODEL.config, 1, LENGTH - 2 * i, seed=i).tolist()[0] for i in range(len(CRS))]
-generate = functools.partial(dms_jax.generate, max_new_tokens=NEW, eos=False, decode_block=4, prefill_chunk=8)
+generate = functools.partial(  # one capacity: programs are shared
+  dms_jax.generate, max_new_tokens=NEW, eos=False, decode_block=4, prefill_chunk=8, capacity=64
+)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,7 @@ def test_a_row_is_itself_alone(kind, budgets, over):
   def run(order, crs, limits):
     limits = None if budgets is None else np.array(limits)
     policy = policies.DMS(cr=np.array(crs), budget=limits, limit_over=over)
-    return generate(MODEL, [PROMPTS[i] for i in order], policy=policy, cache=kind, capacity=64)
+    return generate(MODEL, [PROMPTS[i] for i in order], policy=policy, cache=kind)
 
   rows, limits = range(len(CRS)), budgets or (0,) * len(CRS)
   whole = run(rows, CRS, limits)
