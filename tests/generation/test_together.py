@@ -28,7 +28,7 @@ def model():
 
 
 def prompts_of(model):
-  return [tiny.tokens(model.config, 1, n, seed=n)[0].tolist() for n in LENGTHS]
+  return [tiny.tokens(model.config, 1, n, seed=n).tolist()[0] for n in LENGTHS]
 
 
 def served(model, *, apart=False, calls=None, numbers=None, prefill_rows=4, **settings):
