@@ -9,7 +9,7 @@ DEMO_FLAGS ?=
 REASONER := experiments/results/reasoner
 HYPERSCALE_FLAGS ?=
 PYTEST_FLAGS ?=
-PYTEST = $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile
+PYTEST = $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help demo hyperscale test test-all test-parity test-tpu lint format tree hooks clean
@@ -33,7 +33,7 @@ test-all: $(VENV)/.test  ## compiled as in use; also kernels interpreted on the 
 	$(PYTEST) -m "not tpu" $(PYTEST_FLAGS)
 
 test-parity: $(VENV)/.parity  ## compare with torch, transformers and lm-evaluation-harness
-	$(BIN)/python -m pytest tests/parity -m "not slow" $(PYTEST_FLAGS)
+	$(PYTEST) tests/parity -m "not slow" $(PYTEST_FLAGS)
 
 test-tpu: $(VENV)/.tpu  ## compile for TPUs that are described, not attached (libtpu)
 	$(BIN)/python -m pytest -m tpu $(PYTEST_FLAGS)

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-COUNT, SEED = int(os.environ.get("DMS_FUZZ", 2000)), int(os.environ.get("DMS_FUZZ_SEED", 0))
+COUNT = int(os.environ.get("DMS_FUZZ", 1000 if os.environ.get("DMS_QUICK") else 2000))
+SEED = int(os.environ.get("DMS_FUZZ_SEED", 0))
 SECONDS = 5.0  # of one input, as a processor counts them; the files are small
 MEGABYTES = 64  # of one input beyond three times its file: what a compilation takes
 CHARACTERS = 6000  # of a message, which may list forty tensors

@@ -34,7 +34,7 @@ from experiments import mesh_memory
 WINDOW = 5
 CONFIG = tiny.config(num_heads=8, num_kv_heads=4, vocab_size=96)
 SETTINGS = dict(max_new_tokens=12, eos=False, prefill_chunk=8, decode_block=8)
-PROMPTS = [tiny.tokens(CONFIG, 1, n, n)[0].tolist() for n in (1, 19, 8, 5, 3, 12, 30, 7)]
+PROMPTS = [tiny.tokens(CONFIG, 1, n, n).tolist()[0] for n in (1, 19, 8, 5, 3, 12, 30, 7)]
 
 
 def one_device(gates=None) -> Model:
@@ -190,7 +190,7 @@ def requests_of_a_generator(data: int = 2, tensor: int = 2) -> None:
   rng, requests = np.random.default_rng(0), []
   for seed in range(6):
     length, new, chains = (int(rng.integers(*limits)) for limits in ((1, 40), (1, 40), (1, 3)))
-    requests.append((tiny.tokens(CONFIG, 1, length, seed)[0].tolist(), new, chains, jax.random.key(seed)))
+    requests.append((tiny.tokens(CONFIG, 1, length, seed).tolist()[0], new, chains, jax.random.key(seed)))
 
   def answer(model, width, **budget):
     generator = Generator(model, width=width, **sizes, **budget)

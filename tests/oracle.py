@@ -57,6 +57,12 @@ def about(decisions, shift):
   return out
 
 
+def held(evicted, window):
+  """Tokens that remain after the last one, [..., T] -> [...]: the last W + 1, and of the others those not evicted."""
+  position = np.arange(evicted.shape[-1])
+  return ((position >= len(position) - 1 - window) | ~evicted).sum(axis=-1)
+
+
 def visible(evicted, window):
   """[T, T] of one head, from the formula, entry by entry."""
   length = len(evicted)

@@ -6,7 +6,6 @@ import json
 import shutil
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,7 +13,6 @@ import dms_jax
 from dms_jax import checkpoint, formats
 from dms_jax import testing as tiny
 from dms_jax.config import DMSConfig, LoRAConfig, from_json, read_json, to_json
-from dms_jax.model import Eviction, forward
 from dms_jax.params import flatten
 from dms_jax.retrofit import LossConfig, OptimizerConfig, RetrofitConfig, ScheduleConfig
 from dms_jax.retrofit.config import DataConfig
@@ -22,6 +20,7 @@ from dms_jax.retrofit.data import Packer, load_sources
 from dms_jax.retrofit.loop import Run, train
 from dms_jax.tokenizer import byte_tokenizer
 from tests.helpers import GOLDENS, changed
+from tests.programs import read
 
 # The folders that versions of dms_jax wrote, and the schemas of what is in them.
 SAMPLES = {"v0_1": 1, "v0_2": 1, "schema_2": 2}
@@ -43,7 +42,7 @@ def test_checkpoint_and_retrofit(sample):
   model, _ = dms_jax.load(folder / "checkpoint", retrofit=folder / "retrofit", merge=False)
   assert model.dms == tiny.dms(offset=4.0) and model.lora.rank == 2 and model.lora.scale == 1.5
   stacked = checkpoint.load(folder / "checkpoint", retrofit=folder / "retrofit")
-  _, logits = forward(stacked, jnp.arange(40)[None] % 250, eviction=Eviction(threshold=0.0))
+  _, logits = read(stacked, np.arange(40)[None] % 250)
   assert 0 < np.mean(logits > 0) < 1
 
 

@@ -12,21 +12,19 @@ from dms_jax import policies
 from dms_jax import testing as tiny
 from dms_jax.config import LoRAConfig
 from dms_jax.convert import export
-from dms_jax.model import Eviction, cached_forward, check_policy, forward, unembed
+from dms_jax.model import check_policy
 from dms_jax.retrofit import RetrofitConfig
 from dms_jax.retrofit.loop import prepare
 from dms_jax.retrofit.step import Batch, init_state, train_step, trained_model
 from tests.helpers import OTHER_FAMILIES, changed, close, family
+from tests.programs import quick, read, step, unembed
 
 ROWS, LENGTH, CHUNK, CR = 2, 40, 16, 2.0
 CONFIG = changed(
   RetrofitConfig(batch_size=ROWS, seq_len=LENGTH), memory__compute_dtype="float32", schedule__initial_cr=CR,
   schedule__final_cr=CR, schedule__steps=30, optimizer__learning_rate=0.02, optimizer__warmup_steps=0,
 )  # fmt: skip
-train = jax.jit(train_step.__wrapped__, compiler_options=tiny.QUICK)
-whole = jax.jit(lambda model, tokens: forward(model, tokens, eviction=Eviction()), compiler_options=tiny.QUICK)
-step = jax.jit(cached_forward, compiler_options=tiny.QUICK)
-logits = jax.jit(unembed, compiler_options=tiny.QUICK)
+train = quick(train_step.__wrapped__)
 
 
 def test_what_is_left_out_is_refused_by_name(tmp_path):
@@ -73,19 +71,18 @@ def test_retrofit_reaches_its_ratio(name):
   assert metrics["evicted_fraction"] > 0.9 * (1 - 1 / CR) and np.isfinite(metrics["loss"])
 
   model = trained_model(student, state.trained, jnp.float32)
-  hidden, z = whole(model, tokens)
-  expected, decisions = logits(model, hidden), z > 0
+  tokens = np.asarray(tokens)
+  expected, z = read(model, tokens)
+  decisions = z > 0
   assert 0.1 < decisions.mean() < 0.99
   policy = policies.DMS(window=model.dms.window)
   cache = caches.for_model(model, policy, batch=ROWS, capacity=LENGTH, longest=LENGTH, page_size=8)
   widths = [CHUNK, CHUNK, *[1] * (LENGTH - 2 * CHUNK)]
   for start, width in zip(np.cumsum([0, *widths]), widths, strict=False):
     now = slice(int(start), int(start) + width)
-    part = tokens[:, now], jnp.full(ROWS, width, jnp.int32), decisions[..., now]
+    part = tokens[:, now], np.full(ROWS, width, np.int32), decisions[..., now]
     out, cache = step(model, policy, cache, *part)
-    close(logits(model, out.hidden), expected[:, now])
-  for layer in np.flatnonzero(config.sliding_layers):  # exactly their windows, and the metrics count them
-    assert (out.seen.live[layer] == config.sliding_window).all() and (
-      out.seen.reads[layer] == config.sliding_window
-    ).all()
-    assert (cache.live()[layer] == config.sliding_window).all()
+    close(unembed(model, out.hidden), expected[:, now])
+  sliding = np.flatnonzero(config.sliding_layers)  # exactly their windows, and the metrics count them
+  for count in (out.seen.live, out.seen.reads, cache.live()):
+    assert (np.asarray(count)[sliding] == config.sliding_window).all()

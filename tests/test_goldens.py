@@ -5,34 +5,32 @@ Golden tokens are fed rather than our own: one of the sets holds a near tie. Log
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dms_jax import cache as caches
 from dms_jax import policies
-from dms_jax import testing as tiny
-from dms_jax.model import Eviction, cached_forward, forward, last_logits, unembed
+from dms_jax.model import Eviction
 from tests import oracle
 from tests.helpers import GATES, load_golden
+from tests.programs import last_logits, step, unembed, whole
 
 PROMPT, STEPS, TOTAL, WINDOW = 61, 49, 110, 16
 ATOL = 1e-4
-step = jax.jit(cached_forward, compiler_options=tiny.QUICK)
 
 
 def feed(model, policy, cache, tokens, chunk):
   """Takes tokens [B, T] in chunks; returns logits [B, T, V], gate logits [L, B, K, T], live after each chunk, cache."""
   logits, gates, live = [], [], []
   for start in range(0, tokens.shape[1], chunk):
-    part = jnp.asarray(tokens[:, start : start + chunk], jnp.int32)
+    part = np.asarray(tokens[:, start : start + chunk], np.int32)
     count = part.shape[1]
-    part = jnp.pad(part, ((0, 0), (0, chunk - count)))
-    out, cache = step(model, policy, cache, part, jnp.full(len(tokens), count, jnp.int32))
-    assert not out.stalled.any()
-    logits.append(unembed(model, out.hidden)[:, :count])
-    gates.append(out.logits[..., :count])
+    part = np.pad(part, ((0, 0), (0, chunk - count)))
+    out, cache = step(model, policy, cache, part, np.full(len(tokens), count, np.int32))
+    assert not np.asarray(out.stalled).any()
+    logits.append(np.asarray(unembed(model, out.hidden))[:, :count])
+    gates.append(np.asarray(out.logits)[..., :count])
     live.append(np.asarray(out.seen.live))
   return np.concatenate(logits, 1), np.concatenate(gates, -1), np.stack(live), cache
 
@@ -40,7 +38,7 @@ def feed(model, policy, cache, tokens, chunk):
 @pytest.mark.parametrize("kind", GATES)
 def test_whole_text(kind):
   model, golden = load_golden(kind)
-  hidden, z = forward(model, jnp.asarray(golden["input_ids"], jnp.int32), eviction=Eviction(threshold=0.0))
+  hidden, z = whole(model, jnp.asarray(golden["input_ids"], jnp.int32), eviction=Eviction(threshold=0.0))
   np.testing.assert_array_equal(np.asarray(z > 0), golden["decisions"][..., :PROMPT] > 0)
   np.testing.assert_allclose(unembed(model, hidden), golden["prefill_logits"], atol=ATOL, rtol=0)
 
@@ -75,22 +73,22 @@ def test_eviction_off(kind, kind_of_cache):
   cache = caches.create(kind_of_cache, model.config, batch=2, capacity=TOTAL, window=WINDOW, lag=1)
   logits, _, _, cache = feed(model, policy, cache, golden["input_ids"], PROMPT)
   np.testing.assert_allclose(logits, golden["noevict_prefill_logits"], atol=ATOL, rtol=0)
-  token = jnp.argmax(logits[:, -1], -1).astype(jnp.int32)
+  token = np.argmax(logits[:, -1], -1).astype(np.int32)
   for i in range(STEPS):
     np.testing.assert_array_equal(token, golden["noevict_tokens"][:, i])
-    out, cache = step(model, policy, cache, token[:, None], jnp.ones(2, jnp.int32))
-    logits = last_logits(model, out)
+    out, cache = step(model, policy, cache, token[:, None], np.ones(2, np.int32))
+    logits = np.asarray(last_logits(model, out))
     np.testing.assert_allclose(logits, golden["noevict_decode_logits"][:, i], atol=ATOL, rtol=0)
-    token = jnp.argmax(logits, -1).astype(jnp.int32)
-    assert (out.seen.live == PROMPT + i + 1).all()
+    token = np.argmax(logits, -1).astype(np.int32)
+    assert (np.asarray(out.seen.live) == PROMPT + i + 1).all()
 
 
 @pytest.mark.parametrize("kind", GATES)
 def test_left_padding(kind):
   """Seven pads before row 0: real positions match the reference, the row alone, and the row through a cache."""
   model, golden = load_golden(kind)
-  ids, mask = jnp.asarray(golden["leftpad_ids"], jnp.int32), golden["leftpad_mask"].astype(bool)
-  hidden, _ = forward(
+  ids, mask = np.asarray(golden["leftpad_ids"], np.int32), golden["leftpad_mask"].astype(bool)
+  hidden, _ = whole(
     model,
     ids,
     positions=jnp.asarray(golden["leftpad_position_ids"], jnp.int32),
@@ -99,8 +97,8 @@ def test_left_padding(kind):
   )
   logits = np.asarray(unembed(model, hidden))
   np.testing.assert_allclose(logits[mask], golden["leftpad_prefill_logits"][mask], atol=ATOL, rtol=0)
-  without_positions, _ = forward(model, ids, segment_ids=jnp.asarray(mask, jnp.int32), eviction=Eviction(threshold=0.0))
-  np.testing.assert_array_equal(hidden[mask], without_positions[mask])
+  without_positions, _ = whole(model, ids, segment_ids=jnp.asarray(mask, jnp.int32), eviction=Eviction(threshold=0.0))
+  np.testing.assert_array_equal(np.asarray(hidden)[mask], np.asarray(without_positions)[mask])
   pads = int((~mask[0]).sum())
   cache = caches.create("contiguous", model.config, batch=1, capacity=TOTAL, window=WINDOW, lag=1)
   alone, *_ = feed(model, policies.DMS(window=WINDOW), cache, ids[:1, pads:], PROMPT - pads)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import dms_jax
-from dms_jax import masks, metrics
+from dms_jax import metrics
 from dms_jax import testing as tiny
-from dms_jax.model import Eviction, forward
+from tests import oracle
+from tests.programs import read
 
 WINDOW = 5
 
@@ -26,15 +26,15 @@ def test_definitions(kind):
   model = tiny.model(gates=tiny.dms(window=WINDOW))
   cfg, chunk, new = model.config, 4, 18
   lengths = [3, 11, 8]
-  prompts = [tiny.tokens(cfg, 1, n, seed=n)[0].tolist() for n in lengths]
+  prompts = [tiny.tokens(cfg, 1, n, seed=n).tolist()[0] for n in lengths]
   out = dms_jax.generate(
     model, prompts, max_new_tokens=new, eos=False, cache=kind, prefill_chunk=chunk, decode_block=8, history=True
   )
   m = out.metrics
   evicted = []
   for prompt, tokens in zip(prompts, out.tokens, strict=True):
-    _, z = forward(model, jnp.array([prompt + tokens[:-1]]), eviction=Eviction(threshold=0.0))
-    evicted.append(np.asarray(masks.about_key(z > 0, model.dms.shift, False))[:, 0])  # [L, K, T]
+    _, z = read(model, [prompt + tokens[:-1]])
+    evicted.append(oracle.about(z[:, 0] > 0, model.dms.shift))  # [L, K, T]
   assert 0.1 < np.mean([e.mean() for e in evicted]) < 0.9  # decisions are mixed
 
   total = np.array(lengths) + new - 1  # the last token is chosen and never fed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +14,9 @@ from dms_jax.config import DMSConfig, LoRAConfig
 from dms_jax.families import PRESETS
 from dms_jax.params import flatten, param_table
 from dms_jax.sharding import ShardingRules, make_mesh, param_shardings
+from tests.programs import on_devices
 
 ROOT = Path(__file__).parent.parent
-EIGHT = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
 
 FORWARD = """
 import jax, numpy as np
@@ -127,7 +126,7 @@ print("equal")
 @pytest.mark.parametrize("program", [FORWARD, TABLES, ATTENTION], ids=["forward", "tables", "attention"])
 def test_on_eight_devices(program):
   done = subprocess.run(
-    [sys.executable, "-c", program], cwd=ROOT, env=EIGHT, capture_output=True, text=True, timeout=300
+    [sys.executable, "-c", program], cwd=ROOT, env=on_devices(8), capture_output=True, text=True, timeout=300
   )
   assert done.returncode == 0 and "equal" in done.stdout, done.stderr
 

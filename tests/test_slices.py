@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 import tracemalloc
@@ -19,6 +18,7 @@ from dms_jax.config import LoRAConfig
 from dms_jax.convert import convert, export
 from dms_jax.families import PRESETS
 from dms_jax.params import StoredParam, flatten, param_table, unflatten
+from tests.programs import on_devices
 
 # Wide enough that arrays outweigh what Python allocates: a layer is 10.5 MB, all parameters are 84 MB.
 WIDE = tiny.config(num_layers=8, d_model=512, d_ff=1024, num_heads=8, num_kv_heads=8, head_dim=64)
@@ -83,9 +83,8 @@ def test_a_mesh_loads_slices(tmp_path, monkeypatch):
   model = tiny.model(tiny.config(vocab_size=96))
   monkeypatch.setattr(slices, "CHUNK_BYTES", 1000)
   checkpoint.save_slices(tmp_path / "m", slices_of(model), model.config, None, "float32")
-  eight = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
   command = [sys.executable, "-c", MESH, str(tmp_path / "m")]
-  done = subprocess.run(command, env=eight, capture_output=True, text=True, timeout=300)
+  done = subprocess.run(command, env=on_devices(8), capture_output=True, text=True, timeout=300)
   assert done.returncode == 0, done.stderr
 
 

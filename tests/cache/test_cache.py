@@ -20,7 +20,7 @@ from tests.cache_driver import ATOL, KINDS, LAYERS, ROWS, SHAPES, Shape, Text, i
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@hypothesis.settings(max_examples=3 if os.environ.get("DMS_QUICK") else 6)
+@hypothesis.settings(max_examples=2 if os.environ.get("DMS_QUICK") else 6)
 @hypothesis.given(shape=SHAPES, seeds=st.lists(st.integers(0, 2**31), min_size=4, max_size=4))
 def test_cache_is_mask(kind, shape, seeds):
   """Outputs, counts and what is held equal the masked formula and the released slot reuse, after every step.

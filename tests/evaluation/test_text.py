@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,7 +9,8 @@ from dms_jax import policies
 from dms_jax import testing as tiny
 from dms_jax.evaluation.text import cache_for_text, text_quality
 from dms_jax.generation.decode import prefill_chunk
-from dms_jax.model import check_policy, forward, unembed
+from dms_jax.model import check_policy
+from tests.programs import quick, read
 
 LENGTH, CHUNK = 20, 8  # the last chunk is shorter
 
@@ -41,19 +40,18 @@ def test_kl_of_a_policy_that_compacts_after_each_chunk(model, tokens):
   """KL and perplexity in float64 from logits of single chunks, read by the program that reads prompts."""
   policy = check_policy(model, policies.H2O(budget=8, window=4))
   found = text_quality(model, None, tokens[:LENGTH], LENGTH, policy=policy, chunk=CHUNK)
-  text = jnp.asarray(tokens[None, :LENGTH])
-  original = np.asarray(unembed(model, forward(model, text)[0]), np.float64)[0]
-  read = jax.jit(prefill_chunk)
+  original = read(model, tokens[None, :LENGTH], None)[0][0].astype(np.float64)
+  chunk = quick(prefill_chunk)
   own = []
   for last in range(1, LENGTH + 1):  # a chunk that ends at each position gives the logits there
     cache = cache_for_text(model, policy, 1, LENGTH)
-    logits = jnp.zeros((1, model.config.vocab_size))
+    logits = np.zeros((1, model.config.vocab_size), np.float32)
     for start in range(0, last, CHUNK):
       count = min(CHUNK, last - start)
       part = np.zeros((1, CHUNK), np.int32)
       part[0, :count] = tokens[start : start + count]
-      number = lambda value: jnp.full(1, value, jnp.int32)
-      cache, logits, _, _ = read(model, policy, cache, part, number(count), number(last - start - count), logits)
+      number = lambda value: np.full(1, value, np.int32)
+      cache, logits, _, _ = chunk(model, policy, cache, part, number(count), number(last - start - count), logits)
     own.append(np.asarray(logits, np.float64)[0])
   log = lambda x: x - np.log(np.exp(x).sum(-1, keepdims=True))
   p, q = log(original), log(np.stack(own))

@@ -59,7 +59,7 @@ def test_the_first_layer_is_plain_numpy(calibrated):
 def test_a_model_decodes_under_its_calibration(calibrated):
   folder, model, _ = calibrated
   policy = policies.TriAttention(budget=12, buffer=4, calibration=str(folder / "tables.npz"))
-  prompts = [tiny.tokens(model.config, 1, n, seed=n)[0].tolist() for n in (23, 9)]
+  prompts = [tiny.tokens(model.config, 1, n, seed=n).tolist()[0] for n in (23, 9)]
   out = dms_jax.generate(model, prompts, policy=policy, max_new_tokens=12, eos=False, decode_block=6, history=True)
   assert out.metrics.live.max() <= 16 and int(out.metrics.history.max()) == 16
   dms_jax.save_conversation(folder / "saved", out)

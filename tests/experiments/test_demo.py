@@ -8,17 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dms_jax import masks
 from dms_jax import testing as tiny
 from dms_jax.evaluation.text import text_quality
-from dms_jax.model import Eviction, forward, unembed
 from experiments import demo as report
 from experiments.reports import plots
+from tests import oracle
 from tests.helpers import save_checkpoints
+from tests.programs import read
 
 T, NEW = 61, 9
 
@@ -58,17 +57,14 @@ def test_written_tokens_and_live_curve_follow_the_masked_formula(models, tokens,
   """Greedy tokens of one full forward pass; live tokens of every length by the definition of held tokens."""
   for name, model in zip(("dense", "dms"), models, strict=True):
     run = compared[name]
-    text = jnp.asarray(np.append(tokens, run["written"]), jnp.int32)[None]
-    hidden, z = forward(model, text, eviction=Eviction(threshold=0.0) if model.dms else None)
-    greedy = jnp.argmax(unembed(model, hidden), axis=-1)[0]
-    np.testing.assert_array_equal(greedy[T - 1 : -1], run["written"])
-    text = text[:, :-1]
+    logits, z = read(model, np.append(tokens, run["written"])[None], 0.0 if model.dms else None)
+    np.testing.assert_array_equal(logits[0].argmax(axis=-1)[T - 1 : -1], run["written"])
     for position, live in zip(run["position"], run["live"], strict=True):
       if model.dms is None:
         assert (live == position).all()
         continue
-      evicted = masks.about_key(z[..., :position] > 0, model.dms.shift, False)
-      np.testing.assert_array_equal(live, masks.held_tokens(evicted, model.dms.window)[:, 0])
+      evicted = oracle.about(z[:, 0, :, :position] > 0, model.dms.shift)
+      np.testing.assert_array_equal(live, oracle.held(evicted, model.dms.window))
 
 
 def test_metrics(models, compared):

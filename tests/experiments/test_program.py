@@ -119,6 +119,23 @@ def test_every_flag_says_what_it_does(name, monkeypatch):
   assert not [flag for flag, text in texts.items() if len(text.removesuffix(" (required)").split()) < 2]
 
 
+# Forks itself for each line of JSON that it reads, a program's arguments, so that JAX is imported once.
+FORKS = """
+import json, os, runpy, sys, warnings
+from experiments.common import program
+warnings.filterwarnings("ignore", category=RuntimeWarning, message=".*fork")
+for line in sys.stdin:
+  child = os.fork()
+  if not child:
+    for name, number in (("stdout", 1), ("stderr", 2)):
+      os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.argv = ["toy_program", *json.loads(line)]
+    runpy.run_module("toy_program", run_name="__main__", alter_sys=True)
+    sys.exit()
+  print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
   """Runs a program made of the flags above; returns the finished process."""
@@ -127,10 +144,17 @@ def toy(tmp_path_factory):
   env = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
 
   def run(*arguments):
-    command = [sys.executable, "-m", "toy_program", *arguments]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, cwd=folder)
+    forks.stdin.write(json.dumps(arguments) + "\n")
+    forks.stdin.flush()
+    code = int(forks.stdout.readline())
+    said = ((folder / name).read_text() for name in ("stdout", "stderr"))
+    return subprocess.CompletedProcess(arguments, code, *said)
 
-  return run
+  command = [sys.executable, "-c", FORKS]
+  with subprocess.Popen(
+    command, env=env, cwd=folder, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+  ) as forks:
+    yield run
 
 
 def test_flags_reach_the_dataclasses_and_the_last_line_is_json(toy):
@@ -277,24 +301,41 @@ atexit.register(lambda: print("LOADED", loaded(), file=sys.stderr))
 """
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_every_program_answers_help_and_wrong_flags_before_it_imports_jax(name, tmp_path):
-  """A wrong name, a wrong value and --help: by the child that `experiments.common.early` forks."""
+WRONG = {
+  "--debg": "error: there is no flag --debg; did you mean --debug?\n",
+  "--no_such_flag=1": "error: there is no flag --no_such_flag; --help lists all\n",
+  "--debug=perhaps": "error: flag --debug=perhaps: 'perhaps' is not true or false\n",
+}
+
+
+@pytest.fixture
+def answer(tmp_path):
+  """(exit code, output, errors) of a program, which answers without JAX: by the child that `experiments.common.early`
+  forks."""
   (tmp_path / "sitecustomize.py").write_text(SPY)
   env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
 
-  def answer(*arguments):
-    command = [sys.executable, "-m", f"experiments.{name}", *arguments]
+  def run(name, flag):
+    command = [sys.executable, "-m", f"experiments.{name}", flag]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     said, loaded = done.stderr.rsplit("LOADED ", 1)
     assert loaded.strip() == "[]" and "Traceback" not in said, said
     return done.returncode, done.stdout, said
 
-  code, page, said = answer("--help")
+  return run
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_program_answers_help_and_a_wrong_flag_before_it_imports_jax(name, answer):
+  code, page, said = answer(name, "--help")
   assert code == 0 and "--profile" in page and f"experiments.{name}" in page and not said
-  assert answer("--no_such_flag=1") == (1, "", "error: there is no flag --no_such_flag; --help lists all\n")
-  assert answer("--debg") == (1, "", "error: there is no flag --debg; did you mean --debug?\n")
-  assert answer("--debug=perhaps") == (1, "", "error: flag --debug=perhaps: 'perhaps' is not true or false\n")
+  assert answer(name, "--debg") == (1, "", WRONG["--debg"])
+
+
+@pytest.mark.parametrize("name", ["demo", *(pytest.param(n, marks=pytest.mark.slow) for n in PROGRAMS if n != "demo")])
+def test_every_kind_of_wrong_flag_is_named(name, answer):
+  for flag, error in WRONG.items():
+    assert answer(name, flag) == (1, "", error)
 
 
 def test_every_program_is_a_console_script_that_answers_early(tmp_path):

@@ -16,7 +16,6 @@ import pytest
 from dms_jax import masks
 from dms_jax import testing as tiny
 from dms_jax.evaluation import likelihood
-from dms_jax.model import Eviction, forward, unembed
 from dms_jax.policies import DMS, H2O, Vanilla
 from dms_jax.tokenizer import Tokenizer, byte_tokenizer
 from experiments import evaluate
@@ -29,6 +28,7 @@ from experiments.tasks.base import Question, TasksConfig
 from experiments.tasks.gsm8k import GSM8K
 from experiments.tasks.needle import Needle
 from tests.helpers import SIX_LINES, save_checkpoints, write_gsm8k, write_mmlu
+from tests.programs import read
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,9 +78,8 @@ def test_scorer_equals_plain_numpy(models, monkeypatch):
   out = likelihood.score([(models[0], None), (models[1], 0.3)], rows, batch=3)
   for model, threshold, scored in ((models[0], None, out[0]), (models[1], 0.3, out[1])):
     for row, result in zip(rows, scored, strict=True):
-      eviction = None if threshold is None else Eviction(threshold=threshold)
-      hidden, z = forward(model, jnp.asarray(row.tokens)[None], eviction=eviction)
-      logits = np.asarray(unembed(model, hidden), np.float64)[0]
+      logits, z = read(model, row.tokens[None], threshold)
+      logits = logits[0].astype(np.float64)
       logits -= logits.max(axis=-1, keepdims=True)
       log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
       np.testing.assert_allclose(result.logprobs, log_p[row.positions, row.targets], atol=2e-5)  # float32 sums
@@ -89,7 +88,7 @@ def test_scorer_equals_plain_numpy(models, monkeypatch):
         continue
       held = np.zeros(z.shape[:1] + z.shape[2:3], int)  # the last W + 1, and of the others those not evicted
       for j in range(len(row.tokens)):
-        held += ~((j < len(row.tokens) - 6) & (np.asarray(z)[:, 0, :, min(j + 1, len(row.tokens) - 1)] > threshold))
+        held += ~((j < len(row.tokens) - 6) & (z[:, 0, :, min(j + 1, len(row.tokens) - 1)] > threshold))
       np.testing.assert_array_equal(result.held, held)
   assert out[1][1].held.sum() < 0.9 * out[1][1].held.size * 31  # something was evicted
 

@@ -12,7 +12,6 @@ import pytest
 import dms_jax
 from dms_jax import policies
 from dms_jax import testing as tiny
-from dms_jax.model import Eviction, forward
 from dms_jax.tokenizer import byte_tokenizer
 from experiments.methods import run, trace
 from experiments.methods.budgets import Budget
@@ -20,6 +19,7 @@ from experiments.methods.records import Record
 from experiments.tasks import get
 from experiments.tasks.base import Prompt
 from tests import oracle
+from tests.programs import read
 
 READ, WRITTEN = 40, 24
 
@@ -27,8 +27,7 @@ READ, WRITTEN = 40, 24
 def test_dms_holds_what_the_formula_makes_visible_to_the_last_query():
   model = tiny.model(tiny.config(), tiny.dms(scale=1.0, offset=0.0))
   ids = tiny.tokens(model.config, 1, READ + WRITTEN, seed=3)
-  _, logits = forward(model, ids, eviction=Eviction(threshold=0.0))
-  logits = np.asarray(logits)[:, 0]  # [L, K, T]
+  logits = read(model, ids)[1][:, 0]  # [L, K, T]
   assert np.abs(logits).min() > 1e-4, "a decision so close could differ with the order of sums"
   evicted = oracle.about(logits > 0, model.dms.shift)
   expected = np.stack([[oracle.visible(head, model.dms.window)[-1] for head in layer] for layer in evicted])
@@ -44,7 +43,7 @@ def test_dms_holds_what_the_formula_makes_visible_to_the_last_query():
 def test_the_counts_are_those_of_the_cache_that_wrote_the_chain(policy):
   """Generation's contiguous cache counts the tokens it holds; the last token is sampled and never read."""
   model = tiny.model(tiny.config(vocab_size=257))
-  prompt = [int(token) for token in tiny.tokens(model.config, 1, READ)[0]]
+  prompt = [int(token) for token in tiny.tokens(model.config, 1, READ).tolist()[0]]
   out = dms_jax.generate(model, [prompt], policy=policy, max_new_tokens=WRITTEN, eos=False, prefill_chunk=16)
   chain = [*prompt, *map(int, out.tokens[0][:-1])]
   held = trace.held_at_end(model, policy, chain, READ, chunk=16)

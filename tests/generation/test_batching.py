@@ -225,7 +225,7 @@ def test_a_pool_beyond_half_the_budget_grows_through_the_host(model, monkeypatch
   monkeypatch.setattr(memories, "_regrown", watched)
   for lacking in (0, 1):
     budget = empty.fixed_bytes + (pages - lacking) * empty.page_bytes
-    generator = Generator(model, budget=budget, pages=empty.pages, **SIZES, **keeps)
+    generator = Generator(model, budget=budget, pages=pages // 2, **SIZES, **keeps)
     generator.submit(request[0], **request[1])
     if lacking:
       with pytest.raises(BudgetError, match="fills budget"):

@@ -15,8 +15,8 @@ from dms_jax import testing as tiny
 from dms_jax.cache import ContiguousCache, PagedCache, base
 from dms_jax.execution import fastest_form
 from dms_jax.generation import decode as decoding
-from dms_jax.model import Eviction, forward, unembed
 from dms_jax.policies import DMS, Vanilla
+from tests.programs import read
 
 WINDOW, NEW = 5, 20
 SMALL = dict(prefill_chunk=8, decode_block=8, capacity=64)  # one shape for most tests: compiling is what takes time
@@ -49,13 +49,12 @@ def model():
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
-  return tiny.tokens(tiny.config(), 1, length, seed)[0].tolist()
+  return tiny.tokens(tiny.config(), 1, length, seed).tolist()[0]
 
 
 def oracle(model, ids: list[int], new: int, threshold: float | None = 0.0):
   """Logits after each of the last `new` tokens, the whole text under the mask at once; None evicts nothing."""
-  x, _ = forward(model, jnp.array([ids]), eviction=None if threshold is None else Eviction(threshold=threshold))
-  return np.asarray(unembed(model, x)[0, len(ids) - new :])
+  return read(model, [ids], threshold)[0][0, len(ids) - new :]
 
 
 def log_softmax(x):

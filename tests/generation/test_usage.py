@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import dms_jax
-from dms_jax import masks, policies
+from dms_jax import policies
 from dms_jax import testing as tiny
 from dms_jax.config import DMSConfig
-from dms_jax.model import Eviction, forward
+from tests import oracle
+from tests.programs import read
 
 WINDOW, CHUNK, NEW = 3, 8, 14
 LENGTHS = (5, 19, 12)
@@ -24,7 +24,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def prompts(model):
-  return [tiny.tokens(model.config, 1, n, seed=n)[0].tolist() for n in LENGTHS]
+  return [tiny.tokens(model.config, 1, n, seed=n).tolist()[0] for n in LENGTHS]
 
 
 def visible(evicted: np.ndarray, position: int) -> int:
@@ -35,8 +35,8 @@ def visible(evicted: np.ndarray, position: int) -> int:
 
 def expected(model, prompt, tokens) -> dict:
   """What a row holds and reads by the mask of its whole text, which no cache has seen."""
-  _, z = forward(model, jnp.array([prompt + tokens[:-1]]), eviction=Eviction(threshold=0.0))
-  evicted = np.asarray(masks.about_key(z > 0, model.dms.shift, False))[:, 0]  # [L, K, T]
+  _, z = read(model, [prompt + tokens[:-1]])
+  evicted = oracle.about(z[:, 0] > 0, model.dms.shift)  # [L, K, T]
   held = [visible(evicted, len(prompt) + step) for step in range(len(tokens) - 1)]
   ends = [min(start + CHUNK, len(prompt)) - 1 for start in range(0, len(prompt), CHUNK)]
   after_chunks = [visible(evicted, end) for end in ends]

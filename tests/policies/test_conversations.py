@@ -31,7 +31,7 @@ def test_generation(case):
   """Both caches agree; a head never holds more than the budget; a chunked prompt is as one read token by token."""
   policy = GENERATED[case]
   model = tiny.model(gates=tiny.dms() if case in ("streaming", "tova") else None)  # which are not asked
-  prompts = [tiny.tokens(model.config, 1, n, seed=n)[0].tolist() for n in (23, 9, 1)]
+  prompts = [tiny.tokens(model.config, 1, n, seed=n).tolist()[0] for n in (23, 9, 1)]
   run = functools.partial(
     dms_jax.generate, model, prompts, policy=policy, max_new_tokens=12, eos=False, decode_block=6, history=True
   )
@@ -121,8 +121,8 @@ def test_turns_hold_what_one_text_holds(case):
   """Two turns: tokens of the second, and what every head holds, as if the whole text were one prompt."""
   gates, policy = IN_ONE_GO[case]
   model = tiny.model(gates=gates)
-  first, second = (tiny.tokens(model.config, 1, n, seed=n)[0].tolist() for n in (17, 9))
-  settings = dict(eos=False, prefill_chunk=8, decode_block=4)
+  first, second = (tiny.tokens(model.config, 1, n, seed=n).tolist()[0] for n in (17, 9))
+  settings = dict(eos=False, prefill_chunk=8, decode_block=4, capacity=48)
   run = functools.partial(dms_jax.generate, model, policy=policy, max_new_tokens=6, **settings)
   turn = run([first])
   later = run([second], continue_from=turn)
@@ -135,8 +135,8 @@ def test_turns_hold_what_one_text_holds(case):
 def test_a_turn_without_a_prompt_goes_on_as_one_answer():
   """R-KV as it is by default reads each prompt densely and cuts at its end; between prompts it only prunes."""
   model, policy = tiny.model(), policies.RKV(budget=10, buffer=4, window=3)
-  run = functools.partial(dms_jax.generate, model, policy=policy, eos=False, decode_block=4)
-  prompt = tiny.tokens(model.config, 1, 17)[0].tolist()
+  run = functools.partial(dms_jax.generate, model, policy=policy, eos=False, decode_block=4, capacity=48)
+  prompt = tiny.tokens(model.config, 1, 17).tolist()[0]
   turn = run([prompt], max_new_tokens=7)
   more, whole = run(None, continue_from=turn, max_new_tokens=6), run([prompt], max_new_tokens=13)
   assert turn.tokens[0] + more.tokens[0] == whole.tokens[0]
@@ -190,7 +190,7 @@ def test_what_cannot_go_on_is_refused():
 def test_a_request_s_budget_decides_over_h2o_s_half():
   """The recent half is that of the request's own budget, as in `generate` under it alone; no number of a shape."""
   model = tiny.model()
-  prompt = tiny.tokens(model.config, 1, 23)[0].tolist()
+  prompt = tiny.tokens(model.config, 1, 23).tolist()[0]
   settings = dict(eos=False, prefill_chunk=8, decode_block=4)
   generator = dms_jax.Generator(model, policy=policies.H2O(budget=16), width=2, page_size=4, pages=200, **settings)
   tickets = {n: generator.submit(prompt, max_new_tokens=12, budget=n) for n in (7, 30)}

@@ -10,20 +10,24 @@ import numpy as np
 import pytest
 
 import dms_jax
-from dms_jax import masks, policies
+from dms_jax import policies
 from dms_jax import testing as tiny
 from dms_jax.generation import decode
-from dms_jax.model import Eviction, check_policy, forward, unembed
+from dms_jax.model import check_policy
 from dms_jax.policies.base import of_rows, row_numbers
 from experiments.methods import method
 from experiments.methods.budgets import fitted
 from experiments.methods.score import masked
+from tests import oracle
+from tests.programs import read
 
 CRS, LENGTH, NEW = (1.5, 3.0, 6.0, 12.0), 29, 6
 GATES = tiny.dms(window=3, scale=20.0, offset=0.0, elastic=(1.5, 12.0))
 MODEL = tiny.model(gates=GATES)
-PROMPTS = [tiny.tokens(MODEL.config, 1, LENGTH - 2 * i, seed=i)[0].tolist() for i in range(len(CRS))]
-generate = functools.partial(dms_jax.generate, max_new_tokens=NEW, eos=False, decode_block=4, prefill_chunk=8)
+PROMPTS = [tiny.tokens(MODEL.config, 1, LENGTH - 2 * i, seed=i).tolist()[0] for i in range(len(CRS))]
+generate = functools.partial(  # one capacity: programs are shared
+  dms_jax.generate, max_new_tokens=NEW, eos=False, decode_block=4, prefill_chunk=8, capacity=64
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +44,11 @@ def test_rows_of_every_level_are_the_mask(kind, together):
   held_shares = []
   for row, (cr, prompt) in enumerate(zip(CRS, PROMPTS, strict=True)):
     limit = float(GATES.levels.threshold(cr))
-    text = jnp.asarray([prompt + out.tokens[row]], jnp.int32)
-    hidden, logits = forward(MODEL, text, eviction=Eviction(threshold=limit))
-    chosen = np.asarray(unembed(MODEL, hidden)[0]).argmax(axis=-1)
+    text = np.asarray([prompt + out.tokens[row]])
+    found, logits = read(MODEL, text, limit)
+    chosen = found[0].argmax(axis=-1)
     assert chosen[len(prompt) - 1 : -1].tolist() == out.tokens[row]
-    evicted = masks.about_key(logits[..., :-1] > limit, GATES.lag(), False)
-    held = np.asarray(masks.held_tokens(evicted, GATES.window))[:, 0]
+    held = oracle.held(oracle.about(logits[:, 0, :, :-1] > limit, GATES.lag()), GATES.window)
     np.testing.assert_array_equal(np.asarray(out.metrics.live)[:, row], held)
     held_shares.append(held.mean() / (text.shape[1] - 1))
   assert (np.diff(held_shares) < 0).all()
@@ -70,7 +73,7 @@ def test_a_row_is_itself_alone(kind, budgets, over):
   def run(order, crs, limits):
     limits = None if budgets is None else np.array(limits)
     policy = policies.DMS(cr=np.array(crs), budget=limits, limit_over=over)
-    return generate(MODEL, [PROMPTS[i] for i in order], policy=policy, cache=kind, capacity=64)
+    return generate(MODEL, [PROMPTS[i] for i in order], policy=policy, cache=kind)
 
   rows, limits = range(len(CRS)), budgets or (0,) * len(CRS)
   whole = run(rows, CRS, limits)

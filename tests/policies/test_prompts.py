@@ -18,9 +18,9 @@ from dms_jax.attention import write_pages
 from dms_jax.cache import paged
 from dms_jax.cache.compact import moves
 from dms_jax.config import ModelConfig
-from dms_jax.model import cached_forward
 from tests import cache_driver, policy_oracle
 from tests.cache_driver import HEAD, KINDS, LAYERS, ROWS, fitted
+from tests.programs import step
 
 HEADS, GROUP, PROMPT, LENGTH = 2, 2, 34, 46
 MARGIN = 1e-4  # relative; choices closer than this are left to the float64 oracle: another text is sampled
@@ -307,46 +307,52 @@ def test_decisions_that_see_keys(kind):
   """The key of the token that computes a decision: in chunks and single steps, the same tokens are held."""
   model = tiny.model()
   policy = _ByNorm(window=3)
-  tokens = tiny.tokens(model.config, 2, 24)
-  take, held = jax.jit(cached_forward), []
+  tokens, held = np.asarray(tiny.tokens(model.config, 2, 24)), []
   for width in (24, 8, 1):
     cache = caches.create(kind, model.config, batch=2, capacity=24, policy=policy, lag=0)
     for start in range(0, 24, width):
-      _, cache = take(model, policy, cache, tokens[:, start : start + width], jnp.full(2, width))
+      _, cache = step(model, policy, cache, tokens[:, start : start + width], np.full(2, width, np.int32))
     held.append(np.asarray(cache.live()))
   assert (held[0] < 24).sum() >= 3
   for other in held[1:]:
     np.testing.assert_array_equal(held[0], other)
 
 
-def test_numbers_may_be_one_a_row():
+@pytest.mark.parametrize(
+  ("numbers", "make"),
+  [
+    ((-1.0, 0.0, 3.0), lambda x: policies.DMS(window=3, threshold=x)),
+    ((2.0, 3.0, 5.0), lambda x: policies.KeyDiff(cr=x, window=1)),
+    ((6, 9, 13), lambda x: policies.RKV(budget=x, buffer=x - 3, importance=x / 20, threshold=x / 20, window=1)),
+    *(
+      pytest.param(numbers, make, marks=pytest.mark.slow)
+      for numbers, make in (
+        ((6, 9, 20), lambda x: policies.TOVA(budget=x, window=0)),
+        ((2.0, 3.0, 5.0), lambda x: policies.H2O(cr=x, window=0, halves=True)),
+      )
+    ),
+  ],
+)
+def test_numbers_may_be_one_a_row(numbers, make):
   """Thresholds and budgets [B]: each row is bit-equal to a batch in which all rows have its number."""
   model = tiny.model(gates=tiny.dms(window=3))
-  tokens = tiny.tokens(model.config, 3, 30)
-  take = jax.jit(cached_forward)
+  tokens = np.asarray(tiny.tokens(model.config, 3, 30))
 
   def read(policy):
     cache = caches.create("contiguous", model.config, batch=3, capacity=40, policy=policy, lag=1)
-    out, cache = take(model, policy, cache, tokens[:, :20], jnp.full(3, 20))
+    out, cache = step(model, policy, cache, tokens[:, :20], np.full(3, 20, np.int32))
     hidden = [out.hidden]
     for t in range(20, 30):
-      out, cache = take(model, policy, cache, tokens[:, t : t + 1], jnp.ones(3, jnp.int32))
+      out, cache = step(model, policy, cache, tokens[:, t : t + 1], np.ones(3, np.int32))
       hidden.append(out.hidden)
     return np.concatenate(hidden, axis=1), np.asarray(cache.live())
 
-  for numbers, make in (
-    ((-1.0, 0.0, 3.0), lambda x: policies.DMS(window=3, threshold=x)),
-    ((6, 9, 20), lambda x: policies.TOVA(budget=x, window=0)),
-    ((2.0, 3.0, 5.0), lambda x: policies.KeyDiff(cr=x, window=1)),
-    ((2.0, 3.0, 5.0), lambda x: policies.H2O(cr=x, window=0, halves=True)),
-    ((6, 9, 13), lambda x: policies.RKV(budget=x, buffer=x - 3, importance=x / 20, threshold=x / 20, window=1)),
-  ):
-    hidden, live = read(make(jnp.asarray(numbers)))
-    for row, number in enumerate(numbers):
-      alone, held = read(make(jnp.full(3, number)))
-      np.testing.assert_array_equal(hidden[row], alone[row])
-      np.testing.assert_array_equal(live[:, row], held[:, row])
-    assert len({x.tobytes() for x in np.moveaxis(live, 1, 0)}) == 3
+  hidden, live = read(make(jnp.asarray(numbers)))
+  for row, number in enumerate(numbers):
+    alone, held = read(make(jnp.full(3, number)))
+    np.testing.assert_array_equal(hidden[row], alone[row])
+    np.testing.assert_array_equal(live[:, row], held[:, row])
+  assert len({x.tobytes() for x in np.moveaxis(live, 1, 0)}) == 3
 
 
 GENERATED = {
@@ -365,16 +371,15 @@ GENERATED = {
 def test_generation(case):
   """All caches agree through `generate`, rows apart from one another, whatever the chunks where the paper has none."""
   policy, model = GENERATED[case], tiny.model()
-  prompts = [tiny.tokens(model.config, 1, n, seed=n)[0].tolist() for n in (23, 9, 2)]
-  run = functools.partial(dms_jax.generate, model, prompts, policy=policy, max_new_tokens=12, eos=False, decode_block=6)
+  prompts = [tiny.tokens(model.config, 1, n, seed=n).tolist()[0] for n in (23, 9, 2)]
+  settings = dict(policy=policy, max_new_tokens=12, eos=False, decode_block=6, capacity=40)  # one: one program
+  run = functools.partial(dms_jax.generate, model, prompts, **settings)
   results = [run(prefill_chunk=8, cache=kind) for kind in ("contiguous", "masked", "paged")]
   for other in results[1:]:
     assert results[0].tokens == other.tokens
     np.testing.assert_array_equal(results[0].metrics.live, other.metrics.live)
   for row, prompt in enumerate(prompts):
-    alone = dms_jax.generate(
-      model, [prompt], policy=policy, max_new_tokens=12, eos=False, decode_block=6, prefill_chunk=8, cache="contiguous"
-    )
+    alone = dms_jax.generate(model, [prompt], prefill_chunk=8, cache="contiguous", **settings)
     assert alone.tokens[0] == results[0].tokens[row]
   if case not in ("keydiff", "h2o"):  # its prompt is read densely, so the chunking changes nothing
     single = run(prefill_chunk=1, cache="contiguous")
@@ -386,7 +391,7 @@ def test_generation(case):
 def test_exact_prefill_reads_one_by_one():
   """The prompt is decoded token by token: the same as a chunk of one through decode steps."""
   model, policy = tiny.model(), policies.TOVA(budget=7, exact_prefill=True)
-  prompts = [tiny.tokens(model.config, 1, n, seed=n)[0].tolist() for n in (23, 9)]
+  prompts = [tiny.tokens(model.config, 1, n, seed=n).tolist()[0] for n in (23, 9)]
   run = functools.partial(dms_jax.generate, model, prompts, policy=policy, max_new_tokens=6, eos=False, decode_block=6)
   one, eight = run(prefill_chunk=1), run(prefill_chunk=8)
   assert one.tokens == eight.tokens
@@ -397,7 +402,7 @@ def test_exact_prefill_reads_one_by_one():
 def test_numbers_of_rows_in_generate():
   """One number a row: as if each row ran under its own."""
   model, budgets = tiny.model(), (5, 9)
-  prompts = [tiny.tokens(model.config, 1, n, seed=n)[0].tolist() for n in (23, 9)]
+  prompts = [tiny.tokens(model.config, 1, n, seed=n).tolist()[0] for n in (23, 9)]
   for make in (lambda x: policies.SnapKV(budget=x, window=2), lambda x: policies.TOVA(budget=x)):
     run = lambda budget, make=make: dms_jax.generate(
       model, prompts, policy=make(budget), max_new_tokens=3, eos=False, prefill_chunk=8
@@ -435,7 +440,7 @@ def test_going_on_reads_nothing():
 def test_going_on_is_no_prompt(case):
   """Rows without a prompt of a later turn decode: nothing is cut, whatever other rows read; so in a `Generator`."""
   policy, model, options = GENERATED[case], tiny.model(), dict(eos=False, prefill_chunk=8, decode_block=6)
-  prompts = [tiny.tokens(model.config, 1, n, seed=n)[0].tolist() for n in (23, 9)]
+  prompts = [tiny.tokens(model.config, 1, n, seed=n).tolist()[0] for n in (23, 9)]
   run = functools.partial(dms_jax.generate, model, policy=policy, max_new_tokens=6, **options)
   past = run(prompts)
   whole, mixed = run(None, continue_from=past), run([[], prompts[1]], continue_from=past)

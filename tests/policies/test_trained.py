@@ -241,7 +241,7 @@ def test_any_chunking_reads_a_prompt_the_same(case):
   """Logits of deeper layers depend on what earlier ones held: whole models, by chunks and one token at a time."""
   gates, policy = GENERATED[case]
   model = tiny.model(gates=gates)
-  prompts = [tiny.tokens(model.config, 1, n, seed=n)[0].tolist() for n in (29, 11)]
+  prompts = [tiny.tokens(model.config, 1, n, seed=n).tolist()[0] for n in (29, 11)]
   run = functools.partial(dms_jax.generate, model, prompts, max_new_tokens=8, eos=False, decode_block=4)
   whole = run(policy=policy, prefill_chunk=16, cache="contiguous")
   held = np.asarray(whole.metrics.live)
@@ -262,7 +262,7 @@ def test_requests_are_answered_as_alone(case):
   """A `Generator` with chains that share a prompt: as `generate` answers each prompt."""
   gates, policy = GENERATED[case]
   model, options = tiny.model(gates=gates), dict(eos=False, prefill_chunk=8, decode_block=4)
-  prompts = [tiny.tokens(model.config, 1, n, seed=n)[0].tolist() for n in (29, 11)]
+  prompts = [tiny.tokens(model.config, 1, n, seed=n).tolist()[0] for n in (29, 11)]
   generator = dms_jax.Generator(model, policy=policy, width=3, page_size=4, pages=200, **options)
   tickets = [generator.submit(p, max_new_tokens=8, chains=n) for p, n in zip(prompts, (2, 1), strict=True)]
   list(generator.run())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import socket
 import subprocess
@@ -30,6 +29,7 @@ from dms_jax.retrofit.loop import prepare
 from dms_jax.retrofit.step import init_state
 from dms_jax.sharding import tree_shardings
 from dms_jax.tokenizer import byte_tokenizer
+from tests.programs import on_devices
 
 ROOT = Path(__file__).parents[2]
 # Sums over rows, vocabulary and width are taken in another order. Float32 rounding is 1e-7 of a loss, and grows to 2e-5
@@ -115,14 +115,9 @@ print("equal")
 """
 
 
-def simulated(devices: int) -> dict[str, str]:
-  quick = {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-  return {**os.environ, **quick, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-
-
 def on_eight_devices(program: str, *args) -> None:
   done = subprocess.run(
-    [sys.executable, "-c", program, *map(str, args)], cwd=ROOT, env=simulated(8), capture_output=True, text=True,
+    [sys.executable, "-c", program, *map(str, args)], cwd=ROOT, env=on_devices(8), capture_output=True, text=True,
     timeout=500,
   )  # fmt: skip
   assert done.returncode == 0 and "equal" in done.stdout, done.stderr
@@ -200,7 +195,7 @@ def start(inputs: Path, output: Path, *flags: str, devices: int = 1) -> subproce
     "--retrofit.saving.save_every=3", "--retrofit.batch_size=4", "--retrofit.memory.compute_dtype=float32", *flags,
   ]  # fmt: skip
   return subprocess.Popen(
-    command, cwd=ROOT, env=simulated(devices), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    command, cwd=ROOT, env=on_devices(devices), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
   )
 
 

@@ -1,0 +1,41 @@
+"""The model as compiled programs that tests share: once a shape and process, and quickly."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import jax
+import numpy as np
+
+from dms_jax import model as models
+from dms_jax import testing as tiny
+
+quick = functools.partial(jax.jit, compiler_options=tiny.QUICK)
+whole, step = quick(models.forward), quick(models.cached_forward)
+unembed, last_logits = quick(models.unembed), quick(models.last_logits)
+PADDED = 16
+
+
+def on_devices(count: int) -> dict[str, str]:
+  """The environment of a process of `count` simulated devices that compiles as this one does."""
+  flags = [os.environ.get("XLA_FLAGS", ""), f"--xla_force_host_platform_device_count={count}"]
+  return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)}
+
+
+@quick
+def _read(model, tokens, eviction):
+  hidden, gates = models.forward(model, tokens, eviction=eviction)
+  return models.unembed(model, hidden), gates
+
+
+def read(model: models.Model, tokens, threshold: float | None = 0.0) -> tuple[np.ndarray, np.ndarray | None]:
+  """Logits [B, T, V] of whole texts [B, T] under the mask, and gate logits [L, B, K, T] or None; None evicts nothing.
+
+  Texts are padded to a multiple of `PADDED` tokens, which none of their own tokens sees: few shapes are compiled.
+  """
+  tokens = np.asarray(tokens, np.int32)
+  length = tokens.shape[1]
+  eviction = None if threshold is None else models.Eviction(threshold=threshold)
+  logits, gates = _read(model, np.pad(tokens, ((0, 0), (0, -length % PADDED))), eviction)
+  return np.asarray(logits)[:, :length], None if gates is None else np.asarray(gates)[..., :length]
