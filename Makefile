@@ -23,8 +23,8 @@ demo: $(VENV)/.demo $(MODEL)  ## fetch SmolLM2, answer and read 4,096 tokens, de
 
 hyperscale: $(VENV)/.demo  ## the shipped reasoner, dense against DMS and prompt + window; HYPERSCALE_FLAGS=...
 	$(BIN)/python -m experiments.hyperscale --checkpoint=$(REASONER)/dense --retrofit=4:$(REASONER)/cr4 \
-	  --methods=vanilla,dms,prompt_window --cr=4 --compare_cr=4 --tasks=programs --programs.level=1 --limit=12 --chains=1,2,4 \
-	  --max_tokens=160,320,480 --width=48 --dtype=float32 --output=runs/hyperscale/make $(HYPERSCALE_FLAGS)
+	  --methods=vanilla,dms,prompt_window --cr=4 --compare_cr=4 --tasks=programs --programs.level=1 --limit=8 --chains=1,2,4 \
+	  --max_tokens=160,320,480 --width=32 --dtype=float32 --output=runs/hyperscale/make $(HYPERSCALE_FLAGS)
 
 test: $(VENV)/.test  ## the test suite, compiled quickly, without torch; PYTEST_FLAGS=... narrows it
 	DMS_QUICK=1 $(PYTEST) -m "not tpu and not slow" $(PYTEST_FLAGS)
