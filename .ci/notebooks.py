@@ -1,10 +1,10 @@
-"""Writes the notebooks of colab/ from their texts: colab/NAME.py in percent format becomes colab/NAME.ipynb.
+"""Writes the notebooks of colab/ from their texts, colab/NAME.py in percent format.
 
     python .ci/notebooks.py            # rewrites every notebook
     python .ci/notebooks.py --check    # changes nothing; exit code 1 if a notebook is out of date
 
-A line `# %%` begins a cell of code, `# %% [markdown]` one of text, whose lines begin with `# `. The cell `# %% install` is
-colab/install.py, the same in every notebook. The repository's address stands once, as `url` in setup.cfg: {url} and
+A line `# %%` begins a cell of code, `# %% [markdown]` one of text, whose lines begin with `# `. The cell `# %% install`
+is colab/install.py, the same in every notebook. The repository's address stands once, as `url` in setup.cfg: {url} and
 {badge} in the texts come from it. Notebooks hold no outputs.
 """
 

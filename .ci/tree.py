@@ -29,13 +29,12 @@ DESCRIBED = {
   "WORKSPACE.md": "the map for contributors",
   "pyproject.toml": "build system, ruff, mypy",
   "setup.cfg": "package, dependencies, pytest",
-  "colab/01_quickstart.ipynb": "install, convert, generate dense and compressed, look at the memory",
-  "colab/06_to_pytorch.ipynb": "train gates, export three layouts, evict in transformers, compare with dms_jax",
   "experiments/LOG.md": "dated results, disappointing ones too",
   "experiments/reports/templates/report.html": "the page of experiments.report, in Jinja",
   "experiments/reports/templates/hyperscale.html": "the page of experiments.hyperscale; it extends report.html",
 }
 FOLDERS = {
+  "colab": "six notebooks: NAME.py is the text, NAME.ipynb made from it (make notebooks), install.py their first cell",
   "experiments/configs": "sweeps for experiments.ablate; each opens with its command, cost and expected result",
   "experiments/results": "measured figures, pictures and retrofits, each with its command; README.md has the tables",
   "tests/goldens": "reference outputs of NVIDIA's PyTorch DMS, and files of every schema",

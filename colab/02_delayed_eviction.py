@@ -8,8 +8,8 @@
 # | | |
 # | --- | --- |
 # | runs on | TPU, GPU or CPU |
-# | minutes | MINUTES_02 |
-# | expect | the same tokens and tokens held from mask and caches; about CR 3.4 at the end of the text below, and more the longer a text gets |
+# | minutes | 2.5 with a CPU of two busy cores; other devices were not timed |
+# | expect | the same tokens from the mask and from the caches, and the same number held; about CR 2.3 after 280 tokens with W = 64, and more the longer a text gets |
 
 # %% [markdown]
 # ## 1. Install
@@ -34,7 +34,9 @@ for axis, window in zip(axes, (0, 2, 4), strict=True):
   seen = np.asarray(masks.visible(evicted, window))
   i, j = np.indices(seen.shape)
   shade = np.where(j > i, 0, np.where(~seen, 1, np.where((i - j <= window) & evicted[j], 2, 3)))
-  axis.imshow(shade, cmap=plt.matplotlib.colors.ListedColormap(["white", "#f2d0d0", "#f0a830", "#1f6fb4"]), vmin=0, vmax=3)
+  axis.imshow(
+    shade, cmap=plt.matplotlib.colors.ListedColormap(["white", "#f2d0d0", "#f0a830", "#1f6fb4"]), vmin=0, vmax=3
+  )
   axis.set(title=f"W = {window}: {masks.held_tokens(evicted, window)} of 10 tokens held", xlabel="key", ylabel="query")
   axis.set_xticks(range(10), [f"{t}*" if evicted[t] else str(t) for t in range(10)])
   axis.set_yticks(range(10))
@@ -60,7 +62,9 @@ axis.plot(logits, kept(logits / 0.1), color="#4d4d4d", lw=1, ls="--", label="wit
 axis.plot(logits, kept((logits + noise) / 0.1).mean(0), color="#1f6fb4", lw=2.4, label="mean over the noise")
 for draw in range(3):
   axis.plot(logits, kept((logits + noise[draw]) / 0.1), color="#1f6fb4", alpha=0.35, lw=1)
-axis.set(title="factor on the attention to a key outside the window", xlabel="gate logit of the key", ylabel="1 - sigmoid(z)")
+axis.set(
+  title="factor on the attention to a key outside the window", xlabel="gate logit of the key", ylabel="1 - sigmoid(z)"
+)
 axis.spines[["top", "right"]].set_visible(False)
 axis.legend(frameon=False)
 plt.show()
@@ -86,8 +90,8 @@ text = (
   "make of it. There are eggs and larvae, the bees bring pollen, yet the frames stay light. Perhaps it is the shade of the "
   "wall, perhaps only the age of its queen. When the lime trees flower she will put all three on the scale again, at six in "
   "the morning, before the bees fly out. Then she will know which of them is worth keeping over the winter, and which she "
-  "has to unite with another. Until then she waters the asters, mends the fence, and waits. Which number has the green hive? "
-  "The green hive has the number"
+  "has to unite with another. Until then she waters the asters, mends the fence, and waits. "
+  "One evening"
 )
 ids = tokenizer.encode(text)[: setting("TOKENS", 512)]
 pieces = [tokenizer.decode([token]) for token in ids]
@@ -97,14 +101,16 @@ new_tokens = setting("NEW_TOKENS", 32)
 from dms_jax.model import Eviction, forward
 
 hidden, z = jax.jit(forward)(model, np.array([ids]), eviction=Eviction())
-z = np.asarray(masks.about_key(z, model.lag, -np.inf))[:, 0]  # [layers, KV heads, tokens], by the token it is about
+z = np.asarray(masks.about_key(z, model.lag(), -np.inf))[:, 0]  # [layers, KV heads, tokens], by the token it is about
 layers, heads, count = z.shape
 shown = slice(0, min(90, count))
 figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.6), layout="constrained", width_ratios=(1, 3.2))
 image = left.imshow((z > 0).mean(-1), vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
 left.set(title="share of tokens evicted", xlabel="KV head", ylabel="layer", xticks=range(heads))
 figure.colorbar(image, ax=left)
-image = right.imshow(z[..., shown].reshape(layers * heads, -1), cmap="coolwarm", vmin=-8, vmax=8, aspect="auto", interpolation="nearest")
+image = right.imshow(
+  z[..., shown].reshape(layers * heads, -1), cmap="coolwarm", vmin=-60, vmax=60, aspect="auto", interpolation="nearest"
+)
 right.set(title="gate logits: red is evicted once outside the window", ylabel="layer and head")
 right.set_xticks(range(shown.stop), [piece.strip() or "·" for piece in pieces[shown]], rotation=90, fontsize=7)
 figure.colorbar(image, ax=right)
@@ -119,7 +125,11 @@ layer, head = np.unravel_index(np.abs(rates - 0.7).argmin(), rates.shape)
 own = np.asarray(masks.visible(z[layer, head] > 0, model.dms.window))
 figure, axis = plt.subplots(figsize=(5.6, 5.6), layout="constrained")
 axis.imshow(own, cmap="Blues", interpolation="nearest")
-axis.set(title=f"layer {layer}, KV head {head}: {own[-1].sum()} of {count} keys visible at the end", xlabel="key", ylabel="query")
+axis.set(
+  title=f"layer {layer}, KV head {head}: {own[-1].sum()} of {count} keys visible at the end",
+  xlabel="key",
+  ylabel="query",
+)
 plt.show()
 
 # %% [markdown]
@@ -130,9 +140,13 @@ plt.show()
 # %%
 outs = {}
 for kind in ("masked", "contiguous", "paged"):
-  outs[kind] = dms_jax.generate(model, [ids], max_new_tokens=new_tokens, eos=False, cache=kind, history=True, decode_block=8)
+  outs[kind] = dms_jax.generate(
+    model, [ids], max_new_tokens=new_tokens, eos=False, cache=kind, history=True, decode_block=8
+  )
   m = outs[kind].metrics
-  print(f"{kind:11} achieved CR {m.achieved_cr:.2f}, {m.bytes_allocated / 2**20:5.1f} MiB allocated: {outs[kind].text[0][:60]!r}")
+  print(
+    f"{kind:11} achieved CR {m.achieved_cr:.2f}, {m.bytes_allocated / 2**20:5.1f} MiB allocated: {outs[kind].text[0][:60]!r}"
+  )
 base = outs["masked"]
 for kind, out in outs.items():
   gap = np.abs(np.array(out.logprobs[0]) - np.array(base.logprobs[0])).max()
@@ -142,7 +156,7 @@ for kind, out in outs.items():
 # %%
 whole = np.array([ids + base.tokens[0]])
 _, after = jax.jit(forward)(model, whole, eviction=Eviction())
-marked = np.asarray(masks.about_key(after, model.lag, -np.inf))[:, 0] > 0
+marked = np.asarray(masks.about_key(after, model.lag(), -np.inf))[:, 0] > 0
 every = np.arange(1, whole.shape[1])[:, None]  # texts of all lengths at once
 said = np.asarray(masks.held_tokens(marked.reshape(-1, whole.shape[1]), model.dms.window, every)).mean(-1)
 lived = np.asarray(outs["paged"].metrics.history)[:, :, 0].mean((1, 2))  # after each decode step
@@ -172,7 +186,11 @@ share = held.mean((0, 1))
 words = [tokenizer.decode([token]) for token in whole[0].tolist()]
 spans = [f'<span style="color: rgba(20, 40, 80, {0.13 + 0.87 * s:.2f})" title="{s:.0%} of heads">{html.escape(w)}</span>'
          for w, s in zip(words, share, strict=True)]  # fmt: skip
-display(HTML(f'<div style="background: white; max-width: 52em; line-height: 1.6; white-space: pre-wrap">{"".join(spans)}</div>'))
+display(
+  HTML(
+    f'<div style="background: white; max-width: 52em; line-height: 1.6; white-space: pre-wrap">{"".join(spans)}</div>'
+  )
+)
 
 # %%
 order = np.argsort(share[: -model.dms.window - 1])

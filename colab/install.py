@@ -8,7 +8,13 @@ import sys
 from pathlib import Path
 
 REPOSITORY = os.environ.get("NOTEBOOK_REPOSITORY", "{url}")
-DEVICE = "tpu" if Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists() else "cuda" if shutil.which("nvidia-smi") else ""
+DEVICE = (
+  "tpu"
+  if Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists()
+  else "cuda"
+  if shutil.which("nvidia-smi")
+  else ""
+)
 
 
 def versions():
@@ -51,6 +57,8 @@ import dms_jax
 
 dms_jax.keep_compiled()  # a second run reads what this one compiles
 device = jax.devices()[0]
-print(f"dms_jax {importlib.metadata.version('dms_jax')}, jax {jax.__version__}, on {len(jax.devices())} x {device.device_kind}")
+print(
+  f"dms_jax {importlib.metadata.version('dms_jax')}, jax {jax.__version__}, on {len(jax.devices())} x {device.device_kind}"
+)
 if device.platform == "cpu":
   print("No accelerator is attached: everything runs, on the CPU, with smaller settings and more slowly.")

@@ -46,7 +46,7 @@ from dms_jax.policies import Policy
 from dms_jax.sharding import DECODING
 from dms_jax.spmd import place
 from dms_jax.tokenizer import Tokenizer
-from experiments.common import files, outputs, program
+from experiments.common import files, forecast, outputs, program
 from experiments.common import mesh as mesh_flags
 from experiments.methods import method as methods_module
 from experiments.methods import records, run, summary, trace
@@ -314,7 +314,11 @@ class Evaluation:
         count = len({(prompt, chain) for prompt, chain, _ in left})
         chains, there = chains + count, there + len(job.asked) * job.chains - count
         work += sum(job.work(method, prompt, most) for prompt, _, most in left)
-    time = f", about {duration(work / self.speed)} at the speed of the last run" if work and self.speed else ""
+    time = ""
+    if work and self.speed:
+      time = f", about {duration(work / self.speed)} at the speed of the last run"
+    elif work and (seconds := forecast.reading_seconds(self.original, work, self.config.batch)):
+      time = f", about {duration(seconds)} on this CPU"
     texts = len(self.config.text) * len(self.texts)
     cells = len(self.methods) * (len(self.jobs) + texts)
     program.log(

@@ -285,4 +285,4 @@ if __name__ == "__main__":
   for policy_name, policy_class in policies.REGISTRY.items():
     program.define_flags(policy_name, policy_class)
   mesh_flags.define()
-  program.run(main)
+  program.run(main, talks=True)
