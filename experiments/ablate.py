@@ -190,12 +190,12 @@ def run_all(wanted: list[Trial], config: Config, root: Path) -> tuple[dict[str, 
   results = {one.name: found for one in wanted if (found := finished(one, tokens(one))) is not None}
   todo = [one for one in wanted if one.name not in results]
   to_train = {one.folder: one for one in todo if one.eval.trained and not (one.folder / TRAINED).exists()}
-  time = ""
+  took = ""
   if to_train and forecast.on_cpu():
     each = [forecast.step_seconds(base().config, t.dms, t.lora, t.retrofit) for t in to_train.values()]
     steps = [one.retrofit.schedule.steps for one in to_train.values()]
-    time = f", about {duration(sum(map(operator.mul, each, steps)))} of steps on this CPU"
-  program.log(f"{root}: {len(wanted)} runs, {len(results)} of them finished; {len(to_train)} retrofits to train{time}")
+    took = f", about {duration(sum(map(operator.mul, each, steps)))} of steps on this CPU"
+  program.log(f"{root}: {len(wanted)} runs, {len(results)} of them finished; {len(to_train)} retrofits to train{took}")
 
   failed: dict[str, str] = {}
   start, before = time.perf_counter(), len(results)
