@@ -23,6 +23,7 @@ DESCRIBED = {
   ".gitignore": "files that git ignores",
   ".pre-commit-config.yaml": "checks before a commit: ruff, mypy, the file tree",
   "CHANGELOG.md": "what a user has to change, version by version",
+  "HOW_IT_WORKS.md": "the method with pictures: rule, gates, training, cache",
   "LICENSE": "Apache-2.0",
   "Makefile": "make help lists the targets",
   "README.md": "first result, main table, paper to code, limits",

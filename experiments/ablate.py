@@ -57,6 +57,10 @@ class Config:
 
   `x` is the plot's axis: a swept field, "tokens" (training tokens), or "run" (the runs' names). Default: the field with
   most values if there is one group, otherwise "run".
+
+  Attributes:
+    sweep_file: file of a sweep, as in experiments/configs; the command line overrides it.
+    x: axis of the plot: a swept field, "tokens" or "run" (names).
   """
 
   checkpoint: str = ""

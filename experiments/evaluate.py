@@ -85,7 +85,7 @@ class Config:
     max_tokens: L, most new tokens, such as 512,2048; each task has a default.
     batch: rows that are scored together.
     traces: first prompts of each task that are traced for experiments.report.
-    output: folder of records, summary and pictures; default one in runs/evaluate named after the flags.
+    output: folder of records, summary and pictures; default runs/evaluate/FLAGS.
   """
 
   checkpoint: str

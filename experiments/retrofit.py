@@ -81,6 +81,13 @@ class Config:
   with a fixed order of summation, so that a resumed run is bit-equal on a GPU too, but slower. CPUs and TPUs always
   use a fixed order. `benchmark` times `benchmark_steps` steps of the shape `preset` with random weights, without
   checkpoint, output or data; `against_flex` also times such a step in PyTorch with FlexAttention.
+
+  Attributes:
+    crs: final CRs of several runs, OUTPUT/cr2, OUTPUT/cr4, ....
+    deterministic: a fixed order of sums on GPUs too: bit-equal when resumed, slower.
+    benchmark: time steps with random weights instead, without data or output.
+    preset: shape of the model that --benchmark times.
+    benchmark_steps: steps that --benchmark times.
   """
 
   checkpoint: str = ""

@@ -155,7 +155,7 @@ class Common:
     policy: name of an eviction policy, whose settings are flags of their own.
     cr: compression ratio (CR), tokens for each one that a head may hold.
     budget: tokens that a head may hold.
-    budget_rule: of a CR: a budget of (prompt + most new tokens) / CR for each text ("paper"), or (tokens seen) / CR.
+    budget_rule: of a CR: (prompt + most new tokens) / CR ("paper"), or (tokens seen) / CR.
     window: W, tokens before the newest one that stay visible.
     batch: rows that are computed together.
     width: rows that write together.
@@ -169,7 +169,7 @@ class Common:
     new_tokens, max_new_tokens: most tokens that are written.
     temperature: of sampling; 0 is greedy.
     top_k: sample from so many likeliest tokens; none: from all.
-    top_p: sample from the fewest likeliest tokens whose probabilities reach it; 1 or none: from all.
+    top_p: sample from the fewest likeliest tokens whose sum reaches it; 1 or none: from all.
     scale: "small" shrinks all cases, to try the program.
   """
 

@@ -111,8 +111,8 @@ def test_delayed_eviction_runs_from_start_to_end(tmp_path, monkeypatch):
 def test_a_retrofit_runs_from_start_to_end(tmp_path, monkeypatch):
   base, _ = save_checkpoints(tmp_path)
   (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
-  settings = {"CHECKPOINT": base, "TEXT": tmp_path / "text.txt", "OUTPUT": tmp_path / "mine", "STEPS": 8, "LENGTH": 64, "NEW_TOKENS": 8,
-              "EVALUATED": 256}  # fmt: skip
+  settings = {"CHECKPOINT": base, "TEXT": tmp_path / "text.txt", "OUTPUT": tmp_path / "mine"}
+  settings |= {"STEPS": 8, "LENGTH": 64, "NEW_TOKENS": 8, "EVALUATED": 256}
   outputs = run_notebook("03_retrofit_your_model.ipynb", tmp_path, monkeypatch, settings)
   text = printed(outputs)
   assert "achieved_cr" in text and "tokens seen" in text and (tmp_path / "mine.zip").exists()
