@@ -77,7 +77,7 @@ class Config:
     retrofit: folders or shipped names, separated by commas; dms:FOLDER is for one method.
     cr: compression ratios that bound each method with a budget, such as 2,4,8.
     budgets: tokens a head that bound each method with a budget, such as 512.
-    budget_rule: of a CR: (prompt + most new tokens) / CR for each text ("paper"), or (tokens seen) / CR.
+    budget_rule: of a CR: (prompt + most new tokens) / CR ("paper"), or (tokens seen) / CR.
     thresholds: eviction thresholds of gates, swept without retraining.
     text: files whose perplexity and KL (original || method, nats a token) are measured.
     text_tokens: first tokens of each text that are read; 0: all.
