@@ -264,7 +264,7 @@ class DMSConfig:
   scale 4 whose threshold for CR 4, or the nearest end, is 0.
 
   Attributes:
-    shift: token t decides about token t - shift.
+    shift: token t decides about token t - shift; none: 1, as in NVIDIA's checkpoints.
     hidden: units of the hidden layer of an "mlp" gate.
     elastic: lowest and highest CR of gates trained for all ratios between; none: one ratio.
     elastic_thresholds: thresholds of elastic gates, measured at the end of their retrofit.

@@ -42,7 +42,7 @@ class DMS(Budgeted):
 
   Attributes:
     threshold: a token whose gate logit exceeds it is evicted once outside the window.
-    hard: cr is a hard limit of any gates: tokens seen for each one allowed.
+    hard: make cr a hard limit, of any gates.
     limit_over: whose limit a budget is: each head's, or shared by the heads of a layer.
     scored: store the logit of each token held, for on_pressure=compress.
   """

@@ -33,7 +33,7 @@ class ExpectedAttention(Periodic):
   (head-adaptive compression) are not part of this. Queries are un-rotated, so their norm, if a model has one, counts.
 
   Attributes:
-    future: next positions over which RoPE's rotations are averaged.
+    future: positions ahead over which RoPE's rotations are averaged.
     epsilon: added to the attention weight before the norm of the value.
   """
 

@@ -26,7 +26,7 @@ class H2O(Budgeted):
   the chunk still take part in the chunk's softmax.
 
   Attributes:
-    window: W, tokens before the newest that stay; none: (budget - 1) / 2, rounded down.
+    window: most recent tokens that stay; none: half of the budget.
     halves: protect half of a budget that differs by row, or follows cr, by position.
   """
 

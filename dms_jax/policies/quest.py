@@ -26,8 +26,8 @@ class Quest(Policy):
   the archive alone.
 
   Attributes:
-    dense_layers: first layers, whose decode steps read everything.
-    each_head: each query head selects its own pages; their union may exceed the budget.
+    dense_layers: first layers, which read everything.
+    each_head: each query head selects its own pages; their union is read.
   """
 
   window: int | None = struct.field(pytree_node=False, default=None)

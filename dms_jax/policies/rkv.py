@@ -36,7 +36,7 @@ class RKV(WatchesWindow):
 
   Attributes:
     importance: weight of attention against redundancy (lambda).
-    threshold: similarity above which the most recent of similar tokens is spared.
+    threshold: similarity from which the latest of similar tokens is spared.
     pool: neighbouring tokens over which attention is maximal.
   """
 

@@ -75,7 +75,7 @@ class ScheduleConfig:
     steps_per_cr: steps of the ramp in which the target CR rises by 1.
     fade_steps: steps that fade the neuron gate's channel out before any eviction.
     zero_neuron: zero the borrowed weights after the fading; needs trainable "all".
-    targets: distribution of the CRs that rows draw under dms.elastic.
+    targets: how rows draw their CR under dms.elastic.
   """
 
   steps: int = 1000
@@ -138,7 +138,7 @@ class LossConfig:
 
   Attributes:
     kind: KL(student || teacher), KL(teacher || student), or next-token loss without a teacher.
-    counts: what is held against the target: decisions to evict, or tokens held at a row's end.
+    counts: of the compression loss: decisions, or tokens held and seen.
   """
 
   kind: Literal["reverse_kl", "forward_kl", "lm"] = "reverse_kl"
@@ -164,9 +164,9 @@ class MemoryConfig:
   `vocab_chunk` tokens of the vocabulary at a time.
 
   Attributes:
-    remat: the backward pass recomputes whole layers: less memory, more time.
+    remat: recompute whole layers in the backward pass: less memory, more time.
     loss_chunk: positions whose logits are in memory at once.
-    vocab_chunk: tokens of the vocabulary whose logits are in memory at once.
+    vocab_chunk: vocabulary entries whose logits are in memory at once; 0: all.
   """
 
   compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -188,9 +188,9 @@ class SavingConfig:
   them at the end, on `calibration` batches after the last that trained.
 
   Attributes:
-    snapshots: write crN when the target CR reaches N, before training at it.
-    export: a small retrofit, or a whole model; auto: a model if the base is trained.
-    ema_decay: of the moving average of trained parameters that is exported; 0: none.
+    snapshots: write OUTPUT/crN whenever the target CR reaches a whole number.
+    export: what final/ holds: gates and updates, or the whole model.
+    ema_decay: of a moving average of the weights, which is exported; 0: none.
     calibration: batches that measure the thresholds of elastic gates at the end.
   """
 
@@ -209,8 +209,8 @@ class TRIMKVConfig:
   next token's negative log-likelihood, which is added to the distillation loss.
 
   Attributes:
-    capacity: retained tokens of a head (M) beyond which the capacity loss sets in.
-    lm_weight: of the next token's loss, which is added to the distillation loss.
+    capacity: tokens a head that the soft limit of memory allows.
+    lm_weight: of the next-token loss beside the distillation.
   """
 
   capacity: int = 512
@@ -223,7 +223,7 @@ class KVzapConfig:
   the user's turn, and the repetition is the assistant's, if the tokenizer has a chat template.
 
   Attributes:
-    prompt: asks the model to repeat the text before it, as the scores need.
+    prompt: text that asks for the reconstruction, whose attention gives the scores.
   """
 
   prompt: str = "\n\nRepeat the previous context exactly."
@@ -461,11 +461,11 @@ class DataConfig:
   whole, instead of paths; `workers` processes make them ahead of training (-1: one a core, 0: none).
 
   Attributes:
-    paths: files, folders or globs of text, separated by commas.
-    weights: of each path in the rows; none: equal.
-    fields: of a record without text or chat messages, joined by newlines.
+    paths: files of text (.txt) or records (.jsonl), separated by commas.
+    weights: share of each path in the rows; none: by their sizes.
+    fields: fields of .jsonl records that hold text, tried in order.
     whole_documents: rows hold whole documents; longer ones are left out.
-    families: generated problems with their solutions, instead of paths.
+    families: families of generated problems, for a reasoner.
   """
 
   paths: tuple[str, ...] = ()

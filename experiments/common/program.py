@@ -155,7 +155,7 @@ class Common:
     policy: name of an eviction policy, whose settings are flags of their own.
     cr: compression ratio (CR), tokens for each one that a head may hold.
     budget: tokens that a head may hold.
-    budget_rule: of a CR: (prompt + most new tokens) / CR ("paper"), or (tokens seen) / CR.
+    budget_rule: budget of a CR: (prompt + most new tokens) / CR ("paper"), or seen / CR.
     window: W, tokens before the newest one that stay visible.
     batch: rows that are computed together.
     width: rows that write together.
