@@ -8,7 +8,7 @@
 # | | |
 # | --- | --- |
 # | runs on | TPU or GPU; a CPU runs the same with a model that hardly learns, to see the programs and their pages |
-# | minutes | on an H200 about 5 for training, 2 for the retrofits; the sweep was not timed at these settings. 5 with a CPU of two busy cores, at its small settings |
+# | minutes | on an H200 about 5 for training, 2 for the retrofits; the sweep was not timed at these settings. 11 with a CPU of two busy cores, at its small settings |
 # | expect | on an H200, countdown: dense 90.8 % and DMS CR 8 86.9 % at L 3,840, W 1, with 1.8 million and 0.2 million KV reads; +34.8 points at equal reads and +50.9 at equal peak tokens, on average (`experiments/results/hyperscale`). On a CPU: scores near 0 |
 
 # %% [markdown]

@@ -7,10 +7,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 PATIENCE = 10.0  # seconds
 
-_last = [0.0, ""]  # when this process last said something, by time.monotonic, and what
+_last: list[Any] = [0.0, ""]  # when this process last said something, by time.monotonic, and what
 
 
 def spoke(message: str = "") -> None:
