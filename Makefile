@@ -12,7 +12,7 @@ PYTEST_FLAGS ?=
 PYTEST = $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo hyperscale test test-all test-parity test-tpu lint format tree hooks clean
+.PHONY: help demo hyperscale test test-all test-parity test-tpu lint format notebooks tree hooks clean
 .DELETE_ON_ERROR:
 
 help:  ## print this list
@@ -38,11 +38,12 @@ test-parity: $(VENV)/.parity  ## compare with torch, transformers and lm-evaluat
 test-tpu: $(VENV)/.tpu  ## compile for TPUs that are described, not attached (libtpu)
 	$(BIN)/python -m pytest -m tpu $(PYTEST_FLAGS)
 
-lint: $(VENV)/.dev  ## ruff, mypy and the file tree, check only
+lint: $(VENV)/.dev  ## ruff, mypy, the file tree and the notebooks, check only
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python .ci/tree.py --check
+	$(BIN)/python .ci/notebooks.py --check
 
 format: $(VENV)/.dev  ## ruff, in place
 	$(BIN)/ruff format .
@@ -50,6 +51,9 @@ format: $(VENV)/.dev  ## ruff, in place
 
 hooks: $(VENV)/.dev  ## install the pre-commit hooks, which do what lint does
 	$(BIN)/pre-commit install
+
+notebooks:  ## rewrite the notebooks of colab/ from their texts
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) .ci/notebooks.py
 
 tree:  ## rewrite the file tree of WORKSPACE.md
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) .ci/tree.py

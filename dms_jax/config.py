@@ -262,6 +262,12 @@ class DMSConfig:
   ratio. Such gates are read at a threshold for each CR: `elastic_thresholds` are those of CRs from the lowest to the
   highest (`levels.Levels`), which a retrofit measures at its end. Before, they are those of a logistic distribution of
   scale 4 whose threshold for CR 4, or the nearest end, is 0.
+
+  Attributes:
+    shift: token t decides about token t - shift; none: 1, as in NVIDIA's checkpoints.
+    hidden: units of the hidden layer of an "mlp" gate.
+    elastic: lowest and highest CR of gates trained for all ratios between; none: one ratio.
+    elastic_thresholds: thresholds of elastic gates, measured at the end of their retrofit.
   """
 
   gate: Literal["adapter", "neuron", "linear", "mlp"] = None  # type: ignore[assignment]

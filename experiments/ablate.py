@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import operator
 import shlex
 import shutil
 import sys
@@ -44,7 +45,8 @@ from experiments import retrofit
 from experiments.ablation import sweeps
 from experiments.ablation.report import as_table, axis, draw, rows
 from experiments.ablation.trials import SECTIONS, TRAINED, TYPES, Trial, trials
-from experiments.common import files, outputs, program
+from experiments.common import files, forecast, outputs, program
+from experiments.methods.estimate import duration
 
 ERROR = "error.txt"
 
@@ -55,6 +57,10 @@ class Config:
 
   `x` is the plot's axis: a swept field, "tokens" (training tokens), or "run" (the runs' names). Default: the field with
   most values if there is one group, otherwise "run".
+
+  Attributes:
+    sweep_file: file of a sweep, as in experiments/configs; the command line overrides it.
+    x: axis of the plot: a swept field, "tokens" or "run" (names).
   """
 
   checkpoint: str = ""
@@ -188,7 +194,12 @@ def run_all(wanted: list[Trial], config: Config, root: Path) -> tuple[dict[str, 
   results = {one.name: found for one in wanted if (found := finished(one, tokens(one))) is not None}
   todo = [one for one in wanted if one.name not in results]
   to_train = {one.folder: one for one in todo if one.eval.trained and not (one.folder / TRAINED).exists()}
-  program.log(f"{root}: {len(wanted)} runs, {len(results)} of them finished; {len(to_train)} retrofits to train")
+  took = ""
+  if to_train and forecast.on_cpu():
+    each = [forecast.step_seconds(base().config, t.dms, t.lora, t.retrofit) for t in to_train.values()]
+    steps = [one.retrofit.schedule.steps for one in to_train.values()]
+    took = f", about {duration(sum(map(operator.mul, each, steps)))} of steps on this CPU"
+  program.log(f"{root}: {len(wanted)} runs, {len(results)} of them finished; {len(to_train)} retrofits to train{took}")
 
   failed: dict[str, str] = {}
   start, before = time.perf_counter(), len(results)

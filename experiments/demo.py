@@ -43,6 +43,7 @@ class Config:
 
   Attributes:
     threshold: of the eviction gates; higher keeps more.
+    text: text that is read; none: this project's own documents and source.
   """
 
   checkpoint: str = "checkpoints/smollm2-135m-instruct"

@@ -46,7 +46,7 @@ from dms_jax.policies import Policy
 from dms_jax.sharding import DECODING
 from dms_jax.spmd import place
 from dms_jax.tokenizer import Tokenizer
-from experiments.common import files, outputs, program
+from experiments.common import files, forecast, outputs, program
 from experiments.common import mesh as mesh_flags
 from experiments.methods import method as methods_module
 from experiments.methods import records, run, summary, trace
@@ -77,7 +77,7 @@ class Config:
     retrofit: folders or shipped names, separated by commas; dms:FOLDER is for one method.
     cr: compression ratios that bound each method with a budget, such as 2,4,8.
     budgets: tokens a head that bound each method with a budget, such as 512.
-    budget_rule: of a CR: (prompt + most new tokens) / CR for each text ("paper"), or (tokens seen) / CR.
+    budget_rule: of a CR: (prompt + most new tokens) / CR ("paper"), or (tokens seen) / CR.
     thresholds: eviction thresholds of gates, swept without retraining.
     text: files whose perplexity and KL (original || method, nats a token) are measured.
     text_tokens: first tokens of each text that are read; 0: all.
@@ -85,7 +85,7 @@ class Config:
     max_tokens: L, most new tokens, such as 512,2048; each task has a default.
     batch: rows that are scored together.
     traces: first prompts of each task that are traced for experiments.report.
-    output: folder of records, summary and pictures; default one in runs/evaluate named after the flags.
+    output: folder of records, summary and pictures; default runs/evaluate/FLAGS.
   """
 
   checkpoint: str
@@ -314,7 +314,11 @@ class Evaluation:
         count = len({(prompt, chain) for prompt, chain, _ in left})
         chains, there = chains + count, there + len(job.asked) * job.chains - count
         work += sum(job.work(method, prompt, most) for prompt, _, most in left)
-    time = f", about {duration(work / self.speed)} at the speed of the last run" if work and self.speed else ""
+    time = ""
+    if work and self.speed:
+      time = f", about {duration(work / self.speed)} at the speed of the last run"
+    elif work and (seconds := forecast.reading_seconds(self.original, work, self.config.batch)):
+      time = f", about {duration(seconds)} on this CPU"
     texts = len(self.config.text) * len(self.texts)
     cells = len(self.methods) * (len(self.jobs) + texts)
     program.log(

@@ -42,6 +42,10 @@ class Config:
   file of weights. `cr`: the compression ratio that the gates were trained for, which some layouts note; default as the
   retrofit notes it. Gates for a range of ratios are fixed at it in the layouts that hold one ratio. `base`: name of the
   base model, which fastdms, peft and README.md note; default the hub id that the checkpoint was converted from.
+
+  Attributes:
+    cr: CR that the gates were trained for; none: as the retrofit notes it.
+    base: name of the base model in the export; none: the hub id it came from.
   """
 
   checkpoint: str

@@ -55,15 +55,16 @@ class Config:
     width: rows of requests that write together.
     chains: texts written for a request that gives no number.
     page_format: quantises the pages of requests: int8 or float8.
-    on_pressure: of requests, when pages run out: preempt the newest chain, or compress all (DMS alone).
     system: the system message of a chat.
-    policy: name of an eviction policy; default the one that the gates were trained for, vanilla without gates.
     samples: continuations of each prompt.
-    stop: strings that end a text and are cut off, separated by commas; a backslash and n are a line feed.
     eos: whether the model's end tokens end a text.
     cache: kind of cache; paged for requests, otherwise by default as `dms_jax.generate` chooses.
     capacity: slots of a head; default as many as are needed.
     stream: print the text as it is written.
+    kv_budget_gib: most GiB of the cache of all rows, on each device; none: unlimited.
+    on_pressure: where pages run out: preempt the newest chain, or compress all (DMS).
+    policy: name of an eviction policy; none: the gates' own, vanilla without gates.
+    stop: strings that end a text and are cut off, separated by commas; \\n is a line feed.
   """
 
   checkpoint: str
@@ -285,4 +286,4 @@ if __name__ == "__main__":
   for policy_name, policy_class in policies.REGISTRY.items():
     program.define_flags(policy_name, policy_class)
   mesh_flags.define()
-  program.run(main)
+  program.run(main, talks=True)

@@ -64,13 +64,9 @@ class Config:
   """A sweep, or an analysis of sweeps.
 
   Attributes:
-    checkpoint: folder of the model, as experiments.convert_weights or experiments.train_reasoner writes it.
     methods: vanilla, dms, prompt_window, and names of policies with a budget.
     retrofit: CR:FOLDER or NAME=CR:FOLDER of each retrofit.
-    cr: of the methods with a budget, which hold (prompt + L) / CR tokens a head. They go beyond the retrofits' CRs, so
-      that no frontier is cut off at small budgets.
     max_tokens: L, the most new tokens of a chain; none: each task's own.
-    compare_cr: DMS of this CR is compared with the dense cache at equal L and W, and methods of this CR are traced.
     width: most rows that write together; fewer where the cache memory is too small.
     kv_budget_gib: cache memory of the rows that write; rows without room wait on the host.
     timed: measure the seconds of a chain in the largest batch that fits --kv_budget_gib.
@@ -81,6 +77,9 @@ class Config:
     sets: folders of finished sweeps, or of the parts of one, one a model seed, to be analysed together.
     title: of the page.
     output: folder of the results; "": one in runs/hyperscale named after the flags.
+    checkpoint: folder of the model.
+    cr: of the methods with a budget, which hold (prompt + L) / CR tokens a head.
+    compare_cr: CR at which DMS is compared with dense at equal L and W, and traced.
   """
 
   checkpoint: str = ""

@@ -36,6 +36,9 @@ class Config:
 
   Attributes:
     tasks: names of the harness's tasks, separated by commas.
+    policy: none: dms for a model with gates, else vanilla.
+    cr: tokens of a text (prompt and most new ones) for each one that a head may hold.
+    budget: tokens that a head may hold.
   """
 
   checkpoint: str

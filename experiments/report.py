@@ -31,6 +31,7 @@ class Config:
 
   Attributes:
     title: of the page.
+    runs: folders that experiments.evaluate wrote, separated by commas.
   """
 
   runs: tuple[str, ...]

@@ -55,11 +55,11 @@ from dms_jax.retrofit import DataConfig, RetrofitConfig, distributed, recall_tex
 from dms_jax.retrofit.config import check
 from dms_jax.retrofit.data import Batches, Packer, Source, documents, load_sources
 from dms_jax.retrofit.distributed import MeshConfig
-from dms_jax.retrofit.loop import LOG, Preempted, Run, train
+from dms_jax.retrofit.loop import LOG, Preempted, Run, read_log, train
 from dms_jax.retrofit.packing import FIRST, StreamPacker, WholePacker
 from dms_jax.tokenizer import Tokenizer
 from experiments.bench import retrofit_step as retrofit_benchmark
-from experiments.common import outputs, program, stopping
+from experiments.common import forecast, outputs, program, stopping
 from experiments.reports import plots
 
 # The configs of a retrofit by flag prefix, with defaults that differ from the dataclass's.
@@ -81,6 +81,13 @@ class Config:
   with a fixed order of summation, so that a resumed run is bit-equal on a GPU too, but slower. CPUs and TPUs always
   use a fixed order. `benchmark` times `benchmark_steps` steps of the shape `preset` with random weights, without
   checkpoint, output or data; `against_flex` also times such a step in PyTorch with FlexAttention.
+
+  Attributes:
+    crs: final CRs of several runs, OUTPUT/cr2, OUTPUT/cr4, ....
+    deterministic: a fixed order of sums on GPUs too: bit-equal when resumed, slower.
+    benchmark: time steps with random weights instead, without data or output.
+    preset: shape of the model that --benchmark times.
+    benchmark_steps: steps that --benchmark times.
   """
 
   checkpoint: str = ""
@@ -258,6 +265,11 @@ def carry_out(
         f"{line['seconds'] * 1e3:.0f} ms a step, {left / 60:.1f} min left"
       )
 
+  ahead = settings.schedule.steps - len(read_log(run.directory / LOG))
+  if stop_after is not None:
+    ahead = min(ahead, stop_after)
+  if estimate := forecast.retrofit_line(run.base.config, run.dms, run.lora, settings, ahead):
+    say(f"{run.directory}: {estimate}")
   drawing = plots.pyplot() is not None
   draw = lambda step: plots.training(run.directory / "log.png", run.directory / LOG) if drawing else None
   try:

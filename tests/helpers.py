@@ -125,7 +125,7 @@ def save_checkpoints(folder: Path) -> tuple[Path, Path]:
 
 
 def run_notebook(name: str, folder: Path, monkeypatch, settings: dict[str, Any]) -> list[Any]:
-  """Outputs of colab/NAME, run from start to end in its own kernel, as a user runs it; `settings` are its environment.
+  """Outputs of colab/NAME, run from start to end in its own kernel, as a user runs it, with these `settings` of it.
 
   Skips the test without nbclient or matplotlib.
   """
@@ -133,7 +133,7 @@ def run_notebook(name: str, folder: Path, monkeypatch, settings: dict[str, Any])
   pytest.importorskip("ipykernel")
   pytest.importorskip("matplotlib")
   for variable, value in settings.items():
-    monkeypatch.setenv(variable, str(value))
+    monkeypatch.setenv(f"NOTEBOOK_{variable}", str(value))
   monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
   monkeypatch.setenv("IPYTHONDIR", str(folder / "ipython"))
   notebook = nbformat.read(ROOT / "colab" / name, as_version=4)

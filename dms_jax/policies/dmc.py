@@ -32,6 +32,9 @@ class DMC(Policy):
 
   A head holds as many slots as it appends tokens, which depends on the text. Prompts are read one token at a time, by
   decode steps.
+
+  Attributes:
+    threshold: a token whose first gate logit exceeds it is merged.
   """
 
   window: int | None = struct.field(pytree_node=False, default=None)

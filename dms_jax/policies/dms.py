@@ -39,6 +39,12 @@ class DMS(Budgeted):
 
   `scored` stores the logit of each token held, 4 bytes for each slot, so that a row can give tokens up later in the
   order of their logits (`Generator(on_pressure="compress")`). Without it, and without a limit, no logit is stored.
+
+  Attributes:
+    threshold: a token whose gate logit exceeds it is evicted once outside the window.
+    hard: make cr a hard limit, of any gates.
+    limit_over: whose limit a budget is: each head's, or shared by the heads of a layer.
+    scored: store the logit of each token held, for on_pressure=compress.
   """
 
   window: int | None = struct.field(pytree_node=False, default=None)

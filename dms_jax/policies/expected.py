@@ -31,6 +31,10 @@ class ExpectedAttention(Periodic):
   As in the paper's experiments, |v| replaces the norm of v after the output projection. The defaults are those of the
   released code (kvpress); most experiments of the paper have `epsilon` 0.02. Budgets that differ between heads
   (head-adaptive compression) are not part of this. Queries are un-rotated, so their norm, if a model has one, counts.
+
+  Attributes:
+    future: positions ahead over which RoPE's rotations are averaged.
+    epsilon: added to the attention weight before the norm of the value.
   """
 
   future: int = 512

@@ -24,6 +24,10 @@ class H2O(Budgeted):
   Prompts: each query of a chunk adds its attention to every token it sees, then the head is cut to the budget (the
   released code reads the whole prompt densely and cuts once). Tokens that `exact_prefill` would have forgotten within
   the chunk still take part in the chunk's softmax.
+
+  Attributes:
+    window: most recent tokens that stay; none: half of the budget.
+    halves: protect half of a budget that differs by row, or follows cr, by position.
   """
 
   window: int | None = struct.field(pytree_node=False, default=None)

@@ -18,6 +18,9 @@ class KeyDiff(Budgeted):
   attention is observed. At W = 0 the newest token alone is safe, in its own step; a larger `window` is the paper's
   variant with a sliding window. A chunk of a prompt is the paper's block: it is added to the cache, scored with it and
   cut to the budget. `exact_prefill` is a block of one token.
+
+  Attributes:
+    window: W, tokens before the newest one that stay whatever their keys.
   """
 
   observes = ("keys",)

@@ -18,6 +18,9 @@ class KVzap(Policy):
   tokens of a prompt do not see what was evicted before; kvpress reads a prompt densely and prunes it at the end. Scores
   depend on the model and on the length of the texts that its gates were trained on, so each model needs a threshold of
   its own; the default is that of an example in kvpress.
+
+  Attributes:
+    window: W; none: the window in the retrofit's config.
   """
 
   window: int | None = struct.field(pytree_node=False, default=None)

@@ -24,6 +24,10 @@ class Quest(Policy):
 
   A page has `page` slots. `window` None makes the window one page. The window is always read; pages are selected from
   the archive alone.
+
+  Attributes:
+    dense_layers: first layers, which read everything.
+    each_head: each query head selects its own pages; their union is read.
   """
 
   window: int | None = struct.field(pytree_node=False, default=None)

@@ -17,6 +17,9 @@ class Random(Budgeted):
 
   The number is a hash of (`seed`, layer, KV head, position), so it does not depend on the row, the cache or the step in
   which a token is read. The first `sinks` tokens are always kept.
+
+  Attributes:
+    seed: of the random numbers.
   """
 
   seed: int = 0

@@ -33,6 +33,11 @@ class RKV(WatchesWindow):
   Where paper and released code differ, or the paper is open, this follows the code: queries are averaged before tokens
   are pooled, the softmax excludes the window, one recent similar token is spared, and pool 7 and threshold 0.5 are its
   numbers. Unlike the code, a token that resembles no other spares none (there it spares the first token held).
+
+  Attributes:
+    importance: weight of attention against redundancy (lambda).
+    threshold: similarity from which the latest of similar tokens is spared.
+    pool: neighbouring tokens over which attention is maximal.
   """
 
   window: int | None = struct.field(pytree_node=False, default=7)

@@ -23,6 +23,10 @@ class SnapKV(Policy):
   until its end, where compaction frees the rest. The paper and its code select for each query head.
 
   In a later turn of a conversation the new prompt's last tokens cut everything held so far.
+
+  Attributes:
+    budget: tokens a head after the prompt, the window included.
+    pool: neighbouring tokens over which attention is maximal.
   """
 
   window: int | None = struct.field(pytree_node=False, default=31)

@@ -18,6 +18,11 @@ class StreamingLLM(Policy):
   `budget` may be given instead of `window`: the tokens that a head holds, sinks included, so W = budget - sinks - 1.
   Both are shapes. The paper counts positions in the cache, so a text may be longer than the model's context. Here
   keys are stored after RoPE with their positions in the text, so a text cannot be longer than the context.
+
+  Attributes:
+    window: W, tokens before the newest one that stay visible.
+    sinks: first tokens that stay.
+    budget: tokens a head instead of window: W = budget - sinks - 1.
   """
 
   window: int | None = struct.field(pytree_node=False, default=None)

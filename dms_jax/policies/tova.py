@@ -19,6 +19,9 @@ class TOVA(Budgeted):
 
   Prompts: the last query of a chunk decides which tokens fill the budget; in the released code the last query of the
   prompt does. With `exact_prefill` every query of the prompt drops a token.
+
+  Attributes:
+    per_layer: heads of a layer drop the same token, by their mean attention.
   """
 
   per_layer: bool = struct.field(pytree_node=False, default=False)

@@ -62,6 +62,9 @@ class TriAttention(Periodic):
   Every KV head of every layer keeps tokens of its own (the code's per_layer_perhead_pruning); selections that heads or
   layers share are not part of this. Prompt tokens compete like all others; by default the code keeps them all and
   counts generated tokens alone.
+
+  Attributes:
+    furthest: greatest distance of future queries that a score averages over.
   """
 
   calibration: str | None = struct.field(pytree_node=False, default=None)

@@ -34,6 +34,11 @@ class VaSE(WatchesWindow):
 
   From the released code, where the paper is open: 4 sinks, 64 recent tokens, a cut every 64 tokens, and a quarter of
   the budget for large values (1,024 of 4,096). The variant VaSE-DKV is not part of this.
+
+  Attributes:
+    large: share of the budget for sinks and the tokens of largest values.
+    sinks: first tokens that stay.
+    seed: of the sampling.
   """
 
   window: int | None = struct.field(pytree_node=False, default=63)

@@ -66,6 +66,16 @@ class ScheduleConfig:
   and the highest CR that the ramp has reached. The batch is read at thresholds that meet these targets, so that there
   is no compression loss. `targets` is their distribution: "log_uniform", "uniform", or "uniform_kept", in which 1/CR,
   the share that is kept, is uniform.
+
+  Attributes:
+    steps: all steps; 0: ramp, hold_steps and the optimizer's decay_steps.
+    hold_steps: steps at the final CR, where steps is 0.
+    initial_cr: target CR at the start of the ramp.
+    final_cr: target CR at its end; of elastic gates the highest.
+    steps_per_cr: steps of the ramp in which the target CR rises by 1.
+    fade_steps: steps that fade the neuron gate's channel out before any eviction.
+    zero_neuron: zero the borrowed weights after the fading; needs trainable "all".
+    targets: how rows draw their CR under dms.elastic.
   """
 
   steps: int = 1000
@@ -97,6 +107,10 @@ class OptimizerConfig:
     beta1, beta2: decay of the means of gradients and of their squares.
     weight_decay: a step's share of the learning rate times the weight, taken off the weight.
     clip_norm: greatest norm of all gradients together.
+    learning_rate: peak of the learning rate.
+    warmup_steps: steps in which it rises linearly to the peak.
+    decay_steps: last steps, in which it falls linearly; -1: all after the warm-up.
+    final_rate: share of the peak that is left at the end.
   """
 
   learning_rate: float = 1e-3
@@ -121,6 +135,10 @@ class LossConfig:
 
   `counts`: what the compression loss holds against the target, "evicted" the share of decisions to evict, as the paper,
   or "held" the tokens held at the end of a row, so that those of the window count too: the achieved CR at its length.
+
+  Attributes:
+    kind: KL(student || teacher), KL(teacher || student), or next-token loss without a teacher.
+    counts: of the compression loss: decisions, or tokens held and seen.
   """
 
   kind: Literal["reverse_kl", "forward_kl", "lm"] = "reverse_kl"
@@ -144,6 +162,11 @@ class MemoryConfig:
   Activations and frozen weights have the `compute_dtype`; gates stay float32. With `remat` the backward pass recomputes
   whole layers, otherwise only the operations between matrix products. Logits exist for `loss_chunk` positions and
   `vocab_chunk` tokens of the vocabulary at a time.
+
+  Attributes:
+    remat: recompute whole layers in the backward pass: less memory, more time.
+    loss_chunk: positions whose logits are in memory at once.
+    vocab_chunk: vocabulary entries whose logits are in memory at once; 0: all.
   """
 
   compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -163,6 +186,12 @@ class SavingConfig:
   merged; "auto" means "model" if the base is trained, else "retrofit". With `ema_decay` above 0 they hold the
   exponential moving average of the trained parameters. The thresholds of gates for a range of ratios are measured for
   them at the end, on `calibration` batches after the last that trained.
+
+  Attributes:
+    snapshots: write OUTPUT/crN whenever the target CR reaches a whole number.
+    export: what final/ holds: gates and updates, or the whole model.
+    ema_decay: of a moving average of the weights, which is exported; 0: none.
+    calibration: batches that measure the thresholds of elastic gates at the end.
   """
 
   save_every: int = 100
@@ -177,7 +206,12 @@ class SavingConfig:
 class TRIMKVConfig:
   """Of the objective "trimkv" alone (arXiv 2512.03324). `capacity` is M: the capacity loss sets in where
   the decayed retention of a head's tokens sums to more. `loss.compression_weight` weighs that loss, and `lm_weight` the
-  next token's negative log-likelihood, which is added to the distillation loss."""
+  next token's negative log-likelihood, which is added to the distillation loss.
+
+  Attributes:
+    capacity: tokens a head that the soft limit of memory allows.
+    lm_weight: of the next-token loss beside the distillation.
+  """
 
   capacity: int = 512
   lm_weight: float = 1.0
@@ -186,7 +220,11 @@ class TRIMKVConfig:
 @dataclasses.dataclass(frozen=True)
 class KVzapConfig:
   """Of the objective "kvzap" alone (arXiv 2601.07891). `prompt` asks the model to repeat the text before it; it ends
-  the user's turn, and the repetition is the assistant's, if the tokenizer has a chat template."""
+  the user's turn, and the repetition is the assistant's, if the tokenizer has a chat template.
+
+  Attributes:
+    prompt: text that asks for the reconstruction, whose attention gives the scores.
+  """
 
   prompt: str = "\n\nRepeat the previous context exactly."
 
@@ -204,6 +242,12 @@ class RetrofitConfig:
   `trainable`: "gates" alone, "lora" (gates and low-rank updates, base frozen) or "all" weights. A step takes
   `batch_size` rows of `seq_len` tokens, in `microbatches` parts whose gradients are accumulated. `seed` determines the
   data order, the initial gates and the noise.
+
+  Attributes:
+    objective: what is trained: eviction, TRIM-KV's retention, KVzap's scores or DMC's merging.
+    batch_size: rows of a step.
+    seq_len: tokens of a row.
+    microbatches: parts of a batch whose gradients are accumulated.
   """
 
   objective: Literal["dms", "trimkv", "kvzap", "dmc", "lm"] = "dms"
@@ -347,6 +391,13 @@ class SelfTextConfig:
   half of the rows each. Without either, a model with a chat template asks itself a question and answers it in half of
   the rows; the others, and all rows of a model without a template, start at an end of text. `batch` rows are sampled at
   a time.
+
+  Attributes:
+    prefixes: text file whose cuts start the rows.
+    questions: .jsonl file of questions that rows answer through the chat template.
+    question_field: field of its records that holds the question.
+    prefix_tokens: tokens of a cut.
+    top_p: sample from the fewest likeliest tokens whose probabilities reach it.
   """
 
   rows: int = 0
@@ -408,6 +459,13 @@ class DataConfig:
   Rows are cut from the text anywhere. With `whole_documents` they hold whole documents, and padding behind the last;
   documents longer than a row are left out. `families` takes generated problems of these families with their solutions,
   whole, instead of paths; `workers` processes make them ahead of training (-1: one a core, 0: none).
+
+  Attributes:
+    paths: files of text (.txt) or records (.jsonl), separated by commas.
+    weights: share of each path in the rows; none: by their sizes.
+    fields: fields of .jsonl records that hold text, tried in order.
+    whole_documents: rows hold whole documents; longer ones are left out.
+    families: families of generated problems, for a reasoner.
   """
 
   paths: tuple[str, ...] = ()

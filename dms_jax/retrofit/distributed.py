@@ -41,6 +41,11 @@ class MeshConfig:
   On several hosts, run the same command on each, with the `coordinator`'s "host:port" (process 0 listens there), the
   number of `processes` and the number of this `process`, from 0; or with coordinator "auto" where JAX finds these
   itself (Cloud TPU, Slurm, Open MPI). The mesh must then use all devices.
+
+  Attributes:
+    coordinator: "host:port" of process 0 on several hosts; "auto" where JAX finds it itself.
+    processes: number of processes on several hosts.
+    process: number of this process, from 0.
   """
 
   data: int = 1

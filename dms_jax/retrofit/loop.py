@@ -254,6 +254,7 @@ def train(
   progress: Callable[[Sequence], Iterable] = iter,
   stop: Callable[[], bool] = lambda: False,
   log_every: int = 10,
+  log_seconds: float = 5.0,
   stop_after: int | None = None,
 ) -> dict:
   """Trains `run` to its end, resuming from the last checkpoint in its directory if there is one.
@@ -271,7 +272,7 @@ def train(
     progress: iterates over the batches of the last calibration, and may show how far it is.
     stop: called before the first step and after every step; if it returns true, the run saves and raises `Preempted`.
       Several processes stop by `distributed.preempted`.
-    log_every: steps between fetches of metrics from the device.
+    log_every: most steps between fetches of metrics from the device; fewer where they take more than `log_seconds`.
     stop_after: stop after this many steps in total, with a checkpoint, as if interrupted.
 
   Returns:
@@ -325,6 +326,7 @@ def train(
         _trim_log(directory / LOG, first)
     last = config.schedule.steps if stop_after is None else min(stop_after, config.schedule.steps)
     line, pending, clock = (read_log(directory / LOG) or [{}])[-1], [], time.perf_counter()
+    every = 1  # the first step compiles, and says when it is done
     if first < last and stop():
       raise Preempted(f"stopped before step {first}; nothing is lost, and the same command goes on")
     with open(directory / LOG if leads else os.devnull, "a", encoding="utf-8") as log:
@@ -340,9 +342,10 @@ def train(
         kept = done % config.saving.save_every == 0 or done in usable or done == config.schedule.steps
         stopping = (stop() or distributed.preempted(done)) and done < last
         saves = done % config.saving.save_every == 0 or done == last or stopping
-        if saves or kept or len(pending) >= log_every:
+        if saves or kept or len(pending) >= every:
           values = jax.device_get([m for _, m in pending])
           seconds = (time.perf_counter() - clock) / len(pending)
+          every = max(1, min(log_every, int(log_seconds / max(seconds, 1e-9))))
           with distributed.together():
             for (at, _), value in zip(pending, values, strict=True):
               line = _line(config, at, seconds, value | packer.notes(at), heads=kept and at == step)

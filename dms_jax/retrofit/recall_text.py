@@ -90,6 +90,7 @@ def _things(rng: random.Random, count: int) -> list[str]:
 
 
 def facts(rng: random.Random) -> Recall:
+  """Measures of made-up things, one of which is asked for."""
   count = rng.randint(2, 12)
   said, asked = zip(*rng.choices(list(MEASURES.items()), k=count), strict=True)
   things, values = _things(rng, count), [f"{n:{rng.choice(('', ','))}}" for n in rng.sample(range(100, 10**6), count)]
@@ -131,6 +132,7 @@ def aliases(rng: random.Random) -> Recall:
 
 
 def records(rng: random.Random) -> Recall:
+  """A table of records; a field of one of them is asked for."""
   count, fields = rng.randint(4, 24), ["name", "town", "object", "number"]
   rows = [
     dict(name=name, town=rng.choice(PLACES), object=thing, number=str(rng.randint(100, 99999)))
@@ -148,6 +150,7 @@ def records(rng: random.Random) -> Recall:
 
 
 def events(rng: random.Random) -> Recall:
+  """A log of events with their times; the time of one is asked for."""
   count, minute = rng.randint(4, 20), rng.randint(0, 300)
   log = []
   for thing in _things(rng, count):
@@ -160,6 +163,7 @@ def events(rng: random.Random) -> Recall:
 
 
 def quotes(rng: random.Random) -> Recall:
+  """Letters from places; one of them is asked for word by word."""
   count = rng.randint(1, 4)
   quoted = {label: " ".join(_sentence(rng) for _ in range(rng.randint(1, 4))) for label in rng.sample(PLACES, count)}
   label = rng.choice(list(quoted))
@@ -168,6 +172,7 @@ def quotes(rng: random.Random) -> Recall:
 
 
 def dialogue(rng: random.Random) -> Recall:
+  """A talk in which somebody tells traits of theirs; one is asked for."""
   traits = rng.sample(list(TRAITS), rng.randint(1, len(TRAITS)))
   values = {trait: rng.choice(TRAITS[trait]) for trait in traits}
   trait = rng.choice(traits)

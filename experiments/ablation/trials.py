@@ -28,6 +28,14 @@ class EvalConfig:
 
   With a `policy` other than "dms", the original model decodes the text under that baseline, and nothing is trained. The
   baseline's `budget` is in tokens a head, window and sinks included.
+
+  Attributes:
+    text: file of the text that is scored.
+    checkpoint: "final", or "cr2", "cr3", ... as saved when the target reached that CR.
+    length: T, tokens of a chunk of the text.
+    max_tokens: first tokens of the text that are read; 0: all.
+    positions: of a chunk, at which compression is also reported by layer and head.
+    policy: another than dms decodes by the original model, and nothing is trained.
   """
 
   text: str = ""

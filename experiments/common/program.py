@@ -44,7 +44,7 @@ from absl import logging as absl_logging
 
 from dms_jax import compilation, disk
 from dms_jax.config import as_text
-from experiments.common import early, outputs, stopping, usage
+from experiments.common import early, heartbeat, outputs, stopping, usage
 
 FLAGS = flags.FLAGS
 _own: list[type] = []  # dataclasses of flags without a prefix
@@ -155,7 +155,7 @@ class Common:
     policy: name of an eviction policy, whose settings are flags of their own.
     cr: compression ratio (CR), tokens for each one that a head may hold.
     budget: tokens that a head may hold.
-    budget_rule: of a CR: a budget of (prompt + most new tokens) / CR for each text ("paper"), or (tokens seen) / CR.
+    budget_rule: budget of a CR: (prompt + most new tokens) / CR ("paper"), or seen / CR.
     window: W, tokens before the newest one that stay visible.
     batch: rows that are computed together.
     width: rows that write together.
@@ -169,7 +169,7 @@ class Common:
     new_tokens, max_new_tokens: most tokens that are written.
     temperature: of sampling; 0 is greedy.
     top_k: sample from so many likeliest tokens; none: from all.
-    top_p: sample from the fewest likeliest tokens whose probabilities reach it; 1 or none: from all.
+    top_p: sample from the fewest likeliest tokens whose sum reaches it; 1 or none: from all.
     scale: "small" shrinks all cases, to try the program.
   """
 
@@ -320,7 +320,10 @@ def by_flag(message: str) -> str:
 
 
 def run(
-  main: Callable[[], None], writes: Literal["nothing", "folder", "file", "tree"] = "nothing", goes_on: bool = False
+  main: Callable[[], None],
+  writes: Literal["nothing", "folder", "file", "tree"] = "nothing",
+  goes_on: bool = False,
+  talks: bool = False,
 ) -> None:
   """Parses the command line, runs `main()` and exits: 0, or with one line on stderr 1 for bad input or a full disk, 130
   after SIGINT (Ctrl-C) and 143 after SIGTERM (`stopping`).
@@ -331,6 +334,7 @@ def run(
   Args:
     writes: what `--output` names, if it is given; no other run may write there meanwhile (`outputs.locked`).
     goes_on: whether the same command goes on after an interruption.
+    talks: whether it is in conversation, which may pause; other programs are never silent for long (`heartbeat`).
   """
   for stream in (sys.stdout, sys.stderr):
     if hasattr(stream, "reconfigure"):  # a text that the locale cannot write ends no run
@@ -356,6 +360,8 @@ def run(
           stack.enter_context(outputs.locked("output", FLAGS.output, writes, goes_on))
         if FLAGS.profile:
           stack.enter_context(jax.profiler.trace(FLAGS.profile))
+        if not talks:
+          stack.enter_context(heartbeat.Heartbeat(heartbeat.line))
         main()
     except KeyboardInterrupt as stop:
       if FLAGS.debug:
@@ -485,7 +491,8 @@ def label(values: Mapping[str, Any]) -> str:
 
 def log(message: str) -> None:
   """Prints a line to stderr, so that stdout ends with the JSON line."""
-  print(message, file=sys.stderr, flush=True)
+  heartbeat.spoke(message)
+  heartbeat.line(message)
 
 
 def progress(items: Iterable | int, total: int | None = None, desc: str = "", every: float = 5.0) -> Iterator:
@@ -501,7 +508,9 @@ def progress(items: Iterable | int, total: int | None = None, desc: str = "", ev
     with contextlib.suppress(ImportError):
       from tqdm import tqdm
 
-      yield from tqdm(items, total=total, desc=desc, leave=False, dynamic_ncols=True)
+      for item in tqdm(items, total=total, desc=desc, leave=False, dynamic_ncols=True):
+        heartbeat.spoke(desc)
+        yield item
       return
   start = shown = time.monotonic()
   for done, item in enumerate(items, start=1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 import re
@@ -32,7 +33,8 @@ def parse(arguments: list[str]) -> list[str]:
   """
   ours = arguments[1 : arguments.index("--")] if "--" in arguments else arguments[1:]
   if any(word in HELP for word in ours):
-    print(help_page(), flush=True)
+    with contextlib.suppress(BrokenPipeError):  # a reader such as head has what it wanted
+      print(help_page(), flush=True)
     sys.exit(0)
   message = ""
   try:

@@ -60,6 +60,8 @@ class TasksConfig:
     template: form of retrieval prompts; auto: chat where the tokenizer has a template.
     chains: W, texts written for each prompt, such as 1,2,4.
     allow_code: run programs that the model writes.
+    temperature: of sampling; 0 is greedy and ignores top_p.
+    top_p: sample from the fewest likeliest tokens whose probabilities reach it.
   """
 
   tasks: tuple[str, ...] = dataclasses.field(default=(), metadata={"choices": TASKS})

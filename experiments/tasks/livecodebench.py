@@ -173,6 +173,9 @@ class LiveCodeBench(CodeTask):
   `start` and `end` of the window, both included; `platform` of the contests. `style` of the prompt: "generic" is for
   instruct models; "reasoning" is for models that think before they answer, and what the harness gives QwQ and
   DeepSeek's R1. `seconds` for each test of a program; `memory` of a program, MiB.
+
+  Attributes:
+    style: of the prompt, for instruct models or for models that think before they answer.
   """
 
   data: str = ""

@@ -103,7 +103,7 @@ class Needle(RetrievalTask):
     keys, values, queries: keys hidden, values of each, and keys asked for.
     key_kind, value_kind: what keys and values are.
     haystack: repeated sentences ("noise"), or facts of other keys ("needles").
-    essay: a text file that is the haystack, in place of `haystack`; it is repeated where it is too short.
+    essay: text file that is the haystack instead, repeated where it is too short.
   """
 
   keys: int = 1

@@ -58,7 +58,12 @@ def haystack(rng: random.Random, count: int, hops: int, letters: int) -> Haystac
 
 @register
 class Tracking(RetrievalTask):
-  """Settings: `chains` of assignments hidden in the text, and `hops`, the assignments after the first of each chain."""
+  """Chains of assignments hidden in a text.
+
+  Attributes:
+    chains: chains of assignments hidden in the text.
+    hops: assignments after the first of each chain.
+  """
 
   chains: int = 1
   hops: int = 4

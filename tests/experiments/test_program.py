@@ -6,6 +6,7 @@ import configparser
 import dataclasses
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -424,3 +425,25 @@ def test_a_folder_of_another_kind_is_refused_by_its_flag(tmp_path):
     with pytest.raises(ValueError, match=f"--checkpoint={folder}{message}") as error:
       check_checkpoint("checkpoint", folder)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ("evaluate", "generate", "hyperscale", "retrofit"))
+def test_help_has_one_line_a_flag(name):
+  """What a flag does fits the rest of its line, 120 columns wide, wherever its own name leaves room for it."""
+  command = [sys.executable, "-m", f"experiments.{name}", "--help"]
+  done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "120"}, cwd=ROOT)
+  assert done.returncode == 0 and done.stderr == ""
+  flags = re.split(r"\n  --", done.stdout.split("Flags, as --name=value:")[1])[1:]
+  long = []
+  for flag in flags:
+    text = " ".join(flag.split("\n\n")[0].split())
+    told = re.sub(r" \([^()]* \| [^()]*\)$| \(required\)$", "", text.partition(" ")[2].strip())  # without its choices
+    if len(told) > 86:
+      long.append(text)
+  assert not long, long
+
+
+def test_help_ends_quietly_where_its_reader_has_gone():
+  command = f"{sys.executable} -m experiments.generate --help | head -n 1"
+  done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+  assert done.stdout.startswith("Generates text") and done.stderr == ""

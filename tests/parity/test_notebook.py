@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from tests.helpers import ROOT, printed, run_notebook
+from tests.helpers import printed, run_notebook
 
 
 def test_a_finding_is_ported_from_start_to_end(tmp_path, monkeypatch, transformers):
   """In its own kernel, as a user runs it, with a shorter training than a finding needs."""
   settings = {
-    "ROOT": ROOT, "OUTPUT": tmp_path / "out", "BASE_STEPS": 20, "STEPS_PER_CR": 5, "LENGTH": 192, "ROWS": 4,
+    "OUTPUT": tmp_path / "out", "BASE_STEPS": 20, "STEPS_PER_CR": 5, "LENGTH": 192, "ROWS": 4,
     "NEW_TOKENS": 24,
   }  # fmt: skip
-  settings = {f"PORT_{name}": value for name, value in settings.items()}
   outputs = run_notebook("06_to_pytorch.ipynb", tmp_path, monkeypatch, settings)
   text = printed(outputs)
   assert "installing" not in text
