@@ -74,7 +74,7 @@ class Config:
     dtype: of the weights and the cache.
     traces: of each task, problems whose first chain keeps its text and is traced.
     resamples: of the bootstrap.
-    sets: folders of finished sweeps, or of the parts of one, one a model seed, to be analysed together.
+    sets: folders of finished sweeps, one a model seed, or of a sweep's parts.
     title: of the page.
     output: folder of the results; "": one in runs/hyperscale named after the flags.
     checkpoint: folder of the model.

@@ -271,7 +271,7 @@ def test_a_sweep_from_flags_to_page(checkpoints, tmp_path, monkeypatch, capfd):
     assert untimed(whole) == untimed(killed)
   assert len(whole["points"]) == 2 * 3 * 2 * 2 and all(point["seconds"] > 0 for point in whole["points"])
   traced = [trace.read("sets", tmp_path / name / trace.FILE) for name in ("whole", "killed")]
-  assert {r.key for r in page.with_texts(tmp_path / "whole" / cells.RECORDS)} == {r.key for r in kept}
+  assert {r.key for r in page.with_texts(tmp_path / "whole")} == {r.key for r in kept}
   assert traced[0] == traced[1] and {each.method for each in traced[0]} == {"vanilla", "dms"}  # CR 2 is not compared
 
   # The cells alone, as they are kept where records are too large, and a second model seed beside them.

@@ -307,6 +307,7 @@ def test_steps_of_a_run_for_one_cr():
 def test_another_schedule_compiles_nothing():
   """Target CR, hold, decay, learning rate and seed are traced; the step follows them."""
   counted = jax.jit(train_step.__wrapped__, static_argnames=("fading",), compiler_options=tiny.QUICK)
+  counted.clear_cache()  # of other tests
   batch, lines = Batch(tiny.tokens(tiny.config(), 2, 24)), []
   for overrides in (
     {}, {"schedule__final_cr": 5.0}, {"schedule__initial_cr": 3.0, "schedule__steps_per_cr": 3, "seed": 5},
