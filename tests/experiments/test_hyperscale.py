@@ -231,7 +231,7 @@ def test_a_sweep_from_flags_to_page(checkpoints, tmp_path, monkeypatch, capfd):
   for task in (Letters, Verified):
     monkeypatch.setitem(TASKS, task.name, task)
   monkeypatch.setattr(program, "read_flags", lambda prefix, cls: settings[cls] if cls in settings else cls())
-  monkeypatch.setattr(program, "flag_values", lambda: {"checkpoint": base, "chains": [1, 2]})
+  monkeypatch.setattr(program, "flag_values", lambda **_: {"checkpoint": base, "chains": [1, 2]})
   monkeypatch.setattr(program, "finish", finished.append)
   hyperscale.main()
   shown = capfd.readouterr()
