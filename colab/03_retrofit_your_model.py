@@ -35,19 +35,6 @@ OWN_TEXTS = setting("OWN_TEXTS", 4 if ON_CPU else 256)  # texts that the model w
 # %%
 checkpoint = setting("CHECKPOINT", Path("checkpoints") / SOURCE.replace(":", "-").replace("/", "-"))
 
-
-def program(name, **flags):
-  """Runs a program of dms_jax, and shows what it says; `data__paths` is --data.paths."""
-  words = [f"--{flag.replace('__', '.')}={value}" for flag, value in flags.items()]
-  print("python -m", f"experiments.{name}", *words)
-  run = subprocess.Popen([sys.executable, "-u", "-m", f"experiments.{name}", *words], stdout=subprocess.PIPE,
-                         stderr=subprocess.STDOUT, text=True)  # fmt: skip
-  for line in run.stdout:
-    print(line if len(line) < 400 else line[:400] + " ...\n", end="")
-  if run.wait():
-    raise SystemExit(f"experiments.{name} ended with {run.returncode}: see the line above")
-
-
 if not checkpoint.exists():
   program("convert_weights", source=SOURCE, output=checkpoint)
 
@@ -62,7 +49,7 @@ words = (
   {"data__paths": TEXT} if TEXT else {"data__self_text__rows": OWN_TEXTS, "data__self_text__max_new_tokens": LENGTH}
 )
 ramp = max(1, int(0.28 * STEPS / max(FINAL_CR - 1, 0.1)))  # the shipped recipe: 28 % of the steps rise
-program(
+trained = program(
   "retrofit", checkpoint=checkpoint, output=output, **words, dms__window=min(WINDOW, LENGTH // 4), lora__rank=16,
   retrofit__batch_size=ROWS, retrofit__seq_len=LENGTH, retrofit__schedule__steps=STEPS,
   retrofit__schedule__final_cr=FINAL_CR, retrofit__schedule__steps_per_cr=ramp,

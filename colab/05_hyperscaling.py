@@ -17,8 +17,6 @@
 # %% install
 
 # %%
-import json
-
 from IPython.display import Image, display
 
 ON_CPU = device.platform == "cpu"
@@ -36,21 +34,6 @@ else:
   gates = {"retrofit__batch_size": 16, "retrofit__seq_len": 4096, "retrofit__schedule__steps_per_cr": 40,
            "retrofit__schedule__hold_steps": 20, "retrofit__optimizer__decay_steps": 60}  # fmt: skip
   crs, lengths, chains, problems, width = (2, 4, 8), (480, 960, 1920), (1, 2, 4), 128, 1024
-
-
-def program(module, **flags):
-  """Runs a program of dms_jax, and shows what it says; `data__paths` is --data.paths. Returns its last line, read."""
-  listed = lambda value: ",".join(map(str, value)) if isinstance(value, tuple) else value
-  words = [f"--{flag.replace('__', '.')}={listed(value)}" for flag, value in flags.items()]
-  print("python -m", f"experiments.{module}", *words)
-  run = subprocess.Popen([sys.executable, "-u", "-m", f"experiments.{module}", *words], stdout=subprocess.PIPE,
-                         stderr=subprocess.STDOUT, text=True)  # fmt: skip
-  for line in run.stdout:
-    print(line if len(line) < 300 else line[:300] + " ...\n", end="")
-  if run.wait():
-    raise SystemExit(f"experiments.{module} ended with {run.returncode}: see the line above")
-  return json.loads(line)
-
 
 # %% [markdown]
 # ## 2. A reasoner

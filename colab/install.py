@@ -1,6 +1,7 @@
 # Installs dms_jax, where it is not there yet: of a checkout, or from the repository's address.
 import importlib.metadata
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -39,6 +40,20 @@ def setting(name, value):
   """A size or path of this notebook: the environment variable NOTEBOOK_NAME, else `value`."""
   given = os.environ.get(f"NOTEBOOK_{name}")
   return value if given is None else type(value)(given)
+
+
+def program(module, /, **flags):
+  """Runs a program of dms_jax, and shows what it says; `data__paths` is --data.paths. Returns its last line, read."""
+  listed = lambda value: ",".join(map(str, value)) if isinstance(value, tuple) else value
+  words = [f"--{flag.replace('__', '.')}={listed(value)}" for flag, value in flags.items()]
+  print("python -m", f"experiments.{module}", *words)
+  run = subprocess.Popen([sys.executable, "-u", "-m", f"experiments.{module}", *words], stdout=subprocess.PIPE,
+                         stderr=subprocess.STDOUT, text=True)  # fmt: skip
+  for line in run.stdout:
+    print(line if len(line) < 400 else line[:400] + " ...\n", end="")
+  if run.wait():
+    raise SystemExit(f"experiments.{module} ended with {run.returncode}: see the line above")
+  return json.loads(line)
 
 
 if importlib.util.find_spec("dms_jax") is None:

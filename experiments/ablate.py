@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import operator
 import shlex
 import shutil
 import sys
@@ -196,9 +195,11 @@ def run_all(wanted: list[Trial], config: Config, root: Path) -> tuple[dict[str, 
   to_train = {one.folder: one for one in todo if one.eval.trained and not (one.folder / TRAINED).exists()}
   took = ""
   if to_train and forecast.on_cpu():
-    each = [forecast.step_seconds(base().config, t.dms, t.lora, t.retrofit) for t in to_train.values()]
-    steps = [one.retrofit.schedule.steps for one in to_train.values()]
-    took = f", about {duration(sum(map(operator.mul, each, steps)))} of steps on this CPU"
+    seconds = sum(
+      one.retrofit.schedule.steps * forecast.step_seconds(base().config, one.dms, one.lora, one.retrofit)
+      for one in to_train.values()
+    )
+    took = f", about {duration(seconds)} of steps on this CPU"
   program.log(f"{root}: {len(wanted)} runs, {len(results)} of them finished; {len(to_train)} retrofits to train{took}")
 
   failed: dict[str, str] = {}

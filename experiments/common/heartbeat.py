@@ -33,7 +33,6 @@ class Heartbeat:
     self.say, self.patience, self.end = say, patience, threading.Event()
 
   def __enter__(self) -> Heartbeat:
-    self.start = time.monotonic()
     spoke("the start")
     threading.Thread(target=self._watch, name="heartbeat", daemon=True).start()
     return self

@@ -124,13 +124,14 @@ def of_records(found: Iterable[Record]) -> tuple[dict[Key, Cell], list[str]]:
   cells, remarks = {}, []
   for key, chains in groups.items():
     kinds = {(r.chains, r.seed, r.settings) for own in chains.values() for r in own}
-    name = _name(key)
     if len(kinds) > 1:
-      raise ValueError(f"{name}: records of different --chains, --seed, prompts or checkpoints; give each a folder")
+      raise ValueError(
+        f"{_name(key)}: records of different --chains, --seed, prompts or checkpoints; give each a folder"
+      )
     width = next(iter(kinds))[0]
     whole = {problem: own for problem, own in chains.items() if len(own) == width}
     if len(whole) < len(asked[key[0]]):
-      remarks.append(f"{name} is left out: {len(whole)} of {len(asked[key[0]])} problems are complete")
+      remarks.append(_left_out(key, len(whole), len(asked[key[0]])))
     else:
       cells[key] = _cell(whole)
   return cells, remarks
@@ -263,7 +264,7 @@ def join(folder: Path, parts: Sequence[tuple[Sweep, list[str]]], flag: str = "se
     most = max(len(cell.problems) for cell in own.values())
     for key, cell in own.items():
       if len(cell.problems) < most:
-        remarks.append(f"{_name(key)} is left out: {len(cell.problems)} of {most} problems are complete")
+        remarks.append(_left_out(key, len(cell.problems), most))
         del cells[key]
   gibs = {sweep.gib for sweep, _ in parts if sweep.times}
   if len(gibs) > 1:
@@ -297,6 +298,10 @@ def has_text(line: str) -> bool:
 
 def _name(key: Key) -> str:
   return f"{key[1]}, CR {key[2]:g}, L {key[3]} on {key[0]}"
+
+
+def _left_out(key: Key, complete: int, problems: int) -> str:
+  return f"{_name(key)} is left out: {complete} of {problems} problems are complete"
 
 
 def _read(folder: Path, flag: str) -> tuple[Sweep, list[str]]:

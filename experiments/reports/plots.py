@@ -271,12 +271,12 @@ def levels(plt, rows: list[dict], retrofit: str) -> Any:
   """
   figure, axis = plt.subplots(figsize=(8, 5.4), layout="constrained")
   texts = list(dict.fromkeys(row["text"] for row in rows))
-  others = list(dict.fromkeys(row["method"] for row in rows if row["method"] != retrofit))
+  marks = dict(zip(dict.fromkeys(row["method"] for row in rows if row["method"] != retrofit), "sD^vP", strict=False))
   for text, color in zip(texts, METHODS, strict=False):
     curve = sorted((r["achieved_cr"], r["mean"], r["standard_error"]) for r in rows
                    if (r["method"], r["text"]) == (retrofit, text))  # fmt: skip
     axis.errorbar(*zip(*curve, strict=True), color=color, marker="o", ms=4, lw=1.6, capsize=2, label=text)
-    for method, marker in zip(others, "sD^vP", strict=False):
+    for method, marker in marks.items():
       for row in (r for r in rows if (r["method"], r["text"]) == (method, text)):
         axis.errorbar(
           row["achieved_cr"], row["mean"], row["standard_error"], color=color, marker=marker, ms=8, mfc="w", capsize=2
@@ -292,6 +292,6 @@ def levels(plt, rows: list[dict], retrofit: str) -> Any:
   bare(axis)
   handles, _ = axis.get_legend_handles_labels()
   handles += [plt.Line2D([], [], color=DENSE, marker=marker, ms=8, mfc="w", lw=0, label=method)
-              for method, marker in zip(others, "sD^vP", strict=False)]  # fmt: skip
+              for method, marker in marks.items()]  # fmt: skip
   axis.legend(handles=handles, frameon=False)
   return figure
