@@ -1,7 +1,7 @@
-"""Small functions outside compiled programs, computed by numpy: JAX would compile one program more for each shape.
+"""Small functions outside compiled programs, computed by numpy instead of compiled.
 
-`x[0]`, `x + 1` and `jnp.pad(x, ...)` on arrays are programs of 30 ms each, thousands in all tests. This takes their place
-in `make test`; `make test-all` and tests under another JAX leave them to JAX. Computed are operations that move, compare
+`x[0]`, `x + 1` and `jnp.pad(x, ...)` on arrays are programs of JAX, 30 ms for each shape, thousands in all tests. This
+takes their place in `make test`; `make test-all` and tests under jax 0.12 leave them to JAX. Computed are operations that move, compare
 or count, and sums and products of two numbers: those in which numpy agrees to the last bit.
 """
 
@@ -137,7 +137,7 @@ def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[np
 
 
 def install() -> None:
-  """For the rest of the process; not where JAX is not the version that this was written for."""
+  """For the rest of the process, under the versions of JAX whose internals it uses."""
   if jax.__version_info__ >= (0, 12):
     return
   compiled, times = pjit._pjit_call_impl_python, collections.Counter[Any]()
