@@ -1,8 +1,8 @@
 """Small functions outside compiled programs, computed by numpy instead of compiled.
 
 `x[0]`, `x + 1` and `jnp.pad(x, ...)` on arrays are programs of JAX, 30 ms for each shape, thousands in all tests. This
-takes their place in `make test`; `make test-all` and tests under jax 0.12 leave them to JAX. Computed are operations that move, compare
-or count, and sums and products of two numbers: those in which numpy agrees to the last bit.
+takes their place in `make test`; `make test-all` and tests under jax 0.12 leave them to JAX. Computed are operations that
+move, compare or count, and sums and products of two numbers: those in which numpy agrees to the last bit.
 """
 
 from __future__ import annotations
@@ -94,13 +94,12 @@ COMPUTED: dict[str, Callable] = {
 
 
 def _plain(x: Any) -> bool:
-  """Whether numpy may stand for an argument: nobody put it on a device on purpose."""
-  if isinstance(x, jax.Array):
-    return (
-      not isinstance(x, jax.core.Tracer) and not x._committed and not jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended)
-      and isinstance(x.sharding, jax.sharding.SingleDeviceSharding) and x.sharding.device_set == {jax.devices()[0]}
-    )  # fmt: skip
-  return isinstance(x, bool | int | float | np.ndarray | np.generic)
+  """Whether numpy may stand for an argument or result: of a usual type, and nobody put it on a device on purpose."""
+  if not isinstance(x, jax.Array):
+    return isinstance(x, bool | int | float | np.ndarray | np.generic)
+  if isinstance(x, jax.core.Tracer) or x._committed or jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended):
+    return False
+  return isinstance(x.sharding, jax.sharding.SingleDeviceSharding) and x.sharding.device_set == {jax.devices()[0]}
 
 
 def _simple(jaxpr: Any) -> bool:
@@ -142,13 +141,17 @@ def install() -> None:
     return
   compiled, times = pjit._pjit_call_impl_python, collections.Counter[Any]()
 
+  def usual(jaxpr: Any, args: Sequence[Any], params: dict[str, Any]) -> bool:
+    """Whether JAX would do no more than compile the function and run it."""
+    types = [v.aval for v in jaxpr.outvars]
+    if any(t.weak_type or jax.dtypes.issubdtype(t.dtype, jax.dtypes.extended) for t in types):
+      return False
+    if any(params["donated_invars"]) or params["compiler_options_kvs"] or not params["ctx_mesh"].empty:
+      return False
+    return jax.config.jax_default_device is None and all(map(_plain, args))
+
   def call(*args, jaxpr, **params):
-    types = [v.aval for v in jaxpr.jaxpr.outvars]
-    if (
-      times[jaxpr] < OFTEN and _simple(jaxpr.jaxpr) and not any(params["donated_invars"]) and not params["compiler_options_kvs"]
-      and not any(t.weak_type or jax.dtypes.issubdtype(t.dtype, jax.dtypes.extended) for t in types)
-      and jax.config.jax_default_device is None and params["ctx_mesh"].empty and all(map(_plain, args))
-    ):  # fmt: skip
+    if times[jaxpr] < OFTEN and _simple(jaxpr.jaxpr) and usual(jaxpr.jaxpr, args, params):
       times[jaxpr] += 1
       try:
         with np.errstate(all="ignore"):
