@@ -1,8 +1,8 @@
 """Small functions outside compiled programs, computed by numpy instead of compiled.
 
 `x[0]`, `x + 1` and `jnp.pad(x, ...)` on arrays are programs of JAX, 30 ms for each shape, thousands in all tests. This
-takes their place in `make test`; `make test-all` and tests under jax 0.12 leave them to JAX. Computed are operations that
-move, compare or count, and sums and products of two numbers: those in which numpy agrees to the last bit.
+takes their place in `make test`; `make test-all` and tests under jax 0.12 leave them to JAX. Computed are operations
+that move, compare or count, and sums and products of two numbers: those in which numpy agrees to the last bit.
 """
 
 from __future__ import annotations
