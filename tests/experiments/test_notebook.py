@@ -124,7 +124,6 @@ def test_kernels_run_from_start_to_end(tmp_path, monkeypatch):
   assert "implementations on this device:" in printed(outputs) and pictures(outputs) == 2
 
 
-@pytest.mark.slow
 @JUPYTER
 def test_hyperscaling_runs_from_start_to_end(tmp_path, monkeypatch):
   settings = {"OUTPUT": tmp_path / "runs", "STEPS": 20, "PROBLEMS": 2, "TEXTS": 10}
