@@ -16,12 +16,17 @@ GRAIN = 32  # a band begins at a multiple of this many rows
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-  """`kv` keys a block, `stages` blocks of keys and of values in shared memory."""
+  """`kv` keys a block, `stages` blocks of keys and of values in shared memory.
+
+  `workers` blocks of threads compute all tiles, every so many each, and load the next one's queries and keys meanwhile;
+  0: each tile has its own.
+  """
 
   kv: int = 128
   stages: int = 2
   compute_registers: int = 240
   memory_registers: int = 24
+  workers: int = 0
 
   def __post_init__(self):
     if self.kv % ROWS:  # a swizzled row of the second product's operand

@@ -19,6 +19,7 @@ pytest.importorskip("libtpu", reason="libtpu is not installed (make test-tpu ins
 SHAPES = {
   "smollm2, after a prefix": (4, 4096, 4200, 9, 3, 64),
   "llama-8b, after a prefix": (1, 4096, 8256, 32, 8, 128),
+  "smollm2, short texts": (32, 1024, 0, 9, 3, 64),
   "llama-8b, long": (1, 32768, 0, 32, 8, 128),
 }
 
