@@ -21,7 +21,6 @@ from pallas_kernels.common.compat import plgpu
 if compat.HAS_MOSAIC_GPU:
   from jax._src.lib.mlir import ir
   from jax._src.lib.mlir.dialects import arith, memref, nvvm, vector
-  from jax._src.lib.mlir.dialects import gpu as mgpu_gpu
   from jax.experimental.mosaic import gpu as mgpu
   from jax.experimental.mosaic.gpu import utils
 
@@ -134,9 +133,8 @@ def clear_rows(ref, first: jax.Array) -> None:
   clear(ref, jnp.asarray(first, jnp.int32))
 
 
-def store_transposed(x: jax.Array, ref, peer: int | None = None) -> None:
-  """Stores the first G columns of x [H, 8], in a warpgroup's registers, as rows of a [G, H] ref in global memory, or in
-  the shared memory of block `peer` of the cluster."""
+def store_transposed(x: jax.Array, ref) -> None:
+  """Stores the first G columns of x [H, 8], in a warpgroup's registers, as rows of a [G, H] ref in global memory."""
   group = ref.shape[0]
   if compat.interpreting():
     ref[...] = x[:, :group].T
@@ -144,7 +142,6 @@ def store_transposed(x: jax.Array, ref, peer: int | None = None) -> None:
 
   @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))
   def store(_, value, target):
-    target = _of_peer(target, peer)
     places = list(_places(value))
     column = places[0][1][1]  # the same for all: the first of two
     for i in range(2):
@@ -156,9 +153,8 @@ def store_transposed(x: jax.Array, ref, peer: int | None = None) -> None:
   store(x, ref)
 
 
-def store_columns(x: jax.Array, ref, peer: int | None = None) -> None:
-  """Stores the first G of x [8], in `column_layout`, to a [G] ref in global memory, or in the shared memory of block
-  `peer` of the cluster."""
+def store_columns(x: jax.Array, ref) -> None:
+  """Stores the first G of x [8], in `column_layout`, to a [G] ref in global memory."""
   group = ref.shape[0]
   if compat.interpreting():
     ref[...] = x[:group]
@@ -166,7 +162,6 @@ def store_columns(x: jax.Array, ref, peer: int | None = None) -> None:
 
   @plgpu.inline_mgpu(arg_types=(compat.column_layout(), plgpu.RefType()))
   def store(_, value, target):
-    target = _of_peer(target, peer)
     ((column,),) = value.layout.thread_idxs(value.shape)
     thread = _thread()
     first = _less(thread, _i32(4))  # they hold all eight
@@ -176,22 +171,6 @@ def store_columns(x: jax.Array, ref, peer: int | None = None) -> None:
         memref.store(vector.extract(value.registers.flat[0], [], [i]), target, [at])
 
   store(x, ref)
-
-
-def _of_peer(ref, peer: int | None):
-  """The same place in the shared memory of another block of a one-dimensional cluster; `ref` itself for None."""
-  return ref if peer is None else utils.get_cluster_ref(ref, mgpu_gpu.Dimension.x, _index(peer))
-
-
-def meet_cluster() -> None:
-  """Waits for all threads of the cluster; what they stored before, in each other's shared memory too, is seen after."""
-
-  @plgpu.inline_mgpu()
-  def meet(_):
-    nvvm.cluster_arrive(aligned=True)
-    nvvm.cluster_wait(aligned=True)
-
-  meet()
 
 
 def reduce_columns(x: jax.Array, kind: str, scratch) -> jax.Array:
@@ -248,7 +227,7 @@ def load_columns(ref, shape: tuple[int, int], vector_size: int) -> jax.Array:
   return load(ref)
 
 
-def store_rows(x: jax.Array, ref, first: jax.Array | int, vector_size: int) -> None:
+def store_rows(x: jax.Array, ref, first: jax.Array, vector_size: int) -> None:
   """Stores x [R, H], in `strided_layout`, as rows `first` on of a [G, H] ref in global memory; rows past its end are
   dropped."""
   rows, group = len(x), ref.shape[0]

@@ -10,8 +10,8 @@ streams its blocks by TMA, several in flight across the ends of chunks, page num
 one partial result a chunk: sum of values, maximum and sum of weights. A second kernel merges a pair's partial results
 in order; so a result depends on its own slots alone, whichever workers computed the parts.
 
-Two divisions need no second kernel (`gpu_division`). Where no pair can have a second chunk, its worker writes the
-result. With `Blocks.cluster`, a cluster of blocks of threads shares the slots of each pair and merges in shared memory.
+Where there are many pairs, or bounded ones, each has a block of threads of its own, which writes the result: no list,
+no partial results, no second kernel. The processors hold more such blocks at once than workers.
 
 For the mass of slots the kernel also stores its scores, float32, and XLA turns them into probabilities by the
 log-sum-exp of all chunks, which no worker knows. A slot costs 4G bytes to store, 4G to read and 4 for its mass; a
@@ -29,10 +29,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import compat, dispatch, tuned, warpgroup
+from pallas_kernels.common.platform import processors
 from pallas_kernels.decode import gpu_kernel
 from pallas_kernels.decode.gpu_common import Blocks, Tile, Variant
 
 MOST_PAIRS = 4096  # of row and KV head in a call of the kernel, whose shared memory holds up to four numbers of each
+MANY_PAIRS = 2048  # from which on pages are read by a block of threads a pair
 DECODED = ("float", "int8", "float8")  # formats of pages that the kernel decodes
 
 
@@ -47,12 +49,18 @@ def default_blocks(
   eighth of the slots live, at least a 128th of `slots` and otherwise at most 1,024: longer chunks mean fewer partial
   results to merge. With pages, `slots` is the contiguous part (the rings), and chunks depend on the number of pairs
   alone: the table of pages may grow, and no result may change with it.
+
+  A pair has a block of threads of its own, with two blocks of slots in flight, where processors have several pairs and
+  none is long: in a contiguous cache of up to 1,024 slots from a pair and a half a processor on, of up to 2,048 slots
+  from six on; in pages from `MANY_PAIRS` on.
   """
   block = 64
   if compat.interpreting():  # every part of the kernel at work on small inputs
     return Blocks(block, 2, 2 * block, 3)
   pairs, workers, stages = batch * kv_heads, 2 * processors, 3
   few, many = 4 * pairs < processors, pairs >= 3 * workers
+  if pairs >= MANY_PAIRS if paged else (slots <= 1024 and 2 * pairs >= 3 * processors) or (slots <= 2048 and many):
+    return Blocks(block, 2, 2 * block, 0)
   if scaled:
     stages = (2 if slots else 4) * 128 // head_dim
   elif head_dim == 64 and not few and not many:
@@ -73,13 +81,6 @@ def shape_class(pairs: int, head_dim: int, slots: int, page: int, stored: str) -
   return tuned.shape_class(pairs=pairs, H=head_dim, S=slots, **({"page": page, "of": f" {stored}"} if page else {}))
 
 
-def processors() -> int:
-  """Multiprocessors of the GPU; an H100's without a GPU."""
-  if compat.interpreting() or jax.default_backend() != "gpu":
-    return 132
-  return int(getattr(jax.devices()[0], "core_count", 132))
-
-
 def decode_attention(
   q, kv, layer, lengths, *, pages=None, lse: bool = False, mass: bool = False, softcap=None, blocks=None
 ):
@@ -87,7 +88,8 @@ def decode_attention(
 
   The slots of `kv` must be a multiple of 8, since a copy by TMA begins at a tile of 8 rows. Pages must divide a block
   or be a whole number of blocks, and have 8 slots or more, 16 with scales; in q's dtype, or int8 or float8_e4m3fn.
-  More than `MOST_PAIRS` pairs of row and KV head take several calls of the kernel, each with some of the rows.
+  More than `MOST_PAIRS` pairs of row and KV head that share workers take several calls of the kernel, each with some of
+  the rows.
 
   Raises:
     NotImplementedError: another device, dtype or shape; scores that are capped.
@@ -111,11 +113,14 @@ def decode_attention(
     )
   scaled = pages is not None and pages.format.scaled
   page, stored = (0, "") if pages is None else (pages.pool.shape[1], pages.pool.dtype.name)
-  calls = -(-b // (MOST_PAIRS // k))
-  rows = -(-b // calls)
-  if blocks is None:
+
+  def sizes(rows: int) -> Blocks:
     default = default_blocks(rows, k, slots, h, processors(), page > 0, scaled)
-    blocks = tuned.blocks("decode", shape_class(rows * k, h, slots, page, stored), default)
+    return tuned.blocks("decode", shape_class(rows * k, h, slots, page, stored), default)
+
+  calls = 1 if (blocks or sizes(b)).by_pair else -(-b // (MOST_PAIRS // k))
+  rows = -(-b // calls)
+  blocks = blocks or sizes(rows)
   first = [q.reshape(b * k, group, h), jnp.asarray(layer, jnp.int32).reshape(1)]
   arrays, counts = [], []
   if kv is not None:
@@ -132,7 +137,7 @@ def decode_attention(
     counts.append(pages.lengths)
   counts = [x.astype(jnp.int32).reshape(b * k) for x in counts]
   variant = Variant(slots, page, most, scaled, lse or mass, mass, k * (calls > 1))
-  tile = Tile.of(n // k, h, apart=rows * k < processors() and blocks.cluster == 1)
+  tile = Tile.of(n // k, h, apart=rows * k < processors())
   attend = functools.partial(gpu_kernel.attend, blocks, variant, tile)
   if calls == 1:
     out, logs, masses = attend(*first, *arrays, *counts)

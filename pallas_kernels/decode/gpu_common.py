@@ -8,7 +8,6 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 
 from pallas_kernels.common import compat, warpgroup
 from pallas_kernels.common.compat import plgpu
@@ -23,10 +22,8 @@ class Blocks:
   the remainder of a pair is cut into pieces of `rest` slots, which start last. `merged` partial results of a pair are
   loaded together, the next ones while these are merged.
 
-  With a `cluster` of more than one, each pair has as many blocks of threads as workers, which share its slots equally
-  and merge what they have in the memory of the first: one launch, no partial results. With `workers` 0 each pair has
-  one block of threads, which computes all of it. `split`, `rest` and `merged` then mean nothing. `early`: kernels are
-  launched while the one before runs (programmatic dependent launch).
+  With `workers` 0 each pair has a block of threads of its own, which computes all of it: one launch and no partial
+  results. `split`, `rest` and `merged` then mean nothing.
   """
 
   block: int
@@ -35,8 +32,6 @@ class Blocks:
   workers: int
   rest: int = 128
   merged: int = 8
-  cluster: int = 1
-  early: bool = False
 
   def __post_init__(self):
     if self.split % self.block or self.split == self.block or self.block % warpgroup.ROWS:
@@ -50,8 +45,8 @@ class Blocks:
 
   @property
   def by_pair(self) -> bool:
-    """Whether a pair's blocks of threads are its own: a cluster of them, or one."""
-    return self.cluster > 1 or self.workers == 0
+    """Whether each pair has a block of threads of its own."""
+    return self.workers == 0
 
   @property
   def whole(self) -> int:
@@ -66,9 +61,8 @@ class Blocks:
   def most_chunks(self, blocks: int) -> int:
     """The most chunks of a pair of up to `blocks` blocks."""
     if self.by_pair:
-      return self.cluster
-    chunks = lambda count: count // self.whole + -(-(count % self.whole) // self.piece)
-    return max(chunks(blocks), chunks(blocks // self.whole * self.whole - 1) if blocks >= self.whole else 1, 1)
+      return 1
+    return max(blocks // self.whole + -(-min(self.whole - 1, blocks) // self.piece), 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,59 +152,50 @@ def find(starts, first, size: int, number):
   return place
 
 
-def merge(pair, rows, chunks, most: int, together: int, part_ref, stat_ref, out_ref, lse_ref, *, early: bool = False):
+def merge(pair, rows, chunks, most: int, together: int, part_ref, stat_ref, out_ref, lse_ref):
   """Merges some rows of a pair's partial results, `chunks()` of at most `most`, in order and `together` at a time.
 
-  The first results are loaded before their number is known, which has to come from memory too; if `early`, when this
-  kernel runs beside the one that writes them, it is the other way round.
+  The first results are loaded before their number is known, which has to come from memory too.
   """
   shape = rows.size, part_ref.shape[-1]
-  spread, vector = _spread(shape)
+  vector = next(n for n in (4, 2, 1) if shape[0] * shape[1] // warpgroup.THREADS % n == 0)
+  layout = compat.strided_layout(shape, vector)
+  spread = lambda x, dtype=jnp.float32: plgpu.layout_cast(jnp.full(shape, x, dtype), layout)
 
   def load(number, last):
     """Partial results of a batch: [(chunk, sum of values, maximum, sum of weights)]; the `last` again after it."""
-    chosen = [number * together + i for i in range(together)]
-    return [(chunk, *_load((pair, jnp.minimum(chunk, last)), rows, vector, part_ref, stat_ref)) for chunk in chosen]
+    parts = []
+    for i in range(together):
+      chunk = number * together + i
+      at = pair, jnp.minimum(chunk, last)
+      top, total = (warpgroup.load_columns(stat_ref.at[*at, x, rows], shape, vector) for x in range(2))
+      parts.append((chunk, plgpu.load(part_ref.at[*at, rows], layout=layout, optimized=False), top, total))
+    return parts
 
-  if early:
-    count = chunks()
-    plgpu.griddepcontrol_wait()
   ahead = load(jnp.int32(0), jnp.int32(most - 1))
-  if not early:
-    count = chunks()
+  count = chunks()
 
   def fold(number, carry):
-    *state, parts = carry
+    acc, top, total, parts = carry
     ahead = load(number + 1, count - 1)
     keep = lambda chunk, x, other: jnp.where(spread(chunk, jnp.int32) < spread(count, jnp.int32), x, spread(other))
     parts = [(keep(c, part, 0.0), keep(c, top, LOWEST), keep(c, total, 0.0)) for c, part, top, total in parts]
-    return *_combined(state, parts), ahead
+    new_top = functools.reduce(jnp.maximum, (part_top for _, part_top, _ in parts), top)
+    scale = jnp.exp2(top - new_top)
+    acc, total = acc * scale, total * scale
+    for part, part_top, part_total in parts:
+      weight = jnp.exp2(part_top - new_top)
+      acc, total = acc + part * weight, total + part_total * weight
+    return acc, new_top, total, ahead
 
   batches = lax.div(count + jnp.int32(together - 1), jnp.int32(together))
-  *state, _ = lax.fori_loop(0, batches, fold, (spread(0.0), spread(LOWEST), spread(0.0), ahead))
-  _finish(state, spread, rows, vector, out_ref.at[pair], None if lse_ref is None else lse_ref.at[pair])
-
-
-def merge_shares(acc, top, total, parts_smem, stats_smem, share, out_ref, lse_ref):
-  """Merges the results of a cluster in the shared memory of its first block of threads, which writes them.
-
-  acc [H, 8], top and total [8] in registers; parts_smem [cluster, rows, H] and stats_smem [cluster, 2, 8] in shared
-  memory; `share` is the number of this block in its cluster.
-  """
-  shares, count, h = parts_smem.shape
-  group = out_ref.shape[0]
-  warpgroup.store_transposed(acc, parts_smem.at[share, pl.ds(0, group)], peer=0)
-  for i, x in enumerate((top, total)):
-    warpgroup.store_columns(x, stats_smem.at[share, i, pl.ds(0, group)], peer=0)
-  warpgroup.meet_cluster()
-
-  @pl.when(share == 0)
-  def _():
-    spread, vector = _spread((count, h))
-    rows = pl.ds(0, count)
-    parts = [_load((i,), rows, vector, parts_smem, stats_smem) for i in range(shares)]
-    state = _combined((spread(0.0), spread(LOWEST), spread(0.0)), parts)
-    _finish(state, spread, rows, vector, out_ref, lse_ref)
+  acc, top, total, _ = lax.fori_loop(0, batches, fold, (spread(0.0), spread(LOWEST), spread(0.0), ahead))
+  nothing = total == 0.0
+  out = (acc / jnp.where(nothing, 1.0, total)).astype(out_ref.dtype)
+  warpgroup.store_rows(out, out_ref.at[pair], rows.start, vector)
+  if lse_ref is not None:
+    logs = (top + jnp.log(jnp.where(nothing, 1.0, total)) * LOG2E) * (1 / LOG2E)
+    lse_ref[pair, rows] = jnp.where(nothing, -jnp.inf, logs)
 
 
 def write_alone(acc, top, total, out_ref, lse_ref):
@@ -221,41 +206,3 @@ def write_alone(acc, top, total, out_ref, lse_ref):
   if lse_ref is not None:
     logs = (top + jnp.log(one) * LOG2E) * (1 / LOG2E)
     warpgroup.store_columns(jnp.where(nothing, -jnp.inf, logs), lse_ref)
-
-
-def _spread(shape):
-  """(a function that fills `shape` with a number, over a warpgroup's registers; how many neighbours a thread has)."""
-  vector = next(n for n in (4, 2, 1) if shape[0] * shape[1] // warpgroup.THREADS % n == 0)
-  layout = compat.strided_layout(shape, vector)
-  return lambda x, dtype=jnp.float32: plgpu.layout_cast(jnp.full(shape, x, dtype), layout), vector
-
-
-def _load(at, rows, vector: int, part_ref, stat_ref):
-  """(sum of values, maximum, sum of weights) of some rows of a partial result, each of their shape [rows, H]."""
-  shape = rows.size, part_ref.shape[-1]
-  layout = compat.strided_layout(shape, vector)
-  top, total = (warpgroup.load_columns(stat_ref.at[*at, x, rows], shape, vector) for x in range(2))
-  return plgpu.load(part_ref.at[*at, rows], layout=layout, optimized=False), top, total
-
-
-def _combined(state, parts):
-  """The state (sum of values, maximum, sum of weights) with the partial results `parts`, in order."""
-  acc, top, total = state
-  new_top = functools.reduce(jnp.maximum, (part_top for _, part_top, _ in parts), top)
-  scale = jnp.exp2(top - new_top)
-  acc, total = acc * scale, total * scale
-  for part, part_top, part_total in parts:
-    weight = jnp.exp2(part_top - new_top)
-    acc, total = acc + part * weight, total + part_total * weight
-  return acc, new_top, total
-
-
-def _finish(state, spread, rows, vector: int, out_ref, lse_ref):
-  """Writes some rows of a pair's attention [G, H] and log-sum-exp [rows, H], the same along a row."""
-  acc, top, total = state
-  nothing = total == 0.0
-  out = (acc / jnp.where(nothing, 1.0, total)).astype(out_ref.dtype)
-  warpgroup.store_rows(out, out_ref, rows.start, vector)
-  if lse_ref is not None:
-    logs = (top + jnp.log(jnp.where(nothing, 1.0, total)) * LOG2E) * (1 / LOG2E)
-    lse_ref[rows] = jnp.where(nothing, -jnp.inf, logs)

@@ -1,4 +1,4 @@
-"""How the Hopper decode kernel divides the live slots of all pairs among workers: three ways.
+"""How the Hopper decode kernel divides the live slots of all pairs among blocks of threads: two ways.
 
 A pair is a row and one of its KV heads. A division names the chunks of all pairs by numbers from 0 to `total`.
 `item(number)` gives a chunk's pair, its number in the pair, its first block and how many blocks it has;
@@ -22,28 +22,6 @@ from pallas_kernels.decode.gpu_common import Blocks, chunks_of, find
 def padded(pairs: int) -> int:
   """Places for the numbers of all pairs: a power of two, of which all threads have equally many."""
   return max(warpgroup.THREADS, 1 << (pairs - 1).bit_length())
-
-
-class Whole:
-  """One chunk a pair: all its blocks."""
-
-  def __init__(self, sizes: Blocks, lengths: Sequence, scratch: Sequence):
-    self.sizes, self.total, self.lens = sizes, lengths[0].shape[0], scratch
-    for target, ref in zip(self.lens, lengths, strict=True):
-      target[...] = warpgroup.load_padded(ref, len(target), -1)
-    plgpu.commit_smem()
-
-  @staticmethod
-  def scratch(pairs: int, sources: int) -> list:
-    return [plgpu.SMEM((padded(pairs),), jnp.int32) for _ in range(sources)]
-
-  def live(self, source: int, pair):
-    return self.lens[source][pair]
-
-  def item(self, number):
-    pair = jnp.minimum(number, self.total - 1)
-    count, _, _ = chunks_of([x[pair] for x in self.lens], self.sizes)
-    return pair, jnp.int32(0), jnp.int32(0), count
 
 
 class Listed:
@@ -95,14 +73,13 @@ class Listed:
 
 
 class Own:
-  """A pair's blocks in equal shares, one to each block of threads of the pair's cluster: one chunk a worker."""
+  """All blocks of a pair, in a block of threads of its own: one chunk."""
 
   total = 1
 
   def __init__(self, sizes: Blocks, lengths: Sequence, scratch: Sequence):
     del scratch
     self.sizes, self.pair = sizes, lax.axis_index("pair")
-    self.share = lax.axis_index("share") if sizes.cluster > 1 else jnp.int32(0)
     self.lens = [ref[self.pair] for ref in lengths]
 
   @staticmethod
@@ -115,8 +92,5 @@ class Own:
 
   def item(self, number):
     del number
-    block, shares = jnp.int32(self.sizes.block), jnp.int32(self.sizes.cluster)
-    blocks = sum(lax.div(live + (block - 1), block) for live in self.lens)
-    each, left = lax.div(blocks, shares), lax.rem(blocks, shares)
-    begin = self.share * each + jnp.minimum(self.share, left)
-    return self.pair, self.share, begin, each + (self.share < left).astype(jnp.int32)
+    count, _, _ = chunks_of(self.lens, self.sizes)
+    return self.pair, jnp.int32(0), jnp.int32(0), count

@@ -1,4 +1,4 @@
-"""The Hopper kernel of decode attention: workers stream live slots; clusters or a kernel merge.
+"""The Hopper kernel of decode attention: workers stream live slots, and a second kernel merges what they find.
 
 A worker streams its blocks by TMA, several in flight across the ends of chunks, page numbers one block further ahead.
 
@@ -24,8 +24,8 @@ from jax.experimental import pallas as pl
 from pallas_kernels.common import compat, warpgroup
 from pallas_kernels.common.compat import plgpu
 from pallas_kernels.common.softmax import LOG2E, LOWEST
-from pallas_kernels.decode.gpu_common import Blocks, Tile, Variant, chunks_of, merge, merge_shares, write_alone
-from pallas_kernels.decode.gpu_division import Listed, Own, Whole
+from pallas_kernels.decode.gpu_common import Blocks, Tile, Variant, chunks_of, merge, write_alone
+from pallas_kernels.decode.gpu_division import Listed, Own
 from pallas_kernels.decode.mass import slot_mass
 
 QUARTERS = 4  # of a block, the least that is loaded of a cache
@@ -46,13 +46,11 @@ def attend(sizes: Blocks, variant: Variant, tile: Tile, q, layer, *arrays):
   scale = h**-0.5 * LOG2E
   i32 = jnp.int32
   lengths = arrays[-variant.sources :]
-  clustered, whole = sizes.cluster > 1, variant.chunks(sizes) == 1
-  division = Own if sizes.by_pair else Whole if whole else Listed
+  alone = sizes.by_pair  # no partial results, no second kernel
+  division = Own if alone else Listed
   shared = division.scratch(pairs, variant.sources)
-  meets = clustered and not compat.interpreting()  # the interpreter has no memory that a cluster shares
-  alone = whole or meets  # no partial results in global memory, no second kernel
   board_size = stages + 2  # numbers of chunks from the one computed with to the one drawn
-  counting = not sizes.by_pair and variant.draws(sizes, pairs) and not compat.interpreting()
+  counting = not alone and variant.draws(sizes, pairs) and not compat.interpreting()
   apart = variant.apart or pairs
 
   def body(*refs):
@@ -70,10 +68,7 @@ def attend(sizes: Blocks, variant: Variant, tile: Tile, q, layer, *arrays):
     # The first element counts the chunks taken. XLA would copy a single zero, a constant to it, before each call; this
     # many elements it fills once for many calls, so the kernel leaves the counter at 0.
     counters = pl.get_global(plgpu.SemaphoreType.REGULAR((warpgroup.THREADS,))) if counting else None
-    if sizes.early and not compat.interpreting():
-      plgpu.griddepcontrol_wait()  # for what is read below
-      plgpu.griddepcontrol_launch_dependents()
-    worker, workers = (i32(0), i32(1)) if sizes.by_pair else (lax.axis_index("worker"), i32(sizes.workers))
+    worker, workers = (i32(0), i32(1)) if alone else (lax.axis_index("worker"), i32(sizes.workers))
     work = division(sizes, lengths_refs, shared_refs)
     live_of, item, total = work.live, work.item, work.total
     first_slot, first_page = layer_ref[0] * (apart * slots), layer_ref[0] * (apart * variant.pages)
@@ -271,12 +266,7 @@ def attend(sizes: Blocks, variant: Variant, tile: Tile, q, layer, *arrays):
         done = stop
       acc, top, weights, ahead = carry
       weights = warpgroup.reduce_columns(weights, "sum", reduced.at[lax.rem(number + turn + size, i32(2))])
-      if meets:
-        parts_smem, stats_smem = refs
-        merge_shares(
-          acc, top, weights, parts_smem, stats_smem, chunk, out_ref.at[pair], log_ref.at[pair] if variant.lse else None
-        )
-      elif whole:
+      if alone:
         write_alone(acc, top, weights, out_ref.at[pair], log_ref.at[pair] if variant.lse else None)
       else:
         warpgroup.store_transposed(acc, out_ref.at[pair, chunk, pl.ds(0, group)])
@@ -288,10 +278,8 @@ def attend(sizes: Blocks, variant: Variant, tile: Tile, q, layer, *arrays):
 
   struct = jax.ShapeDtypeStruct
   outs = [struct(q.shape, q.dtype)]
-  if whole:
-    outs += [struct((pairs, warpgroup.GROUP), jnp.float32)] if variant.lse else []
-  else:
-    outs += [struct((pairs, *tile.shape), jnp.float32)] if variant.lse else []
+  if variant.lse:
+    outs.append(struct((pairs, *((warpgroup.GROUP,) if alone else tile.shape)), jnp.float32))
   parts = [struct((pairs, variant.chunks(sizes), *shape), jnp.float32) for shape in (tile.shape, (2, warpgroup.GROUP))]
   written = outs if alone else parts
   if variant.mass:
@@ -312,20 +300,13 @@ def attend(sizes: Blocks, variant: Variant, tile: Tile, q, layer, *arrays):
   if variant.scaled:
     scratch += [matrix(arrays[1 if slots else 0].dtype, stages), plgpu.SMEM((stages, 2 * block), jnp.float32)]
     scratch.append(plgpu.Barrier(num_barriers=stages, num_arrivals=2 * pieces))
-  if meets:
-    scratch += [plgpu.SMEM((sizes.cluster, *shape), jnp.float32) for shape in (tile.shape, (2, warpgroup.GROUP))]
-  if sizes.by_pair:
-    grid = dict(grid=(pairs,), grid_names=("pair",))
-    grid |= dict(cluster=(sizes.cluster,), cluster_names=("share",)) if clustered else {}
-  else:
-    grid = dict(grid=(sizes.workers,), grid_names=("worker",))
+  grid = dict(grid=(pairs,), grid_names=("pair",)) if alone else dict(grid=(sizes.workers,), grid_names=("worker",))
   kinds = (f"pages{page}_" if page else "") + ("mass_" if variant.mass else "")
-  ending = f"cluster{sizes.cluster}" if clustered else "pair" if sizes.by_pair else "whole" if whole else sizes.split
   done = compat.kernel(
     body,
     out_type=written,
     scratch_types=scratch,
-    kernel_name=f"decode_{kinds}{block}x{stages}_{ending}",
+    kernel_name=f"decode_{kinds}{block}x{stages}_{'pair' if alone else sizes.split}",
     compiler_params=params,
     **grid,
   )(q, layer, *arrays)
@@ -334,7 +315,7 @@ def attend(sizes: Blocks, variant: Variant, tile: Tile, q, layer, *arrays):
     done = merged(sizes, variant, tile, lengths, outs, *done)
   logs = None
   if variant.lse:
-    logs = done[1][:, :group] if whole else done[1][:, :group, 0]
+    logs = done[1][:, :group] if alone else done[1][:, :group, 0]
   if not variant.mass:
     return done[0], logs, None
   of_cache = (0, slots, lengths[0]) if slots else None
@@ -344,20 +325,17 @@ def attend(sizes: Blocks, variant: Variant, tile: Tile, q, layer, *arrays):
 
 def merged(sizes: Blocks, variant: Variant, tile: Tile, lengths, outs, part, stat):
   """The second kernel: `outs` from partial results [P, chunks, rows, H] and their maxima and sums [P, chunks, 2, 8]."""
-  early = sizes.early and not compat.interpreting()
 
   def body(*refs):
     lengths_refs, (part_ref, stat_ref, out_ref, *logs) = refs[: len(lengths)], refs[len(lengths) :]
     pair = lax.axis_index("pair")
 
     def chunks():
-      if sizes.cluster > 1:
-        return jnp.int32(sizes.cluster)
       return sum(chunks_of([live[pair] for live in lengths_refs], sizes)[1:])
 
     rows = pl.ds(lax.axis_index("rows") * tile.together, tile.together)
     most = variant.chunks(sizes)
-    merge(pair, rows, chunks, most, sizes.merged, part_ref, stat_ref, out_ref, logs[0] if logs else None, early=early)
+    merge(pair, rows, chunks, most, sizes.merged, part_ref, stat_ref, out_ref, logs[0] if logs else None)
 
   return compat.kernel(
     body,

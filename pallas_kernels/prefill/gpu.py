@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.common import compat, dispatch, pipeline, tuned
 from pallas_kernels.common.compat import plgpu
 from pallas_kernels.common.pipeline import WARPGROUPS
+from pallas_kernels.common.platform import processors
 from pallas_kernels.common.softmax import LOG2E, LOWEST
 from pallas_kernels.common.warpgroup import ROWS
 from pallas_kernels.prefill import gpu_mass
@@ -41,7 +42,7 @@ def prefill_attention(
   _, t, n, h = q.shape
   dispatch.supports(("bfloat16", "float16"), q=q, keys=keys, values=values)
   dispatch.supports_head_size(h)
-  blocks = blocks or tuned.blocks("prefill", tuned.shape_class(H=h), default_blocks(h))
+  blocks = blocks or tuned.blocks("prefill", tuned.shape_class(H=h), default_blocks(h, processors()))
   tile, weighted = Tile.of(n // keys.shape[1]), query_weights is not None
   args, row = _prepare(tile, blocks, weighted, q, keys, values, q_pos, k_first, k_last)
   out, logs = _attend(tile, blocks, lse or weighted, *args)

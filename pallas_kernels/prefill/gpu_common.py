@@ -8,6 +8,7 @@ import itertools
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
+from pallas_kernels.common import compat
 from pallas_kernels.common.pipeline import WARPGROUPS
 from pallas_kernels.common.warpgroup import ROWS
 
@@ -33,9 +34,10 @@ class Blocks:
       raise ValueError(f"kv {self.kv} must be a multiple of {ROWS}")
 
 
-def default_blocks(head_dim: int) -> Blocks:
-  """Block sizes by head size: 64 KiB of keys and as much of values."""
-  return Blocks(stages=4 if head_dim == 64 else 2)
+def default_blocks(head_dim: int, processors: int) -> Blocks:
+  """Block sizes by head size: 64 KiB of keys and as much of values. A worker a processor; all tiles at once in the
+  interpreter, which runs workers one after the other."""
+  return Blocks(stages=4 if head_dim == 64 else 2, workers=0 if compat.interpreting() else processors)
 
 
 @dataclasses.dataclass(frozen=True)
