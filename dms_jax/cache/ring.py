@@ -362,6 +362,8 @@ class RingCache(Common):
     keys = keys[..., : keys.shape[-1] // 2].reshape(b, heads, -1, self.page, keys.shape[-1] // 2)
     live = jnp.arange(self.slots - self.ring).reshape(-1, self.page) < archived[..., None, None]
     summaries = packed(policy.summarise(keys, live), carry.summaries.dtype)
+    # Nothing that a later layer writes depends on this read of the cache, so XLA would copy the cache first.
+    summaries, carry = jax.lax.optimization_barrier((summaries, carry))
     return carry.replace(summaries=carry.summaries.at[layer].set(summaries))
 
   # After the layers ---------------------------------------------------------------------------------------------------
