@@ -166,8 +166,9 @@ def _cut(
   in_order = not policy.overwrites
   ordered = lambda of_window, of_archive: jnp.concatenate([of_archive, of_window], axis=2)
   live, sees = ordered(leaves, in_archive), policy.compact_observes
+  number = layer if known_as is None else known_as
   candidates = Candidates(
-    layer if known_as is None else known_as, stats, live, ordered(window.stays[:, None] | leaves, in_archive), stop, remaining,
+    number, stats, live, ordered(window.stays[:, None] | leaves, in_archive), stop, remaining,
     keys=ordered(floats(window.rows[..., :h]), archive[..., :h]) if "keys" in sees else None,
     values=ordered(floats(window.rows[..., h:]), archive[..., h:]) if "values" in sees else None,
     memory={name: x[layer] for name, x in carry.memory.items()},

@@ -31,8 +31,8 @@ from dms_jax.policies import Leaving
 from dms_jax.policies.base import of_places
 from pallas_kernels.paged.format import floats
 
-# Rows that are cut together: a 32nd of the batch, because about so many become due in a step, and at least so many where
-# all may become due at once. A cut has programs for narrow archives of at least so many slots.
+# Rows that are cut together: a 32nd of the batch, because about so many become due in a step, and at least LEAST_PRUNED,
+# as all may become due at once. A cut has programs for narrow archives, of at least LEAST_WIDTH slots.
 PRUNED, LEAST_PRUNED, LEAST_WIDTH = 32, 4, 256
 
 
@@ -425,6 +425,7 @@ class RingCache(Common):
 
     A number past the last row gives an empty row.
     """
+
     def take(x, width=None):
       at = (layer, rows, *((slice(None), slice(width)) if width else ()))
       return x.at[at].get(mode="fill", fill_value=0)[None]

@@ -1,22 +1,20 @@
 """Seconds of a chain where as many chains as fit a fixed cache memory are written together.
 
-The rule. A cell's *batch* is as many rows as fit the memory if each holds what a chain of the cell holds at its peak,
-but no more than the sweep has chains. A timed cell writes its chains in such a batch for as long as chains wait to
-begin, twice the batch beyond the first one: wall-clock without compilation, over the tokens written meanwhile, is the
-seconds of a token. Times the rows of the batch it is that of a step, in which prompts, the host and rows that begin have
-their share. Times the tokens that a chain of the cell writes on average it is the seconds of a chain.
+A cell's *batch* is as many rows as fit the memory if each holds what a chain of the cell holds at its peak, but no more
+than the task has chains. A timed cell writes chains in such a batch, which stays full: three times as many as it has
+rows are asked for, and the clock stops when none of them waits to begin. Wall-clock without compilation, over the
+tokens written meanwhile, is the seconds of a token; prompts and the host's work have their share in it. A chain takes
+these seconds for each token that a chain of the cell writes, mean over all of its chains.
 
-Few cells are timed. The batches of a method's cells fill the same memory, so that the caches take a step the same time
-to read, and what is left is a constant and a share for each row: a step's seconds are a line in the rows. So those of
-a method's other cells are interpolated over the rows, between the timed cells of the method with fewer and more rows,
-of whatever task, CR and L.
+Few cells are timed. The batches of a method fill the same memory, so that a step reads as much cache whatever the cell.
+What else a step takes is a constant and a share for each row. So its seconds are a line in the rows, and those of the
+other cells are interpolated over the rows, between timed cells of the method of whatever task, CR and L.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax
 import numpy as np
