@@ -31,7 +31,7 @@ from dms_jax.policies import Leaving
 from dms_jax.policies.base import of_places
 from pallas_kernels.paged.format import floats
 
-# Rows that are cut together: a 32nd of the batch, because about so many become due in a step, and at least LEAST_PRUNED,
+# Rows that are cut together: a 32nd of the batch, as about so many become due in a step, and at least LEAST_PRUNED,
 # as all may become due at once. A cut has programs for narrow archives, of at least LEAST_WIDTH slots.
 PRUNED, LEAST_PRUNED, LEAST_WIDTH = 32, 4, 256
 
