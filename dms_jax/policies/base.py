@@ -303,6 +303,11 @@ class Policy:
     return self
 
   @property
+  def target(self) -> float | Float[Array, "*rows"]:
+    """The CR that each row asks of a model whose low-rank updates depend on it; 1, none of them, without its gates."""
+    return 1.0
+
+  @property
   def numbers(self) -> tuple[str, ...]:
     """The names of NUMBERS that may act."""
     return NUMBERS

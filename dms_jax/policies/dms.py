@@ -68,6 +68,12 @@ class DMS(Budgeted):
     return self.levels.threshold(self.cr) if self.by_level else self.threshold
 
   @property
+  def target(self):  # type: ignore[override]
+    if self.cr is not None or self.levels is None:
+      return 1.0 if self.cr is None else self.cr
+    return self.levels.cr(self.threshold)
+
+  @property
   def numbers(self):
     return ("budget", "cr") if self.by_level else super().numbers
 

@@ -12,18 +12,20 @@ import pytest
 import dms_jax
 from dms_jax import policies
 from dms_jax import testing as tiny
+from dms_jax.config import LoRAConfig
 from dms_jax.generation import decode
-from dms_jax.model import check_policy
+from dms_jax.model import check_policy, update_scale
 from dms_jax.policies.base import of_rows, row_numbers
 from experiments.methods import method
 from experiments.methods.budgets import fitted
 from experiments.methods.score import masked
 from tests import oracle
-from tests.programs import read
+from tests.programs import read, whole
 
 CRS, LENGTH, NEW = (1.5, 3.0, 6.0, 12.0), 29, 6
 GATES = tiny.dms(window=3, scale=20.0, offset=0.0, elastic=(1.5, 12.0))
 MODEL = tiny.model(gates=GATES)
+BY_CR = tiny.model(gates=GATES, lora=LoRAConfig(rank=2, scale=8.0, by_cr=True))
 PROMPTS = [tiny.tokens(MODEL.config, 1, LENGTH - 2 * i, seed=i).tolist()[0] for i in range(len(CRS))]
 generate = functools.partial(  # one capacity: programs are shared
   dms_jax.generate, max_new_tokens=NEW, eos=False, decode_block=4, prefill_chunk=8, capacity=64
@@ -87,6 +89,47 @@ def test_a_row_is_itself_alone(kind, budgets, over):
     assert beside.tokens[0] == whole.tokens[row] and beside.logprobs[0] == whole.logprobs[row]
     np.testing.assert_array_equal(np.asarray(beside.metrics.live)[:, 0], np.asarray(whole.metrics.live)[:, row])
   assert [program._cache_size() for program in programs] == compiled
+
+
+@pytest.mark.parametrize("kind", ["contiguous", pytest.param("paged", marks=pytest.mark.slow)])
+def test_rows_have_updates_of_their_own(kind):
+  """`LoRAConfig.by_cr`: tokens and tokens held of each row are the mask's; to the bit alone; nothing compiled anew."""
+  out = generate(BY_CR, PROMPTS, policy=policies.DMS(cr=np.array(CRS)), cache=kind)
+  for row, (cr, prompt) in enumerate(zip(CRS, PROMPTS, strict=True)):
+    limit, text = float(GATES.levels.threshold(cr)), np.asarray([prompt + out.tokens[row]])
+    found, logits = read(BY_CR, text, limit)
+    assert found[0].argmax(axis=-1)[len(prompt) - 1 : -1].tolist() == out.tokens[row]
+    held = oracle.held(oracle.about(logits[:, 0, :, :-1] > limit, GATES.lag()), GATES.window)
+    np.testing.assert_array_equal(np.asarray(out.metrics.live)[:, row], held)
+    if cr == CRS[-1]:
+      assert np.abs(found - read(MODEL, text, limit)[0]).max() > 0.1  # the updates matter
+  compiled = decode.decode_block._cache_size()
+  back = generate(BY_CR, PROMPTS[::-1], policy=policies.DMS(cr=np.array(CRS[::-1])), cache=kind)
+  assert back.tokens[::-1] == out.tokens and back.logprobs[::-1] == out.logprobs
+  assert decode.decode_block._cache_size() == compiled
+
+
+def test_updates_grow_with_the_cr():
+  """At CR 1, and under a policy without gates, the model is the original to the bit; at one CR it can be merged."""
+  tokens = tiny.tokens(BY_CR.config, 2, 16)
+  np.testing.assert_array_equal(whole(BY_CR, tokens)[0], whole(MODEL, tokens)[0])
+  assert float(update_scale(BY_CR, policies.Vanilla().target)) == 0.0
+  crs = np.array([1.0, 2.0, 12.0, 20.0], np.float32)
+  np.testing.assert_allclose(update_scale(BY_CR, crs), [0.0, 8 * math.log(2) / math.log(12), 8.0, 8.0], rtol=1e-6)
+  for policy in (policies.DMS(), policies.DMS(threshold=float(GATES.levels.threshold(4.0)) + 1e-6)):
+    np.testing.assert_allclose(check_policy(BY_CR, policy).target, 4.0, rtol=1e-5)
+  merged = BY_CR.at(3.0).merged()
+  assert merged.lora is None and not merged.dms.elastic
+  limit = GATES.levels.threshold(3.0)
+  np.testing.assert_allclose(read(merged, tokens, 0.0)[0], read(BY_CR, tokens, limit)[0], atol=2e-4)
+  with pytest.raises(ValueError, match=r"lora.by_cr: these low-rank updates depend .* use Model.at"):
+    BY_CR.merged()
+  with pytest.raises(ValueError, match=r"cr=13: these gates are for ratios from 1.5 to 12"):
+    BY_CR.at(13)
+  with pytest.raises(ValueError, match="cr=2: these gates are not for a range"):
+    tiny.model().at(2)
+  with pytest.raises(ValueError, match=r"lora.by_cr scales updates .* needs dms.elastic"):
+    tiny.model(gates=tiny.dms(), lora=BY_CR.lora)
 
 
 def test_requests_have_budgets_of_their_own():
