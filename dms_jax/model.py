@@ -484,6 +484,8 @@ def _attend_cache(
   positions = _positions(plan, width)
   heads = (rows, model.config.num_kv_heads, width)
   about = jnp.broadcast_to((positions - cache.lag)[:, None], heads)
+  if policy.steers:
+    policy = policy.steered(cache.memory, plan.seen, width)
 
   def attend(carry, index, xs, q, k, v, gates):
     state, override = xs

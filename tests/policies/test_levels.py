@@ -5,16 +5,19 @@ from __future__ import annotations
 import functools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import dms_jax
-from dms_jax import policies
+from dms_jax import masks, policies
 from dms_jax import testing as tiny
+from dms_jax.attention import window_bias_attention
 from dms_jax.config import LoRAConfig
+from dms_jax.gates import gate_logits
 from dms_jax.generation import decode
-from dms_jax.model import check_policy, update_scale
+from dms_jax.model import check_policy, forward, unembed, update_scale
 from dms_jax.policies.base import of_rows, row_numbers
 from experiments.methods import method
 from experiments.methods.budgets import fitted
@@ -107,6 +110,63 @@ def test_rows_have_updates_of_their_own(kind):
   back = generate(BY_CR, PROMPTS[::-1], policy=policies.DMS(cr=np.array(CRS[::-1])), cache=kind)
   assert back.tokens[::-1] == out.tokens and back.logprobs[::-1] == out.logprobs
   assert decode.decode_block._cache_size() == compiled
+
+
+def steady_texts(model, texts, crs, size):
+  """(logits [T, V], tokens held [L, K]) of each text under a mask whose thresholds numpy moves block by block."""
+  dms, slope = model.dms, float(model.dms.levels.slope)
+  lag, window = dms.lag(), dms.window
+
+  def attention(layer, x, q, k, v, limit):
+    logits = gate_logits(model.config, dms, layer, x, q)
+    bias = masks.hard_bias(masks.about_key(logits > limit, lag, False))
+    return window_bias_attention(q, k, v, bias, window, None), logits
+
+  def run(tokens, limits):
+    inputs = jnp.broadcast_to(limits, (model.config.num_layers, *limits.shape))
+    hidden, z = forward(model, tokens, cr=crs[row], attention=attention, attention_inputs=inputs)
+    return unembed(model, hidden), z
+
+  found, programs = [], jax.jit(run, compiler_options=tiny.QUICK)
+  for row, text in enumerate(texts):
+    tokens = np.pad(np.asarray([text], np.int32), ((0, 0), (0, 48 - len(text))))
+    limits = np.full(48, np.float32(dms.levels.threshold(crs[row])))
+    for block in range(48 // size):
+      known, share = (block - 1) * size, 1 / np.float32(crs[row])
+      if known > 0:
+        kept = known - np.mean(np.sum(np.asarray(z)[:, 0, :, :known] > limits[:known], axis=-1))
+        asked = max(known * share - window * (1 - share), known * share * 0.25)
+        odds = lambda x, known=known, share=share: np.log((x + size * share) / (known - x + size - size * share))
+        move = slope * np.clip(2 * (odds(kept) - odds(asked)), -1.5, 1.5)
+        limits[block * size : (block + 1) * size] += np.float32(move)
+      logits, z = programs(tokens, limits)
+    evicts = oracle.about(np.asarray(z)[:, 0, :, : len(text) - 1] > limits[: len(text) - 1], lag)
+    found.append((np.asarray(logits)[0], oracle.held(evicts, window), limits))
+  return found
+
+
+def test_a_steady_threshold_holds_rows_to_their_ratio():
+  """Contiguous, paged, masked, chunks of 8, 5, 1: the same to the token, and as under a mask of numpy's thresholds."""
+  crs, outs = np.array(CRS), {}
+  for kind, chunk in (("contiguous", 8), ("contiguous", 5), ("paged", 8), ("masked", 8), ("masked", 1)):
+    policy = policies.DMS(cr=crs, steady=8)
+    outs[kind, chunk] = generate(MODEL, PROMPTS, policy=policy, cache=kind, prefill_chunk=chunk)
+  first, *others = outs.values()
+  for other in others:
+    assert other.tokens == first.tokens
+    np.testing.assert_array_equal(other.metrics.live, first.metrics.live)
+  texts = [prompt + new for prompt, new in zip(PROMPTS, first.tokens, strict=True)]
+  moved = []
+  for row, (logits, held, limits) in enumerate(steady_texts(MODEL, texts, crs, 8)):
+    chosen = logits.argmax(axis=-1)[len(PROMPTS[row]) - 1 : len(texts[row]) - 1]
+    assert chosen.tolist() == first.tokens[row]
+    np.testing.assert_array_equal(np.asarray(first.metrics.live)[:, row], held)
+    moved.append(np.ptp(limits))
+  assert min(moved) > 0.1
+  back = generate(MODEL, PROMPTS[::-1], policy=policies.DMS(cr=crs[::-1].copy(), steady=8), cache="contiguous")
+  assert back.tokens[::-1] == first.tokens and back.logprobs[::-1] == outs["contiguous", 8].logprobs
+  with pytest.raises(ValueError, match="steady=8 reads prompts in chunks of at most 8 tokens, not of 16"):
+    generate(MODEL, PROMPTS, policy=policies.DMS(cr=crs, steady=8), prefill_chunk=16)
 
 
 def test_updates_grow_with_the_cr():
@@ -203,6 +263,9 @@ def test_numbers_of_levels():
     (GATES, policies.DMS(cr="4"), "DMS: cr=4 must be a number"),
     (GATES, policies.DMS(budget=9, limit_over="row"), 'DMS: limit_over=.row. must be "head" or "layer"'),
     (GATES, policies.DMS(hard=True), "DMS: hard=True makes a limit of cr=: give it too"),
+    (GATES, policies.DMS(cr=4.0, steady=0.5), "DMS: steady=0.5 must be a whole number of tokens"),
+    (GATES, policies.DMS(cr=4.0, steady=8, budget=9), "DMS: steady=8 holds rows to their cr, budget="),
+    (GATES, policies.DMS(threshold=1.0, steady=8), "DMS: steady holds rows to cr= of gates for a range"),
   ],
 )  # fmt: skip
 def test_refusals(gates, policy, message):
