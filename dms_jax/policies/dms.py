@@ -15,7 +15,7 @@ from dms_jax.levels import Levels
 from dms_jax.policies.base import Leaving, Policy, Retired, is_whole, per_row, register
 from dms_jax.policies.budget import Budgeted
 
-GAIN, REACH = 2.0, 1.5  # of a steady threshold, see `DMS.steered`
+GAIN, REACH = 6.0, 1.5  # of a steady threshold, see `DMS.steered`
 LEAST = 0.25  # of the tokens asked for by the ratio alone, those outside a window that is itself too large
 
 
@@ -209,7 +209,8 @@ class DMS(Budgeted):
     In block n the tokens of the blocks up to n - 2 count: a chunk of at most `steady` tokens with a token of block n
     has none of them, so that every way to read a text finds the same thresholds. What the row should have kept of them,
     beside its window, is what makes its ratio cr. The threshold moves by GAIN times the difference of both log-odds, in
-    units of the levels' slope; by REACH of these units at most.
+    units of the levels' slope; by REACH of these units at most. Two blocks of what is asked for are added to both, so
+    that little is moved while little is known.
     """
     layers, _, heads, _ = memory["evicted"].shape
     counts = summed(jnp.sum(memory["evicted"], axis=(0, 2))) / (layers * heads * devices())  # [B, 4], mean of heads
@@ -218,7 +219,7 @@ class DMS(Budgeted):
     seen = (jnp.maximum(block - 1, 0) * size).astype(jnp.float32)
     kept = seen - jnp.take_along_axis(counts, (block - 2) % 4, axis=1)
     asked = jnp.maximum(seen * share - self.window * (1.0 - share), seen * share * LEAST)
-    odds = lambda tokens: logit((tokens + size * share) / (seen + size))
+    odds = lambda tokens: logit((tokens + 2 * size * share) / (seen + 2 * size))
     off = jnp.clip(GAIN * (odds(kept) - odds(asked)), -REACH, REACH)
     return self.replace(moved=jnp.where(block >= 2, self.levels.slope * off, 0.0))
 
