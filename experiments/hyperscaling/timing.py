@@ -90,7 +90,9 @@ def rows_that_fit(job: Job, method: Method, most: int, cell: Cell, memory: int) 
 
   def empty() -> PagedCache:
     size = dict(batch=job.chains, capacity=group.policy.window + 2, longest=longest)
-    return caches.for_model(method.model, group.policy, kind="paged", **size)
+    cache = caches.for_model(method.model, group.policy, kind="paged", **size)
+    assert isinstance(cache, PagedCache), "a sweep is timed on one device"
+    return cache
 
   fitting = int(memory / row_bytes(jax.eval_shape(empty), cell))
   return max(min(fitting, len(job.asked) * job.chains), job.chains)
