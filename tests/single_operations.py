@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import core, dispatch, pjit
+from jax._src import core, pjit
 
 MOST = 8  # operations of a function of `jax.numpy` that are computed one by one
 

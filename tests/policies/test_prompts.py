@@ -66,7 +66,7 @@ def events_of(seed):
   rng, start, steps = np.random.default_rng(seed), np.zeros(ROWS, int), []
   prompts = np.array([PROMPT, PROMPT - 9, 3])
   while (start < prompts).any():
-    width = int(rng.choice([1, 6, 13]))
+    width = int(rng.choice([1, 13]))  # each is a program
     lengths = np.where(rng.random(ROWS) < 0.2, 0, rng.integers(1, width + 1, ROWS))
     lengths = np.minimum(lengths, prompts - start)
     start = start + lengths
