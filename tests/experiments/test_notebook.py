@@ -137,7 +137,15 @@ def test_hyperscaling_runs_from_start_to_end(tmp_path, monkeypatch):
 @pytest.mark.slow
 @JUPYTER
 def test_hyperscaling_with_its_ablation(tmp_path, monkeypatch):
-  settings = {"OUTPUT": tmp_path / "runs", "PROBLEMS": 1, "ABLATE": 1, "TEXTS": 10, "LENGTH": 512, "ROWS": 2, "STEPS": 2}
+  settings = {
+    "OUTPUT": tmp_path / "runs",
+    "PROBLEMS": 1,
+    "ABLATE": 1,
+    "TEXTS": 10,
+    "LENGTH": 512,
+    "ROWS": 2,
+    "STEPS": 2,
+  }
   run_notebook("05_hyperscaling.ipynb", tmp_path, monkeypatch, settings)
   rows = json.loads((tmp_path / "runs/ablations/eviction/ablation.json").read_text())["runs"]
   assert len(rows) == 4
