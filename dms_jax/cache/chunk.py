@@ -98,6 +98,8 @@ def attend(
   if policy.remembers:
     queries = queries_of(q, heads)
     carry = carry.replace(memory=policy.remember(carry.memory, layer, queries, plan.seen, plan.lengths))
+  if policy.steers:
+    carry = carry.replace(memory=policy.tally(carry.memory, layer, evict, plan.seen, plan.lengths))
   if replayed is not None:
     out, carry = replay.write(
       cache, plan, layer, carry, window, stats, replayed, archive if policy.removes else None, out

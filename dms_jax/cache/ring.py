@@ -191,7 +191,7 @@ class RingCache(Common):
     return self.window >= self.lag or policy.known_ahead or not policy.evicts
 
   def can_decide_late(self, policy):
-    return self._decided_ahead(policy) and not (policy.uses_keys or policy.gate_stats)
+    return self._decided_ahead(policy) and not (policy.uses_keys or policy.gate_stats or policy.steers)
 
   def steps_in_parts(self, policy):
     return self._decided_ahead(policy) and not (policy.merges or policy.removes)
@@ -265,6 +265,8 @@ class RingCache(Common):
     if policy.remembers:
       queries = queries_of(q, archived.shape[1])
       carry = carry.replace(memory=policy.remember(carry.memory, layer, queries, plan.seen, plan.lengths))
+    if policy.steers:
+      carry = carry.replace(memory=policy.tally(carry.memory, layer, evict, plan.seen, plan.lengths))
     in_ring = jnp.minimum(plan.seen + plan.lengths, ring)[:, None]
     live = read = in_ring + archived
     if policy.page:
