@@ -225,12 +225,7 @@ def generated(data: DataConfig, tokenizer: Tokenizer, settings: RetrofitConfig) 
   from experiments.tasks import reasoning  # all tasks, of which other runs need none
 
   documents = functools.partial(reasoning.documents, data.families, longest=settings.seq_len)
-  lacking = sorted(set(reasoning.VOCABULARY) - set(tokenizer.backend.get_vocab(with_added_tokens=True)))
-  if lacking:
-    raise ValueError(
-      f"data.families={','.join(data.families)}: this model's tokenizer lacks {len(lacking)} of their words, such as "
-      f"{lacking[0]!r}; they are for models of experiments.train_reasoner"
-    )
+  reasoning.check_words("data.families", data.families, tokenizer)
   packer = StreamPacker(documents, tokenizer, data, settings)
   sizes = packer.sizes()
   mean = f"{sum(sizes) / len(sizes):,.0f} tokens a document, " if sizes else ""

@@ -121,6 +121,11 @@ def of_rows(policy: Policy, batch: int, rows: Sequence[int]) -> Policy:
   return policy.replace(**{name: jnp.asarray(value)[np.asarray(rows)] for name, value in numbers.items()})
 
 
+def of_places(policy: Policy, rows: Int[Array, "R"]) -> Policy:
+  """`of_rows` in compiled code; a number past the last row gets that of the last. Tables have more axes than one."""
+  return jax.tree.map(lambda x: jnp.take(x, rows, mode="clip") if jnp.ndim(x) == 1 else x, policy)
+
+
 def with_numbers(policy: Policy, numbers: Mapping[str, Sequence[int | float]]) -> Policy:
   """`policy` with the numbers {name: [B]}, int32 for tokens, else float32; so nothing is compiled anew."""
   dtypes = {name: jnp.int32 if name in ("budget", "sinks") else jnp.float32 for name in numbers}
