@@ -81,6 +81,7 @@ OTHER_FAMILIES = {
   "qwen3_moe": family(
     "qwen3_moe", tie_embeddings=False, d_ff=24, num_experts=5, experts_per_token=2, norm_experts=True
   ),
+  "mixtral": family("mixtral", tie_embeddings=False, d_ff=24, num_experts=4, experts_per_token=2),
   "gpt2": family("gpt2", num_kv_heads=4, head_dim=8),
   "gpt_neox": family("gpt_neox", num_kv_heads=4, rope_fraction=0.25, parallel=True, tie_embeddings=False),
   "gemma2": family(

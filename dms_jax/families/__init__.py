@@ -12,6 +12,7 @@ from dms_jax.families.gpt_neox import GPT_NEOX as GPT_NEOX
 from dms_jax.families.granite import GRANITE as GRANITE
 from dms_jax.families.llama import LLAMA as LLAMA
 from dms_jax.families.mistral import MISTRAL as MISTRAL
+from dms_jax.families.mixtral import MIXTRAL as MIXTRAL
 from dms_jax.families.olmo2 import OLMO2 as OLMO2
 from dms_jax.families.phi3 import PHI3 as PHI3
 from dms_jax.families.qwen2 import QWEN2 as QWEN2

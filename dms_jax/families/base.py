@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
-from dms_jax.config import ModelConfig
+from dms_jax.config import ModelConfig, is_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +104,22 @@ def size(
     num_layers=num_layers, d_model=d_model, d_ff=d_ff, num_heads=num_heads, num_kv_heads=num_kv_heads,
     head_dim=head_dim, **others,
   )  # fmt: skip
+
+
+def read_experts(values: dict[str, Any], keys: dict[str, str]) -> dict[str, int]:
+  """Numbers of experts as fields of `ModelConfig`; `keys` are the fields, by their key of config.json.
+
+  Raises:
+    ValueError: a value is no whole number.
+  """
+  if bad := [theirs for theirs in keys if not is_number(values[theirs], int)]:
+    raise ValueError(f"{', '.join(bad)} should be whole numbers")
+  return {ours: values[theirs] for theirs, ours in keys.items()}
+
+
+def write_experts(config: ModelConfig, keys: dict[str, str]) -> dict[str, int]:
+  """The inverse of `read_experts`."""
+  return {theirs: getattr(config, ours) for theirs, ours in keys.items()}
 
 
 def with_biases(

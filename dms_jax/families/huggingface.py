@@ -144,7 +144,7 @@ def _unsupported(values: dict, family: base.Family | None) -> list[str]:
   experts = given("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
   if family and family.experts:
     experts = []
-  elif not experts and ("moe" in str(name).lower() or name == "mixtral"):
+  elif not experts and "moe" in str(name).lower():
     experts = [f"model_type {shown(name)}"]
   slides = _slides(values) and not (family and family.slides)
   sliding = [f"sliding_window={values.get('sliding_window')}"] if slides else []

@@ -19,6 +19,9 @@ LLAMA = tiny.config(rope_theta=500000.0, rope_scaling=LLAMA3, eos_token_ids=(3, 
 PARAMETERS = {
   "qwen3-30b-a3b": 30_532_122_624,
   "qwen3-235b-a22b": 235_093_634_560,
+  "mixtral-8x7b": 46_702_792_704,
+  "mixtral-8x22b": 140_620_634_112,
+  "mixtral-8x22b-v0.3": 140_630_071_296,
   "gpt2": 124_439_808,
   "gpt2-medium": 354_823_168,
   "gpt2-large": 774_030_080,
@@ -188,7 +191,8 @@ REFUSED = {
   ),
   "sliding layers": (dict(layer_types=["full_attention", "sliding_attention"]), ["sliding window attention"]),
   "experts": (dict(model_type="qwen2_moe", num_experts=128), ["mixture of experts (num_experts)", "'qwen2_moe'"]),
-  "mixtral": (dict(model_type="mixtral", num_local_experts=8), ["mixture of experts"]),
+  "phimoe": (dict(model_type="phimoe", num_local_experts=8), ["mixture of experts"]),
+  "mixtral that slides": (dict(model_type="mixtral", sliding_window=1024), ["sliding window attention"]),
   "mla": (dict(model_type="deepseek_v3", kv_lora_rank=512), ["multi-head latent attention, MLA (kv_lora_rank)"]),
   "dynamic": (dict(rope_scaling={"type": "dynamic", "factor": 4.0}), ["RoPE scaling of type 'dynamic'"]),
   "partial": (dict(partial_rotary_factor=0.5), ["partial_rotary_factor=0.5"]),
@@ -198,8 +202,8 @@ REFUSED = {
   "both ways": (dict(is_causal=False), ["is_causal=false"]),
   "quantized": (dict(quantization_config={"quant_method": "gptq"}), ["quantized weights", "'gptq'"]),
   "all at once": (
-    dict(model_type="mixtral", num_local_experts=8, sliding_window=1, hidden_act="relu", rope_scaling={"type": "ntk"}),
-    ["mixture of experts", "model_type 'mixtral'", "sliding window", "'relu'", "'ntk'"],
+    dict(model_type="phimoe", num_local_experts=8, sliding_window=1, hidden_act="relu", rope_scaling={"type": "ntk"}),
+    ["mixture of experts", "model_type 'phimoe'", "sliding window", "'relu'", "'ntk'"],
   ),
 }
 
