@@ -77,6 +77,16 @@ OTHER_FAMILIES = {
   "phi3": family("phi3", tie_embeddings=False),
   "phi3-partial": family("phi3", rope_fraction=0.75, tie_embeddings=False),
   "olmo2": family("olmo2", tie_embeddings=False),
+  "olmo3": family(
+    "olmo3",
+    num_layers=4,
+    tie_embeddings=False,
+    sliding_window=6,
+    sliding_layers=(True, True, True, False),
+    rope_theta=5e4,
+    local_rope_theta=100.0,
+    rope_scaling=RopeScaling(4.0, original_max_position_embeddings=32, kind="yarn"),
+  ),
   "granite": family("granite", embed_scale=3.0, residual_scale=0.4, attention_scale=0.1, logit_divisor=2.0),
   "qwen3_moe": family(
     "qwen3_moe", tie_embeddings=False, d_ff=24, num_experts=5, experts_per_token=2, norm_experts=True

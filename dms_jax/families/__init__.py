@@ -14,6 +14,7 @@ from dms_jax.families.llama import LLAMA as LLAMA
 from dms_jax.families.mistral import MISTRAL as MISTRAL
 from dms_jax.families.mixtral import MIXTRAL as MIXTRAL
 from dms_jax.families.olmo2 import OLMO2 as OLMO2
+from dms_jax.families.olmo3 import OLMO3 as OLMO3
 from dms_jax.families.phi3 import PHI3 as PHI3
 from dms_jax.families.qwen2 import QWEN2 as QWEN2
 from dms_jax.families.qwen3 import QWEN3 as QWEN3

@@ -48,6 +48,8 @@ PARAMETERS = {
   "olmo-2-7b": 7_298_617_344,
   "olmo-2-13b": 13_716_198_400,
   "olmo-2-32b": 32_234_279_936,
+  "olmo-3-7b": 7_298_011_136,
+  "olmo-3-32b": 32_233_522_176,
   "phi-4": 14_659_507_200,
   "smollm3-3b": 3_075_098_624,
   "smollm2-135m": 134_515_008,
@@ -110,6 +112,16 @@ def test_settings_keyed_by_layer_type():
     config_from_hf(values, "x")
   values["rope_parameters"] = {"full_attention": {**settings, "partial_rotary_factor": 0.5}}
   with pytest.raises(ValueError, match=r"partial_rotary_factor=0\.5"):
+    config_from_hf(values, "x")
+
+
+def test_olmo3_spelled_by_transformers_4():
+  """As published: one theta for all layers, and the scaling of the global ones."""
+  values = config_to_hf(PRESETS["olmo-3-7b"], "bfloat16")
+  del values["rope_parameters"], values["layer_types"]
+  assert config_from_hf(values, "x") == PRESETS["olmo-3-7b"]
+  values["rope_parameters"] = {"sliding_attention": {"rope_type": "yarn"}}
+  with pytest.raises(ValueError, match="RoPE scaling of type 'yarn' in sliding layers"):
     config_from_hf(values, "x")
 
 
