@@ -92,6 +92,18 @@ OTHER_FAMILIES = {
     "qwen3_moe", tie_embeddings=False, d_ff=24, num_experts=5, experts_per_token=2, norm_experts=True
   ),
   "mixtral": family("mixtral", tie_embeddings=False, d_ff=24, num_experts=4, experts_per_token=2),
+  "gpt_oss": family(
+    "gpt_oss",
+    d_ff=24,
+    num_experts=4,
+    experts_per_token=2,
+    sliding_window=6,
+    sliding_layers=(True, False),
+    swiglu_alpha=1.702,
+    swiglu_limit=0.2,
+    rope_scaling=RopeScaling(4.0, original_max_position_embeddings=32, kind="yarn", truncate=False),
+    tie_embeddings=False,
+  ),
   "gpt2": family("gpt2", num_kv_heads=4, head_dim=8),
   "gpt_neox": family("gpt_neox", num_kv_heads=4, rope_fraction=0.25, parallel=True, tie_embeddings=False),
   "gemma2": family(

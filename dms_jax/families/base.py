@@ -26,6 +26,7 @@ class Family:
     write: further keys of config.json, from the `ModelConfig`; the inverse of `read`.
     partial_rope: whether its class in transformers may turn a part of the channels (`partial_rotary_factor`).
     experts: whether its layers may be mixtures of experts.
+    quantised: values of `quant_method` whose weights are widened as they are read.
     slides: whether its class in transformers has layers with sliding windows that are supported here.
     rope_types: values of `rope_type` that its class in transformers knows.
     renamed: keys of config.json, by the name that Llama's has for the same thing.
@@ -52,6 +53,7 @@ class Family:
   write: Callable[[ModelConfig], dict[str, Any]] = lambda config: {}
   partial_rope: bool = False
   experts: bool = False
+  quantised: tuple[str, ...] = ()
   slides: bool = False
   rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
   renamed: dict[str, str] = dataclasses.field(default_factory=dict)

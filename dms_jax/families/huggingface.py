@@ -172,7 +172,8 @@ def _unsupported(values: dict, family: base.Family | None) -> list[str]:
   if values.get("quantization_config"):
     method = values["quantization_config"]
     method = method.get("quant_method") if isinstance(method, dict) else method
-    reasons.append(f"quantized weights (quantization_config, method {shown(method)}); convert the unquantized model")
+    if not (family and method in family.quantised):
+      reasons.append(f"quantized weights (quantization_config, method {shown(method)}); convert the unquantized model")
   return reasons
 
 

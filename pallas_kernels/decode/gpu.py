@@ -92,7 +92,7 @@ def processors() -> int:
 
 
 def decode_attention(
-  q, kv, layer, lengths, *, pages=None, lse: bool = False, mass: bool = False, softcap=None, blocks=None
+  q, kv, layer, lengths, *, pages=None, lse: bool = False, mass: bool = False, softcap=None, sinks=None, blocks=None
 ):
   """See `api.decode_attention`; bfloat16 or float16, head size 64 or 128, groups up to 8.
 
@@ -101,10 +101,10 @@ def decode_attention(
   More than `MOST_PAIRS` pairs of row and KV head take several calls of the kernel, each with some of the rows.
 
   Raises:
-    NotImplementedError: another device, dtype or shape; scores that are capped.
+    NotImplementedError: another device, dtype or shape; scores that are capped; attention sinks.
   """
   compat.require_hopper()
-  dispatch.supports_no_softcap(softcap)
+  dispatch.supports_plain_scores(softcap, sinks)
   b, n, h = q.shape
   layers, _, k = (kv if kv is not None else pages.table).shape[:3]
   group = n // k
