@@ -1,4 +1,4 @@
-"""Soft-capping of scores and attention sinks: XLA equals the oracles; the kernels refuse them by name."""
+"""Soft-capping of scores, attention sinks: XLA equals the oracles; the kernels refuse them by name."""
 
 from __future__ import annotations
 
