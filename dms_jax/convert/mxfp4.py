@@ -1,4 +1,4 @@
-"""MXFP4, gpt-oss's experts on disk: 4-bit floats, 32 of them with a scale; widened as they are read."""
+"""MXFP4, gpt-oss's experts on disk: 4-bit floats, 32 of them with a scale, widened when read."""
 
 from __future__ import annotations
 
