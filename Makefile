@@ -12,7 +12,7 @@ PYTEST_FLAGS ?=
 PYTEST = $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo hyperscale test test-all test-parity test-tpu lint format notebooks tree hooks clean
+.PHONY: help demo hyperscale test test-variants test-all test-parity test-tpu lint format notebooks tree hooks clean
 .DELETE_ON_ERROR:
 
 help:  ## print this list
@@ -27,7 +27,10 @@ hyperscale: $(VENV)/.demo  ## the shipped reasoner, dense against DMS and prompt
 	  --max_tokens=160,320,480 --width=32 --dtype=float32 --output=runs/hyperscale/make $(HYPERSCALE_FLAGS)
 
 test: $(VENV)/.test  ## the test suite, compiled quickly, without torch; PYTEST_FLAGS=... narrows it
-	DMS_QUICK=1 $(PYTEST) -m "not tpu and not slow" $(PYTEST_FLAGS)
+	DMS_QUICK=1 $(PYTEST) -m "not tpu and not slow and not variant" $(PYTEST_FLAGS)
+
+test-variants: $(VENV)/.test  ## compiled quickly, what make test leaves out of its own cases (tests/variants.txt)
+	DMS_QUICK=1 $(PYTEST) -m "variant and not tpu and not slow" $(PYTEST_FLAGS)
 
 test-all: $(VENV)/.test  ## compiled as in use; also kernels interpreted on the CPU with race detection, and long tests
 	$(PYTEST) -m "not tpu" $(PYTEST_FLAGS)

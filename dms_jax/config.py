@@ -375,11 +375,20 @@ class DMSConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-  """Low-rank updates: each projection in `targets` becomes W + `scale` * B A; `rank` 0 means no updates."""
+  """Low-rank updates: each projection in `targets` becomes W + `scale` * B A; `rank` 0 means no updates.
+
+  With `by_cr` a row that is read at CR c has W + `scale` * s(c) * B A, where s(c) = log(c) / log(highest CR) with gates
+  for a range of ratios (`DMSConfig.elastic`): nothing of the update at CR 1, all of it at the highest. Such updates are
+  not merged into the weights, since each row has its own.
+
+  Attributes:
+    by_cr: scale the update of each row by log(its CR) / log(highest CR of dms.elastic).
+  """
 
   rank: int = 0
   scale: float = 2.0
   targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+  by_cr: bool = dataclasses.field(default=False, metadata={"later": True})
 
   def __post_init__(self):
     if self.rank < 0:

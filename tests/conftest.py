@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
+
+_LINES = (Path(__file__).parent / "variants.txt").read_text().splitlines()
+_IDS = [re.escape(line).replace(r"\*", ".*") for line in _LINES if line and not line.startswith("#")]
+VARIANT = re.compile(rf"tests/({'|'.join(_IDS)})")
 
 
 def pytest_configure(config):
@@ -13,11 +20,14 @@ def pytest_configure(config):
     import tests.environment  # noqa: F401
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
 def pytest_collection_modifyitems(items):
   for item in items:
     backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
     if getattr(backend, "interpreted", False):
       item.add_marker(pytest.mark.slow)
+    if VARIANT.fullmatch(item.nodeid):
+      item.add_marker(pytest.mark.variant)
 
 
 def pytest_collection_finish(session):

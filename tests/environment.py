@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import threading
 from pathlib import Path
 
@@ -12,6 +13,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax: the suite means the
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "dms_jax" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job: programs under test are none
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["PYTHONDONTWRITEBYTECODE"] = ""  # the first process that a test starts compiles the packages for all
 
 import hypothesis
@@ -29,6 +32,10 @@ if os.environ.get("DMS_QUICK"):  # `make test`, most of whose time would be comp
 
   quick = [f"--{name}={str(value).lower()}" for name, value in QUICK.items()]
   os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *quick]).strip()
+
+  from tests import single_operations
+
+  single_operations.install()
 
 # Derandomised, so that a failure is a fact about the commit; HYPOTHESIS_PROFILE=explore draws afresh and more.
 hypothesis.settings.register_profile(

@@ -32,7 +32,7 @@ from dms_jax.policies import triattention
 from dms_jax.retrofit import DataConfig, RetrofitConfig, SelfTextConfig, loop, self_text
 from dms_jax.retrofit.data import load_sources
 from dms_jax.tokenizer import Tokenizer, byte_tokenizer
-from tests.fuzzing import Reader, garbled, garbled_header, garbled_json, garbled_lines
+from tests.fuzzing import PARTS, Reader, garbled, garbled_header, garbled_json, garbled_lines
 
 CONFIG = tiny.config(vocab_size=257, num_layers=1, d_model=16, d_ff=16, head_dim=8, num_heads=2, num_kv_heads=1)
 TEMPLATE = (
@@ -311,10 +311,11 @@ NAMES = (
 
 # Where Orbax fails, it leaves coroutines that nobody awaits.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning")
+@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("name", NAMES)
-def test_damaged_files_are_refused_in_one_line(readers, tmp_path, name):
+def test_damaged_files_are_refused_in_one_line(readers, tmp_path, name, part):
   with jax.numpy_dtype_promotion("standard"):
-    readers[name].check(tmp_path / "damaged")
+    readers[name].check(tmp_path / "damaged", part)
   gc.collect()  # here, or Python reports them in a later test
 
 

@@ -27,7 +27,7 @@ from experiments.tasks import humaneval, livecodebench
 from experiments.tasks.base import TasksConfig, WritingTask, get
 from experiments.tasks.gpqa import COLUMNS
 from tests import report_runs
-from tests.fuzzing import Reader, garbled, garbled_cells, garbled_json, garbled_lines
+from tests.fuzzing import PARTS, Reader, garbled, garbled_cells, garbled_json, garbled_lines
 from tests.helpers import SIX_LINES, TEMPLATE, write_gsm8k, write_mmlu
 
 TOKENIZER = byte_tokenizer()
@@ -203,9 +203,10 @@ NAMES = (
 )  # fmt: skip
 
 
+@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("name", NAMES)
-def test_damaged_files_are_refused_in_one_line(readers, tmp_path, name):
-  readers[name].check(tmp_path / "damaged")
+def test_damaged_files_are_refused_in_one_line(readers, tmp_path, name, part):
+  readers[name].check(tmp_path / "damaged", part)
 
 
 def test_every_reader_is_named(readers):

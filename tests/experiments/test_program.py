@@ -103,9 +103,19 @@ def test_help_is_what_docstrings_say():
   assert program.help_text(_Base, "size") == "The size of it."
 
 
+def documented(name: str) -> dict[str, Path]:
+  """Flags that documents give the program, and the document."""
+  documents = [*ROOT.glob("*.md"), *(ROOT / "colab").glob("*.md"), *(ROOT / "experiments" / "results").rglob("*.md")]
+  command, found = re.compile(rf"experiments\.{name}((?:[\s\\]+--[^\s`]+)+)"), {}
+  for path in documents:
+    for flags in command.findall(path.read_text()):
+      found |= dict.fromkeys(re.findall(r"--([\w.]+)", flags), path)
+  return found
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_every_flag_says_what_it_does(name, monkeypatch):
-  """A line or a sentence of a docstring, no name of a field alone."""
+  """A line or a sentence of a docstring, no name of a field alone. Commands of documents name no other flags."""
   texts = {}
   monkeypatch.setattr(sys, "argv", [name])
   monkeypatch.setattr(program, "run", lambda main, **_: None)
@@ -118,6 +128,7 @@ def test_every_flag_says_what_it_does(name, monkeypatch):
     runpy.run_module(f"experiments.{name}", run_name="__main__", alter_sys=True)
   assert texts
   assert not [flag for flag, text in texts.items() if len(text.removesuffix(" (required)").split()) < 2]
+  assert not {flag: path for flag, path in documented(name).items() if flag not in texts}
 
 
 # Forks itself for each line of JSON that it reads, a program's arguments, so that JAX is imported once.

@@ -92,12 +92,36 @@ except KeyboardInterrupt as stop:
 """
 
 
-def start(case: str) -> subprocess.Popen:
-  process = subprocess.Popen(
+CASES = ("python", "deaf", "weak", "first step")
+SIGNALLED = [  # all at once, because most of them wait
+  *((case, number) for case in CASES for number in stopping.SIGNALS), ("semaphore", signal.SIGTERM),
+  ("start", signal.SIGINT), *(("saving", number) for number in stopping.SIGNALS), ("stuck", signal.SIGTERM),
+]  # fmt: skip
+
+
+def open_process(case: str) -> subprocess.Popen:
+  return subprocess.Popen(
     [sys.executable, "-c", PROGRAM, case], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
   )
+
+
+def when_ready(process: subprocess.Popen) -> subprocess.Popen:
   assert process.stdout.readline() == "ready\n", process.communicate()[1]
   return process
+
+
+@pytest.fixture(scope="module")
+def signalled():
+  """Processes by case and signal, that got it as soon as they were ready."""
+  processes = {key: open_process(key[0]) for key in SIGNALLED}
+  for (case, number), process in processes.items():
+    when_ready(process).send_signal(number)
+    if case == "saving":  # within half a second: the same Ctrl-C, by way of a wrapper
+      process.send_signal(number)
+  yield processes
+  for process in processes.values():
+    process.kill()
+    process.communicate()
 
 
 def ended(process: subprocess.Popen) -> tuple[int, list[str]]:
@@ -107,43 +131,33 @@ def ended(process: subprocess.Popen) -> tuple[int, list[str]]:
 
 
 @pytest.mark.parametrize("number", stopping.SIGNALS)
-@pytest.mark.parametrize("case", ["python", "deaf", "weak", "first step"])
-def test_it_ends_in_one_line_that_says_what_is_kept(case, number):
-  process = start(case)
-  process.send_signal(number)
-  assert ended(process) == (128 + number, [f"stopped by {number.name}: {KEPT}"])
+@pytest.mark.parametrize("case", CASES)
+def test_it_ends_in_one_line_that_says_what_is_kept(case, number, signalled):
+  assert ended(signalled[case, number]) == (128 + number, [f"stopped by {number.name}: {KEPT}"])
 
 
-def test_a_semaphore_is_no_further_line():
+def test_a_semaphore_is_no_further_line(signalled):
   """multiprocessing reports those shared with workers that a process did not unlink."""
-  process = start("semaphore")
-  process.send_signal(signal.SIGTERM)
-  assert ended(process) == (143, [f"stopped by SIGTERM: {KEPT}"])
+  assert ended(signalled["semaphore", signal.SIGTERM]) == (143, [f"stopped by SIGTERM: {KEPT}"])
 
 
-def test_before_it_has_begun_nothing_is_at_stake():
-  process = start("start")
-  process.send_signal(signal.SIGINT)
-  code, (line,) = ended(process)
+def test_before_it_has_begun_nothing_is_at_stake(signalled):
+  code, (line,) = ended(signalled["start", signal.SIGINT])
   assert code == 130 and line == "stopped by SIGINT: it had not begun; run the command again"
 
 
 @pytest.mark.parametrize("number", stopping.SIGNALS)
-def test_a_loop_that_saves_ends_after_its_step(number):
-  process = start("saving")
-  process.send_signal(number)
-  process.send_signal(number)  # within half a second: the same Ctrl-C, by way of a wrapper
-  code, lines = ended(process)
+def test_a_loop_that_saves_ends_after_its_step(number, signalled):
+  code, lines = ended(signalled["saving", number])
   assert code == 128 + number and len(lines) == 2
   assert lines[0] == f"{number.name}: saving after this step; once more ends at once"
   assert lines[1].startswith(f"stopped by {number.name}: saved after step ")
 
 
-def test_a_second_one_ends_a_loop_that_is_stuck():
-  process = start("stuck")
-  process.send_signal(signal.SIGTERM)
-  time.sleep(stopping.GRACE + 1)
-  assert process.poll() is None  # a loop that saves has all the time it needs
+def test_a_second_one_ends_a_loop_that_is_stuck(signalled):
+  process = signalled["stuck", signal.SIGTERM]
+  with pytest.raises(subprocess.TimeoutExpired):  # a loop that saves has all the time it needs
+    process.wait(stopping.GRACE + 1)
   process.send_signal(signal.SIGINT)
   code, lines = ended(process)
   assert code == 130 and lines[-1] == f"stopped by SIGINT: {KEPT}"
@@ -152,7 +166,7 @@ def test_a_second_one_ends_a_loop_that_is_stuck():
 def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored():
   before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # is inherited; JAX warns of functions run after a fork
   try:
-    process = start("python")
+    process = when_ready(open_process("python"))
   finally:
     signal.signal(signal.SIGINT, before)
   process.send_signal(signal.SIGINT)
