@@ -13,6 +13,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from dms_jax.collectives import summed
 from dms_jax.config import ModelConfig
 from dms_jax.execution import Execution
 
@@ -256,10 +257,13 @@ def biased(y: Array, layer: dict, name: str) -> Array:
 def mlp(
   layer: dict, x: Float[Array, "B T D"], lora_scale: float | Array = 0.0, activation: str = "silu"
 ) -> Float[Array, "B T D"]:
-  """Feed-forward: down(activation(gate(x)) * up(x)), which is SwiGLU with "silu", or down(activation(up(x)))."""
-  if "gate_proj" not in layer:
-    up = biased(project(x, layer, "up_proj", lora_scale=lora_scale), layer, "up_bias")
-    return biased(project(ACTIVATIONS[activation](up), layer, "down_proj", lora_scale=lora_scale), layer, "down_bias")
-  gate = project(x, layer, "gate_proj", lora_scale=lora_scale)
-  up = project(x, layer, "up_proj", lora_scale=lora_scale)
-  return project(ACTIVATIONS[activation](gate) * up, layer, "down_proj", lora_scale=lora_scale)
+  """Feed-forward: down(activation(gate(x)) * up(x)), which is SwiGLU with "silu", or down(activation(up(x))).
+
+  It is summed over the devices that share the hidden units.
+  """
+  of = lambda name: biased(project(x, layer, f"{name}_proj", lora_scale=lora_scale), layer, f"{name}_bias")
+  if "gate_proj" in layer:
+    hidden = ACTIVATIONS[activation](of("gate")) * of("up")
+  else:
+    hidden = ACTIVATIONS[activation](of("up"))
+  return biased(summed(project(hidden, layer, "down_proj", lora_scale=lora_scale)), layer, "down_bias")

@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from dms_jax import masks, policies
-from dms_jax.attention import soft_capped, window_bias_attention
+from dms_jax.attention import layer_softmax, window_bias_attention
 from dms_jax.cache import Cache
 from dms_jax.cache.base import Plan, Usage
 from dms_jax.collectives import gathered, looked_up, on_any, summed
@@ -181,13 +181,13 @@ def _layer(
   rope = layer_rope(c, rope, index)
   with jax.named_scope("attention"):
     q, k, v, gates = _attention_inputs(model, layer, x, rope, how, scale, neuron_kept)
-    with soft_capped(c.attention_softcap):
+    with layer_softmax(c.attention_softcap, layer.get("sinks")):
       attended, carry, ys = attend(carry, index, xs, q, k, v, gates)
     added = biased(summed(project(attended, layer, "o_proj", 2, lora_scale=scale)), layer, "o_bias")
     read, x = x, x + scaled(normed(c, layer, "attn_post_norm", added), c.residual_scale)
   with jax.named_scope("mlp"):
     h = normed(c, layer, "mlp_norm", read if c.parallel else x)
-    added = summed(expert_mlp(c, layer, h) if c.num_experts else mlp(layer, h, scale, c.activation))
+    added = expert_mlp(c, layer, h) if c.num_experts else mlp(layer, h, scale, c.activation)
     x = x + scaled(normed(c, layer, "mlp_post_norm", added), c.residual_scale)
   return (constrain_rows(x), carry), ys
 

@@ -82,7 +82,7 @@ def shape_class(pairs: int, head_dim: int, slots: int, page: int, stored: str) -
 
 
 def decode_attention(
-  q, kv, layer, lengths, *, pages=None, lse: bool = False, mass: bool = False, softcap=None, blocks=None
+  q, kv, layer, lengths, *, pages=None, lse: bool = False, mass: bool = False, softcap=None, sinks=None, blocks=None
 ):
   """See `api.decode_attention`; bfloat16 or float16, head size 64 or 128, groups up to 8.
 
@@ -92,10 +92,10 @@ def decode_attention(
   the rows.
 
   Raises:
-    NotImplementedError: another device, dtype or shape; scores that are capped.
+    NotImplementedError: another device, dtype or shape; scores that are capped; attention sinks.
   """
   compat.require_hopper()
-  dispatch.supports_no_softcap(softcap)
+  dispatch.supports_plain_scores(softcap, sinks)
   b, n, h = q.shape
   layers, _, k = (kv if kv is not None else pages.table).shape[:3]
   group = n // k

@@ -30,7 +30,18 @@ from pallas_kernels.prefill.plan import KEPT, START, STOP, WHOLE
 
 
 def prefill_attention(
-  q, keys, values, q_pos, k_first, k_last, *, lse=False, query_weights=None, softcap=None, blocks: Blocks | None = None
+  q,
+  keys,
+  values,
+  q_pos,
+  k_first,
+  k_last,
+  *,
+  lse=False,
+  query_weights=None,
+  softcap=None,
+  sinks=None,
+  blocks: Blocks | None = None,
 ):
   """See `api.prefill_attention`; bfloat16 or float16, head size 64 or 128.
 
@@ -38,7 +49,7 @@ def prefill_attention(
     NotImplementedError: another device, dtype or head size.
   """
   compat.require_hopper()
-  dispatch.supports_no_softcap(softcap)
+  dispatch.supports_plain_scores(softcap, sinks)
   _, t, n, h = q.shape
   dispatch.supports(("bfloat16", "float16"), q=q, keys=keys, values=values)
   dispatch.supports_head_size(h)
