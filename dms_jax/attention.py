@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 import jax
+from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from dms_jax.execution import Execution
@@ -30,17 +31,22 @@ from pallas_kernels.prefill import NEVER as NEVER
 _choice: contextvars.ContextVar[str | Sequence[str] | None] = contextvars.ContextVar("attention", default=None)
 
 
-_softcap: contextvars.ContextVar[float | None] = contextvars.ContextVar("softcap", default=None)
+_softmax: contextvars.ContextVar[tuple[float | None, Any]] = contextvars.ContextVar("softmax", default=(None, None))
 
 
 @contextlib.contextmanager
-def soft_capped(softcap: float | None):
-  """Caps the scores of every attention traced inside, as `ModelConfig.attention_softcap` says."""
-  token = _softcap.set(softcap)
+def layer_softmax(softcap: float | None, sinks: Array | None):
+  """The softmax of every attention traced inside, which is that of one layer.
+
+  Args:
+    softcap: caps the scores, as `ModelConfig.attention_softcap` says.
+    sinks: [N], the layer's attention sinks; None for none.
+  """
+  token = _softmax.set((softcap, sinks))
   try:
     yield
   finally:
-    _softcap.reset(token)
+    _softmax.reset(token)
 
 
 @contextlib.contextmanager
@@ -80,15 +86,18 @@ def decode_attention(q, kv, layer, lengths, *, pages: Pages | None = None, **kwa
     [B, N, H], or a tuple with the results added.
   """
 
-  def call(q, kv, layer, lengths, pages):
-    return _chosen(decode.decode_attention, q, kv, layer, lengths, arrays={"pages": pages}, **kwargs)
+  softcap, sinks = _softmax.get()
+
+  def call(q, kv, layer, lengths, pages, sinks):
+    arrays = {"pages": pages, "sinks": sinks}
+    return _chosen(decode.decode_attention, q, kv, layer, lengths, arrays=arrays, softcap=softcap, **kwargs)
 
   def specs(b, k):
     archive = None if pages is None else Pages(P(), P(None, b, k), P(b, k), None if pages.scales is None else P())
-    return P(b, k), P(None, b, k), P(), P(b, k), archive
+    return P(b, k), P(None, b, k), P(), P(b, k), archive, P(k)
 
   kv_heads = (kv if pages is None else pages.table).shape[2]
-  return _on_shards(call, q.shape[0], kv_heads, specs, P, q, kv, layer, lengths, pages)
+  return _on_shards(call, q.shape[0], kv_heads, specs, P, q, kv, layer, lengths, pages, sinks)
 
 
 def write_pages(pool, table, slots, rows, *, in_order: bool = True):
@@ -116,7 +125,7 @@ def _chosen(attend: Callable, *args, arrays: dict[str, Any], **options):
 
   Under `Execution.jitted_attention` the call is a jitted function of its own.
   """
-  choice, options = _choice.get(), {**options, "softcap": _softcap.get()}
+  choice = _choice.get()
   if not Execution.choose().jitted_attention:
     return attend(*args, **arrays, implementation=choice, **options)
   choice = choice if choice is None or isinstance(choice, str) else tuple(choice)
@@ -156,18 +165,21 @@ def prefill_attention(q, keys, values, q_pos, k_first, k_last, *, lse: bool = Fa
     [B, T, N, H], or a tuple with the results added.
   """
 
+  softcap, sinks = _softmax.get()
+
   def call(*args):
-    *args, weights = args
-    return _chosen(prefill.prefill_attention, *args, arrays={"query_weights": weights}, lse=lse)
+    *args, weights, sinks = args
+    arrays = {"query_weights": weights, "sinks": sinks}
+    return _chosen(prefill.prefill_attention, *args, arrays=arrays, lse=lse, softcap=softcap)
 
   def specs(b, k):
-    return P(b, None, k), P(b, k), P(b, k), P(b), P(b, k), P(b, k), P(b)
+    return P(b, None, k), P(b, k), P(b, k), P(b), P(b, k), P(b, k), P(b), P(k)
 
   def out_spec(b, k):
     results = (P(b, None, k), *([P(b, None, k)] if lse else []), *([] if query_weights is None else [P(b, k)]))
     return results if len(results) > 1 else results[0]
 
-  args = q, keys, values, q_pos, k_first, k_last, query_weights
+  args = q, keys, values, q_pos, k_first, k_last, query_weights, sinks
   return _on_shards(call, q.shape[0], keys.shape[1], specs, out_spec, *args)
 
 
@@ -185,11 +197,13 @@ def window_bias_attention(q, k, v, bias, window, segment_ids=None):
     [B, T, N, H].
   """
 
-  def call(q, k, v, bias, segment_ids):
+  softcap, sinks = _softmax.get()
+
+  def call(q, k, v, bias, segment_ids, sinks):
     return window_bias.window_bias_attention(
-      q, k, v, bias, window, segment_ids, softcap=_softcap.get(), implementation=_choice.get()
+      q, k, v, bias, window, segment_ids, softcap=softcap, sinks=sinks, implementation=_choice.get()
     )
 
   tokens = lambda rows, heads: P(rows, None, heads)
-  specs = lambda rows, heads: (*(tokens(rows, heads),) * 3, P(rows, heads), P(rows))
-  return _on_shards(call, q.shape[0], k.shape[2], specs, tokens, q, k, v, bias, segment_ids)
+  specs = lambda rows, heads: (*(tokens(rows, heads),) * 3, P(rows, heads), P(rows), P(heads))
+  return _on_shards(call, q.shape[0], k.shape[2], specs, tokens, q, k, v, bias, segment_ids, sinks)

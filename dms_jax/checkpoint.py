@@ -145,7 +145,8 @@ def load(
   Args:
     path: a checkpoint with a base.
     retrofit: a checkpoint of gates and low-rank updates for this model; its gates replace the model's own.
-    merge: fold low-rank updates into the weights (in float32, rounded once); otherwise they stay separate.
+    merge: fold low-rank updates into the weights (in float32, rounded once); otherwise they stay separate, as do those
+      that depend on each row's CR (`LoRAConfig.by_cr`).
     dtype: dtype of the weights; default as stored. Gates and separate updates keep the stored dtype.
     mesh: each of its devices reads only its shards (`sharding.param_shardings`), and every process must call this.
       Without a mesh this process's first device gets all parameters.
@@ -159,7 +160,7 @@ def load(
   values, base, dms, lora = read_config(path)
   if "base" not in values["groups"]:
     raise ValueError(f"{path}: a retrofit (it holds {values['groups']}); load its base model with retrofit={path}")
-  apart = lora is None or not (merge or retrofit is not None)
+  apart = lora is None or (lora.by_cr and retrofit is None) or not (merge or retrofit is not None)
   # Weights to be merged are read in the stored dtype, so that they are rounded only once.
   early = dtype if apart and retrofit is None else None
   params = _read_params(Path(path), values, param_table(base, dms, lora), early, mesh, rules, stored)
@@ -168,7 +169,7 @@ def load(
     model = model.merged()
   if retrofit is not None:
     model = _apply_retrofit(model, path, retrofit, mesh, rules)
-    if merge and model.lora is not None:
+    if merge and model.lora is not None and not model.lora.by_cr:
       model = model.merged()
   return model if dtype is None else _cast_base(model, jnp.dtype(dtype))
 

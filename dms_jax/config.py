@@ -101,10 +101,12 @@ class ModelConfig:
     layer_norm: norms are LayerNorms with biases, not RMSNorms (GPT-2).
     activation: of the MLP, or of its gate.
     gated_mlp: the MLP's hidden units are multiplied by a gate.
-    proj_bias: the attention's output and the MLP's projections have biases (GPT-2).
+    proj_bias: the attention's output, the MLP's projections and its router have biases (GPT-2).
     num_experts: MLPs of a layer, E, of `d_ff` hidden units each; 0 for one MLP without a router.
     experts_per_token: of them, those that a token reads.
     norm_experts: the weights of a token's experts are divided by their sum.
+    swiglu_alpha, swiglu_limit: a and m of experts whose hidden units are g sigmoid(a g) (u + 1), with the gate g
+      at most m and u within -m .. m (gpt-oss); None for those of `activation`.
     parallel: attention and MLP read the same residual stream (GPT-NeoX).
     learned_positions: an embedding of each position is added to the token's (GPT-2).
     embed_scale, residual_scale: factors of the embeddings, and of what attention and MLP add (Granite).
@@ -112,6 +114,7 @@ class ModelConfig:
     logit_divisor: divides the logits (Granite).
     attention_softcap, logit_softcap: bounds c of attention scores and of logits x, which become c tanh(x / c) (Gemma
       2); None for none.
+    attention_sinks: each query head has a learned logit whose exponential joins the sum of its softmax (gpt-oss).
     eos_token_ids: any of them ends a generated row.
   """
 
@@ -146,6 +149,8 @@ class ModelConfig:
   num_experts: int = dataclasses.field(default=0, metadata=_LATER)
   experts_per_token: int = dataclasses.field(default=0, metadata=_LATER)
   norm_experts: bool = dataclasses.field(default=False, metadata=_LATER)
+  swiglu_alpha: float | None = dataclasses.field(default=None, metadata=_LATER)
+  swiglu_limit: float | None = dataclasses.field(default=None, metadata=_LATER)
   parallel: bool = dataclasses.field(default=False, metadata=_LATER)
   learned_positions: bool = dataclasses.field(default=False, metadata=_LATER)
   embed_scale: float = dataclasses.field(default=1.0, metadata=_LATER)
@@ -154,6 +159,7 @@ class ModelConfig:
   logit_divisor: float = dataclasses.field(default=1.0, metadata=_LATER)
   attention_softcap: float | None = dataclasses.field(default=None, metadata=_LATER)
   logit_softcap: float | None = dataclasses.field(default=None, metadata=_LATER)
+  attention_sinks: bool = dataclasses.field(default=False, metadata=_LATER)
 
   def __post_init__(self):
     from dms_jax import families  # imports this module
@@ -181,6 +187,8 @@ class ModelConfig:
     self._check_sliding()
     if not (0 < self.experts_per_token <= self.num_experts <= 2**16 or self.num_experts == self.experts_per_token == 0):
       raise ValueError(f"experts_per_token={self.experts_per_token} must be 1 to num_experts={self.num_experts}")
+    if len({None, self.swiglu_alpha, self.swiglu_limit}) == 2 or (self.swiglu_limit and not self.num_experts):
+      raise ValueError("give swiglu_alpha and swiglu_limit together, to experts")
     for name in (
       "embed_scale",
       "residual_scale",
@@ -188,6 +196,8 @@ class ModelConfig:
       "attention_scale",
       "attention_softcap",
       "logit_softcap",
+      "swiglu_alpha",
+      "swiglu_limit",
     ):
       value = getattr(self, name)
       if value is not None and not 1e-6 <= value <= 1e6:
@@ -365,11 +375,20 @@ class DMSConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-  """Low-rank updates: each projection in `targets` becomes W + `scale` * B A; `rank` 0 means no updates."""
+  """Low-rank updates: each projection in `targets` becomes W + `scale` * B A; `rank` 0 means no updates.
+
+  With `by_cr` a row that is read at CR c has W + `scale` * s(c) * B A, where s(c) = log(c) / log(highest CR) with gates
+  for a range of ratios (`DMSConfig.elastic`): nothing of the update at CR 1, all of it at the highest. Such updates are
+  not merged into the weights, since each row has its own.
+
+  Attributes:
+    by_cr: scale the update of each row by log(its CR) / log(highest CR of dms.elastic).
+  """
 
   rank: int = 0
   scale: float = 2.0
   targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+  by_cr: bool = dataclasses.field(default=False, metadata={"later": True})
 
   def __post_init__(self):
     if self.rank < 0:

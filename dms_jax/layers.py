@@ -13,6 +13,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from dms_jax.collectives import summed
 from dms_jax.config import ModelConfig
 from dms_jax.execution import Execution
 
@@ -229,15 +230,22 @@ def _matvec_in_parts(x: Float[Array, "1 in"], weight: Float[Array, "out in"], pa
   return y.reshape(1, -1)
 
 
-def project(x: Array, layer: dict, name: str, num_inputs: int = 1, *, lora_scale: float = 0.0, out_dtype=None) -> Array:
+def project(
+  x: Array, layer: dict, name: str, num_inputs: int = 1, *, lora_scale: float | Array = 0.0, out_dtype=None
+) -> Array:
   """`linear` by the projection called `name`, plus its low-rank update if the layer has one that is not merged.
 
   The result is named for `jax.checkpoint`: see `model.SAVED_ACTIVATIONS`.
+
+  Args:
+    lora_scale: factor of the update: a number, or a traced one or one a row [B].
   """
   y = linear(x, layer[name], num_inputs, out_dtype=out_dtype)
   if f"{name}_lora_a" in layer:
     down = linear(x, layer[f"{name}_lora_a"].astype(x.dtype), num_inputs)
-    y = y + lora_scale * linear(down, layer[f"{name}_lora_b"].astype(x.dtype), out_dtype=y.dtype)
+    if isinstance(lora_scale, Array):  # multiplies the short vectors, in float32
+      down, lora_scale = (down.astype(jnp.float32) * lora_scale.reshape(-1, 1, 1)).astype(x.dtype), 1.0
+    y = y + scaled(linear(down, layer[f"{name}_lora_b"].astype(x.dtype), out_dtype=y.dtype), lora_scale)
   return checkpoint_name(y, name)
 
 
@@ -247,12 +255,15 @@ def biased(y: Array, layer: dict, name: str) -> Array:
 
 
 def mlp(
-  layer: dict, x: Float[Array, "B T D"], lora_scale: float = 0.0, activation: str = "silu"
+  layer: dict, x: Float[Array, "B T D"], lora_scale: float | Array = 0.0, activation: str = "silu"
 ) -> Float[Array, "B T D"]:
-  """Feed-forward: down(activation(gate(x)) * up(x)), which is SwiGLU with "silu", or down(activation(up(x)))."""
-  if "gate_proj" not in layer:
-    up = biased(project(x, layer, "up_proj", lora_scale=lora_scale), layer, "up_bias")
-    return biased(project(ACTIVATIONS[activation](up), layer, "down_proj", lora_scale=lora_scale), layer, "down_bias")
-  gate = project(x, layer, "gate_proj", lora_scale=lora_scale)
-  up = project(x, layer, "up_proj", lora_scale=lora_scale)
-  return project(ACTIVATIONS[activation](gate) * up, layer, "down_proj", lora_scale=lora_scale)
+  """Feed-forward: down(activation(gate(x)) * up(x)), which is SwiGLU with "silu", or down(activation(up(x))).
+
+  It is summed over the devices that share the hidden units.
+  """
+  of = lambda name: biased(project(x, layer, f"{name}_proj", lora_scale=lora_scale), layer, f"{name}_bias")
+  if "gate_proj" in layer:
+    hidden = ACTIVATIONS[activation](of("gate")) * of("up")
+  else:
+    hidden = ACTIVATIONS[activation](of("up"))
+  return biased(summed(project(hidden, layer, "down_proj", lora_scale=lora_scale)), layer, "down_bias")

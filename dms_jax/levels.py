@@ -63,6 +63,16 @@ class Levels:
     odds = jnp.interp(-jnp.asarray(threshold, jnp.float32), falling, self._odds())
     return jnp.clip(1.0 + jnp.exp(odds), low, high)
 
+  @property
+  def slope(self) -> float:
+    """By how much the threshold falls, on the average, where the log-odds of evicting rise by 1."""
+    fall = self.thresholds[-1] - self.thresholds[0]
+    return fall / (math.log(self.high - 1.0) - math.log(self.low - 1.0)) if self.ranged else 0.0
+
+  def strength(self, cr: ArrayLike) -> Float[Array, "*rows"]:
+    """The share of a low-rank update that a row of each CR has (`LoRAConfig.by_cr`), float32: 0 at 1, 1 at `high`."""
+    return jnp.clip(jnp.log(jnp.asarray(cr, jnp.float32)) / jnp.log(jnp.float32(self.high)), 0.0, 1.0)
+
   def _odds(self) -> Float[Array, "S"]:
     """log(c - 1) of the thresholds' CRs."""
     ends = math.log(self.low - 1.0), math.log(self.high - 1.0)

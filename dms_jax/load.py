@@ -17,7 +17,8 @@ def load(path: str | Path, retrofit: str | Path | None = None, dtype: Any = None
     retrofit: folder of eviction gates and low-rank updates to add, or the name of one that is shipped, such as
       "smollm2-135m-cr4"; without it the model may have no gates.
     dtype: dtype of the weights and the KV cache; default as stored.
-    merge: fold low-rank updates into the weights, so that the model decodes faster.
+    merge: fold low-rank updates into the weights, so that the model decodes faster; those that depend on each row's CR
+      (`LoRAConfig.by_cr`) stay apart.
     mesh: the devices that generate together (`dms_jax.make_mesh`); each reads its shard of the weights alone.
 
   Returns:

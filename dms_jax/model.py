@@ -16,10 +16,11 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from dms_jax import masks, policies
-from dms_jax.attention import soft_capped, window_bias_attention
+from dms_jax.attention import layer_softmax, window_bias_attention
 from dms_jax.cache import Cache
 from dms_jax.cache.base import Plan, Usage
 from dms_jax.collectives import gathered, looked_up, on_any, summed
@@ -80,8 +81,29 @@ class Model:
     return self.dms.lag(window) if self.dms is not None else 1
 
   def merged(self) -> Model:
-    """The same model with its low-rank updates merged into the weights and its layers stacked."""
+    """The same model with its low-rank updates merged into the weights and its layers stacked.
+
+    Raises:
+      ValueError: they depend on each row's CR (`LoRAConfig.by_cr`); `at` gives the model of one CR.
+    """
+    if self.lora is not None and self.lora.by_cr:
+      raise ValueError("lora.by_cr: these low-rank updates depend on each row's CR and cannot be merged; use Model.at")
     return self.replace(params=merge_lora(self.stacked().params, self.lora), lora=None)
+
+  def at(self, cr: int | float) -> Model:
+    """The same model for one CR of its range: the threshold joins the offset, and the updates have one strength.
+
+    Raises:
+      ValueError: its gates are not for a range of ratios with this one in it.
+    """
+    d, lora = self.dms, self.lora
+    if d is None or d.levels is None or not d.elastic[0] <= cr <= d.elastic[1]:
+      kind = "for ratios from {:g} to {:g}".format(*d.elastic) if d is not None and d.elastic else "not for a range"
+      raise ValueError(f"cr={cr:g}: these gates are {kind}")
+    fixed = dataclasses.replace(d, elastic=(), elastic_thresholds=(), offset=d.offset + float(d.levels.threshold(cr)))
+    if lora is not None and lora.by_cr:
+      lora = dataclasses.replace(lora, scale=lora.scale * float(d.levels.strength(cr)), by_cr=False)
+    return self.replace(dms=fixed, lora=lora)
 
   def stacked(self) -> Model:
     """The same model with its layers' parameters stacked [L, ...]; the inverse of `unstacked`."""
@@ -100,13 +122,22 @@ class Model:
     return self.replace(params={**self.params, "layers": split})
 
 
+def update_scale(model: Model, cr: ArrayLike) -> float | Float[Array, "*rows"]:
+  """The factor of the model's low-rank updates in rows that are read at `cr`; 0 for a model without."""
+  if model.lora is None or not model.lora.by_cr:
+    return 0.0 if model.lora is None else model.lora.scale
+  assert model.dms is not None and model.dms.levels is not None  # `params.param_table` refuses others
+  return model.lora.scale * model.dms.levels.strength(cr)
+
+
 # attend(carry, layer, xs, q, k, v, gates) -> (attended [B, T, N, H], carry, ys), of one layer; see `_attention_inputs`
 Attend = Callable[..., tuple[Array, Any, Any]]
 
 
 def _attention_inputs(
-  model: Model, layer: dict, x: Array, rope: tuple[Array, Array], how: Execution, neuron_kept: Array | None = None
-) -> tuple[Array, Array, Array, Array | None]:
+  model: Model, layer: dict, x: Array, rope: tuple[Array, Array], how: Execution, scale: float | Array,
+  neuron_kept: Array | None = None,
+) -> tuple[Array, Array, Array, Array | None]:  # fmt: skip
   """Queries, keys and values after RoPE, [B, T, heads, H], and gate logits.
 
   The logits are float32 [B, K, T], None without gates. Under `late_gates`, x [B, T, D] takes their place:
@@ -114,7 +145,6 @@ def _attention_inputs(
   """
   c, dms = model.config, model.dms
   neuron = dms is not None and dms.gate == "neuron"
-  scale = model.lora.scale if model.lora else 0.0
   h = normed(c, layer, "attn_norm", x)
   # The neuron gate reads its channel of q before rounding.
   q = project(h, layer, "q_proj", lora_scale=scale, out_dtype=jnp.float32 if neuron else None)
@@ -143,21 +173,21 @@ def normed(config: ModelConfig, layer: dict, name: str, x: Array) -> Array:
 
 def _layer(
   model: Model, layer: dict, index: Array | int, xs: Any, state: tuple[Array, Any], rope: tuple[Array, Array],
-  attend: Attend, how: Execution, neuron_kept: Array | None = None,
+  attend: Attend, how: Execution, scale: float | Array, neuron_kept: Array | None = None,
 ) -> tuple[tuple[Array, Any], Any]:  # fmt: skip
-  """One layer, from `state` (x, carry) to ((x, carry), ys)."""
+  """One layer, from `state` (x, carry) to ((x, carry), ys); `scale`: of the low-rank updates (`update_scale`)."""
   x, carry = state
-  c, scale = model.config, model.lora.scale if model.lora else 0.0
+  c = model.config
   rope = layer_rope(c, rope, index)
   with jax.named_scope("attention"):
-    q, k, v, gates = _attention_inputs(model, layer, x, rope, how, neuron_kept)
-    with soft_capped(c.attention_softcap):
+    q, k, v, gates = _attention_inputs(model, layer, x, rope, how, scale, neuron_kept)
+    with layer_softmax(c.attention_softcap, layer.get("sinks")):
       attended, carry, ys = attend(carry, index, xs, q, k, v, gates)
     added = biased(summed(project(attended, layer, "o_proj", 2, lora_scale=scale)), layer, "o_bias")
     read, x = x, x + scaled(normed(c, layer, "attn_post_norm", added), c.residual_scale)
   with jax.named_scope("mlp"):
     h = normed(c, layer, "mlp_norm", read if c.parallel else x)
-    added = summed(expert_mlp(c, layer, h) if c.num_experts else mlp(layer, h, scale, c.activation))
+    added = expert_mlp(c, layer, h) if c.num_experts else mlp(layer, h, scale, c.activation)
     x = x + scaled(normed(c, layer, "mlp_post_norm", added), c.residual_scale)
   return (constrain_rows(x), carry), ys
 
@@ -168,6 +198,7 @@ def _run_layers(
   positions: Array,
   attend: Attend,
   how: Execution,
+  scale: float | Array,
   carry: Any = None,
   xs: Any = None,
   *,
@@ -178,6 +209,7 @@ def _run_layers(
   """Runs all layers; returns (x, carry, ys) with ys stacked [L, ...].
 
   Args:
+    scale: of the low-rank updates, see `update_scale`.
     xs: `attend`'s inputs by layer, leaves [L, ...].
     remat: activations of a layer that a backward pass keeps: all for None, `SAVED_ACTIVATIONS` for False, none for
       True.
@@ -189,7 +221,7 @@ def _run_layers(
   def body(state, inputs):
     index, layer, xs_l = inputs
     layer = gather_layer(layer, table) if gather else layer
-    return _layer(model, layer, index, xs_l, state, rope, attend, how, neuron_kept)
+    return _layer(model, layer, index, xs_l, state, rope, attend, how, scale, neuron_kept)
 
   x, layers = constrain_rows(x), model.params["layers"]
   if isinstance(layers, list):
@@ -258,6 +290,7 @@ def forward(
   positions: Int[Array, "B T"] | None = None,
   segment_ids: Int[Array, "B T"] | None = None,
   eviction: Eviction | None = None,
+  cr: float | Float[Array, "*rows"] | None = None,
   remat: bool = False,
   neuron_kept: Float[Array, ""] | None = None,
   attention: Callable[..., tuple[Array, Any]] | None = None,
@@ -269,6 +302,8 @@ def forward(
     positions: RoPE positions; by default they count from 0 in each segment.
     segment_ids: documents that never see each other, in contiguous runs; padding is a segment of its own.
     eviction: None keeps every token visible. The neuron gate's channel is cleared either way.
+    cr: that of each row, for low-rank updates which depend on it (`LoRAConfig.by_cr`); None: 1 without eviction, else
+      that of its threshold.
     remat: the backward pass recomputes whole layers; otherwise it keeps `SAVED_ACTIVATIONS`.
     neuron_kept: factor in 0 .. 1 on the neuron gate's channel while a retrofit fades it out; None means 0.
     attention: replaces attention and gates in each layer: `attention(layer, x, q, k, v) -> (attended, z)`, from the
@@ -319,6 +354,8 @@ def forward(
     out, z = attention(layer, x, q, k, v, *(() if more is None else (more,)))
     return out, carry, z
 
+  if cr is None and model.lora is not None and model.lora.by_cr:
+    cr = 1.0 if eviction is None else model.dms.levels.cr(eviction.threshold)
   how, xs = Execution.choose(model, *tokens.shape), noise
   if attention is not None:
     attend, how, xs = attend_by, dataclasses.replace(how, late_gates=True), (model.params["layers"], attention_inputs)
@@ -328,6 +365,7 @@ def forward(
     positions,
     attend,
     how,
+    update_scale(model, 1.0 if cr is None else cr),
     xs=xs,
     remat=remat,
     neuron_kept=neuron_kept,
@@ -413,7 +451,10 @@ def cached_forward(
   positions, about, attend = _attend_cache(model, policy, cache, plan, tokens.shape, how)
 
   x, xs = embed(model, padded(tokens), padded(positions)), (cache.layer_state(), override)
-  x, carry, (states, seen, logits) = _run_layers(model, x, padded(positions), attend, how, cache.layer_carry(), xs)
+  scale = update_scale(model, policy.target)
+  scale = padded(scale) if jnp.ndim(scale) else scale
+  carry = cache.layer_carry()
+  x, carry, (states, seen, logits) = _run_layers(model, x, padded(positions), attend, how, scale, carry, xs)
   evict = None
   if how.late_gates:
     with jax.named_scope("gates"):
@@ -443,6 +484,8 @@ def _attend_cache(
   positions = _positions(plan, width)
   heads = (rows, model.config.num_kv_heads, width)
   about = jnp.broadcast_to((positions - cache.lag)[:, None], heads)
+  if policy.steers:
+    policy = policy.steered(cache.memory, plan.seen, width)
 
   def attend(carry, index, xs, q, k, v, gates):
     state, override = xs
@@ -486,14 +529,15 @@ def some_layers(
   how = dataclasses.replace(Execution.choose(model, *x.shape[:2]), late_gates=False, least_rows=0)
   positions, _, attend = _attend_cache(model, policy, cache, plan, x.shape[:2], how)
   rope, states, outs = rope_tables(model.config, positions), cache.layer_state(), []
+  scale = update_scale(model, policy.target)
 
   @jax.jit  # traced and lowered once; XLA puts it in line
-  def one(layer, index, x, carry, rope, states):
+  def one(layer, index, x, carry, rope, states, scale):
     state = jax.tree.map(lambda leaf: leaf[index], states), None
-    return _layer(model, layer, index, state, (x, carry), rope, attend, how)
+    return _layer(model, layer, index, state, (x, carry), rope, attend, how, scale)
 
   for offset, layer in enumerate(layers):
-    (x, carry), (state, seen, _) = one(layer, first + offset, x, carry, rope, states)
+    (x, carry), (state, seen, _) = one(layer, first + offset, x, carry, rope, states, scale)
     outs.append((state, seen))
   return carry, x, outs
 

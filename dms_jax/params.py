@@ -33,7 +33,8 @@ class ParamSpec:
   `hf_name` holds `{layer}` for layered tensors, and `{expert}` for those of one expert; None means that Hugging Face
   checkpoints do not contain the tensor (low-rank updates are merged on export). `hf_shape` is the shape there of one
   layer or expert, with outputs and inputs flattened. Parameters of one `hf_name` are parts of one tensor there, in the
-  order of the table; `hf_layout` says how, as `Family.layout`.
+  order of the table; `hf_layout` says how, as `Family.layout`. "experts" holds all experts of a layer, as [experts,
+  inputs, outputs] or [experts, outputs], in which the outputs of the parts alternate.
   """
 
   shape: tuple[int, ...]
@@ -43,11 +44,16 @@ class ParamSpec:
   group: Group
   hf_name: str | None
   hf_shape: tuple[int, ...]
-  hf_layout: Literal["rows", "columns", "heads"] = "rows"
+  hf_layout: Literal["rows", "columns", "heads", "experts"] = "rows"
 
   @property
   def layered(self) -> bool:
     return self.axes[0] == "layers"
+
+  @property
+  def of_experts(self) -> bool:
+    """Whether each expert of a layer has numbers of its own; the router's belong to none."""
+    return "experts" in self.axes[: len(self.axes) - self.num_inputs - 1]
 
   @property
   def by_expert(self) -> bool:
@@ -96,13 +102,16 @@ def param_table(
 
   def add(path, outputs, inputs, init, hf_name, group: Group = "base"):
     axes, layered = (*outputs, *inputs), path.startswith("layers/")
-    apart = ("experts",) if hf_name is not None and "{expert}" in hf_name else ()
-    sides = [math.prod(sizes[a] for a in side if a not in apart) for side in (outputs, inputs) if side]
+    hf_name = names.get(path, hf_name)
+    experts = len(outputs) > 1 and "experts" in outputs
+    stacked = experts and hf_name is not None and "{expert}" not in hf_name
+    sides = [math.prod(sizes[a] for a in side if a != "experts" or not experts) for side in (outputs, inputs) if side]
     table[path] = ParamSpec(
       shape=(c.num_layers,) * layered + tuple(sizes[a] for a in axes),
       axes=("layers",) * layered + axes,
-      num_inputs=len(inputs), init=init, group=group, hf_name=names.get(path, hf_name), hf_shape=tuple(sides),
-      hf_layout=family.layout if layered and group == "base" else "rows",
+      num_inputs=len(inputs), init=init, group=group, hf_name=hf_name,
+      hf_shape=(c.num_experts,) * stacked + tuple(sides),
+      hf_layout="experts" if stacked else family.layout if layered and group == "base" else "rows",
     )  # fmt: skip
 
   ones = "zeros" if c.norm_plus_one else "ones"
@@ -126,6 +135,8 @@ def param_table(
   add("layers/o_proj", ("embed",), ("heads", "head_dim"), "normal", attn + "o_proj.weight")
   if c.proj_bias:
     add("layers/o_bias", vector, no_inputs, "zeros", None)
+  if c.attention_sinks:
+    add("layers/sinks", ("heads",), no_inputs, "normal", attn + "sinks")
   if c.norms != "before":
     add("layers/attn_post_norm", vector, no_inputs, ones, layer + "post_attention_layernorm.weight")
   if c.norms != "after":
@@ -139,8 +150,12 @@ def param_table(
   add("layers/up_proj", (*each, "ff"), ("embed",), "normal", mlp + "up_proj.weight")
   add("layers/down_proj", (*each, "embed"), ("ff",), "normal", mlp + "down_proj.weight")
   if c.proj_bias:
-    add("layers/up_bias", ("ff",), no_inputs, "zeros", None)
-    add("layers/down_bias", vector, no_inputs, "zeros", None)
+    if c.num_experts:
+      add("layers/router_bias", ("experts",), no_inputs, "zeros", None)
+    if c.gated_mlp:
+      add("layers/gate_bias", (*each, "ff"), no_inputs, "zeros", None)
+    add("layers/up_bias", (*each, "ff"), no_inputs, "zeros", None)
+    add("layers/down_bias", (*each, "embed"), no_inputs, "zeros", None)
   for path in [path for path in table if path in ("layers/attn_norm", "layers/mlp_norm")]:
     norm_biases(path)
   if c.norms != "before":
@@ -160,6 +175,8 @@ def param_table(
       add("layers/dms_proj", outputs, ("embed",), "zeros", attn + "dms_proj_alpha.weight", "gate")
     if dms.gate != "adapter":
       add("layers/dms_bias", outputs, no_inputs, "zeros", attn + "dms_proj_alpha.bias", "gate")
+  if lora is not None and lora.by_cr and not (dms and dms.elastic):
+    raise ValueError("lora.by_cr scales updates by the CR that each row asks for: it needs dms.elastic=LOWEST,HIGHEST")
   if lora is not None and lora.rank:
     for target in lora.targets:
       base = table.get(f"layers/{target}")

@@ -21,8 +21,9 @@ The folder `--output` holds config.json, records.jsonl (as of `experiments.evalu
 (what the analysis needs of them), traces.jsonl, times.jsonl, summary.json, index.html and pictures. The same command
 resumes a killed run, chain by chain. cells.npz, config.json, traces.jsonl and texts.jsonl are the short form: the
 analysis needs no more. `--timed` measures seconds of a chain in the largest batch that fits
-`--kv_budget_gib`, as a third axis of costs; all methods write the same chains. Records do not depend on that memory, so
-they may be made without it first, and times measured by a second call.
+`--kv_budget_gib`, as a third axis of costs. It times `--timed_cells` cells of each method and interpolates the others;
+`experiments/hyperscaling/timing.py` states the rule. Records do not depend on that memory, so they may be made without
+it first, and times measured by a second call.
 
 Several devices: --mesh.data=2 --mesh.tensor=4, as of `experiments.evaluate`.
 
@@ -70,7 +71,8 @@ class Config:
     width: most rows that write together; fewer where the cache memory is too small.
     kv_budget_gib: cache memory of the rows that write; rows without room wait on the host.
     timed: measure the seconds of a chain in the largest batch that fits --kv_budget_gib.
-    timed_problems: problems of each task whose chains are timed, the same for all methods; 0: all.
+    timed_cells: cells of each method that are timed, over all tasks, CRs and L; the seconds of the others are
+      interpolated over the rows of their batches. 0: all.
     dtype: of the weights and the cache.
     traces: of each task, problems whose first chain keeps its text and is traced.
     resamples: of the bootstrap.
@@ -91,7 +93,7 @@ class Config:
   width: int = 64
   kv_budget_gib: float | None = None
   timed: bool = False
-  timed_problems: int = 0
+  timed_cells: int = 3
   dtype: Literal["bfloat16", "float32"] = "bfloat16"
   traces: int = 1
   resamples: int = 2000
@@ -106,7 +108,7 @@ class Config:
       raise ValueError("--output=FOLDER is needed with --sets: the analysis goes there")
     if twice := sorted({folder for folder in self.sets if self.sets.count(folder) > 1}):
       raise ValueError(f"--sets: {twice[0]} is listed twice")
-    for name, least in (("width", 1), ("traces", 0), ("resamples", 100), ("timed_problems", 0)):
+    for name, least in (("width", 1), ("traces", 0), ("resamples", 100), ("timed_cells", 0)):
       if (value := getattr(self, name)) < least:
         raise ValueError(f"--{name}={value} must be {least} or more")
     if wrong := [cr for cr in (*self.cr, self.compare_cr) if not 1 < cr < math.inf]:
@@ -118,6 +120,8 @@ class Config:
         raise ValueError(f"--{name}={program.spell(getattr(self, name))}: a number twice")
     if self.kv_budget_gib is not None and not 0 < self.kv_budget_gib < math.inf:
       raise ValueError(f"--kv_budget_gib={self.kv_budget_gib} must be a number above 0, or none")
+    if self.timed_cells == 1:
+      raise ValueError("--timed_cells=1 must be 2 or more, or 0 for all: the other cells lie between timed ones")
     if self.timed and self.kv_budget_gib is None:
       raise ValueError("--timed needs --kv_budget_gib: the cache memory that all batches share")
     if self.checkpoint:
@@ -156,7 +160,7 @@ def make(config: Config, chosen: TasksConfig, folder: Path) -> dict[str, Any]:
   program.save_json(folder / CONFIG, {"config": program.flag_values(), "environment": program.environment()})
   made = sweeping.run()
   if config.timed:
-    sweeping.time(config.kv_budget_gib, config.timed_problems)
+    sweeping.time(config.kv_budget_gib, config.timed_cells)
   return made
 
 

@@ -9,7 +9,8 @@ experiments.train_reasoner reads problems of its families: --data.families=count
 ramp takes retrofit.schedule.steps_per_cr steps a unit, and the rest has flags of its own:
 --retrofit.schedule.final_cr=4 --retrofit.schedule.steps=0 --retrofit.schedule.hold_steps=20
 --retrofit.optimizer.decay_steps=60. --crs=2,4,8 makes such a run for each of these CRs. One run for all of a range:
---dms.elastic=1.5,12 --dms.scale=25 --retrofit.schedule.final_cr=12 --retrofit.loss.counts=held; at one CR it is behind
+--dms.elastic=1.5,12 --dms.scale=25 --retrofit.schedule.final_cr=12 --retrofit.loss.counts=held, with --lora.by_cr the
+updates of each row grow with its CR, from none at CR 1; at one CR it is behind
 a run for this CR: on SmolLM2 its KL is about 1.1 times as high at CR 4, up to 1.4 times at CR 8. The paper's recipe:
 --dms.gate=neuron --retrofit.trainable=all --retrofit.schedule.fade_steps=2000. Low-rank updates of other projections:
 --lora.rank=16 --lora.targets=q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj.
@@ -224,12 +225,7 @@ def generated(data: DataConfig, tokenizer: Tokenizer, settings: RetrofitConfig) 
   from experiments.tasks import reasoning  # all tasks, of which other runs need none
 
   documents = functools.partial(reasoning.documents, data.families, longest=settings.seq_len)
-  lacking = sorted(set(reasoning.VOCABULARY) - set(tokenizer.backend.get_vocab(with_added_tokens=True)))
-  if lacking:
-    raise ValueError(
-      f"data.families={','.join(data.families)}: this model's tokenizer lacks {len(lacking)} of their words, such as "
-      f"{lacking[0]!r}; they are for models of experiments.train_reasoner"
-    )
+  reasoning.check_words("data.families", data.families, tokenizer)
   packer = StreamPacker(documents, tokenizer, data, settings)
   sizes = packer.sizes()
   mean = f"{sum(sizes) / len(sizes):,.0f} tokens a document, " if sizes else ""

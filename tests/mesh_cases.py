@@ -30,6 +30,7 @@ from dms_jax.params import abstract_params, param_table
 from dms_jax.retrofit.distributed import MeshConfig
 from dms_jax.sharding import make_mesh
 from experiments import mesh_memory
+from tests.helpers import OTHER_FAMILIES
 
 WINDOW = 5
 CONFIG = tiny.config(num_heads=8, num_kv_heads=4, vocab_size=96)
@@ -65,8 +66,10 @@ def assert_same(many, one) -> None:
     np.testing.assert_array_equal(owned(many.conversation.cache), owned(one.conversation.cache))
 
 
-def generates(kind: str, data: int, tensor: int, policy: policies.Policy | None = None, **settings) -> None:
-  model = one_device()
+def generates(
+  kind: str, data: int, tensor: int, policy: policies.Policy | None = None, model: Model | None = None, **settings
+) -> None:
+  model = model or one_device()
   run = lambda model: dms_jax.generate(model, PROMPTS, policy=policy, cache=kind, **{**SETTINGS, **settings})
   assert_same(run(spmd.place(model, make_mesh(data, tensor))), run(model))
 
@@ -85,6 +88,14 @@ def other_policies() -> None:
   generates("contiguous", 1, 4, policies.Quest(budget=16, page=4, window=3, dense_layers=0))
   generates("paged", 1, 4, policies.RKV(budget=14, window=3, buffer=4))
   generates("contiguous", 2, 2, policies.H2O(budget=12, window=5))
+
+
+def other_families() -> None:
+  """Biases after projections, which one device alone must add; attention sinks; experts, stacked and apart."""
+  for name, data in (("gpt2", 1), ("mixtral", 2), ("gpt_oss", 2)):
+    config = dataclasses.replace(OTHER_FAMILIES[name], vocab_size=96)
+    model = fastest_form(tiny.model(config, tiny.dms(window=config.ring_window or WINDOW)))
+    generates("paged", data, 2, model=model)
 
 
 def moves_of_other_kinds() -> None:
@@ -241,7 +252,7 @@ def refusals() -> None:
 
 
 QUICK = caches_of_all_kinds, programs, moves, requests_of_a_generator, refusals
-SLOW = other_policies, moves_of_other_kinds, requests_over_heads, a_large_model
+SLOW = other_policies, other_families, moves_of_other_kinds, requests_over_heads, a_large_model
 CASES = {case.__name__: case for case in (*QUICK, *SLOW)}
 
 if __name__ == "__main__":

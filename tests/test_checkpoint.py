@@ -17,7 +17,7 @@ import pytest
 
 from dms_jax import checkpoint, disk
 from dms_jax import testing as tiny
-from dms_jax.config import DMSConfig, LoRAConfig
+from dms_jax.config import DMSConfig, LoRAConfig, to_json
 from dms_jax.families import PRESETS
 from dms_jax.model import Model
 from dms_jax.params import count_params, flatten, map_table, param_table, unflatten
@@ -119,6 +119,21 @@ def test_retrofit(tmp_path, gated):
   np.testing.assert_array_equal(  # rounded once, after merging in float32
     half.params["layers"]["q_proj"], gated.merged().params["layers"]["q_proj"].astype(jnp.bfloat16)
   )
+
+
+def test_updates_by_cr_stay_apart(tmp_path):
+  """Each row has its own, so `merge` leaves them; the file says so, and files without them say nothing."""
+  lora = dataclasses.replace(LORA, by_cr=True)
+  model = tiny.model(gates=tiny.dms(elastic=(2.0, 8.0)), lora=lora)
+  checkpoint.save(tmp_path / "base", tiny.model())
+  checkpoint.save(tmp_path / "retrofit", model, groups=("gate", "lora"))
+  checkpoint.save(tmp_path / "whole", model)
+  for loaded in (
+    checkpoint.load(tmp_path / "base", retrofit=tmp_path / "retrofit"), checkpoint.load(tmp_path / "whole"),
+  ):  # fmt: skip
+    assert loaded.lora == lora
+    same(loaded.params, model.params)
+  assert "by_cr" in to_json(lora) and "by_cr" not in to_json(LORA)
 
 
 def test_a_retrofit_or_a_whole_model(tmp_path, gated, saved):

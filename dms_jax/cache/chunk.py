@@ -98,6 +98,8 @@ def attend(
   if policy.remembers:
     queries = queries_of(q, heads)
     carry = carry.replace(memory=policy.remember(carry.memory, layer, queries, plan.seen, plan.lengths))
+  if policy.steers:
+    carry = carry.replace(memory=policy.tally(carry.memory, layer, evict, plan.seen, plan.lengths))
   if replayed is not None:
     out, carry = replay.write(
       cache, plan, layer, carry, window, stats, replayed, archive if policy.removes else None, out
@@ -128,30 +130,27 @@ def attend(
   return out, carry, (archived, flags), Usage(live, reads)
 
 
-def pruned(
-  cache: RingCache, policy: Policy, layer: Int[Array, ""], due: Bool[Array, "B"], carry: LayerCarry,
-  archived: Int[Array, "L B K"],
-) -> tuple[LayerCarry, Int[Array, "L B K"]]:  # fmt: skip
-  """`RingCache.prune` in one layer: the cut after a chunk of no tokens, in the rows `due`."""
-  (_, b, heads), width = archived.shape, carry.kv.shape[-1]
+def pruned(cache: RingCache, policy: Policy, layer: Int[Array, ""], due: Bool[Array, "B"]) -> RingCache:
+  """A cache of one layer after the cut of a chunk of no tokens in the rows `due`; the policy knows it as `layer`."""
+  (_, b, heads), width, carry = cache.archived.shape, cache.kv.shape[-1], cache.layer_carry()
   none = jnp.zeros((b, 0, heads, width // 2))
   plan = Plan(cache.seen, jnp.zeros_like(cache.seen), jnp.zeros_like(due))
-  window = _window(cache, plan, layer, carry, cache.evicted[layer], none, none, jnp.zeros((b, heads, 0), bool))
-  in_archive = jnp.arange(cache.slots - cache.ring) < archived[layer][..., None]
-  archive = cache._archive(carry, cache._place(), layer)
-  stats = _after_archive(_window_stats(cache, plan, policy, layer, carry, window), layer, carry, cache.ring)
-  _, carry, own = _cut(
-    cache, policy, layer, carry, cache._place(), window, jnp.zeros(window.evicted.shape, bool), in_archive, archive,
-    stats, (), due, cache.seen, jnp.zeros_like(cache.seen),
+  window = _window(cache, plan, 0, carry, cache.evicted[0], none, none, jnp.zeros((b, heads, 0), bool))
+  in_archive = jnp.arange(cache.slots - cache.ring) < cache.archived[0, ..., None]
+  archive = cache._archive(carry, cache._place(), 0)
+  stats = _after_archive(_window_stats(cache, plan, policy, 0, carry, window), 0, carry, cache.ring)
+  _, carry, archived = _cut(
+    cache, policy, 0, carry, cache._place(), window, jnp.zeros(window.evicted.shape, bool), in_archive, archive,
+    stats, (), due, cache.seen, jnp.zeros_like(cache.seen), known_as=layer,
   )  # fmt: skip
-  return carry, archived.at[layer].set(own)
+  return cache._after(carry, archived=archived[None])
 
 
 def _cut(
   cache: RingCache, policy: Policy, layer: Int[Array, ""] | int, carry: LayerCarry, reserved: Any, window: Window,
   leaves: Bool[Array, "B K X"], in_archive: Bool[Array, "B K A"], archive: Float[Array, "B K A width"],
   stats: dict[str, Float[Array, "B K AX"]], out: Any, active: Bool[Array, "B"], stop: Int[Array, "B"],
-  remaining: Int[Array, "B"],
+  remaining: Int[Array, "B"], known_as: Int[Array, ""] | None = None,
 ):  # fmt: skip
   """Lets the policy say which tokens outside the window stay, and writes them: (out, carry, archived [B, K]).
 
@@ -162,14 +161,16 @@ def _cut(
     active: rows that are cut; the others keep all their tokens.
     stop: tokens that each row has read.
     remaining: tokens of the prompt still to come.
+    known_as: the layer's number for the policy, where `carry` has this layer alone.
   """
   ring, slots, (b, heads, _), h = cache.ring, cache.slots, leaves.shape, archive.shape[-1] // 2
   rows, head = jnp.arange(b)[:, None, None], jnp.arange(heads)[:, None]
   in_order = not policy.overwrites
   ordered = lambda of_window, of_archive: jnp.concatenate([of_archive, of_window], axis=2)
   live, sees = ordered(leaves, in_archive), policy.compact_observes
+  number = layer if known_as is None else known_as
   candidates = Candidates(
-    layer, stats, live, ordered(window.stays[:, None] | leaves, in_archive), stop, remaining,
+    number, stats, live, ordered(window.stays[:, None] | leaves, in_archive), stop, remaining,
     keys=ordered(floats(window.rows[..., :h]), archive[..., :h]) if "keys" in sees else None,
     values=ordered(floats(window.rows[..., h:]), archive[..., h:]) if "values" in sees else None,
     memory={name: x[layer] for name, x in carry.memory.items()},

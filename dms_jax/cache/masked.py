@@ -194,6 +194,8 @@ class MaskedCache(Common):
     out, mass = (out, None) if weights is None else out
     if policy.remembers:
       memory = policy.remember(memory, layer, queries_of(q, heads), plan.seen, plan.lengths)
+    if policy.steers:
+      memory = policy.tally(memory, layer, evict, plan.seen, plan.lengths)
     own, remaining = {}, jnp.zeros_like(stop) if plan.remaining is None else plan.remaining
     active = (plan.lengths > 0)[:, None, None]
     if policy.stats:

@@ -246,6 +246,19 @@ class PagedCache(RingCache):
   def _place(self):
     return self.table
 
+  @property
+  def _unit(self):
+    return self.page_size
+
+  def _rows_of(self, layer, rows, archive):
+    table, places = self.table, slice(archive // self.page_size)
+    pages = table.pages.at[layer, rows, :, places].get(mode="fill", fill_value=0)[None]
+    owned = table.owned.at[layer, rows].get(mode="fill", fill_value=0)[None]
+    return super()._rows_of(layer, rows, archive).replace(table=table.replace(pages=pages, owned=owned))
+
+  def _with_rows(self, layer, rows, part):
+    return super()._with_rows(layer, rows, part).replace(store=part.store)
+
   def commit(self, plan, carry, states, evict=None):
     cache = super().commit(plan, carry, states, evict)
     cache = cache.replace(table=plan.placement.reserved)

@@ -15,6 +15,7 @@ chunks of a prompt.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -27,7 +28,12 @@ from dms_jax.cache.base import Common, Plan, Usage, blended, observation, packed
 from dms_jax.cache.compact import Closing, closing
 from dms_jax.collectives import on_any
 from dms_jax.policies import Leaving
+from dms_jax.policies.base import of_places
 from pallas_kernels.paged.format import floats
+
+# Rows that are cut together: a 32nd of the batch, as about so many become due in a step, and at least LEAST_PRUNED,
+# as all may become due at once. A cut has programs for narrow archives, of at least LEAST_WIDTH slots.
+PRUNED, LEAST_PRUNED, LEAST_WIDTH = 32, 4, 256
 
 
 @struct.dataclass
@@ -185,7 +191,7 @@ class RingCache(Common):
     return self.window >= self.lag or policy.known_ahead or not policy.evicts
 
   def can_decide_late(self, policy):
-    return self._decided_ahead(policy) and not (policy.uses_keys or policy.gate_stats)
+    return self._decided_ahead(policy) and not (policy.uses_keys or policy.gate_stats or policy.steers)
 
   def steps_in_parts(self, policy):
     return self._decided_ahead(policy) and not (policy.merges or policy.removes)
@@ -259,6 +265,8 @@ class RingCache(Common):
     if policy.remembers:
       queries = queries_of(q, archived.shape[1])
       carry = carry.replace(memory=policy.remember(carry.memory, layer, queries, plan.seen, plan.lengths))
+    if policy.steers:
+      carry = carry.replace(memory=policy.tally(carry.memory, layer, evict, plan.seen, plan.lengths))
     in_ring = jnp.minimum(plan.seen + plan.lengths, ring)[:, None]
     live = read = in_ring + archived
     if policy.page:
@@ -362,6 +370,8 @@ class RingCache(Common):
     keys = keys[..., : keys.shape[-1] // 2].reshape(b, heads, -1, self.page, keys.shape[-1] // 2)
     live = jnp.arange(self.slots - self.ring).reshape(-1, self.page) < archived[..., None, None]
     summaries = packed(policy.summarise(keys, live), carry.summaries.dtype)
+    # Nothing that a later layer writes depends on this read of the cache, so XLA would copy the cache first.
+    summaries, carry = jax.lax.optimization_barrier((summaries, carry))
     return carry.replace(summaries=carry.summaries.at[layer].set(summaries))
 
   # After the layers ---------------------------------------------------------------------------------------------------
@@ -379,11 +389,65 @@ class RingCache(Common):
 
   def prune(self, policy, active):
     due = active & on_any(policy.due(self.seen, self.live()))
-    # A loop over all layers or none: XLA updates its carry in place, where a `cond` may copy the cache.
-    layers = jnp.where(jnp.any(due), len(self.kv), 0)
-    body = lambda layer, state: chunk.pruned(self, policy, layer, due, *state)
-    carry, archived = jax.lax.fori_loop(0, layers, body, (self.layer_carry(), self.archived))
-    return self._after(carry, archived=archived)
+    # Rows become due at different times: some rows of a large batch are before nearly every step. They are cut a few at
+    # a time, in a copy of one layer that is as wide as the longest of their archives needs.
+    (layers, b, _), count = self.archived.shape, jnp.sum(due)
+    together = max(b // PRUNED, min(b, LEAST_PRUNED))
+    first = jnp.argsort(~due, stable=True)  # the rows that are due come first
+    longest = jnp.max(jnp.where(due[:, None], self.archived, 0))
+
+    def cut(archive, step, cache):
+      layer, place = step % layers, step // layers * together + jnp.arange(together)
+      rows = jnp.where(place < count, jnp.take(first, place, mode="clip"), b)
+      own = cache._rows_of(layer, rows, archive)
+      return cache._with_rows(layer, rows, chunk.pruned(own, of_places(policy, rows), layer, rows < b))
+
+    # Loops of as many steps as there is work, most of none: XLA updates their carry in place, where a `cond` may copy
+    # the cache.
+    cache, before = self, -1
+    for archive in self._archive_widths():
+      here = (longest > before) & (longest <= archive)
+      steps = jnp.where(here, -(-count // together) * layers, 0)
+      cache, before = jax.lax.fori_loop(0, steps, partial(cut, archive), cache), archive
+    return cache
+
+  def _archive_widths(self) -> list[int]:
+    """Slots of an archive for which a cut has a program of its own, ascending; the last are all."""
+    slots = self.slots - self.ring
+    narrow = [-(-slots // (part * self._unit)) * self._unit for part in (16, 4)]
+    return [*sorted({width for width in narrow if LEAST_WIDTH <= width < slots}), slots]
+
+  @property
+  def _unit(self) -> int:
+    """Slots to whose multiple the width of an archive is rounded."""
+    return 1
+
+  def _rows_of(self, layer: Int[Array, ""], rows: Int[Array, "R"], archive: int) -> RingCache:
+    """One layer of the rows `rows` as a cache of its own, with `archive` archive slots that hold all of their tokens.
+
+    A number past the last row gives an empty row.
+    """
+
+    def take(x, width=None):
+      at = (layer, rows, *((slice(None), slice(width)) if width else ()))
+      return x.at[at].get(mode="fill", fill_value=0)[None]
+
+    width = self.ring + archive
+    return self.replace(
+      kv=take(self.kv, width), evicted=take(self.evicted), archived=take(self.archived),
+      seen=self.seen.at[rows].get(mode="fill", fill_value=0), memory=jax.tree.map(take, self.memory),
+      stats={name: take(stat, width) for name, stat in self.stats.items()},
+      summaries=None if self.summaries is None else take(self.summaries, -(-archive // self.page)),
+    )  # fmt: skip
+
+  def _with_rows(self, layer: Int[Array, ""], rows: Int[Array, "R"], part: RingCache) -> RingCache:
+    """This cache with what `part`, a later state of `_rows_of(layer, rows, ...)`, holds."""
+
+    def put(x, new):
+      return x.at[(layer, rows, *(slice(size) for size in new.shape[2:]))].set(new[0], mode="drop")
+
+    fields = ("kv", "archived", "stats", "memory")
+    return self.replace(**{name: jax.tree.map(put, getattr(self, name), getattr(part, name)) for name in fields})
 
   def _decided(self, plan, decided: Bool[Array, "L B K"]) -> Bool[Array, "L B K ring"]:
     """`evicted` after a decode step: `decided` for token t - lag, then "undecided", False, for the new token t.

@@ -11,7 +11,7 @@ from dms_jax.checkpoint import nbytes
 from dms_jax.config import read_json
 from dms_jax.convert.layouts import LAYOUTS, peft
 from dms_jax.convert.tensors import DTYPES, Progress
-from dms_jax.convert.writing import CARD, MARK, SHARD_BYTES, About
+from dms_jax.convert.writing import CARD, MARK, SHARD_BYTES, About, one_ratio, refuse
 from dms_jax.model import Model
 from dms_jax.params import param_table
 from dms_jax.tokenizer import Tokenizer
@@ -55,6 +55,11 @@ def export(
     dtype = peft.own_dtype(model) if layout == peft.NAME else str(model.dtype)
   if dtype not in DTYPES:
     raise ValueError(f"dtype={dtype!r} is not one of {DTYPES}")
+  if model.lora is not None and model.lora.by_cr:  # no layout scales updates by the row
+    model = one_ratio(model, about)
+    if model.lora.by_cr:
+      low, high = model.dms.elastic
+      refuse(layout, [f"low-rank updates by each row's CR (choose one with --cr, from {low:g} to {high:g})"])
   path = Path(path)
   if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
     raise ValueError(f"{path}: exists already; choose another place or pass --overwrite")

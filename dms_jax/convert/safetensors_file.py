@@ -16,7 +16,7 @@ import numpy as np
 
 from dms_jax.checkpoint import first_line
 from dms_jax.config import damage, read_json, shown
-from dms_jax.convert import pickles
+from dms_jax.convert import mxfp4, pickles
 from dms_jax.convert.tensors import Output, Tensors
 
 WEIGHTS, INDEX, GATES = "model.safetensors", "model.safetensors.index.json", "dms_gates.safetensors"
@@ -117,7 +117,9 @@ def open_tensors(path: Path, only: list[Path] | None = None) -> Tensors:
       if name in where:
         raise ValueError(f"{path}: tensor {name} is in {files[name]} and in {file.name}; remove the one that is older")
       where[name], files[name], shapes[name] = (file, places[stored]), file.name, shape
-      if kind not in _DTYPES:
+      if kind == "U8" and name.endswith((mxfp4.BLOCKS, mxfp4.SCALES)):
+        kinds[name] = np.dtype(np.uint8)
+      elif kind not in _DTYPES:
         refused.append(f"{name} ({kind})")
       else:
         kinds[name] = jnp.dtype(_DTYPES[kind])

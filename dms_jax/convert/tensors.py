@@ -67,12 +67,18 @@ def hf_tensors(table: dict[str, ParamSpec]) -> dict[str, list[Part]]:
 
 def hf_shape(specs: list[ParamSpec]) -> tuple[int, ...]:
   """The shape of a Hugging Face tensor of these parts."""
+  if specs[0].hf_layout == "experts":
+    experts, outputs, *inputs = specs[0].hf_shape
+    return experts, *inputs, len(specs) * outputs
   shape = sum(spec.hf_shape[0] for spec in specs), *specs[0].hf_shape[1:]
   return shape[::-1] if specs[0].hf_layout == "columns" else shape
 
 
 def joined(values: list[np.ndarray], specs: list[ParamSpec]) -> np.ndarray:
   """A Hugging Face tensor from its parts, each of its `hf_shape`."""
+  if specs[0].hf_layout == "experts":
+    alternating = np.stack(values, axis=2).reshape(len(values[0]), -1, *values[0].shape[2:])
+    return np.moveaxis(alternating, 1, -1)
   if specs[0].hf_layout == "heads" and len(values) > 1:
     heads = [value.reshape(spec.shape[1], -1, *value.shape[1:]) for value, spec in zip(values, specs, strict=True)]
     return np.concatenate(heads, axis=1).reshape(hf_shape(specs))
@@ -82,6 +88,9 @@ def joined(values: list[np.ndarray], specs: list[ParamSpec]) -> np.ndarray:
 
 def parted(value: np.ndarray, specs: list[ParamSpec]) -> list[np.ndarray]:
   """The parts of a Hugging Face tensor, each of its `hf_shape`; the inverse of `joined`."""
+  if specs[0].hf_layout == "experts":
+    rows = np.moveaxis(value, -1, 1)
+    return [rows[:, index :: len(specs)] for index in range(len(specs))]
   if specs[0].hf_layout == "heads" and len(specs) > 1:
     heads = value.reshape(specs[0].shape[1], len(specs), -1, *value.shape[1:])
     return [heads[:, index].reshape(spec.hf_shape) for index, spec in enumerate(specs)]

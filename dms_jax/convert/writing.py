@@ -99,7 +99,7 @@ def require(
 
 
 def one_ratio(model: Model, about: About) -> Model:
-  """The model with gates for a range of ratios read at the one that `about` names: its threshold joins the offset.
+  """The model with gates for a range of ratios read at the one that `about` names (`Model.at`).
 
   Other gates are left as they are, as are those for a range if `about` names no ratio.
 
@@ -109,12 +109,10 @@ def one_ratio(model: Model, about: About) -> Model:
   d = model.dms
   if d is None or d.levels is None or about.cr is None:
     return model
-  low, high = d.elastic
-  if not low <= about.cr <= high:
-    raise ValueError(f"--cr={about.cr:g}: these gates are for ratios from {low:g} to {high:g}")
-  offset = d.offset + float(d.levels.threshold(about.cr))
-  fixed = dataclasses.replace(d, elastic=(), elastic_thresholds=(), offset=offset)
-  return model.replace(dms=fixed)
+  try:
+    return model.at(about.cr)
+  except ValueError as error:
+    raise ValueError(f"--{error}") from None
 
 
 def whole(value: int | float) -> int | float:

@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
-from dms_jax.config import ModelConfig
+from dms_jax.config import ModelConfig, is_number, shown
+
+_SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Family:
     write: further keys of config.json, from the `ModelConfig`; the inverse of `read`.
     partial_rope: whether its class in transformers may turn a part of the channels (`partial_rotary_factor`).
     experts: whether its layers may be mixtures of experts.
+    quantised: values of `quant_method` whose weights are widened as they are read.
     slides: whether its class in transformers has layers with sliding windows that are supported here.
     rope_types: values of `rope_type` that its class in transformers knows.
     renamed: keys of config.json, by the name that Llama's has for the same thing.
@@ -50,6 +53,7 @@ class Family:
   write: Callable[[ModelConfig], dict[str, Any]] = lambda config: {}
   partial_rope: bool = False
   experts: bool = False
+  quantised: tuple[str, ...] = ()
   slides: bool = False
   rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
   renamed: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -104,6 +108,68 @@ def size(
     num_layers=num_layers, d_model=d_model, d_ff=d_ff, num_heads=num_heads, num_kv_heads=num_kv_heads,
     head_dim=head_dim, **others,
   )  # fmt: skip
+
+
+def pattern(layers: int, period: int) -> tuple[bool, ...]:
+  """By layer, whether it slides: all but every `period`-th."""
+  return tuple(index % period != 0 for index in range(1, layers + 1))
+
+
+def read_sliding(values: dict[str, Any], period: int) -> dict[str, Any]:
+  """`sliding_window` and `sliding_layers`, from config.json; nothing if no layer slides.
+
+  Args:
+    period: every `period`-th layer sees the whole text where the file does not name the layers.
+
+  Raises:
+    ValueError: a value is malformed or not supported.
+  """
+  layers, kinds = values["num_hidden_layers"], values.get("layer_types")
+  every = values.get("sliding_window_pattern") or period
+  if every < 1:
+    raise ValueError(f"sliding_window_pattern={shown(every)} must be a positive number")
+  slides = tuple(kind == _SLIDING for kind in kinds) if kinds else pattern(layers, every)
+  if kinds and (other := set(kinds) - {_SLIDING, _FULL}):
+    raise ValueError(f"layer_types names {sorted(other)}; supported are {_SLIDING} and {_FULL}")
+  return {"sliding_window": values["sliding_window"], "sliding_layers": slides} if any(slides) else {}
+
+
+def write_sliding(config: ModelConfig) -> dict[str, Any]:
+  """The inverse of `read_sliding`."""
+  slides = config.sliding_layers or (False,) * config.num_layers
+  kinds = [_SLIDING if slid else _FULL for slid in slides]
+  return {"sliding_window": config.sliding_window, "layer_types": kinds}
+
+
+def sliding_theta(values: dict[str, Any], key: str, default: float) -> float:
+  """The base frequency of sliding layers, from the settings of RoPE by layer type, else from `key` of config.json.
+
+  Raises:
+    ValueError: it is no number, or their RoPE is scaled.
+  """
+  settings = (values.get("rope_parameters") or {}).get(_SLIDING) or {}
+  theta = settings.get("rope_theta") or values.get(key) or default
+  if settings.get("rope_type", "default") != "default":
+    raise ValueError(f"RoPE scaling of type {shown(settings['rope_type'])} in sliding layers: not supported")
+  if not is_number(theta):
+    raise ValueError(f"{key} should be a positive number, found {shown(theta)}")
+  return float(theta)
+
+
+def read_experts(values: dict[str, Any], keys: dict[str, str]) -> dict[str, int]:
+  """Numbers of experts as fields of `ModelConfig`; `keys` are the fields, by their key of config.json.
+
+  Raises:
+    ValueError: a value is no whole number.
+  """
+  if bad := [theirs for theirs in keys if not is_number(values[theirs], int)]:
+    raise ValueError(f"{', '.join(bad)} should be whole numbers")
+  return {ours: values[theirs] for theirs, ours in keys.items()}
+
+
+def write_experts(config: ModelConfig, keys: dict[str, str]) -> dict[str, int]:
+  """The inverse of `read_experts`."""
+  return {theirs: getattr(config, ours) for theirs, ours in keys.items()}
 
 
 def with_biases(

@@ -8,15 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 from dms_jax.config import ModelConfig, is_number, shown
-from dms_jax.families.base import Family, register, size
+from dms_jax.families.base import Family, pattern, read_sliding, register, size, sliding_theta, write_sliding
 
-_SLIDING, _FULL = "sliding_attention", "full_attention"
 PERIOD = 6  # every sixth layer sees the whole text
-
-
-def pattern(layers: int, period: int) -> tuple[bool, ...]:
-  """By layer, whether it slides: all but every `period`-th."""
-  return tuple(index % period != 0 for index in range(1, layers + 1))
 
 
 def read_layers(values: dict[str, Any], period: int) -> dict[str, Any]:
@@ -28,42 +22,23 @@ def read_layers(values: dict[str, Any], period: int) -> dict[str, Any]:
   Raises:
     ValueError: a value is malformed or not supported.
   """
-  layers, kinds = values["num_hidden_layers"], values.get("layer_types")
-  every = values.get("sliding_window_pattern") or period
-  if every < 1:
-    raise ValueError(f"sliding_window_pattern={shown(every)} must be a positive number")
-  slides = tuple(kind == _SLIDING for kind in kinds) if kinds else pattern(layers, every)
-  if kinds and (other := set(kinds) - {_SLIDING, _FULL}):
-    raise ValueError(f"layer_types names {sorted(other)}; supported are {_SLIDING} and {_FULL}")
-  scalar = values.get("query_pre_attn_scalar", 256)
+  fields, scalar = read_sliding(values, period), values.get("query_pre_attn_scalar", 256)
   if not is_number(scalar) or scalar <= 0:
     raise ValueError(f"query_pre_attn_scalar should be a positive number, found {shown(scalar)}")
   if values.get("use_bidirectional_attention"):
     raise ValueError("use_bidirectional_attention=true: not supported")
-  fields = {"embed_scale": values["hidden_size"] ** 0.5, "attention_scale": scalar**-0.5}
-  return fields | ({"sliding_window": values["sliding_window"], "sliding_layers": slides} if any(slides) else {})
+  return {"embed_scale": values["hidden_size"] ** 0.5, "attention_scale": scalar**-0.5, **fields}
 
 
 def write_layers(config: ModelConfig) -> dict[str, Any]:
   """The inverse of `read_layers`."""
-  c = config
-  assert c.attention_scale is not None
-  return {
-    "sliding_window": c.sliding_window,
-    "layer_types": [_SLIDING if slides else _FULL for slides in c.sliding_layers or (False,) * c.num_layers],
-    "query_pre_attn_scalar": round(c.attention_scale**-2),
-  }
+  assert config.attention_scale is not None
+  return {**write_sliding(config), "query_pre_attn_scalar": round(config.attention_scale**-2)}
 
 
 def _read(values: dict[str, Any]) -> dict[str, Any]:
-  settings = (values.get("rope_parameters") or {}).get(_SLIDING) or {}
-  theta = settings.get("rope_theta") or values.get("rope_local_base_freq") or 10000.0
-  if settings.get("rope_type", "default") != "default":
-    raise ValueError(f"RoPE scaling of type {shown(settings['rope_type'])} in sliding layers: not supported")
-  if not is_number(theta):
-    raise ValueError(f"rope_local_base_freq should be a positive number, found {shown(theta)}")
-  fields = read_layers(values, PERIOD)
-  return fields | ({"local_rope_theta": float(theta)} if "sliding_layers" in fields else {})
+  theta, fields = sliding_theta(values, "rope_local_base_freq", 10000.0), read_layers(values, PERIOD)
+  return fields | ({"local_rope_theta": theta} if "sliding_layers" in fields else {})
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:

@@ -144,7 +144,7 @@ def _unsupported(values: dict, family: base.Family | None) -> list[str]:
   experts = given("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
   if family and family.experts:
     experts = []
-  elif not experts and ("moe" in str(name).lower() or name == "mixtral"):
+  elif not experts and "moe" in str(name).lower():
     experts = [f"model_type {shown(name)}"]
   slides = _slides(values) and not (family and family.slides)
   sliding = [f"sliding_window={values.get('sliding_window')}"] if slides else []
@@ -172,7 +172,8 @@ def _unsupported(values: dict, family: base.Family | None) -> list[str]:
   if values.get("quantization_config"):
     method = values["quantization_config"]
     method = method.get("quant_method") if isinstance(method, dict) else method
-    reasons.append(f"quantized weights (quantization_config, method {shown(method)}); convert the unquantized model")
+    if not (family and method in family.quantised):
+      reasons.append(f"quantized weights (quantization_config, method {shown(method)}); convert the unquantized model")
   return reasons
 
 

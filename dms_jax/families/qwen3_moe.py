@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from dms_jax.config import ModelConfig, is_number, shown
-from dms_jax.families.base import Family, register, size
+from dms_jax.config import ModelConfig, shown
+from dms_jax.families.base import Family, read_experts, register, size, write_experts
 
 _KEYS = {"num_experts": "num_experts", "num_experts_per_tok": "experts_per_token"}
 _QWEN3 = dict(
@@ -22,18 +22,15 @@ def _read(values: dict[str, Any]) -> dict[str, Any]:
   if values.get("decoder_sparse_step", 1) != 1 or values.get("mlp_only_layers"):
     raise ValueError("layers with one MLP (decoder_sparse_step, mlp_only_layers) beside experts: not supported")
   count = values.get("num_local_experts", 128)  # transformers 5 writes this name
-  values = {"num_experts": count, "num_experts_per_tok": 8, **values}
-  found = {ours: values[theirs] for theirs, ours in _KEYS.items()}
-  if bad := [theirs for theirs, ours in _KEYS.items() if not is_number(found[ours], int)]:
-    raise ValueError(f"{', '.join(bad)} should be whole numbers")
+  counts = read_experts({"num_experts": count, "num_experts_per_tok": 8, **values}, _KEYS)
   if not isinstance(norm := values.get("norm_topk_prob", False), bool):
     raise ValueError(f"norm_topk_prob should be true or false, found {shown(norm)}")
-  return {**found, "norm_experts": norm}
+  return {**counts, "norm_experts": norm}
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-  counts = {theirs: getattr(config, ours) for theirs, ours in _KEYS.items()}
-  return {**counts, "norm_topk_prob": config.norm_experts, "decoder_sparse_step": 1, "mlp_only_layers": []}
+  others = {"norm_topk_prob": config.norm_experts, "decoder_sparse_step": 1, "mlp_only_layers": []}
+  return {**write_experts(config, _KEYS), **others}
 
 
 QWEN3_MOE = register(

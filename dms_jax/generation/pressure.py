@@ -52,6 +52,8 @@ def prepared(model: Model, policy: Policy, on_pressure: str) -> Policy:
     raise ValueError('on_pressure="compress" runs on one device: on a mesh use "preempt"')
   if not isinstance(policy, DMS):
     raise ValueError(f'on_pressure="compress" goes by gate logits, which {type(policy).__name__} has not: use DMS')
+  if policy.steady:
+    raise ValueError(f'on_pressure="compress": steady={policy.steady} would let rows grow again')
   return check_policy(model, policy.replace(scored=True))
 
 

@@ -8,6 +8,8 @@ visible whatever the policy decides. The *archive* holds the older tokens that a
     rate       as a token is decided: statistics that its gate logit gives it               (`gate_stats`)
     observe    after attention in a layer: the statistics, given what `observes` and `prompt_observes` name
     remember   after attention in a layer: the policy's memory, given the queries           (`remembers`)
+    tally      after attention in a layer: the policy's memory, given the step's decisions  (`steers`)
+    steered    before a step's layers: the policy for this step, given its memory           (`steers`)
     retire     as a token leaves the window in a decode step: forget, append, overwrite or merge it
     due        before a decode step: the rows that are pruned, which `compact` does         (`prunes`)
     compact    after a chunk of a prompt, and where due: which tokens outside the window stay  (`compacts`)
@@ -117,6 +119,11 @@ def of_rows(policy: Policy, batch: int, rows: Sequence[int]) -> Policy:
   check_rows(policy, batch)
   numbers = {name: value for name, value in row_numbers(policy).items() if np.ndim(value)}
   return policy.replace(**{name: jnp.asarray(value)[np.asarray(rows)] for name, value in numbers.items()})
+
+
+def of_places(policy: Policy, rows: Int[Array, "R"]) -> Policy:
+  """`of_rows` in compiled code; a number past the last row gets that of the last. Tables have more axes than one."""
+  return jax.tree.map(lambda x: jnp.take(x, rows, mode="clip") if jnp.ndim(x) == 1 else x, policy)
 
 
 def with_numbers(policy: Policy, numbers: Mapping[str, Sequence[int | float]]) -> Policy:
@@ -229,6 +236,7 @@ class Policy:
   prompt_observes = ()  # inputs of `observe` in chunks of a prompt
   compact_observes = ()  # inputs of `compact` beside the statistics: "keys", "values"
   remembers = False  # the policy has a memory of its own, arrays for each layer, row and KV head
+  steers = False  # its decisions depend on earlier ones, which `tally` counts in its memory
   prunes = False  # before a decode step, `compact` cuts the rows that are `due`; the archive stays in text order
   overwrites = False  # `retire` may overwrite archived tokens or merge into them, so chains cannot share pages
   merges = False  # `retire` may merge into archived tokens
@@ -301,6 +309,15 @@ class Policy:
   def for_gates(self, dms: DMSConfig) -> Policy:
     """This policy with what it needs to know of the gates that it reads; called before `resolved`."""
     return self
+
+  def chunk(self, tokens: int) -> int:
+    """Tokens of a prompt that can be read at once, of `tokens` that one would."""
+    return tokens
+
+  @property
+  def target(self) -> float | Float[Array, "*rows"]:
+    """The CR that each row asks of a model whose low-rank updates depend on it; 1, none of them, without its gates."""
+    return 1.0
 
   @property
   def numbers(self) -> tuple[str, ...]:
@@ -376,6 +393,28 @@ class Policy:
       NotImplementedError: the policy remembers but does not define this.
     """
     raise NotImplementedError(f"{type(self).__name__} remembers but has no remember")
+
+  def tally(
+    self, memory: Memory, layer: int | Int[Array, ""], evicts: Bool[Array, "B K T"], start: Int[Array, "B"],
+    lengths: Int[Array, "B"],
+  ) -> Memory:  # fmt: skip
+    """The memory after the decisions `evicts` of a step's tokens in one layer; the arguments are those of `remember`.
+
+    Raises:
+      NotImplementedError: the policy steers but does not define this.
+    """
+    raise NotImplementedError(f"{type(self).__name__} steers but has no tally")
+
+  def steered(self, memory: dict[str, Float[Array, "L B K ..."]], start: Int[Array, "B"], width: int) -> Policy:
+    """The policy that decides in a step of `width` tokens a row, the first of them at `start`.
+
+    Args:
+      memory: of all layers. Some layers may have been through `tally` in this step.
+
+    Raises:
+      NotImplementedError: the policy steers but does not define this.
+    """
+    raise NotImplementedError(f"{type(self).__name__} steers but has no steered")
 
   def renew(self, memory: Memory, layer: int | Int[Array, ""], rows: Bool[Array, "B"]) -> Memory:
     """The memory after `compact` has acted on `rows`, at the end of a prompt or where due; by default unchanged."""

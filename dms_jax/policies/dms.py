@@ -7,11 +7,16 @@ from typing import Literal
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.scipy.special import logit
 from jaxtyping import Array, Float
 
+from dms_jax.collectives import devices, summed
 from dms_jax.levels import Levels
-from dms_jax.policies.base import Leaving, Policy, Retired, per_row, register
+from dms_jax.policies.base import Leaving, Policy, Retired, is_whole, per_row, register
 from dms_jax.policies.budget import Budgeted
+
+GAIN, REACH = 6.0, 1.5  # of a steady threshold, see `DMS.steered`
+LEAST = 0.25  # of the tokens asked for by the ratio alone, those outside a window that is itself too large
 
 
 @register
@@ -25,6 +30,10 @@ class DMS(Budgeted):
   `cr` sets the threshold for gates that were trained for a range of compression ratios (`DMSConfig.elastic`): the share
   1 - 1/cr of the tokens is evicted, more of them in some texts, heads and layers and fewer in others. It is one number
   or one a row [B], default 4 or the nearest end of the range. Gates for one ratio have no such dial.
+
+  `steady` holds each row to its `cr`: every `steady` tokens, such as 128, its threshold is set by what the row has
+  evicted so far (`steered`). That is counted over all layers and heads, which still differ. Prompts are then read in
+  chunks of at most so many tokens; the result does not depend on the chunks.
 
   `budget` (tokens a head, the window's W + 1 included) adds a hard limit, which the paper does not have; with `hard`
   `cr` is one too, of any gates: tokens seen for each one allowed. The score is then the negative logit: where the
@@ -43,6 +52,7 @@ class DMS(Budgeted):
   Attributes:
     threshold: a token whose gate logit exceeds it is evicted once outside the window.
     hard: make cr a hard limit, of any gates.
+    steady: tokens after which a row's threshold moves to hold it to its cr; 0: never.
     limit_over: whose limit a budget is: each head's, or shared by the heads of a layer.
     scored: store the logit of each token held, for on_pressure=compress.
   """
@@ -50,12 +60,18 @@ class DMS(Budgeted):
   window: int | None = struct.field(pytree_node=False, default=None)
   threshold: float = 0.0
   hard: bool = struct.field(pytree_node=False, default=False)
+  steady: int = struct.field(pytree_node=False, default=0)
   limit_over: Literal["head", "layer"] = struct.field(pytree_node=False, default="head")
   kv_heads: int | None = struct.field(pytree_node=False, default=None, metadata={"flag": False})
   scored: bool = struct.field(pytree_node=False, default=False)
   levels: Levels | None = struct.field(pytree_node=False, default=None, metadata={"flag": False})
+  moved: Float[Array, "B T"] | None = struct.field(default=None, metadata={"flag": False})  # of one step, by `steered`
 
   uses_gates = True
+
+  @property
+  def steers(self):  # type: ignore[override]
+    return self.steady > 0
 
   @property
   def by_level(self) -> bool:
@@ -66,6 +82,12 @@ class DMS(Budgeted):
   def limit(self) -> float | Float[Array, "*rows"]:
     """The threshold in force."""
     return self.levels.threshold(self.cr) if self.by_level else self.threshold
+
+  @property
+  def target(self):  # type: ignore[override]
+    if self.cr is not None or self.levels is None:
+      return 1.0 if self.cr is None else self.cr
+    return self.levels.cr(self.threshold)
 
   @property
   def numbers(self):
@@ -119,8 +141,14 @@ class DMS(Budgeted):
   def resolved(self, window):
     if self.limit_over not in ("head", "layer"):
       raise ValueError(f'DMS: limit_over={self.limit_over!r:.80} must be "head" or "layer"')
+    if not is_whole(self.steady) or self.steady < 0:
+      raise ValueError(f"DMS: steady={self.steady!r:.80} must be a whole number of tokens, 0 for never")
+    if self.steady and self.bounded:
+      raise ValueError(f"DMS: steady={self.steady} holds rows to their cr, budget= or hard=True to a limit: give one")
     if self.by_level:
       self._check_level()
+    elif self.steady:
+      raise ValueError("DMS: steady holds rows to cr= of gates for a range of ratios (dms.elastic): give it")
     elif self.hard and self.cr is None:
       raise ValueError("DMS: hard=True makes a limit of cr=: give it too")
     resolve = Budgeted.resolved if self.bounded else Policy.resolved
@@ -150,7 +178,53 @@ class DMS(Budgeted):
       raise ValueError(f"DMS: cr={self.cr} must lie between {low:g} and {high:g}, for which these gates were trained")
 
   def decide(self, logits, layer, position, keys=None):
-    return logits > per_row(self.limit, 2).astype(logits.dtype)
+    limit = per_row(self.limit, 2)
+    limit = limit if self.moved is None else limit + self.moved[:, None]
+    return logits > limit.astype(logits.dtype)
+
+  def chunk(self, tokens):
+    return min(tokens, self.steady) if self.steady else tokens
+
+  def memory(self, group, head_dim):
+    """Decisions to evict, by the tokens up to the end of each block of `steady` tokens, block n in place n mod 4."""
+    return {"evicted": (4,)} if self.steady else {}
+
+  def tally(self, memory, layer, evicts, start, lengths):
+    width, size, evicted = evicts.shape[-1], self.steady, memory["evicted"]
+    if width > size:
+      raise ValueError(f"DMS: steady={size} reads prompts in chunks of at most {size} tokens, not of {width}")
+    column = lambda x: x[:, None, None]
+    place = lambda number: column(number % 4) == jnp.arange(4)
+    own, block, token = evicted[layer], start // size, jnp.arange(width)
+    made = evicts & (token < column(lengths))
+    inside = column(start % size) + token < size  # a step reaches into one more block at most
+    last = jnp.where(start % size == 0, block - 1, block)  # the last block with tokens before this step
+    before = jnp.sum(jnp.where(place(last) & column(last >= 0), own, 0.0), axis=-1)
+    first = before + jnp.sum(made & inside, axis=-1, dtype=own.dtype)
+    second = first + jnp.sum(made & ~inside, axis=-1, dtype=own.dtype)
+    new = jnp.where(place(block), first[..., None], own)
+    new = jnp.where(place(block + 1) & column(start % size + lengths > size), second[..., None], new)
+    return memory | {"evicted": evicted.at[layer].set(jnp.where(column(lengths > 0), new, own))}
+
+  def steered(self, memory, start, width):
+    """This policy with thresholds moved against what the row has kept too much or too little of.
+
+    In block n the tokens of the blocks up to n - 2 count: a chunk of at most `steady` tokens with a token of block n
+    has none of them, so that every way to read a text finds the same thresholds. What the row should have kept of them,
+    beside its window, is what makes its ratio cr. The threshold moves by GAIN times the difference of both log-odds, in
+    units of the levels' slope; by REACH of these units at most. Two blocks of what is asked for are added to both, so
+    that little is moved while little is known.
+    """
+    layers, _, heads, _ = memory["evicted"].shape
+    counts = summed(jnp.sum(memory["evicted"], axis=(0, 2))) / (layers * heads * devices())  # [B, 4], mean of heads
+    size, share = self.steady, 1.0 / per_row(jnp.asarray(self.cr, jnp.float32), 1)
+    block = (start[:, None] + jnp.arange(width)) // size
+    seen = (jnp.maximum(block - 1, 0) * size).astype(jnp.float32)
+    kept = seen - jnp.take_along_axis(counts, (block - 2) % 4, axis=1)
+    asked = jnp.maximum(seen * share - self.window * (1.0 - share), seen * share * LEAST)
+    odds = lambda tokens: logit((tokens + 2 * size * share) / (seen + 2 * size))
+    off = jnp.clip(GAIN * (odds(kept) - odds(asked)), -REACH, REACH)
+    return self.replace(moved=jnp.where(block >= 2, self.levels.slope * off, 0.0))
 
   def rate(self, logits):
     return {"score": -logits}

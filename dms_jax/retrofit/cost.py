@@ -67,7 +67,7 @@ def step_flops(
   )
   base += config.vocab_size * config.d_model
   if config.num_experts:  # a token reads some of them
-    of_experts = sum(size for path, size in sizes.items() if table[path].by_expert)
+    of_experts = sum(size for path, size in sizes.items() if table[path].of_experts)
     base -= of_experts * (config.num_experts - config.experts_per_token) // config.num_experts
   added = sum(size for path, size in sizes.items() if table[path].group != "base")
   attention = 2 * retrofit.seq_len * config.num_heads * config.head_dim * config.num_layers

@@ -11,6 +11,8 @@ decision is certain get no gradient, as under the paper's loss. A mean over all 
 step, until most heads evict all or nothing. Gates read the residual stream, but send no gradient into it: low-rank
 updates serve the distillation alone.
 
+With `LoRAConfig.by_cr` a row's low-rank updates grow with its CR too, in both passes.
+
 At the end of a run `calibrated` measures the thresholds at which the gates are read from then on, without noise.
 """
 
@@ -93,7 +95,7 @@ def student(
   dms, tau, real = model.dms, config.loss.tau, real_tokens(batch)
   if dms.granularity == "layer":
     noise = jnp.broadcast_to(noise[:, :, :1], noise.shape)
-  _, logits = run(_gates_alone(model), batch, config)
+  _, logits = run(_gates_alone(model), batch, config, cr=cr)
   limit = thresholds(logits, noise, real, shares(config, cr, real, dms.window))
 
   def attention(layer, x, q, k, v, noise):
@@ -101,7 +103,7 @@ def student(
     z = (own - per_row(limit, 2) + noise) / tau
     return window_bias_attention(q, k, v, masks.soft_bias(z, dms.lag()), dms.window, batch.segment_ids), z
 
-  return run(model, batch, config, attention=attention, attention_inputs=noise)
+  return run(model, batch, config, cr=cr, attention=attention, attention_inputs=noise)
 
 
 def _gates_alone(model: Model) -> Model:
@@ -119,8 +121,8 @@ def calibrated(
 ) -> Model:
   """`model` with the thresholds at which its gates evict, on the average over `batches`, what each CR asks for.
 
-  Logits depend a little on what is evicted before. So the thresholds of a dense pass come first, and the final ones are
-  of passes that evict at these.
+  Logits depend a little on what is evicted before and on the updates of that CR. So the thresholds of a dense pass
+  come first, and the final ones are of passes that evict at these.
   """
   low, high = model.dms.elastic
   crs = jnp.asarray(Levels.ratios(low, high, LEVELS), jnp.float32)
@@ -138,7 +140,7 @@ def calibrated(
 @jax.jit
 def _edges(model: Model, batch: Batch, config: RetrofitConfig) -> Float[Array, "E"]:
   """Logits of a dense pass at equal distances in their order, from the least to the greatest."""
-  _, logits = run(model, batch, config)
+  _, logits = run(model, batch, config, cr=model.dms.levels.usual)
   share = jnp.linspace(1.0, 0.0, EDGES, dtype=jnp.float32)
   return constrain(quantiles(logits, real_tokens(batch), share), {})
 
@@ -156,18 +158,23 @@ def _counts(
   real, count = real_tokens(batch), config.microbatches
   parts = jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), batch)
 
-  def above(limit: Float[Array, ""] | None) -> Int[Array, "E"]:
+  def above(level: tuple[Float[Array, ""], Float[Array, ""] | None]) -> Int[Array, "E"]:
+    cr, limit = level
     eviction = None if limit is None else Eviction(threshold=limit)
 
     def part(batch: Batch) -> Int[Array, "E"]:
-      _, logits = run(model, batch, config, eviction=eviction)
+      _, logits = run(model, batch, config, cr=cr, eviction=eviction)
       counted = jnp.broadcast_to(real_tokens(batch)[:, None], logits.shape)
       ordered = jnp.sort(jnp.where(counted, logits, jnp.inf), axis=None)
       return counted.sum() - jnp.searchsorted(ordered, edges, side="right").astype(jnp.int32)
 
     return jax.lax.map(part, parts).sum(axis=0)
 
-  found = jnp.broadcast_to(above(None), (len(crs), len(edges))) if limits is None else jax.lax.map(above, limits)
+  if limits is None:
+    usual = above((jnp.float32(model.dms.levels.usual), None))
+    found = jnp.broadcast_to(usual, (len(crs), len(edges)))
+  else:
+    found = jax.lax.map(above, (crs, limits))
   cells = model.config.num_layers * model.config.num_kv_heads * real.sum(axis=1)
   wanted = jax.vmap(lambda cr: jnp.sum(shares(config, cr, real, model.dms.window) * cells.astype(jnp.float32)))(crs)
   return constrain((found, wanted), {})

@@ -7,7 +7,7 @@ loss reaches the decisions about the facts:
 | kind      | facts                                        | the end asks for                                |
 | --------- | -------------------------------------------- | ----------------------------------------------- |
 | `facts`   | "The amber kettle weighs 4,731 grams."       | some of the values, in another order            |
-| `aliases` | names, cells or variables that copy another  | every name that holds one value                 |
+| `aliases` | names, cells or letters that copy another    | every name that holds one value                 |
 | `records` | a table, as CSV, JSON lines or prose         | fields of some rows                             |
 | `events`  | a log with times                             | who did something, and what came last           |
 | `quotes`  | lines under a label                          | one of them, word by word                       |
@@ -23,6 +23,7 @@ import functools
 import itertools
 import json
 import random
+import string
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -100,25 +101,42 @@ def facts(rng: random.Random) -> Recall:
   return Recall(tuple(told), "\n" + "".join(pattern.format(asked[i].format(things[i]), values[i]) for i in order))
 
 
+ALIASES = {  # the first of a chain, and each later one
+  "let": ("let {} be {}.", "{} is the same as {}."), "code": ("{} = {}", "{} = {}"),
+  "cell": ("Cell {} holds {}.", "Cell {} copies cell {}."),
+  "house": ("{} chose the number {}.", "{} chose the same as {}."), "letters": ("{} := {}", "{} := {}"),
+}  # fmt: skip
+ANSWERS = ("All that equal {}: {}\n", "# value {}: {}\n", "Which have {}? {}.\n")
+
+
 def aliases(rng: random.Random) -> Recall:
-  """Chains of names, each of which copies the one before it; chains are mixed, the order within each stays."""
-  forms = {
-    "let": ("let {} be {}.", "{} is the same as {}."), "code": ("{} = {}", "{} = {}"),
-    "cell": ("Cell {} holds {}.", "Cell {} copies cell {}."),
-    "house": ("{} chose the number {}.", "{} chose the same as {}."),
-  }  # fmt: skip
-  kind = rng.choice(list(forms))
-  chains, longest = rng.randint(1, 4), rng.randint(2, 7)
+  """Chains of names, each of which copies the one before it; chains are mixed, the order within each stays.
+
+  Half of the documents begin with a smaller example that is answered at once.
+  """
+  kind, pattern = rng.choice(list(ALIASES)), rng.choice(ANSWERS)
+  made = _chains(rng, kind, pattern, rng.randint(1, 4), rng.randint(2, 7))
+  if rng.random() < 0.5:
+    example = _chains(rng, kind, pattern, 1, rng.randint(2, 5))
+    return Recall(("\n".join(example.facts) + example.end, *made.facts), made.end)
+  return made
+
+
+def _chains(rng: random.Random, kind: str, pattern: str, chains: int, longest: int) -> Recall:
+  """`chains` chains of `longest` names, some of them asked for."""
   count = chains * longest
   if kind == "cell":
     names = [f"{chr(65 + i % 26)}{i // 26 + 1}" for i in rng.sample(range(26 * 40), count)]
   elif kind == "house":
     names = rng.sample(NAMES, count)
+  elif kind == "letters":  # of several tokens that belong to no word
+    letters, size = rng.choice((string.ascii_lowercase, string.ascii_uppercase)), rng.randint(3, 6)
+    names = list({"".join(rng.choices(letters, k=size)): None for _ in range(2 * count)})[:count]
   else:
     names = [f"{chr(97 + i % 26)}{chr(97 + i // 26 % 26)}_{i // 676}" for i in rng.sample(range(26 * 26 * 30), count)]
   own = [names[i * longest : (i + 1) * longest] for i in range(chains)]
   values = rng.sample(range(10, 10**5), chains)
-  first, later = forms[kind]
+  first, later = ALIASES[kind]
   told = [
     [first.format(chain[0], value), *(later.format(new, old) for old, new in itertools.pairwise(chain))]
     for chain, value in zip(own, values, strict=True)
@@ -127,7 +145,6 @@ def aliases(rng: random.Random) -> Recall:
   while any(left):
     mixed.append(rng.choice([lines for lines in left if lines]).pop(0))
   asked = rng.sample(range(chains), rng.randint(1, chains))
-  pattern = rng.choice(("All that equal {}: {}\n", "# value {}: {}\n", "Which have {}? {}.\n"))
   return Recall(tuple(mixed), "\n" + "".join(pattern.format(values[i], ", ".join(own[i])) for i in asked))
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,9 @@ SAME_MASS = Bar("mass_difference", 1e-4, most=True)  # float32 sums, approximate
 class Decode:
   """B rows, K KV heads, G queries each of size H, S slots a head; `layers` in the cache.
 
+  `spread` says how many slots of each head are live: "ragged" at a mean of S / `cr`; "chains", 60 to 300, as of many
+  short chains of thought; "halves", of every other head all, of the others a window of 257.
+
   `pages` is the slots of a page, 0 for a contiguous cache; pages hold `stored`. The first `ring` slots of a head are
   contiguous, in q's dtype. `mass`: the attention mass of each slot is returned, too.
   """
@@ -55,9 +59,10 @@ class Decode:
   ring: int = 0
   mass: bool = False
   bars: tuple[Bar, ...] = ()
+  spread: Literal["ragged", "chains", "halves"] = "ragged"
 
   def __str__(self) -> str:
-    mass = " mass" if self.mass else ""
+    mass = (" mass" if self.mass else "") + ("" if self.spread == "ragged" else f" {self.spread}")
     pages = f" pages{self.pages} {self.stored}" if self.pages else ""
     ring = f" ring{self.ring}" if self.ring else ""
     return f"B{self.batch} K{self.heads} G{self.group} H{self.size} S{self.slots}{pages}{ring}{mass}"
@@ -68,6 +73,16 @@ class Decode:
     return dataclasses.replace(
       self, batch=2, heads=2, slots=slots, layers=2, pages=min(self.pages, 16), ring=min(self.ring, 9), bars=()
     )
+
+  def lengths(self) -> np.ndarray:
+    """int32 [B, K]: live slots of each head."""
+    shape, most = (self.batch, self.heads), self.slots
+    if self.spread == "chains":
+      return np.random.default_rng(0).integers(min(60, most), min(300, most) + 1, shape).astype(np.int32)
+    if self.spread == "halves":
+      every_other = np.where(np.arange(self.heads) % 2 == 0, most, min(257, most))
+      return np.broadcast_to(every_other, shape).astype(np.int32)
+    return bench.ragged_lengths(*shape, most, self.cr)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +114,11 @@ CASES: dict[str, Decode | Text] = {
   "decode_b8_s32k_cr8": Decode(8, 8, 4, 128, 32768, bars=(Bar("dense_ratio", 6.5),)),
   "decode_h64_cr8": Decode(8, 8, 4, 64, 8192, 16, bars=(Bar("dense_ratio", 5),)),
   "decode_b1_s32k_cr8": Decode(1, 8, 4, 128, 32768, 16, bars=(Bar("dense_ratio", 5),)),
+  "decode_shard_cr8": Decode(32, 1, 8, 128, 8192, 16, bars=(Bar("us", 8.5, most=True),)),  # of 70B over eight devices
+  "decode_h64_b64_cr4": Decode(64, 3, 3, 64, 4096, 8, cr=4, bars=(Bar("of_floor", 0.8),)),
+  "decode_chains": Decode(2048, 2, 3, 64, 2048, bars=(Bar("of_floor", 0.7),), spread="chains"),
+  "pages_chains": Decode(2048, 2, 3, 64, 2048, pages=16, ring=24, spread="chains"),
+  "pages_halves": Decode(32, 8, 4, 128, 8192, pages=32, bars=(Bar("of_floor", 0.85),), spread="halves"),
   "pages_b32_cr8": Decode(32, 8, 4, 128, 8192, pages=32, bars=(Bar("contiguous_ratio", 0.9),)),
   "pages_h64_cr8": Decode(8, 8, 4, 64, 8192, 16, pages=32, bars=(Bar("contiguous_ratio", 0.9),)),
   "pages_int8_b32_cr8": Decode(32, 8, 4, 128, 8192, pages=32, stored="int8"),
@@ -114,11 +134,16 @@ CASES: dict[str, Decode | Text] = {
   ),
   "prefill_cr8": Text("prefill", 1, 32768, 32, 8, 128, 256, bars=(Bar("dense_ratio", 5),)),
   "prefill_cr1": Text("prefill", 1, 32768, 32, 8, 128, 256, cr=1, bars=(Bar("dense_ratio", 0.9),)),
+  "prefill_h64": Text("prefill", 4, 4096, 9, 3, 64, 64, cr=4, bars=(Bar("dense_ratio", 2.5), Bar("of_floor", 0.65))),
+  "prefill_h64_b32": Text(
+    "prefill", 32, 1024, 9, 3, 64, 64, cr=4, bars=(Bar("dense_ratio", 2.5), Bar("of_floor", 0.65))
+  ),
   "retrofit_t8192": Text(
     "retrofit", 1, 8192, 32, 8, 128, 256, bars=(Bar("dense_slowdown", 1.8, most=True), Bar("flex_ratio", 15))
   ),
   "retrofit_t32768": Text("retrofit", 1, 32768, 32, 8, 128, 256, bars=(Bar("flex_ratio", 13),)),
   "retrofit_h64": Text("retrofit", 2, 4096, 32, 8, 64, 64),
+  "retrofit_n28": Text("retrofit", 2, 4096, 28, 4, 128, 256, bars=(Bar("dense_slowdown", 1.12, most=True),)),
 }
 
 
@@ -211,7 +236,7 @@ def paged(work: Decode, lengths: np.ndarray) -> Pages:
 
 def decode_arguments(work: Decode) -> tuple[tuple, np.ndarray]:
   """((cache or None, its live slots or None, pages or None), live slots of each head in all)."""
-  lengths = bench.ragged_lengths(work.batch, work.heads, work.slots, work.cr)
+  lengths = work.lengths()
   if not work.pages:
     return (contiguous(work), jnp.asarray(lengths), None), lengths
   in_ring = np.minimum(lengths, work.ring)

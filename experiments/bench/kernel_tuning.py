@@ -18,6 +18,7 @@ from experiments.bench import kernel_cases
 from experiments.bench.kernel_cases import Decode, Text
 from experiments.common import program
 from pallas_kernels.common import tuned
+from pallas_kernels.common.platform import processors
 from pallas_kernels.decode import gpu as decode_gpu
 from pallas_kernels.prefill import gpu as prefill_gpu
 from pallas_kernels.window_bias import gpu as retrofit_gpu
@@ -39,7 +40,7 @@ def decode_candidates(processors: int) -> Iterator[Callable[[Any], list]]:
     for stages in (2, 3, 4, 6)
     if max(best.split, 2 * block) % block == 0 and max(best.rest, block) % block == 0
   ]
-  yield lambda best: [REPLACE(best, workers=n * processors) for n in (1, 2, 3, 4)]
+  yield lambda best: [REPLACE(best, workers=n * processors) for n in (0, 1, 2, 3, 4)]
   yield lambda best: [REPLACE(best, merged=n) for n in (2, 4, 8)]
 
 
@@ -81,7 +82,7 @@ def search(default: Any, groups: Iterator[Callable], clock: Callable[[Any], floa
 def subject(work: Decode | Text) -> tuple[str, str, Any, Iterator[Callable], Callable[[Any], float]]:
   """(operation, class of shapes, default sizes, candidates, clock of sizes in microseconds) of a workload."""
   if isinstance(work, Decode):
-    pairs, count = work.batch * work.heads, decode_gpu.processors()
+    pairs, count = work.batch * work.heads, processors()
     contiguous = -(-work.ring // 16) * 16 if work.pages else work.slots
     default = decode_gpu.default_blocks(
       work.batch, work.heads, contiguous, work.size, count, work.pages > 0, work.stored != "bfloat16"
@@ -91,7 +92,7 @@ def subject(work: Decode | Text) -> tuple[str, str, Any, Iterator[Callable], Cal
     clock = lambda sizes: kernel_cases.decode_us(work, None, attend(sizes))[0]
     return "decode", shapes, default, decode_candidates(count), clock
   if work.kind == "prefill":
-    default = prefill_gpu.default_blocks(work.size)
+    default = prefill_gpu.default_blocks(work.size, processors())
     attend = lambda sizes: functools.partial(prefill_gpu.prefill_attention, blocks=sizes)
     clock = lambda sizes: kernel_cases.prefill_us(work, attend(sizes))[0]
     return "prefill", tuned.shape_class(H=work.size), default, prefill_candidates(), clock

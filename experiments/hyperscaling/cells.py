@@ -329,6 +329,8 @@ def _read(folder: Path, flag: str) -> tuple[Sweep, list[str]]:
   times = {key: float(line["seconds"]) for key, line in measured.get(gib, {}).items()}
   if times and (small := sum(not line.get("full", True) for line in measured[gib].values())):
     remarks = [*remarks, f"{folder}: {small} of {len(times)} times are of all chains at once, which leave memory free"]
+  if derived := sum("step_seconds" in line and "timed_seconds" not in line for line in measured.get(gib, {}).values()):
+    remarks = [*remarks, f"{folder}: {derived} of {len(times)} times are interpolated over the rows of a batch"]
   return Sweep(folder, cells, times, config, about.get("environment") or {}, gib), remarks
 
 

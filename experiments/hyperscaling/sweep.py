@@ -131,37 +131,49 @@ class Sweeping:
           trace.add(self.folder / trace.FILE, job, method, self.tokenizer, done, limits.traces)
     return {"records_made": made, "tokens_made": estimate.done, "tokens_per_s": estimate.speed or self.speed}
 
-  def time(self, gib: float, problems: int) -> None:
-    """Times every method at every L in the largest batch that fits `gib` GiB of cache, where that is not done yet.
+  def time(self, gib: float, count: int) -> None:
+    """Times `count` cells of every method, and interpolates the others; see `timing`. What was timed before stays.
 
     Args:
-      problems: the first so many of each task are written, all chains of each, by every method; 0: all.
+      gib: GiB of cache that all batches share.
+      count: cells of each method that are timed, over all tasks, CRs and L; 0: all.
     """
-    path = self.folder / cells.TIMES
+    path, memory = self.folder / cells.TIMES, int(gib * 2**30)
     files.cut_half_line(path, b'{"task": ')
-    limit = problems or max((len(job.asked) for job in self.jobs), default=0)
-    measured = cells.read_times(path).get(gib, {})
-    there = {key for key, line in measured.items() if line.get("problems") == min(limit, self.problems(key[0]))}
+    there = cells.read_times(path).get(gib, {})
     found = cells.of_records(record for own in self.there.values() for record in own)[0]
-    wanted = [
-      (job, method, most, key)
-      for job in self.jobs
-      for method in self.methods
-      for most in job.max_tokens
-      if (key := (job.task.name, method.name, method.budget.get("cr", 1.0), most)) not in there and key in found
-    ]
-    if wanted:
-      program.log(
-        f"{len(wanted)} cells to time in {gib:g} GiB of cache, each with all chains of up to {limit} problems"
-      )
+    by_method: dict[str, dict[cells.Key, tuple[Job, Method, int]]] = {}
+    for job, method, most in ((j, m, L) for j in self.jobs for m in self.methods for L in j.max_tokens):
+      key = job.task.name, method.name, method.budget.get("cr", 1.0), most
+      if key in found:
+        rows = timing.rows_that_fit(job, method, most, found[key], memory)
+        by_method.setdefault(method.name, {})[key] = job, method, rows
+    chosen = {
+      key for own in by_method.values()
+      for key in ([list(own)[n] for n in timing.spread([rows for *_, rows in own.values()], count)] if count else own)
+    }  # fmt: skip
+    measured = {key: line for key, line in there.items() if line.get("timed_seconds")}
+    if wanted := [(key, own[key]) for own in by_method.values() for key in own if key in chosen - measured.keys()]:
+      every = sum(map(len, by_method.values()))
+      program.log(f"{len(wanted)} cells to time in {gib:g} GiB of cache, of {every}; the others are interpolated")
     estimate = Estimate(len(wanted))
-    for job, method, most, key in wanted:
-      what = f"timing {method.label}, L {most}, on {job.name}"
-      took = timing.seconds_a_chain(
-        job, method, most, found[key], self.tokenizer, int(gib * 2**30), limit,
-        lambda tokens, what=what: estimate.tick(what),
-      )  # fmt: skip
-      about = dict(zip(("task", "method", "cr", "max_tokens"), key, strict=True))
-      about["problems"] = min(limit, len(job.asked))
-      files.append_text(path, json.dumps({**about, "gib": gib, **took}) + "\n")
+
+    def write(key: cells.Key, about: dict[str, Any], job: Job) -> None:
+      about["seconds"] = about["step_seconds"] / about["rows"] * timing.new_tokens(job, found[key])
+      about["full"] = about["rows"] < len(job.asked) * job.chains
+      named = dict(zip(("task", "method", "cr", "max_tokens"), key, strict=True))
+      files.append_text(path, json.dumps({**named, "gib": gib, **about}) + "\n")
+
+    for key, (job, method, rows) in wanted:
+      what = f"timing {method.label}, L {key[3]}, on {job.name}"
+      measured[key] = timing.step_seconds(
+        job, method, key[3], rows, self.tokenizer, memory, lambda tokens, what=what: estimate.tick(what)
+      )
+      write(key, measured[key], job)
       estimate.add(1)
+    for name, own in by_method.items():
+      timed = [(line["rows"], line["step_seconds"]) for key, line in measured.items() if key[1] == name]
+      for key, (job, _, rows) in own.items():
+        about = {"rows": rows, "step_seconds": timing.interpolated(rows, timed)}
+        if key not in measured and (there.get(key, {}).get("step_seconds") != about["step_seconds"]):
+          write(key, about, job)

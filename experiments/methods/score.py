@@ -26,7 +26,7 @@ def masked(policy: Policy, budget: Budget) -> float | Policy | None:
   """
   if isinstance(policy, Vanilla):
     return None
-  if type(policy) is DMS and policy.window is None and not policy.bounded and not budget.given:
+  if type(policy) is DMS and policy.window is None and not (policy.bounded or policy.steady or budget.given):
     return float(policy.limit)
   return policy
 
@@ -103,6 +103,8 @@ def score_text(
   if isinstance(limit, Policy):
     (group,), _ = fitted(method.model, method.policy, method.given, [length])
     settings: dict[str, Any] = {"model": method.model, "policy": group.policy}
+    if steady := getattr(group.policy, "steady", 0):  # the chunks change no score
+      settings["chunk"] = min(steady, length)
   elif limit is None:
     settings = {"model": None if method.model is original else method.model}
   else:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, Key
 
 from dms_jax import BudgetError, Generator
 from dms_jax.generation.detokenize import Detokenizer
@@ -22,13 +23,27 @@ CHUNK = 256  # prompt tokens that one compiled call reads
 ROUND = 64  # tokens to whose multiple the length of a cache is rounded up
 
 
+def longest_text(job: Any, method: Method, group: Group, most: int) -> int:
+  """Tokens of the longest text of a group, rounded so that tasks with prompts of similar lengths share programs."""
+  longest = max(len(job.asked[row].tokens) for row in group.rows) + most
+  return min(-(-longest // ROUND) * ROUND, method.model.config.max_position_embeddings)
+
+
+def chain_keys(job: Any, number: int, chains: Sequence[int]) -> jax.Array | None:
+  """The sampling keys of some chains of a prompt; None where sampling is greedy."""
+  return _keys(jax.random.key(job.seed), number, np.asarray(chains, np.int32)) if job.temperature else None
+
+
+@jax.jit
+def _keys(key: Key[Array, ""], number: int, chains: Int[Array, "n"]) -> Key[Array, "n"]:
+  return jax.vmap(lambda chain: jax.random.fold_in(jax.random.fold_in(key, number), chain))(chains)
+
+
 def generator_of(
   job: Any, method: Method, group: Group, tokenizer: Tokenizer, most: int, width: int, memory: int | None
 ) -> Generator:
   """A generator for all prompts of a group; its shapes do not depend on which of them are done."""
-  longest = max(len(job.asked[row].tokens) for row in group.rows) + most
-  # Rounded, so that tasks with prompts of similar lengths share their compiled programs.
-  longest = min(-(-longest // ROUND) * ROUND, method.model.config.max_position_embeddings)
+  longest = longest_text(job, method, group, most)
   try:
     generator = Generator(
       method.model, policy=group.policy, width=width, max_length=longest, temperature=job.temperature,
@@ -84,7 +99,6 @@ def _write_group(
   record: Callable[..., Record], most: int, width: int, memory: int | None, tick: Callable[[int], None],
 ) -> Iterator[list[Record]]:  # fmt: skip
   """`write` for the prompts of one group, up to `most` new tokens."""
-  key_of = lambda number, chain: jax.random.fold_in(jax.random.fold_in(jax.random.key(job.seed), number), chain)
   generator = generator_of(job, method, group, tokenizer, most, width, memory)
   running: dict[int, tuple[int, list[int]]] = {}  # ticket -> prompt, its chains
   ended: dict[int, int] = {}  # ticket -> chains that have ended
@@ -101,8 +115,8 @@ def _write_group(
 
   for place, number in enumerate(group.rows):
     if chains := list(cuts.get(number, ())):
-      keys = jnp.stack([key_of(number, chain) for chain in chains]) if job.temperature else None
-      prompt, request = job.asked[number].tokens, dict(chains=len(chains), key=keys, **group.of_row(place))
+      keys, prompt = chain_keys(job, number, chains), job.asked[number].tokens
+      request = dict(chains=len(chains), key=keys, **group.of_row(place))
       if not running:
         step(times.warm_up, prompt, most, **request)
       running[generator.submit(prompt, max_new_tokens=most, **request)] = (number, chains)

@@ -64,6 +64,15 @@ def tokenizer() -> Tokenizer:
   return Tokenizer(backend, {"tokenizer_class": "PreTrainedTokenizerFast", **names})
 
 
+def check_words(flag: str, families: Sequence[str], tokenizer: Tokenizer) -> None:
+  """Raises ValueError if a model's tokenizer lacks words of the problems; names the flag of the families."""
+  if lacking := sorted(set(VOCABULARY) - set(tokenizer.backend.get_vocab(with_added_tokens=True))):
+    raise ValueError(
+      f"{flag}={','.join(families)}: this model's tokenizer lacks {len(lacking)} of their words, such as "
+      f"{lacking[0]!r}; they are for models of experiments.train_reasoner"
+    )
+
+
 Keep = Callable[[str], bool]  # whether a part of this canonical form is wanted
 
 
@@ -193,6 +202,7 @@ class ReasoningTask(WritingTask):
   LEVELS: ClassVar[tuple[Any, ...]]
   PROBLEM: ClassVar[type]
   size: ClassVar[int] = 0
+  notes = ("note", ";")
   metrics = ("accuracy",)
   new_tokens = 3840
   problems: int = 512

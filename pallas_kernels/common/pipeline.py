@@ -75,25 +75,28 @@ def store(slot, *copies: tuple) -> None:
   plgpu.wait_smem_to_gmem(0)
 
 
-def stream(steps, stages: int, blocks: Callable[[Any], Sequence], *rings: tuple) -> None:
+def stream(steps, stages: int, blocks: Callable[[Any], Sequence], *rings: tuple, before=None) -> None:
   """The loader's loop: `steps` blocks, one after the other, each into a slot that its last readers have left.
 
   Args:
     blocks: called with a block's number; for each ring, its `copies` as `fetch` takes them.
     rings: (barriers of free slots, barriers of loaded slots) each; None as the first: free with the ring before it.
+    before: how many blocks went through the rings before; the caller awaits their last release then (`drain`).
   """
+  earlier = 0 if before is None else before
 
   @pl.loop(0, steps)
   def _(number):
-    slot = lax.rem(number, jnp.int32(stages))
+    slot = lax.rem(earlier + number, jnp.int32(stages))
     copies = blocks(number)
-    full = number >= stages
+    full = earlier + number >= stages
     for (free, ready), ring in zip(rings, copies, strict=True):
       if free is not None:
         pl.when(full)(functools.partial(plgpu.barrier_wait, free.at[slot]))
       fetch(slot, ready, *ring)
 
-  compat.drain(steps, *(free for free, _ in rings if free is not None))
+  if before is None:
+    compat.drain(steps, *(free for free, _ in rings if free is not None))
 
 
 def launch(

@@ -17,6 +17,11 @@ def platform() -> str:
   return _target.get() or jax.default_backend()
 
 
+def processors() -> int:
+  """Multiprocessors of the GPU; an H100's where there is none."""
+  return int(getattr(jax.devices()[0], "core_count", 132)) if jax.default_backend() == "gpu" else 132
+
+
 def tracing_for(name: str) -> contextlib.AbstractContextManager[None]:
   """Traces for another kind of device than the default, to compile for absent hardware."""
   return setting(_target, name)

@@ -23,6 +23,7 @@ def decode_attention(
   lse: bool = False,
   mass: bool = False,
   softcap: float | None = None,
+  sinks: Float[Array, "N"] | None = None,
   implementation: str | Sequence[str] | None = None,
 ) -> Float[Array, "B N H"] | tuple:
   """Attention of one query per row over the live slots of each KV head of one layer, in one softmax.
@@ -35,10 +36,12 @@ def decode_attention(
     kv: the whole cache, a slot's key and value side by side; `layer` picks its first axis, nothing else is copied.
       uint16 holds the bits of bfloat16.
     lengths: live slots; a head without any gives zeros. None if `kv` is None.
-    lse: also return the logarithm of each query's sum of exponentials, float32 [B, N], -inf if nothing is live.
+    lse: also return the logarithm of each query's sum of exponentials, float32 [B, N], sinks included; -inf for a sum
+      of nothing.
     mass: also return the attention probability of each slot, summed over the query heads of its group: the pair
       (float32 [B, K, S], float32 [B, K, M * page]) for `kv` and `pages`, None for a missing source, 0 for dead slots.
     softcap: scores s, before any mask or bias, become softcap tanh(s / softcap) (Gemma 2); None leaves them.
+    sinks: a logit for each query head, whose exponential joins the sum of the softmax and has no value (gpt-oss).
     implementation: None for the first able one, else a name or names in order.
 
   Returns:
@@ -52,6 +55,7 @@ def decode_attention(
   check = dispatch.check
   check(kv is not None or pages is not None, "kv and pages are both None: nothing to attend to")
   check((kv is None) == (lengths is None), "kv and lengths go together: give both or neither")
+  dispatch.check_sinks(sinks, n)
   if kv is not None:
     check(kv.ndim == 5 and kv.shape[1] == b, f"kv {kv.shape} must be [L, B={b}, K, S, 2H]")
     check(kv.shape[4] == 2 * h, f"kv's last axis is {kv.shape[4]}, expected 2H = {2 * h}")
@@ -59,9 +63,8 @@ def decode_attention(
     check(lengths.shape == (b, kv.shape[2]), f"lengths {lengths.shape} must be [B, K] = {(b, kv.shape[2])}")
   if pages is not None:
     check_pages(pages, b, n, h, None if kv is None else kv.shape)
-  return dispatch.call(
-    "decode", IMPLEMENTATIONS, implementation, q, kv, layer, lengths, pages=pages, lse=lse, mass=mass, softcap=softcap
-  )
+  options = dict(pages=pages, lse=lse, mass=mass, softcap=softcap, sinks=sinks)
+  return dispatch.call("decode", IMPLEMENTATIONS, implementation, q, kv, layer, lengths, **options)
 
 
 def check_pages(pages: Pages, b: int, n: int, h: int, cache: tuple[int, ...] | None) -> None:

@@ -21,6 +21,9 @@ class Blocks:
   A worker computes on `block` slots at a time and has `stages` blocks in flight. `split` slots make one partial result;
   the remainder of a pair is cut into pieces of `rest` slots, which start last. `merged` partial results of a pair are
   loaded together, the next ones while these are merged.
+
+  With `workers` 0 each pair has a block of threads of its own, which computes all of it: one launch and no partial
+  results. `split`, `rest` and `merged` then mean nothing.
   """
 
   block: int
@@ -41,6 +44,11 @@ class Blocks:
       raise ValueError(f"rest {self.rest} must be a multiple of block {self.block}, up to split {self.split}")
 
   @property
+  def by_pair(self) -> bool:
+    """Whether each pair has a block of threads of its own."""
+    return self.workers == 0
+
+  @property
   def whole(self) -> int:
     """Blocks of a whole chunk."""
     return self.split // self.block
@@ -52,6 +60,8 @@ class Blocks:
 
   def most_chunks(self, blocks: int) -> int:
     """The most chunks of a pair of up to `blocks` blocks."""
+    if self.by_pair:
+      return 1
     return max(blocks // self.whole + -(-min(self.whole - 1, blocks) // self.piece), 1)
 
 
@@ -186,3 +196,13 @@ def merge(pair, rows, chunks, most: int, together: int, part_ref, stat_ref, out_
   if lse_ref is not None:
     logs = (top + jnp.log(jnp.where(nothing, 1.0, total)) * LOG2E) * (1 / LOG2E)
     lse_ref[pair, rows] = jnp.where(nothing, -jnp.inf, logs)
+
+
+def write_alone(acc, top, total, out_ref, lse_ref):
+  """Writes the result of a pair that one worker computed: acc [H, 8], top and total [8] in registers."""
+  nothing = total == 0.0
+  one = jnp.where(nothing, 1.0, total)
+  warpgroup.store_transposed((acc / lax.broadcast_in_dim(one, acc.shape, [1])).astype(out_ref.dtype), out_ref)
+  if lse_ref is not None:
+    logs = (top + jnp.log(one) * LOG2E) * (1 / LOG2E)
+    warpgroup.store_columns(jnp.where(nothing, -jnp.inf, logs), lse_ref)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 
-def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, mass: bool = False, softcap=None):
+def decode_attention(
+  q, kv, layer, lengths, *, pages=None, lse: bool = False, mass: bool = False, softcap=None, sinks=None
+):
   """softmax(q k^T / sqrt(H)) v over the live slots of each (row, KV head): a prefix of kv, then the archive in pages.
+
+  A head's sink is one more score, of a slot without a value.
 
   Args: q [B, N, H], kv [L, B, K, S, 2H] or None, layer int, lengths [B, K] or None, pages a `Pages` or None. All in
   float64; zeros if nothing is live. Returns what `api.decode_attention` does.
@@ -15,7 +19,9 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
   b, n, h = q.shape
   k = (np.shape(kv) if kv is not None else np.shape(pages.table))[2]
   group = n // k
-  out, logs = np.zeros((b, n, h)), np.full((b, n), -np.inf)
+  out = np.zeros((b, n, h))
+  sinks = np.full(n, -np.inf) if sinks is None else np.asarray(sinks, np.float64)
+  logs = np.tile(sinks, (b, 1))
   of_kv = None if kv is None else np.zeros((b, k, np.shape(kv)[3]))
   of_pages = None if pages is None else np.zeros((b, k, np.shape(pages.table)[3] * np.shape(pages.pool)[1]))
   for row in range(b):
@@ -32,10 +38,11 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
         continue
       scores = slots[:, :h] @ q[row, head] / np.sqrt(h)
       scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
-      weights = np.exp(scores - scores.max())
-      out[row, head] = weights @ slots[:, h:] / weights.sum()
-      logs[row, head] = scores.max() + np.log(weights.sum())
-      weights = weights / weights.sum()
+      top = max(scores.max(), sinks[head])
+      total = np.exp(scores - top).sum() + np.exp(sinks[head] - top)
+      weights = np.exp(scores - top) / total
+      out[row, head] = weights @ slots[:, h:]
+      logs[row, head] = top + np.log(total)
       if kv is not None:
         of_kv[row, kv_head, :first] += weights[:first]
       if pages is not None:

@@ -76,7 +76,7 @@ def default_blocks(head_dim: int, dtype, workers: int) -> Blocks:
 
 
 def decode_attention(
-  q, kv, layer, lengths, *, pages=None, lse: bool = False, mass: bool = False, softcap=None, blocks=None
+  q, kv, layer, lengths, *, pages=None, lse: bool = False, mass: bool = False, softcap=None, sinks=None, blocks=None
 ):
   """See `api.decode_attention`; bfloat16 or float32, head size 64 or 128, groups up to 8.
 
@@ -88,10 +88,10 @@ def decode_attention(
     blocks: `Blocks`, by default `default_blocks`.
 
   Raises:
-    NotImplementedError: another device, dtype or shape; scores that are capped.
+    NotImplementedError: another device, dtype or shape; scores that are capped; attention sinks.
   """
   compat_tpu.require_tpu()
-  dispatch.supports_no_softcap(softcap)
+  dispatch.supports_plain_scores(softcap, sinks)
   b, n, h = q.shape
   k = (kv if kv is not None else pages.table).shape[2]
   group, pairs, rows = n // k, b * k, compat_tpu.tile(q.dtype)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.common.platform import platform
-from pallas_kernels.common.xla_dot import einsum, soft_capped
+from pallas_kernels.common.xla_dot import einsum, no_scores, soft_capped
 from pallas_kernels.paged.format import PageFormat, format_of
 
 # Slots read at a time. A block is the only copy made of the cache, so it bounds the temporaries.
@@ -97,7 +97,9 @@ def paged(pages, layer) -> Source:
   return Source(pages.format, blocks, read, put, most * page, -(-most // several) * block)
 
 
-def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, mass: bool = False, softcap=None):
+def decode_attention(
+  q, kv, layer, lengths, *, pages=None, lse: bool = False, mass: bool = False, softcap=None, sinks=None
+):
   """See `api.decode_attention`. A block past a row's prefix changes nothing, not even a bit, in that row."""
   b, n, h = q.shape
   of_kv = None if kv is None else contiguous(kv, layer, lengths)
@@ -153,7 +155,8 @@ def decode_attention(q, kv, layer, lengths, *, pages=None, lse: bool = False, ma
     state, kept = _loop(source.blocks, body, (state, kept))
     return state, kept[..., : source.slots] if mass else None
 
-  state = jnp.full((b, k, n // k), -jnp.inf), jnp.zeros((b, k, n // k)), jnp.zeros((b, k, n // k, h))
+  top, total = no_scores(sinks, (b, k, n // k))
+  state = top, total, jnp.zeros((b, k, n // k, h))
   scores = {}
   for source in sources:
     state, scores[source] = attend(source, state)

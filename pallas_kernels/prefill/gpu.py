@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.common import compat, dispatch, pipeline, tuned
 from pallas_kernels.common.compat import plgpu
 from pallas_kernels.common.pipeline import WARPGROUPS
+from pallas_kernels.common.platform import processors
 from pallas_kernels.common.softmax import LOG2E, LOWEST
 from pallas_kernels.common.warpgroup import ROWS
 from pallas_kernels.prefill import gpu_mass
@@ -29,7 +30,18 @@ from pallas_kernels.prefill.plan import KEPT, START, STOP, WHOLE
 
 
 def prefill_attention(
-  q, keys, values, q_pos, k_first, k_last, *, lse=False, query_weights=None, softcap=None, blocks: Blocks | None = None
+  q,
+  keys,
+  values,
+  q_pos,
+  k_first,
+  k_last,
+  *,
+  lse=False,
+  query_weights=None,
+  softcap=None,
+  sinks=None,
+  blocks: Blocks | None = None,
 ):
   """See `api.prefill_attention`; bfloat16 or float16, head size 64 or 128.
 
@@ -37,11 +49,11 @@ def prefill_attention(
     NotImplementedError: another device, dtype or head size.
   """
   compat.require_hopper()
-  dispatch.supports_no_softcap(softcap)
+  dispatch.supports_plain_scores(softcap, sinks)
   _, t, n, h = q.shape
   dispatch.supports(("bfloat16", "float16"), q=q, keys=keys, values=values)
   dispatch.supports_head_size(h)
-  blocks = blocks or tuned.blocks("prefill", tuned.shape_class(H=h), default_blocks(h))
+  blocks = blocks or tuned.blocks("prefill", tuned.shape_class(H=h), default_blocks(h, processors()))
   tile, weighted = Tile.of(n // keys.shape[1]), query_weights is not None
   args, row = _prepare(tile, blocks, weighted, q, keys, values, q_pos, k_first, k_last)
   out, logs = _attend(tile, blocks, lse or weighted, *args)
@@ -64,6 +76,9 @@ def _prepare(tile: Tile, blocks: Blocks, weighted: bool, q, keys, values, q_pos,
   plan = planning.make(positions, k_first, k_last, block=blocks.kv, grain=GRAIN)
   rows = tile.arrange(positions, -2).reshape(*positions.shape[:2], WARPGROUPS, ROWS)
   keys, values = (planning.gather(x, plan.source) for x in (keys, values))
+  # TMA reads zeros past the end and writes nothing there, but tiles memory by 8 rows; the interpreter needs all rows.
+  # So does a text of up to one tile: a copy as long as the whole axis begins at 0, wherever it should.
+  pad = pad if compat.interpreting() or t <= tile.queries else -t % 8
   q = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0)))
   return (q, keys, values, rows, plan.bounds, plan.ranges), plan.row if weighted else None
 
@@ -71,7 +86,8 @@ def _prepare(tile: Tile, blocks: Blocks, weighted: bool, q, keys, values, q_pos,
 def _attend(tile: Tile, blocks: Blocks, lse: bool, q, keys, values, rows, bounds, ranges):
   """(out [B, T, N, H], log-sum-exp float32 [B, parts, tiles, 2, 64] in units of log 2, if asked for).
 
-  q [B, T, N, H], keys and values [B, K, R, H], rows [B, tiles, 2, 64]: positions; bounds, ranges: see `Plan`.
+  q [B, T, N, H], T a multiple of 8; keys and values [B, K, R, H], rows [B, tiles, 2, 64]: positions; bounds, ranges:
+  see `Plan`.
   """
   b, _, n, h = q.shape
   tiles, group = rows.shape[1], n // keys.shape[1]
@@ -80,19 +96,37 @@ def _attend(tile: Tile, blocks: Blocks, lse: bool, q, keys, values, rows, bounds
   scale = h**-0.5 * LOG2E  # scores in units of log 2: exp2 is what the hardware has
   i32 = jnp.int32
   pieces = tile.pieces()
+  units = n // tile.heads * b  # tiles of as many queries
+  items = tiles * units
+  workers = min(blocks.workers or items, items)
+  buffers = 1 if workers == items else 2  # of a tile's queries
 
   def body(q_ref, k_ref, v_ref, rows_ref, bounds_ref, ranges_ref, out_ref, logs_ref, *scratch):
     logs_smem, q_smem, k_smem, v_smem, rows_smem, bounds_smem, *scratch = scratch
-    q_ready, k_ready, v_ready, k_free, v_free, turn = scratch
-    part, batch, wg = lax.axis_index("part"), lax.axis_index("batch"), lax.axis_index("wg")
-    kv_head = lax.div(part, i32(parts))
-    # The last tiles have the most keys: they start first.
-    number = (tiles - 1) - lax.axis_index("tile")
-    whole, kept, band_start, stop = (ranges_ref[batch, kv_head, number, i] for i in (WHOLE, KEPT, START, STOP))
+    q_ready, k_ready, v_ready, q_free, k_free, v_free, turn = scratch
+    worker, wg = lax.axis_index("worker"), lax.axis_index("wg")
 
-    def here(ref, piece):
+    def place(number):
+      """(part, row, tile of queries) of a worker's `number`-th tile. The last tiles have the most keys: they start
+      first."""
+      item = jnp.minimum(worker + number * workers, items - 1)
+      unit = lax.rem(item, i32(units))
+      return lax.div(unit, i32(b)), lax.rem(unit, i32(b)), (tiles - 1) - lax.div(item, i32(units))
+
+    def ranges(number, *which):
+      part, batch, tile = place(number)
+      return tuple(ranges_ref[batch, lax.div(part, i32(parts)), tile, i] for i in which)
+
+    def each(do, carry):
+      """Runs carry = do(number, carry) for a worker's tiles."""
+      if buffers == 1:
+        return do(i32(0), carry)
+      return lax.fori_loop(0, lax.div(items - worker + (workers - 1), i32(workers)), do, carry)
+
+    def here(ref, number, piece):
       """A piece's part of q or of the output."""
-      first = number * tile.queries + piece.first
+      part, batch, tile_number = place(number)
+      first = tile_number * tile.queries + piece.first
       return ref.at[batch, pl.ds(first, piece.count), part * tile.heads + piece.head]
 
     def take_turn():
@@ -102,80 +136,105 @@ def _attend(tile: Tile, blocks: Blocks, lse: bool, q, keys, values, rows, bounds
     @pl.when(wg < WARPGROUPS)
     def _compute():
       plgpu.set_max_registers(blocks.compute_registers, action="increase")
-      plgpu.barrier_wait(q_ready)
-      positions = pipeline.row_vector(rows_smem, wg)
-      acc = pipeline.zeros(ROWS, h)
 
-      # The warpgroups take turns: one multiplies while the other computes its exponentials.
-      pl.when(wg == 1)(take_turn)
+      def one_tile(number, carry):
+        before, whole, stop = carry  # the blocks of earlier tiles; this one's, without a mask and in all
+        buffer = lax.rem(number, i32(buffers))
+        following = ranges(number + 1, WHOLE, STOP) if buffers > 1 else (whole, stop)
+        plgpu.barrier_wait(q_ready.at[buffer])
+        positions = pipeline.row_vector(rows_smem, buffer, wg)
+        queries = q_smem.at[buffer, wg]
 
-      def step(i, carry, masked):
-        acc, top, total = carry
-        slot = lax.rem(i, i32(stages))
-        plgpu.barrier_wait(k_ready.at[slot])
-        s = compat.dot(q_smem.at[wg], k_smem.at[slot].transpose((1, 0)), then=take_turn)
-        if masked:
-          bounds = (pipeline.column_vector(bounds_smem, slot, x) for x in range(2))
-          first, last = (lax.broadcast_in_dim(x, s.shape, [1]) for x in bounds)
-          query = lax.broadcast_in_dim(positions, s.shape, [0])
-          s = jnp.where((first <= query) & (query <= last), s, -jnp.inf)
-        compat.release(k_free.at[slot])
-        # The maximum is kept scaled, so that scaling and subtracting are one instruction.
-        new_top = jnp.maximum(top, s.max(axis=1) * scale)
-        shrink = jnp.exp2(top - new_top)
-        p = jnp.exp2(s * scale - lax.broadcast_in_dim(new_top, s.shape, [0]))
-        acc = acc * lax.broadcast_in_dim(shrink, acc.shape, [0])
-        total = total * shrink + p.sum(axis=1)
-        p16 = p.astype(q.dtype)
-        acc, total, new_top, p16 = lax.optimization_barrier((acc, total, new_top, p16))
-        plgpu.barrier_arrive(turn)
-        plgpu.barrier_wait(v_ready.at[slot])
-        plgpu.barrier_wait(turn)
-        acc = compat.accumulate(acc, p16, v_smem.at[slot])
-        compat.release(v_free.at[slot])
-        return acc, new_top, total
+        # The warpgroups take turns: one multiplies while the other computes its exponentials.
+        pl.when(wg == 1)(take_turn)
 
-      carry = acc, pipeline.filled_rows(ROWS, LOWEST), pipeline.filled_rows(ROWS, 0.0)
-      carry = lax.fori_loop(0, whole, functools.partial(step, masked=False), carry)
-      acc, top, total = lax.fori_loop(whole, stop, functools.partial(step, masked=True), carry)
-      pl.when(wg == 0)(take_turn)
+        def step(i, carry, masked):
+          acc, top, total = carry
+          slot = lax.rem(before + i, i32(stages))
+          plgpu.barrier_wait(k_ready.at[slot])
+          s = compat.dot(queries, k_smem.at[slot].transpose((1, 0)), then=take_turn)
+          if masked:
+            bounds = (pipeline.column_vector(bounds_smem, slot, x) for x in range(2))
+            first, last = (lax.broadcast_in_dim(x, s.shape, [1]) for x in bounds)
+            query = lax.broadcast_in_dim(positions, s.shape, [0])
+            s = jnp.where((first <= query) & (query <= last), s, -jnp.inf)
+          compat.release(k_free.at[slot])
+          # The maximum is kept scaled, so that scaling and subtracting are one instruction.
+          new_top = jnp.maximum(top, s.max(axis=1) * scale)
+          shrink = jnp.exp2(top - new_top)
+          p = jnp.exp2(s * scale - lax.broadcast_in_dim(new_top, s.shape, [0]))
+          acc = acc * lax.broadcast_in_dim(shrink, acc.shape, [0])
+          total = total * shrink + p.sum(axis=1)
+          p16 = p.astype(q.dtype)
+          acc, total, new_top, p16 = lax.optimization_barrier((acc, total, new_top, p16))
+          plgpu.barrier_arrive(turn)
+          plgpu.barrier_wait(v_ready.at[slot])
+          plgpu.barrier_wait(turn)
+          acc = compat.accumulate(acc, p16, v_smem.at[slot])
+          compat.release(v_free.at[slot])
+          return acc, new_top, total
 
-      # Padding (which the unmasked blocks include) and rows that saw nothing give zeros.
-      real = (positions >= -1) & (total > 0.0)
-      weight = lax.broadcast_in_dim(jnp.where(real, 1 / jnp.where(real, total, 1.0), 0.0), acc.shape, [0])
-      q_smem[wg] = jnp.where(weight > 0.0, acc * weight, 0.0).astype(q.dtype)
-      if lse:
-        logs_smem[wg] = jnp.where(real, top + jnp.log(jnp.where(real, total, 1.0)) * LOG2E, -jnp.inf)
-      plgpu.commit_smem()
-      if lse:
-        plgpu.copy_smem_to_gmem(logs_smem.at[wg], logs_ref.at[batch, part, number, wg])
-      for piece in pieces:
-        source = q_smem.at[piece.warpgroup, pl.ds(piece.row, piece.count)]
-        store = functools.partial(plgpu.copy_smem_to_gmem, source, here(out_ref, piece))
-        pl.when(wg == piece.warpgroup)(store)
-      plgpu.wait_smem_to_gmem(0)
+        carry = pipeline.zeros(ROWS, h), pipeline.filled_rows(ROWS, LOWEST), pipeline.filled_rows(ROWS, 0.0)
+        carry = lax.fori_loop(0, whole, functools.partial(step, masked=False), carry)
+        acc, top, total = lax.fori_loop(whole, stop, functools.partial(step, masked=True), carry)
+        pl.when(wg == 0)(take_turn)
+
+        # Padding (which the unmasked blocks include) and rows that saw nothing give zeros.
+        real = (positions >= -1) & (total > 0.0)
+        weight = lax.broadcast_in_dim(jnp.where(real, 1 / jnp.where(real, total, 1.0), 0.0), acc.shape, [0])
+        q_smem[buffer, wg] = jnp.where(weight > 0.0, acc * weight, 0.0).astype(q.dtype)
+        if lse:
+          logs_smem[wg] = jnp.where(real, top + jnp.log(jnp.where(real, total, 1.0)) * LOG2E, -jnp.inf)
+        plgpu.commit_smem()
+        if lse:
+          part, batch, tile_number = place(number)
+          plgpu.copy_smem_to_gmem(logs_smem.at[wg], logs_ref.at[batch, part, tile_number, wg])
+        for piece in pieces:
+          source = q_smem.at[buffer, piece.warpgroup, pl.ds(piece.row, piece.count)]
+          store = functools.partial(plgpu.copy_smem_to_gmem, source, here(out_ref, number, piece))
+          pl.when(wg == piece.warpgroup)(store)
+        plgpu.wait_smem_to_gmem(0)
+        if buffers > 1:
+          plgpu.barrier_arrive(q_free.at[buffer])
+        return before + stop, *following
+
+      each(one_tile, (i32(0), *ranges(i32(0), WHOLE, STOP)))
 
     @pl.when(wg == WARPGROUPS)
     def _load():
       plgpu.set_max_registers(blocks.memory_registers, action="decrease")
-      plgpu.copy_gmem_to_smem(rows_ref.at[batch, number], rows_smem, q_ready)
-      for piece in pieces:
-        target = q_smem.at[piece.warpgroup, pl.ds(piece.row, piece.count)]
-        plgpu.copy_gmem_to_smem(here(q_ref, piece), target, q_ready)
 
-      def copies(i):
-        first = jnp.where(i < kept, i * block, band_start + (i - kept) * block)
-        span = pl.ds(pl.multiple_of(first, GRAIN), block)
-        bounds = bounds_ref, (batch, kv_head, slice(None), span), bounds_smem
-        return [(k_ref, (batch, kv_head, span), k_smem), bounds], [(v_ref, (batch, kv_head, span), v_smem)]
+      def one_tile(number, before):
+        part, batch, tile_number = place(number)
+        kv_head = lax.div(part, i32(parts))
+        kept, band_start, stop = ranges(number, KEPT, START, STOP)
+        buffer = lax.rem(number, i32(buffers))
+        if buffers > 1:
+          pl.when(number >= buffers)(functools.partial(plgpu.barrier_wait, q_free.at[buffer]))
+        plgpu.copy_gmem_to_smem(rows_ref.at[batch, tile_number], rows_smem.at[buffer], q_ready.at[buffer])
+        for piece in pieces:
+          target = q_smem.at[buffer, piece.warpgroup, pl.ds(piece.row, piece.count)]
+          plgpu.copy_gmem_to_smem(here(q_ref, number, piece), target, q_ready.at[buffer])
 
-      pipeline.stream(stop, stages, copies, (k_free, k_ready), (v_free, v_ready))
+        def copies(i):
+          first = jnp.where(i < kept, i * block, band_start + (i - kept) * block)
+          span = pl.ds(pl.multiple_of(first, GRAIN), block)
+          bounds = bounds_ref, (batch, kv_head, slice(None), span), bounds_smem
+          return [(k_ref, (batch, kv_head, span), k_smem), bounds], [(v_ref, (batch, kv_head, span), v_smem)]
+
+        pipeline.stream(stop, stages, copies, (k_free, k_ready), (v_free, v_ready), before=before)
+        return before + stop
+
+      compat.drain(each(one_tile, i32(0)), k_free, v_free)
+      if buffers > 1:
+        compat.drain(lax.div(items - worker + (workers - 1), i32(workers)), q_free)
 
   operand = lambda *shape: pipeline.matrix(shape, q.dtype)
-  scratch = [pipeline.vector(WARPGROUPS, ROWS) if lse else None, operand(WARPGROUPS, ROWS, h)]
+  scratch = [pipeline.vector(WARPGROUPS, ROWS) if lse else None, operand(buffers, WARPGROUPS, ROWS, h)]
   scratch += [operand(stages, block, h), operand(stages, block, h)]
-  scratch += [pipeline.vector(WARPGROUPS, ROWS, dtype=i32), pipeline.vector(stages, 2, block, dtype=i32)]
-  scratch += [plgpu.Barrier(num_arrivals=1 + len(pieces)), pipeline.barriers(stages, 2), pipeline.barriers(stages, 1)]
+  scratch += [pipeline.vector(buffers, WARPGROUPS, ROWS, dtype=i32), pipeline.vector(stages, 2, block, dtype=i32)]
+  scratch += [pipeline.barriers(buffers, 1 + len(pieces)), pipeline.barriers(stages, 2), pipeline.barriers(stages, 1)]
+  scratch += [pipeline.barriers(buffers) if buffers > 1 else None]
   scratch += [pipeline.barriers(stages), pipeline.barriers(stages), pipeline.barriers(1)]
   logs = jax.ShapeDtypeStruct((b, n // tile.heads, *rows.shape[1:]), jnp.float32) if lse else None
   return pipeline.launch(
@@ -183,6 +242,6 @@ def _attend(tile: Tile, blocks: Blocks, lse: bool, q, keys, values, rows, bounds
     [q, keys, values, rows, bounds, ranges],
     [jax.ShapeDtypeStruct(q.shape, q.dtype), logs],
     scratch,
-    {"part": n // tile.heads, "tile": tiles, "batch": b},
+    {"worker": workers},
     f"prefill_{tile.heads}x{tile.queries}_{block}x{stages}",
   )

@@ -8,6 +8,7 @@ import itertools
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
+from pallas_kernels.common import compat
 from pallas_kernels.common.pipeline import WARPGROUPS
 from pallas_kernels.common.warpgroup import ROWS
 
@@ -16,21 +17,27 @@ GRAIN = 32  # a band begins at a multiple of this many rows
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-  """`kv` keys a block, `stages` blocks of keys and of values in shared memory."""
+  """`kv` keys a block, `stages` blocks of keys and of values in shared memory.
+
+  `workers` blocks of threads compute all tiles, every so many each, and load the next one's queries and keys meanwhile;
+  0: each tile has its own.
+  """
 
   kv: int = 128
   stages: int = 2
   compute_registers: int = 240
   memory_registers: int = 24
+  workers: int = 0
 
   def __post_init__(self):
     if self.kv % ROWS:  # a swizzled row of the second product's operand
       raise ValueError(f"kv {self.kv} must be a multiple of {ROWS}")
 
 
-def default_blocks(head_dim: int) -> Blocks:
-  """Block sizes by head size: 64 KiB of keys and as much of values."""
-  return Blocks(stages=4 if head_dim == 64 else 2)
+def default_blocks(head_dim: int, processors: int) -> Blocks:
+  """Block sizes by head size: 64 KiB of keys and as much of values. A worker a processor; all tiles at once in the
+  interpreter, which runs workers one after the other."""
+  return Blocks(stages=4 if head_dim == 64 else 2, workers=0 if compat.interpreting() else processors)
 
 
 @dataclasses.dataclass(frozen=True)

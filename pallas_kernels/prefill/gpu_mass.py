@@ -30,7 +30,7 @@ def key_mass(tile: Tile, q, keys, rows, bounds, row, logs, query_weights):
   """Mass float32 [B, K, S] of the keys, from what the forward kernel was given and its log-sum-exp.
 
   Args:
-    q: [B, tiles * queries, N, H].
+    q: [B, T or a few more, N, H].
     keys, bounds: [B, K, R, H] and [B, K, 2, R], gathered; row: [B, K, S], as in `Plan`.
     rows: positions int32 [B, tiles, 2, 64].
     logs: float32 [B, parts, tiles, 2, 64] in units of log 2.
@@ -43,7 +43,9 @@ def key_mass(tile: Tile, q, keys, rows, bounds, row, logs, query_weights):
 def _prepare(tile: Tile, q, keys, rows, bounds, logs, query_weights):
   """The arguments of `_sum`."""
   b, t = query_weights.shape
-  weights = jnp.pad(query_weights.astype(jnp.float32), ((0, 0), (0, q.shape[1] - t)))
+  queries = rows.shape[1] * tile.queries
+  weights = jnp.pad(query_weights.astype(jnp.float32), ((0, 0), (0, queries - t)))
+  q = jnp.pad(q, ((0, 0), (0, queries - q.shape[1]), (0, 0), (0, 0)))
   weights = tile.arrange(weights.reshape(b, -1, tile.queries), 0.0)
   flat = lambda x: x.reshape(*x.shape[:-2], QUERIES)
   rows, logs = flat(rows), flat(logs)

@@ -39,6 +39,12 @@ class Plan(NamedTuple):
   row: jax.Array
 
 
+def triangle(size: int, above: int = 0) -> Float[Array, "size size"]:
+  """Ones from the diagonal `above` the main one upwards; a constant if small, which costs no kernel of its own."""
+  np_or_jnp = np if size <= WIDTH else jnp
+  return jnp.asarray(np_or_jnp.triu(np_or_jnp.ones((size, size), np.float32), above))
+
+
 def running_count(flags: Bool[Array, "*batch S"]) -> Int[Array, "*batch S"]:
   """Flags up to each one, inclusive; S <= 2^24.
 
@@ -48,8 +54,8 @@ def running_count(flags: Bool[Array, "*batch S"]) -> Int[Array, "*batch S"]:
   *batch, s = flags.shape
   blocks = -(-s // WIDTH)
   x = jnp.pad(flags, [(0, 0)] * len(batch) + [(0, blocks * WIDTH - s)]).reshape(*batch, blocks, WIDTH)
-  inside = jnp.einsum("...bw,wv->...bv", x.astype(jnp.float32), jnp.triu(jnp.ones((WIDTH, WIDTH))))
-  before = jnp.einsum("...b,bc->...c", inside[..., -1], jnp.triu(jnp.ones((blocks, blocks)), 1))
+  inside = jnp.einsum("...bw,wv->...bv", x.astype(jnp.float32), triangle(WIDTH))
+  before = jnp.einsum("...b,bc->...c", inside[..., -1], triangle(blocks, 1))
   counts = inside + before[..., None]
   return counts.astype(jnp.int32).reshape(*batch, blocks * WIDTH)[..., :s]
 

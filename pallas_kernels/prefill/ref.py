@@ -5,8 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 
-def prefill_attention(q, keys, values, q_pos, k_first, k_last, *, lse: bool = False, query_weights=None, softcap=None):
+def prefill_attention(
+  q, keys, values, q_pos, k_first, k_last, *, lse: bool = False, query_weights=None, softcap=None, sinks=None
+):
   """Key j is visible to query i iff k_first[j] <= q_pos[i] <= k_last[j]; a query that sees nothing gives zeros.
+
+  A head's sink is one more score, of a key without a value.
 
   Args: q [B, T, N, H], keys and values [B, K, S, H], q_pos [B, T], k_first and k_last [B, K, S], query_weights [B, T]
   or None. All in float64. Returns what `api.prefill_attention` does.
@@ -14,7 +18,9 @@ def prefill_attention(q, keys, values, q_pos, k_first, k_last, *, lse: bool = Fa
   q = np.asarray(q, np.float64)
   b, t, n, h = q.shape
   group = n // keys.shape[1]
-  out, logs, mass = np.zeros((b, t, n, h)), np.full((b, t, n), -np.inf), np.zeros(np.shape(k_first))
+  out, mass = np.zeros((b, t, n, h)), np.zeros(np.shape(k_first))
+  sinks = np.full(n, -np.inf) if sinks is None else np.asarray(sinks, np.float64)
+  logs = np.tile(sinks, (b, t, 1))
   for row in range(b):
     for head in range(n):
       kv = head // group
@@ -24,10 +30,12 @@ def prefill_attention(q, keys, values, q_pos, k_first, k_last, *, lse: bool = Fa
           continue
         scores = np.asarray(keys[row, kv], np.float64)[seen] @ q[row, i, head] / np.sqrt(h)
         scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
-        weights = np.exp(scores - scores.max())
-        out[row, i, head] = weights @ np.asarray(values[row, kv], np.float64)[seen] / weights.sum()
-        logs[row, i, head] = scores.max() + np.log(weights.sum())
+        top = max(scores.max(), sinks[head])
+        total = np.exp(scores - top).sum() + np.exp(sinks[head] - top)
+        weights = np.exp(scores - top) / total
+        out[row, i, head] = weights @ np.asarray(values[row, kv], np.float64)[seen]
+        logs[row, i, head] = top + np.log(total)
         if query_weights is not None:
-          mass[row, kv, seen] += float(query_weights[row, i]) * weights / weights.sum()
+          mass[row, kv, seen] += float(query_weights[row, i]) * weights
   results = (out, *([logs] if lse else []), *([] if query_weights is None else [mass]))
   return results if len(results) > 1 else out

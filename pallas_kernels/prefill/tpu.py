@@ -48,7 +48,18 @@ def default_blocks(rows: int) -> Blocks:
 
 
 def prefill_attention(
-  q, keys, values, q_pos, k_first, k_last, *, lse=False, query_weights=None, softcap=None, blocks: Blocks | None = None
+  q,
+  keys,
+  values,
+  q_pos,
+  k_first,
+  k_last,
+  *,
+  lse=False,
+  query_weights=None,
+  softcap=None,
+  sinks=None,
+  blocks: Blocks | None = None,
 ):
   """See `api.prefill_attention`; bfloat16 or float32, head size 64 or 128.
 
@@ -56,7 +67,7 @@ def prefill_attention(
     NotImplementedError: another device, dtype or head size; log-sum-exp and mass.
   """
   compat_tpu.require_tpu()
-  dispatch.supports_no_softcap(softcap)
+  dispatch.supports_plain_scores(softcap, sinks)
   if lse or query_weights is not None:
     raise NotImplementedError("returns no log-sum-exp and no mass of keys")
   _, t, n, h = q.shape

@@ -6,14 +6,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.common.xla_dot import einsum, soft_capped
+from pallas_kernels.common.xla_dot import einsum, no_scores, soft_capped
 
 # At most this many queries and keys have their scores in memory at once.
 BLOCK, KEYS = 256, 256
 WEIGHTED = 64  # queries at a time in the second pass: fewer, since often only a few last ones have a weight
 
 
-def prefill_attention(q, keys, values, q_pos, k_first, k_last, *, lse: bool = False, query_weights=None, softcap=None):
+def prefill_attention(
+  q, keys, values, q_pos, k_first, k_last, *, lse: bool = False, query_weights=None, softcap=None, sinks=None
+):
   """See `api.prefill_attention`. Invisible keys at the end change nothing, not even a bit, and cost next to nothing.
 
   The mass takes a second pass over the keys, by blocks of queries that have a weight.
@@ -59,8 +61,8 @@ def prefill_attention(q, keys, values, q_pos, k_first, k_last, *, lse: bool = Fa
       part = einsum("bkms,bksh->bkmh", weights.astype(vb.dtype).reshape(b, k, g * rows, width), vb)
       return new_top, total, acc * scale + part.reshape(b, k, g, rows, h)
 
-    zeros = jnp.zeros((b, k, g, rows, 1))
-    init = (zeros - jnp.inf, zeros, jnp.zeros((b, k, g, rows, h)))
+    top, total = (jnp.broadcast_to(x[..., None, None], (b, k, g, rows, 1)) for x in no_scores(sinks, (b, k, g)))
+    init = (top, total, jnp.zeros((b, k, g, rows, h)))
     top, total, acc = lax.fori_loop(0, key_blocks, body, init)
     out = acc / jnp.where(total == 0, 1.0, total)
     out = jnp.moveaxis(out.astype(q.dtype), 3, 1)  # [B, block, K, G, H]

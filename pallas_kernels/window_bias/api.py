@@ -26,18 +26,20 @@ def window_bias_attention(
   segment_ids: Int[Array, "B T"] | None = None,
   *,
   softcap: float | None = None,
+  sinks: Float[Array, "N"] | None = None,
   implementation: str | Sequence[str] | None = None,
 ) -> Float[Array, "B T N H"]:
   """Causal attention; `bias[b, k, j]` is added to the scores of key j for queries i with i - j > window.
 
   With bias = log(1 - alpha) this is the training mask of DMS (arXiv 2506.05345, figure 2b); with bias -inf where a key
-  is evicted it is the hard mask of inference. Differentiable in q, k, v and bias; memory linear in T.
+  is evicted it is the hard mask of inference. Differentiable in q, k, v, bias and sinks; memory linear in T.
 
   Args:
     bias: float32, -inf allowed; None adds nothing.
     window: W in tokens, inclusive: a key W back is still free of bias.
     segment_ids: tokens of different ids never see each other; ids must be contiguous runs.
     softcap: scores s, before any mask or bias, become softcap tanh(s / softcap) (Gemma 2); None leaves them.
+    sinks: a logit for each query head, whose exponential joins the sum of the softmax and has no value (gpt-oss).
 
   Raises:
     ValueError: shapes that do not fit, or an unknown implementation.
@@ -47,7 +49,7 @@ def window_bias_attention(
   dispatch.check(k.shape == v.shape == (b, t, heads, h), f"k {k.shape}, v {v.shape}: not [B, T, K, H] with q {q.shape}")
   dispatch.check(n % heads == 0, f"N={n} query heads are not a multiple of K={heads} KV heads")
   dispatch.check(bias is None or bias.shape == (b, heads, t), f"bias {getattr(bias, 'shape', None)}: not [B, K, T]")
+  dispatch.check_sinks(sinks, n)
   dispatch.check(segment_ids is None or segment_ids.shape == (b, t), "segment_ids must be [B, T]")
-  return dispatch.call(
-    "window_bias", IMPLEMENTATIONS, implementation, q, k, v, bias, window, segment_ids, softcap=softcap
-  )
+  args = q, k, v, bias, window, segment_ids
+  return dispatch.call("window_bias", IMPLEMENTATIONS, implementation, *args, softcap=softcap, sinks=sinks)

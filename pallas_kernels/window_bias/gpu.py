@@ -25,14 +25,14 @@ from pallas_kernels.window_bias.common import padded, saved, segment_bounds
 from pallas_kernels.window_bias.gpu_common import Blocks, Variant, default_blocks, key_ranges, over_ranges, scores_of
 
 
-def window_bias_attention(q, k, v, bias, window, segment_ids, blocks: Blocks | None = None, softcap=None):
+def window_bias_attention(q, k, v, bias, window, segment_ids, blocks: Blocks | None = None, softcap=None, sinks=None):
   """See `api.window_bias_attention`; bfloat16 or float16, head size 64 or 128.
 
   Raises:
     NotImplementedError: another device, dtype or head size.
   """
   compat.require_hopper()
-  dispatch.supports_no_softcap(softcap)
+  dispatch.supports_plain_scores(softcap, sinks)
   t, h = q.shape[1], q.shape[3]
   dispatch.supports(("bfloat16", "float16"), q=q, k=k, v=v)
   dispatch.supports_head_size(h)

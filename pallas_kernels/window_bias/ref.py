@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 
-def window_bias_attention(q, k, v, bias, window, segment_ids, softcap=None) -> np.ndarray:
+def window_bias_attention(q, k, v, bias, window, segment_ids, softcap=None, sinks=None) -> np.ndarray:
   """softmax(q k^T / sqrt(H) + bias[j] where i - j > window), causal and within a segment, times v.
+
+  A head's sink is one more score, of a key without a value.
 
   Args: q [B, T, N, H], k and v [B, T, K, H], bias [B, K, T] or None, segment_ids [B, T] or None. Returns float64.
   """
@@ -15,6 +17,7 @@ def window_bias_attention(q, k, v, bias, window, segment_ids, softcap=None) -> n
   group = n // k.shape[2]
   i, j = np.arange(t)[:, None], np.arange(t)[None]
   out = np.zeros_like(q)
+  sinks = np.full(n, -np.inf) if sinks is None else np.asarray(sinks, np.float64)
   for row in range(b):
     visible = j <= i
     if segment_ids is not None:
@@ -26,6 +29,8 @@ def window_bias_attention(q, k, v, bias, window, segment_ids, softcap=None) -> n
       if bias is not None:
         scores = scores + np.where(i - j > window, np.asarray(bias[row, head // group], np.float64)[None], 0.0)
       scores = np.where(visible, scores, -np.inf)
-      weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-      out[row, :, head] = weights @ v[row, :, head // group] / weights.sum(axis=1, keepdims=True)
+      top = np.maximum(scores.max(axis=1, keepdims=True), sinks[head])
+      weights = np.exp(scores - top)
+      total = weights.sum(axis=1, keepdims=True) + np.exp(sinks[head] - top)
+      out[row, :, head] = weights @ v[row, :, head // group] / total
   return out

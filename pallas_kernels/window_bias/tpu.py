@@ -20,14 +20,14 @@ from pallas_kernels.window_bias.common import padded, saved, segment_bounds
 from pallas_kernels.window_bias.tpu_common import Blocks, Variant, default_blocks
 
 
-def window_bias_attention(q, k, v, bias, window, segment_ids, blocks: Blocks | None = None, softcap=None):
+def window_bias_attention(q, k, v, bias, window, segment_ids, blocks: Blocks | None = None, softcap=None, sinks=None):
   """See `api.window_bias_attention`; bfloat16 or float32, head sizes that are multiples of 16 up to 256.
 
   Raises:
     NotImplementedError: another device, dtype or head size, or a text too long for the list of pairs of blocks.
   """
   compat_tpu.require_tpu()
-  dispatch.supports_no_softcap(softcap)
+  dispatch.supports_plain_scores(softcap, sinks)
   b, t, n, h = q.shape
   heads = k.shape[2]
   dispatch.supports(("bfloat16", "float32"), q=q, k=k, v=v)

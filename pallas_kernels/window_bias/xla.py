@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common.xla_dot import einsum, soft_capped
+from pallas_kernels.common.xla_dot import einsum, soft_capped, softmax
 from pallas_kernels.window_bias.common import padded, saved
 
 # Queries whose scores are in memory at once, and the number of unrolled stages. Within a stage every block reads the
@@ -16,7 +16,7 @@ BLOCK = 512
 STAGES = 8
 
 
-def window_bias_attention(q, k, v, bias, window, segment_ids, softcap=None):
+def window_bias_attention(q, k, v, bias, window, segment_ids, softcap=None, sinks=None):
   """See `api.window_bias_attention`."""
   b, t, n, h = q.shape
   heads = k.shape[2]
@@ -42,7 +42,7 @@ def window_bias_attention(q, k, v, bias, window, segment_ids, softcap=None):
     if bias is not None:
       scores = scores + jnp.where(i - j > window, bias[:, :, None, None, :end], 0.0)
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1)  # every query sees itself: no empty row
+    weights = softmax(scores, sinks)  # every query sees itself: no empty row
     return einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v[:, :end])
 
   stage = -(-blocks // STAGES)

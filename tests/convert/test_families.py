@@ -19,6 +19,9 @@ LLAMA = tiny.config(rope_theta=500000.0, rope_scaling=LLAMA3, eos_token_ids=(3, 
 PARAMETERS = {
   "qwen3-30b-a3b": 30_532_122_624,
   "qwen3-235b-a22b": 235_093_634_560,
+  "mixtral-8x7b": 46_702_792_704,
+  "mixtral-8x22b": 140_620_634_112,
+  "mixtral-8x22b-v0.3": 140_630_071_296,
   "gpt2": 124_439_808,
   "gpt2-medium": 354_823_168,
   "gpt2-large": 774_030_080,
@@ -45,6 +48,10 @@ PARAMETERS = {
   "olmo-2-7b": 7_298_617_344,
   "olmo-2-13b": 13_716_198_400,
   "olmo-2-32b": 32_234_279_936,
+  "olmo-3-7b": 7_298_011_136,
+  "olmo-3-32b": 32_233_522_176,
+  "gpt-oss-20b": 20_914_757_184,
+  "gpt-oss-120b": 116_829_156_672,
   "phi-4": 14_659_507_200,
   "smollm3-3b": 3_075_098_624,
   "smollm2-135m": 134_515_008,
@@ -107,6 +114,16 @@ def test_settings_keyed_by_layer_type():
     config_from_hf(values, "x")
   values["rope_parameters"] = {"full_attention": {**settings, "partial_rotary_factor": 0.5}}
   with pytest.raises(ValueError, match=r"partial_rotary_factor=0\.5"):
+    config_from_hf(values, "x")
+
+
+def test_olmo3_spelled_by_transformers_4():
+  """As published: one theta for all layers, and the scaling of the global ones."""
+  values = config_to_hf(PRESETS["olmo-3-7b"], "bfloat16")
+  del values["rope_parameters"], values["layer_types"]
+  assert config_from_hf(values, "x") == PRESETS["olmo-3-7b"]
+  values["rope_parameters"] = {"sliding_attention": {"rope_type": "yarn"}}
+  with pytest.raises(ValueError, match="RoPE scaling of type 'yarn' in sliding layers"):
     config_from_hf(values, "x")
 
 
@@ -188,7 +205,8 @@ REFUSED = {
   ),
   "sliding layers": (dict(layer_types=["full_attention", "sliding_attention"]), ["sliding window attention"]),
   "experts": (dict(model_type="qwen2_moe", num_experts=128), ["mixture of experts (num_experts)", "'qwen2_moe'"]),
-  "mixtral": (dict(model_type="mixtral", num_local_experts=8), ["mixture of experts"]),
+  "phimoe": (dict(model_type="phimoe", num_local_experts=8), ["mixture of experts"]),
+  "mixtral that slides": (dict(model_type="mixtral", sliding_window=1024), ["sliding window attention"]),
   "mla": (dict(model_type="deepseek_v3", kv_lora_rank=512), ["multi-head latent attention, MLA (kv_lora_rank)"]),
   "dynamic": (dict(rope_scaling={"type": "dynamic", "factor": 4.0}), ["RoPE scaling of type 'dynamic'"]),
   "partial": (dict(partial_rotary_factor=0.5), ["partial_rotary_factor=0.5"]),
@@ -198,8 +216,8 @@ REFUSED = {
   "both ways": (dict(is_causal=False), ["is_causal=false"]),
   "quantized": (dict(quantization_config={"quant_method": "gptq"}), ["quantized weights", "'gptq'"]),
   "all at once": (
-    dict(model_type="mixtral", num_local_experts=8, sliding_window=1, hidden_act="relu", rope_scaling={"type": "ntk"}),
-    ["mixture of experts", "model_type 'mixtral'", "sliding window", "'relu'", "'ntk'"],
+    dict(model_type="phimoe", num_local_experts=8, sliding_window=1, hidden_act="relu", rope_scaling={"type": "ntk"}),
+    ["mixture of experts", "model_type 'phimoe'", "sliding window", "'relu'", "'ntk'"],
   ),
 }
 

@@ -368,6 +368,18 @@ def test_gates_for_a_range_of_ratios_are_fixed_at_one(tmp_path):
     export(tmp_path / "out", model, layout="model_optimizer", about=About(cr=9))
 
 
+def test_updates_by_cr_are_fixed_at_one(tmp_path):
+  """No layout scales updates by the row: each needs a ratio, and holds the model at it."""
+  model = tiny.model(QWEN3, tiny.dms(elastic=(2.0, 8.0)), dataclasses.replace(LORA, by_cr=True))
+  path = export(tmp_path / "out", model, layout="transformers", about=About(cr=4))
+  loaded = checkpoint.load(convert(str(path), tmp_path / "ours"))
+  for name, value in flatten(model.at(4).merged().params).items():
+    np.testing.assert_array_equal(flatten(loaded.params)[name], value)
+  for layout in LAYOUTS:
+    with pytest.raises(ValueError, match=r"updates by each row's CR \(choose one with --cr, from 2 to 8\)"):
+      export(tmp_path / "refused", model, layout=layout)
+
+
 def test_another_layout_takes_the_place_of_an_export(tmp_path):
   """--overwrite replaces the folder of any layout, and nothing else."""
   model = tiny.model(QWEN3, ADAPTER, LORA)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import zipfile
 from pathlib import Path
@@ -17,11 +19,12 @@ from dms_jax.config import DMSConfig, LoRAConfig
 from dms_jax.convert import About, api, convert, export
 from dms_jax.convert.layouts import fastdms, nvidia, transformers
 from dms_jax.convert.writing import NEVER
-from dms_jax.families.huggingface import config_to_hf
+from dms_jax.families.huggingface import config_from_hf, config_to_hf
 from dms_jax.gates import gate_logits
 from dms_jax.tokenizer import Tokenizer, byte_tokenizer
 from experiments import convert_weights
 from experiments.common import program
+from tests.helpers import OTHER_FAMILIES
 
 LLAMA = tiny.config()
 HUB_MAP = {"AutoConfig": "configuration_qwen3_dms.Qwen3Config"}  # of nvidia/Qwen3-8B-DMS-8x
@@ -236,6 +239,38 @@ def test_a_checkpoint_of_model_optimizers_training(tmp_path):
 
 
 # Adapters of PEFT -----------------------------------------------------------------------------------------------------
+
+
+def test_experts_in_mxfp4(tmp_path):
+  """As gpt-oss is published: 4 bits a number, the first in the low ones, and a power of two for 32 numbers of a row."""
+  config = dataclasses.replace(OTHER_FAMILIES["gpt_oss"], d_ff=32)
+  path, rng = export(tmp_path / "hf", tiny.model(config)), np.random.default_rng(0)
+  edit(path / "config.json", quantization_config={"quant_method": "mxfp4"})
+  tensors, expected = load_file(path / "model.safetensors"), {}
+  for layer, name in itertools.product(range(2), ("gate_up_proj", "down_proj")):
+    name = f"model.layers.{layer}.mlp.experts.{name}"
+    experts, inputs, outputs = tensors.pop(name).shape
+    codes = rng.integers(0, 16, (experts, outputs, inputs // 32, 32), dtype=np.uint8)
+    scales = rng.integers(100, 130, codes.shape[:3], dtype=np.uint8)
+    tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = codes[..., ::2] | codes[..., 1::2] << 4, scales
+    sign, power, half = np.where(codes & 8, -1.0, 1.0), (codes >> 1) & 3, codes & 1  # 1 sign, 2 exponent, 1 mantissa
+    numbers = sign * np.where(power == 0, half / 2, (1 + half / 2) * 2.0 ** (power.astype(int) - 1))
+    wide = numbers * 2.0 ** (scales.astype(int) - 127)[..., None]
+    expected[name] = wide.reshape(experts, outputs, inputs).swapaxes(1, 2)
+  save_file(tensors, path / "model.safetensors")
+  layers = checkpoint.load(convert(str(path), tmp_path / "ours")).params["layers"]
+  for layer in range(2):
+    gate_up, down = (expected[f"model.layers.{layer}.mlp.experts.{name}"] for name in ("gate_up_proj", "down_proj"))
+    ours = (layers[f"{name}_proj"][layer].swapaxes(1, 2) for name in ("gate", "up", "down"))
+    for one, theirs in zip(ours, (gate_up[..., ::2], gate_up[..., 1::2], down), strict=True):
+      np.testing.assert_array_equal(one, theirs.astype(np.float32))
+
+  name = "model.layers.0.mlp.experts.down_proj_scales"
+  save_file({**tensors, name: tensors[name][:, :1]}, path / "model.safetensors")
+  with pytest.raises(ValueError, match=r"down_proj_blocks \(4, 32, 1, 16\) and .*_scales \(4, 1, 1\) do not fit"):
+    convert(str(path), tmp_path / "other")
+  with pytest.raises(ValueError, match=r"quantized weights \(quantization_config, method 'mxfp4'\)"):
+    config_from_hf(hf_values(quantization_config={"quant_method": "mxfp4"}), "x")
 
 
 @pytest.fixture

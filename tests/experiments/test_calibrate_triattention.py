@@ -9,12 +9,17 @@ import numpy as np
 import pytest
 
 import dms_jax
-from dms_jax import policies
+from dms_jax import checkpoint, policies
 from dms_jax import testing as tiny
 from dms_jax.model import check_policy
 from dms_jax.policies import triattention
+from dms_jax.tokenizer import byte_tokenizer
 from experiments import calibrate_triattention
 from experiments.common import program
+from experiments.hyperscaling import methods
+from experiments.methods import run
+from experiments.tasks import reasoning
+from experiments.tasks.base import TasksConfig, get
 from tests.helpers import save_checkpoints
 
 TEXT = "The queries of a head lie close to one another. " * 3  # 144 bytes, a token each
@@ -27,7 +32,7 @@ def calibrated(tmp_path_factory):
   base, _ = save_checkpoints(folder)
   (folder / "text").write_text(TEXT)
   config = calibrate_triattention.Config(
-    str(base), str(folder / "text"), str(folder / "tables.npz"), max_tokens=130, length=60, chunk=16, dtype="float32"
+    str(base), str(folder / "tables.npz"), str(folder / "text"), max_tokens=130, length=60, chunk=16, dtype="float32"
   )
   with pytest.MonkeyPatch.context() as patch:
     lines = {}
@@ -67,6 +72,35 @@ def test_a_model_decodes_under_its_calibration(calibrated):
   assert past.policy.tables is not None
   header = json.loads((folder / "saved" / "cache.json").read_text())
   assert "tables" not in header["policy"]["numbers"] and header["policy"]["numbers"]["calibration"]
+
+
+def test_a_sweep_finds_its_calibration_by_flag(calibrated, monkeypatch):
+  """TriAttention with budgets for each L and the file of --triattention.calibration, as in `experiments.hyperscale`."""
+  folder, _, _ = calibrated
+  path = str(folder / "base")
+  read = lambda name, cls: cls(calibration=str(folder / "tables.npz")) if name == "triattention" else cls()
+  original = checkpoint.load(path, dtype="float32")
+  found = methods.build(("vanilla", "triattention"), path, original, (), (2.0,), "float32", read)
+  config = TasksConfig(limit=1, chains=(2,), temperature=1.0)
+  (job,) = run.prepare([get("countdown")()], config, (), byte_tokenizer(), 4096, (20, 30))
+  made = [record for part in run.run(job, found, byte_tokenizer(), width=2) for record in part]
+  held = {(r.method, r.max_tokens): r.peak for r in made if r.chain == 0}
+  assert len(made) == 8 and held["triattention", 30] < held["vanilla", 30]
+
+
+def test_a_reasoner_reads_problems_instead_of_a_text():
+  """Each a passage from its start, up to as many tokens in all; other tokenizers lack the words."""
+  config = calibrate_triattention.Config("a", "b", families=("countdown", "graphs"), max_tokens=3000, length=1024)
+  tokenizer = reasoning.tokenizer()
+  passages = calibrate_triattention.read_passages(config, "", tokenizer)
+  assert sum(map(len, passages)) == 3000 and max(map(len, passages)) <= 1024
+  assert all(part[0] == reasoning.IDS[reasoning.BOS] for part in passages)
+  assert all(part[-1] == reasoning.IDS[reasoning.END] for part in passages[:-1])
+  for wrong in (dict(), dict(text="a", families=("b",))):
+    with pytest.raises(ValueError, match="give either --text=FILE or --families=NAME,NAME"):
+      calibrate_triattention.Config("a", "b", **wrong)
+  with pytest.raises(ValueError, match="--families=countdown,graphs: this model's tokenizer lacks"):
+    calibrate_triattention.read_passages(config, "", byte_tokenizer())
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,8 @@ def test_the_sinks_of_prompt_window_are_the_prompt_of_each_request(checkpoints):
     (dict(methods=("vanilla",), timed=True), "--timed needs --kv_budget_gib"),
     (dict(methods=("vanilla",), kv_budget_gib=math.nan), "--kv_budget_gib=nan must be a number above 0"),
     (dict(methods=("vanilla",), resamples=3), "--resamples=3 must be 100 or more"),
-    (dict(methods=("vanilla",), timed_problems=-1), "--timed_problems=-1 must be 0 or more"),
+    (dict(methods=("vanilla",), timed_cells=-1), "--timed_cells=-1 must be 0 or more"),
+    (dict(methods=("vanilla",), timed_cells=1), "--timed_cells=1 must be 2 or more, or 0 for all"),
     (dict(methods=("vanilla",), sets=("x",)), "give either --checkpoint=FOLDER"),
     (dict(checkpoint="", sets=("x",)), "--output=FOLDER is needed with --sets"),
     (dict(checkpoint="", sets=("x", "x"), output="y"), "--sets: x is listed twice"),
@@ -236,10 +237,12 @@ def test_a_sweep_from_flags_to_page(checkpoints, tmp_path, monkeypatch, capfd):
   hyperscale.main()
   shown = capfd.readouterr()
   assert "3 methods and CRs x 2 tasks: 72 records to make (0 are there)" in shown.err
-  assert "12 cells to time in 0.01 GiB of cache, each with all chains of up to 3 problems" in shown.err
   times = cells.read_times(tmp_path / "whole" / cells.TIMES)[0.01]
-  assert {(line["problems"], line["chains"]) for line in times.values()} == {(3, 6)} and len(times) == 12
+  timed = [line for line in times.values() if "timed_seconds" in line]
+  assert f"{len(timed)} cells to time in 0.01 GiB of cache, of 12" in shown.err and len(times) == 12 > len(timed)
+  assert {line["method"] for line in timed} == {"vanilla", "dms", "prompt_window"}
   assert all(line["full"] == (line["rows"] < 6) and line["rows"] >= 2 for line in times.values())
+  assert f"{12 - len(timed)} of 12 times are interpolated" in shown.err
   assert "letters, 3 problems" in shown.out
   assert finished[-1]["records_made"] == 72
   assert {m.axis for m in finished[-1]["margins"]} <= {"reads", "peak", "seconds"}
@@ -308,6 +311,29 @@ def test_a_sweep_from_flags_to_page(checkpoints, tmp_path, monkeypatch, capfd):
     hyperscale.main()
 
 
+def test_problems_of_public_files_are_swept(checkpoints, tmp_path, monkeypatch):
+  """MATH-500 and GSM8K in the layout of their files, as public checkpoints are swept by flags alone."""
+  maths, words = tmp_path / "math500.jsonl", tmp_path / "gsm8k.jsonl"
+  maths.write_text(json.dumps({"problem": "What is $1+1$?", "solution": "s", "answer": "2"}) + "\n")
+  words.write_text(json.dumps({"question": "How many 3?", "answer": "It is <<3=3>>3.\n#### 3"}) + "\n")
+  given = {"math500": {"data": str(maths)}, "gsm8k_cot": {"data": str(words)}}
+  config = hyperscale.Config(
+    checkpoint=str(checkpoints[0]), methods=("vanilla", "tova"), cr=(2.0,), max_tokens=(4, 9), width=2, traces=0,
+    dtype="float32", resamples=100, output=str(tmp_path / "sweep"),
+  )  # fmt: skip
+  chosen = TasksConfig(("math500", "gsm8k_cot"), chains=(1, 2), temperature=0.6)
+  settings = {hyperscale.Config: config, TasksConfig: chosen}
+  read = lambda prefix, cls: settings[cls] if cls in settings else cls(**given.get(prefix, {}))
+  monkeypatch.setattr(program, "read_flags", read)
+  monkeypatch.setattr(program, "flag_values", lambda **_: {"checkpoint": config.checkpoint})
+  monkeypatch.setattr(program, "finish", lambda line: None)
+  hyperscale.main()
+  (sweep, remarks) = cells.read(tmp_path / "sweep")
+  assert not remarks and {key[0] for key in sweep.cells} == {"math500", "gsm8k_cot"} and len(sweep.cells) == 8
+  page_text = (tmp_path / "sweep" / "index.html").read_text()
+  assert "math500" in page_text and "gsm8k_cot" in page_text
+
+
 @pytest.mark.slow
 def test_the_timed_batch_fills_the_memory(checkpoints, monkeypatch):
   """As many rows as hold their chains together: hardly one waits on the host, and most of the memory is used."""
@@ -316,12 +342,28 @@ def test_the_timed_batch_fills_the_memory(checkpoints, monkeypatch):
   found = [record for part in run.run(job, [method], byte_tokenizer(), width=8) for record in part]
   (cell,) = cells.of_records(found)[0].values()
   create = write.generator_of
-  monkeypatch.setattr(write, "generator_of", lambda *about: made.append(create(*about)) or made[-1])
-  empty = create(job, method, method.fitted(job, 60)[0][0], byte_tokenizer(), 60, 8, None).memory
+  monkeypatch.setattr(timing, "generator_of", lambda *about: made.append(create(*about)) or made[-1])
+  empty = create(job, method, method.fitted(job, 60)[0][0], byte_tokenizer(), 60, 8, None).cache
   memory = int(13.5 * timing.row_bytes(empty, cell))
-  took = timing.seconds_a_chain(job, method, 60, cell, byte_tokenizer(), memory, 3, lambda tokens: None)
-  assert (took["rows"], took["chains"], took["full"]) == (13, 24, True) and made[-1].width == 13
+  rows = timing.rows_that_fit(job, method, 60, cell, memory)
+  assert rows == 13 and timing.rows_that_fit(job, method, 60, cell, 10 * memory) == 24  # all chains
+  written = []
+  took = timing.step_seconds(job, method, 60, rows, byte_tokenizer(), memory, written.append)
+  assert took["rows"] == made[-1].width == 13 and not made[-1].waiting
   used = made[-1].cache.fixed_bytes + made[-1].peak_pages * made[-1].cache.page_bytes
   assert made[-1].preemptions <= 2 and 0.6 * memory < used <= memory
-  took = timing.seconds_a_chain(job, method, 60, cell, byte_tokenizer(), 4 * memory, 2, lambda tokens: None)
-  assert (took["rows"], took["chains"], took["full"]) == (16, 16, False)
+  # 39 chains and one more began, in requests of 8, and at most 13 of them have not ended.
+  ended = sum(reason != "running" for result in made[-1].results.values() for reason in result.finish_reason)
+  assert len(made[-1].results) == 5 and ended >= 40 - 13
+  assert took["tokens"] == written[-1] > ended and took["step_seconds"] > 0
+  assert np.mean([r.tokens - len(job.asked[r.prompt].tokens) + 1 for r in found]) == pytest.approx(
+    timing.new_tokens(job, cell)
+  )
+
+
+def test_few_cells_are_timed_and_the_others_lie_between():
+  """Those of the fewest and the most rows, and evenly between over log rows; a step's seconds are lines in the rows."""
+  assert timing.spread([100, 25, 400, 24, 50], 3) == [3, 0, 2] and timing.spread([100, 25, 400, 24, 50], 2) == [3, 2]
+  assert sorted(timing.spread([3, 1, 2], 3)) == [0, 1, 2] and timing.spread([7, 7, 7, 7], 3) == [0]
+  line = [(100, 2.0), (200, 3.0), (200, 5.0)]
+  assert [timing.interpolated(rows, line) for rows in (50, 100, 150, 200, 999)] == [2.0, 2.0, 3.0, 4.0, 4.0]

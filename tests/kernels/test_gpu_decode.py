@@ -31,9 +31,9 @@ def inputs(batch, heads, group, h, slots, lengths, dtype=jnp.bfloat16):
   return q, jnp.asarray(kv, dtype), jnp.asarray(lengths)
 
 
-def run(q, kv, lengths, block=64, stages=2, split=128, workers=3, merged=8, **options):
+def run(q, kv, lengths, block=64, stages=2, split=128, workers=3, rest=128, merged=8, **options):
   """The kernel in the interpreter, with few workers."""
-  sizes = gpu.Blocks(block, stages, split, workers, merged=merged)
+  sizes = gpu.Blocks(block, stages, split, workers, rest, merged)
   with on_hopper():
     return jax.block_until_ready(gpu.decode_attention(q, kv, jnp.int32(LAYER), lengths, blocks=sizes, **options))
 
@@ -81,6 +81,32 @@ def test_result_depends_on_its_own_slots_alone():
   both = run(q, kv, lengths)
   alone = run(q[:1], kv[:, :1], lengths[:1], workers=5)
   np.testing.assert_array_equal(np.asarray(both[:1], np.float32), np.asarray(alone, np.float32))
+
+
+@needs_mosaic_gpu
+def test_a_block_of_threads_for_each_pair():
+  """Pairs without slots, with part of a block, and full; the bits of a list whose chunks are whole pairs, and of a row
+  alone."""
+  q, kv, lengths = inputs(3, 2, 3, 64, 320, [[320, 0], [1, 64], [127, 65]])
+  own = check(q, kv, lengths, workers=0)
+  whole, alone = run(q, kv, lengths, split=320, rest=320), run(q[1:2], kv[:, 1:2], lengths[1:2], workers=0)
+  np.testing.assert_array_equal(np.asarray(own, np.float32), np.asarray(whole, np.float32))
+  np.testing.assert_array_equal(np.asarray(own[1:2], np.float32), np.asarray(alone, np.float32))
+
+
+@needs_mosaic_gpu
+def test_mass_and_pages_without_a_second_kernel():
+  """A ring beside pages, a block of threads a pair: attention, log-sum-exp and mass of the oracle."""
+  q, kv, lengths = inputs(2, 2, 2, 64, 64, [[64, 3], [0, 61]])
+  pool = jnp.nan_to_num(kv.reshape(-1, 64, 128))
+  table = jnp.arange(LAYERS * 2 * 2, dtype=jnp.int32).reshape(LAYERS, 2, 2, 1)
+  pages = Pages(pool, table, jnp.asarray([[0, 3], [64, 9]], jnp.int32))
+  out, logs, masses = run(q, kv, lengths, pages=pages, lse=True, mass=True, workers=0)
+  want, want_logs, want_masses = ref.decode_attention(q, kv, LAYER, lengths, pages=pages, lse=True, mass=True)
+  np.testing.assert_allclose(np.asarray(out, np.float64), want, rtol=0, atol=6e-3 * np.abs(want).max())
+  np.testing.assert_allclose(logs, want_logs, atol=1e-5)
+  for a, b in zip(masses, want_masses, strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
 
 
 def test_a_counter_where_workers_have_several_chunks():
@@ -168,9 +194,16 @@ def test_lowers_for_cuda(group, h):
 
 @needs_mosaic_gpu
 def test_calls_of_some_rows_are_lowered_once():
-  """8,192 pairs are two calls of one function, of a worker's and a merging kernel."""
-  text = lower(4096, 2, 4, 64, 64)
-  assert text.count("call @_attend") == 2 and text.count("call @mosaic_gpu_v2") == 2
+  """8,192 pairs are two calls of one function, of the workers' kernel and the merging one."""
+  text = lower(4096, 2, 4, 64, 4096)
+  assert text.count("call @attend") == 2 and text.count("call @mosaic_gpu_v2") == 2
+
+
+@needs_mosaic_gpu
+def test_a_block_of_threads_a_pair_is_one_kernel_for_any_number_of_pairs():
+  for slots, batch in ((2048, gpu.MOST_PAIRS), (1024, 80)):
+    text = lower(batch, 3, 3, 64, slots, gpu.decode_attention, lse=True)
+    assert text.count("call @mosaic_gpu_v2") == 1 and "64x2_pair" in text
 
 
 @needs_mosaic_gpu
@@ -249,6 +282,10 @@ def test_sizes_by_shape():
   assert gpu.default_blocks(32, 8, 272, 128, 132, paged=True) == gpu.Blocks(64, 3, 512, 264)
   assert gpu.default_blocks(8, 8, 272, 64, 132, paged=True) == gpu.Blocks(64, 2, 256, 528)
   assert gpu.default_blocks(248, 8, 272, 64, 132, paged=True) == gpu.Blocks(64, 3, 1024, 264, rest=256, merged=4)
+  by_pair = gpu.Blocks(64, 2, 128, 0)
+  assert gpu.default_blocks(32, 8, 1024, 128, 132) == gpu.default_blocks(2048, 2, 2048, 64, 132) == by_pair
+  assert gpu.default_blocks(2048, 2, 24, 64, 132, paged=True) == by_pair
+  assert gpu.default_blocks(32, 3, 1024, 64, 132) == gpu.Blocks(64, 2, 128, 528)
   assert gpu.default_blocks(1, 8, 0, 128, 132, paged=True, scaled=True) == gpu.Blocks(64, 4, 128, 264)
   with pytest.raises(ValueError, match="two or more times block"):
     gpu.Blocks(64, 2, 96, 4)

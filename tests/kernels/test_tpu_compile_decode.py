@@ -21,6 +21,8 @@ pytest.importorskip("libtpu", reason="libtpu is not installed (make test-tpu ins
 SHAPES = {
   "llama-8b": (2, 32, 8, 4, 128, 8192, 0, 0),
   "smollm2": (30, 8, 3, 3, 64, 8192, 0, 0),
+  "a shard of 70b": (2, 32, 1, 8, 128, 8192, 0, 0),
+  "many chains": (2, 2048, 2, 3, 64, 2048, 0, 0),
   "llama-8b, pages": (2, 32, 8, 4, 128, 0, 16, 8192),
   "llama-8b, ring and pages": (2, 32, 8, 4, 128, 272, 64, 8192),
   "smollm2, ring and pages": (30, 8, 3, 3, 64, 80, 128, 8192),

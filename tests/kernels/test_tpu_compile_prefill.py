@@ -19,6 +19,7 @@ pytest.importorskip("libtpu", reason="libtpu is not installed (make test-tpu ins
 SHAPES = {
   "smollm2, after a prefix": (4, 4096, 4200, 9, 3, 64),
   "llama-8b, after a prefix": (1, 4096, 8256, 32, 8, 128),
+  "smollm2, short texts": (32, 1024, 0, 9, 3, 64),
   "llama-8b, long": (1, 32768, 0, 32, 8, 128),
 }
 
@@ -43,9 +44,10 @@ def attention(topology, shape, dtype=jnp.bfloat16):
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_prefill_attention_compiles(topology, name):
-  """Temporaries, the gathered keys and the queries by tiles, are a few times the arguments at any length."""
+  """Temporaries, the gathered keys and the queries by tiles, are a few times the arguments at any length. A head of 64
+  fills half of a row of 128 lanes."""
   arguments, temporaries = attention(topology, SHAPES[name])
-  assert temporaries < 4 * arguments
+  assert temporaries < (5 if SHAPES[name][-1] == 64 else 4) * arguments
 
 
 @pytest.mark.parametrize(

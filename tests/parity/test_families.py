@@ -183,7 +183,8 @@ def test_half_precision_to_the_bit(pair, transformers, tmp_path, dtype):
   for name, _, _, read in from_params(param_table(model.config), model.params, jnp.dtype(dtype)):
     if ".experts." in name:  # stacked in memory; `test_saved_by_transformers` compares them
       continue
-    name = {"embed_out.weight": "lm_head.weight"}.get(name, name)  # of GPT-NeoX in files, and in memory
+    # Names in files, and in memory: of GPT-NeoX, and of Mixtral.
+    name = {"embed_out.weight": "lm_head.weight"}.get(name, name).replace(".block_sparse_moe.", ".mlp.")
     np.testing.assert_array_equal(state[name].float().numpy(), read().astype(np.float32), err_msg=name)
 
 

@@ -5,25 +5,30 @@ from __future__ import annotations
 import functools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import dms_jax
-from dms_jax import policies
+from dms_jax import execution, masks, policies
 from dms_jax import testing as tiny
+from dms_jax.attention import window_bias_attention
+from dms_jax.config import LoRAConfig
+from dms_jax.gates import gate_logits
 from dms_jax.generation import decode
-from dms_jax.model import check_policy
+from dms_jax.model import check_policy, forward, unembed, update_scale
 from dms_jax.policies.base import of_rows, row_numbers
 from experiments.methods import method
 from experiments.methods.budgets import fitted
 from experiments.methods.score import masked
 from tests import oracle
-from tests.programs import read
+from tests.programs import read, whole
 
 CRS, LENGTH, NEW = (1.5, 3.0, 6.0, 12.0), 29, 6
 GATES = tiny.dms(window=3, scale=20.0, offset=0.0, elastic=(1.5, 12.0))
 MODEL = tiny.model(gates=GATES)
+BY_CR = tiny.model(gates=GATES, lora=LoRAConfig(rank=2, scale=8.0, by_cr=True))
 PROMPTS = [tiny.tokens(MODEL.config, 1, LENGTH - 2 * i, seed=i).tolist()[0] for i in range(len(CRS))]
 generate = functools.partial(  # one capacity: programs are shared
   dms_jax.generate, max_new_tokens=NEW, eos=False, decode_block=4, prefill_chunk=8, capacity=64
@@ -87,6 +92,112 @@ def test_a_row_is_itself_alone(kind, budgets, over):
     assert beside.tokens[0] == whole.tokens[row] and beside.logprobs[0] == whole.logprobs[row]
     np.testing.assert_array_equal(np.asarray(beside.metrics.live)[:, 0], np.asarray(whole.metrics.live)[:, row])
   assert [program._cache_size() for program in programs] == compiled
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+def test_rows_have_updates_of_their_own(kind):
+  """`LoRAConfig.by_cr`: tokens and tokens held of each row are the mask's; to the bit alone; nothing compiled anew."""
+  run = functools.partial(generate, BY_CR, cache=kind)
+  if kind == "paged":  # as on a GPU: rows are padded, gates come late
+    gpu = dict(least_rows=5, late_gates=True, layers_apart=False, step_layers=0)
+    run = execution.override(**gpu)(functools.partial(generate, BY_CR.unstacked(), cache=kind))
+  out = run(PROMPTS, policy=policies.DMS(cr=np.array(CRS)))
+  for row, (cr, prompt) in enumerate(zip(CRS, PROMPTS, strict=True)):
+    limit, text = float(GATES.levels.threshold(cr)), np.asarray([prompt + out.tokens[row]])
+    found, logits = read(BY_CR, text, limit)
+    assert found[0].argmax(axis=-1)[len(prompt) - 1 : -1].tolist() == out.tokens[row]
+    held = oracle.held(oracle.about(logits[:, 0, :, :-1] > limit, GATES.lag()), GATES.window)
+    np.testing.assert_array_equal(np.asarray(out.metrics.live)[:, row], held)
+    if cr == CRS[-1]:
+      assert np.abs(found - read(MODEL, text, limit)[0]).max() > 0.1  # the updates matter
+  compiled = decode.decode_block._cache_size()
+  back = run(PROMPTS[::-1], policy=policies.DMS(cr=np.array(CRS[::-1])))
+  assert back.tokens[::-1] == out.tokens and back.logprobs[::-1] == out.logprobs
+  assert decode.decode_block._cache_size() == compiled
+
+
+def steady_texts(model, texts, crs, size):
+  """(logits [T, V], tokens held [L, K]) of each text under a mask whose thresholds numpy moves block by block."""
+  dms, slope = model.dms, float(model.dms.levels.slope)
+  lag, window = dms.lag(), dms.window
+
+  def attention(layer, x, q, k, v, limit):
+    logits = gate_logits(model.config, dms, layer, x, q)
+    bias = masks.hard_bias(masks.about_key(logits > limit, lag, False))
+    return window_bias_attention(q, k, v, bias, window, None), logits
+
+  def run(tokens, limits):
+    inputs = jnp.broadcast_to(limits, (model.config.num_layers, *limits.shape))
+    hidden, z = forward(model, tokens, cr=crs[row], attention=attention, attention_inputs=inputs)
+    return unembed(model, hidden), z
+
+  found, programs = [], jax.jit(run, compiler_options=tiny.QUICK)
+  for row, text in enumerate(texts):
+    tokens = np.pad(np.asarray([text], np.int32), ((0, 0), (0, 48 - len(text))))
+    limits = np.full(48, np.float32(dms.levels.threshold(crs[row])))
+    for block in range(48 // size):
+      known, share = (block - 1) * size, 1 / np.float32(crs[row])
+      if known > 0:
+        kept = known - np.mean(np.sum(np.asarray(z)[:, 0, :, :known] > limits[:known], axis=-1))
+        asked = max(known * share - window * (1 - share), known * share * 0.25)
+        odds = lambda x, known=known, share=share: np.log((x + 2 * size * share) / (known - x + 2 * size * (1 - share)))
+        move = slope * np.clip(6 * (odds(kept) - odds(asked)), -1.5, 1.5)
+        limits[block * size : (block + 1) * size] += np.float32(move)
+      logits, z = programs(tokens, limits)
+    evicts = oracle.about(np.asarray(z)[:, 0, :, : len(text) - 1] > limits[: len(text) - 1], lag)
+    found.append((np.asarray(logits)[0], oracle.held(evicts, window), limits))
+  return found
+
+
+def test_a_steady_threshold_holds_rows_to_their_ratio():
+  """Contiguous, paged, masked, chunks of 8, 5, 1: the same to the token, and as under a mask of numpy's thresholds."""
+  crs, outs = np.array(CRS), {}
+  for kind, chunk in (("contiguous", 16), ("paged", 5), ("masked", 1)):  # 16 becomes 8
+    policy = policies.DMS(cr=crs, steady=8)
+    outs[kind, chunk] = generate(MODEL, PROMPTS, policy=policy, cache=kind, prefill_chunk=chunk)
+  first, *others = outs.values()
+  for other in others:
+    assert other.tokens == first.tokens
+    np.testing.assert_array_equal(other.metrics.live, first.metrics.live)
+  texts = [prompt + new for prompt, new in zip(PROMPTS, first.tokens, strict=True)]
+  moved = []
+  for row, (logits, held, limits) in enumerate(steady_texts(MODEL, texts, crs, 8)):
+    chosen = logits.argmax(axis=-1)[len(PROMPTS[row]) - 1 : len(texts[row]) - 1]
+    assert chosen.tolist() == first.tokens[row]
+    np.testing.assert_array_equal(np.asarray(first.metrics.live)[:, row], held)
+    moved.append(np.ptp(limits))
+  assert min(moved) > 0.1
+  back = generate(MODEL, PROMPTS[::-1], policy=policies.DMS(cr=crs[::-1].copy(), steady=8), cache="contiguous")
+  assert back.tokens[::-1] == first.tokens and back.logprobs[::-1] == first.logprobs
+  generator = dms_jax.Generator(
+    MODEL, width=4, page_size=4, pages=200, eos=False, decode_block=4, policy=policies.DMS(steady=8)
+  )
+  tickets = [generator.submit(p, max_new_tokens=NEW, cr=cr) for p, cr in zip(PROMPTS, CRS, strict=True)]
+  list(generator.run())
+  assert [generator.results[ticket].tokens[0] for ticket in tickets] == first.tokens
+
+
+def test_updates_grow_with_the_cr():
+  """At CR 1, and under a policy without gates, the model is the original to the bit; at one CR it can be merged."""
+  tokens = tiny.tokens(BY_CR.config, 2, 16)
+  np.testing.assert_array_equal(whole(BY_CR, tokens)[0], whole(MODEL, tokens)[0])
+  assert float(update_scale(BY_CR, policies.Vanilla().target)) == 0.0
+  crs = np.array([1.0, 2.0, 12.0, 20.0], np.float32)
+  np.testing.assert_allclose(update_scale(BY_CR, crs), [0.0, 8 * math.log(2) / math.log(12), 8.0, 8.0], rtol=1e-6)
+  for policy in (policies.DMS(), policies.DMS(threshold=float(GATES.levels.threshold(4.0)) + 1e-6)):
+    np.testing.assert_allclose(check_policy(BY_CR, policy).target, 4.0, rtol=1e-5)
+  merged = BY_CR.at(3.0).merged()
+  assert merged.lora is None and not merged.dms.elastic
+  limit = GATES.levels.threshold(3.0)
+  np.testing.assert_allclose(read(merged, tokens, 0.0)[0], read(BY_CR, tokens, limit)[0], atol=2e-4)
+  with pytest.raises(ValueError, match=r"lora.by_cr: these low-rank updates depend .* use Model.at"):
+    BY_CR.merged()
+  with pytest.raises(ValueError, match=r"cr=13: these gates are for ratios from 1.5 to 12"):
+    BY_CR.at(13)
+  with pytest.raises(ValueError, match="cr=2: these gates are not for a range"):
+    tiny.model().at(2)
+  with pytest.raises(ValueError, match=r"lora.by_cr scales updates .* needs dms.elastic"):
+    tiny.model(gates=tiny.dms(), lora=BY_CR.lora)
 
 
 def test_requests_have_budgets_of_their_own():
@@ -160,6 +271,9 @@ def test_numbers_of_levels():
     (GATES, policies.DMS(cr="4"), "DMS: cr=4 must be a number"),
     (GATES, policies.DMS(budget=9, limit_over="row"), 'DMS: limit_over=.row. must be "head" or "layer"'),
     (GATES, policies.DMS(hard=True), "DMS: hard=True makes a limit of cr=: give it too"),
+    (GATES, policies.DMS(cr=4.0, steady=0.5), "DMS: steady=0.5 must be a whole number of tokens"),
+    (GATES, policies.DMS(cr=4.0, steady=8, budget=9), "DMS: steady=8 holds rows to their cr, budget="),
+    (GATES, policies.DMS(threshold=1.0, steady=8), "DMS: steady holds rows to cr= of gates for a range"),
   ],
 )  # fmt: skip
 def test_refusals(gates, policy, message):

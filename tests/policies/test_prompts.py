@@ -15,9 +15,10 @@ from dms_jax import cache as caches
 from dms_jax import policies
 from dms_jax import testing as tiny
 from dms_jax.attention import write_pages
-from dms_jax.cache import paged
+from dms_jax.cache import paged, ring
 from dms_jax.cache.compact import moves
 from dms_jax.config import ModelConfig
+from dms_jax.model import cached_forward
 from tests import cache_driver, policy_oracle
 from tests.cache_driver import HEAD, KINDS, LAYERS, ROWS, fitted
 from tests.programs import step
@@ -354,6 +355,28 @@ def test_numbers_may_be_one_a_row(numbers, make):
     np.testing.assert_array_equal(hidden[row], alone[row])
     np.testing.assert_array_equal(live[:, row], held[:, row])
   assert len({x.tobytes() for x in np.moveaxis(live, 1, 0)}) == 3
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+def test_rows_are_cut_a_few_at_a_time(kind, monkeypatch):
+  """In copies of two rows with as many archive slots as these need, with numbers of their own, as all rows at once."""
+  model, active = tiny.model(), np.array([True, True, True, True, True, False])
+  policy = policies.RKV(budget=jnp.array([6, 9, 15, 30, 7, 6]), buffer=4, window=2)
+  cache = caches.create(kind, model.config, batch=6, capacity=100, policy=policy, lag=1)
+  tokens, lengths = np.asarray(tiny.tokens(model.config, 6, 20)), np.full(6, 20, np.int32)
+  _, cache = jax.jit(cached_forward)(model, policy, cache, tokens, lengths, remaining=np.ones(6, np.int32))
+
+  def cut(together, narrow):
+    monkeypatch.setattr(ring, "LEAST_PRUNED", together)
+    monkeypatch.setattr(ring, "LEAST_WIDTH", narrow)
+    widths = cache._archive_widths()
+    return jax.jit(lambda cache: cache.prune(policy, active))(cache), widths
+
+  (whole, all_slots), (parts, widths) = cut(6, 1000), cut(2, 2)
+  assert len(all_slots) == 1 and 20 - 3 <= widths[-2] < widths[-1] == all_slots[0]
+  held = np.broadcast_to(np.array([6, 9, 15, 20, 7, 20])[:, None], whole.live().shape)
+  np.testing.assert_array_equal(whole.live(), held)
+  jax.tree.map(np.testing.assert_array_equal, parts, whole)
 
 
 GENERATED = {

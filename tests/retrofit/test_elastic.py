@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +27,7 @@ from dms_jax.retrofit import (
   losses,
   schedule,
 )
+from dms_jax.retrofit.config import check
 from dms_jax.retrofit.data import Packer, Source
 from dms_jax.retrofit.loop import prepare
 from dms_jax.retrofit.step import Batch, init_state, logistic_noise, loss_fn, train_step
@@ -148,22 +151,41 @@ def test_a_batch_evicts_what_its_rows_ask_for(counts, granularity):
   assert abs(bias.sum()) < 1e-4 * np.abs(bias).sum()
 
 
-@pytest.mark.parametrize("counts", ["evicted", "held"])
-def test_calibrated_thresholds_hold_what_is_asked(counts):
+@pytest.mark.parametrize("counts, lora", [("evicted", None), ("held", LoRAConfig(rank=2, scale=8.0, by_cr=True))])
+def test_calibrated_thresholds_hold_what_is_asked(counts, lora):
   """On the batches that measured them, hard decisions without noise evict each CR's share, at every level."""
   config = changed(BASE, loss__counts=counts, seq_len=64)
-  model = tiny.model(SMALL, gates(LOW, HIGH))
+  model = tiny.model(SMALL, gates(LOW, HIGH), lora)
   batches = [Batch(tiny.tokens(SMALL, 4, 64, seed=i)) for i in range(3)]
   shown = []
   found = elastic.calibrated(model, batches, config, lambda items: (shown.append(x) or x for x in items)).dms
   assert len(shown) == 3 and len(found.elastic_thresholds) == elastic.LEVELS and found.elastic == (LOW, HIGH)
   assert (np.diff(found.elastic_thresholds) <= 0).all()
-  logits = jax.jit(lambda batch, limit: forward(model, batch.tokens, eviction=Eviction(threshold=limit))[1])
+  logits = jax.jit(lambda batch, limit, cr: forward(model, batch.tokens, eviction=Eviction(threshold=limit), cr=cr)[1])
   for cr in (LOW, 4.0, HIGH):
     limit = found.levels.threshold(cr)
-    share = np.mean([np.asarray(logits(batch, limit)) > limit for batch in batches])
+    share = np.mean([np.asarray(logits(batch, limit, cr)) > limit for batch in batches])
     want = trained_oracle.evicting_share(cr, 64, 3, counts == "held")
     assert abs(share - want) < 0.01  # a row's edges lie 1/1024 apart; logits depend on what is evicted
+
+
+def test_updates_by_cr_learn_from_rows_that_evict():
+  """A row at CR 1 has none of the update and gives it no gradient; the others' is that of their strength."""
+  student, teacher, trained = prepare(tiny.model(SMALL), gates(LOW, HIGH), LoRAConfig(rank=2, by_cr=True), BASE)
+  batch, noise = Batch(tiny.tokens(SMALL, 4, 16)), logistic_noise(jax.random.key(0), (2, 4, 2, 16))
+
+  @functools.partial(jax.jit, compiler_options=tiny.QUICK)
+  def grads(trained, crs):
+    whole = lambda trained: student.replace(params=join_params(student.params, trained))
+    return jax.grad(lambda trained: loss_fn(whole(trained), teacher, batch, noise, crs, BASE)[0])(trained)
+
+  for crs, learns in (([1.0] * 4, False), ([1.0, 1.0, 1.0, 6.0], True)):
+    found = flatten(grads(trained, jnp.asarray(crs, jnp.float32)))
+    assert bool(np.any(found["layers/q_proj_lora_b"])) == learns
+  for wrong, message in (({}, "it needs dms.elastic"), ({"saving__export": "model"}, "cannot be merged")):
+    dms = gates() if not wrong else gates(LOW, HIGH)
+    with pytest.raises(ValueError, match=f"lora.by_cr.*{message}"):
+      check(dms, LoRAConfig(rank=2, by_cr=True), changed(BASE, **wrong))
 
 
 @pytest.mark.standard_promotion  # optax

@@ -64,14 +64,16 @@ def test_values_asked_for_were_said():
 
 
 def test_aliases_are_all_names_of_a_value():
-  """Each list at the end is what following the assignments, in their order, gives."""
+  """Each list at the end is what following the assignments, in their order, gives; half begin with an example."""
+  examples = 0
   for each in made("aliases"):
-    at = re.search(r"\n(All that equal|# value|Which have) ", each["text"]).start()
+    at = re.search(r"(\n(All that equal|# value|Which have) [^\n]*)+\n$", each["text"]).start()
     body, end = each["text"][:at], each["text"][at:]
+    examples += bool(re.search(r"^(All that equal|# value|Which have) ", body, re.M))
     holds: dict[str, str] = {}
     pattern = (
-      r"let (\w+) be (\d+)\.|^(\w+) = (\d+)$|Cell (\w+) holds (\d+)\.|(\w+) chose the number (\d+)\.|"
-      r"\b(\w+) is the same as (\w+)\.|^(\w+) = (\w+)$|Cell (\w+) copies cell (\w+)\.|(\w+) chose the same as (\w+)\."
+      r"let (\w+) be (\d+)\.|^(\w+) :?= (\d+)$|Cell (\w+) holds (\d+)\.|(\w+) chose the number (\d+)\.|"
+      r"\b(\w+) is the same as (\w+)\.|^(\w+) :?= (\w+)$|Cell (\w+) copies cell (\w+)\.|(\w+) chose the same as (\w+)\."
     )
     for match in re.finditer(pattern, body, re.M):
       name, other = [group for group in match.groups() if group]
@@ -83,6 +85,7 @@ def test_aliases_are_all_names_of_a_value():
     assert asked
     for value, names in asked:
       assert sorted(names.split(", ")) == sorted(groups[value])
+  assert MANY // 4 < examples < 3 * MANY // 4
 
 
 def test_fields_asked_for_are_in_the_table():

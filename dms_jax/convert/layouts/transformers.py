@@ -14,7 +14,7 @@ import numpy as np
 
 from dms_jax import families
 from dms_jax.config import DMSConfig, ModelConfig, from_json, read_json
-from dms_jax.convert import pickles
+from dms_jax.convert import mxfp4, pickles
 from dms_jax.convert.layouts import fastdms, nvidia
 from dms_jax.convert.layouts.keys import Gates
 from dms_jax.convert.safetensors_file import GATES, open_tensors
@@ -55,7 +55,7 @@ def read(path: str | Path) -> tuple[ModelConfig, DMSConfig | None, Tensors, Toke
   generation = read_json(path / GENERATION) if (path / GENERATION).exists() else None
   config, found = config_from_hf(values, str(path / "config.json"), generation), gates(path, values)
   tokenizer = Tokenizer.load(path) if (path / TOKENIZER_FILE).exists() else None
-  tensors = _with_prefix(open_tensors(path), families.get(config.family).prefix)
+  tensors = _with_prefix(mxfp4.widened(open_tensors(path)), families.get(config.family).prefix)
   head, embedding = _head_names(config)
   if config.tie_embeddings and _has_own_head(tensors, head, embedding):
     config = dataclasses.replace(config, tie_embeddings=False)
