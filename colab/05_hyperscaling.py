@@ -48,7 +48,9 @@ problem = get(TASK)(level=level).prompts(TasksConfig(limit=1), tokenizer, 0, 163
 answer = dms_jax.generate(model, problem.text, max_new_tokens=sizes["max_tokens"][-1], temperature=0.8,
                           key=jax.random.key(setting("SEED", 0)), decode_block=16)  # fmt: skip
 print(problem.text, "\n---\n", answer.text[0], sep="")
-print(f"\n{answer.metrics.seen[0]} tokens, of which a head holds {np.asarray(answer.metrics.live)[:, 0].mean():.0f} at the end")
+print(
+  f"\n{answer.metrics.seen[0]} tokens, of which a head holds {np.asarray(answer.metrics.live)[:, 0].mean():.0f} at the end"
+)
 
 # %% [markdown]
 # ## 3. Sweep chains, lengths and compression

@@ -1,11 +1,13 @@
 """Time to the first answer: cold, with nothing compiled, and warm, with compiled programs on disk.
 
     python -m experiments.bench_start --checkpoint=checkpoints/smollm2-135m-instruct --retrofit=smollm2-135m-cr4
+    python -m experiments.bench_start --preset=llama-3.2-1b    # random weights of a model's shape
 
 A process of its own takes the steps of a first session: it imports dms_jax, loads the model and answers, then answers
-again with one thing changed, such as the prompt, a threshold or the policy. It runs twice with one new folder of
-compiled programs: cold, then warm. Every step has its wall time and its CPU time (all threads), seconds both, and the
-number of programs that were compiled or read from disk. On a busy machine the CPU time is the figure to compare.
+again with one thing changed, such as the prompt, a threshold or the policy; last it serves requests. It runs twice with
+one new folder of compiled programs: cold, then warm. Every step has its wall time and its CPU time (all threads),
+seconds both, and the number of programs that were compiled or read from disk. On a busy machine the CPU time is the
+figure to compare.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
+from dms_jax.families import PRESETS
 from experiments.bench import cases
 from experiments.common import files, program
 from experiments.reports import tables
@@ -27,12 +30,15 @@ class Config:
   """The model, and how much it writes.
 
   Attributes:
+    checkpoint: the model, or give --preset.
+    preset: shape of a model with random weights and adapter gates, instead of a checkpoint.
     steps: all, or the import, the model and the first answer alone.
     output: file of the results, JSON; none: they are printed alone.
     minutes: most minutes of each of the two processes.
   """
 
-  checkpoint: str
+  checkpoint: str | None = None
+  preset: str | None = dataclasses.field(default=None, metadata={"choices": PRESETS})
   retrofit: str | None = None
   dtype: Literal["float32", "bfloat16"] | None = None
   max_new_tokens: int = 32
@@ -43,12 +49,17 @@ class Config:
   def __post_init__(self):
     if self.max_new_tokens < 1:
       raise ValueError(f"--max_new_tokens={self.max_new_tokens} must be 1 or more")
+    if (self.checkpoint is None) == (self.preset is None):
+      raise ValueError("give --checkpoint=FOLDER, or --preset=NAME for random weights")
+    if self.preset is not None and self.retrofit is not None:
+      raise ValueError(f"--retrofit={self.retrofit}: random weights have gates of their own; leave it out")
 
 
 def main() -> None:
   config = program.read_flags("", Config)
   files.check_retrofit("retrofit", config.retrofit)
-  what = {name: getattr(config, name) for name in ("checkpoint", "retrofit", "dtype", "max_new_tokens", "steps")}
+  names = ("checkpoint", "preset", "retrofit", "dtype", "max_new_tokens", "steps")
+  what = {name: getattr(config, name) for name in names}
   runs: list[list[dict[str, Any]]] = []
   with tempfile.TemporaryDirectory() as folder:
     for name in ("cold", "warm"):

@@ -116,6 +116,15 @@ def test_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
   assert blocks and "Vanilla: " in (printed := capsys.readouterr().out) and "DMS: " in printed
 
 
+def test_variants_exist():
+  """Every line of tests/variants.txt names a file and a test in it."""
+  for line in (ROOT / "tests" / "variants.txt").read_text().splitlines():
+    if line and not line.startswith("#"):
+      file, test = line.split("[")[0].split("::")
+      test = re.compile(rf"^def {test.replace('*', '.*')}\(", re.MULTILINE)
+      assert any(test.search(path.read_text()) for path in (ROOT / "tests").rglob(file)), line
+
+
 def test_every_target_has_help():
   """`make help` prints the targets whose line has a `##`."""
   makefile = (ROOT / "Makefile").read_text()

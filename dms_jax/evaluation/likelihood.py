@@ -206,7 +206,7 @@ def policy_logprobs(
     cache, logits, stalled, _ = read_chunk(model, policy, cache, part.tokens, part.lengths, part.remaining, logits)
     return np.asarray(stalled)
 
-  done = read_prompts(prompts, chunk, feed)
+  done = read_prompts(prompts, policy.chunk(chunk), feed)
   assert (done == [len(prompt) for prompt in prompts]).all(), "the cache has a slot for every token"
   return _continued_logprobs(model, policy, cache, logits, tokens, lengths, positions, targets)
 

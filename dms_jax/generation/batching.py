@@ -113,6 +113,7 @@ class Generator:
     if not 0 < self.max_length <= longest:
       raise ValueError(f"max_length={max_length} must lie between 1 and the model's {longest} positions")
     prefill_chunk, self.decode_block = min(prefill_chunk, self.max_length), min(decode_block, self.max_length)
+    prefill_chunk = self.policy.chunk(prefill_chunk)
     self.width, self.stream = width, stream
     self.stop_strings = StopStrings.create(stop, self.tokenizer)
     self.stop_criteria = stop_criteria(self.model, self.tokenizer, self.stop_strings, eos)

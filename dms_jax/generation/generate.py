@@ -161,6 +161,7 @@ def generate(
   if past is not None:
     past = moved(model, past)
   policy = check_policy(model, past.policy if policy is None and past is not None else policy)
+  prefill_chunk = policy.chunk(prefill_chunk)
   cache = cache or caches.default_kind(policy, model.config)
   ids = prompt_ids(model, prompts, mask, tokenizer, None if past is None else np.asarray(past.pending))
   batch = len(ids)

@@ -310,6 +310,10 @@ class Policy:
     """This policy with what it needs to know of the gates that it reads; called before `resolved`."""
     return self
 
+  def chunk(self, tokens: int) -> int:
+    """Tokens of a prompt that can be read at once, of `tokens` that one would."""
+    return tokens
+
   @property
   def target(self) -> float | Float[Array, "*rows"]:
     """The CR that each row asks of a model whose low-rank updates depend on it; 1, none of them, without its gates."""

@@ -31,9 +31,9 @@ class DMS(Budgeted):
   1 - 1/cr of the tokens is evicted, more of them in some texts, heads and layers and fewer in others. It is one number
   or one a row [B], default 4 or the nearest end of the range. Gates for one ratio have no such dial.
 
-  `steady` holds each row to its `cr`: every `steady` tokens, such as 256, its threshold is set by what the row has
+  `steady` holds each row to its `cr`: every `steady` tokens, such as 128, its threshold is set by what the row has
   evicted so far (`steered`). That is counted over all layers and heads, which still differ. Prompts are then read in
-  chunks of at most so many tokens, and the result does not depend on the chunks.
+  chunks of at most so many tokens; the result does not depend on the chunks.
 
   `budget` (tokens a head, the window's W + 1 included) adds a hard limit, which the paper does not have; with `hard`
   `cr` is one too, of any gates: tokens seen for each one allowed. The score is then the negative logit: where the
@@ -181,6 +181,9 @@ class DMS(Budgeted):
     limit = per_row(self.limit, 2)
     limit = limit if self.moved is None else limit + self.moved[:, None]
     return logits > limit.astype(logits.dtype)
+
+  def chunk(self, tokens):
+    return min(tokens, self.steady) if self.steady else tokens
 
   def memory(self, group, head_dim):
     """Decisions to evict, by the tokens up to the end of each block of `steady` tokens, block n in place n mod 4."""

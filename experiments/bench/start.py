@@ -11,8 +11,9 @@ LONGER = "What is the capital of Spain, and how many people live there? Answer i
 
 
 def measure(
-  checkpoint: str, retrofit: str | None, dtype: str | None, max_new_tokens: int, steps: str, folder: str
-) -> list[dict[str, Any]]:
+  checkpoint: str | None, preset: str | None, retrofit: str | None, dtype: str | None, max_new_tokens: int, steps: str,
+  folder: str,
+) -> list[dict[str, Any]]:  # fmt: skip
   """The steps of one process, which must be new, with their seconds; `folder` keeps compiled programs."""
   rows: list[dict[str, Any]] = []
   count: Callable[[], int] = lambda: 0  # programs compiled so far
@@ -39,14 +40,17 @@ def measure(
 
   with compilation.counted() as programs:
     count = programs
-    model, tokenizer = timed("load the model", lambda: dms_jax.load(checkpoint, retrofit=retrofit, dtype=dtype))
+    load = lambda: dms_jax.load(checkpoint, retrofit=retrofit, dtype=dtype)
+    model, tokenizer = timed("load the model", load if preset is None else lambda: _random(preset, dtype))
 
-    def chat(text: str) -> str:
+    def chat(text: str) -> str | list[int]:
+      if tokenizer is None:
+        return list(text.encode())  # ids below 256, which every vocabulary has
       return tokenizer.chat([{"role": "user", "content": text}]) if tokenizer.settings.get("chat_template") else text
 
     short, longer, key = chat(SHORT), chat(LONGER), jax.random.key(0)
-    answer = lambda prompts=short, **settings: dms_jax.generate(
-      model, prompts, max_new_tokens=max_new_tokens, eos=False, **settings
+    answer = lambda *prompts, **settings: dms_jax.generate(
+      model, [*prompts] or [short], max_new_tokens=max_new_tokens, eos=False, **settings
     )
     timed("first answer", answer)
     if steps == "first":
@@ -59,8 +63,30 @@ def measure(
     timed("temperature 1", lambda: answer(key=key, temperature=1.0))
     timed("temperature 1, top_k 50", lambda: answer(key=key, temperature=1.0, top_k=50))
     timed("temperature 1, top_k 10", lambda: answer(key=key, temperature=1.0, top_k=10))
-    timed("two rows", lambda: answer([short, longer]))
+    timed("two rows", lambda: answer(short, longer))
     timed("Vanilla", lambda: answer(policy=dms_jax.Vanilla()))
     timed("TOVA, budget 128", lambda: answer(policy=dms_jax.TOVA(budget=128)))
     timed("TOVA, budget 96", lambda: answer(policy=dms_jax.TOVA(budget=96)))
+
+    def serve(generator: Any, prompt: Any) -> Any:
+      generator.submit(prompt, max_new_tokens=max_new_tokens)
+      list(generator.run())
+      return generator
+
+    make = lambda: dms_jax.Generator(model, tokenizer=tokenizer, width=4, eos=False)
+    generator = timed("Generator of 4 rows, a request", lambda: serve(make(), short))
+    timed("another request", lambda: serve(generator, longer))
   return rows
+
+
+def _random(preset: str, dtype: str | None) -> tuple[Any, None]:
+  """(model with adapter gates in the form that decodes fastest, no tokenizer)."""
+  import jax
+  import jax.numpy as jnp
+
+  from dms_jax.execution import fastest_form
+  from dms_jax.families import PRESETS
+  from experiments.bench import synthetic
+
+  model = synthetic.random_model(PRESETS[preset], window=64, dtype=jnp.dtype(dtype or "bfloat16"))
+  return jax.block_until_ready(fastest_form(model)), None

@@ -21,8 +21,8 @@ ENDS = {
 
 
 def signed(value: float | None) -> str:
-  """Points with a sign and one digit; "NA" for None."""
-  return NONE if value is None else styles.number("accuracy", value, "+")
+  """Points with one digit and, but for 0.0, a sign; "NA" for None."""
+  return NONE if value is None else styles.number("accuracy", round(value, 1) or 0.0, "+" if round(value, 1) else "")
 
 
 def said(each: Margin | None) -> str:
@@ -153,13 +153,13 @@ def scores(panel: Panel, look: Look) -> Table:
       for most in lengths:
         point = points.get(Setting(method, budget, width, most))
         error = point and point.main.standard_error
-        shown = "" if point is None else styles.number("accuracy", point.main.mean)
+        shown = "NA" if point is None else styles.number("accuracy", point.main.mean)
         cells.append(shown if error is None else f"{shown} ± {styles.number('accuracy', error)}")
     last = points.get(Setting(method, budget, ends[0], lengths[-1]))
-    cells.append("" if last is None else f"{last.main.achieved_cr:.2f}")
+    cells.insert(0, "NA" if last is None else f"{last.main.achieved_cr:.2f}")
     rows.append(Row(method, cells, look[method], styles.limit(dict(budget))))
-  groups = [("", 1), *((f"W {width}: accuracy, %, ± standard error", len(lengths)) for width in ends), ("", 1)]
-  columns = ["method", *[f"L {most:,}" for _ in ends for most in lengths], f"CR at L {lengths[-1]:,}"]
+  groups = [("", 2), *((f"W {width}: accuracy, %, ± standard error", len(lengths)) for width in ends)]
+  columns = ["method", "CR", *[f"L {most:,}" for _ in ends for most in lengths]]
   return Table(
     "CR: tokens seen over tokens held when a chain ends, mean over chains, at the largest L.", columns, rows, groups,
   )  # fmt: skip

@@ -103,7 +103,7 @@ def held_at_end(
     cache = _read(model, policy, cache, part.tokens, part.lengths, part.remaining)
     return np.zeros(1, bool)
 
-  read_prompts([ids[:read]], chunk, feed)
+  read_prompts([ids[:read]], policy.chunk(chunk), feed)
   written = np.zeros((1, rounded(len(ids) - read)), np.int32)
   written[0, : len(ids) - read] = ids[read:]
   held = _decode(model, policy, cache, written, np.array([len(ids) - read], np.int32))

@@ -265,19 +265,32 @@ def level(share: float) -> int:
   return next(shade for shade, most in enumerate(SHADES) if share <= most)
 
 
-def spans(tokens: Sequence[str], held: Sequence[float]) -> list[tuple[int, str]]:
-  """Neighbouring tokens of one shade as one (level, text)."""
-  runs = itertools.groupby(zip(tokens, held, strict=True), key=lambda each: level(each[1]))
-  return [(shade, "".join(token for token, _ in own)) for shade, own in runs]
+def noted(tokens: Sequence[str], notes: tuple[str, str] | None) -> list[bool]:
+  """Which tokens belong to notes: from the first word of `notes` to the next of its second; tokens are words."""
+  inside, found = False, []
+  for token in tokens:
+    inside = inside or (notes is not None and token.strip() == notes[0])
+    found.append(inside)
+    inside = inside and token.strip() != notes[1]
+  return found
 
 
-def traced_chain(trace: Trace, style: styles.Style, record: Record | None) -> dict[str, Any]:
-  """A traced chain for the template: the prompt's and the written tokens in shades."""
-  held = np.array(trace.held)
+def spans(tokens: Sequence[str], held: Sequence[float], marked: Sequence[bool]) -> list[tuple[int, str, bool]]:
+  """Neighbouring tokens of one shade, marked or not, as one (level, text, marked)."""
+  runs = itertools.groupby(zip(tokens, held, marked, strict=True), key=lambda each: (level(each[1]), each[2]))
+  return [(shade, "".join(token for token, *_ in own), mark) for (shade, mark), own in runs]
+
+
+def traced_chain(
+  trace: Trace, style: styles.Style, record: Record | None, notes: tuple[str, str] | None = None
+) -> dict[str, Any]:
+  """A traced chain for the template: the prompt's and the written tokens in shades, with its notes marked."""
+  held, read = np.array(trace.held), trace.read
+  marked = [False] * read + noted(trace.tokens[read:], notes)
   return {
     "title": str(Setting.of(trace)), "style": style, "grades": _grades(record),
-    "prompt": spans(trace.tokens[: trace.read], trace.held[: trace.read]),
-    "written": spans(trace.tokens[trace.read :], trace.held[trace.read :]),
+    "prompt": spans(trace.tokens[:read], trace.held[:read], marked[:read]),
+    "written": spans(trace.tokens[read:], trace.held[read:], marked[read:]),
     "summary": f"{len(held):,} tokens, {trace.read:,} of them the prompt. A head holds {held.mean():.0%} of them at "
     "the end; " + (f"{np.mean(held == 0):.0%} are held by no head." if held.min() == 0 else "some head holds each."),
     "dense": bool((held == 1).all()),
@@ -292,7 +305,7 @@ def _grades(record: Record | None) -> str:
   return ", ".join([*told, *([] if record.seconds is None else [f"{styles.amount(record.seconds)} s"])])
 
 
-def chains(results: Results, most: int) -> list[dict[str, Any]]:
+def chains(results: Results, most: int, tasks: Mapping[str, type[Task]]) -> list[dict[str, Any]]:
   """Chains to show, grouped by prompt, at most `most` prompts of a task: traced ones, or plain texts without traces."""
   look = styles.styles(results.methods, results.baseline)
   by_key = {}
@@ -304,7 +317,9 @@ def chains(results: Results, most: int) -> list[dict[str, Any]]:
   for model, each in results.traces:
     where = model, each.task, each.length, str(each.prompt), each.chain
     record = by_key.get((*where, Setting.of(each)))
-    groups.setdefault(where, []).append(traced_chain(each, look[each.method], record))
+    groups.setdefault(where, []).append(
+      traced_chain(each, look[each.method], record, getattr(tasks.get(each.task), "notes", None))
+    )
   if not results.traces:
     largest: dict[tuple, tuple] = {}  # of a task's sweep, the setting with most new tokens, then most chains
     for *where, setting in by_key:
@@ -313,7 +328,7 @@ def chains(results: Results, most: int) -> list[dict[str, Any]]:
       shape = setting.max_tokens, setting.chains
       if record.text is not None and record.chain == 0 and shape == largest[where[1], where[2]]:
         plain = {"title": str(setting), "style": look[setting.method], "grades": _grades(record), "prompt": []}
-        plain |= {"written": [(None, record.text)], "summary": f"{record.tokens:,.0f} tokens", "dense": False}
+        plain |= {"written": [(None, record.text, False)], "summary": f"{record.tokens:,.0f} tokens", "dense": False}
         groups.setdefault(tuple(where), []).append(plain)
   taken: dict[tuple, int] = {}
   shown = []
@@ -418,8 +433,8 @@ def render(
   ]
   text = environment.get_template(template).render(
     title=title or f"{', '.join(models)}: methods, tasks, budgets", models=models, results=results, look=look,
-    marks=charts.MARKS, sections=_sections(results, tasks), maps=maps, even=even, chains=chains(results, prompts),
-    texts=_texts(results, look), shades=SHADES, runs=runs,
+    marks=charts.MARKS, sections=_sections(results, tasks), maps=maps, even=even,
+    chains=chains(results, prompts, tasks), texts=_texts(results, look), shades=SHADES, runs=runs,
     count=sum(len(run.records) + len(run.texts) for run in results.runs), time_remark=time_remark(results.runs), **more,
   )  # fmt: skip
   return f"{text.strip()}\n"

@@ -134,7 +134,8 @@ class WritingTask(Task):
 
   `new_tokens`: L, the most tokens of a text, unless `--max_tokens` says otherwise. `stop`: strings that end a text and
   are cut off. `best_of_all`: of several chains, one that is right makes the prompt right (pass@all, for programs);
-  otherwise the chains vote by their `answer`. `graded_by`: settings that change grades, not prompts.
+  otherwise the chains vote by their `answer`. `graded_by`: settings that change grades, not prompts. `notes`: the words
+  between which a text writes down what it will need, both included; None for texts without notes.
 
   Prompts of a `sized` task are made for a given length; the data decide the length of other prompts. The main metric of
   a task whose answers are right or wrong is "accuracy": 100 or 0.
@@ -145,6 +146,7 @@ class WritingTask(Task):
   best_of_all: ClassVar[bool] = False
   graded_by: ClassVar[tuple[str, ...]] = ()
   sized: ClassVar[bool] = False
+  notes: ClassVar[tuple[str, str] | None] = None
 
   def prompts(self, config: TasksConfig, tokenizer: Tokenizer, length: int, max_positions: int) -> list[Prompt]:
     """The prompts of this task.

@@ -202,6 +202,7 @@ class ReasoningTask(WritingTask):
   LEVELS: ClassVar[tuple[Any, ...]]
   PROBLEM: ClassVar[type]
   size: ClassVar[int] = 0
+  notes = ("note", ";")
   metrics = ("accuracy",)
   new_tokens = 3840
   problems: int = 512

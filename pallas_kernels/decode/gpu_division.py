@@ -1,4 +1,4 @@
-"""How the Hopper decode kernel divides the live slots of all pairs among blocks of threads: two ways.
+"""How the Hopper decode kernel divides live slots among blocks of threads: two ways.
 
 A pair is a row and one of its KV heads. A division names the chunks of all pairs by numbers from 0 to `total`.
 `item(number)` gives a chunk's pair, its number in the pair, its first block and how many blocks it has;

@@ -1,4 +1,4 @@
-"""The Hopper kernel of decode attention: workers stream live slots, and a second kernel merges what they find.
+"""The Hopper kernel of decode attention: workers stream live slots, a second kernel merges.
 
 A worker streams its blocks by TMA, several in flight across the ends of chunks, page numbers one block further ahead.
 

@@ -77,7 +77,8 @@ def _prepare(tile: Tile, blocks: Blocks, weighted: bool, q, keys, values, q_pos,
   rows = tile.arrange(positions, -2).reshape(*positions.shape[:2], WARPGROUPS, ROWS)
   keys, values = (planning.gather(x, plan.source) for x in (keys, values))
   # TMA reads zeros past the end and writes nothing there, but tiles memory by 8 rows; the interpreter needs all rows.
-  pad = pad if compat.interpreting() else -t % 8
+  # So does a text of up to one tile: a copy as long as the whole axis begins at 0, wherever it should.
+  pad = pad if compat.interpreting() or t <= tile.queries else -t % 8
   q = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0)))
   return (q, keys, values, rows, plan.bounds, plan.ranges), plan.row if weighted else None
 

@@ -59,9 +59,8 @@ def test_what_stays_is_the_formula(case, seed):
     lengths = np.where(rng.random(ROWS) < 0.2, 0, rng.integers(1, width + 1, ROWS))
     lengths = np.minimum(lengths, (PROMPT if width > 1 else LENGTH) - start)
     remaining = np.maximum(PROMPT - start - lengths, 0) if width > 1 else None
-    out, usage, stalled, cache = cache_driver.feed_logits(
-      policy, cache, text, logits, start, width, lengths, remaining
-    )  # fmt: skip
+    *found, cache = cache_driver.feed_logits(policy, cache, text, logits, start, width, lengths, remaining)
+    out, usage, stalled = jax.device_get(found)
     assert not stalled.any()
     end, positions = start + lengths, cache_driver.held(cache)
     by_rows = {

@@ -27,4 +27,15 @@ def test_numbers_compile_nothing_and_a_warm_start_reads_all(tmp_path, monkeypatc
   assert rows["first answer"]["compiled"] > 0
   for step in ("the same again", "another prompt", "another threshold", "temperature 1, top_k 10", "TOVA, budget 96"):
     assert rows[step]["compiled"] == 0, step
+  assert rows["another request"]["compiled"] <= 1  # a longer prompt
   assert all(row["cold_s"] > 0 and row["warm_cpu_s"] >= 0 for row in found["rows"])
+
+
+def test_a_model_is_a_checkpoint_or_a_shape():
+  for settings, message in (
+    ({}, "give --checkpoint=FOLDER, or --preset=NAME"),
+    ({"checkpoint": "x", "preset": "smollm2-135m"}, "give --checkpoint=FOLDER, or --preset=NAME"),
+    ({"preset": "smollm2-135m", "retrofit": "r"}, "--retrofit=r: random weights have gates of their own"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      bench_start.Config(**settings)

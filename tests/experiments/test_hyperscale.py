@@ -311,6 +311,29 @@ def test_a_sweep_from_flags_to_page(checkpoints, tmp_path, monkeypatch, capfd):
     hyperscale.main()
 
 
+def test_problems_of_public_files_are_swept(checkpoints, tmp_path, monkeypatch):
+  """MATH-500 and GSM8K in the layout of their files, as public checkpoints are swept by flags alone."""
+  maths, words = tmp_path / "math500.jsonl", tmp_path / "gsm8k.jsonl"
+  maths.write_text(json.dumps({"problem": "What is $1+1$?", "solution": "s", "answer": "2"}) + "\n")
+  words.write_text(json.dumps({"question": "How many 3?", "answer": "It is <<3=3>>3.\n#### 3"}) + "\n")
+  given = {"math500": {"data": str(maths)}, "gsm8k_cot": {"data": str(words)}}
+  config = hyperscale.Config(
+    checkpoint=str(checkpoints[0]), methods=("vanilla", "tova"), cr=(2.0,), max_tokens=(4, 9), width=2, traces=0,
+    dtype="float32", resamples=100, output=str(tmp_path / "sweep"),
+  )  # fmt: skip
+  chosen = TasksConfig(("math500", "gsm8k_cot"), chains=(1, 2), temperature=0.6)
+  settings = {hyperscale.Config: config, TasksConfig: chosen}
+  read = lambda prefix, cls: settings[cls] if cls in settings else cls(**given.get(prefix, {}))
+  monkeypatch.setattr(program, "read_flags", read)
+  monkeypatch.setattr(program, "flag_values", lambda **_: {"checkpoint": config.checkpoint})
+  monkeypatch.setattr(program, "finish", lambda line: None)
+  hyperscale.main()
+  (sweep, remarks) = cells.read(tmp_path / "sweep")
+  assert not remarks and {key[0] for key in sweep.cells} == {"math500", "gsm8k_cot"} and len(sweep.cells) == 8
+  page_text = (tmp_path / "sweep" / "index.html").read_text()
+  assert "math500" in page_text and "gsm8k_cot" in page_text
+
+
 @pytest.mark.slow
 def test_the_timed_batch_fills_the_memory(checkpoints, monkeypatch):
   """As many rows as hold their chains together: hardly one waits on the host, and most of the memory is used."""

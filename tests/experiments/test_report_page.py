@@ -81,7 +81,10 @@ def test_forgotten_tokens_are_greyed(shown):
   assert '<span class="h0">&lt;t0&gt; </span>' in text and '<span class="h3">&lt;t1&gt; </span>' in text
   assert "<t0>" not in text and "A head holds 38% of them at the end; 25% are held by no head." in text
   assert page.level(0.0) == 0 and page.level(0.001) == 1 and page.level(1.0) == len(page.SHADES) - 1
-  assert page.spans(["a", "b", "c"], [0.0, 0.0, 1.0]) == [(0, "ab"), (5, "c")]
+  marks = page.noted(["a", " note", " b", " ;", "c"], ("note", ";"))
+  assert marks == [False, True, True, True, False] and not any(page.noted(["note", ";"], None))
+  assert page.spans(["a", "b", "c"], [0.0, 0.0, 1.0], [False] * 3) == [(0, "ab", False), (5, "c", False)]
+  assert page.spans(["a", "b"], [0.0, 0.0], [False, True]) == [(0, "a", False), (0, "b", True)]
 
 
 def test_retention_is_a_map_of_heads(shown):

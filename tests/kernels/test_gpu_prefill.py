@@ -76,6 +76,16 @@ def test_workers_with_several_tiles(workers, tokens, group, batch):
 
 
 @needs_mosaic_gpu
+@pytest.mark.parametrize("tokens, rows", [(5, 24), (24, 24), (25, 32), (50, 56)])
+def test_queries_end_a_tile_or_eight_rows(tokens, rows):
+  """No copy of a part of a tile is as long as all queries, unless it begins with them: TMA would begin there."""
+  q, keys, *rest = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in text(tokens, 0, 1, 5, 64, 8, 0.5, "bfloat16"))
+  prepare = partial(gpu._prepare, gpu.Tile.of(5), gpu.Blocks(), False)
+  (q, *_), _ = jax.eval_shape(prepare, q, keys, *rest)
+  assert q.shape[1] == rows
+
+
+@needs_mosaic_gpu
 def test_keys_in_any_order():
   check(24, 100, 1, 5, 64, 16, 0.5, shuffle=True)
 

@@ -125,7 +125,8 @@ def test_chunks_are_the_paper(case, kind):
   policy, (text, prompts, steps, runs, expected) = CASES[case], sampled(case)
   cache, start = create(kind, policy), np.zeros(ROWS, int)
   for width, lengths, remaining in steps:
-    out, usage, stalled, cache = feed(policy, cache, text, start, width, lengths, remaining)
+    *found, cache = feed(policy, cache, text, start, width, lengths, remaining)
+    out, usage, stalled = jax.device_get(found)
     assert not stalled.any()
     live, end = np.asarray(cache.live()), start + lengths
     positions = cache_driver.held(cache) if kind != "masked" else None

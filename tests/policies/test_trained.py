@@ -129,7 +129,8 @@ def test_policy_is_its_formula(case, kind):
   policy, (text, logits, steps, runs, expected) = CASES[case], sampled(case)
   cache, start = create(kind, policy), np.zeros(ROWS, int)
   for width, lengths, remaining in steps:
-    out, usage, stalled, cache = cache_driver.feed_logits(policy, cache, text, logits, start, width, lengths, remaining)
+    *found, cache = cache_driver.feed_logits(policy, cache, text, logits, start, width, lengths, remaining)
+    out, usage, stalled = jax.device_get(found)
     assert not stalled.any()
     live, end = np.asarray(cache.live()), start + lengths
     positions = cache_driver.held(cache) if kind != "masked" else None
