@@ -187,7 +187,8 @@ class ModelConfig:
     self._check_sliding()
     if not (0 < self.experts_per_token <= self.num_experts <= 2**16 or self.num_experts == self.experts_per_token == 0):
       raise ValueError(f"experts_per_token={self.experts_per_token} must be 1 to num_experts={self.num_experts}")
-    if len({None, self.swiglu_alpha, self.swiglu_limit}) == 2 or (self.swiglu_limit and not self.num_experts):
+    clamped = self.swiglu_limit is not None
+    if clamped != (self.swiglu_alpha is not None) or (clamped and not self.num_experts):
       raise ValueError("give swiglu_alpha and swiglu_limit together, to experts")
     for name in (
       "embed_scale",

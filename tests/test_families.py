@@ -37,6 +37,9 @@ def test_what_is_left_out_is_refused_by_name(tmp_path):
     export(tmp_path / "torch", tiny.model(granite, tiny.dms()), layout="dms_torch")
   with pytest.raises(ValueError, match="ExpectedAttention turns keys by RoPE, and in this phi3 model not all"):
     check_policy(tiny.model(phi3), policies.ExpectedAttention(budget=20))
+  for numbers in (dict(swiglu_limit=7.0), dict(swiglu_limit=7.0, swiglu_alpha=1.7)):
+    with pytest.raises(ValueError, match="give swiglu_alpha and swiglu_limit together, to experts"):
+      tiny.config(**numbers)
   assert not list(tmp_path.iterdir())
 
 

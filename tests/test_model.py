@@ -426,7 +426,7 @@ ELSEWHERE = {
   "hidden": "tests/retrofit/test_objectives.py",
   "elastic": "tests/retrofit/test_elastic.py",
   "elastic_thresholds": "tests/retrofit/test_elastic.py",
-  "by_cr": "tests/policies/test_levels.py",
+  "by_cr": "tests/retrofit/test_elastic.py",
   "norms": "tests/parity/test_families.py",  # another parameter table
   "layer_norm": "tests/parity/test_families.py",
   "num_experts": "tests/parity/test_families.py",

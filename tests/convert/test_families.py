@@ -127,6 +127,25 @@ def test_olmo3_spelled_by_transformers_4():
     config_from_hf(values, "x")
 
 
+def test_what_gpt_oss_leaves_out():
+  """Layers that slide, the numbers of SwiGLU, and YaRN, as transformers has them; RoPE that is not scaled says so."""
+  preset = PRESETS["gpt-oss-20b"]
+  values = config_to_hf(preset, "bfloat16")
+  for name in (
+    "layer_types",
+    "sliding_window",
+    "swiglu_alpha",
+    "swiglu_limit",
+    "rope_scaling",
+    "rope_theta",
+    "head_dim",
+  ):
+    del values[name]
+  assert config_from_hf(values, "x") == preset
+  plain = dataclasses.replace(preset, rope_scaling=None)
+  assert config_from_hf(config_to_hf(plain, "bfloat16"), "x") == plain
+
+
 def test_two_settings_of_rope():
   """rope_scaling is used, as in transformers 5; the theta inside the settings precedes the one beside them."""
   values = hf_values(rope_parameters={"rope_type": "default", "rope_theta": 7.0}, rope_theta=3e4)
