@@ -141,7 +141,7 @@ def steady_texts(model, texts, crs, size):
         kept = known - np.mean(np.sum(np.asarray(z)[:, 0, :, :known] > limits[:known], axis=-1))
         asked = max(known * share - window * (1 - share), known * share * 0.25)
         odds = lambda x, known=known, share=share: np.log((x + 2 * size * share) / (known - x + 2 * size * (1 - share)))
-        move = slope * np.clip(6 * (odds(kept) - odds(asked)), -1.5, 1.5)
+        move = slope * np.clip(6 * (odds(kept) - odds(asked)), -0.75, 0.75)
         limits[block * size : (block + 1) * size] += np.float32(move)
       logits, z = programs(tokens, limits)
     evicts = oracle.about(np.asarray(z)[:, 0, :, : len(text) - 1] > limits[: len(text) - 1], lag)
