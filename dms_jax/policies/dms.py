@@ -15,7 +15,7 @@ from dms_jax.levels import Levels
 from dms_jax.policies.base import Leaving, Policy, Retired, is_whole, per_row, register
 from dms_jax.policies.budget import Budgeted
 
-GAIN, REACH = 6.0, 1.5  # of a steady threshold, see `DMS.steered`
+GAIN, REACH = 6.0, 0.75  # of a steady threshold, see `DMS.steered`
 LEAST = 0.25  # of the tokens asked for by the ratio alone, those outside a window that is itself too large
 
 

@@ -141,7 +141,7 @@ def steady_texts(model, texts, crs, size):
         kept = known - np.mean(np.sum(np.asarray(z)[:, 0, :, :known] > limits[:known], axis=-1))
         asked = max(known * share - window * (1 - share), known * share * 0.25)
         odds = lambda x, known=known, share=share: np.log((x + 2 * size * share) / (known - x + 2 * size * (1 - share)))
-        move = slope * np.clip(6 * (odds(kept) - odds(asked)), -1.5, 1.5)
+        move = slope * np.clip(6 * (odds(kept) - odds(asked)), -0.75, 0.75)
         limits[block * size : (block + 1) * size] += np.float32(move)
       logits, z = programs(tokens, limits)
     evicts = oracle.about(np.asarray(z)[:, 0, :, : len(text) - 1] > limits[: len(text) - 1], lag)
@@ -175,6 +175,13 @@ def test_a_steady_threshold_holds_rows_to_their_ratio():
   tickets = [generator.submit(p, max_new_tokens=NEW, cr=cr) for p, cr in zip(PROMPTS, CRS, strict=True)]
   list(generator.run())
   assert [generator.results[ticket].tokens[0] for ticket in tickets] == first.tokens
+  more = [list(range(20, 24 + row)) for row in range(len(CRS))]  # a later turn, from the middle of a block on
+  later = generate(MODEL, more, continue_from=outs["contiguous", 16])
+  policy = policies.DMS(cr=crs, steady=8)
+  whole_texts = [text + turn for text, turn in zip(texts, more, strict=True)]
+  once = generate(MODEL, whole_texts, policy=policy, cache="masked", prefill_chunk=1)
+  assert later.tokens == once.tokens
+  np.testing.assert_array_equal(later.metrics.live, once.metrics.live)
 
 
 def test_updates_grow_with_the_cr():
