@@ -7,7 +7,6 @@ that move, compare or count, and sums and products of two numbers: those in whic
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +16,6 @@ from jax._src import pjit
 from jax.extend.core import Literal
 
 MOST = 8  # operations of a function
-OFTEN = 50  # times that a function is computed by numpy before it is compiled, which takes as long
 
 
 def _broadcast(x, shape, broadcast_dimensions, sharding=None):
@@ -139,7 +137,7 @@ def install() -> None:
   """For the rest of the process, under the versions of JAX whose internals it uses."""
   if jax.__version_info__ >= (0, 12):
     return
-  compiled, times = pjit._pjit_call_impl_python, collections.Counter[Any]()
+  compiled = pjit._pjit_call_impl_python
 
   def usual(jaxpr: Any, args: Sequence[Any], params: dict[str, Any]) -> bool:
     """Whether JAX would do no more than compile the function and run it."""
@@ -151,8 +149,7 @@ def install() -> None:
     return jax.config.jax_default_device is None and all(map(_plain, args))
 
   def call(*args, jaxpr, **params):
-    if times[jaxpr] < OFTEN and _simple(jaxpr.jaxpr) and usual(jaxpr.jaxpr, args, params):
-      times[jaxpr] += 1
+    if _simple(jaxpr.jaxpr) and usual(jaxpr.jaxpr, args, params):
       try:
         with np.errstate(all="ignore"):
           found = _evaluate(jaxpr.jaxpr, jaxpr.consts, args)
