@@ -107,11 +107,15 @@ shown = slice(0, min(90, count))
 figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.6), layout="constrained", width_ratios=(1, 3.2))
 image = left.imshow((z > 0).mean(-1), vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
 left.set(title="share of tokens evicted", xlabel="KV head", ylabel="layer", xticks=range(heads))
+left.yaxis.get_major_locator().set_params(integer=True)
 figure.colorbar(image, ax=left)
+most = np.quantile(np.abs(z), 0.98)  # a few logits are far larger than the rest
 image = right.imshow(
-  z[..., shown].reshape(layers * heads, -1), cmap="coolwarm", vmin=-60, vmax=60, aspect="auto", interpolation="nearest"
-)
+  z[..., shown].reshape(layers * heads, -1), cmap="coolwarm", vmin=-most, vmax=most, aspect="auto",
+  interpolation="nearest",
+)  # fmt: skip
 right.set(title="gate logits: red is evicted once outside the window", ylabel="layer and head")
+right.yaxis.get_major_locator().set_params(integer=True)
 right.set_xticks(range(shown.stop), [piece.strip() or "·" for piece in pieces[shown]], rotation=90, fontsize=7)
 figure.colorbar(image, ax=right)
 plt.show()

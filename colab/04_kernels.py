@@ -106,7 +106,7 @@ axis.set(
   ylabel="microseconds",
 )
 axis.set_xticks(ratios, [str(cr) for cr in ratios])
-axis.minorticks_off()
+axis.set_xticks([], minor=True)
 axis.spines[["top", "right"]].set_visible(False)
 axis.legend(frameon=False)
 plt.show()

@@ -97,7 +97,7 @@ def _plain(x: Any) -> bool:
   """Whether numpy may stand for an argument or result: of a usual type, and nobody put it on a device on purpose."""
   if not isinstance(x, jax.Array):
     return isinstance(x, bool | int | float | np.ndarray | np.generic)
-  if isinstance(x, jax.core.Tracer) or x._committed or jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended):
+  if isinstance(x, jax.core.Tracer) or jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended) or x._committed:
     return False
   return isinstance(x.sharding, jax.sharding.SingleDeviceSharding) and x.sharding.device_set == {jax.devices()[0]}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 import dms_jax
+from dms_jax import families
+from dms_jax.families import base
 from tests.helpers import save_checkpoints
 
 ROOT = Path(__file__).parent.parent
@@ -103,9 +106,9 @@ def test_named_parts_of_the_package_exist(name):
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # the readme leaves a file open, for brevity
 def test_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
   """Every block, in order and in one namespace, with a tiny model in place of the one that it names."""
-  base, retrofit = save_checkpoints(tmp_path)
+  whole, retrofit = save_checkpoints(tmp_path)
   (tmp_path / "checkpoints").mkdir()
-  base.rename(tmp_path / "checkpoints" / "smollm2-135m-instruct")
+  whole.rename(tmp_path / "checkpoints" / "smollm2-135m-instruct")
   retrofit.rename(tmp_path / "smollm2-135m-cr4")  # a folder of this name comes before the shipped retrofit
   (tmp_path / "LICENSE").write_text("Licensed under a short licence. " * 4)
   monkeypatch.chdir(tmp_path)
@@ -114,6 +117,15 @@ def test_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
   for block in blocks:
     exec(compile(block, "README.md", "exec"), namespace)
   assert blocks and "Vanilla: " in (printed := capsys.readouterr().out) and "DMS: " in printed
+
+
+def test_the_family_that_the_map_shows_is_the_one_in_the_code():
+  """WORKSPACE's example of a family, but for its presets."""
+  (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "WORKSPACE.md").read_text(), re.DOTALL)
+  found: dict = {"Family": base.Family, "register": lambda family: family}
+  exec(compile(block, "WORKSPACE.md", "exec"), found)
+  shown, own = found["OLMO2"], families.get("olmo2")
+  assert [f.name for f in dataclasses.fields(own) if getattr(own, f.name) != getattr(shown, f.name)] == ["presets"]
 
 
 def test_variants_exist():

@@ -15,10 +15,15 @@ from dms_jax import chat
 from dms_jax.tokenizer import Tokenizer, bpe_tokenizer, byte_tokenizer
 
 
-@hypothesis.given(st.text())
+@pytest.fixture(scope="module")
+def byte_level():
+  return byte_tokenizer()
+
+
+@hypothesis.given(text=st.text())
 @hypothesis.settings(max_examples=100)
-def test_bytes_there_and_back(text):
-  tokenizer = byte_tokenizer()
+def test_bytes_there_and_back(byte_level, text):
+  tokenizer = byte_level
   ids = tokenizer.encode(text)
   assert ids == list(text.encode()) or "<eos>" in text
   assert tokenizer.decode(ids, skip_special=False) == text

@@ -15,7 +15,6 @@ chunks of a prompt.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -23,17 +22,12 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from dms_jax.cache import chunk
+from dms_jax.cache import chunk, pruning
 from dms_jax.cache.base import Common, Plan, Usage, blended, observation, packed, queries_of, rows_of
 from dms_jax.cache.compact import Closing, closing
 from dms_jax.collectives import on_any
 from dms_jax.policies import Leaving
-from dms_jax.policies.base import of_places
 from pallas_kernels.paged.format import floats
-
-# Rows that are cut together: a 32nd of the batch, as about so many become due in a step, and at least LEAST_PRUNED,
-# as all may become due at once. A cut has programs for narrow archives, of at least LEAST_WIDTH slots.
-PRUNED, LEAST_PRUNED, LEAST_WIDTH = 32, 4, 256
 
 
 @struct.dataclass
@@ -388,34 +382,7 @@ class RingCache(Common):
     return self.replace(kv=carry.kv, stats=carry.stats, summaries=carry.summaries, memory=carry.memory, **fields)
 
   def prune(self, policy, active):
-    due = active & on_any(policy.due(self.seen, self.live()))
-    # Rows become due at different times: some rows of a large batch are before nearly every step. They are cut a few at
-    # a time, in a copy of one layer that is as wide as the longest of their archives needs.
-    (layers, b, _), count = self.archived.shape, jnp.sum(due)
-    together = max(b // PRUNED, min(b, LEAST_PRUNED))
-    first = jnp.argsort(~due, stable=True)  # the rows that are due come first
-    longest = jnp.max(jnp.where(due[:, None], self.archived, 0))
-
-    def cut(archive, step, cache):
-      layer, place = step % layers, step // layers * together + jnp.arange(together)
-      rows = jnp.where(place < count, jnp.take(first, place, mode="clip"), b)
-      own = cache._rows_of(layer, rows, archive)
-      return cache._with_rows(layer, rows, chunk.pruned(own, of_places(policy, rows), layer, rows < b))
-
-    # Loops of as many steps as there is work, most of none: XLA updates their carry in place, where a `cond` may copy
-    # the cache.
-    cache, before = self, -1
-    for archive in self._archive_widths():
-      here = (longest > before) & (longest <= archive)
-      steps = jnp.where(here, -(-count // together) * layers, 0)
-      cache, before = jax.lax.fori_loop(0, steps, partial(cut, archive), cache), archive
-    return cache
-
-  def _archive_widths(self) -> list[int]:
-    """Slots of an archive for which a cut has a program of its own, ascending; the last are all."""
-    slots = self.slots - self.ring
-    narrow = [-(-slots // (part * self._unit)) * self._unit for part in (16, 4)]
-    return [*sorted({width for width in narrow if LEAST_WIDTH <= width < slots}), slots]
+    return pruning.prune(self, policy, active & on_any(policy.due(self.seen, self.live())))
 
   @property
   def _unit(self) -> int:

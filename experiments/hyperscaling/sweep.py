@@ -70,10 +70,6 @@ class Sweeping:
             "--chains and --seed, or another folder"
           )
 
-  def problems(self, task: str) -> int:
-    """Problems of a task."""
-    return next((len(job.asked) for job in self.jobs if job.task.name == task), 0)
-
   def of(self, job: Job, method: Method) -> list[Record]:
     """The records of a method on a job."""
     return self.there.setdefault((*method.key, job.task.name, job.length), [])

@@ -96,7 +96,6 @@ def test_quickstart_runs_from_start_to_end(tmp_path, monkeypatch):
   assert pictures(outputs) == 1
 
 
-@pytest.mark.slow
 @JUPYTER
 def test_delayed_eviction_runs_from_start_to_end(tmp_path, monkeypatch):
   base, retrofit = save_checkpoints(tmp_path)
@@ -106,7 +105,6 @@ def test_delayed_eviction_runs_from_start_to_end(tmp_path, monkeypatch):
   assert pictures(outputs) == 5 and any("% of heads" in out.get("data", {}).get("text/html", "") for out in outputs)
 
 
-@pytest.mark.slow
 @JUPYTER
 def test_a_retrofit_runs_from_start_to_end(tmp_path, monkeypatch):
   base, _ = save_checkpoints(tmp_path)
@@ -119,7 +117,6 @@ def test_a_retrofit_runs_from_start_to_end(tmp_path, monkeypatch):
   assert pictures(outputs) == 1
 
 
-@pytest.mark.slow
 @JUPYTER
 def test_kernels_run_from_start_to_end(tmp_path, monkeypatch):
   settings = {"LOG_BYTES": 20, "MATRIX": 128, "SLOTS": 256, "LENGTH": 64, "HEAD": 64}

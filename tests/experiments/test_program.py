@@ -105,7 +105,8 @@ def test_help_is_what_docstrings_say():
 
 def documented(name: str) -> dict[str, Path]:
   """Flags that documents give the program, and the document."""
-  documents = [*ROOT.glob("*.md"), *(ROOT / "colab").glob("*.md"), *(ROOT / "experiments" / "results").rglob("*.md")]
+  named = [ROOT / name for name in ("README.md", "WORKSPACE.md", "HOW_IT_WORKS.md")]
+  documents = [*named, *(ROOT / "colab").glob("*.md"), *(ROOT / "experiments" / "results").rglob("*.md")]
   command, found = re.compile(rf"experiments\.{name}((?:[\s\\]+--[^\s`]+)+)"), {}
   for path in documents:
     for flags in command.findall(path.read_text()):

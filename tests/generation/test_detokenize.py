@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 
 import hypothesis
 import hypothesis.strategies as st
@@ -59,7 +60,7 @@ def cut(tokenizer: Tokenizer, tokens: list[int], reason: str, strings: stops.Sto
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "llama", "gemma", "metaspace", "wordpiece"])
-@hypothesis.settings(max_examples=120)
+@hypothesis.settings(max_examples=40 if os.environ.get("DMS_QUICK") else 120)
 @hypothesis.given(data=st.data())
 def test_pieces_add_up_to_the_text(kind, data):
   own = tokenizer(kind)
@@ -95,7 +96,7 @@ def prompt_then(own: Tokenizer, prompt: list[int], tokens: list[int], block: int
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "llama", "gemma", "metaspace", "wordpiece"])
-@hypothesis.settings(max_examples=120)
+@hypothesis.settings(max_examples=40 if os.environ.get("DMS_QUICK") else 120)
 @hypothesis.given(data=st.data())
 def test_prompt_and_pieces_are_the_text_of_all_ids(kind, data):
   own = tokenizer(kind)

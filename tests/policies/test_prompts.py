@@ -15,7 +15,7 @@ from dms_jax import cache as caches
 from dms_jax import policies
 from dms_jax import testing as tiny
 from dms_jax.attention import write_pages
-from dms_jax.cache import paged, ring
+from dms_jax.cache import paged, pruning
 from dms_jax.cache.compact import moves
 from dms_jax.config import ModelConfig
 from dms_jax.model import cached_forward
@@ -367,9 +367,9 @@ def test_rows_are_cut_a_few_at_a_time(kind, monkeypatch):
   _, cache = jax.jit(cached_forward)(model, policy, cache, tokens, lengths, remaining=np.ones(6, np.int32))
 
   def cut(together, narrow):
-    monkeypatch.setattr(ring, "LEAST_PRUNED", together)
-    monkeypatch.setattr(ring, "LEAST_WIDTH", narrow)
-    widths = cache._archive_widths()
+    monkeypatch.setattr(pruning, "LEAST_ROWS", together)
+    monkeypatch.setattr(pruning, "LEAST_WIDTH", narrow)
+    widths = pruning.widths(cache)
     return jax.jit(lambda cache: cache.prune(policy, active))(cache), widths
 
   (whole, all_slots), (parts, widths) = cut(6, 1000), cut(2, 2)
