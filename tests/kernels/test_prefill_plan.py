@@ -118,7 +118,7 @@ def test_nothing_visible_is_not_visited():
 
 def test_cost_follows_what_is_visible():
   """T 32768, W 256 at an achieved CR of 8: a Hopper tile of four heads visits a sixth of what causal attention does."""
-  tokens, window, tile, blocks = 32768, 256, gpu.Tile.of(4), gpu.default_blocks(128)
+  tokens, window, tile, blocks = 32768, 256, gpu.Tile.of(4), gpu.default_blocks(128, 132)
   kept = (tokens / 8 - window - 1) / (tokens - window - 1)
   positions, first, last = text(np.random.default_rng(0), tokens, window, kept, tile.queries)
   made = plan.make(ints(positions), ints(first), ints(last), block=blocks.kv, grain=gpu.GRAIN)
