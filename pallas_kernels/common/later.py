@@ -1,4 +1,4 @@
-"""Modules that are imported when they are first used: Mosaic takes longer to import than the kernels to read."""
+"""Modules that are imported when first used, such as Mosaic, which takes long."""
 
 from __future__ import annotations
 
