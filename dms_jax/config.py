@@ -383,6 +383,7 @@ class LoRAConfig:
   not merged into the weights, since each row has its own.
 
   Attributes:
+    scale: factor of the updates.
     by_cr: scale the update of each row by log(its CR) / log(highest CR of dms.elastic).
   """
 

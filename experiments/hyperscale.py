@@ -71,8 +71,7 @@ class Config:
     width: most rows that write together; fewer where the cache memory is too small.
     kv_budget_gib: cache memory of the rows that write; rows without room wait on the host.
     timed: measure the seconds of a chain in the largest batch that fits --kv_budget_gib.
-    timed_cells: cells of each method that are timed, over all tasks, CRs and L; the seconds of the others are
-      interpolated over the rows of their batches. 0: all.
+    timed_cells: cells of each method that are timed; the others' seconds are interpolated. 0: all.
     dtype: of the weights and the cache.
     traces: of each task, problems whose first chain keeps its text and is traced.
     resamples: of the bootstrap.

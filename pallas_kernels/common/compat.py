@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import importlib.util
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -13,15 +14,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.common.dispatch import Expected
+from pallas_kernels.common.later import Later
 from pallas_kernels.common.platform import platform, setting
 
-try:
-  from jax.experimental.pallas import mosaic_gpu as plgpu
-except ImportError:  # a jaxlib built without Mosaic GPU
-  plgpu = None
+plgpu = Later("jax.experimental.pallas.mosaic_gpu")
 
-# jax 0.10 lacks names that the kernels need.
-HAS_MOSAIC_GPU = plgpu is not None and hasattr(plgpu, "force_gpu_interpret_mode")
+# jax 0.10 lacks names that the kernels need; a jaxlib may be built without Mosaic GPU.
+HAS_MOSAIC_GPU = jax.__version_info__ >= (0, 11) and importlib.util.find_spec("jaxlib.mosaic") is not None
 
 _interpreting = contextvars.ContextVar("interpreting", default=False)
 _assumed = contextvars.ContextVar("assumed_hopper", default=False)

@@ -9,11 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common.dispatch import Expected
+from pallas_kernels.common.later import Later
 from pallas_kernels.common.platform import platform, setting
 
+pltpu = Later("jax.experimental.pallas.tpu")
 _interpreting = contextvars.ContextVar("interpreting_tpu", default=False)
 
 

@@ -17,12 +17,13 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.common import compat
 from pallas_kernels.common.compat import plgpu
+from pallas_kernels.common.later import Later
 
 if compat.HAS_MOSAIC_GPU:
   from jax._src.lib.mlir import ir
   from jax._src.lib.mlir.dialects import arith, memref, nvvm, vector
-  from jax.experimental.mosaic import gpu as mgpu
-  from jax.experimental.mosaic.gpu import utils
+
+mgpu, utils = Later("jax.experimental.mosaic.gpu"), Later("jax.experimental.mosaic.gpu.utils")
 
 ROWS = 64  # of a warpgroup's matrix
 GROUP = 8  # columns of its narrowest matrix

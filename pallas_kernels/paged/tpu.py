@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common import compat_tpu
+from pallas_kernels.common.compat_tpu import pltpu
 from pallas_kernels.common.dispatch import Expected
 from pallas_kernels.paged.pages import pages_at
 

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common import compat_tpu, dispatch
+from pallas_kernels.common.compat_tpu import pltpu
 from pallas_kernels.common.softmax import LOG2E, LOWEST
 from pallas_kernels.prefill import plan as planning
 from pallas_kernels.prefill.plan import KEPT, START, STOP, WHOLE

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.common.compat_tpu import pltpu
 from pallas_kernels.common.softmax import LOG2E
 
 LANES = 128

@@ -38,7 +38,7 @@ def test_ragged_lengths_have_the_mean_asked_for():
 def test_cases_are_chosen_by_name_or_beginning():
   config = bench_kernels.Config
   assert set(bench_kernels.selected(config())) == set(kernel_cases.CASES)
-  assert set(bench_kernels.selected(config(cases=("prefill", "decode_b32_cr1")))) == {
+  assert set(bench_kernels.selected(config(cases=("prefill_cr", "decode_b32_cr1")))) == {
     "prefill_cr8",
     "prefill_cr1",
     "decode_b32_cr1",
@@ -132,11 +132,11 @@ def test_the_search_keeps_the_fastest_and_passes_over_failures():
   def clock(sizes):
     if sizes.block == 128:
       raise RuntimeError("does not fit")
-    return abs(sizes.split - 192) + abs(sizes.stages - 4) + sizes.workers / 264
+    return abs(sizes.split - 192) + abs(sizes.stages - 4) + abs(sizes.workers - 132)
 
   groups = kernel_tuning.decode_candidates(132)
   best, us = kernel_tuning.search(default, groups, clock, time.monotonic() + 60)
-  assert best == gpu.Blocks(64, 4, 192, 132) and us == 0.5
+  assert best == gpu.Blocks(64, 4, 192, 132) and us == 0
   best, us = kernel_tuning.search(default, kernel_tuning.decode_candidates(132), clock, 0.0)
   assert best == default
 

@@ -180,7 +180,7 @@ def test_flags_reach_the_dataclasses_and_the_last_line_is_json(toy):
   line = json.loads(done.stdout.splitlines()[-1])
   assert line["config_"] == {
     "output": "a/b", "text": "", "method": "tova", "steps": 7, "rate": 2.0, "kind": "two", "sizes": [4, 5],
-    "fast": True, "lora": {"rank": 8, "scale": 2.0, "targets": ["q_proj"]},
+    "fast": True, "lora": {"rank": 8, "scale": 2.0, "targets": ["q_proj"], "by_cr": False},
   }  # fmt: skip
   assert line["dms"]["window"] == 16 and line["dms"]["gate"] == "neuron" and line["dms"]["shift"] == 1
   assert line["config"]["dms.window"] == 16 and line["config"]["lora.rank"] == 8
