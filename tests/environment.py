@@ -33,10 +33,6 @@ if os.environ.get("DMS_QUICK"):  # `make test`, most of whose time would be comp
   quick = [f"--{name}={str(value).lower()}" for name, value in QUICK.items()]
   os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *quick]).strip()
 
-  from tests import small_functions
-
-  small_functions.install()
-
 # Derandomised, so that a failure is a fact about the commit; HYPOTHESIS_PROFILE=explore draws afresh and more.
 hypothesis.settings.register_profile(
   "default", derandomize=True, deadline=None, database=None, print_blob=True,
