@@ -95,7 +95,7 @@ def test_modules(pair, torch):
       )
     close(mlp(layer, x), block.mlp(to_torch(x)))
 
-    q, k, v, _ = _attention_inputs(model, layer, x, ours, Execution())
+    q, k, v, _ = _attention_inputs(model, layer, x, ours, Execution(), 0.0)
     attention, normed = block.self_attn, block.input_layernorm(to_torch(x))
     heads = lambda y: y.view(2, LENGTH, -1, c.head_dim)
     theirs = [heads(p(normed)) for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
