@@ -30,7 +30,7 @@ DESCRIBED = {
   "WORKSPACE.md": "the map for contributors",
   "pyproject.toml": "build system, ruff, mypy",
   "setup.cfg": "package, dependencies, pytest",
-  "tests/variants.txt": "tests that make test leaves to make test-variants, which CI runs",
+  "tests/variants.txt": "tests that make test leaves to make test-variants",
   "experiments/LOG.md": "dated results, disappointing ones too",
   "experiments/reports/templates/report.html": "the page of experiments.report, in Jinja",
   "experiments/reports/templates/hyperscale.html": "the page of experiments.hyperscale; it extends report.html",
