@@ -398,6 +398,13 @@ class LoRAConfig:
     if not abs(self.scale) <= _LARGEST_FACTOR:
       raise ValueError(f"lora.scale={self.scale} must be between -{_LARGEST_FACTOR:g} and {_LARGEST_FACTOR:g}")
 
+  def check_gates(self, dms: DMSConfig | None) -> None:
+    """Raises ValueError for updates that depend on each row's CR beside gates that know none."""
+    if self.by_cr and not (dms and dms.elastic):
+      raise ValueError(
+        "lora.by_cr scales updates by the CR that each row asks for: it needs dms.elastic=LOWEST,HIGHEST"
+      )
+
 
 def to_json(config: Any) -> dict:
   """A config dataclass as plain JSON values; paths are the same text in every locale."""

@@ -175,8 +175,8 @@ def param_table(
       add("layers/dms_proj", outputs, ("embed",), "zeros", attn + "dms_proj_alpha.weight", "gate")
     if dms.gate != "adapter":
       add("layers/dms_bias", outputs, no_inputs, "zeros", attn + "dms_proj_alpha.bias", "gate")
-  if lora is not None and lora.by_cr and not (dms and dms.elastic):
-    raise ValueError("lora.by_cr scales updates by the CR that each row asks for: it needs dms.elastic=LOWEST,HIGHEST")
+  if lora is not None:
+    lora.check_gates(dms)
   if lora is not None and lora.rank:
     for target in lora.targets:
       base = table.get(f"layers/{target}")

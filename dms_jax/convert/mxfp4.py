@@ -42,9 +42,7 @@ def widened(tensors: Tensors) -> Tensors:
     blocks, scales = tensors.read(name + BLOCKS), tensors.read(name + SCALES)
     factors = np.exp2(scales.astype(np.float32) - 127).astype(jnp.bfloat16)
     whole = np.empty(shapes[name], jnp.bfloat16)
-    for expert, packed, factor in zip(
-      whole, blocks, factors, strict=True
-    ):  # one at a time: an expert is in memory twice
+    for expert, packed, factor in zip(whole, blocks, factors, strict=True):  # so one expert alone is in memory twice
       expert[:] = (_PAIRS[packed].reshape(*factor.shape, -1) * factor[..., None]).reshape(len(packed), -1).T
     return whole
 

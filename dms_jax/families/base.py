@@ -156,6 +156,10 @@ def sliding_theta(values: dict[str, Any], key: str, default: float) -> float:
   return float(theta)
 
 
+# Numbers of experts where config.json calls them local.
+LOCAL_EXPERTS = {"num_local_experts": "num_experts", "num_experts_per_tok": "experts_per_token"}
+
+
 def read_experts(values: dict[str, Any], keys: dict[str, str]) -> dict[str, int]:
   """Numbers of experts as fields of `ModelConfig`; `keys` are the fields, by their key of config.json.
 

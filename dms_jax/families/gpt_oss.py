@@ -9,6 +9,7 @@ from typing import Any
 
 from dms_jax.config import ModelConfig, RopeScaling, is_number, shown
 from dms_jax.families.base import (
+  LOCAL_EXPERTS,
   Family,
   pattern,
   read_experts,
@@ -20,7 +21,6 @@ from dms_jax.families.base import (
 )
 
 _PERIOD = 2  # every other layer sees the whole text
-_KEYS = {"num_local_experts": "num_experts", "num_experts_per_tok": "experts_per_token"}
 _SWIGLU = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}  # our names are config.json's
 _ATTENTION, _MLP = "model.layers.{layer}.self_attn.", "model.layers.{layer}.mlp."
 _YARN = dict(factor=32.0, original_max_position_embeddings=4096, truncate=False)
@@ -30,7 +30,7 @@ def _read(values: dict[str, Any]) -> dict[str, Any]:
   numbers = {name: values.get(name, usual) for name, usual in _SWIGLU.items()}
   if bad := [name for name, value in numbers.items() if not is_number(value)]:
     raise ValueError(f"{bad[0]} should be a number, found {shown(numbers[bad[0]])}")
-  counts = read_experts({"num_local_experts": 128, "num_experts_per_tok": 4, **values}, _KEYS)
+  counts = read_experts({"num_local_experts": 128, "num_experts_per_tok": 4, **values}, LOCAL_EXPERTS)
   return {**counts, **read_sliding(values, _PERIOD), **{name: float(value) for name, value in numbers.items()}}
 
 
@@ -38,7 +38,12 @@ def _write(config: ModelConfig) -> dict[str, Any]:
   numbers = {name: getattr(config, name) for name in _SWIGLU}
   # Without settings transformers would scale RoPE.
   plain = {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
-  return {**write_experts(config, _KEYS), **write_sliding(config), **numbers, **({} if config.rope_scaling else plain)}
+  return {
+    **write_experts(config, LOCAL_EXPERTS),
+    **write_sliding(config),
+    **numbers,
+    **({} if config.rope_scaling else plain),
+  }
 
 
 def _preset(layers: int, experts: int) -> dict[str, Any]:

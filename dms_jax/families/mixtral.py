@@ -5,19 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from dms_jax.config import ModelConfig
-from dms_jax.families.base import Family, read_experts, register, size, write_experts
+from dms_jax.families.base import LOCAL_EXPERTS, Family, read_experts, register, size, write_experts
 
-_KEYS = {"num_local_experts": "num_experts", "num_experts_per_tok": "experts_per_token"}
 _LAYER = "model.layers.{layer}.block_sparse_moe."
 _MODULES = {"gate": "w1", "up": "w3", "down": "w2"}
 
 
 def _read(values: dict[str, Any]) -> dict[str, Any]:
-  return read_experts({"num_local_experts": 8, "num_experts_per_tok": 2, **values}, _KEYS)
+  return read_experts({"num_local_experts": 8, "num_experts_per_tok": 2, **values}, LOCAL_EXPERTS)
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-  return write_experts(config, _KEYS)
+  return write_experts(config, LOCAL_EXPERTS)
 
 
 def _preset(layers: int, d_model: int, d_ff: int, heads: int, longest: int, vocab_size: int = 32000) -> dict[str, Any]:

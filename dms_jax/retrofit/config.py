@@ -362,8 +362,8 @@ def check(dms: DMSConfig | None, lora: LoRAConfig, config: RetrofitConfig) -> No
     )
   if config.trainable == "lora" and not lora.rank:
     raise ValueError("retrofit.trainable='lora' needs lora.rank above 0")
-  if lora.by_cr and config.trainable == "lora" and not dms.elastic:
-    raise ValueError("lora.by_cr scales updates by the CR that each row asks for: it needs dms.elastic=LOWEST,HIGHEST")
+  if config.trainable == "lora":
+    lora.check_gates(dms)
   if lora.by_cr and config.trainable == "lora" and config.saving.export == "model":
     raise ValueError("retrofit.saving.export='model' merges low-rank updates; those of lora.by_cr cannot be merged")
   if dms.elastic and config.schedule.final_cr != dms.elastic[1]:
