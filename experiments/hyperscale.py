@@ -29,7 +29,8 @@ Several devices: --mesh.data=2 --mesh.tensor=4, as of `experiments.evaluate`.
 
 Several model seeds are several runs. `--sets=runs/hyperscale/seed0,runs/hyperscale/seed1 --output=FOLDER`, without a
 checkpoint, analyses them together, `--methods` some of their methods. A set may be made in parts, methods or tasks
-apart, say on several GPUs: it is then the folder of its parts' outputs.
+apart, say on several GPUs: it is then the folder of its parts' outputs. Without vanilla among `--methods` a sweep is
+such a part, and there is nothing to compare: it ends with its cells.
 """
 
 from __future__ import annotations
@@ -227,6 +228,14 @@ def main() -> None:
     if config.checkpoint:
       cells.save(folder / cells.CELLS, sweeps[0].cells)
       cells.save_texts(folder)
+    if lacking := next(
+      (sweep for sweep in sweeps if methods_module.DENSE not in {key[1] for key in sweep.cells}), None
+    ):
+      if not config.checkpoint:
+        raise ValueError(f"--sets: {lacking.folder} has no {methods_module.DENSE}; margins are over the dense cache")
+      program.log(f"a part of a sweep, without {methods_module.DENSE}: --sets={folder.parent} compares all parts there")
+      program.finish({"folder": str(folder), **made})
+      return
     fewest = min(cell.chains for sweep in sweeps for cell in sweep.cells.values())
     widths = [width for width in chosen.chains if width <= fewest]
     result = analyse(config, sweeps, widths, folder)

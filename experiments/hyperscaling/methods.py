@@ -86,12 +86,12 @@ def check(names: Sequence[str], retrofits: Sequence[str], crs: Sequence[float]) 
   """Checks the methods of a sweep by their names alone, before anything is loaded.
 
   Raises:
-    ValueError: the dense method is missing, a method is unknown, listed twice, or lacks its retrofits or CRs.
+    ValueError: a method is unknown, listed twice, or lacks its retrofits or CRs; or there is none.
   """
+  if not names:
+    raise ValueError("--methods: give at least one")
   if twice := sorted({name for name in names if list(names).count(name) > 1}):
     raise ValueError(f"--methods: {twice[0]} is listed twice")
-  if DENSE not in names:
-    raise ValueError(f"--methods: {DENSE} is missing; margins are over the dense cache")
   pairs = split(retrofits)
   if (TRAINED in names) != bool(pairs):
     raise ValueError(f"--methods, --retrofit: {TRAINED} and its retrofits, --retrofit=8:FOLDER, go together")

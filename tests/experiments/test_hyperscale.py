@@ -161,7 +161,7 @@ def test_the_sinks_of_prompt_window_are_the_prompt_of_each_request(checkpoints):
 @pytest.mark.parametrize(
   ("settings", "message"),
   [
-    (dict(methods=("dms",)), "--methods: vanilla is missing"),
+    (dict(methods=()), "--methods: give at least one"),
     (dict(methods=("vanilla", "vanilla")), "--methods: vanilla is listed twice"),
     (dict(methods=("vanilla", "h3o")), "--methods: 'h3o' is unknown"),
     (dict(methods=("vanilla", "trimkv")), "--methods=trimkv: a sweep has no gates but those of dms"),
@@ -276,6 +276,19 @@ def test_a_sweep_from_flags_to_page(checkpoints, tmp_path, monkeypatch, capfd):
   traced = [trace.read("sets", tmp_path / name / trace.FILE) for name in ("whole", "killed")]
   assert {r.key for r in page.with_texts(tmp_path / "whole")} == {r.key for r in kept}
   assert traced[0] == traced[1] and {each.method for each in traced[0]} == {"vanilla", "dms"}  # CR 2 is not compared
+
+  # A part of a sweep has its cells, and nothing to compare them with.
+  part = tmp_path / "part"
+  settings[hyperscale.Config] = dataclasses.replace(config, methods=("dms",), timed=False, output=str(part))
+  hyperscale.main()
+  assert finished[-1]["records_made"] == 24 and "a part of a sweep, without vanilla" in capfd.readouterr().err
+  own = {key: cell for key, cell in cells.read(tmp_path / "whole")[0].cells.items() if key[1] == "dms"}
+  there = cells.load(part / cells.CELLS, "sets")
+  assert there.keys() == own.keys() and not (part / hyperscale.PAGE).exists()
+  assert all(np.array_equal(there[key].grades, own[key].grades) for key in own)
+  settings[hyperscale.Config] = hyperscale.Config(sets=(str(part),), output=str(tmp_path / "none"))
+  with pytest.raises(ValueError, match="has no vanilla; margins are over the dense cache"):
+    hyperscale.main()
 
   # The cells alone, as they are kept where records are too large, and a second model seed beside them.
   for name in ("a", "b"):
