@@ -68,12 +68,10 @@ def supports_head_size(size: int) -> None:
     raise NotImplementedError(f"head size {size}: only 64 and 128")
 
 
-def supports_plain_scores(softcap: float | None, sinks: Any) -> None:
-  """Raises NotImplementedError for scores that are capped, and for a softmax with attention sinks."""
+def supports_plain_scores(softcap: float | None) -> None:
+  """Raises NotImplementedError for scores that are capped."""
   if softcap is not None:
     raise NotImplementedError(f"soft-capping of scores at {softcap:g}")
-  if sinks is not None:
-    raise NotImplementedError("attention sinks in the softmax")
 
 
 def check_sinks(sinks: Any, heads: int) -> None:

@@ -1,9 +1,38 @@
-"""Constants of the kernels' online softmax. All kernels keep scores in units of log 2: exp2 is what hardware has."""
+"""What every softmax shares: scores in units of log 2, soft-capped scores, attention sinks.
+
+All kernels keep scores in units of log 2: exp2 is what hardware has.
+"""
 
 from __future__ import annotations
 
 import math
 
+import jax
+import jax.numpy as jnp
+
 LOG2E = math.log2(math.e)
 # A finite stand-in for -inf as the maximum of no scores: exp2(-inf - LOWEST) is 0, not NaN.
 LOWEST = -1e30
+
+
+def soft_capped(scores: jax.Array, softcap: float | None) -> jax.Array:
+  """Scores within -softcap .. softcap: softcap tanh(scores / softcap); None leaves them."""
+  return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+
+
+def with_sinks(out: jax.Array, logs: jax.Array, sinks: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+  """(output, log-sum-exp) of a softmax whose sums also have each query head's sink; None changes nothing.
+
+  A sink has no value. So it scales an output by the share of the sum that scores have,
+  exp(logs) / (exp(logs) + exp(sink)) = sigmoid(logs - sink).
+
+  Args:
+    out: [..., N, H], of scores alone; zeros where there are none.
+    logs: float32 [..., N], the log-sum-exp of scores; -inf where there are none.
+    sinks: [N], or more axes that broadcast against `logs`.
+  """
+  if sinks is None:
+    return out, logs
+  sinks = sinks.astype(jnp.float32)
+  share = jnp.where(logs == -jnp.inf, 0.0, jax.nn.sigmoid(logs - sinks))
+  return (out.astype(jnp.float32) * share[..., None]).astype(out.dtype), jnp.logaddexp(logs, sinks)

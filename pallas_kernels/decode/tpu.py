@@ -32,7 +32,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.common import compat_tpu, dispatch
 from pallas_kernels.common.compat_tpu import pltpu
-from pallas_kernels.common.softmax import LOG2E, LOWEST
+from pallas_kernels.common.softmax import LOG2E, LOWEST, with_sinks
 from pallas_kernels.decode.mass import slot_mass
 
 LANES = 128
@@ -88,10 +88,10 @@ def decode_attention(
     blocks: `Blocks`, by default `default_blocks`.
 
   Raises:
-    NotImplementedError: another device, dtype or shape; scores that are capped; attention sinks.
+    NotImplementedError: another device, dtype or shape; scores that are capped.
   """
   compat_tpu.require_tpu()
-  dispatch.supports_plain_scores(softcap, sinks)
+  dispatch.supports_plain_scores(softcap)
   b, n, h = q.shape
   k = (kv if kv is not None else pages.table).shape[2]
   group, pairs, rows = n // k, b * k, compat_tpu.tile(q.dtype)
@@ -144,9 +144,11 @@ def decode_attention(
   scalars = number, items, bounds, *counts, table
   archive = (None, None) if pages is None else (pages.pool, pages.scales)
   parts, *scores = _attend(blocks, q.dtype, h, held.shape[1], mass, scalars, queries, kv, *archive)
-  if not mass:
+  if not mass and sinks is None:
     return merge(parts, held, q, group, lse)
-  out, logs = merge(parts, held, q, group, True)
+  out, logs = with_sinks(*merge(parts, held, q, group, True), sinks)
+  if not mass:
+    return (out, logs) if lse else out
   of_cache = None if kv is None else (0, sizes[0], counts[0])
   of_pages = None if pages is None else (-(-sizes[0] // blocks.block) * blocks.block, sizes[1], counts[1])
   masses = slot_mass(scores[0], logs.reshape(pairs, group), (of_cache, of_pages))

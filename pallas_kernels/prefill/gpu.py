@@ -21,7 +21,7 @@ from pallas_kernels.common import compat, dispatch, pipeline, tuned
 from pallas_kernels.common.compat import plgpu
 from pallas_kernels.common.pipeline import WARPGROUPS
 from pallas_kernels.common.platform import processors
-from pallas_kernels.common.softmax import LOG2E, LOWEST
+from pallas_kernels.common.softmax import LOG2E, LOWEST, with_sinks
 from pallas_kernels.common.warpgroup import ROWS
 from pallas_kernels.prefill import gpu_mass
 from pallas_kernels.prefill import plan as planning
@@ -49,20 +49,26 @@ def prefill_attention(
     NotImplementedError: another device, dtype or head size.
   """
   compat.require_hopper()
-  dispatch.supports_plain_scores(softcap, sinks)
+  dispatch.supports_plain_scores(softcap)
   _, t, n, h = q.shape
   dispatch.supports(("bfloat16", "float16"), q=q, keys=keys, values=values)
   dispatch.supports_head_size(h)
   blocks = blocks or tuned.blocks("prefill", tuned.shape_class(H=h), default_blocks(h, processors()))
   tile, weighted = Tile.of(n // keys.shape[1]), query_weights is not None
   args, row = _prepare(tile, blocks, weighted, q, keys, values, q_pos, k_first, k_last)
-  out, logs = _attend(tile, blocks, lse or weighted, *args)
-  results = [out[:, :t]]
-  if lse:
-    results.append(tile.join(logs.reshape(*logs.shape[:3], -1))[:, :t] * (1 / LOG2E))
+  out, logs = _attend(tile, blocks, lse or weighted or sinks is not None, *args)
+  results, masses = [out[:, :t]], []
+  if lse or sinks is not None:
+    of_keys = tile.join(logs.reshape(*logs.shape[:3], -1))[:, :t] * (1 / LOG2E)
+    results = list(with_sinks(results[0], of_keys, sinks))
   if weighted:
     q, keys, _, rows, bounds, _ = args
-    results.append(gpu_mass.key_mass(tile, q, keys, rows, bounds, row, logs, query_weights))
+    if sinks is not None:  # in the sums of queries that see a key
+      sums = jnp.where(of_keys == -jnp.inf, -jnp.inf, results[1] * LOG2E)
+      sums = jnp.pad(sums, ((0, 0), (0, rows.shape[1] * tile.queries - t), (0, 0)))
+      logs = tile.split(sums[..., None]).reshape(logs.shape)
+    masses.append(gpu_mass.key_mass(tile, q, keys, rows, bounds, row, logs, query_weights))
+  results = [*(results if lse else results[:1]), *masses]
   return tuple(results) if len(results) > 1 else results[0]
 
 

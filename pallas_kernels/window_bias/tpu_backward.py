@@ -16,10 +16,12 @@ from pallas_kernels.window_bias import tpu_common
 from pallas_kernels.window_bias.tpu_common import Variant
 
 
-def gradients(variant: Variant, q, k, v, bias, start, out, lse, dout):
-  """(dq, dk, dv, dbias or None), laid out and typed as `tpu.forward`'s arguments."""
+def gradients(variant: Variant, q, k, v, bias, start, out, lse, dout, dlogs):
+  """(dq, dk, dv, dbias or None), laid out and typed as `tpu.forward`'s arguments; dlogs, the natural log-sum-exp's
+  cotangent [B, K, G, T], or None."""
   b, heads, size, t = k.shape
   delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).reshape(b, heads, -1, size, t).sum(axis=3)
+  delta = delta if dlogs is None else delta - dlogs  # d log-sum-exp / d scores are the weights p
   bias = None if bias is None else bias * LOG2E
   inputs = [("q", q), ("kv", k), ("kv", v), ("kv", bias), ("q", start), ("q", dout), ("q", lse), ("q", delta)]
   return query_gradient(variant, inputs), *key_gradients(variant, inputs)
