@@ -28,7 +28,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common import compat, dispatch, tuned, warpgroup
+from pallas_kernels.common import compat, tuned, warpgroup
 from pallas_kernels.common.platform import processors
 from pallas_kernels.decode import gpu_kernel
 from pallas_kernels.decode.gpu_common import Blocks, Tile, Variant
@@ -92,10 +92,9 @@ def decode_attention(
   the rows.
 
   Raises:
-    NotImplementedError: another device, dtype or shape; scores that are capped.
+    NotImplementedError: another device, dtype or shape.
   """
   compat.require_hopper()
-  dispatch.supports_plain_scores(softcap)
   b, n, h = q.shape
   layers, _, k = (kv if kv is not None else pages.table).shape[:3]
   group = n // k
@@ -137,7 +136,7 @@ def decode_attention(
     counts.append(pages.lengths)
   counts = [x.astype(jnp.int32).reshape(b * k) for x in counts]
   logs_wanted = lse or mass or sinks is not None
-  variant = Variant(slots, page, most, scaled, logs_wanted, mass, k * (calls > 1))
+  variant = Variant(slots, page, most, scaled, logs_wanted, mass, k * (calls > 1), softcap)
   tile = Tile.of(n // k, h, apart=rows * k < processors())
   attend = functools.partial(gpu_kernel.attend, blocks, variant, tile)
   of_pairs = lambda rows: None if sinks is None else jnp.tile(sinks.reshape(k, group), (rows, 1))

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.common import compat, warpgroup
 from pallas_kernels.common.compat import plgpu
-from pallas_kernels.common.softmax import LOG2E, LOWEST, with_sinks
+from pallas_kernels.common.softmax import LOG2E, LOWEST, in_log2, soft_capped_by_exp2, with_sinks
 from pallas_kernels.decode.gpu_common import Blocks, Tile, Variant, chunks_of, merge, write_alone
 from pallas_kernels.decode.gpu_division import Listed, Own
 from pallas_kernels.decode.mass import slot_mass
@@ -238,6 +238,7 @@ def attend(sizes: Blocks, variant: Variant, tile: Tile, q, layer, *arrays, sinks
         s = compat.dot(keys, q_smem.transpose((1, 0))) * scale
         if scaled:
           s = s * lax.broadcast_in_dim(of_keys, s.shape, [0])
+        s = soft_capped_by_exp2(s, in_log2(variant.softcap))
         s = jnp.where(index(s.shape) < live, s, -jnp.inf)
         if variant.mass:
           warpgroup.store_transposed(s, scores_ref.at[pair, pl.ds(0, group), pl.ds(place + i * block, block)])

@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.common import compat_tpu, dispatch
 from pallas_kernels.common.compat_tpu import pltpu
-from pallas_kernels.common.softmax import LOG2E, LOWEST, with_sinks
+from pallas_kernels.common.softmax import LOG2E, LOWEST, in_log2, soft_capped, with_sinks
 from pallas_kernels.prefill import plan as planning
 from pallas_kernels.prefill.plan import KEPT, START, STOP, WHOLE
 
@@ -64,10 +64,9 @@ def prefill_attention(
   """See `api.prefill_attention`; bfloat16 or float32, head size 64 or 128.
 
   Raises:
-    NotImplementedError: another device, dtype or head size; scores that are capped; mass.
+    NotImplementedError: another device, dtype or head size; mass.
   """
   compat_tpu.require_tpu()
-  dispatch.supports_plain_scores(softcap)
   if query_weights is not None:
     raise NotImplementedError("returns no mass of keys")
   _, t, n, h = q.shape
@@ -77,7 +76,7 @@ def prefill_attention(
   blocks = blocks or default_blocks(t * (n // k))
   rows, kv, positions, bounds, ranges = _prepare(blocks, q, keys, values, q_pos, k_first, k_last)
   wanted = lse or sinks is not None
-  out, *logs = _finish(q.shape, k, *_attend(blocks, h, wanted, rows, kv, positions, bounds, ranges))
+  out, *logs = _finish(q.shape, k, *_attend(blocks, h, wanted, softcap, rows, kv, positions, bounds, ranges))
   if not wanted:
     return out
   results = with_sinks(out, *logs, sinks)
@@ -112,8 +111,8 @@ def _finish(shape: tuple[int, ...], k: int, out, logs=None):
   return results
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _attend(blocks: Blocks, h: int, lse: bool, q, kv, positions, bounds, ranges):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _attend(blocks: Blocks, h: int, lse: bool, softcap: float | None, q, kv, positions, bounds, ranges):
   """q [B, K, tiles * M, 128], kv [B, K, R, 2H], positions [B, tiles, 1, M]; bounds and ranges: see `Plan`, the ranges
   with the tiles last. Returns the output, in the last H lanes of [B, K, tiles * M, 128], and with `lse` the
   log-sum-exp, float32 [B, K, tiles, 1, M]."""
@@ -168,7 +167,7 @@ def _attend(blocks: Blocks, h: int, lse: bool, q, kv, positions, bounds, ranges)
       for copy in copies(tile, i, slot):
         copy.wait()
       keys, values = kv_buffer[slot, :, :LANES], kv_buffer[slot, :, width - LANES :]
-      s = dot(q_ref[...], keys, (((1,), (1,)), ((), ()))) * scale
+      s = soft_capped(dot(q_ref[...], keys, (((1,), (1,)), ((), ()))) * scale, in_log2(softcap))
       if masked:
         first, end = bounds_buffer[slot, :1], bounds_buffer[slot, 1:]
         s = jnp.where((first <= column[...]) & (column[...] <= end), s, -jnp.inf)

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.common import compat, dispatch, pipeline, tuned
 from pallas_kernels.common.compat import plgpu
 from pallas_kernels.common.pipeline import WARPGROUPS
-from pallas_kernels.common.softmax import LOG2E, LOWEST
+from pallas_kernels.common.softmax import LOG2E, LOWEST, in_log2, soft_capped_by_exp2
 from pallas_kernels.window_bias import gpu_backward
 from pallas_kernels.window_bias.common import padded, saved, segment_bounds
 from pallas_kernels.window_bias.gpu_common import Blocks, Variant, default_blocks, key_ranges, over_ranges, scores_of
@@ -32,7 +32,6 @@ def window_bias_attention(q, k, v, bias, window, segment_ids, lse=False, softcap
     NotImplementedError: another device, dtype or head size.
   """
   compat.require_hopper()
-  dispatch.supports_plain_scores(softcap)
   t, h = q.shape[1], q.shape[3]
   dispatch.supports(("bfloat16", "float16"), q=q, k=k, v=v)
   dispatch.supports_head_size(h)
@@ -42,7 +41,7 @@ def window_bias_attention(q, k, v, bias, window, segment_ids, lse=False, softcap
     q, k, v = (padded(x, 1, pad) for x in (q, k, v))
     bias, segment_ids = padded(bias, 2, pad), padded(segment_ids, 1, pad, mode="edge")
   bounds = None if segment_ids is None else segment_bounds(segment_ids)
-  variant = Variant(int(window), bias is not None, bounds is not None, blocks)
+  variant = Variant(int(window), bias is not None, bounds is not None, blocks, in_log2(softcap))
   bias = None if bias is None else bias.astype(jnp.float32)
   if not lse:
     return _attention(variant, False, q, k, v, bias, bounds)[:, :t]
@@ -118,7 +117,8 @@ def forward(variant: Variant, q, k, v, bias, start):
         raw = compat.dot(q_smem.at[wg], k_smem.at[slot].transpose((1, 0)), then=take_turn)
         column = pipeline.column_vector(bias_smem, slot)
         compat.release(k_free.at[slot])
-        s = scores_of(variant, raw, scale, q_base, number * block, column, starts, masked)
+        s = soft_capped_by_exp2(raw * scale, variant.softcap)
+        s = scores_of(variant, s, q_base, number * block, column, starts, masked)
         new_top = jnp.maximum(top, s.max(axis=1))
         shrink = jnp.exp2(top - new_top)
         p = jnp.exp2(s - lax.broadcast_in_dim(new_top, s.shape, [0]))

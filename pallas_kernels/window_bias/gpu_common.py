@@ -54,24 +54,24 @@ class Variant:
   has_bias: bool
   has_segments: bool
   blocks: Blocks
+  softcap: float | None = None  # of scores in units of log 2
 
 
-def scores_of(variant: Variant, raw, scale, q_base, kv_base, bias, start, masked: bool):
-  """Scores [queries, keys] in units of log 2 with the bias and, if `masked`, every mask; `raw` is the product q k^T.
+def scores_of(variant: Variant, s, q_base, kv_base, bias, start, masked: bool):
+  """Scores `s` [queries, keys] in units of log 2 with the bias and, if `masked`, every mask.
 
   Without `masked`, all keys are visible and, if there is a bias, further back than the window.
   """
-  biased = lambda s: s if bias is None else s + lax.broadcast_in_dim(bias, raw.shape, [1])
+  biased = lambda s: s if bias is None else s + lax.broadcast_in_dim(bias, s.shape, [1])
   if not masked:
-    return biased(raw * scale)
-  i = plgpu.broadcasted_iota(jnp.int32, raw.shape, 0, layout=plgpu.Layout.WGMMA) + q_base
-  j = plgpu.broadcasted_iota(jnp.int32, raw.shape, 1, layout=plgpu.Layout.WGMMA) + kv_base
-  s = raw * scale
+    return biased(s)
+  i = plgpu.broadcasted_iota(jnp.int32, s.shape, 0, layout=plgpu.Layout.WGMMA) + q_base
+  j = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=plgpu.Layout.WGMMA) + kv_base
   if bias is not None:
     s = jnp.where(i - j > variant.window, biased(s), s)
   visible = j <= i
   if start is not None:
-    visible = visible & (j >= lax.broadcast_in_dim(start, raw.shape, [0]))
+    visible = visible & (j >= lax.broadcast_in_dim(start, s.shape, [0]))
   return jnp.where(visible, s, -jnp.inf)
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.common import compat_tpu, dispatch
-from pallas_kernels.common.softmax import LOG2E, LOWEST
+from pallas_kernels.common.softmax import LOG2E, LOWEST, in_log2
 from pallas_kernels.window_bias import tpu_backward, tpu_common
 from pallas_kernels.window_bias.common import padded, saved, segment_bounds
 from pallas_kernels.window_bias.tpu_common import Blocks, Variant, default_blocks
@@ -27,7 +27,6 @@ def window_bias_attention(q, k, v, bias, window, segment_ids, lse=False, softcap
     NotImplementedError: another device, dtype or head size, or a text too long for the list of pairs of blocks.
   """
   compat_tpu.require_tpu()
-  dispatch.supports_plain_scores(softcap)
   b, t, n, h = q.shape
   heads = k.shape[2]
   dispatch.supports(("bfloat16", "float32"), q=q, k=k, v=v)
@@ -44,7 +43,7 @@ def window_bias_attention(q, k, v, bias, window, segment_ids, lse=False, softcap
   bias = None if bias is None else bias.astype(jnp.float32)[:, :, None]
   start = None if segment_ids is None else segment_bounds(segment_ids)[0][:, None, None]
   # Zeros behind the last token, in the last segment: no real query sees them, and no gradient reaches them.
-  variant = Variant(int(window), bias is not None, blocks)
+  variant = Variant(int(window), bias is not None, blocks, in_log2(softcap))
   args = *(padded(x, 3, pad) for x in (q, k, v, bias)), padded(start, 3, pad, mode="edge")
   first = lambda x, *shape: jnp.moveaxis(x[..., :t].reshape(b, n, *shape, t), -1, 1)
   if not lse:
@@ -97,7 +96,7 @@ def forward(variant: Variant, q, k, v, bias, start):
       added, _ = tpu_common.added_to_scores(variant, tile, step, kind, bias_ref, start_ref)
 
       def head(one, rows):
-        s = tpu_common.scores(keys, q_ref[rows, :], added)
+        s, _ = tpu_common.scores(variant, keys, q_ref[rows, :], added)
         top = top_ref[one, :]
         new_top = jnp.maximum(top, s.max(axis=0, keepdims=True))
         shrink, p = jnp.exp2(top - new_top), jnp.exp2(s - new_top)

@@ -2,7 +2,8 @@
 
 With p = exp2(s - lse), dp = dout v^T, delta = rowsum(out * dout): ds = p (dp - delta), dq = scale ds k,
 dk = scale ds^T q, dv = p^T dout, dbias_j = sum of ds over the queries further than the window from key j and over the
-group's heads. Each output is summed by one core in a fixed order: two runs agree bit for bit.
+group's heads. If scores are capped, ds is multiplied by the cap's slope for dq and dk. Each output is summed by one
+core in a fixed order: two runs agree bit for bit.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.common.softmax import LOG2E
+from pallas_kernels.common.softmax import LOG2E, before_cap
 from pallas_kernels.window_bias import tpu_common
 from pallas_kernels.window_bias.tpu_common import Variant
 
@@ -44,8 +45,9 @@ def query_gradient(variant: Variant, inputs: list[tuple]):
       added, _ = tpu_common.added_to_scores(variant, tile, step, kind, bias_ref, start_ref)
 
       def head(one, rows):
-        p = jnp.exp2(tpu_common.scores(keys, q_ref[rows, :], added) - lse_ref[one, :])
-        ds = p * (tpu_common.dot(values, dout_ref[rows, :]) - delta_ref[one, :])
+        s, capped = tpu_common.scores(variant, keys, q_ref[rows, :], added)
+        ds = jnp.exp2(s - lse_ref[one, :]) * (tpu_common.dot(values, dout_ref[rows, :]) - delta_ref[one, :])
+        ds = before_cap(ds, capped, variant.softcap)
         acc_ref[rows, :] += tpu_common.dot(k_ref[...], ds.astype(q.dtype))
 
       tpu_common.for_heads(group, size, head)
@@ -82,10 +84,12 @@ def key_gradients(variant: Variant, inputs: list[tuple]):
       added, far = tpu_common.added_to_scores(variant, tile, step, kind, bias_ref, start_ref)
 
       def head(one, rows):
-        p = jnp.exp2(tpu_common.scores(keys, q_ref[rows, :], added) - lse_ref[one, :])
+        s, capped = tpu_common.scores(variant, keys, q_ref[rows, :], added)
+        p = jnp.exp2(s - lse_ref[one, :])
         dv_acc[...] += tpu_common.dot(p.astype(q.dtype), dout_ref[rows, :], (1, 1))
         ds = p * (tpu_common.dot(values, dout_ref[rows, :]) - delta_ref[one, :])
-        dk_acc[...] += tpu_common.dot(ds.astype(q.dtype), q_ref[rows, :], (1, 1))
+        of_scores = before_cap(ds, capped, variant.softcap)
+        dk_acc[...] += tpu_common.dot(of_scores.astype(q.dtype), q_ref[rows, :], (1, 1))
         if variant.has_bias and kind != tpu_common.FREE:
           ds = ds if far is None else jnp.where(far, ds, 0.0)
           dbias_acc[...] += sum(ds[:, at : at + lanes] for at in range(0, tile.q, lanes))
