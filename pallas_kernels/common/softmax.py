@@ -32,8 +32,8 @@ def soft_capped_by_exp2(scores: jax.Array, softcap: float | None) -> jax.Array:
   return softcap - (2 * softcap) * (root * root)
 
 
-def before_cap(gradient: jax.Array, capped: jax.Array, softcap: float | None) -> jax.Array:
-  """The gradient of scores from that of the `capped` ones, whose slope is 1 - tanh^2."""
+def before_cap(gradient: jax.Array, capped: jax.Array | None, softcap: float | None) -> jax.Array:
+  """The gradient of scores from that of the `capped` ones, whose slope is 1 - tanh^2; without a cap the same."""
   return gradient if softcap is None else gradient * (1.0 - jnp.square(capped * (1 / softcap)))
 
 

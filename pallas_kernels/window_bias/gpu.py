@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.common import compat, dispatch, pipeline, tuned
 from pallas_kernels.common.compat import plgpu
 from pallas_kernels.common.pipeline import WARPGROUPS
-from pallas_kernels.common.softmax import LOG2E, LOWEST, in_log2, soft_capped_by_exp2
+from pallas_kernels.common.softmax import LOG2E, LOWEST, in_log2
 from pallas_kernels.window_bias import gpu_backward
 from pallas_kernels.window_bias.common import padded, saved, segment_bounds
 from pallas_kernels.window_bias.gpu_common import Blocks, Variant, default_blocks, key_ranges, over_ranges, scores_of
@@ -117,8 +117,7 @@ def forward(variant: Variant, q, k, v, bias, start):
         raw = compat.dot(q_smem.at[wg], k_smem.at[slot].transpose((1, 0)), then=take_turn)
         column = pipeline.column_vector(bias_smem, slot)
         compat.release(k_free.at[slot])
-        s = soft_capped_by_exp2(raw * scale, variant.softcap)
-        s = scores_of(variant, s, q_base, number * block, column, starts, masked)
+        s, _ = scores_of(variant, raw, scale, q_base, number * block, column, starts, masked)
         new_top = jnp.maximum(top, s.max(axis=1))
         shrink = jnp.exp2(top - new_top)
         p = jnp.exp2(s - lax.broadcast_in_dim(new_top, s.shape, [0]))

@@ -56,8 +56,7 @@ def query_gradient(variant: Variant, q, k, v, bias, start, dout, lse, delta):
 
         def weights(raw):
           column = pipeline.column_vector(bias_smem, slot)
-          capped = soft_capped_by_exp2(raw * (scale * LOG2E), variant.softcap)
-          s = scores_of(variant, capped, q_base, number * block, column, starts, masked)
+          s, capped = scores_of(variant, raw, scale * LOG2E, q_base, number * block, column, starts, masked)
           return before_cap(jnp.exp2(s - lax.broadcast_in_dim(lse, s.shape, [0])), capped, variant.softcap)
 
         products = compat.dot_pair if variant.blocks.dq_overlap else compat.dot_twice

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import decode, prefill, window_bias
+from pallas_kernels.common import compat
 from pallas_kernels.decode import Pages
 from pallas_kernels.decode import ref as decode_ref
 from pallas_kernels.prefill import gpu as prefill_gpu
@@ -19,7 +20,16 @@ from pallas_kernels.window_bias import ref as window_bias_ref
 from pallas_kernels.window_bias import tpu as window_bias_tpu
 from pallas_kernels.window_bias import tpu_common
 from tests.kernels import prefill_cases, window_bias_cases
-from tests.kernels.suite import Backend, assert_close, float64, interpreted_tpu, normal, on_hopper, running
+from tests.kernels.suite import (
+  Backend,
+  assert_close,
+  float64,
+  interpreted_tpu,
+  needs_mosaic_gpu,
+  normal,
+  on_hopper,
+  running,
+)
 
 BACKENDS = [Backend("xla"), Backend("tpu", interpreted_tpu), Backend("gpu", on_hopper, "bfloat16")]
 CAP, N, K, H, LAYERS, LAYER = 1.5, 4, 2, 64, 2, 1
@@ -151,6 +161,45 @@ def test_gradients(backend, options, biased):
   found = dq, dk, dv, *(more[name] for name in ("bias", "sinks") if name in more)
   for ours, theirs in zip(found, expected, strict=True):
     window_bias_cases.close(ours, theirs, BACKWARD[backend.dtype])
+
+
+# Query heads, KV heads, head size, cap.
+MODELS = {"gpt-oss": (64, 8, 64, None), "gemma-2-27b": (32, 16, 128, 50.0)}
+
+
+@needs_mosaic_gpu
+@pytest.mark.parametrize("name", MODELS)
+def test_lowers_for_cuda(name):
+  """Every operation, with gradients of all arguments and mass; gpt-oss has sinks."""
+  n, k, h, softcap = MODELS[name]
+  struct = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
+  ints, floats = partial(struct, dtype=jnp.int32), partial(struct, dtype=jnp.float32)
+  sinks, options = struct(n) if softcap is None else None, dict(softcap=softcap, implementation="gpu")
+
+  def loss(differentiated):
+    q, k, v, bias, sinks = differentiated
+    out = window_bias.window_bias_attention(q, k, v, bias, 127, sinks=sinks, **options)
+    return out.astype(jnp.float32).sum()
+
+  def chunk(args, weights, sinks):
+    return prefill.prefill_attention(*args, lse=True, query_weights=weights, sinks=sinks, **options)
+
+  def step(args, sinks):
+    return decode.decode_attention(*args, mass=True, sinks=sinks, **options)
+
+  keys, bounds = struct(2, k, 5000, h), ints(2, k, 5000)
+  args = struct(2, 1000, n, h), keys, keys, ints(2, 1000), bounds, bounds
+  trained = struct(1, 1000, n, h), *(struct(1, 1000, k, h),) * 2, floats(1, k, 1000), sinks
+  slots = struct(2, n, h), struct(2, 2, k, 8192, 2 * h), ints(), ints(2, k)
+  programs = {
+    ("window_bias_forward_", "window_bias_dq_", "window_bias_dkv_"): (jax.grad(loss), trained),
+    ("prefill_", "prefill_mass_"): (chunk, args, floats(2, 1000), sinks),
+    ("decode_mass_",): (step, slots, sinks),
+  }
+  with compat.assume_hopper():
+    for names, (program, *arguments) in programs.items():
+      text = jax.jit(program).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+      assert all(name in text for name in names)
 
 
 def test_nothing_is_added_without_sinks():
