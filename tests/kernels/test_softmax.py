@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import decode, prefill, window_bias
-from pallas_kernels.common import compat
+from pallas_kernels.common import compat, softmax
 from pallas_kernels.decode import Pages
 from pallas_kernels.decode import ref as decode_ref
 from pallas_kernels.prefill import gpu as prefill_gpu
@@ -200,6 +200,15 @@ def test_lowers_for_cuda(name):
     for names, (program, *arguments) in programs.items():
       text = jax.jit(program).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
       assert all(name in text for name in names)
+
+
+def test_capping_by_exp2():
+  """Near zero, where it subtracts, and where exp2 over- and underflows."""
+  scores = np.concatenate([np.linspace(-200, 200, 4001), np.geomspace(1e-6, 1e6, 200), [0.0, -1e6]])
+  capped = softmax.soft_capped_by_exp2(jnp.asarray(scores, jnp.float32), 50.0)
+  np.testing.assert_allclose(capped, 50 * np.tanh(scores / 50), rtol=0, atol=2e-5)
+  slope = softmax.before_cap(jnp.ones_like(capped), capped, 50.0)
+  np.testing.assert_allclose(slope, 1 - np.tanh(scores / 50) ** 2, rtol=0, atol=2e-6)
 
 
 def test_nothing_is_added_without_sinks():
