@@ -42,7 +42,9 @@ Softmax = Literal["", "sinks", "softcap"]
 
 def softmax_options(softmax: Softmax, query_heads: int) -> dict:
   """What attention is called with for a softmax of this kind."""
-  return {"": {}, "sinks": {"sinks": jnp.linspace(-2.0, 2.0, query_heads)}, "softcap": {"softcap": 50.0}}[softmax]
+  if softmax == "sinks":
+    return {"sinks": jnp.linspace(-2.0, 2.0, query_heads)}
+  return {"softcap": 50.0} if softmax else {}
 
 
 @dataclasses.dataclass(frozen=True)
