@@ -46,7 +46,7 @@ from dms_jax.policies import Policy, Vanilla
 from dms_jax.policies.base import check_kind, per_row
 from dms_jax.sharding import constrain_rows, gather_layer
 from pallas_kernels import window_bias
-from pallas_kernels.common import xla_dot
+from pallas_kernels.common.softmax import soft_capped
 
 # The activations of each layer that the backward pass keeps: projections and attention. Norms, RoPE and SwiGLU are
 # cheaper to recompute than to write and read; the down projection is part of the next layer's input, kept anyway.
@@ -251,7 +251,7 @@ def embed(model: Model, tokens: Int[Array, "B T"], positions: Int[Array, "B T"] 
 def unembed(model: Model, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
   """Final norm and output head: logits, float32."""
   logits = linear(head_inputs(model, x), output_head(model), out_dtype=jnp.float32)
-  return xla_dot.soft_capped(gathered(logits, model.config.vocab_size), model.config.logit_softcap)
+  return soft_capped(gathered(logits, model.config.vocab_size), model.config.logit_softcap)
 
 
 def head_inputs(model: Model, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:

@@ -3,6 +3,7 @@
     python -m experiments.bench_kernels                               # an H100: every case but growth, ten minutes
     python -m experiments.bench_kernels --cases=decode,pages_b32_cr8  # cases with these names or prefixes
     python -m experiments.bench_kernels --cases=decode_mass,pages_ring_mass  # with attention mass, two minutes
+    python -m experiments.bench_kernels --cases=decode_sinks,decode_softcap,prefill_s,retrofit_s  # sinks and caps
     python -m experiments.bench_kernels --cases=growth                # decode time by compression, length and batch
     python -m experiments.bench_kernels --scale=small --growth        # tiny shapes on any machine, to test the program
 

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dms_jax.layers import linear
 from dms_jax.metrics import kl_divergence as kl_divergence
 from dms_jax.sharding import row_and_head_axes
-from pallas_kernels.common.xla_dot import soft_capped
+from pallas_kernels.common.softmax import soft_capped
 
 Loss = Literal["reverse_kl", "forward_kl", "lm"]
 LOWEST = -1e30  # the initial running maximum; finite, so that differences of maxima are finite

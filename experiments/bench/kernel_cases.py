@@ -7,6 +7,7 @@ is added to a score as H2O does, beside the same calls without it and XLA's. Pre
 tokens of a text, the window included; at CR 1 it keeps all. The floor is dense attention's time times the share of its
 pairs that are visible.
 Retrofit: causal attention with the training bias, forward alone and with the backward pass.
+With sinks (shapes of gpt-oss) or a cap (Gemma 2 27B) each is timed beside the same without, and beside XLA's.
 """
 
 from __future__ import annotations
@@ -36,6 +37,16 @@ SAME = Bar("difference", 8e-3, most=True)
 SAME_MASS = Bar("mass_difference", 1e-4, most=True)  # float32 sums, approximate exponentials
 
 
+Softmax = Literal["", "sinks", "softcap"]
+
+
+def softmax_options(softmax: Softmax, query_heads: int) -> dict:
+  """What attention is called with for a softmax of this kind."""
+  if softmax == "sinks":
+    return {"sinks": jnp.linspace(-2.0, 2.0, query_heads)}
+  return {"softcap": 50.0} if softmax else {}
+
+
 @dataclasses.dataclass(frozen=True)
 class Decode:
   """B rows, K KV heads, G queries each of size H, S slots a head; `layers` in the cache.
@@ -60,12 +71,18 @@ class Decode:
   mass: bool = False
   bars: tuple[Bar, ...] = ()
   spread: Literal["ragged", "chains", "halves"] = "ragged"
+  softmax: Softmax = ""
 
   def __str__(self) -> str:
     mass = (" mass" if self.mass else "") + ("" if self.spread == "ragged" else f" {self.spread}")
     pages = f" pages{self.pages} {self.stored}" if self.pages else ""
     ring = f" ring{self.ring}" if self.ring else ""
-    return f"B{self.batch} K{self.heads} G{self.group} H{self.size} S{self.slots}{pages}{ring}{mass}"
+    softmax = f" {self.softmax}" if self.softmax else ""
+    return f"B{self.batch} K{self.heads} G{self.group} H{self.size} S{self.slots}{pages}{ring}{mass}{softmax}"
+
+  def options(self) -> dict:
+    """Keyword arguments of attention besides the arrays."""
+    return {"mass": self.mass, **softmax_options(self.softmax, self.heads * self.group)}
 
   def shrunk(self) -> Decode:
     """A small version without bars, for any machine."""
@@ -98,9 +115,15 @@ class Text:
   window: int
   cr: float = 8
   bars: tuple[Bar, ...] = ()
+  softmax: Softmax = ""
 
   def __str__(self) -> str:
-    return f"B{self.batch} T{self.tokens} N{self.queries} K{self.heads} H{self.size} W{self.window}"
+    softmax = f" {self.softmax}" if self.softmax else ""
+    return f"B{self.batch} T{self.tokens} N{self.queries} K{self.heads} H{self.size} W{self.window}{softmax}"
+
+  def options(self) -> dict:
+    """Keyword arguments of attention besides the arrays."""
+    return softmax_options(self.softmax, self.queries)
 
   def shrunk(self) -> Text:
     return dataclasses.replace(self, batch=1, tokens=256, queries=4, heads=2, size=64, window=16, bars=())
@@ -144,6 +167,12 @@ CASES: dict[str, Decode | Text] = {
   "retrofit_t32768": Text("retrofit", 1, 32768, 32, 8, 128, 256, bars=(Bar("flex_ratio", 13),)),
   "retrofit_h64": Text("retrofit", 2, 4096, 32, 8, 64, 64),
   "retrofit_n28": Text("retrofit", 2, 4096, 28, 4, 128, 256, bars=(Bar("dense_slowdown", 1.12, most=True),)),
+  "decode_sinks": Decode(8, 8, 8, 64, 8192, 16, softmax="sinks"),
+  "decode_softcap": Decode(32, 16, 2, 128, 8192, softmax="softcap"),
+  "prefill_sinks": Text("prefill", 1, 8192, 64, 8, 64, 127, cr=4, softmax="sinks"),
+  "prefill_softcap": Text("prefill", 1, 8192, 32, 16, 128, 256, cr=4, softmax="softcap"),
+  "retrofit_sinks": Text("retrofit", 1, 4096, 64, 8, 64, 127, softmax="sinks"),
+  "retrofit_softcap": Text("retrofit", 1, 4096, 32, 16, 128, 256, softmax="softcap"),
 }
 
 
@@ -247,9 +276,9 @@ def decode_arguments(work: Decode) -> tuple[tuple, np.ndarray]:
   return (rings, jnp.asarray(in_ring), pages), lengths
 
 
-def attend_with(implementation: str | None, mass: bool = False) -> Callable:
+def attend_with(implementation: str | None, options: dict) -> Callable:
   """`decode_attention` of an implementation, called with the arguments of `decode_arguments`."""
-  ours = functools.partial(decode.decode_attention, mass=mass, implementation=implementation)
+  ours = functools.partial(decode.decode_attention, implementation=implementation, **options)
   return lambda q, layer, kv, lengths, pages: ours(q, kv, layer, lengths, pages=pages)
 
 
@@ -259,7 +288,7 @@ def decode_us(
   """(microseconds of the kernel, the heads' lengths); `attend` replaces an implementation, `calls` is of `chain`."""
   args, lengths = decode_arguments(work)
   if attend is None:
-    run = attend_with(implementation, work.mass)
+    run = attend_with(implementation, work.options())
   else:
     run = lambda q, layer, kv, lengths, pages: attend(q, kv, layer, lengths, pages=pages)
   program = chain(run, work.layers, work.mass, calls)
@@ -269,7 +298,7 @@ def decode_us(
 def decode_difference(work: Decode, implementation: str | None) -> dict[str, float]:
   """The largest difference from the XLA implementation, relative to the largest value; and of mass, not relative."""
   args, _ = decode_arguments(work)
-  outs = [jax.jit(attend_with(x, work.mass))(queries(work), jnp.int32(1), *args) for x in (implementation, "xla")]
+  outs = [jax.jit(attend_with(x, work.options()))(queries(work), jnp.int32(1), *args) for x in (implementation, "xla")]
   ours, other = ((out[0] if work.mass else out).astype(jnp.float32) for out in outs)
   found = {"difference": float(jnp.abs(ours - other).max() / jnp.abs(other).max())}
   if work.mass:
@@ -281,21 +310,26 @@ def decode_difference(work: Decode, implementation: str | None) -> dict[str, flo
 def our_decode(work: Decode, bandwidth: float, implementation: str | None) -> dict[str, float]:
   """Microseconds of the kernel, of the floor and, for pages, of a contiguous cache; `calls` of a chain.
 
-  With mass, the kernel without it and XLA with it are measured instead of a contiguous cache.
+  With mass, sinks or a cap, the kernel without them and XLA with them are measured instead of a contiguous cache.
   """
   us, lengths = decode_us(work, implementation)
   slot = format_of(work.stored).slot_bytes(work.size)
   in_ring = float(np.minimum(lengths, work.ring).sum())
   floor = (in_ring * 4 * work.size + (float(lengths.sum()) - in_ring) * slot) / bandwidth * 1e6
   row = {"us": us, "floor_us": floor, "of_floor": floor / us, "calls": CALLS}
-  if work.mass:
-    plain, _ = decode_us(dataclasses.replace(work, mass=False), implementation)
+  if work.mass or work.softmax:
+    plain, _ = decode_us(dataclasses.replace(work, mass=False, softmax=""), implementation)
     xla, _ = decode_us(work, "xla", calls=FEW_CALLS)
-    return row | {"plain_us": plain, "slowdown": us / plain, "xla_us": xla, "xla_ratio": xla / us}
+    return row | beside(us, plain, xla)
   if work.pages:
     other, _ = decode_us(dataclasses.replace(work, pages=0, ring=0), implementation)
     row |= {"contiguous_us": other, "contiguous_ratio": other / us}
   return row
+
+
+def beside(us: float, plain: float, xla: float) -> dict[str, float]:
+  """The figures of a case beside those of the kernel without what it adds, and of XLA with it."""
+  return {"plain_us": plain, "slowdown": us / plain, "xla_us": xla, "xla_ratio": xla / us}
 
 
 def measure_decode(work: Decode, bandwidth: float, implementation: str | None, check: bool = True) -> dict[str, float]:
@@ -343,10 +377,17 @@ def prefill_us(work: Text, attend: Callable) -> tuple[float, float]:
 
 def measure_prefill(work: Text, implementation: str | None) -> dict[str, float]:
   """Microseconds of the kernel, of dense causal attention, and of the floor: dense time for the visible pairs alone."""
-  us, visible = prefill_us(work, lambda *args: prefill.prefill_attention(*args, implementation=implementation))
+
+  def timed(name: str | None, **options) -> tuple[float, float]:
+    return prefill_us(work, functools.partial(prefill.prefill_attention, implementation=name, **options))
+
+  us, visible = timed(implementation, **work.options())
   dense = bench.clock(jax.jit(lambda q, k, v: dense_attention(q, k, v, True)), *inputs_of(work)) * 1e6
   floor = {"visible": visible, "floor_us": dense * visible, "of_floor": dense * visible / us}
-  return {"us": us, "dense_us": dense, "dense_ratio": dense / us} | floor
+  row = {"us": us, "dense_us": dense, "dense_ratio": dense / us} | floor
+  if work.softmax:
+    row |= beside(us, timed(implementation)[0], timed("xla", **work.options())[0])
+  return row
 
 
 def retrofit_us(work: Text, attend: Callable) -> tuple[float, float]:
@@ -365,13 +406,19 @@ def retrofit_us(work: Text, attend: Callable) -> tuple[float, float]:
 
 def measure_retrofit(work: Text, implementation: str | None, flex: bool) -> dict:
   """Microseconds forward and both ways: the kernel, dense causal attention, and FlexAttention with the same bias."""
-  ours = functools.partial(retrofit.window_bias_attention, implementation=implementation)
-  forward, us = retrofit_us(work, lambda q, k, v, bias: ours(q, k, v, bias, work.window))
+
+  def timed(name: str | None, **options) -> tuple[float, float]:
+    ours = functools.partial(retrofit.window_bias_attention, implementation=name, **options)
+    return retrofit_us(work, lambda q, k, v, bias: ours(q, k, v, bias, work.window))
+
+  forward, us = timed(implementation, **work.options())
   dense_forward, dense = retrofit_us(work, lambda q, k, v, bias: dense_attention(q, k, v, True))
   row = {
     "us": us, "forward_us": forward, "dense_us": dense, "dense_forward_us": dense_forward, "dense_ratio": dense / us,
     "dense_slowdown": us / dense,
   }  # fmt: skip
+  if work.softmax:
+    return row | beside(us, timed(implementation)[1], timed("xla", **work.options())[1])
   if flex:
     row |= measure_flex(work)
     row |= {f"{name}_ratio": row[f"{name}_us"] / us for name in ("flex", "flex_blocks") if f"{name}_us" in row}

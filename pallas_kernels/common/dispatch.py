@@ -68,14 +68,6 @@ def supports_head_size(size: int) -> None:
     raise NotImplementedError(f"head size {size}: only 64 and 128")
 
 
-def supports_plain_scores(softcap: float | None, sinks: Any) -> None:
-  """Raises NotImplementedError for scores that are capped, and for a softmax with attention sinks."""
-  if softcap is not None:
-    raise NotImplementedError(f"soft-capping of scores at {softcap:g}")
-  if sinks is not None:
-    raise NotImplementedError("attention sinks in the softmax")
-
-
 def check_sinks(sinks: Any, heads: int) -> None:
   """Raises ValueError unless `sinks` is None or has one number for each of `heads` query heads."""
   check(sinks is None or sinks.shape == (heads,), f"sinks {getattr(sinks, 'shape', None)} must be [N] = {(heads,)}")

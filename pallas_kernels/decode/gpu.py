@@ -28,7 +28,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common import compat, dispatch, tuned, warpgroup
+from pallas_kernels.common import compat, tuned, warpgroup
 from pallas_kernels.common.platform import processors
 from pallas_kernels.decode import gpu_kernel
 from pallas_kernels.decode.gpu_common import Blocks, Tile, Variant
@@ -92,10 +92,9 @@ def decode_attention(
   the rows.
 
   Raises:
-    NotImplementedError: another device, dtype or shape; scores that are capped; attention sinks.
+    NotImplementedError: another device, dtype or shape.
   """
   compat.require_hopper()
-  dispatch.supports_plain_scores(softcap, sinks)
   b, n, h = q.shape
   layers, _, k = (kv if kv is not None else pages.table).shape[:3]
   group = n // k
@@ -136,18 +135,21 @@ def decode_attention(
     arrays += [pages.scales.reshape(-1)] if scaled else []
     counts.append(pages.lengths)
   counts = [x.astype(jnp.int32).reshape(b * k) for x in counts]
-  variant = Variant(slots, page, most, scaled, lse or mass, mass, k * (calls > 1))
+  logs_wanted = lse or mass or sinks is not None
+  variant = Variant(slots, page, most, scaled, logs_wanted, mass, k * (calls > 1), softcap)
   tile = Tile.of(n // k, h, apart=rows * k < processors())
   attend = functools.partial(gpu_kernel.attend, blocks, variant, tile)
+  of_pairs = lambda rows: None if sinks is None else jnp.tile(sinks.reshape(k, group), (rows, 1))
   if calls == 1:
-    out, logs, masses = attend(*first, *arrays, *counts)
+    out, logs, masses = attend(*first, *arrays, *counts, sinks=of_pairs(b))
   else:
     # Rows instead of layers: number layer * B + row is where the first row of a call begins in the cache.
     attend = attend if compat.interpreting() else jax.jit(attend)  # lowered once
-    parts = [
-      attend(first[0][at : at + rows * k], first[1] * b + at // k, *arrays, *(x[at : at + rows * k] for x in counts))
-      for at in range(0, b * k, rows * k)
-    ]
+    parts = []
+    for at in range(0, b * k, rows * k):
+      queries, *lens = (x[at : at + rows * k] for x in (first[0], *counts))
+      of_rows = of_pairs(len(queries) // k)
+      parts.append(attend(queries, first[1] * b + at // k, *arrays, *lens, sinks=of_rows))
     out, logs, masses = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
   results = [out.reshape(b, n, h)]
   results += [logs.reshape(b, n)] if lse else []

@@ -71,7 +71,7 @@ class Variant:
 
   `slots` a head in the contiguous cache, `pages` of `page` slots in the table (0: none), `scaled` pages of 8 bits, and
   whether to return the log-sum-exp, `lse`, and with it the slots' `mass`. In the cache, pairs of one number `layer` are
-  `apart` pairs from those of the next (0: as many as there are).
+  `apart` pairs from those of the next (0: as many as there are). `softcap` caps natural scores.
   """
 
   slots: int
@@ -81,6 +81,7 @@ class Variant:
   lse: bool
   mass: bool = False
   apart: int = 0
+  softcap: float | None = None
 
   @property
   def sources(self) -> int:

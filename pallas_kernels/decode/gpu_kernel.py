@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.common import compat, warpgroup
 from pallas_kernels.common.compat import plgpu
-from pallas_kernels.common.softmax import LOG2E, LOWEST
+from pallas_kernels.common.softmax import LOG2E, LOWEST, in_log2, soft_capped_by_exp2, with_sinks
 from pallas_kernels.decode.gpu_common import Blocks, Tile, Variant, chunks_of, merge, write_alone
 from pallas_kernels.decode.gpu_division import Listed, Own
 from pallas_kernels.decode.mass import slot_mass
@@ -31,12 +31,12 @@ from pallas_kernels.decode.mass import slot_mass
 QUARTERS = 4  # of a block, the least that is loaded of a cache
 
 
-def attend(sizes: Blocks, variant: Variant, tile: Tile, q, layer, *arrays):
+def attend(sizes: Blocks, variant: Variant, tile: Tile, q, layer, *arrays, sinks=None):
   """(out [P, G, H], log-sum-exp [P, G] or None, masses ([P, S], [P, M * page]) or None), the last two float32, for P
   pairs of row and KV head.
 
   q [P, G, H], layer [1]; then kv [L * P * S, 2H] if there are slots; the pool [pages * page, 2H], the table
-  [L * P * M] and, if scaled, scales [pages * page * 2] if there are pages; lengths of each.
+  [L * P * M] and, if scaled, scales [pages * page * 2] if there are pages; lengths of each. sinks [P, G] or None.
   """
   pairs, group, h = q.shape
   block, stages = sizes.block, sizes.stages
@@ -238,6 +238,7 @@ def attend(sizes: Blocks, variant: Variant, tile: Tile, q, layer, *arrays):
         s = compat.dot(keys, q_smem.transpose((1, 0))) * scale
         if scaled:
           s = s * lax.broadcast_in_dim(of_keys, s.shape, [0])
+        s = soft_capped_by_exp2(s, in_log2(variant.softcap))
         s = jnp.where(index(s.shape) < live, s, -jnp.inf)
         if variant.mass:
           warpgroup.store_transposed(s, scores_ref.at[pair, pl.ds(0, group), pl.ds(place + i * block, block)])
@@ -313,14 +314,14 @@ def attend(sizes: Blocks, variant: Variant, tile: Tile, q, layer, *arrays):
   scores = done.pop() if variant.mass else None
   if not alone:
     done = merged(sizes, variant, tile, lengths, outs, *done)
-  logs = None
-  if variant.lse:
-    logs = done[1][:, :group] if alone else done[1][:, :group, 0]
+  if not variant.lse:
+    return done[0], None, None
+  out, logs = with_sinks(done[0], done[1][:, :group] if alone else done[1][:, :group, 0], sinks)
   if not variant.mass:
-    return done[0], logs, None
+    return out, logs, None
   of_cache = (0, slots, lengths[0]) if slots else None
   of_pages = (variant.cache_blocks(sizes) * block, page * variant.pages, lengths[-1]) if page else None
-  return done[0], logs, slot_mass(scores, logs, (of_cache, of_pages))
+  return out, logs, slot_mass(scores, logs, (of_cache, of_pages))
 
 
 def merged(sizes: Blocks, variant: Variant, tile: Tile, lengths, outs, part, stat):

@@ -30,9 +30,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.common import compat_tpu, dispatch
+from pallas_kernels.common import compat_tpu
 from pallas_kernels.common.compat_tpu import pltpu
-from pallas_kernels.common.softmax import LOG2E, LOWEST
+from pallas_kernels.common.softmax import LOG2E, LOWEST, in_log2, soft_capped, with_sinks
 from pallas_kernels.decode.mass import slot_mass
 
 LANES = 128
@@ -88,10 +88,9 @@ def decode_attention(
     blocks: `Blocks`, by default `default_blocks`.
 
   Raises:
-    NotImplementedError: another device, dtype or shape; scores that are capped; attention sinks.
+    NotImplementedError: another device, dtype or shape.
   """
   compat_tpu.require_tpu()
-  dispatch.supports_plain_scores(softcap, sinks)
   b, n, h = q.shape
   k = (kv if kv is not None else pages.table).shape[2]
   group, pairs, rows = n // k, b * k, compat_tpu.tile(q.dtype)
@@ -143,10 +142,12 @@ def decode_attention(
   number = jnp.asarray(layer, jnp.int32).reshape(1)
   scalars = number, items, bounds, *counts, table
   archive = (None, None) if pages is None else (pages.pool, pages.scales)
-  parts, *scores = _attend(blocks, q.dtype, h, held.shape[1], mass, scalars, queries, kv, *archive)
-  if not mass:
+  parts, *scores = _attend(blocks, q.dtype, h, held.shape[1], mass, softcap, scalars, queries, kv, *archive)
+  if not mass and sinks is None:
     return merge(parts, held, q, group, lse)
-  out, logs = merge(parts, held, q, group, True)
+  out, logs = with_sinks(*merge(parts, held, q, group, True), sinks)
+  if not mass:
+    return (out, logs) if lse else out
   of_cache = None if kv is None else (0, sizes[0], counts[0])
   of_pages = None if pages is None else (-(-sizes[0] // blocks.block) * blocks.block, sizes[1], counts[1])
   masses = slot_mass(scores[0], logs.reshape(pairs, group), (of_cache, of_pages))
@@ -197,8 +198,8 @@ def merge(parts, held, q, group: int, lse: bool):
   return (out, ((top + jnp.log2(total)) / LOG2E).reshape(b, n)) if lse else out
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _attend(sizes: Blocks, dtype, h: int, chunks: int, mass: bool, scalars, queries, kv, pool, scales):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+def _attend(sizes: Blocks, dtype, h: int, chunks: int, mass: bool, softcap, scalars, queries, kv, pool, scales):
   """[Output and log2 of the sum of exponentials of each chunk, float32 [pairs, chunks, rows, 128]], and with `mass` the
   scores, float32 [pairs, 8, X], in units of log 2: blocks of the cache, then of pages.
 
@@ -391,6 +392,7 @@ def _attend(sizes: Blocks, dtype, h: int, chunks: int, mass: bool, scalars, quer
         if scaled:
           of_keys, of_values = factors_of(slot, live, lax.rem(block_number * block, i32(page)))
           s = jnp.where(paged, s * of_keys, s)
+        s = soft_capped(s, in_log2(softcap))
         s = jnp.where(lax.broadcasted_iota(i32, s.shape, 1) < live, s, -jnp.inf)
         if mass:
           turn = lax.rem(number + i, i32(2))

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.common.platform import platform
-from pallas_kernels.common.xla_dot import einsum, no_scores, soft_capped
+from pallas_kernels.common.softmax import soft_capped, with_sinks
+from pallas_kernels.common.xla_dot import einsum
 from pallas_kernels.paged.format import PageFormat, format_of
 
 # Slots read at a time. A block is the only copy made of the cache, so it bounds the temporaries.
@@ -155,15 +156,16 @@ def decode_attention(
     state, kept = _loop(source.blocks, body, (state, kept))
     return state, kept[..., : source.slots] if mass else None
 
-  top, total = no_scores(sinks, (b, k, n // k))
-  state = top, total, jnp.zeros((b, k, n // k, h))
+  state = jnp.full((b, k, n // k), -jnp.inf), jnp.zeros((b, k, n // k)), jnp.zeros((b, k, n // k, h))
   scores = {}
   for source in sources:
     state, scores[source] = attend(source, state)
   top, total, acc = state
   out = acc / jnp.where(total == 0, 1.0, total)[..., None]
-  out = jax.lax.reshape(out, (b, n, h)).astype(q.dtype)
   logs = top + jnp.log(total)
+  if sinks is not None:
+    out, logs = with_sinks(out, logs, sinks.reshape(k, n // k))
+  out = jax.lax.reshape(out, (b, n, h)).astype(q.dtype)
   if not lse and not mass:
     return out
   results = [out]

@@ -21,7 +21,7 @@ from pallas_kernels.common import compat, dispatch, pipeline, tuned
 from pallas_kernels.common.compat import plgpu
 from pallas_kernels.common.pipeline import WARPGROUPS
 from pallas_kernels.common.platform import processors
-from pallas_kernels.common.softmax import LOG2E, LOWEST
+from pallas_kernels.common.softmax import LOG2E, LOWEST, soft_capped_by_exp2, with_sinks
 from pallas_kernels.common.warpgroup import ROWS
 from pallas_kernels.prefill import gpu_mass
 from pallas_kernels.prefill import plan as planning
@@ -49,20 +49,25 @@ def prefill_attention(
     NotImplementedError: another device, dtype or head size.
   """
   compat.require_hopper()
-  dispatch.supports_plain_scores(softcap, sinks)
   _, t, n, h = q.shape
   dispatch.supports(("bfloat16", "float16"), q=q, keys=keys, values=values)
   dispatch.supports_head_size(h)
   blocks = blocks or tuned.blocks("prefill", tuned.shape_class(H=h), default_blocks(h, processors()))
   tile, weighted = Tile.of(n // keys.shape[1]), query_weights is not None
   args, row = _prepare(tile, blocks, weighted, q, keys, values, q_pos, k_first, k_last)
-  out, logs = _attend(tile, blocks, lse or weighted, *args)
-  results = [out[:, :t]]
-  if lse:
-    results.append(tile.join(logs.reshape(*logs.shape[:3], -1))[:, :t] * (1 / LOG2E))
+  out, logs = _attend(tile, blocks, lse or weighted or sinks is not None, softcap, *args)
+  results, masses = [out[:, :t]], []
+  if lse or sinks is not None:
+    of_keys = tile.join(logs.reshape(*logs.shape[:3], -1))[:, :t] * (1 / LOG2E)
+    results = list(with_sinks(results[0], of_keys, sinks))
   if weighted:
     q, keys, _, rows, bounds, _ = args
-    results.append(gpu_mass.key_mass(tile, q, keys, rows, bounds, row, logs, query_weights))
+    if sinks is not None:  # in the sums of queries that see a key
+      sums = jnp.where(of_keys == -jnp.inf, -jnp.inf, results[1] * LOG2E)
+      sums = jnp.pad(sums, ((0, 0), (0, rows.shape[1] * tile.queries - t), (0, 0)))
+      logs = tile.split(sums[..., None]).reshape(logs.shape)
+    masses.append(gpu_mass.key_mass(tile, softcap, q, keys, rows, bounds, row, logs, query_weights))
+  results = [*(results if lse else results[:1]), *masses]
   return tuple(results) if len(results) > 1 else results[0]
 
 
@@ -83,7 +88,7 @@ def _prepare(tile: Tile, blocks: Blocks, weighted: bool, q, keys, values, q_pos,
   return (q, keys, values, rows, plan.bounds, plan.ranges), plan.row if weighted else None
 
 
-def _attend(tile: Tile, blocks: Blocks, lse: bool, q, keys, values, rows, bounds, ranges):
+def _attend(tile: Tile, blocks: Blocks, lse: bool, softcap: float | None, q, keys, values, rows, bounds, ranges):
   """(out [B, T, N, H], log-sum-exp float32 [B, parts, tiles, 2, 64] in units of log 2, if asked for).
 
   q [B, T, N, H], T a multiple of 8; keys and values [B, K, R, H], rows [B, tiles, 2, 64]: positions; bounds, ranges:
@@ -94,6 +99,7 @@ def _attend(tile: Tile, blocks: Blocks, lse: bool, q, keys, values, rows, bounds
   parts = group // tile.heads  # of a group of query heads, each with tiles of its own
   block, stages = blocks.kv, blocks.stages
   scale = h**-0.5 * LOG2E  # scores in units of log 2: exp2 is what the hardware has
+  cap = None if softcap is None else softcap * h**0.5  # of products that are not yet scaled
   i32 = jnp.int32
   pieces = tile.pieces()
   units = n // tile.heads * b  # tiles of as many queries
@@ -153,6 +159,7 @@ def _attend(tile: Tile, blocks: Blocks, lse: bool, q, keys, values, rows, bounds
           slot = lax.rem(before + i, i32(stages))
           plgpu.barrier_wait(k_ready.at[slot])
           s = compat.dot(queries, k_smem.at[slot].transpose((1, 0)), then=take_turn)
+          s = soft_capped_by_exp2(s, cap)
           if masked:
             bounds = (pipeline.column_vector(bounds_smem, slot, x) for x in range(2))
             first, last = (lax.broadcast_in_dim(x, s.shape, [1]) for x in bounds)

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.common import compat, pipeline
 from pallas_kernels.common.compat import plgpu
 from pallas_kernels.common.pipeline import WARPGROUPS
-from pallas_kernels.common.softmax import LOG2E
+from pallas_kernels.common.softmax import LOG2E, in_log2, soft_capped_by_exp2
 from pallas_kernels.common.warpgroup import ROWS
 from pallas_kernels.prefill import plan as planning
 from pallas_kernels.prefill.gpu_common import Tile
@@ -26,17 +26,18 @@ KEYS = QUERIES = WARPGROUPS * ROWS  # keys a block owns; rows of a tile of queri
 COMPUTE_REGISTERS, MEMORY_REGISTERS = 240, 24
 
 
-def key_mass(tile: Tile, q, keys, rows, bounds, row, logs, query_weights):
+def key_mass(tile: Tile, softcap: float | None, q, keys, rows, bounds, row, logs, query_weights):
   """Mass float32 [B, K, S] of the keys, from what the forward kernel was given and its log-sum-exp.
 
   Args:
+    softcap: caps natural scores, if not None.
     q: [B, T or a few more, N, H].
     keys, bounds: [B, K, R, H] and [B, K, 2, R], gathered; row: [B, K, S], as in `Plan`.
     rows: positions int32 [B, tiles, 2, 64].
     logs: float32 [B, parts, tiles, 2, 64] in units of log 2.
     query_weights: [B, T].
   """
-  return planning.take(_sum(tile, *_prepare(tile, q, keys, rows, bounds, logs, query_weights)), row, 0.0)
+  return planning.take(_sum(tile, softcap, *_prepare(tile, q, keys, rows, bounds, logs, query_weights)), row, 0.0)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -59,7 +60,7 @@ def _prepare(tile: Tile, q, keys, rows, bounds, logs, query_weights):
   return tile.split(q), keys, rows, bounds, logs, weights, ranges
 
 
-def _sum(tile: Tile, q, keys, rows, bounds, logs, weights, ranges):
+def _sum(tile: Tile, softcap: float | None, q, keys, rows, bounds, logs, weights, ranges):
   """Mass float32 [B, K, R] of gathered keys.
 
   q [B, parts, tiles, 128, H], keys [B, K, R, H], rows and weights [B, tiles, 128], bounds [B, K, 2, R], logs [B, parts,
@@ -91,6 +92,7 @@ def _sum(tile: Tile, q, keys, rows, bounds, logs, weights, ranges):
         slot = lax.rem(i, i32(stages))
         plgpu.barrier_wait(q_ready.at[slot])
         s = compat.dot(k_smem.at[wg], q_smem.at[slot].transpose((1, 0))) * scale
+        s = soft_capped_by_exp2(s, in_log2(softcap))
         column = lambda ref: lax.broadcast_in_dim(pipeline.column_vector(ref, slot), s.shape, [1])
         if masked:
           query = column(rows_smem)

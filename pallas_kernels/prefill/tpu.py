@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.common import compat_tpu, dispatch
 from pallas_kernels.common.compat_tpu import pltpu
-from pallas_kernels.common.softmax import LOG2E, LOWEST
+from pallas_kernels.common.softmax import LOG2E, LOWEST, in_log2, soft_capped, with_sinks
 from pallas_kernels.prefill import plan as planning
 from pallas_kernels.prefill.plan import KEPT, START, STOP, WHOLE
 
@@ -64,19 +64,23 @@ def prefill_attention(
   """See `api.prefill_attention`; bfloat16 or float32, head size 64 or 128.
 
   Raises:
-    NotImplementedError: another device, dtype or head size; log-sum-exp and mass.
+    NotImplementedError: another device, dtype or head size; mass.
   """
   compat_tpu.require_tpu()
-  dispatch.supports_plain_scores(softcap, sinks)
-  if lse or query_weights is not None:
-    raise NotImplementedError("returns no log-sum-exp and no mass of keys")
+  if query_weights is not None:
+    raise NotImplementedError("returns no mass of keys")
   _, t, n, h = q.shape
   k = keys.shape[1]
   dispatch.supports(("bfloat16", "float32"), q=q, keys=keys, values=values)
   dispatch.supports_head_size(h)
   blocks = blocks or default_blocks(t * (n // k))
   rows, kv, positions, bounds, ranges = _prepare(blocks, q, keys, values, q_pos, k_first, k_last)
-  return _finish(q.shape, k, _attend(blocks, h, rows, kv, positions, bounds, ranges))
+  wanted = lse or sinks is not None
+  out, *logs = _finish(q.shape, k, *_attend(blocks, h, wanted, softcap, rows, kv, positions, bounds, ranges))
+  if not wanted:
+    return out
+  results = with_sinks(out, *logs, sinks)
+  return results if lse else results[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -96,17 +100,22 @@ def _prepare(blocks: Blocks, q, keys, values, q_pos, k_first, k_last):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _finish(shape: tuple[int, ...], k: int, out):
-  """The kernel's rows as [B, T, N, H]."""
+def _finish(shape: tuple[int, ...], k: int, out, logs=None):
+  """The kernel's rows as [B, T, N, H], and its log-sum-exp, if there is one, as [B, T, N]."""
   b, t, n, h = shape
   out = out[:, :, : t * (n // k), LANES - h :].reshape(b, k, t, n // k, h)
-  return jnp.moveaxis(out, 2, 1).reshape(shape)
+  results = [jnp.moveaxis(out, 2, 1).reshape(shape)]
+  if logs is not None:
+    logs = logs.reshape(b, k, -1)[:, :, : t * (n // k)].reshape(b, k, t, n // k)
+    results.append(jnp.moveaxis(logs, 2, 1).reshape(b, t, n))
+  return results
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _attend(blocks: Blocks, h: int, q, kv, positions, bounds, ranges):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _attend(blocks: Blocks, h: int, lse: bool, softcap: float | None, q, kv, positions, bounds, ranges):
   """q [B, K, tiles * M, 128], kv [B, K, R, 2H], positions [B, tiles, 1, M]; bounds and ranges: see `Plan`, the ranges
-  with the tiles last. Returns [B, K, tiles * M, 128], the output in the last H lanes."""
+  with the tiles last. Returns the output, in the last H lanes of [B, K, tiles * M, 128], and with `lse` the
+  log-sum-exp, float32 [B, K, tiles, 1, M]."""
   b, k, _, _ = q.shape
   tiles, _, size = positions.shape[1:]
   block, width, dtype = blocks.kv, kv.shape[3], q.dtype
@@ -116,6 +125,7 @@ def _attend(blocks: Blocks, h: int, q, kv, positions, bounds, ranges):
   i32 = jnp.int32
 
   def body(ranges_ref, positions_ref, q_ref, kv_ref, bounds_ref, out_ref, *scratch):
+    logs_ref, *scratch = scratch if lse else (None, *scratch)
     kv_buffer, bounds_buffer, ready, column, acc, top, total, ahead = scratch
     batch, head, tile = (pl.program_id(i) for i in range(3))
     following = jnp.minimum(tile + 1, tiles - 1)
@@ -157,7 +167,7 @@ def _attend(blocks: Blocks, h: int, q, kv, positions, bounds, ranges):
       for copy in copies(tile, i, slot):
         copy.wait()
       keys, values = kv_buffer[slot, :, :LANES], kv_buffer[slot, :, width - LANES :]
-      s = dot(q_ref[...], keys, (((1,), (1,)), ((), ()))) * scale
+      s = soft_capped(dot(q_ref[...], keys, (((1,), (1,)), ((), ()))) * scale, in_log2(softcap))
       if masked:
         first, end = bounds_buffer[slot, :1], bounds_buffer[slot, 1:]
         s = jnp.where((first <= column[...]) & (column[...] <= end), s, -jnp.inf)
@@ -177,11 +187,18 @@ def _attend(blocks: Blocks, h: int, q, kv, positions, bounds, ranges):
     # Padding (which the unmasked blocks include) and rows that saw nothing give zeros.
     real = (column[...] >= -1) & (total[...] > 0.0)
     out_ref[...] = jnp.where(real, acc[...] / jnp.where(real, total[...], 1.0), 0.0).astype(dtype)
+    if lse:
+      logs = jnp.where(real, (top[...] + jnp.log2(jnp.where(real, total[...], 1.0))) / LOG2E, -jnp.inf)
+      logs_ref[...] = jnp.broadcast_to(logs, (size, LANES)).T[:1]  # from sublanes to lanes
 
   tile_of = lambda rows, width: pl.BlockSpec((None, None, rows, width), lambda b, k, i: (b, k, i, 0))
+  out_shapes, out_specs = [jax.ShapeDtypeStruct(q.shape, dtype)], [tile_of(size, LANES)]
+  if lse:
+    out_shapes.append(jax.ShapeDtypeStruct((b, k, tiles, 1, size), jnp.float32))
+    out_specs.append(pl.BlockSpec((None, None, None, 1, size), lambda b, k, i: (b, k, i, 0, 0)))
   return pl.pallas_call(
     body,
-    out_shape=jax.ShapeDtypeStruct(q.shape, dtype),
+    out_shape=out_shapes,
     grid=(b, k, tiles),
     in_specs=[
       pl.BlockSpec((None, None, 4, tiles), lambda b, k, i: (b, k, 0, 0), memory_space=pltpu.SMEM),
@@ -190,7 +207,7 @@ def _attend(blocks: Blocks, h: int, q, kv, positions, bounds, ranges):
       pl.BlockSpec(memory_space=pl.ANY),
       pl.BlockSpec(memory_space=pl.ANY),
     ],
-    out_specs=tile_of(size, LANES),
+    out_specs=out_specs,
     scratch_shapes=[
       pltpu.VMEM((2, block, width), dtype),
       pltpu.VMEM((2, 2, block), i32),

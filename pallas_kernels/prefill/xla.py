@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.common.xla_dot import einsum, no_scores, soft_capped
+from pallas_kernels.common.softmax import soft_capped, with_sinks
+from pallas_kernels.common.xla_dot import einsum
 
 # At most this many queries and keys have their scores in memory at once.
 BLOCK, KEYS = 256, 256
@@ -28,7 +29,7 @@ def prefill_attention(
   qg = jnp.moveaxis(q.reshape(b, t, k, g, h), 1, 3)
   stop = jnp.max(jnp.where(k_first <= k_last, jnp.arange(1, s + 1, dtype=jnp.int32), 0))
   key_blocks = (stop + width - 1) // width
-  logs_wanted = lse or query_weights is not None
+  logs_wanted = lse or query_weights is not None or sinks is not None
   # The last block starts early enough to lie inside; keys it shares with the one before are masked.
   start_of = lambda i: jnp.minimum(i * width, s - width)
 
@@ -61,12 +62,13 @@ def prefill_attention(
       part = einsum("bkms,bksh->bkmh", weights.astype(vb.dtype).reshape(b, k, g * rows, width), vb)
       return new_top, total, acc * scale + part.reshape(b, k, g, rows, h)
 
-    top, total = (jnp.broadcast_to(x[..., None, None], (b, k, g, rows, 1)) for x in no_scores(sinks, (b, k, g)))
-    init = (top, total, jnp.zeros((b, k, g, rows, h)))
+    init = (jnp.full((b, k, g, rows, 1), -jnp.inf), jnp.zeros((b, k, g, rows, 1)), jnp.zeros((b, k, g, rows, h)))
     top, total, acc = lax.fori_loop(0, key_blocks, body, init)
     out = acc / jnp.where(total == 0, 1.0, total)
-    out = jnp.moveaxis(out.astype(q.dtype), 3, 1)  # [B, block, K, G, H]
-    return out, (top + jnp.log(total))[..., 0] if logs_wanted else None
+    logs = (top + jnp.log(total))[..., 0] if logs_wanted else None
+    if sinks is not None:
+      out, logs = with_sinks(out, logs, sinks.reshape(k, g, 1))
+    return jnp.moveaxis(out.astype(q.dtype), 3, 1), logs  # [B, block, K, G, H], [B, K, G, block]
 
   def add_mass(mass, args):
     """`mass` [B, K, S] and what a block of queries adds to it; `wb` [B, block], `logs` [B, K, G, block]."""

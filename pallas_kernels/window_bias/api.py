@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.common import dispatch
+from pallas_kernels.common.softmax import with_sinks
 from pallas_kernels.window_bias import cudnn, gpu, tpu, xla
 
 IMPLEMENTATIONS = {
@@ -25,10 +26,11 @@ def window_bias_attention(
   window: int,
   segment_ids: Int[Array, "B T"] | None = None,
   *,
+  lse: bool = False,
   softcap: float | None = None,
   sinks: Float[Array, "N"] | None = None,
   implementation: str | Sequence[str] | None = None,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N H"] | tuple:
   """Causal attention; `bias[b, k, j]` is added to the scores of key j for queries i with i - j > window.
 
   With bias = log(1 - alpha) this is the training mask of DMS (arXiv 2506.05345, figure 2b); with bias -inf where a key
@@ -38,11 +40,17 @@ def window_bias_attention(
     bias: float32, -inf allowed; None adds nothing.
     window: W in tokens, inclusive: a key W back is still free of bias.
     segment_ids: tokens of different ids never see each other; ids must be contiguous runs.
+    lse: also return the logarithm of each query's sum of exponentials, float32 [B, T, N], sinks included; it has
+      gradients, too.
     softcap: scores s, before any mask or bias, become softcap tanh(s / softcap) (Gemma 2); None leaves them.
     sinks: a logit for each query head, whose exponential joins the sum of the softmax and has no value (gpt-oss).
 
+  Returns:
+    out in q's dtype, or the pair (out, log-sum-exp) if asked for.
+
   Raises:
     ValueError: shapes that do not fit, or an unknown implementation.
+    NotImplementedError: the implementations named cannot do the case.
   """
   b, t, n, h = q.shape
   heads = k.shape[2]
@@ -52,4 +60,9 @@ def window_bias_attention(
   dispatch.check_sinks(sinks, n)
   dispatch.check(segment_ids is None or segment_ids.shape == (b, t), "segment_ids must be [B, T]")
   args = q, k, v, bias, window, segment_ids
-  return dispatch.call("window_bias", IMPLEMENTATIONS, implementation, *args, softcap=softcap, sinks=sinks)
+  wanted = lse or sinks is not None
+  results = dispatch.call("window_bias", IMPLEMENTATIONS, implementation, *args, lse=wanted, softcap=softcap)
+  if not wanted:
+    return results
+  results = with_sinks(*results, sinks)
+  return results if lse else results[0]

@@ -19,20 +19,19 @@ from jax.experimental import pallas as pl
 from pallas_kernels.common import compat, dispatch, pipeline, tuned
 from pallas_kernels.common.compat import plgpu
 from pallas_kernels.common.pipeline import WARPGROUPS
-from pallas_kernels.common.softmax import LOG2E, LOWEST
+from pallas_kernels.common.softmax import LOG2E, LOWEST, in_log2
 from pallas_kernels.window_bias import gpu_backward
 from pallas_kernels.window_bias.common import padded, saved, segment_bounds
 from pallas_kernels.window_bias.gpu_common import Blocks, Variant, default_blocks, key_ranges, over_ranges, scores_of
 
 
-def window_bias_attention(q, k, v, bias, window, segment_ids, blocks: Blocks | None = None, softcap=None, sinks=None):
+def window_bias_attention(q, k, v, bias, window, segment_ids, lse=False, softcap=None, blocks: Blocks | None = None):
   """See `api.window_bias_attention`; bfloat16 or float16, head size 64 or 128.
 
   Raises:
     NotImplementedError: another device, dtype or head size.
   """
   compat.require_hopper()
-  dispatch.supports_plain_scores(softcap, sinks)
   t, h = q.shape[1], q.shape[3]
   dispatch.supports(("bfloat16", "float16"), q=q, k=k, v=v)
   dispatch.supports_head_size(h)
@@ -42,26 +41,32 @@ def window_bias_attention(q, k, v, bias, window, segment_ids, blocks: Blocks | N
     q, k, v = (padded(x, 1, pad) for x in (q, k, v))
     bias, segment_ids = padded(bias, 2, pad), padded(segment_ids, 1, pad, mode="edge")
   bounds = None if segment_ids is None else segment_bounds(segment_ids)
-  variant = Variant(int(window), bias is not None, bounds is not None, blocks)
+  variant = Variant(int(window), bias is not None, bounds is not None, blocks, in_log2(softcap))
   bias = None if bias is None else bias.astype(jnp.float32)
-  return _attention(variant, q, k, v, bias, bounds)[:, :t]
+  if not lse:
+    return _attention(variant, False, q, k, v, bias, bounds)[:, :t]
+  out, logs = _attention(variant, True, q, k, v, bias, bounds)
+  return out[:, :t], jnp.swapaxes(logs, 1, 2)[:, :t]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(variant, q, k, v, bias, bounds):
-  return _attention_fwd(variant, q, k, v, bias, bounds)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(variant, with_logs: bool, q, k, v, bias, bounds):
+  """out, or the pair (out, log-sum-exp float32 [B, N, T])."""
+  return _attention_fwd(variant, with_logs, q, k, v, bias, bounds)[0]
 
 
-def _attention_fwd(variant, q, k, v, bias, bounds):
+def _attention_fwd(variant, with_logs, q, k, v, bias, bounds):
   # The barrier keeps XLA from running the kernel twice in a scan over layers: once for the next operation, and once
   # fused into the update of the array that saves the results of all layers for the backward pass.
   out, lse = saved(lax.optimization_barrier(forward(variant, q, k, v, bias, None if bounds is None else bounds[0])))
-  return out, (q, k, v, bias, bounds, out, lse)
+  return (out, lse * (1 / LOG2E)) if with_logs else out, (q, k, v, bias, bounds, out, lse)
 
 
-def _attention_bwd(variant, saved, dout):
+def _attention_bwd(variant, with_logs, saved, cotangent):
   q, k, v, bias, bounds, out, lse = saved
+  dout, dlogs = cotangent if with_logs else (cotangent, None)
   delta = jnp.einsum("btnh,btnh->bnt", out.astype(jnp.float32), dout.astype(jnp.float32))
+  delta = delta if dlogs is None else delta - dlogs  # d log-sum-exp / d scores are the weights p
   start, end = (None, None) if bounds is None else bounds
   dq = gpu_backward.query_gradient(variant, q, k, v, bias, start, dout, lse, delta)
   dk, dv, dbias = gpu_backward.key_gradients(variant, q, k, v, bias, end, dout, lse, delta)
@@ -112,7 +117,7 @@ def forward(variant: Variant, q, k, v, bias, start):
         raw = compat.dot(q_smem.at[wg], k_smem.at[slot].transpose((1, 0)), then=take_turn)
         column = pipeline.column_vector(bias_smem, slot)
         compat.release(k_free.at[slot])
-        s = scores_of(variant, raw, scale, q_base, number * block, column, starts, masked)
+        s, _ = scores_of(variant, raw, scale, q_base, number * block, column, starts, masked)
         new_top = jnp.maximum(top, s.max(axis=1))
         shrink = jnp.exp2(top - new_top)
         p = jnp.exp2(s - lax.broadcast_in_dim(new_top, s.shape, [0]))

@@ -2,7 +2,8 @@
 
 Each output is summed by one block in a fixed order, so two runs agree bit for bit and nothing is added in memory. With
 p = exp2(s - lse), dp = dout v^T, delta = rowsum(out * dout): ds = p (dp - delta), dq = scale ds k, dk = scale ds^T q,
-dv = p^T dout, dbias_j = sum of ds over the queries further than the window from key j and over the group's heads.
+dv = p^T dout, dbias_j = sum of ds over the queries further than the window from key j and over the group's heads. If
+scores are capped, ds is multiplied by the cap's slope for dq and dk.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.common import compat, pipeline
 from pallas_kernels.common.compat import plgpu
 from pallas_kernels.common.pipeline import WARPGROUPS
-from pallas_kernels.common.softmax import LOG2E
+from pallas_kernels.common.softmax import LOG2E, before_cap, soft_capped_by_exp2
 from pallas_kernels.window_bias.gpu_common import Variant, key_ranges, over_ranges, scores_of
 
 
@@ -55,8 +56,8 @@ def query_gradient(variant: Variant, q, k, v, bias, start, dout, lse, delta):
 
         def weights(raw):
           column = pipeline.column_vector(bias_smem, slot)
-          s = scores_of(variant, raw, scale * LOG2E, q_base, number * block, column, starts, masked)
-          return jnp.exp2(s - lax.broadcast_in_dim(lse, s.shape, [0]))
+          s, capped = scores_of(variant, raw, scale * LOG2E, q_base, number * block, column, starts, masked)
+          return before_cap(jnp.exp2(s - lax.broadcast_in_dim(lse, s.shape, [0])), capped, variant.softcap)
 
         products = compat.dot_pair if variant.blocks.dq_overlap else compat.dot_twice
         plgpu.barrier_wait(k_ready.at[slot])
@@ -163,7 +164,7 @@ def key_gradients(variant: Variant, q, k, v, bias, segment_end, dout, lse, delta
           return i, j
 
         def weights(raw):
-          s = raw * (scale * LOG2E)
+          s = capped = soft_capped_by_exp2(raw * (scale * LOG2E), variant.softcap)
           i, j = positions() if masked else (None, None)
           if variant.has_bias:
             biased = s + lax.broadcast_in_dim(bias_row, s.shape, [0])
@@ -174,9 +175,9 @@ def key_gradients(variant: Variant, q, k, v, bias, segment_end, dout, lse, delta
               visible = visible & (i < lax.broadcast_in_dim(ends, s.shape, [0]))
             s = jnp.where(visible, s, -jnp.inf)
           column = pipeline.column_vector(lse_smem, slot)
-          return jnp.exp2(s - lax.broadcast_in_dim(column, s.shape, [1]))
+          return jnp.exp2(s - lax.broadcast_in_dim(column, s.shape, [1])), None if variant.softcap is None else capped
 
-        def score_gradient(p, dp, dbias):
+        def score_gradient(p, capped, dp, dbias):
           column = pipeline.column_vector(delta_smem, slot)
           ds = p * (dp - lax.broadcast_in_dim(column, p.shape, [1]))
           if variant.has_bias and masked:
@@ -184,19 +185,19 @@ def key_gradients(variant: Variant, q, k, v, bias, segment_end, dout, lse, delta
             dbias = dbias + jnp.where(i - j > variant.window, ds, 0.0).sum(axis=1)
           elif variant.has_bias:
             dbias = dbias + ds.sum(axis=1)
-          return ds.astype(q.dtype), dbias
+          return before_cap(ds, capped, variant.softcap).astype(q.dtype), dbias
 
         queries, douts = q_smem.at[slot], dout_smem.at[slot]
         queries_t, douts_t = (x.transpose((1, 0)) for x in (queries, douts))
         if variant.blocks.dkv_overlap:
-          p, dp = compat.dot_pair(k_smem.at[wg], queries_t, v_smem.at[wg], douts_t, weights)
-          ds = lambda dbias: score_gradient(p, dp, dbias)
+          (p, capped), dp = compat.dot_pair(k_smem.at[wg], queries_t, v_smem.at[wg], douts_t, weights)
+          ds = lambda dbias: score_gradient(p, capped, dp, dbias)
           dv, dk, dbias = compat.accumulate_pair(dv, p.astype(q.dtype), douts, dk, queries, dbias, ds)
         else:
-          p = weights(compat.dot(k_smem.at[wg], queries_t))
+          p, capped = weights(compat.dot(k_smem.at[wg], queries_t))
           dv = compat.accumulate(dv, p.astype(q.dtype), douts)
           dp = compat.dot(v_smem.at[wg], douts_t)
-          ds, dbias = score_gradient(p, dp, dbias)
+          ds, dbias = score_gradient(p, capped, dp, dbias)
           dk = compat.accumulate(dk, ds, queries)
         compat.release(free.at[slot])
         return dk, dv, dbias

@@ -13,6 +13,7 @@ from jax import lax
 
 from pallas_kernels.common.compat import plgpu
 from pallas_kernels.common.pipeline import WARPGROUPS
+from pallas_kernels.common.softmax import soft_capped_by_exp2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,25 +55,28 @@ class Variant:
   has_bias: bool
   has_segments: bool
   blocks: Blocks
+  softcap: float | None = None  # of scores in units of log 2
 
 
 def scores_of(variant: Variant, raw, scale, q_base, kv_base, bias, start, masked: bool):
-  """Scores [queries, keys] in units of log 2 with the bias and, if `masked`, every mask; `raw` is the product q k^T.
+  """(scores [queries, keys] in units of log 2 with the bias and, if `masked`, every mask; the same before those).
 
-  Without `masked`, all keys are visible and, if there is a bias, further back than the window.
+  `raw` is the product q k^T. Without `masked`, all keys are visible and, if there is a bias, further back than the
+  window.
   """
   biased = lambda s: s if bias is None else s + lax.broadcast_in_dim(bias, raw.shape, [1])
   if not masked:
-    return biased(raw * scale)
+    capped = soft_capped_by_exp2(raw * scale, variant.softcap)
+    return biased(capped), capped
   i = plgpu.broadcasted_iota(jnp.int32, raw.shape, 0, layout=plgpu.Layout.WGMMA) + q_base
   j = plgpu.broadcasted_iota(jnp.int32, raw.shape, 1, layout=plgpu.Layout.WGMMA) + kv_base
-  s = raw * scale
+  s = capped = soft_capped_by_exp2(raw * scale, variant.softcap)
   if bias is not None:
     s = jnp.where(i - j > variant.window, biased(s), s)
   visible = j <= i
   if start is not None:
     visible = visible & (j >= lax.broadcast_in_dim(start, raw.shape, [0]))
-  return jnp.where(visible, s, -jnp.inf)
+  return jnp.where(visible, s, -jnp.inf), capped
 
 
 def key_ranges(variant: Variant, start_ref, batch, tile_base, tile, q_base, rows, block):

@@ -5,18 +5,19 @@ from __future__ import annotations
 import numpy as np
 
 
-def window_bias_attention(q, k, v, bias, window, segment_ids, softcap=None, sinks=None) -> np.ndarray:
+def window_bias_attention(q, k, v, bias, window, segment_ids, *, lse: bool = False, softcap=None, sinks=None):
   """softmax(q k^T / sqrt(H) + bias[j] where i - j > window), causal and within a segment, times v.
 
   A head's sink is one more score, of a key without a value.
 
-  Args: q [B, T, N, H], k and v [B, T, K, H], bias [B, K, T] or None, segment_ids [B, T] or None. Returns float64.
+  Args: q [B, T, N, H], k and v [B, T, K, H], bias [B, K, T] or None, segment_ids [B, T] or None. All in float64.
+  Returns what `api.window_bias_attention` does.
   """
   q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
   b, t, n, h = q.shape
   group = n // k.shape[2]
   i, j = np.arange(t)[:, None], np.arange(t)[None]
-  out = np.zeros_like(q)
+  out, logs = np.zeros_like(q), np.zeros((b, t, n))
   sinks = np.full(n, -np.inf) if sinks is None else np.asarray(sinks, np.float64)
   for row in range(b):
     visible = j <= i
@@ -33,4 +34,5 @@ def window_bias_attention(q, k, v, bias, window, segment_ids, softcap=None, sink
       weights = np.exp(scores - top)
       total = weights.sum(axis=1, keepdims=True) + np.exp(sinks[head] - top)
       out[row, :, head] = weights @ v[row, :, head // group] / total
-  return out
+      logs[row, :, head] = (top + np.log(total))[:, 0]
+  return (out, logs) if lse else out

@@ -14,20 +14,19 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.common import compat_tpu, dispatch
-from pallas_kernels.common.softmax import LOG2E, LOWEST
+from pallas_kernels.common.softmax import LOG2E, LOWEST, in_log2
 from pallas_kernels.window_bias import tpu_backward, tpu_common
 from pallas_kernels.window_bias.common import padded, saved, segment_bounds
 from pallas_kernels.window_bias.tpu_common import Blocks, Variant, default_blocks
 
 
-def window_bias_attention(q, k, v, bias, window, segment_ids, blocks: Blocks | None = None, softcap=None, sinks=None):
+def window_bias_attention(q, k, v, bias, window, segment_ids, lse=False, softcap=None, blocks: Blocks | None = None):
   """See `api.window_bias_attention`; bfloat16 or float32, head sizes that are multiples of 16 up to 256.
 
   Raises:
     NotImplementedError: another device, dtype or head size, or a text too long for the list of pairs of blocks.
   """
   compat_tpu.require_tpu()
-  dispatch.supports_plain_scores(softcap, sinks)
   b, t, n, h = q.shape
   heads = k.shape[2]
   dispatch.supports(("bfloat16", "float32"), q=q, k=k, v=v)
@@ -44,23 +43,30 @@ def window_bias_attention(q, k, v, bias, window, segment_ids, blocks: Blocks | N
   bias = None if bias is None else bias.astype(jnp.float32)[:, :, None]
   start = None if segment_ids is None else segment_bounds(segment_ids)[0][:, None, None]
   # Zeros behind the last token, in the last segment: no real query sees them, and no gradient reaches them.
-  variant = Variant(int(window), bias is not None, blocks)
-  out = _attention(variant, *(padded(x, 3, pad) for x in (q, k, v, bias)), padded(start, 3, pad, mode="edge"))
-  return jnp.moveaxis(out[..., :t].reshape(b, n, h, t), -1, 1)
+  variant = Variant(int(window), bias is not None, blocks, in_log2(softcap))
+  args = *(padded(x, 3, pad) for x in (q, k, v, bias)), padded(start, 3, pad, mode="edge")
+  first = lambda x, *shape: jnp.moveaxis(x[..., :t].reshape(b, n, *shape, t), -1, 1)
+  if not lse:
+    return first(_attention(variant, False, *args), h)
+  out, logs = _attention(variant, True, *args)
+  return first(out, h), first(logs)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(variant, q, k, v, bias, start):
-  return forward(variant, q, k, v, bias, start)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(variant, with_logs: bool, q, k, v, bias, start):
+  """out, or the pair (out, log-sum-exp float32 [B, K, G, T])."""
+  out, lse = forward(variant, q, k, v, bias, start)
+  return (out, lse * (1 / LOG2E)) if with_logs else out
 
 
-def _attention_fwd(variant, q, k, v, bias, start):
+def _attention_fwd(variant, with_logs, q, k, v, bias, start):
   out, lse = saved(forward(variant, q, k, v, bias, start))
-  return out, (q, k, v, bias, start, out, lse)
+  return (out, lse * (1 / LOG2E)) if with_logs else out, (q, k, v, bias, start, out, lse)
 
 
-def _attention_bwd(variant, saved, dout):
-  return *tpu_backward.gradients(variant, *saved, dout), None
+def _attention_bwd(variant, with_logs, saved, cotangent):
+  dout, dlogs = cotangent if with_logs else (cotangent, None)
+  return *tpu_backward.gradients(variant, *saved, dout, dlogs), None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
@@ -90,7 +96,7 @@ def forward(variant: Variant, q, k, v, bias, start):
       added, _ = tpu_common.added_to_scores(variant, tile, step, kind, bias_ref, start_ref)
 
       def head(one, rows):
-        s = tpu_common.scores(keys, q_ref[rows, :], added)
+        s, _ = tpu_common.scores(variant, keys, q_ref[rows, :], added)
         top = top_ref[one, :]
         new_top = jnp.maximum(top, s.max(axis=0, keepdims=True))
         shrink, p = jnp.exp2(top - new_top), jnp.exp2(s - new_top)

@@ -2,7 +2,8 @@
 
 With p = exp2(s - lse), dp = dout v^T, delta = rowsum(out * dout): ds = p (dp - delta), dq = scale ds k,
 dk = scale ds^T q, dv = p^T dout, dbias_j = sum of ds over the queries further than the window from key j and over the
-group's heads. Each output is summed by one core in a fixed order: two runs agree bit for bit.
+group's heads. If scores are capped, ds is multiplied by the cap's slope for dq and dk. Each output is summed by one
+core in a fixed order: two runs agree bit for bit.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.common.softmax import LOG2E
+from pallas_kernels.common.softmax import LOG2E, before_cap
 from pallas_kernels.window_bias import tpu_common
 from pallas_kernels.window_bias.tpu_common import Variant
 
 
-def gradients(variant: Variant, q, k, v, bias, start, out, lse, dout):
-  """(dq, dk, dv, dbias or None), laid out and typed as `tpu.forward`'s arguments."""
+def gradients(variant: Variant, q, k, v, bias, start, out, lse, dout, dlogs):
+  """(dq, dk, dv, dbias or None), laid out and typed as `tpu.forward`'s arguments; dlogs, the natural log-sum-exp's
+  cotangent [B, K, G, T], or None."""
   b, heads, size, t = k.shape
   delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).reshape(b, heads, -1, size, t).sum(axis=3)
+  delta = delta if dlogs is None else delta - dlogs  # d log-sum-exp / d scores are the weights p
   bias = None if bias is None else bias * LOG2E
   inputs = [("q", q), ("kv", k), ("kv", v), ("kv", bias), ("q", start), ("q", dout), ("q", lse), ("q", delta)]
   return query_gradient(variant, inputs), *key_gradients(variant, inputs)
@@ -42,8 +45,9 @@ def query_gradient(variant: Variant, inputs: list[tuple]):
       added, _ = tpu_common.added_to_scores(variant, tile, step, kind, bias_ref, start_ref)
 
       def head(one, rows):
-        p = jnp.exp2(tpu_common.scores(keys, q_ref[rows, :], added) - lse_ref[one, :])
-        ds = p * (tpu_common.dot(values, dout_ref[rows, :]) - delta_ref[one, :])
+        s, capped = tpu_common.scores(variant, keys, q_ref[rows, :], added)
+        ds = jnp.exp2(s - lse_ref[one, :]) * (tpu_common.dot(values, dout_ref[rows, :]) - delta_ref[one, :])
+        ds = before_cap(ds, capped, variant.softcap)
         acc_ref[rows, :] += tpu_common.dot(k_ref[...], ds.astype(q.dtype))
 
       tpu_common.for_heads(group, size, head)
@@ -80,10 +84,12 @@ def key_gradients(variant: Variant, inputs: list[tuple]):
       added, far = tpu_common.added_to_scores(variant, tile, step, kind, bias_ref, start_ref)
 
       def head(one, rows):
-        p = jnp.exp2(tpu_common.scores(keys, q_ref[rows, :], added) - lse_ref[one, :])
+        s, capped = tpu_common.scores(variant, keys, q_ref[rows, :], added)
+        p = jnp.exp2(s - lse_ref[one, :])
         dv_acc[...] += tpu_common.dot(p.astype(q.dtype), dout_ref[rows, :], (1, 1))
         ds = p * (tpu_common.dot(values, dout_ref[rows, :]) - delta_ref[one, :])
-        dk_acc[...] += tpu_common.dot(ds.astype(q.dtype), q_ref[rows, :], (1, 1))
+        of_scores = before_cap(ds, capped, variant.softcap)
+        dk_acc[...] += tpu_common.dot(of_scores.astype(q.dtype), q_ref[rows, :], (1, 1))
         if variant.has_bias and kind != tpu_common.FREE:
           ds = ds if far is None else jnp.where(far, ds, 0.0)
           dbias_acc[...] += sum(ds[:, at : at + lanes] for at in range(0, tile.q, lanes))

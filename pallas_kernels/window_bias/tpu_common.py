@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.common.compat_tpu import pltpu
-from pallas_kernels.common.softmax import LOG2E
+from pallas_kernels.common.softmax import LOG2E, soft_capped
 
 LANES = 128
 MIXED, FREE, FAR = range(3)  # kinds of pairs of blocks
@@ -68,6 +68,7 @@ class Variant:
   window: int
   has_bias: bool
   blocks: Blocks
+  softcap: float | None = None  # of scores in units of log 2
 
 
 def triangle(tokens: int, tile: Tile) -> int:
@@ -221,7 +222,7 @@ def added_to_scores(variant: Variant, tile: Tile, step: Step, kind: int, bias_re
   return jnp.where(visible, jnp.where(far, column, 0.0), -jnp.inf), far
 
 
-def scores(keys, queries, added) -> jax.Array:
-  """[keys, queries] in units of log 2: `keys` [keys, H], `queries` [H, queries]."""
-  s = dot(keys, queries) * (LOG2E * queries.shape[0] ** -0.5)
-  return s if added is None else s + added
+def scores(variant: Variant, keys, queries, added) -> tuple[jax.Array, jax.Array]:
+  """[keys, queries] in units of log 2, with what is `added` and without: `keys` [keys, H], `queries` [H, queries]."""
+  s = soft_capped(dot(keys, queries) * (LOG2E * queries.shape[0] ** -0.5), variant.softcap)
+  return s if added is None else s + added, s

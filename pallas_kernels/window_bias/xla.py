@@ -7,7 +7,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common.xla_dot import einsum, soft_capped, softmax
+from pallas_kernels.common.softmax import soft_capped
+from pallas_kernels.common.xla_dot import einsum
 from pallas_kernels.window_bias.common import padded, saved
 
 # Queries whose scores are in memory at once, and the number of unrolled stages. Within a stage every block reads the
@@ -16,7 +17,7 @@ BLOCK = 512
 STAGES = 8
 
 
-def window_bias_attention(q, k, v, bias, window, segment_ids, softcap=None, sinks=None):
+def window_bias_attention(q, k, v, bias, window, segment_ids, lse=False, softcap=None):
   """See `api.window_bias_attention`."""
   b, t, n, h = q.shape
   heads = k.shape[2]
@@ -42,8 +43,9 @@ def window_bias_attention(q, k, v, bias, window, segment_ids, softcap=None, sink
     if bias is not None:
       scores = scores + jnp.where(i - j > window, bias[:, :, None, None, :end], 0.0)
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
-    weights = softmax(scores, sinks)  # every query sees itself: no empty row
-    return einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v[:, :end])
+    weights = jax.nn.softmax(scores, axis=-1)  # every query sees itself: no empty row
+    logs = jnp.moveaxis(jax.nn.logsumexp(scores, axis=-1), 3, 1) if lse else None
+    return einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v[:, :end]), logs
 
   stage = -(-blocks // STAGES)
   outs = []
@@ -51,5 +53,6 @@ def window_bias_attention(q, k, v, bias, window, segment_ids, softcap=None, sink
     last = min(first + stage, blocks)
     numbers = jnp.arange(first, last)
     outs.append(jax.lax.map(lambda args, end=last * block: one(args[0], args[1], end), (qg[first:last], numbers)))
-  out = jnp.moveaxis(jnp.concatenate(outs), 0, 1).reshape(b, t + pad, n, h)
-  return saved(out[:, :t].astype(q.dtype))
+  out, logs = jax.tree.map(lambda *x: jnp.moveaxis(jnp.concatenate(x), 0, 1).reshape(b, t + pad, n, -1)[:, :t], *outs)
+  out = out.astype(q.dtype)
+  return saved((out, logs[..., 0]) if lse else out)

@@ -79,6 +79,14 @@ def test_a_case_with_mass_is_measured_beside_one_without():
   assert row["difference"] == row["mass_difference"] == 0 and "contiguous_us" not in row
 
 
+@pytest.mark.standard_promotion
+@pytest.mark.parametrize("name", ["decode_sinks", "prefill_softcap", "retrofit_sinks"])
+def test_sinks_and_caps_are_measured_beside_a_plain_softmax(name):
+  row = bench_kernels.measure(SMALL[name], 1e10, bench_kernels.Config(), "xla")
+  assert row["slowdown"] == row["us"] / row["plain_us"] and row["xla_ratio"] == row["xla_us"] / row["us"]
+  assert str(SMALL[name]).endswith(name.split("_")[1]) and not any(key.startswith("flex") for key in row)
+
+
 def test_pages_hold_what_is_live_and_no_more():
   case = SMALL["pages_b32_cr8"]
   lengths = np.array([[1, 128], [16, 17]], np.int32)

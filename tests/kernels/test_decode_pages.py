@@ -148,6 +148,18 @@ def test_mass(backend, stored):
     np.testing.assert_allclose(mass, expected, rtol=0, atol=1e-5)
 
 
+def test_capped_scores_and_sinks_of_scaled_pages(backend):
+  """A slot's scale comes before the cap."""
+  rng = np.random.default_rng(11)
+  q, kv, lengths, pages = make(rng, page=32, most=5, **native(backend))
+  options = dict(lse=True, mass=True, softcap=2.0, sinks=jnp.asarray([-1.0, 0.0, 1.0, 2.0, 3.0, 4.0]))
+  pages = scaled(rng, pages, jnp.int8)
+  results, want = (of(q, kv, lengths, pages, **options) for of in (lambda *a, **o: run(backend, *a, **o), expect))
+  assert_close(results[0], want[0], backend.dtype)
+  for found, expected in zip(jax.tree.leaves(results[1:]), jax.tree.leaves(want[1:]), strict=True):
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
 def test_mass_of_pages_alone(backend):
   q, _, _, pages = make(np.random.default_rng(8), **native(backend))
   out, (of_ring, mass) = run(backend, q, None, None, pages, mass=True)

@@ -164,7 +164,11 @@ def test_more_pairs_than_a_call_takes(monkeypatch):
   q, kv, lengths = inputs(3, 2, 2, 64, 64, [[64, 3], [0, 61], [64, 9]])
   pool = jnp.nan_to_num(kv.reshape(-1, 64, 128))
   table = jnp.arange(LAYERS * 3 * 2, dtype=jnp.int32).reshape(LAYERS, 3, 2, 1)
-  options = dict(pages=Pages(pool, table, jnp.asarray([[0, 3], [64, 9], [8, 0]], jnp.int32)), lse=True, mass=True)
+  pages, sinks = (
+    Pages(pool, table, jnp.asarray([[0, 3], [64, 9], [8, 0]], jnp.int32)),
+    jnp.asarray([-1.0, 0.0, 1.0, 2.0]),
+  )
+  options = dict(pages=pages, lse=True, mass=True, sinks=sinks)
   whole = run(q, kv, lengths, **options)
   monkeypatch.setattr(gpu, "MOST_PAIRS", 4)
   for one, parts in zip(jax.tree.leaves(whole), jax.tree.leaves(run(q, kv, lengths, **options)), strict=True):

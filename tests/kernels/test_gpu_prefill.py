@@ -116,6 +116,18 @@ def test_log_sum_exp_and_mass(tokens, prefix, group, size, rate, dtype, options)
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
+@needs_mosaic_gpu
+def test_mass_beside_sinks_of_a_group_in_parts():
+  """Tiles of some heads of a group, with unused rows: each row's sink is its own head's."""
+  args, sinks = text(50, 60, 2, 6, 64, 12, 0.5, "bfloat16"), jnp.linspace(-2.0, 3.0, 12)
+  options = dict(lse=True, query_weights=jnp.ones((1, 50)), softcap=2.0, sinks=sinks)
+  with on_hopper():
+    results = jax.block_until_ready(gpu.prefill_attention(*args, blocks=gpu.Blocks(kv=64), **options))
+  want = ref.prefill_attention(*float64(*args[:3]), *(np.asarray(x) for x in args[3:]), **options)
+  for got, expected, tolerance in zip(results, want, (8e-3, 1e-5, 1e-5), strict=True):
+    np.testing.assert_allclose(np.asarray(got, np.float64), expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
 @pytest.mark.parametrize(
   "group, heads, queries",
   [(1, 1, 128), (2, 2, 64), (3, 3, 40), (4, 4, 32), (5, 5, 24), (6, 3, 40), (7, 7, 16), (8, 8, 16), (16, 8, 16)],

@@ -19,21 +19,21 @@ from tests.kernels.window_bias_cases import close, gradients, inputs
 TOLERANCE = {jnp.bfloat16: (6e-3, 1.2e-2), jnp.float16: (1e-3, 2e-3)}
 
 
-def check(b, t, n, k, h, window, dtype, bias=True, segments=False, **blocks):
+def check(b, t, n, k, h, window, dtype, bias=True, segments=False, softcap=None, **blocks):
   """Output and gradients in the interpreter, against the oracle."""
   q, keys, values, rows, ids, dout = inputs(b, t, n, k, h, dtype, bias, segments)
   sizes = dataclasses.replace(gpu.default_blocks(h), **blocks)
   differentiated = (q, keys, values) if rows is None else (q, keys, values, rows)
 
   def attend(q, k, v, bias=None):
-    return gpu.window_bias_attention(q, k, v, bias, window, ids, blocks=sizes)
+    return gpu.window_bias_attention(q, k, v, bias, window, ids, softcap=softcap, blocks=sizes)
 
   with on_hopper():
     out, pull = jax.vjp(attend, *differentiated)
     grads = jax.block_until_ready(pull(dout))
   forward, backward = TOLERANCE[dtype]
-  close(out, ref.window_bias_attention(q, keys, values, rows, window, ids), forward)
-  for got, want in zip(grads, gradients(q, keys, values, rows, window, ids, dout), strict=True):
+  close(out, ref.window_bias_attention(q, keys, values, rows, window, ids, softcap=softcap), forward)
+  for got, want in zip(grads, gradients(q, keys, values, rows, window, ids, dout, softcap=softcap), strict=True):
     close(got, want, backward)
 
 
@@ -50,6 +50,11 @@ def test_float16_with_groups_of_three_and_padding():
 @needs_mosaic_gpu
 def test_window_zero_and_head_size_128():
   check(1, 128, 1, 1, 128, 0, jnp.bfloat16)
+
+
+@needs_mosaic_gpu
+def test_capped_scores_at_head_size_128():
+  check(1, 128, 1, 1, 128, 16, jnp.bfloat16, softcap=1.0)
 
 
 @needs_mosaic_gpu

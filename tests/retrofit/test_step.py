@@ -28,7 +28,7 @@ from dms_jax.retrofit.step import (
   train_step,
   trained_model,
 )
-from pallas_kernels.common.xla_dot import soft_capped
+from pallas_kernels.common.softmax import soft_capped
 from tests.helpers import changed, load_golden
 
 FLOAT32 = changed(RetrofitConfig(seq_len=24, batch_size=2), memory__compute_dtype="float32", loss__teacher="same")
