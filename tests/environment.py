@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
 
@@ -15,7 +16,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job: programs under test are none
   signal.signal(signal.SIGINT, signal.default_int_handler)
-os.environ["PYTHONDONTWRITEBYTECODE"] = ""  # the first process that a test starts compiles the packages for all
+# The first process that a test starts compiles the packages for all, and the first run the tests for later ones.
+os.environ["PYTHONDONTWRITEBYTECODE"], sys.dont_write_bytecode = "", False
 
 import hypothesis
 import jax
