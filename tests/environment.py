@@ -16,14 +16,15 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job: programs under test are none
   signal.signal(signal.SIGINT, signal.default_int_handler)
-# The first process that a test starts compiles the packages for all, and the first run the tests for later ones.
-os.environ["PYTHONDONTWRITEBYTECODE"], sys.dont_write_bytecode = "", False
+os.environ["PYTHONDONTWRITEBYTECODE"] = ""  # the first process that a test starts compiles the packages for all
 
 import hypothesis
 import jax
 from jax._src.interpreters import mlir
 
 import tests.typecheck
+
+sys.dont_write_bytecode = False  # nor do later runs compile the packages and the tests again
 
 # Before the packages: each annotated function then checks the shapes and types of its arguments and result.
 tests.typecheck.install(["dms_jax", "pallas_kernels"])

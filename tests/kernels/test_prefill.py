@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +11,15 @@ import pytest
 from pallas_kernels.prefill import NEVER, gpu, prefill_attention, ref, tpu, xla
 from tests import oracle
 from tests.kernels.suite import (
-  Backend, assert_close, compiled, float64, interpreted_tpu, normal, on_hopper, running, unchecked,
+  Backend,
+  assert_close,
+  compiled,
+  float64,
+  interpreted_tpu,
+  normal,
+  on_hopper,
+  running,
+  unchecked,
 )  # fmt: skip
 
 IMPLEMENTATIONS = [Backend("xla"), Backend("gpu", on_hopper), Backend("tpu", interpreted_tpu)]
