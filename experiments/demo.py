@@ -39,9 +39,12 @@ STRIDES = 4  # sizes a cache grows through; each is compiled once, but attention
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """`tokens` are read in chunks of `chunk`, then `new_tokens` are written.
+  """What is read and written.
 
   Attributes:
+    tokens: first tokens of the text that are read.
+    new_tokens: tokens that are written after them.
+    chunk: tokens of the text that one compiled call reads.
     threshold: of the eviction gates; higher keeps more.
     text: text that is read; none: this project's own documents and source.
   """

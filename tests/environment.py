@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
 
@@ -20,12 +21,13 @@ os.environ["PYTHONDONTWRITEBYTECODE"] = ""  # the first process that a test star
 import hypothesis
 import jax
 from jax._src.interpreters import mlir
-from jaxtyping import install_import_hook
 
-import tests.typecheck  # noqa: F401  (the hook looks it up by name)
+import tests.typecheck
+
+sys.dont_write_bytecode = False  # nor do later runs compile the packages and the tests again
 
 # Before the packages: each annotated function then checks the shapes and types of its arguments and result.
-install_import_hook(["dms_jax", "pallas_kernels"], "tests.typecheck.check")
+tests.typecheck.install(["dms_jax", "pallas_kernels"])
 
 if os.environ.get("DMS_QUICK"):  # `make test`, most of whose time would be compilation; no backend has started yet
   from dms_jax.testing import QUICK

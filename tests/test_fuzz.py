@@ -10,6 +10,7 @@ import dataclasses
 import gc
 import json
 import shutil
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +35,10 @@ from dms_jax.retrofit.data import load_sources
 from dms_jax.tokenizer import Tokenizer, byte_tokenizer
 from tests.fuzzing import PARTS, Reader, garbled, garbled_header, garbled_json, garbled_lines
 
+# Where Orbax fails, it leaves coroutines that nobody awaits.
+pytestmark = pytest.mark.filterwarnings(
+  "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning"
+)
 CONFIG = tiny.config(vocab_size=257, num_layers=1, d_model=16, d_ff=16, head_dim=8, num_heads=2, num_kv_heads=1)
 TEMPLATE = (
   "{% for m in messages %}{{ '<|' ~ m.role ~ '|>' + m['content'] | trim }}{% if loop.last and add_generation_prompt %}"
@@ -196,7 +201,7 @@ def files_fit(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def readers(tmp_path_factory) -> dict[str, Reader]:
+def readers(tmp_path_factory) -> Iterator[dict[str, Reader]]:
   root = tmp_path_factory.mktemp("whole")
   model, gated = tiny.model(CONFIG), tiny.model(CONFIG, tiny.dms())
   export(root / "hf", model)
@@ -243,7 +248,7 @@ def readers(tmp_path_factory) -> dict[str, Reader]:
   )
   ours = partial(Reader, whole=root / "ours")
   template = "the chat template"
-  return {
+  yield {
     "safetensors": Reader(50, root / "hf", "model.safetensors", garbled, read_huggingface),
     "safetensors header": Reader(60, root / "hf", "model.safetensors", garbled_header, read_huggingface),
     "config": Reader(90, root / "hf", "config.json", garbled_json, read_huggingface),
@@ -297,6 +302,7 @@ def readers(tmp_path_factory) -> dict[str, Reader]:
     "plain text": Reader(5, root / "text", "c.txt", garbled, read_text, refuses=0),
     "questions": Reader(10, root / "questions", "q.jsonl", garbled_lines, questions, said=template),
   }
+  gc.collect()  # here, or Python reports in a test of another file what Orbax has left
 
 
 NAMES = (
@@ -309,14 +315,11 @@ NAMES = (
 )  # fmt: skip
 
 
-# Where Orbax fails, it leaves coroutines that nobody awaits.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning")
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("name", NAMES)
 def test_damaged_files_are_refused_in_one_line(readers, tmp_path, name, part):
   with jax.numpy_dtype_promotion("standard"):
     readers[name].check(tmp_path / "damaged", part)
-  gc.collect()  # here, or Python reports them in a later test
 
 
 def test_every_reader_is_named(readers):

@@ -17,6 +17,11 @@ from absl import flags
 FLAGS = flags.FLAGS
 SHARED = ("profile", "compiled", "debug")  # flags of every program, which change no result
 HELP = ("--help", "-help", "-h", "--helpshort", "--helpfull")
+# Names that other tools give to such flags.
+ELSEWHERE = {
+  "model": "checkpoint", "model_path": "checkpoint", "model_name_or_path": "checkpoint", "adapter": "retrofit",
+  "max_length": "max_new_tokens", "max_tokens": "max_new_tokens", "output_dir": "output", "output_path": "output",
+}  # fmt: skip
 _groups: dict[str, type] = {}  # of flags PREFIX.field: their dataclass
 
 
@@ -32,7 +37,7 @@ def parse(arguments: list[str]) -> list[str]:
     arguments: the program's name and its arguments.
   """
   ours = arguments[1 : arguments.index("--")] if "--" in arguments else arguments[1:]
-  if any(word in HELP for word in ours):
+  if any(word.partition("=")[0] in HELP for word in ours):
     with contextlib.suppress(BrokenPipeError):  # a reader such as head has what it wanted
       print(help_page(), flush=True)
     sys.exit(0)
@@ -45,6 +50,8 @@ def parse(arguments: list[str]) -> list[str]:
   except flags.Error as error:
     message = re.sub(r"^flag --(\S+)=None: Flag --.* must have a value other than None\.$", _required, str(error))
     message = re.sub(r"\('Non-boolean argument to boolean flag', (.*)\)$", r"\1 is not true or false", message)
+  except ValueError as error:  # --nochat=3
+    message = str(error)
   if message:
     refuse(message)
   return arguments[:1]
@@ -65,6 +72,7 @@ def meant(name: str) -> str:
   names = [flag.name for flag in _own()]
   wanted = name.replace("-", "_").lower()
   last = [other for other in names if other.rpartition(".")[2] == wanted]  # a setting without its prefix
+  last = last or [other for other in names if other == ELSEWHERE.get(wanted)]
   return suggestion(wanted, names, last, lambda word: f"--{word}")
 
 
@@ -84,12 +92,22 @@ def help_page() -> str:
   flags_of: dict[str, list[flags.Flag]] = {"": [], **{prefix: [] for prefix in _groups}}
   for flag in _own():
     flags_of.setdefault(flag.name.rpartition(".")[0], []).append(flag)
-  page = [(sys.modules["__main__"].__doc__ or "").strip(), ""]
+  page = [_wrapped((sys.modules["__main__"].__doc__ or "").strip(), width), ""]
   for prefix, members in flags_of.items():
     if members:
       lines = [line for flag in sorted(members, key=_order) for line in _lines(flag, width)]
-      page += [*textwrap.wrap(_heading(prefix), width), *lines, ""]
+      page += [*_filled(_heading(prefix), width), *lines, ""]
   return "\n".join(page[:-1])
+
+
+def _wrapped(text: str, width: int) -> str:
+  """Paragraphs no wider than `width`; indented lines, which are commands, stay as they are."""
+  parts = text.split("\n\n")
+  return "\n\n".join(part if part.startswith(" ") else "\n".join(_filled(part, width)) for part in parts)
+
+
+def _filled(text: str, width: int, **indents: str) -> list[str]:
+  return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False, **indents)
 
 
 def _order(flag: flags.Flag) -> tuple[bool, bool]:
@@ -102,13 +120,16 @@ def _heading(prefix: str) -> str:
     return "Flags, as --name=value:"
   cls = _groups.get(prefix)
   said = inspect.cleandoc(cls.__doc__ or "") if cls is not None else ""
-  sentence = re.split(r"(?<=[.:])\s+(?=[A-Z`])", said, maxsplit=1)[0].rstrip(".:")
+  if re.match(r"`\w+`:", said):  # of fields alone: what it is stands above the class
+    said = sys.modules[cls.__module__].__doc__ or ""
+  sentence = re.split(r"(?<=[.:])\s+(?=[A-Z`])", said.partition("\n\n")[0], maxsplit=1)[0].rstrip(".:")
   return f"{prefix}: {' '.join(sentence.replace('`', '').split())}"
 
 
 def _lines(flag: flags.Flag, width: int) -> list[str]:
   """--name=default, what it is, and what it may be where that is a choice."""
-  text, kind = flag.help or "", flag.parser.syntactic_help or ""
+  text, kind = re.sub(r"\s+", " ", flag.help or ""), flag.parser.syntactic_help or ""
+  text = re.sub(r"\b(None|True|False)\b", lambda found: found[0].lower(), text)  # as they are typed
   if text.endswith("(required)"):
     name = f"--{flag.name}=..."
   else:
@@ -117,11 +138,9 @@ def _lines(flag: flags.Flag, width: int) -> list[str]:
       spelled = str(default).lower()
     else:
       spelled = flag.serializer.serialize(default) if flag.serializer else str(default)
+    spelled = spelled.replace("\n", "\\n")
     name = f"--{flag.name}={spelled}"
   text += f" ({kind})" if " | " in kind else ""
   column = 34
   first = f"  {name:<{column - 2}} " if len(name) < column - 2 else f"  {name}  "
-  return textwrap.wrap(
-    text, width, initial_indent=first, subsequent_indent=" " * (column + 1), break_long_words=False,
-    break_on_hyphens=False,
-  )  # fmt: skip
+  return _filled(text, width, initial_indent=first, subsequent_indent=" " * (column + 1))

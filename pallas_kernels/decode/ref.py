@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 
@@ -16,6 +18,9 @@ def decode_attention(
   float64; zeros if nothing is live. Returns what `api.decode_attention` does.
   """
   q = np.asarray(q, np.float64)
+  if pages is not None:  # indexing arrays of JAX would run a program for each slot
+    parts = {field.name: getattr(pages, field.name) for field in dataclasses.fields(pages)}
+    pages = dataclasses.replace(pages, **{name: np.asarray(x) for name, x in parts.items() if x is not None})
   b, n, h = q.shape
   k = (np.shape(kv) if kv is not None else np.shape(pages.table))[2]
   group = n // k

@@ -14,6 +14,8 @@ def window_bias_attention(q, k, v, bias, window, segment_ids, *, lse: bool = Fal
   Returns what `api.window_bias_attention` does.
   """
   q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+  bias = None if bias is None else np.asarray(bias, np.float64)
+  segment_ids = None if segment_ids is None else np.asarray(segment_ids)
   b, t, n, h = q.shape
   group = n // k.shape[2]
   i, j = np.arange(t)[:, None], np.arange(t)[None]
@@ -22,13 +24,13 @@ def window_bias_attention(q, k, v, bias, window, segment_ids, *, lse: bool = Fal
   for row in range(b):
     visible = j <= i
     if segment_ids is not None:
-      ids = np.asarray(segment_ids[row])
+      ids = segment_ids[row]
       visible = visible & (ids[:, None] == ids[None])
     for head in range(n):
       scores = q[row, :, head] @ k[row, :, head // group].T / np.sqrt(h)
       scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
       if bias is not None:
-        scores = scores + np.where(i - j > window, np.asarray(bias[row, head // group], np.float64)[None], 0.0)
+        scores = scores + np.where(i - j > window, bias[row, head // group][None], 0.0)
       scores = np.where(visible, scores, -np.inf)
       top = np.maximum(scores.max(axis=1, keepdims=True), sinks[head])
       weights = np.exp(scores - top)

@@ -331,7 +331,7 @@ def test_problems_of_public_files_are_swept(checkpoints, tmp_path, monkeypatch):
   words.write_text(json.dumps({"question": "How many 3?", "answer": "It is <<3=3>>3.\n#### 3"}) + "\n")
   given = {"math500": {"data": str(maths)}, "gsm8k_cot": {"data": str(words)}}
   config = hyperscale.Config(
-    checkpoint=str(checkpoints[0]), methods=("vanilla", "tova"), cr=(2.0,), max_tokens=(4, 9), width=2, traces=0,
+    checkpoint=str(checkpoints[0]), methods=("vanilla", "tova"), cr=(2.0,), max_tokens=(6,), width=2, traces=0,
     dtype="float32", resamples=100, output=str(tmp_path / "sweep"),
   )  # fmt: skip
   chosen = TasksConfig(("math500", "gsm8k_cot"), chains=(1, 2), temperature=0.6)
@@ -342,7 +342,7 @@ def test_problems_of_public_files_are_swept(checkpoints, tmp_path, monkeypatch):
   monkeypatch.setattr(program, "finish", lambda line: None)
   hyperscale.main()
   (sweep, remarks) = cells.read(tmp_path / "sweep")
-  assert not remarks and {key[0] for key in sweep.cells} == {"math500", "gsm8k_cot"} and len(sweep.cells) == 8
+  assert not remarks and {key[0] for key in sweep.cells} == {"math500", "gsm8k_cot"} and len(sweep.cells) == 4
   page_text = (tmp_path / "sweep" / "index.html").read_text()
   assert "math500" in page_text and "gsm8k_cot" in page_text
 

@@ -204,6 +204,8 @@ def test_defaults_are_the_dataclass_s_unless_overridden(toy):
     (["--output=x", "--window=3"], "error: there is no flag --window; did you mean --dms.window"),
     (["--output=x", "--fast=maybe"], "flag --fast=maybe: 'maybe' is not true or false"),
     (["--output=x", "--dms.window=-1"], "error: dms.window=-1 must be 0 or more tokens"),
+    (["--output=x", "--nofast=3"], "error: --nofast=3 does not take an argument"),
+    (["--output_dir=x"], "error: there is no flag --output_dir; did you mean --output?"),
     (["--output=x", "stray"], "error: unexpected argument(s) ['stray']"),
     (["--output=x", "--text=missing"], "error: [Errno 2] No such file or directory: 'no/such/file'"),
     ([], "error: --output is needed: where results go"),
@@ -237,6 +239,7 @@ def test_a_bug_keeps_its_traceback_and_debug_shows_any(toy):
 
 def test_help_lists_the_program_s_flags(toy):
   text = toy("--help").stdout
+  assert toy("--help=yes").stdout == text
   for flag in ("--output=...", "--dms.window=64", "--lora.rank=3", "--profile=none", "--debug=false", "--sizes=1,2"):
     assert flag in text
   words = " ".join(text.split())
@@ -339,9 +342,13 @@ def answer(tmp_path):
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_every_program_answers_help_and_a_wrong_flag_before_it_imports_jax(name, answer):
+def test_every_program_answers_help_before_it_imports_jax(name, answer):
   code, page, said = answer(name, "--help")
   assert code == 0 and "--profile" in page and f"experiments.{name}" in page and not said
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_program_names_a_wrong_flag_before_it_imports_jax(name, answer):
   assert answer(name, "--debg") == (1, "", WRONG["--debg"])
 
 
@@ -448,11 +455,20 @@ def test_help_has_one_line_a_flag(name):
   flags = re.split(r"\n  --", done.stdout.split("Flags, as --name=value:")[1])[1:]
   long = []
   for flag in flags:
-    text = " ".join(flag.split("\n\n")[0].split())
-    told = re.sub(r" \([^()]* \| [^()]*\)$| \(required\)$", "", text.partition(" ")[2].strip())  # without its choices
+    default, *text = re.split(r"\s{2,}", flag.split("\n\n")[0].strip(), maxsplit=1)
+    told = re.sub(r" \([^()]* \| [^()]*\)$| \(required\)$", "", " ".join(" ".join(text).split()))  # without its choices
     if len(told) > 86:
-      long.append(text)
+      long.append((default, told))
   assert not long, long
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_help_fits_its_terminal(columns):
+  """Commands keep their lines, so that they can be copied."""
+  command, env = [sys.executable, "-m", "experiments.demo", "--help"], {**os.environ, "COLUMNS": str(columns)}
+  lines = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT).stdout.splitlines()
+  assert lines[0].startswith("The demo: ") and lines[2].startswith("    python -m experiments.demo --checkpoint=")
+  assert columns - 20 < max(map(len, lines)) <= columns
 
 
 def test_help_ends_quietly_where_its_reader_has_gone():

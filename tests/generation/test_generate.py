@@ -219,6 +219,7 @@ def test_a_prompt_that_is_compressed_fits_a_small_cache_by_single_tokens(model):
     dms_jax.generate(model, [ids], max_new_tokens=1, **{**SLOTS, "capacity": slots - 1})
 
 
+@functools.cache  # one model for all: programs are traced once for a tokenizer
 def with_letters():
   cfg = tiny.config()
   return fastest_form(tiny.model(cfg, tiny.dms()).replace(tokenizer=Letters.create(cfg.vocab_size)))
@@ -248,19 +249,19 @@ def test_stop_strings_end_at_the_right_token():
 
 
 def test_end_of_text():
+  """Ids that are given, and those of the model's config; the rows and settings of the test above."""
   model = with_letters()
-  free = dms_jax.generate(
-    model, [prompt(6)], max_new_tokens=16, eos=False, key=jax.random.key(0), temperature=1.5, **SMALL
-  )
-  token = free.tokens[0][9]
-  cut = free.tokens[0][: free.tokens[0].index(token) + 1]
-  for eos, changed in (([token], model), (True, model.replace(config=tiny.config(eos_token_ids=(token, 3))))):
-    out = dms_jax.generate(
-      changed, [prompt(6)], max_new_tokens=16, eos=eos, key=jax.random.key(0), temperature=1.5, **SMALL
-    )
-    if eos is True and 3 in cut:
-      continue
-    assert out.tokens == [cut] and out.finish_reason == ["eos"]
+  settings = dict(key=jax.random.key(2), temperature=1.5, max_new_tokens=24, **SMALL)
+  prompts = [prompt(6), prompt(13, seed=1), prompt(2, seed=2)]
+  free = dms_jax.generate(model, prompts, eos=False, **settings)
+  ids = free.tokens[0][9], free.tokens[1][5]
+  for eos, changed in ((list(ids), model), (True, model.replace(config=tiny.config(eos_token_ids=ids)))):
+    out = dms_jax.generate(changed, prompts, eos=eos, **settings)
+    assert out.finish_reason[:2] == ["eos", "eos"]
+    for whole, tokens, reason in zip(free.tokens, out.tokens, out.finish_reason, strict=True):
+      end = next((n for n, token in enumerate(whole) if token in ids), None)
+      assert tokens == whole[: None if end is None else end + 1]
+      assert reason == ("length" if end is None else "eos")
 
 
 @pytest.mark.parametrize("stop", [(), ("ab", "cda", "bbbb")])

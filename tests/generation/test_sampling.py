@@ -11,6 +11,8 @@ from scipy import stats
 from dms_jax import execution
 from dms_jax.generation.sampling import Sampling, filtered, largest_threshold, row_keys, sample
 
+drawn, of_filtered = jax.jit(sample), jax.jit(filtered)  # op by op each shape would be some fifty programs
+
 
 def softmax(x):
   e = np.exp(x - x.max(axis=-1, keepdims=True))
@@ -53,12 +55,12 @@ def test_distribution(settings, temperature):
   logits = 2 * jax.random.normal(jax.random.key(4), (8,))
   sampling = Sampling.create(temperature, **settings)
   want = expected(logits, temperature, **settings)
-  got = jax.nn.softmax(filtered(logits[None], sampling)[0])
+  got = jax.nn.softmax(of_filtered(logits[None], sampling)[0])
   np.testing.assert_allclose(got, want, atol=2e-6)  # float32 softmax
 
   draws = 20_000
   keys = row_keys(jax.random.key(1), draws)
-  tokens, _ = sample(jnp.broadcast_to(logits, (draws, 8)), keys, jnp.zeros(draws, jnp.int32), sampling)
+  tokens, _ = drawn(jnp.broadcast_to(logits, (draws, 8)), keys, jnp.zeros(draws, jnp.int32), sampling)
   counts = np.bincount(np.asarray(tokens), minlength=8)
   assert (counts[want == 0] == 0).all()
   kept = want > 0
@@ -69,14 +71,14 @@ def test_distribution(settings, temperature):
 def test_logprobs_are_of_the_raw_logits():
   logits = 5 * jax.random.normal(jax.random.key(0), (6, 50))
   for sampling in (Sampling.create(), Sampling.create(0.5, top_k=4)):
-    tokens, logprobs = sample(logits, row_keys(jax.random.key(1), 6), jnp.zeros(6, jnp.int32), sampling)
+    tokens, logprobs = drawn(logits, row_keys(jax.random.key(1), 6), jnp.zeros(6, jnp.int32), sampling)
     want = np.log(softmax(np.asarray(logits, np.float64)))[np.arange(6), np.asarray(tokens)]
     np.testing.assert_allclose(logprobs, want, atol=1e-5)
     assert logprobs.dtype == jnp.float32 and tokens.dtype == jnp.int32
 
 
 def test_greedy_needs_no_key_and_takes_the_first_of_equals():
-  tokens, _ = sample(jnp.array([[0.0, 2.0, 2.0, 1.0]]), None, jnp.zeros(1, jnp.int32), Sampling.create(0.0, 3, 0.5))
+  tokens, _ = drawn(jnp.array([[0.0, 2.0, 2.0, 1.0]]), None, jnp.zeros(1, jnp.int32), Sampling.create(0.0, 3, 0.5))
   assert tokens.tolist() == [1]
 
 
@@ -85,13 +87,13 @@ def test_a_draw_depends_on_its_own_key_and_count_alone():
   logits = jax.random.normal(jax.random.key(0), (5, 60))
   keys = row_keys(jax.random.key(3), 5)
   count = jnp.array([0, 1, 2, 3, 4], jnp.int32)
-  tokens, logprobs = sample(logits, keys, count, sampling)
+  tokens, logprobs = drawn(logits, keys, count, sampling)
   order = jnp.array([3, 1, 4, 0, 2])
-  others = sample(logits[order].at[0].set(9.0), keys[order], count[order], sampling)
+  others = drawn(logits[order].at[0].set(9.0), keys[order], count[order], sampling)
   np.testing.assert_array_equal(others[0][1:], tokens[order][1:])
   np.testing.assert_array_equal(others[1][1:], logprobs[order][1:])
   flat = jnp.zeros((64, 60))  # the same key draws anew at every count, and another key differs
-  again, _ = sample(flat, jnp.broadcast_to(keys[:1], (64,)), jnp.arange(64, dtype=jnp.int32), Sampling.create(1.0))
+  again, _ = drawn(flat, jnp.broadcast_to(keys[:1], (64,)), jnp.arange(64, dtype=jnp.int32), Sampling.create(1.0))
   assert len(set(again.tolist())) > 20
 
 
@@ -140,14 +142,14 @@ def test_filters_that_exclude_nothing_are_skipped_in_one_program():
 def test_extreme_numbers_leave_the_likeliest_token(settings):
   logits = 30 * jax.random.normal(jax.random.key(2), (16, 50))
   for sampling in (own := Sampling.create(**settings), own.replace(temperature=jnp.full(16, own.temperature))):
-    tokens, logprobs = sample(logits, row_keys(jax.random.key(0), 16), jnp.zeros(16, jnp.int32), sampling)
+    tokens, logprobs = drawn(logits, row_keys(jax.random.key(0), 16), jnp.zeros(16, jnp.int32), sampling)
     np.testing.assert_array_equal(tokens, np.argmax(logits, axis=-1))
     assert np.isfinite(logprobs).all()
 
 
 @pytest.mark.parametrize("settings", [dict(temperature=1e300), dict(temperature=1e38, top_p=1.0, top_k=10**400)])
 def test_an_endless_temperature_draws_evenly(settings):
-  got = jax.nn.softmax(filtered(jnp.array([[-50.0, 0.0, 30.0, 80.0]]), Sampling.create(**settings))[0])
+  got = jax.nn.softmax(of_filtered(jnp.array([[-50.0, 0.0, 30.0, 80.0]]), Sampling.create(**settings))[0])
   np.testing.assert_allclose(got, 0.25, rtol=1e-6)  # float32
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 
 import jax
@@ -73,6 +74,14 @@ def running(backend: Backend):
       yield
   except NotImplementedError as refusal:
     pytest.skip(f"{backend.name} refuses: {refusal}")
+
+
+@functools.cache
+def compiled(backend: Backend, operation, *static: str):
+  """`operation` by `backend`: one program a shape, where op by op would be some forty. A kernel that is interpreted is
+  not compiled: a GPU's threads wait for each other, and a program lends them no more than there are cores."""
+  run = functools.partial(operation, implementation=backend.name)
+  return run if backend.interpreted else jax.jit(run, static_argnames=static)
 
 
 def normal(rng, *shape, dtype="float32", scale=1.0):

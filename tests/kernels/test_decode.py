@@ -10,7 +10,7 @@ from jax import lax
 
 from pallas_kernels.common import compat_tpu
 from pallas_kernels.decode import decode_attention, ref
-from tests.kernels.suite import Backend, assert_close, float64, normal, on_hopper, running, unchecked
+from tests.kernels.suite import Backend, assert_close, compiled, float64, normal, on_hopper, running, unchecked
 
 IMPLEMENTATIONS = [Backend("xla"), Backend("tpu", compat_tpu.interpret_mode), Backend("gpu", on_hopper, "bfloat16")]
 pytestmark = pytest.mark.parametrize("backend", IMPLEMENTATIONS, ids=str)
@@ -26,12 +26,12 @@ def make(rng, batch, heads, group, size, slots, dtype="float32"):
 def kill(kv, lengths, filler=np.nan):
   """`filler` in every slot past the live prefix."""
   dead = np.arange(kv.shape[3]) >= np.asarray(lengths)[..., None]
-  return jnp.where(jnp.asarray(dead)[None, ..., None], jnp.asarray(filler, kv.dtype), kv)
+  return jnp.asarray(np.where(dead[None, ..., None], kv.dtype.type(filler), kv))
 
 
 def check(backend, q, kv, lengths):
   with running(backend):
-    out = decode_attention(q, kill(kv, lengths), jnp.int32(LAYER), lengths, implementation=backend.name)
+    out = compiled(backend, decode_attention)(q, kill(kv, lengths), jnp.int32(LAYER), lengths)
   assert out.dtype == q.dtype
   expected = ref.decode_attention(*float64(q, kv), LAYER, lengths)
   assert_close(out, expected, q.dtype.name)

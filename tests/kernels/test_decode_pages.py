@@ -12,7 +12,7 @@ from jax import lax
 
 from pallas_kernels.common import compat_tpu
 from pallas_kernels.decode import Pages, decode_attention, ref
-from tests.kernels.suite import Backend, assert_close, float64, normal, on_hopper, running, unchecked
+from tests.kernels.suite import Backend, assert_close, compiled, float64, normal, on_hopper, running, unchecked
 
 IMPLEMENTATIONS = [Backend("xla"), Backend("tpu", compat_tpu.interpret_mode), Backend("gpu", on_hopper, "bfloat16")]
 pytestmark = pytest.mark.parametrize("backend", IMPLEMENTATIONS, ids=str)
@@ -31,7 +31,7 @@ def make(rng, group=2, size=64, *, dtype="float32", ring=RING, page=PAGE, most=M
   batch, heads = lengths.shape
   q = normal(rng, batch, heads * group, size, dtype=dtype, scale=2.0)
   kv = normal(rng, LAYERS, batch, heads, ring, 2 * size, dtype=dtype)
-  kv = jnp.where((np.arange(ring) < LIVE[..., None])[None, ..., None], kv, jnp.asarray(np.nan, kv.dtype))
+  kv = jnp.asarray(np.where((np.arange(ring) < LIVE[..., None])[None, ..., None], kv, kv.dtype.type(np.nan)))
   index = np.arange(most * page)
   live = np.broadcast_to(index < lengths[..., None], (LAYERS, batch, heads, most * page)).reshape(-1, page)
   number = LAYERS * batch * heads * most + 5
@@ -45,7 +45,7 @@ def make(rng, group=2, size=64, *, dtype="float32", ring=RING, page=PAGE, most=M
 
 def run(backend, q, kv, lengths, pages, **options):
   with running(backend):
-    return decode_attention(q, kv, jnp.int32(LAYER), lengths, pages=pages, implementation=backend.name, **options)
+    return compiled(backend, decode_attention, "lse", "mass")(q, kv, jnp.int32(LAYER), lengths, pages=pages, **options)
 
 
 def expect(q, kv, lengths, pages, **options):

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-import jax
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels.prefill import NEVER, gpu, prefill_attention, ref, tpu, xla
 from tests import oracle
-from tests.kernels.suite import Backend, assert_close, float64, interpreted_tpu, normal, on_hopper, running, unchecked
+from tests.kernels.suite import (
+  Backend,
+  assert_close,
+  compiled,
+  float64,
+  interpreted_tpu,
+  normal,
+  on_hopper,
+  running,
+  unchecked,
+)  # fmt: skip
 
 IMPLEMENTATIONS = [Backend("xla"), Backend("gpu", on_hopper), Backend("tpu", interpreted_tpu)]
 pytestmark = pytest.mark.parametrize("backend", IMPLEMENTATIONS, ids=str)
@@ -46,14 +57,13 @@ def ranges(rng, batch, heads, slots, span):
 
 def kill(x, first, last):
   """NaN in every slot that no query sees."""
-  return jnp.where((first > last)[..., None], jnp.asarray(np.nan, x.dtype), x)
+  return jnp.asarray(np.where(np.asarray(first > last)[..., None], x.dtype.type(np.nan), x))
 
 
 def check(backend, q, keys, values, q_pos, first, last, dtype="float32"):
   with running(backend):
-    out = prefill_attention(
-      q, kill(keys, first, last), kill(values, first, last), q_pos, first, last, implementation=backend.name
-    )
+    run = compiled(backend, prefill_attention)
+    out = run(q, kill(keys, first, last), kill(values, first, last), q_pos, first, last)
   assert out.dtype == q.dtype
   assert_close(out, ref.prefill_attention(*float64(q, keys, values), q_pos, first, last), dtype)
   return out
@@ -65,7 +75,7 @@ def check_mass(backend, args, weights, dtype):
   args = q, kill(keys, first, last), kill(values, first, last), q_pos, first, last
   weights = jnp.asarray(weights, jnp.float32)
   with running(backend):
-    run = lambda **options: prefill_attention(*args, implementation=backend.name, **options)
+    run = functools.partial(compiled(backend, prefill_attention, "lse"), *args)
     (out, logs, mass), (_, alone), (_, only_mass) = (
       run(lse=True, query_weights=weights),
       run(lse=True),
@@ -167,7 +177,7 @@ def test_the_formula_of_eviction(backend, window, rate):
   last = np.where(evicted, position + window, NEVER)
   with running(backend):
     q_pos, first, last = (jnp.asarray(x, jnp.int32) for x in (np.arange(24)[None], position, last))
-    out = prefill_attention(q, keys, values, q_pos, first, last, implementation=backend.name)
+    out = compiled(backend, prefill_attention)(q, keys, values, q_pos, first, last)
   q, keys, values = float64(q, keys, values)
   for head in range(4):
     mask = oracle.visible(evicted[0, head // 2], window)
@@ -195,9 +205,7 @@ def test_two_runs_are_bit_equal_and_jit_agrees(backend):
   q, keys, values = make(rng, 2, 20, 2, 2, 64, 50, dtype)
   q_pos = jnp.asarray(np.stack([np.arange(20), np.arange(20) + 9]), jnp.int32)
   first, last = ranges(rng, 2, 2, 50, 29)
-  run = lambda *args: prefill_attention(*args, implementation=backend.name)
-  # The GPU interpreter's threads wait for each other, and a compiled program lends it no more than there are cores.
-  run = run if backend.name == "gpu" else jax.jit(run)
+  run = compiled(backend, prefill_attention)
   with running(backend):
     one, two = (np.asarray(run(q, keys, values, q_pos, first, last)) for _ in range(2))
   np.testing.assert_array_equal(one.view(np.uint8), two.view(np.uint8))
@@ -212,9 +220,10 @@ def test_free_slots_change_no_bit(backend):
   first, last = ranges(rng, 2, 1, 150, 50)
   first, last = first.at[..., 50:].set(NEVER), last.at[..., 50:].set(-1)
   with running(backend):
-    both = prefill_attention(q, keys, values, q_pos, first, last, implementation=backend.name)
+    run = compiled(backend, prefill_attention)
+    both = run(q, keys, values, q_pos, first, last)
     args = q[1:], keys[1:, :, :50], values[1:, :, :50], q_pos[1:], first[1:, :, :50], last[1:, :, :50]
-    alone = prefill_attention(*args, implementation=backend.name)
+    alone = run(*args)
   np.testing.assert_array_equal(np.asarray(both[1:], np.float32), np.asarray(alone, np.float32))
 
 

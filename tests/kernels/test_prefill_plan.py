@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels.prefill import NEVER, gpu, plan
+
+# As programs: op by op each shape would be a hundred of them.
+make = jax.jit(plan.make, static_argnames=("block", "grain"))
+visitors = jax.jit(plan.visitors, static_argnames="block")
+running_count = jax.jit(plan.running_count)
 
 
 def ints(x):
@@ -43,7 +49,7 @@ def test_every_visible_pair_is_visited_once(seed, order):
   """In any order of keys and queries; every real query of a tile sees all of an unmasked block."""
   block, grain = 32, 8
   positions, first, last = random_case(np.random.default_rng(seed), order)
-  made = plan.make(ints(positions), ints(first), ints(last), block=block, grain=grain)
+  made = make(ints(positions), ints(first), ints(last), block=block, grain=grain)
   source, bounds = np.asarray(made.source), np.asarray(made.bounds)
   for (row, head, tile), blocks, whole in visits(made, block):
     queries = positions[row, tile][:, None]
@@ -67,14 +73,14 @@ def test_every_visible_pair_has_a_visitor(seed, order):
   """Each gathered row holds its key; a tile sees whole blocks where no mask is needed, and none outside its range."""
   rng, block = np.random.default_rng(seed), 32
   positions, first, last = random_case(rng, order)
-  made = plan.make(ints(positions), ints(first), ints(last), block=block, grain=8)
+  made = make(ints(positions), ints(first), ints(last), block=block, grain=8)
   source, row, bounds = (np.asarray(x) for x in (made.source, made.row, made.bounds))
   held = source < first.shape[2]
   assert held.sum() == (row < source.shape[2]).sum()
   for at in np.argwhere(held):
     assert row[(*at[:2], source[tuple(at)])] == at[2]
   counted = np.where(np.arange(6)[None, :, None] == 2, -2, np.where(rng.random(positions.shape) < 0.8, positions, -2))
-  ranges = np.asarray(plan.visitors(ints(counted), ints(bounds), block=block))
+  ranges = np.asarray(visitors(ints(counted), ints(bounds), block=block))
   for b, k, number in np.ndindex(ranges.shape[:3]):
     low, high = bounds[b, k, :, number * block : (number + 1) * block]
     start, whole, stop = ranges[b, k, number]
@@ -97,7 +103,7 @@ def test_only_what_is_visible_is_visited(window, kept):
   """A tile visits exactly the blocks of kept keys, and the range of the band, that one of its queries sees."""
   block, grain, size = 32, 8, 16
   positions, first, last = text(np.random.default_rng(0), 512, window, kept, size)
-  made = plan.make(ints(positions), ints(first), ints(last), block=block, grain=grain)
+  made = make(ints(positions), ints(first), ints(last), block=block, grain=grain)
   lasting = last >= 511  # kept, or not expired at the end
   for tile, (_, num_kept, _, stop) in enumerate(np.asarray(made.ranges)[0, 0]):
     low, high = positions[0, tile][[0, -1]]
@@ -112,7 +118,7 @@ def test_nothing_visible_is_not_visited():
   """Padding, and queries before every key."""
   positions = np.array([[[-2, -2], [0, 1], [5, 6]]])
   first = np.full((1, 1, 40), 3)
-  made = plan.make(ints(positions), ints(first), ints(np.full_like(first, NEVER)), block=32, grain=8)
+  made = make(ints(positions), ints(first), ints(np.full_like(first, NEVER)), block=32, grain=8)
   assert made.ranges[0, 0, :, plan.STOP].tolist() == [0, 0, 2] and made.ranges[0, 0, 2, plan.WHOLE] == 1
 
 
@@ -121,13 +127,13 @@ def test_cost_follows_what_is_visible():
   tokens, window, tile, blocks = 32768, 256, gpu.Tile.of(4), gpu.default_blocks(128, 132)
   kept = (tokens / 8 - window - 1) / (tokens - window - 1)
   positions, first, last = text(np.random.default_rng(0), tokens, window, kept, tile.queries)
-  made = plan.make(ints(positions), ints(first), ints(last), block=blocks.kv, grain=gpu.GRAIN)
+  made = make(ints(positions), ints(first), ints(last), block=blocks.kv, grain=gpu.GRAIN)
   visited = np.asarray(made.ranges)[..., plan.STOP].sum() * blocks.kv * tile.queries
   visible = np.minimum(last, tokens - 1) - first + 1
   dense = tokens * (tokens + 1) / 2
   print(f"dense / visited {dense / visited:.2f}, dense / visible {dense / visible.sum():.2f}")
   assert visited < 1.1 * visible.sum() and dense / visited > 6.5
-  made = plan.make(ints(positions), ints(first), ints(np.full_like(first, NEVER)), block=blocks.kv, grain=gpu.GRAIN)
+  made = make(ints(positions), ints(first), ints(np.full_like(first, NEVER)), block=blocks.kv, grain=gpu.GRAIN)
   assert np.asarray(made.ranges)[..., plan.STOP].sum() * blocks.kv * tile.queries < 1.005 * dense
 
 
@@ -135,4 +141,4 @@ def test_running_count():
   rng = np.random.default_rng(0)
   for size in (1, 127, 128, 1000):
     flags = rng.random((2, size)) < 0.7
-    np.testing.assert_array_equal(plan.running_count(jnp.asarray(flags)), np.cumsum(flags, axis=1))
+    np.testing.assert_array_equal(running_count(jnp.asarray(flags)), np.cumsum(flags, axis=1))

@@ -107,13 +107,14 @@ def test_merging_attention(window):
   args, segments = (q, k, v, z, omega), SEGMENTS[1]
   expected = trained_oracle.merging(*args, window, segments)
   ids, ours = jnp.asarray(segments[None], jnp.int32), [jnp.asarray(x[None], jnp.float32) for x in args]
-  attend = lambda *args: dmc.merging_attention(*args, window, ids)
+  attend = jax.jit(lambda *args: dmc.merging_attention(*args, window, ids))
   np.testing.assert_allclose(attend(*ours)[0], expected, atol=5e-6)
   moves = [rng.standard_normal(x.shape) for x in args]
   at = lambda step: (
     trained_oracle.merging(*(x + step * m for x, m in zip(args, moves, strict=True)), window, segments) * weights
   ).sum()
-  grads = jax.grad(lambda *args: jnp.sum(attend(*args)[0] * weights.astype(np.float32)), (0, 1, 2, 3, 4))(*ours)
+  loss = lambda *args: jnp.sum(attend(*args)[0] * weights.astype(np.float32))
+  grads = jax.jit(jax.grad(loss, (0, 1, 2, 3, 4)))(*ours)
   slope = sum((np.asarray(g[0]) * m).sum() for g, m in zip(grads, moves, strict=True))
   np.testing.assert_allclose(slope, (at(1e-6) - at(-1e-6)) / 2e-6, rtol=1e-3)
 
@@ -126,7 +127,7 @@ def test_merging_is_trained_as_it_is_decoded(window):
   merges, omega = rng.random((2, LENGTH)) < 0.5, rng.random((2, LENGTH)) + 0.1
   expected, _ = trained_oracle.dmc(q.reshape(LENGTH, 2, 2, 4), k, v, merges, omega, window=window)
   args = [jnp.asarray(x[None], jnp.float32) for x in (q, k, v, np.where(merges, 80.0, -80.0), omega)]
-  out = dmc.merging_attention(*args, window)[0]
+  out = jax.jit(dmc.merging_attention, static_argnums=5)(*args, window)[0]
   np.testing.assert_allclose(out, expected.reshape(out.shape), atol=5e-6)
 
 
