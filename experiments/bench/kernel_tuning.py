@@ -96,7 +96,7 @@ def subject(work: Decode | Text) -> tuple[str, str, Any, Iterator[Callable], Cal
     attend = lambda sizes: functools.partial(prefill_gpu.prefill_attention, blocks=sizes)
     clock = lambda sizes: kernel_cases.prefill_us(work, attend(sizes))[0]
     return "prefill", tuned.shape_class(H=work.size), default, prefill_candidates(), clock
-  default = retrofit_gpu.default_blocks(work.size)
+  default = retrofit_gpu.default_blocks(work.size, work.batch * work.tokens * work.heads, processors())
   attend = lambda sizes: (
     lambda q, k, v, bias: retrofit_gpu.window_bias_attention(q, k, v, bias, work.window, None, blocks=sizes)
   )

@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.common import compat, dispatch, pipeline, tuned
 from pallas_kernels.common.compat import plgpu
 from pallas_kernels.common.pipeline import WARPGROUPS
+from pallas_kernels.common.platform import processors
 from pallas_kernels.common.softmax import LOG2E, LOWEST, in_log2
 from pallas_kernels.window_bias import gpu_backward
 from pallas_kernels.window_bias.common import padded, saved, segment_bounds
@@ -35,7 +36,9 @@ def window_bias_attention(q, k, v, bias, window, segment_ids, lse=False, softcap
   t, h = q.shape[1], q.shape[3]
   dispatch.supports(("bfloat16", "float16"), q=q, k=k, v=v)
   dispatch.supports_head_size(h)
-  blocks = blocks or tuned.blocks("window_bias", tuned.shape_class(H=h), default_blocks(h))
+  blocks = blocks or tuned.blocks(
+    "window_bias", tuned.shape_class(H=h), default_blocks(h, k[..., 0].size, processors())
+  )
   pad = -t % blocks.multiple
   if pad:  # zeros behind the last token: no real query sees them, and no gradient reaches them
     q, k, v = (padded(x, 1, pad) for x in (q, k, v))

@@ -24,7 +24,7 @@ class Blocks:
   kv: int = 128
   stages: int = 2
   dq_q: int = 64
-  dq_kv: int = 64
+  dq_kv: int = 128
   dq_stages: int = 2
   dkv_kv: int = 64
   dkv_q: int = 64
@@ -42,9 +42,15 @@ class Blocks:
     return math.lcm(*(WARPGROUPS * x for x in tiles), self.kv, self.dq_kv, self.dkv_q)
 
 
-def default_blocks(head_dim: int) -> Blocks:
-  """Block sizes that fit a warpgroup's registers."""
-  return Blocks(dq_kv=128) if head_dim == 64 else Blocks(dkv_overlap=False)
+def default_blocks(head_dim: int, keys: int, processors: int) -> Blocks:
+  """Sizes that fit a warpgroup's registers.
+
+  Args:
+    keys: of all rows and KV heads, B T K. Where their tiles are fewer than two a processor, the query heads of a group
+      are spread over blocks of threads of their own.
+  """
+  blocks = Blocks(dkv_overlap=head_dim == 64)
+  return dataclasses.replace(blocks, split_group=keys < 2 * processors * WARPGROUPS * blocks.dkv_kv)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ TOLERANCE = {jnp.bfloat16: (6e-3, 1.2e-2), jnp.float16: (1e-3, 2e-3)}
 def check(b, t, n, k, h, window, dtype, bias=True, segments=False, softcap=None, **blocks):
   """Output and gradients in the interpreter, against the oracle."""
   q, keys, values, rows, ids, dout = inputs(b, t, n, k, h, dtype, bias, segments)
-  sizes = dataclasses.replace(gpu.default_blocks(h), **blocks)
+  sizes = dataclasses.replace(gpu.default_blocks(h, 10**9, 132), **blocks)
   differentiated = (q, keys, values) if rows is None else (q, keys, values, rows)
 
   def attend(q, k, v, bias=None):
@@ -60,6 +60,11 @@ def test_capped_scores_at_head_size_128():
 @needs_mosaic_gpu
 def test_segments_without_a_bias_in_two_rows():
   check(2, 90, 1, 1, 64, 16, jnp.bfloat16, bias=False, segments=True)
+
+
+def test_few_tiles_of_keys_give_each_query_head_its_own_blocks():
+  of = lambda batch, tokens, heads: gpu.default_blocks(128, batch * tokens * heads, 132).split_group
+  assert of(2, 4096, 4) and not of(1, 8192, 8)
 
 
 @needs_mosaic_gpu
