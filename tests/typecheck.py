@@ -29,8 +29,9 @@ def checked(function=None, *, typechecker=None):
   """`function` with its arguments and result checked against its annotations."""
   if function is None:
     return functools.partial(checked, typechecker=typechecker)
-  inside = not inspect.isclass(function) and "<locals>" in function.__qualname__
-  if inspect.isclass(function) or not any('"' in text or not inside for text in function.__annotations__.values()):
+  if inspect.isclass(function) or not function.__annotations__:
+    return function
+  if "<locals>" in function.__qualname__ and not any('"' in str(text) for text in function.__annotations__.values()):
     return function
   check = None
 
