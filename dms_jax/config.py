@@ -225,6 +225,11 @@ class ModelConfig:
     return None if self.sliding_window is None else self.sliding_window - 1
 
   @property
+  def global_layers(self) -> list[int]:
+    """The layers that do not slide."""
+    return [layer for layer in range(self.num_layers) if not (self.sliding_layers and self.sliding_layers[layer])]
+
+  @property
   def rotated(self) -> int:
     """Channels of a head that RoPE turns."""
     return int(self.head_dim * self.rope_fraction)

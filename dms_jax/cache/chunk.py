@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dms_jax.attention import NEVER, prefill_attention
 from dms_jax.cache import replay
-from dms_jax.cache.base import Plan, Usage, count_reads, last_visible, observation, packed, queries_of, rows_of
+from dms_jax.cache.base import Plan, Usage, count_reads, observation, packed, queries_of, rows_of
 from dms_jax.cache.compact import moves
 from dms_jax.policies import Candidates, Policy
 from dms_jax.policies.base import Stats
@@ -56,22 +56,25 @@ def attend(
   rows, head = jnp.arange(len(q))[:, None, None], jnp.arange(heads)[:, None]
   window, reserved = _window(cache, plan, layer, carry, flags, k, v, evict), plan.placement.reserved
   stop = plan.seen + plan.lengths
-  leaves = (window.real & ~window.stays)[:, None] & ~window.evicted
+  left = (window.real & ~window.stays)[:, None]
+  leaves = left & ~window.evicted
+  own = None if cache.sliding is None else _slid(cache, layer, window, left, stop)
+  if own is not None:
+    leaves = jnp.where(own.here, own.leaves, leaves)
   stats = _window_stats(cache, plan, policy, layer, carry, window, logits)
   ring_slot = jnp.where(window.stays, window.slot, slots)[:, None]
   flags = flags.at[rows, head, jnp.where(window.stays, window.slot, ring)[:, None]].set(window.evicted, mode="drop")
-  if not policy.compacts:
+  to_archive = lambda: ring + archived[..., None] + jnp.cumsum(leaves, axis=-1) - 1
+  if not policy.compacts and own is None:
     # Write before the archive is read: in the other order XLA may copy the whole cache twice in every layer. The read
     # is the same, because appended tokens lie behind the `archived` slots that count below.
-    to_archive = ring + archived[..., None] + jnp.cumsum(leaves, axis=-1) - 1
-    target = jnp.where(leaves, to_archive, ring_slot)
-    carry = cache._written(carry, reserved, layer, target, window.rows)
-    held = {n: x.at[layer, rows, head, target].set(stats[n], mode="drop") for n, x in carry.stats.items()}
-    carry = carry.replace(stats=held)
+    carry = _appended(cache, layer, carry, reserved, jnp.where(leaves, to_archive(), ring_slot), window.rows, stats)
 
   replayed = None
   if policy.replays:
     replayed = replay.replay(cache, plan, policy, layer, carry, window, stats, archived)
+    if own is not None:
+      replayed = _slid_replay(replayed, own, archived)
 
   # The window's keys come first. The place of a key then does not depend on the size of the cache, sums keep their
   # order, and free slots come last.
@@ -81,8 +84,9 @@ def attend(
   real = jnp.broadcast_to(window.real[:, None], window.evicted.shape)
   position = window.position[:, None]
   first = jnp.concatenate([jnp.where(real, position, NEVER), jnp.where(in_archive, -1, NEVER)], axis=-1)
-  last = jnp.where(real, last_visible(window.evicted, position, cache.window), -1)
-  last = jnp.concatenate([last, jnp.where(in_archive, NEVER, -1)], axis=-1)
+  last = jnp.where(real, cache._last_visible(layer, window.evicted, position), -1)
+  until = NEVER if own is None else jnp.where(own.here, own.until, NEVER)
+  last = jnp.concatenate([last, jnp.where(in_archive, until, -1)], axis=-1)
   if replayed is not None:
     last = jnp.minimum(last, replayed.last)
   q_pos = jnp.where(window.real[:, ring:], window.position[:, ring:], -2)
@@ -120,10 +124,15 @@ def attend(
       stats = {name: jnp.where(active[:, None, None], after[name], stat) for name, stat in stats.items()}
     out, carry, archived = _cut(
       cache, policy, layer, carry, reserved, window, leaves, in_archive, archive, stats, out, active, stop,
-      plan.remaining,
+      plan.remaining, own=own,
     )  # fmt: skip
   else:
+    if own is not None:  # sliding layers overwrite what was read: write after the read, behind a barrier as in `_cut`
+      target = jnp.where(leaves, jnp.where(own.here, ring + own.place, to_archive()), ring_slot)
+      out, stats, stored, carry = lax.optimization_barrier((out, stats, window.rows, carry))
+      carry = _appended(cache, layer, carry, reserved, target, stored, stats, in_order=False)
     archived = archived + jnp.sum(leaves, axis=-1, dtype=jnp.int32)
+    archived = archived if own is None else jnp.where(own.here, own.archived, archived)
   if policy.page:
     carry = cache._all_summarised(policy, layer, carry, reserved, archived)
   live = jnp.minimum(stop[:, None], ring) + archived
@@ -150,7 +159,7 @@ def _cut(
   cache: RingCache, policy: Policy, layer: Int[Array, ""] | int, carry: LayerCarry, reserved: Any, window: Window,
   leaves: Bool[Array, "B K X"], in_archive: Bool[Array, "B K A"], archive: Float[Array, "B K A width"],
   stats: dict[str, Float[Array, "B K AX"]], out: Any, active: Bool[Array, "B"], stop: Int[Array, "B"],
-  remaining: Int[Array, "B"], known_as: Int[Array, ""] | None = None,
+  remaining: Int[Array, "B"], known_as: Int[Array, ""] | None = None, own: Slid | None = None,
 ):  # fmt: skip
   """Lets the policy say which tokens outside the window stay, and writes them: (out, carry, archived [B, K]).
 
@@ -162,6 +171,7 @@ def _cut(
     stop: tokens that each row has read.
     remaining: tokens of the prompt still to come.
     known_as: the layer's number for the policy, where `carry` has this layer alone.
+    own: what happens instead if the layer slides.
   """
   ring, slots, (b, heads, _), h = cache.ring, cache.slots, leaves.shape, archive.shape[-1] // 2
   rows, head = jnp.arange(b)[:, None, None], jnp.arange(heads)[:, None]
@@ -178,13 +188,17 @@ def _cut(
   stays = live & policy.compact(candidates)
   # The barrier makes attention read the archive before the write; a read after the write would copy the cache. So would
   # a write that reads its rows from the archive itself, into which XLA would fuse the two.
-  out, stays, stats, archive, own, carry = lax.optimization_barrier((out, stays, stats, archive, window.rows, carry))
+  out, stays, stats, archive, new, carry = lax.optimization_barrier((out, stays, stats, archive, window.rows, carry))
   moved = moves(jnp.where(active[:, None, None], stays, live), slots - ring, in_order)
 
   in_ring = jnp.broadcast_to(jnp.where(window.stays, window.slot, slots)[:, None], leaves.shape)
   elsewhere = ordered(in_ring, jnp.full(in_archive.shape, slots, in_ring.dtype))
   target = jnp.where(moved.target < slots - ring, ring + moved.target, elsewhere)
-  stored = ordered(own, packed(archive, own.dtype))
+  if own is not None:
+    kept = ordered(jnp.where(leaves, ring + own.place, in_ring), jnp.full_like(in_archive, slots, in_ring.dtype))
+    target, in_order = jnp.where(own.here, kept, target), False
+    moved = moved.replace(archived=jnp.where(own.here, own.archived, moved.archived))
+  stored = ordered(new, packed(archive, new.dtype))
   carry = cache._written(carry, reserved, layer, target, stored, in_order)
   for name, stat in stats.items():
     held = carry.stats[name].at[layer, :, :, ring:].set(stat[..., : slots - ring])
@@ -193,6 +207,57 @@ def _cut(
   if policy.remembers:
     carry = carry.replace(memory=policy.renew(carry.memory, layer, active & (remaining == 0)))
   return out, carry, moved.archived
+
+
+def _appended(
+  cache: RingCache, layer, carry: LayerCarry, reserved: Any, target: Int[Array, "B K X"],
+  stored: Shaped[Array, "B K X width"], stats: Stats, in_order: bool = True,
+) -> LayerCarry:  # fmt: skip
+  """`carry` with the window's tokens, stored rows and statistics, written to slots `target`."""
+  rows, head = jnp.arange(target.shape[0])[:, None, None], jnp.arange(target.shape[1])[:, None]
+  carry = cache._written(carry, reserved, layer, target, stored, in_order)
+  held = {n: x.at[layer, rows, head, target].set(stats[n], mode="drop") for n, x in carry.stats.items()}
+  return carry.replace(stats=held)
+
+
+class Slid(NamedTuple):
+  """What a chunk does in a layer if that layer slides.
+
+  Attributes:
+    here: bool [], whether it does.
+    leaves: bool [B, 1, X], the tokens of `Window` that leave the ring for the archive.
+    place: int32 [B, 1, X], their archive slots.
+    until: int32 [B, 1, A], the last query that sees each token of the archive before the chunk.
+    archived: int32 [B, 1], tokens in the archive after the chunk.
+  """
+
+  here: Bool[Array, ""]
+  leaves: Bool[Array, "B 1 X"]
+  place: Int[Array, "B 1 X"]
+  until: Int[Array, "B 1 A"]
+  archived: Int[Array, "B 1"]
+
+
+def _slid(cache: RingCache, layer, window: Window, left: Bool[Array, "B 1 X"], stop: Int[Array, "B"]) -> Slid:
+  """The `Slid` of a chunk after which rows have read `stop` tokens, those `left` no longer in the ring."""
+  sliding, position = cache.sliding, window.position[:, None]
+  return Slid(
+    here=sliding.at(layer), leaves=left & (position >= stop[:, None, None] - 1 - sliding.window),
+    place=sliding.place(position), archived=sliding.archived(stop)[:, None],
+    until=sliding.positions(cache.seen, cache.slots - cache.ring)[:, None] + sliding.window,
+  )  # fmt: skip
+
+
+def _slid_replay(replayed: replay.Replayed, own: Slid, archived: Int[Array, "B K"]) -> replay.Replayed:
+  """`replayed`, but in a layer that slides what `own` says, where `archived` tokens were in the archive."""
+  slots = replayed.place.shape[-1] - own.leaves.shape[-1]
+  stays = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (*archived.shape, slots))
+  entering = jnp.broadcast_to(jnp.where(own.leaves, own.place, slots), (*archived.shape, own.leaves.shape[-1]))
+  return replayed.replace(
+    last=jnp.where(own.here, NEVER, replayed.last),
+    place=jnp.where(own.here, jnp.concatenate([entering, stays], axis=-1), replayed.place),
+    archived=jnp.where(own.here, own.archived, replayed.archived),
+  )
 
 
 def _window_stats(
