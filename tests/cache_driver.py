@@ -129,6 +129,8 @@ def inputs(text: Text, start, lengths, width):
 @functools.partial(jax.jit, compiler_options=tiny.QUICK)
 def step_by_logits(cache, policy, q, k, v, logits, lengths, remaining):
   """`step` from gate logits [L, B, K, T] instead of decisions."""
+  if policy.prunes and not cache.takes_chunk(policy, q.shape[2], remaining):
+    cache = cache.prune(policy, lengths > 0)
   plan = cache.plan(policy, lengths, q.shape[2], remaining)
   about = (plan.seen[:, None] + jnp.arange(q.shape[2]) - cache.lag)[:, None]
   about = jnp.broadcast_to(about, (k.shape[1], k.shape[3], k.shape[2]))  # logits may be several a head
