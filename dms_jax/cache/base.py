@@ -243,7 +243,7 @@ class Common:
       return self
     return self.grow(max(min(rounded(max(self.slots + lack, int(self.slots * GROWTH))), rounded(most)), self.slots))
 
-  def _in_force(self, layer: Int[Array, "..."] | slice, evicted: Bool[Array, "*n"]) -> tuple[Bool[Array, "*n"], Any]:
+  def _in_force(self, layer: Int[Array, ""] | int | slice, evicted: Bool[Array, "*n"]) -> tuple[Bool[Array, "*n"], Any]:
     """(which tokens are evicted, and after which window), of a layer, or of all [L, B, K, ...] for `slice(None)`.
 
     A sliding layer evicts every token, after a window of its own.

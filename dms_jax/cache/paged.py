@@ -209,13 +209,13 @@ class PagedCache(RingCache):
       sharers = jnp.maximum(jnp.sum(~full & mine), 1)
     places = jnp.minimum(self.table.owned + self.table.pool.count // sharers, self.table.pages.shape[3])
     slots = places * self.page_size
-    suffice = True
     if self.sliding is not None:
-      enough = slots >= self.sliding.span
-      suffice = jnp.all(enough | ~self.sliding.heads, axis=(0, 2))
-      slots = jnp.where(self.sliding.heads & enough, 2 * ENDLESS, slots)
+      lacks = self.sliding.heads & (slots < self.sliding.span)
+      slots = jnp.where(self.sliding.heads & ~lacks, 2 * ENDLESS, slots)
     room = jnp.min(slots - self.archived, axis=(0, 2)) + jnp.maximum(self.ring - self.seen, 0)
-    bounded = suffice & (policy.capacity(self.seen + ENDLESS) <= self.ring + jnp.min(slots, axis=(0, 2)))
+    bounded = policy.capacity(self.seen + ENDLESS) <= self.ring + jnp.min(slots, axis=(0, 2))
+    if self.sliding is not None:
+      bounded &= ~jnp.any(lacks, axis=(0, 2))
     return jnp.where(bounded, ENDLESS, room)
 
   def ensure_capacity(self, policy, coming, most):

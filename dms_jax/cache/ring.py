@@ -226,8 +226,8 @@ class RingCache(Common):
     target, grows = step.target[layer], step.grows[layer]
     known = self._decided_ahead(policy)
     if not known:
-      gone = evict[..., 0] if self.sliding is None else evict[..., 0] & ~self.sliding.at(layer)
-      target, grows = jnp.where(gone, slots, target), grows & ~gone
+      gone = evict if self.sliding is None else evict & ~self.sliding.at(layer)
+      target, grows = jnp.where(gone[..., 0], slots, target), grows & ~gone[..., 0]
     archived = archived + grows.astype(jnp.int32)
 
     newest = jnp.broadcast_to(jnp.where(active[:, None], slot, slots), target.shape)
