@@ -64,11 +64,20 @@ def attend(
   stats = _window_stats(cache, plan, policy, layer, carry, window, logits)
   ring_slot = jnp.where(window.stays, window.slot, slots)[:, None]
   flags = flags.at[rows, head, jnp.where(window.stays, window.slot, ring)[:, None]].set(window.evicted, mode="drop")
-  to_archive = lambda: ring + archived[..., None] + jnp.cumsum(leaves, axis=-1) - 1
-  if not policy.compacts and own is None:
+  displaced = None
+  if not policy.compacts:
     # Write before the archive is read: in the other order XLA may copy the whole cache twice in every layer. The read
-    # is the same, because appended tokens lie behind the `archived` slots that count below.
-    carry = _appended(cache, layer, carry, reserved, jnp.where(leaves, to_archive(), ring_slot), window.rows, stats)
+    # is the same, because appended tokens lie behind the `archived` slots that count below. What a sliding layer
+    # overwrites is read before.
+    to_archive, stored = ring + archived[..., None] + jnp.cumsum(leaves, axis=-1) - 1, window.rows
+    if own is not None:
+      to_archive = jnp.where(own.here, ring + own.place, to_archive)
+    if own is not None and min(cache.sliding.span, slots - ring) > 0:
+      displaced, stored = _displaced(cache, layer, carry, reserved, window, leaves, own, archived)
+    target = jnp.where(leaves, to_archive, ring_slot)
+    carry = cache._written(carry, reserved, layer, target, stored, in_order=displaced is None)
+    held = {n: x.at[layer, rows, head, target].set(stats[n], mode="drop") for n, x in carry.stats.items()}
+    carry = carry.replace(stats=held)
 
   replayed = None
   if policy.replays:
@@ -83,10 +92,16 @@ def attend(
   in_archive = jnp.arange(slots - ring) < archived[..., None]
   real = jnp.broadcast_to(window.real[:, None], window.evicted.shape)
   position = window.position[:, None]
-  first = jnp.concatenate([jnp.where(real, position, NEVER), jnp.where(in_archive, -1, NEVER)], axis=-1)
+  until, there = NEVER, in_archive
+  if own is not None:
+    until = jnp.where(own.here, own.until, NEVER)
+    there = in_archive if displaced is None else in_archive & (own.stays | ~own.here)
+  first = jnp.concatenate([jnp.where(real, position, NEVER), jnp.where(there, -1, NEVER)], axis=-1)
   last = jnp.where(real, cache._last_visible(layer, window.evicted, position), -1)
-  until = NEVER if own is None else jnp.where(own.here, own.until, NEVER)
-  last = jnp.concatenate([last, jnp.where(in_archive, until, -1)], axis=-1)
+  last = jnp.concatenate([last, jnp.where(there, until, -1)], axis=-1)
+  if displaced is not None:
+    keys = jnp.concatenate([displaced.rows, keys], axis=2)
+    first, last = (jnp.concatenate(x, axis=-1) for x in ((displaced.first, first), (displaced.last, last)))
   if replayed is not None:
     last = jnp.minimum(last, replayed.last)
   q_pos = jnp.where(window.real[:, ring:], window.position[:, ring:], -2)
@@ -127,10 +142,6 @@ def attend(
       plan.remaining, own=own,
     )  # fmt: skip
   else:
-    if own is not None:  # sliding layers overwrite what was read: write after the read, behind a barrier as in `_cut`
-      target = jnp.where(leaves, jnp.where(own.here, ring + own.place, to_archive()), ring_slot)
-      out, stats, stored, carry = lax.optimization_barrier((out, stats, window.rows, carry))
-      carry = _appended(cache, layer, carry, reserved, target, stored, stats, in_order=False)
     archived = archived + jnp.sum(leaves, axis=-1, dtype=jnp.int32)
     archived = archived if own is None else jnp.where(own.here, own.archived, archived)
   if policy.page:
@@ -209,17 +220,6 @@ def _cut(
   return out, carry, moved.archived
 
 
-def _appended(
-  cache: RingCache, layer, carry: LayerCarry, reserved: Any, target: Int[Array, "B K X"],
-  stored: Shaped[Array, "B K X width"], stats: Stats, in_order: bool = True,
-) -> LayerCarry:  # fmt: skip
-  """`carry` with the window's tokens, stored rows and statistics, written to slots `target`."""
-  rows, head = jnp.arange(target.shape[0])[:, None, None], jnp.arange(target.shape[1])[:, None]
-  carry = cache._written(carry, reserved, layer, target, stored, in_order)
-  held = {n: x.at[layer, rows, head, target].set(stats[n], mode="drop") for n, x in carry.stats.items()}
-  return carry.replace(stats=held)
-
-
 class Slid(NamedTuple):
   """What a chunk does in a layer if that layer slides.
 
@@ -228,6 +228,7 @@ class Slid(NamedTuple):
     leaves: bool [B, 1, X], the tokens of `Window` that leave the ring for the archive.
     place: int32 [B, 1, X], their archive slots.
     until: int32 [B, 1, A], the last query that sees each token of the archive before the chunk.
+    stays: bool [B, 1, A], whether the token's slot is not overwritten.
     archived: int32 [B, 1], tokens in the archive after the chunk.
   """
 
@@ -235,17 +236,52 @@ class Slid(NamedTuple):
   leaves: Bool[Array, "B 1 X"]
   place: Int[Array, "B 1 X"]
   until: Int[Array, "B 1 A"]
+  stays: Bool[Array, "B 1 A"]
   archived: Int[Array, "B 1"]
 
 
 def _slid(cache: RingCache, layer, window: Window, left: Bool[Array, "B 1 X"], stop: Int[Array, "B"]) -> Slid:
   """The `Slid` of a chunk after which rows have read `stop` tokens, those `left` no longer in the ring."""
-  sliding, position = cache.sliding, window.position[:, None]
+  sliding, position, slots = cache.sliding, window.position[:, None], cache.slots - cache.ring
+  before, after = (sliding.positions(tokens, slots)[:, None] for tokens in (cache.seen, stop))
   return Slid(
     here=sliding.at(layer), leaves=left & (position >= stop[:, None, None] - 1 - sliding.window),
-    place=sliding.place(position), archived=sliding.archived(stop)[:, None],
-    until=sliding.positions(cache.seen, cache.slots - cache.ring)[:, None] + sliding.window,
+    place=sliding.place(position), until=before + sliding.window, stays=before == after,
+    archived=sliding.archived(stop)[:, None],
   )  # fmt: skip
+
+
+class Displaced(NamedTuple):
+  """The tokens of a sliding layer's archive that a chunk of T tokens overwrites, by the token that takes the slot.
+
+  Attributes:
+    rows: [B, K, T, 2H], keys and values as numbers; arbitrary where there is none.
+    first, last: int32 [B, K, T], the first and the last query that see each; none does in a layer that does not slide.
+  """
+
+  rows: Float[Array, "B K T width"]
+  first: Int[Array, "B K T"]
+  last: Int[Array, "B K T"]
+
+
+def _displaced(
+  cache: RingCache, layer, carry: LayerCarry, reserved: Any, window: Window, leaves: Bool[Array, "B K X"], own: Slid,
+  archived: Int[Array, "B K"],
+) -> tuple[Displaced, Shaped[Array, "B K X width"]]:  # fmt: skip
+  """(the `Displaced` of a chunk, `window.rows` to be written).
+
+  The write depends on the read of what it overwrites, so that it follows and needs no copy of the cache.
+  """
+  count = leaves.shape[-1] - cache.ring  # no later token of the window can leave the ring
+  goes, place = leaves[..., :count], jnp.broadcast_to(own.place[..., :count], (*archived.shape, count))
+  old = cache._archive_at(carry, reserved, layer, jnp.minimum(place, cache.slots - cache.ring - 1))
+  there = own.here & goes & (place < archived[..., None])
+  until = jnp.broadcast_to(own.until, (*archived.shape, own.until.shape[-1]))
+  until = jnp.take_along_axis(until, place, -1, mode="clip")
+  new, kept = jnp.split(window.rows, [count], axis=2)
+  written = (goes | window.stays[:, None, :count])[..., None]
+  stored = jnp.concatenate([jnp.where(written, new, packed(old, new.dtype)), kept], axis=2)
+  return Displaced(old, jnp.where(there, -1, NEVER), jnp.where(there, until, -1)), stored
 
 
 def _slid_replay(replayed: replay.Replayed, own: Slid, archived: Int[Array, "B K"]) -> replay.Replayed:
