@@ -625,6 +625,8 @@ def check_policy(model: Model, policy: Policy | None) -> Policy:
     policy = policy.for_gates(model.dms)
   slides = model.config.ring_window
   policy = policy.resolved(model.dms.window if model.dms is not None else slides)
+  if slides is not None and not policy.evicts:  # its window changes no result
+    policy = policy.replace(window=min(policy.window, slides))
   if slides is not None and policy.window > slides:
     raise ValueError(
       f"{type(policy).__name__}: window={policy.window}: this {model.config.family} model has layers that slide over "
