@@ -10,8 +10,8 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from dms_jax import cache as caches
-from tests.cache_driver import KINDS, ROWS, TWO_KINDS, Shape, Text, run, schedule
+from dms_jax import policies
+from tests.cache_driver import KINDS, ROWS, TWO_KINDS, Shape, Text, inputs, run, schedule, step
 from tests.helpers import check_pages
 
 
@@ -52,5 +52,25 @@ def test_pages_of_a_sliding_layer_are_those_of_its_window():
 def test_rings_are_no_longer_than_the_sliding_window():
   with pytest.raises(ValueError, match="window=7 must be at most 5, which sliding layers hold"):
     Shape(7, 1, heads=1, group=1, chunk=2, length=18, slides=5).create("paged")
-  assert caches.ContiguousCache.create  # a cache of one kind of layer knows of none that slide
-  assert dataclasses.replace(Shape(7, 1, 1, 1, 2, 18)).create("paged").sliding is None
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+def test_tokens_that_a_row_can_take(kind):
+  """What `free_tokens` promises is accepted; a sliding layer with all the slots of its window asks for no more."""
+  shape = Shape(2, 1, heads=2, group=1, chunk=8, length=60, slides=9)
+  text, policy, start = Text.draw(shape, np.random.default_rng(0), 0.0), policies.DMS(window=2), np.zeros(ROWS, int)
+  cache = shape.create(kind, 24)
+  for _ in range(6):
+    lengths = np.minimum(np.asarray(cache.free_tokens(policy)), 8)
+    *_, stalled, cache = step(cache, policy, *inputs(text, start, lengths, 8))
+    assert not np.asarray(stalled).any()
+    start = start + lengths
+  if kind == "contiguous":
+    assert (start == 24).all() and not np.asarray(cache.free_tokens(policy)).any()
+  evict_all = dataclasses.replace(text, evict=np.ones_like(text.evict))
+  small, start = shape.create(kind, 10 if kind == "contiguous" else 12), np.zeros(ROWS, int)
+  for _ in range(40):  # nothing is ever lacking where the other layer evicts all
+    assert (np.asarray(small.free_tokens(policy)) > 0).all()
+    *_, stalled, small = step(small, policy, *inputs(evict_all, start, np.full(ROWS, 1), 1))
+    assert not np.asarray(stalled).any()
+    start = start + 1

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import dms_jax
-from dms_jax import policies
+from dms_jax import execution, policies
 from dms_jax import testing as tiny
 from dms_jax.generation.batching import Generator
 from dms_jax.generation.pages import BudgetError
@@ -49,6 +49,15 @@ def test_every_cache_writes_what_the_mask_does(model, outputs):
     assert out.metrics.achieved_cr == pytest.approx(1 / np.mean(out.metrics.live / seen[:, None]))
 
 
+@pytest.mark.parametrize("size", [0, 2])
+def test_programs_of_some_layers_write_the_same(model, outputs, size):
+  """Chunks layer by layer, and decode steps of two layers a program."""
+  with execution.override(layers="loop", layers_apart=True, step_layers=size):
+    out = dms_jax.generate(model, PROMPTS, max_new_tokens=NEW, eos=False, prefill_chunk=8)
+  assert out.tokens == outputs["paged"].tokens
+  np.testing.assert_array_equal(out.metrics.live, outputs["paged"].metrics.live)
+
+
 def finish(generator):
   while generator.busy:
     generator.step()
@@ -78,10 +87,8 @@ def test_generator_preempts_and_resumes(model, outputs):
 @pytest.mark.parametrize("policy", [policies.DMS(), policies.H2O(budget=7, window=2)], ids=["shares", "rewrites"])
 def test_chains_share_no_page_of_a_sliding_layer(model, policy):
   """Chains of one prompt write what each writes alone, though a sliding layer writes into old pages."""
-  generator, keys = (
-    Generator(model, temperature=0.8, policy=policy, pages=400, **SIZES),
-    jax.random.split(jax.random.key(1), 3),
-  )
+  generator = Generator(model, temperature=0.8, policy=policy, pages=400, **SIZES)
+  keys = jax.random.split(jax.random.key(1), 3)
   together = generator.submit(PROMPTS[0], max_new_tokens=NEW, chains=3, key=keys)
   alone = [generator.submit(PROMPTS[0], max_new_tokens=NEW, key=keys[chain : chain + 1]) for chain in range(3)]
   results = finish(generator)
