@@ -5,8 +5,8 @@ Each (layer, row, KV head) has S = W + 1 + A slots:
     [ ring: W + 1 slots, token t in slot t mod (W + 1) | archive: tokens kept as they left the ring ]
 
 The live slots of a ring, and those of an archive, are its first. Archived tokens are in the order of their positions,
-unless a policy overwrites some or the layer slides (`sliding`). Attention does not depend on the order of slots, because keys are stored after RoPE. If
-a policy selects pages, ring and archive consist of whole pages.
+unless a policy overwrites some or the layer slides (`sliding`). Attention does not depend on the order of slots,
+because keys are stored after RoPE. If a policy selects pages, ring and archive consist of whole pages.
 
 Both memory layouts number slots this way: `contiguous.ContiguousCache` stores ring and archive in one array,
 `paged.PagedCache` stores archives in pages. A layout defines the methods at the end of `RingCache`. `chunk` attends for
@@ -402,9 +402,9 @@ class RingCache(Common):
     return 1
 
   def _rows_of(self, layer: Int[Array, ""], rows: Int[Array, "R"], archive: int) -> RingCache:
-    """One layer, which does not slide, of the rows `rows` as a cache of its own, with `archive` archive slots that hold all of their tokens.
+    """One layer of the rows `rows` as a cache of its own, with `archive` archive slots that hold all of their tokens.
 
-    A number past the last row gives an empty row.
+    The layer does not slide. A number past the last row gives an empty row.
     """
 
     def take(x, width=None):

@@ -1,4 +1,4 @@
-"""Layers that slide, in a cache: each holds exactly its own window, whatever the policy evicts in the other layers.
+"""Layers that slide, in a cache: each holds its own window, whatever the policy evicts in others.
 
 A sliding layer shows a token to the V tokens after it and then forgets it. Rings have W + 1 slots in every layer, with
 W <= V. A token that leaves the ring of a sliding layer goes to the layer's archive, which is a second ring of V - W
@@ -97,6 +97,6 @@ class Sliding:
 
 
 def most_slots(policy: Policy, config: ModelConfig, tokens: int | Int[Array, "..."]) -> Int[Array, "..."]:
-  """`Policy.capacity` of a model: the most slots that a head of any layer needs for a text of `tokens` tokens; int32."""
+  """`Policy.capacity` in a model: the most slots that a head of any layer needs for `tokens` tokens, int32."""
   slots = policy.capacity(tokens)
   return slots if config.sliding_window is None else jnp.maximum(slots, jnp.minimum(tokens, config.sliding_window))

@@ -1,4 +1,4 @@
-"""Layers that slide beside layers whose tokens a policy evicts: each holds exactly its own window, at no other's cost."""
+"""Layers that slide beside layers whose tokens a policy evicts: each holds exactly its window."""
 
 from __future__ import annotations
 

@@ -111,7 +111,9 @@ def test_elastic_gates_are_read_at_the_cr_of_their_label(monkeypatch):
     build(entries, lambda name, cls: cls(threshold=1.0) if name == "dms" else cls())
 
 
-@pytest.mark.parametrize(("name", "settings"), [("vanilla", {}), ("tova", {"budget": 12}), ("dms", {}), ("sliding", {})])
+@pytest.mark.parametrize(
+  ("name", "settings"), [("vanilla", {}), ("tova", {"budget": 12}), ("dms", {}), ("sliding", {})]
+)
 def test_chains_hold_what_they_share_of_their_prompt_once(checkpoints, name, settings):
   """Tokens in the pages that the chains of a prompt share, by the page table; none where a policy rewrites pages.
 

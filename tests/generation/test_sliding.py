@@ -1,4 +1,4 @@
-"""Generation by models whose layers are of two kinds, with a window of DMS smaller than that of layers that slide."""
+"""Generation where some layers slide over a window that is larger than that of DMS."""
 
 from __future__ import annotations
 
