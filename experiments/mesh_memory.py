@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from functools import partial
 from typing import Any
 
 import jax
@@ -85,10 +84,17 @@ def measure(config: Config, devices: MeshConfig) -> dict[str, Any]:
   shards = [NamedSharding(mesh, partition_spec(p, s, mesh, DECODING)).shard_shape(s.shape) for p, s in table.items()]
   heads = dict(num_heads=model.num_heads // tensor, num_kv_heads=model.num_kv_heads // tensor)
   own, rows = dataclasses.replace(model, **heads), config.rows // data
-  make = partial(
-    caches.create, "paged", own, batch=rows, capacity=math.ceil(config.tokens / config.cr), lag=1, dtype=dtype,
-    policy=DMS(window=window), longest=config.tokens, page_format=config.page_format,
-  )  # fmt: skip
+  capacity = math.ceil(config.tokens / config.cr)
+
+  def make():
+    cache = caches.create(
+      "paged", own, batch=rows, capacity=capacity, lag=1, dtype=dtype, policy=DMS(window=window),
+      longest=config.tokens, page_format=config.page_format,
+    )  # fmt: skip
+    return cache.with_pages(
+      max(cache.pages, rows * cache.row_pages(capacity, config.tokens))
+    )  # sliding layers' windows
+
   parts = {
     "weights": sum(map(math.prod, shards)) * dtype.itemsize,
     "cache": jax.eval_shape(make).nbytes,
