@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from dms_jax import policies
+from dms_jax.cache.host import offload_row, restore_row
 from tests.cache_driver import KINDS, ROWS, TWO_KINDS, Shape, Text, inputs, run, schedule, step
 from tests.helpers import check_pages
 
@@ -52,6 +53,16 @@ def test_pages_of_a_sliding_layer_are_those_of_its_window():
 def test_rings_are_no_longer_than_the_sliding_window():
   with pytest.raises(ValueError, match="window=7 must be at most 5, which sliding layers hold"):
     Shape(7, 1, heads=1, group=1, chunk=2, length=18, slides=5).create("paged")
+
+
+def test_a_stored_row_has_the_tokens_of_the_sliding_window():
+  shape = Shape(2, 1, heads=2, group=1, chunk=8, length=18, slides=9)
+  text, every = Text.draw(shape, np.random.default_rng(0)), np.full(ROWS, 1)
+  cache = run("paged", shape, text, [(8, 8 * every)] * 2)
+  stored = offload_row(cache, 1)
+  assert restore_row(shape.create("contiguous"), 2, stored)[1]
+  with pytest.raises(ValueError, match=r"tokens of sliding layers \[6\] does not fit a cache with \[7\]"):
+    restore_row(shape.create("paged"), 2, stored.replace(archived=np.minimum(stored.archived, 6)))
 
 
 @pytest.mark.parametrize("kind", ["contiguous", "paged"])
