@@ -4,7 +4,7 @@ A sliding layer shows a token to the V tokens after it and then forgets it. Ring
 W <= V. A token that leaves the ring of a sliding layer goes to the layer's archive, which is a second ring of V - W
 slots: token t has slot t mod (V - W) there, and takes the place of token t - (V - W), which has just left the sliding
 window. So the number of tokens read gives the position of every slot, a slot is reused where it is, and a head needs no
-pages beyond those of V - W slots.
+pages beyond those of V - W slots. In pages of 8 bits these tokens are quantised as archived ones are.
 """
 
 from __future__ import annotations
