@@ -333,7 +333,9 @@ def forward(
   threshold, slides = 0.0 if eviction is None else per_row(eviction.threshold, 2), model.config.ring_window
   window = 0 if eviction is None else dms.window if eviction.window is None else eviction.window
   if slides is not None and window > slides:
-    raise ValueError(f"Eviction.window={window}: with sliding layers it must be at most their window, {slides}")
+    raise ValueError(
+      f"window={window} of the eviction or of dms.window: with sliding layers it must be at most their window, {slides}"
+    )
 
   def attend(carry, index, noise_l, q, k, v, logits):
     bias, z = None, logits
@@ -623,14 +625,15 @@ def check_policy(model: Model, policy: Policy | None) -> Policy:
     )
   if policy.uses_gates:
     policy = policy.for_gates(model.dms)
-  slides = model.config.ring_window
+  slides, given = model.config.ring_window, policy.window
   policy = policy.resolved(model.dms.window if model.dms is not None else slides)
   if slides is not None and not policy.evicts:  # its window changes no result
     policy = policy.replace(window=min(policy.window, slides))
   if slides is not None and policy.window > slides:
     raise ValueError(
-      f"{type(policy).__name__}: window={policy.window}: this {model.config.family} model has layers that slide over "
-      f"{slides + 1} tokens and hold no more: give a window of at most {slides}"
+      f"{type(policy).__name__}: window={policy.window}{' by its budget' if given is None else ''}: this "
+      f"{model.config.family} model has layers that slide over {slides + 1} tokens and hold no more: give "
+      f"window={slides} or less"
     )
   most = max(model.config.max_position_embeddings, model.dms.window if model.dms is not None else 0)
   if policy.window > most:  # its slots would never be used

@@ -292,7 +292,7 @@ def test_a_sweep_from_flags_to_page(checkpoints, tmp_path, monkeypatch, capfd):
   assert there.keys() == own.keys() and not (part / hyperscale.PAGE).exists()
   assert all(np.array_equal(there[key].grades, own[key].grades) for key in own)
   settings[hyperscale.Config] = hyperscale.Config(sets=(str(part),), output=str(tmp_path / "none"))
-  with pytest.raises(ValueError, match="has no vanilla; margins are over the dense cache"):
+  with pytest.raises(ValueError, match="has no vanilla, over which margins are: add it to --methods"):
     hyperscale.main()
 
   # The cells alone, as they are kept where records are too large, and a second model seed beside them.
