@@ -7,13 +7,14 @@
 # and DMS, each family by itself; rivals: every baseline on seed 0; lora: retrofits of low rank and their scores; times: the dense cache
 # and DMS in 2 GiB of cache, with nothing else on the GPU; analyse: the pages.
 #
-#   OUT    results, default runs/hyperscale        SEEDS  default 0,1
+#   OUT    results, default runs/hyperscale      SEEDS  default 0,1      FAMILIES  default countdown,grids,programs,graphs
 #   GPUS   ids, default 0      EACH  processes that share a GPU, default 6      SMALL=1  short chains of few problems, to try the script
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
-OUT=${OUT:-runs/hyperscale} EACH=${EACH:-6} families=(countdown grids programs graphs) crs=(2 3 4 6 8 12)
+OUT=${OUT:-runs/hyperscale} EACH=${EACH:-6} crs=(2 3 4 6 8 12)
 IFS=, read -ra gpus <<<"${GPUS:-0}"
 IFS=, read -ra seeds <<<"${SEEDS:-0,1}"
+IFS=, read -ra families <<<"${FAMILIES:-countdown,grids,programs,graphs}"
 rows="--retrofit.batch_size=16 --retrofit.seq_len=4096 --retrofit.schedule.steps=0 --retrofit.schedule.steps_per_cr=80 --retrofit.schedule.hold_steps=100 --retrofit.optimizer.decay_steps=600"
 steps=8000 lengths="--max_tokens=240,480,960,1920,3840 --width=1024" longest=3840
 if [[ -n "${SMALL:-}" ]]; then
@@ -93,9 +94,11 @@ for stage in "$@"; do
       done ;;
     analyse)
       sets=("${seeds[@]/#/$OUT/seed}")
-      python -m experiments.hyperscale --sets="$(joined "${sets[@]}")" --methods=vanilla,dms --output="$OUT/seeds"
-      python -m experiments.hyperscale --sets="$OUT/seed0" --output="$OUT/rivals"
-      if [[ -e $OUT/timed/dms/times.jsonl ]]; then python -m experiments.hyperscale --sets="$OUT/timed" --output="$OUT/times"; fi ;;
+      {
+        echo "seeds hyperscale --sets=$(joined "${sets[@]}") --methods=vanilla,dms --output=$OUT/seeds"
+        echo "rivals hyperscale --sets=$OUT/seed0 --output=$OUT/rivals"
+        if [[ -e $OUT/timed/dms/times.jsonl ]]; then echo "times hyperscale --sets=$OUT/timed --output=$OUT/times"; fi
+      } | each 1 ;;
     *) echo "unknown stage $stage; there are train, retrofits, sweep, rivals, lora, times, analyse" >&2; exit 2 ;;
   esac
 done
