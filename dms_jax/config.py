@@ -88,7 +88,7 @@ class ModelConfig:
     rope_scaling: a change of them for longer texts; None for none.
     rope_fraction: share of a head's channels, the first ones, that RoPE turns; 0 for a model without RoPE.
     rope_layers: by layer, whether it has RoPE (SmolLM3); empty for all.
-    sliding_window: tokens that a sliding layer sees, the newest included; None without such layers.
+    sliding_window: tokens that a sliding layer sees and holds, the newest included; None without such layers.
     sliding_layers: by layer, whether it slides; some layer does not.
     local_rope_theta: base of the frequencies of sliding layers, not scaled; None if all layers have the same RoPE.
     rms_norm_eps: added to the mean square in a norm.
@@ -221,8 +221,13 @@ class ModelConfig:
 
   @property
   def ring_window(self) -> int | None:
-    """The window W of sliding layers, in which the newest token is not counted; None without such layers."""
+    """The window of sliding layers, in which the newest token is not counted; None without such layers."""
     return None if self.sliding_window is None else self.sliding_window - 1
+
+  @property
+  def global_layers(self) -> list[int]:
+    """The layers that do not slide."""
+    return [layer for layer in range(self.num_layers) if not (self.sliding_layers and self.sliding_layers[layer])]
 
   @property
   def rotated(self) -> int:

@@ -49,10 +49,13 @@ def soft_bias(z: Float[Array, "B K T"], lag: int) -> Float[Array, "B K T"]:
   return about_key(jax.nn.log_sigmoid(-z), lag, 0.0)
 
 
-def held_tokens(evicted: Bool[Array, "*batch T"], window: int, lengths: Int[Array, "..."] | None = None) -> Array:
+def held_tokens(
+  evicted: Bool[Array, "*batch T"], window: int | Int[Array, "..."], lengths: Int[Array, "..."] | None = None
+) -> Array:
   """Tokens in the cache after T tokens, int32 [...]: the last W + 1, and the earlier ones that are not evicted.
 
   Args:
+    window: W in tokens, or an array that broadcasts against `evicted`.
     lengths: real tokens of each row, from the first on, broadcast against the batch; default T.
   """
   index = jnp.arange(evicted.shape[-1])
@@ -66,8 +69,8 @@ def causal_reads(length):
   return length * (length + 1) / 2
 
 
-def keys_read(evicted: Bool[Array, "*batch T"], window: int) -> Float[Array, "*batch"]:
-  """Keys that T queries see together, the sum of `visible`, float32."""
+def keys_read(evicted: Bool[Array, "*batch T"], window: int | Int[Array, "..."]) -> Float[Array, "*batch"]:
+  """Keys that T queries see together, the sum of `visible`, float32; `window` as in `held_tokens`."""
   length = evicted.shape[-1]
   blind = jnp.maximum(length - 1 - window - jnp.arange(length), 0)  # queries that do not see an evicted key
   return causal_reads(length) - jnp.sum(jnp.where(evicted, blind, 0), axis=-1, dtype=jnp.float32)

@@ -331,23 +331,27 @@ def forward(
     noise = jnp.broadcast_to(noise[:, :, :1], noise.shape)
 
   threshold, slides = 0.0 if eviction is None else per_row(eviction.threshold, 2), model.config.ring_window
-  if eviction is not None and slides is not None and eviction.window not in (None, slides):
-    raise ValueError(f"Eviction.window={eviction.window}: with sliding layers it must be their window, {slides}")
+  window = 0 if eviction is None else dms.window if eviction.window is None else eviction.window
+  if slides is not None and window > slides:
+    raise ValueError(
+      f"window={window} of the eviction or of dms.window: with sliding layers it must be at most their window, {slides}"
+    )
 
   def attend(carry, index, noise_l, q, k, v, logits):
-    if eviction is None:
-      bias = None if slides is None else jnp.zeros((k.shape[0], k.shape[2], k.shape[1]))
-      bias = slid(model.config, index, bias, -jnp.inf)
-      return window_bias_attention(q, k, v, bias, slides or 0, segment_ids), carry, logits
-    window = dms.window if eviction.window is None else eviction.window
+    bias, z = None, logits
+    if eviction is not None:
+      bias, z = evicting(noise_l, logits)
+    out = attention_by_kind(model.config, index, q, k, v, bias, window, segment_ids)
+    return out, carry, z
+
+  def evicting(noise_l, logits):
     if noise_l is not None:
       z = (logits - threshold + noise_l) / eviction.tau
       bias = masks.soft_bias(z, dms.lag(window))
     else:
       z = logits
       bias = masks.hard_bias(masks.about_key(z > threshold, dms.lag(window), False))
-    bias = slid(model.config, index, bias, -jnp.inf)
-    return window_bias_attention(q, k, v, bias, window, segment_ids), carry, z
+    return bias, z
 
   def attend_by(carry, index, xs, q, k, v, x):
     layer, more = xs
@@ -374,21 +378,43 @@ def forward(
   return x, z
 
 
-def slid(config: ModelConfig, index: Array | int, x: Array | None, value: Any) -> Array | None:
-  """`x` of a layer, or `value` throughout in a sliding layer, which evicts every token that leaves its window."""
-  if not config.sliding_layers:
-    return x
-  return jnp.where(jnp.asarray(config.sliding_layers)[index], jnp.asarray(value, x.dtype), x)
+def attention_by_kind(
+  config: ModelConfig, index: Array | int, q: Array, k: Array, v: Array, bias: Array | None, window: int, segment_ids
+) -> Array:
+  """`window_bias_attention` in a layer; in a sliding layer no token is visible outside the layer's own window."""
+  slides, shape = config.ring_window, (k.shape[0], k.shape[2], k.shape[1])
+  if slides is None:
+    return window_bias_attention(q, k, v, bias, window, segment_ids)
+  if bias is None or window == slides:  # one window serves both kinds
+    bias = jnp.zeros(shape) if bias is None else bias
+    bias = jnp.where(jnp.asarray(config.sliding_layers)[index], -jnp.inf, bias)
+    return window_bias_attention(q, k, v, bias, slides, segment_ids)
+  slide = lambda: window_bias_attention(q, k, v, jnp.full(shape, -jnp.inf), slides, segment_ids)
+  evict = lambda: window_bias_attention(q, k, v, bias, window, segment_ids)
+  if isinstance(index, int):
+    return slide() if config.sliding_layers[index] else evict()
+  return lax.cond(jnp.asarray(config.sliding_layers)[index], slide, evict)
 
 
 def evicted_keys(
   model: Model, logits: Float[Array, "L B K T"], threshold: Any, window: int | None = None
-) -> Bool[Array, "L B K T"]:
-  """Which tokens are evicted once their windows have passed: by the gates, and all of a sliding layer."""
+) -> tuple[Bool[Array, "L B K T"], int | Int[Array, "L 1 1 1"]]:
+  """(which tokens are evicted once their windows have passed, these windows), for `masks.held_tokens`.
+
+  The gates decide, with `window` or their own; of a sliding layer all tokens are evicted, after its own window.
+  """
   evicted = masks.about_key(logits > threshold, model.dms.lag(window), False)
-  if not model.config.sliding_layers:
-    return evicted
-  return evicted | jnp.asarray(model.config.sliding_layers)[:, None, None, None]
+  return by_kind(model.config, evicted, model.dms.window if window is None else window)
+
+
+def by_kind(
+  config: ModelConfig, evicted: Bool[Array, "L B K T"], window: int
+) -> tuple[Bool[Array, "L B K T"], int | Int[Array, "L 1 1 1"]]:
+  """(decisions, window), with the window of each layer and every token evicted where the model has sliding layers."""
+  if not config.sliding_layers:
+    return evicted, window
+  slides = jnp.asarray(config.sliding_layers)[:, None, None, None]
+  return evicted | slides, jnp.where(slides, config.ring_window, window)
 
 
 def segment_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -460,7 +486,7 @@ def cached_forward(
     with jax.named_scope("gates"):
       logits = step_gate_logits(model.config, model.dms, layers, logits)
     index, about = jnp.arange(len(layers))[:, None, None, None], jnp.broadcast_to(about, logits.shape)
-    evict = slid(model.config, index, policy.decide(logits, index, about) if override is None else override, True)
+    evict = policy.decide(logits, index, about) if override is None else override
   return StepOutput(x[:rows], seen, logits, plan.lengths, plan.stalled), cache.commit(plan, carry, states, evict)
 
 
@@ -492,7 +518,6 @@ def _attend_cache(
     q, k, v, gates = jax.tree.map(lambda y: y[:rows], (q, k, v, gates))
     of_tokens = jnp.swapaxes(k, 1, 2) if policy.uses_keys else None
     evict = None if how.late_gates else policy.decide(gates, index, about, of_tokens) if override is None else override
-    evict = evict if evict is None else slid(model.config, index, evict, True)
     rated = {"logits": gates} if policy.gate_stats else {}
     out, carry, state, seen = cache.attend(plan, policy, index, carry, state, q, k, v, evict, **rated)
     return _pad_rows(out, how.least_rows), carry, (state, seen, gates)
@@ -600,15 +625,15 @@ def check_policy(model: Model, policy: Policy | None) -> Policy:
     )
   if policy.uses_gates:
     policy = policy.for_gates(model.dms)
-  slides = model.config.ring_window
-  if slides is not None and not policy.evicts:  # its window changes no result
-    policy = policy.replace(window=slides)
+  slides, given = model.config.ring_window, policy.window
   policy = policy.resolved(model.dms.window if model.dms is not None else slides)
-  moves = policy.compacts or policy.exact_prefill or policy.prunes or policy.page
-  if slides is not None and (policy.window != slides or moves):
+  if slides is not None and not policy.evicts:  # its window changes no result
+    policy = policy.replace(window=min(policy.window, slides))
+  if slides is not None and policy.window > slides:
     raise ValueError(
-      f"{type(policy).__name__}: window={policy.window}: this {model.config.family} model has layers that slide over "
-      f"{slides + 1} tokens; it takes DMS, Vanilla or StreamingLLM with window={slides}, which their rings hold"
+      f"{type(policy).__name__}: window={policy.window}{' by its budget' if given is None else ''}: this "
+      f"{model.config.family} model has layers that slide over {slides + 1} tokens and hold no more: give "
+      f"window={slides} or less"
     )
   most = max(model.config.max_position_embeddings, model.dms.window if model.dms is not None else 0)
   if policy.window > most:  # its slots would never be used

@@ -29,8 +29,8 @@ Several devices: --mesh.data=2 --mesh.tensor=4, as of `experiments.evaluate`.
 
 Several model seeds are several runs. `--sets=runs/hyperscale/seed0,runs/hyperscale/seed1 --output=FOLDER`, without a
 checkpoint, analyses them together, `--methods` some of their methods. A set may be made in parts, methods or tasks
-apart, say on several GPUs: it is then the folder of its parts' outputs. Without vanilla among `--methods` a sweep is
-such a part, and there is nothing to compare: it ends with its cells.
+apart, say on several GPUs: it is then the folder of its parts' outputs. A sweep without vanilla is a part: it writes
+its cells and no margins.
 """
 
 from __future__ import annotations
@@ -157,7 +157,9 @@ def make(config: Config, chosen: TasksConfig, folder: Path) -> dict[str, Any]:
   sweeping = Sweeping(
     folder, jobs, found, tokenizer, Limits(config.width, memory, config.traces, config.compare_cr)
   )  # fmt: skip
-  program.save_json(folder / CONFIG, {"config": program.flag_values(), "environment": program.environment()})
+  about = {"config": program.flag_values(), "environment": program.environment()}
+  model = program.fingerprint([checkpoint.fingerprint(config.checkpoint), config.dtype])
+  program.save_json(folder / CONFIG, {**about, "model": model})
   made = sweeping.run()
   if config.timed:
     sweeping.time(config.kv_budget_gib, config.timed_cells)
@@ -232,8 +234,12 @@ def main() -> None:
       (sweep for sweep in sweeps if methods_module.DENSE not in {key[1] for key in sweep.cells}), None
     ):
       if not config.checkpoint:
-        raise ValueError(f"--sets: {lacking.folder} has no {methods_module.DENSE}; margins are over the dense cache")
-      program.log(f"a part of a sweep, without {methods_module.DENSE}: --sets={folder.parent} compares all parts there")
+        what = f"--sets: {lacking.folder} has no {methods_module.DENSE}, over which margins are"
+        raise ValueError(f"{what}: add it to --methods, or give a folder of parts with a sweep of it")
+      program.log(
+        f"a part of a sweep, without {methods_module.DENSE}: with all parts in one folder, "
+        "--sets=FOLDER --output=FOLDER compares them"
+      )
       program.finish({"folder": str(folder), **made})
       return
     fewest = min(cell.chains for sweep in sweeps for cell in sweep.cells.values())

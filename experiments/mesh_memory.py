@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from functools import partial
 from typing import Any
 
 import jax
@@ -43,7 +42,7 @@ class Config:
     rows: chains decoded together, on all devices.
     tokens: of each chain, prompt and answer.
     cr: tokens seen for each one held.
-    window: W of the gates in tokens; none: 256, or that of layers that slide.
+    window: W of the gates in tokens; none: 256, or that of layers that slide if it is smaller.
     dtype: of weights and cache.
     page_format: quantises the pages of the cache: int8 or float8.
     device_gib: memory of a device.
@@ -80,15 +79,22 @@ def measure(config: Config, devices: MeshConfig) -> dict[str, Any]:
   if tensor > 1:
     check_heads(model, tensor)
   mesh, dtype = AbstractMesh((data, tensor), ("data", "tensor")), jnp.dtype(config.dtype)
-  window = config.window or model.ring_window or 256
+  window = config.window or min(256, model.ring_window or 256)
   table = param_table(model, DMSConfig(window=window))
   shards = [NamedSharding(mesh, partition_spec(p, s, mesh, DECODING)).shard_shape(s.shape) for p, s in table.items()]
   heads = dict(num_heads=model.num_heads // tensor, num_kv_heads=model.num_kv_heads // tensor)
   own, rows = dataclasses.replace(model, **heads), config.rows // data
-  make = partial(
-    caches.create, "paged", own, batch=rows, capacity=math.ceil(config.tokens / config.cr), lag=1, dtype=dtype,
-    policy=DMS(window=window), longest=config.tokens, page_format=config.page_format,
-  )  # fmt: skip
+  capacity = math.ceil(config.tokens / config.cr)
+
+  def make():
+    cache = caches.create(
+      "paged", own, batch=rows, capacity=capacity, lag=1, dtype=dtype, policy=DMS(window=window),
+      longest=config.tokens, page_format=config.page_format,
+    )  # fmt: skip
+    return cache.with_pages(
+      max(cache.pages, rows * cache.row_pages(capacity, config.tokens))
+    )  # sliding layers' windows
+
   parts = {
     "weights": sum(map(math.prod, shards)) * dtype.itemsize,
     "cache": jax.eval_shape(make).nbytes,

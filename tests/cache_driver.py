@@ -35,11 +35,14 @@ class Shape:
   group: int
   chunk: int
   length: int  # of the longest row
+  slides: int | None = None  # layer 0 slides over this window
 
   def config(self):
+    sliding = {} if self.slides is None else dict(sliding_window=self.slides + 1, sliding_layers=(True, False))
     return ModelConfig(
-      num_layers=LAYERS, num_heads=self.heads * self.group, num_kv_heads=self.heads, head_dim=HEAD, d_model=8, d_ff=8
-    )
+      num_layers=LAYERS, num_heads=self.heads * self.group, num_kv_heads=self.heads, head_dim=HEAD, d_model=8, d_ff=8,
+      **sliding,
+    )  # fmt: skip
 
   def create(self, kind, capacity=None):
     return caches.create(
@@ -52,6 +55,9 @@ SHAPES = st.builds(
   Shape, window=st.integers(0, 40), shift=st.integers(0, 1), heads=st.integers(1, 3), group=st.integers(1, 3),
   chunk=st.integers(2, 17), length=st.integers(18, 60),
 )  # fmt: skip
+TWO_KINDS = st.builds(
+  lambda shape, more: dataclasses.replace(shape, slides=max(shape.window + more, 1)), SHAPES, st.integers(0, 30)
+)
 
 
 @dataclasses.dataclass
@@ -73,15 +79,19 @@ class Text:
     rate = rng.choice([0.0, 0.2, 0.5, 0.9, 1.0]) if rate is None else rate
     return cls(q, k, v, rng.random((LAYERS, ROWS, shape.heads, shape.length)) < rate)
 
-  def expected(self, window, shift):
-    """(attended [L, B, T, N, H] float64 by the formula, visible [L, B, K, T, T])."""
+  def expected(self, window, shift, slides=None):
+    """(attended [L, B, T, N, H] float64 by the formula, visible [L, B, K, T, T]); `slides` as in `Shape`."""
     layers, rows, length, heads, h = self.q.shape
     group = heads // self.k.shape[3]
     out = np.zeros(self.q.shape)
     seen = np.zeros((layers, rows, self.k.shape[3], length, length), bool)
     for l, b, n in np.ndindex(layers, rows, heads):
       kv = n // group
-      seen[l, b, kv] = mask = oracle.visible(oracle.about(self.evict[l, b, kv], shift), window)
+      if l == 0 and slides is not None:
+        mask = oracle.visible(np.ones(length, bool), slides)
+      else:
+        mask = oracle.visible(oracle.about(self.evict[l, b, kv], shift), window)
+      seen[l, b, kv] = mask
       scores = self.q[l, b, :, n].astype(float) @ self.k[l, b, :, kv].astype(float).T / math.sqrt(h)
       scores = np.where(mask, scores, -np.inf)
       weights = np.exp(scores - scores.max(-1, keepdims=True))
@@ -119,6 +129,8 @@ def inputs(text: Text, start, lengths, width):
 @functools.partial(jax.jit, compiler_options=tiny.QUICK)
 def step_by_logits(cache, policy, q, k, v, logits, lengths, remaining):
   """`step` from gate logits [L, B, K, T] instead of decisions."""
+  if policy.prunes and not cache.takes_chunk(policy, q.shape[2], remaining):
+    cache = cache.prune(policy, lengths > 0)
   plan = cache.plan(policy, lengths, q.shape[2], remaining)
   about = (plan.seen[:, None] + jnp.arange(q.shape[2]) - cache.lag)[:, None]
   about = jnp.broadcast_to(about, (k.shape[1], k.shape[3], k.shape[2]))  # logits may be several a head
@@ -197,7 +209,7 @@ def schedule(rng, shape):
 
 def run(kind, shape, text, steps, policy=None):
   """Checks every step of a run against the formula; returns the cache."""
-  expected, seen = text.expected(shape.window, shape.shift)
+  expected, seen = text.expected(shape.window, shape.shift, shape.slides)
   history = {
     (l, b, k): oracle.slot_reuse(text.evict[l, b, k], shape.window, shape.shift)
     for l, b, k in np.ndindex(LAYERS, ROWS, shape.heads)
@@ -219,10 +231,14 @@ def run(kind, shape, text, steps, policy=None):
     positions = held(cache) if kind != "masked" else {}
     for (l, b, k), slots in positions.items():
       if end := start[b] + lengths[b]:
-        assert sorted(slots) == sorted(history[l, b, k][end - 1])
         assert sorted(slots) == list(np.flatnonzero(seen[l, b, k, end - 1]))
         ring = min(end, shape.window + 1)
         assert all(slots[t % (shape.window + 1)] == t for t in range(end - ring, end))
+        if l == 0 and shape.slides is not None:  # the archive is a ring, too
+          span = shape.slides - shape.window
+          assert all(t % span == slot for slot, t in enumerate(slots[ring:]))
+          continue
+        assert sorted(slots) == sorted(history[l, b, k][end - 1])
         assert slots[ring:] == sorted(slots[ring:])  # the archive is in the order of positions
     start = start + lengths
   np.testing.assert_array_equal(cache.seen, start)

@@ -94,7 +94,7 @@ def other_families() -> None:
   """Biases after projections, which one device alone must add; attention sinks; experts, stacked and apart."""
   for name, data in (("gpt2", 1), ("mixtral", 2), ("gpt_oss", 2)):
     config = dataclasses.replace(OTHER_FAMILIES[name], vocab_size=96)
-    model = fastest_form(tiny.model(config, tiny.dms(window=config.ring_window or WINDOW)))
+    model = fastest_form(tiny.model(config, tiny.dms(window=2 if config.sliding_layers else WINDOW)))
     generates("paged", data, 2, model=model)
 
 

@@ -12,7 +12,7 @@ from dms_jax import policies
 from dms_jax import testing as tiny
 from dms_jax.config import LoRAConfig
 from dms_jax.convert import export
-from dms_jax.model import check_policy
+from dms_jax.model import Eviction, check_policy, forward
 from dms_jax.retrofit import RetrofitConfig
 from dms_jax.retrofit.loop import prepare
 from dms_jax.retrofit.step import Batch, init_state, train_step, trained_model
@@ -44,29 +44,55 @@ def test_what_is_left_out_is_refused_by_name(tmp_path):
 
 
 def test_sliding_layers_bound_windows_and_gates():
-  """All layers have rings of one size, the sliding layers' windows; other windows and policies are refused by name."""
+  """Rings are as large in all layers, and no sliding layer holds more than its window; other gates are refused."""
   config = OTHER_FAMILIES["gemma3"]
-  with pytest.raises(ValueError, match=r"dms\.window=7: a gemma3_text model .* over 6 tokens needs dms\.window=5"):
+  with pytest.raises(
+    ValueError, match=r"dms\.window=7: a gemma3_text model .* over 6 tokens takes dms\.window=5 at most"
+  ):
     tiny.model(config, tiny.dms(window=7))
   with pytest.raises(ValueError, match=r"dms\.gate='neuron': a gemma3_text model"):
     tiny.model(config, tiny.dms(gate="neuron"))
   with pytest.raises(ValueError, match=r"dms\.elastic=2,8: a gemma3_text model .* takes gates for one ratio"):
     tiny.model(config, tiny.dms(window=5, elastic=(2.0, 8.0)))
   model = tiny.model(config)
-  assert check_policy(model, None).window == 5
-  for policy in (policies.StreamingLLM(window=6), policies.TOVA(budget=9)):
-    with pytest.raises(ValueError, match=f"{type(policy).__name__}: window=.* takes DMS, Vanilla or StreamingLLM with"):
+  assert check_policy(tiny.model(config, tiny.dms(window=2)), None).window == 2
+  for policy in (policies.StreamingLLM(window=6), policies.H2O(budget=20)):
+    with pytest.raises(ValueError, match=f"{type(policy).__name__}: window=.* hold no more: give window=5 or less"):
       check_policy(model, policy)
   with pytest.raises(ValueError, match="every layer slides"):
     family("gemma3_text", sliding_window=6, sliding_layers=(True, True))
 
 
+@pytest.mark.parametrize("window", [2, 5])
+def test_gradients_of_layers_of_two_kinds(window):
+  """A scan chooses each layer's window as it runs, a list of layers as it is traced: the gradients are equal."""
+  config = OTHER_FAMILIES["gemma3"]
+  model, tokens = tiny.model(config, tiny.dms(window=window)), tiny.tokens(config, ROWS, LENGTH)
+  noise = jax.random.logistic(jax.random.key(0), (config.num_layers, ROWS, config.num_kv_heads, LENGTH))
+
+  @quick
+  def gradients(model):
+    def loss(params):
+      hidden, z = forward(model.replace(params=params), tokens, eviction=Eviction(noise=noise, tau=1.0))
+      return jnp.sum(jnp.sin(hidden)) + jnp.sum(jnp.tanh(z))
+
+    return jax.grad(loss)(model.params)
+
+  stacked, listed = gradients(model), model.replace(params=gradients(model.unstacked())).stacked().params
+  assert np.abs(stacked["layers"]["dms_proj"]).max() > 1e-3
+  jax.tree.map(lambda x, y: close(x, y, rtol=1e-4), stacked, listed)  # sums over tokens run in another order
+
+
 @pytest.mark.parametrize("name", [name for name in OTHER_FAMILIES if name != "phi3"])  # its layers are Llama's
 def test_retrofit_reaches_its_ratio(name):
-  """By gates and low-rank updates; the trained model then reads a text in chunks and steps as it does at once."""
+  """By gates and low-rank updates; the trained model then reads a text in chunks and steps as it does at once.
+
+  The window is smaller than that of layers that slide, if there are any.
+  """
   config = OTHER_FAMILIES[name]
+  window = 2 if config.sliding_layers else 5
   base, tokens = tiny.model(config), tiny.tokens(config, ROWS, LENGTH)
-  student, teacher, trained = prepare(base, tiny.dms(window=config.ring_window or 5), LoRAConfig(rank=2), CONFIG)
+  student, teacher, trained = prepare(base, tiny.dms(window=window), LoRAConfig(rank=2), CONFIG)
   state, batch = init_state(CONFIG, trained), Batch(tokens)
   with jax.numpy_dtype_promotion("standard"):  # optax
     for _ in range(CONFIG.schedule.steps):

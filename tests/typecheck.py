@@ -53,5 +53,5 @@ def _type(text, names):
   holder = types.SimpleNamespace(__annotations__={"value": text})
   try:
     return typing.get_type_hints(holder, names, include_extras=True)["value"]
-  except Exception:
+  except NameError:
     return typing.Any

@@ -12,6 +12,7 @@ from dms_jax.cache.contiguous import ContiguousCache as ContiguousCache
 from dms_jax.cache.masked import MaskedCache as MaskedCache
 from dms_jax.cache.paged import PagedCache as PagedCache
 from dms_jax.cache.sharded import ShardedCache as ShardedCache
+from dms_jax.cache.sliding import Sliding
 from dms_jax.config import ModelConfig
 from dms_jax.policies import Policy
 
@@ -77,16 +78,17 @@ def create(
       a policy.)
 
   Raises:
-    ValueError: `kind` is unknown, `policy` and `window` are both given or both missing, or `PagedCache.create` refuses
-      an option.
+    ValueError: `kind` is unknown, `policy` and `window` are both given or both missing, `PagedCache.create` refuses an
+      option, or the window is larger than that of layers that slide.
   """
   if kind not in KINDS:
     raise ValueError(f"unknown cache {kind!r}; there are {sorted(KINDS)}")
   if (policy is None) == (window is None):
     raise ValueError("caches.create: give either policy= or window=")
+  policy = policy or Policy(window=window)
   if kind == "paged":
     options["longest"] = longest
   return KINDS[kind].create(
     config.num_layers, batch, config.num_kv_heads, config.head_dim, capacity=capacity, lag=lag, dtype=dtype,
-    policy=policy or Policy(window=window), group=config.num_heads // config.num_kv_heads, **options,
+    policy=policy, group=config.num_heads // config.num_kv_heads, sliding=Sliding.of(config, policy.window), **options,
   )  # fmt: skip

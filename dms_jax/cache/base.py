@@ -28,6 +28,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dms_jax.attention import NEVER
+from dms_jax.cache.sliding import Sliding
 from dms_jax.execution import Execution
 from dms_jax.policies import Observation, Policy
 from pallas_kernels.paged.format import floats
@@ -189,6 +190,7 @@ class Common:
     stats: the policy's statistics, name -> float32 [L, B, K, S].
     memory: the policy's memory, name -> float32 [L, B, K, own axes].
     window, lag: see `Cache`.
+    sliding: the layers that slide; None if no layer does.
   """
 
   kv: jax.Array
@@ -198,6 +200,7 @@ class Common:
   memory: dict[str, jax.Array]
   window: int = struct.field(pytree_node=False)
   lag: int = struct.field(pytree_node=False)
+  sliding: Sliding | None = struct.field(pytree_node=False)
 
   @property
   def slots(self) -> int:
@@ -239,6 +242,27 @@ class Common:
     if lack <= 0 or self.slots >= most:
       return self
     return self.grow(max(min(rounded(max(self.slots + lack, int(self.slots * GROWTH))), rounded(most)), self.slots))
+
+  def _in_force(self, layer: Int[Array, ""] | int | slice, evicted: Bool[Array, "*n"]) -> tuple[Bool[Array, "*n"], Any]:
+    """(which tokens are evicted, and after which window), of a layer, or of all [L, B, K, ...] for `slice(None)`.
+
+    A sliding layer evicts every token, after a window of its own.
+    """
+    if self.sliding is None:
+      return evicted, self.window
+    slides = jnp.asarray(self.sliding.layers)[layer]
+    slides = slides.reshape(slides.shape + (1,) * (evicted.ndim - 1) if slides.ndim else ())
+    return evicted | slides, jnp.where(slides, self.sliding.window, self.window)
+
+  def _last_visible(self, layer: Int[Array, ""] | int, evicted, position) -> Int[Array, "B K S"]:
+    """`last_visible` in a layer."""
+    evicted, window = self._in_force(layer, evicted)
+    return last_visible(evicted, position, window)
+
+  def _held(self) -> Int[Array, "L B K"]:
+    """`live` of the layers where the policy decides, and 0 of others."""
+    held = self.live()
+    return held if self.sliding is None else jnp.where(self.sliding.heads, 0, held)
 
   def takes_chunk(self, policy: Policy, num_tokens: int, remaining: Int[Array, "B"] | None) -> bool:
     """Whether a step is a chunk of a prompt, not a decode step.
@@ -351,7 +375,9 @@ def observation(
   )  # fmt: skip
 
 
-def last_visible(evicted: Bool[Array, "B K S"], position: Int[Array, "B #K S"], window: int) -> Int[Array, "B K S"]:
+def last_visible(
+  evicted: Bool[Array, "B K S"], position: Int[Array, "B #K S"], window: int | Int[Array, ""]
+) -> Int[Array, "B K S"]:
   """Position of the last query that sees each key: `position` + W if the key is evicted, else NEVER."""
   return jnp.where(evicted, position + window, NEVER)
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dms_jax.attention import NEVER, prefill_attention
 from dms_jax.cache import replay
-from dms_jax.cache.base import Plan, Usage, count_reads, last_visible, observation, packed, queries_of, rows_of
+from dms_jax.cache.base import Plan, Usage, count_reads, observation, packed, queries_of, rows_of
 from dms_jax.cache.compact import moves
 from dms_jax.policies import Candidates, Policy
 from dms_jax.policies.base import Stats
@@ -56,22 +56,34 @@ def attend(
   rows, head = jnp.arange(len(q))[:, None, None], jnp.arange(heads)[:, None]
   window, reserved = _window(cache, plan, layer, carry, flags, k, v, evict), plan.placement.reserved
   stop = plan.seen + plan.lengths
-  leaves = (window.real & ~window.stays)[:, None] & ~window.evicted
+  left = (window.real & ~window.stays)[:, None]
+  leaves = left & ~window.evicted
+  own = None if cache.sliding is None else _slid(cache, layer, window, left, stop)
+  if own is not None:
+    leaves = jnp.where(own.here, own.leaves, leaves)
   stats = _window_stats(cache, plan, policy, layer, carry, window, logits)
   ring_slot = jnp.where(window.stays, window.slot, slots)[:, None]
   flags = flags.at[rows, head, jnp.where(window.stays, window.slot, ring)[:, None]].set(window.evicted, mode="drop")
+  displaced = None
   if not policy.compacts:
     # Write before the archive is read: in the other order XLA may copy the whole cache twice in every layer. The read
-    # is the same, because appended tokens lie behind the `archived` slots that count below.
-    to_archive = ring + archived[..., None] + jnp.cumsum(leaves, axis=-1) - 1
+    # is the same, because appended tokens lie behind the `archived` slots that count below. What a sliding layer
+    # overwrites is read before.
+    to_archive, stored = ring + archived[..., None] + jnp.cumsum(leaves, axis=-1) - 1, window.rows
+    if own is not None:
+      to_archive = jnp.where(own.here, ring + own.place, to_archive)
+    if own is not None and min(cache.sliding.span, slots - ring) > 0:
+      displaced, stored = _displaced(cache, layer, carry, reserved, window, leaves, own, archived)
     target = jnp.where(leaves, to_archive, ring_slot)
-    carry = cache._written(carry, reserved, layer, target, window.rows)
+    carry = cache._written(carry, reserved, layer, target, stored, in_order=displaced is None)
     held = {n: x.at[layer, rows, head, target].set(stats[n], mode="drop") for n, x in carry.stats.items()}
     carry = carry.replace(stats=held)
 
   replayed = None
   if policy.replays:
     replayed = replay.replay(cache, plan, policy, layer, carry, window, stats, archived)
+    if own is not None:
+      replayed = _slid_replay(replayed, own, archived)
 
   # The window's keys come first. The place of a key then does not depend on the size of the cache, sums keep their
   # order, and free slots come last.
@@ -80,9 +92,16 @@ def attend(
   in_archive = jnp.arange(slots - ring) < archived[..., None]
   real = jnp.broadcast_to(window.real[:, None], window.evicted.shape)
   position = window.position[:, None]
-  first = jnp.concatenate([jnp.where(real, position, NEVER), jnp.where(in_archive, -1, NEVER)], axis=-1)
-  last = jnp.where(real, last_visible(window.evicted, position, cache.window), -1)
-  last = jnp.concatenate([last, jnp.where(in_archive, NEVER, -1)], axis=-1)
+  until, there = NEVER, in_archive
+  if own is not None:
+    until = jnp.where(own.here, own.until, NEVER)
+    there = in_archive if displaced is None else in_archive & (own.stays | ~own.here)
+  first = jnp.concatenate([jnp.where(real, position, NEVER), jnp.where(there, -1, NEVER)], axis=-1)
+  last = jnp.where(real, cache._last_visible(layer, window.evicted, position), -1)
+  last = jnp.concatenate([last, jnp.where(there, until, -1)], axis=-1)
+  if displaced is not None:
+    keys = jnp.concatenate([displaced.rows, keys], axis=2)
+    first, last = (jnp.concatenate(x, axis=-1) for x in ((displaced.first, first), (displaced.last, last)))
   if replayed is not None:
     last = jnp.minimum(last, replayed.last)
   q_pos = jnp.where(window.real[:, ring:], window.position[:, ring:], -2)
@@ -120,10 +139,11 @@ def attend(
       stats = {name: jnp.where(active[:, None, None], after[name], stat) for name, stat in stats.items()}
     out, carry, archived = _cut(
       cache, policy, layer, carry, reserved, window, leaves, in_archive, archive, stats, out, active, stop,
-      plan.remaining,
+      plan.remaining, own=own,
     )  # fmt: skip
   else:
     archived = archived + jnp.sum(leaves, axis=-1, dtype=jnp.int32)
+    archived = archived if own is None else jnp.where(own.here, own.archived, archived)
   if policy.page:
     carry = cache._all_summarised(policy, layer, carry, reserved, archived)
   live = jnp.minimum(stop[:, None], ring) + archived
@@ -150,7 +170,7 @@ def _cut(
   cache: RingCache, policy: Policy, layer: Int[Array, ""] | int, carry: LayerCarry, reserved: Any, window: Window,
   leaves: Bool[Array, "B K X"], in_archive: Bool[Array, "B K A"], archive: Float[Array, "B K A width"],
   stats: dict[str, Float[Array, "B K AX"]], out: Any, active: Bool[Array, "B"], stop: Int[Array, "B"],
-  remaining: Int[Array, "B"], known_as: Int[Array, ""] | None = None,
+  remaining: Int[Array, "B"], known_as: Int[Array, ""] | None = None, own: Slid | None = None,
 ):  # fmt: skip
   """Lets the policy say which tokens outside the window stay, and writes them: (out, carry, archived [B, K]).
 
@@ -162,6 +182,7 @@ def _cut(
     stop: tokens that each row has read.
     remaining: tokens of the prompt still to come.
     known_as: the layer's number for the policy, where `carry` has this layer alone.
+    own: what happens instead if the layer slides.
   """
   ring, slots, (b, heads, _), h = cache.ring, cache.slots, leaves.shape, archive.shape[-1] // 2
   rows, head = jnp.arange(b)[:, None, None], jnp.arange(heads)[:, None]
@@ -178,13 +199,17 @@ def _cut(
   stays = live & policy.compact(candidates)
   # The barrier makes attention read the archive before the write; a read after the write would copy the cache. So would
   # a write that reads its rows from the archive itself, into which XLA would fuse the two.
-  out, stays, stats, archive, own, carry = lax.optimization_barrier((out, stays, stats, archive, window.rows, carry))
+  out, stays, stats, archive, new, carry = lax.optimization_barrier((out, stays, stats, archive, window.rows, carry))
   moved = moves(jnp.where(active[:, None, None], stays, live), slots - ring, in_order)
 
   in_ring = jnp.broadcast_to(jnp.where(window.stays, window.slot, slots)[:, None], leaves.shape)
   elsewhere = ordered(in_ring, jnp.full(in_archive.shape, slots, in_ring.dtype))
   target = jnp.where(moved.target < slots - ring, ring + moved.target, elsewhere)
-  stored = ordered(own, packed(archive, own.dtype))
+  if own is not None:
+    kept = ordered(jnp.where(leaves, ring + own.place, in_ring), jnp.full_like(in_archive, slots, in_ring.dtype))
+    target, in_order = jnp.where(own.here, kept, target), False
+    moved = moved.replace(archived=jnp.where(own.here, own.archived, moved.archived))
+  stored = ordered(new, packed(archive, new.dtype))
   carry = cache._written(carry, reserved, layer, target, stored, in_order)
   for name, stat in stats.items():
     held = carry.stats[name].at[layer, :, :, ring:].set(stat[..., : slots - ring])
@@ -193,6 +218,82 @@ def _cut(
   if policy.remembers:
     carry = carry.replace(memory=policy.renew(carry.memory, layer, active & (remaining == 0)))
   return out, carry, moved.archived
+
+
+class Slid(NamedTuple):
+  """What a chunk does in a layer if that layer slides.
+
+  Attributes:
+    here: bool [], whether it does.
+    leaves: bool [B, 1, X], the tokens of `Window` that leave the ring for the archive.
+    place: int32 [B, 1, X], their archive slots.
+    until: int32 [B, 1, A], the last query that sees each token of the archive before the chunk.
+    stays: bool [B, 1, A], whether the token's slot is not overwritten.
+    archived: int32 [B, 1], tokens in the archive after the chunk.
+  """
+
+  here: Bool[Array, ""]
+  leaves: Bool[Array, "B 1 X"]
+  place: Int[Array, "B 1 X"]
+  until: Int[Array, "B 1 A"]
+  stays: Bool[Array, "B 1 A"]
+  archived: Int[Array, "B 1"]
+
+
+def _slid(cache: RingCache, layer, window: Window, left: Bool[Array, "B 1 X"], stop: Int[Array, "B"]) -> Slid:
+  """The `Slid` of a chunk after which rows have read `stop` tokens, those `left` no longer in the ring."""
+  sliding, position, slots = cache.sliding, window.position[:, None], cache.slots - cache.ring
+  before, after = (sliding.positions(tokens, slots)[:, None] for tokens in (cache.seen, stop))
+  return Slid(
+    here=sliding.at(layer), leaves=left & (position >= stop[:, None, None] - 1 - sliding.window),
+    place=sliding.place(position), until=before + sliding.window, stays=before == after,
+    archived=sliding.archived(stop)[:, None],
+  )  # fmt: skip
+
+
+class Displaced(NamedTuple):
+  """The tokens of a sliding layer's archive that a chunk of T tokens overwrites, by the token that takes the slot.
+
+  Attributes:
+    rows: [B, K, T, 2H], keys and values as numbers; arbitrary where there is none.
+    first, last: int32 [B, K, T], the first and the last query that see each; none does in a layer that does not slide.
+  """
+
+  rows: Float[Array, "B K T width"]
+  first: Int[Array, "B K T"]
+  last: Int[Array, "B K T"]
+
+
+def _displaced(
+  cache: RingCache, layer, carry: LayerCarry, reserved: Any, window: Window, leaves: Bool[Array, "B K X"], own: Slid,
+  archived: Int[Array, "B K"],
+) -> tuple[Displaced, Shaped[Array, "B K X width"]]:  # fmt: skip
+  """(the `Displaced` of a chunk, `window.rows` to be written).
+
+  The write depends on the read of what it overwrites, so that it follows and needs no copy of the cache.
+  """
+  count = leaves.shape[-1] - cache.ring  # no later token of the window can leave the ring
+  goes, place = leaves[..., :count], jnp.broadcast_to(own.place[..., :count], (*archived.shape, count))
+  old = cache._archive_at(carry, reserved, layer, jnp.minimum(place, cache.slots - cache.ring - 1))
+  there = own.here & goes & (place < archived[..., None])
+  until = jnp.broadcast_to(own.until, (*archived.shape, own.until.shape[-1]))
+  until = jnp.take_along_axis(until, place, -1, mode="clip")
+  new, kept = jnp.split(window.rows, [count], axis=2)
+  written = (goes | window.stays[:, None, :count])[..., None]
+  stored = jnp.concatenate([jnp.where(written, new, packed(old, new.dtype)), kept], axis=2)
+  return Displaced(old, jnp.where(there, -1, NEVER), jnp.where(there, until, -1)), stored
+
+
+def _slid_replay(replayed: replay.Replayed, own: Slid, archived: Int[Array, "B K"]) -> replay.Replayed:
+  """`replayed`, but in a layer that slides what `own` says, where `archived` tokens were in the archive."""
+  slots = replayed.place.shape[-1] - own.leaves.shape[-1]
+  stays = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (*archived.shape, slots))
+  entering = jnp.broadcast_to(jnp.where(own.leaves, own.place, slots), (*archived.shape, own.leaves.shape[-1]))
+  return replayed.replace(
+    last=jnp.where(own.here, NEVER, replayed.last),
+    place=jnp.where(own.here, jnp.concatenate([entering, stays], axis=-1), replayed.place),
+    archived=jnp.where(own.here, own.archived, replayed.archived),
+  )
 
 
 def _window_stats(

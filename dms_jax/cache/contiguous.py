@@ -18,12 +18,13 @@ class ContiguousCache(RingCache):
   """`kv` [L, B, K, S, 2H] holds the ring in slots 0 .. W, then the archive."""
 
   @classmethod
-  def create(cls, layers, batch, heads, head_dim, *, capacity, policy, lag, dtype, group=1):
+  def create(cls, layers, batch, heads, head_dim, *, capacity, policy, lag, dtype, group=1, sliding=None):
     """An empty cache.
 
     Args:
       capacity: slots a head, the ring's W + 1 included; fewer than W + 1 are rounded up to it.
       policy, lag, dtype, group: see `cache.create`.
+      sliding: the layers that slide; None for none.
     """
     ring, page, lead, dtype = policy.window + 1, policy.page, (layers, batch, heads), storage_dtype(dtype)
     cache = cls(
@@ -32,7 +33,7 @@ class ContiguousCache(RingCache):
       stats={name: jnp.zeros((*lead, ring), jnp.float32) for name in policy.stats},
       memory=empty_memory(policy, lead, group, head_dim),
       summaries=jnp.zeros((*lead, 0, 2 * head_dim), dtype) if page else None,
-      window=policy.window, lag=lag, page=page,
+      window=policy.window, lag=lag, sliding=sliding, page=page,
     )  # fmt: skip
     return cache.grow(max(capacity, ring))
 

@@ -205,10 +205,19 @@ def check_fits(cache: Cache | ShardedCache, stored: HostRow) -> None:
     ("window", stored.window, cache.window), ("lag", stored.lag, cache.lag),
     ("dtype", stored.kv.dtype, cache.kv.dtype), ("archive", stored.pages.dtype, cells),
     ("masked", stored.masked, masked), ("page of the policy", stored.page, 0 if masked else cache.page),
+    ("tokens of sliding layers", *_sliding_tokens(cache, stored)),
     ("statistics", sorted(stored.stats), sorted(cache.stats)), ("memory", sorted(stored.memory), sorted(cache.memory)),
   ):  # fmt: skip
     if theirs != ours:
       raise ValueError(f"a stored row with {name} {theirs} does not fit a cache with {ours}")
+
+
+def _sliding_tokens(cache: Cache, stored: HostRow) -> tuple[list[int], list[int]]:
+  """(numbers of tokens in the archives of layers that slide, those that there must be)."""
+  if cache.sliding is None or stored.masked:
+    return [], []
+  found = np.unique(stored.archived[cache.sliding.heads[:, 0, 0]])
+  return found.tolist(), [min(max(int(stored.seen) - cache.ring, 0), cache.sliding.span)]
 
 
 def device_pages(cache: PagedCache | ShardedCache, rows: Sequence[HostRow]) -> int:

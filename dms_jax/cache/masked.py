@@ -18,7 +18,6 @@ from dms_jax.cache.base import (
   blended,
   count_reads,
   empty_memory,
-  last_visible,
   observation,
   queries_of,
   rows_of,
@@ -54,12 +53,13 @@ class MaskedCache(Common):
   """
 
   @classmethod
-  def create(cls, layers, batch, heads, head_dim, *, capacity, policy, lag, dtype, group=1):
+  def create(cls, layers, batch, heads, head_dim, *, capacity, policy, lag, dtype, group=1, sliding=None):
     """An empty cache.
 
     Args:
       capacity: S, tokens a row.
       policy, lag, dtype, group: see `cache.create`.
+      sliding: the layers that slide; None for none.
     """
     shape = (layers, batch, heads, capacity)
     return cls(
@@ -70,6 +70,7 @@ class MaskedCache(Common):
       memory=empty_memory(policy, shape[:3], group, head_dim),
       window=policy.window,
       lag=lag,
+      sliding=sliding,
     )
 
   def layer_carry(self, leaving=None):
@@ -103,7 +104,8 @@ class MaskedCache(Common):
     """Tokens visible to the newest query, int32 [L, B, K]."""
     position = jnp.arange(self.slots)
     newest = (self.seen - 1)[:, None, None]
-    visible = (newest - position <= self.window) | ~self.evicted
+    evicted, window = self._in_force(slice(None), self.evicted)
+    visible = (newest - position <= window) | ~evicted
     return jnp.sum(visible & (position <= newest), axis=-1, dtype=jnp.int32)
 
   def plan(self, policy, lengths, num_tokens, remaining=None):
@@ -129,6 +131,8 @@ class MaskedCache(Common):
     there = (left >= 0) & (plan.lengths > 0)[:, None]
     slot = jnp.full_like(at[..., 0], -1) if retired.slot is None else retired.slot
     taken = jnp.where(there & retired.keep & (slot >= 0), slot, self.slots)
+    if self.sliding is not None:  # nothing is merged there; what is evicted does not matter
+      taken = jnp.where(self.sliding.heads, self.slots, taken)
     gone = there & ~retired.keep if retired.merge is None else there & (~retired.keep | (slot >= 0))
     forgotten = jnp.where(gone, at[..., 0], self.slots)
     if retired.merge is None:
@@ -174,9 +178,11 @@ class MaskedCache(Common):
     replays = plan.remaining is not None and policy.replays
     if replays:
       state, forgotten = replay.masked(policy, plan, self.window, t, state, {n: x[layer] for n, x in stats.items()})
+      if self.sliding is not None:
+        forgotten = jnp.where(self.sliding.at(layer), NEVER, forgotten)
     held = index < stop[:, None, None]
     first = jnp.where(held, index, NEVER)
-    last = jnp.where(held, last_visible(state, index, self.window), -1)
+    last = jnp.where(held, self._last_visible(layer, state, index), -1)
     if replays:
       last = jnp.where(held & (forgotten < NEVER), forgotten, last)
     live = count_reads(first, last, stop - 1, stop)
@@ -210,7 +216,7 @@ class MaskedCache(Common):
         stats = {name: stat.at[layer].set(own[name]) for name, stat in stats.items()}
     if plan.remaining is not None and policy.compacts and not replays:
       state, memory = self._cut(policy, layer, held_rows, own, state, memory, stop, plan.lengths > 0, remaining)
-      live = count_reads(first, jnp.where(held, last_visible(state, index, self.window), -1), stop - 1, stop)
+      live = count_reads(first, jnp.where(held, self._last_visible(layer, state, index), -1), stop - 1, stop)
     return out, (kv, stats, memory), state, Usage(live, count_reads(first, last, plan.seen, stop))
 
   def _cut(self, policy, layer, rows, stats, evicted, memory, stop, active, remaining):
@@ -233,7 +239,7 @@ class MaskedCache(Common):
     return evicted, policy.renew(memory, layer, active & (remaining == 0)) if policy.remembers else memory
 
   def prune(self, policy, active):
-    due = active & on_any(policy.due(self.seen, self.live()))
+    due = active & on_any(policy.due(self.seen, self._held()))
 
     def body(layer, state):
       evicted, memory = state
@@ -258,6 +264,8 @@ class MaskedCache(Common):
     summaries = policy.summarise(keys.reshape(b, heads, pages, policy.page, h), live)
     q = q.reshape(b, heads, -1, h)
     chosen = policy.select(layer, q, summaries, jnp.any(live, axis=-1), stop)
+    if self.sliding is not None:
+      chosen |= self.sliding.at(layer)
     return jnp.repeat(chosen, policy.page, axis=-1)[..., :slots] | (jnp.arange(slots) >= left)
 
   def commit(self, plan, carry, states, evict=None):

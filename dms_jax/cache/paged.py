@@ -76,14 +76,15 @@ class PagedCache(RingCache):
 
   @classmethod
   def create(
-    cls, layers, batch, heads, head_dim, *, capacity, policy, lag, dtype, group=1, longest=None, page_size=None,
-    page_format=None,
+    cls, layers, batch, heads, head_dim, *, capacity, policy, lag, dtype, group=1, sliding=None, longest=None,
+    page_size=None, page_format=None,
   ):  # fmt: skip
     """An empty cache.
 
     Args:
       capacity: slots a head, the ring included, averaged over heads and rows; it sets the number of pages.
       policy, lag, dtype, group: see `cache.create`.
+      sliding: the layers that slide; None for none.
       longest: the most slots that one head may hold, the ring included; default `capacity`.
       page_size: slots of a page; default the policy's, else the format's.
       page_format: a key of `pallas_kernels.paged.FORMATS`: "int8" and "float8" store the archive in 8 bits, with a
@@ -107,7 +108,7 @@ class PagedCache(RingCache):
       stats={name: jnp.zeros((*lead, ring), jnp.float32) for name in policy.stats},
       memory=empty_memory(policy, lead, group, head_dim),
       summaries=jnp.zeros((*lead, 0, 2 * head_dim), stored) if policy.page else None,
-      window=policy.window, lag=lag, page=policy.page, store=store, table=table, page_size=size,
+      window=policy.window, lag=lag, sliding=sliding, page=policy.page, store=store, table=table, page_size=size,
     )  # fmt: skip
     return cache.with_capacity(capacity, longest or 0)
 
@@ -158,13 +159,27 @@ class PagedCache(RingCache):
       summaries=pad(self.summaries, more),
     )
 
+  def row_pages(self, slots: int, tokens: int | None = None, least: int = 0) -> int:
+    """Pages of a row whose heads need `slots` slots each, the ring's included, `least` or more a head.
+
+    Args:
+      tokens: of the row's text, which bound the slots in layers that slide; default `slots`.
+    """
+    layers, _, heads = self.archived.shape
+    pages = lambda archived: heads * max(-(-archived // self.page_size), least)
+    if self.sliding is None:
+      return layers * pages(slots - self.ring)
+    sliding = sum(self.sliding.layers)
+    own = min((slots if tokens is None else tokens) - self.ring, self.sliding.span)
+    return (layers - sliding) * pages(slots - self.ring) + sliding * pages(own)
+
   def with_capacity(self, capacity, longest):
     """The same tokens with a pool for `capacity` slots a head on average, and tables for `longest` slots a head.
 
     Raises:
       ValueError: the pool has more pages than `capacity` needs.
     """
-    pages = self.archived.size * max(-(-(capacity - self.ring) // self.page_size), 1)
+    pages = self.archived.shape[1] * self.row_pages(capacity, least=1)
     if pages < self.pages:
       raise ValueError(f"capacity={capacity} is below the {self.pages} pages of {self.page_size} slots there are")
     return self.grow(max(capacity, longest, self.ring + 1, self.slots)).with_pages(pages)
@@ -187,12 +202,20 @@ class PagedCache(RingCache):
     """
     layers, batch, heads = self.archived.shape
     sharing = batch if rows is None else jnp.maximum(jnp.sum(rows), 1)
-    places = jnp.minimum(
-      self.table.owned + self.table.pool.count // (layers * sharing * heads), self.table.pages.shape[3]
-    )
+    sharers = layers * sharing * heads
+    if self.sliding is not None:  # those of sliding layers that own all they will ever need share nothing
+      full = self.sliding.heads & (self.table.owned * self.page_size >= self.sliding.span)
+      mine = True if rows is None else rows[:, None]
+      sharers = jnp.maximum(jnp.sum(~full & mine), 1)
+    places = jnp.minimum(self.table.owned + self.table.pool.count // sharers, self.table.pages.shape[3])
     slots = places * self.page_size
+    if self.sliding is not None:
+      lacks = self.sliding.heads & (slots < self.sliding.span)
+      slots = jnp.where(self.sliding.heads & ~lacks, 2 * ENDLESS, slots)
     room = jnp.min(slots - self.archived, axis=(0, 2)) + jnp.maximum(self.ring - self.seen, 0)
     bounded = policy.capacity(self.seen + ENDLESS) <= self.ring + jnp.min(slots, axis=(0, 2))
+    if self.sliding is not None:
+      bounded &= ~jnp.any(lacks, axis=(0, 2))
     return jnp.where(bounded, ENDLESS, room)
 
   def ensure_capacity(self, policy, coming, most):
@@ -210,14 +233,18 @@ class PagedCache(RingCache):
     """The pages of the pool that `ensure_capacity` gives, from the content of the arrays, numpy, that it depends on."""
     size, ring = self.page_size, self.ring
     # slots of a head, whatever is kept
-    bound = np.asarray(policy.capacity(jnp.asarray(seen + coming, jnp.int32))) - ring
+    bound = (np.asarray(policy.capacity(jnp.asarray(seen + coming, jnp.int32))) - ring)[:, None]
+    longest = most - ring
+    if self.sliding is not None:
+      bound = np.where(self.sliding.heads, self.sliding.span, bound)
+      longest = np.where(self.sliding.heads, min(self.sliding.span, longest), longest)
     entering = np.maximum(seen + coming - ring, 0) - np.maximum(seen - ring, 0)
-    after = np.minimum(archived + entering[:, None], np.maximum(bound[:, None], archived))
+    after = np.minimum(archived + entering[:, None], np.maximum(bound, archived))
     lack = int(np.maximum(-(-after // size) - owned, 0).sum()) - int(free)
     if lack <= 0:
       return self.pages
     rate = archived / np.maximum(seen - ring, 1)[:, None]
-    whole = np.minimum(np.maximum(rate * (most - ring), archived), most - ring)
+    whole = np.minimum(np.maximum(rate * (most - ring), archived), longest)
     foreseen = int((-(-whole // size)).sum() + (-(-after // size) - archived // size).sum())
     pages, few = self.pages + max(lack, min(self.pages, foreseen - self.pages)), SHAPES * archived.size
     return -(-pages // few) * few

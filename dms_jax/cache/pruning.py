@@ -35,6 +35,8 @@ def prune(cache: RingCache, policy: Policy, due: Bool[Array, "B"]) -> RingCache:
   def cut(archive, step, cache):
     layer, place = step % layers, step // layers * together + jnp.arange(together)
     rows = jnp.where(place < count, jnp.take(first, place, mode="clip"), b)
+    if cache.sliding is not None:  # no row of a layer that slides
+      rows = jnp.where(cache.sliding.at(layer), b, rows)
     own = cache._rows_of(layer, rows, archive)
     return cache._with_rows(layer, rows, chunk.pruned(own, of_places(policy, rows), layer, rows < b))
 

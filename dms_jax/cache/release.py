@@ -19,10 +19,12 @@ from dms_jax.cache.paged import PagedCache
 
 
 def _own(cache: PagedCache) -> Bool[Array, "L B K A"]:
-  """The archive slots in use that lie in pages of one owner."""
+  """The archive slots in use that lie in pages of one owner, but none of a sliding layer, which keeps its window."""
   table = cache.table
   owners = table.pool.owners[jnp.clip(table.pages, 0, cache.pages - 1)]
   single = jnp.repeat(owners == 1, cache.page_size, axis=-1)
+  if cache.sliding is not None:
+    single &= ~cache.sliding.heads[..., None]
   return single & (jnp.arange(single.shape[-1]) < cache.archived[..., None])
 
 
@@ -57,6 +59,8 @@ def release(cache: PagedCache, floor: Float[Array, "B"], in_order: bool = True) 
   position = newest - (newest - jnp.arange(ring)) % ring  # of the token in each slot of the ring
   decided = ((position >= 0) & (position < cache.seen[:, None] - cache.lag))[:, None]
   evicted = cache.evicted | (decided & (scores[..., :ring] < floor))
+  if cache.sliding is not None:
+    evicted = jnp.where(cache.sliding.heads[..., None], cache.evicted, evicted)
 
   def body(layer, state):
     carry, archived = state

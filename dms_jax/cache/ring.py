@@ -5,8 +5,8 @@ Each (layer, row, KV head) has S = W + 1 + A slots:
     [ ring: W + 1 slots, token t in slot t mod (W + 1) | archive: tokens kept as they left the ring ]
 
 The live slots of a ring, and those of an archive, are its first. Archived tokens are in the order of their positions,
-unless a policy overwrites some. Attention does not depend on the order of slots, because keys are stored after RoPE. If
-a policy selects pages, ring and archive consist of whole pages.
+unless a policy overwrites some or the layer slides (`sliding`). Attention does not depend on the order of slots,
+because keys are stored after RoPE. If a policy selects pages, ring and archive consist of whole pages.
 
 Both memory layouts number slots this way: `contiguous.ContiguousCache` stores ring and archive in one array,
 `paged.PagedCache` stores archives in pages. A layout defines the methods at the end of `RingCache`. `chunk` attends for
@@ -119,8 +119,12 @@ class RingCache(Common):
 
   def free_tokens(self, policy, rows=None):
     """Tokens that each row can take for certain, int32 [B]: if all are kept, or more by the policy's `reach`."""
-    free = self.slots - self.ring - jnp.max(self.archived, axis=(0, 2))
-    return jnp.maximum(free + jnp.maximum(self.ring - self.seen, 0), policy.reach(self.slots) - self.seen)
+    archived = self.archived if self.sliding is None else jnp.where(self.sliding.heads, 0, self.archived)
+    free = self.slots - self.ring - jnp.max(archived, axis=(0, 2))
+    tokens = jnp.maximum(free + jnp.maximum(self.ring - self.seen, 0), policy.reach(self.slots) - self.seen)
+    if self.sliding is None or self.sliding.holds(self.slots):
+      return tokens
+    return jnp.minimum(tokens, self.slots - self.seen)
 
   # Before the layers --------------------------------------------------------------------------------------------------
 
@@ -134,6 +138,9 @@ class RingCache(Common):
     if policy.compacts:
       most = jnp.broadcast_to(policy.capacity(self.seen + lengths), self.seen.shape) - self.ring
       appended = jnp.minimum(appended, jnp.maximum(most[:, None] - self.archived, 0))
+    if self.sliding is not None:
+      enter = self.sliding.archived(self.seen + lengths)[:, None] - self.archived
+      appended = jnp.where(self.sliding.heads, enter, appended)
     fits, reserved = self._reserved(appended, num_tokens)
     remaining = jnp.zeros_like(self.seen) if remaining is None else remaining
     return Plan(self.seen, jnp.where(fits, lengths, 0), ~fits, remaining, Placement(None, reserved))
@@ -162,6 +169,8 @@ class RingCache(Common):
         archive_stats={name: stat[..., ring:] for name, stat in self.stats.items()},
       )
     )  # fmt: skip
+    if self.sliding is not None:
+      retired = self.sliding.retired(retired, (self.seen - ring)[:, None], self.archived, slots - ring)
     keep = displaced & retired.keep
     place = jnp.full_like(self.archived, -1) if retired.slot is None else retired.slot
     grows = keep & (place < 0)
@@ -217,7 +226,8 @@ class RingCache(Common):
     target, grows = step.target[layer], step.grows[layer]
     known = self._decided_ahead(policy)
     if not known:
-      target, grows = jnp.where(evict[..., 0], slots, target), grows & ~evict[..., 0]
+      gone = evict if self.sliding is None else evict & ~self.sliding.at(layer)
+      target, grows = jnp.where(gone[..., 0], slots, target), grows & ~gone[..., 0]
     archived = archived + grows.astype(jnp.int32)
 
     newest = jnp.broadcast_to(jnp.where(active[:, None], slot, slots), target.shape)
@@ -349,6 +359,8 @@ class RingCache(Common):
       jnp.arange(pages) < used[..., None],
       stop,
     )
+    if self.sliding is not None:
+      chosen |= self.sliding.at(layer) & (jnp.arange(pages) < used[..., None])
     # Only the archive's last page may be partly filled; if it is chosen, it is the last chosen page in `order`.
     order = jnp.argsort(~chosen, axis=-1).astype(jnp.int32)
     partial = jnp.any(chosen & (jnp.arange(pages) == used[..., None] - 1), axis=-1)
@@ -382,7 +394,7 @@ class RingCache(Common):
     return self.replace(kv=carry.kv, stats=carry.stats, summaries=carry.summaries, memory=carry.memory, **fields)
 
   def prune(self, policy, active):
-    return pruning.prune(self, policy, active & on_any(policy.due(self.seen, self.live())))
+    return pruning.prune(self, policy, active & on_any(policy.due(self.seen, self._held())))
 
   @property
   def _unit(self) -> int:
@@ -392,7 +404,7 @@ class RingCache(Common):
   def _rows_of(self, layer: Int[Array, ""], rows: Int[Array, "R"], archive: int) -> RingCache:
     """One layer of the rows `rows` as a cache of its own, with `archive` archive slots that hold all of their tokens.
 
-    A number past the last row gives an empty row.
+    The layer does not slide. A number past the last row gives an empty row.
     """
 
     def take(x, width=None):
@@ -401,7 +413,7 @@ class RingCache(Common):
 
     width = self.ring + archive
     return self.replace(
-      kv=take(self.kv, width), evicted=take(self.evicted), archived=take(self.archived),
+      kv=take(self.kv, width), evicted=take(self.evicted), archived=take(self.archived), sliding=None,
       seen=self.seen.at[rows].get(mode="fill", fill_value=0), memory=jax.tree.map(take, self.memory),
       stats={name: take(stat, width) for name, stat in self.stats.items()},
       summaries=None if self.summaries is None else take(self.summaries, -(-archive // self.page)),

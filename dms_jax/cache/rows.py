@@ -76,7 +76,7 @@ def fork_row(
   Args:
     cache: donated.
     source: the row that is copied, or that of each marked row [B]; on a mesh by its place among a device's rows.
-    whole: copy all pages, for a policy that `rewrites` old ones.
+    whole: copy all pages, for a policy that `rewrites` old ones; sliding layers, which do so too, always copy theirs.
 
   Returns:
     (cache, whether the pool had enough free pages, bool []). Without enough the cache is unchanged.
@@ -87,6 +87,8 @@ def fork_row(
   pages, owned, archived = (x[:, source] for x in (table.pages, table.owned, cache.archived))
   used = -(-archived // size)
   full = jnp.zeros_like(archived) if whole else archived // size
+  if cache.sliding is not None:
+    full = jnp.where(cache.sliding.heads, 0, full)
   copied = (place >= full[..., None]) & (place < used[..., None])  # [L, B, K, M]
   wanted = rows[:, None, None] & copied
   enough = on_all(jnp.sum(wanted) <= table.pool.count)
@@ -95,11 +97,15 @@ def fork_row(
   shared = rows[:, None, None] & (place < full[..., None])
   pool = pools.share(pool, jnp.where(shared, pages, none))
   old, to = jnp.clip(pages, 0, none - 1), jnp.where(wanted & enough, new, none)
-  if not whole:  # the last page alone
-    last = jnp.minimum(full, place.size - 1)[..., None]
-    old, to = jnp.take_along_axis(old, last, axis=-1), jnp.take_along_axis(to, last, axis=-1)
+  width = 1
+  if not whole:  # the last page alone, or all of a sliding layer
+    copy = jnp.minimum(full, place.size - 1)[..., None]
+    if cache.sliding is not None:
+      width = min(max(-(-cache.sliding.span // size), 1), place.size)
+      copy = jnp.where(cache.sliding.heads[..., None], jnp.arange(width), copy)
+    old, to = jnp.take_along_axis(old, copy, axis=-1), jnp.take_along_axis(to, copy, axis=-1)
   marked = jnp.argsort(~rows, stable=True)  # the marked rows come first
-  count, together = jnp.sum(rows), 1 if whole else min(TOGETHER, rows.size)
+  count, together = jnp.sum(rows), 1 if whole else min(max(TOGETHER // width, 1), rows.size)
 
   def copied_rows(index, state):
     """The fields and the store with the copies of some rows. All at once might take the memory of a second pool."""

@@ -156,8 +156,7 @@ def token_logprobs(
   scored = _target_logprobs(model, hidden, positions, targets)
   if eviction is None:
     return *scored, None
-  evicted = evicted_keys(model, z, threshold)
-  return *scored, masks.held_tokens(evicted, model.dms.window, lengths[:, None])
+  return *scored, masks.held_tokens(*evicted_keys(model, z, threshold), lengths[:, None])
 
 
 @jax.jit

@@ -31,9 +31,8 @@ def _score(original: Model, model: Model | None, tokens: Int[Array, "B T"], thre
     states, logits = forward(model, tokens, eviction=eviction)
     hidden.append(states)
     if logits is not None:
-      evicted = evicted_keys(model, logits, threshold, window)
-      window = model.dms.window if window is None else window
-      held, reads = masks.held_tokens(evicted, window), masks.keys_read(evicted, window)
+      evicted, windows = evicted_keys(model, logits, threshold, window)
+      held, reads = masks.held_tokens(evicted, windows), masks.keys_read(evicted, windows)
   return {**_sums([original, model][: len(hidden)], hidden, tokens), "held": held, "reads": reads}
 
 
@@ -206,10 +205,10 @@ def text_quality(
 def _held_at(model: Model, tokens: Int[Array, "B T"], ends: Int[Array, "P"], threshold, window: int | None) -> Array:
   """Tokens that each head holds after the first `ends` [P] tokens of each row, int32 [P, L, B, K]."""
   _, logits = forward(model, tokens, eviction=Eviction(threshold=threshold, window=window))
-  evicted = evicted_keys(model, logits, threshold, window)
+  evicted, windows = evicted_keys(model, logits, threshold, window)
   before = jnp.cumsum(evicted, axis=-1, dtype=jnp.int32) - evicted.astype(jnp.int32)  # evicted before each token
-  outside = jnp.maximum(ends - 1 - (model.dms.window if window is None else window), 0)
-  return ends[:, None, None, None] - jnp.moveaxis(before[..., outside], -1, 0)
+  outside = jnp.broadcast_to(jnp.maximum(ends - 1 - windows, 0), (*before.shape[:3], len(ends)))
+  return ends[:, None, None, None] - jnp.moveaxis(jnp.take_along_axis(before, outside, axis=-1), -1, 0)
 
 
 def held_by_position(

@@ -23,6 +23,7 @@ from jaxtyping import Array
 from dms_jax import cache as caches
 from dms_jax.cache import Cache
 from dms_jax.cache.base import rounded
+from dms_jax.cache.sliding import most_slots
 from dms_jax.execution import fastest_form
 from dms_jax.generation import decode as decoding
 from dms_jax.generation.conversation import Conversation, conversation_of, moved, place_like
@@ -173,7 +174,7 @@ def generate(
   check_lengths(model, policy, cache, capacity, past, lengths, max_new_tokens)
   most = int(lengths.max()) + max(max_new_tokens - 1, 0)
   if cache != "masked" and (past is None or caches.kind_of(past.cache) != "masked"):
-    most = int(np.max(policy.capacity(most)))  # slots that suffice for any evictions
+    most = int(np.max(most_slots(policy, model.config, most)))  # slots that suffice for any evictions
   if model.mesh is not None:
     check_mesh(model, model.mesh, policy)
   store = _start(model, policy, cache, capacity, past, batch, most, prefill_chunk)

@@ -204,11 +204,11 @@ class PagedRows:
 
     A pool that is large enough from the start is not copied, and no program is compiled for its larger shape.
     """
-    size = self.own.page_size
-    wanted = self.pool_heads * (self.pool_rows * -(-slots // size) + -(-extra // size))
+    own = self.own
+    wanted = self.pool_rows * own.row_pages(slots + own.ring) + own.row_pages(extra + own.ring)
     if self.limit is not None:
       wanted = min(wanted, self.limit)
-    if wanted > self.own.pages:
+    if wanted > own.pages:
       self.cache = self.cache.with_pages(wanted)
 
   def fork(self, row: int, others: list[int], whole: bool) -> bool:
@@ -221,7 +221,7 @@ class PagedRows:
       self.cache, enough = cache_rows.fork_row(self.cache, jnp.int32(row % self.pool_rows), mask, whole=whole)
       if np.all(enough):
         break
-      pages = self._owned(row) if whole else self.pool_heads
+      pages = self._owned(row) if whole or self.own.sliding is not None else self.pool_heads
       if not self.grow(len(others) * pages):
         return False
     return True

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from dms_jax import cache as caches
+from dms_jax.cache.sliding import most_slots
 from dms_jax.generation.conversation import Conversation, check_continues
 from dms_jax.model import Model
 from dms_jax.policies import Policy, check_rows
@@ -128,13 +129,14 @@ def check_lengths(
   masked = kind == "masked"
   if past is not None:
     masked = isinstance(past.cache, caches.MaskedCache)
-    held, seen = np.asarray(past.cache.live()).max(axis=(0, 2)), np.asarray(past.cache.seen)
+    held, seen = np.asarray(past.cache.live()), np.asarray(past.cache.seen)
+    held = held[model.config.global_layers].max(axis=(0, 2))
     try:
       check_continues(policy, past.policy, held, seen)
     except ValueError as error:
       raise ValueError(f"policy: {error}") from None
     past.cache.check(policy)
   if masked or not policy.data_dependent:
-    needed = total if masked else int(np.max(policy.capacity(total)))
+    needed = total if masked else int(np.max(most_slots(policy, model.config, total)))
     if capacity is not None and needed > capacity:
       raise ValueError(f"{what} need {needed} slots; capacity={capacity} is too small")

@@ -133,7 +133,8 @@ class Terms:
     """The continuation `given` with pages of the pool's size; a ValueError if it cannot go on here with `numbers`."""
     past, cache = continuation(given), memory.own
     row = past.cache
-    tokens = np.array([min(int(row.seen), row.window + 1) + int(row.archived.max(initial=0))])
+    archived = row.archived[self.model.config.global_layers]
+    tokens = np.array([min(int(row.seen), row.window + 1) + int(archived.max(initial=0))])
     try:
       check_continues(self.policy.replace(**numbers), past.policy, tokens, np.array([int(row.seen)]))
       check_fits(memory.cache, row)

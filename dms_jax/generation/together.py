@@ -143,9 +143,7 @@ class PromptReader:
 
   def least(self, tokens: int, chains: int) -> int:
     """Pages below which reading a prompt alone is hardly worth a try: of its first chunk, and one a head and chain."""
-    cache = self.memory.own
-    slots = min(tokens, self.chunk) - cache.ring
-    return self.memory.pool_heads * (max(-(-slots // cache.page_size), 1) + chains - 1)
+    return self.memory.own.row_pages(min(tokens, self.chunk), least=1) + self.memory.pool_heads * (chains - 1)
 
   def together(self, prompts: Sequence[Prompt], logits: Float[Array, "B V"]) -> tuple[Float[Array, "B V"], list]:
     """Reads prompts that are certain to find pages (`Claims`); waits for nothing.
@@ -279,8 +277,11 @@ class Claims:
     cache, heads, policy = self.reader.memory.own, self.reader.memory.pool_heads, self.reader.policy
     its = policy.replace(**numbers)
     slots = min(tokens, int(np.max(its.capacity(tokens)))) if its.compacts else tokens
-    own = heads * max(-(-(slots - cache.ring) // cache.page_size), 0)
-    needed = own + (chains - 1) * (own if policy.rewrites else min(own, heads))
+    own = cache.row_pages(slots, tokens)
+    copied = own if policy.rewrites else min(own, heads)
+    if cache.sliding is not None and not policy.rewrites:  # pages of sliding layers are not shared
+      copied = min(own, heads + cache.row_pages(0, tokens))
+    needed = own + (chains - 1) * copied
     if policy.exact_prefill:  # rows find room by equal shares of the free pages
       if tokens > self.reader.chunk:
         return False

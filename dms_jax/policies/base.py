@@ -16,7 +16,8 @@ visible whatever the policy decides. The *archive* holds the older tokens that a
     select     in a decode step: the archive pages that the query reads                     (`page` > 0)
 
 Policies do not know the memory layout of a cache. They see arrays with leading axes [L, B, K] or [B, K], and archive
-slots and pages by index. Budgets and thresholds are traced leaves, scalars or one number a row [B]; `window` and `page`
+slots and pages by index. In layers that slide (`cache.sliding`) no answer of theirs counts: a budget is that of each
+head of the other layers. Budgets and thresholds are traced leaves, scalars or one number a row [B]; `window` and `page`
 are shapes.
 """
 

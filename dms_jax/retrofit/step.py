@@ -12,9 +12,9 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from dms_jax import masks
-from dms_jax.config import DMSConfig
+from dms_jax.config import DMSConfig, ModelConfig
 from dms_jax.metrics import held_share
-from dms_jax.model import Eviction, Model
+from dms_jax.model import Eviction, Model, by_kind
 from dms_jax.params import Group, Params, flatten, init_params, join_params, param_table, split_params, unflatten
 from dms_jax.retrofit import dmc, elastic, kvzap, losses, schedule, trimkv
 from dms_jax.retrofit.batch import Batch as Batch
@@ -132,8 +132,8 @@ def loss_fn(
     eviction = None if fading else Eviction(0.0, noise, config.loss.tau)
     hidden, z = run(student, batch, config, eviction=eviction, neuron_kept=neuron_kept)
   distance = text_loss(config.loss.kind, hidden, student, teacher, batch, config)
-  slides = np.asarray(student.config.sliding_layers, bool)
-  gated = z[np.flatnonzero(~slides)] if slides.size else z  # the gates of sliding layers decide nothing
+  slides = bool(student.config.sliding_layers)
+  gated = z[np.asarray(student.config.global_layers)] if slides else z  # the gates of sliding layers decide nothing
   fraction = losses.evicted_fraction(gated, real)
   compression = jnp.float32(0.0)
   if not fading and not jnp.ndim(cr):
@@ -144,30 +144,31 @@ def loss_fn(
     "compression_loss": compression,
     "evicted_fraction": fraction.mean(),
     "kept_target": jnp.mean(1.0 / cr),
-    **_compression_metrics(student.dms, z if fading else z * config.loss.tau - noise, real, slides),
+    **_compression_metrics(student.dms, z if fading else z * config.loss.tau - noise, real, student.config),
   }
 
 
 def _compression_metrics(
-  dms: DMSConfig, logits: Float[Array, "L B K T"], real: Bool[Array, "B T"], slides: np.ndarray = np.zeros(0, bool)
+  dms: DMSConfig, logits: Float[Array, "L B K T"], real: Bool[Array, "B T"], model: ModelConfig | None = None
 ) -> dict[str, Array]:
   """Metrics of hard decisions without noise: gate rate, overall and by head, and share of tokens held at the end.
 
   Args:
-    slides: which layers slide; empty for none. They count among those that hold tokens, not among those with gates.
+    model: says which layers slide, none of them for None. They count among those that hold tokens, not among those with
+      gates.
   """
   if dms.granularity == "layer":
     logits = jnp.broadcast_to(logits[:, :, :1], logits.shape)
   evicted = masks.about_key(logits > 0, dms.lag(), False) & real[None, :, None]
   tokens = real.sum(axis=1, dtype=jnp.int32)
-  if slides.size:
-    held = masks.held_tokens(evicted | slides[:, None, None, None], dms.window, tokens[:, None])
-    evicted = evicted & ~slides[:, None, None, None]
-  else:
-    held = masks.held_tokens(evicted, dms.window, tokens[:, None])
+  evicts = (evicted, dms.window) if model is None else by_kind(model, evicted, dms.window)
+  held = masks.held_tokens(*evicts, tokens[:, None])
+  two_kinds = model is not None and bool(model.sliding_layers)
+  if two_kinds:
+    evicted = evicted & ~np.asarray(model.sliding_layers)[:, None, None, None]
   rates = jnp.mean(evicted.astype(jnp.float32), axis=(1, 3))
   return {
-    "gate_rate": rates[np.flatnonzero(~slides)].mean() if slides.size else rates.mean(),
+    "gate_rate": rates[np.asarray(model.global_layers)].mean() if two_kinds else rates.mean(),
     "gate_rates": rates,
     "held_share": held_share(held, jnp.maximum(tokens, 1)),
   }

@@ -101,9 +101,10 @@ def help_page() -> str:
 
 
 def _wrapped(text: str, width: int) -> str:
-  """Paragraphs no wider than `width`; indented lines, which are commands, stay as they are."""
+  """Paragraphs no wider than `width`; those with a table or with indented lines, commands, stay as they are."""
   parts = text.split("\n\n")
-  return "\n\n".join(part if part.startswith(" ") else "\n".join(_filled(part, width)) for part in parts)
+  kept = lambda part: any(line[:1] in (" ", "|") for line in part.split("\n"))
+  return "\n\n".join(part if kept(part) else "\n".join(_filled(part, width)) for part in parts)
 
 
 def _filled(text: str, width: int, **indents: str) -> list[str]:

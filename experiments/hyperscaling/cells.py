@@ -147,6 +147,7 @@ class Sweep:
   Fields:
     times: seconds of a chain in the largest batch that fits `gib` GiB of cache, by cell; empty if not measured.
     config, environment: flags, versions and device; empty if unknown.
+    model: fingerprint of the dense model and its dtype; "" if unknown.
     gib: None without times.
     parts: folders of a sweep made in parts.
   """
@@ -158,6 +159,7 @@ class Sweep:
   environment: dict[str, Any]
   gib: float | None = None
   parts: tuple[Path, ...] = ()
+  model: str = ""
 
   @property
   def tasks(self) -> list[str]:
@@ -246,8 +248,17 @@ def join(folder: Path, parts: Sequence[tuple[Sweep, list[str]]], flag: str = "se
   A cell of fewer problems than the largest of its task is left out: its part was not finished.
 
   Raises:
-    ValueError: two parts disagree on a cell or on a task's prompts, or have times at different memories.
+    ValueError: two parts have different models, disagree on a cell or on a task's prompts, or have times at different
+      memories.
   """
+  of_model: dict[str, Path] = {}
+  for sweep, _ in parts:
+    if sweep.model:
+      of_model.setdefault(sweep.model, sweep.folder)
+  if len(of_model) > 1:
+    one, other = list(of_model.values())[:2]
+    raise ValueError(f"--{flag}={folder}: {one.name} and {other.name} are of different checkpoints or --dtype; model "
+                     "seeds are separate folders of --sets")  # fmt: skip
   cells: dict[Key, Cell] = {}
   times: dict[Key, float] = {}
   remarks = [remark for _, own in parts for remark in own]
@@ -270,7 +281,9 @@ def join(folder: Path, parts: Sequence[tuple[Sweep, list[str]]], flag: str = "se
   if len(gibs) > 1:
     raise ValueError(f"--{flag}={folder}: its parts were timed at different --kv_budget_gib: {sorted(gibs)}")
   first, folders = parts[0][0], tuple(sweep.folder for sweep, _ in parts)
-  return Sweep(folder, cells, times, first.config, first.environment, next(iter(gibs), None), folders), remarks
+  return Sweep(
+    folder, cells, times, first.config, first.environment, next(iter(gibs), None), folders, next(iter(of_model), "")
+  ), remarks
 
 
 def only(sweep: Sweep, methods: Sequence[str]) -> Sweep:
@@ -314,6 +327,8 @@ def _read(folder: Path, flag: str) -> tuple[Sweep, list[str]]:
       raise ValueError(f"--{flag}={error}") from None
     if wrong := [name for name in ("config", "environment") if not isinstance(about.get(name) or {}, dict)]:
       raise ValueError(f"--{flag}={folder / 'config.json'}: {wrong[0]!r} must be a JSON object")
+    if not isinstance(about.get("model", ""), str):
+      raise ValueError(f"--{flag}={folder / 'config.json'}: 'model' must be a string")
   if (folder / RECORDS).exists():
     found = records.read(folder / RECORDS, flag)
     try:
@@ -331,7 +346,7 @@ def _read(folder: Path, flag: str) -> tuple[Sweep, list[str]]:
     remarks = [*remarks, f"{folder}: {small} of {len(times)} times are of all chains at once, which leave memory free"]
   if derived := sum("step_seconds" in line and "timed_seconds" not in line for line in measured.get(gib, {}).values()):
     remarks = [*remarks, f"{folder}: {derived} of {len(times)} times are interpolated over the rows of a batch"]
-  return Sweep(folder, cells, times, config, about.get("environment") or {}, gib), remarks
+  return Sweep(folder, cells, times, config, about.get("environment") or {}, gib, model=about.get("model", "")), remarks
 
 
 def order(names: Sequence[str], known: Sequence[str]) -> list[str]:

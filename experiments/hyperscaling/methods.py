@@ -89,7 +89,7 @@ def check(names: Sequence[str], retrofits: Sequence[str], crs: Sequence[float]) 
     ValueError: a method is unknown, listed twice, or lacks its retrofits or CRs; or there is none.
   """
   if not names:
-    raise ValueError("--methods: give at least one")
+    raise ValueError(f"--methods: give at least one, such as {','.join(DEFAULT)}")
   if twice := sorted({name for name in names if list(names).count(name) > 1}):
     raise ValueError(f"--methods: {twice[0]} is listed twice")
   pairs = split(retrofits)

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Int, Key
 
 from dms_jax import BudgetError, Generator
+from dms_jax.config import ModelConfig
 from dms_jax.generation.detokenize import Detokenizer
 from dms_jax.generation.results import ChainUsage
 from dms_jax.policies import Policy
@@ -67,10 +68,16 @@ def _text_until(tokens: Sequence[int], generator: Generator, prompt: Any) -> str
   return row.text
 
 
-def _shared(usage: ChainUsage, policy: Policy) -> float:
-  """`Record.shared`: chains copy the window of their prompt, and share what lies before it unless it is rewritten."""
-  window = min(usage.prompt, policy.window + 1)
-  return 0.0 if policy.rewrites else usage.prompt_held / usage.heads - window
+def _shared(usage: ChainUsage, policy: Policy, config: ModelConfig) -> float:
+  """`Record.shared`: chains copy the window of their prompt, and share what lies before it unless it is rewritten.
+
+  In layers that slide they share nothing.
+  """
+  if policy.rewrites:
+    return 0.0
+  copied, part = min(usage.prompt, policy.window + 1), len(config.global_layers) / config.num_layers
+  slid = min(usage.prompt, config.sliding_window or 0)
+  return usage.prompt_held / usage.heads - part * copied - (1 - part) * slid
 
 
 def write(
@@ -137,7 +144,7 @@ def _write_group(
         used = usage.until(cut)
         found.append(dict(
           prompt=number, chain=chain, most=cut, tokens=used["seen"], reads=used["reads"], peak=used["peak"],
-          shared=_shared(usage, generator.policy),
+          shared=_shared(usage, generator.policy, generator.model.config),
           achieved_cr=used["seen"] / used["held"], text=text, answer=job.task.answer(text),
           seconds=times.until(ticket, index, min(cut, len(tokens))),
         ))  # fmt: skip

@@ -46,11 +46,13 @@ def default_blocks(head_dim: int, keys: int, processors: int) -> Blocks:
   """Sizes that fit a warpgroup's registers.
 
   Args:
-    keys: of all rows and KV heads, B T K. Where their tiles are fewer than two a processor, the query heads of a group
-      are spread over blocks of threads of their own.
+    keys: of all rows and KV heads, B T K. At head size 128, where their tiles are fewer than two a processor, each
+      query head of a group gets blocks of threads of its own.
   """
-  blocks = Blocks(dkv_overlap=head_dim == 64)
-  return dataclasses.replace(blocks, split_group=keys < 2 * processors * WARPGROUPS * blocks.dkv_kv)
+  if head_dim == 64:
+    return Blocks()
+  few = keys < 2 * processors * WARPGROUPS * Blocks.dkv_kv
+  return Blocks(dkv_overlap=False, split_group=few)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ from dms_jax import testing as tiny
 from dms_jax.evaluation.text import cache_for_text, text_quality
 from dms_jax.generation.decode import prefill_chunk
 from dms_jax.model import check_policy
+from tests.helpers import OTHER_FAMILIES
 from tests.programs import quick, read
 
 LENGTH, CHUNK = 20, 8  # the last chunk is shorter
@@ -25,9 +26,13 @@ def tokens(model):
   return np.asarray(tiny.tokens(model.config, 1, 2 * LENGTH))[0]
 
 
-def test_chunks_under_dms_equal_the_mask(model, tokens):
+@pytest.mark.parametrize("sliding", [False, True])
+def test_chunks_under_dms_equal_the_mask(model, tokens, sliding):
   """Evictions depend on the tokens alone, so that chunks change nothing. float32: sums run in another order."""
   original = tiny.model()
+  if sliding:  # layers of two kinds, whose windows differ
+    config = OTHER_FAMILIES["gemma3"]
+    original, model = tiny.model(config), tiny.model(config, tiny.dms(window=2, scale=1.0, offset=0.0))
   masked = text_quality(original, model, tokens, LENGTH)
   chunked = text_quality(original, model, tokens, LENGTH, policy=policies.DMS(), chunk=CHUNK)
   for name in ("perplexity_original", "perplexity", "kl", "achieved_cr", "reads_cr"):

@@ -23,7 +23,7 @@ from experiments.hyperscaling import methods as sweep_methods
 from experiments.methods import records, run, trace, write
 from experiments.tasks import TASKS
 from experiments.tasks.base import Prompt, TasksConfig, WritingTask
-from tests.helpers import save_checkpoints
+from tests.helpers import OTHER_FAMILIES, save_checkpoints
 
 # Methods --------------------------------------------------------------------------------------------------------------
 
@@ -111,13 +111,18 @@ def test_elastic_gates_are_read_at_the_cr_of_their_label(monkeypatch):
     build(entries, lambda name, cls: cls(threshold=1.0) if name == "dms" else cls())
 
 
-@pytest.mark.parametrize(("name", "settings"), [("vanilla", {}), ("tova", {"budget": 12}), ("dms", {})])
+@pytest.mark.parametrize(
+  ("name", "settings"), [("vanilla", {}), ("tova", {"budget": 12}), ("dms", {}), ("sliding", {})]
+)
 def test_chains_hold_what_they_share_of_their_prompt_once(checkpoints, name, settings):
   """Tokens in the pages that the chains of a prompt share, by the page table; none where a policy rewrites pages.
 
-  Pages of one slot, so that all tokens outside the window can be shared.
+  Pages of one slot, so that all tokens outside the window can be shared. Those of layers that slide are not.
   """
   model = checkpoint.load_retrofitted(*map(str, checkpoints), dtype="float32")
+  if name == "sliding":
+    config = dataclasses.replace(OTHER_FAMILIES["gemma3"], vocab_size=257)
+    model, name = tiny.model(config, tiny.dms(window=2)), "dms"
   policy = policies.get(name)(**settings)
   generator = Generator(
     model, policy=policy, width=3, max_length=64, page_size=1, eos=False, decode_block=1, tokenizer=byte_tokenizer()
@@ -126,8 +131,8 @@ def test_chains_hold_what_they_share_of_their_prompt_once(checkpoints, name, set
   generator.step()
   owners = np.asarray(generator.cache.table.pool.owners)
   usage = generator.results[ticket].usage[1]
-  assert write._shared(usage, generator.policy) == np.sum(owners == 3) / usage.heads
-  assert (write._shared(usage, generator.policy) > 0) == (name != "tova")
+  shared = write._shared(usage, generator.policy, model.config)
+  assert shared == pytest.approx(np.sum(owners == 3) / usage.heads) and (shared > 0) == (name != "tova")
 
 
 def test_the_sinks_of_prompt_window_are_the_prompt_of_each_request(checkpoints):
@@ -287,7 +292,7 @@ def test_a_sweep_from_flags_to_page(checkpoints, tmp_path, monkeypatch, capfd):
   assert there.keys() == own.keys() and not (part / hyperscale.PAGE).exists()
   assert all(np.array_equal(there[key].grades, own[key].grades) for key in own)
   settings[hyperscale.Config] = hyperscale.Config(sets=(str(part),), output=str(tmp_path / "none"))
-  with pytest.raises(ValueError, match="has no vanilla; margins are over the dense cache"):
+  with pytest.raises(ValueError, match="has no vanilla, over which margins are: add it to --methods"):
     hyperscale.main()
 
   # The cells alone, as they are kept where records are too large, and a second model seed beside them.

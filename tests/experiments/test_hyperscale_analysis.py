@@ -163,6 +163,14 @@ def test_a_sweep_in_parts(tmp_path):
   assert list(cells.only(sweep, ["dms"]).cells) == [("echo", "dms", 4.0, 9)]
   with pytest.raises(ValueError, match=r"--methods: \S+ has no 'h2o'; there are vanilla, dms"):
     cells.only(sweep, ["dms", "h2o"])
+  for part, model in (("dense", "a"), ("dms", "b")):
+    (tmp_path / "s" / part / "config.json").write_text(json.dumps({"model": model}))
+  with pytest.raises(
+    ValueError, match="dense and dms are of different checkpoints or --dtype; model seeds are separate"
+  ):
+    cells.read(tmp_path / "s")
+  (tmp_path / "s/dms/config.json").write_text(json.dumps({"model": "a"}))
+  assert cells.read(tmp_path / "s")[0].model == "a"
   save_part(tmp_path / "s/other", [record(p, c, 0.0, None, chains=2) for p, c in every])
   with pytest.raises(ValueError, match=r"vanilla, CR 1, L 9 on echo is in another part too, with other grades"):
     cells.read(tmp_path / "s")

@@ -22,7 +22,7 @@ from dms_jax import checkpoint, compilation, shipped
 from dms_jax import testing as tiny
 from dms_jax.convert import sources
 from experiments import generate
-from experiments.common import program
+from experiments.common import program, usage
 from experiments.common.files import check_checkpoint, check_retrofit
 from tests.helpers import save_checkpoints
 
@@ -235,6 +235,11 @@ def test_a_bug_keeps_its_traceback_and_debug_shows_any(toy):
   assert "Traceback" in toy("--output=x", "--text=bug").stderr
   done = toy("--output=x", "--text=missing", "--debug")
   assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+def test_tables_and_commands_of_a_docstring_keep_their_lines():
+  kept = "| a | b |\n| --- | --- |\n\nFor example:\n  --x=1\n  --y=2"
+  assert usage._wrapped(f"One\nsentence.\n\n{kept}", 80) == f"One sentence.\n\n{kept}"
 
 
 def test_help_lists_the_program_s_flags(toy):

@@ -1,0 +1,101 @@
+#!/usr/bin/env bash
+# Every command behind this folder's tables, spread over the GPUs at hand. What is done is not done again: call it again after a kill.
+#
+#   bash experiments/results/hyperscale/run.sh train retrofits sweep rivals lora times analyse
+#
+# train: the dense reasoner of each seed but 0, which comes with the library; retrofits: of all weights, for each CR; sweep: the dense cache
+# and DMS, each family by itself; rivals: every baseline on seed 0; lora: retrofits of low rank and their scores; times: the dense cache
+# and DMS in 2 GiB of cache, with nothing else on the GPU; analyse: the pages.
+#
+#   OUT    results, default runs/hyperscale        SEEDS  default 0,1
+#   GPUS   ids, default 0      EACH  processes that share a GPU, default 6      SMALL=1  short chains of few problems, to try the script
+set -euo pipefail
+cd "$(dirname "$0")/../../.."
+OUT=${OUT:-runs/hyperscale} EACH=${EACH:-6} families=(countdown grids programs graphs) crs=(2 3 4 6 8 12)
+IFS=, read -ra gpus <<<"${GPUS:-0}"
+IFS=, read -ra seeds <<<"${SEEDS:-0,1}"
+rows="--retrofit.batch_size=16 --retrofit.seq_len=4096 --retrofit.schedule.steps=0 --retrofit.schedule.steps_per_cr=80 --retrofit.schedule.hold_steps=100 --retrofit.optimizer.decay_steps=600"
+steps=8000 lengths="--max_tokens=240,480,960,1920,3840 --width=1024" longest=3840
+if [[ -n "${SMALL:-}" ]]; then
+  rows="--retrofit.batch_size=2 --retrofit.seq_len=512 --retrofit.schedule.steps=0 --retrofit.schedule.steps_per_cr=1 --retrofit.schedule.hold_steps=1 --retrofit.optimizer.decay_steps=1"
+  steps=3 lengths="--max_tokens=40,80 --width=16 --limit=2 --chains=1,2 --resamples=100" longest=80 crs=(4 8)
+fi
+mkdir -p "$OUT/logs"
+
+each() {  # each N: runs the lines of standard input, "NAME MODULE FLAGS", N of them on a GPU at a time
+  export OUT GPU_LIST="${gpus[*]}" XLA_PYTHON_CLIENT_PREALLOCATE=false
+  export XLA_PYTHON_CLIENT_MEM_FRACTION; XLA_PYTHON_CLIENT_MEM_FRACTION=$(python3 -c "print(max(0.9 / $1, 0.2))")
+  xargs -P $(($1 * ${#gpus[@]})) --process-slot-var=SLOT -d '\n' -I {} bash -c '
+    read -r name module flags <<<"{}"; ids=($GPU_LIST)
+    export CUDA_VISIBLE_DEVICES=${ids[$((SLOT % ${#ids[@]}))]}; start=$SECONDS
+    eval "python -m experiments.$module $flags" >"$OUT/logs/$name.out" 2>"$OUT/logs/$name.err"
+    echo "$name: exit $? after $((SECONDS - start)) s"'
+}
+
+dense() {  # dense SEED: the folder of its dense model
+  if [[ $1 == 0 ]]; then echo experiments/results/reasoner/dense; else echo "$OUT/dense$1/final"; fi
+}
+
+tuned() {  # tuned SEED CR NAME FLAGS: a retrofit
+  echo "$3 retrofit --checkpoint=$(dense "$1") --output=$OUT/$3 --crs=$2 --data.families=$(joined "${families[@]}") --dms.window=16" \
+    "--retrofit.loss.kind=forward_kl $rows --retrofit.memory.loss_chunk=65536 --retrofit.saving.snapshots=false ${*:4}"
+}
+
+joined() { local IFS=,; echo "$*"; }
+
+retrofits() {  # retrofits SEED: the flag of all its retrofits
+  local found=()
+  for cr in "${crs[@]}"; do found+=("$cr:$OUT/cr$cr-seed$1/cr$cr/final"); done
+  echo "--retrofit=$(joined "${found[@]}")"
+}
+
+swept() {  # swept SEED METHOD FLAGS: a part of the sweep for each family
+  for family in "${families[@]}"; do
+    echo "$2-$family-seed$1 hyperscale --checkpoint=$(dense "$1") --methods=$2 --tasks=$family $lengths ${*:3} --output=$OUT/seed$1/$2-$family"
+  done
+}
+
+train() {
+  for seed in "${seeds[@]}"; do
+    if [[ $seed != 0 ]]; then echo "dense$seed train_reasoner --output=$OUT/dense$seed --retrofit.seed=$seed --retrofit.schedule.steps=$steps"; fi
+  done | each 2
+}
+
+for stage in "$@"; do
+  case $stage in
+    train) train ;;
+    retrofits)
+      for cr in $(printf '%s\n' "${crs[@]}" | tac); do  # the longest first
+        for seed in "${seeds[@]}"; do tuned "$seed" "$cr" "cr$cr-seed$seed" --retrofit.trainable=all --retrofit.optimizer.learning_rate=3e-4; done
+      done | each "$EACH" ;;
+    sweep)
+      for seed in "${seeds[@]}"; do swept "$seed" vanilla; swept "$seed" dms "$(retrofits "$seed")"; done | each "$EACH" ;;
+    rivals)
+      echo "centres calibrate_triattention --checkpoint=$(dense 0) --output=$OUT/triattention.npz --families=$(joined "${families[@]}")" | each 1
+      {
+        for method in prompt_window streamingllm tova h2o quest rkv; do swept 0 "$method" --cr=4; done
+        swept 0 triattention --cr=4 "--triattention.calibration=$OUT/triattention.npz"
+      } | each "$EACH" ;;
+    lora)
+      for cr in $(printf '%s\n' "${crs[@]}" | tac); do tuned 0 "$cr" "lora$cr" --lora.rank=32; done | each "$EACH"
+      for cr in "${crs[@]}"; do
+        echo "lora$cr-scores hyperscale --checkpoint=$(dense 0) --methods=dms --retrofit=lora=$cr:$OUT/lora$cr/cr$cr/final" \
+          "--tasks=$(joined "${families[@]}") $lengths --max_tokens=$longest --chains=1 --traces=0 --output=$OUT/lora/cr$cr"
+      done | each "$EACH" ;;
+    times)  # the parts of a method as one sweep, of which three cells are timed
+      for method in vanilla dms; do
+        whole=$OUT/timed/$method flags=
+        mkdir -p "$whole"
+        for name in records traces; do cat "$OUT/seed0/$method"-*/"$name.jsonl" >"$whole/$name.jsonl"; done
+        if [[ $method == dms ]]; then flags=$(retrofits 0); fi
+        echo "times-$method hyperscale --checkpoint=$(dense 0) --methods=$method $flags --tasks=$(joined "${families[@]}") $lengths --timed" \
+          "--kv_budget_gib=2 --output=$whole" | each 1
+      done ;;
+    analyse)
+      sets=("${seeds[@]/#/$OUT/seed}")
+      python -m experiments.hyperscale --sets="$(joined "${sets[@]}")" --methods=vanilla,dms --output="$OUT/seeds"
+      python -m experiments.hyperscale --sets="$OUT/seed0" --output="$OUT/rivals"
+      if [[ -e $OUT/timed/dms/times.jsonl ]]; then python -m experiments.hyperscale --sets="$OUT/timed" --output="$OUT/times"; fi ;;
+    *) echo "unknown stage $stage; there are train, retrofits, sweep, rivals, lora, times, analyse" >&2; exit 2 ;;
+  esac
+done
