@@ -5,8 +5,9 @@
     out = dms_jax.generate(model, prompts)  # `prompts` of a multiple of 2 rows
 
 The mesh axis "data" splits rows; every device along it holds the same weights. "tensor" splits KV heads with their
-queries, feed-forward (whole experts, where there are some) and vocabulary (`sharding.DECODING`). Inside `jax.shard_map` a device sees a smaller model and an
-ordinary cache, whose pool and pages are its own; `dms_jax.collectives` is all that it learns from others.
+queries, feed-forward (whole experts, where it divides their number) and vocabulary (`sharding.DECODING`). Inside
+`jax.shard_map` a device sees a smaller model and an ordinary cache, whose pool and pages are its own;
+`dms_jax.collectives` is all that it learns from others.
 """
 
 from __future__ import annotations

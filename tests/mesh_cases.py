@@ -108,13 +108,13 @@ def of_family(name: str, **changes) -> Model:
   return fastest_form(tiny.model(config, tiny.dms(window=2 if config.sliding_layers else WINDOW)))
 
 
-def with_experts(name: str, experts: int) -> Model:
+def with_experts(name: str, experts: int, d_ff: int = 24) -> Model:
   """One of so many experts a layer, and heads that four devices share."""
-  return of_family(name, num_experts=experts, num_heads=8, num_kv_heads=4)
+  return of_family(name, num_experts=experts, d_ff=d_ff, num_heads=8, num_kv_heads=4)
 
 
 def whole_experts() -> None:
-  """Each device has and computes its own experts, whatever the products hold in rows of others; six are each split."""
+  """Each device has and computes its own experts, whatever stands in others' rows of the products; six are split."""
   ragged_dot = jax.lax.ragged_dot
 
   def poisoned(x, weights, sizes, **options):
@@ -125,9 +125,12 @@ def whole_experts() -> None:
     return (expert_mlp(model.config, model.params["layers"][0], x),)
 
   mesh, run = make_mesh(2, 4), jax.jit(spmd.on_mesh(spmd.ROWS)(mlp))
-  for name, experts, shard in (("mixtral", 8, (2, 24)), ("gpt_oss", 4, (1, 24)), ("qwen3_moe", 6, (6, 6))):
-    model = with_experts(name, experts)
-    placed = spmd.place(model, mesh)
+  for name, experts, d_ff, shard in (
+    ("mixtral", 8, 22, (2, 22)), ("gpt_oss", 4, 24, (1, 24)), ("qwen3_moe", 6, 24, (6, 6)),
+  ):  # fmt: skip
+    model, folder = with_experts(name, experts, d_ff), Path(tempfile.mkdtemp()) / name
+    checkpoint.save(folder, tiny.model(model.config, model.dms))
+    placed, _ = dms_jax.load(folder, mesh=mesh)
     shapes = {name: x.addressable_shards[0].data.shape for name, x in placed.params["layers"][0].items()}
     assert shapes["up_proj"][:2] == shard and shapes["down_proj"][::2] == shard and shapes["router"][0] == experts
     if name == "gpt_oss":
