@@ -38,11 +38,16 @@ def summed(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
   return lax.psum(x, AXIS) if devices() > 1 else x
 
 
+def first_own(count: int, whole: int) -> Int[Array, ""] | int:
+  """The number of this device's first entry, where each device holds `count` of `whole`; 0 where each holds all."""
+  return lax.axis_index(AXIS) * count if count < whole else 0
+
+
 def looked_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"], vocab: int, look_up) -> Float[Array, "B T D"]:
   """`look_up(table, tokens)`, where `table` may hold this device's part of `vocab` rows."""
   if devices() == 1 or len(table) == vocab:
     return look_up(table, tokens)
-  own = tokens - lax.axis_index(AXIS) * len(table)
+  own = tokens - first_own(len(table), vocab)
   mine = (own >= 0) & (own < len(table))
   return summed(jnp.where(mine[..., None], look_up(table, jnp.where(mine, own, 0)), 0))
 

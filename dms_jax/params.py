@@ -52,8 +52,8 @@ class ParamSpec:
 
   @property
   def of_experts(self) -> bool:
-    """Whether each expert of a layer has numbers of its own; the router's belong to none."""
-    return "experts" in self.axes[: len(self.axes) - self.num_inputs - 1]
+    """Whether each expert of a layer has numbers of its own; the router, whose axis is "choices", is one for all."""
+    return "experts" in self.axes
 
   @property
   def by_expert(self) -> bool:
@@ -94,7 +94,7 @@ def param_table(
     "vocab": c.vocab_size, "embed": c.d_model, "ff": c.d_ff, "heads": c.num_heads, "kv_heads": c.num_kv_heads,
     "head_dim": c.head_dim, "rank": lora.rank if lora else 0, "gate_ff": dms.hidden if dms else 0,
     "gate_heads": 2 * c.num_kv_heads, "positions": c.max_position_embeddings,
-    "experts": c.num_experts,
+    "experts": c.num_experts, "choices": c.num_experts,
   }  # fmt: skip
   table: dict[str, ParamSpec] = {}
   family = families.get(c.family)
@@ -103,9 +103,9 @@ def param_table(
   def add(path, outputs, inputs, init, hf_name, group: Group = "base"):
     axes, layered = (*outputs, *inputs), path.startswith("layers/")
     hf_name = names.get(path, hf_name)
-    experts = len(outputs) > 1 and "experts" in outputs
+    experts = "experts" in outputs
     stacked = experts and hf_name is not None and "{expert}" not in hf_name
-    sides = [math.prod(sizes[a] for a in side if a != "experts" or not experts) for side in (outputs, inputs) if side]
+    sides = [math.prod(sizes[a] for a in side if a != "experts") for side in (outputs, inputs) if side]
     table[path] = ParamSpec(
       shape=(c.num_layers,) * layered + tuple(sizes[a] for a in axes),
       axes=("layers",) * layered + axes,
@@ -144,14 +144,14 @@ def param_table(
     add("layers/mlp_norm", vector, no_inputs, ones, f"{layer}{before_mlp}.weight")
   mlp, each = (layer + "mlp.experts.{expert}.", ("experts",)) if c.num_experts else (layer + "mlp.", ())
   if c.num_experts:
-    add("layers/router", ("experts",), ("embed",), "normal", layer + "mlp.gate.weight")
+    add("layers/router", ("choices",), ("embed",), "normal", layer + "mlp.gate.weight")
   if c.gated_mlp:
     add("layers/gate_proj", (*each, "ff"), ("embed",), "normal", mlp + "gate_proj.weight")
   add("layers/up_proj", (*each, "ff"), ("embed",), "normal", mlp + "up_proj.weight")
   add("layers/down_proj", (*each, "embed"), ("ff",), "normal", mlp + "down_proj.weight")
   if c.proj_bias:
     if c.num_experts:
-      add("layers/router_bias", ("experts",), no_inputs, "zeros", None)
+      add("layers/router_bias", ("choices",), no_inputs, "zeros", None)
     if c.gated_mlp:
       add("layers/gate_bias", (*each, "ff"), no_inputs, "zeros", None)
     add("layers/up_bias", (*each, "ff"), no_inputs, "zeros", None)
@@ -182,7 +182,7 @@ def param_table(
       base = table.get(f"layers/{target}")
       if base is None or not base.num_inputs:
         raise ValueError(f"lora.targets: {target!r} is not a projection of this model")
-      if "experts" in base.axes:
+      if base.of_experts or "choices" in base.axes:
         raise ValueError(f"lora.targets: {target!r} is of experts and their router, which have no low-rank updates")
       axes = base.axes[1:]
       outputs, inputs = axes[: -base.num_inputs], axes[-base.num_inputs :]

@@ -23,7 +23,8 @@ class ShardingRules:
   A tensor uses each mesh axis once.
 
   The default is tensor parallelism over "tensor" (heads, feed-forward, vocabulary) and fully sharded data parallelism
-  over "data" (model width). `DECODING` is tensor parallelism alone.
+  over "data" (model width). `DECODING` is tensor parallelism alone, in which "tensor" splits a layer's experts and each
+  stays whole; where it does not divide their number it splits the hidden units of every expert, as in training.
 
   Attributes:
     spread: a mesh axis that the rules leave unused in a matrix splits its widest axis.
@@ -41,10 +42,11 @@ class ShardingRules:
   gate_heads: str | None = None
   positions: str | None = None
   experts: str | None = None
+  choices: str | None = None
   spread: bool = True
 
 
-DECODING = ShardingRules(embed=None, spread=False)
+DECODING = ShardingRules(embed=None, experts="tensor", spread=False)
 
 
 def make_mesh(data: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -105,9 +105,10 @@ def _open(directory: Path, paths: Iterable[str], chunk_bytes: int) -> dict[str, 
 def chunk_shape(spec: ParamSpec, dtype: np.dtype) -> list[int]:
   """The shape of a parameter's chunks: a layer, its longest axis halved until `CHUNK_BYTES` hold it.
 
-  Chunks thus end where the shards of a mesh do, so that a device reads little more than its shard.
+  Chunks thus end where the shards of a mesh do, so that a device reads little more than its shard. Each expert's
+  matrices are chunks of their own, because a device generates with whole experts.
   """
-  apart = {"layers", *(["experts"] if spec.by_expert else [])}
+  apart = {"layers", *(["experts"] if spec.num_inputs else [])}
   shape = [1 if axis in apart else size for axis, size in zip(spec.axes, spec.shape, strict=True)]
   while math.prod(shape) * dtype.itemsize > CHUNK_BYTES:
     longest = shape.index(max(shape))

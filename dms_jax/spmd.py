@@ -5,8 +5,9 @@
     out = dms_jax.generate(model, prompts)  # `prompts` of a multiple of 2 rows
 
 The mesh axis "data" splits rows; every device along it holds the same weights. "tensor" splits KV heads with their
-queries, feed-forward and vocabulary (`sharding.DECODING`). Inside `jax.shard_map` a device sees a smaller model and an
-ordinary cache, whose pool and pages are its own; `dms_jax.collectives` is all that it learns from others.
+queries, feed-forward (whole experts, where it divides their number) and vocabulary (`sharding.DECODING`). Inside
+`jax.shard_map` a device sees a smaller model and an ordinary cache, whose pool and pages are its own;
+`dms_jax.collectives` is all that it learns from others.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ def check_heads(config: ModelConfig, tensor: int) -> None:
   Raises:
     ValueError: they cannot.
   """
-  for name, size in (("KV heads", config.num_kv_heads), ("channels of the feed-forward", config.d_ff)):
+  whole_experts = config.num_experts and config.num_experts % tensor == 0
+  channels = tensor if whole_experts else config.d_ff
+  for name, size in (("KV heads", config.num_kv_heads), ("channels of the feed-forward", channels)):
     if size % tensor:
       raise ValueError(f"mesh.tensor={tensor} does not divide the {size} {name} of this model: split rows by mesh.data")
   if config.qk_norm_over == "all":

@@ -4,10 +4,11 @@
       --mesh.data=1 --mesh.tensor=8 --device_gib=80                                # 8 H100
     python -m experiments.mesh_memory --mesh.data=2 --mesh.tensor=8 --device_gib=95  # TPU v5p 4x4
 
-Weights and caches are those of `dms_jax.spmd`: rows are split over `data`, KV heads, feed-forward and vocabulary over
-`tensor`. A paged cache holds one in `cr` of `tokens` tokens a head, with tables for all of them. Beside both, a step
-takes the logits of its rows, and a chunk of a prompt two copies of one layer's archives, as if they were full. Smaller
-arrays are left out, so a device fits that keeps a tenth of its memory free. The last line is one JSON object.
+Weights and caches are those of `dms_jax.spmd`: rows are split over `data`; KV heads, feed-forward or experts, and
+vocabulary over `tensor`. A paged cache holds one in `cr` of `tokens` tokens a head, with tables for all of them. Beside
+both, a step takes the logits of its rows, and a chunk of a prompt two copies of one layer's archives, as if they were
+full. Smaller arrays are left out, so a device fits that keeps a tenth of its memory free. For a mixture of experts it
+also counts the weights of those that a decode step's rows choose at random. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, NamedSharding
 
 from dms_jax import cache as caches
-from dms_jax.config import DMSConfig
+from dms_jax.config import DMSConfig, ModelConfig
 from dms_jax.families import PRESETS
 from dms_jax.params import param_table
 from dms_jax.policies import DMS
@@ -31,6 +33,7 @@ from dms_jax.spmd import check_heads
 from experiments.common import program
 
 FREE = 0.1  # share of a device's memory that stays free
+DRAWS = 400  # of a step's experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,10 +105,29 @@ def measure(config: Config, devices: MeshConfig) -> dict[str, Any]:
     "prompt chunk": 2 * rows * own.num_kv_heads * config.tokens * 2 * own.head_dim * dtype.itemsize,
   }
   total, memory = sum(parts.values()), config.device_gib * 2**30
+  chosen = {"chosen experts": chosen_experts(model, rows, tensor, dtype.itemsize)} if model.num_experts else {}
   return {
     "devices": data * tensor, "mesh": {"data": data, "tensor": tensor}, "bytes": parts, "total": total,
-    "share": total / memory, "fits": total <= (1 - FREE) * memory,
+    "share": total / memory, "fits": total <= (1 - FREE) * memory, **chosen,
   }  # fmt: skip
+
+
+def chosen_experts(model: ModelConfig, rows: int, tensor: int, itemsize: int) -> dict[str, float]:
+  """Bytes of the experts that `rows` tokens choose, in all layers, on the busiest of `tensor` devices; by counting.
+
+  A token's experts are drawn without replacement, all equally likely. "split": each device has a part of every expert.
+  "whole": each has its own experts; left out where `tensor` does not divide their number.
+  """
+  rng, count = np.random.default_rng(0), model.num_experts
+  order = np.argsort(rng.random((DRAWS, rows, count)), axis=-1)[..., : model.experts_per_token]
+  hit = np.zeros((DRAWS, count), bool)
+  np.put_along_axis(hit, order.reshape(DRAWS, -1), True, axis=-1)
+  table = param_table(model)
+  each = sum(math.prod(spec.shape) for spec in table.values() if spec.of_experts) // count * itemsize
+  split = {"split": float(hit.sum(-1).mean()) / tensor * each}
+  if count % tensor:
+    return split
+  return {"whole": float(hit.reshape(DRAWS, tensor, -1).sum(-1).max(-1).mean()) * each, **split}
 
 
 def main() -> None:
@@ -115,6 +137,8 @@ def main() -> None:
   print(f"{what}, data {devices.data} x tensor {devices.tensor}: GiB on each of {found['devices']} devices")
   for name, size in (*found["bytes"].items(), ("total", found["total"])):
     print(f"  {name:<14}{size / 2**30:8.2f}")
+  for how, size in found.get("chosen experts", {}).items():
+    print(f"  chosen, {how:<6}{size / 2**30:8.2f}  read in a decode step by the busiest device")
   print(f"  {found['share']:.0%} of {config.device_gib:g} GiB: {'fits' if found['fits'] else 'does not fit'}")
   program.finish(found)
 

@@ -7,6 +7,7 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from dms_jax import checkpoint, execution, policies, spmd
 from dms_jax import testing as tiny
 from dms_jax.config import DMSConfig, LoRAConfig
 from dms_jax.execution import fastest_form
+from dms_jax.experts import expert_mlp
 from dms_jax.families import PRESETS
 from dms_jax.generation import decode as decoding
 from dms_jax.generation.batching import Generator
@@ -92,10 +94,53 @@ def other_policies() -> None:
 
 def other_families() -> None:
   """Biases after projections, which one device alone must add; attention sinks; experts, stacked and apart."""
-  for name, data in (("gpt2", 1), ("mixtral", 2), ("gpt_oss", 2)):
-    config = dataclasses.replace(OTHER_FAMILIES[name], vocab_size=96)
-    model = fastest_form(tiny.model(config, tiny.dms(window=2 if config.sliding_layers else WINDOW)))
-    generates("paged", data, 2, model=model)
+  generates("paged", 1, 2, model=of_family("gpt2"))
+  for name, experts, data, tensor in (
+    ("mixtral", 4, 2, 2), ("mixtral", 8, 1, 4), ("gpt_oss", 4, 2, 2), ("gpt_oss", 4, 2, 4), ("qwen3_moe", 6, 2, 2),
+    ("qwen3_moe", 8, 1, 4),
+  ):  # fmt: skip
+    generates("paged", data, tensor, model=with_experts(name, experts))
+
+
+def of_family(name: str, **changes) -> Model:
+  """A tiny model of a family, with a vocabulary that four devices share."""
+  config = dataclasses.replace(OTHER_FAMILIES[name], vocab_size=96, **changes)
+  return fastest_form(tiny.model(config, tiny.dms(window=2 if config.sliding_layers else WINDOW)))
+
+
+def with_experts(name: str, experts: int, d_ff: int = 24) -> Model:
+  """One of so many experts a layer, and heads that four devices share."""
+  return of_family(name, num_experts=experts, d_ff=d_ff, num_heads=8, num_kv_heads=4)
+
+
+def whole_experts() -> None:
+  """Each device has and computes its own experts, whatever stands in others' rows of the products; six are split."""
+  ragged_dot = jax.lax.ragged_dot
+
+  def poisoned(x, weights, sizes, **options):
+    y = ragged_dot(x, weights, sizes, **options)
+    return jnp.where((jnp.arange(len(y)) < jnp.sum(sizes))[:, None], y, jnp.nan)
+
+  def mlp(model, x):
+    return (expert_mlp(model.config, model.params["layers"][0], x),)
+
+  mesh, run = make_mesh(2, 4), jax.jit(spmd.on_mesh(spmd.ROWS)(mlp))
+  for name, experts, d_ff, shard in (
+    ("mixtral", 8, 22, (2, 22)), ("gpt_oss", 4, 24, (1, 24)), ("qwen3_moe", 6, 24, (6, 6)),
+  ):  # fmt: skip
+    model, folder = with_experts(name, experts, d_ff), Path(tempfile.mkdtemp()) / name
+    checkpoint.save(folder, tiny.model(model.config, model.dms))
+    placed, _ = dms_jax.load(folder, mesh=mesh)
+    shapes = {name: x.addressable_shards[0].data.shape for name, x in placed.params["layers"][0].items()}
+    assert shapes["up_proj"][:2] == shard and shapes["down_proj"][::2] == shard and shapes["router"][0] == experts
+    if name == "gpt_oss":
+      assert shapes["up_bias"] == shard and shapes["down_bias"][0] == 1 and shapes["router_bias"] == (experts,)
+    for tokens in (1, 5):  # with one, there are devices whose experts no token has chosen
+      x = jax.random.normal(jax.random.key(tokens), (2, tokens, model.config.d_model))
+      want = jax.jit(mlp)(model, x)[0]
+      with mock.patch.object(jax.lax, "ragged_dot", poisoned):
+        got = run(placed, x)[0]
+      np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)  # devices' sums are added in another order
 
 
 def moves_of_other_kinds() -> None:
@@ -135,19 +180,27 @@ def decode_block(model: Model, kind: str, batch: int, capacity: int):
   return lowered.compile(), cache
 
 
-def programs() -> None:
+def programs_of_experts() -> None:
+  """Those of one MLP a layer: no weights move, and nothing goes from all devices to all."""
+  for name in ("mixtral", "gpt_oss", "qwen3_moe"):
+    programs(with_experts(name, 8), ("paged",))
+
+
+def programs(model: Model | None = None, kinds: tuple[str, ...] = ("paged", "contiguous", "masked")) -> None:
   """Two sums a layer over "tensor", none over "data"; a device's memory is its share, and no cache is copied."""
   mesh = make_mesh(2, 4)
-  model = spmd.place(tiny.model(CONFIG, tiny.dms(window=WINDOW)).unstacked(), mesh)
-  for kind in ("paged", "contiguous", "masked"):
+  model = spmd.place((model or tiny.model(CONFIG, tiny.dms(window=WINDOW))).unstacked(), mesh)
+  config = model.config
+  for kind in kinds:
     program, cache = decode_block(model, kind, 8, 8192)
     text = program.as_text()
     found = re.findall(r"= (.*?) (all-\w+|reduce-scatter|collective-permute|collective-broadcast)(?:-start)?\(", text)
     assert {name for _, name in found} <= {"all-reduce", "all-gather"}, found
-    activations = [shape for shape, _ in found if shape.startswith(f"f32[4,1,{CONFIG.d_model}]")]
-    assert len(activations) == 2 * CONFIG.num_layers + 1  # and the embedding
+    widths = f"f32[4,1,{config.d_model}]", f"f32[4,{config.d_model}]"  # experts take rows of tokens
+    activations = [shape for shape, _ in found if shape.startswith(widths)]
+    assert len(activations) == 2 * config.num_layers + 1  # and the embedding
     gathers = [shape for shape, name in found if name == "all-gather"]
-    assert len(gathers) == 1 and gathers[0].startswith(f"f32[4,{CONFIG.vocab_size}]")
+    assert len(gathers) == 1 and gathers[0].startswith(f"f32[4,{config.vocab_size}]")
     # Once a step whether each of 4 rows found slots; after the block the counts of 2 steps and 4 rows.
     rest = [shape for shape, name in found if name == "all-reduce" and shape not in activations]
     assert all(re.fullmatch(r"\(?(s32\[(4|2,4)\]\{[\d,]*\}(, )?)+\)?", shape) for shape in rest), rest
@@ -194,9 +247,13 @@ def requests_over_heads() -> None:
   requests_of_a_generator(1, 4)
 
 
-def requests_of_a_generator(data: int = 2, tensor: int = 2) -> None:
+def requests_to_experts() -> None:
+  requests_of_a_generator(2, 4, with_experts("mixtral", 8))
+
+
+def requests_of_a_generator(data: int = 2, tensor: int = 2, model: Model | None = None) -> None:
   """The same tokens as alone on one device, though pages run out on the mesh and rows are preempted."""
-  model = one_device(tiny.dms(window=3))
+  model = model or one_device(tiny.dms(window=3))
   sizes = dict(page_size=4, prefill_chunk=8, decode_block=4, max_length=96, eos=False, temperature=0.8)
   rng, requests = np.random.default_rng(0), []
   for seed in range(6):
@@ -251,8 +308,11 @@ def refusals() -> None:
       call()
 
 
-QUICK = caches_of_all_kinds, programs, moves, requests_of_a_generator, refusals
-SLOW = other_policies, other_families, moves_of_other_kinds, requests_over_heads, a_large_model
+QUICK = whole_experts, caches_of_all_kinds, programs, moves, requests_of_a_generator, refusals
+SLOW = (
+  other_policies, other_families, moves_of_other_kinds, programs_of_experts, requests_over_heads, requests_to_experts,
+  a_large_model,
+)  # fmt: skip
 CASES = {case.__name__: case for case in (*QUICK, *SLOW)}
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ import dataclasses
 
 import pytest
 
+from dms_jax.families import PRESETS
 from dms_jax.retrofit.distributed import MeshConfig
-from experiments.mesh_memory import Config, measure
+from experiments.mesh_memory import Config, chosen_experts, measure
 
 
 def test_a_large_model_fits_compressed():
@@ -17,6 +18,19 @@ def test_a_large_model_fits_compressed():
     assert eight["bytes"][part] == pytest.approx(one["bytes"][part] / 8, rel=0.05)
   assert measure(dataclasses.replace(Config(), device_gib=95), MeshConfig(data=2, tensor=8))["fits"]
   assert not measure(dataclasses.replace(Config(), cr=1), MeshConfig(tensor=8))["fits"]
+
+
+@pytest.mark.parametrize("preset", ["qwen3-30b-a3b", "mixtral-8x7b", "gpt-oss-120b"])
+def test_experts_are_shared(preset):
+  """A device holds its share; it reads its share of those chosen where all are, more where few are; 3 devices split."""
+  one, four = (measure(Config(preset), MeshConfig(tensor=tensor)) for tensor in (1, 4))
+  assert four["bytes"]["weights"] == pytest.approx(one["bytes"]["weights"] / 4, rel=0.05)
+  model = PRESETS[preset]
+  few, many = (chosen_experts(model, rows, 4, 2) for rows in (1, 512))
+  assert many["whole"] == pytest.approx(many["split"]) and many["whole"] < four["bytes"]["weights"]
+  assert few["split"] == pytest.approx(many["split"] * model.experts_per_token / model.num_experts)
+  assert few["split"] < few["whole"] < many["whole"]
+  assert chosen_experts(model, 1, 3, 2).keys() == {"split"}
 
 
 @pytest.mark.parametrize(
