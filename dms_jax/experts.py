@@ -16,7 +16,7 @@ hold the same bytes. They differ in:
 
 - Temporaries. XLA's `ragged_dot` on a CPU reads all experts of a device and repeats the rows for each: of a chunk of
   1,024 tokens, whole experts need 3.3 times less for Qwen3-30B-A3B on 4 devices, 2.7 times less for gpt-oss-120b on 8.
-  For a TPU XLA copies all experts before each product, narrow slices padded. There the hidden units of a chunk are
+  For a TPU XLA copies all experts of a device before each product. There the hidden units of a chunk are
   larger with whole experts: rows of other devices' experts have F channels, too (Mixtral on 8 devices, v5e: 8 times).
 """
 
