@@ -29,6 +29,7 @@ from dms_jax.metrics import Counts
 from dms_jax.model import Model
 from dms_jax.params import Params, param_table
 from dms_jax.policies import Policy
+from dms_jax.processes import put
 from dms_jax.sharding import DECODING, partition_spec
 
 ROWS, STEPS, HEADS = P("data"), P(None, "data"), P(None, "data", "tensor")  # [B], [steps, B], [L, B, K]
@@ -44,8 +45,9 @@ def check(model: Model, mesh: Mesh, policy: Policy | None = None) -> None:
   """
   if set(mesh.axis_names) != {"data", "tensor"}:
     raise ValueError(f"a mesh of axes {mesh.axis_names}; `dms_jax.make_mesh` makes one of data and tensor")
-  if any(device.process_index != jax.process_index() for device in mesh.devices.flat):
-    raise ValueError(f"a mesh of {mesh.size} devices of several processes: generation runs on those of one")
+  owners = {device.process_index for device in mesh.devices.flat}
+  if owners != {jax.process_index()} and mesh.size != (count := jax.device_count()):
+    raise ValueError(f"a mesh of {mesh.size} of the {count} devices of several processes: it must be all, or of one")
   if (tensor := mesh.shape["tensor"]) == 1:
     return
   check_heads(model.config, tensor)
@@ -96,12 +98,12 @@ def place(model: Model, mesh: Mesh | None) -> Model:
     return model
   check(model, mesh)
   shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), model_specs(model, mesh))
-  return model.replace(params=jax.device_put(model.params, shardings), mesh=mesh)
+  return model.replace(params=put(model.params, shardings), mesh=mesh)
 
 
 def place_rows(mesh: Mesh, tree: Any) -> Any:
   """Arrays of rows [B, ...] on the devices of their rows, and scalars on all."""
-  return jax.device_put(tree, jax.tree.map(lambda spec: NamedSharding(mesh, spec), rows_and_scalars(tree)))
+  return put(tree, jax.tree.map(lambda spec: NamedSharding(mesh, spec), rows_and_scalars(tree)))
 
 
 def _own_model(model: Model) -> Model:

@@ -24,6 +24,7 @@ from dms_jax.cache.base import Cache, Common, rounded
 from dms_jax.cache.paged import PagedCache
 from dms_jax.collectives import among
 from dms_jax.policies.base import Policy, of_rows, row_numbers
+from dms_jax.processes import fetch
 
 DEVICE = P(("data", "tensor"))  # of an array in which those of all devices follow one another
 
@@ -90,12 +91,12 @@ class ShardedCache:
 
   def on_devices(self, tree: Any, data: int) -> list[Any]:
     """What each device of one row of the mesh holds of the arrays of `each`, on the host."""
-    part = lambda device: lambda x: next(np.asarray(s.data) for s in x.addressable_shards if s.device == device)
-    return [jax.tree.map(part(device), tree) for device in self.mesh.devices[data]]
+    found = jax.tree.map(lambda x: self.by_device(x)[data], tree)
+    return [jax.tree.map(lambda x, place=place: x[place], found) for place in range(self.tensor)]
 
   def by_device(self, x: Any) -> np.ndarray:
     """An array of all devices on the host, [data, tensor, ...]."""
-    return np.asarray(x).reshape(*self.mesh.devices.shape, -1, *x.shape[1:])
+    return fetch(x).reshape(*self.mesh.devices.shape, -1, *x.shape[1:])
 
   # The face of a cache ------------------------------------------------------------------------------------------------
 
@@ -146,7 +147,7 @@ class ShardedCache:
   def bytes_live(self) -> int:
     own, total = self.own, int(self.live().sum()) * self.shards.slot_bytes
     if isinstance(own, PagedCache):
-      total += int(np.asarray(self.shards.archived).sum()) * (own.archive_slot_bytes - own.slot_bytes)
+      total += int(fetch(self.shards.archived).sum()) * (own.archive_slot_bytes - own.slot_bytes)
     return total
 
   def check(self, policy: Policy) -> None:
@@ -173,7 +174,7 @@ class ShardedCache:
       return Common.ensure_capacity(self, policy, coming, most)
     table, rows = self.shards.table, self.rows
     parts = (self.shards.archived, table.owned, self.shards.seen, table.pool.count)
-    archived, owned, seen, free = map(self.by_device, jax.device_get(parts))
+    archived, owned, seen, free = map(self.by_device, fetch(parts))
     pages, varies = own.pages, any(np.ndim(number) for number in row_numbers(policy).values())
     for d, t in np.ndindex(self.mesh.devices.shape):
       part = np.arange(d * rows, (d + 1) * rows)
