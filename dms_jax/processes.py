@@ -7,8 +7,10 @@ to every host by one gathering program. In one process nothing is gathered.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,10 +18,40 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+PATIENCE = 3600  # seconds that processes wait for the one that writes
+_meetings = itertools.count()
+
 
 def leads() -> bool:
   """Whether this is process 0, which prints and writes."""
   return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+  """A context that fails on all processes if it fails on one; otherwise the others would wait forever.
+
+  Raises:
+    OSError: another process failed; its own message says why.
+  """
+  if jax.process_count() == 1:
+    yield
+    return
+  failure = None
+  try:
+    yield
+  except Exception as error:
+    failure = error
+  from jax.experimental import multihost_utils
+  from orbax.checkpoint import multihost  # it takes a second to import
+
+  # First a barrier that uses no devices: collectives have shorter time limits.
+  multihost.get_barrier_sync_fn()(key=f"dms_jax_{next(_meetings)}", timeout_ms=PATIENCE * 1000)
+  failed = np.flatnonzero(multihost_utils.process_allgather(np.int32(failure is not None)))
+  if failure is not None:
+    raise failure
+  if failed.size:
+    raise OSError(f"process {failed[0]} of the run failed; its own message says why")
 
 
 def put(tree: Any, shardings: Any) -> Any:

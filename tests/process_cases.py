@@ -1,6 +1,6 @@
 """Generation on the devices of two processes against one device, in processes of generation/test_processes.py.
 
-    python -m tests.process_cases CASE PORT PROCESS FOLDER
+    python -m tests.process_cases CASE FOLDER --mesh.coordinator=HOST:PORT --mesh.processes=2 --mesh.process=0
 
 Each process of a case has the same number of simulated devices, runs the same program, and compares what it holds.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 import dms_jax
 from dms_jax import checkpoint, spmd
@@ -31,6 +32,14 @@ PROMPTS = [np.random.default_rng(n).integers(0, CONFIG.vocab_size, n).tolist() f
 
 def one_device() -> Model:
   return fastest_form(tiny.model(CONFIG, tiny.dms(window=5)))
+
+
+def crossing_mesh() -> Mesh:
+  """2 x 2 devices, of which "data" splits those of a process, and "tensor" the processes."""
+  devices = np.array(jax.devices()).reshape(2, -1).T.ravel()
+  mesh = make_mesh(2, 2, devices[:4].tolist())
+  assert {device.process_index for device in mesh.devices[0]} == {0, 1}
+  return mesh
 
 
 def assert_same(many, one) -> None:
@@ -55,11 +64,58 @@ def generates(folder: Path) -> None:
     assert_same(*again)
 
 
-CASES = {case.__name__: case for case in (generates,)}
+def requests(folder: Path) -> None:
+  """A `Generator` whose pages run out, grow by way of the hosts, and whose rows are preempted; a row goes on alone."""
+  model = fastest_form(tiny.model(CONFIG, tiny.dms(window=3)))
+  sizes = dict(page_size=4, prefill_chunk=8, decode_block=4, max_length=96, eos=False, temperature=0.8)
+  rng, asked = np.random.default_rng(0), []
+  for seed in range(6):
+    length, new, chains = (int(rng.integers(*limits)) for limits in ((1, 40), (1, 40), (1, 3)))
+    asked.append((rng.integers(0, CONFIG.vocab_size, length).tolist(), new, chains, jax.random.key(seed)))
+
+  def answer(model, width, **budget):
+    generator = Generator(model, width=width, **sizes, **budget)
+    tickets = []
+    for ids, new, chains, key in asked:
+      tickets.append(generator.submit(ids, max_new_tokens=new, chains=chains, key=key, keep=True))
+      for _ in range(2):
+        generator.step()
+    for _ in generator.run():
+      pass
+    assert not generator.cache.live().any()
+    return generator, [generator.results[ticket] for ticket in tickets]
+
+  _, want = answer(model, 3, pages=400)
+  placed = spmd.place(model, crossing_mesh())
+  memory = Generator(placed, width=4, **sizes).memory
+  longest = max(memory.pages_of(stored.cache) for one in want for stored in one.stored)
+  budget = memory.own.fixed_bytes + (longest + 2 * memory.pool_heads) * memory.own.page_bytes
+  generator, results = answer(placed, 4, budget=budget, pages=memory.own.pages)
+  assert generator.preemptions and generator.cache.device_bytes <= budget
+  for got, one in zip(results, want, strict=True):
+    assert got.tokens == one.tokens and got.finish_reason == one.finish_reason
+    for mine, theirs in zip(got.logprobs, one.logprobs, strict=True):
+      np.testing.assert_allclose(mine, theirs, atol=3e-5)
+    assert [used.until() for used in got.usage] == [used.until() for used in one.usage]
+    for mine, theirs in zip(got.stored, one.stored, strict=True):
+      np.testing.assert_array_equal(mine.cache.archived, theirs.cache.archived)
+      np.testing.assert_allclose(mine.cache.kv, theirs.cache.kv, atol=1e-5)
+  past, more = results[0].stored[0], []
+  for generator in (generator, Generator(model, width=2, **sizes)):
+    ticket = generator.submit([3, 4], max_new_tokens=6, key=jax.random.key(9), continue_from=past)
+    for _ in generator.run():
+      pass
+    more.append(generator.results[ticket].tokens)
+  assert more[0] == more[1]
+
+
+QUICK, SLOW = (), (generates, requests)
+CASES = {case.__name__: case for case in (*QUICK, *SLOW)}
 
 if __name__ == "__main__":
-  name, port, process, folder = sys.argv[1:]
-  distributed.initialize(MeshConfig(coordinator=f"localhost:{port}", processes=2, process=int(process)))
+  name, folder, *flags = sys.argv[1:]
+  host, count, process = (flag.partition("=")[2] for flag in flags)
+  distributed.initialize(MeshConfig(coordinator=host, processes=int(count), process=int(process)))
   assert jax.process_count() == 2 and jax.device_count() == 2 * jax.local_device_count()
   CASES[name](Path(folder))
   print("equal")
