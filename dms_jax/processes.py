@@ -27,6 +27,11 @@ def leads() -> bool:
   return jax.process_index() == 0
 
 
+def spans_processes(mesh: Mesh) -> bool:
+  """Whether a mesh has devices of other processes."""
+  return any(device.process_index != jax.process_index() for device in mesh.devices.flat)
+
+
 @contextlib.contextmanager
 def together() -> Iterator[None]:
   """A context that fails on all processes if it fails on one; otherwise the others would wait forever.

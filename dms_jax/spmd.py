@@ -29,7 +29,7 @@ from dms_jax.metrics import Counts
 from dms_jax.model import Model
 from dms_jax.params import Params, param_table
 from dms_jax.policies import Policy
-from dms_jax.processes import put
+from dms_jax.processes import put, spans_processes
 from dms_jax.sharding import DECODING, partition_spec
 
 ROWS, STEPS, HEADS = P("data"), P(None, "data"), P(None, "data", "tensor")  # [B], [steps, B], [L, B, K]
@@ -45,8 +45,7 @@ def check(model: Model, mesh: Mesh, policy: Policy | None = None) -> None:
   """
   if set(mesh.axis_names) != {"data", "tensor"}:
     raise ValueError(f"a mesh of axes {mesh.axis_names}; `dms_jax.make_mesh` makes one of data and tensor")
-  owners = {device.process_index for device in mesh.devices.flat}
-  if owners != {jax.process_index()} and mesh.size != (count := jax.device_count()):
+  if spans_processes(mesh) and mesh.size != (count := jax.device_count()):
     raise ValueError(f"a mesh of {mesh.size} of the {count} devices of several processes: it must be all, or of one")
   if (tensor := mesh.shape["tensor"]) == 1:
     return

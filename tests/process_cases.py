@@ -20,7 +20,7 @@ from dms_jax import testing as tiny
 from dms_jax.config import LoRAConfig
 from dms_jax.execution import fastest_form
 from dms_jax.generation.batching import Generator
-from dms_jax.model import Model
+from dms_jax.processes import leads
 from dms_jax.retrofit import distributed
 from dms_jax.retrofit.distributed import MeshConfig
 from dms_jax.sharding import make_mesh
@@ -30,8 +30,9 @@ SETTINGS = dict(max_new_tokens=12, eos=False, prefill_chunk=8, decode_block=8)
 PROMPTS = [np.random.default_rng(n).integers(0, CONFIG.vocab_size, n).tolist() for n in (1, 19, 8, 5)]
 
 
-def one_device() -> Model:
-  return fastest_form(tiny.model(CONFIG, tiny.dms(window=5)))
+def save(folder: Path) -> None:
+  """The model of the cases, which one process writes."""
+  checkpoint.save(folder / "model", tiny.model(CONFIG, tiny.dms(window=5), LoRAConfig(rank=2, scale=0.1)))
 
 
 def crossing_mesh() -> Mesh:
@@ -51,21 +52,36 @@ def assert_same(many, one) -> None:
     np.testing.assert_array_equal(getattr(many.metrics, name), getattr(one.metrics, name), err_msg=name)
 
 
+def rows(folder: Path) -> None:
+  """Each process decodes its row; the tokens and counts of both come to both."""
+  many, one = (dms_jax.load(folder / "model", mesh=mesh)[0] for mesh in (make_mesh(2, 1), None))  # each by both
+  got = dms_jax.generate(many, PROMPTS[:2], **SETTINGS)
+  if leads():
+    assert_same(got, dms_jax.generate(one, PROMPTS[:2], **SETTINGS))
+
+
 def generates(folder: Path) -> None:
-  """Pages and slots, rows and heads that cross the processes; another turn of what a mesh has written."""
-  one = one_device()
-  for kind, data, tensor, sampled in (("paged", 2, 2, True), ("contiguous", 4, 1, False), ("contiguous", 2, 2, False)):
-    settings = {**SETTINGS, **(dict(temperature=0.8, key=jax.random.key(3)) if sampled else {})}
-    many = spmd.place(one, make_mesh(data, tensor))
-    got, want = (dms_jax.generate(model, PROMPTS, cache=kind, **settings) for model in (many, one))
+  """Pages and slots, rows and heads that cross the processes; a turn more, from memory and from disk."""
+  one, _ = dms_jax.load(folder / "model")
+  for kind, mesh in (("paged", crossing_mesh()), ("contiguous", make_mesh(4, 1)), ("masked", make_mesh(2, 2))):
+    settings = {**SETTINGS, **(dict(temperature=0.8, key=jax.random.key(3)) if kind == "paged" else {})}
+    many, _ = dms_jax.load(folder / "model", mesh=mesh)
+    heads = many.params["layers"][0]["q_proj"].addressable_shards[0].data.shape[0]
+    assert heads == CONFIG.num_heads // mesh.shape["tensor"]
+    got, want = (dms_jax.generate(model, PROMPTS, cache=kind, history=True, **settings) for model in (many, one))
     assert_same(got, want)
-    turn = [[3, 4]] * len(PROMPTS)
-    again = [dms_jax.generate(m, turn, continue_from=past, **settings) for m, past in ((many, got), (one, want))]
-    assert_same(*again)
+    np.testing.assert_array_equal(got.metrics.history, want.metrics.history)
+    dms_jax.save_conversation(folder / kind, got)
+    turn, want = [[3, 4]] * len(PROMPTS), dms_jax.generate(one, [[3, 4]] * len(PROMPTS), continue_from=want, **settings)
+    for model, past in (
+      (many, got), (one, got), (many, dms_jax.load_conversation(folder / kind, many)),
+      (one, dms_jax.load_conversation(folder / kind, one)),
+    ):  # fmt: skip
+      assert_same(dms_jax.generate(model, turn, continue_from=past, **settings), want)
 
 
 def requests(folder: Path) -> None:
-  """A `Generator` whose pages run out, grow by way of the hosts, and whose rows are preempted; a row goes on alone."""
+  """A `Generator` whose pools grow by way of the hosts and whose rows are preempted; a row goes on alone."""
   model = fastest_form(tiny.model(CONFIG, tiny.dms(window=3)))
   sizes = dict(page_size=4, prefill_chunk=8, decode_block=4, max_length=96, eos=False, temperature=0.8)
   rng, asked = np.random.default_rng(0), []
@@ -101,15 +117,15 @@ def requests(folder: Path) -> None:
       np.testing.assert_array_equal(mine.cache.archived, theirs.cache.archived)
       np.testing.assert_allclose(mine.cache.kv, theirs.cache.kv, atol=1e-5)
   past, more = results[0].stored[0], []
-  for generator in (generator, Generator(model, width=2, **sizes)):
-    ticket = generator.submit([3, 4], max_new_tokens=6, key=jax.random.key(9), continue_from=past)
-    for _ in generator.run():
+  for each in (generator, Generator(model, width=2, **sizes)):
+    ticket = each.submit([3, 4], max_new_tokens=6, key=jax.random.key(9), continue_from=past)
+    for _ in each.run():
       pass
-    more.append(generator.results[ticket].tokens)
+    more.append(each.results[ticket].tokens)
   assert more[0] == more[1]
 
 
-QUICK, SLOW = (), (generates, requests)
+QUICK, SLOW = (rows,), (generates, requests)
 CASES = {case.__name__: case for case in (*QUICK, *SLOW)}
 
 if __name__ == "__main__":

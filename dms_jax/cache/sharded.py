@@ -16,15 +16,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Bool, Int
+from jaxtyping import Array, Bool, Int
 
 from dms_jax.cache.base import Cache, Common, rounded
 from dms_jax.cache.paged import PagedCache
 from dms_jax.collectives import among
 from dms_jax.policies.base import Policy, of_rows, row_numbers
-from dms_jax.processes import fetch
+from dms_jax.processes import fetch, spans_processes
 
 DEVICE = P(("data", "tensor"))  # of an array in which those of all devices follow one another
 
@@ -91,8 +92,12 @@ class ShardedCache:
 
   def on_devices(self, tree: Any, data: int) -> list[Any]:
     """What each device of one row of the mesh holds of the arrays of `each`, on the host."""
-    found = jax.tree.map(lambda x: self.by_device(x)[data], tree)
-    return [jax.tree.map(lambda x, place=place: x[place], found) for place in range(self.tensor)]
+    if spans_processes(self.mesh):
+      sent = _sent(tree, np.int32(data), mesh=self.mesh)
+      found = jax.tree.map(lambda x: fetch(x).reshape(self.tensor, -1, *x.shape[1:]), sent)  # one array at a time
+      return [jax.tree.map(lambda x, place=place: x[place], found) for place in range(self.tensor)]
+    part = lambda device: lambda x: next(np.asarray(s.data) for s in x.addressable_shards if s.device == device)
+    return [jax.tree.map(part(device), tree) for device in self.mesh.devices[data]]
 
   def by_device(self, x: Any) -> np.ndarray:
     """An array of all devices on the host, [data, tensor, ...]."""
@@ -228,6 +233,24 @@ def _with_count(cache: Cache, change: Callable) -> Cache:
     return cache
   pool = cache.table.pool
   return cache.replace(table=cache.table.replace(pool=pool.replace(count=change(pool.count))))
+
+
+@partial(jax.jit, static_argnames="mesh")
+def _sent(tree: Any, data: Int[Array, ""], *, mesh: Mesh) -> Any:
+  """The arrays of `each` of row `data` of the mesh, on the devices of all rows: one after another along "tensor"."""
+
+  def send(tree, data):
+    mine = lax.axis_index("data") == data
+
+    def one(x):  # as bits, which a sum with zeros leaves as they are
+      flag, unsigned = x.dtype == jnp.bool_, jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+      bits = x.astype(unsigned) if flag else lax.bitcast_convert_type(x, unsigned)
+      bits = lax.psum(jnp.where(mine, bits, 0), "data")
+      return bits.astype(x.dtype) if flag else lax.bitcast_convert_type(bits, x.dtype)
+
+    return jax.tree.map(one, tree)
+
+  return jax.shard_map(send, mesh=mesh, in_specs=(DEVICE, P()), out_specs=P("tensor"), check_vma=False)(tree, data)
 
 
 @jax.jit

@@ -58,9 +58,7 @@ def _regrown(x: Shaped[Array, "P ..."], pages: int) -> Shaped[Array, "pages ..."
   sharding = x.sharding
   if len(sharding.device_set) > 1:
     parts = [_regrown(shard.data, pages) for shard in x.addressable_shards]  # one device after another
-    return jax.make_array_from_single_device_arrays(
-      (len(sharding.device_set) * pages, *x.shape[1:]), sharding, parts
-    )
+    return jax.make_array_from_single_device_arrays((len(sharding.device_set) * pages, *x.shape[1:]), sharding, parts)
   content, count = np.asarray(x), len(x)
   x.delete()
   new = jax.device_put(jnp.zeros((pages, *content.shape[1:]), content.dtype), sharding)

@@ -55,7 +55,7 @@ def written_alone(path: str | Path, kind: Literal["folder", "file"] = "folder") 
       yield Path(path)
     return
   if kind == "folder" and not program.FLAGS.output:
-    raise ValueError("--mesh.coordinator: give --output on a shared file system, so that each process finds the results")
+    raise ValueError("--mesh.coordinator: give --output on a shared file system, where each process finds the results")
   path = Path(path)
   with contextlib.ExitStack() as stack:
     with together():

@@ -15,6 +15,7 @@ from tests.helpers import save_checkpoints
 from tests.programs import finished, meeting, on_devices
 
 ROOT = Path(__file__).parents[2]
+QUICK = [case.__name__ for case in process_cases.QUICK]
 SLOW = [pytest.param(case.__name__, marks=pytest.mark.slow) for case in process_cases.SLOW]
 
 
@@ -25,9 +26,11 @@ def start(*command: str, devices: int) -> subprocess.Popen:
   )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*(case.__name__ for case in process_cases.QUICK), *SLOW])
+@pytest.mark.parametrize("name", [*QUICK, *SLOW])
 def test_on_two_processes(name, tmp_path):
-  starts = [start("tests.process_cases", name, str(tmp_path), *meet, devices=2) for meet in meeting()]
+  process_cases.save(tmp_path)
+  devices = 1 if name in QUICK else 2
+  starts = [start("tests.process_cases", name, str(tmp_path), *meet, devices=devices) for meet in meeting()]
   for code, out, errors in finished(*starts):
     assert code == 0 and "equal" in out, errors[-3000:]
 
