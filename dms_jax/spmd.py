@@ -7,6 +7,9 @@
 The mesh axis "data" splits rows; every device along it holds the same weights. "tensor" splits KV heads with their
 queries, feed-forward and vocabulary (`sharding.DECODING`). Inside `jax.shard_map` a device sees a smaller model and an
 ordinary cache, whose pool and pages are its own; `dms_jax.collectives` is all that it learns from others.
+
+On several hosts each process calls `jax.distributed.initialize` first, makes the mesh of all devices, and then makes
+the same calls with the same prompts, keys and requests (`dms_jax.processes`); all get the same results.
 """
 
 from __future__ import annotations

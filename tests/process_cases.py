@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from jax.sharding import Mesh
 
 import dms_jax
@@ -56,6 +57,9 @@ def rows(folder: Path) -> None:
   """Each process decodes its row; the tokens and counts of both come to both."""
   many, one = (dms_jax.load(folder / "model", mesh=mesh)[0] for mesh in (make_mesh(2, 1), None))  # each by both
   got = dms_jax.generate(many, PROMPTS[:2], **SETTINGS)
+  other = next(device for device in jax.devices() if device.process_index != jax.process_index())
+  with pytest.raises(ValueError, match="a mesh of 1 of the 2 devices of several processes"):
+    spmd.place(one, make_mesh(1, 1, [other]))
   if leads():
     assert_same(got, dms_jax.generate(one, PROMPTS[:2], **SETTINGS))
 
