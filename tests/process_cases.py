@@ -1,4 +1,4 @@
-"""Generation on the devices of two processes against one device, in processes of generation/test_processes.py.
+"""Generation on the devices of two processes against one, cases of generation/test_processes.py.
 
     python -m tests.process_cases CASE FOLDER --mesh.coordinator=HOST:PORT --mesh.processes=2 --mesh.process=0
 
