@@ -19,7 +19,8 @@ def load(path: str | Path, retrofit: str | Path | None = None, dtype: Any = None
     dtype: dtype of the weights and the KV cache; default as stored.
     merge: fold low-rank updates into the weights, so that the model decodes faster; those that depend on each row's CR
       (`LoRAConfig.by_cr`) stay apart.
-    mesh: the devices that generate together (`dms_jax.make_mesh`); each reads its shard of the weights alone.
+    mesh: the devices that generate together (`dms_jax.make_mesh`), of one process or all of several (`dms_jax.spmd`);
+      each reads its shard of the weights alone. Over several processes each must call.
 
   Returns:
     `Model`, and `Tokenizer` or None.

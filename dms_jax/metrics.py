@@ -18,6 +18,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from dms_jax.cache.base import Usage
+from dms_jax.processes import fetch
 
 
 def held_share(held, seen):
@@ -100,7 +101,7 @@ class Metrics:
 
   def add(self, counts: Counts, *, decode: bool) -> Metrics:
     """These metrics plus the counts of a decode block if `decode`, else of a chunk of a prompt."""
-    counts = jax.device_get(counts)
+    counts = fetch(counts)
     reads = "decode_reads" if decode else "prompt_reads"
     mean = counts.held.astype(np.float64) / (counts.live.shape[0] * counts.live.shape[2])
     history = self.history

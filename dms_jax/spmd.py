@@ -8,6 +8,9 @@ The mesh axis "data" splits rows; every device along it holds the same weights. 
 queries, feed-forward (whole experts, where it divides their number) and vocabulary (`sharding.DECODING`). Inside
 `jax.shard_map` a device sees a smaller model and an ordinary cache, whose pool and pages are its own;
 `dms_jax.collectives` is all that it learns from others.
+
+On several hosts each process calls `jax.distributed.initialize` first, makes the mesh of all devices, and then makes
+the same calls with the same prompts, keys and requests (`dms_jax.processes`); all get the same results.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from dms_jax.metrics import Counts
 from dms_jax.model import Model
 from dms_jax.params import Params, param_table
 from dms_jax.policies import Policy
+from dms_jax.processes import put, spans_processes
 from dms_jax.sharding import DECODING, partition_spec
 
 ROWS, STEPS, HEADS = P("data"), P(None, "data"), P(None, "data", "tensor")  # [B], [steps, B], [L, B, K]
@@ -45,8 +49,8 @@ def check(model: Model, mesh: Mesh, policy: Policy | None = None) -> None:
   """
   if set(mesh.axis_names) != {"data", "tensor"}:
     raise ValueError(f"a mesh of axes {mesh.axis_names}; `dms_jax.make_mesh` makes one of data and tensor")
-  if any(device.process_index != jax.process_index() for device in mesh.devices.flat):
-    raise ValueError(f"a mesh of {mesh.size} devices of several processes: generation runs on those of one")
+  if spans_processes(mesh) and mesh.size != (count := jax.device_count()):
+    raise ValueError(f"a mesh of {mesh.size} of the {count} devices of several processes: it must be all, or of one")
   if (tensor := mesh.shape["tensor"]) == 1:
     return
   check_heads(model.config, tensor)
@@ -99,12 +103,12 @@ def place(model: Model, mesh: Mesh | None) -> Model:
     return model
   check(model, mesh)
   shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), model_specs(model, mesh))
-  return model.replace(params=jax.device_put(model.params, shardings), mesh=mesh)
+  return model.replace(params=put(model.params, shardings), mesh=mesh)
 
 
 def place_rows(mesh: Mesh, tree: Any) -> Any:
   """Arrays of rows [B, ...] on the devices of their rows, and scalars on all."""
-  return jax.device_put(tree, jax.tree.map(lambda spec: NamedSharding(mesh, spec), rows_and_scalars(tree)))
+  return put(tree, jax.tree.map(lambda spec: NamedSharding(mesh, spec), rows_and_scalars(tree)))
 
 
 def _own_model(model: Model) -> Model:

@@ -24,7 +24,9 @@ question), text.jsonl (a line a chunk), traces.jsonl (with `--traces`), summary.
 resumes a killed run, chain by chain.
 
 Several devices: --mesh.data=2 --mesh.tensor=4 splits the rows and KV heads of tasks that write. The chains of a prompt
-stay together, so `--width` is rounded up to as many for each row of devices; --kv_budget_gib is each device's.
+stay together, so `--width` is rounded up to as many for each row of devices; --kv_budget_gib is each device's. On
+several hosts run the same command on each, with --output on a shared file system and --mesh.coordinator=HOST:PORT
+--mesh.processes=2 --mesh.process=0 (1, ...). Process 0 writes and prints; each grades for itself.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ from dms_jax.policies import Policy
 from dms_jax.sharding import DECODING
 from dms_jax.spmd import place
 from dms_jax.tokenizer import Tokenizer
-from experiments.common import files, forecast, outputs, program
+from experiments.common import files, forecast, program
 from experiments.common import mesh as mesh_flags
 from experiments.methods import method as methods_module
 from experiments.methods import records, run, summary, trace
@@ -428,14 +430,14 @@ def main() -> None:
   if idle := methods_module.idle_flags(program.flag_values(changed_only=True), config.methods, chosen.tasks):
     program.log(f"note: {', '.join(idle)}: set what is none of --methods and --tasks, and change nothing")
   folder = Path(config.output) if config.output else program.results_dir("evaluate")
-  with outputs.locked("output", folder):
+  mesh = mesh_flags.read()
+  with mesh_flags.written_alone(folder) as folder:
     files.check_checkpoint("checkpoint", config.checkpoint)
     tokenizer = Tokenizer.load(config.checkpoint)
     max_positions = checkpoint.read_config(config.checkpoint)[1].max_position_embeddings
     tasks = [program.read_flags(name, get(name)) for name in chosen.tasks]
     jobs = run.prepare(tasks, chosen, config.lengths, tokenizer, max_positions, config.max_tokens)
     texts = read_texts(config, tokenizer, max_positions)
-    mesh = mesh_flags.read()
     if mesh is not None and (config.text or config.traces or not all(isinstance(t, WritingTask) for t in tasks)):
       raise ValueError("--mesh: tasks that write run on several devices; texts, likelihood tasks and traces on one")
     original = checkpoint.load(config.checkpoint, dtype=config.dtype, mesh=mesh, rules=DECODING)

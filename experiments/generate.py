@@ -14,7 +14,8 @@ answers a file of requests (fields: `experiments/common/requests.py`) in one poo
 `--output` as they end. The same command again resumes a run that was cut short.
 
 Several devices: --mesh.data=2 --mesh.tensor=4 splits rows (prompts, `--width`) and KV heads; --kv_budget_gib is each
-device's.
+device's. On several hosts run the same command on each, with --mesh.coordinator=HOST:PORT --mesh.processes=2
+--mesh.process=0 (1, ...); all files must be on a shared file system. Process 0 writes and prints.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Literal
 
 import jax
+from jax.sharding import Mesh
 
 import dms_jax
 from dms_jax import policies
@@ -35,7 +37,7 @@ from dms_jax.generation.generate import Output
 from dms_jax.model import Model
 from dms_jax.policies import Policy
 from dms_jax.tokenizer import Tokenizer
-from experiments.common import files, outputs, program
+from experiments.common import files, program
 from experiments.common import mesh as mesh_flags
 from experiments.common import requests as request_file
 from pallas_kernels.paged import FORMATS
@@ -199,8 +201,8 @@ class Printer:
     print(flush=True)
 
 
-def answer_requests(config: Config, model, tokenizer, policy) -> dict:
-  """Answers the file of `--requests`; returns the summary."""
+def answer_requests(config: Config, output: Path, model, tokenizer, policy) -> dict:
+  """Answers the file of `--requests` in the file `output`; returns the summary."""
   asked = request_file.read_requests(
     config.requests, tokenizer, max_new_tokens=config.max_new_tokens, chains=config.chains,
     temperature=config.temperature, seed=config.seed, width=config.width,
@@ -221,15 +223,13 @@ def answer_requests(config: Config, model, tokenizer, policy) -> dict:
   if config.on_pressure != "preempt":
     settings["on_pressure"] = config.on_pressure
   settings["policy"] = (type(policy).__name__, policy)
-  summary = request_file.answer(generator, asked, config.results, settings)
+  summary = request_file.answer(generator, asked, output, settings)
   return {"output": str(config.results), **summary}
 
 
-def load(config: Config) -> tuple[Model, Tokenizer, Policy]:
+def load(config: Config, mesh: Mesh | None) -> tuple[Model, Tokenizer, Policy]:
   """What writes."""
-  model, tokenizer = dms_jax.load(
-    config.checkpoint, retrofit=config.retrofit, dtype=config.dtype, mesh=mesh_flags.read()
-  )
+  model, tokenizer = dms_jax.load(config.checkpoint, retrofit=config.retrofit, dtype=config.dtype, mesh=mesh)
   name = config.policy or (model.dms.objective if model.dms is not None else "vanilla")
   return model, tokenizer, program.read_flags(name.lower(), policies.get(name))
 
@@ -238,12 +238,15 @@ def main() -> None:
   config = program.read_flags("", Config)
   prompts = config.prompts()
   files.check_retrofit("retrofit", config.retrofit)
+  mesh = mesh_flags.read()
   if config.requests is not None:
-    with outputs.locked("output", config.results, "file"):
-      summary = answer_requests(config, *load(config))
+    with mesh_flags.written_alone(config.results, "file") as output:
+      summary = answer_requests(config, output, *load(config, mesh))
     program.finish(summary)
     return
-  model, tokenizer, policy = load(config)
+  if not prompts and jax.distributed.is_initialized():
+    raise ValueError("--chat without a prompt reads turns from standard input, which one process alone has")
+  model, tokenizer, policy = load(config, mesh)
   system = [] if config.system is None else [{"role": "system", "content": as_text(config.system)}]
 
   def ask(texts: list[str], past: Output | None = None) -> tuple[Output, dict]:

@@ -43,11 +43,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from jax.sharding import Mesh
+
 from dms_jax import checkpoint, disk, policies
 from dms_jax.sharding import DECODING
 from dms_jax.spmd import place
 from dms_jax.tokenizer import Tokenizer
-from experiments.common import files, outputs, program
+from experiments.common import files, program
 from experiments.common import mesh as mesh_flags
 from experiments.hyperscaling import analysis, cells, page, pictures, tables
 from experiments.hyperscaling import methods as methods_module
@@ -137,7 +139,7 @@ def check_tasks(tasks: Sequence[Any]) -> None:
       raise ValueError(f"--tasks={task.name}: a sweep needs tasks whose written answers are right or wrong")
 
 
-def make(config: Config, chosen: TasksConfig, folder: Path) -> dict[str, Any]:
+def make(config: Config, chosen: TasksConfig, folder: Path, mesh: Mesh | None) -> dict[str, Any]:
   """Makes the records, traces and times of one sweep that its folder lacks; returns what was made."""
   tasks = [program.read_flags(name, get(name)) for name in chosen.tasks]
   check_tasks(tasks)
@@ -145,7 +147,6 @@ def make(config: Config, chosen: TasksConfig, folder: Path) -> dict[str, Any]:
   tokenizer = Tokenizer.load(config.checkpoint)
   most = checkpoint.read_config(config.checkpoint)[1].max_position_embeddings
   jobs = run.prepare(tasks, chosen, (), tokenizer, most, config.max_tokens)
-  mesh = mesh_flags.read()
   if mesh is not None and (config.timed or config.traces):
     raise ValueError("--mesh: --timed and --traces run on one device; leave them out, or the mesh")
   original = checkpoint.load(config.checkpoint, dtype=config.dtype, mesh=mesh, rules=DECODING)
@@ -216,9 +217,10 @@ def main() -> None:
   config, chosen = program.read_flags("", Config), program.read_flags("", TasksConfig)
   folder = Path(config.output) if config.output else program.results_dir("hyperscale")
   made: dict[str, Any] = {}
-  with outputs.locked("output", folder):
+  mesh = mesh_flags.read()
+  with mesh_flags.written_alone(folder) as folder:
     if config.checkpoint:
-      made = make(config, chosen, folder)
+      made = make(config, chosen, folder, mesh)
     read = [cells.read(Path(each)) for each in config.sets or (str(folder),)]
     for remark in [remark for _, remarks in read for remark in remarks]:
       program.log(remark)

@@ -49,7 +49,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dms_jax import checkpoint
+from dms_jax import checkpoint, processes
 from dms_jax.config import DMSConfig, LoRAConfig
 from dms_jax.model import Model
 from dms_jax.retrofit import DataConfig, RetrofitConfig, distributed, recall_text, self_text
@@ -129,8 +129,8 @@ def asked_to_stop() -> contextlib.AbstractContextManager[Callable[[], bool]]:
 def written_alone(folder: Path) -> Iterator[None]:
   """Keeps other runs from writing to a folder (`outputs.locked`); process 0 does so for all processes of this run."""
   with contextlib.ExitStack() as stack:
-    with distributed.together():
-      if distributed.leads():
+    with processes.together():
+      if processes.leads():
         stack.enter_context(outputs.locked("output", folder))
     yield
 
@@ -160,7 +160,7 @@ def prepare_process(deterministic: bool) -> None:
 
 def say(message: str) -> None:
   """Logs a line, on process 0 only."""
-  if distributed.leads():
+  if processes.leads():
     program.log(message)
 
 
@@ -171,11 +171,11 @@ def own_text(
   path = output / "self_text.jsonl"
   if not data.self_text.rows:
     return None
-  with distributed.together():
+  with processes.together():
     if not path.exists():
       model = base()
       params = distributed.gathered(model.params)
-      if distributed.leads():
+      if processes.leads():
         params = jax.device_put(params, jax.local_devices()[0])
         model = model.replace(params=jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params))
         progress = lambda items: program.progress(items, desc="sampling text")
@@ -190,13 +190,13 @@ def texts(base: Callable[[], Model], tokenizer: Tokenizer, data: DataConfig, dty
     written["self_text"] = path
   if data.recall_text.rows:
     written["recall_text"] = folder / "recall_text.jsonl"
-    with distributed.together():
-      if distributed.leads():
+    with processes.together():
+      if processes.leads():
         own = [] if path is None else [text for _, text in documents(path, tokenizer, data.fields)]
         progress = lambda items: program.progress(items, desc="making documents")
         recall_text.write(tokenizer, data.recall_text, written["recall_text"], filler=own, progress=progress)
   say("reading and tokenizing text")
-  with distributed.together():
+  with processes.together():
     sources = load_sources(data, tokenizer, written)
   for source in sources:
     say(f"  {source.name}: {len(source.tokens):,} tokens in {source.document[-1]:,} documents")
@@ -276,7 +276,7 @@ def carry_out(
       )  # fmt: skip
   except Preempted as reason:
     raise stopping.Stopped(f"{run.directory}: {reason}") from None
-  if distributed.leads():
+  if processes.leads():
     draw(settings.schedule.steps)
   return last
 
@@ -313,7 +313,7 @@ def main() -> None:
   if config.benchmark:
     shape = retrofit_benchmark.preset(config.preset)
     result = retrofit_benchmark.benchmark(shape, dms, lora, settings, config.benchmark_steps, mesh) | flex
-    if distributed.leads():
+    if processes.leads():
       print(retrofit_benchmark.table(config.preset, settings, result))
       program.finish(result)
     return
@@ -337,13 +337,13 @@ def main() -> None:
       for directory, schedule in runs.items():
         if config.crs:
           say(f"{directory}: {schedule.schedule.steps} steps")
-        board = scalars(directory / "tensorboard") if config.tensorboard and distributed.leads() else lambda line: None
+        board = scalars(directory / "tensorboard") if config.tensorboard and processes.leads() else lambda line: None
         run = Run(base, dms, lora, schedule, data, directory)
         with written_alone(directory) if config.crs else contextlib.nullcontext():
           lasts[directory.name] = carry_out(
             run, packer, tokenizer, mesh=mesh, board=board, stop_after=config.stop_after or None
           )
-  if not distributed.leads():
+  if not processes.leads():
     return
   minutes = (time.perf_counter() - start) / 60
   about = {"output": str(output), "minutes": minutes, "device": jax.devices()[0].device_kind}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import socket
+import subprocess
 
 import jax
 import numpy as np
@@ -21,6 +23,25 @@ def on_devices(count: int) -> dict[str, str]:
   """The environment of a process of `count` simulated devices that compiles as this one does."""
   flags = [os.environ.get("XLA_FLAGS", ""), f"--xla_force_host_platform_device_count={count}"]
   return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)}
+
+
+def meeting(processes: int = 2) -> list[tuple[str, ...]]:
+  """The flags with which the processes of a run meet at a free port, those of each."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  place = f"--mesh.coordinator=localhost:{port}", f"--mesh.processes={processes}"
+  return [(*place, f"--mesh.process={index}") for index in range(processes)]
+
+
+def finished(*processes: subprocess.Popen) -> list[tuple[int, str, str]]:
+  """(exit status, stdout, stderr) of each process, none of which goes on."""
+  try:
+    outputs = [process.communicate(timeout=500) for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  return [(process.returncode, *texts) for process, texts in zip(processes, outputs, strict=True)]
 
 
 @quick

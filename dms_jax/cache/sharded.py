@@ -3,6 +3,7 @@
 Rows are split over the mesh axis "data", KV heads over "tensor". Every device has its own slots, and in pages its own
 pool, table and free pages; no array is copied to another device. In compiled code each device works on its own cache
 (`dms_jax.spmd`). This module is the host's view: the face of `Cache` outside compiled code, in global rows and heads.
+Over several processes the host's view is the same in each, and a row that moves to the host moves to all.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Bool, Int
+from jaxtyping import Array, Bool, Int
 
 from dms_jax.cache.base import Cache, Common, rounded
 from dms_jax.cache.paged import PagedCache
 from dms_jax.collectives import among
 from dms_jax.policies.base import Policy, of_rows, row_numbers
+from dms_jax.processes import fetch, spans_processes
 
 DEVICE = P(("data", "tensor"))  # of an array in which those of all devices follow one another
 
@@ -90,12 +93,16 @@ class ShardedCache:
 
   def on_devices(self, tree: Any, data: int) -> list[Any]:
     """What each device of one row of the mesh holds of the arrays of `each`, on the host."""
+    if spans_processes(self.mesh):
+      sent = _sent(tree, np.int32(data), mesh=self.mesh)
+      found = jax.tree.map(lambda x: fetch(x).reshape(self.tensor, -1, *x.shape[1:]), sent)  # one array at a time
+      return [jax.tree.map(lambda x, place=place: x[place], found) for place in range(self.tensor)]
     part = lambda device: lambda x: next(np.asarray(s.data) for s in x.addressable_shards if s.device == device)
     return [jax.tree.map(part(device), tree) for device in self.mesh.devices[data]]
 
   def by_device(self, x: Any) -> np.ndarray:
     """An array of all devices on the host, [data, tensor, ...]."""
-    return np.asarray(x).reshape(*self.mesh.devices.shape, -1, *x.shape[1:])
+    return fetch(x).reshape(*self.mesh.devices.shape, -1, *x.shape[1:])
 
   # The face of a cache ------------------------------------------------------------------------------------------------
 
@@ -146,7 +153,7 @@ class ShardedCache:
   def bytes_live(self) -> int:
     own, total = self.own, int(self.live().sum()) * self.shards.slot_bytes
     if isinstance(own, PagedCache):
-      total += int(np.asarray(self.shards.archived).sum()) * (own.archive_slot_bytes - own.slot_bytes)
+      total += int(fetch(self.shards.archived).sum()) * (own.archive_slot_bytes - own.slot_bytes)
     return total
 
   def check(self, policy: Policy) -> None:
@@ -173,7 +180,7 @@ class ShardedCache:
       return Common.ensure_capacity(self, policy, coming, most)
     table, rows = self.shards.table, self.rows
     parts = (self.shards.archived, table.owned, self.shards.seen, table.pool.count)
-    archived, owned, seen, free = map(self.by_device, jax.device_get(parts))
+    archived, owned, seen, free = map(self.by_device, fetch(parts))
     pages, varies = own.pages, any(np.ndim(number) for number in row_numbers(policy).values())
     for d, t in np.ndindex(self.mesh.devices.shape):
       part = np.arange(d * rows, (d + 1) * rows)
@@ -227,6 +234,24 @@ def _with_count(cache: Cache, change: Callable) -> Cache:
     return cache
   pool = cache.table.pool
   return cache.replace(table=cache.table.replace(pool=pool.replace(count=change(pool.count))))
+
+
+@partial(jax.jit, static_argnames="mesh")
+def _sent(tree: Any, data: Int[Array, ""], *, mesh: Mesh) -> Any:
+  """The arrays of `each` of row `data` of the mesh, on the devices of all rows: one after another along "tensor"."""
+
+  def send(tree, data):
+    mine = lax.axis_index("data") == data
+
+    def one(x):  # as bits, which a sum with zeros leaves as they are
+      flag, unsigned = x.dtype == jnp.bool_, jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+      bits = x.astype(unsigned) if flag else lax.bitcast_convert_type(x, unsigned)
+      bits = lax.psum(jnp.where(mine, bits, 0), "data")
+      return bits.astype(x.dtype) if flag else lax.bitcast_convert_type(bits, x.dtype)
+
+    return jax.tree.map(one, tree)
+
+  return jax.shard_map(send, mesh=mesh, in_specs=(DEVICE, P()), out_specs=P("tensor"), check_vma=False)(tree, data)
 
 
 @jax.jit

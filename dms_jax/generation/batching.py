@@ -51,6 +51,7 @@ from dms_jax.generation.together import Prompt, PromptReader, default_rows
 from dms_jax.model import Model, check_policy
 from dms_jax.policies import Policy, check_rows
 from dms_jax.policies.base import check_kind, is_whole
+from dms_jax.processes import fetch, replicated
 from dms_jax.spmd import check as check_mesh
 
 
@@ -286,7 +287,7 @@ class Generator:
           self.model, self.rows.policy, self.cache, self.rows.state, self.rows.sampling, self.stop_criteria,
           steps=self.decode_block, history=False,
         )  # fmt: skip
-        spent = counts.held, counts.step_reads
+        emitted, spent = replicated((emitted, (counts.held, counts.step_reads)))
       self._flight = Flight(list(self.chains), emitted, spent)
       outcome = self._outcome(self._flight)
       for array in jax.tree.leaves((emitted, spent, outcome)):
@@ -299,13 +300,13 @@ class Generator:
   def _outcome(self, flight: Flight) -> tuple[Array, ...]:
     """`Flight.outcome`; the first call empties the rows that ended, as far as nothing is kept of them."""
     if not flight.outcome:
-      flight.outcome = self.rows.state.reason, *self.memory.settle(self.rows.over())
+      flight.outcome = replicated((self.rows.state.reason, *self.memory.settle(self.rows.over())))
     return flight.outcome
 
   def _settle(self) -> None:
     """Waits for the block in flight, and empties the rows that ended in it; an interrupt loses nothing."""
     flight = self._flight
-    reasons, *found = jax.device_get(self._outcome(flight))
+    reasons, *found = fetch(self._outcome(flight))
     tokens, pages, self._free = self.memory.settled(*found)
     self.peak_tokens, self.peak_pages = max(self.peak_tokens, tokens), max(self.peak_pages, pages)
     self._stalled = self.rows.occupied & (reasons == CAPACITY)
@@ -464,7 +465,7 @@ class Generator:
     for chain in chains:
       self._ages += 1
       chain.age, chain.stored = self._ages, None
-    self._unrecorded.append(Begun(begun, pending, Flight(self.rows.only(chains), emitted, None)))
+    self._unrecorded.append(Begun(begun, pending, Flight(self.rows.only(chains), replicated(emitted), None)))
 
   def _give_up(self, group: list[Chain]) -> bool:
     """Empties the row of a request that could not begin; False, or a BudgetError if it had the whole pool to itself."""

@@ -23,6 +23,7 @@ from dms_jax.cache import Cache, ShardedCache
 from dms_jax.cache.host import HostRow, device_pages, offload_row, restore_row
 from dms_jax.model import Model
 from dms_jax.policies import Policy
+from dms_jax.processes import fetch
 from dms_jax.spmd import place_rows
 from pallas_kernels.paged import FORMATS
 
@@ -67,7 +68,7 @@ class Conversation:
     """
     if not 0 <= index < self.batch:
       raise ValueError(f"row {index}: the conversation has {self.batch}")
-    pending, generated = int(self.pending[index]), int(self.generated[index])
+    pending, generated = (int(x[index]) for x in fetch((self.pending, self.generated)))
     return Continuation(offload_row(self.cache, index), pending, generated, self.policy)
 
 
@@ -115,7 +116,7 @@ def moved(model: Model, past: Conversation) -> Conversation:
     cache = cache.with_pages(max(caches.of_device(cache).pages, device_pages(cache, rows)))
   for index, row in enumerate(rows):
     cache, _ = restore_row(cache, index, row)
-  column = lambda x: jnp.asarray(np.asarray(x))
+  column = lambda x: jnp.asarray(fetch(x))
   cache, (pending, generated) = (
     place_like(model, tree) for tree in (cache, (column(past.pending), column(past.generated)))
   )

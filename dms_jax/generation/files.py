@@ -15,9 +15,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -31,6 +33,7 @@ from dms_jax.generation.conversation import Continuation, Conversation, conversa
 from dms_jax.model import Model, check_policy
 from dms_jax.npz import DAMAGE, Arrays
 from dms_jax.policies import Policy
+from dms_jax.processes import leads, together
 from pallas_kernels.paged import FORMATS, format_of
 
 HEADER, ROWS = "cache.json", "rows.npz"
@@ -42,6 +45,8 @@ KINDS_0_1 = {"slots": "contiguous"}
 
 def save_conversation(path: str | Path, past: Any) -> None:
   """Writes a conversation atomically; an older conversation at `path` is replaced.
+
+  Over several processes each must call, and process 0 writes.
 
   Args:
     path: a folder.
@@ -67,6 +72,20 @@ def save_conversation(path: str | Path, past: Any) -> None:
     count, row_of, policy, first = len(rows), rows.__getitem__, rows[0].policy, rows[0].cache
     kind = "masked" if first.masked else "paged"
     slots, pool = max(_slots(row.cache) for row in rows), {"page": first.page_size}
+  if jax.process_count() > 1:
+    rows = [row_of(index) for index in range(count)]  # before any can fail: all take part in gathering them
+    row_of = rows.__getitem__
+  with together():
+    if leads():
+      _write(Path(path), count, row_of, policy, {"cache": kind, "slots": slots, **pool})
+
+
+def _write(path: Path, count: int, row_of: Callable[[int], Continuation], policy: Policy, about_cache: dict) -> None:
+  """Writes `count` rows, one after another.
+
+  Args:
+    about_cache: fields of the header.
+  """
   with disk.atomic_directory(path, replaces=is_cache) as folder:
     about, model = [], {}
     with zipfile.ZipFile(folder / ROWS, "w", zipfile.ZIP_STORED) as file:
@@ -81,7 +100,7 @@ def save_conversation(path: str | Path, past: Any) -> None:
     numbers = {f.name: getattr(policy, f.name) for f in fields}
     numbers = {name: None if value is None else np.asarray(value).tolist() for name, value in numbers.items()}
     header = {
-      **formats.stamp("conversation"), "cache": kind, "slots": slots, **pool, **model,
+      **formats.stamp("conversation"), **about_cache, **model,
       "policy": {"name": type(policy).__name__, "numbers": numbers}, "rows": about,
     }  # fmt: skip
     (folder / HEADER).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")

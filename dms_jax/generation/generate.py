@@ -49,6 +49,7 @@ from dms_jax.metrics import Counts, Metrics
 from dms_jax.model import Model, check_policy
 from dms_jax.policies import Policy
 from dms_jax.policies.base import is_whole
+from dms_jax.processes import fetch
 from dms_jax.spmd import check as check_mesh
 
 Stream = Callable[[int, list[int], str], None]
@@ -156,20 +157,21 @@ def generate(
   criteria = stop_criteria(model, tokenizer, strings, eos)
   if stream is not None and not callable(stream):
     raise ValueError(f"stream={stream!r:.80} must be a function of (row, new tokens, new text)")
-  past = conversation_of(continue_from)
+  past, pending = conversation_of(continue_from), None
   if not isinstance(past, Conversation | None):
     raise ValueError(f"continue_from={past!r:.80} must be an earlier output or conversation")
   if past is not None:
     past = moved(model, past)
+    pending, generated = fetch((past.pending, past.generated))
   policy = check_policy(model, past.policy if policy is None and past is not None else policy)
   prefill_chunk = policy.chunk(prefill_chunk)
   cache = cache or caches.default_kind(policy, model.config)
-  ids = prompt_ids(model, prompts, mask, tokenizer, None if past is None else np.asarray(past.pending))
+  ids = prompt_ids(model, prompts, mask, tokenizer, pending)
   batch = len(ids)
   if past is None:
     generated, seen = np.zeros(batch, np.int32), np.zeros(batch, np.int64)
   else:
-    generated, seen = np.asarray(past.generated), np.asarray(past.cache.seen).astype(np.int64)
+    seen = np.asarray(past.cache.seen).astype(np.int64)
   lengths = seen + [len(row) for row in ids]
   check_lengths(model, policy, cache, capacity, past, lengths, max_new_tokens)
   most = int(lengths.max()) + max(max_new_tokens - 1, 0)
@@ -180,7 +182,7 @@ def generate(
   store = _start(model, policy, cache, capacity, past, batch, most, prefill_chunk)
 
   # A row without a prompt in this turn has its pending token alone, which decoding feeds.
-  goes_on = np.array([past is not None and past.pending[row] >= 0 and len(new) == 1 for row, new in enumerate(ids)])
+  goes_on = np.array([past is not None and pending[row] >= 0 and len(new) == 1 for row, new in enumerate(ids)])
   usage = _usage(model, past, np.where(goes_on, seen, lengths), ~goes_on & (max_new_tokens > 0))
   metrics = Metrics.zero(model.config.num_layers, batch, model.config.num_kv_heads)
   state = place_like(
@@ -195,7 +197,7 @@ def generate(
     ),
   )
   written = [_Row(Detokenizer.create(tokenizer, strings, new), own) for new, own in zip(ids, usage, strict=True)]
-  reason = np.asarray(state.reason)
+  reason = fetch(state.reason)
   if not goes_on.all():
     new = [row[:0] if going else row for row, going in zip(ids, goes_on, strict=True)]
     store, logits, metrics = _read(model, policy, store, new, metrics, usage, prefill_chunk, capacity, most)
@@ -229,7 +231,7 @@ def generate(
     history=None if metrics.history is None else metrics.history[:steps],
   )
   pending = state.token if max_new_tokens else jnp.where(goes_on, state.token, -1)
-  reasons = [REASONS[r] for r in np.asarray(state.reason)]
+  reasons = [REASONS[r] for r in reason]
   text = None if tokenizer is None else [row.text(why) for row, why in zip(written, reasons, strict=True)]
   conversation = Conversation(store, pending, state.count, policy)
   return Output(tokens, [row.logprobs for row in written], reasons, metrics, conversation, text, usage)
@@ -280,10 +282,10 @@ def _read(
   def feed(part: Chunk) -> np.ndarray:
     nonlocal store, logits, metrics
     store, logits, stalled, counts = read_chunk(model, policy, store, part.tokens, part.lengths, part.remaining, logits)
-    counts = jax.device_get(counts)
+    stalled, counts = fetch((stalled, counts))
     metrics = metrics.add(counts, decode=False)
     add_prompts(usage, counts)
-    return np.asarray(stalled)
+    return stalled
 
   read = read_prompts(ids, chunk, feed, fitting=fitting)
   for row, (done, total) in enumerate(zip(read, map(len, ids), strict=True)):
@@ -322,7 +324,7 @@ def _write(
     counts: of the block; None for tokens that no step made.
   """
   spent = None if counts is None else (counts.held, counts.step_reads)
-  emitted, reason, spent = jax.device_get((emitted, state.reason, spent))
+  emitted, reason, spent = fetch((emitted, state.reason, spent))
   for b, (row, valid) in enumerate(zip(written, emitted.valid.T, strict=True)):
     new = emitted.tokens[valid, b].tolist()
     row.tokens += new

@@ -16,6 +16,7 @@ from dms_jax.cache.base import GROWTH
 from dms_jax.cache.host import HostRow, offload_row, restore_row
 from dms_jax.cache.pool import Pool
 from dms_jax.cache.sharded import on_each
+from dms_jax.processes import fetch
 
 PART = 256  # pages that are copied from the host at once
 
@@ -57,7 +58,7 @@ def _regrown(x: Shaped[Array, "P ..."], pages: int) -> Shaped[Array, "pages ..."
   sharding = x.sharding
   if len(sharding.device_set) > 1:
     parts = [_regrown(shard.data, pages) for shard in x.addressable_shards]  # one device after another
-    return jax.make_array_from_single_device_arrays((len(parts) * pages, *x.shape[1:]), sharding, parts)
+    return jax.make_array_from_single_device_arrays((len(sharding.device_set) * pages, *x.shape[1:]), sharding, parts)
   content, count = np.asarray(x), len(x)
   x.delete()
   new = jax.device_put(jnp.zeros((pages, *content.shape[1:]), content.dtype), sharding)
@@ -171,7 +172,7 @@ class PagedRows:
   def free_pages(self) -> Int[np.ndarray, "pools"]:
     """Pages of each pool that no row owns."""
     count = (self.cache.shards if isinstance(self.cache, ShardedCache) else self.cache).table.pool.count
-    return np.asarray(count).reshape(self.pools, -1).min(axis=1)
+    return fetch(count).reshape(self.pools, -1).min(axis=1)
 
   @property
   def grows(self) -> bool:
@@ -219,7 +220,7 @@ class PagedRows:
     mask = np.isin(np.arange(len(self.cache.seen)), others)
     while others:
       self.cache, enough = cache_rows.fork_row(self.cache, jnp.int32(row % self.pool_rows), mask, whole=whole)
-      if np.all(enough):
+      if np.all(fetch(enough)):
         break
       pages = self._owned(row) if whole or self.own.sliding is not None else self.pool_heads
       if not self.grow(len(others) * pages):

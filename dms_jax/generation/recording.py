@@ -12,13 +12,13 @@ import dataclasses
 import warnings
 from collections.abc import Iterable, Sequence
 
-import jax
 from jaxtyping import Array
 
 from dms_jax.generation.decode import NOT_FINITE, NOT_FINITE_ADVICE, Emitted
 from dms_jax.generation.results import ChainUsage
 from dms_jax.generation.rows import Chain
 from dms_jax.generation.together import account
+from dms_jax.processes import fetch
 
 News = tuple[int, int, list[int], str]  # ticket, chain, new tokens, new text
 
@@ -142,7 +142,7 @@ class Flight:
     """The entries of the chains that have new tokens or have ended."""
     new: dict[int, tuple] = {}
     if self.emitted is not None:
-      emitted, spent = jax.device_get((self.emitted, self.spent))
+      emitted, spent = fetch((self.emitted, self.spent))
       counts = emitted.valid.sum(axis=0)  # the valid steps of a row are its first
       rows = [row for row in counts.nonzero()[0].tolist() if self.chains[row] is not None]
       tokens, logprobs = (x.T[rows].tolist() for x in (emitted.tokens, emitted.logprobs))

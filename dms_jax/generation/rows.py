@@ -21,6 +21,7 @@ from dms_jax.generation.sampling import Sampling, as_key, row_keys
 from dms_jax.generation.stops import StopCriteria
 from dms_jax.policies import Policy
 from dms_jax.policies.base import row_numbers, with_numbers
+from dms_jax.processes import fetch
 
 
 @dataclasses.dataclass(eq=False)
@@ -246,5 +247,5 @@ class Rows:
   def of(self, row: int) -> dict[str, Any]:
     """A row's `token`, `count` and `stop_state`."""
     state = self.state
-    found = jax.device_get({"token": state.token, "count": state.count, "stop_state": state.stop_state})
+    found = fetch({"token": state.token, "count": state.count, "stop_state": state.stop_state})
     return {name: int(values[row]) for name, values in found.items()}

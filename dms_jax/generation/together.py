@@ -34,6 +34,7 @@ from dms_jax.metrics import Counts, count
 from dms_jax.model import Model, StepOutput, cached_forward, end_chunk, last_logits
 from dms_jax.policies import Policy
 from dms_jax.policies.base import with_numbers
+from dms_jax.processes import fetch, replicated
 from dms_jax.spmd import on_mesh
 
 PLACES = 8  # least pages of a head that a prompt's program knows
@@ -184,7 +185,7 @@ class PromptReader:
       chunk, after = prompt.ids[first : first + length], total - first - length
       logits, stalled, counts = self._call([prompt], [chunk], [after], width or whole, places, logits)
       account([([prompt], place, None, counts)])
-      return np.asarray(stalled)[place]
+      return fetch(stalled)[place]
 
     def feed(part: Chunk) -> np.ndarray:
       return read(int(part.start[0]), int(part.lengths[0]), 1 if part.tokens.shape[1] == 1 else None)
@@ -216,7 +217,7 @@ class PromptReader:
       self.memory.cache, logits, stalled, counts = _prefill_rows(
         self.model, policy, self.memory.cache, rows, tokens, lengths, remaining, logits, places=places
       )
-    return logits, stalled, counts
+    return logits, *replicated((stalled, counts))
 
   def _parts(self, prompts: Sequence[Prompt]) -> Iterator[list[Prompt]]:
     """The prompts of one call after another: up to `rows` of each pool."""
@@ -301,7 +302,7 @@ def account(pending: list[tuple[Sequence[Prompt], Sequence[int], Any, Counts]]) 
   Raises:
     RuntimeError: a prompt that was certain to find pages found none.
   """
-  found = jax.device_get([(stalled, counts) for *_, stalled, counts in pending])
+  found = fetch([(stalled, counts) for *_, stalled, counts in pending])
   for (prompts, places, *_), (stalled, counts) in zip(pending, found, strict=True):
     if stalled is not None and stalled[places].any():
       raise RuntimeError("a prompt found no page, though pages for all its tokens were counted as free")

@@ -7,19 +7,14 @@ and writes its shards of the training state; process 0 writes all other files.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import itertools
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from orbax.checkpoint import multihost
 
 from dms_jax.model import Model
 from dms_jax.params import Params, param_table
@@ -29,8 +24,6 @@ from dms_jax.retrofit.step import Batch, TrainState, init_state
 from dms_jax.sharding import make_mesh, tree_shardings
 
 AUTO = "auto"
-PATIENCE = 3600  # seconds that processes wait for the one that writes
-_meetings = itertools.count()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +83,11 @@ def initialize(config: MeshConfig) -> None:
     raise ValueError(f"mesh.coordinator={config.coordinator!r}: {error}") from error
 
 
-def create_mesh(config: MeshConfig, retrofit: RetrofitConfig) -> Mesh:
+def mesh_of_all(config: MeshConfig) -> Mesh:
   """The mesh of the run.
 
   Raises:
-    ValueError: there are fewer devices, some process's devices are left out, or `data` does not divide the rows.
+    ValueError: there are fewer devices, or some process's devices are left out.
   """
   mesh = make_mesh(config.data, config.tensor)
   if jax.process_count() > 1 and mesh.size != jax.device_count():
@@ -102,6 +95,16 @@ def create_mesh(config: MeshConfig, retrofit: RetrofitConfig) -> Mesh:
       f"mesh.data={config.data} x mesh.tensor={config.tensor} is {mesh.size} of the {jax.device_count()} devices of "
       f"{jax.process_count()} processes; it must be all of them"
     )
+  return mesh
+
+
+def create_mesh(config: MeshConfig, retrofit: RetrofitConfig) -> Mesh:
+  """The mesh of a retrofit.
+
+  Raises:
+    ValueError: as `mesh_of_all`, or `data` does not divide the rows.
+  """
+  mesh = mesh_of_all(config)
   rows = retrofit.batch_size // retrofit.microbatches
   if rows % config.data:
     parts = f" in {retrofit.microbatches} microbatches" if retrofit.microbatches > 1 else ""
@@ -110,11 +113,6 @@ def create_mesh(config: MeshConfig, retrofit: RetrofitConfig) -> Mesh:
       f"retrofit.batch_size={retrofit.batch_size}{parts}"
     )
   return mesh
-
-
-def leads() -> bool:
-  """Whether this is process 0, which logs and writes."""
-  return jax.process_index() == 0
 
 
 def place_state(config: RetrofitConfig, student: Model, trained: Params, mesh: Mesh) -> TrainState:
@@ -138,30 +136,6 @@ def gathered(tree: Any) -> Any:
   if jax.process_count() == 1:
     return tree
   return jax.tree.map(partial(multihost_utils.process_allgather, tiled=True), tree)
-
-
-@contextlib.contextmanager
-def together() -> Iterator[None]:
-  """A context that fails on all processes if it fails on one; otherwise the others would wait forever.
-
-  Raises:
-    OSError: another process failed; its own message says why.
-  """
-  if jax.process_count() == 1:
-    yield
-    return
-  failure = None
-  try:
-    yield
-  except Exception as error:
-    failure = error
-  # First a barrier that uses no devices: collectives have shorter time limits.
-  multihost.get_barrier_sync_fn()(key=f"dms_jax_{next(_meetings)}", timeout_ms=PATIENCE * 1000)
-  failed = np.flatnonzero(multihost_utils.process_allgather(np.int32(failure is not None)))
-  if failure is not None:
-    raise failure
-  if failed.size:
-    raise OSError(f"process {failed[0]} of the run failed; its own message says why")
 
 
 def preempted(step: int) -> bool:

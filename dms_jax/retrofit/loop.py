@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from dms_jax import checkpoint, disk, formats
+from dms_jax import checkpoint, disk, formats, processes
 from dms_jax.config import DMSConfig, LoRAConfig, as_text, from_json, is_number, parse_json, read_json, to_json
 from dms_jax.model import Model
 from dms_jax.params import Params, join_params, param_table, split_params
@@ -239,7 +239,7 @@ def export(
     model = trained_model(student, trained, jnp.dtype(config.memory.compute_dtype))
   model = calibrated(model)
   groups = ("base", "gate", "lora") if config.whole_model else ("gate", "lora")
-  with distributed.together():
+  with processes.together():
     checkpoint.save(path, model, tokenizer if config.whole_model else None, groups=groups, metadata=metadata)
 
 
@@ -286,7 +286,7 @@ def train(
     OSError: the disk is full; the last complete checkpoint is kept.
     Preempted: `stop` returned true.
   """
-  config, directory, leads = run.config, Path(run.directory), distributed.leads()
+  config, directory, leads = run.config, Path(run.directory), processes.leads()
   mesh = mesh or make_mesh(devices=jax.local_devices())
   places = tree_shardings(run.base.params, mesh, param_table(run.base.config))
   run = dataclasses.replace(run, base=run.base.replace(params=jax.device_put(run.base.params, places)))
@@ -297,7 +297,7 @@ def train(
   ranged = run.dms is not None and run.dms.levels is not None and run.dms.levels.ranged
   crs = range(2, math.floor(config.schedule.final_cr) + 1) if snapshots else ()
   usable = {config.schedule.step_of_cr(cr): cr for cr in crs}
-  with _writing(directory), distributed.together():
+  with _writing(directory), processes.together():
     if leads:
       disk.check_room(directory, _bytes_to_write(run, trained, [f"cr{cr}" for cr in crs] + ["final"]))
       _claim_directory(directory, settings)
@@ -321,7 +321,7 @@ def train(
       abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
       state = checkpointer.load(checkpointer.latest.step, abstract)
     first = int(state.step)
-    with distributed.together():
+    with processes.together():
       if leads:
         _trim_log(directory / LOG, first)
     last = config.schedule.steps if stop_after is None else min(stop_after, config.schedule.steps)
@@ -346,7 +346,7 @@ def train(
           values = jax.device_get([m for _, m in pending])
           seconds = (time.perf_counter() - clock) / len(pending)
           every = max(1, min(log_every, int(log_seconds / max(seconds, 1e-9))))
-          with distributed.together():
+          with processes.together():
             for (at, _), value in zip(pending, values, strict=True):
               line = _line(config, at, seconds, value | packer.notes(at), heads=kept and at == step)
               log.write(json.dumps(line) + "\n")

@@ -11,6 +11,7 @@ from typing import Any
 
 PATIENCE = 10.0  # seconds
 
+silent = False  # another process of the run speaks for this one
 _last: list[Any] = [0.0, ""]  # when this process last said something, by time.monotonic, and what
 
 
@@ -51,4 +52,5 @@ class Heartbeat:
 
 def line(message: str) -> None:
   """Prints one line of a heartbeat."""
-  print(message, file=sys.stderr, flush=True)
+  if not silent:
+    print(message, file=sys.stderr, flush=True)

@@ -1,12 +1,23 @@
-"""The flags `--mesh.data` and `--mesh.tensor` of programs that generate."""
+"""The flags `--mesh.*` of programs that generate, on the devices of one process or several."""
 
 from __future__ import annotations
 
+import contextlib
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
 from jax.sharding import Mesh
 
+from dms_jax.processes import leads, together
+from dms_jax.retrofit import distributed
 from dms_jax.retrofit.distributed import MeshConfig
-from dms_jax.sharding import make_mesh
-from experiments.common import program
+from experiments.common import outputs, program
 
 
 def define() -> None:
@@ -15,12 +26,59 @@ def define() -> None:
 
 
 def read() -> Mesh | None:
-  """The mesh of the flags; None for one device.
+  """The mesh of the flags; None for one device. Over several processes it connects them; only process 0 then speaks.
 
   Raises:
-    ValueError: there are fewer devices, or the flags name several processes.
+    ValueError: there are fewer devices, the processes cannot connect, or their devices are not all in the mesh.
   """
   config = program.read_flags("mesh", MeshConfig)
   if config.coordinator:
-    raise ValueError(f"--mesh.coordinator={config.coordinator}: generation runs on the devices of one process")
-  return None if config.data * config.tensor == 1 else make_mesh(config.data, config.tensor)
+    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM ends the process
+  distributed.initialize(config)
+  if config.coordinator and not leads():
+    program.silence()
+  return None if not config.coordinator and config.data * config.tensor == 1 else distributed.mesh_of_all(config)
+
+
+@contextlib.contextmanager
+def written_alone(path: str | Path, kind: Literal["folder", "file"] = "folder") -> Iterator[Path]:
+  """Keeps other runs from writing to `--output` (`outputs.locked`); yields where this process reads and writes it.
+
+  Process 0 of several has `path` itself. The others have a copy, which goes with them, so each finds the same results
+  there and does the same work.
+
+  Raises:
+    ValueError: another run writes there, `path` is not given, or processes find other files there.
+  """
+  if not jax.distributed.is_initialized():
+    with outputs.locked("output", path, kind):
+      yield Path(path)
+    return
+  if kind == "folder" and not program.FLAGS.output:
+    raise ValueError("--mesh.coordinator: give --output on a shared file system, where each process finds the results")
+  path = Path(path)
+  with contextlib.ExitStack() as stack:
+    with together():
+      if leads():
+        stack.enter_context(outputs.locked("output", path, kind))
+    with together():
+      own = path if leads() else Path(stack.enter_context(tempfile.TemporaryDirectory())) / path.name
+      if not leads() and path.exists():
+        (shutil.copytree if path.is_dir() else shutil.copyfile)(path, own)
+    with together():
+      if not _alike(own):
+        raise ValueError(f"--output={path}: processes find other files there; it must be on a shared file system")
+    yield own
+
+
+def _alike(path: Path) -> bool:
+  """Whether all processes find the same files."""
+  from jax.experimental import multihost_utils
+
+  there = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else []
+  crc = 0
+  for file in there:
+    if file.is_file() and not file.name.startswith("."):
+      crc = zlib.crc32(file.read_bytes(), zlib.crc32(file.relative_to(path.parent).as_posix().encode(), crc))
+  found = multihost_utils.process_allgather(np.uint32(crc))
+  return bool((found == crc).all())

@@ -374,7 +374,7 @@ def run(
       expected = isinstance(error, ValueError | OSError | NotImplementedError | FloatingPointError)
       if FLAGS.debug or not (expected or outputs.is_full(error)):
         raise
-      message = " ".join(str(error).split()) or type(error).__name__
+      message, heartbeat.silent = " ".join(str(error).split()) or type(error).__name__, False
       log(f"error: {by_flag(message)}  (--debug shows where)")
       if outputs.is_full(error):  # Orbax's native threads print a traceback for each write that they have not ended
         sys.stdout.flush()
@@ -495,6 +495,15 @@ def log(message: str) -> None:
   heartbeat.line(message)
 
 
+def silence() -> None:
+  """This process prints nothing from here on, but an error that ends it: another one of the run speaks for both."""
+  heartbeat.silent = True
+  sys.stdout.flush()
+  nowhere = os.open(os.devnull, os.O_WRONLY)
+  os.dup2(nowhere, 1)
+  os.close(nowhere)
+
+
 def progress(items: Iterable | int, total: int | None = None, desc: str = "", every: float = 5.0) -> Iterator:
   """Iterates and shows progress: a tqdm bar on a terminal where tqdm is installed, else a line every `every` seconds.
 
@@ -504,7 +513,7 @@ def progress(items: Iterable | int, total: int | None = None, desc: str = "", ev
   """
   items = range(items) if isinstance(items, int) else items
   total = len(items) if total is None and hasattr(items, "__len__") else total
-  if sys.stderr.isatty():
+  if sys.stderr.isatty() and not heartbeat.silent:
     with contextlib.suppress(ImportError):
       from tqdm import tqdm
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -29,7 +28,7 @@ from dms_jax.retrofit.loop import prepare
 from dms_jax.retrofit.step import init_state
 from dms_jax.sharding import tree_shardings
 from dms_jax.tokenizer import byte_tokenizer
-from tests.programs import on_devices
+from tests.programs import finished, meeting, on_devices
 
 ROOT = Path(__file__).parents[2]
 # Sums over rows, vocabulary and width are taken in another order. Float32 rounding is 1e-7 of a loss, and grows to 2e-5
@@ -201,20 +200,7 @@ def start(inputs: Path, output: Path, *flags: str, devices: int = 1) -> subproce
 
 def start_two(inputs: Path, output: Path, *flags: str) -> list[subprocess.Popen]:
   """Two processes of two devices each, with a coordinator at a free port."""
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    port = free.getsockname()[1]
-  meet = ("--mesh.data=2", "--mesh.tensor=2", f"--mesh.coordinator=localhost:{port}", "--mesh.processes=2")
-  return [start(inputs, output, *meet, f"--mesh.process={i}", *flags, devices=2) for i in range(2)]
-
-
-def finished(*processes: subprocess.Popen) -> list[tuple[int, str, str]]:
-  try:
-    outputs = [process.communicate(timeout=500) for process in processes]
-  finally:
-    for process in processes:
-      process.kill()
-  return [(process.returncode, *texts) for process, texts in zip(processes, outputs, strict=True)]
+  return [start(inputs, output, "--mesh.data=2", "--mesh.tensor=2", *meet, *flags, devices=2) for meet in meeting()]
 
 
 def log(output: Path) -> list[dict]:
