@@ -45,7 +45,9 @@ def make(rng, group=2, size=64, *, dtype="float32", ring=RING, page=PAGE, most=M
 
 def run(backend, q, kv, lengths, pages, **options):
   with running(backend):
-    return compiled(backend, decode_attention, "lse", "mass", "softcap")(q, kv, jnp.int32(LAYER), lengths, pages=pages, **options)
+    return compiled(backend, decode_attention, "lse", "mass", "softcap")(
+      q, kv, jnp.int32(LAYER), lengths, pages=pages, **options
+    )
 
 
 def expect(q, kv, lengths, pages, **options):
