@@ -23,6 +23,7 @@ from dms_jax import masks, policies
 from dms_jax.attention import layer_softmax, window_bias_attention
 from dms_jax.cache import Cache
 from dms_jax.cache.base import Plan, Usage
+from dms_jax.cache.sliding import Sliding
 from dms_jax.collectives import gathered, looked_up, on_any, summed
 from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig
 from dms_jax.execution import Execution
@@ -411,10 +412,8 @@ def by_kind(
   config: ModelConfig, evicted: Bool[Array, "L B K T"], window: int
 ) -> tuple[Bool[Array, "L B K T"], int | Int[Array, "L 1 1 1"]]:
   """(decisions, window), with the window of each layer and every token evicted where the model has sliding layers."""
-  if not config.sliding_layers:
-    return evicted, window
-  slides = jnp.asarray(config.sliding_layers)[:, None, None, None]
-  return evicted | slides, jnp.where(slides, config.ring_window, window)
+  sliding = Sliding.of(config, window)
+  return (evicted, window) if sliding is None else sliding.in_force(slice(None), evicted)
 
 
 def segment_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:

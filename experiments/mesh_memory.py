@@ -94,9 +94,8 @@ def measure(config: Config, devices: MeshConfig) -> dict[str, Any]:
       "paged", own, batch=rows, capacity=capacity, lag=1, dtype=dtype, policy=DMS(window=window),
       longest=config.tokens, page_format=config.page_format,
     )  # fmt: skip
-    return cache.with_pages(
-      max(cache.pages, rows * cache.row_pages(capacity, config.tokens))
-    )  # sliding layers' windows
+    # With room for the windows of sliding layers.
+    return cache.with_pages(max(cache.pages, rows * cache.row_pages(capacity, config.tokens)))
 
   parts = {
     "weights": sum(map(math.prod, shards)) * dtype.itemsize,

@@ -41,7 +41,7 @@ import importlib.util
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,8 @@ from dms_jax.retrofit.loop import LOG, Preempted, Run, read_log, train
 from dms_jax.retrofit.packing import FIRST, StreamPacker, WholePacker
 from dms_jax.tokenizer import Tokenizer
 from experiments.bench import retrofit_step as retrofit_benchmark
-from experiments.common import forecast, outputs, program, stopping
+from experiments.common import forecast, program, stopping
+from experiments.common.mesh import locked_by_first
 from experiments.reports import plots
 
 # The configs of a retrofit by flag prefix, with defaults that differ from the dataclass's.
@@ -123,16 +124,6 @@ def asked_to_stop() -> contextlib.AbstractContextManager[Callable[[], bool]]:
   """
   several = jax.process_count() > 1
   return stopping.saving(functools.partial(os.kill, os.getpid(), signal.SIGTERM) if several else None)
-
-
-@contextlib.contextmanager
-def written_alone(folder: Path) -> Iterator[None]:
-  """Keeps other runs from writing to a folder (`outputs.locked`); process 0 does so for all processes of this run."""
-  with contextlib.ExitStack() as stack:
-    with processes.together():
-      if processes.leads():
-        stack.enter_context(outputs.locked("output", folder))
-    yield
 
 
 def scalars(folder: Path) -> Callable[[dict], None]:
@@ -326,7 +317,7 @@ def main() -> None:
   output, start = Path(config.output), time.perf_counter()
   runs = {output / f"cr{cr:g}": for_cr(settings, cr) for cr in config.crs} or {output: settings}
   lasts = {}
-  with written_alone(output):
+  with locked_by_first(output):
     base = checkpoint.load(config.checkpoint, mesh=mesh)
     tokenizer = Tokenizer.load(config.checkpoint)
     if data.families:
@@ -339,7 +330,7 @@ def main() -> None:
           say(f"{directory}: {schedule.schedule.steps} steps")
         board = scalars(directory / "tensorboard") if config.tensorboard and processes.leads() else lambda line: None
         run = Run(base, dms, lora, schedule, data, directory)
-        with written_alone(directory) if config.crs else contextlib.nullcontext():
+        with locked_by_first(directory) if config.crs else contextlib.nullcontext():
           lasts[directory.name] = carry_out(
             run, packer, tokenizer, mesh=mesh, board=board, stop_after=config.stop_after or None
           )

@@ -244,15 +244,8 @@ class Common:
     return self.grow(max(min(rounded(max(self.slots + lack, int(self.slots * GROWTH))), rounded(most)), self.slots))
 
   def _in_force(self, layer: Int[Array, ""] | int | slice, evicted: Bool[Array, "*n"]) -> tuple[Bool[Array, "*n"], Any]:
-    """(which tokens are evicted, and after which window), of a layer, or of all [L, B, K, ...] for `slice(None)`.
-
-    A sliding layer evicts every token, after a window of its own.
-    """
-    if self.sliding is None:
-      return evicted, self.window
-    slides = jnp.asarray(self.sliding.layers)[layer]
-    slides = slides.reshape(slides.shape + (1,) * (evicted.ndim - 1) if slides.ndim else ())
-    return evicted | slides, jnp.where(slides, self.sliding.window, self.window)
+    """`Sliding.in_force`, in a model without sliding layers, too."""
+    return (evicted, self.window) if self.sliding is None else self.sliding.in_force(layer, evicted)
 
   def _last_visible(self, layer: Int[Array, ""] | int, evicted, position) -> Int[Array, "B K S"]:
     """`last_visible` in a layer."""

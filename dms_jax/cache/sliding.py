@@ -51,9 +51,20 @@ class Sliding:
     """Archive slots of a head of a sliding layer, V - W."""
     return self.window + 1 - self.ring
 
-  def at(self, layer: int | Int[Array, ""]) -> Bool[Array, ""]:
-    """Whether a layer slides."""
+  def at(self, layer: int | Int[Array, ""] | slice) -> Bool[Array, "*L"]:
+    """Whether a layer slides, bool []; those of a slice, bool [L]."""
     return jnp.asarray(self.layers)[layer]
+
+  def in_force(
+    self, layer: int | Int[Array, ""] | slice, evicted: Bool[Array, "*n"]
+  ) -> tuple[Bool[Array, "*n"], Int[Array, "*w"]]:
+    """(which tokens are evicted, and after which window), of a layer, or of all [L, ...] for `slice(None)`.
+
+    A sliding layer evicts every token, after a window of its own; in others the decisions `evicted` hold, after W.
+    """
+    slides = self.at(layer)
+    slides = slides.reshape(slides.shape + (1,) * (evicted.ndim - 1) if slides.ndim else ())
+    return evicted | slides, jnp.where(slides, self.window, self.ring - 1)
 
   @property
   def heads(self) -> np.ndarray:

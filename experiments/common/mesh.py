@@ -41,6 +41,16 @@ def read() -> Mesh | None:
 
 
 @contextlib.contextmanager
+def locked_by_first(path: str | Path, kind: Literal["folder", "file"] = "folder") -> Iterator[None]:
+  """`outputs.locked` of `--output`, which process 0 takes for all processes of this run."""
+  with contextlib.ExitStack() as stack:
+    with together():
+      if leads():
+        stack.enter_context(outputs.locked("output", path, kind))
+    yield
+
+
+@contextlib.contextmanager
 def written_alone(path: str | Path, kind: Literal["folder", "file"] = "folder") -> Iterator[Path]:
   """Keeps other runs from writing to `--output` (`outputs.locked`); yields where this process reads and writes it.
 
@@ -57,10 +67,7 @@ def written_alone(path: str | Path, kind: Literal["folder", "file"] = "folder") 
   if kind == "folder" and not program.FLAGS.output:
     raise ValueError("--mesh.coordinator: give --output on a shared file system, where each process finds the results")
   path = Path(path)
-  with contextlib.ExitStack() as stack:
-    with together():
-      if leads():
-        stack.enter_context(outputs.locked("output", path, kind))
+  with locked_by_first(path, kind), contextlib.ExitStack() as stack:
     with together():
       own = path if leads() else Path(stack.enter_context(tempfile.TemporaryDirectory())) / path.name
       if not leads() and path.exists():

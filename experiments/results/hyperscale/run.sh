@@ -23,15 +23,8 @@ if [[ -n "${SMALL:-}" ]]; then
 fi
 mkdir -p "$OUT/logs"
 
-each() {  # each N: runs the lines of standard input, "NAME MODULE FLAGS", N of them on a GPU at a time
-  export OUT GPU_LIST="${gpus[*]}" XLA_PYTHON_CLIENT_PREALLOCATE=false
-  export XLA_PYTHON_CLIENT_MEM_FRACTION; XLA_PYTHON_CLIENT_MEM_FRACTION=$(python3 -c "print(max(0.9 / $1, 0.2))")
-  xargs -P $(($1 * ${#gpus[@]})) --process-slot-var=SLOT -d '\n' -I {} bash -c '
-    read -r name module flags <<<"{}"; ids=($GPU_LIST)
-    export CUDA_VISIBLE_DEVICES=${ids[$((SLOT % ${#ids[@]}))]}; start=$SECONDS
-    eval "python -m experiments.$module $flags" >"$OUT/logs/$name.out" 2>"$OUT/logs/$name.err"
-    echo "$name: exit $? after $((SECONDS - start)) s"'
-}
+LEAST=0.2
+source experiments/results/each.sh
 
 dense() {  # dense SEED: the folder of its dense model
   if [[ $1 == 0 ]]; then echo experiments/results/reasoner/dense; else echo "$OUT/dense$1/final"; fi

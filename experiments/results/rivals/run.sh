@@ -26,15 +26,8 @@ if [[ -n "${SMALL:-}" ]]; then
 fi
 mkdir -p "$OUT/logs"
 
-each() {  # each N: runs the lines of standard input, "NAME MODULE FLAGS", N of them on a GPU at a time
-  export OUT MODEL GPU_LIST="${gpus[*]}" XLA_PYTHON_CLIENT_PREALLOCATE=false
-  export XLA_PYTHON_CLIENT_MEM_FRACTION; XLA_PYTHON_CLIENT_MEM_FRACTION=$(python3 -c "print(0.9 / $1)")
-  xargs -P $(($1 * ${#gpus[@]})) --process-slot-var=SLOT -d '\n' -I {} bash -c '
-    read -r name module flags <<<"{}"; ids=($GPU_LIST)
-    export CUDA_VISIBLE_DEVICES=${ids[$((SLOT % ${#ids[@]}))]}; start=$SECONDS
-    eval "python -m experiments.$module --checkpoint=$MODEL $flags" >"$OUT/logs/$name.out" 2>"$OUT/logs/$name.err"
-    echo "$name: exit $? after $((SECONDS - start)) s"'
-}
+SAME="--checkpoint=$MODEL"
+source experiments/results/each.sh
 
 methods() {  # NAME FLAGS: the methods of the table in groups that take about as long as one another
   cat <<END
