@@ -23,7 +23,7 @@ resumes a killed run, chain by chain. cells.npz, config.json, traces.jsonl and t
 analysis needs no more. `--timed` measures seconds of a chain in the largest batch that fits
 `--kv_budget_gib`, as a third axis of costs. It times `--timed_cells` cells of each method and interpolates the others;
 `experiments/hyperscaling/timing.py` states the rule. Records do not depend on that memory, so they may be made without
-it first, and times measured by a second call.
+it first, and times measured by a second call, for which the short form is enough.
 
 Several devices: --mesh.data=2 --mesh.tensor=4, as of `experiments.evaluate`.
 
@@ -155,13 +155,19 @@ def make(config: Config, chosen: TasksConfig, folder: Path, mesh: Mesh | None) -
     config.methods, config.checkpoint, original, config.retrofit, config.cr, config.dtype, program.read_flags
   )
   memory = None if config.kv_budget_gib is None else int(config.kv_budget_gib * 2**30)
-  sweeping = Sweeping(
-    folder, jobs, found, tokenizer, Limits(config.width, memory, config.traces, config.compare_cr)
-  )  # fmt: skip
+  limits = Limits(config.width, memory, config.traces, config.compare_cr)
+  sweeping = Sweeping(folder, jobs, found, tokenizer, limits)
   about = {"config": program.flag_values(), "environment": program.environment()}
   model = program.fingerprint([checkpoint.fingerprint(config.checkpoint), config.dtype])
-  program.save_json(folder / CONFIG, {**about, "model": model})
-  made = sweeping.run()
+  made: dict[str, Any] = {}
+  if sweeping.short:
+    if not config.timed:
+      raise ValueError(f"--output={folder} holds cells without records, to which none are added: give another folder")
+    if cells.read(folder, "output")[0].model not in ("", model):
+      raise ValueError(f"--output={folder} holds cells of another --checkpoint or --dtype")
+  else:
+    program.save_json(folder / CONFIG, {**about, "model": model})
+    made = sweeping.run()
   if config.timed:
     sweeping.time(config.kv_budget_gib, config.timed_cells)
   return made
@@ -229,9 +235,8 @@ def main() -> None:
       sweeps = [cells.only(sweep, config.methods) for sweep in sweeps]
     if not all(sweep.cells for sweep in sweeps):
       raise ValueError(f"--sets: {next(s.folder for s in sweeps if not s.cells)} holds no complete cell")
-    if config.checkpoint:
-      cells.save(folder / cells.CELLS, sweeps[0].cells)
-      cells.save_texts(folder)
+    if config.checkpoint and (folder / cells.RECORDS).exists():
+      cells.save_short(folder, sweeps[0].cells)
     if lacking := next(
       (sweep for sweep in sweeps if methods_module.DENSE not in {key[1] for key in sweep.cells}), None
     ):

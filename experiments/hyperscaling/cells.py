@@ -126,7 +126,7 @@ def of_records(found: Iterable[Record]) -> tuple[dict[Key, Cell], list[str]]:
     kinds = {(r.chains, r.seed, r.settings) for own in chains.values() for r in own}
     if len(kinds) > 1:
       raise ValueError(
-        f"{_name(key)}: records of different --chains, --seed, prompts or checkpoints; give each a folder"
+        f"{in_words(key)}: records of different --chains, --seed, prompts or checkpoints; give each a folder"
       )
     width = next(iter(kinds))[0]
     whole = {problem: own for problem, own in chains.items() if len(own) == width}
@@ -265,7 +265,7 @@ def join(folder: Path, parts: Sequence[tuple[Sweep, list[str]]], flag: str = "se
   for sweep, _ in parts:
     for key, cell in sweep.cells.items():
       if key in cells and not np.array_equal(cells[key].grades, cell.grades):
-        raise ValueError(f"--{flag}={sweep.folder}: {_name(key)} is in another part too, with other grades")
+        raise ValueError(f"--{flag}={sweep.folder}: {in_words(key)} is in another part too, with other grades")
       cells[key] = cell
     times |= sweep.times
   for task in {key[0] for key in cells}:
@@ -298,8 +298,9 @@ def only(sweep: Sweep, methods: Sequence[str]) -> Sweep:
   return dataclasses.replace(sweep, cells={key: cell for key, cell in sweep.cells.items() if key[1] in methods})
 
 
-def save_texts(folder: Path) -> None:
-  """Writes the lines of a folder's records that have texts to a file of their own, atomically."""
+def save_short(folder: Path, found: Mapping[Key, Cell]) -> None:
+  """Writes the short form of a folder's records: their cells, and the lines that have texts as a file of their own."""
+  save(folder / CELLS, found)
   with disk.whole(folder / TEXTS) as part, part.open("w", encoding="utf-8") as file:
     file.writelines(f"{line}\n" for _, line in files.text_lines("output", folder / RECORDS) if has_text(line))
 
@@ -309,12 +310,13 @@ def has_text(line: str) -> bool:
   return '"text": null' not in line
 
 
-def _name(key: Key) -> str:
+def in_words(key: Key) -> str:
+  """A cell in words."""
   return f"{key[1]}, CR {key[2]:g}, L {key[3]} on {key[0]}"
 
 
 def _left_out(key: Key, complete: int, problems: int) -> str:
-  return f"{_name(key)} is left out: {complete} of {problems} problems are complete"
+  return f"{in_words(key)} is left out: {complete} of {problems} problems are complete"
 
 
 def _read(folder: Path, flag: str) -> tuple[Sweep, list[str]]:

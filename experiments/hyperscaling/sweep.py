@@ -59,6 +59,7 @@ class Sweeping:
     found = records.read(folder / cells.RECORDS)
     expected = {(*m.key, job.task.name, job.length): run.settings_of(job, m) for m in methods for job in jobs}
     records.check_settings(folder / cells.RECORDS, found, expected)
+    self.short = not found and (folder / cells.CELLS).exists()  # the cells alone stayed
     self.there: dict[tuple, list[Record]] = {}
     for record in found:
       self.there.setdefault(record.cell, []).append(record)
@@ -133,14 +134,25 @@ class Sweeping:
     Args:
       gib: GiB of cache that all batches share.
       count: cells of each method that are timed, over all tasks, CRs and L; 0: all.
+
+    Raises:
+      ValueError: the folder holds the short form of another sweep, which lacks a cell.
     """
     path, memory = self.folder / cells.TIMES, int(gib * 2**30)
     files.cut_half_line(path, b'{"task": ')
     there = cells.read_times(path).get(gib, {})
-    found = cells.of_records(record for own in self.there.values() for record in own)[0]
+    if self.short:
+      found = cells.load(self.folder / cells.CELLS, "output")
+    else:
+      found = cells.of_records(record for own in self.there.values() for record in own)[0]
     by_method: dict[str, dict[cells.Key, tuple[Job, Method, int]]] = {}
     for job, method, most in ((j, m, L) for j in self.jobs for m in self.methods for L in j.max_tokens):
       key = job.task.name, method.name, method.budget.get("cr", 1.0), most
+      if self.short and key not in found:
+        raise ValueError(
+          f"--output={self.folder} holds cells without records, and not {cells.in_words(key)}: give the flags of that sweep, "
+          "or another folder"
+        )
       if key in found:
         rows = timing.rows_that_fit(job, method, most, found[key], memory)
         by_method.setdefault(method.name, {})[key] = job, method, rows

@@ -309,6 +309,23 @@ def test_a_sweep_from_flags_to_page(checkpoints, tmp_path, monkeypatch, capfd):
   assert [{**p, "standard_error": None, "difference_se": None} for p in both["points"]] == [
     pytest.approx({**p, "standard_error": None, "difference_se": None}) for p in whole["points"]
   ]
+
+  # From cells alone times are measured, and nothing else is made.
+  (tmp_path / "a" / cells.TIMES).unlink()
+  settings[hyperscale.Config] = dataclasses.replace(config, output=str(tmp_path / "a"))
+  hyperscale.main()
+  again = cells.read_times(tmp_path / "a" / cells.TIMES)[0.01]
+  assert again.keys() == times.keys() and all(again[key]["rows"] == times[key]["rows"] for key in times)
+  assert not (tmp_path / "a" / cells.RECORDS).exists() and "records_made" not in finished[-1]
+  for changes, message in (
+    (dict(timed=False), "holds cells without records, to which none are added"),
+    (dict(max_tokens=(5,)), "holds cells without records, and not vanilla, CR 1, L 5 on letters: give the flags"),
+    (dict(dtype="bfloat16"), "holds cells of another --checkpoint or --dtype"),
+  ):
+    settings[hyperscale.Config] = dataclasses.replace(config, output=str(tmp_path / "a"), **changes)
+    with pytest.raises(ValueError, match=message):
+      hyperscale.main()
+
   untimed_margins = [m for m in both["margins"] if m["axis"] != "seconds"]  # frontiers over time may share no interval
   assert untimed_margins and all(len(m["seeds"]) == 2 for m in untimed_margins) and len(both["seeds"]) == 2
   html = (tmp_path / "both" / "index.html").read_text()

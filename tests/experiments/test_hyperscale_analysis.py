@@ -180,7 +180,7 @@ def test_records_with_texts_stay_without_the_others(tmp_path):
   kept = record(1, 0, 0.0, None, text="a b")
   lines = [json.dumps(dataclasses.asdict(each)) for each in (record(0, 0, 0.0, None), kept)]
   (tmp_path / cells.RECORDS).write_text("\n".join(lines) + "\n")
-  cells.save_texts(tmp_path)
+  cells.save_short(tmp_path, {})
   assert [each.prompt for each in page.with_texts(tmp_path)] == [1]
   (tmp_path / cells.RECORDS).unlink()
   assert page.with_texts(tmp_path) == [kept]

@@ -4,8 +4,8 @@
 #   bash experiments/results/hyperscale/run.sh train retrofits sweep rivals lora times analyse
 #
 # train: the dense reasoner of each seed but 0, which comes with the library; retrofits: of all weights, for each CR; sweep: the dense cache
-# and DMS, each family by itself; rivals: every baseline on seed 0; lora: retrofits of low rank and their scores; times: the dense cache
-# and DMS in 2 GiB of cache, with nothing else on the GPU; analyse: the pages.
+# and DMS; rivals: every baseline on seed 0; lora: retrofits of low rank and their scores; times: the dense cache and DMS of seed 0 in
+# 2 GiB of cache, with nothing else on the GPU; analyse: the pages.
 #
 #   OUT    results, default runs/hyperscale      SEEDS  default 0,1      FAMILIES  default countdown,grids,programs,graphs
 #   GPUS   ids, default 0      EACH  processes that share a GPU, default 6      SMALL=1  short chains of few problems, to try the script
@@ -37,16 +37,13 @@ tuned() {  # tuned SEED CR NAME FLAGS: a retrofit
 
 joined() { local IFS=,; echo "$*"; }
 
-retrofits() {  # retrofits SEED: the flag of all its retrofits
-  local found=()
-  for cr in "${crs[@]}"; do found+=("$cr:$OUT/cr$cr-seed$1/cr$cr/final"); done
-  echo "--retrofit=$(joined "${found[@]}")"
+swept() {  # swept SEED NAME FLAGS: a part of the sweep, on all families
+  echo "$2-seed$1 hyperscale --checkpoint=$(dense "$1") --tasks=$(joined "${families[@]}") $lengths ${*:3} --output=$OUT/seed$1/$2"
 }
 
-swept() {  # swept SEED METHOD FLAGS: a part of the sweep for each family
-  for family in "${families[@]}"; do
-    echo "$2-$family-seed$1 hyperscale --checkpoint=$(dense "$1") --methods=$2 --tasks=$family $lengths ${*:3} --output=$OUT/seed$1/$2-$family"
-  done
+parts() {  # parts SEED FLAGS: the dense cache, a family a part, and DMS, a CR a part
+  for family in "${families[@]}"; do swept "$1" "vanilla-$family" --methods=vanilla "--tasks=$family" "${@:2}"; done
+  for cr in "${crs[@]}"; do swept "$1" "dms$cr" --methods=dms "--retrofit=$cr:$OUT/cr$cr-seed$1/cr$cr/final" "${@:2}"; done
 }
 
 train() {
@@ -63,12 +60,12 @@ for stage in "$@"; do
         for seed in "${seeds[@]}"; do tuned "$seed" "$cr" "cr$cr-seed$seed" --retrofit.trainable=all --retrofit.optimizer.learning_rate=3e-4; done
       done | each "$EACH" ;;
     sweep)
-      for seed in "${seeds[@]}"; do swept "$seed" vanilla; swept "$seed" dms "$(retrofits "$seed")"; done | each "$EACH" ;;
+      for seed in "${seeds[@]}"; do parts "$seed"; done | each "$EACH" ;;
     rivals)
       echo "centres calibrate_triattention --checkpoint=$(dense 0) --output=$OUT/triattention.npz --families=$(joined "${families[@]}")" | each 1
       {
-        for method in prompt_window streamingllm tova h2o quest rkv; do swept 0 "$method" --cr=4; done
-        swept 0 triattention --cr=4 "--triattention.calibration=$OUT/triattention.npz"
+        for method in prompt_window streamingllm tova h2o quest rkv; do swept 0 "$method" "--methods=$method" --cr=4; done
+        swept 0 triattention --methods=triattention --cr=4 "--triattention.calibration=$OUT/triattention.npz"
       } | each "$EACH" ;;
     lora)
       for cr in $(printf '%s\n' "${crs[@]}" | tac); do tuned 0 "$cr" "lora$cr" --lora.rank=32; done | each "$EACH"
@@ -76,21 +73,12 @@ for stage in "$@"; do
         echo "lora$cr-scores hyperscale --checkpoint=$(dense 0) --methods=dms --retrofit=lora=$cr:$OUT/lora$cr/cr$cr/final" \
           "--tasks=$(joined "${families[@]}") $lengths --max_tokens=$longest --chains=1 --traces=0 --output=$OUT/lora/cr$cr"
       done | each "$EACH" ;;
-    times)  # the parts of a method as one sweep, of which three cells are timed
-      for method in vanilla dms; do
-        whole=$OUT/timed/$method flags=
-        mkdir -p "$whole"
-        for name in records traces; do cat "$OUT/seed0/$method"-*/"$name.jsonl" >"$whole/$name.jsonl"; done
-        if [[ $method == dms ]]; then flags=$(retrofits 0); fi
-        echo "times-$method hyperscale --checkpoint=$(dense 0) --methods=$method $flags --tasks=$(joined "${families[@]}") $lengths --timed" \
-          "--kv_budget_gib=2 --output=$whole" | each 1
-      done ;;
+    times) parts 0 --timed --timed_cells=2 --kv_budget_gib=2 | each 1 ;;
     analyse)
       sets=("${seeds[@]/#/$OUT/seed}")
       {
         echo "seeds hyperscale --sets=$(joined "${sets[@]}") --methods=vanilla,dms --output=$OUT/seeds"
         echo "rivals hyperscale --sets=$OUT/seed0 --output=$OUT/rivals"
-        if [[ -e $OUT/timed/dms/times.jsonl ]]; then echo "times hyperscale --sets=$OUT/timed --output=$OUT/times"; fi
       } | each 1 ;;
     *) echo "unknown stage $stage; there are train, retrofits, sweep, rivals, lora, times, analyse" >&2; exit 2 ;;
   esac
