@@ -150,8 +150,8 @@ class Sweeping:
       key = job.task.name, method.name, method.budget.get("cr", 1.0), most
       if self.short and key not in found:
         raise ValueError(
-          f"--output={self.folder} holds cells without records, and not {cells.in_words(key)}: give the flags of that sweep, "
-          "or another folder"
+          f"--output={self.folder} holds cells without records, and not {cells.in_words(key)}: give the flags of that "
+          "sweep, or another folder"
         )
       if key in found:
         rows = timing.rows_that_fit(job, method, most, found[key], memory)
