@@ -361,7 +361,7 @@ def inputs_of(work: Text) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def evictions(work: Text) -> tuple[np.ndarray, np.ndarray]:
-  """First and last positions [B, K, T] at the achieved CR of the workload, on average over heads; CR 1 evicts nothing."""
+  """First and last positions [B, K, T] at the CR of the workload, on average over heads; CR 1 evicts nothing."""
   position = np.broadcast_to(np.arange(work.tokens, dtype=np.int32), (work.batch, work.heads, work.tokens))
   outside = work.tokens - work.window - 1
   held = np.full((work.batch, work.heads), work.tokens / work.cr)
