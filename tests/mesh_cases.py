@@ -32,6 +32,7 @@ from dms_jax.params import abstract_params, param_table
 from dms_jax.retrofit.distributed import MeshConfig
 from dms_jax.sharding import make_mesh
 from experiments import mesh_memory
+from experiments.bench import synthetic
 from tests.helpers import OTHER_FAMILIES
 
 WINDOW = 5
@@ -290,6 +291,31 @@ def requests_of_a_generator(data: int = 2, tensor: int = 2, model: Model | None 
       np.testing.assert_array_equal(mine.cache.archived, theirs.cache.archived)
 
 
+def caches_of_benchmarks() -> None:
+  """A cache that is filled on a mesh stands where that of one device does; every pool is sound."""
+  model, tokens = one_device(), 57
+  policy = synthetic.sampled_policy(CONFIG, tokens=tokens, cr=4, window=WINDOW)
+  for kind in ("contiguous", "paged"):
+
+    def filled(model, data=1, kind=kind):
+      if kind == "contiguous":
+        shape = synthetic.slots_shape(model, policy, batch=4, longest=64)
+      else:
+        pages = 4 // data * synthetic.pages_for(model, policy, tokens, 4)
+        shape = synthetic.pages_shape(model, policy, batch=4, longest=64, pages=pages, page=4)
+      cache = synthetic.filled(shape, model, policy, tokens=tokens)
+      assert jax.tree.map(lambda x: x.shape, cache) == jax.tree.map(lambda x: x.shape, shape)
+      return cache
+
+    one, many = filled(model), filled(spmd.place(model, make_mesh(2, 4)), 2)
+    np.testing.assert_array_equal(many.seen, one.seen)
+    for name in ("archived", "evicted"):
+      np.testing.assert_array_equal(many.whole(getattr(many.shards, name)), getattr(one, name))
+    if kind == "paged":
+      np.testing.assert_array_equal(owned(many), owned(one))
+      check_pools(many)
+
+
 def refusals() -> None:
   import pytest
 
@@ -308,7 +334,7 @@ def refusals() -> None:
       call()
 
 
-QUICK = whole_experts, caches_of_all_kinds, programs, moves, requests_of_a_generator, refusals
+QUICK = whole_experts, caches_of_all_kinds, programs, moves, requests_of_a_generator, caches_of_benchmarks, refusals
 SLOW = (
   other_policies, other_families, moves_of_other_kinds, programs_of_experts, requests_over_heads, requests_to_experts,
   a_large_model,

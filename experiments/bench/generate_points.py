@@ -3,7 +3,8 @@
 A dense model has a contiguous cache and no gates, a DMS model rings, pages and random evictions
 (`experiments.bench.synthetic`). A *point* is a batch of rows at one length. Its steps are timed inside compiled decode
 blocks, each from the same state. Its roofline is the bytes of the weights and of the live keys and values over the
-measured read bandwidth. Programs are compiled in parallel, before anything is timed.
+measured read bandwidth; on a mesh, those of the device that reads most in each layer. Programs are compiled in
+parallel, before anything is timed.
 """
 
 from __future__ import annotations
@@ -20,13 +21,16 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from dms_jax import cache as caches
-from dms_jax.cache import Cache, PagedCache
+from dms_jax import spmd
+from dms_jax.cache import Cache, PagedCache, ShardedCache
 from dms_jax.config import ModelConfig
 from dms_jax.execution import fastest_form
 from dms_jax.generation import decode as decoding
-from dms_jax.generation.decode import StopCriteria
+from dms_jax.generation.decode import DecodeState, StopCriteria
 from dms_jax.generation.sampling import Sampling
 from dms_jax.model import Model
 from dms_jax.policies import Policy, Vanilla
@@ -140,33 +144,48 @@ class Bench:
   Args:
     bandwidth: measured read bandwidth of the device, bytes a second.
     seconds: length of each timing.
+    alone: on a mesh, the bench of one device whose weights are also these.
+    mesh: devices of the points; None: one device.
   """
 
-  def __init__(self, shape: Shape, bandwidth: float, programs: Programs, energy: Energy, seconds: float = 0.5):
+  def __init__(
+    self, shape: Shape, bandwidth: float, programs: Programs, energy: Energy, seconds: float = 0.5,
+    alone: Bench | None = None, mesh: Mesh | None = None,
+  ):  # fmt: skip
     self.shape, self.bandwidth, self.programs, self.energy, self.seconds = shape, bandwidth, programs, energy, seconds
     self.dtype = jnp.dtype(shape.dtype)
+    self.alone, self.mesh = alone, mesh
+    self.data, self.tensor = (1, 1) if mesh is None else (mesh.shape["data"], mesh.shape["tensor"])
     self._models: dict[Kind, Model] = {}
     self._pages: dict[int, int] = {}  # of a row, by its length
     self._points: dict[tuple[Point, float], dict[str, Any]] = {}
 
+  def on(self, mesh: Mesh) -> Bench:
+    """The points of the same weights on a mesh. `Energy` counts one device, so that it is not counted."""
+    return Bench(self.shape, self.bandwidth, self.programs, lambda: None, self.seconds, self, mesh)
+
   def model(self, kind: Kind) -> Model:
     """Both kinds have the same weights; "dms" also has gates."""
     if not self._models:
-      gated = fastest_form(synthetic.random_model(self.shape.config, window=self.shape.window, dtype=self.dtype))
+      gated = self.alone.model("dms") if self.alone else self._random()
+      gated = spmd.place(gated, self.mesh)
       bare = lambda layer: {name: x for name, x in layer.items() if not name.startswith("dms_")}
       layers = gated.params["layers"]
       layers = [bare(layer) for layer in layers] if isinstance(layers, list) else bare(layers)
       self._models = {"dms": gated, "dense": gated.replace(dms=None, params={**gated.params, "layers": layers})}
     return self._models[kind]
 
-  def cache_shape(self, kind: Kind, batch: int, longest: int, archive: str | None = None) -> Cache:
+  def _random(self) -> Model:
+    return fastest_form(synthetic.random_model(self.shape.config, window=self.shape.window, dtype=self.dtype))
+
+  def cache_shape(self, kind: Kind, batch: int, longest: int, archive: str | None = None) -> Cache | ShardedCache:
     """A cache just large enough for `batch` texts of `longest` tokens; `archive`: DMS's pages in "int8" or "float8"."""
     model, policy, page = self.model(kind), self.shape.policy(kind, longest), self.shape.page
     if kind == "dense":
       return synthetic.slots_shape(model, policy, batch=batch, longest=longest)
     if longest not in self._pages:
       self._pages[longest] = synthetic.pages_for(model, policy, longest, page)
-    options = dict(longest=longest, pages=batch * self._pages[longest], page=page, archive=archive)
+    options = dict(longest=longest, pages=batch // self.data * self._pages[longest], page=page, archive=archive)
     return synthetic.pages_shape(model, policy, batch=batch, **options)
 
   def rows_in(self, budget: int, longest: int) -> int:
@@ -180,14 +199,21 @@ class Bench:
   # Decoding -----------------------------------------------------------------------------------------------------------
 
   def arguments(self, kind: Kind, tokens: int) -> tuple[Model, Policy, Sampling, StopCriteria]:
-    return self.model(kind), self.shape.policy(kind, tokens), Sampling(), StopCriteria(jnp.zeros(0, jnp.int32))
+    others = self.shape.policy(kind, tokens), Sampling(), StopCriteria(jnp.zeros(0, jnp.int32))
+    if self.mesh is not None:
+      others = jax.device_put(others, NamedSharding(self.mesh, P()))
+    return self.model(kind), *others
+
+  def rows(self, batch: int) -> DecodeState:
+    """Rows that never end, each on its device."""
+    rows = synthetic.running_rows(batch)
+    return rows if self.mesh is None else spmd.place_rows(self.mesh, rows)
 
   def lower(self, point: Point) -> Any:
     """The lowered decode block of a point, which serves all points of its kind, batch and longest text."""
     model, policy, sampling, stop_criteria = self.arguments(point.kind, point.longest)
     cache = self.cache_shape(point.kind, point.batch, point.longest)
-    rows = jax.eval_shape(partial(synthetic.running_rows, point.batch))
-    decode_block = decoding.decode_block
+    rows, decode_block = self.rows(point.batch), decoding.decode_block
     return decode_block.lower(
       model, policy, cache, rows, sampling, stop_criteria, steps=self.shape.steps, history=False
     )
@@ -197,7 +223,7 @@ class Bench:
     self.programs.start(self._key(point), partial(self.lower, point))
 
   def _key(self, point: Point) -> tuple:
-    return self.shape, point.kind, point.batch, point.longest
+    return self.shape, point.kind, point.batch, point.longest, self.mesh
 
   def point(self, point: Point, seconds: float | None = None) -> dict[str, Any]:
     """Measures a point once; later calls give the same result.
@@ -221,15 +247,15 @@ class Bench:
     model, policy, sampling, stop_criteria = self.arguments(point.kind, point.tokens)
     shape, steps = self.cache_shape(point.kind, point.batch, point.longest), self.shape.steps
     cache = synthetic.filled(shape, model, policy, tokens=point.tokens - steps, shared=point.chains)
-    rows = synthetic.running_rows(point.batch)
+    rows = self.rows(point.batch)
     used = synthetic.nbytes(shape)
-    if isinstance(cache, PagedCache):
-      used -= int(cache.table.pool.count) * cache.page_bytes
+    if isinstance(own := caches.of_device(cache), PagedCache):
+      used -= int(np.sum(arrays(cache).table.pool.count)) * own.page_bytes
     begin = copied((small(cache), rows))
 
-    def decode_block(cache: Cache) -> tuple[Cache, Any]:
+    def decode_block(cache: Cache | ShardedCache) -> tuple[Cache | ShardedCache, Any]:
       fresh, rows = copied(begin)
-      cache, _, emitted, counts = run(model, policy, cache.replace(**fresh), rows, sampling, stop_criteria)
+      cache, _, emitted, counts = run(model, policy, with_small(cache, fresh), rows, sampling, stop_criteria)
       return cache, (emitted, counts)
 
     cache, (emitted, counts) = decode_block(cache)
@@ -238,9 +264,11 @@ class Bench:
     live = np.asarray(counts.live)
     best, took, joules = clock(decode_block, cache, seconds, self.energy)
     del cache
-    weights = sum(x.nbytes for x in jax.tree.leaves(model.params))
-    kv = int(live.sum()) * 2 * self.shape.config.head_dim * self.dtype.itemsize
-    roofline = (weights + kv) / self.bandwidth
+    weights = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(model.params))
+    slot = 2 * self.shape.config.head_dim * self.dtype.itemsize
+    of_devices = live.reshape(len(live), self.data, -1, self.tensor, live.shape[2] // self.tensor).sum((2, 4))
+    busiest = int(of_devices.max((1, 2)).sum())  # in each layer: devices wait for one another
+    kv, roofline = int(live.sum()) * slot, (weights + busiest * slot) / self.bandwidth
     return {
       "ms": best / steps * 1e3, "tokens_per_s": point.batch * steps / best,
       "CR": float(point.tokens / live.mean()), "kv_bytes": kv, "cache_bytes": synthetic.nbytes(shape),
@@ -300,10 +328,23 @@ class Bench:
     return {"s": best, "CR": float(tokens / np.asarray(cache.live()).mean())}
 
 
-def small(cache: Cache) -> dict[str, Any]:
+def arrays(cache: Cache | ShardedCache) -> Cache:
+  """A cache, or those of all devices of a mesh."""
+  return cache.shards if isinstance(cache, ShardedCache) else cache
+
+
+def small(cache: Cache | ShardedCache) -> dict[str, Any]:
   """A cache's state without its keys and values."""
-  fields = {"seen": cache.seen, "archived": cache.archived, "evicted": cache.evicted}
-  return fields | ({"table": cache.table} if isinstance(cache, PagedCache) else {})
+  own = arrays(cache)
+  fields = {"seen": own.seen, "archived": own.archived, "evicted": own.evicted}
+  return fields | ({"table": own.table} if isinstance(own, PagedCache) else {})
+
+
+def with_small(cache: Cache | ShardedCache, fields: dict[str, Any]) -> Cache | ShardedCache:
+  """`cache` with another `small`."""
+  return (
+    cache.replace(shards=cache.shards.replace(**fields)) if isinstance(cache, ShardedCache) else cache.replace(**fields)
+  )
 
 
 @jax.jit

@@ -104,7 +104,10 @@ class Decode:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-  """T tokens, N query and K KV heads of size H, window W; `kind` "prefill" (at `cr`) or "retrofit"."""
+  """T tokens, N query and K KV heads of size H, window W; `kind` "prefill" (at `cr`) or "retrofit".
+
+  `uneven`: heads hold exp(0.8 N(0, 1)) times a mean, as trained gates leave them, instead of as much each.
+  """
 
   kind: str
   batch: int
@@ -116,10 +119,11 @@ class Text:
   cr: float = 8
   bars: tuple[Bar, ...] = ()
   softmax: Softmax = ""
+  uneven: bool = False
 
   def __str__(self) -> str:
-    softmax = f" {self.softmax}" if self.softmax else ""
-    return f"B{self.batch} T{self.tokens} N{self.queries} K{self.heads} H{self.size} W{self.window}{softmax}"
+    more = (f" {self.softmax}" if self.softmax else "") + (" uneven" if self.uneven else "")
+    return f"B{self.batch} T{self.tokens} N{self.queries} K{self.heads} H{self.size} W{self.window}{more}"
 
   def options(self) -> dict:
     """Keyword arguments of attention besides the arrays."""
@@ -157,6 +161,7 @@ CASES: dict[str, Decode | Text] = {
   ),
   "prefill_cr8": Text("prefill", 1, 32768, 32, 8, 128, 256, bars=(Bar("dense_ratio", 5),)),
   "prefill_cr1": Text("prefill", 1, 32768, 32, 8, 128, 256, cr=1, bars=(Bar("dense_ratio", 0.9),)),
+  "prefill_uneven": Text("prefill", 1, 32768, 32, 8, 128, 256, uneven=True),
   "prefill_h64": Text("prefill", 4, 4096, 9, 3, 64, 64, cr=4, bars=(Bar("dense_ratio", 2.5), Bar("of_floor", 0.65))),
   "prefill_h64_b32": Text(
     "prefill", 32, 1024, 9, 3, 64, 64, cr=4, bars=(Bar("dense_ratio", 2.5), Bar("of_floor", 0.65))
@@ -356,11 +361,14 @@ def inputs_of(work: Text) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def evictions(work: Text) -> tuple[np.ndarray, np.ndarray]:
-  """First and last positions [B, K, T] at the workload's achieved CR; at CR 1 nothing is evicted."""
+  """First and last positions [B, K, T] at the CR of the workload, on average over heads; CR 1 evicts nothing."""
   position = np.broadcast_to(np.arange(work.tokens, dtype=np.int32), (work.batch, work.heads, work.tokens))
   outside = work.tokens - work.window - 1
-  keep = 1.0 if work.cr == 1 else max(work.tokens / work.cr - work.window - 1, 0) / max(outside, 1)
-  kept = np.random.default_rng(0).random(position.shape) < keep
+  held = np.full((work.batch, work.heads), work.tokens / work.cr)
+  if work.uneven:
+    held = bench.ragged_lengths(work.batch, work.heads, work.tokens, work.cr)
+  keep = np.ones(held.shape) if work.cr == 1 else np.maximum(held - work.window - 1, 0) / max(outside, 1)
+  kept = np.random.default_rng(0).random(position.shape) < keep[..., None]
   return position, np.where(kept, prefill.NEVER, position + np.int32(work.window))
 
 

@@ -8,19 +8,23 @@ random keys and values.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from dms_jax import cache as caches
-from dms_jax.cache import Cache, ContiguousCache, PagedCache
+from dms_jax.cache import Cache, PagedCache, ShardedCache
 from dms_jax.cache.base import packed
 from dms_jax.cache.paged import Store
 from dms_jax.cache.pool import Pool
+from dms_jax.cache.sharded import DEVICE
+from dms_jax.collectives import devices, head_numbers, own_heads
 from dms_jax.config import DMSConfig, ModelConfig
 from dms_jax.generation.decode import RUNNING, DecodeState
 from dms_jax.model import Model
@@ -47,8 +51,10 @@ class Sampled(Policy):
   uses_gates = True
 
   def decide(self, logits, layer, position, keys=None):
-    head = jnp.arange(self.rates.shape[1])[:, None]
-    rates = self.rates[layer][:, None] if isinstance(layer, int) else self.rates[layer, head]  # no gather
+    count = self.rates.shape[1] // devices()
+    head = head_numbers(count)[:, None]
+    # For one layer without a gather.
+    rates = own_heads(self.rates[layer], count)[:, None] if isinstance(layer, int) else self.rates[layer, head]
     evict = uniform(layer, head, position) >= rates
     return evict if logits is None else evict & (logits == logits)  # never NaN, which no compiler knows
 
@@ -102,33 +108,44 @@ def left_by(model: Model, policy: Policy, tokens: int) -> tuple[np.ndarray, np.n
 
 
 def pages_for(model: Model, policy: Policy, tokens: int, page: int) -> int:
-  """Number of pages that a row of `tokens` tokens needs."""
-  return int((-(-left_by(model, policy, tokens)[0] // page)).sum())
+  """Number of pages that a row of `tokens` tokens needs; on a mesh, on the device whose heads hold most."""
+  owned = -(-left_by(model, policy, tokens)[0] // page)
+  parts = 1 if model.mesh is None else model.mesh.shape["tensor"]
+  return int(owned.reshape(len(owned), parts, -1).sum((0, 2)).max())
 
 
-def slots_shape(model: Model, policy: Policy, *, batch: int, longest: int) -> ContiguousCache:
+def slots_shape(model: Model, policy: Policy, *, batch: int, longest: int) -> Cache | ShardedCache:
   """The shapes of a contiguous cache that keeps all of `longest` tokens."""
-  lag = model.lag(policy.window)
-  make = lambda: caches.create(
-    "contiguous", model.config, batch=batch, capacity=-(-longest // 8) * 8, policy=policy, lag=lag, dtype=model.dtype
-  )
-  return jax.eval_shape(make)
+  make = lambda: caches.for_model(model, policy, batch=batch, capacity=-(-longest // 8) * 8, kind="contiguous")
+  return _shapes(make, model)
 
 
 def pages_shape(
   model: Model, policy: Policy, *, batch: int, longest: int, pages: int, page: int | None = None,
   archive: str | None = None,
-) -> PagedCache:  # fmt: skip
-  """The shapes of a cache with a pool of `pages` pages, and at least one for each head of each row."""
-  lag = model.lag(policy.window)
-  make = lambda: caches.create(
-    "paged", model.config, batch=batch, capacity=policy.window + 2, longest=longest, policy=policy, lag=lag,
-    dtype=model.dtype, page_size=page, page_format=archive,
-  )  # fmt: skip
-  return jax.eval_shape(lambda: (cache := make()).with_pages(max(pages, cache.pages)))
+) -> Cache | ShardedCache:  # fmt: skip
+  """The shapes of a cache with a pool of `pages` pages a device, and at least one for each head of each row."""
+
+  def make():
+    cache = caches.for_model(
+      model, policy, batch=batch, capacity=policy.window + 2, longest=longest, kind="paged", page_size=page,
+      page_format=archive,
+    )  # fmt: skip
+    return cache.with_pages(max(pages, caches.of_device(cache).pages))
+
+  return _shapes(make, model)
 
 
-def nbytes(shape: Cache) -> int:
+def _shapes(make: Callable[[], Cache | ShardedCache], model: Model) -> Cache | ShardedCache:
+  """The shapes of the cache that `make` makes, on a mesh with their shardings."""
+  shape = jax.eval_shape(make)
+  if model.mesh is None:
+    return shape
+  sharding = NamedSharding(model.mesh, DEVICE)
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shape)
+
+
+def nbytes(shape: Cache | ShardedCache) -> int:
   """Bytes of a cache of these shapes."""
   return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shape))
 
@@ -143,19 +160,23 @@ def _noise(*, shape: tuple[int, ...], dtype, seed: int) -> Array:
 
 
 def filled(
-  shape: Cache, model: Model, policy: Policy, *, tokens: int, held: int | None = None, shared: bool = False,
-  seed: int = 0,
-) -> Cache:  # fmt: skip
+  shape: Cache | ShardedCache, model: Model, policy: Policy, *, tokens: int, held: int | None = None,
+  shared: bool = False, seed: int = 0, part: int = 0,
+) -> Cache | ShardedCache:  # fmt: skip
   """A cache of these shapes after `tokens` tokens of each row; statistics, memories and summaries are random.
 
   Args:
     held: tokens that every head holds, more than the window; default: those that the policy's decisions leave.
     shared: the rows are chains of one text and share the full pages of their archives.
+    part: which part of the model's KV heads a cache of fewer heads has.
 
   Raises:
     ValueError: the pool is too small.
   """
-  archived, evicted = left_by(model, policy, tokens)
+  if isinstance(shape, ShardedCache):
+    return _filled_on_mesh(shape, model, policy, tokens=tokens, held=held, shared=shared, seed=seed)
+  its = slice(part * shape.archived.shape[2], (part + 1) * shape.archived.shape[2])
+  archived, evicted = (x[:, its] for x in left_by(model, policy, tokens))
   if held is not None:
     archived = np.full_like(archived, held - policy.window - 1)
   layers, batch, heads = shape.archived.shape
@@ -193,6 +214,18 @@ def filled(
   cells = noise(store.pages, seed + 1)
   scales = None if store.scales is None else jnp.full(store.scales.shape, 1 / EIGHT_BITS, jnp.float32)
   return cache.replace(table=table, store=Store(cells, scales))
+
+
+def _filled_on_mesh(shape: ShardedCache, model: Model, policy: Policy, **options) -> ShardedCache:
+  """`filled` for each device's own rows and heads, on that device."""
+  mesh, parts = shape.mesh, []
+  for place in np.ndindex(mesh.devices.shape):
+    with jax.default_device(mesh.devices[place]):
+      cache = filled(shape.own, model, policy, part=place[1], **options)
+      parts.append(ShardedCache.of_device(cache, mesh))
+  sharding = NamedSharding(mesh, DEVICE)
+  join = lambda *xs: jax.make_array_from_single_device_arrays((len(xs) * len(xs[0]), *xs[0].shape[1:]), sharding, xs)
+  return jax.tree.map(join, *parts)
 
 
 def running_rows(batch: int) -> DecodeState:

@@ -374,7 +374,13 @@ def draw(counter, last: jax.Array) -> jax.Array:
 
 
 def announce(number: jax.Array, board) -> jax.Array:
-  """The number that `draw` returned, for all threads; `board`: int32 [1] ref in shared memory."""
+  """The number that `draw` returned, for all threads of the warpgroup; `board`: int32 [1] ref in shared memory.
+
+  Other warpgroups may read it from the board after a barrier.
+  """
+  if compat.interpreting():
+    board[...] = jnp.full((1,), number, jnp.int32)
+    return number
 
   @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT(()), plgpu.RefType()), return_type=_scalar())
   def tell(_, number, board):

@@ -5,7 +5,7 @@ FlashAttention-3 (arXiv 2407.08608): in each block two warpgroups compute on 64 
 keys and values by TMA. A tile's 128 rows are several query heads of one KV head, with `Tile.queries` neighbouring
 queries of each: the fewer queries a tile spans, the less it visits of the band that only some of its rows see. Blocks
 that all queries of a tile see come first and need no mask; in the others, at the diagonal and in the band, each pair is
-tested.
+tested. Tiles differ in work, by position and by how much their heads hold, so workers take them from a counter.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.common import compat, dispatch, pipeline, tuned
+from pallas_kernels.common import compat, dispatch, pipeline, tuned, warpgroup
 from pallas_kernels.common.compat import plgpu
 from pallas_kernels.common.pipeline import WARPGROUPS
 from pallas_kernels.common.platform import processors
@@ -96,42 +96,55 @@ def _attend(tile: Tile, blocks: Blocks, lse: bool, softcap: float | None, q, key
   """
   b, _, n, h = q.shape
   tiles, group = rows.shape[1], n // keys.shape[1]
-  parts = group // tile.heads  # of a group of query heads, each with tiles of its own
+  parts, shares = group // tile.heads, n // tile.heads  # of a group of query heads and of all, with tiles of their own
   block, stages = blocks.kv, blocks.stages
   scale = h**-0.5 * LOG2E  # scores in units of log 2: exp2 is what the hardware has
   cap = None if softcap is None else softcap * h**0.5  # of products that are not yet scaled
   i32 = jnp.int32
   pieces = tile.pieces()
-  units = n // tile.heads * b  # tiles of as many queries
-  items = tiles * units
+  items = tiles * shares * b
   workers = min(blocks.workers or items, items)
-  buffers = 1 if workers == items else 2  # of a tile's queries
+  several = workers < items  # tiles for a worker
+  buffers = 2 if several else 1  # of a tile's queries
+  counting = several and not compat.interpreting()
 
   def body(q_ref, k_ref, v_ref, rows_ref, bounds_ref, ranges_ref, out_ref, logs_ref, *scratch):
-    logs_smem, q_smem, k_smem, v_smem, rows_smem, bounds_smem, *scratch = scratch
+    logs_smem, q_smem, k_smem, v_smem, rows_smem, bounds_smem, board, *scratch = scratch
     q_ready, k_ready, v_ready, q_free, k_free, v_free, turn = scratch
     worker, wg = lax.axis_index("worker"), lax.axis_index("wg")
+    # As many elements as XLA fills once for many calls; the first one counts (`decode.gpu_kernel`).
+    counters = pl.get_global(plgpu.SemaphoreType.REGULAR((warpgroup.THREADS,))) if counting else None
 
-    def place(number):
-      """(part, row, tile of queries) of a worker's `number`-th tile. The last tiles have the most keys: they start
-      first."""
-      item = jnp.minimum(worker + number * workers, items - 1)
-      unit = lax.rem(item, i32(units))
-      return lax.div(unit, i32(b)), lax.rem(unit, i32(b)), (tiles - 1) - lax.div(item, i32(units))
+    # A worker's first tile is known beforehand. Its loader takes the number of the next one from the counter and writes
+    # it to the board before that tile's queries are ready. The interpreter has no counter: tiles are dealt in turn.
 
-    def ranges(number, *which):
-      part, batch, tile = place(number)
+    def draw():
+      """Asks for the number of a worker's next tile. Each worker asks once in vain."""
+      return warpgroup.draw(counters.at[pl.ds(0, 1)], i32(items - 1)) if counting else i32(0)
+
+    def announce(number, answer):
+      """Tells all threads a worker's `number`-th tile, `items` or more for none; `answer`: what `draw` returned."""
+      answer = answer if counting else worker + (number - 1) * workers
+      return workers + warpgroup.announce(answer, board.at[pl.ds(lax.rem(number, i32(buffers)), 1)])
+
+    def place(item):
+      """(part, row, tile of queries). Tiles that read the same keys follow one another: the L2 cache holds them. The
+      last ones have the most keys and come first."""
+      item = jnp.minimum(item, items - 1)
+      unit = lax.div(item, i32(tiles))
+      return lax.rem(unit, i32(shares)), lax.div(unit, i32(shares)), (tiles - 1) - lax.rem(item, i32(tiles))
+
+    def ranges(item, *which):
+      part, batch, tile = place(item)
       return tuple(ranges_ref[batch, lax.div(part, i32(parts)), tile, i] for i in which)
 
-    def each(do, carry):
-      """Runs carry = do(number, carry) for a worker's tiles."""
-      if buffers == 1:
-        return do(i32(0), carry)
-      return lax.fori_loop(0, lax.div(items - worker + (workers - 1), i32(workers)), do, carry)
+    def each(do, state):
+      """Runs state = do(state) for a worker's tiles; (number of the tile among the worker's, its item, ...)."""
+      return lax.while_loop(lambda state: state[1] < items, do, state) if several else do(state)
 
-    def here(ref, number, piece):
+    def here(ref, item, piece):
       """A piece's part of q or of the output."""
-      part, batch, tile_number = place(number)
+      part, batch, tile_number = place(item)
       first = tile_number * tile.queries + piece.first
       return ref.at[batch, pl.ds(first, piece.count), part * tile.heads + piece.head]
 
@@ -143,11 +156,10 @@ def _attend(tile: Tile, blocks: Blocks, lse: bool, softcap: float | None, q, key
     def _compute():
       plgpu.set_max_registers(blocks.compute_registers, action="increase")
 
-      def one_tile(number, carry):
-        before, whole, stop = carry  # the blocks of earlier tiles; this one's, without a mask and in all
+      def one_tile(state):
+        # `before`: the blocks of earlier tiles; then this one's, without a mask and in all.
+        number, item, before, whole, stop = state
         buffer = lax.rem(number, i32(buffers))
-        following = ranges(number + 1, WHOLE, STOP) if buffers > 1 else (whole, stop)
-        plgpu.barrier_wait(q_ready.at[buffer])
         positions = pipeline.row_vector(rows_smem, buffer, wg)
         queries = q_smem.at[buffer, wg]
 
@@ -194,34 +206,41 @@ def _attend(tile: Tile, blocks: Blocks, lse: bool, softcap: float | None, q, key
           logs_smem[wg] = jnp.where(real, top + jnp.log(jnp.where(real, total, 1.0)) * LOG2E, -jnp.inf)
         plgpu.commit_smem()
         if lse:
-          part, batch, tile_number = place(number)
+          part, batch, tile_number = place(item)
           plgpu.copy_smem_to_gmem(logs_smem.at[wg], logs_ref.at[batch, part, tile_number, wg])
         for piece in pieces:
           source = q_smem.at[buffer, piece.warpgroup, pl.ds(piece.row, piece.count)]
-          store = functools.partial(plgpu.copy_smem_to_gmem, source, here(out_ref, number, piece))
+          store = functools.partial(plgpu.copy_smem_to_gmem, source, here(out_ref, item, piece))
           pl.when(wg == piece.warpgroup)(store)
+        before = before + stop
+        if several:
+          following = lax.rem(number + 1, i32(buffers))
+          plgpu.barrier_wait(q_ready.at[following])
+          item = workers + board[following]
+          whole, stop = ranges(item, WHOLE, STOP)
         plgpu.wait_smem_to_gmem(0)
-        if buffers > 1:
+        if several:
           plgpu.barrier_arrive(q_free.at[buffer])
-        return before + stop, *following
+        return number + 1, item, before, whole, stop
 
-      each(one_tile, (i32(0), *ranges(i32(0), WHOLE, STOP)))
+      plgpu.barrier_wait(q_ready.at[0])
+      each(one_tile, (i32(0), worker, i32(0), *ranges(worker, WHOLE, STOP)))
 
     @pl.when(wg == WARPGROUPS)
     def _load():
       plgpu.set_max_registers(blocks.memory_registers, action="decrease")
 
-      def one_tile(number, before):
-        part, batch, tile_number = place(number)
+      def one_tile(state):
+        number, item, before = state
+        part, batch, tile_number = place(item)
         kv_head = lax.div(part, i32(parts))
-        kept, band_start, stop = ranges(number, KEPT, START, STOP)
+        kept, band_start, stop = ranges(item, KEPT, START, STOP)
         buffer = lax.rem(number, i32(buffers))
-        if buffers > 1:
-          pl.when(number >= buffers)(functools.partial(plgpu.barrier_wait, q_free.at[buffer]))
+        answer = draw() if several else None
         plgpu.copy_gmem_to_smem(rows_ref.at[batch, tile_number], rows_smem.at[buffer], q_ready.at[buffer])
         for piece in pieces:
           target = q_smem.at[buffer, piece.warpgroup, pl.ds(piece.row, piece.count)]
-          plgpu.copy_gmem_to_smem(here(q_ref, number, piece), target, q_ready.at[buffer])
+          plgpu.copy_gmem_to_smem(here(q_ref, item, piece), target, q_ready.at[buffer])
 
         def copies(i):
           first = jnp.where(i < kept, i * block, band_start + (i - kept) * block)
@@ -230,18 +249,27 @@ def _attend(tile: Tile, blocks: Blocks, lse: bool, softcap: float | None, q, key
           return [(k_ref, (batch, kv_head, span), k_smem), bounds], [(v_ref, (batch, kv_head, span), v_smem)]
 
         pipeline.stream(stop, stages, copies, (k_free, k_ready), (v_free, v_ready), before=before)
-        return before + stop
+        number = number + 1
+        if several:
+          # The tile before this one has left what the next one gets.
+          pl.when(number >= buffers)(lambda: plgpu.barrier_wait(q_free.at[lax.rem(number, i32(buffers))]))
+          item = announce(number, answer)
+        return number, item, before + stop
 
-      compat.drain(each(one_tile, i32(0)), k_free, v_free)
-      if buffers > 1:
-        compat.drain(lax.div(items - worker + (workers - 1), i32(workers)), q_free)
+      number, _, before = each(one_tile, (i32(0), worker, i32(0)))
+      if several:
+        for _ in range(1 + len(pieces)):  # instead of the queries of a next tile
+          plgpu.barrier_arrive(q_ready.at[lax.rem(number, i32(buffers))])
+        plgpu.barrier_wait(q_free.at[lax.rem(number - 1, i32(buffers))])
+      compat.drain(before, k_free, v_free)
 
   operand = lambda *shape: pipeline.matrix(shape, q.dtype)
   scratch = [pipeline.vector(WARPGROUPS, ROWS) if lse else None, operand(buffers, WARPGROUPS, ROWS, h)]
   scratch += [operand(stages, block, h), operand(stages, block, h)]
   scratch += [pipeline.vector(buffers, WARPGROUPS, ROWS, dtype=i32), pipeline.vector(stages, 2, block, dtype=i32)]
+  scratch += [pipeline.vector(buffers, dtype=i32) if several else None]
   scratch += [pipeline.barriers(buffers, 1 + len(pieces)), pipeline.barriers(stages, 2), pipeline.barriers(stages, 1)]
-  scratch += [pipeline.barriers(buffers) if buffers > 1 else None]
+  scratch += [pipeline.barriers(buffers) if several else None]
   scratch += [pipeline.barriers(stages), pipeline.barriers(stages), pipeline.barriers(1)]
   logs = jax.ShapeDtypeStruct((b, n // tile.heads, *rows.shape[1:]), jnp.float32) if lse else None
   return pipeline.launch(

@@ -19,8 +19,8 @@ GRAIN = 32  # a band begins at a multiple of this many rows
 class Blocks:
   """`kv` keys a block, `stages` blocks of keys and of values in shared memory.
 
-  `workers` blocks of threads compute all tiles, every so many each, and load the next one's queries and keys meanwhile;
-  0: each tile has its own.
+  `workers` blocks of threads take all tiles one by one from a counter, and load the next one's queries and keys
+  meanwhile; 0: each tile has its own.
   """
 
   kv: int = 128

@@ -68,7 +68,10 @@ def test_everything_evicted_at_once():
 @needs_mosaic_gpu
 @pytest.mark.parametrize("workers, tokens, group, batch", [(1, 90, 3, 2), (4, 70, 6, 2)])
 def test_workers_with_several_tiles(workers, tokens, group, batch):
-  """As many for each, or one more for some; the next tile's queries are loaded meanwhile. The bits of one tile each."""
+  """As many for each, or one more for some; the next tile's queries are loaded meanwhile. The bits of one tile each.
+
+  A Hopper GPU takes tiles from a counter. The interpreter deals them out in turn, by way of the same board.
+  """
   args = tokens, 40, 1, group, 64, 12, 0.5
   several = check(*args, batch=batch, blocks=gpu.Blocks(kv=64, workers=workers))
   one = check(*args, batch=batch, blocks=gpu.Blocks(kv=64))
@@ -148,12 +151,13 @@ def test_rows_of_a_tile(group, heads, queries):
 @pytest.mark.parametrize("mass", [False, True])
 @pytest.mark.parametrize("group, h", [(1, 64), (3, 64), (4, 128), (6, 128), (8, 64)])
 def test_lowers_for_cuda(group, h, mass):
-  struct = jax.ShapeDtypeStruct
+  """With a tile for each block of threads, and with several, from a counter."""
+  struct, tokens = jax.ShapeDtypeStruct, 500 if mass else 9000
   kv, bounds = struct((2, 2, 5000, h), jnp.bfloat16), struct((2, 2, 5000), jnp.int32)
-  q, q_pos = struct((2, 1000, 2 * group, h), jnp.bfloat16), struct((2, 1000), jnp.int32)
+  q, q_pos = struct((2, tokens, 2 * group, h), jnp.bfloat16), struct((2, tokens), jnp.int32)
   with compat.assume_hopper():
     call = jax.jit(partial(prefill_attention, implementation="gpu", lse=mass))
-    options = {"query_weights": struct((2, 1000), jnp.float32)} if mass else {}
+    options = {"query_weights": struct((2, tokens), jnp.float32)} if mass else {}
     lowered = call.trace(q, kv, kv, q_pos, bounds, bounds, **options).lower(lowering_platforms=("cuda",)).as_text()
   assert "prefill_" in lowered and ("prefill_mass_" in lowered) == mass
 
