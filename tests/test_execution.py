@@ -27,8 +27,9 @@ ON = dict(
   matvec_parts=3, bits_storage=True, embed_barrier=True, jitted_attention=True, layers_apart=True,
   step_layers=3, skipped_filters=True, replicated_writes=True,
 )  # fmt: skip
-# These act elsewhere: see tests/test_sharding.py, tests/generation/test_layerwise.py and test_sampling.py there.
-ELSEWHERE = {"replicated_writes", "layers_apart", "step_layers", "skipped_filters"}
+# These act elsewhere: see tests/test_sharding.py, tests/generation/test_layerwise.py and test_sampling.py there, and
+# tests/policies/test_prompts.py.
+ELSEWHERE = {"replicated_writes", "layers_apart", "step_layers", "skipped_filters", "small_cuts"}
 
 
 @functools.partial(jax.jit, compiler_options=tiny.QUICK)

@@ -150,8 +150,12 @@ def attend(
   return out, carry, (archived, flags), Usage(live, reads)
 
 
-def pruned(cache: RingCache, policy: Policy, layer: Int[Array, ""], due: Bool[Array, "B"]) -> RingCache:
-  """A cache of one layer after the cut of a chunk of no tokens in the rows `due`; the policy knows it as `layer`."""
+def pruned(cache: RingCache, policy: Policy, layer: Int[Array, "B"], due: Bool[Array, "B"]) -> RingCache:
+  """A cache of one layer after the cut of a chunk of no tokens in the rows `due`.
+
+  Args:
+    layer: of each row, as the policy knows it.
+  """
   (_, b, heads), width, carry = cache.archived.shape, cache.kv.shape[-1], cache.layer_carry()
   none = jnp.zeros((b, 0, heads, width // 2))
   plan = Plan(cache.seen, jnp.zeros_like(cache.seen), jnp.zeros_like(due))
@@ -170,7 +174,7 @@ def _cut(
   cache: RingCache, policy: Policy, layer: Int[Array, ""] | int, carry: LayerCarry, reserved: Any, window: Window,
   leaves: Bool[Array, "B K X"], in_archive: Bool[Array, "B K A"], archive: Float[Array, "B K A width"],
   stats: dict[str, Float[Array, "B K AX"]], out: Any, active: Bool[Array, "B"], stop: Int[Array, "B"],
-  remaining: Int[Array, "B"], known_as: Int[Array, ""] | None = None, own: Slid | None = None,
+  remaining: Int[Array, "B"], known_as: Int[Array, "B"] | None = None, own: Slid | None = None,
 ):  # fmt: skip
   """Lets the policy say which tokens outside the window stay, and writes them: (out, carry, archived [B, K]).
 
@@ -181,7 +185,7 @@ def _cut(
     active: rows that are cut; the others keep all their tokens.
     stop: tokens that each row has read.
     remaining: tokens of the prompt still to come.
-    known_as: the layer's number for the policy, where `carry` has this layer alone.
+    known_as: the layer of each row for the policy, where `carry` has them as one.
     own: what happens instead if the layer slides.
   """
   ring, slots, (b, heads, _), h = cache.ring, cache.slots, leaves.shape, archive.shape[-1] // 2

@@ -401,10 +401,10 @@ class RingCache(Common):
     """Slots to whose multiple the width of an archive is rounded."""
     return 1
 
-  def _rows_of(self, layer: Int[Array, ""], rows: Int[Array, "R"], archive: int) -> RingCache:
-    """One layer of the rows `rows` as a cache of its own, with `archive` archive slots that hold all of their tokens.
+  def _rows_of(self, layer: Int[Array, "R"], rows: Int[Array, "R"], archive: int) -> RingCache:
+    """The layer `layer` of each of `rows`, a cache of one layer with `archive` archive slots, which hold all its tokens.
 
-    The layer does not slide. A number past the last row gives an empty row.
+    The layers do not slide. A number past the last row gives an empty row.
     """
 
     def take(x, width=None):
@@ -419,7 +419,7 @@ class RingCache(Common):
       summaries=None if self.summaries is None else take(self.summaries, -(-archive // self.page)),
     )  # fmt: skip
 
-  def _with_rows(self, layer: Int[Array, ""], rows: Int[Array, "R"], part: RingCache) -> RingCache:
+  def _with_rows(self, layer: Int[Array, "R"], rows: Int[Array, "R"], part: RingCache) -> RingCache:
     """This cache with what `part`, a later state of `_rows_of(layer, rows, ...)`, holds."""
 
     def put(x, new):

@@ -194,12 +194,12 @@ class Observation:
 
 @struct.dataclass
 class Candidates:
-  """X tokens of one layer before a cut: after a chunk of a prompt, or where pruning is due.
+  """X tokens of one layer of each row before a cut: after a chunk of a prompt, or where pruning is due.
 
   Their order is archive, window, chunk: text order, unless the policy `overwrites`.
 
   Attributes:
-    layer: int32 [], the layer's index.
+    layer: int32 [], the layer's index; [B], that of each row, where pruning is due.
     stats: float32 [B, K, X] each, statistics of the tokens.
     live: bool [B, K, X], tokens outside the window that are not evicted; the answer for others is ignored.
     held: bool [B, K, X], the same tokens and those of the window; the other arrays are arbitrary elsewhere.
@@ -209,7 +209,7 @@ class Candidates:
     memory: [B, K, own axes] each, the layer's part of the policy's memory.
   """
 
-  layer: int | Int[Array, ""]
+  layer: int | Int[Array, ""] | Int[Array, "B"]
   stats: dict[str, Float[Array, "B K X"]]
   live: Bool[Array, "B K X"]
   held: Bool[Array, "B K X"]

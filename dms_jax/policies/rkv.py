@@ -74,16 +74,20 @@ def mean_similarity(
   Each token spares itself and the latest other one whose cosine exceeds `threshold`, [] or [B, 1, 1]: these cosines
   count as 0. Keys are compared in blocks of BLOCK, so the memory grows with X, not with its square.
   """
-  keys = jnp.where(held[..., None], keys, 0).astype(jnp.float32)
-  length = jnp.sqrt(jnp.sum(keys * keys, axis=-1, keepdims=True))
-  unit = keys / jnp.where(length > 0, length, 1)
+  keys = jnp.where(held[..., None], keys, 0)
+  length = jnp.sqrt(jnp.sum(jnp.square(keys.astype(jnp.float32)), axis=-1))
+  inverse = 1 / jnp.where(length > 0, length, 1)
   count = keys.shape[2]
-  blocks = jnp.pad(unit, ((0, 0), (0, 0), (0, -count % BLOCK), (0, 0)))
+  blocks, scales = (
+    jnp.pad(x, ((0, 0), (0, 0), (0, -count % BLOCK)) + ((0, 0),) * (x.ndim - 3)) for x in (keys, inverse)
+  )
   index, threshold = jnp.arange(count), threshold[..., None].astype(jnp.float32)
 
   def block(start, total):
     own = start * BLOCK + jnp.arange(BLOCK)
-    cosine = einsum("bkyh,bkxh->bkyx", lax.dynamic_slice_in_dim(blocks, start * BLOCK, BLOCK, 2), unit)
+    some, scale = (lax.dynamic_slice_in_dim(x, start * BLOCK, BLOCK, 2) for x in (blocks, scales))
+    # Products of the keys as they are stored: those of bfloat16 are exact in float32, so tensor cores compute them.
+    cosine = einsum("bkyh,bkxh->bkyx", some, keys) * scale[..., None] * inverse[:, :, None]
     cosine = jnp.where(own[:, None] == index, 0, cosine)
     others = held[:, :, None] & (own[:, None] != index)
     latest = jnp.max(jnp.where(others & (cosine > threshold), index, -1), axis=-1, keepdims=True)

@@ -94,14 +94,15 @@ class TriAttention(Periodic):
     b, heads, _, h = candidates.keys.shape
     keys = jnp.where(held[..., None], candidates.keys, 0).astype(jnp.float32)
     group = tables.centres.shape[1] // (heads * devices())
-    own = lambda table: own_heads(table[candidates.layer], heads * group).reshape(heads, group, -1)  # [K, G, ...]
+    layer, flip = jnp.broadcast_to(candidates.layer, (b,)), lambda x: jnp.swapaxes(x, 0, 1)
+    own = lambda table: flip(own_heads(flip(table), heads * group)[:, layer]).reshape(b, heads, group, -1)
     centres, norms = own(tables.centres), own(tables.norms)
     # A key after RoPE holds its position, so that of the query alone turns the centre.
     now = rotation(tables.frequencies, candidates.tokens[:, None, None])  # [B, 1, 1, H/2]
-    query = turned(turned(jnp.broadcast_to(centres, (b, *centres.shape)), now), (tables.ahead[0], tables.ahead[1]))
+    query = turned(turned(centres, now), (tables.ahead[0], tables.ahead[1]))
     rest = norms - jnp.sqrt(centres[..., : h // 2] ** 2 + centres[..., h // 2 :] ** 2)
     lengths = jnp.sqrt(keys[..., : h // 2] ** 2 + keys[..., h // 2 :] ** 2)
-    score = einsum("bkgh,bkxh->bkgx", query, keys) + einsum("kgf,bkxf->bkgx", rest, lengths)
+    score = einsum("bkgh,bkxh->bkgx", query, keys) + einsum("bkgf,bkxf->bkgx", rest, lengths)
     there = held[:, :, None].astype(jnp.float32)
     total = jnp.maximum(jnp.sum(there, axis=-1, keepdims=True), 1)
     score = score - jnp.sum(score * there, axis=-1, keepdims=True) / total

@@ -70,7 +70,8 @@ class VaSE(WatchesWindow):
     front = lax.reduce_window(front, 0.0, lax.add, (1, 1, SMOOTHED), (1, 1, 1), "SAME") / SMOOTHED
     attention = jnp.take_along_axis(front, place, axis=-1)
     head = head_numbers(live.shape[1])[:, None]
-    noise = uniform(per_row(self.seed, 2), candidates.layer, head, position, candidates.tokens[:, None, None])
+    layer, tokens = per_row(candidates.layer, 2), candidates.tokens[:, None, None]
+    noise = uniform(per_row(self.seed, 2), layer, head, position, tokens)
     noise = jnp.minimum(noise + jnp.float32(2**-25), jnp.float32(1 - 2**-24))  # float32 rounds the largest to 1
     gumbel = -jnp.log(-jnp.log(noise))
     return jnp.where(protected, jnp.inf, jnp.log(attention) + gumbel)

@@ -18,6 +18,7 @@ from dms_jax.attention import write_pages
 from dms_jax.cache import paged, pruning
 from dms_jax.cache.compact import moves
 from dms_jax.config import ModelConfig
+from dms_jax.execution import override
 from dms_jax.model import cached_forward
 from tests import cache_driver, policy_oracle
 from tests.cache_driver import HEAD, KINDS, LAYERS, ROWS, fitted
@@ -359,7 +360,7 @@ def test_numbers_may_be_one_a_row(numbers, make):
 
 @pytest.mark.parametrize("kind", ["contiguous", "paged"])
 def test_rows_are_cut_a_few_at_a_time(kind, monkeypatch):
-  """In copies of two rows with as many archive slots as these need, with numbers of their own, as all rows at once."""
+  """In copies of five layers of rows, with as many archive slots as these need and numbers of their own, as all at once."""
   model, active = tiny.model(), np.array([True, True, True, True, True, False])
   policy = policies.RKV(budget=jnp.array([6, 9, 15, 30, 7, 6]), buffer=4, window=2)
   cache = caches.create(kind, model.config, batch=6, capacity=100, policy=policy, lag=1)
@@ -367,12 +368,15 @@ def test_rows_are_cut_a_few_at_a_time(kind, monkeypatch):
   _, cache = jax.jit(cached_forward)(model, policy, cache, tokens, lengths, remaining=np.ones(6, np.int32))
 
   def cut(together, narrow):
-    monkeypatch.setattr(pruning, "LEAST_ROWS", together)
+    monkeypatch.setattr(pruning, "LEAST", together)
     monkeypatch.setattr(pruning, "LEAST_WIDTH", narrow)
     widths = pruning.widths(cache)
     return jax.jit(lambda cache: cache.prune(policy, active))(cache), widths
 
-  (whole, all_slots), (parts, widths) = cut(6, 1000), cut(2, 2)
+  with override(small_cuts=False):
+    whole, all_slots = cut(1000, 1000)
+  with override(small_cuts=True):
+    parts, widths = cut(5, 2)
   assert len(all_slots) == 1 and 20 - 3 <= widths[-2] < widths[-1] == all_slots[0]
   held = np.broadcast_to(np.array([6, 9, 15, 20, 7, 20])[:, None], whole.live().shape)
   np.testing.assert_array_equal(whole.live(), held)
