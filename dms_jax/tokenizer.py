@@ -123,7 +123,7 @@ class Tokenizer:
   def raw_text(self, ids: Sequence[int], skip_special: bool = True) -> str:
     """The text of `ids` before `clean`."""
     try:
-      return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+      return self.backend.decode(list(map(int, ids)), skip_special_tokens=skip_special)
     except OverflowError:
       raise ValueError(f"ids: {min(ids)} to {max(ids)} must lie in 0..{self.vocab_size - 1}") from None
 

@@ -82,19 +82,16 @@ class _Windows:
 
   def __call__(self, tokens: Sequence[int], running: bool) -> str:
     before = len(self.window)
-    for token in tokens:
-      if token in self.hidden:
-        continue
-      self.run.append(token)
-      if token not in self.fallback:
-        self.window += self.run
-        self.run = []
-    if not running:
-      self.window, self.run = [*self.window, *self.run], []
-    elif len(self.window) == before:
+    self.run += [token for token in tokens if token not in self.hidden]
+    bytes_at_end = itertools.takewhile(self.fallback.__contains__, reversed(self.run)) if running else ()
+    end = len(self.run) - sum(1 for _ in bytes_at_end)
+    self.window, self.run = self.window + self.run[:end], self.run[end:]
+    if running and len(self.window) == before:
       return ""
     text = self.decode(self.window)
-    whole = self._final(text) if running else text
+    if not running:
+      return text[self.shown :]
+    whole = self._final(text)
     piece, self.shown = whole[self.shown :], max(self.shown, len(whole))
     if whole == text and len(self.window) > self.known:  # the window moves on where a character ends
       recent = self.window[self.known :]

@@ -23,7 +23,7 @@ from dms_jax.processes import fetch
 News = tuple[int, int, list[int], str]  # ticket, chain, new tokens, new text
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, slots=True)
 class Entry:
   """What a block has brought one chain.
 
@@ -140,23 +140,28 @@ class Flight:
 
   def _made(self) -> collections.deque[Entry]:
     """The entries of the chains that have new tokens or have ended."""
-    new: dict[int, tuple] = {}
+    entries: collections.deque[Entry] = collections.deque()
+
+    def add(row: int, tokens: list[int], logprobs: list[float], used: tuple | None) -> None:
+      chain = self.chains[row]
+      result, index = chain.result, chain.index
+      before, blocks = len(result.tokens[index]), len(result.usage[index].steps)
+      entries.append(Entry(chain, tokens, logprobs, used, self.over.get(row, "running"), before, blocks))
+
+    rows: list[int] = []
     if self.emitted is not None:
       emitted, spent = fetch((self.emitted, self.spent))
       counts = emitted.valid.sum(axis=0)  # the valid steps of a row are its first
       rows = [row for row in counts.nonzero()[0].tolist() if self.chains[row] is not None]
       tokens, logprobs = (x.T[rows].tolist() for x in (emitted.tokens, emitted.logprobs))
-      used = None if spent is None else [x.T[rows] for x in spent]
+      held, reads = (None, None) if spent is None else (x.T[rows] for x in spent)
       for place, (row, count) in enumerate(zip(rows, counts[rows].tolist(), strict=True)):
-        steps = None if used is None else (used[0][place, :count], used[1][place, :count])
-        new[row] = tokens[place][:count], logprobs[place][:count], steps
-    entries: collections.deque[Entry] = collections.deque()
-    for row in new | self.over:
-      chain = self.chains[row]
-      before, blocks = len(chain.result.tokens[chain.index]), len(chain.result.usage[chain.index].steps)
-      reason = self.over.get(row, "running")
-      tokens, logprobs, steps = new.get(row, ([], [], None))
-      entries.append(Entry(chain, tokens, logprobs, steps, reason, before, blocks))
+        used = None if held is None else (held[place, :count], reads[place, :count])
+        add(row, tokens[place][:count], logprobs[place][:count], used)
+    there = set(rows)
+    for row in self.over:
+      if row not in there:
+        add(row, [], [], None)
     return entries
 
 
