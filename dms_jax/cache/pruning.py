@@ -1,4 +1,4 @@
-"""Pruning of a ring cache: the layers of due rows are cut, some at a time, in small caches of one layer.
+"""Pruning of a ring cache: layers of due rows are cut, some at a time, in caches of one layer.
 
 Rows become due at different times, so that in a large batch some are before nearly every step. A cut of all rows, over
 all slots of their archives, would cost a multiple of the step: R-KV compares each key with each other.

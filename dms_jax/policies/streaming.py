@@ -17,7 +17,7 @@ class StreamingLLM(Budgeted):
 
   `budget` may be given instead of `window`: the tokens that a head holds, sinks included, so W = budget - sinks - 1.
   With `cr` it grows with the text. The paper counts positions in the cache, so a text may be longer than the model's
-  context. Here keys are stored after RoPE with their positions in the text, so a text cannot be longer than the context.
+  context. Here keys are stored after RoPE with their positions in the text, so no text can be longer than the context.
 
   W is a shape, and one budget becomes one. A budget for each row, or `cr`, is none: then W = 0, and `by_position` finds
   the oldest token that is no sink, which each new token replaces. Both hold the same tokens.
