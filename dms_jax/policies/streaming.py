@@ -51,13 +51,13 @@ class StreamingLLM(Budgeted):
 
   def resolved(self, window):
     if self.by_position:
-      policy = super().resolved(window)
+      policy = Budgeted.resolved(self if self.window is not None else self.replace(window=0), window)
       check_sinks(policy)
       return policy
     if sum(number is not None for number in (self.window, self.budget, self.cr)) != 1:
       raise ValueError("StreamingLLM: give either window= or budget= (tokens, sinks included), or cr=")
     if self.cr is not None or np.ndim(self.budget):
-      return self.replace(by_position=True, window=0).resolved(window)
+      return self.replace(by_position=True).resolved(window)
     check_number(self, "sinks", 0.0, whole=True)
     if self.window is not None:
       return Policy.resolved(self, window)

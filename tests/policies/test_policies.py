@@ -60,7 +60,7 @@ CASES = {
   "vanilla": policies.Vanilla(window=3),
   "streaming": policies.StreamingLLM(window=6, sinks=3),
   "streaming-0": policies.StreamingLLM(window=0, sinks=1),
-  "streaming-by": policies.StreamingLLM(budget=10, sinks=3, by_position=True, window=0),
+  "streaming-by": policies.StreamingLLM(budget=10, sinks=3, by_position=True).resolved(None),
   "streaming-cr": policies.StreamingLLM(cr=2.5, sinks=2).resolved(None),
   "tova": policies.TOVA(budget=9),
   "tova-layer": policies.TOVA(budget=9, per_layer=True),
