@@ -71,8 +71,8 @@ class Execution:
       ms. Only `generate` does this, and not for policies that merge or remove archived tokens, nor in a masked cache.
     skipped_filters: one program samples with and without top-k and top-p, on a CPU: at run time it skips a filter that
       excludes nothing, and setting one does not compile. A GPU would wait for the host to decide.
-    small_cuts: a cut that a policy makes between decode steps (`cache.pruning`) compares keys in blocks that fit a CPU's
-      cache. R-KV cuts 48 of 1,024 rows, the reasoner's shape with 384 slots a head, in 0.47 instead of 1.1 s of CPU
+    small_cuts: cuts that a policy makes between decode steps (`cache.pruning`) are so small that they stay in the cache
+      of a CPU. R-KV cuts 48 of 1,024 rows, the reasoner's shape with 384 slots a head, in 0.47 instead of 1.1 s of CPU
       time. A GPU would launch as many kernels for each of many small cuts as for a large one.
     replicated_writes: on a mesh of TPUs every device writes the whole pool of pages, because a kernel is not
       partitioned automatically.

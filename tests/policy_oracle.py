@@ -40,8 +40,9 @@ def attend(q, k, v, run: Run):
 
 
 def streaming(q, k, *, sinks, window):
-  """Attention sinks and a rolling cache (2309.17453, figure 4), with positions in the text."""
-  held = [[{j for j in range(t + 1) if j < sinks or t - j <= window} for t in range(len(q))] for _ in range(k.shape[1])]
+  """Attention sinks and a rolling cache of window(t) + 1 tokens (2309.17453, figure 4), with positions in the text."""
+  rolling = lambda t: {j for j in range(t + 1) if j < sinks or t - j <= window(t)}
+  held = [[rolling(t) for t in range(len(q))] for _ in range(k.shape[1])]
   return Run(held, held)
 
 

@@ -1,4 +1,4 @@
-"""Pruning of a ring cache: the layers of due rows are cut, some at a time, in small caches of one layer.
+"""Pruning of a ring cache: layers of due rows are cut, some at a time, in caches of one layer.
 
 Rows become due at different times, so that in a large batch some are before nearly every step. A cut of all rows, over
 all slots of their archives, would cost a multiple of the step: R-KV compares each key with each other.
@@ -22,8 +22,8 @@ from dms_jax.policies.base import of_places
 if TYPE_CHECKING:
   from dms_jax.cache.ring import RingCache
 
-# Layers of rows that are cut together: a SHARE-th of all, as about so many rows become due in a step, LEAST or more, but
-# no more than MOST slots of heads, each of which a policy may compare with 256 others at once; FEW under
+# Layers of rows that are cut together: a SHARE-th of all, as about so many rows become due in a step, and LEAST or
+# more, but no more than MOST slots of heads, each of which a policy may compare with 256 others at once; FEW under
 # `Execution.small_cuts`. A fourth of the archives' slots has a program besides all, if it is LEAST_WIDTH or more.
 SHARE, LEAST, MOST, FEW, LEAST_WIDTH = 32, 4, 2**18, 2**11, 256
 

@@ -402,7 +402,7 @@ class RingCache(Common):
     return 1
 
   def _rows_of(self, layer: Int[Array, "R"], rows: Int[Array, "R"], archive: int) -> RingCache:
-    """The layer `layer` of each of `rows`, a cache of one layer with `archive` archive slots, which hold all its tokens.
+    """The layer `layer` of each of `rows`, a cache of one layer with `archive` archive slots that hold all its tokens.
 
     The layers do not slide. A number past the last row gives an empty row.
     """

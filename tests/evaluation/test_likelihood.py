@@ -67,6 +67,19 @@ def test_what_generate_wrote_has_its_log_probabilities(model, monkeypatch, name)
   np.testing.assert_allclose(scored[0].logprobs[0], out.logprobs[0][0], atol=2e-5)
 
 
+def test_a_budget_a_row_scores_as_a_window_would(model, rows):
+  """StreamingLLM by position, in chunks and single tokens, as with a ring for each budget; sums in another order."""
+  budgets = np.array([9, 12, 6])
+  make = lambda budget: policies.StreamingLLM(budget=budget, sinks=2)
+  chunks, steps = (likelihood.score([(model, make(budgets))], rows, batch=3, chunk=chunk)[0] for chunk in (7, 1))
+  for row, budget, found, one_by_one in zip(rows, budgets, chunks, steps, strict=True):
+    ((alone,),) = likelihood.score([(model, make(int(budget)))], [row], chunk=7)
+    np.testing.assert_allclose(found.logprobs, alone.logprobs, atol=2e-5)
+    np.testing.assert_allclose(found.logprobs, one_by_one.logprobs, atol=2e-5)
+    np.testing.assert_array_equal(found.held, alone.held)
+    assert (found.held == budget).all()
+
+
 def test_a_policy_that_does_not_fit_the_model_is_refused(rows):
   with pytest.raises(ValueError, match="load a retrofit"):
     likelihood.score([(tiny.model(), policies.DMS())], rows)

@@ -56,16 +56,13 @@ def test_budgets_below_the_least_are_raised_and_those_that_are_shapes_rounded(mo
   (group,), remark = fitted(models[0], policies.SnapKV(), Budget(cr=4.0), [400, 41, 9])
   assert group.numbers == {"budget": [100, 32, 32]}
   assert remark == "2 of 3 budgets raised to 32 tokens, the least that SnapKV takes"
-  groups, remark = fitted(models[0], policies.StreamingLLM(), Budget(cr=4.0), [400, 404, 100, 9])
-  assert [(g.rows, g.policy.window, g.numbers) for g in groups] == [
-    ([0, 1], 91, {"sinks": [4, 4]}), ([2], 27, {"sinks": [4]}), ([3], 0, {"sinks": [4]}),
-  ]  # fmt: skip
-  assert remark == (
-    "1 of 4 budgets raised to 5 tokens, the least that StreamingLLM takes; "
-    "budgets rounded to multiples of 16 tokens, as they are shapes of StreamingLLM"
-  )
-  with pytest.raises(ValueError, match="--budget_rule=seen: StreamingLLM has no budget that grows with the text"):
-    fitted(models[0], policies.StreamingLLM(), Budget(cr=4.0, rule="seen"), [9])
+  (group,), remark = fitted(models[0], policies.StreamingLLM(), Budget(cr=4.0), [400, 404, 100, 9])
+  assert group.policy.by_position and group.numbers == {"budget": [100, 101, 25, 5], "sinks": [4, 4, 4, 4]}
+  assert remark == "1 of 4 budgets raised to 5 tokens, the least that StreamingLLM takes"
+  (group,), _ = fitted(models[0], policies.StreamingLLM(), Budget(cr=4.0), [400, 400])
+  assert group.policy.window == 95 and group.numbers == {"sinks": [4, 4]}
+  (group,), _ = fitted(models[0], policies.StreamingLLM(), Budget(cr=4.0, rule="seen"), [9])
+  assert group.numbers == {"cr": [4.0]}
   with pytest.raises(ValueError, match="--budgets=10: H2O: budget=10 tokens must be 51 or more at window=50"):
     fitted(models[0], policies.H2O(window=50), Budget(tokens=10), [400])
   with pytest.raises(ValueError, match="--budgets=128, less a buffer of 32 tokens: VaSE: sinks=60 must be"):

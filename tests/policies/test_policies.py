@@ -34,9 +34,11 @@ def by_papers(policy, layer, q, k, v):
   """The oracle's run of one layer and row."""
   match policy:
     case policies.Vanilla():
-      return policy_oracle.streaming(q, k, sinks=LENGTH, window=0)
+      return policy_oracle.streaming(q, k, sinks=LENGTH, window=lambda t: 0)
     case policies.StreamingLLM():
-      return policy_oracle.streaming(q, k, sinks=policy.sinks, window=policy.window)
+      sinks, budget = policy.sinks, lambda t: policy.budget if policy.cr is None else math.ceil((t + 1) / policy.cr)
+      rolls = lambda t: max(budget(t) - sinks - 1, 0) if policy.by_position else policy.window
+      return policy_oracle.streaming(q, k, sinks=sinks, window=rolls)
     case policies.TOVA():
       return policy_oracle.tova(q, k, size=held_by(policy), per_layer=policy.per_layer)
     case policies.H2O():
@@ -58,6 +60,8 @@ CASES = {
   "vanilla": policies.Vanilla(window=3),
   "streaming": policies.StreamingLLM(window=6, sinks=3),
   "streaming-0": policies.StreamingLLM(window=0, sinks=1),
+  "streaming-by": policies.StreamingLLM(budget=10, sinks=3, by_position=True).resolved(None),
+  "streaming-cr": policies.StreamingLLM(cr=2.5, sinks=2).resolved(None),
   "tova": policies.TOVA(budget=9),
   "tova-layer": policies.TOVA(budget=9, per_layer=True),
   "tova-cr": policies.TOVA(cr=3.0),
@@ -204,7 +208,7 @@ def test_positions_are_a_statistic():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", ["streaming", "streaming-0", "quest"])
+@pytest.mark.parametrize("case", ["streaming", "streaming-0", "streaming-by", "streaming-cr", "quest"])
 def test_chunks_are_exact(case, kind):
   """Chunks of a prompt hold what single tokens hold, in the smallest cache; Quest reads them densely."""
   policy, (text, runs, expected), rng = CASES[case], drawn(case), np.random.default_rng(2)

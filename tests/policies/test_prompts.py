@@ -360,7 +360,7 @@ def test_numbers_may_be_one_a_row(numbers, make):
 
 @pytest.mark.parametrize("kind", ["contiguous", "paged"])
 def test_rows_are_cut_a_few_at_a_time(kind, monkeypatch):
-  """In copies of five layers of rows, with as many archive slots as these need and numbers of their own, as all at once."""
+  """In copies of five layers of rows, with as many archive slots as they need and their own numbers, as all at once."""
   model, active = tiny.model(), np.array([True, True, True, True, True, False])
   policy = policies.RKV(budget=jnp.array([6, 9, 15, 30, 7, 6]), buffer=4, window=2)
   cache = caches.create(kind, model.config, batch=6, capacity=100, policy=policy, lag=1)
