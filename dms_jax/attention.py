@@ -21,7 +21,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from dms_jax.execution import Execution
-from dms_jax.sharding import row_and_head_axes
+from dms_jax.sharding import row_and_head_axes, shard_map
 from pallas_kernels import decode, prefill, window_bias
 from pallas_kernels.common import compat, dispatch
 from pallas_kernels.decode import Pages
@@ -66,8 +66,7 @@ def _on_shards(
   axes = row_and_head_axes(rows, kv_heads)
   if axes is None:
     return call(*args)
-  # No value is summed over the mesh, and kernels do not declare the axes over which their outputs vary.
-  return jax.shard_map(call, in_specs=specs(*axes), out_specs=out_spec(*axes), check_vma=False)(*args)
+  return shard_map(call, in_specs=specs(*axes), out_specs=out_spec(*axes))(*args)
 
 
 def decode_attention(q, kv, layer, lengths, *, pages: Pages | None = None, **kwargs):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -213,6 +214,33 @@ def row_and_head_axes(rows: int, kv_heads: int) -> tuple[tuple[str, ...], str | 
     if name in sizes and name != heads and rows % sizes[name] == 0:
       split, rows = (*split, name), rows // sizes[name]
   return split, heads
+
+
+def shard_map(fn: Callable, mesh: Mesh | None = None, *, in_specs: tuple, out_specs: Any) -> Callable:
+  """`jax.shard_map` of `fn`, with a mesh or under one, for arguments of which some may have no elements.
+
+  Each device makes those itself: jaxlib 0.11.2 ends with a segmentation fault while it compiles a program that hands
+  them over beside others. Over which axes results vary is not checked, since kernels do not declare it.
+  """
+  over = lambda body, specs: jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False)
+
+  def call(*args: Any) -> Any:
+    arrays, structure = jax.tree.flatten(args)
+    if all(jnp.size(x) for x in arrays):
+      return over(fn, in_specs)(*args)
+    specs, devices = jax.tree.leaves(jax.tree.broadcast(in_specs, args)), mesh or jax.sharding.get_abstract_mesh()
+    shapes = [NamedSharding(devices, spec).shard_shape(jnp.shape(x)) for x, spec in zip(arrays, specs, strict=True)]
+    dtypes, given = [x.dtype for x in arrays], [jnp.size(x) > 0 for x in arrays]
+
+    def body(*parts):
+      rest = iter(parts)
+      made = zip(given, shapes, dtypes, strict=True)
+      return fn(*jax.tree.unflatten(structure, [next(rest) if has else jnp.zeros(*like) for has, *like in made]))
+
+    kept = [(x, spec) for x, spec, has in zip(arrays, specs, given, strict=True) if has]
+    return over(body, tuple(spec for _, spec in kept))(*(x for x, _ in kept))
+
+  return call
 
 
 def cache_shardings(mesh: Mesh, cache: Any, heads: int) -> Any:

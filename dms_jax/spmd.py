@@ -34,7 +34,7 @@ from dms_jax.model import Model
 from dms_jax.params import Params, param_table
 from dms_jax.policies import Policy
 from dms_jax.processes import put, spans_processes
-from dms_jax.sharding import DECODING, partition_spec
+from dms_jax.sharding import DECODING, partition_spec, shard_map
 
 ROWS, STEPS, HEADS = P("data"), P(None, "data"), P(None, "data", "tensor")  # [B], [steps, B], [L, B, K]
 CACHE = DEVICE
@@ -162,7 +162,7 @@ def on_mesh(*out: Any, whole: tuple[str, ...] = ()) -> Callable[[Callable], Call
 
       args = (model, *args)
       specs = tuple(specs_of(name, arg) for name, arg in zip(names, args, strict=True))
-      return jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(*args)
+      return shard_map(body, mesh, in_specs=specs, out_specs=out)(*args)
 
     return call
 

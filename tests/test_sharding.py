@@ -122,8 +122,39 @@ for heads, rows, data, tensor, expected in (
 print("equal")
 """
 
+# Arrays without elements, split or not, beside others and alone. Were they handed over, jaxlib 0.11.2 would crash here.
+EMPTY = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import PartitionSpec as P
+from dms_jax.sharding import make_mesh, shard_map
+mesh = make_mesh(data=4, tensor=2)
+x, none, cells = jnp.arange(32.0).reshape(8, 4), jnp.zeros(0, jnp.int32), jnp.zeros((8, 0, 4), jnp.bfloat16)
+def body(tree, flag):
+  assert flag is None and tree["none"].dtype == jnp.int32 and tree["none"].shape == (0,), tree
+  assert tree["cells"].dtype == jnp.bfloat16 and tree["cells"].shape == (2, 0, 2), tree["cells"]
+  return tree["x"] + jnp.any(tree["x"][..., None] == tree["none"]), tree["cells"] + 1, tree["none"]
+specs = {"x": P("data"), "none": P(), "cells": P("data", None, "tensor")}, None
+out, tree = (P("data"), specs[0]["cells"], P()), {"x": x, "none": none, "cells": cells}
+def check(call):
+  [mapped] = (eqn for eqn in jax.make_jaxpr(call)(tree, None).eqns if eqn.primitive.name == "shard_map")
+  assert [operand.aval.shape for operand in mapped.invars] == [x.shape], mapped.invars
+  got, changed, same = jax.jit(call)(tree, None)
+  np.testing.assert_array_equal(got, x)
+  assert changed.shape == cells.shape and changed.dtype == cells.dtype and same.shape == (0,)
+check(shard_map(body, mesh, in_specs=specs, out_specs=out))
+one_spec = shard_map(lambda pair, x: x + pair[0].size, mesh, in_specs=(P("data"), P("data")), out_specs=P("data"))
+np.testing.assert_array_equal(jax.jit(one_spec)((cells, cells), x), x)  # one partition for several arrays
+with jax.set_mesh(mesh):
+  check(shard_map(body, in_specs=specs, out_specs=out))
+  alone = shard_map(lambda none: jnp.ones(1) + none.sum(), in_specs=(P(),), out_specs=P("data"))
+  np.testing.assert_array_equal(jax.jit(alone)(none), np.ones(4))
+print("equal")
+"""
 
-@pytest.mark.parametrize("program", [FORWARD, TABLES, ATTENTION], ids=["forward", "tables", "attention"])
+
+@pytest.mark.parametrize(
+  "program", [FORWARD, TABLES, ATTENTION, EMPTY], ids=["forward", "tables", "attention", "empty"]
+)
 def test_on_eight_devices(program):
   done = subprocess.run(
     [sys.executable, "-c", program], cwd=ROOT, env=on_devices(8), capture_output=True, text=True, timeout=300

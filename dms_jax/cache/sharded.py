@@ -27,6 +27,7 @@ from dms_jax.cache.paged import PagedCache
 from dms_jax.collectives import among
 from dms_jax.policies.base import Policy, of_rows, row_numbers
 from dms_jax.processes import fetch, spans_processes
+from dms_jax.sharding import shard_map
 
 DEVICE = P(("data", "tensor"))  # of an array in which those of all devices follow one another
 
@@ -63,7 +64,7 @@ class ShardedCache:
     if batch % data:
       raise ValueError(f"mesh.data={data} does not divide {batch} rows: give a multiple of {data} rows")
     own = lambda: cls.of_device(make(batch // data, tensor), mesh)
-    return jax.jit(jax.shard_map(own, mesh=mesh, in_specs=(), out_specs=DEVICE, check_vma=False))()
+    return jax.jit(shard_map(own, mesh, in_specs=(), out_specs=DEVICE))()
 
   @classmethod
   def of_device(cls, own: Cache, mesh: Mesh) -> ShardedCache:
@@ -208,9 +209,7 @@ def each(cache: ShardedCache, fn: Callable, *args: Any, specs: tuple = ()) -> An
     return jax.tree.map(kept, out, is_leaf=lambda x: isinstance(x, Common))
 
   specs = specs or tuple(policy_specs(x) if isinstance(x, Policy) else rows_and_scalars(x) for x in args)
-  return jax.shard_map(body, mesh=cache.mesh, in_specs=(DEVICE, *specs), out_specs=DEVICE, check_vma=False)(
-    cache, *args
-  )
+  return shard_map(body, cache.mesh, in_specs=(DEVICE, *specs), out_specs=DEVICE)(cache, *args)
 
 
 def on_each(fn: Callable) -> Callable:
@@ -251,7 +250,7 @@ def _sent(tree: Any, data: Int[Array, ""], *, mesh: Mesh) -> Any:
 
     return jax.tree.map(one, tree)
 
-  return jax.shard_map(send, mesh=mesh, in_specs=(DEVICE, P()), out_specs=P("tensor"), check_vma=False)(tree, data)
+  return shard_map(send, mesh, in_specs=(DEVICE, P()), out_specs=P("tensor"))(tree, data)
 
 
 @jax.jit

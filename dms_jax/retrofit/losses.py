@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dms_jax.layers import linear
 from dms_jax.metrics import kl_divergence as kl_divergence
-from dms_jax.sharding import row_and_head_axes
+from dms_jax.sharding import row_and_head_axes, shard_map
 from pallas_kernels.common.softmax import soft_capped
 
 Loss = Literal["reverse_kl", "forward_kl", "lm"]
@@ -87,7 +87,7 @@ def _on_shards(function: Callable, specs: Callable[[_Split], tuple], x: Array, h
   more, out = specs(split)
   in_specs = (rows, vocab, (rows, vocab, rows, rows), *more)
   # `_chunked` defines the gradient, so nothing is differentiated through shard_map.
-  call = jax.shard_map(partial(function, split), in_specs=in_specs, out_specs=out, check_vma=False)
+  call = shard_map(partial(function, split), in_specs=in_specs, out_specs=out)
   return call(x, head, constants, *args)
 
 
