@@ -150,6 +150,16 @@ def test_mass_beside_the_same_bits(group, h, block):
 
 
 @needs_mosaic_gpu
+def test_capped_scores_and_sinks_of_head_size_256():
+  q, kv, lengths = inputs(2, 2, 4, 256, 136, [[136, 0], [1, 70]])
+  options = dict(lse=True, softcap=2.0, sinks=jnp.linspace(-2.0, 3.0, 8))
+  out, logs = run(q, kv, lengths, **options)
+  want, want_logs = ref.decode_attention(q, kv, LAYER, lengths, **options)
+  np.testing.assert_allclose(np.asarray(out, np.float64), want, rtol=0, atol=6e-3 * np.abs(want).max())
+  np.testing.assert_allclose(logs, want_logs, rtol=0, atol=1e-5)
+
+
+@needs_mosaic_gpu
 def test_mass_of_a_table_without_places():
   """Pages have no slot; the ring's mass is that of the ring alone, and heads without live slots have none."""
   q, kv, lengths = inputs(1, 3, 2, 64, 64, [64, 0, 9])

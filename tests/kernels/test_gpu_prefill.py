@@ -128,9 +128,10 @@ def test_log_sum_exp_and_mass(tokens, prefix, group, size, rate, dtype, options)
 
 
 @needs_mosaic_gpu
-def test_mass_beside_sinks_of_a_group_in_parts():
-  """Tiles of some heads of a group, with unused rows: each row's sink is its own head's."""
-  args, sinks = text(50, 60, 2, 6, 64, 12, 0.5, "bfloat16"), jnp.linspace(-2.0, 3.0, 12)
+@pytest.mark.parametrize("size", [64, 256])
+def test_mass_beside_sinks_of_a_group_in_parts(size):
+  """Tiles of some heads of a group, with unused rows: each row's sink is its own head's. Scores are capped."""
+  args, sinks = text(50, 60, 2, 6, size, 12, 0.5, "bfloat16"), jnp.linspace(-2.0, 3.0, 12)
   options = dict(lse=True, query_weights=jnp.ones((1, 50)), softcap=2.0, sinks=sinks)
   with on_hopper():
     results = jax.block_until_ready(gpu.prefill_attention(*args, blocks=gpu.Blocks(kv=64), **options))
