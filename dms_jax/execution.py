@@ -25,7 +25,7 @@ LEAST_ROWS = 8  # value of `Execution.least_rows`, where it is on
 LATE_ROWS = 32  # most rows for `Execution.late_gates`
 FEW_ROWS = 16  # most rows for `Execution.weights_left`
 MANY_LAYERS = 8  # fewest layers for `Execution.layers_apart` and `Execution.step_layers`
-PART = 6  # most layers for `Execution.step_layers`
+PART = 4  # most layers for `Execution.step_layers`
 
 _overrides = jax.make_user_context(())
 
@@ -157,7 +157,8 @@ def override(**fields: Any) -> Iterator[None]:
 def fastest_form(model: Model) -> Model:
   """The model with its layers stacked or as a list, whichever decodes fastest on this device (`Execution.layers`).
 
-  A list of layers is a copy of the stacked weights, so convert once, as `load` does, not at every call of `generate`.
+  On a GPU a list of layers is a copy of the stacked weights, so convert once, as `load` does, not at every call of
+  `generate`.
   SmolLM2-135M on two CPU cores generates 30 tokens/s from the list and 15 from the stack.
   """
   return model.unstacked() if Execution.choose().layers == "loop" else model
