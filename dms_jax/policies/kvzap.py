@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from flax import struct
-
+from dms_jax import struct
 from dms_jax.policies.base import Policy, per_row, register
 
 
