@@ -283,14 +283,14 @@ class Generator:
     while self.rows.occupied.any():
       short = all(chain is None or (chain.limit - chain.start == 1 and not chain.goes_on) for chain in self.chains)
       emitted = spent = None
-      if not short:
-        with unbroken():
+      with unbroken():  # until the block is noted
+        if not short:
           self.cache, self.rows.state, emitted, counts = decode_steps(
             self.model, self.rows.policy, self.cache, self.rows.state, self.rows.sampling, self.stop_criteria,
             steps=self.decode_block, history=False,
           )  # fmt: skip
-        emitted, spent = replicated((emitted, (counts.held, counts.step_reads)))
-      self._flight = Flight(list(self.chains), emitted, spent)
+          emitted, spent = replicated((emitted, (counts.held, counts.step_reads)))
+        self._flight = Flight(list(self.chains), emitted, spent)
       outcome = self._outcome(self._flight)
       for array in jax.tree.leaves((emitted, spent, outcome)):
         array.copy_to_host_async()
