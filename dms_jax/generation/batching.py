@@ -35,12 +35,11 @@ from jaxtyping import Array, Float
 from dms_jax import cache as caches
 from dms_jax.cache import PagedCache, ShardedCache
 from dms_jax.execution import fastest_form
+from dms_jax.generation import decode as decoding
 from dms_jax.generation import pressure, recording
 from dms_jax.generation.conversation import Continuation, Conversation, place_like
 from dms_jax.generation.decode import CAPACITY, REASONS, RUNNING
 from dms_jax.generation.generate import Output
-from dms_jax.generation.layerwise import decode_block as decode_steps
-from dms_jax.generation.layerwise import unbroken
 from dms_jax.generation.pages import BudgetError, PagedRows
 from dms_jax.generation.recording import Begun, Flight, News
 from dms_jax.generation.requests import Request, Terms
@@ -283,14 +282,13 @@ class Generator:
     while self.rows.occupied.any():
       short = all(chain is None or (chain.limit - chain.start == 1 and not chain.goes_on) for chain in self.chains)
       emitted = spent = None
-      with unbroken():  # until the block is noted
-        if not short:
-          self.cache, self.rows.state, emitted, counts = decode_steps(
-            self.model, self.rows.policy, self.cache, self.rows.state, self.rows.sampling, self.stop_criteria,
-            steps=self.decode_block, history=False,
-          )  # fmt: skip
-          emitted, spent = replicated((emitted, (counts.held, counts.step_reads)))
-        self._flight = Flight(list(self.chains), emitted, spent)
+      if not short:
+        self.cache, self.rows.state, emitted, counts = decoding.decode_block(
+          self.model, self.rows.policy, self.cache, self.rows.state, self.rows.sampling, self.stop_criteria,
+          steps=self.decode_block, history=False,
+        )  # fmt: skip
+        emitted, spent = replicated((emitted, (counts.held, counts.step_reads)))
+      self._flight = Flight(list(self.chains), emitted, spent)
       outcome = self._outcome(self._flight)
       for array in jax.tree.leaves((emitted, spent, outcome)):
         array.copy_to_host_async()

@@ -11,7 +11,6 @@ from dms_jax import policies
 from dms_jax import testing as tiny
 from dms_jax.config import DMSConfig
 from dms_jax.generation import batching as serving
-from dms_jax.generation import decode
 from dms_jax.generation import pages as memories
 from dms_jax.generation.batching import Generator
 from dms_jax.generation.pages import BudgetError
@@ -139,14 +138,14 @@ def test_requests_with_numbers_of_their_own_are_as_if_alone(model, case):
     for n, own in zip(sizes, numbers, strict=True)
   ]
   expected = alone(model, requests, **settings)
-  before = decode.decode_block._cache_size()
+  before = serving.decoding.decode_block._cache_size()
   generator = Generator(model, **SMALL, **settings)
   tickets = [generator.submit(text, **options) for text, options in requests]
   generator.step()
   newest = max(generator._running, key=lambda chain: chain.age)
   generator._preempt(newest)
   results = finish(generator)
-  assert decode.decode_block._cache_size() == before
+  assert serving.decoding.decode_block._cache_size() == before
   for ticket, one in zip(tickets, expected, strict=True):
     assert_same(results[ticket], one)
     assert results[ticket].reads == one.reads and results[ticket].peak == one.peak

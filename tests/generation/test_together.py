@@ -257,15 +257,14 @@ def test_every_program_is_compiled_once(model):
 
 @pytest.mark.parametrize("name", ["dms", "snapkv", "quest"])
 def test_layer_by_layer_is_all_layers_at_once(model, name):
-  """Prompts and decode steps of several requests through one compiled layer each, in a pool that grows."""
+  """Prompts of several requests through one compiled layer, in a pool that grows."""
   policy, numbers = CASES[name]
   layerwise._layer.clear_cache()
-  layerwise._step_layers.clear_cache()
   runs = []
   for apart in (False, True):
-    with execution.override(layers="loop", layers_apart=apart, step_layers=int(apart)):
+    with execution.override(layers="loop", layers_apart=apart):
       runs.append(served(model, policy=policy, numbers=numbers, pages=60))
-  assert layerwise._layer._cache_size() and layerwise._step_layers._cache_size()
+  assert layerwise._layer._cache_size()
   for whole, one in zip(*(run.values() for run in runs), strict=True):
     assert whole.tokens == one.tokens
     np.testing.assert_allclose(np.concatenate(one.logprobs), np.concatenate(whole.logprobs), atol=1e-5)
@@ -273,22 +272,21 @@ def test_layer_by_layer_is_all_layers_at_once(model, name):
       jax.tree.map(np.testing.assert_array_equal, vars(own), vars(other))
 
 
-@pytest.mark.parametrize("program", ["_layer", "_step_layers"])
-def test_ctrl_c_between_layers_waits_for_the_end(model, program, monkeypatch):
-  """The interrupt comes after the chunk or block: the generator goes on and writes what it would have written."""
-  call = getattr(layerwise, program)
+def test_ctrl_c_between_the_layers_of_a_chunk_waits_for_its_end(model, monkeypatch):
+  """The interrupt comes after the chunk: the generator goes on and writes what it would have written."""
+  call = layerwise._layer
 
   def interrupting(*args):
-    monkeypatch.setattr(layerwise, program, call)
+    monkeypatch.setattr(layerwise, "_layer", call)
     signal.raise_signal(signal.SIGINT)
     return call(*args)
 
-  with execution.override(layers="loop", layers_apart=True, step_layers=1):
+  with execution.override(layers="loop", layers_apart=True):
     expected = [result.tokens for result in served(model).values()]
     generator = Generator(model, **SIZES, pages=400, prefill_rows=4)
     for place, prompt in enumerate(prompts_of(model)):
       generator.submit(prompt, max_new_tokens=6, chains=1 + (place == 1), key=jax.random.key(place))
-    monkeypatch.setattr(layerwise, program, interrupting)
+    monkeypatch.setattr(layerwise, "_layer", interrupting)
     with pytest.raises(KeyboardInterrupt):
       generator.step()
     while generator.busy:
