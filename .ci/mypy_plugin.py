@@ -1,4 +1,4 @@
-"""mypy plugin: `dms_jax.struct.dataclass` adds `replace`, and the protocol `Cache` may be any kind."""
+"""mypy plugin: `flax.struct.dataclass` adds `replace`, and the protocol `Cache` may be any kind."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def as_any(context: AnalyzeTypeContext) -> Type:
 
 class JaxPlugin(Plugin):
   def get_class_decorator_hook(self, fullname: str) -> Callable[[ClassDefContext], None] | None:
-    return add_replace if fullname == "dms_jax.struct.dataclass" else None
+    return add_replace if fullname == "flax.struct.dataclass" else None
 
   def get_type_analyze_hook(self, fullname: str) -> Callable[[AnalyzeTypeContext], Type] | None:
     """Code that is declared to take a `Cache` and works on one kind reads that kind's own fields."""

@@ -14,9 +14,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jaxtyping import Array, Float, Int
 
-from dms_jax import struct
 from dms_jax.cache.base import Usage
 from dms_jax.processes import fetch
 

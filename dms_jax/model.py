@@ -14,12 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax import lax
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from dms_jax import masks, policies, struct
+from dms_jax import masks, policies
 from dms_jax.attention import layer_softmax, window_bias_attention
 from dms_jax.cache import Cache
 from dms_jax.cache.base import Plan, Usage

@@ -28,10 +28,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jaxtyping import Array, Float, Int
 
 from dms_jax import cache as caches
-from dms_jax import checkpoint, struct
+from dms_jax import checkpoint
 from dms_jax.model import Model, cached_forward
 from dms_jax.policies import Policy
 from dms_jax.policies import triattention as tables

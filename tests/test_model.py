@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 
 from dms_jax import cache as caches
-from dms_jax import policies, struct
+from dms_jax import policies
 from dms_jax import testing as tiny
 from dms_jax.config import DMSConfig, LoRAConfig, RopeScaling
 from dms_jax.gates import step_gate_logits

@@ -26,9 +26,9 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from dms_jax import struct
 from dms_jax.attention import NEVER
 from dms_jax.cache.sliding import Sliding
 from dms_jax.execution import Execution

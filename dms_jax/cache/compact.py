@@ -8,9 +8,8 @@ text order, tokens close ranks instead.
 from __future__ import annotations
 
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Bool, Int
-
-from dms_jax import struct
 
 
 @struct.dataclass

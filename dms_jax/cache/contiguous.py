@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+from flax import struct
 
-from dms_jax import struct
 from dms_jax.attention import decode_attention
 from dms_jax.cache.base import empty_memory, padded, storage_dtype
 from dms_jax.cache.ring import RingCache

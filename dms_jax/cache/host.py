@@ -13,10 +13,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Shaped
 
-from dms_jax import struct
 from dms_jax.cache import pool as pools
 from dms_jax.cache.base import Cache
 from dms_jax.cache.contiguous import ContiguousCache

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
-from dms_jax import struct
 from dms_jax.attention import NEVER, prefill_attention
 from dms_jax.cache import replay
 from dms_jax.cache.base import (

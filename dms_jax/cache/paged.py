@@ -11,9 +11,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jaxtyping import Array, Bool, Int, Shaped
 
-from dms_jax import struct
 from dms_jax.attention import decode_attention, write_pages
 from dms_jax.cache import pool as pools
 from dms_jax.cache.base import empty_memory, packed, padded, rounded, storage_dtype

@@ -10,9 +10,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Bool, Int
-
-from dms_jax import struct
 
 
 @struct.dataclass

@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
+from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from dms_jax import struct
 from dms_jax.attention import NEVER
 from dms_jax.cache.base import Plan, packed
 from dms_jax.cache.compact import closing

@@ -19,9 +19,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from dms_jax import struct
 from dms_jax.cache import chunk, pruning
 from dms_jax.cache.base import Common, Plan, Usage, blended, observation, packed, queries_of, rows_of
 from dms_jax.cache.compact import Closing, closing

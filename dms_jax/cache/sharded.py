@@ -16,12 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int
 
-from dms_jax import struct
 from dms_jax.cache.base import Cache, Common, rounded
 from dms_jax.cache.paged import PagedCache
 from dms_jax.collectives import among

@@ -15,10 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jaxtyping import Array, Int
 
 from dms_jax import cache as caches
-from dms_jax import struct
 from dms_jax.cache import Cache, ShardedCache
 from dms_jax.cache.host import HostRow, device_pages, offload_row, restore_row
 from dms_jax.model import Model

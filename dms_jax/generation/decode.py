@@ -11,10 +11,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from dms_jax import spmd, struct
+from dms_jax import spmd
 from dms_jax.cache import Cache
 from dms_jax.generation.sampling import Sampling, sample
 from dms_jax.generation.stops import StopCriteria

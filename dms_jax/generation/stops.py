@@ -18,9 +18,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jaxtyping import Array, Int
 
-from dms_jax import struct
 from dms_jax.model import Model
 
 STATES = 32  # token tables are padded to a multiple of this, so that few sets of stop strings need a compilation

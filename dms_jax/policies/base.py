@@ -30,9 +30,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from dms_jax import struct
 from dms_jax.config import DMSConfig
 
 REGISTRY: dict[str, type[Policy]] = {}

@@ -6,9 +6,9 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from dms_jax import struct
 from dms_jax.policies.base import Candidates, Leaving, Policy, Retired, per_row
 
 FOREVER = np.int32(2**30)  # tokens, for a text of any length

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Float
 
-from dms_jax import struct
 from dms_jax.policies.base import Policy, Retired, per_row, register
 
 

@@ -6,10 +6,10 @@ from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax.scipy.special import logit
 from jaxtyping import Array, Float
 
-from dms_jax import struct
 from dms_jax.collectives import devices, summed
 from dms_jax.levels import Levels
 from dms_jax.policies.base import Leaving, Policy, Retired, is_whole, per_row, register

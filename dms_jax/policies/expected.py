@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from dms_jax import struct
 from dms_jax.policies.base import per_row, register
 from dms_jax.policies.budget import check_number, check_sinks
 from dms_jax.policies.periodic import Periodic, shares

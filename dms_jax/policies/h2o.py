@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
-from dms_jax import struct
 from dms_jax.policies.base import register
 from dms_jax.policies.budget import Budgeted, check_budget
 

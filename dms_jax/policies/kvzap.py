@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dms_jax import struct
+from flax import struct
+
 from dms_jax.policies.base import Policy, per_row, register
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from dms_jax import struct
 from dms_jax.policies.base import Candidates, Policy, per_row
 from dms_jax.policies.budget import Limited, check_number, largest
 from pallas_kernels.common.xla_dot import einsum

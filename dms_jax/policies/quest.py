@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+from flax import struct
 
-from dms_jax import struct
 from dms_jax.policies.base import Policy, is_whole, per_row, register
 from dms_jax.policies.budget import allowance, check_budget
 from pallas_kernels.common.xla_dot import einsum

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from dms_jax import struct
 from dms_jax.policies.base import is_whole, per_row, register
 from dms_jax.policies.budget import check_number
 from dms_jax.policies.periodic import WatchesWindow, closed_ranks, shares

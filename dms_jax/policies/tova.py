@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+from flax import struct
 
-from dms_jax import struct
 from dms_jax.policies.base import register
 from dms_jax.policies.budget import Budgeted
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jaxtyping import Array, Float
 
-from dms_jax import struct
 from dms_jax.collectives import devices, own_heads
 from dms_jax.config import parse_json
 from dms_jax.layers import rope_frequencies

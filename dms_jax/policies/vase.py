@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+from flax import struct
 from jax import lax
 
-from dms_jax import struct
 from dms_jax.collectives import head_numbers
 from dms_jax.policies.base import per_row, register
 from dms_jax.policies.budget import allowance, check_number, check_sinks, largest

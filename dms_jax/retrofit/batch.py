@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from dms_jax import struct
 from dms_jax.model import Model, forward, head_inputs, output_head
 from dms_jax.retrofit import losses
 from dms_jax.retrofit.config import RetrofitConfig

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from dms_jax import masks, struct
+from dms_jax import masks
 from dms_jax.config import DMSConfig, ModelConfig
 from dms_jax.metrics import held_share
 from dms_jax.model import Eviction, Model, by_kind

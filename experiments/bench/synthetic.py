@@ -13,10 +13,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jaxtyping import Array, Float
 
 from dms_jax import cache as caches
-from dms_jax import struct
 from dms_jax.cache import Cache, ContiguousCache, PagedCache
 from dms_jax.cache.base import packed
 from dms_jax.cache.paged import Store

@@ -10,6 +10,7 @@ code. In any other case, also when a blank does not do, the program starts as us
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.abc
 import importlib.machinery
 import os
@@ -40,7 +41,7 @@ class _Blank(types.ModuleType):
   def __getattr__(self, name: str) -> Any:
     if name.startswith("__") and "version" not in name:
       raise AttributeError(name)
-    return _Blank()
+    return {"dataclass": _dataclass, "field": _field}.get(name) or _Blank()
 
   def __mro_entries__(self, bases):
     return (type("BlankBase", (), {}),)
@@ -65,6 +66,16 @@ class _Blank(types.ModuleType):
 
 for _name in _OPERATORS.split():
   setattr(_Blank, f"__{_name}__", lambda self, *_, **__: self)
+
+
+def _dataclass(cls: type | None = None, **settings: Any) -> Any:
+  """flax.struct.dataclass, without jax."""
+  return dataclasses.dataclass(cls, frozen=True, **settings)
+
+
+def _field(pytree_node: bool = True, **settings: Any) -> Any:
+  """flax.struct.field, without jax."""
+  return dataclasses.field(**settings)
 
 
 class _Blanks(importlib.abc.MetaPathFinder, importlib.abc.Loader):

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 
 from dms_jax import cache as caches
-from dms_jax import policies, struct
+from dms_jax import policies
 from dms_jax.config import ModelConfig
 from tests import cache_driver, policy_oracle
 from tests.cache_driver import fitted

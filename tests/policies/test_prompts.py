@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 
 import dms_jax
 from dms_jax import cache as caches
-from dms_jax import policies, struct
+from dms_jax import policies
 from dms_jax import testing as tiny
 from dms_jax.attention import write_pages
 from dms_jax.cache import paged, pruning
