@@ -414,7 +414,7 @@ def _char_of_byte() -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=1)
 def _byte_of_char() -> dict[int, str]:
-  """For `str.translate`: the characters of GPT-2's alphabet to those of Latin-1, and the others of Latin-1 out of it."""
+  """For `str.translate`: characters of GPT-2's alphabet to bytes as Latin-1, and others of Latin-1 to one beyond it."""
   return str.maketrans({chr(b): "\uffff" for b in range(256)} | {ch: chr(b) for b, ch in enumerate(_char_of_byte())})
 
 
