@@ -165,7 +165,6 @@ def fastest_form(model: Model) -> Model:
   """The model with its layers stacked or as a list, whichever decodes fastest on this device (`Execution.layers`).
 
   On a GPU a list of layers is a copy of the stacked weights, so convert once, as `load` does, not at every call of
-  `generate`.
-  SmolLM2-135M on two CPU cores generates 30 tokens/s from the list and 15 from the stack.
+  `generate`. SmolLM2-135M on two CPU cores generates 30 tokens/s from the list and 15 from the stack.
   """
   return model.unstacked() if Execution.choose().layers == "loop" else model

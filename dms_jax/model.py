@@ -130,7 +130,8 @@ class Model:
 def _each_layer(w: Array, count: int) -> list[Array]:
   """The `count` layers of a weight [L, ...]."""
   held = isinstance(w, jax.Array) and not isinstance(w, jax.core.Tracer)
-  if held and [device.platform for device in w.devices()] == ["cpu"]:
+  alone = held and isinstance(w.sharding, jax.sharding.SingleDeviceSharding)  # not on a mesh, be it of one device
+  if alone and [device.platform for device in w.devices()] == ["cpu"]:
     # JAX takes an aligned array of numpy's as it is, and donates no memory that numpy sees.
     return jax.device_put(list(np.asarray(w)), w.sharding if w.committed else None)
   return [w[i] for i in range(count)]

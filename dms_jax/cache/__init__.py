@@ -90,9 +90,10 @@ def create(
     raise ValueError("caches.create: give either policy= or window=")
   policy = policy or Policy(window=window)
   if kind == "paged":
-    options["longest"] = longest
+    options["longest"] = None if longest is None else int(longest)
   sizes = dict(
-    layers=config.num_layers, batch=batch, heads=config.num_kv_heads, head_dim=config.head_dim, capacity=capacity,
+    layers=config.num_layers, batch=int(batch), heads=config.num_kv_heads, head_dim=config.head_dim,
+    capacity=int(capacity),
     lag=lag, dtype=dtype, group=config.num_heads // config.num_kv_heads, sliding=Sliding.of(config, policy.window),
     **options,
   )  # fmt: skip

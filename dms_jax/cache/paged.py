@@ -191,7 +191,8 @@ class PagedCache(RingCache):
     Raises:
       ValueError: the pool has more pages.
     """
-    store, pool = padded(self.store, count=pages - self.pages, axis=0), self.table.pool.grow(pages)
+    pool = self.table.pool.grow(pages)
+    store = padded(self.store, count=pages - self.pages, axis=0)
     return self.replace(store=store, table=self.table.replace(pool=pool))
 
   @jax.jit

@@ -211,7 +211,8 @@ def generate(
       model, policy, store, state, sampling, criteria, steps=decode_block, history=history
     )
     metrics = metrics.add(counts, decode=True)
-    steps += int(fetch(emitted.valid).any(axis=1).sum())
+    emitted = fetch(emitted)
+    steps += int(emitted.valid.any(axis=1).sum())
     reason = _write(written, emitted, state, stream, counts)
   if (broken := np.flatnonzero(reason == NAN)).size:
     raise ValueError(

@@ -106,7 +106,7 @@ class Decode:
 class Text:
   """T tokens, N query and K KV heads of size H, window W; `kind` "prefill" (at `cr`) or "retrofit".
 
-  `uneven`: heads hold exp(0.8 N(0, 1)) times a mean, as trained gates leave them, instead of as much each.
+  `uneven`: heads hold exp(0.8 N(0, 1)) times a mean, as trained gates leave them, instead of all the same.
   """
 
   kind: str
