@@ -9,7 +9,7 @@
 # | --- | --- |
 # | runs on | GPU, TPU or CPU; a CPU takes easy problems and short chains, and leaves the ablation out |
 # | minutes | 2 on a CPU of two cores; not timed on a GPU |
-# | expect | DMS at CR 4 scores as the dense cache does, with a fraction of its KV reads; prompt + window, which forgets the notes, scores less. The whole measurement, DMS +34.9 points over dense at equal reads, is in `experiments/results/hyperscale` |
+# | expect | DMS at CR 4 scores as the dense cache does, with a fraction of its KV reads; prompt + window, which forgets the notes, scores less. The whole measurement, DMS +52.5 points over dense at equal reads, is in `experiments/results/hyperscale` |
 
 # %% [markdown]
 # ## 1. Install

@@ -51,7 +51,10 @@ def layer_softmax(softcap: float | None, sinks: Array | None):
 
 @contextlib.contextmanager
 def use(implementation: str | Sequence[str] | None):
-  """Names the implementation ("xla", ...) of every attention traced inside, or several in order of preference."""
+  """Names the implementation ("xla", ...) of every attention traced inside, or several in order of preference.
+
+  Functions that were compiled before keep theirs: name it first, or call `jax.clear_caches()`.
+  """
   token = _choice.set(implementation)
   try:
     yield

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 AXIS = "tensor"
 
@@ -33,7 +33,7 @@ def devices() -> int:
   return _devices.value
 
 
-def summed(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+def summed(x: Num[Array, "*shape"]) -> Num[Array, "*shape"]:
   """The sum of every device's `x`."""
   return lax.psum(x, AXIS) if devices() > 1 else x
 

@@ -25,7 +25,7 @@ LEAST_ROWS = 8  # value of `Execution.least_rows`, where it is on
 LATE_ROWS = 32  # most rows for `Execution.late_gates`
 FEW_ROWS = 16  # most rows for `Execution.weights_left`
 MANY_LAYERS = 8  # fewest layers for `Execution.layers_apart` and `Execution.step_layers`
-PART = 6  # most layers for `Execution.step_layers`
+PART = 4  # most layers for `Execution.step_layers`
 
 _overrides = jax.make_user_context(())
 
@@ -67,8 +67,10 @@ class Execution:
       s instead of 55 to 95.
     step_layers: layers of a decode step that one compiled function computes, on a CPU, from MANY_LAYERS layers in a
       list up; the host calls it for each part of the layers. 0: a block of steps is one program. SmolLM2's block of
-      32 steps takes 18 to 22 s of CPU time to compile, parts of 6 layers 4 s; a step then takes 28.6 instead of 26.6
-      ms. Only `generate` does this, and not for policies that merge or remove archived tokens, nor in a masked cache.
+      32 steps takes 18 to 22 s of CPU time to compile, parts of 6 layers 4.6 s and of 3 layers 3.2 s. A step in parts
+      of 6 takes 28.6 instead of 26.6 ms, and in parts of 3 about 3 % more CPU time than that. Only `generate` does
+      this (a `Generator`'s steps took 8 % longer), and not for policies that merge or remove archived tokens, nor in a
+      masked cache.
     skipped_filters: one program samples with and without top-k and top-p, on a CPU: at run time it skips a filter that
       excludes nothing, and setting one does not compile. A GPU would wait for the host to decide.
     small_cuts: cuts that a policy makes between decode steps (`cache.pruning`) are so small that they stay in the cache
@@ -162,7 +164,7 @@ def override(**fields: Any) -> Iterator[None]:
 def fastest_form(model: Model) -> Model:
   """The model with its layers stacked or as a list, whichever decodes fastest on this device (`Execution.layers`).
 
-  A list of layers is a copy of the stacked weights, so convert once, as `load` does, not at every call of `generate`.
-  SmolLM2-135M on two CPU cores generates 30 tokens/s from the list and 15 from the stack.
+  On a GPU a list of layers is a copy of the stacked weights, so convert once, as `load` does, not at every call of
+  `generate`. SmolLM2-135M on two CPU cores generates 30 tokens/s from the list and 15 from the stack.
   """
   return model.unstacked() if Execution.choose().layers == "loop" else model

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import lax
 from jax.sharding import Mesh
@@ -114,13 +115,26 @@ class Model:
     return self.replace(params={**self.params, "layers": {n: jnp.stack([p[n] for p in layers]) for n in layers[0]}})
 
   def unstacked(self) -> Model:
-    """The same model with a list of layers (see `Execution.layers`); copies the layers' weights."""
+    """The same model with a list of layers (see `Execution.layers`).
+
+    On one CPU the layers share the memory of the stack; elsewhere their weights are copied.
+    """
     layers = self.params["layers"]
     if isinstance(layers, list):
       return self
-    count = self.config.num_layers
-    split = [{name: w[i] for name, w in layers.items()} for i in range(count)]
+    by_name = {name: _each_layer(w, self.config.num_layers) for name, w in layers.items()}
+    split = [{name: ws[i] for name, ws in by_name.items()} for i in range(self.config.num_layers)]
     return self.replace(params={**self.params, "layers": split})
+
+
+def _each_layer(w: Array, count: int) -> list[Array]:
+  """The `count` layers of a weight [L, ...]."""
+  held = isinstance(w, jax.Array) and not isinstance(w, jax.core.Tracer)
+  alone = held and isinstance(w.sharding, jax.sharding.SingleDeviceSharding)  # not on a mesh, be it of one device
+  if alone and [device.platform for device in w.devices()] == ["cpu"]:
+    # JAX takes an aligned array of numpy's as it is, and donates no memory that numpy sees.
+    return jax.device_put(list(np.asarray(w)), w.sharding if w.committed else None)
+  return [w[i] for i in range(count)]
 
 
 def update_scale(model: Model, cr: ArrayLike) -> float | Float[Array, "*rows"]:

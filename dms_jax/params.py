@@ -296,7 +296,8 @@ def _folded_when_read(stored: StoredParam, fold: Callable) -> StoredParam:
   return StoredParam(stored.shape, stored.dtype, read)
 
 
-def _folded(w, a, b, scale: float):
+@jax.jit
+def _folded(w, a, b, scale):
   """Projections w [L, ...] with the update scale * b a of each layer; b [L, outputs..., R], a [L, R, inputs...]."""
   update = jnp.einsum(
     "lor,lri->loi",

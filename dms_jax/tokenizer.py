@@ -171,7 +171,7 @@ class Tokenizer:
 
     The text of ids is then that of their bytes, as UTF-8.
     """
-    if self.cleans or (json.loads(self.backend.to_str())["decoder"] or {}).get("type") != "ByteLevel":
+    if self.cleans or _settings(self.backend.decoder).get("type") != "ByteLevel":
       return None
     pieces = self.token_bytes()
     for index in self.hidden_ids:
@@ -341,11 +341,10 @@ def _check_bounds(file: Path, backend: tokenizers.Tokenizer) -> None:
   vocab = backend.get_vocab(with_added_tokens=True)
   if (largest := max(vocab.values(), default=0)) > 4 * len(vocab) + HOLES:
     raise ValueError(f"{file}: id {largest} in a vocabulary of {len(vocab)} tokens; the file is damaged")
-  values = json.loads(backend.to_str())  # which counts up to the largest id
-  for part in ("normalizer", "decoder"):
-    if _growth(values[part] or {}) > GROWTH:
-      raise ValueError(f"{file}: its {part} makes texts more than {GROWTH} times longer; the file is damaged")
-  if (longest := values["model"].get("max_input_chars_per_word", 0)) > LONGEST_WORD:
+  for name, part in (("normalizer", backend.normalizer), ("decoder", backend.decoder)):
+    if _growth(_settings(part)) > GROWTH:
+      raise ValueError(f"{file}: its {name} makes texts more than {GROWTH} times longer; the file is damaged")
+  if (longest := getattr(backend.model, "max_input_chars_per_word", 0)) > LONGEST_WORD:
     raise ValueError(f"{file}: max_input_chars_per_word={longest} is more than {LONGEST_WORD}; the file is damaged")
 
 
@@ -414,8 +413,9 @@ def _char_of_byte() -> tuple[str, ...]:
 
 
 @functools.lru_cache(maxsize=1)
-def _byte_of_char() -> dict[str, bytes]:
-  return {ch: bytes([b]) for b, ch in enumerate(_char_of_byte())}
+def _byte_of_char() -> dict[int, str]:
+  """For `str.translate`: characters of GPT-2's alphabet to bytes as Latin-1, and others of Latin-1 to one beyond it."""
+  return str.maketrans({chr(b): "\uffff" for b in range(256)} | {ch: chr(b) for b, ch in enumerate(_char_of_byte())})
 
 
 def _is_byte(piece: str) -> bool:
@@ -425,14 +425,21 @@ def _is_byte(piece: str) -> bool:
 
 def _bytes_of_chars(piece: str) -> bytes:
   """A piece in GPT-2's alphabet as bytes; one with other characters is plain text."""
-  found = [_byte_of_char().get(ch) for ch in piece]
-  return piece.encode() if None in found else b"".join(found)
+  try:
+    return piece.translate(_byte_of_char()).encode("latin-1")
+  except UnicodeEncodeError:
+    return piece.encode()
 
 
 def _decoder(backend: tokenizers.Tokenizer) -> list[dict[str, Any]]:
   """The steps of the decoder, as tokenizer.json has them."""
-  decoder = json.loads(backend.to_str())["decoder"] or {"type": None}
+  decoder = _settings(backend.decoder) or {"type": None}
   return decoder.get("decoders", [decoder])
+
+
+def _settings(part: Any) -> dict[str, Any]:
+  """A part of a tokenizer as tokenizer.json has it, without writing and reading the whole vocabulary; {} for None."""
+  return {} if part is None else json.loads(part.__getstate__())
 
 
 def _uses_byte_level(backend: tokenizers.Tokenizer) -> bool:

@@ -30,8 +30,8 @@ from experiments.common import program
 from experiments.reports import tables
 
 BASE = "none"  # the step with nothing switched off
-# These fields affect compile time or meshes. `tricks` can name one to switch it off, too.
-NOT_TIMED = ("jitted_attention", "layers_apart", "step_layers", "skipped_filters", "replicated_writes")
+# These fields affect compile time, cuts of some policies, or meshes. `tricks` can name one to switch it off, too.
+NOT_TIMED = ("jitted_attention", "layers_apart", "step_layers", "skipped_filters", "small_cuts", "replicated_writes")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 
 from dms_jax import cache as caches
 from dms_jax import policies
+from dms_jax.attention import use
 from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig
 from dms_jax.families import PRESETS
 from dms_jax.generation import decode as decoding
@@ -26,14 +28,17 @@ from pallas_kernels.common.dispatch import log_once
 from tests.kernels.suite import needs_mosaic_gpu
 
 pytestmark = needs_mosaic_gpu
+SMOLLM2 = PRESETS["smollm2-135m"]
 
 
-def lowered_for_cuda(tokens: int, kind: str = "contiguous", policy=None, **options) -> str:
-  """SmolLM2's step of `tokens` tokens a row into a cache of a kind, lowered for a Hopper GPU that is not there.
+def lowered_for_cuda(
+  tokens: int, kind: str = "contiguous", policy=None, config: ModelConfig = SMOLLM2, **options
+) -> str:
+  """A model's step of `tokens` tokens a row into a cache of a kind, lowered for a Hopper GPU that is not there.
 
   `policy`: of the cache; default DMS, by the model's gates.
   """
-  config, dms, struct = PRESETS["smollm2-135m"], DMSConfig(window=64), jax.ShapeDtypeStruct
+  dms, struct = DMSConfig(window=64), jax.ShapeDtypeStruct
   params = map_table(lambda _, spec: struct(spec.shape, jnp.bfloat16), param_table(config, dms))
   policy = policies.DMS(window=64, threshold=struct((), jnp.float32)) if policy is None else policy.resolved(64)
   sizes = dict(batch=4, capacity=1024, policy=policy, lag=1, dtype=jnp.bfloat16)
@@ -61,6 +66,17 @@ def test_training_without_gates_lowers_for_cuda():
   text = lowered.as_text()
   assert all(f"window_bias_{name}" in text for name in ("forward", "dq", "dkv"))
   assert f"{tokens}x{tokens}" not in text
+
+
+@pytest.mark.parametrize("tokens, kind, kernel", [(1, "paged", "decode_pages"), (64, "contiguous", "prefill_")])
+def test_heads_of_256_are_the_kernels_where_they_are_named(tokens, kind, kernel):
+  """Two layers of Gemma 2 9B: these kernels never ran on a GPU, so XLA attends unless the caller asks for them."""
+  config = dataclasses.replace(PRESETS["gemma-2-9b"], num_layers=2, sliding_layers=(True, False), vocab_size=256)
+  assert kernel not in lowered_for_cuda(tokens, kind, config=config)
+  jax.clear_caches()  # what is named is no part of the key of `jax.jit`
+  with use(("gpu", "xla")):
+    assert kernel in lowered_for_cuda(tokens, kind, config=config)
+  jax.clear_caches()
 
 
 def test_prefill_of_a_model_lowers_for_cuda():

@@ -15,7 +15,7 @@ import pytest
 from flax import struct
 
 from dms_jax import cache as caches
-from dms_jax import policies
+from dms_jax import policies, spmd
 from dms_jax import testing as tiny
 from dms_jax.config import DMSConfig, LoRAConfig, RopeScaling
 from dms_jax.gates import step_gate_logits
@@ -31,6 +31,7 @@ from dms_jax.model import (
   segment_positions,
 )
 from dms_jax.params import flatten, param_table
+from dms_jax.sharding import make_mesh
 from pallas_kernels.common.platform import tracing_for
 from tests import oracle
 from tests.helpers import close
@@ -235,6 +236,16 @@ def test_scan_is_loop_and_reruns_are_bit_equal(dtype):
   np.testing.assert_array_equal(results[1][2].archived, results[0][2].archived)
   if dtype == jnp.float32:
     close(*(np.asarray(unembed(m, whole(m, tokens)[0])) for m in (loop, model)))
+
+
+def test_layers_on_a_mesh_of_one_device():
+  """They keep the sharding of the stack, less its first axis."""
+  model = tiny.model(tiny.config(), tiny.dms())
+  apart, plain = (
+    spmd.place(model, make_mesh(devices=jax.devices()[:1])).unstacked().params["layers"],
+    model.unstacked().params["layers"],
+  )
+  assert all(np.array_equal(layer[name], own[name]) for layer, own in zip(apart, plain, strict=True) for name in own)
 
 
 @struct.dataclass

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from dms_jax.cache.base import Cache as Cache
@@ -87,8 +90,17 @@ def create(
     raise ValueError("caches.create: give either policy= or window=")
   policy = policy or Policy(window=window)
   if kind == "paged":
-    options["longest"] = longest
-  return KINDS[kind].create(
-    config.num_layers, batch, config.num_kv_heads, config.head_dim, capacity=capacity, lag=lag, dtype=dtype,
-    policy=policy, group=config.num_heads // config.num_kv_heads, sliding=Sliding.of(config, policy.window), **options,
+    options["longest"] = None if longest is None else int(longest)
+  sizes = dict(
+    layers=config.num_layers, batch=int(batch), heads=config.num_kv_heads, head_dim=config.head_dim,
+    capacity=int(capacity),
+    lag=lag, dtype=dtype, group=config.num_heads // config.num_kv_heads, sliding=Sliding.of(config, policy.window),
+    **options,
   )  # fmt: skip
+  return _empty(policy, kind=kind, sizes=tuple(sizes.items()))
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "sizes"))
+def _empty(policy: Policy, *, kind: str, sizes: tuple[tuple[str, Any], ...]) -> Cache:
+  """An empty cache; its arrays are made by one program instead of one each."""
+  return KINDS[kind].create(policy=policy, **dict(sizes))

@@ -20,10 +20,12 @@ feeds it one token at a time.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
@@ -214,7 +216,7 @@ class Common:
 
   def bytes_live(self) -> int:
     """Bytes of the keys and values held."""
-    return int(jnp.sum(self.live())) * self.slot_bytes
+    return int(np.asarray(self.live()).sum()) * self.slot_bytes
 
   @property
   def nbytes(self) -> int:
@@ -296,6 +298,12 @@ class Common:
       raise ValueError(f"{name} needs the statistics {sorted(policy.stats)}, but the cache stores {sorted(self.stats)}")
     if (names := sorted(policy.memory(1, self.kv.shape[4] // 2))) != sorted(self.memory):
       raise ValueError(f"{name} needs a memory of {names}, but the cache stores {sorted(self.memory)}")
+
+
+@partial(jax.jit, static_argnames=("count", "axis"))
+def padded(tree: Any, *, count: int, axis: int = 3) -> Any:
+  """Arrays with `count` zeros after what they hold along an axis, by default that of slots or pages."""
+  return jax.tree.map(lambda x: jnp.pad(x, [(0, count * (n == axis)) for n in range(x.ndim)]), tree)
 
 
 def rounded(slots: int) -> int:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from dms_jax.attention import decode_attention
-from dms_jax.cache.base import empty_memory, storage_dtype
+from dms_jax.cache.base import empty_memory, padded, storage_dtype
 from dms_jax.cache.ring import RingCache
 from dms_jax.collectives import on_all
 from pallas_kernels.paged.format import floats
@@ -46,14 +46,10 @@ class ContiguousCache(RingCache):
     if slots < self.slots:
       raise ValueError(f"cannot shrink a cache of {self.slots} slots a head to {slots}")
     extra = slots - self.slots
-    pad = lambda x, n: None if x is None else jnp.pad(x, ((0, 0),) * 3 + ((0, n),) + ((0, 0),) * (x.ndim - 4))
     if self.page:
       extra += -slots % self.page
-    return self.replace(
-      kv=pad(self.kv, extra),
-      stats={name: pad(stat, extra) for name, stat in self.stats.items()},
-      summaries=pad(self.summaries, extra // max(self.page, 1)),
-    )
+    kv, stats = padded((self.kv, self.stats), count=extra)
+    return self.replace(kv=kv, stats=stats, summaries=padded(self.summaries, count=extra // max(self.page, 1)))
 
   def _reserved(self, new, most):
     return on_all(jnp.all((new == 0) | (self.ring + self.archived + new <= self.slots), axis=(0, 2))), None

@@ -19,6 +19,7 @@ from dms_jax.cache.base import (
   count_reads,
   empty_memory,
   observation,
+  padded,
   queries_of,
   rows_of,
   storage_dtype,
@@ -96,10 +97,10 @@ class MaskedCache(Common):
     extra = slots - self.slots
     if extra < 0:
       raise ValueError(f"cannot shrink a cache of {self.slots} tokens a row to {slots}")
-    pad = lambda x: jnp.pad(x, ((0, 0),) * 3 + ((0, extra),) + ((0, 0),) * (x.ndim - 4))
-    stats = {name: pad(stat) for name, stat in self.stats.items()}
-    return self.replace(kv=pad(self.kv), evicted=pad(self.evicted), stats=stats)
+    kv, evicted, stats = padded((self.kv, self.evicted, self.stats), count=extra)
+    return self.replace(kv=kv, evicted=evicted, stats=stats)
 
+  @jax.jit
   def live(self):
     """Tokens visible to the newest query, int32 [L, B, K]."""
     position = jnp.arange(self.slots)

@@ -16,10 +16,11 @@ from jaxtyping import Array, Bool, Int, Shaped
 
 from dms_jax.attention import decode_attention, write_pages
 from dms_jax.cache import pool as pools
-from dms_jax.cache.base import empty_memory, packed, rounded, storage_dtype
+from dms_jax.cache.base import empty_memory, packed, padded, rounded, storage_dtype
 from dms_jax.cache.pool import Pool
 from dms_jax.cache.ring import RingCache
 from dms_jax.collectives import on_all
+from dms_jax.policies.base import capacity_of
 from pallas_kernels.paged.format import FORMATS, PageFormat, floats, format_of, scale_places
 from pallas_kernels.paged.pages import Pages, pages_at, places
 
@@ -124,8 +125,9 @@ class PagedCache(RingCache):
 
   def bytes_live(self) -> int:
     """Bytes of the keys and values held, with their scales; pages shared by rows count for each row."""
-    in_ring = int(jnp.sum(jnp.minimum(self.seen, self.ring))) * self.archived.size // self.seen.size
-    return in_ring * self.slot_bytes + int(jnp.sum(self.archived)) * self.archive_slot_bytes
+    seen, archived = jax.device_get((self.seen, self.archived))
+    in_ring = int(np.minimum(seen, self.ring).sum()) * archived.size // seen.size
+    return in_ring * self.slot_bytes + int(archived.sum()) * self.archive_slot_bytes
 
   @property
   def page_bytes(self) -> int:
@@ -152,12 +154,11 @@ class PagedCache(RingCache):
     if slots < self.slots:
       raise ValueError(f"cannot shrink a cache of {self.slots} slots a head to {slots}")
     more = -(-(slots - self.slots) // self.page_size)
-    pad = lambda x, n: None if x is None else jnp.pad(x, ((0, 0),) * 3 + ((0, n),) + ((0, 0),) * (x.ndim - 4))
-    return self.replace(
-      table=self.table.replace(pages=pad(self.table.pages, more)),
-      stats={name: pad(stat, more * self.page_size) for name, stat in self.stats.items()},
-      summaries=pad(self.summaries, more),
-    )
+    if not more:
+      return self
+    pages, summaries = padded((self.table.pages, self.summaries), count=more)
+    stats = padded(self.stats, count=more * self.page_size)
+    return self.replace(table=self.table.replace(pages=pages), stats=stats, summaries=summaries)
 
   def row_pages(self, slots: int, tokens: int | None = None, least: int = 0) -> int:
     """Pages of a row whose heads need `slots` slots each, the ring's included, `least` or more a head.
@@ -191,9 +192,10 @@ class PagedCache(RingCache):
       ValueError: the pool has more pages.
     """
     pool = self.table.pool.grow(pages)
-    pad = lambda x: jnp.pad(x, ((0, pages - x.shape[0]), (0, 0), (0, 0)))
-    return self.replace(store=jax.tree.map(pad, self.store), table=self.table.replace(pool=pool))
+    store = padded(self.store, count=pages - self.pages, axis=0)
+    return self.replace(store=store, table=self.table.replace(pool=pool))
 
+  @jax.jit
   def free_tokens(self, policy, rows=None):
     """Tokens that each row can take for certain, int32 [B], whatever the other rows take.
 
@@ -233,7 +235,7 @@ class PagedCache(RingCache):
     """The pages of the pool that `ensure_capacity` gives, from the content of the arrays, numpy, that it depends on."""
     size, ring = self.page_size, self.ring
     # slots of a head, whatever is kept
-    bound = (np.asarray(policy.capacity(jnp.asarray(seen + coming, jnp.int32))) - ring)[:, None]
+    bound = (np.asarray(capacity_of(policy, np.int32(seen + coming))) - ring)[:, None]
     longest = most - ring
     if self.sliding is not None:
       bound = np.where(self.sliding.heads, self.sliding.span, bound)

@@ -6,6 +6,8 @@ page may have several owners. A page without owners is free.
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -36,6 +38,7 @@ class Pool:
     """P, the number of pages. As a page number, P means no page."""
     return self.free.shape[0]
 
+  @partial(jax.jit, static_argnames="pages")
   def grow(self, pages: int) -> Pool:
     """The same pool with `pages` pages, the new ones free.
 

@@ -113,10 +113,12 @@ class RingCache(Common):
   def with_carry(self, carry):
     return self._after(carry)
 
+  @jax.jit
   def live(self):
     """Live slots, int32 [L, B, K]."""
     return jnp.minimum(self.seen, self.ring)[:, None] + self.archived
 
+  @jax.jit
   def free_tokens(self, policy, rows=None):
     """Tokens that each row can take for certain, int32 [B]: if all are kept, or more by the policy's `reach`."""
     archived = self.archived if self.sliding is None else jnp.where(self.sliding.heads, 0, self.archived)

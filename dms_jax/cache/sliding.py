@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Int
 
 from dms_jax.config import ModelConfig
 from dms_jax.policies import Policy, Retired
+from dms_jax.policies.base import capacity_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Sliding:
     return slots > self.window
 
 
-def most_slots(policy: Policy, config: ModelConfig, tokens: int | Int[Array, "..."]) -> Int[Array, "..."]:
-  """`Policy.capacity` in a model: the most slots that a head of any layer needs for `tokens` tokens, int32."""
-  slots = policy.capacity(tokens)
-  return slots if config.sliding_window is None else jnp.maximum(slots, jnp.minimum(tokens, config.sliding_window))
+def most_slots(policy: Policy, config: ModelConfig, tokens: int) -> int:
+  """`Policy.capacity` in a model: the most slots that a head of any layer and row needs for `tokens` tokens."""
+  slots = int(np.asarray(capacity_of(policy, tokens)).max())
+  return slots if config.sliding_window is None else max(slots, min(tokens, config.sliding_window))

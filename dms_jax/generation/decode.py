@@ -114,10 +114,10 @@ def chunk_logits(
 
 @jax.jit
 def first_token(
-  rows: DecodeState, logits: Float[Array, "B V"], sampling: Sampling, stop: StopCriteria
+  rows: DecodeState, logits: Float[Array, "B V"], active: Bool[Array, "B"], sampling: Sampling, stop: StopCriteria
 ) -> tuple[DecodeState, Emitted]:
-  """Samples the token after the prompt for the rows still running."""
-  return choose(rows, logits, rows.reason == RUNNING, sampling, stop)
+  """Samples the token after the prompt for the rows that are `active` and still running."""
+  return choose(rows, logits, active & (rows.reason == RUNNING), sampling, stop)
 
 
 @partial(jax.jit, static_argnames=("steps", "history"), donate_argnames=("cache", "rows"))

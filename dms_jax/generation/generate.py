@@ -176,7 +176,7 @@ def generate(
   check_lengths(model, policy, cache, capacity, past, lengths, max_new_tokens)
   most = int(lengths.max()) + max(max_new_tokens - 1, 0)
   if cache != "masked" and (past is None or caches.kind_of(past.cache) != "masked"):
-    most = int(np.max(most_slots(policy, model.config, most)))  # slots that suffice for any evictions
+    most = most_slots(policy, model.config, most)  # slots that suffice for any evictions
   if model.mesh is not None:
     check_mesh(model, model.mesh, policy)
   store = _start(model, policy, cache, capacity, past, batch, most, prefill_chunk)
@@ -188,23 +188,20 @@ def generate(
   state = place_like(
     model,
     DecodeState(
-      token=jnp.asarray(np.array([row[-1] for row in ids], np.int32)),
+      token=np.array([row[-1] for row in ids], np.int32),
       keys=None if sampling.temperature is None else row_keys(key, batch),
-      count=jnp.asarray(generated),
-      limit=jnp.asarray(generated + max_new_tokens, jnp.int32),
-      stop_state=jnp.zeros(batch, jnp.int32),
-      reason=jnp.full(batch, RUNNING if max_new_tokens else LENGTH, jnp.int32),
+      count=generated,
+      limit=generated + np.int32(max_new_tokens),
+      stop_state=np.zeros(batch, np.int32),
+      reason=(reason := np.full(batch, RUNNING if max_new_tokens else LENGTH, np.int32)),
     ),
   )
   written = [_Row(Detokenizer.create(tokenizer, strings, new), own) for new, own in zip(ids, usage, strict=True)]
-  reason = fetch(state.reason)
   if not goes_on.all():
     new = [row[:0] if going else row for row, going in zip(ids, goes_on, strict=True)]
     store, logits, metrics = _read(model, policy, store, new, metrics, usage, prefill_chunk, capacity, most)
     if max_new_tokens:
-      resting = state.replace(reason=jnp.where(goes_on, LENGTH, state.reason))
-      state, emitted = decoding.first_token(resting, logits, sampling, criteria)
-      state = state.replace(reason=jnp.where(goes_on, RUNNING, state.reason))
+      state, emitted = decoding.first_token(state, logits, ~goes_on, sampling, criteria)
       reason = _write(written, emitted, state, stream)
   steps = 0
   while (reason == RUNNING).any():
@@ -214,6 +211,7 @@ def generate(
       model, policy, store, state, sampling, criteria, steps=decode_block, history=history
     )
     metrics = metrics.add(counts, decode=True)
+    emitted = fetch(emitted)
     steps += int(emitted.valid.any(axis=1).sum())
     reason = _write(written, emitted, state, stream, counts)
   if (broken := np.flatnonzero(reason == NAN)).size:
@@ -270,7 +268,7 @@ def _read(
   model, policy, store, ids, metrics, usage, chunk, capacity, most
 ) -> tuple[Cache | caches.ShardedCache, Array, Metrics]:
   """Reads all prompts; returns (cache, logits [B, V] after them, metrics)."""
-  logits = place_like(model, jnp.zeros((len(ids), model.config.vocab_size), jnp.float32))
+  logits = place_like(model, np.zeros((len(ids), model.config.vocab_size), np.float32))
 
   def fitting(lengths: np.ndarray) -> np.ndarray:
     nonlocal store

@@ -132,7 +132,7 @@ def decode_block(
   head, layers = _apart(model)
   made = place_like(model, _blank(model, batch, steps, history))
   for step in range(steps):
-    cache, plan, leaving, x = _begin_step(head, policy, cache, rows)
+    cache, plan, leaving, x = _begin_step(head, policy, cache, rows.token, rows.reason)
     outs, unobserved = [], []
     for first in range(0, len(layers), size):
       part = layers[first : first + size]
@@ -155,10 +155,10 @@ def _blank(model: Model, batch: int, steps: int, history: bool) -> tuple[Emitted
 
 
 @partial(jax.jit, donate_argnames="cache")
-def _begin_step(model: Model, policy: Policy, cache: Cache, rows: DecodeState):
+def _begin_step(model: Model, policy: Policy, cache: Cache, token: Int[Array, "B"], reason: Int[Array, "B"]):
   """(cache, plan, what leaves the windows, embeddings) of the rows that run."""
-  running = (rows.reason == RUNNING).astype(np.int32)
-  cache, plan, x = begin_chunk(model, policy, cache, rows.token[:, None], running, None)
+  running = (reason == RUNNING).astype(np.int32)
+  cache, plan, x = begin_chunk(model, policy, cache, token[:, None], running, None)
   cache, leaving = cache.begin_parts(plan, policy)
   return cache, plan, leaving, x
 

@@ -137,6 +137,6 @@ def check_lengths(
       raise ValueError(f"policy: {error}") from None
     past.cache.check(policy)
   if masked or not policy.data_dependent:
-    needed = total if masked else int(np.max(most_slots(policy, model.config, total)))
+    needed = total if masked else most_slots(policy, model.config, total)
     if capacity is not None and needed > capacity:
       raise ValueError(f"{what} need {needed} slots; capacity={capacity} is too small")

@@ -103,11 +103,12 @@ def _placed(state: DecodeState, new: Bool[Array, "B"], data: Array | None, field
 
 
 @jax.jit
-def _first(
-  state: DecodeState, new: Bool[Array, "B"], logits: Float[Array, "B V"], source: Int[Array, "B"]
-) -> tuple[DecodeState, Float[Array, "B V"]]:
-  """The state in which all rows but `new` sit out, and each row's logits."""
-  return state.replace(reason=jnp.where(new, state.reason, LENGTH)), logits[source]
+def _first_tokens(
+  state: DecodeState, new: Bool[Array, "B"], logits: Float[Array, "B V"], source: Int[Array, "B"], sampling: Sampling,
+  stop: StopCriteria,
+) -> tuple[DecodeState, Emitted]:  # fmt: skip
+  """`decode.first_token` for the rows `new`, from the logits of the rows `source`."""
+  return decoding.first_token(state, logits[source], new, sampling, stop)
 
 
 @jax.jit
@@ -147,7 +148,7 @@ class Rows:
       keys = jax.random.split(jax.random.key(0), width)
       self._temperature = np.full(width, sampling.temperature, np.float32)
       self.sampling = sampling.replace(temperature=jnp.asarray(self._temperature))
-    column = lambda value: jnp.full(width, value, jnp.int32)
+    column = lambda value: np.full(width, value, np.int32)
     self.state = DecodeState(column(0), keys, column(0), column(0), column(0), column(LENGTH))
 
   @property
@@ -227,9 +228,7 @@ class Rows:
     """Samples the token after the prompt for `rows`, each from the logits of one of the rows `sources`."""
     new, source = self.marked(rows), np.arange(self.width, dtype=np.int32)
     source[list(rows)] = sources
-    resting, logits = _first(self.state, new, logits, source)
-    state, emitted = decoding.first_token(resting, logits, self.sampling, stop)
-    self.state = _reasons(state, ~new, self.state.reason)
+    self.state, emitted = _first_tokens(self.state, new, logits, source, self.sampling, stop)
     return emitted
 
   def end(self, rows: Sequence[int]) -> None:

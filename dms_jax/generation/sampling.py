@@ -7,6 +7,7 @@ the batch, or on pauses.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -97,10 +98,15 @@ def row_keys(key: Any, batch: int) -> Key[Array, "B"]:
   """
   key = as_key(key)
   if key.ndim == 0:
-    return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
+    return _folded(key, batch)
   if key.shape != (batch,):
     raise ValueError(f"key has shape {key.shape}; pass one key, or one for each of the {batch} rows")
   return key
+
+
+@partial(jax.jit, static_argnums=1)
+def _folded(key: Key[Array, ""], batch: int) -> Key[Array, "B"]:
+  return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
 
 
 def chain_keys(key: jax.Array | None, chains: int) -> list[jax.Array | None]:

@@ -203,4 +203,4 @@ def stop_criteria(model: Model, tokenizer: Any, strings: StopStrings | None, eos
   table = None
   if strings is not None:
     table = jnp.asarray(token_table(strings.automaton, strings.pieces[:size], size))
-  return StopCriteria(jnp.asarray(np.array(sorted(ids), np.int32)), table)
+  return StopCriteria(np.array(sorted(ids), np.int32), table)

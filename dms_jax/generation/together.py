@@ -33,7 +33,7 @@ from dms_jax.generation.results import ChainUsage, add_prompts
 from dms_jax.metrics import Counts, count
 from dms_jax.model import Model, StepOutput, cached_forward, end_chunk, last_logits
 from dms_jax.policies import Policy
-from dms_jax.policies.base import with_numbers
+from dms_jax.policies.base import capacity_of, with_numbers
 from dms_jax.processes import fetch, replicated
 from dms_jax.spmd import on_mesh
 
@@ -136,7 +136,7 @@ class PromptReader:
 
   def no_logits(self, width: int) -> Float[Array, "B V"]:
     """A place for the logits after the prompts of `width` rows."""
-    return place_like(self.model, jnp.zeros((width, self.model.config.vocab_size), jnp.float32))
+    return place_like(self.model, np.zeros((width, self.model.config.vocab_size), np.float32))
 
   def claims(self, free: int) -> Claims:
     """Nothing claimed yet of `free` pages of a pool."""
@@ -277,7 +277,7 @@ class Claims:
     """
     cache, heads, policy = self.reader.memory.own, self.reader.memory.pool_heads, self.reader.policy
     its = policy.replace(**numbers)
-    slots = min(tokens, int(np.max(its.capacity(tokens)))) if its.compacts else tokens
+    slots = min(tokens, int(np.asarray(capacity_of(its, tokens)).max())) if its.compacts else tokens
     own = cache.row_pages(slots, tokens)
     copied = own if policy.rewrites else min(own, heads)
     if cache.sliding is not None and not policy.rewrites:  # pages of sliding layers are not shared

@@ -129,8 +129,8 @@ def of_places(policy: Policy, rows: Int[Array, "R"]) -> Policy:
 
 def with_numbers(policy: Policy, numbers: Mapping[str, Sequence[int | float]]) -> Policy:
   """`policy` with the numbers {name: [B]}, int32 for tokens, else float32; so nothing is compiled anew."""
-  dtypes = {name: jnp.int32 if name in ("budget", "sinks") else jnp.float32 for name in numbers}
-  return policy.replace(**{name: jnp.asarray(values, dtypes[name]) for name, values in numbers.items()})
+  dtypes = {name: np.int32 if name in ("budget", "sinks") else np.float32 for name in numbers}
+  return policy.replace(**{name: np.asarray(values, dtypes[name]) for name, values in numbers.items()})
 
 
 @struct.dataclass
@@ -520,3 +520,9 @@ class Policy:
   def reach(self, slots: int) -> Int[Array, "..."]:
     """The inverse of `capacity`: tokens of the longest text for which `slots` slots a head suffice; int32."""
     return jnp.int32(slots)
+
+
+@jax.jit
+def capacity_of(policy: Policy, tokens: int | Int[Array, "..."]) -> Int[Array, "..."]:
+  """`Policy.capacity`, called by the host: one program, not one for each of its operations."""
+  return policy.capacity(tokens)

@@ -320,7 +320,7 @@ class Bench:
         remaining = np.array([max(tokens - at - chunk, 0)], np.int32)
         cache, logits, stalled, _ = run(model, policy, cache, part, length, remaining, logits)
         stalls.append(stalled)
-      rows, _ = decoding.first_token(rows, logits, sampling, stop_criteria)
+      rows, _ = decoding.first_token(rows, logits, np.ones(1, bool), sampling, stop_criteria)
       np.asarray(rows.token)
       best = min(best, time.perf_counter() - begin)
     if any(bool(stalled[0]) for stalled in stalls):

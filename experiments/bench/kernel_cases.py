@@ -106,7 +106,7 @@ class Decode:
 class Text:
   """T tokens, N query and K KV heads of size H, window W; `kind` "prefill" (at `cr`) or "retrofit".
 
-  `uneven`: heads hold exp(0.8 N(0, 1)) times a mean, as trained gates leave them, instead of as much each.
+  `uneven`: heads hold exp(0.8 N(0, 1)) times a mean, as trained gates leave them, instead of all the same.
   """
 
   kind: str
@@ -178,6 +178,9 @@ CASES: dict[str, Decode | Text] = {
   "prefill_softcap": Text("prefill", 1, 8192, 32, 16, 128, 256, cr=4, softmax="softcap"),
   "retrofit_sinks": Text("retrofit", 1, 4096, 64, 8, 64, 127, softmax="sinks"),
   "retrofit_softcap": Text("retrofit", 1, 4096, 32, 16, 128, 256, softmax="softcap"),
+  "decode_h256": Decode(8, 8, 2, 256, 8192, 8),  # Gemma 2 9B
+  "pages_h256": Decode(8, 8, 2, 256, 8192, 8, pages=32, ring=272),
+  "prefill_h256": Text("prefill", 1, 8192, 16, 8, 256, 256, cr=4),
 }
 
 

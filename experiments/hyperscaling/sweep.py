@@ -136,7 +136,7 @@ class Sweeping:
       count: cells of each method that are timed, over all tasks, CRs and L; 0: all.
 
     Raises:
-      ValueError: the folder holds the short form of another sweep, which lacks a cell.
+      ValueError: the folder holds the short form of a sweep of other prompts or chains, or that lacks a cell.
     """
     path, memory = self.folder / cells.TIMES, int(gib * 2**30)
     files.cut_half_line(path, b'{"task": ')
@@ -148,11 +148,13 @@ class Sweeping:
     by_method: dict[str, dict[cells.Key, tuple[Job, Method, int]]] = {}
     for job, method, most in ((j, m, L) for j in self.jobs for m in self.methods for L in j.max_tokens):
       key = job.task.name, method.name, method.budget.get("cr", 1.0), most
-      if self.short and key not in found:
-        raise ValueError(
-          f"--output={self.folder} holds cells without records, and not {cells.in_words(key)}: give the flags of that "
-          "sweep, or another folder"
-        )
+      if self.short:
+        cell, prompts = found.get(key), run.settings_of(job, method).rpartition("-")[0]
+        if cell is None or (cell.content, cell.chains) != (prompts, job.chains):
+          raise ValueError(
+            f"--output={self.folder} holds cells without records, and not {cells.in_words(key)} of these prompts and "
+            "--chains: give the flags of that sweep, or another folder"
+          )
       if key in found:
         rows = timing.rows_that_fit(job, method, most, found[key], memory)
         by_method.setdefault(method.name, {})[key] = job, method, rows

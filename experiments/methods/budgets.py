@@ -11,7 +11,7 @@ import numpy as np
 
 from dms_jax.model import Model, check_policy
 from dms_jax.policies import DMS, Policy
-from dms_jax.policies.base import row_numbers, with_numbers
+from dms_jax.policies.base import capacity_of, row_numbers, with_numbers
 from dms_jax.policies.periodic import Periodic
 
 RULES = ("paper", "seen")
@@ -166,4 +166,4 @@ def _numbers(policy: Policy, tokens: Sequence[int]) -> dict[str, list[float]]:
 
 def most_tokens(policy: Policy, numbers: dict[str, list[float]], longest: int) -> int:
   """The most slots that a head of any row may need for texts of up to `longest` tokens."""
-  return int(np.max(with_numbers(policy, numbers).capacity(longest))) if numbers else int(policy.capacity(longest))
+  return int(np.max(capacity_of(with_numbers(policy, numbers) if numbers else policy, longest)))

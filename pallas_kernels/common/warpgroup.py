@@ -70,11 +70,14 @@ def load_queries(ref, target) -> None:
     index = ir.IndexType.get()
     element = ir.MemRefType(source.type).element_type
     thread = arith.index_cast(index, _thread())
-    row, piece = arith.divui(thread, _index(h // together)), arith.remui(thread, _index(h // together))
-    with mgpu.when(_less(row, _index(group))):
-      at = [row, arith.muli(piece, _index(together))]
-      value = vector.load(ir.VectorType.get((together,), element), source, at)
-      vector.store(value, target, _swizzled(_index(0), row, at[1]))
+    first, piece = arith.divui(thread, _index(h // together)), arith.remui(thread, _index(h // together))
+    step = THREADS * together // h  # rows that all threads copy at once
+    for i in range(-(-group // step)):
+      row = arith.addi(first, _index(i * step))
+      with mgpu.when(_less(row, _index(group))):
+        at = [row, arith.muli(piece, _index(together))]
+        value = vector.load(ir.VectorType.get((together,), element), source, at)
+        vector.store(value, target, _swizzled(_index(0), row, at[1]))
 
   copy(ref, target)
 

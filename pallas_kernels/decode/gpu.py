@@ -28,12 +28,14 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common import compat, tuned, warpgroup
+from pallas_kernels.common import compat, dispatch, tuned, warpgroup
 from pallas_kernels.common.platform import processors
 from pallas_kernels.decode import gpu_kernel
 from pallas_kernels.decode.gpu_common import Blocks, Tile, Variant
+from pallas_kernels.decode.gpu_division import padded
 
 MOST_PAIRS = 4096  # of row and KV head in a call of the kernel, whose shared memory holds up to four numbers of each
+SHARED = 227 * 2**10  # bytes of shared memory of a block of threads, at most
 MANY_PAIRS = 2048  # from which on pages are read by a block of threads a pair
 DECODED = ("float", "int8", "float8")  # formats of pages that the kernel decodes
 
@@ -53,12 +55,17 @@ def default_blocks(
   A pair has a block of threads of its own, with two blocks of slots in flight, where processors have several pairs and
   none is long: in a contiguous cache of up to 1,024 slots from a pair and a half a processor on, of up to 2,048 slots
   from six on; in pages from `MANY_PAIRS` on.
+
+  Heads of 256, of which nothing is measured: one worker a processor, with as many blocks in flight as its shared memory
+  holds.
   """
   block = 64
   if compat.interpreting():  # every part of the kernel at work on small inputs
     return Blocks(block, 2, 2 * block, 3)
   pairs, workers, stages = batch * kv_heads, 2 * processors, 3
   few, many = 4 * pairs < processors, pairs >= 3 * workers
+  if head_dim == 256:
+    return wide_blocks(pairs, slots, processors, paged, scaled)
   if pairs >= MANY_PAIRS if paged else (slots <= 1024 and 2 * pairs >= 3 * processors) or (slots <= 2048 and many):
     return Blocks(block, 2, 2 * block, 0)
   if scaled:
@@ -76,6 +83,21 @@ def default_blocks(
   return Blocks(block, stages, split, workers, rest=rest, merged=4 if split >= 1024 and pairs >= processors else 8)
 
 
+def wide_blocks(pairs: int, slots: int, processors: int, paged: bool, scaled: bool) -> Blocks:
+  """`default_blocks` of head size 256, whose blocks of 64 slots take 64 KiB, 32 of 8 bits and 64 for one made wider."""
+  block, kib = 64, 2**10
+  listed = 4 * (2 + (slots > 0) + paged) * padded(min(pairs, MOST_PAIRS))  # bytes of the list of chunks
+  rest = 8 * kib + (64 * kib if scaled and not slots else 0)
+  stage = (33 * kib if scaled else 0) + (64 * kib if slots or not scaled else 0)
+  stages = min((SHARED - listed - rest) // stage, 3)
+  if paged:
+    split = 128 if 4 * pairs < processors else 256 if pairs < processors else 512
+  else:
+    share = pairs * slots // 8 // processors
+    split = -(-max(2 * block, slots // 128, min(1024, 2 ** share.bit_length())) // block) * block
+  return Blocks(block, stages, split, processors, rest=max(2 * block, split // 4), merged=4)
+
+
 def shape_class(pairs: int, head_dim: int, slots: int, page: int, stored: str) -> str:
   """Name of the shapes that share measured sizes, whatever the size of the table of pages."""
   return tuned.shape_class(pairs=pairs, H=head_dim, S=slots, **({"page": page, "of": f" {stored}"} if page else {}))
@@ -84,7 +106,7 @@ def shape_class(pairs: int, head_dim: int, slots: int, page: int, stored: str) -
 def decode_attention(
   q, kv, layer, lengths, *, pages=None, lse: bool = False, mass: bool = False, softcap=None, sinks=None, blocks=None
 ):
-  """See `api.decode_attention`; bfloat16 or float16, head size 64 or 128, groups up to 8.
+  """See `api.decode_attention`; bfloat16 or float16, head size 64 or 128, or 256 where it is named, groups up to 8.
 
   The slots of `kv` must be a multiple of 8, since a copy by TMA begins at a tile of 8 rows. Pages must divide a block
   or be a whole number of blocks, and have 8 slots or more, 16 with scales; in q's dtype, or int8 or float8_e4m3fn.
@@ -101,8 +123,9 @@ def decode_attention(
   if q.dtype not in (jnp.bfloat16, jnp.float16) or (kv is not None and kv.dtype != q.dtype):
     stored = "" if kv is None else f" and {kv.dtype}"
     raise NotImplementedError(f"q and kv must both be bfloat16 or both float16, not {q.dtype}{stored}")
-  if h not in (64, 128) or group > warpgroup.GROUP:
-    raise NotImplementedError(f"head size {h} and {group} query heads a KV head: only 64 and 128, up to 8")
+  dispatch.supports_head_size(h, unproven=(256,))
+  if group > warpgroup.GROUP:
+    raise NotImplementedError(f"{group} query heads a KV head: only up to {warpgroup.GROUP}")
   slots = 0 if kv is None else kv.shape[3]
   if slots % 8:
     raise NotImplementedError(f"{slots} slots a head: must be a multiple of 8")

@@ -123,8 +123,8 @@ class Tile:
 
   @classmethod
   def of(cls, group: int, h: int, apart: bool) -> Tile:
-    """As many rows as 128 threads share evenly; `apart`: a warpgroup takes the fewest, one number a thread."""
-    least = warpgroup.THREADS // h
+    """As many rows as 128 threads share evenly; `apart`: a warpgroup takes the fewest, one or two numbers a thread."""
+    least = max(warpgroup.THREADS // h, 1)
     rows = -(-group // least) * least
     return cls(rows, h, least if apart else rows)
 

@@ -196,8 +196,9 @@ def attend(sizes: Blocks, variant: Variant, tile: Tile, q, layer, *arrays, sinks
     def widened(slot, live):
       """A block of 8 bits in q's dtype, written over a block of the cache; zeros from slot `live` on."""
       own = kv_smem.at[slot] if slots else kv_smem
-      for half in range(2):
-        columns = pl.ds(half * h, h)
+      width = min(h, 128)  # of what registers hold at a time
+      for first in range(0, 2 * h, width):
+        columns = pl.ds(first, width)
         x = plgpu.load(bytes_smem.at[slot, :, columns], layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
         if x.dtype != jnp.int8:
           x = x.astype(jnp.float16)  # the one conversion that the hardware has

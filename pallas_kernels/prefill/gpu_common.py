@@ -36,7 +36,13 @@ class Blocks:
 
 def default_blocks(head_dim: int, processors: int) -> Blocks:
   """Block sizes by head size: 64 KiB of keys and as much of values. A worker a processor; all tiles at once in the
-  interpreter, which runs workers one after the other."""
+  interpreter, which runs workers one after the other.
+
+  At head size 256 the sums of 64 rows fill half of a thread's registers, so blocks have 64 keys, and a tile's queries
+  take 64 KiB of shared memory, so there is no room for those of a next one: each tile has its own block of threads.
+  """
+  if head_dim == 256:
+    return Blocks(kv=64)
   return Blocks(stages=4 if head_dim == 64 else 2, workers=0 if compat.interpreting() else processors)
 
 

@@ -68,7 +68,7 @@ def _sum(tile: Tile, softcap: float | None, q, keys, rows, bounds, logs, weights
   """
   b, k, r, h = keys.shape
   parts = q.shape[1] // k  # of a group of query heads, each with tiles of its own
-  stages = 4 if h == 64 else 3
+  stages = {64: 4, 128: 3, 256: 2}[h]
   scale = h**-0.5 * LOG2E
   i32 = jnp.int32
 

@@ -269,6 +269,8 @@ def test_bytes(model):
   assert cache.bytes_live() == (int(cache.archived.sum()) + heads * (WINDOW + 1)) * slot
   assert cache.with_pages(cache.pages + 7).nbytes - cache.nbytes == 7 * cache.page_bytes
   assert cache.fixed_bytes + cache.pages * cache.page_bytes == cache.nbytes
+  with pytest.raises(ValueError, match="cannot shrink a pool"):
+    cache.with_pages(cache.pages - 1)
 
 
 def test_bad_settings_are_named(model):

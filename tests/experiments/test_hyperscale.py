@@ -319,7 +319,7 @@ def test_a_sweep_from_flags_to_page(checkpoints, tmp_path, monkeypatch, capfd):
   assert not (tmp_path / "a" / cells.RECORDS).exists() and "records_made" not in finished[-1]
   for changes, message in (
     (dict(timed=False), "holds cells without records, to which none are added"),
-    (dict(max_tokens=(5,)), "holds cells without records, and not vanilla, CR 1, L 5 on letters: give the flags"),
+    (dict(max_tokens=(5,)), "holds cells without records, and not vanilla, CR 1, L 5 on letters of these prompts"),
     (dict(dtype="bfloat16"), "holds cells of another --checkpoint or --dtype"),
   ):
     settings[hyperscale.Config] = dataclasses.replace(config, output=str(tmp_path / "a"), **changes)

@@ -82,4 +82,4 @@ def test_only_models_of_many_layers_on_a_cpu():
 def test_few_sizes_of_parts_for_a_step():
   """All parts of a step have one size, for which two programs would be compiled otherwise, unless it is small."""
   sizes = {count: execution._part(count) for count in (16, 22, 24, 28, 30, 32, 36, 48, 80)}
-  assert sizes == {16: 4, 22: 6, 24: 6, 28: 4, 30: 6, 32: 4, 36: 6, 48: 6, 80: 5}
+  assert sizes == {16: 4, 22: 2, 24: 4, 28: 4, 30: 3, 32: 4, 36: 4, 48: 4, 80: 4}

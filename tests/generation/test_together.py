@@ -242,8 +242,8 @@ def test_every_program_is_compiled_once(model):
   from dms_jax.generation import decode, pages, rows, together
 
   programs = (
-    decode.decode_block, decode.first_token, together._whole, pages._settled, cache_rows.fork_row, rows._placed,
-    rows._first, rows._over, rows._reasons,
+    decode.decode_block, rows._first_tokens, together._whole, pages._settled, cache_rows.fork_row, rows._placed,
+    rows._over,
   )  # fmt: skip
   placed = jax.device_put(model, jax.devices()[0])
   for program in programs:

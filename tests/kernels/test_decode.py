@@ -39,7 +39,7 @@ def check(backend, q, kv, lengths):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("size", [64, 128, 256])
 def test_head_sizes_and_dtypes(backend, size, dtype):
   rng = np.random.default_rng(0)
   q, kv = make(rng, 2, 2, 4, size, 208, dtype)

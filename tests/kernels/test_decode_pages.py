@@ -58,7 +58,7 @@ def expect(q, kv, lengths, pages, **options):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("size", [64, 128, 256])
 def test_ring_and_pages(backend, size, dtype):
   """One softmax over both, and its log-sum-exp; a ring of 21 slots is not a whole number of tiles."""
   q, kv, lengths, pages = make(np.random.default_rng(0), 2, size, **{**native(backend), "dtype": dtype})
@@ -121,11 +121,11 @@ def scaled(rng, pages, dtype):
   return Pages(pool, pages.table, pages.lengths, scales)
 
 
-@pytest.mark.parametrize("page", [PAGE, 32, 128])
-def test_scaled_pages(backend, page):
+@pytest.mark.parametrize("page, size", [(PAGE, 64), (32, 64), (128, 64), (32, 256)])
+def test_scaled_pages(backend, page, size):
   """8-bit pages beside a ring in full precision, and alone; smaller and larger than a block."""
   rng = np.random.default_rng(3)
-  q, kv, lengths, pages = make(rng, page=page, most=-(-RAGGED.max() // page), **native(backend))
+  q, kv, lengths, pages = make(rng, size=size, page=page, most=-(-RAGGED.max() // page), **native(backend))
   for dtype in (jnp.int8, jnp.float8_e4m3fn):
     stored = scaled(rng, pages, dtype)
     for ring, in_ring in ((kv, lengths), (None, None)):

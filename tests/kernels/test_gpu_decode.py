@@ -57,8 +57,10 @@ def test_ragged_lengths_with_empty_heads(dtype):
 
 
 @needs_mosaic_gpu
-def test_head_size_128_and_groups_of_three():
-  check(*inputs(2, 2, 3, 128, 320, [5, 191, 320, 0]), workers=4)
+@pytest.mark.parametrize("h, group", [(128, 3), (256, 3), (256, 8)])
+def test_larger_heads(h, group):
+  """At 256 all threads copy four queries at once."""
+  check(*inputs(2, 2, group, h, 320, [5, 191, 320, 0]), workers=4, merged=4)
 
 
 @needs_mosaic_gpu
@@ -133,7 +135,7 @@ def test_log_sum_exp():
 
 
 @needs_mosaic_gpu
-@pytest.mark.parametrize("group, h, block", [(1, 64, 64), (3, 128, 64), (8, 64, 128)])
+@pytest.mark.parametrize("group, h, block", [(1, 64, 64), (3, 128, 64), (8, 64, 128), (5, 256, 64)])
 def test_mass_beside_the_same_bits(group, h, block):
   """Slots of several chunks, merged apart; asking for mass changes no bit of the attention."""
   lengths = [[0, 1], [391, 256], [384, 130]]
@@ -145,6 +147,16 @@ def test_mass_beside_the_same_bits(group, h, block):
   _, (want, _) = ref.decode_attention(q, kv, LAYER, lengths, mass=True)
   assert (np.asarray(mass)[want == 0] == 0).all()
   np.testing.assert_allclose(mass, want, rtol=0, atol=1e-5)  # float32 sums
+
+
+@needs_mosaic_gpu
+def test_capped_scores_and_sinks_of_head_size_256():
+  q, kv, lengths = inputs(2, 2, 4, 256, 136, [[136, 0], [1, 70]])
+  options = dict(lse=True, softcap=2.0, sinks=jnp.linspace(-2.0, 3.0, 8))
+  out, logs = run(q, kv, lengths, **options)
+  want, want_logs = ref.decode_attention(q, kv, LAYER, lengths, **options)
+  np.testing.assert_allclose(np.asarray(out, np.float64), want, rtol=0, atol=6e-3 * np.abs(want).max())
+  np.testing.assert_allclose(logs, want_logs, rtol=0, atol=1e-5)
 
 
 @needs_mosaic_gpu
@@ -189,11 +201,25 @@ def lower(batch, heads, group, h, slots, call=partial(decode_attention, implemen
 
 
 @needs_mosaic_gpu
-@pytest.mark.parametrize("group, h", [(1, 64), (3, 64), (4, 128), (8, 128)])
+@pytest.mark.parametrize("group, h", [(1, 64), (3, 64), (4, 128), (8, 128), (1, 256), (8, 256)])
 def test_lowers_for_cuda(group, h):
   for mass in (False, True):
     text = lower(2, 3, group, h, 8192, lse=group == 3, mass=mass)
     assert "decode_" in text and ("decode_mass_" in text) == mass
+
+
+@needs_mosaic_gpu
+@pytest.mark.parametrize("scaled", [False, True])
+def test_shared_memory_holds_blocks_of_large_heads_and_the_list_of_pairs(scaled):
+  """A kernel that takes more than a Hopper GPU has is not lowered."""
+  struct, (batch, heads, page) = jax.ShapeDtypeStruct, (gpu.MOST_PAIRS // 8, 8, 64)
+  pool = struct((500, page, 512), jnp.int8 if scaled else jnp.bfloat16)
+  lengths, scales = struct((batch, heads), jnp.int32), struct((500, 1, 2 * page), jnp.float32) if scaled else None
+  pages = Pages(pool, struct((LAYERS, batch, heads, 64), jnp.int32), lengths, scales)
+  call = jax.jit(partial(decode_attention, implementation="gpu"))
+  arguments = struct((batch, heads * 2, 256), jnp.bfloat16), struct((LAYERS, batch, heads, 272, 512), jnp.bfloat16)
+  with compat.assume_hopper():
+    call.trace(*arguments, struct((), jnp.int32), lengths, pages=pages).lower(lowering_platforms=("cuda",))
 
 
 @needs_mosaic_gpu
@@ -213,7 +239,15 @@ def test_a_block_of_threads_a_pair_is_one_kernel_for_any_number_of_pairs():
 @needs_mosaic_gpu
 @pytest.mark.parametrize(
   "h, ring, page, stored",
-  [(64, 80, 32, "bfloat16"), (128, 0, 256, "bfloat16"), (128, 272, 32, "int8"), (64, 0, 16, "float8_e4m3fn")],
+  [
+    (64, 80, 32, "bfloat16"),
+    (128, 0, 256, "bfloat16"),
+    (128, 272, 32, "int8"),
+    (64, 0, 16, "float8_e4m3fn"),
+    (256, 272, 32, "bfloat16"),
+    (256, 272, 32, "int8"),
+    (256, 0, 64, "float8_e4m3fn"),
+  ],
 )
 def test_pages_lower_for_cuda(h, ring, page, stored):
   """Beside a ring and alone, smaller and larger than a block, in 8 bits and in q's own dtype."""
@@ -242,6 +276,8 @@ def test_refuses_with_the_reason():
   with compat.assume_hopper():
     with pytest.raises(NotImplementedError, match="must both be bfloat16 or both float16"):
       call(q.astype(jnp.float32), kv.astype(jnp.float32), 0, lengths)
+    with pytest.raises(NotImplementedError, match="head size 32"):
+      call(q[..., :32], kv[..., :64], 0, lengths)
     with pytest.raises(NotImplementedError, match="must be a multiple of 8"):
       call(q, kv[..., :63, :], 0, lengths)
     with pytest.raises(NotImplementedError, match="9 query heads a KV head"):
@@ -291,6 +327,10 @@ def test_sizes_by_shape():
   assert gpu.default_blocks(2048, 2, 24, 64, 132, paged=True) == by_pair
   assert gpu.default_blocks(32, 3, 1024, 64, 132) == gpu.Blocks(64, 2, 128, 528)
   assert gpu.default_blocks(1, 8, 0, 128, 132, paged=True, scaled=True) == gpu.Blocks(64, 4, 128, 264)
+  wide = lambda *sizes, **more: gpu.default_blocks(*sizes, 132, **more)
+  assert wide(8, 8, 8192, 256) == gpu.Blocks(64, 3, 512, 132, merged=4)
+  assert wide(512, 8, 272, 256, paged=True) == gpu.Blocks(64, 2, 512, 132, merged=4)
+  assert wide(512, 8, 272, 256, paged=True, scaled=True).stages == 1  # beside the list of 4,096 pairs
   with pytest.raises(ValueError, match="two or more times block"):
     gpu.Blocks(64, 2, 96, 4)
   with pytest.raises(ValueError, match="two or more times"):

@@ -41,8 +41,15 @@ def test_tiles_of_three_heads_after_a_prefix():
 
 
 @needs_mosaic_gpu
-def test_head_size_128_in_float16_with_more_stages_than_blocks():
-  check(32, 40, 1, 4, 128, 20, 0.5, "float16", gpu.Blocks(kv=64, stages=4))
+@pytest.mark.parametrize("size", [128, 256])
+def test_larger_heads_in_float16_with_more_stages_than_blocks(size):
+  check(32, 40, 1, 4, size, 20, 0.5, "float16", gpu.Blocks(kv=64, stages=4 if size == 128 else 2))
+
+
+@needs_mosaic_gpu
+def test_head_size_256_over_two_tiles():
+  """The sizes of its own, kept keys and the band in several blocks each."""
+  check(70, 200, 1, 2, 256, 30, 0.6, blocks=gpu.default_blocks(256, 132))
 
 
 @needs_mosaic_gpu
@@ -98,6 +105,7 @@ def test_keys_in_any_order():
   "tokens, prefix, group, size, rate, dtype, options",
   [
     (20, 60, 6, 64, 0.5, "bfloat16", {"batch": 2}),  # a group in two parts
+    (40, 100, 2, 256, 0.5, "bfloat16", {}),
     (140, 200, 2, 128, 0.0, "float16", {}),  # nothing evicted: most tiles see whole blocks of keys
     (40, 200, 5, 64, 0.7, "bfloat16", {"shuffle": True}),
   ],
@@ -120,9 +128,10 @@ def test_log_sum_exp_and_mass(tokens, prefix, group, size, rate, dtype, options)
 
 
 @needs_mosaic_gpu
-def test_mass_beside_sinks_of_a_group_in_parts():
-  """Tiles of some heads of a group, with unused rows: each row's sink is its own head's."""
-  args, sinks = text(50, 60, 2, 6, 64, 12, 0.5, "bfloat16"), jnp.linspace(-2.0, 3.0, 12)
+@pytest.mark.parametrize("size", [64, 256])
+def test_mass_beside_sinks_of_a_group_in_parts(size):
+  """Tiles of some heads of a group, with unused rows: each row's sink is its own head's. Scores are capped."""
+  args, sinks = text(50, 60, 2, 6, size, 12, 0.5, "bfloat16"), jnp.linspace(-2.0, 3.0, 12)
   options = dict(lse=True, query_weights=jnp.ones((1, 50)), softcap=2.0, sinks=sinks)
   with on_hopper():
     results = jax.block_until_ready(gpu.prefill_attention(*args, blocks=gpu.Blocks(kv=64), **options))
@@ -149,7 +158,7 @@ def test_rows_of_a_tile(group, heads, queries):
 
 @needs_mosaic_gpu
 @pytest.mark.parametrize("mass", [False, True])
-@pytest.mark.parametrize("group, h", [(1, 64), (3, 64), (4, 128), (6, 128), (8, 64)])
+@pytest.mark.parametrize("group, h", [(1, 64), (3, 64), (4, 128), (6, 128), (8, 64), (2, 256), (8, 256)])
 def test_lowers_for_cuda(group, h, mass):
   """With a tile for each block of threads, and with several, from a counter."""
   struct, tokens = jax.ShapeDtypeStruct, 500 if mass else 9000

@@ -122,7 +122,7 @@ def test_mass_of_the_last_queries(backend, observed):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("size", [64, 128, 256])
 def test_head_sizes_and_dtypes(backend, size, dtype):
   rng = np.random.default_rng(0)
   q, keys, values = make(rng, 2, 9, 2, 3, size, 70, dtype)

@@ -41,7 +41,7 @@ CHUNKS = [np.minimum(np.maximum(PROMPTS - start, 0), 8) for start in (0, 8, 16)]
 
 def create(kind, shape, policy):
   config = shape.config()
-  capacity = LENGTH if kind == "masked" else int(np.max(most_slots(policy, config, LENGTH)))
+  capacity = LENGTH if kind == "masked" else most_slots(policy, config, LENGTH)
   options = {"page_size": 4, "longest": LENGTH} if kind == "paged" else {}
   return caches.create(kind, config, batch=ROWS, capacity=capacity, policy=policy, lag=1, **options)
 

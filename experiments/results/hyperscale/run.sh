@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every command behind this folder's tables, spread over the GPUs at hand. What is done is not done again: call it again after a kill.
+# Every command behind this folder's tables but that of the variants, spread over the GPUs at hand. What is done is not done again: call it again after a kill.
 #
 #   bash experiments/results/hyperscale/run.sh train retrofits sweep rivals lora times analyse
 #
@@ -79,6 +79,7 @@ for stage in "$@"; do
       {
         echo "seeds hyperscale --sets=$(joined "${sets[@]}") --methods=vanilla,dms --output=$OUT/seeds"
         echo "rivals hyperscale --sets=$OUT/seed0 --output=$OUT/rivals"
+        echo "times hyperscale --sets=$OUT/seed0 --methods=vanilla,dms --output=$OUT/times"
       } | each 1 ;;
     *) echo "unknown stage $stage; there are train, retrofits, sweep, rivals, lora, times, analyse" >&2; exit 2 ;;
   esac
