@@ -219,7 +219,7 @@ def programs(model: Model | None = None, kinds: tuple[str, ...] = ("paged", "con
 def a_large_model() -> None:
   """70B, 32 chains of 128K tokens at CR 8: the arguments of a compiled decode block are what mesh_memory foresees."""
   config, devices = mesh_memory.Config(), MeshConfig(tensor=8)
-  mesh, shape, dms = make_mesh(tensor=8), PRESETS[config.preset], DMSConfig(window=config.window)
+  mesh, shape, dms = make_mesh(tensor=8), PRESETS[config.preset], DMSConfig(window=256)
   table = param_table(shape, dms)
   put = lambda tree, spec: jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)), tree
