@@ -16,10 +16,11 @@ from dms_jax.sharding import DECODING
 from dms_jax.spmd import place
 from experiments.common import program
 from experiments.methods import method as methods_module
-from experiments.methods.budgets import GRAIN, Budget, Group
+from experiments.methods.budgets import Budget, Group
 from experiments.methods.method import Method
 
 DENSE, TRAINED, PROMPT = "vanilla", "dms", "prompt_window"
+LEAST = 16  # tokens of the window of PROMPT, whatever the budget leaves
 # The order of tables and charts. TriAttention is named by flag, as it needs a calibration of its model.
 DEFAULT = (DENSE, TRAINED, "streamingllm", PROMPT, "tova", "h2o", "quest", "rkv")
 # Settings of a sweep's policies that differ from their own defaults. The paper names no layer that Quest reads whole
@@ -43,17 +44,17 @@ class PromptWindow(Method):
   """StreamingLLM whose sinks are the whole prompt.
 
   A request of a prompt of p tokens holds the prompt and the window. All requests share the window, which is a shape:
-  the mean of what the paper's budgets, (p + L) / CR, leave beside the prompt, and at least GRAIN tokens.
+  the mean of what the paper's budgets, (p + L) / CR, leave beside the prompt, and at least LEAST tokens.
   """
 
   def fitted(self, job, most):
     prompts = [len(prompt.tokens) for prompt in job.asked]
     left = np.mean([math.ceil((prompt + most) / self.given.cr) - prompt for prompt in prompts])
-    held = max(round(float(left)), GRAIN)
+    held = max(round(float(left)), LEAST)
     policy = check_policy(self.model, StreamingLLM(window=held - 1, sinks=prompts[0]))
     remark = f"L {most}: the budget leaves {left:.0f} tokens beside the prompt, the window holds {held}"
     numbers: dict[str, list[float]] = {"sinks": [*prompts]}
-    return [Group(policy, list(range(len(prompts))), numbers)], remark if left < GRAIN else ""
+    return [Group(policy, list(range(len(prompts))), numbers)], remark if left < LEAST else ""
 
 
 def split(retrofits: Sequence[str]) -> list[tuple[str, float, str]]:
@@ -136,7 +137,7 @@ def build(
         about: list[Any] = [base, checkpoint.fingerprint(folder), dtype, level, cr]
         found.append(Trained(own, model, level, program.fingerprint(about), cr=cr))
     elif name == PROMPT:
-      about = [origin, name, GRAIN]
+      about = [origin, name, LEAST]
       print_ = program.fingerprint(about)
       found += [PromptWindow(name, original, StreamingLLM(), print_, Budget(cr=float(cr))) for cr in crs]
     else:

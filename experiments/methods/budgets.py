@@ -15,7 +15,6 @@ from dms_jax.policies.base import capacity_of, row_numbers, with_numbers
 from dms_jax.policies.periodic import Periodic
 
 RULES = ("paper", "seen")
-GRAIN = 16  # tokens; budgets that set shapes are rounded to a multiple, because each shape is compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +102,6 @@ def fitted(model: Model, policy: Policy, budget: Budget, totals: Sequence[int]) 
   A budget bounds all that a head holds, so a policy that cuts it every `buffer` tokens cuts to the budget less the
   buffer, which is at most a quarter of the smallest budget. (Under the rule "seen" the buffer comes on top.) A CR's
   budget below the least that the policy takes, such as its window and sinks, is raised to it; one in tokens is refused.
-  Where budgets change shapes (a window that is half of the budget), they are rounded to a multiple of `GRAIN` tokens.
 
   Args:
     totals: tokens of each text, the most new ones included.
@@ -124,7 +122,7 @@ def fitted(model: Model, policy: Policy, budget: Budget, totals: Sequence[int]) 
     hard = {"hard": True} if isinstance(policy, DMS) else {}
     policy = check_policy(model, policy.replace(cr=float(budget.cr), **hard))
     return [Group(policy, everything, {"cr": [float(budget.cr)] * len(totals)})], ""
-  # A budget beyond the longest text keeps everything, as that text's length does; but it may be a shape.
+  # A budget beyond the longest text keeps everything, as does one of its length, which makes smaller arrays of a shape.
   longest, context = max(totals), model.config.max_position_embeddings
   wanted = [min(budget.tokens, longest) if budget.cr is None else math.ceil(total / budget.cr) for total in totals]
   remarks, buffer = [], 0
@@ -143,19 +141,11 @@ def fitted(model: Model, policy: Policy, budget: Budget, totals: Sequence[int]) 
   tokens = [max(number - buffer, least) for number in wanted]
   if raised := 0 if budget.cr is None else sum(number - buffer < least for number in wanted):
     remarks.append(f"{raised} of {len(wanted)} budgets raised to {least + buffer} tokens, the least that {name} takes")
-  note = "; ".join(remarks)
-  if len(set(tokens)) > 1:
-    try:  # numbers of rows that share one compiled policy
-      shared = check_policy(model, policy.replace(budget=np.array(tokens))).replace(budget=tokens[0])
-      return [Group(shared, everything, _numbers(shared, tokens))], note
-    except ValueError:  # the budget is a shape
-      tokens = [max(round(number / GRAIN) * GRAIN, least) for number in tokens]
-      note = "; ".join([*remarks, f"budgets rounded to multiples of {GRAIN} tokens, as they are shapes of {name}"])
-  groups: dict[int, list[int]] = {}
-  for row, number in enumerate(tokens):
-    groups.setdefault(number, []).append(row)
-  resolved = {number: check_policy(model, policy.replace(budget=number)) for number in groups}
-  return [Group(resolved[n], rows, _numbers(resolved[n], [n] * len(rows))) for n, rows in groups.items()], note
+  one = len(set(tokens)) == 1  # a budget of all texts may be a shape, such as StreamingLLM's window
+  shared = check_policy(model, policy.replace(budget=tokens[0] if one else np.array(tokens)))
+  if not one:
+    shared = shared.replace(budget=tokens[0])
+  return [Group(shared, everything, _numbers(shared, tokens))], "; ".join(remarks)
 
 
 def _numbers(policy: Policy, tokens: Sequence[int]) -> dict[str, list[float]]:
