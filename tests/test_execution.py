@@ -25,7 +25,7 @@ OFF = Execution()
 ON = dict(
   layers="loop", least_rows=5, late_gates=True, fused_gate=True, weights_left=FEW_ROWS,
   matvec_parts=3, bits_storage=True, embed_barrier=True, jitted_attention=True, layers_apart=True,
-  step_layers=3, skipped_filters=True, replicated_writes=True,
+  step_layers=3, skipped_filters=True, small_cuts=True, replicated_writes=True,
 )  # fmt: skip
 # These act elsewhere: see tests/test_sharding.py, tests/generation/test_layerwise.py and test_sampling.py there, and
 # tests/policies/test_prompts.py.
