@@ -54,7 +54,7 @@ class PromptWindow(Method):
     policy = check_policy(self.model, StreamingLLM(window=held - 1, sinks=prompts[0]))
     remark = f"L {most}: the budget leaves {left:.0f} tokens beside the prompt, the window holds {held}"
     numbers: dict[str, list[float]] = {"sinks": [*prompts]}
-    return [Group(policy, list(range(len(prompts))), numbers)], remark if left < LEAST else ""
+    return Group(policy, list(range(len(prompts))), numbers), remark if left < LEAST else ""
 
 
 def split(retrofits: Sequence[str]) -> list[tuple[str, float, str]]:

@@ -24,7 +24,6 @@ from dms_jax import cache as caches
 from dms_jax.cache import PagedCache
 from dms_jax.tokenizer import Tokenizer
 from experiments.hyperscaling.cells import Cell
-from experiments.methods.budgets import Group
 from experiments.methods.method import Method
 from experiments.methods.records import Record
 from experiments.methods.run import Job
@@ -72,11 +71,6 @@ def row_bytes(cache: PagedCache, cell: Cell) -> float:
   return cache.fixed_bytes / width + max(pages, layers * heads) * cache.page_bytes
 
 
-def _largest_group(job: Job, method: Method, most: int) -> Group:
-  """The prompts that are timed: all, or most of those that share a compiled policy."""
-  return max(method.fitted(job, most)[0], key=lambda group: len(group.rows))
-
-
 def rows_that_fit(job: Job, method: Method, most: int, cell: Cell, memory: int) -> int:
   """Rows of the batch in which a cell's chains are written.
 
@@ -85,7 +79,7 @@ def rows_that_fit(job: Job, method: Method, most: int, cell: Cell, memory: int) 
     cell: the records of the chains, which say how many tokens they hold.
     memory: bytes of the cache.
   """
-  group = _largest_group(job, method, most)
+  group, _ = method.fitted(job, most)
   longest = longest_text(job, method, group, most)
 
   def empty() -> PagedCache:
@@ -141,7 +135,7 @@ def step_seconds(
     rows, step_seconds, and what they are from: tokens written in how many timed_seconds, without compilation.
   """
   timed = dataclasses.replace(job, max_tokens=(most,))
-  group = _largest_group(timed, method, most)
+  group, _ = method.fitted(timed, most)
   while True:
     try:
       generator = generator_of(timed, method, group, tokenizer, most, rows, memory)

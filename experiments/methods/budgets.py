@@ -59,7 +59,7 @@ def shaped(name: str, budget: Budget) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-  """Texts that share one compiled policy: `rows` are their numbers among all texts.
+  """Texts with one compiled policy: `rows` are their numbers among all texts.
 
   `policy` is resolved, with scalars; `numbers` holds one number for each row, by name.
   """
@@ -71,6 +71,11 @@ class Group:
   def of_row(self, place: int) -> dict[str, float]:
     """The numbers of the row at `place` in `rows`."""
     return {name: values[place] for name, values in self.numbers.items()}
+
+  def at(self, places: Sequence[int]) -> Group:
+    """The texts at some places in `rows`."""
+    numbers = {name: [values[place] for place in places] for name, values in self.numbers.items()}
+    return Group(self.policy, [self.rows[place] for place in places], numbers)
 
   def batched(self) -> Policy:
     """The policy with one number for each of `rows`."""
@@ -96,7 +101,7 @@ def _least(model: Model, policy: Policy, most: int) -> int:
   return high
 
 
-def fitted(model: Model, policy: Policy, budget: Budget, totals: Sequence[int]) -> tuple[list[Group], str]:
+def fitted(model: Model, policy: Policy, budget: Budget, totals: Sequence[int]) -> tuple[Group, str]:
   """The policy for each text.
 
   A budget bounds all that a head holds, so a policy that cuts it every `buffer` tokens cuts to the budget less the
@@ -107,7 +112,7 @@ def fitted(model: Model, policy: Policy, budget: Budget, totals: Sequence[int]) 
     totals: tokens of each text, the most new ones included.
 
   Returns:
-    The groups, and a remark about raised or rounded budgets, or a smaller buffer; "" for none.
+    All texts as a group, and a remark about raised budgets or a smaller buffer; "" for none.
 
   Raises:
     ValueError: the policy cannot keep to such a budget.
@@ -115,13 +120,13 @@ def fitted(model: Model, policy: Policy, budget: Budget, totals: Sequence[int]) 
   name, everything = type(policy).__name__, list(range(len(totals)))
   if not budget.given:
     policy = check_policy(model, policy)
-    return [Group(policy, everything, {name: [v] * len(totals) for name, v in row_numbers(policy).items()})], ""
+    return Group(policy, everything, {name: [v] * len(totals) for name, v in row_numbers(policy).items()}), ""
   if budget.cr is not None and budget.rule == "seen":
     if not any(field.name == "cr" for field in dataclasses.fields(policy)):
       raise ValueError(f"--budget_rule=seen: {name} has no budget that grows with the text; take --budget_rule=paper")
     hard = {"hard": True} if isinstance(policy, DMS) else {}
     policy = check_policy(model, policy.replace(cr=float(budget.cr), **hard))
-    return [Group(policy, everything, {"cr": [float(budget.cr)] * len(totals)})], ""
+    return Group(policy, everything, {"cr": [float(budget.cr)] * len(totals)}), ""
   # A budget beyond the longest text keeps everything, as does one of its length, which makes smaller arrays of a shape.
   longest, context = max(totals), model.config.max_position_embeddings
   wanted = [min(budget.tokens, longest) if budget.cr is None else math.ceil(total / budget.cr) for total in totals]
@@ -145,7 +150,7 @@ def fitted(model: Model, policy: Policy, budget: Budget, totals: Sequence[int]) 
   shared = check_policy(model, policy.replace(budget=tokens[0] if one else np.array(tokens)))
   if not one:
     shared = shared.replace(budget=tokens[0])
-  return [Group(shared, everything, _numbers(shared, tokens))], "; ".join(remarks)
+  return Group(shared, everything, _numbers(shared, tokens)), "; ".join(remarks)
 
 
 def _numbers(policy: Policy, tokens: Sequence[int]) -> dict[str, list[float]]:

@@ -223,28 +223,23 @@ class DmsJaxLM(TemplateLM):
   def _scored(self, passages: Sequence[Passage]) -> Iterator[tuple[list[int], list[Scored]]]:
     """(numbers of passages, their scores) of each batch; a batch holds passages of one `size_class`."""
     limit = masked(self.policy, self.budget)
+    group = None
     if isinstance(limit, Policy):
-      groups, _ = fitted(self.dms_model, self.policy, self.budget, [len(row.tokens) for row in passages])
-    else:
-      groups = [Group(self.policy, list(range(len(passages))), {})]
-    for group in groups:
-      sizes: dict[int, list[int]] = {}
-      for place, number in enumerate(group.rows):
-        sizes.setdefault(size_class(passages[number]), []).append(place)
-      for places in sizes.values():
-        like = [passages[group.rows[place]] for place in places]
-        places.sort(key=lambda place: -len(passages[group.rows[place]].tokens))
-        for start in range(0, len(places), self.batch_size):
-          block = places[start : start + self.batch_size]
-          numbers = [group.rows[place] for place in block]
-          if isinstance(limit, Policy):
-            own = {name: [values[place] for place in block] for name, values in group.numbers.items()}
-            limit = Group(group.policy, numbers, own).batched()
-          (found,) = likelihood.score(
-            [(self.dms_model, limit)], [passages[number] for number in numbers], batch=self.batch_size,
-            chunk=self.chunk, shaped_like=like,
-          )  # fmt: skip
-          yield numbers, found
+      group, _ = fitted(self.dms_model, self.policy, self.budget, [len(row.tokens) for row in passages])
+    sizes: dict[int, list[int]] = {}
+    for number, passage in enumerate(passages):
+      sizes.setdefault(size_class(passage), []).append(number)
+    for numbers in sizes.values():
+      like = [passages[number] for number in numbers]
+      numbers.sort(key=lambda number: -len(passages[number].tokens))
+      for start in range(0, len(numbers), self.batch_size):
+        block = numbers[start : start + self.batch_size]
+        own = limit if group is None else group.at(block).batched()
+        (found,) = likelihood.score(
+          [(self.dms_model, own)], [passages[number] for number in block], batch=self.batch_size,
+          chunk=self.chunk, shaped_like=like,
+        )  # fmt: skip
+        yield block, found
 
   def _loglikelihood_tokens(
     self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
@@ -318,12 +313,11 @@ class DmsJaxLM(TemplateLM):
     with tqdm(total=len(requests), desc="Running generate_until requests", disable=disable_tqdm) as bar:
       for sampling, numbers in alike.items():
         totals = [len(prompts[number]) + most[number] for number in numbers]
-        for group in fitted(self.dms_model, self.policy, self.budget, totals)[0]:
-          own = [numbers[row] for row in group.rows]
-          for place, text in self._written(group, sampling, [(prompts[n], most[n], n) for n in own]):
-            out[own[place]] = text
-            self.cache_hook.add_partial("generate_until", requests[own[place]].args, text)
-            bar.update()
+        group, _ = fitted(self.dms_model, self.policy, self.budget, totals)
+        for place, text in self._written(group, sampling, [(prompts[n], most[n], n) for n in numbers]):
+          out[numbers[place]] = text
+          self.cache_hook.add_partial("generate_until", requests[numbers[place]].args, text)
+          bar.update()
     return out
 
   def _written(

@@ -50,7 +50,7 @@ class Method:
     """The name with the budget, for readers."""
     return label(self.name, self.budget)
 
-  def fitted(self, job: Any, most: int) -> tuple[list[Group], str]:
+  def fitted(self, job: Any, most: int) -> tuple[Group, str]:
     """The policy for each text of a `run.Job` with `most` new tokens, and a remark, as `budgets.fitted` gives them."""
     return fitted(self.model, self.policy, self.given, job.totals(most))
 

@@ -41,10 +41,7 @@ def score(
   """
   passages, spans = job.passages
   limit = masked(method.policy, method.given)
-  group_of: dict[int, tuple[Any, int]] = {}
-  if isinstance(limit, Policy):
-    groups, _ = fitted(method.model, method.policy, method.given, job.totals(0))
-    group_of = {row: (group, place) for group in groups for place, row in enumerate(group.rows)}
+  group = fitted(method.model, method.policy, method.given, job.totals(0))[0] if isinstance(limit, Policy) else None
   rows_of = [sorted({row for row, _ in own}) for own in spans]
   longest = [max(len(passages[row].tokens) for row in rows) for rows in rows_of]
   order = sorted(range(len(spans)), key=lambda number: -longest[number])
@@ -54,17 +51,9 @@ def score(
     if not lacking.intersection(block):
       continue
     rows = [row for number in block for row in rows_of[number]]
-    scored: dict[int, likelihood.Scored] = {}
-    watch = Stopwatch()
-    if not isinstance(limit, Policy):
-      with watch.running():
-        scored |= _scored(method.model, limit, rows, passages, batch)
-    for group in dict.fromkeys(id(group_of[row][0]) for row in rows if group_of):
-      own = [row for row in rows if id(group_of[row][0]) == group]
-      shared, places = group_of[own[0]][0], [group_of[row][1] for row in own]
-      policy = type(shared)(shared.policy, own, {k: [v[p] for p in places] for k, v in shared.numbers.items()})
-      with watch.running():
-        scored |= _scored(method.model, policy.batched(), own, passages, batch)
+    watch, own_limit = Stopwatch(), limit if group is None else group.at(rows).batched()
+    with watch.running():
+      scored = _scored(method.model, own_limit, rows, passages, batch)
     seconds = watch.seconds / len(block) if watch.compiling < 0.01 * watch.seconds else None
     found = []
     for number in sorted(lacking.intersection(block)):
@@ -101,7 +90,7 @@ def score_text(
   length = chunks.shape[1]
   limit = masked(method.policy, method.given)
   if isinstance(limit, Policy):
-    (group,), _ = fitted(method.model, method.policy, method.given, [length])
+    group, _ = fitted(method.model, method.policy, method.given, [length])
     settings: dict[str, Any] = {"model": method.model, "policy": group.policy}
     if steady := getattr(group.policy, "steady", 0):  # the chunks change no score
       settings["chunk"] = min(steady, length)

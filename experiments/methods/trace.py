@@ -174,13 +174,12 @@ def add(path: Path, job: Any, method: Method, tokenizer: Tokenizer, records: Seq
     return
   files.cut_half_line(path, START)
   there = {chain_of(each) for each in read("output", path)}
-  groups, _ = method.fitted(job, most)
-  for group in groups:
-    for place, row in enumerate(group.rows):
-      policy, prompt = group.policy.replace(**group.of_row(place)), job.asked[row].tokens
-      for record in [each for each in own if each.prompt == row and chain_of(each) not in there]:
-        ids = [*prompt, *tokenizer.encode(record.text, continues=True)]
-        append(path, [trace(method.model, policy, tokenizer, ids, len(prompt), record)])
+  group, _ = method.fitted(job, most)
+  for place, row in enumerate(group.rows):
+    policy, prompt = group.policy.replace(**group.of_row(place)), job.asked[row].tokens
+    for record in [each for each in own if each.prompt == row and chain_of(each) not in there]:
+      ids = [*prompt, *tokenizer.encode(record.text, continues=True)]
+      append(path, [trace(method.model, policy, tokenizer, ids, len(prompt), record)])
 
 
 def read(flag: str, path: Path) -> list[Trace]:

@@ -94,18 +94,16 @@ def write(
   width = pools * max(-(-width // pools), job.chains)
   for lengths in cuts:
     most = max(lengths)
-    groups, _ = method.fitted(job, most)
-    own = {key for key in wanted if key[2] in lengths}
-    for group in groups:
-      if own.intersection((row, chain, cut) for row in group.rows for chain in range(job.chains) for cut in lengths):
-        yield from _write_group(job, method, group, own, tokenizer, record, most, width, memory, tick)
+    if own := {key for key in wanted if key[2] in lengths}:
+      group, _ = method.fitted(job, most)
+      yield from _write_group(job, method, group, own, tokenizer, record, most, width, memory, tick)
 
 
 def _write_group(
   job: Any, method: Method, group: Group, wanted: set[tuple[int, int, int]], tokenizer: Tokenizer,
   record: Callable[..., Record], most: int, width: int, memory: int | None, tick: Callable[[int], None],
 ) -> Iterator[list[Record]]:  # fmt: skip
-  """`write` for the prompts of one group, up to `most` new tokens."""
+  """`write` up to `most` new tokens."""
   generator = generator_of(job, method, group, tokenizer, most, width, memory)
   running: dict[int, tuple[int, list[int]]] = {}  # ticket -> prompt, its chains
   ended: dict[int, int] = {}  # ticket -> chains that have ended

@@ -41,43 +41,43 @@ def models():
 
 def test_the_paper_s_budget_is_a_number_for_each_text(models):
   totals = [100, 41, 9]
-  (group,), remark = fitted(models[0], policies.TOVA(), Budget(cr=4.0), totals)
+  group, remark = fitted(models[0], policies.TOVA(), Budget(cr=4.0), totals)
   assert group.numbers == {"budget": [25, 11, 3]} and group.rows == [0, 1, 2] and remark == ""
   assert group.batched().budget.tolist() == [25, 11, 3] and group.of_row(1) == {"budget": 11}
-  (group,), _ = fitted(models[0], policies.TOVA(), Budget(tokens=7), totals)
+  group, _ = fitted(models[0], policies.TOVA(), Budget(tokens=7), totals)
   assert group.numbers == {"budget": [7, 7, 7]}
-  (group,), _ = fitted(models[0], policies.TOVA(), Budget(cr=4.0, rule="seen"), totals)
+  group, _ = fitted(models[0], policies.TOVA(), Budget(cr=4.0, rule="seen"), totals)
   assert group.numbers == {"cr": [4.0] * 3} and group.policy.budget is None
-  (group,), _ = fitted(models[1], policies.DMS(threshold=0.5), Budget(), totals)
+  group, _ = fitted(models[1], policies.DMS(threshold=0.5), Budget(), totals)
   assert group.numbers == {"threshold": [0.5] * 3} and group.policy.window == 5
 
 
-def test_budgets_below_the_least_are_raised_and_those_that_are_shapes_rounded(models):
-  (group,), remark = fitted(models[0], policies.SnapKV(), Budget(cr=4.0), [400, 41, 9])
+def test_budgets_below_the_least_are_raised(models):
+  group, remark = fitted(models[0], policies.SnapKV(), Budget(cr=4.0), [400, 41, 9])
   assert group.numbers == {"budget": [100, 32, 32]}
   assert remark == "2 of 3 budgets raised to 32 tokens, the least that SnapKV takes"
-  (group,), remark = fitted(models[0], policies.StreamingLLM(), Budget(cr=4.0), [400, 404, 100, 9])
+  group, remark = fitted(models[0], policies.StreamingLLM(), Budget(cr=4.0), [400, 404, 100, 9])
   assert group.policy.by_position and group.numbers == {"budget": [100, 101, 25, 5], "sinks": [4, 4, 4, 4]}
   assert remark == "1 of 4 budgets raised to 5 tokens, the least that StreamingLLM takes"
-  (group,), _ = fitted(models[0], policies.StreamingLLM(), Budget(cr=4.0), [400, 400])
+  group, _ = fitted(models[0], policies.StreamingLLM(), Budget(cr=4.0), [400, 400])
   assert group.policy.window == 95 and group.numbers == {"sinks": [4, 4]}
-  (group,), _ = fitted(models[0], policies.StreamingLLM(), Budget(cr=4.0, rule="seen"), [9])
+  group, _ = fitted(models[0], policies.StreamingLLM(), Budget(cr=4.0, rule="seen"), [9])
   assert group.numbers == {"cr": [4.0]}
   with pytest.raises(ValueError, match="--budgets=10: H2O: budget=10 tokens must be 51 or more at window=50"):
     fitted(models[0], policies.H2O(window=50), Budget(tokens=10), [400])
   with pytest.raises(ValueError, match="--budgets=128, less a buffer of 32 tokens: VaSE: sinks=60 must be"):
     fitted(models[0], policies.VaSE(sinks=60), Budget(tokens=128), [400])
-  (group,), remark = fitted(models[0], policies.H2O(), Budget(tokens=10**6), [400, 41])
+  group, remark = fitted(models[0], policies.H2O(), Budget(tokens=10**6), [400, 41])
   assert group.policy.window == 199 and remark == ""  # not 499,999
-  (group,), remark = fitted(models[0], policies.SnapKV(), Budget(tokens=64), [9])
+  group, remark = fitted(models[0], policies.SnapKV(), Budget(tokens=64), [9])
   assert group.numbers == {"budget": [32]} and remark == ""  # a text that any budget holds whole
-  groups, remark = fitted(models[0], policies.RKV(), Budget(cr=4.0), [400, 800])
+  cut, remark = fitted(models[0], policies.RKV(), Budget(cr=4.0), [400, 800])
   assert remark == "cut every 25 tokens instead of 128, a quarter of the smallest budget"
-  assert groups[0].policy.buffer == 25 and groups[0].numbers == {"budget": [75, 175]}  # a head holds 100, 200
+  assert cut.policy.buffer == 25 and cut.numbers == {"budget": [75, 175]}  # a head holds 100, 200
   with pytest.raises(ValueError, match="SnapKV: pool=4 must be an odd"):
     fitted(models[0], policies.SnapKV(pool=4), Budget(cr=4.0), [9])
   assert budgets.most_tokens(group.policy, group.numbers, 400) == 400  # the whole prompt, until it is cut
-  (group,), _ = fitted(models[0], policies.TOVA(), Budget(cr=4.0), [400, 41])
+  group, _ = fitted(models[0], policies.TOVA(), Budget(cr=4.0), [400, 41])
   assert budgets.most_tokens(group.policy, group.numbers, 400) == 100
 
 

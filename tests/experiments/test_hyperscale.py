@@ -140,11 +140,11 @@ def test_the_sinks_of_prompt_window_are_the_prompt_of_each_request(checkpoints):
   (_, method) = built(checkpoints, ("vanilla", "prompt_window"), (1.5,))
   job = letters(60)
   lengths = [len(prompt.tokens) for prompt in job.asked]
-  (group,), remark = method.fitted(job, 60)
+  group, remark = method.fitted(job, 60)
   held = [length + group.policy.window + 1 for length in lengths]
   assert remark == "" and group.numbers == {"sinks": lengths} and len(set(lengths)) == 3
   assert np.mean(held) == pytest.approx(np.mean([math.ceil((length + 60) / 1.5) for length in lengths]), abs=0.5)
-  (small,), remark = dataclasses.replace(method, given=dataclasses.replace(method.given, cr=8.0)).fitted(job, 60)
+  small, remark = dataclasses.replace(method, given=dataclasses.replace(method.given, cr=8.0)).fitted(job, 60)
   assert small.policy.window == 15
   assert remark == "L 60: the budget leaves -4 tokens beside the prompt, the window holds 16"
   made = [record for part in run.run(job, [method], byte_tokenizer(), width=4) for record in part]
@@ -378,7 +378,7 @@ def test_the_timed_batch_fills_the_memory(checkpoints, monkeypatch):
   (cell,) = cells.of_records(found)[0].values()
   create = write.generator_of
   monkeypatch.setattr(timing, "generator_of", lambda *about: made.append(create(*about)) or made[-1])
-  empty = create(job, method, method.fitted(job, 60)[0][0], byte_tokenizer(), 60, 8, None).cache
+  empty = create(job, method, method.fitted(job, 60)[0], byte_tokenizer(), 60, 8, None).cache
   memory = int(13.5 * timing.row_bytes(empty, cell))
   rows = timing.rows_that_fit(job, method, 60, cell, memory)
   assert rows == 13 and timing.rows_that_fit(job, method, 60, cell, 10 * memory) == 24  # all chains

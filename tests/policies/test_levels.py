@@ -295,7 +295,7 @@ def test_methods_of_one_retrofit_have_a_level_for_each_cr():
   found = build(crs=(2, 4, 8))
   assert [m.label for m in found] == ["dms, CR 2", "dms, CR 4", "dms, CR 8"]
   assert [masked(m.policy, m.given) for m in found] == [float(GATES.levels.threshold(cr)) for cr in (2, 4, 8)]
-  (group,), note = fitted(MODEL, found[0].policy, found[0].given, [20, 30])
+  group, note = fitted(MODEL, found[0].policy, found[0].given, [20, 30])
   assert group.numbers == {"cr": [2.0, 2.0]} and not note and len({m.checkpoint for m in found}) == 3
   assert [masked(m.policy, m.given) for m in build()] == pytest.approx([0.0], abs=1e-5)
   assert [masked(m.policy, m.given) for m in build(thresholds=(-1.0, 2.0))] == [-1.0, 2.0]
