@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,6 @@ def load(path: str | Path, retrofit: str | Path | None = None, dtype: Any = None
   Raises:
     ValueError: a folder is missing or damaged, the retrofit belongs to another model, or the mesh cannot split it.
   """
-  from concurrent.futures import ThreadPoolExecutor
-
   from dms_jax import checkpoint  # Orbax and tokenizers take a second to import
   from dms_jax.execution import fastest_form
   from dms_jax.sharding import DECODING

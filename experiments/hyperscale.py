@@ -160,10 +160,10 @@ def make(config: Config, chosen: TasksConfig, folder: Path, mesh: Mesh | None) -
   about = {"config": program.flag_values(), "environment": program.environment()}
   model = program.fingerprint([checkpoint.fingerprint(config.checkpoint), config.dtype])
   made: dict[str, Any] = {}
-  if sweeping.short:
+  if sweeping.short is not None:
     if not config.timed:
       raise ValueError(f"--output={folder} holds cells without records, to which none are added: give another folder")
-    if cells.read(folder, "output")[0].model not in ("", model):
+    if sweeping.short.model not in ("", model):
       raise ValueError(f"--output={folder} holds cells of another --checkpoint or --dtype")
   else:
     program.save_json(folder / CONFIG, {**about, "model": model})

@@ -93,9 +93,8 @@ def create(
     options["longest"] = None if longest is None else int(longest)
   sizes = dict(
     layers=config.num_layers, batch=int(batch), heads=config.num_kv_heads, head_dim=config.head_dim,
-    capacity=int(capacity),
-    lag=lag, dtype=dtype, group=config.num_heads // config.num_kv_heads, sliding=Sliding.of(config, policy.window),
-    **options,
+    capacity=int(capacity), lag=lag, dtype=dtype, group=config.num_heads // config.num_kv_heads,
+    sliding=Sliding.of(config, policy.window), **options,
   )  # fmt: skip
   return _empty(policy, kind=kind, sizes=tuple(sizes.items()))
 

@@ -59,7 +59,9 @@ class Sweeping:
     found = records.read(folder / cells.RECORDS)
     expected = {(*m.key, job.task.name, job.length): run.settings_of(job, m) for m in methods for job in jobs}
     records.check_settings(folder / cells.RECORDS, found, expected)
-    self.short = not found and (folder / cells.CELLS).exists()  # the cells alone stayed
+    # The sweep of which cells alone stayed; None where records are, or nothing is yet.
+    alone = (folder / cells.CELLS).exists() and not (folder / cells.RECORDS).exists()
+    self.short = cells.read(folder, "output")[0] if alone else None
     self.there: dict[tuple, list[Record]] = {}
     for record in found:
       self.there.setdefault(record.cell, []).append(record)
@@ -141,14 +143,14 @@ class Sweeping:
     path, memory = self.folder / cells.TIMES, int(gib * 2**30)
     files.cut_half_line(path, b'{"task": ')
     there = cells.read_times(path).get(gib, {})
-    if self.short:
-      found = cells.load(self.folder / cells.CELLS, "output")
+    if self.short is not None:
+      found = self.short.cells
     else:
       found = cells.of_records(record for own in self.there.values() for record in own)[0]
     by_method: dict[str, dict[cells.Key, tuple[Job, Method, int]]] = {}
     for job, method, most in ((j, m, L) for j in self.jobs for m in self.methods for L in j.max_tokens):
       key = job.task.name, method.name, method.budget.get("cr", 1.0), most
-      if self.short:
+      if self.short is not None:
         cell, prompts = found.get(key), run.settings_of(job, method).rpartition("-")[0]
         if cell is None or (cell.content, cell.chains) != (prompts, job.chains):
           raise ValueError(
