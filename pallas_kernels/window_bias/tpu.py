@@ -20,13 +20,15 @@ from pallas_kernels.window_bias.common import padded, saved, segment_bounds
 from pallas_kernels.window_bias.tpu_common import Blocks, Variant, default_blocks
 
 
-def window_bias_attention(q, k, v, bias, window, segment_ids, lse=False, softcap=None, blocks: Blocks | None = None):
+def window_bias_attention(q, k, v, bias, window, segment_ids, lse=False, softcap=None, by_age=False, blocks: Blocks | None = None):
   """See `api.window_bias_attention`; bfloat16 or float32, head sizes that are multiples of 16 up to 256.
 
   Raises:
     NotImplementedError: another device, dtype or head size, or a text too long for the list of pairs of blocks.
   """
   compat_tpu.require_tpu()
+  if by_age:
+    raise NotImplementedError("a bias that grows with a key's age")
   b, t, n, h = q.shape
   heads = k.shape[2]
   dispatch.supports(("bfloat16", "float32"), q=q, k=k, v=v)
