@@ -44,7 +44,7 @@ def window_bias_attention(
     segment_ids: tokens of different ids never see each other; ids must be contiguous runs.
     lse: also return the logarithm of each query's sum of exponentials, float32 [B, T, N], sinks included; it has
       gradients, too.
-    by_age: each key's bias is multiplied by its age i - j; the TPU kernel refuses this.
+    by_age: each key's bias is multiplied by its age i - j.
     softcap: scores s, before any mask or bias, become softcap tanh(s / softcap) (Gemma 2); None leaves them.
     sinks: a logit for each query head, whose exponential joins the sum of the softmax and has no value (gpt-oss).
 

@@ -27,8 +27,6 @@ def window_bias_attention(q, k, v, bias, window, segment_ids, lse=False, softcap
     NotImplementedError: another device, dtype or head size, or a text too long for the list of pairs of blocks.
   """
   compat_tpu.require_tpu()
-  if by_age:
-    raise NotImplementedError("a bias that grows with a key's age")
   b, t, n, h = q.shape
   heads = k.shape[2]
   dispatch.supports(("bfloat16", "float32"), q=q, k=k, v=v)
@@ -45,7 +43,7 @@ def window_bias_attention(q, k, v, bias, window, segment_ids, lse=False, softcap
   bias = None if bias is None else bias.astype(jnp.float32)[:, :, None]
   start = None if segment_ids is None else segment_bounds(segment_ids)[0][:, None, None]
   # Zeros behind the last token, in the last segment: no real query sees them, and no gradient reaches them.
-  variant = Variant(int(window), bias is not None, blocks, in_log2(softcap))
+  variant = Variant(int(window), bias is not None, blocks, in_log2(softcap), by_age)
   args = *(padded(x, 3, pad) for x in (q, k, v, bias)), padded(start, 3, pad, mode="edge")
   first = lambda x, *shape: jnp.moveaxis(x[..., :t].reshape(b, n, *shape, t), -1, 1)
   if not lse:
