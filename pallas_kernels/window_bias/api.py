@@ -35,7 +35,7 @@ def window_bias_attention(
   """Causal attention; `bias[b, k, j]` is added to the scores of key j for queries i with i - j > window.
 
   With bias = log(1 - alpha) this is the training mask of DMS (arXiv 2506.05345, figure 2b); with bias -inf where a key
-  is evicted it is the hard mask of inference. With `by_age` and bias = log(beta) it is the decay of TRIM-KV (2512.03324).
+  is evicted it is the hard mask of inference; `by_age` and bias = log(beta) are the decay of TRIM-KV (2512.03324).
   Differentiable in q, k, v, bias and sinks; memory linear in T.
 
   Args:
@@ -64,7 +64,9 @@ def window_bias_attention(
   dispatch.check(segment_ids is None or segment_ids.shape == (b, t), "segment_ids must be [B, T]")
   args = q, k, v, bias, window, segment_ids
   wanted = lse or sinks is not None
-  results = dispatch.call("window_bias", IMPLEMENTATIONS, implementation, *args, lse=wanted, softcap=softcap, by_age=by_age)
+  results = dispatch.call(
+    "window_bias", IMPLEMENTATIONS, implementation, *args, lse=wanted, softcap=softcap, by_age=by_age
+  )
   if not wanted:
     return results
   results = with_sinks(*results, sinks)

@@ -4,7 +4,7 @@ Each output is summed by one block in a fixed order, so two runs agree bit for b
 `split_group` XLA adds dk, dv and dbias of a group's heads, after dk and dv were rounded to q's dtype. With
 p = exp2(s - lse), dp = dout v^T, delta = rowsum(out * dout): ds = p (dp - delta), dq = scale ds k, dk = scale ds^T q,
 dv = p^T dout, dbias_j = sum of ds over the queries further than the window from key j and over the group's heads, each
-ds times the distance i - j where biases are. If scores are capped, ds is multiplied by the cap's slope for dq and dk.
+ds times i - j where a bias grows with age. If scores are capped, ds is multiplied by the cap's slope for dq and dk.
 """
 
 from __future__ import annotations

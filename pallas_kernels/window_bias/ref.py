@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 
-def window_bias_attention(q, k, v, bias, window, segment_ids, *, lse: bool = False, softcap=None, sinks=None, by_age=False):
+def window_bias_attention(
+  q, k, v, bias, window, segment_ids, *, lse: bool = False, softcap=None, sinks=None, by_age=False
+):
   """softmax(q k^T / sqrt(H) + bias[j] where i - j > window), causal and within a segment, times v.
 
   With `by_age`, bias[j] is multiplied by i - j. A head's sink is one more score, of a key without a value.

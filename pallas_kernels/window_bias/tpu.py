@@ -20,7 +20,9 @@ from pallas_kernels.window_bias.common import padded, saved, segment_bounds
 from pallas_kernels.window_bias.tpu_common import Blocks, Variant, default_blocks
 
 
-def window_bias_attention(q, k, v, bias, window, segment_ids, lse=False, softcap=None, by_age=False, blocks: Blocks | None = None):
+def window_bias_attention(
+  q, k, v, bias, window, segment_ids, lse=False, softcap=None, by_age=False, blocks: Blocks | None = None
+):
   """See `api.window_bias_attention`; bfloat16 or float32, head sizes that are multiples of 16 up to 256.
 
   Raises:
