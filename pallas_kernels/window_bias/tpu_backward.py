@@ -2,8 +2,8 @@
 
 With p = exp2(s - lse), dp = dout v^T, delta = rowsum(out * dout): ds = p (dp - delta), dq = scale ds k,
 dk = scale ds^T q, dv = p^T dout, dbias_j = sum of ds over the queries further than the window from key j and over the
-group's heads, each ds times i - j where a bias grows with age. If scores are capped, ds is multiplied by the cap's slope
-for dq and dk. Each output is summed by one core in a fixed order: two runs agree bit for bit.
+group's heads, each ds times i - j where a bias grows with age. If scores are capped, ds is multiplied by the cap's
+slope for dq and dk. Each output is summed by one core in a fixed order: two runs agree bit for bit.
 """
 
 from __future__ import annotations
