@@ -49,6 +49,11 @@ def layer_softmax(softcap: float | None, sinks: Array | None):
     _softmax.reset(token)
 
 
+def softmax_of_layer() -> tuple[float | None, Array | None]:
+  """(softcap, sinks) of the layer that is being traced, see `layer_softmax`."""
+  return _softmax.get()
+
+
 @contextlib.contextmanager
 def use(implementation: str | Sequence[str] | None):
   """Names the implementation ("xla", ...) of every attention traced inside, or several in order of preference.
@@ -185,7 +190,7 @@ def prefill_attention(q, keys, values, q_pos, k_first, k_last, *, lse: bool = Fa
   return _on_shards(call, q.shape[0], keys.shape[1], specs, out_spec, *args)
 
 
-def window_bias_attention(q, k, v, bias, window, segment_ids=None):
+def window_bias_attention(q, k, v, bias, window, segment_ids=None, *, lse: bool = False, by_age: bool = False):
   """`pallas_kernels.window_bias.window_bias_attention`: causal attention with a bias on keys outside the window.
 
   Args:
@@ -194,18 +199,24 @@ def window_bias_attention(q, k, v, bias, window, segment_ids=None):
     bias: float32 [B, K, T], or None for no bias.
     window: W in tokens.
     segment_ids: int32 [B, T], or None; tokens of different ids do not see each other.
+    lse: adds the log-sum-exp of each query's scores, float32 [B, T, N], without the layer's sinks, which are then left
+      out of the output, too.
+    by_age: a key's bias is multiplied by the distance i - j from its query.
 
   Returns:
-    [B, T, N, H].
+    [B, T, N, H], or a pair with the log-sum-exp.
   """
 
   softcap, sinks = _softmax.get()
+  sinks = None if lse else sinks
 
   def call(q, k, v, bias, segment_ids, sinks):
     return window_bias.window_bias_attention(
-      q, k, v, bias, window, segment_ids, softcap=softcap, sinks=sinks, implementation=_choice.get()
-    )
+      q, k, v, bias, window, segment_ids,
+      lse=lse, by_age=by_age, softcap=softcap, sinks=sinks, implementation=_choice.get(),
+    )  # fmt: skip
 
   tokens = lambda rows, heads: P(rows, None, heads)
   specs = lambda rows, heads: (*(tokens(rows, heads),) * 3, P(rows, heads), P(rows), P(heads))
-  return _on_shards(call, q.shape[0], k.shape[2], specs, tokens, q, k, v, bias, segment_ids, sinks)
+  out = (lambda rows, heads: (tokens(rows, heads),) * 2) if lse else tokens
+  return _on_shards(call, q.shape[0], k.shape[2], specs, out, q, k, v, bias, segment_ids, sinks)

@@ -290,8 +290,10 @@ def main() -> None:
   ):
     raise ValueError(f"{', '.join(given)}: retrofit.trainable={settings.trainable!r} has no low-rank updates")
   check(dms, lora, settings)
-  if config.benchmark and settings.objective != "dms":
-    raise ValueError(f"--benchmark times steps of retrofit.objective=dms, not of {settings.objective}")
+  if config.benchmark and settings.objective == "kvzap":
+    raise ValueError("--benchmark times steps of retrofit.objective=dms, dmc or trimkv, not of kvzap")
+  if config.against_flex and settings.objective != "dms":
+    raise ValueError(f"--against_flex: the step in PyTorch is that of retrofit.objective=dms, not {settings.objective}")
   if config.against_flex and not config.benchmark:
     raise ValueError("--against_flex is a part of --benchmark: give both")
   flex = {}

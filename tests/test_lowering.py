@@ -50,14 +50,21 @@ def lowered_for_cuda(
     return jax.jit(cached_forward, donate_argnums=2).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
-def test_training_without_gates_lowers_for_cuda():
+TRAINED = {  # gates, and settings of a retrofit besides its sizes
+  "lm": (None, {"trainable": "all", "loss": LossConfig("lm")}),
+  "trimkv": (DMSConfig(objective="trimkv"), {"trainable": "gates", "loss": LossConfig("forward_kl")}),
+  "dmc": (DMSConfig(objective="dmc", window=16), {"trainable": "gates", "loss": LossConfig("lm")}),
+}
+
+
+@pytest.mark.parametrize("objective", TRAINED)
+def test_training_lowers_for_cuda(objective):
   """Packed documents, forward and backward: attention by the kernel, and no array of T x T scores."""
   config, struct, rows, tokens = PRESETS["smollm2-135m"], jax.ShapeDtypeStruct, 2, 1024
-  settings = RetrofitConfig(
-    objective="lm", trainable="all", batch_size=rows, seq_len=tokens, loss=LossConfig("lm"), memory=MemoryConfig()
-  )
+  dms, options = TRAINED[objective]
+  settings = RetrofitConfig(objective=objective, batch_size=rows, seq_len=tokens, memory=MemoryConfig(), **options)
   base = Model(map_table(lambda _, spec: struct(spec.shape, jnp.float32), param_table(config)), config)
-  student, teacher, trained = jax.eval_shape(lambda base: prepare(base, None, LoRAConfig(), settings), base)
+  student, teacher, trained = jax.eval_shape(lambda base: prepare(base, dms, LoRAConfig(), settings), base)
   state = jax.eval_shape(partial(init_state, settings), trained)
   ids = struct((rows, tokens), jnp.int32)
   batch, key = Batch(ids, ids, struct((rows, tokens), jnp.bool)), jax.eval_shape(lambda: jax.random.key(0))

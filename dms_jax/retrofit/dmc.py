@@ -15,32 +15,69 @@ here there is no limit. The paper's phase at a fixed target is `schedule.steps` 
 
 from __future__ import annotations
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from dms_jax.attention import softmax_of_layer, window_bias_attention
 from dms_jax.gates import gate_logits
-from dms_jax.model import Model
+from dms_jax.model import Model, segment_positions
 from dms_jax.policies.dmc import weight_of
 from dms_jax.retrofit.batch import Batch, run
 from dms_jax.retrofit.config import RetrofitConfig
-from dms_jax.retrofit.decay import blocks, visible
-from pallas_kernels.common.xla_dot import einsum
+from pallas_kernels.common.softmax import soft_capped, with_sinks
+
+
+def prefix_sums(x: Float[Array, "B T K D"], log_decay: Float[Array, "B T K"]) -> Float[Array, "B T K D"]:
+  """y_j = exp(log_decay_j) y_(j-1) + x_j, float32, by products with triangular matrices.
+
+  One product sums within chunks of about sqrt(T) tokens, another over the chunks' last sums: few operations, where a
+  scan takes T steps and an associative one 2 log2 T passes over `x`.
+
+  Args:
+    log_decay: 0 or less, finite; `FORGETS` where nothing before counts.
+  """
+  b, t, heads, width = x.shape
+  chunk = math.isqrt(t - 1) + 1
+  x, decay = (jnp.pad(y, ((0, 0), (0, -t % chunk), *((0, 0),) * (y.ndim - 2))) for y in (x, log_decay))
+  x, decay = x.reshape(b, -1, chunk, heads, width), jnp.moveaxis(decay.reshape(b, -1, chunk, heads), 3, 1)
+  within, across = _decays(decay), _decays(decay.sum(axis=-1))
+  y = _product("bkcji,bcikd->bcjkd", within, x)
+  ends = _product("bkji,bikd->bjkd", across, y[:, :, -1])
+  before = jnp.pad(ends[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0)))  # of each chunk, the sum up to it
+  since = within[..., 0] * jnp.exp(decay[..., :1])  # from the end of the chunk before to each token
+  return (y + jnp.moveaxis(since, 1, 3)[..., None] * before[:, :, None]).reshape(b, -1, heads, width)[:, :t]
+
+
+FORGETS = -1e30  # the logarithm of a decay of 0; finite, so that its product with 0 is 0
+_product = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)  # of float32, which are not rounded first
+
+
+def _decays(log_decay: Float[Array, "*rows C"]) -> Float[Array, "*rows C C"]:
+  """What is left at token j of token i's share: the exponential of the sum over i < m <= j; 0 where i > j."""
+  earlier = jnp.tri(log_decay.shape[-1], dtype=jnp.float32)  # [j, m]: m <= j
+  # Summed anew for each i: a difference of running sums would lose the small ones behind a large one.
+  sums = _product("jm,...m,mi->...ji", earlier, log_decay, 1.0 - earlier.T)
+  return jnp.where(earlier > 0, jnp.exp(sums), 0.0)
 
 
 def slots(
-  x: Float[Array, "B T K H"], alpha: Float[Array, "B K T"], omega: Float[Array, "B K T"]
-) -> Float[Array, "B T K H"]:
-  """The slots s_j of keys or values `x`, float32, by the relaxed decisions `alpha` and the importances `omega`."""
-  keep, weight = (jnp.swapaxes(y, 1, 2)[..., None] for y in (alpha, omega))
-  parts = jnp.concatenate([weight * x.astype(jnp.float32), weight], axis=-1)
+  k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], log_alpha: Float[Array, "B K T"], omega: Float[Array, "B K T"]
+) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+  """The slots s_j of keys and of values, float32, by the relaxed decisions and the importances `omega`.
 
-  def combine(left, right):
-    return left[0] * right[0], left[1] * right[0] + right[1]
-
-  _, sums = lax.associative_scan(combine, (keep, parts), axis=1)
-  return sums[..., :-1] / sums[..., -1:]
+  Args:
+    log_alpha: logarithms of the decisions; `FORGETS` at the first token of a document.
+  """
+  log_alpha, weight = jnp.swapaxes(log_alpha, 1, 2), jnp.swapaxes(omega, 1, 2)[..., None]
+  parts = [*(weight * x.astype(jnp.float32) for x in (k, v)), weight]
+  sums = prefix_sums(jnp.concatenate(parts, axis=-1), log_alpha)
+  keys, values = jnp.split(sums[..., :-1] / sums[..., -1:], 2, axis=-1)
+  return keys, values
 
 
 def merging_attention(
@@ -49,43 +86,44 @@ def merging_attention(
 ) -> Float[Array, "B T N H"]:  # fmt: skip
   """Attention to the window's tokens and to the slots of the tokens before, as the module describes.
 
+  Both parts are the library's attention with a bias, each with its log-sum-exp. Slot j stands W + 1 places behind its
+  token, so that a query sees those up to its own place, the newest free of bias.
+
   Args:
     z: float32, logits of the relaxed decisions, alpha = sigmoid(z); not the z_j of the module.
     omega: float32, importances, positive.
     window: W in tokens.
     segment_ids: documents that do not see each other, in contiguous runs.
   """
-  b, t, n, h = q.shape
-  heads = k.shape[2]
-  starts = _starts(b, t, segment_ids)[:, None]
-  alpha = jnp.where(starts, 0.0, jax.nn.sigmoid(z))
-  slot_k, slot_v = (slots(x, alpha, omega).astype(x.dtype) for x in (k, v))
+  b, t = q.shape[:2]
+  position = jnp.broadcast_to(jnp.arange(t), (b, t)) if segment_ids is None else segment_positions(segment_ids)
+  first = (position == 0)[:, None]
+  keys, values = slots(k, v, jnp.where(first, FORGETS, jax.nn.log_sigmoid(z)), omega)
   # log(1 - alpha) of the next token; that of a document's first token is about no slot of the document before
-  replaced = jnp.where(starts, 0.0, jax.nn.log_sigmoid(-z))
-  replaced = jnp.concatenate([replaced[..., 1:], jnp.zeros_like(replaced[..., :1])], axis=-1)
-  grouped = q.reshape(b, t, heads, n // heads, h)
-
-  def each(queries):
-    mine = jnp.take(grouped, queries, axis=1, mode="clip")
-    age = queries[:, None] - jnp.arange(t)
-    bias = jnp.where(age > window + 1, replaced[:, :, None], 0.0)[:, :, None]
-    own = einsum("bqkgh,bskh->bkgqs", mine, k) * h**-0.5
-    old = einsum("bqkgh,bskh->bkgqs", mine, slot_k) * h**-0.5 + bias
-    seen = visible(queries, segment_ids, t)[:, None, None]
-    scores = [jnp.where(seen & (age <= window), own, -jnp.inf), jnp.where(seen & (age > window), old, -jnp.inf)]
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(v.dtype)
-    product = lambda weights, values: einsum("bkgqs,bskh->qbkgh", weights, values)
-    return product(weights[..., :t], v) + product(weights[..., t:], slot_v)
-
-  return jnp.moveaxis(blocks(each, t), 0, 1).reshape(b, t, n, h).astype(q.dtype)
+  replaced = jnp.roll(jnp.where(first, 0.0, jax.nn.log_sigmoid(-z)), -1, axis=2)
+  behind = lambda x, axis: jnp.roll(x, window + 1, axis)
+  has_slot = position > window
+  bias = jnp.where(has_slot[:, None], behind(replaced, 2), -jnp.inf)
+  keys, values = (behind(x.astype(k.dtype), 1) for x in (keys, values))
+  old, old_logs = window_bias_attention(q, keys, values, bias, 0, segment_ids, lse=True)
+  old_logs = jnp.where(has_slot[..., None], old_logs, -jnp.inf)
+  if window:
+    own, own_logs = window_bias_attention(q, k, v, jnp.full_like(z, -jnp.inf), window, segment_ids, lse=True)
+  else:
+    own, own_logs = _own(q, k, v)
+  share = jax.nn.sigmoid(old_logs - own_logs)[..., None]
+  old, own = old.astype(jnp.float32), own.astype(jnp.float32)
+  out, _ = with_sinks(own + share * (old - own), jnp.logaddexp(own_logs, old_logs), softmax_of_layer()[1])
+  return out.astype(q.dtype)
 
 
-def _starts(batch: int, length: int, segment_ids: Int[Array, "B T"] | None) -> Bool[Array, "B T"]:
-  """Whether each token is the first of its document."""
-  first = jnp.broadcast_to(jnp.arange(length) == 0, (batch, length))
-  if segment_ids is None:
-    return first
-  return first | (segment_ids != jnp.roll(segment_ids, 1, axis=1))
+def _own(
+  q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+  """Attention of each query to its own token alone, and its score, float32."""
+  k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+  scores = jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32), axis=-1) * q.shape[-1] ** -0.5
+  return v, soft_capped(scores, softmax_of_layer()[0])
 
 
 def student(

@@ -107,6 +107,7 @@ class Text:
   """T tokens, N query and K KV heads of size H, window W; `kind` "prefill" (at `cr`) or "retrofit".
 
   `uneven`: heads hold exp(0.8 N(0, 1)) times a mean, as trained gates leave them, instead of all the same.
+  `by_age`: the bias of a retrofit grows with a key's age.
   """
 
   kind: str
@@ -120,14 +121,19 @@ class Text:
   bars: tuple[Bar, ...] = ()
   softmax: Softmax = ""
   uneven: bool = False
+  by_age: bool = False
 
   def __str__(self) -> str:
-    more = (f" {self.softmax}" if self.softmax else "") + (" uneven" if self.uneven else "")
+    more = (
+      (f" {self.softmax}" if self.softmax else "")
+      + (" uneven" if self.uneven else "")
+      + (" by age" if self.by_age else "")
+    )
     return f"B{self.batch} T{self.tokens} N{self.queries} K{self.heads} H{self.size} W{self.window}{more}"
 
   def options(self) -> dict:
     """Keyword arguments of attention besides the arrays."""
-    return softmax_options(self.softmax, self.queries)
+    return softmax_options(self.softmax, self.queries) | ({"by_age": True} if self.by_age else {})
 
   def shrunk(self) -> Text:
     return dataclasses.replace(self, batch=1, tokens=256, queries=4, heads=2, size=64, window=16, bars=())
@@ -178,6 +184,7 @@ CASES: dict[str, Decode | Text] = {
   "prefill_softcap": Text("prefill", 1, 8192, 32, 16, 128, 256, cr=4, softmax="softcap"),
   "retrofit_sinks": Text("retrofit", 1, 4096, 64, 8, 64, 127, softmax="sinks"),
   "retrofit_softcap": Text("retrofit", 1, 4096, 32, 16, 128, 256, softmax="softcap"),
+  "retrofit_age": Text("retrofit", 4, 4096, 9, 3, 64, 0, by_age=True),
   "decode_h256": Decode(8, 8, 2, 256, 8192, 8),  # Gemma 2 9B
   "pages_h256": Decode(8, 8, 2, 256, 8192, 8, pages=32, ring=272),
   "prefill_h256": Text("prefill", 1, 8192, 16, 8, 256, 256, cr=4),
@@ -428,7 +435,7 @@ def measure_retrofit(work: Text, implementation: str | None, flex: bool) -> dict
     "us": us, "forward_us": forward, "dense_us": dense, "dense_forward_us": dense_forward, "dense_ratio": dense / us,
     "dense_slowdown": us / dense,
   }  # fmt: skip
-  if work.softmax:
+  if work.softmax or work.by_age:
     return row | beside(us, timed(implementation)[1], timed("xla", **work.options())[1])
   if flex:
     row |= measure_flex(work)

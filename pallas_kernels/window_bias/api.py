@@ -27,6 +27,7 @@ def window_bias_attention(
   segment_ids: Int[Array, "B T"] | None = None,
   *,
   lse: bool = False,
+  by_age: bool = False,
   softcap: float | None = None,
   sinks: Float[Array, "N"] | None = None,
   implementation: str | Sequence[str] | None = None,
@@ -34,7 +35,8 @@ def window_bias_attention(
   """Causal attention; `bias[b, k, j]` is added to the scores of key j for queries i with i - j > window.
 
   With bias = log(1 - alpha) this is the training mask of DMS (arXiv 2506.05345, figure 2b); with bias -inf where a key
-  is evicted it is the hard mask of inference. Differentiable in q, k, v, bias and sinks; memory linear in T.
+  is evicted it is the hard mask of inference; `by_age` and bias = log(beta) are the decay of TRIM-KV (2512.03324).
+  Differentiable in q, k, v, bias and sinks; memory linear in T.
 
   Args:
     bias: float32, -inf allowed; None adds nothing.
@@ -42,6 +44,7 @@ def window_bias_attention(
     segment_ids: tokens of different ids never see each other; ids must be contiguous runs.
     lse: also return the logarithm of each query's sum of exponentials, float32 [B, T, N], sinks included; it has
       gradients, too.
+    by_age: each key's bias is multiplied by its age i - j.
     softcap: scores s, before any mask or bias, become softcap tanh(s / softcap) (Gemma 2); None leaves them.
     sinks: a logit for each query head, whose exponential joins the sum of the softmax and has no value (gpt-oss).
 
@@ -61,7 +64,9 @@ def window_bias_attention(
   dispatch.check(segment_ids is None or segment_ids.shape == (b, t), "segment_ids must be [B, T]")
   args = q, k, v, bias, window, segment_ids
   wanted = lse or sinks is not None
-  results = dispatch.call("window_bias", IMPLEMENTATIONS, implementation, *args, lse=wanted, softcap=softcap)
+  results = dispatch.call(
+    "window_bias", IMPLEMENTATIONS, implementation, *args, lse=wanted, softcap=softcap, by_age=by_age
+  )
   if not wanted:
     return results
   results = with_sinks(*results, sinks)

@@ -9,7 +9,7 @@ from pallas_kernels.common.dispatch import Expected
 from pallas_kernels.common.platform import platform
 
 
-def window_bias_attention(q, k, v, bias, window, segment_ids, lse=False, softcap=None):
+def window_bias_attention(q, k, v, bias, window, segment_ids, lse=False, softcap=None, by_age=False):
   """See `api.window_bias_attention`; refuses what cuDNN's fused attention cannot express."""
   if platform() != "gpu":
     raise Expected(f"cuDNN needs an NVIDIA GPU, this is a {platform()}")

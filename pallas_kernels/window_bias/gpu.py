@@ -26,7 +26,9 @@ from pallas_kernels.window_bias.common import padded, saved, segment_bounds
 from pallas_kernels.window_bias.gpu_common import Blocks, Variant, default_blocks, key_ranges, over_ranges, scores_of
 
 
-def window_bias_attention(q, k, v, bias, window, segment_ids, lse=False, softcap=None, blocks: Blocks | None = None):
+def window_bias_attention(
+  q, k, v, bias, window, segment_ids, lse=False, softcap=None, by_age=False, blocks: Blocks | None = None
+):
   """See `api.window_bias_attention`; bfloat16 or float16, head size 64 or 128.
 
   Raises:
@@ -44,7 +46,7 @@ def window_bias_attention(q, k, v, bias, window, segment_ids, lse=False, softcap
     q, k, v = (padded(x, 1, pad) for x in (q, k, v))
     bias, segment_ids = padded(bias, 2, pad), padded(segment_ids, 1, pad, mode="edge")
   bounds = None if segment_ids is None else segment_bounds(segment_ids)
-  variant = Variant(int(window), bias is not None, bounds is not None, blocks, in_log2(softcap))
+  variant = Variant(int(window), bias is not None, bounds is not None, blocks, in_log2(softcap), by_age)
   bias = None if bias is None else bias.astype(jnp.float32)
   if not lse:
     return _attention(variant, False, q, k, v, bias, bounds)[:, :t]

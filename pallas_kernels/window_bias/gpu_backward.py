@@ -3,8 +3,8 @@
 Each output is summed by one block in a fixed order, so two runs agree bit for bit and nothing is added in memory. With
 `split_group` XLA adds dk, dv and dbias of a group's heads, after dk and dv were rounded to q's dtype. With
 p = exp2(s - lse), dp = dout v^T, delta = rowsum(out * dout): ds = p (dp - delta), dq = scale ds k, dk = scale ds^T q,
-dv = p^T dout, dbias_j = sum of ds over the queries further than the window from key j and over the group's heads. If
-scores are capped, ds is multiplied by the cap's slope for dq and dk.
+dv = p^T dout, dbias_j = sum of ds over the queries further than the window from key j and over the group's heads, each
+ds times i - j where a bias grows with age. If scores are capped, ds is multiplied by the cap's slope for dq and dk.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pallas_kernels.common import compat, pipeline
 from pallas_kernels.common.compat import plgpu
 from pallas_kernels.common.pipeline import WARPGROUPS
 from pallas_kernels.common.softmax import LOG2E, before_cap, soft_capped_by_exp2
-from pallas_kernels.window_bias.gpu_common import Variant, key_ranges, over_ranges, scores_of
+from pallas_kernels.window_bias.gpu_common import Variant, age, key_ranges, over_ranges, scores_of
 
 
 def query_gradient(variant: Variant, q, k, v, bias, start, dout, lse, delta):
@@ -166,9 +166,10 @@ def key_gradients(variant: Variant, q, k, v, bias, segment_end, dout, lse, delta
 
         def weights(raw):
           s = capped = soft_capped_by_exp2(raw * (scale * LOG2E), variant.softcap)
-          i, j = positions() if masked else (None, None)
+          i, j = positions() if masked or variant.by_age else (None, None)
           if variant.has_bias:
-            biased = s + lax.broadcast_in_dim(bias_row, s.shape, [0])
+            added = lax.broadcast_in_dim(bias_row, s.shape, [0])
+            biased = s + (added * age(i, j) if variant.by_age else added)
             s = jnp.where(i - j > variant.window, biased, s) if masked else biased
           if masked:
             visible = i >= j
@@ -181,11 +182,10 @@ def key_gradients(variant: Variant, q, k, v, bias, segment_end, dout, lse, delta
         def score_gradient(p, capped, dp, dbias):
           column = pipeline.column_vector(delta_smem, slot)
           ds = p * (dp - lax.broadcast_in_dim(column, p.shape, [1]))
-          if variant.has_bias and masked:
-            i, j = positions()
-            dbias = dbias + jnp.where(i - j > variant.window, ds, 0.0).sum(axis=1)
-          elif variant.has_bias:
-            dbias = dbias + ds.sum(axis=1)
+          if variant.has_bias:
+            i, j = positions() if masked or variant.by_age else (None, None)
+            of_bias = ds * age(i, j) if variant.by_age else ds
+            dbias = dbias + (jnp.where(i - j > variant.window, of_bias, 0.0) if masked else of_bias).sum(axis=1)
           return before_cap(ds, capped, variant.softcap).astype(q.dtype), dbias
 
         queries, douts = q_smem.at[slot], dout_smem.at[slot]

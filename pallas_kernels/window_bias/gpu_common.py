@@ -64,6 +64,12 @@ class Variant:
   has_segments: bool
   blocks: Blocks
   softcap: float | None = None  # of scores in units of log 2
+  by_age: bool = False  # a key's bias is multiplied by its distance to the query
+
+
+def age(i, j):
+  """i - j, float32. Rows and columns are converted one by one, which are fewer than pairs."""
+  return i.astype(jnp.float32) - j.astype(jnp.float32)
 
 
 def scores_of(variant: Variant, raw, scale, q_base, kv_base, bias, start, masked: bool):
@@ -72,13 +78,19 @@ def scores_of(variant: Variant, raw, scale, q_base, kv_base, bias, start, masked
   `raw` is the product q k^T. Without `masked`, all keys are visible and, if there is a bias, further back than the
   window.
   """
-  biased = lambda s: s if bias is None else s + lax.broadcast_in_dim(bias, raw.shape, [1])
-  if not masked:
-    capped = soft_capped_by_exp2(raw * scale, variant.softcap)
-    return biased(capped), capped
-  i = plgpu.broadcasted_iota(jnp.int32, raw.shape, 0, layout=plgpu.Layout.WGMMA) + q_base
-  j = plgpu.broadcasted_iota(jnp.int32, raw.shape, 1, layout=plgpu.Layout.WGMMA) + kv_base
+  if masked or variant.by_age:
+    i = plgpu.broadcasted_iota(jnp.int32, raw.shape, 0, layout=plgpu.Layout.WGMMA) + q_base
+    j = plgpu.broadcasted_iota(jnp.int32, raw.shape, 1, layout=plgpu.Layout.WGMMA) + kv_base
+
+  def biased(s):
+    if bias is None:
+      return s
+    column = lax.broadcast_in_dim(bias, raw.shape, [1])
+    return s + (column * age(i, j) if variant.by_age else column)
+
   s = capped = soft_capped_by_exp2(raw * scale, variant.softcap)
+  if not masked:
+    return biased(s), capped
   if bias is not None:
     s = jnp.where(i - j > variant.window, biased(s), s)
   visible = j <= i

@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 
-def window_bias_attention(q, k, v, bias, window, segment_ids, *, lse: bool = False, softcap=None, sinks=None):
+def window_bias_attention(
+  q, k, v, bias, window, segment_ids, *, lse: bool = False, softcap=None, sinks=None, by_age=False
+):
   """softmax(q k^T / sqrt(H) + bias[j] where i - j > window), causal and within a segment, times v.
 
-  A head's sink is one more score, of a key without a value.
+  With `by_age`, bias[j] is multiplied by i - j. A head's sink is one more score, of a key without a value.
 
   Args: q [B, T, N, H], k and v [B, T, K, H], bias [B, K, T] or None, segment_ids [B, T] or None. All in float64.
   Returns what `api.window_bias_attention` does.
@@ -30,7 +32,9 @@ def window_bias_attention(q, k, v, bias, window, segment_ids, *, lse: bool = Fal
       scores = q[row, :, head] @ k[row, :, head // group].T / np.sqrt(h)
       scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
       if bias is not None:
-        scores = scores + np.where(i - j > window, bias[row, head // group][None], 0.0)
+        far = i - j > window
+        added = np.broadcast_to(bias[row, head // group], far.shape)
+        scores = scores + np.where(far, added * np.where(far, i - j, 1) if by_age else added, 0.0)
       scores = np.where(visible, scores, -np.inf)
       top = np.maximum(scores.max(axis=1, keepdims=True), sinks[head])
       weights = np.exp(scores - top)

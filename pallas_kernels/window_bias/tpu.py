@@ -20,7 +20,9 @@ from pallas_kernels.window_bias.common import padded, saved, segment_bounds
 from pallas_kernels.window_bias.tpu_common import Blocks, Variant, default_blocks
 
 
-def window_bias_attention(q, k, v, bias, window, segment_ids, lse=False, softcap=None, blocks: Blocks | None = None):
+def window_bias_attention(
+  q, k, v, bias, window, segment_ids, lse=False, softcap=None, by_age=False, blocks: Blocks | None = None
+):
   """See `api.window_bias_attention`; bfloat16 or float32, head sizes that are multiples of 16 up to 256.
 
   Raises:
@@ -43,7 +45,7 @@ def window_bias_attention(q, k, v, bias, window, segment_ids, lse=False, softcap
   bias = None if bias is None else bias.astype(jnp.float32)[:, :, None]
   start = None if segment_ids is None else segment_bounds(segment_ids)[0][:, None, None]
   # Zeros behind the last token, in the last segment: no real query sees them, and no gradient reaches them.
-  variant = Variant(int(window), bias is not None, blocks, in_log2(softcap))
+  variant = Variant(int(window), bias is not None, blocks, in_log2(softcap), by_age)
   args = *(padded(x, 3, pad) for x in (q, k, v, bias)), padded(start, 3, pad, mode="edge")
   first = lambda x, *shape: jnp.moveaxis(x[..., :t].reshape(b, n, *shape, t), -1, 1)
   if not lse:

@@ -2,8 +2,8 @@
 
 With p = exp2(s - lse), dp = dout v^T, delta = rowsum(out * dout): ds = p (dp - delta), dq = scale ds k,
 dk = scale ds^T q, dv = p^T dout, dbias_j = sum of ds over the queries further than the window from key j and over the
-group's heads. If scores are capped, ds is multiplied by the cap's slope for dq and dk. Each output is summed by one
-core in a fixed order: two runs agree bit for bit.
+group's heads, each ds times i - j where a bias grows with age. If scores are capped, ds is multiplied by the cap's
+slope for dq and dk. Each output is summed by one core in a fixed order: two runs agree bit for bit.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def key_gradients(variant: Variant, inputs: list[tuple]):
 
     def attend(kind):
       keys, values = k_ref[...].T, v_ref[...].T
-      added, far = tpu_common.added_to_scores(variant, tile, step, kind, bias_ref, start_ref)
+      added, times = tpu_common.added_to_scores(variant, tile, step, kind, bias_ref, start_ref)
 
       def head(one, rows):
         s, capped = tpu_common.scores(variant, keys, q_ref[rows, :], added)
@@ -91,7 +91,7 @@ def key_gradients(variant: Variant, inputs: list[tuple]):
         of_scores = before_cap(ds, capped, variant.softcap)
         dk_acc[...] += tpu_common.dot(of_scores.astype(q.dtype), q_ref[rows, :], (1, 1))
         if variant.has_bias and kind != tpu_common.FREE:
-          ds = ds if far is None else jnp.where(far, ds, 0.0)
+          ds = ds if times is None else ds * times
           dbias_acc[...] += sum(ds[:, at : at + lanes] for at in range(0, tile.q, lanes))
 
       tpu_common.for_heads(group, size, head)

@@ -69,6 +69,7 @@ class Variant:
   has_bias: bool
   blocks: Blocks
   softcap: float | None = None  # of scores in units of log 2
+  by_age: bool = False  # a key's bias is multiplied by its distance to the query
 
 
 def triangle(tokens: int, tile: Tile) -> int:
@@ -203,13 +204,14 @@ def dot(a, b, contract: tuple[int, int] = (1, 0)) -> jax.Array:
 
 
 def added_to_scores(variant: Variant, tile: Tile, step: Step, kind: int, bias_ref, start_ref):
-  """(the addend of scores [keys, queries]: None, [keys, 1] or whole; the far pairs if only some are far, or None)."""
+  """(the addend of scores [keys, queries]: None, [keys, 1] or whole; how many times it holds the key's bias, or None
+  for once everywhere)."""
   if kind == FREE:
     return None, None
   column = None
   if variant.has_bias:  # from lanes to sublanes
     column = jnp.broadcast_to(bias_ref[...], (LANES, tile.kv)).T[:, :1]
-  if kind == FAR:
+  if kind == FAR and not variant.by_age:
     return column, None
   i = lax.broadcasted_iota(jnp.int32, (tile.kv, tile.q), 1) + step.q_base
   j = lax.broadcasted_iota(jnp.int32, (tile.kv, tile.q), 0) + step.kv_base
@@ -219,7 +221,8 @@ def added_to_scores(variant: Variant, tile: Tile, step: Step, kind: int, bias_re
   if column is None:
     return jnp.where(visible, 0.0, -jnp.inf), None
   far = i - j > variant.window
-  return jnp.where(visible, jnp.where(far, column, 0.0), -jnp.inf), far
+  age = (i - j).astype(jnp.float32) if variant.by_age else jnp.float32(1.0)
+  return jnp.where(visible, jnp.where(far, column * age, 0.0), -jnp.inf), jnp.where(far, age, 0.0)
 
 
 def scores(variant: Variant, keys, queries, added) -> tuple[jax.Array, jax.Array]:

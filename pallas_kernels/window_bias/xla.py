@@ -17,7 +17,7 @@ BLOCK = 512
 STAGES = 8
 
 
-def window_bias_attention(q, k, v, bias, window, segment_ids, lse=False, softcap=None):
+def window_bias_attention(q, k, v, bias, window, segment_ids, lse=False, softcap=None, by_age=False):
   """See `api.window_bias_attention`."""
   b, t, n, h = q.shape
   heads = k.shape[2]
@@ -41,7 +41,8 @@ def window_bias_attention(q, k, v, bias, window, segment_ids, lse=False, softcap
       mine = jax.lax.dynamic_slice_in_dim(segment_ids, number * block, block, axis=1)
       visible = visible & (mine[:, :, None] == segment_ids[:, None, :end])
     if bias is not None:
-      scores = scores + jnp.where(i - j > window, bias[:, :, None, None, :end], 0.0)
+      added = bias[:, :, None, None, :end] * (i - j).astype(jnp.float32) if by_age else bias[:, :, None, None, :end]
+      scores = scores + jnp.where(i - j > window, added, 0.0)
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1)  # every query sees itself: no empty row
     logs = jnp.moveaxis(jax.nn.logsumexp(scores, axis=-1), 3, 1) if lse else None

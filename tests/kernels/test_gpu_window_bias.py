@@ -19,21 +19,23 @@ from tests.kernels.window_bias_cases import close, gradients, inputs
 TOLERANCE = {jnp.bfloat16: (6e-3, 1.2e-2), jnp.float16: (1e-3, 2e-3)}
 
 
-def check(b, t, n, k, h, window, dtype, bias=True, segments=False, softcap=None, **blocks):
+def check(b, t, n, k, h, window, dtype, bias=True, segments=False, softcap=None, by_age=False, **blocks):
   """Output and gradients in the interpreter, against the oracle."""
   q, keys, values, rows, ids, dout = inputs(b, t, n, k, h, dtype, bias, segments)
+  rows = rows / 32 if by_age else rows  # else hardly a key would be seen from afar
   sizes = dataclasses.replace(gpu.default_blocks(h, 10**9, 132), **blocks)
   differentiated = (q, keys, values) if rows is None else (q, keys, values, rows)
 
   def attend(q, k, v, bias=None):
-    return gpu.window_bias_attention(q, k, v, bias, window, ids, softcap=softcap, blocks=sizes)
+    return gpu.window_bias_attention(q, k, v, bias, window, ids, softcap=softcap, by_age=by_age, blocks=sizes)
 
   with on_hopper():
     out, pull = jax.vjp(attend, *differentiated)
     grads = jax.block_until_ready(pull(dout))
   forward, backward = TOLERANCE[dtype]
-  close(out, ref.window_bias_attention(q, keys, values, rows, window, ids, softcap=softcap), forward)
-  for got, want in zip(grads, gradients(q, keys, values, rows, window, ids, dout, softcap=softcap), strict=True):
+  options = {"softcap": softcap, "by_age": by_age}
+  close(out, ref.window_bias_attention(q, keys, values, rows, window, ids, **options), forward)
+  for got, want in zip(grads, gradients(q, keys, values, rows, window, ids, dout, **options), strict=True):
     close(got, want, backward)
 
 
@@ -62,6 +64,13 @@ def test_segments_without_a_bias_in_two_rows():
   check(2, 90, 1, 1, 64, 16, jnp.bfloat16, bias=False, segments=True)
 
 
+@needs_mosaic_gpu
+@pytest.mark.parametrize("window, segments, softcap", [(0, False, None), (16, True, 4.0)])
+def test_bias_that_grows_with_age(window, segments, softcap):
+  """Two tiles, so that blocks of keys without masks are among them."""
+  check(1, 256, 2, 1, 64, window, jnp.bfloat16, segments=segments, softcap=softcap, by_age=True)
+
+
 def test_few_tiles_of_keys_give_each_query_head_its_own_blocks():
   of = lambda batch, tokens, heads: gpu.default_blocks(128, batch * tokens * heads, 132).split_group
   assert of(2, 4096, 4) and not of(1, 8192, 8)
@@ -74,9 +83,10 @@ def test_gradients_of_each_query_head_apart():
 
 @needs_mosaic_gpu
 @pytest.mark.parametrize(
-  "h, bias, segments", [(64, True, False), (64, True, True), (128, True, True), (128, False, False)]
+  "h, bias, segments, by_age",
+  [(64, True, False, False), (64, True, True, True), (128, True, True, False), (128, False, False, False)],
 )
-def test_lowers_for_cuda(h, bias, segments):
+def test_lowers_for_cuda(h, bias, segments, by_age):
   b, t, n, k = 1, 1000, 6, 2
   struct = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype)
   q, kv = struct((b, t, n, h), jnp.bfloat16), struct((b, t, k, h), jnp.bfloat16)
@@ -84,7 +94,7 @@ def test_lowers_for_cuda(h, bias, segments):
   ids = struct((b, t), jnp.int32) if segments else None
 
   def loss(q, k, v, bias, ids):
-    return window_bias_attention(q, k, v, bias, 64, ids, implementation="gpu").astype(jnp.float32).sum()
+    return window_bias_attention(q, k, v, bias, 64, ids, by_age=by_age, implementation="gpu").astype(jnp.float32).sum()
 
   with compat.assume_hopper():
     step = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3) if bias else (0, 1, 2)))

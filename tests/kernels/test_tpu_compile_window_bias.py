@@ -35,7 +35,7 @@ def memory_of(program, what):
   return sizes
 
 
-def attention(topology, shape, dtype=jnp.bfloat16, segments=False, bias=True):
+def attention(topology, shape, dtype=jnp.bfloat16, segments=False, bias=True, by_age=False):
   """Forward and gradients as dispatch chooses them, compiled for one device: bytes."""
   b, t, n, k, h = shape
   sharding = jax.sharding.SingleDeviceSharding(devices(topology)[0])
@@ -44,7 +44,7 @@ def attention(topology, shape, dtype=jnp.bfloat16, segments=False, bias=True):
   ids = array(b, t, dtype=jnp.int32) if segments else None
 
   def run(q, k, v, bias, ids, dout):
-    out, pull = jax.vjp(lambda *args: window_bias_attention(*args, WINDOW, ids), q, k, v, bias)
+    out, pull = jax.vjp(lambda *args: window_bias_attention(*args, WINDOW, ids, by_age=by_age), q, k, v, bias)
     return out, pull(dout)
 
   program = jax.jit(run).lower(q, kv, kv, rows if bias else None, ids, q).compile()
@@ -84,3 +84,8 @@ def test_memory_is_linear_when_compiled():
   lengths = (16384, 65536)
   short, long = (attention("v4:2x2x1", (1, t, 32, 8, 128))["temporaries"] for t in lengths)
   assert long < 4.5 * short, f"{short:,} bytes of temporaries at {lengths[0]} tokens, {long:,} at {lengths[1]}"
+
+
+def test_a_bias_that_grows_with_age_compiles():
+  sizes = attention("v5e:2x2", SHAPES["smollm2"], by_age=True)
+  assert sizes["temporaries"] < 4 * sizes["arguments"], sizes

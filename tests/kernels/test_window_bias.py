@@ -94,14 +94,15 @@ def test_lengths_against_blocks(backend, tokens, small_blocks):
     check(backend, q, k, v, bias, 3, segments(rng, 2, tokens) if kind != "none" else None)
 
 
-def reference_gradients(q, k, v, bias, cotangent, window, ids):
+def reference_gradients(q, k, v, bias, cotangent, window, ids, by_age=False):
   """JAX differentiates the formula over the full score matrix in float64."""
   t, group = q.shape[1], q.shape[2] // k.shape[2]
 
   def loss(q, k, v, bias):
     i, j = jnp.arange(t)[:, None], jnp.arange(t)[None]
     scores = jnp.einsum("btnh,bsnh->bnts", q, jnp.repeat(k, group, 2)) / np.sqrt(q.shape[3])
-    scores = scores + jnp.where(i - j > window, jnp.repeat(bias, group, 1)[:, :, None], 0.0)
+    times = jnp.maximum(i - j, 1) if by_age else 1
+    scores = scores + jnp.where(i - j > window, jnp.repeat(bias, group, 1)[:, :, None] * times, 0.0)
     visible = jnp.broadcast_to(j <= i, (q.shape[0], t, t))
     if ids is not None:
       visible = visible & (ids[:, :, None] == ids[:, None])
@@ -131,6 +132,27 @@ def test_gradients(backend, kind, with_ids, window, small_blocks):
     found = jax.jit(jax.grad(loss, (0, 1, 2, 3)))(q, k, v, bias)
   for name, grad, want in zip("qkvb", found, expected, strict=True):
     assert np.isfinite(grad).all(), name
+    np.testing.assert_allclose(grad, want, rtol=0, atol=2e-5 * np.abs(want).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("small_blocks", [16], indirect=True)
+@pytest.mark.parametrize("kind, with_ids, window", [("soft", True, 0), ("hard", False, 5)])
+def test_bias_that_grows_with_age(backend, kind, with_ids, window, small_blocks):
+  """Output and gradients, in blocks, against float64."""
+  rng = np.random.default_rng(9)
+  q, k, v = make(rng, 2, 41, 2, 3, 16)
+  bias, cotangent = biases(rng, 2, 2, 41)[kind] / 8, normal(rng, *q.shape)
+  ids = segments(rng, 2, 41) if with_ids else None
+  expected = reference_gradients(q, k, v, bias, cotangent, window, ids, by_age=True)
+
+  def loss(*args):
+    out = window_bias_attention(*args, window, ids, by_age=True, implementation=backend.name)
+    return jnp.sum(out * cotangent), out
+
+  with running(backend):
+    found, out = jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True))(q, k, v, bias)
+  assert_close(out, ref.window_bias_attention(*float64(q, k, v), bias, window, ids, by_age=True), "float32")
+  for name, grad, want in zip("qkvb", found, expected, strict=True):
     np.testing.assert_allclose(grad, want, rtol=0, atol=2e-5 * np.abs(want).max(), err_msg=name)
 
 

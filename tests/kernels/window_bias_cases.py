@@ -17,7 +17,7 @@ def inputs(b, t, n, k, h, dtype, bias, segments):
   return q, keys, values, jnp.asarray(rows) if bias else None, jnp.asarray(ids) if segments else None, dout
 
 
-def gradients(q, k, v, bias, window, segment_ids, dout, *, softcap=None, sinks=None, dlogs=None):
+def gradients(q, k, v, bias, window, segment_ids, dout, *, softcap=None, sinks=None, dlogs=None, by_age=False):
   """(dq, dk, dv, dbias, dsinks) in float64 from the formula, with the whole score matrix of each head; without what
   there is no argument for.
 
@@ -28,6 +28,7 @@ def gradients(q, k, v, bias, window, segment_ids, dout, *, softcap=None, sinks=N
   group = n // k.shape[2]
   i, j = np.arange(t)[:, None], np.arange(t)[None]
   far = i - j > window
+  times = np.where(far, i - j, 0) if by_age else far.astype(int)  # of a key's bias in the scores
   dq, dk, dv, dbias = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v), np.zeros((b, k.shape[2], t))
   dsinks, with_sinks = np.zeros(n), sinks is not None
   sinks = np.asarray(sinks, np.float64) if with_sinks else np.full(n, -np.inf)
@@ -44,7 +45,7 @@ def gradients(q, k, v, bias, window, segment_ids, dout, *, softcap=None, sinks=N
         slope = 1 - np.tanh(s / softcap) ** 2
         s = softcap * np.tanh(s / softcap)
       if bias is not None:
-        s = s + np.where(far, np.asarray(bias[row, kv], np.float64), 0.0)
+        s = s + np.where(far, np.asarray(bias[row, kv], np.float64) * np.maximum(times, 1), 0.0)
       s = np.where(visible, s, -np.inf)
       top = np.maximum(s.max(axis=1, keepdims=True), sinks[head])
       p, of_sink = np.exp(s - top), np.exp(sinks[head] - top)
@@ -55,7 +56,7 @@ def gradients(q, k, v, bias, window, segment_ids, dout, *, softcap=None, sinks=N
       change = dlogs[row, :, head, None] - (p * dp).sum(axis=1, keepdims=True)
       ds = p * (dp + change)
       dsinks[head] += (of_sink * change).sum()
-      dbias[row, kv] += np.where(far, ds, 0.0).sum(axis=0)
+      dbias[row, kv] += (times * ds).sum(axis=0)
       ds = ds * slope
       dq[row, :, head] = ds @ k[row, :, kv] / np.sqrt(h)
       dk[row, :, kv] += ds.T @ q[row, :, head] / np.sqrt(h)

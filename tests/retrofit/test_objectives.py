@@ -14,6 +14,7 @@ import pytest
 import dms_jax
 from dms_jax import checkpoint, policies
 from dms_jax import testing as tiny
+from dms_jax.attention import layer_softmax
 from dms_jax.config import DMSConfig, LoRAConfig, from_json, to_json
 from dms_jax.params import flatten, unflatten
 from dms_jax.retrofit import (
@@ -36,6 +37,7 @@ from dms_jax.retrofit.config import check
 from dms_jax.retrofit.data import Packer, Source
 from dms_jax.retrofit.loop import Run, train
 from dms_jax.tokenizer import byte_tokenizer
+from pallas_kernels.window_bias import xla
 from tests import oracle, trained_oracle
 from tests.helpers import TEMPLATE, changed
 
@@ -79,8 +81,10 @@ def naive_attention(q, k, v, log_beta, causal, weights):
 
 @pytest.mark.parametrize("block", [5, 512])
 def test_retention_gated_attention(block, monkeypatch):
-  """Attention and gradients, for two packed documents, in blocks of queries; float32 sums of 12 terms."""
-  monkeypatch.setattr(decay, "BLOCK", block)
+  """Attention, soft sizes and gradients, for two packed documents, in blocks of queries; float32 sums of 12 terms."""
+  for module in (decay, xla):
+    monkeypatch.setattr(module, "BLOCK", block)
+    monkeypatch.setattr(module, "STAGES", 2)
   rng = np.random.default_rng(0)
   q, k, v, weights = (rng.standard_normal((1, LENGTH, n, 4)) for n in (4, 2, 2, 4))
   log_beta = -rng.exponential(0.3, (1, 2, LENGTH))
@@ -96,6 +100,12 @@ def test_retention_gated_attention(block, monkeypatch):
     [[sum(math.exp((t - i) * b[i]) for i in range(t + 1) if causal[t, i]) for t in range(LENGTH)] for b in log_beta[0]]
   )
   np.testing.assert_allclose(decay.soft_sizes(args[3], ids)[0], sizes, rtol=1e-5)
+  age, share = np.arange(LENGTH)[:, None] - np.arange(LENGTH), rng.standard_normal(sizes.shape)
+  terms = np.where(
+    causal, age * np.exp(np.where(causal, age, 0) * log_beta[0][:, None]), 0.0
+  )  # d size_t / d log beta_i
+  slopes = jax.grad(lambda x: jnp.sum(decay.soft_sizes(x, ids)[0] * share.astype(np.float32)))(args[3])[0]
+  np.testing.assert_allclose(slopes, np.einsum("kt,kti->ki", share, terms), atol=1e-5)
 
 
 @pytest.mark.parametrize("window", [0, 3])
@@ -117,6 +127,72 @@ def test_merging_attention(window):
   grads = jax.jit(jax.grad(loss, (0, 1, 2, 3, 4)))(*ours)
   slope = sum((np.asarray(g[0]) * m).sum() for g, m in zip(grads, moves, strict=True))
   np.testing.assert_allclose(slope, (at(1e-6) - at(-1e-6)) / 2e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("length", [1, 2, 12, 50])
+def test_sums_that_decay(length):
+  """In chunks of about sqrt(T), against the recursion; some decays are 0, others near 1. Float32 sums of 50 terms."""
+  rng = np.random.default_rng(length)
+  x, decay = rng.standard_normal((2, length, 3, 4)), rng.uniform(0.0, 1.0, (2, length, 3)) ** rng.choice([0.01, 5], 3)
+  gone = rng.random(decay.shape) < 0.1
+  expected, last = np.zeros(x.shape), 0.0
+  for t in range(length):
+    expected[:, t] = last = np.where(gone, 0.0, decay)[:, t, :, None] * last + x[:, t]
+  log_decay = np.where(gone, dmc.FORGETS, np.log(decay))
+  out = jax.jit(dmc.prefix_sums)(*(jnp.asarray(y, jnp.float32) for y in (x, log_decay)))
+  np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+def whole_merging(q, k, v, z, omega, window, segments, softcap=None, sinks=None):
+  """`dmc.merging_attention` of one row from whole matrices in JAX: slots by all decays, one softmax over both parts."""
+  t, group = len(q), q.shape[1] // k.shape[1]
+  j, i = np.arange(t)[:, None], np.arange(t)  # token j, token i before it
+  own = segments[:, None] == segments
+  alpha = jnp.where(np.diff(segments, prepend=-1) != 0, 0.0, jax.nn.sigmoid(z))
+  past = (i[:, None, None] < i) & (i <= j)  # [i, j, m]: i < m <= j
+  decays = jnp.prod(jnp.where(past[None], alpha[:, None, None], 1.0), axis=-1)  # [K, i, j]
+  weights = jnp.where((i <= j) & own, jnp.swapaxes(decays, 1, 2) * omega[:, None], 0.0)  # [K, j, i]
+  weights = weights / weights.sum(axis=-1, keepdims=True)
+  slots = [jnp.einsum("kji,ikh->jkh", weights, x) for x in (k, v)]
+  bias = jnp.concatenate([jnp.log1p(-alpha[:, 1:]), jnp.zeros_like(alpha[:, :1])], axis=1)
+  k, v, *slots, bias = (jnp.repeat(x, group, axis) for x, axis in ((k, 1), (v, 1), *((s, 1) for s in slots), (bias, 0)))
+
+  def score(keys):
+    scores = jnp.einsum("tnh,snh->nts", q, keys) / math.sqrt(q.shape[-1])
+    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+
+  age = j - i
+  seen = own & (age >= 0)
+  near = jnp.where(seen & (age <= window), score(k), -jnp.inf)
+  far = jnp.where(seen & (age > window), score(slots[0]) + jnp.where(age > window + 1, bias[:, None], 0.0), -jnp.inf)
+  more = [] if sinks is None else [jnp.broadcast_to(sinks[:, None, None], (*near.shape[:2], 1))]
+  p = jax.nn.softmax(jnp.concatenate([near, far, *more], axis=-1), axis=-1)
+  return jnp.einsum("nts,snh->tnh", p[..., : 2 * t], jnp.concatenate([v, slots[1]]))
+
+
+@pytest.mark.parametrize(
+  ("window", "documents", "bounded"), [(0, True, False), (0, False, True), (3, True, True), (60, True, False)]
+)
+def test_merging_equals_whole_matrices(window, documents, bounded):
+  """Attention and each gradient, in several chunks, against float64; float32 sums of 50 terms."""
+  rng, length = np.random.default_rng(window), 50
+  q, k, v, cotangent = (rng.standard_normal((length, n, 8)) for n in (4, 2, 2, 4))
+  z, omega = rng.standard_normal((2, length)) * 3 + 1, rng.random((2, length)) + 0.01
+  segments = np.repeat([0, 1, 2], [20, 1, 29]) if documents else np.zeros(length, int)
+  softcap, sinks = (1.5, rng.standard_normal(4)) if bounded else (None, None)
+
+  def value_and_grads(attend, dtype):
+    loss = lambda *args: (jnp.sum((out := attend(*args)) * jnp.asarray(cotangent, dtype)), out)
+    grads, out = jax.jit(jax.grad(loss, range(5), has_aux=True))(*(jnp.asarray(x, dtype) for x in (q, k, v, z, omega)))
+    return [np.asarray(x) for x in (out, *grads)]
+
+  with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+    expected = value_and_grads(lambda *args: whole_merging(*args, window, segments, softcap, sinks), np.float64)
+  ids = jnp.asarray(segments[None], jnp.int32) if documents else None
+  with layer_softmax(softcap, None if sinks is None else jnp.asarray(sinks, jnp.float32)):
+    ours = value_and_grads(lambda *args: dmc.merging_attention(*(x[None] for x in args), window, ids)[0], np.float32)
+  for name, got, want in zip(("out", "q", "k", "v", "z", "omega"), ours, expected, strict=True):
+    np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max(), err_msg=name)
 
 
 @pytest.mark.parametrize("window", [0, 3])

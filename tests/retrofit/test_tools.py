@@ -88,6 +88,16 @@ def test_benchmark(monkeypatch):
     retrofit_benchmark.preset("gpt-5")
 
 
+@pytest.mark.standard_promotion  # optax
+@pytest.mark.parametrize("objective", ["trimkv", "dmc"])
+def test_benchmark_of_another_objective(objective):
+  memory = MemoryConfig(compute_dtype="float32", loss_chunk=16)
+  config = RetrofitConfig(objective=objective, trainable="gates", seq_len=16, batch_size=2, memory=memory)
+  cfg = tiny.config(num_layers=1, d_model=16, d_ff=16, head_dim=8, vocab_size=31)
+  result = retrofit_benchmark.benchmark(cfg, DMSConfig(objective=objective, window=3), LoRAConfig(), config, 1)
+  assert np.isfinite(result["loss"]) and result["step_seconds"] > 0
+
+
 DMS_LINE = {"target_cr": 2.0, "achieved_cr": 1.0, "gate_rate": 0.5, "compression_loss": 0.1}
 KVZAP_LINE = {"loss": 3.0, "mse": 3.0, "explained": -4.0, "score": -9.0, "threshold_cr2": -8.0, "grad_norm": 1.0}
 
