@@ -122,7 +122,10 @@ class Terms:
     for number, value in numbers.items():
       if number not in self.numbers:
         there = ", ".join(self.numbers) or "none"
-        raise ValueError(f"{number}={value}: not a number of this {name} that a request can set; there are: {there}")
+        remedy = f"; {self.policy.remedy}" if self.policy.remedy else ""
+        raise ValueError(
+          f"{number}={value}: not a number of this {name} that a request can set; there are: {there}{remedy}"
+        )
       if np.asarray(value).dtype.kind not in "iuf" or np.ndim(value) or np.isnan(value):
         raise ValueError(f"{number}={value} must be one number")
     found = {**self.numbers, **numbers}

@@ -325,6 +325,11 @@ class Policy:
     """The names of NUMBERS that may act."""
     return NUMBERS
 
+  @property
+  def remedy(self) -> str:
+    """What a request that asks for a number that is none of `row_numbers` is told to do; "" if nothing helps."""
+    return ""
+
   def by_row(self) -> Policy:
     """This policy in a form whose window follows from none of its numbers, so that each row can have its own."""
     return self

@@ -37,9 +37,7 @@ class StreamingLLM(Budgeted):
   def overwrites(self):  # type: ignore[override]
     return self.by_position
 
-  @property
-  def replays(self):  # type: ignore[override]
-    return self.by_position
+  replays = overwrites
 
   @property
   def compacts(self):
@@ -67,6 +65,10 @@ class StreamingLLM(Budgeted):
       raise ValueError(f"StreamingLLM: budget={self.budget} tokens must be more than its sinks={self.sinks}")
     return self.replace(window=int(self.budget - self.sinks - 1), budget=None)
 
+  @property
+  def remedy(self):
+    return "" if self.by_position else "StreamingLLM(budget=N, by_position=True) has a budget for each"
+
   def decide(self, logits, layer, position, keys=None):
     if self.by_position:
       return jnp.zeros(position.shape, bool)
@@ -84,14 +86,9 @@ class StreamingLLM(Budgeted):
 
   def least(self, tokens):
     tokens = jnp.asarray(tokens, jnp.int32)
-    return jnp.maximum(super().least(tokens), per_row(self.sinks, max(tokens.ndim - 1, 0)).astype(jnp.int32) + 1)
-
-  def capacity(self, tokens):
-    if self.by_position:
-      return super().capacity(tokens)
-    return jnp.minimum(jnp.asarray(tokens, jnp.int32), jnp.asarray(self.sinks, jnp.int32) + self.window + 1)
+    least = per_row(self.sinks, max(tokens.ndim - 1, 0)).astype(jnp.int32) + self.window + 1
+    return jnp.maximum(super().least(tokens), least) if self.by_position else least
 
   def reach(self, slots):
-    if self.by_position:
-      return jnp.where(jnp.asarray(self.sinks, jnp.int32) < slots, super().reach(slots), slots)
-    return jnp.where(jnp.asarray(self.sinks, jnp.int32) + self.window + 1 <= slots, FOREVER, slots)
+    reach = FOREVER if self.cr is None else super().reach(slots)
+    return jnp.where(self.least(0) <= slots, reach, slots)

@@ -202,6 +202,7 @@ def test_numbers_that_make_no_sense(policy, message):
     policies.RKV(budget=20, buffer=7, exact_prefill=True),
     policies.RKV(cr=3.3, buffer=5, exact_prefill=True),
     policies.StreamingLLM(window=6, sinks=3),
+    policies.StreamingLLM(window=2, cr=3.3, sinks=3, by_position=True),
     policies.Vanilla(),
   ],
 )

@@ -453,6 +453,20 @@ def test_numbers_of_rows_need_rows(policy):
     dms_jax.Generator(model, policy=policy, width=2)
 
 
+def test_a_window_is_that_of_all_requests():
+  """A budget that has become a window is refused in a line that names the form in which each request has its own."""
+  make = lambda **fields: dms_jax.Generator(tiny.model(), policy=policies.StreamingLLM(budget=9, **fields), width=2)
+  message = (
+    r"budget=12: not a number .* there are: sinks; StreamingLLM\(budget=N, by_position=True\) has a budget for each"
+  )
+  with pytest.raises(ValueError, match=message):
+    make().submit([1, 2], budget=12)
+  generator = make(by_position=True)
+  generator.submit([1, 2], budget=12)
+  with pytest.raises(ValueError, match=r"cr=2.0: not a number of this StreamingLLM .* there are: budget, sinks$"):
+    generator.submit([1, 2], cr=2.0)
+
+
 def test_going_on_reads_nothing():
   """A row without a prompt of a later turn keeps its pending token while others read theirs."""
   model, prompts = tiny.model(), [[1, 2, 3, 4, 5, 6], [7]]
