@@ -343,5 +343,6 @@ CASES = {case.__name__: case for case in (*QUICK, *SLOW)}
 
 if __name__ == "__main__":
   assert jax.device_count() == 8
-  CASES[sys.argv[1]]()
+  for name in sys.argv[1:]:
+    CASES[name]()
   print("equal")

@@ -253,7 +253,7 @@ def plain_mean(pair, low, high, log, count=20_000):
 @pytest.mark.parametrize("vote", [False, True])
 def test_margins_and_intervals_by_their_definitions(vote):
   """Every resample's margin, with its own ends, against midpoints over points that plain loops make."""
-  sweeps, widths, count = [synthetic(0), synthetic(1)], (1, 2, 4), 100
+  sweeps, widths, count = [synthetic(0), synthetic(1)], (1, 2, 4), 40
   found, remarks = analysis.family(sweeps, "echo", widths, vote)
   assert remarks == [] and found.seeds == 2 and found.scores.shape == (18, 40)
   assert found.settings[0] == Setting("vanilla", (), 1, 10) and found.achieved[0] == pytest.approx(1.0)

@@ -48,6 +48,12 @@ def model():
   return fastest_form(tiny.model(gates=tiny.dms(window=WINDOW)))
 
 
+@pytest.fixture(scope="module")
+def shallow():
+  """One layer, for what does not depend on how many there are."""
+  return fastest_form(tiny.model(tiny.config(num_layers=1), tiny.dms(window=WINDOW)))
+
+
 def prompt(length: int, seed: int = 0) -> list[int]:
   return tiny.tokens(tiny.config(), 1, length, seed).tolist()[0]
 
@@ -174,15 +180,15 @@ def test_reading_first_and_asking_later(model):
     dms_jax.generate(model, continue_from=read, **SMALL)
 
 
-def test_growing_changes_nothing(model, monkeypatch):
+def test_growing_changes_nothing(shallow, monkeypatch):
   prompts = [prompt(30), prompt(7, seed=1), prompt(1)]
-  fixed = dms_jax.generate(model, prompts, max_new_tokens=NEW, eos=False, **SLOTS)
+  fixed = dms_jax.generate(shallow, prompts, max_new_tokens=NEW, eos=False, **SLOTS)
   grown = []
   original = ContiguousCache.grow
   monkeypatch.setattr(base, "SLOTS", 4)
   monkeypatch.setattr(base, "GROWTH", 1.1)
   monkeypatch.setattr(ContiguousCache, "grow", lambda self, slots: grown.append(slots) or original(self, slots))
-  out = dms_jax.generate(model, prompts, max_new_tokens=NEW, eos=False, **GROWING)
+  out = dms_jax.generate(shallow, prompts, max_new_tokens=NEW, eos=False, **GROWING)
   assert len(grown) >= 2 and grown == sorted(grown) and grown[-1] <= 52  # 30 + 20 - 1 tokens, a multiple of 4
   assert out.tokens == fixed.tokens
   np.testing.assert_allclose(out.logprobs, fixed.logprobs, atol=2e-5)
@@ -190,38 +196,38 @@ def test_growing_changes_nothing(model, monkeypatch):
   assert out.conversation.cache.kv.shape[3] == grown[-1]
 
 
-def test_a_full_fixed_cache_loses_nothing(model):
+def test_a_full_fixed_cache_loses_nothing(shallow):
   prompts = [prompt(12), prompt(4, seed=1)]
-  whole = dms_jax.generate(model, prompts, max_new_tokens=40, eos=False, **SLOTS)
+  whole = dms_jax.generate(shallow, prompts, max_new_tokens=40, eos=False, **SLOTS)
   most = int(whole.metrics.live.max(axis=(0, 2))[0])
-  out = dms_jax.generate(model, prompts, max_new_tokens=40, eos=False, **{**SLOTS, "capacity": most - 4})
+  out = dms_jax.generate(shallow, prompts, max_new_tokens=40, eos=False, **{**SLOTS, "capacity": most - 4})
   assert out.finish_reason[0] == "capacity" and 0 < len(out.tokens[0]) < 40
   np.testing.assert_array_equal(out.metrics.seen, np.array([12, 4]) + [len(t) - 1 for t in out.tokens])
   assert all(w[: len(t)] == t for w, t in zip(whole.tokens, out.tokens, strict=True))
   row = 40 - len(out.tokens[0])
-  more = dms_jax.generate(model, continue_from=out, max_new_tokens=row, eos=False, **SLOTS)
+  more = dms_jax.generate(shallow, continue_from=out, max_new_tokens=row, eos=False, **SLOTS)
   assert out.tokens[0] + more.tokens[0] == whole.tokens[0]
   # A conversation is copied, not consumed, also where its copy grows: it can be continued again.
-  larger = dms_jax.generate(model, continue_from=out, max_new_tokens=row, eos=False, **{**SLOTS, "capacity": most + 8})
-  again = dms_jax.generate(model, continue_from=out, max_new_tokens=row, eos=False, **SLOTS)
+  larger = dms_jax.generate(shallow, continue_from=out, max_new_tokens=row, eos=False, **{**SLOTS, "capacity": most + 8})
+  again = dms_jax.generate(shallow, continue_from=out, max_new_tokens=row, eos=False, **SLOTS)
   assert larger.tokens[0] == again.tokens[0] == more.tokens[0]
 
 
-def test_a_prompt_that_is_compressed_fits_a_small_cache_by_single_tokens(model):
+def test_a_prompt_that_is_compressed_fits_a_small_cache_by_single_tokens(shallow):
   ids = prompt(40)
-  whole = dms_jax.generate(model, [ids], max_new_tokens=1, **SLOTS)
+  whole = dms_jax.generate(shallow, [ids], max_new_tokens=1, **SLOTS)
   slots = int(whole.metrics.live.max())
   assert slots < 40
-  tight = dms_jax.generate(model, [ids], max_new_tokens=1, **{**SLOTS, "capacity": slots})
+  tight = dms_jax.generate(shallow, [ids], max_new_tokens=1, **{**SLOTS, "capacity": slots})
   assert tight.tokens == whole.tokens
   np.testing.assert_array_equal(tight.metrics.live, whole.metrics.live)
   with pytest.raises(ValueError, match=rf"prompts\[0\]: \d+ of 40 tokens fill capacity={slots - 1}"):
-    dms_jax.generate(model, [ids], max_new_tokens=1, **{**SLOTS, "capacity": slots - 1})
+    dms_jax.generate(shallow, [ids], max_new_tokens=1, **{**SLOTS, "capacity": slots - 1})
 
 
 @functools.cache  # one model for all: programs are traced once for a tokenizer
 def with_letters():
-  cfg = tiny.config()
+  cfg = tiny.config(num_layers=1)
   return fastest_form(tiny.model(cfg, tiny.dms()).replace(tokenizer=Letters.create(cfg.vocab_size)))
 
 
@@ -255,7 +261,8 @@ def test_end_of_text():
   prompts = [prompt(6), prompt(13, seed=1), prompt(2, seed=2)]
   free = dms_jax.generate(model, prompts, eos=False, **settings)
   ids = free.tokens[0][9], free.tokens[1][5]
-  for eos, changed in ((list(ids), model), (True, model.replace(config=tiny.config(eos_token_ids=ids)))):
+  named = model.replace(config=dataclasses.replace(model.config, eos_token_ids=ids))
+  for eos, changed in ((list(ids), model), (True, named)):
     out = dms_jax.generate(changed, prompts, eos=eos, **settings)
     assert out.finish_reason[:2] == ["eos", "eos"]
     for whole, tokens, reason in zip(free.tokens, out.tokens, out.finish_reason, strict=True):
@@ -307,7 +314,7 @@ def test_strings_and_later_turns():
   assert named.text == [tokenizer.decode(t) for t in named.tokens]
 
 
-def test_decode_is_traced_once_a_shape(model, monkeypatch):
+def test_decode_is_traced_once_a_shape(shallow, monkeypatch):
   traces = []
   original = decoding.cached_forward
 
@@ -320,29 +327,29 @@ def test_decode_is_traced_once_a_shape(model, monkeypatch):
     max_new_tokens=11, eos=False, capacity=40, prefill_chunk=7, decode_block=3
   )  # shapes of this test alone
   for threshold in (0.0, 1.0, -2.0):
-    out = dms_jax.generate(model, [prompt(9), prompt(5)], policy=DMS(threshold=threshold), **settings)
-  dms_jax.generate(model, continue_from=out, **settings)
+    out = dms_jax.generate(shallow, [prompt(9), prompt(5)], policy=DMS(threshold=threshold), **settings)
+  dms_jax.generate(shallow, continue_from=out, **settings)
   assert traces == [(2, 7), (2, 1)]
   for temperature in (0.5, 0.7):
-    dms_jax.generate(model, [prompt(9), prompt(5)], temperature=temperature, key=jax.random.key(0), **settings)
+    dms_jax.generate(shallow, [prompt(9), prompt(5)], temperature=temperature, key=jax.random.key(0), **settings)
   assert traces == [(2, 7), (2, 1), (2, 1)]
 
 
 @pytest.mark.parametrize("kind", ["contiguous", "paged"])
-def test_texts_of_about_one_length_share_what_is_compiled(model, monkeypatch, kind):
+def test_texts_of_about_one_length_share_what_is_compiled(shallow, monkeypatch, kind):
   traces, original = [], decoding.cached_forward
   monkeypatch.setattr(
     decoding, "cached_forward", lambda *args, **rest: traces.append(args[3].shape) or original(*args, **rest)
   )
   settings = dict(eos=False, prefill_chunk=6, decode_block=5, cache=kind)  # shapes of this test alone
-  dms_jax.generate(model, [prompt(100), prompt(5)], max_new_tokens=30, **settings)
+  dms_jax.generate(shallow, [prompt(100), prompt(5)], max_new_tokens=30, **settings)
   first = list(traces)
-  dms_jax.generate(model, [prompt(70), prompt(33)], max_new_tokens=41, **settings)
+  dms_jax.generate(shallow, [prompt(70), prompt(33)], max_new_tokens=41, **settings)
   assert first and traces == first
 
 
-def test_nothing_is_compiled_twice(model, caplog):
-  placed = jax.device_put(model, jax.devices()[0])  # as a checkpoint's weights are
+def test_nothing_is_compiled_twice(shallow, caplog):
+  placed = jax.device_put(shallow, jax.devices()[0])  # as a checkpoint's weights are
   settings = dict(
     max_new_tokens=11, eos=False, capacity=48, prefill_chunk=7, decode_block=3
   )  # shapes of this test alone

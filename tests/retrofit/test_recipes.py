@@ -182,7 +182,7 @@ def test_the_neuron_fades_from_whole_to_cleared():
 
 
 @pytest.mark.standard_promotion  # optax
-def test_phase_one_evicts_nothing_and_phase_two_begins_where_it_ends(baseline):
+def test_phase_one_evicts_nothing_and_phase_two_begins_where_it_ends():
   config = changed(BASE, trainable="all", schedule__fade_steps=4, schedule__steps=8, schedule__zero_neuron=True)
   dms, base = tiny.dms(gate="neuron", window=3, scale=10.0, offset=1.0), tiny.model(SMALL)
   student, teacher, trained = prepare(base, dms, LoRAConfig(), config)
@@ -201,6 +201,10 @@ def test_phase_one_evicts_nothing_and_phase_two_begins_where_it_ends(baseline):
   assert [line["target_cr"] for line in lines] == [2.0] * 5 + [3.0]
   assert lines[4]["gate_rate"] == 0.0  # every gate at -offset
   assert lines[4]["compression_loss"] > 0
+
+
+@pytest.mark.standard_promotion
+def test_a_neuron_that_fades_is_no_neuron_that_is_gone(baseline):
   assert differ(outcome(changed(BASE, **BY_THE_NEURON), "neuron"), baseline["neuron"])
 
 
