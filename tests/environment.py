@@ -16,8 +16,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax: the suite means the
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "dms_jax" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-# Where an operation was written matters to profiles alone: lowering it and compiling what follows take 3 % less time.
-os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job: programs under test are none
   signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["PYTHONDONTWRITEBYTECODE"] = ""  # the first process that a test starts compiles the packages for all
