@@ -236,7 +236,7 @@ def test_shared_pages_are_those_of_the_prompt(model):
   np.testing.assert_array_equal(generator.cache.seen, [19] * 3 + [14] * 3)
 
 
-def test_every_program_is_compiled_once(model):
+def test_every_program_is_compiled_once():
   """Whether or not the weights were placed on a device explicitly, as `load` does."""
   from dms_jax.cache import rows as cache_rows
   from dms_jax.generation import decode, pages, rows, together
@@ -245,7 +245,7 @@ def test_every_program_is_compiled_once(model):
     decode.decode_block, rows._first_tokens, together._whole, pages._settled, cache_rows.fork_row, rows._placed,
     rows._over,
   )  # fmt: skip
-  placed = jax.device_put(model, jax.devices()[0])
+  placed = jax.device_put(tiny.model(tiny.config(num_layers=1), DMSConfig(window=W)), jax.devices()[0])
   for program in programs:
     program.clear_cache()
   generator = Generator(placed, pages=400, **SIZES, prefill_rows=2)
