@@ -208,7 +208,9 @@ def test_a_full_fixed_cache_loses_nothing(shallow):
   more = dms_jax.generate(shallow, continue_from=out, max_new_tokens=row, eos=False, **SLOTS)
   assert out.tokens[0] + more.tokens[0] == whole.tokens[0]
   # A conversation is copied, not consumed, also where its copy grows: it can be continued again.
-  larger = dms_jax.generate(shallow, continue_from=out, max_new_tokens=row, eos=False, **{**SLOTS, "capacity": most + 8})
+  larger = dms_jax.generate(
+    shallow, continue_from=out, max_new_tokens=row, eos=False, **{**SLOTS, "capacity": most + 8}
+  )
   again = dms_jax.generate(shallow, continue_from=out, max_new_tokens=row, eos=False, **SLOTS)
   assert larger.tokens[0] == again.tokens[0] == more.tokens[0]
 
