@@ -260,6 +260,10 @@ def requests_to_experts() -> None:
   requests_of_a_generator(2, 4, with_experts("mixtral", 8))
 
 
+def requests_to_layers_that_slide() -> None:
+  requests_of_a_generator(2, 2, of_family("gpt_oss"))
+
+
 def requests_of_a_generator(data: int = 2, tensor: int = 2, model: Model | None = None) -> None:
   """The same tokens as alone on one device, though pages run out on the mesh and rows are preempted."""
   model = model or one_device(tiny.dms(window=3))
@@ -352,7 +356,7 @@ def refusals() -> None:
 QUICK = whole_experts, caches_of_all_kinds, programs, moves, requests_of_a_generator, caches_of_benchmarks, refusals
 SLOW = (
   other_policies, other_families, families_without_experts, moves_of_other_kinds, programs_of_experts,
-  requests_over_heads, requests_to_experts, a_large_model,
+  requests_over_heads, requests_to_experts, requests_to_layers_that_slide, a_large_model,
 )  # fmt: skip
 CASES = {case.__name__: case for case in (*QUICK, *SLOW)}
 
