@@ -21,20 +21,24 @@ def load(path: str | Path, retrofit: str | Path | None = None, dtype: Any = None
     merge: fold low-rank updates into the weights, so that the model decodes faster; those that depend on each row's CR
       (`LoRAConfig.by_cr`) stay apart.
     mesh: the devices that generate together (`dms_jax.make_mesh`), of one process or all of several (`dms_jax.spmd`);
-      each reads its shard of the weights alone. Over several processes each must call.
+      each holds its shard of the weights alone, though every host checks all files' checksums. Over several processes
+      each must call.
 
   Returns:
     `Model`, and `Tokenizer` or None.
 
   Raises:
-    ValueError: a folder is missing or damaged, the retrofit belongs to another model, or the mesh cannot split it.
+    ValueError: a folder is missing or damaged, the retrofit belongs to another model, or the mesh has other axes or
+      cannot split it.
   """
   from dms_jax import checkpoint  # Orbax and tokenizers take a second to import
   from dms_jax.execution import fastest_form
   from dms_jax.sharding import DECODING
-  from dms_jax.spmd import place
+  from dms_jax.spmd import check_axes, place
   from dms_jax.tokenizer import TOKENIZER_FILE, Tokenizer
 
+  if mesh is not None:
+    check_axes(mesh)
   has_tokenizer = (Path(path) / TOKENIZER_FILE).exists()
   with ThreadPoolExecutor(1) as beside:  # the weights' checksums and files are read without Python's lock
     reading = beside.submit(Tokenizer.load, path) if has_tokenizer else None

@@ -54,8 +54,11 @@ def make_mesh(data: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | No
   """A mesh of `data` x `tensor` devices with `AxisType.Auto`: the partitioner chooses what is not constrained.
 
   Raises:
-    ValueError: there are fewer devices.
+    ValueError: there are fewer devices, or a number is none of devices.
   """
+  for name, size in (("data", data), ("tensor", tensor)):
+    if not isinstance(size, int | np.integer) or size < 1:
+      raise ValueError(f"mesh.{name}={size} must be a whole number of devices, at least 1")
   devices = jax.devices() if devices is None else list(devices)
   if (needed := data * tensor) > (found := len(devices)):
     raise ValueError(f"a mesh of mesh.data={data} x mesh.tensor={tensor} needs {needed} devices; there are {found}")

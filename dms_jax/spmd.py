@@ -22,13 +22,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dms_jax.cache.base import Common
 from dms_jax.cache.sharded import DEVICE, ShardedCache, policy_specs, rows_and_scalars
 from dms_jax.collectives import among, summed
-from dms_jax.config import ModelConfig
+from dms_jax.config import ModelConfig, shown
 from dms_jax.metrics import Counts
 from dms_jax.model import Model
 from dms_jax.params import Params, param_table
@@ -47,8 +47,7 @@ def check(model: Model, mesh: Mesh, policy: Policy | None = None) -> None:
   Raises:
     ValueError: it cannot.
   """
-  if set(mesh.axis_names) != {"data", "tensor"}:
-    raise ValueError(f"a mesh of axes {mesh.axis_names}; `dms_jax.make_mesh` makes one of data and tensor")
+  check_axes(mesh)
   if spans_processes(mesh) and mesh.size != (count := jax.device_count()):
     raise ValueError(f"a mesh of {mesh.size} of the {count} devices of several processes: it must be all, or of one")
   if (tensor := mesh.shape["tensor"]) == 1:
@@ -61,6 +60,20 @@ def check(model: Model, mesh: Mesh, policy: Policy | None = None) -> None:
   if policy is not None and policy.joins_heads:
     name = type(policy).__name__
     raise ValueError(f"mesh.tensor={tensor}: the KV heads of a layer decide together here ({name}): use mesh.data")
+
+
+def check_axes(mesh: Mesh) -> None:
+  """Checks that a mesh has the axes of `dms_jax.make_mesh`, in that order and of type Auto.
+
+  Raises:
+    ValueError: it has others, or is no mesh.
+  """
+  if not isinstance(mesh, Mesh):
+    raise ValueError(f"mesh={shown(mesh)} is no mesh; `dms_jax.make_mesh(data=2, tensor=4)` makes one")
+  if mesh.axis_names != ("data", "tensor"):
+    raise ValueError(f"a mesh of axes {mesh.axis_names}, not ('data', 'tensor'); `dms_jax.make_mesh` makes one")
+  if set(mesh.axis_types) != {AxisType.Auto}:  # as jax.make_mesh makes them
+    raise ValueError("a mesh whose axes are not all of AxisType.Auto; `dms_jax.make_mesh` makes one")
 
 
 def check_heads(config: ModelConfig, tensor: int) -> None:

@@ -438,8 +438,12 @@ def main() -> None:
     tasks = [program.read_flags(name, get(name)) for name in chosen.tasks]
     jobs = run.prepare(tasks, chosen, config.lengths, tokenizer, max_positions, config.max_tokens)
     texts = read_texts(config, tokenizer, max_positions)
-    if mesh is not None and (config.text or config.traces or not all(isinstance(t, WritingTask) for t in tasks)):
-      raise ValueError("--mesh: tasks that write run on several devices; texts, likelihood tasks and traces on one")
+    alone = [f"--{name}" for name in ("text", "traces") if getattr(config, name)]
+    alone += [
+      f"--tasks={name}" for name, task in zip(chosen.tasks, tasks, strict=True) if not isinstance(task, WritingTask)
+    ]
+    if mesh is not None and alone:
+      raise ValueError(f"--mesh: {', '.join(alone)}: texts, likelihood tasks and traces run on one device")
     original = checkpoint.load(config.checkpoint, dtype=config.dtype, mesh=mesh, rules=DECODING)
     original = place(original.replace(dms=None) if config.retrofit else original, mesh)
     methods = methods_of(config, original, program.read_flags)

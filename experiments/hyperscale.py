@@ -25,7 +25,7 @@ analysis needs no more. `--timed` measures seconds of a chain in the largest bat
 `experiments/hyperscaling/timing.py` states the rule. Records do not depend on that memory, so they may be made without
 it first, and times measured by a second call, for which the short form is enough.
 
-Several devices: --mesh.data=2 --mesh.tensor=4, as of `experiments.evaluate`.
+Several devices: --mesh.data=2 --mesh.tensor=4 --traces=0, as of `experiments.evaluate`.
 
 Several model seeds are several runs. `--sets=runs/hyperscale/seed0,runs/hyperscale/seed1 --output=FOLDER`, without a
 checkpoint, analyses them together, `--methods` some of their methods. A set may be made in parts, methods or tasks
@@ -148,7 +148,7 @@ def make(config: Config, chosen: TasksConfig, folder: Path, mesh: Mesh | None) -
   most = checkpoint.read_config(config.checkpoint)[1].max_position_embeddings
   jobs = run.prepare(tasks, chosen, (), tokenizer, most, config.max_tokens)
   if mesh is not None and (config.timed or config.traces):
-    raise ValueError("--mesh: --timed and --traces run on one device; leave them out, or the mesh")
+    raise ValueError("--mesh: traces and times are of one device: give --traces=0 --notimed, or leave out the mesh")
   original = checkpoint.load(config.checkpoint, dtype=config.dtype, mesh=mesh, rules=DECODING)
   original = place(original.replace(dms=None), mesh)
   found = methods_module.build(

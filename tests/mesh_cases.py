@@ -12,7 +12,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 import dms_jax
 from dms_jax import cache as caches
@@ -101,6 +101,14 @@ def other_families() -> None:
     ("qwen3_moe", 8, 1, 4),
   ):  # fmt: skip
     generates("paged", data, tensor, model=with_experts(name, experts))
+
+
+def families_without_experts() -> None:
+  """Layers that slide, capped scores, partial RoPE, layers without it; rows alone where a norm is over all heads."""
+  for name in ("gpt_neox", "phi3-partial", "granite", "gemma2", "gemma3", "smollm3"):
+    generates("paged", 2, 2, model=of_family(name))
+  for name in ("olmo2", "olmo3"):
+    generates("paged", 8, 1, model=of_family(name))
 
 
 def of_family(name: str, **changes) -> Model:
@@ -252,6 +260,10 @@ def requests_to_experts() -> None:
   requests_of_a_generator(2, 4, with_experts("mixtral", 8))
 
 
+def requests_to_layers_that_slide() -> None:
+  requests_of_a_generator(2, 2, of_family("gpt_oss"))
+
+
 def requests_of_a_generator(data: int = 2, tensor: int = 2, model: Model | None = None) -> None:
   """The same tokens as alone on one device, though pages run out on the mesh and rows are preempted."""
   model = model or one_device(tiny.dms(window=3))
@@ -321,13 +333,20 @@ def refusals() -> None:
 
   model, mesh = one_device(), make_mesh(2, 4)
   placed = spmd.place(model, mesh)
+  explicit = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Explicit,) * 2)
   for message, call in (
     ("mesh.tensor=8 does not divide the 4 KV heads", lambda: spmd.place(model, make_mesh(1, 8))),
+    ("'2x4' is no mesh", lambda: dms_jax.load("nowhere", mesh="2x4")),
+    (r"a mesh of axes \('x', 'y'\)", lambda: dms_jax.load("nowhere", mesh=jax.make_mesh((2, 4), ("x", "y")))),
+    ("not \\('data', 'tensor'\\)", lambda: spmd.place(model, Mesh(mesh.devices.T, ("tensor", "data")))),
+    ("AxisType.Auto", lambda: spmd.place(model, explicit)),
+    (r"a norm over all heads \(olmo2\)", lambda: spmd.place(of_family("olmo2"), make_mesh(1, 2))),
     ("mesh.data=2 does not divide 3 rows", lambda: dms_jax.generate(placed, PROMPTS[:3], **SETTINGS)),
     ("granularity=layer", lambda: spmd.place(one_device(tiny.dms(granularity="layer")), mesh)),
     (r"decide together here \(TOVA\)", lambda: dms_jax.generate(
       placed, PROMPTS, policy=policies.TOVA(budget=9, per_layer=True), **SETTINGS)),
     ("the width 2 of a device", lambda: Generator(placed, width=4).submit([1], chains=3)),
+    ("take .* on each device; give a larger budget", lambda: Generator(placed, width=4, budget=9)),
     ('on a mesh use "preempt"', lambda: Generator(placed, width=4, on_pressure="compress")),
   ):  # fmt: skip
     with pytest.raises(ValueError, match=message):
@@ -336,8 +355,8 @@ def refusals() -> None:
 
 QUICK = whole_experts, caches_of_all_kinds, programs, moves, requests_of_a_generator, caches_of_benchmarks, refusals
 SLOW = (
-  other_policies, other_families, moves_of_other_kinds, programs_of_experts, requests_over_heads, requests_to_experts,
-  a_large_model,
+  other_policies, other_families, families_without_experts, moves_of_other_kinds, programs_of_experts,
+  requests_over_heads, requests_to_experts, requests_to_layers_that_slide, a_large_model,
 )  # fmt: skip
 CASES = {case.__name__: case for case in (*QUICK, *SLOW)}
 

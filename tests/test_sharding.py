@@ -173,3 +173,6 @@ def test_one_device_replicates_and_too_few_are_an_error():
     assert math.prod(sharding.shard_shape(table[path].shape)) == math.prod(table[path].shape)
   with pytest.raises(ValueError, match=f"there are {jax.device_count()}"):
     make_mesh(data=64)
+  for sizes in (dict(data=0), dict(tensor=-4, data=-1)):
+    with pytest.raises(ValueError, match=r"^mesh\.(data|tensor)=\S+ must be a whole number of devices, at least 1$"):
+      make_mesh(**sizes)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from dms_jax.config import ModelConfig, is_number, shown
 
-_SLIDING, _FULL = "sliding_attention", "full_attention"
+LAYER_KINDS = _SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +129,6 @@ def read_sliding(values: dict[str, Any], period: int) -> dict[str, Any]:
   if every < 1:
     raise ValueError(f"sliding_window_pattern={shown(every)} must be a positive number")
   slides = tuple(kind == _SLIDING for kind in kinds) if kinds else pattern(layers, every)
-  if kinds and (other := set(kinds) - {_SLIDING, _FULL}):
-    raise ValueError(f"layer_types names {sorted(other)}; supported are {_SLIDING} and {_FULL}")
   return {"sliding_window": values["sliding_window"], "sliding_layers": slides} if any(slides) else {}
 
 

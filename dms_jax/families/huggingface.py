@@ -149,6 +149,8 @@ def _unsupported(values: dict, family: base.Family | None) -> list[str]:
   slides = _slides(values) and not (family and family.slides)
   sliding = [f"sliding_window={values.get('sliding_window')}"] if slides else []
   reasons = base.refusals(experts, given("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim"), sliding)
+  if other := sorted(set(values.get("layer_types") or ()) - set(base.LAYER_KINDS)):
+    reasons.append(f"layers of type {', '.join(map(shown, other))} (layer_types)")
   if family is None:
     reasons.append(f"model_type {shown(name)}; supported are {', '.join(base.FAMILIES)}")
   settings = _rope_settings(values)
@@ -180,7 +182,7 @@ def _unsupported(values: dict, family: base.Family | None) -> list[str]:
 def _slides(values: dict) -> bool:
   """Whether any layer has a sliding window: those that `layer_types` names, else those from `max_window_layers` on."""
   if values.get("layer_types"):
-    return any(kind != "full_attention" for kind in values["layer_types"])
+    return "sliding_attention" in values["layer_types"]
   if values.get("sliding_window") is None or values.get("use_sliding_window") is False:
     return False
   longest = values.get("max_position_embeddings")

@@ -110,9 +110,10 @@ class PagedRows:
     self.budget = budget
     self.limit = None if budget is None else max((budget - own.fixed_bytes) // own.page_bytes, 0)
     if self.limit is not None and self.limit < least:
+      each = " on each device" if isinstance(self.cache, ShardedCache) else ""
       raise BudgetError(
         f"budget={budget} bytes: {self.pool_rows} rows and {least} pages (one a head, or pages=) take "
-        f"{own.fixed_bytes + least * own.page_bytes}; give a larger budget or a smaller width"
+        f"{own.fixed_bytes + least * own.page_bytes}{each}; give a larger budget or a smaller width"
       )
     self.cache = cache.with_pages(max(pages or self.limit or 0, own.pages))
 

@@ -223,6 +223,14 @@ REFUSED = {
     ["sliding window attention"],
   ),
   "sliding layers": (dict(layer_types=["full_attention", "sliding_attention"]), ["sliding window attention"]),
+  "other layers": (
+    dict(layer_types=["linear_attention", "full_attention"]),
+    ["not supported: layers of type 'linear_attention' (layer_types)"],
+  ),
+  "other layers beside those that slide": (
+    dict(model_type="gemma2", layer_types=["chunked_attention", "sliding_attention"]),
+    ["layers of type 'chunked_attention' (layer_types)"],
+  ),
   "experts": (dict(model_type="qwen2_moe", num_experts=128), ["mixture of experts (num_experts)", "'qwen2_moe'"]),
   "phimoe": (dict(model_type="phimoe", num_local_experts=8), ["mixture of experts"]),
   "mixtral that slides": (dict(model_type="mixtral", sliding_window=1024), ["sliding window attention"]),

@@ -7,6 +7,8 @@ import dataclasses
 import itertools
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -27,7 +29,8 @@ from experiments.methods.summary import summarise
 from experiments.tasks import TASKS
 from experiments.tasks.base import Prompt, TasksConfig, WritingTask
 from experiments.tasks.gsm8k import GSM8K
-from tests.helpers import save_checkpoints, write_gsm8k
+from tests.helpers import ROOT, SIX_LINES, save_checkpoints, write_gsm8k
+from tests.programs import finished, on_devices
 
 
 @pytest.fixture(scope="module")
@@ -303,6 +306,34 @@ def test_a_text_beyond_the_context_is_refused():
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
   return save_checkpoints(tmp_path_factory.mktemp("checkpoints"))
+
+
+def test_a_mesh_gives_the_same_records(checkpoints, tmp_path):
+  """Chains are those of one device; tasks by likelihood, which run on one, are refused before anything is written."""
+  base, retrofit = map(str, checkpoints)
+  start = lambda *flags: subprocess.Popen(
+    [sys.executable, "-m", "experiments.evaluate", f"--checkpoint={base}", f"--retrofit={retrofit}", *flags],
+    cwd=ROOT, env=on_devices(4), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+  )  # fmt: skip
+  chains = (
+    "--tasks=countdown", "--limit=2", "--methods=vanilla,dms", "--chains=2", "--max_tokens=6", "--temperature=0.8",
+    "--dtype=float32",
+  )  # fmt: skip
+  (tmp_path / "h.txt").write_text(SIX_LINES)
+  asked = "--tasks=hellaswag", f"--hellaswag.data={tmp_path / 'h.txt'}", "--hellaswag.shots=0"
+  mesh = "--mesh.data=2", "--mesh.tensor=2"
+  one, many, refused = finished(
+    start(*chains, f"--output={tmp_path / 'one'}"), start(*chains, *mesh, f"--output={tmp_path / 'many'}"),
+    start(*asked, *mesh, f"--output={tmp_path / 'none'}"),
+  )  # fmt: skip
+  assert one[0] == many[0] == 0, one[2] + many[2]
+  assert refused[0] and "error: --mesh: --tasks=hellaswag: texts, likelihood tasks" in refused[2].splitlines()[-1]
+  assert not list((tmp_path / "none").glob("*"))
+  rows = [
+    {r.key: dataclasses.replace(r, seconds=0.0) for r in records.read(tmp_path / name / evaluate.RECORDS)}
+    for name in ("one", "many")
+  ]
+  assert rows[0] == rows[1] and len(rows[0]) == 8
 
 
 def test_a_killed_run_gives_the_same_records(checkpoints, tmp_path, monkeypatch, capfd):
