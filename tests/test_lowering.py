@@ -11,7 +11,6 @@ import pytest
 
 from dms_jax import cache as caches
 from dms_jax import policies
-from dms_jax.attention import use
 from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig
 from dms_jax.families import PRESETS
 from dms_jax.generation import decode as decoding
@@ -76,14 +75,10 @@ def test_training_lowers_for_cuda(objective):
 
 
 @pytest.mark.parametrize("tokens, kind, kernel", [(1, "paged", "decode_pages"), (64, "contiguous", "prefill_")])
-def test_heads_of_256_are_the_kernels_where_they_are_named(tokens, kind, kernel):
-  """Two layers of Gemma 2 9B: these kernels never ran on a GPU, so XLA attends unless the caller asks for them."""
+def test_heads_of_256_are_the_kernels(tokens, kind, kernel):
+  """Two layers of Gemma 2 9B, whose scores are capped."""
   config = dataclasses.replace(PRESETS["gemma-2-9b"], num_layers=2, sliding_layers=(True, False), vocab_size=256)
-  assert kernel not in lowered_for_cuda(tokens, kind, config=config)
-  jax.clear_caches()  # what is named is no part of the key of `jax.jit`
-  with use(("gpu", "xla")):
-    assert kernel in lowered_for_cuda(tokens, kind, config=config)
-  jax.clear_caches()
+  assert kernel in lowered_for_cuda(tokens, kind, config=config)
 
 
 def test_prefill_of_a_model_lowers_for_cuda():

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import contextvars
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-from pallas_kernels.common.platform import setting
-
-_chosen_by_order = contextvars.ContextVar("chosen_by_order", default=False)
 
 
 class Expected(NotImplementedError):
@@ -42,8 +37,7 @@ def call(
   reasons, slow = [], []
   for name in names:
     try:
-      with setting(_chosen_by_order, choice is None):
-        result = implementations[name](*args, **kwargs)
+      result = implementations[name](*args, **kwargs)
     except NotImplementedError as error:
       reasons.append(f"{operation}/{name}: {error}")
       log_once(reasons[-1])
@@ -68,18 +62,10 @@ def supports(dtypes: Sequence[str], **arrays: Any) -> None:
     raise NotImplementedError(f"{', '.join(arrays)} must all be {wanted}, not {', '.join(found)}")
 
 
-def supports_head_size(size: int, unproven: Sequence[int] = ()) -> None:
-  """Raises NotImplementedError for another head size than 64 and 128, those of most models.
-
-  Args:
-    unproven: further ones, which the kernel computes only where its implementation is named: it never ran so on the
-      device that it is for.
-  """
-  if size in unproven and _chosen_by_order.get():
-    raise NotImplementedError(f"head size {size}: never run on this device, so only where this implementation is named")
-  if size not in (64, 128, *unproven):
-    more = "".join(f", {other} where this implementation is named" for other in unproven)
-    raise NotImplementedError(f"head size {size}: only 64 and 128{more}")
+def supports_head_size(size: int, sizes: Sequence[int] = (64, 128)) -> None:
+  """Raises NotImplementedError for another head size than `sizes`."""
+  if size not in sizes:
+    raise NotImplementedError(f"head size {size}: only {', '.join(map(str, sizes[:-1]))} and {sizes[-1]}")
 
 
 def check_sinks(sinks: Any, heads: int) -> None:

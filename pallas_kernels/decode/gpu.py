@@ -56,8 +56,8 @@ def default_blocks(
   none is long: in a contiguous cache of up to 1,024 slots from a pair and a half a processor on, of up to 2,048 slots
   from six on; in pages from `MANY_PAIRS` on.
 
-  Heads of 256, of which nothing is measured: one worker a processor, with as many blocks in flight as its shared memory
-  holds.
+  Heads of 256: one worker a processor, with as many blocks in flight as its shared memory holds. Other sizes were not
+  timed.
   """
   block = 64
   if compat.interpreting():  # every part of the kernel at work on small inputs
@@ -106,7 +106,7 @@ def shape_class(pairs: int, head_dim: int, slots: int, page: int, stored: str) -
 def decode_attention(
   q, kv, layer, lengths, *, pages=None, lse: bool = False, mass: bool = False, softcap=None, sinks=None, blocks=None
 ):
-  """See `api.decode_attention`; bfloat16 or float16, head size 64 or 128, or 256 where it is named, groups up to 8.
+  """See `api.decode_attention`; bfloat16 or float16, head size 64, 128 or 256, groups up to 8.
 
   The slots of `kv` must be a multiple of 8, since a copy by TMA begins at a tile of 8 rows. Pages must divide a block
   or be a whole number of blocks, and have 8 slots or more, 16 with scales; in q's dtype, or int8 or float8_e4m3fn.
@@ -123,7 +123,7 @@ def decode_attention(
   if q.dtype not in (jnp.bfloat16, jnp.float16) or (kv is not None and kv.dtype != q.dtype):
     stored = "" if kv is None else f" and {kv.dtype}"
     raise NotImplementedError(f"q and kv must both be bfloat16 or both float16, not {q.dtype}{stored}")
-  dispatch.supports_head_size(h, unproven=(256,))
+  dispatch.supports_head_size(h, (64, 128, 256))
   if group > warpgroup.GROUP:
     raise NotImplementedError(f"{group} query heads a KV head: only up to {warpgroup.GROUP}")
   slots = 0 if kv is None else kv.shape[3]

@@ -43,7 +43,7 @@ def prefill_attention(
   sinks=None,
   blocks: Blocks | None = None,
 ):
-  """See `api.prefill_attention`; bfloat16 or float16, head size 64 or 128, or 256 where it is named.
+  """See `api.prefill_attention`; bfloat16 or float16, head size 64, 128 or 256.
 
   Raises:
     NotImplementedError: another device, dtype or head size.
@@ -51,7 +51,7 @@ def prefill_attention(
   compat.require_hopper()
   _, t, n, h = q.shape
   dispatch.supports(("bfloat16", "float16"), q=q, keys=keys, values=values)
-  dispatch.supports_head_size(h, unproven=(256,))
+  dispatch.supports_head_size(h, (64, 128, 256))
   blocks = blocks or tuned.blocks("prefill", tuned.shape_class(H=h), default_blocks(h, processors()))
   tile, weighted = Tile.of(n // keys.shape[1]), query_weights is not None
   args, row = _prepare(tile, blocks, weighted, q, keys, values, q_pos, k_first, k_last)

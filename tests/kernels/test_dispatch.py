@@ -42,17 +42,9 @@ def test_all_reasons_are_given():
     dispatch.call("decode", {name: refusing(error) for name, error in implementations.items()}, None)
 
 
-def test_an_unproven_head_size_is_taken_where_it_is_named():
-  """Called by itself or by name; XLA takes over where the order decides."""
-
-  def kernel(size=256):
-    dispatch.supports_head_size(size, unproven=(256,))
-    return "kernel"
-
-  implementations = {"gpu": kernel, "xla": lambda size=256: "xla"}
-  assert kernel() == dispatch.call("decode", implementations, "gpu") == "kernel"
-  assert dispatch.call("decode", implementations, ("gpu", "xla")) == "kernel"
-  assert dispatch.call("decode", implementations, None) == "xla"
-  assert dispatch.call("decode", implementations, None, size=128) == "kernel"
-  with pytest.raises(NotImplementedError, match=r"head size 32: only 64 and 128, 256 where"):
-    kernel(32)
+def test_a_head_size_is_one_of_the_kernels_sizes():
+  dispatch.supports_head_size(256, (64, 128, 256))
+  with pytest.raises(NotImplementedError, match="head size 256: only 64 and 128"):
+    dispatch.supports_head_size(256)
+  with pytest.raises(NotImplementedError, match="head size 32: only 64, 128 and 256"):
+    dispatch.supports_head_size(32, (64, 128, 256))
