@@ -188,16 +188,20 @@ def load_retrofitted(path: str | Path, retrofit: str | Path, **how: Any) -> Mode
   retrofit = shipped.find(retrofit)
   values, config, *_ = read_config(retrofit)
   if "base" in values["groups"]:
-    _check_shape(path, read_config(path)[1], retrofit, config)
+    _check_shape(path, read_config(path)[1], retrofit, config, may_differ=(*MAY_DIFFER, "rope_scaling"))
     return load(retrofit, **how)
   return load(path, retrofit=retrofit, **how)
 
 
-def _check_shape(path: str | Path, base: ModelConfig, retrofit: str | Path, config: ModelConfig) -> None:
+# Fields in which fine-tuned versions of a base may differ from it.
+MAY_DIFFER = ("eos_token_ids", "max_position_embeddings")
+
+
+def _check_shape(
+  path: str | Path, base: ModelConfig, retrofit: str | Path, config: ModelConfig, may_differ: Sequence[str] = MAY_DIFFER
+) -> None:
   """Raises ValueError if `config`, of the model that was retrofitted, is not that of the base at `path`."""
-  # Fine-tuned versions of the base may differ in `eos_token_ids` and `max_position_embeddings`.
   ours, theirs = (to_json(c) for c in (base, config))
-  may_differ = ("eos_token_ids", "max_position_embeddings")
   if differ := [k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k) and k not in may_differ]:
     found = ", ".join(f"{k} is {getattr(config, k)} there and {getattr(base, k)} here" for k in differ)
     raise ValueError(f"{retrofit}: a retrofit of another model than {path}: {found}")
