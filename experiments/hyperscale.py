@@ -147,6 +147,8 @@ def make(config: Config, chosen: TasksConfig, folder: Path, mesh: Mesh | None) -
   files.check_checkpoint("checkpoint", config.checkpoint)
   for _, _, retrofit in methods_module.split(config.retrofit):
     files.check_retrofit("retrofit", retrofit, whole=True)
+  for remark in methods_module.mislabelled(config.retrofit):
+    program.log(remark)
   tokenizer = Tokenizer.load(config.checkpoint)
   most = checkpoint.read_config(config.checkpoint)[1].max_position_embeddings
   jobs = run.prepare(tasks, chosen, (), tokenizer, most, config.max_tokens)

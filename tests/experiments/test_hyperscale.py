@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -109,6 +110,14 @@ def test_elastic_gates_are_read_at_the_cr_of_their_label(monkeypatch):
     build(("16:gates",), read)
   with pytest.raises(ValueError, match=r"--retrofit=2:gates has elastic gates, .* leave --dms.cr and --dms.threshold"):
     build(entries, lambda name, cls: cls(threshold=1.0) if name == "dms" else cls())
+
+
+def test_a_retrofit_under_another_cr_is_remarked(checkpoints):
+  """By what its files note; those of a test note nothing."""
+  folder = Path(hyperscale.__file__).parent / "results" / "reasoner"
+  assert not sweep_methods.mislabelled([f"4:{folder / 'cr4'}", f"8:{checkpoints[1]}"])
+  (remark,) = sweep_methods.mislabelled([f"6:{folder / 'cr4'}", f"2:{folder / 'cr2'}"])
+  assert remark == f"--retrofit=6:{folder / 'cr4'} was trained for CR 4; records and tables say 6"
 
 
 @pytest.mark.parametrize(
