@@ -177,7 +177,7 @@ def load(
 def load_retrofitted(path: str | Path, retrofit: str | Path, **how: Any) -> Model:
   """The retrofitted model: `retrofit` on top of the base at `path`.
 
-  A `retrofit` that is a whole model (`SavingConfig.export`) is loaded alone.
+  A `retrofit` that is a whole model (`SavingConfig.export`) is loaded alone, if it has the shape of the base.
 
   Args:
     how: `dtype`, `mesh` and `rules` of `load`.
@@ -186,9 +186,25 @@ def load_retrofitted(path: str | Path, retrofit: str | Path, **how: Any) -> Mode
     ValueError: as `load`.
   """
   retrofit = shipped.find(retrofit)
-  if "base" in read_config(retrofit)[0]["groups"]:
+  values, config, *_ = read_config(retrofit)
+  if "base" in values["groups"]:
+    _check_shape(path, read_config(path)[1], retrofit, config, may_differ=(*MAY_DIFFER, "rope_scaling"))
     return load(retrofit, **how)
   return load(path, retrofit=retrofit, **how)
+
+
+# Fields in which fine-tuned versions of a base may differ from it.
+MAY_DIFFER = ("eos_token_ids", "max_position_embeddings")
+
+
+def _check_shape(
+  path: str | Path, base: ModelConfig, retrofit: str | Path, config: ModelConfig, may_differ: Sequence[str] = MAY_DIFFER
+) -> None:
+  """Raises ValueError if `config`, of the model that was retrofitted, is not that of the base at `path`."""
+  ours, theirs = (to_json(c) for c in (base, config))
+  if differ := [k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k) and k not in may_differ]:
+    found = ", ".join(f"{k} is {getattr(config, k)} there and {getattr(base, k)} here" for k in differ)
+    raise ValueError(f"{retrofit}: a retrofit of another model than {path}: {found}")
 
 
 def _apply_retrofit(
@@ -198,12 +214,7 @@ def _apply_retrofit(
   values, config, dms, lora = read_config(retrofit)
   if "base" in values["groups"]:
     raise ValueError(f"{retrofit}: a whole model, not a retrofit; load it by itself, without {path}")
-  # Fine-tuned versions of the base may differ in `eos_token_ids` and `max_position_embeddings`.
-  ours, theirs = (to_json(c) for c in (model.config, config))
-  may_differ = ("eos_token_ids", "max_position_embeddings")
-  if differ := [k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k) and k not in may_differ]:
-    values = ", ".join(f"{k} is {getattr(config, k)} there and {getattr(model.config, k)} here" for k in differ)
-    raise ValueError(f"{retrofit}: a retrofit of another model than {path}: {values}")
+  _check_shape(path, model.config, retrofit, config)
   table = {n: s for n, s in param_table(config, dms, lora).items() if s.group in ("gate", "lora")}
   added = _read_params(Path(retrofit), values, table, mesh=mesh, rules=rules) if table else {}
   own = param_table(model.config)

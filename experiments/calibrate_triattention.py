@@ -132,7 +132,7 @@ def read_passages(config: Config, text: str, tokenizer: Tokenizer) -> list[Int[n
     return [tokens[at : at + config.length] for at in range(0, len(tokens), config.length)]
   from experiments.tasks import reasoning  # all tasks, which take a while to import
 
-  reasoning.check_words("--families", config.families, tokenizer)
+  reasoning.check_families("--families", config.families, tokenizer)
   passages, left = [], config.max_tokens
   for prompt, trace in reasoning.documents(config.families, config.seed, 0, config.max_tokens, config.length):
     if trace is not None:

@@ -108,7 +108,8 @@ class Config:
       raise ValueError("give either --checkpoint=FOLDER, to make a sweep, or --sets=FOLDER,FOLDER, to analyse sweeps")
     if self.sets and not self.output:
       raise ValueError("--output=FOLDER is needed with --sets: the analysis goes there")
-    if twice := sorted({folder for folder in self.sets if self.sets.count(folder) > 1}):
+    places = [Path(folder).resolve() for folder in self.sets]
+    if twice := [folder for folder, place in zip(self.sets, places, strict=True) if places.count(place) > 1]:
       raise ValueError(f"--sets: {twice[0]} is listed twice")
     for name, least in (("width", 1), ("traces", 0), ("resamples", 100), ("timed_cells", 0)):
       if (value := getattr(self, name)) < least:
@@ -144,6 +145,10 @@ def make(config: Config, chosen: TasksConfig, folder: Path, mesh: Mesh | None) -
   tasks = [program.read_flags(name, get(name)) for name in chosen.tasks]
   check_tasks(tasks)
   files.check_checkpoint("checkpoint", config.checkpoint)
+  for _, _, retrofit in methods_module.split(config.retrofit):
+    files.check_retrofit("retrofit", retrofit, whole=True)
+  for remark in methods_module.mislabelled(config.retrofit):
+    program.log(remark)
   tokenizer = Tokenizer.load(config.checkpoint)
   most = checkpoint.read_config(config.checkpoint)[1].max_position_embeddings
   jobs = run.prepare(tasks, chosen, (), tokenizer, most, config.max_tokens)
@@ -231,6 +236,7 @@ def main() -> None:
     for remark in [remark for _, remarks in read for remark in remarks]:
       program.log(remark)
     sweeps = [sweep for sweep, _ in read]
+    cells.check_seeds(sweeps)
     if not config.checkpoint and "methods" in program.flag_values(changed_only=True):
       sweeps = [cells.only(sweep, config.methods) for sweep in sweeps]
     if not all(sweep.cells for sweep in sweeps):

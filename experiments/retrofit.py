@@ -216,7 +216,7 @@ def generated(data: DataConfig, tokenizer: Tokenizer, settings: RetrofitConfig) 
   from experiments.tasks import reasoning  # all tasks, of which other runs need none
 
   documents = functools.partial(reasoning.documents, data.families, longest=settings.seq_len)
-  reasoning.check_words("data.families", data.families, tokenizer)
+  reasoning.check_families("--data.families", data.families, tokenizer)
   packer = StreamPacker(documents, tokenizer, data, settings)
   sizes = packer.sizes()
   mean = f"{sum(sizes) / len(sizes):,.0f} tokens a document, " if sizes else ""

@@ -142,6 +142,12 @@ def test_a_retrofit_or_a_whole_model(tmp_path, gated, saved):
   checkpoint.save(tmp_path / "retrofit", gated, groups=("gate", "lora"))
   for path in (tmp_path / "retrofit", saved):
     same(checkpoint.load_retrofitted(tmp_path / "base", path).params, gated.merged().params)
+  checkpoint.save(tmp_path / "other", tiny.model(tiny.config(num_layers=1)))
+  for path in (tmp_path / "retrofit", saved):
+    with pytest.raises(
+      ValueError, match=r"a retrofit of another model than \S+other: num_layers is 2 there and 1 here"
+    ):
+      checkpoint.load_retrofitted(tmp_path / "other", path)
 
 
 def test_the_fingerprint_is_of_the_content(tmp_path, gated):

@@ -94,7 +94,7 @@ def family(sweeps: Sequence[Sweep], task: str, widths: Sequence[int], vote: bool
     )
   rank = {method: place for place, method in enumerate(order(list({key[1] for key in keys}), DEFAULT))}
   keys.sort(key=lambda key: (rank[key[1]], *key[2:]))
-  sizes = {sweep.gib for sweep in sweeps}
+  sizes = {sweep.gib for sweep in sweeps if sweep.times}
   timed = len(sizes) == 1 and all(key in sweep.times for sweep in sweeps for key in keys)
   if not timed and any(sweep.times for sweep in sweeps):
     why = "some cells lack them" if len(sizes) == 1 else "the sweeps' are of different memory"

@@ -286,6 +286,16 @@ def join(folder: Path, parts: Sequence[tuple[Sweep, list[str]]], flag: str = "se
   ), remarks
 
 
+def check_seeds(sweeps: Sequence[Sweep], flag: str = "sets") -> None:
+  """Raises ValueError if two sweeps are of one model, whose chains would count twice."""
+  of_model: dict[str, Path] = {}
+  for sweep in sweeps:
+    other = of_model.setdefault(sweep.model, sweep.folder) if sweep.model else sweep.folder
+    if other != sweep.folder:
+      raise ValueError(f"--{flag}: {other} and {sweep.folder} are sweeps of one model, and sets are model seeds; put "
+                       "parts of a sweep into one folder, and give that")  # fmt: skip
+
+
 def only(sweep: Sweep, methods: Sequence[str]) -> Sweep:
   """The cells of some methods alone.
 

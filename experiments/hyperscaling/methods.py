@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from dms_jax import checkpoint
+from dms_jax import checkpoint, shipped
+from dms_jax.config import is_number
 from dms_jax.model import Model, check_policy
 from dms_jax.policies import DMS, Policy, StreamingLLM
 from dms_jax.sharding import DECODING
@@ -162,6 +163,20 @@ def _at(model: Model, policy: DMS, cr: float, folder: str) -> DMS:
   except ValueError as error:
     raise ValueError(f"--retrofit={cr:g}:{folder}: {error}") from None
   return level
+
+
+def mislabelled(retrofits: Sequence[str]) -> list[str]:
+  """A remark for each entry of `--retrofit` whose CR is not the one at which its training ended, as its files note."""
+  remarks = []
+  for _, cr, folder in split(retrofits):
+    values, _, gates, _ = checkpoint.read_config(shipped.find(folder))
+    noted = values["metadata"].get("retrofit")
+    schedule = noted.get("schedule", {}) if isinstance(noted, dict) else {}
+    whole = isinstance(schedule, dict) and schedule.get("steps") == values["metadata"].get("step")  # no snapshot
+    ended = schedule.get("final_cr") if whole else None
+    if gates is not None and not gates.elastic and is_number(ended) and ended != cr:
+      remarks.append(f"--retrofit={cr:g}:{folder} was trained for CR {ended:g}; records and tables say {cr:g}")
+  return remarks
 
 
 def styled(methods: Sequence[str]) -> list[str]:

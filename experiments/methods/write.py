@@ -91,6 +91,7 @@ def write(
   """
   cuts = [(most,) for most in job.max_tokens] if method.given.follows_length else [job.max_tokens]
   pools = 1 if method.model.mesh is None else method.model.mesh.shape["data"]  # a prompt's chains share one
+  width = min(width, len(job.asked) * job.chains)  # more rows than chains would stay empty
   width = pools * max(-(-width // pools), job.chains)
   for lengths in cuts:
     most = max(lengths)

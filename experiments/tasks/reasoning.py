@@ -27,7 +27,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
 from dms_jax.tokenizer import Tokenizer
-from experiments.tasks.base import Prompt, TasksConfig, WritingTask, get
+from experiments.tasks.base import TASKS, Prompt, TasksConfig, WritingTask, get
 
 LARGEST = 63  # numbers of all families are 0..63, one word each
 PAD, BOS, END, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
@@ -64,8 +64,15 @@ def tokenizer() -> Tokenizer:
   return Tokenizer(backend, {"tokenizer_class": "PreTrainedTokenizerFast", **names})
 
 
-def check_words(flag: str, families: Sequence[str], tokenizer: Tokenizer) -> None:
-  """Raises ValueError if a model's tokenizer lacks words of the problems; names the flag of the families."""
+def check_families(flag: str, families: Sequence[str], tokenizer: Tokenizer) -> None:
+  """Checks that these are families of generated problems, whose words a model's tokenizer has.
+
+  Raises:
+    ValueError: one is not, or it lacks words; names the flag of the families.
+  """
+  known = sorted(name for name, cls in TASKS.items() if issubclass(cls, ReasoningTask))
+  if unknown := [name for name in families if name not in known]:
+    raise ValueError(f"{flag}: {unknown[0]!r} is no family of generated problems; there are {', '.join(known)}")
   if lacking := sorted(set(VOCABULARY) - set(tokenizer.backend.get_vocab(with_added_tokens=True))):
     raise ValueError(
       f"{flag}={','.join(families)}: this model's tokenizer lacks {len(lacking)} of their words, such as "
@@ -319,7 +326,7 @@ def _tuples(value: Any) -> Any:
 def _levels(family: str) -> tuple[ReasoningTask, ...]:
   cls = get(family)
   if not issubclass(cls, ReasoningTask):
-    raise ValueError(f"--families: {family!r} is a task, but no family of generated problems")
+    raise ValueError(f"{family!r} is a task, but no family of generated problems")
   return tuple(cls(level=level) for level in range(len(cls.LEVELS)))
 
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -111,6 +112,14 @@ def test_elastic_gates_are_read_at_the_cr_of_their_label(monkeypatch):
     build(entries, lambda name, cls: cls(threshold=1.0) if name == "dms" else cls())
 
 
+def test_a_retrofit_under_another_cr_is_remarked(checkpoints):
+  """By what its files note; those of a test note nothing."""
+  folder = Path(hyperscale.__file__).parent / "results" / "reasoner"
+  assert not sweep_methods.mislabelled([f"4:{folder / 'cr4'}", f"8:{checkpoints[1]}"])
+  (remark,) = sweep_methods.mislabelled([f"6:{folder / 'cr4'}", f"2:{folder / 'cr2'}"])
+  assert remark == f"--retrofit=6:{folder / 'cr4'} was trained for CR 4; records and tables say 6"
+
+
 @pytest.mark.parametrize(
   ("name", "settings"), [("vanilla", {}), ("tova", {"budget": 12}), ("dms", {}), ("sliding", {})]
 )
@@ -186,7 +195,7 @@ def test_the_sinks_of_prompt_window_are_the_prompt_of_each_request(checkpoints):
     (dict(methods=("vanilla",), timed_cells=1), "--timed_cells=1 must be 2 or more, or 0 for all"),
     (dict(methods=("vanilla",), sets=("x",)), "give either --checkpoint=FOLDER"),
     (dict(checkpoint="", sets=("x",)), "--output=FOLDER is needed with --sets"),
-    (dict(checkpoint="", sets=("x", "x"), output="y"), "--sets: x is listed twice"),
+    (dict(checkpoint="", sets=("x", "./x/"), output="y"), "--sets: x is listed twice"),
   ],
 )
 def test_what_cannot_be(settings, message):
@@ -221,6 +230,22 @@ def test_a_width_that_does_not_fit_is_halved(checkpoints):
     list(timing.narrowing(lambda width: begin(width, 100), 8, 2))
   with pytest.raises(ValueError, match="other"):
     list(timing.narrowing(lambda width: (_ for _ in ()).throw(ValueError("other")), 8, 2))
+
+
+def test_a_batch_has_no_more_rows_than_a_task_has_chains(checkpoints, monkeypatch):
+  (method,), job, made = built(checkpoints, ("vanilla",)), letters(3), []
+  create = write.generator_of
+  monkeypatch.setattr(write, "generator_of", lambda *about: made.append(create(*about)) or made[-1])
+  assert list(run.run(job, [method], byte_tokenizer(), width=10_000))
+  assert [each.width for each in made] == [len(job.asked) * job.chains]
+
+
+def test_a_model_without_gates_is_no_retrofit_of_a_sweep(checkpoints, tmp_path, monkeypatch):
+  monkeypatch.setattr(program, "read_flags", lambda prefix, cls: cls())
+  base = str(checkpoints[0])
+  config = hyperscale.Config(checkpoint=base, methods=("vanilla", "dms"), retrofit=(f"8:{base}",))
+  with pytest.raises(ValueError, match=f"--retrofit={base}: a model without gates, not a retrofit"):
+    hyperscale.make(config, TasksConfig(("countdown",)), tmp_path, None)
 
 
 def test_a_sweep_from_flags_to_page(checkpoints, tmp_path, monkeypatch, capfd):
@@ -303,6 +328,10 @@ def test_a_sweep_from_flags_to_page(checkpoints, tmp_path, monkeypatch, capfd):
   settings[hyperscale.Config] = hyperscale.Config(
     sets=(str(tmp_path / "a"), str(tmp_path / "b")), resamples=100, output=str(tmp_path / "both"), title="Both <seeds>"
   )
+  with pytest.raises(ValueError, match=r"--sets: \S+/a and \S+/b are sweeps of one model, and sets are model seeds"):
+    hyperscale.main()
+  about = json.loads((tmp_path / "b" / "config.json").read_text())
+  (tmp_path / "b" / "config.json").write_text(json.dumps({**about, "model": "another"}))
   hyperscale.main()
   both = json.loads((tmp_path / "both" / "summary.json").read_text())
   assert {(m["scale"], m["ends"]) for m in both["margins"]} == {*itertools.product(analysis.SCALES, analysis.ENDS)}

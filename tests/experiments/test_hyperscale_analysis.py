@@ -419,7 +419,7 @@ def test_times_of_some_seeds_or_of_other_memory_are_left_out():
   untimed = {key: seconds for key, seconds in more.times.items() if key[1] != "tova"}
   for sweeps, axes, why in (
     ([one, dataclasses.replace(more, times=untimed)], 3, ["echo: 3 cells are left out, as some seeds lack them"]),
-    ([one, dataclasses.replace(other, times={}, gib=None)], 2, ["different memory"]),
+    ([one, dataclasses.replace(other, times={}, gib=None)], 2, ["some cells lack them"]),
     ([one, dataclasses.replace(other, gib=4.0)], 2, ["different memory"]),
     ([dataclasses.replace(more, times=untimed)], 2, ["some cells lack them"]),
   ):

@@ -302,6 +302,11 @@ def test_refusals():
     get("graphs")(level=0).tests(1, 500)
   with pytest.raises(ValueError, match=r"a prompt has .* the model's context 20"):
     get("grids")().prompts(TasksConfig(limit=2), TOKENIZER, 0, 20)
+  for name in ("mazes", "math500"):
+    with pytest.raises(
+      ValueError, match=f"--data.families: '{name}' is no family .*; there are countdown, graphs, grids, p"
+    ):
+      reasoning.check_families("--data.families", ["grids", name], TOKENIZER)
 
 
 # Lengths, and what a window can know ----------------------------------------------------------------------------------
