@@ -283,7 +283,8 @@ class ReasoningTask(WritingTask):
         found[self.key(problem)] = problem
     except TooFew:
       raise ValueError(
-        f"--{self.name}.level={self.level} has only {len(found)} test problems: ask for fewer, or raise the level"
+        f"--{self.name}.level={self.level} has {len(found)} test problems, {count} are asked for: raise the level"
+        + (", or ask for fewer" if found else "")
       ) from None
     return list(found.values())
 

@@ -298,7 +298,7 @@ def test_refusals():
     get("grids")(level=5)
   with pytest.raises(ValueError, match=r"--graphs.problems=0 must be 1 or more"):
     get("graphs")(problems=0)
-  with pytest.raises(ValueError, match=r"--graphs.level=0 has only \d+ test problems"):
+  with pytest.raises(ValueError, match=r"--graphs.level=0 has \d+ test problems, \d+ are asked for: raise"):
     get("graphs")(level=0).tests(1, 500)
   with pytest.raises(ValueError, match=r"a prompt has .* the model's context 20"):
     get("grids")().prompts(TasksConfig(limit=2), TOKENIZER, 0, 20)
