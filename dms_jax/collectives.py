@@ -9,7 +9,7 @@ device, every function here returns its argument.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,13 @@ def devices() -> int:
 def summed(x: Num[Array, "*shape"]) -> Num[Array, "*shape"]:
   """The sum of every device's `x`."""
   return lax.psum(x, AXIS) if devices() > 1 else x
+
+
+def averaged(means: Sequence[Float[Array, "*rows 1"]]) -> list[Float[Array, "*rows 1"]]:
+  """Means over the numbers of all devices, of each one's own over equally many; one exchange for all of `means`."""
+  if devices() == 1:
+    return list(means)
+  return jnp.split(lax.pmean(jnp.concatenate(means, axis=-1), AXIS), len(means), axis=-1)
 
 
 def first_own(count: int, whole: int) -> Int[Array, ""] | int:

@@ -167,7 +167,7 @@ def _attention_inputs(
   if c.qkv_bias:
     q, k, v = (y + layer[name].astype(y.dtype) for y, name in ((q, "q_bias"), (k, "k_bias"), (v, "v_bias")))
   if c.qk_norm:
-    q, k = norm_heads(c, q, layer["q_norm"]), norm_heads(c, k, layer["k_norm"])
+    q, k = norm_heads(c, q, k, layer)
   gates = None
   if dms is not None:
     with jax.named_scope("gates"):

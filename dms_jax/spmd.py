@@ -87,9 +87,6 @@ def check_heads(config: ModelConfig, tensor: int) -> None:
   for name, size in (("KV heads", config.num_kv_heads), ("channels of the feed-forward", channels)):
     if size % tensor:
       raise ValueError(f"mesh.tensor={tensor} does not divide the {size} {name} of this model: split rows by mesh.data")
-  if config.qk_norm_over == "all":
-    what = f"a norm over all heads ({config.family})"
-    raise ValueError(f"mesh.tensor={tensor} cannot split layers with {what}: split rows by mesh.data")
 
 
 def model_specs(model: Model, mesh: Mesh) -> Params:

@@ -104,11 +104,12 @@ def other_families() -> None:
 
 
 def families_without_experts() -> None:
-  """Layers that slide, capped scores, partial RoPE, layers without it; rows alone where a norm is over all heads."""
-  for name in ("gpt_neox", "phi3-partial", "granite", "gemma2", "gemma3", "smollm3"):
+  """Layers that slide, capped scores, partial RoPE, layers without it, norms over all heads."""
+  for name in ("gpt_neox", "phi3-partial", "granite", "gemma2", "gemma3", "smollm3", "olmo3"):
     generates("paged", 2, 2, model=of_family(name))
-  for name in ("olmo2", "olmo3"):
-    generates("paged", 8, 1, model=of_family(name))
+  four = dict(num_heads=8, num_kv_heads=4)
+  generates("paged", 2, 4, model=of_family("olmo2", **four))
+  generates("contiguous", 1, 4, policies.H2O(budget=12, window=5), model=of_family("olmo2", **four))
 
 
 def of_family(name: str, **changes) -> Model:
@@ -195,6 +196,11 @@ def programs_of_experts() -> None:
     programs(with_experts(name, 8), ("paged",))
 
 
+def programs_of_norms_over_all_heads() -> None:
+  """A third sum a layer, of two numbers a row: the mean squares of queries and keys."""
+  programs(of_family("olmo2", num_heads=8, num_kv_heads=4), ("paged", "contiguous"))
+
+
 def programs(model: Model | None = None, kinds: tuple[str, ...] = ("paged", "contiguous", "masked")) -> None:
   """Two sums a layer over "tensor", none over "data"; a device's memory is its share, and no cache is copied."""
   mesh = make_mesh(2, 4)
@@ -210,8 +216,10 @@ def programs(model: Model | None = None, kinds: tuple[str, ...] = ("paged", "con
     assert len(activations) == 2 * config.num_layers + 1  # and the embedding
     gathers = [shape for shape, name in found if name == "all-gather"]
     assert len(gathers) == 1 and gathers[0].startswith(f"f32[4,{config.vocab_size}]")
+    squares = [shape for shape, _ in found if re.match(r"f32\[4,(1,)?2\]", shape)]
+    assert len(squares) == (config.num_layers if config.qk_norm_over == "all" else 0), found
     # Once a step whether each of 4 rows found slots; after the block the counts of 2 steps and 4 rows.
-    rest = [shape for shape, name in found if name == "all-reduce" and shape not in activations]
+    rest = [shape for shape, name in found if name == "all-reduce" and shape not in (*activations, *squares)]
     assert all(re.fullmatch(r"\(?(s32\[(4|2,4)\]\{[\d,]*\}(, )?)+\)?", shape) for shape in rest), rest
     groups = set(re.findall(r"replica_groups=(\{\{.*?\}\}|\[\S+)", text))
     assert groups <= {"{{0,1,2,3},{4,5,6,7}}", "[2,4]<=[8]"}, groups
@@ -340,7 +348,6 @@ def refusals() -> None:
     (r"a mesh of axes \('x', 'y'\)", lambda: dms_jax.load("nowhere", mesh=jax.make_mesh((2, 4), ("x", "y")))),
     ("not \\('data', 'tensor'\\)", lambda: spmd.place(model, Mesh(mesh.devices.T, ("tensor", "data")))),
     ("AxisType.Auto", lambda: spmd.place(model, explicit)),
-    (r"a norm over all heads \(olmo2\)", lambda: spmd.place(of_family("olmo2"), make_mesh(1, 2))),
     ("mesh.data=2 does not divide 3 rows", lambda: dms_jax.generate(placed, PROMPTS[:3], **SETTINGS)),
     ("granularity=layer", lambda: spmd.place(one_device(tiny.dms(granularity="layer")), mesh)),
     (r"decide together here \(TOVA\)", lambda: dms_jax.generate(
@@ -355,7 +362,7 @@ def refusals() -> None:
 
 QUICK = whole_experts, caches_of_all_kinds, programs, moves, requests_of_a_generator, caches_of_benchmarks, refusals
 SLOW = (
-  other_policies, other_families, families_without_experts, moves_of_other_kinds, programs_of_experts,
+  other_policies, other_families, families_without_experts, moves_of_other_kinds, programs_of_experts, programs_of_norms_over_all_heads,
   requests_over_heads, requests_to_experts, requests_to_layers_that_slide, a_large_model,
 )  # fmt: skip
 CASES = {case.__name__: case for case in (*QUICK, *SLOW)}
