@@ -28,7 +28,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from dms_jax.collectives import first_own, summed
+from dms_jax.collectives import first_own, joined, own_rows, parted
 from dms_jax.config import ModelConfig
 from dms_jax.layers import ACTIVATIONS, biased, linear
 
@@ -47,7 +47,7 @@ def expert_mlp(config: ModelConfig, layer: dict, x: Float[Array, "B T D"]) -> Fl
       has biases, `router_bias` [E], `gate_bias` and `up_bias` [E, F] and `down_bias` [E, D]. All but the router's may
       be this device's: E / devices experts, or F / devices hidden units of each (`sharding.DECODING`).
   """
-  c, rows, each = config, x.reshape(-1, x.shape[-1]), config.experts_per_token
+  c, rows, each = config, joined(x).reshape(-1, x.shape[-1]), config.experts_per_token
   logits = biased(linear(rows, layer["router"], out_dtype=jnp.float32), layer, "router_bias")
   weights, chosen = lax.top_k(jax.nn.softmax(logits, axis=-1), each)
   if c.norm_experts:
@@ -73,9 +73,9 @@ def expert_mlp(config: ModelConfig, layer: dict, x: Float[Array, "B T D"]) -> Fl
   out = weighted(out[jnp.argsort(order)])  # back in the order of tokens; a scatter would add at random
   bias = weighted(layer["down_bias"][expert]) if "down_bias" in layer else None
   if bias is not None and own < c.num_experts:
-    return summed(out + bias).reshape(x.shape)
-  out = summed(out)  # of hidden units: each device has the biases of the whole sum
-  return (out if bias is None else out + bias).reshape(x.shape)
+    return parted(out + bias).reshape(x.shape)
+  out = parted(out)  # of hidden units: each device has the biases of the whole sum
+  return (out if bias is None else out + own_rows(bias)).reshape(x.shape)
 
 
 def _hidden(config: ModelConfig, gate: Float[Array, "rows F"], up: Float[Array, "rows F"]) -> Float[Array, "rows F"]:

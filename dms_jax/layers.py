@@ -13,7 +13,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from dms_jax.collectives import averaged, summed
+from dms_jax.collectives import averaged, joined, parted
 from dms_jax.config import ModelConfig
 from dms_jax.execution import Execution
 
@@ -69,8 +69,7 @@ def norm_heads(
   flat = [x.reshape(*x.shape[:2], -1) for x in (q, k)]
   squares = averaged([mean_square(x) for x in flat])
   q_normed, k_normed = (
-    norm(config, x, weight.reshape(-1), square=square)
-    for x, weight, square in zip(flat, weights, squares, strict=True)
+    norm(config, x, weight.reshape(-1), square=square) for x, weight, square in zip(flat, weights, squares, strict=True)
   )
   return q_normed.reshape(q.shape), k_normed.reshape(k.shape)
 
@@ -283,9 +282,10 @@ def mlp(
 
   It is summed over the devices that share the hidden units.
   """
+  x, lora_scale = joined(x), joined(lora_scale) if jnp.ndim(lora_scale) else lora_scale
   of = lambda name: biased(project(x, layer, f"{name}_proj", lora_scale=lora_scale), layer, f"{name}_bias")
   if "gate_proj" in layer:
     hidden = ACTIVATIONS[activation](of("gate")) * of("up")
   else:
     hidden = ACTIVATIONS[activation](of("up"))
-  return biased(summed(project(hidden, layer, "down_proj", lora_scale=lora_scale)), layer, "down_bias")
+  return biased(parted(project(hidden, layer, "down_proj", lora_scale=lora_scale)), layer, "down_bias")

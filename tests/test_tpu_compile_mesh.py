@@ -32,7 +32,7 @@ WINDOW, TOKENS, CR = 256, 8192, 8
 SMALL = tiny.config(
   num_layers=4, d_model=1024, d_ff=2048, num_heads=16, num_kv_heads=8, head_dim=128, vocab_size=4096
 )  # fmt: skip
-COLLECTIVES = r"= (.*?) (all-\w+|reduce-scatter|collective-\w+|ragged-all-to-all)(?:-start)?\("
+COLLECTIVES = r"= (.*?) (all-[a-z-]+?|reduce-scatter|collective-[a-z]+?|ragged-all-to-all)(?:-start)?\("
 
 
 def placed(mesh, tree, specs):
