@@ -80,11 +80,11 @@ def measure(config: Config, devices: MeshConfig) -> dict[str, Any]:
   """
   data, tensor, model = devices.data, devices.tensor, PRESETS[config.preset]
   mesh, dtype = AbstractMesh((data, tensor), ("data", "tensor")), jnp.dtype(config.dtype)
+  check_feed_forward(model, tensor)
   by_rows, by_heads = divided(model, mesh)
   if config.rows % by_rows:
     axes = f"--mesh.data={data}" + (f" x --mesh.tensor={tensor}" if by_rows > data else "")
     raise ValueError(f"{axes} does not divide --rows={config.rows}")
-  check_feed_forward(model, tensor)
   window = config.window or min(256, model.ring_window or 256)
   table = param_table(model, DMSConfig(window=window))
   rules = decoding(model, mesh)
