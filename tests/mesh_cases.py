@@ -115,15 +115,14 @@ def families_without_experts() -> None:
 
 
 def by_rows() -> None:
-  """Three KV heads on two and four devices, which split rows in their place."""
-  model = three_heads()
-  generates("paged", 2, 4, model=model)
-  generates("contiguous", 2, 2, policies.H2O(budget=12, window=5), model=model)
+  """Three KV heads on four devices, which split rows in their place."""
+  generates("paged", 2, 4, model=three_heads())
 
 
 def policies_by_rows() -> None:
   """Heads that decide together, and those of the cases above, sampled; padded rows and late gates, as on a GPU."""
   model, sampled = three_heads(), dict(temperature=0.8, key=jax.random.key(3))
+  generates("contiguous", 2, 2, policies.H2O(budget=12, window=5), model=model)
   generates("contiguous", 1, 2, policies.TOVA(budget=9, per_layer=True), model=model)
   generates("contiguous", 1, 4, policies.Quest(budget=16, page=4, window=3, dense_layers=0), model=model)
   generates("paged", 1, 4, policies.RKV(budget=14, window=3, buffer=4), model=model)
@@ -267,24 +266,28 @@ def programs(model: Model | None = None, kinds: tuple[str, ...] = ("paged", "con
     check_memory(program, model, cache, sum(x.nbytes for x in jax.tree.leaves(model)) / 4)
 
 
-def programs_by_rows() -> None:
+def programs_by_rows_of_experts() -> None:
+  programs_by_rows(of_family("mixtral", num_experts=8))
+
+
+def programs_by_rows(model: Model | None = None) -> None:
   """Two exchanges a layer over "tensor": rows before the feed-forward, their sums after it; attention moves nothing."""
-  for model in (three_heads(), of_family("mixtral", num_experts=8)):
-    model, width = spmd.place(model.unstacked(), make_mesh(2, 4)), model.config.d_model
-    attention = re.compile("[qkvo]_proj|router|dms_|.*norm")  # and what is small
-    whole = sum(x.nbytes for layer in model.params["layers"] for name, x in layer.items() if attention.match(name))
-    weights = whole + (sum(x.nbytes for x in jax.tree.leaves(model)) - whole) / 4
-    for kind in ("paged", "contiguous"):
-      program, cache = decode_block(model, kind, 16, 8192)
-      found = [(re.sub(r"\{[\d,]*\}", "", shape), name) for shape, name in exchanges(program)]
-      states = lambda rows, width=width: (f"f32[{rows},1,{width}]", f"f32[{rows},{width}]")
-      joined = [shape for shape, name in found if name == "all-gather" and shape in states(8)]
-      parted = [shape for shape, name in found if name == "reduce-scatter" and shape in states(2)]
-      # Once a step the tokens, the sums of their embeddings, the last states and the logits.
-      assert len(joined) == len(parted) == model.config.num_layers + 1, found
-      rest = [shape for shape, name in found if name != "all-to-all" and shape not in (*joined, *parted)]
-      assert rest == ["s32[8,1]"] and len(found) == 2 * model.config.num_layers + 4, found
-      check_memory(program, model, cache, weights)
+  model = spmd.place((model or three_heads()).unstacked(), make_mesh(2, 4))
+  width, layers = model.config.d_model, model.config.num_layers
+  attention = re.compile("[qkvo]_proj|router|dms_|.*norm")  # and what is small
+  whole = sum(x.nbytes for layer in model.params["layers"] for name, x in layer.items() if attention.match(name))
+  weights = whole + (sum(x.nbytes for x in jax.tree.leaves(model)) - whole) / 4
+  for kind in ("paged", "contiguous"):
+    program, cache = decode_block(model, kind, 16, 8192)
+    found = [(re.sub(r"\{[\d,]*\}", "", shape), name) for shape, name in exchanges(program)]
+    states = lambda rows: (f"f32[{rows},1,{width}]", f"f32[{rows},{width}]")  # experts take rows of tokens
+    joined = [shape for shape, name in found if name == "all-gather" and shape in states(8)]
+    parted = [shape for shape, name in found if name == "reduce-scatter" and shape in states(2)]
+    # Once a step the tokens, the sums of their embeddings, the last states and the logits.
+    assert len(joined) == len(parted) == layers + 1, found
+    rest = [shape for shape, name in found if name != "all-to-all" and shape not in (*joined, *parted)]
+    assert rest == ["s32[8,1]"] and len(found) == 2 * layers + 4, found
+    check_memory(program, model, cache, weights)
 
 
 def exchanges(program) -> list[tuple[str, str]]:
@@ -458,12 +461,12 @@ def refusals() -> None:
 
 QUICK = (
   whole_experts, caches_of_all_kinds, by_rows, programs, programs_by_rows, moves, requests_of_a_generator,
-  caches_of_benchmarks, refusals,
+  requests_by_rows, caches_of_benchmarks, refusals,
 )  # fmt: skip
 SLOW = (
   other_policies, other_families, families_without_experts, moves_of_other_kinds, programs_of_experts,
-  programs_of_norms_over_all_heads, policies_by_rows, families_by_rows, moves_by_rows, requests_over_heads,
-  requests_by_rows, requests_to_experts, requests_to_layers_that_slide, a_large_model, memory_by_rows,
+  programs_of_norms_over_all_heads, programs_by_rows_of_experts, policies_by_rows, families_by_rows, moves_by_rows,
+  requests_over_heads, requests_to_experts, requests_to_layers_that_slide, a_large_model, memory_by_rows,
 )  # fmt: skip
 CASES = {case.__name__: case for case in (*QUICK, *SLOW)}
 
