@@ -24,9 +24,10 @@ question), text.jsonl (a line a chunk), traces.jsonl (with `--traces`), summary.
 resumes a killed run, chain by chain.
 
 Several devices: --mesh.data=2 --mesh.tensor=4 splits the rows and KV heads of tasks that write. The chains of a prompt
-stay together, so `--width` is rounded up to as many for each row of devices; --kv_budget_gib is each device's. On
-several hosts run the same command on each, with --output on a shared file system and --mesh.coordinator=HOST:PORT
---mesh.processes=2 --mesh.process=0 (1, ...). Process 0 writes and prints; each grades for itself.
+stay together, so `--width` is rounded up to as many for each row of devices, and for each device where 4 does not
+divide the KV heads; --kv_budget_gib is each device's. On several hosts run the same command on each, with --output on a
+shared file system and --mesh.coordinator=HOST:PORT --mesh.processes=2 --mesh.process=0 (1, ...). Process 0 writes and
+prints; each grades for itself.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """ShardedCache: the cache of a mesh, one ordinary cache for each device's rows and KV heads.
 
-Rows are split over the mesh axis "data", KV heads over "tensor". Every device has its own slots, and in pages its own
-pool, table and free pages; no array is copied to another device. In compiled code each device works on its own cache
-(`dms_jax.spmd`). This module is the host's view: the face of `Cache` outside compiled code, in global rows and heads.
-Over several processes the host's view is the same in each, and a row that moves to the host moves to all.
+Rows are split over the mesh axis "data", KV heads over "tensor", or rows over both (`ShardedCache.by_rows`). Every
+device has its own slots, and in pages its own pool, table and free pages; no array is copied to another device. In
+compiled code each device works on its own cache (`dms_jax.spmd`). This module is the host's view: the face of `Cache`
+outside compiled code, in global rows and heads. Over several processes the host's view is the same in each, and a row
+that moves to the host moves to all.
 """
 
 from __future__ import annotations

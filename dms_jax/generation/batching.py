@@ -62,7 +62,8 @@ class Generator:
   Args:
     model: as from `dms_jax.load`.
     policy: as for `generate`, with scalar numbers: the defaults of requests.
-    width: rows decoded together. A mesh splits them over "data", and with them the chains of a request.
+    width: rows decoded together. A mesh splits them over "data", and over "tensor" where that does not divide the KV
+      heads; the chains of a request stay on one part.
     budget: most bytes of the cache on each device, not the policy's `budget` in tokens; None: unlimited.
     budget_tokens: the budget as tokens that a head may hold outside the windows, summed over a device's rows, mean over
       heads.
