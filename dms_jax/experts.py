@@ -39,9 +39,9 @@ def expert_mlp(config: ModelConfig, layer: dict, x: Float[Array, "B T D"]) -> Fl
   No token is dropped, and no expert has a capacity: tokens are sorted by expert, and each expert's rows are multiplied
   by its weights (`jax.lax.ragged_dot`).
 
-  On a mesh every device has the same tokens (those of all, where each has rows of its own: `collectives.joined`) and the
-  same router. A device that holds some of the experts computes the rows of these alone; the sum over devices adds the
-  others' rows.
+  On a mesh every device has the same tokens and router; where each has rows of its own, these are gathered first
+  (`collectives.joined`). A device that holds some of the experts computes the rows of these alone; the sum over devices
+  adds the others' rows.
 
   Args:
     layer: `router` [E, D], and `gate_proj`, `up_proj` [E, F, D] and `down_proj` [E, D, F] of E experts; where the model
