@@ -14,7 +14,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,7 @@ def _describe(
 
 def load(
   path: str | Path, *, retrofit: str | Path | None = None, merge: bool = True, dtype: Any = None,
-  mesh: Mesh | None = None, rules: ShardingRules | None = None, stored: bool = False,
+  mesh: Mesh | None = None, rules: Callable[[ModelConfig, Mesh], ShardingRules] | None = None, stored: bool = False,
 ) -> Model:  # fmt: skip
   """Loads a model, and optionally a retrofit on top of it.
 
@@ -150,7 +150,7 @@ def load(
     dtype: dtype of the weights; default as stored. Gates and separate updates keep the stored dtype.
     mesh: each of its devices reads only its shards (`sharding.param_shardings`), and every process must call this.
       Without a mesh this process's first device gets all parameters.
-    rules: how the mesh splits parameters; default those of training.
+    rules: how the mesh splits parameters, such as `sharding.decoding`; default as in training.
     stored: the base's parameters stay on disk (`params.StoredParam`), to be read layer by layer by an export. Files of
       the checkpoint are checked now, and must stay.
 
@@ -163,12 +163,13 @@ def load(
   apart = lora is None or (lora.by_cr and retrofit is None) or not (merge or retrofit is not None)
   # Weights to be merged are read in the stored dtype, so that they are rounded only once.
   early = dtype if apart and retrofit is None else None
-  params = _read_params(Path(path), values, param_table(base, dms, lora), early, mesh, rules, stored)
+  split = None if mesh is None or rules is None else rules(base, mesh)
+  params = _read_params(Path(path), values, param_table(base, dms, lora), early, mesh, split, stored)
   model = Model(params, base, dms, lora)
   if not apart:
     model = model.merged()
   if retrofit is not None:
-    model = _apply_retrofit(model, path, retrofit, mesh, rules)
+    model = _apply_retrofit(model, path, retrofit, mesh, split)
     if merge and model.lora is not None and not model.lora.by_cr:
       model = model.merged()
   return model if dtype is None else _cast_base(model, jnp.dtype(dtype))

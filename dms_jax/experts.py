@@ -28,7 +28,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from dms_jax.collectives import first_own, summed
+from dms_jax.collectives import first_own, joined, own_rows, parted
 from dms_jax.config import ModelConfig
 from dms_jax.layers import ACTIVATIONS, biased, linear
 
@@ -39,15 +39,16 @@ def expert_mlp(config: ModelConfig, layer: dict, x: Float[Array, "B T D"]) -> Fl
   No token is dropped, and no expert has a capacity: tokens are sorted by expert, and each expert's rows are multiplied
   by its weights (`jax.lax.ragged_dot`).
 
-  On a mesh every device has the same tokens and router. A device that holds some of the experts computes the rows of
-  these alone; the sum over devices adds the others' rows.
+  On a mesh every device has the same tokens and router; where each has rows of its own, these are gathered first
+  (`collectives.joined`). A device that holds some of the experts computes the rows of these alone; the sum over devices
+  adds the others' rows.
 
   Args:
     layer: `router` [E, D], and `gate_proj`, `up_proj` [E, F, D] and `down_proj` [E, D, F] of E experts; where the model
       has biases, `router_bias` [E], `gate_bias` and `up_bias` [E, F] and `down_bias` [E, D]. All but the router's may
       be this device's: E / devices experts, or F / devices hidden units of each (`sharding.DECODING`).
   """
-  c, rows, each = config, x.reshape(-1, x.shape[-1]), config.experts_per_token
+  c, rows, each = config, joined(x).reshape(-1, x.shape[-1]), config.experts_per_token
   logits = biased(linear(rows, layer["router"], out_dtype=jnp.float32), layer, "router_bias")
   weights, chosen = lax.top_k(jax.nn.softmax(logits, axis=-1), each)
   if c.norm_experts:
@@ -73,9 +74,9 @@ def expert_mlp(config: ModelConfig, layer: dict, x: Float[Array, "B T D"]) -> Fl
   out = weighted(out[jnp.argsort(order)])  # back in the order of tokens; a scatter would add at random
   bias = weighted(layer["down_bias"][expert]) if "down_bias" in layer else None
   if bias is not None and own < c.num_experts:
-    return summed(out + bias).reshape(x.shape)
-  out = summed(out)  # of hidden units: each device has the biases of the whole sum
-  return (out if bias is None else out + bias).reshape(x.shape)
+    return parted(out + bias).reshape(x.shape)
+  out = parted(out)  # of hidden units: each device has the biases of the whole sum
+  return (out if bias is None else out + own_rows(bias)).reshape(x.shape)
 
 
 def _hidden(config: ModelConfig, gate: Float[Array, "rows F"], up: Float[Array, "rows F"]) -> Float[Array, "rows F"]:

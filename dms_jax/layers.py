@@ -13,7 +13,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from dms_jax.collectives import summed
+from dms_jax.collectives import averaged, joined, parted
 from dms_jax.config import ModelConfig
 from dms_jax.execution import Execution
 
@@ -25,32 +25,53 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 FEW_WORDS = 1024  # rows of an embedding whose gradient is a matrix product
 
 
-def rms_norm(x: Float[Array, "*batch C"], weight: Float[Array, "C"], eps: float) -> Float[Array, "*batch C"]:
-  """x / rms(x) * weight over the last axis; statistics in float32, result in x's dtype."""
+def rms_norm(
+  x: Float[Array, "*batch C"], weight: Float[Array, "C"], eps: float, square: Float[Array, "*batch 1"] | None = None
+) -> Float[Array, "*batch C"]:
+  """x / rms(x) * weight over the last axis; statistics in float32, result in x's dtype.
+
+  Args:
+    square: the mean square, float32, where it is not that of these channels alone.
+  """
   x32 = x.astype(jnp.float32)
-  scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+  scale = jax.lax.rsqrt((mean_square(x) if square is None else square) + eps)
   return weight.astype(x.dtype) * (x32 * scale).astype(x.dtype)
 
 
+def mean_square(x: Float[Array, "*batch C"]) -> Float[Array, "*batch 1"]:
+  """The mean of x's squares over the last axis, in float32."""
+  x32 = x.astype(jnp.float32)
+  return jnp.mean(x32 * x32, axis=-1, keepdims=True)
+
+
 def norm(
-  config: ModelConfig, x: Float[Array, "*batch C"], weight: Float[Array, "C"], bias: Float[Array, "C"] | None = None
-) -> Float[Array, "*batch C"]:
-  """The model's norm; a LayerNorm has a bias."""
+  config: ModelConfig, x: Float[Array, "*batch C"], weight: Float[Array, "C"], bias: Float[Array, "C"] | None = None,
+  square: Float[Array, "*batch 1"] | None = None,
+) -> Float[Array, "*batch C"]:  # fmt: skip
+  """The model's norm; a LayerNorm has a bias. `square`: of an RMSNorm, as `rms_norm` takes it."""
   if config.layer_norm:
     x32 = x.astype(jnp.float32)
     x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     y = rms_norm(x32, weight.astype(jnp.float32), config.rms_norm_eps)  # of what has no mean
     return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
   if not config.norm_plus_one:
-    return rms_norm(x, weight, config.rms_norm_eps)
-  return rms_norm(x.astype(jnp.float32), 1 + weight.astype(jnp.float32), config.rms_norm_eps).astype(x.dtype)
+    return rms_norm(x, weight, config.rms_norm_eps, square)
+  return rms_norm(x.astype(jnp.float32), 1 + weight.astype(jnp.float32), config.rms_norm_eps, square).astype(x.dtype)
 
 
-def norm_heads(config: ModelConfig, x: Float[Array, "B T heads H"], weight: Array) -> Float[Array, "B T heads H"]:
-  """The RMSNorm of query or key heads: each by itself, or all together."""
+def norm_heads(
+  config: ModelConfig, q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], layer: dict
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"]]:
+  """The RMSNorm of query heads and that of key heads: each head by itself, or all together, on all devices."""
+  weights = layer["q_norm"], layer["k_norm"]
   if config.qk_norm_over == "head":
-    return norm(config, x, weight)
-  return norm(config, x.reshape(*x.shape[:2], -1), weight.reshape(-1)).reshape(x.shape)
+    return norm(config, q, weights[0]), norm(config, k, weights[1])
+  flat = [x.reshape(*x.shape[:2], -1) for x in (q, k)]
+  squares = averaged([mean_square(x) for x in flat])
+  q_normed, k_normed = (
+    norm(config, x, weight.reshape(-1), square=square) for x, weight, square in zip(flat, weights, squares, strict=True)
+  )
+  return q_normed.reshape(q.shape), k_normed.reshape(k.shape)
 
 
 def scaled(x: Array, factor: float) -> Array:
@@ -261,9 +282,10 @@ def mlp(
 
   It is summed over the devices that share the hidden units.
   """
+  x, lora_scale = joined(x), joined(lora_scale) if jnp.ndim(lora_scale) else lora_scale
   of = lambda name: biased(project(x, layer, f"{name}_proj", lora_scale=lora_scale), layer, f"{name}_bias")
   if "gate_proj" in layer:
     hidden = ACTIVATIONS[activation](of("gate")) * of("up")
   else:
     hidden = ACTIVATIONS[activation](of("up"))
-  return biased(summed(project(hidden, layer, "down_proj", lora_scale=lora_scale)), layer, "down_bias")
+  return biased(parted(project(hidden, layer, "down_proj", lora_scale=lora_scale)), layer, "down_bias")

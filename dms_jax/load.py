@@ -33,7 +33,7 @@ def load(path: str | Path, retrofit: str | Path | None = None, dtype: Any = None
   """
   from dms_jax import checkpoint  # Orbax and tokenizers take a second to import
   from dms_jax.execution import fastest_form
-  from dms_jax.sharding import DECODING
+  from dms_jax.sharding import decoding
   from dms_jax.spmd import check_axes, place
   from dms_jax.tokenizer import TOKENIZER_FILE, Tokenizer
 
@@ -42,6 +42,6 @@ def load(path: str | Path, retrofit: str | Path | None = None, dtype: Any = None
   has_tokenizer = (Path(path) / TOKENIZER_FILE).exists()
   with ThreadPoolExecutor(1) as beside:  # the weights' checksums and files are read without Python's lock
     reading = beside.submit(Tokenizer.load, path) if has_tokenizer else None
-    model = checkpoint.load(path, retrofit=retrofit, merge=merge, dtype=dtype, mesh=mesh, rules=DECODING)
+    model = checkpoint.load(path, retrofit=retrofit, merge=merge, dtype=dtype, mesh=mesh, rules=decoding)
     tokenizer = None if reading is None else reading.result()
   return fastest_form(place(model.replace(tokenizer=tokenizer), mesh)), tokenizer

@@ -25,7 +25,7 @@ from dms_jax.attention import layer_softmax, window_bias_attention
 from dms_jax.cache import Cache
 from dms_jax.cache.base import Plan, Usage
 from dms_jax.cache.sliding import Sliding
-from dms_jax.collectives import gathered, looked_up, on_any, summed
+from dms_jax.collectives import looked_up, multiplied, on_any, summed
 from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig
 from dms_jax.execution import Execution
 from dms_jax.experts import expert_mlp
@@ -167,7 +167,7 @@ def _attention_inputs(
   if c.qkv_bias:
     q, k, v = (y + layer[name].astype(y.dtype) for y, name in ((q, "q_bias"), (k, "k_bias"), (v, "v_bias")))
   if c.qk_norm:
-    q, k = norm_heads(c, q, layer["q_norm"]), norm_heads(c, k, layer["k_norm"])
+    q, k = norm_heads(c, q, k, layer)
   gates = None
   if dms is not None:
     with jax.named_scope("gates"):
@@ -265,8 +265,9 @@ def embed(model: Model, tokens: Int[Array, "B T"], positions: Int[Array, "B T"] 
 @jax.named_scope("unembed")
 def unembed(model: Model, x: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
   """Final norm and output head: logits, float32."""
-  logits = linear(head_inputs(model, x), output_head(model), out_dtype=jnp.float32)
-  return soft_capped(gathered(logits, model.config.vocab_size), model.config.logit_softcap)
+  product = partial(linear, out_dtype=jnp.float32)
+  logits = multiplied(head_inputs(model, x), output_head(model), model.config.vocab_size, product)
+  return soft_capped(logits, model.config.logit_softcap)
 
 
 def head_inputs(model: Model, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:

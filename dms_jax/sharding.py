@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from dms_jax.config import ModelConfig
 from dms_jax.params import Params, ParamSpec, map_table
 
 
@@ -48,6 +49,22 @@ class ShardingRules:
 
 
 DECODING = ShardingRules(embed=None, experts="tensor", spread=False)
+
+
+def splits_rows(config: ModelConfig, mesh: Mesh | AbstractMesh) -> bool:
+  """Whether "tensor" splits the rows of generation and their caches: where it does not divide the KV heads."""
+  return config.num_kv_heads % mesh.shape["tensor"] != 0
+
+
+def divided(config: ModelConfig, mesh: Mesh | AbstractMesh) -> tuple[int, int]:
+  """(devices that split the rows of generation, devices that split the KV heads of each row)."""
+  data, tensor = mesh.shape["data"], mesh.shape["tensor"]
+  return (data * tensor, 1) if splits_rows(config, mesh) else (data, tensor)
+
+
+def decoding(config: ModelConfig, mesh: Mesh | AbstractMesh) -> ShardingRules:
+  """`DECODING`; where "tensor" splits rows, every device has the whole weights of attention."""
+  return dataclasses.replace(DECODING, heads=None, kv_heads=None) if splits_rows(config, mesh) else DECODING
 
 
 def make_mesh(data: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -5,9 +5,10 @@
     out = dms_jax.generate(model, prompts)  # `prompts` of a multiple of 2 rows
 
 The mesh axis "data" splits rows; every device along it holds the same weights. "tensor" splits KV heads with their
-queries, feed-forward (whole experts, where it divides their number) and vocabulary (`sharding.DECODING`). Inside
-`jax.shard_map` a device sees a smaller model and an ordinary cache, whose pool and pages are its own;
-`dms_jax.collectives` is all that it learns from others.
+queries, feed-forward (whole experts, where it divides their number) and vocabulary (`sharding.DECODING`). Where it does
+not divide the KV heads, it splits rows as "data" does: a device then holds the weights of attention whole, and caches
+of its own rows alone. Inside `jax.shard_map` a device sees a smaller model and an ordinary cache, whose pool and pages
+are its own; `dms_jax.collectives` is all that it learns from others.
 
 On several hosts each process calls `jax.distributed.initialize` first, makes the mesh of all devices, and then makes
 the same calls with the same prompts, keys and requests (`dms_jax.processes`); all get the same results.
@@ -26,7 +27,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dms_jax.cache.base import Common
-from dms_jax.cache.sharded import DEVICE, ShardedCache, policy_specs, rows_and_scalars
+from dms_jax.cache.sharded import DEVICE, ShardedCache, of_rows_alone, policy_specs, rows_and_scalars
 from dms_jax.collectives import among, summed
 from dms_jax.config import ModelConfig, shown
 from dms_jax.metrics import Counts
@@ -34,7 +35,7 @@ from dms_jax.model import Model
 from dms_jax.params import Params, param_table
 from dms_jax.policies import Policy
 from dms_jax.processes import put, spans_processes
-from dms_jax.sharding import DECODING, partition_spec, shard_map
+from dms_jax.sharding import decoding, divided, partition_spec, shard_map, splits_rows
 
 ROWS, STEPS, HEADS = P("data"), P(None, "data"), P(None, "data", "tensor")  # [B], [steps, B], [L, B, K]
 CACHE = DEVICE
@@ -52,7 +53,9 @@ def check(model: Model, mesh: Mesh, policy: Policy | None = None) -> None:
     raise ValueError(f"a mesh of {mesh.size} of the {count} devices of several processes: it must be all, or of one")
   if (tensor := mesh.shape["tensor"]) == 1:
     return
-  check_heads(model.config, tensor)
+  check_feed_forward(model.config, tensor)
+  if splits_rows(model.config, mesh):
+    return
   dms = model.dms
   if dms is not None and (dms.granularity == "layer" or dms.objective == "dmc"):
     what = "granularity=layer" if dms.granularity == "layer" else "objective=dmc"
@@ -76,26 +79,25 @@ def check_axes(mesh: Mesh) -> None:
     raise ValueError("a mesh whose axes are not all of AxisType.Auto; `dms_jax.make_mesh` makes one")
 
 
-def check_heads(config: ModelConfig, tensor: int) -> None:
-  """Checks that `tensor` > 1 devices can share the heads and the feed-forward of a layer.
+def check_feed_forward(config: ModelConfig, tensor: int) -> None:
+  """Checks that `tensor` devices can share the feed-forward of a layer.
 
   Raises:
     ValueError: they cannot.
   """
   whole_experts = config.num_experts and config.num_experts % tensor == 0
-  channels = tensor if whole_experts else config.d_ff
-  for name, size in (("KV heads", config.num_kv_heads), ("channels of the feed-forward", channels)):
-    if size % tensor:
-      raise ValueError(f"mesh.tensor={tensor} does not divide the {size} {name} of this model: split rows by mesh.data")
-  if config.qk_norm_over == "all":
-    what = f"a norm over all heads ({config.family})"
-    raise ValueError(f"mesh.tensor={tensor} cannot split layers with {what}: split rows by mesh.data")
+  if config.d_ff % tensor and not whole_experts:
+    raise ValueError(
+      f"mesh.tensor={tensor} does not divide the {config.d_ff} channels of the feed-forward of this model: split rows "
+      "by mesh.data"
+    )
 
 
 def model_specs(model: Model, mesh: Mesh) -> Params:
   """The partition of every parameter, for layers that are stacked or a list; gates that are not used are whole."""
   table = param_table(model.config, model.dms, model.lora)
-  specs = {path: partition_spec(path, spec, mesh, DECODING) for path, spec in table.items()}
+  rules = decoding(model.config, mesh)
+  specs = {path: partition_spec(path, spec, mesh, rules) for path, spec in table.items()}
   layers, listed = model.params["layers"], isinstance(model.params["layers"], list)
 
   def of_layer(names: Iterable[str]) -> Params:
@@ -119,14 +121,15 @@ def place(model: Model, mesh: Mesh | None) -> Model:
   return model.replace(params=put(model.params, shardings), mesh=mesh)
 
 
-def place_rows(mesh: Mesh, tree: Any) -> Any:
-  """Arrays of rows [B, ...] on the devices of their rows, and scalars on all."""
-  return put(tree, jax.tree.map(lambda spec: NamedSharding(mesh, spec), rows_and_scalars(tree)))
+def place_rows(model: Model, tree: Any) -> Any:
+  """Arrays of rows [B, ...] on the devices of their rows, and scalars on all, for a model on a mesh."""
+  specs = rows_and_scalars(tree, splits_rows(model.config, model.mesh))
+  return put(tree, jax.tree.map(lambda spec: NamedSharding(model.mesh, spec), specs))
 
 
 def _own_model(model: Model) -> Model:
   """The model that one device runs."""
-  config, tensor = model.config, model.mesh.shape["tensor"]
+  config, (_, tensor) = model.config, divided(model.config, model.mesh)
   heads = dict(num_heads=config.num_heads // tensor, num_kv_heads=config.num_kv_heads // tensor)
   return model.replace(config=dataclasses.replace(config, **heads), mesh=None)
 
@@ -135,18 +138,18 @@ def _own(arg: Any) -> Any:
   return arg.local() if isinstance(arg, ShardedCache) else _own_model(arg) if isinstance(arg, Model) else arg
 
 
-def _result(out: Any, mesh: Mesh) -> Any:
+def _result(out: Any, mesh: Mesh, by_rows: bool) -> Any:
   """One result of a device: a cache as its shard, counts summed over all heads."""
   if isinstance(out, Counts):
     return out.replace(held=summed(out.held), step_reads=None if out.step_reads is None else summed(out.step_reads))
-  return ShardedCache.of_device(out, mesh) if isinstance(out, Common) else out
+  return ShardedCache.of_device(out, mesh, by_rows) if isinstance(out, Common) else out
 
 
 def on_mesh(*out: Any, whole: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
   """A decorator of compiled functions whose first argument is the model: on a mesh each device runs them.
 
   Args:
-    out: the partition of each result.
+    out: the partition of each result, where "tensor" splits heads.
     whole: names of arguments that are not split by rows. Keyword arguments are static.
   """
 
@@ -154,28 +157,29 @@ def on_mesh(*out: Any, whole: tuple[str, ...] = ()) -> Callable[[Callable], Call
     kinds = inspect.signature(fn).parameters.values()
     names = [kind.name for kind in kinds if kind.kind is kind.POSITIONAL_OR_KEYWORD]
 
-    def specs_of(name: str, arg: Any) -> Any:
+    def specs_of(name: str, arg: Any, by_rows: bool) -> Any:
       if isinstance(arg, ShardedCache):
         return DEVICE
       if isinstance(arg, Model):
         return arg.replace(params=model_specs(arg, arg.mesh))
       if isinstance(arg, Policy):
-        return policy_specs(arg)
-      return P() if name in whole else rows_and_scalars(arg)
+        return policy_specs(arg, by_rows)
+      return P() if name in whole else rows_and_scalars(arg, by_rows)
 
     @functools.wraps(fn)
     def call(model: Model, *args: Any, **static: Any) -> Any:
       if model.mesh is None:
         return fn(model, *args, **static)
-      mesh = model.mesh
+      mesh, by_rows = model.mesh, splits_rows(model.config, model.mesh)
 
       def body(*args):
-        with among(mesh.shape["tensor"]):
-          return tuple(_result(x, mesh) for x in fn(*map(_own, args), **static))
+        with among(mesh.shape["tensor"], by_rows):
+          return tuple(_result(x, mesh, by_rows) for x in fn(*map(_own, args), **static))
 
       args = (model, *args)
-      specs = tuple(specs_of(name, arg) for name, arg in zip(names, args, strict=True))
-      return shard_map(body, mesh, in_specs=specs, out_specs=out)(*args)
+      specs = tuple(specs_of(name, arg, by_rows) for name, arg in zip(names, args, strict=True))
+      results = jax.tree.map(of_rows_alone, out) if by_rows else out
+      return shard_map(body, mesh, in_specs=specs, out_specs=results)(*args)
 
     return call
 

@@ -24,9 +24,10 @@ question), text.jsonl (a line a chunk), traces.jsonl (with `--traces`), summary.
 resumes a killed run, chain by chain.
 
 Several devices: --mesh.data=2 --mesh.tensor=4 splits the rows and KV heads of tasks that write. The chains of a prompt
-stay together, so `--width` is rounded up to as many for each row of devices; --kv_budget_gib is each device's. On
-several hosts run the same command on each, with --output on a shared file system and --mesh.coordinator=HOST:PORT
---mesh.processes=2 --mesh.process=0 (1, ...). Process 0 writes and prints; each grades for itself.
+stay together, so `--width` is rounded up to as many for each row of devices, and for each device where 4 does not
+divide the KV heads; --kv_budget_gib is each device's. On several hosts run the same command on each, with --output on a
+shared file system and --mesh.coordinator=HOST:PORT --mesh.processes=2 --mesh.process=0 (1, ...). Process 0 writes and
+prints; each grades for itself.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from dms_jax import DMS, Vanilla, checkpoint, policies
 from dms_jax.config import read_json
 from dms_jax.model import Model
 from dms_jax.policies import Policy
-from dms_jax.sharding import DECODING
+from dms_jax.sharding import decoding
 from dms_jax.spmd import place
 from dms_jax.tokenizer import Tokenizer
 from experiments.common import files, forecast, program
@@ -142,7 +143,7 @@ class Config:
   def load(self, retrofit: str, mesh: Mesh | None = None) -> Model:
     """A retrofit of the checkpoint."""
     files.check_retrofit("retrofit", retrofit, whole=True)
-    how = dict(dtype=self.dtype, mesh=mesh, rules=DECODING)
+    how = dict(dtype=self.dtype, mesh=mesh, rules=decoding)
     return place(checkpoint.load_retrofitted(self.checkpoint, retrofit, **how), mesh)
 
 
@@ -444,7 +445,7 @@ def main() -> None:
     ]
     if mesh is not None and alone:
       raise ValueError(f"--mesh: {', '.join(alone)}: texts, likelihood tasks and traces run on one device")
-    original = checkpoint.load(config.checkpoint, dtype=config.dtype, mesh=mesh, rules=DECODING)
+    original = checkpoint.load(config.checkpoint, dtype=config.dtype, mesh=mesh, rules=decoding)
     original = place(original.replace(dms=None) if config.retrofit else original, mesh)
     methods = methods_of(config, original, program.read_flags)
     evaluation = Evaluation(config, chosen, folder, methods, jobs, texts, original, tokenizer)

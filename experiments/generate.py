@@ -13,9 +13,10 @@ JSON object with all rows and their cost.
 answers a file of requests (fields: `experiments/common/requests.py`) in one pool of pages. Rows are written to
 `--output` as they end. The same command again resumes a run that was cut short.
 
-Several devices: --mesh.data=2 --mesh.tensor=4 splits rows (prompts, `--width`) and KV heads; --kv_budget_gib is each
-device's. On several hosts run the same command on each, with --mesh.coordinator=HOST:PORT --mesh.processes=2
---mesh.process=0 (1, ...); all files must be on a shared file system. Process 0 writes and prints.
+Several devices: --mesh.data=2 --mesh.tensor=4 splits rows (prompts, `--width`) and KV heads, or rows eightfold where 4
+does not divide the KV heads; --kv_budget_gib is each device's. On several hosts run the same command on each, with
+--mesh.coordinator=HOST:PORT --mesh.processes=2 --mesh.process=0 (1, ...); all files must be on a shared file system.
+Process 0 writes and prints.
 """
 
 from __future__ import annotations

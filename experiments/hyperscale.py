@@ -46,7 +46,7 @@ from typing import Any, Literal
 from jax.sharding import Mesh
 
 from dms_jax import checkpoint, disk, policies
-from dms_jax.sharding import DECODING
+from dms_jax.sharding import decoding
 from dms_jax.spmd import place
 from dms_jax.tokenizer import Tokenizer
 from experiments.common import files, program
@@ -154,7 +154,7 @@ def make(config: Config, chosen: TasksConfig, folder: Path, mesh: Mesh | None) -
   jobs = run.prepare(tasks, chosen, (), tokenizer, most, config.max_tokens)
   if mesh is not None and (config.timed or config.traces):
     raise ValueError("--mesh: traces and times are of one device: give --traces=0 --notimed, or leave out the mesh")
-  original = checkpoint.load(config.checkpoint, dtype=config.dtype, mesh=mesh, rules=DECODING)
+  original = checkpoint.load(config.checkpoint, dtype=config.dtype, mesh=mesh, rules=decoding)
   original = place(original.replace(dms=None), mesh)
   found = methods_module.build(
     config.methods, config.checkpoint, original, config.retrofit, config.cr, config.dtype, program.read_flags

@@ -5,10 +5,12 @@
     python -m experiments.mesh_memory --mesh.data=2 --mesh.tensor=8 --device_gib=95  # TPU v5p 4x4
 
 Weights and caches are those of `dms_jax.spmd`: rows are split over `data`; KV heads, feed-forward or experts, and
-vocabulary over `tensor`. A paged cache holds one in `cr` of `tokens` tokens a head, with tables for all of them. Beside
-both, a step takes the logits of its rows, and a chunk of a prompt two copies of one layer's archives, as if they were
-full. Smaller arrays are left out, so a device fits that keeps a tenth of its memory free. For a mixture of experts it
-also counts the weights of those that a decode step's rows choose at random. The last line is one JSON object.
+vocabulary over `tensor`. Where `tensor` does not divide the KV heads it splits rows in their place, and every device
+has the whole weights of attention. A paged cache holds one in `cr` of `tokens` tokens a head, with tables for all of
+them. Beside both, a step takes the logits of its rows, and a chunk of a prompt two copies of one layer's archives, as
+if they were full. Smaller arrays are left out, so a device fits that keeps a tenth of its memory free. For a mixture of
+experts it also counts the weights of those that a decode step's rows choose at random. The last line is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ from dms_jax.families import PRESETS
 from dms_jax.params import param_table
 from dms_jax.policies import DMS
 from dms_jax.retrofit.distributed import MeshConfig
-from dms_jax.sharding import DECODING, partition_spec
-from dms_jax.spmd import check_heads
+from dms_jax.sharding import decoding, divided, partition_spec
+from dms_jax.spmd import check_feed_forward
 from experiments.common import program
 
 FREE = 0.1  # share of a device's memory that stays free
@@ -74,19 +76,21 @@ def measure(config: Config, devices: MeshConfig) -> dict[str, Any]:
   """Bytes on each device, and whether they fit.
 
   Raises:
-    ValueError: the mesh divides neither rows nor heads, channels and vocabulary.
+    ValueError: the mesh does not divide the rows, or the channels of the feed-forward.
   """
   data, tensor, model = devices.data, devices.tensor, PRESETS[config.preset]
-  if config.rows % data:
-    raise ValueError(f"--mesh.data={data} does not divide --rows={config.rows}")
-  if tensor > 1:
-    check_heads(model, tensor)
   mesh, dtype = AbstractMesh((data, tensor), ("data", "tensor")), jnp.dtype(config.dtype)
+  check_feed_forward(model, tensor)
+  by_rows, by_heads = divided(model, mesh)
+  if config.rows % by_rows:
+    axes = f"--mesh.data={data}" + (f" x --mesh.tensor={tensor}" if by_rows > data else "")
+    raise ValueError(f"{axes} does not divide --rows={config.rows}")
   window = config.window or min(256, model.ring_window or 256)
   table = param_table(model, DMSConfig(window=window))
-  shards = [NamedSharding(mesh, partition_spec(p, s, mesh, DECODING)).shard_shape(s.shape) for p, s in table.items()]
-  heads = dict(num_heads=model.num_heads // tensor, num_kv_heads=model.num_kv_heads // tensor)
-  own, rows = dataclasses.replace(model, **heads), config.rows // data
+  rules = decoding(model, mesh)
+  shards = [NamedSharding(mesh, partition_spec(p, s, mesh, rules)).shard_shape(s.shape) for p, s in table.items()]
+  heads = dict(num_heads=model.num_heads // by_heads, num_kv_heads=model.num_kv_heads // by_heads)
+  own, rows = dataclasses.replace(model, **heads), config.rows // by_rows
   capacity = math.ceil(config.tokens / config.cr)
 
   def make():
@@ -104,7 +108,8 @@ def measure(config: Config, devices: MeshConfig) -> dict[str, Any]:
     "prompt chunk": 2 * rows * own.num_kv_heads * config.tokens * 2 * own.head_dim * dtype.itemsize,
   }
   total, memory = sum(parts.values()), config.device_gib * 2**30
-  chosen = {"chosen experts": chosen_experts(model, rows, tensor, dtype.itemsize)} if model.num_experts else {}
+  together = config.rows // data  # rows that meet in a feed-forward
+  chosen = {"chosen experts": chosen_experts(model, together, tensor, dtype.itemsize)} if model.num_experts else {}
   return {
     "devices": data * tensor, "mesh": {"data": data, "tensor": tensor}, "bytes": parts, "total": total,
     "share": total / memory, "fits": total <= (1 - FREE) * memory, **chosen,

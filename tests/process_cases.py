@@ -24,7 +24,7 @@ from dms_jax.generation.batching import Generator
 from dms_jax.processes import leads
 from dms_jax.retrofit import distributed
 from dms_jax.retrofit.distributed import MeshConfig
-from dms_jax.sharding import make_mesh
+from dms_jax.sharding import divided, make_mesh
 
 CONFIG = tiny.config(num_heads=4, num_kv_heads=2, vocab_size=96)
 SETTINGS = dict(max_new_tokens=12, eos=False, prefill_chunk=8, decode_block=8)
@@ -67,19 +67,23 @@ def rows(folder: Path) -> None:
 def generates(folder: Path) -> None:
   """Pages and slots, rows and heads that cross the processes; a turn more, from memory and from disk."""
   one, _ = dms_jax.load(folder / "model")
-  for kind, mesh in (("paged", crossing_mesh()), ("contiguous", make_mesh(4, 1)), ("masked", make_mesh(2, 2))):
+  for kind, mesh in (
+    ("paged", crossing_mesh()), ("contiguous", make_mesh(4, 1)), ("masked", make_mesh(2, 2)),
+    ("paged-by-rows", make_mesh(1, 4)),
+  ):  # fmt: skip
+    folder_of, kind = folder / kind, kind.split("-")[0]
     settings = {**SETTINGS, **(dict(temperature=0.8, key=jax.random.key(3)) if kind == "paged" else {})}
     many, _ = dms_jax.load(folder / "model", mesh=mesh)
     heads = many.params["layers"][0]["q_proj"].addressable_shards[0].data.shape[0]
-    assert heads == CONFIG.num_heads // mesh.shape["tensor"]
+    assert heads == CONFIG.num_heads // divided(CONFIG, mesh)[1]
     got, want = (dms_jax.generate(model, PROMPTS, cache=kind, history=True, **settings) for model in (many, one))
     assert_same(got, want)
     np.testing.assert_array_equal(got.metrics.history, want.metrics.history)
-    dms_jax.save_conversation(folder / kind, got)
+    dms_jax.save_conversation(folder_of, got)
     turn, want = [[3, 4]] * len(PROMPTS), dms_jax.generate(one, [[3, 4]] * len(PROMPTS), continue_from=want, **settings)
     for model, past in (
-      (many, got), (one, got), (many, dms_jax.load_conversation(folder / kind, many)),
-      (one, dms_jax.load_conversation(folder / kind, one)),
+      (many, got), (one, got), (many, dms_jax.load_conversation(folder_of, many)),
+      (one, dms_jax.load_conversation(folder_of, one)),
     ):  # fmt: skip
       assert_same(dms_jax.generate(model, turn, continue_from=past, **settings), want)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 
@@ -32,7 +33,8 @@ WINDOW, TOKENS, CR = 256, 8192, 8
 SMALL = tiny.config(
   num_layers=4, d_model=1024, d_ff=2048, num_heads=16, num_kv_heads=8, head_dim=128, vocab_size=4096
 )  # fmt: skip
-COLLECTIVES = r"= (.*?) (all-\w+|reduce-scatter|collective-\w+|ragged-all-to-all)(?:-start)?\("
+OLMO2 = dataclasses.replace(SMALL, family="olmo2", norms="after", qk_norm=True, qk_norm_over="all")
+COLLECTIVES = r"= (.*?) (all-[a-z-]+?|reduce-scatter|collective-[a-z]+?|ragged-all-to-all)(?:-start)?\("
 
 
 def placed(mesh, tree, specs):
@@ -64,7 +66,8 @@ def decode_program(mesh, config: ModelConfig, rows: int):
   """(compiled program, cache) of eight decode steps."""
   model, policy, cache = generation(mesh, config, rows)
   column = jax.ShapeDtypeStruct((rows,), jnp.int32)
-  state = placed(mesh, DecodeState(column, None, column, column, column, column), spmd.ROWS)
+  split = P(("data", "tensor")) if cache.by_rows else spmd.ROWS
+  state = placed(mesh, DecodeState(column, None, column, column, column, column), split)
   stop = StopCriteria(placed(mesh, jax.ShapeDtypeStruct((1,), jnp.int32), P()))
   return decode_block.lower(model, policy, cache, state, Sampling(), stop, steps=8, history=False).compile(), cache
 
@@ -84,7 +87,10 @@ def computations(text: str) -> dict[str, str]:
 
 
 def check_collectives(program, config: ModelConfig, rows: int) -> None:
-  """Two sums in a layer, those of two projections, and a few in a step, none of the cache's size; `rows` a device."""
+  """Two sums in a layer, those of two projections, and a few in a step, none of the cache's size; `rows` a device.
+
+  A norm over all heads takes a third in a layer, of two numbers a row.
+  """
   text, activation = program.as_text(), f"bf16[{rows},1,{config.d_model}]"
   found = {name: re.findall(COLLECTIVES, body) for name, body in computations(text).items()}
   every = re.findall(COLLECTIVES, text)
@@ -92,9 +98,11 @@ def check_collectives(program, config: ModelConfig, rows: int) -> None:
   sums = [shape.split("{")[0] for shape, kind in every if kind == "all-reduce"]
   assert sums.count(activation) == 3  # two in a layer, and the embeddings
   (layer,) = (name for name, those in found.items() if sum(shape.startswith(activation) for shape, _ in those) == 2)
-  assert len(found[layer]) == 2 and f"body={layer}" in text  # of the scan over layers
+  norms, squares = config.qk_norm_over == "all", f"f32[{rows},1,2]"
+  assert len(found[layer]) == 2 + norms and f"body={layer}" in text  # of the scan over layers
+  assert sums.count(squares) == norms
   numbers = rf"\(?s32\[(\d+,)?{rows}\]"  # one a row: whether it had room, and counts
-  assert all(shape == activation or re.fullmatch(numbers, shape) for shape in sums), sums
+  assert all(shape in (activation, squares) or re.fullmatch(numbers, shape) for shape in sums), sums
   (logits,) = (shape for shape, kind in every if kind == "all-gather")
   sizes = re.match(r"f32\[([\d,]+)\]", logits)[1].split(",")
   assert math.prod(map(int, sizes)) == rows * config.vocab_size
@@ -109,10 +117,10 @@ def check_groups(program, data: int, tensor: int) -> None:
 
 
 @pytest.mark.parametrize("data, tensor", [(1, 4), (2, 2)])
-@pytest.mark.parametrize("name", ["small", "llama-3.1-8b"])
+@pytest.mark.parametrize("name", ["small", "small-olmo2", "llama-3.1-8b"])
 def test_decode_block_compiles_for_four_devices(devices, name, data, tensor):
   """Each device reads its own rows' and heads' pages by the kernel, and copies none of its cache."""
-  config, rows = (SMALL, 8) if name == "small" else (PRESETS[name], 32)
+  config, rows = (PRESETS[name], 32) if name in PRESETS else (SMALL if name == "small" else OLMO2, 8)
   program, cache = decode_program(make_mesh(data, tensor, devices=devices), config, rows)
   memory, size = program.memory_analysis(), synthetic.nbytes(cache.shards) // len(devices)
   print(
@@ -125,6 +133,22 @@ def test_decode_block_compiles_for_four_devices(devices, name, data, tensor):
   assert re.search(r"%decode_\S+ = \S+ custom-call\(", program.as_text())
   assert memory.alias_size_in_bytes >= size and memory.temp_size_in_bytes < 0.1 * size
   assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < HBM
+
+
+def test_decode_block_by_rows_compiles_for_four_devices(devices):
+  """Three KV heads, which two devices do not share: they exchange rows before a feed-forward, and its sums."""
+  config, rows = dataclasses.replace(SMALL, num_heads=6, num_kv_heads=3), 32
+  program, cache = decode_program(make_mesh(2, 2, devices=devices), config, rows)
+  memory, size, width = program.memory_analysis(), synthetic.nbytes(cache.shards) // 4, config.d_model
+  found = [(shape.split("{")[0], kind) for shape, kind in re.findall(COLLECTIVES, program.as_text())]
+  of = lambda name: [shape for shape, kind in found if kind == name]
+  assert of("reduce-scatter") == [f"bf16[8,1,{width}]"] * 2  # in a layer, and the embeddings
+  assert set(of("all-gather")) == {f"bf16[16,1,{width}]", f"bf16[16,{width}]"}  # in a layer, and the last states
+  assert len(of("all-to-all")) == 1 and set(of("all-reduce")) <= {"s32[16]"}  # logits, tokens
+  assert {kind for _, kind in found} <= {"reduce-scatter", "all-gather", "all-to-all", "all-reduce"}
+  check_groups(program, 2, 2)
+  assert re.search(r"%decode_\S+ = \S+ custom-call\(", program.as_text())
+  assert memory.alias_size_in_bytes >= size and memory.temp_size_in_bytes < 0.1 * size
 
 
 def test_prompt_chunk_compiles_for_four_devices(devices):

@@ -18,6 +18,7 @@ from dms_jax.cache.sharded import ShardedCache as ShardedCache
 from dms_jax.cache.sliding import Sliding
 from dms_jax.config import ModelConfig
 from dms_jax.policies import Policy
+from dms_jax.sharding import splits_rows
 
 KINDS = {"masked": MaskedCache, "contiguous": ContiguousCache, "paged": PagedCache}
 
@@ -64,7 +65,9 @@ def for_model(
     sizes = dict(batch=rows, capacity=capacity, longest=longest)
     return create(kind, config, lag=lag, policy=policy, dtype=model.dtype, **sizes, **options)
 
-  return make(batch, 1) if model.mesh is None else ShardedCache.create(model.mesh, batch, make)
+  if (mesh := model.mesh) is None:
+    return make(batch, 1)
+  return ShardedCache.create(mesh, batch, splits_rows(model.config, mesh), make)
 
 
 def create(

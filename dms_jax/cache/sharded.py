@@ -1,9 +1,10 @@
 """ShardedCache: the cache of a mesh, one ordinary cache for each device's rows and KV heads.
 
-Rows are split over the mesh axis "data", KV heads over "tensor". Every device has its own slots, and in pages its own
-pool, table and free pages; no array is copied to another device. In compiled code each device works on its own cache
-(`dms_jax.spmd`). This module is the host's view: the face of `Cache` outside compiled code, in global rows and heads.
-Over several processes the host's view is the same in each, and a row that moves to the host moves to all.
+Rows are split over the mesh axis "data", KV heads over "tensor", or rows over both (`ShardedCache.by_rows`). Every
+device has its own slots, and in pages its own pool, table and free pages; no array is copied to another device. In
+compiled code each device works on its own cache (`dms_jax.spmd`). This module is the host's view: the face of `Cache`
+outside compiled code, in global rows and heads. Over several processes the host's view is the same in each, and a row
+that moves to the host moves to all.
 """
 
 from __future__ import annotations
@@ -32,44 +33,65 @@ from dms_jax.sharding import shard_map
 DEVICE = P(("data", "tensor"))  # of an array in which those of all devices follow one another
 
 
-def rows_and_scalars(tree: Any) -> Any:
-  """The partition of each array of a step: those with an axis of rows, which comes first, are split over "data"."""
-  return jax.tree.map(lambda x: P("data") if jnp.ndim(x) else P(), tree)
+def of_rows_alone(spec: P) -> P:
+  """A partition in which "tensor" splits rows with "data", of one in which it splits heads."""
+  swapped = {"data": ("data", "tensor"), "tensor": None}
+  return P(*(swapped.get(axis, axis) if isinstance(axis, str) else axis for axis in spec))
 
 
-def policy_specs(policy: Policy) -> Policy:
+def rows_and_scalars(tree: Any, by_rows: bool = False) -> Any:
+  """The partition of each array of a step: those with an axis of rows, which comes first, are split over "data".
+
+  `by_rows`: over "tensor", too.
+  """
+  rows = of_rows_alone(P("data")) if by_rows else P("data")
+  return jax.tree.map(lambda x: rows if jnp.ndim(x) else P(), tree)
+
+
+def policy_specs(policy: Policy, by_rows: bool = False) -> Policy:
   """The partition of a policy's numbers, which may be one a row; tables are whole on every device."""
-  return jax.tree.map(lambda x: P("data") if jnp.ndim(x) == 1 else P(), policy)
+  return jax.tree.map(lambda x: rows_and_scalars(x, by_rows) if jnp.ndim(x) == 1 else P(), policy)
 
 
 @struct.dataclass
 class ShardedCache:
   """`shards` is a cache whose arrays are those of all devices, one after another along their first axis.
 
-  Device (d, t) holds rows d B / data .. and KV heads t K / tensor .. . Another axis for the devices would be of size 1
-  on each, and XLA copies a whole cache to remove it.
+  Device (d, t) holds rows d B / data .. and KV heads t K / tensor .. , and by rows the rows (d tensor + t) B /
+  (data tensor) .. with all heads. Another axis for the devices would be of size 1 on each, and XLA copies a whole cache
+  to remove it.
+
+  Attributes:
+    by_rows: the mesh axis "tensor" splits rows, not KV heads (`sharding.splits_rows`).
   """
 
   shards: Cache
   mesh: Mesh = struct.field(pytree_node=False)
+  by_rows: bool = struct.field(pytree_node=False, default=False)
 
   @classmethod
-  def create(cls, mesh: Mesh, batch: int, make: Callable[[int, int], Cache]) -> ShardedCache:
+  def create(cls, mesh: Mesh, batch: int, by_rows: bool, make: Callable[[int, int], Cache]) -> ShardedCache:
     """An empty cache; `make(rows, devices)` makes that of one device, for its rows and its part of the KV heads.
 
     Raises:
       ValueError: the mesh does not divide the rows.
     """
     data, tensor = mesh.shape["data"], mesh.shape["tensor"]
+    if by_rows and batch % mesh.size:
+      raise ValueError(
+        f"mesh.data={data} x mesh.tensor={tensor} does not divide {batch} rows: give a multiple of {mesh.size}, since "
+        "mesh.tensor splits rows where it does not divide the KV heads"
+      )
     if batch % data:
       raise ValueError(f"mesh.data={data} does not divide {batch} rows: give a multiple of {data} rows")
-    own = lambda: cls.of_device(make(batch // data, tensor), mesh)
+    parts = (mesh.size, 1) if by_rows else (data, tensor)
+    own = lambda: cls.of_device(make(batch // parts[0], parts[1]), mesh, by_rows)
     return jax.jit(shard_map(own, mesh, in_specs=(), out_specs=DEVICE))()
 
   @classmethod
-  def of_device(cls, own: Cache, mesh: Mesh) -> ShardedCache:
+  def of_device(cls, own: Cache, mesh: Mesh, by_rows: bool) -> ShardedCache:
     """The cache of the device that is traced as its part of the whole, inside `jax.shard_map`."""
-    return cls(_with_count(own, lambda count: count[None]), mesh)
+    return cls(_with_count(own, lambda count: count[None]), mesh, by_rows)
 
   def local(self) -> Cache:
     """The inverse of `of_device`."""
@@ -85,25 +107,30 @@ class ShardedCache:
   @property
   def data(self) -> int:
     """Devices that split rows."""
-    return self.mesh.shape["data"]
+    return self.mesh.size if self.by_rows else self.mesh.shape["data"]
 
   @property
   def tensor(self) -> int:
     """Devices that split KV heads."""
-    return self.mesh.shape["tensor"]
+    return 1 if self.by_rows else self.mesh.shape["tensor"]
+
+  @property
+  def devices(self) -> np.ndarray:
+    """The devices [data, tensor], of which those of one row hold the same rows."""
+    return self.mesh.devices.reshape(self.data, self.tensor)
 
   def on_devices(self, tree: Any, data: int) -> list[Any]:
-    """What each device of one row of the mesh holds of the arrays of `each`, on the host."""
+    """What each device of one row of `devices` holds of the arrays of `each`, on the host."""
     if spans_processes(self.mesh):
-      sent = _sent(tree, np.int32(data), mesh=self.mesh)
+      sent = _sent(tree, np.int32(data), mesh=self.mesh, by_rows=self.by_rows)
       found = jax.tree.map(lambda x: fetch(x).reshape(self.tensor, -1, *x.shape[1:]), sent)  # one array at a time
       return [jax.tree.map(lambda x, place=place: x[place], found) for place in range(self.tensor)]
     part = lambda device: lambda x: next(np.asarray(s.data) for s in x.addressable_shards if s.device == device)
-    return [jax.tree.map(part(device), tree) for device in self.mesh.devices[data]]
+    return [jax.tree.map(part(device), tree) for device in self.devices[data]]
 
   def by_device(self, x: Any) -> np.ndarray:
     """An array of all devices on the host, [data, tensor, ...]."""
-    return fetch(x).reshape(*self.mesh.devices.shape, -1, *x.shape[1:])
+    return fetch(x).reshape(self.data, self.tensor, -1, *x.shape[1:])
 
   # The face of a cache ------------------------------------------------------------------------------------------------
 
@@ -183,7 +210,7 @@ class ShardedCache:
     parts = (self.shards.archived, table.owned, self.shards.seen, table.pool.count)
     archived, owned, seen, free = map(self.by_device, fetch(parts))
     pages, varies = own.pages, any(np.ndim(number) for number in row_numbers(policy).values())
-    for d, t in np.ndindex(self.mesh.devices.shape):
+    for d, t in np.ndindex(self.data, self.tensor):
       part = np.arange(d * rows, (d + 1) * rows)
       its = of_rows(policy, self.batch, part) if varies else policy
       needed = own.pages_for(
@@ -199,16 +226,18 @@ def each(cache: ShardedCache, fn: Callable, *args: Any, specs: tuple = ()) -> An
 
   Args:
     fn: caches in its result become `ShardedCache`, scalars entries of an array.
-    specs: partitions of `args`; default `rows_and_scalars`.
+    specs: partitions of `args` where "tensor" splits heads; default `rows_and_scalars`.
   """
+  by_rows = cache.by_rows
 
   def body(cache, *args):
-    with among(cache.mesh.shape["tensor"]):
+    with among(cache.mesh.shape["tensor"], by_rows):
       out = fn(cache.local(), *args)
-    kept = lambda x: ShardedCache.of_device(x, cache.mesh) if isinstance(x, Common) else jnp.atleast_1d(x)
+    kept = lambda x: ShardedCache.of_device(x, cache.mesh, by_rows) if isinstance(x, Common) else jnp.atleast_1d(x)
     return jax.tree.map(kept, out, is_leaf=lambda x: isinstance(x, Common))
 
-  specs = specs or tuple(policy_specs(x) if isinstance(x, Policy) else rows_and_scalars(x) for x in args)
+  specs = tuple(map(of_rows_alone, specs)) if by_rows else specs
+  specs = specs or tuple((policy_specs if isinstance(x, Policy) else rows_and_scalars)(x, by_rows) for x in args)
   return shard_map(body, cache.mesh, in_specs=(DEVICE, *specs), out_specs=DEVICE)(cache, *args)
 
 
@@ -235,22 +264,23 @@ def _with_count(cache: Cache, change: Callable) -> Cache:
   return cache.replace(table=cache.table.replace(pool=pool.replace(count=change(pool.count))))
 
 
-@partial(jax.jit, static_argnames="mesh")
-def _sent(tree: Any, data: Int[Array, ""], *, mesh: Mesh) -> Any:
-  """The arrays of `each` of row `data` of the mesh, on the devices of all rows: one after another along "tensor"."""
+@partial(jax.jit, static_argnames=("mesh", "by_rows"))
+def _sent(tree: Any, data: Int[Array, ""], *, mesh: Mesh, by_rows: bool) -> Any:
+  """The arrays of `each` of row `data` of the devices, on those of all rows: one after another along "tensor"."""
+  axes = ("data", "tensor") if by_rows else ("data",)
 
   def send(tree, data):
-    mine = lax.axis_index("data") == data
+    mine = lax.axis_index(axes) == data
 
     def one(x):  # as bits, which a sum with zeros leaves as they are
       flag, unsigned = x.dtype == jnp.bool_, jnp.dtype(f"uint{8 * x.dtype.itemsize}")
       bits = x.astype(unsigned) if flag else lax.bitcast_convert_type(x, unsigned)
-      bits = lax.psum(jnp.where(mine, bits, 0), "data")
+      bits = lax.psum(jnp.where(mine, bits, 0), axes)
       return bits.astype(x.dtype) if flag else lax.bitcast_convert_type(bits, x.dtype)
 
     return jax.tree.map(one, tree)
 
-  return shard_map(send, mesh, in_specs=(DEVICE, P()), out_specs=P("tensor"))(tree, data)
+  return shard_map(send, mesh, in_specs=(DEVICE, P()), out_specs=P() if by_rows else P("tensor"))(tree, data)
 
 
 @jax.jit

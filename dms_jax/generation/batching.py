@@ -52,6 +52,7 @@ from dms_jax.model import Model, check_policy
 from dms_jax.policies import Policy, check_rows
 from dms_jax.policies.base import check_kind, is_whole
 from dms_jax.processes import fetch, replicated
+from dms_jax.sharding import divided
 from dms_jax.spmd import check as check_mesh
 
 
@@ -61,7 +62,8 @@ class Generator:
   Args:
     model: as from `dms_jax.load`.
     policy: as for `generate`, with scalar numbers: the defaults of requests.
-    width: rows decoded together. A mesh splits them over "data", and with them the chains of a request.
+    width: rows decoded together. A mesh splits them over "data", and over "tensor" where that does not divide the KV
+      heads; the chains of a request stay on one part.
     budget: most bytes of the cache on each device, not the policy's `budget` in tokens; None: unlimited.
     budget_tokens: the budget as tokens that a head may hold outside the windows, summed over a device's rows, mean over
       heads.
@@ -95,7 +97,7 @@ class Generator:
     prefill_rows: int | None = None, decode_block: int = 32, stream: bool = True, tokenizer: Any = None,
     on_pressure: str = "preempt",
   ):  # fmt: skip
-    pools = 1 if model.mesh is None else model.mesh.shape["data"]
+    pools = 1 if model.mesh is None else divided(model.config, model.mesh)[0]
     rows = default_rows(width // pools) if prefill_rows is None else prefill_rows
     for name, value in (
       ("width", width), ("prefill_chunk", prefill_chunk), ("prefill_rows", rows), ("decode_block", decode_block)

@@ -167,7 +167,7 @@ def place_like(model: Model, tree):
   `tree` begin with an axis of rows; a cache lies there already.
   """
   if model.mesh is not None:
-    return tree if isinstance(tree, ShardedCache) else place_rows(model.mesh, tree)
+    return tree if isinstance(tree, ShardedCache) else place_rows(model, tree)
   sharding = model.params["embed"].sharding
   if isinstance(sharding, jax.sharding.NamedSharding):
     sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())

@@ -245,7 +245,7 @@ class Policy:
   replays = False  # a chunk of a prompt calls `retire` for one token after another, and equals as many decode steps
   exact_prefill = False  # prompts are read one token at a time, by decode steps inside one compiled loop
   page = 0  # slots of a page that is selected as a whole; 0: everything is read
-  joins_heads = False  # the KV heads of a layer decide together, so a mesh cannot split them
+  joins_heads = False  # the KV heads of a layer decide together, so "tensor" cannot split them
 
   @property
   def compacts(self) -> bool:

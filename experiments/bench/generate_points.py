@@ -34,6 +34,7 @@ from dms_jax.generation.decode import DecodeState, StopCriteria
 from dms_jax.generation.sampling import Sampling
 from dms_jax.model import Model
 from dms_jax.policies import Policy, Vanilla
+from dms_jax.sharding import divided
 from experiments.bench import synthetic
 
 Kind = Literal["dense", "dms"]
@@ -155,7 +156,7 @@ class Bench:
     self.shape, self.bandwidth, self.programs, self.energy, self.seconds = shape, bandwidth, programs, energy, seconds
     self.dtype = jnp.dtype(shape.dtype)
     self.alone, self.mesh = alone, mesh
-    self.data, self.tensor = (1, 1) if mesh is None else (mesh.shape["data"], mesh.shape["tensor"])
+    self.data, self.tensor = (1, 1) if mesh is None else divided(shape.config, mesh)
     self._models: dict[Kind, Model] = {}
     self._pages: dict[int, int] = {}  # of a row, by its length
     self._points: dict[tuple[Point, float], dict[str, Any]] = {}
@@ -207,7 +208,7 @@ class Bench:
   def rows(self, batch: int) -> DecodeState:
     """Rows that never end, each on its device."""
     rows = synthetic.running_rows(batch)
-    return rows if self.mesh is None else spmd.place_rows(self.mesh, rows)
+    return rows if self.mesh is None else spmd.place_rows(self.model("dense"), rows)
 
   def lower(self, point: Point) -> Any:
     """The lowered decode block of a point, which serves all points of its kind, batch and longest text."""

@@ -13,7 +13,7 @@ from dms_jax import checkpoint, shipped
 from dms_jax.config import is_number
 from dms_jax.model import Model, check_policy
 from dms_jax.policies import DMS, Policy, StreamingLLM
-from dms_jax.sharding import DECODING
+from dms_jax.sharding import decoding
 from dms_jax.spmd import place
 from experiments.common import program
 from experiments.methods import method as methods_module
@@ -130,7 +130,7 @@ def build(
     if name == TRAINED:
       policy = read(TRAINED, DMS)
       for own, cr, folder in split(retrofits):
-        how = dict(dtype=dtype, mesh=original.mesh, rules=DECODING)
+        how = dict(dtype=dtype, mesh=original.mesh, rules=decoding)
         model = place(checkpoint.load_retrofitted(path, folder, **how), original.mesh)
         if (objective := methods_module.trained_for(model)) != TRAINED:
           raise ValueError(f"--retrofit={cr:g}:{folder} has gates of {objective}, not of {TRAINED}")

@@ -14,6 +14,7 @@ from dms_jax.config import ModelConfig
 from dms_jax.generation.detokenize import Detokenizer
 from dms_jax.generation.results import ChainUsage
 from dms_jax.policies import Policy
+from dms_jax.sharding import divided
 from dms_jax.tokenizer import Tokenizer
 from experiments.methods.budgets import Group, most_tokens
 from experiments.methods.method import Method
@@ -90,8 +91,13 @@ def write(
   the most new tokens, each number is written apart.
   """
   cuts = [(most,) for most in job.max_tokens] if method.given.follows_length else [job.max_tokens]
+<<<<<<< HEAD
   pools = 1 if method.model.mesh is None else method.model.mesh.shape["data"]  # a prompt's chains share one
   width = min(width, len(job.asked) * job.chains)  # more rows than chains would stay empty
+=======
+  model = method.model
+  pools = 1 if model.mesh is None else divided(model.config, model.mesh)[0]  # a prompt's chains share one
+>>>>>>> rows
   width = pools * max(-(-width // pools), job.chains)
   for lengths in cuts:
     most = max(lengths)

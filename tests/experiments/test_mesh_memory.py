@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 
 from dms_jax.families import PRESETS
+from dms_jax.params import param_table
 from dms_jax.retrofit.distributed import MeshConfig
 from experiments.mesh_memory import Config, chosen_experts, measure
 
@@ -33,11 +35,23 @@ def test_experts_are_shared(preset):
   assert chosen_experts(model, 1, 3, 2).keys() == {"split"}
 
 
+@pytest.mark.parametrize("preset, tensor", [("gemma-3-1b", 4), ("smollm2-135m", 2), ("qwen3-30b-a3b", 8)])
+def test_a_mesh_that_does_not_divide_the_heads_divides_rows(preset, tensor):
+  """Caches and feed-forward are shared, the weights of attention are whole on each device."""
+  config, model = Config(preset, tokens=8192), PRESETS[preset]
+  one, many = (measure(config, MeshConfig(tensor=tensor))["bytes"] for tensor in (1, tensor))
+  assert many["cache"] == pytest.approx(one["cache"] / tensor, rel=0.05)
+  table = {path.removeprefix("layers/"): math.prod(spec.shape) for path, spec in param_table(model).items()}
+  whole = 2 * sum(table[name] for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
+  assert many["weights"] == pytest.approx(whole + (one["weights"] - whole) / tensor, rel=0.05)
+
+
 @pytest.mark.parametrize(
   "devices, message",
   [
     (MeshConfig(data=3), "--mesh.data=3 does not divide --rows=32"),
-    (MeshConfig(tensor=16), "mesh.tensor=16 does not divide the 8 KV heads"),
+    (MeshConfig(data=4, tensor=16), "--mesh.data=4 x --mesh.tensor=16 does not divide --rows=32"),
+    (MeshConfig(tensor=11), "mesh.tensor=11 does not divide the 28672 channels"),
   ],
 )
 def test_refusals(devices, message):

@@ -15,7 +15,7 @@ from tests import mesh_cases
 ROOT = Path(__file__).parents[2]
 SLOW = [pytest.param(case.__name__, marks=pytest.mark.slow) for case in mesh_cases.SLOW]
 # In one process, whose start takes as long as some of them.
-TOGETHER = "whole_experts", "programs", "caches_of_benchmarks", "refusals"
+TOGETHER = "whole_experts", "programs", "programs_by_rows", "caches_of_benchmarks", "refusals"
 QUICK = [name for case in mesh_cases.QUICK if (name := case.__name__) not in TOGETHER]
 
 
