@@ -91,13 +91,9 @@ def write(
   the most new tokens, each number is written apart.
   """
   cuts = [(most,) for most in job.max_tokens] if method.given.follows_length else [job.max_tokens]
-<<<<<<< HEAD
-  pools = 1 if method.model.mesh is None else method.model.mesh.shape["data"]  # a prompt's chains share one
-  width = min(width, len(job.asked) * job.chains)  # more rows than chains would stay empty
-=======
   model = method.model
   pools = 1 if model.mesh is None else divided(model.config, model.mesh)[0]  # a prompt's chains share one
->>>>>>> rows
+  width = min(width, len(job.asked) * job.chains)  # more rows than chains would stay empty
   width = pools * max(-(-width // pools), job.chains)
   for lengths in cuts:
     most = max(lengths)
