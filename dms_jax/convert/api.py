@@ -80,10 +80,10 @@ def convert(
   elif path.suffix == ".safetensors":
     raise ValueError(f"{path}: pass the directory that holds it, with config.json, as --source={path.parent}")
   else:
-    dms, (config, tensors, own) = None, gguf.read(path)
+    dms, (config, tensors, own) = None, gguf.read(path, tokenizer=tokenizer is None)
   ignore = lambda name: transformers.is_ignored(config, name)
   dtype = dtype or tensors.dtype
-  table = param_table(config, dms)
+  table = param_table(config, dms) if path.is_dir() else gguf.table(config)
   slices = to_slices(table, tensors, jnp.dtype(dtype), ignore=ignore, progress=progress)  # first: sizes may be absurd
   disk.check_room(output, checkpoint.nbytes(table, dtype))
   if tokenizer is not None:
