@@ -218,7 +218,7 @@ def _as_json(fields: Fields, family: Family, values: dict[str, Any]) -> dict[str
     ValueError: the pattern of sliding layers is malformed.
   """
   assert family.gguf is not None
-  layers = values["num_layers"]
+  layers, (sliding, whole) = values["num_layers"], LAYER_KINDS
   found = {
     "num_hidden_layers": layers, "hidden_size": values["d_model"], "num_attention_heads": values["num_heads"],
     "head_dim": values["head_dim"], "rope_theta": values["rope_theta"],
@@ -231,9 +231,9 @@ def _as_json(fields: Fields, family: Family, values: dict[str, Any]) -> dict[str
       slides = list(pattern(layers, slides))  # every so manieth layer sees the whole text
     if not isinstance(slides, list) or len(slides) != layers or any(one not in (0, 1) for one in slides):
       raise ValueError(f"attention.sliding_window_pattern should name {layers} layers, found {shown(slides)}")
-    found["layer_types"] = [LAYER_KINDS[0] if one else LAYER_KINDS[1] for one in slides]
+    found["layer_types"] = [sliding if one else whole for one in slides]
   found = {**family.gguf.unwritten(found), **found}
-  if family.slides and not {"sliding_window", "layer_types"} & found.keys():
+  if family.slides and "sliding_window" not in found and sliding in found.get("layer_types", LAYER_KINDS):
     found["sliding_window"] = fields.get("{arch}.attention.sliding_window", int)
   return found
 

@@ -186,8 +186,10 @@ def write(path, folder, *, mxfp4: bool = False) -> None:
     writer.add_logit_scale(values["logits_scaling"])
   writer.add_tokenizer_model("gpt2")
   writer.add_tokenizer_pre("gpt-2")
-  writer.add_token_list(TOKENS)
-  writer.add_token_types([1] * 91 + [3])
+  free = given("vocab_size") - len(TOKENS)
+  writer.add_token_list(TOKENS + [f"[PAD{i}]" for i in range(free)])
+  writer.add_token_types([1] * 91 + [3] + [5] * free)
+  writer.add_eos_token_id(len(TOKENS) - 1)
   writer.add_token_merges(["a b"])
   for name, value in tensors(arch, values, load_file(folder / "model.safetensors")):
     if mxfp4 and "_exps.weight" in name:
@@ -207,7 +209,8 @@ def logits(model, tokens) -> np.ndarray:
 
 def expected_config(config: ModelConfig) -> ModelConfig:
   """The config that its file gives: Mistral's say "llama"."""
-  return dataclasses.replace(config, family={"mistral": "llama"}.get(config.family, config.family))
+  name = {"mistral": "llama"}.get(config.family, config.family)
+  return dataclasses.replace(config, family=name, eos_token_ids=(len(TOKENS) - 1,))
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -222,4 +225,35 @@ def test_logits(transformers, torch, tmp_path, config):
   with torch.no_grad():
     theirs = hf(torch.from_numpy(np.array(tokens)).long()).logits.numpy()
   assert theirs.std() > 0.1
+  np.testing.assert_allclose(logits(loaded, tokens), theirs, atol=LOGITS)
+
+
+SAME = {  # configs whose files transformers' own reader of GGUF reads whole: what it leaves out is at its defaults
+  "llama": CONFIGS["llama"],
+  "llama-tied-head-dim": CONFIGS["llama-tied-head-dim"],
+  "mistral": CONFIGS["mistral"],
+  "qwen2": tiny.config(family="qwen2", qkv_bias=True, head_dim=8, tie_embeddings=False),
+  "qwen3": tiny.config(family="qwen3", qk_norm=True, head_dim=128, tie_embeddings=False),
+  "qwen3_moe": dataclasses.replace(CONFIGS["qwen3_moe"], d_ff=768),
+  "gpt2": dataclasses.replace(CONFIGS["gpt2"], max_position_embeddings=1024),
+  "gemma2": dataclasses.replace(
+    CONFIGS["gemma2"], head_dim=256, attention_scale=1 / 16, attention_softcap=50.0, logit_softcap=30.0
+  ),
+  "gemma3": dataclasses.replace(
+    CONFIGS["gemma3-one-rope"], head_dim=256, attention_scale=1 / 16, rope_theta=1e6, sliding_window=20
+  ),
+}
+
+
+@pytest.mark.parametrize("config", SAME.values(), ids=SAME)
+def test_read_by_transformers(transformers, torch, tmp_path, config):
+  """The same file, read by transformers and by us: the writer above is not ours alone to judge."""
+  write(tmp_path / "m.gguf", export(tmp_path / "hf", tiny.model(config)))
+  loaded = checkpoint.load(convert(str(tmp_path / "m.gguf"), tmp_path / "ours"))
+  hf = transformers.AutoModelForCausalLM.from_pretrained(
+    tmp_path, gguf_file="m.gguf", dtype="float32", attn_implementation="eager"
+  ).eval()
+  tokens = tiny.tokens(config, 2, 80)
+  with torch.no_grad():
+    theirs = hf(torch.from_numpy(np.array(tokens)).long()).logits.numpy()
   np.testing.assert_allclose(logits(loaded, tokens), theirs, atol=LOGITS)
