@@ -45,7 +45,8 @@ def convert(
     progress: called as progress(done, total, tensor name).
     base: the base model of an adapter: a checkpoint, a Hugging Face directory or a hub id; default the local folder
       that the adapter names. Only its config is read.
-    tokenizer: folder or hub id of the tokenizer, for a source without one; it replaces the source's.
+    tokenizer: folder or hub id of the tokenizer, for a source without one; it replaces the source's, which is not read
+      from a GGUF file then.
 
   Raises:
     ValueError: the input is wrong, as the message says; nothing is left at `output`.

@@ -142,7 +142,7 @@ def _config(fields: Fields, tensors: Mapping[str, Entry]) -> ModelConfig:
     rms_norm_eps=fields.get(f"{{arch}}.attention.{epsilon}", float),
     tie_embeddings="output.weight" not in tensors,
     eos_token_ids=_eos(fields, tokens),
-    **({} if rotated is None or "rope_fraction" in family.fixed else {"rope_fraction": rotated / head_dim}),
+    **({} if rotated is None or "rope_fraction" in family.fixed else {"rope_fraction": rotated / max(head_dim, 1)}),
     **{
       family.keys[theirs]: fields.get(f"{{arch}}.{key}", float)
       for key, theirs in family.gguf.keys.items()

@@ -9,7 +9,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 
 from dms_jax.config import is_number, shown
 from dms_jax.convert.gguf_file import Fields
-from dms_jax.tokenizer import Tokenizer, bpe_tokenizer
+from dms_jax.tokenizer import LONGEST_WORD, Tokenizer, bpe_tokenizer
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -73,9 +73,8 @@ def read(fields: Fields) -> Tokenizer:
   """
   kind, pre = fields.get("tokenizer.ggml.model", str), fields.get("tokenizer.ggml.pre", str, "default")
   if kind != "llama" and (kind != "gpt2" or pre not in _PRE_TOKENIZERS):
-    raise _unsupported(
-      fields, f"tokenizer {kind!r} with pre-tokenizer {pre!r}", f"llama, and gpt2 with {', '.join(_PRE_TOKENIZERS)}"
-    )
+    known = f" (there are llama, and gpt2 with {', '.join(_PRE_TOKENIZERS)})"
+    raise _unsupported(fields, f"tokenizer {kind!r} with pre-tokenizer {pre!r}", known)
   tokens = _texts(fields, "tokens")
   types = fields.get("tokenizer.ggml.token_type", list, [_NORMAL] * len(tokens))
   if len(set(tokens)) != len(tokens):
@@ -111,9 +110,9 @@ def read(fields: Fields) -> Tokenizer:
   return tokenizer
 
 
-def _unsupported(fields: Fields, what: str, known: str) -> ValueError:
-  advice = f"pass the model's own with --tokenizer=FOLDER_OR_HUB_ID (from GGUF there are {known})"
-  return ValueError(f"{fields.path}: {what} is not supported from GGUF; {advice}")
+def _unsupported(fields: Fields, what: str, known: str = "") -> ValueError:
+  advice = "pass the model's own with --tokenizer=FOLDER_OR_HUB_ID"
+  return ValueError(f"{fields.path}: {what} is not supported from GGUF{known}; {advice}")
 
 
 def _texts(fields: Fields, name: str) -> list[str]:
@@ -142,21 +141,22 @@ def _sentencepiece(fields: Fields, tokens: list[str], types: list[int]) -> token
   scores = fields.get("tokenizer.ggml.scores", list)
   if len(scores) != len(tokens) or not all(is_number(score) for score in scores):
     raise ValueError(f"{fields.path}: {len(scores)} scores for {len(tokens)} tokens; the file is damaged")
-  known = "BPE alone"
   if fields.get("tokenizer.ggml.precompiled_charsmap", list, []):
-    raise _unsupported(fields, "a SentencePiece tokenizer that rewrites characters (precompiled_charsmap)", known)
+    raise _unsupported(fields, "a SentencePiece tokenizer that rewrites characters (precompiled_charsmap)")
   normal = {token: score for token, score, kind in zip(tokens, scores, types, strict=True) if kind == _NORMAL}
   if bad := next((token for token, score in normal.items() if score != int(score)), None):  # a log-probability
-    raise _unsupported(fields, f"SentencePiece's unigram model (the score of {shown(bad)} is {normal[bad]:g})", known)
+    raise _unsupported(fields, f"SentencePiece's unigram model (the score of {shown(bad)} is {normal[bad]:g})")
+  if (longest := max(map(len, normal), default=0)) > LONGEST_WORD:
+    raise ValueError(f"{fields.path}: a token of {longest} characters; the file is damaged")
   merges = []  # (score, start, end): pairs of one token in the order of their cut
   for token, score in normal.items():
-    cuts = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+    cuts = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
     merges += [(score, *pair) for pair in cuts if pair[0] in normal and pair[1] in normal]
     if len(token) > 1 and (odd := next((one for one in token if one not in normal), None)):
-      raise _unsupported(fields, f"a SentencePiece tokenizer with {shown(token)} and without {shown(odd)}", known)
+      raise _unsupported(fields, f"a SentencePiece tokenizer with {shown(token)} and without {shown(odd)}")
   made = {(score, first + last) for score, first, last in merges}
   if len(made) != len({score for score, _ in made}):
-    raise _unsupported(fields, "a SentencePiece tokenizer in which tokens have the same score", known)
+    raise _unsupported(fields, "a SentencePiece tokenizer in which tokens have the same score")
   merges.sort(key=lambda merge: -merge[0])
   unknown = fields.token_id("unknown")
   if unknown is None:

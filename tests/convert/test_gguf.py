@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -34,6 +36,7 @@ FAMILIES = {
   "qwen2": tiny.config(family="qwen2", qkv_bias=True, rms_norm_eps=1e-6, rope_theta=1e6, **SIZES),
   "qwen3": tiny.config(family="qwen3", qk_norm=True, tie_embeddings=False, head_dim=32, **SIZES),
 }
+LARGE = tiny.config(**SIZES | dict(vocab_size=400))
 OTHERS = {
   "mistral": family("mistral", **SIZES),
   "phi3": family("phi3", tie_embeddings=False, **SIZES),
@@ -72,6 +75,7 @@ def write(
   tensors=None,
   without=(),
   blocks=(),
+  vocabulary=None,
   **metadata,
 ) -> dict[str, np.ndarray]:
   """Writes a random model as llama.cpp's converter would; returns its tensors in our layout, as they were written.
@@ -80,6 +84,7 @@ def write(
     quantize: type of the matrices; others stay float32.
     drop: metadata keys to leave out, by suffix.
     tensors: more tensors; `without` leaves out some; `blocks`, {name: (bytes, type)}, are quantised already.
+    vocabulary: tokens, and scores if they are SentencePiece's, in the place of `TOKENS`.
     metadata: more keys, "__" for "." and "arch" for the architecture.
   """
   c, own = config, families.get(config.family).gguf
@@ -96,6 +101,11 @@ def write(
     "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre or PRE[c.family],
     "tokenizer.ggml.bos_token_id": BOS, "tokenizer.ggml.eos_token_id": EOS,
   }  # fmt: skip
+  vocabulary = {"tokens": TOKENS, "token_type": TYPES, **(vocabulary or {})}
+  if "scores" in vocabulary:
+    specials = {"tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2}
+    values |= {"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default", **specials}
+    writer.add_token_scores(vocabulary["scores"])
   hf = config_to_hf(c, "float32")
   local = {f"{arch}.rope.freq_base_swa": c.local_rope_theta}
   values |= {f"{arch}.{key}": hf[theirs] for key, theirs in own.keys.items() if theirs != "rope_theta"}
@@ -109,8 +119,8 @@ def write(
     (writer.add_array if isinstance(value, list) else kinds[type(value)])(key, value)
   if c.sliding_layers and f"{arch}.attention.sliding_window_pattern" not in values:
     writer.add_sliding_window_pattern(list(c.sliding_layers))
-  writer.add_token_list(TOKENS)
-  writer.add_token_types(TYPES)
+  writer.add_token_list(vocabulary["tokens"])
+  writer.add_token_types(vocabulary["token_type"])
   writer.add_token_merges(MERGES)
   table, stored = gguf.table(c), {}
   heads = {"attn_q.weight": c.num_heads, "attn_k.weight": c.num_kv_heads} if own.paired_rope else {}
@@ -305,6 +315,13 @@ def test_pre_tokenizers(tmp_path):
   assert cut(smollm, "I'VE a\n\nb") == ["I", "'", "VE", " a", "\n", "\n", "b"]
   assert cut(qwen, "I'VE a\n\nb") == cut(llama, "I'VE a\n\nb") == ["I", "'VE", " a", "\n\n", "b"]
   assert cut(qwen, "x=(1)") == ["x", "=(", "1", ")"]
+  gpt2, neox, o200k, tekken = (tokenizer_of(tmp_path, pre) for pre in ("gpt-2", "olmo", "gpt-4o", "tekken"))
+  assert spelled(gpt2, "12345 the") == spelled(neox, "12345 the") == ["1234", "5", " t", "he"]
+  assert cut(gpt2, "I've 'VE x=(1)\n\nb") == ["I", "'ve", " '", "VE", " x", "=(", "1", ")", "\n", "\n", "b"]
+  assert cut(o200k, "HelloWorld's XMLFile 1234 a/\n") == ["Hello", "World's", " XMLFile", " ", "123", "4", " a", "/\n"]
+  assert cut(tekken, "HelloWorld's 12") == ["Hello", "World", "'s", " ", "1", "2"]
+  assert spelled(tekken, "12") == ["<bos>", "1", "2"]
+  assert neox.encode("e\u0301") == neox.encode("é") and gpt2.encode("e\u0301") != gpt2.encode("é")
   assert qwen.encode("e\u0301") == qwen.encode("é") and smollm.encode("e\u0301") != smollm.encode("é")
 
 
@@ -321,6 +338,99 @@ def test_special_tokens(tmp_path):
   assert asked.backend.encode("a").ids == [BOS, 97]  # for readers of tokenizer.json alone
 
 
+def sentencepiece(seed: int) -> dict[str, list]:
+  """A vocabulary of SentencePiece's BPE, as llama.cpp writes it: specials, bytes, characters and random merges."""
+  rng = np.random.default_rng(seed)
+  pieces = [*"▁abcés.'"]
+  while len(pieces) < 60:
+    new = "".join(rng.choice(pieces, 2))
+    if new not in pieces and len(new) < 9:
+      pieces.append(new)
+  special = ["<unk>", "<bos>", "<eos>"]
+  own = [*special, *(f"<0x{b:02X}>" for b in range(256)), *pieces, "<user>", "  ", "[PAD]"]
+  scores = [0.0] * 259 + [-float(i) for i in range(len(pieces))] + [-1000.0] * 3
+  return {"tokens": own, "scores": scores, "token_type": [2, 3, 3] + [6] * 256 + [1] * len(pieces) + [4, 4, 5]}
+
+
+def joined_by_score(vocab: dict[str, list], text: str, prefixed: bool) -> list[int]:
+  """The ids of a text by llama.cpp's llm_tokenizer_spm and its split at special tokens, written out plainly."""
+  ids = {token: index for index, token in enumerate(vocab["tokens"])}
+  added = [token for token, kind in zip(vocab["tokens"], vocab["token_type"], strict=True) if kind in (3, 4)]
+  joins = {t: s for t, s, kind in zip(vocab["tokens"], vocab["scores"], vocab["token_type"], strict=True) if kind == 1}
+  out = []
+  for part in re.split("(" + "|".join(map(re.escape, sorted(added, key=len, reverse=True))) + ")", text):
+    if part in added:
+      out.append(ids[part])
+      continue
+    symbols = list((" " * prefixed + part if part else "").replace(" ", "▁"))
+    while True:
+      pairs = [(-joins[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(symbols)) if a + b in joins]
+      if not pairs:
+        break
+      _, at = min(pairs)
+      symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]
+    for symbol in symbols:
+      out += [ids[symbol]] if symbol in ids else [ids[f"<0x{byte:02X}>"] for byte in symbol.encode()]
+  return out
+
+
+@pytest.mark.parametrize("prefixed", [True, False], ids=["llama", "gemma"])
+def test_sentencepiece(tmp_path, prefixed):
+  rng = np.random.default_rng(0)
+  for seed in range(4):
+    vocab = sentencepiece(seed)
+    settings = {} if prefixed else dict(tokenizer__ggml__add_space_prefix=False)  # llama.cpp's default is true
+    write(tmp_path / "m.gguf", LARGE, vocabulary=vocab, **settings)
+    tokenizer = gguf.read(tmp_path / "m.gguf")[2]
+    tokenizer.save(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    for _ in range(60):
+      text = "".join(rng.choice([*"abcés.' ", " ", "  ", "日", "🙂", "<user>", "<eos>"], rng.integers(1, 14)))
+      want = joined_by_score(vocab, text, prefixed)
+      for own in (tokenizer, again):
+        assert own.encode(text) == [1, *want]
+        assert own.encode(text, continues=True) == want
+      plain = text.replace("<eos>", "") if "<eos>" in text else text
+      if not prefixed:
+        assert tokenizer.decode(want) == plain
+    assert tokenizer.decode(tokenizer.encode("ab 日 c")) == "ab 日 c"
+    assert tokenizer.bos_token_id == 1 and tokenizer.eos_token_ids == (2,)
+
+
+def test_sentencepiece_refused(tmp_path):
+  """What the merges of BPE cannot say, and what a damaged file says."""
+  vocab = sentencepiece(0)
+  first = vocab["token_type"].index(1)
+  last = len(vocab["tokens"]) - 4
+  changed = lambda name, index, value: {**vocab, name: [*vocab[name][:index], value, *vocab[name][index + 1 :]]}
+  for other, message in (
+    (changed("scores", first, -7.25), r"SentencePiece's unigram model \(the score of '▁' is -7.25\) is not supported"),
+    (changed("scores", last, vocab["scores"][last - 1]), "in which tokens have the same score"),
+    (changed("tokens", last, "xyz"), "a SentencePiece tokenizer with 'xyz' and without 'x' is not supported"),
+    (changed("tokens", last, "a" * 2000), "a token of 2000 characters; the file is damaged"),
+    (changed("scores", last, float("nan")), "scores for 322 tokens; the file is damaged"),
+    ({**vocab, "scores": vocab["scores"][1:]}, "321 scores for 322 tokens; the file is damaged"),
+    ({**vocab, "token_type": vocab["token_type"][1:]}, "321 token types for 322 tokens; the file is damaged"),
+  ):
+    write(tmp_path / "m.gguf", LARGE, vocabulary=other)
+    with pytest.raises(ValueError, match=message):
+      gguf.read(tmp_path / "m.gguf")
+
+
+def test_another_tokenizer(tmp_path):
+  """A file whose tokenizer is not supported converts with the model's own."""
+  write(tmp_path / "m.gguf", FAMILIES["llama"], pre="falcon")
+  tokenizer_of(tmp_path, "gpt-2")
+  convert(str(tmp_path / "m.gguf"), tmp_path / "ours", tokenizer=str(tmp_path / "gpt-2"))
+  assert Tokenizer.load(tmp_path / "ours").encode("the") == Tokenizer.load(tmp_path / "gpt-2").encode("the")
+
+
+def test_ends_known_by_text(tmp_path):
+  """Gemma's files may name <eos> alone; llama.cpp knows <end_of_turn> by its text."""
+  write(tmp_path / "m.gguf", OTHERS["gemma3"], vocabulary={"tokens": [*TOKENS[:-1], "<end_of_turn>"]})
+  assert gguf.read(tmp_path / "m.gguf")[0].eos_token_ids == (EOS, EOT)
+
+
 # Bad input ------------------------------------------------------------------------------------------------------------
 
 
@@ -330,7 +440,7 @@ def test_special_tokens(tmp_path):
     (dict(arch__expert_count=8), r"missing blk\.0\.ffn_gate_inp\.weight \(8, 64\)"),  # as of Mixtral
     (dict(arch__attention__sliding_window=1024), "not supported: sliding window attention"),
     (dict(arch__attention__kv_lora_rank=16, arch__rope__scaling__type="su"), "MLA .*; RoPE scaling of type 'su'"),
-    (dict(pre="falcon"), "tokenizer 'gpt2' with pre-tokenizer 'falcon' is not supported from GGUF; pass the model's"),
+    (dict(pre="falcon"), "tokenizer 'gpt2' with pre-tokenizer 'falcon' is not supported from GGUF .*; pass the"),
     (dict(tokenizer__ggml__model="t5"), "tokenizer 't5' with pre-tokenizer"),
     (dict(tokenizer__ggml__model="llama"), r"metadata key tokenizer\.ggml\.scores is missing"),
     (dict(drop=("block_count",)), r"metadata key llama\.block_count is missing"),
