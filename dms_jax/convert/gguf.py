@@ -42,7 +42,7 @@ _NAMES = {
 }  # fmt: skip
 _ROPE_FREQS = "rope_freqs.weight"  # Llama 3.1's scaling, as one divisor for each frequency
 _LONG_ROPE = "rope_factors_long.weight"
-_ONE_EXPERT = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")  # as converters wrote experts until 2024
+_ONE_EXPERT = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")  # as converters wrote experts until April 2024
 # Metadata that changes what a model computes, with the values that change nothing; refused in families without it.
 _NEUTRAL: dict[str, tuple] = {
   "attention.temperature_scale": (0,), "attention.clamp_kqv": (0,), "attn_logit_softcapping": (0,),
@@ -207,7 +207,9 @@ def _unsupported(fields: Fields, family: Family | None, tensors: Mapping[str, En
   if not fields.get("{arch}.attention.causal", bool, True):
     reasons.append("attention.causal=false: tokens see later ones")
   if single := next((name for name in tensors if _ONE_EXPERT.fullmatch(name)), None):
-    reasons.append(f"a tensor for each expert ({single}), as converters wrote them until 2024; convert the model again")
+    reasons.append(
+      f"a tensor for each expert ({single}), as llama.cpp wrote them until April 2024; convert the model again"
+    )
   return reasons
 
 

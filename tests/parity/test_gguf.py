@@ -1,4 +1,4 @@
-"""GGUF files of every family, written as llama.cpp's converter writes them, against transformers: logits of both."""
+"""GGUF files of every family, written as llama.cpp writes them: logits against transformers."""
 
 from __future__ import annotations
 
