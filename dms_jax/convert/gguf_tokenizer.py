@@ -85,7 +85,7 @@ def read(fields: Fields) -> Tokenizer:
     backend, adds_bos = _sentencepiece(fields, tokens, types), True
   else:
     backend, adds_bos = _byte_level(fields, tokens, _PRE_TOKENIZERS[pre]), _PRE_TOKENIZERS[pre].adds_bos
-  for wanted, special in ((_CONTROL, True), (_USER_DEFINED, False)):
+  for wanted, special in ((_UNKNOWN, True), (_CONTROL, True), (_USER_DEFINED, False)):
     added = [t for t, type_ in zip(tokens, types, strict=True) if type_ == wanted]
     backend.add_tokens([tokenizers.AddedToken(t, special=special, normalized=False) for t in added])
   settings = {
@@ -130,7 +130,8 @@ def _byte_level(fields: Fields, tokens: list[str], rules: _PreTokenizer) -> toke
     normalizer = normalizers.NFC() if rules.nfc else None
     return bpe_tokenizer(vocab, merges, rules.build(), normalizer=normalizer, ignore_merges=rules.ignore_merges)
   except Exception as error:  # the library raises plain Exception
-    raise ValueError(f"{fields.path}: vocabulary and merges do not fit ({error}); the file is damaged") from None
+    reason = " ".join(str(error).split())[:200]
+    raise ValueError(f"{fields.path}: vocabulary and merges do not fit ({reason}); the file is damaged") from None
 
 
 def _sentencepiece(fields: Fields, tokens: list[str], types: list[int]) -> tokenizers.Tokenizer:

@@ -355,7 +355,7 @@ def sentencepiece(seed: int) -> dict[str, list]:
 def joined_by_score(vocab: dict[str, list], text: str, prefixed: bool) -> list[int]:
   """The ids of a text by llama.cpp's llm_tokenizer_spm and its split at special tokens, written out plainly."""
   ids = {token: index for index, token in enumerate(vocab["tokens"])}
-  added = [token for token, kind in zip(vocab["tokens"], vocab["token_type"], strict=True) if kind in (3, 4)]
+  added = [token for token, kind in zip(vocab["tokens"], vocab["token_type"], strict=True) if kind in (2, 3, 4)]
   joins = {t: s for t, s, kind in zip(vocab["tokens"], vocab["scores"], vocab["token_type"], strict=True) if kind == 1}
   out = []
   for part in re.split("(" + "|".join(map(re.escape, sorted(added, key=len, reverse=True))) + ")", text):
@@ -385,12 +385,12 @@ def test_sentencepiece(tmp_path, prefixed):
     tokenizer.save(tmp_path)
     again = Tokenizer.load(tmp_path)
     for _ in range(60):
-      text = "".join(rng.choice([*"abcés.' ", " ", "  ", "日", "🙂", "<user>", "<eos>"], rng.integers(1, 14)))
+      text = "".join(rng.choice([*"abcés.' ", " ", "  ", "日", "🙂", "<user>", "<eos>", "<unk>"], rng.integers(1, 14)))
       want = joined_by_score(vocab, text, prefixed)
       for own in (tokenizer, again):
         assert own.encode(text) == [1, *want]
         assert own.encode(text, continues=True) == want
-      plain = text.replace("<eos>", "") if "<eos>" in text else text
+      plain = text.replace("<eos>", "").replace("<unk>", "")
       if not prefixed:
         assert tokenizer.decode(want) == plain
     assert tokenizer.decode(tokenizer.encode("ab 日 c")) == "ab 日 c"

@@ -9,7 +9,7 @@ import gguf
 import jax
 import numpy as np
 import pytest
-from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter
+from gguf import MODEL_ARCH, GGUFWriter
 from safetensors.numpy import load_file
 
 from dms_jax import checkpoint
@@ -60,7 +60,12 @@ ARCHITECTURES = {
   "GptOssForCausalLM": MODEL_ARCH.GPT_OSS, "Gemma2ForCausalLM": MODEL_ARCH.GEMMA2,
   "Gemma3ForCausalLM": MODEL_ARCH.GEMMA3,
 }  # fmt: skip
-LLAMAS = (MODEL_ARCH.LLAMA, MODEL_ARCH.GRANITE, MODEL_ARCH.SMOLLM3)  # subclasses of LlamaModel: q and k permuted
+LLAMAS = (
+  MODEL_ARCH.LLAMA,
+  MODEL_ARCH.MISTRAL3,
+  MODEL_ARCH.GRANITE,
+  MODEL_ARCH.SMOLLM3,
+)  # subclasses of LlamaModel: q and k permuted
 GEMMAS = (MODEL_ARCH.GEMMA2, MODEL_ARCH.GEMMA3)
 TOKENS = [*map(chr, range(ord("!"), ord("!") + 90)), "ab", "<eos>"]
 
@@ -119,13 +124,13 @@ def tensors(arch: MODEL_ARCH, values: dict, state: dict[str, np.ndarray]):
       yield named(name, value)
 
 
-def write(path, folder, *, mxfp4: bool = False) -> None:
-  """Writes the directory `folder` of transformers as llama.cpp's converter would; gpt-oss's experts in MXFP4 if asked.
+def write(path, folder, arch: MODEL_ARCH | None = None) -> None:
+  """Writes the directory `folder` of transformers as llama.cpp's converter would; `arch`: other than by its class.
 
   `set_gguf_parameters` of `TextModel`, and of each model where it differs.
   """
   values = json.loads((folder / "config.json").read_text())
-  arch = ARCHITECTURES[values["architectures"][0]]
+  arch = arch or ARCHITECTURES[values["architectures"][0]]
   writer = GGUFWriter(str(path), gguf.MODEL_ARCH_NAMES[arch])
   given = lambda *keys: next((values[key] for key in keys if values.get(key) is not None), None)
   heads, width = given("num_attention_heads", "n_head"), given("hidden_size", "n_embd")
@@ -192,11 +197,7 @@ def write(path, folder, *, mxfp4: bool = False) -> None:
   writer.add_eos_token_id(len(TOKENS) - 1)
   writer.add_token_merges(["a b"])
   for name, value in tensors(arch, values, load_file(folder / "model.safetensors")):
-    if mxfp4 and "_exps.weight" in name:
-      blocks = gguf.quants.quantize(value, GGMLQuantizationType.MXFP4)
-      writer.add_tensor(name, blocks, raw_dtype=GGMLQuantizationType.MXFP4)
-    else:
-      writer.add_tensor(name, value)
+    writer.add_tensor(name, value)
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()
@@ -226,6 +227,15 @@ def test_logits(transformers, torch, tmp_path, config):
     theirs = hf(torch.from_numpy(np.array(tokens)).long()).logits.numpy()
   assert theirs.std() > 0.1
   np.testing.assert_allclose(logits(loaded, tokens), theirs, atol=LOGITS)
+
+
+def test_mistral3(tmp_path):
+  """Since Mistral Small 3.1 the files have an architecture of their own; all else is as before."""
+  model = tiny.model(CONFIGS["mistral"])
+  write(tmp_path / "m.gguf", export(tmp_path / "hf", model), MODEL_ARCH.MISTRAL3)
+  loaded = checkpoint.load(convert(str(tmp_path / "m.gguf"), tmp_path / "ours"))
+  assert loaded.config == dataclasses.replace(model.config, eos_token_ids=(len(TOKENS) - 1,))
+  jax.tree.map(np.testing.assert_array_equal, loaded.params, model.params)
 
 
 SAME = {  # configs whose files transformers' own reader of GGUF reads whole: what it leaves out is at its defaults
