@@ -119,6 +119,7 @@ def _config(fields: Fields, tensors: Mapping[str, Entry]) -> ModelConfig:
   if reasons := _unsupported(fields, family, tensors):
     raise ValueError(f"{fields.path}: not supported: {'; '.join(reasons)}")
   assert family is not None and family.gguf is not None
+  check_layers(fields.get("{arch}.block_count", int), len(tensors), fields.path)
   heads, width = fields.get("{arch}.attention.head_count", int), fields.get("{arch}.embedding_length", int)
   rotated = fields.get("{arch}.rope.dimension_count", int, None)
   head_dim = fields.get("{arch}.attention.key_length", int, width // max(heads, 1))
@@ -230,7 +231,7 @@ def _as_json(fields: Fields, family: Family, values: dict[str, Any]) -> dict[str
       found[theirs] = fields.get(f"{{arch}}.{key}", float) if isinstance(value, float) else value
   if family.slides and (slides := fields.get("{arch}.attention.sliding_window_pattern", default=None)) is not None:
     if is_number(slides, int) and slides > 0:
-      slides = list(pattern(layers, slides))  # every so manieth layer sees the whole text
+      slides = list(pattern(layers, slides))  # a period, as of config.json's key of this name
     if not isinstance(slides, list) or len(slides) != layers or any(one not in (0, 1) for one in slides):
       raise ValueError(f"attention.sliding_window_pattern should name {layers} layers, found {shown(slides)}")
     found["layer_types"] = [sliding if one else whole for one in slides]
@@ -296,7 +297,6 @@ def _llama3_scaling(config: ModelConfig, tensor: Entry) -> RopeScaling:
 
 
 def _tensors(found: list[Entry], config: ModelConfig, path: str) -> Tensors:
-  check_layers(config.num_layers, len(found), path)
   gguf = families.get(config.family).gguf
   assert gguf is not None
   paired = {"layers/q_proj": config.num_heads, "layers/k_proj": config.num_kv_heads} if gguf.paired_rope else {}
