@@ -48,6 +48,7 @@ _NEUTRAL: dict[str, tuple] = {
   "attention.temperature_scale": (0,), "attention.clamp_kqv": (0,), "attn_logit_softcapping": (0,),
   "final_logit_softcapping": (0,), "router_logit_softcapping": (0,), "expert_shared_count": (0,),
   "expert_group_count": (0, 1), "expert_weights_scale": (0, 1), "leading_dense_block_count": (0,),
+  "rope.global.freq_base": (0,), "rope.local.freq_base": (0,),  # Ollama's
   "rope.scaling.attn_factor": (1,), "rope.scaling.yarn_ext_factor": (1, -1), "rope.scaling.yarn_log_multiplier": (0,),
 }  # fmt: skip
 # Tokens that end a turn, which llama.cpp finds by their texts where the metadata do not name them.

@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -65,6 +66,29 @@ PRE = {
 }  # fmt: skip
 
 
+def stated(c: ModelConfig) -> dict[str, Any]:
+  """The metadata of a model, but for its tokenizer."""
+  own = families.get(c.family).gguf
+  arch = own.architecture
+  layer_norm = families.get(c.family).fixed.get("layer_norm")
+  values = {
+    f"{arch}.block_count": c.num_layers, f"{arch}.context_length": c.max_position_embeddings,
+    f"{arch}.embedding_length": c.d_model,
+    f"{arch}.{'expert_' if c.family in ('qwen3_moe', 'gpt_oss') else ''}feed_forward_length": c.d_ff,
+    f"{arch}.attention.head_count": c.num_heads, f"{arch}.attention.head_count_kv": c.num_kv_heads,
+    f"{arch}.attention.key_length": c.head_dim, f"{arch}.rope.freq_base": c.rope_theta,
+    f"{arch}.attention.layer_norm_{'epsilon' if layer_norm else 'rms_epsilon'}": c.rms_norm_eps,
+  }  # fmt: skip
+  hf = config_to_hf(c, "float32")
+  local = {f"{arch}.rope.freq_base_swa": c.local_rope_theta}
+  values |= {f"{arch}.{key}": hf[theirs] for key, theirs in own.keys.items() if theirs != "rope_theta"}
+  values |= local if c.local_rope_theta is not None else {}
+  values |= {f"{arch}.rope.dimension_count": c.rotated} if 0 < c.rope_fraction < 1 else {}
+  if c.sliding_layers:
+    values[f"{arch}.attention.sliding_window_pattern"] = list(c.sliding_layers)
+  return values
+
+
 def write(
   path: Path,
   config: ModelConfig,
@@ -90,14 +114,7 @@ def write(
   c, own = config, families.get(config.family).gguf
   arch = own.architecture
   writer = GGUFWriter(str(path), arch)
-  layer_norm = families.get(c.family).fixed.get("layer_norm")
-  values = {
-    f"{arch}.block_count": c.num_layers, f"{arch}.context_length": c.max_position_embeddings,
-    f"{arch}.embedding_length": c.d_model,
-    f"{arch}.{'expert_' if c.family in ('qwen3_moe', 'gpt_oss') else ''}feed_forward_length": c.d_ff,
-    f"{arch}.attention.head_count": c.num_heads, f"{arch}.attention.head_count_kv": c.num_kv_heads,
-    f"{arch}.attention.key_length": c.head_dim, f"{arch}.rope.freq_base": c.rope_theta,
-    f"{arch}.attention.layer_norm_{'epsilon' if layer_norm else 'rms_epsilon'}": c.rms_norm_eps,
+  values = stated(c) | {
     "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre or PRE[c.family],
     "tokenizer.ggml.bos_token_id": BOS, "tokenizer.ggml.eos_token_id": EOS,
   }  # fmt: skip
@@ -106,19 +123,12 @@ def write(
     specials = {"tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2}
     values |= {"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default", **specials}
     writer.add_token_scores(vocabulary["scores"])
-  hf = config_to_hf(c, "float32")
-  local = {f"{arch}.rope.freq_base_swa": c.local_rope_theta}
-  values |= {f"{arch}.{key}": hf[theirs] for key, theirs in own.keys.items() if theirs != "rope_theta"}
-  values |= local if c.local_rope_theta is not None else {}
-  values |= {f"{arch}.rope.dimension_count": c.rotated} if 0 < c.rope_fraction < 1 else {}
   values |= {k.replace("__", ".").replace("arch.", f"{arch}."): v for k, v in metadata.items()}
   for key, value in values.items():
     if key.endswith(tuple(drop)) and drop:
       continue
     kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     (writer.add_array if isinstance(value, list) else kinds[type(value)])(key, value)
-  if c.sliding_layers and f"{arch}.attention.sliding_window_pattern" not in values:
-    writer.add_sliding_window_pattern(list(c.sliding_layers))
   writer.add_token_list(vocabulary["tokens"])
   writer.add_token_types(vocabulary["token_type"])
   writer.add_token_merges(MERGES)
@@ -201,6 +211,30 @@ def test_llama3_rope(tmp_path):
   write(tmp_path / "odd.gguf", config, tensors={"rope_freqs.weight": factors * np.linspace(1, 2, 16, dtype=np.float32)})
   with pytest.raises(ValueError, match=r"rope_freqs\.weight is not Llama 3\.1's scaling"):
     convert(str(tmp_path / "odd.gguf"), tmp_path / "odd")
+
+
+STATED = {
+  name: preset
+  for name, preset in families.PRESETS.items()
+  if families.get(preset.family).gguf and (preset.rope_scaling is None or preset.rope_scaling.kind != "llama3")
+}
+
+
+@pytest.mark.parametrize("name", STATED)
+def test_public_sizes(name):
+  """The metadata of each public size give its preset: what no file states is a rule of llama.cpp's."""
+  config = dataclasses.replace(STATED[name], eos_token_ids=())
+  arch, scaling = families.get(config.family).gguf.architecture, config.rope_scaling
+  metadata = {"general.architecture": arch, **stated(config), "tokenizer.ggml.tokens": TOKENS}
+  metadata.pop(f"{arch}.attention.sliding_window_pattern", None)  # older files have none
+  if scaling is not None:
+    numbers = dict(factor=scaling.factor, original_context_length=scaling.original_max_position_embeddings)
+    metadata |= {f"{arch}.rope.scaling.{key}": value for key, value in dict(type="yarn", **numbers).items()}
+  shapes = {"token_embd.weight": (config.vocab_size, config.d_model)}
+  shapes |= {} if config.tie_embeddings else {"output.weight": shapes["token_embd.weight"]}
+  shapes |= {f"blk.{layer}": (1,) for layer in range(config.num_layers)}
+  entries = {label: gguf_file.Entry(label, shape, None, (), Path(), 0) for label, shape in shapes.items()}
+  assert gguf._config(gguf_file.Fields(metadata, "m.gguf"), entries) == config
 
 
 ROPE = {  # metadata of RoPE's scaling, and ours
@@ -463,6 +497,7 @@ def test_ends_known_by_text(tmp_path):
     (dict(tensors={"blk.0.ffn_up.3.weight": np.ones(3, np.float32)}), r"a tensor for each expert \(blk\.0\.ffn_up\.3"),
     (dict(arch__attention__temperature_scale=0.1), "attention.temperature_scale=0.1"),
     (dict(arch__final_logit_softcapping=30.0), "final_logit_softcapping=30.0"),
+    (dict(arch__rope__global__freq_base=1e6), "rope.global.freq_base=1000000.0"),
     (dict(arch__attention__causal=False), "attention.causal=false"),
     (dict(tensors={"rope_freqs.weight": np.full(8, np.nan, np.float32)}), "is to hold 8 finite factors"),
     (dict(arch__block_count=10**9), "1000000000 layers, but only 21 tensors"),
