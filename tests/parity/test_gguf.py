@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 
 import gguf
@@ -16,8 +17,10 @@ from dms_jax import checkpoint
 from dms_jax import testing as tiny
 from dms_jax.config import ModelConfig, RopeScaling
 from dms_jax.convert import convert, export
+from dms_jax.convert.gguf import read
 from dms_jax.model import forward, unembed
-from tests.helpers import OTHER_FAMILIES, family
+from tests.convert import gguf_files
+from tests.helpers import OTHER_FAMILIES, ROOT, family
 
 LOGITS = 1e-4  # as in test_families: sums in float32, in another order
 YARN = RopeScaling(factor=4.0, original_max_position_embeddings=32, kind="yarn", beta_fast=8.0)
@@ -267,3 +270,32 @@ def test_read_by_transformers(transformers, torch, tmp_path, config):
   with torch.no_grad():
     theirs = hf(torch.from_numpy(np.array(tokens)).long()).logits.numpy()
   np.testing.assert_allclose(logits(loaded, tokens), theirs, atol=LOGITS)
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece(tmp_path, prefix):
+  """The ids that SentencePiece gives, of a BPE model trained here; a space before texts, or none."""
+  library = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
+  text, out = (ROOT / "README.md").read_text() + (ROOT / "WORKSPACE.md").read_text(), io.BytesIO()
+  (tmp_path / "text").write_text(text)
+  library.SentencePieceTrainer.train(
+    input=str(tmp_path / "text"), model_writer=out, vocab_size=1500, model_type="bpe", byte_fallback=True,
+    add_dummy_prefix=prefix, normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True,
+    allow_whitespace_only_pieces=True, minloglevel=2,
+  )  # fmt: skip
+  theirs = library.SentencePieceProcessor(model_proto=out.getvalue())
+  size = theirs.vocab_size()
+  kinds = {2: theirs.is_unknown, 3: theirs.is_control, 5: theirs.is_unused, 6: theirs.is_byte}  # as llama.cpp asks
+  vocabulary = {
+    "tokens": [theirs.id_to_piece(i) for i in range(size)],
+    "scores": [theirs.get_score(i) for i in range(size)],
+    "token_type": [next((kind for kind, asks in kinds.items() if asks(i)), 1) for i in range(size)],
+  }
+  config = tiny.config(vocab_size=size, eos_token_ids=())
+  gguf_files.write(tmp_path / "m.gguf", config, vocabulary=vocabulary, tokenizer__ggml__add_space_prefix=prefix)
+  ours, rng = read(tmp_path / "m.gguf")[2], np.random.default_rng(0)
+  for _ in range(3000):
+    start, length = rng.integers(len(text)), rng.integers(1, 200)
+    part = text[start : start + length] + "".join(rng.choice([*"ab  é日🙂the.,\n"], rng.integers(8)))
+    assert ours.encode(part, continues=True) == theirs.encode(part)
+    assert ours.decode(ours.encode(part)) == theirs.decode(theirs.encode(part))
