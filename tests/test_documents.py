@@ -122,7 +122,7 @@ def test_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
 def test_the_family_that_the_map_shows_is_the_one_in_the_code():
   """WORKSPACE's example of a family, but for its presets."""
   (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "WORKSPACE.md").read_text(), re.DOTALL)
-  found: dict = {"Family": base.Family, "register": lambda family: family}
+  found: dict = {"Family": base.Family, "GGUF": base.GGUF, "register": lambda family: family}
   exec(compile(block, "WORKSPACE.md", "exec"), found)
   shown, own = found["OLMO2"], families.get("olmo2")
   assert [f.name for f in dataclasses.fields(own) if getattr(own, f.name) != getattr(shown, f.name)] == ["presets"]

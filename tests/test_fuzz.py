@@ -72,7 +72,7 @@ def convert_whole(path: Path) -> None:
 
 def read_gguf(path: Path) -> None:
   config, tensors, tokenizer = gguf.read(next(iter(sorted(path.glob("*.gguf")))))
-  list(to_slices(param_table(config), tensors, np.float32))
+  list(to_slices(gguf.table(config), tensors, np.float32))
   use(tokenizer)
 
 

@@ -45,7 +45,8 @@ def convert(
     progress: called as progress(done, total, tensor name).
     base: the base model of an adapter: a checkpoint, a Hugging Face directory or a hub id; default the local folder
       that the adapter names. Only its config is read.
-    tokenizer: folder or hub id of the tokenizer, for a source without one; it replaces the source's.
+    tokenizer: folder or hub id of the tokenizer, for a source without one; it replaces the source's, which is not read
+      from a GGUF file then.
 
   Raises:
     ValueError: the input is wrong, as the message says; nothing is left at `output`.
@@ -80,10 +81,10 @@ def convert(
   elif path.suffix == ".safetensors":
     raise ValueError(f"{path}: pass the directory that holds it, with config.json, as --source={path.parent}")
   else:
-    dms, (config, tensors, own) = None, gguf.read(path)
+    dms, (config, tensors, own) = None, gguf.read(path, tokenizer=tokenizer is None)
   ignore = lambda name: transformers.is_ignored(config, name)
   dtype = dtype or tensors.dtype
-  table = param_table(config, dms)
+  table = param_table(config, dms) if path.is_dir() else gguf.table(config)
   slices = to_slices(table, tensors, jnp.dtype(dtype), ignore=ignore, progress=progress)  # first: sizes may be absurd
   disk.check_room(output, checkpoint.nbytes(table, dtype))
   if tokenizer is not None:

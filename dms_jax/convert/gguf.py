@@ -1,92 +1,93 @@
 """Reads GGUF files: weights, dequantised to float32, config and tokenizer.
 
-For families with `paired_rope`, llama.cpp stores rows of q and k in pairs, for interleaved RoPE. Reading permutes them
-back to Hugging Face's half-split order.
+Files are read as llama.cpp's convert_hf_to_gguf.py writes them; `families.base.GGUF` says where a family differs. For
+families with `paired_rope`, rows of q and k are in pairs, for interleaved RoPE. Reading permutes them back to Hugging
+Face's half-split order. Norms that multiply by 1 + their weight (Gemma's) are stored with the 1, and read without.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tokenizers
-from tokenizers import Regex, normalizers, pre_tokenizers, processors
 
 from dms_jax import families
 from dms_jax.config import ModelConfig, RopeScaling, is_number, shown
-from dms_jax.convert import gguf_file
+from dms_jax.convert import gguf_file, gguf_tokenizer
+from dms_jax.convert.gguf_file import Entry, Fields
 from dms_jax.convert.tensors import Tensors, check_layers, hf_names
-from dms_jax.families.base import refusals
+from dms_jax.families.base import LAYER_KINDS, Family, pattern, refusals
 from dms_jax.layers import rope_frequencies
-from dms_jax.params import param_table
-from dms_jax.tokenizer import Tokenizer, bpe_tokenizer
+from dms_jax.params import ParamSpec, param_table
+from dms_jax.tokenizer import Tokenizer
 
+# GGUF's names of our parameters; those of layers follow "blk.N.", and those of experts have "_exps" before the dot.
 _NAMES = {
-  "embed": "token_embd.weight", "final_norm": "output_norm.weight", "lm_head": "output.weight",
+  "embed": "token_embd.weight", "positions": "position_embd.weight", "final_norm": "output_norm.weight",
+  "final_norm_bias": "output_norm.bias", "lm_head": "output.weight",
   "layers/attn_norm": "attn_norm.weight", "layers/mlp_norm": "ffn_norm.weight",
+  "layers/attn_norm_bias": "attn_norm.bias", "layers/mlp_norm_bias": "ffn_norm.bias",
+  "layers/attn_post_norm": "post_attention_norm.weight", "layers/mlp_post_norm": "post_ffw_norm.weight",
   "layers/q_proj": "attn_q.weight", "layers/k_proj": "attn_k.weight", "layers/v_proj": "attn_v.weight",
   "layers/q_bias": "attn_q.bias", "layers/k_bias": "attn_k.bias", "layers/v_bias": "attn_v.bias",
   "layers/q_norm": "attn_q_norm.weight", "layers/k_norm": "attn_k_norm.weight",
-  "layers/o_proj": "attn_output.weight", "layers/gate_proj": "ffn_gate.weight", "layers/up_proj": "ffn_up.weight",
-  "layers/down_proj": "ffn_down.weight",
+  "layers/o_proj": "attn_output.weight", "layers/o_bias": "attn_output.bias", "layers/sinks": "attn_sinks.weight",
+  "layers/router": "ffn_gate_inp.weight", "layers/router_bias": "ffn_gate_inp.bias",
+  "layers/gate_proj": "ffn_gate.weight", "layers/up_proj": "ffn_up.weight", "layers/down_proj": "ffn_down.weight",
+  "layers/gate_bias": "ffn_gate.bias", "layers/up_bias": "ffn_up.bias", "layers/down_bias": "ffn_down.bias",
 }  # fmt: skip
 _ROPE_FREQS = "rope_freqs.weight"  # Llama 3.1's scaling, as one divisor for each frequency
-
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-
-@dataclasses.dataclass(frozen=True)
-class _PreTokenizer:
-  """Rules for one value of `tokenizer.ggml.pre`: how to split text before BPE, and the tokenizer's defaults."""
-
-  split: str | None  # None: single digits first, then GPT-2's own pattern
-  nfc: bool = False
-  ignore_merges: bool = False
-  adds_bos: bool = False
-
-  def build(self):
-    if self.split is None:
-      digits = pre_tokenizers.Digits(individual_digits=True)
-      return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
-    split = pre_tokenizers.Split(Regex(self.split), behavior="isolated")
-    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+_LONG_ROPE = "rope_factors_long.weight"
+_ONE_EXPERT = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")  # as converters wrote experts until April 2024
+# Metadata that changes what a model computes, with the values that change nothing; refused in families without it.
+_NEUTRAL: dict[str, tuple] = {
+  "attention.temperature_scale": (0,), "attention.clamp_kqv": (0,), "attn_logit_softcapping": (0,),
+  "final_logit_softcapping": (0,), "router_logit_softcapping": (0,), "expert_shared_count": (0,),
+  "expert_group_count": (0, 1), "expert_weights_scale": (0, 1), "leading_dense_block_count": (0,),
+  "rope.global.freq_base": (0,), "rope.local.freq_base": (0,),  # Ollama's
+  "rope.scaling.attn_factor": (1,), "rope.scaling.yarn_ext_factor": (1, -1), "rope.scaling.yarn_log_multiplier": (0,),
+}  # fmt: skip
+# Tokens that end a turn, which llama.cpp finds by their texts where the metadata do not name them.
+_ENDS = ("<end_of_turn>", "<|return|>", "<|call|>")
 
 
-_QWEN2 = _PreTokenizer(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}", nfc=True)
-_LLAMA3 = _PreTokenizer(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}", ignore_merges=True, adds_bos=True)
-_CL100K = _PreTokenizer(_LLAMA3.split)
-_PRE_TOKENIZERS = {
-  "smollm": _PreTokenizer(None),
-  "refact": _PreTokenizer(None),  # Granite's
-  "qwen2": _QWEN2,
-  "deepseek-r1-qwen": _QWEN2,  # as in llama.cpp; these files ask for BOS themselves
-  "llama-bpe": _LLAMA3,
-  "llama3": _LLAMA3,
-  "llama-v3": _LLAMA3,
-  "smaug-bpe": _CL100K,  # SmolLM3's, among others
-  "dbrx": _CL100K,  # Phi-4's and OLMo 2's
-}
-_CONTROL, _USER_DEFINED = 3, 4  # token types
+def read(path: str | Path, *, tokenizer: bool = True) -> tuple[ModelConfig, Tensors, Tokenizer | None]:
+  """Config, tensors under their GGUF names (`table`), and tokenizer of a GGUF file.
 
-
-def read(path: str | Path) -> tuple[ModelConfig, Tensors, Tokenizer]:
-  """Config, tensors under their Hugging Face names, and tokenizer of a GGUF file.
+  Args:
+    tokenizer: whether to read the tokenizer.
 
   Raises:
     ValueError: the file is not GGUF, is cut short or damaged, or its model is not supported.
   """
   metadata, entries = _read_parts(Path(path))
-  fields = _Fields(metadata, str(path))
+  fields = Fields(metadata, str(path))
   try:
     config = _config(fields, {entry.name: entry for entry in entries})
-    return config, _tensors(entries, config, str(path)), _tokenizer(fields)
+    tensors = _tensors(entries, config, str(path))
+    return config, tensors, gguf_tokenizer.read(fields) if tokenizer else None
   except RecursionError:  # of a tokenizer
     raise ValueError(f"{path}: metadata nested too deep; the file is damaged") from None
+
+
+def table(config: ModelConfig) -> dict[str, ParamSpec]:
+  """The parameter table under GGUF's names; tensors have outputs first, and all experts of a layer before them."""
+  gguf = families.get(config.family).gguf
+  assert gguf is not None
+
+  def named(path: str, spec: ParamSpec) -> ParamSpec:
+    name = gguf.names.get(path, _NAMES[path])
+    if spec.of_experts:
+      name = name.replace(".", "_exps.")
+    name = f"blk.{{layer}}.{name}" if spec.layered else name
+    shape = (config.num_experts,) * spec.by_expert + spec.hf_shape
+    return dataclasses.replace(spec, hf_name=name, hf_shape=shape, hf_layout="rows")
+
+  return {path: named(path, spec) for path, spec in param_table(config).items()}
 
 
 def _read_parts(path: Path) -> tuple[dict[str, Any], list[gguf_file.Entry]]:
@@ -114,92 +115,176 @@ def _read_parts(path: Path) -> tuple[dict[str, Any], list[gguf_file.Entry]]:
   return metadata, entries
 
 
-class _Fields:
-  """The metadata of a GGUF file; errors name the missing or malformed key."""
-
-  def __init__(self, metadata: dict[str, Any], path: str):
-    self.path, self._metadata = path, metadata
-    self.arch = self.get("general.architecture", str)
-
-  def get(self, key: str, kind: type | tuple = object, default: Any = ...) -> Any:
-    key = key.format(arch=getattr(self, "arch", ""))
-    if (value := self._metadata.get(key)) is None:
-      if default is ...:
-        raise ValueError(f"{self.path}: metadata key {key} is missing")
-      return default
-    if kind is float and is_number(value):
-      return float(str(np.float32(value)))  # the shortest decimal: 1e-05, not 9.999999747378752e-06
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-      wanted = f"{type(value).__name__} and should be {kind.__name__}" if kind is not float else f"{value}, no number"
-      raise ValueError(f"{self.path}: metadata key {key} is {wanted}")
-    return value
-
-  def token_id(self, name: str) -> int | None:
-    """The id of a special token; None without, which some files write as -1.
-
-    Raises:
-      ValueError: the id is outside the vocabulary.
-    """
-    index = self.get(f"tokenizer.ggml.{name}_token_id", int, None)
-    if index is None or index in (-1, 2**32 - 1):
-      return None
-    if not 0 <= index < (size := len(self.get("tokenizer.ggml.tokens", list))):
-      raise ValueError(f"{self.path}: {name}_token_id {index} is outside the vocabulary of {size}; the file is damaged")
-    return index
-
-
-def _config(fields: _Fields, tensors: dict) -> ModelConfig:
-  reasons = []
-  known = [name for name, family in families.FAMILIES.items() if family.gguf is not None]
-  if fields.arch not in known:
-    reasons.append(f"architecture {fields.arch!r}; supported are {', '.join(known)}")
-  given = lambda key: [key] if fields.get(f"{{arch}}.{key}", default=0) not in (0, [], "") else []
-  reasons += refusals(*map(given, ("expert_count", "attention.kv_lora_rank", "attention.sliding_window")))
-  factor = fields.get("{arch}.rope.scaling.factor", float, 0.0)
-  scaling_type = fields.get("{arch}.rope.scaling.type", default="linear" if factor else "none")  # as in llama.cpp
-  plain = scaling_type == "linear" and factor in (0, 1)  # divides by 1
-  if scaling_type not in ("none", "") and not plain:
-    reasons.append(f"RoPE scaling of type {shown(scaling_type)}")
-  if (old := fields.get("{arch}.rope.scale_linear", float, 1.0)) not in (0, 1):  # of old files
-    reasons.append(f"RoPE scaling by {old}")
-  if not fields.get("{arch}.attention.causal", bool, True):
-    reasons.append("attention.causal=false: tokens see later ones")
-  if reasons:
+def _config(fields: Fields, tensors: Mapping[str, Entry]) -> ModelConfig:
+  family = _family(fields)
+  if reasons := _unsupported(fields, family, tensors):
     raise ValueError(f"{fields.path}: not supported: {'; '.join(reasons)}")
+  assert family is not None and family.gguf is not None
+  check_layers(fields.get("{arch}.block_count", int), len(tensors), fields.path)
   heads, width = fields.get("{arch}.attention.head_count", int), fields.get("{arch}.embedding_length", int)
   rotated = fields.get("{arch}.rope.dimension_count", int, None)
-  head_dim = fields.get("{arch}.attention.key_length", int, rotated or width // max(heads, 1))
-  family = families.get(fields.arch)
+  head_dim = fields.get("{arch}.attention.key_length", int, width // max(heads, 1))
   if rotated not in (None, head_dim) and not (family.partial_rope and 0 < rotated < head_dim):
     raise ValueError(f"{fields.path}: not supported: RoPE on {rotated} of {head_dim} channels")
-  eos = [fields.token_id(name) for name in ("eos", "eot", "eom")]
+  width_key = "{arch}.feed_forward_length"
+  if family.experts and fields.has("expert_feed_forward_length"):
+    width_key = "{arch}.expert_feed_forward_length"
+  epsilon = "layer_norm_epsilon" if family.fixed.get("layer_norm") else "layer_norm_rms_epsilon"
   tokens = fields.get("tokenizer.ggml.tokens", list)
   values = dict(
     num_layers=fields.get("{arch}.block_count", int),
     d_model=width,
-    d_ff=fields.get("{arch}.feed_forward_length", int),
+    d_ff=fields.get(width_key, int),
     num_heads=heads,
     num_kv_heads=fields.get("{arch}.attention.head_count_kv", int, heads),
     head_dim=head_dim,
     vocab_size=tensors["token_embd.weight"].shape[0] if "token_embd.weight" in tensors else len(tokens),
     max_position_embeddings=fields.get("{arch}.context_length", int),
     rope_theta=fields.get("{arch}.rope.freq_base", float, 10000.0),
-    rms_norm_eps=fields.get("{arch}.attention.layer_norm_rms_epsilon", float),
+    rms_norm_eps=fields.get(f"{{arch}}.attention.{epsilon}", float),
     tie_embeddings="output.weight" not in tensors,
-    eos_token_ids=tuple(dict.fromkeys(i for i in eos if i is not None)),
-    **({} if rotated is None else {"rope_fraction": rotated / head_dim}),
-    **{ours: fields.get(f"{{arch}}.{theirs}", float) for theirs, ours in family.gguf_keys.items()},
+    eos_token_ids=_eos(fields, tokens),
+    **({} if rotated is None or "rope_fraction" in family.fixed else {"rope_fraction": rotated / max(head_dim, 1)}),
+    **{
+      family.keys[theirs]: fields.get(f"{{arch}}.{key}", float)
+      for key, theirs in family.gguf.keys.items()
+      if theirs in family.keys
+    },
   )
   try:
-    config = family.config(**values, **family.read({"num_hidden_layers": values["num_layers"]}))
+    scaling = _rope_scaling(fields, family, values["max_position_embeddings"])
+    config = family.config(**values, rope_scaling=scaling, **family.read(_as_json(fields, family, values)))
     if _ROPE_FREQS in tensors:
-      config = dataclasses.replace(config, rope_scaling=_scaling(config, tensors[_ROPE_FREQS]))
+      config = dataclasses.replace(config, rope_scaling=_llama3_scaling(config, tensors[_ROPE_FREQS]))
   except (ValueError, ZeroDivisionError) as error:
     raise ValueError(f"{fields.path}: {error}") from None
   return config
 
 
-def _scaling(config: ModelConfig, tensor) -> RopeScaling:
+def _family(fields: Fields) -> Family | None:
+  """The family of a file: of those with its architecture, the one that has experts and sliding layers as it does."""
+  own = [f for f in families.FAMILIES.values() if f.gguf is not None and f.gguf.architecture == fields.arch]
+  experts, slides = fields.has("expert_count"), _slides(fields)
+  return min(own, key=lambda f: (f.experts != experts, f.slides != slides), default=None)
+
+
+def _slides(fields: Fields) -> bool:
+  """Whether a file has a sliding window that some text is longer than."""
+  window, longest = (fields.get(f"{{arch}}.{key}", default=0) for key in ("attention.sliding_window", "context_length"))
+  numbers = is_number(window, int) and is_number(longest, int)
+  return fields.has("attention.sliding_window") and not (numbers and window >= longest > 0)
+
+
+def _unsupported(fields: Fields, family: Family | None, tensors: Mapping[str, Entry]) -> list[str]:
+  """Every reason why this model is not supported, with the keys of its metadata."""
+  reasons = []
+  if family is None:
+    known = sorted({f.gguf.architecture for f in families.FAMILIES.values() if f.gguf is not None})
+    reasons.append(f"architecture {fields.arch!r}; supported are {', '.join(known)}")
+  given = lambda key, known: [key] if fields.has(key) and not known else []
+  reasons += refusals(
+    given("expert_count", family and family.experts),
+    given("attention.kv_lora_rank", False),
+    given("attention.sliding_window", not _slides(fields) or (family and family.slides)),
+  )
+  reasons += [
+    f"{key}={shown(value)}"
+    for key, neutral in _NEUTRAL.items()
+    if (value := fields.get(f"{{arch}}.{key}", default=neutral[0])) not in neutral
+    and not (family and family.gguf and key in family.gguf.keys)
+  ]
+  local = fields.get("{arch}.rope.freq_base_swa", default=None)
+  if local not in (None, fields.get("{arch}.rope.freq_base", default=None)) and not (
+    family and family.gguf and "rope.freq_base_swa" in family.gguf.keys
+  ):
+    reasons.append(f"rope.freq_base_swa={shown(local)}")
+  kind, _ = _rope_kind(fields)
+  kinds = family.rope_types if family else ("default", "linear", "yarn")
+  if _LONG_ROPE in tensors:
+    reasons.append(f"RoPE scaling of type 'longrope' ({_LONG_ROPE})")
+  elif kind not in kinds or kind == "llama3":
+    reasons.append(f"RoPE scaling of type {shown(kind)}")
+  if kind != "default" and _ROPE_FREQS in tensors:
+    reasons.append(f"{_ROPE_FREQS} beside RoPE scaling of type {shown(kind)}")
+  if not fields.get("{arch}.attention.causal", bool, True):
+    reasons.append("attention.causal=false: tokens see later ones")
+  if single := next((name for name in tensors if _ONE_EXPERT.fullmatch(name)), None):
+    reasons.append(
+      f"a tensor for each expert ({single}), as llama.cpp wrote them until April 2024; convert the model again"
+    )
+  return reasons
+
+
+def _as_json(fields: Fields, family: Family, values: dict[str, Any]) -> dict[str, Any]:
+  """The values of config.json that the family's `read` takes, as the metadata have them.
+
+  Raises:
+    ValueError: the pattern of sliding layers is malformed.
+  """
+  assert family.gguf is not None
+  layers, (sliding, whole) = values["num_layers"], LAYER_KINDS
+  found = {
+    "num_hidden_layers": layers, "hidden_size": values["d_model"], "num_attention_heads": values["num_heads"],
+    "head_dim": values["head_dim"], "rope_theta": values["rope_theta"],
+  }  # fmt: skip
+  for key, theirs in family.gguf.keys.items():
+    if (value := fields.get(f"{{arch}}.{key}", default=None)) is not None:
+      found[theirs] = fields.get(f"{{arch}}.{key}", float) if isinstance(value, float) else value
+  if family.slides and (slides := fields.get("{arch}.attention.sliding_window_pattern", default=None)) is not None:
+    if is_number(slides, int) and slides > 0:
+      slides = list(pattern(layers, slides))  # a period, as of config.json's key of this name
+    if not isinstance(slides, list) or len(slides) != layers or any(one not in (0, 1) for one in slides):
+      raise ValueError(f"attention.sliding_window_pattern should name {layers} layers, found {shown(slides)}")
+    found["layer_types"] = [sliding if one else whole for one in slides]
+  found = {**family.gguf.unwritten(found), **found}
+  if family.slides and "sliding_window" not in found and sliding in found.get("layer_types", LAYER_KINDS):
+    found["sliding_window"] = fields.get("{arch}.attention.sliding_window", int)
+  return found
+
+
+def _eos(fields: Fields, tokens: list) -> tuple[int, ...]:
+  named = [fields.token_id(name) for name in ("eos", "eot", "eom")]
+  by_text = [index for index, token in enumerate(tokens) if token in _ENDS]
+  return tuple(dict.fromkeys(index for index in (*named, *by_text) if index is not None))
+
+
+def _rope_kind(fields: Fields) -> tuple[Any, float]:
+  """(config.json's `rope_type`, factor); a factor without a type is linear, as in llama.cpp."""
+  old = fields.get("{arch}.rope.scale_linear", float, 0.0)
+  factor = fields.get("{arch}.rope.scaling.factor", float, old) or 1.0
+  kind = fields.get("{arch}.rope.scaling.type", default="linear")
+  plain = kind in ("none", "") or (kind == "linear" and factor == 1)  # divided by 1
+  return ("default", 1.0) if plain else (kind, factor)
+
+
+def _rope_scaling(fields: Fields, family: Family, longest: int) -> RopeScaling | None:
+  """Linear or YaRN scaling; `longest`: the context length.
+
+  Raises:
+    ValueError: a number is out of range.
+  """
+  kind, factor = _rope_kind(fields)
+  if kind != "yarn":
+    return None if kind == "default" else RopeScaling(factor, kind=kind)
+  key = "{{arch}}.rope.scaling.{}".format
+  # No file says whether the blended channels are whole ones; the model's own config does.
+  truncate = family.defaults.get("rope_parameters", {}).get("truncate", True)
+  scaling = RopeScaling(
+    factor,
+    original_max_position_embeddings=fields.get(key("original_context_length"), int, longest),
+    kind="yarn",
+    beta_fast=fields.get(key("yarn_beta_fast"), float, 32.0),
+    beta_slow=fields.get(key("yarn_beta_slow"), float, 1.0),
+    truncate=truncate,
+  )
+  given = fields.get(key("yarn_attn_factor"), float, None)
+  assert scaling.attention_factor is not None
+  if given is None or np.float32(given) == np.float32(scaling.attention_factor):
+    return scaling
+  return dataclasses.replace(scaling, attention_factor=given)
+
+
+def _llama3_scaling(config: ModelConfig, tensor: Entry) -> RopeScaling:
   """The llama3 scaling that gives the file's factors; llama.cpp stores one factor a frequency, not the parameters."""
   factors = tensor.values().reshape(-1)
   plain = rope_frequencies(config)
@@ -212,83 +297,24 @@ def _scaling(config: ModelConfig, tensor) -> RopeScaling:
   return scaling
 
 
-def _tensors(found: list[gguf_file.Entry], config: ModelConfig, path: str) -> Tensors:
-  check_layers(config.num_layers, len(found), path)
-  family = families.get(config.family)
-  names, paired = _NAMES | (family.gguf or {}), family.paired_rope
-  heads = {"layers/q_proj": config.num_heads, "layers/k_proj": config.num_kv_heads} if paired else {}
-  of_name = {}  # GGUF name -> (Hugging Face name, number of heads whose rows are in pairs or 0)
-  for param, spec in param_table(config).items():
-    for name, layer in hf_names(param, spec):
-      own = names[param] if layer is None else f"blk.{layer}.{names[param]}"
-      of_name[own] = (name, heads.get(param, 0))
-  entries, shapes = {}, {}
-  for tensor in found:
-    if tensor.name == _ROPE_FREQS:
-      continue
-    name, permuted = of_name.get(tensor.name, (tensor.name, 0))
-    entries[name] = (tensor, permuted)
-    shapes[name] = tensor.shape
+def _tensors(found: list[Entry], config: ModelConfig, path: str) -> Tensors:
+  gguf = families.get(config.family).gguf
+  assert gguf is not None
+  paired = {"layers/q_proj": config.num_heads, "layers/k_proj": config.num_kv_heads} if gguf.paired_rope else {}
+  of_name = {name: path for path, spec in table(config).items() for name, _ in hf_names(path, spec)}
+  entries = {tensor.name: tensor for tensor in found if tensor.name != _ROPE_FREQS}
 
   def read_tensor(name: str) -> np.ndarray:
-    tensor, permuted = entries[name]
     try:
-      value = tensor.values()
+      value = entries[name].values()
     except ValueError as error:
       raise ValueError(f"{path}: {error}") from None
-    if permuted:
-      rows, inputs = value.shape
-      value = value.reshape(permuted, rows // permuted // 2, 2, inputs).swapaxes(1, 2).reshape(rows, inputs)
+    param = of_name.get(name, "")
+    if heads := paired.get(param):
+      value = value.reshape(heads, len(value) // heads // 2, 2, -1).swapaxes(1, 2).reshape(value.shape)
+    if config.norm_plus_one and param.endswith("_norm"):
+      value = value - np.float32(1)
     return value
 
-  return Tensors(path, shapes, read_tensor, "float32")
-
-
-def _tokenizer(fields: _Fields) -> Tokenizer:
-  kind, pre = fields.get("tokenizer.ggml.model", str), fields.get("tokenizer.ggml.pre", str, "default")
-  if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
-    raise ValueError(
-      f"{fields.path}: tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported from GGUF (there are gpt2 with "
-      f"{', '.join(_PRE_TOKENIZERS)}); convert the model's Hugging Face directory instead"
-    )
-  rules = _PRE_TOKENIZERS[pre]
-  tokens = fields.get("tokenizer.ggml.tokens", list)
-  types = fields.get("tokenizer.ggml.token_type", list, [1] * len(tokens))
-  merges = fields.get("tokenizer.ggml.merges", list)
-  for name, texts in (("tokens", tokens), ("merges", merges)):
-    if not all(isinstance(text, str) for text in texts):
-      raise ValueError(f"{fields.path}: tokenizer.ggml.{name} are no texts; the file is damaged")
-  merges = [tuple(merge.split(" ", 1)) for merge in merges]
-  if len(set(tokens)) != len(tokens):
-    raise ValueError(f"{fields.path}: {len(tokens) - len(set(tokens))} tokens are there twice; the file is damaged")
-  if len(types) != len(tokens):
-    raise ValueError(f"{fields.path}: {len(types)} token types for {len(tokens)} tokens; the file is damaged")
-  try:
-    vocab = {token: index for index, token in enumerate(tokens)}
-    normalizer = normalizers.NFC() if rules.nfc else None
-    backend = bpe_tokenizer(vocab, merges, rules.build(), normalizer=normalizer, ignore_merges=rules.ignore_merges)
-  except Exception as error:  # the library raises plain Exception
-    raise ValueError(f"{fields.path}: vocabulary and merges do not fit ({error}); the file is damaged") from None
-  for wanted, special in ((_CONTROL, True), (_USER_DEFINED, False)):
-    added = [t for t, type_ in zip(tokens, types, strict=True) if type_ == wanted]
-    backend.add_tokens([tokenizers.AddedToken(t, special=special, normalized=False) for t in added])
-  settings = {
-    "tokenizer_class": "PreTrainedTokenizerFast",
-    "clean_up_tokenization_spaces": False,
-    "model_max_length": fields.get("{arch}.context_length", int),
-    "add_bos_token": fields.get("tokenizer.ggml.add_bos_token", bool, rules.adds_bos),
-  }
-  for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-    if (index := fields.token_id(key)) is not None:
-      settings[f"{name}_token"] = tokens[index]
-  if (template := fields.get("tokenizer.chat_template", str, None)) is not None:
-    settings["chat_template"] = template
-  tokenizer = Tokenizer(backend, settings)
-  if tokenizer.adds_bos:  # for other readers of tokenizer.json
-    bos = settings["bos_token"]
-    backend.post_processor = processors.TemplateProcessing(
-      single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos_token_id)]
-    )
-  else:
-    backend.post_processor = processors.ByteLevel(trim_offsets=False)
-  return tokenizer
+  shapes = {name: tensor.shape for name, tensor in entries.items()}
+  return Tensors(path, shapes, read_tensor, "float32", "its metadata")

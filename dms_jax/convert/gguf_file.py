@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dms_jax.config import damage, shown
+from dms_jax.config import damage, is_number, shown
 
 _SCALARS = {  # value type: struct's format
   0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<B", 10: "<Q", 11: "<q", 12: "<d",
@@ -81,6 +81,44 @@ def read(path: str | Path) -> tuple[dict[str, Any], list[Entry]]:
     return _parse(Path(path), _Stream(data), GGMLQuantizationType, GGML_QUANT_SIZES)
   except ValueError as error:
     raise ValueError(f"{path}: not a readable GGUF file ({error}); {damage(bytes(data[:99]))}") from None
+
+
+class Fields:
+  """The metadata of a GGUF file; errors name the missing or malformed key."""
+
+  def __init__(self, metadata: dict[str, Any], path: str):
+    self.path, self._metadata = path, metadata
+    self.arch = self.get("general.architecture", str)
+
+  def get(self, key: str, kind: type | tuple = object, default: Any = ...) -> Any:
+    key = key.format(arch=getattr(self, "arch", ""))
+    if (value := self._metadata.get(key)) is None:
+      if default is ...:
+        raise ValueError(f"{self.path}: metadata key {key} is missing")
+      return default
+    if kind is float and is_number(value):
+      return float(str(np.float32(value)))  # the shortest decimal: 1e-05, not 9.999999747378752e-06
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+      wanted = f"{type(value).__name__} and should be {kind.__name__}" if kind is not float else f"{value}, no number"
+      raise ValueError(f"{self.path}: metadata key {key} is {wanted}")
+    return value
+
+  def has(self, key: str) -> bool:
+    """Whether the architecture's metadata hold `key`, and not as 0 or as nothing."""
+    return self.get(f"{{arch}}.{key}", default=0) not in (0, [], "")
+
+  def token_id(self, name: str) -> int | None:
+    """The id of a special token; None without, which some files write as -1.
+
+    Raises:
+      ValueError: the id is outside the vocabulary.
+    """
+    index = self.get(f"tokenizer.ggml.{name}_token_id", int, None)
+    if index is None or index in (-1, 2**32 - 1):
+      return None
+    if not 0 <= index < (size := len(self.get("tokenizer.ggml.tokens", list))):
+      raise ValueError(f"{self.path}: {name}_token_id {index} is outside the vocabulary of {size}; the file is damaged")
+    return index
 
 
 class _Stream:

@@ -24,13 +24,15 @@ Progress = Callable[[int, int, str], None]  # (done, total, name)
 class Tensors:
   """Named tensors on disk: all `shapes`, and `read(name)`, which returns one tensor as a numpy array.
 
-  `dtype` is the dtype of most stored values, or float32 if they are quantised.
+  `dtype` is the dtype of most stored values, or float32 if they are quantised; `described_by` is what says which
+  tensors there are to be.
   """
 
   source: str
   shapes: dict[str, tuple[int, ...]]
   read: Callable[[str], np.ndarray]
   dtype: str
+  described_by: str = "config.json"
 
 
 def check_layers(num_layers: int, tensors: int, source: str) -> None:
@@ -130,7 +132,8 @@ def to_slices(
       problems.append(f"{name} has shape {shape}, the config means {shapes[name]}")
   if problems:
     shown = "; ".join(problems[:40]) + (f"; and {len(problems) - 40} more" if len(problems) > 40 else "")
-    raise ValueError(f"{tensors.source}: {len(problems)} tensor(s) do not fit config.json: {shown}")
+    what = f"{len(problems)} tensor(s) do not fit {tensors.described_by}"
+    raise ValueError(f"{tensors.source}: {what}: {shown}")
 
   def read() -> Iterator[Slice]:
     found, broken = [name for name in tensors.shapes if name in wanted], {}

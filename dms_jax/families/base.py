@@ -12,11 +12,32 @@ LAYER_KINDS = _SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
 @dataclasses.dataclass(frozen=True)
+class GGUF:
+  """How llama.cpp's convert_hf_to_gguf.py writes the models of a family.
+
+  Attributes:
+    architecture: `general.architecture`, which is also the prefix of the family's metadata keys. Families that share it
+      differ in whether they have experts or sliding layers.
+    names: tensor names that differ from the usual ones (`convert.gguf`), by path in the parameter table. Parameters of
+      the same name are parts of one tensor, one after another.
+    keys: keys of config.json by the metadata key, without its prefix, that holds the same value.
+    unwritten: further values of config.json, which llama.cpp knows and no file states, from those that files do.
+    paired_rope: whether rows of q and k are stored in pairs, for interleaved RoPE.
+  """
+
+  architecture: str
+  names: dict[str, str] = dataclasses.field(default_factory=dict)
+  keys: dict[str, str] = dataclasses.field(default_factory=dict)
+  unwritten: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: {}
+  paired_rope: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
   """The properties that distinguish one family from the others.
 
   Attributes:
-    name: Hugging Face's `model_type`, which is also GGUF's architecture.
+    name: Hugging Face's `model_type`.
     architecture: the class in transformers.
     defaults: values that the transformers class assumes for keys missing from config.json.
     own_keys: keys written to config.json for this family only.
@@ -37,9 +58,7 @@ class Family:
     ignored: tensors that older files hold and that no model reads, as a regular expression.
     names: Hugging Face's tensor names that differ from Llama's, by path in the parameter table. Parameters of the same
       name are parts of one tensor, in the order of the table.
-    gguf: GGUF's tensor names that differ from Llama's, likewise; None if GGUF has no such architecture.
-    gguf_keys: metadata keys of GGUF, after the architecture's name, for the fields of `keys`.
-    paired_rope: whether GGUF files store rows of q and k in pairs, for interleaved RoPE.
+    gguf: how GGUF files hold its models.
     presets: public sizes, as the fields of a `ModelConfig`.
   """
 
@@ -62,9 +81,7 @@ class Family:
   prefix: str | None = None
   ignored: str | None = None
   names: dict[str, str] = dataclasses.field(default_factory=dict)
-  gguf: dict[str, str] | None = dataclasses.field(default_factory=dict)
-  gguf_keys: dict[str, str] = dataclasses.field(default_factory=dict)
-  paired_rope: bool = False
+  gguf: GGUF | None = None
   presets: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
   def config(self, **fields: Any) -> ModelConfig:
@@ -154,8 +171,15 @@ def sliding_theta(values: dict[str, Any], key: str, default: float) -> float:
   return float(theta)
 
 
+# Names of q, k and v in one tensor of a GGUF file, weights and biases.
+GGUF_FUSED = {
+  **{f"layers/{name}_proj": "attn_qkv.weight" for name in "qkv"},
+  **{f"layers/{name}_bias": "attn_qkv.bias" for name in "qkv"},
+}
+
 # Numbers of experts where config.json calls them local.
 LOCAL_EXPERTS = {"num_local_experts": "num_experts", "num_experts_per_tok": "experts_per_token"}
+GGUF_LOCAL_EXPERTS = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
 
 
 def read_experts(values: dict[str, Any], keys: dict[str, str]) -> dict[str, int]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from dms_jax.config import ModelConfig, is_number, shown
-from dms_jax.families.base import Family, pattern, register, size
-from dms_jax.families.gemma3 import read_layers, write_layers
+from dms_jax.families.base import GGUF, Family, pattern, register, size
+from dms_jax.families.gemma3 import read_gguf, read_layers, write_layers
 
 PERIOD = 2  # every other layer sees the whole text
 _CAPS = {"attn_logit_softcapping": "attention_softcap", "final_logit_softcapping": "logit_softcap"}
@@ -56,7 +56,11 @@ GEMMA2 = register(
     slides=True,
     renamed={"hidden_act": "hidden_activation"},
     rope_types=("default",),
-    gguf=None,
+    gguf=GGUF(
+      "gemma2",
+      keys={"attention.sliding_window": "sliding_window", **{name: name for name in _CAPS}},
+      unwritten=lambda values: {"sliding_window": 4096, **read_gguf(values, 46)},
+    ),
     presets={
       "gemma-2-2b": _preset(26, 2304, 9216, 8, 4, 256, 256),
       "gemma-2-9b": _preset(42, 3584, 14336, 16, 8, 256, 256),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from dms_jax.config import ModelConfig, is_number, shown
-from dms_jax.families.base import Family, pattern, read_sliding, register, size, sliding_theta, write_sliding
+from dms_jax.families.base import GGUF, Family, pattern, read_sliding, register, size, sliding_theta, write_sliding
 
 PERIOD = 6  # every sixth layer sees the whole text
 
@@ -34,6 +34,22 @@ def write_layers(config: ModelConfig) -> dict[str, Any]:
   """The inverse of `read_layers`."""
   assert config.attention_scale is not None
   return {**write_sliding(config), "query_pre_attn_scalar": round(config.attention_scale**-2)}
+
+
+def read_gguf(values: dict[str, Any], large: int) -> dict[str, Any]:
+  """`query_pre_attn_scalar`, which GGUF files of Gemma leave out: by llama.cpp, the size of a head.
+
+  Args:
+    large: number of layers of the one size in which it is the residual stream's share of a head.
+  """
+  is_large = values["num_hidden_layers"] == large
+  share = values["hidden_size"] // values["num_attention_heads"]
+  return {"query_pre_attn_scalar": share if is_large else values["head_dim"]}
+
+
+def _read_gguf(values: dict[str, Any]) -> dict[str, Any]:
+  whole = {} if values.get("sliding_window") else {"layer_types": ["full_attention"] * values["num_hidden_layers"]}
+  return {**read_gguf(values, 62), **whole}
 
 
 def _read(values: dict[str, Any]) -> dict[str, Any]:
@@ -74,7 +90,11 @@ GEMMA3 = register(
     slides=True,
     renamed={"hidden_act": "hidden_activation"},
     rope_types=("default", "linear"),
-    gguf=None,
+    gguf=GGUF(
+      "gemma3",
+      keys={"attention.sliding_window": "sliding_window", "rope.freq_base_swa": "rope_local_base_freq"},
+      unwritten=_read_gguf,
+    ),
     presets={"gemma-3-270m": _preset(18, 640, 2048, 4, 1), "gemma-3-1b": _preset(26, 1152, 6912, 4, 1)},
   )
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dms_jax.families.base import Family, register, size, with_biases
+from dms_jax.families.base import GGUF, GGUF_FUSED, Family, register, size, with_biases
 
 _LAYER = "transformer.h.{layer}."
 _MODULES = {"o": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}
@@ -66,7 +66,7 @@ GPT2 = register(
       "positions": "transformer.wpe.weight",
       **with_biases(_LAYER, _MODULES, fused="attn.c_attn", norms=("ln_1", "ln_2"), final_norm="transformer.ln_f"),
     },
-    gguf=None,
+    gguf=GGUF("gpt2", names=GGUF_FUSED),
     presets={
       "gpt2": _preset(12, 768, 12),
       "gpt2-medium": _preset(24, 1024, 16),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dms_jax.config import ModelConfig, shown
-from dms_jax.families.base import Family, register, size, with_biases
+from dms_jax.families.base import GGUF, GGUF_FUSED, Family, register, size, with_biases
 
 _LAYER = "gpt_neox.layers.{layer}."
 _MODULES = {"o": "attention.dense", "up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}
@@ -58,7 +58,7 @@ GPT_NEOX = register(
       ),
       "lm_head": "embed_out.weight",
     },
-    gguf=None,
+    gguf=GGUF("gptneox", names=GGUF_FUSED, keys={"use_parallel_residual": "use_parallel_residual"}),
     presets={
       "pythia-70m": _preset(6, 512, 8),
       "pythia-160m": _preset(12, 768, 12),

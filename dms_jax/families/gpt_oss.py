@@ -1,6 +1,6 @@
 """gpt-oss: attention sinks, every other layer slides, experts with biases and a clamped SwiGLU.
 
-Its public files hold the experts in MXFP4, which is widened as they are read. GGUF files are refused.
+Its public files hold the experts in MXFP4, which is widened as they are read.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from typing import Any
 
 from dms_jax.config import ModelConfig, RopeScaling, is_number, shown
 from dms_jax.families.base import (
+  GGUF,
+  GGUF_LOCAL_EXPERTS,
   LOCAL_EXPERTS,
   Family,
   pattern,
@@ -85,7 +87,11 @@ GPT_OSS = register(
       "layers/down_proj": _MLP + "experts.down_proj",
       "layers/down_bias": _MLP + "experts.down_proj_bias",
     },
-    gguf=None,
+    gguf=GGUF(
+      "gpt-oss",
+      names={"layers/mlp_norm": "post_attention_norm.weight"},
+      keys={**GGUF_LOCAL_EXPERTS, "attention.sliding_window": "sliding_window"},
+    ),
     presets={"gpt-oss-20b": _preset(24, 32), "gpt-oss-120b": _preset(36, 128)},
   )
 )

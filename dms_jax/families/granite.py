@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dms_jax.families.base import Family, register, size
+from dms_jax.families.base import GGUF, Family, register, size
 
 _GRANITE33 = dict(
   vocab_size=49159, max_position_embeddings=131072, rope_theta=1e7, tie_embeddings=True, embed_scale=12.0,
@@ -21,13 +21,16 @@ GRANITE = register(
       "attention_multiplier": "attention_scale",
       "logits_scaling": "logit_divisor",
     },
-    gguf_keys={
-      "embedding_scale": "embed_scale",
-      "residual_scale": "residual_scale",
-      "attention.scale": "attention_scale",
-      "logit_scale": "logit_divisor",
-    },
-    paired_rope=True,
+    gguf=GGUF(
+      "granite",
+      keys={
+        "embedding_scale": "embedding_multiplier",
+        "residual_scale": "residual_multiplier",
+        "attention.scale": "attention_multiplier",
+        "logit_scale": "logits_scaling",
+      },
+      paired_rope=True,
+    ),
     presets={
       "granite-3.3-2b": size(40, 2048, 8192, 32, 8, 64, attention_scale=1 / 64, logit_divisor=8.0, **_GRANITE33),
       "granite-3.3-8b": size(40, 4096, 12800, 32, 8, 128, attention_scale=1 / 128, logit_divisor=16.0, **_GRANITE33),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dms_jax.config import RopeScaling
-from dms_jax.families.base import Family, register, size
+from dms_jax.families.base import GGUF, Family, register, size
 
 _LLAMA2 = dict(vocab_size=32000, max_position_embeddings=4096, tie_embeddings=False, eos_token_ids=(2,))
 _LLAMA3 = dict(
@@ -22,7 +22,7 @@ LLAMA = register(
     architecture="LlamaForCausalLM",
     defaults={"max_position_embeddings": 2048, "vocab_size": 32000},
     own_keys={"attention_bias": False, "mlp_bias": False},
-    paired_rope=True,
+    gguf=GGUF("llama", paired_rope=True),
     presets={
       "smollm2-135m": size(30, 576, 1536, 9, 3, 64, **_SMOLLM2),
       "llama-2-7b": size(32, 4096, 11008, 32, 32, 128, **_LLAMA2),

@@ -1,11 +1,20 @@
-"""Mixtral: Mistral's layers with a mixture of experts. Its GGUF files say "llama" and are not read."""
+"""Mixtral: Mistral's layers with a mixture of experts. Its GGUF files say "llama" and count experts."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from dms_jax.config import ModelConfig
-from dms_jax.families.base import LOCAL_EXPERTS, Family, read_experts, register, size, write_experts
+from dms_jax.families.base import (
+  GGUF,
+  GGUF_LOCAL_EXPERTS,
+  LOCAL_EXPERTS,
+  Family,
+  read_experts,
+  register,
+  size,
+  write_experts,
+)
 
 _LAYER = "model.layers.{layer}.block_sparse_moe."
 _MODULES = {"gate": "w1", "up": "w3", "down": "w2"}
@@ -47,7 +56,7 @@ MIXTRAL = register(
       "layers/router": _LAYER + "gate.weight",
       **{f"layers/{name}_proj": f"{_LAYER}experts.{{expert}}.{theirs}.weight" for name, theirs in _MODULES.items()},
     },
-    gguf=None,
+    gguf=GGUF("llama", keys=GGUF_LOCAL_EXPERTS, paired_rope=True),
     presets={
       "mixtral-8x7b": _preset(32, 4096, 14336, 32, 32768),
       "mixtral-8x22b": _preset(56, 6144, 16384, 48, 65536),

@@ -1,6 +1,6 @@
 """OLMo 3: OLMo 2's layers, three sliding ones for each global one; YaRN in the global layers alone.
 
-Its GGUF files say "olmo2" and are refused by their sliding window.
+Its GGUF files say "olmo2" and have a sliding window.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from dms_jax.config import ModelConfig, RopeScaling
-from dms_jax.families.base import Family, pattern, read_sliding, register, size, sliding_theta, write_sliding
+from dms_jax.families.base import GGUF, Family, pattern, read_sliding, register, size, sliding_theta, write_sliding
 from dms_jax.families.olmo2 import OLMO2
 
 _PERIOD = 4  # every fourth layer sees the whole text
@@ -47,7 +47,7 @@ OLMO3 = register(
     read=_read,
     write=_write,
     slides=True,
-    gguf=None,
+    gguf=GGUF("olmo2", keys={"attention.sliding_window": "sliding_window", "rope.freq_base_swa": "rope_theta"}),
     presets={"olmo-3-7b": _preset(32, 4096, 11008, 32, 32), "olmo-3-32b": _preset(64, 5120, 27648, 40, 8)},
   )
 )

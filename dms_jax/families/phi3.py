@@ -5,7 +5,7 @@ Left out: the LongRoPE of Phi-4-mini and of the versions for 128K tokens, and th
 
 from __future__ import annotations
 
-from dms_jax.families.base import Family, register, size
+from dms_jax.families.base import GGUF, GGUF_FUSED, Family, register, size
 
 _LAYER = "model.layers.{layer}."
 _PHI4 = dict(vocab_size=100352, tie_embeddings=False, rope_theta=250000.0)
@@ -23,10 +23,7 @@ PHI3 = register(
     },
     partial_rope=True,
     rope_types=("default",),
-    gguf={
-      **{f"layers/{name}_proj": "attn_qkv.weight" for name in "qkv"},
-      **{f"layers/{name}_proj": "ffn_up.weight" for name in ("gate", "up")},
-    },
+    gguf=GGUF("phi3", names={**GGUF_FUSED, "layers/gate_proj": "ffn_up.weight"}),
     presets={
       "phi-4": size(40, 5120, 17920, 40, 10, 128, max_position_embeddings=16384, eos_token_ids=(100265,), **_PHI4)
     },

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dms_jax.families.base import Family, register, size
+from dms_jax.families.base import GGUF, Family, register, size
 
 _QWEN25 = dict(
   vocab_size=152064, max_position_embeddings=32768, rope_theta=1e6, rms_norm_eps=1e-6, tie_embeddings=False,
@@ -25,6 +25,7 @@ QWEN2 = register(
     },
     own_keys={"use_sliding_window": False},
     fixed={"qkv_bias": True},
+    gguf=GGUF("qwen2"),
     presets={
       "qwen2.5-0.5b": size(24, 896, 4864, 14, 2, 64, **_SMALL),
       "qwen2.5-1.5b": size(28, 1536, 8960, 12, 2, 128, **_SMALL),

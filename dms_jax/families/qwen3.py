@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dms_jax.families.base import Family, register, size
+from dms_jax.families.base import GGUF, Family, register, size
 
 _QWEN3 = dict(
   vocab_size=151936, max_position_embeddings=40960, rope_theta=1e6, rms_norm_eps=1e-6, tie_embeddings=False,
@@ -25,6 +25,7 @@ QWEN3 = register(
     },
     own_keys={"attention_bias": False, "use_sliding_window": False},
     fixed={"qk_norm": True},
+    gguf=GGUF("qwen3"),
     presets={
       "qwen3-0.6b": size(28, 1024, 3072, 16, 8, 128, **_SMALL),
       "qwen3-1.7b": size(28, 2048, 6144, 16, 8, 128, **_SMALL),

@@ -1,7 +1,6 @@
 """Qwen3's mixtures of experts: a router and many small MLPs in each layer.
 
-Left out: models in which some layers have one MLP (`mlp_only_layers`, `decoder_sparse_step`). GGUF calls the family
-"qwen3moe" and is not read.
+Left out: models in which some layers have one MLP (`mlp_only_layers`, `decoder_sparse_step`).
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from dms_jax.config import ModelConfig, shown
-from dms_jax.families.base import Family, read_experts, register, size, write_experts
+from dms_jax.families.base import GGUF, Family, read_experts, register, size, write_experts
 
 _KEYS = {"num_experts": "num_experts", "num_experts_per_tok": "experts_per_token"}
 _QWEN3 = dict(
@@ -51,7 +50,11 @@ QWEN3_MOE = register(
     write=_write,
     renamed={"intermediate_size": "moe_intermediate_size"},
     experts=True,
-    gguf=None,
+    gguf=GGUF(
+      "qwen3moe",
+      keys={"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"},
+      unwritten=lambda values: {"norm_topk_prob": True},
+    ),
     presets={
       "qwen3-30b-a3b": size(48, 2048, 768, 32, 4, 128, **_QWEN3),
       "qwen3-235b-a22b": size(94, 4096, 1536, 64, 4, 128, **_QWEN3),

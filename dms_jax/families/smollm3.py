@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dms_jax.config import ModelConfig, is_number, shown
-from dms_jax.families.base import Family, register, size
+from dms_jax.families.base import GGUF, Family, register, size
 
 _INTERVAL = 4  # transformers' default: every fourth layer has no RoPE
 
@@ -41,7 +41,7 @@ SMOLLM3 = register(
     own_keys={"attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "pad_token_id": None},
     read=_read,
     write=_write,
-    paired_rope=True,
+    gguf=GGUF("smollm3", paired_rope=True),
     presets={
       "smollm3-3b": size(
         36, 2048, 11008, 16, 4, 128, vocab_size=128256, max_position_embeddings=65536, rope_theta=5e6,
