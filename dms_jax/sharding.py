@@ -71,7 +71,7 @@ def make_mesh(data: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | No
   """A mesh of `data` x `tensor` devices with `AxisType.Auto`: the partitioner chooses what is not constrained.
 
   Raises:
-    ValueError: there are fewer devices, or a number is none of devices.
+    ValueError: there are fewer devices, or `data` or `tensor` is no whole number from 1 on.
   """
   for name, size in (("data", data), ("tensor", tensor)):
     if not isinstance(size, int | np.integer) or size < 1:

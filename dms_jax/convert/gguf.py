@@ -230,6 +230,8 @@ def _as_json(fields: Fields, family: Family, values: dict[str, Any]) -> dict[str
   for key, theirs in family.gguf.keys.items():
     if (value := fields.get(f"{{arch}}.{key}", default=None)) is not None:
       found[theirs] = fields.get(f"{{arch}}.{key}", float) if isinstance(value, float) else value
+  if "sliding_window" in found:
+    found["sliding_window"] = fields.get("{arch}.attention.sliding_window", int)
   if family.slides and (slides := fields.get("{arch}.attention.sliding_window_pattern", default=None)) is not None:
     if is_number(slides, int) and slides > 0:
       slides = list(pattern(layers, slides))  # a period, as of config.json's key of this name

@@ -145,7 +145,8 @@ def _sentencepiece(fields: Fields, tokens: list[str], types: list[int]) -> token
   if fields.get("tokenizer.ggml.precompiled_charsmap", list, []):
     raise _unsupported(fields, "a SentencePiece tokenizer that rewrites characters (precompiled_charsmap)")
   normal = {token: score for token, score, kind in zip(tokens, scores, types, strict=True) if kind == _NORMAL}
-  if bad := next((token for token, score in normal.items() if score != int(score)), None):  # a log-probability
+  bad = next((token for token, score in normal.items() if score != int(score)), None)  # a log-probability
+  if bad is not None:
     raise _unsupported(fields, f"SentencePiece's unigram model (the score of {shown(bad)} is {normal[bad]:g})")
   if (longest := max(map(len, normal), default=0)) > LONGEST_WORD:
     raise ValueError(f"{fields.path}: a token of {longest} characters; the file is damaged")

@@ -58,7 +58,7 @@ class Family:
     ignored: tensors that older files hold and that no model reads, as a regular expression.
     names: Hugging Face's tensor names that differ from Llama's, by path in the parameter table. Parameters of the same
       name are parts of one tensor, in the order of the table.
-    gguf: how GGUF files hold its models.
+    gguf: how GGUF files hold its models; None if llama.cpp does not have them.
     presets: public sizes, as the fields of a `ModelConfig`.
   """
 

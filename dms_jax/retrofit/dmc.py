@@ -31,6 +31,9 @@ from dms_jax.retrofit.batch import Batch, run
 from dms_jax.retrofit.config import RetrofitConfig
 from pallas_kernels.common.softmax import soft_capped, with_sinks
 
+FORGETS = -1e30  # the logarithm of a decay of 0; finite, so that its product with 0 is 0
+_product = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)  # of float32, which are not rounded first
+
 
 def prefix_sums(x: Float[Array, "B T K D"], log_decay: Float[Array, "B T K"]) -> Float[Array, "B T K D"]:
   """y_j = exp(log_decay_j) y_(j-1) + x_j, float32, by products with triangular matrices.
@@ -51,10 +54,6 @@ def prefix_sums(x: Float[Array, "B T K D"], log_decay: Float[Array, "B T K"]) ->
   before = jnp.pad(ends[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0)))  # of each chunk, the sum up to it
   since = within[..., 0] * jnp.exp(decay[..., :1])  # from the end of the chunk before to each token
   return (y + jnp.moveaxis(since, 1, 3)[..., None] * before[:, :, None]).reshape(b, -1, heads, width)[:, :t]
-
-
-FORGETS = -1e30  # the logarithm of a decay of 0; finite, so that its product with 0 is 0
-_product = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)  # of float32, which are not rounded first
 
 
 def _decays(log_decay: Float[Array, "*rows C"]) -> Float[Array, "*rows C C"]:

@@ -68,7 +68,7 @@ def check_families(flag: str, families: Sequence[str], tokenizer: Tokenizer) -> 
   """Checks that these are families of generated problems, whose words a model's tokenizer has.
 
   Raises:
-    ValueError: one is not, or it lacks words; names the flag of the families.
+    ValueError: one is no such family, or the tokenizer lacks words; names the flag of the families.
   """
   known = sorted(name for name, cls in TASKS.items() if issubclass(cls, ReasoningTask))
   if unknown := [name for name in families if name not in known]:

@@ -56,7 +56,7 @@ def default_blocks(
   none is long: in a contiguous cache of up to 1,024 slots from a pair and a half a processor on, of up to 2,048 slots
   from six on; in pages from `MANY_PAIRS` on.
 
-  Heads of 256: one worker a processor, with as many blocks in flight as its shared memory holds. Other sizes were not
+  Heads of 256: one worker a processor, with as many blocks in flight as its shared memory holds; no other choice was
   timed.
   """
   block = 64

@@ -81,7 +81,7 @@ def test_a_case_with_mass_is_measured_beside_one_without():
 
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize("name", ["decode_sinks", "prefill_softcap", "retrofit_sinks", "retrofit_age"])
-def test_sinks_and_caps_are_measured_beside_a_plain_softmax(name):
+def test_other_softmaxes_and_a_bias_by_age_are_measured_beside_a_plain_softmax(name):
   row = bench_kernels.measure(SMALL[name], 1e10, bench_kernels.Config(), "xla")
   assert row["slowdown"] == row["us"] / row["plain_us"] and row["xla_ratio"] == row["xla_us"] / row["us"]
   assert str(SMALL[name]).endswith(name.split("_")[1]) and not any(key.startswith("flex") for key in row)
