@@ -157,7 +157,8 @@ def _config(fields: Fields, tensors: Mapping[str, Entry]) -> ModelConfig:
     if _ROPE_FREQS in tensors:
       config = dataclasses.replace(config, rope_scaling=_llama3_scaling(config, tensors[_ROPE_FREQS]))
   except (ValueError, ZeroDivisionError) as error:
-    raise ValueError(f"{fields.path}: {error}") from None
+    reason = str(error).removeprefix(f"{fields.path}: ")  # errors of `Fields` name the file already
+    raise ValueError(f"{fields.path}: {reason}") from None
   return config
 
 
