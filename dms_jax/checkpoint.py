@@ -163,6 +163,8 @@ def load(
   apart = lora is None or (lora.by_cr and retrofit is None) or not (merge or retrofit is not None)
   # Weights to be merged are read in the stored dtype, so that they are rounded only once.
   early = dtype if apart and retrofit is None else None
+  if not (rules is None or callable(rules)):
+    raise ValueError(f"rules={rules!r:.80} must be a function of the model's config and the mesh, as sharding.decoding")
   split = None if mesh is None or rules is None else rules(base, mesh)
   params = _read_params(Path(path), values, param_table(base, dms, lora), early, mesh, split, stored)
   model = Model(params, base, dms, lora)

@@ -101,6 +101,9 @@ class Pair:
   """A case on one device and on the mesh. Pairs of one shape share the bench of one device, and so its weights."""
 
   def __init__(self, case: Case, alone: Bench, config: Config):
+    heads = alone.shape.config.num_kv_heads
+    if case.axis == "tensor" and heads % config.devices:  # "tensor" would split rows instead
+      raise ValueError(f"--devices={config.devices} does not divide the {heads} KV heads of this shape")
     self.alone, self.mesh = alone, alone.on(make_mesh(**{case.axis: config.devices}))
     point = Point(case.kind, config.rows, config.tokens, config.tokens)
     rows = config.rows * (config.devices if case.axis == "data" else 1)

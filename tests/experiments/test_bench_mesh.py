@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import types
 
 import pytest
 
-from experiments.bench_mesh import CASES, Config
+from experiments.bench_mesh import CASES, Config, Pair, llama
 from tests.programs import finished, on_devices
 
 
@@ -35,3 +36,5 @@ def test_bars():
   assert str(CASES["data_8b"].bar(4)) == "speedup >= 3.8" and CASES["tensor_8b"].bar(4) is None
   with pytest.raises(ValueError, match="--devices=1 must be 2 or more"):
     Config(devices=1)
+  with pytest.raises(ValueError, match="--devices=3 does not divide the 8 KV heads"):
+    Pair(CASES["tensor_8b"], types.SimpleNamespace(shape=llama()), Config(devices=3))
