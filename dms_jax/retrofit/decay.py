@@ -5,16 +5,12 @@ Source: arXiv 2512.03324. Attention is the library's, with a bias that grows wit
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dms_jax.attention import window_bias_attention
-
-BLOCK = 512  # queries whose terms of the soft sizes are in memory at once
-STAGES = 8  # see `pallas_kernels.window_bias.xla`
+from pallas_kernels.window_bias import xla
 
 
 def decay_attention(
@@ -39,12 +35,11 @@ def soft_sizes(log_beta: Float[Array, "B K T"], segment_ids: Int[Array, "B T"] |
   The terms of one block of queries exist at a time, and the backward pass computes them again.
   """
   t = log_beta.shape[-1]
-  block = min(BLOCK, t)
+  block = min(xla.BLOCK, t)
   blocks = -(-t // block)
   padded = jnp.pad(log_beta, ((0, 0), (0, 0), (0, blocks * block - t)))
   ids = None if segment_ids is None else jnp.pad(segment_ids, ((0, 0), (0, blocks * block - t)))
 
-  @functools.partial(jax.checkpoint, static_argnums=1)
   def one(number, end):
     """Sizes [B, K, block] at the queries of block `number`, whose keys are among the first `end`."""
     age = number * block + jnp.arange(block)[:, None] - jnp.arange(end)
@@ -55,9 +50,5 @@ def soft_sizes(log_beta: Float[Array, "B K T"], segment_ids: Int[Array, "B T"] |
     kept = jnp.exp(jnp.maximum(age, 0).astype(jnp.float32) * padded[:, :, None, :end])
     return jnp.sum(jnp.where(visible, kept, 0.0), axis=-1)
 
-  stage = -(-blocks // STAGES)
-  outs = []
-  for first in range(0, blocks, stage):
-    last = min(first + stage, blocks)
-    outs.append(jax.lax.map(lambda number, end=last * block: one(number, end), jnp.arange(first, last)))
-  return jnp.moveaxis(jnp.concatenate(outs), 0, 2).reshape(*log_beta.shape[:2], -1)[..., :t]
+  sizes = xla.in_stages(one, blocks, block)
+  return jnp.moveaxis(sizes, 0, 2).reshape(*log_beta.shape[:2], -1)[..., :t]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,20 @@ BLOCK = 512
 STAGES = 8
 
 
+def in_stages(one: Callable[..., Any], blocks: int, block: int, *xs: jax.Array) -> Any:
+  """Results of `one(*x, number, end)` for each block `number` of queries, one after another along a first axis.
+
+  Keys below `end` are all that the block may see; `x` are its entries of `xs`. Blocks follow one another, and the
+  backward pass calls `one` again.
+  """
+  stage, outs = -(-blocks // STAGES), []
+  for first in range(0, blocks, stage):
+    last = min(first + stage, blocks)
+    again = jax.checkpoint(lambda args, end=last * block: one(*args, end))
+    outs.append(jax.lax.map(again, (*(x[first:last] for x in xs), jnp.arange(first, last))))
+  return jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)
+
+
 def window_bias_attention(q, k, v, bias, window, segment_ids, lse=False, softcap=None, by_age=False):
   """See `api.window_bias_attention`."""
   b, t, n, h = q.shape
@@ -29,7 +44,6 @@ def window_bias_attention(q, k, v, bias, window, segment_ids, lse=False, softcap
   blocks = (t + pad) // block
   qg = jnp.moveaxis(q.reshape(b, blocks, block, heads, n // heads, h), 1, 0)
 
-  @functools.partial(jax.checkpoint, static_argnums=2)
   def one(qb, number, end):
     """Queries of block `number` against keys 0 .. end-1."""
     scores = einsum("btkgh,bskh->bkgts", qb, k[:, :end]) * h**-0.5
@@ -48,12 +62,7 @@ def window_bias_attention(q, k, v, bias, window, segment_ids, lse=False, softcap
     logs = jnp.moveaxis(jax.nn.logsumexp(scores, axis=-1), 3, 1) if lse else None
     return einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v[:, :end]), logs
 
-  stage = -(-blocks // STAGES)
-  outs = []
-  for first in range(0, blocks, stage):
-    last = min(first + stage, blocks)
-    numbers = jnp.arange(first, last)
-    outs.append(jax.lax.map(lambda args, end=last * block: one(args[0], args[1], end), (qg[first:last], numbers)))
-  out, logs = jax.tree.map(lambda *x: jnp.moveaxis(jnp.concatenate(x), 0, 1).reshape(b, t + pad, n, -1)[:, :t], *outs)
+  found = in_stages(one, blocks, block, qg)
+  out, logs = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(b, t + pad, n, -1)[:, :t], found)
   out = out.astype(q.dtype)
   return saved((out, logs[..., 0]) if lse else out)
