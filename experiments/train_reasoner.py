@@ -1,4 +1,4 @@
-"""Trains a small reasoner from scratch on problems with search traces.
+"""Trains a small reasoner, from scratch or further, on problems with search traces.
 
     python -m experiments.train_reasoner --output=runs/reasoner
     python -m experiments.train_reasoner --output=runs/small --model.num_layers=4 --model.d_model=256 \\
@@ -8,6 +8,9 @@ A Llama of 7.2 M parameters reads 330 M tokens of generated problems (--data.fam
 searches and then answers; the loss counts traces alone. Rows of --retrofit.seq_len tokens hold whole documents that do
 not see each other; a document longer than a row is left out, and counted. Worker processes make them ahead of the
 device (--data.workers). No part of a test problem is among them.
+
+--checkpoint goes on from the weights of such a model in place of random ones: longer rows after short ones, as in
+--checkpoint=runs/reasoner/final --retrofit.seq_len=8192 --retrofit.optimizer.learning_rate=5e-4.
 
 The training is a retrofit's without gates, with the same flags and the same loop: the same command resumes a killed run
 from its last checkpoint with the same numbers (--deterministic: on a GPU bit by bit). On SIGINT (Ctrl-C) and SIGTERM
@@ -27,6 +30,7 @@ from typing import Any
 
 import jax
 
+from dms_jax import checkpoint
 from dms_jax.config import LoRAConfig, ModelConfig
 from dms_jax.disk import write_text
 from dms_jax.model import Model
@@ -78,8 +82,12 @@ class Config:
   """Output and mode. The run stops after `stop_after` steps in total, as if interrupted; 0: at its end.
 
   `deterministic` restricts XLA to GPU operations with a fixed order of summation.
+
+  Attributes:
+    checkpoint: a reasoner whose weights the training starts from; none: random weights.
   """
 
+  checkpoint: str = ""
   output: str = ""
   stop_after: int = 0
   deterministic: bool = False
@@ -107,6 +115,23 @@ def untrained(config: ModelConfig, seed: int) -> Model:
   return Model(init_params(param_table(config), jax.random.fold_in(jax.random.key(seed), 2)), config)
 
 
+def trained(folder: str, tokenizer: Tokenizer) -> Model:
+  """The reasoner in `folder`, float32.
+
+  Raises:
+    ValueError: it has gates or another tokenizer, or --model.* is given, which the checkpoint decides.
+  """
+  shape = [name for name in program.flag_values(changed_only=True) if name.startswith("model.")]
+  if shape:
+    raise ValueError(f"--{shape[0]}: --checkpoint={folder} decides the shape; leave it out")
+  model = checkpoint.load(folder, dtype="float32")
+  if model.dms is not None:
+    raise ValueError(f"--checkpoint={folder} has gates; give a model without")
+  if Tokenizer.load(folder).backend.to_str() != tokenizer.backend.to_str():
+    raise ValueError(f"--checkpoint={folder} reads other words than these problems; give a model of this program")
+  return model
+
+
 def card(run: Run, tokenizer: Tokenizer, lines: list[dict]) -> str:
   """The text of the checkpoint's README.md, from the run's settings and its log `lines`."""
   model, settings = run.base.config, run.config
@@ -116,6 +141,7 @@ def card(run: Run, tokenizer: Tokenizer, lines: list[dict]) -> str:
   )
   loss = statistics.fmean(line["nll"] for line in lines[-LAST:])
   filled = statistics.fmean(line["filled"] for line in lines if "filled" in line) if "filled" in last else 1.0
+  start = f"from the weights of `{flags['checkpoint']}`" if flags.get("checkpoint") else "from scratch"
   rows = [
     ("parameters", f"{count_params(param_table(model)):,}, {settings.memory.compute_dtype}"),
     ("layers, width, feed-forward", f"{model.num_layers}, {model.d_model}, {model.d_ff}"),
@@ -133,8 +159,8 @@ def card(run: Run, tokenizer: Tokenizer, lines: list[dict]) -> str:
   ]
   return f"""# A small reasoner
 
-A decoder of the {model.family} family, trained from scratch on generated problems with search traces. The loss counted
-traces alone. No part of a test problem was in training: a hash of each part tells them apart.
+A decoder of the {model.family} family, trained {start} on generated problems with search traces. The
+loss counted traces alone. No part of a test problem was in training: a hash of each part tells them apart.
 
 ```python
 import dms_jax
@@ -183,13 +209,14 @@ def main() -> None:
   from experiments.tasks import reasoning  # all tasks, which take a while to import
 
   tokenizer = reasoning.tokenizer()
-  model = architecture(tokenizer, shape)
+  base = trained(config.checkpoint, tokenizer) if config.checkpoint else None
+  model = architecture(tokenizer, shape) if base is None else base.config
   if settings.seq_len > model.max_position_embeddings:
     raise ValueError(
       f"--retrofit.seq_len={settings.seq_len} is more than --model.max_position_embeddings="
       f"{model.max_position_embeddings}"
     )
-  base = untrained(model, settings.seed)
+  base = untrained(model, settings.seed) if base is None else base
   output = Path(config.output)
   if data.families:
     packer = retrofit.generated(data, tokenizer, settings)

@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 
 import dms_jax
+from dms_jax import checkpoint
 from dms_jax import testing as tiny
 from dms_jax.config import LoRAConfig, ModelConfig
 from dms_jax.params import count_params, param_table
 from dms_jax.retrofit import DataConfig, MemoryConfig, RetrofitConfig, ScheduleConfig, loop
 from dms_jax.retrofit.loop import Run, train
 from dms_jax.retrofit.packing import StreamPacker
+from dms_jax.tokenizer import byte_tokenizer
 from experiments import train_reasoner
 from experiments.tasks import get, reasoning
 from experiments.tasks.base import TasksConfig
@@ -44,6 +46,17 @@ def test_a_shape_that_cannot_be_names_its_flag(monkeypatch):
   monkeypatch.setattr(train_reasoner.program, "read_flags", lambda prefix, cls: cls(d_ff=0))
   with pytest.raises(ValueError, match=r"^--model\.d_ff=0 must be 1 to"):
     train_reasoner.read_shape()
+
+
+def test_a_start_that_cannot_be_is_refused(tmp_path, monkeypatch):
+  monkeypatch.setattr(train_reasoner.program, "flag_values", lambda changed_only: {"model.d_ff": 8})
+  with pytest.raises(ValueError, match=r"^--model\.d_ff: --checkpoint=there decides the shape"):
+    train_reasoner.trained("there", reasoning.tokenizer())
+  monkeypatch.setattr(train_reasoner.program, "flag_values", lambda changed_only: {})
+  shape = ModelConfig(num_layers=1, d_model=16, d_ff=16, num_heads=2, num_kv_heads=1, head_dim=8, vocab_size=257)
+  checkpoint.save(tmp_path / "other", train_reasoner.untrained(shape, 0), tokenizer=byte_tokenizer())
+  with pytest.raises(ValueError, match=r"other reads other words than these problems"):
+    train_reasoner.trained(str(tmp_path / "other"), reasoning.tokenizer())
 
 
 @pytest.mark.standard_promotion  # optax
@@ -107,5 +120,12 @@ def test_a_stopped_training_goes_on_and_is_retrofitted(tmp_path):
   assert runs["cr3"]["filled"] > 0.8
   model, tokenizer = dms_jax.load(tmp_path / "cr3" / "final")
   assert model.dms.window == 4 and np.isfinite(model.params["embed"].astype("float32")).all()
+  further = [flag for flag in flags if not flag.startswith("--model.")]
+  longer = run(
+    "train_reasoner", *further, f"--checkpoint={base}", "--retrofit.seq_len=512", f"--output={tmp_path / 'longer'}",
+    "--data.workers=0",
+  )["last"]  # fmt: skip
+  assert longer["nll"] < whole["last"]["nll"] + 0.1 and longer["tokens"] == 2 * whole["last"]["tokens"]
+  assert f"from the weights of `{base}`" in (tmp_path / "longer" / "final" / "README.md").read_text()
   assert tokenizer.encode("countdown") and (tmp_path / "cr2" / "final").exists()
   assert not (tmp_path / "cr3" / "cr2").exists()
