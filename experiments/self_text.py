@@ -5,8 +5,9 @@
 
 With both sources, half of the rows continue random 64-token slices of `--prefixes`, and half answer `--questions`
 (records with `messages`, or with the field `--question_field`) through the chat template. Without either, the model
-asks itself questions and answers them, or continues an end of text, in turn. Each row is a JSON record {"text": ...}.
-After an interruption, run the same command again: finished batches are kept until the output is complete.
+asks itself questions and answers them, or continues an end of text, in turn (--start_tokens=2: two random tokens, which
+lead to texts of more kinds). Each row is a JSON record {"text": ...}. After an interruption, run the same command
+again: finished batches are kept until the output is complete.
 """
 
 from __future__ import annotations

@@ -393,14 +393,15 @@ class SelfTextConfig:
   Each row continues a prompt: a question from `questions` (a .jsonl file of records with `messages` or with the field
   `question_field`) through the chat template, or `prefix_tokens` tokens cut from `prefixes` (a text file); with both,
   half of the rows each. Without either, a model with a chat template asks itself a question and answers it in half of
-  the rows; the others, and all rows of a model without a template, start at an end of text. `batch` rows are sampled at
-  a time.
+  the rows; the others, and all rows of a model without a template, start at an end of text, or with `start_tokens`
+  random tokens of the vocabulary (arXiv 2305.17888, section 3.1). `batch` rows are sampled at a time.
 
   Attributes:
     prefixes: text file whose cuts start the rows.
     questions: .jsonl file of questions that rows answer through the chat template.
     question_field: field of its records that holds the question.
     prefix_tokens: tokens of a cut.
+    start_tokens: random tokens that start rows without a prompt: texts of more kinds; 0: an end of text.
     top_p: sample from the fewest likeliest tokens whose probabilities reach it.
   """
 
@@ -409,6 +410,7 @@ class SelfTextConfig:
   questions: str = ""
   question_field: str = "question"
   prefix_tokens: int = 64
+  start_tokens: int = 0
   max_new_tokens: int = 1024
   temperature: float = 1.0
   top_p: float = 0.95
@@ -416,9 +418,13 @@ class SelfTextConfig:
   seed: int = 0
 
   def __post_init__(self):
-    for name, least in (("rows", 0), ("prefix_tokens", 1), ("max_new_tokens", 1), ("batch", 1)):
+    for name, least in (("rows", 0), ("prefix_tokens", 1), ("start_tokens", 0), ("max_new_tokens", 1), ("batch", 1)):
       if getattr(self, name) < least:
         raise ValueError(f"self_text.{name}={getattr(self, name)} must be at least {least}")
+    if self.start_tokens and (self.prefixes or self.questions):
+      raise ValueError(
+        f"self_text.start_tokens={self.start_tokens}: rows start with prefixes or questions; leave it out"
+      )
     if not self.temperature > 0:
       raise ValueError(f"self_text.temperature={self.temperature} must be positive: greedy text repeats itself")
     if not 0 < self.top_p <= 1:

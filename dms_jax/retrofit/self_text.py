@@ -36,11 +36,16 @@ def prompts(config: SelfTextConfig, tokenizer: Tokenizer) -> list[list[int] | st
     ValueError: a source is too small, or a record has no question.
   """
   rng = np.random.default_rng(config.seed)
+  rows: list[list[int] | str]
   if not config.prefixes and not config.questions:
     free = (FREE, ASK) if user_opening(tokenizer) is not None else (FREE,)
-    return [free[i % len(free)] for i in range(config.rows)]
+    rows = [free[i % len(free)] for i in range(config.rows)]
+    if config.start_tokens:
+      words = whole_words(tokenizer)
+      rows = [rng.choice(words, config.start_tokens).tolist() if row == FREE else row for row in rows]
+    return rows
   asked = (config.rows // 2 if config.prefixes else config.rows) if config.questions else 0
-  rows: list[list[int] | str] = []
+  rows = []
   if config.prefixes:
     ids = np.asarray(tokenizer.encode(_read(config.prefixes, "prefixes")), np.int32)
     if len(ids) <= config.prefix_tokens:
@@ -71,6 +76,12 @@ def prompts(config: SelfTextConfig, tokenizer: Tokenizer) -> list[list[int] | st
       except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
   return rows
+
+
+def whole_words(tokenizer: Tokenizer) -> list[int]:
+  """The tokens that a text may start with: neither special nor parts of a character."""
+  special = tokenizer.hidden_ids
+  return [i for i in range(tokenizer.vocab_size) if i not in special and "\ufffd" not in tokenizer.decode([i])]
 
 
 def _read(path: str, name: str) -> str:

@@ -43,6 +43,11 @@ def test_prompts_of_every_source(tmp_path, writer):
   assert self_text.prompts(SelfTextConfig(3), tokenizer) == ["free", "ask", "free"]
   assert self_text.prompts(SelfTextConfig(2), byte_tokenizer()) == ["free", "free"]  # no template
   assert self_text.user_opening(tokenizer) == "<user>"
+  started = self_text.prompts(SelfTextConfig(4, start_tokens=3), tokenizer)
+  assert [row if isinstance(row, str) else len(row) for row in started] == [3, "ask", 3, "ask"]
+  assert started[0] != started[2] and not {*started[0], *started[2]} & tokenizer.hidden_ids
+  with pytest.raises(ValueError, match=r"self_text\.start_tokens=3: rows start with prefixes"):
+    SelfTextConfig(4, start_tokens=3, questions=chats)
 
 
 @pytest.mark.parametrize(
