@@ -19,7 +19,7 @@ def load(path: str | Path, retrofit: str | Path | None = None, dtype: Any = None
       "smollm2-135m-cr4"; without it the model may have no gates.
     dtype: dtype of the weights and the KV cache; default as stored.
     merge: fold low-rank updates into the weights, so that the model decodes faster; those that depend on each row's CR
-      (`LoRAConfig.by_cr`) stay apart.
+      (`LoRAConfig.by_cr`) stay apart, and `Model.at` merges them for one CR.
     mesh: the devices that generate together (`dms_jax.make_mesh`), of one process or all of several (`dms_jax.spmd`);
       each holds its shard of the weights alone, though every host checks all files' checksums. Over several processes
       each must call.

@@ -95,8 +95,13 @@ class Model:
       raise ValueError("lora.by_cr: these low-rank updates depend on each row's CR and cannot be merged; use Model.at")
     return self.replace(params=merge_lora(self.stacked().params, self.lora), lora=None)
 
-  def at(self, cr: int | float) -> Model:
-    """The same model for one CR of its range: the threshold joins the offset, and the updates have one strength.
+  def at(self, cr: int | float, merge: bool = True) -> Model:
+    """The same model for one CR of its range, which decodes faster where updates depend on it (`LoRAConfig.by_cr`).
+
+    The threshold joins the gates' offset, so that `DMS()` reads them at this CR, and the updates have one strength.
+
+    Args:
+      merge: low-rank updates are merged into copies of their weights; all other weights are shared with this model.
 
     Raises:
       ValueError: its gates are not for a range of ratios with this one in it.
@@ -108,7 +113,9 @@ class Model:
     fixed = dataclasses.replace(d, elastic=(), elastic_thresholds=(), offset=d.offset + float(d.levels.threshold(cr)))
     if lora is not None and lora.by_cr:
       lora = dataclasses.replace(lora, scale=lora.scale * float(d.levels.strength(cr)), by_cr=False)
-    return self.replace(dms=fixed, lora=lora)
+    if not merge or lora is None:
+      return self.replace(dms=fixed, lora=lora)
+    return self.replace(params=merge_lora(self.params, lora), dms=fixed, lora=None)
 
   def stacked(self) -> Model:
     """The same model with its layers' parameters stacked [L, ...]; the inverse of `unstacked`."""

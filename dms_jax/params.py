@@ -276,16 +276,27 @@ def join_params(*trees: Params) -> Params:
 def merge_lora(params: Params, lora: LoRAConfig | None) -> Params:
   """Parameters with low-rank updates folded into their projections, in float32, rounded once.
 
-  A projection on disk stays there: each layer's update is folded in when the layer is read.
+  Layers stay stacked or a list. A projection on disk stays there: each layer's update is folded in when it is read.
   """
-  flat = flatten(params)
+  layers = params["layers"]
+  if isinstance(layers, list):
+    alone = lambda w, a, b: _folded(w[None], a[None], b[None], lora.scale)[0]
+    return {**params, "layers": [_each_folded(layer, alone) for layer in layers]}
+
+  def fold(w, a, b):
+    part = lambda w, layers=...: _folded(w, a[layers], b[layers], lora.scale)
+    return _folded_when_read(w, part) if isinstance(w, StoredParam) else part(w)
+
+  return unflatten(_each_folded(flatten(params), fold))
+
+
+def _each_folded(flat: dict[str, Any], fold: Callable) -> dict[str, Any]:
+  """`flat` with `fold(w, a, b)` in place of each projection that has an update."""
+  flat = dict(flat)
   for path in [p for p in flat if p.endswith("_lora_a")]:
-    a, b = flat.pop(path), flat.pop(path[: -len("a")] + "b")
     target = path[: -len("_lora_a")]
-    fold = lambda w, layers=..., a=a, b=b: _folded(w, a[layers], b[layers], lora.scale)
-    w = flat[target]
-    flat[target] = _folded_when_read(w, fold) if isinstance(w, StoredParam) else fold(w)
-  return unflatten(flat)
+    flat[target] = fold(flat[target], flat.pop(path), flat.pop(f"{target}_lora_b"))
+  return flat
 
 
 def _folded_when_read(stored: StoredParam, fold: Callable) -> StoredParam:

@@ -2,6 +2,7 @@
 
     python -m experiments.bench_execution --shape=smollm2-135m --rows=1,8,32 --output=execution.json
     python -m experiments.bench_execution --shape=llama-3.2-1b --rows=1,8,32,128,248 --output=execution.json
+    python -m experiments.bench_execution --kind=by_cr --tricks=joint_updates --window=64 --rows=1,32
     python -m experiments.bench_execution --chunk=64 --dtype=float32 --rows=1 --tokens=512 --output=execution.json
 
 Weights and caches are random (`experiments.bench.synthetic`). Each field of `Execution` that is on for a step is
@@ -15,7 +16,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -44,10 +45,12 @@ class Config:
 
   Attributes:
     shape: name of a model's shape in `dms_jax.families.PRESETS`.
+    kind: "by_cr" also has low-rank updates of q, k, v and o by each row's CR, which are not merged.
     window: W of the gates, in tokens.
   """
 
   shape: str = "smollm2-135m"
+  kind: Literal["dms", "by_cr"] = "dms"
   rows: tuple[int, ...] = (1, 8, 32)
   tokens: int = 8192
   cr: float = 8.0
@@ -79,7 +82,9 @@ class Contest:
 
   def __init__(self, config: Config, rows: int, benches: dict[str, Bench], pool: ThreadPoolExecutor):
     self.config, self.rows, self.benches = config, rows, benches
-    self.tricks = switched_off(Execution.choose(self.bench().model("dms"), rows, config.chunk or 1), config.tricks)
+    self.tricks = switched_off(
+      Execution.choose(self.bench().model(config.kind), rows, config.chunk or 1), config.tricks
+    )
     self.caches: dict[str, Cache] = {}
     self.programs: dict[str, Future] = {}  # (program, seconds to compile), without programs equal to BASE's
     texts = set()
@@ -101,16 +106,18 @@ class Contest:
 
   def _lowered(self) -> Any:
     if self.config.chunk:
-      return self.bench().lower_prompt("dms", self.config.tokens, self.config.chunk)
-    return self.bench().lower(Point("dms", self.rows, self.config.tokens, self.config.tokens))
+      return self.bench().lower_prompt(self.config.kind, self.config.tokens, self.config.chunk)
+    return self.bench().lower(Point(self.config.kind, self.rows, self.config.tokens, self.config.tokens))
 
   def _call(self, name: str) -> Callable[[], Any]:
     """A call that runs a trick's program from the same state; it returns (tokens or logits, whether rows had space)."""
     c, run = self.config, self.programs[name].result()[0]
     with override(**self.tricks[name]):
-      model, policy, *rest = self.bench().arguments("dms", c.tokens)
+      model, policy, *rest = self.bench().arguments(c.kind, c.tokens, 1 if c.chunk else self.rows)
       shape = (
-        self.bench().prompt_cache("dms", c.tokens) if c.chunk else self.bench().cache_shape("dms", self.rows, c.tokens)
+        self.bench().prompt_cache(c.kind, c.tokens)
+        if c.chunk
+        else self.bench().cache_shape(c.kind, self.rows, c.tokens)
       )
     stored = str(shape.kv.dtype)
     if stored not in self.caches:
@@ -147,7 +154,7 @@ class Contest:
       for name, call in calls.items():
         best[name] = min(best[name], _seconds(call, counts[name]))
     ms = {name: took * 1e3 / (1 if c.chunk else c.steps) for name, took in best.items()}
-    about = {name: getattr(c, name) for name in ("shape", "tokens", "dtype", "chunk")} | {"rows": self.rows}
+    about = {name: getattr(c, name) for name in ("shape", "kind", "tokens", "dtype", "chunk")} | {"rows": self.rows}
     return [
       {
         **about,

@@ -110,7 +110,7 @@ def one_ratio(model: Model, about: About) -> Model:
   if d is None or d.levels is None or about.cr is None:
     return model
   try:
-    return model.at(about.cr)
+    return model.at(about.cr, merge=False)  # the layout does that, or keeps them apart
   except ValueError as error:
     raise ValueError(f"--{error}") from None
 

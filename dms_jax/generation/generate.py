@@ -105,7 +105,9 @@ def generate(
   Args:
     prompts: a string, strings, ids, lists of ids, or an id matrix [B, T], whose padding (on any side) `mask` excludes.
     policy: decides what the cache keeps. Default: the policy of `continue_from`; without it `DMS()` for a model with
-      gates, else `Vanilla()`.
+      gates, else `Vanilla()`. Where all rows have one CR and the model has low-rank updates by each row's CR
+      (`LoRAConfig.by_cr`), `model.at(cr)` with `DMS()` instead of `DMS(cr=cr)` decodes faster: its updates are merged.
+      That is not done here, because a row's numbers would then depend on the CRs of the rows beside it.
     max_new_tokens: 0 only reads the prompts.
     key: one key, or one a row; needed if temperature > 0. Row b's n-th token depends only on its key and n.
     temperature: 0 is greedy; `top_k` and `top_p` then change nothing.

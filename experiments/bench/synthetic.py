@@ -27,7 +27,6 @@ from dms_jax.cache.pool import Pool
 from dms_jax.cache.sharded import DEVICE
 from dms_jax.collectives import devices, head_numbers, own_heads
 from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig
-from dms_jax.execution import fastest_form
 from dms_jax.generation.decode import RUNNING, DecodeState
 from dms_jax.model import Model
 from dms_jax.params import init_params, param_table
@@ -105,8 +104,11 @@ def with_updates(model: Model, *, rank: int, ratios: tuple[float, float]) -> Mod
   dms, lora = dataclasses.replace(model.dms, elastic=ratios), LoRAConfig(rank, by_cr=True)
   table = {path: spec for path, spec in param_table(model.config, dms, lora).items() if spec.group == "lora"}
   added = jax.jit(lambda key: init_params(table, key, model.dtype))(jax.random.key(1))
-  own, new = model.params["layers"], fastest_form(Model(added, model.config)).params["layers"]
-  layers = [a | b for a, b in zip(own, new, strict=True)] if isinstance(own, list) else own | new
+  own, updates = model.params["layers"], Model(added, model.config)
+  if isinstance(own, list):
+    layers = [a | b for a, b in zip(own, updates.unstacked().params["layers"], strict=True)]
+  else:
+    layers = own | added["layers"]
   return model.replace(params={**model.params, "layers": layers}, dms=dms, lora=lora)
 
 

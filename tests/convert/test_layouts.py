@@ -373,7 +373,7 @@ def test_updates_by_cr_are_fixed_at_one(tmp_path):
   model = tiny.model(QWEN3, tiny.dms(elastic=(2.0, 8.0)), dataclasses.replace(LORA, by_cr=True))
   path = export(tmp_path / "out", model, layout="transformers", about=About(cr=4))
   loaded = checkpoint.load(convert(str(path), tmp_path / "ours"))
-  for name, value in flatten(model.at(4).merged().params).items():
+  for name, value in flatten(model.at(4).params).items():
     np.testing.assert_array_equal(flatten(loaded.params)[name], value)
   for layout in LAYOUTS:
     with pytest.raises(ValueError, match=r"updates by each row's CR \(choose one with --cr, from 2 to 8\)"):

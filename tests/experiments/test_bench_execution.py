@@ -26,13 +26,16 @@ def test_switched_off():
   assert list(switched_off(every, ("jitted_attention",))) == [BASE, "jitted_attention"]
 
 
-@pytest.mark.parametrize("chunk, tricks", [(0, ("layers", "matvec_parts", "bits_storage")), (8, ("weights_left",))])
-def test_measure(chunk, tricks, monkeypatch):
+@pytest.mark.parametrize(
+  "kind, chunk, tricks", [("by_cr", 0, ("layers", "matvec_parts", "bits_storage")), ("dms", 8, ("weights_left",))]
+)
+def test_measure(kind, chunk, tricks, monkeypatch):
   """A row a trick; programs that a trick leaves as they are run once."""
   monkeypatch.setitem(PRESETS, "tiny", tiny.config())
   monkeypatch.setattr("os.cpu_count", lambda: 2)
-  config = Config("tiny", (1 if chunk else 2,), 64, 2.0, window=8, steps=2, chunk=chunk, tricks=tricks, workers=2)
-  found = measure(dataclasses.replace(config, rounds=1, seconds=1e-4))
+  sizes = dict(rows=(1 if chunk else 2,), tokens=64, cr=2.0, window=8, steps=2, chunk=chunk)
+  config = Config("tiny", kind, tricks=tricks, workers=2, rounds=1, seconds=1e-4, **sizes)
+  found = measure(config)
   assert [row["off"] for row in found] == [BASE, *tricks]
   for row in found:
     assert row["ms"] > 0 and row["ms_off"] > 0 and (row["tokens"], row["rows"]) == (64, *config.rows)

@@ -207,10 +207,14 @@ def test_updates_grow_with_the_cr():
   np.testing.assert_allclose(update_scale(BY_CR, crs), [0.0, 8 * math.log(2) / math.log(12), 8.0, 8.0], rtol=1e-6)
   for policy in (policies.DMS(), policies.DMS(threshold=float(GATES.levels.threshold(4.0)) + 1e-6)):
     np.testing.assert_allclose(check_policy(BY_CR, policy).target, 4.0, rtol=1e-5)
-  merged = BY_CR.at(3.0).merged()
-  assert merged.lora is None and not merged.dms.elastic
   limit = GATES.levels.threshold(3.0)
-  np.testing.assert_allclose(read(merged, tokens, 0.0)[0], read(BY_CR, tokens, limit)[0], atol=2e-4)
+  expected = read(BY_CR, tokens, limit)[0]
+  for model in (BY_CR, BY_CR.unstacked()):
+    merged, apart = model.at(3.0), model.at(3.0, merge=False)
+    assert merged.lora is None and not merged.dms.elastic and not apart.lora.by_cr and apart.params is model.params
+    np.testing.assert_allclose(read(merged.stacked(), tokens, 0.0)[0], expected, atol=2e-4)
+  assert merged.params["layers"][0]["up_proj"] is model.params["layers"][0]["up_proj"]
+  np.testing.assert_allclose(read(apart.stacked(), tokens, 0.0)[0], expected, atol=2e-4)
   with pytest.raises(ValueError, match=r"lora.by_cr: these low-rank updates depend .* use Model.at"):
     BY_CR.merged()
   with pytest.raises(ValueError, match=r"cr=13: these gates are for ratios from 1.5 to 12"):
