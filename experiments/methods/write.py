@@ -54,12 +54,29 @@ def generator_of(
     )  # fmt: skip
   except BudgetError as error:
     raise ValueError(f"--kv_budget_gib, with --width={width}: {error}") from None
-  policy = group.policy
-  slots = min(most_tokens(policy, group.numbers, longest), longest)
+  policy, slots = group.policy, _slots(group, longest)
   if policy.data_dependent:  # the pool grows where a text needs more
     slots = min(longest, policy.window + 1 + longest // 2)
   generator.memory.reserve(slots, min(CHUNK, longest))
   return generator
+
+
+def _slots(group: Group, longest: int) -> int:
+  """Most slots of a head."""
+  return min(most_tokens(group.policy, group.numbers, longest), longest)
+
+
+def enough_gib(job: Any, method: Method, group: Group, most: int, generator: Generator) -> float:
+  """Cache memory, in GiB on each device, in which every prompt of a group is answered, whatever the heads keep.
+
+  The chains of a prompt begin together: they share its pages and take one more a head, or copy them where the policy
+  rewrites them. Then each goes on alone if need be, at its longest.
+  """
+  longest, memory = longest_text(job, method, group, most), generator.memory
+  own = memory.own
+  row = own.row_pages(min(_slots(group, longest) + CHUNK, longest), longest, least=1)  # while it reads a chunk
+  others = (job.chains - 1) * (row if group.policy.rewrites or own.sliding is not None else memory.pool_heads)
+  return (own.fixed_bytes + (row + others) * own.page_bytes) / 2**30
 
 
 def _text_until(tokens: Sequence[int], generator: Generator, prompt: Any) -> str:
@@ -118,8 +135,12 @@ def _write_group(
   def step(run: Callable[..., Any], *args: Any, **request: Any) -> Any:
     try:
       return run(*args, **request)
-    except BudgetError as error:
-      raise ValueError(f"--kv_budget_gib: {method.label} on {job.name}: {error}") from None
+    except BudgetError:
+      enough = 1.006 * enough_gib(job, method, group, most, generator)  # three digits are not below it
+      raise ValueError(
+        f"--kv_budget_gib={memory / 2**30:.3g} is too little for {method.label} on {job.name}: {width} rows, and "
+        f"chains of up to {longest_text(job, method, group, most):,} tokens, fit --kv_budget_gib={enough:.3g}"
+      ) from None
 
   for place, number in enumerate(group.rows):
     if chains := list(cuts.get(number, ())):

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -234,6 +235,24 @@ def test_a_width_that_does_not_fit_is_halved(checkpoints):
     list(timing.narrowing(lambda width: begin(width, 100), 8, 2))
   with pytest.raises(ValueError, match="other"):
     list(timing.narrowing(lambda width: (_ for _ in ()).throw(ValueError("other")), 8, 2))
+
+
+@pytest.mark.parametrize(("name", "most"), [("vanilla", 100), ("h2o", 250)])
+def test_memory_that_is_too_small_for_a_row_is_said_with_what_fits(checkpoints, name, most):
+  (method,), job = built(checkpoints, (name,)), letters(most)
+
+  def answer(memory):
+    found = run.run(job, [method], byte_tokenizer(), width=2, memory=memory)
+    return [record for part in found for record in part]
+
+  with pytest.raises(ValueError, match=r"--kv_budget_gib, with --width=2.* take \d+") as refused:
+    answer(100)
+  empty = int(re.search(r"take (\d+)", str(refused.value))[1])
+  said = rf"^--kv_budget_gib=\S+ is too little for {name}.* on letters: 2 rows, .* fit --kv_budget_gib=(\S+)$"
+  with pytest.raises(ValueError, match=said) as refused:
+    answer(empty)
+  gib = float(re.search(said, str(refused.value))[1])
+  assert empty < gib * 2**30 and len(answer(int(gib * 2**30))) == 3 * 2
 
 
 def test_a_batch_has_no_more_rows_than_a_task_has_chains(checkpoints, monkeypatch):
