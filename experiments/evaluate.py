@@ -43,7 +43,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dms_jax import DMS, Vanilla, checkpoint, policies
-from dms_jax.config import read_json
+from dms_jax.json_files import read_json
 from dms_jax.model import Model
 from dms_jax.policies import Policy
 from dms_jax.sharding import decoding

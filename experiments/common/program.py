@@ -43,7 +43,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from dms_jax import compilation, disk
-from dms_jax.config import as_text
+from dms_jax.json_files import as_text
 from experiments.common import early, heartbeat, outputs, stopping, usage
 
 FLAGS = flags.FLAGS
