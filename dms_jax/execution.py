@@ -22,7 +22,7 @@ if TYPE_CHECKING:
   from dms_jax.model import Model
 
 LEAST_ROWS = 8  # value of `Execution.least_rows`, where it is on
-LATE_ROWS = 32  # most rows for `Execution.late_gates`
+LATE_ROWS = 32  # most rows for `Execution.late_gates` and `Execution.joint_updates`
 FEW_ROWS = 16  # most rows for `Execution.weights_left`
 MANY_LAYERS = 8  # fewest layers for `Execution.layers_apart` and `Execution.step_layers`
 PART = 4  # most layers for `Execution.step_layers`
@@ -50,6 +50,10 @@ class Execution:
       LATE_ROWS rows one kernel per layer is faster. The cache must support it (`Cache.can_decide_late`).
     fused_gate: a decode step on a GPU computes an adapter gate's RMSNorm and projection as one reduction (+10 %). The
       reduction is one small kernel instead of three.
+    joint_updates: most rows for which low-rank updates that are not merged (`LoRAConfig.by_cr`) take few kernels, on a
+      GPU: in a decode step those of q, k and v are one update, and the product with its matrix A is one reduction.
+      For three updates of 16 ranks XLA computes six products, pads operands to split their sums, and copies weights
+      together. A reduction reads x once per rank.
     weights_left: most rows for which a bfloat16 product has the weights as its left operand, on a CPU (+94 %). XLA's
       library packs the right operand at every call. For few rows, packing weights takes several times as long as the
       product.
@@ -84,6 +88,7 @@ class Execution:
   least_rows: int = 0
   late_gates: bool = False
   fused_gate: bool = False
+  joint_updates: int = 0
   weights_left: int = 0
   matvec_parts: int = 1
   bits_storage: bool = False
@@ -112,6 +117,7 @@ class Execution:
       least_rows=LEAST_ROWS if alone else 0,
       late_gates=alone and rows <= LATE_ROWS,
       fused_gate=gpu,
+      joint_updates=LATE_ROWS if gpu else 0,
       weights_left=FEW_ROWS if cpu else 0,
       matvec_parts=(os.cpu_count() or 1) if cpu else 1,
       bits_storage=cpu,

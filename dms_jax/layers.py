@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -252,22 +252,64 @@ def _matvec_in_parts(x: Float[Array, "1 in"], weight: Float[Array, "out in"], pa
 
 
 def project(
-  x: Array, layer: dict, name: str, num_inputs: int = 1, *, lora_scale: float | Array = 0.0, out_dtype=None
-) -> Array:
+  x: Array, layer: dict, name: str, num_inputs: int = 1, *, lora_scale: float | Array = 0.0, out_dtype=None,
+  update: Array | None = None,
+) -> Array:  # fmt: skip
   """`linear` by the projection called `name`, plus its low-rank update if the layer has one that is not merged.
 
   The result is named for `jax.checkpoint`: see `model.SAVED_ACTIVATIONS`.
 
   Args:
     lora_scale: factor of the update: a number, or a traced one or one a row [B].
+    update: of `joint_updates`, if it is known.
   """
   y = linear(x, layer[name], num_inputs, out_dtype=out_dtype)
-  if f"{name}_lora_a" in layer:
-    down = linear(x, layer[f"{name}_lora_a"].astype(x.dtype), num_inputs)
-    if isinstance(lora_scale, Array):  # multiplies the short vectors, in float32
-      down, lora_scale = (down.astype(jnp.float32) * lora_scale.reshape(-1, 1, 1)).astype(x.dtype), 1.0
-    y = y + scaled(linear(down, layer[f"{name}_lora_b"].astype(x.dtype), out_dtype=y.dtype), lora_scale)
-  return checkpoint_name(y, name)
+  if update is None and f"{name}_lora_a" in layer:
+    update = _low_rank(x, layer, name, num_inputs, lora_scale, y.dtype)
+  return checkpoint_name(y if update is None else y + update.astype(y.dtype), name)
+
+
+def _low_rank(x: Array, layer: dict, name: str, num_inputs: int, scale: float | Array, dtype) -> Array:
+  """The low-rank update `scale` B A x of the layer called `name`, in `dtype`."""
+  a, b = (layer[f"{name}_lora_{side}"].astype(x.dtype) for side in "ab")
+  by_row = scale.reshape(-1, 1, 1) if isinstance(scale, Array) else None
+  if math.prod(x.shape[: x.ndim - num_inputs]) <= Execution.choose().joint_updates:
+    x, a = (y.reshape(*y.shape[: y.ndim - num_inputs], -1).astype(jnp.float32) for y in (x, a))
+    x = x if by_row is None else x * by_row
+    down = jnp.sum(x[..., None, :] * a, axis=-1)
+  else:
+    down = linear(x, a, num_inputs)
+    down = down if by_row is None else down.astype(jnp.float32) * by_row  # the short vectors
+  scale = scale if by_row is None else 1.0
+  return scaled(linear(down.astype(b.dtype), b, out_dtype=dtype), scale)
+
+
+def join_updates(layer: dict, names: Sequence[str], joint: str) -> dict:
+  """The layer with a low-rank update `joint` that stands for those of several projections of one input.
+
+  Their matrices A stand one below another, and their matrices B along a diagonal. The layer itself without updates.
+  """
+  names = [name for name in names if f"{name}_lora_a" in layer]
+  if not names:
+    return layer
+  a, b = ([layer[f"{name}_lora_{side}"] for name in names] for side in "ab")
+  diagonal = jax.scipy.linalg.block_diag(*(w.reshape(-1, w.shape[-1]) for w in b))
+  return layer | {f"{joint}_lora_a": jnp.concatenate(a), f"{joint}_lora_b": diagonal}
+
+
+def joint_updates(
+  x: Float[Array, "B T D"], layer: dict, names: Sequence[str], joint: str, scale: float | Array
+) -> dict[str, Array]:
+  """The low-rank updates of projections of x, float32 by name, by one of `join_updates`; none without it."""
+  if f"{joint}_lora_a" not in layer:
+    return {}
+  up, found, start = _low_rank(x, layer, joint, 1, scale, jnp.float32), {}, 0
+  for name in names:
+    if f"{name}_lora_b" in layer:
+      outputs = layer[name].shape[:-1]
+      size = math.prod(outputs)
+      found[name], start = up[..., start : start + size].reshape(*x.shape[:-1], *outputs), start + size
+  return found
 
 
 def biased(y: Array, layer: dict, name: str) -> Array:

@@ -33,6 +33,8 @@ from dms_jax.gates import clear_neuron, gate_logits, step_gate_logits
 from dms_jax.layers import (
   apply_rope,
   biased,
+  join_updates,
+  joint_updates,
   layer_rope,
   linear,
   look_up,
@@ -53,6 +55,7 @@ from pallas_kernels.common.softmax import soft_capped
 # The activations of each layer that the backward pass keeps: projections and attention. Norms, RoPE and SwiGLU are
 # cheaper to recompute than to write and read; the down projection is part of the next layer's input, kept anyway.
 SAVED_ACTIVATIONS = (*(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up")), window_bias.SAVED)
+JOINED = ("q_proj", "k_proj", "v_proj"), "qkv"  # projections of one input, and the name of their joint update
 
 
 @struct.dataclass
@@ -145,6 +148,15 @@ def update_scale(model: Model, cr: ArrayLike) -> float | Float[Array, "*rows"]:
   return model.lora.scale * model.dms.levels.strength(cr)
 
 
+def for_steps(model: Model, rows: int) -> Model:
+  """The model for many decode steps of `rows` rows, made once before them: see `Execution.joint_updates`."""
+  if model.lora is None or rows > Execution.choose().joint_updates:
+    return model
+  layers, join = model.params["layers"], lambda layer: join_updates(layer, *JOINED)
+  layers = [join(layer) for layer in layers] if isinstance(layers, list) else jax.vmap(join)(layers)
+  return model.replace(params={**model.params, "layers": layers})
+
+
 # attend(carry, layer, xs, q, k, v, gates) -> (attended [B, T, N, H], carry, ys), of one layer; see `_attention_inputs`
 Attend = Callable[..., tuple[Array, Any, Any]]
 
@@ -161,9 +173,10 @@ def _attention_inputs(
   c, dms = model.config, model.dms
   neuron = dms is not None and dms.gate == "neuron"
   h = normed(c, layer, "attn_norm", x)
-  # The neuron gate reads its channel of q before rounding.
-  q = project(h, layer, "q_proj", lora_scale=scale, out_dtype=jnp.float32 if neuron else None)
-  k, v = (project(h, layer, name, lora_scale=scale) for name in ("k_proj", "v_proj"))
+  updates = joint_updates(h, layer, *JOINED, scale)
+  of = lambda name, dtype=None: project(h, layer, name, lora_scale=scale, out_dtype=dtype, update=updates.get(name))
+  q = of("q_proj", jnp.float32 if neuron else None)  # the neuron gate reads its channel of q before rounding
+  k, v = of("k_proj"), of("v_proj")
   if c.qkv_bias:
     q, k, v = (y + layer[name].astype(y.dtype) for y, name in ((q, "q_bias"), (k, "k_bias"), (v, "v_bias")))
   if c.qk_norm:

@@ -256,8 +256,8 @@ def bench_dtype(config: Config, dtype: str, tokenizer, prompt: list[int]) -> lis
 
 
 COLUMNS = (
-  "name", "case", "ms", "host_ms", "admit_ms", "roofline_ms", "of_roofline", "CR", "dense_ms", "dense_ratio",
-  "tokens_per_s", "bar", "reached",
+  "name", "case", "ms", "host_ms", "admit_ms", "roofline_ms", "of_roofline", "CR", "merged_ms", "over_merged",
+  "dense_ms", "dense_ratio", "tokens_per_s", "bar", "reached",
 )  # fmt: skip
 
 

@@ -132,7 +132,7 @@ def policies_by_rows() -> None:
 
 
 def families_by_rows() -> None:
-  """One KV head, sinks, norms over all heads, whole and split experts with biases, updates by each row's CR."""
+  """One KV head, sinks, norms over all heads, whole and split experts with biases, joint updates by row."""
   generates("paged", 2, 4, model=of_family("gemma3", num_heads=4, num_kv_heads=1))
   generates("contiguous", 1, 4, policies.H2O(budget=12, window=5), model=of_family("olmo2"))
   generates("paged", 2, 4, model=of_family("gpt_oss"))  # two KV heads
@@ -142,7 +142,8 @@ def families_by_rows() -> None:
   targets = tuple(f"{name}_proj" for name in ("q", "o", "gate", "up", "down"))
   lora = LoRAConfig(rank=2, scale=8.0, by_cr=True, targets=targets)
   model = fastest_form(tiny.model(three_heads().config, gates, lora))
-  generates("paged", 2, 2, policies.DMS(cr=np.linspace(1.5, 12, len(PROMPTS))), model=model)
+  with execution.override(joint_updates=8):
+    generates("paged", 2, 2, policies.DMS(cr=np.linspace(1.5, 12, len(PROMPTS))), model=model)
 
 
 def three_heads(gates=None) -> Model:

@@ -14,16 +14,17 @@ from dms_jax import cache as caches
 from dms_jax import policies
 from dms_jax import testing as tiny
 from dms_jax.cache.base import storage_dtype
+from dms_jax.config import LoRAConfig
 from dms_jax.execution import FEW_ROWS, LATE_ROWS, LEAST_ROWS, Execution, fastest_form, override
 from dms_jax.model import cached_forward, last_logits
 from dms_jax.sharding import make_mesh
 from pallas_kernels.common.platform import tracing_for
 from tests.helpers import close
 
-OFF = Execution()
+OFF, LORA = Execution(), LoRAConfig(rank=2)
 # Each field switched on, on any device.
 ON = dict(
-  layers="loop", least_rows=5, late_gates=True, fused_gate=True, weights_left=FEW_ROWS,
+  layers="loop", least_rows=5, late_gates=True, fused_gate=True, joint_updates=LATE_ROWS, weights_left=FEW_ROWS,
   matvec_parts=3, bits_storage=True, embed_barrier=True, jitted_attention=True, layers_apart=True,
   step_layers=3, skipped_filters=True, small_cuts=True, replicated_writes=True,
 )  # fmt: skip
@@ -43,9 +44,9 @@ def test_what_is_chosen():
   model = tiny.model(gates=tiny.dms())
   listed, neuron = model.unstacked(), tiny.model(gates=tiny.dms(gate="neuron")).unstacked()
   with tracing_for("gpu"):
-    assert Execution.choose() == Execution(layers="loop", jitted_attention=True)
-    assert Execution.choose(listed, 1, 2) == Execution.choose()
-    small = Execution(layers="loop", least_rows=LEAST_ROWS, late_gates=True, fused_gate=True, jitted_attention=True)
+    always = Execution(layers="loop", joint_updates=LATE_ROWS, jitted_attention=True)
+    assert Execution.choose() == Execution.choose(listed, 1, 2) == always
+    small = dataclasses.replace(always, least_rows=LEAST_ROWS, late_gates=True, fused_gate=True)
     assert Execution.choose(listed, 1, 1) == Execution.choose(listed, LATE_ROWS, 1) == small
     for rows, other in ((LATE_ROWS + 1, listed), (1, model), (1, neuron), (1, tiny.model().unstacked()), (1, None)):
       assert Execution.choose(other, rows, 1) == dataclasses.replace(small, late_gates=False)
@@ -87,7 +88,7 @@ def test_override():
 def run(rows, dtype, kind="contiguous", **fields):
   """A chunk of 6 tokens and 8 decode steps, one row pausing: logits, cache and usage in float32."""
   cfg = tiny.config()
-  model, tokens = tiny.model(cfg, tiny.dms(), dtype=dtype), np.asarray(tiny.tokens(cfg, rows, 14))
+  model, tokens = tiny.model(cfg, tiny.dms(), LORA, dtype=dtype), np.asarray(tiny.tokens(cfg, rows, 14))
   listed = model.unstacked()
   decisions = np.random.default_rng(0).random((2, rows, 2, 14)) < 0.5
   found = []
@@ -120,7 +121,7 @@ def test_each_choice_gives_the_same_results(rows, dtype):
 def test_each_choice_changes_the_program():
   """No field is dead: switching it on changes what is traced, or what a model or a cache is made of."""
   stacked = tiny.model(gates=tiny.dms())
-  models = [tiny.model(gates=tiny.dms(), dtype=dtype).unstacked() for dtype in (jnp.bfloat16, jnp.float32)]
+  models = [tiny.model(gates=tiny.dms(), lora=LORA, dtype=dtype).unstacked() for dtype in (jnp.bfloat16, jnp.float32)]
   tokens, lengths = jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
 
   def logits(model, tokens, lengths):

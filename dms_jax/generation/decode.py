@@ -20,7 +20,7 @@ from dms_jax.cache import Cache
 from dms_jax.generation.sampling import Sampling, sample
 from dms_jax.generation.stops import StopCriteria
 from dms_jax.metrics import Counts, count
-from dms_jax.model import Model, StepOutput, cached_forward, last_logits
+from dms_jax.model import Model, StepOutput, cached_forward, for_steps, last_logits
 from dms_jax.policies import Policy
 from dms_jax.spmd import on_mesh
 
@@ -146,6 +146,7 @@ def decode_block(
     emitted, held, step_reads = jax.tree.map(lambda x: x[0], (emitted, now.held, now.step_reads))
     return (cache, rows, reads + now.reads, now.live), (emitted, held, step_reads, now.live if history else None)
 
+  model = for_steps(model, rows.token.shape[0])
   zeros = jnp.zeros((model.config.num_layers, rows.token.shape[0], model.config.num_kv_heads), jnp.int32)
   state = (cache, rows, zeros, zeros)
   (cache, rows, reads, live), (emitted, held, step_reads, history) = lax.scan(step, state, length=steps)

@@ -5,7 +5,8 @@ exp(0.8 N(0, 1)) times a mean, and at least the window; the mean makes the achie
 SmolLM2's shape each head holds as many tokens as in the CR 8 retrofit on a text. `generate_points` measures.
 
     memory        device memory of a cache against the dense one's, as the runtime reports it
-    step          a decode step at each batch and length: its roofline, and the dense cache where that fits
+    step          a decode step at each batch and length: its roofline, and the dense cache where that fits; in
+                  SmolLM2's shape also with low-rank updates by each row's CR, against updates merged for one CR
     concurrency   rows and tokens/s under one budget of bytes
     energy        joules a token by NVML: equal rows, and as many as the budget holds
     first_token   time from a prompt on the host to its first token there, read in chunks
@@ -28,7 +29,18 @@ from dms_jax.config import ModelConfig
 from dms_jax.families import PRESETS
 from experiments.bench import generator_points, synthetic
 from experiments.bench.cases import Bar, apart, llama_config
-from experiments.bench.generate_points import KINDS, Bench, Energy, Kind, Point, Programs, Shape, bytes_in_use, report
+from experiments.bench.generate_points import (
+  KINDS,
+  RANK,
+  Bench,
+  Energy,
+  Kind,
+  Point,
+  Programs,
+  Shape,
+  bytes_in_use,
+  report,
+)
 
 GATES = Path(__file__).parents[1] / "results/ablate/compression/ablation.json"  # what heads hold, for SmolLM2
 RETROFIT = "smollm2-135m-cr8"
@@ -218,7 +230,33 @@ class Suite:
       IN_ROOFLINE,
       lambda: [self.retrofitted().start(point) for point in pair.values()] and None,
     )
-    return found
+    return found | self._by_cr()
+
+  def _by_cr(self) -> dict[str, Measurement]:
+    """Steps with updates of q, k, v and o by each row's CR, merged for one CR, and with the dense cache."""
+    width, tokens = self.setup.retrofitted
+
+    def run(points: dict[Kind, Point]) -> dict[str, Any]:
+      found = {kind: self.retrofitted().point(point) for kind, point in points.items()}
+      ours, merged, dense = (found[kind] for kind in ("by_cr", "dms", "dense"))
+      return ours | {
+        "merged_ms": merged["ms"], "over_merged": ours["ms"] / merged["ms"], "dense_ms": dense["ms"],
+        "dense_ratio": dense["ms"] / ours["ms"], "merged_dense_ratio": dense["ms"] / merged["ms"],
+      }  # fmt: skip
+
+    every = {
+      batch: {kind: Point(kind, batch, tokens, tokens) for kind in (*KINDS, "by_cr")}
+      for batch in dict.fromkeys((1, width))
+    }
+    return {
+      f"step_smollm2_by_cr_b{batch}_{label(tokens)}": Measurement(
+        {"case": f"SmolLM2 rank {RANK} by CR B{batch} T{tokens}"},
+        lambda points=points: run(points),
+        (),
+        lambda points=points: [self.retrofitted().start(point) for point in points.values()] and None,
+      )
+      for batch, points in every.items()
+    }
 
   def _concurrency(self) -> dict[str, Measurement]:
     def run() -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """Time, memory and energy of decode steps and prompts of a model's shape, dense and with DMS.
 
 A dense model has a contiguous cache and no gates, a DMS model rings, pages and random evictions
-(`experiments.bench.synthetic`). A *point* is a batch of rows at one length. Its steps are timed inside compiled decode
-blocks, each from the same state. Its roofline is the bytes of the weights and of the live keys and values over the
-measured read bandwidth; on a mesh, those of the device that reads most in each layer. Programs are compiled in
-parallel, before anything is timed.
+(`experiments.bench.synthetic`). A "by_cr" model also has low-rank updates of q, k, v and o that grow with each row's CR
+and are not merged (`LoRAConfig.by_cr`); merged for one CR (`Model.at`) it is the DMS model. A *point* is a batch of
+rows at one length. Its steps are timed inside compiled decode blocks, each from the same state. Its roofline is the
+bytes of the weights and of the live keys and values over the measured read bandwidth; on a mesh, those of the device
+that reads most in each layer. Programs are compiled in parallel, before anything is timed.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ from dms_jax.policies import Policy, Vanilla
 from dms_jax.sharding import Split
 from experiments.bench import synthetic
 
-Kind = Literal["dense", "dms"]
+Kind = Literal["dense", "dms", "by_cr"]
 KINDS: tuple[Kind, ...] = ("dense", "dms")
+RANK, RATIOS = 16, (1.5, 12.0)  # of "by_cr", as in the retrofit smollm2-135m-elastic-by-cr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +168,7 @@ class Bench:
     return Bench(self.shape, self.bandwidth, self.programs, lambda: None, self.seconds, self, mesh)
 
   def model(self, kind: Kind) -> Model:
-    """Both kinds have the same weights; "dms" also has gates."""
+    """All kinds have the same weights; "dms" and "by_cr" also have gates."""
     if not self._models:
       gated = self.alone.model("dms") if self.alone else self._random()
       gated = spmd.place(gated, self.mesh)
@@ -174,6 +176,8 @@ class Bench:
       layers = gated.params["layers"]
       layers = [bare(layer) for layer in layers] if isinstance(layers, list) else bare(layers)
       self._models = {"dms": gated, "dense": gated.replace(dms=None, params={**gated.params, "layers": layers})}
+    if kind not in self._models:
+      self._models[kind] = synthetic.with_updates(self._models["dms"], rank=RANK, ratios=RATIOS)
     return self._models[kind]
 
   def _random(self) -> Model:
@@ -199,8 +203,11 @@ class Bench:
 
   # Decoding -----------------------------------------------------------------------------------------------------------
 
-  def arguments(self, kind: Kind, tokens: int) -> tuple[Model, Policy, Sampling, StopCriteria]:
-    others = self.shape.policy(kind, tokens), Sampling(), StopCriteria(jnp.zeros(0, jnp.int32))
+  def arguments(self, kind: Kind, tokens: int, batch: int = 1) -> tuple[Model, Policy, Sampling, StopCriteria]:
+    policy = self.shape.policy(kind, tokens)
+    if kind == "by_cr":  # the rows ask for CRs of their own
+      policy = policy.replace(crs=jnp.linspace(*RATIOS, batch))
+    others = policy, Sampling(), StopCriteria(jnp.zeros(0, jnp.int32))
     if self.mesh is not None:
       others = jax.device_put(others, NamedSharding(self.mesh, P()))
     return self.model(kind), *others
@@ -212,7 +219,7 @@ class Bench:
 
   def lower(self, point: Point) -> Any:
     """The lowered decode block of a point, which serves all points of its kind, batch and longest text."""
-    model, policy, sampling, stop_criteria = self.arguments(point.kind, point.longest)
+    model, policy, sampling, stop_criteria = self.arguments(point.kind, point.longest, point.batch)
     cache = self.cache_shape(point.kind, point.batch, point.longest)
     rows, decode_block = self.rows(point.batch), decoding.decode_block
     return decode_block.lower(
@@ -245,7 +252,7 @@ class Bench:
 
   def _measure(self, point: Point, seconds: float) -> dict[str, Any]:
     run = self.programs.get(self._key(point), partial(self.lower, point))
-    model, policy, sampling, stop_criteria = self.arguments(point.kind, point.tokens)
+    model, policy, sampling, stop_criteria = self.arguments(point.kind, point.tokens, point.batch)
     shape, steps = self.cache_shape(point.kind, point.batch, point.longest), self.shape.steps
     cache = synthetic.filled(shape, model, policy, tokens=point.tokens - steps, shared=point.chains)
     rows = self.rows(point.batch)

@@ -7,6 +7,7 @@ random keys and values.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
@@ -25,7 +26,8 @@ from dms_jax.cache.paged import Store
 from dms_jax.cache.pool import Pool
 from dms_jax.cache.sharded import DEVICE
 from dms_jax.collectives import devices, head_numbers, own_heads
-from dms_jax.config import DMSConfig, ModelConfig
+from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig
+from dms_jax.execution import fastest_form
 from dms_jax.generation.decode import RUNNING, DecodeState
 from dms_jax.model import Model
 from dms_jax.params import init_params, param_table
@@ -43,13 +45,19 @@ class Sampled(Policy):
   """Head k of layer l keeps a share `rates[l, k]` of the tokens that leave the window, by a hash of the position.
 
   The model's gates are computed but not used, since a random model's gates are arbitrary. A step reserves and writes
-  what it would for gates with the same decisions.
+  what it would for gates with the same decisions. `crs`: the CR by which each row scales low-rank updates
+  (`LoRAConfig.by_cr`); it changes no decision.
   """
 
   window: int | None = struct.field(pytree_node=False, default=None)
   rates: Float[Array, "L K"] = struct.field(kw_only=True)
+  crs: Float[Array, "B"] | None = None
 
   uses_gates = True
+
+  @property
+  def target(self):  # type: ignore[override]
+    return 1.0 if self.crs is None else self.crs
 
   def decide(self, logits, layer, position, keys=None):
     count = self.rates.shape[1] // devices()
@@ -87,6 +95,19 @@ def random_model(config: ModelConfig, *, window: int | None, dtype) -> Model:
   dms = None if window is None else DMSConfig(gate="adapter", window=window)
   params = jax.jit(lambda key: init_params(param_table(config, dms), key, dtype))(jax.random.key(0))
   return Model(params, config, dms)
+
+
+def with_updates(model: Model, *, rank: int, ratios: tuple[float, float]) -> Model:
+  """A model with adapter gates for a range of ratios, and low-rank updates of q, k, v and o by each row's CR.
+
+  The updates are beside the weights, which both models share. They are 0, as at the start of a training.
+  """
+  dms, lora = dataclasses.replace(model.dms, elastic=ratios), LoRAConfig(rank, by_cr=True)
+  table = {path: spec for path, spec in param_table(model.config, dms, lora).items() if spec.group == "lora"}
+  added = jax.jit(lambda key: init_params(table, key, model.dtype))(jax.random.key(1))
+  own, new = model.params["layers"], fastest_form(Model(added, model.config)).params["layers"]
+  layers = [a | b for a, b in zip(own, new, strict=True)] if isinstance(own, list) else own | new
+  return model.replace(params={**model.params, "layers": layers}, dms=dms, lora=lora)
 
 
 @partial(jax.jit, static_argnames=("layers", "heads", "tokens", "lag"))

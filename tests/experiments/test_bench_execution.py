@@ -15,7 +15,7 @@ from experiments.bench_execution import BASE, NOT_TIMED, Config, measure, switch
 def test_switched_off():
   """Each field that is on, at its off value; gates after the layers hide the fused ones, which are tried together."""
   assert switched_off(Execution()) == {BASE: {}}
-  every = Execution("loop", 8, True, True, 16, 2, True, True, True, True)
+  every = Execution("loop", 8, True, True, 32, 16, 2, True, True, True, True)
   off = switched_off(every)
   assert set(off) == {BASE, *(f.name for f in dataclasses.fields(Execution))} - {*NOT_TIMED, "fused_gate"} | {
     "late_gates+fused_gate"

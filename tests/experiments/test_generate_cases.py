@@ -143,9 +143,8 @@ def test_kernels_are_lowered_once_for_a_list_of_layers():
 
 def test_cases_are_chosen_by_name_or_beginning():
   names = generate_cases.names(generate_cases.FULL)
-  assert {"memory_8k", "step_b1_8k", "step_b128_32k", "step_smollm2_b32_8k", "first_token_32k", "transformers"} < set(
-    names
-  )
+  smollm2 = {"step_smollm2_b32_8k", "step_smollm2_by_cr_b1_8k", "step_smollm2_by_cr_b32_8k"}
+  assert smollm2 | {"memory_8k", "step_b1_8k", "step_b128_32k", "first_token_32k", "transformers"} < set(names)
   assert cases.chosen(names, ()) == names
   assert cases.chosen(names, ("energy", "step_b1_")) == ["step_b1_8k", "step_b1_32k", "energy_equal", "energy_budget"]
   with pytest.raises(ValueError, match="--cases: no case is called stap"):
@@ -190,6 +189,9 @@ def test_all_cases_run_at_tiny_shapes(tmp_path, monkeypatch, capsys):
     assert cases.measured(row) != name.startswith("energy_"), row
   assert rows["memory_64"]["CR"] > 3 and rows["memory_64"]["bytes_ratio"] < rows["memory_64_int8"]["bytes_ratio"]
   assert "dense_ratio" in rows["step_b2_64"] and "dense_ratio" not in rows["step_b2_96"]
+  by_cr, merged = rows["step_smollm2_by_cr_b2_96"], rows["step_smollm2_b2_96"]
+  assert by_cr["merged_ms"] == merged["ms"] and by_cr["over_merged"] == by_cr["ms"] / merged["ms"]
+  assert by_cr["kv_bytes"] == merged["kv_bytes"] and by_cr["roofline_ms"] > merged["roofline_ms"]
   assert rows["concurrency"]["cache_bytes"] <= generate_cases.SMALL.budget
   assert rows["first_token_48"]["slowdown"] > 0 and rows["transformers"]["transformers_ratio"] > 0
   assert [point[2] for point in rows["scaling_budget"]["series"]["dense"]] == [1, 2]

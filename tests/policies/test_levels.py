@@ -98,8 +98,8 @@ def test_a_row_is_itself_alone(kind, budgets, over):
 def test_rows_have_updates_of_their_own(kind):
   """`LoRAConfig.by_cr`: tokens and tokens held of each row are the mask's; to the bit alone; nothing compiled anew."""
   run = functools.partial(generate, BY_CR, cache=kind)
-  if kind == "paged":  # as on a GPU: rows are padded, gates come late
-    gpu = dict(least_rows=5, late_gates=True, layers_apart=False, step_layers=0)
+  if kind == "paged":  # as on a GPU: rows are padded, gates come late, updates are joint
+    gpu = dict(least_rows=5, late_gates=True, joint_updates=8, layers_apart=False, step_layers=0)
     run = execution.override(**gpu)(functools.partial(generate, BY_CR.unstacked(), cache=kind))
   out = run(PROMPTS, policy=policies.DMS(cr=np.array(CRS)))
   for row, (cr, prompt) in enumerate(zip(CRS, PROMPTS, strict=True)):
@@ -114,6 +114,20 @@ def test_rows_have_updates_of_their_own(kind):
   back = run(PROMPTS[::-1], policy=policies.DMS(cr=np.array(CRS[::-1])))
   assert back.tokens[::-1] == out.tokens and back.logprobs[::-1] == out.logprobs
   assert decode.decode_block._cache_size() == compiled
+
+
+@pytest.mark.parametrize("layers", ["loop", "scan"])
+def test_joint_updates_change_nothing(layers):
+  """`Execution.joint_updates`: the same tokens, and log-probabilities but for float32's rounding."""
+  found = []
+  for most in (0, len(CRS)):
+    with execution.override(layers=layers, joint_updates=most, layers_apart=False, step_layers=0):
+      model = execution.fastest_form(BY_CR)
+      found.append(generate(model, PROMPTS, policy=policies.DMS(cr=np.array(CRS)), cache="contiguous"))
+  apart, joint = found
+  assert joint.tokens == apart.tokens
+  np.testing.assert_allclose(joint.logprobs, apart.logprobs, atol=1e-4)
+  assert joint.logprobs != apart.logprobs  # another order of sums: the switch acts
 
 
 def steady_texts(model, texts, crs, size):
