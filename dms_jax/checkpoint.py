@@ -16,7 +16,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,9 @@ from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from dms_jax import disk, formats, shipped
-from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig, from_json, is_number, read_json, shown, to_json
+from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig
 from dms_jax.gates import convention
+from dms_jax.json_files import from_json, is_number, read_json, shown, to_json
 from dms_jax.model import Model
 from dms_jax.params import GROUPS, Params, ParamSpec, flatten, join_params, param_table, split_params, unflatten
 from dms_jax.sharding import ShardingRules, param_shardings
@@ -157,21 +158,53 @@ def load(
   Raises:
     ValueError: a file is missing, cut short or damaged, or the retrofit belongs to another model.
   """
-  values, base, dms, lora = read_config(path)
-  if "base" not in values["groups"]:
+  added = None if retrofit is None else _Stored.of(retrofit)
+  return _load(_Stored.of(path), added, merge, dtype, mesh, rules, stored)
+
+
+class _Stored(NamedTuple):
+  """A checkpoint's folder, as it was given or found among those shipped, and what `read_config` found there."""
+
+  path: Path
+  values: dict
+  config: ModelConfig
+  dms: DMSConfig | None
+  lora: LoRAConfig | None
+
+  @classmethod
+  def of(cls, path: str | Path) -> _Stored:
+    return cls(shipped.find(path), *read_config(path))
+
+  @property
+  def whole(self) -> bool:
+    """Whether it holds a base."""
+    return "base" in self.values["groups"]
+
+
+def _load(
+  base: _Stored, retrofit: _Stored | None, merge: bool = True, dtype: Any = None, mesh: Mesh | None = None,
+  rules: Callable[[ModelConfig, Mesh], ShardingRules] | None = None, stored: bool = False,
+) -> Model:  # fmt: skip
+  """`load`, of checkpoints whose config.json was read."""
+  path, values, config, dms, lora = base
+  if not base.whole:
     raise ValueError(f"{path}: a retrofit (it holds {values['groups']}); load its base model with retrofit={path}")
+  if retrofit is not None:
+    if retrofit.whole:
+      raise ValueError(f"{retrofit.path}: a whole model, not a retrofit; load it by itself, without {path}")
+    _check_shape(base, retrofit)
   apart = lora is None or (lora.by_cr and retrofit is None) or not (merge or retrofit is not None)
   # Weights to be merged are read in the stored dtype, so that they are rounded only once.
   early = dtype if apart and retrofit is None else None
   if not (rules is None or callable(rules)):
     raise ValueError(f"rules={rules!r:.80} must be a function of the model's config and the mesh, as sharding.decoding")
-  split = None if mesh is None or rules is None else rules(base, mesh)
-  params = _read_params(Path(path), values, param_table(base, dms, lora), early, mesh, split, stored)
-  model = Model(params, base, dms, lora)
+  split = None if mesh is None or rules is None else rules(config, mesh)
+  params = _read_params(path, values, param_table(config, dms, lora), early, mesh, split, stored)
+  model = Model(params, config, dms, lora)
   if not apart:
     model = model.merged()
   if retrofit is not None:
-    model = _apply_retrofit(model, path, retrofit, mesh, split)
+    model = _apply_retrofit(model, retrofit, mesh, split)
     if merge and model.lora is not None and not model.lora.by_cr:
       model = model.merged()
   return model if dtype is None else _cast_base(model, jnp.dtype(dtype))
@@ -188,38 +221,30 @@ def load_retrofitted(path: str | Path, retrofit: str | Path, **how: Any) -> Mode
   Raises:
     ValueError: as `load`.
   """
-  retrofit = shipped.find(retrofit)
-  values, config, *_ = read_config(retrofit)
-  if "base" in values["groups"]:
-    _check_shape(path, read_config(path)[1], retrofit, config, may_differ=(*MAY_DIFFER, "rope_scaling"))
-    return load(retrofit, **how)
-  return load(path, retrofit=retrofit, **how)
+  base, added = _Stored.of(path), _Stored.of(retrofit)
+  if added.whole:
+    _check_shape(base, added, may_differ=(*MAY_DIFFER, "rope_scaling"))
+    return _load(added, None, **how)
+  return _load(base, added, **how)
 
 
 # Fields in which fine-tuned versions of a base may differ from it.
 MAY_DIFFER = ("eos_token_ids", "max_position_embeddings")
 
 
-def _check_shape(
-  path: str | Path, base: ModelConfig, retrofit: str | Path, config: ModelConfig, may_differ: Sequence[str] = MAY_DIFFER
-) -> None:
-  """Raises ValueError if `config`, of the model that was retrofitted, is not that of the base at `path`."""
-  ours, theirs = (to_json(c) for c in (base, config))
+def _check_shape(base: _Stored, retrofit: _Stored, may_differ: Sequence[str] = MAY_DIFFER) -> None:
+  """Raises ValueError if the model that was retrofitted has not the shape of the base."""
+  ours, theirs = (to_json(stored.config) for stored in (base, retrofit))
   if differ := [k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k) and k not in may_differ]:
-    found = ", ".join(f"{k} is {getattr(config, k)} there and {getattr(base, k)} here" for k in differ)
-    raise ValueError(f"{retrofit}: a retrofit of another model than {path}: {found}")
+    there, here = retrofit.config, base.config
+    found = ", ".join(f"{k} is {getattr(there, k)} there and {getattr(here, k)} here" for k in differ)
+    raise ValueError(f"{retrofit.path}: a retrofit of another model than {base.path}: {found}")
 
 
-def _apply_retrofit(
-  model: Model, path: str | Path, retrofit: str | Path, mesh: Mesh | None, rules: ShardingRules | None
-) -> Model:
-  retrofit = shipped.find(retrofit)
-  values, config, dms, lora = read_config(retrofit)
-  if "base" in values["groups"]:
-    raise ValueError(f"{retrofit}: a whole model, not a retrofit; load it by itself, without {path}")
-  _check_shape(path, model.config, retrofit, config)
+def _apply_retrofit(model: Model, retrofit: _Stored, mesh: Mesh | None, rules: ShardingRules | None) -> Model:
+  path, values, config, dms, lora = retrofit
   table = {n: s for n, s in param_table(config, dms, lora).items() if s.group in ("gate", "lora")}
-  added = _read_params(Path(retrofit), values, table, mesh=mesh, rules=rules) if table else {}
+  added = _read_params(path, values, table, mesh=mesh, rules=rules) if table else {}
   own = param_table(model.config)
   kept, _ = split_params(model.params, own.__contains__)
   return Model(join_params(kept, added), model.config, dms, lora)

@@ -6,7 +6,7 @@ projections in each layer, of three where a norm is over all heads, and once a s
 number a row. Elsewhere, and on one device, every function here returns its argument.
 
 Where "tensor" does not divide the KV heads, it splits rows in their place, and feed-forward and vocabulary as before
-(`sharding.splits_rows`). A device then computes attention of its own rows. Before a feed-forward it gets the rows of
+(`sharding.Split`). A device then computes attention of its own rows. Before a feed-forward it gets the rows of
 the others (`joined`), and after it the sum of its own (`parted`): again two exchanges a layer.
 """
 
@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Num, Shaped
 
+from dms_jax.sharding import Split
+
 AXIS = "tensor"
 
 _devices = jax.make_user_context(1)
@@ -27,12 +29,9 @@ _by_rows = jax.make_user_context(False)
 
 
 @contextlib.contextmanager
-def among(devices: int, by_rows: bool = False) -> Iterator[None]:
-  """What is traced inside runs on each of `devices` devices of the mesh axis "tensor".
-
-  `by_rows`: they split rows, not heads.
-  """
-  with _devices(1 if by_rows else devices), _by_rows(by_rows):
+def among(split: Split) -> Iterator[None]:
+  """What is traced inside runs on each device of a mesh, on its own part."""
+  with _devices(split.head_parts), _by_rows(split.by_rows):
     yield
 
 

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from dms_jax.config import has_half_pair
+from dms_jax.json_files import has_half_pair
 
 
 class NoFileError(ValueError):

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from dms_jax.config import is_number, shown
+from dms_jax.json_files import is_number, shown
 
 Kind = Literal["checkpoint", "conversation", "run"]
 

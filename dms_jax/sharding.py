@@ -51,20 +51,52 @@ class ShardingRules:
 DECODING = ShardingRules(embed=None, experts="tensor", spread=False)
 
 
-def splits_rows(config: ModelConfig, mesh: Mesh | AbstractMesh) -> bool:
-  """Whether "tensor" splits the rows of generation and their caches: where it does not divide the KV heads."""
-  return config.num_kv_heads % mesh.shape["tensor"] != 0
+@dataclasses.dataclass(frozen=True)
+class Split:
+  """How a mesh splits generation and its caches: "data" splits rows, "tensor" the KV heads of each row.
 
+  Where "tensor" does not divide the KV heads, those of a row stay together and "tensor" splits rows as "data" does.
 
-def divided(config: ModelConfig, mesh: Mesh | AbstractMesh) -> tuple[int, int]:
-  """(devices that split the rows of generation, devices that split the KV heads of each row)."""
-  data, tensor = mesh.shape["data"], mesh.shape["tensor"]
-  return (data * tensor, 1) if splits_rows(config, mesh) else (data, tensor)
+  Attributes:
+    mesh: a `Mesh`, or an `AbstractMesh` where shapes alone matter.
+    by_rows: "tensor" splits rows.
+  """
+
+  mesh: Any
+  by_rows: bool
+
+  @classmethod
+  def of(cls, config: ModelConfig, mesh: Mesh | AbstractMesh) -> Split:
+    """The split of a model's rows and heads."""
+    return cls(mesh, by_rows=config.num_kv_heads % mesh.shape["tensor"] != 0)
+
+  @property
+  def row_parts(self) -> int:
+    """Parts of the rows, each on devices of its own."""
+    return self.mesh.size if self.by_rows else self.mesh.shape["data"]
+
+  @property
+  def head_parts(self) -> int:
+    """Parts of the KV heads of a row, each on a device of its own."""
+    return 1 if self.by_rows else self.mesh.shape["tensor"]
+
+  @property
+  def parts(self) -> tuple[int, int]:
+    """(`row_parts`, `head_parts`)."""
+    return self.row_parts, self.head_parts
+
+  def spec(self, spec: PartitionSpec) -> PartitionSpec:
+    """The partition of an array whose partition is `spec` where "tensor" splits heads."""
+    if not self.by_rows:
+      return spec
+    moved = {"data": ("data", "tensor"), "tensor": None}
+    return PartitionSpec(*(moved.get(axis, axis) if isinstance(axis, str) else axis for axis in spec))
 
 
 def decoding(config: ModelConfig, mesh: Mesh | AbstractMesh) -> ShardingRules:
   """`DECODING`; where "tensor" splits rows, every device has the whole weights of attention."""
-  return dataclasses.replace(DECODING, heads=None, kv_heads=None) if splits_rows(config, mesh) else DECODING
+  by_rows = Split.of(config, mesh).by_rows
+  return dataclasses.replace(DECODING, heads=None, kv_heads=None) if by_rows else DECODING
 
 
 def make_mesh(data: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:

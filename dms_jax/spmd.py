@@ -27,15 +27,16 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dms_jax.cache.base import Common
-from dms_jax.cache.sharded import DEVICE, ShardedCache, of_rows_alone, policy_specs, rows_and_scalars
+from dms_jax.cache.sharded import DEVICE, ShardedCache, policy_specs, rows_and_scalars
 from dms_jax.collectives import among, summed
-from dms_jax.config import ModelConfig, shown
+from dms_jax.config import ModelConfig
+from dms_jax.json_files import shown
 from dms_jax.metrics import Counts
 from dms_jax.model import Model
 from dms_jax.params import Params, param_table
 from dms_jax.policies import Policy
 from dms_jax.processes import put, spans_processes
-from dms_jax.sharding import decoding, divided, partition_spec, shard_map, splits_rows
+from dms_jax.sharding import Split, decoding, partition_spec, shard_map
 
 ROWS, STEPS, HEADS = P("data"), P(None, "data"), P(None, "data", "tensor")  # [B], [steps, B], [L, B, K]
 CACHE = DEVICE
@@ -54,7 +55,7 @@ def check(model: Model, mesh: Mesh, policy: Policy | None = None) -> None:
   if (tensor := mesh.shape["tensor"]) == 1:
     return
   check_feed_forward(model.config, tensor)
-  if splits_rows(model.config, mesh):
+  if Split.of(model.config, mesh).by_rows:
     return
   dms = model.dms
   if dms is not None and (dms.granularity == "layer" or dms.objective == "dmc"):
@@ -123,14 +124,14 @@ def place(model: Model, mesh: Mesh | None) -> Model:
 
 def place_rows(model: Model, tree: Any) -> Any:
   """Arrays of rows [B, ...] on the devices of their rows, and scalars on all, for a model on a mesh."""
-  specs = rows_and_scalars(tree, splits_rows(model.config, model.mesh))
+  specs = rows_and_scalars(tree, Split.of(model.config, model.mesh))
   return put(tree, jax.tree.map(lambda spec: NamedSharding(model.mesh, spec), specs))
 
 
 def _own_model(model: Model) -> Model:
   """The model that one device runs."""
-  config, (_, tensor) = model.config, divided(model.config, model.mesh)
-  heads = dict(num_heads=config.num_heads // tensor, num_kv_heads=config.num_kv_heads // tensor)
+  config, parts = model.config, Split.of(model.config, model.mesh).head_parts
+  heads = dict(num_heads=config.num_heads // parts, num_kv_heads=config.num_kv_heads // parts)
   return model.replace(config=dataclasses.replace(config, **heads), mesh=None)
 
 
@@ -138,11 +139,11 @@ def _own(arg: Any) -> Any:
   return arg.local() if isinstance(arg, ShardedCache) else _own_model(arg) if isinstance(arg, Model) else arg
 
 
-def _result(out: Any, mesh: Mesh, by_rows: bool) -> Any:
+def _result(out: Any, split: Split) -> Any:
   """One result of a device: a cache as its shard, counts summed over all heads."""
   if isinstance(out, Counts):
     return out.replace(held=summed(out.held), step_reads=None if out.step_reads is None else summed(out.step_reads))
-  return ShardedCache.of_device(out, mesh, by_rows) if isinstance(out, Common) else out
+  return ShardedCache.of_device(out, split) if isinstance(out, Common) else out
 
 
 def on_mesh(*out: Any, whole: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
@@ -157,29 +158,28 @@ def on_mesh(*out: Any, whole: tuple[str, ...] = ()) -> Callable[[Callable], Call
     kinds = inspect.signature(fn).parameters.values()
     names = [kind.name for kind in kinds if kind.kind is kind.POSITIONAL_OR_KEYWORD]
 
-    def specs_of(name: str, arg: Any, by_rows: bool) -> Any:
+    def specs_of(name: str, arg: Any, split: Split) -> Any:
       if isinstance(arg, ShardedCache):
         return DEVICE
       if isinstance(arg, Model):
         return arg.replace(params=model_specs(arg, arg.mesh))
       if isinstance(arg, Policy):
-        return policy_specs(arg, by_rows)
-      return P() if name in whole else rows_and_scalars(arg, by_rows)
+        return policy_specs(arg, split)
+      return P() if name in whole else rows_and_scalars(arg, split)
 
     @functools.wraps(fn)
     def call(model: Model, *args: Any, **static: Any) -> Any:
       if model.mesh is None:
         return fn(model, *args, **static)
-      mesh, by_rows = model.mesh, splits_rows(model.config, model.mesh)
+      split = Split.of(model.config, model.mesh)
 
       def body(*args):
-        with among(mesh.shape["tensor"], by_rows):
-          return tuple(_result(x, mesh, by_rows) for x in fn(*map(_own, args), **static))
+        with among(split):
+          return tuple(_result(x, split) for x in fn(*map(_own, args), **static))
 
       args = (model, *args)
-      specs = tuple(specs_of(name, arg, by_rows) for name, arg in zip(names, args, strict=True))
-      results = jax.tree.map(of_rows_alone, out) if by_rows else out
-      return shard_map(body, mesh, in_specs=specs, out_specs=results)(*args)
+      specs = tuple(specs_of(name, arg, split) for name, arg in zip(names, args, strict=True))
+      return shard_map(body, model.mesh, in_specs=specs, out_specs=jax.tree.map(split.spec, out))(*args)
 
     return call
 

@@ -15,7 +15,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from dms_jax import chat
-from dms_jax.config import HALF_PAIR, damage, has_half_pair, read_file, read_json, shown
+from dms_jax.json_files import HALF_PAIR, damage, has_half_pair, read_file, read_json, shown
 
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"

@@ -33,8 +33,8 @@ import numpy as np
 from absl import flags
 
 from dms_jax import checkpoint, disk
-from dms_jax.config import read_json
 from dms_jax.evaluation.text import held_by_position, text_quality
+from dms_jax.json_files import read_json
 from dms_jax.model import Model
 from dms_jax.retrofit import DataConfig
 from dms_jax.retrofit.data import Batches, Source

@@ -43,7 +43,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dms_jax import DMS, Vanilla, checkpoint, policies
-from dms_jax.config import read_json
+from dms_jax.json_files import read_json
 from dms_jax.model import Model
 from dms_jax.policies import Policy
 from dms_jax.sharding import decoding
@@ -430,6 +430,10 @@ def main() -> None:
     raise ValueError("nothing to evaluate on: give --text=PATH, --tasks=needle,hellaswag,... or both")
   if idle := methods_module.idle_flags(program.flag_values(changed_only=True), config.methods, chosen.tasks):
     program.log(f"note: {', '.join(idle)}: set what is none of --methods and --tasks, and change nothing")
+  alone = [f"--{name}" for name in ("text", "traces") if getattr(config, name)]
+  alone += [f"--tasks={name}" for name in chosen.tasks if not issubclass(get(name), WritingTask)]
+  if alone and mesh_flags.asked():
+    raise ValueError(f"--mesh: {', '.join(alone)}: texts, likelihood tasks and traces run on one device")
   folder = Path(config.output) if config.output else program.results_dir("evaluate")
   mesh = mesh_flags.read()
   with mesh_flags.written_alone(folder) as folder:
@@ -439,12 +443,6 @@ def main() -> None:
     tasks = [program.read_flags(name, get(name)) for name in chosen.tasks]
     jobs = run.prepare(tasks, chosen, config.lengths, tokenizer, max_positions, config.max_tokens)
     texts = read_texts(config, tokenizer, max_positions)
-    alone = [f"--{name}" for name in ("text", "traces") if getattr(config, name)]
-    alone += [
-      f"--tasks={name}" for name, task in zip(chosen.tasks, tasks, strict=True) if not isinstance(task, WritingTask)
-    ]
-    if mesh is not None and alone:
-      raise ValueError(f"--mesh: {', '.join(alone)}: texts, likelihood tasks and traces run on one device")
     original = checkpoint.load(config.checkpoint, dtype=config.dtype, mesh=mesh, rules=decoding)
     original = place(original.replace(dms=None) if config.retrofit else original, mesh)
     methods = methods_of(config, original, program.read_flags)

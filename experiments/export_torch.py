@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from dms_jax import checkpoint
-from dms_jax.config import is_number
 from dms_jax.convert import About, export
 from dms_jax.convert.api import noted_gates
 from dms_jax.convert.writing import SHARD_BYTES
+from dms_jax.json_files import is_number
 from dms_jax.tokenizer import TOKENIZER_FILE, Tokenizer
 from experiments.common import program
 from experiments.common.files import check_retrofit

@@ -33,8 +33,8 @@ from jax.sharding import Mesh
 
 import dms_jax
 from dms_jax import policies
-from dms_jax.config import as_text
 from dms_jax.generation.generate import Output
+from dms_jax.json_files import as_text
 from dms_jax.model import Model
 from dms_jax.policies import Policy
 from dms_jax.tokenizer import Tokenizer

@@ -152,8 +152,6 @@ def make(config: Config, chosen: TasksConfig, folder: Path, mesh: Mesh | None) -
   tokenizer = Tokenizer.load(config.checkpoint)
   most = checkpoint.read_config(config.checkpoint)[1].max_position_embeddings
   jobs = run.prepare(tasks, chosen, (), tokenizer, most, config.max_tokens)
-  if mesh is not None and (config.timed or config.traces):
-    raise ValueError("--mesh: traces and times are of one device: give --traces=0 --notimed, or leave out the mesh")
   original = checkpoint.load(config.checkpoint, dtype=config.dtype, mesh=mesh, rules=decoding)
   original = place(original.replace(dms=None), mesh)
   found = methods_module.build(
@@ -226,6 +224,8 @@ def analyse(config: Config, sweeps: Sequence[cells.Sweep], widths: Sequence[int]
 
 def main() -> None:
   config, chosen = program.read_flags("", Config), program.read_flags("", TasksConfig)
+  if config.checkpoint and (config.timed or config.traces) and mesh_flags.asked():
+    raise ValueError("--mesh: traces and times are of one device: give --traces=0 --notimed, or leave out the mesh")
   folder = Path(config.output) if config.output else program.results_dir("hyperscale")
   made: dict[str, Any] = {}
   mesh = mesh_flags.read()

@@ -30,7 +30,7 @@ from dms_jax.families import PRESETS
 from dms_jax.params import param_table
 from dms_jax.policies import DMS
 from dms_jax.retrofit.distributed import MeshConfig
-from dms_jax.sharding import decoding, divided, partition_spec
+from dms_jax.sharding import Split, decoding, partition_spec
 from dms_jax.spmd import check_feed_forward
 from experiments.common import program
 
@@ -81,16 +81,16 @@ def measure(config: Config, devices: MeshConfig) -> dict[str, Any]:
   data, tensor, model = devices.data, devices.tensor, PRESETS[config.preset]
   mesh, dtype = AbstractMesh((data, tensor), ("data", "tensor")), jnp.dtype(config.dtype)
   check_feed_forward(model, tensor)
-  by_rows, by_heads = divided(model, mesh)
-  if config.rows % by_rows:
-    axes = f"--mesh.data={data}" + (f" x --mesh.tensor={tensor}" if by_rows > data else "")
+  split = Split.of(model, mesh)
+  if config.rows % split.row_parts:
+    axes = f"--mesh.data={data}" + (f" x --mesh.tensor={tensor}" if split.by_rows else "")
     raise ValueError(f"{axes} does not divide --rows={config.rows}")
   window = config.window or min(256, model.ring_window or 256)
   table = param_table(model, DMSConfig(window=window))
   rules = decoding(model, mesh)
   shards = [NamedSharding(mesh, partition_spec(p, s, mesh, rules)).shard_shape(s.shape) for p, s in table.items()]
-  heads = dict(num_heads=model.num_heads // by_heads, num_kv_heads=model.num_kv_heads // by_heads)
-  own, rows = dataclasses.replace(model, **heads), config.rows // by_rows
+  heads = dict(num_heads=model.num_heads // split.head_parts, num_kv_heads=model.num_kv_heads // split.head_parts)
+  own, rows = dataclasses.replace(model, **heads), config.rows // split.row_parts
   capacity = math.ceil(config.tokens / config.cr)
 
   def make():

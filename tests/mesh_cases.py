@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import dms_jax
 from dms_jax import cache as caches
@@ -31,7 +30,7 @@ from dms_jax.generation.stops import StopCriteria
 from dms_jax.model import Model, check_policy
 from dms_jax.params import abstract_params, param_table
 from dms_jax.retrofit.distributed import MeshConfig
-from dms_jax.sharding import divided, make_mesh
+from dms_jax.sharding import Split, make_mesh
 from experiments import mesh_memory
 from experiments.bench import synthetic
 from tests.helpers import OTHER_FAMILIES
@@ -207,7 +206,7 @@ def moves(kinds: tuple[str, ...] = ("paged",), config: ModelConfig = CONFIG) -> 
   mesh = make_mesh(2, 4)
   (one, _), (many, _) = dms_jax.load(folder / "model"), dms_jax.load(folder / "model", mesh=mesh)
   shards = {name: x.addressable_shards[0].data for name, x in many.params["layers"][0].items()}
-  assert len(shards["q_proj"]) == config.num_heads // divided(config, mesh)[1]
+  assert len(shards["q_proj"]) == config.num_heads // Split.of(config, mesh).head_parts
   assert len(shards["up_proj"]) == config.d_ff // 4
   assert len(many.params["embed"].addressable_shards[0].data) == config.vocab_size // 4
   turn = [[3, 4]] * 8
@@ -336,8 +335,7 @@ def foreseen(config: mesh_memory.Config, devices: MeshConfig) -> dict:
   slots = -(-config.tokens // int(config.cr))
   make = lambda: caches.for_model(model, policy, batch=config.rows, capacity=slots, longest=config.tokens, kind="paged")
   cache = put(jax.eval_shape(make), spmd.CACHE)
-  split = P(("data", "tensor")) if cache.by_rows else spmd.ROWS
-  rows = put(decoding.DecodeState(column, None, column, column, column, column), split)
+  rows = put(decoding.DecodeState(column, None, column, column, column, column), cache.split.spec(spmd.ROWS))
   stop = StopCriteria(jnp.zeros(1, jnp.int32))
   with execution.override(bits_storage=False):
     lowered = decoding.decode_block.lower(model, policy, cache, rows, Sampling(), stop, steps=2, history=False)
@@ -390,7 +388,7 @@ def requests_of_a_generator(data: int = 2, tensor: int = 2, model: Model | None 
 
   _, want = answer(model, 3, pages=400)
   mesh = make_mesh(data, tensor)
-  placed, pools = spmd.place(model, mesh), divided(model.config, mesh)[0]
+  placed, pools = spmd.place(model, mesh), Split.of(model.config, mesh).row_parts
   memory = Generator(placed, width=2 * pools, **sizes).memory
   longest = max(memory.pages_of(stored.cache) for one in want for stored in one.stored)
   budget = memory.own.fixed_bytes + (longest + 2 * memory.pool_heads) * memory.own.page_bytes
@@ -411,7 +409,7 @@ def caches_of_benchmarks() -> None:
 
 
 def check_filled(model: Model, mesh: Mesh) -> None:
-  tokens, pools = 57, divided(model.config, mesh)[0]
+  tokens, pools = 57, Split.of(model.config, mesh).row_parts
   policy = synthetic.sampled_policy(model.config, tokens=tokens, cr=4, window=WINDOW)
   for kind in ("contiguous", "paged"):
 

@@ -24,7 +24,7 @@ from dms_jax.generation.batching import Generator
 from dms_jax.processes import leads
 from dms_jax.retrofit import distributed
 from dms_jax.retrofit.distributed import MeshConfig
-from dms_jax.sharding import divided, make_mesh
+from dms_jax.sharding import Split, make_mesh
 
 CONFIG = tiny.config(num_heads=4, num_kv_heads=2, vocab_size=96)
 SETTINGS = dict(max_new_tokens=12, eos=False, prefill_chunk=8, decode_block=8)
@@ -75,7 +75,7 @@ def generates(folder: Path) -> None:
     settings = {**SETTINGS, **(dict(temperature=0.8, key=jax.random.key(3)) if kind == "paged" else {})}
     many, _ = dms_jax.load(folder / "model", mesh=mesh)
     heads = many.params["layers"][0]["q_proj"].addressable_shards[0].data.shape[0]
-    assert heads == CONFIG.num_heads // divided(CONFIG, mesh)[1]
+    assert heads == CONFIG.num_heads // Split.of(CONFIG, mesh).head_parts
     got, want = (dms_jax.generate(model, PROMPTS, cache=kind, history=True, **settings) for model in (many, one))
     assert_same(got, want)
     np.testing.assert_array_equal(got.metrics.history, want.metrics.history)

@@ -17,8 +17,9 @@ import pytest
 
 from dms_jax import checkpoint, disk
 from dms_jax import testing as tiny
-from dms_jax.config import DMSConfig, LoRAConfig, to_json
+from dms_jax.config import DMSConfig, LoRAConfig
 from dms_jax.families import PRESETS
+from dms_jax.json_files import to_json
 from dms_jax.model import Model
 from dms_jax.params import count_params, flatten, map_table, param_table, unflatten
 from dms_jax.tokenizer import Tokenizer, byte_tokenizer

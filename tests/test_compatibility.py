@@ -12,7 +12,8 @@ import pytest
 import dms_jax
 from dms_jax import checkpoint, formats
 from dms_jax import testing as tiny
-from dms_jax.config import DMSConfig, LoRAConfig, from_json, read_json, to_json
+from dms_jax.config import DMSConfig, LoRAConfig
+from dms_jax.json_files import from_json, read_json, to_json
 from dms_jax.params import flatten
 from dms_jax.retrofit import LossConfig, OptimizerConfig, RetrofitConfig, ScheduleConfig
 from dms_jax.retrofit.config import DataConfig

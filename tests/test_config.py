@@ -10,8 +10,9 @@ import sys
 
 import pytest
 
-from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig, RopeScaling, as_text, from_json, read_json, to_json
+from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig, RopeScaling
 from dms_jax.families import PRESETS
+from dms_jax.json_files import as_text, from_json, read_json, to_json
 from dms_jax.retrofit import DataConfig
 
 
@@ -143,7 +144,7 @@ def test_a_path_is_the_same_text_in_every_locale():
 def test_json_is_utf8_in_every_locale(tmp_path):
   path = tmp_path / "c.json"
   path.write_text('{"a": "é你"}', encoding="utf-8")
-  code = f"from dms_jax.config import read_json; print(ascii(read_json({str(path)!r})['a']))"
+  code = f"from dms_jax.json_files import read_json; print(ascii(read_json({str(path)!r})['a']))"
   locale = {"LC_ALL": "C", "PYTHONUTF8": "0"}  # without the second, Python 3.7 and later read UTF-8 anyway
   done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **locale}, capture_output=True, text=True)
   assert done.stdout.strip() == r"'\xe9\u4f60'", done.stderr

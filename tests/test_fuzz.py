@@ -23,10 +23,11 @@ from gguf import GGUFWriter
 import dms_jax
 from dms_jax import checkpoint
 from dms_jax import testing as tiny
-from dms_jax.config import LoRAConfig, to_json
+from dms_jax.config import LoRAConfig
 from dms_jax.convert import api, convert, export, gguf
 from dms_jax.convert.layouts import peft, transformers
 from dms_jax.convert.tensors import to_slices
+from dms_jax.json_files import to_json
 from dms_jax.layers import rope_frequencies
 from dms_jax.params import flatten, param_table
 from dms_jax.policies import triattention

@@ -66,8 +66,7 @@ def decode_program(mesh, config: ModelConfig, rows: int):
   """(compiled program, cache) of eight decode steps."""
   model, policy, cache = generation(mesh, config, rows)
   column = jax.ShapeDtypeStruct((rows,), jnp.int32)
-  split = P(("data", "tensor")) if cache.by_rows else spmd.ROWS
-  state = placed(mesh, DecodeState(column, None, column, column, column, column), split)
+  state = placed(mesh, DecodeState(column, None, column, column, column, column), cache.split.spec(spmd.ROWS))
   stop = StopCriteria(placed(mesh, jax.ShapeDtypeStruct((1,), jnp.int32), P()))
   return decode_block.lower(model, policy, cache, state, Sampling(), stop, steps=8, history=False).compile(), cache
 

@@ -18,7 +18,7 @@ from dms_jax.cache.sharded import ShardedCache as ShardedCache
 from dms_jax.cache.sliding import Sliding
 from dms_jax.config import ModelConfig
 from dms_jax.policies import Policy
-from dms_jax.sharding import splits_rows
+from dms_jax.sharding import Split
 
 KINDS = {"masked": MaskedCache, "contiguous": ContiguousCache, "paged": PagedCache}
 
@@ -67,7 +67,7 @@ def for_model(
 
   if (mesh := model.mesh) is None:
     return make(batch, 1)
-  return ShardedCache.create(mesh, batch, splits_rows(model.config, mesh), make)
+  return ShardedCache.create(Split.of(model.config, mesh), batch, make)
 
 
 def create(

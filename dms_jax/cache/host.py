@@ -196,7 +196,7 @@ def check_fits(cache: Cache | ShardedCache, stored: HostRow) -> None:
   Raises:
     ValueError: the row is of another model, window, policy or kind of cache.
   """
-  cache, parts = (cache.own, cache.tensor) if isinstance(cache, ShardedCache) else (cache, 1)
+  cache, parts = (cache.own, cache.split.head_parts) if isinstance(cache, ShardedCache) else (cache, 1)
   heads = cache.kv.shape[0], cache.kv.shape[2] * parts
   cells = cache.store.pages.dtype if isinstance(cache, PagedCache) else cache.kv.dtype
   masked = isinstance(cache, MaskedCache)
@@ -222,9 +222,9 @@ def _sliding_tokens(cache: Cache, stored: HostRow) -> tuple[list[int], list[int]
 
 def device_pages(cache: PagedCache | ShardedCache, rows: Sequence[HostRow]) -> int:
   """Pages that these rows, in order, take of a device's pool; the most of all devices."""
-  own, data, tensor = (cache.own, cache.data, cache.tensor) if isinstance(cache, ShardedCache) else (cache, 1, 1)
+  own, parts = (cache.own, cache.split.parts) if isinstance(cache, ShardedCache) else (cache, (1, 1))
   used = np.stack([-(-row.archived // own.page_size) for row in rows])
-  return int(used.reshape(data, -1, used.shape[1], tensor, used.shape[2] // tensor).sum(axis=(1, 2, 4)).max())
+  return int(used.reshape(parts[0], -1, used.shape[1], parts[1], used.shape[2] // parts[1]).sum(axis=(1, 2, 4)).max())
 
 
 def restore_row(cache: Cache | ShardedCache, row: int, stored: HostRow) -> tuple[Cache | ShardedCache, bool]:
@@ -246,7 +246,7 @@ def restore_row(cache: Cache | ShardedCache, row: int, stored: HostRow) -> tuple
       return cache, False
     return _restored(cache, jnp.int32(row), whole), True
   own, (device, place) = cache.own, divmod(row, cache.rows)
-  heads = np.arange(stored.kv.shape[1]).reshape(cache.tensor, -1)
+  heads = np.arange(stored.kv.shape[1]).reshape(cache.split.head_parts, -1)
   parts = [stored.of_heads(slice(part[0], part[-1] + 1)) for part in heads]
   prepared = [_prepared(own, part) for part in parts]
   if isinstance(own, PagedCache):
@@ -255,7 +255,7 @@ def restore_row(cache: Cache | ShardedCache, row: int, stored: HostRow) -> tuple
       return cache, False
     longest = max(len(part.pages) for part in prepared)
     prepared = [part.padded(longest) for part in prepared]
-  places = np.full(cache.data, cache.rows, np.int32)  # none, on devices of other rows
+  places = np.full(cache.split.row_parts, cache.rows, np.int32)  # none, on devices of other rows
   places[device] = place
   whole = jax.tree.map(lambda *heads: np.concatenate(heads), *(part.replace(seen=part.seen[None]) for part in prepared))
   return _restored_sharded(cache, places, whole), True
@@ -331,7 +331,7 @@ def _prepared_masked(cache: MaskedCache, stored: HostRow) -> Prepared:
 
 @partial(jax.jit, donate_argnames="cache")
 def _restored_sharded(cache: ShardedCache, places, stored: Prepared) -> ShardedCache:
-  """`_restored` on the devices whose row `places` [data] exists; `stored` holds the heads of all devices of a row."""
+  """`_restored` on the devices whose row exists, of `places`, one for each part of the rows; `stored` has all heads."""
 
   def put(own, place, stored):
     row = place[0]

@@ -1,6 +1,6 @@
 """ShardedCache: the cache of a mesh, one ordinary cache for each device's rows and KV heads.
 
-Rows are split over the mesh axis "data", KV heads over "tensor", or rows over both (`ShardedCache.by_rows`). Every
+Rows are split over the mesh axis "data", KV heads over "tensor", or rows over both (`sharding.Split`). Every
 device has its own slots, and in pages its own pool, table and free pages; no array is copied to another device. In
 compiled code each device works on its own cache (`dms_jax.spmd`). This module is the host's view: the face of `Cache`
 outside compiled code, in global rows and heads. Over several processes the host's view is the same in each, and a row
@@ -28,29 +28,19 @@ from dms_jax.cache.paged import PagedCache
 from dms_jax.collectives import among
 from dms_jax.policies.base import Policy, of_rows, row_numbers
 from dms_jax.processes import fetch, spans_processes
-from dms_jax.sharding import shard_map
+from dms_jax.sharding import Split, shard_map
 
 DEVICE = P(("data", "tensor"))  # of an array in which those of all devices follow one another
 
 
-def of_rows_alone(spec: P) -> P:
-  """A partition in which "tensor" splits rows with "data", of one in which it splits heads."""
-  swapped = {"data": ("data", "tensor"), "tensor": None}
-  return P(*(swapped.get(axis, axis) if isinstance(axis, str) else axis for axis in spec))
+def rows_and_scalars(tree: Any, split: Split) -> Any:
+  """The partition of each array of a step: those with an axis of rows, which comes first, are split by rows."""
+  return jax.tree.map(lambda x: split.spec(P("data")) if jnp.ndim(x) else P(), tree)
 
 
-def rows_and_scalars(tree: Any, by_rows: bool = False) -> Any:
-  """The partition of each array of a step: those with an axis of rows, which comes first, are split over "data".
-
-  `by_rows`: over "tensor", too.
-  """
-  rows = of_rows_alone(P("data")) if by_rows else P("data")
-  return jax.tree.map(lambda x: rows if jnp.ndim(x) else P(), tree)
-
-
-def policy_specs(policy: Policy, by_rows: bool = False) -> Policy:
+def policy_specs(policy: Policy, split: Split) -> Policy:
   """The partition of a policy's numbers, which may be one a row; tables are whole on every device."""
-  return jax.tree.map(lambda x: rows_and_scalars(x, by_rows) if jnp.ndim(x) == 1 else P(), policy)
+  return jax.tree.map(lambda x: rows_and_scalars(x, split) if jnp.ndim(x) == 1 else P(), policy)
 
 
 @struct.dataclass
@@ -60,42 +50,41 @@ class ShardedCache:
   Device (d, t) holds rows d B / data .. and KV heads t K / tensor .. , and by rows the rows (d tensor + t) B /
   (data tensor) .. with all heads. Another axis for the devices would be of size 1 on each, and XLA copies a whole cache
   to remove it.
-
-  Attributes:
-    by_rows: the mesh axis "tensor" splits rows, not KV heads (`sharding.splits_rows`).
   """
 
   shards: Cache
-  mesh: Mesh = struct.field(pytree_node=False)
-  by_rows: bool = struct.field(pytree_node=False, default=False)
+  split: Split = struct.field(pytree_node=False)
 
   @classmethod
-  def create(cls, mesh: Mesh, batch: int, by_rows: bool, make: Callable[[int, int], Cache]) -> ShardedCache:
+  def create(cls, split: Split, batch: int, make: Callable[[int, int], Cache]) -> ShardedCache:
     """An empty cache; `make(rows, devices)` makes that of one device, for its rows and its part of the KV heads.
 
     Raises:
       ValueError: the mesh does not divide the rows.
     """
-    data, tensor = mesh.shape["data"], mesh.shape["tensor"]
-    if by_rows and batch % mesh.size:
+    mesh, data, tensor = split.mesh, split.mesh.shape["data"], split.mesh.shape["tensor"]
+    if split.by_rows and batch % mesh.size:
       raise ValueError(
         f"mesh.data={data} x mesh.tensor={tensor} does not divide {batch} rows: give a multiple of {mesh.size}, since "
         "mesh.tensor splits rows where it does not divide the KV heads"
       )
     if batch % data:
       raise ValueError(f"mesh.data={data} does not divide {batch} rows: give a multiple of {data} rows")
-    parts = (mesh.size, 1) if by_rows else (data, tensor)
-    own = lambda: cls.of_device(make(batch // parts[0], parts[1]), mesh, by_rows)
+    own = lambda: cls.of_device(make(batch // split.row_parts, split.head_parts), split)
     return jax.jit(shard_map(own, mesh, in_specs=(), out_specs=DEVICE))()
 
   @classmethod
-  def of_device(cls, own: Cache, mesh: Mesh, by_rows: bool) -> ShardedCache:
+  def of_device(cls, own: Cache, split: Split) -> ShardedCache:
     """The cache of the device that is traced as its part of the whole, inside `jax.shard_map`."""
-    return cls(_with_count(own, lambda count: count[None]), mesh, by_rows)
+    return cls(_with_count(own, lambda count: count[None]), split)
 
   def local(self) -> Cache:
     """The inverse of `of_device`."""
     return _with_count(self.shards, lambda count: count[0])
+
+  @property
+  def mesh(self) -> Mesh:
+    return self.split.mesh
 
   @property
   def own(self) -> Cache:
@@ -105,32 +94,22 @@ class ShardedCache:
     return _with_count(shapes, lambda count: jax.ShapeDtypeStruct((), count.dtype))
 
   @property
-  def data(self) -> int:
-    """Devices that split rows."""
-    return self.mesh.size if self.by_rows else self.mesh.shape["data"]
-
-  @property
-  def tensor(self) -> int:
-    """Devices that split KV heads."""
-    return 1 if self.by_rows else self.mesh.shape["tensor"]
-
-  @property
   def devices(self) -> np.ndarray:
-    """The devices [data, tensor], of which those of one row hold the same rows."""
-    return self.mesh.devices.reshape(self.data, self.tensor)
+    """The devices [parts of the rows, parts of the heads]."""
+    return self.mesh.devices.reshape(self.split.parts)
 
-  def on_devices(self, tree: Any, data: int) -> list[Any]:
-    """What each device of one row of `devices` holds of the arrays of `each`, on the host."""
+  def on_devices(self, tree: Any, part: int) -> list[Any]:
+    """What each device of one part of the rows holds of the arrays of `each`, on the host."""
     if spans_processes(self.mesh):
-      sent = _sent(tree, np.int32(data), mesh=self.mesh, by_rows=self.by_rows)
-      found = jax.tree.map(lambda x: fetch(x).reshape(self.tensor, -1, *x.shape[1:]), sent)  # one array at a time
-      return [jax.tree.map(lambda x, place=place: x[place], found) for place in range(self.tensor)]
-    part = lambda device: lambda x: next(np.asarray(s.data) for s in x.addressable_shards if s.device == device)
-    return [jax.tree.map(part(device), tree) for device in self.devices[data]]
+      sent, places = _sent(tree, np.int32(part), split=self.split), self.split.head_parts
+      found = jax.tree.map(lambda x: fetch(x).reshape(places, -1, *x.shape[1:]), sent)  # one array at a time
+      return [jax.tree.map(lambda x, place=place: x[place], found) for place in range(places)]
+    shard = lambda device: lambda x: next(np.asarray(s.data) for s in x.addressable_shards if s.device == device)
+    return [jax.tree.map(shard(device), tree) for device in self.devices[part]]
 
   def by_device(self, x: Any) -> np.ndarray:
-    """An array of all devices on the host, [data, tensor, ...]."""
-    return fetch(x).reshape(self.data, self.tensor, -1, *x.shape[1:])
+    """An array of all devices on the host, [parts of the rows, parts of the heads, ...]."""
+    return fetch(x).reshape(*self.split.parts, -1, *x.shape[1:])
 
   # The face of a cache ------------------------------------------------------------------------------------------------
 
@@ -149,7 +128,7 @@ class ShardedCache:
   @property
   def batch(self) -> int:
     """B, rows of all devices."""
-    return self.data * self.rows
+    return self.split.row_parts * self.rows
 
   @property
   def rows(self) -> int:
@@ -210,7 +189,7 @@ class ShardedCache:
     parts = (self.shards.archived, table.owned, self.shards.seen, table.pool.count)
     archived, owned, seen, free = map(self.by_device, fetch(parts))
     pages, varies = own.pages, any(np.ndim(number) for number in row_numbers(policy).values())
-    for d, t in np.ndindex(self.data, self.tensor):
+    for d, t in np.ndindex(self.split.parts):
       part = np.arange(d * rows, (d + 1) * rows)
       its = of_rows(policy, self.batch, part) if varies else policy
       needed = own.pages_for(
@@ -228,16 +207,16 @@ def each(cache: ShardedCache, fn: Callable, *args: Any, specs: tuple = ()) -> An
     fn: caches in its result become `ShardedCache`, scalars entries of an array.
     specs: partitions of `args` where "tensor" splits heads; default `rows_and_scalars`.
   """
-  by_rows = cache.by_rows
+  split = cache.split
 
   def body(cache, *args):
-    with among(cache.mesh.shape["tensor"], by_rows):
+    with among(split):
       out = fn(cache.local(), *args)
-    kept = lambda x: ShardedCache.of_device(x, cache.mesh, by_rows) if isinstance(x, Common) else jnp.atleast_1d(x)
+    kept = lambda x: ShardedCache.of_device(x, split) if isinstance(x, Common) else jnp.atleast_1d(x)
     return jax.tree.map(kept, out, is_leaf=lambda x: isinstance(x, Common))
 
-  specs = tuple(map(of_rows_alone, specs)) if by_rows else specs
-  specs = specs or tuple((policy_specs if isinstance(x, Policy) else rows_and_scalars)(x, by_rows) for x in args)
+  specs = tuple(map(split.spec, specs))
+  specs = specs or tuple((policy_specs if isinstance(x, Policy) else rows_and_scalars)(x, split) for x in args)
   return shard_map(body, cache.mesh, in_specs=(DEVICE, *specs), out_specs=DEVICE)(cache, *args)
 
 
@@ -264,13 +243,13 @@ def _with_count(cache: Cache, change: Callable) -> Cache:
   return cache.replace(table=cache.table.replace(pool=pool.replace(count=change(pool.count))))
 
 
-@partial(jax.jit, static_argnames=("mesh", "by_rows"))
-def _sent(tree: Any, data: Int[Array, ""], *, mesh: Mesh, by_rows: bool) -> Any:
-  """The arrays of `each` of row `data` of the devices, on those of all rows: one after another along "tensor"."""
-  axes = ("data", "tensor") if by_rows else ("data",)
+@partial(jax.jit, static_argnames="split")
+def _sent(tree: Any, part: Int[Array, ""], *, split: Split) -> Any:
+  """The arrays of `each` of one part of the rows, on the devices of all parts: one after another along "tensor"."""
+  [axes] = split.spec(P("data"))
 
-  def send(tree, data):
-    mine = lax.axis_index(axes) == data
+  def send(tree, part):
+    mine = lax.axis_index(axes) == part
 
     def one(x):  # as bits, which a sum with zeros leaves as they are
       flag, unsigned = x.dtype == jnp.bool_, jnp.dtype(f"uint{8 * x.dtype.itemsize}")
@@ -280,7 +259,7 @@ def _sent(tree: Any, data: Int[Array, ""], *, mesh: Mesh, by_rows: bool) -> Any:
 
     return jax.tree.map(one, tree)
 
-  return shard_map(send, mesh, in_specs=(DEVICE, P()), out_specs=P() if by_rows else P("tensor"))(tree, data)
+  return shard_map(send, split.mesh, in_specs=(DEVICE, P()), out_specs=split.spec(P("tensor")))(tree, part)
 
 
 @jax.jit

@@ -12,12 +12,13 @@ from typing import Any
 import jax.numpy as jnp
 
 from dms_jax import checkpoint, disk
-from dms_jax.config import ModelConfig, read_json, shown
+from dms_jax.config import ModelConfig
 from dms_jax.convert import gguf, pickles
 from dms_jax.convert.layouts import peft, transformers
 from dms_jax.convert.sources import TOKENIZER_FILES, fetch
 from dms_jax.convert.tensors import DTYPES, Progress, to_slices
 from dms_jax.families.huggingface import config_from_hf
+from dms_jax.json_files import read_json, shown
 from dms_jax.params import abstract_params, join_params, param_table
 from dms_jax.tokenizer import Tokenizer
 

@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 
 from dms_jax import families
-from dms_jax.config import ModelConfig, RopeScaling, is_number, shown
+from dms_jax.config import ModelConfig, RopeScaling
 from dms_jax.convert import gguf_file, gguf_tokenizer
 from dms_jax.convert.gguf_file import Entry, Fields
 from dms_jax.convert.tensors import Tensors, check_layers, hf_names
 from dms_jax.families.base import LAYER_KINDS, Family, pattern, refusals
+from dms_jax.json_files import is_number, shown
 from dms_jax.layers import rope_frequencies
 from dms_jax.params import ParamSpec, param_table
 from dms_jax.tokenizer import Tokenizer

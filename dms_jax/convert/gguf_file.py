@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dms_jax.config import damage, is_number, shown
+from dms_jax.json_files import damage, is_number, shown
 
 _SCALARS = {  # value type: struct's format
   0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<B", 10: "<Q", 11: "<q", 12: "<d",

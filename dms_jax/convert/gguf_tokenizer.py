@@ -7,8 +7,8 @@ import dataclasses
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from dms_jax.config import is_number, shown
 from dms_jax.convert.gguf_file import Fields
+from dms_jax.json_files import is_number, shown
 from dms_jax.tokenizer import LONGEST_WORD, Tokenizer, bpe_tokenizer
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"

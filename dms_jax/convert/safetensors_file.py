@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dms_jax.checkpoint import first_line
-from dms_jax.config import damage, read_json, shown
 from dms_jax.convert import mxfp4, pickles
 from dms_jax.convert.tensors import Output, Tensors
+from dms_jax.json_files import damage, read_json, shown
 
 WEIGHTS, INDEX, GATES = "model.safetensors", "model.safetensors.index.json", "dms_gates.safetensors"
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}

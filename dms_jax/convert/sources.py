@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 
 from dms_jax.checkpoint import first_line
-from dms_jax.config import shown
+from dms_jax.json_files import shown
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
-from dms_jax.config import ModelConfig, is_number, shown
+from dms_jax.config import ModelConfig
+from dms_jax.json_files import is_number, shown
 
 LAYER_KINDS = _SLIDING, _FULL = "sliding_attention", "full_attention"
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from dms_jax.config import ModelConfig, is_number, shown
+from dms_jax.config import ModelConfig
 from dms_jax.families.base import GGUF, Family, pattern, register, size
 from dms_jax.families.gemma3 import read_gguf, read_layers, write_layers
+from dms_jax.json_files import is_number, shown
 
 PERIOD = 2  # every other layer sees the whole text
 _CAPS = {"attn_logit_softcapping": "attention_softcap", "final_logit_softcapping": "logit_softcap"}

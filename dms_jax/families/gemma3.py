@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from dms_jax.config import ModelConfig, is_number, shown
+from dms_jax.config import ModelConfig
 from dms_jax.families.base import GGUF, Family, pattern, read_sliding, register, size, sliding_theta, write_sliding
+from dms_jax.json_files import is_number, shown
 
 PERIOD = 6  # every sixth layer sees the whole text
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from dms_jax.config import ModelConfig, shown
+from dms_jax.config import ModelConfig
 from dms_jax.families.base import GGUF, GGUF_FUSED, Family, register, size, with_biases
+from dms_jax.json_files import shown
 
 _LAYER = "gpt_neox.layers.{layer}."
 _MODULES = {"o": "attention.dense", "up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dms_jax.config import ModelConfig, RopeScaling, is_number, shown
+from dms_jax.config import ModelConfig, RopeScaling
 from dms_jax.families.base import (
   GGUF,
   GGUF_LOCAL_EXPERTS,
@@ -21,6 +21,7 @@ from dms_jax.families.base import (
   write_experts,
   write_sliding,
 )
+from dms_jax.json_files import is_number, shown
 
 _PERIOD = 2  # every other layer sees the whole text
 _SWIGLU = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}  # our names are config.json's

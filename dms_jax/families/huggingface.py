@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from dms_jax.config import ModelConfig, RopeScaling, is_number, shown
+from dms_jax.config import ModelConfig, RopeScaling
 from dms_jax.families import base
+from dms_jax.json_files import is_number, shown
 
 # Sizes: config.json's keys and our fields, in config.json's order.
 _SIZES = {

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from dms_jax.config import ModelConfig, shown
+from dms_jax.config import ModelConfig
 from dms_jax.families.base import GGUF, Family, read_experts, register, size, write_experts
+from dms_jax.json_files import shown
 
 _KEYS = {"num_experts": "num_experts", "num_experts_per_tok": "experts_per_token"}
 _QWEN3 = dict(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from dms_jax.config import ModelConfig, is_number, shown
+from dms_jax.config import ModelConfig
 from dms_jax.families.base import GGUF, Family, register, size
+from dms_jax.json_files import is_number, shown
 
 _INTERVAL = 4  # transformers' default: every fourth layer has no RoPE
 

@@ -125,7 +125,7 @@ class PagedRows:
   @property
   def pools(self) -> int:
     """Pools that rows are split over: a row's pages come from one, or from one on each device of its heads."""
-    return self.cache.data if isinstance(self.cache, ShardedCache) else 1
+    return self.cache.split.row_parts if isinstance(self.cache, ShardedCache) else 1
 
   @property
   def pool_rows(self) -> int:
@@ -141,7 +141,7 @@ class PagedRows:
   @property
   def heads(self) -> int:
     """KV heads of all layers, which is the number of archives of a row."""
-    return self.pool_heads * (self.cache.tensor if isinstance(self.cache, ShardedCache) else 1)
+    return self.pool_heads * (self.cache.split.head_parts if isinstance(self.cache, ShardedCache) else 1)
 
   def pages_of(self, stored: HostRow) -> int:
     """Pages that a host copy takes of its pool."""

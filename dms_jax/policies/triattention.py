@@ -14,7 +14,7 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from dms_jax.collectives import devices, own_heads
-from dms_jax.config import parse_json
+from dms_jax.json_files import parse_json
 from dms_jax.layers import rope_frequencies
 from dms_jax.npz import DAMAGE, Arrays
 from dms_jax.policies.base import is_whole, register

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dms_jax.config import HALF_PAIR, has_half_pair, json_value
+from dms_jax.json_files import HALF_PAIR, has_half_pair, json_value
 from dms_jax.retrofit.config import DataConfig, RetrofitConfig
 from dms_jax.retrofit.step import Batch
 

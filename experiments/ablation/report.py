@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dms_jax.config import read_json
+from dms_jax.json_files import read_json
 from experiments.ablation import sweeps
 from experiments.ablation.trials import TRAINED, TYPES, Trial
 from experiments.common import program

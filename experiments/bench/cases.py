@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from dms_jax.config import ModelConfig, read_json
+from dms_jax.config import ModelConfig
 from dms_jax.families.huggingface import config_to_hf
+from dms_jax.json_files import read_json
 from experiments.common import program
 
 

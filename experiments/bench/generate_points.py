@@ -35,7 +35,7 @@ from dms_jax.generation.decode import DecodeState, StopCriteria
 from dms_jax.generation.sampling import Sampling
 from dms_jax.model import Model
 from dms_jax.policies import Policy, Vanilla
-from dms_jax.sharding import divided
+from dms_jax.sharding import Split
 from experiments.bench import synthetic
 
 Kind = Literal["dense", "dms", "by_cr"]
@@ -158,7 +158,7 @@ class Bench:
     self.shape, self.bandwidth, self.programs, self.energy, self.seconds = shape, bandwidth, programs, energy, seconds
     self.dtype = jnp.dtype(shape.dtype)
     self.alone, self.mesh = alone, mesh
-    self.data, self.tensor = (1, 1) if mesh is None else divided(shape.config, mesh)
+    self.row_parts, self.head_parts = (1, 1) if mesh is None else Split.of(shape.config, mesh).parts
     self._models: dict[Kind, Model] = {}
     self._pages: dict[int, int] = {}  # of a row, by its length
     self._points: dict[tuple[Point, float], dict[str, Any]] = {}
@@ -190,7 +190,7 @@ class Bench:
       return synthetic.slots_shape(model, policy, batch=batch, longest=longest)
     if longest not in self._pages:
       self._pages[longest] = synthetic.pages_for(model, policy, longest, page)
-    options = dict(longest=longest, pages=batch // self.data * self._pages[longest], page=page, archive=archive)
+    options = dict(longest=longest, pages=batch // self.row_parts * self._pages[longest], page=page, archive=archive)
     return synthetic.pages_shape(model, policy, batch=batch, **options)
 
   def rows_in(self, budget: int, longest: int) -> int:
@@ -274,7 +274,8 @@ class Bench:
     del cache
     weights = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(model.params))
     slot = 2 * self.shape.config.head_dim * self.dtype.itemsize
-    of_devices = live.reshape(len(live), self.data, -1, self.tensor, live.shape[2] // self.tensor).sum((2, 4))
+    parts = self.row_parts, -1, self.head_parts, live.shape[2] // self.head_parts
+    of_devices = live.reshape(len(live), *parts).sum((2, 4))
     busiest = int(of_devices.max((1, 2)).sum())  # in each layer: devices wait for one another
     kv, roofline = int(live.sum()) * slot, (weights + busiest * slot) / self.bandwidth
     return {

@@ -32,7 +32,7 @@ from dms_jax.model import Model
 from dms_jax.params import init_params, param_table
 from dms_jax.policies import Policy
 from dms_jax.policies.random import uniform
-from dms_jax.sharding import divided
+from dms_jax.sharding import Split
 
 SPREAD = 0.8  # standard deviation of the logarithm of the tokens that heads hold
 TILE = 1024  # slots of random numbers, which a cache repeats
@@ -134,7 +134,7 @@ def left_by(model: Model, policy: Policy, tokens: int) -> tuple[np.ndarray, np.n
 def pages_for(model: Model, policy: Policy, tokens: int, page: int) -> int:
   """Number of pages that a row of `tokens` tokens needs; on a mesh, on the device whose heads hold most."""
   owned = -(-left_by(model, policy, tokens)[0] // page)
-  parts = 1 if model.mesh is None else divided(model.config, model.mesh)[1]
+  parts = 1 if model.mesh is None else Split.of(model.config, model.mesh).head_parts
   return int(owned.reshape(len(owned), parts, -1).sum((0, 2)).max())
 
 
@@ -242,12 +242,12 @@ def filled(
 
 def _filled_on_mesh(shape: ShardedCache, model: Model, policy: Policy, **options) -> ShardedCache:
   """`filled` for each device's own rows and heads, on that device."""
-  mesh, parts = shape.mesh, []
+  parts = []
   for place in np.ndindex(shape.devices.shape):
     with jax.default_device(shape.devices[place]):
       cache = filled(shape.own, model, policy, part=place[1], **options)
-      parts.append(ShardedCache.of_device(cache, mesh, shape.by_rows))
-  sharding = NamedSharding(mesh, DEVICE)
+      parts.append(ShardedCache.of_device(cache, shape.split))
+  sharding = NamedSharding(shape.mesh, DEVICE)
   join = lambda *xs: jax.make_array_from_single_device_arrays((len(xs) * len(xs[0]), *xs[0].shape[1:]), sharding, xs)
   return jax.tree.map(join, *parts)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dms_jax.config import HALF_PAIR, has_half_pair, json_value
+from dms_jax.json_files import HALF_PAIR, has_half_pair, json_value
 
 
 def cut_half_line(path: Path, start: bytes) -> None:

@@ -25,6 +25,12 @@ def define() -> None:
   program.define_flags("mesh", MeshConfig)
 
 
+def asked() -> bool:
+  """Whether the flags ask for a mesh; connects to no process."""
+  config = program.read_flags("mesh", MeshConfig)
+  return bool(config.coordinator) or config.data * config.tensor != 1
+
+
 def read() -> Mesh | None:
   """The mesh of the flags; None for one device. Over several processes it connects them; only process 0 then speaks.
 
@@ -37,7 +43,7 @@ def read() -> Mesh | None:
   distributed.initialize(config)
   if config.coordinator and not leads():
     program.silence()
-  return None if not config.coordinator and config.data * config.tensor == 1 else distributed.mesh_of_all(config)
+  return distributed.mesh_of_all(config) if asked() else None
 
 
 @contextlib.contextmanager

@@ -17,8 +17,8 @@ from typing import Any
 
 import jax
 
-from dms_jax.config import HALF_PAIR
 from dms_jax.generation.batching import BudgetError, Generator
+from dms_jax.json_files import HALF_PAIR
 from experiments.common import files, program
 
 SEEDS = 2**32  # number of distinct keys of jax.random.key while JAX computes in 32 bits

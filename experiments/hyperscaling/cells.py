@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from dms_jax import disk
-from dms_jax.config import json_value, read_json
+from dms_jax.json_files import json_value, read_json
 from dms_jax.npz import DAMAGE, Arrays
 from experiments.common import files
 from experiments.methods import records

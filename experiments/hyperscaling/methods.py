@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dms_jax import checkpoint, shipped
-from dms_jax.config import is_number
+from dms_jax.json_files import is_number
 from dms_jax.model import Model, check_policy
 from dms_jax.policies import DMS, Policy, StreamingLLM
 from dms_jax.sharding import decoding

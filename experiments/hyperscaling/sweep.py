@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dms_jax.config import read_json
+from dms_jax.json_files import read_json
 from dms_jax.tokenizer import Tokenizer
 from experiments.common import files, program
 from experiments.hyperscaling import cells, timing

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dms_jax.config import shown
+from dms_jax.json_files import shown
 from experiments.common import files, program
 
 T = typing.TypeVar("T", bound="Chain")

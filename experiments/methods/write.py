@@ -14,7 +14,7 @@ from dms_jax.config import ModelConfig
 from dms_jax.generation.detokenize import Detokenizer
 from dms_jax.generation.results import ChainUsage
 from dms_jax.policies import Policy
-from dms_jax.sharding import divided
+from dms_jax.sharding import Split
 from dms_jax.tokenizer import Tokenizer
 from experiments.methods.budgets import Group, most_tokens
 from experiments.methods.method import Method
@@ -54,12 +54,29 @@ def generator_of(
     )  # fmt: skip
   except BudgetError as error:
     raise ValueError(f"--kv_budget_gib, with --width={width}: {error}") from None
-  policy = group.policy
-  slots = min(most_tokens(policy, group.numbers, longest), longest)
+  policy, slots = group.policy, _slots(group, longest)
   if policy.data_dependent:  # the pool grows where a text needs more
     slots = min(longest, policy.window + 1 + longest // 2)
   generator.memory.reserve(slots, min(CHUNK, longest))
   return generator
+
+
+def _slots(group: Group, longest: int) -> int:
+  """Most slots of a head."""
+  return min(most_tokens(group.policy, group.numbers, longest), longest)
+
+
+def enough_gib(job: Any, method: Method, group: Group, most: int, generator: Generator) -> float:
+  """Cache memory, in GiB on each device, in which every prompt of a group is answered, whatever the heads keep.
+
+  The chains of a prompt begin together: they share its pages and take one more a head, or copy them where the policy
+  rewrites them. Then each goes on alone if need be, at its longest.
+  """
+  longest, memory = longest_text(job, method, group, most), generator.memory
+  own = memory.own
+  row = own.row_pages(min(_slots(group, longest) + CHUNK, longest), longest, least=1)  # while it reads a chunk
+  others = (job.chains - 1) * (row if group.policy.rewrites or own.sliding is not None else memory.pool_heads)
+  return (own.fixed_bytes + (row + others) * own.page_bytes) / 2**30
 
 
 def _text_until(tokens: Sequence[int], generator: Generator, prompt: Any) -> str:
@@ -92,7 +109,7 @@ def write(
   """
   cuts = [(most,) for most in job.max_tokens] if method.given.follows_length else [job.max_tokens]
   model = method.model
-  pools = 1 if model.mesh is None else divided(model.config, model.mesh)[0]  # a prompt's chains share one
+  pools = 1 if model.mesh is None else Split.of(model.config, model.mesh).row_parts  # a prompt's chains share one
   width = min(width, len(job.asked) * job.chains)  # more rows than chains would stay empty
   width = pools * max(-(-width // pools), job.chains)
   for lengths in cuts:
@@ -118,8 +135,12 @@ def _write_group(
   def step(run: Callable[..., Any], *args: Any, **request: Any) -> Any:
     try:
       return run(*args, **request)
-    except BudgetError as error:
-      raise ValueError(f"--kv_budget_gib: {method.label} on {job.name}: {error}") from None
+    except BudgetError:
+      enough = 1.006 * enough_gib(job, method, group, most, generator)  # three digits are not below it
+      raise ValueError(
+        f"--kv_budget_gib={memory / 2**30:.3g} is too little for {method.label} on {job.name}: {width} rows, and "
+        f"chains of up to {longest_text(job, method, group, most):,} tokens, fit --kv_budget_gib={enough:.3g}"
+      ) from None
 
   for place, number in enumerate(group.rows):
     if chains := list(cuts.get(number, ())):

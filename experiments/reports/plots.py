@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dms_jax import disk
-from dms_jax.config import is_number, parse_json
+from dms_jax.json_files import is_number, parse_json
 from experiments.common import program
 from experiments.reports import styles
 

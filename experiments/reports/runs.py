@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dms_jax.config import is_number, read_json
+from dms_jax.json_files import is_number, read_json
 from experiments.methods import records
 from experiments.methods import trace as traces
 from experiments.methods.records import TEXT, Record

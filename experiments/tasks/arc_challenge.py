@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from experiments.tasks.base import LikelihoodTask, Question, TasksConfig, register, sampled, shots_of
+from experiments.tasks.base import LikelihoodTask, Question, TasksConfig, after_shots, register
 from experiments.tasks.sources import located, records
 
 FLAG = "arc_challenge.data"
@@ -64,10 +64,4 @@ class ARCChallenge(LikelihoodTask):
   def questions(self, config: TasksConfig) -> list[Question]:
     what = "ARC-Challenge-Test.jsonl, or hub:allenai/ai2_arc"
     found = read(located(FLAG, self.data, what, ("ARC-Challenge-Test.jsonl", "ARC-Challenge/test-*.parquet")))
-    asked = []
-    for number in sampled(len(found), config):
-      shots = shots_of(found, number, self.shots, self.name, config.seed)
-      before = "".join(f"{shot.context} {shot.choices[shot.answer]}\n\n" for shot in shots)
-      question = found[number]
-      asked.append(Question(before + question.context, question.choices, question.answer))
-    return asked
+    return after_shots(found, self.shots, self.name, config)

@@ -211,3 +211,17 @@ def shots_of(records: Sequence[T], question: int, shots: int, task: str, seed: i
     raise ValueError(f"--{task}.shots={shots} needs more records than the {len(records)} of --{task}.data")
   picked = random.Random(f"{seed} shots {question}").sample(range(len(records) - 1), shots)
   return [records[i + (i >= question)] for i in picked]
+
+
+def after_shots(questions: Sequence[Question], shots: int, task: str, config: TasksConfig) -> list[Question]:
+  """The questions to ask (`sampled`), each after `shots` others with their answers (`shots_of`).
+
+  Raises:
+    ValueError: as `shots_of`.
+  """
+  asked = []
+  for number in sampled(len(questions), config):
+    others = shots_of(questions, number, shots, task, config.seed)
+    before = "".join(f"{shot.context} {shot.choices[shot.answer]}\n\n" for shot in others)
+    asked.append(dataclasses.replace(questions[number], context=before + questions[number].context))
+  return asked

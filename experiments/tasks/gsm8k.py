@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from experiments.tasks.base import LikelihoodTask, Question, TasksConfig, register, sampled, shots_of
+from experiments.tasks.base import LikelihoodTask, Question, TasksConfig, after_shots, register
 from experiments.tasks.sources import located, records
 
 FLAG = "gsm8k.data"
@@ -52,10 +52,4 @@ class GSM8K(LikelihoodTask):
     self.least(shots=0)
 
   def questions(self, config: TasksConfig) -> list[Question]:
-    problems = read(located(FLAG, self.data, WHAT, NAMES))
-    found = []
-    for number in sampled(len(problems), config):
-      shots = shots_of(problems, number, self.shots, self.name, config.seed)
-      before = "".join(f"{shot.context} {shot.choices[0]}\n\n" for shot in shots)
-      found.append(Question(before + problems[number].context, problems[number].choices))
-    return found
+    return after_shots(read(located(FLAG, self.data, WHAT, NAMES)), self.shots, self.name, config)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from experiments.common.files import read_text
-from experiments.tasks.base import LikelihoodTask, Question, TasksConfig, register, sampled, shots_of
+from experiments.tasks.base import LikelihoodTask, Question, TasksConfig, after_shots, register
 from experiments.tasks.sources import located, records
 
 FLAG = "hellaswag.data"
@@ -79,10 +79,4 @@ class HellaSwag(LikelihoodTask):
   def questions(self, config: TasksConfig) -> list[Question]:
     what = "hellaswag_val.jsonl, the six-line text format, or hub:Rowan/hellaswag"
     found = read(located(FLAG, self.data, what, ("hellaswag_val.jsonl", "data/validation-*.parquet")))
-    asked = []
-    for number in sampled(len(found), config):
-      shots = shots_of(found, number, self.shots, self.name, config.seed)
-      before = "".join(f"{shot.context} {shot.choices[shot.answer]}\n\n" for shot in shots)
-      record = found[number]
-      asked.append(Question(before + record.context, record.choices, record.answer))
-    return asked
+    return after_shots(found, self.shots, self.name, config)

@@ -27,7 +27,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
 from dms_jax.tokenizer import Tokenizer
-from experiments.tasks.base import TASKS, Prompt, TasksConfig, WritingTask, get
+from experiments.tasks.base import TASKS, Prompt, TasksConfig, WritingTask
 
 LARGEST = 63  # numbers of all families are 0..63, one word each
 PAD, BOS, END, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
@@ -70,9 +70,11 @@ def check_families(flag: str, families: Sequence[str], tokenizer: Tokenizer) -> 
   Raises:
     ValueError: one is no such family, or the tokenizer lacks words; names the flag of the families.
   """
-  known = sorted(name for name, cls in TASKS.items() if issubclass(cls, ReasoningTask))
-  if unknown := [name for name in families if name not in known]:
-    raise ValueError(f"{flag}: {unknown[0]!r} is no family of generated problems; there are {', '.join(known)}")
+  try:
+    for family in families:
+      _levels(family)
+  except ValueError as error:
+    raise ValueError(f"{flag}: {error}") from None
   if lacking := sorted(set(VOCABULARY) - set(tokenizer.backend.get_vocab(with_added_tokens=True))):
     raise ValueError(
       f"{flag}={','.join(families)}: this model's tokenizer lacks {len(lacking)} of their words, such as "
@@ -325,10 +327,10 @@ def _tuples(value: Any) -> Any:
 
 @functools.cache
 def _levels(family: str) -> tuple[ReasoningTask, ...]:
-  cls = get(family)
-  if not issubclass(cls, ReasoningTask):
-    raise ValueError(f"{family!r} is a task, but no family of generated problems")
-  return tuple(cls(level=level) for level in range(len(cls.LEVELS)))
+  known = {name: cls for name, cls in TASKS.items() if issubclass(cls, ReasoningTask)}
+  if family not in known:
+    raise ValueError(f"{family!r} is no family of generated problems; there are {', '.join(sorted(known))}")
+  return tuple(known[family](level=level) for level in range(len(known[family].LEVELS)))
 
 
 def documents(

@@ -17,6 +17,7 @@ from dms_jax import policies
 from dms_jax import testing as tiny
 from dms_jax.evaluation import likelihood
 from dms_jax.evaluation.text import text_quality
+from dms_jax.retrofit.distributed import MeshConfig
 from dms_jax.tokenizer import byte_tokenizer
 from experiments import evaluate
 from experiments.common import program
@@ -334,6 +335,18 @@ def test_a_mesh_gives_the_same_records(checkpoints, tmp_path):
     for name in ("one", "many")
   ]
   assert rows[0] == rows[1] and len(rows[0]) == 8
+
+
+def test_what_a_mesh_refuses_is_refused_at_once(monkeypatch):
+  """Before the checkpoint and data of tasks are read: neither is there."""
+  settings = {
+    evaluate.Config: evaluate.Config("nowhere", text=("nowhere",), traces=1), MeshConfig: MeshConfig(data=2),
+    TasksConfig: TasksConfig(("countdown", "hellaswag")),
+  }  # fmt: skip
+  monkeypatch.setattr(program, "read_flags", lambda prefix, cls: settings[cls])
+  monkeypatch.setattr(program, "flag_values", lambda **_: {})
+  with pytest.raises(ValueError, match=r"^--mesh: --text, --traces, --tasks=hellaswag: texts, likelihood tasks and"):
+    evaluate.main()
 
 
 def test_a_killed_run_gives_the_same_records(checkpoints, tmp_path, monkeypatch, capfd):

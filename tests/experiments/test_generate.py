@@ -284,7 +284,7 @@ LOCALE = """
 import sys
 from pathlib import Path
 from dms_jax import checkpoint, testing
-from dms_jax.config import as_text
+from dms_jax.json_files import as_text
 from dms_jax.tokenizer import Tokenizer, byte_tokenizer
 from experiments.common import files, program
 

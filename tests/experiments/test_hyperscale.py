@@ -6,7 +6,10 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -16,6 +19,7 @@ import pytest
 from dms_jax import Generator, checkpoint, generate, policies
 from dms_jax import testing as tiny
 from dms_jax.model import check_policy
+from dms_jax.retrofit.distributed import MeshConfig
 from dms_jax.tokenizer import byte_tokenizer
 from experiments import hyperscale
 from experiments.common import program
@@ -24,7 +28,8 @@ from experiments.hyperscaling import methods as sweep_methods
 from experiments.methods import records, run, trace, write
 from experiments.tasks import TASKS
 from experiments.tasks.base import Prompt, TasksConfig, WritingTask
-from tests.helpers import OTHER_FAMILIES, save_checkpoints
+from tests.helpers import OTHER_FAMILIES, ROOT, save_checkpoints
+from tests.programs import finished, on_devices
 
 # Methods --------------------------------------------------------------------------------------------------------------
 
@@ -232,6 +237,24 @@ def test_a_width_that_does_not_fit_is_halved(checkpoints):
     list(timing.narrowing(lambda width: (_ for _ in ()).throw(ValueError("other")), 8, 2))
 
 
+@pytest.mark.parametrize(("name", "most"), [("vanilla", 100), ("h2o", 250)])
+def test_memory_that_is_too_small_for_a_row_is_said_with_what_fits(checkpoints, name, most):
+  (method,), job = built(checkpoints, (name,)), letters(most)
+
+  def answer(memory):
+    found = run.run(job, [method], byte_tokenizer(), width=2, memory=memory)
+    return [record for part in found for record in part]
+
+  with pytest.raises(ValueError, match=r"--kv_budget_gib, with --width=2.* take \d+") as refused:
+    answer(100)
+  empty = int(re.search(r"take (\d+)", str(refused.value))[1])
+  said = rf"^--kv_budget_gib=\S+ is too little for {name}.* on letters: 2 rows, .* fit --kv_budget_gib=(\S+)$"
+  with pytest.raises(ValueError, match=said) as refused:
+    answer(empty)
+  gib = float(re.search(said, str(refused.value))[1])
+  assert empty < gib * 2**30 and len(answer(int(gib * 2**30))) == 3 * 2
+
+
 def test_a_batch_has_no_more_rows_than_a_task_has_chains(checkpoints, monkeypatch):
   (method,), job, made = built(checkpoints, ("vanilla",)), letters(3), []
   create = write.generator_of
@@ -246,6 +269,41 @@ def test_a_model_without_gates_is_no_retrofit_of_a_sweep(checkpoints, tmp_path, 
   config = hyperscale.Config(checkpoint=base, methods=("vanilla", "dms"), retrofit=(f"8:{base}",))
   with pytest.raises(ValueError, match=f"--retrofit={base}: a model without gates, not a retrofit"):
     hyperscale.make(config, TasksConfig(("countdown",)), tmp_path, None)
+
+
+def test_what_a_mesh_refuses_is_refused_at_once(monkeypatch):
+  """Before the checkpoint is read: there is none."""
+  settings = {MeshConfig: MeshConfig(tensor=2), TasksConfig: TasksConfig(("countdown",))}
+  monkeypatch.setattr(program, "read_flags", lambda prefix, cls: settings[cls])
+  for traces, timed in ((1, False), (0, True)):
+    settings[hyperscale.Config] = hyperscale.Config(
+      "nowhere", methods=("vanilla",), traces=traces, timed=timed, kv_budget_gib=1.0
+    )
+    with pytest.raises(ValueError, match=r"^--mesh: traces and times are of one device: give --traces=0 --notimed"):
+      hyperscale.main()
+
+
+def test_a_mesh_gives_the_same_sweep(checkpoints, tmp_path):
+  """Rows and heads over four simulated devices: the records, cells and margins of one."""
+  base, retrofit = map(str, checkpoints)
+  command = (
+    sys.executable, "-m", "experiments.hyperscale", f"--checkpoint={base}", f"--retrofit=8:{retrofit}",
+    "--methods=vanilla,dms", "--tasks=countdown", "--limit=2", "--chains=1,2", "--max_tokens=4,7", "--traces=0",
+    "--resamples=100", "--dtype=float32",
+  )  # fmt: skip
+  start = lambda name, *flags: subprocess.Popen(
+    [*command, f"--output={tmp_path / name}", *flags], cwd=ROOT, env=on_devices(4), stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE, text=True,
+  )  # fmt: skip
+  [one, many] = finished(start("one"), start("many", "--mesh.data=2", "--mesh.tensor=2"))
+  assert one[0] == many[0] == 0, one[2] + many[2]
+  rows = [
+    {r.key: dataclasses.replace(r, seconds=0.0) for r in records.read(tmp_path / name / cells.RECORDS)}
+    for name in ("one", "many")
+  ]
+  assert rows[0] == rows[1] and len(rows[0]) == 2 * 2 * 2 * 2
+  summaries = [json.loads((tmp_path / name / hyperscale.SUMMARY).read_text()) for name in ("one", "many")]
+  assert summaries[0]["points"] == summaries[1]["points"] and summaries[0]["margins"] == summaries[1]["margins"]
 
 
 def test_a_sweep_from_flags_to_page(checkpoints, tmp_path, monkeypatch, capfd):

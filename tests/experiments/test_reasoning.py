@@ -164,7 +164,7 @@ def test_a_document_depends_on_its_number_alone():
   for (prompt, trace), (same, text) in zip(cut, whole, strict=True):  # none is cut: it is there as it is, or not at all
     assert prompt == same and trace == (text if text and len(f"{prompt} {text}".split()) < 300 else None)
   assert 20 < sum(trace is None for _, trace in cut) < 180
-  with pytest.raises(ValueError, match="is a task, but no family"):
+  with pytest.raises(ValueError, match="'gsm8k' is no family"):
     list(reasoning.documents(["gsm8k"], 1, 0, 1))
 
 

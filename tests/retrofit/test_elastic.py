@@ -11,7 +11,8 @@ import pytest
 
 from dms_jax import checkpoint
 from dms_jax import testing as tiny
-from dms_jax.config import DMSConfig, LoRAConfig, from_json, to_json
+from dms_jax.config import DMSConfig, LoRAConfig
+from dms_jax.json_files import from_json, to_json
 from dms_jax.levels import Levels
 from dms_jax.model import Eviction, forward
 from dms_jax.params import flatten, join_params, unflatten

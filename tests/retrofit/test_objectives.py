@@ -15,7 +15,8 @@ import dms_jax
 from dms_jax import checkpoint, policies
 from dms_jax import testing as tiny
 from dms_jax.attention import layer_softmax
-from dms_jax.config import DMSConfig, LoRAConfig, from_json, to_json
+from dms_jax.config import DMSConfig, LoRAConfig
+from dms_jax.json_files import from_json, to_json
 from dms_jax.params import flatten, unflatten
 from dms_jax.retrofit import (
   DataConfig,

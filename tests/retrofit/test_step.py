@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from dms_jax import testing as tiny
-from dms_jax.config import DMSConfig, LoRAConfig, from_json, to_json
+from dms_jax.config import DMSConfig, LoRAConfig
+from dms_jax.json_files import from_json, to_json
 from dms_jax.layers import rms_norm
 from dms_jax.model import Eviction, forward
 from dms_jax.params import flatten, param_table

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dms_jax.config import DMSConfig, to_json
+from dms_jax.config import DMSConfig
 from dms_jax.convert.layouts import transformers
 from dms_jax.convert.tensors import Progress
 from dms_jax.convert.writing import (
@@ -23,6 +23,7 @@ from dms_jax.convert.writing import (
   write_weights,
 )  # fmt: skip
 from dms_jax.families import base
+from dms_jax.json_files import to_json
 from dms_jax.model import Model
 from dms_jax.tokenizer import Tokenizer
 

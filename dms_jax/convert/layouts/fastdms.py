@@ -11,7 +11,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from dms_jax.config import read_json, shown
 from dms_jax.convert.layouts import keys
 from dms_jax.convert.layouts.keys import Gates
 from dms_jax.convert.tensors import Progress
@@ -27,6 +26,7 @@ from dms_jax.convert.writing import (
   write_json,
   write_weights,
 )
+from dms_jax.json_files import read_json, shown
 from dms_jax.model import Model
 from dms_jax.tokenizer import Tokenizer
 

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from dms_jax.config import DMSConfig, is_number, shown
+from dms_jax.config import DMSConfig
+from dms_jax.json_files import is_number, shown
 
 _DEFAULTS: dict[str, float] = {"scale": 100.0, "offset": 5.0}  # of both projects
 

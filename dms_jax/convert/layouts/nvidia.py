@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from dms_jax.config import DMSConfig, shown
+from dms_jax.config import DMSConfig
 from dms_jax.convert.layouts import keys
 from dms_jax.convert.layouts.keys import Gates
 from dms_jax.convert.writing import NEVER, About, whole
+from dms_jax.json_files import shown
 
 ADAPTER, NEURON = "model_optimizer", "nvidia_neuron"
 BLOCK = 256  # dms_paged_attention_block_size, tokens, of Model-Optimizer's config class

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from dms_jax import families
-from dms_jax.config import DMSConfig, ModelConfig, from_json, read_json
+from dms_jax.config import DMSConfig, ModelConfig
 from dms_jax.convert import mxfp4, pickles
 from dms_jax.convert.layouts import fastdms, nvidia
 from dms_jax.convert.layouts.keys import Gates
@@ -32,6 +32,7 @@ from dms_jax.convert.writing import (
   write_weights,
 )
 from dms_jax.families.huggingface import config_from_hf
+from dms_jax.json_files import from_json, read_json
 from dms_jax.model import Model
 from dms_jax.tokenizer import TOKENIZER_FILE, Tokenizer
 
