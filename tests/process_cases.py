@@ -7,6 +7,7 @@ Each process of a case has the same number of simulated devices, runs the same p
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -31,9 +32,10 @@ SETTINGS = dict(max_new_tokens=12, eos=False, prefill_chunk=8, decode_block=8)
 PROMPTS = [np.random.default_rng(n).integers(0, CONFIG.vocab_size, n).tolist() for n in (1, 19, 8, 5)]
 
 
-def save(folder: Path) -> None:
+def save(folder: Path, layers: int = CONFIG.num_layers) -> None:
   """The model of the cases, which one process writes."""
-  checkpoint.save(folder / "model", tiny.model(CONFIG, tiny.dms(window=5), LoRAConfig(rank=2, scale=0.1)))
+  config = dataclasses.replace(CONFIG, num_layers=layers)
+  checkpoint.save(folder / "model", tiny.model(config, tiny.dms(window=5), LoRAConfig(rank=2, scale=0.1)))
 
 
 def crossing_mesh() -> Mesh:

@@ -258,8 +258,14 @@ def test_memory_that_is_too_small_for_a_row_is_said_with_what_fits(checkpoints, 
 def test_a_batch_has_no_more_rows_than_a_task_has_chains(checkpoints, monkeypatch):
   (method,), job, made = built(checkpoints, ("vanilla",)), letters(3), []
   create = write.generator_of
-  monkeypatch.setattr(write, "generator_of", lambda *about: made.append(create(*about)) or made[-1])
-  assert list(run.run(job, [method], byte_tokenizer(), width=10_000))
+
+  def stopped(*about):
+    made.append(create(*about))
+    raise InterruptedError  # before anything is compiled
+
+  monkeypatch.setattr(write, "generator_of", stopped)
+  with pytest.raises(InterruptedError):
+    list(run.run(job, [method], byte_tokenizer(), width=10_000))
   assert [each.width for each in made] == [len(job.asked) * job.chains]
 
 

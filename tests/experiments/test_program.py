@@ -134,8 +134,9 @@ def test_every_flag_says_what_it_does(name, monkeypatch):
 
 # Forks itself for each line of JSON that it reads, a program's arguments, so that JAX is imported once.
 FORKS = """
-import json, os, runpy, sys, warnings
+import gc, json, os, runpy, sys, warnings
 from experiments.common import program
+gc.freeze()  # else a child's last collection copies all pages of memory
 warnings.filterwarnings("ignore", category=RuntimeWarning, message=".*fork")
 for line in sys.stdin:
   child = os.fork()

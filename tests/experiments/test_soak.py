@@ -18,9 +18,13 @@ SHORT = soak.Config(
 
 
 @pytest.fixture(scope="module")
-def ran():
+def servers():
+  return soak.made(SHORT)
+
+
+@pytest.fixture(scope="module")
+def ran(servers):
   """(servers, outcome) of three seconds of traffic, and what is open then."""
-  servers = soak.made(SHORT)
   with compilation.counted() as count:
     return servers, soak.soak(servers, SHORT, soak.Traffic(SHORT, 257), count)
 
@@ -76,8 +80,8 @@ def test_other_tokens_are_seen(ran):
     assert not soak.alone(soak.Talk([*talk.turns[:-1], changed]))
 
 
-def test_lost_pages_are_seen(ran):
-  generator = ran[0][0].generator
+def test_lost_pages_are_seen(servers):
+  generator = servers[0].generator
   cache = generator.cache
   assert soak.lost_pages(generator) == 0
   pool = cache.table.pool
@@ -110,8 +114,8 @@ def made_up(**columns) -> dict:
     (dict(tokens=[0] * 100), set()),
   ],
 )
-def test_growth_is_seen(ran, columns, failed):
-  result = soak.verdict(ran[0], soak.Config(), made_up(**columns))
+def test_growth_is_seen(servers, columns, failed):
+  result = soak.verdict(servers, soak.Config(), made_up(**columns))
   assert {name for name, held in result["checks"].items() if not held} == failed
   assert result["passed"] == (not failed)
   assert result["arrays_growth"] == pytest.approx(146 / 83 - 1 if "arrays_flat" in failed else 0)

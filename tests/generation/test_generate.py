@@ -121,9 +121,9 @@ def test_a_row_does_not_feel_how_large_its_neighbours_make_the_cache(model, kind
   assert beside.tokens[0] == alone.tokens[0] and beside.logprobs[0] == alone.logprobs[0]
 
 
-def test_pages_are_the_default_where_heads_may_differ(model):
+def test_pages_are_the_default_where_heads_may_differ(shallow):
   of = lambda policy: type(
-    dms_jax.generate(model, [prompt(9)], policy=policy, max_new_tokens=1, prefill_chunk=8).conversation.cache
+    dms_jax.generate(shallow, [prompt(8)], policy=policy, max_new_tokens=0, prefill_chunk=8).conversation.cache
   )
   assert of(None) is of(dms_jax.DMS()) is PagedCache
   assert of(dms_jax.Vanilla()) is of(dms_jax.StreamingLLM(budget=8)) is ContiguousCache
@@ -293,7 +293,7 @@ def test_streaming_adds_up(stop):
 def test_characters_cut_by_tokens_are_streamed_whole():
   from dms_jax.tokenizer import byte_tokenizer
 
-  cfg = tiny.config(vocab_size=257)
+  cfg = tiny.config(num_layers=1, vocab_size=257)
   model = tiny.model(cfg).replace(tokenizer=byte_tokenizer())
   pieces = []
   out = dms_jax.generate(

@@ -14,7 +14,7 @@ from dms_jax import testing as tiny
 from dms_jax.generation.prompts import prompt_ids
 from dms_jax.policies import DMS, StreamingLLM
 
-MODEL = tiny.model(tiny.config(max_position_embeddings=32))
+MODEL = tiny.model(tiny.config(num_layers=1, max_position_embeddings=32))
 # Without the checks of types that only tests have.
 check, generate, check_policy = map(inspect.unwrap, (prompt_ids, dms_jax.generate, models.check_policy))
 
@@ -67,7 +67,7 @@ def test_a_threshold_that_is_no_number():
 def test_a_prompt_of_the_whole_context():
   """The last token is sampled and not read, so 32 tokens leave place for one."""
   out = dms_jax.generate(MODEL, [list(range(32))], max_new_tokens=1, eos=False)
-  longer = tiny.model(tiny.config(max_position_embeddings=64))
+  longer = tiny.model(tiny.config(num_layers=1, max_position_embeddings=64))
   assert out.tokens == dms_jax.generate(longer, [list(range(32))], max_new_tokens=1, eos=False).tokens
   with pytest.raises(ValueError, match="need 33 positions"):
     dms_jax.generate(MODEL, [list(range(32))], max_new_tokens=2)

@@ -28,8 +28,8 @@ def start(*command: str, devices: int) -> subprocess.Popen:
 
 @pytest.mark.parametrize("name", [*QUICK, *SLOW])
 def test_on_two_processes(name, tmp_path):
-  process_cases.save(tmp_path)
-  devices = 1 if name in QUICK else 2
+  devices = layers = 1 if name in QUICK else 2
+  process_cases.save(tmp_path, layers)
   starts = [start("tests.process_cases", name, str(tmp_path), *meet, devices=devices) for meet in meeting()]
   for code, out, errors in finished(*starts):
     assert code == 0 and "equal" in out, errors[-3000:]

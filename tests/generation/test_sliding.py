@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -27,26 +29,25 @@ def model():
 
 @pytest.fixture(scope="module")
 def outputs(model):
-  return {
-    kind: dms_jax.generate(model, PROMPTS, max_new_tokens=NEW, eos=False, prefill_chunk=8, cache=kind)
-    for kind in ("masked", "contiguous", "paged")
-  }
+  return functools.cache(
+    lambda kind: dms_jax.generate(model, PROMPTS, max_new_tokens=NEW, eos=False, prefill_chunk=8, cache=kind)
+  )
 
 
-def test_every_cache_writes_what_the_mask_does(model, outputs):
+@pytest.mark.parametrize("kind", ["masked", "contiguous", "paged"])
+def test_every_cache_writes_what_the_mask_does(model, outputs, kind):
   """Tokens, tokens held by layers of both kinds, and the achieved CR, which counts all of them."""
-  slides = np.asarray(CONFIG.sliding_layers)
-  for kind, out in outputs.items():
-    for row, (prompt, new) in enumerate(zip(PROMPTS, out.tokens, strict=True)):
-      text = [*prompt, *new[:-1]]
-      logits, z = read(model, np.array([text]))
-      assert logits[0, len(prompt) - 1 :].argmax(-1).tolist() == new, kind
-      evicted = np.concatenate([z[:, 0, :, 1:] > 0, np.zeros((*z.shape[:1], z.shape[2], 1), bool)], axis=-1)
-      live = out.metrics.live[:, row]
-      assert (live[slides] == CONFIG.sliding_window).all()
-      np.testing.assert_array_equal(live[~slides], held(evicted[~slides], WINDOW))
-    seen = np.array([len(prompt) + NEW - 1 for prompt in PROMPTS])
-    assert out.metrics.achieved_cr == pytest.approx(1 / np.mean(out.metrics.live / seen[:, None]))
+  slides, out = np.asarray(CONFIG.sliding_layers), outputs(kind)
+  for row, (prompt, new) in enumerate(zip(PROMPTS, out.tokens, strict=True)):
+    text = [*prompt, *new[:-1]]
+    logits, z = read(model, np.array([text]))
+    assert logits[0, len(prompt) - 1 :].argmax(-1).tolist() == new
+    evicted = np.concatenate([z[:, 0, :, 1:] > 0, np.zeros((*z.shape[:1], z.shape[2], 1), bool)], axis=-1)
+    live = out.metrics.live[:, row]
+    assert (live[slides] == CONFIG.sliding_window).all()
+    np.testing.assert_array_equal(live[~slides], held(evicted[~slides], WINDOW))
+  seen = np.array([len(prompt) + NEW - 1 for prompt in PROMPTS])
+  assert out.metrics.achieved_cr == pytest.approx(1 / np.mean(out.metrics.live / seen[:, None]))
 
 
 @pytest.mark.parametrize("size", [0, 2])
@@ -54,8 +55,8 @@ def test_programs_of_some_layers_write_the_same(model, outputs, size):
   """Chunks layer by layer, and decode steps of two layers a program."""
   with execution.override(layers="loop", layers_apart=True, step_layers=size):
     out = dms_jax.generate(model, PROMPTS, max_new_tokens=NEW, eos=False, prefill_chunk=8)
-  assert out.tokens == outputs["paged"].tokens
-  np.testing.assert_array_equal(out.metrics.live, outputs["paged"].metrics.live)
+  assert out.tokens == outputs("paged").tokens
+  np.testing.assert_array_equal(out.metrics.live, outputs("paged").metrics.live)
 
 
 def finish(generator):
@@ -80,7 +81,7 @@ def test_generator_preempts_and_resumes(model, outputs):
     except BudgetError:
       assert spare == 12
       continue
-    assert [results[ticket].tokens[0] for ticket in tickets] == outputs["paged"].tokens
+    assert [results[ticket].tokens[0] for ticket in tickets] == outputs("paged").tokens
     assert bool(generator.preemptions) == (spare < 400)
 
 
