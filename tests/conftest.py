@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import re
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import pytest
 _LINES = (Path(__file__).parent / "variants.txt").read_text().splitlines()
 _IDS = [re.escape(line).replace(r"\*", ".*") for line in _LINES if line and not line.startswith("#")]
 VARIANT = re.compile(rf"tests/({'|'.join(_IDS)})")
+
+
+PART, PARTS = map(int, os.environ.get("DMS_PART", "1/1").split("/"))  # only this part of the files with variants runs
 
 
 def pytest_configure(config):
@@ -22,13 +26,17 @@ def pytest_configure(config):
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
   for item in items:
     backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
     if getattr(backend, "interpreted", False):
       item.add_marker(pytest.mark.slow)
     if VARIANT.fullmatch(item.nodeid):
       item.add_marker(pytest.mark.variant)
+  if PARTS > 1:
+    mine = set(sorted({item.path for item in items if item.get_closest_marker("variant")})[PART - 1 :: PARTS])
+    config.hook.pytest_deselected(items=[item for item in items if item.path not in mine])
+    items[:] = [item for item in items if item.path in mine]
 
 
 def pytest_collection_finish(session):
