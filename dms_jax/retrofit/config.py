@@ -401,7 +401,7 @@ class SelfTextConfig:
     questions: .jsonl file of questions that rows answer through the chat template.
     question_field: field of its records that holds the question.
     prefix_tokens: tokens of a cut.
-    start_tokens: random tokens that start rows without a prompt: texts of more kinds; 0: an end of text.
+    start_tokens: random tokens that start rows without a prompt; 0: an end of text.
     top_p: sample from the fewest likeliest tokens whose probabilities reach it.
   """
 

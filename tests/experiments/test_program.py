@@ -386,7 +386,7 @@ def test_every_program_is_a_console_script_that_answers_early(tmp_path):
 
 def test_a_shipped_retrofit_is_found_by_name(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  assert {"smollm2-135m-cr4", "smollm2-135m-cr8", "smollm2-135m-elastic"} <= set(shipped.names())
+  assert {"smollm2-135m-cr4", "smollm2-135m-cr8", "smollm2-135m-elastic-by-cr"} <= set(shipped.names())
   assert shipped.find("smollm2-135m-cr4") == shipped.FOLDER / "smollm2-135m-cr4"
   check_retrofit("retrofit", "smollm2-135m-cr4")
   assert checkpoint.fingerprint("smollm2-135m-cr4") == checkpoint.fingerprint(shipped.FOLDER / "smollm2-135m-cr4")
