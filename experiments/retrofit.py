@@ -56,7 +56,7 @@ from dms_jax.retrofit import DataConfig, RetrofitConfig, distributed, recall_tex
 from dms_jax.retrofit.config import check
 from dms_jax.retrofit.data import Batches, Packer, Source, documents, load_sources
 from dms_jax.retrofit.distributed import MeshConfig
-from dms_jax.retrofit.loop import LOG, Preempted, Run, read_log, train
+from dms_jax.retrofit.loop import LOG, Preempted, Run, read_log, train, weights_of
 from dms_jax.retrofit.packing import FIRST, StreamPacker, WholePacker
 from dms_jax.tokenizer import Tokenizer
 from experiments.bench import retrofit_step as retrofit_benchmark
@@ -321,7 +321,7 @@ def main() -> None:
   lasts = {}
   with locked_by_first(output):
     base = checkpoint.load(config.checkpoint, mesh=mesh)
-    tokenizer = Tokenizer.load(config.checkpoint)
+    tokenizer, weights = Tokenizer.load(config.checkpoint), weights_of(base)
     if data.families:
       packer = generated(data, tokenizer, settings)
     else:
@@ -331,7 +331,7 @@ def main() -> None:
         if config.crs:
           say(f"{directory}: {schedule.schedule.steps} steps")
         board = scalars(directory / "tensorboard") if config.tensorboard and processes.leads() else lambda line: None
-        run = Run(base, dms, lora, schedule, data, directory)
+        run = Run(base, dms, lora, schedule, data, directory, weights)
         with locked_by_first(directory) if config.crs else contextlib.nullcontext():
           lasts[directory.name] = carry_out(
             run, packer, tokenizer, mesh=mesh, board=board, stop_after=config.stop_after or None

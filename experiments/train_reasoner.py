@@ -46,7 +46,7 @@ from dms_jax.retrofit import (
 )
 from dms_jax.retrofit.config import check
 from dms_jax.retrofit.cost import step_flops
-from dms_jax.retrofit.loop import LOG, Run, read_log
+from dms_jax.retrofit.loop import LOG, Run, read_log, weights_of
 from dms_jax.tokenizer import Tokenizer
 from experiments import retrofit
 from experiments.common import program
@@ -119,14 +119,15 @@ def trained(folder: str, tokenizer: Tokenizer) -> Model:
   """The reasoner in `folder`, float32.
 
   Raises:
-    ValueError: it has gates or another tokenizer, or --model.* is given, which the checkpoint decides.
+    ValueError: it is damaged, is a retrofit, or has gates or another tokenizer; or --model.* is given, which the
+      checkpoint decides.
   """
   shape = [name for name in program.flag_values(changed_only=True) if name.startswith("model.")]
   if shape:
     raise ValueError(f"--{shape[0]}: --checkpoint={folder} decides the shape; leave it out")
-  model = checkpoint.load(folder, dtype="float32")
-  if model.dms is not None:
+  if checkpoint.read_config(folder)[2] is not None:
     raise ValueError(f"--checkpoint={folder} has gates; give a model without")
+  model = checkpoint.load(folder, dtype="float32")
   if Tokenizer.load(folder).backend.to_str() != tokenizer.backend.to_str():
     raise ValueError(f"--checkpoint={folder} reads other words than these problems; give a model of this program")
   return model
@@ -212,10 +213,12 @@ def main() -> None:
   base = trained(config.checkpoint, tokenizer) if config.checkpoint else None
   model = architecture(tokenizer, shape) if base is None else base.config
   if settings.seq_len > model.max_position_embeddings:
+    flag = "--model." if base is None else f"--checkpoint={config.checkpoint}: "
     raise ValueError(
-      f"--retrofit.seq_len={settings.seq_len} is more than --model.max_position_embeddings="
+      f"--retrofit.seq_len={settings.seq_len} is more than {flag}max_position_embeddings="
       f"{model.max_position_embeddings}"
     )
+  weights = "random" if base is None else weights_of(base)
   base = untrained(model, settings.seed) if base is None else base
   output = Path(config.output)
   if data.families:
@@ -224,7 +227,7 @@ def main() -> None:
     packer = retrofit.rows(
       retrofit.texts(lambda: base, tokenizer, data, settings.memory.compute_dtype, output), data, settings
     )
-  run = Run(base, None, LoRAConfig(), settings, data, output)
+  run = Run(base, None, LoRAConfig(), settings, data, output, weights)
   flops = step_flops(model, None, None, settings)
   program.log(
     f"{count_params(param_table(model)):,} parameters, {settings.schedule.steps:,} steps of {flops.tokens:,} "

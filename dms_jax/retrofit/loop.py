@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
@@ -27,7 +29,7 @@ from dms_jax import checkpoint, disk, formats, processes
 from dms_jax.config import DMSConfig, LoRAConfig
 from dms_jax.json_files import as_text, from_json, is_number, parse_json, read_json, to_json
 from dms_jax.model import Model
-from dms_jax.params import Params, join_params, param_table, split_params
+from dms_jax.params import Params, flatten, join_params, param_table, split_params
 from dms_jax.retrofit import distributed, elastic, kvzap
 from dms_jax.retrofit.config import DataConfig, RetrofitConfig, check
 from dms_jax.retrofit.data import Batches
@@ -56,6 +58,10 @@ class Run:
   """A retrofit of the untouched model `base`, in `directory`: gates, low-rank updates and training settings.
 
   Without gates (`dms` None) it is the training of `base` itself, under the objective "lm".
+
+  Attributes:
+    weights: what tells the base's weights from others (`weights_of`), so that a run goes on from its own alone; "": not
+      known.
   """
 
   base: Model
@@ -64,6 +70,7 @@ class Run:
   config: RetrofitConfig
   data: DataConfig
   directory: Path
+  weights: str = ""
 
   def settings(self, packer: Batches) -> dict[str, dict | None]:
     """The settings that identify this run, as run.json holds them; the number of workers changes no batch."""
@@ -71,7 +78,23 @@ class Run:
     return {
       "model": to_json(self.base.config), "dms": to_json(self.dms) if self.dms else None, "lora": to_json(self.lora),
       "retrofit": to_json(self.config), "data": data, "text": as_text(packer.fingerprints()),
+      **({"weights": self.weights} if self.weights else {}),
     }  # fmt: skip
+
+
+def weights_of(model: Model) -> str:
+  """A fingerprint of a model's weights: CRC-32 of the first values of the arrays outside its layers and in layer 0.
+
+  The same for stacked and listed layers. "" where a process does not hold all of them.
+  """
+  layers = model.params["layers"]
+  first = layers[0] if isinstance(layers, list) else jax.tree.map(lambda x: x[0], layers)
+  crc = 0
+  for name, x in sorted(flatten({**model.params, "layers": first}).items()):
+    if not x.is_fully_addressable:
+      return ""
+    crc = zlib.crc32(np.asarray(x[:8]).reshape(-1)[:256].tobytes(), zlib.crc32(name.encode(), crc))
+  return f"{crc:08x}"
 
 
 def prepare(
@@ -114,6 +137,7 @@ def _claim_directory(directory: Path, settings: dict[str, dict | None]) -> None:
   for name, cls in (("retrofit", RetrofitConfig), ("dms", DMSConfig), ("data", DataConfig)):
     if settings[name] is not None:
       found[name] = to_json(from_json(cls, found.get(name) or {}, f"{path}: {name}"))
+  found.setdefault("weights", settings.get("weights"))
   if differ := _differences(found, settings):
     raise ValueError(f"{directory} holds a run with other settings ({'; '.join(differ)}); choose another --output")
 

@@ -54,6 +54,8 @@ def test_a_start_that_cannot_be_is_refused(tmp_path, monkeypatch):
     train_reasoner.trained("there", reasoning.tokenizer())
   monkeypatch.setattr(train_reasoner.program, "flag_values", lambda changed_only: {})
   shape = ModelConfig(num_layers=1, d_model=16, d_ff=16, num_heads=2, num_kv_heads=1, head_dim=8, vocab_size=257)
+  with pytest.raises(ValueError, match=r"--checkpoint=.*cr2 has gates; give a model without"):
+    train_reasoner.trained(str(ROOT / "experiments/results/reasoner/cr2"), reasoning.tokenizer())
   checkpoint.save(tmp_path / "other", train_reasoner.untrained(shape, 0), tokenizer=byte_tokenizer())
   with pytest.raises(ValueError, match=r"other reads other words than these problems"):
     train_reasoner.trained(str(tmp_path / "other"), reasoning.tokenizer())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import math
@@ -207,6 +208,22 @@ def test_a_run_of_a_newer_version_is_refused(tmp_path):
   (tmp_path / loop.RUN).write_text(json.dumps({**settings, "format": 3, "version": "9.0"}))
   with pytest.raises(ValueError, match=r"run\.json: written by dms_jax 9\.0, schema 3; this version reads up to 2"):
     train(*a_run(tmp_path))
+
+
+def test_a_run_goes_on_from_its_own_weights_alone(tmp_path):
+  """Random ones, other ones, and those of an earlier version's run, which are not known."""
+  run, packer = a_run(tmp_path)
+  claim = lambda weights: loop._claim_directory(tmp_path, dataclasses.replace(run, weights=weights).settings(packer))
+  other = run.base.replace(params={**run.base.params, "embed": run.base.params["embed"] + 1})
+  assert loop.weights_of(run.base) == loop.weights_of(run.base.unstacked()) != loop.weights_of(other)
+  claim("")
+  claim(loop.weights_of(run.base))
+  (tmp_path / loop.RUN).unlink()
+  for _ in range(2):
+    claim(loop.weights_of(run.base))
+  for weights in ("random", loop.weights_of(other)):
+    with pytest.raises(ValueError, match=f"weights: '[0-9a-f]{{8}}' there, '{weights}' now"):
+      claim(weights)
 
 
 def test_another_text_is_refused(tmp_path, whole):
