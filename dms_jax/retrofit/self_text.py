@@ -79,9 +79,15 @@ def prompts(config: SelfTextConfig, tokenizer: Tokenizer) -> list[list[int] | st
 
 
 def whole_words(tokenizer: Tokenizer) -> list[int]:
-  """The tokens that a text may start with: neither special nor parts of a character."""
-  special = tokenizer.hidden_ids
-  return [i for i in range(tokenizer.vocab_size) if i not in special and "\ufffd" not in tokenizer.decode([i])]
+  """The tokens that a text may start with: neither special nor parts of a character, nor ids without a token.
+
+  Raises:
+    ValueError: there are none.
+  """
+  special, texts = tokenizer.hidden_ids, ((i, tokenizer.decode([i])) for i in range(tokenizer.vocab_size))
+  if not (words := [i for i, text in texts if i not in special and text and "\ufffd" not in text]):
+    raise ValueError("self_text.start_tokens: the tokenizer has no token that is a text by itself")
+  return words
 
 
 def _read(path: str, name: str) -> str:
@@ -116,12 +122,18 @@ def write(
   them. A row's text depends only on the seed and its number (and, by rounding, on the batch).
 
   Raises:
-    ValueError: there are no rows, a source is bad, or PATH.rows holds text of other settings.
+    ValueError: there are no rows, a source is bad, rows are longer than the model takes, or PATH.rows holds text of other settings.
   """
   path = Path(path)
   if not config.rows:
     raise ValueError("self_text.rows=0: say how many rows to write")
   rows = prompts(config, tokenizer)
+  longest = max((len(row) for row in rows if not isinstance(row, str)), default=0)
+  if (needed := longest + config.max_new_tokens - 1) > (most := model.config.max_position_embeddings):
+    raise ValueError(
+      f"self_text: rows that start with {longest} tokens, and max_new_tokens={config.max_new_tokens}, need {needed} "
+      f"positions; the model has {most}"
+    )
   model = fastest_form(model.replace(tokenizer=tokenizer))
   keys = jax.random.split(jax.random.key(config.seed), config.rows)
   folder = path.with_name(path.name + ".rows")

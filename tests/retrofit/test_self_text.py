@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 
 import pytest
+import tokenizers
 
 from dms_jax import testing as tiny
 from dms_jax.retrofit import DataConfig, SelfTextConfig, self_text
 from dms_jax.retrofit.data import load_sources
-from dms_jax.tokenizer import byte_tokenizer
+from dms_jax.tokenizer import Tokenizer, byte_tokenizer
+
+
+def words(vocabulary: dict[str, int]) -> Tokenizer:
+  return Tokenizer(tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>")))
 
 TEMPLATE = (
   "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>{% endfor %}"
@@ -46,8 +51,19 @@ def test_prompts_of_every_source(tmp_path, writer):
   started = self_text.prompts(SelfTextConfig(4, start_tokens=3), tokenizer)
   assert [row if isinstance(row, str) else len(row) for row in started] == [3, "ask", 3, "ask"]
   assert started[0] != started[2] and not {*started[0], *started[2]} & tokenizer.hidden_ids
+  assert started == self_text.prompts(SelfTextConfig(4, start_tokens=3), tokenizer)
+  assert self_text.whole_words(words({"a": 0, "b": 5, "<unk>": 9})) == [0, 5, 9]  # ids without a token
+  with pytest.raises(ValueError, match=r"start_tokens: the tokenizer has no token that is a text by itself"):
+    self_text.whole_words(words({"": 0}))
   with pytest.raises(ValueError, match=r"self_text\.start_tokens=3: rows start with prefixes"):
     SelfTextConfig(4, start_tokens=3, questions=chats)
+
+
+def test_starts_that_are_too_long_leave_nothing(tmp_path):
+  model = tiny.model(tiny.config(vocab_size=257, max_position_embeddings=16))
+  with pytest.raises(ValueError, match=r"rows that start with 9 tokens, and max_new_tokens=9, need 17 positions"):
+    self_text.write(model, byte_tokenizer(), SelfTextConfig(2, start_tokens=9, max_new_tokens=9), tmp_path / "x.jsonl")
+  assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
