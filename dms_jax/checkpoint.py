@@ -64,7 +64,7 @@ def save(
   if unknown := sorted(set(groups) - set(GROUPS)):
     raise ValueError(f"groups={unknown} unknown; there are {GROUPS}")
   if isinstance(model.params["layers"], list):
-    raise ValueError("this model's layers are a list (Model.unstacked); save the stacked model it was made from")
+    raise ValueError("this model's layers are a list (Model.unstacked); save model.stacked()")
   table = param_table(model.config, model.dms, model.lora)
   held = flatten(model.params)
   if set(held) != set(table):

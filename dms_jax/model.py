@@ -102,6 +102,7 @@ class Model:
 
     Args:
       merge: low-rank updates are merged into copies of their weights; all other weights are shared with this model.
+        The result is saved whole: its gates alone are no retrofit. False keeps the updates apart, to save a retrofit.
 
     Raises:
       ValueError: its gates are not for a range of ratios with this one in it.

@@ -122,7 +122,8 @@ def write(
   them. A row's text depends only on the seed and its number (and, by rounding, on the batch).
 
   Raises:
-    ValueError: there are no rows, a source is bad, rows are longer than the model takes, or PATH.rows holds text of other settings.
+    ValueError: there are no rows, a source is bad, rows are longer than the model takes, or PATH.rows holds text of
+      other settings.
   """
   path = Path(path)
   if not config.rows:

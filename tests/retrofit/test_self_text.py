@@ -16,6 +16,7 @@ from dms_jax.tokenizer import Tokenizer, byte_tokenizer
 def words(vocabulary: dict[str, int]) -> Tokenizer:
   return Tokenizer(tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>")))
 
+
 TEMPLATE = (
   "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>{% endfor %}"
   "{% if add_generation_prompt %}<assistant>{% endif %}"
