@@ -258,7 +258,7 @@ class Generator:
   def _advance(self) -> None:
     """`step`, whose news are in `_news`."""
     failed, first = None, self._flight is None
-    if self.rows.compressed:  # left by an interrupt
+    if self.rows.compressed[0]:  # left by an interrupt
       pressure.record(self.rows, self.memory)
     if first:
       self._launch()
