@@ -8,10 +8,15 @@ least often, all of them, are compressed once more:
 2.  Its new tokens are read at the threshold of the highest logit that it has kept; with elastic gates at the level of
     that threshold. Tokens of its window are decided anew at it.
 
-It then holds the tokens whose logits lie below that threshold, and those in pages that it shares with other chains. For
-rows without pages this is repeated until each has one for each head; for waiting chains it is done once a decode block.
-A chain is compressed at most `MOST` times, and not beyond the highest level of elastic gates. If none is left to be
-compressed, the newest chain is preempted. A chain stays compressed until it ends.
+It then holds the tokens whose logits lie below that threshold, and those in pages that it shares with other chains.
+This is repeated until the pages needed are free: one a head for each row without, those of a preempted chain and one a
+head, or those of the next chunk of a waiting prompt, while it is read. So no compression follows once pages suffice,
+and the last one frees more than was needed by at most what those chains gave up. A chain is compressed at most `MOST`
+times, and not beyond the highest level of elastic gates. If none is left to be compressed, the newest chain is
+preempted, and what waits goes on waiting. A chain stays compressed until it ends.
+
+All chains of a compression are one program and one answer to the host. A prompt that is being read keeps what has been
+read of it while others are compressed.
 """
 
 from __future__ import annotations
@@ -102,7 +107,6 @@ def compress(policy: DMS, rows: Rows, memory: PagedRows) -> bool:
     order[: len(chains)] = [chain.row for chain in chains]
     memory.cache, outcome = _compressed(memory.cache, rows.policy, order, np.int32(len(chains)))
     rows.compressed = chains, outcome
-    record(rows, memory)
   return bool(chains)
 
 
@@ -113,6 +117,7 @@ def record(rows: Rows, memory: PagedRows) -> int:
     Pages that are free.
   """
   pending, outcome = rows.compressed
+  pending[:] = [chain for chain in pending if chain.row is not None]  # others were cancelled after an interrupt
   chains = list(pending)
   free, numbers, lost, seen = jax.device_get(outcome)
   for chain in chains:
@@ -127,9 +132,9 @@ def record(rows: Rows, memory: PagedRows) -> int:
   return int(free)
 
 
-def relieve(policy: DMS, rows: Rows, memory: PagedRows, needed: int | None = None) -> bool:
-  """Compresses chains once, or until `needed` pages are free or none can be compressed; whether pages came free."""
-  some, before = False, memory.free_pages().min()
-  while (not some or (needed is not None and memory.free_pages().min() < needed)) and compress(policy, rows, memory):
-    some = True
-  return bool(memory.free_pages().min() > before)
+def relieve(policy: DMS, rows: Rows, memory: PagedRows, needed: int) -> bool:
+  """Compresses chains until `needed` pages are free or none can be compressed; whether pages came free."""
+  before = free = int(memory.free_pages().min())
+  while free < needed and compress(policy, rows, memory):
+    free = record(rows, memory)
+  return free > before
