@@ -22,6 +22,7 @@ read of it while others are compressed.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +79,8 @@ def _compressed(cache: PagedCache, policy: DMS, rows: Int[Array, "B"], count: In
     place = index * together + jnp.arange(together)
     row = jnp.where(place < count, jnp.take(rows, place, mode="clip"), batch)
     part = take_rows(cache, row, cache.table.pages.shape[3])
-    harder = of_places(policy, row).lowered(-score_floor(part, SHARE))
+    own: Any = of_places(policy, row)
+    harder = own.lowered(-score_floor(part, SHARE))
     part, lost = release(part, -harder.limit, in_order=not policy.overwrites)
     found = jax.tree.map(lambda x, new: x.at[row].set(new, mode="drop"), found, (row_numbers(harder), lost))
     return put_rows(cache, row, part), found
