@@ -258,7 +258,7 @@ class Generator:
   def _advance(self) -> None:
     """`step`, whose news are in `_news`."""
     failed, first = None, self._flight is None
-    if self.rows.compressed:  # left by an interrupt
+    if self.rows.compressed[0]:  # left by an interrupt
       pressure.record(self.rows, self.memory)
     if first:
       self._launch()
@@ -343,17 +343,10 @@ class Generator:
     return failed
 
   def _admit(self) -> None:
-    """Begins what waits; if pages lack for it, once more after others were compressed."""
-    if not self._begun() and self._compress():
-      self._begun()
-
-  def _begun(self) -> bool:
-    """Restores preempted chains, oldest first, then begins requests; False where one finds a row but no pages."""
+    """Restores preempted chains, oldest first, then begins requests, until one finds no row or too few pages."""
     for chain in sorted(self.preempted, key=lambda chain: chain.age):
-      if not self.rows.free.any():
-        return True
-      if not self._restore(chain):
-        return False
+      if not self.rows.free.any() or not self._restore(chain):
+        return
       self.preempted.remove(chain)
     while self.waiting and self.rows.free.max() >= len(self.waiting[0]):
       groups, pools = self._certain()
@@ -361,8 +354,7 @@ class Generator:
         if groups:
           self._begin_together(groups, pools)
         elif not self._begin_alone(self.waiting[0]):
-          return False
-    return True
+          return
 
   @contextlib.contextmanager
   def _beginning(self, groups: list[list[Chain]]) -> Iterator[None]:
@@ -432,7 +424,8 @@ class Generator:
     self._free, free, others = None, int(self.memory.free_pages()[pool]), self._occupied(pool)
     if others and not self.memory.grows:
       again = self._refused[0] == first.ticket and free <= self._refused[1]
-      if again or free < self.reader.least(len(first.prompt), len(group)):
+      least = self.reader.least(len(first.prompt), len(group))
+      if (again or free < least) and not self._compress(max(least, free + 1)):
         return False
     for chain, row in zip(group, rows, strict=True):
       chain.row = row
@@ -446,7 +439,7 @@ class Generator:
     logits, read = self.reader.no_logits(self.width), True
     if not first.goes_on:
       prompt = Prompt(rows[0], first.prompt, first.numbers, usage, before)
-      logits, read = self.reader.alone(prompt, logits, halve=not others)
+      logits, read = self.reader.alone(prompt, logits, self._enlarge, halve=not others)
     if not read or not self.memory.fork(rows[0], rows[1:], whole=self.policy.rewrites):
       return self._give_up(group)
     self._seat([(group, usage)], None if first.goes_on else logits, [])
@@ -512,7 +505,7 @@ class Generator:
       last = len(running) == 1  # the pages of rows that ended beside it are free now
       if not stalled or (last and not self._alone[pool]) or self.memory.free_pages()[pool] >= needed:
         continue
-      if not self.memory.grow(needed) and not self._compress(needed):
+      if not self._enlarge(needed):
         newest = max(running, key=lambda chain: chain.age)
         if last:
           raise BudgetError(
@@ -526,8 +519,12 @@ class Generator:
     self._stalled = np.zeros(self.width, bool)  # the old array may still be read
     return True
 
-  def _compress(self, needed: int | None = None) -> bool:
-    """Compresses chains once, or until `needed` pages are free; whether pages came free."""
+  def _enlarge(self, lacking: int) -> bool:
+    """Adds `lacking` pages to the pool, or compresses chains until so many are free; whether pages came free."""
+    return self.memory.grow(lacking) or self._compress(lacking)
+
+  def _compress(self, needed: int) -> bool:
+    """Compresses chains until `needed` pages are free or none can be; whether pages came free."""
     if self.on_pressure == "preempt" or not pressure.relieve(self.policy, self.rows, self.memory, needed):
       return False
     self._free = None
@@ -553,6 +550,8 @@ class Generator:
     pool = self._pool(1)
     (row,) = self.rows.empty(1, pool)
     needed = self.memory.pages_of(chain.stored) + (self.memory.pool_heads if self._occupied(pool) else 0)
+    if self.memory.free_pages()[pool] < needed:
+      self._compress(needed)
     if self.memory.free_pages()[pool] < needed or not self.memory.restore(row, chain.stored):
       return False
     chain.row, chain.stored, self._free = row, None, None

@@ -8,15 +8,21 @@ least often, all of them, are compressed once more:
 2.  Its new tokens are read at the threshold of the highest logit that it has kept; with elastic gates at the level of
     that threshold. Tokens of its window are decided anew at it.
 
-It then holds the tokens whose logits lie below that threshold, and those in pages that it shares with other chains. For
-rows without pages this is repeated until each has one for each head; for waiting chains it is done once a decode block.
-A chain is compressed at most `MOST` times, and not beyond the highest level of elastic gates. If none is left to be
-compressed, the newest chain is preempted. A chain stays compressed until it ends.
+It then holds the tokens whose logits lie below that threshold, and those in pages that it shares with other chains.
+This is repeated until the pages needed are free: one a head for each row without, those of a preempted chain and one a
+head, or those of the next chunk of a waiting prompt, while it is read. So no compression follows once pages suffice,
+and the last one frees more than was needed by at most what those chains gave up. A chain is compressed at most `MOST`
+times, and not beyond the highest level of elastic gates. If none is left to be compressed, the newest chain is
+preempted, and what waits goes on waiting. A chain stays compressed until it ends.
+
+All chains of a compression are one program and one answer to the host. A prompt that is being read keeps what has been
+read of it while others are compressed.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,10 +37,11 @@ from dms_jax.generation.results import GivenUp
 from dms_jax.generation.rows import Chain, Rows
 from dms_jax.model import Model, check_policy
 from dms_jax.policies import DMS, Policy
-from dms_jax.policies.base import row_numbers, with_numbers
+from dms_jax.policies.base import of_places, row_numbers
 
 SHARE = 0.2  # of the archived tokens, in one compression: 1.25 times fewer are left
 MOST = 6  # compressions of a chain: at most a factor of 1.25^6 = 3.8
+TOGETHER = 4  # chains that one pass over the layers compresses, whose archives of a layer are read at once
 MODES = ("preempt", "compress")
 
 
@@ -58,12 +65,28 @@ def prepared(model: Model, policy: Policy, on_pressure: str) -> Policy:
 
 
 @partial(jax.jit, donate_argnames="cache")
-def _compressed(cache: PagedCache, policy: DMS, row: Int[Array, "1"]):
-  """(cache, the row's numbers afterwards, tokens that it gave up, tokens that it has seen); `policy` is the row's."""
-  part = take_rows(cache, row, cache.table.pages.shape[3])
-  harder = policy.lowered(-score_floor(part, SHARE))
-  part, lost = release(part, -harder.limit, in_order=not policy.overwrites)
-  return put_rows(cache, row, part), row_numbers(harder), lost, part.seen
+def _compressed(cache: PagedCache, policy: DMS, rows: Int[Array, "B"], count: Int[Array, ""]):
+  """Compresses the first `count` of `rows`, TOGETHER at a time; `policy` is that of all rows.
+
+  Returns:
+    (cache, pages that are free afterwards, by row: its numbers, tokens that it gave up, tokens that it has seen).
+  """
+  batch, together = rows.size, min(TOGETHER, rows.size)
+  found = row_numbers(policy), jnp.zeros(batch, jnp.int32)
+
+  def some(index, state):
+    cache, found = state
+    place = index * together + jnp.arange(together)
+    row = jnp.where(place < count, jnp.take(rows, place, mode="clip"), batch)
+    part = take_rows(cache, row, cache.table.pages.shape[3])
+    own: Any = of_places(policy, row)
+    harder = own.lowered(-score_floor(part, SHARE))
+    part, lost = release(part, -harder.limit, in_order=not policy.overwrites)
+    found = jax.tree.map(lambda x, new: x.at[row].set(new, mode="drop"), found, (row_numbers(harder), lost))
+    return put_rows(cache, row, part), found
+
+  cache, (numbers, lost) = jax.lax.fori_loop(0, -(-count // together), some, (cache, found))
+  return cache, (cache.table.pool.count, numbers, lost, cache.seen)
 
 
 def _raisable(policy: DMS, chain: Chain) -> bool:
@@ -81,32 +104,39 @@ def compress(policy: DMS, rows: Rows, memory: PagedRows) -> bool:
   chains = [chain for chain in rows.running if _raisable(policy, chain)]
   least = min((chain.compressed for chain in chains), default=0)
   chains = [chain for chain in chains if chain.compressed == least]
-  for chain in chains:
-    own = with_numbers(policy, {name: [value] for name, value in chain.numbers.items()})
-    memory.cache, *outcome = _compressed(memory.cache, own, jnp.asarray([chain.row], jnp.int32))
-    rows.compressed.append((chain, outcome))
-  record(rows, memory)
+  if chains:
+    order = np.zeros(rows.width, np.int32)
+    order[: len(chains)] = [chain.row for chain in chains]
+    memory.cache, outcome = _compressed(memory.cache, rows.policy, order, np.int32(len(chains)))
+    rows.compressed = chains, outcome
   return bool(chains)
 
 
-def record(rows: Rows, memory: PagedRows) -> None:
-  """Gives compressed chains their new numbers, and reports what they gave up; after an interrupt, by the next step."""
-  found = jax.device_get([outcome for _, outcome in rows.compressed])
-  chains = [chain for chain, _ in rows.compressed]
-  for chain, (numbers, *_) in zip(chains, found, strict=True):
-    chain.numbers = {name: value[0].item() for name, value in numbers.items()}
+def record(rows: Rows, memory: PagedRows) -> int:
+  """Gives compressed chains their new numbers, and reports what they gave up; after an interrupt, by the next step.
+
+  Returns:
+    Pages that are free.
+  """
+  pending, outcome = rows.compressed
+  pending[:] = [chain for chain in pending if chain.row is not None]  # others were cancelled after an interrupt
+  chains = list(pending)
+  free, numbers, lost, seen = jax.device_get(outcome)
+  for chain in chains:
+    chain.numbers = {name: values[chain.row].item() for name, values in numbers.items()}
   rows.renumber(chains)
-  for chain, (_, lost, seen) in zip(chains, found, strict=True):
-    rows.compressed.pop(0)
+  for chain in chains:
+    pending.pop(0)
     chain.compressed += 1
-    if lost[0]:
-      given = GivenUp(int(seen[0]), int(lost[0]) / memory.heads, chain.numbers)
+    if lost[chain.row]:
+      given = GivenUp(int(seen[chain.row]), int(lost[chain.row]) / memory.heads, chain.numbers)
       chain.result.given_up[chain.index].append(given)
+  return int(free)
 
 
-def relieve(policy: DMS, rows: Rows, memory: PagedRows, needed: int | None = None) -> bool:
-  """Compresses chains once, or until `needed` pages are free or none can be compressed; whether pages came free."""
-  some, before = False, memory.free_pages().min()
-  while (not some or (needed is not None and memory.free_pages().min() < needed)) and compress(policy, rows, memory):
-    some = True
-  return bool(memory.free_pages().min() > before)
+def relieve(policy: DMS, rows: Rows, memory: PagedRows, needed: int) -> bool:
+  """Compresses chains until `needed` pages are free or none can be compressed; whether pages came free."""
+  before = free = int(memory.free_pages().min())
+  while free < needed and compress(policy, rows, memory):
+    free = record(rows, memory)
+  return free > before

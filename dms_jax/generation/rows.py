@@ -133,12 +133,12 @@ class Rows:
     chains: the chain in each row, None in an empty one.
     occupied: bool [B], rows with a chain.
     pools: pools of pages that the rows are split over (`PagedRows.pools`).
-    compressed: chains that have given up tokens, with what is to be reported about it (`generation.pressure`).
+    compressed: chains that have given up tokens, and what is to be reported about them (`generation.pressure`).
   """
 
   def __init__(self, policy: Policy, sampling: Sampling, width: int, pools: int = 1):
     self.width, self.pools = width, pools
-    self.compressed: list[tuple[Chain, list]] = []
+    self.compressed: tuple[list[Chain], Any] = [], None
     self.chains: list[Chain | None] = [None] * width
     self.occupied, self._keep = np.zeros(width, bool), np.zeros(width, bool)
     self._numbers = {name: [value] * width for name, value in row_numbers(policy).items()}

@@ -12,7 +12,7 @@ resort, for a request that has the whole pool to itself: they sum in another ord
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -168,12 +168,15 @@ class PromptReader:
       left = [prompt for prompt in left if len(prompt.ids) > first]
     return logits, pending
 
-  def alone(self, prompt: Prompt, logits: Float[Array, "B V"], halve: bool) -> tuple[Float[Array, "B V"], bool]:
-    """Reads one prompt, while the pool grows within the budget; (logits, whether all of it was read).
+  def alone(
+    self, prompt: Prompt, logits: Float[Array, "B V"], enlarge: Callable[[int], bool], halve: bool
+  ) -> tuple[Float[Array, "B V"], bool]:
+    """Reads one prompt; (logits, whether all of it was read).
 
     If not, pages ran out and the row is half read.
 
     Args:
+      enlarge: finds so many more free pages; false if it finds none.
       halve: read smaller chunks where pages lack for whole ones; they round otherwise.
     """
     heads, size, total = self.memory.pool_heads, self.memory.own.page_size, len(prompt.ids)
@@ -190,14 +193,14 @@ class PromptReader:
     def feed(part: Chunk) -> np.ndarray:
       return read(int(part.start[0]), int(part.lengths[0]), 1 if part.tokens.shape[1] == 1 else None)
 
-    enlarge = lambda lengths: self.memory.grow(heads * -(-int(lengths[0]) // size))
+    find = lambda lengths: enlarge(heads * -(-int(lengths[0]) // size))
     if halve:
-      done = read_prompts([prompt.ids], self.chunk, feed, enlarge=enlarge)
+      done = read_prompts([prompt.ids], self.chunk, feed, enlarge=find)
       return logits, bool(done[0] == total)
     for first in range(0, total, self.chunk):
       length = min(total - first, self.chunk)
       while read(first, length).any():
-        if not enlarge(np.array([length])):
+        if not find(np.array([length])):
           return logits, False
     return logits, True
 
