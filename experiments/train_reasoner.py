@@ -210,16 +210,15 @@ def main() -> None:
   from experiments.tasks import reasoning  # all tasks, which take a while to import
 
   tokenizer = reasoning.tokenizer()
-  base = trained(config.checkpoint, tokenizer) if config.checkpoint else None
-  model = architecture(tokenizer, shape) if base is None else base.config
+  start = trained(config.checkpoint, tokenizer) if config.checkpoint else None
+  model = architecture(tokenizer, shape) if start is None else start.config
   if settings.seq_len > model.max_position_embeddings:
-    flag = "--model." if base is None else f"--checkpoint={config.checkpoint}: "
+    flag = "--model." if start is None else f"--checkpoint={config.checkpoint}: "
     raise ValueError(
       f"--retrofit.seq_len={settings.seq_len} is more than {flag}max_position_embeddings="
       f"{model.max_position_embeddings}"
     )
-  weights = "random" if base is None else weights_of(base)
-  base = untrained(model, settings.seed) if base is None else base
+  base, weights = (untrained(model, settings.seed), "random") if start is None else (start, weights_of(start))
   output = Path(config.output)
   if data.families:
     packer = retrofit.generated(data, tokenizer, settings)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from dms_jax import bisection
 from dms_jax.cache.base import packed
 from dms_jax.cache.compact import moves
 from dms_jax.cache.paged import PagedCache
@@ -36,25 +37,10 @@ def score_floor(cache: PagedCache, share: float | Float[Array, ""]) -> Float[Arr
   scores = jnp.where(_own(cache), cache.stats["score"][..., cache.ring :], jnp.inf)
   count = jnp.sum(scores < jnp.inf, axis=(0, 2, 3))
   given = (count.astype(jnp.float32) * share).astype(jnp.int32)
-  return jnp.where(given > 0, _ranked(scores, given), -jnp.inf)
-
-
-def _ranked(x: Float[Array, "L B K A"], rank: Int[Array, "B"]) -> Float[Array, "B"]:
-  """Number `rank` of each row's numbers, float32, in ascending order from 0.
-
-  It is found bit by bit, since a sort of a row's numbers takes far longer than to count them 32 times.
-  """
-  sign = jnp.uint32(1 << 31)
-  bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-  keys = jnp.where(bits < sign, bits | sign, ~bits)  # in the order of the numbers
-
-  def body(step, found):
-    more = found | sign >> step.astype(jnp.uint32)
-    below = jnp.sum(keys < more[:, None, None], axis=(0, 2, 3))
-    return jnp.where(below <= rank, more, found)
-
-  found = jax.lax.fori_loop(0, 32, body, jnp.zeros_like(rank, jnp.uint32))
-  return jax.lax.bitcast_convert_type(jnp.where(found < sign, ~found, found ^ sign), jnp.float32)
+  keys = bisection.keys(scores)
+  below = lambda key: jnp.sum(keys < key[:, None, None], axis=(0, 2, 3))
+  least = bisection.highest(lambda key: below(key) <= given, len(given))  # number `given` of the row, from 0
+  return jnp.where(given > 0, bisection.numbers(least), -jnp.inf)
 
 
 def release(cache: PagedCache, floor: Float[Array, "B"], in_order: bool = True) -> tuple[PagedCache, Int[Array, "B"]]:

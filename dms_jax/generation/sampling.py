@@ -17,6 +17,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from dms_jax import bisection
 from dms_jax.execution import Execution
 
 SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
@@ -126,19 +127,11 @@ def chain_keys(key: jax.Array | None, chains: int) -> list[jax.Array | None]:
 def largest_threshold(values: Float[Array, "B V"], weights: Float[Array, "B V"], need) -> Bool[Array, "B V"]:
   """Marks the values of at least t, where t is the largest threshold whose marked weights sum to `need` or more.
 
-  A search over the ordered bit patterns of float32 finds t exactly, one bit in each of 32 passes over V. It is cheaper
-  than a sort on every backend. If all weights sum to less than `need`, all values are marked.
+  If all weights sum to less than `need`, all values are marked.
   """
-  bits = lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32)
-  ordered = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
-
-  def body(i, least):
-    candidate = least | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
-    mass = jnp.sum(jnp.where(ordered >= candidate[:, None], weights, 0.0), axis=-1)
-    return jnp.where(mass >= need, candidate, least)
-
-  least = lax.fori_loop(0, 32, body, jnp.zeros(values.shape[:1], jnp.uint32))
-  return ordered >= least[:, None]
+  keys = bisection.keys(values)
+  mass = lambda key: jnp.sum(jnp.where(keys >= key[:, None], weights, 0.0), axis=-1)
+  return keys >= bisection.highest(lambda key: mass(key) >= need, len(values))[:, None]
 
 
 def filtered(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:

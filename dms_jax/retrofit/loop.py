@@ -85,7 +85,8 @@ class Run:
 def weights_of(model: Model) -> str:
   """A fingerprint of a model's weights: CRC-32 of the first values of the arrays outside its layers and in layer 0.
 
-  The same for stacked and listed layers. "" where a process does not hold all of them.
+  The same for stacked and listed layers, and for a checkpoint that was written anew, whose files differ
+  (`checkpoint.fingerprint`). "" where a process does not hold all of them.
   """
   layers = model.params["layers"]
   first = layers[0] if isinstance(layers, list) else jax.tree.map(lambda x: x[0], layers)

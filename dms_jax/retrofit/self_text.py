@@ -15,6 +15,7 @@ import numpy as np
 
 from dms_jax.disk import write_text
 from dms_jax.execution import fastest_form
+from dms_jax.generation.detokenize import REPLACEMENT
 from dms_jax.generation.generate import generate
 from dms_jax.json_files import has_half_pair, is_number, json_value, parse_json, read_json, to_json
 from dms_jax.model import Model
@@ -85,7 +86,7 @@ def whole_words(tokenizer: Tokenizer) -> list[int]:
     ValueError: there are none.
   """
   special, texts = tokenizer.hidden_ids, ((i, tokenizer.decode([i])) for i in range(tokenizer.vocab_size))
-  if not (words := [i for i, text in texts if i not in special and text and "\ufffd" not in text]):
+  if not (words := [i for i, text in texts if i not in special and text and REPLACEMENT not in text]):
     raise ValueError("self_text.start_tokens: the tokenizer has no token that is a text by itself")
   return words
 

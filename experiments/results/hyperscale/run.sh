@@ -16,11 +16,11 @@ IFS=, read -ra gpus <<<"${GPUS:-0}"
 IFS=, read -ra seeds <<<"${SEEDS:-0,1}"
 IFS=, read -ra families <<<"${FAMILIES:-countdown,grids,programs,graphs}"
 rows="--retrofit.batch_size=16 --retrofit.seq_len=4096 --retrofit.schedule.steps=0 --retrofit.schedule.steps_per_cr=80 --retrofit.schedule.hold_steps=100 --retrofit.optimizer.decay_steps=600"
-steps=8000 lengths="--max_tokens=240,480,960,1920,3840 --width=1024" longest=960,3840
+steps=8000 lengths="--max_tokens=240,480,960,1920,3840 --width=1024" scored=960,3840
 lora=(--retrofit.schedule.steps_per_cr=50 --retrofit.schedule.hold_steps=60 --retrofit.optimizer.decay_steps=450)
 if [[ -n "${SMALL:-}" ]]; then
   rows="--retrofit.batch_size=2 --retrofit.seq_len=512 --retrofit.schedule.steps=0 --retrofit.schedule.steps_per_cr=1 --retrofit.schedule.hold_steps=1 --retrofit.optimizer.decay_steps=1"
-  steps=3 lengths="--max_tokens=40,80 --width=16 --limit=2 --chains=1,2 --resamples=100" longest=80 crs=(4 8) lora=()
+  steps=3 lengths="--max_tokens=40,80 --width=16 --limit=2 --chains=1,2 --resamples=100" scored=80 crs=(4 8) lora=()
 fi
 mkdir -p "$OUT/logs"
 
@@ -74,7 +74,7 @@ for stage in "$@"; do
       done | each "$EACH"
       for cr in "${crs[@]}"; do
         echo "lora$cr-scores hyperscale --checkpoint=$(dense 0) --methods=dms --retrofit=lora=$cr:$OUT/lora$cr/cr$cr/final" \
-          "--tasks=$(joined "${families[@]}") $lengths --max_tokens=$longest --chains=1,2 --traces=0 --output=$OUT/lora/cr$cr"
+          "--tasks=$(joined "${families[@]}") $lengths --max_tokens=$scored --chains=1,2 --traces=0 --output=$OUT/lora/cr$cr"
       done | each "$EACH" ;;
     times) parts 0 --timed --timed_cells=2 --kv_budget_gib=2 | each 1 ;;
     analyse)
