@@ -106,7 +106,7 @@ def share(shape: Shape, devices: int) -> Shape:
   """The shape of what one of `devices` devices of `tensor` computes."""
   divided = ("num_heads", "num_kv_heads", "d_ff", "vocab_size")
   sizes = {name: getattr(shape.config, name) // devices for name in divided}
-  return dataclasses.replace(shape, config=dataclasses.replace(shape.config, **sizes))
+  return dataclasses.replace(shape, config=dataclasses.replace(shape.config, eos_token_ids=(), **sizes))
 
 
 class Pair:

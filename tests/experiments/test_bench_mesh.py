@@ -9,7 +9,7 @@ import types
 
 import pytest
 
-from experiments.bench_mesh import CASES, Config, Pair, llama
+from experiments.bench_mesh import CASES, Config, Pair, llama, share
 from tests.programs import finished, on_devices
 
 
@@ -30,6 +30,11 @@ def test_devices_do_what_one_does(tmp_path):
       assert row["cache_bytes"] == 2 * row["one_cache_bytes"]
     if row["mesh"] == "share 2":
       assert row["cache_bytes"] == pytest.approx(row["one_cache_bytes"] / 2, rel=0.2)
+
+
+def test_a_share_of_the_8b_shape_is_a_model():
+  config = share(llama(), 2).config
+  assert (config.num_heads, config.num_kv_heads, config.d_ff, config.vocab_size) == (16, 4, 7168, 64128)
 
 
 def test_bars():
