@@ -8,8 +8,8 @@
     data_8b        the same, Llama-3.1-8B's shape
     tensor_8b_dms  `tensor` = devices, DMS: the same rows. The bar for two devices: 0.65 of the time of a step
     tensor_8b      the same with a dense cache
-    share_8b_dms   one device with its share of `tensor`, 1 / devices of heads, MLP and vocabulary: the time of a step whose
-                   collectives would take none. It needs one device alone
+    share_8b_dms   one device alone with its share of `tensor`, 1 / devices of heads, MLP and vocabulary: the time of a
+                   step whose collectives would take none
     share_8b       the same with a dense cache
 
 Weights are random, and caches are created in the state after `tokens` tokens (`experiments.bench.synthetic`): under DMS
