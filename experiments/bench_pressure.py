@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -213,7 +214,7 @@ def limit_pages(generator: Generator, pages: int) -> None:
   generator._free = None
 
 
-def measure(config: Config, model: Model, policy: DMS, asked: list[tuple[list[int], int]]) -> list[dict[str, Any]]:
+def measure(config: Config, model: Model, policy: DMS, asked: list[tuple[list[int], int]]) -> Iterator[dict[str, Any]]:
   """A row for each load and mode; the first is the unhurried run."""
   longest = max(len(prompt) + new for prompt, new in asked)
   settings = dict(
@@ -228,7 +229,7 @@ def measure(config: Config, model: Model, policy: DMS, asked: list[tuple[list[in
   calm, _ = serve(generators["preempt"], asked)
   pages = generators["preempt"].peak_pages
   calm, times = serve(generators["preempt"], asked)
-  rows = [{"load": 0.0, "mode": "unhurried", "pages": pages, **times, **summary(calm, calm, [np.zeros(1)] * len(calm))}]
+  yield {"load": 0.0, "mode": "unhurried", "pages": pages, **times, **summary(calm, calm, [np.zeros(1)] * len(calm))}
   few = {load: min(max(int(pages / load), empty.pages), most) for load in config.loads}
   for generator in generators.values():  # compiles what only short pools need
     limit_pages(generator, min(few.values()))
@@ -241,9 +242,7 @@ def measure(config: Config, model: Model, policy: DMS, asked: list[tuple[list[in
         raise RuntimeError(f"load {load}, {mode}: {lost} pages are owned, though no row is left")
       about = summary(calm, results, differences(model, policy, asked, results))
       size = generator.cache.fixed_bytes + few[load] * generator.cache.page_bytes
-      rows.append({"load": load, "mode": mode, "pages": few[load], "cache_bytes": size, **times, **about})
-      program.log(tables.of_mappings(rows[-1:], COLUMNS))
-  return rows
+      yield {"load": load, "mode": mode, "pages": few[load], "cache_bytes": size, **times, **about}
 
 
 def main() -> None:
@@ -253,13 +252,16 @@ def main() -> None:
   if config.checkpoint is None:
     config = dataclasses.replace(config, **TINY)
   model, ids = loaded(config)
-  rows = measure(config, model, policy, requests_of(config, ids))
   folder, device = Path(config.output), jax.devices()[0].device_kind
   folder.mkdir(parents=True, exist_ok=True)
   name = Path(config.checkpoint).name if config.checkpoint else "a tiny random model"
   title = f"{name}, {config.width} rows, prompts to {config.prompt_tokens}, answers to {config.new_tokens}, {device}"
+  rows: list[dict[str, Any]] = []
+  for row in measure(config, model, policy, requests_of(config, ids)):
+    rows.append(row)
+    program.log(tables.of_mappings([row], COLUMNS))
+    program.save_json(folder / "pressure.json", {"environment": program.environment(), "rows": rows})
   picture = figures_bench.pressure(folder / "pressure.png", rows, title)
-  program.save_json(folder / "pressure.json", {"environment": program.environment(), "rows": rows})
   print(tables.of_mappings(rows, COLUMNS))
   program.finish({"rows": rows, "picture": picture}, config)
 
