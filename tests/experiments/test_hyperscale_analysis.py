@@ -160,9 +160,12 @@ def test_a_sweep_in_parts(tmp_path):
   assert list(sweep.cells) == [("echo", "vanilla", 1.0, 9), ("echo", "dms", 4.0, 9)]
   assert remarks == ["tova, CR 2, L 9 on echo is left out: 1 of 2 problems are complete"]
   assert sweep.parts == tuple(tmp_path / "s" / name for name in ("dense", "dms", "tova"))
-  assert list(cells.only(sweep, ["dms"]).cells) == [("echo", "dms", 4.0, 9)]
+  assert list(cells.only(sweep, methods=["dms"]).cells) == [("echo", "dms", 4.0, 9)]
   with pytest.raises(ValueError, match=r"--methods: \S+ has no 'h2o'; there are vanilla, dms"):
-    cells.only(sweep, ["dms", "h2o"])
+    cells.only(sweep, methods=["dms", "h2o"])
+  assert cells.only(sweep).cells == sweep.cells == cells.only(sweep, ["echo"]).cells
+  with pytest.raises(ValueError, match=r"--tasks: \S+ has no 'other'; there are echo"):
+    cells.only(sweep, ["other"], ["dms"])
   for part, model in (("dense", "a"), ("dms", "b")):
     (tmp_path / "s" / part / "config.json").write_text(json.dumps({"model": model}))
   with pytest.raises(
