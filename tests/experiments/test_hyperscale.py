@@ -404,15 +404,6 @@ def test_a_sweep_from_flags_to_page(checkpoints, tmp_path, monkeypatch, capfd):
     pytest.approx({**p, "standard_error": None, "difference_se": None}) for p in whole["points"]
   ]
 
-  settings[TasksConfig] = dataclasses.replace(chosen, tasks=("verified",))
-  hyperscale.main()
-  assert {p["task"] for p in json.loads((tmp_path / "both" / "summary.json").read_text())["points"]} == {"verified"}
-  settings[TasksConfig] = dataclasses.replace(chosen, chains=(3, 4))
-  with pytest.raises(ValueError, match="--chains=3,4: the records have 2 chains of a problem"):
-    hyperscale.main()
-  settings[TasksConfig] = chosen
-  hyperscale.main()
-
   # From cells alone times are measured, and nothing else is made.
   (tmp_path / "a" / cells.TIMES).unlink()
   settings[hyperscale.Config] = dataclasses.replace(config, output=str(tmp_path / "a"))

@@ -10,12 +10,15 @@ import math
 import numpy as np
 import pytest
 
+from experiments import hyperscale
+from experiments.common import program
 from experiments.hyperscaling import analysis, cells, page, published, tables
 from experiments.hyperscaling.cells import Cell, Sweep
 from experiments.methods import pareto, summary
 from experiments.methods.records import Record
 from experiments.reports import styles
 from experiments.reports.results import Setting
+from experiments.tasks.base import TasksConfig
 
 # Frontiers and margins, against plain definitions ---------------------------------------------------------------------
 
@@ -148,6 +151,22 @@ def test_cells_of_records(tmp_path):
 def save_part(folder, found):
   folder.mkdir(parents=True)
   cells.save(folder / cells.CELLS, cells.of_records(found)[0])
+
+
+def test_an_analysis_of_some_tasks_and_chains(tmp_path, monkeypatch):
+  """Of records of two chains; tasks and chains that they have not are refused."""
+  save_part(tmp_path / "s", [record(p, c, 100.0 * (c == p), "ab"[c], chains=2) for p in (0, 1) for c in (0, 1)])
+  config = hyperscale.Config(sets=(str(tmp_path / "s"),), output=str(tmp_path / "out"), resamples=100)
+  settings = {hyperscale.Config: config}
+  monkeypatch.setattr(program, "read_flags", lambda prefix, cls: settings[cls] if cls in settings else cls())
+  monkeypatch.setattr(program, "flag_values", lambda **_: {})
+  for chosen, message in (
+    (dict(chains=(3, 4)), "--chains=3,4: the records have 2 chains of a problem"),
+    (dict(tasks=("programs",)), r"--tasks: \S+/s has no 'programs'; there are echo"),
+  ):
+    settings[TasksConfig] = TasksConfig(temperature=1.0, **chosen)
+    with pytest.raises(ValueError, match=message):
+      hyperscale.main()
 
 
 def test_a_sweep_in_parts(tmp_path):
