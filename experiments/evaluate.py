@@ -273,6 +273,28 @@ def text_picture(path: Path, entries: list[Entry], title: str) -> str | None:
   return plots.ablation(path, rows, "T", title) if len(rows) > 1 else None
 
 
+def levels_picture(path: Path, entries: list[Entry]) -> str | None:
+  """Plots KL against achieved CR at the largest T, if one method is read at three CRs or more; the path written.
+
+  Such a method is a curve for each text, any other a mark.
+  """
+  longest = max((entry.length or 0 for entry in entries), default=0)
+  found = [e for e in entries if (e.metric, e.length) == ("kl", longest) and e.mean > 0]
+  at = {
+    name: {e.budget["cr"] for e in found if e.method == name and "cr" in e.budget}
+    for name in dict.fromkeys(e.method for e in found)
+  }
+  ranged = [name for name, crs in at.items() if len(crs) > 2]
+  if len(ranged) != 1:
+    return None
+  rows = [
+    {**dataclasses.asdict(e), "text": e.task.removeprefix(f"{TEXT} "), "standard_error": e.standard_error or 0.0}
+    for e in found
+    if e.method == ranged[0] or not at[e.method]
+  ]
+  return plots.levels(path, rows, ranged[0])
+
+
 # The run --------------------------------------------------------------------------------------------------------------
 
 
@@ -414,6 +436,7 @@ class Evaluation:
       for name in dict.fromkeys(entry.task for entry in shown):
         own = [entry for entry in shown if entry.task == name]
         drawn.append(text_picture(self.folder / f"{name.replace(' ', '-')}.png", own, name))
+      drawn.append(levels_picture(self.folder / "levels.png", text))
     plain = [entry for entry in tasks if "@" not in entry.metric and entry.max_tokens in (0, *self._last())]
     if plain:
       drawn.append(figures_tasks.tasks(self.folder / "tasks.png", labelled(plain, self.baseline), self.baseline, title))

@@ -28,7 +28,7 @@ it first, and times measured by a second call, for which the short form is enoug
 Several devices: --mesh.data=2 --mesh.tensor=4 --traces=0, as of `experiments.evaluate`.
 
 Several model seeds are several runs. `--sets=runs/hyperscale/seed0,runs/hyperscale/seed1 --output=FOLDER`, without a
-checkpoint, analyses them together, `--methods` some of their methods. A set may be made in parts, methods or tasks
+checkpoint, analyses them together, `--methods` and `--tasks` some of them. A set may be made in parts, methods or tasks
 apart, say on several GPUs: it is then the folder of its parts' outputs. A sweep without vanilla is a part: it writes
 its cells and no margins.
 """
@@ -55,6 +55,7 @@ from experiments.hyperscaling import analysis, cells, page, pictures, tables
 from experiments.hyperscaling import methods as methods_module
 from experiments.hyperscaling.sweep import Limits, Sweeping
 from experiments.methods import run
+from experiments.methods.method import idle_flags
 from experiments.reports import figures_report, styles
 from experiments.tasks import TASKS, get
 from experiments.tasks.base import TasksConfig, WritingTask
@@ -149,6 +150,8 @@ def make(config: Config, chosen: TasksConfig, folder: Path, mesh: Mesh | None) -
     files.check_retrofit("retrofit", retrofit, whole=True)
   for remark in methods_module.mislabelled(config.retrofit):
     program.log(remark)
+  if idle := idle_flags(program.flag_values(changed_only=True), config.methods, chosen.tasks):
+    program.log(f"note: {', '.join(idle)}: set what is none of --methods and --tasks, and change nothing")
   tokenizer = Tokenizer.load(config.checkpoint)
   most = checkpoint.read_config(config.checkpoint)[1].max_position_embeddings
   jobs = run.prepare(tasks, chosen, (), tokenizer, most, config.max_tokens)
@@ -237,8 +240,9 @@ def main() -> None:
       program.log(remark)
     sweeps = [sweep for sweep, _ in read]
     cells.check_seeds(sweeps)
-    if not config.checkpoint and "methods" in program.flag_values(changed_only=True):
-      sweeps = [cells.only(sweep, config.methods) for sweep in sweeps]
+    if not config.checkpoint:
+      methods = config.methods if "methods" in program.flag_values(changed_only=True) else ()
+      sweeps = [cells.only(sweep, chosen.tasks, methods) for sweep in sweeps]
     if not all(sweep.cells for sweep in sweeps):
       raise ValueError(f"--sets: {next(s.folder for s in sweeps if not s.cells)} holds no complete cell")
     if config.checkpoint and (folder / cells.RECORDS).exists():
@@ -257,6 +261,8 @@ def main() -> None:
       return
     fewest = min(cell.chains for sweep in sweeps for cell in sweep.cells.values())
     widths = [width for width in chosen.chains if width <= fewest]
+    if not widths:
+      raise ValueError(f"--chains={program.spell(chosen.chains)}: the records have {fewest} chains of a problem")
     result = analyse(config, sweeps, widths, folder)
     means = [m for m in result["margins"] if (m.task, m.scale, m.ends) == ("", "linear", "frontier")]
     short = {"folder": result["folder"], "written": result["written"], "margins": means}

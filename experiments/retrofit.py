@@ -103,6 +103,10 @@ class Config:
   benchmark_steps: int = 10
   against_flex: bool = False
 
+  def __post_init__(self):
+    if self.stop_after < 0:
+      raise ValueError(f"--stop_after={self.stop_after} must be 0 or more")
+
 
 def gates_of(settings: RetrofitConfig, values: Mapping[str, Any] | None = None) -> DMSConfig:
   """The gates' config for `settings.objective`, from the flags --dms.* (or from `values`, by flag).
@@ -252,7 +256,7 @@ def carry_out(
         f"{line['seconds'] * 1e3:.0f} ms a step, {left / 60:.1f} min left"
       )
 
-  ahead = settings.schedule.steps - len(read_log(run.directory / LOG))
+  ahead = settings.schedule.steps - len(read_log(run.directory / LOG, killed=True))
   if stop_after is not None:
     ahead = min(ahead, stop_after)
   if estimate := forecast.retrofit_line(run.base.config, run.dms, run.lora, settings, ahead):

@@ -92,6 +92,10 @@ class Config:
   stop_after: int = 0
   deterministic: bool = False
 
+  def __post_init__(self):
+    if self.stop_after < 0:
+      raise ValueError(f"--stop_after={self.stop_after} must be 0 or more")
+
 
 def architecture(tokenizer: Tokenizer, shape: ModelConfig) -> ModelConfig:
   """`shape` with the vocabulary and the end words of the problems."""

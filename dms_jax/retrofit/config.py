@@ -267,6 +267,8 @@ class RetrofitConfig:
   def __post_init__(self):
     schedule, decay = self.schedule, max(self.optimizer.decay_steps, 0)
     if schedule.hold_steps or schedule.steps == 0:
+      if not self.ramps:
+        raise ValueError(f"retrofit.schedule: objective={self.objective} has no ramp of the CR; give steps alone")
       steps = schedule.ramp_steps + schedule.hold_steps + decay
       if schedule.steps not in (0, steps):
         raise ValueError(

@@ -126,7 +126,7 @@ def prepare(
 
 
 def _claim_directory(directory: Path, settings: dict[str, dict | None]) -> None:
-  """Writes run.json, or checks that an existing one has the same settings."""
+  """Writes run.json, or checks that an existing one has the same settings; that of a run without a step is replaced."""
   path = directory / RUN
   if not path.exists():
     directory.mkdir(parents=True, exist_ok=True)
@@ -140,7 +140,19 @@ def _claim_directory(directory: Path, settings: dict[str, dict | None]) -> None:
       found[name] = to_json(from_json(cls, found.get(name) or {}, f"{path}: {name}"))
   found.setdefault("weights", settings.get("weights"))
   if differ := _differences(found, settings):
-    raise ValueError(f"{directory} holds a run with other settings ({'; '.join(differ)}); choose another --output")
+    if _begun(directory):
+      raise ValueError(f"{directory} holds a run with other settings ({'; '.join(differ)}); choose another --output")
+    disk.write_text(path, json.dumps({**formats.stamp("run"), **settings}, indent=1))
+
+
+def _begun(directory: Path) -> bool:
+  """Whether a run there has made a step: its log has a line, or there is a state or a checkpoint."""
+  log = directory / LOG
+  return (
+    (log.exists() and log.stat().st_size > 0)
+    or any((directory / STATE).glob("[0-9]*"))
+    or ((directory / "final").exists())
+  )
 
 
 def _differences(found: Any, settings: dict, prefix: str = "") -> list[str]:
@@ -196,13 +208,17 @@ def _step(line: str, where: str) -> dict:
   return values
 
 
-def read_log(path: Path) -> list[dict]:
+def read_log(path: Path, killed: bool = False) -> list[dict]:
   """The lines of log.jsonl, one a step; none if it is missing.
+
+  Args:
+    killed: the run may have been killed as it wrote: a last line without an end is left out.
 
   Raises:
     ValueError: a line is none of a log; names the file and line.
   """
-  lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+  text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+  lines = (text[: text.rfind("\n") + 1] if killed else text).splitlines()
   return [_step(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
 
 

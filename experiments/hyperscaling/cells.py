@@ -296,16 +296,19 @@ def check_seeds(sweeps: Sequence[Sweep], flag: str = "sets") -> None:
                        "parts of a sweep into one folder, and give that")  # fmt: skip
 
 
-def only(sweep: Sweep, methods: Sequence[str]) -> Sweep:
-  """The cells of some methods alone.
+def only(sweep: Sweep, tasks: Sequence[str] = (), methods: Sequence[str] = ()) -> Sweep:
+  """The cells of some tasks and methods alone; of all where none is named.
 
   Raises:
-    ValueError: the sweep has none of a method.
+    ValueError: the sweep has none of a task or method.
   """
-  known = list(dict.fromkeys(key[1] for key in sweep.cells))
-  if missing := [name for name in methods if name not in known]:
-    raise ValueError(f"--methods: {sweep.folder} has no {missing[0]!r}; there are {', '.join(known)}")
-  return dataclasses.replace(sweep, cells={key: cell for key, cell in sweep.cells.items() if key[1] in methods})
+  found = sweep.cells
+  for flag, place, names in (("tasks", 0, tasks), ("methods", 1, methods)):
+    known = list(dict.fromkeys(key[place] for key in sweep.cells))
+    if missing := [name for name in names if name not in known]:
+      raise ValueError(f"--{flag}: {sweep.folder} has no {missing[0]!r}; there are {', '.join(known)}")
+    found = {key: cell for key, cell in found.items() if not names or key[place] in names}
+  return dataclasses.replace(sweep, cells=found)
 
 
 def save_short(folder: Path, found: Mapping[Key, Cell]) -> None:

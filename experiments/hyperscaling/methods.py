@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dms_jax import checkpoint, shipped
+from dms_jax import checkpoint, policies, shipped
 from dms_jax.json_files import is_number
 from dms_jax.model import Model, check_policy
 from dms_jax.policies import DMS, Policy, StreamingLLM
@@ -100,11 +100,21 @@ def check(names: Sequence[str], retrofits: Sequence[str], crs: Sequence[float]) 
   for name in names:
     if name in (DENSE, TRAINED, PROMPT):
       continue
+    if name.lower() not in (*policies.REGISTRY, methods_module.HARD):
+      try:
+        program.chosen(name, dict.fromkeys(_known()))
+      except ValueError as error:
+        raise ValueError(f"--methods: {error}") from None
     if methods_module.policy_class(name)[1].uses_gates:
       raise ValueError(f"--methods={name}: a sweep has no gates but those of {TRAINED}; experiments.evaluate runs it")
   bounded = [name for name in names if name not in (DENSE, TRAINED)]
   if bounded and not crs:
     raise ValueError(f"--cr=2,4,8 is needed: the budgets of {bounded[0]}")
+
+
+def _known() -> list[str]:
+  """The methods that a sweep runs, but for retrofits with a NAME."""
+  return sorted([PROMPT, TRAINED, *(name for name, cls in policies.REGISTRY.items() if not cls.uses_gates)])
 
 
 def build(

@@ -182,7 +182,8 @@ def test_the_sinks_of_prompt_window_are_the_prompt_of_each_request(checkpoints):
   [
     (dict(methods=()), "--methods: give at least one"),
     (dict(methods=("vanilla", "vanilla")), "--methods: vanilla is listed twice"),
-    (dict(methods=("vanilla", "h3o")), "--methods: 'h3o' is unknown"),
+    (dict(methods=("vanilla", "h3o")), r"--methods: 'h3o' is unknown; did you mean 'h2o'\? there are dms, exp"),
+    (dict(methods=("promptwindow",)), "--methods: 'promptwindow' is unknown; did you mean 'prompt_window'"),
     (dict(methods=("vanilla", "trimkv")), "--methods=trimkv: a sweep has no gates but those of dms"),
     (dict(methods=("vanilla", "dms")), "--methods, --retrofit: dms and its retrofits"),
     (dict(methods=("vanilla",), retrofit=("8:x",)), "--methods, --retrofit: dms and its retrofits"),

@@ -10,12 +10,15 @@ import math
 import numpy as np
 import pytest
 
+from experiments import hyperscale
+from experiments.common import program
 from experiments.hyperscaling import analysis, cells, page, published, tables
 from experiments.hyperscaling.cells import Cell, Sweep
 from experiments.methods import pareto, summary
 from experiments.methods.records import Record
 from experiments.reports import styles
 from experiments.reports.results import Setting
+from experiments.tasks.base import TasksConfig
 
 # Frontiers and margins, against plain definitions ---------------------------------------------------------------------
 
@@ -150,6 +153,22 @@ def save_part(folder, found):
   cells.save(folder / cells.CELLS, cells.of_records(found)[0])
 
 
+def test_an_analysis_of_some_tasks_and_chains(tmp_path, monkeypatch):
+  """Of records of two chains; tasks and chains that they have not are refused."""
+  save_part(tmp_path / "s", [record(p, c, 100.0 * (c == p), "ab"[c], chains=2) for p in (0, 1) for c in (0, 1)])
+  config = hyperscale.Config(sets=(str(tmp_path / "s"),), output=str(tmp_path / "out"), resamples=100)
+  settings = {hyperscale.Config: config}
+  monkeypatch.setattr(program, "read_flags", lambda prefix, cls: settings[cls] if cls in settings else cls())
+  monkeypatch.setattr(program, "flag_values", lambda **_: {})
+  for chosen, message in (
+    (dict(chains=(3, 4)), "--chains=3,4: the records have 2 chains of a problem"),
+    (dict(tasks=("programs",)), r"--tasks: \S+/s has no 'programs'; there are echo"),
+  ):
+    settings[TasksConfig] = TasksConfig(temperature=1.0, **chosen)
+    with pytest.raises(ValueError, match=message):
+      hyperscale.main()
+
+
 def test_a_sweep_in_parts(tmp_path):
   right = lambda p, c, *rest, **more: record(p, c, 100.0 * (c == p), "ab"[c], *rest, chains=2, **more)
   every = [(p, c) for p in (0, 1) for c in (0, 1)]
@@ -160,9 +179,12 @@ def test_a_sweep_in_parts(tmp_path):
   assert list(sweep.cells) == [("echo", "vanilla", 1.0, 9), ("echo", "dms", 4.0, 9)]
   assert remarks == ["tova, CR 2, L 9 on echo is left out: 1 of 2 problems are complete"]
   assert sweep.parts == tuple(tmp_path / "s" / name for name in ("dense", "dms", "tova"))
-  assert list(cells.only(sweep, ["dms"]).cells) == [("echo", "dms", 4.0, 9)]
+  assert list(cells.only(sweep, methods=["dms"]).cells) == [("echo", "dms", 4.0, 9)]
   with pytest.raises(ValueError, match=r"--methods: \S+ has no 'h2o'; there are vanilla, dms"):
-    cells.only(sweep, ["dms", "h2o"])
+    cells.only(sweep, methods=["dms", "h2o"])
+  assert cells.only(sweep).cells == sweep.cells == cells.only(sweep, ["echo"]).cells
+  with pytest.raises(ValueError, match=r"--tasks: \S+ has no 'other'; there are echo"):
+    cells.only(sweep, ["other"], ["dms"])
   for part, model in (("dense", "a"), ("dms", "b")):
     (tmp_path / "s" / part / "config.json").write_text(json.dumps({"model": model}))
   with pytest.raises(

@@ -234,6 +234,31 @@ def test_the_picture_of_a_text_tells_retrofits_of_one_folder_name_apart(tmp_path
   assert evaluate.text_picture(tmp_path / "x.png", [e for e in entries if e.method != "b/final"], "title") is None
 
 
+def test_the_picture_of_levels_is_of_one_method_at_three_crs(tmp_path, monkeypatch):
+  """Curves of elastic gates, marks of a retrofit for one CR; the dense model and shorter chunks are left out."""
+  shown = []
+  monkeypatch.setattr(plots, "levels", lambda path, rows, name: shown.append((rows, name)) or str(path))
+  kind = lambda name, text, length, budget, kl, cr: [
+    Record(name, text, length, budget, 1, 0, 0, n, 0, "s", 8, None, None, cr, {"nll": 1.0, "kl": kl * (n + 1)})
+    for n in range(2)
+  ]
+  made = [
+    *kind("original", "text a", 8, {}, 0.0, 1.0),
+    *(r for cr in (2.0, 4.0, 8.0) for text in ("text a", "text b") for r in kind("dms e", text, 8, {"cr": cr}, cr, cr)),
+    *kind("dms e", "text a", 4, {"cr": 2.0}, 9.0, 2.0),
+    *kind("dms one", "text b", 8, {}, 0.5, 3.0),
+  ]
+  entries = summarise(made, "original")
+  assert evaluate.levels_picture(tmp_path / "l.png", entries) == str(tmp_path / "l.png")
+  ((rows, name),) = shown
+  assert name == "dms e" and {(r["method"], r["text"], r["achieved_cr"]) for r in rows} == {
+    ("dms one", "b", 3.0), *(("dms e", text, cr) for text in "ab" for cr in (2.0, 4.0, 8.0)),
+  }  # fmt: skip
+  assert {r["mean"] for r in rows if r["achieved_cr"] == 4.0} == {6.0} and all(r["standard_error"] > 0 for r in rows)
+  assert evaluate.levels_picture(tmp_path / "l.png", [e for e in entries if e.budget.get("cr") != 8.0]) is None
+  assert evaluate.levels_picture(tmp_path / "l.png", []) is None
+
+
 def test_settings_of_the_program_that_cannot_be():
   for wrong, message in (
     ({"batch": 0}, "--batch=0 must be 1 or more"),

@@ -22,7 +22,7 @@ from dms_jax.retrofit import DataConfig, MemoryConfig, RetrofitConfig, ScheduleC
 from dms_jax.retrofit.loop import Run, train
 from dms_jax.retrofit.packing import StreamPacker
 from dms_jax.tokenizer import byte_tokenizer
-from experiments import train_reasoner
+from experiments import retrofit, train_reasoner
 from experiments.tasks import get, reasoning
 from experiments.tasks.base import TasksConfig
 
@@ -62,6 +62,12 @@ def test_a_start_that_cannot_be_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.standard_promotion  # optax
+def test_steps_that_cannot_be_are_refused():
+  for each in (train_reasoner, retrofit):
+    with pytest.raises(ValueError, match="--stop_after=-1 must be 0 or more"):
+      each.Config(output="x", stop_after=-1)
+
+
 def test_the_card_and_the_log_of_a_checkpoint(tmp_path, monkeypatch):
   settings = RetrofitConfig(**{
     **train_reasoner.DEFAULTS, "batch_size": 2, "seq_len": 256, "schedule": ScheduleConfig(steps=5),
@@ -106,6 +112,8 @@ def test_a_stopped_training_goes_on_and_is_retrofitted(tmp_path):
   whole = run("train_reasoner", *flags, f"--output={tmp_path / 'whole'}", "--data.workers=0")
   assert run("train_reasoner", *flags, f"--output={tmp_path / 'two'}", "--stop_after=3")["last"]["step"] == 2
   assert not (tmp_path / "two" / "final").exists()
+  with open(tmp_path / "two" / loop.LOG, "a", encoding="utf-8") as log:
+    log.write('{"step": 3, "lo')  # a kill as it wrote
   again = run("train_reasoner", *flags, f"--output={tmp_path / 'two'}")
   number = lambda last: {name: value for name, value in last.items() if name != "seconds"}
   assert number(again["last"]) == number(whole["last"])

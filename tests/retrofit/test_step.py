@@ -302,6 +302,8 @@ def test_steps_of_a_run_for_one_cr():
     ValueError, match=r"schedule\.steps=180 is not the ramp's 120 steps \+ hold_steps=20 \+ optim.*=60"
   ):
     changed(config, schedule__final_cr=4.0)
+  with pytest.raises(ValueError, match=r"schedule: objective=lm has no ramp of the CR; give steps alone"):
+    changed(RetrofitConfig(), objective="lm", schedule__steps=0)
 
 
 @pytest.mark.standard_promotion  # optax

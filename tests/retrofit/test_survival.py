@@ -221,9 +221,33 @@ def test_a_run_goes_on_from_its_own_weights_alone(tmp_path):
   (tmp_path / loop.RUN).unlink()
   for _ in range(2):
     claim(loop.weights_of(run.base))
+  (tmp_path / loop.LOG).write_text('{"step": 0}\n')
   for weights in ("random", loop.weights_of(other)):
     with pytest.raises(ValueError, match=f"weights: '[0-9a-f]{{8}}' there, '{weights}' now"):
       claim(weights)
+
+
+def test_a_line_that_a_kill_cut_short_stops_nothing(tmp_path):
+  log = tmp_path / loop.LOG
+  assert loop.read_log(log, killed=True) == []
+  for whole in ("", '{"step": 0}\n', '{"step": 0}\n{"step": 1}\n'):
+    log.write_text(whole + '{"step": 2, "lo')
+    assert [line["step"] for line in loop.read_log(log, killed=True)] == list(range(whole.count("\n")))
+    with pytest.raises(ValueError, match=rf"log\.jsonl:{whole.count(chr(10)) + 1}: not valid JSON"):
+      loop.read_log(log)
+
+
+def test_a_run_without_a_step_gives_way_to_another(tmp_path):
+  """One that ended before its first step, as by a row in which no document fits, leaves nothing to go on from."""
+  run, packer = a_run(tmp_path)
+  of = lambda weights: dataclasses.replace(run, weights=weights).settings(packer)
+  loop._claim_directory(tmp_path, of("one"))
+  (tmp_path / loop.LOG).touch()
+  loop._claim_directory(tmp_path, of("two"))
+  assert json.loads((tmp_path / loop.RUN).read_text())["weights"] == "two"
+  (tmp_path / loop.STATE / "3").mkdir(parents=True)
+  with pytest.raises(ValueError, match=r"holds a run with other settings \(weights: 'two' there, 'one' now"):
+    loop._claim_directory(tmp_path, of("one"))
 
 
 def test_another_text_is_refused(tmp_path, whole):
