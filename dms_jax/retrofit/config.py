@@ -433,7 +433,7 @@ class SelfTextConfig:
       raise ValueError(f"self_text.top_p={self.top_p} must lie in (0, 1]")
 
 
-RECALL = ("facts", "aliases", "records", "events", "quotes", "dialogue")  # kinds of `recall_text`
+RECALL = ("facts", "aliases", "records", "events", "quotes", "dialogue", "code")  # kinds of `recall_text`
 
 
 @dataclasses.dataclass(frozen=True)

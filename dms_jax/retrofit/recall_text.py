@@ -12,6 +12,7 @@ loss reaches the decisions about the facts:
 | `events`  | a log with times                             | who did something, and what came last           |
 | `quotes`  | lines under a label                          | one of them, word by word                       |
 | `dialogue`| what a user said about themselves, in turns  | some of it, in a later turn of the chat         |
+| `code`    | constants and functions of a Python module   | values of theirs, in a session; see `code`      |
 
 Wordings, names and fillers are this module's own; none is a benchmark's.
 """
@@ -57,6 +58,7 @@ MEASURES = {
   "has the serial number {}": "serial number of the {}", "was made in batch {}": "batch of the {}",
   "is kept on shelf {}": "shelf of the {}", "opens with code {}": "code of the {}",
 }  # fmt: skip
+PARAMETERS = "base cost depth first height last length limit offset rate size step total width".split()
 TRAITS = {
   "favourite colour": COLOURS, "home town": PLACES, "sister's name": NAMES, "most treasured object": OBJECTS,
 }  # fmt: skip
@@ -66,12 +68,14 @@ TRAITS = {
 class Recall:
   """A document before filler: `facts` in the order in which they appear, and its end.
 
-  `messages` are instead turns of a chat, (role, text), whose filler goes between the first two and the last two.
+  `messages` are instead turns of a chat, (role, text), whose filler goes between the first two and the last two. With
+  `code` the filler is code, and lines of other texts are comments.
   """
 
   facts: tuple[str, ...] = ()
   end: str = ""
   messages: tuple[tuple[str, str], ...] = ()
+  code: bool = False
 
 
 def _sentence(rng: random.Random) -> str:
@@ -200,26 +204,71 @@ def dialogue(rng: random.Random) -> Recall:
   ))  # fmt: skip
 
 
+def code(rng: random.Random) -> Recall:
+  """A Python module and a session that reads some of its constants, defaults and parameters; it runs as it stands."""
+  told, session = [], []
+  for name in _identifiers(rng, rng.randint(2, 8)):
+    value = rng.randint(100, 10**5)
+    form = rng.choice(("constant", "default", "parameters"))
+    if form == "constant":
+      told.append(f"{name.upper()} = {value}")
+      session.append(f">>> {name.upper()}\n{value}\n")
+    elif form == "default":
+      parameter = rng.choice(PARAMETERS)
+      told.append(f"def {name}({parameter}={value}):\n    return {parameter}")
+      session.append(f">>> {name}()\n{value}\n")
+    else:
+      taken = {parameter: rng.randint(1, 9) for parameter in rng.sample(PARAMETERS, rng.randint(2, 4))}
+      told.append(f"def {name}({', '.join(taken)}):\n    return {' + '.join(taken)}")
+      session.append(f">>> {name}({', '.join(f'{k}={v}' for k, v in taken.items())})\n{sum(taken.values())}\n")
+  asked = rng.sample(session, rng.randint(1, min(len(session), 5)))
+  return Recall(tuple(told), "\n" + "".join(asked), code=True)
+
+
+def _identifiers(rng: random.Random, count: int) -> list[str]:
+  return [thing.replace(" ", "_") for thing in _things(rng, count)]
+
+
+def _function(rng: random.Random) -> str:
+  """A function of filler; its name begins with a verb, as no name that `code` asks for does."""
+  name, one, other = f"{rng.choice(VERBS)}_{_identifiers(rng, 1)[0]}", *rng.sample(PARAMETERS, 2)
+  body = rng.choice((
+    f"(items):\n    return [item for item in items if item.{one} > {rng.randint(2, 99)}]",
+    f"({one}, {other}):\n    if {one} < {other}:\n        return {one}\n    return {other} - {one}",
+    f"({one}):\n    for {other} in range({one}):\n        print({other}, {rng.randint(2, 99)})",
+    f"({one}, *, {other}=None):\n    return {{'{one}': {one}, '{other}': {other} or {rng.randint(2, 99)}}}",
+  ))  # fmt: skip
+  head, colon, rest = body.partition(":\n")
+  said = f'    """{_sentence(rng)}"""\n' if rng.random() < 0.5 else ""
+  return f"def {name}{head}{colon}{said}{rest}"
+
+
 KINDS: dict[str, Callable[[random.Random], Recall]] = {
-  each.__name__: each for each in (facts, aliases, records, events, quotes, dialogue)
+  each.__name__: each for each in (facts, aliases, records, events, quotes, dialogue, code)
 }
 
 
 class Filler:
-  """Pieces of text to hide facts in: sentences of this module, or those of other documents."""
+  """Pieces of text to hide facts in: sentences or functions of this module, or lines of other documents."""
 
   def __init__(self, texts: Sequence[str] = ()):
     self.lines = [line for text in texts for line in text.splitlines() if len(line.split()) > 3]
 
-  def take(self, rng: random.Random, count: Callable[[str], int], tokens: int) -> list[str]:
-    """Pieces of about `tokens` tokens in all: half of the time neighbouring lines of the texts, if there are any."""
+  def take(self, rng: random.Random, count: Callable[[str], int], tokens: int, code: bool = False) -> list[str]:
+    """Pieces of about `tokens` tokens in all: half of the time neighbouring lines of the texts, if there are any.
+
+    Args:
+      code: pieces that may stand between statements of Python.
+    """
     pieces: list[str] = []
     start = rng.randrange(len(self.lines)) if self.lines and rng.random() < 0.5 else None
     while tokens > 0:
-      if start is None:
-        pieces.append(" ".join(_sentence(rng) for _ in range(rng.randint(1, 6))))
+      if start is not None:
+        pieces.append(("# " if code else "") + self.lines[(start + len(pieces)) % len(self.lines)])
+      elif code:
+        pieces.append(_function(rng))
       else:
-        pieces.append(self.lines[(start + len(pieces)) % len(self.lines)])
+        pieces.append(" ".join(_sentence(rng) for _ in range(rng.randint(1, 6))))
       tokens -= count(pieces[-1])
     return pieces
 
@@ -234,7 +283,7 @@ def document(config: RecallTextConfig, tokenizer: Tokenizer, filler: Filler, num
   made = KINDS[config.kinds[number % len(config.kinds)]](rng)
   count = functools.lru_cache(maxsize=None)(lambda text: len(tokenizer.encode(text)))
   own = sum(map(count, made.facts)) + count(made.end) + sum(count(text) for _, text in made.messages)
-  pieces = filler.take(rng, count, size - own)
+  pieces = filler.take(rng, count, size - own, made.code)
   if made.messages:
     first, last = made.messages[:2], made.messages[2:]
     between: list[tuple[str, str]] = []

@@ -122,6 +122,20 @@ def test_events_quotes_and_dialogues_repeat_what_was_said():
     assert f"My {trait} is {value}." in each["messages"][0]["content"]
 
 
+@pytest.mark.parametrize("filler", [(), ["Line number five says 'no\\' to \"all\" of it.", "and ) a ] third }"]])
+def test_a_session_shows_what_its_module_gives(filler):
+  asked = 0
+  for each in made("code", filler=filler):
+    module, *session = each["text"].split("\n>>> ")
+    names: dict = {}
+    exec(module, names)
+    for line in session:
+      expression, value = line.strip().split("\n")
+      assert str(eval(expression, names)) == value
+      asked += 1
+  assert asked > MANY
+
+
 def test_facts_hide_in_the_lines_of_other_texts():
   filler = [f"Line number {number} of a text of its own." for number in range(50)]
   found = [each["text"] for each in made("facts", filler=filler)]
@@ -130,13 +144,13 @@ def test_facts_hide_in_the_lines_of_other_texts():
 
 
 def test_documents_are_a_source_of_a_retrofit(tmp_path):
-  tokenizer, config = chat_tokenizer(), RecallTextConfig(12, tokens=(64, 256))
+  tokenizer, config = chat_tokenizer(), RecallTextConfig(14, tokens=(64, 256))
   path = tmp_path / "recall_text.jsonl"
   recall_text.write(tokenizer, config, path)
   lines = [json.loads(line) for line in path.read_text().splitlines()]
-  assert len(lines) == 12 and sum("messages" in line for line in lines) == 2
+  assert len(lines) == 14 and sum("messages" in line for line in lines) == 2
   (source,) = load_sources(DataConfig(recall_text=config), tokenizer, {"recall_text": path})
-  assert source.name == "recall_text" and source.document[-1] == 12
+  assert source.name == "recall_text" and source.document[-1] == 14
   recall_text.write(byte_tokenizer(), config, path)  # without a chat template: no dialogue
   assert not any("messages" in json.loads(line) for line in path.read_text().splitlines())
   with pytest.raises(ValueError, match=r"kinds=dialogue needs .*template"):
