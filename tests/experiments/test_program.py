@@ -337,8 +337,8 @@ def answer(tmp_path):
   (tmp_path / "sitecustomize.py").write_text(SPY)
   env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
 
-  def run(name, flag):
-    command = [sys.executable, "-m", f"experiments.{name}", flag]
+  def run(name, *flags):
+    command = [sys.executable, "-m", f"experiments.{name}", *flags]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     said, loaded = done.stderr.rsplit("LOADED ", 1)
     assert loaded.strip() == "[]" and "Traceback" not in said, said
@@ -362,6 +362,23 @@ def test_every_program_names_a_wrong_flag_before_it_imports_jax(name, answer):
 def test_every_kind_of_wrong_flag_is_named(name, answer):
   for flag, error in WRONG.items():
     assert answer(name, flag) == (1, "", error)
+
+
+@pytest.mark.parametrize(
+  ("name", "flags", "error"),
+  [
+    ("generate", ["--checkpoint={root}/colb", "--prompt=x"], "--checkpoint={root}/colb: no such folder; did you mean"),
+    ("evaluate", ["--checkpoint=.", "--text={root}/LICENSE,{root}/none"], "--text={root}/none: nothing there"),
+    ("bench_start", ["--checkpoint=.", "--retrofit=smollm2-135m-cr3"], "--retrofit=smollm2-135m-cr3: no such folder"),
+    ("retrofit", ["--data.paths={root}/dms_jax/*.py,{root}/n*/*.txt"], "--data.paths={root}/n*/*.txt: nothing there"),
+    ("retrofit", ["--dms.window=-1"], "dms.window=-1 must be 0 or more tokens"),
+    ("retrofit", ["--lora.targets=q_pro"], "flag --lora.targets=q_pro: 'q_pro' is unknown; did you mean 'q_proj'?"),
+    ("report", ["stray"], "--runs is needed: folders that experiments.evaluate wrote"),
+  ],
+)  # fmt: skip
+def test_a_wrong_value_is_named_before_jax_is_imported(name, flags, error, answer):
+  code, page, said = answer(name, *(flag.format(root=ROOT) for flag in flags))
+  assert (code, page, said.count("\n")) == (1, "", 1) and said.startswith("error: " + error.format(root=ROOT)), said
 
 
 def test_every_program_is_a_console_script_that_answers_early(tmp_path):
