@@ -1,6 +1,6 @@
 """Writes a checkpoint in a layout of PyTorch.
 
-    python -m experiments.export_torch --checkpoint=checkpoints/smollm2-135m-instruct --retrofit=retrofits/cr4 \\
+    python -m experiments.export_torch --checkpoint=checkpoints/smollm2-135m-instruct --retrofit=smollm2-135m-cr4 \\
       --output=export/smollm2-cr4 --dtype=bfloat16 --layout=transformers
 
 | layout | folder |

@@ -165,7 +165,7 @@ def _keep_compiled() -> None:
   if folder == "none":
     jax.config.update("jax_enable_compilation_cache", False)
   else:
-    kept = compilation.keep_compiled(folder, lambda message: log(f"warning: {message}"))
+    kept = compilation.keep(folder, lambda message: log(f"warning: {message}"))
   compilation.announce(kept, log)
 
 

@@ -423,7 +423,7 @@ def test_a_user_without_a_home_folder(monkeypatch, tmp_path):
   for home, there in ((tmp_path, True), ("/proc", False), ("/dev/null", False)):
     monkeypatch.setenv("HOME", str(home))
     folder = Path(home, ".cache", "dms_jax", "xla")
-    assert compilation.keep_compiled(say=said.append) == (folder if there else None)
+    assert compilation.keep(say=said.append) == (folder if there else None)
     assert kept.pop() == (str(folder) if there else None)
     assert bool(said) != there
   said.clear()
@@ -432,7 +432,7 @@ def test_a_user_without_a_home_folder(monkeypatch, tmp_path):
     raise RuntimeError("Could not determine home directory.")
 
   monkeypatch.setattr(Path, "expanduser", nobody)
-  assert compilation.keep_compiled(say=said.append) is None and "no home folder" in said[0] and not kept
+  assert compilation.keep(say=said.append) is None and "no home folder" in said[0] and not kept
   monkeypatch.setattr(Path, "home", lambda: nobody(None))
   with pytest.raises(ValueError, match="no home folder for downloads: set DMS_CACHE"):
     sources.cache_dir()
