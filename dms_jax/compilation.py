@@ -23,8 +23,8 @@ _announced = False  # by `keep_compiled`
 def keep_compiled(folder: str | Path | None = None) -> Path | None:
   """Keeps what this process compiles on disk, so that the next process reads it instead of compiling again.
 
-  Call it before the first computation. Where the folder cannot be written, a warning says so and nothing is kept. A line
-  on stderr says once when something compiles for more than two seconds.
+  Call it before the first computation. Where the folder cannot be written, a warning says so and nothing is kept. When
+  something compiles for more than two seconds, a line on stderr says so, once.
 
   Args:
     folder: default JAX_COMPILATION_CACHE_DIR, else ~/.cache/dms_jax/xla.
