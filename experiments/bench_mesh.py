@@ -8,6 +8,9 @@
     data_8b        the same, Llama-3.1-8B's shape
     tensor_8b_dms  `tensor` = devices, DMS: the same rows. The bar for two devices: 0.65 of the time of a step
     tensor_8b      the same with a dense cache
+    share_8b_dms   one device alone with its share of `tensor`, 1 / devices of heads, MLP and vocabulary: the time of a
+                   step whose collectives would take none
+    share_8b       the same with a dense cache
 
 Weights are random, and caches are created in the state after `tokens` tokens (`experiments.bench.synthetic`): under DMS
 a head of the 8B shape holds exp(0.8 N(0, 1)) times a mean that makes CR 8, a head of SmolLM2 what its CR 8 retrofit
@@ -78,12 +81,12 @@ class Case:
 
   shape: Callable[[], Shape]
   kind: Kind
-  axis: Literal["data", "tensor"]
+  axis: Literal["data", "tensor", "share"]
 
   def bar(self, devices: int) -> Bar | None:
     if self.axis == "data":
       return Bar("speedup", EFFICIENCY * devices)
-    return Bar("time_ratio", SHARE, most=True) if devices == 2 else None
+    return Bar("time_ratio", SHARE, most=True) if self.axis == "tensor" and devices == 2 else None
 
 
 def llama() -> Shape:
@@ -95,7 +98,16 @@ CASES = {
   "data_8b": Case(llama, "dms", "data"),
   "tensor_8b_dms": Case(llama, "dms", "tensor"),
   "tensor_8b": Case(llama, "dense", "tensor"),
+  "share_8b_dms": Case(llama, "dms", "share"),
+  "share_8b": Case(llama, "dense", "share"),
 }
+
+
+def share(shape: Shape, devices: int) -> Shape:
+  """The shape of what one of `devices` devices of `tensor` computes."""
+  divided = ("num_heads", "num_kv_heads", "d_ff", "vocab_size")
+  sizes = {name: getattr(shape.config, name) // devices for name in divided}
+  return dataclasses.replace(shape, config=dataclasses.replace(shape.config, eos_token_ids=(), **sizes))
 
 
 class Pair:
@@ -103,9 +115,13 @@ class Pair:
 
   def __init__(self, case: Case, alone: Bench, config: Config):
     heads = alone.shape.config.num_kv_heads
-    if case.axis == "tensor" and heads % config.devices:  # "tensor" would split rows instead
+    if case.axis != "data" and heads % config.devices:  # "tensor" would split rows instead
       raise ValueError(f"--devices={config.devices} does not divide the {heads} KV heads of this shape")
-    self.alone, self.mesh = alone, alone.on(make_mesh(**{case.axis: config.devices}))
+    self.alone = alone
+    self.mesh = (
+      alone.of(share(alone.shape, config.devices)) if case.axis == "share"
+      else alone.on(make_mesh(**{case.axis: config.devices}))
+    )  # fmt: skip
     point = Point(case.kind, config.rows, config.tokens, config.tokens)
     rows = config.rows * (config.devices if case.axis == "data" else 1)
     self.points = point, dataclasses.replace(point, batch=rows)
@@ -130,7 +146,8 @@ def main() -> None:
   chosen = {name: CASES[name] for name in cases.chosen(CASES, config.cases)}
   small, begin = config.scale == "small", time.monotonic()
   sized = dataclasses.replace(config, rows=2, tokens=64) if small else config
-  make_mesh(config.devices)  # refuses where there are fewer
+  if any(case.axis != "share" for case in chosen.values()):
+    make_mesh(config.devices)  # refuses where there are fewer
   environment, bandwidth = program.environment(), bench.read_bandwidth(2**22 if small else 2**30)
   about = {"device": environment["device"], "jax": environment["jax"]}
   about |= {"scale": config.scale, "read_bandwidth": bandwidth}

@@ -167,6 +167,10 @@ class Bench:
     """The points of the same weights on a mesh. `Energy` counts one device, so that it is not counted."""
     return Bench(self.shape, self.bandwidth, self.programs, lambda: None, self.seconds, self, mesh)
 
+  def of(self, shape: Shape) -> Bench:
+    """The points of another shape on the same device, with weights of its own."""
+    return Bench(shape, self.bandwidth, self.programs, self.energy, self.seconds)
+
   def model(self, kind: Kind) -> Model:
     """All kinds have the same weights; "dms" and "by_cr" also have gates."""
     if not self._models:

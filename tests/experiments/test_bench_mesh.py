@@ -9,7 +9,7 @@ import types
 
 import pytest
 
-from experiments.bench_mesh import CASES, Config, Pair, llama
+from experiments.bench_mesh import CASES, Config, Pair, llama, share
 from tests.programs import finished, on_devices
 
 
@@ -25,14 +25,22 @@ def test_devices_do_what_one_does(tmp_path):
   for row in rows:
     assert row["speedup"] == pytest.approx(row["tokens_per_s"] / row["one_tokens_per_s"])
     assert row["time_ratio"] == pytest.approx(row["ms"] / row["one_ms"]) and "bar" not in row
-    assert row["CR"] == pytest.approx(1 if row["name"] == "tensor_8b" else 4, rel=0.1)
+    assert row["CR"] == pytest.approx(1 if row["name"] in ("tensor_8b", "share_8b") else 4, rel=0.15)
     if row["mesh"] == "data 2":
       assert row["cache_bytes"] == 2 * row["one_cache_bytes"]
+    if row["mesh"] == "share 2":
+      assert row["cache_bytes"] == pytest.approx(row["one_cache_bytes"] / 2, rel=0.2)
+
+
+def test_a_share_of_the_8b_shape_is_a_model():
+  config = share(llama(), 2).config
+  assert (config.num_heads, config.num_kv_heads, config.d_ff, config.vocab_size) == (16, 4, 7168, 64128)
 
 
 def test_bars():
   """1.9 times the tokens, 0.65 of the time; for more devices only the first has a meaning."""
-  assert [str(case.bar(2)) for case in CASES.values()] == ["speedup >= 1.9"] * 2 + ["time_ratio <= 0.65"] * 2
+  bars = [str(case.bar(2)) for case in CASES.values()]
+  assert bars == ["speedup >= 1.9"] * 2 + ["time_ratio <= 0.65"] * 2 + ["None"] * 2
   assert str(CASES["data_8b"].bar(4)) == "speedup >= 3.8" and CASES["tensor_8b"].bar(4) is None
   with pytest.raises(ValueError, match="--devices=1 must be 2 or more"):
     Config(devices=1)
