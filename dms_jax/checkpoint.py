@@ -158,6 +158,8 @@ def load(
   Raises:
     ValueError: a file is missing, cut short or damaged, or the retrofit belongs to another model.
   """
+  if retrofit is not None and not shipped.find(retrofit).exists():
+    raise ValueError(f"retrofit={retrofit}: no such checkpoint directory; shipped are {', '.join(shipped.names())}")
   added = None if retrofit is None else _Stored.of(retrofit)
   return _load(_Stored.of(path), added, merge, dtype, mesh, rules, stored)
 

@@ -17,12 +17,14 @@ FOLDER = "~/.cache/dms_jax/xla"
 PATIENCE = 2.0  # seconds of compiling that need no word
 EVENTS = "/jax/core/compile/"  # tracing, lowering, and compiling or reading what was compiled before
 PROGRAM = EVENTS + "backend_compile_duration"  # once for each program
+_announced = False  # by `keep_compiled`
 
 
-def keep_compiled(folder: str | Path | None = None, say: Callable[[str], None] = warnings.warn) -> Path | None:
+def keep_compiled(folder: str | Path | None = None) -> Path | None:
   """Keeps what this process compiles on disk, so that the next process reads it instead of compiling again.
 
-  Call it before the first computation. Where the folder cannot be written, `say` is told so and nothing is kept.
+  Call it before the first computation. Where the folder cannot be written, a warning says so and nothing is kept. When
+  something compiles for more than two seconds, a line on stderr says so, once.
 
   Args:
     folder: default JAX_COMPILATION_CACHE_DIR, else ~/.cache/dms_jax/xla.
@@ -30,6 +32,16 @@ def keep_compiled(folder: str | Path | None = None, say: Callable[[str], None] =
   Returns:
     The folder; None where nothing is kept, as with an empty JAX_COMPILATION_CACHE_DIR.
   """
+  global _announced
+  kept = keep(folder)
+  if not _announced:
+    _announced = True
+    announce(kept)
+  return kept
+
+
+def keep(folder: str | Path | None = None, say: Callable[[str], None] = warnings.warn) -> Path | None:
+  """`keep_compiled` without its line; `say` is told where the folder cannot be written."""
   asked = os.environ.get("JAX_COMPILATION_CACHE_DIR", FOLDER) if folder is None else folder
   if asked == "":
     return None

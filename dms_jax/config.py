@@ -374,6 +374,9 @@ class DMSConfig:
     return self.shift + ((self.window if window is None else window) if self.eviction == "immediate" else 0)
 
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
   """Low-rank updates: each projection in `targets` becomes W + `scale` * B A; `rank` 0 means no updates.
@@ -389,7 +392,7 @@ class LoRAConfig:
 
   rank: int = 0
   scale: float = 2.0
-  targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+  targets: tuple[str, ...] = dataclasses.field(default=PROJECTIONS[:4], metadata={"choices": PROJECTIONS})
   by_cr: bool = dataclasses.field(default=False, metadata={"later": True})
 
   def __post_init__(self):

@@ -3,7 +3,7 @@
     python -m experiments.bench_execution --shape=smollm2-135m --rows=1,8,32 --output=execution.json
     python -m experiments.bench_execution --shape=llama-3.2-1b --rows=1,8,32,128,248 --output=execution.json
     python -m experiments.bench_execution --kind=by_cr --tricks=joint_updates --window=64 --rows=1,32
-    python -m experiments.bench_execution --chunk=64 --dtype=float32 --rows=1 --tokens=512 --output=execution.json
+    python -m experiments.bench_execution --chunk=64 --dtype=float32 --rows=1 --tokens=512 --window=16
 
 Weights and caches are random (`experiments.bench.synthetic`). Each field of `Execution` that is on for a step is
 switched off, one field at a time. The programs take turns, and the best round of each counts.

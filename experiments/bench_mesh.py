@@ -72,6 +72,7 @@ class Config:
     for name, least in (("rows", 1), ("tokens", 1), ("devices", 2), ("workers", 1)):
       if getattr(self, name) < least:
         raise ValueError(f"--{name}={getattr(self, name)} must be {least} or more")
+    cases.chosen(CASES, self.cases)
 
 
 @dataclasses.dataclass(frozen=True)

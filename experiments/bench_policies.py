@@ -31,7 +31,7 @@ from dms_jax.config import ModelConfig
 from dms_jax.execution import fastest_form
 from dms_jax.families import PRESETS
 from dms_jax.model import Model
-from dms_jax.policies import Policy
+from dms_jax.policies import REGISTRY, Policy
 from experiments.bench import cases, synthetic
 from experiments.bench.cases import Bar
 from experiments.bench.generate_cases import TINY
@@ -61,9 +61,9 @@ class Config:
   """
 
   cases: tuple[str, ...] = ()
-  preset: str = "smollm2-135m"
-  policies: tuple[str, ...] = ("h2o", "tova")
-  step_policies: tuple[str, ...] = ()
+  preset: str = dataclasses.field(default="smollm2-135m", metadata={"choices": PRESETS})
+  policies: tuple[str, ...] = dataclasses.field(default=("h2o", "tova"), metadata={"choices": REGISTRY})
+  step_policies: tuple[str, ...] = dataclasses.field(default=(), metadata={"choices": REGISTRY})
   step_rows: int = 32
   step_tokens: int = 8192
   cr: float = 8.0

@@ -4,7 +4,7 @@
 
 Reads the first `--tokens` tokens of `--text` (default: this project's own documents and source) in chunks, with the
 original model and a dense cache, and with the retrofit and DMS; then continues both texts, sampling with the same key.
-Writes OUTPUT/{report.json, live_tokens.png} and ends with one JSON line. SmolLM2-135M takes three minutes on two CPU
+Writes OUTPUT/{report.json, live_tokens.png} and ends with one JSON line. SmolLM2-135M takes two minutes on two idle CPU
 cores. Half of that is compilation, which a second run finds in the cache on disk.
 """
 

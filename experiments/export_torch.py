@@ -1,6 +1,6 @@
 """Writes a checkpoint in a layout of PyTorch.
 
-    python -m experiments.export_torch --checkpoint=checkpoints/smollm2-135m-instruct --retrofit=retrofits/cr4 \\
+    python -m experiments.export_torch --checkpoint=checkpoints/smollm2-135m-instruct --retrofit=smollm2-135m-cr4 \\
       --output=export/smollm2-cr4 --dtype=bfloat16 --layout=transformers
 
 | layout | folder |
@@ -27,6 +27,7 @@ from typing import Any
 from dms_jax import checkpoint
 from dms_jax.convert import About, export
 from dms_jax.convert.api import noted_gates
+from dms_jax.convert.layouts import LAYOUTS
 from dms_jax.convert.writing import SHARD_BYTES
 from dms_jax.json_files import is_number
 from dms_jax.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -51,7 +52,7 @@ class Config:
   checkpoint: str
   output: str
   retrofit: str | None = None
-  layout: str = "transformers"
+  layout: str = dataclasses.field(default="transformers", metadata={"choices": LAYOUTS})
   dtype: str | None = None
   overwrite: bool = False
   shard_bytes: int = SHARD_BYTES

@@ -237,6 +237,8 @@ def test_retrofit_of_another_model(tmp_path, saved, change, fits):
 def test_not_a_checkpoint(tmp_path):
   with pytest.raises(ValueError, match="nowhere: no such checkpoint directory"):
     checkpoint.load(tmp_path / "nowhere")
+  with pytest.raises(ValueError, match=r"retrofit=smollm2-cr4: no such .*; shipped are smollm2-135m-cr4, "):
+    checkpoint.load(tmp_path, retrofit="smollm2-cr4")
   with pytest.raises(ValueError, match=r"config\.json: no such file"):
     checkpoint.load(tmp_path)
   (tmp_path / "config.json").write_text('{"model_type": "llama"}')

@@ -116,7 +116,8 @@ def open_tensors(path: Path, only: list[Path] | None = None) -> Tensors:
         continue
       if name in where:
         if files[name] == file.name:  # with and without what torch.compile adds
-          raise ValueError(f"{file}: tensor {name} is there twice, once as {shown(stored)}; save the model again")
+          names = " and ".join(sorted(shown(other) for other in entries if _plain_name(other) == name))
+          raise ValueError(f"{file}: tensor {name} is there twice, as {names}; save the model again")
         raise ValueError(f"{path}: tensor {name} is in {files[name]} and in {file.name}; remove the one that is older")
       where[name], files[name], shapes[name] = (file, places[stored]), file.name, shape
       if kind == "U8" and name.endswith((mxfp4.BLOCKS, mxfp4.SCALES)):

@@ -17,7 +17,7 @@ from typing import Any
 from dms_jax.config import ModelConfig
 from dms_jax.families.huggingface import config_to_hf
 from dms_jax.json_files import read_json
-from experiments.common import program
+from experiments.common import program, usage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,10 @@ def chosen(names: Iterable[str], wanted: tuple[str, ...]) -> list[str]:
   names = list(names)
   unknown = [name for name in wanted if not any(key.startswith(name) for key in names)]
   if unknown:
-    raise ValueError(f"--cases: no case is called {', '.join(unknown)}, or begins so; there are {', '.join(names)}")
+    meant = usage.suggestion(unknown[0], names) or ";"
+    raise ValueError(
+      f"--cases: no case is called {', '.join(unknown)}, or begins so{meant} there are {', '.join(names)}"
+    )
   return [key for key in names if not wanted or any(key.startswith(name) for name in wanted)]
 
 

@@ -17,7 +17,7 @@ from absl import flags
 from experiments.common import usage
 
 FLAGS = flags.FLAGS
-OWN: list[type] = []  # dataclasses of flags without a prefix
+OWN: list[tuple[str, type]] = []  # (prefix, dataclass) of a program's flags
 flags.disclaim_key_flags()  # flags belong to the program that calls `define_flags`, so that its --help lists them
 
 
@@ -195,8 +195,7 @@ def define_flags(prefix: str, cls: type, **overrides: Any) -> None:
     TypeError: an override names no field, or an annotation cannot be written on a command line.
   """
   usage.group(prefix, cls)
-  if not prefix:
-    OWN.append(cls)
+  OWN.append((prefix, cls))
   hints = typing.get_type_hints(cls)
   fields = {field.name: field for field in _flag_fields(cls)}
   if unknown := sorted(set(overrides) - set(fields)):

@@ -141,12 +141,21 @@ def run(
 
 
 def _check() -> None:
-  """Has the dataclasses of the program's own flags check their values, and ends the program if one refuses."""
-  for cls in flag_fields.OWN:
+  """Has the dataclasses of the flags check their values, and ends the program if one refuses or a path leads nowhere.
+
+  Those of flags with a prefix, such as policies, check them where one was given: a program may need none of them.
+  """
+  usage.check_paths()
+  for prefix, cls in flag_fields.OWN:
+    if prefix and not any(FLAGS[name].present for name in flag_types(prefix, cls)):
+      continue
     try:
-      read_flags("", cls)
+      read_flags(prefix, cls)
     except ValueError as error:
       usage.refuse(" ".join(str(error).split()))
+    except Exception:  # a blank did not do (`early`): the program itself checks
+      if not prefix:
+        raise
 
 
 def _keep_compiled() -> None:
@@ -156,7 +165,7 @@ def _keep_compiled() -> None:
   if folder == "none":
     jax.config.update("jax_enable_compilation_cache", False)
   else:
-    kept = compilation.keep_compiled(folder, lambda message: log(f"warning: {message}"))
+    kept = compilation.keep(folder, lambda message: log(f"warning: {message}"))
   compilation.announce(kept, log)
 
 

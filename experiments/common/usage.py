@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import glob
 import inspect
 import re
 import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NoReturn
 
 from absl import flags
+
+from dms_jax import shipped
 
 FLAGS = flags.FLAGS
 SHARED = ("profile", "compiled", "debug")  # flags of every program, which change no result
@@ -22,6 +26,8 @@ ELSEWHERE = {
   "model": "checkpoint", "model_path": "checkpoint", "model_name_or_path": "checkpoint", "adapter": "retrofit",
   "max_length": "max_new_tokens", "max_tokens": "max_new_tokens", "output_dir": "output", "output_path": "output",
 }  # fmt: skip
+# Flags whose files and folders a program reads: each must be there, or match something.
+PATHS = ("checkpoint", "text", "file", "prompts_file", "sweep_file", "data.paths", "eval.text")
 _groups: dict[str, type] = {}  # of flags PREFIX.field: their dataclass
 
 
@@ -48,7 +54,9 @@ def parse(arguments: list[str]) -> list[str]:
   except flags.UnrecognizedFlagError as error:
     message = f"there is no flag --{error.flagname}{meant(error.flagname) or '; --help lists all'}"
   except flags.Error as error:
-    message = re.sub(r"^flag --(\S+)=None: Flag --.* must have a value other than None\.$", _required, str(error))
+    message = re.sub(
+      r"^flag --(\S+)=None: Flag --.* must have a value other than None\.$", _required, str(error).split("\n")[0]
+    )  # of several, a line each, the first
     message = re.sub(r"\('Non-boolean argument to boolean flag', (.*)\)$", r"\1 is not true or false", message)
   except ValueError as error:  # --nochat=3
     message = str(error)
@@ -61,6 +69,30 @@ def refuse(message: str) -> NoReturn:
   """Ends the program with one line and exit code 1."""
   print(f"error: {message}", file=sys.stderr, flush=True)
   sys.exit(1)
+
+
+def check_paths() -> None:
+  """Ends the program where a flag of PATHS, or --retrofit, names what is not there; says what it may have meant."""
+  for flag in _own():
+    values = flag.value if isinstance(flag.value, tuple) else (flag.value,)
+    if flag.name == "retrofit" and isinstance(flag.value, str) and not shipped.find(flag.value).exists():
+      names = shipped.names()
+      close = suggestion(flag.value, names) or nearby(flag.value)
+      refuse(f"--retrofit={flag.value}: no such folder{close or ';'} shipped are {', '.join(names)}")
+    for value in values if flag.name in PATHS else ():
+      if value and not Path(value).exists() and not glob.glob(str(value), recursive=True):
+        what = "no such folder" if flag.name == "checkpoint" else "nothing there"
+        advice = "; experiments.convert_weights writes checkpoints" if flag.name == "checkpoint" else ""
+        refuse(f"--{flag.name}={value}: {what}{nearby(str(value)) or advice}")
+
+
+def nearby(path: str) -> str:
+  """A question about what lies beside a path that is not there, such as "; did you mean 'notes.txt'?", or nothing."""
+  with contextlib.suppress(OSError):
+    beside = {each.name: each for each in Path(path).parent.iterdir()}
+    if close := difflib.get_close_matches(Path(path).name, beside, n=1):
+      return f"; did you mean '{beside[close[0]]}'?"
+  return ""
 
 
 def _required(found: re.Match) -> str:

@@ -206,7 +206,9 @@ def test_names_and_files_that_other_tools_take(hf, tmp_path):
     save_file({rename(n): t for n, t in tensors.items()} | counters, hf / "model.safetensors")
     same(checkpoint.load(convert(str(hf), tmp_path / f"ours{number}")).params, expected)
   save_file(tensors | {"_orig_mod.model.norm.weight": tensors["model.norm.weight"]}, hf / "model.safetensors")
-  with pytest.raises(ValueError, match=r"tensor model\.norm\.weight is there twice, once as '"):
+  with pytest.raises(
+    ValueError, match=r"tensor model\.norm\.weight is there twice, as '_orig_mod\.model\.norm\.weight' and '"
+  ):
     convert(str(hf), tmp_path / "other")
   (hf / "model.safetensors").unlink()
   with pytest.raises(ValueError, match=r"shard\(s\) .* are missing"):

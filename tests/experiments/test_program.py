@@ -337,8 +337,8 @@ def answer(tmp_path):
   (tmp_path / "sitecustomize.py").write_text(SPY)
   env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
 
-  def run(name, flag):
-    command = [sys.executable, "-m", f"experiments.{name}", flag]
+  def run(name, *flags):
+    command = [sys.executable, "-m", f"experiments.{name}", *flags]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     said, loaded = done.stderr.rsplit("LOADED ", 1)
     assert loaded.strip() == "[]" and "Traceback" not in said, said
@@ -362,6 +362,23 @@ def test_every_program_names_a_wrong_flag_before_it_imports_jax(name, answer):
 def test_every_kind_of_wrong_flag_is_named(name, answer):
   for flag, error in WRONG.items():
     assert answer(name, flag) == (1, "", error)
+
+
+@pytest.mark.parametrize(
+  ("name", "flags", "error"),
+  [
+    ("generate", ["--checkpoint={root}/colb", "--prompt=x"], "--checkpoint={root}/colb: no such folder; did you mean"),
+    ("evaluate", ["--checkpoint=.", "--text={root}/LICENSE,{root}/none"], "--text={root}/none: nothing there"),
+    ("bench_start", ["--checkpoint=.", "--retrofit=smollm2-135m-cr3"], "--retrofit=smollm2-135m-cr3: no such folder"),
+    ("retrofit", ["--data.paths={root}/dms_jax/*.py,{root}/n*/*.txt"], "--data.paths={root}/n*/*.txt: nothing there"),
+    ("retrofit", ["--dms.window=-1"], "dms.window=-1 must be 0 or more tokens"),
+    ("retrofit", ["--lora.targets=q_pro"], "flag --lora.targets=q_pro: 'q_pro' is unknown; did you mean 'q_proj'?"),
+    ("report", ["stray"], "--runs is needed: folders that experiments.evaluate wrote"),
+  ],
+)  # fmt: skip
+def test_a_wrong_value_is_named_before_jax_is_imported(name, flags, error, answer):
+  code, page, said = answer(name, *(flag.format(root=ROOT) for flag in flags))
+  assert (code, page, said.count("\n")) == (1, "", 1) and said.startswith("error: " + error.format(root=ROOT)), said
 
 
 def test_every_program_is_a_console_script_that_answers_early(tmp_path):
@@ -406,7 +423,7 @@ def test_a_user_without_a_home_folder(monkeypatch, tmp_path):
   for home, there in ((tmp_path, True), ("/proc", False), ("/dev/null", False)):
     monkeypatch.setenv("HOME", str(home))
     folder = Path(home, ".cache", "dms_jax", "xla")
-    assert compilation.keep_compiled(say=said.append) == (folder if there else None)
+    assert compilation.keep(say=said.append) == (folder if there else None)
     assert kept.pop() == (str(folder) if there else None)
     assert bool(said) != there
   said.clear()
@@ -415,7 +432,7 @@ def test_a_user_without_a_home_folder(monkeypatch, tmp_path):
     raise RuntimeError("Could not determine home directory.")
 
   monkeypatch.setattr(Path, "expanduser", nobody)
-  assert compilation.keep_compiled(say=said.append) is None and "no home folder" in said[0] and not kept
+  assert compilation.keep(say=said.append) is None and "no home folder" in said[0] and not kept
   monkeypatch.setattr(Path, "home", lambda: nobody(None))
   with pytest.raises(ValueError, match="no home folder for downloads: set DMS_CACHE"):
     sources.cache_dir()
