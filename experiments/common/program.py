@@ -53,6 +53,13 @@ from experiments.common.flag_fields import read_flags as read_flags
 from experiments.common.flag_fields import spell as spell
 
 FLAGS = flags.FLAGS
+SIZES = (
+  "width",
+  "rows",
+  "batch",
+  "retrofit.batch_size",
+  "retrofit.seq_len",
+)  # flags that decide about a device's memory
 flags.disclaim_key_flags()  # flags belong to the program that calls `define_flags`, so that its --help lists them
 
 
@@ -70,14 +77,25 @@ def by_flag(message: str) -> str:
   return f"{found[2] or ''}--{flag}={message[found.end() :]}"
 
 
+def out_of_memory(error: Exception) -> str | None:
+  """A line for memory that the device refused, with the flags of this program that decide about it; None otherwise."""
+  message = str(error)
+  if not (message.startswith("RESOURCE_EXHAUSTED") and re.search(r"memory|allocat", message, re.I)):
+    return None
+  asked = re.search(r"(?:allocate|allocating|allocate request for) ([\d.]+ ?[KMGT]?i?B|\d+ bytes)", message)
+  flags_of_it = [f"--{name}={FLAGS[name].value}" for name in SIZES if name in FLAGS and FLAGS[name].value]
+  advice = f"; give less of {', '.join(flags_of_it)}" if flags_of_it else ""
+  return f"the device is out of memory{f' ({asked[1]} more were asked for)' if asked else ''}{advice}"
+
+
 def run(
   main: Callable[[], None],
   writes: Literal["nothing", "folder", "file", "tree"] = "nothing",
   goes_on: bool = False,
   talks: bool = False,
 ) -> None:
-  """Parses the command line, runs `main()` and exits: 0, or with one line on stderr 1 for bad input or a full disk, 130
-  after SIGINT (Ctrl-C) and 143 after SIGTERM (`stopping`).
+  """Parses the command line, runs `main()` and exits: 0, or with one line on stderr 1 for bad input, a full disk or a
+  device without memory, 130 after SIGINT (Ctrl-C) and 143 after SIGTERM (`stopping`).
 
   Every program gets `--profile=DIR` (a jax.profiler trace of the whole run), `--compiled=DIR` (where compiled programs
   are kept, by default as `dms_jax.keep_compiled` says) and `--debug` (tracebacks).
@@ -122,12 +140,17 @@ def run(
       if not jax.distributed.is_initialized():  # its processes end together
         stopping.leave(code)
     except Exception as error:
-      expected = isinstance(error, ValueError | OSError | NotImplementedError | FloatingPointError)
+      memory = out_of_memory(error)
+      expected = memory is not None or isinstance(
+        error, ValueError | OSError | NotImplementedError | FloatingPointError
+      )
       if FLAGS.debug or not (expected or outputs.is_full(error)):
         raise
-      message, heartbeat.silent = " ".join(str(error).split()) or type(error).__name__, False
+      message, heartbeat.silent = memory or " ".join(str(error).split()) or type(error).__name__, False
       log(f"error: {by_flag(message)}  (--debug shows where)")
-      if outputs.is_full(error):  # Orbax's native threads print a traceback for each write that they have not ended
+      if memory is None and outputs.is_full(
+        error
+      ):  # Orbax's native threads print a traceback for each write that they have not ended
         sys.stdout.flush()
         os._exit(1)
       code = 1

@@ -11,6 +11,7 @@ import runpy
 import subprocess
 import sys
 import textwrap
+import types
 import warnings
 from pathlib import Path
 from typing import Literal
@@ -59,6 +60,8 @@ TOY = """
     config, dms = program.read_flags("", Config), program.read_flags("dms", DMSConfig)
     if config.text == "missing":
       Path("no/such/file").read_text()
+    if config.text == "large":
+      raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 48.00GiB with allocator GPU_0_bfc")
     if config.text == "bug":
       raise KeyError("a bug is not the user's mistake")
     program.finish({"config_": config, "dms": dms})
@@ -188,6 +191,21 @@ def test_flags_reach_the_dataclasses_and_the_last_line_is_json(toy):
   assert line["environment"]["jax"] and not {"profile", "compiled"} & line["config"].keys()
 
 
+@pytest.mark.parametrize(
+  ("message", "line"),
+  [
+    ("Failed to allocate request for 2.0GiB (2147483648B) on device ordinal 0", " (2.0GiB more were asked for)"),
+    ("Ran out of memory in memory space hbm. Used 20.1G of 15.48G hbm.", ""),
+  ],
+)
+def test_a_device_without_memory_is_one_line_with_the_flags_of_it(monkeypatch, message, line):
+  flags = {"width": types.SimpleNamespace(value=2048), "batch": types.SimpleNamespace(value=None)}
+  monkeypatch.setattr(program, "FLAGS", flags)
+  found = program.out_of_memory(RuntimeError(f"RESOURCE_EXHAUSTED: {message}"))
+  assert found == f"the device is out of memory{line}; give less of --width=2048"
+  assert program.out_of_memory(RuntimeError("RESOURCE_EXHAUSTED: Error writing")) is None
+
+
 def test_defaults_are_the_dataclass_s_unless_overridden(toy):
   line = json.loads(toy("--output=x").stdout.splitlines()[-1])
   assert line["config_"]["steps"] is None and line["config_"]["lora"]["rank"] == 3
@@ -209,6 +227,7 @@ def test_defaults_are_the_dataclass_s_unless_overridden(toy):
     (["--output_dir=x"], "error: there is no flag --output_dir; did you mean --output?"),
     (["--output=x", "stray"], "error: unexpected argument(s) ['stray']"),
     (["--output=x", "--text=missing"], "error: [Errno 2] No such file or directory: 'no/such/file'"),
+    (["--output=x", "--text=large"], "error: the device is out of memory (48.00GiB more were asked for)  (--debug"),
     ([], "error: --output is needed: where results go"),
   ],
 )

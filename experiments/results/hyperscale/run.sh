@@ -4,7 +4,7 @@
 #   bash experiments/results/hyperscale/run.sh train retrofits sweep rivals lora times analyse
 #
 # train: the dense reasoner of each seed but 0, which comes with the library; retrofits: of all weights, for each CR; sweep: the dense cache
-# and DMS; rivals: every baseline on seed 0; lora: retrofits of low rank and their scores; times: the dense cache and DMS of seed 0 in
+# and DMS; rivals: every baseline on each seed; lora: retrofits of low rank and their scores; times: the dense cache and DMS of seed 0 in
 # 2 GiB of cache, with nothing else on the GPU; analyse: the pages.
 #
 #   OUT    results, default runs/hyperscale      SEEDS  default 0,1      FAMILIES  default countdown,grids,programs,graphs
@@ -63,11 +63,13 @@ for stage in "$@"; do
     sweep)
       for seed in "${seeds[@]}"; do parts "$seed"; done | each "$EACH" ;;
     rivals)
-      echo "centres calibrate_triattention --checkpoint=$(dense 0) --output=$OUT/triattention.npz --families=$(joined "${families[@]}")" | each 1
-      {
-        for method in prompt_window streamingllm tova h2o quest rkv; do swept 0 "$method" "--methods=$method" --cr=4; done
-        swept 0 triattention --methods=triattention --cr=4 "--triattention.calibration=$OUT/triattention.npz"
-      } | each "$EACH" ;;
+      for seed in "${seeds[@]}"; do
+        echo "centres$seed calibrate_triattention --checkpoint=$(dense "$seed") --output=$OUT/triattention$seed.npz --families=$(joined "${families[@]}")"
+      done | each 2
+      for seed in "${seeds[@]}"; do
+        for method in rkv quest prompt_window streamingllm tova h2o; do swept "$seed" "$method" "--methods=$method" --cr=4; done
+        swept "$seed" triattention --methods=triattention --cr=4 "--triattention.calibration=$OUT/triattention$seed.npz"
+      done | each "$EACH" ;;
     lora)
       for cr in $(printf '%s\n' "${crs[@]}" | tac); do
         tuned 0 "$cr" "lora$cr" --lora.rank=32 --retrofit.optimizer.learning_rate=2e-3 "${lora[@]}"
@@ -81,7 +83,7 @@ for stage in "$@"; do
       sets=("${seeds[@]/#/$OUT/seed}")
       {
         echo "seeds hyperscale --sets=$(joined "${sets[@]}") --methods=vanilla,dms --output=$OUT/seeds"
-        echo "rivals hyperscale --sets=$OUT/seed0 --output=$OUT/rivals"
+        echo "rivals hyperscale --sets=$(joined "${sets[@]}") --output=$OUT/rivals"
         echo "times hyperscale --sets=$OUT/seed0 --methods=vanilla,dms --output=$OUT/times"
       } | each 1 ;;
     *) echo "unknown stage $stage; there are train, retrofits, sweep, rivals, lora, times, analyse" >&2; exit 2 ;;
