@@ -240,10 +240,23 @@ class Common:
       coming: int [B], numpy, tokens that each row will read.
       most: tokens of the longest text; a cache of so many slots never grows.
     """
+    return self.resized(self.size_for(policy, coming, most), most)
+
+  @property
+  def size(self) -> int:
+    """What grows: slots of a head, or pages of the pool."""
+    return self.slots
+
+  def size_for(self, policy, coming, most) -> int:
+    """The size that `ensure_capacity` gives."""
     lack = int((coming - jax.device_get(self.free_tokens(policy))).max())
     if lack <= 0 or self.slots >= most:
-      return self
-    return self.grow(max(min(rounded(max(self.slots + lack, int(self.slots * GROWTH))), rounded(most)), self.slots))
+      return self.slots
+    return max(min(rounded(max(self.slots + lack, int(self.slots * GROWTH))), rounded(most)), self.slots)
+
+  def resized(self, size, most):
+    """The same tokens in a cache of this size, for texts of up to `most` tokens."""
+    return self if size == self.slots else self.grow(size)
 
   def _in_force(self, layer: Int[Array, ""] | int | slice, evicted: Bool[Array, "*n"]) -> tuple[Bool[Array, "*n"], Any]:
     """`Sliding.in_force`, in a model without sliding layers, too."""

@@ -226,10 +226,19 @@ class PagedCache(RingCache):
     A pool that lacks pages takes the lacking ones or doubles, whichever is more. It stops doubling at the pages that
     all rows will need for `most` tokens each, if every head keeps tokens at its rate so far.
     """
+    return super().ensure_capacity(policy, coming, most)
+
+  @property
+  def size(self):
+    return self.pages
+
+  def size_for(self, policy, coming, most):
+    content = jax.device_get((self.archived, self.table.owned, self.seen, self.table.pool.count))
+    return self.pages_for(policy, coming, most, *content)
+
+  def resized(self, size, most):
     cache = self.grow(max(rounded(most), self.slots))
-    archived, owned, seen, free = jax.device_get((self.archived, self.table.owned, self.seen, self.table.pool.count))
-    pages = self.pages_for(policy, coming, most, archived, owned, seen, free)
-    return cache if pages == self.pages else cache.with_pages(pages)
+    return cache if size == self.pages else cache.with_pages(size)
 
   def pages_for(self, policy, coming, most, archived, owned, seen, free) -> int:
     """The pages of the pool that `ensure_capacity` gives, from the content of the arrays, numpy, that it depends on."""

@@ -38,8 +38,9 @@ from dms_jax.generation.decode import (
   Emitted,
 )  # fmt: skip
 from dms_jax.generation.detokenize import Detokenizer
+from dms_jax.generation.growth import Growth
 from dms_jax.generation.layerwise import decode_block as decode_steps
-from dms_jax.generation.layerwise import read_chunk
+from dms_jax.generation.layerwise import lower_steps, read_chunk, steps_apart
 from dms_jax.generation.prefill import Chunk, read_prompts
 from dms_jax.generation.prompts import Prompts, check_lengths, prompt_ids
 from dms_jax.generation.results import ChainUsage, Used, add_prompts
@@ -205,10 +206,15 @@ def generate(
     if max_new_tokens:
       state, emitted = decoding.first_token(state, logits, ~goes_on, sampling, criteria)
       reason = _write(written, emitted, state, stream)
+  lower = lambda shapes: lower_steps(
+    model, policy, shapes, state, sampling, criteria, steps=decode_block, history=history
+  )
+  growth = Growth(policy, most, lower if model.mesh is None and steps_apart(model, policy, store) else None)
   steps = 0
   while (reason == RUNNING).any():
     if capacity is None:
-      store = store.ensure_capacity(policy, np.where(reason == RUNNING, decode_block, 0), most)
+      left = np.array([max_new_tokens - len(row.tokens) for row in written])
+      store = growth.fit(store, np.where(reason == RUNNING, decode_block, 0), left)
     store, state, emitted, counts = decode_steps(
       model, policy, store, state, sampling, criteria, steps=decode_block, history=history
     )

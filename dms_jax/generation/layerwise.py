@@ -23,6 +23,7 @@ from dms_jax.execution import Execution
 from dms_jax.generation import decode as decoding
 from dms_jax.generation.conversation import place_like
 from dms_jax.generation.decode import RUNNING, DecodeState, Emitted
+from dms_jax.generation.growth import placed
 from dms_jax.generation.sampling import Sampling
 from dms_jax.generation.stops import StopCriteria
 from dms_jax.metrics import Counts, count
@@ -126,9 +127,9 @@ def decode_block(
   An interrupt may lose both.
   """
   batch = rows.token.shape[0]
-  size = Execution.choose(model, batch, 1).step_layers
-  if not size or not cache.steps_in_parts(policy):
+  if not steps_apart(model, policy, cache):
     return decoding.decode_block(model, policy, cache, rows, sampling, stop, steps=steps, history=history)
+  size = Execution.choose(model, batch, 1).step_layers
   head, layers = _apart(model)
   made = place_like(model, _blank(model, batch, steps, history))
   for step in range(steps):
@@ -142,6 +143,38 @@ def decode_block(
       head, policy, cache, plan, x, outs, unobserved, rows, sampling, stop, made, np.int32(step)
     )
   return cache, rows, *made
+
+
+def steps_apart(model: Model, policy: Policy, cache: Cache | ShardedCache) -> bool:
+  """Whether decode steps of the rows of a cache are taken in parts."""
+  return bool(Execution.choose(model, len(cache.seen), 1).step_layers) and cache.steps_in_parts(policy)
+
+
+def lower_steps(
+  model: Model, policy: Policy, cache: Cache, rows: DecodeState, sampling: Sampling, stop: StopCriteria, *, steps: int,
+  history: bool,
+) -> list[jax.stages.Lowered]:  # fmt: skip
+  """The programs of `decode_block`, in parts, for a cache of shapes; a call finds them compiled if these were."""
+  size, programs = Execution.choose(model, len(cache.seen), 1).step_layers, {}
+
+  def result(kind: Any, function: Any, *arguments: Any) -> Any:
+    if kind not in programs:
+      programs[kind] = function.lower(*arguments)
+    return placed(jax.eval_shape(function, *arguments), cache)
+
+  head, layers = _apart(model)
+  made = place_like(model, _blank(model, len(cache.seen), steps, history))
+  cache_, plan, leaving, x = result("begin", _begin_step, head, policy, cache, rows.token, rows.reason)
+  outs, unobserved = [], []
+  for first in range(0, len(layers), size):
+    part = layers[first : first + size]
+    cache_, x, own, waiting = result(
+      len(part), _step_layers, head, policy, cache_, plan, leaving, part, np.int32(first), x
+    )
+    outs, unobserved = outs + own, unobserved + list(waiting)
+  ended = head, policy, cache_, plan, x, outs, unobserved, rows, sampling, stop, made, np.int32(0)
+  programs["end"] = _end_step.lower(*ended)
+  return list(programs.values())
 
 
 def _blank(model: Model, batch: int, steps: int, history: bool) -> tuple[Emitted, Counts]:

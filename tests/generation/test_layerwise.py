@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+
 import jax
 import numpy as np
 import pytest
 
 import dms_jax
-from dms_jax import execution
+from dms_jax import compilation, execution
 from dms_jax import testing as tiny
-from dms_jax.generation import layerwise
+from dms_jax.generation import growth, layerwise
+
+generating = importlib.import_module("dms_jax.generation.generate")  # `dms_jax.generate` is the function
 
 PROMPTS = [list(range(1, 40)), list(range(7, 21)), list(range(3, 70))]
 
@@ -83,3 +88,30 @@ def test_few_sizes_of_parts_for_a_step():
   """All parts of a step have one size, for which two programs would be compiled otherwise, unless it is small."""
   sizes = {count: execution._part(count) for count in (16, 22, 24, 28, 30, 32, 36, 48, 80)}
   assert sizes == {16: 4, 22: 2, 24: 4, 28: 4, 30: 3, 32: 4, 36: 4, 48: 4, 80: 4}
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+def test_steps_are_compiled_before_the_cache_grows(kind, monkeypatch):
+  """The first block in a larger cache compiles nothing, and the text is that of a cache which never grows."""
+  model, policy = tiny.model(tiny.config(num_layers=3), tiny.dms()), dms_jax.DMS(window=5)
+  sizes, compiled = [], []
+
+  def block(model, policy, cache, *arguments, **settings):
+    growth._compiling.submit(lambda: None).result()  # what is compiled ahead counts as before
+    before = programs()
+    found = layerwise.decode_block(model, policy, cache, *arguments, **settings)
+    sizes.append(cache.size)
+    compiled.append(programs() - before)
+    return found
+
+  run = functools.partial(
+    dms_jax.generate, model, [[1, 2, 3]], policy=policy, cache=kind, max_new_tokens=320, eos=False, prefill_chunk=8,
+    decode_block=16,
+  )  # fmt: skip
+  with execution.override(layers="loop", layers_apart=True, step_layers=2), compilation.counted() as programs:
+    whole = run(capacity=512)
+    monkeypatch.setattr(generating, "decode_steps", block)
+    grown = run()
+  larger = [count for size, count in zip(sizes, compiled, strict=True) if size > sizes[0]]
+  assert larger and not any(larger)
+  assert grown.tokens == whole.tokens
