@@ -59,10 +59,16 @@ def save(
     metadata: JSON values to store in config.json.
 
   Raises:
-    ValueError: a group is unknown, the layers are a list, or `path` holds something other than a checkpoint.
+    ValueError: a group is unknown, the layers are a list, `path` holds something other than a checkpoint, or the gates
+      alone would go without low-rank updates that were merged.
   """
   if unknown := sorted(set(groups) - set(GROUPS)):
     raise ValueError(f"groups={unknown} unknown; there are {GROUPS}")
+  if model.holds_updates and "base" not in groups:
+    raise ValueError(
+      f"groups={list(groups)}: this model's low-rank updates were merged into its base, without which its gates are no "
+      "retrofit; save it whole, or keep the updates apart: merge=False of load and Model.at"
+    )
   if isinstance(model.params["layers"], list):
     raise ValueError("this model's layers are a list (Model.unstacked); save model.stacked()")
   table = param_table(model.config, model.dms, model.lora)
@@ -203,7 +209,7 @@ def _load(
   params = _read_params(path, values, param_table(config, dms, lora), early, mesh, split, stored)
   model = Model(params, config, dms, lora)
   if not apart:
-    model = model.merged()
+    model = model.merged().replace(holds_updates=False)  # they are this base's own
   if retrofit is not None:
     model = _apply_retrofit(model, retrofit, mesh, split)
     if merge and model.lora is not None and not model.lora.by_cr:

@@ -120,7 +120,8 @@ def prepare(
   cast = lambda params: jax.tree.map(lambda x: x.astype(dtype), params)
   table = param_table(base.config)
   base = base.stacked()  # `load` may give a list of layers
-  base = base.replace(params=split_params(base.params, lambda path: path in table)[0], dms=None, lora=None)
+  params = split_params(base.params, lambda path: path in table)[0]
+  base = base.replace(params=params, dms=None, lora=None, holds_updates=False)  # whatever it is made of, it is the base
   student = base.replace(dms=dms, lora=lora if config.trainable == "lora" else None)
   fresh = init_retrofit(student, jax.random.key(config.seed), jnp.float32)
   student = student.replace(params=join_params(student.params, fresh))
