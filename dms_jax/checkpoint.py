@@ -59,10 +59,16 @@ def save(
     metadata: JSON values to store in config.json.
 
   Raises:
-    ValueError: a group is unknown, the layers are a list, or `path` holds something other than a checkpoint.
+    ValueError: a group is unknown, the layers are a list, `path` holds something other than a checkpoint, or the gates
+      alone would go without low-rank updates that were merged.
   """
   if unknown := sorted(set(groups) - set(GROUPS)):
     raise ValueError(f"groups={unknown} unknown; there are {GROUPS}")
+  if model.holds_updates and "base" not in groups:
+    raise ValueError(
+      f"groups={list(groups)}: this model's low-rank updates were merged into its base, without which its gates are no "
+      "retrofit; save it whole, or keep the updates apart: merge=False of load and Model.at"
+    )
   if isinstance(model.params["layers"], list):
     raise ValueError("this model's layers are a list (Model.unstacked); save model.stacked()")
   table = param_table(model.config, model.dms, model.lora)
@@ -138,13 +144,13 @@ def _describe(
 
 
 def load(
-  path: str | Path, *, retrofit: str | Path | None = None, merge: bool = True, dtype: Any = None,
+  path: str | Path | Stored, *, retrofit: str | Path | None = None, merge: bool = True, dtype: Any = None,
   mesh: Mesh | None = None, rules: Callable[[ModelConfig, Mesh], ShardingRules] | None = None, stored: bool = False,
 ) -> Model:  # fmt: skip
   """Loads a model, and optionally a retrofit on top of it.
 
   Args:
-    path: a checkpoint with a base.
+    path: a checkpoint with a base, or what `Stored.of` read of it.
     retrofit: a checkpoint of gates and low-rank updates for this model; its gates replace the model's own.
     merge: fold low-rank updates into the weights (in float32, rounded once); otherwise they stay separate, as do those
       that depend on each row's CR (`LoRAConfig.by_cr`).
@@ -160,11 +166,11 @@ def load(
   """
   if retrofit is not None and not shipped.find(retrofit).exists():
     raise ValueError(f"retrofit={retrofit}: no such checkpoint directory; shipped are {', '.join(shipped.names())}")
-  added = None if retrofit is None else _Stored.of(retrofit)
-  return _load(_Stored.of(path), added, merge, dtype, mesh, rules, stored)
+  added = None if retrofit is None else Stored.of(retrofit)
+  return _load(path if isinstance(path, Stored) else Stored.of(path), added, merge, dtype, mesh, rules, stored)
 
 
-class _Stored(NamedTuple):
+class Stored(NamedTuple):
   """A checkpoint's folder, as it was given or found among those shipped, and what `read_config` found there."""
 
   path: Path
@@ -174,7 +180,8 @@ class _Stored(NamedTuple):
   lora: LoRAConfig | None
 
   @classmethod
-  def of(cls, path: str | Path) -> _Stored:
+  def of(cls, path: str | Path) -> Stored:
+    """Of a folder, or of the name of a retrofit that is shipped; a ValueError as of `read_config`."""
     return cls(shipped.find(path), *read_config(path))
 
   @property
@@ -184,7 +191,7 @@ class _Stored(NamedTuple):
 
 
 def _load(
-  base: _Stored, retrofit: _Stored | None, merge: bool = True, dtype: Any = None, mesh: Mesh | None = None,
+  base: Stored, retrofit: Stored | None, merge: bool = True, dtype: Any = None, mesh: Mesh | None = None,
   rules: Callable[[ModelConfig, Mesh], ShardingRules] | None = None, stored: bool = False,
 ) -> Model:  # fmt: skip
   """`load`, of checkpoints whose config.json was read."""
@@ -204,7 +211,7 @@ def _load(
   params = _read_params(path, values, param_table(config, dms, lora), early, mesh, split, stored)
   model = Model(params, config, dms, lora)
   if not apart:
-    model = model.merged()
+    model = model.merged().replace(holds_updates=False)  # they are this base's own
   if retrofit is not None:
     model = _apply_retrofit(model, retrofit, mesh, split)
     if merge and model.lora is not None and not model.lora.by_cr:
@@ -223,7 +230,7 @@ def load_retrofitted(path: str | Path, retrofit: str | Path, **how: Any) -> Mode
   Raises:
     ValueError: as `load`.
   """
-  base, added = _Stored.of(path), _Stored.of(retrofit)
+  base, added = Stored.of(path), Stored.of(retrofit)
   if added.whole:
     _check_shape(base, added, may_differ=(*MAY_DIFFER, "rope_scaling"))
     return _load(added, None, **how)
@@ -234,7 +241,7 @@ def load_retrofitted(path: str | Path, retrofit: str | Path, **how: Any) -> Mode
 MAY_DIFFER = ("eos_token_ids", "max_position_embeddings")
 
 
-def _check_shape(base: _Stored, retrofit: _Stored, may_differ: Sequence[str] = MAY_DIFFER) -> None:
+def _check_shape(base: Stored, retrofit: Stored, may_differ: Sequence[str] = MAY_DIFFER) -> None:
   """Raises ValueError if the model that was retrofitted has not the shape of the base."""
   ours, theirs = (to_json(stored.config) for stored in (base, retrofit))
   if differ := [k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k) and k not in may_differ]:
@@ -243,7 +250,7 @@ def _check_shape(base: _Stored, retrofit: _Stored, may_differ: Sequence[str] = M
     raise ValueError(f"{retrofit.path}: a retrofit of another model than {base.path}: {found}")
 
 
-def _apply_retrofit(model: Model, retrofit: _Stored, mesh: Mesh | None, rules: ShardingRules | None) -> Model:
+def _apply_retrofit(model: Model, retrofit: Stored, mesh: Mesh | None, rules: ShardingRules | None) -> Model:
   path, values, config, dms, lora = retrofit
   table = {n: s for n, s in param_table(config, dms, lora).items() if s.group in ("gate", "lora")}
   added = _read_params(path, values, table, mesh=mesh, rules=rules) if table else {}

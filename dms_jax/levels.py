@@ -54,14 +54,16 @@ class Levels:
   def cr(self, threshold: ArrayLike) -> Float[Array, "*rows"]:
     """The CR of each threshold, float32, within `low` .. `high`: the inverse of `threshold`, but for rounding.
 
-    Where CRs share a threshold it is one of them; the highest if all do.
+    Rounding never makes the threshold of that CR the lower one: a token of that very logit stays. Where CRs share a
+    threshold it is one of them; the highest if all do.
     """
     low, high = jnp.float32(self.low), jnp.float32(self.high)
     if len(set(self.thresholds)) == 1:
       return jnp.broadcast_to(high, jnp.shape(threshold))
     falling = -jnp.asarray(self.thresholds, jnp.float32)
     odds = jnp.interp(-jnp.asarray(threshold, jnp.float32), falling, self._odds())
-    return jnp.clip(1.0 + jnp.exp(odds), low, high)
+    cr = jnp.clip(1.0 + jnp.exp(odds), low, high)
+    return jnp.where(self.threshold(cr) < threshold, jnp.maximum(cr * (1 - 2**-20), low), cr)
 
   @property
   def slope(self) -> float:

@@ -68,6 +68,7 @@ class Model:
     lora: the low-rank updates in `params` that are not merged into the weights; None for none.
     tokenizer: needed for prompts that are strings; compared by identity. It changes no computation.
     mesh: the devices that decode together, each with its shard of `params` (`spmd.place`); None for one device.
+    holds_updates: low-rank updates were merged into the weights, which are no longer those of its base.
   """
 
   params: Params
@@ -76,6 +77,7 @@ class Model:
   lora: LoRAConfig | None = struct.field(pytree_node=False, default=None)
   tokenizer: Any = struct.field(pytree_node=False, default=None)
   mesh: Mesh | None = struct.field(pytree_node=False, default=None)
+  holds_updates: bool = struct.field(pytree_node=False, default=False)
 
   @property
   def dtype(self) -> jnp.dtype:
@@ -93,7 +95,7 @@ class Model:
     """
     if self.lora is not None and self.lora.by_cr:
       raise ValueError("lora.by_cr: these low-rank updates depend on each row's CR and cannot be merged; use Model.at")
-    return self.replace(params=merge_lora(self.stacked().params, self.lora), lora=None)
+    return self.stacked()._folded()
 
   def at(self, cr: int | float, merge: bool = True) -> Model:
     """The same model for one CR of its range, which decodes faster where updates depend on it (`LoRAConfig.by_cr`).
@@ -102,7 +104,7 @@ class Model:
 
     Args:
       merge: low-rank updates are merged into copies of their weights; all other weights are shared with this model.
-        The result is saved whole: its gates alone are no retrofit. False keeps the updates apart, to save a retrofit.
+        The result is saved whole, its gates alone are refused. False keeps the updates apart, to save a retrofit.
 
     Raises:
       ValueError: its gates are not for a range of ratios with this one in it.
@@ -114,9 +116,15 @@ class Model:
     fixed = dataclasses.replace(d, elastic=(), elastic_thresholds=(), offset=d.offset + float(d.levels.threshold(cr)))
     if lora is not None and lora.by_cr:
       lora = dataclasses.replace(lora, scale=lora.scale * float(d.levels.strength(cr)), by_cr=False)
-    if not merge or lora is None:
-      return self.replace(dms=fixed, lora=lora)
-    return self.replace(params=merge_lora(self.params, lora), dms=fixed, lora=None)
+    model = self.replace(dms=fixed, lora=lora)
+    return model._folded() if merge else model
+
+  def _folded(self) -> Model:
+    """The same model with its low-rank updates merged, its layers as they are."""
+    if self.lora is None:
+      return self
+    holds = self.holds_updates or self.lora.rank > 0
+    return self.replace(params=merge_lora(self.params, self.lora), lora=None, holds_updates=holds)
 
   def stacked(self) -> Model:
     """The same model with its layers' parameters stacked [L, ...]; the inverse of `unstacked`."""

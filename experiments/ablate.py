@@ -38,7 +38,7 @@ from dms_jax.json_files import read_json
 from dms_jax.model import Model
 from dms_jax.retrofit import DataConfig
 from dms_jax.retrofit.data import Batches, Source
-from dms_jax.retrofit.loop import LOG, RUN, STATE, Run, read_log
+from dms_jax.retrofit.loop import LOG, RUN, STATE, Run, read_log, weights_of
 from dms_jax.tokenizer import Tokenizer
 from experiments import retrofit
 from experiments.ablation import sweeps
@@ -94,7 +94,7 @@ def check_trained(folder: Path, text: dict[str, str]) -> None:
 
 def train(one: Trial, base: Model, packer: Batches, tokenizer: Tokenizer) -> None:
   """Trains or resumes the trial's retrofit; then removes the training state."""
-  run = Run(base, one.dms, one.lora, one.retrofit, one.data, one.folder)
+  run = Run(base, one.dms, one.lora, one.retrofit, one.data, one.folder, weights_of(base))
   with contextlib.closing(packer):
     last = retrofit.carry_out(run, packer, tokenizer)
   seconds = sum(line["seconds"] for line in read_log(one.folder / LOG))

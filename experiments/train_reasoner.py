@@ -129,9 +129,10 @@ def trained(folder: str, tokenizer: Tokenizer) -> Model:
   shape = [name for name in program.flag_values(changed_only=True) if name.startswith("model.")]
   if shape:
     raise ValueError(f"--{shape[0]}: --checkpoint={folder} decides the shape; leave it out")
-  if checkpoint.read_config(folder)[2] is not None:
+  stored = checkpoint.Stored.of(folder)
+  if stored.dms is not None:
     raise ValueError(f"--checkpoint={folder} has gates; give a model without")
-  model = checkpoint.load(folder, dtype="float32")
+  model = checkpoint.load(stored, dtype="float32")
   if Tokenizer.load(folder).backend.to_str() != tokenizer.backend.to_str():
     raise ValueError(f"--checkpoint={folder} reads other words than these problems; give a model of this program")
   return model

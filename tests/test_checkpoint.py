@@ -195,6 +195,28 @@ def test_groups_left_out(tmp_path, gated):
   assert checkpoint.read_config(tmp_path / "plain")[0]["groups"] == ["base"]
 
 
+def test_gates_go_without_updates_only_where_there_were_none(tmp_path, gated, saved):
+  """Merged updates are in the base, which a retrofit lacks. Those of a whole checkpoint are its base's own."""
+  gates, save = ("gate", "lora"), lambda model, groups: checkpoint.save(tmp_path / "r", model, groups=groups)
+  checkpoint.save(tmp_path / "base", gated, groups=("base",))
+  checkpoint.save(tmp_path / "retrofit", gated, groups=gates)
+  elastic = tiny.model(gates=tiny.dms(elastic=(2.0, 8.0)), lora=LORA)
+  loaded = checkpoint.load(tmp_path / "base", retrofit=tmp_path / "retrofit")
+  for model in (gated.merged(), loaded, elastic.at(4), elastic.unstacked().at(4).stacked()):
+    for groups in (gates, ("gate",)):
+      with pytest.raises(
+        ValueError, match=r"^groups=\['gate'.*\]: this model's low-rank updates were merged .*Model.at"
+      ):
+        save(model, groups)
+    checkpoint.save(tmp_path / "other", model)
+    save(checkpoint.load(tmp_path / "other"), gates)
+  save(elastic.at(4, merge=False), gates)
+  assert checkpoint.read_config(tmp_path / "r")[0]["groups"] == ["gate", "lora"]
+  for model in (checkpoint.load(saved), tiny.model(gates=tiny.dms(elastic=(2.0, 8.0))).at(4)):
+    save(model, gates)
+    assert checkpoint.read_config(tmp_path / "r")[0]["groups"] == ["gate"]
+
+
 # Bad input ------------------------------------------------------------------------------------------------------------
 
 

@@ -103,6 +103,13 @@ def _ids(row: int, prompt: Any, vocab_size: int) -> Int[np.ndarray, "T"]:
   return ids.astype(np.int32)
 
 
+def check_positions(model: Model, tokens: int, max_new_tokens: int, what: str) -> None:
+  """Raises ValueError, of `what`, if `tokens` tokens of a prompt and the new ones are more than the model's context."""
+  needed = tokens + max_new_tokens - (max_new_tokens > 0)  # the last token is sampled and not read
+  if needed > (most := model.config.max_position_embeddings):
+    raise ValueError(f"{what} need {needed} positions; the model has max_position_embeddings={most}")
+
+
 def check_lengths(
   model: Model, policy: Policy, kind: str, capacity: int | None, past: Conversation | None,
   lengths: Int[np.ndarray, "B"], max_new_tokens: int,
@@ -121,11 +128,7 @@ def check_lengths(
   row = int(lengths.argmax())
   what = f"prompts[{row}]: {lengths[row]} tokens with earlier turns, and max_new_tokens={max_new_tokens},"
   total = int(lengths[row]) + max_new_tokens
-  positions = total - (max_new_tokens > 0)  # the last token is sampled and not read
-  if positions > model.config.max_position_embeddings:
-    raise ValueError(
-      f"{what} need {positions} positions; the model has max_position_embeddings={model.config.max_position_embeddings}"
-    )
+  check_positions(model, int(lengths[row]), max_new_tokens, what)
   masked = kind == "masked"
   if past is not None:
     masked = isinstance(past.cache, caches.MaskedCache)

@@ -158,9 +158,7 @@ class DMS(Budgeted):
   def lowered(self, threshold: Float[Array, "*rows"]) -> DMS:
     """This policy with `threshold`, unless its own is lower; for elastic gates at the nearest level that they have."""
     if self.by_level:
-      cr = self.levels.cr(threshold)
-      above = self.levels.threshold(cr) < threshold  # by rounding, which must not evict the token of that logit
-      return self.replace(cr=jnp.maximum(self.cr, jnp.where(above, cr * (1 - 2**-20), cr)))
+      return self.replace(cr=jnp.maximum(self.cr, self.levels.cr(threshold)))
     return self.replace(threshold=jnp.minimum(self.threshold, threshold))
 
   def _check_level(self) -> None:

@@ -21,7 +21,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
@@ -89,13 +88,20 @@ def weights_of(model: Model) -> str:
   (`checkpoint.fingerprint`). "" where a process does not hold all of them.
   """
   layers = model.params["layers"]
-  first = layers[0] if isinstance(layers, list) else jax.tree.map(lambda x: x[0], layers)
+  params = {**model.params, "layers": layers[0] if isinstance(layers, list) else layers}
+  if not all(x.is_fully_addressable for x in jax.tree.leaves(params)):
+    return ""
   crc = 0
-  for name, x in sorted(flatten({**model.params, "layers": first}).items()):
-    if not x.is_fully_addressable:
-      return ""
-    crc = zlib.crc32(np.asarray(x[:8]).reshape(-1)[:256].tobytes(), zlib.crc32(name.encode(), crc))
+  for name, x in sorted(flatten(jax.device_get(_first_values(params, isinstance(layers, list)))).items()):
+    crc = zlib.crc32(x.tobytes(), zlib.crc32(name.encode(), crc))
   return f"{crc:08x}"
+
+
+@partial(jax.jit, static_argnames="listed")
+def _first_values(params: Params, listed: bool) -> Params:
+  """At most 256 values of each array, by one program: of the layers, which are that of layer 0 if `listed`, in it."""
+  layers = params["layers"] if listed else jax.tree.map(lambda x: x[0], params["layers"])
+  return jax.tree.map(lambda x: x[:8].reshape(-1)[:256], {**params, "layers": layers})
 
 
 def prepare(
@@ -114,7 +120,8 @@ def prepare(
   cast = lambda params: jax.tree.map(lambda x: x.astype(dtype), params)
   table = param_table(base.config)
   base = base.stacked()  # `load` may give a list of layers
-  base = base.replace(params=split_params(base.params, lambda path: path in table)[0], dms=None, lora=None)
+  params = split_params(base.params, lambda path: path in table)[0]
+  base = base.replace(params=params, dms=None, lora=None, holds_updates=False)  # whatever it is made of, it is the base
   student = base.replace(dms=dms, lora=lora if config.trainable == "lora" else None)
   fresh = init_retrofit(student, jax.random.key(config.seed), jnp.float32)
   student = student.replace(params=join_params(student.params, fresh))

@@ -17,6 +17,7 @@ from dms_jax.disk import write_text
 from dms_jax.execution import fastest_form
 from dms_jax.generation.detokenize import REPLACEMENT
 from dms_jax.generation.generate import generate
+from dms_jax.generation.prompts import check_positions
 from dms_jax.json_files import has_half_pair, is_number, json_value, parse_json, read_json, to_json
 from dms_jax.model import Model
 from dms_jax.policies import Vanilla
@@ -130,12 +131,9 @@ def write(
   if not config.rows:
     raise ValueError("self_text.rows=0: say how many rows to write")
   rows = prompts(config, tokenizer)
-  longest = max((len(row) for row in rows if not isinstance(row, str)), default=0)
-  if (needed := longest + config.max_new_tokens - 1) > (most := model.config.max_position_embeddings):
-    raise ValueError(
-      f"self_text: rows that start with {longest} tokens, and max_new_tokens={config.max_new_tokens}, need {needed} "
-      f"positions; the model has {most}"
-    )
+  longest = max(1 if isinstance(row, str) else len(row) for row in rows)
+  new = config.max_new_tokens
+  check_positions(model, longest, new, f"self_text: rows that start with {longest} tokens, and max_new_tokens={new},")
   model = fastest_form(model.replace(tokenizer=tokenizer))
   keys = jax.random.split(jax.random.key(config.seed), config.rows)
   folder = path.with_name(path.name + ".rows")

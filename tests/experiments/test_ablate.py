@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -19,6 +20,7 @@ from dms_jax import checkpoint, policies
 from dms_jax import testing as tiny
 from dms_jax.evaluation import text as evaluation
 from dms_jax.evaluation.text import held_by_position, text_quality
+from dms_jax.retrofit import loop
 from dms_jax.tokenizer import byte_tokenizer
 from experiments import ablate
 from experiments.ablation import report as ablation_report
@@ -177,6 +179,17 @@ def test_what_was_trained_on_other_text_is_refused(tmp_path):
     ValueError, match=f"{tmp_path}: trained on other text, .*00000001.* now, .*00000002.*choose anoth"
   ):
     ablate.check_trained(tmp_path, {"a.txt": "9 tokens, CRC-32 00000002"})
+
+
+def test_a_retrofit_is_tied_to_the_weights_of_its_base(tmp_path, monkeypatch):
+  """Its folder follows from the path alone, which may hold another model once an interrupted run goes on."""
+  runs = []
+  monkeypatch.setattr(ablate.retrofit, "carry_out", lambda run, *rest: runs.append(run) or {"tokens": 0})
+  one = trials.trial({}, defaults(eval__text="held_out.txt"), "model", tmp_path)
+  for seed in (0, 0, 1):
+    ablate.train(one, tiny.model(seed=seed), contextlib.ExitStack(), byte_tokenizer())
+  first, again, other = (run.weights for run in runs)
+  assert first == again == loop.weights_of(tiny.model(seed=0)) != other
 
 
 def test_a_score_is_of_one_text_and_one_retrofit(tmp_path):

@@ -57,8 +57,11 @@ def test_a_start_that_cannot_be_is_refused(tmp_path, monkeypatch):
   with pytest.raises(ValueError, match=r"--checkpoint=.*cr2 has gates; give a model without"):
     train_reasoner.trained(str(ROOT / "experiments/results/reasoner/cr2"), reasoning.tokenizer())
   checkpoint.save(tmp_path / "other", train_reasoner.untrained(shape, 0), tokenizer=byte_tokenizer())
+  reading, reads = checkpoint.read_config, []
+  monkeypatch.setattr(checkpoint, "read_config", lambda path: reads.append(path) or reading(path))
   with pytest.raises(ValueError, match=r"other reads other words than these problems"):
     train_reasoner.trained(str(tmp_path / "other"), reasoning.tokenizer())
+  assert len(reads) == 1
 
 
 @pytest.mark.standard_promotion  # optax

@@ -12,7 +12,6 @@ from dms_jax import policies
 from dms_jax import testing as tiny
 from dms_jax.generation import decode, pressure, together
 from dms_jax.generation.batching import Generator
-from dms_jax.levels import Levels
 from dms_jax.params import flatten
 from tests import oracle
 from tests.helpers import check_pages
@@ -125,15 +124,6 @@ def test_a_waiting_prompt_is_never_read_in_vain(monkeypatch):
   assert not vain and not generator.preemptions and len(calls) <= 6 * 3 + len(rounds)
   lost = sum(len(chain) for result in results.values() for chain in result.given_up)
   assert rounds and max(rounds) > 1 and lost <= sum(rounds)  # all chains of a compression are one program
-
-
-def test_a_level_keeps_the_token_of_its_threshold():
-  """Gates have a level for each threshold, to rounding, which must not evict the token with that very logit."""
-  for thresholds in ((21.6, -10.4), (131.6, 120.0, 107.3)):
-    levels = Levels(1.2, 12.0, thresholds)
-    asked = np.random.default_rng(0).uniform(thresholds[-1], thresholds[0], 1000).astype(np.float32)
-    found = levels.threshold(policies.DMS(cr=1.2, levels=levels).lowered(jax.numpy.asarray(asked)).cr)
-    assert (found >= asked).all() and np.max(found - asked) < 1e-4
 
 
 def test_a_chain_is_compressed_at_most_so_often():

@@ -16,6 +16,7 @@ from dms_jax.json_files import from_json, to_json
 from dms_jax.levels import Levels
 from dms_jax.model import Eviction, forward
 from dms_jax.params import flatten, join_params, unflatten
+from dms_jax.policies import DMS
 from dms_jax.retrofit import (
   DataConfig,
   LossConfig,
@@ -83,6 +84,19 @@ def test_thresholds_are_linear_in_the_log_odds(ends):
   for count in (1, 2, 3, 5, 17):
     np.testing.assert_array_equal(jax.jit(levels.threshold)(jnp.asarray(crs[:count], jnp.float32)), got[:count])
   assert float(Levels(*ends, (1.0, 1.0)).cr(1.0)) == ends[1] and Levels(*ends, table).usual == 4.0
+
+
+@pytest.mark.parametrize("table", [(21.6, -10.4), (131.6, 120.0, 107.3), (0.3, 0.3, 0.1)])
+@pytest.mark.parametrize("ends", [(1.2, 12.0), (1.01, 1.1)])
+def test_the_level_of_a_threshold_evicts_no_token_of_that_logit(ends, table):
+  """Gates have a level for each threshold, to rounding; beyond them it is an end."""
+  levels = Levels(*ends, table)
+  asked = np.random.default_rng(0).uniform(table[-1], table[0], 1000).astype(np.float32)
+  found = levels.threshold(levels.cr(asked))
+  assert (found >= asked).all() and np.max(found - asked) < 1e-4 * (table[0] - table[-1])
+  lowered = DMS(cr=ends[0], levels=levels).lowered(jnp.asarray(asked))
+  np.testing.assert_array_equal(lowered.limit, found)
+  np.testing.assert_array_equal(levels.cr(np.float32([table[0] + 1, table[-1] - 1])), np.float32(ends))
 
 
 def test_ranks_of_the_logistic_distribution_are_calibrated():

@@ -62,8 +62,11 @@ def test_prompts_of_every_source(tmp_path, writer):
 
 def test_starts_that_are_too_long_leave_nothing(tmp_path):
   model = tiny.model(tiny.config(vocab_size=257, max_position_embeddings=16))
-  with pytest.raises(ValueError, match=r"rows that start with 9 tokens, and max_new_tokens=9, need 17 positions"):
-    self_text.write(model, byte_tokenizer(), SelfTextConfig(2, start_tokens=9, max_new_tokens=9), tmp_path / "x.jsonl")
+  for tokens, new, needed in ((9, 9, 17), (0, 17, 17)):  # without a start a row has one token
+    config = SelfTextConfig(2, start_tokens=tokens, max_new_tokens=new)
+    what = f"self_text: rows that start with {tokens or 1} tokens, and max_new_tokens={new}, need {needed} positions"
+    with pytest.raises(ValueError, match=what):
+      self_text.write(model, byte_tokenizer(), config, tmp_path / "x.jsonl")
   assert not list(tmp_path.iterdir())
 
 
