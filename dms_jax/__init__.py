@@ -23,6 +23,7 @@ from dms_jax.compilation import keep_compiled as keep_compiled
 from dms_jax.config import DMSConfig as DMSConfig
 from dms_jax.config import LoRAConfig as LoRAConfig
 from dms_jax.config import ModelConfig as ModelConfig
+from dms_jax.decoder import Model as Model
 from dms_jax.families import PRESETS as PRESETS
 from dms_jax.generation.batching import Generator as Generator
 from dms_jax.generation.conversation import Conversation as Conversation
@@ -33,7 +34,6 @@ from dms_jax.generation.generate import generate as generate
 from dms_jax.generation.pages import BudgetError as BudgetError
 from dms_jax.load import load as load
 from dms_jax.metrics import Metrics as Metrics
-from dms_jax.model import Model as Model
 from dms_jax.model import cached_forward as cached_forward
 from dms_jax.model import forward as forward
 from dms_jax.policies import DMC as DMC

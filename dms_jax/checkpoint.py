@@ -27,9 +27,9 @@ from orbax.checkpoint import v1 as ocp
 
 from dms_jax import disk, formats, shipped
 from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig
+from dms_jax.decoder import Model
 from dms_jax.gates import convention
 from dms_jax.json_files import from_json, is_number, read_json, shown, to_json
-from dms_jax.model import Model
 from dms_jax.params import GROUPS, Params, ParamSpec, flatten, join_params, param_table, split_params, unflatten
 from dms_jax.sharding import ShardingRules, param_shardings
 from dms_jax.slices import Slice, dtype_of

@@ -19,7 +19,7 @@ from dms_jax.sharding import row_and_head_axes
 from pallas_kernels.common.platform import platform
 
 if TYPE_CHECKING:
-  from dms_jax.model import Model
+  from dms_jax.decoder import Model
 
 LEAST_ROWS = 8  # value of `Execution.least_rows`, where it is on
 LATE_ROWS = 32  # most rows for `Execution.late_gates` and `Execution.joint_updates`

@@ -257,7 +257,7 @@ def project(
 ) -> Array:  # fmt: skip
   """`linear` by the projection called `name`, plus its low-rank update if the layer has one that is not merged.
 
-  The result is named for `jax.checkpoint`: see `model.SAVED_ACTIVATIONS`.
+  The result is named for `jax.checkpoint`: see `decoder.SAVED_ACTIVATIONS`.
 
   Args:
     lora_scale: factor of the update: a number, or a traced one or one a row [B].

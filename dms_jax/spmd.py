@@ -30,9 +30,9 @@ from dms_jax.cache.base import Common
 from dms_jax.cache.sharded import DEVICE, ShardedCache, policy_specs, rows_and_scalars
 from dms_jax.collectives import among, summed
 from dms_jax.config import ModelConfig
+from dms_jax.decoder import Model
 from dms_jax.json_files import shown
 from dms_jax.metrics import Counts
-from dms_jax.model import Model
 from dms_jax.params import Params, param_table
 from dms_jax.policies import Policy
 from dms_jax.processes import put, spans_processes

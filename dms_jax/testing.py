@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig
-from dms_jax.model import Model
+from dms_jax.decoder import Model
 from dms_jax.params import map_table, param_table
 
 STDDEV = 0.12

@@ -18,18 +18,9 @@ from dms_jax import cache as caches
 from dms_jax import policies, spmd
 from dms_jax import testing as tiny
 from dms_jax.config import DMSConfig, LoRAConfig, RopeScaling
+from dms_jax.decoder import output_head
 from dms_jax.gates import step_gate_logits
-from dms_jax.model import (
-  Eviction,
-  Model,
-  cached_forward,
-  check_policy,
-  embed,
-  forward,
-  last_logits,
-  output_head,
-  segment_positions,
-)
+from dms_jax.model import Eviction, Model, cached_forward, check_policy, embed, forward, last_logits, segment_positions
 from dms_jax.params import flatten, param_table
 from dms_jax.sharding import make_mesh
 from pallas_kernels.common.platform import tracing_for

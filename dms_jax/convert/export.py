@@ -11,8 +11,8 @@ from dms_jax.checkpoint import nbytes
 from dms_jax.convert.layouts import LAYOUTS, peft
 from dms_jax.convert.tensors import DTYPES, Progress
 from dms_jax.convert.writing import CARD, MARK, SHARD_BYTES, About, one_ratio, refuse
+from dms_jax.decoder import Model
 from dms_jax.json_files import read_json
-from dms_jax.model import Model
 from dms_jax.params import param_table
 from dms_jax.tokenizer import Tokenizer
 

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from dms_jax.config import NEVER, DMSConfig
 from dms_jax.convert.safetensors_file import GATES, INDEX, WEIGHTS, write_tensors
 from dms_jax.convert.tensors import Output, Progress, from_params
+from dms_jax.decoder import Model
 from dms_jax.families.huggingface import config_to_hf
 from dms_jax.json_files import to_json
-from dms_jax.model import Model
 from dms_jax.params import param_table
 from dms_jax.tokenizer import Tokenizer
 

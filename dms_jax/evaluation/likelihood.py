@@ -17,10 +17,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dms_jax import masks
 from dms_jax.cache import Cache
+from dms_jax.decoder import Model, unembed
 from dms_jax.evaluation.text import cache_for_text, check_one_device, decode_text
 from dms_jax.generation.layerwise import read_chunk
 from dms_jax.generation.prefill import Chunk, read_prompts
-from dms_jax.model import Eviction, Model, check_policy, evicted_keys, forward, unembed
+from dms_jax.model import Eviction, check_policy, evicted_keys, forward
 from dms_jax.policies import Policy
 from dms_jax.policies.base import of_rows
 from dms_jax.tokenizer import Tokenizer

@@ -14,8 +14,9 @@ from jaxtyping import Array, Float, Int
 from dms_jax import cache as caches
 from dms_jax import masks
 from dms_jax.cache.base import Usage
+from dms_jax.decoder import Model, unembed
 from dms_jax.metrics import achieved_cr, kl_divergence
-from dms_jax.model import Eviction, Model, cached_forward, check_policy, evicted_keys, forward, unembed
+from dms_jax.model import Eviction, cached_forward, check_policy, evicted_keys, forward
 from dms_jax.policies import Policy, check_rows
 
 POSITIONS = 1024  # positions whose logits [V] are in memory at once

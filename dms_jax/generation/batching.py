@@ -34,6 +34,7 @@ from jaxtyping import Array, Float
 
 from dms_jax import cache as caches
 from dms_jax.cache import PagedCache, ShardedCache
+from dms_jax.decoder import Model
 from dms_jax.execution import fastest_form
 from dms_jax.generation import decode as decoding
 from dms_jax.generation import pressure, recording
@@ -48,7 +49,7 @@ from dms_jax.generation.rows import Chain, Rows
 from dms_jax.generation.sampling import Sampling
 from dms_jax.generation.stops import StopStrings, stop_criteria
 from dms_jax.generation.together import Prompt, PromptReader, default_rows
-from dms_jax.model import Model, check_policy
+from dms_jax.model import check_policy
 from dms_jax.policies import Policy, check_rows
 from dms_jax.policies.base import check_kind, is_whole
 from dms_jax.processes import fetch, replicated

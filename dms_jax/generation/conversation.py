@@ -21,7 +21,7 @@ from jaxtyping import Array, Int
 from dms_jax import cache as caches
 from dms_jax.cache import Cache, ShardedCache
 from dms_jax.cache.host import HostRow, device_pages, offload_row, restore_row
-from dms_jax.model import Model
+from dms_jax.decoder import Model
 from dms_jax.policies import Policy
 from dms_jax.processes import fetch
 from dms_jax.spmd import place_rows

@@ -17,10 +17,11 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from dms_jax import spmd
 from dms_jax.cache import Cache
+from dms_jax.decoder import Model, for_steps
 from dms_jax.generation.sampling import Sampling, sample
 from dms_jax.generation.stops import StopCriteria
 from dms_jax.metrics import Counts, count
-from dms_jax.model import Model, StepOutput, cached_forward, for_steps, last_logits
+from dms_jax.model import StepOutput, cached_forward, last_logits
 from dms_jax.policies import Policy
 from dms_jax.spmd import on_mesh
 

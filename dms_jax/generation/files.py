@@ -28,9 +28,10 @@ from dms_jax import disk, formats, policies
 from dms_jax.cache import ShardedCache
 from dms_jax.cache.base import storage_dtype
 from dms_jax.cache.host import HostRow, check_fits, device_pages, restore_row
+from dms_jax.decoder import Model
 from dms_jax.generation.conversation import Continuation, Conversation, conversation_of, place_like
 from dms_jax.json_files import is_number, read_json, shown
-from dms_jax.model import Model, check_policy
+from dms_jax.model import check_policy
 from dms_jax.npz import DAMAGE, Arrays
 from dms_jax.policies import Policy
 from dms_jax.processes import leads, together

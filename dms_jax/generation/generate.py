@@ -24,6 +24,7 @@ from dms_jax import cache as caches
 from dms_jax.cache import Cache
 from dms_jax.cache.base import rounded
 from dms_jax.cache.sliding import most_slots
+from dms_jax.decoder import Model
 from dms_jax.execution import fastest_form
 from dms_jax.generation import decode as decoding
 from dms_jax.generation.conversation import Conversation, conversation_of, moved, place_like
@@ -47,7 +48,7 @@ from dms_jax.generation.results import ChainUsage, Used, add_prompts
 from dms_jax.generation.sampling import Sampling, row_keys
 from dms_jax.generation.stops import StopStrings, stop_criteria
 from dms_jax.metrics import Counts, Metrics
-from dms_jax.model import Model, check_policy
+from dms_jax.model import check_policy
 from dms_jax.policies import Policy
 from dms_jax.policies.base import is_whole
 from dms_jax.processes import fetch

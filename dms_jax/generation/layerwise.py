@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dms_jax.cache import Cache, ShardedCache
 from dms_jax.cache.base import Plan, Usage
+from dms_jax.decoder import Model
 from dms_jax.execution import Execution
 from dms_jax.generation import decode as decoding
 from dms_jax.generation.conversation import place_like
@@ -27,7 +28,7 @@ from dms_jax.generation.growth import placed
 from dms_jax.generation.sampling import Sampling
 from dms_jax.generation.stops import StopCriteria
 from dms_jax.metrics import Counts, count
-from dms_jax.model import Model, begin_chunk, chunk_layer, end_chunk, some_layers
+from dms_jax.model import begin_chunk, chunk_layer, end_chunk, some_layers
 from dms_jax.policies import Policy
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)

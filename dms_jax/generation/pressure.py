@@ -32,10 +32,11 @@ from jaxtyping import Array, Int
 from dms_jax.cache import PagedCache
 from dms_jax.cache.release import release, score_floor
 from dms_jax.cache.rows import put_rows, take_rows
+from dms_jax.decoder import Model
 from dms_jax.generation.pages import PagedRows
 from dms_jax.generation.results import GivenUp
 from dms_jax.generation.rows import Chain, Rows
-from dms_jax.model import Model, check_policy
+from dms_jax.model import check_policy
 from dms_jax.policies import DMS, Policy
 from dms_jax.policies.base import of_places, row_numbers
 

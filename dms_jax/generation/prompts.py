@@ -10,8 +10,8 @@ from jaxtyping import Int
 
 from dms_jax import cache as caches
 from dms_jax.cache.sliding import most_slots
+from dms_jax.decoder import Model
 from dms_jax.generation.conversation import Conversation, check_continues
-from dms_jax.model import Model
 from dms_jax.policies import Policy, check_rows
 
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | np.ndarray

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from dms_jax.cache.host import check_fits
+from dms_jax.decoder import Model
 from dms_jax.generation.conversation import Continuation, Conversation, check_continues, continuation
 from dms_jax.generation.detokenize import Detokenizer
 from dms_jax.generation.generate import Output
@@ -19,7 +20,6 @@ from dms_jax.generation.results import Result
 from dms_jax.generation.rows import Chain, key_data
 from dms_jax.generation.sampling import Sampling, as_key
 from dms_jax.generation.stops import StopStrings
-from dms_jax.model import Model
 from dms_jax.policies import Policy
 from dms_jax.policies.base import is_whole, row_numbers
 

@@ -21,7 +21,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Int
 
-from dms_jax.model import Model
+from dms_jax.decoder import Model
 
 STATES = 32  # token tables are padded to a multiple of this, so that few sets of stop strings need a compilation
 

@@ -25,13 +25,14 @@ from dms_jax import spmd
 from dms_jax.cache import PagedCache, ShardedCache
 from dms_jax.cache import rows as cache_rows
 from dms_jax.cache.base import Plan, Usage
+from dms_jax.decoder import Model
 from dms_jax.generation.conversation import place_like
 from dms_jax.generation.layerwise import reads_apart, run_layers, unbroken
 from dms_jax.generation.pages import PagedRows
 from dms_jax.generation.prefill import Chunk, read_prompts
 from dms_jax.generation.results import ChainUsage, add_prompts
 from dms_jax.metrics import Counts, count
-from dms_jax.model import Model, StepOutput, cached_forward, end_chunk, last_logits
+from dms_jax.model import StepOutput, cached_forward, end_chunk, last_logits
 from dms_jax.policies import Policy
 from dms_jax.policies.base import capacity_of, with_numbers
 from dms_jax.processes import fetch, replicated

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from dms_jax.model import Model, forward, head_inputs, output_head
+from dms_jax.decoder import Model, head_inputs, output_head
+from dms_jax.model import forward
 from dms_jax.retrofit import losses
 from dms_jax.retrofit.config import RetrofitConfig
 

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dms_jax.model import Model
+from dms_jax.decoder import Model
 from dms_jax.params import Params, param_table
 from dms_jax.retrofit.config import RetrofitConfig
 from dms_jax.retrofit.data import Batches

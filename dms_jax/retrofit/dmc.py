@@ -24,8 +24,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dms_jax.attention import softmax_of_layer, window_bias_attention
+from dms_jax.decoder import Model
 from dms_jax.gates import gate_logits
-from dms_jax.model import Model, segment_positions
+from dms_jax.model import segment_positions
 from dms_jax.policies.dmc import weight_of
 from dms_jax.retrofit.batch import Batch, run
 from dms_jax.retrofit.config import RetrofitConfig

@@ -28,9 +28,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dms_jax import masks
 from dms_jax.attention import window_bias_attention
+from dms_jax.decoder import Model
 from dms_jax.gates import gate_logits
 from dms_jax.levels import Levels
-from dms_jax.model import Eviction, Model
+from dms_jax.model import Eviction
 from dms_jax.params import flatten, param_table, unflatten
 from dms_jax.policies.base import per_row
 from dms_jax.retrofit import losses

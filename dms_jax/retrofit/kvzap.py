@@ -26,8 +26,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dms_jax.attention import window_bias_attention
+from dms_jax.decoder import Model, normed
 from dms_jax.gates import gate_logits
-from dms_jax.model import Model, forward, normed
+from dms_jax.model import forward
 from dms_jax.retrofit.batch import Batch, real_tokens
 from dms_jax.retrofit.config import RetrofitConfig
 from pallas_kernels.common.xla_dot import einsum

@@ -26,8 +26,8 @@ from orbax.checkpoint import v1 as ocp
 
 from dms_jax import checkpoint, disk, formats, processes
 from dms_jax.config import DMSConfig, LoRAConfig
+from dms_jax.decoder import Model
 from dms_jax.json_files import as_text, from_json, is_number, parse_json, read_json, to_json
-from dms_jax.model import Model
 from dms_jax.params import Params, flatten, join_params, param_table, split_params
 from dms_jax.retrofit import distributed, elastic, kvzap
 from dms_jax.retrofit.config import DataConfig, RetrofitConfig, check

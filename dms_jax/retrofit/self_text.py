@@ -13,13 +13,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from dms_jax.decoder import Model
 from dms_jax.disk import write_text
 from dms_jax.execution import fastest_form
 from dms_jax.generation.detokenize import REPLACEMENT
 from dms_jax.generation.generate import generate
 from dms_jax.generation.prompts import check_positions
 from dms_jax.json_files import has_half_pair, is_number, json_value, parse_json, read_json, to_json
-from dms_jax.model import Model
 from dms_jax.policies import Vanilla
 from dms_jax.retrofit.config import SelfTextConfig
 from dms_jax.retrofit.data import read_text, warn_left_out

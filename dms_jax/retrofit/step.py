@@ -13,8 +13,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dms_jax import masks
 from dms_jax.config import DMSConfig, ModelConfig
+from dms_jax.decoder import Model
 from dms_jax.metrics import held_share
-from dms_jax.model import Eviction, Model, by_kind
+from dms_jax.model import Eviction, by_kind
 from dms_jax.params import Group, Params, flatten, init_params, join_params, param_table, split_params, unflatten
 from dms_jax.retrofit import dmc, elastic, kvzap, losses, schedule, trimkv
 from dms_jax.retrofit.batch import Batch as Batch

@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from dms_jax.decoder import Model
 from dms_jax.gates import gate_logits
-from dms_jax.model import Model, segment_positions
+from dms_jax.model import segment_positions
 from dms_jax.retrofit.batch import Batch, real_tokens, run, text_loss
 from dms_jax.retrofit.config import RetrofitConfig
 from dms_jax.retrofit.decay import decay_attention, soft_sizes

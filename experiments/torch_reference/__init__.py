@@ -6,7 +6,7 @@ Each file names the paper's section and mirrors a file of dms_jax:
 | --- | --- | --- |
 | `gates.py` | both gates, offset, shift, granularity | `gates.py`, `config.py` |
 | `attention.py` | log(1 - sigmoid(z)) outside the window to train, hard masks to evaluate | `masks.py` |
-| `model.py` | a Llama, Qwen2 or Qwen3 decoder with gates, in float32 | `model.py`, `layers.py` |
+| `model.py` | a Llama, Qwen2 or Qwen3 decoder with gates, in float32 | `decoder.py`, `model.py`, `layers.py` |
 | `losses.py` | compression loss; forward and reverse KL | `retrofit/losses.py`, `retrofit/batch.py` |
 | `schedule.py` | settings; CR, learning rate, phase 1 of a neuron | `retrofit/schedule.py`, `retrofit/config.py` |
 | `step.py` | one retrofit step | `retrofit/step.py` |

@@ -1,6 +1,6 @@
 """A Llama, Qwen2 or Qwen3 decoder with gates in PyTorch, float32.
 
-Mirrors dms_jax/model.py and dms_jax/layers.py. Source of gates and masks: arXiv 2506.05345, section 3.1.
+Mirrors dms_jax/{decoder, layers, model}.py. Source of gates and masks: arXiv 2506.05345, section 3.1.
 
 Weights are a flat dictionary under Hugging Face's names: the safetensors files of a checkpoint are all it takes.
 Low-rank updates are `NAME.lora_A.weight` [R, in] and `NAME.lora_B.weight` [out, R] beside `NAME.weight`: its

@@ -16,9 +16,10 @@ from dms_jax import testing as tiny
 from dms_jax.config import LoRAConfig, RopeScaling
 from dms_jax.convert import convert, export
 from dms_jax.convert.tensors import from_params
+from dms_jax.decoder import _attention_inputs, embed, unembed
 from dms_jax.execution import Execution
 from dms_jax.layers import mlp, rms_norm, rope_tables
-from dms_jax.model import _attention_inputs, embed, forward, unembed
+from dms_jax.model import forward
 from dms_jax.params import param_table
 from tests.helpers import OTHER_FAMILIES
 

@@ -8,7 +8,7 @@ from typing import Protocol
 from dms_jax.convert.layouts import dms_torch, fastdms, model_optimizer, nvidia_neuron, peft, transformers
 from dms_jax.convert.tensors import Progress
 from dms_jax.convert.writing import About
-from dms_jax.model import Model
+from dms_jax.decoder import Model
 from dms_jax.tokenizer import Tokenizer
 
 

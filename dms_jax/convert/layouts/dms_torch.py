@@ -22,9 +22,9 @@ from dms_jax.convert.writing import (
   write_json,
   write_weights,
 )  # fmt: skip
+from dms_jax.decoder import Model
 from dms_jax.families import base
 from dms_jax.json_files import to_json
-from dms_jax.model import Model
 from dms_jax.tokenizer import Tokenizer
 
 NAME = "dms_torch"

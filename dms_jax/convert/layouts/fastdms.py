@@ -26,8 +26,8 @@ from dms_jax.convert.writing import (
   write_json,
   write_weights,
 )
+from dms_jax.decoder import Model
 from dms_jax.json_files import read_json, shown
-from dms_jax.model import Model
 from dms_jax.tokenizer import Tokenizer
 
 NAME = "fastdms"

@@ -17,7 +17,7 @@ from dms_jax.convert.writing import (
   write_configs,
   write_weights,
 )
-from dms_jax.model import Model
+from dms_jax.decoder import Model
 from dms_jax.tokenizer import Tokenizer
 
 NAME = nvidia.NEURON

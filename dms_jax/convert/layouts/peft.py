@@ -19,8 +19,8 @@ from dms_jax.convert.layouts.keys import Gates
 from dms_jax.convert.safetensors_file import GATES, open_tensors, write_tensors
 from dms_jax.convert.tensors import Progress, Tensors, from_params, to_params
 from dms_jax.convert.writing import GATES_CONFIG, PLAIN_NEURON, About, write_card, write_gates, write_json
+from dms_jax.decoder import Model
 from dms_jax.json_files import from_json, is_number, read_json, shown
-from dms_jax.model import Model
 from dms_jax.params import Params, ParamSpec, join_params, param_table
 from dms_jax.tokenizer import Tokenizer
 

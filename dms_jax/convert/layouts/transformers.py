@@ -31,9 +31,9 @@ from dms_jax.convert.writing import (
   write_gates,
   write_weights,
 )
+from dms_jax.decoder import Model
 from dms_jax.families.huggingface import config_from_hf
 from dms_jax.json_files import from_json, read_json
-from dms_jax.model import Model
 from dms_jax.tokenizer import TOKENIZER_FILE, Tokenizer
 
 NAME = "transformers"
