@@ -242,6 +242,13 @@ def test_low_rank_updates_are_of_the_targets(targets):
     prepare(tiny.model(SMALL), tiny.dms(), LoRAConfig(2, targets=("qproj",)), BASE)
 
 
+def test_a_base_with_merged_updates_is_one_like_others():
+  """What is trained on it can be saved as its retrofit."""
+  base = tiny.model(SMALL, tiny.dms(), LoRAConfig(2)).merged()
+  student, teacher, _ = prepare(base, tiny.dms(), LoRAConfig(2), BASE)
+  assert base.holds_updates and not student.holds_updates and not teacher.holds_updates
+
+
 def test_gates_are_trained_and_shipped_in_float32():
   student, _, state = set_up(changed(BASE, memory__compute_dtype="bfloat16"))
   cast = flatten(cast_trained(student, state.trained, jnp.bfloat16))
