@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+import ml_dtypes
 import numpy as np
 
 from tests import oracle
@@ -38,23 +39,29 @@ def gated(evicted, score, *, window, capacity=None):
           order = sorted(archive, key=lambda j, head=head, t=t: (score(head, j, t - 1), -j))
           if len(order) > 1:
             least, next_ = (score(head, j, t - 1) for j in order[:2])
-            margin = min(margin, abs(next_ - least) / max(abs(next_), 1e-9))
+            if next_ != least:  # the rule decides between equal ones
+              margin = min(margin, abs(next_ - least) / max(abs(next_), 1e-9))
           archive.remove(order[0])
       held[head].append(set(archive) | set(range(max(t - window, 0), t + 1)))
   return Run(held, held, margin)
+
+
+def ranked(about):
+  """Gate logits as a limit orders them: rounded to bfloat16."""
+  return about.astype(np.float32).astype(ml_dtypes.bfloat16).astype(float)
 
 
 def sharing(about, threshold, *, window, budget):
   """Tokens held while each token attends, where the heads of a layer share a limit of `budget` tokens a head.
 
   After the tokens that leave the windows have been archived, those with the highest gate logits go while the heads hold
-  more than K * `budget` together; of equal ones the later token, then that of the first head.
+  more than K * `budget` together; of equal ones (`ranked`) the later token, then that of the first head.
 
   Args:
     about: gate logits [K, T], by the token that they are about.
     budget: tokens seen -> tokens a head.
   """
-  heads, length = about.shape
+  (heads, length), rank = about.shape, ranked(about)
   archive: list[tuple[int, int]] = []
   held, margin = [[] for _ in range(heads)], math.inf
   for t in range(length):
@@ -62,9 +69,9 @@ def sharing(about, threshold, *, window, budget):
     if left >= 0:
       archive += [(head, left) for head in range(heads) if about[head, left] <= threshold]
     while len(archive) > heads * max(budget(t + 1) - window - 1, 0):
-      order = sorted(archive, key=lambda at: (-about[at], -at[1], at[0]))
-      if len(order) > 1:
-        margin = min(margin, abs(about[order[0]] - about[order[1]]))
+      order = sorted(archive, key=lambda at: (-rank[at], -at[1], at[0]))
+      if len(order) > 1 and rank[order[0]] != rank[order[1]]:
+        margin = min(margin, abs(rank[order[0]] - rank[order[1]]))
       archive.remove(order[0])
     for head in range(heads):
       held[head].append({j for of, j in archive if of == head} | set(range(max(t - window, 0), t + 1)))
@@ -90,7 +97,7 @@ def under_pressure(about, thresholds, *, window, capacity=None):
       if left >= 0 and logits[left] <= limit:
         archive.append(left)
         if capacity is not None and len(archive) > capacity - window - 1:
-          archive.remove(max(archive, key=lambda j, logits=logits: (logits[j], j)))
+          archive.remove(max(archive, key=lambda j, rank=ranked(logits): (rank[j], j)))
       sets.append(set(archive) | set(range(max(t - window, 0), t + 1)))
     held.append(sets)
   return Run(held, held)

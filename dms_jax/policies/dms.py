@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
@@ -36,11 +37,12 @@ class DMS(Budgeted):
   chunks of at most so many tokens; the result does not depend on the chunks.
 
   `budget` (tokens a head, the window's W + 1 included) adds a hard limit, which the paper does not have; with `hard`
-  `cr` is one too, of any gates: tokens seen for each one allowed. The score is then the negative logit: where the
-  archive is full, the token with the highest logit goes. `threshold=inf` leaves the choice to the limit alone: no token
-  is evicted before the archive is full. Logits do not depend on attention, so in a prompt read in chunks each query
-  sees exactly what it would see if the prompt were read one token at a time. With a limit, W must be at least the
-  gates' lag (1 for `shift` 1), because a token needs its logit when it leaves the window.
+  `cr` is one too, of any gates: tokens seen for each one allowed. The score is then the negative logit in bfloat16's
+  precision: where the archive is full, the token with the highest logit goes, of equal ones the later token.
+  `threshold=inf` leaves the choice to the limit alone: no token is evicted before the archive is full. Logits do not
+  depend on attention, so in a prompt read in chunks each query sees exactly what it would see if the prompt were read
+  one token at a time. With a limit, W must be at least the gates' lag (1 for `shift` 1), because a token needs its
+  logit when it leaves the window.
 
   `limit_over` says whose limit it is: with "head" no head ever holds more; with "layer" the KV heads of a layer share
   theirs, so that their mean is never more, and the highest logit of all of them goes. A limit over layers cannot be
@@ -227,7 +229,9 @@ class DMS(Budgeted):
     return self.replace(moved=jnp.where(block >= 2, self.levels.slope * off, 0.0))
 
   def rate(self, logits):
-    return {"score": -logits}
+    # In the first layer equal tokens have equal logits, but for the rounding of programs of other shapes. At bfloat16's
+    # precision they stay equal, so that their order, and which of them goes, depends on no shape.
+    return {"score": -(jax.lax.reduce_precision(logits, 8, 7) if self.bounded else logits)}
 
   def retire(self, leaving):
     if self.shares:

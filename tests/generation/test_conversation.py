@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 import zipfile
 
 import jax
@@ -325,3 +326,21 @@ def test_foreign_files_are_not_replaced(saved, tmp_path, model):
   with pytest.raises(ValueError, match="not something this program wrote, or holds other files"):
     dms_jax.save_conversation(folder, past)
   assert (folder / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("seed", [1, 9, 28])
+def test_a_budget_gives_up_the_same_of_equal_tokens_however_a_turn_is_read(seed):
+  """Equal tokens have equal gate logits in the first layer, but for the rounding of chunks of other sizes."""
+  draw = random.Random(seed)
+  model = tiny.model(tiny.config(vocab_size=257), tiny.dms(window=3, scale=100.0, offset=5.0))
+  text = [draw.randrange(9) for _ in range(40)]
+  policy = dms_jax.DMS(budget=12)
+  read = lambda ids, past=None, chunk=8, new=0: dms_jax.generate(
+    model, [ids], policy=policy, max_new_tokens=new, eos=False, continue_from=past, prefill_chunk=chunk,
+    **({} if past else {"cache": "paged"}),
+  )  # fmt: skip
+  first = read(text[:19])
+  found = [read(text, new=6), read(text, chunk=1, new=6), *(read(text[19:], first, chunk, 6) for chunk in (8, 1))]
+  assert all(each.tokens == found[0].tokens for each in found)
+  for each in found:
+    np.testing.assert_allclose(each.logprobs[0], found[0].logprobs[0], atol=3e-5)  # float32 through two layers

@@ -69,7 +69,8 @@ def by_formula(policy, b, logits):
       budget = lambda seen: row_of(policy.budget, b) if policy.budget is not None else math.ceil(seen / policy.cr)
       return trained_oracle.sharing(about, row_of(policy.threshold, b), window=policy.window, budget=budget)
     case policies.DMS():
-      evicted, score = about > row_of(policy.threshold, b), lambda head, j, t: -about[head, j]
+      rank = trained_oracle.ranked(about)
+      evicted, score = about > row_of(policy.threshold, b), lambda head, j, t: -rank[head, j]
     case policies.TRIMKV():
       beta = 1 / (1 + np.exp(-about))
       evicted, score = np.zeros(about.shape, bool), lambda head, j, t: beta[head, j] ** (t - j)
