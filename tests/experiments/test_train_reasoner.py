@@ -64,13 +64,13 @@ def test_a_start_that_cannot_be_is_refused(tmp_path, monkeypatch):
   assert len(reads) == 1
 
 
-@pytest.mark.standard_promotion  # optax
 def test_steps_that_cannot_be_are_refused():
   for each in (train_reasoner, retrofit):
     with pytest.raises(ValueError, match="--stop_after=-1 must be 0 or more"):
       each.Config(output="x", stop_after=-1)
 
 
+@pytest.mark.standard_promotion  # optax
 def test_the_card_and_the_log_of_a_checkpoint(tmp_path, monkeypatch):
   settings = RetrofitConfig(**{
     **train_reasoner.DEFAULTS, "batch_size": 2, "seq_len": 256, "schedule": ScheduleConfig(steps=5),
