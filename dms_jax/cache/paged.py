@@ -220,19 +220,16 @@ class PagedCache(RingCache):
       bounded &= ~jnp.any(lacks, axis=(0, 2))
     return jnp.where(bounded, ENDLESS, room)
 
-  def ensure_capacity(self, policy, coming, most):
-    """The cache with pages for the next `coming` tokens of each row, numpy int [B].
-
-    A pool that lacks pages takes the lacking ones or doubles, whichever is more. It stops doubling at the pages that
-    all rows will need for `most` tokens each, if every head keeps tokens at its rate so far.
-    """
-    return super().ensure_capacity(policy, coming, most)
-
   @property
   def size(self):
     return self.pages
 
   def size_for(self, policy, coming, most):
+    """The size that `ensure_capacity` gives: pages for the next `coming` tokens of each row, numpy int [B].
+
+    A pool that lacks pages takes the lacking ones or doubles, whichever is more. It stops doubling at the pages that
+    all rows will need for `most` tokens each, if every head keeps tokens at its rate so far.
+    """
     content = jax.device_get((self.archived, self.table.owned, self.seen, self.table.pool.count))
     return self.pages_for(policy, coming, most, *content)
 

@@ -34,13 +34,14 @@ class Growth:
     """The cache with places for the next `coming` tokens of each row, of which at most `left` will come in all."""
     if self._lower is None:
       return cache.ensure_capacity(self._policy, coming, self._most)
-    if self._size(cache, coming) > cache.size and self._next is not None:
+    needed = self._size(cache, coming)
+    if needed > cache.size and self._next is not None:
       (size, compiled), self._next = self._next, None
       compiled.result()
       cache = cache.resized(size, self._most)
-    cache = cache.ensure_capacity(self._policy, coming, self._most)
-    size = self._size(cache, np.minimum(AHEAD * coming, left))
-    if self._next is None and size > cache.size:
+      needed = self._size(cache, coming)
+    cache = cache.resized(needed, self._most)
+    if self._next is None and (size := self._size(cache, np.minimum(AHEAD * coming, left))) > cache.size:
       shapes = jax.eval_shape(lambda cache: cache.resized(size, self._most), cache)
       self._next = size, _compiling.submit(_compile, list(self._lower(placed(shapes, cache))))
     return cache

@@ -53,13 +53,8 @@ from experiments.common.flag_fields import read_flags as read_flags
 from experiments.common.flag_fields import spell as spell
 
 FLAGS = flags.FLAGS
-SIZES = (
-  "width",
-  "rows",
-  "batch",
-  "retrofit.batch_size",
-  "retrofit.seq_len",
-)  # flags that decide about a device's memory
+# Flags that decide about a device's memory.
+SIZES = ("width", "rows", "batch", "retrofit.batch_size", "retrofit.seq_len")
 flags.disclaim_key_flags()  # flags belong to the program that calls `define_flags`, so that its --help lists them
 
 
