@@ -134,15 +134,7 @@ def decode_block(
   head, layers = _apart(model)
   made = place_like(model, _blank(model, batch, steps, history))
   for step in range(steps):
-    cache, plan, leaving, x = _begin_step(head, policy, cache, rows.token, rows.reason)
-    outs, unobserved = [], []
-    for first in range(0, len(layers), size):
-      part = layers[first : first + size]
-      cache, x, own, waiting = _step_layers(head, policy, cache, plan, leaving, part, np.int32(first), x)
-      outs, unobserved = outs + own, unobserved + list(waiting)
-    cache, rows, made = _end_step(
-      head, policy, cache, plan, x, outs, unobserved, rows, sampling, stop, made, np.int32(step)
-    )
+    cache, rows, made = _step(_run, head, policy, cache, rows, sampling, stop, layers, size, made, step)
   return cache, rows, *made
 
 
@@ -158,24 +150,31 @@ def lower_steps(
   """The programs of `decode_block`, in parts, for a cache of shapes; a call finds them compiled if these were."""
   size, programs = Execution.choose(model, len(cache.seen), 1).step_layers, {}
 
-  def result(kind: Any, function: Any, *arguments: Any) -> Any:
+  def shapes(function: Any, *arguments: Any) -> Any:
+    kind = function, len(arguments[5]) if function is _step_layers else 0  # parts of as many layers share a program
     if kind not in programs:
       programs[kind] = function.lower(*arguments)
     return placed(jax.eval_shape(function, *arguments), cache)
 
   head, layers = _apart(model)
   made = place_like(model, _blank(model, len(cache.seen), steps, history))
-  cache_, plan, leaving, x = result("begin", _begin_step, head, policy, cache, rows.token, rows.reason)
+  _step(shapes, head, policy, cache, rows, sampling, stop, layers, size, made, 0)
+  return list(programs.values())
+
+
+def _run(function: Any, *arguments: Any) -> Any:
+  return function(*arguments)
+
+
+def _step(call: Any, head, policy, cache, rows, sampling, stop, layers, size, made, step: int) -> Any:
+  """(cache, rows, made) after one step, `size` layers at a time; `call` runs each program, or finds its shapes."""
+  cache, plan, leaving, x = call(_begin_step, head, policy, cache, rows.token, rows.reason)
   outs, unobserved = [], []
   for first in range(0, len(layers), size):
     part = layers[first : first + size]
-    cache_, x, own, waiting = result(
-      len(part), _step_layers, head, policy, cache_, plan, leaving, part, np.int32(first), x
-    )
+    cache, x, own, waiting = call(_step_layers, head, policy, cache, plan, leaving, part, np.int32(first), x)
     outs, unobserved = outs + own, unobserved + list(waiting)
-  ended = head, policy, cache_, plan, x, outs, unobserved, rows, sampling, stop, made, np.int32(0)
-  programs["end"] = _end_step.lower(*ended)
-  return list(programs.values())
+  return call(_end_step, head, policy, cache, plan, x, outs, unobserved, rows, sampling, stop, made, np.int32(step))
 
 
 def _blank(model: Model, batch: int, steps: int, history: bool) -> tuple[Emitted, Counts]:
