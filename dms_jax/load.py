@@ -20,7 +20,7 @@ def load(path: str | Path, retrofit: str | Path | None = None, dtype: Any = None
     dtype: dtype of the weights and the KV cache; default as stored.
     merge: fold low-rank updates into the weights, so that the model decodes faster; those that depend on each row's CR
       (`LoRAConfig.by_cr`) stay apart, and `Model.at` merges them for one CR.
-    mesh: the devices that generate together (`dms_jax.make_mesh`), of one process or all of several (`dms_jax.spmd`);
+    mesh: the devices that compute together (`dms_jax.make_mesh`), of one process or all of several (`dms_jax.spmd`);
       each holds its shard of the weights alone, though every host checks all files' checksums. Over several processes
       each must call.
 

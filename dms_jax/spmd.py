@@ -1,4 +1,4 @@
-"""Generation on a mesh: every device runs the program of one, on its own rows and heads.
+"""A model on a mesh: every device runs the program of one, on its own rows and heads.
 
     mesh = dms_jax.make_mesh(data=2, tensor=4)
     model, tokenizer = dms_jax.load(path, mesh=mesh)
@@ -126,6 +126,17 @@ def place_rows(model: Model, tree: Any) -> Any:
   """Arrays of rows [B, ...] on the devices of their rows, and scalars on all, for a model on a mesh."""
   specs = rows_and_scalars(tree, Split.of(model.config, model.mesh))
   return put(tree, jax.tree.map(lambda spec: NamedSharding(model.mesh, spec), specs))
+
+
+def row_parts(model: Model) -> int:
+  """Parts into which a model's devices split rows; 1 on one device."""
+  return 1 if model.mesh is None else Split.of(model.config, model.mesh).row_parts
+
+
+def rounded_rows(model: Model, rows: int) -> int:
+  """The least number of rows from `rows` on that a model's devices split evenly."""
+  parts = row_parts(model)
+  return -(-rows // parts) * parts
 
 
 def _own_model(model: Model) -> Model:

@@ -23,9 +23,9 @@ Every method answers the same samples, chosen by `--seed`; differences are paire
 question), text.jsonl (a line a chunk), traces.jsonl (with `--traces`), summary.json and pictures. The same command
 resumes a killed run, chain by chain.
 
-Several devices: --mesh.data=2 --mesh.tensor=4 splits the rows and KV heads of tasks that write. The chains of a prompt
-stay together, so `--width` is rounded up to as many for each row of devices, and for each device where 4 does not
-divide the KV heads; --kv_budget_gib is each device's. On several hosts run the same command on each, with --output on a
+Several devices: --mesh.data=2 --mesh.tensor=4 splits rows and KV heads. `--batch` is rounded up to as many for each row
+of devices, and for each device where 4 does not divide the KV heads; so is `--width`, where the chains of a prompt stay
+together. --kv_budget_gib is each device's. On several hosts run the same command on each, with --output on a
 shared file system and --mesh.coordinator=HOST:PORT --mesh.processes=2 --mesh.process=0 (1, ...). Process 0 writes and
 prints; each grades for itself.
 """
@@ -61,7 +61,7 @@ from experiments.methods.score import score_text
 from experiments.methods.summary import Entry, summarise
 from experiments.reports import figures_tasks, plots, tables
 from experiments.tasks import TASKS, get
-from experiments.tasks.base import TasksConfig, WritingTask
+from experiments.tasks.base import TasksConfig
 
 ORIGINAL = "original"  # the name of the dense method where `--methods` names none
 VANILLA = "vanilla"  # its name among `--methods`
@@ -453,10 +453,6 @@ def main() -> None:
     raise ValueError("nothing to evaluate on: give --text=PATH, --tasks=needle,hellaswag,... or both")
   if idle := methods_module.idle_flags(program.flag_values(changed_only=True), config.methods, chosen.tasks):
     program.log(f"note: {', '.join(idle)}: set what is none of --methods and --tasks, and change nothing")
-  alone = [f"--{name}" for name in ("text", "traces") if getattr(config, name)]
-  alone += [f"--tasks={name}" for name in chosen.tasks if not issubclass(get(name), WritingTask)]
-  if alone and mesh_flags.asked():
-    raise ValueError(f"--mesh: {', '.join(alone)}: texts, likelihood tasks and traces run on one device")
   folder = Path(config.output) if config.output else program.results_dir("evaluate")
   mesh = mesh_flags.read()
   with mesh_flags.written_alone(folder) as folder:

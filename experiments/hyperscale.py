@@ -25,7 +25,7 @@ analysis needs no more. `--timed` measures seconds of a chain in the largest bat
 `experiments/hyperscaling/timing.py` states the rule. Records do not depend on that memory, so they may be made without
 it first, and times measured by a second call, for which the short form is enough.
 
-Several devices: --mesh.data=2 --mesh.tensor=4 --traces=0, as of `experiments.evaluate`.
+Several devices: --mesh.data=2 --mesh.tensor=4, as of `experiments.evaluate`; `--timed` is of one device.
 
 Several model seeds are several runs. `--sets=runs/hyperscale/seed0,runs/hyperscale/seed1 --output=FOLDER`, without a
 checkpoint, analyses them together, `--methods` and `--tasks` some of them. A set may be made in parts, methods or tasks
@@ -227,8 +227,8 @@ def analyse(config: Config, sweeps: Sequence[cells.Sweep], widths: Sequence[int]
 
 def main() -> None:
   config, chosen = program.read_flags("", Config), program.read_flags("", TasksConfig)
-  if config.checkpoint and (config.timed or config.traces) and mesh_flags.asked():
-    raise ValueError("--mesh: traces and times are of one device: give --traces=0 --notimed, or leave out the mesh")
+  if config.checkpoint and config.timed and mesh_flags.asked():
+    raise ValueError("--mesh: times are of one device: give --notimed, or leave out the mesh")
   folder = Path(config.output) if config.output else program.results_dir("hyperscale")
   made: dict[str, Any] = {}
   mesh = mesh_flags.read()

@@ -6,6 +6,8 @@ import functools
 import os
 import socket
 import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,12 +19,23 @@ quick = functools.partial(jax.jit, compiler_options=tiny.QUICK)
 whole, step = quick(models.forward), quick(models.cached_forward)
 unembed, last_logits = quick(models.unembed), quick(models.last_logits)
 PADDED = 16
+ROOT = Path(__file__).parents[1]
 
 
 def on_devices(count: int) -> dict[str, str]:
   """The environment of a process of `count` simulated devices that compiles as this one does."""
   flags = [os.environ.get("XLA_FLAGS", ""), f"--xla_force_host_platform_device_count={count}"]
   return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)}
+
+
+def run_on_eight_devices(module: str, names: str) -> None:
+  """Runs cases of a module of `tests` in a process of eight simulated devices, compiled quickly."""
+  quick = [f"--{flag}={str(value).lower()}" for flag, value in tiny.QUICK.items()]
+  flags = " ".join(["--xla_force_host_platform_device_count=8", *quick])
+  env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+  command = [sys.executable, "-W", "error", "-m", module, *names.split()]
+  done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+  assert done.returncode == 0 and "equal" in done.stdout, done.stderr[-3000:]
 
 
 def meeting(processes: int = 2) -> list[tuple[str, ...]]:

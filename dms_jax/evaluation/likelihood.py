@@ -1,7 +1,8 @@
 """The likelihood of continuations under a model and a policy: one scorer for all tasks.
 
 Texts are tokenized as in lm-evaluation-harness. Rows of similar length are scored together, padded to a multiple of
-`BUCKET`, so that few shapes are compiled. Every model gets the same batches.
+`BUCKET`, so that few shapes are compiled. Every model gets the same batches. On a mesh each device scores its own rows
+(`dms_jax.spmd`).
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from dms_jax import masks
+from dms_jax import masks, spmd
 from dms_jax.cache import Cache
 from dms_jax.decoder import Model, unembed
-from dms_jax.evaluation.text import cache_for_text, check_one_device, decode_text
+from dms_jax.evaluation.text import cache_for_text, decode_text
+from dms_jax.generation.conversation import place_like
 from dms_jax.generation.layerwise import read_chunk
 from dms_jax.generation.prefill import Chunk, read_prompts
 from dms_jax.model import Eviction, check_policy, evicted_keys, forward
 from dms_jax.policies import Policy
 from dms_jax.policies.base import of_rows
+from dms_jax.processes import fetch
+from dms_jax.spmd import on_mesh, rounded_rows
 from dms_jax.tokenizer import Tokenizer
 
 BUCKET = 256  # tokens; row lengths are rounded up to a multiple of it
@@ -140,9 +144,10 @@ def _chosen(
 
 
 @jax.jit
+@on_mesh(spmd.ROWS, spmd.ROWS, spmd.HEADS)
 def token_logprobs(
   model: Model, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], positions: Int[Array, "B C"],
-  targets: Int[Array, "B C"], threshold: Float[Array, ""] | None = None,
+  targets: Int[Array, "B C"], threshold: Float[Array, ""] | None,
 ) -> tuple[Float[Array, "B C"], Bool[Array, "B C"], Int[Array, "L B K"] | None]:  # fmt: skip
   """(log p(targets | tokens up to positions) in nats, whether each target is the likeliest token, tokens held at the
   end of each row); reads whole texts at once.
@@ -161,6 +166,7 @@ def token_logprobs(
 
 
 @jax.jit
+@on_mesh(spmd.ROWS, spmd.ROWS, spmd.HEADS)
 def _continued_logprobs(
   model: Model, policy: Policy, cache: Cache, logits: Float[Array, "B V"], tokens: Int[Array, "B T"],
   lengths: Int[Array, "B"], positions: Int[Array, "B C"], targets: Int[Array, "B C"],
@@ -199,12 +205,12 @@ def policy_logprobs(
     tokens[b, : lengths[b]] = row.tokens[end:]
     positions[b, : len(row.positions)], targets[b, : len(row.targets)] = row.positions - end, row.targets
   cache = cache_for_text(model, policy, batch, length)
-  logits = jnp.zeros((batch, model.config.vocab_size), jnp.float32)
+  logits = place_like(model, np.zeros((batch, model.config.vocab_size), np.float32))
 
   def feed(part: Chunk) -> np.ndarray:
     nonlocal cache, logits
     cache, logits, stalled, _ = read_chunk(model, policy, cache, part.tokens, part.lengths, part.remaining, logits)
-    return np.asarray(stalled)
+    return fetch(stalled)
 
   done = read_prompts(prompts, policy.chunk(chunk), feed)
   assert (done == [len(prompt) for prompt in prompts]).all(), "the cache has a slot for every token"
@@ -226,17 +232,16 @@ def score(
     models: each with a policy, a threshold or None. Under a policy it reads the rows through a cache
       (`policy_logprobs`); the policy's numbers may be one for each of `rows`. With a threshold of its gates, or None to
       evict nothing, it scores whole texts at once; the results equal those of `DMS(threshold=...)` and `Vanilla()`.
-    batch: rows at a time; the longest come first.
+    batch: rows at a time; the longest come first. On a mesh as many more as its devices need for equal parts.
     chunk: prompt tokens that are read at once under a policy.
     progress: wraps the iteration over batches.
     shaped_like: rows, of which `rows` are some, that set the compiled shapes; default `rows`. Batches of all rows, in
       calls of their own, then share compilations.
 
   Raises:
-    ValueError: a policy that the model cannot follow, or a model on a mesh.
+    ValueError: a policy that a model, or its mesh, cannot follow.
   """
-  for model, _ in models:
-    check_one_device(model)
+  batch = max(rounded_rows(model, batch) for model, _ in models)
   models = [(model, check_policy(model, limit) if isinstance(limit, Policy) else limit) for model, limit in models]
   like = rows if shaped_like is None else shaped_like
   width = -(-max(len(row.targets) for row in like) // TARGETS) * TARGETS
@@ -259,9 +264,9 @@ def score(
         own = of_rows(limit, len(rows), [*numbers, *numbers[:1] * (batch - len(numbers))])
         results = policy_logprobs(model, own, part, batch=batch, length=length, width=width, steps=steps, chunk=chunk)
       else:
-        threshold = None if limit is None else jnp.float32(limit)
+        threshold = None if limit is None else np.float32(limit)
         results = token_logprobs(model, tokens, lengths, positions, targets, threshold)
-      logprobs, greedy, held = jax.device_get(results)
+      logprobs, greedy, held = fetch(results)
       for b, number in enumerate(numbers):
         count = len(rows[number].targets)
         own = None if held is None else held[:, b]

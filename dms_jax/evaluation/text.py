@@ -1,4 +1,8 @@
-"""Quality on a text under a policy: perplexity, divergence from the original, cache size."""
+"""Quality on a text under a policy: perplexity, divergence from the original, cache size.
+
+On a mesh each device reads its own rows and heads (`dms_jax.spmd`); a last block of rows is padded to a whole number
+for each.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +13,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from dms_jax import cache as caches
-from dms_jax import masks
+from dms_jax import masks, spmd
 from dms_jax.cache.base import Usage
 from dms_jax.decoder import Model, unembed
 from dms_jax.metrics import achieved_cr, kl_divergence
 from dms_jax.model import Eviction, cached_forward, check_policy, evicted_keys, forward
 from dms_jax.policies import Policy, check_rows
+from dms_jax.processes import fetch
+from dms_jax.spmd import on_mesh, rounded_rows, row_parts
 
 POSITIONS = 1024  # positions whose logits [V] are in memory at once
 
+Score = tuple[dict[str, Array], Array | None, Array | None]
+
 
 @partial(jax.jit, static_argnames=("window",))
-def _score(original: Model, model: Model | None, tokens: Int[Array, "B T"], threshold, window: int | None) -> dict:
-  """Sums over scored positions (`_sums`); [L, B, K] each: `held`, tokens at the end of rows, and `reads`, keys read."""
+@on_mesh(spmd.ROWS, spmd.HEADS, spmd.HEADS)
+def _score(original: Model, model: Model | None, tokens: Int[Array, "B T"], threshold, *, window: int | None) -> Score:
+  """(sums over scored positions, see `_sums`; tokens held at the end of rows and keys read, [L, B, K] each)."""
   hidden = [forward(original, tokens)[0]]
   held = reads = None
   if model is not None:
@@ -34,18 +44,18 @@ def _score(original: Model, model: Model | None, tokens: Int[Array, "B T"], thre
     if logits is not None:
       evicted, windows = evicted_keys(model, logits, threshold, window)
       held, reads = masks.held_tokens(evicted, windows), masks.keys_read(evicted, windows)
-  return {**_sums([original, model][: len(hidden)], hidden, tokens), "held": held, "reads": reads}
+  return _sums([original, model][: len(hidden)], hidden, tokens), held, reads
 
 
 @partial(jax.jit, static_argnames=("chunk",))
+@on_mesh(spmd.ROWS, spmd.HEADS, spmd.HEADS)
 def _score_policy(
-  original: Model, model: Model, policy: Policy, cache: caches.Cache, tokens: Int[Array, "B T"], chunk: int
-) -> dict:
+  original: Model, model: Model, policy: Policy, cache: caches.Cache, tokens: Int[Array, "B T"], *, chunk: int
+) -> Score:
   """`_score` with `model` reading `tokens` into `cache` under `policy`."""
   lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
   states, usage = decode_text(model, policy, cache, tokens, lengths, chunk=chunk)
-  sums = _sums([original, model], [forward(original, tokens)[0], states], tokens)
-  return {**sums, "held": usage.live, "reads": usage.reads}
+  return _sums([original, model], [forward(original, tokens)[0], states], tokens), usage.live, usage.reads
 
 
 def _sums(models: list[Model], hidden: list[Float[Array, "B T D"]], tokens: Int[Array, "B T"]) -> dict[str, Array]:
@@ -72,14 +82,14 @@ def _sums(models: list[Model], hidden: list[Float[Array, "B T D"]], tokens: Int[
   return jax.tree.map(lambda values: jnp.sum(values, axis=0), sums)
 
 
-def check_one_device(model: Model) -> None:
-  """Raises ValueError for a model on a mesh."""
+def cache_for_text(model: Model, policy: Policy, batch: int, length: int) -> caches.Cache | caches.ShardedCache:
+  """An empty cache with one slot for each of `length` tokens, whatever the budget, so budgets share a compilation.
+
+  Raises:
+    ValueError: the model's mesh cannot split the rows, or the heads under this policy.
+  """
   if model.mesh is not None:
-    raise ValueError("texts and likelihoods are scored on one device: load the model without mesh=")
-
-
-def cache_for_text(model: Model, policy: Policy, batch: int, length: int) -> caches.Cache:
-  """An empty cache with one slot for each of `length` tokens, whatever the budget, so budgets share a compilation."""
+    spmd.check(model, model.mesh, policy)
   return caches.for_model(model, policy, batch=batch, capacity=max(length, policy.window + 1), kind="contiguous")
 
 
@@ -138,7 +148,7 @@ def text_quality(
     policy: if given, the model (the original if `model` is None) decodes every token through a cache under this policy.
     chunk: under a policy, tokens read at once; more than 1 reads them as a prompt instead, which is quicker and tests
       what the policy does to prompts.
-    batch: chunks at a time.
+    batch: chunks at a time, on a mesh as many more as its devices need for equal parts.
     progress: wraps the iteration over batches.
 
   Returns:
@@ -149,13 +159,12 @@ def text_quality(
 
   Raises:
     ValueError: the text is shorter than one chunk of `length`, or `chunk` is no positive number or has no policy;
-      or a model is on a mesh.
+      or the models are on different meshes.
   """
   if chunk < 1 or (chunk > 1 and policy is None):
     raise ValueError(f"chunk={chunk} must be 1 or more, and 1 without a policy: the whole text is then read at once")
-  for each in (original, model):
-    if each is not None:
-      check_one_device(each)
+  if model is not None and model.mesh != original.mesh:
+    raise ValueError("original and model must be on the same mesh: load both with the same mesh=, or both without")
   chunks = len(tokens) // length
   if not chunks or length < 2:
     raise ValueError(f"the text has {len(tokens)} tokens: too short for a chunk of {length} (at least 2)")
@@ -163,21 +172,23 @@ def text_quality(
     model = original if model is None else model
     policy = check_policy(model, policy)
     check_rows(policy, None)
-  rows = np.asarray(tokens[: chunks * length], np.int32).reshape(chunks, length)
+  rows, batch = np.asarray(tokens[: chunks * length], np.int32).reshape(chunks, length), rounded_rows(original, batch)
   sums: dict[str, list[np.ndarray]] = {}
   held, reads = [], []
   for start in progress(range(0, chunks, batch)):
-    part = rows[start : start + batch]
+    own = rows[start : start + batch]
+    part = _padded(original, own)
     if policy is None:
-      out = jax.device_get(_score(original, model, part, threshold, window))
+      found = _score(original, model, part, threshold, window=window)
     else:
       cache = cache_for_text(model, policy, len(part), length)
-      out = jax.device_get(_score_policy(original, model, policy, cache, part, chunk))
-    if out["held"] is not None:
-      held.append(out["held"])
-      reads.append(np.asarray(out["reads"], np.float64))
-    for name in set(out) - {"held", "reads"}:
-      sums.setdefault(name, []).append(np.asarray(out[name], np.float64))
+      found = _score_policy(original, model, policy, cache, part, chunk=chunk)
+    its_sums, its_held, its_reads = fetch(found)
+    for name, values in its_sums.items():
+      sums.setdefault(name, []).append(np.asarray(values[: len(own)], np.float64))
+    if its_held is not None:
+      held.append(its_held[:, : len(own)])
+      reads.append(np.asarray(its_reads[:, : len(own)], np.float64))
   totals = {name: float(sum(part.sum() for part in parts)) for name, parts in sums.items()}
   scored = chunks * (length - 1)
   result: dict[str, Any] = {
@@ -202,14 +213,22 @@ def text_quality(
   return result
 
 
+def _padded(model: Model, rows: Int[np.ndarray, "n T"]) -> Int[np.ndarray, "B T"]:
+  """`rows`, and rows of zeros up to a number that the model's devices split evenly."""
+  return np.pad(rows, ((0, rounded_rows(model, len(rows)) - len(rows)), (0, 0)))
+
+
 @partial(jax.jit, static_argnames=("window",))
-def _held_at(model: Model, tokens: Int[Array, "B T"], ends: Int[Array, "P"], threshold, window: int | None) -> Array:
-  """Tokens that each head holds after the first `ends` [P] tokens of each row, int32 [P, L, B, K]."""
+@on_mesh(P(None, *spmd.HEADS), whole=("ends",))
+def _held_at(
+  model: Model, tokens: Int[Array, "B T"], ends: Int[Array, "P"], threshold, *, window: int | None
+) -> tuple[Int[Array, "P L B K"]]:
+  """Tokens that each head holds after the first `ends` tokens of each row."""
   _, logits = forward(model, tokens, eviction=Eviction(threshold=threshold, window=window))
   evicted, windows = evicted_keys(model, logits, threshold, window)
   before = jnp.cumsum(evicted, axis=-1, dtype=jnp.int32) - evicted.astype(jnp.int32)  # evicted before each token
   outside = jnp.broadcast_to(jnp.maximum(ends - 1 - windows, 0), (*before.shape[:3], len(ends)))
-  return ends[:, None, None, None] - jnp.moveaxis(jnp.take_along_axis(before, outside, axis=-1), -1, 0)
+  return (ends[:, None, None, None] - jnp.moveaxis(jnp.take_along_axis(before, outside, axis=-1), -1, 0),)
 
 
 def held_by_position(
@@ -231,11 +250,14 @@ def held_by_position(
   Raises:
     ValueError: the model has no gates, the text is shorter than one chunk, or there are more points than tokens.
   """
-  check_one_device(model)
   chunks = len(tokens) // length
   if not chunks or not 0 < points <= length:
     raise ValueError(f"{points} positions of chunks of {length} tokens, in a text of {len(tokens)}: too few tokens")
   ends = np.linspace(length / points, length, points).round().astype(np.int32)
-  rows = np.asarray(tokens[: chunks * length], np.int32).reshape(chunks, 1, length)
-  held = sum(np.asarray(_held_at(model, rows[i], ends, threshold, window), np.float64) for i in progress(range(chunks)))
-  return ends, held[:, :, 0] / chunks / ends[:, None, None]
+  rows, batch = np.asarray(tokens[: chunks * length], np.int32).reshape(chunks, length), row_parts(model)
+  held = 0.0
+  for start in progress(range(0, chunks, batch)):
+    part = rows[start : start + batch]
+    (found,) = fetch(_held_at(model, _padded(model, part), ends, threshold, window=window))
+    held += found[:, :, : len(part)].sum(axis=2, dtype=np.float64)
+  return ends, held / chunks / ends[:, None, None]

@@ -53,8 +53,8 @@ from dms_jax.model import check_policy
 from dms_jax.policies import Policy, check_rows
 from dms_jax.policies.base import check_kind, is_whole
 from dms_jax.processes import fetch, replicated
-from dms_jax.sharding import Split
 from dms_jax.spmd import check as check_mesh
+from dms_jax.spmd import row_parts
 
 
 class Generator:
@@ -98,7 +98,7 @@ class Generator:
     prefill_rows: int | None = None, decode_block: int = 32, stream: bool = True, tokenizer: Any = None,
     on_pressure: str = "preempt",
   ):  # fmt: skip
-    pools = 1 if model.mesh is None else Split.of(model.config, model.mesh).row_parts
+    pools = row_parts(model)
     rows = default_rows(width // pools) if prefill_rows is None else prefill_rows
     for name, value in (
       ("width", width), ("prefill_chunk", prefill_chunk), ("prefill_rows", rows), ("decode_block", decode_block)

@@ -1,4 +1,4 @@
-"""The flags `--mesh.*` of programs that generate, on the devices of one process or several."""
+"""The flags `--mesh.*` of programs that run models, on the devices of one process or several."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from dms_jax.masks import causal_reads
 from dms_jax.metrics import achieved_cr
 from dms_jax.model import Model
 from dms_jax.policies import DMS, Policy, Vanilla
+from dms_jax.spmd import rounded_rows
 from experiments.methods.budgets import Budget, fitted
 from experiments.methods.method import Method
 from experiments.methods.records import Record
@@ -35,7 +36,7 @@ def score(
   job: Any, method: Method, wanted: Sequence[tuple[int, int, int]], record: Callable[..., Record], *, batch: int,
   tick: Callable[[int], None],
 ) -> Iterator[list[Record]]:  # fmt: skip
-  """Scores questions, `batch` at a time, the longest first.
+  """Scores questions, `batch` at a time, the longest first; on a mesh as many more as its devices need for equal parts.
 
   All questions of the job decide the blocks and their shapes; a resumed run thus gives the same numbers.
   """
@@ -45,7 +46,7 @@ def score(
   rows_of = [sorted({row for row, _ in own}) for own in spans]
   longest = [max(len(passages[row].tokens) for row in rows) for rows in rows_of]
   order = sorted(range(len(spans)), key=lambda number: -longest[number])
-  lacking = {number for number, _, _ in wanted}
+  lacking, batch = {number for number, _, _ in wanted}, rounded_rows(method.model, batch)
   for start in range(0, len(order), batch):
     block = order[start : start + batch]
     if not lacking.intersection(block):
@@ -86,8 +87,9 @@ def score_text(
   Args:
     chunks: int [n, T].
     wanted: their numbers; blocks of `batch` chunks are scored together, the same in a resumed run.
+    batch: on a mesh as many more as its devices need for equal parts.
   """
-  length = chunks.shape[1]
+  length, batch = chunks.shape[1], rounded_rows(original, batch)
   limit = masked(method.policy, method.given)
   if isinstance(limit, Policy):
     group, _ = fitted(method.model, method.policy, method.given, [length])

@@ -20,10 +20,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from dms_jax import cache as caches
+from dms_jax import spmd
 from dms_jax.cache.base import rounded
 from dms_jax.generation.prefill import Chunk, read_prompts
 from dms_jax.model import Model, cached_forward, check_policy
 from dms_jax.policies import Policy
+from dms_jax.processes import fetch
+from dms_jax.spmd import on_mesh, row_parts
 from dms_jax.tokenizer import Tokenizer
 from experiments.common import files, program
 from experiments.methods.method import Method
@@ -59,14 +62,16 @@ def chain_of(about: Chain) -> tuple:
 
 
 @partial(jax.jit, donate_argnames="cache")
+@on_mesh(spmd.CACHE)
 def _read(model: Model, policy: Policy, cache: caches.MaskedCache, tokens, lengths, remaining):
-  return cached_forward(model, policy, cache, tokens, lengths, remaining=remaining)[1]
+  return (cached_forward(model, policy, cache, tokens, lengths, remaining=remaining)[1],)
 
 
 @jax.jit
+@on_mesh(spmd.HEADS)
 def _decode(
-  model: Model, policy: Policy, cache: caches.MaskedCache, tokens: Int[Array, "1 T"], lengths: Int[Array, "1"]
-) -> Bool[Array, "L K S"]:
+  model: Model, policy: Policy, cache: caches.MaskedCache, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]
+) -> tuple[Bool[Array, "L B K S"]]:
   """Which positions each head holds after `lengths` more tokens."""
 
   def step(cache, inputs):
@@ -74,8 +79,8 @@ def _decode(
     return cached_forward(model, policy, cache, token[:, None], (index < lengths).astype(jnp.int32))[1], None
 
   cache, _ = jax.lax.scan(step, cache, (jnp.arange(tokens.shape[1]), tokens.T))
-  age = cache.seen[0] - 1 - jnp.arange(cache.slots)
-  return (age >= 0) & ((age <= cache.window) | ~cache.evicted[:, 0])
+  age = (cache.seen[:, None] - 1 - jnp.arange(cache.slots))[:, None]
+  return ((age >= 0) & ((age <= cache.window) | ~cache.evicted),)
 
 
 def held_at_end(
@@ -94,20 +99,21 @@ def held_at_end(
   ids = np.asarray(tokens, np.int32)
   if not 0 < read <= len(ids):
     raise ValueError(f"a trace needs 1 to {len(ids)} tokens of a prompt, not {read}")
-  policy = check_policy(model, policy)
+  policy, rows = check_policy(model, policy), row_parts(model)  # on a mesh all but one device's rows are empty
   size = rounded(len(ids))  # few sizes, so that chains of similar length share a compilation
-  cache = caches.for_model(model, policy, batch=1, capacity=size, kind="masked")
+  cache = caches.for_model(model, policy, batch=rows, capacity=size, kind="masked")
 
   def feed(part: Chunk) -> np.ndarray:
     nonlocal cache
-    cache = _read(model, policy, cache, part.tokens, part.lengths, part.remaining)
-    return np.zeros(1, bool)
+    (cache,) = _read(model, policy, cache, part.tokens, part.lengths, part.remaining)
+    return np.zeros(rows, bool)
 
-  read_prompts([ids[:read]], policy.chunk(chunk), feed)
-  written = np.zeros((1, rounded(len(ids) - read)), np.int32)
-  written[0, : len(ids) - read] = ids[read:]
-  held = _decode(model, policy, cache, written, np.array([len(ids) - read], np.int32))
-  return np.asarray(held)[..., : len(ids)]
+  read_prompts([ids[:read], *[ids[:0]] * (rows - 1)], policy.chunk(chunk), feed)
+  written, lengths = np.zeros((rows, rounded(len(ids) - read)), np.int32), np.zeros(rows, np.int32)
+  lengths[0] = len(ids) - read
+  written[0, : lengths[0]] = ids[read:]
+  (held,) = fetch(_decode(model, policy, cache, written, lengths))
+  return held[:, 0, :, : len(ids)]
 
 
 def pieces(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:

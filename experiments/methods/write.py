@@ -14,7 +14,7 @@ from dms_jax.config import ModelConfig
 from dms_jax.generation.detokenize import Detokenizer
 from dms_jax.generation.results import ChainUsage
 from dms_jax.policies import Policy
-from dms_jax.sharding import Split
+from dms_jax.spmd import row_parts
 from dms_jax.tokenizer import Tokenizer
 from experiments.methods.budgets import Group, most_tokens
 from experiments.methods.method import Method
@@ -108,8 +108,7 @@ def write(
   the most new tokens, each number is written apart.
   """
   cuts = [(most,) for most in job.max_tokens] if method.given.follows_length else [job.max_tokens]
-  model = method.model
-  pools = 1 if model.mesh is None else Split.of(model.config, model.mesh).row_parts  # a prompt's chains share one
+  pools = row_parts(method.model)  # a prompt's chains share one
   width = min(width, len(job.asked) * job.chains)  # more rows than chains would stay empty
   width = pools * max(-(-width // pools), job.chains)
   for lengths in cuts:

@@ -17,7 +17,6 @@ from dms_jax import policies
 from dms_jax import testing as tiny
 from dms_jax.evaluation import likelihood
 from dms_jax.evaluation.text import text_quality
-from dms_jax.retrofit.distributed import MeshConfig
 from dms_jax.tokenizer import byte_tokenizer
 from experiments import evaluate
 from experiments.common import program
@@ -31,7 +30,7 @@ from experiments.tasks import TASKS
 from experiments.tasks.base import Prompt, TasksConfig, WritingTask
 from experiments.tasks.gsm8k import GSM8K
 from tests.helpers import ROOT, SIX_LINES, save_checkpoints, write_gsm8k
-from tests.programs import finished, on_devices
+from tests.programs import finished, meeting, on_devices
 
 
 @pytest.fixture(scope="module")
@@ -310,43 +309,32 @@ def checkpoints(tmp_path_factory):
 
 
 def test_a_mesh_gives_the_same_records(checkpoints, tmp_path):
-  """Chains are those of one device; tasks by likelihood, which run on one, are refused before anything is written."""
+  """Chains, texts, tasks by likelihood and traces over four devices of two processes; process 0 alone writes."""
   base, retrofit = map(str, checkpoints)
-  start = lambda *flags: subprocess.Popen(
-    [sys.executable, "-m", "experiments.evaluate", f"--checkpoint={base}", f"--retrofit={retrofit}", *flags],
-    cwd=ROOT, env=on_devices(4), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-  )  # fmt: skip
-  chains = (
-    "--tasks=countdown", "--limit=2", "--methods=vanilla,dms", "--chains=2", "--max_tokens=6", "--temperature=0.8",
-    "--dtype=float32",
+  start = lambda name, devices, *flags: subprocess.Popen(
+    [
+      sys.executable, "-m", "experiments.evaluate", f"--checkpoint={base}", f"--retrofit={retrofit}",
+      "--methods=dms,tova", "--cr=2", "--tasks=countdown,hellaswag", "--limit=3", "--chains=2",
+      "--max_tokens=6", "--temperature=0.8", f"--hellaswag.data={tmp_path / 'h.txt'}", "--hellaswag.shots=0",
+      f"--text={tmp_path / 'text.txt'}", "--text_tokens=72", "--lengths=24", "--traces=1", "--dtype=float32",
+      f"--output={tmp_path / name}", *flags,
+    ],
+    cwd=ROOT, env=on_devices(devices), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
   )  # fmt: skip
   (tmp_path / "h.txt").write_text(SIX_LINES)
-  asked = "--tasks=hellaswag", f"--hellaswag.data={tmp_path / 'h.txt'}", "--hellaswag.shots=0"
+  (tmp_path / "text.txt").write_text("a text of some length " * 20)
   mesh = "--mesh.data=2", "--mesh.tensor=2"
-  one, many, refused = finished(
-    start(*chains, f"--output={tmp_path / 'one'}"), start(*chains, *mesh, f"--output={tmp_path / 'many'}"),
-    start(*asked, *mesh, f"--output={tmp_path / 'none'}"),
-  )  # fmt: skip
-  assert one[0] == many[0] == 0, one[2] + many[2]
-  assert refused[0] and "error: --mesh: --tasks=hellaswag: texts, likelihood tasks" in refused[2].splitlines()[-1]
-  assert not list((tmp_path / "none").glob("*"))
-  rows = [
-    {r.key: dataclasses.replace(r, seconds=0.0) for r in records.read(tmp_path / name / evaluate.RECORDS)}
-    for name in ("one", "many")
-  ]
-  assert rows[0] == rows[1] and len(rows[0]) == 8
-
-
-def test_what_a_mesh_refuses_is_refused_at_once(monkeypatch):
-  """Before the checkpoint and data of tasks are read: neither is there."""
-  settings = {
-    evaluate.Config: evaluate.Config("nowhere", text=("nowhere",), traces=1), MeshConfig: MeshConfig(data=2),
-    TasksConfig: TasksConfig(("countdown", "hellaswag")),
-  }  # fmt: skip
-  monkeypatch.setattr(program, "read_flags", lambda prefix, cls: settings[cls])
-  monkeypatch.setattr(program, "flag_values", lambda **_: {})
-  with pytest.raises(ValueError, match=r"^--mesh: --text, --traces, --tasks=hellaswag: texts, likelihood tasks and"):
-    evaluate.main()
+  for code, _, errors in finished(start("one", 1), *(start("many", 2, *mesh, *meet) for meet in meeting())):
+    assert code == 0, errors
+  bare = lambda record: dataclasses.replace(record, seconds=0.0, grades={})
+  for file in (evaluate.RECORDS, evaluate.TEXTS):
+    one, many = ({r.key: r for r in records.read(tmp_path / name / file)} for name in ("one", "many"))
+    assert one.keys() == many.keys() and len(one) == 2 * (3 * 2 + 3 if file == evaluate.RECORDS else 3)
+    for key, want in one.items():
+      assert bare(many[key]) == bare(want)
+      assert many[key].grades == pytest.approx(want.grades, abs=3e-5)  # nats a token; sums run in another order
+  one, many = (trace.read("output", tmp_path / name / trace.FILE) for name in ("one", "many"))
+  assert one == many and len(one) == 2
 
 
 def test_a_killed_run_gives_the_same_records(checkpoints, tmp_path, monkeypatch, capfd):

@@ -282,12 +282,9 @@ def test_what_a_mesh_refuses_is_refused_at_once(monkeypatch):
   """Before the checkpoint is read: there is none."""
   settings = {MeshConfig: MeshConfig(tensor=2), TasksConfig: TasksConfig(("countdown",))}
   monkeypatch.setattr(program, "read_flags", lambda prefix, cls: settings[cls])
-  for traces, timed in ((1, False), (0, True)):
-    settings[hyperscale.Config] = hyperscale.Config(
-      "nowhere", methods=("vanilla",), traces=traces, timed=timed, kv_budget_gib=1.0
-    )
-    with pytest.raises(ValueError, match=r"^--mesh: traces and times are of one device: give --traces=0 --notimed"):
-      hyperscale.main()
+  settings[hyperscale.Config] = hyperscale.Config("nowhere", methods=("vanilla",), timed=True, kv_budget_gib=1.0)
+  with pytest.raises(ValueError, match=r"^--mesh: times are of one device: give --notimed"):
+    hyperscale.main()
 
 
 def test_a_mesh_gives_the_same_sweep(checkpoints, tmp_path):
@@ -295,7 +292,7 @@ def test_a_mesh_gives_the_same_sweep(checkpoints, tmp_path):
   base, retrofit = map(str, checkpoints)
   command = (
     sys.executable, "-m", "experiments.hyperscale", f"--checkpoint={base}", f"--retrofit=8:{retrofit}",
-    "--methods=vanilla,dms", "--tasks=countdown", "--limit=2", "--chains=1,2", "--max_tokens=4,7", "--traces=0",
+    "--methods=vanilla,dms", "--tasks=countdown", "--limit=2", "--chains=1,2", "--max_tokens=4,7",
     "--resamples=100", "--dtype=float32",
   )  # fmt: skip
   start = lambda name, *flags: subprocess.Popen(
