@@ -18,9 +18,11 @@ from safetensors.numpy import load_file
 from dms_jax import checkpoint, families
 from dms_jax import testing as tiny
 from dms_jax.config import DMSConfig, LoRAConfig, ModelConfig, RopeScaling
+from dms_jax.generation.results import Result
 from dms_jax.model import Model
-from dms_jax.params import map_table, param_table
+from dms_jax.params import flatten, map_table, param_table
 from dms_jax.tokenizer import byte_tokenizer
+from tests import oracle
 
 # Golden outputs of NVIDIA's PyTorch code ------------------------------------------------------------------------------
 
@@ -215,6 +217,32 @@ def check_pages(cache):
   assert sorted([*free, *numbers]) == list(range(cache.pages))
   assert (-(-np.asarray(cache.archived) // cache.page_size) <= table.owned).all()
   return owners
+
+
+def check_falling_thresholds(model: Model, start: float, prompts: list[list[int]], results: list[Result]):
+  """Greedy answers under pressure are a float64 oracle's whose threshold falls from `start` where results say it did."""
+  weights, close = {n: np.asarray(x) for n, x in flatten(model.stacked().params).items()}, 0
+  for text, result in zip(prompts, results, strict=True):
+    (given,), (tokens,) = result.given_up, result.tokens
+    assert given and 0 < sum(one.tokens for one in given) and result.finish_reason == ["length"]
+    whole = text + tokens
+    limits = np.full(len(whole), start)  # of the token last kept: rounding must not tip it
+    for one in given:
+      levels, numbers = model.dms.levels, one.numbers
+      limits[one.seen :] = numbers["threshold"] if levels is None else levels.threshold(numbers["cr"])
+    assert (np.diff(limits) <= 0).all() and limits[-1] < limits[0]
+    options = dict(window=model.dms.window, threshold=limits + 2e-5)
+    logits, gates, seen = oracle.forward(weights, model.config, model.dms, whole, **options)
+    for place, token in enumerate(tokens, len(text) - 1):
+      best = np.sort(logits[place])[-2:]
+      if best[1] - best[0] > 1e-3:
+        assert logits[place].argmax() == token
+      else:
+        close += 1
+    edge = np.abs(gates[..., None] - np.unique(limits)).min(axis=-1) < 1e-4
+    held = seen[:, :, len(whole) - 2].sum()
+    assert abs(held - result.held[0] * result.usage[0].heads) <= edge.sum()
+  assert close < 5
 
 
 # Comparison -----------------------------------------------------------------------------------------------------------

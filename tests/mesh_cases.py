@@ -23,6 +23,7 @@ from dms_jax.execution import fastest_form
 from dms_jax.experts import expert_mlp
 from dms_jax.families import PRESETS
 from dms_jax.generation import decode as decoding
+from dms_jax.generation import pressure
 from dms_jax.generation.batching import Generator
 from dms_jax.generation.conversation import place_like
 from dms_jax.generation.sampling import Sampling
@@ -33,7 +34,7 @@ from dms_jax.retrofit.distributed import MeshConfig
 from dms_jax.sharding import Split, make_mesh
 from experiments import mesh_memory
 from experiments.bench import synthetic
-from tests.helpers import OTHER_FAMILIES
+from tests.helpers import OTHER_FAMILIES, check_falling_thresholds
 
 WINDOW = 5
 CONFIG = tiny.config(num_heads=8, num_kv_heads=4, vocab_size=96)
@@ -402,6 +403,41 @@ def requests_of_a_generator(data: int = 2, tensor: int = 2, model: Model | None 
       np.testing.assert_array_equal(mine.cache.archived, theirs.cache.archived)
 
 
+def rows_under_pressure() -> None:
+  """Chains give up the same tokens as on one device; of two pools that which is short compresses its own."""
+  sizes = dict(width=4, page_size=4, prefill_chunk=8, decode_block=4, max_length=96, eos=False, on_pressure="compress")
+  gates = tiny.dms(window=3, scale=3.0, offset=1.0)
+  for model, data, tensor in ((one_device(gates), 2, 4), (three_heads(gates), 1, 2)):
+    placed, outcomes = spmd.place(model, make_mesh(data, tensor)), []
+    for each in (model, placed):
+      generator = Generator(each, pages=400, **sizes)
+      for ids in (PROMPTS[n] for n in (1, 2, 5, 6)):
+        generator.submit(ids, max_new_tokens=24)
+      for _ in range(3):
+        generator.step()
+      for pool in range(generator.memory.pools):
+        assert pressure.compress(generator.policy, generator.rows, generator.memory, pool)
+        pressure.record(generator.rows, generator.memory)
+      for _ in generator.run():
+        pass
+      outcomes.append([(result, result.given_up[0][0]) for result in generator.results.values()])
+    for (got, given), (want, wanted) in zip(*outcomes, strict=True):
+      assert got.tokens == want.tokens and (given.seen, given.tokens) == (wanted.seen, wanted.tokens)
+      np.testing.assert_allclose(given.numbers["threshold"], wanted.numbers["threshold"], rtol=1e-5)
+    memory = generator.memory
+    budget = memory.own.fixed_bytes + (memory.pool_rows + 14) * memory.pool_heads * memory.own.page_bytes
+    generator, asked = Generator(placed, budget=budget, **sizes), ((30, 40), (3, 4), (26, 40), (5, 4))
+    prompts = [tiny.tokens(CONFIG, 1, length, length).tolist()[0] for length, _ in asked]
+    tickets = [generator.submit(ids, max_new_tokens=new) for ids, (_, new) in zip(prompts, asked, strict=True)]
+    while generator.busy:
+      generator.step()
+      check_pools(generator.cache)
+    assert generator.cache.device_bytes <= budget and not generator.preemptions
+    results = [generator.results[ticket] for ticket in tickets]
+    check_falling_thresholds(model, float(generator.policy.limit), prompts[::2], results[::2])
+    assert not any(any(result.given_up) for result in results[1::2])
+
+
 def caches_of_benchmarks() -> None:
   """A cache that is filled on a mesh stands where that of one device does; every pool is sound."""
   for model, mesh in ((one_device(), make_mesh(2, 4)), (three_heads(), make_mesh(2, 2))):
@@ -452,7 +488,6 @@ def refusals() -> None:
       placed, PROMPTS, policy=policies.TOVA(budget=9, per_layer=True), **SETTINGS)),
     ("the width 2 of a device", lambda: Generator(placed, width=4).submit([1], chains=3)),
     ("take .* on each device; give a larger budget", lambda: Generator(placed, width=4, budget=9)),
-    ('on a mesh use "preempt"', lambda: Generator(placed, width=4, on_pressure="compress")),
   ):  # fmt: skip
     with pytest.raises(ValueError, match=message):
       call()
@@ -465,7 +500,8 @@ QUICK = (
 SLOW = (
   other_policies, other_families, families_without_experts, moves_of_other_kinds, programs_of_experts,
   programs_of_norms_over_all_heads, programs_by_rows_of_experts, policies_by_rows, families_by_rows, moves_by_rows,
-  requests_over_heads, requests_to_experts, requests_to_layers_that_slide, a_large_model, memory_by_rows,
+  requests_over_heads, requests_to_experts, requests_to_layers_that_slide, rows_under_pressure, a_large_model,
+  memory_by_rows,
 )  # fmt: skip
 CASES = {case.__name__: case for case in (*QUICK, *SLOW)}
 

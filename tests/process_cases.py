@@ -26,6 +26,7 @@ from dms_jax.processes import leads
 from dms_jax.retrofit import distributed
 from dms_jax.retrofit.distributed import MeshConfig
 from dms_jax.sharding import Split, make_mesh
+from tests.helpers import check_falling_thresholds
 
 CONFIG = tiny.config(num_heads=4, num_kv_heads=2, vocab_size=96)
 SETTINGS = dict(max_new_tokens=12, eos=False, prefill_chunk=8, decode_block=8)
@@ -135,7 +136,23 @@ def requests(folder: Path) -> None:
   assert more[0] == more[1]
 
 
-QUICK, SLOW = (rows,), (generates, requests)
+def rows_under_pressure(folder: Path) -> None:
+  """Rows whose heads lie in both processes give up tokens, in both the same."""
+  model, sizes = fastest_form(tiny.model(CONFIG, tiny.dms(window=3, scale=3.0, offset=1.0))), dict(width=4, page_size=4)
+  placed = spmd.place(model, crossing_mesh())
+  sizes |= dict(prefill_chunk=8, decode_block=4, max_length=96, eos=False, on_pressure="compress")
+  memory = Generator(placed, **sizes).memory
+  budget = memory.own.fixed_bytes + (memory.pool_rows + 14) * memory.pool_heads * memory.own.page_bytes
+  generator = Generator(placed, budget=budget, **sizes)
+  prompts = [np.random.default_rng(n).integers(0, CONFIG.vocab_size, n).tolist() for n in (30, 22, 26, 28)]
+  tickets = [generator.submit(ids, max_new_tokens=40) for ids in prompts]
+  for _ in generator.run():
+    pass
+  results = [generator.results[ticket] for ticket in tickets]
+  check_falling_thresholds(model, float(generator.policy.limit), prompts, results)
+
+
+QUICK, SLOW = (rows,), (generates, requests, rows_under_pressure)
 CASES = {case.__name__: case for case in (*QUICK, *SLOW)}
 
 if __name__ == "__main__":

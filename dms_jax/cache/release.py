@@ -17,6 +17,7 @@ from dms_jax import bisection
 from dms_jax.cache.base import packed
 from dms_jax.cache.compact import moves
 from dms_jax.cache.paged import PagedCache
+from dms_jax.collectives import summed
 
 
 def _own(cache: PagedCache) -> Bool[Array, "L B K A"]:
@@ -35,10 +36,10 @@ def score_floor(cache: PagedCache, share: float | Float[Array, ""]) -> Float[Arr
   They are counted over all layers and heads. A row that can give up none gets the floor -inf.
   """
   scores = jnp.where(_own(cache), cache.stats["score"][..., cache.ring :], jnp.inf)
-  count = jnp.sum(scores < jnp.inf, axis=(0, 2, 3))
+  count = summed(jnp.sum(scores < jnp.inf, axis=(0, 2, 3)))
   given = (count.astype(jnp.float32) * share).astype(jnp.int32)
   keys = bisection.keys(scores)
-  below = lambda key: jnp.sum(keys < key[:, None, None], axis=(0, 2, 3))
+  below = lambda key: summed(jnp.sum(keys < key[:, None, None], axis=(0, 2, 3)))
   least = bisection.highest(lambda key: below(key) <= given, len(given))  # number `given` of the row, from 0
   return jnp.where(given > 0, bisection.numbers(least), -jnp.inf)
 
@@ -76,4 +77,4 @@ def release(cache: PagedCache, floor: Float[Array, "B"], in_order: bool = True) 
 
   carry, archived = jax.lax.fori_loop(0, len(cache.kv), body, (cache.layer_carry(), cache.archived))
   lost = jnp.sum(cache.archived - archived, axis=(0, 2)) + jnp.sum(evicted & ~cache.evicted, axis=(0, 2, 3))
-  return cache._after(carry, archived=archived, evicted=evicted).without_idle_pages(), lost
+  return cache._after(carry, archived=archived, evicted=evicted).without_idle_pages(), summed(lost)

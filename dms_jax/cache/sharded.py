@@ -184,7 +184,7 @@ class ShardedCache:
   def ensure_capacity(self, policy: Policy, coming: Int[np.ndarray, "B"], most: int) -> ShardedCache:
     """As a cache of one device does; every device's pool grows like that which lacks most."""
     if not isinstance(own := self.own, PagedCache):
-      return Common.ensure_capacity(self, policy, coming, most)
+      return Common.resized(self, Common.size_for(self, policy, coming, most), most)
     table, rows = self.shards.table, self.rows
     parts = (self.shards.archived, table.owned, self.shards.seen, table.pool.count)
     archived, owned, seen, free = map(self.by_device, fetch(parts))

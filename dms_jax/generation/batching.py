@@ -26,6 +26,7 @@ from __future__ import annotations
 import collections
 import contextlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -426,7 +427,7 @@ class Generator:
     if others and not self.memory.grows:
       again = self._refused[0] == first.ticket and free <= self._refused[1]
       least = self.reader.least(len(first.prompt), len(group))
-      if (again or free < least) and not self._compress(max(least, free + 1)):
+      if (again or free < least) and not self._compress(pool, max(least, free + 1)):
         return False
     for chain, row in zip(group, rows, strict=True):
       chain.row = row
@@ -440,7 +441,7 @@ class Generator:
     logits, read = self.reader.no_logits(self.width), True
     if not first.goes_on:
       prompt = Prompt(rows[0], first.prompt, first.numbers, usage, before)
-      logits, read = self.reader.alone(prompt, logits, self._enlarge, halve=not others)
+      logits, read = self.reader.alone(prompt, logits, partial(self._enlarge, pool), halve=not others)
     if not read or not self.memory.fork(rows[0], rows[1:], whole=self.policy.rewrites):
       return self._give_up(group)
     self._seat([(group, usage)], None if first.goes_on else logits, [])
@@ -506,7 +507,7 @@ class Generator:
       last = len(running) == 1  # the pages of rows that ended beside it are free now
       if not stalled or (last and not self._alone[pool]) or self.memory.free_pages()[pool] >= needed:
         continue
-      if not self._enlarge(needed):
+      if not self._enlarge(pool, needed):
         newest = max(running, key=lambda chain: chain.age)
         if last:
           raise BudgetError(
@@ -520,13 +521,13 @@ class Generator:
     self._stalled = np.zeros(self.width, bool)  # the old array may still be read
     return True
 
-  def _enlarge(self, lacking: int) -> bool:
-    """Adds `lacking` pages to the pool, or compresses chains until so many are free; whether pages came free."""
-    return self.memory.grow(lacking) or self._compress(lacking)
+  def _enlarge(self, pool: int, lacking: int) -> bool:
+    """Adds `lacking` pages to a pool, or compresses its chains until so many are free; whether pages came free."""
+    return self.memory.grow(lacking) or self._compress(pool, lacking)
 
-  def _compress(self, needed: int) -> bool:
-    """Compresses chains until `needed` pages are free or none can be; whether pages came free."""
-    if self.on_pressure == "preempt" or not pressure.relieve(self.policy, self.rows, self.memory, needed):
+  def _compress(self, pool: int, needed: int) -> bool:
+    """Compresses chains of a pool until `needed` pages are free or none can be; whether pages came free."""
+    if self.on_pressure == "preempt" or not pressure.relieve(self.policy, self.rows, self.memory, pool, needed):
       return False
     self._free = None
     return True
@@ -552,7 +553,7 @@ class Generator:
     (row,) = self.rows.empty(1, pool)
     needed = self.memory.pages_of(chain.stored) + (self.memory.pool_heads if self._occupied(pool) else 0)
     if self.memory.free_pages()[pool] < needed:
-      self._compress(needed)
+      self._compress(pool, needed)
     if self.memory.free_pages()[pool] < needed or not self.memory.restore(row, chain.stored):
       return False
     chain.row, chain.stored, self._free = row, None, None

@@ -168,12 +168,20 @@ class PagedRows:
       pages of each pool free afterwards).
     """
     by_pool = lambda x: np.reshape(x, (self.pools, -1))
-    return float(by_pool(tokens).mean(axis=1).sum()), int(by_pool(pages).sum()), by_pool(free).min(axis=1)
+    return float(by_pool(tokens).mean(axis=1).sum()), int(by_pool(pages).sum()), self.free_of(free)
+
+  def by_row(self, x: Shaped[np.ndarray, "n"]) -> Shaped[np.ndarray, "B"]:
+    """Numbers of rows, of all devices one after another, on which those of one row agree."""
+    return x.reshape(self.pools, -1, self.pool_rows)[:, 0].reshape(-1)
 
   def free_pages(self) -> Int[np.ndarray, "pools"]:
     """Pages of each pool that no row owns."""
     count = (self.cache.shards if isinstance(self.cache, ShardedCache) else self.cache).table.pool.count
-    return fetch(count).reshape(self.pools, -1).min(axis=1)
+    return self.free_of(fetch(count))
+
+  def free_of(self, counts: Int[np.ndarray, "*n"]) -> Int[np.ndarray, "pools"]:
+    """Free pages of each pool, from those of each device."""
+    return np.reshape(counts, (self.pools, -1)).min(axis=1)
 
   @property
   def grows(self) -> bool:

@@ -12,9 +12,7 @@ from dms_jax import policies
 from dms_jax import testing as tiny
 from dms_jax.generation import decode, pressure, together
 from dms_jax.generation.batching import Generator
-from dms_jax.params import flatten
-from tests import oracle
-from tests.helpers import check_pages
+from tests.helpers import check_falling_thresholds, check_pages
 
 WIDTH, PAGE = 3, 4
 SIZES = dict(width=WIDTH, page_size=PAGE, prefill_chunk=8, decode_block=4, max_length=96, eos=False)
@@ -70,30 +68,7 @@ def test_rows_under_pressure_are_the_oracle_with_a_falling_threshold(case):
   prompts = [prompt(model, length, length) for length in (30, 22, 26)]
   tickets = [generator.submit(text, max_new_tokens=40) for text in prompts]
   results = finish(generator)
-  weights, window, close = {n: np.asarray(x) for n, x in flatten(model.params).items()}, model.dms.window, 0
-  for text, ticket in zip(prompts, tickets, strict=True):
-    result = results[ticket]
-    (given,), (tokens,) = result.given_up, result.tokens
-    assert given and 0 < sum(one.tokens for one in given) and result.finish_reason == ["length"]
-    whole = text + tokens
-    start = float(generator.policy.limit)
-    limits = np.full(len(whole), start)  # of the token last kept: rounding must not tip it
-    for one in given:
-      numbers = one.numbers
-      limits[one.seen :] = numbers["threshold"] if case != "elastic" else model.dms.levels.threshold(numbers["cr"])
-    assert (np.diff(limits) <= 0).all() and limits[-1] < limits[0]
-    options = dict(window=window, threshold=limits + 2e-5)
-    logits, gates, seen = oracle.forward(weights, model.config, model.dms, whole, **options)
-    for place, token in enumerate(tokens, len(text) - 1):
-      best = np.sort(logits[place])[-2:]
-      if best[1] - best[0] > 1e-3:
-        assert logits[place].argmax() == token
-      else:
-        close += 1
-    edge = np.abs(gates[..., None] - np.unique(limits)).min(axis=-1) < 1e-4
-    held = seen[:, :, len(whole) - 2].sum()
-    assert abs(held - result.held[0] * result.usage[0].heads) <= edge.sum()
-  assert close < 5
+  check_falling_thresholds(model, float(generator.policy.limit), prompts, [results[ticket] for ticket in tickets])
 
 
 def test_it_compresses_before_it_preempts():
