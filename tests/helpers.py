@@ -220,7 +220,7 @@ def check_pages(cache):
 
 
 def check_falling_thresholds(model: Model, start: float, prompts: list[list[int]], results: list[Result]):
-  """Greedy answers under pressure are a float64 oracle's whose threshold falls from `start` where results say it did."""
+  """Greedy answers under pressure are a float64 oracle's, whose threshold falls from `start` where results say so."""
   weights, close = {n: np.asarray(x) for n, x in flatten(model.stacked().params).items()}, 0
   for text, result in zip(prompts, results, strict=True):
     (given,), (tokens,) = result.given_up, result.tokens

@@ -15,8 +15,8 @@ and the last one frees more than was needed by at most what those chains gave up
 times, and not beyond the highest level of elastic gates. If none is left to be compressed, the newest chain is
 preempted, and what waits goes on waiting. A chain stays compressed until it ends.
 
-On a mesh each pool is one of its own, and its chains alone are compressed. A row's tokens are given up in one order over
-the heads of all its devices.
+On a mesh a pool that is short compresses its own chains alone. A row's tokens are given up in one order over the heads
+of all its devices.
 
 All chains of a compression are one program and one answer to the host. A prompt that is being read keeps what has been
 read of it while others are compressed.

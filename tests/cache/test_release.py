@@ -50,6 +50,8 @@ def test_what_stays_is_the_formula(case, seed):
   text = cache_driver.Text.draw(SHAPE, rng, 0.0)
   logits = rng.standard_normal((LAYERS, ROWS, HEADS, LENGTH)).astype(np.float32)
   logits = np.round(logits) if case == "tied" else logits
+  if case == "budget":  # a budget orders them in this precision
+    logits = logits.astype(jnp.bfloat16).astype(np.float32)
   about = np.stack([np.pad(logits[..., 1:], ((0, 0),) * 3 + ((0, 1),), constant_values=-np.inf)])[0]
   cache, start = create(policy), np.zeros(ROWS, int)
   limits = np.asarray(policy.threshold, float).copy()
@@ -103,7 +105,7 @@ def test_what_stays_is_the_formula(case, seed):
         thresholds[b, start[b] :] = limits[b]
         gone = sum(score < expected for score in archived)
         assert int(lost[b]) == gone + len(ring)
-        assert case == "tied" or gone == (count if pressed[b] else 0)
+        assert len(set(archived)) < len(archived) or gone == (count if pressed[b] else 0)
         losses += gone
       assert (np.asarray(cache.live()) <= held).all() and int(cache.table.pool.count) >= free
       check_pages(cache)
