@@ -199,7 +199,7 @@ def soak(plt, series: dict[str, list], begin: float, pages: int, title: str) -> 
 
 @plots.picture
 def pressure(plt, rows: list[dict], title: str) -> Any:
-  """Latency, throughput and KL of a Generator against its load, compressing and preempting."""
+  """Latency, throughput and KL of a Generator against its load, compressing and preempting, and without a limit."""
   modes = [name for name in ("preempt", "compress") if any(row["mode"] == name for row in rows)]
   if not modes:
     return None
@@ -209,8 +209,10 @@ def pressure(plt, rows: list[dict], title: str) -> Any:
     for mode, color in zip(modes, (plots.DENSE, plots.DMS), strict=False):
       points = sorted((100 * row["load"], row[key]) for row in rows if row["mode"] == mode)
       axis.plot(*zip(*points, strict=True), "o-", color=color, label=mode)
+    for row in (row for row in rows if row["mode"] == "unhurried" and key != "kl"):
+      axis.axhline(row[key], color=plots.DENSE, ls=":", label="no limit")
     axis.set(xlabel="load, % of the pool's pages", ylabel=label)
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.08 * max(row[key] for row in rows) or None)
     axis.grid(alpha=0.25)
     plots.bare(axis)
   axes[0].legend(frameon=False)
