@@ -139,7 +139,10 @@ def test_sweeps_of_the_repository(path):
     ({"eval.retrofit": "mine", "eval.checkpoint": "cr2"}, "here nothing is trained"),
     ({"eval.policy": "h2o"}, "H2O: give either budget= .tokens. or cr="),
     ({"eval.policy": "vanilla", "eval.budget": 8}, "'vanilla' has no budget for eval.budget=8; these have: "),
-    ({"eval.policy": "tova", "tova.budget": 8, "h2o.window": 3}, r"eval.policy=tova, so \['h2o.window'\] change nothing"),
+    (
+      {"eval.policy": "tova", "tova.budget": 8, "h2o.window": 3},
+      r"eval.policy=tova, so \['h2o.window'\] change nothing",
+    ),
     ({"eval.policy": "tova", "eval.budget": 8, "eval.threshold": 1.0}, "'tova' has no gates"),
     ({"eval.policy": "streamingllm", "eval.budget": 3}, "budget=3 tokens must be more than its sinks=4"),
   ],
