@@ -12,11 +12,11 @@ PYTEST_FLAGS ?=
 PYTEST = $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo hyperscale test test-variants test-all test-parity test-tpu lint format notebooks tree hooks clean
+.PHONY: help demo hyperscale test test-notebooks test-variants test-all test-parity test-tpu lint format notebooks tree hooks clean
 .DELETE_ON_ERROR:
 
 help:  ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo $(MODEL)  ## fetch SmolLM2, answer and read 4,096 tokens, dense and with DMS; DEMO_FLAGS=...
 	$(BIN)/python -m experiments.demo --checkpoint=$(MODEL) $(DEMO_FLAGS)
@@ -29,7 +29,10 @@ hyperscale: $(VENV)/.demo  ## the shipped reasoner, dense against DMS and prompt
 test: $(VENV)/.test  ## the test suite, compiled quickly, without torch; PYTEST_FLAGS=... narrows it
 	DMS_QUICK=1 $(PYTEST) -m "not tpu and not slow and not variant" $(PYTEST_FLAGS)
 
-test-variants: $(VENV)/.test  ## compiled quickly, what make test leaves out of its own cases (tests/variants.txt); PART=1/4: of a quarter of the files
+test-notebooks: $(VENV)/.parity  ## execute every notebook of colab/ with small settings, several at a time
+	DMS_QUICK=1 $(PYTEST) --dist=load --maxschedchunk=1 tests/notebooks $(PYTEST_FLAGS)
+
+test-variants: $(VENV)/.test  ## compiled quickly, what make test leaves out of its own cases (tests/variants.txt); PART=1/8: of an eighth of the files
 	DMS_QUICK=1 DMS_PART=$(or $(PART),1/1) $(PYTEST) -m "variant and not tpu and not slow" $(PYTEST_FLAGS)
 
 test-all: $(VENV)/.test  ## compiled as in use; also kernels interpreted on the CPU with race detection, and long tests

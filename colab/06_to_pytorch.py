@@ -8,7 +8,7 @@
 # | | |
 # | --- | --- |
 # | runs on | CPU, as well as GPU or TPU: torch computes on the CPU here |
-# | minutes | 5 with a CPU of two busy cores and the small settings of CI; more with these, which were not timed |
+# | minutes | 1 with a CPU of two busy cores and the small settings of CI; more with these, which were not timed |
 # | expect | texts and tokens held equal in all layouts; logits equal but for 1e-6 of the largest |
 
 # %% [markdown]

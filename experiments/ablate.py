@@ -3,10 +3,11 @@
     python -m experiments.ablate --checkpoint=checkpoints/smollm2-135m-instruct --data.paths=text.txt \\
       --eval.text=held_out.txt --sweep='dms.window=0,16,64,256 dms.gate=neuron,adapter'
 
-Flags that begin with dms., lora., retrofit., data. or eval. can be swept. Several --sweep flags are a union
-(experiments/ablation/sweeps.py has the syntax). --sweep_file=experiments/configs/window.txt reads a sweep from a file;
-flags on the command line override the file's. A sweep of `eval.` alone reuses one retrofit:
---sweep='eval.threshold=-10,-2,0,2,10'.
+Flags that begin with dms., lora., retrofit., data., eval. or another policy's name can be swept. Several --sweep flags
+are a union (experiments/ablation/sweeps.py has the syntax). --sweep_file=experiments/configs/window.txt reads a sweep
+from a file; flags on the command line override the file's. A sweep of `eval.` alone reuses one retrofit:
+--sweep='eval.threshold=-10,-2,0,2,10'. Baselines decode by the model itself:
+--sweep='eval.policy=h2o h2o.budget=256 h2o.window=8,64'.
 
 Every combination is checked before the first run. Each retrofit has a folder OUTPUT/NAME/SWEPT-FINGERPRINT, whose
 quality/ holds one file for each score. The same command again skips finished runs and resumes an interrupted one. After
@@ -116,7 +117,7 @@ def score(one: Trial, original: Model, model: Model, tokens: np.ndarray) -> dict
   eviction = {"threshold": evaluation.threshold, "window": evaluation.window}
   progress = functools.partial(program.progress, desc=f"scoring T {evaluation.length}")
   result = text_quality(
-    original, model, tokens, evaluation.length, batch=evaluation.batch, policy=evaluation.baseline(), progress=progress,
+    original, model, tokens, evaluation.length, batch=evaluation.batch, policy=one.baseline, progress=progress,
     **eviction,
   )  # fmt: skip
   del result["by_chunk"]

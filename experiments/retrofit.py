@@ -106,6 +106,8 @@ class Config:
   def __post_init__(self):
     if self.stop_after < 0:
       raise ValueError(f"--stop_after={self.stop_after} must be 0 or more")
+    if not self.benchmark and not (self.checkpoint and self.output):
+      raise ValueError("give --checkpoint=FOLDER of a model and --output=FOLDER of the run, or --benchmark")
 
 
 def gates_of(settings: RetrofitConfig, values: Mapping[str, Any] | None = None) -> DMSConfig:
@@ -316,8 +318,6 @@ def main() -> None:
     return
   if config.crs and not settings.ramps:
     raise ValueError(f"--crs: retrofit.objective={settings.objective} has no target CR")
-  if not config.checkpoint or not config.output:
-    raise ValueError("give --checkpoint=FOLDER of a model and --output=FOLDER of the run, or --benchmark")
   if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
     raise ValueError("--tensorboard needs tensorboardX: pip install 'dms_jax[tensorboard]'")
   output, start = Path(config.output), time.perf_counter()

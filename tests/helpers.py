@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from safetensors.numpy import load_file
 
 from dms_jax import checkpoint, families
@@ -144,31 +142,6 @@ def save_checkpoints(folder: Path) -> tuple[Path, Path]:
   gated = tiny.model(cfg, tiny.dms(scale=1.0, offset=0.0), LoRAConfig(rank=2, scale=0.1))
   checkpoint.save(folder / "retrofit", gated, groups=("gate", "lora"))
   return folder / "base", folder / "retrofit"
-
-
-# Notebooks ------------------------------------------------------------------------------------------------------------
-
-
-def run_notebook(name: str, folder: Path, monkeypatch, settings: dict[str, Any]) -> list[Any]:
-  """Outputs of colab/NAME, run from start to end in its own kernel, as a user runs it, with these `settings` of it.
-
-  Skips the test without nbclient or matplotlib.
-  """
-  nbformat, client = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
-  pytest.importorskip("ipykernel")
-  pytest.importorskip("matplotlib")
-  for variable, value in settings.items():
-    monkeypatch.setenv(f"NOTEBOOK_{variable}", str(value))
-  monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-  monkeypatch.setenv("IPYTHONDIR", str(folder / "ipython"))
-  notebook = nbformat.read(ROOT / "colab" / name, as_version=4)
-  client.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
-  return [out for cell in notebook.cells for out in cell.get("outputs", ())]
-
-
-def printed(outputs: list[Any]) -> str:
-  """What a notebook has printed."""
-  return "".join(out.text for out in outputs if out.output_type == "stream" and out.name == "stdout")
 
 
 # Files of tasks -------------------------------------------------------------------------------------------------------

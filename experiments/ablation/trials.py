@@ -26,8 +26,8 @@ class EvalConfig:
   "cr3", ... for the retrofit saved when the target reached that CR. `threshold` and `window` (none: the retrofit's) set
   the eviction. At `positions` evenly spaced positions of a chunk, compression is also reported by layer and head.
 
-  With a `policy` other than "dms", the original model decodes the text under that baseline, and nothing is trained. The
-  baseline's `budget` is in tokens a head, window and sinks included.
+  With a `policy` other than "dms", the original model decodes the text under that baseline, and nothing is trained. Its
+  settings are flags by its name, --h2o.window=8; `budget` stands for that of any policy that has one.
 
   Attributes:
     text: file of the text that is scored.
@@ -36,6 +36,7 @@ class EvalConfig:
     max_tokens: first tokens of the text that are read; 0: all.
     positions: of a chunk, at which compression is also reported by layer and head.
     policy: another than dms decodes by the original model, and nothing is trained.
+    budget: of such a policy, in tokens a head, window and sinks included; none: as its own flags say.
   """
 
   text: str = ""
@@ -62,33 +63,43 @@ class EvalConfig:
       policies.get(self.policy)
     except ValueError as error:
       raise ValueError(f"eval.policy: {error}") from None
-    if (self.budget is None) != (self.policy in ("dms", "vanilla")):
-      raise ValueError(
-        f"eval.policy={self.policy!r} with eval.budget={self.budget}: baselines need one, dms and vanilla none"
-      )
+    if self.budget is not None and f"{self.policy}.budget" not in self.settings:
+      having = ", ".join(name for name, cls in BASELINES.items() if "budget" in fields_of(cls))
+      raise ValueError(f"eval.policy={self.policy!r} has no budget for eval.budget={self.budget}; these have: {having}")
     if self.policy != "dms" and (self.threshold or self.window is not None or self.positions):
       raise ValueError(f"eval.policy={self.policy!r} has no gates: eval.threshold, window and positions are theirs")
-    self.baseline()
 
   @property
   def trained(self) -> bool:
     """Whether the trial trains the retrofit that it scores."""
     return self.policy == "dms" and not self.retrofit
 
-  def baseline(self) -> policies.Policy | None:
-    """The baseline policy to decode under; None for the gates' evictions.
+  @property
+  def settings(self) -> dict[str, Any]:
+    """{flag: default} of the baseline's own settings; none for the gates, whose flags --dms.* are a retrofit's."""
+    fields = {} if self.policy == "dms" else fields_of(BASELINES[self.policy])
+    return {f"{self.policy}.{name}": default for name, default in fields.items()}
+
+  def baseline(self, whole: dict[str, Any]) -> policies.Policy | None:
+    """The baseline policy to decode under, from all settings by flag; None for the gates' evictions.
 
     Raises:
-      ValueError: the budget is too small.
+      ValueError: a setting is refused, such as a budget that is too small.
     """
     if self.policy == "dms":
       return None
-    policy = policies.get(self.policy)(**({} if self.budget is None else {"budget": self.budget}))
-    return policy.resolved(None)
+    given = {} if self.budget is None else {f"{self.policy}.budget": self.budget}
+    return program.read_flags(self.policy, BASELINES[self.policy], whole | given).resolved(None)
 
 
-SECTIONS = {**retrofit.SECTIONS, "eval": (EvalConfig, {})}
+BASELINES = {name: cls for name, cls in policies.REGISTRY.items() if name != "dms"}
+SECTIONS = {**retrofit.SECTIONS, "eval": (EvalConfig, {}), **{name: (cls, {}) for name, cls in BASELINES.items()}}
 TYPES = {flag: kind for name, (cls, _) in SECTIONS.items() for flag, kind in program.flag_types(name, cls).items()}
+
+
+def fields_of(cls: type) -> dict[str, Any]:
+  """{name: default} of a policy's settings that are flags."""
+  return {name: getattr(cls(), name) for name in program.flag_types("", cls)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +113,7 @@ class Trial:
   retrofit: RetrofitConfig
   data: DataConfig
   eval: EvalConfig
+  baseline: policies.Policy | None
   folder: Path
   result: Path
 
@@ -129,10 +141,14 @@ def trial(said: dict[str, Any], whole: dict[str, Any], base: str, root: Path) ->
   """
   where = "--sweep: " + (" ".join(f"{flag}={program.spell(value)}" for flag, value in said.items()) or "no field")
   try:
-    configs = {name: program.read_flags(name, cls, whole) for name, (cls, _) in SECTIONS.items() if name != "dms"}
+    kinds = ("lora", "retrofit", "data", "eval")
+    configs = {name: program.read_flags(name, SECTIONS[name][0], whole) for name in kinds}
     configs["dms"] = retrofit.gates_of(configs["retrofit"], whole)
     evaluation, settings = configs["eval"], configs["retrofit"]
-    trained = {flag: value for flag, value in said.items() if not flag.startswith("eval.")}
+    if idle := [flag for flag in said if flag.partition(".")[0] in BASELINES.keys() - {evaluation.policy}]:
+      raise ValueError(f"eval.policy={evaluation.policy}, so {idle} change nothing")
+    configs["baseline"] = evaluation.baseline(whole)
+    trained = {flag: value for flag, value in said.items() if flag.partition(".")[0] in retrofit.SECTIONS}
     if not evaluation.trained and trained:
       ready = (
         f"eval.retrofit={evaluation.retrofit}" if evaluation.policy == "dms" else f"eval.policy={evaluation.policy}"
@@ -151,17 +167,20 @@ def trial(said: dict[str, Any], whole: dict[str, Any], base: str, root: Path) ->
         raise ValueError(f"eval.checkpoint={evaluation.checkpoint!r} is none of {saved}, which a run saves")
   except ValueError as error:
     raise ValueError(f"{where}: {error}") from None
+  # Of a baseline's settings those that are not its defaults, so that a new setting changes no earlier fingerprint.
   scored = {flag: value for flag, value in whole.items() if flag.startswith("eval.")}
+  scored |= {flag: whole[flag] for flag, default in evaluation.settings.items() if whole[flag] != default}
   if not evaluation.trained:
     about = {"retrofit": evaluation.retrofit} if evaluation.policy == "dms" else {"policy": evaluation.policy}
     folder = root / f"{program.label(about)}-{program.fingerprint([base, about])}"
   else:
-    resolved = {"checkpoint": base, **{flag: value for flag, value in whole.items() if flag not in scored}}
+    training = {flag: value for flag, value in whole.items() if flag.partition(".")[0] in retrofit.SECTIONS}
+    resolved = {"checkpoint": base, **training}
     folder = root / f"{program.label(trained)}-{program.fingerprint(resolved)}"
     # Another sweep may reach the same settings with other swept fields.
     folder = next(iter(sorted(root.glob(f"*-{folder.name.rpartition('-')[2]}"))), folder)
   label = program.label(
-    {flag: value for flag, value in said.items() if flag in scored and flag[5:] not in ("retrofit", "policy")}
+    {flag: value for flag, value in said.items() if flag in scored and flag not in ("eval.retrofit", "eval.policy")}
   )
   return Trial(
     said, whole, **configs, folder=folder, result=folder / "quality" / f"{label}-{program.fingerprint(scored)}.json"

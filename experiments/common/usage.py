@@ -25,6 +25,7 @@ HELP = ("--help", "-help", "-h", "--helpshort", "--helpfull")
 ELSEWHERE = {
   "model": "checkpoint", "model_path": "checkpoint", "model_name_or_path": "checkpoint", "adapter": "retrofit",
   "max_length": "max_new_tokens", "max_tokens": "max_new_tokens", "output_dir": "output", "output_path": "output",
+  "lr": "learning_rate",
 }  # fmt: skip
 # Flags whose files and folders a program reads: each must be there, or match something.
 PATHS = ("checkpoint", "text", "file", "prompts_file", "sweep_file", "data.paths", "eval.text")
@@ -52,7 +53,7 @@ def parse(arguments: list[str]) -> list[str]:
     if rest := FLAGS(arguments)[1:]:
       message = f"unexpected argument(s) {rest}: every option is a flag, --name=value"
   except flags.UnrecognizedFlagError as error:
-    message = f"there is no flag --{error.flagname}{meant(error.flagname) or '; --help lists all'}"
+    message = f"there is no flag --{error.flagname}{meant(error.flagname, ours) or '; --help lists all'}"
   except flags.Error as error:
     message = re.sub(
       r"^flag --(\S+)=None: Flag --.* must have a value other than None\.$", _required, str(error).split("\n")[0]
@@ -99,12 +100,23 @@ def _required(found: re.Match) -> str:
   return f"--{found[1]} is needed: {(FLAGS[found[1]].help or '').removesuffix(' (required)')}"
 
 
-def meant(name: str) -> str:
-  """A question about the flags that `name` may stand for, such as "; did you mean --policy?", or nothing."""
+def meant(name: str, arguments: Iterable[str] = ()) -> str:
+  """A question about the flags that `name` may stand for, such as "; did you mean --policy?", or nothing.
+
+  Of settings of the same name, those of a policy or task that `arguments` name: after --policy=h2o, --budget is
+  --h2o.budget.
+  """
   names = [flag.name for flag in _own()]
   wanted = name.replace("-", "_").lower()
-  last = [other for other in names if other.rpartition(".")[2] == wanted]  # a setting without its prefix
-  last = last or [other for other in names if other == ELSEWHERE.get(wanted)]
+  settings: dict[str, list[str]] = {}  # flags by their names without prefixes
+  for flag in names:
+    settings.setdefault(flag.rpartition(".")[2], []).append(flag)
+  wanted = wanted if wanted in settings else ELSEWHERE.get(wanted, wanted)
+  last = [wanted] if wanted in names else settings.get(wanted, [])
+  if not last and not difflib.get_close_matches(wanted, names, n=1):
+    last = [flag for close in difflib.get_close_matches(wanted, settings, n=1) for flag in settings[close]]
+  named = {word for argument in arguments for word in re.split("[=,]", argument.lower())}
+  last = [flag for flag in last if flag.partition(".")[0] in named] or last
   return suggestion(wanted, names, last, lambda word: f"--{word}")
 
 

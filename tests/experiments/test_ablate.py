@@ -137,7 +137,12 @@ def test_sweeps_of_the_repository(path):
     ({"eval.checkpoint": "cr3", "retrofit.schedule.steps": 150}, r"'cr3' is none of \['final', 'cr2'\]"),
     ({"eval.retrofit": "mine", "dms.window": 3}, r"eval.retrofit=mine trains nothing, so \['dms.window'\]"),
     ({"eval.retrofit": "mine", "eval.checkpoint": "cr2"}, "here nothing is trained"),
-    ({"eval.policy": "h2o"}, "'h2o' with eval.budget=None: baselines need one"),
+    ({"eval.policy": "h2o"}, "H2O: give either budget= .tokens. or cr="),
+    ({"eval.policy": "vanilla", "eval.budget": 8}, "'vanilla' has no budget for eval.budget=8; these have: "),
+    (
+      {"eval.policy": "tova", "tova.budget": 8, "h2o.window": 3},
+      r"eval.policy=tova, so \['h2o.window'\] change nothing",
+    ),
     ({"eval.policy": "tova", "eval.budget": 8, "eval.threshold": 1.0}, "'tova' has no gates"),
     ({"eval.policy": "streamingllm", "eval.budget": 3}, "budget=3 tokens must be more than its sinks=4"),
   ],
@@ -238,6 +243,9 @@ def test_baselines_decode_the_text():
     assert cached[name] == pytest.approx(masked[name], rel=1e-4), name  # sums in another order, float32
   said = {"eval.length": 40, "eval.policy": "h2o", "eval.budget": 8}
   one = trials.trial(said, defaults() | said, "model", Path("runs"))
+  own = trials.trial({"h2o.window": 3}, defaults() | said | {"h2o.window": 3}, "model", Path("runs"))
+  assert own.folder == one.folder and own.baseline.window == 3 and own.baseline.budget == one.baseline.budget == 8
+  assert own.result.name.startswith("h2o.window=3-") and own.result != one.result
   assert one.folder.name.startswith("policy=h2o-") and ablate.load(one, "model", original) is original
   baseline = ablate.score(one, original, original, tokens)
   assert baseline["achieved_cr"] == 5.0 and baseline["kl"] > 0

@@ -1,28 +1,20 @@
-"""Notebooks run from start to end, are made from their texts, and hold no outputs."""
+"""Notebooks are made from their texts, hold no outputs, install what is missing, and all run."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import re
 import subprocess
 import sys
 
 import pytest
 
-from tests.helpers import ROOT, printed, run_notebook, save_checkpoints
+from tests.helpers import ROOT
 
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
 INSTALL = (ROOT / "colab" / "install.py").read_text()
 nbformat = pytest.importorskip("nbformat")
-JUPYTER = pytest.mark.filterwarnings(
-  "ignore::DeprecationWarning", "ignore::RuntimeWarning", "ignore::ResourceWarning"
-)  # Jupyter's
-
-
-def pictures(outputs) -> int:
-  return sum("image/png" in out.get("data", {}) for out in outputs)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -40,6 +32,12 @@ def test_notebooks_are_those_of_their_texts():
   done = subprocess.run(check, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06"]
+
+
+def test_every_notebook_is_executed():
+  """By `make test-notebooks`."""
+  tests = (ROOT / "tests" / "notebooks" / "test_execution.py").read_text()
+  assert set(re.findall(r"^def test_(\w+)\(", tests, re.M)) == {path.stem for path in NOTEBOOKS}
 
 
 class Installing:
@@ -81,61 +79,3 @@ def test_the_first_cell_says_that_the_address_is_missing(monkeypatch, tmp_path):
   with pytest.raises(SystemExit, match="set REPOSITORY above"):
     cell.run("")
   assert not cell.commands
-
-
-@JUPYTER
-def test_quickstart_runs_from_start_to_end(tmp_path, monkeypatch):
-  """In its own kernel, as a user runs it; small settings and folders come by environment variables."""
-  base, retrofit = save_checkpoints(tmp_path)
-  settings = {"CHECKPOINT": base, "RETROFIT": retrofit, "TOKENS": 300, "NEW_TOKENS": 8}
-  outputs = run_notebook("01_quickstart.ipynb", tmp_path, monkeypatch, settings)
-  text = printed(outputs)
-  assert "dense:" in text and "achieved CR" in text
-  table = {words[0]: words[1:] for words in map(str.split, text.splitlines()) if words and words[0] in ("dense", "DMS")}
-  assert table["dense"][:2] == ["307", "1.00"] and float(table["DMS"][1]) > 1
-  assert pictures(outputs) == 1
-
-
-@JUPYTER
-def test_delayed_eviction_runs_from_start_to_end(tmp_path, monkeypatch):
-  base, retrofit = save_checkpoints(tmp_path)
-  settings = {"CHECKPOINT": base, "RETROFIT": retrofit, "TOKENS": 120, "NEW_TOKENS": 16}
-  outputs = run_notebook("02_delayed_eviction.ipynb", tmp_path, monkeypatch, settings)
-  assert printed(outputs).count("tokens equal: True, tokens held equal: True") == 3
-  assert pictures(outputs) == 5 and any("% of heads" in out.get("data", {}).get("text/html", "") for out in outputs)
-
-
-@JUPYTER
-def test_a_retrofit_runs_from_start_to_end(tmp_path, monkeypatch):
-  base, _ = save_checkpoints(tmp_path)
-  (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
-  settings = {"CHECKPOINT": base, "TEXT": tmp_path / "text.txt", "OUTPUT": tmp_path / "mine"}
-  settings |= {"STEPS": 8, "LENGTH": 64, "NEW_TOKENS": 8, "EVALUATED": 256}
-  outputs = run_notebook("03_retrofit_your_model.ipynb", tmp_path, monkeypatch, settings)
-  text = printed(outputs)
-  assert "achieved_cr" in text and "tokens seen" in text and (tmp_path / "mine.zip").exists()
-  assert pictures(outputs) == 1
-
-
-@JUPYTER
-def test_kernels_run_from_start_to_end(tmp_path, monkeypatch):
-  settings = {"LOG_BYTES": 20, "MATRIX": 128, "SLOTS": 256, "LENGTH": 64, "HEAD": 64}
-  outputs = run_notebook("04_kernels.ipynb", tmp_path, monkeypatch, settings)
-  assert "implementations on this device:" in printed(outputs) and pictures(outputs) == 2
-
-
-@JUPYTER
-def test_hyperscaling_runs_from_start_to_end(tmp_path, monkeypatch):
-  outputs = run_notebook("05_hyperscaling.ipynb", tmp_path, monkeypatch, {"OUTPUT": tmp_path / "runs", "PROBLEMS": 2})
-  assert (tmp_path / "runs/sweep/index.html").exists() and pictures(outputs) >= 2
-  assert "of which a head holds" in printed(outputs)
-
-
-@pytest.mark.slow
-@JUPYTER
-def test_hyperscaling_with_its_ablation(tmp_path, monkeypatch):
-  sizes = {"PROBLEMS": 1, "ABLATE": 1, "TEXTS": 10, "LENGTH": 512, "ROWS": 2, "STEPS": 2}
-  settings = {"OUTPUT": tmp_path / "runs"} | sizes
-  run_notebook("05_hyperscaling.ipynb", tmp_path, monkeypatch, settings)
-  rows = json.loads((tmp_path / "runs/ablations/eviction/ablation.json").read_text())["runs"]
-  assert len(rows) == 4
