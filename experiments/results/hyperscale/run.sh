@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Every command behind this folder's tables but that of the variants, spread over the GPUs at hand. What is done is not done again: call it again after a kill.
+# The commands behind this folder's tables, spread over the GPUs at hand, but those of the variants, the elastic retrofit, L 8,000, and prompt + window at CR 2
+# and 8, which README.md has. What is done is not done again: call it again after a kill.
 #
 #   bash experiments/results/hyperscale/run.sh train retrofits sweep rivals lora times analyse
 #
@@ -8,15 +9,17 @@
 # 2 GiB of cache, with nothing else on the GPU; analyse: the pages.
 #
 #   OUT    results, default runs/hyperscale      SEEDS  default 0,1      FAMILIES  default countdown,grids,programs,graphs
+#   CRS    of DMS, default 2,3,4,6,8,12      LENGTHS  L, default 240,480,960,1920,3840
 #   GPUS   ids, default 0      EACH  processes that share a GPU, default 6      SMALL=1  short chains of few problems, to try the script
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
-OUT=${OUT:-runs/hyperscale} EACH=${EACH:-6} crs=(2 3 4 6 8 12)
+OUT=${OUT:-runs/hyperscale} EACH=${EACH:-6}
+IFS=, read -ra crs <<<"${CRS:-2,3,4,6,8,12}"
 IFS=, read -ra gpus <<<"${GPUS:-0}"
 IFS=, read -ra seeds <<<"${SEEDS:-0,1}"
 IFS=, read -ra families <<<"${FAMILIES:-countdown,grids,programs,graphs}"
 rows="--retrofit.batch_size=16 --retrofit.seq_len=4096 --retrofit.schedule.steps=0 --retrofit.schedule.steps_per_cr=80 --retrofit.schedule.hold_steps=100 --retrofit.optimizer.decay_steps=600"
-steps=8000 lengths="--max_tokens=240,480,960,1920,3840 --width=1024" scored=960,3840
+steps=8000 lengths="--max_tokens=${LENGTHS:-240,480,960,1920,3840} --width=1024" scored=960,3840
 lora=(--retrofit.schedule.steps_per_cr=50 --retrofit.schedule.hold_steps=60 --retrofit.optimizer.decay_steps=450)
 if [[ -n "${SMALL:-}" ]]; then
   rows="--retrofit.batch_size=2 --retrofit.seq_len=512 --retrofit.schedule.steps=0 --retrofit.schedule.steps_per_cr=1 --retrofit.schedule.hold_steps=1 --retrofit.optimizer.decay_steps=1"
