@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import sys
 import tempfile
 from pathlib import Path
 from unittest import mock
@@ -35,6 +34,7 @@ from dms_jax.sharding import Split, make_mesh
 from experiments import mesh_memory
 from experiments.bench import synthetic
 from tests.helpers import OTHER_FAMILIES, check_falling_thresholds
+from tests.programs import run_cases
 
 WINDOW = 5
 CONFIG = tiny.config(num_heads=8, num_kv_heads=4, vocab_size=96)
@@ -506,7 +506,4 @@ SLOW = (
 CASES = {case.__name__: case for case in (*QUICK, *SLOW)}
 
 if __name__ == "__main__":
-  assert jax.device_count() == 8
-  for name in sys.argv[1:]:
-    CASES[name]()
-  print("equal")
+  run_cases(CASES)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 
-import jax
 import numpy as np
 import pytest
 
@@ -19,6 +17,7 @@ from dms_jax.policies import Policy
 from dms_jax.sharding import make_mesh
 from experiments.methods import trace
 from tests.mesh_cases import of_family
+from tests.programs import run_cases
 
 GATES = tiny.dms(window=5, scale=1.0, offset=0.0)
 HEADS, LENGTH = dict(num_heads=8, num_kv_heads=4, vocab_size=96), 20
@@ -150,7 +149,4 @@ SLOW = texts_by_rows, texts_of_families, likelihoods_by_rows, traces
 CASES = {case.__name__: case for case in (*QUICK, *SLOW)}
 
 if __name__ == "__main__":
-  assert jax.device_count() == 8
-  for name in sys.argv[1:]:
-    CASES[name]()
-  print("equal")
+  run_cases(CASES)

@@ -7,19 +7,19 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
 
 from dms_jax import model as models
 from dms_jax import testing as tiny
+from tests.helpers import ROOT
 
 quick = functools.partial(jax.jit, compiler_options=tiny.QUICK)
 whole, step = quick(models.forward), quick(models.cached_forward)
 unembed, last_logits = quick(models.unembed), quick(models.last_logits)
 PADDED = 16
-ROOT = Path(__file__).parents[1]
 
 
 def on_devices(count: int) -> dict[str, str]:
@@ -29,13 +29,20 @@ def on_devices(count: int) -> dict[str, str]:
 
 
 def run_on_eight_devices(module: str, names: str) -> None:
-  """Runs cases of a module of `tests` in a process of eight simulated devices, compiled quickly."""
-  quick = [f"--{flag}={str(value).lower()}" for flag, value in tiny.QUICK.items()]
-  flags = " ".join(["--xla_force_host_platform_device_count=8", *quick])
-  env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+  """Runs cases of a module of `tests` by its `run_cases`, in a process of eight simulated devices, compiled quickly."""
+  env = on_devices(8)
+  env["XLA_FLAGS"] = " ".join([env["XLA_FLAGS"], *(f"--{flag}={str(on).lower()}" for flag, on in tiny.QUICK.items())])
   command = [sys.executable, "-W", "error", "-m", module, *names.split()]
   done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
   assert done.returncode == 0 and "equal" in done.stdout, done.stderr[-3000:]
+
+
+def run_cases(cases: Mapping[str, Callable[[], None]]) -> None:
+  """Runs the cases that the command line names, in the process that `run_on_eight_devices` starts."""
+  assert jax.device_count() == 8
+  for name in sys.argv[1:]:
+    cases[name]()
+  print("equal")
 
 
 def meeting(processes: int = 2) -> list[tuple[str, ...]]:
